@@ -35,7 +35,6 @@ SERVICES = {
     "make_arena",
     "dies_at",
     "serve",
-    "serve_small",
 }
 """Fixtures that start ranks, a Dask cluster, a server or writers to be killed: their tests are marked `services`."""
 SERVERS = {"s3", "seaweedfs", "s3_url"}

@@ -45,6 +45,14 @@ def store(tmp_path: Path, info: StoreInfo) -> FeatureStore:
     return FeatureStore.create(tmp_path / "store", info)
 
 
+@pytest.fixture(params=["disk", "memory", "s3"])
+def place_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An address where nothing is yet, on everything that a store may lie on."""
+    if request.param == "disk":
+        return str(tmp_path / "place")
+    return f"{request.getfixturevalue(f'{request.param}_url')}/place"
+
+
 @pytest.fixture(scope="module")
 def filled_folders() -> dict[str, Path]:
     """Stores that the tests of a module begin with, by the name of what fills them; only to be copied."""

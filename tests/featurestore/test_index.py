@@ -51,21 +51,6 @@ def two_towers(count: int, dim: int, shared: float, norms: float = 0.3) -> tuple
 KEYS = np.random.default_rng(3).integers(-(2**63), 2**63 - 1, 3_000)
 
 
-@kinds
-def test_recall_on_clusters(kind: IndexKind) -> None:
-    vectors, queries = clustered(3_000), clustered(50, seed=1)
-    index = VectorIndex.build(kind, KEYS, vectors)
-    assert (index.kind, index.dim, index.num_keys, index.num_unused) == (kind, DIM, 3_000, 0)
-    keys, scores = index.search(queries, 10)
-    assert keys.shape == scores.shape == (50, 10)
-    assert (np.diff(scores) <= 0).all()
-    of_key = dict(zip(KEYS.tolist(), vectors, strict=True))
-    products = [[of_key[int(key)] @ query for key in row] for row, query in zip(keys, queries, strict=True)]
-    np.testing.assert_allclose(scores, products, rtol=1e-4)
-    reached = recall(keys, best(KEYS, vectors, queries, 10))
-    assert reached == 1 if kind == "flat" else reached > 0.95
-
-
 @pytest.mark.long
 @kinds
 @pytest.mark.parametrize(
@@ -192,18 +177,6 @@ def test_added_vectors_are_found_and_replaced_ones_are_not(kind: IndexKind) -> N
 
 
 @kinds
-def test_the_same_answers_after_save_and_load(kind: IndexKind) -> None:
-    vectors, queries = clustered(1_000), clustered(20, seed=1)
-    index = VectorIndex.build(kind, KEYS[:1_000], vectors)
-    again = VectorIndex.load(index.save())
-    assert (again.kind, again.dim, again.num_keys, again.effort) == (kind, DIM, 1_000, index.effort)
-    for mine, theirs in zip(again.search(queries, 10), index.search(queries, 10), strict=True):
-        np.testing.assert_array_equal(mine, theirs)
-    again.add(KEYS[1_000:1_001], 9 * queries[:1])
-    assert again.search(queries[:1], 1)[0] == KEYS[1_000]
-
-
-@kinds
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_few_vectors(kind: IndexKind, count: int) -> None:
     vectors = clustered(count)
@@ -232,15 +205,6 @@ def test_what_an_approximate_index_does_not_find_is_marked() -> None:
     missing = scores == NOT_FOUND
     assert 0 < missing.sum() < 4_000
     assert (keys[missing] == 0).all()
-
-
-@kinds
-def test_nothing_to_add_and_nothing_to_ask(kind: IndexKind) -> None:
-    index = VectorIndex.build(kind, KEYS[:50], clustered(50))
-    index.add(KEYS[:0], clustered(0))
-    assert index.num_keys == 50
-    keys, scores = index.search(clustered(0), 3)
-    assert keys.shape == scores.shape == (0, 3)
 
 
 @kinds

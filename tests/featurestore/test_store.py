@@ -3,7 +3,6 @@
 import pickle
 import subprocess
 import sys
-import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +11,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from typer.testing import CliRunner
 
 from featurestore import (
     ExtractorSpec,
-    FeaturePartition,
     FeatureRows,
     FeatureStore,
     QuarantineRow,
@@ -24,11 +21,8 @@ from featurestore import (
     log,
     shard_of,
     staging,
-    to_float32,
 )
-from featurestore.__main__ import app
 from featurestore.errors import (
-    CommitConflictError,
     CorruptFileError,
     InvalidRowsError,
     KeyCollisionError,
@@ -42,9 +36,10 @@ from featurestore.errors import (
 from featurestore.format.datafile import schema_of
 from featurestore.log import manifest_path, version_of, versions
 from featurestore.spec import MAX_VERSION, Manifest, seal
-from featurestore.staging import read_shards_of_parts
 from featurestore.storage.storage import Storage
 from featurestore.upkeep.compaction import compact
+from featurestore.upkeep.expiry import expire
+from featurestore.upkeep.history import restore
 from featurestore.upkeep.repair import RepairReport, repair
 from featurestore.upkeep.verify import verify
 from tests.faulty import Fault, FaultyStorage, fails, faulty, made_but_lost, opened_faulty
@@ -52,8 +47,10 @@ from tests.featurestore.staged import build_shard
 from tests.metadata import metadata_of
 
 
-class StoreContract:
-    """Inherit, and give a fixture `url` of an address where nothing is yet."""
+class TestOnEveryPlace:
+    @pytest.fixture
+    def url(self, place_url: str) -> str:
+        return place_url
 
     @pytest.fixture
     def store(self, url: str, info: StoreInfo) -> FeatureStore:
@@ -110,46 +107,6 @@ class StoreContract:
             assert (part.width_N[j], part.height_N[j]) == (rows.width_N[i], rows.height_N[i])
             assert np.array_equal(part.features_ND[j], rows.features_ND[i])
 
-    @pytest.mark.parametrize("count", [0, 1])
-    def test_no_row_and_one_row(self, store: FeatureStore, make_rows, count: int) -> None:
-        rows = make_rows(count, store.info)
-        snapshot = store.put(rows)
-        assert (snapshot.version, snapshot.num_rows) == (1, count)
-        assert np.array_equal(snapshot.get(rows.keys_N), rows.features_ND)
-
-    def test_the_newest_row_of_a_key_wins_and_a_tombstone_removes(self, store: FeatureStore, make_rows) -> None:
-        old, new = make_rows(40, store.info, seed=1), make_rows(10, store.info, seed=2)
-        store.put(old)
-        store.put(new)
-        store.delete(old.keys_N[5:15])
-        again = make_rows(["images/7.jpg"], store.info, seed=3)
-        snapshot = store.put(again)
-        assert snapshot.num_rows == 31
-        assert np.array_equal(snapshot.get(old.keys_N[:5]), new.features_ND[:5])
-        assert np.array_equal(snapshot.get(old.keys_N[15:]), old.features_ND[15:])
-        assert np.array_equal(snapshot.get([old.keys_N[7]]), again.features_ND)
-        with pytest.raises(MissingKeysError, match="1 key has"):
-            snapshot.get(old.keys_N[5:6])
-
-    def test_of_a_key_twice_in_one_batch_the_last_row_stays(self, store: FeatureStore, make_rows) -> None:
-        rows = make_rows(["a", "b", "a"], store.info)
-        snapshot = store.put(rows)
-        assert snapshot.num_rows == 2
-        assert np.array_equal(snapshot.get(rows.keys_N[[1, 2]]), rows.features_ND[1:])
-
-    def test_a_reader_keeps_its_snapshot(self, store: FeatureStore, make_rows) -> None:
-        rows = make_rows(20, store.info, seed=1)
-        before = store.put(rows)
-        store.put(make_rows(20, store.info, seed=2))
-        store.delete(rows.keys_N)
-        assert store.snapshot().num_rows == 0
-        assert before.num_rows == 20
-        assert np.array_equal(before.get(rows.keys_N), rows.features_ND)
-        assert np.array_equal(store.snapshot(1).get(rows.keys_N), rows.features_ND)
-
-    def test_deleting_what_is_not_there_is_no_error(self, store: FeatureStore) -> None:
-        assert store.delete([1, 2, 3]).num_rows == 0
-
     def test_missing_keys_are_named(self, store: FeatureStore, make_rows) -> None:
         snapshot = store.put(make_rows(3, store.info))
         with pytest.raises(MissingKeysError, match=r"7 keys .*: 1, 2, 3, 4, 5, …"):
@@ -170,24 +127,6 @@ class StoreContract:
             store.put(replace(rows, features_ND=np.full_like(rows.features_ND, 0x7F80)))
         assert store.storage.list("data") == []
         assert store.snapshot().version == 0
-
-    def test_staged_parts_become_shards(self, store: FeatureStore, make_rows) -> None:
-        first, second = make_rows(50, store.info, seed=1), make_rows(50, store.info, seed=2, first=40)
-        store.stage_part("run", "p-0", first)
-        store.stage_part("run", "p-1", second)
-        store.stage_part("run", "p-0", first)
-        assert store.staged_parts("run") == ["p-0", "p-1"]
-        assert store.staged_parts("another") == []
-        built = {shard: build_shard(store, "run", shard, ["p-0", "p-1"]) for shard in range(8)}
-        assert store.snapshot().version == 0
-        snapshot = store.commit({s: e for s, e in built.items() if e}, "extract", num_quarantined=3)
-        assert snapshot.num_rows == 90
-        assert snapshot.manifest.num_quarantined == 3
-        assert np.array_equal(snapshot.get(first.keys_N[:40]), first.features_ND[:40])
-        assert np.array_equal(snapshot.get(second.keys_N), second.features_ND)
-        assert all(entry.kind == "base" for files in snapshot.manifest.shards.values() for entry in files)
-        store.discard_staging("run")
-        assert store.staged_parts("run") == []
 
     def test_neighbouring_shards_are_built_together(self, store: FeatureStore, make_rows) -> None:
         parts = [make_rows(50, store.info, seed=seed, first=40 * seed) for seed in range(3)]
@@ -214,18 +153,6 @@ class StoreContract:
         entries = {s: e for s in range(8) if (e := build_shard(store, "run", s, ["p"]))}
         assert np.array_equal(store.commit(entries, "extract").get(rows.keys_N), rows.features_ND)
 
-    def test_parts_are_read_side_by_side_and_only_their_rows_stay_in_memory(
-        self, store: FeatureStore, make_rows
-    ) -> None:
-        parts = [f"p{number}" for number in range(4)]
-        for number, part in enumerate(parts):
-            store.stage_part("run", part, make_rows(400, store.info, seed=number))
-        together = threading.Barrier(len(parts), timeout=10)
-        meeting = faulty(store, open_input=lambda open_input, path: together.wait() < 9 and open_input(path))
-        tables = read_shards_of_parts(meeting.storage, store.info, "run", parts, range(3, 4))
-        assert list(tables) == [3] and 0 < len(tables[3]) < 400 * len(parts) / 4
-        assert tables[3].get_total_buffer_size() < 2 * tables[3].nbytes  # the rows around them would be much more
-
     def test_building_checks_uris_against_the_store_and_between_parts(self, store: FeatureStore, make_rows) -> None:
         rows = make_rows(1, store.info)
         shard = int(shard_of(rows.keys_N, 8)[0])
@@ -243,31 +170,6 @@ class StoreContract:
         with pytest.raises(InvalidRowsError, match="cannot have this name"):
             store.staged_parts("../data")
 
-    def test_two_racing_first_extracts_make_a_base_and_a_delta(self, store: FeatureStore, make_rows) -> None:
-        rows = make_rows(1, store.info, seed=1)
-        shard = int(shard_of(rows.keys_N, 8)[0])
-        for seed, run in enumerate(["r1", "r2"]):
-            store.stage_part(run, "p", make_rows(1, store.info, seed=seed))
-        entries = [build_shard(store, run, shard, ["p"], kind="base") for run in ["r1", "r2"]]
-        for entry in entries:
-            assert entry is not None
-            store.commit({shard: entry}, "extract")
-        assert [entry.kind for entry in store.snapshot().manifest.files(shard)] == ["base", "delta"]
-        assert np.array_equal(store.snapshot().get(rows.keys_N), rows.features_ND)
-
-    def test_a_uri_that_another_writer_brought_meanwhile_is_found_on_rebase(
-        self, store: FeatureStore, make_rows
-    ) -> None:
-        rows = make_rows(1, store.info)
-        shard = int(shard_of(rows.keys_N, 8)[0])
-        store.stage_part("run", "p", FeatureRows.of(["other"], rows.features_ND, keys=rows.keys_N))
-        entry = build_shard(store, "run", shard, ["p"])
-        assert entry is not None
-        store.put(rows)
-        with pytest.raises(KeyCollisionError):
-            store.commit({shard: entry}, "extract")
-        assert store.snapshot().version == 1
-
     def test_files_of_another_store_are_refused(
         self, store: FeatureStore, url: str, info: StoreInfo, make_rows
     ) -> None:
@@ -284,20 +186,6 @@ class StoreContract:
         with pytest.raises(SpecMismatchError, match=r"extractor\.layer"):
             build_shard(store, "run", 0, ["p"])
 
-    def test_statistics_are_those_of_the_live_rows(self, store: FeatureStore, make_rows) -> None:
-        rows = make_rows(2000, store.info, seed=5)
-        for step in range(3):
-            snapshot = [
-                lambda: store.put(rows),
-                lambda: store.put(make_rows(100, store.info, seed=6)),
-                lambda: store.delete(rows.keys_N[50:300]),
-            ][step]()
-            live = to_float32(snapshot.get(snapshot.keys()), "bfloat16").astype(np.float64)
-            statistics = snapshot.statistics()
-            assert statistics.count == len(live) == snapshot.num_rows
-            np.testing.assert_allclose(statistics.mean_D, live.mean(axis=0), rtol=1e-6, atol=1e-7)
-            np.testing.assert_allclose(statistics.std_D, live.std(axis=0), rtol=1e-6)
-
     def test_quarantine_keeps_the_newest_reason(self, store: FeatureStore) -> None:
         assert store.quarantine_rows() == []
         store.add_quarantine([QuarantineRow(1, "a", "old", 1.0), QuarantineRow(2, "b", "broken", 2.0)])
@@ -312,30 +200,6 @@ class StoreContract:
         assert np.array_equal(copy.snapshot().get(rows.keys_N), rows.features_ND)
 
 
-class TestDiskStore(StoreContract):
-    @pytest.fixture
-    def url(self, tmp_path: Path) -> str:
-        return str(tmp_path / "store")
-
-
-class TestFileUrlStore:
-    def test_a_file_url_is_the_folder(self, tmp_path: Path, info: StoreInfo) -> None:
-        FeatureStore.create(f"file://{tmp_path}/store", info)
-        assert FeatureStore.open(tmp_path / "store").info.kind == info
-
-
-class TestMemoryStore(StoreContract):
-    @pytest.fixture
-    def url(self, memory_url: str) -> str:
-        return memory_url
-
-
-class TestS3Store(StoreContract):
-    @pytest.fixture
-    def url(self, s3_url: str) -> str:
-        return f"{s3_url}/store"
-
-
 def test_other_tools_find_dtype_and_shape_of_the_feature(info: StoreInfo) -> None:
     field = schema_of(info).field("feature")
     assert field.metadata == {b"dtype": b"bfloat16", b"shape": b"[8]"}
@@ -345,16 +209,6 @@ def history(store: FeatureStore) -> list[Manifest]:
     versions = log.versions(store.storage)
     assert versions == list(range(1, len(versions) + 1)), "versions have a gap"
     return [log.read_manifest(store.storage, version) for version in versions]
-
-
-def test_a_writer_that_dies_before_its_commit_leaves_nothing_visible(store: FeatureStore, make_rows) -> None:
-    rows = make_rows(20, store.info)
-    store.stage_part("run", "p", rows)
-    assert build_shard(store, "run", int(shard_of(rows.keys_N, 8)[0]), ["p"]) is not None
-    (Path(store.url) / "log").mkdir()
-    (Path(store.url) / "log" / ".tmp-dead").write_bytes(b"half a manif")
-    assert store.snapshot().version == 0
-    assert store.put(rows).version == 1
 
 
 def test_a_commit_whose_answer_was_lost_is_made_once(store: FeatureStore, make_rows) -> None:
@@ -398,14 +252,6 @@ def test_a_disk_that_refuses_ends_the_commit_with_its_error(store: FeatureStore,
     with pytest.raises(StorageError, match="No space left"):
         faulty(store, create_exclusive=fails("No space left on device")).put(make_rows(1, store.info))
     assert store.snapshot().version == 0
-
-
-def test_losing_every_race_ends_in_a_conflict(store: FeatureStore, make_rows, monkeypatch: pytest.MonkeyPatch) -> None:
-    store.put(make_rows(1, store.info))
-    monkeypatch.setattr(log, "_MAX_ATTEMPTS", 3)
-    monkeypatch.setattr(log, "versions", lambda storage: [])  # it never sees the version that is there
-    with pytest.raises(CommitConflictError, match="3 times"):
-        store.put(make_rows(1, store.info, first=1))
 
 
 def test_a_commit_checks_that_its_files_are_whole(store: FeatureStore, make_rows) -> None:
@@ -471,18 +317,34 @@ def test_of_two_makers_of_a_store_the_second_is_told(
         assert FeatureStore.open(url).info == made[-1].info
 
 
-def test_a_uri_of_a_rival_is_found_after_its_file_was_compacted(store: FeatureStore, make_rows) -> None:
+RIVALS = ["put", "put and compact", "put and expire", "restore"]
+
+
+@pytest.mark.parametrize("rival", RIVALS)
+def test_a_uri_that_another_writer_brought_meanwhile_is_found_on_rebase(
+    store: FeatureStore, make_rows, rival: str
+) -> None:
+    """Whatever has become of the files that were there when the rows were built."""
     rows = make_rows(200, store.info)
     shard_N = shard_of(rows.keys_N, 8)
-    first, second = (rows.take(np.array([place])) for place in np.flatnonzero(shard_N == shard_N[0])[:2])
+    first, mine = (rows.take(np.array([place])) for place in np.flatnonzero(shard_N == shard_N[0])[:2])
     store.put(first)
-    store.stage_part("run", "p", FeatureRows.of(["other"], second.features_ND, keys=second.keys_N))
+    if rival == "restore":
+        store.put(mine)
+        store.delete(mine.keys_N)
+    store.stage_part("run", "p", FeatureRows.of(["other"], mine.features_ND, keys=mine.keys_N))
     entry = build_shard(store, "run", int(shard_N[0]), ["p"])
     assert entry is not None
-    store.put(second)
-    compact(store, force=True)  # one file in place of the two that the rival knew
+    restore(store, 2) if rival == "restore" else store.put(mine)
+    if rival == "put and compact":
+        compact(store, force=True)
+    if rival == "put and expire":
+        expire(store, keep_last=1, keep_days=0)
+        store.storage.delete(log.EXPIRED)
+    version = store.snapshot().version
     with pytest.raises(KeyCollisionError):
         store.commit({int(shard_N[0]): entry}, "extract")
+    assert store.snapshot().version == version
 
 
 IMPOSSIBLE = [
@@ -564,15 +426,6 @@ def test_of_several_damaged_manifests_the_newest_good_one_is_committed_again_onc
 def test_a_version_that_cannot_be_is_not_found(filled: FeatureStore, version: int) -> None:
     with pytest.raises(SnapshotNotFoundError, match="the newest is 2"):
         filled.snapshot(version)
-
-
-def test_the_commands_say_it(filled: FeatureStore) -> None:
-    write(filled, "99999999999999999999.json")
-    found = CliRunner().invoke(app, ["verify", filled.url])
-    assert found.exit_code == 1 and "99999999999999999999.json has a name that no manifest can have" in found.output
-    mended = CliRunner().invoke(app, ["repair", filled.url])
-    assert mended.exit_code == 0 and "move log/99999999999999999999.json to damaged/" in mended.output
-    assert CliRunner().invoke(app, ["verify", filled.url]).exit_code == 0
 
 
 def test_a_manifest_whose_counts_are_wrong_is_not_committed_again(filled: FeatureStore) -> None:
@@ -663,19 +516,7 @@ def exhaust(monkeypatch, method):
     monkeypatch.setattr(pq.ParquetFile, method, fail)
 
 
-def test_a_cache_build_says_so(tiny, tmp_path, monkeypatch):
-    exhaust(monkeypatch, "iter_batches")
-    with pytest.raises(MemoryError, match="malloc"):
-        FeaturePartition.load(tiny, cache_dir=tmp_path / "cache")
-
-
 def test_verify_calls_no_file_damaged(tiny, monkeypatch):
     exhaust(monkeypatch, "iter_batches")
     with pytest.raises(MemoryError, match="malloc"):
         verify(tiny)
-
-
-def test_a_length_that_cannot_be_is_damage_where_no_digest_was_checked(tiny, monkeypatch):
-    exhaust(monkeypatch, "read")
-    with pytest.raises(CorruptFileError, match="damaged"):
-        tiny.snapshot().read_shard(0)

@@ -9,14 +9,12 @@ import itertools
 import json
 import os
 import random
-import shutil
 import signal
 import time
 import traceback
-from collections.abc import Callable, Collection, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -26,12 +24,8 @@ from featurestore import FeatureRows, FeatureStore, Snapshot, StoreInfo, key_of_
 from featurestore import store as store_module
 from featurestore.errors import CommitConflictError
 from featurestore.spec import Manifest
-from featurestore.storage.storage import Storage
-from featurestore.storage.threads import in_threads
-from featurestore.upkeep import expiry as expiry_module
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.expiry import expire
-from featurestore.upkeep.history import restore
 from tests.featurestore.staged import build_shard
 from tests.fuse import SMALL, small_process
 
@@ -103,11 +97,9 @@ class Actor:
         self._noted: set[int] | None = None  # manifests
         self._file = os.open(journal, os.O_CREAT | os.O_APPEND | os.O_WRONLY)
         self._last_read: tuple[int, Contents] | None = None
-        self.before_note: Callable[[str], None] = lambda event: None
 
     def note(self, event: str, **fields: object) -> None:
         """One line of the journal, in one call; it outlives this process."""
-        self.before_note(event)
         line = json.dumps({"time": time.monotonic_ns(), "event": event, "by": self.name, **fields})
         os.write(self._file, line.encode() + b"\n")
 
@@ -115,14 +107,12 @@ class Actor:
         name, text = self._begin("put", uris)
         self._done(text, self.store.put(rows_of(name, uris), text))
 
-    def extract(self, uris: Sequence[str], before: Callable[[str], None] = lambda step: None) -> None:
-        """What the pipeline does: two parts staged, shards built of them, one commit. `before` is told the steps."""
+    def extract(self, uris: Sequence[str]) -> None:
+        """What the pipeline does: two parts staged, shards built of them, one commit."""
         name, text = self._begin("put", uris)
         for part in range(2):
             self.store.stage_part(name, f"{part}", rows_of(name, uris[part::2]))
-        before("build")
         built = {s: build_shard(self.store, name, s, ["0", "1"]) for s in range(self.store.info.num_shards)}
-        before("commit")
         self._done(text, self.store.commit({s: entry for s, entry in built.items() if entry}, text))
         self.store.discard_staging(name)
 
@@ -144,10 +134,6 @@ class Actor:
             self._noted.add(manifest.version)
         report = expire(self.store, keep_last=keep_last, keep_days=0, grace_days=grace_s / 86400)
         self.note("expired", num_files=report.num_files)
-
-    def restore(self, version: int) -> None:
-        """Bring back the rows of a kept snapshot."""
-        restore(self.store, version)
 
     def read(self) -> None:
         """Read the newest snapshot whole; noted where it is not what the last one was."""
@@ -173,19 +159,9 @@ class Actor:
         self.note("done", operation=text, version=snapshot.version)
 
 
-def _one_by_one(work: Callable[[Any], Any], items: Collection[Any], threads: int, *progress: Any) -> Iterator[Any]:
-    """In the place of `in_threads`: the same in one thread."""
-    return in_threads(work, items, 1, *progress)
-
-
-def act(url: str, name: str, notes: Path, work: Callable[[Actor], None], one_thread: bool) -> None:
-    """The life of a process of an arena, where nothing is patched yet: without the race at the first write.
-
-    With one thread it does the same in the same order each time.
-    """
+def act(url: str, name: str, notes: Path, work: Callable[[Actor], None]) -> None:
+    """The life of a process of an arena, where nothing is patched yet: without the race at the first write."""
     store_module.refuse_unsafe = lambda storage: None
-    if one_thread:
-        store_module.in_threads = expiry_module.in_threads = _one_by_one
     actor = Actor(FeatureStore.open(url), name, notes / f"{name}.jsonl")
     try:
         work(actor)
@@ -211,30 +187,12 @@ class Arena:
         """To act in this process."""
         return Actor(FeatureStore.open(self.store.url), name, self.folder / f"{name}.jsonl")
 
-    def start(self, name: str, work: Callable[[Actor], None], one_thread: bool = False) -> BaseProcess:
+    def start(self, name: str, work: Callable[[Actor], None]) -> BaseProcess:
         """`work`, which can be pickled, in a small process of its own: without what the caller has patched."""
-        process = small_process(act, self.store.url, name, self.folder, work, one_thread, name=name)
+        process = small_process(act, self.store.url, name, self.folder, work, name=name)
         process.start()
         self.processes.append(process)
         return process
-
-    def twin(self) -> "Arena":
-        """Another arena with a copy of the store and of the notes."""
-        number = next(self._numbers)
-        notes = shutil.copytree(self.folder, self.folder.with_name(f"notes-{number}"))
-        copy = Storage(f"{self.store.url}-{number}")
-        if copy.is_local:
-            shutil.copytree(self.store.url, copy.url)  # without waiting for the disk
-        else:
-            for entry in self.store.storage.entries():
-                copy.write_bytes(entry.path, self.store.storage.read_bytes(entry.path))
-        return Arena(FeatureStore.open(copy.url), Path(notes))
-
-    def discard(self) -> None:
-        """Remove the files of a twin."""
-        shutil.rmtree(self.folder)
-        for name in self.store.storage.list():
-            self.store.storage.delete(name)
 
     def kill(self, process: BaseProcess) -> None:
         """SIGKILL, and wait until it is gone."""
@@ -335,18 +293,6 @@ def check_order(notes: Sequence[dict], manifests: Sequence[Manifest]) -> None:
 def rows_of_fixture() -> Callable[..., FeatureRows]:
     """Rows of an operation."""
     return rows_of
-
-
-@pytest.fixture(name="contents_of")
-def contents_of_fixture() -> Callable[[Snapshot], Contents]:
-    """What a snapshot holds, checked."""
-    return contents_of
-
-
-@pytest.fixture(name="replay")
-def replay_fixture() -> Callable[[Sequence[Manifest]], list[Contents]]:
-    """Contents after each version, from the operations' texts alone."""
-    return replay
 
 
 @pytest.fixture

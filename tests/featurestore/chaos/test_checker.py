@@ -1,9 +1,7 @@
 """The checker of histories finds what it is there for: stores broken on purpose do not pass it."""
 
-import numpy as np
 import pytest
 
-from featurestore import FeatureRows, log
 from featurestore.commit import Commit
 from tests.faulty import faulty, preceded_by
 from tests.featurestore.staged import build_shard
@@ -55,34 +53,6 @@ def test_a_compaction_that_forgets_what_came_meanwhile(arena, monkeypatch: pytes
     interrupt(slow, lambda: quick.put(URIS))
     slow.compact(force=True)
     with pytest.raises(AssertionError, match="is not the log's replay"):
-        arena.check()
-
-
-def test_an_operation_that_is_done_twice(arena) -> None:
-    actor = arena.actor("twice")
-    actor.put(["a"])
-    operation = arena.store.snapshot().manifest.operation
-    arena.store.delete([], operation)
-    with pytest.raises(AssertionError, match="committed twice"):
-        arena.check()
-
-
-def test_rows_of_another_operation(arena, rows_of) -> None:
-    arena.actor("liar").note("begin", operation="put liar u0")
-    rows = rows_of("liar", ["u0"])
-    arena.store.put(FeatureRows.of(rows.uris, rows.features_ND ^ np.uint16(1), source_tags=["liar"]), "put liar u0")
-    with pytest.raises(AssertionError, match="is not what was written"):
-        arena.check()
-
-
-def test_a_reader_that_lags_behind(arena, monkeypatch: pytest.MonkeyPatch) -> None:
-    reader, writer = arena.actor("reader"), arena.actor("writer")
-    known = log.versions(arena.store.storage)
-    writer.put(["a"])
-    with monkeypatch.context() as patch:
-        patch.setattr(log, "versions", lambda storage: known)
-        reader.read()
-    with pytest.raises(AssertionError, match="read by reader saw 1 when 2 was done"):
         arena.check()
 
 

@@ -5,14 +5,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from typer.testing import CliRunner, Result
 
 from featurestore import FeatureStore, QuarantineRow, to_float32
-from featurestore.__main__ import app
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+from tests.featurestore.staged import run
 
 
 @pytest.fixture
@@ -68,15 +63,3 @@ def test_verify_checks_all_kept_snapshots_and_says_so(filled: FeatureStore, make
     assert run("verify", filled.url, "--version", 1).exit_code == 0
     said = " ".join(run("verify", "--help").output.replace("│", " ").split())
     assert "Snapshot whose data to check; by default all kept ones." in said
-
-
-def test_verify_names_the_broken_file_and_exits_1(filled: FeatureStore) -> None:
-    assert run("verify", filled.url).exit_code == 0
-    entry = filled.snapshot().manifest.files(3)[0]
-    path = Path(filled.url) / entry.path
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 4
-    path.write_bytes(data)
-    result = run("verify", filled.url)
-    assert result.exit_code == 1
-    assert entry.path in result.stderr and "1 problem in 1 manifest, 8 files" in result.stdout

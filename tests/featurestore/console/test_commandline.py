@@ -7,11 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import typer
 from rich.table import Table
 from typer.testing import CliRunner
 
-from featurestore.console.commandline import CONTINUES, CommandApp, power_of_two, say_error
+from featurestore.console.commandline import CONTINUES, CommandApp, say_error
 from featurestore.console.files import read_tokens, replace_file, replaced_file, write_json, write_json_option
 from featurestore.console.output import print_table, progress_bars, text_column, text_console
 from featurestore.errors import USAGE, StorageError, StoreNotFoundError, TokenFileError, UserError
@@ -36,13 +35,6 @@ def test_a_bars_description_is_no_markup(text: str, capsys: pytest.CaptureFixtur
         with progress_bars(*columns) as progress:
             progress.add_task(text, total=1, text=text)
         assert text in capsys.readouterr().err
-
-
-def test_a_pipe_gets_whole_lines(capsys: pytest.CaptureFixture[str]) -> None:
-    table = Table("name")
-    table.add_row("x" * 300)
-    print_table(text_console(), table)
-    assert "x" * 300 in capsys.readouterr().out
 
 
 def test_what_cannot_be_seen_is_spelled_out(capsys: pytest.CaptureFixture[str]) -> None:
@@ -94,21 +86,11 @@ def test_ctrl_c_within_a_wait_for_a_lock_is_ctrl_c() -> None:
     assert isinstance(CliRunner().invoke(failing(RuntimeError("a fault")), []).exception, RuntimeError)
 
 
-def test_what_is_not_ours_is_left_alone() -> None:
-    assert isinstance(CliRunner().invoke(failing(ZeroDivisionError()), []).exception, ZeroDivisionError)
-
-
 def test_a_note_follows_the_line(capsys: pytest.CaptureFixture[str]) -> None:
     error = StorageError("first")
     error.add_note("second\nthird")
     say_error(error)
     assert capsys.readouterr().err == "error: first\nsecond\nthird\n"
-
-
-def test_shards_are_a_power_of_two() -> None:
-    assert [power_of_two(value) for value in (None, 1, 64)] == [None, 1, 64]
-    with pytest.raises(typer.BadParameter, match="3 is not a power of two"):
-        power_of_two(3)
 
 
 def featurestore(*arguments: str | bytes, **environment: str) -> "subprocess.CompletedProcess[bytes]":
@@ -176,18 +158,6 @@ def test_what_is_not_finite_is_null_and_nothing_else_is_left_behind(tmp_path: Pa
     write_json(tmp_path / "demo.json", {"auc": [float("nan"), (0.5, float("inf"))], "gauc": 0.5})
     assert json.loads((tmp_path / "demo.json").read_text()) == {"auc": [None, [0.5, None]], "gauc": 0.5}
     assert [path.name for path in tmp_path.iterdir()] == ["demo.json"]
-
-
-def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    replace_file(tmp_path / "a", "old")
-
-    def fail(*_: object) -> None:
-        raise OSError("no space left")
-
-    monkeypatch.setattr(Path, "replace", fail)
-    with pytest.raises(OSError, match="no space"):
-        replace_file(tmp_path / "a", "new")
-    assert (tmp_path / "a").read_text() == "old"
 
 
 def test_the_option_json_is_named(tmp_path: Path) -> None:

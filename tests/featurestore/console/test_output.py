@@ -9,11 +9,9 @@ from types import SimpleNamespace
 import pytest
 import typer
 from matplotlib.figure import Figure
-from rich.console import Console
 from rich.table import Table
 
 from featurestore.console import output
-from featurestore.console import page as page_module
 from featurestore.console.output import (
     print_line,
     print_problem,
@@ -27,7 +25,6 @@ from featurestore.errors import USAGE, OutputPlaceError, UserError
 from featurestore.text import printable
 from tests.pages import ReadPage, check_page
 
-ROOT = Path(__file__).parents[3]
 NUMBERS = ["1,234,567,890", "0.123456", "0.6260 to 0.6279", "2,048 (+0.0123)"]
 
 
@@ -78,22 +75,6 @@ def test_a_narrow_terminal_cuts_no_number(monkeypatch: pytest.MonkeyPatch, colum
         assert "impressions" in lines[1], "a column's name and its value are a line"
 
 
-def test_only_output_makes_consoles_and_prints_tables() -> None:
-    """So that the tests above are about every command; those of report pages and of the tutorial show nothing."""
-    found = []
-    for package in ("featurestore", "pipeline", "trainer", "jobs", "benchmarks", "tools"):
-        for file in sorted((ROOT / package).rglob("*.py")):
-            text = file.read_text(encoding="utf-8")
-            makes = re.search(
-                r"\b(Console|Progress|TextColumn)\(|rich\.print|from rich import print|Markdown\(|import track", text
-            )
-            by_itself = "rich.table import" in text and "print_table" not in text
-            if file.name not in ("output.py", "page.py", "tutorial.py") and (makes or by_itself):
-                found.append(file)
-    assert found == []
-    assert isinstance(text_console(stderr=True), Console)
-
-
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The time of the bar alone, in a list of one, which a test sets: loops of other threads live by the real one."""
@@ -112,13 +93,6 @@ def test_a_log_gets_a_line_now_and_then_and_one_at_the_end(
         clock[0] += 1
         bar.advance(1000)
     assert capsys.readouterr().err == "reading: 1,000 of 2,000\nreading: 2,000 of 2,000\n"
-
-
-def test_what_is_quick_says_nothing_in_a_log(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
-    with progress_bar("shards") as bar:
-        clock[0] += 9
-        bar(8, 8)
-    assert capsys.readouterr().err == ""
 
 
 def test_a_terminal_gets_a_bar_that_goes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -229,15 +203,6 @@ def test_blocks_come_in_the_order_in_which_they_were_printed(
     assert read.value("one") == ["1,234"] and '<span class="r1">A heading</span>' in read.text
 
 
-def test_a_wide_table_is_not_folded(tmp_path: Path) -> None:
-    table = Table(*(f"column {number}" for number in range(100)))
-    table.add_row(*(f"cell {number} " * 9 for number in range(100)))
-    with recorded(page_of(tmp_path)):
-        print_table(text_console(), table)
-    read = ReadPage.of(tmp_path / "page.html")
-    assert read.rows[1] == [("cell {0} " * 9).format(number).strip() for number in range(100)]
-
-
 def test_passwords_in_addresses_are_hidden(tmp_path: Path) -> None:
     page = ReportPage(tmp_path / "x.html", "T", ["python", "--store", "http://me:hidden-word@host/x", "a b"])
     table = Table("store")
@@ -272,21 +237,6 @@ def test_a_page_is_written_at_the_end_of_a_command_and_not_of_one_that_failed(tm
     with recorded(page):
         page.leave_out()
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_page_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "page.html").write_text("old")
-
-    def fail(*_: object) -> None:
-        raise OSError("no space left")
-
-    monkeypatch.setattr(page_module, "replace_file", fail)
-    with (
-        pytest.raises(UserError, match=r"cannot write --html .*page\.html: no space left"),
-        recorded(page_of(tmp_path)),
-    ):
-        print_line(text_console(), "x")
-    assert (tmp_path / "page.html").read_text() == "old"
 
 
 def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:

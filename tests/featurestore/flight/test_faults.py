@@ -1,6 +1,5 @@
 """What goes wrong between a client and a server: each is a clear error in time, and the server answers others."""
 
-import os
 import signal
 import socket
 import threading
@@ -8,9 +7,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pytest
 from pyarrow import flight
@@ -18,9 +17,8 @@ from pyarrow import flight
 from featurestore import FeatureClient, FeatureStore, StoreInfo, connect, keys_of_uris
 from featurestore.errors import DeadlineError, UnavailableError
 from featurestore.flight.protocol import KEYS_SCHEMA, MAX_KEYS
-from featurestore.flight.server import FeatureServer, Listening, OpenSnapshots
 from tests.featurestore.conftest import MakeRows
-from tests.featurestore.flight.conftest import Serve, ServerProcess, ServeSmall
+from tests.featurestore.flight.conftest import Serve, ServerProcess
 
 WIDE = 4096
 
@@ -58,12 +56,13 @@ def stuck_reader(address: str) -> Iterator[flight.FlightStreamReader]:
 
 def wait_until_stopped(server: ServerProcess) -> None:
     """Wait until no thread of a server goes on: SIGSTOP takes its time on a busy machine."""
-    os.waitid(os.P_PID, server.process.pid, os.WSTOPPED)
+    while psutil.Process(server.process.pid).status() != psutil.STATUS_STOPPED:
+        time.sleep(0.01)  # the test's own limit ends it
 
 
 @pytest.mark.long
-def test_a_client_that_never_reads_leaves_others_alone(serve_small: ServeSmall, wide: FeatureStore) -> None:
-    server = serve_small(wide)
+def test_a_client_that_never_reads_leaves_others_alone(serve: Serve, wide: FeatureStore) -> None:
+    server = serve(wide)
     with stuck_reader(server.address), connect(server.address) as client:
         assert len(client.lookup(KEYS).features_UD) == 64
 
@@ -74,50 +73,14 @@ def test_sigterm_lets_a_lookup_end(serve: Serve, wide: FeatureStore) -> None:
     server = serve(wide)
     with stuck_reader(server.address) as reader:
         rows = reader.read_chunk().data.num_rows
-        server.process.send_signal(signal.SIGTERM)
+        server.send(signal.SIGTERM)
         wait_until_refused(server.address)
-        assert server.process.poll() is None
+        assert server.process.exitcode is None
         rows += sum(chunk.data.num_rows for chunk in reader)
-    assert server.process.wait(timeout=30) == 0
+    server.process.join(30)
+    assert server.process.exitcode == 0
     assert rows == 12_000
     assert serve(wide).end(signal.SIGINT) == 130
-
-
-@pytest.mark.long
-def test_sigterm_does_not_wait_for_ever(serve: Serve, wide: FeatureStore) -> None:
-    server = serve(wide)
-    with stuck_reader(server.address) as reader:
-        reader.read_chunk()
-        begun = time.monotonic()
-        assert server.end() == 0
-        assert time.monotonic() - begun < 40
-
-
-class Ending(FeatureServer):
-    """A server that ends between a call's arrival and its begin: gRPC cancels it."""
-
-    def do_exchange(self, _context: Any, _descriptor: Any, _reader: Any, _writer: Any) -> None:
-        raise flight.FlightCancelledError("CANCELLED")
-
-
-def test_a_call_that_an_ending_server_cancels_is_to_be_tried_again(wide: FeatureStore) -> None:
-    with (
-        Ending(OpenSnapshots(wide), Listening()) as server,
-        connect(server.address) as client,
-        pytest.raises(UnavailableError, match="the connection broke"),
-    ):
-        client.lookup(KEYS[:1])
-
-
-def test_a_server_that_drains_refuses_new_calls_and_waits_for_those_that_run(wide: FeatureStore) -> None:
-    with FeatureServer(OpenSnapshots(wide), Listening()) as server, connect(server.address) as client:
-        with stuck_reader(server.address) as reader:
-            rows = reader.read_chunk().data.num_rows
-            assert not server.drain(timeout_s=0.1)
-            with pytest.raises(UnavailableError, match="the server shuts down"):
-                client.lookup(KEYS[:1])
-            rows += sum(chunk.data.num_rows for chunk in reader)
-        assert rows == 12_000 and server.drain(timeout_s=30)
 
 
 def wait_until_refused(address: str, timeout_s: float = 10) -> None:
@@ -163,35 +126,17 @@ def test_a_server_killed_in_the_middle(serve: Serve, wide: FeatureStore) -> None
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("count", [10, 20_000])
-def test_an_error_here_is_that_error(
-    serve_small: ServeSmall, wide: FeatureStore, count: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Ctrl-C while answers come, and while keys are sent, ends the call at once; the client is good for the next."""
-    server = serve_small(wide)
-    with connect(server.address) as client:
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-
-            def interrupted(*_: object) -> int:
-                raise KeyboardInterrupt
-
-            patch.setattr(FeatureClient, "_take", interrupted)
-            client.lookup(np.resize(KEYS, count))
-        answers_again(client)
-
-
-@pytest.mark.long
 def test_a_server_that_does_not_answer_in_time(serve: Serve, wide: FeatureStore) -> None:
     server = serve(wide)
     with connect(server.address, timeout_s=2) as client:
         client.lookup(KEYS)
-        server.process.send_signal(signal.SIGSTOP)
+        server.send(signal.SIGSTOP)
         wait_until_stopped(server)
         begun = time.monotonic()
         with pytest.raises(DeadlineError, match="timeout_s=2"):
             client.lookup(KEYS)
         assert time.monotonic() - begun < 5
-        server.process.send_signal(signal.SIGCONT)
+        server.send(signal.SIGCONT)
         assert len(client.lookup(KEYS).features_UD) == 64
 
 
@@ -207,28 +152,9 @@ def test_who_listens_is_no_feature_server() -> None:
 
 
 @pytest.mark.long
-def test_a_newest_snapshot_that_is_damaged_is_not_offered(
-    serve: Serve, wide: FeatureStore, make_rows: MakeRows, tmp_path: Path
-) -> None:
-    server = serve(wide, "--poll-s", "0.1")
-    before = set((tmp_path / "wide" / "data").rglob("*.parquet"))
-    server.process.send_signal(signal.SIGSTOP)  # so that it sees the commit only when its files are damaged
-    wait_until_stopped(server)
-    wide.put(make_rows(64, wide.info, seed=3))
-    for path in set((tmp_path / "wide" / "data").rglob("*.parquet")) - before:
-        data = bytearray(path.read_bytes())
-        data[len(data) // 2] ^= 1
-        path.write_bytes(data)
-    server.process.send_signal(signal.SIGCONT)
-    assert "damaged" in server.wait_for("stays at snapshot 1")
-    with connect(server.address) as client:
-        assert client.snapshot_version == 1 and len(client.lookup(KEYS).features_UD) == 64
-
-
-@pytest.mark.long
-def test_requests_that_are_none(serve_small: ServeSmall, wide: FeatureStore) -> None:
+def test_requests_that_are_none(serve: Serve, wide: FeatureStore) -> None:
     """Other columns, nulls, other commands and actions: an error each, and the server lives."""
-    server = serve_small(wide)
+    server = serve(wide)
 
     def exchange(command: bytes, batch: pa.RecordBatch) -> None:
         writer, reader = client.do_exchange(flight.FlightDescriptor.for_command(command))
@@ -264,11 +190,3 @@ def test_requests_that_are_none(serve_small: ServeSmall, wide: FeatureStore) -> 
 def test_what_is_no_address_is_named(text: str) -> None:
     with pytest.raises(ValueError, match="is not the address of a feature server"):
         connect(text)
-
-
-@pytest.mark.services
-def test_ipv6(serve: Serve, wide: FeatureStore) -> None:
-    server: ServerProcess = serve(wide, "--host", "::1")
-    assert server.address.startswith("grpc://[::1]:")
-    with connect(server.address) as client:
-        assert len(client.lookup(KEYS).features_UD) == 64

@@ -23,7 +23,7 @@ from featurestore.errors import (
 )
 from featurestore.upkeep.expiry import expire
 from tests.featurestore.conftest import MakeRows
-from tests.featurestore.flight.conftest import ServeSmall
+from tests.featurestore.flight.conftest import Serve
 
 ROWS = 3_000
 
@@ -61,8 +61,8 @@ def assert_same(client: FeatureClient, store: FeatureStore, folder: Path, keys_U
 
 
 @pytest.mark.long
-def test_keys_that_are_no_whole_numbers_are_refused(info: StoreInfo, serve_small: ServeSmall, tmp_path: Path) -> None:
-    server = serve_small(make_store(tmp_path / "store", info))
+def test_keys_that_are_no_whole_numbers_are_refused(info: StoreInfo, serve: Serve, tmp_path: Path) -> None:
+    server = serve(make_store(tmp_path / "store", info))
     with connect(server.address, missing="zeros") as client:
         for ask in (client.lookup, client.contains):
             for keys_U in ([1.5], [2.0**60]):
@@ -77,22 +77,22 @@ def test_keys_that_are_no_whole_numbers_are_refused(info: StoreInfo, serve_small
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-def test_the_bits_of_a_partition(dtype: str, info: StoreInfo, serve_small: ServeSmall, tmp_path: Path) -> None:
+def test_the_bits_of_a_partition(dtype: str, info: StoreInfo, serve: Serve, tmp_path: Path) -> None:
     store = make_store(tmp_path / "store", info.model_copy(update={"dtype": dtype, "dim": 12}))
-    server = serve_small(store)
+    server = serve(store)
     with connect(server.address, missing="zeros") as client:
         assert_same(client, store, tmp_path, any_keys())
 
 
 @pytest.mark.long
 def test_few_keys_many_keys_and_none(
-    info: StoreInfo, serve_small: ServeSmall, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    info: StoreInfo, serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """None, one, one that is missing, one key very often, and more than fit into one message, block or call."""
     monkeypatch.setattr("featurestore.flight.client._CALL_BYTES", 34 << 20)
     store = make_store(tmp_path / "store", info.model_copy(update={"dim": 2048}), 300)
     known = keys_of_uris(["images/1.jpg"])
-    server = serve_small(store)
+    server = serve(store)
     with connect(server.address, missing="zeros") as client:
         for keys_U in (known[:0], known, np.array([3]), np.repeat(known, 5_000), np.resize(any_keys(300), 10_000)):
             client.missing_count = 0
@@ -105,9 +105,9 @@ def test_few_keys_many_keys_and_none(
 
 
 @pytest.mark.long
-def test_missing_policies(info: StoreInfo, serve_small: ServeSmall, tmp_path: Path) -> None:
+def test_missing_policies(info: StoreInfo, serve: Serve, tmp_path: Path) -> None:
     store = make_store(tmp_path / "store", info)
-    server = serve_small(store)
+    server = serve(store)
     gone = keys_of_uris(["images/7.jpg", "images/8.jpg"])
     with connect(server.address) as client, pytest.raises(MissingKeysError, match=str(gone[0])):
         client.lookup(gone)
@@ -119,9 +119,9 @@ def test_missing_policies(info: StoreInfo, serve_small: ServeSmall, tmp_path: Pa
 
 
 @pytest.mark.long
-def test_two_clients_in_two_threads_each(info: StoreInfo, serve_small: ServeSmall, tmp_path: Path) -> None:
+def test_two_clients_in_two_threads_each(info: StoreInfo, serve: Serve, tmp_path: Path) -> None:
     store = make_store(tmp_path / "store", info)
-    server = serve_small(store)
+    server = serve(store)
     keys_U = any_keys()
     with FeaturePartition.load(store, cache_dir=tmp_path / "cache", missing="zeros") as partition:
         expected = partition.lookup(keys_U).features_UD.tobytes()
@@ -141,11 +141,11 @@ def test_two_clients_in_two_threads_each(info: StoreInfo, serve_small: ServeSmal
 
 @pytest.mark.long
 def test_a_snapshot_committed_meanwhile(
-    info: StoreInfo, make_rows: MakeRows, store: FeatureStore, serve_small: ServeSmall, tmp_path: Path
+    info: StoreInfo, make_rows: MakeRows, store: FeatureStore, serve: Serve, tmp_path: Path
 ) -> None:
     """Who is connected keeps what it has; who connects next gets the newest; both numbers can be asked for."""
     store.put(make_rows(50, info))
-    server = serve_small(store, "--poll-s", "0.1")
+    server = serve(store, "--poll-s", "0.1")
     keys_U = keys_of_uris([f"images/{i}.jpg" for i in range(60)])
     with connect(server.address, missing="zeros") as before:
         old = before.lookup(keys_U)
@@ -158,18 +158,18 @@ def test_a_snapshot_committed_meanwhile(
         assert first.lookup(keys_U).features_UD.tobytes() == old.features_UD.tobytes()
     with pytest.raises(SnapshotNotFoundError, match="no snapshot 3"):
         connect(server.address, version=3)
-    fixed = serve_small(store, "--version", "1")
+    fixed = serve(store, "--version", "1")
     with pytest.raises(SnapshotNotFoundError, match=r"snapshot 1 of .* alone"):
         connect(fixed.address, version=2)
 
 
 @pytest.mark.long
 def test_a_snapshot_that_expires_meanwhile(
-    info: StoreInfo, make_rows: MakeRows, store: FeatureStore, serve_small: ServeSmall
+    info: StoreInfo, make_rows: MakeRows, store: FeatureStore, serve: Serve
 ) -> None:
     """It is there for as long as the server has it open, and a clear error afterwards."""
     store.put(make_rows(50, info))
-    server = serve_small(store, "--poll-s", "0.1")
+    server = serve(store, "--poll-s", "0.1")
     keys_U = make_rows(50, info).keys_N
     with connect(server.address) as client:
         old = client.lookup(keys_U).features_UD.tobytes()
@@ -178,7 +178,7 @@ def test_a_snapshot_that_expires_meanwhile(
         server.wait_for("offers snapshot 2")
         assert client.lookup(keys_U).features_UD.tobytes() == old
         server.end()
-        serve_small(store, "--port", str(server.port))
+        serve(store, "--port", str(server.port))
         with pytest.raises(SnapshotNotFoundError, match="1 has expired"):
             ask_until_connected(client, keys_U)
 
@@ -195,12 +195,12 @@ def ask_until_connected(client: FeatureClient, keys_U: np.ndarray, timeout_s: fl
 
 
 @pytest.mark.long
-def test_other_languages_scan_a_snapshot(info: StoreInfo, serve_small: ServeSmall, tmp_path: Path) -> None:
+def test_other_languages_scan_a_snapshot(info: StoreInfo, serve: Serve, tmp_path: Path) -> None:
     """The live rows of a snapshot, decoded or as stored; a wrong ticket is an error."""
     from pyarrow import flight
 
     store = make_store(tmp_path / "store", info)
-    server = serve_small(store)
+    server = serve(store)
     with flight.FlightClient(server.address) as client:
         whole = client.do_get(flight.Ticket(b"{}")).read_all()
         first = client.do_get(flight.Ticket(b'{"version": 1, "columns": ["key", "width"]}')).read_all()

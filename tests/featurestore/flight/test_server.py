@@ -1,6 +1,5 @@
 """The server of features: who may ask it, whom a client trusts, and which snapshots it has open."""
 
-import ast
 import threading
 import time
 import weakref
@@ -22,7 +21,7 @@ from featurestore.errors import (
 )
 from featurestore.flight.server import OpenSnapshots, follow
 from tests.featurestore.conftest import MakeRows
-from tests.featurestore.flight.conftest import ROOT, ServeSmall
+from tests.featurestore.flight.conftest import Serve
 
 TOKEN, OTHER = "0123456789abcdef-first", "0123456789abcdef-second"
 KEYS = keys_of_uris([f"images/{i}.jpg" for i in range(20)])
@@ -49,11 +48,11 @@ def filled(store: FeatureStore, info: StoreInfo, make_rows: MakeRows) -> Feature
 
 
 @pytest.mark.long
-def test_tokens(serve_small: ServeSmall, filled: FeatureStore, tmp_path: Path) -> None:
+def test_tokens(serve: Serve, filled: FeatureStore, tmp_path: Path) -> None:
     """Every token of the file opens all calls; without one, none is."""
     file = tmp_path / "tokens.txt"
     file.write_text(f"# of the notebooks\n{TOKEN}\n\n{OTHER}\n")
-    server = serve_small(filled, "--token-file", file)
+    server = serve(filled, "--token-file", file)
     for token in (TOKEN, OTHER):
         with connect(server.address, token=token) as client:
             assert not client.lookup(KEYS).missing_U.any()
@@ -72,10 +71,10 @@ def test_tokens(serve_small: ServeSmall, filled: FeatureStore, tmp_path: Path) -
 
 
 @pytest.mark.long
-def test_tls(serve_small: ServeSmall, filled: FeatureStore, tmp_path: Path) -> None:
+def test_tls(serve: Serve, filled: FeatureStore, tmp_path: Path) -> None:
     """The right authority is trusted; another one, and a name that the certificate has not, are refused and named."""
     good, other = Certificates(tmp_path / "good", "localhost"), Certificates(tmp_path / "other", "localhost")
-    server = serve_small(filled, "--host", "localhost", "--tls-cert", good.cert, "--tls-key", good.key)
+    server = serve(filled, "--host", "localhost", "--tls-cert", good.cert, "--tls-key", good.key)
     assert server.address == f"grpc+tls://localhost:{server.port}"
     with connect(server.address, ca=good.ca) as client:
         assert not client.lookup(KEYS).missing_U.any()
@@ -95,17 +94,17 @@ def test_tls(serve_small: ServeSmall, filled: FeatureStore, tmp_path: Path) -> N
 
 
 @pytest.mark.long
-def test_tls_to_a_server_without(serve_small: ServeSmall, filled: FeatureStore) -> None:
-    server = serve_small(filled)
+def test_tls_to_a_server_without(serve: Serve, filled: FeatureStore) -> None:
+    server = serve(filled)
     with pytest.raises(UnavailableError, match="only one side uses TLS") as told:
         connect(f"grpc+tls://127.0.0.1:{server.port}", timeout_s=5)
     assert "\n" not in str(told.value)
 
 
 @pytest.mark.long
-def test_an_expired_certificate(serve_small: ServeSmall, filled: FeatureStore, tmp_path: Path) -> None:
+def test_an_expired_certificate(serve: Serve, filled: FeatureStore, tmp_path: Path) -> None:
     old = Certificates(tmp_path / "old", "127.0.0.1", expired=True)
-    server = serve_small(filled, "--tls-cert", old.cert, "--tls-key", old.key)
+    server = serve(filled, "--tls-cert", old.cert, "--tls-key", old.key)
     with pytest.raises(AccessError, match="expired"):
         connect(server.address, ca=old.ca)
 
@@ -116,26 +115,6 @@ def test_certificate_and_key_must_fit(tmp_path: Path) -> None:
     for cert, key in ((one.cert, two.key), (one.key, one.cert), (one.cert, tmp_path / "nosuch")):
         with pytest.raises(FeatureStoreError, match="not a pair in PEM"):
             read_tls(cert, key)
-
-
-PACKAGES = ("featurestore", "pipeline", "trainer", "serving", "explorer", "jobs", "benchmarks")
-
-
-def imports_flight(path: Path) -> bool:
-    text = path.read_text(encoding="utf-8")
-    for node in ast.walk(ast.parse(text)) if "flight" in text else ():
-        names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
-        if isinstance(node, ast.ImportFrom) and node.module == "pyarrow" and "flight" in names:
-            return True
-        if any(name.startswith("pyarrow.flight") for name in [*names, getattr(node, "module", None) or ""]):
-            return True
-    return False
-
-
-def test_flight_is_imported_in_its_room_alone() -> None:
-    files = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
-    found = {path.parent.relative_to(ROOT).as_posix() for path in files if imports_flight(path)}
-    assert found == {"featurestore/flight"}
 
 
 @pytest.fixture

@@ -1,11 +1,8 @@
 """Codecs and rows: numbers rounded to a store's dtype, rows that a store refuses, live rows as Arrow tables."""
 
 import io
-import random
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,10 +13,8 @@ from hypothesis import strategies as st
 from featurestore import Codec, FeatureRows, FeatureStore, StoreInfo, keys_of_uris, to_bits, to_float32
 from featurestore.errors import CorruptFileError, InvalidRowsError, KeyCollisionError
 from featurestore.format.codec import read_npy
-from featurestore.format.shard import ShardReader
 from featurestore.index import nearest
 from featurestore.text import DType
-from featurestore.upkeep.compaction import compact
 from tests.featurestore.conftest import MakeRows
 from tests.featurestore.staged import build_shard
 
@@ -88,12 +83,6 @@ def written(array: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def test_threads_read_what_was_written() -> None:
-    files = [written(np.arange(number)) for number in range(200)]
-    with ThreadPoolExecutor(8) as pool:
-        assert [len(array) for array in pool.map(read_npy, files)] == list(range(200))
-
-
 def test_pickles_and_other_bytes_are_refused() -> None:
     for data in (written(np.array([{}], object)), b"", b"no array"):
         with pytest.raises((ValueError, EOFError)):
@@ -124,29 +113,6 @@ def test_bfloat16_ties_and_specials() -> None:
     assert back[0] == np.inf and back[1] == -np.inf and np.isnan(back[2]) and np.signbit(back[3])
     all_ones = np.array([0xFFFFFFFF], dtype=np.uint32).view(np.float32)  # a NaN that would round over into zero
     assert np.isnan(to_float32(to_bits(all_ones, "bfloat16"), "bfloat16"))[0]
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-def test_conversion_there_and_back_is_exact(dtype: DType) -> None:
-    stored = to_bits(np.random.default_rng(0).standard_normal((5, 3)).astype(np.float32), dtype)
-    assert np.array_equal(to_bits(to_float32(stored, dtype), dtype), stored)
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_features_that_are_not_finite_are_refused(info: StoreInfo, make_rows, dtype: DType, bad: float) -> None:
-    info = info.model_copy(update={"dtype": dtype})
-    values = np.zeros((3, 8), np.float32)
-    values[1, 7] = bad
-    rows = FeatureRows.of(["a", "b", "c"], to_bits(values, dtype))
-    with pytest.raises(InvalidRowsError, match=r"1 of 3 features are not finite.*'b'"):
-        rows.validate(info)
-
-
-def test_a_float16_overflow_is_refused(info: StoreInfo) -> None:
-    info = info.model_copy(update={"dtype": "float16"})
-    with pytest.raises(InvalidRowsError, match="not finite"):
-        FeatureRows.of(["a"], to_bits(np.full((1, 8), 1e6, np.float32), "float16")).validate(info)
 
 
 def test_shape_dtype_and_lengths_are_checked(info: StoreInfo, make_rows) -> None:
@@ -222,54 +188,6 @@ def test_a_stream_has_the_shards_asked_for(store: FeatureStore, info: StoreInfo,
     for shards in ([], [3], [5, 1]):
         expected = [key for shard in shards for key in snapshot.read_shard(shard).keys_N.tolist()]
         assert snapshot.arrow_reader(["key"], shards=shards).read_all()["key"].to_pylist() == expected
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("seed", range(3))
-def test_random_commits_against_a_dict(seed: int, store: FeatureStore) -> None:
-    """Every snapshot has the newest row of each key, and no deleted one."""
-    rng = random.Random(seed)
-    live: dict[str, tuple[int, list[float]]] = {}
-    snapshots: dict[int, dict[str, tuple[int, list[float]]]] = {}
-    for _ in range(10):
-        uris = rng.sample([f"{number}.jpg" for number in range(60)], rng.randint(1, 25))
-        kind = rng.choice(["put", "put", "put", "delete", "compact"])
-        if kind == "put":
-            rows = {uri: (rng.randint(1, 999), [float(rng.randint(-99, 99)) for _ in range(8)]) for uri in uris}
-            live |= rows
-            values = np.array([feature for _, feature in rows.values()], np.float32)
-            store.put(FeatureRows.of(uris, values, widths=[width for width, _ in rows.values()]))
-        elif kind == "delete":
-            live = {uri: row for uri, row in live.items() if uri not in uris}
-            store.delete(keys_of_uris(uris))
-        else:
-            compact(store, force=True)
-        snapshots[store.snapshot().version] = dict(live)
-    for version, expected in snapshots.items():
-        rows_M = store.snapshot(version).to_arrow().to_pylist()
-        assert {row["uri"]: (row["width"], row["feature"]) for row in rows_M} == expected
-        assert len(rows_M) == len(expected)
-
-
-@pytest.mark.parametrize("columns", [["uri", "width"], ["feature"], None])
-def test_only_the_named_columns_are_read(
-    columns: list[str] | None,
-    store: FeatureStore,
-    info: StoreInfo,
-    make_rows: MakeRows,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    store.put(make_rows(20, info))
-    read: set[str] = set()
-    live_tables = ShardReader.live_tables
-
-    def noted(self: ShardReader, names: Any) -> Any:
-        read.update(names)
-        return live_tables(self, names)
-
-    monkeypatch.setattr(ShardReader, "live_tables", noted)
-    table = store.snapshot().arrow_reader(columns).read_all()
-    assert len(table) == 20 and read == set(table.schema.names)
 
 
 def test_a_damaged_file_is_named(store: FeatureStore, info: StoreInfo, make_rows: MakeRows) -> None:

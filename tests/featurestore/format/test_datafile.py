@@ -178,28 +178,22 @@ def step_of(path: Path) -> int:
     return max(1, path.stat().st_size // FLIPS_OF_A_FILE)
 
 
-def check_verify_finds_flips(store: FeatureStore, kind: str, step: Callable[[Path], int]) -> None:
-    for path in files_of(store, kind):
-        for place in flips(path, step(path)):
-            found = verify(store, threads=1).problems
+@pytest.mark.long
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("step", [None, pytest.param(3, marks=pytest.mark.slow)])
+def test_verify_finds_a_flipped_bit_in_every_kind_of_file(full: FeatureStore, kind: str, step: int | None) -> None:
+    for path in files_of(full, kind):
+        for place in flips(path, step or step_of(path)):
+            found = verify(full, threads=1).problems
             assert any(path.name in str(problem) for problem in found), f"byte {place} of {path}"
             assert all(problem.way_out for problem in found)
-    assert verify(store).problems == []
+    assert verify(full).problems == []
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("kind", KINDS)
-def test_verify_finds_a_flipped_bit_in_every_kind_of_file(full: FeatureStore, kind: str) -> None:
-    check_verify_finds_flips(full, kind, step_of)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-def test_verify_finds_a_flipped_bit_in_every_third_byte(full: FeatureStore, kind: str) -> None:
-    check_verify_finds_flips(full, kind, lambda _: 3)
-
-
-def check_partition_refuses_flips(store: FeatureStore, cache: Path, step: int) -> None:
+@pytest.mark.parametrize("step", [127, pytest.param(3, marks=pytest.mark.slow)])
+def test_a_partition_refuses_every_flipped_bit_of_what_it_uses(full: FeatureStore, tmp_path: Path, step: int) -> None:
+    store, cache = full, tmp_path
     manifest = store.snapshot().manifest
     for shard, files in manifest.shards.items():
         for entry in files:
@@ -216,36 +210,18 @@ def check_partition_refuses_flips(store: FeatureStore, cache: Path, step: int) -
 
 
 @pytest.mark.long
-def test_a_partition_refuses_every_flipped_bit_of_what_it_uses(full: FeatureStore, tmp_path: Path) -> None:
-    check_partition_refuses_flips(full, tmp_path, 127)
-
-
-@pytest.mark.slow
-def test_a_partition_refuses_a_flipped_bit_in_every_third_byte(full: FeatureStore, tmp_path: Path) -> None:
-    check_partition_refuses_flips(full, tmp_path, 3)
-
-
-def check_reads_by_page_checksum(store: FeatureStore, step: int) -> None:
+@pytest.mark.parametrize("step", [13, pytest.param(1, marks=pytest.mark.slow)])
+def test_reads_of_single_rows_give_the_right_ones_or_an_error(full: FeatureStore, step: int) -> None:
     """Without the digest of the file: the right rows, or an error."""
-    snapshot = store.snapshot()
+    snapshot = full.snapshot()
     whole = snapshot.read_shard(1)
-    for place in flips(Path(store.url) / snapshot.manifest.files(1)[0].path, step):
+    for place in flips(Path(full.url) / snapshot.manifest.files(1)[0].path, step):
         try:
             found = snapshot.read_shard(1)
         except CorruptFileError:
             continue
         for name, values in whole.__dict__.items():
             assert np.array_equal(np.asarray(values), np.asarray(getattr(found, name))), f"{name}, byte {place}"
-
-
-@pytest.mark.long
-def test_reads_of_single_rows_give_the_right_ones_or_an_error(full: FeatureStore) -> None:
-    check_reads_by_page_checksum(full, 13)
-
-
-@pytest.mark.slow
-def test_reads_of_single_rows_with_every_byte_damaged(full: FeatureStore) -> None:
-    check_reads_by_page_checksum(full, 1)
 
 
 def test_a_footer_whose_row_groups_do_not_add_up_is_damaged(full: FeatureStore) -> None:

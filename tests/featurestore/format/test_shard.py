@@ -1,8 +1,6 @@
 """A shard's files: written the same in one block or many, refused out of order, and several of them read as one."""
 
-import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -21,7 +19,6 @@ from featurestore.keys import shard_of
 from featurestore.spec import FileEntry
 from featurestore.staging import sorted_table
 from featurestore.storage.local import DiskFiles
-from tests.faulty import faulty
 
 
 @pytest.fixture
@@ -147,22 +144,3 @@ def test_a_shard_without_files_has_no_key(store: FeatureStore, info: StoreInfo) 
     empty = store.snapshot().shard_reader(0)
     assert not empty.contains(KEYS).any()
     assert empty.uris(KEYS)[1] == []
-
-
-def test_threads_read_shards_at_the_same_time(store: FeatureStore, make_rows) -> None:
-    """Two readings wait for each other inside the storage: they end if none waits for the other's end."""
-    store.put(make_rows(100, store.info))
-    store.put(make_rows(100, store.info, seed=1))
-    both = threading.Barrier(2)
-
-    def meet(read: Callable[[str], bytes], path: str) -> bytes:
-        if path.startswith("data/") and threading.get_ident() not in met:
-            met.add(threading.get_ident())
-            both.wait(60)
-        return read(path)
-
-    met: set[int] = set()
-    snapshot = faulty(store, read_bytes=meet).snapshot()
-    with ThreadPoolExecutor(2) as threads:
-        list(threads.map(lambda shard: snapshot.shard_reader(shard).keys(), range(2)))
-    assert len(met) == 2

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from featurestore import FeaturePartition, FeatureRows, FeatureStore, StoreInfo, owner_of, shard_of, to_bits
+from featurestore import FeaturePartition, FeatureStore, StoreInfo, owner_of, shard_of
 from featurestore.errors import (
     FeatureStoreError,
     MissingKeysError,
@@ -18,7 +18,6 @@ from featurestore.errors import (
     StoreNotFoundError,
 )
 from featurestore.keys import HashIndex, shard_of_hash, splitmix64
-from featurestore.lookup import rowfiles
 
 
 @pytest.mark.long
@@ -27,7 +26,7 @@ from featurestore.lookup import rowfiles
     [
         ("bfloat16", 1, 1), ("bfloat16", 7, 3), ("bfloat16", 3000, 3),
         ("float16", 7, 1), ("float16", 8, 3),
-        ("float32", 1, 3), ("float32", 8, 1), ("float32", 3000, 1),
+        ("float32", 1, 3), ("float32", 8, 1), ("float32", 9001, 2),
     ],
 )  # fmt: skip
 def test_lookup_gives_the_rows_in_the_order_asked(
@@ -63,22 +62,6 @@ def test_what_is_larger_than_half_of_the_memory_is_not_read_at_its_opening(
     with FeaturePartition.load(store, cache_dir=cache) as partition:
         assert sum(read) == (300 if memory_bytes > 300 * 32 else 0)
         assert np.array_equal(partition.lookup(rows.keys_N).features_UD, rows.features_ND)
-
-
-@pytest.mark.parametrize("wider_by", [0, 1])
-def test_rows_are_the_same_touched_first_or_not(
-    store: FeatureStore, cache: Path, make_rows, monkeypatch: pytest.MonkeyPatch, wider_by: int
-) -> None:
-    """Wide rows are touched before they are copied; narrow ones are copied faster as they are."""
-    rows = make_rows(300, store.info)
-    store.put(rows)
-    touched = []
-    touch_and_take = rowfiles._touch_and_take
-    monkeypatch.setattr(rowfiles, "_touch_and_take", lambda *rest: touched.append(touch_and_take(*rest)))
-    monkeypatch.setattr(rowfiles, "_TOUCHED_BYTES", store.info.row_bytes + wider_by)
-    opened = FeaturePartition.load(store, cache_dir=cache)
-    assert np.array_equal(opened.lookup(rows.keys_N).features_UD, rows.features_ND)
-    assert bool(touched) == (wider_by == 0)
 
 
 def test_a_lookup_never_gives_a_wrong_row(store: FeatureStore, cache: Path, make_rows) -> None:
@@ -159,31 +142,6 @@ def test_blocks_are_a_lookup_in_pieces(store: FeatureStore, cache: Path, make_ro
         next(partition.lookup_blocks(np.array(keys), block_rows))
 
 
-def test_an_open_partition_keeps_its_snapshot(store: FeatureStore, cache: Path, make_rows) -> None:
-    rows = make_rows(50, store.info, seed=1)
-    store.put(rows)
-    with FeaturePartition.load(store, cache_dir=cache) as partition:
-        store.put(make_rows(50, store.info, seed=2))
-        store.delete(rows.keys_N)
-        for path in cache.iterdir():
-            path.unlink()  # mapped files live on
-        assert np.array_equal(partition.lookup(rows.keys_N).features_UD, rows.features_ND)
-    with FeaturePartition.load(store, cache_dir=cache, version=1) as old:
-        assert np.array_equal(old.lookup(rows.keys_N).features_UD, rows.features_ND)
-    with FeaturePartition.load(store, cache_dir=cache, missing="zeros") as new:
-        assert new.num_rows == 0 and new.lookup(rows.keys_N).missing_U.all()
-    with pytest.raises(SnapshotNotFoundError):
-        FeaturePartition.load(store, cache_dir=cache, version=9)
-
-
-def test_an_empty_store_serves_nothing(store: FeatureStore, cache: Path) -> None:
-    with FeaturePartition.load(store, cache_dir=cache, missing="learned") as partition:
-        assert (partition.num_rows, partition.snapshot_version) == (0, 0)
-        found = partition.lookup([1, 2])
-        assert found.missing_U.all() and not found.features_UD.any()
-    assert not cache.exists()
-
-
 def test_wrong_arguments_are_named(store: FeatureStore, cache: Path, tmp_path: Path, make_rows) -> None:
     rows = make_rows(3, store.info)
     store.put(rows)
@@ -212,17 +170,6 @@ def test_rows_outlive_the_partition(store: FeatureStore, cache: Path, make_rows)
     first = next(partition.rows(1))
     partition.close()
     assert first.any()  # an array that looks into the files keeps them mapped
-
-
-def test_rows_wider_than_pages_and_groups(tmp_path: Path, cache: Path, info: StoreInfo) -> None:
-    info = info.model_copy(update={"dim": 9001, "dtype": "float32", "num_shards": 2})
-    values = np.random.default_rng(0).standard_normal((700, 9001)).astype(np.float32)
-    store = FeatureStore.create(tmp_path / "wide", info)
-    rows = FeatureRows.of([f"{i}" for i in range(700)], to_bits(values, "float32"))
-    store.put(rows)
-    with FeaturePartition.load(store, cache_dir=cache, threads=2) as partition:
-        assert np.array_equal(partition.lookup(rows.keys_N).features_UD, values)
-    assert np.array_equal(store.snapshot().get(rows.keys_N[::97]), values[::97])
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
@@ -265,9 +212,24 @@ def test_contains_tells_the_rows_of_this_rank(store: FeatureStore, cache: Path, 
     assert seen.tolist() == [0] * 10 + [1] * 90 + [0] * 50
 
 
-def test_an_empty_partition_contains_nothing(store: FeatureStore, cache: Path) -> None:
+def test_a_partition_serves_on_when_its_snapshot_and_its_cache_are_gone(
+    store: FeatureStore, cache: Path, make_rows
+) -> None:
+    rows = make_rows(50, store.info, seed=1)
+    store.put(rows)
     with FeaturePartition.load(store, cache_dir=cache) as partition:
-        assert not partition.contains([1, 2]).any()
+        for path in [*cache.iterdir(), *Path(store.url, "data").rglob("*.parquet")]:
+            path.unlink()  # mapped files live on
+        assert np.array_equal(partition.lookup(rows.keys_N).features_UD, rows.features_ND)
+
+
+def test_an_empty_store_serves_nothing(store: FeatureStore, cache: Path) -> None:
+    with FeaturePartition.load(store, cache_dir=cache, missing="learned") as partition:
+        found = partition.lookup([1, 2])
+        assert found.missing_U.all() and not found.features_UD.any() and not partition.contains([1, 2]).any()
+    assert not cache.exists()
+    with pytest.raises(SnapshotNotFoundError):
+        FeaturePartition.load(store, cache_dir=cache, version=9)
 
 
 def files_of(cache: Path) -> dict[str, int]:
@@ -320,9 +282,6 @@ def test_only_changed_shards_are_built_again(store: FeatureStore, cache: Path, m
     [
         *[(suffix, damage) for suffix in ("rows.bin", "keys.npy", "json") for damage in ("shorter", "empty", "gone")],
         ("rows.bin", "longer"),
-        ("keys.npy", "another key"),
-        ("json", "another header"),
-        ("keys.npy", "another header"),
     ],
 )
 def test_damaged_cache_files_are_built_again(
@@ -339,8 +298,6 @@ def test_damaged_cache_files_are_built_again(
             "empty": b"",
             "gone": b"",
             "longer": whole + b"x",
-            "another key": whole[:-8] + bytes(8),
-            "another header": b"\x00" + whole[1:],
         }[damage]
     )
     if damage == "gone":
@@ -351,11 +308,13 @@ def test_damaged_cache_files_are_built_again(
     assert victim.read_bytes() == whole or suffix == "json"
 
 
+@pytest.mark.parametrize("num_files", [1, 2])
 def test_rows_damaged_by_a_power_cut_are_found_after_the_restart(
-    store: FeatureStore, cache: Path, make_rows, monkeypatch: pytest.MonkeyPatch
+    store: FeatureStore, cache: Path, make_rows, monkeypatch: pytest.MonkeyPatch, num_files: int
 ) -> None:
-    rows = make_rows(100, store.info)
-    store.put(rows)
+    for seed in range(num_files):
+        rows = make_rows(100, store.info, seed=seed)
+        store.put(rows)
     FeaturePartition.load(store, cache_dir=cache).close()
     before = files_of(cache)
     victim = next(cache.glob("shard-0003-*.rows.bin"))
@@ -369,16 +328,6 @@ def test_rows_damaged_by_a_power_cut_are_found_after_the_restart(
     intact = {name: time for name, time in before.items() if name.endswith("bin") and "0003" not in name}
     assert {name: files_of(cache)[name] for name in intact} == intact
     assert all('"the next start"' in path.read_text() for path in cache.glob("*.json"))
-
-
-def test_a_memory_store_is_cached_on_disk_too(memory_url: str, cache: Path, info: StoreInfo, make_rows) -> None:
-    store = FeatureStore.create(memory_url, info)
-    rows = make_rows(30, info)
-    store.put(rows)
-    steps: list[tuple[int, int]] = []
-    with FeaturePartition.load(store, cache_dir=cache, progress=lambda done, total: steps.append((done, total))) as p:
-        assert np.array_equal(p.lookup(rows.keys_N).features_UD, rows.features_ND)
-    assert steps == [(i, 8) for i in range(1, 9)]
 
 
 def test_processes_may_build_one_cache_at_once(store: FeatureStore, cache: Path, make_rows) -> None:
@@ -422,30 +371,6 @@ def check(index, asked_U, num_shards, owned):
     assert np.array_equal(index.hash_M[place_U] == asked_U, np.isin(asked_U, index.hash_M))
 
 
-@pytest.mark.long
-@pytest.mark.parametrize(
-    ("num_shards", "num_ranks", "count"),
-    [
-        (1, 1, 1),
-        (1, 3, 20_000),
-        (2, 1, 500),
-        (2, 3, 2),
-        (64, 1, 20_000),
-        (64, 3, 500),
-        (1 << 16, 1, 2),
-        (1 << 16, 3, 1),
-    ],
-)
-def test_every_hash_is_found_and_no_other(num_shards, num_ranks, count):
-    rng = np.random.default_rng(count)
-    hash_N = rng.integers(0, 2**64, count, dtype=np.uint64)
-    hash_N[: len(ENDS)] = ENDS[: len(hash_N)]
-    owned = list(range(0, num_shards, num_ranks))
-    index = index_of(hash_N, num_shards, owned)
-    asked_U = np.concatenate([hash_N, ENDS, rng.integers(0, 2**64, 5000, dtype=np.uint64)])
-    check(index, asked_U, num_shards, owned)
-
-
 @settings(deadline=None)
 @given(st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=40), st.sampled_from([1, 4, 16]))
 def test_hashes_of_any_kind(numbers, num_shards):
@@ -458,10 +383,3 @@ def test_hashes_of_any_kind(numbers, num_shards):
 def test_hashes_that_crowd_in_one_bucket():
     hash_N = np.arange(3000, dtype=np.uint64) + np.uint64(1 << 40)
     check(index_of(hash_N, 4, [0, 1, 2, 3]), np.concatenate([hash_N, hash_N + np.uint64(3000), ENDS]), 4, [0, 1, 2, 3])
-
-
-def test_the_largest_hash_is_not_taken_for_the_end():
-    index = index_of(np.array([5], np.uint64), 1, [0])
-    asked_U = np.array([2**64 - 1], np.uint64)
-    place_U = index.places(asked_U, np.zeros(1, np.int64))
-    assert index.hash_M[place_U[0]] != asked_U[0]

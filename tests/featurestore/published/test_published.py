@@ -71,14 +71,6 @@ class TestReading:
         assert first.size("test/day=2.parquet") == first.entry("test/day=2.parquet").size_bytes == 3
         assert first.list() == ["test", "train"]
 
-    def test_kept_files_keep_place_and_tag(self, storage: Storage, first: PublishedFiles, tmp_path: Path) -> None:
-        publish_second(storage, first, tmp_path)
-        second = newest(storage)
-        assert second.full("train/day=2.parquet") == first.full("test/day=2.parquet")
-        moved = first.entries("test")[0]._replace(path="train/day=2.parquet")
-        assert second.entries("train") == [*first.entries("train"), moved]
-        assert [entry.path for entry in second.entries()] == sorted(SECOND)
-
     def test_what_a_version_does_not_have_is_not_there(self, storage: Storage, first: PublishedFiles) -> None:
         stray = next(iter(first.published.files.values())).path
         for path in ("train/day=9.parquet", stray):
@@ -94,10 +86,6 @@ class TestReading:
         ):
             with pytest.raises(StorageError, match="version 1"):
                 write()
-
-    def test_an_address_without_versions_is_a_plain_folder(self, storage: Storage) -> None:
-        storage.write_bytes("train/day=1.parquet", b"one")
-        assert content(open_published(storage.url)) == {"train/day=1.parquet": "one"}
 
     def test_plain_files_may_become_part_of_a_version(self, storage: Storage) -> None:
         storage.write_bytes("test/day=1.parquet", b"one")
@@ -123,13 +111,6 @@ class TestWriters:
             won = list(pool.map(attempt, parts))
         assert sum(won) == 1
         assert content(newest(storage)) == {"train/day=1.parquet": str(won.index(True))}
-
-    def test_those_that_need_no_version_before_all_publish(self, storage: Storage, tmp_path: Path) -> None:
-        parts = [uploaded(storage, tmp_path, {"train/day=1.parquet": str(number)}) for number in range(4)]
-        with ThreadPoolExecutor(4) as pool:
-            numbers = [made.version for made in pool.map(lambda files: publish(storage, files), parts)]
-        assert sorted(numbers) == [1, 2, 3, 4]
-        assert content(newest(storage)) == {"train/day=1.parquet": str(numbers.index(4))}
 
     def test_a_file_that_is_gone_is_never_published(
         self, storage: Storage, first: PublishedFiles, tmp_path: Path

@@ -17,7 +17,6 @@ from typer.testing import CliRunner
 from featurestore import FeaturePartition, FeatureStore, QuarantineRow, StoreInfo
 from featurestore.__main__ import app
 from featurestore.errors import CorruptFileError
-from featurestore.format.codec import Basis, BasisOrigin, write_basis
 from featurestore.log import manifest_path
 from featurestore.spec import FileEntry, Manifest, ReductionSpec, unseal
 from featurestore.storage.storage import Storage
@@ -290,14 +289,3 @@ def test_other_folders_may_have_links_to_files_elsewhere(tmp_path: Path, outside
     (entry,) = storage.entries()
     assert storage.read_bytes("link.parquet") == b"four"
     assert (entry.path, entry.size_bytes) == ("link.parquet", 4)
-
-
-def test_a_compact_store_whose_basis_is_a_link_says_so(tmp_path: Path, info: StoreInfo, outside: Path) -> None:
-    origin = BasisOrigin(store_id="", version=1, commit_id="", extractor=info.extractor, num_rows=9, total_variance=8.0)
-    basis = Basis(np.zeros(9), np.eye(8, 9), np.ones(8), origin)
-    spec = write_basis(Storage(tmp_path / "compact"), basis)
-    store = FeatureStore.create(tmp_path / "compact", info.model_copy(update={"reduction": spec}))
-    link_out(store, spec.path, outside)
-    with pytest.raises(CorruptFileError, match="is a link that leads to"):
-        _ = FeatureStore.open(store.url).basis
-    assert [problem.kind for problem in verify(store).problems] == ["basis"]

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from s3fs import S3FileSystem
 
 from featurestore import FeaturePartition, FeatureStore, StoreInfo, keys_of_uris, log
 from featurestore.errors import StorageError
@@ -17,7 +16,7 @@ from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.expiry import expire
 from featurestore.upkeep.verify import verify
 from tests.proxy import Fault, Proxy, Request, proxy_before
-from tests.servers import Server, environment_of, new_bucket, seaweedfs
+from tests.servers import environment_of
 
 PASSING = [Fault.CUT, Fault.CUT_ANSWER, Fault.LOSE_ANSWER, Fault.SLOW_DOWN, Fault.SERVER_ERROR]
 PASSING += [Fault.SERVER_ERROR_AFTER_WORK]
@@ -112,14 +111,6 @@ def test_a_lost_answer_is_found_though_others_went_on(
     assert operations(s3_store) == ["mine", "rival"]
 
 
-@pytest.mark.parametrize("fault", [Fault.LOSE_ANSWER, Fault.SERVER_ERROR])
-def test_a_store_that_meets_a_fault_at_its_birth_is_made(proxy: Proxy, info: StoreInfo, fault: Fault) -> None:
-    proxy.rule = first(1, fault, lambda request: request.is_create and "store.json" in request.path)
-    store = FeatureStore.create(f"{new_bucket()}/features", info)
-    assert proxy.faults == [fault]
-    assert FeatureStore.open(store.url).info == store.info
-
-
 def test_a_year_of_work_with_many_requests_failing(
     s3_store: FeatureStore, proxy: Proxy, make_rows, tmp_path: Path
 ) -> None:
@@ -183,16 +174,6 @@ def test_a_server_that_never_recovers_is_one_clear_error(
     assert s3_store.snapshot().num_rows == 1
 
 
-def test_a_commit_that_cannot_be_made_is_one_clear_error_and_can_be_made_later(
-    s3_store: FeatureStore, proxy: Proxy, make_rows, impatient: None
-) -> None:
-    proxy.rule = lambda request: Fault.SLOW_DOWN if is_commit(request) else None
-    with pytest.raises(StorageError, match=r"cannot create s3://.*/log/.*SlowDown, said the proxy"):
-        s3_store.put(make_rows(1, s3_store.info), "throttled")
-    proxy.rule = lambda request: None
-    assert s3_store.put(make_rows(1, s3_store.info), "later").version == 1
-
-
 def test_what_will_not_pass_is_not_tried_again(s3_store: FeatureStore, proxy: Proxy, make_rows) -> None:
     requests: list[Request] = []
     with pytest.MonkeyPatch.context() as environment:
@@ -201,16 +182,6 @@ def test_what_will_not_pass_is_not_tried_again(s3_store: FeatureStore, proxy: Pr
         with pytest.raises(StorageError, match=r"cannot read .*store\.json: .*signature.*[a-z]; are the cred"):
             FeatureStore.open(s3_store.url)
     assert len(requests) <= 2
-
-
-def test_a_whole_file_is_read_by_one_request(s3_store: FeatureStore, proxy: Proxy) -> None:
-    storage, requests = s3_store.storage, list[Request]()
-    storage.write_bytes("log/a", b"few bytes")
-    proxy.rule = requests.append
-    assert storage.read_bytes("log/a") == b"few bytes"
-    with pytest.raises(FileNotFoundError):
-        storage.read_bytes("log/b")
-    assert [request.method for request in requests] == ["GET", "GET"]
 
 
 def test_an_answer_cut_in_the_middle_of_a_file_is_no_damage(
@@ -226,67 +197,3 @@ def test_an_answer_cut_in_the_middle_of_a_file_is_no_damage(
         proxy.rule = first(6, Fault.CUT_ANSWER, lambda request: ".parquet" in request.path)
         assert np.array_equal(look(), rows.features_ND)
         assert len(proxy.faults) == 6
-
-
-@pytest.mark.services
-def test_a_server_killed_during_commits_forgets_no_acknowledged_one(
-    tmp_path: Path, info: StoreInfo, make_rows, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    server = seaweedfs(tmp_path)
-    server.start()
-    try:
-        with environment_of(server.endpoint):
-            place = FeatureStore.create(f"{new_bucket()}/features", info).url  # the first write to a bucket takes long
-            monkeypatch.setenv("AWS_CLIENT_OF_THE_TEST", "a second one")  # there is a client for each environment
-            monkeypatch.setattr(S3FileSystem, "read_timeout", 1)  # requests hang while the server gets up
-            store = FeatureStore.open(place)
-            acknowledged = commit_while_it_dies(store, server, make_rows)
-            snapshot = store.snapshot()
-            assert operations(store) == sorted(operations(store), key=lambda text: int(text.split()[1]))
-            assert set(acknowledged) <= set(operations(store)) and len(set(operations(store))) == snapshot.version
-            assert len(acknowledged) >= 12
-            assert not verify(store).problems
-            for operation, keys in acknowledged.items():
-                assert np.array_equal(
-                    snapshot.get(keys), make_rows(2, info, seed=1, first=2 * number_of(operation)).features_ND
-                )
-    finally:
-        server.kill()
-
-
-def number_of(operation: str) -> int:
-    return int(operation.split()[1])
-
-
-def commit_while_it_dies(store: FeatureStore, server: Server, make_rows) -> dict[str, np.ndarray]:
-    """Operations and keys of the commits that came back; meanwhile the server is killed twice."""
-    acknowledged: dict[str, np.ndarray] = {}
-    enough = threading.Event()
-
-    def commit() -> None:
-        number = 0
-        while not enough.is_set():
-            rows = make_rows(2, store.info, seed=1, first=2 * number)
-            store.put(rows, f"put {number}")
-            acknowledged[f"put {number}"] = rows.keys_N
-            number += 1
-
-    writer = threading.Thread(target=commit)
-    writer.start()
-    chance = random.Random(0)
-    try:
-        for _ in range(2):
-            known = len(acknowledged)
-            while len(acknowledged) < known + 4 and writer.is_alive():
-                time.sleep(0.01)
-            time.sleep(chance.uniform(0, 0.1))
-            server.kill()
-            time.sleep(0.2)
-            server.start()
-        known = len(acknowledged)
-        while len(acknowledged) < known + 4 and writer.is_alive():
-            time.sleep(0.01)
-    finally:
-        enough.set()
-        writer.join()
-    return acknowledged

@@ -2,14 +2,10 @@
 
 import errno
 import io
-import json
 import os
 import pickle
 import random
 import re
-import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -20,12 +16,9 @@ from typing import Any
 import fsspec
 import numpy as np
 import pytest
-from fsspec import AbstractFileSystem
-from fsspec.implementations.ftp import FTPFileSystem
 from fsspec.implementations.local import LocalFileSystem
-from fsspec.implementations.memory import MemoryFileSystem
 
-from featurestore import FeaturePartition, FeatureStore, StoreInfo, to_float32
+from featurestore import FeaturePartition, FeatureStore, StoreInfo
 from featurestore.errors import (
     USAGE,
     AddressError,
@@ -36,7 +29,6 @@ from featurestore.errors import (
     UnsafeBackendError,
 )
 from featurestore.published.paths import run_path
-from featurestore.storage import remote
 from featurestore.storage.local import DiskFiles, IrregularFileError, open_regular, read_regular, read_text
 from featurestore.storage.safety import refuse_unsafe
 from featurestore.storage.storage import Storage
@@ -259,12 +251,6 @@ class TestSeaweedFS(StorageContract):
         storage.delete("log")
         assert storage.entries() == []
 
-    def test_a_file_of_several_parts(self, storage: Storage) -> None:
-        data = random.Random(0).randbytes(1 << 20) * 101  # s3fs puts more than 100 MB in parts
-        assert storage.create_exclusive("big", data)
-        assert not storage.create_exclusive("big", bytes(len(data)))
-        assert storage.read_bytes("big") == data
-
 
 def test_where_there_is_no_bucket_writing_is_an_error_and_reading_finds_nothing(missing_bucket: str) -> None:
     storage = Storage(f"{missing_bucket}/store")
@@ -334,11 +320,6 @@ def test_a_sector_that_cannot_be_read_is_damage_in_a_store_alone(
             Storage(tmp_path, keep_inside=keep_inside).read_bytes("a")
 
 
-def test_an_unknown_protocol_is_named() -> None:
-    with pytest.raises(AddressError, match="nonsense"):
-        Storage("nonsense://x").read_bytes("a")
-
-
 def test_a_fork_while_a_client_is_made_does_not_hang(memory_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     make, children = fsspec.filesystem, list[int]()
 
@@ -361,14 +342,6 @@ def test_a_fork_while_a_client_is_made_does_not_hang(memory_url: str, monkeypatc
         os.kill(child, 9)
         os.waitpid(child, 0)
     assert ended == (child, 0)
-
-
-def test_importing_the_package_is_quick_silent_and_without_torch() -> None:
-    code = "import sys, featurestore; print([m for m in ('torch', 's3fs', 'dask', 'horovod') if m in sys.modules])"
-    start = time.perf_counter()
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "[]\n" and done.stderr == ""
-    assert time.perf_counter() - start < 5
 
 
 def test_what_a_client_says_in_several_lines_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -405,47 +378,6 @@ def test_hdfs_is_read_and_written_but_holds_no_commits(tmp_path: Path, monkeypat
     assert opened == [{"protocol": "hdfs", "host": "namenode", "port": 8020}]
     storage.delete("x.json")
     assert storage.entries() == []
-
-
-class LookingFiles(MemoryFileSystem):
-    """A client without a create of its own, as most of those for servers; it takes paths as that of FTP."""
-
-    pipe_file = AbstractFileSystem.pipe_file
-    _strip_protocol = FTPFileSystem._strip_protocol
-
-
-def test_a_client_gets_its_server_and_has_to_have_a_create_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    opened: list[dict[str, object]] = []
-    monkeypatch.setattr(fsspec, "filesystem", lambda protocol, **options: opened.append(options) or LookingFiles())
-    monkeypatch.setattr(remote, "_clients", {})
-    storage = Storage("ftp://me@files:2121/shop/store")
-    storage.write_bytes("a/b", b"1")
-    assert storage.url == "ftp://me@files:2121/shop/store"
-    assert [entry.path for entry in storage.entries()] == ["a/b"] and storage.list("a") == ["b"]
-    assert LookingFiles().cat_file("/shop/store/a/b") == b"1" == storage.read_bytes("a/b")
-    assert opened == [{"host": "files", "port": 2121, "username": "me"}]
-    with pytest.raises(UnsafeBackendError, match="ftp:// has no create that fails where the file exists"):
-        storage.create_exclusive("c", b"1")
-    assert storage.list() == ["a"]
-    storage.delete("a")
-
-
-def test_a_client_that_lacks_a_setting_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    def lacking(protocol: str) -> object:
-        raise TypeError("missing 1 required positional argument: 'base_url'")
-
-    monkeypatch.setattr(fsspec, "filesystem", lacking)
-    monkeypatch.setattr(remote, "_clients", {})
-    with pytest.raises(AddressError, match=r"^memory:// cannot be opened: .*base_url"):
-        Storage("memory://shop").list()
-
-
-@pytest.mark.parametrize("address", ["hdfs://nn:8020/store", "hdfs://nn:x/store", "hdfs:///store"])
-def test_hdfs_without_library_port_or_server_is_one_line(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ARROW_LIBHDFS_DIR", "/nosuch")
-    with pytest.raises(AddressError) as caught:
-        Storage(address).read_bytes("store.json")
-    assert "\n" not in str(caught.value) and caught.value.exit_code == USAGE
 
 
 Opener = Callable[[str], object]
@@ -502,26 +434,6 @@ def test_a_pipe_or_a_device_is_refused(door: Callable[[Path], object], tmp_path:
             door(place)
 
 
-@pytest.mark.parametrize("door", DOORS)
-def test_other_places_raise_what_open_raises(door: Callable[[Path], object], tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="none"):
-        door(tmp_path / "none")
-    with pytest.raises(IsADirectoryError, match=tmp_path.name):
-        door(tmp_path)
-    with socket.socket(socket.AF_UNIX) as listening:
-        listening.bind(str(tmp_path / "socket"))
-        with pytest.raises(OSError, match=r"socket"):
-            door(tmp_path / "socket")
-
-
-def test_files_and_links_to_them_are_read(tmp_path: Path) -> None:
-    (tmp_path / "file").write_bytes("é\r\nb\rc\n".encode())
-    (tmp_path / "link").symlink_to("file")
-    for name in ("file", "link"):
-        assert read_regular(tmp_path / name) == "é\r\nb\rc\n".encode()
-        assert read_text(tmp_path / name) == "é\nb\nc\n"
-
-
 @pytest.mark.timeout(20)
 def test_a_storage_reads_no_pipe(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
@@ -534,54 +446,6 @@ def test_a_storage_reads_no_pipe(tmp_path: Path) -> None:
     ):
         with pytest.raises(StorageError, match="not a regular file"):
             read("pipe")
-
-
-WRITER = """
-import sys
-import numpy as np
-from featurestore import FeatureRows, FeatureStore, StoreInfo
-store = FeatureStore.create(sys.argv[1], StoreInfo.model_validate_json(sys.argv[2]))
-rows = FeatureRows.of([f"{i}.jpg" for i in range(100)], np.arange(800, dtype=np.uint16).reshape(100, 8))
-store.put(rows)
-store.delete(rows.keys_N[:10])
-"""
-READER = """
-import json, sys
-import numpy as np
-from featurestore import FeaturePartition, keys_of_uris
-keys = keys_of_uris([f"{i}.jpg" for i in range(10, 100)])
-found = {}
-for rank in range(2):
-    with FeaturePartition.load(sys.argv[1], rank, 2, cache_dir=sys.argv[2]) as partition:
-        owned = keys[partition.owns(keys)]
-        found |= dict(zip(owned.tolist(), partition.lookup(owned).features_UD.tolist()))
-print(json.dumps([found[key] for key in keys.tolist()]))
-"""
-
-
-@pytest.fixture
-def run(s3_endpoint: str):
-    """A process with AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL and no other setting of AWS."""
-    wanted = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("AWS_") or name in wanted}
-    assert all(environment[name] for name in wanted)
-
-    def run(*arguments: object) -> str:
-        command = [sys.executable, *map(str, arguments)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        assert (done.returncode, done.stderr) == (0, "")
-        return done.stdout
-
-    return run
-
-
-def test_a_store_on_s3_by_the_environment_alone(run, s3_url: str, info: StoreInfo, tmp_path: Path) -> None:
-    url = f"{s3_url}/deep/features"
-    run("-c", WRITER, url, info.model_dump_json())
-    expected = np.arange(800).reshape(100, 8)[10:]
-    assert json.loads(run("-c", READER, url, tmp_path / "cache")) == expected.tolist()
-    shown = run("-m", "featurestore", "get", url, "--uri", "99.jpg").split(": ")[1].split()
-    assert np.allclose([float(value) for value in shown], to_float32(expected[-1].astype(np.uint16), "bfloat16"))
 
 
 def test_a_cache_that_was_made_from_s3_needs_none_of_its_data_files_again(

@@ -1,11 +1,10 @@
 """Errors at the door to fsspec, each kind told apart; and a disk that is full."""
 
 import errno
-import os
 import resource
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -185,62 +184,6 @@ def test_at_the_end_of_patience_the_error_says_how_often_it_was_tried(
         storage.read_bytes("a")
     assert client.calls > 2
     assert caplog.text.count("SlowDown; trying again") == 1
-
-
-def test_a_store_lives_through_errors_at_the_door(
-    memory_url: str, failing: FailingStorage, info: StoreInfo, make_rows
-) -> None:
-    store = FeatureStore.create(memory_url, info)
-    _, client = failing()
-    for number in range(len(PASSING)):
-        client.errors = PASSING[number:][:3]
-        assert store.put(make_rows(2, info, seed=number), "put").version == number + 1
-    assert not verify(store).problems
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 600 kB."""
-    if os.geteuid() != 0:
-        pytest.skip("only root may mount")
-    folder = tmp_path / "small"
-    folder.mkdir()
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", folder], capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        pytest.skip(f"no tmpfs can be mounted here: {done.stderr}")
-    yield folder
-    subprocess.run(["umount", folder], check=True)
-
-
-def test_a_full_disk_ends_a_commit_and_leaves_nothing_of_it(small_disk: Path, info: StoreInfo, make_rows) -> None:
-    wide = info.model_copy(update={"dim": 4096})
-    store = FeatureStore.create(small_disk / "store", wide)
-    refused = 0
-    for number in range(60):
-        before = files_below(small_disk)
-        try:
-            store.put(make_rows(4, wide, seed=number, first=4 * number), f"put {number}")
-        except StorageError as error:
-            refused += 1
-            assert "No space left on device" in str(error) and str(small_disk) in str(error)
-            assert not [path for path in files_below(small_disk) if ".tmp-" in path.name]
-            assert {path for path in files_below(small_disk) - before if path.suffix == ".json"} == set()
-            if refused == 3:
-                break
-    assert refused == 3
-    version = store.snapshot().version
-    assert version >= 5 and store.snapshot().num_rows == 4 * version
-    assert not verify(store).problems
-    named = {entry.path for files in store.snapshot().manifest.shards.values() for entry in files}
-    for entry in store.storage.entries("data"):  # what the refused commits built; `expire` does the same in time
-        if entry.path.removesuffix(".stats.npy").removesuffix(".parquet") not in {
-            path.removesuffix(".parquet") for path in named
-        }:
-            store.storage.delete(entry.path)
-    assert store.put(make_rows(1, wide, seed=99), "later").version == version + 1
-    assert not verify(store).problems
 
 
 def files_below(folder: Path) -> set[Path]:

@@ -15,3 +15,14 @@ def filled(filled_by, make_rows) -> FeatureStore:
         store.delete(make_rows(20, store.info).keys_N)
 
     return filled_by(fill)
+
+
+@pytest.fixture
+def nine(filled_by, make_rows) -> FeatureStore:
+    """Versions 1 to 9 of one row."""
+
+    def nine_puts(store: FeatureStore) -> None:
+        for version in range(1, 10):
+            store.put(make_rows(1, store.info, seed=version))
+
+    return filled_by(nine_puts)

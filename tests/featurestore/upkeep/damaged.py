@@ -1,20 +1,25 @@
-"""Damages to a store, what is left in it, and repairs that are killed."""
+"""Damages to a store, and what is left in it."""
 
 from pathlib import Path
 
 import numpy as np
 
-from featurestore import FeaturePartition, FeatureStore
+from featurestore import FeaturePartition, FeatureStore, Snapshot
+from featurestore.log import EXPIRED, manifest_path
 from featurestore.spec import FileEntry
-from featurestore.upkeep.repair import repair
 from featurestore.upkeep.verify import verify
-from tests.faulty import Fault, faulty
 
 SHARD = 3
 
 
 def files_of(store: FeatureStore, shard: int = SHARD) -> tuple[FileEntry, ...]:
     return store.snapshot().manifest.files(shard)
+
+
+def needs(snapshot: Snapshot) -> set[str]:
+    """Paths of the files that a snapshot names."""
+    entries = snapshot.manifest.entries
+    return {path for entry in entries for path in (entry.path, entry.statistics_path) if path}
 
 
 def spoil(store: FeatureStore, path: str, place: int | None = None) -> None:
@@ -27,7 +32,7 @@ def spoil(store: FeatureStore, path: str, place: int | None = None) -> None:
 def everything(store: FeatureStore, version: int | None = None) -> dict[int, bytes]:
     """Features by key."""
     snapshot = store.snapshot(version)
-    rows = [snapshot.read_shard(shard) for shard in range(8)]
+    rows = [snapshot.read_shard(shard) for shard in range(store.info.num_shards)]
     return {int(key): row.tobytes() for each in rows for key, row in zip(each.keys_N, each.features_ND, strict=True)}
 
 
@@ -41,22 +46,11 @@ def check_whole(store: FeatureStore, tmp_path: Path) -> None:
     assert [row.tobytes() for row in found] == list(held.values())
 
 
-class Killed(BaseException):
-    """As good as a kill: nothing in between catches it."""
-
-
-def repair_until(store: FeatureStore, num_writes: int) -> bool:
-    """Repair a store, killed before a write; whether it came to its end first."""
-    writes = iter(range(num_writes))
-
-    def mortal(write: Fault, *arguments: object) -> object:
-        if next(writes, None) is None:
-            raise Killed
-        return write(*arguments)
-
-    names = ("write_bytes", "create_exclusive", "open_output", "delete_files")
-    try:
-        repair(faulty(store, **dict.fromkeys(names, mortal)))
-    except Killed:
-        return False
-    return True
+def leave_in_expired(store: FeatureStore, damaged: list[int], aside: list[int]) -> None:
+    """Damage manifests, and move others to expired/, as an expiry does."""
+    for version in aside:
+        store.storage.write_bytes(manifest_path(version, EXPIRED), store.storage.read_bytes(manifest_path(version)))
+        if version not in damaged:
+            store.storage.delete(manifest_path(version))
+    for version in damaged:
+        spoil(store, manifest_path(version))

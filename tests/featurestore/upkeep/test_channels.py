@@ -1,15 +1,12 @@
 """Channels: set, moved by several writers, kept by expire, looked up wherever a snapshot is chosen, on disk and S3."""
 
-import multiprocessing
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner, Result
 
 from featurestore import FeaturePartition, FeatureStore, StoreInfo, log
-from featurestore.__main__ import app
 from featurestore.errors import (
     AnotherStoreError,
     ChannelError,
@@ -20,7 +17,7 @@ from featurestore.errors import (
 )
 from featurestore.flight.server import OpenSnapshots
 from featurestore.published import channels
-from featurestore.published.channels import last_move, read_channels, read_moves, version_name
+from featurestore.published.channels import last_move, read_moves, version_name
 from featurestore.storage.storage import Storage
 from featurestore.upkeep.expiry import expire
 from featurestore.upkeep.history import log as log_of_store
@@ -28,50 +25,20 @@ from featurestore.upkeep.history import move_channel, read_pins, remove_channel
 from featurestore.upkeep.repair import repair
 from featurestore.upkeep.verify import verify
 from tests.faulty import faulty, made_but_lost, preceded_by
+from tests.featurestore.staged import run
 
 pytestmark = pytest.mark.long
 
-FORK = multiprocessing.get_context("fork")
 
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def fill(store: FeatureStore, make_rows, count: int = 9) -> FeatureStore:
-    for version in range(1, count + 1):
-        store.put(make_rows(1, store.info, seed=version))
-    return store
-
-
-@pytest.fixture
-def nine(store: FeatureStore, make_rows) -> FeatureStore:
-    """Versions 1 to 9 of one row."""
-    return fill(store, make_rows)
-
-
-class ChannelContract:
-    """What holds on every storage."""
+class TestOnEveryPlace:
+    """Of any order of moves `StoreMachine` knows what has to come of it."""
 
     @pytest.fixture
-    def filled(self, url: str, info: StoreInfo, make_rows) -> FeatureStore:
-        return fill(FeatureStore.create(url, info), make_rows, 4)
-
-    def test_a_channel_is_set_moved_removed_and_keeps_its_snapshot(self, filled: FeatureStore) -> None:
-        move_channel(filled, "stable", 2)
-        assert filled.snapshot("stable").version == 2
-        move_channel(filled, "candidate", 3)
-        expire(filled, keep_last=1, keep_days=0, grace_days=0)
-        assert log.versions(filled.storage) == [2, 3, 4]
-        assert filled.snapshot("stable").num_rows == 1
-        move_channel(filled, "stable", "candidate")
-        assert filled.snapshot("stable").version == 3
-        remove_channel(filled, "candidate")
-        expire(filled, keep_last=1, keep_days=0, grace_days=0)
-        assert log.versions(filled.storage) == [3, 4]
-        assert [(move.channel, move.version) for move in read_channels(filled.storage)] == [("stable", 3)]
-        assert [move.version for move in read_moves(filled.storage, "candidate")] == [3, None]
-        assert read_pins(filled.storage) == [] and verify(filled).problems == []
+    def filled(self, place_url: str, info: StoreInfo, make_rows) -> FeatureStore:
+        store = FeatureStore.create(place_url, info)
+        for version in range(1, 5):
+            store.put(make_rows(1, info, seed=version))
+        return store
 
     def test_writers_at_the_same_time_lose_no_move(self, filled: FeatureStore) -> None:
         with ThreadPoolExecutor(4) as pool:
@@ -88,43 +55,7 @@ class ChannelContract:
         assert filled.snapshot("stable").version == 3 and read_pins(filled.storage) == []
 
 
-class TestOnDisk(ChannelContract):
-    @pytest.fixture
-    def url(self, tmp_path: Path) -> str:
-        return str(tmp_path / "store")
-
-
-class TestInMemory(ChannelContract):
-    @pytest.fixture
-    def url(self, memory_url: str) -> str:
-        return memory_url
-
-
-class TestOnS3(ChannelContract):
-    @pytest.fixture
-    def url(self, s3_url: str) -> str:
-        return f"{s3_url}/features"
-
-
-def _move_many(url: str, version: int, count: int) -> None:
-    store = FeatureStore.open(url)
-    for _ in range(count):
-        move_channel(store, "stable", version)
-
-
 class TestWriters:
-    def test_writers_that_race_lose_no_move(self, nine: FeatureStore) -> None:
-        workers = [FORK.Process(target=_move_many, args=(nine.url, version, 10)) for version in (2, 3)]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join(60)
-        moves = read_moves(nine.storage, "stable")
-        assert [worker.exitcode for worker in workers] == [0, 0]
-        assert [move.number for move in moves] == list(range(1, 21))
-        assert sorted(move.version or 0 for move in moves) == [2] * 10 + [3] * 10
-        assert read_pins(nine.storage) == []
-
     def test_a_lost_answer_is_looked_up(self, nine: FeatureStore) -> None:
         assert move_channel(faulty(nine, create_exclusive=made_but_lost), "stable", 4).version == 4
         assert len(read_moves(nine.storage, "stable")) == 1

@@ -7,17 +7,16 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from typer.testing import CliRunner, Result
 
-from featurestore import FeaturePartition, FeatureRows, FeatureStore, StoreInfo, shard_of, to_float32
-from featurestore.__main__ import app
-from featurestore.errors import CommitConflictError, CorruptFileError, InvalidRowsError, StorageError
+from featurestore import FeatureRows, FeatureStore, StoreInfo, shard_of
+from featurestore.errors import CommitConflictError, CorruptFileError, InvalidRowsError
 from featurestore.snapshot import Snapshot
 from featurestore.spec import FileEntry
 from featurestore.upkeep.compaction import MAX_DELTAS, compact, merged_blocks, needs_compaction
 from featurestore.upkeep.history import restore
-from tests.faulty import fails, faulty
-from tests.featurestore.staged import build_shard
+from tests.faulty import faulty
+from tests.featurestore.staged import build_shard, run
+from tests.featurestore.upkeep.damaged import needs, spoil
 from tests.metadata import metadata_of
 
 pytestmark = pytest.mark.long
@@ -53,100 +52,32 @@ def data_files(store: FeatureStore) -> set[str]:
     return {entry.path for entry in store.storage.entries("data")}
 
 
-def named_files(snapshot: Snapshot) -> set[str | None]:
-    entries = [entry for files in snapshot.manifest.shards.values() for entry in files]
-    return {path for entry in entries for path in (entry.path, entry.statistics_path) if path}
-
-
-class CompactionContract:
-    """Inherit, and give a fixture `url`."""
-
-    def test_results_are_identical(self, url: str, info: StoreInfo, make_rows) -> None:
-        store = FeatureStore.create(url, info)
-        fill(store, make_rows)
-        before = store.snapshot()
-        report = compact(store)
-        after = store.snapshot()
-        assert report.version == after.version == before.version + 1
-        assert after.manifest.operation == "compact"
-        assert [(len(files), files[0].kind, files[0].num_deleted) for files in after.manifest.shards.values()] == [
-            (1, "base", 0)
-        ] * 8
-        assert_same(before, after)
-        assert (report.num_files_before, report.num_files_after) == (before.manifest.num_files, 8)
-        assert (report.num_bytes_before, report.num_bytes_after) == (
-            before.manifest.file_bytes,
-            after.manifest.file_bytes,
-        )
-        assert compact(store, force=True).shards == () and store.snapshot().version == after.version
-
-
-class TestOnDisk(CompactionContract):
-    @pytest.fixture
-    def url(self, tmp_path: Path) -> str:
-        return str(tmp_path / "store")
-
-
-class TestFloat32OnDisk(CompactionContract):
-    @pytest.fixture
-    def info(self, info: StoreInfo) -> StoreInfo:
-        return info.model_copy(update={"dtype": "float32"})
-
-    @pytest.fixture
-    def url(self, tmp_path: Path) -> str:
-        return str(tmp_path / "store")
-
-
-class TestInMemory(CompactionContract):
-    @pytest.fixture
-    def url(self, memory_url: str) -> str:
-        return memory_url
-
-
-class TestOnS3(CompactionContract):
-    @pytest.fixture
-    def url(self, s3_url: str) -> str:
-        return f"{s3_url}/store"
-
-
-def test_one_shard(tmp_path: Path, info: StoreInfo, make_rows) -> None:
-    store = FeatureStore.create(tmp_path / "one", info.model_copy(update={"num_shards": 1}))
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_results_are_identical(tmp_path: Path, info: StoreInfo, make_rows, dtype: str) -> None:
+    """`StoreMachine` says so of any order of commits, in memory and on S3 too."""
+    store = FeatureStore.create(tmp_path / "store", info.model_copy(update={"dtype": dtype}))
     fill(store, make_rows)
     before = store.snapshot()
-    assert compact(store).shards == (0,)
-    assert_same(before, store.snapshot())
-
-
-def test_a_partition_serves_the_same(filled: FeatureStore, tmp_path: Path) -> None:
-    keys = filled.snapshot().keys()
-    served = []
-    for _ in range(2):
-        with FeaturePartition.load(filled, 0, 1, tmp_path / "cache") as partition:
-            served.append(partition.lookup(keys).features_UD.copy())
-        compact(filled)
-    assert np.array_equal(*served)
+    report = compact(store)
+    after = store.snapshot()
+    assert report.version == after.version == before.version + 1
+    assert after.manifest.operation == "compact"
+    assert [(len(files), files[0].kind, files[0].num_deleted) for files in after.manifest.shards.values()] == [
+        (1, "base", 0)
+    ] * 8
+    assert_same(before, after)
+    assert (report.num_files_before, report.num_files_after) == (before.manifest.num_files, 8)
+    assert (report.num_bytes_before, report.num_bytes_after) == (
+        before.manifest.file_bytes,
+        after.manifest.file_bytes,
+    )
+    assert compact(store, force=True).shards == () and store.snapshot().version == after.version
 
 
 def test_an_empty_store_and_one_that_is_compact_get_no_commit(store: FeatureStore, make_rows) -> None:
     assert compact(store).version == 0
     store.put(make_rows(50, store.info))
     assert compact(store, force=True).version == 1 == store.snapshot().version
-
-
-def test_a_shard_without_live_rows_has_no_file_any_more(store: FeatureStore, make_rows) -> None:
-    rows = make_rows(60, store.info)
-    store.put(rows)
-    here = rows.keys_N[shard_of(rows.keys_N, 8) == 3]
-    store.delete(here)
-    compact(store)
-    snapshot = store.snapshot()
-    assert sorted(snapshot.manifest.shards) == [0, 1, 2, 4, 5, 6, 7]
-    assert snapshot.num_rows == 60 - len(here)
-    store.delete(rows.keys_N)
-    compact(store, force=True)
-    assert store.snapshot().manifest.shards == {} and store.snapshot().num_rows == 0
-    store.put(rows)
-    assert store.snapshot().num_rows == 60
 
 
 class TestWhatIsDue:
@@ -247,7 +178,7 @@ class TestBesideOthers:
             compact(filled, progress=when_built(lambda: compact(filled)))
         assert filled.snapshot().version == 5
         assert_same(before, filled.snapshot())
-        assert data_files(filled) == named_files(before) | named_files(filled.snapshot()), "files of the loser stay"
+        assert data_files(filled) == needs(before) | needs(filled.snapshot()), "files of the loser stay"
 
     def test_of_two_that_share_some_shards_each_does_its_part(self, filled: FeatureStore) -> None:
         before = filled.snapshot()
@@ -255,7 +186,7 @@ class TestBesideOthers:
         assert (report.version, report.shards, report.lost) == (6, (0, 3, 4, 5, 6, 7), (1, 2))
         assert filled.snapshot().manifest.num_files == 8
         assert_same(before, filled.snapshot())
-        assert data_files(filled) == named_files(before) | named_files(filled.snapshot()), "files of the loser stay"
+        assert data_files(filled) == needs(before) | needs(filled.snapshot()), "files of the loser stay"
 
     def test_a_restore_meanwhile_wins(self, filled: FeatureStore) -> None:
         with pytest.raises(CommitConflictError):
@@ -270,37 +201,15 @@ class TestBesideOthers:
         compact(filled)
         assert np.array_equal(filled.commit(entries, "extract").get(rows.keys_N), rows.features_ND)
 
-    @pytest.mark.long
-    def test_a_reader_of_the_old_snapshot_goes_on(self, filled: FeatureStore) -> None:
-        before = filled.snapshot()
-        rows = before.get(before.keys())
-        compact(filled)
-        assert np.array_equal(before.get(before.keys()), rows)
-        assert_same(before, filled.snapshot(4))
-
-    def test_one_that_dies_leaves_everything_as_it_was(self, filled: FeatureStore) -> None:
-        before = filled.snapshot()
-        with pytest.raises(StorageError, match="No space left"):
-            compact(faulty(filled, create_exclusive=fails("No space left on device")))
-        assert filled.snapshot().version == 4
-        compact(filled)
-        assert_same(before, filled.snapshot())
-
-
-def flip(path: Path, byte: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[byte] ^= 1 << (byte % 8)
-    path.write_bytes(data)
-
 
 def test_a_flipped_bit_never_gets_into_the_new_file(filled: FeatureStore) -> None:
     entry = filled.snapshot().manifest.files(5)[1]
     path = Path(filled.url) / entry.path
     for byte in range(0, entry.bytes, entry.bytes // 40):
-        flip(path, byte)
+        spoil(filled, entry.path, byte)
         with pytest.raises(CorruptFileError, match=entry.path):
             compact(filled, shards=[5])
-        flip(path, byte)
+        spoil(filled, entry.path, byte)
     path.unlink()
     with pytest.raises(CorruptFileError, match="missing"):
         compact(filled, shards=[5])
@@ -356,10 +265,6 @@ class TestBlockByBlock:
         assert sum(map(len, blocks)) == 3900 and num_read > size_bytes * 0.9
 
 
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
 class TestCommand:
     def test_it_says_what_it_did(self, filled: FeatureStore) -> None:
         num_files = filled.snapshot().manifest.num_files
@@ -369,14 +274,3 @@ class TestCommand:
         assert one.startswith("snapshot 5: 1 shard of ") and "became 1 file, " in one
         assert run("compact", filled.url).output.startswith("snapshot 6: 7 shards of ")
         assert run("compact", filled.url).output == "nothing to compact in snapshot 6\n"
-
-
-def test_features_are_those_that_were_put(store: FeatureStore, make_rows) -> None:
-    """Not only the same as before: the newest of each key."""
-    rows = fill(store, make_rows)
-    compact(store)
-    third = make_rows([f"images/{i}.jpg" for i in range(0, 80, 3)], store.info, seed=3)
-    left = [i for i in range(27) if not 20 <= 3 * i < 32]
-    found = to_float32(store.snapshot().get(third.keys_N[left]), "bfloat16")
-    assert np.array_equal(found, to_float32(third.features_ND[left], "bfloat16"))
-    assert store.snapshot().num_rows == len(rows) - 12

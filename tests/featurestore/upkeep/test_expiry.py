@@ -3,29 +3,22 @@
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import IO, Any
+from typing import Any
 
-import numpy as np
 import pytest
-from typer.testing import CliRunner, Result
 
 from featurestore import FeatureRows, FeatureStore, StoreInfo, log
-from featurestore.__main__ import app
 from featurestore.errors import CorruptFileError, SnapshotNotFoundError
-from featurestore.snapshot import Snapshot
 from featurestore.spec import ReductionSpec, seal
-from featurestore.storage.local import DiskFiles
 from featurestore.storage.storage import Storage
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.expiry import ExpireReport, expire, kept_versions
-from featurestore.upkeep.history import Pin, pin, restore, unpin
+from featurestore.upkeep.history import Pin, pin
 from featurestore.upkeep.repair import repair
-from tests.faulty import faulty
-from tests.featurestore.staged import build_shard
+from tests.featurestore.staged import build_shard, run
+from tests.featurestore.upkeep.damaged import needs
 
 pytestmark = pytest.mark.long
 
@@ -42,11 +35,6 @@ def age(store: FeatureStore, days: float) -> None:
 
 def files_of(store: FeatureStore, folder: str = "") -> set[str]:
     return {entry.path for entry in store.storage.entries(folder)}
-
-
-def needs(snapshot: Snapshot) -> set[str]:
-    entries = [entry for files in snapshot.manifest.shards.values() for entry in files]
-    return {path for entry in entries for path in (entry.path, entry.statistics_path) if path}
 
 
 def expire_to(store: FeatureStore, keep_last: int, grace_days: float = 7.0, **options: Any) -> ExpireReport:
@@ -99,12 +87,6 @@ class TestPolicy:
         report = expire(store)
         assert (report.expired, report.kept) == ((1, 2, 3, 4), tuple(range(5, 15)))
 
-    def test_every_state_of_the_last_days_can_be_opened(self, store: FeatureStore, make_rows) -> None:
-        for _ in range(4):
-            store.put(make_rows(1, store.info))
-            age(store, 10)  # made 40, 30, 20 and 10 days ago: 25 days ago 2 was the newest
-        assert expire(store, keep_last=1, keep_days=25).kept == (2, 3, 4)
-
     @pytest.mark.parametrize("option", ["keep_last", "keep_days", "grace_days"])
     @pytest.mark.parametrize("value", [-1, float("nan")])
     def test_numbers_below_0_are_refused(self, store: FeatureStore, option: str, value: float) -> None:
@@ -132,48 +114,16 @@ class TestTwoSteps:
         assert files_of(merged, "expired") == set()
         assert merged.snapshot().num_rows == 40
 
-    def test_a_reader_of_an_expired_snapshot_is_not_disturbed(self, merged: FeatureStore, rows: FeatureRows) -> None:
-        age(merged, 100)
-        reader = merged.snapshot(1)
-        for _ in range(3):
-            expire_to(merged, 1)
-            age(merged, 2.3)
-        assert np.array_equal(reader.get(rows.keys_N), rows.features_ND)
-        age(merged, 0.2)
-        expire_to(merged, 1)
-        with pytest.raises(CorruptFileError, match="missing"):
-            reader.get(rows.keys_N)
 
-    def test_a_pinned_snapshot_stays_whole(self, merged: FeatureStore, rows: FeatureRows) -> None:
-        pin(merged, "first", 1)
-        for _ in range(3):
-            age(merged, 100)
-            expire_to(merged, 1)
-        assert np.array_equal(merged.snapshot(1).get(rows.keys_N), rows.features_ND)
-        assert log.versions(merged.storage) == [1, 4]
-        unpin(merged, "first")
-        for _ in range(2):
-            age(merged, 100)
-            expire_to(merged, 1)
-        assert files_of(merged, "data") == needs(merged.snapshot())
-
-    def test_an_empty_store(self, store: FeatureStore) -> None:
-        report = expire_to(store, 1)
-        assert (report.kept, report.expired, report.num_files, report.is_complete) == ((), (), 0, True)
-
-    def test_this_machines_clock_does_not_matter(self, merged: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
-        everything = files_of(merged)
-        now = time.time()
-        for years in (-10, 10):
-            moved = SimpleNamespace(time=lambda years=years: now + years * 365 * DAY_S, monotonic=time.monotonic)
-            for module in (
-                "commit",
-                "log",
-                "upkeep.expiry",
-            ):  # Dask's loop in this process keeps its own
-                monkeypatch.setattr(f"featurestore.{module}.time", moved)
-            assert expire(merged, keep_last=1).num_files == 0
-        assert files_of(merged) == everything
+def test_this_machines_clock_does_not_matter(merged: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor that of a writer: ages are differences of two times of the storage."""
+    everything, now = files_of(merged), time.time()
+    for years in (-10, 10):
+        moved = SimpleNamespace(time=lambda years=years: now + years * 365 * DAY_S, monotonic=time.monotonic)
+        for module in ("commit", "log", "upkeep.expiry"):  # Dask's loop in this process keeps its own
+            monkeypatch.setattr(f"featurestore.{module}.time", moved)
+        assert expire(merged, keep_last=1).num_files == 0
+    assert files_of(merged) == everything
 
 
 class TestWhatDeadWritersLeft:
@@ -335,31 +285,6 @@ class TestLate:
         assert report.num_files == 0 and report.num_waiting > 0
 
 
-class TestOtherStorages:
-    @pytest.fixture(params=["memory", "s3"])
-    def remote(self, request: pytest.FixtureRequest, info: StoreInfo) -> FeatureStore:
-        url = request.getfixturevalue(f"{request.param}_url")
-        return FeatureStore.create(f"{url}/store", info.model_copy(update={"num_shards": 2}))
-
-    def test_the_same_on_an_object_store(self, remote: FeatureStore, make_rows) -> None:
-        remote.put(make_rows(10, remote.info, seed=1))
-        remote.put(make_rows(10, remote.info, seed=2))
-        compact(remote, force=True)
-        remote.stage_part("dead", "p", make_rows(3, remote.info))
-        reader = remote.snapshot(2)
-        report = expire_to(remote, 1)
-        assert (report.kept, report.expired, report.num_files) == ((3,), (1, 2), 0)
-        assert needs(reader) <= files_of(remote)
-        report = expire_to(faulty(remote, now=lambda now: now() + 8 * DAY_S), 1)
-        assert (report.num_files, report.runs) == (len(needs(reader)) + 1, ("dead",))
-        assert files_of(remote) - needs(remote.snapshot()) == {"store.json", log.manifest_path(3)}
-        assert remote.snapshot().num_rows == 10
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
 class TestCommand:
     def test_it_says_what_it_did(self, merged: FeatureStore, make_rows) -> None:
         merged.stage_part("dead", "p", make_rows(3, merged.info))
@@ -386,134 +311,6 @@ class TestCommand:
     def test_one_that_was_too_slow_says_so(self, merged: FeatureStore) -> None:
         result = run("expire", merged.url, "--grace-days", 1e-12)
         assert "run it again" in result.stderr and result.exit_code == 1
-
-
-class Killed(BaseException):
-    """As if the process had died."""
-
-
-@contextmanager
-def at_write(number: int, work: Callable[[], object]) -> Iterator[list[int]]:
-    """Does `work` before write number `number` of what runs inside; gives the count of writes and deletes."""
-    count = [0]
-    originals = {name: getattr(DiskFiles, name) for name in ("create_exclusive", "open_output", "delete")}
-
-    def step() -> None:
-        count[0] += 1
-        if count[0] == number:
-            work()
-
-    def delete_files(self: DiskFiles, paths: Any) -> None:
-        for path in paths:
-            step()
-            self.path(path).unlink(missing_ok=True)
-
-    @contextmanager
-    def open_output(self: DiskFiles, path: str) -> Iterator[IO[bytes]]:
-        with originals["open_output"](self, path) as file:
-            yield file
-            step()  # before it gets its name
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("create_exclusive", "delete"):
-            patch.setattr(DiskFiles, name, lambda *arguments, original=originals[name]: step() or original(*arguments))
-        patch.setattr(DiskFiles, "open_output", open_output)
-        patch.setattr(DiskFiles, "delete_files", delete_files)
-        yield count
-
-
-class TestCutOffOrDisturbedAnywhere:
-    """Expired before: 1, 2. Now 3 to 5 leave and 6, 7 stay; files of 1 and 2 alone, and those of dead writers, go."""
-
-    @pytest.fixture
-    def template(self, tmp_path: Path, info: StoreInfo, make_rows) -> FeatureStore:
-        store = FeatureStore.create(tmp_path / "template", info.model_copy(update={"num_shards": 2}))
-        store.put(make_rows(12, store.info, seed=1))
-        store.put(make_rows(4, store.info, seed=2))
-        compact(store, force=True)
-        expire_to(store, 1)
-        store.stage_part("dead", "p", make_rows(3, store.info))
-        build_shard(store, "dead", 0, ["p"])
-        store.storage.write_bytes("data/0000/.tmp-1", b"x")
-        store.put(make_rows(4, store.info, seed=4))
-        age(store, 8)
-        store.put(make_rows(4, store.info, seed=5))
-        compact(store, force=True)
-        store.put(make_rows(4, store.info, seed=7))
-        return store
-
-    @pytest.fixture
-    def copies(self, template: FeatureStore, tmp_path: Path) -> Iterator[FeatureStore]:
-        def fresh() -> Iterator[FeatureStore]:
-            while True:
-                folder = tmp_path / "copy"
-                shutil.rmtree(folder, ignore_errors=True)
-                shutil.copytree(template.url, folder)
-                yield FeatureStore.open(folder)
-
-        return fresh()
-
-    @pytest.fixture
-    def num_writes(self, copies: Iterator[FeatureStore]) -> int:
-        with at_write(0, lambda: None) as count:
-            report = expire_to(next(copies), 2)
-        assert (report.expired, report.kept, report.runs) == ((3, 4, 5), (6, 7), ("dead",))
-        assert report.num_files > 4 and count[0] > 16
-        return count[0]
-
-    def test_killed_anywhere_the_next_run_finishes_the_job(
-        self, copies: Iterator[FeatureStore], num_writes: int
-    ) -> None:
-        calm = next(copies)
-        expire_to(calm, 2)
-        expected = files_of(calm)
-        for number in range(1, num_writes + 1):
-            store = next(copies)
-            readers = [store.snapshot(version) for version in range(3, 8)]
-
-            def die() -> None:
-                raise Killed
-
-            with pytest.raises(Killed), at_write(number, die):
-                expire_to(store, 2)
-            for snapshot in readers:
-                assert needs(snapshot) <= files_of(store), f"write {number}: version {snapshot.version}"
-            assert store.snapshot().version == 7
-            expire_to(store, 2)
-            # The clock's probe is too young to go.
-            assert {path for path in files_of(store) if ".tmp-" not in path} == expected, f"write {number}"
-            assert all(needs(snapshot) <= expected for snapshot in readers)
-
-    @pytest.mark.parametrize("rival", ["put", "restore", "compact", "expire", "pin"])
-    def test_others_may_do_anything_anywhere(
-        self, copies: Iterator[FeatureStore], num_writes: int, make_rows, rival: str
-    ) -> None:
-        for number in range(1, num_writes + 1, 3):
-            store = next(copies)
-            readers = [store.snapshot(version) for version in range(3, 8)]
-            work = {
-                "put": lambda store=store: store.put(make_rows(9, store.info, seed=9)),
-                "restore": lambda store=store: restore(store, 6),
-                "compact": lambda store=store: compact(store, force=True),
-                "expire": lambda store=store: expire_to(store, 1),
-                "pin": lambda store=store: pin_if_possible(store, 4),
-            }[rival]
-            with at_write(number, work):
-                expire_to(store, 2)
-            for snapshot in [*readers, store.snapshot()]:
-                assert needs(snapshot) <= files_of(store), f"write {number}: version {snapshot.version}"
-            assert store.snapshot().version == (7 if rival in ("expire", "pin") else 8)
-            for version in log.versions(store.storage):
-                assert store.snapshot(version).num_rows == 12
-
-
-def pin_if_possible(store: FeatureStore, version: int) -> None:
-    """And if the pin is made, its snapshot must be there ever after: see the check of its files."""
-    try:
-        pin(store, "rival", version)
-    except SnapshotNotFoundError:
-        return
-    assert version in log.versions(store.storage)
 
 
 def test_a_copy_that_another_expiry_takes_away_is_made_again(

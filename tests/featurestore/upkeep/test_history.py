@@ -1,36 +1,27 @@
 """Snapshots over time: the log, opening by time, what differs between two, restore, and pins that keep them."""
 
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner, Result
 
-from featurestore import FeatureRows, FeatureStore, StoreInfo, log
-from featurestore.__main__ import app
+from featurestore import FeatureRows, FeatureStore, log
 from featurestore.errors import (
     CorruptFileError,
-    KeyCollisionError,
     PinError,
     SnapshotNotFoundError,
     StorageError,
 )
 from featurestore.storage.storage import Storage
-from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.expiry import expire
 from featurestore.upkeep.history import diff, pin, read_pins, restore, unpin
 from featurestore.upkeep.history import log as log_of
 from tests.faulty import faulty, made_but_lost, preceded_by
-from tests.featurestore.staged import build_shard
+from tests.featurestore.staged import run
 
 T0 = 1_800_000_000.0
-
-
-def at(seconds: float) -> datetime:
-    return datetime.fromtimestamp(T0 + seconds, UTC)
 
 
 def expire_all_but_the_newest(store: FeatureStore) -> None:
@@ -56,45 +47,11 @@ def timed(store: FeatureStore, make_rows, clock: Callable[[float], None]) -> Fea
     return store
 
 
-class TestOpenByTime:
-    def test_it_is_the_newest_that_is_not_later(self, timed: FeatureStore) -> None:
-        for seconds in range(10, 120):
-            assert timed.snapshot(at=at(seconds)).version == min(seconds // 10, 9)
-
-    def test_a_time_without_a_zone_is_utc(self, timed: FeatureStore) -> None:
-        elsewhere = at(45).astimezone(timezone(timedelta(hours=9)))
-        assert timed.snapshot(at=at(45).replace(tzinfo=None)).version == 4
-        assert timed.snapshot(at=elsewhere).version == 4
-
-    def test_before_the_first_there_is_none(self, timed: FeatureStore) -> None:
-        with pytest.raises(SnapshotNotFoundError, match="or before: the oldest kept is 1 of 2027-01-15 08:00:10 UTC"):
-            timed.snapshot(at=at(9))
-
-    def test_an_empty_store_has_none(self, store: FeatureStore) -> None:
-        with pytest.raises(SnapshotNotFoundError, match="it is empty"):
-            store.snapshot(at=at(0))
-
-    def test_an_expired_one_is_not_answered_by_its_neighbour(self, timed: FeatureStore) -> None:
-        pin(timed, "three", 3)
-        expire(timed, keep_last=2, keep_days=0)
-        assert timed.snapshot(at=at(85)).version == 8
-        assert timed.snapshot(at=at(1000)).version == 9
-        for seconds in (35, 79):
-            with pytest.raises(SnapshotNotFoundError, match=r"has expired .* 3 of .*08:00:30 UTC and 8 of"):
-                timed.snapshot(at=at(seconds))
-
-    def test_a_slow_clock_does_not_make_time_run_backwards(
-        self, timed: FeatureStore, make_rows, clock: Callable[[float], None]
-    ) -> None:
-        clock(15)
-        assert timed.put(make_rows(1, timed.info)).manifest.time_s == T0 + 90
-        clock(95)
-        timed.put(make_rows(1, timed.info))
-        assert [timed.snapshot(at=at(s)).version for s in (15, 89, 90, 94, 95)] == [1, 8, 10, 10, 11]
-
-    def test_two_names_of_a_snapshot_are_one_too_many(self, timed: FeatureStore) -> None:
-        with pytest.raises(ValueError, match="by one of them"):
-            timed.snapshot(3, at(50))
+def test_times_of_commits_never_run_backwards(timed: FeatureStore, make_rows, clock: Callable[[float], None]) -> None:
+    """Whatever the clocks of their writers say."""
+    for seconds, expected in ((15, 90), (95, 95)):
+        clock(seconds)
+        assert timed.put(make_rows(1, timed.info)).manifest.time_s == T0 + expected
 
 
 class TestLog:
@@ -107,42 +64,10 @@ class TestLog:
         assert entries[2].manifest == timed.snapshot(7).manifest
         assert [entry.version for entry in log_of(timed, last=2)] == [9, 8]
 
-    def test_an_empty_store_has_an_empty_log(self, store: FeatureStore) -> None:
-        assert log_of(store) == []
-
     def test_a_damaged_manifest_does_not_hide_the_others(self, timed: FeatureStore) -> None:
         path = Path(timed.url) / log.manifest_path(4)
         path.write_bytes(path.read_bytes().replace(b'"put"', b'"pit"'))
         assert [entry.version for entry in log_of(timed) if entry.manifest is None] == [4]
-
-
-@pytest.mark.long
-def test_diff_agrees_with_a_dict_over_random_commits(store: FeatureStore, make_rows) -> None:
-    chance = np.random.default_rng(7)
-    contents: dict[str, int] = {}
-    past = [dict(contents)]
-    for step in range(12):
-        uris = [f"u{i}" for i in chance.choice(30, 6, replace=False)]
-        action = chance.choice(["put", "put", "delete", "compact", "restore"]) if step > 2 else "put"
-        if action == "put":
-            store.put(make_rows(uris, store.info, seed=step))
-            contents.update(dict.fromkeys(uris, step))
-        elif action == "delete":
-            store.delete(make_rows(uris, store.info).keys_N)
-            contents = {uri: value for uri, value in contents.items() if uri not in uris}
-        elif action == "restore":
-            version = int(chance.integers(len(past)))
-            restore(store, version)
-            contents = dict(past[version])
-        elif compact(store, force=True).version < len(past):
-            continue  # there was nothing to do
-        past.append(dict(contents))
-    for before, after in chance.choice(len(past), (25, 2)).tolist():
-        old, new = past[before], past[after]
-        found = diff(store, before, after)
-        assert set(found.added.uris) == set(new) - set(old)
-        assert set(found.removed.uris) == set(old) - set(new)
-        assert set(found.changed.uris) == {uri for uri in set(old) & set(new) if old[uri] != new[uri]}
 
 
 class TestDiff:
@@ -177,26 +102,6 @@ class TestDiff:
 
 
 class TestRestore:
-    def test_the_rows_of_then_are_the_newest_and_it_can_be_taken_back(self, store: FeatureStore, make_rows) -> None:
-        rows = make_rows(40, store.info, seed=1)
-        store.put(rows)
-        store.put(make_rows(50, store.info, seed=2))
-        store.delete(rows.keys_N[:10])
-        restored = restore(store, 1)
-        assert (restored.version, restored.manifest.operation) == (4, "restore 1")
-        assert restored.manifest.shards == store.snapshot(1).manifest.shards
-        assert np.array_equal(store.snapshot().get(rows.keys_N), rows.features_ND)
-        assert restore(store, 3).num_rows == 40
-        assert restore(store, 0).num_rows == 0
-
-    def test_it_takes_only_what_is_kept(self, timed: FeatureStore) -> None:
-        expire_all_but_the_newest(timed)
-        with pytest.raises(SnapshotNotFoundError, match="the newest is 9, the oldest kept 9: 3 has expired"):
-            restore(timed, 3)
-        with pytest.raises(SnapshotNotFoundError, match="no snapshot 11"):
-            restore(timed, 11)
-        assert store_versions(timed) == [9]
-
     def test_a_snapshot_that_expires_while_others_are_first_is_refused(self, timed: FeatureStore, make_rows) -> None:
         def others_are_first() -> None:
             timed.put(make_rows(1, timed.info, first=5))
@@ -205,23 +110,9 @@ class TestRestore:
         with pytest.raises(SnapshotNotFoundError, match="3 has expired"):
             restore(faulty(timed, create_exclusive=preceded_by(others_are_first)), 3)
 
-    def test_a_put_that_was_built_before_it_comes_on_top_of_it(self, store: FeatureStore, make_rows) -> None:
-        rows = make_rows(1, store.info)
-        store.put(make_rows(1, store.info, seed=3))
-        store.delete(rows.keys_N)
-        store.stage_part("run", "p", FeatureRows.of(["other"], rows.features_ND, keys=rows.keys_N))
-        entry = next(entry for s in range(8) if (entry := build_shard(store, "run", s, ["p"])))
-        restore(store, 1)  # the key has its old uri again
-        with pytest.raises(KeyCollisionError):
-            store.commit({int(entry.path.split("/")[1]): entry}, "put")
-
 
 def store_versions(store: FeatureStore, folder: str = log.LOG) -> list[int]:
     return log.versions(store.storage, folder)
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 class TestCommands:
@@ -258,38 +149,8 @@ class TestCommands:
         assert run("pin", timed.url, "a").output == "a keeps snapshot 10\n"
         assert run("unpin", timed.url, "a").output == "a is not a pin any more\n"
 
-    def test_info_and_get_at_a_time(self, timed: FeatureStore, make_rows) -> None:
-        result = run("info", timed.url, "--at", "2027-01-15T08:00:45")
-        assert "4 (put)" in result.output and "2027-01-15 08:00:40 UTC" in result.output
-        assert run("info", timed.url, "--at", "2027-01-15T09:00:45+01:00").output == result.output
-        got = run("get", timed.url, "--uri", "images/0.jpg", "--at", "2027-01-15T08:00:45")
-        assert got.output == run("get", timed.url, "--uri", "images/0.jpg", "--version", 4).output
-
-
-def test_times_are_printed_in_utc() -> None:
-    assert log.utc_text(T0) == "2027-01-15 08:00:00 UTC"
-
-
-@pytest.fixture
-def nine(store: FeatureStore, make_rows) -> FeatureStore:
-    """Versions 1 to 9 of one row."""
-    for version in range(1, 10):
-        store.put(make_rows(1, store.info, seed=version))
-    return store
-
 
 class TestPins:
-    def test_a_pin_keeps_a_snapshot_until_it_is_removed(self, nine: FeatureStore) -> None:
-        assert pin(nine, "model-4", 4).version == 4
-        assert pin(nine, "model-4", 4).version == 4
-        assert pin(nine, "now").version == 9
-        expire_all_but_the_newest(nine)
-        assert store_versions(nine) == [4, 9]
-        unpin(nine, "model-4")
-        expire_all_but_the_newest(nine)
-        assert store_versions(nine) == [9]
-        assert [made.name for made in read_pins(nine.storage)] == ["now"]
-
     def test_mistakes_are_named(self, nine: FeatureStore) -> None:
         pin(nine, "a", 4)
         with pytest.raises(PinError, match="'a' keeps snapshot 4 already"):
@@ -396,38 +257,3 @@ class TestALogOutOfWhichManifestsGo:
         else:
             assert slow.put(make_rows(1, nine.info, first=50), "mine").version == 13
             assert store_versions(nine) == [12, 13]
-
-    def test_uris_are_checked_though_the_snapshot_that_was_built_on_is_gone(
-        self, store: FeatureStore, make_rows
-    ) -> None:
-        rows = make_rows(1, store.info)
-        store.put(make_rows(["elsewhere"], store.info))
-        store.stage_part("run", "p", FeatureRows.of(["other"], rows.features_ND, keys=rows.keys_N))
-        entry = next(entry for s in range(8) if (entry := build_shard(store, "run", s, ["p"])))
-        store.put(rows)
-        expire_all_but_the_newest(store)
-        store.storage.delete(log.EXPIRED)
-        with pytest.raises(KeyCollisionError):
-            store.commit({int(entry.path.split("/")[1]): entry}, "put")
-
-
-@pytest.mark.parametrize("kind", ["memory", "s3"])
-def test_the_same_on_an_object_store(request: pytest.FixtureRequest, info: StoreInfo, make_rows, kind: str) -> None:
-    url = request.getfixturevalue(f"{kind}_url")
-    store = FeatureStore.create(f"{url}/store", info.model_copy(update={"num_shards": 1}))
-    rows = make_rows(5, info, seed=1)
-    first = store.put(rows)
-    store.put(make_rows(5, info, seed=2))
-    store.delete(rows.keys_N[:2])
-    pin(store, "a", 1)
-    with pytest.raises(PinError, match="keeps snapshot 1 already"):
-        pin(store, "a", 2)
-    expire_all_but_the_newest(store)
-    assert store_versions(store) == [1, 3]
-    assert np.array_equal(restore(store, 1).get(rows.keys_N), rows.features_ND)
-    assert store.snapshot(at=datetime.now(UTC)).version == 4
-    with pytest.raises(SnapshotNotFoundError, match="or before"):
-        store.snapshot(at=datetime.fromtimestamp(first.manifest.time_s - 1, UTC))
-    unpin(store, "a")
-    expire_all_but_the_newest(store)
-    assert store_versions(store) == [4]

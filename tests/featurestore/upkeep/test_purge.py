@@ -1,22 +1,16 @@
 """Takedowns: rows leave all snapshots and files, on S3 too, wherever it is cut off; the proof finds what is left."""
 
-import re
 import shutil
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner, Result
 
 from featurestore import FeaturePartition, FeatureRows, FeatureStore, QuarantineRow, StoreInfo, key_of_uri, log
-from featurestore.__main__ import app
 from featurestore.commit import Commit
 from featurestore.errors import CorruptFileError, KeyFileError, PinError, SnapshotNotFoundError
-from featurestore.storage.storage import Storage
-from featurestore.storage.threads import in_threads
 from featurestore.upkeep import purge as purge_module
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.history import move_channel, pin, read_pins, restore, unpin
@@ -24,6 +18,7 @@ from featurestore.upkeep.purge import Images, PurgeReport, find_traces, read_ima
 from featurestore.upkeep.purge import purge as purge_store
 from featurestore.upkeep.verify import verify
 from tests.faulty import Fault, FaultyStorage
+from tests.featurestore.staged import run
 
 pytestmark = pytest.mark.long
 
@@ -36,10 +31,6 @@ Contents = dict[str, bytes]
 def info(info: StoreInfo) -> StoreInfo:
     """Fewer shards: each is a file of each commit."""
     return info.model_copy(update={"num_shards": 4})
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def purge(store: FeatureStore, images: Images = IMAGES, **options: Any) -> PurgeReport:
@@ -77,12 +68,10 @@ def filled(filled_by: Callable[..., FeatureStore], make_rows: Callable[..., Feat
     return filled_by(lambda store: fill(store, make_rows))
 
 
-class PurgeContract:
-    """What holds on every storage."""
-
+class TestOnEveryPlace:
     @pytest.fixture
-    def takendown(self, url: str, info: StoreInfo, make_rows: Callable[..., FeatureRows]) -> FeatureStore:
-        return fill(FeatureStore.create(url, info), make_rows)
+    def takendown(self, place_url: str, info: StoreInfo, make_rows: Callable[..., FeatureRows]) -> FeatureStore:
+        return fill(FeatureStore.create(place_url, info), make_rows)
 
     def test_no_file_has_a_row_and_all_others_stay(self, takendown: FeatureStore) -> None:
         before, oldest = contents(takendown), contents(takendown, 1)
@@ -100,97 +89,7 @@ class PurgeContract:
         assert again.is_complete and (again.version, again.num_rows, again.expired) == (None, 0, ())
 
 
-class TestOnDisk(PurgeContract):
-    @pytest.fixture
-    def url(self, tmp_path: Path) -> str:
-        return str(tmp_path / "store")
-
-
-class TestInMemory(PurgeContract):
-    @pytest.fixture
-    def url(self, memory_url: str) -> str:
-        return memory_url
-
-
-class TestOnS3(PurgeContract):
-    @pytest.fixture
-    def url(self, s3_url: str) -> str:
-        return f"{s3_url}/features"
-
-
-class Killed(BaseException):
-    """What kill -9 is to a process."""
-
-
-def dying(store: FeatureStore, writes: int, done: bool) -> FeatureStore:
-    """A store whose process dies at its n-th write, before it or right after it."""
-    left = [writes]
-
-    def dies(call: Callable[..., Any], *arguments: Any) -> Any:
-        left[0] -= 1
-        if left[0] < 0 or (left[0] == 0 and not done):
-            raise Killed
-        if left[0] == 0:
-            call(*arguments)
-            raise Killed
-        return call(*arguments)
-
-    names = ("write_bytes", "create_exclusive", "create_or_read", "delete", "delete_files", "open_output")
-    return FeatureStore(FaultyStorage(store.storage, dict.fromkeys(names, dies)), store.info)
-
-
-class TestCutOff:
-    @pytest.mark.long
-    @pytest.mark.parametrize("step", [3, pytest.param(1, marks=pytest.mark.slow)])
-    @pytest.mark.parametrize("done", [False, True])
-    def test_killed_at_any_write_the_next_run_completes(
-        self, filled: FeatureStore, done: bool, step: int, tmp_path: Path, make_rows: Callable[..., FeatureRows]
-    ) -> None:
-        """Before and after each third write; before and after each of them in the slow."""
-        move_channel(filled, "stable", 5)
-        before, kept = contents(filled), tmp_path / "kept"
-        shutil.copytree(filled.url, kept)
-        for writes in range(1, 200, step):
-            folder = tmp_path / f"killed-{writes}"
-            shutil.copytree(kept, folder)
-            store = FeatureStore.open(folder)
-            try:
-                purge(dying(store, writes, done))
-            except Killed:
-                pass
-            else:
-                assert writes > 15, "it was not killed often"
-                break
-            assert contents(store) in (before, without(before)), f"killed at write {writes}: another row"
-            assert contents(store, "stable") in (before, without(before))
-            report = purge(store)
-            assert report.is_complete, (writes, report.proof)
-            assert contents(store) == without(before) == contents(store, "stable")
-            assert {problem.kind for problem in verify(store).problems} <= {"pin"}
-            assert find_traces(store.storage, IMAGES).is_absent
-            shutil.rmtree(folder)
-        else:
-            pytest.fail("it never came to its end")
-
-    def test_what_a_killed_purge_took_out_of_the_log_is_no_writers(
-        self, store: FeatureStore, make_rows: Callable[..., FeatureRows], tmp_path: Path
-    ) -> None:
-        """The files that only expired manifests name are young, and yet they go with the next run."""
-        store.put(make_rows(20, store.info))
-        store.put(make_rows(20, store.info, seed=1))
-        before, kept = contents(store), tmp_path / "kept"
-        shutil.copytree(store.url, kept)
-        for writes in range(1, 200):
-            folder = tmp_path / f"killed-{writes}"
-            shutil.copytree(kept, folder)
-            killed = FeatureStore.open(folder)
-            try:
-                purge_store(dying(killed, writes, done=True), IMAGES)
-            except Killed:
-                assert purge_store(killed, IMAGES).is_complete and contents(killed) == without(before), writes
-            else:
-                break
-
+class TestOthers:
     def test_a_writer_in_between_is_seen(
         self, filled: FeatureStore, monkeypatch: pytest.MonkeyPatch, make_rows: Callable[..., FeatureRows]
     ) -> None:
@@ -263,20 +162,10 @@ class TestRows:
         assert purge(store).is_complete
         assert set(contents(store)) == set(rows.uris) - set(GONE)
 
-    def test_by_keys(self, filled: FeatureStore) -> None:
-        before = contents(filled)
-        images = Images.of_keys(np.array([key_of_uri(uri) for uri in GONE]))
-        assert purge(filled, images).is_complete and contents(filled) == without(before)
-
     def test_a_store_of_which_nothing_is_left(self, store: FeatureStore, make_rows: Any) -> None:
         store.put(make_rows(GONE, store.info))
         report = purge(store)
         assert report.is_complete and contents(store) == {} and store.snapshot().manifest.num_files == 0
-
-    def test_after_a_compaction(self, filled: FeatureStore) -> None:
-        compact(filled, force=True)
-        before = contents(filled)
-        assert purge(filled).is_complete and contents(filled) == without(before)
 
     def test_where_history_alone_has_them_nothing_is_committed(self, store: FeatureStore, make_rows: Any) -> None:
         store.put(make_rows(40, store.info))
@@ -402,63 +291,3 @@ def test_keys_and_uris(tmp_path: Path) -> None:
         file.write_text(text)
         with pytest.raises(KeyFileError, match=r"names\.txt is not a file of keys: "):
             read_images(file, "key")
-
-
-def dying_halfway(store: FeatureStore, write: int, seen: list[str]) -> FeatureStore:
-    """A store on S3, where a file is written as a whole, whose process dies as it begins a write; at 0 it lives.
-
-    Of files that one call deletes, half are gone by then. `seen` gets the kind and the place of each write.
-    """
-
-    def dies(name: str, call: Callable[..., Any], *arguments: Any) -> Any:
-        places = [arguments[0]] if isinstance(arguments[0], str) else list(arguments[0])
-        seen.append(" ".join([name, *sorted({re.sub(r"/.*|-[0-9a-f]{32}$", "", place) for place in places})]))
-        if len(seen) == write and name == "delete_files":
-            call(places[: len(places) // 2])
-        if 0 < write <= len(seen):
-            raise Killed
-        return call(*(arguments if isinstance(arguments[0], str) else (places, *arguments[1:])))
-
-    names = ("write_bytes", "create_exclusive", "create_or_read", "delete", "delete_files", "open_output")
-    return FeatureStore(FaultyStorage(store.storage, {name: partial(dies, name) for name in names}), store.info)
-
-
-@pytest.mark.long
-@pytest.mark.services
-@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["ends", "every write"])
-def test_on_s3_killed_at_any_write_the_command_completes_it(
-    every: bool, s3_url: str, info: StoreInfo, make_rows: Callable[..., FeatureRows], tmp_path: Path
-) -> None:
-    """Unless `every`, at the last write of each kind; on a disk it dies at more of them."""
-    first = FeatureStore.create(f"{s3_url}/first", info.model_copy(update={"num_shards": 1}))
-    first.put(make_rows(10, first.info, first=100))
-    first.put(make_rows(40, first.info))
-    first.put(make_rows(5, first.info, seed=5, first=30))
-    first.add_quarantine([QuarantineRow(key_of_uri(GONE[1]), GONE[1], "truncated", 1.0)])
-    first.stage_part("refresh", "part-1", make_rows(20, first.info, seed=9))
-    move_channel(first, "stable", 3)
-    files = {each.path: first.storage.read_bytes(each.path) for each in first.storage.entries()}
-    before = contents(first)
-    keys = tmp_path / "keys.txt"
-    keys.write_text("".join(f"{key_of_uri(uri)}\n" for uri in GONE))
-    images = read_images(keys, "key")
-    whole: list[str] = []
-    purge(dying_halfway(first, 0, whole), images)
-    assert len(whole) > 12, "it was not killed often"
-    last_of_kind = {each.partition(" ")[0]: place for place, each in enumerate(whole)}
-    for place in range(len(whole)) if every else sorted(last_of_kind.values()):
-        url, seen = f"{s3_url}/killed-{place}", list[str]()
-        list(in_threads(lambda path, to=Storage(url): to.write_bytes(path, files[path]), files, 8))
-        store = FeatureStore.open(url)
-        with pytest.raises(Killed):
-            purge(dying_halfway(store, place + 1, seen), images)
-        assert seen[: place + 1] == whole[: place + 1]
-        for which in (None, "stable"):
-            assert contents(store, which) in (before, without(before)), f"killed at {seen}: another row"
-        again = run("purge", url, "--keys", keys, "--writer-hours", 0)
-        assert again.exit_code == 0, (seen, again.output)
-        assert "proof        no row of 2 keys is in" in again.output
-        if place % 4 == 0:  # the purge itself has ended with the same proof
-            assert run("verify", url, "--absent", keys).exit_code == 0, seen
-        assert contents(store) == without(before) == contents(store, "stable")
-        assert verify(store).problems == []

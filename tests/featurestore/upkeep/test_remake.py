@@ -4,8 +4,6 @@ import hashlib
 import json
 import re
 import tracemalloc
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ import pytest
 from threadpoolctl import threadpool_limits
 from typer.testing import CliRunner
 
-from featurestore import FeaturePartition, FeatureRows, FeatureStore, QuarantineRow, StoreInfo, to_bits
+from featurestore import FeaturePartition, FeatureRows, FeatureStore, QuarantineRow, StoreInfo
 from featurestore.__main__ import app
 from featurestore.errors import (
     CommitConflictError,
@@ -23,21 +21,17 @@ from featurestore.errors import (
     InvalidRowsError,
     SnapshotNotFoundError,
     SpecMismatchError,
-    StorageError,
     StoreExistsError,
     StoreNotFoundError,
     UnsafeBackendError,
 )
-from featurestore.format.codec import basis_of
 from featurestore.spec import FileEntry
 from featurestore.storage.storage import Storage
 from featurestore.text import DType
 from featurestore.upkeep import remake as module
 from featurestore.upkeep.compaction import compact
-from featurestore.upkeep.expiry import expire
 from featurestore.upkeep.remake import CoMoments, principal_components, read_report, remake, sample
 from featurestore.upkeep.verify import verify
-from tests.featurestore.upkeep.killed import kill_at
 from tests.metadata import metadata_of
 
 pytestmark = pytest.mark.long
@@ -81,7 +75,9 @@ def full_rows(store: FeatureStore) -> tuple[np.ndarray, np.ndarray]:
     return keys, store.codec.decode(store.snapshot().get(keys))
 
 
-def test_components_are_those_of_an_svd(source: FeatureStore) -> None:
+@pytest.mark.parametrize("panel", [512, 16])
+def test_components_are_those_of_an_svd(source: FeatureStore, monkeypatch: pytest.MonkeyPatch, panel: int) -> None:
+    monkeypatch.setattr(module, "_PANEL", panel)
     _, values = full_rows(source)
     exact = values.astype(np.float64)
     centred = exact - exact.mean(axis=0)
@@ -94,24 +90,6 @@ def test_components_are_those_of_an_svd(source: FeatureStore) -> None:
     np.testing.assert_allclose(basis.origin.total_variance, centred.var(axis=0).sum(), rtol=1e-12)
     largest = np.take_along_axis(basis.components_KD, np.abs(basis.components_KD).argmax(axis=1)[:, None], 1)
     assert (largest > 0).all() and basis.origin.num_rows == ROWS - 30
-
-
-def test_streamed_equals_at_once_over_several_panels(monkeypatch: pytest.MonkeyPatch) -> None:
-    values = drawn(300) + np.arange(300)[:, None]  # each block has another mean
-    monkeypatch.setattr(module, "_PANEL", 16)
-    with ThreadPoolExecutor(2) as pool:
-        blocks, whole = CoMoments(DIM, pool), CoMoments(DIM, pool)
-        for block in (values[:7], values[7:7], values[7:100], values[100:]):
-            blocks.add(block)
-        whole.add(values)
-        assert blocks.count == whole.count == 300
-        np.testing.assert_allclose(blocks.mean_D, values.mean(axis=0, dtype=np.float64), rtol=1e-13)
-        np.testing.assert_allclose(blocks.total_variance(), whole.total_variance(), rtol=1e-12)
-        (some, directions), (all_at_once, others) = blocks.components(5), whole.components(5)
-    np.testing.assert_allclose(some, all_at_once, rtol=1e-10)
-    np.testing.assert_allclose(directions, others, atol=1e-8)
-    covariance = np.cov(values.T.astype(np.float64), bias=True)
-    np.testing.assert_allclose(some, np.linalg.eigvalsh(covariance)[::-1][:5], rtol=1e-10)
 
 
 def test_the_same_bits_at_any_number_of_threads_and_after_a_compaction(source: FeatureStore, tmp_path: Path) -> None:
@@ -217,16 +195,6 @@ def test_the_basis_is_what_the_page_of_the_format_says(source: FeatureStore, tmp
     assert origin["extractor"] == source.info.extractor.model_dump() and origin["total_variance"] > 0
 
 
-def test_as_many_components_as_numbers_lose_nothing(source: FeatureStore, tmp_path: Path) -> None:
-    report = remake(source, tmp_path / "new", dims=DIM)
-    new, (keys, values) = FeatureStore.open(tmp_path / "new"), full_rows(source)
-    assert new.basis is not None and report.variance_kept == pytest.approx(1, abs=1e-12)
-    assert report.accuracy.recall_at_10 == 1
-    few = remake(source, tmp_path / "few", dims=2).accuracy.recall_at_10
-    assert few is not None and 0.05 < few < 0.9
-    np.testing.assert_allclose(new.basis.restored(new.snapshot().get(keys)), values, rtol=1e-6, atol=1e-5)
-
-
 def test_mistakes_are_named(source: FeatureStore, tmp_path: Path, info: StoreInfo) -> None:
     def refused(match: str, store: FeatureStore = source, dims: int = 8, place: str = "new") -> None:
         with pytest.raises((InvalidRowsError, StoreExistsError), match=match):
@@ -293,35 +261,6 @@ def test_a_compact_store_in_another_dtype_has_the_same_basis(source: FeatureStor
     assert verify(b).problems == []
 
 
-def test_verify_finds_a_flipped_bit_and_expiry_keeps_the_basis(source: FeatureStore, tmp_path: Path) -> None:
-    remake(source, tmp_path / "a", dims=8)
-    a = FeatureStore.open(tmp_path / "a")
-    assert a.info.reduction is not None
-    a.put(FeatureRows.of(["x.jpg"], np.zeros((1, 8), np.float32)))
-    expire(a, keep_last=1, keep_days=0, grace_days=0)
-    file = tmp_path / "a" / a.info.reduction.path
-    good = file.read_bytes()
-    for place in (len(good) // 2, 60):
-        file.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
-        (problem,) = verify(a).problems
-        assert problem.kind == "basis" and problem.path == a.info.reduction.path and "another store" in str(problem)
-        with pytest.raises(CorruptFileError, match="damaged"):
-            basis_of(a.info, a.storage)
-    file.unlink()
-    (problem,) = verify(a).problems
-    assert "is missing: without it nobody can make rows" in str(problem)
-    file.write_bytes(good)
-    assert verify(a).problems == []
-
-
-@pytest.mark.services
-def test_to_an_object_store(source: FeatureStore, s3_url: str, tmp_path: Path) -> None:
-    report = remake(source, f"{s3_url}/compact", dims=8, dtype="float16")
-    new = FeatureStore.open(f"{s3_url}/compact")
-    assert verify(new).problems == [] and new.snapshot().num_rows == report.num_rows == ROWS - 30
-    assert remake(source, tmp_path / "here", dims=8, dtype="float16").basis_sha256 == report.basis_sha256
-
-
 def test_the_command_says_what_is_kept(source: FeatureStore, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["remake", source.url, str(tmp_path / "new"), "--dims", "8", "--dtype", "float16"])
     assert result.exit_code == 0, result.output
@@ -331,72 +270,7 @@ def test_the_command_says_what_is_kept(source: FeatureStore, tmp_path: Path) -> 
     assert re.search(r"dim +8 of 40\n", shown) and re.search(r"reduced from +snapshot 3 of store \w+, 570 rows", shown)
 
 
-def test_bits_of_a_compact_store_are_bits_of_its_dtype(source: FeatureStore, tmp_path: Path) -> None:
-    remake(source, tmp_path / "new", dims=8, dtype="bfloat16")
-    new = FeatureStore.open(tmp_path / "new")
-    values = np.arange(8, dtype=np.float32)[None]
-    new.put(FeatureRows.of(["mine.jpg"], values))
-    key = FeatureRows.of(["mine.jpg"], values).keys_N
-    assert np.array_equal(new.snapshot().get(key), to_bits(values, "bfloat16"))
-    assert np.array_equal(new.project(drawn(3)), new.basis.project(drawn(3)))  # type: ignore[union-attr]
-    assert source.project(drawn(3)).shape == (3, DIM)
-
-
-@pytest.mark.parametrize("asked", [{"dtype": "bfloat16"}, {"dims": 8}])
-def test_a_remake_that_was_cut_off_starts_again(
-    asked: dict[str, Any], source: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write, written = module.write_shard_file, []
-
-    def fails_in_the_fifth(storage: Storage, info: StoreInfo, shard: int, *rest: object) -> object:
-        if len(written) == 4:
-            raise StorageError("the disk is full")
-        written.append(shard)
-        return write(storage, info, shard, *rest)  # type: ignore[arg-type]
-
-    with monkeypatch.context() as patched:
-        patched.setattr(module, "write_shard_file", fails_in_the_fifth)
-        with pytest.raises(StorageError, match="full"):
-            remake(source, tmp_path / "new", threads=1, **asked)
-    with pytest.raises(StoreNotFoundError):
-        FeatureStore.open(tmp_path / "new")
-    source.put(rows_of(3000, 10, seed=4))  # the second call is of the newest snapshot by then
-    report = remake(source, tmp_path / "new", **asked)
-    assert report.source_version == 4 and report.num_rows == ROWS - 20
-    remake(source, tmp_path / "calm", **asked)
-    check_same(FeatureStore.open(tmp_path / "new"), FeatureStore.open(tmp_path / "calm"))
-    files = sorted((tmp_path / "new" / "data").rglob("*.parquet"))
-    expire(FeatureStore.open(tmp_path / "new"), grace_days=0)
-    assert len(files) == 12 and len(sorted((tmp_path / "new" / "data").rglob("*.parquet"))) == 8
-
-
-def check_same(new: FeatureStore, calm: FeatureStore) -> None:
-    """Check that a store that was cut off holds what an undisturbed one does, in one commit."""
-    new, keys = FeatureStore.open(new.url), calm.snapshot().keys()
-    assert new.info.reduction == calm.info.reduction and new.snapshot().version == 1
-    assert np.array_equal(new.snapshot().keys(), keys)
-    assert np.array_equal(new.snapshot().get(keys), calm.snapshot().get(keys))
-    assert verify(new).problems == []
-
-
-PLACES = [("basis", 0), ("data/", 3), ("reports", 0), ("store.json", 0), ("log", 0)]
 """Prefixes of what is written, and how often before the kill; what comes before in a store's life comes first."""
-
-
-@pytest.mark.services
-@pytest.mark.parametrize(
-    ("asked", "places"), [({"dtype": "bfloat16"}, PLACES[1:]), ({"dims": 8, "dtype": "float16"}, PLACES)]
-)
-def test_kill_9_again_and_again(
-    asked: dict[str, Any], places: list[tuple[str, int]], source: FeatureStore, tmp_path: Path
-) -> None:
-    call, methods = partial(remake, threads=1, **asked), ("create_exclusive", "open_output", "write_bytes")
-    for prefix, writes in places:
-        kill_at(prefix, writes, source.url, str(tmp_path / "new"), call, methods)
-        assert not list((tmp_path / "new" / "log").glob("0*.json"))
-    assert remake(source, tmp_path / "new", **asked).num_rows == ROWS - 30
-    remake(source, tmp_path / "calm", **asked)
-    check_same(FeatureStore.open(tmp_path / "new"), FeatureStore.open(tmp_path / "calm"))
 
 
 def cli(*arguments: object) -> tuple[int, str]:

@@ -29,6 +29,7 @@ from featurestore.upkeep.expiry import expire
 from featurestore.upkeep.history import pin
 from featurestore.upkeep.repair import repair
 from featurestore.upkeep.verify import verify
+from tests.featurestore.upkeep.damaged import spoil
 
 
 @pytest.fixture
@@ -45,13 +46,6 @@ def entry_of(store: FeatureStore, shard: int = 3) -> FileEntry:
 def merged_entry_of(store: FeatureStore) -> FileEntry:
     """A file that a compaction will replace."""
     return next(files[0] for files in store.snapshot().manifest.shards.values() if len(files) > 1)
-
-
-def spoil(store: FeatureStore, path: str) -> None:
-    file = Path(store.url) / path
-    data = bytearray(file.read_bytes())
-    data[len(data) // 2] ^= 1
-    file.write_bytes(data)
 
 
 def problems_of(store: FeatureStore) -> list[str]:
@@ -82,15 +76,6 @@ def test_files_of_older_snapshots_are_checked_once_and_told_apart(filled: Featur
     assert [found.path for found in verify(filled, 1).problems] == [old.path]
     with pytest.raises(SnapshotNotFoundError, match="no snapshot 9"):
         verify(filled, 9)
-
-
-def test_the_way_out_names_a_command(filled: FeatureStore) -> None:
-    entry = entry_of(filled)
-    (Path(filled.url) / entry.path).unlink()
-    way_out = f"`crossmedia store repair {filled.url}` drops its rows into the refresh list"
-    assert problems_of(filled) == [f"{filled.url}/{entry.path} is missing. {way_out}"]
-    with pytest.raises(CorruptFileError, match="is missing"):
-        filled.snapshot().keys()
 
 
 def test_files_that_expire_meanwhile_are_no_problem(filled: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,11 +263,3 @@ def test_the_command_exits_with_1_and_names_file_and_command(filled: FeatureStor
     (Path(filled.url) / "store.json").write_bytes(b"{}")
     done = runner.invoke(app, ["verify", filled.url])
     assert done.exit_code == 1 and "broken: " in done.output and "rebuilds it from a data file" in done.output
-
-
-def test_an_object_store_is_checked_too(memory_url: str, info: StoreInfo, make_rows) -> None:
-    store = FeatureStore.create(memory_url, info)
-    store.put(make_rows(50, info))
-    assert problems_of(store) == []
-    store.storage.delete(entry_of(store).path)
-    assert len(problems_of(store)) == 1

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from distributed import Client, LocalCluster
+from distributed import Client
 
 import pipeline.cluster.submit
-from tests.commands.calls import call
 
 pytestmark = pytest.mark.services
 slow = pytest.mark.slow
@@ -105,25 +104,6 @@ def test_running_scheduler_is_used_and_left_running(by, cluster, script, tmp_pat
     assert json.loads(done.stdout)["scheduler"] == address
     with Client(cluster) as client:
         assert len(client.nthreads()) == 2
-
-
-@slow
-def test_scheduler_and_workers_of_dasks_own_commands_are_used_and_left_running(script, tmp_path):
-    file = tmp_path / "scheduler.json"
-    dask = str(BIN / "dask")
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    scheduler = [dask, "scheduler", "--scheduler-file", file, "--host", "127.0.0.1", "--port", "0", "--no-dashboard"]
-    worker = [dask, "worker", "--scheduler-file", file, "--nthreads", "1", "--no-dashboard", "--no-nanny"]
-    started = [subprocess.Popen(list(map(str, command)), **quiet, cwd=tmp_path) for command in (scheduler, worker)]
-    try:
-        done = submit("--scheduler-file", file, script(WHERE))
-        assert done.returncode == 7, done.stderr
-        assert json.loads(done.stdout)["workers"] == [started[1].pid]
-        assert [process.poll() for process in started] == [None, None]
-    finally:
-        for process in reversed(started):
-            process.terminate()
-            process.wait(10)
 
 
 @pytest.mark.parametrize(
@@ -262,49 +242,3 @@ def test_a_share_of_the_memory_is_a_limit_too(limit):
     """1 is the whole of it, as Dask has it, and not a byte."""
     context = pipeline.cluster.submit.submit.make_context("dask-submit", ["--memory-limit", limit, __file__])
     assert context.params["memory_limit"] == limit
-
-
-WITHOUT_US = """
-import sys
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name == "featurestore":
-            raise ModuleNotFoundError("No module named 'featurestore'")
-sys.meta_path.insert(0, Absent())
-"""
-
-OLD_DASK = "import distributed.versions\ndistributed.versions._version_cached = lambda package: '2020.1.0'\n"
-
-
-@pytest.mark.parametrize(
-    ("preload", "message"),
-    [
-        (WITHOUT_US, "1 workers cannot import this project"),
-        pytest.param(OLD_DASK, "dask is 2020.1.0 on worker tcp://", marks=slow),
-    ],
-)
-def test_worker_that_does_not_fit_stops_the_run(preload, message, script, tmp_path):
-    (tmp_path / "preload.py").write_text(preload)
-    with LocalCluster(
-        n_workers=0, processes=False, protocol="tcp", host="127.0.0.1", dashboard_address=":0"
-    ) as scheduler:
-        address = scheduler.scheduler_address
-        options = ["--no-nanny", "--no-dashboard", "--host", "127.0.0.1", "--preload", tmp_path / "preload.py"]
-        worker = subprocess.Popen(
-            list(map(str, [BIN / "dask", "worker", address, *options])),
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=tmp_path,
-        )  # fmt: skip
-        try:
-            done = submit("--scheduler", address, script("print('ran')"))
-        finally:
-            worker.terminate()
-            worker.wait(10)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
-
-
-def test_help_shows_examples_and_dask_lists_the_command():
-    assert "dask-submit -n 4" in call(["dask-submit", "--help"]).out
-    listed = submit("--help", command="dask").stdout
-    assert any(line.split()[:1] == ["submit"] for line in listed.splitlines())

@@ -13,9 +13,7 @@ from pipeline.demo import world as truth
 from pipeline.demo.items import (
     ATTRIBUTES,
     NO_LABEL,
-    PATTERNS,
     SHAPES,
-    SIDE_PX,
     Garment,
     catalogue_of,
     draw_garment,
@@ -24,7 +22,7 @@ from pipeline.demo.items import (
     plan_garments,
 )
 from pipeline.demo.make import FIRST_CATEGORY, FIRST_ITEM, FIRST_SESSION, FIRST_USER, log_files, write_logs
-from pipeline.demo.world import World, ceiling, match_of, simulate, standardize
+from pipeline.demo.world import World, ceiling, match_of, simulate
 from pipeline.errors import DemoError, SourceError
 from trainer.evaluation.bootstrap import auc
 
@@ -56,26 +54,6 @@ def test_equal_seeds_draw_equal_bytes() -> None:
     assert [draw_garment(garment) for garment in first] != [draw_garment(garment) for garment in other]
 
 
-def test_a_drawing_is_a_jpeg_of_the_promised_size() -> None:
-    image = Image.open(io.BytesIO(draw_garment(_garment())))
-    assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (SIDE_PX, SIDE_PX))
-
-
-def test_a_few_items_share_their_picture() -> None:
-    garments = plan_garments(1000, 0)
-    repeats = len(garments) - len(set(garments))
-    assert 10 <= repeats <= 60
-    catalogue = catalogue_of(garments)
-    assert len(set(catalogue.uris)) == 1000, "each item has its own file all the same"
-
-
-def test_the_category_says_nothing_about_the_look() -> None:
-    catalogue = catalogue_of(plan_garments(4000, 0))
-    of_category = np.eye(len(SHAPES))[catalogue.category_I]
-    correlation = standardize(of_category).T @ catalogue.look_IK / catalogue.num_items
-    assert np.abs(correlation).max() < 0.07, "4,000 independent items: a standard error of 0.016"
-
-
 @pytest.mark.parametrize(("hue_deg", "strongest"), [(0, 0), (120, 1), (240, 2)])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_colour_is_in_the_pixels(shape: str, hue_deg: float, strongest: int) -> None:
@@ -83,34 +61,6 @@ def test_the_colour_is_in_the_pixels(shape: str, hue_deg: float, strongest: int)
     mean = _pixels(draw_garment(_garment(shape=shape, hue_deg=hue_deg)))[cloth].mean(axis=0)
     assert mean.argmax() == strongest
     assert cloth.mean() > 0.15, "the cloth fills a good part of the picture"
-
-
-def test_every_pattern_is_seen_and_differs_from_the_others() -> None:
-    pictures = {pattern: _pixels(draw_garment(_garment(pattern=pattern))) for pattern in PATTERNS}
-    for one in PATTERNS:
-        for other in PATTERNS:
-            distance = np.abs(pictures[one] - pictures[other]).mean()
-            assert distance == 0 if one == other else distance > 3
-
-
-def test_every_shape_differs_from_the_others() -> None:
-    pictures = [_pixels(draw_garment(_garment(shape=shape))) for shape in SHAPES]
-    for index, one in enumerate(pictures):
-        assert all(np.abs(one - other).mean() > 3 for other in pictures[:index])
-
-
-def test_looks_are_standardised_and_follow_the_drawing() -> None:
-    garments = plan_garments(500, 1)
-    catalogue = catalogue_of(garments)
-    np.testing.assert_allclose(catalogue.look_IK.mean(axis=0), 0, atol=1e-9)
-    np.testing.assert_allclose(catalogue.look_IK.std(axis=0), 1, atol=1e-9)
-    saturation = [garment.saturation for garment in garments]
-    assert np.corrcoef(saturation, catalogue.look_IK[:, catalogue.vivid])[0, 1] == pytest.approx(1)
-
-
-def test_a_column_without_variation_becomes_zero() -> None:
-    table = standardize(np.array([[1e6, 1.0], [1e6, 3.0]]))
-    np.testing.assert_allclose(table, [[0, -1], [0, 1]])
 
 
 DAYS = 19
@@ -164,30 +114,6 @@ def test_nothing_is_shown_or_clicked_before_it_is_on_sale(world: World) -> None:
     assert day_N.max() == DAYS - 1
 
 
-def test_times_are_sorted_and_on_their_day(world: World) -> None:
-    for time_N in (world.shown.time_N, world.behaviors.time_N):
-        assert (np.diff(time_N) >= 0).all()
-    np.testing.assert_array_equal((world.shown.time_N - START_S) // truth.DAY_S, world.shown.day_N)
-
-
-def test_a_session_is_one_user_in_one_scene_on_one_day_without_an_item_twice(world: World) -> None:
-    shown = world.shown
-    for name in ("user_N", "scene_N", "day_N"):
-        pairs = np.unique(np.stack([shown.session_N, getattr(shown, name)]), axis=1)
-        assert pairs.shape[1] == len(np.unique(shown.session_N)), name
-    assert np.unique(np.stack([shown.session_N, shown.item_N]), axis=1).shape[1] == len(shown.item_N)
-    low, high = truth.ADS_PER_SESSION
-    assert set(np.bincount(shown.session_N)) == set(range(low, high + 1))
-
-
-def test_users_have_none_to_some_sixty_behaviours_in_fourteen_days(world: World) -> None:
-    recent = world.behaviors.time_N >= START_S + (DAYS - 14) * truth.DAY_S
-    count_U = np.bincount(world.behaviors.user_N[recent], minlength=world.people.num_users)
-    assert (count_U == 0).mean() > 0.03
-    assert 12 < count_U.mean() < 32
-    assert 45 < count_U.max() < 95
-
-
 def test_organic_clicks_follow_taste_and_accidents_do_not(world: World) -> None:
     done = world.behaviors
     match_N = _match(world, (done.time_N - START_S) // truth.DAY_S, done.user_N, done.item_N)
@@ -196,32 +122,6 @@ def test_organic_clicks_follow_taste_and_accidents_do_not(world: World) -> None:
     assert match_N[~short].mean() > 0.8, "in standard deviations over all pairs"
     assert abs(match_N[short].mean()) < 0.1
     assert (match_N[~short] < 0.5).mean() > 0.05, "imperfectly"
-
-
-def test_moods_show_in_what_is_browsed(world: World) -> None:
-    done = world.behaviors
-    day_N = (done.time_N - START_S) // truth.DAY_S + truth.HISTORY_DAYS
-    mood_N = world.people.mood_UD[done.user_N, day_N]
-    vivid_N = world.catalogue.look_IK[done.item_N, world.catalogue.vivid]
-    long = done.dwell_s_N >= 5
-    assert np.corrcoef(mood_N[long], vivid_N[long])[0, 1] > 0.25
-
-
-def test_tastes_last_in_part(world: World) -> None:
-    taste_UDK = world.people.taste_UDK
-    np.testing.assert_allclose(np.linalg.norm(taste_UDK, axis=2), 1)
-    likeness = [float((taste_UDK[:, -1] * taste_UDK[:, -1 - days]).sum(axis=1).mean()) for days in (1, 10, 30)]
-    assert likeness[0] > 0.9
-    assert likeness[0] > likeness[1] + 0.1 > likeness[2] + 0.2, "what was browsed last tells most"
-    assert likeness[2] > 0.3, "a part stays"
-
-
-def test_moods_last_some_days_and_then_change(world: World) -> None:
-    mood_UD = world.people.mood_UD
-    after = [np.corrcoef(mood_UD[:, 0], mood_UD[:, days])[0, 1] for days in (1, 20)]
-    assert after == pytest.approx([0.5 + 0.5 * truth.MOOD_MEMORY, 0.5], abs=0.1), (
-        "half of a mood is the user's own level"
-    )
 
 
 def test_each_part_of_the_logit_has_its_size(world: World) -> None:
@@ -240,11 +140,6 @@ def test_labels_follow_the_logit(world: World) -> None:
     for rows in np.array_split(order, 10):
         expected, error = probability_N[rows].mean(), np.sqrt(0.25 / len(rows))
         assert world.clicks.label_N[rows].mean() == pytest.approx(expected, abs=4 * error)
-
-
-def test_ads_are_shown_without_regard_to_taste(world: World) -> None:
-    match_N = _match(world, world.shown.day_N, world.shown.user_N, world.shown.item_N)
-    assert abs(match_N.mean()) < 0.1
 
 
 def test_who_cannot_see_stays_far_below_the_ceiling(world: World, last: np.ndarray) -> None:
@@ -290,11 +185,6 @@ def _noise(contrast: float, grain_px: int = 1) -> Image.Image:
 )
 def test_each_attribute_grows_with_what_it_is_named_after(attribute: str, less: Image.Image, more: Image.Image) -> None:
     assert measure(less)[COLUMN[attribute]] < measure(more)[COLUMN[attribute]]
-
-
-def test_size_does_not_matter_much() -> None:
-    image = _noise(40, grain_px=12)
-    np.testing.assert_allclose(measure(image), measure(image.resize((288, 288), Image.Resampling.NEAREST)), rtol=0.02)
 
 
 @pytest.fixture

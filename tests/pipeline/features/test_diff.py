@@ -1,17 +1,15 @@
 """What a run plans: new, changed, moved and equal images beside those stored, in bounded memory."""
 
 import tracemalloc
-import types
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import xxhash
-from fsspec import AbstractFileSystem
 
 from featurestore import ExtractorSpec, FeatureRows, FeatureStore, StoreInfo
 from featurestore.errors import KeyCollisionError
-from featurestore.keys import keys_of_uris
+from featurestore.keys import key_of_uri, keys_of_uris
 from pipeline.features import diff as plan
 from pipeline.features import refresh
 from pipeline.features import refresh as staged_run
@@ -30,7 +28,6 @@ from pipeline.features.diff import (
 )
 from pipeline.features.part import PartReport, PartSettings
 from pipeline.images.imagetable import ImageRef, ImageTable
-from pipeline.images.source import list_images
 
 
 def ref(key, size_bytes=10, tag="tag"):
@@ -92,17 +89,6 @@ def store(tmp_path):
     return store
 
 
-def test_a_listing_beside_a_store(store):
-    images = table(ref(4, tag="newer"), ref(1), ref(99), ref(3), ref(5), ref(2, tag=""))
-    found = compare(images, store.snapshot())
-    assert found.num_stored == 9
-    assert found.is_stored_N.tolist() == [True, True, False, True, False, True]
-    assert found.is_same_tag_N.tolist() == [True, True, False, False, False, False]
-    assert found.gone_keys.tolist() == [6, 7, 8, 9, 10]
-    assert images.keys()[pending_images(images, found)].tolist() == [99, 3, 5, 2]
-    assert [found.digest_N[place].ljust(16, b"\0") for place in (0, 1, 3, 5)] == [digest(key) for key in (4, 1, 3, 2)]
-
-
 def test_many_images_beside_a_store_as_a_dict_would_have_it(tmp_path, store):
     numbers = np.random.default_rng(0).permutation(400)[:300].tolist()
     rows = FeatureRows.of(
@@ -114,12 +100,6 @@ def test_many_images_beside_a_store_as_a_dict_would_have_it(tmp_path, store):
     assert found.is_stored_N.tolist() == [image.key in stored for image in images]
     assert found.is_same_tag_N.tolist() == [image.key in stored and image.key % 2 == 1 for image in images]
     assert set(found.gone_keys.tolist()) == stored - {image.key for image in images}
-
-
-def test_an_empty_store_has_nothing(tmp_path, store):
-    empty = FeatureStore.create(tmp_path / "empty", store.info)
-    found = compare(table(ref(1)), empty.snapshot())
-    assert (found.num_stored, found.is_stored_N.any(), len(found.gone_keys)) == (0, False, 0)
 
 
 def test_another_image_under_a_key_is_refused(store):
@@ -155,21 +135,6 @@ def test_each_image_goes_one_way(store):
     assert made.stored_keys.tolist() == [3, 4]
 
 
-def test_an_image_without_a_tag_is_unchanged_when_its_bytes_are(store):
-    store.put(FeatureRows.of(["50.jpg"], np.ones((1, 2), np.float32), keys=[50], content_digests=[digest(50)]))
-    images = table(ref(50, tag=""))
-    assert pending_images(images, compare(images, store.snapshot())).tolist() == [0]
-    assert planned(images, store, {50: digest(50)}, {digest(50): 50}).num_unchanged == 1
-    assert planned(images, store, {50: digest(51)}, {}).compute_C.tolist() == [0]
-
-
-def test_an_image_whose_file_could_not_be_looked_at_is_unchanged_when_its_bytes_are(store):
-    images = table(ref(1, tag=""), ref(2, tag=""))
-    made = planned(images, store, {1: digest(1), 2: digest(33)}, {digest(1): 1})
-    assert (made.num_unchanged, made.num_touched, made.copies.of(images)) == (1, 0, [])
-    assert made.compute_C.tolist() == [1]
-
-
 def test_equal_images_stand_in_one_part():
     images = table(*(ref(key) for key in range(8)))
     near = digest(1)[:8] + b"other   "  # begins as the digest of 1 and 6
@@ -192,13 +157,6 @@ def test_parts_are_as_groups_by_a_dict_would_have_them(monkeypatch):
             expected += [[]] if len(expected[-1]) >= part_size else []
             expected[-1] += chunk
         assert keys(images, parts_of(images, part_size, known)) == [part for part in expected if part]
-
-
-def test_too_many_equal_images_are_split(monkeypatch):
-    monkeypatch.setattr(plan, "MAX_GROUP_PARTS", 2)
-    images = table(*(ref(key) for key in range(10)))
-    parts = parts_of(images, 2, dict.fromkeys(range(10), digest(1)))
-    assert keys(images, parts) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
 
 
 def test_the_name_of_a_part_changes_with_its_images():
@@ -225,41 +183,9 @@ def test_only_images_of_equal_or_unknown_size_may_be_equal():
     assert equal_candidates(np.array([10, 20, 10, -1])).tolist() == [True, False, True, True]
 
 
-def test_the_run_id_is_of_the_inputs():
-    base = run_id_of("info", "images", 256)
-    assert base == run_id_of("info", "images", 256)
-    assert len({base, run_id_of("other", "images", 256), run_id_of("info", "images", 128)}) == 3
-
-
 COUNT = 20_000
 BATCH_ROWS = 3000  # as large beside COUNT as the real one beside 100,000
 MOST_BYTES_PER_IMAGE = 350  # at the peak: it is 180, most of it one batch; with an object for each image above 430
-
-
-class Drawn(AbstractFileSystem):
-    """A bucket of drawn names, in pages as S3 gives them."""
-
-    protocol = ("s3", "s3a")
-    req_kw = types.MappingProxyType({})
-
-    def info(self, path, **kwargs):
-        return {"name": path, "type": "directory", "size": 0}
-
-    def split_path(self, path):
-        return "photos", "in", None
-
-    def call_s3(self, method, Bucket, Prefix, ContinuationToken="0"):
-        start = int(ContinuationToken)
-        entries = [
-            {
-                "Key": f"{Prefix}{uri_of(number)}",
-                "ETag": tag_of(number),
-                "Size": 10_000 + number % 999,
-                "LastModified": 1.0,
-            }
-            for number in range(start, min(start + 1000, COUNT))
-        ]
-        return {"Contents": entries, "IsTruncated": start + 1000 < COUNT, "NextContinuationToken": str(start + 1000)}
 
 
 def uri_of(number):
@@ -306,7 +232,6 @@ def large_store(request, tmp_path):
 
 @pytest.mark.long
 def test_no_object_is_held_for_an_image(large_store, monkeypatch):
-    monkeypatch.setattr("featurestore.storage.remote._client", lambda protocol, server: Drawn())
     monkeypatch.setattr("pipeline.images.imagetable.BATCH_ROWS", BATCH_ROWS)
     monkeypatch.setattr(staged_run, "run_tasks", answers)
     settings = PartSettings(large_store.url, "run", "", "", "", "float32", "float32", 1)
@@ -314,7 +239,11 @@ def test_no_object_is_held_for_an_image(large_store, monkeypatch):
     in_arrow = pa.total_allocated_bytes()
     tracemalloc.start()
     try:
-        images = list_images("s3://photos/in").images
+        names = map(uri_of, range(COUNT))
+        images = ImageTable.of(
+            ImageRef(key_of_uri(name), name, f"s3://photos/{name}", tag_of(number), 10_000 + number % 999)
+            for number, name in enumerate(names)
+        )
         plan = refresh.make_plan(None, images, refresh.compare(images, snapshot), snapshot)
         run = staged_run.ImageRun(None, large_store, settings, snapshot, [], 64)
         reports = run.compute(images, plan.compute_C, plan.digest_C, lambda: None)

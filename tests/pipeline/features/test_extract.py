@@ -1,65 +1,31 @@
 """Images to rows: equal to torchvision's forward for any network, nothing computed twice, compact stores."""
 
 import contextlib
-import json
 import shutil
-import threading
-import time
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision import models
 from torchvision.models import MobileNet_V3_Small_Weights, mobilenet_v3_small
 from typer.testing import CliRunner
 
-from featurestore import FeaturePartition
 from featurestore.errors import SpecMismatchError, StoreNotFoundError
-from featurestore.format.rows import FeatureRows, to_float32
+from featurestore.format.rows import to_float32
 from featurestore.keys import key_of_uri
 from featurestore.lookup.compute_dtype import VARIABLE
-from featurestore.storage import remote
-from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
 from featurestore.upkeep.remake import remake
 from featurestore.upkeep.verify import verify
 from jobs import extract_features
 from pipeline.errors import BackboneError, SourceError, StoreRunError, WeightsError
-from pipeline.features.part import PartSettings, extract_part, in_order
-from pipeline.features.refresh import describe_network, extract
+from pipeline.features.part import PartSettings, extract_part
+from pipeline.features.refresh import describe_network
 from pipeline.network.backbone import backbone
-from pipeline.options import ExtractOptions
 from tests.metadata import metadata_of
-from tests.pipeline.features.conftest import change_everything, counts, rows_of
+from tests.pipeline.features.conftest import NETWORK, change_everything, counts, rows_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:weights random")
-
-NETWORK = "mobilenet_v3_small:avgpool"
-"""Its pass over an image costs a hundredth of VGG16's, which is held to the same in test_backbone.py."""
-
-
-@pytest.fixture
-def extract_to(client, tmp_path):
-    """Extracts a folder into a store beside it, in float32, by a small network."""
-
-    def extract_to(images, **options):
-        settings = {"backbone": NETWORK, "weights": "random:0", "dtype": "float32", "compute_dtype": "float32"}
-        settings |= {"num_shards": 4, **options}
-        return extract(ExtractOptions(images=str(images), store=str(tmp_path / "features"), **settings), client)
-
-    return extract_to
-
-
-@pytest.fixture
-def counted(client):
-    """Images of each pass through the network of this process, as the network itself sees them."""
-    rows = []
-    hook = backbone(NETWORK, "random:0", "float32").network.register_forward_hook(
-        lambda network, inputs, output: rows.append(len(output))
-    )
-    yield rows
-    hook.remove()
 
 
 @pytest.fixture
@@ -99,13 +65,13 @@ def torchvision_features(paths):
     return network.eval()(pixels_BCHW).numpy()
 
 
-def test_stored_rows_are_those_of_torchvisions_own_forward(extract_to, photos, tmp_path, encode):
+def test_stored_rows_are_those_of_torchvisions_own_forward(make, photos, tmp_path, encode):
     grey = Image.open(photos / "0.jpg").convert("L")
     (photos / "sub").mkdir()
     (photos / "sub/grey.png").write_bytes(encode(grey, "PNG"))
     paths = sorted(path for path in photos.rglob("*.*"))
     uris = [path.relative_to(photos).as_posix() for path in paths]
-    summary = extract_to(photos, batch_size=3, part_size=4)
+    summary = make(photos, batch_size=3, part_size=4)
     assert (summary.num_images, summary.num_computed, summary.snapshot) == (5, 5, 1)
     expected_BD = torchvision_features(paths)
     np.testing.assert_allclose(stored(tmp_path, uris), expected_BD, rtol=0, atol=1e-4 * expected_BD.max())
@@ -117,8 +83,8 @@ def test_stored_rows_are_those_of_torchvisions_own_forward(extract_to, photos, t
     np.testing.assert_allclose(statistics.mean_D, expected_BD.mean(0), rtol=1e-3, atol=1e-4)
 
 
-def test_bfloat16_is_close(extract_to, photos, tmp_path):
-    extract_to(photos, dtype="bfloat16", compute_dtype="bfloat16")
+def test_bfloat16_is_close(make, photos, tmp_path):
+    make(photos, dtype="bfloat16", compute_dtype="bfloat16")
     paths = sorted(photos.iterdir())
     rows_BD = stored(tmp_path, [path.name for path in paths])
     expected_BD = torchvision_features(paths)
@@ -139,11 +105,11 @@ def test_auto_is_what_the_environment_names_else_what_the_workers_are_quick_at(c
         describe_network(client, NETWORK, "random:0", "auto")
 
 
-def test_equal_bytes_go_through_the_network_once(extract_to, photos, counted, tmp_path):
+def test_equal_bytes_go_through_the_network_once(make, photos, computed, tmp_path):
     for number in range(4):
         shutil.copy(photos / f"{number % 2}.jpg", photos / f"copy{number}.jpg")
-    summary = extract_to(photos, part_size=2, batch_size=2)  # by order the copies would fall into other parts
-    assert sum(counted) == summary.num_computed == 4
+    summary = make(photos, part_size=2, batch_size=2)  # by order the copies would fall into other parts
+    assert sum(computed) == summary.num_computed == 4
     assert summary.num_duplicates == 4
     rows_BD = stored(tmp_path, ["0.jpg", "copy0.jpg", "copy2.jpg", "1.jpg", "copy1.jpg", "copy3.jpg"])
     assert (rows_BD[:3] == rows_BD[0]).all()
@@ -151,8 +117,8 @@ def test_equal_bytes_go_through_the_network_once(extract_to, photos, counted, tm
     assert (rows_BD[0] != rows_BD[3]).any()
 
 
-def test_bad_images_are_quarantined_with_their_reason_and_counted(extract_to, mixed, counted, tmp_path):
-    summary = extract_to(mixed)
+def test_bad_images_are_quarantined_with_their_reason_and_counted(make, mixed, computed, tmp_path):
+    summary = make(mixed)
     reasons = {bad.uri: bad.reason for bad in summary.bad}
     assert list(reasons) == ["empty.jpg", "gone.jpg", "huge.png", "text.jpg", "truncated.jpg", "truncated_too.jpg"]
     assert reasons["empty.jpg"] == "empty file"
@@ -167,84 +133,70 @@ def test_bad_images_are_quarantined_with_their_reason_and_counted(extract_to, mi
     assert store.snapshot().manifest.num_quarantined == 6
     assert store.snapshot().num_rows == 2
 
-    again = extract_to(mixed)  # what was bad is tried again, and said again; nothing else happens
+    again = make(mixed)  # what was bad is tried again, and said again; nothing else happens
     assert again.bad == summary.bad
-    assert (sum(counted), again.num_computed, again.num_unchanged, again.snapshot) == (2, 0, 2, 1)
+    assert (sum(computed), again.num_computed, again.num_unchanged, again.snapshot) == (2, 0, 2, 1)
     assert len(list((tmp_path / "features/quarantine").iterdir())) == 1
 
 
-def test_images_of_web_servers_that_are_gone_are_quarantined(extract_to, photos, tmp_path, monkeypatch):
-    monkeypatch.setattr(remote, "HTTP_PATIENCE_S", 0.2)
-    monkeypatch.setattr(remote, "_unreached_until_s", {})
-    gone = [f"http://127.0.0.1:{port}/{number}.jpg" for port in (1, 2) for number in range(20)]
-    (photos / "table.csv").write_text("\n".join(["uri", "0.jpg", *gone]))
-    summary = extract_to(photos / "table.csv")
-    assert (summary.num_new, len(summary.bad)) == (1, 40)
-    rows = FeatureStore.open(tmp_path / "features").quarantine_rows()
-    assert {row.uri for row in rows} == set(gone)
-    assert {row.reason for row in rows} == {
-        f"127.0.0.1:{port} was not reached a moment ago; it is not asked again so soon" for port in (1, 2)
-    }
-
-
-def test_only_bad_images_are_an_error_and_no_commit(extract_to, tmp_path):
+def test_only_bad_images_are_an_error_and_no_commit(make, tmp_path):
     folder = tmp_path / "bad"
     folder.mkdir()
     (folder / "text.jpg").write_text("a text")
     with pytest.raises(StoreRunError, match=r"none of the 1 images can be used: 1 not an image.*text.jpg"):
-        extract_to(folder)
+        make(folder)
     store = FeatureStore.open(tmp_path / "features")
     assert store.snapshot().version == 0
     assert [row.uri for row in store.quarantine_rows()] == ["text.jpg"]
     assert not list((tmp_path / "features/staging").glob("*/*"))
 
 
-def test_an_empty_folder_is_an_error_and_leaves_no_store(extract_to, tmp_path):
+def test_an_empty_folder_is_an_error_and_leaves_no_store(make, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(SourceError, match="no images in"):
-        extract_to(tmp_path / "empty")
+        make(tmp_path / "empty")
     assert not (tmp_path / "features").exists()
 
 
-def test_unchanged_images_are_not_computed_again(extract_to, photos, counted, draw, encode, tmp_path):
-    first = extract_to(photos)
-    assert sum(counted) == 4
-    assert extract_to(photos).num_unchanged == 4
-    assert sum(counted) == 4
+def test_unchanged_images_are_not_computed_again(make, photos, computed, draw, encode, tmp_path):
+    first = make(photos)
+    assert sum(computed) == 4
+    assert make(photos).num_unchanged == 4
+    assert sum(computed) == 4
     (photos / "1.jpg").write_bytes(encode(draw(77)))
     (photos / "new.jpg").write_bytes(encode(draw(78)))
     old_D = stored(tmp_path, ["1.jpg"])[0]
-    second = extract_to(photos)
-    assert (sum(counted), second.num_unchanged, second.num_computed) == (6, 3, 2)
+    second = make(photos)
+    assert (sum(computed), second.num_unchanged, second.num_computed) == (6, 3, 2)
     assert (first.snapshot, second.snapshot) == (1, 2)
     assert (stored(tmp_path, ["1.jpg"])[0] != old_D).any()
     assert FeatureStore.open(tmp_path / "features").snapshot().num_rows == 5
 
 
-def test_parts_of_a_run_that_failed_are_not_computed_again(extract_to, mixed, photos, counted, monkeypatch, tmp_path):
+def test_parts_of_a_run_that_failed_are_not_computed_again(make, mixed, photos, computed, monkeypatch, tmp_path):
     shutil.copytree(photos, mixed, dirs_exist_ok=True)
     with monkeypatch.context() as broken:
         broken.setattr(FeatureStore, "commit", lambda *args, **kwargs: (_ for _ in ()).throw(OSError("disk full")))
         with pytest.raises(OSError, match="disk full"):
-            extract_to(mixed, part_size=4)
-    assert sum(counted) == 6
-    summary = extract_to(mixed, part_size=4)
-    assert sum(counted) == 6
+            make(mixed, part_size=4)
+    assert sum(computed) == 6
+    summary = make(mixed, part_size=4)
+    assert sum(computed) == 6
     assert summary.num_resumed == summary.num_images - 1  # gone.jpg is looked for again
     assert len(summary.bad) == 6  # the staged reports remember the others
     assert FeatureStore.open(tmp_path / "features").snapshot().num_rows == 6
     assert not list((tmp_path / "features/staging").glob("*/*"))
 
 
-def test_features_of_another_network_or_dtype_are_refused(extract_to, photos):
-    extract_to(photos)
+def test_features_of_another_network_or_dtype_are_refused(make, photos):
+    make(photos)
     with pytest.raises(SpecMismatchError, match=r"extractor.weights_digest is"):
-        extract_to(photos, weights="random:1")
+        make(photos, weights="random:1")
     with pytest.raises(SpecMismatchError, match="dtype is 'float32' instead of 'bfloat16'"):
-        extract_to(photos, dtype="bfloat16")
+        make(photos, dtype="bfloat16")
     with pytest.raises(SpecMismatchError, match="num_shards is 4 instead of 8"):
-        extract_to(photos, num_shards=8)
-    assert extract_to(photos, num_shards=None).num_unchanged == 4
+        make(photos, num_shards=8)
+    assert make(photos, num_shards=None).num_unchanged == 4
 
 
 def test_a_worker_with_other_weights_than_the_first_one_stages_nothing(tmp_path):
@@ -263,51 +215,12 @@ def test_a_worker_with_other_weights_than_the_first_one_stages_nothing(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_mistakes_in_options_are_refused_before_any_work(extract_to, photos, tmp_path):
+def test_mistakes_in_options_are_refused_before_any_work(make, photos, tmp_path):
     with pytest.raises(WeightsError, match="the seed"):
-        extract_to(photos, weights="random:")
+        make(photos, weights="random:")
     with pytest.raises(StoreRunError, match="num_shards=3 is not a power of two"):
-        extract_to(photos, num_shards=3)
+        make(photos, num_shards=3)
     assert not (tmp_path / "features").exists()
-
-
-def test_results_come_in_order_and_not_too_far_ahead():
-    started, lock = [], threading.Lock()
-
-    def work(item):
-        with lock:
-            started.append(item)
-        time.sleep(0.002 * (item % 3))
-        return item * item
-
-    results = in_order(work, range(50), num_threads=4, ahead=6)
-    assert next(results) == 0
-    time.sleep(0.1)
-    assert len(started) <= 7
-    assert list(results) == [item * item for item in range(1, 50)]
-
-
-def test_images_and_store_on_s3_give_what_a_disk_gives(client, extract_to, photos, tmp_path, s3_url):
-    for path in photos.iterdir():
-        Storage(f"{s3_url}/photos").write_bytes(path.name, path.read_bytes())
-    extract_to(photos)
-    options = ExtractOptions(
-        images=f"{s3_url}/photos",
-        store=f"{s3_url}/features",
-        backbone=NETWORK,
-        weights="random:0",
-        dtype="float32",
-        compute_dtype="float32",
-        num_shards=4,
-    )
-    assert extract(options, client).num_computed == 4
-    assert extract(options, client).num_unchanged == 4
-    keys = [key_of_uri(path.name) for path in photos.iterdir()]
-    with (
-        FeaturePartition.load(f"{s3_url}/features", cache_dir=tmp_path / "s3") as remote,
-        FeaturePartition.load(tmp_path / "features", cache_dir=tmp_path / "disk") as local,
-    ):
-        np.testing.assert_array_equal(remote.lookup(keys).features_UD, local.lookup(keys).features_UD)
 
 
 @pytest.fixture
@@ -315,46 +228,13 @@ def job(client, tmp_path, monkeypatch):
     """Runs the job on the tests' cluster, into a store beside the images."""
     monkeypatch.setattr("pipeline.cluster.tasks.connect", lambda **kwargs: contextlib.nullcontext(client))
 
-    def extract_to(images, *args, store="features", code=0):
+    def run_job(images, *args, store="features", code=0):
         settings = ["--images", str(images), "--store", str(tmp_path / store), "--compute-dtype", "float32"]
         result = CliRunner().invoke(extract_features.app, [*settings, "--weights", "random:3", *args])
         assert result.exit_code == code, result.output
         return result.output
 
-    return extract_to
-
-
-def stored_by(path, uris):
-    store = FeatureStore.open(path)
-    return store.codec.decode(store.snapshot().get([key_of_uri(uri) for uri in uris]))
-
-
-@torch.inference_mode()
-def resnet18_pooled(paths):
-    """torchvision's whole resnet18 around the seeded weights, up to its pooling, on its own transform."""
-    network = models.resnet18(weights=None)
-    state = backbone("resnet18:avgpool", "random:3", "float32").network.extractor.state_dict()
-    assert not network.load_state_dict(state, strict=False).unexpected_keys
-    network.fc = torch.nn.Identity()
-    own = models.ResNet18_Weights.DEFAULT.transforms()
-    return network.eval()(torch.stack([own(Image.open(path).convert("RGB")) for path in paths])).numpy()
-
-
-def test_a_store_of_resnet18(job, photos, tmp_path):
-    assert "new          4\n" in job(photos, "--backbone", "resnet18:avgpool", "--dtype", "float32")
-    info = FeatureStore.open(tmp_path / "features").info
-    assert (info.dim, info.extractor.backbone, info.extractor.layer) == (512, "torchvision resnet18", "avgpool")
-    assert json.loads(info.extractor.preprocessing)["preset"] == "torchvision ResNet18_Weights.IMAGENET1K_V1"
-    paths = sorted(photos.iterdir())
-    expected_BD = resnet18_pooled(paths)
-    rows_BD = stored_by(tmp_path / "features", [path.name for path in paths])
-    np.testing.assert_allclose(rows_BD, expected_BD, rtol=1e-3, atol=1e-4 * expected_BD.max())
-
-    refused = job(photos, "--backbone", "resnet18:flatten", code=1)
-    assert "extractor.layer is 'avgpool' instead of 'flatten'" in " ".join(refused.split())
-    refused = job(photos, "--backbone", "mobilenet_v3_small:avgpool", code=1)
-    assert "dim is 512 instead of 576" in " ".join(refused.split())
-    assert "unchanged    4\n" in job(photos, "--backbone", "resnet18:avgpool")  # dtype: as the store has it
+    return run_job
 
 
 def test_a_wrong_name_is_a_usage_error_before_a_cluster_starts(job, photos, monkeypatch):
@@ -432,22 +312,3 @@ def test_a_compact_store_is_refreshed_by_its_own_basis(make, run, write, folder,
     write(later=40)
     assert make(folder, "features").num_computed == 1, "an extraction into it needs no --reduce either"
     assert verify(FeatureStore.open(tmp_path / "features")).problems == []
-
-
-def test_another_basis_is_refused(make, run, folder, full, tmp_path):
-    remake(full, tmp_path / "features", dims=DIMS)
-    full.put(FeatureRows.of(["mine.jpg"], np.ones((1, full.info.dim), np.float32)))
-    remake(full, tmp_path / "other", dims=DIMS)
-    with pytest.raises(SpecMismatchError, match=r"reduction\.sha256 is .* instead of"):
-        make(folder, "features", reduce=str(tmp_path / "other"))
-    with pytest.raises(SpecMismatchError, match="takes rows of 576 numbers"):
-        make(folder, "features", backbone="resnet18:avgpool", reduce=None)
-
-
-def test_a_recoded_compact_store_is_refreshed_too(run, write, folder, full, tmp_path):
-    remake(full, tmp_path / "small", dims=DIMS, dtype="float32")
-    remake(FeatureStore.open(tmp_path / "small"), tmp_path / "features", dtype="float16")
-    write(h=8)
-    assert run(folder).num_new == 1
-    store = FeatureStore.open(tmp_path / "features")
-    assert store.info.dtype == "float16" and store.snapshot().num_rows == 8 and verify(store).problems == []

@@ -2,11 +2,7 @@
 
 import contextlib
 import os
-import shutil
 import socket
-import subprocess
-import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -15,24 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fsspec import AbstractFileSystem
 from fsspec.asyn import AsyncFileSystem
-from PIL import Image
 
-from featurestore import FeatureStore
 from featurestore.errors import AddressError, KeyCollisionError, StorageError
 from featurestore.keys import key_of_uri
 from featurestore.storage import remote
 from featurestore.storage.storage import Storage
 from pipeline.errors import BadImageError, SourceError
-from pipeline.features.refresh import extract, refresh
 from pipeline.images.source import list_images, read_image
-from pipeline.options import ExtractOptions, RefreshOptions
-from tests.hdfs import folder_as_hdfs
 from tests.servers import fill
 
 
@@ -218,31 +208,6 @@ def test_what_cannot_be_read_is_a_bad_image(folder):
         read_image("nosuch://bucket/image.jpg")
 
 
-def test_a_passing_error_is_tried_again(monkeypatch):
-    files, calls = fsspec.filesystem("memory"), []
-    files.pipe_file("/flaky/a.jpg", b"data")
-
-    def flaky(path, **kwargs):
-        calls.append(path)
-        if len(calls) < 3:
-            raise ConnectionResetError("connection reset")
-        return b"data"
-
-    monkeypatch.setattr(files, "cat_file", flaky)
-    assert read_image("memory://flaky/a.jpg") == b"data"
-    assert len(calls) == 3
-
-
-def test_the_first_bytes_of_an_image_are_read_without_the_rest(folder):
-    location = list_images(str(folder)).images[0].location
-    assert read_image(location, 4) == b"a/1."
-    assert read_image(location, 100) == b"a/1.jpeg"
-    far = fsspec.filesystem("memory")
-    far.pipe_file("/first-bytes/a.jpg", b"a/1.jpeg")
-    assert read_image("memory://first-bytes/a.jpg", 4) == b"a/1."
-    assert read_image("memory://first-bytes/a.jpg", 100) == b"a/1.jpeg"
-
-
 def test_the_first_bytes_of_an_object_are_read_whatever_its_size(s3_url):
     files = fsspec.filesystem("s3")
     for name, data in (("some", b"12345"), ("empty", b"")):
@@ -289,62 +254,6 @@ def test_s3_gives_more_than_one_page(s3_endpoint):
             assert ref.source_tag == entry["ETag"].strip('"')
     assert read_image("s3://pages/in//twice.jpg") == b"two slashes"
     assert len(listing.images) == 1033
-
-
-def test_on_s3_the_right_to_list_is_enough(s3_endpoint, monkeypatch):
-    fs = fsspec.filesystem("s3", use_listings_cache=False)
-    for bucket in ("listed", "empty"):
-        fs.call_s3("create_bucket", Bucket=bucket)
-    fs.pipe("listed/in/a.jpg", b"a")
-
-    def refused(path, **kwargs):
-        raise PermissionError(path)
-
-    monkeypatch.setattr(Storage("s3://listed")._remote.client, "info", refused)
-    for address in ("s3://listed/in", "s3://listed"):
-        assert [ref.location for ref in list_images(address).images] == ["s3://listed/in/a.jpg"]
-    for address in ("s3://empty", "s3://missing", "s3://listed/out"):
-        with pytest.raises(SourceError, match=f"no images in {address}"):
-            list_images(address)
-
-
-@pytest.fixture
-def no_credentials(s3_endpoint, monkeypatch):
-    """An S3 client that is made anew and finds no credentials; the others' are as before afterwards."""
-
-    def forget_clients():
-        remote._clients.clear()
-        fsspec.get_filesystem_class("s3").clear_instance_cache()
-
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
-        monkeypatch.setenv(name, os.devnull)
-    forget_clients()
-    yield
-    forget_clients()
-
-
-@pytest.mark.usefixtures("no_credentials")
-def test_s3_without_credentials(folder):
-    with pytest.raises(StorageError, match="cannot list s3://photos/in: Unable to locate credentials"):
-        list_images("s3://photos/in")
-    with pytest.raises(StorageError, match=r"cannot read s3://photos/table.csv: Unable to locate credentials"):
-        list_images("s3://photos/table.csv")
-    with pytest.raises(BadImageError, match=r"cannot read s3://photos/in/b.jpg: Unable to locate credentials"):
-        read_image("s3://photos/in/b.jpg")
-    assert list_images(write_csv(folder, "uri\ns3://photos/in/b.jpg\n")).images[0].source_tag == ""
-
-
-def test_images_on_hdfs_keep_their_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "shop" / "deep").mkdir(parents=True)
-    (tmp_path / "shop" / "deep" / "a.jpg").write_bytes(b"a picture")
-    opened = folder_as_hdfs(tmp_path, monkeypatch)
-    (image,) = list_images("hdfs://namenode:8020/shop").images
-    assert (image.uri, image.location) == ("deep/a.jpg", "hdfs://namenode:8020/shop/deep/a.jpg")
-    assert read_image(image.location) == b"a picture"
-    assert {(each["host"], each["port"]) for each in opened} == {("namenode", 8020)}
 
 
 @pytest.fixture
@@ -424,11 +333,6 @@ def test_web_servers_that_are_gone_cost_a_moment_each(folder: Path, web: str, an
         assert time.monotonic() - start_s < 20
 
 
-NETWORK = "mobilenet_v3_small:avgpool"
-ROOT = Path(__file__).parents[3]
-NOBODY = 65534
-
-
 @pytest.fixture
 def strange(tmp_path: Path) -> Path:
     """Two images, one of them in a strange below."""
@@ -499,101 +403,3 @@ def test_links_lead_to_files_and_folders_also_outside(strange: Path, tmp_path: P
     before = found["file.jpg"].source_tag
     os.utime(outside / "c.jpg", (1, 1))
     assert {ref.uri: ref for ref in list_images(str(strange)).images}["file.jpg"].source_tag != before
-
-
-def write_image(path: Path, seed: int) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.random.default_rng(seed).integers(0, 255, (40, 40, 3), np.uint8)).save(path, "JPEG")
-
-
-@pytest.mark.timeout(120)
-@pytest.mark.filterwarnings("ignore:weights random")
-def test_a_run_over_all_of_these(client, tmp_path: Path) -> None:
-    """One image comes through, a pipe is ignored, a name that is no text is in quarantine until it is renamed."""
-    strange, store = tmp_path / "images", str(tmp_path / "features")
-    write_image(strange / "good.jpg", 1)
-    named = Path(os.fsdecode(os.fsencode(strange) + b"/caf\xe9.jpg"))
-    write_image(named, 2)
-    os.mkfifo(strange / "pipe.jpg")
-    summary = extract(
-        ExtractOptions(images=str(strange), store=store, weights="random:0", num_shards=1, backbone=NETWORK), client
-    )
-    assert (summary.num_images, summary.num_new, summary.num_ignored, len(summary.bad)) == (2, 1, 1, 1)
-    (row,) = FeatureStore.open(store).quarantine_rows()
-    assert (row.uri, row.reason) == ("caf\\xe9.jpg", "no such file")
-    named.rename(strange / "café.jpg")
-    summary = refresh(RefreshOptions(images=str(strange), store=store), client)
-    assert summary.num_new == 1 and FeatureStore.open(store).quarantine_rows() == []
-
-
-def as_nobody(script: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
-    """Runs a script that gives up being root, who may read everything, once it has imported what it needs."""
-    return subprocess.run(
-        [sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=False, cwd=ROOT
-    )
-
-
-LIST = f"""
-import os, sys
-from pipeline.errors import BadImageError, SourceError
-from pipeline.images.source import list_images, read_image
-if os.geteuid() == 0:
-    list_images(sys.argv[2])  # so that nothing is imported later on
-    os.setgroups([])
-    os.setgid({NOBODY})
-    os.setuid({NOBODY})
-try:
-    for ref in list_images(sys.argv[1]).images:
-        try:
-            print(ref.uri, read_image(ref.location).decode())
-        except BadImageError as error:
-            print(ref.uri, "bad:", error)
-except SourceError as error:
-    print("error:", error)
-"""
-
-
-@pytest.fixture
-def open_folder(strange: Path) -> Iterator[Path]:
-    """A copy of `strange` that every user can reach.
-
-    Not below pytest's strange: each session that begins takes the rights of others away from it.
-    """
-    with tempfile.TemporaryDirectory(dir="/tmp") as place:
-        Path(place).chmod(0o755)
-        yield Path(shutil.copytree(strange, Path(place) / "images"))
-
-
-@pytest.mark.long
-@pytest.mark.parametrize(
-    ("locked", "mode", "expected"),
-    [
-        ("a.jpg", 0o000, "a.jpg bad: cannot read {strange}/a.jpg: Permission denied"),
-        ("deep", 0o000, "error: cannot list"),
-        ("deep", 0o444, "deep/b.jpg bad: cannot read {strange}/deep/b.jpg: Permission denied"),
-        (".", 0o000, "error: cannot list"),
-        ("..", 0o000, "error: cannot list"),
-    ],
-)
-def test_what_nobody_may_read(tmp_path: Path, open_folder: Path, locked: str, mode: int, expected: str) -> None:
-    other = tmp_path / "other"
-    other.mkdir()
-    (other / "x.jpg").write_bytes(b"x")
-    place = open_folder / locked
-    before = place.stat().st_mode & 0o777
-    place.chmod(mode)
-    try:
-        done = as_nobody(LIST, str(open_folder), str(other))
-    finally:
-        place.chmod(before)
-    assert done.returncode == 0, done.stderr
-    assert any(line.startswith(expected.format(strange=open_folder)) for line in done.stdout.splitlines()), done.stdout
-
-
-def test_a_folder_that_cannot_be_listed_is_one_error(strange: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refused(place: str) -> None:
-        raise PermissionError(13, "Permission denied", str(place))
-
-    monkeypatch.setattr(os, "scandir", refused)
-    with pytest.raises(SourceError, match=r"cannot list .*Permission denied"):
-        list_images(str(strange))

@@ -12,7 +12,7 @@ from torchvision import models
 
 from pipeline.errors import BackboneError, WeightsError
 from pipeline.images.decode import prepare
-from pipeline.network import DEFAULT_BACKBONE, backbone, check_weights_name
+from pipeline.network import DEFAULT_BACKBONE, check_weights_name
 from pipeline.network import backbone as weights_module
 from pipeline.network.backbone import Backbone, check_network, load_weights, weights_digest
 from pipeline.network.layers import feature_dim, network_of
@@ -103,7 +103,7 @@ def test_bfloat16_is_close(draw, default, monkeypatch):
         single = default if name == DEFAULT_BACKBONE else Backbone(name, "random:0", "float32")
         drawn = {key.removeprefix("extractor."): value for key, value in single.network.state_dict().items()}
         with monkeypatch.context() as patch:
-            patch.setattr(backbone, "load_weights", lambda *_, drawn=drawn, **__: drawn)  # not drawn twice
+            patch.setattr(weights_module, "load_weights", lambda *_, drawn=drawn, **__: drawn)  # not drawn twice
             half = Backbone(name, "random:0", "bfloat16")
         single_BD, half_BD = (network.features(pixels_BHWC) for network in (single, half))
         norms_B = np.linalg.norm(half_BD, axis=1) * np.linalg.norm(single_BD, axis=1)
@@ -132,15 +132,6 @@ def test_preprocessing_is_that_of_the_weights():
     assert large.preset.scaled_side == 4 * 384
     with pytest.raises(WeightsError, match="no such weights of resnet50, only imagenet:IMAGENET1K_V1, "):
         network_of("resnet50:avgpool", "imagenet:V2")
-
-
-def test_only_the_layers_up_to_the_named_one_are_kept():
-    names = list(vgg16().tensors())
-    assert names[-2:] == ["classifier.0.weight", "classifier.0.bias"]
-    assert len(names) == 2 * 14  # 13 convolutions and fc6
-    kept = network_of(SMALL, "random:0").layers
-    assert not any(name.startswith("extractor.classifier") for name, _ in kept.named_modules())
-    assert all(tensor.is_meta for tensor in kept.state_dict().values())
 
 
 @pytest.mark.long
@@ -218,23 +209,6 @@ def test_a_file_with_the_whole_network_is_accepted(state, tmp_path):
     loaded = load_weights(network_of(SMALL, "random:0"), str(tmp_path / "whole.pth"))
     assert list(loaded) == list(state)
     assert all(torch.equal(loaded[name], half[name].to(state[name].dtype)) for name in half)
-
-
-def test_a_file_with_the_whole_vgg16_is_accepted(tmp_path):
-    with torch.device("meta"):
-        whole = {name: tensor.shape for name, tensor in models.vgg16().state_dict().items()}
-    state = {  # one number for all of a tensor, in memory and in the file
-        name: torch.tensor(n, dtype=torch.bfloat16).expand(shape) for n, (name, shape) in enumerate(whole.items())
-    }
-    torch.save(state, tmp_path / "vgg16.pth")
-    check_network(DEFAULT_BACKBONE, str(tmp_path / "vgg16.pth"))
-    loaded = load_weights(vgg16(), str(tmp_path / "vgg16.pth"))
-    behind = "classifier.3", "classifier.6"
-    assert {name: tensor.shape for name, tensor in loaded.items()} == {
-        name: shape for name, shape in whole.items() if not name.startswith(behind)
-    }
-    assert all((tensor == n).all() for n, tensor in enumerate(loaded.values()))  # of the file, in float32
-    assert {tensor.dtype for tensor in loaded.values()} == {torch.float32}
 
 
 def test_names_of_old_densenet_files_are_understood(tmp_path):

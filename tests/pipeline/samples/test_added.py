@@ -8,17 +8,15 @@ import threading
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from distributed import Client
 
-from featurestore.storage.storage import Storage
+from featurestore.published.versions import open_published
 from pipeline.errors import SampleError, SampleOptionError
 from pipeline.options import SampleOptions
 from pipeline.samples.added import add_days
 from pipeline.samples.build import build_samples
-from pipeline.samples.groups import read_batch, take_groups
 from pipeline.samples.logs import BEHAVIORS, IMPRESSIONS
 from tests.pipeline.samples.rows import (
     DAY_S,
@@ -53,23 +51,31 @@ def write_until(folder: Path, rng: random.Random, impressions: list[Row], behavi
     write(folder, *(in_pieces(rng, rows) for rows in known))
 
 
-SOME = [(seed, 2 * (seed % 2)) for seed in range(3)]
-REST = [case for case in itertools.product(range(12), (0, 2)) if case not in SOME]
+def bytes_at(url: str) -> dict[str, bytes]:
+    """Read every Parquet file of samples on S3."""
+    storage = open_published(url)
+    return {each.path: storage.read_bytes(each.path) for each in storage.entries() if each.path.endswith(".parquet")}
+
+
+SOME = [*((seed, 2 * (seed % 2), "disk") for seed in range(3)), (0, 2, "s3")]
+REST = [case for case in itertools.product(range(12), (0, 2), ("disk", "s3")) if case not in SOME]
 
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    ("seed", "test_days"), [*SOME, *(pytest.param(*case, marks=pytest.mark.slow) for case in REST)]
+    ("seed", "test_days", "place"), [*SOME, *(pytest.param(*case, marks=pytest.mark.slow) for case in REST)]
 )
 def test_a_day_after_the_other_gives_the_bytes_of_a_rebuild(
     options: SampleOptions,
     client: Client,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
     seed: int,
     test_days: int,
+    place: str,
 ) -> None:
-    """Sessions go on over midnights, some for days; at the end, late rows of one day. Three of the 24 are not slow."""
+    """Sessions go on over midnights, some for days; at the end, late rows of one day. Four of the 48 are not slow."""
     rng = random.Random(seed)
     monkeypatch.setattr("pipeline.samples.added.num_threads", lambda client: rng.choice([1, 3]))
     monkeypatch.setattr("pipeline.samples.groups.ROW_GROUP_SIZE", 2)  # so that a file has several
@@ -83,6 +89,9 @@ def test_a_day_after_the_other_gives_the_bytes_of_a_rebuild(
     late = [row for row in impressions if day_of(row) == days[-3]][:2]
     early = [row for row in impressions if row not in late]
     options = dataclasses.replace(options, test_days=test_days, window_days=3, partitions=rng.choice([1, 4]))
+    if place == "s3":
+        url, scratch = request.getfixturevalue("s3_url"), tmp_path / "scratch"
+        options = dataclasses.replace(options, samples=url, scratch=str(scratch))
     write_until(tmp_path / "logs", rng, early, behaviors, days[len(days) // 3])
     build_samples(options, client)
     for day in days[len(days) // 3 + 1 :]:
@@ -90,13 +99,13 @@ def test_a_day_after_the_other_gives_the_bytes_of_a_rebuild(
         way = {"since": FIRST + "01"} if rng.random() < 0.5 else {"days": f"{FIRST}{day + 1:02}"}
         if way == {"since": FIRST + "01"} or any(day_of(row) == day for row in early):
             try:
-                add_days(SampleOptions(samples=options.samples, **way), client)
+                add_days(SampleOptions(samples=options.samples, scratch=options.scratch, **way), client)
             except SampleError as error:  # all of the day's rows are of groups of the day before
                 assert "no group begins on" in str(error)
                 add_days(SampleOptions(samples=options.samples, since=FIRST + "01"), client)
     write_until(tmp_path / "logs", rng, impressions, behaviors, last)
     add_days(SampleOptions(samples=options.samples, days=f"{FIRST}{days[-3] + 1:02}"), client)
-    found = all_bytes(options.samples)
+    found = bytes_at(options.samples) if place == "s3" else all_bytes(options.samples)
     build_samples(dataclasses.replace(options, samples=str(tmp_path / "anew")), client)
     expected = all_bytes(str(tmp_path / "anew"))
     assert found.keys() == expected.keys()
@@ -298,28 +307,3 @@ class TestAddDays:
                 (tmp_path / "summary.json").write_text(json.dumps(summary))
             with pytest.raises(SampleOptionError, match="has no samples of build_samples"):
                 add_days(SampleOptions(samples=str(tmp_path), days="2026-01-04"), client)
-
-
-@pytest.mark.parametrize("parts", [1, 2, 3, 5, 9])
-def test_groups_that_stay_are_taken_once_in_any_number_of_parts(
-    made: SampleOptions, client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parts: int
-) -> None:
-    """Of 23 users in row groups of 3, all but two."""
-    monkeypatch.setattr("pipeline.samples.groups.ROW_GROUP_SIZE", 3)
-    impressions = [shown(hour * 3_600 + user, user=user) for user in range(23) for hour in (user % 5, user % 5)]
-    write(tmp_path / "logs", [table(impressions)], [table([done(0)])])
-    build_samples(dataclasses.replace(made, test_days=0), client)
-    rows = [{**row} for row in read(made.samples) if row["user"] not in (4, 17)]
-    np.save(tmp_path / "users.npy", np.array([4, 17]))
-    file = "train/day=2026-01-01-000.parquet"
-    schema = pq.read_schema(Path(made.samples, file)).remove_metadata()
-    taken = []
-    for part in range(parts):
-        place = (str(tmp_path / "users.npy"), schema, str(tmp_path))
-        bucket = take_groups(Storage(made.samples), file, (part, parts), *place)
-        for hour, batch in bucket.batch_of_hour.items():
-            found = read_batch(bucket.path, batch).to_pylist()
-            assert len(found) == bucket.groups_of_hour[hour]
-            assert {row["timestamp"] // 3_600 for row in found} == {hour}
-            taken += found
-    assert taken == rows

@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import dask
@@ -85,17 +87,6 @@ def test_row_from_the_future_does_not_become_the_test_day(build):
     assert summary["impressions"]["quarantined"] == {"timestamp is in the future": 1}  # the limit itself is not
 
 
-@pytest.mark.parametrize(("log", "name"), [("impressions", "label"), ("impressions", "user"), ("behaviors", "dwell_s")])
-def test_missing_column_is_named_with_its_file(log, name, options, client, tmp_path):
-    impressions, behaviors = table([shown(0)]), table([done(0)])
-    bad = (impressions if log == "impressions" else behaviors).drop_columns([name])
-    write(tmp_path / "logs", [impressions], [behaviors])
-    pq.write_table(bad, tmp_path / "logs" / log / "day=77.parquet")
-    with pytest.raises(SampleError, match=rf"{log}/day=77.parquet: column '{name}' is missing; there are timestamp"):
-        build_samples(options, client)
-    assert not Path(options.samples).exists()
-
-
 @pytest.mark.parametrize(
     ("log", "name", "value", "kind"),
     [
@@ -119,41 +110,33 @@ def test_wrong_type_is_named_with_column_and_file(log, name, value, kind, option
         build_samples(options, client)
 
 
-def test_unsigned_64_bit_user_is_refused(options, client, tmp_path):
-    impressions = replaced(table([shown(0)]), "user", pa.array([2**63], pa.uint64()))
-    write(tmp_path / "logs", [impressions], [table([done(0)])])
-    with pytest.raises(SampleError, match="column 'user' is uint64"):
-        build_samples(options, client)
-
-
-def test_column_that_stands_twice_is_named(options, client, tmp_path):
-    impressions = table([shown(0)])
-    write(tmp_path / "logs", [impressions.append_column("user", impressions["user"])], [table([done(0)])])
-    with pytest.raises(SampleError, match="column 'user' is there 2 times"):
-        build_samples(options, client)
-
-
 @pytest.mark.parametrize(("column", "message"), [("city", "column 'city' is missing"), ("item", "user_columns=item")])
 def test_user_column_that_cannot_be_kept_is_named(column, message, build):
     with pytest.raises(SampleError, match=message):
         build([shown(0)], [done(0)], user_columns=column)
 
 
-@pytest.mark.parametrize("log", ["impressions", "behaviors"])
-def test_log_that_is_not_there_is_named(log, options, client, tmp_path):
-    write(tmp_path / "logs", [table([shown(0)])], [table([done(0)])])
-    (tmp_path / "logs" / log / "day=00.parquet").rename(tmp_path / "logs" / log / "day=00.csv")
-    with pytest.raises(SampleError, match=rf"logs/{log}: no .parquet files in it"):
-        build_samples(options, client)
+WRONG_LOGS: dict[str, Callable[[pa.Table], list[pa.Table]]] = {
+    "{log}/day=01.parquet: column 'user' is missing; there are timestamp": lambda log: [
+        log,
+        log.drop_columns(["user"]),
+    ],
+    "column 'user' is uint64": lambda log: [replaced(log, "user", pa.array([2**63], pa.uint64()))],
+    "column 'user' is there 2 times": lambda log: [log.append_column("user", log["user"])],
+    "logs/{log}: no .parquet files in it": lambda log: [],
+    "logs/{log}: 1 files and not one row": lambda log: [log.slice(0, 0)],
+}
 
 
+@pytest.mark.parametrize("message", WRONG_LOGS)
 @pytest.mark.parametrize("log", ["impressions", "behaviors"])
-def test_log_without_a_row_is_named(log, options, client, tmp_path):
-    tables = {"impressions": table([shown(0)]), "behaviors": table([done(0)])}
-    tables[log] = tables[log].slice(0, 0)
-    write(tmp_path / "logs", [tables["impressions"]], [tables["behaviors"]])
-    with pytest.raises(SampleError, match=rf"logs/{log}: 1 files and not one row"):
+def test_log_that_gives_no_samples_is_named(message, log, options, client, tmp_path):
+    logs = {"impressions": [table([shown(0)])], "behaviors": [table([done(0)])]}
+    logs[log] = WRONG_LOGS[message](logs[log][0])
+    write(tmp_path / "logs", logs["impressions"], logs["behaviors"])
+    with pytest.raises(SampleError, match=re.escape(message.format(log=log))):
         build_samples(options, client)
+    assert not Path(options.samples).exists()
 
 
 def test_log_of_bad_rows_alone_is_named(build):

@@ -63,14 +63,6 @@ def test_long_day_becomes_several_sorted_files(options, client, tmp_path):
     assert [row["user"] for row in rows] == [row["user"] for row in impressions]
 
 
-def test_row_groups_are_moderate(options, client, tmp_path):
-    impressions = [shown(at_s, user=at_s) for at_s in range(5000)]
-    write(tmp_path / "logs", [table(impressions)], [table([done(0)])])
-    build_samples(options, client)
-    metadata = pq.read_metadata(next(tmp_path.glob("samples/train/*")))
-    assert [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)] == [2048, 2048, 904]
-
-
 def test_logs_at_another_address_and_in_folders_by_day(options, client, tmp_path):
     memory = fsspec.filesystem("memory")
     for path, rows in {"impressions/day=1/a.parquet": [shown(100)], "behaviors/b.parquet": [done(0)]}.items():

@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import random
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -20,19 +19,13 @@ from pipeline.samples.added import add_days
 from pipeline.samples.build import build_samples
 from pipeline.samples.publish import MARK, replaced_files
 from tests.fuse import FORK, Fuse
-from tests.pipeline.samples.rows import DAY_S, all_bytes, day_of, done, in_pieces, random_logs, shown, table, write
+from tests.pipeline.samples.rows import DAY_S, done, shown, table, write
 from trainer.comm import SoloComm
 from trainer.samples.columns import files_by_day
 from trainer.samples.index import open_index
 from trainer.samples.reader import SampleReader
 from trainer.schema import load_schema
 from trainer.schema.fields import SETTINGS_FILE
-
-
-def bytes_at(url: str) -> dict[str, bytes]:
-    """Every Parquet file of the newest version, by name."""
-    storage = open_published(url)
-    return {each.path: storage.read_bytes(each.path) for each in storage.entries() if each.path.endswith(".parquet")}
 
 
 def version_at(url: str) -> PublishedFiles:
@@ -58,41 +51,6 @@ def there(options: SampleOptions, client: Client, tmp_path: Path, s3_url: str) -
 
 
 FIFTH = {"days": "2026-01-05"}
-
-
-@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
-def test_a_day_after_the_other_gives_the_bytes_of_a_rebuild_on_disk(
-    options: SampleOptions, client: Client, tmp_path: Path, s3_url: str, seed: int
-) -> None:
-    """Of logs with sessions over midnights, and late rows of a day at the end; more logs on disk, in test_added.py."""
-    rng = random.Random(seed)
-    impressions, behaviors = random_logs(rng)
-    behaviors.append(done(9 * DAY_S + 20_000, user=99, image=7))
-    for day in (12, 13, 14):  # a session that goes on for three days
-        moments = range(day * DAY_S, (day + 1) * DAY_S, 3_500)
-        impressions += [shown(at_s, user=99, session=5, user_age=1, image=7) for at_s in moments]
-    days = sorted({day_of(row) for row in impressions})
-    late = [row for row in impressions if day_of(row) == days[-3]][:2]
-
-    def write_until(day: int, left_out: list) -> None:
-        known = [
-            [row for row in rows if day_of(row) <= day and row not in left_out] for rows in (impressions, behaviors)
-        ]
-        write(tmp_path / "logs", *(in_pieces(rng, rows) for rows in known))
-
-    there = dataclasses.replace(options, samples=s3_url, test_days=2, window_days=3, scratch=str(tmp_path / "scratch"))
-    write_until(days[-4], late)
-    build_samples(there, client)
-    for day in days[-3:]:
-        write_until(day, late)
-        add_days(SampleOptions(samples=s3_url, since="2026-01-01", scratch=there.scratch), client)
-    write_until(days[-1], [])
-    add_days(SampleOptions(samples=s3_url, days=f"2026-01-{days[-3] + 1:02}"), client)
-    build_samples(dataclasses.replace(there, samples=str(tmp_path / "anew")), client)
-    found, expected = bytes_at(s3_url), all_bytes(str(tmp_path / "anew"))
-    assert found.keys() == expected.keys()
-    assert [name for name in expected if name != "quarantine.parquet" and found[name] != expected[name]] == []
-    assert list((tmp_path / "scratch").iterdir()) == []
 
 
 class TestAddDays:

@@ -6,7 +6,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from typer.testing import CliRunner
 
 from featurestore.format.rows import FeatureRows, to_bits
 from featurestore.keys import key_of_uri
@@ -14,9 +13,7 @@ from featurestore.spec import StoreInfo
 from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
 from featurestore.upkeep.remake import remake
-from jobs import import_features
 from pipeline.vectors import formats, import_vectors
-from pipeline.vectors.formats import VectorBlock, gathered, pack
 from pipeline.vectors.import_vectors import extractor_of
 from tests.pipeline.vectors.conftest import DIM, stored, uris, write_xdl
 
@@ -102,7 +99,6 @@ def test_npy_with_keys_and_with_ids(job, tmp_path, vectors_ND):
 
 
 def test_ids_meet_their_rows_in_every_slice(tmp_path, vectors_ND, monkeypatch):
-    from pipeline.vectors import formats
 
     monkeypatch.setattr(formats, "block_rows", lambda dim: 7)
     np.save(tmp_path / "a.npy", vectors_ND)
@@ -150,18 +146,6 @@ def test_a_wrong_width_of_xdl_is_refused_not_quarantined(job, tmp_path, vectors_
     assert "16 of the first 24 keys are in the wrong file" in text
     assert "is --dim 2 right?" in text
     assert not (tmp_path / "features").exists()  # its width would be for ever
-
-
-def test_slices_are_packed_and_blocks_gathered():
-    def block(first, count):
-        keys_N = np.arange(first, first + count)
-        return VectorBlock(keys_N, [str(key) for key in keys_N], np.zeros((count, 2), np.float32))
-
-    pieces = [formats.XdlSlice("", "", 0, 0, count, 1) for count in (3, 3, 9, 1, 0, 2)]
-    assert [[piece.num_rows for piece in unit] for unit in pack(pieces, 6)] == [[3, 3], [9], [1, 0, 2]]
-    joined = list(gathered([block(0, 2), block(2, 3), block(5, 1)], 4))
-    assert [it.keys_N.tolist() for it in joined] == [[0, 1, 2, 3, 4], [5]]
-    assert [len(it) for it in gathered([], 4)] == [0]
 
 
 def test_a_key_with_a_bad_row_stays_in_the_store_and_in_quarantine(job, tmp_path):
@@ -321,15 +305,6 @@ def test_mistakes_are_one_message(job, tmp_path, vectors_ND):
     ]:
         code = 2 if message.startswith("there ") else 1
         assert message in job(tmp_path / name, *args, code=code), name
-
-
-def test_without_a_store_it_is_the_default_place(job, tmp_path, monkeypatch, vectors_ND):
-    """The fixture's patch of the cluster is what is needed of `job`."""
-    monkeypatch.chdir(tmp_path)
-    pq.write_table(pa.table({"key": range(40), "feature": vectors_ND.tolist()}), "a.parquet")
-    result = CliRunner().invoke(import_features.app, ["--from", "a.parquet", "--dtype", "float32"])
-    assert result.exit_code == 0, result.output
-    np.testing.assert_array_equal(stored("data/features", range(40)), vectors_ND)
 
 
 def test_from_s3_into_s3(job, tmp_path, vectors_ND, s3_url):

@@ -11,20 +11,8 @@ from tests.fuse import Fuse, small_process
 
 @pytest.fixture
 def make_fuse(tmp_path: Path) -> Iterator[Callable[[int], Fuse]]:
-    """A fuse for the process that starts next; the points that it noted are in `trace`."""
+    """A fuse for the process that starts next."""
     yield lambda at: Fuse(at, tmp_path / "trace")
-
-
-@pytest.fixture
-def trace(tmp_path: Path) -> Callable[[], list[str]]:
-    """The points that were noted since the last call."""
-
-    def noted() -> list[str]:
-        points = (tmp_path / "trace").read_text().splitlines()
-        (tmp_path / "trace").unlink()
-        return points
-
-    return noted
 
 
 def watched(fuse: Fuse, root: str, work: Callable[[], None]) -> None:

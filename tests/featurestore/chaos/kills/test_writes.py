@@ -1,0 +1,440 @@
+"""What is done to a store dies before, within or after a write: no wrong row is seen, and the next run completes it.
+
+Here the calls of a storage die; test_machine.py and test_crew.py let processes die in the middle of what they write.
+"""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from featurestore import FeatureStore, QuarantineRow, StoreInfo, key_of_uri, keys_of_uris
+from featurestore.errors import FeatureStoreError, SnapshotNotFoundError
+from featurestore.log import EXPIRED, manifest_path, versions
+from featurestore.storage.storage import Storage
+from featurestore.storage.threads import in_threads
+from featurestore.upkeep.compaction import compact
+from featurestore.upkeep.expiry import expire
+from featurestore.upkeep.history import move_channel, pin, restore
+from featurestore.upkeep.purge import Images, find_traces, purge
+from featurestore.upkeep.remake import remake
+from featurestore.upkeep.repair import repair
+from featurestore.upkeep.verify import verify
+from tests.featurestore.staged import build_shard
+from tests.featurestore.upkeep.damaged import SHARD, everything, leave_in_expired, needs, spoil
+
+pytestmark = pytest.mark.long
+
+GONE = ["images/3.jpg", "images/17.jpg"]
+IMAGES = Images.of_uris(GONE)
+DAY_S = 86_400.0
+
+
+class Killed(BaseException):
+    """What kill -9 is to a process: nothing in between catches it."""
+
+
+@contextmanager
+def dying(at: int, after: bool = False, rival: Callable[[], object] | None = None) -> Iterator[list[str]]:
+    """Let all storages die at a write, before it or right after it; of files deleted together half are gone then.
+
+    With a `rival` nobody dies, and it does its work right before the write. Gives the writes that were begun. At 0
+    nothing happens.
+    """
+    begun: list[str] = []
+
+    def dies(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def method(storage: Storage, where: Any, *rest: Any) -> Any:
+            paths = [where] if isinstance(where, str) else list(where)
+            begun.append(f"{name} {min(paths, default='')}")
+            is_now = len(begun) == at
+            if rival is not None and is_now:
+                rival()
+            elif rival is None and 0 < at <= len(begun):
+                if is_now and name == "delete_files":
+                    call(storage, paths[: len(paths) // 2])
+                elif is_now and after and name != "open_output":
+                    call(storage, where, *rest)
+                raise Killed
+            return call(storage, where if isinstance(where, str) else paths, *rest)
+
+        return method
+
+    names = ("write_bytes", "create_exclusive", "create_or_read", "delete", "delete_files", "open_output")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("featurestore.upkeep.remake.refuse_unsafe", lambda storage: None)  # tried elsewhere
+        for name in names:
+            patch.setattr(Storage, name, dies(name, getattr(Storage, name)))
+        yield begun
+
+
+@contextmanager
+def days_later(days: float) -> Iterator[None]:
+    """As if all that is in a store were older by that."""
+    now = Storage.now
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Storage, "now", lambda storage: now(storage) + days * DAY_S)
+        yield
+
+
+def age(store: FeatureStore, days: float) -> None:
+    """Let time pass: every file is so much older."""
+    for path in Path(store.url).rglob("*"):
+        os.utime(path, (path.stat().st_atime, path.stat().st_mtime - days * DAY_S))
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is done to a store, and what has to hold: right after a death, and after the next run."""
+
+    prepare: Callable[[FeatureStore, Any], object]
+    work: Callable[[FeatureStore, Any], object]
+    check_dead: Callable[..., object]  # the dead one, one that nobody has touched, and one that nobody has disturbed
+    check_done: Callable[[FeatureStore, FeatureStore], object]  # the first and the last of them
+
+
+def paths_of(store: FeatureStore) -> set[str]:
+    """All files but the probes of the storage's clock."""
+    return {entry.path for entry in store.storage.entries() if ".tmp-" not in entry.path}
+
+
+def contents(store: FeatureStore, version: int | str | None = None) -> dict[str, bytes]:
+    """Features by uri."""
+    snapshot = store.snapshot(version)
+    rows = [snapshot.read_shard(shard) for shard in range(store.info.num_shards)]
+    return {uri: each.features_ND[n].tobytes() for each in rows for n, uri in enumerate(each.uris)}
+
+
+def without(before: dict[str, bytes]) -> dict[str, bytes]:
+    return {uri: feature for uri, feature in before.items() if uri not in GONE}
+
+
+def with_old_snapshots(store: FeatureStore, make_rows: Any) -> None:
+    """1 and 2 have expired, 3 to 5 are to leave and 6, 7 to stay; a writer has died."""
+    store.put(make_rows(12, store.info, seed=1))
+    store.put(make_rows(4, store.info, seed=2))
+    compact(store, force=True)
+    expire(store, keep_last=1, keep_days=0)
+    store.stage_part("dead", "p", make_rows(3, store.info))
+    build_shard(store, "dead", 0, ["p"])
+    store.storage.write_bytes("data/0000/.tmp-1", b"x")
+    store.put(make_rows(4, store.info, seed=4))
+    age(store, 8)
+    store.put(make_rows(4, store.info, seed=5))
+    compact(store, force=True)
+    store.put(make_rows(4, store.info, seed=7))
+
+
+def readers_go_on(dead: FeatureStore, before: FeatureStore, calm: FeatureStore) -> None:
+    for version in versions(before.storage):
+        assert needs(before.snapshot(version)) <= paths_of(dead), f"version {version}"
+    assert contents(dead) == contents(before)
+
+
+def same_files(done: FeatureStore, calm: FeatureStore) -> None:
+    assert paths_of(done) == paths_of(calm) and contents(done) == contents(calm)
+
+
+NEWER = ["images/1.jpg", "images/4.jpg", "more.jpg"]
+"""Some of them are in the store, or were."""
+
+
+def put_them(store: FeatureStore, make_rows: Any) -> None:
+    store.put(make_rows(NEWER, store.info, seed=9))
+
+
+def extract_them(store: FeatureStore, make_rows: Any) -> None:
+    rows = make_rows(NEWER, store.info, seed=9)
+    for part in range(2):
+        store.stage_part("run", f"{part}", rows.take(np.arange(part, 3, 2)))
+    built = store.build_shards("run", range(store.info.num_shards), ["0", "1"])
+    store.commit(built, "extract")
+    store.discard_staging("run")
+
+
+def all_or_nothing(dead: FeatureStore, before: FeatureStore, calm: FeatureStore) -> None:
+    """The commit is there with all of its rows, or it is not; other snapshots are as they were."""
+    assert contents(dead) == contents(calm if dead.snapshot().version > before.snapshot().version else before)
+    for version in versions(before.storage):
+        assert contents(dead, version) == contents(before, version)
+
+
+def same_rows(done: FeatureStore, calm: FeatureStore) -> None:
+    assert contents(done) == contents(calm) and verify(done).problems == []
+    with days_later(8):
+        expire(done, keep_last=1, keep_days=0)
+        expire(done, keep_last=1, keep_days=0)
+    named = {entry.path for entry in done.snapshot().manifest.entries}
+    assert {path for path in paths_of(done) if path.endswith(".parquet")} == named, "what the dead one left stays"
+
+
+def with_images_to_take_down(store: FeatureStore, make_rows: Any) -> None:
+    store.put(make_rows(10, store.info, first=100))
+    store.put(make_rows(40, store.info))
+    store.put(make_rows(5, store.info, seed=5, first=30))
+    store.add_quarantine([QuarantineRow(key_of_uri(GONE[1]), GONE[1], "truncated", 1.0)])
+    store.stage_part("refresh", "part-1", make_rows(20, store.info, seed=9))
+    move_channel(store, "stable", 3)
+
+
+def take_down(store: FeatureStore, make_rows: Any) -> None:
+    assert purge(store, IMAGES, writer_hours=0).is_complete
+
+
+def all_or_none_are_gone(dead: FeatureStore, before: FeatureStore, calm: FeatureStore) -> None:
+    for which in (None, "stable"):
+        assert contents(dead, which) in (contents(before), without(contents(before)))
+
+
+def none_is_left(done: FeatureStore, calm: FeatureStore) -> None:
+    assert contents(done) == contents(calm) == contents(done, "stable")
+    assert find_traces(done.storage, IMAGES).is_absent
+    assert {problem.kind for problem in verify(done).problems} <= {"pin"}
+
+
+def with_young_images_to_take_down(store: FeatureStore, make_rows: Any) -> None:
+    """The files that only manifests name which the dead purge took out of the log are young, and yet they go."""
+    store.put(make_rows(20, store.info))
+    store.put(make_rows(20, store.info, seed=1))
+    move_channel(store, "stable", 2)
+
+
+def take_young_ones_down(store: FeatureStore, make_rows: Any) -> None:
+    assert purge(store, IMAGES).is_complete
+
+
+def with_damage(store: FeatureStore, make_rows: Any) -> None:
+    """The newest manifest, and the delta of a shard in the one before it."""
+    store.put(make_rows(400, store.info))
+    store.put(make_rows(200, store.info, seed=1))
+    store.delete(make_rows(20, store.info).keys_N)
+    delta = store.snapshot(2).manifest.files(SHARD)[1]
+    spoil(store, manifest_path(3))
+    spoil(store, delta.path)
+
+
+def with_expired_manifests(store: FeatureStore, make_rows: Any) -> None:
+    """The newest manifest is damaged, and an expiry has put those before it aside."""
+    for seed in range(3):
+        store.put(make_rows(60, store.info, seed=seed))
+    leave_in_expired(store, [3], [1, 2])
+
+
+def anything(dead: FeatureStore, before: FeatureStore, calm: FeatureStore) -> None:
+    """A store that cannot be read before can be read or not."""
+
+
+def mended(done: FeatureStore, calm: FeatureStore) -> None:
+    assert everything(done) == everything(calm) and verify(done).problems == []
+    assert {row.key for row in done.quarantine_rows()} == {row.key for row in calm.quarantine_rows()}
+    assert versions(done.storage) == versions(calm.storage)
+    assert set(versions(done.storage, EXPIRED)) <= set(versions(done.storage)), "only copies of what is in the log"
+
+
+def with_rows(store: FeatureStore, make_rows: Any) -> None:
+    store.put(make_rows(60, store.info))
+    store.put(make_rows(20, store.info, seed=1))
+    store.delete(make_rows(5, store.info).keys_N)
+
+
+def new_one(store: FeatureStore) -> str:
+    return f"{store.url}-new"
+
+
+def nothing_is_committed(dead: FeatureStore, before: FeatureStore, calm: FeatureStore) -> None:
+    assert Storage(new_one(dead)).list("log") in ([], [f"{1:020d}.json"])
+    assert contents(dead) == contents(before)
+
+
+def same_new_store(done: FeatureStore, calm: FeatureStore) -> None:
+    mine, theirs = (FeatureStore.open(new_one(each)) for each in (done, calm))
+    assert contents(mine) == contents(theirs) and mine.info.reduction == theirs.info.reduction
+    assert mine.snapshot().version == 1 and verify(mine).problems == []
+
+
+WORKS = {
+    "put": Work(with_rows, put_them, all_or_nothing, same_rows),
+    "delete": Work(with_rows, lambda store, make_rows: store.delete(keys_of_uris(NEWER)), all_or_nothing, same_rows),
+    "extract": Work(with_rows, extract_them, all_or_nothing, same_rows),
+    "compact": Work(with_rows, lambda store, make_rows: compact(store, force=True), all_or_nothing, same_rows),
+    "restore": Work(with_rows, lambda store, make_rows: restore(store, 1), all_or_nothing, same_rows),
+    "expire": Work(
+        with_old_snapshots,
+        lambda store, make_rows: expire(store, keep_last=2, keep_days=0),
+        readers_go_on,
+        same_files,
+    ),
+    "purge": Work(with_images_to_take_down, take_down, all_or_none_are_gone, none_is_left),
+    "purge of young files": Work(
+        with_young_images_to_take_down, take_young_ones_down, all_or_none_are_gone, none_is_left
+    ),
+    "repair": Work(with_damage, lambda store, make_rows: repair(store), anything, mended),
+    "repair of the log": Work(with_expired_manifests, lambda store, make_rows: repair(store), anything, mended),
+    "remake": Work(
+        with_rows,
+        lambda store, make_rows: remake(store, new_one(store), dtype="float16"),
+        nothing_is_committed,
+        same_new_store,
+    ),
+    "remake of fewer numbers": Work(
+        with_rows,
+        lambda store, make_rows: remake(store, new_one(store), dims=4, threads=1),
+        nothing_is_committed,
+        same_new_store,
+    ),
+}
+CASES = [(work, after) for work in WORKS for after in (False, True)]
+EVERY = pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["some", "every"])
+
+
+@EVERY
+@pytest.mark.parametrize(("work", "after"), CASES)
+def test_on_a_disk(work: str, after: bool, every: bool, tmp_path: Path, info: StoreInfo, make_rows: Any) -> None:
+    """At each third write of many, or at each."""
+    url = tmp_path / "before"
+    before = FeatureStore.create(url, info.model_copy(update={"num_shards": 4}))
+    WORKS[work].prepare(before, make_rows)
+
+    def copied(name: str) -> FeatureStore:
+        return FeatureStore.open(shutil.copytree(url, tmp_path / name))
+
+    calm = copied("calm")
+    with dying(0) as whole:
+        WORKS[work].work(calm, make_rows)
+    for at in range(1, len(whole) + 1, 1 if every or len(whole) < 12 else 3):
+        check_death(WORKS[work], copied(f"{at}"), before, calm, at, after, make_rows)
+
+
+def check_death(
+    work: Work, store: FeatureStore, before: FeatureStore, calm: FeatureStore, at: int, after: bool, make_rows: Any
+) -> None:
+    with dying(at, after) as begun, pytest.raises(Killed):
+        work.work(store, make_rows)
+    work.check_dead(store, before, calm)
+    work.work(store, make_rows)
+    try:
+        work.check_done(store, calm)
+    except AssertionError as error:
+        error.add_note(f"killed at write {at} of {begun}")
+        raise
+
+
+@pytest.mark.services
+@EVERY
+@pytest.mark.parametrize("work", ["put", "purge", "remake"])
+def test_on_s3(work: str, every: bool, s3_url: str, info: StoreInfo, make_rows: Any) -> None:
+    """At the last write of each kind, or at each."""
+    before = FeatureStore.create(f"{s3_url}/before", info.model_copy(update={"num_shards": 1}))
+    WORKS[work].prepare(before, make_rows)
+    files = {each.path: before.storage.read_bytes(each.path) for each in before.storage.entries()}
+
+    def copied(name: str) -> FeatureStore:
+        to = Storage(f"{s3_url}/{name}")
+        list(in_threads(lambda path: to.write_bytes(path, files[path]), files, 8))
+        return FeatureStore.open(to.url)
+
+    calm = copied("calm")
+    with dying(0) as whole:
+        WORKS[work].work(calm, make_rows)
+    last_of_kind = {each.partition(" ")[0]: place for place, each in enumerate(whole, 1)}
+    for at in range(1, len(whole) + 1) if every else sorted(last_of_kind.values()):
+        check_death(WORKS[work], copied(f"{at}"), before, calm, at, False, make_rows)
+
+
+RIVALS: dict[str, Callable[[FeatureStore, Any], object]] = {
+    "put": lambda store, make_rows: store.put(make_rows(9, store.info, seed=9)),
+    "restore": lambda store, make_rows: restore(store, 6),
+    "compact": lambda store, make_rows: compact(store, force=True),
+    "expire": lambda store, make_rows: expire(store, keep_last=1, keep_days=0),
+    "pin": lambda store, make_rows: pin_if_possible(store, 4),
+}
+
+
+def pin_if_possible(store: FeatureStore, version: int) -> None:
+    """And if the pin is made, its snapshot must be there ever after: see the check of its files."""
+    with suppress(SnapshotNotFoundError):
+        pin(store, "rival", version)
+        assert version in versions(store.storage)
+
+
+@pytest.mark.parametrize("rival", RIVALS)
+def test_others_may_do_anything_while_an_expiry_is_at_work(
+    rival: str, tmp_path: Path, info: StoreInfo, make_rows: Any
+) -> None:
+    """Before each third of its writes; readers of all snapshots that there were find all of their files."""
+    before = FeatureStore.create(tmp_path / "before", info.model_copy(update={"num_shards": 2}))
+    with_old_snapshots(before, make_rows)
+    for at in range(1, 100, 3):
+        store = FeatureStore.open(shutil.copytree(before.url, tmp_path / f"{at}"))
+        with dying(at, rival=lambda store=store: RIVALS[rival](store, make_rows)) as begun:
+            WORKS["expire"].work(store, make_rows)
+        if len(begun) < at:
+            break
+        for snapshot in [*(before.snapshot(version) for version in range(3, 8)), store.snapshot()]:
+            assert needs(snapshot) <= paths_of(store), f"write {at}: version {snapshot.version}"
+        assert store.snapshot().version == (7 if rival in ("expire", "pin") else 8)
+        assert all(store.snapshot(version).num_rows == 12 for version in versions(store.storage))
+    assert at > 9
+
+
+def much_happens(store: FeatureStore, make_rows: Any, days: float) -> None:
+    """Others write, compact and expire: nothing of the store of before is needed by the newest snapshot."""
+    for seed in range(3):
+        store.put(make_rows(20, store.info, seed=seed, first=200))
+    store.delete(make_rows(5, store.info, first=20).keys_N)
+    compact(store, force=True)
+    store.put(make_rows(1, store.info, first=300))
+    with days_later(days):
+        for _ in range(2):
+            expire(store, keep_last=1, keep_days=0)
+
+
+@pytest.mark.parametrize("days", [6, 8])
+@pytest.mark.parametrize("work", ["put", "extract"])
+def test_a_writer_pauses_before_any_write(
+    work: str, days: int, tmp_path: Path, info: StoreInfo, make_rows: Any
+) -> None:
+    """For less than the grace time it commits; after more it does so, or says why not; and it breaks nothing."""
+    before = FeatureStore.create(tmp_path / "before", info.model_copy(update={"num_shards": 2}))
+    with_rows(before, make_rows)
+    age(before, 30)
+    calm = FeatureStore.open(shutil.copytree(before.url, tmp_path / "calm"))
+    much_happens(calm, make_rows, days)
+    rows = make_rows(NEWER, info, seed=9)
+    mine = {uri: rows.features_ND[n].tobytes() for n, uri in enumerate(rows.uris)}
+    for at in range(1, 100):
+        store, is_done = FeatureStore.open(shutil.copytree(before.url, tmp_path / f"{at}")), False
+        with dying(at, rival=lambda store=store: much_happens(store, make_rows, days)) as begun:
+            try:
+                WORKS[work].work(store, make_rows)
+                is_done = True
+            except FeatureStoreError:
+                assert days > 7
+        if len(begun) < at:
+            break
+        assert contents(store) == (contents(calm) | mine if is_done else contents(calm)), f"write {at}"
+        assert verify(store).problems == []
+    assert at > 3
+
+
+def test_a_remake_is_of_the_newest_snapshot_when_it_starts_again(
+    tmp_path: Path, info: StoreInfo, make_rows: Any
+) -> None:
+    source = FeatureStore.create(tmp_path / "source", info)
+    with_rows(source, make_rows)
+    with dying(4), pytest.raises(Killed):
+        remake(source, new_one(source), dtype="float16", threads=1)
+    source.put(make_rows(9, info, first=500))
+    assert remake(source, new_one(source), dtype="float16").num_rows == source.snapshot().num_rows == 64
+    data = Path(new_one(source), "data")
+    left = {*data.rglob("*.parquet")}
+    with days_later(8):
+        expire(FeatureStore.open(new_one(source)))
+    kept = {*data.rglob("*.parquet")}
+    assert len(kept) == 8 and kept < left, "what the dead one wrote goes in time"
