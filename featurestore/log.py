@@ -9,7 +9,7 @@ import platform
 import random
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Protocol
 
@@ -73,7 +73,7 @@ def read_manifest(storage: Storage, version: int | None = None) -> Manifest:
     if version == 0:
         return EMPTY
     if version is None:
-        return _settled(storage, lambda known: read(storage, known[-1]) if known else EMPTY)
+        return _newest(storage)
     try:
         return read(storage, version)
     except FileNotFoundError:
@@ -82,15 +82,6 @@ def read_manifest(storage: Storage, version: int | None = None) -> Manifest:
         raise SnapshotNotFoundError(
             f"{storage.url} has no snapshot {version}; the newest is {known[-1]}{expired}"
         ) from None
-
-
-def read_manifest_at(storage: Storage, at: datetime) -> Manifest:
-    """Find the manifest that was the newest at a time, UTC where it has no zone. Reads a few, by halves.
-
-    Raises SnapshotNotFoundError before the first one, and where the one of that time has expired.
-    """
-    time_s = (at if at.tzinfo is not None else at.replace(tzinfo=UTC)).timestamp()
-    return _settled(storage, lambda known: _newest_not_after(storage, known, time_s))
 
 
 class Appendable(Protocol):
@@ -163,37 +154,15 @@ def utc_text(time_s: float) -> str:
         return f"{time_s:g} s after 1970"
 
 
-def _settled(storage: Storage, choose: Callable[[list[int]], Manifest]) -> Manifest:
-    """Return what `choose` reads of the versions in the log, listed again while `expire` removes what it would read."""
+def _newest(storage: Storage) -> Manifest:
+    """Read the newest manifest, listed again while `expire` removes what it would read."""
     for _ in range(_MAX_LISTINGS):
         try:
-            return choose(versions(storage))
+            known = versions(storage)
+            return read(storage, known[-1]) if known else EMPTY
         except FileNotFoundError:
             continue
     raise StorageError(f"manifests of {storage.url} are listed but missing, {_MAX_LISTINGS} times in a row")
-
-
-def _newest_not_after(storage: Storage, known: list[int], time_s: float) -> Manifest:
-    """Search by halves: the times of manifests never run backwards."""
-    wanted = utc_text(time_s)
-    low, high = 0, len(known)  # known[:low] are not after it, known[high:] are
-    found, later = EMPTY, EMPTY
-    while low < high:
-        middle = (low + high) // 2
-        manifest = read(storage, known[middle])
-        if manifest.time_s <= time_s:
-            low, found = middle + 1, manifest
-        else:
-            high, later = middle, manifest
-    if found is EMPTY:
-        oldest = f"the oldest kept is {later.version} of {utc_text(later.time_s)}" if known else "it is empty"
-        raise SnapshotNotFoundError(f"{storage.url} has no snapshot of {wanted} or before: {oldest}")
-    if later is not EMPTY and later.version != found.version + 1:
-        raise SnapshotNotFoundError(
-            f"the snapshot of {wanted} has expired at {storage.url}; its neighbours are {found.version} of"
-            f" {utc_text(found.time_s)} and {later.version} of {utc_text(later.time_s)}: open one by its number"
-        )
-    return found
 
 
 def _checked(storage: Storage, path: str, version: int, manifest: Manifest) -> Manifest:

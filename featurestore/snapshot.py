@@ -4,7 +4,7 @@ A snapshot holds its manifest, so later commits never change what it reads. Its 
 its rows, and compared with a store before they are used.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -180,14 +180,6 @@ class SnapshotId(BaseModel):
     def named(self) -> dict[str, Any]:
         """Return the fields of a report: store, snapshot, store_id, commit_id."""
         return {"store": self.url, "snapshot": self.version, "store_id": self.store_id, "commit_id": self.commit_id}
-
-    @classmethod
-    def from_named(cls, report: Mapping[str, Any]) -> "SnapshotId | None":
-        """Read the fields of `named` from a report; None if it has no snapshot."""
-        if "store" not in report or "snapshot" not in report:
-            return None
-        ids = {name: str(report[name]) for name in ("store_id", "commit_id")}
-        return cls(url=str(report["store"]), version=int(report["snapshot"]), **ids)
 
     def described(self) -> str:
         """Format for a message: `snapshot 3 (commit 0a1b2c3d) of store 4e5f6a7b at URL`."""

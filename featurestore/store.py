@@ -4,7 +4,6 @@ import contextlib
 import os
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -106,21 +105,18 @@ class FeatureStore:
         info.check_same(store.info, f"the store at {store.url}")
         return store
 
-    def snapshot(self, version: VersionName | None = None, at: datetime | None = None) -> Snapshot:
-        """Open the newest snapshot, that of `version`, that of a channel, or the one that was the newest at a time.
+    def snapshot(self, version: VersionName | None = None) -> Snapshot:
+        """Open the newest snapshot, that of `version`, or that of a channel.
 
-        A time without a zone is in UTC. One small file is read, two for a channel, some more for a time. Raises
-        SnapshotNotFoundError, also where it has expired; ChannelError, which names the channels that there are;
-        AnotherStoreError where the channel's snapshot is another commit by now.
+        One small file is read, two for a channel. Raises SnapshotNotFoundError, also where it has expired;
+        ChannelError, which names the channels that there are; AnotherStoreError where the channel's snapshot is another
+        commit by now.
         """
-        if version is not None and at is not None:
-            raise ValueError(f"version={version} and at={at}: a snapshot is named by one of them")
         if isinstance(version, str):
             return self._of_channel(version)
         if version is not None and version < 0:
             raise SnapshotNotFoundError(f"{version} is not a version: they count from 0, the empty store")
-        manifest = log.read_manifest_at(self.storage, at) if at else log.read_manifest(self.storage, version)
-        return Snapshot(self.storage, self.info, manifest)
+        return Snapshot(self.storage, self.info, log.read_manifest(self.storage, version))
 
     def _of_channel(self, name: str) -> Snapshot:
         move = find_channel(self.storage, name)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from featurestore.commands.common import WHICH, read_version_name
+from featurestore.commands import WHICH, read_version_name
 from featurestore.console.commandline import OK, STOPPED, say_error
 from featurestore.console.page import current_page
 from featurestore.errors import FAILED, UserError

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from featurestore.commands.common import WHICH, read_version_name
+from featurestore.commands import WHICH, read_version_name
 from featurestore.console.commandline import CommandApp, run_app
 from featurestore.console.files import check_place
 from trainer.cli import WhichCheckpoint, run_on_ranks

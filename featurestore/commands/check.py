@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from featurestore.commands.common import WHICH, DryRun, Url, Version, read_version_name
+from featurestore.commands import WHICH, DryRun, Url, Version, read_version_name
 from featurestore.console.commandline import CommandApp
 from featurestore.console.output import print_problem, print_summary, print_table, progress_bar, text_console
 from featurestore.errors import FAILED, UnsafeBackendError

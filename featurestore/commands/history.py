@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.filesize import decimal as bytes_text
 
-from featurestore.commands.common import WHICH, DryRun, Url, read_version_name
+from featurestore.commands import WHICH, DryRun, Url, read_version_name
 from featurestore.console.commandline import CommandApp
 from featurestore.console.output import print_problem, print_rows, print_summary, progress_bar
 from featurestore.text import count_text, ranges_text

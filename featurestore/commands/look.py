@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import typer
 
-from featurestore.commands.common import WHICH, At, Url, Version, chosen_snapshot, read_version_name
+from featurestore.commands import WHICH, Url, Version, read_version_name
 from featurestore.console.commandline import CommandApp
 from featurestore.console.output import print_rows, print_summary, print_warning, progress_bar
 from featurestore.errors import FeatureStoreError
@@ -23,13 +23,13 @@ app = CommandApp()
 
 
 @app.command(epilog="Example: `crossmedia store info data/features`")
-def info(url: Url, version: Version = None, at: At = None) -> None:
+def info(url: Url, version: Version = None) -> None:
     """Show the contents of a store."""
     from featurestore.log import utc_text
     from featurestore.store import FeatureStore
 
     store = FeatureStore.open(url)
-    snapshot = chosen_snapshot(store, version, at)
+    snapshot = store.snapshot(version)
     manifest = snapshot.manifest
     extractor = store.info.extractor.model_dump()
     lines = {
@@ -68,7 +68,6 @@ def get(
         typer.Option("--out", help="Write NAME.npy (keys, dim), or NAME.arrow (key, feature as a tensor)."),
     ] = None,
     version: Version = None,
-    at: At = None,
 ) -> None:
     """Fetch the features of images, as float32: printed, or written to a file."""
     if not keys and not uri:
@@ -78,7 +77,7 @@ def get(
 
     wanted_U = np.concatenate([np.asarray(keys or [], dtype=np.int64), keys_of_uris(uri or [])])
     store = FeatureStore.open(url)
-    values_UD = store.codec.decode(chosen_snapshot(store, version, at).get(wanted_U))
+    values_UD = store.codec.decode(store.snapshot(version).get(wanted_U))
     if out is not None:
         _write(out, wanted_U, values_UD)
         return

@@ -384,9 +384,3 @@ def write_schema(
     settings = settings_text(str(samples), address, tables, store)
     for name, text in {SCHEMA_FILE: schema, SETTINGS_FILE: settings}.items():
         (folder / name).write_text(text, encoding="utf-8")
-
-
-def schema_of_samples(samples: str) -> str | None:
-    """Find the schema in a folder of samples, None where there is none."""
-    storage = Storage(samples)
-    return storage.full(SCHEMA_FILE) if SCHEMA_FILE in storage.list() else None

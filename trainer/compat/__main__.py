@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from featurestore.commands.common import Version
+from featurestore.commands import Version
 from featurestore.console.commandline import CommandApp, run_app
 from featurestore.console.files import JsonOption, write_json_option
 from featurestore.console.output import print_problem, print_rows, print_summary, progress_bar
