@@ -318,6 +318,22 @@ def test_files_of_a_writer_that_died_before_the_first_commit_stay(dies_at: Kill)
     machine.teardown()
 
 
+def test_what_a_pin_or_a_channel_names_stays_whole(memory_url: str) -> None:
+    machine = StoreMachine(None, memory_url)
+    machine.make(log2=1, ranks=1, dtype="bfloat16")
+    machine.put(["u0", "u1"])
+    machine.pin("a")
+    machine.put(["u1"])
+    machine.move_channel("stable", 0)
+    machine.delete(["u0"])
+    machine.compact(force=True)
+    machine.expire_late(1)
+    assert manifests.versions(machine.store.storage) == sorted(machine.kept - {0}) == [1, 2, 4]
+    for version in machine.kept:
+        machine.check(machine.store.snapshot(version))
+    machine.teardown()
+
+
 MANY = pytest.param(80, 25, marks=[pytest.mark.slow, pytest.mark.timeout(900)])
 
 
