@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from trainer.errors import SchemaError
 from trainer.schema import DEFAULT_SCHEMA, Schema, load_schema
 from trainer.schema.__main__ import app
-from trainer.schema.fields import schema_text, settings_text
+from trainer.schema.fields import schema_text, settings_text, table_rows
 from trainer.schema.suggest import match_columns
 
 OWN = """
