@@ -273,7 +273,7 @@ def write_field_schema(folder: Path, samples: str, fields: Sequence[XdlField]) -
     schema = Schema(fields=tuple(made), new_ad_field=new_ad)
     header = "Fields of XDL's text samples, as they were found.", "kind: id | multi_id | dense | content (image keys)."
     tables = {name: table_rows(num_ids(columns)) for name, columns in columns_of_table.items()}
-    write_schema(folder, samples, schema_text(schema, header, notes), tables)
+    write_schema(folder, samples, schema, schema_text(schema, header, notes), tables)
 
 
 def schema_of(fields: Iterable[XdlField]) -> pa.Schema:

@@ -42,7 +42,7 @@ from pipeline.samples.groups import (
 from pipeline.samples.logs import BEHAVIORS, IMPRESSIONS, PIECE_ROWS, LogPiece, WantedRows, find_pieces
 from pipeline.samples.mapping import TableLayout, load_mapping, names_in
 from pipeline.samples.publish import MARK, QUARANTINE_FILE, replaced_files
-from trainer.schema.fields import IMAGES_FILE, SCHEMA_FILE, SETTINGS_FILE, DistinctCount, settings_text
+from trainer.schema.fields import IMAGES_FILE, SCHEMA_FILE, SETTINGS_FILE, DistinctCount, Schema, settings_text
 from trainer.schema.suggest import inspect_samples, render_schema
 
 DAY_S = 86_400
@@ -376,14 +376,12 @@ def write_suggested(folder: Path, samples: str, written: Sequence[WrittenFile] =
     for part in written:
         ids |= {name: ids.get(name, DistinctCount()).merged(count) for name, count in part.ids.items()}
     schema, made = inspect_samples(Storage(folder), "label", "user", LOOKED_AT, ids)
-    write_schema(folder, samples, render_schema(schema, made, samples), made.tables)
+    write_schema(folder, samples, schema, render_schema(schema, made, samples), made.tables)
 
 
-def write_schema(
-    folder: Path, samples: str | Path, schema: str, tables: Mapping[str, int], store: str | None = None
-) -> None:
-    """Write the text of a schema, and settings with the rows of its ID tables, for samples at `samples`."""
+def write_schema(folder: Path, samples: str | Path, schema: Schema, text: str, tables: Mapping[str, int]) -> None:
+    """Write a schema as `text`, and settings with the rows of its ID tables, for samples at `samples`."""
     address = Storage(samples).full(SCHEMA_FILE) if "://" in str(samples) else str(Path(samples) / SCHEMA_FILE)
-    settings = settings_text(str(samples), address, tables, store)
-    for name, text in {SCHEMA_FILE: schema, SETTINGS_FILE: settings}.items():
-        (folder / name).write_text(text, encoding="utf-8")
+    settings = settings_text(str(samples), address, schema, tables)
+    for name, content in {SCHEMA_FILE: text, SETTINGS_FILE: settings}.items():
+        (folder / name).write_text(content, encoding="utf-8")

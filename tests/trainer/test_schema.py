@@ -265,8 +265,16 @@ def test_a_written_schema_reads_as_it_was(tmp_path):
     schema = load_schema()
     (tmp_path / "a.yaml").write_text(schema_text(schema, ["a: #b"], {"ad_item": "c: d"}))
     assert load_schema(tmp_path / "a.yaml") == schema
-    assert settings_text("s", "f", {"a": 1}, "x") == (
+    assert settings_text("s", "f", schema, {"a": 1}) == (
         "# Over the default preset: crossmedia train --config THIS_FILE\n\ndata:\n"
-        "  samples: s\n  schema_file: f\n  store: x\n\nmodel:\n  tables:  # a row for each id, as it comes; "
+        "  samples: s\n  schema_file: f\n\nmodel:\n  tables:  # a row for each id, as it comes; "
         "max_rows: twice the ids of these samples or more\n    a: {kind: exact, max_rows: 1}\n"
     )
+
+
+@pytest.mark.parametrize("images", ["none", "ad", "behavior", "both"])
+def test_settings_take_the_images_that_the_schema_has(images):
+    kept = {"none": (), "both": ("ad", "user"), "behavior": ("user",)}.get(images, ("ad",))
+    fields = [field for field in load_schema().fields if field.kind != "content" or field.side in kept]
+    text = settings_text("s", "f", Schema(fields=tuple(fields)), {})
+    assert (f"  images: {images}  #" in text) == (images != "both") and text.count("images") == (images != "both")

@@ -366,17 +366,20 @@ def schema_text(schema: Schema, header: Iterable[str] = (), comments: Mapping[st
     return "\n".join(lines).lstrip("\n") + "\n"
 
 
-def settings_text(samples: str, schema_file: str, tables: Mapping[str, int], store: str | None = None) -> str:
-    """Write settings for `crossmedia train --config`: where samples and schema are, and the ID tables.
+_IMAGES_OF_SIDES = {(): "none", ("ad",): "ad", ("user",): "behavior"}
+
+
+def settings_text(samples: str, schema_file: str, schema: Schema, tables: Mapping[str, int]) -> str:
+    """Write settings for `crossmedia train --config`: where samples and schema are, the images there are, ID tables.
 
     `tables`: by name the most rows of each. They are exact: in hashed ones ids that share a row cost GAUC.
     """
-    data = {"samples": samples, "schema_file": schema_file} | ({"store": store} if store else {})
+    images = _IMAGES_OF_SIDES.get(tuple(sorted({field.side for field in schema.of_kind("content")})))
     lines = ["# Over the default preset: crossmedia train --config THIS_FILE", "", "data:"]
-    lines += [f"  {yaml_line(name, value)}" for name, value in data.items()]
+    lines += [f"  {yaml_line(name, value)}" for name, value in (("samples", samples), ("schema_file", schema_file))]
+    lines += ["", "model:"]
+    lines += [f"  {yaml_line('images', images)}  # the samples have no others"] if images else []
     lines += [
-        "",
-        "model:",
         "  tables:  # a row for each id, as it comes; max_rows: twice the ids of these samples or more",
         *(f"    {line}" for line in table_lines(tables)),
     ]
