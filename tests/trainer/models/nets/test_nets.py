@@ -101,6 +101,32 @@ def test_no_products_where_nothing_is_to_multiply(settings: dict[str, str]) -> N
 
 
 class TestLr:
+    @pytest.mark.parametrize("multi_hot", ["mean", "sum"])
+    def test_is_a_sum_of_weights(self, multi_hot: str) -> None:
+        settings = config(base="lr", images="ad", multi_hot=multi_hot)
+        model = build_model(SCHEMA, settings)
+        torch.nn.init.normal_(model.weight)
+        torch.nn.init.normal_(model.bias)
+        assert {field.name: field.width for field in model.fields if field.is_id} == dict.fromkeys(
+            ["user", "behavior_item", "behavior_shop", "ad_item", "ad_shop"], 1
+        )
+        fields, dense, group_of_sample = inputs_of(model, settings)
+        logit = model(fields, dense, group_of_sample)
+        starts = [0, 2, 2, 5]
+        for sample, group in enumerate(group_of_sample.tolist()):
+            expected = model.bias + fields["user"].vectors_UV[group, 0]
+            for name in ("behavior_item", "behavior_shop"):
+                for behavior in range(starts[group], starts[group + 1]):
+                    share = 1 / LENGTHS[group] if multi_hot == "mean" else 1
+                    expected = expected + share * fields[name].vectors_UV[behavior, 0]
+            for name in ("ad_item", "ad_shop"):
+                expected = expected + fields[name].vectors_UV[sample, 0]
+            others = [dense["age"][group], dense["price"][sample]]
+            others += [fields["ad_image"].vectors_UV[sample], fields["ad_title"].vectors_UV[sample]]
+            for weight, value in zip(model.weight, torch.cat(others), strict=True):
+                expected = expected + weight * value
+            torch.testing.assert_close(logit[sample], expected)
+
     def test_ids_alone(self) -> None:
         schema = Schema(fields=(Field(name="ad", side="ad", kind="id"),))
         model = build_model(schema, config(base="lr", images="none"))
