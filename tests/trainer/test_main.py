@@ -286,7 +286,8 @@ def test_a_launchers_job_is_that_of_one_rank(
     mine, theirs = tensors_of(found), tensors_of(alone)
     assert mine.keys() == theirs.keys()
     for key, value in theirs.items():
-        torch.testing.assert_close(mine[key], value, rtol=1e-9, atol=1e-9 * float(value.abs().max()), msg=key)
+        largest = float(value.abs().max()) if value.numel() else 0.0  # of an exact table's shard without ids
+        torch.testing.assert_close(mine[key], value, rtol=1e-9, atol=1e-9 * largest, msg=key)
     if standing:  # the ranks of the other tests
         ranks: StandingRanks = request.getfixturevalue(standing)
         ranks.run(*shop.words(f"like-{name}"))

@@ -110,7 +110,7 @@ class EngineParts:
             if statistics and store in statistics:
                 service.fold_standardization_(statistics[store].mean_D, statistics[store].std_D)
         shapes = table_shapes(self.model.fields, model)
-        self._rows = RowOptimizer(optim) if reading else row_optimizer(optim, dtype, self._device)
+        self._rows = (RowOptimizer if reading else row_optimizer)(optim, dtype, self._device)
         check_memory(comm, shapes, self._rows.state, self._device, dtype)
         self.tables = comm.on_all(
             lambda: build_tables(

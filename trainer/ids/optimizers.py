@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from trainer.config.options import OptimConfig
+from trainer.config.options import IdOptimizer, OptimConfig
 from trainer.errors import CheckpointError
 from trainer.ids.drift import Drift
 from trainer.ids.shards import IdRows, StatePart
@@ -31,7 +31,8 @@ class RowOptimizer:
     lags = False
     """Whether weights in memory may be others than what a checkpoint is to have."""
 
-    def __init__(self, config: OptimConfig) -> None:
+    def __init__(self, config: OptimConfig, dtype: torch.dtype, device: torch.device | str) -> None:
+        """`dtype`, `device`: of the rows."""
         self._config = config
 
     def current(self, rows: IdRows) -> Tensor:
@@ -70,7 +71,7 @@ class Adam(RowOptimizer):
 
     def __init__(self, config: OptimConfig, dtype: torch.dtype, device: torch.device | str) -> None:
         """Raises ConfigError for betas that do not fit the type."""
-        super().__init__(config)
+        super().__init__(config, dtype, device)
         self._drift = Drift(config.beta1, config.beta2, config.eps, dtype, device)
 
     def current(self, rows: IdRows) -> Tensor:
@@ -116,11 +117,14 @@ class RowwiseAdagrad(RowOptimizer):
         return weight_QV - gradient_QV * step_Q.unsqueeze(1)
 
 
+_OPTIMIZERS: Mapping[IdOptimizer, type[RowOptimizer]] = {"adam": Adam, "rowwise_adagrad": RowwiseAdagrad}
+
+
 def row_optimizer(config: OptimConfig, dtype: torch.dtype, device: torch.device | str = "cpu") -> RowOptimizer:
     """Make the optimiser of ID rows that `optim` names. Raises ConfigError where it cannot have these settings."""
-    return Adam(config, dtype, device) if config.ids == "adam" else RowwiseAdagrad(config)
+    return _OPTIMIZERS[config.ids](config, dtype, device)
 
 
 def state_of(config: OptimConfig) -> tuple[StatePart, ...]:
     """List what the optimiser that `optim` names keeps of a row."""
-    return Adam.state if config.ids == "adam" else RowwiseAdagrad.state
+    return _OPTIMIZERS[config.ids].state

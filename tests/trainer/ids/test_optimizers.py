@@ -183,5 +183,5 @@ def test_each_keeps_what_it_needs(ids: Any, numbers: int, counts: int) -> None:
 
 
 def test_what_only_reads_has_no_state_and_moves_nothing() -> None:
-    reader = RowOptimizer(OptimConfig())
+    reader = RowOptimizer(OptimConfig(), torch.float32, "cpu")
     assert reader.state == () and reader.shared_state() == {}
