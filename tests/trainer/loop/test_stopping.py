@@ -276,11 +276,3 @@ def test_days_are_named_once(places: Places) -> None:
     assert of("data.validation_days=[2026-01-03]", f"data.train_days=[{','.join(KEPT)}]") == (KEPT, ["2026-01-03"])
     with pytest.raises(ConfigError, match="validation_days=3 leaves none of the 3 training days of"):
         of("data.validation_days=3")
-
-
-def test_settings_that_do_not_fit() -> None:
-    assert load_config(settings=["train.early_stopping=2", "data.validation_days=1"]).train.early_stopping == 2
-    with pytest.raises(ConfigError, match=r"early_stopping counts evaluations; set data\.validation_days"):
-        load_config(settings=["train.early_stopping=2"])
-    with pytest.raises(ConfigError, match="needs samples to evaluate"):
-        load_config(settings=["train.early_stopping=2", "train.eval_every=5", "data.test_days=[]"])

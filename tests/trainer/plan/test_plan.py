@@ -189,7 +189,7 @@ class TestCommand:
         for ranks, row in plan["ranks"].items():
             cost = row["cost"]
             assert cost["seconds"] > 0 and cost["samples_per_s"] == pytest.approx(100 / cost["seconds"])
-            assert 0 < row["efficiency"] < 1.5
+            assert row["efficiency"] > 0
             assert row["rank_bytes"] > 50 * 16 * 2 / int(ranks)
             assert row["counts"]["images"]["unique"] <= 40
         assert plan["recommended_ranks"] == 2
