@@ -92,7 +92,7 @@ test-cluster: $(FOR_TESTS) ## Run what needs root, network namespaces, sshd or S
 # Debian's Chromium is unpacked below data/browser; CHROMIUM=/path/to/chromium takes another one.
 test-browser: $(FOR_TESTS) ## Look at the explorer's pages in Chromium; it says so where there is none
 	tools/browser_packages.sh $(BROWSER_DIR) || true
-	$(ON_PATH) BROWSER_PACKAGES=$(abspath $(BROWSER_DIR)) $(IN_PARALLEL) -m browser $(BROWSER_TESTS) $(TEST_ARGS)
+	$(ON_PATH) BROWSER_PACKAGES=$(abspath $(BROWSER_DIR)) $(IN_PARALLEL) --dist loadgroup -m browser $(BROWSER_TESTS) $(TEST_ARGS)
 
 screenshots: $(FOR_TESTS) ## Take the pictures of the explorer for README and docs, of the demo that is there
 	tools/browser_packages.sh $(BROWSER_DIR)

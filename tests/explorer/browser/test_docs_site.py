@@ -7,6 +7,8 @@ import pytest
 from tests.explorer.browser.conftest import Watched
 from tools import site
 
+pytestmark = pytest.mark.xdist_group("docs site")  # they share a page that is made once
+
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:

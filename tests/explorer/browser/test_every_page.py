@@ -82,7 +82,7 @@ def only_runs(folder: Path, world: World) -> Iterator[str]:
 SITES = {each.__name__: each for each in (shop, export, empty, only_store, only_runs)}
 
 
-@pytest.fixture(scope="module", params=SITES)
+@pytest.fixture(scope="module", params=[pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in SITES])
 def site(request, chromium, world, tmp_path_factory) -> Iterator[Site]:
     """All that a crawl finds, while its pages are there."""
     with SITES[request.param](tmp_path_factory.mktemp(request.param), world) as start:

@@ -10,6 +10,7 @@ from featurestore.console.page import ReportPage, recorded
 from tests.explorer.browser.watching.chromium import NARROW, WIDE, too_wide, violations
 from tests.featurestore.console.test_output import HOSTILE, plot_of
 
+pytestmark = pytest.mark.xdist_group("report pages")  # they share a page that is made once
 LOOKS = [(WIDE, False), (WIDE, True), (NARROW, False), (NARROW, True)]
 
 
