@@ -3,8 +3,8 @@
 python -m benchmarks.train --json data/bench/train.json
 
 Every variant trains the same model on the same files from the same first values, each run is a process of its own (two
-under horovodrun), and ratios are of the medians of interleaved rounds of one run of this benchmark. Rows of fewer
-numbers: --set data.store=STORE, where `crossmedia store remake` has made STORE of DIR/features.
+under horovodrun), and ratios are of the medians of interleaved rounds of one run of this benchmark. The section
+"compact" measures rows of fewer numbers.
 """
 
 import os
@@ -16,8 +16,9 @@ from typing import Annotated
 import typer
 from rich.progress import BarColumn, TimeElapsedColumn
 
+from benchmarks.process import RunFailedError
 from benchmarks.report import JsonPath, Section, write_sections
-from benchmarks.train.sections import SECTIONS, VARIANTS, Bench, measure
+from benchmarks.train.sections import FUXICTR, SECTIONS, VARIANTS, Bench, fuxictr_python, measure
 from benchmarks.workload import Knobs, make
 from featurestore.console.commandline import CommandApp, run_app
 from featurestore.console.output import progress_bars, text_column
@@ -32,6 +33,17 @@ def known(names: list[str]) -> list[str]:
     if strange := [name for name in names if name not in NAMES]:
         raise typer.BadParameter(f"{', '.join(strange)}: choose among {', '.join(NAMES)}", param_hint="--only")
     return names
+
+
+def check_fuxictr(chosen: list[str]) -> None:
+    """Print that FuxiCTR is left out where it is not installed; where it was asked for by name, that is an error."""
+    if fuxictr_python().exists():
+        return
+    missing = "FuxiCTR is not installed in this environment (make bench installs it)"
+    if asked := [name for name in chosen if name in FUXICTR]:
+        raise RunFailedError(f"{', '.join(asked)}: {missing}")
+    if not chosen:
+        print(f"note: {missing}; its figures are left out", file=sys.stderr)
 
 
 def spread(sections: list[Section]) -> float:
@@ -49,6 +61,7 @@ def main(
     rounds: Annotated[int, typer.Option(help="Of all variants.", min=1)] = 3,
     steps: Annotated[int, typer.Option(help="Of a run at one rank.", min=2)] = 24,
     memory_steps: Annotated[int, typer.Option(help="Small steps in which memory must not grow.", min=5)] = 500,
+    dims: Annotated[int, typer.Option(help="Numbers of a compact row.", min=1)] = 256,
     only: Annotated[
         list[str] | None, typer.Option(help=f"One of {', '.join(NAMES)}; may be repeated. Default: all.")
     ] = None,
@@ -62,6 +75,7 @@ def main(
 ) -> None:
     """Measure the trainer against its own matrix products and against other ways to bring images into the model."""
     chosen = known(only or [])
+    check_fuxictr(chosen)
     columns = text_column(), BarColumn(), TimeElapsedColumn()
     knobs = Knobs(images=images, dim=dim, samples_per_rank=samples_per_rank, seed=seed)
     with (
@@ -69,11 +83,18 @@ def main(
         progress_bars(*columns) as progress,
     ):
         workload = make(folder, knobs, progress)
-        bench = Bench(workload, Path(scratch), rounds, steps, memory_steps, settings or [], progress)
+        bench = Bench(workload, Path(scratch), rounds, steps, memory_steps, dims, settings or [], progress)
         sections = measure(bench, chosen)
     if (worst := spread(sections)) > _QUIET_SPREAD:
         print(f"warning: one round was {worst:.1f} times as fast as another: this machine was busy", file=sys.stderr)
-    run = {"images": images, "dim": dim, "samples_per_rank": samples_per_rank, "steps": steps, "rounds": rounds}
+    run = {
+        "images": images,
+        "dim": dim,
+        "dims": dims,
+        "samples_per_rank": samples_per_rank,
+        "steps": steps,
+        "rounds": rounds,
+    }
     write_sections([*sections, Section("this run", {**run, "cores": len(os.sched_getaffinity(0))})], json_path)
 
 

@@ -14,7 +14,6 @@ from typing import Annotated, Any, Literal, Protocol
 
 import typer
 
-from benchmarks.train import rivals
 from featurestore.console.commandline import CommandApp, run_app
 from trainer.comm import Comm, connect
 from trainer.config.config import load_config
@@ -48,11 +47,17 @@ class Seen:
     bytes_sent: int = 0
 
 
-Name = Literal["compute", "worker", "worker_grouped", "server"]
+Name = Literal["compute", "worker", "worker_grouped", "server", "fuxictr", "fuxictr_grouped"]
 
 
 def variant_of(name: Name, run: Run, folder: Path) -> Variant:
-    """Make the variant of this name, which may keep files in `folder`."""
+    """Make the variant of this name, which may keep files in `folder`; FuxiCTR is in an environment of its own."""
+    if name in ("fuxictr", "fuxictr_grouped"):
+        from benchmarks.train.fuxi import FuxiCtr
+
+        return FuxiCtr(run, grouped=name == "fuxictr_grouped")
+    from benchmarks.train import rivals
+
     if name == "compute":
         return rivals.Compute(run)
     if name == "server":

@@ -58,12 +58,12 @@ class Launcher:
         shutil.rmtree(self.scratch / name)
         return Outcome(report["samples_per_s"], losses, report, resident)
 
-    def peer(self, variant: str, steps: int, settings: Sequence[str] = ()) -> Outcome:
+    def peer(self, variant: str, steps: int, settings: Sequence[str] = (), python: str | None = None) -> Outcome:
         """Run a variant of benchmarks.train.peer, with the same settings."""
         out = self.scratch / f"{variant}.json"
         command = ["-m", "benchmarks.train.peer", variant, "--config", str(self.workload.config)]
         extra = ["--steps", str(steps), "--json", str(out), *self._set(settings)]
-        resident = self._run([*command, *extra])
+        resident = self._run([*command, *extra], python)
         report = json.loads(out.read_text())
         out.unlink()
         return Outcome(report["samples_per_s"], report["losses"], report, resident)
@@ -71,9 +71,9 @@ class Launcher:
     def _set(self, settings: Sequence[str]) -> list[str]:
         return [word for each in (*self.workload.settings(self.ranks), *settings) for word in ("--set", each)]
 
-    def _run(self, arguments: Sequence[str]) -> list[int]:
+    def _run(self, arguments: Sequence[str], python: str | None = None) -> list[int]:
         """Runs the ranks to their end; resident bytes of the largest. Raises RunFailedError."""
-        command = [sys.executable, *arguments]
+        command = [python or sys.executable, *arguments]
         if self.ranks > 1:
             horovodrun = str(Path(sys.executable).with_name("horovodrun"))
             command = [horovodrun, "-np", str(self.ranks), *command]

@@ -1,8 +1,11 @@
 """What is measured: the variants, where and for how long each of them runs, and the figures that come of it."""
 
 import statistics
+import sys
+import sysconfig
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +18,9 @@ from benchmarks.workload import Workload
 _CHECKED_STEPS = 3
 _SAME_MODEL = (("ours", "compute", "worker", "worker_grouped"), ("ours_2_ranks", "server"))
 _MEMORY_SAMPLES = 600  # the steps continue into a third epoch
-SECTIONS = ("traffic", "memory")
-VARIANTS = (*_SAME_MODEL[0], "ours_large_batch", *_SAME_MODEL[1])
+FUXICTR = ("fuxictr", "fuxictr_grouped")
+SECTIONS = ("traffic", "memory", "compact")
+VARIANTS = (*_SAME_MODEL[0], "ours_large_batch", *_SAME_MODEL[1], *FUXICTR)
 PAPER_RANKS = 20
 _KEY_BYTES = 8
 _BF16_BYTES = 2
@@ -25,13 +29,17 @@ _PARTS = ("step.keys", "step.vectors", "step.gradients", "step.dense")
 
 @dataclass(frozen=True)
 class Bench:
-    """What all sections share. `steps`: of a run of the trainer at one rank; slower variants make fewer."""
+    """What all sections share.
+
+    `steps`: of a run of the trainer at one rank; slower variants make fewer. `dims`: numbers of a compact row.
+    """
 
     workload: Workload
     scratch: Path
     rounds: int
     steps: int
     memory_steps: int
+    dims: int
     settings: Sequence[str]
     progress: Progress
 
@@ -48,7 +56,7 @@ class Bench:
         """Return all variants that take part in the rounds, by name."""
         one, two, few = self.launcher(1), self.launcher(2), max(3, self.steps // 3)
         large = [*self.workload.settings(2), *self.settings]
-        return {
+        runs: dict[str, Run] = {
             "ours": lambda: one.trainer("ours", self.steps, self.settings),
             "ours_large_batch": lambda: one.trainer("ours", self.steps_2_ranks, large),
             "compute": lambda: one.peer("compute", max(3, self.steps // 2), self.settings),
@@ -57,6 +65,14 @@ class Bench:
             "ours_2_ranks": lambda: two.trainer("ours", self.steps_2_ranks, self.settings),
             "server": lambda: two.peer("server", self.steps_2_ranks, self.settings),
         }
+        if (python := fuxictr_python()).exists():
+            runs |= {name: partial(one.peer, name, few, self.settings, python=str(python)) for name in FUXICTR}
+        return runs
+
+
+def fuxictr_python() -> Path:
+    """Find the interpreter of the environment that tools/install_for.sh makes for FuxiCTR."""
+    return Path(sys.prefix) / "fuxictr" / "bin" / f"python{sysconfig.get_python_version()}"
 
 
 def measure(bench: Bench, only: Sequence[str]) -> list[Section]:
@@ -72,6 +88,8 @@ def measure(bench: Bench, only: Sequence[str]) -> list[Section]:
         sections.append(_traffic(bench))
     if "memory" in wanted:
         sections.append(memory_section(bench, rounds))
+    if "compact" in wanted:
+        sections.append(compact_section(bench))
     found = {name: value for section in sections for name, value in section.flat().items()}
     return [Section("headline", headline(rounds, found)), *sections]
 
@@ -83,6 +101,7 @@ def headline(rounds: Rounds, found: Mapping[str, Figure]) -> dict[str, Figure]:
         "two_ranks_vs_one": rounds.ratio("ours_2_ranks", "ours"),
         "vs_store_in_worker": rounds.ratio("ours", "worker"),
         "vs_store_in_server": rounds.ratio("ours_2_ranks", "server"),
+        "vs_fuxictr": rounds.ratio("ours", "fuxictr"),
         "image_bytes_reduction": found.get("image_bytes_reduction"),
         "rss_over_features_gb": found.get("rss_over_features_gb"),
         "samples_per_s": rounds.speed("ours") if "ours" in rounds else None,
@@ -94,6 +113,7 @@ def beside(rounds: Rounds) -> dict[str, Figure]:
     figures = {
         "two_ranks_vs_one_of_the_same_batch": rounds.ratio("ours_2_ranks", "ours_large_batch"),
         "vs_store_in_worker_grouped": rounds.ratio("ours", "worker_grouped"),
+        "vs_fuxictr_grouped": rounds.ratio("ours", "fuxictr_grouped"),
     }
     return {name: value for name, value in figures.items() if value is not None}
 
@@ -114,6 +134,39 @@ def memory_section(bench: Bench, rounds: Rounds) -> Section:
     ]
     worst = max([*over, max(sizes) - bench.workload.store_bytes])
     return Section("memory", {"rss_over_features_gb": worst / 1e9, f"rss_growth_mb_{steps}_steps": growth / 1e6})
+
+
+def compact_section(bench: Bench) -> Section:
+    """Measure the trainer on compact rows over the full width, and over its own products and FuxiCTR on the same rows.
+
+    What compact rows keep of GAUC is a table of stores (benchmarks/tables/beyond.yaml).
+    """
+    from featurestore.store import FeatureStore
+    from featurestore.upkeep.remake import remake
+
+    place = bench.workload.folder / f"features-{bench.dims}-bfloat16"
+    report = remake(FeatureStore.open(bench.workload.store), place, dims=bench.dims, dtype="bfloat16")
+    one, few, compact = bench.launcher(1), max(3, bench.steps // 2), [*bench.settings, f"data.store={place}"]
+    runs: dict[str, Run] = {
+        "full": partial(one.trainer, "full", bench.steps, bench.settings),
+        "compact": partial(one.trainer, "compact", bench.steps, compact),
+        "compute": partial(one.peer, "compute", few, compact),
+    }
+    if (python := fuxictr_python()).exists():
+        runs |= {name: partial(one.peer, name, few, compact, python=str(python)) for name in FUXICTR}
+    checked = one.trainer("check", _CHECKED_STEPS, [*compact, "train.log_every=1"])
+    rounds = rounds_of(runs, bench.rounds, bench.progress, "compact rows")
+    check_losses({**rounds.outcomes, "compact": [checked]}, ("compact", "compute"))
+    figures: dict[str, Figure] = {
+        "compact_vs_full": rounds.ratio("compact", "full"),
+        "step_vs_compute_compact": rounds.ratio("compute", "compact"),
+        "samples_per_s_compact": rounds.speed("compact"),
+        "vs_fuxictr_compact": rounds.ratio("compact", "fuxictr"),
+        "vs_fuxictr_compact_grouped": rounds.ratio("compact", "fuxictr_grouped"),
+        "compact_bytes_share": report.row_bytes_share,
+        "compact_files_share": report.bytes / report.source_bytes,
+    }
+    return Section(f"rows of {bench.dims} numbers", figures, rounds.grid(), prefix="compact_rows_")
 
 
 def _traffic(bench: Bench) -> Section:

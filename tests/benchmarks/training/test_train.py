@@ -8,9 +8,9 @@ import pytest
 from rich.progress import Progress
 from typer.testing import CliRunner
 
-from benchmarks.train.__main__ import app
+from benchmarks.train.__main__ import app, check_fuxictr
 from benchmarks.train.runs import DifferentLossesError, Outcome, check_losses
-from benchmarks.train.sections import VARIANTS, traffic_section
+from benchmarks.train.sections import FUXICTR, VARIANTS, fuxictr_python, traffic_section
 from benchmarks.workload import Knobs, WorkloadError, make
 from featurestore import FeatureStore
 from trainer.schema import load_schema
@@ -27,15 +27,36 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_peers_train_the_same_model(folder: Path) -> None:
     out = folder / "train.json"
-    only = [word for name in VARIANTS for word in ("--only", name)]
+    names = [name for name in VARIANTS if name not in FUXICTR or fuxictr_python().exists()]
+    only = [word for name in names for word in ("--only", name)]
     result = CliRunner().invoke(app, [*TINY, *only, "--dir", str(folder / "workload"), "--json", str(out)])
     assert result.exit_code == 0, result.output
     figures = json.loads(out.read_text())
-    for name in VARIANTS:
+    for name in names:
         assert figures[f"{name}_samples_per_s"] > 0
     assert figures["step_vs_compute"] == figures["compute_samples_per_s"] / figures["ours_samples_per_s"]
     assert figures["vs_store_in_worker"] == figures["ours_samples_per_s"] / figures["worker_samples_per_s"]
     assert figures["two_ranks_vs_one"] == figures["ours_2_ranks_samples_per_s"] / figures["ours_samples_per_s"]
+
+
+@pytest.mark.slow
+def test_compact_rows(folder: Path) -> None:
+    out = folder / "compact.json"
+    compact = ["--only", "compact", "--dims", "4", "--dir", str(folder / "workload"), "--json", str(out)]
+    result = CliRunner().invoke(app, [*TINY, *compact])
+    assert result.exit_code == 0, result.output
+    figures = json.loads(out.read_text())
+    assert figures["compact_bytes_share"] == 8 / 32
+
+    def speed(name: str) -> float | None:
+        return figures.get(f"compact_rows_{name}_samples_per_s")
+
+    ours = figures["samples_per_s_compact"]
+    assert ours == speed("compact") == figures["compact_vs_full"] * speed("full") > 0
+    assert figures["step_vs_compute_compact"] == speed("compute") / ours > 0
+    for name, figure in (("fuxictr", "vs_fuxictr_compact"), ("fuxictr_grouped", "vs_fuxictr_compact_grouped")):
+        rival = speed(name)  # none where FuxiCTR could not be installed
+        assert figures[figure] == (rival and ours / rival)
 
 
 class TestWorkload:
@@ -109,3 +130,18 @@ def test_an_unknown_name_is_one_message() -> None:
     result = CliRunner().invoke(app, ["--only", "theirs"])
     assert result.exit_code == 2
     assert "theirs" in result.output
+
+
+def test_a_missing_fuxictr_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("benchmarks.train.__main__.fuxictr_python", lambda: tmp_path / "python")
+    result = CliRunner().invoke(app, ["--only", "ours", "--only", "fuxictr", "--dir", str(tmp_path / "workload")])
+    assert result.exit_code == 1
+    assert result.stderr == "error: fuxictr: FuxiCTR is not installed in this environment (make bench installs it)\n"
+    check_fuxictr([])
+    assert capsys.readouterr().err.startswith("note: FuxiCTR is not installed")
+    check_fuxictr(["ours"])
+    (tmp_path / "python").touch()
+    check_fuxictr(["fuxictr"])
+    assert capsys.readouterr().err == ""
