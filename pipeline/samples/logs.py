@@ -22,6 +22,7 @@ from featurestore.storage.storage import Storage
 from featurestore.text import CsvStyle
 from pipeline.errors import SampleError, SampleOptionError
 from pipeline.samples.mapping import (
+    IMAGE,
     CsvSettings,
     TableLayout,
     csv_beginning,
@@ -296,7 +297,9 @@ def _fits(found: pa.DataType, kind: str, takes_text: bool) -> bool:
     if pa.types.is_dictionary(found):
         found = found.value_type
     if is_text(found):
-        return takes_text or kind == "image"
+        return takes_text or kind == IMAGE
+    if kind == IMAGE and (pa.types.is_null(found) or pa.types.is_floating(found)):
+        return True  # as pandas writes a column without values; `_images` looks
     whole = pa.types.is_integer(found) and found != pa.uint64()
     if kind == "time":
         return whole or pa.types.is_timestamp(found)
@@ -339,7 +342,8 @@ def read_piece(piece: LogPiece, latest_s: int) -> LogRows:
         read = read_csv(storage, piece.path, names, layout.style)
         table, torn, doubtful = read.table, read.torn, read.doubtful
     else:
-        with open_parquet(storage, piece.path, encoded=[layout.names["image"]]) as file:
+        encoded = [layout.names[IMAGE]] if IMAGE in layout.names else []
+        with open_parquet(storage, piece.path, encoded=encoded) as file:
             try:
                 table = file.read_row_groups(list(piece.row_groups), columns=names, use_threads=False)
             except (pa.ArrowException, OSError) as error:
@@ -423,6 +427,10 @@ def _arrays(column: Any, kind: str, latest_s: int, layout: TableLayout) -> tuple
 def _images(column: Any) -> tuple[npt.NDArray[np.int64], pa.Table]:
     """Read the key of each image, NO_IMAGE where it is null or has no name, and the names that rows have, each once."""
     is_encoded = pa.types.is_dictionary(column.type)
+    if column.null_count == len(column):
+        return np.full(len(column), NO_IMAGE), NAMES.empty_table()
+    if pa.types.is_floating(column.type):
+        raise SampleError(f"column {IMAGE!r} is {column.type}, wanted is {WANTED[IMAGE]}")
     if pa.types.is_integer(column.type.value_type if is_encoded else column.type):
         return column.cast(pa.int64()).fill_null(NO_IMAGE).to_numpy(), NAMES.empty_table()
     if not is_encoded:

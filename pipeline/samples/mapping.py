@@ -20,7 +20,7 @@ from pyarrow import csv
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from featurestore.errors import StorageError
-from featurestore.keys import id_of_text
+from featurestore.keys import NO_IMAGE, id_of_text
 from featurestore.parsing import mistakes, parse_yaml
 from featurestore.storage.local import read_text
 from featurestore.storage.storage import Storage
@@ -38,13 +38,14 @@ from pipeline.errors import SampleError, SampleOptionError
 TimeUnit = Literal["s", "ms", "us"]
 ExtraKind = Literal["id", "dense"]
 
+IMAGE = "image"  # required unless the mapping says null: a name that was forgotten is not a log without images
 REQUIRED = {
     "impressions": ("timestamp", "user", "item", "image", "label"),
     "behaviors": ("timestamp", "user", "item", "image"),
 }
 OPTIONAL = {"impressions": ("session", "scene", "category"), "behaviors": ("category", "dwell_s")}
 # What a table without such a column has: one session a day, one scene, one category, visits that are long enough.
-DEFAULTS = {"session": 0, "scene": 0, "category": 0, "dwell_s": 1e9}
+DEFAULTS = {"session": 0, "scene": 0, "category": 0, "dwell_s": 1e9, IMAGE: NO_IMAGE}
 KINDS = {"timestamp": "time", "image": "image", "label": "label", "dwell_s": "seconds"}
 EXTRA_KINDS = {"id": "profile", "dense": "dense"}
 TAKEN = ("day", "label", *REQUIRED["impressions"], *OPTIONAL["impressions"])
@@ -107,8 +108,8 @@ class MappedTable(_Section):
     """The mapping of one of the two tables."""
 
     files: Annotated[str, Field(min_length=1)] | None = None
-    columns: dict[str, str] = {}
-    """The files' name of each of our columns; a required one that is left out has our name."""
+    columns: dict[str, str | None] = {}
+    """The files' name of each of our columns; a required one that is left out has our name. `image: null`: none."""
     user: Extras = {}
     ad: Extras = {}
 
@@ -156,6 +157,8 @@ class LogMapping(_Section):
             known = (*REQUIRED[log], *OPTIONAL[log])
             if unknown := [name for name in table.columns if name not in known]:
                 raise ValueError(f"{log}.columns.{unknown[0]} is unknown; known: {', '.join(known)}")
+            if nothing := [name for name, column in table.columns.items() if column is None and name != IMAGE]:
+                raise ValueError(f"{log}.columns.{nothing[0]} is null; only image may be: name its column")
         if self.behaviors.user or self.behaviors.ad:
             raise ValueError("behaviors has no user or ad columns; further ones belong below impressions")
         for name in (*self.impressions.user, *self.impressions.ad):
@@ -171,12 +174,12 @@ class LogMapping(_Section):
         """Describe how to read the files of `impressions` or `behaviors`."""
         table: MappedTable = getattr(self, log)
         extras = table.user | table.ad
-        names = {name: table.columns.get(name, name) for name in REQUIRED[log]}
-        names |= {name: table.columns[name] for name in OPTIONAL[log] if name in table.columns}
+        named = {name: name for name in REQUIRED[log]} | table.columns
+        names = {name: column for name, column in named.items() if column is not None}
         kinds = {name: kind_of(name) for name in names}
         names |= {name: extra.column or name for name, extra in extras.items()}
         kinds |= {name: EXTRA_KINDS[extra.kind] for name, extra in extras.items()}
-        constants = {name: DEFAULTS[name] for name in OPTIONAL[log] if name not in names}
+        constants = {name: DEFAULTS[name] for name in (*OPTIONAL[log], IMAGE) if name not in names}
         return TableLayout(
             table.files or log, names, kinds, constants, tuple(table.user), tuple(table.ad), self.csv, self.time_unit,
             self.time_format,

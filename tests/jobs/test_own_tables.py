@@ -138,6 +138,34 @@ def test_parquet_tables_give_the_same_samples_as_csv(job, place):
     assert rows(place) == expected
 
 
+def test_a_log_without_images_becomes_samples_and_settings_as_a_look_suggests(job, place):
+    for path in (place / "logs/shows/a.csv", place / "logs/visits.csv"):
+        path.write_text(path.read_text().replace("picture", "note").replace("photo", "note").replace(".jpg", " stars"))
+    inspect("inspect", place / "logs", "--out", place / "suggested.yaml")
+    suggested = yaml.safe_load((place / "suggested.yaml").read_text())
+    assert [suggested[log]["columns"]["image"] for log in ("impressions", "behaviors")] == [None, None]
+    job(changed(**{f"{log}__columns": {**MAPPING[log]["columns"], "image": None} for log in MAPPING}))
+    assert {key for row in rows(place) for key in row["ad_image"] + row["behavior_image"]} == {NO_IMAGE}
+    assert load_config(place / "samples/settings.yaml").model.images == "none"
+
+
+@pytest.mark.parametrize("empty", [pa.null(), pa.float64(), pa.string()], ids=str)
+def test_a_column_of_images_without_values_is_no_image_whatever_its_type(job, place, empty):
+    table = {"shown_at": [0, 60], "uid": [1, 1], "ad_id": [5, 6], "clicked": [0, 1], "picture": pa.nulls(2, empty)}
+    table |= {"age": [1.0, 2.0], "city": [1, 2], "price": [1.0, 2.0], "brand": [1, 2]}
+    (place / "logs/shows/a.csv").unlink()
+    pq.write_table(pa.table(table), place / "logs/shows/a.parquet")
+    job()
+    assert [row["ad_image"] for row in rows(place)] == [[NO_IMAGE, NO_IMAGE]]
+
+
+def test_images_that_are_fractions_are_refused(job, place):
+    (place / "logs/shows/a.csv").unlink()
+    table = {"shown_at": [0], "uid": [1], "ad_id": [5], "clicked": [0], "picture": [0.5], "age": [1.0], "city": [1]}
+    pq.write_table(pa.table(table | {"price": [1.0], "brand": [1]}), place / "logs/shows/a.parquet")
+    assert "'image' is double, wanted is a string" in job(code=1)
+
+
 def test_bad_rows_of_csv_are_kept_with_number_and_reason(job, place):
     bad = [
         ("soon,ann,5,5.jpg,1,1,Rome,1,b", "timestamp is no time"),

@@ -71,6 +71,10 @@ def _calendar_day(value: str) -> str:
     return value
 
 
+def _one_day(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
 Day = Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$"), AfterValidator(_calendar_day)]
 
 
@@ -83,7 +87,7 @@ class DataConfig(Section):
     """Train on the files day=DAY*.parquet of these days, as [2026-01-01], in train/ or test/; null: all of train/."""
     test_days: Training[list[Day] | None] = None
     """Evaluate on these days; []: no evaluation; null: all of test/."""
-    validation_days: Positions[Annotated[int, Field(ge=0)] | list[Day]] = 0
+    validation_days: Positions[Annotated[Annotated[int, Field(ge=0)] | list[Day], BeforeValidator(_one_day)]] = 0
     """Do not train on this number of the last training days, or on these days: evaluate on them after each epoch, and
     end with the best one, by GAUC."""
     store: Nothing[Place] = "data/features"
@@ -239,15 +243,15 @@ def load_config(file: RunPath | None = None, settings: Sequence[str] = ()) -> Co
 
 def load_saved(file: RunPath) -> Config:
     """Read the configuration in a run's folder, which may be somebody else's. Raises ConfigError."""
-    return _checked([read_mapping(file, "", ConfigError, _WANTED, aliases=False)])
+    return _checked([read_mapping(file, "", ConfigError, _WANTED, aliases=False)], str(file))
 
 
-def _checked(layers: Iterable[dict[Any, Any]]) -> Config:
-    """Merge layers over the defaults, and check the result."""
+def _checked(layers: Iterable[dict[Any, Any]], where: str = "configuration") -> Config:
+    """Merge layers over the defaults, and check the result; `where`: what errors name."""
     values = Config().model_dump(mode="json")
     for layer in layers:
         _lay_over(values, layer)
-    return validated(Config, {str(name): value for name, value in values.items()}, "configuration", ConfigError)
+    return validated(Config, {str(name): value for name, value in values.items()}, where, ConfigError)
 
 
 def _lay_over(below: dict[Any, Any], above: dict[Any, Any]) -> None:

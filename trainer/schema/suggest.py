@@ -361,6 +361,8 @@ def _columns(log: Log) -> list[str]:
     for name in OF_LOG[log.name]:
         if name in log.ours:
             lines.append(f"    {yaml_line(name, log.ours[name])}  # {column_note(log.table.columns[log.ours[name]])}")
+        elif name == "image":
+            lines.append("    image: null  # no column looks like one; name it where there is one")
         elif name in REQUIRED:
             lines.append(f"    # {name}: which column? it is needed")
         else:
@@ -518,7 +520,7 @@ def side_of(column: Column) -> Side:
 
 def column_note(column: Column) -> str:
     """Describe type, different values, nulls and lengths, in a few words."""
-    parts = [column.type, f"{column.num_different:,} different"]
+    parts = [column.type] if column.different is None else [column.type, f"{column.num_different:,} different"]
     if column.nulls:
         parts.append(f"{column.nulls:,} of {column.rows:,} null")
     if column.content == "real" and column.limits:

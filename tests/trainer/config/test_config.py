@@ -153,6 +153,7 @@ def test_warm_parts_have_names() -> None:
 
 def test_early_stopping_counts_evaluations_on_validation_days_too() -> None:
     assert load_config(settings=["train.early_stopping=2", "data.validation_days=1"]).train.early_stopping == 2
+    assert load_config(settings=["data.validation_days=2026-03-18"]).data.validation_days == ["2026-03-18"]
 
 
 @pytest.mark.parametrize(
