@@ -299,7 +299,7 @@ def _fits(found: pa.DataType, kind: str, takes_text: bool) -> bool:
     if is_text(found):
         return takes_text or kind == IMAGE
     if kind == IMAGE and (pa.types.is_null(found) or pa.types.is_floating(found)):
-        return True  # as pandas writes a column without values; `_images` looks
+        return True  # as pandas writes a column without values; `read_piece` looks
     whole = pa.types.is_integer(found) and found != pa.uint64()
     if kind == "time":
         return whole or pa.types.is_timestamp(found)
@@ -342,12 +342,7 @@ def read_piece(piece: LogPiece, latest_s: int) -> LogRows:
         read = read_csv(storage, piece.path, names, layout.style)
         table, torn, doubtful = read.table, read.torn, read.doubtful
     else:
-        encoded = [layout.names[IMAGE]] if IMAGE in layout.names else []
-        with open_parquet(storage, piece.path, encoded=encoded) as file:
-            try:
-                table = file.read_row_groups(list(piece.row_groups), columns=names, use_threads=False)
-            except (pa.ArrowException, OSError) as error:
-                raise SampleError(f"{storage.full(piece.path)}: cannot be read: {error}") from error
+        table = _read_row_groups(storage, piece, names)
     row_N = np.arange(table.num_rows + len(torn))  # in the file
     if torn:
         row_N = np.delete(row_N, list(torn))
@@ -363,7 +358,8 @@ def read_piece(piece: LogPiece, latest_s: int) -> LogRows:
     image_names = NAMES.empty_table()
     for name, kind in layout.kinds.items():
         if kind == "image":
-            good[name], image_names = _images(table.column(layout.names[name]))
+            where = f"{storage.full(piece.path)}: column {layout.names[name]!r}"
+            good[name], image_names = _images(table.column(layout.names[name]), where)
             continue
         good[name], faults = _column(table, name, layout, latest_s)
         for fault, is_bad_N in faults.items():
@@ -387,6 +383,15 @@ def read_piece(piece: LogPiece, latest_s: int) -> LogRows:
         examples,
         image_names,
     )
+
+
+def _read_row_groups(storage: Storage, piece: LogPiece, names: list[str]) -> pa.Table:
+    encoded = [piece.layout.names[IMAGE]] if IMAGE in piece.layout.names else []
+    with open_parquet(storage, piece.path, encoded=encoded) as file:
+        try:
+            return file.read_row_groups(list(piece.row_groups), columns=names, use_threads=False)
+        except (pa.ArrowException, OSError) as error:
+            raise SampleError(f"{storage.full(piece.path)}: cannot be read: {error}") from error
 
 
 def users_of(piece: LogPiece, early_us: int, latest_s: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -424,13 +429,13 @@ def _arrays(column: Any, kind: str, latest_s: int, layout: TableLayout) -> tuple
     return value_N, {} if kind == "profile" else null
 
 
-def _images(column: Any) -> tuple[npt.NDArray[np.int64], pa.Table]:
+def _images(column: Any, where: str) -> tuple[npt.NDArray[np.int64], pa.Table]:
     """Read the key of each image, NO_IMAGE where it is null or has no name, and the names that rows have, each once."""
     is_encoded = pa.types.is_dictionary(column.type)
     if column.null_count == len(column):
         return np.full(len(column), NO_IMAGE), NAMES.empty_table()
     if pa.types.is_floating(column.type):
-        raise SampleError(f"column {IMAGE!r} is {column.type}, wanted is {WANTED[IMAGE]}")
+        raise SampleError(f"{where} is {column.type}, wanted is {WANTED[IMAGE]}")
     if pa.types.is_integer(column.type.value_type if is_encoded else column.type):
         return column.cast(pa.int64()).fill_null(NO_IMAGE).to_numpy(), NAMES.empty_table()
     if not is_encoded:

@@ -163,7 +163,7 @@ def test_images_that_are_fractions_are_refused(job, place):
     (place / "logs/shows/a.csv").unlink()
     table = {"shown_at": [0], "uid": [1], "ad_id": [5], "clicked": [0], "picture": [0.5], "age": [1.0], "city": [1]}
     pq.write_table(pa.table(table | {"price": [1.0], "brand": [1]}), place / "logs/shows/a.parquet")
-    assert "'image' is double, wanted is a string" in job(code=1)
+    assert "'picture' is double, wanted is a string" in job(code=1)
 
 
 def test_bad_rows_of_csv_are_kept_with_number_and_reason(job, place):
