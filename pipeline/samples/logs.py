@@ -299,7 +299,7 @@ def _fits(found: pa.DataType, kind: str, takes_text: bool) -> bool:
     if is_text(found):
         return takes_text or kind == IMAGE
     if kind == IMAGE and (pa.types.is_null(found) or pa.types.is_floating(found)):
-        return True  # as pandas writes a column without values; `read_piece` looks
+        return True  # as pandas writes a column without values; `_images` refuses others
     whole = pa.types.is_integer(found) and found != pa.uint64()
     if kind == "time":
         return whole or pa.types.is_timestamp(found)
