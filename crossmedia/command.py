@@ -52,6 +52,7 @@ GROUPS: dict[str, dict[str, Entry]] = {
     },
     TRAINING: {
         "train": Entry("Train a model on IDs and images.", ("trainer.main",)),
+        "tune": Entry("Find rates and epochs on the last training days.", ("trainer.tune",)),
         "daily": Entry("Train on the days that are new.", ("trainer.daily",)),
         "supervise": Entry("Train, and start again where a rank or host dies.", ("trainer.supervise.__main__",)),
         "slurm": Entry("Run a command on the ranks of a Slurm job.", ("trainer.slurm",)),

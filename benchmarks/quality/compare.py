@@ -1,6 +1,5 @@
 """Ours compared with FuxiCTR: the same nets on the same rows, tuned over a small grid, by epoch and by seed."""
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,20 +12,15 @@ from benchmarks.quality.data import DataSet
 from benchmarks.quality.runs import Epoch, Side, Spec, curve_of
 from benchmarks.report import Figure, Section
 from benchmarks.seeds import seed_mean
+from trainer import tune
 
 SIDES: tuple[Side, ...] = ("ours", "fuxictr")
-GRIDS: Mapping[Side, Sequence[Sequence[Mapping[str, Any]]]] = {
-    "ours": (
-        ({"optim.lr": 0.001}, {"optim.lr": 0.002}),
-        ({"optim.ids_lr": 0.006}, {"optim.ids_lr": 0.012}),
-    ),
-    "fuxictr": (
-        ({"learning_rate": 0.001}, {"learning_rate": 0.002}),
-        ({"embedding_regularizer": 0.0}, {"embedding_regularizer": 1e-6}),
-    ),
+GRIDS: Mapping[Side, Mapping[str, Sequence[Any]]] = {
+    "ours": tune.GRID,
+    "fuxictr": {"learning_rate": (0.001, 0.002), "embedding_regularizer": (0.0, 1e-6)},
 }
-"""What is tried of each side, each with each: ours the default rates and twice these, of dense parameters and ID rows;
-FuxiCTR's its default rate and twice that, without and with L2 of all ID rows in each step."""
+"""What is tried of each side, each with each: ours what `crossmedia tune` tries; FuxiCTR's its default rate and twice
+that, without and with L2 of all ID rows in each step."""
 GOALS = {"epoch1": "after the first epoch", "best": "after the best one"}
 
 
@@ -39,7 +33,7 @@ class Bench:
     nets: Sequence[str]
     seeds: Sequence[int]
     epochs: int
-    tune: bool
+    tunes: bool
     progress: Progress
     settings: Mapping[str, Any] = field(default_factory=dict)
 
@@ -67,22 +61,20 @@ Curves = Mapping[tuple[str, str, Side], Sequence[Sequence[Epoch]]]
 
 def grid_of(side: Side) -> list[dict[str, Any]]:
     """List all combinations of a side's grid."""
-    return [
-        {name: value for part in point for name, value in part.items()} for point in itertools.product(*GRIDS[side])
-    ]
+    return list(tune.points(GRIDS[side]))
 
 
 def curves(bench: Bench, images: bool) -> Curves:
     """Return the curves of all data sets, nets and sides, each with the settings that tuning found best."""
     data = [each for each in bench.data if each.store or not images]
     cells = [(each, net, side) for each in data for net in bench.nets for side in SIDES]
-    runs = len(bench.seeds) + (max(len(grid_of(side)) for side in SIDES) if bench.tune else 0)
+    runs = len(bench.seeds) + (max(len(grid_of(side)) for side in SIDES) if bench.tunes else 0)
     task = bench.progress.add_task("with images" if images else "IDs only", total=len(cells) * runs)
     found: dict[tuple[str, str, Side], list[Sequence[Epoch]]] = {}
     for each, net, side in cells:
         bench.progress.update(task, description=f"{each.name}, {net}, {side}{', images' if images else ''}")
         spec = bench.spec(each, side, net, images)
-        if bench.tune:
+        if bench.tunes:
             spec = tuned(bench, each, spec)
             bench.progress.advance(task, runs - len(bench.seeds))
         for seed in bench.seeds:

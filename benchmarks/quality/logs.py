@@ -78,7 +78,7 @@ def _impressions(file: Path) -> int:
 
 def logs_section(bench: Bench) -> list[Section]:
     """Measure both on the days left out, with IDs only."""
-    found = curves(replace(bench, tune=False), images=False)
+    found = curves(replace(bench, tunes=False), images=False)
     goals = [*(f"epoch{epoch}" for epoch in EPOCHS if epoch <= bench.epochs), "best"]
     figures = headline(found, "gauc_left_out", goals, METRIC)
     grid = {f"{data}_{net}": gains(found, data, net, goals) for data, net in dict.fromkeys(key[:2] for key in found)}

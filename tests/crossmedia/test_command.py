@@ -18,7 +18,7 @@ from featurestore.console.commandline import command_of, end_of_help, help_block
 from tests.commands.calls import COMMANDS, ROOT
 
 LISTED = {
-    "demo", "extract", "refresh", "samples", "schema", "train", "evaluate", "daily",
+    "demo", "extract", "refresh", "samples", "schema", "train", "evaluate", "daily", "tune",
     "export", "publish", "score", "serve", "explore", "store", "index", "plan",
 }  # fmt: skip
 NOT_OF_THE_FRONT = {"pipeline.cluster.submit"}

@@ -1,0 +1,132 @@
+"""Tuning: each point of the grid is the run that the settings say, a killed job goes on, and the best is written."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.ranks import StandingRanks
+from tests.trainer.whole_runs import all_alike, assert_same, report_of, run_alone
+from trainer.comm import SoloComm
+from trainer.config.config import differences, load_config
+from trainer.engine.engine import Engine
+from trainer.errors import CheckpointError, ConfigError
+from trainer.tune import GRID, SETTINGS_FILE, TABLE_FILE, parsed_grid, trials_of, tune
+
+Places = Any
+TRIED = {"optim.lr": (0.01, 0.001)}
+SHARED = {"model__compute_dtype": "float64", "run__name": "tune", "train__checkpoint_every": 2}
+
+
+@contextmanager
+def _steps(killed_before: int | None = None) -> Iterator[list[int]]:
+    """Note the steps that are trained in the block; the second run is interrupted before its step of this number."""
+    done: list[int] = []
+    step = Engine.train_step
+
+    def noted(engine: Engine, prepared: Any) -> Any:
+        if done.count(0) == 2 and engine.num_steps == killed_before:
+            raise KeyboardInterrupt
+        done.append(engine.num_steps)
+        return step(engine, prepared)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Engine, "train_step", noted)
+        yield done
+
+
+def _tuned(settings: list[str], epochs: int = 3) -> list[dict[str, Any]]:
+    trials = trials_of(None, settings, TRIED, epochs)
+    tune(trials, SoloComm())
+    rows: list[dict[str, Any]] = json.loads((trials[0].folder.parent / TABLE_FILE).read_text())
+    return rows
+
+
+@pytest.fixture(scope="module")
+def tuned(make_places: Callable[[Path], Places], tmp_path_factory: pytest.TempPathFactory) -> tuple[Places, list[Any]]:
+    """A tuning of two points that was killed in the midst of the second one and started again."""
+    places = make_places(tmp_path_factory.mktemp("tuned"))
+    settings = places.settings(**SHARED)
+    with _steps(killed_before=5), pytest.raises(KeyboardInterrupt):
+        _tuned(settings)
+    with _steps() as rest:
+        rows = _tuned(settings)
+    assert rest[0] == 4 and 0 not in rest, "it goes on from the checkpoint, and the first run is there"
+    with _steps() as again:
+        assert _tuned(settings) == rows
+    assert again == []
+    return places, rows
+
+
+def test_each_point_is_measured_on_the_day_held_out(tuned: tuple[Places, list[Any]], tmp_path: Path) -> None:
+    places, rows = tuned
+    assert [row["values"] for row in rows] == [{"optim.lr": 0.01}, {"optim.lr": 0.001}]
+    last = {"train__early_stopping": 1, "data__validation_days": 1, "data__test_days": "[]", "train__epochs": 3}
+    alone = run_alone(places, **SHARED | last | {"run__dir": tmp_path, "optim__lr": 0.001})
+    assert_same(Path(rows[1]["run"]), alone)
+    history = report_of(alone)["history"]
+    best = max(history, key=lambda entry: entry["gauc"])
+    assert rows[1]["epoch"] == 1 + history.index(best)
+    assert [rows[1][name] for name in ("gauc", "auc", "logloss")] == [best[name] for name in ("gauc", "auc", "logloss")]
+    assert report_of(alone)["metrics"] == report_of(Path(rows[1]["run"]))["metrics"] == {}, "no test day is looked at"
+
+
+def test_the_best_is_written_for_a_training_on_all_days(tuned: tuple[Places, list[Any]]) -> None:
+    places, rows = tuned
+    best = max(rows, key=lambda row: row["gauc"])
+    written = load_config(places.folder / "runs/tune" / SETTINGS_FILE)
+    words = [f"{name}={json.dumps(value)}" for name, value in best["values"].items()]
+    given = load_config(None, [*places.settings(), *words, f"train.epochs={best['epoch']}", *_of("model", "train")])
+    differing = differences(written.model_dump(mode="json"), given.model_dump(mode="json"))
+    assert [each.setting for each in differing if not each.setting.startswith("run.")] == []
+    assert (written.run, written.data.validation_days) == (load_config().run, 0)
+
+
+def _of(*sections: str) -> list[str]:
+    return [f"{name.replace('__', '.')}={value}" for name, value in SHARED.items() if name.startswith(sections)]
+
+
+def test_runs_of_other_settings_are_not_taken(tuned: tuple[Places, list[Any]]) -> None:
+    places, _ = tuned
+    with pytest.raises(CheckpointError, match=r"train\.seed"):
+        _tuned(places.settings(**SHARED, train__seed=5))
+
+
+def test_two_ranks_find_what_one_finds(
+    tuned: tuple[Places, list[Any]], tmp_path: Path, two_ranks: StandingRanks
+) -> None:
+    places, rows = tuned
+    settings = places.settings(**SHARED | {"run__dir": tmp_path})
+    out = two_ranks.run("-m", "trainer.tune", "--epochs", "3", "--grid", "optim.lr=[0.01]", *settings)
+    assert out.count("1 of 1: optim.lr=0.01") == 1 and out.count(SETTINGS_FILE) == 1
+    (row,) = json.loads((tmp_path / "tune" / TABLE_FILE).read_text())
+    figures = ("epoch", "gauc", "auc", "logloss")
+    assert {name: row[name] for name in figures} == all_alike({name: rows[0][name] for name in figures})
+
+
+def test_what_is_tried(tmp_path: Path) -> None:
+    assert parsed_grid([]) == GRID
+    assert parsed_grid(["optim.lr=[1, 2]", "model.mlp=[[8], null]"]) == {"optim.lr": [1, 2], "model.mlp": [[8], None]}
+    grid = {"optim.lr": (0.01, 0.001), "model.mlp": ([8, 4], [4])}
+    trials = trials_of(None, ["data.validation_days=3", f"run.dir={tmp_path}"], grid, 2)
+    names = [trial.held_out.run.name for trial in trials]
+    assert names[:2] == ["optim.lr-0.01-model.mlp-8-4", "optim.lr-0.01-model.mlp-4"] and len({*names}) == 4
+    assert {trial.held_out.data.validation_days for trial in trials} == {3}
+    assert trials[1].chosen.model.mlp == [4]
+
+
+@pytest.mark.parametrize("wrong", ["optim.lr", "optim.lr=0.1", "optim.lr=[]", "optim.lr=[1", "=[1]"])
+def test_a_grid_that_is_none(wrong: str) -> None:
+    with pytest.raises(ConfigError):
+        trials_of(None, [], parsed_grid([wrong]), 1)
+
+
+@pytest.mark.parametrize(
+    "setting", ["run.resume=5", "run.overwrite=true", "train.eval_every=5", "train.early_stopping=2"]
+)
+def test_what_each_run_chooses(setting: str) -> None:
+    with pytest.raises(ConfigError, match=setting.partition("=")[0]):
+        trials_of(None, [setting, "run.name=a", "data.validation_days=1"], GRID, 1)

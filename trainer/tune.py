@@ -1,0 +1,216 @@
+"""Try a small grid of settings on the last training days: crossmedia tune.
+
+Each point of the grid is a run of its own, evaluated after each epoch on days that it is not trained on. The test days
+are not looked at. What is done is in the runs' folders, so a job that was killed continues where it stopped.
+"""
+
+import itertools
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from featurestore.console.commandline import CommandApp, run_app
+from featurestore.console.output import print_table, text_console
+from featurestore.errors import StorageError
+from featurestore.parsing import format_yaml, parse_yaml
+from featurestore.published.paths import RunPath, run_path, write_file, write_json_file
+from featurestore.spec import differing
+from trainer.config.config import Config, load_config
+from trainer.errors import ConfigError, TrainerError
+from trainer.main import on_ranks, train
+from trainer.runs.folder import report_of
+
+if TYPE_CHECKING:
+    from trainer.comm import Comm
+
+GRID: Mapping[str, Sequence[Any]] = {"optim.lr": (0.001, 0.002), "optim.ids_lr": (0.006, 0.02)}
+"""What is tried, each with each, where nothing is said: the rates that differ most by log (docs/CHOICES.md)."""
+NAME = "tune"
+TABLE_FILE, SETTINGS_FILE = "tune.json", "settings.yaml"
+_METRICS = {"gauc": "GAUC", "auc": "AUC", "logloss": "log loss"}
+EXAMPLES = """
+Examples:
+
+    crossmedia tune --config data/samples/settings.yaml
+
+    horovodrun -np 8 crossmedia tune --epochs 8 --set run.name=tune-images
+
+    crossmedia tune --grid optim.ids_lr=[0.003,0.006,0.02] --grid model.dropout=[0,0.2]
+
+    crossmedia tune --set data.validation_days=3 --set model.base=dcn
+
+Each point of the grid is one run below RUN.DIR/RUN.NAME (data/runs/tune), which holds out the last training day, or
+those of data.validation_days, and stops after the first epoch that is no better there. tune.json has all figures, and
+settings.yaml the best point with its number of epochs, to train on all days with. One seed decides: a difference of
+.002 may be chance. Start it again after a kill, or with a larger grid: finished runs are not made again. Exit codes are
+those of crossmedia train.
+"""
+
+app = CommandApp(rich_markup_mode="markdown")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A point of the grid: its values by setting, the user's settings with them, and those of its run."""
+
+    values: Mapping[str, Any]
+    chosen: Config
+    held_out: Config
+
+    @property
+    def folder(self) -> RunPath:
+        return run_path(self.held_out.run.dir) / str(self.held_out.run.name)
+
+    def row(self) -> dict[str, Any]:
+        """Return values and figures of the finished run: of its best epoch, the one that it has ended with."""
+        report = report_of(self.folder) or {}
+        history = report["history"]
+        epoch = 1 + [entry["step"] for entry in history].index(report["global_step"])
+        figures = {name: history[epoch - 1][name] for name in _METRICS}
+        return {"values": dict(self.values), "epoch": epoch, **figures, "run": str(self.folder)}
+
+
+@app.command(epilog=EXAMPLES)
+def main(
+    file: Annotated[Path | None, typer.Option("--config", help="YAML file over the default preset.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="One setting; may be repeated.")
+    ] = None,
+    grid: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SECTION.FIELD=[VALUES]",
+            help="Values to try of a setting; may be repeated.",
+            show_default=" ".join(f"{name}=[{','.join(map(str, values))}]" for name, values in GRID.items()),
+        ),
+    ] = None,
+    epochs: Annotated[int, typer.Option(min=1, help="Epochs of a run at most.")] = 4,
+    more: Annotated[list[str] | None, typer.Argument(metavar="SECTION.FIELD=VALUE", help="More settings.")] = None,
+) -> None:
+    """Find the rates and the number of epochs on the last training days, and write them as a file of settings."""
+    given = [*(settings or []), *(more or [])]
+    trials: list[Trial] = []
+
+    def load() -> Config:
+        trials[:] = trials_of(file, given, parsed_grid(grid or []), epochs)
+        return trials[0].held_out
+
+    raise typer.Exit(on_ranks(load, lambda _, comm: tune(trials, comm)))
+
+
+def parsed_grid(texts: Sequence[str]) -> Mapping[str, Sequence[Any]]:
+    """Read settings with their values; without any, `GRID`. Raises ConfigError."""
+    found: dict[str, Sequence[Any]] = {}
+    for text in texts:
+        name, _, written = text.partition("=")
+        try:
+            values = parse_yaml(written)
+        except ValueError:
+            values = None
+        if not isinstance(values, list) or not values:
+            raise ConfigError(f"--grid {text}: write it as section.field=[values], e.g. optim.lr=[0.001,0.002]")
+        found[name] = values
+    return found or GRID
+
+
+def trials_of(
+    file: RunPath | None, given: Sequence[str], grid: Mapping[str, Sequence[Any]], epochs: int
+) -> list[Trial]:
+    """Make the settings of all points of the grid. Raises ConfigError."""
+    base = load_config(file, given)
+    _check_base(base)
+    root = run_path(base.run.dir) / (base.run.name or NAME)
+    return [_trial(file, given, values, root, epochs) for values in points(grid)]
+
+
+def points(grid: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
+    """Yield all combinations of values, by name."""
+    for values in itertools.product(*grid.values()):
+        yield dict(zip(grid, values, strict=True))
+
+
+def _trial(file: RunPath | None, given: Sequence[str], values: Mapping[str, Any], root: RunPath, epochs: int) -> Trial:
+    chosen = load_config(file, [*given, *(f"{name}={json.dumps(value)}" for name, value in values.items())])
+    words = ",".join(f"{name}={value}" for name, value in values.items())
+    held_out = chosen.changed(
+        data={"validation_days": chosen.data.validation_days or 1, "test_days": []},
+        train={"epochs": epochs, "eval_every": None, "early_stopping": 1, "keep_checkpoints": 1},
+        run={"dir": str(root), "name": re.sub(r"[^A-Za-z0-9._]+", "-", words).strip("-"), "resume": "auto"},
+    )
+    return Trial(values, chosen, held_out)
+
+
+def _check_base(base: Config) -> None:
+    """Raise ConfigError for settings that each run of the grid chooses for itself."""
+    given = {
+        "run.resume": base.run.resume,
+        "run.overwrite": base.run.overwrite or None,
+        "train.early_stopping": base.train.early_stopping,
+        "train.eval_every": base.train.eval_every,
+    }
+    for name, value in given.items():
+        if value is not None:
+            raise ConfigError(f"{name}={value}: tune chooses it for each run; leave it out")
+
+
+def tune(trials: Sequence[Trial], comm: "Comm") -> None:
+    """Train what is not trained yet; write and print the table and the settings of the best. Every rank calls it.
+
+    Raises TrainerError and FeatureStoreError, on all ranks together.
+    """
+    console = text_console(quiet=comm.rank != 0)
+    for number, trial in enumerate(trials, 1):
+        values = " ".join(f"{name}={value}" for name, value in trial.values.items())
+        console.print(f"{number} of {len(trials)}: {values}", style="bold")
+        train(trial.held_out, comm)
+    comm.on_rank_0(lambda: _end(trials))
+
+
+def _end(trials: Sequence[Trial]) -> None:
+    rows = [trial.row() for trial in trials]
+    best = max(range(len(rows)), key=lambda number: rows[number]["gauc"])
+    folder = trials[0].folder.parent
+    try:
+        write_json_file(folder / TABLE_FILE, rows)
+        write_file(folder / SETTINGS_FILE, format_yaml(best_settings(trials[best].chosen, rows[best]["epoch"])))
+    except (OSError, StorageError) as failure:
+        raise TrainerError(f"cannot write the figures to {folder}: {failure}") from failure
+    _show(rows, best, folder)
+
+
+def best_settings(chosen: Config, epochs: int) -> dict[str, dict[str, Any]]:
+    """Return what differs from the preset, by section, for a training on all days; not what is of one run alone."""
+    whole = chosen.changed(data={"validation_days": 0}, train={"epochs": epochs})
+    found: dict[str, dict[str, Any]] = {"train": {"epochs": epochs}}
+    for name, _, _ in differing(whole.model_dump(mode="json"), Config().model_dump(mode="json")):
+        section, setting = name.split(".")[:2]
+        if section != "run":
+            found.setdefault(section, {})[setting] = whole.model_dump(mode="json")[section][setting]
+    return found
+
+
+def _show(rows: Sequence[Mapping[str, Any]], best: int, folder: RunPath) -> None:
+    console = text_console()
+    table = Table(title=f"{folder}: the best epoch of each on the days held out")
+    for name in (*rows[0]["values"], "epoch", *_METRICS.values()):
+        table.add_column(name, justify="right")
+    for number, row in enumerate(rows):
+        figures = [f"{row[name]:.4f}" for name in _METRICS]
+        style = "bold" if number == best else None
+        table.add_row(*map(str, row["values"].values()), str(row["epoch"]), *figures, style=style)
+    print_table(console, table)
+    console.print(
+        f"written to {folder / TABLE_FILE}; train on all days with the best:\n"
+        f"$ crossmedia train --config {folder / SETTINGS_FILE}",
+        soft_wrap=True,
+    )
+
+
+if __name__ == "__main__":
+    run_app(app)
