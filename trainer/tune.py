@@ -86,7 +86,7 @@ def main(
         list[str] | None,
         typer.Option(
             metavar="SECTION.FIELD=[VALUES]",
-            help="Values to try of a setting; may be repeated.",
+            help="Values to try of a setting, in place of the default grid; may be repeated.",
             show_default=" ".join(f"{name}=[{','.join(map(str, values))}]" for name, values in GRID.items()),
         ),
     ] = None,
@@ -178,20 +178,25 @@ def _end(trials: Sequence[Trial]) -> None:
     folder = trials[0].folder.parent
     try:
         write_json_file(folder / TABLE_FILE, rows)
-        write_file(folder / SETTINGS_FILE, format_yaml(best_settings(trials[best].chosen, rows[best]["epoch"])))
+        write_file(folder / SETTINGS_FILE, format_yaml(best_settings(trials[best], rows[best]["epoch"])))
     except (OSError, StorageError) as failure:
         raise TrainerError(f"cannot write the figures to {folder}: {failure}") from failure
     _show(rows, best, folder)
 
 
-def best_settings(chosen: Config, epochs: int) -> dict[str, dict[str, Any]]:
-    """Return what differs from the preset, by section, for a training on all days; not what is of one run alone."""
-    whole = chosen.changed(data={"validation_days": 0}, train={"epochs": epochs})
-    found: dict[str, dict[str, Any]] = {"train": {"epochs": epochs}}
-    for name, _, _ in differing(whole.model_dump(mode="json"), Config().model_dump(mode="json")):
+def best_settings(trial: Trial, epochs: int) -> dict[str, dict[str, Any]]:
+    """Return by section what was tried and what differs from the preset, for a training on all days; nothing of `run`."""
+    chosen = trial.chosen.changed(data={"validation_days": 0}, train={"epochs": epochs}).model_dump(mode="json")
+    names = [
+        "train.epochs",
+        *trial.values,
+        *(name for name, _, _ in differing(chosen, Config().model_dump(mode="json"))),
+    ]
+    found: dict[str, dict[str, Any]] = {}
+    for name in names:
         section, setting = name.split(".")[:2]
         if section != "run":
-            found.setdefault(section, {})[setting] = whole.model_dump(mode="json")[section][setting]
+            found.setdefault(section, {})[setting] = chosen[section][setting]
     return found
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from featurestore.parsing import parse_yaml
 from tests.ranks import StandingRanks
 from tests.trainer.whole_runs import all_alike, assert_same, report_of, run_alone
 from trainer.comm import SoloComm
@@ -82,6 +83,10 @@ def test_the_best_is_written_for_a_training_on_all_days(tuned: tuple[Places, lis
     given = load_config(None, [*places.settings(), *words, f"train.epochs={best['epoch']}", *_of("model", "train")])
     differing = differences(written.model_dump(mode="json"), given.model_dump(mode="json"))
     assert [each.setting for each in differing if not each.setting.startswith("run.")] == []
+    assert (
+        best["values"]["optim.lr"]
+        == parse_yaml((places.folder / "runs/tune" / SETTINGS_FILE).read_text())["optim"]["lr"]
+    )
     assert (written.run, written.data.validation_days) == (load_config().run, 0)
 
 
