@@ -223,7 +223,7 @@ TRAINER = [
     ("trainer.daily --samples-of-days {missing} --set run.dir={new}", 2, "{missing}"),
     ("trainer.daily --samples-of-days {samples} --set run.dir={empty}", 1, "{empty}"),
     ("trainer.tune --config {unknown}", 2, "data.smaples is unknown; did you mean data.samples?"),
-    ("trainer.tune --set data.samples={missing} --set run.dir={new}", 2, "{missing}"),
+    ("trainer.tune --set data.samples={missing} --set run.dir={new} --set model.images=none", 2, "{missing}"),
     ("trainer.tune --grid optim.lr=0.1", 2, "--grid optim.lr=0.1"),
     ("trainer.tune --grid optim.lr=[high]", 2, "optim.lr"),
     ("trainer.tune --set run.resume=5", 2, "run.resume"),
