@@ -236,7 +236,7 @@ def leaves(value: object, folder: Path, name: str = "") -> Iterator[tuple[str, s
 
 def settings(folder: Path) -> dict[str, Entries]:
     """Resolve every configuration; print those that are refused, and why."""
-    from trainer.config.config import load_config
+    from trainer.config import load_config
     from trainer.errors import ConfigError
 
     found = Entries()

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.optim.adam import adam
 
 from trainer.comm import Comm
-from trainer.config.options import OptimConfig
+from trainer.config import OptimConfig
 
 _IN_FRONT = 2
 

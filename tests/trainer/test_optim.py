@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from trainer.comm import SoloComm
-from trainer.config.options import OptimConfig
+from trainer.config import OptimConfig
 from trainer.errors import CheckpointError
 from trainer.ids.shards import check_names
 from trainer.optim import DecayedDense, DenseOptimizer, rates_at

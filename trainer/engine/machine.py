@@ -18,8 +18,7 @@ from torch import Tensor
 from featurestore.console.output import print_warning
 from featurestore.lookup.compute_dtype import AutoDType, dtype_of_environment, dtype_of_machine
 from trainer.comm import Comm
-from trainer.config.config import Config, Device
-from trainer.config.options import ModelConfig
+from trainer.config import Config, Device, ModelConfig
 from trainer.errors import ConfigError
 from trainer.ids.shards import StatePart, TableShape, owned_bytes
 

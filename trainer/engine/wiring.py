@@ -14,7 +14,7 @@ from featurestore.lookup.embedding import EmbeddingModel, EmbeddingService
 from featurestore.lookup.ondevice import Gathered, held_bytes, on_device
 from featurestore.lookup.partition import FeaturePartition
 from trainer.comm import Comm
-from trainer.config.options import ExactTableConfig, ModelConfig, OptimConfig, TableConfig, near_match
+from trainer.config import ExactTableConfig, ModelConfig, OptimConfig, TableConfig, near_match
 from trainer.engine.machine import check_memory, check_same, holds_features, with_compute_dtype
 from trainer.errors import ConfigError
 from trainer.exchange.exchange import Exchange, VectorSource

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor, nn
 
-from trainer.config.options import ModelConfig
+from trainer.config import ModelConfig
 from trainer.exchange.vectors import FieldVectors, take_rows
 from trainer.models.layers import HiddenLayers, Mlp, StepPlace, used_fields, value_rows, width_of
 from trainer.models.newads import build_id_proxy, build_new_ads

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from featurestore.keys import splitmix64, stream_start
 from featurestore.lookup.ondevice import PReLU, on_device
 from trainer.comm import Comm, SoloComm
-from trainer.config.options import ModelConfig
+from trainer.config import ModelConfig
 from trainer.errors import ConfigError
 from trainer.exchange.vectors import EvenLengths, FieldVectors, Lengths, sum_in_order, take_rows
 from trainer.schema import Field, Schema, Side

@@ -19,7 +19,7 @@ from typing import ClassVar, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from trainer.config.options import ModelConfig, Pooling
+from trainer.config import ModelConfig, Pooling
 from trainer.errors import ConfigError
 from trainer.exchange.vectors import EvenLengths, FieldVectors, Lengths, pool_rows, take_rows
 from trainer.models.layers import (

@@ -5,7 +5,7 @@ Letters of shapes, here and in the whole package: P ranks, G groups and B sample
 D feature width, V vector width.
 
 The order of an epoch depends on the seed alone: the row groups of all files are shuffled and dealt out to streams (see
-trainer.samples.order), and inside each window of a stream the sample groups are shuffled. A global batch has its part
+trainer.samples.index), and inside each window of a stream the sample groups are shuffled. A global batch has its part
 of each stream, one after the other; nothing is dropped, and the last batch is smaller. A group that is cut, between two
 batches or two ranks, appears on both sides, with its user fields repeated.
 
@@ -35,8 +35,17 @@ from trainer.samples.columns import (
     sizes_of,
     source_columns,
 )
-from trainer.samples.index import SampleIndex, read_row_group
-from trainer.samples.order import Piece, Stream, batch_parts, deal, decode_shares, shares_by_rank, windows_of
+from trainer.samples.index import (
+    Piece,
+    SampleIndex,
+    Stream,
+    batch_parts,
+    deal,
+    decode_shares,
+    read_row_group,
+    shares_by_rank,
+    windows_of,
+)
 from trainer.schema import Field, Schema
 
 

@@ -14,7 +14,7 @@ from serving.network.exporting import PORTABLE, compiled_name, export_network
 from serving.network.inputs import FieldRows, NetworkInputs, Slots, split_by_user
 from serving.network.served import ServedNetwork
 from tests.serving.network.drawn import Drawn, config, model_of, schema, trainers_logits
-from trainer.config.options import BaseNet, Pooling
+from trainer.config import BaseNet, Pooling
 
 BASES = get_args(BaseNet)
 POOLINGS = get_args(Pooling)

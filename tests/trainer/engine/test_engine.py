@@ -11,7 +11,7 @@ from featurestore.lookup.compute_dtype import VARIABLE
 from featurestore.lookup.partition import FeaturePartition
 from tests.trainer.engine.drawn import drawn_store
 from trainer.comm import SoloComm
-from trainer.config.options import ModelConfig, OptimConfig
+from trainer.config import ModelConfig, OptimConfig
 from trainer.engine import machine
 from trainer.engine.engine import Engine
 from trainer.errors import CheckpointError, ConfigError, DataError

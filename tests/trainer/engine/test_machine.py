@@ -17,8 +17,7 @@ from featurestore.lookup.compute_dtype import VARIABLE, dtype_of_machine
 from tests.trainer import frozen
 from trainer.comm import SoloComm
 from trainer.comm.horovod import WITHOUT_NCCL
-from trainer.config.config import Device, load_config
-from trainer.config.options import OptimConfig
+from trainer.config import Device, OptimConfig, load_config
 from trainer.engine import machine
 from trainer.engine.machine import (
     RankPlace,

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from trainer.config.options import ExactTableConfig, IdOptimizer, ModelConfig, OptimConfig, Pooling
+from trainer.config import ExactTableConfig, IdOptimizer, ModelConfig, OptimConfig, Pooling
 from trainer.samples.survey import fill_in
 from trainer.schema import Field, Schema
 

@@ -19,7 +19,7 @@ from tests.ranks import Forks, StandingRanks, TorchRanks
 from tests.trainer.equivalence.packing import packed, unpacked
 from tests.trainer.equivalence.scenarios import FEW, SCENARIOS, TOLERANCE, has_other_ways
 from tests.trainer.standing_ranks import run as run_here
-from trainer.config.options import BaseNet, IdOptimizer, Pooling
+from trainer.config import BaseNet, IdOptimizer, Pooling
 from trainer.ids.optimizers import state_of
 
 pytestmark = pytest.mark.timeout(900)  # the first test of each number of ranks runs all of its scenarios

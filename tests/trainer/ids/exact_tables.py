@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from featurestore.keys import shard_of
-from trainer.config.options import ExactTableConfig, IdOptimizer, OptimConfig
+from trainer.config import ExactTableConfig, IdOptimizer, OptimConfig
 from trainer.engine.wiring import build_tables
 from trainer.ids.exact import ExactShape, ExactTable
 from trainer.ids.optimizers import row_optimizer

@@ -8,11 +8,11 @@ import torch
 
 from tests.trainer.ids.exact_tables import move, vectors_of
 from trainer.comm import SoloComm
-from trainer.config.options import OptimConfig
+from trainer.config import OptimConfig
 from trainer.engine.wiring import build_tables
 from trainer.errors import CheckpointError
-from trainer.ids.figures import figures_of, gather_figures, rows_for, warning_of
-from trainer.ids.figures import num_ids as num_ids_of
+from trainer.ids.exact import figures_of, gather_figures, rows_for, warning_of
+from trainer.ids.exact import num_ids as num_ids_of
 from trainer.ids.optimizers import RowOptimizer, row_optimizer
 from trainer.ids.shards import TableShape, initial_rows, owned_bytes
 from trainer.ids.tables import IdTable

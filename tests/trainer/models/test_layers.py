@@ -8,7 +8,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from trainer.config.options import ModelConfig
+from trainer.config import ModelConfig
 from trainer.exchange.vectors import take_rows
 from trainer.models.layers import (
     GlobalBatchNorm,

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from trainer.config.options import ModelConfig
+from trainer.config import ModelConfig
 from trainer.engine.wiring import table_shapes
 from trainer.errors import ConfigError, OverflowingValueError, SchemaError
 from trainer.samples.columns import bucket_ids, dense_values

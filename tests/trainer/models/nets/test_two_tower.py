@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainer.config.options import ModelConfig
+from trainer.config import ModelConfig
 from trainer.errors import ConfigError
 from trainer.exchange.vectors import FieldVectors
 from trainer.models.nets import TwoTower
