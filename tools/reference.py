@@ -82,7 +82,7 @@ CONFIGURATIONS = (
     "model.images=none",
     "model.images=ad; model.base=lr",
     "model.base=din; model.batch_norm=true",
-    "model.base=dcn; model.cross_structure=stacked; model.cross_layers=2",
+    "model.base=dcn; model.cross_layers=2",
     "model.base=finalmlp; model.mlp=[64,32]",
     "model.base=two_tower; model.tower_width=16; model.pooling=sum",
     "model.pooling=concat; model.pooling_length=8; model.multi_hot=sum",

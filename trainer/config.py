@@ -217,16 +217,11 @@ class ModelConfig(Section):
     tower_width: Parameters[Width] = 32
     """Base two_tower: width of user and ad vectors."""
     cross_layers: Parameters[Annotated[int, Field(ge=1, le=16)]] = 3
-    """Base dcn: cross layers."""
-    cross_structure: Parameters[Literal["parallel", "stacked"]] = "parallel"
-    """Base dcn: the MLP next to the cross layers, or on top of them."""
+    """Base dcn: cross layers, next to the MLP."""
     multi_hot: Parameters[Literal["mean", "sum"]] = "mean"
     """How the ID vectors of a field with several values a row become one."""
     activation: Parameters[Activation] = "relu"
     """Of the networks' hidden layers, E aside; the paper has prelu."""
-    init: Parameters[Literal["xavier", "torch"]] = "xavier"
-    """Start of the networks' linear layers, E aside: normal weights and no bias, or torch's own; base lr
-    has torch's."""
     batch_norm: Parameters[bool] = False
     """Standardise what goes into each activation of an MLP by mean and variance of the global batch."""
     dropout: Training[Annotated[float, Field(ge=0, le=0.95)]] = 0.0

@@ -37,7 +37,7 @@ class CtrModel(nn.Module):
     """
 
     starts_by_xavier = True
-    """Whether its linear layers start as model.init=xavier says."""
+    """Whether its linear layers start with Glorot and Bengio's normal weights, or as torch's own layers."""
 
     def __init__(self, schema: Schema, config: ModelConfig, *, elsewhere: Collection[str] = ()) -> None:
         """`elsewhere`: user fields that the model takes in by itself, not pooled. Raises ConfigError."""

@@ -42,25 +42,20 @@ class CrossNetwork(nn.Module):
 
 
 class Dcn(CtrModel):
-    """Cross layers over all inputs of DICM and its MLP, `parallel` or `stacked` (figure 1 of the DCN-v2 paper).
+    """Cross layers over all inputs of DICM next to its MLP, in parallel (figure 1 of the DCN-v2 paper).
 
-    stacked: logit = MLP(cross(x)). parallel: logit = w . cross(x) + MLP(x), which is the paper's final layer over
-    the two outputs side by side, written as a sum.
+    logit = w . cross(x) + MLP(x), which is the paper's final layer over the two outputs side by side, written as a sum.
     """
 
     def __init__(self, schema: Schema, config: ModelConfig) -> None:
         super().__init__(schema, config)
         self.cross = CrossNetwork(self.input_width, config.cross_layers)
         self.mlp = Mlp([self.input_width, *config.mlp, 1], self.hidden)
-        self.of_cross = nn.Linear(self.input_width, 1, bias=False) if config.cross_structure == "parallel" else None
+        self.of_cross = nn.Linear(self.input_width, 1, bias=False)
 
     def forward(self, fields: Fields, dense: Dense, group_of_sample_B: Tensor) -> Tensor:
         input_BW = self.inputs(fields, dense, group_of_sample_B)
-        crossed_BW = self.cross(input_BW)
-        if self.of_cross is None:
-            logit_B1: Tensor = self.mlp(crossed_BW)
-        else:
-            logit_B1 = self.of_cross(crossed_BW) + self.mlp(input_BW)
+        logit_B1: Tensor = self.of_cross(self.cross(input_BW)) + self.mlp(input_BW)
         return logit_B1.squeeze(1)
 
 
@@ -321,7 +316,7 @@ def build_model(schema: Schema, config: ModelConfig) -> CtrModel:
     fixed = next((name for name, value in model.named_parameters() if not value.requires_grad), None)
     if fixed is not None:
         raise ConfigError(f"model.base={config.base}: its parameter {fixed} has no gradient; make it a buffer")
-    return model.apply(_start_by_xavier) if config.init == "xavier" and model.starts_by_xavier else model
+    return model.apply(_start_by_xavier) if model.starts_by_xavier else model
 
 
 def net_class(base: str) -> type[CtrModel]:

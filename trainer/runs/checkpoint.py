@@ -443,7 +443,7 @@ _DECIDED = "model.new_ads.counts"
 
 _OTHER_LAYERS = {
     *("model.embed_hidden", "model.shared_image_model", "model.visual_width"),  # E's own, which shapes tell
-    *("model.init", "model.compute_dtype", "model.image_dropout", "model.pooling_length"),
+    *("model.compute_dtype", "model.image_dropout", "model.pooling_length"),
     *("model.fields", "model.label"),  # of the schema: what layers read of its fields is compared by itself
 }
 """What decides on parameters, and may differ where layers are taken."""

@@ -26,7 +26,6 @@ SETTINGS: list[dict] = [
     {"pooling": "concat", "pooling_length": 4},
     *({"base": base, "activation": "prelu", "batch_norm": True, "dropout": 0.5} for base in ("mlp", "din", "finalmlp")),
     {"activation": "prelu"},
-    {"base": "dcn", "cross_structure": "stacked"},
     *({"image_dropout": 0.1, "base": base} for base in ("mlp", "two_tower")),
     *({"gallery": gallery, "image_dropout": 0.1, "pooling": pooling} for gallery, pooling in
       (("mean", "attentive"), ("max", "attentive"), ("mean", "concat"), ("max", "max"))),

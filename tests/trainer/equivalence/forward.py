@@ -60,8 +60,6 @@ def _dcn(r: "Reference", s: Sample, new_ad: bool) -> Tensor:
     for layer in range(r.config.cross_layers):
         name = f"model.cross.layers.{layer}"
         crossed = start * (r.dense[f"{name}.weight"] @ crossed + r.dense[f"{name}.bias"]) + crossed
-    if r.config.cross_structure == "stacked":
-        return _mlp(r, crossed)
     return _mlp(r, start) + (r.dense["model.of_cross.weight"] @ crossed)[0]
 
 

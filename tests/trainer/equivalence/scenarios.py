@@ -143,7 +143,7 @@ def exact(
 SCENARIOS = {
     # Keys shared by ranks, a key many times in one sample, samples that no number of ranks divides.
     # torch's start has biases; those that begin at 0 and get hardly a gradient would be mostly rounding in float32.
-    "both_attentive": Scenario({"images": "both", "init": "torch"}, standardized=True, dtypes=("float64", "float32")),
+    "both_attentive": Scenario({"images": "both"}, standardized=True, dtypes=("float64", "float32")),
     # Vectors of two widths: two alltoalls of vectors in one step.
     "two_widths_two_models": Scenario(
         {"images": "both", "visual_width": 3, "shared_image_model": False}, deal="starve"
@@ -158,7 +158,7 @@ SCENARIOS = {
     "ad_colliding_ids": Scenario({"images": "ad"}, tables={"user": 8, "item": 3, "image": 200}),
     "ids_only": Scenario({"images": "none"}, deal="starve"),
     # With zero images and no bias, units are rounding errors on either side of ReLU's kink; torch's start has a bias.
-    "missing_zeros": Scenario({"images": "both", "init": "torch"}, missing="zeros", lacking=True),
+    "missing_zeros": Scenario({"images": "both"}, missing="zeros", lacking=True),
     # The components of a compact store, all scaled by one number.
     "compact": Scenario({"images": "both"}, standardized=True, compact=True),
     # Many ids in one row; samples whose ad is taken for a new one.
@@ -231,15 +231,15 @@ SCENARIOS = {
     "concat": Scenario({"pooling": "concat", "pooling_length": 3}, most_ranks=2),
     "max": Scenario({"pooling": "max"}, most_ranks=2),
     "mean": Scenario({"pooling": "mean", "image_products": False}, most_ranks=2),
-    "multi_query": Scenario({"pooling": "multi_query", "init": "torch"}, most_ranks=2),
-    "multi_query_rank_without_data": Scenario({"pooling": "multi_query", "init": "torch"}, deal="starve", most_ranks=2),
+    "multi_query": Scenario({"pooling": "multi_query"}, most_ranks=2),
+    "multi_query_rank_without_data": Scenario({"pooling": "multi_query"}, deal="starve", most_ranks=2),
     "max_rank_without_data": Scenario({"pooling": "max", "images": "behavior"}, deal="starve", most_ranks=2),
     "concat_rank_without_data": Scenario({"pooling": "concat", "pooling_length": 3}, deal="starve", most_ranks=2),
     "lr_ids_only": Scenario({"base": "lr", "images": "none"}, most_ranks=2),
     "lr": Scenario({"base": "lr", "pooling": "sum"}, deal="starve", most_ranks=2),
     "din_ids_only": Scenario({"base": "din", "images": "none"}, most_ranks=2),
     "din": Scenario({"base": "din", "pooling": "multi_query", "id_dropout": 0.4}, deal="starve", most_ranks=2),
-    "dcn_ids_only": Scenario({"base": "dcn", "images": "none", "cross_structure": "stacked"}, most_ranks=2),
+    "dcn_ids_only": Scenario({"base": "dcn", "images": "none"}, most_ranks=2),
     "dcn": Scenario({"base": "dcn", "pooling": "mean", "cross_layers": 2}, deal="starve", most_ranks=2),
     "texts": Scenario({"pooling": "multi_query"}, texts=True, standardized=True, most_ranks=2),
     "texts_missing": Scenario(
@@ -261,7 +261,7 @@ SCENARIOS = {
         {"images": "behavior", "dropout": 0.5, "id_dropout": 0.4}, deal="streams", most_ranks=2
     ),
     "paper": Scenario(
-        {"images": "both", "activation": "prelu", "multi_hot": "sum", "init": "torch"}, dtypes=("float64", "float32")
+        {"images": "both", "activation": "prelu", "multi_hot": "sum"}, dtypes=("float64", "float32")
     ),
     "finalmlp_ids_only": Scenario({"base": "finalmlp", "images": "none"}, most_ranks=2),
     "finalmlp": Scenario(
@@ -272,7 +272,7 @@ SCENARIOS = {
     "words": Scenario({"images": "both", "id_dropout": 0.4}, words=True, deal="starve"),
     # Galleries of 0 to 3 images, of which some are of other ads or behaviours too, or have no feature.
     "gallery_mean": Scenario(
-        {"images": "both", "init": "torch"},
+        {"images": "both"},
         words=True,
         gallery="mean",
         missing="learned",
@@ -298,7 +298,7 @@ _OPTIMIZERS = {scenario.optim.ids for scenario in SCENARIOS.values()}
 SCENARIOS |= {
     # An aggregator or an optimiser that is not above has a plain scenario.
     **{
-        name: Scenario({"pooling": name, "init": "torch"}, deal="starve", most_ranks=2)
+        name: Scenario({"pooling": name}, deal="starve", most_ranks=2)
         for name in get_args(Pooling)
         if name not in _POOLINGS
     },
