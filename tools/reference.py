@@ -81,7 +81,7 @@ CONFIGURATIONS = (
     "",
     "model.images=none",
     "model.images=ad; model.base=lr",
-    "model.base=din; model.batch_norm=true",
+    "model.base=din; model.dropout=0.1",
     "model.base=dcn; model.cross_layers=2",
     "model.base=finalmlp; model.mlp=[64,32]",
     "model.base=two_tower; model.tower_width=16; model.pooling=sum",

@@ -222,8 +222,6 @@ class ModelConfig(Section):
     """How the ID vectors of a field with several values a row become one."""
     activation: Parameters[Activation] = "relu"
     """Of the networks' hidden layers, E aside; the paper has prelu."""
-    batch_norm: Parameters[bool] = False
-    """Standardise what goes into each activation of an MLP by mean and variance of the global batch."""
     dropout: Training[Annotated[float, Field(ge=0, le=0.95)]] = 0.0
     """Share of the units of an MLP's hidden layers that a training sample goes without."""
     id_dropout: Training[Annotated[float, Field(ge=0, lt=1)]] = 0.0

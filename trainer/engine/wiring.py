@@ -129,7 +129,7 @@ class EngineParts:
         if holds_features(comm, features_on_device, needed_bytes, self._device):
             for service in self.services.values():
                 service.hold_rows()
-        self.model.place.comm, self.model.place.seed = comm, seed
+        self.model.place.seed = seed
         self._dense = DecayedDense(comm, dict(self._modules.named_parameters()), optim)
         self._exchange = self._exchange_of(model)
         image_rate = model.image_dropout if self.model.new_ads else 0.0

@@ -245,10 +245,10 @@ class TwoTower(CtrModel):
     """
 
     def __init__(self, schema: Schema, config: ModelConfig) -> None:
-        if config.dropout or config.batch_norm:
+        if config.dropout:
             raise ConfigError(
                 "model.base=two_tower makes the user's vector once for all ads, so its layers have no row for each "
-                "sample; set model.dropout=0 and model.batch_norm=false"
+                "sample; set model.dropout=0"
             )
         super().__init__(schema, config.model_copy(update={"pooling": "sum", "image_products": False}))
         self.width = config.tower_width

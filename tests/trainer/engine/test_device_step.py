@@ -53,7 +53,7 @@ CASES: dict[str, dict[str, Any]] = {
     **{pooling: {"pooling": pooling} for pooling in POOLINGS},
     **{base: {"base": base} for base in ("lr", "din", "dcn", "finalmlp")},
     "two_tower": {"base": "two_tower"},
-    "batch_norm": {"batch_norm": True, "dropout": 0.2},
+    "dropout": {"dropout": 0.2},
     "id_dropout": {"id_dropout": 0.5},
     "new ads": {"image_dropout": 0.3},
     "ids alone": {"images": "none"},

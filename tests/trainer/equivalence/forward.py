@@ -237,9 +237,6 @@ def _layers(r: "Reference", name: str, x: Tensor, first_dropout: int = 1, ends_l
     for layer in range(3 if ends_linear else 2):
         x = r.dense[f"{name}.{2 * layer}.weight"] @ x + r.dense[f"{name}.{2 * layer}.bias"]
         if layer < 2:
-            if r.config.batch_norm:
-                x = r.norm(x, f"{name}.norm{layer}", 1e-5)
-                x = x * r.dense[f"{name}.norm{layer}.weight"] + r.dense[f"{name}.norm{layer}.bias"]
             x = r.activation(x, f"{name}.{2 * layer + 1}")
             x = r.dropout(x, first_dropout + layer)
     return x

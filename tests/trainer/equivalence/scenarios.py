@@ -250,22 +250,15 @@ SCENARIOS = {
         deal="starve",
         most_ranks=2,
     ),
-    # Layers whose statistics are those of all ranks' rows, and units that are dropped by place; the ways of the paper.
-    # Batch norm takes away a bias before it; of torch's start it is not only rounding.
-    "batch_norm": Scenario({"images": "both", "batch_norm": True, "dropout": 0.3, "init": "torch"}),
-    "batch_norm_rank_without_data": Scenario(
-        {"base": "dcn", "images": "ad", "batch_norm": True, "init": "torch"}, deal="starve"
-    ),
+    # Units that are dropped by place; the ways of the paper.
     "dropout": Scenario({"images": "none", "dropout": 0.5}, deal="starve"),
     "dropout_streams": Scenario(
         {"images": "behavior", "dropout": 0.5, "id_dropout": 0.4}, deal="streams", most_ranks=2
     ),
-    "paper": Scenario(
-        {"images": "both", "activation": "prelu", "multi_hot": "sum"}, dtypes=("float64", "float32")
-    ),
+    "paper": Scenario({"images": "both", "activation": "prelu", "multi_hot": "sum"}, dtypes=("float64", "float32")),
     "finalmlp_ids_only": Scenario({"base": "finalmlp", "images": "none"}, most_ranks=2),
     "finalmlp": Scenario(
-        {"base": "finalmlp", "dropout": 0.2, "batch_norm": True, "init": "torch"},
+        {"base": "finalmlp", "dropout": 0.2},
         deal="starve",
         most_ranks=2,
     ),
@@ -320,7 +313,6 @@ FEW = (
     "exact_evicting/float64",
     "exact_evicting_rank_without_data/float64",
     "two_towers/float64",
-    "batch_norm_rank_without_data/float64",
     "lr/float64",
     "texts_missing/float64",
 )
