@@ -299,8 +299,6 @@ class OptimConfig(Section):
     """Learning rate of ID rows; null: lr."""
     warmup_steps: Training[Annotated[int, Field(ge=0, lt=2**63)]] = 0
     """Steps in which both rates grow evenly, from 1 / warmup_steps of their values to all of them."""
-    weight_decay: Training[Annotated[float, Field(ge=0, le=10)]] = 0.0
-    """Of dense matrices, decoupled as in AdamW: lr x this x the weight is taken off in each step."""
     lr_gamma: Training[RateDecay] = 0.9
     """Both rates times this after every lr_every steps."""
     lr_every: Training[Count] = 24_000

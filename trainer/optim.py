@@ -121,22 +121,6 @@ def _moments_of(parameter: nn.Parameter) -> dict[str, Tensor]:
     return {"step": step, "exp_avg": torch.zeros_like(value), "exp_avg_sq": torch.zeros_like(value)}
 
 
-class DecayedDense(DenseOptimizer):
-    """Adam on dense parameters with decay of weights."""
-
-    def __init__(self, comm: Comm, parameters: Mapping[str, nn.Parameter], config: OptimConfig) -> None:
-        super().__init__(comm, parameters, config)
-        # Matrices alone: biases, slopes of PReLU and the like have one dimension.
-        self._matrices: list[Tensor] = [value for value in self.parameters.values() if value.ndim > 1]
-
-    @torch.no_grad()
-    def step(self, rates: Rates, number: int) -> None:
-        """Shrink matrices, as AdamW does, then take Adam's step."""
-        if self._config.weight_decay:
-            torch._foreach_mul_(self._matrices, 1 - rates.lr * self._config.weight_decay)
-        super().step(rates, number)
-
-
 class _Reduction:
     """The allreduce of neighbouring gradients; begins by itself when backward has made all of them."""
 

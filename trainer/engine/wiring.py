@@ -28,7 +28,7 @@ from trainer.models.layers import width_of
 from trainer.models.nets import build_model
 from trainer.models.newads import IdDropout
 from trainer.models.pooling import gallery_vectors
-from trainer.optim import DecayedDense
+from trainer.optim import DenseOptimizer
 from trainer.samples.reader import Batch
 from trainer.schema import Field, Schema
 from trainer.stages import Kind, Stages
@@ -130,7 +130,7 @@ class EngineParts:
             for service in self.services.values():
                 service.hold_rows()
         self.model.place.seed = seed
-        self._dense = DecayedDense(comm, dict(self._modules.named_parameters()), optim)
+        self._dense = DenseOptimizer(comm, dict(self._modules.named_parameters()), optim)
         self._exchange = self._exchange_of(model)
         image_rate = model.image_dropout if self.model.new_ads else 0.0
         self._dropout = IdDropout(schema, model.id_dropout, seed, image_rate=image_rate)

@@ -56,8 +56,7 @@ class Reference:
         std = self.config.id_init_std
         self.exact = {name: PlainIds(s, std) for name, s in self.shapes.items() if isinstance(s, ExactShape)}
         self.dense = {name: value.clone().requires_grad_() for name, value in initial.items()}
-        groups = [{"params": [p], "weight_decay": self.decay_of(p)} for p in self.dense.values()]
-        self.adam = torch.optim.AdamW(groups, betas=(BETA1, BETA2), eps=EPS, weight_decay=0.0)
+        self.adam = torch.optim.Adam(self.dense.values(), betas=(BETA1, BETA2), eps=EPS)
         self.tables = {name: self.first_rows(name).requires_grad_() for name in self.shapes}
         self.rows = {name: PlainRows(table, scenario.optim) for name, table in self.tables.items()}
         self.mean_and_std = {
@@ -84,10 +83,6 @@ class Reference:
         shape, std = self.shapes[table], self.config.id_init_std
         shards = [initial_rows(shape, shard, SEED, std) for shard in range(shape.num_shards)]
         return torch.from_numpy(np.concatenate(shards)).to(self.dtype)
-
-    def decay_of(self, parameter: Tensor) -> float:
-        """Of matrices alone."""
-        return self.scenario.optim.weight_decay if parameter.ndim > 1 else 0.0
 
     def id_vector(self, table: str, value: int) -> Tensor:
         """The row of one id, taken out of its table once a step: each time makes a gradient of the whole table."""

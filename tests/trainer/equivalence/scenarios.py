@@ -168,7 +168,7 @@ SCENARIOS = {
     "adam": Scenario({"images": "both"}, optimizers={"ids": "adam", "ids_lr": 0.03, "warmup_steps": 3}),
     "adam_rank_without_data": Scenario(
         {"images": "none", "id_init_std": 1e-3},
-        optimizers={"ids": "adam", "weight_decay": 0.2},
+        optimizers={"ids": "adam"},
         deal="starve",
         dtypes=("float64", "float32"),
     ),
@@ -202,14 +202,7 @@ SCENARIOS = {
         deal="starve",
         one_shard=True,
     ),
-    # Two E's, whose matrices decay.
-    "weight_decay": Scenario(
-        {"shared_image_model": False},
-        optimizers={"weight_decay": 0.6},
-        missing="learned",
-        lacking=True,
-        standardized=True,
-    ),
+    "two_models": Scenario({"shared_image_model": False}, missing="learned", lacking=True, standardized=True),
     "id_proxy": Scenario({"images": "both", "id_proxy": True, "id_dropout": 0.4}, words=True, deal="starve"),
     "id_proxy_image_dropout_texts": Scenario(
         {"id_proxy": True, "image_dropout": 0.3, "id_init_std": 1e-4}, texts=True, most_ranks=2
