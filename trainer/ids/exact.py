@@ -539,8 +539,6 @@ Figures = dict[str, Any]
 """Of one table, as report.json has them."""
 WARNED_SHARE = 0.25
 """Of the ids of a table: where more of them share a row, the run warns; with four rows for each id 22 % do."""
-_GOOD_SHARE = 0.01
-_MOST_ROWS = 10**12  # of the configuration
 
 
 def gather_figures(comm: Comm, tables: Mapping[str, IdTable]) -> dict[str, Figures]:
@@ -574,12 +572,9 @@ def warning_of(name: str, figures: Figures) -> str | None:
     if figures["kind"] == "hashed":
         if not used or figures["share"] <= WARNED_SHARE:
             return None
-        ids = num_ids(rows, used)
-        needed = rows_for(ids)
-        more = f"model.tables.{name}={needed} would bring that under {_GOOD_SHARE:.0%}" if needed else ""
         return (
             f"table {name}: about {figures['share']:.0%} of its ids share one of its {rows:,} rows with another id; "
-            f"{more or 'no table is as long'}; a row for each: model.tables.{name}={{kind: exact, max_rows: {2 * ids}}}"
+            f"give each a row: model.tables.{name}={{kind: exact, max_rows: {2 * num_ids(rows, used)}}}"
         )
     if figures["evicted"] > rows:
         what = f"{figures['evicted']:,} rows made room for other ids, so few are trained for long"
@@ -601,13 +596,3 @@ def num_ids(rows: int, used_rows: int) -> int:
     """
     empty = max(rows - used_rows, 0.5)
     return used_rows if rows == 1 else round(math.log(empty / rows) / math.log1p(-1 / rows))
-
-
-def rows_for(num_ids: int, share: float = _GOOD_SHARE) -> int | None:
-    """Find the rows, rounded up to three digits, of which at most `share` of the ids share one; None if too many."""
-    if num_ids < 2:
-        return 1
-    exact = -1 / math.expm1(math.log1p(-share) / (num_ids - 1))
-    unit = 10 ** max(0, math.floor(math.log10(exact)) - 2)
-    rows = math.ceil(exact / unit) * unit
-    return rows if rows <= _MOST_ROWS else None
