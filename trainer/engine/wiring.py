@@ -309,13 +309,9 @@ def services_of(
     partitions: Mapping[str, FeaturePartition],
     config: ModelConfig,
 ) -> dict[str, EmbeddingService]:
-    """Make the services of this rank: for each store its rows and its networks. Raises ConfigError."""
+    """Make the services of this rank: for each store its rows and its networks."""
     services: dict[str, EmbeddingService] = {}
     for store, widths in networks_of(fields, config).items():
-        if store not in partitions:
-            raise ConfigError(
-                f"the schema's content fields need store {store}; open are {sorted(partitions) or 'none'}"
-            )
         models = {name: image_model(partitions[store].dim, width, config) for name, width in widths.items()}
         services[store] = EmbeddingService(partitions[store], models)
     return services

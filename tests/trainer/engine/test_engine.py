@@ -164,8 +164,6 @@ def test_an_error_instead_of_a_batch_is_raised(partition: FeaturePartition) -> N
 def test_what_does_not_fit_is_named(partition: FeaturePartition) -> None:
     with pytest.raises(ConfigError, match=r"field ad_item needs table item.*set model\.tables\.item"):
         engine_of(partition, tables={"items": 5})
-    with pytest.raises(ConfigError, match="need store images; open are none"):
-        Engine(SoloComm(), SCHEMA, {}, ModelConfig(tables={"item": 5}), OptimConfig(), seed=0)
     with pytest.raises(ConfigError, match="the ranks built different models"):
         engine_of(partition, comm=OtherDigest())
     with pytest.raises(CheckpointError, match="the checkpoint is of another model"):
