@@ -70,11 +70,12 @@ class Scenario:
     "starve" the others, in turn all to the last or to the first rank.
     `words`: batches are read from files of `SCHEMA_OF_FILES`; `gallery`: there each image is several. `steps_of_day`:
     after so many steps there is another day. `statistics`: what ranks found out about the numbers of `LEARNED`.
-    `most_ranks`: it is not run on more, to save time."""
+    `biased`: linear layers start as torch's do, with biases. `most_ranks`: it is not run on more, to save time."""
 
     model: dict[str, object]
     missing: str = "error"
     lacking: bool = False
+    biased: bool = False
     deal: str = "even"
     one_shard: bool = False
     standardized: bool = False
@@ -142,8 +143,8 @@ def exact(
 
 SCENARIOS = {
     # Keys shared by ranks, a key many times in one sample, samples that no number of ranks divides.
-    # torch's start has biases; those that begin at 0 and get hardly a gradient would be mostly rounding in float32.
-    "both_attentive": Scenario({"images": "both"}, standardized=True, dtypes=("float64", "float32")),
+    # With biases: those that begin at 0 and get hardly a gradient would be mostly rounding in float32.
+    "both_attentive": Scenario({"images": "both"}, biased=True, standardized=True, dtypes=("float64", "float32")),
     # Vectors of two widths: two alltoalls of vectors in one step.
     "two_widths_two_models": Scenario(
         {"images": "both", "visual_width": 3, "shared_image_model": False}, deal="starve"
@@ -157,8 +158,8 @@ SCENARIOS = {
     # 3 rows for 30 items: many ids share one.
     "ad_colliding_ids": Scenario({"images": "ad"}, tables={"user": 8, "item": 3, "image": 200}),
     "ids_only": Scenario({"images": "none"}, deal="starve"),
-    # With zero images and no bias, units are rounding errors on either side of ReLU's kink; torch's start has a bias.
-    "missing_zeros": Scenario({"images": "both"}, missing="zeros", lacking=True),
+    # With zero images and no bias, units are rounding errors on either side of ReLU's kink.
+    "missing_zeros": Scenario({"images": "both"}, biased=True, missing="zeros", lacking=True),
     # The components of a compact store, all scaled by one number.
     "compact": Scenario({"images": "both"}, standardized=True, compact=True),
     # Many ids in one row; samples whose ad is taken for a new one.
@@ -224,8 +225,8 @@ SCENARIOS = {
     "concat": Scenario({"pooling": "concat", "pooling_length": 3}, most_ranks=2),
     "max": Scenario({"pooling": "max"}, most_ranks=2),
     "mean": Scenario({"pooling": "mean", "image_products": False}, most_ranks=2),
-    "multi_query": Scenario({"pooling": "multi_query"}, most_ranks=2),
-    "multi_query_rank_without_data": Scenario({"pooling": "multi_query"}, deal="starve", most_ranks=2),
+    "multi_query": Scenario({"pooling": "multi_query"}, biased=True, most_ranks=2),
+    "multi_query_rank_without_data": Scenario({"pooling": "multi_query"}, biased=True, deal="starve", most_ranks=2),
     "max_rank_without_data": Scenario({"pooling": "max", "images": "behavior"}, deal="starve", most_ranks=2),
     "concat_rank_without_data": Scenario({"pooling": "concat", "pooling_length": 3}, deal="starve", most_ranks=2),
     "lr_ids_only": Scenario({"base": "lr", "images": "none"}, most_ranks=2),
@@ -248,17 +249,16 @@ SCENARIOS = {
     "dropout_streams": Scenario(
         {"images": "behavior", "dropout": 0.5, "id_dropout": 0.4}, deal="streams", most_ranks=2
     ),
-    "paper": Scenario({"images": "both", "activation": "prelu", "multi_hot": "sum"}, dtypes=("float64", "float32")),
-    "finalmlp_ids_only": Scenario({"base": "finalmlp", "images": "none"}, most_ranks=2),
-    "finalmlp": Scenario(
-        {"base": "finalmlp", "dropout": 0.2},
-        deal="starve",
-        most_ranks=2,
+    "paper": Scenario(
+        {"images": "both", "activation": "prelu", "multi_hot": "sum"}, biased=True, dtypes=("float64", "float32")
     ),
+    "finalmlp_ids_only": Scenario({"base": "finalmlp", "images": "none"}, most_ranks=2),
+    "finalmlp": Scenario({"base": "finalmlp", "dropout": 0.2}, biased=True, deal="starve", most_ranks=2),
     "words": Scenario({"images": "both", "id_dropout": 0.4}, words=True, deal="starve"),
     # Galleries of 0 to 3 images, of which some are of other ads or behaviours too, or have no feature.
     "gallery_mean": Scenario(
         {"images": "both"},
+        biased=True,
         words=True,
         gallery="mean",
         missing="learned",
@@ -284,7 +284,7 @@ _OPTIMIZERS = {scenario.optim.ids for scenario in SCENARIOS.values()}
 SCENARIOS |= {
     # An aggregator or an optimiser that is not above has a plain scenario.
     **{
-        name: Scenario({"pooling": name}, deal="starve", most_ranks=2)
+        name: Scenario({"pooling": name}, biased=True, deal="starve", most_ranks=2)
         for name in get_args(Pooling)
         if name not in _POOLINGS
     },
