@@ -488,12 +488,6 @@ class CountingFilter:
         np.maximum.at(counts, other_N, count_N)
         return count_N
 
-    def counts(self, slot_N: Int64, hash_N: UInt64Array) -> Counts:
-        """Return how often each id was counted, (N,), or more."""
-        one_N, other_N = self._places(slot_N, hash_N)
-        counts = self.counts_SC.reshape(-1)
-        return np.minimum(counts[one_N], counts[other_N])
-
     def fade(self, slot: int) -> None:
         """Halve the counts of a shard, so that old occurrences count less."""
         self.counts_SC[slot] >>= 1

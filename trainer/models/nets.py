@@ -1,6 +1,6 @@
 """The networks beside DICM: DCN, DIN, FinalMLP, LR and two towers; and how one is built.
 
-So the vectors of all ads can be made ahead and searched (crossmedia index build). Letter here: W width of both towers.
+Letters of shapes as in trainer/models/ctr.py; of two towers, W is the width of both.
 """
 
 import contextlib
@@ -236,7 +236,7 @@ class TwoTower(CtrModel):
     The pre-rank variant of "Image Matters" (arXiv 1711.06505): the user's side gets the user's ID vectors, dense fields
     and the summed visual vectors of the behaviours, the ad's side those of the ad; each goes through an MLP of its own,
     with hidden layers as `mlp` says and `tower_width` outputs. `pooling` is not used: what looks at the ad cannot be
-    part of the user's vector.
+    part of the user's vector. So the vectors of all ads can be made ahead and searched (crossmedia index build).
 
     There is no temperature and no normalisation: both towers end in a linear layer, which carries the scale. So the
     inner product itself, as faiss takes it, orders ads by their logits. Fields of the schema with `context: true`
