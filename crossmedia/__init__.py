@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     from crossmedia.runs import Evaluation, Run, open_run, train
     from crossmedia.store import Store, open_store
     from crossmedia.tables import with_behaviors
-    from trainer.samples.dataset import FeatureDataset, SampleDataset
+    from trainer.samples.interop import FeatureDataset, SampleDataset
 
 _MODULES = {
     "crossmedia.models": ("Client", "Model", "load_model"),
     "crossmedia.runs": ("Evaluation", "Run", "open_run", "train"),
     "crossmedia.store": ("Store", "open_store"),
     "crossmedia.tables": ("with_behaviors",),
-    "trainer.samples.dataset": ("FeatureDataset", "SampleDataset"),
+    "trainer.samples.interop": ("FeatureDataset", "SampleDataset"),
 }
 __all__ = [
     "Client", "Evaluation", "FeatureDataset", "Model", "Run", "SampleDataset", "Store", "load_model", "open_run",

@@ -8,7 +8,7 @@ from crossmedia.tables import Scores, Shown, scores_of
 from serving.scoring.request import PIECE_REQUESTS
 from serving.scoring.samples import RemoteScorer, ca_context
 from serving.scoring.scorer import Scorer
-from trainer.samples.rows import groups_of_rows, table_of
+from trainer.samples.interop import groups_of_rows, table_of
 
 
 def load_model(url: str | Path, version: int | None = None, *, cache_dir: str | Path | None = None) -> "Model":

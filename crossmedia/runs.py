@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any, cast
 from crossmedia.tables import Scores, Shown, scores_of, with_behaviors
 from featurestore.published.paths import RunPath, run_path
 from trainer.cli import joined_ranks
-from trainer.config.config import Config, load_config
+from trainer.config import Config, load_config
 from trainer.evaluation.bootstrap import Figures
 from trainer.evaluation.predict import evaluate_run, score_rows
 from trainer.main import train as train_run
 from trainer.main import warm_settings
 from trainer.runs.folder import report_of, run_or_newest
 from trainer.runs.saved import RunSource, SavedRun, read_run
-from trainer.samples.rows import table_of
+from trainer.samples.interop import table_of
 from trainer.schema.fields import SETTINGS_FILE
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from featurestore.keys import keys_of_images
 if TYPE_CHECKING:
     import pandas as pd
 
-    from trainer.samples.dataset import FeatureDataset
+    from trainer.samples.interop import FeatureDataset
 
 
 def open_store(url: str | os.PathLike[str], version: int | str | None = None) -> "Store":
@@ -68,7 +68,7 @@ class Store(Shown):
 
     def dataset(self, cache_dir: str | None = None) -> "FeatureDataset":
         """Make a torch Dataset of the snapshot."""
-        from trainer.samples.dataset import FeatureDataset
+        from trainer.samples.interop import FeatureDataset
 
         return FeatureDataset(self.url, self.version, cache_dir)
 

@@ -52,7 +52,7 @@ NAMES = {
         "featurestore.lookup.embedding.EmbeddingModel",
     ],
     "The trainer": [
-        "trainer.config.config.load_config",
+        "trainer.config.load_config",
         "trainer.comm.comm.Comm",
         "trainer.comm.comm.connect",
         "trainer.evaluation.predict.predict_run",

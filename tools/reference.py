@@ -81,8 +81,8 @@ CONFIGURATIONS = (
     "",
     "model.images=none",
     "model.images=ad; model.base=lr",
-    "model.base=din; model.batch_norm=true",
-    "model.base=dcn; model.cross_structure=stacked; model.cross_layers=2",
+    "model.base=din; model.dropout=0.1",
+    "model.base=dcn; model.cross_layers=2",
     "model.base=finalmlp; model.mlp=[64,32]",
     "model.base=two_tower; model.tower_width=16; model.pooling=sum",
     "model.pooling=concat; model.pooling_length=8; model.multi_hot=sum",
@@ -90,7 +90,7 @@ CONFIGURATIONS = (
     "model.image_dropout=0.2; model.id_dropout=0.1; model.id_proxy=true",
     "model.tables.item={kind: exact, max_rows: 1000, admit_after: 2, expire_days: 30}; model.table_shards=8",
     "model.activation=prelu; data.global_batch_size=60000; optim.ids=rowwise_adagrad",
-    "optim.ids=rowwise_adagrad; optim.ids_lr=null; optim.warmup_steps=100; optim.weight_decay=0.1",
+    "optim.ids=rowwise_adagrad; optim.ids_lr=null; optim.warmup_steps=100",
     "run.name=a; run.resume=auto; run.warm_start=data/runs/b; run.warm_parts=full; run.device=cpu; run.deadline_s=60",
     "data.train_days=[2026-01-01]; data.test_days=[]; data.stores.texts=data/texts; data.missing=zeros; train.seed=3",
 )
@@ -236,7 +236,7 @@ def leaves(value: object, folder: Path, name: str = "") -> Iterator[tuple[str, s
 
 def settings(folder: Path) -> dict[str, Entries]:
     """Resolve every configuration; print those that are refused, and why."""
-    from trainer.config.config import load_config
+    from trainer.config import load_config
     from trainer.errors import ConfigError
 
     found = Entries()

@@ -15,8 +15,7 @@ from typing import Any
 import yaml
 
 from tools.tables import table
-from trainer.config.config import Config
-from trainer.config.options import DECISIONS, ExactTableConfig, Section, decision_of
+from trainer.config import DECISIONS, Config, ExactTableConfig, Section, decision_of
 
 ROOT = Path(__file__).resolve().parent.parent
 PRESET, PAGE = ROOT / "trainer/presets/dicm.yaml", ROOT / "docs/SETTINGS.md"
@@ -33,10 +32,10 @@ TYPES = {
 INTRODUCTION = """\
 # Settings
 
-Written by `python -m tools.settings` from the classes in `trainer/config`; `make lint` checks it. A setting is given by
-`--set section.name=VALUE` or in a YAML file by `--config`; what is not given is as in `trainer/presets/dicm.yaml`. An
-unknown name, a wrong type and a value out of its limits end the command, with one line each. A run's folder keeps all
-settings in `config.yaml`.
+Written by `python -m tools.settings` from the classes in `trainer/config.py`; `make lint` checks it. A setting is given
+by `--set section.name=VALUE` or in a YAML file by `--config`; what is not given is as in `trainer/presets/dicm.yaml`.
+An unknown name, a wrong type and a value out of its limits end the command, with one line each. A run's folder keeps
+all settings in `config.yaml`.
 
 The column `decides` tells which settings may differ between two runs, or two starts of one: resuming accepts other
 values of what decides `training` or `nothing`; `trainer.daily` those of `nothing` alone, for all days of a table.
@@ -69,7 +68,7 @@ def preset() -> str:
     """Write every setting with its default and its text as YAML."""
     lines = [
         "# The default run: DICM on the places where the jobs write. Any value is replaced by --config FILE or --set",
-        "# section.field=value. Written from the classes in trainer/config by tools/settings.py.",
+        "# section.field=value. Written from the classes in trainer/config.py by tools/settings.py.",
     ]
     for name, section in sections():
         lines += ["", f"{name}:"]

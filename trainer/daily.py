@@ -21,11 +21,10 @@ from featurestore.console.output import print_table, text_console
 from featurestore.errors import AnotherStoreError, StorageError
 from featurestore.parsing import parse_json
 from featurestore.published.paths import RunPath, read_file, run_path, write_json_file
-from trainer.config.config import WARM_PARTS, Config, RunConfig, differences, load_config, load_saved, save_config
+from trainer.config import WARM_PARTS, Config, RunConfig, differences, load_config, load_saved, save_config
 from trainer.errors import CheckpointError, ConfigError, DataNotFoundError, OtherRunError, TrainerError
-from trainer.files import DAYS_FILE
 from trainer.main import on_ranks, train, warm_settings
-from trainer.runs.folder import finished, report_of
+from trainer.runs.folder import DAYS_FILE, finished, report_of
 
 if TYPE_CHECKING:
     from trainer.comm import Comm
@@ -436,11 +435,11 @@ def _claim(folder: RunPath, base: Config) -> None:
 def _check_stores(before: RunPath, base: Config) -> None:
     """Raise AnotherStoreError if the previous day was trained on another store: a table of days has one store.
 
-    A single run may change it by a warm start, see trainer.runs.warmstart; a table of days would not show the
+    A single run may change it by a warm start, see trainer.runs.checkpoint; a table of days would not show the
     change."""
     from featurestore.store import FeatureStore
     from trainer.runs.checkpoint import read_state
-    from trainer.runs.stores import check_identity, missing_places, store_places
+    from trainer.runs.open import check_identity, missing_places, store_places
     from trainer.schema import load_schema
 
     schema = load_schema(base.data.schema_file)

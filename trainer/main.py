@@ -16,7 +16,7 @@ import typer
 from featurestore.console.commandline import CommandApp, run_app
 from featurestore.errors import StorageError, UserError
 from trainer.cli import run_on_ranks
-from trainer.config.config import WARM_PARTS, Config, load_config
+from trainer.config import WARM_PARTS, Config, load_config
 from trainer.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -144,9 +144,9 @@ def train(config: Config, comm: "Comm") -> "RunPath":
 
 def _say_beginning(run: "Run", removed: "list[Checkpoint]", progress: "ProgressLog") -> None:
     """Report which images are lacking, and what the run begins with: checkpoints left out or removed, a warm start."""
-    from trainer.files import checkpoints_of
+    from trainer.runs.checkpoint import not_taken
+    from trainer.runs.folder import checkpoints_of
     from trainer.runs.saving import DAMAGED
-    from trainer.runs.warmstart import not_taken
 
     for line in run.lacked:
         progress.say(line)

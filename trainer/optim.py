@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.optim.adam import adam
 
 from trainer.comm import Comm
-from trainer.config.options import OptimConfig
+from trainer.config import OptimConfig
 
 _IN_FRONT = 2
 
@@ -119,22 +119,6 @@ def _moments_of(parameter: nn.Parameter) -> dict[str, Tensor]:
     step = torch.zeros((), dtype=torch.float32, device=parameter.device)
     value = parameter.detach()
     return {"step": step, "exp_avg": torch.zeros_like(value), "exp_avg_sq": torch.zeros_like(value)}
-
-
-class DecayedDense(DenseOptimizer):
-    """Adam on dense parameters with decay of weights."""
-
-    def __init__(self, comm: Comm, parameters: Mapping[str, nn.Parameter], config: OptimConfig) -> None:
-        super().__init__(comm, parameters, config)
-        # Matrices alone: biases, slopes of PReLU and the like have one dimension.
-        self._matrices: list[Tensor] = [value for value in self.parameters.values() if value.ndim > 1]
-
-    @torch.no_grad()
-    def step(self, rates: Rates, number: int) -> None:
-        """Shrink matrices, as AdamW does, then take Adam's step."""
-        if self._config.weight_decay:
-            torch._foreach_mul_(self._matrices, 1 - rates.lr * self._config.weight_decay)
-        super().step(rates, number)
 
 
 class _Reduction:

@@ -20,7 +20,7 @@ from featurestore.errors import UserError
 from featurestore.store import FeatureStore
 from featurestore.upkeep.remake import remake
 from trainer.comm import SoloComm
-from trainer.config.config import load_config
+from trainer.config import load_config
 from trainer.engine.engine import PreparedBatch
 from trainer.engine.machine import device_name
 from trainer.engine.wiring import ContentRequest

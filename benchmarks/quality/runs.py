@@ -21,7 +21,7 @@ from featurestore.console.files import write_json
 from featurestore.errors import UserError
 from featurestore.store import FeatureStore
 from trainer.comm import SoloComm
-from trainer.config.config import load_config
+from trainer.config import load_config
 from trainer.evaluation.bootstrap import measure
 from trainer.evaluation.predict import predict_run
 from trainer.main import train

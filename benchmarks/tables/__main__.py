@@ -12,7 +12,7 @@ import typer
 
 from benchmarks.report import JsonPath, write_sections
 from featurestore.console.commandline import CommandApp, run_app
-from trainer.config.config import Config, load_config
+from trainer.config import Config, load_config
 from trainer.main import on_ranks
 
 if TYPE_CHECKING:

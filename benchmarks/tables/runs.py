@@ -22,11 +22,10 @@ from featurestore.snapshot import SnapshotId
 from featurestore.spec import flat
 from featurestore.store import FeatureStore
 from trainer.comm import Comm
-from trainer.config.config import Config, load_config, settings_that_decide
+from trainer.config import Config, load_config, read_mapping, settings_that_decide
 from trainer.errors import DataError, DataNotFoundError, TrainerError
-from trainer.files import read_mapping
 from trainer.runs.folder import report_of
-from trainer.runs.stores import StorePlace, missing_places, store_places
+from trainer.runs.open import StorePlace, missing_places, store_places
 from trainer.samples.columns import files_by_day
 from trainer.samples.index import open_index
 from trainer.samples.survey import samples_digest

@@ -6,9 +6,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from trainer.config.options import Section, validated
+from trainer.config import Section, read_mapping, validated
 from trainer.errors import ConfigError
-from trainer.files import read_mapping
 
 
 class Variant(Section):

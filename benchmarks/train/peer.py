@@ -16,7 +16,7 @@ import typer
 
 from featurestore.console.commandline import CommandApp, run_app
 from trainer.comm import Comm, connect
-from trainer.config.config import load_config
+from trainer.config import load_config
 from trainer.engine.machine import objects_frozen
 from trainer.runs.open import Run, open_run
 from trainer.stages import prepare_ahead

@@ -49,12 +49,12 @@ from serving.bundle.manifest import IMAGES, VECTORS, Missing, NetworkColumns, Ve
 from serving.bundle.open import ModelVersion
 from serving.bundle.rows import Float32
 from serving.errors import BrokenBundleError, ServingError
-from trainer.config.options import ModelConfig
+from trainer.config import ModelConfig
 from trainer.engine.wiring import image_model, networks_of
 from trainer.models.layers import used_fields
 from trainer.runs.export import load_part
+from trainer.runs.open import StorePlace
 from trainer.runs.saved import SavedRun, finite
-from trainer.runs.stores import StorePlace
 from trainer.schema import Field
 
 # E takes .3 to .6 of the time an image that it takes in the store's blocks of 256.

@@ -17,7 +17,7 @@ from serving.bundle.rows import BundleIdRows, VectorTable
 from serving.errors import BrokenBundleError
 from serving.network.exporting import PORTABLE, compiled_name
 from serving.network.served import ServedNetwork
-from trainer.config.options import ModelConfig
+from trainer.config import ModelConfig
 from trainer.errors import TrainerError
 from trainer.models.layers import used_fields
 from trainer.schema import Field, Schema, load_schema

@@ -24,7 +24,7 @@ from torch.export import Dim, ExportedProgram
 from torch.fx import Node
 
 from serving.network.inputs import Slots
-from trainer.config.options import ModelConfig
+from trainer.config import ModelConfig
 from trainer.exchange.vectors import EvenLengths, FieldVectors, Lengths
 from trainer.models.ctr import CtrModel
 from trainer.models.pooling import gallery_vectors

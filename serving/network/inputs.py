@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.config.options import ModelConfig
+from trainer.config import ModelConfig
 from trainer.models.ctr import CtrModel
 from trainer.models.layers import width_of
 from trainer.models.nets import Din

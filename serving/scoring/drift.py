@@ -12,7 +12,7 @@ from serving.errors import BrokenBundleError
 from serving.scoring.request import RequestColumns
 from serving.scoring.samples import ScoreTable, score_samples
 from trainer.comm import SoloComm
-from trainer.config.options import ModelConfig
+from trainer.config import ModelConfig
 from trainer.runs.saved import TrainedRun, open_test, open_trained
 from trainer.samples.index import SampleIndex
 from trainer.samples.reader import SampleReader

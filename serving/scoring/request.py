@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from serving.errors import RequestError
 from serving.settings import Budget
-from trainer.config.options import near_match
+from trainer.config import near_match
 from trainer.samples.columns import (
     Index,
     Rule,

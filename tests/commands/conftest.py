@@ -18,7 +18,7 @@ from tests.commands.calls import ROOT, call
 from tests.serving.bundle.conftest import no_network
 from tests.trainer.conftest import make_places
 from trainer.comm import SoloComm
-from trainer.config.config import load_config
+from trainer.config import load_config
 from trainer.main import train
 
 DEEP = 20_000

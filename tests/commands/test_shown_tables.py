@@ -12,7 +12,7 @@ from benchmarks.report import write_report
 from crossmedia import demo
 from featurestore.console.output import print_rows, text_console
 from trainer import daily as daytable
-from trainer.config.config import load_config, save_config
+from trainer.config import load_config, save_config
 from trainer.evaluation import report
 from trainer.evaluation.bootstrap import METRICS, Estimate, Figures, Measured, SlicedBy
 from trainer.loop import summary

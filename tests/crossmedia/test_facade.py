@@ -23,7 +23,7 @@ from tests.commands.calls import ROOT
 from tests.trainer.conftest import Places, make_places, nothing_drawn
 from trainer.errors import ConfigError, DataError
 from trainer.evaluation.predict import predict_run
-from trainer.samples.rows import table_of
+from trainer.samples.interop import table_of
 
 MOST_LINES = 400
 FACADE = ("__init__", "models", "runs", "store", "tables")

@@ -10,7 +10,7 @@ import click
 from typer.main import get_command
 
 from tests.commands.calls import COMMANDS
-from trainer.config.config import load_config
+from trainer.config import load_config
 
 SSHD_OPTIONS = {
     "Port",

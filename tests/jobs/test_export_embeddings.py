@@ -15,7 +15,7 @@ from featurestore.upkeep.remake import remake
 from jobs.export_embeddings import app
 from tests.trainer.conftest import Places, make_places
 from trainer.comm import SoloComm
-from trainer.config.config import load_config
+from trainer.config import load_config
 from trainer.main import train
 from trainer.runs import export
 from trainer.runs.saved import open_trained

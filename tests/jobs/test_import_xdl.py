@@ -17,7 +17,7 @@ from jobs import import_features, import_xdl
 from pipeline.options import XdlRandomOptions
 from pipeline.xdl import draw_lines, parse_line, split_of
 from trainer.comm import SoloComm
-from trainer.config.config import load_config
+from trainer.config import load_config
 from trainer.main import train
 from trainer.schema import load_schema
 

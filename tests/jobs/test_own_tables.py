@@ -17,7 +17,7 @@ from featurestore.spec import ExtractorSpec, StoreInfo
 from featurestore.store import FeatureStore
 from jobs import build_samples
 from trainer.comm import SoloComm
-from trainer.config.config import load_config
+from trainer.config import load_config
 from trainer.main import train
 from trainer.schema import __main__ as schema_command
 from trainer.schema import load_schema

@@ -28,7 +28,7 @@ from tests.trainer.conftest import Places, make_places
 from trainer.comm import SoloComm
 from trainer.runs.saved import open_trained
 from trainer.samples.columns import decode, rules_of
-from trainer.samples.order import Piece
+from trainer.samples.index import Piece
 from trainer.samples.reader import BatchPosition, assemble
 
 pytestmark = pytest.mark.long

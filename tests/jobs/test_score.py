@@ -15,7 +15,7 @@ from tests.ranks import StandingRanks
 from tests.trainer.conftest import Places, make_places
 from tests.trainer.samples.reading import replaced, written
 from trainer.comm import SoloComm
-from trainer.config.config import load_config
+from trainer.config import load_config
 from trainer.evaluation.predict import predict_run
 from trainer.main import train
 

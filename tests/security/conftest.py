@@ -8,7 +8,7 @@ from serving.bundle.export import ExportOptions, export_model
 from tests.serving.bundle.conftest import no_network
 from tests.trainer.conftest import Places, make_places
 from trainer.comm import SoloComm
-from trainer.config.config import load_config
+from trainer.config import load_config
 from trainer.main import train
 
 

@@ -16,7 +16,7 @@ from crossmedia.command import ENTRIES, PROGRAM, load
 from featurestore.console.commandline import CommandGroup
 from tools import commands as commands_page
 from tools.site import WRITTEN, targets_of, text_of
-from trainer.config.config import load_config
+from trainer.config import load_config
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

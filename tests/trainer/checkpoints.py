@@ -7,9 +7,8 @@ from torch import Tensor
 
 from featurestore.published.paths import RunPath
 from featurestore.storage.storage import Storage
-from trainer.files import checkpoints_of
 from trainer.runs.checkpoint import read_state
-from trainer.runs.folder import Checkpoint, finished
+from trainer.runs.folder import Checkpoint, checkpoints_of, finished
 
 
 def names_of(run: RunPath) -> list[str]:

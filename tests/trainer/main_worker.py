@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from trainer.comm import connect
-from trainer.config.config import load_config
+from trainer.config import load_config
 from trainer.engine.engine import Engine, PreparedBatch, StepResult
 from trainer.main import train
 

@@ -40,10 +40,10 @@ from tests.ranks import (
 from tests.trainer.checkpoints import steps_of, tensors_of
 from tests.trainer.standing_ranks import run as run_here
 from tests.trainer.whole_runs import SHARED, Places, all_alike, assert_same, drawn_scalars, report_of, run_alone
-from trainer.config.config import load_config
+from trainer.config import load_config
 from trainer.engine.engine import Engine
 from trainer.errors import DataError, TrainerError
-from trainer.ids.figures import num_ids
+from trainer.ids.exact import num_ids
 from trainer.loop.summary import StepTotals
 from trainer.main import app
 from trainer.runs.checkpoint import read_state

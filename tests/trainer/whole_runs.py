@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from featurestore.published.paths import RunPath
 from tests.trainer.checkpoints import tensors_of
 from trainer.comm import SoloComm
-from trainer.config.config import load_config
+from trainer.config import load_config
 from trainer.main import train
 
 # Of the runs of one rank and of two; their numbers are compared, so the type of the products is not the machine's.

@@ -39,8 +39,8 @@ from trainer.evaluation.predict import Predictions
 from trainer.evaluation.slices import Impressions
 from trainer.models.layers import used_fields
 from trainer.runs import checkpoint
+from trainer.runs.open import StorePlace, check_identity, other_features
 from trainer.runs.saved import TEST, SavedRun, open_at, open_test, read_run
-from trainer.runs.stores import StorePlace, check_identity, other_features
 from trainer.samples.index import SampleIndex, open_index
 from trainer.samples.reader import Batch, SampleReader
 

@@ -68,8 +68,7 @@ class Engine(EngineParts):
         """Do one training step: forward, backward, one allreduce, both optimisers. All ranks call it.
 
         The host waits for the device once, for loss and failures, before anything is updated. A rank that failed raises
-        its error and the others RemoteRankError; then no parameter and no row has moved (running values of batch norm
-        may have).
+        its error and the others RemoteRankError; then no parameter and no row has moved.
         """
         batch, request = prepared.batch, prepared.request
         rates = rates_at(self._optim, self.num_steps - self.first_step)

@@ -18,8 +18,7 @@ from torch import Tensor
 from featurestore.console.output import print_warning
 from featurestore.lookup.compute_dtype import AutoDType, dtype_of_environment, dtype_of_machine
 from trainer.comm import Comm
-from trainer.config.config import Config, Device
-from trainer.config.options import ModelConfig
+from trainer.config import Config, Device, ModelConfig
 from trainer.errors import ConfigError
 from trainer.ids.shards import StatePart, TableShape, owned_bytes
 
@@ -118,26 +117,13 @@ def check_memory(
 def holds_features(comm: Comm, wanted: Literal["auto"] | bool, needed_bytes: int, device: torch.device) -> bool:
     """Decide whether this rank's features, of `needed_bytes`, go into its device's memory; every rank has to call it.
 
-    `wanted`: run.features_on_device. Ranks that share a GPU share what is free there. Raises ConfigError, on all ranks,
-    where they are wanted and do not fit.
+    `wanted`: run.features_on_device; auto: where they take at most half of what is free on a GPU, which ranks share.
     """
-    if wanted is False or (wanted == "auto" and device.type == "cpu"):
-        return False
+    if wanted != "auto" or device.type == "cpu":
+        return wanted is True
     here = f"{socket.gethostname()}, {device}"
     needs = [bytes_ for place, bytes_ in comm.allgather_object((here, needed_bytes), name="features") if place == here]
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_bytes()
-    if wanted == "auto":
-        return free is not None and sum(needs) <= free // 2
-
-    def check() -> None:
-        if free is not None and sum(needs) > free:
-            raise ConfigError(
-                f"run.features_on_device=true: the features of {len(needs)} ranks take {sum(needs) / 1e9:,.1f} GB on "
-                f"{here}, and {free / 1e9:,.1f} GB are free there; take auto, a compact store, or more GPUs"
-            )
-
-    comm.on_all(check)
-    return True
+    return sum(needs) <= torch.cuda.mem_get_info(device)[0] // 2
 
 
 def device_name(device: torch.device) -> str:

@@ -14,7 +14,7 @@ from featurestore.lookup.embedding import EmbeddingModel, EmbeddingService
 from featurestore.lookup.ondevice import Gathered, held_bytes, on_device
 from featurestore.lookup.partition import FeaturePartition
 from trainer.comm import Comm
-from trainer.config.options import ExactTableConfig, ModelConfig, OptimConfig, TableConfig, near_match
+from trainer.config import ExactTableConfig, ModelConfig, OptimConfig, TableConfig, near_match
 from trainer.engine.machine import check_memory, check_same, holds_features, with_compute_dtype
 from trainer.errors import ConfigError
 from trainer.exchange.exchange import Exchange, VectorSource
@@ -28,7 +28,7 @@ from trainer.models.layers import width_of
 from trainer.models.nets import build_model
 from trainer.models.newads import IdDropout
 from trainer.models.pooling import gallery_vectors
-from trainer.optim import DecayedDense
+from trainer.optim import DenseOptimizer
 from trainer.samples.reader import Batch
 from trainer.schema import Field, Schema
 from trainer.stages import Kind, Stages
@@ -129,8 +129,8 @@ class EngineParts:
         if holds_features(comm, features_on_device, needed_bytes, self._device):
             for service in self.services.values():
                 service.hold_rows()
-        self.model.place.comm, self.model.place.seed = comm, seed
-        self._dense = DecayedDense(comm, dict(self._modules.named_parameters()), optim)
+        self.model.place.seed = seed
+        self._dense = DenseOptimizer(comm, dict(self._modules.named_parameters()), optim)
         self._exchange = self._exchange_of(model)
         image_rate = model.image_dropout if self.model.new_ads else 0.0
         self._dropout = IdDropout(schema, model.id_dropout, seed, image_rate=image_rate)
@@ -309,13 +309,9 @@ def services_of(
     partitions: Mapping[str, FeaturePartition],
     config: ModelConfig,
 ) -> dict[str, EmbeddingService]:
-    """Make the services of this rank: for each store its rows and its networks. Raises ConfigError."""
+    """Make the services of this rank: for each store its rows and its networks."""
     services: dict[str, EmbeddingService] = {}
     for store, widths in networks_of(fields, config).items():
-        if store not in partitions:
-            raise ConfigError(
-                f"the schema's content fields need store {store}; open are {sorted(partitions) or 'none'}"
-            )
         models = {name: image_model(partitions[store].dim, width, config) for name, width in widths.items()}
         services[store] = EmbeddingService(partitions[store], models)
     return services

@@ -41,13 +41,12 @@ from trainer.evaluation.slices import (
     seen_in_training,
     slicings,
 )
-from trainer.files import output_at
-from trainer.runs.export import parquet_file
+from trainer.runs.export import output_at, parquet_file
 from trainer.runs.saved import EvaluatedRun, RunSource, open_source, read_run
 from trainer.samples.columns import Index, decode, rules_of, source_columns, texts_of
 from trainer.samples.index import RowGroup, SampleIndex, known_ads, read_row_group
+from trainer.samples.interop import sample_groups
 from trainer.samples.reader import Batch
-from trainer.samples.rows import sample_groups
 from trainer.schema import Schema
 from trainer.stages import ReadAhead
 

@@ -1,4 +1,4 @@
-"""Exact ID tables: one row for each ID, with admission and eviction.
+"""Exact ID tables: one row for each ID, with admission and eviction; and figures of tables of both kinds.
 
 An id is removed when it is no longer used, or when it is the one longest unused in a full shard. Letters of shapes: R
 ids received, Q unique among them, N ids, S shards owned, C counters of a shard; a *slot* is a shard's place among those
@@ -21,6 +21,7 @@ count is never too low, and it is too high where both counters belong to others 
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import date
@@ -33,7 +34,8 @@ from torch import Tensor
 
 from featurestore.keys import UInt64Array, owned_shards, shard_of_hash, splitmix64, stream_start
 from featurestore.lookup.ondevice import on_device
-from trainer.config.options import ExactTableConfig
+from trainer.comm import Comm
+from trainer.config import ExactTableConfig
 from trainer.errors import CheckpointError, ConfigError
 from trainer.exchange.routing import Int64, unique
 from trainer.exchange.vectors import take_rows
@@ -486,12 +488,6 @@ class CountingFilter:
         np.maximum.at(counts, other_N, count_N)
         return count_N
 
-    def counts(self, slot_N: Int64, hash_N: UInt64Array) -> Counts:
-        """Return how often each id was counted, (N,), or more."""
-        one_N, other_N = self._places(slot_N, hash_N)
-        counts = self.counts_SC.reshape(-1)
-        return np.minimum(counts[one_N], counts[other_N])
-
     def fade(self, slot: int) -> None:
         """Halve the counts of a shard, so that old occurrences count less."""
         self.counts_SC[slot] >>= 1
@@ -531,3 +527,66 @@ def longest_unused(used_at_N: NDArray[np.int32], ids_N: Int64, most: int, now: i
     older, tied = np.flatnonzero(used_at_N < limit), np.flatnonzero(used_at_N == limit)
     tied = tied[np.argsort(ids_N[tied])[: most - len(older)]]
     return np.sort(np.concatenate([older, tied]))
+
+
+Figures = dict[str, Any]
+"""Of one table, as report.json has them."""
+WARNED_SHARE = 0.25
+"""Of the ids of a table: where more of them share a row, the run warns; with four rows for each id 22 % do."""
+
+
+def gather_figures(comm: Comm, tables: Mapping[str, IdTable]) -> dict[str, Figures]:
+    """Gather the figures of the tables of all ranks; every rank calls it."""
+    own = {name: table.tally() for name, table in tables.items()}
+    everyone = comm.allgather_object(own, name="tables")
+    return {
+        name: figures_of(table.shape, sum((Counter(each[name]) for each in everyone), Counter[str]()))
+        for name, table in tables.items()
+    }
+
+
+def figures_of(shape: TableShape, tally: Mapping[str, int]) -> Figures:
+    """Return the figures of a table of which all ranks together have this tally.
+
+    `share` is the part of the ids that share a row with another one. In a hashed table any row is as likely, so it is
+    that of the rows that others use. In an exact one it is the part of the ids served that got the cold row.
+    """
+    if isinstance(shape, ExactShape):
+        counts = {name: tally.get(name, 0) for name in ("used_rows", "served", "cold", "refused", "evicted", "expired")}
+        share = counts["cold"] / counts["served"] if counts["served"] else None
+        return {"kind": "exact", "rows": shape.num_rows, **counts, "share": share}
+    used = tally.get("used_rows", 0)
+    share = (used - 1) / shape.size if used else None
+    return {"kind": "hashed", "rows": shape.size, "used_rows": used, "share": share}
+
+
+def warning_of(name: str, figures: Figures) -> str | None:
+    """Warn in one line, with the way out, where too many ids share a row, or have none of their own for long."""
+    rows, used = figures["rows"], figures["used_rows"]
+    if figures["kind"] == "hashed":
+        if not used or figures["share"] <= WARNED_SHARE:
+            return None
+        return (
+            f"table {name}: about {figures['share']:.0%} of its ids share one of its {rows:,} rows with another id; "
+            f"give each a row: model.tables.{name}={{kind: exact, max_rows: {2 * num_ids(rows, used)}}}"
+        )
+    if figures["evicted"] > rows:
+        what = f"{figures['evicted']:,} rows made room for other ids, so few are trained for long"
+    elif figures["refused"]:
+        what = f"{figures['refused']:,} times an id stayed at the cold row because its shard was full"
+    else:
+        return None
+    return (
+        f"table {name}: {what}, with {used:,} of {rows:,} rows in use; raise model.tables.{name}.max_rows, or set a "
+        "smaller expire_days, a larger admit_after or when_full=refuse"
+    )
+
+
+def num_ids(rows: int, used_rows: int) -> int:
+    """Estimate how many different ids use `used_rows` of the rows of a hashed table, at least if they use all.
+
+    Of m rows n ids leave m (1 - 1/m)^n empty (linear counting: Whang et al., "A linear-time probabilistic counting
+    algorithm for database applications", 1990).
+    """
+    empty = max(rows - used_rows, 0.5)
+    return used_rows if rows == 1 else round(math.log(empty / rows) / math.log1p(-1 / rows))

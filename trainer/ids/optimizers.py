@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from trainer.config.options import IdOptimizer, OptimConfig
+from trainer.config import IdOptimizer, OptimConfig
 from trainer.errors import CheckpointError
 from trainer.ids.drift import Drift
 from trainer.ids.shards import IdRows, StatePart

@@ -20,13 +20,13 @@ import numpy as np
 import torch
 
 from trainer.comm import Comm
-from trainer.config.config import RunConfig
+from trainer.config import RunConfig
 from trainer.engine.engine import PreparedBatch
 from trainer.engine.machine import objects_frozen
 from trainer.errors import CheckpointError, RemoteRankError, TrainerError
 from trainer.evaluation.bootstrap import Float, Metrics
 from trainer.evaluation.predict import evaluate
-from trainer.ids.figures import Figures, gather_figures, warning_of
+from trainer.ids.exact import Figures, gather_figures, warning_of
 from trainer.loop import summary
 from trainer.loop.summary import ProgressLog
 from trainer.models.newads import NewAds

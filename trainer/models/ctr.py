@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor, nn
 
-from trainer.config.options import ModelConfig
+from trainer.config import ModelConfig
 from trainer.exchange.vectors import FieldVectors, take_rows
 from trainer.models.layers import HiddenLayers, Mlp, StepPlace, used_fields, value_rows, width_of
 from trainer.models.newads import build_id_proxy, build_new_ads
@@ -37,7 +37,7 @@ class CtrModel(nn.Module):
     """
 
     starts_by_xavier = True
-    """Whether its linear layers start as model.init=xavier says."""
+    """Whether its linear layers start with Glorot and Bengio's normal weights, or as torch's own layers."""
 
     def __init__(self, schema: Schema, config: ModelConfig, *, elsewhere: Collection[str] = ()) -> None:
         """`elsewhere`: user fields that the model takes in by itself, not pooled. Raises ConfigError."""

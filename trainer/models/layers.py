@@ -1,7 +1,6 @@
 """Layers: the fields that a model uses, MLPs, and operations on rows of uneven length.
 
-What needs all rows of a step takes them of the global batch. What is drawn depends on a sample's place in it, not on
-the rank. Letters here: M rows on this rank, W units of a layer.
+What is drawn depends on a sample's place in the global batch, not on the rank. Letter here: W units of a layer.
 
 Sums of segments are `embedding_bag`s: they take rows one after the other on every device, so a sum has the same bits.
 Under torch.export, which has no compiled form of it, what has uneven lengths goes by the row of each value instead.
@@ -20,8 +19,7 @@ from torch import Tensor, nn
 
 from featurestore.keys import splitmix64, stream_start
 from featurestore.lookup.ondevice import PReLU, on_device
-from trainer.comm import Comm, SoloComm
-from trainer.config.options import ModelConfig
+from trainer.config import ModelConfig
 from trainer.errors import ConfigError
 from trainer.exchange.vectors import EvenLengths, FieldVectors, Lengths, sum_in_order, take_rows
 from trainer.schema import Field, Schema, Side
@@ -78,15 +76,10 @@ def width_of(field: Field, config: ModelConfig) -> int:
     return config.visual_width if field.kind == "content" else config.id_width
 
 
-# Torch's: eps, and the share of a step in the running values.
-_EPS, _MOMENTUM = 1e-5, 0.1
-
-
 @dataclass
 class StepPlace:
     """Where in the training this rank's rows are. The engine sets it; layers that need it have the same object."""
 
-    comm: Comm = dataclasses.field(default_factory=SoloComm)
     seed: int = 0
     step: int = 0
     place_B: NDArray[np.int64] = dataclasses.field(default_factory=lambda: np.empty(0, np.int64))
@@ -98,64 +91,21 @@ class HiddenLayers:
 
     def __init__(self, config: ModelConfig, place: StepPlace) -> None:
         self._config, self._place = config, place
-        self._num_norms = self._num_dropouts = 0
+        self._num_dropouts = 0
 
     def activation(self) -> nn.Module:
         """Make `model.activation`."""
         return PReLU() if self._config.activation == "prelu" else nn.ReLU()
 
-    def after(self, layer: int, width: int) -> Iterator[tuple[str, nn.Module]]:
+    def after(self, layer: int) -> Iterator[tuple[str, nn.Module]]:
         """Return names and modules that follow linear layer number `layer`.
 
         The activation's name is the same with any setting: a checkpoint of a model without dropout fits one with it.
         """
-        if self._config.batch_norm:
-            self._num_norms += 1
-            yield f"norm{layer}", GlobalBatchNorm(width, self._place, f"step.norm.{self._num_norms}")
         yield str(2 * layer + 1), self.activation()
         if self._config.dropout:
             self._num_dropouts += 1
             yield f"dropout{layer}", PlacedDropout(self._config.dropout, self._place, self._num_dropouts)
-
-
-class GlobalBatchNorm(nn.Module):
-    """Batch norm with mean and variance over the rows of the global batch, however they are spread over ranks.
-
-    One allreduce forward (number of rows, sums, sums of squares) and one backward: every rank's rows have a part in the
-    gradient through mean and variance. In evaluation running values are used, and no collective.
-    """
-
-    running_mean: Tensor
-    running_var: Tensor
-
-    def __init__(self, width: int, place: StepPlace, name: str) -> None:
-        super().__init__()
-        self._place, self._name = place, name
-        self.register_buffer("running_mean", torch.zeros(width))
-        self.register_buffer("running_var", torch.ones(width))
-        self.weight = nn.Parameter(torch.ones(width))
-        self.bias = nn.Parameter(torch.zeros(width))
-
-    def forward(self, input_MW: Tensor) -> Tensor:
-        """Return the normalised inputs, (M, W)."""
-        mean_W, variance_W = self._of_step(input_MW) if self.training else (self.running_mean, self.running_var)
-        return (input_MW - mean_W) * torch.rsqrt(variance_W + _EPS) * self.weight + self.bias
-
-    def _of_step(self, input_MW: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mean and variance over all ranks' rows; move the running values, whose variance is unbiased."""
-        start_W = self.running_mean.clone()  # sums around it lose fewer digits
-        shifted_MW = input_MW - start_W
-        count_1 = input_MW.new_full((1,), len(input_MW))
-        parts = [count_1, shifted_MW.sum(0), shifted_MW.square().sum(0)]
-        sums: Tensor = _SumOverRanks.apply(torch.cat(parts), self._place.comm, self._name)  # type: ignore[no-untyped-call]
-        count = sums[0].detach()
-        mean_W, square_W = (sums[1:] / count.clamp_min(1)).chunk(2)
-        variance_W = (square_W - mean_W.square()).clamp_min(0)
-        share = (count > 0).to(count.dtype) * _MOMENTUM  # without rows nothing moves
-        unbiased_W = variance_W.detach() * (count / (count - 1).clamp_min(1))
-        self.running_mean.lerp_(start_W + mean_W.detach(), share)
-        self.running_var.lerp_(unbiased_W, share)
-        return start_W + mean_W, variance_W
 
 
 class PlacedDropout(nn.Module):
@@ -178,19 +128,6 @@ class PlacedDropout(nn.Module):
         return input_BW * (kept_BW.to(input_BW.dtype) * (1 / (1 - self._below / 65536)))
 
 
-class _SumOverRanks(torch.autograd.Function):
-    """The sum over ranks; backward, the sum over ranks of the gradients of each rank's loss."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, comm: Comm, name: str) -> Tensor:
-        ctx.comm, ctx.name = comm, name
-        return comm.allreduce_sum_(values.clone(), name=name)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.comm.allreduce_sum_(gradient.clone(), name=f"{ctx.name}.gradients"), None, None
-
-
 class Mlp(nn.Sequential):
     """Fully connected layers with what `hidden` makes between them; the last one is linear, or `activated` too."""
 
@@ -199,7 +136,7 @@ class Mlp(nn.Sequential):
         for layer, (inner, outer) in enumerate(itertools.pairwise(widths)):
             self.add_module(str(2 * layer), nn.Linear(inner, outer))
             if activated or layer < len(widths) - 2:
-                for name, module in hidden.after(layer, outer):
+                for name, module in hidden.after(layer):
                     self.add_module(name, module)
 
 

@@ -1,6 +1,6 @@
 """The networks beside DICM: DCN, DIN, FinalMLP, LR and two towers; and how one is built.
 
-So the vectors of all ads can be made ahead and searched (crossmedia index build). Letter here: W width of both towers.
+Letters of shapes as in trainer/models/ctr.py; of two towers, W is the width of both.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from trainer.config.options import BaseNet, ModelConfig, OwnNet
+from trainer.config import BaseNet, ModelConfig, OwnNet
 from trainer.errors import ConfigError, DataError
 from trainer.exchange.vectors import FieldVectors, take_rows
 from trainer.models.ctr import CtrModel, Dense, Dicm, Fields
@@ -42,25 +42,20 @@ class CrossNetwork(nn.Module):
 
 
 class Dcn(CtrModel):
-    """Cross layers over all inputs of DICM and its MLP, `parallel` or `stacked` (figure 1 of the DCN-v2 paper).
+    """Cross layers over all inputs of DICM next to its MLP, in parallel (figure 1 of the DCN-v2 paper).
 
-    stacked: logit = MLP(cross(x)). parallel: logit = w . cross(x) + MLP(x), which is the paper's final layer over
-    the two outputs side by side, written as a sum.
+    logit = w . cross(x) + MLP(x), which is the paper's final layer over the two outputs side by side, written as a sum.
     """
 
     def __init__(self, schema: Schema, config: ModelConfig) -> None:
         super().__init__(schema, config)
         self.cross = CrossNetwork(self.input_width, config.cross_layers)
         self.mlp = Mlp([self.input_width, *config.mlp, 1], self.hidden)
-        self.of_cross = nn.Linear(self.input_width, 1, bias=False) if config.cross_structure == "parallel" else None
+        self.of_cross = nn.Linear(self.input_width, 1, bias=False)
 
     def forward(self, fields: Fields, dense: Dense, group_of_sample_B: Tensor) -> Tensor:
         input_BW = self.inputs(fields, dense, group_of_sample_B)
-        crossed_BW = self.cross(input_BW)
-        if self.of_cross is None:
-            logit_B1: Tensor = self.mlp(crossed_BW)
-        else:
-            logit_B1 = self.of_cross(crossed_BW) + self.mlp(input_BW)
+        logit_B1: Tensor = self.of_cross(self.cross(input_BW)) + self.mlp(input_BW)
         return logit_B1.squeeze(1)
 
 
@@ -241,7 +236,7 @@ class TwoTower(CtrModel):
     The pre-rank variant of "Image Matters" (arXiv 1711.06505): the user's side gets the user's ID vectors, dense fields
     and the summed visual vectors of the behaviours, the ad's side those of the ad; each goes through an MLP of its own,
     with hidden layers as `mlp` says and `tower_width` outputs. `pooling` is not used: what looks at the ad cannot be
-    part of the user's vector.
+    part of the user's vector. So the vectors of all ads can be made ahead and searched (crossmedia index build).
 
     There is no temperature and no normalisation: both towers end in a linear layer, which carries the scale. So the
     inner product itself, as faiss takes it, orders ads by their logits. Fields of the schema with `context: true`
@@ -250,10 +245,10 @@ class TwoTower(CtrModel):
     """
 
     def __init__(self, schema: Schema, config: ModelConfig) -> None:
-        if config.dropout or config.batch_norm:
+        if config.dropout:
             raise ConfigError(
                 "model.base=two_tower makes the user's vector once for all ads, so its layers have no row for each "
-                "sample; set model.dropout=0 and model.batch_norm=false"
+                "sample; set model.dropout=0"
             )
         super().__init__(schema, config.model_copy(update={"pooling": "sum", "image_products": False}))
         self.width = config.tower_width
@@ -321,7 +316,7 @@ def build_model(schema: Schema, config: ModelConfig) -> CtrModel:
     fixed = next((name for name, value in model.named_parameters() if not value.requires_grad), None)
     if fixed is not None:
         raise ConfigError(f"model.base={config.base}: its parameter {fixed} has no gradient; make it a buffer")
-    return model.apply(_start_by_xavier) if config.init == "xavier" and model.starts_by_xavier else model
+    return model.apply(_start_by_xavier) if model.starts_by_xavier else model
 
 
 def net_class(base: str) -> type[CtrModel]:

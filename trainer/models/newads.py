@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from featurestore.keys import unit_interval
 from featurestore.lookup.ondevice import on_device
-from trainer.config.options import ExactTableConfig, ModelConfig
+from trainer.config import ExactTableConfig, ModelConfig
 from trainer.errors import ConfigError
 from trainer.exchange.vectors import FieldVectors, take_rows
 from trainer.models.layers import expand_rows, lengths_of, random_words, segment_max, value_rows, width_of

@@ -1,15 +1,11 @@
 """Pooling of behaviours: averages, maxima and attention.
 
-All (sample, behaviour) pairs lie one after the other, N' of them here written N, without padding; their keys are read
-through an index, so a group's vectors are kept once, however many samples look at them.
+A group's behaviours lie in memory once, however many samples look at them: all (sample, behaviour) pairs lie one after
+the other, without padding, and their vectors are read through an index. Aggregators that do not look at the ad are made
+once a group. `AGGREGATORS` has the class of each model.pooling.
 
-K ads or behaviours, N images of all of them; other letters as in trainer/samples/reader.py.
-
-Letters here: N tokens, which are (sample, behaviour) pairs one after the other without padding, L places of behaviours,
-H hidden width.
-
-Groups are jagged: a group's behaviours lie in memory once, however many samples look at them. Those that do not look at
-the ad are made once a group. `AGGREGATORS` has the class of each model.pooling.
+Letters here: N pairs, L places of behaviours, H hidden width; of galleries, K ads or behaviours and N images of all of
+them. Other letters as in trainer/samples/reader.py.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +15,7 @@ from typing import ClassVar, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from trainer.config.options import ModelConfig, Pooling
+from trainer.config import ModelConfig, Pooling
 from trainer.errors import ConfigError
 from trainer.exchange.vectors import EvenLengths, FieldVectors, Lengths, pool_rows, take_rows
 from trainer.models.layers import (

@@ -10,7 +10,7 @@ from featurestore.console.commandline import CommandApp, run_app
 from featurestore.console.files import JsonOption, write_json_option
 from featurestore.console.output import text_console
 from trainer.cli import counts_of
-from trainer.config.config import load_config
+from trainer.config import load_config
 
 EXAMPLES = """
 Examples:

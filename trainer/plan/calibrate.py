@@ -29,8 +29,7 @@ from featurestore.lookup.rowfiles import physical_memory_bytes
 from featurestore.snapshot import Snapshot
 from trainer.comm import SoloComm
 from trainer.comm.comm import launcher_of
-from trainer.config.config import Config, save_config
-from trainer.config.options import TableConfig
+from trainer.config import Config, TableConfig, save_config
 from trainer.engine.machine import check_threads
 from trainer.engine.wiring import model_name, table_shapes
 from trainer.errors import ConfigError, PlanError
@@ -41,8 +40,7 @@ from trainer.models.layers import used_fields, width_of
 from trainer.models.nets import build_model
 from trainer.plan.cost import BatchCounts, KeyCounts, Machine, NetworkSpeed, Widths
 from trainer.plan.table import StoredBytes, TrainingPlan, build
-from trainer.runs.open import train_reader
-from trainer.runs.stores import store_places
+from trainer.runs.open import store_places, train_reader
 from trainer.samples.columns import name_of, rules_of, source_columns
 from trainer.samples.index import SampleIndex, open_index, read_row_group
 from trainer.samples.reader import Batch, SampleReader

@@ -235,7 +235,7 @@ def search(
 ) -> None:
     """Find the ads that suit a user best, as the user was in their last test sample."""
     from trainer.prerank.vectors import candidates
-    from trainer.samples.dictionary import IdDictionary
+    from trainer.samples.survey import IdDictionary
 
     with _opened(run, index, checkpoint, samples) as (trained, ads):
         found = candidates(trained, ads, samples, user, k)

@@ -28,14 +28,13 @@ from featurestore.lookup.ondevice import as_tensor
 from featurestore.published.channels import VersionName
 from featurestore.published.paths import RunPath
 from featurestore.snapshot import VECTORS_OF, Snapshot, SnapshotId
-from featurestore.storage.storage import Storage
+from featurestore.storage.storage import Storage, file_at
 from featurestore.storage.threads import cached_property
 from trainer.comm import SoloComm
-from trainer.config.options import ExactTableConfig
+from trainer.config import ExactTableConfig
 from trainer.engine.machine import share_machine
 from trainer.engine.wiring import image_model, networks_of
 from trainer.errors import ConfigError, DataError
-from trainer.files import output_at
 from trainer.ids.exact import IDS, LAST_USE
 from trainer.ids.shards import WEIGHT, check_names
 from trainer.models.layers import used_fields
@@ -274,6 +273,15 @@ def _table_of(shard: int, ids_N: Any, last_use_N: Any, vectors_NV: Any) -> pa.Ta
 def _lists(vectors_NV: NDArray[np.float32]) -> Any:
     """Turn the rows of a matrix into lists of one width."""
     return pa.FixedSizeListArray.from_arrays(pa.array(vectors_NV.reshape(-1)), vectors_NV.shape[1])
+
+
+def output_at(address: str) -> tuple[Storage, str]:
+    """Split the address of a file as `file_at`, and check before the work that its object store is there.
+
+    Raises AddressError, BucketNotFoundError, StorageError."""
+    storage, name = file_at(address)
+    storage.check_bucket()
+    return storage, name
 
 
 @contextlib.contextmanager

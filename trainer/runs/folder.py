@@ -6,18 +6,26 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from featurestore.errors import BucketNotFoundError, StorageError
 from featurestore.parsing import parse_json
 from featurestore.published.paths import FarPath, RunPath, check_bucket, read_file, run_path
 from featurestore.published.versions import PublishedFiles, open_published
-from trainer.config.config import Config, RunConfig
+from trainer.config import Config, RunConfig
 from trainer.errors import CheckpointNotFoundError, ConfigError, TrainerError
-from trainer.files import checkpoints_of
 
 STATE = "state.json"
+DAYS_FILE = "daily.json"
+"""File of the settings that the runs of a daily training share; their folders are next to it."""
 _NAME = re.compile(r"step-\d{8,}")
+
+PathT = TypeVar("PathT", Path, FarPath, Path | FarPath)
+
+
+def checkpoints_of(run: PathT) -> PathT:
+    """Return the folder of the checkpoints of the run in folder `run`."""
+    return run / "checkpoints"
 
 
 @dataclass(frozen=True)

@@ -23,14 +23,26 @@ from featurestore.spec import MissingPolicy
 from featurestore.storage.threads import cached_property
 from featurestore.store import FeatureStore
 from trainer.comm import Comm
-from trainer.config.config import Config, Device, load_saved
+from trainer.config import Config, Device, load_saved
 from trainer.engine.machine import share_machine
 from trainer.errors import CheckpointError, ConfigError, DataError, DataNotFoundError, TrainerError
 from trainer.runs import checkpoint
 from trainer.runs.checkpoint import CheckpointState
 from trainer.runs.folder import STATE, Checkpoint, find_checkpoint, report_of
-from trainer.runs.open import OpenRun, engine_of, model_of, open_samples, open_stores, test_reader
-from trainer.runs.stores import StorePlace, check_identity, other_features, records, snapshot_of, store_places
+from trainer.runs.open import (
+    OpenRun,
+    StorePlace,
+    check_identity,
+    engine_of,
+    model_of,
+    open_samples,
+    open_stores,
+    other_features,
+    records,
+    snapshot_of,
+    store_places,
+    test_reader,
+)
 from trainer.samples.columns import sample_files
 from trainer.samples.index import SampleIndex, open_index
 from trainer.samples.reader import SampleReader

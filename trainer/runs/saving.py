@@ -59,9 +59,8 @@ from featurestore.storage.storage import Storage, digest_of
 from trainer.comm import Comm
 from trainer.engine.machine import free_bytes
 from trainer.errors import CheckpointError
-from trainer.files import checkpoints_of
 from trainer.runs.checkpoint import DENSE, CheckpointState, Loadable, Trained, agreed, load, read_state
-from trainer.runs.folder import STATE, Checkpoint, in_the_way, step_name, step_of
+from trainer.runs.folder import STATE, Checkpoint, checkpoints_of, in_the_way, step_name, step_of
 
 _FAILURES = (OSError, StorageError, SafetensorError, MemoryError)
 _WAIT_S = 0.01

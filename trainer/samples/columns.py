@@ -102,7 +102,7 @@ def dense_values(field: Field, values_N: NDArray[Any]) -> NDArray[np.float32]:
     width = field.width or 1
     if field.transform is None and field.fill is None:
         return values_N.astype(np.float32, copy=False).reshape(-1, width)
-    _check_known(field)
+    assert not field.lacks_statistics, field.name
     values_MW = before_scaling(field, values_N.reshape(-1, width))
     if field.fill == "mean":
         values_MW = np.where(np.isnan(values_MW), np.array(field.mean), values_MW)
@@ -138,21 +138,12 @@ def bucket_ids(field: Field, values_N: NDArray[Any]) -> NDArray[np.int64]:
 
     Compared in float32, as columns are read: 0.7 lies in the bucket that begins at 0.7, whatever either is rounded to.
     """
-    _check_known(field)
     starts = field.bucket_starts
-    assert starts is not None
+    assert starts is not None, field.name
     numbers_N = filled(field, values_N)
     ids_N = np.searchsorted(np.array(starts, np.float32), numbers_N.astype(np.float32), side="right").astype(np.int64)
     ids_N[np.isnan(numbers_N)] = len(starts) + 1
     return ids_N
-
-
-def _check_known(field: Field) -> None:
-    if field.lacks_statistics:
-        raise SchemaError(
-            f"field {field.name}: its mean, std or boundaries are not known; they are found in the training samples "
-            "before a run, and go with its checkpoint"
-        )
 
 
 Values = NDArray[Any]
@@ -301,11 +292,8 @@ def check_types(found: pa.Schema, rules: Mapping[str, Rule], file: str) -> None:
     problems, missing = [], []
     for column, rule in source_columns(rules).items():
         expected = f"expected {rule}" + (f" (or {str(rule).replace('integer', 'string')})" if rule.text else "")
-        if not (count := found.names.count(column)):
+        if column not in found.names:
             missing.append(f"column {column} is missing, {expected}")
-        elif count > 1:
-            reason = f"is in it {count} times; write the file with only one"
-            problems.append(f"{file}: column {column} {reason}")
         elif not _fits(found.field(column).type, rule):
             problems.append(f"{file}: column {column} is {found.field(column).type}, {expected}")
     if missing:

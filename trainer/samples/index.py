@@ -1,24 +1,39 @@
-"""The samples' files: the row groups of a split, or of some days, and their reading."""
+"""The row groups of samples: found in the files of a split or of some days, read, and put in an order.
 
+An epoch is several streams. Each is a sequence of row groups, mixed within windows of some of them, and every batch
+takes from each stream in proportion to its length, so all streams end together. Batches depend on the seed, the epoch
+and the number of streams, not on the number of ranks. What depends on that is who reads: a rank has some of the
+streams to itself, so it decodes these alone. Where whole streams do not come out evenly, two ranks share one. With one
+stream that all ranks share, each of them decodes everything.
+
+Letters of shapes: R row groups, S streams, W windows, G groups.
+"""
+
+import heapq
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
+from numpy.typing import NDArray
 
 from featurestore.published.versions import open_published
 from featurestore.storage.storage import Storage
 from trainer.comm import Comm
+from trainer.config import DataConfig
 from trainer.errors import DataError, DataNotFoundError
 from trainer.samples.columns import (
+    DecodedGroups,
     Encoded,
     Index,
     Rule,
     Values,
     check_types,
+    concatenate,
     files_of,
     in_either_split,
     name_of,
@@ -185,3 +200,181 @@ def _opened(storage: Storage, file: str) -> pq.ParquetFile:
         raise DataError(
             f"{storage.full(file)} is not a readable Parquet file: {str(failure).strip()}; write it again"
         ) from failure
+
+
+Int64 = NDArray[np.int64]
+
+_SAMPLES_PER_STREAM = 64
+"""Least samples of a stream in a batch, as each stream splits a sample group between two batches."""
+_UNEVEN = 1.03
+"""Largest ratio of a rank's samples to the mean for which no stream is shared."""
+_HUGE = 2
+"""Times the mean size of a row group."""
+_LAST = 3
+"""Row groups of each stream, about."""
+
+
+class Share(NamedTuple):
+    """The part of each step that a rank has of a stream: of `end - begin` of every `length` samples."""
+
+    stream: int
+    begin: int
+    end: int
+    length: int
+
+    def of(self, count: int) -> range:
+        """Return the range of this rank among the stream's `count` samples of a batch."""
+        return range(count * self.begin // self.length, count * self.end // self.length)
+
+
+def streams_of(data: DataConfig, row_groups: int, num_samples: int) -> int:
+    """Choose the number of streams for training on `row_groups` row groups with `num_samples` samples.
+
+    It is as set, else the largest power of two that a batch, the row groups and the window have room for.
+    """
+    if not data.shuffle:
+        return 1
+    if data.shuffle_streams is not None:
+        return max(1, min(data.shuffle_streams, row_groups))
+    held = data.shuffle_window * row_groups // max(num_samples, 1)  # row groups of mean size
+    most = min(row_groups, held, data.global_batch_size // _SAMPLES_PER_STREAM)
+    return 1 << max(0, most.bit_length() - 1)
+
+
+def deal(sizes_R: Sequence[int], order_R: Sequence[int], streams: int) -> list[list[int]]:
+    """Assign row groups in the given order, each to the shortest stream; a stream keeps that order.
+
+    Only huge ones come before their turn, and the last ones by their size, so that the streams end about equally long.
+    """
+    huge = _HUGE * sum(sizes_R) / max(len(sizes_R), 1)
+    last = len(order_R) - _LAST * streams
+
+    def turn(place: int) -> tuple[int, int]:
+        size = sizes_R[order_R[place]]
+        return (0, place) if size > huge else (1, place) if place < last else (2, -size)
+
+    dealt: list[list[int]] = [[] for _ in range(streams)]
+    shortest = [(0, stream) for stream in range(streams)]
+    for place in sorted(range(len(order_R)), key=turn):
+        length, stream = shortest[0]
+        heapq.heapreplace(shortest, (length + sizes_R[order_R[place]], stream))
+        dealt[stream].append(place)
+    return [[order_R[place] for place in sorted(places)] for places in dealt]
+
+
+def windows_of(row_groups: Sequence[int], sizes_R: Sequence[int], most: int) -> list[list[int]]:
+    """Divide a stream's row groups into windows that are mixed, of at most `most` samples or of one row group."""
+    windows: list[list[int]] = []
+    samples = most
+    for each in row_groups:
+        samples += sizes_R[each]
+        if samples > most or not windows:
+            windows.append([])
+            samples = sizes_R[each]
+        windows[-1].append(each)
+    return windows
+
+
+def batch_parts(lengths_S: Sequence[int], batch_size: int) -> Iterator[tuple[Int64, Int64]]:
+    """Yield for each batch where it begins in each stream, and its samples of each: (S,) and (S,).
+
+    Every batch has `batch_size` samples, the last one the rest. Each stream gives its share of the remaining samples,
+    rounded so that the sum is exact; what rounding takes from a stream, later batches give back.
+    """
+    begin_S, left_S = np.zeros(len(lengths_S), np.int64), np.array(lengths_S, np.int64)
+    while left := int(left_S.sum()):
+        edges_S = (np.cumsum(left_S) * min(batch_size, left) + left // 2) // left
+        count_S = np.diff(edges_S, prepend=0)
+        yield begin_S, count_S
+        begin_S, left_S = begin_S + count_S, left_S - count_S
+
+
+def shares_by_rank(lengths_S: Sequence[int], num_ranks: int) -> list[list[Share]]:
+    """Divide the streams among the ranks: whole ones, the longest first, to the rank that has least.
+
+    While a rank has over `_UNEVEN` times the mean then, it gives of its last stream to the rank that has least. A
+    stream longer than a rank's part is always shared.
+    """
+    part = sum(lengths_S)  # of a rank, in parts of a sample: there are `num_ranks` to one
+    most = int(_UNEVEN * part)
+    shares: list[list[Share]] = [[] for _ in range(num_ranks)]
+    loads = [0] * num_ranks
+    for stream in sorted(range(len(lengths_S)), key=lambda stream: -lengths_S[stream]):
+        length, rank = lengths_S[stream] * num_ranks, loads.index(min(loads))
+        shares[rank].append(Share(stream, 0, length, length))
+        loads[rank] += length
+    while max(loads) > most:
+        giver, taker = loads.index(max(loads)), loads.index(min(loads))
+        moved = min(loads[giver] - part, (part if len(lengths_S) < num_ranks else most) - loads[taker])
+        stream, begin, end, length = shares[giver].pop()
+        shares[giver].append(Share(stream, begin, end - moved, length))
+        shares[taker].append(Share(stream, end - moved, end, length))
+        loads[giver] -= moved
+        loads[taker] += moved
+    return [sorted(own) for own in shares]
+
+
+def decode_shares(lengths_S: Sequence[int], num_ranks: int) -> list[float]:
+    """Compute for each rank the samples that it decodes over those that it has; 1 where it has none."""
+    found = []
+    for own in shares_by_rank(lengths_S, num_ranks):
+        has = sum(share.end - share.begin for share in own)
+        found.append(sum(share.length for share in own) / has if has else 1.0)
+    return found
+
+
+class Piece(NamedTuple):
+    """Part of a batch: of the groups in memory the rows `group_G`, of each its samples `begin_G` to before `end_G`."""
+
+    groups: DecodedGroups
+    group_G: Index
+    begin_G: Index
+    end_G: Index
+
+
+class Stream:
+    """The row groups of each window, by number, with its count of samples, and the windows that are in memory.
+
+    `seed`: its last number is that of the first window, and counts on; None leaves the groups in their order.
+    """
+
+    def __init__(
+        self,
+        windows: Sequence[Sequence[int]],
+        counts_W: Sequence[int],
+        seed: tuple[int, int, int] | None,
+        decode: Callable[[int], DecodedGroups],
+    ) -> None:
+        self._windows, self._seed, self._decode = windows, seed, decode
+        self._starts = np.concatenate([[0], np.cumsum(counts_W)]).astype(np.int64)
+        self.num_samples = int(self._starts[-1])
+        self._held: dict[int, tuple[DecodedGroups, Index, Index]] = {}
+
+    def cut(self, span: range) -> Iterator[Piece]:
+        """Cut out the samples at these positions: one piece for each window that they are in."""
+        if not span:
+            return
+        first = int(np.searchsorted(self._starts, span.start, side="right")) - 1
+        last = int(np.searchsorted(self._starts, span.stop, side="left"))
+        self._held = {window: held for window, held in self._held.items() if window >= first}
+        for window in range(first, last):
+            groups, order_G, ends_G = self._hold(window)
+            low = max(span.start - int(self._starts[window]), 0)
+            high = min(span.stop - int(self._starts[window]), groups.num_samples)
+            chosen = slice(int(np.searchsorted(ends_G, low, side="right")), int(np.searchsorted(ends_G, high)) + 1)
+            group_G = order_G[chosen]
+            begin_G, end_G = groups.sample_offsets[group_G], groups.sample_offsets[group_G + 1]
+            cut_before_G = np.maximum(low - (ends_G[chosen] - (end_G - begin_G)), 0)
+            cut_after_G = np.maximum(ends_G[chosen] - high, 0)
+            yield Piece(groups, group_G, begin_G + cut_before_G, end_G - cut_after_G)
+
+    def _hold(self, window: int) -> tuple[DecodedGroups, Index, Index]:
+        """Return the window's groups, its order, and where each group of that order ends in the window's samples."""
+        if window not in self._held:
+            groups = concatenate([self._decode(each) for each in self._windows[window]])
+            order_G = np.arange(len(groups.sample_offsets) - 1)
+            if self._seed is not None:
+                *seed, first = self._seed
+                order_G = np.random.default_rng([*seed, first + window]).permutation(order_G)
+            self._held[window] = groups, order_G, np.cumsum(np.diff(groups.sample_offsets)[order_G])
+        return self._held[window]

@@ -5,7 +5,7 @@ Letters of shapes, here and in the whole package: P ranks, G groups and B sample
 D feature width, V vector width.
 
 The order of an epoch depends on the seed alone: the row groups of all files are shuffled and dealt out to streams (see
-trainer.samples.order), and inside each window of a stream the sample groups are shuffled. A global batch has its part
+trainer.samples.index), and inside each window of a stream the sample groups are shuffled. A global batch has its part
 of each stream, one after the other; nothing is dropped, and the last batch is smaller. A group that is cut, between two
 batches or two ranks, appears on both sides, with its user fields repeated.
 
@@ -35,8 +35,17 @@ from trainer.samples.columns import (
     sizes_of,
     source_columns,
 )
-from trainer.samples.index import SampleIndex, read_row_group
-from trainer.samples.order import Piece, Stream, batch_parts, deal, decode_shares, shares_by_rank, windows_of
+from trainer.samples.index import (
+    Piece,
+    SampleIndex,
+    Stream,
+    batch_parts,
+    deal,
+    decode_shares,
+    read_row_group,
+    shares_by_rank,
+    windows_of,
+)
 from trainer.schema import Field, Schema
 
 
@@ -118,18 +127,13 @@ class SampleReader:
         window: int = 1,
         streams: int = 1,
     ) -> None:
-        self._index, self._schema, self._rules = index, schema, rules_of(schema)
+        self.index, self._schema, self._rules = index, schema, rules_of(schema)
         self._rank, self._num_ranks, self._batch_size = rank, num_ranks, batch_size
         self._seed, self._window = seed, window
         self.num_streams = max(1, min(streams, len(index.row_groups)))
         self.num_samples = index.num_samples
         self.num_decoded = 0
         """Samples decoded so far."""
-
-    @property
-    def index(self) -> SampleIndex:
-        """The index of the samples that it reads."""
-        return self._index
 
     @property
     def steps_per_epoch(self) -> int:
@@ -159,7 +163,7 @@ class SampleReader:
 
     def _streams(self, epoch: int) -> list[Stream]:
         """Deal out the row groups of an epoch."""
-        sizes_R = [each.num_samples for each in self._index.row_groups]
+        sizes_R = [each.num_samples for each in self.index.row_groups]
         order_R = np.arange(len(sizes_R))
         if self._seed is not None:
             order_R = np.random.default_rng([self._seed, epoch]).permutation(order_R)
@@ -185,9 +189,9 @@ class SampleReader:
             yield spans, int(count_S.sum())
 
     def _decode(self, number: int) -> DecodedGroups:
-        row_group = self._index.row_groups[number]
-        table = read_row_group(self._index.storage, row_group, list(source_columns(self._rules)))
-        full = self._index.storage.full(row_group.file)
+        row_group = self.index.row_groups[number]
+        table = read_row_group(self.index.storage, row_group, list(source_columns(self._rules)))
+        full = self.index.storage.full(row_group.file)
         groups = decode(table, self._rules, self._schema.label, full, row_group.first_row)
         if groups.num_samples != row_group.num_samples:
             raise DataError(f"{full} has changed since the run began; start the run again")

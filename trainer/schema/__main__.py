@@ -147,7 +147,7 @@ def lookup(
 
     The text of an ID of crossed columns is a JSON list of their values.
     """
-    from trainer.samples.dictionary import IdDictionary
+    from trainer.samples.survey import IdDictionary
 
     dictionary = IdDictionary.of_run(run_path(run))
     if dictionary is None:

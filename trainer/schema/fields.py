@@ -15,9 +15,8 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, PositiveInt, model_validator
 
 from featurestore.keys import UInt64Array, splitmix64
-from trainer.config.options import near_match, validated
+from trainer.config import near_match, read_mapping, validated
 from trainer.errors import SchemaError
-from trainer.files import read_mapping
 
 Transform = Literal["standardize", "log1p", "log_standardize"]
 STANDARDIZED: frozenset[Transform | None] = frozenset({"standardize", "log_standardize"})

@@ -18,7 +18,7 @@ from featurestore.errors import StorageError
 from featurestore.published.paths import FarPath, RunPath, run_path
 from featurestore.storage.storage import Storage
 from featurestore.text import printable
-from trainer.config.config import Config, load_config
+from trainer.config import Config, load_config
 from trainer.errors import ConfigError, TrainerError
 from trainer.main import app, warm_settings
 from trainer.runs.folder import finished

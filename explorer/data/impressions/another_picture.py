@@ -86,7 +86,7 @@ def score_sent(group: SampleGroup, ad: int, store: FeatureStore, picture: bytes)
 
 def check_sent(opened: OpenedRun, looks: tuple[str, ...], store: FeatureStore) -> None:
     """Raise ExplorerError if a run cannot score an uploaded picture."""
-    from trainer.runs.stores import other_features
+    from trainer.runs.open import other_features
 
     if not looks:
         raise ExplorerError(f"the run {opened.name} sees no pictures of ads")

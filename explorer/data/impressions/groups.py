@@ -156,7 +156,7 @@ class GroupColumns:
 
     def batch(self, groups: "DecodedGroups", chosen: slice = slice(None)) -> "Batch":
         """Make a batch of decoded groups, all their impressions."""
-        from trainer.samples.order import Piece
+        from trainer.samples.index import Piece
         from trainer.samples.reader import BatchPosition, assemble
 
         group_G = np.arange(len(groups.sample_offsets) - 1)[chosen]

@@ -20,7 +20,7 @@ from explorer.errors import ExplorerError, NotHereError
 from explorer.places import Places
 from featurestore.errors import StoreNotFoundError
 from featurestore.published.paths import RunPath
-from trainer.config.config import load_saved
+from trainer.config import load_saved
 from trainer.errors import DataError
 
 if TYPE_CHECKING:

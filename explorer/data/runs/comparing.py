@@ -16,7 +16,7 @@ from featurestore.errors import StorageError, UserError
 from featurestore.parsing import first_mistake, parse_json
 from featurestore.published.paths import RunPath, read_file
 from featurestore.text import one_line
-from trainer.config.config import OF_IMAGES, settings_that_decide
+from trainer.config import OF_IMAGES, settings_that_decide
 from trainer.evaluation.bootstrap import Figures
 
 if TYPE_CHECKING:

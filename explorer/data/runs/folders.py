@@ -18,7 +18,7 @@ from featurestore.published.paths import RunPath, read_file, run_path
 from featurestore.published.versions import VERSIONS
 from featurestore.spec import flat
 from featurestore.text import one_line
-from trainer.files import DAYS_FILE, checkpoints_of
+from trainer.runs.folder import DAYS_FILE, checkpoints_of
 
 if TYPE_CHECKING:
     from trainer.runs.folder import Checkpoint
@@ -278,7 +278,7 @@ def _parsed(file: RunPath, size_bytes: int) -> _SavedSettings:
 
 @cache
 def _defaults() -> Mapping[str, Any]:
-    from trainer.config.config import Config
+    from trainer.config import Config
 
     return dict(flat(Config().model_dump(mode="json")))
 

@@ -26,7 +26,7 @@ from featurestore.format.rows import FeatureRows
 from featurestore.keys import keys_of_uris
 from featurestore.spec import ExtractorSpec, StoreInfo
 from featurestore.store import FeatureStore
-from trainer.config.config import load_config
+from trainer.config import load_config
 from trainer.errors import DataError
 from trainer.schema import load_schema
 

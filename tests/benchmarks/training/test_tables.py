@@ -28,7 +28,7 @@ from tests.pages import check_page
 from tests.ranks import StandingRanks
 from tests.trainer.conftest import Places, make_places
 from trainer.comm import SoloComm, connect
-from trainer.config.config import load_config
+from trainer.config import load_config
 from trainer.engine.engine import Engine, PreparedBatch, StepResult
 from trainer.errors import ConfigError, TrainerError
 

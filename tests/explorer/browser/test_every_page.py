@@ -14,7 +14,7 @@ from tests.explorer.browser.watching.chromium import NARROW, WIDE, too_wide, vio
 from tests.explorer.browser.watching.crawl import Site, crawl, routes, settle
 from tests.explorer.serving import exported, pages_of
 from tests.explorer.world import World
-from trainer.files import DAYS_FILE
+from trainer.runs.folder import DAYS_FILE
 
 BY_FORMS = ("/runs/compare?run=both&run=ids-only",)
 """Pages that only a form leads to."""

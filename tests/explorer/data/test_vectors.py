@@ -10,7 +10,7 @@ from explorer.data.vectors import VisualVectors, visual_vectors
 from featurestore import FeatureRows, FeatureStore
 from tests.trainer.conftest import Places, make_places
 from trainer.comm import SoloComm
-from trainer.config.config import load_config
+from trainer.config import load_config
 from trainer.errors import ConfigError
 from trainer.main import train
 from trainer.runs import export

@@ -23,7 +23,7 @@ from tests.explorer.world import ADDED, HOSTILE, PLAIN, UNKNOWN, World
 from tests.trainer.conftest import Places as SamplePlaces
 from tests.trainer.conftest import make_places
 from trainer.comm import SoloComm
-from trainer.config.config import load_config
+from trainer.config import load_config
 from trainer.evaluation.predict import score_run
 from trainer.main import train
 from trainer.runs.saved import RunSource

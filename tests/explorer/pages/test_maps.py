@@ -23,7 +23,7 @@ from explorer.server import application
 from tests.explorer.world import World
 from tests.trainer.conftest import Places as Settings
 from trainer.comm import SoloComm
-from trainer.config.config import load_config
+from trainer.config import load_config
 from trainer.main import train
 from trainer.runs.export import network_widths
 from trainer.runs.saved import read_run

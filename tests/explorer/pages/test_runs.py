@@ -17,9 +17,9 @@ from explorer.html.site import Site
 from explorer.places import Places
 from explorer.server import application
 from tests.explorer.world import World
-from trainer.files import DAYS_FILE
 from trainer.loop.summary import EventsFile
 from trainer.main import app as main
+from trainer.runs.folder import DAYS_FILE
 
 HOSTILE = [
     "<script>alert(1)<",

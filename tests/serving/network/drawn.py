@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from serving.network.inputs import FieldRows, NetworkInputs
-from trainer.config.options import ModelConfig
+from trainer.config import ModelConfig
 from trainer.exchange.vectors import FieldVectors
 from trainer.models.ctr import CtrModel
 from trainer.models.layers import width_of

@@ -14,7 +14,7 @@ from serving.network.exporting import PORTABLE, compiled_name, export_network
 from serving.network.inputs import FieldRows, NetworkInputs, Slots, split_by_user
 from serving.network.served import ServedNetwork
 from tests.serving.network.drawn import Drawn, config, model_of, schema, trainers_logits
-from trainer.config.options import BaseNet, Pooling
+from trainer.config import BaseNet, Pooling
 
 BASES = get_args(BaseNet)
 POOLINGS = get_args(Pooling)
@@ -24,9 +24,8 @@ SETTINGS: list[dict] = [
     *({"images": images} for images in ("none", "ad", "behavior")),
     *({"base": base, "multi_hot": "sum", "image_products": False} for base in ("mlp", "din", "two_tower")),
     {"pooling": "concat", "pooling_length": 4},
-    *({"base": base, "activation": "prelu", "batch_norm": True, "dropout": 0.5} for base in ("mlp", "din", "finalmlp")),
+    *({"base": base, "activation": "prelu", "dropout": 0.5} for base in ("mlp", "din", "finalmlp")),
     {"activation": "prelu"},
-    {"base": "dcn", "cross_structure": "stacked"},
     *({"image_dropout": 0.1, "base": base} for base in ("mlp", "two_tower")),
     *({"gallery": gallery, "image_dropout": 0.1, "pooling": pooling} for gallery, pooling in
       (("mean", "attentive"), ("max", "attentive"), ("mean", "concat"), ("max", "max"))),
@@ -104,7 +103,7 @@ def test_every_network(settings: dict, tmp_path: Path) -> None:
     "settings",
     [
         *SOME,
-        {"base": "finalmlp", "pooling": "multi_query", "activation": "prelu", "batch_norm": True},
+        {"base": "finalmlp", "pooling": "multi_query", "activation": "prelu"},
         {"base": "two_tower"},
         {"base": "lr", "pooling": "concat"},
         {"base": "dcn", "pooling": "concat", "pooling_length": 3},

@@ -13,7 +13,7 @@ from serving.scoring.decode import all_integers, decode_requests
 from serving.scoring.request import RequestColumns
 from tests.serving.scoring.wide import SCHEMA, groups, request_of, table_of
 from trainer.samples.columns import decode, rules_of
-from trainer.samples.order import Piece
+from trainer.samples.index import Piece
 from trainer.samples.reader import Batch, BatchPosition, assemble
 
 COLUMNS = RequestColumns(SCHEMA, SCHEMA.fields)

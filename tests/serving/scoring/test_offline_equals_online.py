@@ -26,7 +26,7 @@ from serving.network.served import ServedNetwork
 from serving.scoring.request import Request, Scored
 from serving.scoring.scorer import Scorer
 from tests.serving.scoring.variants import GONE, VARIANTS, Exported, export
-from trainer.config.options import BaseNet, ModelConfig, Pooling
+from trainer.config import BaseNet, ModelConfig, Pooling
 from trainer.evaluation.predict import predict_run
 from trainer.models.nets import build_model
 from trainer.runs.export import open_table

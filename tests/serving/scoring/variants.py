@@ -21,8 +21,7 @@ from tests.running.shared import made_once, shared_folder
 from tests.trainer.conftest import Places, make_places
 from tests.trainer.samples.reading import rewrite
 from trainer.comm import SoloComm
-from trainer.config.config import load_config
-from trainer.config.options import ModelConfig, Pooling
+from trainer.config import ModelConfig, Pooling, load_config
 from trainer.main import train
 from trainer.schema import DEFAULT_SCHEMA
 

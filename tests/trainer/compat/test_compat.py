@@ -16,7 +16,7 @@ from featurestore.spec import StoreInfo
 from featurestore.store import FeatureStore
 from trainer.comm import SoloComm
 from trainer.compat.__main__ import app
-from trainer.config.config import load_config
+from trainer.config import load_config
 from trainer.main import train
 
 pytestmark = pytest.mark.long  # they train whole runs

@@ -12,7 +12,7 @@ from featurestore.format.rows import FeatureRows
 from featurestore.store import FeatureStore
 from trainer.comm import SoloComm
 from trainer.compat.check import RunInUse, gate_model
-from trainer.config.config import load_config
+from trainer.config import load_config
 from trainer.evaluation.predict import predict_run
 from trainer.main import train
 from trainer.runs.saved import read_run

@@ -19,7 +19,7 @@ from trainer.comm import SoloComm
 from trainer.compat import GateLimits
 from trainer.compat.__main__ import app
 from trainer.compat.check import Check
-from trainer.config.config import load_config
+from trainer.config import load_config
 from trainer.errors import ConfigError
 from trainer.evaluation.compare import compare
 from trainer.evaluation.predict import Predictions, predict_run

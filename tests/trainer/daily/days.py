@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from tests.trainer.main_worker import signalling
 from trainer.comm import connect
-from trainer.config.config import load_config
+from trainer.config import load_config
 from trainer.daily import follow as follow_days
 from trainer.engine.engine import Engine
 from trainer.main import train

@@ -22,7 +22,7 @@ from tests.ranks import StandingRanks
 from tests.trainer.checkpoints import tensors_of
 from tests.trainer.whole_runs import alike, assert_same, report_of
 from trainer.comm import SoloComm
-from trainer.config.config import Config, load_config, save_config
+from trainer.config import Config, load_config, save_config
 from trainer.daily import app, plan, run_of_days
 from trainer.daily import follow as follow_days
 from trainer.errors import CheckpointError, ConfigError, DataError

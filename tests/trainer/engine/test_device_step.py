@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from featurestore.lookup.partition import FeaturePartition
 from tests.trainer.engine.drawn import drawn_store
 from trainer.comm import SoloComm
-from trainer.config.options import ExactTableConfig, IdOptimizer, ModelConfig, OptimConfig, Pooling
+from trainer.config import ExactTableConfig, IdOptimizer, ModelConfig, OptimConfig, Pooling
 from trainer.engine.engine import Engine
 from trainer.samples.reader import Batch, Jagged
 from trainer.schema import Field, Schema
@@ -53,7 +53,7 @@ CASES: dict[str, dict[str, Any]] = {
     **{pooling: {"pooling": pooling} for pooling in POOLINGS},
     **{base: {"base": base} for base in ("lr", "din", "dcn", "finalmlp")},
     "two_tower": {"base": "two_tower"},
-    "batch_norm": {"batch_norm": True, "dropout": 0.2},
+    "dropout": {"dropout": 0.2},
     "id_dropout": {"id_dropout": 0.5},
     "new ads": {"image_dropout": 0.3},
     "ids alone": {"images": "none"},

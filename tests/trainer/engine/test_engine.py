@@ -11,7 +11,7 @@ from featurestore.lookup.compute_dtype import VARIABLE
 from featurestore.lookup.partition import FeaturePartition
 from tests.trainer.engine.drawn import drawn_store
 from trainer.comm import SoloComm
-from trainer.config.options import ModelConfig, OptimConfig
+from trainer.config import ModelConfig, OptimConfig
 from trainer.engine import machine
 from trainer.engine.engine import Engine
 from trainer.errors import CheckpointError, ConfigError, DataError
@@ -164,8 +164,6 @@ def test_an_error_instead_of_a_batch_is_raised(partition: FeaturePartition) -> N
 def test_what_does_not_fit_is_named(partition: FeaturePartition) -> None:
     with pytest.raises(ConfigError, match=r"field ad_item needs table item.*set model\.tables\.item"):
         engine_of(partition, tables={"items": 5})
-    with pytest.raises(ConfigError, match="need store images; open are none"):
-        Engine(SoloComm(), SCHEMA, {}, ModelConfig(tables={"item": 5}), OptimConfig(), seed=0)
     with pytest.raises(ConfigError, match="the ranks built different models"):
         engine_of(partition, comm=OtherDigest())
     with pytest.raises(CheckpointError, match="the checkpoint is of another model"):

@@ -60,8 +60,6 @@ def _dcn(r: "Reference", s: Sample, new_ad: bool) -> Tensor:
     for layer in range(r.config.cross_layers):
         name = f"model.cross.layers.{layer}"
         crossed = start * (r.dense[f"{name}.weight"] @ crossed + r.dense[f"{name}.bias"]) + crossed
-    if r.config.cross_structure == "stacked":
-        return _mlp(r, crossed)
     return _mlp(r, start) + (r.dense["model.of_cross.weight"] @ crossed)[0]
 
 
@@ -239,9 +237,6 @@ def _layers(r: "Reference", name: str, x: Tensor, first_dropout: int = 1, ends_l
     for layer in range(3 if ends_linear else 2):
         x = r.dense[f"{name}.{2 * layer}.weight"] @ x + r.dense[f"{name}.{2 * layer}.bias"]
         if layer < 2:
-            if r.config.batch_norm:
-                x = r.norm(x, f"{name}.norm{layer}", 1e-5)
-                x = x * r.dense[f"{name}.norm{layer}.weight"] + r.dense[f"{name}.norm{layer}.bias"]
             x = r.activation(x, f"{name}.{2 * layer + 1}")
             x = r.dropout(x, first_dropout + layer)
     return x

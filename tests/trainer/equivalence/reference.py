@@ -56,8 +56,7 @@ class Reference:
         std = self.config.id_init_std
         self.exact = {name: PlainIds(s, std) for name, s in self.shapes.items() if isinstance(s, ExactShape)}
         self.dense = {name: value.clone().requires_grad_() for name, value in initial.items()}
-        groups = [{"params": [p], "weight_decay": self.decay_of(p)} for p in self.dense.values()]
-        self.adam = torch.optim.AdamW(groups, betas=(BETA1, BETA2), eps=EPS, weight_decay=0.0)
+        self.adam = torch.optim.Adam(self.dense.values(), betas=(BETA1, BETA2), eps=EPS)
         self.tables = {name: self.first_rows(name).requires_grad_() for name in self.shapes}
         self.rows = {name: PlainRows(table, scenario.optim) for name, table in self.tables.items()}
         self.mean_and_std = {
@@ -75,8 +74,6 @@ class Reference:
         self.running: dict[str, Tensor] = {}
         if self.config.image_dropout:
             self.running["model.new_ads.counts"] = torch.ones((), dtype=self.dtype)  # only evaluations decide on it
-        self.known: dict[str, tuple[Tensor, Tensor]] = {}
-        self.seen: dict[str, list[Tensor]] = {}
         self.number = self.place = 0
 
     def first_rows(self, table: str) -> Tensor:
@@ -86,10 +83,6 @@ class Reference:
         shape, std = self.shapes[table], self.config.id_init_std
         shards = [initial_rows(shape, shard, SEED, std) for shard in range(shape.num_shards)]
         return torch.from_numpy(np.concatenate(shards)).to(self.dtype)
-
-    def decay_of(self, parameter: Tensor) -> float:
-        """Of matrices alone."""
-        return self.scenario.optim.weight_decay if parameter.ndim > 1 else 0.0
 
     def id_vector(self, table: str, value: int) -> Tensor:
         """The row of one id, taken out of its table once a step: each time makes a gradient of the whole table."""
@@ -161,14 +154,6 @@ class Reference:
             case "prelu":
                 return self.prelu(x, f"{name}.weight")
 
-    def norm(self, x: Tensor, name: str, eps: float) -> Tensor:
-        """Standardised by what `logits` found out about this layer of all samples, or noted for it."""
-        if name in self.known:
-            mean, variance = self.known[name]
-            return (x - mean) / (variance + eps) ** 0.5
-        self.seen.setdefault(name, []).append(x)
-        return x
-
     def dropout(self, x: Tensor, layer: int) -> Tensor:
         """A quarter of a word of 64 bits a unit, lowest bits first."""
         rate, words = self.config.dropout, -(-len(x) // 4)
@@ -180,29 +165,13 @@ class Reference:
         return x * torch.tensor([1 / (1 - below / 65536) if u >= below else 0.0 for u in units], dtype=x.dtype)
 
     def logits(self, samples: list[Sample], number: int) -> list[Tensor]:
-        """Once more for every layer whose statistics all samples decide on, the first ones first."""
+        """The logit of each sample of step `number`."""
         new_ad_B, places_B = self.dropped(samples, number), np.arange(len(samples))
         self.dropped_pictures_B = dropped(SEED, number, places_B, self.config.image_dropout, "image_dropout")
-        self.known, self.number = {}, number
-        while True:
-            self.seen, result = {}, []
-            for self.place, (sample, new_ad) in enumerate(zip(samples, new_ad_B, strict=True)):
-                result.append(logit(self, sample, new_ad))
-            if not self.seen:
-                return result
-            name = min(self.seen, key=lambda name: ("mlp" in name, name))
-            rows = torch.stack(self.seen[name])
-            mean = rows.sum(0) / len(rows)
-            self.known[name] = mean, ((rows - mean) ** 2).sum(0) / len(rows)
-            self.move_running(name, rows.detach())
-
-    def move_running(self, name: str, rows: Tensor) -> None:
-        """Running mean and unbiased variance, which move by a tenth."""
-        share = 0.1
-        spread = rows.var(0) if len(rows) > 1 else torch.zeros_like(rows[0])
-        for part, start, value in (("mean", 0.0, rows.mean(0)), ("var", 1.0, spread)):
-            old = self.running.get(f"{name}.running_{part}", torch.full_like(value, start))
-            self.running[f"{name}.running_{part}"] = (1 - share) * old + share * value
+        self.number, result = number, []
+        for self.place, (sample, new_ad) in enumerate(zip(samples, new_ad_B, strict=True)):
+            result.append(logit(self, sample, new_ad))
+        return result
 
     def width_of_content(self, field: str) -> int:
         """Width of the visual vectors of a content field."""
@@ -284,7 +253,7 @@ def outcome_of(initial: Path, run: str) -> bytes:
 def main(initial: Path, out: Path) -> None:
     """All scenarios, on all processors: they have nothing to do with each other."""
     runs = [f"{name}/{dtype}" for name, scenario in SCENARIOS.items() for dtype in scenario.dtypes]
-    torch.optim.AdamW([torch.zeros(1)])  # imports torch's compiler: here, once for all of them
+    torch.optim.Adam([torch.zeros(1)])  # imports torch's compiler: here, once for all of them
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         results = pool.map(functools.partial(outcome_of, initial), runs)
         out.write_bytes(packed({run: unpacked(each) for run, each in zip(runs, results, strict=True)}))

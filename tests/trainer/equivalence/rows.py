@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from trainer.config.options import OptimConfig
+from trainer.config import OptimConfig
 
 
 class PlainRows:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from trainer.config.options import ExactTableConfig, IdOptimizer, ModelConfig, OptimConfig, Pooling
+from trainer.config import ExactTableConfig, IdOptimizer, ModelConfig, OptimConfig, Pooling
 from trainer.samples.survey import fill_in
 from trainer.schema import Field, Schema
 
@@ -70,11 +70,12 @@ class Scenario:
     "starve" the others, in turn all to the last or to the first rank.
     `words`: batches are read from files of `SCHEMA_OF_FILES`; `gallery`: there each image is several. `steps_of_day`:
     after so many steps there is another day. `statistics`: what ranks found out about the numbers of `LEARNED`.
-    `most_ranks`: it is not run on more, to save time."""
+    `biased`: linear layers start as torch's do, with biases. `most_ranks`: it is not run on more, to save time."""
 
     model: dict[str, object]
     missing: str = "error"
     lacking: bool = False
+    biased: bool = False
     deal: str = "even"
     one_shard: bool = False
     standardized: bool = False
@@ -142,8 +143,8 @@ def exact(
 
 SCENARIOS = {
     # Keys shared by ranks, a key many times in one sample, samples that no number of ranks divides.
-    # torch's start has biases; those that begin at 0 and get hardly a gradient would be mostly rounding in float32.
-    "both_attentive": Scenario({"images": "both", "init": "torch"}, standardized=True, dtypes=("float64", "float32")),
+    # With biases: those that begin at 0 and get hardly a gradient would be mostly rounding in float32.
+    "both_attentive": Scenario({"images": "both"}, biased=True, standardized=True, dtypes=("float64", "float32")),
     # Vectors of two widths: two alltoalls of vectors in one step.
     "two_widths_two_models": Scenario(
         {"images": "both", "visual_width": 3, "shared_image_model": False}, deal="starve"
@@ -157,8 +158,8 @@ SCENARIOS = {
     # 3 rows for 30 items: many ids share one.
     "ad_colliding_ids": Scenario({"images": "ad"}, tables={"user": 8, "item": 3, "image": 200}),
     "ids_only": Scenario({"images": "none"}, deal="starve"),
-    # With zero images and no bias, units are rounding errors on either side of ReLU's kink; torch's start has a bias.
-    "missing_zeros": Scenario({"images": "both", "init": "torch"}, missing="zeros", lacking=True),
+    # With zero images and no bias, units are rounding errors on either side of ReLU's kink.
+    "missing_zeros": Scenario({"images": "both"}, biased=True, missing="zeros", lacking=True),
     # The components of a compact store, all scaled by one number.
     "compact": Scenario({"images": "both"}, standardized=True, compact=True),
     # Many ids in one row; samples whose ad is taken for a new one.
@@ -168,7 +169,7 @@ SCENARIOS = {
     "adam": Scenario({"images": "both"}, optimizers={"ids": "adam", "ids_lr": 0.03, "warmup_steps": 3}),
     "adam_rank_without_data": Scenario(
         {"images": "none", "id_init_std": 1e-3},
-        optimizers={"ids": "adam", "weight_decay": 0.2},
+        optimizers={"ids": "adam"},
         deal="starve",
         dtypes=("float64", "float32"),
     ),
@@ -202,14 +203,7 @@ SCENARIOS = {
         deal="starve",
         one_shard=True,
     ),
-    # Two E's, whose matrices decay.
-    "weight_decay": Scenario(
-        {"shared_image_model": False},
-        optimizers={"weight_decay": 0.6},
-        missing="learned",
-        lacking=True,
-        standardized=True,
-    ),
+    "two_models": Scenario({"shared_image_model": False}, missing="learned", lacking=True, standardized=True),
     "id_proxy": Scenario({"images": "both", "id_proxy": True, "id_dropout": 0.4}, words=True, deal="starve"),
     "id_proxy_image_dropout_texts": Scenario(
         {"id_proxy": True, "image_dropout": 0.3, "id_init_std": 1e-4}, texts=True, most_ranks=2
@@ -231,15 +225,15 @@ SCENARIOS = {
     "concat": Scenario({"pooling": "concat", "pooling_length": 3}, most_ranks=2),
     "max": Scenario({"pooling": "max"}, most_ranks=2),
     "mean": Scenario({"pooling": "mean", "image_products": False}, most_ranks=2),
-    "multi_query": Scenario({"pooling": "multi_query", "init": "torch"}, most_ranks=2),
-    "multi_query_rank_without_data": Scenario({"pooling": "multi_query", "init": "torch"}, deal="starve", most_ranks=2),
+    "multi_query": Scenario({"pooling": "multi_query"}, biased=True, most_ranks=2),
+    "multi_query_rank_without_data": Scenario({"pooling": "multi_query"}, biased=True, deal="starve", most_ranks=2),
     "max_rank_without_data": Scenario({"pooling": "max", "images": "behavior"}, deal="starve", most_ranks=2),
     "concat_rank_without_data": Scenario({"pooling": "concat", "pooling_length": 3}, deal="starve", most_ranks=2),
     "lr_ids_only": Scenario({"base": "lr", "images": "none"}, most_ranks=2),
     "lr": Scenario({"base": "lr", "pooling": "sum"}, deal="starve", most_ranks=2),
     "din_ids_only": Scenario({"base": "din", "images": "none"}, most_ranks=2),
     "din": Scenario({"base": "din", "pooling": "multi_query", "id_dropout": 0.4}, deal="starve", most_ranks=2),
-    "dcn_ids_only": Scenario({"base": "dcn", "images": "none", "cross_structure": "stacked"}, most_ranks=2),
+    "dcn_ids_only": Scenario({"base": "dcn", "images": "none"}, most_ranks=2),
     "dcn": Scenario({"base": "dcn", "pooling": "mean", "cross_layers": 2}, deal="starve", most_ranks=2),
     "texts": Scenario({"pooling": "multi_query"}, texts=True, standardized=True, most_ranks=2),
     "texts_missing": Scenario(
@@ -250,29 +244,21 @@ SCENARIOS = {
         deal="starve",
         most_ranks=2,
     ),
-    # Layers whose statistics are those of all ranks' rows, and units that are dropped by place; the ways of the paper.
-    # Batch norm takes away a bias before it; of torch's start it is not only rounding.
-    "batch_norm": Scenario({"images": "both", "batch_norm": True, "dropout": 0.3, "init": "torch"}),
-    "batch_norm_rank_without_data": Scenario(
-        {"base": "dcn", "images": "ad", "batch_norm": True, "init": "torch"}, deal="starve"
-    ),
+    # Units that are dropped by place; the ways of the paper.
     "dropout": Scenario({"images": "none", "dropout": 0.5}, deal="starve"),
     "dropout_streams": Scenario(
         {"images": "behavior", "dropout": 0.5, "id_dropout": 0.4}, deal="streams", most_ranks=2
     ),
     "paper": Scenario(
-        {"images": "both", "activation": "prelu", "multi_hot": "sum", "init": "torch"}, dtypes=("float64", "float32")
+        {"images": "both", "activation": "prelu", "multi_hot": "sum"}, biased=True, dtypes=("float64", "float32")
     ),
     "finalmlp_ids_only": Scenario({"base": "finalmlp", "images": "none"}, most_ranks=2),
-    "finalmlp": Scenario(
-        {"base": "finalmlp", "dropout": 0.2, "batch_norm": True, "init": "torch"},
-        deal="starve",
-        most_ranks=2,
-    ),
+    "finalmlp": Scenario({"base": "finalmlp", "dropout": 0.2}, biased=True, deal="starve", most_ranks=2),
     "words": Scenario({"images": "both", "id_dropout": 0.4}, words=True, deal="starve"),
     # Galleries of 0 to 3 images, of which some are of other ads or behaviours too, or have no feature.
     "gallery_mean": Scenario(
-        {"images": "both", "init": "torch"},
+        {"images": "both"},
+        biased=True,
         words=True,
         gallery="mean",
         missing="learned",
@@ -298,7 +284,7 @@ _OPTIMIZERS = {scenario.optim.ids for scenario in SCENARIOS.values()}
 SCENARIOS |= {
     # An aggregator or an optimiser that is not above has a plain scenario.
     **{
-        name: Scenario({"pooling": name, "init": "torch"}, deal="starve", most_ranks=2)
+        name: Scenario({"pooling": name}, biased=True, deal="starve", most_ranks=2)
         for name in get_args(Pooling)
         if name not in _POOLINGS
     },
@@ -320,7 +306,6 @@ FEW = (
     "exact_evicting/float64",
     "exact_evicting_rank_without_data/float64",
     "two_towers/float64",
-    "batch_norm_rank_without_data/float64",
     "lr/float64",
     "texts_missing/float64",
 )

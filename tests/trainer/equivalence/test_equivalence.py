@@ -19,7 +19,7 @@ from tests.ranks import Forks, StandingRanks, TorchRanks
 from tests.trainer.equivalence.packing import packed, unpacked
 from tests.trainer.equivalence.scenarios import FEW, SCENARIOS, TOLERANCE, has_other_ways
 from tests.trainer.standing_ranks import run as run_here
-from trainer.config.options import BaseNet, IdOptimizer, Pooling
+from trainer.config import BaseNet, IdOptimizer, Pooling
 from trainer.ids.optimizers import state_of
 
 pytestmark = pytest.mark.timeout(900)  # the first test of each number of ranks runs all of its scenarios
@@ -29,8 +29,6 @@ OF_ATTENTION = ".channels."
 LEAST_OF_ATTENTION = 1e-4  # before a softmax, gradients cancel: a query's bias moves by what rounding leaves of them
 ALL_RUNS = [f"{name}/{dtype}" for name, scenario in SCENARIOS.items() for dtype in scenario.dtypes]
 RUNS = [run for run in ALL_RUNS if SCENARIOS[run.partition("/")[0]].most_ranks >= 8]
-# Layers that take the statistics of all ranks' rows: one collective forward and one backward each.
-NORMS = {"batch_norm": 2, "batch_norm_rank_without_data": 2, "finalmlp": 4}
 OF_FILTERS = ("/counts", "/faded", "/last_use", "/used_at", "/clock")
 """Of exact tables, beside rows and ids; see tests/trainer/ids."""
 TORCH_2, TORCH_4 = TorchRanks(2), TorchRanks(4)
@@ -156,9 +154,8 @@ def _collectives(name: str) -> list[str]:
     widths = {"two_widths_two_models": [3, 5], "lr_ids_only": [1], "lr": [1, 5]}.get(name, [5])
     widths = [3, 5] if "texts" in name else widths
     dense = ("model",) if SCENARIOS[name].model.get("images") == "none" else ("model", "stores")
-    norms = [f"norm.{number + 1}" for number in range(NORMS.get(name, 0))]
     names = ["keys", *(f"vectors.{width}" for width in widths), *(f"gradients.{width}" for width in widths)]
-    return [*names, *(f"dense.{part}" for part in dense), *norms, *(f"{norm}.gradients" for norm in norms)]
+    return [*names, *(f"dense.{part}" for part in dense)]
 
 
 @pytest.mark.parametrize(

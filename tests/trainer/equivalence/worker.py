@@ -14,6 +14,7 @@ from dataclasses import replace
 from datetime import date
 from functools import cache
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from featurestore.lookup.partition import FeaturePartition
 from trainer.comm import Comm, connect
 from trainer.engine.engine import Engine
 from trainer.errors import DataError
+from trainer.models.ctr import CtrModel
 from trainer.samples.index import open_index
 from trainer.samples.reader import Batch
 from trainer.samples.survey import measure
@@ -65,18 +67,19 @@ def engine_of(
     urls = urls_of(store, scenario)
     partitions = {name: partition_of(url, comm.rank, comm.size, scenario.missing) for name, url in urls.items()}
     statistics = {name: statistics_of(url) for name, url in urls.items()}
-    return Engine(
-        comm,
-        scenario.schema,
-        partitions,
-        scenario.config(dtype),
-        scenario.optim,
-        seed=SEED,
-        statistics=statistics if scenario.standardized else None,
-        device=device,
-        dtype=getattr(torch, dtype),
-        features_on_device=held or "auto",
-    )
+    with patch.object(CtrModel, "starts_by_xavier", not scenario.biased):
+        return Engine(
+            comm,
+            scenario.schema,
+            partitions,
+            scenario.config(dtype),
+            scenario.optim,
+            seed=SEED,
+            statistics=statistics if scenario.standardized else None,
+            device=device,
+            dtype=getattr(torch, dtype),
+            features_on_device=held or "auto",
+        )
 
 
 def run(

@@ -17,7 +17,7 @@ from featurestore import ExtractorSpec, FeatureRows, FeatureStore, StoreInfo
 from featurestore.keys import shard_of
 from featurestore.upkeep.remake import remake
 from trainer.samples.columns import bucket_ids, decode, dense_values, rules_of
-from trainer.samples.order import Piece
+from trainer.samples.index import Piece
 from trainer.samples.reader import Batch, BatchPosition, Jagged, assemble
 from trainer.schema import Schema
 

@@ -17,7 +17,7 @@ from tests.pages import check_page
 from tests.ranks import StandingRanks
 from tests.trainer.whole_runs import alike
 from trainer.comm import SoloComm
-from trainer.config.config import load_config
+from trainer.config import load_config
 from trainer.evaluate import app
 from trainer.evaluation.bootstrap import METRICS
 from trainer.evaluation.predict import predict_run

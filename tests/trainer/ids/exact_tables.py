@@ -1,6 +1,7 @@
 """Exact ID tables for tests: made, trained by one step, looked into."""
 
 from collections.abc import Iterable, Sequence
+from copy import deepcopy
 from datetime import date, timedelta
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from featurestore.keys import shard_of
-from trainer.config.options import ExactTableConfig, IdOptimizer, OptimConfig
+from trainer.config import ExactTableConfig, IdOptimizer, OptimConfig
 from trainer.engine.wiring import build_tables
 from trainer.ids.exact import ExactShape, ExactTable
 from trainer.ids.optimizers import row_optimizer
@@ -95,7 +96,7 @@ def counts_of(table: ExactTable, ids: list[int]) -> list[int]:
     """What the filter has counted of each id."""
     request = table.serve(np.array(ids), "eval")
     assert table.filter is not None
-    return table.filter.counts(request.slot_Q, request.hash_Q).tolist()
+    return (deepcopy(table.filter).add(request.slot_Q, request.hash_Q) - 1).tolist()
 
 
 def state_of(table: ExactTable) -> dict[str, Tensor]:

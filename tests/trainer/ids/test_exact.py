@@ -29,7 +29,7 @@ from tests.trainer.ids.exact_tables import (
     vector_of,
     vectors_of,
 )
-from trainer.config.options import IdOptimizer
+from trainer.config import IdOptimizer
 from trainer.errors import CheckpointError
 from trainer.ids.exact import ExactShape, ExactTable, longest_unused
 from trainer.ids.shards import TableShape, owned_bytes

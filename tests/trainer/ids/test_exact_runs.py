@@ -18,7 +18,7 @@ from tests.trainer.checkpoints import tensors_of
 from tests.trainer.ids.exact_tables import vectors_of
 from tests.trainer.whole_runs import assert_same, report_of, run_alone
 from trainer.comm import SoloComm
-from trainer.config.config import load_config
+from trainer.config import load_config
 from trainer.daily import follow
 from trainer.errors import ConfigError
 from trainer.ids.exact import ExactTable

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainer.config.options import OptimConfig
+from trainer.config import OptimConfig
 from trainer.errors import ConfigError
 from trainer.ids.optimizers import RowOptimizer, row_optimizer, state_of
 from trainer.ids.shards import IdRows, row_bytes

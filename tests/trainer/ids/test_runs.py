@@ -12,8 +12,7 @@ from torch import Tensor
 from tests.trainer.checkpoints import tensors_of
 from tests.trainer.whole_runs import assert_same, run_alone
 from trainer.comm import SoloComm
-from trainer.config.config import load_config
-from trainer.config.options import IdOptimizer
+from trainer.config import IdOptimizer, load_config
 from trainer.errors import CheckpointError
 from trainer.runs.checkpoint import read_state
 from trainer.runs.folder import find_checkpoint

@@ -11,7 +11,7 @@ import pytest
 from featurestore.storage.storage import Storage
 from tests.trainer.checkpoints import steps_of
 from tests.trainer.whole_runs import assert_same, report_of, run_alone
-from trainer.config.config import load_config
+from trainer.config import load_config
 from trainer.engine.engine import Engine
 from trainer.errors import ConfigError, TrainerError
 from trainer.evaluation import predict

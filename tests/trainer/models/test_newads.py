@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from trainer.config.config import load_config
-from trainer.config.options import ExactTableConfig, ModelConfig
+from trainer.config import ExactTableConfig, ModelConfig, load_config
 from trainer.errors import ConfigError
 from trainer.exchange.vectors import FieldVectors
 from trainer.models.nets import build_model

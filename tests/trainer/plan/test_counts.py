@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from featurestore.keys import owner_of, shard_of
-from trainer.config.config import load_config
+from trainer.config import load_config
 from trainer.errors import ConfigError
 from trainer.plan.calibrate import DrawnSamples, sample
 from trainer.runs.open import train_reader

@@ -19,8 +19,7 @@ from tests.ranks import StandingRanks
 from tests.trainer.plan.machine import MACHINE, NETWORK, WIDTHS
 from tests.trainer.standing_ranks import run as run_here
 from trainer.comm import SoloComm
-from trainer.config.config import load_config
-from trainer.config.options import ExactTableConfig
+from trainer.config import ExactTableConfig, load_config
 from trainer.errors import PlanError
 from trainer.plan import calibrate
 from trainer.plan.__main__ import app

@@ -12,7 +12,7 @@ from typer.testing import CliRunner, Result
 from featurestore import FeatureRows, FeatureStore
 from tests.trainer.conftest import Places, make_places
 from trainer.comm import SoloComm
-from trainer.config.config import load_config
+from trainer.config import load_config
 from trainer.main import train
 from trainer.prerank.__main__ import app
 from trainer.prerank.artifact import AdIndex

@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 from featurestore.index import VectorIndex
 from tests.ranks import StandingRanks
 from trainer.comm import SoloComm
-from trainer.config.config import load_config
+from trainer.config import load_config
 from trainer.main import train
 from trainer.prerank.__main__ import app
 from trainer.prerank.artifact import AdIndex, search_figures

@@ -18,14 +18,12 @@ from tests.trainer.checkpoints import damage, tensors_of
 from tests.trainer.whole_runs import assert_same, run_alone
 from trainer import main
 from trainer.comm import SoloComm
-from trainer.config.config import load_config
-from trainer.config.options import ModelConfig
+from trainer.config import ModelConfig, load_config
 from trainer.errors import CheckpointError
 from trainer.loop.training import total_steps
-from trainer.runs.checkpoint import DENSE, CheckpointState, Origin
+from trainer.runs.checkpoint import DENSE, CheckpointState, Origin, WarmStart, begin_with
 from trainer.runs.folder import find_checkpoint
 from trainer.runs.open import Run, open_run
-from trainer.runs.warmstart import WarmStart, load
 from trainer.schema import DEFAULT_SCHEMA
 
 pytestmark = pytest.mark.long  # they train whole runs
@@ -134,7 +132,7 @@ def taken(part: Any, before: dict[str, Any], now: dict[str, Any]) -> None:
     """Take a part of a run whose origin says this of its model, where this run's says that; what fits needs files."""
     theirs, mine = (Origin(data={}, train={}, stores={}, optim={}, model=model) for model in (before, now))
     state = CheckpointState.model_construct(origin=theirs, files={DENSE: ""})
-    load(SoloComm(), WarmStart(Path("old"), state, (part,)), mine, None)  # type: ignore[arg-type]
+    begin_with(SoloComm(), WarmStart(Path("old"), state, (part,)), mine, None)  # type: ignore[arg-type]
 
 
 ONE_POOLING = {"pooling": "sum", "image_products": False}

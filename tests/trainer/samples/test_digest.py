@@ -14,7 +14,7 @@ import pytest
 from featurestore.storage import storage
 from featurestore.storage.storage import Storage
 from trainer.comm import SoloComm
-from trainer.config.config import load_config
+from trainer.config import load_config
 from trainer.daily import follow
 from trainer.errors import CheckpointError
 from trainer.main import train

@@ -17,7 +17,7 @@ from tests.trainer.samples.kinds import SCHEMA, WEIGHTS, ad_columns, gallery_of,
 from tests.trainer.samples.reading import rewrite
 from tests.trainer.whole_runs import run_alone
 from trainer.comm import SoloComm
-from trainer.config.config import load_config
+from trainer.config import load_config
 from trainer.evaluate import app as evaluate_app
 from trainer.prerank.vectors import ad_vectors, ads_of_samples, ads_of_table, reader_of_tests, towers, user_vectors
 from trainer.runs.open import open_run

@@ -10,8 +10,8 @@ import pyarrow as pa
 import pytest
 
 from tests.trainer.samples.reading import reader_of, rows_of, serials_of
-from trainer.config.config import DataConfig
-from trainer.samples.order import batch_parts, deal, decode_shares, shares_by_rank, streams_of, windows_of
+from trainer.config import DataConfig
+from trainer.samples.index import batch_parts, deal, decode_shares, shares_by_rank, streams_of, windows_of
 from trainer.samples.reader import Batch
 
 

@@ -15,7 +15,7 @@ from tests.ranks import StandingRanks
 from tests.trainer.runs.saved import on_ranks
 from tests.trainer.samples.conftest import NUMBERS, SCHEMA, price_of
 from trainer.comm import SoloComm
-from trainer.config.config import Config, load_config
+from trainer.config import Config, load_config
 from trainer.errors import CheckpointError, DataError
 from trainer.evaluate import app as evaluate
 from trainer.main import train

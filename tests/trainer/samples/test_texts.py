@@ -24,15 +24,15 @@ from tests.ranks import StandingRanks
 from tests.trainer.runs.saved import on_ranks
 from tests.trainer.samples.reading import hashed, replaced, rewrite, written
 from trainer.comm import Comm, SoloComm
-from trainer.config.config import load_config
+from trainer.config import load_config
 from trainer.errors import DataError
 from trainer.main import train
 from trainer.runs.folder import find_checkpoint, finished
-from trainer.samples import columns, dictionary
+from trainer.samples import columns, survey
 from trainer.samples.columns import rules_of
-from trainer.samples.dictionary import FILE, IdDictionary, write_dictionary
 from trainer.samples.index import known_ads, open_index
 from trainer.samples.reader import Batch, SampleReader
+from trainer.samples.survey import IDS_FILE, IdDictionary, write_dictionary
 from trainer.schema import Field, Schema, load_schema
 from trainer.schema.__main__ import app
 
@@ -184,7 +184,7 @@ def expected(places: Places) -> dict[int, str]:
 
 
 def entries(folder: Path) -> dict[int, str]:
-    table = pq.read_table(folder / FILE)
+    table = pq.read_table(folder / IDS_FILE)
     ids = table["id"].to_pylist()
     assert ids == sorted(set(ids))
     return dict(zip(ids, table["text"].to_pylist(), strict=True))
@@ -207,8 +207,8 @@ def test_ranks_without_a_shared_disk_write_the_same_bytes_to_s3(run: Path, wordy
             return write_dictionary(comm, folder, index, rules_of(schema))
 
         assert on_ranks(size, write) == [True] * size
-        assert (folder / FILE).read_bytes() == (run / FILE).read_bytes()
-        assert [each.path for each in Storage(folder.url).entries()] == [FILE]
+        assert (folder / IDS_FILE).read_bytes() == (run / IDS_FILE).read_bytes()
+        assert [each.path for each in Storage(folder.url).entries()] == [IDS_FILE]
     found = IdDictionary.of_run(folder)
     assert found is not None and found.texts(entries(run)) == entries(run)
     number, text = next(iter(entries(run).items()))
@@ -219,19 +219,19 @@ def test_ranks_without_a_shared_disk_write_the_same_bytes_to_s3(run: Path, wordy
 @pytest.mark.long
 def test_two_ranks_write_the_same_bytes(run: Path, wordy: Places, two_ranks: StandingRanks) -> None:
     two_ranks.run("-m", "trainer.main", "--set", *settings(wordy, run__name="two"))
-    assert (run.parent / "two" / FILE).read_bytes() == (run / FILE).read_bytes()
+    assert (run.parent / "two" / IDS_FILE).read_bytes() == (run / IDS_FILE).read_bytes()
 
 
 @pytest.mark.long
 def test_little_memory_writes_the_same_bytes(
     run: Path, wordy: Places, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dictionary, "HELD", 60)
+    monkeypatch.setattr(survey, "TEXTS_HELD", 60)
     parts = []
-    write_part = dictionary.write_part
-    monkeypatch.setattr(dictionary, "write_part", lambda path, held: parts.append(len(held)) or write_part(path, held))
+    write_part = survey.write_part
+    monkeypatch.setattr(survey, "write_part", lambda path, held: parts.append(len(held)) or write_part(path, held))
     assert written_to(tmp_path, wordy)
-    assert (tmp_path / FILE).read_bytes() == (run / FILE).read_bytes()
+    assert (tmp_path / IDS_FILE).read_bytes() == (run / IDS_FILE).read_bytes()
     assert len(parts) > 10
 
 
@@ -246,7 +246,7 @@ def written_to(folder: Path, places: Places, earlier: Path | None = None, sample
 def test_two_texts_of_one_id_are_refused(
     held: int, wordy: Places, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dictionary, "HELD", held)
+    monkeypatch.setattr(survey, "TEXTS_HELD", held)
     colliding = {written("item", 3), written("user", 5)}
 
     def ids_of(found: Sequence[str]) -> np.ndarray:
@@ -259,27 +259,27 @@ def test_two_texts_of_one_id_are_refused(
     with pytest.raises(DataError, match="id 5764607523034234880 is that of two texts of the samples, ") as caught:
         written_to(tmp_path, wordy, samples=tmp_path / "samples")
     assert all(repr(text) in str(caught.value) for text in colliding)
-    assert not (tmp_path / FILE).exists()
+    assert not (tmp_path / IDS_FILE).exists()
 
 
 @pytest.mark.long
 def test_a_run_that_goes_on_keeps_it_and_one_that_starts_afresh_does_not(run: Path, wordy: Places) -> None:
-    before = (run / FILE).stat().st_mtime_ns
+    before = (run / IDS_FILE).stat().st_mtime_ns
     disk = run.parent.parent / "disk" / "checkpoints"
     disk.parent.mkdir()
     (run / "checkpoints").rename(disk)
     (run / "checkpoints").symlink_to(disk)
     more = [*settings(wordy, run__name="alone", run__resume=find_checkpoint(run)), "train.max_steps=3"]
     train(load_config(settings=more), SoloComm())
-    assert (run / FILE).stat().st_mtime_ns == before
+    assert (run / IDS_FILE).stat().st_mtime_ns == before
     other = run.parent / "other"
     other.mkdir()
-    shutil.copy(run / FILE, other / FILE)
+    shutil.copy(run / IDS_FILE, other / IDS_FILE)
     plain = [*wordy.settings(run__name="other", train__max_steps=1, data__samples=wordy.folder / "numbers")]
     shutil.copytree(wordy.folder / "samples", wordy.folder / "numbers")
     rewrite(wordy.folder / "numbers", partial(as_numbers))
     train(load_config(settings=plain), SoloComm())
-    assert not (other / FILE).exists()
+    assert not (other / IDS_FILE).exists()
 
 
 def as_numbers(table: pa.Table) -> pa.Table:
@@ -295,11 +295,11 @@ def test_a_run_that_takes_id_rows_takes_their_texts(run: Path, wordy: Places, tm
     earlier = tmp_path / "earlier"
     earlier.mkdir()
     held = {hashed("gone"): "gone", hashed(written("item", 3)): written("item", 3)}
-    dictionary.write_part(earlier / FILE, held)
-    assert written_to(tmp_path, wordy, earlier / FILE)
+    survey.write_part(earlier / IDS_FILE, held)
+    assert written_to(tmp_path, wordy, earlier / IDS_FILE)
     assert entries(tmp_path) == {**expected(wordy), hashed("gone"): "gone"}
     shutil.copytree(run, wordy.folder / "runs" / "first")
-    dictionary.write_part(wordy.folder / "runs" / "first" / FILE, held)
+    survey.write_part(wordy.folder / "runs" / "first" / IDS_FILE, held)
     for parts, has in (("full", True), ("partial", False)):
         warm = settings(wordy, run__name=parts, run__warm_start=wordy.folder / "runs" / "first", run__warm_parts=parts)
         train(load_config(settings=warm), SoloComm())
@@ -312,10 +312,10 @@ def test_a_run_that_goes_on_from_another_folder_takes_its_texts(run: Path, wordy
     first = run.parent / "with-rows-of-before"
     shutil.copytree(run, first)
     gone = {hashed("gone"): "gone"}
-    dictionary.write_part(first / FILE, gone | expected(wordy))
+    survey.write_part(first / IDS_FILE, gone | expected(wordy))
     second = run.parent / "second"
     shutil.copytree(run, second)
-    dictionary.write_part(second / FILE, {hashed("of a third run"): "of a third run"})
+    survey.write_part(second / IDS_FILE, {hashed("of a third run"): "of a third run"})
     checkpoint = finished(first)[0]
     resumed = settings(wordy, run__name="second", run__resume=checkpoint, run__overwrite=True)
     train(load_config(settings=[*resumed, "train.max_steps=4"]), SoloComm())
@@ -350,13 +350,13 @@ def test_lookup_needs_a_dictionary(tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_a_damaged_dictionary_is_named(run: Path, tmp_path: Path) -> None:
-    (tmp_path / FILE).write_bytes((run / FILE).read_bytes()[:500])
-    assert f"error: {tmp_path / FILE} is not a readable Parquet file" in said("lookup", tmp_path, 3, code=1)
+    (tmp_path / IDS_FILE).write_bytes((run / IDS_FILE).read_bytes()[:500])
+    assert f"error: {tmp_path / IDS_FILE} is not a readable Parquet file" in said("lookup", tmp_path, 3, code=1)
 
 
 @pytest.mark.long
 def test_lookup_shows_the_first(run: Path, wordy: Places) -> None:
     output = said("lookup", run)
     ids = sorted(expected(wordy))
-    assert f"{run / FILE}: {len(ids):,} texts of the training samples and their ids; the first of them:" in output
+    assert f"{run / IDS_FILE}: {len(ids):,} texts of the training samples and their ids; the first of them:" in output
     assert output.splitlines()[1:] == [f"{number}  {expected(wordy)[number]}" for number in ids[:10]]

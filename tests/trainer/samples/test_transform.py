@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from trainer.config.options import ModelConfig
+from trainer.config import ModelConfig
 from trainer.engine.wiring import table_shapes
-from trainer.errors import ConfigError, OverflowingValueError, SchemaError
+from trainer.errors import ConfigError, OverflowingValueError
 from trainer.samples.columns import bucket_ids, dense_values
 from trainer.schema import Field
 
@@ -103,10 +103,3 @@ class TestBuckets:
         for together in ((item, *fields), (*fields, item)):
             with pytest.raises(ConfigError, match="field item shares table age with buckets"):
                 table_shapes(together, ModelConfig(tables={"age": 64}))
-
-
-def test_without_statistics_nothing_is_read() -> None:
-    with pytest.raises(SchemaError, match="field price: its mean, std or boundaries are not known"):
-        dense_values(dense(transform="standardize"), np.zeros(1))
-    with pytest.raises(SchemaError, match="field b: its mean"):
-        bucket_ids(Field(name="b", side="ad", kind="id", buckets=4), np.zeros(1))

@@ -29,7 +29,7 @@ from featurestore.store import FeatureStore
 from tests.serving.scoring.variants import GONE, TABLES
 from tests.trainer.conftest import Places
 from trainer.comm import SoloComm
-from trainer.config.config import load_config
+from trainer.config import load_config
 from trainer.evaluation.predict import predict, predict_run, score_run
 from trainer.main import train
 from trainer.runs.saved import RunSource, open_source

@@ -12,8 +12,7 @@ from explorer.data.runs.folders import RunFacts, list_runs, open_run, read_facts
 from explorer.errors import NotHereError
 from explorer.places import Places
 from tests.explorer.world import World
-from trainer.files import DAYS_FILE
-from trainer.runs.folder import finished
+from trainer.runs.folder import DAYS_FILE, finished
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from trainer.config.options import BaseNet, ModelConfig, Pooling, SeenImages
+from trainer.config import BaseNet, ModelConfig, Pooling, SeenImages
 from trainer.errors import ConfigError, DataError
 from trainer.exchange.vectors import FieldVectors
 from trainer.models.layers import used_fields, width_of

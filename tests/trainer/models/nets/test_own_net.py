@@ -22,7 +22,7 @@ from tests.serving.http.processes import ServerProcess, ended
 from tests.serving.scoring.variants import export
 from tests.trainer.checkpoints import tensors_of
 from tests.trainer.whole_runs import run_alone
-from trainer.config.options import ModelConfig
+from trainer.config import ModelConfig
 from trainer.errors import CheckpointError, ConfigError, TrainerError
 from trainer.evaluate import app as evaluate
 from trainer.evaluation.predict import predict_run

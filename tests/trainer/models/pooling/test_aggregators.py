@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainer.config.options import ModelConfig, Pooling
+from trainer.config import ModelConfig, Pooling
 from trainer.exchange.vectors import FieldVectors
 from trainer.models.layers import HiddenLayers, StepPlace
 from trainer.models.nets import noted_weights

@@ -10,7 +10,7 @@ from pathlib import Path
 from unittest import mock
 
 from tests.trainer.runs.resumed.notes import note_steps
-from trainer.config.config import load_config
+from trainer.config import load_config
 from trainer.engine.engine import Engine
 from trainer.main import on_ranks, train
 

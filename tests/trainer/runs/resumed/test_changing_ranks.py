@@ -22,7 +22,7 @@ from tests.servers import environment_of
 from tests.trainer.checkpoints import steps_of, tensors_of
 from tests.trainer.runs.resumed.legs import TIMEOUT_S, TOLERANCE, WORKER, Killed, assert_no_step_or_sample_is_lost
 from trainer.comm import SoloComm
-from trainer.config.config import load_config
+from trainer.config import load_config
 from trainer.evaluation.predict import predict_run
 from trainer.runs import open as open_module
 from trainer.runs.checkpoint import read_state

@@ -17,7 +17,7 @@ from tests.trainer.runs import saved
 from tests.trainer.runs.saved import Trained, on_ranks, state_at
 from tests.trainer.whole_runs import assert_same, report_of, run_alone
 from trainer.comm import Comm, SoloComm
-from trainer.config.config import load_config
+from trainer.config import load_config
 from trainer.errors import CheckpointError, ConfigError, DamagedCheckpointError, RemoteRankError, TrainerError
 from trainer.main import train
 from trainer.runs import checkpoint

@@ -18,7 +18,7 @@ from tests.servers import environment_of, new_bucket, seaweedfs
 from tests.trainer.checkpoints import steps_of, tensors_of
 from tests.trainer.whole_runs import alike, assert_same, run_alone
 from trainer.comm import SoloComm
-from trainer.config.config import load_config
+from trainer.config import load_config
 from trainer.engine.engine import Engine
 from trainer.errors import CheckpointError, ConfigError
 from trainer.evaluation.predict import predict_run

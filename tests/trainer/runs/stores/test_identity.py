@@ -21,7 +21,7 @@ from featurestore.upkeep.repair import repair
 from jobs.export_embeddings import app as export_app
 from tests.ranks import StandingRanks
 from trainer.comm import SoloComm
-from trainer.config.config import load_config
+from trainer.config import load_config
 from trainer.daily import follow
 from trainer.errors import CheckpointError
 from trainer.evaluate import app as evaluate_app
@@ -29,8 +29,8 @@ from trainer.main import train
 from trainer.prerank.__main__ import app as prerank_app
 from trainer.runs import checkpoint
 from trainer.runs.folder import find_checkpoint
+from trainer.runs.open import open_partition, store_places
 from trainer.runs.saved import open_trained
-from trainer.runs.stores import open_partition, store_places
 from trainer.schema import load_schema
 
 pytestmark = [pytest.mark.long, pytest.mark.usefixtures("undrawn")]  # they train whole runs

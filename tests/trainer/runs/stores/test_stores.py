@@ -25,15 +25,15 @@ from tests.trainer.whole_runs import all_alike
 from tests.trainer.whole_runs import run_alone as run_here
 from trainer.comm import SoloComm
 from trainer.compat.__main__ import app as compat_app
-from trainer.config.config import load_config
+from trainer.config import load_config
 from trainer.errors import CheckpointError, ConfigError, DataError
 from trainer.evaluate import app as evaluate_app
 from trainer.main import train
 from trainer.runs import checkpoint
 from trainer.runs.checkpoint import read_state
 from trainer.runs.folder import find_checkpoint
+from trainer.runs.open import store_places
 from trainer.runs.saved import open_trained
-from trainer.runs.stores import store_places
 from trainer.schema import Schema, load_schema
 
 Places = Any

@@ -7,17 +7,19 @@ from typing import Any
 
 import pytest
 
-from trainer.config.config import (
+from trainer.config import (
+    LONGEST_NAME,
     WARM_PARTS,
     Config,
+    ExactTableConfig,
     decides_of,
     differences,
     load_config,
     load_saved,
+    near_match,
     save_config,
     settings_that_decide,
 )
-from trainer.config.options import LONGEST_NAME, ExactTableConfig, near_match
 from trainer.errors import ConfigError
 
 PRESET = Path(__file__).parents[3] / "trainer/presets/dicm.yaml"
