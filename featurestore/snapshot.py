@@ -21,8 +21,7 @@ from featurestore.format.shard import ShardReader, live_batches, live_schema
 from featurestore.format.statistics import FeatureStatistics, Moments
 from featurestore.keys import Int64Array, shard_of
 from featurestore.spec import Manifest, OptionalId, RandomId, SourceSnapshot, StoreInfo
-from featurestore.storage.storage import Storage
-from featurestore.storage.threads import cached_property, in_threads
+from featurestore.storage.storage import Storage, cached_property, in_threads
 
 VECTORS_OF = "visual_vectors"  # in the metadata of exported vectors (Parquet): the snapshot of their features, as JSON
 _SHOWN = 8  # digits of an id in a message

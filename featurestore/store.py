@@ -23,13 +23,12 @@ from featurestore.format.codec import ENDING, Basis, Codec, basis_of
 from featurestore.format.datafile import KEY, numpy_column
 from featurestore.format.rows import FeatureRows, check_collisions
 from featurestore.format.shard import newest_rows, take_rows, write_shard_file
-from featurestore.published.channels import VersionName, find_channel
+from featurestore.published.versions import VersionName, find_channel
 from featurestore.snapshot import Snapshot
 from featurestore.spec import FileEntry, FileKind, SourceSnapshot, StoreInfo, create_sealed, read_sealed
 from featurestore.staging import QuarantineRow
 from featurestore.storage.safety import refuse_unsafe
-from featurestore.storage.storage import Storage, file_at
-from featurestore.storage.threads import cached_property, in_threads
+from featurestore.storage.storage import Storage, cached_property, file_at, in_threads
 from featurestore.text import DType
 
 INFO_PATH = "store.json"

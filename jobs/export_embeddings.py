@@ -11,7 +11,7 @@ from featurestore.console.output import print_summary, progress_bar
 from trainer.cli import StoreVersion, WhichCheckpoint, WhichRun
 
 if TYPE_CHECKING:
-    from featurestore.published.channels import VersionName
+    from featurestore.published.versions import VersionName
     from featurestore.published.paths import RunPath
 
 EXAMPLES = """Examples:

@@ -11,7 +11,7 @@ import click
 import typer
 
 from featurestore.console.commandline import on_this_machine, power_of_two, takes
-from featurestore.lookup.compute_dtype import AutoDType
+from featurestore.lookup import AutoDType
 from featurestore.text import DType
 from pipeline.cluster.submit import cluster_of_job, submit
 from pipeline.network import DEFAULT_BACKBONE

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from featurestore.published.channels import ChannelMove
+    from featurestore.published.versions import ChannelMove
     from featurestore.store import FeatureStore
 
 app = CommandApp()
@@ -270,7 +270,7 @@ def channel(
     What takes a snapshot's number takes a channel too: data.store_version=stable of a training, --version stable here.
     The snapshot of a channel is kept by `expire`.
     """
-    from featurestore.published.channels import find_channel, read_channels, read_moves
+    from featurestore.published.versions import find_channel, read_channels, read_moves
     from featurestore.store import FeatureStore
     from featurestore.upkeep.history import move_channel, remove_channel
 

@@ -100,7 +100,7 @@ def quarantine(url: Url) -> None:
 
 
 def _channel_lines(store: "FeatureStore") -> dict[str, str]:
-    from featurestore.published.channels import read_channels
+    from featurestore.published.versions import read_channels
 
     moves = read_channels(store.storage)
     return {"channels": ", ".join(f"{move.channel} at {move.version}" for move in moves)} if moves else {}

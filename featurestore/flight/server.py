@@ -38,8 +38,8 @@ from featurestore.flight.protocol import (
 from featurestore.format.shard import live_schema
 from featurestore.keys import Int64Array
 from featurestore.lookup.partition import FeaturePartition
-from featurestore.published.channels import VersionName
-from featurestore.storage.threads import Progress
+from featurestore.published.versions import VersionName
+from featurestore.storage.storage import Progress
 from featurestore.store import FeatureStore
 
 BLOCK_BYTES = 4 << 20

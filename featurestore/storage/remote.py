@@ -14,13 +14,13 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from featurestore.errors import AddressError, PasswordError, StorageError, UnsafeBackendError
 from featurestore.storage.local import TEMPORARY, StorageEntry
-from featurestore.storage.threads import cached_property, in_threads
 from featurestore.text import one_line, without_passwords
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ class RemoteFiles:
             self._client = os.getpid(), _client(self._protocol, self._place)
         return self._client[1]
 
-    @cached_property
+    @property
     def _root(self) -> str:
         """The place as its client names it: some leave out the server, some want the whole address."""
         if self._protocol in S3_PROTOCOLS:
@@ -234,7 +234,8 @@ class RemoteFiles:
             with contextlib.suppress(FileNotFoundError):
                 with_retries(lambda: self.client.rm_file(place))
 
-        list(in_threads(remove, places, _DELETE_THREADS))
+        with ThreadPoolExecutor(_DELETE_THREADS) as pool:
+            list(pool.map(remove, places))
 
     def _read(self, work: Callable[[], ResultT]) -> ResultT:
         """Do as `with_retries`; over http not for long, and not again soon with a server that was not reached."""

@@ -17,7 +17,7 @@ from featurestore.format.shard import ShardReader, check_digest, take_rows, writ
 from featurestore.keys import Int64Array
 from featurestore.snapshot import Snapshot
 from featurestore.spec import FileEntry, StoreInfo
-from featurestore.storage.threads import Progress, in_threads
+from featurestore.storage.storage import Progress, in_threads
 from featurestore.store import FeatureStore
 
 MAX_DELTAS = 8

@@ -49,8 +49,7 @@ from featurestore.spec import (
     seal,
 )
 from featurestore.staging import QuarantineRow
-from featurestore.storage.storage import Storage
-from featurestore.storage.threads import Progress
+from featurestore.storage.storage import Progress, Storage
 from featurestore.store import INFO_PATH, FeatureStore
 from featurestore.upkeep import DAMAGED, DATA
 from featurestore.upkeep.verify import NOTE_PREFIX, DamageNote, FileKeys, Problem, verify

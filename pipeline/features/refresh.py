@@ -16,8 +16,8 @@ from distributed import Client
 from featurestore.console.output import progress_bar
 from featurestore.errors import SpecMismatchError, StoreNotFoundError
 from featurestore.keys import Int64Array
-from featurestore.lookup.compute_dtype import AutoDType, dtype_of_environment, dtype_of_machine
-from featurestore.published.channels import check_channel_name
+from featurestore.lookup import AutoDType, dtype_of_environment, dtype_of_machine
+from featurestore.published.versions import check_channel_name
 from featurestore.snapshot import Snapshot
 from featurestore.spec import ExtractorSpec, NetworkName, StoreInfo
 from featurestore.staging import QuarantineRow

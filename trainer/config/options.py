@@ -24,7 +24,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from featurestore.lookup.compute_dtype import ComputeDType
+from featurestore.lookup import ComputeDType
 from featurestore.text import without_passwords
 from trainer.errors import TrainerError
 

@@ -10,7 +10,7 @@ import torch
 
 from featurestore.errors import AnotherStoreError, FeatureStoreError, MissingKeysError, StoreNotFoundError
 from featurestore.lookup.partition import FeaturePartition
-from featurestore.published.channels import VersionName
+from featurestore.published.versions import VersionName
 from featurestore.snapshot import Snapshot, SnapshotId
 from featurestore.spec import StoreInfo
 from featurestore.store import FeatureStore

@@ -10,7 +10,7 @@ from featurestore import ExtractorSpec, FeatureRows, FeatureStore, StoreInfo
 from featurestore.errors import FeatureStoreError, MissingKeysError
 from featurestore.format.statistics import Scaling
 from featurestore.lookup import embedding, ondevice
-from featurestore.lookup.compute_dtype import dtype_of_machine, dtype_of_processor
+from featurestore.lookup import dtype_of_machine, dtype_of_processor
 from featurestore.lookup.embedding import EmbeddingModel, EmbeddingService
 from featurestore.lookup.ondevice import HeldRows, PReLU, as_tensor, held_bytes
 from featurestore.lookup.partition import FeaturePartition

@@ -16,8 +16,8 @@ from featurestore.errors import (
     StorageError,
 )
 from featurestore.flight.server import OpenSnapshots
-from featurestore.published import channels
-from featurestore.published.channels import last_move, read_moves, version_name
+
+from featurestore.published.versions import last_move, read_channels, read_moves, version_name
 from featurestore.storage.storage import Storage
 from featurestore.upkeep.expiry import expire
 from featurestore.upkeep.history import log as log_of_store
@@ -71,7 +71,7 @@ class TestWriters:
         self, nine: FeatureStore, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """After the pins were read, and before the channels are: the guard is gone, and the channel points there."""
-        read = channels.read_channels
+        read = read_channels
 
         def moved_meanwhile(storage: Storage) -> list:
             if last_move(storage, "stable") is None:

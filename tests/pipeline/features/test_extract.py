@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from featurestore.errors import SpecMismatchError, StoreNotFoundError
 from featurestore.format.rows import to_float32
 from featurestore.keys import key_of_uri
-from featurestore.lookup.compute_dtype import VARIABLE
+from featurestore.lookup import VARIABLE
 from featurestore.store import FeatureStore
 from featurestore.upkeep.remake import remake
 from featurestore.upkeep.verify import verify

@@ -17,8 +17,7 @@ import pytest
 from featurestore import FeatureStore, QuarantineRow, StoreInfo, key_of_uri, keys_of_uris
 from featurestore.errors import FeatureStoreError, SnapshotNotFoundError
 from featurestore.log import EXPIRED, manifest_path, versions
-from featurestore.storage.storage import Storage
-from featurestore.storage.threads import in_threads
+from featurestore.storage.storage import Storage, in_threads
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.expiry import expire
 from featurestore.upkeep.history import move_channel, pin, restore
