@@ -61,13 +61,6 @@ def versions(storage: Storage, folder: str = LOG) -> list[int]:
     return [version for version in map(version_of, storage.list(folder)) if version is not None]
 
 
-def unexpected_files(storage: Storage, folder: str = LOG) -> list[str]:
-    """List the files in a folder of manifests that have other names: no reader and no commit sees them."""
-    paths = [entry.path for entry in storage.entries(folder, recursive=False)]
-    names = [path.rpartition("/")[2] for path in paths]
-    return [path for path, name in zip(paths, names, strict=True) if version_of(name) is None and name[0] != "."]
-
-
 def read_manifest(storage: Storage, version: int | None = None) -> Manifest:
     """Read the manifest of `version`, the newest by default; 0 is the empty store. Raises SnapshotNotFoundError."""
     if version == 0:

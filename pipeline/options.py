@@ -157,9 +157,8 @@ class ExtractOptions:
     reduce: Annotated[
         str | None,
         typer.Option(
-            metavar="BASIS",
-            help="Make a compact store: by the basis, and in the dtype, of this compact store (featurestore remake), or"
-            " by the basis in a .safetensors file.",
+            metavar="STORE",
+            help="Make a compact store, with the basis and in the dtype of this one (crossmedia store remake --dims).",
         ),
     ] = None
     channel: ChannelOption = None

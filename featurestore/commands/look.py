@@ -55,18 +55,14 @@ def info(url: Url, version: Version = None) -> None:
 @app.command(
     epilog="Examples:\n\n"
     "- `crossmedia store get data/features -7079617629412041231`\n\n"
-    "- `crossmedia store get data/features --uri shirts/1.jpg --out shirt.npy`\n\n"
-    "- `crossmedia store get data/features --uri shirts/1.jpg --out shirt.arrow`",
+    "- `crossmedia store get data/features --uri shirts/1.jpg --out shirt.npy`",
     context_settings={"ignore_unknown_options": True},  # half of all keys are negative, and look like options
 )
 def get(
     url: Url,
     keys: Annotated[list[int] | None, typer.Argument(metavar="[KEY]...", help="Keys of images.")] = None,
     uri: Annotated[list[str] | None, typer.Option("--uri", help="Uri of an image, instead of its key.")] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option("--out", help="Write NAME.npy (keys, dim), or NAME.arrow (key, feature as a tensor)."),
-    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Write NAME.npy, (keys, dim).")] = None,
     version: Version = None,
 ) -> None:
     """Fetch the features of images, as float32: printed, or written to a file."""
@@ -79,7 +75,7 @@ def get(
     store = FeatureStore.open(url)
     values_UD = store.codec.decode(store.snapshot(version).get(wanted_U))
     if out is not None:
-        _write(out, wanted_U, values_UD)
+        _write(out, values_UD)
         return
     for key, row_D in zip(wanted_U, values_UD, strict=True):
         sys.stdout.write(f"{key}: {' '.join(f'{value:.6g}' for value in row_D)}\n")
@@ -118,20 +114,12 @@ def _basis_lines(store: "FeatureStore") -> dict[str, str]:
     }
 
 
-def _write(path: Path, keys_U: npt.NDArray[np.int64], values_UD: npt.NDArray[np.float32]) -> None:
-    import pyarrow as pa
-
+def _write(path: Path, values_UD: npt.NDArray[np.float32]) -> None:
     from featurestore.console.files import replaced_file
 
     try:
         with replaced_file(path) as part, part.open("wb") as file:
-            if path.suffix != ".arrow":
-                np.save(file, values_UD)
-                return
-            feature: Any = pa.FixedShapeTensorArray.from_numpy_ndarray(values_UD)
-            table = pa.table({"key": pa.array(keys_U), "feature": feature})
-            with pa.ipc.new_file(file, table.schema) as writer:
-                writer.write_table(table)
+            np.save(file, values_UD)
     except OSError as error:
         raise FeatureStoreError(f"cannot write {path}: {refusal(error)}") from error
 

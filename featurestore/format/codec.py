@@ -73,7 +73,6 @@ class Codec:
         return f"{count} of {len(storable_N)} features are not finite in {self.dtype}; the first is that of"
 
 
-ENDING = ".safetensors"
 _ABOUT = "origin"  # the one key of the file's metadata: safetensors writes several in any order
 _BLOCK_ROWS = 1024
 
@@ -198,7 +197,7 @@ def basis_of(info: StoreInfo, storage: Storage) -> Basis | None:
 def reduction_of(basis: Basis) -> ReductionSpec:
     """Return the identity of this basis for a store's spec: equal for equal numbers and origins."""
     sha256 = digest_of(basis.to_bytes(), "sha256")
-    return ReductionSpec(path=f"{BASES}/{sha256}{ENDING}", sha256=sha256, full_dim=basis.full_dim)
+    return ReductionSpec(path=f"{BASES}/{sha256}.safetensors", sha256=sha256, full_dim=basis.full_dim)
 
 
 def write_basis(storage: Storage, basis: Basis) -> ReductionSpec:

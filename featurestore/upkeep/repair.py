@@ -9,7 +9,6 @@
   next number; the files of the lost commit stay until `expire` removes them.
 - Where expired/ has manifests that are newer than the newest good one, with all their data files, they are put back
   first; so is a copy of the damaged manifest itself.
-- A file with a name that no manifest can have moves from log/ to damaged/.
 - Damaged quarantine files and expired manifests move to damaged/. A damaged store.json is rebuilt from a data file.
 """
 
@@ -56,7 +55,7 @@ from featurestore.upkeep.verify import NOTE_PREFIX, DamageNote, FileKeys, Proble
 
 OPERATION = "repair"
 Replacements = dict[str, FileEntry | None]  # path of a file of the newest snapshot: what takes its place
-_ASIDE = ("stray", "expired", "quarantine")
+_ASIDE = ("expired", "quarantine")
 _LEFT = ("folder", "basis", "order", "pin", "channel", "collision")
 
 

@@ -52,7 +52,7 @@ _MEMORY_BYTES = 256 << 20
 _THREADS = 4
 NOTE_PREFIX = "note-"
 ProblemKind = (
-    Literal["info", "folder", "basis", "manifest", "stray", "order", "expired"]
+    Literal["info", "folder", "basis", "manifest", "order", "expired"]
     | Literal["pin", "channel", "quarantine", "data", "statistics", "collision"]
 )
 _FOLDERS = (
@@ -193,9 +193,6 @@ def _small_files(store: FeatureStore, manifests: Mapping[int, Manifest]) -> Iter
     storage, url = store.storage, store.url
     aside = _repair(url, "moves it to damaged/")
     check: Callable[[], object]
-    for path in [path for folder in (log.LOG, log.EXPIRED) for path in log.unexpected_files(storage, folder)]:
-        what = "has a name that no manifest can have: no reader and no commit sees it"
-        yield "stray", path, partial(_refuse, storage.full(path), what), aside
     for version in log.versions(storage, log.EXPIRED):
         check = partial(log.read, storage, version, log.EXPIRED)
         yield "expired", log.manifest_path(version, log.EXPIRED), check, aside

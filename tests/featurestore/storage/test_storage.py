@@ -5,7 +5,6 @@ import io
 import os
 import pickle
 import random
-import re
 import threading
 import time
 from collections.abc import Callable
@@ -392,13 +391,9 @@ def test_an_address_without_a_bucket_is_no_folder_of_this_machine(address: str, 
 
 
 @pytest.mark.parametrize("opened", [Storage, run_path])
-@pytest.mark.parametrize(
-    ("address", "told"),
-    [("S3://bucket/x", "write s3://"), ("s3://Bad_Bucket!/x", "Bad_Bucket! is not the name of a bucket")],
-)
-def test_an_address_that_cannot_be_one_gets_a_line(address: str, told: str, opened: Opener) -> None:
-    with pytest.raises(AddressError, match=f"^{re.escape(address)}: [^\\n]*{re.escape(told)}[^\\n]*$"):
-        opened(address)
+def test_a_scheme_in_capital_letters_gets_a_line(opened: Opener) -> None:
+    with pytest.raises(AddressError, match=r"^S3://bucket/x: [^\n]*write s3://$"):
+        opened("S3://bucket/x")
 
 
 def test_names_of_files_that_begin_like_an_address_are_files() -> None:
