@@ -28,8 +28,8 @@ from torch import Tensor
 from featurestore.errors import StorageError, StoreNotFoundError
 from featurestore.keys import UInt64Array, splitmix64
 from featurestore.log import writer_name
-from featurestore.published.versions import VersionName, append_numbered
 from featurestore.published.paths import RunPath
+from featurestore.published.versions import VersionName, append_numbered
 from featurestore.storage.safety import refuse_unsafe
 from featurestore.storage.storage import Progress, Storage
 from featurestore.store import FeatureStore

@@ -1,5 +1,6 @@
 """What every store does, whatever it lies on; writers that lose races; versions, quarantine and lack of memory."""
 
+import json
 import pickle
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from featurestore import (
     staging,
 )
 from featurestore.errors import (
+    AnotherStoreError,
     CorruptFileError,
     InvalidRowsError,
     KeyCollisionError,
@@ -35,12 +37,13 @@ from featurestore.errors import (
 )
 from featurestore.format.datafile import schema_of
 from featurestore.log import manifest_path, version_of, versions
+from featurestore.snapshot import SnapshotId
 from featurestore.spec import MAX_VERSION, Manifest, seal
 from featurestore.storage.storage import Storage
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.expiry import expire
 from featurestore.upkeep.history import restore
-from featurestore.upkeep.repair import RepairReport, repair
+from featurestore.upkeep.repair import repair
 from featurestore.upkeep.verify import verify
 from tests.faulty import Fault, FaultyStorage, fails, faulty, made_but_lost, opened_faulty
 from tests.featurestore.staged import build_shard
@@ -350,11 +353,10 @@ def test_a_uri_that_another_writer_brought_meanwhile_is_found_on_rebase(
 IMPOSSIBLE = [
     "99999999999999999999.json",
     "09223372036854775808.json",  # 2**63
-    "100000000000000000000.json",  # what a repair once made of the first
+    "100000000000000000000.json",
     "00000000000000000000.json",
     "3.json",
     "٠٠٠٠٠٠٠٠٠٠٠٠٠٠٠٠٠٠٠٣.json",
-    "0000000000000000000a.json",
     "00000000000000000003.json.bak",
 ]
 
@@ -373,28 +375,6 @@ def write(store: FeatureStore, name: str, data: bytes = b"no manifest") -> None:
 def test_the_largest_version_is_the_last_name_that_counts() -> None:
     assert version_of(f"{MAX_VERSION:020d}.json") == MAX_VERSION == 2**63 - 1
     assert [version_of(name) for name in IMPOSSIBLE] == [None] * len(IMPOSSIBLE)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("name", IMPOSSIBLE)
-@pytest.mark.parametrize("good", [False, True])
-def test_a_file_with_an_impossible_name_is_seen_by_verify_alone_and_put_aside(
-    filled: FeatureStore, make_rows, name: str, good: bool
-) -> None:
-    data = (Path(filled.url) / manifest_path(2)).read_bytes()
-    write(filled, name, data if good else b"no manifest")
-    assert filled.snapshot().version == 2 and filled.put(make_rows(5, filled.info, seed=2)).version == 3
-    (problem,) = verify(filled).problems
-    assert (problem.kind, problem.path) == ("stray", f"log/{name}") and "damaged/" in problem.way_out
-    assert repair(filled) == RepairReport(actions=[f"move log/{name} to damaged/"])
-    assert filled.storage.list("damaged") == [f"log-{name}"]
-    assert verify(filled).problems == [] and versions(filled.storage) == [1, 2, 3]
-    assert filled.put(make_rows(5, filled.info, seed=3)).version == 4
-
-
-def test_names_that_begin_with_a_dot_are_other_programs_business(filled: FeatureStore) -> None:
-    write(filled, ".nfs000000000000000012")
-    assert verify(filled).problems == []
 
 
 @pytest.mark.parametrize("version", [4, 9999, 2**40])
@@ -520,3 +500,39 @@ def test_verify_calls_no_file_damaged(tiny, monkeypatch):
     exhaust(monkeypatch, "iter_batches")
     with pytest.raises(MemoryError, match="malloc"):
         verify(tiny)
+
+
+class TestMirrors:
+    """A store whose rows are made of another store's says of which snapshot, in each of its manifests."""
+
+    @pytest.fixture
+    def source(self, tmp_path: Path, info: StoreInfo, make_rows) -> FeatureStore:
+        source = FeatureStore.create(tmp_path / "features", info)
+        source.put(make_rows(1, info))
+        source.put(make_rows(1, info, seed=1))
+        return source
+
+    def test_a_commit_says_it_and_later_ones_keep_it(
+        self, store: FeatureStore, source: FeatureStore, make_rows
+    ) -> None:
+        one, two = (SnapshotId.of(source.snapshot(version)).as_source() for version in (1, 2))
+        rows = make_rows(2, store.info)
+        assert store.put(rows.take(np.array([0]))).manifest.mirrors is None
+        assert store.commit(store.write(rows.take(np.array([1]))), "publish", mirrors=one).manifest.mirrors == one
+        assert store.delete(rows.keys_N[:1]).manifest.mirrors == one
+        compact(store, force=True)
+        assert store.snapshot().manifest.mirrors == one
+        assert store.commit({}, "publish", mirrors=two).manifest.mirrors == two
+        assert restore(store, 2).manifest.mirrors == one, "what the old snapshot mirrored"
+        assert restore(store, 1).manifest.mirrors is None
+        without, with_it = (json.loads(store.storage.read_bytes(manifest_path(version))) for version in (1, 2))
+        assert "mirrors" not in without and list(with_it)[-2:] == ["mirrors", "digest"]
+        assert with_it["mirrors"] == one.model_dump()
+
+    def test_another_store_is_told_by_what_is_kept(self, source: FeatureStore, tmp_path: Path, make_rows) -> None:
+        kept = SnapshotId.of_source(SnapshotId.of(source.snapshot(1)).as_source())
+        kept.check(SnapshotId.of(source.snapshot()), "it", "")
+        other = FeatureStore.create(tmp_path / "other", source.info)
+        other.put(make_rows(1, source.info))
+        with pytest.raises(AnotherStoreError):
+            kept.check(SnapshotId.of(other.snapshot()), "it", "")

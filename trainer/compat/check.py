@@ -24,8 +24,8 @@ from featurestore.errors import FeatureStoreError, SnapshotNotFoundError, UserEr
 from featurestore.format.datafile import KEY, numpy_column
 from featurestore.format.rows import FeatureRows
 from featurestore.keys import Int64Array, shard_of
-from featurestore.published.versions import VersionName, check_channel_name, last_move
 from featurestore.published.paths import RunPath
+from featurestore.published.versions import VersionName, check_channel_name, last_move
 from featurestore.snapshot import Snapshot, SnapshotId
 from featurestore.storage.storage import Progress
 from featurestore.store import FeatureStore

@@ -15,8 +15,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from featurestore.parsing import format_yaml, parse_yaml
-from featurestore.published.versions import CHANNEL_RULE, is_channel_name
 from featurestore.published.paths import RunPath, write_file
+from featurestore.published.versions import CHANNEL_RULE, is_channel_name
 from featurestore.spec import MissingPolicy, differing
 from featurestore.text import without_passwords
 from trainer.config.options import (

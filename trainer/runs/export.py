@@ -25,8 +25,8 @@ from featurestore.format.datafile import KEY, URI
 from featurestore.keys import Int64Array
 from featurestore.lookup.embedding import EmbeddingModel
 from featurestore.lookup.ondevice import as_tensor
-from featurestore.published.versions import VersionName
 from featurestore.published.paths import RunPath
+from featurestore.published.versions import VersionName
 from featurestore.snapshot import VECTORS_OF, Snapshot, SnapshotId
 from featurestore.storage.storage import Storage, cached_property
 from trainer.comm import SoloComm

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featurestore.errors import FeatureStoreError
-from featurestore.published.versions import VersionName, open_published
 from featurestore.published.paths import RunPath
+from featurestore.published.versions import VersionName, open_published
 from featurestore.snapshot import Snapshot, SnapshotId
 from featurestore.spec import MissingPolicy
 from featurestore.storage.storage import cached_property

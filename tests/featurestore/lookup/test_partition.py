@@ -23,12 +23,8 @@ from featurestore.keys import HashIndex, shard_of_hash, splitmix64
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("dtype", "dim", "threads"),
-    [
-        ("bfloat16", 1, 1), ("bfloat16", 7, 3), ("bfloat16", 3000, 3),
-        ("float16", 7, 1), ("float16", 8, 3),
-        ("float32", 1, 3), ("float32", 8, 1), ("float32", 9001, 2),
-    ],
-)  # fmt: skip
+    [("bfloat16", 1, 1), ("bfloat16", 3000, 3), ("float16", 7, 3), ("float32", 8, 1), ("float32", 9001, 2)],
+)
 def test_lookup_gives_the_rows_in_the_order_asked(
     tmp_path: Path, cache: Path, info: StoreInfo, make_rows, dtype: str, dim: int, threads: int
 ) -> None:
@@ -241,7 +237,7 @@ def load_and_look(url: str, cache: Path, keys: "np.ndarray", results: "multiproc
         results.put(partition.lookup(keys).features_UD.tobytes())
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 3, 8, 11])
+@pytest.mark.parametrize("num_ranks", [1, 3, 11])
 def test_ranks_share_the_rows_and_the_cache(store: FeatureStore, cache: Path, make_rows, num_ranks: int) -> None:
     rows = make_rows(400, store.info)
     store.put(rows)

@@ -288,14 +288,13 @@ WORKS = {
         same_new_store,
     ),
 }
-CASES = [(work, after) for work in WORKS for after in (False, True)]
 EVERY = pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["some", "every"])
 
 
 @EVERY
-@pytest.mark.parametrize(("work", "after"), CASES)
-def test_on_a_disk(work: str, after: bool, every: bool, tmp_path: Path, info: StoreInfo, make_rows: Any) -> None:
-    """At each third write of many, or at each."""
+@pytest.mark.parametrize("work", WORKS)
+def test_on_a_disk(work: str, every: bool, tmp_path: Path, info: StoreInfo, make_rows: Any) -> None:
+    """Before each second write of many, or before each, and after the last."""
     url = tmp_path / "before"
     before = FeatureStore.create(url, info.model_copy(update={"num_shards": 4}))
     WORKS[work].prepare(before, make_rows)
@@ -306,8 +305,9 @@ def test_on_a_disk(work: str, after: bool, every: bool, tmp_path: Path, info: St
     calm = copied("calm")
     with dying(0) as whole:
         WORKS[work].work(calm, make_rows)
-    for at in range(1, len(whole) + 1, 1 if every or len(whole) < 12 else 3):
-        check_death(WORKS[work], copied(f"{at}"), before, calm, at, after, make_rows)
+    for at in range(1, len(whole) + 1, 1 if every or len(whole) < 12 else 2):
+        check_death(WORKS[work], copied(f"{at}"), before, calm, at, False, make_rows)
+    check_death(WORKS[work], copied("last"), before, calm, len(whole), True, make_rows)
 
 
 def check_death(
@@ -394,8 +394,7 @@ def much_happens(store: FeatureStore, make_rows: Any, days: float) -> None:
             expire(store, keep_last=1, keep_days=0)
 
 
-@pytest.mark.parametrize("days", [6, 8])
-@pytest.mark.parametrize("work", ["put", "extract"])
+@pytest.mark.parametrize(("work", "days"), [("put", 6), ("extract", 8)])
 def test_a_writer_pauses_before_any_write(
     work: str, days: int, tmp_path: Path, info: StoreInfo, make_rows: Any
 ) -> None:
