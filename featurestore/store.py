@@ -12,12 +12,7 @@ import pyarrow as pa
 
 from featurestore import log, staging
 from featurestore.commit import Commit, Shards, live_uris
-from featurestore.errors import (
-    AnotherStoreError,
-    SnapshotNotFoundError,
-    StoreExistsError,
-    StoreNotFoundError,
-)
+from featurestore.errors import AnotherStoreError, SnapshotNotFoundError, StoreExistsError, StoreNotFoundError
 from featurestore.format.codec import Basis, Codec, basis_of
 from featurestore.format.datafile import KEY, numpy_column
 from featurestore.format.rows import FeatureRows, check_collisions

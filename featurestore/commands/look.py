@@ -3,13 +3,13 @@
 import ssl
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 import numpy.typing as npt
 import typer
 
-from featurestore.commands import WHICH, Url, Version, read_version_name
+from featurestore.commands import Url, Version
 from featurestore.console.commandline import CommandApp
 from featurestore.console.output import print_rows, print_summary, print_warning, progress_bar
 from featurestore.errors import FeatureStoreError
@@ -136,16 +136,7 @@ def serve(
     port: Annotated[
         int, typer.Option("--port", min=0, max=65535, help="Port to listen at; 0 takes a free one.")
     ] = 8815,
-    version: Annotated[
-        Any,
-        typer.Option(
-            "--version",
-            parser=read_version_name,
-            metavar=WHICH,
-            help="Offer this snapshot alone, or that of a channel, wherever it is moved; by default the newest, also"
-            " later ones.",
-        ),
-    ] = None,
+    version: Version = None,
     tls_cert: Annotated[Path | None, typer.Option("--tls-cert", help="Certificate of the server, PEM.")] = None,
     tls_key: Annotated[Path | None, typer.Option("--tls-key", help="Key of the certificate, PEM.")] = None,
     token_file: Annotated[
@@ -158,23 +149,20 @@ def serve(
 ) -> None:
     """Answer lookups over Arrow Flight: keys in, features and a mask out. `featurestore.connect` is the client.
 
-    Prints its address when it answers. It offers newer snapshots as they are committed. SIGTERM ends it.
+    Prints its address when it answers. It offers newer snapshots as they are committed; with --version that one alone,
+    or that of a channel, wherever it is moved. SIGTERM ends it.
     """
     from featurestore.flight.server import OpenSnapshots
     from featurestore.flight.server import serve as serve_store
     from featurestore.store import FeatureStore
 
-    _check_pair(tls_cert, tls_key)
+    if (tls_cert is None) != (tls_key is None):
+        raise typer.BadParameter("--tls-cert and --tls-key go together")
     store = FeatureStore.open(url)
     listening = _listening(host, port, tls_cert, tls_key, token_file)
     with progress_bar("shards") as progress:
         snapshots = OpenSnapshots(store, version=version, cache_dir=cache_dir, progress=progress)
     serve_store(snapshots, listening, poll_s, print_summary)
-
-
-def _check_pair(tls_cert: Path | None, tls_key: Path | None) -> None:
-    if (tls_cert is None) != (tls_key is None):
-        raise typer.BadParameter("--tls-cert and --tls-key go together")
 
 
 def read_tls(certificate: Path, key: Path) -> tuple[str, str]:

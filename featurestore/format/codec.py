@@ -156,16 +156,6 @@ class Basis:
         except (SafetensorError, KeyError, ValueError) as error:
             why = first_mistake(error) if isinstance(error, ValidationError) else error
             raise CorruptFileError(f"{path} is not the basis of a compact store: {why}") from error
-        shapes = (components_KD.shape[1:], components_KD.shape[:1])
-        if components_KD.ndim != 2 or (mean_D.shape, spectrum_K.shape) != shapes:
-            raise CorruptFileError(
-                f"{path} is not the basis of a compact store: mean {mean_D.shape}, components {components_KD.shape} and"
-                f" spectrum {spectrum_K.shape} do not fit together"
-            )
-        if any(each.dtype != np.float64 or not np.isfinite(each).all() for each in arrays.values()):
-            raise CorruptFileError(
-                f"{path} is not the basis of a compact store: not all of its numbers are finite float64"
-            )
         return cls(mean_D, components_KD, spectrum_K, origin)
 
     def _check_width(self, rows: npt.NDArray[Any], width: int) -> None:

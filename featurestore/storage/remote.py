@@ -120,7 +120,7 @@ class RemoteFiles:
         return str(self.client._strip_protocol(f"{self._protocol}://{self._place}"))
 
     def read_bytes(self, path: str, start: int | None = None, end: int | None = None) -> bytes:
-        options = reading_options(self._protocol)
+        options = {"seekable": True} if self._protocol == HDFS else {}  # a stream of it cannot be read as a whole
         data: bytes = self._read(lambda: self.client.cat_file(self._full(path), start=start, end=end, **options))
         if start is None or end is None or len(data) <= end - start:
             return data
@@ -417,11 +417,6 @@ def _looks_before_it_creates(client: Any) -> bool:
     from fsspec import AbstractFileSystem
 
     return getattr(client.pipe_file, "__func__", None) is AbstractFileSystem.pipe_file
-
-
-def reading_options(protocol: str) -> dict[str, Any]:
-    """Return what `cat_file` needs: fsspec opens a whole file of HDFS as a stream, which it then cannot read."""
-    return {"seekable": True} if protocol == HDFS else {}
 
 
 def hdfs(server: str) -> Any:

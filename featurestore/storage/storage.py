@@ -76,10 +76,6 @@ class Storage:
         """Whether the files are on a disk of this machine, so that they can be linked and mapped."""
         return self._protocol in ("file", "local")
 
-    def join(self, *parts: str) -> str:
-        """Join parts to one relative path."""
-        return "/".join(part.strip("/") for part in parts if part)
-
     def check_bucket(self) -> None:
         """Raise BucketNotFoundError where the object store has no such bucket: there, reading just finds nothing.
 

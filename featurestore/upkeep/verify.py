@@ -35,14 +35,7 @@ from featurestore.format.rows import finite_rows
 from featurestore.format.shard import read_moments
 from featurestore.keys import Int64Array, keys_of_uris, shard_of_hash, splitmix64
 from featurestore.published.versions import is_channel_name, last_move
-from featurestore.spec import (
-    FileEntry,
-    Manifest,
-    Sealed,
-    StoreInfo,
-    StorePath,
-    read_sealed,
-)
+from featurestore.spec import FileEntry, Manifest, Sealed, StoreInfo, StorePath, read_sealed
 from featurestore.staging import STAGING
 from featurestore.storage.storage import Progress, Storage, in_threads
 from featurestore.store import INFO_PATH, FeatureStore
