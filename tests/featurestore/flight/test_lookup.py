@@ -7,20 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from featurestore import (
-    FeatureClient,
-    FeaturePartition,
-    FeatureRows,
-    FeatureStore,
-    StoreInfo,
-    connect,
-    keys_of_uris,
-)
-from featurestore.errors import (
-    MissingKeysError,
-    SnapshotNotFoundError,
-    UnavailableError,
-)
+from featurestore import FeatureClient, FeaturePartition, FeatureRows, FeatureStore, StoreInfo, connect, keys_of_uris
+from featurestore.errors import MissingKeysError, SnapshotNotFoundError, UnavailableError
 from featurestore.flight.client import _keys
 from featurestore.upkeep.expiry import expire
 from tests.featurestore.conftest import MakeRows

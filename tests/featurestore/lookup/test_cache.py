@@ -80,7 +80,7 @@ def test_a_shard_of_many_deltas_is_built_in_the_memory_of_one_file(tmp_path: Pat
     store.put(FeatureRows.of([other], np.ones((1, 4096), np.uint16)))
     for part in range(12):
         uris = in_shard[100 * part : 100 * part + 800]
-        store.put(FeatureRows.of(uris, rng.integers(0, 1 << 14, (len(uris), 4096)).astype(np.uint16)))
+        store.put(FeatureRows.of(uris, rng.integers(0, 1 << 14, (len(uris), 4096), np.uint16)))
     files = store.snapshot().manifest.files(1)
     largest, total = max(entry.bytes for entry in files), sum(entry.bytes for entry in files)
     assert total > 8 * largest

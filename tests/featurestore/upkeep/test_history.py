@@ -8,12 +8,7 @@ import numpy as np
 import pytest
 
 from featurestore import FeatureRows, FeatureStore, log
-from featurestore.errors import (
-    CorruptFileError,
-    PinError,
-    SnapshotNotFoundError,
-    StorageError,
-)
+from featurestore.errors import CorruptFileError, PinError, SnapshotNotFoundError, StorageError
 from featurestore.storage.storage import Storage
 from featurestore.upkeep.expiry import expire
 from featurestore.upkeep.history import diff, move_channel, pin, read_pins, restore, unpin

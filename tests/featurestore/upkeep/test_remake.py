@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,14 +60,21 @@ def rows_of(first: int, count: int, seed: int = 0) -> FeatureRows:
 
 
 @pytest.fixture
-def source(tmp_path: Path, info: StoreInfo) -> FeatureStore:
+def store(tmp_path: Path, info: StoreInfo) -> FeatureStore:
+    return FeatureStore.create(tmp_path / "source", info.model_copy(update={"dim": DIM, "dtype": "float32"}))
+
+
+@pytest.fixture
+def source(filled_by: Callable[..., FeatureStore]) -> FeatureStore:
     """Three snapshots: 600 rows, 50 of them replaced, 30 others deleted."""
-    store = FeatureStore.create(tmp_path / "source", info.model_copy(update={"dim": DIM, "dtype": "float32"}))
-    rows = rows_of(0, ROWS)
-    store.put(rows)
-    store.put(rows_of(100, 50, seed=1))
-    store.delete(rows.keys_N[500:530])
-    return store
+
+    def three_commits(store: FeatureStore) -> None:
+        rows = rows_of(0, ROWS)
+        store.put(rows)
+        store.put(rows_of(100, 50, seed=1))
+        store.delete(rows.keys_N[500:530])
+
+    return filled_by(three_commits)
 
 
 def full_rows(store: FeatureStore) -> tuple[np.ndarray, np.ndarray]:

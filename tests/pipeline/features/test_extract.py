@@ -158,21 +158,6 @@ def test_an_empty_folder_is_an_error_and_leaves_no_store(make, tmp_path):
     assert not (tmp_path / "features").exists()
 
 
-def test_unchanged_images_are_not_computed_again(make, photos, computed, draw, encode, tmp_path):
-    first = make(photos)
-    assert sum(computed) == 4
-    assert make(photos).num_unchanged == 4
-    assert sum(computed) == 4
-    (photos / "1.jpg").write_bytes(encode(draw(77)))
-    (photos / "new.jpg").write_bytes(encode(draw(78)))
-    old_D = stored(tmp_path, ["1.jpg"])[0]
-    second = make(photos)
-    assert (sum(computed), second.num_unchanged, second.num_computed) == (6, 3, 2)
-    assert (first.snapshot, second.snapshot) == (1, 2)
-    assert (stored(tmp_path, ["1.jpg"])[0] != old_D).any()
-    assert FeatureStore.open(tmp_path / "features").snapshot().num_rows == 5
-
-
 def test_parts_of_a_run_that_failed_are_not_computed_again(make, mixed, photos, computed, monkeypatch, tmp_path):
     shutil.copytree(photos, mixed, dirs_exist_ok=True)
     with monkeypatch.context() as broken:

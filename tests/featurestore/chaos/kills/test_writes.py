@@ -4,6 +4,7 @@ Here the calls of a storage die; test_machine.py and test_crew.py let processes 
 """
 
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -294,7 +295,7 @@ EVERY = pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest
 @EVERY
 @pytest.mark.parametrize("work", WORKS)
 def test_on_a_disk(work: str, every: bool, tmp_path: Path, info: StoreInfo, make_rows: Any) -> None:
-    """Before each second write of many, or before each, and after the last."""
+    """Before the first and the last write of each kind and some of the others, or before each, and after the last."""
     url = tmp_path / "before"
     before = FeatureStore.create(url, info.model_copy(update={"num_shards": 4}))
     WORKS[work].prepare(before, make_rows)
@@ -305,9 +306,15 @@ def test_on_a_disk(work: str, every: bool, tmp_path: Path, info: StoreInfo, make
     calm = copied("calm")
     with dying(0) as whole:
         WORKS[work].work(calm, make_rows)
-    for at in range(1, len(whole) + 1, 1 if every or len(whole) < 12 else 2):
+    for at in range(1, len(whole) + 1) if every else sorted({*range(1, len(whole) + 1, 5), *ends_of_kinds(whole)}):
         check_death(WORKS[work], copied(f"{at}"), before, calm, at, False, make_rows)
     check_death(WORKS[work], copied("last"), before, calm, len(whole), True, make_rows)
+
+
+def ends_of_kinds(begun: list[str]) -> set[int]:
+    """Count to the first and the last write of each kind: its name, and the folder that it is in."""
+    kinds = [re.split("[/-]", each)[0] for each in begun]
+    return {kinds.index(kind) + 1 for kind in kinds} | {len(kinds) - kinds[::-1].index(kind) for kind in kinds}
 
 
 def check_death(
@@ -326,9 +333,9 @@ def check_death(
 
 @pytest.mark.services
 @EVERY
-@pytest.mark.parametrize("work", ["put", "purge", "remake"])
+@pytest.mark.parametrize("work", ["put", "purge", pytest.param("remake", marks=pytest.mark.slow)])
 def test_on_s3(work: str, every: bool, s3_url: str, info: StoreInfo, make_rows: Any) -> None:
-    """At the last write of each kind, or at each."""
+    """At the last write of each name, or at each."""
     before = FeatureStore.create(f"{s3_url}/before", info.model_copy(update={"num_shards": 1}))
     WORKS[work].prepare(before, make_rows)
     files = {each.path: before.storage.read_bytes(each.path) for each in before.storage.entries()}
