@@ -22,17 +22,25 @@ from featurestore.storage.storage import Storage, in_threads
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.expiry import expire
 from featurestore.upkeep.history import move_channel, pin, restore
-from featurestore.upkeep.purge import Images, find_traces, purge
+from featurestore.upkeep.purge import find_traces, purge
 from featurestore.upkeep.remake import remake
 from featurestore.upkeep.repair import repair
 from featurestore.upkeep.verify import verify
 from tests.featurestore.staged import build_shard
-from tests.featurestore.upkeep.damaged import SHARD, everything, leave_in_expired, needs, spoil
+from tests.featurestore.upkeep.damaged import (
+    GONE,
+    IMAGES,
+    SHARD,
+    contents,
+    everything,
+    leave_in_expired,
+    needs,
+    spoil,
+    without,
+)
 
 pytestmark = pytest.mark.long
 
-GONE = ["images/3.jpg", "images/17.jpg"]
-IMAGES = Images.of_uris(GONE)
 DAY_S = 86_400.0
 
 
@@ -102,17 +110,6 @@ class Work:
 def paths_of(store: FeatureStore) -> set[str]:
     """All files but the probes of the storage's clock."""
     return {entry.path for entry in store.storage.entries() if ".tmp-" not in entry.path}
-
-
-def contents(store: FeatureStore, version: int | str | None = None) -> dict[str, bytes]:
-    """Features by uri."""
-    snapshot = store.snapshot(version)
-    rows = [snapshot.read_shard(shard) for shard in range(store.info.num_shards)]
-    return {uri: each.features_ND[n].tobytes() for each in rows for n, uri in enumerate(each.uris)}
-
-
-def without(before: dict[str, bytes]) -> dict[str, bytes]:
-    return {uri: feature for uri, feature in before.items() if uri not in GONE}
 
 
 def with_old_snapshots(store: FeatureStore, make_rows: Any) -> None:
