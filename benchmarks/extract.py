@@ -30,7 +30,7 @@ from pipeline.network import DEFAULT_BACKBONE
 if TYPE_CHECKING:
     from distributed import Client
 
-    from featurestore.lookup.compute_dtype import AutoDType
+    from featurestore.lookup import AutoDType
 
 WEIGHTS = "random:0"  # the speed does not depend on the values
 

@@ -61,13 +61,6 @@ def versions(storage: Storage, folder: str = LOG) -> list[int]:
     return [version for version in map(version_of, storage.list(folder)) if version is not None]
 
 
-def unexpected_files(storage: Storage, folder: str = LOG) -> list[str]:
-    """List the files in a folder of manifests that have other names: no reader and no commit sees them."""
-    paths = [entry.path for entry in storage.entries(folder, recursive=False)]
-    names = [path.rpartition("/")[2] for path in paths]
-    return [path for path, name in zip(paths, names, strict=True) if version_of(name) is None and name[0] != "."]
-
-
 def read_manifest(storage: Storage, version: int | None = None) -> Manifest:
     """Read the manifest of `version`, the newest by default; 0 is the empty store. Raises SnapshotNotFoundError."""
     if version == 0:
@@ -141,17 +134,9 @@ def find(storage: Storage, version: int, folders: Sequence[str] = (LOG, EXPIRED)
     return None
 
 
-def has_kept_by_name(storage: Storage) -> bool:
-    """Return whether there are pins or channels, which keep snapshots that are older than expired ones."""
-    return bool(storage.list(PINS) or storage.list(CHANNELS))
-
-
 def utc_text(time_s: float) -> str:
-    """Format seconds since 1970, also those that no calendar has."""
-    try:
-        return f"{datetime.fromtimestamp(time_s, UTC):%Y-%m-%d %H:%M:%S} UTC"
-    except (ValueError, OverflowError, OSError):
-        return f"{time_s:g} s after 1970"
+    """Format seconds since 1970."""
+    return f"{datetime.fromtimestamp(time_s, UTC):%Y-%m-%d %H:%M:%S} UTC"
 
 
 def _newest(storage: Storage) -> Manifest:
@@ -183,8 +168,8 @@ def _is_ours(storage: Storage, found: Manifest, commit_id: str) -> bool:
     follower = find(storage, found.version + 1)
     if follower is not None and follower.parent == commit_id:
         return True
-    # Snapshots go from the oldest on, except those kept by name: ours would have gone before its follower.
-    if follower is None and has_kept_by_name(storage):
+    # Snapshots go from the oldest on, but for those that pins and channels keep: ours would have gone before its next.
+    if follower is None and (storage.list(PINS) or storage.list(CHANNELS)):
         path = storage.full(manifest_path(found.version))
         raise StorageError(f"cannot find out whether {path} is in the log: the manifest after it is gone")
     storage.delete(manifest_path(found.version))

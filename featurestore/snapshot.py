@@ -4,7 +4,7 @@ A snapshot holds its manifest, so later commits never change what it reads. Its 
 its rows, and compared with a store before they are used.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -21,8 +21,7 @@ from featurestore.format.shard import ShardReader, live_batches, live_schema
 from featurestore.format.statistics import FeatureStatistics, Moments
 from featurestore.keys import Int64Array, shard_of
 from featurestore.spec import Manifest, OptionalId, RandomId, SourceSnapshot, StoreInfo
-from featurestore.storage.storage import Storage
-from featurestore.storage.threads import cached_property, in_threads
+from featurestore.storage.storage import Storage, cached_property, in_threads
 
 VECTORS_OF = "visual_vectors"  # in the metadata of exported vectors (Parquet): the snapshot of their features, as JSON
 _SHOWN = 8  # digits of an id in a message
@@ -111,19 +110,11 @@ class Snapshot:
         batches = self._each_shard(lambda reader: list(live_batches(reader, codec, columns, decode)))
         return pa.Table.from_batches([batch for shard in batches for batch in shard], schema)
 
-    def arrow_reader(
-        self, columns: Sequence[str] | None = None, decode: bool = True, shards: Iterable[int] | None = None
-    ) -> pa.RecordBatchReader:
-        """Stream what `to_arrow` reads, of all shards or of some, a few megabytes at a time."""
-        schema = live_schema(self.info, columns, decode)
-        return pa.RecordBatchReader.from_batches(schema, self.arrow_batches(columns, decode, shards))
-
-    def arrow_batches(
-        self, columns: Sequence[str] | None = None, decode: bool = True, shards: Iterable[int] | None = None
-    ) -> Iterator[pa.RecordBatch]:
-        """Yield the record batches of `arrow_reader`."""
-        for shard in sorted(self.manifest.shards) if shards is None else shards:
-            yield from live_batches(self.shard_reader(shard), self.codec, columns, decode)
+    def arrow_reader(self, columns: Sequence[str] | None = None, decode: bool = True) -> pa.RecordBatchReader:
+        """Stream what `to_arrow` reads, a few megabytes at a time."""
+        schema, readers = live_schema(self.info, columns, decode), map(self.shard_reader, sorted(self.manifest.shards))
+        batches = (batch for reader in readers for batch in live_batches(reader, self.codec, columns, decode))
+        return pa.RecordBatchReader.from_batches(schema, batches)
 
     def statistics(self) -> FeatureStatistics:
         """Compute mean and standard deviation of each dimension over the live rows.

@@ -19,8 +19,7 @@ from featurestore.format.rows import FeatureRows
 from featurestore.format.shard import newest_rows, take_rows
 from featurestore.keys import shard_of
 from featurestore.spec import StoreInfo, check_file_name
-from featurestore.storage.storage import Storage
-from featurestore.storage.threads import in_threads
+from featurestore.storage.storage import Storage, in_threads
 
 STAGING = "staging"
 _GROUP_BYTES = 1 << 20

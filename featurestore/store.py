@@ -4,7 +4,7 @@ import contextlib
 import os
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,25 +12,17 @@ import pyarrow as pa
 
 from featurestore import log, staging
 from featurestore.commit import Commit, Shards, live_uris
-from featurestore.errors import (
-    AnotherStoreError,
-    SnapshotNotFoundError,
-    SpecMismatchError,
-    StoreExistsError,
-    StoreNotFoundError,
-)
-from featurestore.format.codec import ENDING, Basis, Codec, basis_of
+from featurestore.errors import AnotherStoreError, SnapshotNotFoundError, StoreExistsError, StoreNotFoundError
+from featurestore.format.codec import Basis, Codec, basis_of
 from featurestore.format.datafile import KEY, numpy_column
 from featurestore.format.rows import FeatureRows, check_collisions
 from featurestore.format.shard import newest_rows, take_rows, write_shard_file
-from featurestore.published.channels import VersionName, find_channel
+from featurestore.published.versions import VersionName, find_channel
 from featurestore.snapshot import Snapshot
 from featurestore.spec import FileEntry, FileKind, SourceSnapshot, StoreInfo, create_sealed, read_sealed
 from featurestore.staging import QuarantineRow
 from featurestore.storage.safety import refuse_unsafe
-from featurestore.storage.storage import Storage, file_at
-from featurestore.storage.threads import cached_property, in_threads
-from featurestore.text import DType
+from featurestore.storage.storage import Storage, cached_property, in_threads
 
 INFO_PATH = "store.json"
 _THREADS = 4
@@ -236,29 +228,3 @@ class FeatureStore:
         snapshot.shard_reader(shard).check_uris(keys_N, uris)
         newest = take_rows(table, newest_rows(numpy_column(table, KEY)))
         return write_shard_file(self.storage, self.info, shard, [newest], kind, snapshot.version)
-
-
-class Reduction(NamedTuple):
-    """The source of a compact store's rows: the basis, and the dtype of its store, if any."""
-
-    basis: Basis
-    dtype: DType | None
-
-    @classmethod
-    def at(cls, address: str) -> "Reduction":
-        """Find it in a compact store, or in the file of a basis, at this address.
-
-        Raises StoreNotFoundError, SpecMismatchError for a store that is not compact, CorruptFileError.
-        """
-        if address.endswith(ENDING):
-            storage, name = file_at(address)
-            try:
-                return cls(Basis.from_bytes(storage.read_bytes(name), address), None)
-            except FileNotFoundError:
-                raise StoreNotFoundError(f"no basis at {address}") from None
-        store = FeatureStore.open(address)
-        if store.basis is None:
-            raise SpecMismatchError(
-                f"{store.url} is not compact: make a compact store of it with `crossmedia store remake --dims`"
-            )
-        return cls(store.basis, store.info.dtype)

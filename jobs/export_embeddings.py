@@ -11,8 +11,8 @@ from featurestore.console.output import print_summary, progress_bar
 from trainer.cli import StoreVersion, WhichCheckpoint, WhichRun
 
 if TYPE_CHECKING:
-    from featurestore.published.channels import VersionName
     from featurestore.published.paths import RunPath
+    from featurestore.published.versions import VersionName
 
 EXAMPLES = """Examples:
 

@@ -13,7 +13,7 @@ from serving.bundle import EPS, MODELS
 from trainer.cli import StoreVersion
 
 if TYPE_CHECKING:
-    from featurestore.published.channels import VersionName
+    from featurestore.published.versions import VersionName
     from serving.bundle.images import PublishReport
     from serving.bundle.manifest import VectorsOf
     from serving.bundle.open import ModelVersion

@@ -11,7 +11,7 @@ import click
 import typer
 
 from featurestore.console.commandline import on_this_machine, power_of_two, takes
-from featurestore.lookup.compute_dtype import AutoDType
+from featurestore.lookup import AutoDType
 from featurestore.text import DType
 from pipeline.cluster.submit import cluster_of_job, submit
 from pipeline.network import DEFAULT_BACKBONE
@@ -157,9 +157,8 @@ class ExtractOptions:
     reduce: Annotated[
         str | None,
         typer.Option(
-            metavar="BASIS",
-            help="Make a compact store: by the basis, and in the dtype, of this compact store (featurestore remake), or"
-            " by the basis in a .safetensors file.",
+            metavar="STORE",
+            help="Make a compact store, with the basis and in the dtype of this one (crossmedia store remake --dims).",
         ),
     ] = None
     channel: ChannelOption = None

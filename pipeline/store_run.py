@@ -22,7 +22,7 @@ from featurestore.spec import FileEntry, StoreInfo, differing
 from featurestore.staging import STAGING, QuarantineRow
 from featurestore.storage.safety import refuse_unsafe
 from featurestore.storage.storage import Storage
-from featurestore.store import FeatureStore, Reduction
+from featurestore.store import FeatureStore
 from pipeline.cluster.tasks import num_threads, run_all, wait_for_workers
 from pipeline.errors import StoreRunError
 
@@ -56,19 +56,19 @@ def find_store(url: str) -> FeatureStore | None:
         return None
 
 
-def open_or_make(url: str, asked: Mapping[str, Any], reduction: Reduction | None = None, **new: Any) -> FeatureStore:
-    """Open the store at `url`, or make it when it is new: compact, by the basis of `reduction`, where that is given.
+def open_or_make(url: str, asked: Mapping[str, Any], compact: FeatureStore | None = None, **new: Any) -> FeatureStore:
+    """Open the store at `url`, or make it when it is new: by the basis of a `compact` one, where that is given.
 
     `asked` are fields of StoreInfo that the store must have, None: as it has them; its `dim` is that of the rows before
     a compact store reduces them. A new one gets those of `new` too. Raises SpecMismatchError when the store differs.
     """
     given = {name: value for name, value in asked.items() if value is not None}
-    store = find_store(url)
-    if reduction is not None:
-        _check_basis(reduction.basis, given)
-        given |= {"dim": reduction.basis.dim, "reduction": reduction_of(reduction.basis)}
-        if store is None and reduction.dtype is not None:
-            given.setdefault("dtype", reduction.dtype)
+    store, basis = find_store(url), None if compact is None else compact.basis
+    if compact is not None and basis is not None:
+        _check_basis(basis, given)
+        given |= {"dim": basis.dim, "reduction": reduction_of(basis)}
+        if store is None:
+            given.setdefault("dtype", compact.info.dtype)
     elif store is not None and store.info.reduction is not None:
         if given["dim"] != store.info.full_dim:
             raise SpecMismatchError(
@@ -77,10 +77,10 @@ def open_or_make(url: str, asked: Mapping[str, Any], reduction: Reduction | None
             )
         given["dim"] = store.info.dim
     if store is None:
-        if reduction is not None:
+        if basis is not None:
             storage = Storage(url, keep_inside=True)
             refuse_unsafe(storage)
-            write_basis(storage, reduction.basis)
+            write_basis(storage, basis)
         return FeatureStore.open_or_create(url, StoreInfo.model_validate(given | new))
     store.info.model_copy(update=given).check_same(store.info, f"the store at {store.url}")
     return store

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, get_args
 
 import pytest
 
-from featurestore.lookup.compute_dtype import VARIABLE, AutoDType
+from featurestore.lookup import VARIABLE, AutoDType
 from tests.proxy import Fault, Request, proxy_before
 from tests.ranks import Forks, StandingRanks, TorchRanks, forks_of_ranks, standing_ranks
 from tests.running.guard import Guard

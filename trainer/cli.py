@@ -22,7 +22,7 @@ from featurestore.errors import FAILED, UserError
 from trainer.errors import LostRankError
 
 if TYPE_CHECKING:
-    from featurestore.published.channels import VersionName
+    from featurestore.published.versions import VersionName
     from trainer.comm import Comm
 
 # A launcher ends the other ranks when the first one fails: rank 0 needs time to print the reason.

@@ -32,10 +32,10 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from featurestore.errors import StorageError
-from featurestore.lookup.compute_dtype import ComputeDType
+from featurestore.lookup import ComputeDType
 from featurestore.parsing import format_yaml, parse_yaml
-from featurestore.published.channels import CHANNEL_RULE, is_channel_name
 from featurestore.published.paths import RunPath, read_text, run_path, write_file
+from featurestore.published.versions import CHANNEL_RULE, is_channel_name
 from featurestore.spec import MissingPolicy, differing
 from featurestore.text import without_passwords
 from trainer.errors import ConfigError, TrainerError

@@ -21,7 +21,7 @@ from featurestore.errors import StorageError
 from featurestore.parsing import format_yaml, parse_yaml
 from featurestore.published.paths import RunPath, run_path, write_file, write_json_file
 from featurestore.spec import differing
-from trainer.config.config import Config, load_config
+from trainer.config import Config, load_config
 from trainer.errors import ConfigError, TrainerError
 from trainer.main import on_ranks, train
 from trainer.runs.folder import report_of

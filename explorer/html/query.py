@@ -9,7 +9,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
 from explorer.errors import ExplorerError, NotHereError
-from featurestore.published.channels import VersionName, version_name
+from featurestore.published.versions import VersionName, version_name
 
 LARGEST = (1 << 63) - 1
 

@@ -5,14 +5,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from featurestore.published.channels import VersionName
+    from featurestore.published.versions import VersionName
 
 Url = Annotated[str, typer.Argument(metavar="URL", help="Folder or s3:// address of the store.")]
 
 
 def read_version_name(text: str) -> "VersionName":
     """Read the number of a snapshot, or the name of a channel. Raises typer.BadParameter."""
-    from featurestore.published.channels import version_name
+    from featurestore.published.versions import version_name
 
     try:
         return version_name(text)

@@ -53,7 +53,7 @@ def verify(
             raise typer.BadParameter("it reads every file of a store: give no --version", param_hint="--absent")
         _prove_absent(url, absent)
         return
-    from featurestore.published.channels import find_channel
+    from featurestore.published.versions import find_channel
     from featurestore.storage.storage import Storage
     from featurestore.upkeep.verify import verify as verify_store
 

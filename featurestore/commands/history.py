@@ -14,14 +14,11 @@ from featurestore.text import count_text, ranges_text
 from featurestore.upkeep import GRACE_DAYS, KEEP_DAYS, KEEP_LAST
 
 if TYPE_CHECKING:
+    from featurestore.published.versions import ChannelMove
+    from featurestore.store import FeatureStore
     from featurestore.upkeep.compaction import CompactReport
     from featurestore.upkeep.expiry import ExpireReport
     from featurestore.upkeep.history import LogEntry, NamedRows
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from featurestore.published.channels import ChannelMove
-    from featurestore.store import FeatureStore
 
 app = CommandApp()
 
@@ -128,13 +125,11 @@ def unpin(url: Url, name: PinName) -> None:
 @app.command(
     epilog="Examples:\n\n"
     "- `crossmedia store compact data/features --dry-run`\n\n"
-    "- `crossmedia store compact data/features --force --shard 3 --shard 4`"
+    "- `crossmedia store compact data/features --force`"
 )
 def compact(
     url: Url,
-    shard: Annotated[list[int] | None, typer.Option("--shard", help="Only this one; may be repeated.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Also shards with few and small deltas.")] = False,
-    threads: Annotated[int, typer.Option("--threads", min=1, help="Shards at a time.")] = 4,
     dry_run: DryRun = False,
 ) -> None:
     """Merge the files of shards with more than 8 deltas, or more than a quarter of their bytes in deltas.
@@ -145,9 +140,7 @@ def compact(
     from featurestore.upkeep.compaction import compact as compact_store
 
     with progress_bar("shards") as progress:
-        report = compact_store(
-            FeatureStore.open(url), shards=shard, force=force, threads=threads, dry_run=dry_run, progress=progress
-        )
+        report = compact_store(FeatureStore.open(url), force=force, dry_run=dry_run, progress=progress)
     print_summary(_compact_text(report, dry_run))
 
 
@@ -270,7 +263,7 @@ def channel(
     What takes a snapshot's number takes a channel too: data.store_version=stable of a training, --version stable here.
     The snapshot of a channel is kept by `expire`.
     """
-    from featurestore.published.channels import find_channel, read_channels, read_moves
+    from featurestore.published.versions import find_channel, read_channels, read_moves
     from featurestore.store import FeatureStore
     from featurestore.upkeep.history import move_channel, remove_channel
 

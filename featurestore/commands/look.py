@@ -3,13 +3,13 @@
 import ssl
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 import numpy.typing as npt
 import typer
 
-from featurestore.commands import WHICH, Url, Version, read_version_name
+from featurestore.commands import Url, Version
 from featurestore.console.commandline import CommandApp
 from featurestore.console.output import print_rows, print_summary, print_warning, progress_bar
 from featurestore.errors import FeatureStoreError
@@ -55,18 +55,14 @@ def info(url: Url, version: Version = None) -> None:
 @app.command(
     epilog="Examples:\n\n"
     "- `crossmedia store get data/features -7079617629412041231`\n\n"
-    "- `crossmedia store get data/features --uri shirts/1.jpg --out shirt.npy`\n\n"
-    "- `crossmedia store get data/features --uri shirts/1.jpg --out shirt.arrow`",
+    "- `crossmedia store get data/features --uri shirts/1.jpg --out shirt.npy`",
     context_settings={"ignore_unknown_options": True},  # half of all keys are negative, and look like options
 )
 def get(
     url: Url,
     keys: Annotated[list[int] | None, typer.Argument(metavar="[KEY]...", help="Keys of images.")] = None,
     uri: Annotated[list[str] | None, typer.Option("--uri", help="Uri of an image, instead of its key.")] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option("--out", help="Write NAME.npy (keys, dim), or NAME.arrow (key, feature as a tensor)."),
-    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Write NAME.npy, (keys, dim).")] = None,
     version: Version = None,
 ) -> None:
     """Fetch the features of images, as float32: printed, or written to a file."""
@@ -79,7 +75,7 @@ def get(
     store = FeatureStore.open(url)
     values_UD = store.codec.decode(store.snapshot(version).get(wanted_U))
     if out is not None:
-        _write(out, wanted_U, values_UD)
+        _write(out, values_UD)
         return
     for key, row_D in zip(wanted_U, values_UD, strict=True):
         sys.stdout.write(f"{key}: {' '.join(f'{value:.6g}' for value in row_D)}\n")
@@ -100,7 +96,7 @@ def quarantine(url: Url) -> None:
 
 
 def _channel_lines(store: "FeatureStore") -> dict[str, str]:
-    from featurestore.published.channels import read_channels
+    from featurestore.published.versions import read_channels
 
     moves = read_channels(store.storage)
     return {"channels": ", ".join(f"{move.channel} at {move.version}" for move in moves)} if moves else {}
@@ -118,20 +114,12 @@ def _basis_lines(store: "FeatureStore") -> dict[str, str]:
     }
 
 
-def _write(path: Path, keys_U: npt.NDArray[np.int64], values_UD: npt.NDArray[np.float32]) -> None:
-    import pyarrow as pa
-
+def _write(path: Path, values_UD: npt.NDArray[np.float32]) -> None:
     from featurestore.console.files import replaced_file
 
     try:
         with replaced_file(path) as part, part.open("wb") as file:
-            if path.suffix != ".arrow":
-                np.save(file, values_UD)
-                return
-            feature: Any = pa.FixedShapeTensorArray.from_numpy_ndarray(values_UD)
-            table = pa.table({"key": pa.array(keys_U), "feature": feature})
-            with pa.ipc.new_file(file, table.schema) as writer:
-                writer.write_table(table)
+            np.save(file, values_UD)
     except OSError as error:
         raise FeatureStoreError(f"cannot write {path}: {refusal(error)}") from error
 
@@ -148,16 +136,7 @@ def serve(
     port: Annotated[
         int, typer.Option("--port", min=0, max=65535, help="Port to listen at; 0 takes a free one.")
     ] = 8815,
-    version: Annotated[
-        Any,
-        typer.Option(
-            "--version",
-            parser=read_version_name,
-            metavar=WHICH,
-            help="Offer this snapshot alone, or that of a channel, wherever it is moved; by default the newest, also"
-            " later ones.",
-        ),
-    ] = None,
+    version: Version = None,
     tls_cert: Annotated[Path | None, typer.Option("--tls-cert", help="Certificate of the server, PEM.")] = None,
     tls_key: Annotated[Path | None, typer.Option("--tls-key", help="Key of the certificate, PEM.")] = None,
     token_file: Annotated[
@@ -170,23 +149,20 @@ def serve(
 ) -> None:
     """Answer lookups over Arrow Flight: keys in, features and a mask out. `featurestore.connect` is the client.
 
-    Prints its address when it answers. It offers newer snapshots as they are committed. SIGTERM ends it.
+    Prints its address when it answers. It offers newer snapshots as they are committed; with --version that one alone,
+    or that of a channel, wherever it is moved. SIGTERM ends it.
     """
     from featurestore.flight.server import OpenSnapshots
     from featurestore.flight.server import serve as serve_store
     from featurestore.store import FeatureStore
 
-    _check_pair(tls_cert, tls_key)
+    if (tls_cert is None) != (tls_key is None):
+        raise typer.BadParameter("--tls-cert and --tls-key go together")
     store = FeatureStore.open(url)
     listening = _listening(host, port, tls_cert, tls_key, token_file)
     with progress_bar("shards") as progress:
         snapshots = OpenSnapshots(store, version=version, cache_dir=cache_dir, progress=progress)
     serve_store(snapshots, listening, poll_s, print_summary)
-
-
-def _check_pair(tls_cert: Path | None, tls_key: Path | None) -> None:
-    if (tls_cert is None) != (tls_key is None):
-        raise typer.BadParameter("--tls-cert and --tls-key go together")
 
 
 def read_tls(certificate: Path, key: Path) -> tuple[str, str]:

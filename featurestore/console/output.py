@@ -79,8 +79,8 @@ def figure(value: float | int | str | None) -> str:
 def print_table(console: Console, table: Table) -> None:
     """Print the table, its title above it as a line. Columns aligned on the right (numbers) are never folded or cut.
 
-    A terminal that is too narrow gets other texts folded between words, and where that does not suffice one block of
-    lines for each row. Where there is no terminal, the table is as wide as it is.
+    A terminal that is too narrow gets other texts folded between words. Where that does not suffice, and where there is
+    no terminal, the table is as wide as it is.
     """
     if console.quiet:
         return
@@ -89,8 +89,7 @@ def print_table(console: Console, table: Table) -> None:
         if title:
             each.print(title, style=style)
         if not each.is_terminal:
-            wide = each.options.update(max_width=_ENDLESS)
-            each.print(Segments(each.render(table, wide)), crop=False, end="")
+            _print_wide(each, table)
     if not console.is_terminal:
         return
     for column in table.columns:
@@ -99,7 +98,7 @@ def print_table(console: Console, table: Table) -> None:
         column.min_width = max(column.min_width, _width(str(column.header), folded=True))
     least, natural = Measurement.get(console, console.options.update(max_width=_ENDLESS), table)
     if least > console.width:
-        _print_blocks(console, table)
+        _print_wide(console, table)
         return
     table.width = min(natural, console.width)
     console.print(table, soft_wrap=False, crop=False)
@@ -154,16 +153,10 @@ def _width(text: str, folded: bool) -> int:
     return max(map(cell_len, text.split() if folded else text.splitlines()), default=0)
 
 
-def _print_blocks(console: Console, table: Table) -> None:
-    """Print each row as lines of a column's name and its value, with an empty line between rows."""
-    names = [" ".join(str(column.header).split()) for column in table.columns]
-    width = max(map(cell_len, names))
-    for number, cells in enumerate(zip(*(column.cells for column in table.columns), strict=True)):
-        if number:
-            console.print()
-        for name, cell in zip(names, cells, strict=True):
-            if str(cell):
-                console.print(Text(f"{name:{width}}  ", style="bold").append(str(cell), style="not bold"))
+def _print_wide(console: Console, table: Table) -> None:
+    """Print a table as wide as it is."""
+    wide = console.options.update(max_width=_ENDLESS)
+    console.print(Segments(console.render(table, wide)), crop=False, end="")
 
 
 LINE_EVERY_S = 10.0

@@ -4,13 +4,13 @@ Letters of shapes: U keys asked, D feature width.
 """
 
 import os
+import re
 import ssl
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
-from urllib.parse import urlsplit
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,6 @@ from featurestore.flight.protocol import (
     DESCRIBE,
     FOUND,
     KEYS_SCHEMA,
-    SCHEMES,
     TOKEN_HEADER,
     Asked,
     Described,
@@ -40,6 +39,7 @@ from featurestore.spec import MissingPolicy
 
 _CALL_BYTES = 256 << 20  # of features in one call: each has its deadline
 _CALL_KEYS = 1 << 20
+_ADDRESS = re.compile(r"grpc(\+tcp|\+tls)?://(\[[0-9A-Fa-f:.]+\]|[^\s/:]+):\d+/?")
 # HTTP/2 lets a sender send 64 kB unasked. With more on the way, a client could wait to send for a server that waits to
 # send: so a message goes out only while less than _AHEAD_KEYS have no answer, together 48 kB.
 _MESSAGE_KEYS = 2_048
@@ -69,12 +69,7 @@ def connect(
         raise ValueError(f"missing={missing!r} is none of {', '.join(get_args(MissingPolicy))}")
     if timeout_s <= 0:
         raise ValueError(f"timeout_s={timeout_s} is not positive")
-    parts = urlsplit(address)
-    try:
-        is_complete = bool(parts.hostname and parts.port)
-    except ValueError:
-        is_complete = False
-    if parts.scheme not in SCHEMES or not is_complete or parts.path not in ("", "/"):
+    if not _ADDRESS.fullmatch(address):
         raise ValueError(
             f"{address!r} is not the address of a feature server: grpc://HOST:PORT or grpc+tls://HOST:PORT"
         )
@@ -237,13 +232,9 @@ class FeatureClient:
 
 def _keys(keys_U: npt.ArrayLike) -> Int64Array:
     given_U = np.asarray(keys_U)
-    if given_U.ndim > 1:
-        raise ValueError(f"keys have shape {given_U.shape}, and have to be one list")
-    if given_U.dtype.kind in "US":
-        raise TypeError("keys are texts, and have to be whole numbers (int64): featurestore.keys_of_uris makes them")
-    if given_U.size and given_U.dtype.kind == "f":  # 1.5 would ask for 1, and 2**60 as a float for a key next to it
-        raise TypeError(f"keys are {given_U.dtype}, and have to be whole numbers (int64)")
-    return np.ascontiguousarray(np.array(keys_U, dtype=np.int64, ndmin=1, copy=None))
+    if given_U.size and given_U.dtype.kind not in "iu":  # 1.5 would ask for 1
+        raise TypeError(f"keys are {given_U.dtype}, and have to be int64: featurestore.keys_of_uris makes them of uris")
+    return np.ascontiguousarray(given_U, np.int64).reshape(-1)
 
 
 def _read(ca: str | os.PathLike[str] | None) -> str | None:

@@ -22,7 +22,6 @@ FOUND = "found"
 KEYS_SCHEMA = pa.schema([pa.field(KEY, pa.int64(), nullable=False)])
 MAX_KEYS = 1 << 20  # in one message
 SECURE = "grpc+tls"
-SCHEMES = ("grpc", "grpc+tcp", SECURE)
 TOKEN_HEADER = "authorization"
 _MESSAGE_CHARACTERS = 2_000  # gRPC sends no more than 8 kB of them
 ModelT = TypeVar("ModelT", bound=BaseModel)
@@ -37,14 +36,6 @@ class Asked(_Message):
 
     version: int | None = None
     features: bool = True  # of an exchange: false asks only which keys are there
-
-
-class ScanTicket(_Message):
-    """The ticket of a scan: which snapshot, the newest by default, and which columns, by default all."""
-
-    version: int | None = None
-    columns: tuple[str, ...] | None = None
-    decode: bool = True  # features as lists of float32; false: bytes as stored
 
 
 class Described(_Message):

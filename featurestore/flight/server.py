@@ -28,18 +28,16 @@ from featurestore.flight.protocol import (
     TOKEN_HEADER,
     Asked,
     Described,
-    ScanTicket,
     answer_schema,
     bearer,
     error_sent,
     keys_of,
     parse_message,
 )
-from featurestore.format.shard import live_schema
 from featurestore.keys import Int64Array
 from featurestore.lookup.partition import FeaturePartition
-from featurestore.published.channels import VersionName
-from featurestore.storage.threads import Progress
+from featurestore.published.versions import VersionName
+from featurestore.storage.storage import Progress
 from featurestore.store import FeatureStore
 
 BLOCK_BYTES = 4 << 20
@@ -179,16 +177,6 @@ class FeatureServer(flight.FlightServerBase):
                 for start in range(0, len(keys_U), block_rows):
                     writer.write_batch(_answer(partition, keys_U[start : start + block_rows], asked.features))
 
-    def do_get(self, _context: Any, ticket: Any) -> Any:
-        """Stream the live rows of a snapshot. The ticket is a `ScanTicket`."""
-        with self._answering():
-            asked = parse_message(ScanTicket, ticket.ticket)
-            try:
-                schema = live_schema(self._snapshots.store.info, asked.columns, asked.decode)
-            except ValueError as error:
-                raise QueryError(str(error)) from error
-            return flight.GeneratorStream(schema, self._scan(asked))
-
     def do_action(self, _context: Any, action: Any) -> Iterator[bytes]:
         """Describe a snapshot: a `Described` as JSON."""
         with self._answering():
@@ -205,11 +193,6 @@ class FeatureServer(flight.FlightServerBase):
             self._drains = True
             return self._calls.wait_for(lambda: not self._running, timeout_s)
 
-    def _scan(self, asked: ScanTicket) -> Iterator[pa.RecordBatch]:
-        with self._answering():
-            version = self._snapshots.partition(asked.version).snapshot_version
-            yield from self._snapshots.store.snapshot(version).arrow_batches(asked.columns, asked.decode)
-
     @contextmanager
     def _answering(self) -> Iterator[None]:
         """Count a call, and send errors of ours as such; of others clients learn that there was one, stderr more."""
@@ -221,7 +204,7 @@ class FeatureServer(flight.FlightServerBase):
             yield
         except FeatureStoreError as error:
             raise error_sent(error) from error
-        except (flight.FlightError, GeneratorExit):
+        except flight.FlightError:
             raise
         except (pa.ArrowException, OSError) as error:  # the client went away, or it is a failure of Flight itself
             raise flight.FlightInternalError(f"{type(error).__name__}") from error

@@ -73,7 +73,6 @@ class Codec:
         return f"{count} of {len(storable_N)} features are not finite in {self.dtype}; the first is that of"
 
 
-ENDING = ".safetensors"
 _ABOUT = "origin"  # the one key of the file's metadata: safetensors writes several in any order
 _BLOCK_ROWS = 1024
 
@@ -157,16 +156,6 @@ class Basis:
         except (SafetensorError, KeyError, ValueError) as error:
             why = first_mistake(error) if isinstance(error, ValidationError) else error
             raise CorruptFileError(f"{path} is not the basis of a compact store: {why}") from error
-        shapes = (components_KD.shape[1:], components_KD.shape[:1])
-        if components_KD.ndim != 2 or (mean_D.shape, spectrum_K.shape) != shapes:
-            raise CorruptFileError(
-                f"{path} is not the basis of a compact store: mean {mean_D.shape}, components {components_KD.shape} and"
-                f" spectrum {spectrum_K.shape} do not fit together"
-            )
-        if any(each.dtype != np.float64 or not np.isfinite(each).all() for each in arrays.values()):
-            raise CorruptFileError(
-                f"{path} is not the basis of a compact store: not all of its numbers are finite float64"
-            )
         return cls(mean_D, components_KD, spectrum_K, origin)
 
     def _check_width(self, rows: npt.NDArray[Any], width: int) -> None:
@@ -198,7 +187,7 @@ def basis_of(info: StoreInfo, storage: Storage) -> Basis | None:
 def reduction_of(basis: Basis) -> ReductionSpec:
     """Return the identity of this basis for a store's spec: equal for equal numbers and origins."""
     sha256 = digest_of(basis.to_bytes(), "sha256")
-    return ReductionSpec(path=f"{BASES}/{sha256}{ENDING}", sha256=sha256, full_dim=basis.full_dim)
+    return ReductionSpec(path=f"{BASES}/{sha256}.safetensors", sha256=sha256, full_dim=basis.full_dim)
 
 
 def write_basis(storage: Storage, basis: Basis) -> ReductionSpec:

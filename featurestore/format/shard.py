@@ -39,8 +39,7 @@ from featurestore.format.rows import check_collisions
 from featurestore.format.statistics import Moments
 from featurestore.keys import Int64Array, shard_of_hash, splitmix64
 from featurestore.spec import FileEntry, FileKind, StoreInfo
-from featurestore.storage.storage import Storage
-from featurestore.storage.threads import cached_property
+from featurestore.storage.storage import Storage, cached_property
 
 
 def newest_rows(keys_N: Int64Array) -> Int64Array:

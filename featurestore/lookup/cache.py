@@ -43,7 +43,7 @@ from featurestore.format.datafile import FileMemory
 from featurestore.format.shard import RowBlock, ShardReader
 from featurestore.keys import Int64Array, UInt64Array, shard_of_hash, splitmix64
 from featurestore.storage.local import claim, is_private, open_private, open_regular
-from featurestore.storage.threads import Progress, in_threads
+from featurestore.storage.storage import Progress, in_threads
 
 SUFFIXES = (".keys.npy", ".rows.bin", ".json")
 SEAL = ".json"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from featurestore.format.statistics import Scaling, input_scale
-from featurestore.lookup.compute_dtype import ComputeDType
+from featurestore.lookup import ComputeDType
 from featurestore.lookup.ondevice import BLOCK_ROWS, Copies, Gathered, HeldRows, PReLU, as_array, as_tensor, on_device
 from featurestore.lookup.partition import FeaturePartition
 

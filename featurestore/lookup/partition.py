@@ -15,9 +15,9 @@ from featurestore.errors import StorageError
 from featurestore.keys import Int64Array, owned_shards, shard_of, shard_of_hash, splitmix64
 from featurestore.lookup.cache import default_cache_dir, open_or_build
 from featurestore.lookup.hashedrows import HashedRows
-from featurestore.published.channels import VersionName
+from featurestore.published.versions import VersionName
 from featurestore.spec import MissingPolicy
-from featurestore.storage.threads import Progress
+from featurestore.storage.storage import Progress
 from featurestore.store import FeatureStore
 
 _MAX_THREADS = 4

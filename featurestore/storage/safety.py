@@ -20,8 +20,7 @@ from typing import NamedTuple
 
 from featurestore.errors import StorageError, UnsafeBackendError
 from featurestore.storage.local import TEMPORARY
-from featurestore.storage.storage import Storage
-from featurestore.storage.threads import Progress
+from featurestore.storage.storage import Progress, Storage
 
 _SHORT_WRITERS, _SHORT_ROUNDS = 2, 5  # SeaweedFS lets a third one wait for a second
 _START_TIMEOUT_S = 300.0

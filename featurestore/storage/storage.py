@@ -1,4 +1,4 @@
-"""Storage: files below one address, on a disk or at an object store.
+"""Storage: files below one address, on a disk or at an object store; and threads that wait for several of them.
 
 Foreign errors are translated here: a missing file is FileNotFoundError, everything else StorageError with its cause.
 """
@@ -9,9 +9,10 @@ import io
 import os
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Generic, Self, TypeVar, overload
 
 import xxhash
 
@@ -35,6 +36,9 @@ from featurestore.text import refusal
 _READ_AHEAD_BYTES = 256 << 10
 
 Entries = list[StorageEntry]  # inside the class, `list` is the method
+Progress = Callable[[int, int], None]  # things done, things in all
+ItemT = TypeVar("ItemT")
+ResultT = TypeVar("ResultT")
 
 
 class Storage:
@@ -71,10 +75,6 @@ class Storage:
     def is_local(self) -> bool:
         """Whether the files are on a disk of this machine, so that they can be linked and mapped."""
         return self._protocol in ("file", "local")
-
-    def join(self, *parts: str) -> str:
-        """Join parts to one relative path."""
-        return "/".join(part.strip("/") for part in parts if part)
 
     def check_bucket(self) -> None:
         """Raise BucketNotFoundError where the object store has no such bucket: there, reading just finds nothing.
@@ -341,3 +341,45 @@ def settled_tags(entries: Iterable[StorageEntry]) -> dict[str, str]:
     """Return the tags of files by path, for those old enough that a changed file has another tag."""
     settled_s = time.time() - _SETTLED_S
     return {entry.path: entry.tag for entry in entries if entry.tag and entry.mtime_s < settled_s}
+
+
+def in_threads(
+    work: Callable[[ItemT], ResultT], items: Collection[ItemT], threads: int, progress: Progress | None = None
+) -> Iterator[ResultT]:
+    """Yield the result of `work` for each of `items`, in their order; `progress` is called after each.
+
+    All items wait in a queue, and results until they are asked for. An error of one ends it: what waits is not begun.
+    """
+    with ThreadPoolExecutor(threads) as pool:
+        for done, result in enumerate(pool.map(work, items), start=1):
+            yield result
+            if progress is not None:
+                progress(done, len(items))
+
+
+class cached_property(Generic[ResultT]):  # noqa: N801 - it takes the place of functools'
+    """A property that is computed when it is first asked for, and kept; no thread waits for another.
+
+    Before Python 3.12 functools' has one lock for all instances of a class, and holds it while it computes: reads of
+    shards by several threads came one after the other. Two threads that ask one instance at once compute it twice.
+    """
+
+    def __init__(self, compute: Callable[[Any], ResultT]) -> None:
+        self._compute = compute
+        self.__doc__ = compute.__doc__
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    @overload
+    def __get__(self, instance: None, owner: type) -> Self: ...
+
+    @overload
+    def __get__(self, instance: object, owner: type) -> ResultT: ...
+
+    def __get__(self, instance: object | None, owner: type) -> Self | ResultT:
+        if instance is None:
+            return self
+        result: ResultT = self._compute(instance)
+        instance.__dict__[self._name] = result
+        return result

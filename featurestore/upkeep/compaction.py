@@ -11,13 +11,13 @@ from itertools import chain
 import numpy as np
 import pyarrow as pa
 
-from featurestore.errors import CommitConflictError, CorruptFileError, InvalidRowsError
+from featurestore.errors import CommitConflictError, CorruptFileError
 from featurestore.format.datafile import DataFile, open_entry, row_group_rows, schema_of
 from featurestore.format.shard import ShardReader, check_digest, take_rows, write_shard_file
 from featurestore.keys import Int64Array
 from featurestore.snapshot import Snapshot
 from featurestore.spec import FileEntry, StoreInfo
-from featurestore.storage.threads import Progress, in_threads
+from featurestore.storage.storage import Progress, in_threads
 from featurestore.store import FeatureStore
 
 MAX_DELTAS = 8
@@ -60,7 +60,8 @@ def compact(
     Raises CommitConflictError where every shard was lost, CorruptFileError before anything of a damaged file is used.
     """
     snapshot = store.snapshot()
-    due = {shard: snapshot.manifest.files(shard) for shard in _chosen(snapshot, shards)}
+    looked_at = snapshot.manifest.shards if shards is None else shards
+    due = {shard: snapshot.manifest.files(shard) for shard in sorted(looked_at)}
     due = {shard: files for shard, files in due.items() if _is_due(files, force)}
     if dry_run or not due:
         return _report(snapshot.version, due, {}, ())
@@ -78,14 +79,6 @@ def needs_compaction(files: Files) -> bool:
 def _is_due(files: Files, force: bool) -> bool:
     is_plain = len(files) == 0 or (len(files) == 1 and files[0].num_deleted == 0)
     return not is_plain and (force or needs_compaction(files))
-
-
-def _chosen(snapshot: Snapshot, shards: Sequence[int] | None) -> list[int]:
-    num_shards = snapshot.info.num_shards
-    for shard in shards or ():
-        if not 0 <= shard < num_shards:
-            raise InvalidRowsError(f"there is no shard {shard}: {snapshot.storage.url} has 0 to {num_shards - 1}")
-    return sorted(snapshot.manifest.shards if shards is None else set(shards))
 
 
 def _commit(store: FeatureStore, due: Mapping[int, Files], built: Mapping[int, FileEntry]) -> CompactReport:

@@ -19,7 +19,7 @@ from featurestore.format.codec import BASES
 from featurestore.spec import seal
 from featurestore.staging import STAGING
 from featurestore.storage.local import TEMPORARY, StorageEntry
-from featurestore.storage.threads import Progress, in_threads
+from featurestore.storage.storage import Progress, in_threads
 from featurestore.store import FeatureStore
 from featurestore.upkeep import DAMAGED, DATA, GRACE_DAYS, KEEP_DAYS, KEEP_LAST
 from featurestore.upkeep.history import referenced_versions

@@ -31,7 +31,7 @@ from featurestore.format.datafile import (
     text_column,
 )
 from featurestore.keys import Int64Array
-from featurestore.published.channels import (
+from featurestore.published.versions import (
     ChannelMove,
     VersionName,
     add_move,
@@ -41,8 +41,7 @@ from featurestore.published.channels import (
 )
 from featurestore.snapshot import Snapshot
 from featurestore.spec import LAST_SECOND, FileEntry, Manifest, Sealed, Version, create_sealed, read_sealed
-from featurestore.storage.storage import Storage
-from featurestore.storage.threads import Progress, in_threads
+from featurestore.storage.storage import Progress, Storage, in_threads
 from featurestore.store import FeatureStore
 
 _THREADS = 4

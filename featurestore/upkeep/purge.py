@@ -24,12 +24,11 @@ from featurestore.errors import CommitConflictError, CorruptFileError, KeyFileEr
 from featurestore.format.datafile import DELETED, KEY, URI, numpy_column, open_entry, schema_of
 from featurestore.format.shard import check_digest, write_shard_file
 from featurestore.keys import Int64Array, key_of_uri, keys_of_uris
-from featurestore.published.channels import ChannelMove, read_channels
+from featurestore.published.versions import ChannelMove, read_channels
 from featurestore.spec import FileEntry, Manifest
 from featurestore.staging import STAGING, QuarantineRow
 from featurestore.storage.local import TEMPORARY, read_text
-from featurestore.storage.storage import Storage
-from featurestore.storage.threads import Progress, in_threads
+from featurestore.storage.storage import Progress, Storage, in_threads
 from featurestore.store import FeatureStore
 from featurestore.text import count_text
 from featurestore.upkeep import DAMAGED, DATA

@@ -27,12 +27,11 @@ from featurestore.format.datafile import URI, live_table, matrix_of
 from featurestore.format.shard import ShardReader, write_shard_file
 from featurestore.index import nearest
 from featurestore.keys import Int64Array
-from featurestore.published.channels import VersionName
+from featurestore.published.versions import VersionName
 from featurestore.snapshot import Snapshot
 from featurestore.spec import FileEntry, Frozen, OptionalId, Sealed, StoreInfo, read_sealed, seal
 from featurestore.storage.safety import refuse_unsafe
-from featurestore.storage.storage import Storage
-from featurestore.storage.threads import Progress, in_threads
+from featurestore.storage.storage import Progress, Storage, in_threads
 from featurestore.store import FeatureStore
 from featurestore.text import DType
 from featurestore.upkeep.compaction import merged_blocks

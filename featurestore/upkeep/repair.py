@@ -9,7 +9,6 @@
   next number; the files of the lost commit stay until `expire` removes them.
 - Where expired/ has manifests that are newer than the newest good one, with all their data files, they are put back
   first; so is a copy of the damaged manifest itself.
-- A file with a name that no manifest can have moves from log/ to damaged/.
 - Damaged quarantine files and expired manifests move to damaged/. A damaged store.json is rebuilt from a data file.
 """
 
@@ -28,36 +27,20 @@ import pyarrow as pa
 from featurestore import log
 from featurestore.commit import Commit
 from featurestore.errors import CorruptFileError, StorageError
-from featurestore.format.datafile import (
-    DELETED,
-    KEY,
-    URI,
-    DataFile,
-    info_in,
-    read_verified,
-    table_of,
-    text_column,
-)
+from featurestore.format.datafile import DELETED, KEY, URI, DataFile, info_in, read_verified, table_of, text_column
 from featurestore.format.rows import FeatureRows
 from featurestore.format.shard import ShardReader, newest_rows, write_shard_file
 from featurestore.keys import Int64Array, shard_of_hash, splitmix64
-from featurestore.spec import (
-    FileEntry,
-    Manifest,
-    StoreInfo,
-    create_sealed,
-    seal,
-)
+from featurestore.spec import FileEntry, Manifest, StoreInfo, create_sealed, seal
 from featurestore.staging import QuarantineRow
-from featurestore.storage.storage import Storage
-from featurestore.storage.threads import Progress
+from featurestore.storage.storage import Progress, Storage
 from featurestore.store import INFO_PATH, FeatureStore
 from featurestore.upkeep import DAMAGED, DATA
 from featurestore.upkeep.verify import NOTE_PREFIX, DamageNote, FileKeys, Problem, verify
 
 OPERATION = "repair"
 Replacements = dict[str, FileEntry | None]  # path of a file of the newest snapshot: what takes its place
-_ASIDE = ("stray", "expired", "quarantine")
+_ASIDE = ("expired", "quarantine")
 _LEFT = ("folder", "basis", "order", "pin", "channel", "collision")
 
 

@@ -34,18 +34,10 @@ from featurestore.format.datafile import (
 from featurestore.format.rows import finite_rows
 from featurestore.format.shard import read_moments
 from featurestore.keys import Int64Array, keys_of_uris, shard_of_hash, splitmix64
-from featurestore.published import channels
-from featurestore.spec import (
-    FileEntry,
-    Manifest,
-    Sealed,
-    StoreInfo,
-    StorePath,
-    read_sealed,
-)
+from featurestore.published.versions import is_channel_name, last_move
+from featurestore.spec import FileEntry, Manifest, Sealed, StoreInfo, StorePath, read_sealed
 from featurestore.staging import STAGING
-from featurestore.storage.storage import Storage
-from featurestore.storage.threads import Progress, in_threads
+from featurestore.storage.storage import Progress, Storage, in_threads
 from featurestore.store import INFO_PATH, FeatureStore
 from featurestore.upkeep import DAMAGED, DATA, history
 
@@ -53,7 +45,7 @@ _MEMORY_BYTES = 256 << 20
 _THREADS = 4
 NOTE_PREFIX = "note-"
 ProblemKind = (
-    Literal["info", "folder", "basis", "manifest", "stray", "order", "expired"]
+    Literal["info", "folder", "basis", "manifest", "order", "expired"]
     | Literal["pin", "channel", "quarantine", "data", "statistics", "collision"]
 )
 _FOLDERS = (
@@ -194,9 +186,6 @@ def _small_files(store: FeatureStore, manifests: Mapping[int, Manifest]) -> Iter
     storage, url = store.storage, store.url
     aside = _repair(url, "moves it to damaged/")
     check: Callable[[], object]
-    for path in [path for folder in (log.LOG, log.EXPIRED) for path in log.unexpected_files(storage, folder)]:
-        what = "has a name that no manifest can have: no reader and no commit sees it"
-        yield "stray", path, partial(_refuse, storage.full(path), what), aside
     for version in log.versions(storage, log.EXPIRED):
         check = partial(log.read, storage, version, log.EXPIRED)
         yield "expired", log.manifest_path(version, log.EXPIRED), check, aside
@@ -213,7 +202,7 @@ def _small_files(store: FeatureStore, manifests: Mapping[int, Manifest]) -> Iter
     for name in storage.list(log.CHANNELS):
         path, way_out = f"{log.CHANNELS}/{name}", "Remove it"
         check = partial(_refuse, storage.full(path), "is not a channel")
-        if channels.is_channel_name(name):
+        if is_channel_name(name):
             check = partial(_check_channel, storage, name, storage.full(path), manifests)
             way_out = f"Set it again: `crossmedia store channel {url} {name} N`"
         yield "channel", path, check, way_out
@@ -230,7 +219,7 @@ def _check_pin(storage: Storage, name: str, place: str, manifests: Mapping[int, 
 
 
 def _check_channel(storage: Storage, name: str, place: str, manifests: Mapping[int, Manifest]) -> None:
-    move = channels.last_move(storage, name)
+    move = last_move(storage, name)
     if move is None or move.version is None:
         return
     if move.version not in manifests:

@@ -177,7 +177,7 @@ SEND_INTERVAL_S = 0.001
 # fifth more of the processor's time by that, for an eighth less of memory.
 WORKER_CONFIG = {
     "distributed.worker.profile.enabled": False,
-    "distributed.worker.preload": ["pipeline.cluster.preload"],
+    "distributed.worker.preload": ["pipeline.cluster"],
     "distributed.nanny.pre-spawn-environ.MALLOC_TRIM_THRESHOLD_": 64 << 20,
     "distributed.nanny.pre-spawn-environ.MALLOC_MMAP_THRESHOLD_": 32 << 20,
 }

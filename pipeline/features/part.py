@@ -24,7 +24,7 @@ from distributed import get_worker
 from featurestore.format.rows import FeatureRows
 from featurestore.format.shard import take_rows
 from featurestore.keys import Int64Array, shard_of, splitmix64
-from featurestore.lookup.compute_dtype import AutoDType
+from featurestore.lookup import AutoDType
 from featurestore.parsing import parse_json
 from featurestore.snapshot import Snapshot
 from featurestore.storage.storage import Storage

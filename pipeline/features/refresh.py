@@ -16,13 +16,13 @@ from distributed import Client
 from featurestore.console.output import progress_bar
 from featurestore.errors import SpecMismatchError, StoreNotFoundError
 from featurestore.keys import Int64Array
-from featurestore.lookup.compute_dtype import AutoDType, dtype_of_environment, dtype_of_machine
-from featurestore.published.channels import check_channel_name
+from featurestore.lookup import AutoDType, dtype_of_environment, dtype_of_machine
+from featurestore.published.versions import check_channel_name
 from featurestore.snapshot import Snapshot
 from featurestore.spec import ExtractorSpec, NetworkName, StoreInfo
 from featurestore.staging import QuarantineRow
 from featurestore.storage.storage import Storage
-from featurestore.store import FeatureStore, Reduction
+from featurestore.store import FeatureStore
 from featurestore.upkeep.history import move_channel
 from pipeline.cluster.tasks import Killed, run_alone, run_tasks
 from pipeline.errors import BackboneError, ClusterError, StoreRunError
@@ -131,7 +131,8 @@ def refresh(options: RefreshOptions, client: Client) -> RefreshSummary:
     points to the newest snapshot, also where nothing has changed.
     """
     start_s = time.monotonic()
-    check_channel(options.channel)
+    if options.channel is not None:
+        check_channel_name(options.channel)
     try:
         store = FeatureStore.open(options.store)
     except StoreNotFoundError as error:
@@ -140,12 +141,6 @@ def refresh(options: RefreshOptions, client: Client) -> RefreshSummary:
     listing = list_images(options.images)
     wait_for_worker(client)
     return bring_up_to_date(options, client, store, listing, "refresh", start_s)
-
-
-def check_channel(name: str | None) -> None:
-    """Raise ChannelError, before anything is read or computed, where no channel may have this name."""
-    if name is not None:
-        check_channel_name(name)
 
 
 def bring_up_to_date(
@@ -315,25 +310,23 @@ def extract(options: ExtractOptions, client: Client) -> RefreshSummary:
     from pipeline.network.layers import feature_dim
 
     start_s = time.monotonic()
-    check_channel(options.channel)
-    num_shards = options.num_shards
-    if num_shards is not None and (num_shards < 1 or num_shards & (num_shards - 1)):
-        raise StoreRunError(f"num_shards={num_shards} is not a power of two; try 64 or 128")
+    if options.channel is not None:
+        check_channel_name(options.channel)
     weights = check_weights_name(options.weights)
     warn_if_untrained(weights)
-    reduction = None if options.reduce is None else Reduction.at(options.reduce)
+    compact = None if options.reduce is None else _compact(options.reduce)
     listing = list_images(options.images)
     wait_for_worker(client)
     spec = describe_network(client, options.backbone, weights, options.compute_dtype)
     asked = {
-        "num_shards": num_shards,
+        "num_shards": options.num_shards,
         "name": options.name,
         "dtype": options.dtype,
         "dim": feature_dim(options.backbone, weights),
         "extractor": spec,
     }
     network = NetworkName(backbone=options.backbone, weights=weights)
-    store = open_or_make(options.store, asked, reduction, network=network)
+    store = open_or_make(options.store, asked, compact, network=network)
     refreshed = RefreshOptions(
         images=options.images,
         store=options.store,
@@ -346,6 +339,16 @@ def extract(options: ExtractOptions, client: Client) -> RefreshSummary:
         channel=options.channel,
     )
     return bring_up_to_date(refreshed, client, store, listing, "extract", start_s)
+
+
+def _compact(url: str) -> FeatureStore:
+    """Open a compact store. Raises SpecMismatchError where it is another one."""
+    store = FeatureStore.open(url)
+    if store.basis is None:
+        raise SpecMismatchError(
+            f"{store.url} is not compact: crossmedia store remake --dims makes a compact store of it"
+        )
+    return store
 
 
 DIGESTS_PER_TASK = 1024

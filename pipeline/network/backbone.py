@@ -19,7 +19,7 @@ import xxhash
 from torch import nn
 from torchvision.transforms import functional
 
-from featurestore.lookup.compute_dtype import AutoDType
+from featurestore.lookup import AutoDType
 from featurestore.spec import ExtractorSpec
 from pipeline.errors import WeightsError
 from pipeline.network import check_weights_name

@@ -25,8 +25,7 @@ from featurestore.published.versions import (
     upload,
 )
 from featurestore.storage.safety import refuse_unsafe
-from featurestore.storage.storage import Storage
-from featurestore.storage.threads import in_threads
+from featurestore.storage.storage import Storage, in_threads
 from pipeline.errors import SampleError, SampleOptionError
 
 SPLITS = ("train", "test")

@@ -43,14 +43,7 @@ from pipeline.store_run import (
     run_id_of,
     wait_for_worker,
 )
-from pipeline.vectors.formats import (
-    VectorBlock,
-    VectorSlice,
-    VectorSource,
-    block_rows,
-    gathered,
-    pack,
-)
+from pipeline.vectors.formats import VectorBlock, VectorSlice, VectorSource, block_rows, gathered, pack
 
 NEW, CHANGED, UNCHANGED = 0, 1, 2
 INDEX_DTYPE = np.dtype([("key", "<i8"), ("low", "<u8"), ("high", "<u8"), ("state", "u1")])

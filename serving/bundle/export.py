@@ -28,12 +28,10 @@ from torch import Tensor
 from featurestore.errors import StorageError, StoreNotFoundError
 from featurestore.keys import UInt64Array, splitmix64
 from featurestore.log import writer_name
-from featurestore.published.channels import VersionName
 from featurestore.published.paths import RunPath
-from featurestore.published.versions import append_numbered
+from featurestore.published.versions import VersionName, append_numbered
 from featurestore.storage.safety import refuse_unsafe
-from featurestore.storage.storage import Storage
-from featurestore.storage.threads import Progress
+from featurestore.storage.storage import Progress, Storage
 from featurestore.store import FeatureStore
 from featurestore.text import one_line
 from serving.bundle import SAMPLE_GROUPS, RowDType, log

@@ -15,8 +15,7 @@ from featurestore.format.shard import HashedOutput, check_digest
 from featurestore.lookup.cache import default_cache_dir
 from featurestore.spec import is_random_id
 from featurestore.storage.local import claim, open_private
-from featurestore.storage.storage import Storage
-from featurestore.storage.threads import Progress
+from featurestore.storage.storage import Progress, Storage
 from featurestore.store import FeatureStore
 from serving.bundle.manifest import BundleFile, BundleManifest, VectorsOf
 from serving.errors import BrokenBundleError

@@ -39,10 +39,10 @@ from featurestore.format.shard import ShardReader, newest_rows, take_rows, write
 from featurestore.keys import Int64Array
 from featurestore.lookup.embedding import EmbeddingModel
 from featurestore.lookup.ondevice import as_tensor
-from featurestore.published.channels import VersionName
+from featurestore.published.versions import VersionName
 from featurestore.snapshot import Snapshot, SnapshotId
 from featurestore.spec import ExtractorSpec, FileEntry, StoreInfo
-from featurestore.storage.threads import Progress
+from featurestore.storage.storage import Progress
 from featurestore.store import FeatureStore
 from serving.bundle import EPS
 from serving.bundle.manifest import IMAGES, VECTORS, Missing, NetworkColumns, VectorsOf

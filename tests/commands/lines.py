@@ -63,7 +63,6 @@ FEATURESTORE = [
     ("featurestore pin {store} a/b", 2, "not the name of a pin"),
     ("featurestore pin {store} a 99", 2, "no snapshot 99"),
     ("featurestore unpin {store} a", 2, "no pin 'a'"),
-    ("featurestore compact {store} --shard 99", 1, "99"),
     ("featurestore serve {missing}", 2, "no store at"),
     ("featurestore serve {store} --port 0 --host nosuch.invalid", 1, "cannot listen at nosuch.invalid"),
     ("featurestore serve {store} --tls-cert {garbage}", 2, "go together"),

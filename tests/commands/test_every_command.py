@@ -170,7 +170,7 @@ def test_values_come_from_all_kinds_of_options() -> None:
     assert len(found) > 400
     assert found >= {
         ("--keep-days", "nan"), ("--keep-days", "-1"), ("--port", "65536"),
-        ("--dtype", "[/x]"), ("--num-shards", "3"), ("--num-shards", "65537"), ("--shard", HUGE), ("--max-gone", "2"),
+        ("--dtype", "[/x]"), ("--num-shards", "3"), ("--num-shards", "65537"), ("--seed", HUGE), ("--max-gone", "2"),
     }  # fmt: skip
 
 
@@ -196,7 +196,7 @@ def set_of(line: str) -> set[str]:
     return set(line.replace("=", " ").split())
 
 
-UNLIMITED = {"--shard", "--label-threshold", "--seed"}
+UNLIMITED = {"--label-threshold", "--seed"}
 LARGEST = {"--port": 65535, "--num-shards": 65536, "--bootstrap": 1_000_000} | dict.fromkeys(
     ("--max-gone", "--min-coverage", "--max-quarantine", "--min-recall"), 1
 )

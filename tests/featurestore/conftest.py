@@ -45,6 +45,12 @@ def store(tmp_path: Path, info: StoreInfo) -> FeatureStore:
     return FeatureStore.create(tmp_path / "store", info)
 
 
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    """A cache folder of the test's own."""
+    return tmp_path / "cache"
+
+
 @pytest.fixture(params=["disk", "memory", "s3"])
 def place_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """An address where nothing is yet, on everything that a store may lie on."""
@@ -76,6 +82,29 @@ def filled_by(
         return FeatureStore.open(shutil.copytree(filled_folders[name], store.url))
 
     return filled
+
+
+@pytest.fixture
+def filled(filled_by, make_rows) -> FeatureStore:
+    """A store of rows of three ages: 400 images; of 200 of them newer rows, of 20 of those tombstones."""
+
+    def fill(store: FeatureStore) -> None:
+        store.put(make_rows(400, store.info, seed=0))
+        store.put(make_rows(200, store.info, seed=1))
+        store.delete(make_rows(20, store.info).keys_N)
+
+    return filled_by(fill)
+
+
+@pytest.fixture
+def nine(filled_by, make_rows) -> FeatureStore:
+    """Versions 1 to 9 of one row."""
+
+    def nine_puts(store: FeatureStore) -> None:
+        for version in range(1, 10):
+            store.put(make_rows(1, store.info, seed=version))
+
+    return filled_by(nine_puts)
 
 
 @pytest.fixture

@@ -55,7 +55,7 @@ KEYS = np.random.default_rng(3).integers(-(2**63), 2**63 - 1, 3_000)
 @kinds
 @pytest.mark.parametrize(
     ("count", "dim", "shared", "norms"),
-    [(2_000, 12, 0, 0.8), (2_000, 64, 2, 0), (8_000, 16, 1, 0.3), (8_000, 32, 2, 0.3), (8_000, 32, 4, 0.8)],
+    [(2_000, 12, 0, 0.8), (2_000, 64, 2, 0), (4_000, 32, 4, 0.8)],
 )
 def test_vectors_that_share_a_direction(kind: IndexKind, count: int, dim: int, shared: float, norms: float) -> None:
     ads, users = two_towers(count, dim, shared, norms)
@@ -135,13 +135,6 @@ def test_removed_keys_are_never_found(kind: IndexKind) -> None:
     assert index.num_keys == 2_001
 
 
-def test_the_effort_is_saved() -> None:
-    index = VectorIndex.build("hnsw", KEYS, clustered(3_000))
-    assert index.effort and index.largest_effort and index.effort < index.largest_effort
-    index.effort = index.effort + 3
-    assert VectorIndex.load(index.save()).effort == index.effort
-
-
 def test_more_effort_finds_more() -> None:
     vectors = np.random.default_rng(0).normal(size=(3_000, DIM)).astype(np.float32)  # without clusters: hard
     queries = np.random.default_rng(1).normal(size=(50, DIM)).astype(np.float32)
@@ -150,8 +143,10 @@ def test_more_effort_finds_more() -> None:
     little, much = (recall(index.search(queries, 50, effort)[0], expected) for effort in (1, 3_000))
     assert little < 0.9
     assert much > 0.99
-    assert index.effort is not None
     assert little < recall(index.search(queries, 50)[0], expected)
+    assert index.effort and index.largest_effort and index.effort < index.largest_effort
+    index.effort = index.effort + 3
+    assert VectorIndex.load(index.save()).effort == index.effort
 
 
 @kinds

@@ -1,6 +1,5 @@
 """The jobs that extract and refresh as a person types them: what they print, exit codes, errors."""
 
-import contextlib
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +9,8 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from featurestore.spec import ExtractorSpec, NetworkName, StoreInfo
 from featurestore.store import FeatureStore
-from jobs import extract_features, refresh_features
+from jobs import extract_features
 from pipeline.errors import PipelineError
 from pipeline.features.refresh import RefreshSummary
 from pipeline.store_run import BadRow
@@ -34,21 +32,6 @@ def test_weights_are_looked_at_before_a_cluster_starts(tmp_path, monkeypatch):
     monkeypatch.setattr("pipeline.cluster.tasks.connect", None)
     message = "text.pth: not a state dict that torch can load safely (UnpicklingError); one is"
     refused(extract_features.app, 2, message, "--weights", "text.pth")
-
-
-def test_what_does_not_fit_the_store_of_a_refresh_is_one_message(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("pipeline.cluster.tasks.connect", lambda **kwargs: contextlib.nullcontext(None))
-    computed = dict.fromkeys(ExtractorSpec.model_fields, "x") | {"compute_dtype": "float32"}
-    network = NetworkName(backbone="vgg16:classifier.1", weights=str(tmp_path / "weights.pth"))
-    info = StoreInfo(dim=8, extractor=ExtractorSpec.model_validate(computed), network=network)
-    FeatureStore.create(tmp_path / "data/features", info)
-    for code, text, *args in (
-        (2, "weights.pth': neither imagenet, random:SEED, nor a file"),
-        (2, "there is no folder data/images", "--weights", "random:0"),
-        (1, "were computed in float32: leave the option away", "--compute-dtype", "bfloat16"),
-    ):
-        refused(refresh_features.app, code, text, *args)
 
 
 def test_the_summary_names_what_was_bad():

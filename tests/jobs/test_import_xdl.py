@@ -188,17 +188,6 @@ def test_samples_of_test_from_lines_of_their_own_or_by_group(job, lines, tmp_pat
     assert shares[2] == 1
 
 
-def test_images_are_imported_as_they_are(job, tmp_path):
-    job("random", "--out", tmp_path / "x", "--lines", 1, "--images", 60, "--dim", 6, "--ids", 9)
-    job("--from", tmp_path / "x/imgs", "--store", tmp_path / "store", "--dim", 6, app=import_features.app)
-    store = FeatureStore.open(tmp_path / "store")
-    assert store.snapshot().keys().tolist() == list(range(1, 61))
-    record = (tmp_path / "x/imgs/data.7").read_bytes()
-    assert record[:8] == (7).to_bytes(8, "little")
-    (vector_D,) = store.codec.decode(store.snapshot().get([7]))
-    np.testing.assert_allclose(vector_D, np.frombuffer(record[8:], "<f4"), rtol=2**-8)
-
-
 def test_random_data_is_that_of_the_example():
     text = list(draw_lines(XdlRandomOptions(out=Path())))
     assert len(text) == 1024
@@ -216,6 +205,11 @@ def test_random_data_trains(job, tmp_path):
     """The example from end to end, in a small size."""
     job("random", "--out", tmp_path / "x", "--lines", 120, "--images", 50, "--dim", 16, "--ids", 40)
     job("--from", tmp_path / "x/imgs", "--store", tmp_path / "features", "--dim", 16, app=import_features.app)
+    store = FeatureStore.open(tmp_path / "features")
+    assert store.snapshot().keys().tolist() == list(range(1, 51))
+    record = (tmp_path / "x/imgs/data.7").read_bytes()
+    (vector_D,) = store.codec.decode(store.snapshot().get([7]))
+    np.testing.assert_allclose(vector_D, np.frombuffer(record[8:], "<f4"), rtol=2**-8)
     args = ["--samples", tmp_path / "samples", "--label-threshold", 0.5]
     job("samples", "--from", tmp_path / "x/data.txt", *args)
     settings = [

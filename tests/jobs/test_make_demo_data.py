@@ -1,6 +1,5 @@
 """The job as a person types it: what it writes, that equal options give equal bytes, and what it refuses to touch."""
 
-import errno
 import hashlib
 import json
 import os
@@ -127,17 +126,6 @@ def test_a_place_that_cannot_be_written_is_one_message(tmp_path: Path) -> None:
         assert result.exit_code == 1
         assert message in result.output
         assert isinstance(result.exception, SystemExit), "no traceback"
-
-
-def test_a_full_disk_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(path: Path, data: bytes) -> int:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-
-    monkeypatch.setattr(Path, "write_bytes", full)
-    result = _make(tmp_path)
-    assert result.exit_code == 1
-    assert f"cannot write the demo to {tmp_path}: [Errno 28] No space left" in result.output
-    assert isinstance(result.exception, SystemExit), "no traceback"
 
 
 @pytest.fixture

@@ -1,13 +1,16 @@
 """Images drawn for the tests, and a Dask cluster inside this process."""
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 from PIL import Image
+
+if TYPE_CHECKING:
+    from distributed import LocalCluster
 
 
 def draw_photo(seed: int, width: int = 300, height: int = 260) -> Image.Image:
@@ -44,3 +47,14 @@ def photos(tmp_path: Path) -> Path:
     for number in range(4):
         (folder / f"{number}.jpg").write_bytes(encode_image(draw_photo(number)))
     return folder
+
+
+@pytest.fixture(scope="module")
+def cluster() -> "Iterator[LocalCluster]":
+    """A cluster inside this process."""
+    from distributed import LocalCluster
+
+    with LocalCluster(
+        n_workers=2, threads_per_worker=1, processes=False, protocol="tcp", host="127.0.0.1", dashboard_address=None
+    ) as cluster:
+        yield cluster

@@ -12,7 +12,7 @@ from featurestore.parsing import parse_yaml
 from tests.ranks import StandingRanks
 from tests.trainer.whole_runs import all_alike, assert_same, report_of, run_alone
 from trainer.comm import SoloComm
-from trainer.config.config import differences, load_config
+from trainer.config import differences, load_config
 from trainer.engine.engine import Engine
 from trainer.errors import CheckpointError, ConfigError
 from trainer.tune import GRID, SETTINGS_FILE, TABLE_FILE, parsed_grid, trials_of, tune

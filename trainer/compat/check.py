@@ -24,10 +24,10 @@ from featurestore.errors import FeatureStoreError, SnapshotNotFoundError, UserEr
 from featurestore.format.datafile import KEY, numpy_column
 from featurestore.format.rows import FeatureRows
 from featurestore.keys import Int64Array, shard_of
-from featurestore.published.channels import VersionName, check_channel_name, last_move
 from featurestore.published.paths import RunPath
+from featurestore.published.versions import VersionName, check_channel_name, last_move
 from featurestore.snapshot import Snapshot, SnapshotId
-from featurestore.storage.threads import Progress
+from featurestore.storage.storage import Progress
 from featurestore.store import FeatureStore
 from featurestore.upkeep.history import move_channel
 from trainer.comm import Comm, SoloComm

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from featurestore.console.output import print_warning
-from featurestore.lookup.compute_dtype import AutoDType, dtype_of_environment, dtype_of_machine
+from featurestore.lookup import AutoDType, dtype_of_environment, dtype_of_machine
 from trainer.comm import Comm
 from trainer.config import Config, Device, ModelConfig
 from trainer.errors import ConfigError

@@ -24,8 +24,8 @@ import torch
 from numpy.typing import NDArray
 
 from featurestore.console.output import print_line, text_console
-from featurestore.published.channels import VersionName
 from featurestore.published.paths import RunPath, run_path
+from featurestore.published.versions import VersionName
 from trainer.comm import Comm, SoloComm
 from trainer.errors import DataError, TrainerError
 from trainer.evaluation import report

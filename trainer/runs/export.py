@@ -25,11 +25,10 @@ from featurestore.format.datafile import KEY, URI
 from featurestore.keys import Int64Array
 from featurestore.lookup.embedding import EmbeddingModel
 from featurestore.lookup.ondevice import as_tensor
-from featurestore.published.channels import VersionName
 from featurestore.published.paths import RunPath
+from featurestore.published.versions import VersionName
 from featurestore.snapshot import VECTORS_OF, Snapshot, SnapshotId
-from featurestore.storage.storage import Storage, file_at
-from featurestore.storage.threads import cached_property
+from featurestore.storage.storage import Storage, cached_property, file_at
 from trainer.comm import SoloComm
 from trainer.config import ExactTableConfig
 from trainer.engine.machine import share_machine

@@ -18,9 +18,8 @@ import xxhash
 from featurestore.errors import AnotherStoreError, FeatureStoreError, MissingKeysError, StoreNotFoundError
 from featurestore.format.statistics import FeatureStatistics
 from featurestore.lookup.partition import FeaturePartition
-from featurestore.published.channels import VersionName
 from featurestore.published.paths import FarPath, RunPath, remove_all, run_path
-from featurestore.published.versions import open_published
+from featurestore.published.versions import VersionName, open_published
 from featurestore.snapshot import Snapshot, SnapshotId
 from featurestore.spec import StoreInfo
 from featurestore.storage.storage import Storage

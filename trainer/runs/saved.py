@@ -15,12 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featurestore.errors import FeatureStoreError
-from featurestore.published.channels import VersionName
 from featurestore.published.paths import RunPath
-from featurestore.published.versions import open_published
+from featurestore.published.versions import VersionName, open_published
 from featurestore.snapshot import Snapshot, SnapshotId
 from featurestore.spec import MissingPolicy
-from featurestore.storage.threads import cached_property
+from featurestore.storage.storage import cached_property
 from featurestore.store import FeatureStore
 from trainer.comm import Comm
 from trainer.config import Config, Device, load_saved

@@ -7,10 +7,10 @@ from explorer.data.pictures import Pictures
 from explorer.errors import NotHereError
 from featurestore import log
 from featurestore.errors import ChannelError, SnapshotNotFoundError
-from featurestore.published.channels import VersionName
+from featurestore.published.versions import VersionName
 from featurestore.snapshot import Snapshot
 from featurestore.staging import QuarantineRow
-from featurestore.storage.threads import in_threads
+from featurestore.storage.storage import in_threads
 from featurestore.store import FeatureStore
 
 

@@ -15,10 +15,10 @@ from explorer.data.store.listing import name_of, open_snapshot
 from featurestore import log
 from featurestore.errors import CorruptFileError
 from featurestore.keys import Int64Array, shard_of
-from featurestore.published.channels import read_channels
+from featurestore.published.versions import read_channels
 from featurestore.snapshot import Snapshot
 from featurestore.spec import Manifest
-from featurestore.storage.threads import in_threads
+from featurestore.storage.storage import in_threads
 from featurestore.store import FeatureStore
 from featurestore.upkeep.history import SnapshotDiff, diff_shard, read_pins
 

@@ -27,7 +27,7 @@ from featurestore.spec import Manifest
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.expiry import expire
 from tests.featurestore.staged import build_shard
-from tests.fuse import SMALL, small_process
+from tests.fuse import SMALL, Fuse, small_process
 
 Contents = dict[int, str]  # the name of the operation that wrote each key
 
@@ -310,3 +310,23 @@ def make_arena(tmp_path: Path, info: StoreInfo, monkeypatch: pytest.MonkeyPatch)
     yield make
     for arena in arenas:
         arena.close()
+
+
+def watched(fuse: Fuse, root: str, work: Callable[[], None]) -> None:
+    fuse.watch_disk(root)
+    work()
+
+
+@pytest.fixture
+def dies_at(tmp_path: Path) -> Callable[[int, Callable[[], None], str], bool]:
+    """Do `work`, which can be pickled, in a process that dies at its n-th thing to do with files below a root: whether
+    it did."""
+
+    def run(at: int, work: Callable[[], None], root: str) -> bool:
+        process = small_process(watched, Fuse(at, tmp_path / "trace"), root, work)
+        process.start()
+        process.join()
+        assert process.exitcode in (0, -signal.SIGKILL)
+        return process.exitcode != 0
+
+    return run

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 
 from featurestore import FeatureStore, QuarantineRow, to_float32
@@ -47,11 +46,6 @@ def test_get_prints_or_writes_float32(filled: FeatureStore, make_rows, tmp_path:
     out = tmp_path / "x.npy"
     assert run("get", filled.url, negative, "--uri", rows.uris[0], "--out", out).exit_code == 0
     written = np.load(out)
-    arrow = tmp_path / "x.arrow"
-    assert run("get", filled.url, negative, "--uri", rows.uris[0], "--out", arrow).exit_code == 0
-    table = pa.ipc.open_file(arrow).read_all()
-    assert table["key"].to_pylist() == [negative, int(rows.keys_N[0])]
-    assert np.array_equal(table["feature"].combine_chunks().to_numpy_ndarray(), written)
     assert written.dtype == np.float32 and written.shape == (2, 8)
     assert np.array_equal(written[0], expected)
 

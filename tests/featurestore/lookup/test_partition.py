@@ -23,12 +23,8 @@ from featurestore.keys import HashIndex, shard_of_hash, splitmix64
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("dtype", "dim", "threads"),
-    [
-        ("bfloat16", 1, 1), ("bfloat16", 7, 3), ("bfloat16", 3000, 3),
-        ("float16", 7, 1), ("float16", 8, 3),
-        ("float32", 1, 3), ("float32", 8, 1), ("float32", 9001, 2),
-    ],
-)  # fmt: skip
+    [("bfloat16", 1, 1), ("bfloat16", 3000, 3), ("float16", 7, 3), ("float32", 8, 1), ("float32", 3001, 2)],
+)
 def test_lookup_gives_the_rows_in_the_order_asked(
     tmp_path: Path, cache: Path, info: StoreInfo, make_rows, dtype: str, dim: int, threads: int
 ) -> None:
@@ -155,6 +151,8 @@ def test_wrong_arguments_are_named(store: FeatureStore, cache: Path, tmp_path: P
     with pytest.raises(StorageError, match="cache folder"):
         FeaturePartition.load(store, cache_dir=tmp_path / "file")
     partition = FeaturePartition.load(store, cache_dir=cache)
+    with pytest.raises(ValueError, match="missing=zeros or learned"):
+        partition.hide(True)
     for out in (np.empty((3, 7), np.uint16), np.empty((3, 8), np.float16), np.empty((8, 3), np.uint16).T):
         with pytest.raises(ValueError, match="out is"):
             partition.lookup(rows.keys_N, out=out)
@@ -189,29 +187,6 @@ def test_hidden_images_have_no_feature(store: FeatureStore, cache: Path, make_ro
             assert np.array_equal(partition.lookup(keys_U).features_UD, features_UD)
 
 
-def test_nothing_can_be_hidden_where_missing_keys_are_errors(store: FeatureStore, cache: Path, make_rows) -> None:
-    store.put(make_rows(10, store.info))
-    with FeaturePartition.load(store, cache_dir=cache) as partition:
-        with pytest.raises(ValueError, match="missing=zeros or learned"):
-            partition.hide(True)
-        partition.hide(False)
-
-
-@pytest.mark.parametrize("num_ranks", [1, 3])
-def test_contains_tells_the_rows_of_this_rank(store: FeatureStore, cache: Path, make_rows, num_ranks: int) -> None:
-    rows = make_rows(100, store.info)
-    store.put(rows)
-    store.delete(rows.keys_N[:10])
-    asked = np.concatenate([rows.keys_N, np.arange(50)])
-    seen = np.zeros(150, np.int64)
-    for rank in range(num_ranks):
-        with FeaturePartition.load(store, rank, num_ranks, cache_dir=cache) as partition:
-            held = partition.contains(asked)
-            assert not (held & ~partition.owns(asked)).any()
-            seen += held
-    assert seen.tolist() == [0] * 10 + [1] * 90 + [0] * 50
-
-
 def test_a_partition_serves_on_when_its_snapshot_and_its_cache_are_gone(
     store: FeatureStore, cache: Path, make_rows
 ) -> None:
@@ -241,7 +216,7 @@ def load_and_look(url: str, cache: Path, keys: "np.ndarray", results: "multiproc
         results.put(partition.lookup(keys).features_UD.tobytes())
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 3, 8, 11])
+@pytest.mark.parametrize("num_ranks", [1, 3, 11])
 def test_ranks_share_the_rows_and_the_cache(store: FeatureStore, cache: Path, make_rows, num_ranks: int) -> None:
     rows = make_rows(400, store.info)
     store.put(rows)
@@ -253,6 +228,7 @@ def test_ranks_share_the_rows_and_the_cache(store: FeatureStore, cache: Path, ma
         with FeaturePartition.load(store, rank, num_ranks, cache) as partition:
             mine = owner_of(shard_of(rows.keys_N, 8), num_ranks) == rank
             assert np.array_equal(partition.owns(rows.keys_N), mine)
+            assert np.array_equal(partition.contains([*rows.keys_N, 5]), [*mine, False])
             assert np.array_equal(partition.lookup(rows.keys_N[mine]).features_UD, rows.features_ND[mine])
             total += partition.num_rows
             if num_ranks > 1:

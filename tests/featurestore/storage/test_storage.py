@@ -5,7 +5,6 @@ import io
 import os
 import pickle
 import random
-import re
 import threading
 import time
 from collections.abc import Callable
@@ -252,17 +251,6 @@ class TestSeaweedFS(StorageContract):
         assert storage.entries() == []
 
 
-def test_where_there_is_no_bucket_writing_is_an_error_and_reading_finds_nothing(missing_bucket: str) -> None:
-    storage = Storage(f"{missing_bucket}/store")
-    for write in (lambda: storage.write_bytes("a", b""), lambda: storage.create_exclusive("a", b"")):
-        with pytest.raises(StorageError, match=r"cannot .* s3://nobucket/store/a: .*bucket"):
-            write()
-    assert storage.list() == [] == storage.entries()
-    storage.delete("a")
-    with pytest.raises(FileNotFoundError):
-        storage.read_bytes("a")
-
-
 def test_a_file_in_the_place_of_a_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     storage = Storage(tmp_path / "file")  # a folder is needed where a file is
@@ -392,20 +380,16 @@ def test_an_address_without_a_bucket_is_no_folder_of_this_machine(address: str, 
 
 
 @pytest.mark.parametrize("opened", [Storage, run_path])
-@pytest.mark.parametrize(
-    ("address", "told"),
-    [("S3://bucket/x", "write s3://"), ("s3://Bad_Bucket!/x", "Bad_Bucket! is not the name of a bucket")],
-)
-def test_an_address_that_cannot_be_one_gets_a_line(address: str, told: str, opened: Opener) -> None:
-    with pytest.raises(AddressError, match=f"^{re.escape(address)}: [^\\n]*{re.escape(told)}[^\\n]*$"):
-        opened(address)
+def test_a_scheme_in_capital_letters_gets_a_line(opened: Opener) -> None:
+    with pytest.raises(AddressError, match=r"^S3://bucket/x: [^\n]*write s3://$"):
+        opened("S3://bucket/x")
 
 
 def test_names_of_files_that_begin_like_an_address_are_files() -> None:
     assert Storage("s3:x").is_local and Storage("s3").is_local and run_path("s3:x") == Path("s3:x")
 
 
-def test_a_bucket_that_is_not_there_is_named(missing_bucket: str) -> None:
+def test_a_bucket_that_is_not_there_is_named_by_writing_and_holds_nothing(missing_bucket: str) -> None:
     storage = Storage(f"{missing_bucket}/runs")
     uses: list[Callable[[], object]] = [
         storage.check_bucket,
@@ -419,6 +403,10 @@ def test_a_bucket_that_is_not_there_is_named(missing_bucket: str) -> None:
         ) as raised:
             use()
         assert raised.value.exit_code == USAGE
+    assert storage.list() == [] == storage.entries()
+    storage.delete("a")
+    with pytest.raises(FileNotFoundError):
+        storage.read_bytes("a")
 
 
 DOORS: list[Callable[[Path], object]] = [open_regular, read_regular, read_text]

@@ -1,4 +1,4 @@
-"""Damages to a store, and what is left in it."""
+"""Damages to a store, images to take down, and what is left in it."""
 
 from pathlib import Path
 
@@ -7,9 +7,12 @@ import numpy as np
 from featurestore import FeaturePartition, FeatureStore, Snapshot
 from featurestore.log import EXPIRED, manifest_path
 from featurestore.spec import FileEntry
+from featurestore.upkeep.purge import Images
 from featurestore.upkeep.verify import verify
 
 SHARD = 3
+GONE = ["images/3.jpg", "images/17.jpg"]
+IMAGES = Images.of_uris(GONE)
 
 
 def files_of(store: FeatureStore, shard: int = SHARD) -> tuple[FileEntry, ...]:
@@ -34,6 +37,17 @@ def everything(store: FeatureStore, version: int | None = None) -> dict[int, byt
     snapshot = store.snapshot(version)
     rows = [snapshot.read_shard(shard) for shard in range(store.info.num_shards)]
     return {int(key): row.tobytes() for each in rows for key, row in zip(each.keys_N, each.features_ND, strict=True)}
+
+
+def contents(store: FeatureStore, version: int | str | None = None) -> dict[str, bytes]:
+    """Features by uri."""
+    snapshot = store.snapshot(version)
+    rows = [snapshot.read_shard(shard) for shard in range(store.info.num_shards)]
+    return {uri: each.features_ND[n].tobytes() for each in rows for n, uri in enumerate(each.uris)}
+
+
+def without(before: dict[str, bytes]) -> dict[str, bytes]:
+    return {uri: feature for uri, feature in before.items() if uri not in GONE}
 
 
 def check_whole(store: FeatureStore, tmp_path: Path) -> None:

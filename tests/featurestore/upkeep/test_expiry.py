@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from featurestore import FeatureRows, FeatureStore, StoreInfo, log
+from featurestore import FeatureStore, StoreInfo, log
 from featurestore.errors import CorruptFileError, SnapshotNotFoundError
 from featurestore.spec import ReductionSpec, seal
 from featurestore.storage.storage import Storage
@@ -42,18 +42,16 @@ def expire_to(store: FeatureStore, keep_last: int, grace_days: float = 7.0, **op
 
 
 @pytest.fixture
-def rows(store: FeatureStore, make_rows) -> FeatureRows:
-    return make_rows(40, store.info, seed=1)
-
-
-@pytest.fixture
-def merged(store: FeatureStore, make_rows, rows: FeatureRows) -> FeatureStore:
+def merged(filled_by, make_rows) -> FeatureStore:
     """1: put, 2: put, 3: compaction, which needs none of the files before it, 4: put."""
-    store.put(rows)
-    store.put(make_rows(20, store.info, seed=2))
-    compact(store, force=True)
-    store.put(make_rows(5, store.info, seed=3))
-    return store
+
+    def four_commits(store: FeatureStore) -> None:
+        store.put(make_rows(40, store.info, seed=1))
+        store.put(make_rows(20, store.info, seed=2))
+        compact(store, force=True)
+        store.put(make_rows(5, store.info, seed=3))
+
+    return filled_by(four_commits)
 
 
 class TestPolicy:

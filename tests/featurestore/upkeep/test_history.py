@@ -8,15 +8,10 @@ import numpy as np
 import pytest
 
 from featurestore import FeatureRows, FeatureStore, log
-from featurestore.errors import (
-    CorruptFileError,
-    PinError,
-    SnapshotNotFoundError,
-    StorageError,
-)
+from featurestore.errors import CorruptFileError, PinError, SnapshotNotFoundError, StorageError
 from featurestore.storage.storage import Storage
 from featurestore.upkeep.expiry import expire
-from featurestore.upkeep.history import diff, pin, read_pins, restore, unpin
+from featurestore.upkeep.history import diff, move_channel, pin, read_pins, restore, unpin
 from featurestore.upkeep.history import log as log_of
 from tests.faulty import faulty, made_but_lost, preceded_by
 from tests.featurestore.staged import run
@@ -238,20 +233,22 @@ class TestALogOutOfWhichManifestsGo:
         assert np.array_equal(snapshot.get(mine.keys_N), mine.features_ND)
         assert snapshot.num_rows == 5
 
-    @pytest.mark.parametrize("pinned", [False, True])
-    def test_a_writer_that_slept_for_weeks(self, nine: FeatureStore, make_rows, pinned: bool) -> None:
-        """Even the copies are gone. Without pins its version would have been the first to go, so it does not count."""
+    @pytest.mark.parametrize("kept_by", ["nothing", "a pin", "a channel"])
+    def test_a_writer_that_slept_for_weeks(self, nine: FeatureStore, make_rows, kept_by: str) -> None:
+        """Even the copies are gone. Where no name keeps any, its version would have been the first to go."""
 
         def others() -> None:
             for first in (20, 30, 40):
                 nine.put(make_rows(1, nine.info, first=first), "others")
-            if pinned:
+            if kept_by == "a pin":
                 pin(nine, "other")
+            elif kept_by == "a channel":
+                move_channel(nine, "other", 12)
             expire_all_but_the_newest(nine)
             nine.storage.delete(log.EXPIRED)
 
         slow = faulty(nine, create_exclusive=preceded_by(others))
-        if pinned:
+        if kept_by != "nothing":
             with pytest.raises(StorageError, match=r"cannot find out whether .*10\.json is in the log"):
                 slow.put(make_rows(1, nine.info, first=50), "mine")
         else:

@@ -19,12 +19,9 @@ from featurestore.upkeep.purge import purge as purge_store
 from featurestore.upkeep.verify import verify
 from tests.faulty import Fault, FaultyStorage
 from tests.featurestore.staged import run
+from tests.featurestore.upkeep.damaged import GONE, IMAGES, contents, without
 
 pytestmark = pytest.mark.long
-
-GONE = ["images/3.jpg", "images/17.jpg"]
-IMAGES = Images.of_uris(GONE)
-Contents = dict[str, bytes]
 
 
 @pytest.fixture
@@ -35,17 +32,6 @@ def info(info: StoreInfo) -> StoreInfo:
 
 def purge(store: FeatureStore, images: Images = IMAGES, **options: Any) -> PurgeReport:
     return purge_store(store, images, writer_hours=0, **options)
-
-
-def contents(store: FeatureStore, version: int | str | None = None) -> Contents:
-    """What a snapshot holds, by uri."""
-    snapshot = store.snapshot(version)
-    rows = [snapshot.read_shard(shard) for shard in range(store.info.num_shards)]
-    return {uri: each.features_ND[n].tobytes() for each in rows for n, uri in enumerate(each.uris)}
-
-
-def without(before: Contents) -> Contents:
-    return {uri: feature for uri, feature in before.items() if uri not in GONE}
 
 
 def fill(store: FeatureStore, make_rows: Callable[..., FeatureRows]) -> FeatureStore:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from threadpoolctl import threadpool_limits
-from typer.testing import CliRunner
 
 from featurestore import FeaturePartition, FeatureRows, FeatureStore, QuarantineRow, StoreInfo
-from featurestore.__main__ import app
 from featurestore.errors import (
     CommitConflictError,
     CorruptFileError,
@@ -32,6 +31,7 @@ from featurestore.upkeep import remake as module
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.remake import CoMoments, principal_components, read_report, remake, sample
 from featurestore.upkeep.verify import verify
+from tests.featurestore.staged import run
 from tests.metadata import metadata_of
 
 pytestmark = pytest.mark.long
@@ -60,14 +60,21 @@ def rows_of(first: int, count: int, seed: int = 0) -> FeatureRows:
 
 
 @pytest.fixture
-def source(tmp_path: Path, info: StoreInfo) -> FeatureStore:
+def store(tmp_path: Path, info: StoreInfo) -> FeatureStore:
+    return FeatureStore.create(tmp_path / "source", info.model_copy(update={"dim": DIM, "dtype": "float32"}))
+
+
+@pytest.fixture
+def source(filled_by: Callable[..., FeatureStore]) -> FeatureStore:
     """Three snapshots: 600 rows, 50 of them replaced, 30 others deleted."""
-    store = FeatureStore.create(tmp_path / "source", info.model_copy(update={"dim": DIM, "dtype": "float32"}))
-    rows = rows_of(0, ROWS)
-    store.put(rows)
-    store.put(rows_of(100, 50, seed=1))
-    store.delete(rows.keys_N[500:530])
-    return store
+
+    def three_commits(store: FeatureStore) -> None:
+        rows = rows_of(0, ROWS)
+        store.put(rows)
+        store.put(rows_of(100, 50, seed=1))
+        store.delete(rows.keys_N[500:530])
+
+    return filled_by(three_commits)
 
 
 def full_rows(store: FeatureStore) -> tuple[np.ndarray, np.ndarray]:
@@ -262,20 +269,19 @@ def test_a_compact_store_in_another_dtype_has_the_same_basis(source: FeatureStor
 
 
 def test_the_command_says_what_is_kept(source: FeatureStore, tmp_path: Path) -> None:
-    result = CliRunner().invoke(app, ["remake", source.url, str(tmp_path / "new"), "--dims", "8", "--dtype", "float16"])
-    assert result.exit_code == 0, result.output
-    assert re.search(r"numbers of a row\W+40\W+8\W", result.output) and "0.1000" in result.output
-    assert re.search(r"variance kept\W+99\.\d+%", result.output), result.output
-    shown = CliRunner().invoke(app, ["info", str(tmp_path / "new")]).output
-    assert re.search(r"dim +8 of 40\n", shown) and re.search(r"reduced from +snapshot 3 of store \w+, 570 rows", shown)
-
-
-"""Prefixes of what is written, and how often before the kill; what comes before in a store's life comes first."""
-
-
-def cli(*arguments: object) -> tuple[int, str]:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    return result.exit_code, result.output
+    output = run("remake", source.url, tmp_path / "new", "--dims", 8, "--dtype", "float16").output
+    table = {cells[0]: cells[1:] for line in output.splitlines() if (cells := re.findall(r"[^│┃]+(?=[│┃])", line))}
+    shown = {name.strip(): [cell.strip() for cell in cells] for name, cells in table.items()}
+    report = read_report(Storage(tmp_path / "new"))
+    assert report is not None
+    assert shown["numbers of a row"] == ["40", "8"] and shown["bytes of a row"] == ["1", "0.1000"]
+    assert shown["rows"] == ["570", "570"] and shown["bytes"] == [f"{report.source_bytes:,}", f"{report.bytes:,}"]
+    assert shown["variance kept"] == ["", f"{report.variance_kept:.4%}"]
+    assert shown["relative error, mean"] == ["", f"{report.accuracy.relative_error_mean:.6f}"]
+    assert shown["10 nearest neighbours found again"] == ["", f"{report.accuracy.recall_at_10:.6f}"]
+    assert "compared 570 rows, 57 of them as queries" in output
+    info = run("info", tmp_path / "new").output
+    assert re.search(r"dim +8 of 40\n", info) and re.search(r"reduced from +snapshot 3 of store \w+, 570 rows", info)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
@@ -420,24 +426,3 @@ def test_in_memory_and_rows_of_zeros(memory_url: str, info: StoreInfo) -> None:
     assert new.snapshot().num_rows == 30
     assert not full_rows(new)[1].any() and not new.snapshot().statistics().std_D.any()
     assert remake(source, f"{url}/small", dtype="bfloat16") == report
-
-
-def test_the_command(source: FeatureStore, tmp_path: Path) -> None:
-    code, output = cli("remake", source.url, tmp_path / "new", "--dtype", "bfloat16")
-    assert code == 0, output
-    table = {cells[0]: cells[1:] for line in output.splitlines() if (cells := re.findall(r"[^│┃]+(?=[│┃])", line))}
-    shown = {name.strip(): [cell.strip() for cell in cells] for name, cells in table.items()}
-    report = read_report(Storage(tmp_path / "new"))
-    assert report is not None
-    assert shown["rows"] == ["570", "570"] and shown["bytes"] == [f"{report.source_bytes:,}", f"{report.bytes:,}"]
-    assert shown["relative error, mean"] == ["", f"{report.accuracy.relative_error_mean:.6f}"]
-    assert shown["10 nearest neighbours found again"] == ["", f"{report.accuracy.recall_at_10:.6f}"]
-    assert "compared 570 rows, 57 of them as queries" in output
-    new = FeatureStore.open(tmp_path / "new")
-    key = int(new.snapshot().keys()[0])
-    code, output = cli("get", new.url, "--out", tmp_path / "row.npy", "--", key)
-    assert code == 0, output
-    assert np.array_equal(np.load(tmp_path / "row.npy"), new.codec.decode(new.snapshot().get([key])))
-    assert cli("verify", new.url)[0] == 0
-    code, output = cli("remake", source.url, new.url, "--dtype", "float16")
-    assert code == 2 and output.startswith("error: ") and len(output.splitlines()) == 1

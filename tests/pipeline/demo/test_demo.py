@@ -48,12 +48,6 @@ def _garment(**changes: object) -> Garment:
     return Garment(**(fields | changes))  # type: ignore[arg-type]
 
 
-def test_equal_seeds_draw_equal_bytes() -> None:
-    first, again, other = (plan_garments(12, seed) for seed in (3, 3, 4))
-    assert [draw_garment(garment) for garment in first] == [draw_garment(garment) for garment in again]
-    assert [draw_garment(garment) for garment in first] != [draw_garment(garment) for garment in other]
-
-
 @pytest.mark.parametrize(("hue_deg", "strongest"), [(0, 0), (120, 1), (240, 2)])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_colour_is_in_the_pixels(shape: str, hue_deg: float, strongest: int) -> None:
@@ -86,16 +80,6 @@ def _match(world: World, day_N: np.ndarray, user_N: np.ndarray, item_N: np.ndarr
         match_UI = match_of(world.catalogue, world.people.taste_UDK[:, day + truth.HISTORY_DAYS])
         match_N[rows] = match_UI[user_N[rows], item_N[rows]]
     return match_N
-
-
-@pytest.mark.long
-def test_equal_seeds_give_equal_worlds(world: World) -> None:
-    again, other = (simulate(world.catalogue, 1200, DAYS, seed, START_S) for seed in (0, 1))
-    for part in ("shown", "behaviors", "clicks"):
-        for name, column in vars(getattr(world, part)).items():
-            if isinstance(column, np.ndarray):
-                np.testing.assert_array_equal(column, getattr(getattr(again, part), name))
-    assert not np.array_equal(world.behaviors.item_N[:100], other.behaviors.item_N[:100])
 
 
 @pytest.mark.long

@@ -6,7 +6,7 @@ from unittest.mock import Mock
 import pytest
 
 from featurestore.errors import ChannelError, SpecMismatchError, StorageError, StoreNotFoundError
-from featurestore.published.channels import read_moves
+from featurestore.published.versions import read_moves
 from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
 from featurestore.upkeep.repair import repair

@@ -15,7 +15,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fsspec import AbstractFileSystem
-from fsspec.asyn import AsyncFileSystem
 
 from featurestore.errors import AddressError, KeyCollisionError, StorageError
 from featurestore.keys import key_of_uri
@@ -99,19 +98,9 @@ def test_no_file_system_that_is_walked_folder_by_folder_hides_one(monkeypatch):
         def info(self, path, **kwargs):
             return {"name": path, "type": "directory", "size": 0}
 
-    class AsyncRemote(AsyncFileSystem):
-        protocol = "remote"
-
-        async def _ls(self, path, detail=True, **kwargs):
-            return Remote().ls(path)
-
-        async def _info(self, path, **kwargs):
-            return Remote().info(path)
-
-    for kind in (Remote, AsyncRemote):
-        monkeypatch.setattr(remote, "_client", lambda protocol, server, kind=kind: kind())
-        with pytest.raises(StorageError, match=r"cannot list remote://images: .*Permission denied"):
-            list_images("remote://images")
+    monkeypatch.setattr(remote, "_client", lambda protocol, server: Remote())
+    with pytest.raises(StorageError, match=r"cannot list remote://images: .*Permission denied"):
+        list_images("remote://images")
 
 
 def test_no_images_is_a_clear_error(tmp_path):
@@ -143,11 +132,6 @@ def test_a_table_with_keys_and_whole_addresses(folder):
     listing = list_images(f"file://{path}")
     assert [ref.key for ref in listing.images] == [5, -6]
     assert [read_image(ref.location) for ref in listing.images] == [b"b.jpg", b"a/z.PNG"]
-
-
-def test_a_table_of_uris_alone_has_the_keys_of_the_folder(folder):
-    listing = list_images(write_csv(folder, "uri\na/1.jpeg\na/z.PNG\nb.jpg\n"))
-    assert [*listing.images] == [*list_images(str(folder)).images]
 
 
 @pytest.mark.parametrize("column", ["key", "id", "uri"])

@@ -95,21 +95,6 @@ def test_features_are_those_of_torchvisions_own_forward(name, layers, arguments,
     assert (features_BD[0] != features_BD[1]).any()
 
 
-@pytest.mark.filterwarnings("ignore:weights random")
-@pytest.mark.long
-def test_bfloat16_is_close(draw, default, monkeypatch):
-    pixels_BHWC = np.stack([np.asarray(draw(seed, 224, 224)) for seed in range(2)])
-    for name in (DEFAULT_BACKBONE, "resnet18:avgpool"):
-        single = default if name == DEFAULT_BACKBONE else Backbone(name, "random:0", "float32")
-        drawn = {key.removeprefix("extractor."): value for key, value in single.network.state_dict().items()}
-        with monkeypatch.context() as patch:
-            patch.setattr(weights_module, "load_weights", lambda *_, drawn=drawn, **__: drawn)  # not drawn twice
-            half = Backbone(name, "random:0", "bfloat16")
-        single_BD, half_BD = (network.features(pixels_BHWC) for network in (single, half))
-        norms_B = np.linalg.norm(half_BD, axis=1) * np.linalg.norm(single_BD, axis=1)
-        assert ((half_BD * single_BD).sum(1) / norms_B).min() > 0.999
-
-
 def test_the_default_is_what_it_always_was(default):
     """Stores hold features of it: another digest would make their owners compute all of them again."""
     spec = default.spec

@@ -11,7 +11,7 @@ from typer.testing import CliRunner, Result
 
 from featurestore.errors import AnotherStoreError, CommitConflictError
 from featurestore.format.rows import FeatureRows
-from featurestore.published.channels import find_channel, last_move
+from featurestore.published.versions import find_channel, last_move
 from featurestore.staging import QuarantineRow
 from featurestore.store import FeatureStore
 from featurestore.upkeep.history import move_channel

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from featurestore.lookup.compute_dtype import VARIABLE
+from featurestore.lookup import VARIABLE
 from featurestore.lookup.partition import FeaturePartition
 from tests.trainer.engine.drawn import drawn_store
 from trainer.comm import SoloComm

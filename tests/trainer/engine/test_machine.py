@@ -13,7 +13,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from featurestore.lookup.compute_dtype import VARIABLE, dtype_of_machine
+from featurestore.lookup import VARIABLE, dtype_of_machine
 from tests.trainer import frozen
 from trainer.comm import SoloComm
 from trainer.comm.horovod import WITHOUT_NCCL

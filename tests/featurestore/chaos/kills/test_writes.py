@@ -4,6 +4,7 @@ Here the calls of a storage die; test_machine.py and test_crew.py let processes 
 """
 
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -17,22 +18,29 @@ import pytest
 from featurestore import FeatureStore, QuarantineRow, StoreInfo, key_of_uri, keys_of_uris
 from featurestore.errors import FeatureStoreError, SnapshotNotFoundError
 from featurestore.log import EXPIRED, manifest_path, versions
-from featurestore.storage.storage import Storage
-from featurestore.storage.threads import in_threads
+from featurestore.storage.storage import Storage, in_threads
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.expiry import expire
 from featurestore.upkeep.history import move_channel, pin, restore
-from featurestore.upkeep.purge import Images, find_traces, purge
+from featurestore.upkeep.purge import find_traces, purge
 from featurestore.upkeep.remake import remake
 from featurestore.upkeep.repair import repair
 from featurestore.upkeep.verify import verify
 from tests.featurestore.staged import build_shard
-from tests.featurestore.upkeep.damaged import SHARD, everything, leave_in_expired, needs, spoil
+from tests.featurestore.upkeep.damaged import (
+    GONE,
+    IMAGES,
+    SHARD,
+    contents,
+    everything,
+    leave_in_expired,
+    needs,
+    spoil,
+    without,
+)
 
 pytestmark = pytest.mark.long
 
-GONE = ["images/3.jpg", "images/17.jpg"]
-IMAGES = Images.of_uris(GONE)
 DAY_S = 86_400.0
 
 
@@ -102,17 +110,6 @@ class Work:
 def paths_of(store: FeatureStore) -> set[str]:
     """All files but the probes of the storage's clock."""
     return {entry.path for entry in store.storage.entries() if ".tmp-" not in entry.path}
-
-
-def contents(store: FeatureStore, version: int | str | None = None) -> dict[str, bytes]:
-    """Features by uri."""
-    snapshot = store.snapshot(version)
-    rows = [snapshot.read_shard(shard) for shard in range(store.info.num_shards)]
-    return {uri: each.features_ND[n].tobytes() for each in rows for n, uri in enumerate(each.uris)}
-
-
-def without(before: dict[str, bytes]) -> dict[str, bytes]:
-    return {uri: feature for uri, feature in before.items() if uri not in GONE}
 
 
 def with_old_snapshots(store: FeatureStore, make_rows: Any) -> None:
@@ -289,14 +286,13 @@ WORKS = {
         same_new_store,
     ),
 }
-CASES = [(work, after) for work in WORKS for after in (False, True)]
 EVERY = pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["some", "every"])
 
 
 @EVERY
-@pytest.mark.parametrize(("work", "after"), CASES)
-def test_on_a_disk(work: str, after: bool, every: bool, tmp_path: Path, info: StoreInfo, make_rows: Any) -> None:
-    """At each third write of many, or at each."""
+@pytest.mark.parametrize("work", WORKS)
+def test_on_a_disk(work: str, every: bool, tmp_path: Path, info: StoreInfo, make_rows: Any) -> None:
+    """Before the first and the last write of each kind and some of the others, or before each, and after the last."""
     url = tmp_path / "before"
     before = FeatureStore.create(url, info.model_copy(update={"num_shards": 4}))
     WORKS[work].prepare(before, make_rows)
@@ -307,8 +303,15 @@ def test_on_a_disk(work: str, after: bool, every: bool, tmp_path: Path, info: St
     calm = copied("calm")
     with dying(0) as whole:
         WORKS[work].work(calm, make_rows)
-    for at in range(1, len(whole) + 1, 1 if every or len(whole) < 12 else 3):
-        check_death(WORKS[work], copied(f"{at}"), before, calm, at, after, make_rows)
+    for at in range(1, len(whole) + 1) if every else sorted({*range(1, len(whole) + 1, 5), *ends_of_kinds(whole)}):
+        check_death(WORKS[work], copied(f"{at}"), before, calm, at, False, make_rows)
+    check_death(WORKS[work], copied("last"), before, calm, len(whole), True, make_rows)
+
+
+def ends_of_kinds(begun: list[str]) -> set[int]:
+    """Count to the first and the last write of each kind: its name, and the folder that it is in."""
+    kinds = [re.split("[/-]", each)[0] for each in begun]
+    return {kinds.index(kind) + 1 for kind in kinds} | {len(kinds) - kinds[::-1].index(kind) for kind in kinds}
 
 
 def check_death(
@@ -327,9 +330,9 @@ def check_death(
 
 @pytest.mark.services
 @EVERY
-@pytest.mark.parametrize("work", ["put", "purge", "remake"])
+@pytest.mark.parametrize("work", ["put", "purge", pytest.param("remake", marks=pytest.mark.slow)])
 def test_on_s3(work: str, every: bool, s3_url: str, info: StoreInfo, make_rows: Any) -> None:
-    """At the last write of each kind, or at each."""
+    """At the last write of each name, or at each."""
     before = FeatureStore.create(f"{s3_url}/before", info.model_copy(update={"num_shards": 1}))
     WORKS[work].prepare(before, make_rows)
     files = {each.path: before.storage.read_bytes(each.path) for each in before.storage.entries()}
@@ -395,8 +398,7 @@ def much_happens(store: FeatureStore, make_rows: Any, days: float) -> None:
             expire(store, keep_last=1, keep_days=0)
 
 
-@pytest.mark.parametrize("days", [6, 8])
-@pytest.mark.parametrize("work", ["put", "extract"])
+@pytest.mark.parametrize(("work", "days"), [("put", 6), ("extract", 8)])
 def test_a_writer_pauses_before_any_write(
     work: str, days: int, tmp_path: Path, info: StoreInfo, make_rows: Any
 ) -> None:
