@@ -246,7 +246,7 @@ def functions(app: CommandApp) -> Iterator[Any]:
     [
         ("trainer.main", "trainer.main.load_config"),
         ("trainer.daily", "trainer.daily.load_config"),
-        ("trainer.evaluate run", "trainer.evaluation.predict.evaluate_run"),
+        ("trainer.evaluate run", "trainer.evaluation.report.evaluate_run"),
     ],
 )
 def test_ctrl_c_on_ranks(line: str, place: str, monkeypatch: pytest.MonkeyPatch) -> None:

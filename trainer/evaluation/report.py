@@ -1,6 +1,8 @@
-"""The report of an evaluation: what is measured, how it is written, and its plots: PNG files, SVG on its page."""
+"""Evaluations of runs and comparisons of two: what is measured, printed, written and plotted (PNG; SVG on the page)."""
 
+import contextlib
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,11 @@ from rich.table import Table
 from rich.text import Text
 
 from featurestore.console.files import write_json
-from featurestore.console.output import print_line, print_table
-from featurestore.console.page import save_plot
+from featurestore.console.output import print_line, print_table, text_console
+from featurestore.console.page import current_page, save_plot
 from featurestore.errors import StorageError
 from featurestore.published.paths import RunPath, written_locally
+from trainer.comm import Comm
 from trainer.errors import TrainerError
 from trainer.evaluation.bootstrap import (
     LEVEL,
@@ -30,10 +33,23 @@ from trainer.evaluation.bootstrap import (
     Replicates,
     SlicedBy,
     bootstrap,
+    check_same_impressions,
+    compare,
+    compare_new_ads,
     interval,
 )
-from trainer.evaluation.slices import Impressions, Slicing
-from trainer.runs.saved import TEST, EvaluatedRun
+from trainer.evaluation.predict import (
+    Impressions,
+    Slicing,
+    ad_image_field,
+    has_feature,
+    predict,
+    predict_run,
+    read_impressions,
+    seen_in_training,
+    slicings,
+)
+from trainer.runs.saved import TEST, EvaluatedRun, RunSource, open_source
 
 SEED = 0
 """Of the resamples."""
@@ -47,6 +63,90 @@ METRIC_TITLES = {
 }
 
 _COLOR = "#1f5fa8"
+
+
+def evaluate_run(
+    source: RunSource, comm: Comm, *, resamples: int = 1000, out: RunPath | None = None, json_file: Path | None = None
+) -> Figures | None:
+    """Evaluate a run and write the report; every rank calls it, rank 0 measures, writes and returns the figures.
+
+    The report goes to `out`, by default RUN/evaluation, and to `json_file`. Raises TrainerError or FeatureStoreError.
+    """
+    console = text_console(quiet=comm.rank != 0)
+    with contextlib.closing(open_source(source, comm)) as opened:
+        count = f"{opened.test.num_samples:,} impressions, {comm.size} rank{'s' * (comm.size > 1)}"
+        print_line(console, f"{opened.saved.checkpoint}: {count}")
+        impressions = read_impressions(comm, opened.test, opened.schema)
+        cuts = _slicings(opened, impressions)
+        logit_N = predict(opened)
+        about = _about(opened, resamples)
+    if comm.rank != 0:
+        return None
+    figures = measure_all(logit_N, impressions, cuts, resamples)
+    out = out or source.folder / "evaluation"
+    write_report(out, "report.json", {**about, **asdict(figures)}, json_file, draw_all(figures))
+    show(console, about, figures, out)
+    return figures
+
+
+def _slicings(opened: EvaluatedRun, impressions: Impressions) -> list[Slicing]:
+    schema, comm = opened.schema, opened.comm
+    seen = seen_in_training(comm, opened.train, schema, impressions)
+    image = ad_image_field(schema)
+    return slicings(impressions, seen, has_feature(opened, image.store_name, seen.image_I) if image else None)
+
+
+def compare_runs(
+    source: RunSource,
+    against: RunPath,
+    comm: Comm,
+    *,
+    resamples: int,
+    out: RunPath | None,
+    json_file: Path | None,
+) -> None:
+    """Compare a run with the newest checkpoint of the run in folder `against`; print and write the differences.
+
+    All impressions together, and those of new ads by themselves. The samples and the store that `source` names are
+    those of both. They are written to comparison.json in `out`, by default RUN/evaluation, and to `json_file`. Every
+    rank calls it. Raises TrainerError, FeatureStoreError; DataError where the test samples of the two differ.
+    """
+    console, places = text_console(quiet=comm.rank != 0), source.places
+    ours = predict_run(source.folder, comm, checkpoint=source.checkpoint, **places)
+    baseline = predict_run(against, comm, **places)
+    check_same_impressions([ours, baseline], [str(source.folder), str(against)])
+    if comm.rank != 0:
+        return
+    found = compare([ours], [baseline], resamples=resamples)
+    new_ads = compare_new_ads([ours], [baseline], resamples=resamples)
+    titled = {METRIC_TITLES[name]: each for name, each in found.items()}
+    titled |= {f"{METRIC_TITLES[name]}, new ads": each for name, each in new_ads.differences.items()}
+    title = f"{source.folder} against {against}, {len(ours.logit_N):,} impressions"
+    table = Table("", "run", "against", "difference", f"{LEVEL:.0%} interval", "p", title=title)
+    for name, each in titled.items():
+        values = (number(value) for value in (each.ours, each.baseline, each.value))
+        p_value = "-" if each.p_value is None else f"{each.p_value:.3g}"
+        table.add_row(name, *values, range_of(each), p_value)
+    print_table(console, table)
+    notes = [f"{folder}: {note}" for folder, run in ((source.folder, ours), (against, baseline)) for note in run.notes]
+    count = f"{new_ads.impressions:,} impressions are" if new_ads.impressions != 1 else "1 impression is"
+    print_line(console, f"{count} of new ads, which neither run was trained on")
+    if page := current_page():
+        page.add_plot(differences(titled))
+    for note in notes:
+        print_line(console, f"note: {note}")
+    written = {
+        "run": str(source.folder),
+        "against": str(against),
+        "impressions": len(ours.logit_N),
+        "bootstrap": {"resamples": resamples, "level": LEVEL},
+        "differences": {name: asdict(each) for name, each in found.items()},
+        "new_ads": asdict(new_ads),
+        "notes": notes,
+    }
+    folder = out or source.folder / "evaluation"
+    write_report(folder, "comparison.json", written, json_file)
+    print_line(console, f"written to {folder / 'comparison.json'}")
 
 
 def draw_all(figures: Figures) -> dict[str, Figure]:
@@ -143,7 +243,7 @@ def _number(value: float | None) -> float:
     return float("nan") if value is None else value
 
 
-def about(opened: EvaluatedRun, resamples: int) -> dict[str, Any]:
+def _about(opened: EvaluatedRun, resamples: int) -> dict[str, Any]:
     """Say what was evaluated, on what, and how; after the predictions, whose missing lookups are counted."""
     num_missing = opened.missing_lookups()
     return {

@@ -39,8 +39,7 @@ from trainer.ids.optimizers import state_of
 from trainer.ids.shards import owned_bytes
 from trainer.models.layers import used_fields, width_of
 from trainer.models.nets import build_model
-from trainer.plan.cost import BatchCounts, KeyCounts, Machine, NetworkSpeed, Widths
-from trainer.plan.table import StoredBytes, TrainingPlan, build
+from trainer.plan.cost import BatchCounts, KeyCounts, Machine, NetworkSpeed, StoredBytes, TrainingPlan, Widths, build
 from trainer.runs.open import train_reader
 from trainer.runs.stores import store_places
 from trainer.samples.columns import name_of, rules_of, source_columns

@@ -18,8 +18,7 @@ from trainer.cli import StoreVersion, WhichCheckpoint, counts_of
 from trainer.prerank import MIN_RECALL
 
 if TYPE_CHECKING:
-    from trainer.prerank.artifact import AdChanges, AdIndex, Vectors
-    from trainer.prerank.vectors import Ads
+    from trainer.prerank.adindex import AdChanges, AdIndex, Ads, Vectors
     from trainer.runs.saved import TrainedRun
 
 INDEX = "data/ad-index"
@@ -96,8 +95,7 @@ def build(options: BuildOptions) -> None:
     is measured with users of the run's samples; the search effort is raised until --min-recall is reached.
     """
     from trainer.comm import SoloComm
-    from trainer.prerank.artifact import AdChanges, AdIndex
-    from trainer.prerank.vectors import origin_of, user_queries
+    from trainer.prerank.adindex import AdChanges, AdIndex, origin_of, user_queries
     from trainer.runs.folder import run_or_newest
     from trainer.runs.saved import open_trained
 
@@ -171,7 +169,7 @@ def _check_options(options: BuildOptions) -> None:
 
 def _vectors(trained: "TrainedRun", options: BuildOptions) -> "tuple[Ads, Vectors]":
     """Read the ads of a table, else of samples, and compute their vectors."""
-    from trainer.prerank.vectors import ad_vectors, ads_of_samples, ads_of_table, towers
+    from trainer.prerank.adindex import ad_vectors, ads_of_samples, ads_of_table, towers
 
     fields = towers(trained).ad_fields
     if table := options.sync or options.ads:
@@ -206,8 +204,7 @@ def evaluate_index(
     """
     if k[-1] > MOST_FOUND:
         raise typer.BadParameter(f"{k[-1]} is more than {MOST_FOUND:,}, the most of a search", param_hint="--k")
-    from trainer.prerank.artifact import search_figures
-    from trainer.prerank.vectors import users_of_tests
+    from trainer.prerank.adindex import search_figures, users_of_tests
 
     with _opened(run, index, checkpoint, samples) as (trained, ads):
         users_KW = users_of_tests(trained, samples, queries).vectors_KW
@@ -234,7 +231,7 @@ def search(
     checkpoint: WhichCheckpoint = None,
 ) -> None:
     """Find the ads that suit a user best, as the user was in their last test sample."""
-    from trainer.prerank.vectors import candidates
+    from trainer.prerank.adindex import candidates
     from trainer.samples.dictionary import IdDictionary
 
     with _opened(run, index, checkpoint, samples) as (trained, ads):
@@ -256,8 +253,7 @@ def _opened(
 ) -> "Iterator[tuple[TrainedRun, AdIndex]]":
     """Open a run, and an index of its ads. Raises TrainerError, FeatureStoreError."""
     from trainer.comm import SoloComm
-    from trainer.prerank.artifact import AdIndex
-    from trainer.prerank.vectors import origin_of
+    from trainer.prerank.adindex import AdIndex, origin_of
     from trainer.runs.saved import open_trained
 
     with contextlib.closing(open_trained(run_path(run), SoloComm(), which=checkpoint, samples=samples)) as trained:

@@ -15,7 +15,7 @@ from featurestore.format.rows import FeatureRows
 from featurestore.spec import StoreInfo
 from featurestore.store import FeatureStore
 from trainer.comm import SoloComm
-from trainer.compat.__main__ import app
+from trainer.compat import app
 from trainer.config.config import load_config
 from trainer.main import train
 
@@ -167,7 +167,7 @@ class TestWithBothThere:
 def test_of_many_impressions_some_are_drawn_the_same_for_both(
     places: Places, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("trainer.compat.check.MOST_IMPRESSIONS", 100)
+    monkeypatch.setattr("trainer.gates.MOST_IMPRESSIONS", 100)
     other = make_store(tmp_path / "other", places.folder / "features")
     _, found = compat(places, other)
     assert 0 < found["scores"]["num_impressions"] < 210 and found["scores"]["mean_logit_change"] == 0

@@ -15,14 +15,14 @@ from featurestore.published.channels import find_channel, last_move
 from featurestore.staging import QuarantineRow
 from featurestore.store import FeatureStore
 from featurestore.upkeep.history import move_channel
+from trainer.cli import GateLimits
 from trainer.comm import SoloComm
-from trainer.compat import GateLimits
-from trainer.compat.__main__ import app
-from trainer.compat.check import Check
+from trainer.compat import app
 from trainer.config.config import load_config
 from trainer.errors import ConfigError
-from trainer.evaluation.compare import compare
+from trainer.evaluation.bootstrap import compare
 from trainer.evaluation.predict import Predictions, predict_run
+from trainer.gates import Check
 from trainer.main import train
 
 pytestmark = pytest.mark.long  # they train a whole run
@@ -88,7 +88,7 @@ def test_the_difference_is_that_of_two_evaluations(
         scored.extend([*ours, *baseline])
         return compare(ours, baseline, **options)
 
-    monkeypatch.setattr("trainer.compat.check.compare", noted)
+    monkeypatch.setattr("trainer.gates.compare", noted)
     newest = store.snapshot("stable").version + 2
     found, _ = check.promote(newest, "stable", None)
     whole = [predict_run(check.saved.folder, store=store.url, store_version=version) for version in (newest, "stable")]
@@ -159,7 +159,7 @@ def test_a_channel_that_was_moved_meanwhile_stays_where_the_other_put_it(
         move_channel(store, "stable", first + 2)
         return []
 
-    monkeypatch.setattr("trainer.compat.check.score_gates", meanwhile)
+    monkeypatch.setattr("trainer.gates.score_gates", meanwhile)
     with pytest.raises(CommitConflictError, match="another writer was first"):
         check.promote(first + 1, "stable", None)
     move = last_move(store.storage, "stable")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from featurestore import ExtractorSpec, FeatureRows, FeatureStore, StoreInfo, to_bits
-from trainer.compat.check import compare_rows
+from trainer.gates import compare_rows
 
 KEYS = np.arange(1_000, 1_050)
 NONE = bytes(16)

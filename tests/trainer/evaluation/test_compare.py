@@ -11,12 +11,10 @@ from featurestore.console.page import ReportPage, recorded
 from tests.pages import check_page
 from trainer.comm import SoloComm
 from trainer.errors import DataError
-from trainer.evaluation import compare as comparing
-from trainer.evaluation.bootstrap import auc, draws, grouped_auc, probability
-from trainer.evaluation.compare import compare, compare_new_ads, compare_runs
-from trainer.evaluation.predict import Predictions
-from trainer.evaluation.report import number, range_of
-from trainer.evaluation.slices import Impressions
+from trainer.evaluation import bootstrap as comparing
+from trainer.evaluation.bootstrap import auc, compare, compare_new_ads, draws, grouped_auc, probability
+from trainer.evaluation.predict import Impressions, Predictions
+from trainer.evaluation.report import compare_runs, number, range_of
 from trainer.runs.saved import RunSource
 
 USERS, EACH = 120, 8

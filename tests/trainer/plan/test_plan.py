@@ -25,8 +25,7 @@ from trainer.errors import PlanError
 from trainer.plan import calibrate
 from trainer.plan.__main__ import app
 from trainer.plan.calibrate import Calibration, PlanQuestion, rates_of, sample, stored_bytes
-from trainer.plan.cost import BatchCounts, KeyCounts, StepCost
-from trainer.plan.table import RankPlan, StoredBytes, advise, build, duration, size
+from trainer.plan.cost import BatchCounts, KeyCounts, RankPlan, StepCost, StoredBytes, advise, build, duration, size
 from trainer.samples.columns import newest_day
 from trainer.samples.index import open_index
 from trainer.stages import WAIT

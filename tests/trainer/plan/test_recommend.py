@@ -3,7 +3,7 @@
 import dataclasses
 
 from tests.trainer.plan.machine import COUNTS, MACHINE, NETWORK, WIDTHS
-from trainer.plan.table import PROGRAM_BYTES, RankPlan, StoredBytes, build, recommend
+from trainer.plan.cost import PROGRAM_BYTES, RankPlan, StoredBytes, build, recommend
 
 GIB = 2**30
 

@@ -17,12 +17,13 @@ from trainer.comm import SoloComm
 from trainer.config.config import load_config
 from trainer.main import train
 from trainer.prerank.__main__ import app
-from trainer.prerank.artifact import AdIndex, search_figures
-from trainer.prerank.vectors import (
+from trainer.prerank.adindex import (
+    AdIndex,
     ad_vectors,
     ads_of_samples,
     origin_of,
     reader_of_tests,
+    search_figures,
     towers,
     user_vectors,
     users_of_tests,

@@ -15,8 +15,7 @@ from featurestore.storage.storage import Storage
 from tests.trainer.runs import saved
 from trainer.comm import SoloComm
 from trainer.errors import ConfigError, TrainerError
-from trainer.launch import By
-from trainer.supervise.hosts import (
+from trainer.hosts import (
     AGENT,
     HostSlots,
     Reach,
@@ -26,8 +25,8 @@ from trainer.supervise.hosts import (
     reach_of_all,
     read_hosts,
 )
-from trainer.supervise.run import claimed, parse_command
-from trainer.supervise.supervisor import SuperviseOptions, Supervisor, inherited
+from trainer.launch import By
+from trainer.supervise import SuperviseOptions, Supervisor, claimed, inherited, parse_command
 
 TRAIN = ["python", "-m", "trainer.main"]
 

@@ -1,4 +1,4 @@
-"""Check whether a run may use a store that it was not trained on: crossmedia compat RUN STORE."""
+"""crossmedia compat RUN STORE: check whether a run may use a store that it was not trained on."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
@@ -10,12 +10,11 @@ from featurestore.console.commandline import CommandApp, run_app, takes
 from featurestore.console.files import JsonOption, write_json_option
 from featurestore.console.output import print_problem, print_rows, print_summary, progress_bar
 from featurestore.errors import FAILED
-from trainer.cli import WhichCheckpoint
-from trainer.compat import GateLimits
+from trainer.cli import GateLimits, WhichCheckpoint
 
 if TYPE_CHECKING:
     from featurestore.snapshot import Snapshot
-    from trainer.compat.check import Check, Comparison
+    from trainer.gates import Check, Comparison
 
 EXAMPLES = """
 Examples:
@@ -72,7 +71,7 @@ def main(options: CompatOptions) -> None:
     to the snapshot, if all gates hold.
     """
     from featurestore.published.paths import run_path
-    from trainer.compat.check import Check
+    from trainer.gates import Check
 
     if options.accept and options.promote is not None:
         raise typer.BadParameter("give --accept or --promote, not both", param_hint="--promote")

@@ -30,13 +30,11 @@ from featurestore.snapshot import Snapshot, SnapshotId
 from featurestore.storage.threads import Progress
 from featurestore.store import FeatureStore
 from featurestore.upkeep.history import move_channel
+from trainer.cli import GateLimits
 from trainer.comm import Comm, SoloComm
-from trainer.compat import GateLimits, GateResult
 from trainer.errors import CheckpointError, ConfigError, DataNotFoundError, TrainerError
-from trainer.evaluation.bootstrap import LEVEL, log_loss
-from trainer.evaluation.compare import Difference, compare
-from trainer.evaluation.predict import Predictions
-from trainer.evaluation.slices import Impressions
+from trainer.evaluation.bootstrap import LEVEL, Difference, compare, log_loss
+from trainer.evaluation.predict import Impressions, Predictions
 from trainer.models.layers import used_fields
 from trainer.runs import checkpoint
 from trainer.runs.saved import TEST, SavedRun, open_at, open_test, read_run
@@ -47,6 +45,23 @@ from trainer.samples.reader import Batch, SampleReader
 MOST_IMPRESSIONS = 200_000
 """Impressions to score; of more, about as many are drawn, the same for both sides."""
 _BATCH, _WINDOW, _SHARDS, _ROWS_A_PUT = 8_192, 250_000, 8, 8_192
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateResult:
+    """The finding of one gate; `value` is None if there was nothing to measure."""
+
+    gate: str
+    value: float | None = None
+    limit: float = 0
+    holds: bool
+    text: str
+
+    @property
+    def failure(self) -> str:
+        """The line on why the gate fails: its name, value, limit and text."""
+        value = "not measured" if self.value is None else f"{self.value:.4g}"
+        return f"gate {self.gate}: {value}, limit {self.limit:g}: {self.text}"
 
 
 @dataclass(frozen=True)
