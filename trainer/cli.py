@@ -72,7 +72,6 @@ class GateLimits:
     min_coverage: Annotated[
         float, typer.Option(min=0, max=1, help="Share of the impressions' images with a feature.")
     ] = 0.99
-    max_quarantine: Annotated[float, typer.Option(min=0, max=1, help="Share of images in quarantine.")] = 0.01
     max_gauc_loss: Annotated[float, typer.Option(min=0, help="By how much GAUC may fall, beyond noise.")] = 0.002
     max_logloss_rise: Annotated[float, typer.Option(min=0, help="By how much log loss may rise, beyond noise.")] = 0.002
 

@@ -198,7 +198,7 @@ def set_of(line: str) -> set[str]:
 
 UNLIMITED = {"--shard", "--label-threshold", "--seed"}
 LARGEST = {"--port": 65535, "--num-shards": 65536, "--bootstrap": 1_000_000} | dict.fromkeys(
-    ("--max-gone", "--min-coverage", "--max-quarantine", "--min-recall"), 1
+    ("--max-gone", "--min-coverage", "--min-recall"), 1
 )
 
 

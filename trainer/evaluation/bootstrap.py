@@ -1,7 +1,7 @@
 """Metrics of rankings, their intervals by bootstrap over users, and paired differences of models. Imports no torch.
 
 A resample draws as many users as there are, with replacement; a user drawn twice counts twice with all impressions.
-Log loss, calibration, ECE and GAUC are made of sums over users (the AUC of a user does not change by being drawn), so a
+Log loss, calibration and GAUC are made of sums over users (the AUC of a user does not change by being drawn), so a
 block of resamples is one matrix product. AUC is not: its impressions are sorted once, and a resample is a cumulative
 sum of the weights of those without a click. All of it is exact, ties included. Efron and Tibshirani, "An Introduction
 to the Bootstrap", 1993, chapter 13.
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 Float = NDArray[np.float64]
 Int = NDArray[np.int64]
 
-METRICS = ("logloss", "auc", "gauc", "calibration", "ece")
+METRICS = ("logloss", "auc", "gauc", "calibration")
 NUM_BINS = 10
 LEAST_PER_BIN = 100
 LEAST_USERS = 10
@@ -102,11 +102,11 @@ class Figures:
         return rows
 
 
-def interval(value: float, draws_R: Float, *, users: int, pivotal: bool = False) -> Estimate:
+def interval(value: float, draws_R: Float, *, users: int) -> Estimate:
     """Return the central `LEVEL` interval of the resamples; None if the value, or half of the resamples, are undefined.
 
     No interval either for a value that fewer than LEAST_USERS `users` contribute to: resamples of a few say nothing of
-    the others. `pivotal`: mirrored at the value, for a statistic that is larger in resamples than in the sample.
+    the others.
     """
     if np.isnan(value):
         return Estimate(None, None, None)
@@ -114,8 +114,6 @@ def interval(value: float, draws_R: Float, *, users: int, pivotal: bool = False)
     if users < LEAST_USERS or len(defined_R) < max(1, _LEAST_DEFINED * len(draws_R)):
         return Estimate(float(value), None, None)
     low, high = np.quantile(defined_R, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    if pivotal:
-        low, high = max(0.0, 2 * value - high), max(0.0, 2 * value - low)
     return Estimate(float(value), float(low), float(high))
 
 
@@ -128,10 +126,8 @@ def probability(logit_N: Float) -> Float:
 class MetricSums:
     """The contributions of each user to the metrics of a set of impressions, and to its reliability.
 
-    calibration = sum of predicted probabilities / clicks: 1 is right, 1.2 promises 20 % too much. ECE, the expected
-    calibration error (Naeini et al., AAAI 2015): the mean over impressions of |mean prediction - click rate| of their
-    bin, with bins of equally many impressions (`bins_of`) instead of equal width. Noise alone makes it positive, so it
-    is to be compared between sets of about one size. The others: trainer/evaluation/bootstrap.py.
+    calibration = sum of predicted probabilities / clicks: 1 is right, 1.2 promises 20 % too much. Bins are of equally
+    many impressions (`bins_of`).
     """
 
     def __init__(self, logit_N: Float, label_N: Float, user_N: Int) -> None:
@@ -150,7 +146,7 @@ class MetricSums:
         self._sums_VC = np.column_stack([loss_V, *ranked_2V, count_VK, predicted_VK, clicked_VK])
         self._auc = _WeightedAuc(logit_N, label_N, user_N)
         self.num_impressions, self.num_clicks, self.num_users = len(label_N), int(label_N.sum()), num_users
-        self.users_M = (num_users, num_users, len(groups.group_G), num_users, num_users)
+        self.users_M = (num_users, num_users, len(groups.group_G), num_users)
         """How many users contribute to each of the METRICS."""
         self.count_K, self.users_K = count_VK.sum(axis=0), (count_VK > 0).sum(axis=0)
         """Impressions of each bin, and the users that they are of."""
@@ -169,7 +165,6 @@ class MetricSums:
             self._auc.at(weight_BU),
             ratio(gauc_B, ranked_B),
             ratio(predicted_BK.sum(axis=1), clicked_BK.sum(axis=1)),
-            ratio(np.abs(predicted_BK - clicked_BK).sum(axis=1), count_B),
         ]
         return np.column_stack([*metrics, ratio(predicted_BK, count_BK), ratio(clicked_BK, count_BK)])
 

@@ -1,4 +1,4 @@
-"""Evaluations of runs and comparisons of two: what is measured, printed, written and plotted (PNG; SVG on the page)."""
+"""Evaluations of runs and comparisons of two: what is measured, printed, written and plotted."""
 
 import contextlib
 from collections.abc import Mapping, Sequence
@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
@@ -15,7 +14,7 @@ from rich.text import Text
 
 from featurestore.console.files import write_json
 from featurestore.console.output import print_line, print_table, text_console
-from featurestore.console.page import current_page, save_plot
+from featurestore.console.page import save_plot
 from featurestore.errors import StorageError
 from featurestore.published.paths import RunPath, written_locally
 from trainer.comm import Comm
@@ -59,7 +58,6 @@ METRIC_TITLES = {
     "auc": "AUC",
     "gauc": "GAUC",
     "calibration": "predicted / clicked",
-    "ece": "ECE",
 }
 
 _COLOR = "#1f5fa8"
@@ -84,7 +82,7 @@ def evaluate_run(
         return None
     figures = measure_all(logit_N, impressions, cuts, resamples)
     out = out or source.folder / "evaluation"
-    write_report(out, "report.json", {**about, **asdict(figures)}, json_file, draw_all(figures))
+    write_report(out, "report.json", {**about, **asdict(figures)}, json_file, reliability(figures.reliability))
     show(console, about, figures, out)
     return figures
 
@@ -131,8 +129,6 @@ def compare_runs(
     notes = [f"{folder}: {note}" for folder, run in ((source.folder, ours), (against, baseline)) for note in run.notes]
     count = f"{new_ads.impressions:,} impressions are" if new_ads.impressions != 1 else "1 impression is"
     print_line(console, f"{count} of new ads, which neither run was trained on")
-    if page := current_page():
-        page.add_plot(differences(titled))
     for note in notes:
         print_line(console, f"note: {note}")
     written = {
@@ -149,18 +145,25 @@ def compare_runs(
     print_line(console, f"written to {folder / 'comparison.json'}")
 
 
-def draw_all(figures: Figures) -> dict[str, Figure]:
-    """Draw every plot that the figures have data for; by the names of their files."""
-    drawn = {"reliability": reliability(figures.reliability)}
-    for name, sliced in figures.sliced_by.items():
-        drawn[f"by_{name}"] = by_slice(sliced, figures.whole)
-    return drawn
-
-
 def reliability(bins: Sequence[Bin]) -> Figure:
     """Plot click rate against mean prediction, one point for each bin; on the diagonal, predictions are right."""
-    figure, axes = _one_panel()
-    _points(axes, [each.predicted for each in bins], [each.clicked for each in bins])
+    figure = Figure(figsize=(5.5, 4.2), layout="constrained")
+    axes = figure.subplots()
+    axes.grid(alpha=0.3)
+    rates = [each.clicked for each in bins]
+    axes.errorbar(
+        [each.predicted for each in bins],
+        [_number(rate.value) for rate in rates],
+        yerr=[
+            [abs(_number(end) - _number(rate.value)) for rate, end in zip(rates, ends, strict=True)]
+            for ends in ([rate.low for rate in rates], [rate.high for rate in rates])
+        ],
+        fmt="o",
+        color=_COLOR,
+        markersize=4,
+        capsize=2,
+        linewidth=1.2,
+    )
     reached = [value for each in bins for value in (each.predicted, each.clicked.value, each.clicked.high) if value]
     end = 1.05 * max(reached)
     axes.plot([0, end], [0, end], color="grey", linewidth=1, linestyle="--")
@@ -168,75 +171,6 @@ def reliability(bins: Sequence[Bin]) -> Figure:
     axes.set_ylabel("click rate")
     axes.set_title("Reliability, bins of equally many impressions")
     return figure
-
-
-def by_slice(sliced: SlicedBy, whole: Measured) -> Figure:
-    """Plot a panel for each metric, a row for each slice; the band is the interval of all impressions together."""
-    names = list(sliced.slices)
-    figure = Figure(figsize=(2.6 * len(METRICS) + 1.6, 1.4 + 0.42 * len(names)), layout="constrained")
-    panels: Sequence[Axes] = figure.subplots(1, len(METRICS), sharey=True)
-    for axes, metric in zip(panels, METRICS, strict=True):
-        estimates = [each.metrics[metric] for each in sliced.slices.values()]
-        _points(axes, estimates, list(range(len(names))))
-        everybody = whole.metrics[metric]
-        if everybody.low is not None and everybody.high is not None:
-            axes.axvspan(everybody.low, everybody.high, color="grey", alpha=0.2, linewidth=0)
-        axes.set_title(METRIC_TITLES[metric], fontsize=10)
-        axes.tick_params(axis="x", labelsize=8)
-        axes.locator_params(axis="x", nbins=4)
-    labels = [f"{name}\n({each.impressions:,})" for name, each in sliced.slices.items()]
-    panels[0].set_yticks(range(len(names)), labels, fontsize=8)
-    panels[0].set_ylim(len(names) - 0.5, -0.5)
-    figure.suptitle(f"By {sliced.title} (impressions in brackets; grey: all)", fontsize=11)
-    return figure
-
-
-def differences(by_title: Mapping[str, Estimate]) -> Figure:
-    """Plot the differences of two runs with their intervals; on the dashed line there is none."""
-    figure, axes = _one_panel()
-    _points(axes, list(by_title.values()), list(range(len(by_title))))
-    axes.axvline(0, color="grey", linewidth=1, linestyle="--")
-    axes.set_yticks(range(len(by_title)), list(by_title))
-    axes.set_ylim(len(by_title) - 0.5, -0.5)
-    axes.set_title("Difference, with its interval")
-    return figure
-
-
-def _one_panel() -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(5.5, 4.2), layout="constrained")
-    axes = figure.subplots()
-    axes.grid(alpha=0.3)
-    return figure, axes
-
-
-def _points(axes: Axes, x: Sequence[float | Estimate], y: Sequence[float | Estimate]) -> None:
-    """Points with the intervals of those coordinates that are estimates; what is not defined is left out."""
-    axes.grid(alpha=0.3)
-    axes.errorbar(
-        [_centre(each) for each in x],
-        [_centre(each) for each in y],
-        xerr=_reach(x),
-        yerr=_reach(y),
-        fmt="o",
-        color=_COLOR,
-        markersize=4,
-        capsize=2,
-        linewidth=1.2,
-    )
-
-
-def _centre(value: float | Estimate) -> float:
-    return _number(value.value) if isinstance(value, Estimate) else value
-
-
-def _reach(values: Sequence[float | Estimate]) -> list[list[float]] | None:
-    """How far each interval reaches below and above its value; a pivotal one may lie beside it."""
-    estimates = [each for each in values if isinstance(each, Estimate)]
-    if not estimates:
-        return None
-    below = [max(0.0, _number(each.value) - _number(each.low)) for each in estimates]
-    above = [max(0.0, _number(each.high) - _number(each.value)) for each in estimates]
-    return [below, above]
 
 
 def _number(value: float | None) -> float:
@@ -259,16 +193,16 @@ def _about(opened: EvaluatedRun, resamples: int) -> dict[str, Any]:
 
 
 def write_report(
-    folder: RunPath, name: str, values: Mapping[str, Any], also: Path | None, plots: Mapping[str, Figure] | None = None
+    folder: RunPath, name: str, values: Mapping[str, Any], also: Path | None, plot: Figure | None = None
 ) -> None:
-    """Write `values` as JSON to file `name` of a folder, and to `also`; save the plots, for the command's page too.
+    """Write `values` as JSON to file `name` of a folder, and to `also`; save the plot, for the command's page too.
 
     Raises TrainerError where the disk refuses.
     """
     try:
         with written_locally(folder) as local:
-            for plot, figure in (plots or {}).items():
-                save_plot(figure, local / f"{plot}.png")
+            if plot is not None:
+                save_plot(plot, local / "reliability.png")
             for file in (local / name, *([also] if also else [])):
                 write_json(file, values)
     except (OSError, StorageError) as failure:
@@ -329,9 +263,7 @@ def measure_all(logit_N: Float, impressions: Impressions, slicings: Sequence[Sli
 
 def _measured(sums: MetricSums, replicates: Replicates) -> Measured:
     metrics = {
-        name: interval(
-            replicates.value_M[at], replicates.draws_RM[:, at], users=sums.users_M[at], pivotal=name == "ece"
-        )
+        name: interval(replicates.value_M[at], replicates.draws_RM[:, at], users=sums.users_M[at])
         for at, name in enumerate(METRICS)
     }
     return Measured(sums.num_impressions, sums.num_users, sums.num_clicks, metrics)

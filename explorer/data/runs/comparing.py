@@ -200,7 +200,6 @@ TITLES = {
     "logloss": "log loss",
     "new_ad_auc": "AUC, new ads",
     "calibration": "predicted / clicked",
-    "ece": "ECE",
 }
 LOWER_IS_BETTER = frozenset({"logloss"})
 RESAMPLES = 1000
