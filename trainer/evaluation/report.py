@@ -150,14 +150,12 @@ def reliability(bins: Sequence[Bin]) -> Figure:
     figure = Figure(figsize=(5.5, 4.2), layout="constrained")
     axes = figure.subplots()
     axes.grid(alpha=0.3)
-    rates = [each.clicked for each in bins]
+    rates = [(each.clicked.value, each.clicked.low, each.clicked.high) for each in bins]
+    value_K, low_K, high_K = np.array(rates, np.float64).T  # None becomes NaN, which is not drawn
     axes.errorbar(
         [each.predicted for each in bins],
-        [_number(rate.value) for rate in rates],
-        yerr=[
-            [abs(_number(end) - _number(rate.value)) for rate, end in zip(rates, ends, strict=True)]
-            for ends in ([rate.low for rate in rates], [rate.high for rate in rates])
-        ],
+        value_K,
+        yerr=(value_K - low_K, high_K - value_K),
         fmt="o",
         color=_COLOR,
         markersize=4,
@@ -171,10 +169,6 @@ def reliability(bins: Sequence[Bin]) -> Figure:
     axes.set_ylabel("click rate")
     axes.set_title("Reliability, bins of equally many impressions")
     return figure
-
-
-def _number(value: float | None) -> float:
-    return float("nan") if value is None else value
 
 
 def _about(opened: EvaluatedRun, resamples: int) -> dict[str, Any]:

@@ -215,23 +215,12 @@ def count_images(request: KeyRequest) -> tuple[int, int]:
     return sum(len(asked.inverse_N) for asked, _ in content), sum(served.num_unique for _, served in content)
 
 
-def step_details(comm: Comm, totals: StepTotals, stages: Stages, images: int) -> dict[str, float]:
-    """Return what TensorBoard gets of a step that is logged, beside its loss; called by every rank.
-
-    `images`: those that this rank computed.
-    """
+def step_details(stages: Stages) -> dict[str, float]:
+    """Return what TensorBoard gets of a step that is logged, beside its loss: milliseconds of this rank's stages."""
     last_ms = stages.last_ms()
+    hidden = {f"stage_hidden/{name}": row["hidden"] for name, row in stage_table([last_ms]).items()}
     details = {f"stage_ms/{name}": value for name, value in last_ms.items()}
-    for name, row in stage_table([last_ms]).items():
-        if row["hidden"] is not None:
-            details[f"stage_hidden/{name}"] = row["hidden"]
-    sent = {name: each.sent for name, each in comm.traffic.items() if name.startswith("step.")}
-    details |= {f"bytes_sent_per_step/{name}": total / totals.steps for name, total in sent.items()}
-    served_R = comm.allgather_object(images, name="log.images")
-    served = sum(served_R)
-    if served:
-        details["images/owner_skew"] = max(served_R) * len(served_R) / served
-    return details
+    return details | {name: value for name, value in hidden.items() if value is not None}
 
 
 def gather(comm: Comm, own: StepTotals, stages: Stages) -> dict[str, Any]:

@@ -257,7 +257,7 @@ class RankPlan:
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """The rows of all numbers of ranks, the number to take (None: no row fits into memory), and all assumptions."""
+    """The rows of all numbers of ranks, and the number to take (None: no row fits into memory)."""
 
     title: str
     samples: int
@@ -266,7 +266,6 @@ class TrainingPlan:
     recommended_ranks: int | None
     advice: tuple[str, ...]
     """The recommendation and its reason, then what to change."""
-    assumptions: tuple[str, ...]
 
 
 def build(
@@ -277,7 +276,6 @@ def build(
     machine_of: Callable[[int], Machine],
     stored: StoredBytes,
     samples: int,
-    assumptions: Sequence[str],
 ) -> TrainingPlan:
     """Make the plan for each of `ranks`; `machine_of` gives a machine of a job with so many ranks."""
     base = step_cost(counts_of(1), widths, machine_of(1))
@@ -302,7 +300,7 @@ def build(
             times = cost.samples_per_s / base.samples_per_s
             advice.append(f"{count} ranks are slower than 1: they make {times:.2g} times its samples/s.")
     recommended, reason = recommend(rows, stored.machine_memory_bytes)
-    return TrainingPlan(title, samples, tuple(rows), recommended, (reason, *advice), tuple(assumptions))
+    return TrainingPlan(title, samples, tuple(rows), recommended, (reason, *advice))
 
 
 def recommend(rows: Sequence[RankPlan], memory_bytes: int) -> tuple[int | None, str]:
@@ -370,7 +368,7 @@ def as_json(plan: TrainingPlan) -> dict[str, Any]:
 
 
 def show(plan: TrainingPlan, console: Console) -> None:
-    """Print the rows, then the recommendation and the assumptions."""
+    """Print the rows, then the recommendation."""
     print_line(console, plan.title, style="bold")
     epoch = f"epoch of {plan.samples:,}"
     table = Table()
@@ -382,10 +380,9 @@ def show(plan: TrainingPlan, console: Console) -> None:
         style = "bold" if row.ranks == plan.recommended_ranks else None
         table.add_row(*counts, *times, f"{row.efficiency:.0%}", style=style)
     print_table(console, table)
-    for title, lines in (("Recommended", plan.advice), ("Taken for granted", plan.assumptions)):
-        print_line(console, title, style="bold")
-        for line in lines:
-            print_line(console, f"- {line}")
+    print_line(console, "Recommended", style="bold")
+    for line in plan.advice:
+        print_line(console, f"- {line}")
 
 
 def size(count: float) -> str:
