@@ -214,10 +214,10 @@ def bootstrap(sets: Sequence[MetricSums], num_users: int, resamples: int, seed: 
     return [Replicates(value, np.concatenate(block)) for value, block in zip(values, blocks, strict=True)]
 
 
-def draws(num_users: int, resamples: int, seed: int, block: int | None = None) -> Iterator[Float]:
-    """Draw how often each user counts, (B, U), `resamples` times: equal for equal seeds, whatever the block."""
+def draws(num_users: int, resamples: int, seed: int) -> Iterator[Float]:
+    """Draw how often each user counts, (B, U), `resamples` times, in blocks: equal for equal seeds."""
     random = np.random.default_rng(seed)
-    block = block or max(1, min(64, _BLOCK_ELEMENTS // max(1, num_users)))
+    block = max(1, min(64, _BLOCK_ELEMENTS // max(1, num_users)))
     for start in range(0, resamples, block):
         size = min(block, resamples - start)
         drawn_BU = random.integers(num_users, size=(size, num_users)) + np.arange(size)[:, None] * num_users

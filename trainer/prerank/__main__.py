@@ -182,18 +182,13 @@ def _vectors(trained: "TrainedRun", options: BuildOptions) -> "tuple[Ads, Vector
 
 @app.command(
     "eval",
-    epilog="Examples:\n\n"
-    "    crossmedia index eval --run data/runs/towers --k 10,100,1000 --json figures.json\n\n"
-    "    crossmedia index eval --run data/runs/towers --effort 16",
+    epilog="Examples:\n\n    crossmedia index eval --run data/runs/towers --k 10,100,1000 --json figures.json",
 )
 def evaluate_index(
     run: Run,
     index: Index = INDEX,
     k: Annotated[Any, typer.Option(parser=counts_of, metavar="K,K", help="Candidates of a search.")] = "10,100",
     queries: Annotated[int, typer.Option(min=1, help="Users to search for, at most.")] = 1000,
-    effort: Annotated[
-        int | None, typer.Option(min=1, help="Candidates that hnsw keeps.", show_default="the index's")
-    ] = None,
     samples: Samples = None,
     checkpoint: WhichCheckpoint = None,
     out: JsonOption = None,
@@ -214,7 +209,7 @@ def evaluate_index(
             "checkpoint": trained.saved.checkpoint.name,
             "store_version": trained.store_version,
             "index": {"version": ads.version, **ads.state.model_dump(include={"kind", "dim", "num_ads", "num_unused"})},
-            "search": search_figures(ads, users_KW, k, effort),
+            "search": search_figures(ads, users_KW, k),
             "notes": [*notes, *([ads.warning] if ads.warning else [])],
         }
     _show(report)

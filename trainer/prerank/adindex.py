@@ -103,15 +103,13 @@ def sample_of(vectors_NW: Vectors, source: QuerySource, most: int = NUM_QUERIES)
     return Queries(np.ascontiguousarray(vectors_NW[np.sort(chosen_K)]), source)
 
 
-def recall_at(
-    index: VectorIndex, exact: VectorIndex, queries_KW: Vectors, count: int, effort: int | None = None
-) -> float:
+def recall_at(index: VectorIndex, exact: VectorIndex, queries_KW: Vectors, count: int) -> float:
     """Measure the share of the `count` best of `exact`, a flat index of the same ads, that `index` finds; K >= 1.
 
     An ad whose score is that of the last of the best is one of them: ads with equal vectors must not count as misses.
     """
     _, best_KC = exact.search(queries_KW, count)
-    _, found_KC = index.search(queries_KW, count, effort)
+    _, found_KC = index.search(queries_KW, count)
     last_K1 = best_KC[:, : found_KC.shape[1]][:, -1:]
     return float((found_KC >= last_K1 - _TIE * np.abs(last_K1)).mean())
 
@@ -409,9 +407,7 @@ def from_parquet(data: bytes, width: int, path: str) -> tuple[Keys, Vectors]:
     return table[KEY].to_numpy(), vector.flatten().to_numpy().reshape(-1, width)
 
 
-def search_figures(
-    ads: AdIndex, queries_KW: Vectors, counts: Sequence[int], effort: int | None = None
-) -> dict[str, Any]:
+def search_figures(ads: AdIndex, queries_KW: Vectors, counts: Sequence[int]) -> dict[str, Any]:
     """Measure recall and time of searches for these users; K >= 1.
 
     `recall`: by number of candidates, the share of the best ads that the index finds. Times are of the largest of
@@ -422,18 +418,18 @@ def search_figures(
     most = max(counts)
     return {
         "queries": len(queries_KW),
-        "effort": effort or ads.index.effort,
-        "recall": {count: recall_at(ads.index, exact, queries_KW, count, effort) for count in sorted(set(counts))},
-        "index": _timed(ads.index, queries_KW, most, effort),
-        "exact": _timed(exact, queries_KW, most, None),
+        "effort": ads.index.effort,
+        "recall": {count: recall_at(ads.index, exact, queries_KW, count) for count in sorted(set(counts))},
+        "index": _timed(ads.index, queries_KW, most),
+        "exact": _timed(exact, queries_KW, most),
     }
 
 
-def _timed(index: VectorIndex, queries_KW: Vectors, count: int, effort: int | None) -> dict[str, float]:
+def _timed(index: VectorIndex, queries_KW: Vectors, count: int) -> dict[str, float]:
     seconds = []
     for query_W in queries_KW:
         start = time.perf_counter()
-        index.search(query_W[None], count, effort)
+        index.search(query_W[None], count)
         seconds.append(time.perf_counter() - start)
     percentiles = {f"p{each}_ms": float(np.percentile(seconds, each)) * 1e3 for each in (50, 99)}
     return {"queries_per_s": len(seconds) / sum(seconds), **percentiles}

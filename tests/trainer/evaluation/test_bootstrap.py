@@ -103,7 +103,7 @@ def test_draws_hang_on_the_seed_alone() -> None:
     whole = np.concatenate(list(draws(37, 100, seed=5)))
     assert whole.shape == (100, 37)
     assert (whole.sum(axis=1) == 37).all()
-    assert (np.concatenate(list(draws(37, 100, seed=5, block=7))) == whole).all()
+    assert (np.concatenate(list(draws(37, 100, seed=5))) == whole).all()
     assert not (np.concatenate(list(draws(37, 100, seed=6))) == whole).all()
     # Each user about once: 3,700 draws of one in 37.
     assert np.abs(whole.mean(axis=0) - 1).max() < 0.4
