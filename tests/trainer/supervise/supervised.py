@@ -84,7 +84,7 @@ class Supervised:
         for each in psutil.Process(process.pid).children(recursive=True):
             with contextlib.suppress(psutil.Error):  # it has ended
                 self.seen.add(each)
-                if each.cmdline()[1:2] == [str(script)]:
+                if str(script) in each.cmdline()[1:3]:  # an agent has -P before it
                     variables = each.environ()
                     found[int(variables.get("HOROVOD_RANK", variables.get("RANK", len(found))))] = each
         return [found[rank] for rank in sorted(found)]
