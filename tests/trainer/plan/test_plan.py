@@ -75,7 +75,7 @@ class TestBuild:
             return BatchCounts(100, ranks, 100 / ranks, keys, keys)
 
         slow = dataclasses.replace(MACHINE, network=dataclasses.replace(NETWORK, latency_s=1.0))
-        advice = build("t", counts_of, [1, 20], WIDTHS, lambda _: slow, self.STORED, 1_000_000, []).advice
+        advice = build("t", counts_of, [1, 20], WIDTHS, lambda _: slow, self.STORED, 1_000_000).advice
         assert any(line.startswith("20 ranks are slower than 1: ") for line in advice)
 
 
