@@ -54,14 +54,14 @@ GROUPS: dict[str, dict[str, Entry]] = {
         "train": Entry("Train a model on IDs and images.", ("trainer.main",)),
         "tune": Entry("Find rates and epochs on the last training days.", ("trainer.tune",)),
         "daily": Entry("Train on the days that are new.", ("trainer.daily",)),
-        "supervise": Entry("Train, and start again where a rank or host dies.", ("trainer.supervise.__main__",)),
+        "supervise": Entry("Train, and start again where a rank or host dies.", ("trainer.supervise",)),
         "slurm": Entry("Run a command on the ranks of a Slurm job.", ("trainer.slurm",)),
     },
     RESULTS: {
         "evaluate": Entry("Measure a run, or compare it with another.", ("trainer.evaluate",)),
         "score": Entry("Score samples with a run or a model, into a file.", ("jobs.score",)),
         "export": Entry("Write the 12 numbers of every image.", ("jobs.export_embeddings",)),
-        "compat": Entry("Check whether a run may use another store.", ("trainer.compat.__main__",)),
+        "compat": Entry("Check whether a run may use another store.", ("trainer.compat",)),
     },
     SERVING: {
         "publish": Entry("Publish a run as the next version of a model.", ("jobs.export_model",)),

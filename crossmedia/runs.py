@@ -10,7 +10,8 @@ from featurestore.published.paths import RunPath, run_path
 from trainer.cli import joined_ranks
 from trainer.config import Config, load_config
 from trainer.evaluation.bootstrap import Figures
-from trainer.evaluation.predict import evaluate_run, score_rows
+from trainer.evaluation.predict import score_rows
+from trainer.evaluation.report import evaluate_run
 from trainer.main import train as train_run
 from trainer.main import warm_settings
 from trainer.runs.folder import report_of, run_or_newest

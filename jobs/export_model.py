@@ -18,7 +18,7 @@ from trainer.cli import StoreVersion, WhichCheckpoint
 if TYPE_CHECKING:
     from serving.bundle.export import Exported, ExportOptions
     from serving.bundle.manifest import BundleManifest
-    from trainer.compat import GateResult
+    from trainer.gates import GateResult
 
 EXAMPLES = """Examples:
 
@@ -135,7 +135,7 @@ def put_in_use(out: str, new: "BundleManifest", options: "ExportOptions") -> lis
     from featurestore.published.paths import run_path
     from featurestore.storage.storage import Storage
     from serving.bundle import log
-    from trainer.compat.check import RunInUse, gate_model
+    from trainer.gates import RunInUse, gate_model
 
     storage = Storage(out)
     found: list[GateResult] = []

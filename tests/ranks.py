@@ -16,8 +16,8 @@ from pathlib import Path
 
 import psutil
 
+from trainer.hosts import LOOPBACK, HostSlots, Reach, environments
 from trainer.launch import By
-from trainer.supervise.hosts import LOOPBACK, HostSlots, Reach, environments
 
 HOROVODRUN, TORCHRUN = (str(Path(sys.executable).with_name(name)) for name in ("horovodrun", "torchrun"))
 TIMEOUT_S = 200

@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -62,6 +63,17 @@ StoreVersion = Annotated[
     ),
 ]
 """The option --store-version of a job that reads features."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateLimits:
+    """Limits of the gates of `crossmedia compat`, and of what replaces a model."""
+
+    min_coverage: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of the impressions' images with a feature.")
+    ] = 0.99
+    max_gauc_loss: Annotated[float, typer.Option(min=0, help="By how much GAUC may fall, beyond noise.")] = 0.002
+    max_logloss_rise: Annotated[float, typer.Option(min=0, help="By how much log loss may rise, beyond noise.")] = 0.002
 
 
 def run_on_ranks(work: Callable[["Comm"], object], deadline_s: float | None = None) -> int:

@@ -76,8 +76,7 @@ def main(
             comm.on_rank_0(partial(check_place, json_file, "--json"))
         # Torch and matplotlib take seconds to load: not for --help.
         from featurestore.published.paths import check_bucket, run_path
-        from trainer.evaluation.compare import compare_runs
-        from trainer.evaluation.predict import evaluate_run
+        from trainer.evaluation.report import compare_runs, evaluate_run
         from trainer.runs.saved import RunSource
 
         source = RunSource(run_path(folder), checkpoint, samples, store, store_version)

@@ -182,7 +182,7 @@ def count_ads(index: "SampleIndex", schema: "Schema") -> tuple[Int64Array, Int64
 
     Reads in pieces. Without ad images in the schema there are none. Raises DataError, SchemaError.
     """
-    from trainer.evaluation.slices import ad_image_field
+    from trainer.evaluation.predict import ad_image_field
     from trainer.samples.columns import decode, rules_of, source_columns
     from trainer.samples.index import read_row_groups
 

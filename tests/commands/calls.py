@@ -29,7 +29,7 @@ PROGRAMS = {
     "tools.tree",
     "tools.tutorial",
     "trainer.plan.cost",
-    "trainer.supervise.agent",
+    "trainer.agent",
 }
 """Programs that other programs start, that keep this repository in order, or that call the commands here by a name."""
 

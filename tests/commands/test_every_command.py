@@ -198,7 +198,7 @@ def set_of(line: str) -> set[str]:
 
 UNLIMITED = {"--label-threshold", "--seed"}
 LARGEST = {"--port": 65535, "--num-shards": 65536, "--bootstrap": 1_000_000} | dict.fromkeys(
-    ("--max-gone", "--min-coverage", "--max-quarantine", "--min-recall"), 1
+    ("--max-gone", "--min-coverage", "--min-recall"), 1
 )
 
 
@@ -246,7 +246,7 @@ def functions(app: CommandApp) -> Iterator[Any]:
     [
         ("trainer.main", "trainer.main.load_config"),
         ("trainer.daily", "trainer.daily.load_config"),
-        ("trainer.evaluate run", "trainer.evaluation.predict.evaluate_run"),
+        ("trainer.evaluate run", "trainer.evaluation.report.evaluate_run"),
     ],
 )
 def test_ctrl_c_on_ranks(line: str, place: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -180,7 +180,7 @@ def _train(world: World) -> None:
     """Train two variants that are evaluated, and one of them for twice as many steps with another seed."""
     from trainer.comm import SoloComm
     from trainer.config import load_config
-    from trainer.evaluation.predict import evaluate_run
+    from trainer.evaluation.report import evaluate_run
     from trainer.main import train
     from trainer.runs.saved import RunSource
 

@@ -1,7 +1,7 @@
-"""Metrics of rankings, and their intervals by paired bootstrap over users. Does not import torch.
+"""Metrics of rankings, their intervals by bootstrap over users, and paired differences of models. Imports no torch.
 
 A resample draws as many users as there are, with replacement; a user drawn twice counts twice with all impressions.
-Log loss, calibration, ECE and GAUC are made of sums over users (the AUC of a user does not change by being drawn), so a
+Log loss, calibration and GAUC are made of sums over users (the AUC of a user does not change by being drawn), so a
 block of resamples is one matrix product. AUC is not: its impressions are sorted once, and a resample is a cumulative
 sum of the weights of those without a click. All of it is exact, ties included. Efron and Tibshirani, "An Introduction
 to the Bootstrap", 1993, chapter 13.
@@ -13,19 +13,28 @@ AUC of a set of impressions = (sum of the positives' mid-ranks - p (p + 1) / 2) 
 mid-ranks for ties. GAUC ("Image Matters", arXiv 1711.06505) = sum over users of impressions x AUC of that user
 / sum of impressions, users with one class left out. AUC is that with all impressions in one group, so one code serves.
 A metric that is not defined (no impression, or one class only) is None, JSON's null: never 0, 0.5 or NaN.
+
+Two models are compared on the same resamples, so what makes a day easy or hard for both cancels out. Where a side has
+several runs (seeds), its metric is their mean, and a resample draws runs as well as users: the interval covers both the
+users and the luck of training.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from trainer.errors import DataError
+
+if TYPE_CHECKING:
+    from trainer.evaluation.predict import Predictions
+
 Float = NDArray[np.float64]
 Int = NDArray[np.int64]
 
-METRICS = ("logloss", "auc", "gauc", "calibration", "ece")
+METRICS = ("logloss", "auc", "gauc", "calibration")
 NUM_BINS = 10
 LEAST_PER_BIN = 100
 LEAST_USERS = 10
@@ -93,11 +102,11 @@ class Figures:
         return rows
 
 
-def interval(value: float, draws_R: Float, *, users: int, pivotal: bool = False) -> Estimate:
+def interval(value: float, draws_R: Float, *, users: int) -> Estimate:
     """Return the central `LEVEL` interval of the resamples; None if the value, or half of the resamples, are undefined.
 
     No interval either for a value that fewer than LEAST_USERS `users` contribute to: resamples of a few say nothing of
-    the others. `pivotal`: mirrored at the value, for a statistic that is larger in resamples than in the sample.
+    the others.
     """
     if np.isnan(value):
         return Estimate(None, None, None)
@@ -105,8 +114,6 @@ def interval(value: float, draws_R: Float, *, users: int, pivotal: bool = False)
     if users < LEAST_USERS or len(defined_R) < max(1, _LEAST_DEFINED * len(draws_R)):
         return Estimate(float(value), None, None)
     low, high = np.quantile(defined_R, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    if pivotal:
-        low, high = max(0.0, 2 * value - high), max(0.0, 2 * value - low)
     return Estimate(float(value), float(low), float(high))
 
 
@@ -119,10 +126,8 @@ def probability(logit_N: Float) -> Float:
 class MetricSums:
     """The contributions of each user to the metrics of a set of impressions, and to its reliability.
 
-    calibration = sum of predicted probabilities / clicks: 1 is right, 1.2 promises 20 % too much. ECE, the expected
-    calibration error (Naeini et al., AAAI 2015): the mean over impressions of |mean prediction - click rate| of their
-    bin, with bins of equally many impressions (`bins_of`) instead of equal width. Noise alone makes it positive, so it
-    is to be compared between sets of about one size. The others: trainer/evaluation/bootstrap.py.
+    calibration = sum of predicted probabilities / clicks: 1 is right, 1.2 promises 20 % too much. Bins are of equally
+    many impressions (`bins_of`).
     """
 
     def __init__(self, logit_N: Float, label_N: Float, user_N: Int) -> None:
@@ -141,7 +146,7 @@ class MetricSums:
         self._sums_VC = np.column_stack([loss_V, *ranked_2V, count_VK, predicted_VK, clicked_VK])
         self._auc = _WeightedAuc(logit_N, label_N, user_N)
         self.num_impressions, self.num_clicks, self.num_users = len(label_N), int(label_N.sum()), num_users
-        self.users_M = (num_users, num_users, len(groups.group_G), num_users, num_users)
+        self.users_M = (num_users, num_users, len(groups.group_G), num_users)
         """How many users contribute to each of the METRICS."""
         self.count_K, self.users_K = count_VK.sum(axis=0), (count_VK > 0).sum(axis=0)
         """Impressions of each bin, and the users that they are of."""
@@ -160,7 +165,6 @@ class MetricSums:
             self._auc.at(weight_BU),
             ratio(gauc_B, ranked_B),
             ratio(predicted_BK.sum(axis=1), clicked_BK.sum(axis=1)),
-            ratio(np.abs(predicted_BK - clicked_BK).sum(axis=1), count_B),
         ]
         return np.column_stack([*metrics, ratio(predicted_BK, count_BK), ratio(clicked_BK, count_BK)])
 
@@ -210,10 +214,10 @@ def bootstrap(sets: Sequence[MetricSums], num_users: int, resamples: int, seed: 
     return [Replicates(value, np.concatenate(block)) for value, block in zip(values, blocks, strict=True)]
 
 
-def draws(num_users: int, resamples: int, seed: int, block: int | None = None) -> Iterator[Float]:
-    """Draw how often each user counts, (B, U), `resamples` times: equal for equal seeds, whatever the block."""
+def draws(num_users: int, resamples: int, seed: int) -> Iterator[Float]:
+    """Draw how often each user counts, (B, U), `resamples` times, in blocks: equal for equal seeds."""
     random = np.random.default_rng(seed)
-    block = block or max(1, min(64, _BLOCK_ELEMENTS // max(1, num_users)))
+    block = max(1, min(64, _BLOCK_ELEMENTS // max(1, num_users)))
     for start in range(0, resamples, block):
         size = min(block, resamples - start)
         drawn_BU = random.integers(num_users, size=(size, num_users)) + np.arange(size)[:, None] * num_users
@@ -314,3 +318,119 @@ def _mid_ranks(score_N: Float, new_group_N: NDArray[np.bool_]) -> Float:
     starts_T = np.flatnonzero(new_group_N | np.r_[True, score_N[1:] != score_N[:-1]])
     ends_T = np.r_[starts_T[1:], len(score_N)]
     return np.repeat((starts_T + 1 + ends_T) / 2, ends_T - starts_T)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference(Estimate):
+    """A metric of ours - that of the baseline. `p_value`: two-sided, for a true difference of 0; None if undefined."""
+
+    metric: str
+    ours: float | None
+    baseline: float | None
+    p_value: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewAdsCompared:
+    """The part of the impressions whose ad no compared run was trained on, and its differences; none where it is empty.
+
+    An ad that one of the runs knows from training is left out: that run would win by having seen it.
+    """
+
+    impressions: int
+    differences: dict[str, Difference]
+
+
+def compare(
+    ours: Sequence["Predictions"],
+    baseline: Sequence["Predictions"],
+    *,
+    metrics: Sequence[str] = ("gauc", "auc"),
+    resamples: int = 1000,
+    seed: int = 0,
+    only_N: NDArray[np.bool_] | None = None,
+) -> dict[str, Difference]:
+    """Measure the paired difference of each metric between runs `ours` and `baseline`, one or more on each side.
+
+    `only_N`: which impressions to measure, by default all; resamples are of all users either way, so those of a slice
+    are the ones of the whole.
+
+    p = (1 + resamples whose difference lies as far from the one found as that does from 0) / (1 + resamples), the
+    bootstrap test with the null put at the centre (Hall and Wilson, Biometrics 1991); so never below 1 / (1 + R).
+    Raises DataError where the runs did not predict the same impressions.
+    """
+    if not ours or not baseline:
+        raise ValueError("each side needs the predictions of one run at least")
+    check_same_impressions([*ours, *baseline], [f"run {n}" for n in range(len(ours) + len(baseline))])
+    users_U, user_N = np.unique(ours[0].impressions.user_N, return_inverse=True)
+    label_N = ours[0].impressions.label_N.astype(np.float64)
+    chosen = slice(None) if only_N is None else only_N
+    sums = [MetricSums(each.logit_N[chosen], label_N[chosen], user_N[chosen]) for each in (*ours, *baseline)]
+    replicates = bootstrap(sums, len(users_U), resamples, seed)
+    value_TM = np.stack([each.value_M for each in replicates])
+    draws_TRM = np.stack([each.draws_RM for each in replicates])
+    sides = slice(0, len(ours)), slice(len(ours), None)
+    value_2M = np.stack([value_TM[side].mean(axis=0) for side in sides])
+    random = np.random.default_rng([seed, 1])
+    draws_RM = np.subtract(*(_mean_of_drawn(draws_TRM[side], random) for side in sides))
+    found = {}
+    for name in metrics:
+        column = METRICS.index(name)
+        values = value_2M[0, column], value_2M[1, column]
+        found[name] = _difference(name, *values, draws_RM[:, column], sums[0].users_M[column])
+    return found
+
+
+def compare_new_ads(
+    ours: Sequence["Predictions"],
+    baseline: Sequence["Predictions"],
+    *,
+    metrics: Sequence[str] = ("gauc", "auc"),
+    resamples: int = 1000,
+    seed: int = 0,
+) -> NewAdsCompared:
+    """Compare as `compare` does, on the impressions of ads that no run of either side was trained on.
+
+    The resamples of users are those of `compare` with the same seed. Raises as that does; no impression is new where a
+    run's predictions do not tell (`is_new_ad_N` is None).
+    """
+    check_same_impressions([*ours, *baseline], [f"run {n}" for n in range(len(ours) + len(baseline))])
+    is_new_N = np.ones(len(ours[0].logit_N), np.bool_)
+    for each in (*ours, *baseline):
+        is_new_N &= False if each.is_new_ad_N is None else each.is_new_ad_N
+    differences = {}
+    if is_new_N.any():
+        differences = compare(ours, baseline, metrics=metrics, resamples=resamples, seed=seed, only_N=is_new_N)
+    return NewAdsCompared(impressions=int(is_new_N.sum()), differences=differences)
+
+
+def _mean_of_drawn(draws_SRM: Float, random: np.random.Generator) -> Float:
+    """The mean over S runs drawn with replacement, for each resample, (R, M)."""
+    runs, resamples = draws_SRM.shape[:2]
+    drawn_RS = random.integers(runs, size=(resamples, runs))
+    means_RM: Float = draws_SRM[drawn_RS, np.arange(resamples)[:, None]].mean(axis=1)
+    return means_RM
+
+
+def _difference(name: str, ours: float, baseline: float, draws_R: Float, users: int) -> Difference:
+    value = ours - baseline
+    estimate = interval(value, draws_R, users=users)
+    defined_R = draws_R[~np.isnan(draws_R)]
+    # A difference of rounding errors (equal models, another order of sums) counts as 0.
+    as_far = np.abs(defined_R - value) >= abs(value) - 1e-12
+    p_value = float((1 + as_far.sum()) / (1 + len(defined_R))) if estimate.low is not None else None
+    mine, theirs = (None if np.isnan(each) else float(each) for each in (ours, baseline))
+    return Difference(**asdict(estimate), metric=name, ours=mine, baseline=theirs, p_value=p_value)
+
+
+def check_same_impressions(predictions: Sequence["Predictions"], names: Sequence[str]) -> None:
+    first = predictions[0].impressions
+    for run, other in zip(names, (each.impressions for each in predictions), strict=True):
+        same = len(first.label_N) == len(other.label_N) and all(
+            np.array_equal(getattr(first, name), getattr(other, name)) for name in ("label_N", "user_N", "ad_N")
+        )
+        if not same:
+            raise DataError(
+                f"{run} predicted other impressions ({len(other.label_N):,}) than {names[0]} "
+                f"({len(first.label_N):,}); evaluate both on the same test samples, by --samples"
+            )

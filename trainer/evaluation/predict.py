@@ -1,4 +1,4 @@
-"""Predictions of a run on its evaluation rows, with one rank or all.
+"""Predictions of a run on its evaluation rows, with one rank or all, and the slices that these rows fall into.
 
 Columns of a file of scores:
 
@@ -7,48 +7,288 @@ Columns of a file of scores:
 - logit, and probability = 1 / (1 + exp(-logit)).
 - file, row, place: the sample file below the samples' folder, the sample group in it, the impression in the group, all
   from 0.
+
+Letters of shapes: N test impressions, A distinct ads and I distinct ad images among them. What training saw is counted
+for those alone, in one pass over the training samples, each rank over its share. S slices of a slicing.
 """
 
 import contextlib
 import json
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
-from featurestore.console.output import print_line, text_console
+from featurestore.published.versions import VersionName
 from featurestore.published.paths import RunPath, run_path
 from featurestore.published.versions import VersionName
 from trainer.comm import Comm, SoloComm
-from trainer.errors import DataError, TrainerError
-from trainer.evaluation import report
-from trainer.evaluation.bootstrap import Figures, Float, Metrics, measure
-from trainer.evaluation.report import draw_all, measure_all
-from trainer.evaluation.slices import (
-    Impressions,
-    Slicing,
-    ad_image_field,
-    places,
-    read_impressions,
-    seconds_of,
-    seen_in_training,
-    slicings,
-)
-from trainer.runs.export import output_at, parquet_file
+from trainer.errors import DataError, SchemaError, TrainerError
+from trainer.evaluation.bootstrap import Float, Metrics, measure
+from trainer.runs.export import output_at
+from trainer.runs.export import parquet_file
 from trainer.runs.saved import EvaluatedRun, RunSource, open_source, read_run
-from trainer.samples.columns import Index, decode, rules_of, source_columns, texts_of
-from trainer.samples.index import RowGroup, SampleIndex, known_ads, read_row_group
-from trainer.samples.interop import sample_groups
+from trainer.samples.columns import (
+    DecodedGroups,
+    Index,
+    Rule,
+    decode,
+    rules_of,
+    sizes_of,
+    source_columns,
+    texts_of,
+)
+from trainer.samples.index import RowGroup, SampleIndex, known_ads, read_row_group, read_row_groups
 from trainer.samples.reader import Batch
-from trainer.schema import Schema
+from trainer.samples.interop import sample_groups
+from trainer.schema import Field, Schema
 from trainer.stages import ReadAhead
+
+NEVER = np.iinfo(np.int64).max
+
+
+@dataclass(frozen=True)
+class Impressions:
+    """N test impressions in the order of the files; columns that the schema or the samples lack are None."""
+
+    label_N: NDArray[np.float32]
+    user_N: Index
+    ad_N: Index
+    """The schema's `new_ad_field`."""
+    image_N: Index | None = None
+    """Key of the ad image: the first content field of side ad, those with galleries left out."""
+    history_N: Index | None = None
+    """Behaviours of the user: values of the first content field of side user, else of the first list of IDs."""
+    time_s_N: Index | None = None
+    """Time of the impression's group, in seconds since 1970."""
+
+
+@dataclass(frozen=True)
+class SeenInTraining:
+    """Statistics of `ad_A` and `image_I` in the training samples.
+
+    Of an ad: its impressions, and the time of the first (NEVER where there is none, or no time). Of an image: whether
+    training met it, shown or in a history.
+    """
+
+    ad_A: Index
+    impressions_A: Index
+    first_s_A: Index
+    image_I: Index
+    met_I: NDArray[np.bool_]
+
+
+def read_impressions(comm: Comm, index: SampleIndex, schema: Schema) -> Impressions:
+    """Read the impressions of a split, the same on every rank; each rank reads its share of the files.
+
+    Raises DataError or SchemaError on all ranks together.
+    """
+    image, history, ad = ad_image_field(schema), _history_field(schema), _ad_field(schema)
+    rules = _rules(schema, {field.column_name for field in (ad, image, history) if field} | {schema.group})
+    share = np.array_split(np.arange(len(index.row_groups)), comm.size)[comm.rank]
+    parts: list[DecodedGroups] = []
+    times: list[Index | None] = []
+    with comm.agreed():
+        for groups, time_s_G in _read(index, [index.row_groups[each] for each in share], schema, rules):
+            parts.append(groups)
+            times.append(None if time_s_G is None else _of_samples(groups, time_s_G))
+
+    def gathered(name: str, values: Iterable[Index]) -> Index:
+        own = np.concatenate([np.empty(0, np.int64), *values]).astype(np.int64)
+        whole: Index = comm.allgather(torch.from_numpy(own), name=f"impressions.{name}").numpy()
+        return whole
+
+    has_time = all(comm.allgather_object(all(each is not None for each in times)))
+    return Impressions(
+        label_N=gathered("label", (part.columns[schema.label].values for part in parts)).astype(np.float32),
+        user_N=gathered("user", (_of_samples(part, part.columns[schema.group].values) for part in parts)),
+        ad_N=gathered("ad", (part.columns[ad.column_name].values for part in parts)),
+        image_N=gathered("image", (part.columns[image.column_name].values for part in parts)) if image else None,
+        history_N=gathered("history", (_lengths(part, history.column_name) for part in parts)) if history else None,
+        time_s_N=gathered("time", (each for each in times if each is not None)) if has_time else None,
+    )
+
+
+def seen_in_training(comm: Comm, index: SampleIndex, schema: Schema, impressions: Impressions) -> SeenInTraining:
+    """Count the ads and ad images of `impressions` in the split `index`; the same on every rank.
+
+    Raises DataError or SchemaError on all ranks together.
+    """
+    ad_A = np.unique(impressions.ad_N)
+    image_I = np.unique(impressions.image_N) if impressions.image_N is not None else np.empty(0, np.int64)
+    own = SeenInTraining(
+        ad_A, np.zeros(len(ad_A), np.int64), np.full(len(ad_A), NEVER), image_I, np.zeros(len(image_I), np.bool_)
+    )
+    with comm.agreed():
+        _count(own, index, index.row_groups[comm.rank :: comm.size], schema)
+    counts = torch.from_numpy(np.concatenate([own.impressions_A, own.met_I.astype(np.int64)]))
+    total = comm.allreduce_sum_(counts, "seen").numpy()
+    first_PA = comm.allgather(torch.from_numpy(own.first_s_A[None]), "first_seen").numpy()
+    return SeenInTraining(ad_A, total[: len(ad_A)], first_PA.min(axis=0), image_I, total[len(ad_A) :] > 0)
+
+
+def _count(seen: SeenInTraining, index: SampleIndex, row_groups: Sequence[RowGroup], schema: Schema) -> None:
+    """Adds what these row groups hold to `seen`."""
+    image, ad_column = ad_image_field(schema), _ad_field(schema).column_name
+    of_store = {f.column_name for f in schema.of_kind("content") if image and f.store_name == image.store_name}
+    rules = _rules(schema, {ad_column, *of_store})
+    for groups, time_s_G in _read(index, row_groups, schema, rules):
+        at_N, is_in_N = places(seen.ad_A, groups.columns[ad_column].values)
+        seen.impressions_A[:] += np.bincount(at_N[is_in_N], minlength=len(seen.ad_A))
+        if time_s_G is not None:
+            np.minimum.at(seen.first_s_A, at_N[is_in_N], _of_samples(groups, time_s_G)[is_in_N])
+        for column in of_store:
+            at_K, is_in_K = places(seen.image_I, groups.columns[column].values)
+            seen.met_I[at_K[is_in_K]] = True
+
+
+def ad_image_field(schema: Schema) -> Field | None:
+    """Find the field whose keys are the ads' images, one each; None where the schema has none."""
+    return next((field for field in schema.of_kind("content", side="ad") if field.gallery is None), None)
+
+
+def _ad_field(schema: Schema) -> Field:
+    return next(field for field in schema.fields if field.name == schema.new_ad_field)
+
+
+def _history_field(schema: Schema) -> Field | None:
+    contents = schema.of_kind("content", side="user")
+    return next(contents, None) or next(schema.of_kind("multi_id", side="user"), None)
+
+
+def _rules(schema: Schema, columns: set[str]) -> dict[str, Rule]:
+    return {name: rule for name, rule in rules_of(schema).items() if name in columns | {schema.label}}
+
+
+def _of_samples(groups: DecodedGroups, values_G: Index) -> Index:
+    """A group's value for each of its samples."""
+    return np.repeat(values_G, np.diff(groups.sample_offsets))
+
+
+def _lengths(groups: DecodedGroups, column: str) -> Index:
+    """The length of a user-side list, for each sample; of galleries the number of behaviours."""
+    offsets = groups.columns.get(sizes_of(column), groups.columns[column]).offsets
+    assert offsets is not None
+    return _of_samples(groups, np.diff(offsets))
+
+
+def places(sorted_A: Index, values_N: Index) -> tuple[Index, NDArray[np.bool_]]:
+    """Find where each value is in `sorted_A`, and whether it is."""
+    if len(sorted_A) == 0:
+        return np.zeros(len(values_N), np.int64), np.zeros(len(values_N), np.bool_)
+    at_N = np.minimum(np.searchsorted(sorted_A, values_N), len(sorted_A) - 1)
+    return at_N, sorted_A[at_N] == values_N
+
+
+def _read(
+    index: SampleIndex, row_groups: Sequence[RowGroup], schema: Schema, rules: dict[str, Rule]
+) -> Iterator[tuple[DecodedGroups, Index | None]]:
+    """Yield these columns of each row group, and the time of each group (G,) where the samples have it."""
+    for row_group, table in read_row_groups(index.storage, row_groups, [*source_columns(rules), schema.time]):
+        file, time_s_G = index.storage.full(row_group.file), None
+        if schema.time in table.column_names:
+            time_s_G = _times(table.column(schema.time), schema.time, file, row_group.first_row)
+        yield decode(table, rules, schema.label, file, row_group.first_row), time_s_G
+
+
+def _times(column: Any, name: str, file: str, first_row: int) -> Index:
+    """Compute the time of each group, (G,). Raises SchemaError, and DataError where one is null."""
+    if column.null_count:
+        row = first_row + int(column.is_null().to_numpy().argmax())
+        raise DataError(f"{file}, row {row}: column {name} is null; correct it, or leave the row out")
+    seconds: Index = seconds_of(column, name, file).to_numpy()
+    return seconds
+
+
+def seconds_of(column: Any, name: str, file: str) -> Any:
+    """Compute whole seconds since 1970 as int64. Raises SchemaError for a column of another kind."""
+    if pa.types.is_timestamp(column.type):
+        return pc.floor_temporal(column, unit="second").cast(pa.timestamp("s", tz=column.type.tz)).cast(pa.int64())
+    if pa.types.is_integer(column.type) and column.type != pa.uint64():
+        return column.cast(pa.int64())
+    raise SchemaError(
+        f"{file}: column {name} is {column.type}, expected a timestamp or whole seconds since 1970; "
+        "name another column by time: in the schema file"
+    )
+
+
+DAY_S = 86_400
+AGE_DAYS = (1, 3, 7, 14)
+AD_IMPRESSIONS = (1, 10, 30, 100, 300, 1000)
+HISTORY = (1, 6, 11, 21, 51)
+
+
+@dataclass(frozen=True)
+class Slicing:
+    """One way to cut: impression n is in the slice `names[slice_N[n]]`; some slices may be empty."""
+
+    name: str
+    title: str
+    names: tuple[str, ...]
+    slice_N: Index
+
+
+def slicings(impressions: Impressions, seen: SeenInTraining, has_feature_I: NDArray[np.bool_] | None) -> list[Slicing]:
+    """Cut by ad age, impressions of the ad in training, history length, and image: those that the schema has.
+
+    `has_feature_I`: which of `seen.image_I` have one; None where the model reads no store.
+    """
+    ad_N = np.searchsorted(seen.ad_A, impressions.ad_N)
+    shown_N = seen.impressions_A[ad_N]
+    found = [
+        _by_age(shown_N, seen.first_s_A[ad_N], impressions.time_s_N),
+        Slicing(
+            "ad_impressions",
+            "impressions of the ad in training",
+            _range_names(AD_IMPRESSIONS),
+            _bins(shown_N, AD_IMPRESSIONS),
+        ),
+    ]
+    if impressions.history_N is not None:
+        lengths_N = impressions.history_N
+        found.append(
+            Slicing("history", "length of the user's history", _range_names(HISTORY), _bins(lengths_N, HISTORY))
+        )
+    if impressions.image_N is not None:
+        image_N = np.searchsorted(seen.image_I, impressions.image_N)
+        slice_N = np.where(seen.met_I[image_N], 0, 1)
+        if has_feature_I is not None:
+            slice_N = np.where(has_feature_I[image_N], slice_N, 2)
+        names = ("known", "new", "missing")
+        found.append(Slicing("image", "image of the ad", names, slice_N))
+    return found
+
+
+def _by_age(shown_N: Index, first_s_N: Index, time_s_N: Index | None) -> Slicing:
+    """New: never in training. Else by the days since the ad's first training impression, where times are known."""
+    name, title = "ad_age", "age of the ad"
+    is_new_N = shown_N == 0
+    if time_s_N is None or (first_s_N[~is_new_N] == NEVER).any():
+        return Slicing(name, title, ("new", "in training"), np.where(is_new_N, 0, 1))
+    # An impression from before the ad's first one in training (samples of an earlier day) counts as the first day.
+    days_N = (time_s_N - np.where(is_new_N, time_s_N, first_s_N)) // DAY_S
+    names = ("new", "under 1 day", *(f"{each} days" for each in _range_names(AGE_DAYS)[1:]))
+    return Slicing(name, title, names, np.where(is_new_N, 0, 1 + _bins(days_N, AGE_DAYS)))
+
+
+def _bins(values_N: Index, edges: Sequence[int]) -> Index:
+    """0 below the first edge, 1 from there to below the second, and so on."""
+    return np.searchsorted(edges, values_N, side="right").astype(np.int64)
+
+
+def _range_names(edges: Sequence[int]) -> tuple[str, ...]:
+    """Names of the bins between whole `edges`, the first of which is 1: 0, 1 to 9, …, 1,000 or more."""
+    ends = [following - 1 for following in edges[1:]]
+    inner = [f"{low:,} to {high:,}" if low < high else f"{low:,}" for low, high in zip(edges, ends, strict=False)]
+    return ("0", *inner, f"{edges[-1]:,} or more")
 
 
 @dataclass(frozen=True)
@@ -138,37 +378,6 @@ def evaluate(comm: Comm, predicted: Iterable[tuple[Batch, Float]], known_ads: In
         for prefix, chosen in {"": slice(None), "new_ad_": whole_N2[:, 1] == 1}.items():
             metrics |= measure(real_N2[chosen, 0], real_N2[chosen, 1], whole_N2[chosen, 0], prefix)
     return comm.broadcast_object(metrics)
-
-
-def evaluate_run(
-    source: RunSource, comm: Comm, *, resamples: int = 1000, out: RunPath | None = None, json_file: Path | None = None
-) -> Figures | None:
-    """Evaluate a run and write the report; every rank calls it, rank 0 measures, writes and returns the figures.
-
-    The report goes to `out`, by default RUN/evaluation, and to `json_file`. Raises TrainerError or FeatureStoreError.
-    """
-    console = text_console(quiet=comm.rank != 0)
-    with contextlib.closing(open_source(source, comm)) as opened:
-        count = f"{opened.test.num_samples:,} impressions, {comm.size} rank{'s' * (comm.size > 1)}"
-        print_line(console, f"{opened.saved.checkpoint}: {count}")
-        impressions = read_impressions(comm, opened.test, opened.schema)
-        cuts = _slicings(opened, impressions)
-        logit_N = predict(opened)
-        about = report.about(opened, resamples)
-    if comm.rank != 0:
-        return None
-    figures = measure_all(logit_N, impressions, cuts, resamples)
-    out = out or source.folder / "evaluation"
-    report.write_report(out, "report.json", {**about, **asdict(figures)}, json_file, draw_all(figures))
-    report.show(console, about, figures, out)
-    return figures
-
-
-def _slicings(opened: EvaluatedRun, impressions: Impressions) -> list[Slicing]:
-    schema, comm = opened.schema, opened.comm
-    seen = seen_in_training(comm, opened.train, schema, impressions)
-    image = ad_image_field(schema)
-    return slicings(impressions, seen, has_feature(opened, image.store_name, seen.image_I) if image else None)
 
 
 SCORES_OF = "scores"

@@ -1,21 +1,23 @@
-"""The report of an evaluation: what is measured, how it is written, and its plots: PNG files, SVG on its page."""
+"""Evaluations of runs and comparisons of two: what is measured, printed, written and plotted."""
 
+import contextlib
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from featurestore.console.files import write_json
-from featurestore.console.output import print_line, print_table
+from featurestore.console.output import print_line, print_table, text_console
 from featurestore.console.page import save_plot
 from featurestore.errors import StorageError
 from featurestore.published.paths import RunPath, written_locally
+from trainer.comm import Comm
 from trainer.errors import TrainerError
 from trainer.evaluation.bootstrap import (
     LEVEL,
@@ -30,10 +32,23 @@ from trainer.evaluation.bootstrap import (
     Replicates,
     SlicedBy,
     bootstrap,
+    check_same_impressions,
+    compare,
+    compare_new_ads,
     interval,
 )
-from trainer.evaluation.slices import Impressions, Slicing
-from trainer.runs.saved import TEST, EvaluatedRun
+from trainer.evaluation.predict import (
+    Impressions,
+    Slicing,
+    ad_image_field,
+    has_feature,
+    predict,
+    predict_run,
+    read_impressions,
+    seen_in_training,
+    slicings,
+)
+from trainer.runs.saved import TEST, EvaluatedRun, RunSource, open_source
 
 SEED = 0
 """Of the resamples."""
@@ -43,24 +58,110 @@ METRIC_TITLES = {
     "auc": "AUC",
     "gauc": "GAUC",
     "calibration": "predicted / clicked",
-    "ece": "ECE",
 }
 
 _COLOR = "#1f5fa8"
 
 
-def draw_all(figures: Figures) -> dict[str, Figure]:
-    """Draw every plot that the figures have data for; by the names of their files."""
-    drawn = {"reliability": reliability(figures.reliability)}
-    for name, sliced in figures.sliced_by.items():
-        drawn[f"by_{name}"] = by_slice(sliced, figures.whole)
-    return drawn
+def evaluate_run(
+    source: RunSource, comm: Comm, *, resamples: int = 1000, out: RunPath | None = None, json_file: Path | None = None
+) -> Figures | None:
+    """Evaluate a run and write the report; every rank calls it, rank 0 measures, writes and returns the figures.
+
+    The report goes to `out`, by default RUN/evaluation, and to `json_file`. Raises TrainerError or FeatureStoreError.
+    """
+    console = text_console(quiet=comm.rank != 0)
+    with contextlib.closing(open_source(source, comm)) as opened:
+        count = f"{opened.test.num_samples:,} impressions, {comm.size} rank{'s' * (comm.size > 1)}"
+        print_line(console, f"{opened.saved.checkpoint}: {count}")
+        impressions = read_impressions(comm, opened.test, opened.schema)
+        cuts = _slicings(opened, impressions)
+        logit_N = predict(opened)
+        about = _about(opened, resamples)
+    if comm.rank != 0:
+        return None
+    figures = measure_all(logit_N, impressions, cuts, resamples)
+    out = out or source.folder / "evaluation"
+    write_report(out, "report.json", {**about, **asdict(figures)}, json_file, reliability(figures.reliability))
+    show(console, about, figures, out)
+    return figures
+
+
+def _slicings(opened: EvaluatedRun, impressions: Impressions) -> list[Slicing]:
+    schema, comm = opened.schema, opened.comm
+    seen = seen_in_training(comm, opened.train, schema, impressions)
+    image = ad_image_field(schema)
+    return slicings(impressions, seen, has_feature(opened, image.store_name, seen.image_I) if image else None)
+
+
+def compare_runs(
+    source: RunSource,
+    against: RunPath,
+    comm: Comm,
+    *,
+    resamples: int,
+    out: RunPath | None,
+    json_file: Path | None,
+) -> None:
+    """Compare a run with the newest checkpoint of the run in folder `against`; print and write the differences.
+
+    All impressions together, and those of new ads by themselves. The samples and the store that `source` names are
+    those of both. They are written to comparison.json in `out`, by default RUN/evaluation, and to `json_file`. Every
+    rank calls it. Raises TrainerError, FeatureStoreError; DataError where the test samples of the two differ.
+    """
+    console, places = text_console(quiet=comm.rank != 0), source.places
+    ours = predict_run(source.folder, comm, checkpoint=source.checkpoint, **places)
+    baseline = predict_run(against, comm, **places)
+    check_same_impressions([ours, baseline], [str(source.folder), str(against)])
+    if comm.rank != 0:
+        return
+    found = compare([ours], [baseline], resamples=resamples)
+    new_ads = compare_new_ads([ours], [baseline], resamples=resamples)
+    titled = {METRIC_TITLES[name]: each for name, each in found.items()}
+    titled |= {f"{METRIC_TITLES[name]}, new ads": each for name, each in new_ads.differences.items()}
+    title = f"{source.folder} against {against}, {len(ours.logit_N):,} impressions"
+    table = Table("", "run", "against", "difference", f"{LEVEL:.0%} interval", "p", title=title)
+    for name, each in titled.items():
+        values = (number(value) for value in (each.ours, each.baseline, each.value))
+        p_value = "-" if each.p_value is None else f"{each.p_value:.3g}"
+        table.add_row(name, *values, range_of(each), p_value)
+    print_table(console, table)
+    notes = [f"{folder}: {note}" for folder, run in ((source.folder, ours), (against, baseline)) for note in run.notes]
+    count = f"{new_ads.impressions:,} impressions are" if new_ads.impressions != 1 else "1 impression is"
+    print_line(console, f"{count} of new ads, which neither run was trained on")
+    for note in notes:
+        print_line(console, f"note: {note}")
+    written = {
+        "run": str(source.folder),
+        "against": str(against),
+        "impressions": len(ours.logit_N),
+        "bootstrap": {"resamples": resamples, "level": LEVEL},
+        "differences": {name: asdict(each) for name, each in found.items()},
+        "new_ads": asdict(new_ads),
+        "notes": notes,
+    }
+    folder = out or source.folder / "evaluation"
+    write_report(folder, "comparison.json", written, json_file)
+    print_line(console, f"written to {folder / 'comparison.json'}")
 
 
 def reliability(bins: Sequence[Bin]) -> Figure:
     """Plot click rate against mean prediction, one point for each bin; on the diagonal, predictions are right."""
-    figure, axes = _one_panel()
-    _points(axes, [each.predicted for each in bins], [each.clicked for each in bins])
+    figure = Figure(figsize=(5.5, 4.2), layout="constrained")
+    axes = figure.subplots()
+    axes.grid(alpha=0.3)
+    rates = [(each.clicked.value, each.clicked.low, each.clicked.high) for each in bins]
+    value_K, low_K, high_K = np.array(rates, np.float64).T  # None becomes NaN, which is not drawn
+    axes.errorbar(
+        [each.predicted for each in bins],
+        value_K,
+        yerr=(value_K - low_K, high_K - value_K),
+        fmt="o",
+        color=_COLOR,
+        markersize=4,
+        capsize=2,
+        linewidth=1.2,
+    )
     reached = [value for each in bins for value in (each.predicted, each.clicked.value, each.clicked.high) if value]
     end = 1.05 * max(reached)
     axes.plot([0, end], [0, end], color="grey", linewidth=1, linestyle="--")
@@ -70,80 +171,7 @@ def reliability(bins: Sequence[Bin]) -> Figure:
     return figure
 
 
-def by_slice(sliced: SlicedBy, whole: Measured) -> Figure:
-    """Plot a panel for each metric, a row for each slice; the band is the interval of all impressions together."""
-    names = list(sliced.slices)
-    figure = Figure(figsize=(2.6 * len(METRICS) + 1.6, 1.4 + 0.42 * len(names)), layout="constrained")
-    panels: Sequence[Axes] = figure.subplots(1, len(METRICS), sharey=True)
-    for axes, metric in zip(panels, METRICS, strict=True):
-        estimates = [each.metrics[metric] for each in sliced.slices.values()]
-        _points(axes, estimates, list(range(len(names))))
-        everybody = whole.metrics[metric]
-        if everybody.low is not None and everybody.high is not None:
-            axes.axvspan(everybody.low, everybody.high, color="grey", alpha=0.2, linewidth=0)
-        axes.set_title(METRIC_TITLES[metric], fontsize=10)
-        axes.tick_params(axis="x", labelsize=8)
-        axes.locator_params(axis="x", nbins=4)
-    labels = [f"{name}\n({each.impressions:,})" for name, each in sliced.slices.items()]
-    panels[0].set_yticks(range(len(names)), labels, fontsize=8)
-    panels[0].set_ylim(len(names) - 0.5, -0.5)
-    figure.suptitle(f"By {sliced.title} (impressions in brackets; grey: all)", fontsize=11)
-    return figure
-
-
-def differences(by_title: Mapping[str, Estimate]) -> Figure:
-    """Plot the differences of two runs with their intervals; on the dashed line there is none."""
-    figure, axes = _one_panel()
-    _points(axes, list(by_title.values()), list(range(len(by_title))))
-    axes.axvline(0, color="grey", linewidth=1, linestyle="--")
-    axes.set_yticks(range(len(by_title)), list(by_title))
-    axes.set_ylim(len(by_title) - 0.5, -0.5)
-    axes.set_title("Difference, with its interval")
-    return figure
-
-
-def _one_panel() -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(5.5, 4.2), layout="constrained")
-    axes = figure.subplots()
-    axes.grid(alpha=0.3)
-    return figure, axes
-
-
-def _points(axes: Axes, x: Sequence[float | Estimate], y: Sequence[float | Estimate]) -> None:
-    """Points with the intervals of those coordinates that are estimates; what is not defined is left out."""
-    axes.grid(alpha=0.3)
-    axes.errorbar(
-        [_centre(each) for each in x],
-        [_centre(each) for each in y],
-        xerr=_reach(x),
-        yerr=_reach(y),
-        fmt="o",
-        color=_COLOR,
-        markersize=4,
-        capsize=2,
-        linewidth=1.2,
-    )
-
-
-def _centre(value: float | Estimate) -> float:
-    return _number(value.value) if isinstance(value, Estimate) else value
-
-
-def _reach(values: Sequence[float | Estimate]) -> list[list[float]] | None:
-    """How far each interval reaches below and above its value; a pivotal one may lie beside it."""
-    estimates = [each for each in values if isinstance(each, Estimate)]
-    if not estimates:
-        return None
-    below = [max(0.0, _number(each.value) - _number(each.low)) for each in estimates]
-    above = [max(0.0, _number(each.high) - _number(each.value)) for each in estimates]
-    return [below, above]
-
-
-def _number(value: float | None) -> float:
-    return float("nan") if value is None else value
-
-
-def about(opened: EvaluatedRun, resamples: int) -> dict[str, Any]:
+def _about(opened: EvaluatedRun, resamples: int) -> dict[str, Any]:
     """Say what was evaluated, on what, and how; after the predictions, whose missing lookups are counted."""
     num_missing = opened.missing_lookups()
     return {
@@ -159,16 +187,16 @@ def about(opened: EvaluatedRun, resamples: int) -> dict[str, Any]:
 
 
 def write_report(
-    folder: RunPath, name: str, values: Mapping[str, Any], also: Path | None, plots: Mapping[str, Figure] | None = None
+    folder: RunPath, name: str, values: Mapping[str, Any], also: Path | None, plot: Figure | None = None
 ) -> None:
-    """Write `values` as JSON to file `name` of a folder, and to `also`; save the plots, for the command's page too.
+    """Write `values` as JSON to file `name` of a folder, and to `also`; save the plot, for the command's page too.
 
     Raises TrainerError where the disk refuses.
     """
     try:
         with written_locally(folder) as local:
-            for plot, figure in (plots or {}).items():
-                save_plot(figure, local / f"{plot}.png")
+            if plot is not None:
+                save_plot(plot, local / "reliability.png")
             for file in (local / name, *([also] if also else [])):
                 write_json(file, values)
     except (OSError, StorageError) as failure:
@@ -229,9 +257,7 @@ def measure_all(logit_N: Float, impressions: Impressions, slicings: Sequence[Sli
 
 def _measured(sums: MetricSums, replicates: Replicates) -> Measured:
     metrics = {
-        name: interval(
-            replicates.value_M[at], replicates.draws_RM[:, at], users=sums.users_M[at], pivotal=name == "ece"
-        )
+        name: interval(replicates.value_M[at], replicates.draws_RM[:, at], users=sums.users_M[at])
         for at, name in enumerate(METRICS)
     }
     return Measured(sums.num_impressions, sums.num_users, sums.num_clicks, metrics)

@@ -215,23 +215,12 @@ def count_images(request: KeyRequest) -> tuple[int, int]:
     return sum(len(asked.inverse_N) for asked, _ in content), sum(served.num_unique for _, served in content)
 
 
-def step_details(comm: Comm, totals: StepTotals, stages: Stages, images: int) -> dict[str, float]:
-    """Return what TensorBoard gets of a step that is logged, beside its loss; called by every rank.
-
-    `images`: those that this rank computed.
-    """
+def step_details(stages: Stages) -> dict[str, float]:
+    """Return what TensorBoard gets of a step that is logged, beside its loss: milliseconds of this rank's stages."""
     last_ms = stages.last_ms()
+    hidden = {f"stage_hidden/{name}": row["hidden"] for name, row in stage_table([last_ms]).items()}
     details = {f"stage_ms/{name}": value for name, value in last_ms.items()}
-    for name, row in stage_table([last_ms]).items():
-        if row["hidden"] is not None:
-            details[f"stage_hidden/{name}"] = row["hidden"]
-    sent = {name: each.sent for name, each in comm.traffic.items() if name.startswith("step.")}
-    details |= {f"bytes_sent_per_step/{name}": total / totals.steps for name, total in sent.items()}
-    served_R = comm.allgather_object(images, name="log.images")
-    served = sum(served_R)
-    if served:
-        details["images/owner_skew"] = max(served_R) * len(served_R) / served
-    return details
+    return details | {name: value for name, value in hidden.items() if value is not None}
 
 
 def gather(comm: Comm, own: StepTotals, stages: Stages) -> dict[str, Any]:
@@ -321,7 +310,7 @@ def write_report(path: RunPath, report: Mapping[str, Any]) -> None:
 
 
 def show(console: Console, report: Mapping[str, Any]) -> None:
-    """Print the final tables."""
+    """Print the final tables; where the time of a step went is in the report and in the explorer."""
     title = f"{report['name']}: {report['global_step']:,} steps, {ranks_text(report['num_ranks'])}"
     table = _table("test samples", "value", title=title)
     for name, value in report["metrics"].items():
@@ -330,8 +319,6 @@ def show(console: Console, report: Mapping[str, Any]) -> None:
     for name in ("samples_per_s", "unique_ratio", "owner_skew", "bytes_sent_per_step"):
         of_all = ", all ranks" if name == "bytes_sent_per_step" else ""
         table.add_row(name.replace("_", " ") + of_all, _text(report[name], "-"))
-    for name, value in report["bytes_by_collective_per_step"].items():
-        table.add_row(f"  {name}", _text(value, "-"))
     table.add_row("lookups of images without a feature", _text(report["missing_lookups"], "-"))
     if len(report["missing_by_store"]) > 1:
         for store, count in report["missing_by_store"].items():
@@ -339,7 +326,6 @@ def show(console: Console, report: Mapping[str, Any]) -> None:
     seconds = report["seconds"]
     table.add_row("seconds", ", ".join(f"{phase} {value:.1f}" for phase, value in seconds.items()))
     print_table(console, table)
-    print_table(console, _stages_shown(report["stages"]))
     if report["tables"]:
         print_table(console, _id_tables_shown(report["tables"]))
     console.print(f"written to {report['folder']}")
@@ -356,17 +342,6 @@ def _table(first: str, *numbers: str, title: str | None = None) -> Table:
 def ranks_text(count: int) -> str:
     """Format a number of ranks, as '8 ranks'."""
     return f"{count} rank{'' if count == 1 else 's'}"
-
-
-def _stages_shown(stages: Mapping[str, Mapping[str, float | None]]) -> Table:
-    """Make the table of a step's time by stage: first the stages that run a step ahead, then the step itself."""
-    table = _table("stage of a step", "median ms", "of a step", "hidden")
-    for name, row in stages.items():
-        if name == WAIT:
-            table.add_section()
-        shares = [row["share_of_step"], row["hidden"]]
-        table.add_row(name, f"{row['median_ms']:.1f}", *("" if each is None else f"{each:.0%}" for each in shares))
-    return table
 
 
 def _id_tables_shown(tables: Mapping[str, Mapping[str, Any]]) -> Table:

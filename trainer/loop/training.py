@@ -291,9 +291,7 @@ class Training:
         samples, seconds = self.totals.steady
         speed = samples * self._run.comm.size / seconds
         scalars = {"loss": result.loss, "learning_rate": result.learning_rate, "samples_per_s": speed}
-        details: dict[str, float] = {}
-        if self._is_due(self._config.train.log_every):
-            details = summary.step_details(self._run.comm, self.totals, self._engine.stages, images)
+        details = summary.step_details(self._engine.stages) if self._is_due(self._config.train.log_every) else {}
         self._progress.step(self._engine.num_steps, scalars, details)
         self._engine.stages.add_rest(time.perf_counter() - start_s)
 

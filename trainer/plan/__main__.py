@@ -48,7 +48,7 @@ def main(
     own = [f"{name}={value}" for name, value in places.items() if value]
     config = load_config(file, [*own, *(settings or [])])
     from trainer.plan.calibrate import PlanQuestion, plan_own
-    from trainer.plan.table import as_json, show
+    from trainer.plan.cost import as_json, show
 
     question = PlanQuestion(
         ranks=ranks,

@@ -38,9 +38,9 @@ from trainer.ids.optimizers import state_of
 from trainer.ids.shards import owned_bytes
 from trainer.models.layers import used_fields, width_of
 from trainer.models.nets import build_model
-from trainer.plan.cost import BatchCounts, KeyCounts, Machine, NetworkSpeed, Widths
-from trainer.plan.table import StoredBytes, TrainingPlan, build
-from trainer.runs.open import store_places, train_reader
+from trainer.plan.cost import BatchCounts, KeyCounts, Machine, NetworkSpeed, StoredBytes, TrainingPlan, Widths, build
+from trainer.runs.open import train_reader
+from trainer.runs.open import store_places
 from trainer.samples.columns import name_of, rules_of, source_columns
 from trainer.samples.index import SampleIndex, open_index, read_row_group
 from trainer.samples.reader import Batch, SampleReader
@@ -202,14 +202,14 @@ def plan_own(config: Config, question: PlanQuestion, say: Callable[[str], None])
     with tempfile.TemporaryDirectory(prefix="plan-") as folder:
         calibration = Calibration(question, sampled, Path(folder), say)
         return build(
-            title=f"{config.data.samples} and {config.data.store}, snapshot {sampled.snapshot.version}",
+            title=f"{config.data.samples} and {config.data.store}, snapshot {sampled.snapshot.version}; "
+            f"machines like this one, joined by {question.link_bytes_per_s * 8 / 1e9:g} Gbit/s",
             counts_of=lambda ranks: sampled.counts(question.batch_size, ranks),
             ranks=question.ranks,
             widths=widths(config, sampled),
             machine_of=calibration.machine,
             stored=stored_bytes(config, sampled),
             samples=sampled.index.num_samples,
-            assumptions=assumptions(question, sampled),
         )
 
 
@@ -385,18 +385,3 @@ def stored_bytes(config: Config, sampled: SampledKeys) -> StoredBytes:
         machine_memory_bytes=physical_memory_bytes(),
         copied=config.train.checkpoint_beside,
     )
-
-
-def assumptions(question: PlanQuestion, sampled: SampledKeys) -> list[str]:
-    """List the assumptions, a line each."""
-    per_machine, speed = question.ranks_per_machine, question.link_bytes_per_s * 8 / 1e9
-    return [
-        f"Every machine is like this one, with {per_machine} rank{'s' if per_machine > 1 else ''} on it; "
-        f"they are joined by a network of {speed:g} Gbit/s each way with {question.latency_s * 1e6:g} us for a message "
-        "(--network-gbit, --latency-us), without other traffic.",
-        f"Keys are counted in batches drawn from the samples: measured up to {sampled.images.num_samples:,} samples.",
-        f"Steps were timed with drawn features, at the batch size of a rank but at most {LARGEST_MEASURED:,} samples; "
-        "beyond that a step takes longer in proportion.",
-        "ID rows count twice where checkpoints are written during the training, from a copy (train.checkpoint_beside).",
-        "Evaluation, checkpoints and the start of a run are left out.",
-    ]

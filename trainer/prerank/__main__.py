@@ -18,8 +18,7 @@ from trainer.cli import StoreVersion, WhichCheckpoint, counts_of
 from trainer.prerank import MIN_RECALL
 
 if TYPE_CHECKING:
-    from trainer.prerank.artifact import AdChanges, AdIndex, Vectors
-    from trainer.prerank.vectors import Ads
+    from trainer.prerank.adindex import AdChanges, AdIndex, Ads, Vectors
     from trainer.runs.saved import TrainedRun
 
 INDEX = "data/ad-index"
@@ -96,8 +95,7 @@ def build(options: BuildOptions) -> None:
     is measured with users of the run's samples; the search effort is raised until --min-recall is reached.
     """
     from trainer.comm import SoloComm
-    from trainer.prerank.artifact import AdChanges, AdIndex
-    from trainer.prerank.vectors import origin_of, user_queries
+    from trainer.prerank.adindex import AdChanges, AdIndex, origin_of, user_queries
     from trainer.runs.folder import run_or_newest
     from trainer.runs.saved import open_trained
 
@@ -171,7 +169,7 @@ def _check_options(options: BuildOptions) -> None:
 
 def _vectors(trained: "TrainedRun", options: BuildOptions) -> "tuple[Ads, Vectors]":
     """Read the ads of a table, else of samples, and compute their vectors."""
-    from trainer.prerank.vectors import ad_vectors, ads_of_samples, ads_of_table, towers
+    from trainer.prerank.adindex import ad_vectors, ads_of_samples, ads_of_table, towers
 
     fields = towers(trained).ad_fields
     if table := options.sync or options.ads:
@@ -184,18 +182,13 @@ def _vectors(trained: "TrainedRun", options: BuildOptions) -> "tuple[Ads, Vector
 
 @app.command(
     "eval",
-    epilog="Examples:\n\n"
-    "    crossmedia index eval --run data/runs/towers --k 10,100,1000 --json figures.json\n\n"
-    "    crossmedia index eval --run data/runs/towers --effort 16",
+    epilog="Examples:\n\n    crossmedia index eval --run data/runs/towers --k 10,100,1000 --json figures.json",
 )
 def evaluate_index(
     run: Run,
     index: Index = INDEX,
     k: Annotated[Any, typer.Option(parser=counts_of, metavar="K,K", help="Candidates of a search.")] = "10,100",
     queries: Annotated[int, typer.Option(min=1, help="Users to search for, at most.")] = 1000,
-    effort: Annotated[
-        int | None, typer.Option(min=1, help="Candidates that hnsw keeps.", show_default="the index's")
-    ] = None,
     samples: Samples = None,
     checkpoint: WhichCheckpoint = None,
     out: JsonOption = None,
@@ -206,8 +199,7 @@ def evaluate_index(
     """
     if k[-1] > MOST_FOUND:
         raise typer.BadParameter(f"{k[-1]} is more than {MOST_FOUND:,}, the most of a search", param_hint="--k")
-    from trainer.prerank.artifact import search_figures
-    from trainer.prerank.vectors import users_of_tests
+    from trainer.prerank.adindex import search_figures, users_of_tests
 
     with _opened(run, index, checkpoint, samples) as (trained, ads):
         users_KW = users_of_tests(trained, samples, queries).vectors_KW
@@ -217,7 +209,7 @@ def evaluate_index(
             "checkpoint": trained.saved.checkpoint.name,
             "store_version": trained.store_version,
             "index": {"version": ads.version, **ads.state.model_dump(include={"kind", "dim", "num_ads", "num_unused"})},
-            "search": search_figures(ads, users_KW, k, effort),
+            "search": search_figures(ads, users_KW, k),
             "notes": [*notes, *([ads.warning] if ads.warning else [])],
         }
     _show(report)
@@ -234,7 +226,7 @@ def search(
     checkpoint: WhichCheckpoint = None,
 ) -> None:
     """Find the ads that suit a user best, as the user was in their last test sample."""
-    from trainer.prerank.vectors import candidates
+    from trainer.prerank.adindex import candidates
     from trainer.samples.survey import IdDictionary
 
     with _opened(run, index, checkpoint, samples) as (trained, ads):
@@ -256,8 +248,7 @@ def _opened(
 ) -> "Iterator[tuple[TrainedRun, AdIndex]]":
     """Open a run, and an index of its ads. Raises TrainerError, FeatureStoreError."""
     from trainer.comm import SoloComm
-    from trainer.prerank.artifact import AdIndex
-    from trainer.prerank.vectors import origin_of
+    from trainer.prerank.adindex import AdIndex, origin_of
     from trainer.runs.saved import open_trained
 
     with contextlib.closing(open_trained(run_path(run), SoloComm(), which=checkpoint, samples=samples)) as trained:

@@ -199,7 +199,7 @@ class SampleGroup:
     @cached_property
     def time_s(self) -> float | None:
         """Time of the group, in seconds since 1970; None if the samples have none."""
-        from trainer.evaluation.slices import seconds_of
+        from trainer.evaluation.predict import seconds_of
 
         name = self.columns.opened.schema.time
         if name not in self.whole.column_names:

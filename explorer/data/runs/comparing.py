@@ -20,7 +20,7 @@ from trainer.config import OF_IMAGES, settings_that_decide
 from trainer.evaluation.bootstrap import Figures
 
 if TYPE_CHECKING:
-    from trainer.evaluation import compare as compared
+    from trainer.evaluation import bootstrap as compared
     from trainer.evaluation.predict import Predictions
 
 
@@ -200,7 +200,6 @@ TITLES = {
     "logloss": "log loss",
     "new_ad_auc": "AUC, new ads",
     "calibration": "predicted / clicked",
-    "ece": "ECE",
 }
 LOWER_IS_BETTER = frozenset({"logloss"})
 RESAMPLES = 1000
@@ -339,7 +338,7 @@ def compare_runs(places: Places, names: Sequence[str], task: Task[Any]) -> RunsC
 
 def _differences(ours: "Predictions", baseline: "Predictions", resamples: int) -> "Mapping[str, compared.Difference]":
     """Compare two runs in all metrics of a page; new ads use the same resamples of users."""
-    from trainer.evaluation.compare import compare, compare_new_ads
+    from trainer.evaluation.bootstrap import compare, compare_new_ads
 
     found = compare([ours], [baseline], metrics=COMPARED, resamples=resamples)
     new_ads = compare_new_ads([ours], [baseline], metrics=("auc",), resamples=resamples)

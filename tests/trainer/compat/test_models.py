@@ -11,9 +11,9 @@ import yaml
 from featurestore.format.rows import FeatureRows
 from featurestore.store import FeatureStore
 from trainer.comm import SoloComm
-from trainer.compat.check import RunInUse, gate_model
 from trainer.config import load_config
 from trainer.evaluation.predict import predict_run
+from trainer.gates import RunInUse, gate_model
 from trainer.main import train
 from trainer.runs.saved import read_run
 from trainer.schema import DEFAULT_SCHEMA

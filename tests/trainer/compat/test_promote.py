@@ -12,17 +12,16 @@ from typer.testing import CliRunner, Result
 from featurestore.errors import AnotherStoreError, CommitConflictError
 from featurestore.format.rows import FeatureRows
 from featurestore.published.versions import find_channel, last_move
-from featurestore.staging import QuarantineRow
 from featurestore.store import FeatureStore
 from featurestore.upkeep.history import move_channel
+from trainer.cli import GateLimits
 from trainer.comm import SoloComm
-from trainer.compat import GateLimits
-from trainer.compat.__main__ import app
-from trainer.compat.check import Check
+from trainer.compat import app
 from trainer.config import load_config
 from trainer.errors import ConfigError
-from trainer.evaluation.compare import compare
+from trainer.evaluation.bootstrap import compare
 from trainer.evaluation.predict import Predictions, predict_run
+from trainer.gates import Check
 from trainer.main import train
 
 pytestmark = pytest.mark.long  # they train a whole run
@@ -74,8 +73,7 @@ def run(*words: object) -> Result:
 
 @pytest.fixture
 def check(places: Places, store: FeatureStore) -> Check:
-    """Limits that let pass all but scores that are worse."""
-    return Check(places.folder / "runs/a", store.url, GateLimits(max_quarantine=1))
+    return Check(places.folder / "runs/a", store.url, GateLimits())
 
 
 def test_the_difference_is_that_of_two_evaluations(
@@ -88,7 +86,7 @@ def test_the_difference_is_that_of_two_evaluations(
         scored.extend([*ours, *baseline])
         return compare(ours, baseline, **options)
 
-    monkeypatch.setattr("trainer.compat.check.compare", noted)
+    monkeypatch.setattr("trainer.gates.compare", noted)
     newest = store.snapshot("stable").version + 2
     found, _ = check.promote(newest, "stable", None)
     whole = [predict_run(check.saved.folder, store=store.url, store_version=version) for version in (newest, "stable")]
@@ -113,17 +111,15 @@ def test_the_command_promotes_what_is_as_good_and_holds_what_is_not(
     assert good.exit_code == 0, good.output
     assert f"stable points to snapshot {first + 1}" in good.output
     assert store.snapshot("stable").version == first + 1
-    assert find_channel(store.storage, "stable").reason.startswith(
-        "promoted (quarantine 0, features 0, coverage 1, gauc 0"
-    )
+    assert find_channel(store.storage, "stable").reason.startswith("promoted (coverage 1, gauc 0")
     assert "already: nothing to do" in run(*command).output
     move_channel(store, "candidate", first + 2)
     file = tmp_path / "found.json"
     bad = run(*command, "--json", file)
     written = json.loads(file.read_text())
     failed = [each["gate"] for each in written["gates"] if not each["holds"]]
-    assert bad.exit_code == 1 and {"features"} < set(failed) <= {"features", "gauc", "logloss"}, written
-    assert "error: gate features: " in bad.output and f"stable stays at snapshot {first + 1}" in bad.output
+    assert bad.exit_code == 1 and set() < set(failed) <= {"gauc", "logloss"}, written
+    assert f"error: gate {failed[0]}: " in bad.output and f"stable stays at snapshot {first + 1}" in bad.output
     assert store.snapshot("stable").version == first + 1 and not written["holds"]
     forced = run(*command, "--force", "a new camera")
     assert forced.exit_code == 0 and f"stable points to snapshot {first + 2}, by --force" in forced.output
@@ -137,17 +133,9 @@ def test_images_of_the_impressions_have_to_have_a_row(store: FeatureStore, check
     assert (coverage.value, coverage.holds) == (pytest.approx(0.8), False)
 
 
-def test_quarantine(store: FeatureStore, places: Places) -> None:
-    newest = store.put(FeatureRows.of(["more/3"], np.ones((1, 16), np.float32))).version
-    store.add_quarantine([QuarantineRow(n, f"bad/{n}.jpg", "truncated", 0.0) for n in range(5)])
-    found, said = Check(places.folder / "runs/a", store.url, GateLimits()).promote(newest, "stable", None)
-    assert not found.gates[0].holds and "5 of " in found.gates[0].text and "stays at" in said
-    store.resolve_quarantine(store.quarantine_rows())
-
-
 def test_a_first_promotion_has_nothing_to_compare_with(store: FeatureStore, check: Check) -> None:
     found, said = check.promote("stable", "first", None)
-    assert [each.gate for each in found.gates] == ["quarantine", "coverage"] and said.startswith("first points to")
+    assert [each.gate for each in found.gates] == ["coverage"] and said.startswith("first points to")
 
 
 def test_a_channel_that_was_moved_meanwhile_stays_where_the_other_put_it(
@@ -159,7 +147,7 @@ def test_a_channel_that_was_moved_meanwhile_stays_where_the_other_put_it(
         move_channel(store, "stable", first + 2)
         return []
 
-    monkeypatch.setattr("trainer.compat.check.score_gates", meanwhile)
+    monkeypatch.setattr("trainer.gates.score_gates", meanwhile)
     with pytest.raises(CommitConflictError, match="another writer was first"):
         check.promote(first + 1, "stable", None)
     move = last_move(store.storage, "stable")

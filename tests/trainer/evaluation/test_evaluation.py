@@ -94,9 +94,8 @@ class TestReport:
     def test_every_metric_has_an_interval_around_it(self, evaluated: Path) -> None:
         metrics = report_of(evaluated)["whole"]["metrics"]
         assert list(metrics) == list(METRICS)
-        for name in METRICS[:4]:
+        for name in METRICS:
             assert metrics[name]["low"] < metrics[name]["value"] < metrics[name]["high"]
-        assert 0 <= metrics["ece"]["low"] <= metrics["ece"]["high"]
 
     def test_slices_hold_every_impression_once(self, evaluated: Path) -> None:
         report = report_of(evaluated)
@@ -108,13 +107,9 @@ class TestReport:
         assert set(report["sliced_by"]["image"]["slices"]) == {"known", "new", "missing"}
         assert sum(each["impressions"] for each in report["reliability"]) == report["whole"]["impressions"]
 
-    def test_plots_are_pictures_of_something(self, evaluated: Path) -> None:
-        names = {"reliability", "by_ad_age", "by_ad_impressions", "by_history", "by_image"}
-        files = {path.stem: path for path in evaluated.glob("*.png")}
-        assert set(files) == names
-        for name, path in files.items():
-            pixels = np.asarray(Image.open(path).convert("L"))
-            assert (pixels < 128).sum() > 500, name
+    def test_the_plot_is_a_picture_of_something(self, evaluated: Path) -> None:
+        (path,) = evaluated.glob("*.png")
+        assert path.name == "reliability.png" and (np.asarray(Image.open(path).convert("L")) < 128).sum() > 500
 
     def test_again_it_is_the_same(self, run: Path, evaluated: Path, tmp_path: Path) -> None:
         options = ("--bootstrap", 200, "--json", tmp_path / "a.json", "--out", tmp_path)

@@ -11,7 +11,7 @@ import pytest
 
 from trainer.comm import SoloComm
 from trainer.errors import DataError, SchemaError
-from trainer.evaluation.slices import (
+from trainer.evaluation.predict import (
     NEVER,
     Impressions,
     SeenInTraining,

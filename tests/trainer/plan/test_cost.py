@@ -5,8 +5,7 @@ import dataclasses
 import pytest
 
 from tests.trainer.plan.machine import COUNTS, MACHINE, NETWORK, WIDTHS
-from trainer.plan.cost import bytes_by_part, step_cost
-from trainer.plan.table import even_shards
+from trainer.plan.cost import bytes_by_part, even_shards, step_cost
 
 
 class TestCost:

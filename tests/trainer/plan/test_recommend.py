@@ -3,7 +3,7 @@
 import dataclasses
 
 from tests.trainer.plan.machine import COUNTS, MACHINE, NETWORK, WIDTHS
-from trainer.plan.table import PROGRAM_BYTES, RankPlan, StoredBytes, build, recommend
+from trainer.plan.cost import PROGRAM_BYTES, RankPlan, StoredBytes, build, recommend
 
 GIB = 2**30
 
@@ -21,7 +21,6 @@ def rows_of(ranks: list[int], efficiency: list[float] | None = None, local: int 
             feature_bytes=16 * GIB, shards=64, table_bytes=4 * GIB, table_shards=64, machine_memory_bytes=1
         ),
         samples=1_000_000,
-        assumptions=[],
     )
     values = efficiency or [1.0] * len(ranks)
     return [dataclasses.replace(row, efficiency=value) for row, value in zip(plan.rows, values, strict=True)]

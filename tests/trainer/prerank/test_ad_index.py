@@ -14,7 +14,7 @@ from featurestore.storage.storage import Storage
 from tests.faulty import Fault, opened_faulty
 from tests.featurestore.test_index import two_towers
 from trainer.errors import AdIndexError, AdIndexNotFoundError
-from trainer.prerank.artifact import AdIndex, IndexOrigin, Queries, reach
+from trainer.prerank.adindex import AdIndex, IndexOrigin, Queries, reach
 
 WIDTH = 4
 ORIGIN = IndexOrigin(run="a", checkpoint="step-1", checkpoint_digest="d1", key_column="ad_item", bias=0.5)
@@ -120,7 +120,7 @@ def test_a_build_takes_the_place_of_another_one_in_one_moment(url: str, monkeypa
     ads = AdIndex.open(url)
     assert (ads.version, ads.state.kind, ads.state.num_ads) == (2, "hnsw", 2)
     assert len(held.vectors()[0]) == 4  # a reader of the version before can go on
-    monkeypatch.setattr("trainer.prerank.artifact.KEEP_REPLACED_S", -1.0)
+    monkeypatch.setattr("trainer.prerank.adindex.KEEP_REPLACED_S", -1.0)
     AdIndex.build(url, "flat", KEYS[:1], vectors(1), other)
     assert AdIndex.open(url).version == 3
     assert len(names(Path(url, "versions"))) == 1
@@ -142,12 +142,12 @@ def test_what_a_killed_build_left_is_removed_by_a_later_one(url: str, monkeypatc
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        opened_faulty(patch, {"create_or_read": killed}, "trainer.prerank.artifact")
+        opened_faulty(patch, {"create_or_read": killed}, "trainer.prerank.adindex")
         with pytest.raises(KeyboardInterrupt):
             AdIndex.build(url, "flat", KEYS, vectors(4, seed=2), ORIGIN)
     assert len(names(Path(url, "files"))) == 6
     np.testing.assert_array_equal(np.sort(AdIndex.open(url).vectors()[1], axis=0), np.sort(vectors(4), axis=0))
-    monkeypatch.setattr("trainer.prerank.artifact.KEEP_REPLACED_S", -1.0)
+    monkeypatch.setattr("trainer.prerank.adindex.KEEP_REPLACED_S", -1.0)
     AdIndex.build(url, "flat", KEYS, vectors(4, seed=3), ORIGIN)
     assert len(names(Path(url, "files"))) == 3
 

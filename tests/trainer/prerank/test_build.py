@@ -15,8 +15,7 @@ from trainer.comm import SoloComm
 from trainer.config import load_config
 from trainer.main import train
 from trainer.prerank.__main__ import app
-from trainer.prerank.artifact import AdIndex
-from trainer.prerank.vectors import user_queries
+from trainer.prerank.adindex import AdIndex, user_queries
 from trainer.runs.saved import open_trained
 
 pytestmark = pytest.mark.long  # they train whole runs
@@ -209,7 +208,7 @@ def test_the_best_ads_of_a_trained_run_are_found(run_on_tastes: Path, out: str) 
 
 
 def test_a_low_recall_is_one_line_on_stderr(folder: Path, out: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.prerank.artifact.reach", lambda *_: 0.41)
+    monkeypatch.setattr("trainer.prerank.adindex.reach", lambda *_: 0.41)
     result = job(folder, "--out", out, "--index", "hnsw", "--min-recall", 0.8)
     assert result.exit_code == 0
     assert result.stderr.splitlines()[-1].startswith(

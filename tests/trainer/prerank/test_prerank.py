@@ -17,12 +17,13 @@ from trainer.comm import SoloComm
 from trainer.config import load_config
 from trainer.main import train
 from trainer.prerank.__main__ import app
-from trainer.prerank.artifact import AdIndex, search_figures
-from trainer.prerank.vectors import (
+from trainer.prerank.adindex import (
+    AdIndex,
     ad_vectors,
     ads_of_samples,
     origin_of,
     reader_of_tests,
+    search_figures,
     towers,
     user_vectors,
     users_of_tests,
@@ -121,7 +122,7 @@ def test_eval(run: Path, index: str, tmp_path: Path) -> None:
     assert report["search"]["recall"] == {"3": 1.0, "10": 1.0}
     assert report["index"]["num_ads"] == len(AdIndex.open(index).vectors()[0]) > 40
     timing = report["search"]["index"]
-    assert 0 < timing["p50_ms"] <= timing["p95_ms"] <= timing["p99_ms"]
+    assert 0 < timing["p50_ms"] <= timing["p99_ms"]
     assert timing["queries_per_s"] > 0
     assert report["search"]["queries"] == 50
     assert "recall@10" in done.stdout

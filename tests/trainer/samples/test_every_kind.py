@@ -19,7 +19,7 @@ from tests.trainer.whole_runs import run_alone
 from trainer.comm import SoloComm
 from trainer.config import load_config
 from trainer.evaluate import app as evaluate_app
-from trainer.prerank.vectors import ad_vectors, ads_of_samples, ads_of_table, reader_of_tests, towers, user_vectors
+from trainer.prerank.adindex import ad_vectors, ads_of_samples, ads_of_table, reader_of_tests, towers, user_vectors
 from trainer.runs.open import open_run
 from trainer.runs.saved import open_trained
 from trainer.samples.index import open_index

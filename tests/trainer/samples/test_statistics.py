@@ -19,7 +19,7 @@ from trainer.config import Config, load_config
 from trainer.errors import CheckpointError, DataError
 from trainer.evaluate import app as evaluate
 from trainer.main import train
-from trainer.prerank.vectors import ad_vectors, ads_of_samples, ads_of_table, towers
+from trainer.prerank.adindex import ad_vectors, ads_of_samples, ads_of_table, towers
 from trainer.runs import checkpoint
 from trainer.runs.folder import finished
 from trainer.runs.saved import open_trained

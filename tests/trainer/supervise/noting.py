@@ -9,7 +9,7 @@ from pathlib import Path
 from featurestore.console.commandline import run_app
 from tests.trainer.runs.resumed.notes import note_steps
 from trainer.main import app
-from trainer.supervise.supervisor import NUMBER
+from trainer.supervise import NUMBER
 
 NOTES, PAUSE_S = "NOTES", "PAUSE_S"
 

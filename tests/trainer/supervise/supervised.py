@@ -15,7 +15,7 @@ from tests.ranks import ROOT, environment
 from tests.trainer.checkpoints import steps_of
 from tests.trainer.runs.resumed.legs import Leg, read_leg
 from tests.trainer.supervise.noting import NOTES
-from trainer.supervise.hosts import AGENT
+from trainer.hosts import AGENT
 
 WORKER = Path(__file__).with_name("noting.py")
 TWO_HOSTS = ("--hosts", "localhost:1,127.0.0.1:1")
@@ -84,7 +84,7 @@ class Supervised:
         for each in psutil.Process(process.pid).children(recursive=True):
             with contextlib.suppress(psutil.Error):  # it has ended
                 self.seen.add(each)
-                if each.cmdline()[1:2] == [str(script)]:
+                if str(script) in each.cmdline()[1:3]:  # an agent has -P before it
                     variables = each.environ()
                     found[int(variables.get("HOROVOD_RANK", variables.get("RANK", len(found))))] = each
         return [found[rank] for rank in sorted(found)]

@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
-from trainer.supervise.hosts import AGENT
+from trainer.hosts import AGENT
 
 pytestmark = pytest.mark.services
 

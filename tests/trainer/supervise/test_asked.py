@@ -15,8 +15,7 @@ from featurestore.storage.storage import Storage
 from tests.trainer.runs import saved
 from trainer.comm import SoloComm
 from trainer.errors import ConfigError, TrainerError
-from trainer.launch import By
-from trainer.supervise.hosts import (
+from trainer.hosts import (
     AGENT,
     HostSlots,
     Reach,
@@ -26,8 +25,8 @@ from trainer.supervise.hosts import (
     reach_of_all,
     read_hosts,
 )
-from trainer.supervise.run import claimed, parse_command
-from trainer.supervise.supervisor import SuperviseOptions, Supervisor, inherited
+from trainer.launch import By
+from trainer.supervise import SuperviseOptions, Supervisor, claimed, inherited, parse_command
 
 TRAIN = ["python", "-m", "trainer.main"]
 
@@ -72,7 +71,7 @@ def test_the_agent_of_another_host_is_started_by_ssh() -> None:
     command = agent_command("me@b", ["ssh", "-p", "2222"], 20, here=False)
     assert command[:3] == ["ssh", "-p", "2222"] and command[-2] == "me@b"
     assert command[-1].startswith("exec ") and command[-1].endswith(f"{AGENT} 20")
-    assert agent_command("localhost", ["ssh"], 20, here=True)[1:] == [str(AGENT), "20", "--local"]
+    assert agent_command("localhost", ["ssh"], 20, here=True)[1:] == ["-P", str(AGENT), "20", "--local"]
 
 
 def test_the_run_of_a_command_is_found(tmp_path: Path) -> None:

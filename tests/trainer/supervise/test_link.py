@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.supervise.hosts import Link, News
+from trainer.hosts import Link, News
 
 pytestmark = pytest.mark.services
 HOST = "me@far.invalid"

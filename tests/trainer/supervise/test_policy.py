@@ -5,8 +5,8 @@ from unittest import mock
 
 import pytest
 
-from trainer.supervise.hosts import HostSlots, News
-from trainer.supervise.supervisor import (
+from trainer.hosts import HostSlots, News
+from trainer.supervise import (
     Generation,
     Past,
     RankEnd,

@@ -16,7 +16,7 @@ from explorer.places import Places
 from tests.explorer.world import World
 from tests.trainer.whole_runs import alike
 from trainer.evaluation import predict
-from trainer.evaluation.compare import compare
+from trainer.evaluation.bootstrap import compare
 from trainer.evaluation.predict import Predictions, predict_run
 
 

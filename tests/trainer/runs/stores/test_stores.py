@@ -24,7 +24,7 @@ from tests.ranks import StandingRanks
 from tests.trainer.whole_runs import all_alike
 from tests.trainer.whole_runs import run_alone as run_here
 from trainer.comm import SoloComm
-from trainer.compat.__main__ import app as compat_app
+from trainer.compat import app as compat_app
 from trainer.config import load_config
 from trainer.errors import CheckpointError, ConfigError, DataError
 from trainer.evaluate import app as evaluate_app

@@ -1,4 +1,4 @@
-"""The supervisor: generations of ranks, one after the other, until the run has ended.
+"""crossmedia supervise: train a run on several hosts, and start it again by itself when a rank or a host is lost.
 
 A generation is one start of all ranks; it made progress if the run's newest checkpoint is of a later step afterwards.
 What to do next is decided, and said, by pure functions of the generations that are over.
@@ -6,28 +6,57 @@ What to do next is decided, and said, by pure functions of the generations that 
 
 import asyncio
 import contextlib
+import fcntl
 import itertools
 import os
 import queue
+import re
 import shlex
 import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, TextIO
 
 import typer
+from typer.main import get_command
 
-from featurestore.console.commandline import OK, STOPPED
-from featurestore.errors import FAILED, USAGE, UserError
+from featurestore.console.commandline import OK, STOPPED, CommandApp, run_app, say_error, takes
+from featurestore.errors import FAILED, USAGE, StorageError, UserError
+from featurestore.published.paths import FarPath, RunPath, run_path
+from featurestore.storage.storage import Storage
 from featurestore.text import count_text, printable
-from trainer.errors import ConfigError
+from trainer.config import Config, load_config
+from trainer.errors import ConfigError, TrainerError
+from trainer.hosts import HostSlots, Link, News, count_slots, environments, reach_of_all, read_hosts
 from trainer.launch import By, Variables
-from trainer.supervise.hosts import HostSlots, Link, News, count_slots, environments, reach_of_all, read_hosts
-from trainer.supervise.run import TrainCommand
+from trainer.main import app as train_app
+from trainer.main import warm_settings
+from trainer.runs.folder import finished
+
+EXAMPLES = """
+Examples:
+
+    crossmedia supervise --max-np 2 -- crossmedia train --set run.name=a
+
+    crossmedia supervise --min-np 2 --max-np 8 --hosts a:4,b:4 -- crossmedia train --set run.name=a
+
+    crossmedia supervise --hosts-file hosts.txt --ssh 'ssh -p 2222' -- crossmedia train --set run.name=a
+
+    crossmedia supervise --max-np 2 -- crossmedia daily --samples-of-days data/samples
+
+Each start is a generation: all ranks, on the hosts that answer. If a rank dies, fails or hangs (run.deadline_s), or a
+host is lost, the others are ended, and the next generation continues from the newest checkpoint, with as many ranks as
+there are slots. When more hosts answer, the run writes a checkpoint and continues with all of them. All steps, samples
+and losses are those of an undisturbed run. SIGTERM and Ctrl-C end it after a checkpoint, a second one at
+once; the same command continues it.
+Exit codes: 0 done, 1 given up, 2 wrong settings (never started again), 130 stopped.
+"""
+app = CommandApp(rich_markup_mode="markdown")
 
 NUMBER = "SUPERVISE_GENERATION"
 DEATH_GRACE_S, FAILURE_GRACE_S, END_GRACE_S = 3.0, 5.0, 60.0
@@ -252,6 +281,178 @@ class SuperviseOptions:
     def slots(self, hosts: Sequence[HostSlots]) -> int:
         """Count the slots of these hosts, at most as many as there may be ranks."""
         return count_slots(hosts, self.max_np or sys.maxsize)
+
+
+_MAIN, _DAILY = "trainer.main", "trainer.daily"
+_PROGRAM, _COMMANDS = "crossmedia", {"train": _MAIN, "daily": _DAILY}
+_EXAMPLE = f"{_PROGRAM} train --set run.name=NAME"
+
+
+@dataclass(frozen=True)
+class TrainCommand:
+    """`crossmedia train ARGUMENTS`, `crossmedia daily ARGUMENTS`, these by their modules, or a script that trains."""
+
+    words: tuple[str, ...]
+    folder: RunPath
+    """Of the run or, of trainer.daily, of the days' runs."""
+    is_daily: bool = False
+
+    def newest_step(self) -> int:
+        """Return the step of the run's newest checkpoint, 0 where it has none; of days, the sum over all days."""
+        if not self.is_daily:
+            return _newest_step(self.folder)
+        from trainer.daily import day_folders
+
+        return sum(_newest_step(day) for day in day_folders(self.folder))
+
+    def start(self) -> list[str]:
+        """Return the command line that begins the run or, where it has a checkpoint, continues it.
+
+        A bare `python` is this one, and `crossmedia` is of this one: a service and ssh have other search paths than a
+        terminal.
+        """
+        first, *words = self.words
+        by_python = {"python": (), "python3": (), _PROGRAM: ("-m", _PROGRAM)}
+        program = [sys.executable, *by_python[first]] if first in by_python else [first]
+        return [*program, *words, *([] if self.is_daily else ["--set", "run.resume=auto"])]
+
+
+def parse_command(words: Sequence[str]) -> TrainCommand:
+    """Find out which run a command trains. Raises ConfigError where its settings are wrong, or not ours to restart."""
+    module, arguments = _module_and_arguments(words)
+    if module == _DAILY:
+        from trainer.daily import app as daily
+        from trainer.daily import folder_of
+
+        return TrainCommand(tuple(words), folder_of(_config_of(daily, module, arguments)), is_daily=True)
+    run = _config_of(train_app, module, arguments).run
+    if run.name is None:
+        raise ConfigError("run.name is not set, so a second start would not find the run; add --set run.name=NAME")
+    if run.overwrite or run.resume not in (None, "latest", "auto"):
+        raise ConfigError(
+            "a supervised run continues from its newest checkpoint: leave run.resume and run.overwrite out"
+        )
+    return TrainCommand(tuple(words), run_path(run.dir) / run.name)
+
+
+def _module_and_arguments(words: Sequence[str]) -> tuple[str, Sequence[str]]:
+    """Return the module, that of a script being trainer.main, and what follows it."""
+    for place, word in enumerate(words):
+        if Path(word).name in ("horovodrun", "torchrun"):
+            raise ConfigError(f"{word} is not needed: the supervisor starts the ranks; write -- {_EXAMPLE}")
+        if word.endswith(".py"):
+            return _MAIN, words[place + 1 :]
+        if word in (_MAIN, _DAILY) and words[place - 1] == "-m":
+            return word, words[place + 1 :]
+        if Path(word).name == _PROGRAM and (module := _COMMANDS.get("".join(words[place + 1 : place + 2]))):
+            return module, words[place + 2 :]
+    raise ConfigError(
+        f"'{' '.join(words)}' is not {' or '.join(f'{_PROGRAM} {each}' for each in _COMMANDS)}; write -- {_EXAMPLE}"
+    )
+
+
+def _config_of(command: CommandApp, module: str, arguments: Sequence[str]) -> Config:
+    """Load the settings that the command is given. Raises ConfigError."""
+    given = get_command(command).make_context(module, list(arguments)).params
+    settings = [*(given["settings"] or []), *(given["more"] or [])]
+    settings += warm_settings(given["warm_start"], given.get("warm_parts"))
+    return load_config(given["file"], settings)
+
+
+def _newest_step(run: RunPath) -> int:
+    found = finished(run)
+    return found[-1].step if found else 0
+
+
+LEASE_S = 60.0
+"""Seconds without a renewal after which a supervisor on another machine counts as gone."""
+
+
+@contextmanager
+def claimed(folder: RunPath, lease_s: float = LEASE_S) -> Iterator[None]:
+    """Hold the run in `folder`: by a lock that ends with this process or, on an object store, by a lease.
+
+    Raises ConfigError where another supervisor has it, else TrainerError. On an object store, SIGTERM comes to this
+    process where another one has taken the run over.
+    """
+    file = folder.parent / f".{folder.name}.supervised"
+    with _lease(file, lease_s) if isinstance(file, FarPath) else _lock(file):
+        yield
+
+
+@contextmanager
+def _lock(file: Path) -> Iterator[None]:
+    with ExitStack() as stack:
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context(file.open("a+", encoding="utf-8", errors="replace"))
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as failure:
+            lock.seek(0)
+            raise _held(file, lock.read(200).strip()) from failure
+        except OSError as failure:
+            raise TrainerError(f"{file} cannot be written: {failure}; choose another run.dir") from failure
+        lock.truncate(0)
+        lock.write(f"{_me()}\n")
+        lock.flush()
+        yield
+
+
+@contextmanager
+def _lease(folder: FarPath, lease_s: float) -> Iterator[None]:
+    """Hold the claim of the highest number in `folder`; it is renewed in a thread, and ends after the block."""
+    storage, ended = Storage(folder.url), threading.Event()
+    claims = storage.list()
+    if claims and (holder := _holder(storage, claims[-1], lease_s)):
+        raise _held(folder, f"{holder}, or was until less than {lease_s:g} s ago")
+    mine = f"{int(claims[-1]) + 1 if claims else 1:020}"
+    if not storage.create_exclusive(mine, _me().encode()):
+        raise _held(folder, "one that began at the same moment")
+
+    def renew() -> None:
+        while not ended.wait(lease_s / 4):
+            with suppress(OSError, StorageError):  # the store is away: nobody else can take the run either
+                if (newest := storage.list()[-1:]) != [mine]:
+                    other = storage.read_bytes(newest[0]).decode(errors="replace") if newest else "another one"
+                    say_error(f"the run is supervised by {printable(other)} now: this supervisor stops")
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    return
+                storage.write_bytes(mine, _me().encode())
+
+    renewing = threading.Thread(target=renew, daemon=True)
+    renewing.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        renewing.join()
+        storage.delete_files([*claims, mine])
+
+
+def _holder(storage: Storage, claim: str, lease_s: float) -> str | None:
+    """Return who holds a claim; None if it has expired, by the store's clock, or its process here has ended."""
+    with suppress(FileNotFoundError):
+        holder = printable(storage.read_bytes(claim).decode(errors="replace")[:200])
+        if storage.now() - storage.entry(claim).mtime_s < lease_s and not _is_gone(holder):
+            return holder
+    return None
+
+
+def _me() -> str:
+    return f"process {os.getpid()} on {os.uname().nodename}"
+
+
+def _is_gone(holder: str) -> bool:
+    """Return whether the holder was a process of this machine that has ended, perhaps with this one's number."""
+    match = re.fullmatch(r"process (\d{1,10}) on (.+)", holder)
+    if match is None or match[2] != os.uname().nodename:
+        return False
+    return holder == _me() or not Path(f"/proc/{match[1]}").exists()
+
+
+def _held(file: RunPath, holder: str) -> ConfigError:
+    run = file.parent / file.name.removeprefix(".").removesuffix(".supervised")
+    return ConfigError(f"{run} is supervised already, by {holder}; end that first")
 
 
 @dataclass
@@ -535,3 +736,17 @@ class Generation:
 def inherited(environment: Mapping[str, str]) -> Variables:
     """Return the variables of this process that ranks on any host get."""
     return {name: value for name, value in environment.items() if not name.startswith(_OWN)}
+
+
+@app.command(epilog=EXAMPLES)
+@takes(SuperviseOptions)
+def main(options: SuperviseOptions) -> None:
+    """Train a run on several hosts, and start it again by itself when a rank or a host is lost."""
+    options.check()
+    train = parse_command(options.command)
+    with claimed(train.folder), contextlib.closing(Printer()) as printer:
+        raise typer.Exit(asyncio.run(Supervisor(options, train, printer).run()))
+
+
+if __name__ == "__main__":
+    run_app(app)

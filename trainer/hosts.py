@@ -86,7 +86,7 @@ def is_here(host: str) -> bool:
 
 def agent_command(host: str, ssh: Sequence[str], lease_s: float, *, here: bool) -> list[str]:
     """Make the command line that starts the agent on a host; on another one, the same Python and path are there too."""
-    agent = [sys.executable, str(AGENT), f"{lease_s:g}"]
+    agent = [sys.executable, "-P", str(AGENT), f"{lease_s:g}"]  # -P: no module of this folder is in its way
     if here:
         return [*agent, "--local"]
     return [*ssh, "-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_S}", host, f"exec {shlex.join(agent)}"]

@@ -1,4 +1,4 @@
-"""Check of a snapshot for a run, or of a run for another one's place: differences in rows and scores, and their gates.
+"""Check of a snapshot for a run, or of a run for another one's place: differences in scores, and their gates.
 
 Scores are of two (run, snapshots) pairs on the same impressions: one run with two snapshots of a store, or two runs,
 each with its own stores. Both are measured on the same resamples of users. A metric is worse if it falls (log loss:
@@ -6,8 +6,7 @@ rises) by more than its limit and by more than noise, i.e. the interval of the p
 small day, which cannot show a difference, does not stop a model that is as good. Only the rows that the impressions
 name are read from a store, and copied to a small store of their own.
 
-Letters of shapes: N impressions, U unique keys, C rows that both snapshots have, K rows whose features are compared, D
-feature width.
+Letters of shapes: N impressions, U unique keys, D feature width.
 """
 
 import contextlib
@@ -18,25 +17,20 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from featurestore.errors import FeatureStoreError, SnapshotNotFoundError, UserError
-from featurestore.format.datafile import KEY, numpy_column
 from featurestore.format.rows import FeatureRows
 from featurestore.keys import Int64Array, shard_of
 from featurestore.published.paths import RunPath
 from featurestore.published.versions import VersionName, check_channel_name, last_move
 from featurestore.snapshot import Snapshot, SnapshotId
-from featurestore.storage.storage import Progress
 from featurestore.store import FeatureStore
 from featurestore.upkeep.history import move_channel
+from trainer.cli import GateLimits
 from trainer.comm import Comm, SoloComm
-from trainer.compat import GateLimits, GateResult
 from trainer.errors import CheckpointError, ConfigError, DataNotFoundError, TrainerError
-from trainer.evaluation.bootstrap import LEVEL, log_loss
-from trainer.evaluation.compare import Difference, compare
-from trainer.evaluation.predict import Predictions
-from trainer.evaluation.slices import Impressions
+from trainer.evaluation.bootstrap import LEVEL, Difference, compare, log_loss
+from trainer.evaluation.predict import Impressions, Predictions
 from trainer.models.layers import used_fields
 from trainer.runs import checkpoint
 from trainer.runs.open import StorePlace, check_identity, other_features
@@ -47,6 +41,23 @@ from trainer.samples.reader import Batch, SampleReader
 MOST_IMPRESSIONS = 200_000
 """Impressions to score; of more, about as many are drawn, the same for both sides."""
 _BATCH, _WINDOW, _SHARDS, _ROWS_A_PUT = 8_192, 250_000, 8, 8_192
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateResult:
+    """The finding of one gate; `value` is None if there was nothing to measure."""
+
+    gate: str
+    value: float | None = None
+    limit: float = 0
+    holds: bool
+    text: str
+
+    @property
+    def failure(self) -> str:
+        """The line on why the gate fails: its name, value, limit and text."""
+        value = "not measured" if self.value is None else f"{self.value:.4g}"
+        return f"gate {self.gate}: {value}, limit {self.limit:g}: {self.text}"
 
 
 @dataclass(frozen=True)
@@ -220,92 +231,12 @@ def _small_store(folder: Path, snapshot: Snapshot, keys_U: Int64Array) -> Featur
 
 NETWORK = "network"
 """The gate that --force cannot overrule: the run's E was trained on features of another kind."""
-OTHER_SHARE = 0.001
-"""Largest share of features of unchanged images that may differ, e.g. by an image replaced without a new digest."""
-DIGEST = "content_digest"
-# Rounding moves a feature by less than a hundredth of its length, also in bfloat16 and on another processor; features
-# of two images differ by a quarter and more (their mean cosine is .96 in the fc6 of a seeded VGG16).
-SAME_WITHIN = 0.05
-_SAMPLED_SHARDS = 16  # keys are assigned to shards by a hash, so a few shards are a fair sample of all rows
-
-
-@dataclass(frozen=True, kw_only=True)
-class RowChanges:
-    """Differences between the rows of two snapshots."""
-
-    num_before: int
-    num_now: int
-    num_common: int
-    num_changed: int
-    """Common rows with another image (content digest)."""
-    num_compared: int
-    """Common rows with the same image whose features were compared."""
-    num_other: int
-    """Compared rows further apart than SAME_WITHIN: not the same image, or not the same network."""
-    mean_difference: float | None
-    """Mean difference of the compared features, relative to their length; None if none was compared."""
-
-    @property
-    def is_same(self) -> bool:
-        """Whether no image was lost or replaced, and all features are the same up to rounding."""
-        num_lost = self.num_before - self.num_common
-        return self.num_compared > 0 and not (num_lost or self.num_changed or self.num_other)
-
-
-def compare_rows(
-    before: Snapshot, now: Snapshot, most: int = 10_000, progress: Progress = lambda done, total: None
-) -> RowChanges:
-    """Compare keys and content digests of both snapshots, shard by shard, and the features of about `most` rows.
-
-    The two may have different numbers of shards; their features have to be of one kind. Raises CorruptFileError.
-    """
-    num_groups = min(before.info.num_shards, now.info.num_shards)
-    chosen = np.random.default_rng(0).permutation(num_groups)[:_SAMPLED_SHARDS].tolist()
-    counts, parts = np.zeros(4, np.int64), [np.empty(0)]
-    for group in range(num_groups):
-        old_keys, old_digests = _rows_of_group(before, group, num_groups)
-        new_keys, new_digests = _rows_of_group(now, group, num_groups)
-        common_C, at_C, other_C = np.intersect1d(old_keys, new_keys, assume_unique=True, return_indices=True)
-        same_C = np.asarray(old_digests[at_C] == new_digests[other_C], np.bool_)
-        counts += [len(old_keys), len(new_keys), len(common_C), int((~same_C).sum())]
-        if group in chosen:
-            parts.append(_differences(before, now, common_C[same_C][: -(-most // len(chosen))]))
-        progress(group + 1, num_groups)
-    apart_K = np.concatenate(parts)
-    return RowChanges(
-        num_before=int(counts[0]),
-        num_now=int(counts[1]),
-        num_common=int(counts[2]),
-        num_changed=int(counts[3]),
-        num_compared=len(apart_K),
-        num_other=int((apart_K > SAME_WITHIN).sum()),
-        mean_difference=float(apart_K.mean()) if len(apart_K) else None,
-    )
-
-
-def _rows_of_group(snapshot: Snapshot, group: int, num_groups: int) -> tuple[Int64Array, npt.NDArray[np.object_]]:
-    """Read keys and content digests of one of `num_groups` groups of neighbouring shards."""
-    size = snapshot.info.num_shards // num_groups
-    readers = [snapshot.shard_reader(shard) for shard in range(group * size, (group + 1) * size)]
-    tables = [reader.read([KEY, DIGEST]) for reader in readers if reader.entries]
-    digests = [each for table in tables for each in table[DIGEST].to_pylist()]
-    keys = [np.empty(0, np.int64), *(numpy_column(table, KEY) for table in tables)]
-    return np.concatenate(keys), np.asarray(digests, object)
-
-
-def _differences(before: Snapshot, now: Snapshot, keys_K: Int64Array) -> npt.NDArray[np.float64]:
-    """Measure how far apart both features of each key are, in parts of the longer one's length (K,)."""
-    old_KD, new_KD = (each.codec.decode(each.get(keys_K)).astype(np.float64) for each in (before, now))
-    longer_K = np.maximum(np.linalg.norm(old_KD, axis=1), np.linalg.norm(new_KD, axis=1))
-    apart_K: npt.NDArray[np.float64] = np.linalg.norm(old_KD - new_KD, axis=1) / np.maximum(longer_K, 1e-30)
-    return apart_K
 
 
 @dataclass
 class Comparison:
-    """Differences between two snapshots, and the gates' findings; None if there was nothing to compare."""
+    """The difference that another snapshot makes, None if there was nothing to compare, and the gates' findings."""
 
-    rows: RowChanges | None = None
     scores: ScoreChange | None = None
     gates: list[GateResult] = field(default_factory=list)
 
@@ -335,13 +266,12 @@ class Check:
         which: str | None = None,
         samples: str | None = None,
         name: str | None = None,
-        progress: Progress = lambda done, total: None,
     ) -> None:
         self.saved = read_run(folder, which, samples)
         self.place = _place(self.saved, name)
         self.recorded = checkpoint.read_recorded(self.saved.checkpoint).stores[self.place.name]
         self.store = FeatureStore.open(store)
-        self._limits, self._samples, self._progress, self._comm = limits, samples, progress, SoloComm()
+        self._limits, self._samples, self._comm = limits, samples, SoloComm()
 
     def lines(self, candidate: Snapshot) -> list[str]:
         """Describe the run and the snapshots."""
@@ -420,15 +350,10 @@ class Check:
             text = "; ".join(differences) + ": its E makes nothing of these"
             found.gates = [GateResult(gate=NETWORK, holds=False, text=text)]
             return found
-        found.gates.append(self._quarantine(candidate))
-        if before is not None:
-            found.rows = compare_rows(before, candidate, progress=self._progress)
-            found.gates.append(_features_gate(found.rows))
         try:
             index = open_test(self._comm, self.saved.config, self.saved.schema, self._samples)
         except TrainerError as failure:
-            is_same = found.rows is not None and found.rows.is_same
-            found.gates.append(GateResult(gate="scores", holds=is_same, text=f"{failure}"))
+            found.gates.append(GateResult(gate="scores", holds=False, text=f"{failure}"))
             return found
         # Only of all impressions can the log loss be compared with what the run reported.
         most = max(index.num_samples, 1) if against_reported else MOST_IMPRESSIONS
@@ -445,13 +370,6 @@ class Check:
         found.gates.append(self._coverage(new, old))
         found.gates += score_gates(found.scores, self._limits) if found.scores else []
         return found
-
-    def _quarantine(self, candidate: Snapshot) -> GateResult:
-        """Measure the share of images in quarantine, of those and the candidate's rows."""
-        limit, bad = self._limits.max_quarantine, len(self.store.quarantine_rows())
-        count = max(bad + candidate.num_rows, 1)
-        text = f"{bad:,} of {count:,} images are in quarantine"
-        return GateResult(gate="quarantine", value=bad / count, limit=limit, holds=bad / count <= limit, text=text)
 
     def _coverage(self, new: Scores, old: Scores | None) -> GateResult:
         """Measure the share of the impressions' images that have a row; of a run that stops without one, no fewer."""
@@ -478,19 +396,6 @@ def _place(saved: SavedRun, name: str | None) -> StorePlace:
     if name is not None and name not in places:
         raise ConfigError(f"--name {name}: the content fields of {saved.folder} name {', '.join(places)}")
     return places[name] if name is not None else next(iter(places.values()))
-
-
-def _features_gate(rows: RowChanges) -> GateResult:
-    """Measure the share of features that differ though the image is the same."""
-    share = rows.num_other / rows.num_compared if rows.num_compared else None
-    average = "" if rows.mean_difference is None else f", on average by {rows.mean_difference:.1e} of their length"
-    text = (
-        f"{rows.num_other:,} of {rows.num_compared:,} features of unchanged images differ{average}; of "
-        f"{rows.num_before:,} images {rows.num_changed:,} are replaced and {rows.num_before - rows.num_common:,} lost, "
-        f"{rows.num_now - rows.num_common:,} are new"
-    )
-    holds = share is None or share <= OTHER_SHARE
-    return GateResult(gate="features", value=share, limit=OTHER_SHARE, holds=holds, text=text)
 
 
 def _against_reported(saved: SavedRun, new: Scores) -> ScoreChange:

@@ -1,4 +1,4 @@
-"""Check whether a run may use a store that it was not trained on: crossmedia compat RUN STORE."""
+"""crossmedia compat RUN STORE: check whether a run may use a store that it was not trained on."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
@@ -8,14 +8,13 @@ import typer
 from featurestore.commands import Version
 from featurestore.console.commandline import CommandApp, run_app, takes
 from featurestore.console.files import JsonOption, write_json_option
-from featurestore.console.output import print_problem, print_rows, print_summary, progress_bar
+from featurestore.console.output import print_problem, print_rows, print_summary
 from featurestore.errors import FAILED
-from trainer.cli import WhichCheckpoint
-from trainer.compat import GateLimits
+from trainer.cli import GateLimits, WhichCheckpoint
 
 if TYPE_CHECKING:
     from featurestore.snapshot import Snapshot
-    from trainer.compat.check import Check, Comparison
+    from trainer.gates import Check, Comparison
 
 EXAMPLES = """
 Examples:
@@ -65,28 +64,25 @@ app = CommandApp(report=True, rich_markup_mode="markdown")
 @app.command(epilog=EXAMPLES)
 @takes(CompatOptions)
 def main(options: CompatOptions) -> None:
-    """Compare a snapshot with the one that a run was trained on: network, rows, features, and the run's scores.
+    """Compare a snapshot with the one that a run was trained on: network, coverage, and the run's scores.
 
     A store that was deleted and computed again may be as good as before, but runs that were trained on the old one
     refuse it: with --accept, RUN may use the new one, if all gates hold. With --promote, a channel of the store moves
     to the snapshot, if all gates hold.
     """
     from featurestore.published.paths import run_path
-    from trainer.compat.check import Check
+    from trainer.gates import Check
 
     if options.accept and options.promote is not None:
         raise typer.BadParameter("give --accept or --promote, not both", param_hint="--promote")
     which, samples, name = options.checkpoint, options.samples, options.name
-    with progress_bar("shards") as progress:
-        check = Check(
-            run_path(options.run), options.store, options, which=which, samples=samples, name=name, progress=progress
-        )
-        candidate = check.store.snapshot(options.version)
-        if options.promote is not None:
-            found, outcome = check.promote(options.version, options.promote, options.force)
-        else:
-            found = check.compare(candidate)
-            outcome = "not compatible" if found.failures else "compatible"
+    check = Check(run_path(options.run), options.store, options, which=which, samples=samples, name=name)
+    candidate = check.store.snapshot(options.version)
+    if options.promote is not None:
+        found, outcome = check.promote(options.version, options.promote, options.force)
+    else:
+        found = check.compare(candidate)
+        outcome = "not compatible" if found.failures else "compatible"
     _print(check, candidate, found)
     if options.accept:
         outcome = f"accepted: {check.accept(candidate, found, options.force)}"
