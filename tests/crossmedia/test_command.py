@@ -14,7 +14,7 @@ import pytest
 
 from crossmedia import command
 from crossmedia.command import ENTRIES, GROUPS, PROGRAM, load
-from featurestore.console.commandline import command_of, end_of_help, help_blocks, run_app
+from featurestore.console.commandline import command_of, end_of_help, help_blocks
 from tests.commands.calls import COMMANDS, ROOT
 
 LISTED = {
@@ -190,12 +190,3 @@ def test_wrong_options_of_a_cluster(
     assert called(monkeypatch, "extract", *words) == 2
     message = capsys.readouterr().err
     assert where in message and text in message and message.count("\n") == 1
-
-
-def test_an_app_without_a_name_keeps_its_own(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["trainer.plan", "--help"])
-    with pytest.raises(SystemExit):
-        run_app(importlib.import_module("trainer.plan.__main__").app, "python -m trainer.plan")
-    assert "Usage: python -m trainer.plan" in capsys.readouterr().out

@@ -190,10 +190,6 @@ class TestWhatTargetsAdd:
         assert "no wheel" in (installed.venv / "fuxictr.log").read_text()
         assert not (installed.venv / "fuxictr").exists(), "where it is, benchmarks.quality takes it"
 
-    def test_an_unknown_purpose_is_one_line(self, installed: Place) -> None:
-        done = self.add(installed, "fun")
-        assert (done.returncode, done.stderr) == (1, "fun: it should be tests, docs or peers\n")
-
 
 class TestHorovod:
     CPU, NCCL = f"horovod-0.28.1-{TAG}", f"horovod-0.28.1-{TAG}-NCCL"
@@ -336,26 +332,6 @@ def test_named_releases_of_torch_are_installed(place: Place) -> None:
     place.python("python3", "3.11")
     assert place.install(TORCH="torch==2.13.0 torchvision==0.28.0").returncode == 0
     assert "-e .[explorer,notebook] torch==2.13.0 torchvision==0.28.0" in (place.venv / "installs").read_text()
-
-
-@pytest.mark.parametrize("version", ["3.12", "3.13"])
-def test_other_pythons_of_this_machine_compile_all_files(version: str) -> None:
-    """Without a warning of what they no longer take. `make test-versions` runs the tests on the newest one."""
-    known = [
-        Path(f"/usr/bin/python{version}"),
-        *Path(sys.base_prefix).parent.glob(f"{version}.*/bin/python"),
-    ]  # pyenv's
-    python = next((each for each in known if each.exists()), None)
-    if python is None:
-        pytest.skip(f"this machine has no Python {version}")
-    packages = re.findall(r"^PACKAGES := (.*)", (ROOT / "Makefile").read_text(), re.MULTILINE)[0].split()
-    files = [str(path) for folder in packages for path in (ROOT / folder).rglob("*.py")]
-    code = "import sys\nfor path in sys.stdin.read().split():\n    compile(open(path, 'rb').read(), path, 'exec')\n"
-    done = subprocess.run(
-        [python, "-W", "error::SyntaxWarning", "-c", code], input="\n".join(files), text=True,
-        stderr=subprocess.PIPE, check=False,
-    )  # fmt: skip
-    assert len(files) > 200 and done.returncode == 0, done.stderr
 
 
 def test_the_range_of_pythons_is_the_same_everywhere() -> None:

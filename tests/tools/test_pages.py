@@ -9,11 +9,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import griffe
 import pytest
 from torch.distributed.run import get_args_parser
 
+import crossmedia
+import featurestore
 from crossmedia.command import ENTRIES, PROGRAM, load
 from featurestore.console.commandline import CommandGroup
+from tools import api
 from tools import commands as commands_page
 from tools.site import WRITTEN, targets_of, text_of
 from trainer.config.config import load_config
@@ -236,3 +240,51 @@ def test_the_page_of_exactness_says_which_of_its_tests_are_slow() -> None:
                     marks += map(ast.unparse, node.decorator_list)
             is_slow = any("mark.slow" in mark and "parametrize" not in mark for mark in marks)
             assert is_slow == ("`make test-slow`" in row), row
+
+
+SOURCE = '''
+class Shelf:
+    """Holds things.
+
+    In any order."""
+
+    width: int
+    """In cm."""
+    _hidden = 1
+
+    def put(self, *things: str, at: int = 0, **more: float) -> None:
+        """Put things on it."""
+
+    def take(self, count: int, /, first: bool = True, *, by: str = "hand") -> list[str]:
+        """Take some. Raises KeyError."""
+
+    def silent(self) -> None: ...
+
+    def _own(self) -> None:
+        """Not for others."""
+
+
+def connect(address: str) -> Shelf:
+    """Find one."""
+'''
+
+
+def test_signatures_and_docstrings_are_those_of_the_source_and_what_is_private_is_not_there(tmp_path: Path) -> None:
+    (tmp_path / "shelves.py").write_text(SOURCE)
+    module = griffe.GriffeLoader(search_paths=[tmp_path], allow_inspection=False).load("shelves")
+    text = "\n".join(line for name in ("Shelf", "connect") for line in api.section(f"shelves.{name}", module[name]))
+    assert "Shelf.put(*things: str, at: int = 0, **more: float) -> None" in text
+    assert "Shelf.take(count: int, /, first: bool = True, *, by: str = 'hand') -> list[str]" in text
+    assert "connect(address: str) -> Shelf" in text
+    assert "Holds things.\n\nIn any order." in text and "| `width` | In cm. |" in text
+    assert "from shelves import connect" in text
+    assert "_hidden" not in text and "_own" not in text and "silent" not in text
+
+
+def test_every_public_name_of_the_store_is_on_the_page() -> None:
+    named = {name for names in api.NAMES.values() for name in names}
+    for package in (crossmedia, featurestore):
+        assert {f"{package.__name__}.{name}" for name in package.__all__} <= named
+    text = api.page()
+    titles = re.findall(r"^### `(\w+)`", text, re.MULTILINE)
+    assert titles == [name.rpartition(".")[2] for names in api.NAMES.values() for name in names]
