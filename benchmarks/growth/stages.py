@@ -71,7 +71,7 @@ class Shop:
         session_N = np.repeat(np.arange(sessions), SESSION)
         item_N = self._items(draw, len(session_N))
         chance_N = 1 / (1 + np.exp(1.5 - self._quality()[item_N]))
-        return pa.table(
+        return _table(
             {
                 "timestamp": _times(np.repeat(start_S, SESSION) + np.tile(np.arange(SESSION), sessions)),
                 "user": np.repeat(draw.integers(0, self.users, sessions), SESSION),
@@ -84,7 +84,7 @@ class Shop:
 
     def _done(self, draw: np.random.Generator, day: int) -> pa.Table:
         count = _BEHAVIORS * self.impressions // DAYS
-        return pa.table(
+        return _table(
             {
                 "timestamp": _times(np.sort(draw.integers(0, _DAY_S, count)) + _FIRST_S + day * _DAY_S),
                 "user": draw.integers(0, self.users, count),
@@ -98,6 +98,10 @@ class Shop:
 
     def _quality(self) -> NDArray[np.float32]:
         return np.random.default_rng([self.seed, 3]).standard_normal(self.users, dtype=np.float32)
+
+
+def _table(columns: dict[str, Any]) -> pa.Table:
+    return pa.table(columns)
 
 
 def _of_items(item_N: Int64) -> dict[str, Any]:

@@ -38,8 +38,8 @@ from trainer.schema import DEFAULT_SCHEMA
 pytestmark = pytest.mark.long
 
 TOLERANCE = 2e-5
-KINDS = ["lr", "din_inputs", "finalmlp", "two_tower", "contents", "gallery_max", "exact", "images_none"]
-KINDS += ["images_behavior"]
+KINDS = ["lr", "din_inputs", "contents", "gallery_max", "exact", "images_none", "images_behavior"]
+"""Every kind of columns, images and tables that the pages tell apart; of nets they know nothing."""
 OF_BEHAVIORS = ["behavior_item", "behavior_image", "behavior_category", "behavior_shop", "behavior_age"]
 OF_BEHAVIORS += ["behavior_gallery"]
 TEST = Path("test/day=2026-01-01.parquet")
