@@ -12,7 +12,7 @@ from explorer.errors import NotHereError
 from explorer.places import Places
 from featurestore import key_of_uri
 from featurestore.storage.storage import Storage
-from tests.explorer.pages.reading import Reader
+from tests.explorer.serving import Reader
 from tests.explorer.stores import make_store, rows
 from tests.explorer.world import World
 from tests.pipeline.conftest import draw_photo, encode_image

@@ -11,7 +11,7 @@ from explorer.pages import images as pages
 from explorer.server import application
 from featurestore import FeatureStore, key_of_uri
 from featurestore.upkeep.remake import remake
-from tests.explorer.pages.reading import Reader, Reading
+from tests.explorer.serving import Reader, Reading
 from tests.explorer.stores import make_store, rows, storied
 from tests.explorer.world import ADDED, BROKEN, COPIED, COPY, HOSTILE, PLAIN, UNKNOWN
 
