@@ -90,6 +90,7 @@ def _pipes(folder: Path) -> dict[str, object]:
         **{f"pipe_{suffix}": f"pipe.{suffix}" for suffix in ("parquet", "npy", "csv", "yaml")},
         "pipelogs": "logs-pipe/impressions/0.parquet",
         "pipesamples": "samples-pipe/train/day=2026-01-01.parquet",
+        "pipetest": "samples-pipe/test/day=2026-01-02.parquet",
         "pipeimages": "images-pipe/data.0",
         "pipestore": "store-pipe/store.json",
     }
