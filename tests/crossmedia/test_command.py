@@ -145,24 +145,24 @@ def test_the_console_script_is_the_function_here() -> None:
 
 @pytest.mark.long
 def test_a_help_is_quick(tmp_path: Path) -> None:
-    """By the processor's time, of the best of three."""
+    """By the processor's time, in one of three tries."""
     for words in (["--help"], ["train", "--help"], ["extract", "--help"], ["serve", "--help"]):
-        taken = []
-        for _ in range(3):
+        taken, most_s = [], QUICK_S if words == ["--help"] else QUICK_S * BUSY
+        while len(taken) < 3 and min(taken, default=most_s) >= most_s:
             before = os.times()
             start = time.monotonic()
             started(*words, folder=tmp_path)
             after = os.times()
             used = after.children_user + after.children_system - before.children_user - before.children_system
             taken.append(min(used, time.monotonic() - start))
-        assert min(taken) < (QUICK_S if words == ["--help"] else QUICK_S * BUSY), (words, taken)
+        assert min(taken) < most_s, (words, taken)
 
 
 @pytest.mark.services
 def test_a_job_runs_on_a_local_cluster_of_its_own_options(tmp_path: Path) -> None:
     """Its message comes from the function that dask-submit calls, and its own exit code is the command's."""
-    done = started("samples", "-n", "2", "--threads-per-worker", "1", "--logs", "missing", folder=tmp_path)
-    assert re.search(r"scheduler tcp://127\.0\.0\.1:\d+, workers 2, threads 2\n", done.stderr)
+    done = started("samples", "-n", "1", "--threads-per-worker", "1", "--logs", "missing", folder=tmp_path)
+    assert re.search(r"scheduler tcp://127\.0\.0\.1:\d+, workers 1, threads 1\n", done.stderr)
     assert done.returncode == 2 and re.search(r"^error: .*missing", done.stderr, re.MULTILINE)
 
 
