@@ -116,7 +116,7 @@ format: $(FOR_TESTS) ## Rewrite the sources in the project's style
 
 docs: $(FOR_DOCS) ## Build docs/ as a site with search, in data/docs-site, and run the tutorial and the notebook
 	$(BIN)/python -m tools.site --out $(DOCS_DIR)
-	$(ON_PATH) $(IN_PARALLEL) -m pages tests/docs tests/tools
+	$(ON_PATH) $(IN_PARALLEL) -m pages tests/tools
 
 tree: ## Print every file with the line that says what it is for
 	@python3 tools/tree.py

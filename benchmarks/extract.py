@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from benchmarks.report import Figure, JsonPath, write_report
+from benchmarks.report import Figure, JsonPath, Section, write_sections
 from benchmarks.timing import in_turns
 from featurestore.console.commandline import CommandApp, run_app
 from pipeline.errors import StoreRunError
@@ -53,7 +53,7 @@ def main(
             draw_images(Path(folder), limit)
         locations = [ref.location for ref in list_images(images or folder).images[:limit]]
         figures = compare(locations, rounds, batch_size)
-    write_report(figures, json_file)
+    write_sections([Section("figures of this run", figures)], json_file)
 
 
 def draw_images(folder: Path, count: int) -> None:

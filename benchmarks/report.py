@@ -83,8 +83,3 @@ def write_sections(sections: Sequence[Section], path: Path | None = None) -> Non
         figures = {name: value for section in sections for name, value in section.flat().items()}
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, figures)
-
-
-def write_report(figures: Mapping[str, Figure], path: Path | None = None) -> None:
-    """Print `figures` as a table on stdout and, where `path` is given, write them there as one JSON object."""
-    write_sections([Section("figures of this run", figures)], path)

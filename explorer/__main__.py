@@ -76,7 +76,7 @@ def export(settings: ExportSettings) -> None:
     if not isinstance(run_path(out), Path):
         raise typer.BadParameter(f"{out} is an address: give a folder of this machine", param_hint="OUT")
     from explorer.export import export as write
-    from explorer.html.filters import size
+    from explorer.html.site import size
 
     settings.check()
     with progress_bar("pages and pictures") as bar:

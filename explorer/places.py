@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from explorer.errors import ExplorerError
+from featurestore.errors import UserError
 from featurestore.published.paths import RunPath, run_path
 from serving.settings import AccessSettings
 
@@ -69,6 +70,18 @@ class Places:
                 f"the run has a net of its own, model.base={base}, and pages import no code that a run names; if you "
                 f"trust the package, start the explorer with --nets {package}"
             )
+
+    def store_for(self, of_run: str) -> str | None:
+        """Choose the store of a run: None for its own, if it can be opened or no other is given, else the shown one."""
+        from featurestore.store import FeatureStore
+
+        if self.store is None:
+            return None
+        try:
+            FeatureStore.open(of_run)
+        except (UserError, OSError):
+            return self.store
+        return None
 
     def run(self, name: str) -> RunPath:
         """Return the folder of a run by its name, or NAME/DAY of trainer.daily. Raises ExplorerError for a path."""

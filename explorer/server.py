@@ -22,15 +22,14 @@ from starlette.responses import FileResponse, HTMLResponse, RedirectResponse, Re
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from explorer.data.images.visual import MOST_BYTES
+from explorer.data.visual import MOST_BYTES
 from explorer.errors import NotHereError
 from explorer.html.query import DRAINED
-from explorer.html.site import PICTURE, THUMBNAIL, NavItem, PageKind, Site
+from explorer.html.site import PICTURE, THUMBNAIL, PageKind, Site
 from explorer.pages.images import ImagePages
 from explorer.pages.impressions import ImpressionPages
 from explorer.pages.maps import MapPages
-from explorer.pages.model import ModelPages
-from explorer.pages.runs import RunPages
+from explorer.pages.runs import ModelPages, RunPages
 from explorer.pages.store import StorePages
 from explorer.places import ExplorerSettings
 from featurestore.errors import UserError
@@ -52,12 +51,7 @@ logger = logging.getLogger("explorer")
 
 
 class HomePages(PageKind):
-    """The page at /."""
-
-    @property
-    def nav(self) -> NavItem | None:
-        """None, as the site's name links to it."""
-        return None
+    """The page at /, which the site's name links to."""
 
     def routes(self) -> Sequence[Route]:
         """Return the route of the one page."""
@@ -73,11 +67,6 @@ _HOLDS_S = 60
 
 class PicturePages(PageKind):
     """Small pictures at /picture?uri=...&size=..."""
-
-    @property
-    def nav(self) -> NavItem | None:
-        """None, as pictures are parts of other pages."""
-        return None
 
     def routes(self) -> Sequence[Route]:
         """Return the one route, also without a folder of images: pages then show grey squares."""
@@ -122,9 +111,9 @@ HEADERS = {
 
 def application(site: Site) -> Starlette:
     """Make the application of a site."""
-    kinds = [kind(site) for kind in KINDS]
-    site.nav = [item for kind in kinds if (item := kind.nav) is not None]
-    site.questions = [question for kind in kinds if kind.nav is not None for question in kind.questions]
+    kinds = [kind(site) for kind in KINDS if not kind.needs or getattr(site.places, kind.needs) is not None]
+    site.nav = [kind.nav for kind in kinds if kind.nav is not None]
+    site.questions = [question for kind in kinds for question in kind.questions]
     routes: list[BaseRoute] = [route for kind in kinds for route in kind.routes()]
     routes.append(Route("/static/{name}", static))
 

@@ -13,10 +13,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
-from botocore.auth import S3SigV4Auth
-from botocore.awsrequest import AWSRequest
-from botocore.credentials import Credentials
-
 from tests.servers import ACCESS_KEY, REGION, SECRET_KEY
 
 CONDITION = "if-none-match"
@@ -104,6 +100,10 @@ class Proxy:
 
     def _signed(self, method: str, request: Request) -> Request:
         """Without the condition."""
+        from botocore.auth import S3SigV4Auth  # here: every process of tests imports this file, and few sign
+        from botocore.awsrequest import AWSRequest
+        from botocore.credentials import Credentials
+
         dropped = {CONDITION, "authorization", "x-amz-date", "x-amz-content-sha256", *HOP_HEADERS}
         headers = {name: value for name, value in request.headers.items() if name not in dropped}
         body = request.body if method == "PUT" else b""

@@ -50,7 +50,7 @@ def data_sets(
     train_rows: int | None = None,
 ) -> list[DataSet]:
     """List real logs, a user's own data sets, or the simulated ones: drawn clothes and, if given, photographs."""
-    from benchmarks.quality.logs import real_log
+    from benchmarks.quality.compare import real_log
 
     place = folder / f"{users}-users"
     try:
@@ -111,9 +111,8 @@ def main(
 
     The section "cold" is of ours alone: Embedding&MLP with the preset, two epochs, whatever --net and --epochs say.
     """
-    from benchmarks.quality.cold import cold_section
-    from benchmarks.quality.compare import Bench, ids_section, images_section
-    from benchmarks.quality.logs import logs_section
+    from benchmarks.quality.compare import Bench, ids_section, images_section, logs_section
+    from benchmarks.quality.heldout import cold_section
     from benchmarks.quality.runs import QualityRunError, fuxictr_python
 
     made = {"ids": ids_section, "images": images_section, "cold": cold_section, "logs": logs_section}

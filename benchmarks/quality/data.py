@@ -62,15 +62,8 @@ def simulated(folder: Path, users: int, photos: Path | None, labels: Path | None
     demo += ["--images", photos] if photos else []
     demo += ["--labels", labels] if labels else []
     pictures = photos or folder / "images"
-    extract: list[object] = [
-        "extract_features.py",
-        "--images",
-        pictures,
-        "--store",
-        folder / "features",
-        "--weights",
-        "random:0",
-    ]
+    extract: list[object] = ["extract_features.py", "--images", pictures, "--store", folder / "features"]
+    extract += ["--weights", "random:0"]
     samples: list[object] = ["build_samples.py", "--logs", folder / "logs", "--samples", folder / "samples"]
     if not (folder / "samples/summary.json").exists():
         for command in (demo, extract, samples):

@@ -35,8 +35,7 @@ def main(
     rounds: Annotated[int, typer.Option(help="Of all servers.", min=1)] = 3,
 ) -> None:
     """Measure the scorer over HTTP against FastAPI, and against itself without images."""
-    from benchmarks.serve.sections import measure_speed
-    from benchmarks.serve.world import World
+    from benchmarks.serve.sections import World, measure_speed
 
     knobs = Knobs(images=images, dim=dim, samples_per_rank=samples, steps=steps, test_samples=samples)
     with progress_bars() as progress:

@@ -46,8 +46,7 @@ class Part(StrEnum):
 def measure(bench: "Bench", limit_mb: int, parts: Collection[Part] = tuple(Part)) -> list[Section]:
     """Measure the sections of these parts, the headline first."""
     from benchmarks.store.limit import limit_figures
-    from benchmarks.store.peers import fill_peers
-    from benchmarks.store.sections import cache_figures, delta_figures, warm_figures
+    from benchmarks.store.sections import cache_figures, delta_figures, fill_peers, warm_figures
 
     held = bench.make_store()
     newest = replace(held, version=bench.add_deltas(held))

@@ -9,27 +9,160 @@ Cache builds all make the same files, from a warm page cache, in as many threads
 the same rows, compression, row groups and batches. The store checks a digest of each file and makes one of the rows,
 the plain ones check page checksums. "plain" has a list column of the features' bits in uint16. Ratios are of fastest
 rounds (see `benchmarks.timing.Timings`), those of medians beside them as `*_median`.
+
+Everything that the store's lookups are compared with, each as its users would have it and at its fastest.
+
+All find rows by keys, but for Lance, which takes row numbers and leaves the way from key to row to its user. All write
+into a given buffer, in the order asked, in one thread.
+
+- LMDB: one read transaction, values are views into its map. Filled in the order of its tree.
+- Lance: `take`, which is faster than a filter on the key with a scalar index. Its own threads all share one core.
 """
 
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import lance
+import lmdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from rich.progress import Progress
 
 from benchmarks.report import Figure, Section
-from benchmarks.store.data import DIM, NUM_DELTAS, Bench, Held, Indices, check_equal
-from benchmarks.store.peers import Peer, StorePeer
+from benchmarks.store.data import DIM, NUM_DELTAS, Bench, Held, Indices, Matrix, check_equal
 from benchmarks.timing import Timings, interleaved
 from featurestore import FeaturePartition, FeatureRows
 from featurestore.format.datafile import ROW_GROUP_BYTES
 from featurestore.lookup.cache import append_rows, open_or_build
+
+_BATCH_ROWS = 256
+_LANCE_ROWS = 8192
+
+
+class Peer(Protocol):
+    """One way to keep rows in files and to look them up; filled and opened when it is made."""
+
+    def lookup(self, index_U: Indices, out_UD: Matrix) -> None:
+        """Write the rows into `out_UD` in the order asked."""
+
+    def close(self) -> None:
+        """Let go of the files."""
+
+
+class StorePeer:
+    """This package: a partition with its mapped cache, in `cache`."""
+
+    def __init__(self, held: Held, cache: Path) -> None:
+        self.cache, self._held = cache, held
+        self.partition = FeaturePartition.load(held.store, cache_dir=cache, threads=1, version=held.version)
+
+    def lookup(self, index_U: Indices, out_UD: Matrix) -> None:
+        """Look up by key."""
+        self.partition.lookup(self._held.keys_N[index_U], out=out_UD)
+
+    def close(self) -> None:
+        """Unmap."""
+        self.partition.close()
+
+
+class LmdbPeer:
+    """LMDB by the key's eight bytes."""
+
+    def __init__(self, held: Held, folder: Path, progress: Progress) -> None:
+        self._keys, self._dtype = key_bytes(held), held.matrix_ND.dtype
+        size = int(held.matrix_ND.nbytes * 2.2) + (64 << 20)
+        environment = lmdb.open(str(folder), map_size=size, sync=False)
+        with environment.begin(write=True) as transaction:
+            for row in progress.track(np.argsort(held.keys_N.view(np.uint64)), description="fill LMDB"):
+                transaction.put(self._keys[row], held.matrix_ND[row].tobytes())
+        environment.close()
+        self._environment = lmdb.open(str(folder), map_size=size, readonly=True, lock=False)
+
+    def lookup(self, index_U: Indices, out_UD: Matrix) -> None:
+        """Look up in one transaction."""
+        keys, dtype = self._keys, self._dtype
+        with self._environment.begin(buffers=True) as transaction:
+            for place, row in enumerate(index_U.tolist()):
+                value: Any = transaction.get(keys[row])
+                out_UD[place] = np.frombuffer(value, dtype)
+
+    def close(self) -> None:
+        """Unmap."""
+        self._environment.close()
+
+
+class LancePeer:
+    """Lance with the feature as fixed-size binary."""
+
+    def __init__(self, held: Held, folder: Path, progress: Progress) -> None:
+        task = progress.add_task("fill Lance", total=None)
+        row_bytes = held.matrix_ND[0].nbytes
+        schema = pa.schema([("key", pa.int64()), ("feature", pa.binary(row_bytes))])
+
+        def batches() -> Iterator[pa.RecordBatch]:
+            for start in range(0, len(held.keys_N), _LANCE_ROWS):
+                rows = slice(start, start + _LANCE_ROWS)
+                buffer = pa.py_buffer(held.matrix_ND[rows].reshape(-1).data)
+                keys = pa.array(held.keys_N[rows])
+                feature = pa.FixedSizeBinaryArray.from_buffers(pa.binary(row_bytes), len(keys), [None, buffer])
+                yield pa.RecordBatch.from_arrays([keys, feature], schema=schema)
+
+        self._dataset = lance.write_dataset(batches(), str(folder), schema=schema)
+        progress.update(task, total=1, completed=1)
+
+    def lookup(self, index_U: Indices, out_UD: Matrix) -> None:
+        """Look up by row number."""
+        with on_one_core():
+            column: Any = self._dataset.take(pa.array(index_U), columns=["feature"])["feature"].combine_chunks()
+        width = column.type.byte_width
+        data = memoryview(column.buffers()[1])[column.offset * width : (column.offset + len(column)) * width]
+        out_UD[:] = np.frombuffer(data, out_UD.dtype).reshape(out_UD.shape)
+
+    def close(self) -> None:
+        """Let go of it."""
+        del self._dataset
+
+
+@contextmanager
+def on_one_core() -> Iterator[None]:
+    """Hold every thread of this process on one core; costs a microsecond a thread."""
+    allowed = os.sched_getaffinity(0)
+    _pin({max(allowed)})
+    try:
+        yield
+    finally:
+        _pin(allowed)
+
+
+def fill_peers(held: Held, folder: Path, progress: Progress) -> Mapping[str, Peer]:
+    """Make all peers, filled with the rows of `held`, below `folder`."""
+    folder.mkdir()
+    return {
+        "LMDB": LmdbPeer(held, folder / "lmdb", progress),
+        "Lance": LancePeer(held, folder / "lance", progress),
+    }
+
+
+def key_bytes(held: Held) -> list[bytes]:
+    """Write the key of each row as eight bytes, in the order of unsigned numbers."""
+    data = held.keys_N.view(np.uint64).astype(">u8").tobytes()
+    return [data[start : start + 8] for start in range(0, len(data), 8)]
+
+
+def _pin(allowed: set[int]) -> None:
+    for thread in os.listdir("/proc/self/task"):  # noqa: PTH208 - names alone are wanted
+        try:
+            os.sched_setaffinity(int(thread), allowed)
+        except ProcessLookupError:  # it has ended
+            continue
+
 
 _COLUMNS = {  # what is timed, and what the JSON calls it
     "numpy.take": "numpy_take",

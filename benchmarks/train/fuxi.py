@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from fuxictr.pytorch.layers.embeddings.pretrained_embedding import PretrainedEmbedding
 
-from benchmarks.train.model import Images, Model, occurrences, per_sample
+from benchmarks.train.rivals import Images, Model, occurrences, per_sample
 from featurestore import FeatureStore, to_float32
 from featurestore.lookup.partition import FeaturePartition
 from trainer.exchange.exchange import KeyRequest

@@ -89,13 +89,13 @@ class FileCache:
     suffix: str
     most: int
 
-    def path(self, digest: str, folder: Path | None = None) -> Path:
+    def path(self, digest: str) -> Path:
         """Return the place of what has this digest of its inputs. Raises StorageError."""
-        return (folder or explorer_cache()) / f"{self.prefix}{digest}{self.suffix}"
+        return explorer_cache() / f"{self.prefix}{digest}{self.suffix}"
 
-    def prune(self, folder: Path | None = None) -> None:
+    def prune(self) -> None:
         """Remove those used longest ago; existing memory maps stay valid."""
-        found = (folder or explorer_cache()).glob(f"{self.prefix}*{self.suffix}")
+        found = explorer_cache().glob(f"{self.prefix}*{self.suffix}")
         for old in sorted(found, key=lambda each: each.stat().st_mtime, reverse=True)[self.most :]:
             if old.is_dir():
                 shutil.rmtree(old, ignore_errors=True)

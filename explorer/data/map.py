@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from explorer.data.background import Task
 from explorer.data.cache import FileCache
-from explorer.data.vectors import visual_vectors
+from explorer.data.visual import visual_vectors
 from explorer.errors import ExplorerError
 from explorer.places import Places
 from featurestore.console.files import replaced_file
@@ -88,7 +88,7 @@ def make_map(places: Places, run: str, task: Task[Any], network: str | None = No
     if (known := read_points(file)) is not None:
         return known
     task.tell("lays out the images")
-    row_N = evenly(len(found.keys_N))
+    row_N = evenly(len(found.keys_N), MOST_POINTS)
     keys_N, vectors_NV = found.keys_N[row_N], found.vectors_NV[row_N]
     plane_N2 = principal(vectors_NV)
     task.tell("reads the test samples")
@@ -115,9 +115,9 @@ def make_map(places: Places, run: str, task: Task[Any], network: str | None = No
     return made
 
 
-def evenly(count: int) -> Int64Array:
-    """Choose at most MOST_POINTS of `count` rows, evenly."""
-    return np.unique(np.linspace(0, count - 1, min(count, MOST_POINTS)).astype(np.int64))
+def evenly(count: int, most: int) -> Int64Array:
+    """Choose at most `most` of `count` rows, evenly."""
+    return np.unique(np.linspace(0, count - 1, min(count, most)).astype(np.int64))
 
 
 def principal(vectors_NV: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -247,8 +247,7 @@ def cells(points: MapPoints) -> list[Cell]:
 
 def drawn(points: MapPoints) -> Int64Array:
     """Choose the points that are drawn, evenly."""
-    count = len(points.keys_N)
-    return np.unique(np.linspace(0, count - 1, min(count, MOST_DRAWN)).astype(np.int64))
+    return evenly(len(points.keys_N), MOST_DRAWN)
 
 
 def folder_of(uri: str) -> str:

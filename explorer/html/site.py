@@ -1,6 +1,8 @@
 """The site that all pages share: its places, pictures, templates and links."""
 
+import datetime
 import json
+import math
 import posixpath
 import re
 from abc import ABC, abstractmethod
@@ -8,22 +10,26 @@ from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 from urllib.parse import quote, urlencode
 
 import jinja2
 import xxhash
 from markupsafe import Markup
+from rich.filesize import decimal
 from starlette.requests import Request
 from starlette.responses import HTMLResponse
 from starlette.routing import Route
 
 from explorer.data.background import Background, Task
-from explorer.data.images.visual import ImageRuns
+from explorer.data.impressions.explained import name_of, percent, points
 from explorer.data.impressions.open_runs import TrainedRuns
 from explorer.data.pictures import Pictures
-from explorer.html.filters import FILTERS
+from explorer.data.visual import ImageRuns
 from explorer.places import Places
+from featurestore.console.output import figure
+from featurestore.log import utc_text
+from featurestore.text import count_text, printable
 
 Param = str | int | float | bool | None
 
@@ -59,6 +65,61 @@ def file_of(address: str) -> str:
 def relative(target: str, page: str) -> str:
     """Return the relative path from one file of an exported folder to another."""
     return posixpath.relpath(target, posixpath.dirname(page) or ".")
+
+
+DASH = "–"
+
+
+def number(value: float | int | None, digits: int | None = None) -> str:
+    """Format a number: integers with commas, others with `digits` decimals or as in tables; a dash for None."""
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return DASH
+    if digits is not None:
+        return f"{value:,.{digits}f}"
+    return f"{value:,}" if isinstance(value, int) else figure(value)
+
+
+def things(value: int | None, thing: str) -> str:
+    """Format a number with its noun, e.g. `1 row` or `2,000 rows`; a dash for None."""
+    return f"{DASH} {thing}s" if value is None else count_text(value, thing)
+
+
+def signed(value: float | None, digits: int = 4) -> str:
+    """Write a difference with its sign."""
+    return DASH if value is None or not math.isfinite(value) else f"{value:+.{digits}f}"
+
+
+def size(value: int | None) -> str:
+    """Write a number of bytes, e.g. 3.1 MB."""
+    return DASH if value is None else decimal(value)
+
+
+def time(value: float | None) -> str:
+    """Write a time in seconds since 1970 as UTC."""
+    return DASH if value is None else utc_text(value)
+
+
+def ago(value: float | None) -> str:
+    """Format the age of a time roughly, e.g. `3 minutes ago`."""
+    if value is None:
+        return DASH
+    seconds = datetime.datetime.now(datetime.UTC).timestamp() - value
+    for name, length in (("day", 86_400), ("hour", 3_600), ("minute", 60)):
+        if seconds >= length:
+            count = int(seconds // length)
+            return f"{count} {name}{'s' if count > 1 else ''} ago"
+    return "just now"
+
+
+FILTERS = {
+    "number": number,
+    "things": things,
+    "signed": signed,
+    "size": size,
+    "time": time,
+    "ago": ago,
+    "plain": printable,
+}
 
 
 THUMBNAIL = 160
@@ -146,7 +207,14 @@ class Site:
         )
         environment.filters.update(FILTERS)
         environment.globals.update(
-            site=self, url=self.url, picture=self.picture, script_json=script_json, frozen=self.frozen
+            site=self,
+            url=self.url,
+            picture=self.picture,
+            script_json=script_json,
+            frozen=self.frozen,
+            percent=percent,
+            points=points,
+            name_of=name_of,
         )
         return environment
 
@@ -199,32 +267,22 @@ def script_json(value: Any) -> Markup:
     return Markup("".join(escapes.get(each, each) for each in text))
 
 
-def pages_of(items: Sequence[Any], page: int, per_page: int) -> tuple[Sequence[Any], int]:
-    """Return one page of a sequence, and the number of pages, at least one."""
-    num_pages = max(1, -(-len(items) // per_page))
-    page = min(max(page, 1), num_pages)
-    return items[(page - 1) * per_page : page * per_page], num_pages
-
-
 class PageKind(ABC):
     """Pages of one kind. Endpoints are plain functions `(request) -> response`: starlette runs them in threads."""
+
+    needs: ClassVar[str] = ""
+    """The place without which there are no such pages, as `Places` names it; empty: none."""
+    nav: ClassVar[NavItem | None] = None
+    """The entry of the navigation."""
+    questions: ClassVar[Sequence[Question]] = ()
+    """The most frequent questions that these pages answer, for the first page."""
 
     def __init__(self, site: Site) -> None:
         self.site = site
 
-    @property
-    @abstractmethod
-    def nav(self) -> NavItem | None:
-        """The entry of the navigation; None if the places of these pages are not given."""
-
-    @property
-    def questions(self) -> Sequence[Question]:
-        """List the questions that these pages answer, for the first page; called only if their places are given."""
-        return ()
-
     @abstractmethod
     def routes(self) -> Sequence[Route]:
-        """List the routes; a kind without its places has none."""
+        """List the routes."""
 
     def waits(self, request: Request, part: str) -> bool:
         """Return whether to compute a slow part before the page is sent: with `wait=PART`, and in an export."""

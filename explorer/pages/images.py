@@ -13,7 +13,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from explorer.data.cache import LruCache
-from explorer.data.images.neighbours import (
+from explorer.data.neighbours import (
     Neighbours,
     Space,
     nearest_features,
@@ -21,10 +21,9 @@ from explorer.data.images.neighbours import (
     only_in,
     shared,
 )
-from explorer.data.images.rows import ImageNames, find_exactly, find_key, find_part
-from explorer.data.images.visual import MOST_BYTES, blocks_of, embed, feature_of_picture, vector_of
 from explorer.data.pictures import shrunk
-from explorer.data.store.listing import name_of, open_snapshot
+from explorer.data.snapshots import ImageNames, find_exactly, find_key, find_part, name_of, open_snapshot
+from explorer.data.visual import MOST_BYTES, blocks_of, embed, feature_of_picture, vector_of
 from explorer.errors import ExplorerError, NotHereError
 from explorer.html.query import Paging, read_upload, whole, whole_in
 from explorer.html.query import snapshot as asked_snapshot
@@ -56,32 +55,24 @@ class SoughtFeature(NamedTuple):
 class ImagePages(PageKind):
     """Pages below /images, of a store."""
 
+    needs = "store"
+    nav = NavItem("Images", "/images")
+    questions = (
+        Question(
+            "What is an image similar to?",
+            "/images",
+            "Search, then its neighbours by features, and by what a run has learned.",
+        ),
+    )
+
     def __init__(self, site: Site) -> None:
         super().__init__(site)
         self._names, self._runs = ImageNames(), site.image_runs
         self._features: LruCache[Neighbours] = LruCache(500)
         self._network = Lock()
 
-    @property
-    def nav(self) -> NavItem | None:
-        """Search and browsing."""
-        return NavItem("Images", "/images") if self.site.places.store is not None else None
-
-    @property
-    def questions(self) -> Sequence[Question]:
-        """List the most frequent questions."""
-        return [
-            Question(
-                "What is an image similar to?",
-                "/images",
-                "Search, then its neighbours by features, and by what a run has learned.",
-            ),
-        ]
-
     def routes(self) -> Sequence[Route]:
         """List the routes: search, one image, and neighbours of an uploaded picture."""
-        if self.site.places.store is None:
-            return []
         upload = [] if self.site.frozen else [Route("/images/like", self.like, methods=["POST"])]
         return [
             Route("/images", self.search),

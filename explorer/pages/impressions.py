@@ -10,17 +10,16 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from explorer.data.images.visual import MOST_BYTES, why_not
-from explorer.data.impressions.another_picture import PictureNames, check_sent, score_chosen, score_sent
 from explorer.data.impressions.explained import (
     Candidate,
     Explanation,
     OtherPicture,
+    PictureNames,
+    check_sent,
     explain,
-    name_of,
     on_missing,
-    percent,
-    points,
+    score_chosen,
+    score_sent,
     sentence,
     weighing,
     with_other_pictures,
@@ -30,9 +29,10 @@ from explorer.data.impressions.impression_list import CLICKED, ORDERS, Clicked, 
 from explorer.data.impressions.open_runs import At, OpenedRun
 from explorer.data.pictures import shrunk
 from explorer.data.runs.folders import RunSummary
+from explorer.data.visual import MOST_BYTES, why_not
 from explorer.errors import ExplorerError, NotHereError
-from explorer.html.query import number_of, read_upload
-from explorer.html.site import NavItem, PageKind, Question, Site, pages_of
+from explorer.html.query import Paging, number_of, read_upload
+from explorer.html.site import NavItem, PageKind, Question, Site
 from featurestore.errors import SnapshotNotFoundError, UserError
 from featurestore.keys import key_of_uri
 from featurestore.store import FeatureStore
@@ -51,43 +51,35 @@ class ListQuestion:
     order: Order = "effect"
     clicked: Clicked = "any"
     query: str = ""
-    page: int = 1
 
-    def params(self, **changes: Any) -> dict[str, Any]:
-        """Return the parameters of the address of this query."""
-        asked = {"run": self.run, "order": self.order, "clicked": self.clicked, "q": self.query or None} | changes
-        defaults = {"order": "effect", "clicked": "any", "page": 1}
-        return {name: value for name, value in asked.items() if value is not None and defaults.get(name) != value}
+    @property
+    def params(self) -> dict[str, str]:
+        """The parameters of the address of this query, without its page."""
+        asked = {"run": self.run, "order": self.order, "clicked": self.clicked, "q": self.query}
+        defaults = {"order": "effect", "clicked": "any", "q": ""}
+        return {name: value for name, value in asked.items() if defaults.get(name) != value}
 
 
 class ImpressionPages(PageKind):
     """The pages below /impressions."""
+
+    needs = "runs"
+    nav = NavItem("Impressions", LIST)
+    questions = (
+        Question(
+            "Why did this ad get this score?",
+            LIST,
+            "A user with the pictures of the history, the ads with and without images, and with another picture.",
+        ),
+    )
 
     def __init__(self, site: Site) -> None:
         super().__init__(site)
         self.runs = site.trained_runs
         self.names = PictureNames(site.places.store)
 
-    @property
-    def nav(self) -> NavItem | None:
-        """The entry Impressions, if runs are given."""
-        return NavItem("Impressions", LIST) if self.site.places.runs is not None else None
-
-    @property
-    def questions(self) -> Sequence[Question]:
-        """List the most frequent questions."""
-        return [
-            Question(
-                "Why did this ad get this score?",
-                "/impressions",
-                "A user with the pictures of the history, the ads with and without images, and with another picture.",
-            ),
-        ]
-
     def routes(self) -> Sequence[Route]:
         """List the routes: the list, a group, and a group with an uploaded picture."""
-        if self.nav is None:
-            return []
         return [
             Route(LIST, self.listing),
             Route(LIST + "/{run}/{number}", self.group),
@@ -105,9 +97,10 @@ class ImpressionPages(PageKind):
             return self.site.page(request, "impressions/empty.html", title="Impressions")
         asked = self._question(request, runs)
         context: dict[str, Any] = {"runs": runs, "asked": asked, "orders": ORDERS, "clicked": CLICKED, "problem": ""}
+        context["asked_page"] = request.query_params.get("page")
         context["is_there"] = self.waits(request, "list") or self.runs.is_listed(asked.run)
         try:
-            context |= self._listed(asked) if context["is_there"] else {}
+            context |= self._listed(request, asked) if context["is_there"] else {}
         except UserError as error:
             context["problem"] = one_line(error)
         return self.site.page(request, "impressions/list.html", title="Impressions", **context)
@@ -153,9 +146,6 @@ class ImpressionPages(PageKind):
             chosen=explanation.chosen,
             score=score,
             names=names,
-            name_of=name_of,
-            percent=percent,
-            points=points,
         )
 
     def _question(self, request: Request, runs: Sequence[RunSummary]) -> ListQuestion:
@@ -166,11 +156,9 @@ class ImpressionPages(PageKind):
         run = params.get("run") or runs[0].name
         if run not in {each.name for each in runs}:
             raise NotHereError(f"there is no run {run[:60]!r} with a checkpoint")
-        page = params.get("page", "1")
-        number = int(page) if page.isascii() and page.isdigit() and len(page) < 10 else 1
-        return ListQuestion(run, order, clicked, params.get("q", "").strip()[:_MOST_TYPED], number)
+        return ListQuestion(run, order, clicked, params.get("q", "").strip()[:_MOST_TYPED])
 
-    def _listed(self, asked: ListQuestion) -> dict[str, Any]:
+    def _listed(self, request: Request, asked: ListQuestion) -> dict[str, Any]:
         with self.runs.use(asked.run) as opened:
             scored = scored_of(opened)
             found = scored.chosen(asked.order, asked.clicked, asked.query)
@@ -185,23 +173,19 @@ class ImpressionPages(PageKind):
                 keys = [image.key for image in part.images] if part else []
                 found = scored.chosen(asked.order, asked.clicked, "", keys)
             per_page = PER_FROZEN_PAGE if self.site.frozen else PER_PAGE
-            numbers, num_pages = pages_of(found.tolist(), asked.page, per_page)
-            rows = scored.rows(numbers)
+            paging = Paging.of(request, len(found), per_page)
+            rows = scored.rows(found[paging.first : paging.first + per_page])
             pictures = [PictureName(row.picture, None) for row in rows if row.picture is not None]
             return {
                 "rows": rows,
                 "names": self._names(opened, pictures),
-                "found": len(found),
                 "scored": scored,
                 "elsewhere": elsewhere,
                 "part": part if len(found) else None,
-                "num_pages": 1 if self.site.frozen else num_pages,
-                "shown_page": min(max(asked.page, 1), num_pages),
+                "paging": paging,
                 "sees_images": opened.sees_images,
                 "knows_missing": opened.knows_missing,
                 "on_missing": on_missing(opened),
-                "percent": percent,
-                "points": points,
             }
 
     def _explained(self, request: Request, run: str, number: int, at: At) -> dict[str, Any]:
@@ -227,9 +211,6 @@ class ImpressionPages(PageKind):
                 "why": explanation,
                 "shown_ads": _shown(explanation),
                 "names": names,
-                "name_of": name_of,
-                "percent": percent,
-                "points": points,
                 "sentence": sentence(explanation, names),
                 "on_missing": on_missing(opened),
                 "weighing": weighing(opened),

@@ -23,26 +23,18 @@ from featurestore.text import one_line
 class MapPages(PageKind):
     """The page at /map, and its points as a file."""
 
-    @property
-    def nav(self) -> NavItem | None:
-        """The entry Map, if runs are given."""
-        return NavItem("Map", "/map") if self.site.places.runs is not None else None
-
-    @property
-    def questions(self) -> Sequence[Question]:
-        """List the question that the map answers."""
-        return [
-            Question(
-                "What has a run learned of all images?",
-                "/map",
-                "Images in a plane, near where they are alike, by folder or click-through rate.",
-            )
-        ]
+    needs = "runs"
+    nav = NavItem("Map", "/map")
+    questions = (
+        Question(
+            "What has a run learned of all images?",
+            "/map",
+            "Images in a plane, near where they are alike, by folder or click-through rate.",
+        ),
+    )
 
     def routes(self) -> Sequence[Route]:
         """Return the routes of the page and of its file."""
-        if self.nav is None:
-            return []
         return [
             Route("/map", self.map),
             Route("/map/points.parquet", self.points),

@@ -1,4 +1,4 @@
-"""Pages of runs: the list, one run, several side by side, and the value of images; live while a run trains."""
+"""Pages of runs: the list, one run, several side by side, the value of images, and the model published of one."""
 
 import itertools
 import shlex
@@ -24,14 +24,19 @@ from explorer.data.runs.comparing import (
     read_evaluation,
 )
 from explorer.data.runs.curves import CurveReader, Curves, StageTime, stages_of_report
-from explorer.data.runs.folders import METRICS, RunFacts, list_runs, open_run, read_facts, run_names
+from explorer.data.runs.folders import METRICS, RunFacts, open_run, read_facts, read_runs, run_names
 from explorer.errors import ExplorerError
 from explorer.html import charts
+from explorer.html.query import Paging
 from explorer.html.site import NavItem, PageKind, Question, Site
 from explorer.places import Places
-from featurestore.errors import StorageError, UserError
+from featurestore.errors import FeatureStoreError, StorageError, UserError
 from featurestore.published.paths import RunPath, run_path
+from featurestore.storage.storage import Storage
+from featurestore.store import FeatureStore
 from featurestore.text import one_line
+from serving.bundle.log import known_versions, read_version
+from serving.bundle.published import list_versions, newest_vectors
 from trainer.schema.fields import SETTINGS_FILE
 
 _PER_PAGE = 50
@@ -48,33 +53,25 @@ _TEST_CURVES = ("gauc", "auc", "logloss", "new_ad_auc")
 class RunPages(PageKind):
     """Pages below /runs."""
 
+    needs = "runs"
+    nav = NavItem("Runs", "/runs")
+    questions = (
+        Question(
+            "What are the images worth?",
+            "/worth",
+            "Runs side by side whose images alone differ, and whether their difference is chance.",
+        ),
+        Question(
+            "How is the training going?", "/runs", "All runs, their curves and settings; two to six side by side."
+        ),
+    )
+
     def __init__(self, site: Site) -> None:
         super().__init__(site)
         self._curves = CurveReader()
 
-    @property
-    def nav(self) -> NavItem | None:
-        """The entry Runs, if runs are given."""
-        return NavItem("Runs", "/runs") if self.site.places.runs is not None else None
-
-    @property
-    def questions(self) -> Sequence[Question]:
-        """List the most frequent questions."""
-        return [
-            Question(
-                "What are the images worth?",
-                "/worth",
-                "Runs side by side whose images alone differ, and whether their difference is chance.",
-            ),
-            Question(
-                "How is the training going?", "/runs", "All runs, their curves and settings; two to six side by side."
-            ),
-        ]
-
     def routes(self) -> Sequence[Route]:
         """List the routes."""
-        if self.site.places.runs is None:
-            return []
         return [
             Route("/runs", self.overview),
             Route("/runs/compare", self.compare),
@@ -89,8 +86,9 @@ class RunPages(PageKind):
 
     def overview(self, request: Request) -> Response:
         """Show the runs, last changed first, with the settings in which they differ."""
-        number = _number(request.query_params.get("page", ""))
-        runs, count = list_runs(self.site.places, number, _PER_PAGE)
+        names = run_names(self.site.places)
+        paging = Paging.of(request, len(names), _PER_PAGE)
+        runs = read_runs(self.site.places, names[paging.first : paging.first + _PER_PAGE])
         rows = [row for row in differing(runs) if row.is_figure][:_MOST_COLUMNS] if runs else []
         return self.site.page(
             request,
@@ -101,9 +99,7 @@ class RunPages(PageKind):
             value=lambda run, name: comparing.text_of(run.settings[name]) if name in run.settings else "–",
             metrics=METRICS,
             titles=TITLES,
-            count=count,
-            number=number,
-            num_pages=max(1, -(-count // _PER_PAGE)),
+            paging=paging,
             group=[run.name for run in _first_group(runs)],
         )
 
@@ -139,7 +135,7 @@ class RunPages(PageKind):
 
     def worth(self, request: Request) -> Response:
         """Show runs side by side that differ only in their images."""
-        runs = list_runs(self.site.places, 1, _MOST_LOOKED_AT)[0]
+        runs = read_runs(self.site.places, run_names(self.site.places)[:_MOST_LOOKED_AT])
         group = [run.name for run in _first_group(runs)]
         if not group:
             commands = _worth_commands(self.site.places, runs)
@@ -311,5 +307,51 @@ def _stores(facts: RunFacts) -> list[SettingRow]:
     ]
 
 
-def _number(text: str) -> int:
-    return max(1, int(text[:6])) if text.isascii() and text.isdigit() else 1
+MODEL = "/model"
+_MOST_VERSIONS = 50
+_METRICS = ("auc", "gauc", "logloss", "new_ad_auc")
+
+
+class ModelPages(PageKind):
+    """The page at /model."""
+
+    needs = "model"
+    nav = NavItem("Model", MODEL)
+    questions = (
+        Question(
+            "Which model is in use, and how old are its vectors?",
+            MODEL,
+            "The versions of the published model, the run of each, and the snapshots of its vectors.",
+        ),
+    )
+
+    def routes(self) -> Sequence[Route]:
+        """Return the route of the one page."""
+        return [Route(MODEL, self.model)]
+
+    def model(self, request: Request) -> Response:
+        """Show the versions and the vectors of the one in use."""
+        assert self.site.places.model is not None
+        storage = Storage(self.site.places.model)
+        in_use = read_version(storage)
+        return self.site.page(
+            request,
+            "model.html",
+            title="Model",
+            url_of_model=storage.url,
+            in_use=in_use,
+            vectors=list(newest_vectors(storage, in_use)),
+            versions=list_versions(storage, _MOST_VERSIONS),
+            num_versions=len(known_versions(storage)),
+            newest_of=_newest_of,
+            metrics=_METRICS,
+            titles=TITLES,
+        )
+
+
+def _newest_of(url: str) -> int | None:
+    """Return the number of a feature store's newest snapshot; None if it cannot be read."""
+    try:
+        return FeatureStore.open(url).snapshot().version
+    except FeatureStoreError:
+        return None

@@ -10,8 +10,17 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from explorer.data.cache import LruCache
-from explorer.data.store.listing import live_rows, look_at, name_of, open_snapshot, version_before
-from explorer.data.store.snapshots import KINDS, Changes, Timeline, newest_at
+from explorer.data.snapshots import (
+    KINDS,
+    Changes,
+    Timeline,
+    live_rows,
+    look_at,
+    name_of,
+    newest_at,
+    open_snapshot,
+    version_before,
+)
 from explorer.errors import ExplorerError
 from explorer.html.query import Paging, choice, day, whole, whole_in
 from explorer.html.query import snapshot as asked_snapshot
@@ -37,36 +46,28 @@ class SnapshotsCompared(NamedTuple):
 class StorePages(PageKind):
     """Pages below /store. A page loads its slow parts by `wait=PART`."""
 
+    needs = "store"
+    nav = NavItem("Store", "/store")
+    questions = (
+        Question(
+            "Which images arrived since yesterday?",
+            "/store/arrived",
+            "Images added, changed and removed on a day, or in any period.",
+        ),
+        Question(
+            "Which images are broken?",
+            "/store/broken",
+            "Images that could not be read or decoded: why, since when, and the file.",
+        ),
+    )
+
     def __init__(self, site: Site) -> None:
         super().__init__(site)
         self._timeline, self._changes = Timeline(), Changes()
         self._rows: LruCache[int] = LruCache(100)
 
-    @property
-    def nav(self) -> NavItem | None:
-        """The entry Store, which leads to its first page."""
-        return NavItem("Store", "/store") if self.site.places.store is not None else None
-
-    @property
-    def questions(self) -> Sequence[Question]:
-        """List the most frequent questions."""
-        return [
-            Question(
-                "Which images arrived since yesterday?",
-                "/store/arrived",
-                "Images added, changed and removed on a day, or in any period.",
-            ),
-            Question(
-                "Which images are broken?",
-                "/store/broken",
-                "Images that could not be read or decoded: why, since when, and the file.",
-            ),
-        ]
-
     def routes(self) -> Sequence[Route]:
         """List a page for each question."""
-        if self.site.places.store is None:
-            return []
         return [
             Route("/store", self.overview),
             Route("/store/snapshots/{number}", self.snapshot),

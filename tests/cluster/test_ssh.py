@@ -50,18 +50,7 @@ def test_two_hosts_train_by_torchrun_too(shop: Shop, whole: Leg, tmp_path: Path)
     worker = [WORKER, run.notes(0), 0, *shop.settings_on_s3(f"{RUNS}/{tmp_path.name}")]
     jobs = {}
     for number, name in enumerate("ab"):
-        place = [
-            "--nnodes",
-            2,
-            "--node-rank",
-            number,
-            "--nproc-per-node",
-            1,
-            "--master-addr",
-            "a",
-            "--master-port",
-            29500,
-        ]
+        place = f"--nnodes 2 --node-rank {number} --nproc-per-node 1 --master-addr a --master-port 29500".split()
         log = tmp_path / f"{name}.txt"
         jobs[log] = shop.net[name].start(
             *python_words("-m", "torch.distributed.run", *place, *worker), log=log, env=shop.s3

@@ -11,8 +11,6 @@ import pytest
 import torch
 from PIL import Image
 
-from featurestore.format.rows import FeatureRows
-from featurestore.store import FeatureStore
 from serving.bundle.export import ExportOptions, export_model
 from tests.commands.calls import ROOT, call
 from tests.serving.bundle.conftest import no_network
@@ -79,8 +77,7 @@ def _files(folder: Path) -> dict[str, object]:
     np.save(folder / "matrix.npy", np.ones((3, 4), np.float32))
     found |= {"emptydir": folder / "emptydir", "there": folder / "[/x] there", "matrix": folder / "matrix.npy"}
     torch.save({"other": torch.zeros(2)}, folder / "otherweights.pt")
-    found |= {"otherweights": folder / "otherweights.pt", "xdl": folder / "xdl.txt", "photos": folder / "photos"}
-    (folder / "xdl.txt").write_text("s|g|item@5:1||1|100\n")
+    found |= {"otherweights": folder / "otherweights.pt", "photos": folder / "photos"}
     (folder / "photos").mkdir()
     Image.new("RGB", (40, 40)).save(folder / "photos" / "a.jpg")
     return found | _pipes(folder)
@@ -118,9 +115,7 @@ def _damaged(folder: Path, store: Path, run: object) -> dict[str, object]:
     manifest = json.loads((store / "log" / newest).read_text())
     for name, text in {
         "nan": json.dumps(manifest | {"time_s": float("nan")}),
-        "late": json.dumps(manifest | {"time_s": 1e30}),
         "deep": "[" * DEEP + "]" * DEEP,
-        "list": "[]",
         "huge": '{"format_version": ' + "9" * 5000 + "}",
     }.items():
         found[f"{name}store"] = shutil.copytree(store, folder / f"store-{name}")
@@ -134,15 +129,10 @@ def _damaged(folder: Path, store: Path, run: object) -> dict[str, object]:
     (folder / "info-deep" / "store.json").write_text("[" * DEEP + "]" * DEEP)
     found["listuse"] = shutil.copytree(folder / "model", folder / "use-list")
     (folder / "use-list" / "use" / f"{1:020}.json").write_text("[]")
-    found["barerun"] = shutil.copytree(str(run), folder / "run-bare")
-    _state_of(folder / "run-bare").write_text("{}")
     found["unsetrun"] = shutil.copytree(str(run), folder / "run-unset")
     (folder / "run-unset" / "config.yaml").write_text("")
     found["piperun"] = shutil.copytree(str(run), folder / "run-pipe")
     state = _state_of(folder / "run-pipe")
     state.unlink()
     os.mkfifo(state)
-    named = FeatureStore.create(folder / "[/x] store", FeatureStore.open(str(store)).info)
-    rows = FeatureRows.of(["[/x].jpg", "a\n\x1b[31m.jpg"], FeatureStore.open(str(store)).snapshot().get([1000, 1001]))
-    named.put(rows)
-    return found | {"named": folder / "[/x] store"}
+    return found

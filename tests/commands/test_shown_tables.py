@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.report import write_report
+from benchmarks.report import Section, write_sections
 from crossmedia import demo
 from featurestore.console.output import print_rows, text_console
 from trainer import daily as daytable
@@ -61,7 +61,7 @@ def of_days(folder: Path) -> list[str]:
 
 
 def of_benchmarks(_: Path) -> list[str]:
-    write_report({"samples_per_s_" + "of_all_" * 9: 1234567.0, "ratio": 0.12345})
+    write_sections([Section("t", {"samples_per_s_" + "of_all_" * 9: 1234567.0, "ratio": 0.12345})])
     return ["1,234,567", "0.1235"]
 
 

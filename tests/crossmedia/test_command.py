@@ -14,7 +14,7 @@ import pytest
 
 from crossmedia import command
 from crossmedia.command import ENTRIES, GROUPS, PROGRAM, load
-from featurestore.console.commandline import command_of, end_of_help, help_blocks, run_app
+from featurestore.console.commandline import command_of, end_of_help, help_blocks
 from tests.commands.calls import COMMANDS, ROOT
 
 LISTED = {
@@ -145,24 +145,24 @@ def test_the_console_script_is_the_function_here() -> None:
 
 @pytest.mark.long
 def test_a_help_is_quick(tmp_path: Path) -> None:
-    """By the processor's time, of the best of three."""
+    """By the processor's time, in one of three tries."""
     for words in (["--help"], ["train", "--help"], ["extract", "--help"], ["serve", "--help"]):
-        taken = []
-        for _ in range(3):
+        taken, most_s = [], QUICK_S if words == ["--help"] else QUICK_S * BUSY
+        while len(taken) < 3 and min(taken, default=most_s) >= most_s:
             before = os.times()
             start = time.monotonic()
             started(*words, folder=tmp_path)
             after = os.times()
             used = after.children_user + after.children_system - before.children_user - before.children_system
             taken.append(min(used, time.monotonic() - start))
-        assert min(taken) < (QUICK_S if words == ["--help"] else QUICK_S * BUSY), (words, taken)
+        assert min(taken) < most_s, (words, taken)
 
 
 @pytest.mark.services
 def test_a_job_runs_on_a_local_cluster_of_its_own_options(tmp_path: Path) -> None:
     """Its message comes from the function that dask-submit calls, and its own exit code is the command's."""
-    done = started("samples", "-n", "2", "--threads-per-worker", "1", "--logs", "missing", folder=tmp_path)
-    assert re.search(r"scheduler tcp://127\.0\.0\.1:\d+, workers 2, threads 2\n", done.stderr)
+    done = started("samples", "-n", "1", "--threads-per-worker", "1", "--logs", "missing", folder=tmp_path)
+    assert re.search(r"scheduler tcp://127\.0\.0\.1:\d+, workers 1, threads 1\n", done.stderr)
     assert done.returncode == 2 and re.search(r"^error: .*missing", done.stderr, re.MULTILINE)
 
 
@@ -190,12 +190,3 @@ def test_wrong_options_of_a_cluster(
     assert called(monkeypatch, "extract", *words) == 2
     message = capsys.readouterr().err
     assert where in message and text in message and message.count("\n") == 1
-
-
-def test_an_app_without_a_name_keeps_its_own(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["trainer.plan", "--help"])
-    with pytest.raises(SystemExit):
-        run_app(importlib.import_module("trainer.plan.__main__").app, "python -m trainer.plan")
-    assert "Usage: python -m trainer.plan" in capsys.readouterr().out

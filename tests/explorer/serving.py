@@ -1,17 +1,25 @@
-"""The explorer as a process of its own on loopback, as a thread, and as a folder of files."""
+"""The explorer as a process, as a thread, as a folder of files, and without a server, with its pages as read."""
 
+import itertools
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote_plus
 
 import uvicorn
+from starlette.applications import Starlette
+from starlette.testclient import TestClient
 from starlette.types import ASGIApp
 
+from explorer.html.site import Site
+from explorer.places import Places
+from explorer.server import application
 from tests.explorer.world import World
 from tests.serving.http.processes import ROOT, ServerProcess, ended
 
@@ -45,10 +53,6 @@ def in_thread(app: ASGIApp, **tls: Any) -> Iterator[str]:
 @contextmanager
 def pages_of(**places: object) -> Iterator[str]:
     """Serve the pages of these places in a thread; gives their address."""
-    from explorer.html.site import Site
-    from explorer.places import Places
-    from explorer.server import application
-
     named = Places(**{name: str(place) for name, place in places.items()})
     named.check()
     with in_thread(application(Site(named))) as url:
@@ -61,3 +65,76 @@ def exported(world: World, out: Path, *options: object) -> str:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr
+
+
+class Reading(HTMLParser):
+    """The words of a page, its elements' names, and the addresses of its links and pictures."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.words: list[str] = []
+        self.links: list[str] = []
+        self.pictures: list[str] = []
+        self.live: list[str] = []
+        self.elements: list[str] = []
+        self._silent = 0
+        self.feed(page)
+        self._check_headings()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = dict(attrs)
+        self.elements.append(tag)
+        self._silent += tag in ("script", "style")
+        if tag == "a":
+            self.links.append(given["href"] or "")
+        if tag == "img":
+            self.pictures.append(given["src"] or "")
+        if "hx-get" in given:
+            self.live.append(given["hx-get"] or "")
+        assert not [name for name in given if name.startswith("on")], given
+
+    def handle_endtag(self, tag: str) -> None:
+        self._silent -= tag in ("script", "style")
+
+    def handle_data(self, data: str) -> None:
+        if not self._silent:
+            self.words.append(data)
+
+    def _check_headings(self) -> None:
+        """Fail where there is not one h1, or a heading is more than one level below the one before."""
+        levels = [int(name[1]) for name in self.elements if name in ("h1", "h2", "h3", "h4")]
+        assert levels[:1] == [1], levels
+        assert levels.count(1) == 1, levels
+        assert all(after <= before + 1 for before, after in itertools.pairwise(levels)), levels
+
+    @property
+    def text(self) -> str:
+        """All words, one space between them."""
+        return " ".join(" ".join(self.words).split())
+
+    def uris(self) -> list[str]:
+        """The uris of the pictures."""
+        return [unquote_plus(each.partition("uri=")[2]) for each in self.pictures]
+
+
+def site_of(**places: object) -> Starlette:
+    """Make the application of some places."""
+    return application(Site(Places(**{name: str(place) for name, place in places.items()})))
+
+
+class Reader:
+    """Asks an application for pages."""
+
+    def __init__(self, **places: object) -> None:
+        self.client = TestClient(site_of(**places), raise_server_exceptions=False)
+
+    def read(self, path: str, status: int = 200, **params: object) -> Reading:
+        """Ask for a page, and for each part that it would ask for by itself. Fails for another status."""
+        answer = self.client.get(path, params=params or None)
+        assert answer.status_code == status, (answer.status_code, Reading(answer.text).text)
+        found = Reading(answer.text)
+        for part in found.live:
+            later = self.client.get(part)
+            assert later.status_code == 200, Reading(later.text).text
+            found = Reading(later.text)
+        return found

@@ -18,10 +18,6 @@ from tests.trainer.loop.full_disk import full_from
 _LINK = re.compile(r'(?:href|src|action)="([^"]*)"')
 
 
-def _places(world: World) -> Places:
-    return Places(store=str(world.store), runs=str(world.runs), samples=str(world.samples), images=str(world.images))
-
-
 def _broken(folder: Path) -> list[str]:
     """List the links of all pages that lead to no file of the folder."""
     broken, whole = [], folder.resolve()
@@ -45,9 +41,7 @@ def _silent(done: int, known: int) -> None:
 def exported_world(world: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[ExportedPages, Path]:
     """The whole shop with its runs, up to a limit: what was done, and the folder. Made once, in ten seconds."""
     folder = tmp_path_factory.mktemp("world") / "pages"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(folder.parent / "cache"))
-        return export(_places(world), folder, 250, _silent), folder
+    return export(world.places(model=world.model), folder, 250, _silent), folder
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +67,7 @@ def test_every_link_leads_to_a_file(exported_world: tuple[ExportedPages, Path]) 
 
 
 def test_beyond_the_limit_links_lead_to_a_page_that_says_so(world: World, tmp_path: Path) -> None:
-    exported = export(_places(world), tmp_path / "pages", 10, _silent)
+    exported = export(world.places(model=world.model), tmp_path / "pages", 10, _silent)
     assert exported.num_files == 10
     assert exported.num_left_out > 10
     assert _broken(tmp_path / "pages") == []
@@ -103,6 +97,8 @@ def test_pages_have_what_needs_no_server(
     assert "This copy of the pages has the first 12;" in first
     maps = _pages_of(exported_world[1], "map-")
     assert maps and all("mapgrid" in text and "parquet" not in text for text in maps)
+    (model,) = _pages_of(exported_world[1], "model-")
+    assert "Version 1 is in use" in model
     (worth,) = _pages_of(exported_world[1], "worth-")
     assert "Measured now on" in worth
 

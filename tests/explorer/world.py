@@ -14,9 +14,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from explorer.places import Places
 from featurestore.keys import key_of_uri
 from tests.pipeline.conftest import draw_photo, encode_image
-from tests.trainer.conftest import Places, nothing_drawn, sample_table
+from tests.trainer.conftest import Places as Settings
+from tests.trainer.conftest import nothing_drawn, sample_table
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -79,6 +81,11 @@ class World:
         """The bundle of the run `both`, version 1 in use."""
         return self.folder / "models" / "ctr"
 
+    def places(self, **others: object) -> Places:
+        """The places as the explorer has them, without the bundle; some of them others, or None."""
+        own = {name: getattr(self, name) for name in ("store", "runs", "samples", "images")}
+        return Places(**{name: place and str(place) for name, place in (own | others).items()})
+
     def options(self, *, model: bool = False) -> list[str]:
         """The options of `python -m explorer` that name these places."""
         places = {"store": self.store, "runs": self.runs, "samples": self.samples, "images": self.images}
@@ -106,7 +113,7 @@ def make_shop(folder: Path, client: "Client") -> World:
 
 
 def complete(world: World) -> World:
-    """Add samples, three trained runs, and one of them published, in about ten seconds."""
+    """Add samples, three trained runs, and one of them published without its network, in some seconds."""
     _write_samples(world)
     _train(world)
     _publish(world)
@@ -190,14 +197,15 @@ def _train(world: World) -> None:
         "ids-only": {"train__max_steps": 12, "model__images": "none"},
         "both-longer": {"train__max_steps": 24, "train__seed": 7},
     }.items():
-        train(load_config(settings=Places(world.folder).settings(run__name=name, **common, **changes)), SoloComm())
+        train(load_config(settings=Settings(world.folder).settings(run__name=name, **common, **changes)), SoloComm())
     with nothing_drawn():  # no page has the plots of a report
         for name in ("both", "ids-only"):
             evaluate_run(RunSource(world.runs / name), SoloComm(), resamples=50)
 
 
 def _publish(world: World) -> None:
-    from serving.bundle.export import ExportOptions, export_model, write_network
+    from serving.bundle.export import ExportOptions, export_model
+    from tests.serving.bundle.conftest import no_network
 
     options = ExportOptions(run=world.runs / "both", use=True)
-    export_model(str(world.model), options, network=write_network)
+    export_model(str(world.model), options, network=no_network)  # which no page needs

@@ -1,6 +1,7 @@
 """Where our servers listen unless they are told otherwise: on loopback, so that nobody else reaches them.
 
-docs/SECURITY.md has the same as a table. What takes longest runs with `make test-cluster`.
+docs/SECURITY.md has the same as a table. What takes longest runs with `make test-cluster`. As a program, a rank that
+has found the others, says so, and stays until its folder has a file `end`.
 """
 
 import contextlib
@@ -16,6 +17,7 @@ import pytest
 
 from tests.ranks import HOROVODRUN, ROOT, environment
 from tests.trainer.conftest import Places
+from trainer.comm import connect
 from trainer.comm.comm import launcher_of
 
 pytestmark = [pytest.mark.services, pytest.mark.long]
@@ -64,24 +66,18 @@ def all_ready(folder: Path, count: int) -> Callable[[str], bool]:
     return lambda _: all((folder / f"ready-{rank}").exists() for rank in range(count))
 
 
-def test_the_scorer(model: Path, tmp_path: Path) -> None:
-    words = [sys.executable, "-m", "serving", "serve", model, "--port", "0", "--workers", "2"]
-    with started(words, tmp_path, lambda log: "listening on" in log) as server:
-        found = listening(server)
-        assert found and set(found) <= set(LOOPBACK), found
-
-
-def test_the_explorer(places: Places, tmp_path: Path) -> None:
-    words = [sys.executable, "-m", "explorer", "--runs", places.folder, "--port", "0"]
-    with started(words, tmp_path, lambda log: "open http" in log) as server:
-        found = listening(server)
-        assert found and set(found) <= set(LOOPBACK), found
-
-
-def test_the_feature_server(places: Places, tmp_path: Path) -> None:
-    store = places.folder / "features"
-    words = [sys.executable, "-m", "featurestore", "serve", store, "--port", "0", "--cache-dir", tmp_path / "cache"]
-    with started(words, tmp_path, lambda log: "grpc" in log) as server:
+@pytest.mark.parametrize(
+    ("words", "ready"),
+    [
+        ("-m serving serve {data}/model --port 0 --workers 2", "listening on"),
+        ("-m explorer --runs {data} --port 0", "open http"),
+        ("-m featurestore serve {data}/features --port 0 --cache-dir {tmp}/cache", "grpc"),
+        pytest.param("-m tensorboard.main --logdir {data}/runs --port 0", "http://", marks=pytest.mark.cluster),
+    ],
+)
+def test_servers(words: str, ready: str, places: Places, tmp_path: Path) -> None:
+    words = words.format(data=places.folder, tmp=tmp_path)
+    with started([sys.executable, *words.split()], tmp_path, lambda log: ready in log) as server:
         found = listening(server)
         assert found and set(found) <= set(LOOPBACK), found
 
@@ -98,7 +94,7 @@ def test_a_dask_cluster_of_ours(tmp_path: Path) -> None:
 
 def test_ranks_of_horovodrun_on_one_machine(tmp_path: Path) -> None:
     """The rendezvous of the launcher among them: tools/build_horovod.sh binds it to one address."""
-    words = [HOROVODRUN, "--gloo", "-np", "2", sys.executable, ROOT / "tests" / "security" / "held.py", tmp_path]
+    words = [HOROVODRUN, "--gloo", "-np", "2", sys.executable, __file__, tmp_path]
     with started(words, tmp_path, all_ready(tmp_path, 2)) as launcher:
         found = listening(launcher)
         assert found and set(found) <= set(LOOPBACK), found
@@ -107,7 +103,7 @@ def test_ranks_of_horovodrun_on_one_machine(tmp_path: Path) -> None:
 @pytest.mark.cluster
 def test_ranks_of_torchrun_on_one_machine(tmp_path: Path) -> None:
     """The ranks listen on loopback; torch's store, in the launcher, everywhere: the exception in the table."""
-    words = [BIN / "torchrun", "--nproc-per-node", "2", ROOT / "tests" / "security" / "held.py", tmp_path]
+    words = [BIN / "torchrun", "--nproc-per-node", "2", __file__, tmp_path]
     with started(words, tmp_path, all_ready(tmp_path, 2)) as launcher:
         ranks = [address for child in launcher.children() for address in listening(child)]
         assert set(ranks) <= set(LOOPBACK), ranks
@@ -117,7 +113,7 @@ def test_ranks_of_torchrun_on_one_machine(tmp_path: Path) -> None:
 def test_ranks_that_we_start_by_torchrun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As the table says how a person does: nothing listens beyond loopback, the launcher neither."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)  # as where Horovod is not installed
-    words = [*launcher_of(2), ROOT / "tests" / "security" / "held.py", tmp_path]
+    words = [*launcher_of(2), __file__, tmp_path]
     monkeypatch.undo()
     monkeypatch.setenv("TMPDIR", str(tmp_path))  # torchrun leaves the file by which it found itself
     with started(words, tmp_path, all_ready(tmp_path, 2)) as launcher:
@@ -126,15 +122,16 @@ def test_ranks_that_we_start_by_torchrun(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.cluster
-def test_tensorboard(places: Places, tmp_path: Path) -> None:
-    words = [BIN / "tensorboard", "--logdir", places.folder / "runs", "--port", "0"]
-    with started(words, tmp_path, lambda log: "http://" in log) as server:
-        found = listening(server)
-        assert found and set(found) <= set(LOOPBACK), found
-
-
-@pytest.mark.cluster
 def test_one_rank_alone_listens_nowhere(tmp_path: Path) -> None:
-    words = [sys.executable, ROOT / "tests" / "security" / "held.py", tmp_path]
+    words = [sys.executable, __file__, tmp_path]
     with started(words, tmp_path, all_ready(tmp_path, 1)) as rank:
         assert listening(rank) == []
+
+
+if __name__ == "__main__":
+    comm, folder = connect(), Path(sys.argv[1])
+    assert comm.allgather_object(comm.rank, name="ranks") == list(range(comm.size))
+    (folder / f"ready-{comm.rank}").touch()
+    while not (folder / "end").exists():
+        time.sleep(0.05)
+    comm.close()

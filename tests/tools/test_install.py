@@ -165,13 +165,14 @@ class TestPython:
         assert (place.venv / "thesis.txt").exists()
 
 
-class TestWhatTargetsAdd:
-    @pytest.fixture
-    def installed(self, place: Place) -> Place:
-        place.python("python3", "3.11")
-        assert place.install().returncode == 0
-        return place
+@pytest.fixture
+def installed(place: Place) -> Place:
+    place.python("python3", "3.11")
+    assert place.install().returncode == 0
+    return place
 
+
+class TestWhatTargetsAdd:
     def add(self, place: Place, purpose: str, **environment: str) -> subprocess.CompletedProcess[str]:
         return place.run("tools/install_for.sh", ".venv", purpose, **environment)
 
@@ -190,22 +191,12 @@ class TestWhatTargetsAdd:
         assert "no wheel" in (installed.venv / "fuxictr.log").read_text()
         assert not (installed.venv / "fuxictr").exists(), "where it is, benchmarks.quality takes it"
 
-    def test_an_unknown_purpose_is_one_line(self, installed: Place) -> None:
-        done = self.add(installed, "fun")
-        assert (done.returncode, done.stderr) == (1, "fun: it should be tests, docs or peers\n")
-
 
 class TestHorovod:
     CPU, NCCL = f"horovod-0.28.1-{TAG}", f"horovod-0.28.1-{TAG}-NCCL"
 
-    @pytest.fixture
-    def installed(self, place: Place) -> Place:
-        place.python("python3", "3.11")
-        assert place.install().returncode == 0
-        assert place.wheels() == [self.CPU]
-        return place
-
     def test_is_installed_once(self, installed: Place) -> None:
+        assert installed.wheels() == [self.CPU]
         done = installed.build()
         assert (done.returncode, done.stdout) == (0, "horovod 0.28.1 is installed (CPU)\n")
         assert installed.wheels() == [self.CPU]
@@ -261,64 +252,49 @@ class TestHorovod:
 
 
 class TestWithoutHorovod:
-    @pytest.fixture
-    def left_out(self, place: Place) -> Place:
+    def test_needs_no_compiler_and_stays_without_until_it_is_asked_for(self, place: Place) -> None:
         place.python("python3", "3.11")
         (place.folder / "bin" / "c++").unlink()
         shutil.rmtree(place.folder / "cache")
         done = place.install(HOROVOD="no")
         assert done.returncode == 0, done.stderr
         assert "Horovod is left out: torchrun starts several ranks" in done.stdout
-        return place
-
-    def test_needs_no_compiler(self, left_out: Place) -> None:
-        assert left_out.wheels() == []
-        assert (left_out.venv / ".installed").read_text() == "PYTHON= HOROVOD_GPU_OPERATIONS= HOROVOD=no\n"
-
-    def test_stays_without_until_it_is_asked_for(self, left_out: Place) -> None:
-        assert left_out.install().returncode == 0
-        assert left_out.wheels() == []
-        done = left_out.install(HOROVOD="yes")
+        assert (place.venv / ".installed").read_text() == "PYTHON= HOROVOD_GPU_OPERATIONS= HOROVOD=no\n"
+        assert place.install().returncode == 0
+        assert place.wheels() == []
+        done = place.install(HOROVOD="yes")
         assert done.returncode == 1 and "No C++ compiler" in done.stderr
 
-    def test_takes_an_installed_one_away(self, place: Place) -> None:
-        place.python("python3", "3.11")
-        assert place.install().returncode == 0
-        assert (place.venv / "packages").read_text() == "horovod==0.28.1\n"
-        assert place.install(HOROVOD="no").returncode == 0
-        assert not (place.venv / "packages").exists()
-        assert place.install(HOROVOD_GPU_OPERATIONS="CPU").returncode == 0
-        assert (place.venv / "packages").read_text() == "horovod==0.28.1\n"
+    def test_takes_an_installed_one_away(self, installed: Place) -> None:
+        packages = installed.venv / "packages"
+        assert packages.read_text() == "horovod==0.28.1\n"
+        assert installed.install(HOROVOD="no").returncode == 0
+        assert not packages.exists()
+        assert installed.install(HOROVOD_GPU_OPERATIONS="CPU").returncode == 0
+        assert packages.read_text() == "horovod==0.28.1\n"
 
 
-class TestMakefile:
-    @pytest.fixture
-    def stamp(self, tmp_path: Path) -> Path:
-        file = tmp_path / ".installed"
-        file.write_text("PYTHON=python3.13 HOROVOD_GPU_OPERATIONS=\n")
-        return file
-
-    @pytest.mark.parametrize(
-        ("asked", "runs"),
-        [
-            ({}, False),
-            ({"PYTHON": "python3.13"}, False),
-            ({"PYTHON": "python3.12"}, True),
-            ({"HOROVOD_GPU_OPERATIONS": "NCCL"}, True),
-            ({"PYTHON": "python3.13", "HOROVOD_GPU_OPERATIONS": "NCCL"}, True),
-            ({"HOROVOD": "no"}, True),
-        ],
-    )
-    def test_the_script_runs_where_something_else_was_asked_for(
-        self, stamp: Path, asked: dict[str, str], runs: bool
-    ) -> None:
-        choices = ("PYTHON", "HOROVOD", "HOROVOD_GPU_OPERATIONS", "MAKEFLAGS")  # its own, where make runs the tests
-        clean = {name: value for name, value in os.environ.items() if name not in choices}
-        by_environment = ["make", "-n", "install", f"VENV={stamp.parent}"]
-        by_argument = [*by_environment, *(f"{name}={value}" for name, value in asked.items())]
-        for command, environment in ((by_environment, clean | asked), (by_argument, clean)):
-            done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
-            assert ("tools/install.sh" in done.stdout) is runs, done.stdout
+@pytest.mark.parametrize(
+    ("asked", "runs"),
+    [
+        ({}, False),
+        ({"PYTHON": "python3.13"}, False),
+        ({"PYTHON": "python3.12"}, True),
+        ({"PYTHON": "python3.13", "HOROVOD_GPU_OPERATIONS": "NCCL"}, True),
+        ({"HOROVOD": "no"}, True),
+    ],
+)
+def test_make_runs_the_script_where_something_else_was_asked_for(
+    tmp_path: Path, asked: dict[str, str], runs: bool
+) -> None:
+    (tmp_path / ".installed").write_text("PYTHON=python3.13 HOROVOD_GPU_OPERATIONS=\n")
+    choices = ("PYTHON", "HOROVOD", "HOROVOD_GPU_OPERATIONS", "MAKEFLAGS")  # its own, where make runs the tests
+    clean = {name: value for name, value in os.environ.items() if name not in choices}
+    by_environment = ["make", "-n", "install", f"VENV={tmp_path}"]
+    by_argument = [*by_environment, *(f"{name}={value}" for name, value in asked.items())]
+    for command, environment in ((by_environment, clean | asked), (by_argument, clean)):
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+        assert ("tools/install.sh" in done.stdout) is runs, done.stdout
 
 
 def test_the_newest_and_the_oldest_versions_have_environments_of_their_own(tmp_path: Path) -> None:
@@ -336,26 +312,6 @@ def test_named_releases_of_torch_are_installed(place: Place) -> None:
     place.python("python3", "3.11")
     assert place.install(TORCH="torch==2.13.0 torchvision==0.28.0").returncode == 0
     assert "-e .[explorer,notebook] torch==2.13.0 torchvision==0.28.0" in (place.venv / "installs").read_text()
-
-
-@pytest.mark.parametrize("version", ["3.12", "3.13"])
-def test_other_pythons_of_this_machine_compile_all_files(version: str) -> None:
-    """Without a warning of what they no longer take. `make test-versions` runs the tests on the newest one."""
-    known = [
-        Path(f"/usr/bin/python{version}"),
-        *Path(sys.base_prefix).parent.glob(f"{version}.*/bin/python"),
-    ]  # pyenv's
-    python = next((each for each in known if each.exists()), None)
-    if python is None:
-        pytest.skip(f"this machine has no Python {version}")
-    packages = re.findall(r"^PACKAGES := (.*)", (ROOT / "Makefile").read_text(), re.MULTILINE)[0].split()
-    files = [str(path) for folder in packages for path in (ROOT / folder).rglob("*.py")]
-    code = "import sys\nfor path in sys.stdin.read().split():\n    compile(open(path, 'rb').read(), path, 'exec')\n"
-    done = subprocess.run(
-        [python, "-W", "error::SyntaxWarning", "-c", code], input="\n".join(files), text=True,
-        stderr=subprocess.PIPE, check=False,
-    )  # fmt: skip
-    assert len(files) > 200 and done.returncode == 0, done.stderr
 
 
 def test_the_range_of_pythons_is_the_same_everywhere() -> None:

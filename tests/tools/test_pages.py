@@ -9,13 +9,18 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import griffe
 import pytest
 from torch.distributed.run import get_args_parser
 
+import crossmedia
+import featurestore
 from crossmedia.command import ENTRIES, PROGRAM, load
 from featurestore.console.commandline import CommandGroup
+from tools import api
 from tools import commands as commands_page
-from tools.site import WRITTEN, targets_of, text_of
+from tools.site import WRITTEN, targets_of
+from tools.site import text_of as made_text
 from trainer.config import load_config
 
 ROOT = Path(__file__).parents[2]
@@ -42,6 +47,12 @@ FOLDERS = "|".join(
 )
 
 
+@cache
+def text_of(page: str) -> str:
+    """The text of a page, also of one that is written when the site is built."""
+    return made_text(ROOT, page)
+
+
 def anchors(page: Path) -> set[str]:
     """The names by which links reach the sections of a page."""
     titles = re.findall(r"^#+ (.*)", page.read_text(), re.MULTILINE)
@@ -51,7 +62,7 @@ def anchors(page: Path) -> set[str]:
 def command_lines() -> Iterator[tuple[str, list[str]]]:
     """Every command line in a block of code of a page, as words; the examples in the help of each command too."""
     for page in (*NAMES, "docs/COMMANDS.md"):
-        blocks = re.findall(r"^ *```(\w*)\n(.*?)^ *```$", text_of(ROOT, page), re.MULTILINE | re.DOTALL)
+        blocks = re.findall(r"^ *```(\w*)\n(.*?)^ *```$", text_of(page), re.MULTILINE | re.DOTALL)
         for block in (text for language, text in blocks if not language):
             for line in map(str.strip, block.replace("\\\n", " ").splitlines()):
                 if re.match(r"(crossmedia|python|dask-submit|horovodrun|torchrun) ", line):
@@ -83,7 +94,7 @@ def test_files_that_a_page_names_are_there(name: str) -> None:
 
 @pytest.mark.parametrize("name", [*NAMES, "CHANGELOG.md", "docs/COMMANDS.md", "docs/API.md"])
 def test_links_lead_to_a_page_and_a_section(name: str) -> None:
-    page, text = ROOT / name, text_of(ROOT, name)
+    page, text = ROOT / name, text_of(name)
     assert not re.search(r"<(script|iframe)\b", text), "the site needs no network"
     for target in targets_of(text) | set(re.findall(r'(?:src|href)="([^"]+)"', text)):
         if not target.startswith("https://"):
@@ -168,28 +179,28 @@ def check_words(line: str, words: list[str]) -> None:
 
 
 def test_every_job_and_command_is_on_the_page_of_commands_with_its_help() -> None:
-    sections = re.findall(r"^###+ `(.*)`\n\n(.*)", text_of(ROOT, "docs/COMMANDS.md"), re.MULTILINE)
+    sections = re.findall(r"^###+ `(.*)`\n\n(.*)", text_of("docs/COMMANDS.md"), re.MULTILINE)
     titles = {title for title, _ in sections}
     assert titles >= {f"{PROGRAM} {name}" for name in ENTRIES} | set(commands_page.commands_of("benchmarks"))
-    alone = set(re.findall(r"^The same: `(.*)`\.$", text_of(ROOT, "docs/COMMANDS.md"), re.MULTILINE))
+    alone = set(re.findall(r"^The same: `(.*)`\.$", text_of("docs/COMMANDS.md"), re.MULTILINE))
     named = {each.split()[-1] for line in alone for each in line.split("`, `")}
     assert named | {title.split()[-1] for title in titles} >= commands().keys() - {PROGRAM}
     assert not [title for title, about in sections if not re.match(r"[A-Z].*", about)]
     assert {path.name for path in (ROOT / "jobs").glob("[a-z]*.py")} <= {Path(name).name for name in commands()}
 
 
-def texts_of(source: Path | ast.AST) -> Iterator[str]:
+def texts_of(source: ast.AST) -> Iterator[str]:
     """The texts in a file of code, or a part of it, with an ellipsis for each value that is put in."""
-    for node in ast.walk(ast.parse(source.read_text()) if isinstance(source, Path) else source):
+    for node in ast.walk(source):
         if isinstance(node, ast.JoinedStr):
             yield "".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values)
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             yield node.value
 
 
-def errors_with_texts(path: Path) -> Iterator[tuple[str, str]]:
+def errors_with_texts(source: ast.AST) -> Iterator[tuple[str, str]]:
     """The errors that a file of code makes: their classes, and their texts as `texts_of` has them."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(source):
         if isinstance(node, ast.Call) and (name := ast.unparse(node.func)).endswith("Error"):
             for argument in node.args:
                 yield from ((name, text) for text in texts_of(argument))
@@ -204,9 +215,10 @@ def test_messages_of_the_page_of_errors_are_those_of_the_code() -> None:
         for part in ("featurestore", "trainer", "pipeline", "serving", "explorer", "jobs", "crossmedia")
         for path in (ROOT / part).rglob("*.py")
     ]
-    texts = [text for path in files for text in texts_of(path)]
-    raised = [each for path in files for each in errors_with_texts(path)]
-    code = "\n".join(path.read_text() for path in files)
+    sources = [path.read_text() for path in files]
+    trees, code = list(map(ast.parse, sources)), "\n".join(sources)
+    texts = list(dict.fromkeys(text for tree in trees for text in texts_of(tree)))
+    raised = [each for tree in trees for each in errors_with_texts(tree)]
     assert len(quoted) > 60
     for row, column in rows:
         classes = set(re.findall(r"`(\w+Error)`", column))
@@ -236,3 +248,50 @@ def test_the_page_of_exactness_says_which_of_its_tests_are_slow() -> None:
                     marks += map(ast.unparse, node.decorator_list)
             is_slow = any("mark.slow" in mark and "parametrize" not in mark for mark in marks)
             assert is_slow == ("`make test-slow`" in row), row
+
+
+SOURCE = '''
+class Shelf:
+    """Holds things.
+
+    In any order."""
+
+    width: int
+    """In cm."""
+    _hidden = 1
+
+    def put(self, *things: str, at: int = 0, **more: float) -> None:
+        """Put things on it."""
+
+    def take(self, count: int, /, first: bool = True, *, by: str = "hand") -> list[str]:
+        """Take some. Raises KeyError."""
+
+    def silent(self) -> None: ...
+
+    def _own(self) -> None:
+        """Not for others."""
+
+
+def connect(address: str) -> Shelf:
+    """Find one."""
+'''
+
+
+def test_signatures_and_docstrings_are_those_of_the_source_and_what_is_private_is_not_there(tmp_path: Path) -> None:
+    (tmp_path / "shelves.py").write_text(SOURCE)
+    module = griffe.GriffeLoader(search_paths=[tmp_path], allow_inspection=False).load("shelves")
+    text = "\n".join(line for name in ("Shelf", "connect") for line in api.section(f"shelves.{name}", module[name]))
+    assert "Shelf.put(*things: str, at: int = 0, **more: float) -> None" in text
+    assert "Shelf.take(count: int, /, first: bool = True, *, by: str = 'hand') -> list[str]" in text
+    assert "connect(address: str) -> Shelf" in text
+    assert "Holds things.\n\nIn any order." in text and "| `width` | In cm. |" in text
+    assert "from shelves import connect" in text
+    assert "_hidden" not in text and "_own" not in text and "silent" not in text
+
+
+def test_every_public_name_of_the_store_is_on_the_page() -> None:
+    named = {name for names in api.NAMES.values() for name in names}
+    for package in (crossmedia, featurestore):
+        assert {f"{package.__name__}.{name}" for name in package.__all__} <= named
+    titles = re.findall(r"^### `(\w+)`", text_of("docs/API.md"), re.MULTILINE)
+    assert titles == [name.rpartition(".")[2] for names in api.NAMES.values() for name in names]

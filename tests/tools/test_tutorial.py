@@ -1,4 +1,4 @@
-"""The tutorial: whoever follows it gets a scored request, and its pictures are small."""
+"""The tutorial and the notebook: whoever follows them gets a scored request; pictures are small."""
 
 import os
 import re
@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from featurestore import FeatureStore
 from tools import tutorial
 
+NOTEBOOK = tutorial.ROOT / "docs" / "notebooks" / "pictures_to_score.py"
 PICTURES = tutorial.ROOT / "docs" / "pictures"
 
 
@@ -49,3 +51,34 @@ def test_pictures_are_small() -> None:
         assert (PICTURES / name).stat().st_size <= 150_000, name
         with Image.open(PICTURES / name) as picture:
             assert picture.width >= 300
+
+
+@pytest.mark.pages
+@pytest.mark.long
+def test_marimo_finds_nothing_wrong() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "marimo", "check", "--strict", NOTEBOOK], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.pages
+@pytest.mark.services
+@pytest.mark.timeout(600)
+def test_from_pictures_to_a_scored_request(tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": str(tutorial.ROOT)}
+    done = subprocess.run(
+        [sys.executable, NOTEBOOK, "--dir", tmp_path / "shop"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert FeatureStore.open(tmp_path / "shop" / "features").snapshot().num_rows == 60
+    (scores,) = re.findall(r"the last ad: (0\.\d+) with its own picture, (0\.\d+) with that of the best", done.stdout)
+    own, other = map(float, scores)
+    assert 0 < own < 1 and 0 < other < 1 and own != other
+    assert (tmp_path / "shop" / "visual.parquet").is_file()
+    assert not (tmp_path / "data").exists()

@@ -27,14 +27,12 @@ import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
-from featurestore.published.versions import VersionName
 from featurestore.published.paths import RunPath, run_path
 from featurestore.published.versions import VersionName
 from trainer.comm import Comm, SoloComm
 from trainer.errors import DataError, SchemaError, TrainerError
 from trainer.evaluation.bootstrap import Float, Metrics, measure
-from trainer.runs.export import output_at
-from trainer.runs.export import parquet_file
+from trainer.runs.export import output_at, parquet_file
 from trainer.runs.saved import EvaluatedRun, RunSource, open_source, read_run
 from trainer.samples.columns import (
     DecodedGroups,
@@ -47,8 +45,8 @@ from trainer.samples.columns import (
     texts_of,
 )
 from trainer.samples.index import RowGroup, SampleIndex, known_ads, read_row_group, read_row_groups
-from trainer.samples.reader import Batch
 from trainer.samples.interop import sample_groups
+from trainer.samples.reader import Batch
 from trainer.schema import Field, Schema
 from trainer.stages import ReadAhead
 

@@ -39,8 +39,7 @@ from trainer.ids.shards import owned_bytes
 from trainer.models.layers import used_fields, width_of
 from trainer.models.nets import build_model
 from trainer.plan.cost import BatchCounts, KeyCounts, Machine, NetworkSpeed, StoredBytes, TrainingPlan, Widths, build
-from trainer.runs.open import train_reader
-from trainer.runs.open import store_places
+from trainer.runs.open import store_places, train_reader
 from trainer.samples.columns import name_of, rules_of, source_columns
 from trainer.samples.index import SampleIndex, open_index, read_row_group
 from trainer.samples.reader import Batch, SampleReader

@@ -114,14 +114,6 @@ class ScoredImpressions:
             for n in numbers
         ]
 
-    def pictures(self, most: int, seed: int) -> list[int]:
-        """Draw distinct pictures of the ads, the same for the same seed."""
-        if self.picture_N is None:
-            return []
-        keys = np.unique(self.picture_N)
-        drawn: list[int] = np.random.default_rng(seed).permutation(keys)[:most].tolist()
-        return drawn
-
     def _matching(self, query: str) -> NDArray[np.bool_]:
         ids = ids_of(query)
         wanted_N = np.isin(self.user_N, ids) | np.isin(self.ad_N, ids)
@@ -210,7 +202,7 @@ class _Collected:
         table = plain(read_row_group(storage, row_group, list(self.columns.sources))).take(rows)
         groups = self.columns.decode(table, storage.full(row_group.file), row_group.first_row)
         num_G = int(np.searchsorted(groups.sample_offsets, most, side="left"))
-        for begin, end in _slices(groups.sample_offsets[: num_G + 1], opened.batch_samples):
+        for begin, end in _slices(groups.sample_offsets[: num_G + 1], opened.trained.config.train.eval_batch_size):
             batch = self.columns.batch(groups, slice(begin, end))
             logit_B, without_B = opened.logits(batch), opened.logits_without_images(batch)
             self._add_part(groups, begin, end, first + rows[begin:end], logit_B, without_B)

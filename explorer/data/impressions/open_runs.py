@@ -7,7 +7,6 @@ scores are equal. Memory of an open run: its ID tables and E; the features are m
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
 from threading import RLock
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,7 +17,6 @@ from explorer.data.cache import LruCache
 from explorer.data.runs.folders import RunSummary, trained_runs
 from explorer.errors import ExplorerError, NotHereError
 from explorer.places import Places
-from featurestore.errors import StoreNotFoundError
 from featurestore.published.paths import RunPath
 from trainer.config import load_saved
 from trainer.errors import DataError
@@ -35,8 +33,8 @@ Logits = NDArray[np.float64]
 _MOST_OPEN, _MOST_KEPT = 2, 8
 
 
-At = int | Literal["trained", "newest"]
-"""A snapshot of a run's (first) feature store: by number, that of the training, or the newest."""
+At = Literal["trained", "newest"]
+"""A snapshot of a run's feature stores: that of the training, or the newest."""
 
 
 @dataclass
@@ -72,11 +70,6 @@ class OpenedRun:
     def sees_images(self) -> bool:
         """Whether the model reads any content."""
         return bool(self.trained.partitions)
-
-    @cached_property
-    def batch_samples(self) -> int:
-        """Samples of one call of the model."""
-        return self.trained.config.train.eval_batch_size
 
     def logits(self, batch: "Batch") -> Logits:
         """Predict the samples of a batch (B,), by the very calls of an evaluation."""
@@ -173,8 +166,7 @@ class TrainedRuns:
             comm,
             samples=self._places.samples,
             as_trained=at == "trained",
-            store_version=at if isinstance(at, int) else None,
-            store=self._store_of(folder),
+            store=self._places.store_for(load_saved(folder / "config.yaml").data.store),
             device="cpu",
         )
         try:
@@ -185,18 +177,6 @@ class TrainedRuns:
         digest = trained.saved.digest
         kept = self._kept.get((name, at, digest, index.layout_digest), dict)
         return OpenedRun(name, digest, trained, index, at, kept)
-
-    def _store_of(self, folder: RunPath) -> str | None:
-        """The store's address for a run: None for the one used in training, else the shown store."""
-        from featurestore.store import FeatureStore
-
-        if self._places.store is None:
-            return None
-        try:
-            FeatureStore.open(load_saved(folder / "config.yaml").data.store)
-        except StoreNotFoundError:
-            return self._places.store
-        return None
 
 
 def _digest_of(folder: RunPath, name: str) -> str:

@@ -1,14 +1,18 @@
 """Settings, evaluations and predictions of several runs, compared."""
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter, ValidationError
 
 from explorer.data.background import Task
-from explorer.data.predictions import predictions_of
+from explorer.data.cache import LruCache
 from explorer.data.runs.folders import ORDER, RunFacts
 from explorer.errors import ExplorerError
 from explorer.places import Places
@@ -22,6 +26,7 @@ from trainer.evaluation.bootstrap import Figures
 if TYPE_CHECKING:
     from trainer.evaluation import bootstrap as compared
     from trainer.evaluation.predict import Predictions
+    from trainer.runs.saved import SavedRun
 
 
 IMAGES = "model.images"
@@ -189,6 +194,67 @@ def read_evaluation(run: RunPath) -> Evaluation | None:
 @lru_cache(maxsize=64)
 def _parsed(content: bytes) -> Evaluation:
     return _EVALUATION.validate_python(parse_json(content))
+
+
+MOST_IMPRESSIONS = 300_000
+MOST_IMAGES = 200_000
+"""Beyond these limits use a command: a page computes for about a minute."""
+_cached: "LruCache[Predictions]" = LruCache(16)
+_LOCK = Lock()
+"""One prediction at a time: each uses all cores, and two of one run would be the same."""
+
+
+class TooMuchError(ExplorerError):
+    """The page would have to compute too many predictions."""
+
+
+def predictions_of(places: Places, name: str, task: Task[Any]) -> "Predictions":
+    """Predict by the newest checkpoint of a run, or return cached predictions.
+
+    Uses the samples of --samples, else the run's own; the run's own store at the snapshot of the training, else the
+    newest snapshot of --store. Cost: about 10 s for 20,000 impressions. Raises TooMuchError beyond the limits above,
+    TrainerError, FeatureStoreError.
+    """
+    from trainer.evaluation.predict import predict_run
+    from trainer.runs.saved import read_run
+
+    folder = places.run(name)
+    task.tell(f"opens {name}")
+    saved = read_run(folder, None, places.samples)
+    store = None if saved.config.model.images == "none" else places.store_for(saved.config.data.store)
+
+    def predict() -> "Predictions":
+        with _LOCK:
+            task.tell(f"predicts with {name}")
+            return predict_run(folder, samples=places.samples, store=store)
+
+    return _cached.get(_digest(saved, places, store), predict)
+
+
+def _digest(saved: "SavedRun", places: Places, store: str | None) -> str:
+    """Return an identity of the predictions' inputs; raise TooMuchError if there are too many."""
+    from featurestore.store import FeatureStore
+    from trainer.comm import SoloComm
+    from trainer.runs.saved import open_test
+
+    index = open_test(SoloComm(), saved.config, saved.schema, places.samples)
+    if index.num_samples > MOST_IMPRESSIONS:
+        raise TooMuchError(
+            f"there are {index.num_samples:,} test impressions; a page predicts at most {MOST_IMPRESSIONS:,}"
+        )
+    commits: list[Any] = []
+    for place in saved.places:
+        url = store if store is not None and place.setting == "data.store" else place.url
+        version = None if url == store else saved.state.version_of(place.name)
+        snapshot = FeatureStore.open(url).snapshot(version)
+        if snapshot.num_rows > MOST_IMAGES:
+            raise TooMuchError(f"{url} has {snapshot.num_rows:,} images; a page predicts with at most {MOST_IMAGES:,}")
+        commits.append([snapshot.info.store_id, snapshot.manifest.commit_id, snapshot.version])
+    root = Path(index.storage.url)
+    files = sorted({each.file for each in index.row_groups}) if root.is_dir() else []
+    times = [(root / file).stat().st_mtime_ns for file in files]
+    values = [saved.digest, index.storage.url, index.layout_digest, times, commits]
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:24]
 
 
 COMPARED = ("gauc", "auc", "logloss")

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
@@ -83,16 +83,14 @@ class RunFacts:
         return str(self.settings.get("model.images", ""))
 
 
-def list_runs(places: Places, page: int, per_page: int) -> tuple[list[RunFacts], int]:
-    """Read one page of the runs, last changed first (at an address: by name), and count all."""
-    names = run_names(places)
-    shown = names[(page - 1) * per_page : page * per_page]
+def read_runs(places: Places, names: Sequence[str]) -> list[RunFacts]:
+    """Read the facts of runs, a few runs at a time, in the order given."""
     with ThreadPoolExecutor(_THREADS) as threads:
-        return list(threads.map(lambda name: read_facts(places.run(name), name), shown)), len(names)
+        return list(threads.map(lambda name: read_facts(places.run(name), name), names))
 
 
 def run_names(places: Places) -> list[str]:
-    """List the runs: folders with a config.yaml and a valid text as name. Last changed first.
+    """List the runs: folders with a config.yaml and a valid text as name. Last changed first (at an address: by name).
 
     The days of trainer.daily lie one folder deeper; they are named NAME/DAY.
     """
@@ -135,12 +133,7 @@ def trained_runs(places: Places) -> list[RunSummary]:
             settings = _settings(folder / "config.yaml")
             if settings.get("model.images") in ORDER and finished(folder):
                 found.append(RunSummary(name, settings["model.images"], str(settings.get("model.base"))))
-    return sorted(found, key=lambda run: shown_first(run.name, run.images))
-
-
-def shown_first(name: str, images: str) -> tuple[int, str]:
-    """Return the sort key of runs on pages: those that see most images first, then by name."""
-    return -ORDER.index(images), name.partition("/")[0]
+    return sorted(found, key=lambda run: (-ORDER.index(run.images), run.name.partition("/")[0]))
 
 
 def _with_file(

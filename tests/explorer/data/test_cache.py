@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from explorer.data import cache as module
 from explorer.data.cache import FileCache, LruCache
 
 
@@ -67,13 +68,14 @@ def test_the_sizes_of_the_values_are_bounded():
     assert cache.size == 9
 
 
-def test_files_and_folders_unused_for_longest_go(tmp_path: Path) -> None:
+def test_files_and_folders_unused_for_longest_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "explorer_cache", lambda: tmp_path)
     files = FileCache("kind-", "", most=2)
     for used_s, digest in enumerate(["a", "b", "c", "d"]):
-        place = files.path(digest, tmp_path)
+        place = files.path(digest)
         place.mkdir() if digest in "ac" else place.touch()
         os.utime(place, (used_s, used_s))
-    os.utime(files.path("a", tmp_path), (9, 9))
+    os.utime(files.path("a"), (9, 9))
     (tmp_path / "another-kind").touch()
-    files.prune(tmp_path)
+    files.prune()
     assert sorted(each.name for each in tmp_path.iterdir()) == ["another-kind", "kind-a", "kind-d"]

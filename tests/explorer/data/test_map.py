@@ -10,7 +10,6 @@ import pytest
 from explorer.data import map as maps
 from explorer.data.background import Task
 from explorer.data.map import MapPoints, count_ads, evenly, make_map
-from explorer.places import Places
 from featurestore import FeatureStore
 from tests.explorer.world import World
 from trainer.comm import SoloComm
@@ -19,14 +18,9 @@ from trainer.samples.index import open_index
 from trainer.schema import load_schema
 
 
-@pytest.fixture
-def places(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Places:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return Places(store=str(world.store), runs=str(world.runs), samples=str(world.samples), images=str(world.images))
-
-
-def test_every_image_has_its_place_and_the_click_rate_of_the_samples(places: Places, world: World) -> None:
+def test_every_image_has_its_place_and_the_click_rate_of_the_samples(world: World) -> None:
     """In a file that embedding-atlas takes, which is made once, and again where it is damaged."""
+    places = world.places()
     found = make_map(places, "both", Task())
     assert sorted(found.keys_N.tolist()) == FeatureStore.open(world.store).snapshot().keys().tolist()
     impressions = predict_run(world.runs / "both").impressions
@@ -47,17 +41,17 @@ def test_every_image_has_its_place_and_the_click_rate_of_the_samples(places: Pla
 
 
 def test_large_stores_are_sampled_evenly_and_samples_that_are_away_are_told(
-    places: Places, world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(maps, "MOST_POINTS", 10)
     (tmp_path / "empty").mkdir()
-    some = make_map(Places(store=places.store, runs=places.runs, samples=str(tmp_path / "empty")), "both", Task())
+    some = make_map(world.places(samples=tmp_path / "empty"), "both", Task())
     assert len(some.keys_N) == 10
     assert some.about["num_images"] == FeatureStore.open(world.store).snapshot().num_rows
     assert some.about["notes"][0].startswith("CTR cannot be shown: ")
     assert np.isnan(some.ctr_N).all()
-    assert evenly(1000).tolist() == np.linspace(0, 999, 10).astype(int).tolist()
-    assert evenly(3).tolist() == [0, 1, 2]
+    assert evenly(1000, 10).tolist() == np.linspace(0, 999, 10).astype(int).tolist()
+    assert evenly(3, 10).tolist() == [0, 1, 2]
 
 
 def test_impressions_beyond_the_bound_are_left_out_evenly(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,11 @@
 
 import json
 
-from explorer.html.site import LEFT_OUT, NavItem, Site, address, file_of, pages_of, relative, script_json
+import pytest
+from starlette.requests import Request
+
+from explorer.html.query import Paging
+from explorer.html.site import LEFT_OUT, NavItem, Site, address, file_of, relative, script_json
 from explorer.places import Places
 
 HOSTILE = "</script><script>alert(1)</script>&\u2028"
@@ -14,20 +18,13 @@ def test_json_in_a_script_cannot_end_it_and_is_the_same_json() -> None:
     assert json.loads(text) == {"name": HOSTILE}
 
 
-def test_names_are_escaped_in_pages() -> None:
-    site = Site(Places(images=HOSTILE))
-    text = site.text("/", "home.html", title=HOSTILE)
-    assert "<script>alert" not in text
-    assert "&lt;script&gt;alert" in text
-
-
-def test_pages_of_a_list() -> None:
-    items = list(range(10))
-    assert pages_of(items, 1, 4) == ([0, 1, 2, 3], 3)
-    assert pages_of(items, 3, 4) == ([8, 9], 3)
-    assert pages_of(items, 99, 4) == ([8, 9], 3)
-    assert pages_of(items, -5, 4) == ([0, 1, 2, 3], 3)
-    assert pages_of([], 1, 4) == ([], 1)
+@pytest.mark.parametrize(
+    ("asked", "count", "paging"),
+    [("", 10, (1, 3, 0)), ("page=3", 10, (3, 3, 8)), ("page=99", 10, (3, 3, 8)), ("page=1", 0, (1, 1, 0))],
+)
+def test_pages_of_a_list(asked: str, count: int, paging: tuple[int, int, int]) -> None:
+    found = Paging.of(Request({"type": "http", "query_string": asked.encode()}), count, 4)
+    assert (found.page, found.num_pages, found.first) == paging
 
 
 def test_a_frozen_site_lists_each_address_once_and_no_more_than_its_limit() -> None:

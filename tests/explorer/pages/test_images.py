@@ -5,21 +5,15 @@ import threading
 import pytest
 from starlette.testclient import TestClient
 
-from explorer.data.images import visual
+from explorer.data import visual
 from explorer.html.site import Site
 from explorer.pages import images as pages
-from explorer.places import Places
 from explorer.server import application
 from featurestore import FeatureStore, key_of_uri
 from featurestore.upkeep.remake import remake
-from tests.explorer.pages.reading import Reader, Reading
+from tests.explorer.serving import Reader, Reading
 from tests.explorer.stores import make_store, rows, storied
 from tests.explorer.world import ADDED, BROKEN, COPIED, COPY, HOSTILE, PLAIN, UNKNOWN
-
-
-@pytest.fixture(autouse=True)
-def _cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
 @pytest.fixture
@@ -88,7 +82,7 @@ def test_a_broken_image_has_a_page_and_one_that_is_not_in_the_snapshot_has_none(
         assert "not a whole number" in reader.read(f"/images/{bad}", 400).text
 
 
-def test_neighbours_by_features_and_visual_vectors(everything):
+def test_neighbours_by_features_and_visual_vectors(everything, reader):
     key = key_of_uri(COPIED)
     page = spaces_of(everything, f"/images/{key}", run="both")
     features = of_space(page.text, "exactly, among all 28 images.", "Visual vectors")
@@ -96,33 +90,14 @@ def test_neighbours_by_features_and_visual_vectors(everything):
     assert "the run both" in page.text
     assert "only here" in page.text
     assert "Where the lists differ is what the run learned" in page.text
-
-
-def test_an_image_leads_to_its_impressions(everything, reader):
-    address = f"/images/{key_of_uri(COPIED)}"
-    links = Reading(everything.client.get(address).text).links
-    assert "/impressions?q=shoes%2Fshoe-03.jpg" in links
-    assert not [link for link in Reading(reader.client.get(address).text).links if "impressions" in link]
-
-
-def test_the_runs_differ_in_what_they_see(everything):
-    key = key_of_uri(PLAIN[0])
-    texts = {
-        run: of_space(spaces_of(everything, f"/images/{key}", run=run).text, "Visual vectors", "Read-only")
-        for run in ("both", "both-longer")
-    }
-    assert texts["both"] != texts["both-longer"]
+    assert "/impressions?q=shoes%2Fshoe-03.jpg" in page.links
     page = everything.read(f"/images/{key}")
-    assert "both-longer" in page.text
-    assert "ids-only" not in page.text
-    assert "no run" in everything.read(f"/images/{key}", 404, run="ids-only").text
-    assert "no run" in everything.read(f"/images/{key}", 404, run="../both").text
-
-
-def test_without_runs_and_samples_the_spaces_say_what_is_missing(reader):
-    page = spaces_of(reader, f"/images/{key_of_uri(PLAIN[0])}")
-    assert "name the folder of runs by --runs" in page.text
-    assert "only here" not in page.text
+    assert "both-longer" in page.text and "ids-only" not in page.text
+    for run in ("ids-only", "../both"):
+        assert "no run" in everything.read(f"/images/{key}", 404, run=run).text
+    page = spaces_of(reader, f"/images/{key}")
+    assert "name the folder of runs by --runs" in page.text and "only here" not in page.text
+    assert not [link for link in page.links if "impressions" in link]
 
 
 @pytest.fixture
@@ -173,19 +148,21 @@ def test_an_export_waits_for_visual_vectors(world, slow):
         told.append(text)
         slow[1].set()
 
-    places = Places(store=str(world.store), runs=str(world.runs), images=str(world.images))
-    with TestClient(application(Site(places, frozen=True, doing=doing))) as client:
+    with TestClient(application(Site(world.places(), frozen=True, doing=doing))) as client:
         text = Reading(client.get(f"/images/{key_of_uri(COPIED)}").text).text
     assert "the run both" in text
     assert "computes the visual vectors of both (3 of 28)" in told
 
 
-def test_a_store_without_pictures_and_an_empty_one_have_the_pages(tmp_path):
+def test_a_store_without_pictures_and_an_empty_one_have_the_pages(shop, tmp_path):
     storied(tmp_path / "store")
     reader = Reader(store=tmp_path / "store")
     page = reader.read(f"/images/{key_of_uri('a/5.jpg')}")
     assert page.pictures == []
     assert "a picture of yours cannot be compared" in reader.read("/images").text
+    answer = send(reader, (shop.images / PLAIN[0]).read_bytes())
+    assert answer.status_code == 400
+    assert "does not say which network" in Reading(answer.text).text
     make_store(tmp_path / "empty")
     reader = Reader(store=tmp_path / "empty")
     assert "no images yet" in reader.read("/images").text
@@ -212,8 +189,9 @@ def test_a_picture_that_is_sent_finds_its_own_image_first(everything, world):
 def test_of_a_compact_store_a_picture_gets_the_coordinates_of_its_rows(shop, tmp_path, dtype):
     source = FeatureStore.open(shop.store)
     remake(source, tmp_path / "compact", dims=12, dtype=dtype)
-    answer = send(Reader(store=tmp_path / "compact"), (shop.images / PLAIN[5]).read_bytes())
-    text = Reading(answer.text).text
+    reader = Reader(store=tmp_path / "compact")
+    assert "12 of 576 numbers" in reader.read("/store").text
+    text = Reading(send(reader, (shop.images / PLAIN[5]).read_bytes()).text).text
     assert "Cosine of features of 12 of 576 numbers" in text
     first, cosine = of_space(text, "exactly, among all 28 images.", "Visual vectors").split()[:2]
     assert first == PLAIN[5]
@@ -279,14 +257,6 @@ def test_one_picture_at_a_time_and_the_next_is_told_to_wait(reader, shop, monkey
     assert (busy.status_code, answers) == (503, [200])
     assert "try again" in Reading(busy.text).text
     assert send(reader, data).status_code == 200
-
-
-def test_a_network_that_is_not_here_is_a_sentence(tmp_path, shop):
-    storied(tmp_path / "store")
-    data = (shop.images / PLAIN[0]).read_bytes()
-    answer = send(Reader(store=tmp_path / "store"), data)
-    assert answer.status_code == 400
-    assert "does not say which network" in Reading(answer.text).text
 
 
 def test_a_damaged_feature_is_a_sentence_on_the_page(tmp_path):

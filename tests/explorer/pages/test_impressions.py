@@ -31,13 +31,9 @@ from trainer.runs.saved import RunSource
 pytestmark = pytest.mark.long
 
 
-def places_of(world: World) -> Places:
-    return Places(store=str(world.store), runs=str(world.runs), samples=str(world.samples), images=str(world.images))
-
-
 @pytest.fixture(scope="module")
 def pages(world: World) -> Iterator[TestClient]:
-    with TestClient(application(Site(places_of(world))), raise_server_exceptions=True) as client:
+    with TestClient(application(Site(world.places())), raise_server_exceptions=True) as client:
         yield client
 
 
@@ -49,7 +45,7 @@ def scores_of(run: Path, out: Path) -> dict[tuple[int, int], float]:
 
 
 def test_the_list_is_fetched_after_the_page_is_shown(world: World, tmp_path: Path) -> None:
-    with TestClient(application(Site(places_of(world)))) as client:
+    with TestClient(application(Site(world.places()))) as client:
         shell = client.get("/impressions").text
         assert 'hx-get="/impressions?run=both&amp;wait=list"' in shell
         assert "Why " not in shell
@@ -216,8 +212,7 @@ def test_no_runs_and_no_samples(world: World, tmp_path: Path) -> None:
     with TestClient(application(Site(Places(store=str(world.store))))) as client:
         assert client.get("/impressions").status_code == 404
         assert "Impressions" not in client.get("/").text
-    places = Places(runs=str(world.runs), store=str(world.store), samples=str(tmp_path / "nothing"))
-    with TestClient(application(Site(places))) as client:
+    with TestClient(application(Site(world.places(samples=tmp_path / "nothing")))) as client:
         assert client.get("/impressions/both/0?wait=why").status_code == 400
         listed = client.get("/impressions?wait=list")
         assert listed.status_code == 200
@@ -247,22 +242,8 @@ def own_run(tmp_path: Path) -> SamplePlaces:
     return own
 
 
-def test_a_run_whose_snapshot_has_expired(own_run: SamplePlaces) -> None:
-    store = FeatureStore.open(own_run.folder / "features")
-    store.put(FeatureRows.of(["item/new"], np.zeros((1, 16), np.float32), keys=np.array([5])))
-    expire(store, keep_last=1, keep_days=0, grace_days=0)
-    with TestClient(application(Site(Places(runs=str(own_run.folder / "runs"))))) as client:
-        answer = client.get("/impressions/one/0?wait=why")
-        assert answer.status_code == 200
-        assert "has expired" in answer.text
-        assert 'href="/impressions/one/0?snapshot=newest"' in answer.text
-        assert "has expired" in client.get("/impressions?wait=list").text
-        newest = client.get("/impressions/one/0?snapshot=newest&wait=why").text
-        assert "which is the newest one and not that of the training" in newest
-
-
 def test_a_picture_newer_than_the_training_is_found_in_the_newest_snapshot_alone(own_run: SamplePlaces) -> None:
-    """A copy, made after the training, of a picture that it knew: the look of the two is the same."""
+    """A copy of a picture that the training knew has the same look; once that snapshot has expired, pages say so."""
     store = FeatureStore.open(own_run.folder / "features")
     table = pq.read_table(own_run.folder / "samples" / "test" / "day=2026-01-01.parquet", partitioning=None)
     known = table["ad_image"][2].as_py()[0]
@@ -282,6 +263,15 @@ def test_a_picture_newer_than_the_training_is_found_in_the_newest_snapshot_alone
         store.put(FeatureRows.of(["new.jpg"], feature_1D, keys=np.array([key_of_uri("new.jpg")])))
         assert "no image of that name in the store" in page_of("new.jpg")
         assert look_of(page_of("new.jpg", snapshot="newest")) == look_of(page_of(known)) == before != ""
+    expire(store, keep_last=1, keep_days=0, grace_days=0)
+    with TestClient(application(Site(Places(runs=str(own_run.folder / "runs"))))) as client:
+        answer = client.get("/impressions/one/0?wait=why")
+        assert answer.status_code == 200
+        assert "has expired" in answer.text
+        assert 'href="/impressions/one/0?snapshot=newest"' in answer.text
+        assert "has expired" in client.get("/impressions?wait=list").text
+        newest = client.get("/impressions/one/0?snapshot=newest&wait=why").text
+        assert "which is the newest one and not that of the training" in newest
 
 
 def test_a_run_that_trains_on_and_samples_that_change(own_run: SamplePlaces) -> None:
@@ -313,7 +303,7 @@ def test_only_some_impressions_are_scored_and_a_user_is_found_in_all(
     monkeypatch.setattr(impression_list.score_first, "__defaults__", (num_first,))
     others = {*table["ad_item"][0].as_py(), *table["ad_item"][1].as_py(), *users[:2]}
     user = next(each for each in reversed(users) if each not in others)
-    with TestClient(application(Site(places_of(world)))) as client:
+    with TestClient(application(Site(world.places()))) as client:
         text = client.get("/impressions?wait=list").text
         assert f"{num_first} of {num_first} impressions scored" in text
         assert "the first of" in text

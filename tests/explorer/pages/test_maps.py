@@ -30,14 +30,8 @@ from trainer.runs.saved import read_run
 
 
 @pytest.fixture
-def places(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Places:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return Places(store=str(world.store), runs=str(world.runs), samples=str(world.samples), images=str(world.images))
-
-
-@pytest.fixture
-def pages(places: Places) -> Iterator[TestClient]:
-    with TestClient(application(Site(places))) as client:
+def pages(world: World) -> Iterator[TestClient]:
+    with TestClient(application(Site(world.places()))) as client:
         yield client
 
 
@@ -115,12 +109,12 @@ def test_runs_without_images(tmp_path: Path) -> None:
         assert pages.get("/map/points.parquet").status_code == 404
 
 
-def test_of_several_contents_each_has_its_map(places: Places, world: World, tmp_path: Path) -> None:
+def test_of_several_contents_each_has_its_map(world: World, tmp_path: Path) -> None:
     """A run with an E for the images of ads, and one for those of behaviours."""
     two = {"model__shared_image_model": False, "train__max_steps": 1, "data__missing": "zeros"}
     settings = Settings(world.folder).settings(run__name="two", run__dir=tmp_path / "runs", **two)
     train(load_config(settings=settings), SoloComm())
-    places = replace(places, runs=str(tmp_path / "runs"))
+    places = world.places(runs=tmp_path / "runs")
     with TestClient(application(Site(places))) as pages:
         html = read(pages, "/map?run=two&wait=map")
         found = {
@@ -143,7 +137,8 @@ def test_of_several_contents_each_has_its_map(places: Places, world: World, tmp_
     assert all(any(f"network={name.replace(':', '%3A')}&" in each for each in frozen.linked) for name in found)
 
 
-def test_images_that_the_store_has_not_lead_nowhere(places: Places, world: World) -> None:
+def test_images_that_the_store_has_not_lead_nowhere(world: World) -> None:
+    places = world.places()
     with TestClient(application(Site(places))) as pages:
         assert 'href="/images/' in read(pages, "/map?run=both&wait=map")
     site = Site(places)
@@ -160,7 +155,7 @@ def test_an_answer_shows_one_state_of_a_map_that_ends_meanwhile(world: World) ->
     task: Task[Any] = Task()
     part = MapPart(run="both", network=None, colour="folder", task=task, store_id=None)
     assert (part.is_ended, part.shown) == (False, None)
-    points = make_map(Places(store=str(world.store), runs=str(world.runs)), "both", Task())
+    points = make_map(world.places(), "both", Task())
     task.run(lambda _: points)
     assert (part.is_ended, part.shown) == (False, None)
     now = replace(part)

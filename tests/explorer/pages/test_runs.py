@@ -1,4 +1,4 @@
-"""Pages of runs: the list, one, several, what images are worth; half-written files and hostile names are only shown."""
+"""Pages of runs and a model: the list, one, several, what images are worth; half-written files, hostile names."""
 
 import re
 import shlex
@@ -32,24 +32,15 @@ HOSTILE = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
-def places_of(world: World) -> Places:
-    return Places(store=str(world.store), runs=str(world.runs), samples=str(world.samples))
-
-
 @pytest.fixture
 def pages(world: World) -> Iterator[TestClient]:
-    with TestClient(application(Site(places_of(world)))) as client:
+    with TestClient(application(Site(world.places()))) as client:
         yield client
 
 
 @pytest.fixture
 def changing(changing_world: World) -> Iterator[TestClient]:
-    with TestClient(application(Site(places_of(changing_world)))) as client:
+    with TestClient(application(Site(changing_world.places()))) as client:
         yield client
 
 
@@ -64,8 +55,7 @@ def own_runs(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("explorer.pages.runs.compare_runs", not_measured)
-        places = Places(store=str(world.store), runs=str(runs), samples=str(world.samples))
-        with TestClient(application(Site(places))) as client:
+        with TestClient(application(Site(world.places(runs=runs)))) as client:
             yield client, runs
 
 
@@ -265,9 +255,23 @@ def test_hostile_names_are_only_text(own_runs: tuple[TestClient, Path], name: st
         ("/runs/compare", 400),
         ("/runs/compare?run=both&run=nothing", 404),
         ("/runs/compare?run=1&run=2&run=3&run=4&run=5&run=6&run=7", 400),
-        ("/runs?page=x", 200),
+        ("/runs?page=x", 400),
         ("/runs?page=99", 200),
     ],
 )
 def test_addresses_that_do_not_work(pages: TestClient, address: str, status: int) -> None:
     page(pages, address, status)
+
+
+def test_a_published_model_is_shown_until_it_goes_away(world: World, tmp_path: Path) -> None:
+    model = shutil.copytree(world.model, tmp_path / "model")
+    with TestClient(application(Site(Places(store=str(world.store), model=str(model))))) as client:
+        text = page(client, "/model")
+        assert "Version 1 is in use" in text
+        assert "step-00000012" in text
+        assert '<b class="good">in use</b> since' in text
+        assert re.search(r"<td>AUC 0\.\d{4}; GAUC 0\.\d{4}; log loss \d\.\d{4}</td>", text)
+        assert "gauc_impressions" not in text
+        assert "Model</a>" in page(client, "/")
+        shutil.rmtree(model)
+        assert "has no published model" in page(client, "/model", 400)

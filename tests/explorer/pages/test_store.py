@@ -11,7 +11,7 @@ from featurestore.staging import QuarantineRow
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.expiry import expire
 from featurestore.upkeep.history import move_channel, pin
-from tests.explorer.pages.reading import Reader
+from tests.explorer.serving import Reader
 from tests.explorer.stores import make_store, rows, storied
 from tests.explorer.world import (
     ADDED,

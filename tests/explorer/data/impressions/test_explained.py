@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from explorer.data.impressions import another_picture
+from explorer.data.impressions import explained
 from explorer.data.impressions.explained import (
     Explanation,
     explain,
@@ -38,8 +38,8 @@ from trainer.schema import DEFAULT_SCHEMA
 pytestmark = pytest.mark.long
 
 TOLERANCE = 2e-5
-KINDS = ["lr", "mlp_concat", "din_inputs", "finalmlp", "two_tower", "contents", "gallery_mean"]
-KINDS += ["gallery_max", "exact", "images_none", "images_behavior"]
+KINDS = ["lr", "din_inputs", "contents", "gallery_max", "exact", "images_none", "images_behavior"]
+"""Every kind of columns, images and tables that the pages tell apart; of nets they know nothing."""
 OF_BEHAVIORS = ["behavior_item", "behavior_image", "behavior_category", "behavior_shop", "behavior_age"]
 OF_BEHAVIORS += ["behavior_gallery"]
 TEST = Path("test/day=2026-01-01.parquet")
@@ -131,7 +131,7 @@ def test_a_behaviour_taken_away_is_a_user_without_it(
     np.testing.assert_allclose(found, logit_N[first], atol=TOLERANCE)
 
 
-@of_kinds("lr", "din_inputs", "contents", "gallery_mean", "exact", "images_behavior")
+@of_kinds("lr", "din_inputs", "contents", "gallery_max", "exact", "images_behavior")
 def test_another_picture_is_samples_with_that_picture(
     kind: str, trained: Trained, runs: TrainedRuns, sample_places: Places, tmp_path: Path
 ) -> None:
@@ -252,20 +252,20 @@ def test_the_sentence_says_what_the_table_has(
         assert found.effect(found.helped_most) == max(each for each in effects if each is not None)
 
 
-@of_kinds("lr", "two_tower", "gallery_mean", "gallery_max")
+@of_kinds("lr", "two_tower", "gallery_max")
 def test_a_picture_that_is_sent_has_the_score_of_its_feature(
     kind: str, trained: Trained, runs: TrainedRuns, sample_places: Places, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The network gives the feature that the store has of an image; all that follows is the run's own."""
     trained(kind)
     store, key = FeatureStore.open(sample_places.folder / "features"), 1_021
-    monkeypatch.setattr(another_picture, "feature_of_picture", lambda store, data: store.snapshot().get([key]))
+    monkeypatch.setattr(explained, "feature_of_picture", lambda store, data: store.snapshot().get([key]))
     with runs.use(kind) as opened:
         for number in (5, 7):
             group = explain(opened, number).group
             expected = with_other_pictures(group, 0, [PictureName(key, None)])[0].look_alone
             assert expected is not None
-            found = another_picture.score_sent(group, 0, store, b"a picture")
+            found = explained.score_sent(group, 0, store, b"a picture")
             assert found.logit == pytest.approx(expected.logit, abs=TOLERANCE)
 
 
@@ -280,7 +280,7 @@ def test_a_picture_that_is_sent_for_a_new_ad(
     )
     train(load_config(settings=settings), SoloComm())
     store, key = FeatureStore.open(sample_places.folder / "features"), 1_046  # of an item that training has not seen
-    monkeypatch.setattr(another_picture, "feature_of_picture", lambda store, data: store.snapshot().get([key]))
+    monkeypatch.setattr(explained, "feature_of_picture", lambda store, data: store.snapshot().get([key]))
     number, ad = next(
         (number, items.index(item))
         for number, items in enumerate(rows_of(sample_places)["ad_item"].to_pylist())
@@ -294,22 +294,19 @@ def test_a_picture_that_is_sent_for_a_new_ad(
         group = explain(opened, number, ad).group
         expected = with_other_pictures(group, ad, [PictureName(key, None)])[0].look_alone
         assert expected is not None
-        found = another_picture.score_sent(group, ad, store, b"a picture")
+        found = explained.score_sent(group, ad, store, b"a picture")
     assert found.logit == pytest.approx(expected.logit, abs=TOLERANCE)
 
 
-def test_a_run_without_pictures_takes_none(trained: Trained, runs: TrainedRuns, sample_places: Places) -> None:
-    trained("images_none")
-    with runs.use("images_none") as opened, pytest.raises(ExplorerError, match="sees no pictures"):
-        another_picture.score_sent(
-            explain(opened, 1).group, 0, FeatureStore.open(sample_places.folder / "features"), b""
-        )
-
-
-def test_a_store_of_other_features_takes_no_picture(trained: Trained, runs: TrainedRuns, sample_places: Places) -> None:
-    trained("lr")
-    with runs.use("lr") as opened, pytest.raises(ExplorerError, match="another kind"):
-        another_picture.score_sent(explain(opened, 1).group, 0, FeatureStore.open(sample_places.folder / "texts"), b"")
+@pytest.mark.parametrize(
+    ("kind", "store", "told"), [("images_none", "features", "sees no pictures"), ("lr", "texts", "another kind")]
+)
+def test_a_run_without_pictures_and_one_of_other_features_take_none(
+    kind: str, store: str, told: str, trained: Trained, runs: TrainedRuns, sample_places: Places
+) -> None:
+    trained(kind)
+    with runs.use(kind) as opened, pytest.raises(ExplorerError, match=told):
+        explained.score_sent(explain(opened, 1).group, 0, FeatureStore.open(sample_places.folder / store), b"")
 
 
 def test_what_is_not_there(trained: Trained, runs: TrainedRuns) -> None:

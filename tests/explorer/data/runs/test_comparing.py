@@ -2,16 +2,21 @@
 
 import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from explorer.data import predictions
 from explorer.data.background import Task
-from explorer.data.predictions import TooMuchError, predictions_of
 from explorer.data.runs import comparing
-from explorer.data.runs.comparing import COMPARED, NEW_ADS, RunDifference, RunsCompared, compare_runs
+from explorer.data.runs.comparing import (
+    COMPARED,
+    NEW_ADS,
+    RunDifference,
+    RunsCompared,
+    TooMuchError,
+    compare_runs,
+    predictions_of,
+)
 from explorer.places import Places
 from tests.explorer.world import World
 from tests.trainer.whole_runs import alike
@@ -21,9 +26,8 @@ from trainer.evaluation.predict import Predictions, predict_run
 
 
 @pytest.fixture
-def places(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Places:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return Places(store=str(world.store), runs=str(world.runs), samples=str(world.samples))
+def places(world: World) -> Places:
+    return world.places()
 
 
 def difference(value: float | None, low: float | None, high: float | None, metric: str = "gauc") -> RunDifference:
@@ -34,17 +38,18 @@ def difference(value: float | None, low: float | None, high: float | None, metri
 
 def test_they_are_those_of_the_trainer(places: Places, world: World) -> None:
     found = compare_runs(places, ["ids-only", "both", "both-longer"], Task())
-    ours, baseline = (predict_run(world.runs / name) for name in ("both", "ids-only"))
-    expected = compare([ours], [baseline], metrics=("gauc", "auc", "logloss"))
+    baseline = predict_run(world.runs / "ids-only")
     assert found.new_ad_impressions == 0
     assert found.metrics == COMPARED
     assert [(each.run, each.metric) for each in found.verdicts] == [("both", "gauc"), ("both-longer", "gauc")]
-    for each in found.of("both"):
-        other = expected[each.metric]
-        for name in ("value", "low", "high"):
-            assert getattr(each, name) == alike(each.metric, getattr(other, name), within=1e-6)
+    for run in ("both", "both-longer"):
+        expected = compare([predict_run(world.runs / run)], [baseline], metrics=("gauc", "auc", "logloss"))
+        for each in found.of(run):
+            other = expected[each.metric]
+            for name in ("value", "low", "high"):
+                assert getattr(each, name) == alike(each.metric, getattr(other, name), within=1e-6)
     assert found.problems == {}
-    assert found.impressions == len(ours.logit_N)
+    assert found.impressions == len(baseline.logit_N)
     assert {each.run for each in found.differences} == {"both", "both-longer"}
 
 
@@ -75,20 +80,19 @@ def test_predictions_are_kept(places: Places, monkeypatch: pytest.MonkeyPatch) -
     assert predictions_of(places, "both", Task()) is first
 
 
-def test_a_run_that_cannot_be_compared_is_a_problem_of_its_own(places: Places, changing_world: World) -> None:
+def test_a_run_that_cannot_be_compared_is_a_problem_of_its_own(changing_world: World) -> None:
     shutil.rmtree(changing_world.runs / "both" / "checkpoints")
-    mine = Places(store=str(changing_world.store), runs=str(changing_world.runs), samples=str(changing_world.samples))
-    found = compare_runs(mine, ["ids-only", "both", "both-longer"], Task())
+    found = compare_runs(changing_world.places(), ["ids-only", "both", "both-longer"], Task())
     assert found.problems == {"both": "it has no checkpoint yet"}
     assert {each.run for each in found.differences} == {"both-longer"}
 
 
 def test_too_many_impressions_or_images_are_left_to_a_command(places: Places, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(predictions, "MOST_IMAGES", 3)
+    monkeypatch.setattr(comparing, "MOST_IMAGES", 3)
     predictions_of(places, "ids-only", Task())
     with pytest.raises(TooMuchError, match="images"):
         predictions_of(places, "both", Task())
-    monkeypatch.setattr(predictions, "MOST_IMPRESSIONS", 3)
+    monkeypatch.setattr(comparing, "MOST_IMPRESSIONS", 3)
     with pytest.raises(TooMuchError, match="test impressions"):
         predictions_of(places, "ids-only", Task())
 

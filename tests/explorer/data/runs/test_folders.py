@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from explorer.data.runs import folders
-from explorer.data.runs.folders import RunFacts, list_runs, open_run, read_facts, run_names
+from explorer.data.runs.folders import RunFacts, open_run, read_facts, read_runs, run_names
 from explorer.errors import NotHereError
 from explorer.places import Places
 from tests.explorer.world import World
@@ -83,32 +83,23 @@ def test_settings_that_are_refused_are_read_once(runs: Path, content: str, monke
     assert read_facts(runs / "both").images == "none"
 
 
-def test_runs_are_listed_by_their_last_change_in_pages(runs: Path) -> None:
+def test_runs_and_days_of_trainer_daily_are_listed_by_their_last_change(runs: Path) -> None:
     for number, name in enumerate(("ids-only", "both", "both-longer")):
         age(runs / name, 1000 * (3 - number))
     (runs / "no run").mkdir()
     no_text = runs / os.fsdecode(b"\xff")
     no_text.mkdir()
     (no_text / "config.yaml").write_text("")
-    places = Places(runs=str(runs))
-    assert run_names(places) == ["both-longer", "both", "ids-only"]
-    first, count = list_runs(places, 1, 2)
-    second, _ = list_runs(places, 2, 2)
-    assert ([run.name for run in (*first, *second)], count) == (["both-longer", "both", "ids-only"], 3)
-
-
-def test_days_of_trainer_daily_are_runs_of_two_names(runs: Path) -> None:
-    for name in ("daily/2026-01-02", "daily/2026-01-03", "other/both"):
+    for name in ("daily/2026-01-02", "other/both"):
         shutil.copytree(runs / "both", runs / name)
+        age(runs / name, 500)
     (runs / "daily" / DAYS_FILE).write_text("{}")
     (runs / "daily" / "2026-01-04").mkdir()  # not begun
     places = Places(runs=str(runs))
-    for number, name in enumerate(("daily/2026-01-02", "both", "daily/2026-01-03", "both-longer", "ids-only")):
-        age(runs / name, 10_000 - 1000 * number)
-    assert run_names(places) == ["ids-only", "both-longer", "daily/2026-01-03", "both", "daily/2026-01-02"]
-    day = list_runs(places, 1, 10)[0][2]
-    assert (day.name, day.state) == ("daily/2026-01-03", "finished")
-    assert open_run(places, day.name) == runs / "daily" / "2026-01-03"
+    names = ["daily/2026-01-02", "both-longer", "both", "ids-only"]
+    assert run_names(places) == names
+    assert [(run.name, run.state) for run in read_runs(places, names[:2])] == [(name, "finished") for name in names[:2]]
+    assert open_run(places, names[0]) == runs / "daily" / "2026-01-02"
 
 
 @pytest.mark.parametrize(

@@ -1,23 +1,30 @@
-"""Snapshots of a store: the timeline, what changed between two, and names of images.
+"""Snapshots of a store: opened, their images by key, uri and shard, the timeline, and what changed between two.
 
 Memory: three counts per shard, and the names of the few shards on a page, for any number of images.
 """
 
 import bisect
+import itertools
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from explorer.data.cache import LruCache
-from explorer.data.store.listing import name_of, open_snapshot
+from explorer.data.pictures import Pictures
+from explorer.errors import NotHereError
 from featurestore import log
-from featurestore.errors import CorruptFileError
-from featurestore.keys import Int64Array, shard_of
-from featurestore.published.versions import read_channels
+from featurestore.errors import ChannelError, CorruptFileError, SnapshotNotFoundError
+from featurestore.format.datafile import KEY, URI, numpy_column, text_column
+from featurestore.keys import Int64Array, key_of_uri, shard_of
+from featurestore.published.versions import VersionName, read_channels
 from featurestore.snapshot import Snapshot
 from featurestore.spec import Manifest
+from featurestore.staging import QuarantineRow
 from featurestore.storage.storage import in_threads
 from featurestore.store import FeatureStore
 from featurestore.upkeep.history import SnapshotDiff, diff_shard, read_pins
@@ -25,6 +32,163 @@ from featurestore.upkeep.history import SnapshotDiff, diff_shard, read_pins
 _READERS = 4
 _MANY_FILES = 6_000
 """Files in manifests that a page may read before it is shown: some hundredths of a second."""
+_THREADS = 2
+_THREADS_OF_FILES = 8
+MOST_FOUND = 120
+_LOOKS_S = 1.5
+_LARGEST = 1 << 63
+
+
+class SnapshotName(NamedTuple):
+    """A unique name of a snapshot, also if a store is created again at the same address."""
+
+    store_id: str
+    version: int
+    commit_id: str
+
+
+def name_of(snapshot: Snapshot) -> SnapshotName:
+    """Return the unique name of a snapshot, as a key for caches."""
+    return SnapshotName(snapshot.info.store_id, snapshot.version, snapshot.manifest.commit_id)
+
+
+def open_snapshot(store: FeatureStore, version: VersionName | None) -> Snapshot:
+    """Open a snapshot by its number or a channel, by default the newest.
+
+    Raises NotHereError for a missing or expired snapshot, and for an unknown channel.
+    """
+    try:
+        return store.snapshot(version)
+    except (SnapshotNotFoundError, ChannelError) as error:
+        raise NotHereError(str(error)) from error
+
+
+def version_before(store: FeatureStore, version: int) -> int | None:
+    """Find the snapshot before `version`; 0, the empty store, before the first commit; None if all have expired."""
+    if version <= 1:
+        return 0
+    older = [each for each in log.versions(store.storage) if each < version]
+    return older[-1] if older else None
+
+
+def live_rows(snapshot: Snapshot) -> int | None:
+    """Count the images of a snapshot if that needs no reading of files, or return None."""
+    readers = [snapshot.shard_reader(shard) for shard in snapshot.manifest.shards]
+    return sum(reader.num_rows for reader in readers) if all(reader.is_plain for reader in readers) else None
+
+
+@dataclass(frozen=True)
+class BrokenImage:
+    """One image in quarantine, with its current file if that can be read."""
+
+    key: int
+    uri: str
+    reason: str
+    time_s: float
+    size_bytes: int | None
+    first_bytes: bytes
+
+
+def look_at(rows: list[QuarantineRow], pictures: Pictures) -> list[BrokenImage]:
+    """Read the first bytes of the files of images in quarantine."""
+
+    def broken(row: QuarantineRow) -> BrokenImage:
+        seen = pictures.look(row.uri)
+        return BrokenImage(row.key, row.uri, row.reason, row.time_s, seen.size_bytes, seen.first_bytes)
+
+    return list(in_threads(broken, rows, _THREADS_OF_FILES)) if rows else []
+
+
+class NamedImage(NamedTuple):
+    """An image by its key and uri."""
+
+    key: int
+    uri: str
+
+
+def named(snapshot: Snapshot, keys: Sequence[int]) -> list[NamedImage]:
+    """Find the uris of keys, in the order asked, without missing keys. Reads the uris of their shards."""
+    keys_U = np.asarray(keys, np.int64)
+    shard_U = shard_of(keys_U, snapshot.info.num_shards)
+
+    def uris(shard: int) -> list[NamedImage]:
+        found_K, names = snapshot.shard_reader(shard).uris(keys_U[shard_U == shard])
+        return list(map(NamedImage, found_K.tolist(), names))
+
+    known = {image.key: image for part in in_threads(uris, np.unique(shard_U).tolist(), _THREADS) for image in part}
+    return [known[key] for key in keys if key in known]
+
+
+@dataclass(frozen=True)
+class Found:
+    """Images of some shards whose uri contains a text."""
+
+    images: tuple[NamedImage, ...]
+    num_searched: int
+    """Number of images searched."""
+    next_shard: int | None
+    """Shard where the search continues; None: all were searched."""
+
+
+class ImageNames:
+    """Names of the images in a snapshot. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._tables: LruCache[pa.Table] = LruCache(4)
+
+    def page(self, snapshot: Snapshot, shard: int, first: int, most: int) -> tuple[list[NamedImage], int]:
+        """List up to `most` images of a shard from number `first` on, and count all. Reads its keys and uris."""
+        if not snapshot.manifest.files(shard):
+            return [], 0
+        name = (name_of(snapshot), shard)
+        table = self._tables.get(name, lambda: snapshot.shard_reader(shard).read([KEY, URI]))
+        return _images(table.slice(first, most)), len(table)
+
+
+def find_key(snapshot: Snapshot, key: int) -> NamedImage | None:
+    """Find an image by its key, or return None. Reads the names of one shard."""
+    if not -_LARGEST <= key < _LARGEST:
+        return None
+    shard = int(shard_of([key], snapshot.info.num_shards)[0])
+    keys, uris = snapshot.shard_reader(shard).uris(np.array([key], np.int64))
+    return NamedImage(key, uris[0]) if len(keys) else None
+
+
+def find_exactly(snapshot: Snapshot, text: str) -> list[NamedImage]:
+    """Find images whose key or uri is `text`; in the second case the key must be the uri's."""
+    found = []
+    digits = text.removeprefix("-")
+    if digits.isascii() and digits.isdigit() and len(digits) <= len(str(_LARGEST)):
+        found.append(find_key(snapshot, int(text)))
+    try:
+        named = find_key(snapshot, key_of_uri(text))
+    except UnicodeEncodeError:  # not a valid text: half a character
+        named = None
+    found.append(named if named is not None and named.uri == text else None)
+    return list(dict.fromkeys(image for image in found if image is not None))
+
+
+def find_part(snapshot: Snapshot, part: str, first_shard: int = 0) -> Found:
+    """Find up to MOST_FOUND images whose uri contains `part`, ignoring case, from one shard on.
+
+    Stops between two shards after some seconds. Raises CorruptFileError.
+    """
+    until = time.monotonic() + _LOOKS_S
+    images: list[NamedImage] = []
+    num_searched = 0
+    shards = [shard for shard in sorted(snapshot.manifest.shards) if shard >= first_shard]
+    for shard, following in itertools.zip_longest(shards, shards[1:]):
+        for table in snapshot.shard_reader(shard).live_tables([KEY, URI]):
+            num_searched += len(table)
+            is_match: Any = pc.match_substring(table[URI], part, ignore_case=True)
+            images += _images(table.filter(is_match))
+        if len(images) >= MOST_FOUND or time.monotonic() > until:
+            return Found(tuple(images), num_searched, following)
+    return Found(tuple(images), num_searched, None)
+
+
+def _images(table: pa.Table) -> list[NamedImage]:
+    return list(map(NamedImage, numpy_column(table, KEY).tolist(), text_column(table, URI)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,27 +286,6 @@ def _written(manifest: Manifest, parent: Manifest | None) -> tuple[int, int] | N
 
 ChangeKind = Literal["added", "changed", "removed"]
 KINDS: tuple[ChangeKind, ...] = ("added", "changed", "removed")
-_THREADS = 2
-
-
-class NamedImage(NamedTuple):
-    """An image by its key and uri."""
-
-    key: int
-    uri: str
-
-
-def named(snapshot: Snapshot, keys: Sequence[int]) -> list[NamedImage]:
-    """Find the uris of keys, in the order asked, without missing keys. Reads the uris of their shards."""
-    keys_U = np.asarray(keys, np.int64)
-    shard_U = shard_of(keys_U, snapshot.info.num_shards)
-
-    def uris(shard: int) -> list[NamedImage]:
-        found_K, names = snapshot.shard_reader(shard).uris(keys_U[shard_U == shard])
-        return list(map(NamedImage, found_K.tolist(), names))
-
-    known = {image.key: image for part in in_threads(uris, np.unique(shard_U).tolist(), _THREADS) for image in part}
-    return [known[key] for key in keys if key in known]
 
 
 @dataclass(frozen=True)

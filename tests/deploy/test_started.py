@@ -1,7 +1,9 @@
-"""The sshd of an MPIJob's workers: by the manifest's command line, without rights, it lets the launcher in."""
+"""Command lines of manifests that are run here: the sshd of an MPIJob's workers, and torchrun on its two nodes."""
 
+import json
 import os
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -10,8 +12,11 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.hosts import PACKAGES, lacking, lacking_packages
+from tests.deploy.commandlines import expanded
 from tests.deploy.manifests import overlay, pods
+from tests.ranks import ROOT, environment
 from tests.servers import free_ports
+from tests.trainer.conftest import make_places
 
 pytestmark = pytest.mark.cluster
 USER = 1000
@@ -45,7 +50,7 @@ def _unpacked() -> dict[str, str]:
     return {**os.environ, "PATH": f"{PACKAGES / 'bin'}:{os.environ['PATH']}", "LD_LIBRARY_PATH": libraries}
 
 
-def test_it_lets_the_launcher_in(secrets: Path) -> None:
+def test_the_sshd_of_an_mpijob_lets_the_launcher_in_without_rights(secrets: Path) -> None:
     (job,) = [each for each in overlay("train-mpi") if each["kind"] == "MPIJob"]
     container = next(pod["spec"]["containers"][0] for pod in pods(job["spec"]["mpiReplicaSpecs"]["Worker"]))
     (port,) = free_ports(1)
@@ -79,3 +84,34 @@ def _as_user(secrets: Path, *words: str) -> list[str]:
     rights = f"setpriv --reuid {USER} --regid {USER} --clear-groups --no-new-privs --bounding-set -all"
     inside = f'mount --bind {secrets}/passwd /etc/passwd && exec {rights} "$@"'
     return ["unshare", "--mount", "sh", "-c", inside, "sh", *words]
+
+
+def test_two_nodes_train_a_day(tmp_path: Path) -> None:
+    places = make_places(tmp_path / "data")
+    (job,) = [each for each in overlay("train-torchrun") if each["kind"] == "Job"]
+    (pod,) = pods(job)
+    (container,) = pod["spec"]["containers"]
+    here = {
+        "NODES": "2",
+        "RANKS_PER_NODE": "1",
+        "SAMPLES": str(places.folder / "samples"),
+        "STORE": str(places.folder / "features"),
+        "RUNS": str(tmp_path / "runs"),
+    }
+    (port,) = free_ports(1)
+    small = [f"--set={each}" for each in places.settings() if not each.startswith(("data.s", "run.dir", "run.name"))]
+    nodes = []
+    for index in range(2):
+        words = expanded([*container["command"], *container["args"]], here | {"JOB_COMPLETION_INDEX": str(index)})
+        words = [word.replace("train-0.train", "127.0.0.1").replace("29500", str(port)) for word in words]
+        words[0] = str(Path(sys.executable).with_name(words[0]))
+        variables = environment() | {"GLOO_SOCKET_IFNAME": "lo"}
+        nodes.append(
+            subprocess.Popen(
+                [*words, *small], cwd=ROOT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            )
+        )
+    said = [node.communicate(timeout=250)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], "\n".join(said)
+    table = json.loads((tmp_path / "runs" / "daily" / "days.json").read_text())
+    assert len(table) >= 1 and "2 ranks" in "".join(said)

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from explorer.data.background import Task
-from explorer.data.store.snapshots import NamedImage, named
+from explorer.data.snapshots import NamedImage, named
 from featurestore.keys import Int64Array
 from featurestore.snapshot import Snapshot
 from featurestore.storage.storage import in_threads

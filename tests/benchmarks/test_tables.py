@@ -32,7 +32,7 @@ from trainer.config import load_config
 from trainer.engine.engine import Engine, PreparedBatch, StepResult
 from trainer.errors import ConfigError, TrainerError
 
-FOLDER = Path(__file__).parents[3] / "benchmarks" / "tables"
+FOLDER = Path(__file__).parents[2] / "benchmarks" / "tables"
 PAPER = FOLDER / "paper.yaml"
 TWO = {"ids only": Variant(settings={"model.images": "none"}), "with images": Variant(paper_gauc=0.6225)}
 TOWERS = Table(title="towers", settings={"model.base": "two_tower"}, variants=TWO)

@@ -15,13 +15,13 @@ from rich.progress import Progress
 from typer.testing import CliRunner
 
 import trainer
-from benchmarks.quality import cold, compare, logs
+from benchmarks.quality import compare, heldout
 from benchmarks.quality.__main__ import app
 from benchmarks.quality.compare import Bench
 from benchmarks.quality.data import DataSet, parse
 from benchmarks.quality.heldout import JUDGED, hold_out, make_rare, sampled
 from benchmarks.quality.rows import Layout, Rows, Vocabulary, read, vocabularies
-from benchmarks.quality.runs import Spec, fuxictr_python, ours_settings
+from benchmarks.quality.runs import Spec, fuxictr_python
 from featurestore.format.rows import FeatureRows
 from featurestore.keys import keys_of_uris
 from featurestore.spec import ExtractorSpec, StoreInfo
@@ -141,24 +141,28 @@ def _log(folder: Path) -> Path:
 
 class TestRealLogs:
     def test_days_are_cut_by_their_impressions(self, place: Path) -> None:
-        assert logs.cut_days(place / "samples") == ([DAYS[0]], [DAYS[1]], [DAYS[2]])
+        assert compare.cut_days(place / "samples") == ([DAYS[0]], [DAYS[1]], [DAYS[2]])
         with pytest.raises(DataError, match="has 1 days"):
-            logs.cut_days(_days(place, DAYS[:1]))
+            compare.cut_days(_days(place, DAYS[:1]))
 
     def test_training_has_the_newest_days_with_so_many_impressions(
         self, place: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Ten days of ten impressions each: the last is left out, the one before it is for validation."""
         days = [f"2026-01-{day:02}" for day in range(1, 11)]
-        monkeypatch.setattr(logs, "files_by_day", lambda _: {day: [day] for day in days})
-        monkeypatch.setattr(logs, "_impressions", lambda _: 10)
-        assert logs.cut_days(place / "samples") == (days[:8], days[8:9], days[9:])
-        assert [logs.cut_days(place / "samples", rows)[0] for rows in (3, 25, 1000)] == [days[7:8], days[6:8], days[:8]]
+        monkeypatch.setattr(compare, "files_by_day", lambda _: {day: [day] for day in days})
+        monkeypatch.setattr(compare, "_impressions", lambda _: 10)
+        assert compare.cut_days(place / "samples") == (days[:8], days[8:9], days[9:])
+        assert [compare.cut_days(place / "samples", rows)[0] for rows in (3, 25, 1000)] == [
+            days[7:8],
+            days[6:8],
+            days[:8],
+        ]
 
     def test_the_best_epoch_is_that_of_the_validation_days(self) -> None:
         curve = [{"gauc": gauc, "left_out_gauc": other} for gauc, other in ((0.6, 0.7), (0.8, 0.5), (0.7, 0.9))]
-        assert compare.of_goal(curve, "best", logs.METRIC) == 0.5
-        assert compare.of_goal(curve, "epoch1", logs.METRIC) == 0.7
+        assert compare.of_goal(curve, "best", compare.METRIC) == 0.5
+        assert compare.of_goal(curve, "epoch1", compare.METRIC) == 0.7
 
     def test_figures_by_log_and_net(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         epoch = {"gauc": 0.6, "left_out_gauc": 0.7}
@@ -169,8 +173,8 @@ class TestRealLogs:
             for net in ("dnn", "din")
             for side in compare.SIDES
         }
-        monkeypatch.setattr(logs, "curves", lambda *_, **__: found)
-        sections = logs.logs_section(Bench([], tmp_path, ["dnn", "din"], range(1), 4, True, Progress()))
+        monkeypatch.setattr(compare, "curves", lambda *_, **__: found)
+        sections = compare.logs_section(Bench([], tmp_path, ["dnn", "din"], range(1), 4, True, Progress()))
         figures = {name: value for section in sections for name, value in section.flat().items()}
         for goal in ("epoch1", "epoch2", "epoch4", "best"):
             assert figures[f"gauc_left_out_{goal}_a"] == pytest.approx(0.05)
@@ -230,30 +234,12 @@ def test_runs_on_different_rows_are_refused() -> None:
         compare.check_same_rows({("a", "dnn", "ours"): [[epoch]], ("a", "dnn", "fuxictr"): [[{**epoch, "clicks": 2}]]})
 
 
-def test_ours_is_told_rows_days_and_length(place: Path) -> None:
-    spec = Spec(
-        side="ours", net="dcnv2", samples=str(place / "samples"), train_days=DAYS[:1], batch_size=64, epochs=2, seed=3
-    )
-    settings = ours_settings(spec)
-    assert (settings["model.base"], settings["model.images"]) == ("dcn", "none")
-    assert settings["data.train_days"] == "[2026-01-01]"
-    samples = len(
-        pq.read_table(place / "samples/train" / f"day={DAYS[0]}-000.parquet")["label"].combine_chunks().flatten()
-    )
-    assert settings["train.eval_every"] == -(-samples // 64)
-
-
-class TestDataSets:
-    @pytest.mark.parametrize("text", ["samples", "=samples", "a=", "a b=samples"])
-    def test_wrong_ones(self, text: str) -> None:
+def test_wrong_data_sets(place: Path) -> None:
+    for text in ("samples", "=samples", "a=", "a b=samples"):
         with pytest.raises(ValueError, match="is not NAME=SAMPLES"):
             parse(text, 1)
-
-    def test_one_day_is_too_few_to_tune(self, tmp_path: Path) -> None:
-        (tmp_path / "train").mkdir()
-        pq.write_table(_day(0), tmp_path / "train" / "day=2026-01-01.parquet")
-        with pytest.raises(DataError, match="1 training days, and tuning needs 2"):
-            parse(f"one={tmp_path}", 1).tuning_days()
+    with pytest.raises(DataError, match="1 training days, and tuning needs 2"):
+        parse(f"one={_days(place, DAYS[:1])}", 1).tuning_days()
 
 
 def test_a_run_is_known_by_the_defaults_too(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -338,7 +324,7 @@ def test_other_samples_of_the_same_name_are_held_out_anew(place: Path, tmp_path:
     next(iter(sorted((shorter / "train").iterdir()))).unlink()
     bench = Bench([], tmp_path / "kept", ["dnn"], range(1), 1, False, Progress())
     made = [
-        cold.specs(bench, DataSet("small", str(samples), None, 64))["cold", "ids"].samples
+        heldout.specs(bench, DataSet("small", str(samples), None, 64))["cold", "ids"].samples
         for samples in (place / "samples", shorter, place / "samples")
     ]
     assert made[0] == made[2] != made[1]

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from explorer.data.images import neighbours
-from explorer.data.images.neighbours import (
+from explorer.data import neighbours
+from explorer.data.neighbours import (
     Neighbour,
     Neighbours,
     Space,

@@ -1,1 +1,0 @@
-"""Data of the image pages: the images, their rows over time, and their neighbours by features and by visual vectors."""

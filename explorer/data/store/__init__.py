@@ -1,1 +1,0 @@
-"""Data of the store pages: its snapshots and their changes, channels, copies, broken images."""

@@ -1,0 +1,175 @@
+"""Benchmarks as `make bench` calls them, at a tiny size: figures are there and right; and what they count with."""
+
+import json
+import math
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner
+
+from benchmarks import extract
+from benchmarks.gpu.__main__ import app as gpu
+from benchmarks.growth.__main__ import app as growth
+from benchmarks.process import RunFailedError, run_to_end
+from benchmarks.seeds import holm, p_value, seed_mean
+from benchmarks.serve.__main__ import app as serve
+from benchmarks.serve.client import as_many_as_it_can, at_rate, one_after_the_other
+from benchmarks.store import limit
+from benchmarks.store.__main__ import app as store
+
+STAGES = ["samples", "store", "train", "evaluate", "export_vectors", "export_model"]
+HEADLINE = ["lookup_vs_numpy_take", "lookup_vs_numpy_take_10_deltas", "lookup_vs_lmdb", "lookup_vs_lance"]
+HEADLINE += ["warm_open_s", "cache_build_vs_list_column"]
+OF_GPU = ["samples_per_s", "step_ms", "busy_share", "features_bytes", "places_bytes", "batch_bytes", "bytes_per_step"]
+OF_GPU += ["last_loss"]
+
+
+def figures_of(app: typer.Typer, folder: Path, *words: str) -> dict[str, Any]:
+    """Run a benchmark; return the figures of its JSON."""
+    done = CliRunner().invoke(app, [*words, "--json", str(folder / "figures.json")])
+    assert done.exit_code == 0, done.output
+    found: dict[str, Any] = json.loads((folder / "figures.json").read_text())
+    return found
+
+
+@pytest.mark.slow
+def test_extract_draws_its_own_images(tmp_path: Path) -> None:
+    figures = figures_of(extract.app, tmp_path, "--limit", "8", "--rounds", "1", "--batch-size", "4")
+    assert figures["images"] == 8
+    assert figures["extract_vs_bare"] > 0
+
+
+@pytest.mark.long
+def test_drawn_images_all_differ(tmp_path: Path) -> None:
+    extract.draw_images(tmp_path, 50)
+    assert len({path.read_bytes() for path in tmp_path.glob("*.jpg")}) == 50
+
+
+@pytest.mark.slow
+def test_every_variant_of_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "1")  # an arena for each thread would not fit into so small a limit
+    monkeypatch.setattr(limit, "TIMES_OVER", 5)
+    tiny = ["--rows", "1000", "--keys", "256", "--rounds", "3", "--limit-mb", "96", "--dir", str(tmp_path)]
+    figures = figures_of(store, tmp_path, *tiny)
+    assert all(figures[name] > 0 for name in HEADLINE)
+    assert figures["store_over_limit"] == pytest.approx(5, rel=0.01)
+    assert 0 < figures["limit_cache_build_peak_mb"] < figures["memory_limit_mb"]
+    assert all(figures[f"{peer}_rows_per_s"] > 0 for peer in ("lookup", "numpy_take", "lmdb_out", "lance_take"))
+    assert [path.name for path in tmp_path.iterdir()] == ["figures.json"], "nothing else is left behind"
+
+
+@pytest.mark.slow
+@pytest.mark.services
+def test_every_stage_of_growth(tmp_path: Path) -> None:
+    sizes = ["--impressions", "2000", "--impressions", "4000", "--samples-alone", "6000", "--dims", "8"]
+    figures = figures_of(growth, tmp_path, *sizes, "--dir", str(tmp_path / "growth"))
+    for stage in STAGES:
+        assert all(figures[f"{cost}_{stage}_{size}"] > 0 for cost in ("seconds", "written_mb") for size in (2000, 4000))
+    grown = math.log(figures["written_mb_samples_6000"] / figures["written_mb_samples_4000"]) / math.log(1.5)
+    assert figures["written_mb_exponent_samples"] == pytest.approx(grown)
+    assert "seconds_store_6000" not in figures
+    assert figures["seconds_exponent"] == max(figures[f"seconds_exponent_{stage}"] for stage in STAGES)
+
+
+def test_a_program_that_fails_is_told_with_its_last_lines(tmp_path: Path) -> None:
+    with pytest.raises(RunFailedError, match=r"(?s)ended with 3:.*out of paper"):
+        run_to_end(["sh", "-c", "echo out of paper; exit 3"], tmp_path / "log")
+
+
+@pytest.mark.slow
+def test_all_kinds_of_features_of_gpu_on_the_cpu(tmp_path: Path) -> None:
+    tiny = ["--images", "200", "--dim", "16", "--dims", "4", "--samples-per-rank", "60", "--steps", "4"]
+    figures = figures_of(gpu, tmp_path, "--device", "cpu", *tiny, "--dir", str(tmp_path / "workload"))
+    assert figures["device"] == "cpu"
+    kinds = ("compact_from_host", "compact", "full")
+    for kind in kinds:
+        one = {name: figures[f"{kind}_{name}"] for name in OF_GPU}
+        assert one["samples_per_s"] == pytest.approx(60 / one["step_ms"] * 1e3, rel=0.05)
+        assert one["busy_share"] > 0 and 0 < one["last_loss"] < 2
+        assert one["bytes_per_step"] == one["features_bytes"] + one["places_bytes"] + one["batch_bytes"]
+        assert one["batch_bytes"] == pytest.approx(60 * (4 + 8), rel=0.05)
+    images = figures["compact_from_host_features_bytes"] / 8  # 4 numbers in bfloat16 each
+    assert figures["full_features_bytes"] == 32 * images > 0, "16 numbers in bfloat16"
+    assert figures["compact_features_bytes"] == 8 * images, "their places"
+    assert figures["compact_last_loss"] == figures["compact_from_host_last_loss"]
+    assert [figures[f"{kind}_features_on_device"] for kind in kinds] == [False, True, False]
+    assert len({figures[f"{kind}_places_bytes"] for kind in kinds}) == 1
+
+
+def test_no_gpu_is_one_line_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    result = CliRunner().invoke(gpu, ["--dir", str(tmp_path / "workload")])
+    assert result.exit_code == 1 and "error: no GPU found" in result.output
+    assert not (tmp_path / "workload").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_the_scorer_and_its_rival(tmp_path: Path) -> None:
+    small = ["--images", "300", "--dim", "16", "--samples", "60", "--steps", "2", "--requests", "20", "--rounds", "1"]
+    figures = figures_of(serve, tmp_path, *small, "--dir", str(tmp_path / "bench"))
+    assert 0 < figures["http_p50_ms_200"] <= figures["http_p99_ms_200"]
+    assert figures["vs_fastapi_eager_rps"] == figures["http_scorer_rps_200"] / figures["http_fastapi_rps_200"]
+
+
+class Slow(BaseHTTPRequestHandler):
+    """Takes 20 ms a request; refuses bodies that say so."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        threading.Event().wait(0.02)
+        self.send_response(503 if body == b"no" else 200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *arguments: object) -> None:
+        """Print nothing."""
+
+
+@pytest.mark.services
+def test_client() -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Slow) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        port = server.server_port
+        alone = one_after_the_other(port, [b"yes"], 5)
+        assert alone.failed == 0 and alone.ms(50) >= 20 and 0 < alone.rps <= 50
+        together = as_many_as_it_can(port, [b"yes", b"no"], 20, connections=4)
+        assert together.failed == 10 and together.seconds >= 20 / 4 * 0.02
+        # 200 a second are due, 50 are answered: a latency counts the time that a request waits for its turn.
+        late = at_rate(port, [b"yes"], 20, rate=200, connections=1)
+        assert late.ms(100) > 200
+        server.shutdown()
+
+
+def test_an_interval_is_students() -> None:
+    from scipy import stats  # a second's import, of two tests
+
+    values = [1.0, 2.0, 4.0]
+    low, high = stats.t.interval(0.95, 2, loc=7 / 3, scale=stats.sem(values))
+    found = seed_mean(values)
+    assert found.half_width == pytest.approx((high - low) / 2) and found.mean == pytest.approx(7 / 3)
+    assert seed_mean([1.0]).half_width is None
+
+
+def test_the_test_is_paired() -> None:
+    from scipy import stats
+
+    base, ours = [0.60, 0.62, 0.61, 0.65], [0.61, 0.635, 0.62, 0.662]
+    found = p_value([a - b for a, b in zip(ours, base, strict=True)])
+    assert found == pytest.approx(float(stats.ttest_rel(ours, base).pvalue))
+    assert p_value([0.1]) is None and p_value([0.1, 0.1]) is None
+
+
+def test_p_values_are_corrected_for_their_number() -> None:
+    assert holm({"a": 0.01, "b": 0.04, "c": None, "d": 0.03}) == pytest.approx(
+        {"a": 0.03, "b": 0.06, "c": None, "d": 0.06}
+    )
+    assert holm({"a": 0.8, "b": 0.9}) == {"a": 1.0, "b": 1.0}

@@ -1,0 +1,109 @@
+"""Visual vectors: E's own, of the newest checkpoint, computed once for each snapshot, whole or not there."""
+
+import shutil
+
+import numpy as np
+import pytest
+from safetensors.torch import load
+
+from explorer.data import visual
+from explorer.data.cache import explorer_cache
+from explorer.data.visual import ImageRuns, blocks_of, vector_of, visual_vectors
+from explorer.places import Places
+from featurestore import FeatureRows, FeatureStore, key_of_uri
+from tests.explorer.world import UNKNOWN
+from trainer.runs import export
+from trainer.runs.checkpoint import read_state
+from trainer.runs.export import VECTOR, open_network
+from trainer.runs.folder import finished
+from trainer.runs.saving import CheckpointPlace, state_bytes
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def by_key(found):
+    return dict(zip(found.keys_N.tolist(), found.vectors_NV.tolist(), strict=True))
+
+
+def test_they_are_what_the_export_has_and_are_computed_once(world, monkeypatch):
+    seen, expected, uris = [], {}, {}
+    found = visual_vectors(world.runs / "both", progress=lambda done, total: seen.append((done, total)))
+    for table in open_network(world.runs / "both").tables():
+        expected |= dict(zip(table["key"].to_pylist(), table[VECTOR].to_pylist(), strict=True))
+        uris |= dict(zip(table["key"].to_pylist(), table["uri"].to_pylist(), strict=True))
+    assert by_key(found) == expected
+    assert seen[-1] == (len(expected), len(expected))
+    assert dict(zip(found.keys_N.tolist(), found.uris_N.to_pylist(), strict=True)) == uris
+    assert isinstance(found.vectors_NV, np.memmap)
+    monkeypatch.setattr(visual, "_BLOCK_ROWS", 5)
+    assert {int(key) for keys_K, _ in blocks_of(found) for key in keys_K} == set(expected)
+    assert all(vector_of(found, key).tolist() == vector for key, vector in expected.items())
+    assert vector_of(found, key_of_uri(UNKNOWN)) is None
+
+    monkeypatch.setattr(export.ImageNetwork, "tables", None)  # nothing is computed again
+    again = visual_vectors(world.runs / "both")
+    assert by_key(again) == expected and again.about == found.about
+
+
+def test_another_snapshot_or_store_has_its_own(world, tmp_path):
+    before = visual_vectors(world.runs / "both")
+    shutil.copytree(world.store, tmp_path / "moved")
+    store = FeatureStore.open(tmp_path / "moved")
+    store.put(FeatureRows.of(["new"], np.ones((1, store.info.dim), np.float32), keys=np.array([77])))
+    after = visual_vectors(world.runs / "both", store=store.url)
+    assert set(by_key(after)) == {*by_key(before), 77}
+    assert after.digest != before.digest
+    assert after.about["snapshot"] == before.about["snapshot"] + 1
+
+
+def test_a_computation_that_fails_leaves_nothing(world, monkeypatch):
+    tables = export.ImageNetwork.tables
+
+    def broken(network):
+        yield next(tables(network)).slice(0, 1)
+        raise OSError("disk")
+
+    monkeypatch.setattr(export.ImageNetwork, "tables", broken)
+    with pytest.raises(OSError, match="disk"):
+        visual_vectors(world.runs / "both")
+    assert not list(explorer_cache().iterdir())
+
+
+def test_only_runs_with_images_and_a_checkpoint_are_named(world, tmp_path):
+    assert ImageRuns(world.places()).names() == ["both", "both-longer"]
+    assert ImageRuns(Places(store=str(world.store))).names() == []
+    runs = tmp_path / "runs"
+    shutil.copytree(world.runs / "both", runs / "begun", ignore=shutil.ignore_patterns("versions"))
+    for name in ("odd", "ad", "behavior", "good <b>"):
+        shutil.copytree(world.runs / "both", runs / name)
+    (runs / "odd" / "config.yaml").write_text("[]")
+    (runs / "file").touch()
+    config = (world.runs / "both" / "config.yaml").read_text()
+    assert "images: both" in config
+    for name in ("ad", "behavior"):  # those that see most come first
+        (runs / name / "config.yaml").write_text(config.replace("images: both", f"images: {name}"))
+    assert ImageRuns(Places(store=str(world.store), runs=str(runs))).names() == ["good <b>", "behavior", "ad"]
+
+
+def test_the_run_is_read_once_until_it_has_another_checkpoint(world, monkeypatch, tmp_path):
+    run = shutil.copytree(world.runs / "both", tmp_path / "runs" / "both")
+    calls, real = [], visual.visual_vectors
+    monkeypatch.setattr(visual, "visual_vectors", lambda *args, **more: calls.append(args) or real(*args, **more))
+    runs, store = ImageRuns(world.places(runs=run.parent)), FeatureStore.open(world.store)
+    first = runs.vectors("both", store.snapshot())
+    assert runs.vectors("both", store.snapshot()) is first
+    assert len(calls) == 1
+    assert len(runs.vectors("both", store.snapshot(1)).keys_N) == 26
+    (newest,), place = finished(run), CheckpointPlace(run)
+    state = read_state(newest)
+    tensors = {name: load(newest.read_bytes(name)) for name in state.files}
+    place.claim()
+    assert runs.vectors("both", store.snapshot()) is first, "the checkpoint is the same"
+    place.remove([newest])
+    parts = {name: place.write(state.step, name, each) for name, each in tensors.items()}
+    place.commit(state.step, parts, state_bytes(state, parts), 3, None)
+    runs.vectors("both", store.snapshot())
+    assert len(calls) == 3
