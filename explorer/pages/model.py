@@ -11,8 +11,7 @@ from explorer.html.site import NavItem, PageKind, Question
 from featurestore.errors import FeatureStoreError
 from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
-from serving.bundle.log import known_versions, read_version
-from serving.bundle.published import list_versions, newest_vectors
+from serving.bundle.log import known_versions, list_versions, newest_vectors, read_version
 
 MODEL = "/model"
 _MOST_VERSIONS = 50
