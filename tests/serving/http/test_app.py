@@ -15,7 +15,9 @@ import pytest
 from serving.bundle.log import BundleIdentity
 from serving.http.app import Scoring
 from serving.http.codec import ARROW
+from serving.scoring.request import RequestColumns
 from tests.serving.http.fakes import FakeModel, FakeSource, client_of, run_with, scoring_of, write_state
+from trainer.schema import load_schema
 
 TOKEN = "0123456789abcdef0123"
 ONE = {"user": {"user": 1, "behavior_item": [4, 5]}, "candidates": {"ad_item": [1, 2, 2000]}}
@@ -293,15 +295,22 @@ def test_while_a_body_is_scored_others_are_answered_and_it_keeps_its_model(tmp_p
             asked = asyncio.ensure_future(client.post("/v1/score?logits=true", json=body))
             while scoring.live._held is None:  # until its first piece is scored
                 await asyncio.sleep(0)
-            health = 0
+            health, waiting = 0, asyncio.ensure_future(client.post("/v1/score", json=ONE))
+            while not scoring.queue._waiting:  # until the old model's columns have been found in it
+                await asyncio.sleep(0)
             scoring.live._use(source.open(BundleIdentity(2, {}), None))
+            schema = load_schema()
+            fields = [field for field in schema.fields if field.column_name != "behavior_item"]
+            scoring.live.model.inputs = RequestColumns(schema.model_copy(update={"fields": fields}), fields)
             while not asked.done():
                 health += (await client.get("/v2/health/live")).status_code == 200
                 await asyncio.sleep(0)
             answer = asked.result().json()
             assert answer["version"] == 1 and {each["logits"][0] for each in answer["answers"]} == {1.0}
             assert health >= 3  # a piece has 64 requests
-            assert (await client.post("/v1/score", json=ONE)).json()["version"] == 2
+            assert 'user."behavior_item" is not a column of the model' in (await waiting).json()["error"]
+            answer = await client.post("/v1/score", json={"candidates": ONE["candidates"]})
+            assert answer.json()["version"] == 2
             assert [model.closed for model in source.opened] == [True, False]
 
     asyncio.run(run())
