@@ -30,6 +30,7 @@ from serving.scoring.sent import (
     UnusableValueError,
     missing,
     places_of,
+    totals,
 )
 from trainer.errors import OverflowingValueError
 from trainer.samples.columns import (
@@ -108,7 +109,9 @@ class RequestTable:
             rule, levels = columns.rules[name], column.levels
             if rule.gallery:
                 jagged[sizes_of(name)] = Jagged(levels[-1], _int32(levels[0]) if len(levels) > 1 else ones["ad"])
-            lengths = _int32(_images_of(levels) if len(levels) > 1 else levels[0]) if levels else ones[rule.side]
+            lengths = ones[rule.side]
+            if levels:
+                lengths = _int32(totals(levels[1], levels[0]) if len(levels) > 1 else levels[0])
             jagged[name] = Jagged(column.values, lengths)
 
         def taken(field: Field, column: str) -> Jagged:
@@ -129,13 +132,6 @@ class RequestTable:
             group_id_B=np.zeros(num_samples, np.int64),
             global_samples=num_samples,
         )
-
-
-def _images_of(levels: Sequence[Index]) -> Index:
-    """Count the images of each row, of a gallery of behaviours."""
-    ends_K = np.append(0, np.cumsum(levels[1]))
-    lengths_M: Index = np.diff(ends_K[np.append(0, np.cumsum(levels[0]))])
-    return lengths_M
 
 
 def _int32(lengths: Index) -> NDArray[np.int32]:
@@ -262,11 +258,11 @@ class _Decoder:
                 outer = (self._sent.counts_G,) if rule.side == "ad" else ()
                 inside = (*outer, *column.levels[: depth + 1])
                 self._check_lengths(name, inside, wanted_M, f"{rule.crossed[0]} has {{}} there: they are crossed")
-            encoded.append(replace(found, index_N=column.values))
+            encoded.append(Encoded(found.ids_U, found.texts_U, column.values))
         ids = [np.zeros(0, np.int64)]
         for start in range(0, len(encoded[0].index_N), CROSSED_CHUNK):
             here = slice(start, start + CROSSED_CHUNK)
-            ids.append(cross([replace(each, index_N=each.index_N[here]) for each in encoded]).ids)
+            ids.append(cross([Encoded(each.ids_U, each.texts_U, each.index_N[here]) for each in encoded]).ids)
             yield
         return Column(np.concatenate(ids), levels, None)
 
@@ -275,17 +271,16 @@ class _Decoder:
         sent = self._sent.columns[name]
         if self._columns.sources[name].side == "user":
             return Column(values, sent.levels, is_null_N)
-        of_request_G, *levels = sent.levels
+        levels = sent.levels[1:]
         if sent.in_context_G is None:
-            return Column(values, tuple(levels), is_null_N)
-        times_R = np.repeat(np.where(sent.in_context_G, self._sent.counts_G, 1), of_request_G)
-        place_N = np.repeat(np.arange(len(times_R)), times_R)
-        if levels:
-            lengths_R = levels[0]
-            starts_R = np.cumsum(lengths_R) - lengths_R
-            levels = [lengths_R[place_N]]
-            place_N = ranges(starts_R[place_N], levels[0])
-        return Column(values[place_N], tuple(levels), None if is_null_N is None else is_null_N[place_N])
+            return Column(values, levels, is_null_N)
+        times_R = np.repeat(np.where(sent.in_context_G, self._sent.counts_G, 1), sent.levels[0])
+        if not levels:
+            return Column(np.repeat(values, times_R), (), None if is_null_N is None else np.repeat(is_null_N, times_R))
+        starts_R = np.cumsum(levels[0]) - levels[0]
+        lengths_B = np.repeat(levels[0], times_R)
+        place_N = ranges(np.repeat(starts_R, times_R), lengths_B)
+        return Column(values[place_N], (lengths_B,), None if is_null_N is None else is_null_N[place_N])
 
 
 def _in_chunks(values: Any, convert: Callable[[Any], Result], chunk: int = CHUNK) -> Steps[list[Result]]:

@@ -155,14 +155,22 @@ class SentTable:
                     own_G if column.in_context_G is None else np.where(column.in_context_G, 0, own_G)
                 )
             if len(levels) > 1:
-                ends = np.append(0, np.cumsum(levels[1]))
-                inner_G = np.diff(ends[np.append(0, np.cumsum(levels[0]))])
+                inner_G = totals(levels[1], levels[0])
                 if column.in_context_G is not None:  # one value is little, but its list is repeated
                     inner_G = inner_G * np.where(column.in_context_G, self.counts_G, 1)
                 values_G = values_G + inner_G
             if levels and rule.side == "user" and rule.width is None:
                 behaviors_G = np.maximum(behaviors_G, levels[0])
         return Sizes(self.counts_G, behaviors_G, values_G)
+
+
+def totals(lengths_K: Index, counts_G: Index) -> Index:
+    """Add up the next `counts_G[g]` lengths for each g, (G,)."""
+    if len(counts_G) == 1:
+        found_G: Index = lengths_K.sum(keepdims=True)
+    else:
+        found_G = np.diff(np.append(0, np.cumsum(lengths_K))[np.append(0, np.cumsum(counts_G))])
+    return found_G
 
 
 def joined(tables: Sequence[SentTable]) -> SentTable:
@@ -275,7 +283,7 @@ def _sent(name: str, rule: Rule, entries: Sequence[Any], names: Names, in_contex
         except UnusableValueError as failure:
             raise failure.named(names, name, levels) from None
         levels = (*levels, lengths)
-    return SentColumn(entries, levels, in_context_G=in_context_G)
+    return SentColumn(entries, levels, None, in_context_G)
 
 
 def sent_table(columns: RequestColumns, table: pa.Table) -> Steps[SentTable]:
