@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from crossmedia.tables import Scores, Shown, scores_of
-from serving.scoring.request import PIECE_REQUESTS
 from serving.scoring.samples import RemoteScorer, ca_context
 from serving.scoring.scorer import Scorer
+from serving.scoring.sent import PIECE_REQUESTS
 from trainer.samples.interop import groups_of_rows, table_of
 
 

@@ -19,9 +19,8 @@ from serving.bundle import GRACE_DAYS, KEEP_DAYS, KEEP_LAST
 from serving.settings import ServerSettings
 
 if TYPE_CHECKING:
-    from serving.bundle.log import BundleExpireReport
-    from serving.bundle.published import ListedVersion, NewestVectors
-    from serving.scoring.drift import LogitsCompared
+    from serving.bundle.log import BundleExpireReport, ListedVersion, NewestVectors
+    from serving.scoring.samples import LogitsCompared
 
 app = CommandApp()
 
@@ -73,8 +72,7 @@ def info(
     from featurestore.log import utc_text
     from featurestore.storage.storage import Storage
     from serving.bundle.files import find_damage
-    from serving.bundle.log import read_version, version_in_use
-    from serving.bundle.published import newest_vectors
+    from serving.bundle.log import newest_vectors, read_version, version_in_use
 
     storage = Storage(url)
     manifest = read_version(storage, version)
@@ -112,8 +110,7 @@ def log(
 ) -> None:
     """List the published versions, newest first, with the time when each was last put in use."""
     from featurestore.storage.storage import Storage
-    from serving.bundle.log import choices, version_in_use
-    from serving.bundle.published import list_versions
+    from serving.bundle.log import choices, list_versions, version_in_use
 
     storage = Storage(url)
     found = list_versions(storage, last)
@@ -293,8 +290,7 @@ def check(
     """
     from serving.bundle.open import ModelVersion
     from serving.errors import ServingError
-    from serving.scoring.drift import compare
-    from serving.scoring.samples import RemoteScorer, ca_context, in_process
+    from serving.scoring.samples import RemoteScorer, ca_context, compare, in_process
     from serving.scoring.scorer import Scorer
 
     if url is None and (token_file or ca):

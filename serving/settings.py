@@ -1,7 +1,7 @@
 """The settings of a server, among them the budget of a body: limits that hold before anything of that size is built.
 
 The settings are frozen objects that are also sent to worker processes. docs/SECURITY.md has the budget as a table;
-serving/scoring/request.py measures what a body holds.
+serving/scoring/sent.py measures what a body holds.
 """
 
 from collections.abc import Iterable

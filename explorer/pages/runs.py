@@ -35,8 +35,7 @@ from featurestore.published.paths import RunPath, run_path
 from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
 from featurestore.text import one_line
-from serving.bundle.log import known_versions, read_version
-from serving.bundle.published import list_versions, newest_vectors
+from serving.bundle.log import known_versions, list_versions, newest_vectors, read_version
 from trainer.schema.fields import SETTINGS_FILE
 
 _PER_PAGE = 50

@@ -13,7 +13,7 @@ from typing import Any
 from featurestore.errors import CorruptFileError, FeatureStoreError, StorageError
 from featurestore.format.shard import HashedOutput, check_digest
 from featurestore.lookup.cache import default_cache_dir
-from featurestore.spec import is_random_id
+from featurestore.spec import FileEntry, is_random_id
 from featurestore.storage.local import claim, open_private
 from featurestore.storage.storage import Progress, Storage
 from featurestore.store import FeatureStore
@@ -51,11 +51,10 @@ class WrittenFiles:
             file.write(data)
 
 
-def check_file(storage: Storage, manifest: BundleManifest, file: BundleFile, verify: bool) -> None:
-    """Compare the size of a version's file in the storage, and with `verify` its content, with the manifest.
+def check_file(storage: Storage, path: str, file: BundleFile | FileEntry, verify: bool) -> None:
+    """Compare the size of a file in the storage, and with `verify` its content, with what a manifest says.
 
     Raises BrokenBundleError, StorageError."""
-    path = f"{manifest.folder}/{file.name}"
     try:
         size_bytes = storage.size(path)
         if size_bytes != file.bytes:
@@ -96,7 +95,7 @@ class LocalFiles:
             )
         place = self._folder / name
         if self._storage.is_local:
-            check_file(self._storage, self._manifest, file, self._verify)
+            check_file(self._storage, f"{self._manifest.folder}/{name}", file, self._verify)
         elif not self._is_there(file, place):
             self._fetch(file, place)
         return place
@@ -153,19 +152,23 @@ def find_damage(
     Checks the size of each file, also of those of the newest snapshots of its vectors. With `digests` reads all files
     and compares their content as well. Raises StorageError."""
     found: list[str] = []
-    num_all = len(manifest.files) + len(manifest.vectors)
-    for number, file in enumerate(manifest.files, start=1):
-        try:
-            check_file(storage, manifest, file, digests)
-        except BrokenBundleError as error:
-            found.append(str(error))
+    parts: list[BundleFile | VectorsOf] = [*manifest.files, *manifest.vectors]
+    for number, part in enumerate(parts, start=1):
+        if isinstance(part, BundleFile):
+            found += _problem(storage, f"{manifest.folder}/{part.name}", part, digests)
+        else:
+            found += _of_vectors(storage.full(f"{manifest.folder}/{part.folder}"), part, digests)
         if progress is not None:
-            progress(number, num_all)
-    for number, of in enumerate(manifest.vectors, start=1 + len(manifest.files)):
-        found += _of_vectors(storage.full(f"{manifest.folder}/{of.folder}"), of, digests)
-        if progress is not None:
-            progress(number, num_all)
+            progress(number, len(parts))
     return found
+
+
+def _problem(storage: Storage, path: str, file: BundleFile | FileEntry, digests: bool) -> list[str]:
+    try:
+        check_file(storage, path, file, digests)
+    except BrokenBundleError as error:
+        return [str(error)]
+    return []
 
 
 def _of_vectors(url: str, of: VectorsOf, digests: bool) -> Iterator[str]:
@@ -182,13 +185,4 @@ def _of_vectors(url: str, of: VectorsOf, digests: bool) -> Iterator[str]:
     if snapshot.version == 0:
         yield f"{url} has no snapshot: the files of its log are missing"
     for entry in snapshot.manifest.entries:
-        try:
-            size_bytes = store.storage.size(entry.path)
-            if size_bytes != entry.bytes:
-                yield f"{store.storage.full(entry.path)} has {size_bytes:,} bytes instead of {entry.bytes:,}"
-            elif digests:
-                check_digest(store.storage, entry.path, entry.bytes, "sha256", entry.sha256)
-        except FileNotFoundError:
-            yield f"{store.storage.full(entry.path)} is missing"
-        except CorruptFileError as error:
-            yield str(error)
+        yield from _problem(store.storage, entry.path, entry, digests)

@@ -1,4 +1,4 @@
-"""The log of a bundle's versions and of the choices among them: numbered files, each written once; and their expiry.
+"""The log of a bundle's versions and of the choices among them: numbered files, each written once; lists; expiry.
 
 An expiry deletes a version's manifest first, so that nobody can open or choose it any more; then its files. If the
 process is killed between the two, the next run removes the files as leftovers. Ages are measured by the storage's own
@@ -142,6 +142,78 @@ def _read(storage: Storage, folder: str, number: int, model_class: type[SealedT]
 def _shown(known: list[int]) -> str:
     """Format the last versions, e.g. `versions 7, 8, 9`."""
     return f"version{'s' if len(known) > 1 else ''} {', '.join(map(str, known[-10:]))}"
+
+
+@dataclass(frozen=True)
+class ListedVersion:
+    """A version of a model; `manifest` is None if it is damaged."""
+
+    version: int
+    manifest: BundleManifest | None
+    in_use: bool
+    chosen_s: tuple[float, ...]
+    """When it was put in use, in seconds since 1970."""
+
+
+def list_versions(storage: Storage, last: int | None = None) -> list[ListedVersion]:
+    """List the last published versions, by default all, newest first.
+
+    Raises BundleNotFoundError if there is none, and BrokenBundleError if a choice is damaged.
+    """
+    known = known_versions(storage)
+    if not known:
+        read_version(storage)  # says what is wrong
+    in_use, chosen = version_in_use(storage), choices(storage)
+    return [
+        ListedVersion(
+            version,
+            _readable(storage, version),
+            version == in_use,
+            tuple(each.time_s for each in chosen if each.version == version),
+        )
+        for version in known[::-1][:last]
+    ]
+
+
+def _readable(storage: Storage, version: int) -> BundleManifest | None:
+    try:
+        return read_version(storage, version)
+    except BrokenBundleError:
+        return None
+
+
+@dataclass(frozen=True)
+class NewestVectors:
+    """The newest vectors of a feature store's images in a version."""
+
+    snapshot: int
+    images: int
+    bytes: int
+    committed_s: float
+    source: str
+    """Address of the feature store, and its snapshot that they were computed from."""
+    source_version: int
+
+
+def newest_vectors(storage: Storage, manifest: BundleManifest) -> Iterator[tuple[str, NewestVectors | None]]:
+    """Yield the name of each feature store with the version's vectors of it; None if they are damaged.
+
+    Raises StorageError.
+    """
+    for of in manifest.vectors:
+        try:
+            snapshot = FeatureStore.open(storage.full(f"{manifest.folder}/{of.folder}")).snapshot()
+            source, found = snapshot.manifest.mirrors or of.source, snapshot.manifest
+            yield (
+                of.store,
+                NewestVectors(
+                    snapshot.version, snapshot.num_rows, found.file_bytes, found.time_s, source.url, source.version
+                ),
+            )
+        except StorageError:
+            raise
+        except FeatureStoreError:
+            yield of.store, None
 
 
 _DAY_S = 86_400.0

@@ -15,8 +15,7 @@ from serving.bundle.log import BundleIdentity, read_version
 from serving.bundle.manifest import MODEL, SCHEMA, TRAINED, BundleManifest, VectorsOf
 from serving.bundle.rows import BundleIdRows, VectorTable
 from serving.errors import BrokenBundleError
-from serving.network.exporting import PORTABLE, compiled_name
-from serving.network.served import ServedNetwork
+from serving.network.served import PORTABLE, ServedNetwork, compiled_name
 from trainer.config import ModelConfig
 from trainer.errors import TrainerError
 from trainer.models.layers import used_fields

@@ -16,9 +16,9 @@ import pyarrow as pa
 from serving.bundle.log import BundleIdentity
 from serving.errors import RequestError
 from serving.network import Steps
-from serving.scoring.request import Decoded, Request, Scored, check_table, short_repr
+from serving.scoring.request import Request, RequestColumns, Scored, short_repr
+from serving.scoring.sent import SentTable, check_table, sent_requests, sent_table
 from serving.settings import Budget
-from trainer.samples.columns import Rule
 from trainer.schema import Field
 
 JSON, ARROW = "application/json", "application/vnd.apache.arrow.stream"
@@ -48,7 +48,7 @@ class Scores:
 
     identity: BundleIdentity
     fields: Sequence[Field]
-    decoded: Decoded
+    sent: SentTable
     scored: Sequence[Scored]
     stages: dict[str, float]
 
@@ -61,8 +61,8 @@ class Scores:
 class Body(Protocol):
     """A received body in one of the forms: `decode` is called first, then `answer` with its scores."""
 
-    def decode(self, columns: Mapping[str, Rule], budget: Budget) -> Steps[Decoded]:
-        """Decode it to requests or a table, in pieces. `columns`: those of the model.
+    def decode(self, columns: RequestColumns, budget: Budget) -> Steps[SentTable]:
+        """Lay it out by the columns of the model, in pieces.
 
         Raises RequestError, or RequestTooLargeError over the budget.
         """
@@ -81,10 +81,10 @@ class JsonBody:
     logits: bool = False
     _alone: bool = True
 
-    def decode(self, columns: Mapping[str, Rule], budget: Budget) -> Steps[Decoded]:
+    def decode(self, columns: RequestColumns, budget: Budget) -> Steps[SentTable]:
         """Parse it, see `requests_of`."""
         requests, self._alone = requests_of((yield from parse_json(self.body, budget)), budget)
-        return requests
+        return (yield from sent_requests(columns, requests))
 
     def answer(self, scores: Scores) -> WrittenAnswer:
         """Write one object, or one with `answers` for several requests."""
@@ -100,10 +100,9 @@ class ArrowBody:
 
     body: bytes
 
-    def decode(self, columns: Mapping[str, Rule], budget: Budget) -> Steps[Decoded]:
+    def decode(self, columns: RequestColumns, budget: Budget) -> Steps[SentTable]:
         """Read the table, see `arrow_table`."""
-        table = yield from arrow_table(self.body, budget)
-        return table
+        return (yield from sent_table(columns, (yield from arrow_table(self.body, budget))))
 
     def answer(self, scores: Scores) -> WrittenAnswer:
         """Write a row for each request, with version and snapshots in the schema's metadata."""

@@ -18,7 +18,7 @@ Inference-Header-Content-Length has the length of the JSON.
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import accumulate, chain, pairwise
+from itertools import chain
 from math import prod
 from typing import Any
 
@@ -29,9 +29,10 @@ from numpy.typing import NDArray
 from serving.errors import RequestError
 from serving.http.codec import JSON, Scores, WrittenAnswer, parse_json
 from serving.network import CHUNK, Steps
-from serving.scoring.request import Decoded, Request, short_repr
+from serving.scoring.request import RequestColumns, short_repr
+from serving.scoring.sent import Names, SentColumn, SentTable
 from serving.settings import Budget
-from trainer.samples.columns import Rule
+from trainer.samples.columns import Index, Rule
 
 HEADER = "inference-header-content-length"
 DTYPES = {
@@ -47,12 +48,12 @@ SERVER = {"name": "crossmedia", "extensions": ["binary_tensor_data"]}
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor of a request: `values` are flat Python numbers or texts, in row-major order."""
+    """A tensor of a request: `values` are flat, in row-major order; texts, and numbers of JSON, are Python's."""
 
     name: str
     datatype: str
     shape: tuple[int, ...]
-    values: list[Any]
+    values: list[Any] | NDArray[Any]
 
 
 def split_body(body: bytes, header: str | None, budget: Budget) -> Steps[tuple[Any, memoryview]]:
@@ -104,7 +105,7 @@ def _tensor(each: dict[str, Any], binary: memoryview, budget: Budget) -> Steps[t
     if size is None:
         if "data" not in each:
             raise RequestError(f"{where} has neither data nor the parameter binary_data_size")
-        values = _flat(each["data"], where)
+        values: list[Any] | NDArray[Any] = _flat(each["data"], datatype, where)
     else:
         if type(size) is not int or not 0 <= size <= len(binary):
             raise RequestError(f"{where}: binary_data_size is {short_repr(size)}; {len(binary)} bytes are left")
@@ -114,7 +115,6 @@ def _tensor(each: dict[str, Any], binary: memoryview, budget: Budget) -> Steps[t
         raise RequestError(
             f"{where}: shape {short_repr(shape)} has {prod(shape)} values, but the data has {len(values)}"
         )
-    _check_type(values, datatype, where)
     return Tensor(name, datatype, tuple(shape), values), binary
 
 
@@ -122,16 +122,17 @@ def _is_shape(shape: list[Any]) -> bool:
     return 1 <= len(shape) <= MAX_DIMENSIONS and all(type(size) is int and size >= 0 for size in shape)
 
 
-def _flat(data: Any, where: str) -> list[Any]:
-    """Flatten nested lists, up to the depth of a tensor; keeps null, a missing number."""
+def _flat(data: Any, datatype: str, where: str) -> list[Any]:
+    """Flatten nested lists, up to the depth of a tensor, and check their values; keeps null, a missing number."""
     values = data if isinstance(data, list) else [data]
     for _ in range(MAX_DIMENSIONS - 1):
         kinds = set(map(type, values))
         if list not in kinds:
-            return values
+            break
         if kinds != {list}:
             raise RequestError(f"{where}: data mixes lists and values; nest all alike, or send one flat list")
         values = list(chain.from_iterable(values))
+    _check_type(values, datatype, where)
     return values
 
 
@@ -148,7 +149,7 @@ def _check_type(values: list[Any], datatype: str, where: str) -> None:
         raise RequestError(f"{where}: data has {short_repr(wrong)}, which is not {datatype}")
 
 
-def _from_binary(data: memoryview, datatype: str, count: int, where: str) -> Steps[list[Any]]:
+def _from_binary(data: memoryview, datatype: str, count: int, where: str) -> Steps[list[Any] | NDArray[Any]]:
     """Read at most `count` values of a tensor; refuses more before it reads them."""
     if datatype == "BYTES":
         return (yield from _texts(data, count, where))
@@ -157,8 +158,7 @@ def _from_binary(data: memoryview, datatype: str, count: int, where: str) -> Ste
         raise RequestError(f"{where}: {len(data)} bytes are not a multiple of the size of {datatype}")
     if len(data) > count * dtype.itemsize:
         raise RequestError(f"{where}: its shape has {count} values, but the data has {len(data) // dtype.itemsize}")
-    values: list[Any] = np.frombuffer(data, dtype).tolist()
-    return values
+    return np.frombuffer(data, dtype)
 
 
 def _texts(data: memoryview, count: int, where: str) -> Steps[list[str]]:
@@ -188,26 +188,23 @@ def metadata(columns: Mapping[str, Rule]) -> list[dict[str, Any]]:
     return [{"name": name, "datatype": _datatype(rule), "shape": _shape(rule)} for name, rule in columns.items()]
 
 
-def request_of(tensors: Mapping[str, Tensor], columns: Mapping[str, Rule]) -> Steps[Request]:
-    """Build a request from its tensors. Raises RequestError: an unknown tensor, or one of another shape."""
-    found: dict[str, Any] = {}
-    for name, tensor in tensors.items():
-        if name in columns:
-            found[name] = _value(name, tensor, tensors, columns)
-            yield
-    for name in tensors.keys() - columns.keys():
-        if not (name.endswith(LENGTHS) and name.removesuffix(LENGTHS) in tensors.keys() & columns.keys()):
-            raise RequestError(f"input {short_repr(name)} is not an input of the model: {', '.join(columns)}")
-    ads = {name: value for name, value in found.items() if columns[name].side == "ad"}
-    counts = {len(value) for value in ads.values()}
-    num_candidates = 0 if counts == {0, 1} else max(counts, default=0)
-    context = {name: value[0] for name, value in ads.items() if len(value) == 1 and num_candidates != 1}
-    return Request(
-        user={name: value for name, value in found.items() if columns[name].side == "user"},
-        context=context,
-        candidates={name: value for name, value in ads.items() if name not in context},
-        as_tensors=True,
-    )
+def sent_tensors(columns: RequestColumns, tensors: Mapping[str, Tensor]) -> SentTable:
+    """Lay out tensors by the columns of the model, as one request.
+
+    Raises RequestError: an unknown tensor, or one of another shape.
+    """
+    rules = columns.sources
+    for name in tensors.keys() - rules.keys():
+        if not (name.endswith(LENGTHS) and name.removesuffix(LENGTHS) in tensors.keys() & rules.keys()):
+            raise RequestError(f"input {short_repr(name)} is not an input of the model: {', '.join(rules)}")
+    levels = {name: _levels(name, tensors, rule) for name, rule in rules.items() if name in tensors}
+    rows = {name: int(each[0][0]) for name, each in levels.items() if rules[name].side == "ad"}
+    num_candidates = 0 if set(rows.values()) == {0, 1} else max(rows.values(), default=0)
+    found = {}
+    for name, each in levels.items():
+        in_context = num_candidates != 1 and rows.get(name) == 1
+        found[name] = SentColumn(tensors[name].values, each, in_context_G=np.array([True]) if in_context else None)
+    return SentTable(found, np.array([num_candidates]), Names(lambda column, _: f"input {column}"))
 
 
 def _datatype(rule: Rule) -> str:
@@ -220,39 +217,37 @@ def _shape(rule: Rule) -> list[int]:
     return [-1] * (rule.depth - 1) + [rule.width or -1]
 
 
-def _value(name: str, tensor: Tensor, tensors: Mapping[str, Tensor], columns: Mapping[str, Rule]) -> Any:
-    """Return a column's value in a request: a single value, a list, or a list of lists."""
-    rule = columns[name]
-    values = tensor.values
+def _levels(name: str, tensors: Mapping[str, Tensor], rule: Rule) -> tuple[Index, ...]:
+    """Return the lengths of a column's lists, by the shape of its tensor."""
+    tensor, outer = tensors[name], "C" if rule.side == "ad" else "L"
     if rule.depth == 0:
         if tensor.shape != (1,):
             raise _shape_error(name, tensor, "[1]")
-        return values[0]
+        return ()
     if rule.depth == 1:
         if len(tensor.shape) != 1:
-            raise _shape_error(name, tensor, "[C]" if rule.side == "ad" else "[L]")
-        return values
+            raise _shape_error(name, tensor, f"[{outer}]")
+        return (np.array(tensor.shape),)
     if (lengths := tensors.get(name + LENGTHS)) is not None:
-        return _by_lengths(name, tensor, values, lengths)
+        return _by_lengths(name, tensor, lengths)
     if len(tensor.shape) != 2:
-        outer = "C" if rule.side == "ad" else "L"
-        raise _shape_error(
-            name, tensor, f"[{outer}, {rule.width or 'K'}], or [N] with a tensor {name}{LENGTHS} [{outer}]"
-        )
+        wanted = f"[{outer}, {rule.width or 'K'}], or [N] with a tensor {name}{LENGTHS} [{outer}]"
+        raise _shape_error(name, tensor, wanted)
     rows, width = tensor.shape
-    return [values[width * row : width * (row + 1)] for row in range(rows)]
+    return np.array([rows]), np.full(rows, width)
 
 
-def _by_lengths(name: str, tensor: Tensor, values: list[Any], lengths: Tensor) -> list[list[Any]]:
+def _by_lengths(name: str, tensor: Tensor, lengths: Tensor) -> tuple[Index, ...]:
     if len(lengths.shape) != 1 or lengths.datatype in ("BYTES", "FP16", "FP32", "FP64"):
         raise RequestError(f"input {name}{LENGTHS} is {lengths.datatype} {list(lengths.shape)}; it has to be INT64 [C]")
-    if any(length < 0 for length in lengths.values) or sum(lengths.values) != len(values):
+    counts = np.asarray(lengths.values).tolist()  # Python's integers, whose sum is exact
+    if any(count < 0 for count in counts) or sum(counts) != len(tensor.values):
         raise RequestError(
-            f"input {name}{LENGTHS} adds up to {sum(lengths.values)}, but {name} has {len(values)} values"
+            f"input {name}{LENGTHS} adds up to {sum(counts)}, but {name} has {len(tensor.values)} values"
         )
     if len(tensor.shape) != 1:
         raise _shape_error(name, tensor, f"[N], as {name}{LENGTHS} is sent")
-    return [values[start:end] for start, end in pairwise(accumulate(lengths.values, initial=0))]
+    return np.array([len(counts)]), np.array(counts, np.int64)
 
 
 def _shape_error(name: str, tensor: Tensor, wanted: str) -> RequestError:
@@ -281,14 +276,14 @@ class TensorBody:
     """The outputs to send, and which of them as binary data."""
     _id: str | None = None
 
-    def decode(self, columns: Mapping[str, Rule], budget: Budget) -> Steps[Decoded]:
+    def decode(self, columns: RequestColumns, budget: Budget) -> Steps[SentTable]:
         """Read the tensors of one request."""
         value, binary = yield from split_body(self.body, self.header, budget)
         tensors = yield from tensors_of(value, binary, budget)
         self._asked, self._id = _asked(value), value.get("id")
         if self._id is not None and not isinstance(self._id, str):
             raise RequestError(f"id is {short_repr(self._id)}, and has to be a text")
-        return [(yield from request_of(tensors, columns))]
+        return sent_tensors(columns, tensors)
 
     def answer(self, scores: Scores) -> WrittenAnswer:
         """Write the outputs that were asked for."""

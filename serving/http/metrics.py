@@ -12,7 +12,6 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-import pyarrow as pa
 from prometheus_client import (
     CollectorRegistry,
     Counter,
@@ -172,16 +171,7 @@ class ServingMetrics:
 
 def _count(field: Field, scores: Scores) -> int:
     """Count the values of a user field in the same way as its places are counted."""
-    column = field.columns[0] if field.columns else field.column_name
-    if isinstance(scores.decoded, pa.Table):
-        return _num_entries(scores.decoded.column(column)) if column in scores.decoded.column_names else 0
-    values = [request.user[column] for request in scores.decoded if column in request.user]
-    return sum(len(value) if isinstance(value, list) else 1 for value in values)
-
-
-def _num_entries(column: Any) -> int:
-    """Count the entries of all lists of a column of a table, or its rows if it has no lists."""
-    kind = column.type
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
-        return sum(len(chunk.flatten()) for chunk in column.chunks)
-    return len(column)
+    column = scores.sent.columns.get(field.columns[0] if field.columns else field.column_name)
+    if column is None:
+        return 0
+    return int(column.levels[0].sum()) if column.levels else len(column.values)

@@ -13,13 +13,12 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import pyarrow as pa
-
 from serving.http.codec import Body, Scores
 from serving.http.limits import RefusedError
 from serving.http.live import LiveModel
 from serving.network import ResultT, Steps
-from serving.scoring.request import REQUEST_COST, Decoded, Request, Sizes, check_sizes, joined, sizes_of
+from serving.scoring.request import Scored
+from serving.scoring.sent import REQUEST_COST, SentTable, Sizes, joined
 from serving.settings import Budget
 
 if TYPE_CHECKING:
@@ -46,7 +45,7 @@ class Work:
     """One waiting body: its content, its time of arrival, and the duration of each stage."""
 
     body: Body
-    decoded: Decoded
+    sent: SentTable
     sizes: Sizes
     model: "Scorer"
     """The model by whose columns it was decoded."""
@@ -145,16 +144,16 @@ class ScoringQueue:
     async def _decoded(self, body: Body) -> Work:
         """Decode a body and measure it. Raises RequestError."""
         model, start_s = self._live.model, time.perf_counter()
-        decoded, sizes = await self.pace.through(self._decoding_steps(body, model))
+        sent, sizes = await self.pace.through(self._decoding_steps(body, model))
         await self.pace.pause()
         stages = {"parse": time.perf_counter() - start_s}
-        return Work(body, decoded, sizes, model, asyncio.get_running_loop().create_future(), stages)
+        return Work(body, sent, sizes, model, asyncio.get_running_loop().create_future(), stages)
 
-    def _decoding_steps(self, body: Body, model: "Scorer") -> Steps[tuple[Decoded, Sizes]]:
-        decoded = yield from body.decode(model.columns, self._budget)
-        sizes = sizes_of(decoded, model.columns)
-        check_sizes(self._budget, sizes)
-        return decoded, sizes
+    def _decoding_steps(self, body: Body, model: "Scorer") -> Steps[tuple[SentTable, Sizes]]:
+        sent = yield from body.decode(model.inputs, self._budget)
+        sizes = sent.sizes(model.inputs)
+        sizes.check(self._budget)
+        return sent, sizes
 
     async def run(self) -> None:
         """Score bodies until cancelled."""
@@ -195,14 +194,14 @@ class ScoringQueue:
             if work.model is not model:  # switched meanwhile, maybe to other columns
                 try:
                     steps = self._decoding_steps(work.body, model)
-                    work.decoded, work.sizes = await self.pace.through(steps)
+                    work.sent, work.sizes = await self.pace.through(steps)
                 except Exception as error:
                     _fail(work, error)
                     continue
-            if isinstance(work.decoded, pa.Table):
-                await self._score(model, [work])
-            else:
+            if work.sent.is_plain:
                 together.append(work)
+            else:
+                await self._score(model, [work])
         if together:
             await self._score(model, together)
 
@@ -210,7 +209,7 @@ class ScoringQueue:
         """Score several bodies together; if that fails, score each alone, so that a bad one fails alone."""
         start_s = time.perf_counter()
         try:
-            scored = await self.pace.through(model.steps(_joined(works), joined([work.sizes for work in works])))
+            scored = await self.pace.through(_scoring_steps(model, works))
         except Exception as error:
             if len(works) == 1:
                 _fail(works[0], error)
@@ -223,24 +222,16 @@ class ScoringQueue:
             own, scored = scored[: len(work.sizes)], scored[len(work.sizes) :]
             stages = work.stages | {"score": elapsed_s}
             if not work.done.done():  # its client may have left
-                scores = Scores(
-                    identity=model.identity, fields=model.fields, decoded=work.decoded, scored=own, stages=stages
-                )
+                scores = Scores(identity=model.identity, fields=model.fields, sent=work.sent, scored=own, stages=stages)
                 work.done.set_result(scores)
+
+
+def _scoring_steps(model: "Scorer", works: list[Work]) -> Steps[list[Scored]]:
+    """Convert and score several bodies together."""
+    table = yield from model.decode(joined([work.sent for work in works]), Sizes.joined([work.sizes for work in works]))
+    return (yield from model.steps(table))
 
 
 def _fail(work: Work, error: Exception) -> None:
     if not work.done.done():
         work.done.set_exception(error)
-
-
-def _joined(works: list[Work]) -> Decoded:
-    """Give one table, or the requests of several bodies."""
-    first = works[0].decoded
-    if isinstance(first, pa.Table):
-        return first
-    requests: list[Request] = []
-    for work in works:
-        assert not isinstance(work.decoded, pa.Table)
-        requests += work.decoded
-    return requests

@@ -11,8 +11,6 @@ rewrites the program so that the user's part is multiplied once for all candidat
 sum, and saves a third of the operations of the paper's model.
 """
 
-import hashlib
-import platform
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -23,16 +21,12 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx import Node
 
-from serving.network.inputs import Slots
+from serving.network.served import PORTABLE, SLOTS, Slots, compiled_name
 from trainer.config import ModelConfig
 from trainer.exchange.vectors import EvenLengths, FieldVectors, Lengths
 from trainer.models.ctr import CtrModel
 from trainer.models.pooling import gallery_vectors
 from trainer.schema import Field
-
-PORTABLE = "network.pt2"
-SLOTS = "slots.json"
-"""Inside a portable file, and among the metadata of a compiled one."""
 
 # Example sizes, all different, as torch.export takes equal ones for the same dimension.
 _CANDIDATES = 13
@@ -191,23 +185,3 @@ def _call(like: Node, target: Callable[..., Any], *args: Any) -> Node:
 
 def _value(node: Node) -> Any:
     return node.meta["val"]
-
-
-def compiled_name() -> str:
-    """Name the file of a network compiled for this machine, e.g. network-x86_64-avx512-1f0c9d2ab34e.pt2.
-
-    The digits depend on all that the code may use: each feature of the processor, the versions of torch and libc.
-    """
-    features = f"{_processor_features()} {torch.__version__} {' '.join(platform.libc_ver())}"
-    digits = hashlib.sha256(features.encode()).hexdigest()[:12]
-    capability = torch.backends.cpu.get_cpu_capability().lower()
-    return f"network-{platform.machine()}-{capability}-{digits}.pt2"
-
-
-def _processor_features() -> str:
-    """Return the features that the kernel names of the first core, sorted; cores of one machine have the same."""
-    for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
-        name, _, value = line.partition(":")
-        if name.strip() in ("flags", "Features"):
-            return " ".join(sorted(value.split()))
-    return platform.processor()

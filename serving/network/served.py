@@ -7,12 +7,25 @@
 Uses code compiled for this kind of machine (`compiled_name`) if there is any. The portable form gives the same logits
 up to rounding, and takes some milliseconds a user. A call uses one core; torch's number of threads applies to the whole
 process.
+
+The shapes are those of a batch of the trainer (trainer/samples/reader.py): G users, B candidates of all of them, one
+user's after the other's; M = G on the user side and B on the ad side; N values of a field; V width of its vectors. A
+network is exported for one user and B candidates. All candidates share the same behaviours, so attention is a product
+of two dense blocks without lists of lengths. Several users need several calls.
+
+The first tensor is (B,), for its length alone. The second counts the values of each list of the user, in the order of
+`Slots.lists`, for torch.export takes a size that can be 0 for 2 at least. The others are those of `Slots.slots`.
 """
 
+import hashlib
+import itertools
+import json
+import platform
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -21,8 +34,15 @@ from torch import Tensor
 
 from serving.errors import BrokenBundleError
 from serving.network import Steps, run_steps
-from serving.network.exporting import PORTABLE, SLOTS, compiled_name
-from serving.network.inputs import Float32, NetworkInputs, Slots, split_by_user
+from trainer.config import ModelConfig
+from trainer.models.ctr import CtrModel
+from trainer.models.layers import width_of
+from trainer.models.nets import Din
+from trainer.schema import Field
+
+PORTABLE = "network.pt2"
+SLOTS = "slots.json"
+"""Inside a portable file, and among the metadata of a compiled one."""
 
 _BLOCK = 256  # candidates a run, so that intermediate results stay in the processor's cache
 _MOST_PAIRS = 1 << 15
@@ -30,6 +50,214 @@ _MOST_PAIRS = 1 << 15
 
 Form = Literal["compiled", "portable"]
 Run = Callable[[list[Tensor]], Sequence[Tensor]]
+
+
+Float32 = NDArray[np.float32]
+Int64 = NDArray[np.int64]
+
+
+class FieldRows(NamedTuple):
+    """The vectors of an id, multi_id or content field: row m holds the next `lengths_M[m]` of `rows_NV`."""
+
+    rows_NV: Float32
+    lengths_M: Int64
+    weights_N: Float32 | None = None
+    """Of a field with weights."""
+    sizes_K: Int64 | None = None
+    """Of a content field with galleries: the images of each ad or behaviour. `rows_NV` are then those of the images,
+    one ad's or behaviour's after the other's, and `lengths_M` counts ads (1) or behaviours (K in all)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkInputs:
+    """All inputs of one call of the network."""
+
+    group_of_sample_B: Int64
+    """The user of each candidate, in [0, G), ascending."""
+    num_groups: int
+    fields: Mapping[str, FieldRows]
+    dense: Mapping[str, Float32] = field(default_factory=dict)
+    """Every dense field, (M, width), as the model takes it (trainer/samples/reader.py)."""
+
+
+def split_by_user(
+    inputs: NetworkInputs, of_user: Collection[str], at_most: int, most_pairs: int
+) -> Iterator[NetworkInputs]:
+    """Divide the inputs into blocks of one user and 1 to `at_most` candidates, in their order, by views.
+
+    A block has fewer candidates if their number times the user's longest list exceeds `most_pairs`, but at least one.
+    Inputs that are a single block are returned as they are. `of_user`: the fields of side user.
+    """
+    longest_G = np.ones(inputs.num_groups, np.int64)
+    for name in inputs.fields.keys() & of_user:
+        longest_G = np.maximum(longest_G, inputs.fields[name].lengths_M)
+    at_most_G = np.clip(most_pairs // longest_G, 1, at_most)
+    if inputs.num_groups == 1 and 0 < len(inputs.group_of_sample_B) <= at_most_G[0]:
+        yield inputs
+        return
+    fields = {name: _FieldRows.of(field) for name, field in inputs.fields.items()}
+    for user, start, end in _blocks(inputs, at_most_G):
+        at = {True: (user, user + 1), False: (start, end)}
+        yield NetworkInputs(
+            group_of_sample_B=np.zeros(end - start, np.int64),
+            num_groups=1,
+            fields={name: rows.cut(*at[name in of_user]) for name, rows in fields.items()},
+            dense={name: rows_MW[slice(*at[name in of_user])] for name, rows_MW in inputs.dense.items()},
+        )
+
+
+def _blocks(inputs: NetworkInputs, at_most_G: Int64) -> Iterator[tuple[int, int, int]]:
+    """List the user of each block, with the range of its candidates."""
+    starts_G = np.searchsorted(inputs.group_of_sample_B, np.arange(inputs.num_groups + 1)).tolist()
+    for user, (first, last) in enumerate(itertools.pairwise(starts_G)):
+        at_most = int(at_most_G[user])
+        for start in range(first, last, at_most):
+            yield user, start, min(start + at_most, last)
+
+
+@dataclass(frozen=True)
+class _FieldRows:
+    """A field, and where the values of each row, and the images of each gallery, begin and end."""
+
+    field: FieldRows
+    ends_M: Int64
+    """(M + 1,): row m has the values from `ends_M[m]` to `ends_M[m + 1]`."""
+    ends_K: Int64 | None
+
+    @classmethod
+    def of(cls, field: FieldRows) -> "_FieldRows":
+        return cls(field, _ends(field.lengths_M), None if field.sizes_K is None else _ends(field.sizes_K))
+
+    def cut(self, start: int, end: int) -> FieldRows:
+        """Return the rows from `start` to `end`."""
+        field = self.field
+        values = images = slice(self.ends_M[start], self.ends_M[end])
+        if self.ends_K is not None:
+            images = slice(self.ends_K[values.start], self.ends_K[values.stop])
+        return FieldRows(
+            rows_NV=field.rows_NV[images],
+            lengths_M=field.lengths_M[start:end],
+            weights_N=None if field.weights_N is None else field.weights_N[values],
+            sizes_K=None if field.sizes_K is None else field.sizes_K[values],
+        )
+
+
+def _ends(lengths_M: Int64) -> Int64:
+    ends_M = np.zeros(len(lengths_M) + 1, np.int64)
+    np.cumsum(lengths_M, out=ends_M[1:])
+    return ends_M
+
+
+Part = Literal["rows_NV", "weights_N", "sizes_K", "lengths_M", "dense"]
+Size = Literal["one", "candidates", "list", "any"]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One tensor: which part of which field, by its name in `FieldRows`."""
+
+    field: str
+    part: Part
+    size: Size
+    """Its first dimension: 1, B, the values of the user's list, or any."""
+    width: int = 0
+    """Its second dimension; 0: none, it is (N,)."""
+
+    @property
+    def is_real(self) -> bool:
+        """Whether its numbers are float32, and not int64."""
+        return self.part in ("rows_NV", "weights_N", "dense")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slots:
+    """All tensors of one network but the first two."""
+
+    slots: tuple[Slot, ...]
+    lists: tuple[str, ...]
+    """Fields of the user with several values."""
+    equal_lists: tuple[str, ...]
+    """Fields whose lists are aligned value by value."""
+    of_user: tuple[str, ...]
+    """Fields of side user, dense ones included."""
+
+    @classmethod
+    def of(cls, model: CtrModel, config: ModelConfig) -> Self:
+        """Name the tensors of a model."""
+        slots = [slot for field in model.fields for slot in _of_field(field, width_of(field, config))]
+        lists = tuple(f.name for f in model.fields if f.side == "user" and f.kind in ("multi_id", "content"))
+        return cls(
+            slots=tuple(slots),
+            lists=lists,
+            equal_lists=tuple(model.behaviors) if isinstance(model, Din) else (),
+            of_user=tuple(field.name for field in model.fields if field.side == "user"),
+        )
+
+    def to_json(self) -> str:
+        """Write down what `from_json` reads."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Undo `to_json`. Raises ValueError, KeyError or TypeError for anything else."""
+        read = json.loads(text)
+        slots = tuple(Slot(**slot) for slot in read.pop("slots"))
+        return cls(slots=slots, **{name: tuple(names) for name, names in read.items()})
+
+    def arrays(self, inputs: NetworkInputs) -> list[NDArray[Any]]:
+        """Return the arrays of one user in order, contiguous and of the right types; copies only if needed."""
+        assert inputs.num_groups == 1
+        num_candidates = len(inputs.group_of_sample_B)
+        counts = {name: _num_values(inputs.fields[name]) for name in self.lists}
+        assert len({counts[name] for name in self.equal_lists}) <= 1, "lists that belong together are equally long"
+        arrays: list[NDArray[Any]] = [inputs.group_of_sample_B, np.array(list(counts.values()), np.int64)]
+        for slot in self.slots:
+            array = _part(inputs, slot)
+            _check(slot, array, num_candidates, counts)
+            arrays.append(np.ascontiguousarray(array, np.float32 if slot.is_real else np.int64))
+        return arrays
+
+
+def _of_field(field: Field, width: int) -> Iterator[Slot]:
+    """Name the tensors of a field."""
+    of_user = field.side == "user"
+    if field.kind == "dense":
+        yield Slot(field.name, "dense", "one" if of_user else "candidates", width)
+        return
+    is_list = field.kind == "multi_id" or (field.kind == "content" and of_user)
+    size: Size = "candidates"
+    if is_list or of_user:
+        size = ("list" if of_user else "any") if is_list else "one"
+    if field.gallery is not None:
+        yield Slot(field.name, "rows_NV", "any", width)
+        yield Slot(field.name, "sizes_K", size)
+        return
+    yield Slot(field.name, "rows_NV", size, width)
+    if field.weights is not None:
+        yield Slot(field.name, "weights_N", size)
+    if size == "any":
+        yield Slot(field.name, "lengths_M", "candidates")
+
+
+def _num_values(field: FieldRows) -> int:
+    return len(field.rows_NV if field.sizes_K is None else field.sizes_K)
+
+
+def _part(inputs: NetworkInputs, slot: Slot) -> NDArray[Any]:
+    if slot.part == "dense":
+        return inputs.dense[slot.field]
+    array: NDArray[Any] | None = getattr(inputs.fields[slot.field], slot.part)
+    assert array is not None, f"field {slot.field} needs {slot.part}"
+    return array
+
+
+def _check(slot: Slot, array: NDArray[Any], num_candidates: int, counts: dict[str, int]) -> None:
+    """Check the sizes of an array, as compiled code trusts them."""
+    size = len(array)
+    expected = 1 if slot.size == "one" else num_candidates if slot.size == "candidates" else counts.get(slot.field)
+    assert slot.size == "any" or size == expected, f"{slot.field}.{slot.part} has {size} rows and not {expected}"
+    width = array.shape[1] if array.ndim == 2 else 0
+    assert width == slot.width, f"{slot.field}.{slot.part} is {width} wide and not {slot.width}"
 
 
 class ServedNetwork:
@@ -131,3 +359,23 @@ def _broken(path: Path, reason: str) -> BrokenBundleError:
 
 def _first_line(failure: Exception) -> str:
     return next(iter(str(failure).splitlines()), type(failure).__name__)
+
+
+def compiled_name() -> str:
+    """Name the file of a network compiled for this machine, e.g. network-x86_64-avx512-1f0c9d2ab34e.pt2.
+
+    The digits depend on all that the code may use: each feature of the processor, the versions of torch and libc.
+    """
+    features = f"{_processor_features()} {torch.__version__} {' '.join(platform.libc_ver())}"
+    digits = hashlib.sha256(features.encode()).hexdigest()[:12]
+    capability = torch.backends.cpu.get_cpu_capability().lower()
+    return f"network-{platform.machine()}-{capability}-{digits}.pt2"
+
+
+def _processor_features() -> str:
+    """Return the features that the kernel names of the first core, sorted; cores of one machine have the same."""
+    for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() in ("flags", "Features"):
+            return " ".join(sorted(value.split()))
+    return platform.processor()

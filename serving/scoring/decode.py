@@ -1,4 +1,4 @@
-"""Decodes requests to the trainer's arrays, by the rules for sample files (trainer/samples/columns.py), in one pass.
+"""Converts the columns of a body to the trainer's arrays, by the rules for sample files (trainer/samples/columns.py).
 
 Converts a whole column at once: 200 numbers take about 20 us. A column of more than `CHUNK` values is converted in
 chunks, between which an event loop may do other work. Errors name the position of the unusable value.
@@ -8,57 +8,295 @@ All requests of a call become one batch: G users, B candidates of all of them, M
 
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate, chain
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from featurestore.keys import NO_IMAGE, ids_of_texts, keys_of_uris
 from serving.errors import OverflowingInputError, RequestError
-from serving.network import CHUNK, Steps, run_steps
-from serving.scoring.request import Request, RequestColumns, expected, short_repr
+from serving.network import CHUNK, Steps
+from serving.scoring.request import RequestColumns, short_repr
+from serving.scoring.sent import (
+    Bool,
+    Names,
+    SentColumn,
+    SentTable,
+    Sizes,
+    UnusableValueError,
+    missing,
+    places_of,
+    totals,
+)
 from trainer.errors import OverflowingValueError
-from trainer.samples.columns import Encoded, Index, Rule, TextKind, Values, cross, encode_numbers, sizes_of
+from trainer.samples.columns import (
+    Encoded,
+    Index,
+    Rule,
+    TextKind,
+    Values,
+    cross,
+    encode_numbers,
+    encode_texts,
+    ranges,
+    sizes_of,
+)
 from trainer.samples.reader import Batch, Jagged, inputs_of
 from trainer.schema import Field
 
-Bool = NDArray[np.bool_]
 Result = TypeVar("Result")
 CROSSED_CHUNK = 2_000
 """Crossed values per piece; each takes some microseconds."""
 
 
-class UnusableValueError(ValueError):
-    """Value number `place` of a column cannot be used: `why` says what it is and what it has to be."""
+class Column(NamedTuple):
+    """Converted values, and the lengths of the lists around them inside a row of their side, outermost first."""
 
-    def __init__(self, place: int, why: str) -> None:
-        super().__init__(place, why)
-        self.place, self.why = place, why
+    values: Values
+    levels: tuple[Index, ...]
+    is_null_N: Bool | None
+    """Which images are null; their key is 0. None where none is."""
+
+    def rows(self, start: int, stop: int) -> "Column":
+        """Return some rows."""
+        levels = []
+        for lengths in self.levels:
+            ends = np.append(0, np.cumsum(lengths))
+            levels.append(lengths[start:stop])
+            start, stop = int(ends[start]), int(ends[stop])
+        is_null_N = None if self.is_null_N is None else self.is_null_N[start:stop]
+        return Column(self.values[start:stop], tuple(levels), is_null_N)
 
 
-def flatten(entries: Sequence[Any], wanted: str) -> tuple[Sequence[Any], Index]:
-    """Join lists, and return the length of each. Raises UnusableValueError for an entry that is not a list."""
-    if not set(map(type, entries)) <= {list}:
-        place = next(place for place, entry in enumerate(entries) if type(entry) is not list)
-        raise UnusableValueError(place, f"{short_repr(entries[place])}, and has to be {wanted}")
-    lengths_M = np.fromiter(map(len, entries), np.int64, len(entries))
-    return entries[0] if len(entries) == 1 else list(chain.from_iterable(entries)), lengths_M
+@dataclass(frozen=True, kw_only=True)
+class RequestTable:
+    """The converted columns of G requests."""
+
+    columns: Mapping[str, Column]
+    """By the rules of the model; a crossed column counts as one."""
+    sizes: Sizes
+    names: Names
+    first: int = 0
+    """Number of the first request in its body."""
+
+    @property
+    def nulls(self) -> dict[str, Bool]:
+        """By column of images: a mask of the nulls, (N,); columns without nulls are left out."""
+        return {name: each.is_null_N for name, each in self.columns.items() if each.is_null_N is not None}
+
+    def where(self, request: int) -> str:
+        """Begin a message about a request."""
+        return self.names.where.format(self.first + request)
+
+    def piece(self, rules: Mapping[str, Rule], of: slice) -> "RequestTable":
+        """Return some requests."""
+        if of == slice(0, len(self.sizes)):
+            return self
+        ends = np.append(0, np.cumsum(self.sizes.candidates_G))
+        rows = {"user": (of.start, of.stop), "ad": (int(ends[of.start]), int(ends[of.stop]))}
+        columns = {name: each.rows(*rows[rules[name].side]) for name, each in self.columns.items()}
+        return replace(self, columns=columns, sizes=self.sizes.piece(of), first=self.first + of.start)
+
+    def batch(self, columns: RequestColumns) -> Batch:
+        """Build the trainer's batch, without labels. Raises OverflowingInputError."""
+        ones = {"user": np.ones(len(self.sizes), np.int32), "ad": np.ones(int(self.sizes.candidates_G.sum()), np.int32)}
+        jagged: dict[str, Jagged] = {}
+        for name, column in self.columns.items():
+            rule, levels = columns.rules[name], column.levels
+            if rule.gallery:
+                jagged[sizes_of(name)] = Jagged(levels[-1], _int32(levels[0]) if len(levels) > 1 else ones["ad"])
+            lengths = ones[rule.side]
+            if levels:
+                lengths = _int32(totals(levels[1], levels[0]) if len(levels) > 1 else levels[0])
+            jagged[name] = Jagged(column.values, lengths)
+
+        def taken(field: Field, column: str) -> Jagged:
+            return jagged[column]
+
+        try:
+            inputs = inputs_of(columns.schema, taken)
+        except OverflowingValueError as failure:
+            levels = (self.sizes.candidates_G,) if columns.rules[failure.column].side == "ad" else ()
+            request, *inside = places_of(levels, failure.row)
+            path = self.names.path(failure.column, [self.first + request, *inside])
+            raise OverflowingInputError(f"{path} has {failure.why}") from None
+        num_samples = len(ones["ad"])
+        return Batch(
+            **inputs,
+            group_of_sample_B=np.repeat(np.arange(len(self.sizes)), self.sizes.candidates_G),
+            label_B=np.zeros(num_samples, np.float32),
+            group_id_B=np.zeros(num_samples, np.int64),
+            global_samples=num_samples,
+        )
 
 
-def whole_numbers(values: Sequence[Any], text: TextKind | None) -> NDArray[np.int64]:
-    """Return integers, (N,); texts become IDs as `text` says. Raises UnusableValueError."""
-    kinds = set(map(type, values))
-    if kinds <= {int}:
-        return _int64(values)
-    if kinds == {str} and text is not None:
-        return _of_texts(values, text)
-    usable: set[type] = {int, str} if text is not None else {int}
-    if kinds <= usable:
-        return _int64([_id_of(value, place, text) for place, value in enumerate(values)])
-    raise _first(values, usable, "a whole number" + (" or a text" if text else ""))
+def _int32(lengths: Index) -> NDArray[np.int32]:
+    return lengths.astype(np.int32)
+
+
+def decode(columns: RequestColumns, sent: SentTable, sizes: Sizes) -> Steps[RequestTable]:
+    """Convert and check all columns of the model, in pieces; `sizes`: those of the table.
+
+    Raises RequestError that names the column, the place and the value.
+    """
+    if absent := [name for name in columns.sources if name not in sent.columns]:
+        raise missing(columns, absent, sent.names)
+    found = yield from _Decoder(columns, sent).columns()
+    return RequestTable(columns=found, sizes=sizes, names=sent.names)
+
+
+class _Decoder:
+    """Converts the columns of a body."""
+
+    def __init__(self, columns: RequestColumns, sent: SentTable) -> None:
+        self._columns, self._sent = columns, sent
+
+    def columns(self) -> Steps[dict[str, Column]]:
+        """Convert and check all columns; those of integers, which are most, together."""
+        self._check_candidates()
+        found, rules = dict[str, Column](), self._columns.rules
+        known = self._integers()
+        for name, rule in rules.items():
+            if rule.crossed:
+                found[name] = yield from self._crossed(rule)
+            elif name in known:
+                found[name] = self._spread(name, known[name])
+            else:
+                found[name] = yield from self._converted(name, rule)
+            yield
+        for name, rule in rules.items():
+            levels = self._around(name, found[name])
+            if rule.width is not None:
+                self._check_lengths(name, levels, np.full(len(levels[-1]), rule.width), "the schema says width={}")
+            for other in rule.lengths_of:
+                if found[name].levels:
+                    self._check_lengths(
+                        name, levels, found[other].levels[-1], f"{other} has {{}} there: values belong together"
+                    )
+        for one, *others in self._columns.aligned:
+            for name in others:
+                wanted = found[one].levels[0]
+                self._check_lengths(
+                    name, found[name].levels[:1], wanted, f"{one} has {{}} there: behaviours belong together"
+                )
+        return found
+
+    def _check_candidates(self) -> None:
+        """Check that each column of the ads has one entry for each candidate."""
+        for name, sent in self._sent.columns.items():
+            if self._columns.sources[name].side == "ad":
+                wanted_G = self._sent.counts_G
+                if sent.in_context_G is not None:
+                    wanted_G = np.where(sent.in_context_G, 1, wanted_G)
+                self._check_lengths(name, sent.levels[:1], wanted_G, "there are {} candidates")
+
+    def _around(self, name: str, column: Column) -> tuple[Index, ...]:
+        """Return the lengths of all lists of a column, those of candidates among them."""
+        return (self._sent.counts_G, *column.levels) if self._columns.rules[name].side == "ad" else column.levels
+
+    def _check_lengths(self, name: str, levels: Sequence[Index], wanted_M: Index, why: str) -> None:
+        """Raise RequestError where a column's innermost lists are not as long as wanted; `why` names the length."""
+        found_M = levels[-1]
+        if (wrong_M := found_M != wanted_M).any():
+            place = int(wrong_M.argmax())
+            path = self._sent.names.path(name, places_of(levels[:-1], place))
+            raise RequestError(f"{path} has {found_M[place]} entries, but {why.format(wanted_M[place])}")
+
+    def _integers(self) -> dict[str, Values]:
+        """Convert the columns of whole numbers of JSON, if all of their values are."""
+        some: dict[str, Sequence[Any]] = {}
+        for name, rule in self._columns.rules.items():
+            if not rule.is_real and not rule.crossed:
+                values = self._sent.columns[name].values
+                is_one = isinstance(values, list) and values and type(values[0]) is int
+                if is_one and not (name in self._columns.nullable and None in values):
+                    some[name] = values
+        return dict(zip(some, all_integers(list(some.values())) or (), strict=False))
+
+    def _converted(self, name: str, rule: Rule) -> Steps[Column]:
+        """Convert the values of a column, a chunk at a time."""
+        sent, is_nullable = self._sent.columns[name], name in self._columns.nullable
+        values, is_null_N = sent.values, sent.is_null_N
+        if is_nullable and isinstance(values, list) and None in values:
+            is_null_N = np.fromiter((value is None for value in values), np.bool_, len(values))
+            values = [NO_IMAGE if value is None else value for value in values]
+        try:
+            if not rule.is_real and not is_nullable:
+                _refuse_nulls(is_null_N)
+            found: Values
+            if isinstance(values, pa.Array):
+                found = (yield from _hashed(values, rule)).ids
+            elif isinstance(values, np.ndarray):
+                found = _reals(values, is_null_N, rule.may_miss) if rule.is_real else whole_array(values)
+            elif rule.is_real:
+                found = _together((yield from _in_chunks(values, partial(real_numbers, may_miss=rule.may_miss))))
+            else:
+                found = _together((yield from _in_chunks(values, partial(whole_numbers, text=rule.text))))
+        except UnusableValueError as failure:
+            raise failure.named(self._sent.names, name, sent.levels) from None
+        if is_null_N is None or not is_nullable:
+            return self._spread(name, found)
+        return self._spread(name, np.where(is_null_N, NO_IMAGE, found), is_null_N)
+
+    def _crossed(self, rule: Rule) -> Steps[Column]:
+        """Make one ID of the values of several columns together, a chunk at a time."""
+        encoded = list[Encoded]()
+        levels: tuple[Index, ...] = ()
+        for name in rule.crossed:
+            sent = self._sent.columns[name]
+            try:
+                found = yield from _encoded(sent, self._columns.sources[name])
+            except UnusableValueError as failure:
+                raise failure.named(self._sent.names, name, sent.levels) from None
+            column = self._spread(name, found.index_N)
+            levels = levels if encoded else column.levels
+            for depth, wanted_M in enumerate(levels):
+                outer = (self._sent.counts_G,) if rule.side == "ad" else ()
+                inside = (*outer, *column.levels[: depth + 1])
+                self._check_lengths(name, inside, wanted_M, f"{rule.crossed[0]} has {{}} there: they are crossed")
+            encoded.append(Encoded(found.ids_U, found.texts_U, column.values))
+        ids = [np.zeros(0, np.int64)]
+        for start in range(0, len(encoded[0].index_N), CROSSED_CHUNK):
+            here = slice(start, start + CROSSED_CHUNK)
+            ids.append(cross([Encoded(each.ids_U, each.texts_U, each.index_N[here]) for each in encoded]).ids)
+            yield
+        return Column(np.concatenate(ids), levels, None)
+
+    def _spread(self, name: str, values: Values, is_null_N: Bool | None = None) -> Column:
+        """Give each candidate its own row; what is in context is repeated for each of them."""
+        sent = self._sent.columns[name]
+        if self._columns.sources[name].side == "user":
+            return Column(values, sent.levels, is_null_N)
+        levels = sent.levels[1:]
+        if sent.in_context_G is None:
+            return Column(values, levels, is_null_N)
+        times_R = np.repeat(np.where(sent.in_context_G, self._sent.counts_G, 1), sent.levels[0])
+        if not levels:
+            return Column(np.repeat(values, times_R), (), None if is_null_N is None else np.repeat(is_null_N, times_R))
+        starts_R = np.cumsum(levels[0]) - levels[0]
+        lengths_B = np.repeat(levels[0], times_R)
+        place_N = ranges(np.repeat(starts_R, times_R), lengths_B)
+        return Column(values[place_N], (lengths_B,), None if is_null_N is None else is_null_N[place_N])
+
+
+def _in_chunks(values: Any, convert: Callable[[Any], Result], chunk: int = CHUNK) -> Steps[list[Result]]:
+    """Convert values a chunk at a time; one chunk at least. Raises UnusableValueError."""
+    found = list[Result]()
+    for start in range(0, len(values) or 1, chunk):
+        try:
+            found.append(convert(values if len(values) <= chunk else values[start : start + chunk]))
+        except UnusableValueError as failure:
+            raise UnusableValueError(failure.place + start, failure.why) from None
+        yield
+    return found
+
+
+def _together(parts: Sequence[Values]) -> Values:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def all_integers(columns: Sequence[Sequence[Any]]) -> list[NDArray[np.int64]] | None:
@@ -76,12 +314,17 @@ def all_integers(columns: Sequence[Sequence[Any]]) -> list[NDArray[np.int64]] | 
     return [values_N[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
 
-def image_keys(values: Sequence[Any]) -> tuple[NDArray[np.int64], NDArray[np.bool_] | None]:
-    """Return keys of images, (N,), and a mask of nulls, whose key is NO_IMAGE, or None. Raises UnusableValueError."""
-    if None not in values:
-        return whole_numbers(values, "uri"), None
-    is_null_N = np.fromiter((value is None for value in values), np.bool_, len(values))
-    return whole_numbers([NO_IMAGE if value is None else value for value in values], "uri"), is_null_N
+def whole_numbers(values: Sequence[Any], text: TextKind | None) -> NDArray[np.int64]:
+    """Return integers, (N,); texts become IDs as `text` says. Raises UnusableValueError."""
+    kinds = set(map(type, values))
+    if kinds <= {int}:
+        return _int64(values)
+    if kinds == {str} and text is not None:
+        return _of_texts(values, text)
+    usable: set[type] = {int, str} if text is not None else {int}
+    if kinds <= usable:
+        return _int64([_id_of(value, place, text) for place, value in enumerate(values)])
+    raise _first(values, usable, "a whole number" + (" or a text" if text else ""))
 
 
 def real_numbers(values: Sequence[Any], may_miss: bool) -> NDArray[np.float32]:
@@ -91,7 +334,11 @@ def real_numbers(values: Sequence[Any], may_miss: bool) -> NDArray[np.float32]:
         wanted = "a number" + (" or null" if may_miss else "; give its field fill to replace missing ones")
         raise _first(values, usable, wanted)
     with np.errstate(over="ignore"):
-        numbers_N = _floats(values, kinds)
+        return _finite(_floats(values, kinds), values, may_miss)
+
+
+def _finite(numbers_N: NDArray[np.float32], values: Any, may_miss: bool) -> NDArray[np.float32]:
+    """Return the numbers. Raises UnusableValueError for one that is infinite or, unless it may miss, NaN."""
     wrong_N = np.isinf(numbers_N) if may_miss else ~np.isfinite(numbers_N)
     if wrong_N.any():
         place = int(wrong_N.argmax())
@@ -100,8 +347,78 @@ def real_numbers(values: Sequence[Any], may_miss: bool) -> NDArray[np.float32]:
     return numbers_N
 
 
-def encode_crossed(values: Sequence[Any]) -> Encoded:
+def whole_array(values: NDArray[Any]) -> NDArray[np.int64]:
+    """Return whole numbers as int64. Raises UnusableValueError."""
+    if values.dtype.kind not in "iu" and len(values):
+        raise UnusableValueError(0, f"{short_repr(values[0].item())}, and has to be a whole number")
+    if values.dtype == np.uint64 and len(values) and int(values.max()) >= 1 << 63:
+        raise UnusableValueError(int(values.argmax()), f"{values.max()}, beyond 64 bits with a sign")
+    return values.astype(np.int64, copy=False)
+
+
+def _reals(values: NDArray[Any], is_null_N: Bool | None, may_miss: bool) -> NDArray[np.float32]:
+    """Return numbers as float32; null is NaN, as in a file. Raises UnusableValueError."""
+    if values.dtype.kind not in "iuf" and len(values):
+        raise UnusableValueError(0, f"{short_repr(values[0].item())}, and has to be a number")
+    if is_null_N is not None:
+        values = np.where(is_null_N, np.nan, values)
+    with np.errstate(over="ignore"):
+        return _finite(values.astype(np.float32), values, may_miss)
+
+
+def _refuse_nulls(is_null_N: Bool | None) -> None:
+    if is_null_N is not None and is_null_N.any():
+        raise UnusableValueError(int(is_null_N.argmax()), "null: leave the row out")
+
+
+def _hashed(texts: Any, rule: Rule) -> Steps[Encoded]:
+    """Hash an Arrow array of texts; each text of a dictionary once, as it may be long. Raises UnusableValueError.
+
+    A null has the ID of some text.
+    """
+    assert rule.text is not None
+    index_N: Index | None = None
+    if pa.types.is_dictionary(texts.type) and not len(texts.dictionary):
+        texts = pa.nulls(len(texts), pa.string())
+    if pa.types.is_dictionary(texts.type):
+        index_N = texts.indices.fill_null(0).to_numpy().astype(np.int64)
+        used_U, index_N = np.unique(index_N, return_inverse=True)
+        texts = texts.dictionary.take(pa.array(used_U))
+        yield
+    try:
+        found = _merged((yield from _in_chunks(texts.fill_null(""), partial(encode_texts, kind=rule.text))))
+    except UnicodeDecodeError:
+        raise UnusableValueError(0, "in a column with text that is not UTF-8; write it in UTF-8") from None
+    return found if index_N is None else replace(found, index_N=found.index_N[index_N])
+
+
+def _encoded(sent: SentColumn, rule: Rule) -> Steps[Encoded]:
+    """Return the values of a column to be crossed with their texts, a chunk at a time. Raises UnusableValueError."""
+    _refuse_nulls(sent.is_null_N)
+    values = sent.values
+    if isinstance(values, pa.Array):
+        return (yield from _hashed(values, rule))
+    if isinstance(values, np.ndarray):
+        values = whole_array(values)
+    return _merged((yield from _in_chunks(values, encode_crossed, CROSSED_CHUNK)))
+
+
+def _merged(parts: Sequence[Encoded]) -> Encoded:
+    """Put encoded values one after the other; a text may be among them twice."""
+    if len(parts) == 1:
+        return parts[0]
+    starts = accumulate((len(each.texts_U) for each in parts), initial=0)
+    return Encoded(
+        np.concatenate([each.ids_U for each in parts]),
+        [text for each in parts for text in each.texts_U],
+        np.concatenate([each.index_N + start for each, start in zip(parts, starts, strict=False)]),
+    )
+
+
+def encode_crossed(values: Any) -> Encoded:
     """Return the values of a column to be crossed, each distinct one once. Raises UnusableValueError."""
+    if isinstance(values, np.ndarray):
+        return encode_numbers(values)
     ids_N = whole_numbers(values, "id")
     if str not in set(map(type, values)):
         return encode_numbers(ids_N)
@@ -170,280 +487,3 @@ def _first(values: Sequence[Any], usable: set[type], wanted: str) -> UnusableVal
     is_large = type(value) is float and abs(value) >= 1 << 63  # the JSON parser returns larger whole numbers as floats
     way_out = "; send a number beyond 64 bits as a text if it is a name" if is_large and "text" in wanted else ""
     return UnusableValueError(place, f"{short_repr(value)}, and has to be {wanted}{way_out}")
-
-
-@dataclass(frozen=True)
-class DecodedRequests:
-    """The candidates of all requests as the trainer's batch, without labels."""
-
-    batch: Batch
-    counts_G: Index
-    """Candidates of each request."""
-    nulls: Mapping[str, Bool]
-    """By column of images: a mask of the nulls, whose key is 0, (N,); columns without nulls are left out."""
-
-
-def decode_requests(columns: RequestColumns, requests: Sequence[Request]) -> DecodedRequests:
-    """Decode and check the requests. Raises RequestError that names the column, the place and the value."""
-    return run_steps(request_steps(columns, requests))
-
-
-def request_steps(
-    columns: RequestColumns, requests: Sequence[Request], first: int | None = None
-) -> Steps[DecodedRequests]:
-    """Decode requests in pieces; `first`: the number of the first one in the body."""
-    if first is None and len(requests) > 1:
-        first = 0
-    counts = [columns.num_candidates(each, _where(first, place)) for place, each in enumerate(requests)]
-    reader = _Reader(columns, requests, np.array(counts, np.int64), first)
-    found = yield from reader.read()
-    for column, rule in columns.rules.items():
-        for other in rule.lengths_of:
-            reader.check_equal(found, column, other, rule, "value")
-    for one, *others in columns.aligned:
-        for column in others:
-            reader.check_equal(found, column, one, columns.rules[column], "behaviour")
-    return reader.decoded(found)
-
-
-def batch_of(columns: RequestColumns, taken: Callable[[Field, str], Jagged], counts_G: Index) -> Batch:
-    """Build the trainer's batch for requests with these numbers of candidates; `taken` returns the rows of a column."""
-    num_samples = int(counts_G.sum())
-    return Batch(
-        **inputs_of(columns.schema, taken),
-        group_of_sample_B=np.repeat(np.arange(len(counts_G)), counts_G),
-        label_B=np.zeros(num_samples, np.float32),
-        group_id_B=np.zeros(num_samples, np.int64),
-        global_samples=num_samples,
-    )
-
-
-class _Column(NamedTuple):
-    """Flat values; the lengths of the lists around them within a row, outermost first; which values are null."""
-
-    values: Values
-    levels: tuple[Index, ...]
-    is_null_N: Bool | None
-
-
-class _Flat(NamedTuple):
-    """Unconverted values, flattened, and the lengths of their lists, outermost first.
-
-    `once`: a column of the ads that was read once per request, from its context."""
-
-    values: Sequence[Any]
-    levels: tuple[Index, ...]
-    once: bool
-
-
-class _Reader:
-    """Reads the columns of some requests."""
-
-    def __init__(
-        self, columns: RequestColumns, requests: Sequence[Request], counts_G: Index, first: int | None
-    ) -> None:
-        self._columns, self._requests, self._counts_G, self._first = columns, requests, counts_G, first
-        self._num_samples = int(counts_G.sum())
-        self._in_contexts = set(requests[0].context).intersection(*(each.context for each in requests))
-        """Columns that all requests have in their context."""
-        self._ones = {
-            "user": np.ones(len(requests), np.int32),
-            "ad": np.ones(self._num_samples, np.int32),
-        }
-
-    def read(self) -> Steps[dict[str, _Column]]:
-        """Read the columns of all fields; those of integers, which are most, together."""
-        flat, found = dict[str, _Flat](), dict[str, _Column]()
-        for column, rule in self._columns.rules.items():
-            if rule.crossed:
-                found[column] = yield from self._crossed(rule)
-            else:
-                flat[column] = self._flat(column, rule)
-            yield
-        integers = [column for column, each in flat.items() if self._may_be_integers(column, each.values)]
-        values = all_integers([flat[column].values for column in integers])
-        known = dict(zip(integers, values, strict=True)) if values else {}
-        for column, each in flat.items():
-            found[column] = yield from self._column(column, self._columns.rules[column], each, known.get(column))
-            yield
-        return found
-
-    def _may_be_integers(self, column: str, values: Sequence[Any]) -> bool:
-        is_image = column in self._columns.nullable
-        return (
-            bool(values)
-            and type(values[0]) is int
-            and not self._columns.rules[column].is_real
-            and not (is_image and None in values)
-        )
-
-    def _crossed(self, rule: Rule) -> Steps[_Column]:
-        parts = []
-        for source in rule.crossed:
-            flat = self._flat(source, self._columns.sources[source], once=False)
-            encoded = yield from self._converted(source, flat, encode_crossed, CROSSED_CHUNK)
-            parts.append((encoded, flat.levels))
-        first = parts[0][1]
-        for source, (_, levels) in zip(rule.crossed[1:], parts[1:], strict=True):
-            self._check_levels(source, rule, levels, rule.crossed[0], first, "crossed value")
-        ids = []
-        for chunks in zip(*(encoded for encoded, _ in parts), strict=True):
-            ids.append(cross(chunks).ids)
-            yield
-        return _Column(np.concatenate(ids), first, None)
-
-    def _column(self, column: str, rule: Rule, flat: _Flat, values: Values | None) -> Steps[_Column]:
-        """Convert and check a column; `values` are those of a column of integers."""
-        is_null_N: Bool | None = None
-        if rule.is_real:
-            convert = partial(real_numbers, may_miss=rule.may_miss)
-            values = _together((yield from self._converted(column, flat, convert)))
-        elif values is None and column in self._columns.nullable:
-            keys = yield from self._converted(column, flat, image_keys)
-            values, is_null_N = _together([each for each, _ in keys]), _nulls(keys)
-        elif values is None:
-            whole = partial(whole_numbers, text=rule.text)
-            values = _together((yield from self._converted(column, flat, whole)))
-        if rule.width is not None and (flat.levels[-1] != rule.width).any():
-            self._refuse_width(column, rule, flat.levels)
-        if flat.once:
-            values = np.repeat(values, self._counts_G)
-            is_null_N = None if is_null_N is None else np.repeat(is_null_N, self._counts_G)
-        return _Column(values, flat.levels, is_null_N)
-
-    def check_equal(self, found: Mapping[str, _Column], column: str, other: str, rule: Rule, each: str) -> None:
-        """Raise RequestError where two columns have lists of unequal lengths."""
-        if found[column].levels:
-            level = 0 if each == "behaviour" else -1
-            one, two = (found[name].levels[level] for name in (column, other))
-            self._check_levels(column, rule, (one,), other, (two,), each)
-
-    def decoded(self, found: Mapping[str, _Column]) -> DecodedRequests:
-        """Combine the columns to a batch of the trainer."""
-
-        def taken(field: Field, column: str) -> Jagged:
-            return jagged[column]
-
-        jagged: dict[str, Jagged] = {}
-        for name, column in found.items():
-            rule, levels = self._columns.rules[name], column.levels
-            if rule.gallery:
-                jagged[sizes_of(name)] = Jagged(levels[-1], _int32(levels[0]) if len(levels) > 1 else self._ones["ad"])
-            lengths = _int32(_images_of(levels) if len(levels) > 1 else levels[0]) if levels else self._ones[rule.side]
-            jagged[name] = Jagged(column.values, lengths)
-        try:
-            batch = batch_of(self._columns, taken, self._counts_G)
-        except OverflowingValueError as failure:
-            path = self._path(failure.column, self._columns.rules[failure.column], (), failure.row)
-            raise OverflowingInputError(f"{path} has {failure.why}") from None
-        nulls = {name: column.is_null_N for name, column in found.items() if column.is_null_N is not None}
-        return DecodedRequests(batch, self._counts_G, nulls)
-
-    def _entries(self, column: str, rule: Rule) -> Sequence[Any]:
-        """Return a value for each user or candidate."""
-        if rule.side == "user":
-            return [each.user[column] for each in self._requests]
-        first = self._requests[0].candidates.get(column)
-        if len(self._requests) == 1 and type(first) is list:
-            return first
-        entries: list[Any] = []
-        for each, count in zip(self._requests, self._counts_G.tolist(), strict=True):
-            if column in each.candidates:
-                entries += each.candidates[column]
-            elif count:
-                entries += [each.context[column]] * count
-        return entries
-
-    def _flat(self, column: str, rule: Rule, once: bool = True) -> _Flat:
-        """Flatten the lists of a column. `once`: read columns that all contexts have once per request."""
-        once = once and rule.depth == 1 and column in self._in_contexts
-        entries = [each.context[column] for each in self._requests] if once else self._entries(column, rule)
-        levels: tuple[Index, ...] = ()
-        for _ in range(rule.depth - (rule.side == "ad")):
-            try:
-                entries, lengths = flatten(entries, expected(rule))
-            except UnusableValueError as failure:
-                self._refuse(column, _Flat(entries, levels, once), failure)
-            levels = (*levels, lengths)
-        return _Flat(entries, levels, once)
-
-    def _converted(
-        self, column: str, flat: _Flat, convert: Callable[[Sequence[Any]], Result], chunk: int = CHUNK
-    ) -> Steps[list[Result]]:
-        """Convert the values of a column, a chunk at a time; one chunk at least."""
-        values, found = flat.values, list[Result]()
-        for start in range(0, len(values) or 1, chunk):
-            try:
-                found.append(convert(values if len(values) <= chunk else values[start : start + chunk]))
-            except UnusableValueError as failure:
-                self._refuse(column, flat, UnusableValueError(failure.place + start, failure.why))
-            yield
-        return found
-
-    def _refuse(self, column: str, flat: _Flat, failure: UnusableValueError) -> NoReturn:
-        path = self._path(column, self._columns.sources[column], flat.levels, failure.place, flat.once)
-        raise RequestError(f"{path} is {failure.why}") from None
-
-    def _check_levels(
-        self, column: str, rule: Rule, one: Sequence[Index], other: str, two: Sequence[Index], each: str
-    ) -> None:
-        for level, (found, expected_M) in enumerate(zip(one, two, strict=True)):
-            if not np.array_equal(found, expected_M):
-                place = int((found != expected_M).argmax())
-                path = self._path(column, rule, one[:level], place)
-                raise RequestError(
-                    f"{path} has {found[place]} entries, and {other} has {expected_M[place]} there; each {each} needs "
-                    "one entry in both"
-                )
-
-    def _refuse_width(self, column: str, rule: Rule, levels: Sequence[Index]) -> NoReturn:
-        place = int((levels[-1] != rule.width).argmax())
-        path = self._path(column, rule, levels[:-1], place)
-        raise RequestError(f"{path} has {levels[-1][place]} numbers; the schema says width={rule.width}")
-
-    def _path(self, column: str, rule: Rule, levels: Sequence[Index], place: int, once: bool = False) -> str:
-        """Return the path of a value, e.g. `requests[1]: candidates.ad_categories[7][2]`. `once`: see `_Flat`."""
-        places: list[int] = []
-        for lengths in reversed(levels):
-            ends = np.cumsum(lengths)
-            row = int(np.searchsorted(ends, place, side="right"))
-            places.insert(0, place - int(ends[row] - lengths[row]))
-            place = row
-        request = place
-        if rule.side == "ad" and not once:
-            ends = np.cumsum(self._counts_G)
-            request = int(np.searchsorted(ends, place, side="right"))
-            place -= int(ends[request] - self._counts_G[request])
-        part = "user" if rule.side == "user" else "candidates"
-        if rule.side == "ad" and column in self._requests[request].context:
-            part = "context"
-        if part == "candidates":
-            places.insert(0, place)
-        name = self._requests[request].name_of(part, column)
-        return _where(self._first, request) + name + "".join(f"[{each}]" for each in places)
-
-
-def _images_of(levels: Sequence[Index]) -> Index:
-    """Count the images of each row, of a gallery of behaviours."""
-    ends_K = np.append(0, np.cumsum(levels[1]))
-    lengths_M: Index = np.diff(ends_K[np.append(0, np.cumsum(levels[0]))])
-    return lengths_M
-
-
-def _int32(lengths: Index) -> NDArray[np.int32]:
-    return lengths.astype(np.int32)
-
-
-def _together(parts: Sequence[Values]) -> Values:
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-
-def _nulls(parts: Sequence[tuple[Values, Bool | None]]) -> Bool | None:
-    """Join which values are null; None where none is."""
-    if all(is_null_N is None for _, is_null_N in parts):
-        return None
-    return np.concatenate([np.zeros(len(keys), np.bool_) if nulls is None else nulls for keys, nulls in parts])
-
-
-def _where(first: int | None, place: int) -> str:
-    return "" if first is None else f"requests[{first + place}]: "

@@ -19,15 +19,16 @@ from serving.bundle.open import Bundle
 from serving.bundle.rows import Float32
 from serving.errors import NotFiniteError, RequestError
 from serving.network import Steps, run_steps
-from serving.network.inputs import FieldRows, NetworkInputs
-from serving.scoring.arrow import check_columns, table_steps
-from serving.scoring.decode import Bool, DecodedRequests, request_steps
-from serving.scoring.request import Decoded, Places, RequestColumns, Scored, Sizes, sizes_of
+from serving.network.served import FieldRows, NetworkInputs
+from serving.scoring.decode import RequestTable, decode
+from serving.scoring.request import Places, Request, RequestColumns, Scored
+from serving.scoring.sent import Bool, SentTable, Sizes, sent_requests, sent_table
 from trainer.engine.wiring import model_name
 from trainer.errors import DataError
 from trainer.models.layers import width_of
 from trainer.models.nets import behaviors_of, check_equal_lists
 from trainer.samples.columns import Index, Rule
+from trainer.samples.reader import Batch
 from trainer.schema import Field
 
 _LOOKUP = 20_000
@@ -70,14 +71,14 @@ class InputMaker:
                 self._fields_of_store.setdefault(field.store_name, []).append(field)
         self._dense = [field.name for field in bundle.fields if field.kind == "dense"]
 
-    def make(self, decoded: DecodedRequests) -> Steps[Lookups]:
-        """Look up the ids and images of some requests, in pieces."""
-        batch, missing = decoded.batch, dict[str, Bool]()
-        fields, unknown = self._ids(decoded)
+    def make(self, batch: Batch, num_groups: int, nulls: Mapping[str, Bool]) -> Steps[Lookups]:
+        """Look up the ids and images of some requests, in pieces; `nulls`: by column, which images are null."""
+        missing = dict[str, Bool]()
+        fields, unknown = self._ids(batch, nulls)
         yield
         found: dict[str, _Images] = {}
         for store, of_store in self._fields_of_store.items():
-            found |= yield from self._images(store, of_store, decoded)
+            found |= yield from self._images(store, of_store, batch, nulls)
         for name, images in found.items():
             gallery = batch.galleries.get(name)
             lengths_M = (gallery or batch.fields[name]).lengths_M.astype(np.int64)
@@ -88,15 +89,15 @@ class InputMaker:
                 missing[name] = images.missing_N
         inputs = NetworkInputs(
             group_of_sample_B=batch.group_of_sample_B,
-            num_groups=len(decoded.counts_G),
+            num_groups=num_groups,
             fields=fields,
             dense={name: batch.dense[name] for name in self._dense},
         )
         return Lookups(inputs, unknown, missing)
 
-    def _ids(self, decoded: DecodedRequests) -> tuple[dict[str, FieldRows], dict[str, Bool]]:
+    def _ids(self, batch: Batch, nulls: Mapping[str, Bool]) -> tuple[dict[str, FieldRows], dict[str, Bool]]:
         """Return the rows of all ID fields, and masks of the ids that no training sample had."""
-        batch, ids = decoded.batch, self._bundle.ids
+        ids = self._bundle.ids
         of_field = [batch.fields[name] for name in self._column_of_id]
         lengths_T = np.array([len(each.values_N) for each in of_field], np.int64)
         rows_N, known_N = self._rows_of_ids.find(np.concatenate([each.values_N for each in of_field]), lengths_T)
@@ -111,17 +112,17 @@ class InputMaker:
                 here = places[name]
                 rows = rows_NV[here.start - first : here.stop - first]
                 fields[name] = FieldRows(rows, wide_of[id(batch.fields[name].lengths_M)], batch.weights.get(name))
-        return fields, self._unknown(decoded, ~known_N, places)
+        return fields, self._unknown(nulls, ~known_N, places)
 
-    def _unknown(self, decoded: DecodedRequests, unknown_N: Bool, places: Mapping[str, slice]) -> dict[str, Bool]:
+    def _unknown(self, nulls: Mapping[str, Bool], unknown_N: Bool, places: Mapping[str, slice]) -> dict[str, Bool]:
         """Return for each field a mask of the ids that no training sample had; fields without any are left out."""
         unknown = dict[str, Bool]()
-        if decoded.nulls or unknown_N.any():
+        if nulls or unknown_N.any():
             counts = np.cumsum(unknown_N).tolist()
             before = 0
             for name, here in places.items():
                 count = counts[here.stop - 1] if here.stop else 0
-                is_null_N = decoded.nulls.get(self._column_of_id[name])
+                is_null_N = nulls.get(self._column_of_id[name])
                 if is_null_N is not None:
                     unknown[name] = unknown_N[here] | is_null_N
                 elif count > before:
@@ -129,9 +130,11 @@ class InputMaker:
                 before = count
         return unknown
 
-    def _images(self, store: str, fields: list[Field], decoded: DecodedRequests) -> Steps[dict[str, _Images]]:
+    def _images(
+        self, store: str, fields: list[Field], batch: Batch, nulls: Mapping[str, Bool]
+    ) -> Steps[dict[str, _Images]]:
         table = self._bundle.vectors[store]
-        keys = [decoded.batch.fields[field.name].values_N for field in fields]
+        keys = [batch.fields[field.name].values_N for field in fields]
         keys_N = np.concatenate(keys)
         parts = []
         for start in range(0, len(keys_N) or 1, _LOOKUP):
@@ -148,7 +151,7 @@ class InputMaker:
         for field, here in zip(fields, places, strict=True):
             network = model_name(field, self._bundle.model)
             visual_NV, lacks_N = rows_ND[here, table.of(network)], missing_N[here]
-            is_null_N = decoded.nulls.get(field.column_name)
+            is_null_N = nulls.get(field.column_name)
             if is_null_N is not None:
                 visual_NV = np.where(is_null_N[:, None], table.no_image[network], visual_NV)
                 lacks_N = lacks_N | is_null_N
@@ -172,7 +175,8 @@ class Scorer:
     def __init__(self, bundle: Bundle) -> None:
         """Use `open` instead, unless the bundle is open already; `close` closes it."""
         self._bundle = bundle
-        self._columns = RequestColumns(bundle.schema, bundle.fields)
+        self.inputs = RequestColumns(bundle.schema, bundle.fields)
+        """The columns of a request."""
         self._maker = InputMaker(bundle)
         self._network = bundle.network
         self._field_of = {field.name: field for field in bundle.fields}
@@ -211,7 +215,7 @@ class Scorer:
     @property
     def columns(self) -> Mapping[str, Rule]:
         """The columns of a request, with the rule for each."""
-        return self._columns.sources
+        return self.inputs.sources
 
     @property
     def fields(self) -> Sequence[Field]:
@@ -228,90 +232,88 @@ class Scorer:
         has_one = self._bundle.manifest.file(SAMPLE) is not None
         return pq.read_table(self._bundle.files.path(SAMPLE)) if has_one else None
 
-    def score(self, decoded: Decoded) -> list[Scored]:
+    def score(self, requests: Sequence[Request] | pa.Table) -> list[Scored]:
         """Score requests, or a table with the columns of sample files, whose labels are optional.
 
         Raises RequestError if one of them is wrong, or NotFiniteError if a logit is not a finite number.
         """
-        return run_steps(self.steps(decoded, sizes_of(decoded, self.columns)))
+        if isinstance(requests, pa.Table):
+            sent = run_steps(sent_table(self.inputs, requests))
+        else:
+            sent = run_steps(sent_requests(self.inputs, requests))
+        return run_steps(self.steps(run_steps(self.decode(sent, sent.sizes(self.inputs)))))
 
-    def steps(self, decoded: Decoded, sizes: Sizes) -> Steps[list[Scored]]:
-        """Score requests or a table in pieces; `sizes`: the sizes of the requests."""
-        if isinstance(decoded, pa.Table):
-            check_columns(self._columns, decoded)
+    def decode(self, sent: SentTable, sizes: Sizes) -> Steps[RequestTable]:
+        """Convert a body for this model, in pieces; `sizes`: those of the table. Raises RequestError."""
+        return decode(self.inputs, sent, sizes)
+
+    def steps(self, table: RequestTable) -> Steps[list[Scored]]:
+        """Score the requests of a table in pieces."""
         scored: list[Scored] = []
-        for piece in sizes.pieces():
-            first = None if len(sizes) == 1 else piece.start
-            if isinstance(decoded, pa.Table):
-                some = table_steps(self._columns, decoded.slice(piece.start, piece.stop - piece.start), piece.start)
-            else:
-                some = request_steps(self._columns, decoded[piece], first)
-            scored += yield from self._scored((yield from some), first)
+        for piece in table.sizes.pieces():
+            scored += yield from self._scored(table.piece(self.inputs.rules, piece))
         return scored
 
     def close(self) -> None:
         """Close the bundle."""
         self._bundle.close()
 
-    def _scored(self, decoded: DecodedRequests, first: int | None) -> Steps[list[Scored]]:
+    def _scored(self, table: RequestTable) -> Steps[list[Scored]]:
+        batch = table.batch(self.inputs)
         if self._equal_lists:
             try:
-                check_equal_lists(decoded.batch, self._equal_lists)
+                check_equal_lists(batch, self._equal_lists)
             except DataError as failure:
                 raise RequestError(str(failure)) from None
-        lookups = yield from self._maker.make(decoded)
+        lookups = yield from self._maker.make(batch, len(table.sizes), table.nulls)
         logits_B = yield from self._network.steps(lookups.inputs)
         if not np.isfinite(logits_B).all():
-            raise _not_finite(decoded, lookups, logits_B, first)
-        ends = np.cumsum(decoded.counts_G).tolist()
+            raise _not_finite(table, batch, lookups, logits_B)
+        ends = np.cumsum(table.sizes.candidates_G).tolist()
         parts = [logits_B[start:end] for start, end in zip([0, *ends], ends, strict=False)]
-        unknown, missing = self._unknown_and_missing(decoded, lookups)
+        unknown, missing = self._unknown_and_missing(table.sizes.candidates_G, batch, lookups)
         return [
             Scored(logits_C=part, unknown=unknown.get(place, {}), missing=missing.get(place, {}))
             for place, part in enumerate(parts)
         ]
 
     def _unknown_and_missing(
-        self, decoded: DecodedRequests, lookups: Lookups
+        self, counts_G: Index, batch: Batch, lookups: Lookups
     ) -> tuple[dict[int, dict[str, Places]], dict[int, dict[str, Places]]]:
         """Return what is unknown and missing, by request and field."""
         found_in: tuple[dict[int, dict[str, Places]], dict[int, dict[str, Places]]] = ({}, {})
         for found, masks in zip(found_in, (lookups.unknown, lookups.missing), strict=True):
             for name, mask_N in masks.items():
-                for request, places in _by_request(decoded, self._field_of[name], mask_N):
+                for request, places in _by_request(counts_G, batch, self._field_of[name], mask_N):
                     found.setdefault(request, {})[name] = places
         return found_in
 
 
-def _not_finite(
-    decoded: DecodedRequests, lookups: Lookups, logits_B: NDArray[np.float32], first: int | None
-) -> NotFiniteError:
+def _not_finite(table: RequestTable, batch: Batch, lookups: Lookups, logits_B: NDArray[np.float32]) -> NotFiniteError:
     """Name the first candidate without a finite logit, and the field with the largest number, which may be why."""
     place = int((~np.isfinite(logits_B)).argmax())
-    request = int(decoded.batch.group_of_sample_B[place])
-    candidate = place - int(decoded.counts_G[:request].sum())
+    request = int(batch.group_of_sample_B[place])
+    candidate = place - int(table.sizes.candidates_G[:request].sum())
     numbers = dict(lookups.inputs.dense)
     numbers |= {name: rows.weights_N for name, rows in lookups.inputs.fields.items() if rows.weights_N is not None}
     largest = {name: float(np.abs(values).max(initial=0)) for name, values in numbers.items()}
     name = max(largest, key=lambda each: largest[each], default="")
     why = f"; the largest number is {largest[name]:g}, of field {name}: send smaller ones" if name else ""
-    where = "" if first is None else f"requests[{first + request}]: "
-    return NotFiniteError(f"{where}the logit of candidate {candidate} is not a finite number{why}")
+    return NotFiniteError(f"{table.where(request)}the logit of candidate {candidate} is not a finite number{why}")
 
 
-def _by_request(decoded: DecodedRequests, field: Field, mask_N: Bool) -> Iterator[tuple[int, Places]]:
+def _by_request(counts_G: Index, batch: Batch, field: Field, mask_N: Bool) -> Iterator[tuple[int, Places]]:
     """Yield for each request the positions of a field's marked values, as behaviours or candidates."""
-    batch = decoded.batch
     gallery, rows = batch.galleries.get(field.name), batch.fields[field.name]
     if gallery is not None:  # an ad or behaviour counts as missing if one of its images is missing
         mask_N, rows = _any(mask_N, gallery.values_N), gallery
     if field.side == "ad" and field.kind == "multi_id":
         mask_N = _any(mask_N, rows.lengths_M)
-    if len(decoded.counts_G) == 1:  # a fifth of the time of what follows
+    if len(counts_G) == 1:  # a fifth of the time of what follows
         yield 0, mask_N.nonzero()[0]
         return
-    counts_G = decoded.counts_G if field.side == "ad" else rows.lengths_M
-    for request, of_request in enumerate(np.split(mask_N, np.cumsum(counts_G)[:-1])):
+    of_G = counts_G if field.side == "ad" else rows.lengths_M
+    for request, of_request in enumerate(np.split(mask_N, np.cumsum(of_G)[:-1])):
         if of_request.any():
             yield request, np.flatnonzero(of_request)
 

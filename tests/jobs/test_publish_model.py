@@ -20,7 +20,7 @@ from jobs import export_model, publish_vectors
 from serving.bundle import log
 from serving.bundle.manifest import SAMPLE
 from serving.bundle.open import Bundle
-from serving.network.exporting import PORTABLE, compiled_name
+from serving.network.served import PORTABLE, compiled_name
 from serving.scoring.scorer import Scorer
 from tests.pages import check_page
 from tests.serving.scoring.variants import VARIANTS, train_run

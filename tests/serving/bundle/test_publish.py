@@ -159,6 +159,8 @@ def test_with_eps_0_the_vectors_are_exact(world: World) -> None:
     assert counts(world.publish(eps=10.0)) == (0, 0, 0, 10)
     world.put(*range(1_020, 1_030), noise=1e-4)
     assert counts(world.publish(eps=0.0)) == (0, 10, 0, 0)
+    world.put(*range(1_020, 1_030), noise=0.0)
+    assert counts(world.publish(eps=0.0)) == (0, 0, 0, 10)
     world.check()
 
 

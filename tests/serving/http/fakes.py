@@ -1,22 +1,33 @@
-"""A model without a bundle, for tests of what surrounds a model: it is slow, broken or replaced when a test says so."""
+"""A model without a bundle, for tests of what surrounds a model: it is slow, broken or replaced when a test says so.
 
+And the server's application without sockets: an httpx2 client that calls it in this process."""
+
+import asyncio
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
+import httpx2
 import numpy as np
 import pyarrow as pa
+from starlette.applications import Starlette
 
 from serving.bundle.log import BundleIdentity
-from serving.errors import BrokenBundleError, RequestError
+from serving.errors import BrokenBundleError
+from serving.http.app import Scoring
 from serving.http.live import BundleSource
-from serving.network import Steps
-from serving.scoring.request import Decoded, Request, Scored, Sizes
+from serving.network import Steps, run_steps
+from serving.scoring.decode import RequestTable, decode
+from serving.scoring.request import RequestColumns, Scored
+from serving.scoring.sent import SentTable, Sizes, sent_table
 from serving.settings import ServerSettings
-from trainer.samples.columns import Rule, rules_of
+from trainer.samples.columns import Rule
 from trainer.schema import Field, load_schema
 
 SLOW = ("score_s", "slow_item", "begun")
@@ -35,9 +46,13 @@ class FakeModel:
     closed: bool = False
 
     @cached_property
-    def columns(self) -> Mapping[str, Rule]:
+    def inputs(self) -> RequestColumns:
         schema = load_schema()
-        return {name: rule for name, rule in rules_of(schema).items() if name != schema.label}
+        return RequestColumns(schema, schema.fields)
+
+    @property
+    def columns(self) -> Mapping[str, Rule]:
+        return self.inputs.sources
 
     @cached_property
     def fields(self) -> Sequence[Field]:
@@ -47,21 +62,28 @@ class FakeModel:
     def vectors_time_s(self) -> Mapping[str, float]:
         return {store: time.time() - 60 for store in self.identity.vectors}
 
-    def score(self, decoded: Decoded) -> list[Scored]:
+    def decode(self, sent: SentTable, sizes: Sizes) -> Steps[RequestTable]:
+        """Convert what was sent; columns that were not are missed by nobody, but for `ad_item`."""
+        fields = [field for field in self.fields if field.column_name in {*sent.columns, "ad_item"}]
+        return decode(RequestColumns(load_schema(), fields), sent, sizes)
+
+    def score(self, table: RequestTable | pa.Table) -> list[Scored]:
         assert not self.closed
-        if isinstance(decoded, pa.Table):
-            return self._score_table(decoded)
-        if self.slow_item is None or any(self.slow_item in each.candidates["ad_item"] for each in decoded):
+        if isinstance(table, pa.Table):
+            sent = run_steps(sent_table(self.inputs, table))
+            table = run_steps(self.decode(sent, sent.sizes(self.inputs)))
+        items = table.columns["ad_item"].values
+        if self.slow_item is None or self.slow_item in items:
             if self.begun is not None:
                 Path(self.begun).touch()
             time.sleep(self.score_s)
-        return [self._score(request) for request in decoded]
+        ends = np.append(0, np.cumsum(table.sizes.candidates_G))
+        return [self._scored(items[start:end]) for start, end in pairwise(ends)]
 
-    def steps(self, decoded: Decoded, sizes: Sizes) -> Steps[list[Scored]]:
+    def steps(self, table: RequestTable) -> Steps[list[Scored]]:
         scored: list[Scored] = []
-        for piece in sizes.pieces():
-            is_table = isinstance(decoded, pa.Table)
-            scored += self.score(decoded.slice(piece.start, piece.stop - piece.start) if is_table else decoded[piece])
+        for piece in table.sizes.pieces():
+            scored += self.score(table.piece(self.inputs.rules, piece))
             yield
         return scored
 
@@ -71,24 +93,10 @@ class FakeModel:
     def close(self) -> None:
         self.closed = True
 
-    def _score_table(self, table: pa.Table) -> list[Scored]:
-        if "ad_item" not in table.column_names:
-            raise RequestError("column ad_item is missing; send it")
-        return [
-            self._score(Request(user={}, candidates={"ad_item": row})) for row in table.column("ad_item").to_pylist()
-        ]
-
-    def _score(self, request: Request) -> Scored:
-        items = request.candidates.get("ad_item")
-        if not isinstance(items, list):
-            raise RequestError("candidates.ad_item is missing; send a list with the item of each candidate")
-        for place, item in enumerate(items):
-            if type(item) not in (int, str) or (type(item) is int and not -(2**63) <= item < 2**63):
-                raise RequestError(f"candidates.ad_item[{place}] is {item!r}; it has to be an integer or a string")
-        numbers = np.array([item if isinstance(item, int) else 7 for item in items], np.float64)
+    def _scored(self, items: Any) -> Scored:
+        numbers = np.where(np.abs(items) < 1e6, items, 7)  # an ID of a text is a large number
         logits_C = (self.identity.version + numbers / 1000).astype(np.float32)
-        unknown = np.flatnonzero(numbers >= 1000)
-        return Scored(logits_C=logits_C, unknown={"ad_item": unknown}, missing={})
+        return Scored(logits_C=logits_C, unknown={"ad_item": np.flatnonzero(numbers >= 1000)}, missing={})
 
 
 @dataclass
@@ -122,3 +130,41 @@ def write_state(folder: Path, **state: object) -> Path:
 def fake_source(settings: ServerSettings) -> FakeSource:
     """Make the source of a server process; `settings.model` is the file."""
     return FakeSource(Path(settings.model))
+
+
+BASE = "http://scorer"
+
+
+def scoring_of(source: BundleSource, tokens: list[str] | None = None, **settings: Any) -> Scoring:
+    """The parts of a server with these settings."""
+    failures: list[Exception] = []
+    scoring = Scoring(ServerSettings(model="-", name="ctr", **settings), source, failures.append, tokens=tokens)
+    scoring.failures = failures
+    return scoring
+
+
+@asynccontextmanager
+async def client_of(scoring: Scoring, wait: bool = True) -> AsyncIterator[httpx2.AsyncClient]:
+    """A client of the running application, by default once its model is loaded."""
+    app = scoring.app()
+    starlette = app if isinstance(app, Starlette) else app.app
+    transport = httpx2.ASGITransport(app, raise_app_exceptions=False)
+    async with starlette.router.lifespan_context(starlette), httpx2.AsyncClient(transport=transport) as client:
+        client.base_url = BASE
+        while wait and not scoring.live.is_ready:
+            await asyncio.sleep(0.005)
+        yield client
+
+
+def run_with(
+    folder: Path, test: Callable[[httpx2.AsyncClient, Scoring], Awaitable[None]], version: int = 3, **settings: Any
+) -> None:
+    """Run an asynchronous test against a fake model."""
+    state = write_state(folder, version=version, vectors={"images": 7})
+
+    async def run() -> None:
+        scoring = scoring_of(FakeSource(state), **settings)
+        async with client_of(scoring) as client:
+            await test(client, scoring)
+
+    asyncio.run(run())

@@ -15,8 +15,9 @@ import pytest
 from serving.bundle.log import BundleIdentity
 from serving.http.app import Scoring
 from serving.http.codec import ARROW
-from tests.serving.http.fakes import FakeModel, FakeSource, write_state
-from tests.serving.http.in_process import client_of, run_with, scoring_of
+from serving.scoring.request import RequestColumns
+from tests.serving.http.fakes import FakeModel, FakeSource, client_of, run_with, scoring_of, write_state
+from trainer.schema import load_schema
 
 TOKEN = "0123456789abcdef0123"
 ONE = {"user": {"user": 1, "behavior_item": [4, 5]}, "candidates": {"ad_item": [1, 2, 2000]}}
@@ -31,7 +32,8 @@ def chances(*items: int, version: int = 3) -> list[float]:
 
 
 def table_of(*items: list[int]) -> pa.Table:
-    return pa.table({"user": list(range(len(items))), "ad_item": pa.array(items, pa.list_(pa.int64()))})
+    users = pa.array(range(len(items)), pa.int64())
+    return pa.table({"user": users, "ad_item": pa.array(items, pa.list_(pa.int64()))})
 
 
 def stream_of(table: pa.Table, **options: Any) -> bytes:
@@ -66,7 +68,8 @@ def test_one_request_is_answered_by_one_object(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", ["list", "object"])
 def test_several_requests_are_answered_in_their_order(tmp_path: Path, form: str) -> None:
-    requests = [ONE, {"candidates": {"ad_item": []}}, {"context": {"ad_scene": 1}, "candidates": {"ad_item": [7]}}]
+    scene = {"context": {"ad_scene": 1}}
+    requests = [ONE | scene, ONE | {"candidates": {"ad_item": []}}, ONE | scene | {"candidates": {"ad_item": [7]}}]
 
     async def test(client: httpx2.AsyncClient, scoring: Scoring) -> None:
         body = requests if form == "list" else {"requests": requests}
@@ -108,7 +111,7 @@ def test_arrow_comes_back_as_arrow(tmp_path: Path) -> None:
         (b'{"users": {}}', '"users"'),
         (b'{"user": {}}', "no candidates"),
         (b'{"candidates": []}', "candidates is []"),
-        (b'{"candidates": {"ad_item": 3}}', "candidates.ad_item is missing"),
+        (b'{"candidates": {"ad_item": 3}}', "candidates.ad_item is 3"),
         (b'{"requests": 3}', "requests is 3"),
         (b'{"requests": [], "user": {}}', '"user"'),
         (b'[{"candidates": {"ad_item": [1]}}, 3]', "requests[1] is 3"),
@@ -157,7 +160,7 @@ def test_streams_that_are_damaged_or_may_grow_without_limit_get_400(
         answer = await client.post("/v1/score", content=content, headers={"content-type": ARROW})
         assert answer.status_code == status
         if status == 400:
-            assert "Arrow" in answer.json()["error"] or "missing" in answer.json()["error"]
+            assert "Arrow" in answer.json()["error"]
             assert said in answer.json()["error"]
 
     run_with(tmp_path, test)
@@ -228,6 +231,7 @@ TENSOR = {"name": "ad_item", "datatype": "INT64"}
         (empty_lists(1, 10**9), "1,000,000,000 values; this server takes at most 40"),
         (empty_lists(10**9, 1), "1,000,000,000 requests; this server takes at most 3"),
         (stream_of(table_of([1] * 5).set_column(0, "behavior_item", pa.array([[1] * 5]))), "25 pairs"),
+        (stream_of(pa.table({"ad_item": [[1] * 10], "label": [[0] * 31]})), "41 values"),
         (stream_of(pa.table({"a" * 201: [1]})), "201 characters in a name"),
         (stream_of(pa.table({f"column {number}": [1] for number in range(6_000)})), "bytes of schema"),
     ],
@@ -291,15 +295,22 @@ def test_while_a_body_is_scored_others_are_answered_and_it_keeps_its_model(tmp_p
             asked = asyncio.ensure_future(client.post("/v1/score?logits=true", json=body))
             while scoring.live._held is None:  # until its first piece is scored
                 await asyncio.sleep(0)
-            health = 0
+            health, waiting = 0, asyncio.ensure_future(client.post("/v1/score", json=ONE))
+            while not scoring.queue._waiting:  # until the old model's columns have been found in it
+                await asyncio.sleep(0)
             scoring.live._use(source.open(BundleIdentity(2, {}), None))
+            schema = load_schema()
+            fields = [field for field in schema.fields if field.column_name != "behavior_item"]
+            scoring.live.model.inputs = RequestColumns(schema.model_copy(update={"fields": fields}), fields)
             while not asked.done():
                 health += (await client.get("/v2/health/live")).status_code == 200
                 await asyncio.sleep(0)
             answer = asked.result().json()
             assert answer["version"] == 1 and {each["logits"][0] for each in answer["answers"]} == {1.0}
             assert health >= 3  # a piece has 64 requests
-            assert (await client.post("/v1/score", json=ONE)).json()["version"] == 2
+            assert 'user."behavior_item" is not a column of the model' in (await waiting).json()["error"]
+            answer = await client.post("/v1/score", json={"candidates": ONE["candidates"]})
+            assert answer.json()["version"] == 2
             assert [model.closed for model in source.opened] == [True, False]
 
     asyncio.run(run())

@@ -3,6 +3,7 @@
 import struct
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx2
@@ -12,11 +13,10 @@ import pytest
 
 from serving.errors import RequestError
 from serving.http.app import Scoring
-from serving.http.inference import Tensor, metadata, request_of, split_body, tensors_of
+from serving.http.inference import Tensor, metadata, sent_tensors, split_body, tensors_of
 from serving.network import run_steps
 from serving.settings import Budget
-from tests.serving.http.fakes import write_state
-from tests.serving.http.in_process import run_with
+from tests.serving.http.fakes import run_with, write_state
 from tests.serving.http.processes import ServerProcess, fake_server
 from trainer.samples.columns import Rule
 
@@ -32,50 +32,57 @@ COLUMNS = {
 }
 
 
-NAN = float("nan")
-"""A missing number, as tensors have it."""
-
-
 def tensor(name: str, values: list[Any], *shape: int, datatype: str = "INT64") -> Tensor:
     return Tensor(name, datatype, shape or (len(values),), values)
 
 
-def request(*tensors: Tensor) -> Any:
-    return run_steps(request_of({each.name: each for each in tensors}, COLUMNS))
+def sent(*tensors: Tensor) -> dict[str, tuple[Any, ...]]:
+    """The values of each column, and the lengths of its lists; those in context by a name of their own."""
+    table = sent_tensors(SimpleNamespace(sources=COLUMNS), {each.name: each for each in tensors})
+    return {
+        f"context {name}" if each.in_context_G is not None else name: (each.values, *(x.tolist() for x in each.levels))
+        for name, each in table.columns.items()
+    } | {"": (table.counts_G.tolist(),)}
 
 
 def test_a_tensor_is_a_column() -> None:
-    found = request(
+    found = sent(
         tensor("user", ["u1"], datatype="BYTES"),
         tensor("behavior_item", [1, 2, 3]),
-        tensor("user_numbers", [0.5, NAN, 2.0], datatype="FP32"),
+        tensor("user_numbers", [0.5, 1.0, 2.0], datatype="FP32"),
         tensor("ad_item", [7, 8]),
         tensor("ad_tags", [1, 2, 3, 4], 2, 2),
         tensor("ad_numbers", [0.1, 0.2, 0.3, 0.4], 2, 2, datatype="FP32"),
         tensor("ad_scene", [5]),
     )
-    assert found.user == {"user": "u1", "behavior_item": [1, 2, 3], "user_numbers": [0.5, NAN, 2.0]}
-    assert found.candidates == {"ad_item": [7, 8], "ad_tags": [[1, 2], [3, 4]], "ad_numbers": [[0.1, 0.2], [0.3, 0.4]]}
-    assert found.context == {"ad_scene": 5}
+    assert found == {
+        "user": (["u1"],),
+        "behavior_item": ([1, 2, 3], [3]),
+        "user_numbers": ([0.5, 1.0, 2.0], [3]),
+        "ad_item": ([7, 8], [2]),
+        "ad_tags": ([1, 2, 3, 4], [2], [2, 2]),
+        "ad_numbers": ([0.1, 0.2, 0.3, 0.4], [2], [2, 2]),
+        "context ad_scene": ([5], [1]),
+        "": ([2],),
+    }
 
 
 def test_lists_of_unequal_lengths_come_with_their_lengths() -> None:
-    found = request(
+    found = sent(
         tensor("ad_item", [7, 8, 9]),
         tensor("ad_tags", [1, 2, 3]),
         tensor("ad_tags.lengths", [2, 0, 1]),
         tensor("behavior_images", ["a", "b", "c"], datatype="BYTES"),
         tensor("behavior_images.lengths", [0, 3]),
     )
-    assert found.candidates["ad_tags"] == [[1, 2], [], [3]]
-    assert found.user["behavior_images"] == [[], ["a", "b", "c"]]
+    assert found["ad_tags"] == ([1, 2, 3], [3], [2, 0, 1])
+    assert found["behavior_images"] == (["a", "b", "c"], [2], [0, 3])
 
 
 def test_one_candidate_and_none_are_candidates_and_no_context() -> None:
-    found = request(tensor("ad_item", [7]), tensor("ad_scene", [5]))
-    assert (found.candidates, found.context) == ({"ad_item": [7], "ad_scene": [5]}, {})
-    found = request(tensor("ad_item", []), tensor("ad_scene", [5]))
-    assert (found.candidates, found.context) == ({"ad_item": []}, {"ad_scene": 5})
+    assert sent(tensor("ad_item", [7]), tensor("ad_scene", [5])).keys() == {"ad_item", "ad_scene", ""}
+    found = sent(tensor("ad_item", []), tensor("ad_scene", [5]))
+    assert (found["ad_item"], found["context ad_scene"], found[""]) == (([], [0]), ([5], [1]), ([0],))
 
 
 @pytest.mark.parametrize(
@@ -95,7 +102,7 @@ def test_one_candidate_and_none_are_candidates_and_no_context() -> None:
 )
 def test_tensors_that_are_no_columns_are_named(tensors: list[Tensor], words: str) -> None:
     with pytest.raises(RequestError) as failure:
-        request(*tensors)
+        sent(*tensors)
     assert words in str(failure.value)
 
 
@@ -130,7 +137,8 @@ def texts(*values: bytes) -> bytes:
 )
 def test_binary_data_is_read_by_its_datatype(datatype: str, data: bytes, values: list[Any]) -> None:
     each = {"name": "x", "datatype": datatype, "shape": [2], "parameters": {"binary_data_size": len(data)}}
-    assert run_steps(tensors_of({"inputs": [each]}, memoryview(data), Budget()))["x"].values == values
+    found = run_steps(tensors_of({"inputs": [each]}, memoryview(data), Budget()))["x"].values
+    assert np.asarray(found).tolist() == values
 
 
 @pytest.mark.parametrize(
@@ -183,6 +191,11 @@ def infer_body(**more: Any) -> dict[str, Any]:
     return {"inputs": [items], **more}
 
 
+FLOATS = {"name": "ad_item", "datatype": "FP32", "shape": [1], "data": [1.5]}
+LARGE = {"name": "ad_item", "datatype": "UINT64", "shape": [1], "data": [2**63]}
+USER = {"name": "user", "datatype": "INT64", "shape": [1], "data": [1]}
+
+
 def test_inference_by_json(tmp_path: Path) -> None:
     async def test(client: httpx2.AsyncClient, scoring: Scoring) -> None:
         answer = (await client.post("/v2/models/ctr/infer", json=infer_body(id="q1"))).json()
@@ -215,6 +228,19 @@ def test_mistakes_of_inference_are_told(tmp_path: Path) -> None:
             ("/v2/models/ctr/infer", infer_body(outputs=[{"name": {}}]), 400, "score"),
             ("/v2/models/ctr/infer", infer_body(outputs=3), 400, "outputs"),
             ("/v2/models/ctr/infer", infer_body(id=3), 400, "id"),
+            (
+                "/v2/models/ctr/infer",
+                {"inputs": [FLOATS]},
+                400,
+                "input ad_item[0] is 1.5, and has to be a whole number",
+            ),
+            ("/v2/models/ctr/infer", {"inputs": [USER]}, 400, "input ad_item is missing, expected a list with"),
+            (
+                "/v2/models/ctr/infer",
+                {"inputs": [LARGE]},
+                400,
+                "input ad_item[0] is 9223372036854775808, bey",
+            ),
         ):
             answer = await client.post(path, json=body)
             assert answer.status_code == status

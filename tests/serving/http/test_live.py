@@ -14,9 +14,8 @@ from serving.errors import BrokenBundleError, NotFiniteError
 from serving.http.limits import RefusedError
 from serving.http.live import LiveModel, warm_up
 from serving.http.metrics import ServingMetrics
-from serving.scoring.request import Decoded, Scored
-from tests.serving.http.fakes import FakeModel, FakeSource, write_state
-from tests.serving.http.in_process import client_of, scoring_of
+from serving.scoring.request import Scored
+from tests.serving.http.fakes import FakeModel, FakeSource, client_of, scoring_of, write_state
 
 
 def value_of(metrics: ServingMetrics, line: str) -> float:
@@ -143,10 +142,10 @@ class Counting(FakeModel):
     def sample(self) -> pa.Table | None:
         return self.judge
 
-    def score(self, decoded: Decoded) -> list[Scored]:
-        scored = super().score(decoded)
+    def score(self, table: pa.Table) -> list[Scored]:
+        scored = super().score(table)
         self.calls += len(scored)
-        if isinstance(decoded, pa.Table) and decoded["ad_item"].to_pylist() == [[8]]:
+        if table["ad_item"].to_pylist() == [[8]]:
             raise NotFiniteError("the logit of candidate 0 is not a finite number")
         return scored
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from serving.network.inputs import FieldRows, NetworkInputs
+from serving.network.served import FieldRows, NetworkInputs
 from trainer.config import ModelConfig
 from trainer.exchange.vectors import FieldVectors
 from trainer.models.ctr import CtrModel

@@ -10,9 +10,16 @@ import pytest
 import torch
 
 from serving.errors import BrokenBundleError
-from serving.network.exporting import PORTABLE, compiled_name, export_network
-from serving.network.inputs import FieldRows, NetworkInputs, Slots, split_by_user
-from serving.network.served import ServedNetwork
+from serving.network.exporting import export_network
+from serving.network.served import (
+    PORTABLE,
+    FieldRows,
+    NetworkInputs,
+    ServedNetwork,
+    Slots,
+    compiled_name,
+    split_by_user,
+)
 from tests.serving.network.drawn import Drawn, config, model_of, schema, trainers_logits
 from trainer.config import BaseNet, Pooling
 

@@ -1,5 +1,8 @@
-"""Requests, as Python has them or as Arrow tables, become the very arrays that training makes of a sample file."""
+"""Requests and tables become the very arrays that training makes of a sample file, or one error that names a value."""
 
+import copy
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -8,20 +11,22 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from serving.scoring.arrow import decode_table
-from serving.scoring.decode import all_integers, decode_requests
-from serving.scoring.request import RequestColumns
-from tests.serving.scoring.wide import SCHEMA, groups, request_of, table_of
-from trainer.samples.columns import decode, rules_of
+from serving.errors import OverflowingInputError, RequestError
+from serving.network import run_steps
+from serving.scoring.decode import all_integers, decode, whole_array
+from serving.scoring.request import Request
+from serving.scoring.sent import UnusableValueError, joined, sent_requests
+from tests.serving.scoring.wide import COLUMNS, SCHEMA, decoded, groups, request_of, table_of
+from trainer.samples.columns import decode as decode_file
+from trainer.samples.columns import rules_of
 from trainer.samples.index import Piece
 from trainer.samples.reader import Batch, BatchPosition, assemble
 
-COLUMNS = RequestColumns(SCHEMA, SCHEMA.fields)
 TEXTUAL = [name for name, rule in COLUMNS.sources.items() if rule.text]
 
 
 def of_training(table: pa.Table) -> Batch:
-    decoded = decode(table, rules_of(SCHEMA), SCHEMA.label, "file", 0)
+    decoded = decode_file(table, rules_of(SCHEMA), SCHEMA.label, "file", 0)
     every = np.arange(table.num_rows)
     piece = Piece(decoded, every, decoded.sample_offsets[:-1], decoded.sample_offsets[1:])
     return assemble(SCHEMA, [piece], decoded.num_samples, BatchPosition(0, 0))
@@ -65,12 +70,266 @@ def test_requests_are_decoded_as_training_decodes_files(
     table = table_of(rows, in_texts)
     expected = of_training(table)
     requests = [request_of(row, scene_in_context=scene_in_context) for row in rows]
-    assert_same(decode_requests(COLUMNS, requests).batch, expected)
-    assert_same(decode_table(COLUMNS, table.drop_columns(["label"])).batch, expected)
-    assert_same(decode_table(COLUMNS, table).batch, expected)
+    for body in (requests, table.drop_columns(["label"]), table):
+        assert_same(decoded(body).batch(COLUMNS), expected)
+    together = joined([run_steps(sent_requests(COLUMNS, [each])) for each in requests])
+    assert_same(run_steps(decode(COLUMNS, together, together.sizes(COLUMNS))).batch(COLUMNS), expected)
+    whole, last = decoded(table), slice(len(rows) - 1, len(rows))
+    assert_same(whole.piece(COLUMNS.rules, last).batch(COLUMNS), decoded(requests[last]).batch(COLUMNS))
+
+
+def test_numbers_of_binary_tensors_and_of_tables_are_whole_and_fit() -> None:
+    assert whole_array(np.array([2**63 - 1], np.uint64)).tolist() == [2**63 - 1]
+    for values, place in (([1, 2**63], 1), ([1.0], 0), ([True], 0)):
+        with pytest.raises(UnusableValueError) as failure:
+            whole_array(np.array(values, np.uint64 if place else None))
+        assert failure.value.place == place
 
 
 @pytest.mark.parametrize("columns", [[[True]], [[1, 2], [3, False]], [[0, 1], [True, 1, 0]]])
 def test_true_and_false_are_not_integers(columns: list[list[Any]]) -> None:
     assert all_integers(columns) is None
     assert all_integers([[int(value) for value in column] for column in columns]) is not None
+
+
+ROW: dict[str, Any] = {
+    "user": "anna",
+    "user_age": 31,
+    "user_size": None,
+    "user_tags": [1, 2],
+    "user_tag_weights": [0.5, 2],
+    "behavior_item": [1, 2, 3],
+    "behavior_age": [10, 20.5, 30],
+    "behavior_shop": ["a", "b", "a"],
+    "behavior_image": ["a.jpg", 7, None],
+    "behavior_album": [["a.jpg"], [], ["b.jpg", "c.jpg"]],
+    "ad_item": [5, 6],
+    "ad_shops": [[1], [2, 3]],
+    "ad_shop_weights": [[1.0], [2.0, 3.0]],
+    "ad_price": [0.5, 2],
+    "ad_shape": [[1, 2], [3, 4]],
+    "ad_image": ["x.jpg", None],
+    "ad_album": [[], ["x.jpg"]],
+    "ad_scene": [4, 4],
+}
+ADS = [name for name in ROW if name.startswith("ad_")]
+C, U, X = "candidates", "user", "context"
+
+
+def parts(scene: bool = True) -> dict[str, dict[str, Any]]:
+    row = copy.deepcopy(ROW)
+    ads = {name: row.pop(name) for name in ADS}
+    return {U: row, X: {"ad_scene": ads.pop("ad_scene")[0]} if scene else {}, C: ads}
+
+
+def request(*changes: tuple[str, str, Any]) -> Request:
+    """A good request with some columns changed, each by its part, name and value, or left out (...)."""
+    made = parts()
+    for part, column, value in changes:
+        made[part][column] = value
+        if value is ...:
+            del made[part][column]
+    return Request(user=made[U], context=made[X], candidates=made[C])
+
+
+def refusal(*requests: Request) -> str:
+    with pytest.raises(RequestError) as error:
+        decoded(requests)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("part", "column", "value", "said"),
+    [
+        (C, "ad_item", [5, 1.5], "[1] is 1.5,"),
+        (C, "ad_item", [5, 2.0**70], "send a number beyond 64 bits as a text"),
+        (C, "ad_item", [5, True], "[1] is true,"),
+        (C, "ad_item", [None, 5], "[0] is null,"),
+        (C, "ad_item", [2**63, 5], "[0] is 9223372036854775808, beyond 64 bits"),
+        (C, "ad_item", [-(2**63) - 1, "a"], "[0] is -9223372036854775809, beyond 64 bits"),
+        (C, "ad_item", [5, {"a": [1]}], '[1] is {"a": [1]},'),
+        (C, "ad_item", ["\ud800", "a"], '[0] is "\\ud800", a text that is not Unicode'),
+        (C, "ad_item", [5], " has 1 entries, but there are 2 candidates"),
+        (C, "ad_shops", [[1], 7], "[1] is 7,"),
+        (C, "ad_shops", [[1], [2, [3]]], "[1][1] is [3],"),
+        (C, "ad_shops", [[1], [2, True]], "[1][1] is true,"),
+        (C, "ad_shop_weights", [[1], [2]], "[1] has 1 entries, but ad_shops has 2 there: values"),
+        (C, "ad_price", [1, float("nan")], "[1] is nan,"),
+        (C, "ad_price", [1, 1e39], "[1] is 1e+39,"),
+        (C, "ad_price", [1, 10**400], "[1] is 1000"),
+        (C, "ad_price", [1, None], "[1] is null, and has to be a number; give its field fill"),
+        (C, "ad_price", [1, "2"], '[1] is "2",'),
+        (C, "ad_shape", [[1, 2], [3]], "[1] has 1 entries, but the schema says width=2"),
+        (X, "ad_scene", "\udfff", ' is "\\udfff", a text that is not Unicode'),
+        (X, "ad_scene", [], " is [],"),
+        (X, "ad_scene", 2**63, " is 9223372036854775808, beyond 64 bits"),
+        (U, "user", ["anna"], ' is ["anna"],'),
+        (U, "user_age", float("inf"), " is inf,"),
+        (U, "behavior_item", None, " is null,"),
+        (U, "behavior_item", "1,2,3", ' is "1,2,3",'),
+        (U, "behavior_age", [1, 2], " has 2 entries, but behavior_item has 3 there: values"),
+        (U, "behavior_album", [["a.jpg"], [], 4], "[2] is 4,"),
+        (U, "behavior_album", [["a.jpg"], [[]], []], "[1][0] is [],"),
+    ],
+)
+def test_a_wrong_value_is_named_as_it_was_sent(part: str, column: str, value: Any, said: str) -> None:
+    found = refusal(request((part, column, value)))
+    assert (f"{part}.{column}{said}" if said[0] in "[ " else said) in found
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ([(C, "ad_item", 5)], "candidates.ad_item is 5, and has to be a list with a whole number or text for each"),
+        ([(C, "ad_price", ...)], "candidates.ad_price is missing, expected a list with a number for each candidate"),
+        ([(U, "user", ...)], "user.user is missing, expected a whole number or text"),
+        ([(U, "user", ...), (C, "ad_price", ...)], "2 columns are missing: user.user, candidates.ad_price"),
+        ([(C, "ad_prise", [1, 2])], 'candidates."ad_prise" is not a column of the model; did you mean ad_price?'),
+        ([(C, "user", [1, 2])], "candidates.user is a column of side user; put it into user"),
+        ([(U, "ad_item", [5, 6])], "user.ad_item is a column of side ad; put it into candidates, or into context"),
+        ([(C, "ad_scene", [1, 2])], "column ad_scene is in context and in candidates; leave one out"),
+        ([(U, "behavior_item", [1, 2])], "there: "),
+    ],
+)
+def test_columns_that_are_missing_or_in_the_wrong_place(changes: list[tuple[str, str, Any]], said: str) -> None:
+    assert said in refusal(request(*changes))
+
+
+@pytest.mark.parametrize(
+    ("place", "change", "said"),
+    [
+        (1, (C, "ad_item", [5, None]), "requests[1]: candidates.ad_item[1] is null"),
+        (1, (X, "ad_scene", None), "requests[1]: context.ad_scene is null"),
+        (2, (U, "behavior_image", [1, 1.5, 2]), "requests[2]: user.behavior_image[1] is 1.5"),
+        (2, (C, "ad_price", ...), "requests[2]: candidates.ad_price is missing"),
+    ],
+)
+def test_which_of_several_requests_is_named(place: int, change: tuple[str, str, Any], said: str) -> None:
+    assert refusal(*[request()] * place, request(change)).startswith(said)
+
+
+def test_a_number_that_its_transform_makes_infinite_is_named_in_every_piece() -> None:
+    whole = decoded([request(), request((U, "user_size", -3.3e38)), request((U, "user_size", 3.4e38))])
+    assert whole.piece(COLUMNS.rules, slice(0, 1)).batch(COLUMNS).num_samples == 2
+    for piece, said in ((slice(0, 3), 1), (slice(1, 3), 1), (slice(2, 3), 2)):
+        with pytest.raises(OverflowingInputError, match=rf"^requests\[{said}\]: user.user_size has"):
+            whole.piece(COLUMNS.rules, piece).batch(COLUMNS)
+
+
+def test_roles_are_ignored_wherever_they_are() -> None:
+    expected = decoded([request()]).batch(COLUMNS)
+    with_roles = request((C, "label", [0, 1]), (U, "timestamp", 7), (X, "label", None))
+    found = decoded([with_roles]).batch(COLUMNS)
+    np.testing.assert_array_equal(found.fields["ad_item"].values_N, expected.fields["ad_item"].values_N)
+
+
+def test_null_images_are_missing_and_have_key_zero() -> None:
+    found = decoded([request(), request((U, "behavior_image", ["a.jpg", 7, 8]))])
+    nulls = {name: np.flatnonzero(mask).tolist() for name, mask in found.nulls.items()}
+    assert nulls == {"behavior_image": [2], "ad_image": [1, 3]}
+    assert found.batch(COLUMNS).fields["ad_image"].values_N[[1, 3]].tolist() == [0, 0]
+
+
+def test_null_images_of_tables_are_missing_too() -> None:
+    texts = frozenset({"user", "behavior_shop", "behavior_image", "behavior_album", "ad_image", "ad_album"})
+    row = {**ROW, "behavior_image": ["a.jpg", "7", None]}
+    found = decoded(table_of([row, row], texts))
+    expected = decoded([Request(**parts(scene=False))] * 2)
+    assert found.nulls.keys() == expected.nulls.keys() == {"behavior_image", "ad_image"}
+    for name, mask in found.nulls.items():
+        np.testing.assert_array_equal(mask, expected.nulls[name])
+    images, wanted = (each.batch(COLUMNS).fields["ad_image"].values_N for each in (found, expected))
+    np.testing.assert_array_equal(images, wanted)
+
+
+@pytest.mark.parametrize("candidates", [{}, {"ad_item": []}, {name: [] for name in ADS}])
+def test_no_candidates_are_no_error(candidates: dict[str, Any]) -> None:
+    empty = Request(user=parts()[U], candidates=candidates)
+    found = decoded([empty, request(), empty])
+    assert found.sizes.candidates_G.tolist() == [0, 2, 0]
+    assert found.batch(COLUMNS).group_of_sample_B.tolist() == [1, 1]
+    assert decoded([empty]).batch(COLUMNS).num_samples == 0
+
+
+def test_what_is_in_context_is_as_if_each_candidate_had_it() -> None:
+    """Of some requests, also lists, which count for each candidate."""
+    in_context = request((C, "ad_shops", ...), (C, "ad_shop_weights", ...), (X, "ad_shops", [1, 2]))
+    in_context = replace(in_context, context={**in_context.context, "ad_shop_weights": [0.5, 2]})
+    in_candidates = request((C, "ad_shops", [[1, 2]] * 2), (C, "ad_shop_weights", [[0.5, 2]] * 2))
+    found, expected = decoded([request(), in_context]), decoded([request(), in_candidates])
+    for name, column in expected.columns.items():
+        np.testing.assert_array_equal(found.columns[name].values, column.values)
+        for one, other in zip(found.columns[name].levels, column.levels, strict=True):
+            np.testing.assert_array_equal(one, other)
+    assert found.sizes.values_G[1] == expected.sizes.values_G[1] - 4
+    wrong = replace(in_context, context={**in_context.context, "ad_shops": [1, 1.5]})
+    assert refusal(request(), wrong).startswith("requests[1]: context.ad_shops[1] is 1.5")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.drop_columns(["ad_price"]), "column ad_price is missing, expected a list with a number"),
+        (lambda t: t.append_column("ad_prise", t["ad_price"]), 'column "ad_prise" is not a column of the model'),
+        (lambda t: t.set_column(0, "user", pa.array([1.5])), "column user is double, expected integer"),
+        (lambda t: t.set_column(0, "user", pa.array([None], pa.int64())), "the table, row 0: column user is null"),
+        (
+            lambda t: t.set_column(t.column_names.index("ad_item"), "ad_item", pa.array([[1]])),
+            "has 2 entries, but there are 1 candidates",
+        ),
+    ],
+)
+def test_wrong_tables_are_named(change: Callable[[pa.Table], pa.Table], message: str) -> None:
+    row = {**ROW, "user": 1, "behavior_shop": [1, 2, 1], "behavior_image": [1, 2, 3], "ad_image": [1, 2]}
+    row |= {"behavior_album": [[1], [], [2]], "ad_album": [[], [1]]}
+    table = table_of([row], frozenset())
+    decoded(table)
+    with pytest.raises(RequestError) as error:
+        decoded(change(table))
+    assert message in str(error.value)
+
+
+ANYTHING = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(st.characters(exclude_categories=()), max_size=4)
+    | st.sampled_from([2**63, -(2**63) - 1, 1e308, "0", ""]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=2), inner, max_size=2),
+    max_leaves=6,
+)
+
+
+@pytest.mark.long
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.data())
+def test_anything_is_decoded_or_refused(data: st.DataObject) -> None:
+    check_anything(data)
+
+
+@pytest.mark.slow
+@settings(max_examples=2_000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.data())
+def test_much_more_is_decoded_or_refused(data: st.DataObject) -> None:
+    check_anything(data)
+
+
+def check_anything(data: st.DataObject) -> None:
+    """Nothing that a body can hold raises another error, or makes a batch of uneven columns."""
+    made = [parts(), parts()]
+    for _ in range(data.draw(st.integers(1, 3))):
+        columns = data.draw(st.sampled_from(made))[data.draw(st.sampled_from([U, X, C]))]
+        column = data.draw(st.sampled_from([*ROW, "label", "x"]))
+        value = data.draw(ANYTHING | st.lists(ANYTHING, min_size=2, max_size=2))
+        columns[column] = value
+    try:
+        batch = decoded([Request(**each) for each in made]).batch(COLUMNS)
+    except RequestError as failure:
+        str(failure).encode()
+        return
+    for field in SCHEMA.of_kind("id", "multi_id", "content"):
+        jagged = batch.fields[field.name]
+        assert len(jagged.lengths_M) == (batch.num_samples if field.side == "ad" else 2)
+        assert jagged.lengths_M.sum() == len(jagged.values_N)

@@ -6,17 +6,21 @@ from typing import Any
 import pyarrow as pa
 from hypothesis import strategies as st
 
-from serving.scoring.request import Request
+from serving.network import run_steps
+from serving.scoring.decode import RequestTable, decode
+from serving.scoring.request import Request, RequestColumns
+from serving.scoring.sent import sent_requests, sent_table
 from trainer.schema import Field, Schema
 
 GROUPS = "user"
+STANDARDIZED = {"transform": "standardize", "mean": [0.5], "std": [0.25]}
 SCHEMA = Schema(
     fields=tuple(
         Field(**each)
         for each in [
             {"name": "user", "side": "user", "kind": "id"},
             {"name": "user_age", "side": "user", "kind": "id", "buckets": "log2", "fill": "bucket"},
-            {"name": "user_size", "side": "user", "kind": "dense", "fill": 1.5, "transform": "log1p"},
+            {"name": "user_size", "side": "user", "kind": "dense", "fill": 1.5, **STANDARDIZED},
             {"name": "user_tags", "side": "user", "kind": "multi_id", "weights": "user_tag_weights"},
             {"name": "behavior_item", "side": "user", "kind": "multi_id", "table": "item"},
             {"name": "behavior_age", "side": "user", "kind": "multi_id", "buckets": "log2", "beside": "behavior_item"},
@@ -110,3 +114,12 @@ def request_of(row: Mapping[str, Any], *, scene_in_context: bool) -> Request:
     context = {name: ads.pop(name)[0] for name in SCENE if scene_in_context}
     user = {name: values for name, values in row.items() if not name.startswith("ad_") and name != "label"}
     return Request(user=user, context=context, candidates=ads)
+
+
+COLUMNS = RequestColumns(SCHEMA, SCHEMA.fields)
+
+
+def decoded(body: Sequence[Request] | pa.Table) -> RequestTable:
+    """Convert requests, or the table of a sample file."""
+    sent = run_steps(sent_table(COLUMNS, body) if isinstance(body, pa.Table) else sent_requests(COLUMNS, body))
+    return run_steps(decode(COLUMNS, sent, sent.sizes(COLUMNS)))
