@@ -92,11 +92,11 @@ class Run(Shown):
         resamples: int = 1000,
         out: Address | None = None,
     ) -> "Evaluation":
-        """Evaluate as `crossmedia evaluate`, on all ranks, and write the report. Raises TrainerError."""
+        """Evaluate as `crossmedia evaluate`, on all ranks, write the report and print nothing. Raises TrainerError."""
         source = RunSource(self.folder, self.checkpoint, _text(samples), _text(store))
         to = None if out is None else run_path(out)
         comm = joined_ranks()
-        figures = evaluate_run(source, comm, resamples=resamples, out=to)
+        figures = evaluate_run(source, comm, resamples=resamples, out=to, quiet=True)
         return Evaluation(comm.broadcast_object(cast("Figures", figures)))
 
     def score(self, rows: Any, behaviors: Any = None, *, store: Address | None = None) -> Scores:
