@@ -54,16 +54,15 @@ def train(
 
 def open_run(folder: Address | None = None, checkpoint: str | None = None) -> "Run":
     """Open a trained run, by default the newest in data/runs. Raises ConfigError, CheckpointError."""
-    run = Run(run_or_newest(_text(folder)), checkpoint)
-    run.saved()
-    return run
+    return Run(run_or_newest(_text(folder)), checkpoint)
 
 
 class Run(Shown):
-    """A trained run, with its newest checkpoint or another."""
+    """A trained run in a folder, with its newest checkpoint or another. Raises ConfigError, CheckpointError."""
 
-    def __init__(self, folder: RunPath, checkpoint: str | None = None) -> None:
-        self.folder, self.checkpoint = folder, checkpoint
+    def __init__(self, folder: Address, checkpoint: str | None = None) -> None:
+        self.folder, self.checkpoint = run_path(folder), checkpoint
+        self.saved()
 
     def saved(self) -> SavedRun:
         """Read the run's settings and checkpoint as its folder has them."""

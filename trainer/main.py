@@ -16,7 +16,7 @@ import typer
 from featurestore.console.commandline import CommandApp, run_app
 from featurestore.errors import StorageError, UserError
 from trainer.cli import run_on_ranks
-from trainer.config.config import WARM_PARTS, Config, load_config
+from trainer.config.config import WARM_PARTS, Config, differences, load_config, load_saved
 from trainer.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -49,6 +49,8 @@ with 0.
 """
 
 app = CommandApp(rich_markup_mode="markdown")
+_OF_A_START = ("run.dir", "run.name", "run.resume", "run.overwrite")
+"""Settings that each start of a run has its own of."""
 
 
 @app.command(epilog=EXAMPLES)
@@ -119,8 +121,8 @@ def train(config: Config, comm: "Comm", verbose: bool = False) -> "RunPath":
     with contextlib.closing(open_run(config, comm)) as run, StopSignals() as signals:
         root = comm.rank == 0
         if comm.on_rank_0(lambda: _is_finished(run)):
-            say = f"{run.folder} is finished already: step {run.engine.num_steps} of {total_steps(run)}; nothing to do"
-            text_console(quiet=not root).print(say)
+            if root:
+                text_console().print(_finished_text(run))
             return run.folder
         removed = claim_folder(run)
         hardware = summary.hardware_of(comm, run.device, run.config.model.compute_dtype)
@@ -184,6 +186,20 @@ def _is_finished(run: "Run") -> bool:
     report, patience = report_of(run.folder), run.config.train.early_stopping
     tested = run.test_reader.num_samples > 0
     return report is not None and has_finished(report, run.engine.num_steps, total_steps(run), patience, tested)
+
+
+def _finished_text(run: "Run") -> str:
+    """Say that nothing is left to do, which settings are not used, and what would continue the run."""
+    from trainer.loop.training import total_steps
+
+    saved = load_saved(run.folder / "config.yaml")
+    changed = differences(run.config.model_dump(mode="json"), saved.model_dump(mode="json"))
+    unused = [f"{each.name}={each.here}" for each in changed if each.setting not in _OF_A_START]
+    step, total = run.engine.num_steps, total_steps(run)
+    text = f"{run.folder} is finished already: step {step} of {total}; nothing to do"
+    text += f", not used: {', '.join(unused)}" if unused else ""
+    more = "train.max_steps" if run.config.train.max_steps else "train.epochs"
+    return text + (f"; a larger {more} continues it" if step == total else "")
 
 
 def _report(run: "Run", training: "Training", measured: dict[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from featurestore.errors import naming
 from featurestore.published.versions import open_published
 from pipeline.errors import SampleError
 from pipeline.samples.added import options_of
@@ -55,8 +56,9 @@ def _read(
     place = Path(tables.options.logs, log)
     place.mkdir()
     pq.write_table(table, place / FILE)
-    pieces = tables.pieces(log)
-    parts = [read_piece(piece, latest_of(tables.options)) for piece in pieces]
+    with naming(str(place / FILE), f"the {log}"):
+        pieces = tables.pieces(log)
+        parts = [read_piece(piece, latest_of(tables.options)) for piece in pieces]
     for part in parts:
         if part.bad_reason:
             raise SampleError(f"row {part.bad_row[0]} of the {log}: {part.bad_reason[0]}")

@@ -109,6 +109,8 @@ def test_a_run_is_trained_and_found_again(run: cm.Run, places: Places) -> None:
     assert "<th>auc</th>" in run._repr_html_()
     assert cm.open_run(run.folder).metrics == run.metrics
     with pytest.raises(ConfigError, match="not a run's folder"):
+        cm.Run("nowhere")
+    with pytest.raises(ConfigError, match="not a run's folder"):
         cm.open_run(places.folder / "samples")
     with pytest.raises(ConfigError, match=r"model\.imagse"):
         cm.train(places.folder / "samples", settings={"model.imagse": "both"})
@@ -155,6 +157,8 @@ def test_tables_of_all_kinds(run: cm.Run, impressions: pa.Table) -> None:
         run.score([1, 2])
     with pytest.raises(DataError, match="cannot be read"):
         run.score({"user": [1], "ad_item": [1, 2]})
+    with pytest.raises(UserError, match=r"the table.*is missing"):
+        run.score(impressions.drop_columns(["ad_item"]))
     with pytest.raises(DataError, match="no column of an ad"):
         run.score({"user": [1]})
 

@@ -216,8 +216,9 @@ def are_samples(storage: "Storage", label: str) -> bool:
     columns = look(storage, files[:1], None, LOOKED_AT).columns
     if label in columns:
         return columns[label].depth > 0
-    has_flags = any(column.is_binary and column.num_different for column in columns.values())
-    return not has_flags and any(each.depth and each.content in ("integer", "real") for each in columns.values())
+    has_label = any(each.is_binary and each.num_different for each in columns.values())
+    has_lists = any(each.depth and each.content in ("integer", "real") for each in columns.values())
+    return has_lists and (files[0].startswith(("train/", "test/")) or not has_label)
 
 
 def _write_table(path: Path, table: "pa.Table") -> None:
