@@ -289,8 +289,7 @@ def _check_columns(schema: pa.Schema, piece: LogPiece) -> None:
     for ours, kind in piece.layout.kinds.items():
         name = piece.layout.names[ours]
         if name not in schema.names:
-            there = f"there are {', '.join(schema.names)}"
-            raise SampleOptionError(f"{where} {name!r} is missing; {there}{_hint(piece)}")
+            raise SampleOptionError(f"{where} {name!r} is missing; there are {', '.join(schema.names)}{_hint(piece)}")
         if schema.names.count(name) > 1:
             raise SampleError(f"{where} {name!r} is there {schema.names.count(name)} times")
         found = schema.field(name).type
