@@ -332,8 +332,15 @@ def write_batches(path: Path, batches: Iterable[pa.RecordBatch], compress: bool)
 
 def read_batch(path: str, index: int) -> pa.RecordBatch:
     """Read batch `index` of a file of write_batches, without reading the others."""
-    with pa.memory_map(path) as file:
-        return pa.ipc.open_file(file, options=pa.ipc.IpcReadOptions(use_threads=False)).get_batch(index)
+    (batch,) = read_batches(path, [index])
+    return batch
+
+
+def read_batches(path: str, indices: Sequence[int]) -> list[pa.RecordBatch]:
+    """Read some batches of a file of write_batches, whose list of batches, maybe tens of thousands, is read once."""
+    with pa.memory_map(path) as mapped:
+        file = pa.ipc.open_file(mapped, options=pa.ipc.IpcReadOptions(use_threads=False))
+        return [file.get_batch(index) for index in indices]
 
 
 HOUR_S = 3_600
@@ -553,9 +560,10 @@ def name_of_day(day: int) -> str:
     return f"{datetime.fromtimestamp(day * HOURS_PER_DAY * HOUR_S, UTC):%Y-%m-%d}"
 
 
-def write_file(plan: FilePlan, parts: Sequence[tuple[str, int]], folder: str) -> WrittenFile:
-    """Write one file of samples from (file, batch) `parts` of group_bucket, sorted by time, user and session."""
-    table = pa.Table.from_batches([read_batch(path, batch) for path, batch in parts]).combine_chunks().sort_by(SORT)
+def write_file(plan: FilePlan, parts: Mapping[str, Sequence[int]], folder: str) -> WrittenFile:
+    """Write one file of samples from batches of the files of group_bucket, sorted by time, user and session."""
+    batches = [batch for path, indices in parts.items() for batch in read_batches(path, indices)]
+    table = pa.Table.from_batches(batches).combine_chunks().sort_by(SORT)
     table = table.replace_schema_metadata({"format": FORMAT})
     pq.write_table(
         table,

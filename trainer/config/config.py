@@ -2,8 +2,8 @@
 
 The way of a setting: its class, here or in `options.py`, has its type, limits, default, text, and the kind of what it
 decides. `load_config` lays a file and `--set` over the defaults and checks the result (pydantic).
-`differences` compares two records of settings; resuming, warm starts, evaluation, `crossmedia daily` and `crossmedia compat`
-say which kinds of differences they accept. `presets/dicm.yaml` and docs/SETTINGS.md are written from the classes by
+`differences` compares two records of settings; resuming, warm starts, evaluation, `crossmedia daily` and `compat` say
+which kinds of differences they accept. `presets/dicm.yaml` and docs/SETTINGS.md are written from the classes by
 `python -m tools.settings`.
 """
 
