@@ -208,9 +208,10 @@ class LogMapping(_Section):
     def _clicks(self) -> MappedTable:
         """Describe the behaviours where they are impressions: with the ad's columns of one id each."""
         shown = self.impressions
-        columns = {name: column for name, column in shown.columns.items() if name not in ("session", "scene")}
+        columns: dict[str, str | None] = {"label": "label"}
+        columns |= {name: column for name, column in shown.columns.items() if name not in ("session", "scene")}
         ad = {name: extra for name, extra in shown.ad.items() if extra.kind == "id"}
-        return MappedTable(files=shown.files or "impressions", columns={"label": "label"} | columns, ad=ad)
+        return MappedTable(files=shown.files or "impressions", columns=columns, ad=ad)
 
 
 def load_mapping(path: Path) -> LogMapping:
@@ -219,9 +220,9 @@ def load_mapping(path: Path) -> LogMapping:
         return LogMapping.model_validate(parse_yaml(read_text(path)))
     except ValidationError as error:
         raise SampleOptionError("\n".join(f"{path}: {line}" for line in mistakes(error, "mapping"))) from error
-    except FileNotFoundError as error:
+    except (FileNotFoundError, IsADirectoryError) as error:
         raise SampleOptionError(
-            f"--mapping {path} is not there; crossmedia schema inspect LOGS --out {path} writes a first one"
+            f"--mapping {path} is not a file; crossmedia schema inspect LOGS --out mapping.yaml writes a first one"
         ) from error
     except (OSError, ValueError) as error:
         raise SampleOptionError(f"--mapping {path} cannot be read as YAML: {error}") from error
@@ -252,14 +253,14 @@ def parse_id_lists(column: Any) -> npt.NDArray[np.object_]:
     In these, rows are selected and sorted like any others. Null and a list without ids are empty; nulls and empty texts
     in a list do not count.
     """
-    flat = pc.list_flatten(column)
+    flat: Any = pc.list_flatten(column)
     row_V = np.repeat(np.arange(len(column)), pc.list_value_length(column).fill_null(0).to_numpy())
     is_id_V = flat.is_valid().to_numpy()
     if pa.types.is_integer(flat.type):
         id_V = flat.cast(pa.int64()).fill_null(0).to_numpy()
     else:
         id_V = parse_ids(flat)[0]
-        is_id_V &= pc.not_equal(pc.utf8_trim_whitespace(flat), "").fill_null(False).to_numpy()
+        is_id_V &= pc.utf8_length(pc.utf8_trim_whitespace(flat)).fill_null(0).to_numpy() > 0
     data = id_V[is_id_V].tobytes()
     ends_N = 8 * np.cumsum(np.bincount(row_V[is_id_V], minlength=len(column)))
     id_lists_N = np.empty(len(column), np.object_)
