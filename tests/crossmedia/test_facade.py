@@ -116,9 +116,13 @@ def test_a_run_is_trained_and_found_again(run: cm.Run, places: Places) -> None:
         cm.train(places.folder / "samples", settings={"model.imagse": "both"})
 
 
-def test_an_evaluation_has_a_row_for_each_slice(run: cm.Run, tmp_path: Path) -> None:
+def test_an_evaluation_has_a_row_for_each_slice(
+    run: cm.Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
     with nothing_drawn():
         found = run.evaluate(resamples=10, out=tmp_path / "evaluation")
+    assert capsys.readouterr().out == ""
     whole, *slices = found.figures.rows()
     assert whole["impressions"] == sum(each["impressions"] for each in slices if each["slicing"].startswith("age"))
     assert whole["auc_low"] <= whole["auc"] <= whole["auc_high"]
