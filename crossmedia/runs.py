@@ -55,16 +55,15 @@ def train(
 
 def open_run(folder: Address | None = None, checkpoint: str | None = None) -> "Run":
     """Open a trained run, by default the newest in data/runs. Raises ConfigError, CheckpointError."""
-    run = Run(run_or_newest(_text(folder)), checkpoint)
-    run.saved()
-    return run
+    return Run(run_or_newest(_text(folder)), checkpoint)
 
 
 class Run(Shown):
-    """A trained run, with its newest checkpoint or another."""
+    """A trained run in a folder, with its newest checkpoint or another. Raises ConfigError, CheckpointError."""
 
-    def __init__(self, folder: RunPath, checkpoint: str | None = None) -> None:
-        self.folder, self.checkpoint = folder, checkpoint
+    def __init__(self, folder: Address, checkpoint: str | None = None) -> None:
+        self.folder, self.checkpoint = run_path(folder), checkpoint
+        self.saved()
 
     def saved(self) -> SavedRun:
         """Read the run's settings and checkpoint as its folder has them."""
@@ -93,11 +92,11 @@ class Run(Shown):
         resamples: int = 1000,
         out: Address | None = None,
     ) -> "Evaluation":
-        """Evaluate as `crossmedia evaluate`, on all ranks, and write the report. Raises TrainerError."""
+        """Evaluate as `crossmedia evaluate`, on all ranks, write the report and print nothing. Raises TrainerError."""
         source = RunSource(self.folder, self.checkpoint, _text(samples), _text(store))
         to = None if out is None else run_path(out)
         comm = joined_ranks()
-        figures = evaluate_run(source, comm, resamples=resamples, out=to)
+        figures = evaluate_run(source, comm, resamples=resamples, out=to, quiet=True)
         return Evaluation(comm.broadcast_object(cast("Figures", figures)))
 
     def score(self, rows: Any, behaviors: Any = None, *, store: Address | None = None) -> Scores:

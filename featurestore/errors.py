@@ -35,6 +35,8 @@ FeatureStoreError
 Every class takes its message alone, so that each survives pickling between processes.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import ClassVar
 
 FAILED, USAGE = 1, 2
@@ -47,6 +49,16 @@ class UserError(Exception):
     """
 
     exit_code: ClassVar[int] = FAILED
+
+
+@contextmanager
+def naming(place: str, name: str) -> Iterator[None]:
+    """Let the errors of the block name `name` in the place of a file or folder that its user does not know."""
+    try:
+        yield
+    except UserError as failure:
+        failure.args = tuple(str(each).replace(place, name) for each in failure.args)
+        raise
 
 
 class OutputPlaceError(UserError):

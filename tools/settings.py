@@ -38,7 +38,7 @@ An unknown name, a wrong type and a value out of its limits end the command, wit
 all settings in `config.yaml`.
 
 The column `decides` tells which settings may differ between two runs, or two starts of one: resuming accepts other
-values of what decides `training` or `nothing`; `trainer.daily` those of `nothing` alone, for all days of a table.
+values of what decides `training` or `nothing`; `crossmedia daily` those of `nothing` alone, for all days of a table.
 {decisions}
 """
 

@@ -533,6 +533,8 @@ def read_mapping(
         values = parse_yaml(read_text(run_path(path)), aliases)
     except FileNotFoundError as failure:
         raise error(f"{setting}{path}: there is no such file") from failure
+    except IsADirectoryError as failure:
+        raise error(f"{setting}{path} is a folder; name a YAML file, as the settings.yaml of samples") from failure
     except (OSError, ValueError, StorageError) as failure:
         raise error(f"{path} is not a readable YAML file: {failure}") from failure
     if not isinstance(values, Mapping):

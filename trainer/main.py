@@ -16,7 +16,7 @@ import typer
 from featurestore.console.commandline import CommandApp, run_app
 from featurestore.errors import StorageError, UserError
 from trainer.cli import run_on_ranks
-from trainer.config import WARM_PARTS, Config, load_config
+from trainer.config import WARM_PARTS, Config, differences, load_config, load_saved
 from trainer.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -49,6 +49,8 @@ with 0.
 """
 
 app = CommandApp(rich_markup_mode="markdown")
+_OF_A_START = ("run.dir", "run.name", "run.resume", "run.overwrite")
+"""Settings that each start of a run has its own of."""
 
 
 @app.command(epilog=EXAMPLES)
@@ -68,6 +70,7 @@ def main(
             "images,model,ids with commas.",
         ),
     ] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", help="End with all figures and the ID tables.")] = False,
     more: Annotated[list[str] | None, typer.Argument(metavar="SECTION.FIELD=VALUE", help="More settings.")] = None,
 ) -> None:
     """Train DICM on sample groups and stored image features, and evaluate it on the test samples."""
@@ -79,7 +82,7 @@ def main(
             raise ConfigError(f"--warm-parts {warm_parts} needs another run: name it by --warm-start")
         return config
 
-    raise typer.Exit(on_ranks(load, train))
+    raise typer.Exit(on_ranks(load, functools.partial(train, verbose=verbose)))
 
 
 def on_ranks(load: Callable[[], Config], work: Callable[[Config, "Comm"], object]) -> int:
@@ -101,10 +104,11 @@ def warm_settings(warm_start: str | None, warm_parts: str | None) -> list[str]:
     return settings
 
 
-def train(config: Config, comm: "Comm") -> "RunPath":
+def train(config: Config, comm: "Comm", verbose: bool = False) -> "RunPath":
     """Train one run from opening to report, and return its folder; every rank calls it.
 
-    Of a run that is continued and finished already, nothing is written again. Raises TrainerError, FeatureStoreError.
+    `verbose`: print all figures at the end. Of a run that is continued and finished already, nothing is written again.
+    Raises TrainerError, FeatureStoreError.
     """
     from featurestore.console.output import text_console
     from trainer.loop import summary
@@ -117,8 +121,8 @@ def train(config: Config, comm: "Comm") -> "RunPath":
     with contextlib.closing(open_run(config, comm)) as run, StopSignals() as signals:
         root = comm.rank == 0
         if comm.on_rank_0(lambda: _is_finished(run)):
-            say = f"{run.folder} is finished already: step {run.engine.num_steps} of {total_steps(run)}; nothing to do"
-            text_console(quiet=not root).print(say)
+            if root:
+                text_console().print(_finished_text(run))
             return run.folder
         removed = claim_folder(run)
         hardware = summary.hardware_of(comm, run.device, run.config.model.compute_dtype)
@@ -138,7 +142,7 @@ def train(config: Config, comm: "Comm") -> "RunPath":
             if root:
                 _end_events(run, progress)
                 summary.write_report(run.folder / "report.json", report)
-                summary.show(progress.console, report)
+                summary.show(progress.console, report, verbose=verbose)
         return run.folder
 
 
@@ -182,6 +186,20 @@ def _is_finished(run: "Run") -> bool:
     report, patience = report_of(run.folder), run.config.train.early_stopping
     tested = run.test_reader.num_samples > 0
     return report is not None and has_finished(report, run.engine.num_steps, total_steps(run), patience, tested)
+
+
+def _finished_text(run: "Run") -> str:
+    """Say that nothing is left to do, which settings are not used, and what would continue the run."""
+    from trainer.loop.training import total_steps
+
+    saved = load_saved(run.folder / "config.yaml")
+    changed = differences(run.config.model_dump(mode="json"), saved.model_dump(mode="json"))
+    unused = [f"{each.name}={each.here}" for each in changed if each.setting not in _OF_A_START]
+    step, total = run.engine.num_steps, total_steps(run)
+    text = f"{run.folder} is finished already: step {step} of {total}; nothing to do"
+    text += f", not used: {', '.join(unused)}" if unused else ""
+    more = "train.max_steps" if run.config.train.max_steps else "train.epochs"
+    return text + (f"; a larger {more} continues it" if step == total else "")
 
 
 def _report(run: "Run", training: "Training", measured: dict[str, Any]) -> dict[str, Any]:

@@ -323,7 +323,7 @@ def _grouped(
     read = shuffle(client, [*impressions, *before, *behaviors], scratch, buckets, options, compress=False)
     shown, done = read[IMPRESSIONS], read[BEHAVIORS]
     layout = impressions[0].layout
-    schema = columns_of_groups(layout, rules)
+    schema = columns_of_groups(layout, behaviors[0].layout, rules)
     parts = num_threads(client)
     others = [
         functools.partial(

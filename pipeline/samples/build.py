@@ -246,9 +246,10 @@ def write(
     tasks = []
     for plan in plans:
         hours = set(plan.hours)
-        parts = [
-            (part.path, part.batch_of_hour[hour]) for part in grouped for hour in hours & part.batch_of_hour.keys()
-        ]
+        found = {
+            part.path: [part.batch_of_hour[hour] for hour in hours & part.batch_of_hour.keys()] for part in grouped
+        }
+        parts = {path: batches for path, batches in found.items() if batches}
         tasks.append((plan, parts, str(folder.absolute())))
     return run_all(client, "write samples", write_file, tasks, FEWER_ROWS)
 

@@ -68,10 +68,11 @@ def make_groups(impressions: Columns, behaviors: Columns, rules: GroupRules) -> 
     A group is a user's session on one day; one that continues over midnight without a pause longer than
     `midnight_pause_s` stays one, on the day of its first impression. Its behaviours are strictly before its first
     impression and at most `window_s` back, newest first, ties by larger item, image, category; at most
-    `max_behaviors`. Rows that are equal (but for label and user columns) count once, as a click if one of them is.
+    `max_behaviors`. Rows that are equal (but for label and further columns) count once, as a click if one of them is.
     """
     impressions = distinct_impressions(impressions)
-    behaviors = _distinct(behaviors, BEHAVIOR_ORDER, ())
+    further = tuple(sorted(behaviors.keys() - {*BEHAVIOR_ORDER}))
+    behaviors = _distinct(behaviors, BEHAVIOR_ORDER, further)
     start_G = _group_starts(impressions, rules.midnight_pause_s)
     num_impressions = len(impressions["user"])
     size_G = np.diff(start_G, append=num_impressions)
@@ -81,7 +82,7 @@ def make_groups(impressions: Columns, behaviors: Columns, rules: GroupRules) -> 
     take_G = np.minimum(high_G - low_G, rules.max_behaviors)
     chosen_K = _descending_runs(high_G, take_G)
     num_behaviors = len(behaviors["user"])
-    chosen = {name: behaviors[name][chosen_K] for name in ("item", "image", "category")}
+    chosen = {name: behaviors[name][chosen_K] for name in ("item", "image", "category", *further)}
     if rules.behavior_age:
         chosen["age"] = (np.repeat(first_G, take_G) - behaviors["timestamp"][chosen_K]) // MICROSECONDS
     return LogGroups(
@@ -244,7 +245,8 @@ def read_bucket(folder: str, log: str, num_pieces: int, bucket: int) -> Columns:
     """Read all rows of a bucket from the pieces 0 to `num_pieces` of a log, in no order."""
     batches = [read_batch(str(_path(folder, log, index)), bucket) for index in range(num_pieces)]
     return {
-        name: np.concatenate([batch.column(name).to_numpy() for batch in batches]) for name in batches[0].schema.names
+        name: np.concatenate([batch.column(name).to_numpy(zero_copy_only=False) for batch in batches])
+        for name in batches[0].schema.names
     }
 
 
@@ -302,7 +304,12 @@ def _path(folder: str, log: str, index: int) -> Path:
 def _buckets(columns: Columns, num_buckets: int) -> Iterable[pa.RecordBatch]:
     bucket_N = splitmix64(columns["user"]) % np.uint64(num_buckets)
     order_N = np.argsort(bucket_N, kind="stable")
-    table = pa.record_batch({name: pa.array(values_N[order_N]) for name, values_N in columns.items()})
+    table = pa.record_batch(
+        {
+            name: pa.array(values_N[order_N], pa.binary() if values_N.dtype == np.object_ else None)
+            for name, values_N in columns.items()
+        }
+    )
     edges = np.searchsorted(bucket_N[order_N], np.arange(num_buckets + 1, dtype=np.uint64))
     return [table.slice(low, high - low) for low, high in itertools.pairwise(edges.tolist())]
 
@@ -325,8 +332,15 @@ def write_batches(path: Path, batches: Iterable[pa.RecordBatch], compress: bool)
 
 def read_batch(path: str, index: int) -> pa.RecordBatch:
     """Read batch `index` of a file of write_batches, without reading the others."""
-    with pa.memory_map(path) as file:
-        return pa.ipc.open_file(file, options=pa.ipc.IpcReadOptions(use_threads=False)).get_batch(index)
+    (batch,) = read_batches(path, [index])
+    return batch
+
+
+def read_batches(path: str, indices: Sequence[int]) -> list[pa.RecordBatch]:
+    """Read some batches of a file of write_batches, whose list of batches, maybe tens of thousands, is read once."""
+    with pa.memory_map(path) as mapped:
+        file = pa.ipc.open_file(mapped, options=pa.ipc.IpcReadOptions(use_threads=False))
+        return [file.get_batch(index) for index in indices]
 
 
 HOUR_S = 3_600
@@ -398,13 +412,18 @@ def group_bucket(
     )
 
 
-def columns_of_groups(layout: TableLayout, rules: GroupRules) -> pa.Schema:
-    """Describe what `group_bucket` writes of impressions that are read so."""
-    nobody = {name: np.empty(0, np.float32 if kind == "dense" else np.int64) for name, kind in layout.kinds.items()}
-    nobody |= {name: np.empty(0, np.int64) for name in layout.constants}
-    nothing = {name: np.empty(0, np.int64) for name in BEHAVIOR_ORDER}
-    empty = make_groups(nobody, nothing, rules)
-    return table_of_groups(empty, layout.user_columns, layout.ad_columns).schema
+def no_rows(layout: TableLayout) -> Columns:
+    """Make the columns of a log that is read so, without a row."""
+    types = {"dense": np.float32, "profiles": np.object_}
+    columns: Columns = {name: np.empty(0, types.get(kind, np.int64)) for name, kind in layout.kinds.items()}
+    columns |= {name: np.empty(0, np.int64) for name in layout.constants}
+    return {name: values for name, values in columns.items() if name != "dwell_s"}
+
+
+def columns_of_groups(impressions: TableLayout, behaviors: TableLayout, rules: GroupRules) -> pa.Schema:
+    """Describe what `group_bucket` writes of logs that are read so."""
+    empty = make_groups(no_rows(impressions), no_rows(behaviors), rules)
+    return table_of_groups(empty, impressions.user_columns, impressions.ad_columns).schema
 
 
 def take_groups(
@@ -457,7 +476,7 @@ def table_of_groups(groups: LogGroups, user_columns: Sequence[str], ad_columns: 
     columns: dict[str, Any] = {name: impressions[name][first_G] for name in ("user", "session")}
     columns["timestamp"] = impressions["timestamp"][first_G] // MICROSECONDS
     columns["day"] = pc.strftime(pa.array(columns["timestamp"]).cast(pa.timestamp("s")), format="%Y-%m-%d")
-    columns |= {name: impressions[name][first_G] for name in user_columns}
+    columns |= {name: _values(impressions[name][first_G]) for name in user_columns}
     columns |= {f"behavior_{name}": _lists(groups.behaviors[name], groups.take_G) for name in groups.behaviors}
     columns |= {f"ad_{name}": _lists(impressions[name], groups.size_G) for name in (*AD_LISTS, *ad_columns)}
     columns["label"] = _lists(impressions["label"].astype(np.int8), groups.size_G)
@@ -467,7 +486,15 @@ def table_of_groups(groups: LogGroups, user_columns: Sequence[str], ad_columns: 
 def _lists(values_N: npt.NDArray[Any], sizes_G: npt.NDArray[np.int64]) -> Any:
     """Make lists of the given sizes, one per group, as an Arrow array."""
     offsets: Any = pa.array(np.concatenate([[0], np.cumsum(sizes_G)]), pa.int32())
-    return pa.ListArray.from_arrays(offsets, pa.array(values_N))
+    return pa.ListArray.from_arrays(offsets, _values(values_N))
+
+
+def _values(values_N: npt.NDArray[Any]) -> Any:
+    """Make an Arrow array of a column; of lists of ids, see `parse_id_lists`, an array of lists."""
+    if values_N.dtype != np.object_:
+        return pa.array(values_N)
+    sizes_N = np.array([len(each) // 8 for each in values_N], np.int64)
+    return _lists(np.frombuffer(b"".join(values_N), np.int64), sizes_N)
 
 
 @dataclass(frozen=True)
@@ -533,9 +560,10 @@ def name_of_day(day: int) -> str:
     return f"{datetime.fromtimestamp(day * HOURS_PER_DAY * HOUR_S, UTC):%Y-%m-%d}"
 
 
-def write_file(plan: FilePlan, parts: Sequence[tuple[str, int]], folder: str) -> WrittenFile:
-    """Write one file of samples from (file, batch) `parts` of group_bucket, sorted by time, user and session."""
-    table = pa.Table.from_batches([read_batch(path, batch) for path, batch in parts]).combine_chunks().sort_by(SORT)
+def write_file(plan: FilePlan, parts: Mapping[str, Sequence[int]], folder: str) -> WrittenFile:
+    """Write one file of samples from batches of the files of group_bucket, sorted by time, user and session."""
+    batches = [batch for path, indices in parts.items() for batch in read_batches(path, indices)]
+    table = pa.Table.from_batches(batches).combine_chunks().sort_by(SORT)
     table = table.replace_schema_metadata({"format": FORMAT})
     pq.write_table(
         table,
@@ -552,8 +580,9 @@ def write_file(plan: FilePlan, parts: Sequence[tuple[str, int]], folder: str) ->
 def _ids(table: pa.Table) -> dict[str, DistinctCount]:
     counts = {}
     for name in table.schema.names:
-        column: Any = table.column(name)
-        values = pc.list_flatten(column) if is_list(column.type) else column
+        values: Any = table.column(name)
+        while is_list(values.type):
+            values = pc.list_flatten(values)
         if pa.types.is_integer(values.type):
             counts[name] = DistinctCount().with_values(values.to_numpy())
     return counts

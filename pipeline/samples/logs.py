@@ -28,6 +28,7 @@ from pipeline.samples.mapping import (
     csv_beginning,
     csv_names,
     kind_of,
+    parse_id_lists,
     parse_ids,
     parse_labels,
     parse_numbers,
@@ -35,6 +36,7 @@ from pipeline.samples.mapping import (
     read_csv,
     unit_of,
 )
+from trainer.schema.suggest import inner_type
 
 IMPRESSIONS = "impressions"
 BEHAVIORS = "behaviors"
@@ -52,8 +54,10 @@ WANTED = {
     "label": "a whole number, a boolean or a float that is 0 or 1",
     "seconds": "a number of seconds",
     "profile": "a whole number of at most 64 bits, signed",
+    "profiles": "a list of whole numbers or of texts; for a text that has several, give split: in the mapping",
     "dense": "a number",
 }
+HOW_TO_MAP = "crossmedia schema inspect {logs} --out mapping.yaml, then --mapping mapping.yaml"
 CSV_SUFFIXES = (".csv", ".tsv")
 _CSV_ROW_BYTES = 60  # for a guess at the number of rows
 PER_SECOND = {"s": 1, "ms": 1_000, "us": MICROSECONDS, "ns": 1_000_000_000}
@@ -140,7 +144,8 @@ def find_pieces(
         wanted_there = (
             f"no .parquet, .csv or .tsv files there; {log}.files of the mapping names a file or folder below --logs"
             if layout
-            else f"no .parquet files in it; --logs must have {IMPRESSIONS}/ and {BEHAVIORS}/"
+            else f"no .parquet files in it; --logs must have {IMPRESSIONS}/ and {BEHAVIORS}/, or a mapping: "
+            + HOW_TO_MAP.format(logs=url)
         )
         raise SampleOptionError(f"{storage.full(place)}: {wanted_there}")
     layout = layout or _layout_of(storage, log, files[0], user_columns)
@@ -284,13 +289,26 @@ def _check_columns(schema: pa.Schema, piece: LogPiece) -> None:
     for ours, kind in piece.layout.kinds.items():
         name = piece.layout.names[ours]
         if name not in schema.names:
-            raise SampleOptionError(f"{where} {name!r} is missing; there are {', '.join(schema.names)}")
+            raise SampleOptionError(f"{where} {name!r} is missing; there are {', '.join(schema.names)}{_hint(piece)}")
         if schema.names.count(name) > 1:
             raise SampleError(f"{where} {name!r} is there {schema.names.count(name)} times")
         found = schema.field(name).type
-        if not _fits(found, kind, piece.layout.takes_text):
-            or_text = ", or text" if piece.layout.takes_text and kind != "image" else ""
-            raise SampleError(f"{where} {name!r} is {found}, wanted is {WANTED[kind]}{or_text}")
+        is_list = kind == "profiles" and ours not in piece.layout.separators
+        if not (_is_id_list(found) if is_list else _fits(found, kind, piece.layout.takes_text)):
+            or_text = ", or text" if piece.layout.takes_text and kind not in ("image", "profiles") else ""
+            raise SampleError(f"{where} {name!r} is {found}, wanted is {WANTED[kind]}{or_text}{_hint(piece)}")
+
+
+def _hint(piece: LogPiece) -> str:
+    """Say how tables of other names and types are read, unless a mapping was given."""
+    if piece.layout.takes_text:
+        return ""
+    return f"; columns of other names or types need a mapping: {HOW_TO_MAP.format(logs=piece.url)}"
+
+
+def _is_id_list(found: pa.DataType) -> bool:
+    inner, depth = inner_type(found)
+    return depth == 1 and _fits(inner, "profile", takes_text=True)
 
 
 def _fits(found: pa.DataType, kind: str, takes_text: bool) -> bool:
@@ -349,6 +367,9 @@ def read_piece(piece: LogPiece, latest_s: int) -> LogRows:
     if piece.wanted is not None:
         kept_N = piece.wanted.of(*(_column(table, name, layout, latest_s)[0] for name in ("timestamp", "user")))
         table, row_N = table.filter(pa.array(kept_N)), row_N[kept_N]
+    if layout.only_clicks:
+        is_click_N = _column(table, "label", layout, latest_s)[0] == 1
+        table, row_N = table.filter(pa.array(is_click_N)), row_N[is_click_N]
     reasons = sorted(set(doubtful.values()))
     reason_N = np.full(table.num_rows, -1)
     for row, reason in doubtful.items():
@@ -372,6 +393,8 @@ def read_piece(piece: LogPiece, latest_s: int) -> LogRows:
         name: np.full(table.num_rows, value, np.int64 if isinstance(value, int) else np.float64)
         for name, value in layout.constants.items()
     }
+    if layout.only_clicks:
+        del good["label"]
     is_good_N = reason_N < 0
     (bad_N,) = np.nonzero(~is_good_N)
     bad = sorted([*zip(row_N[bad_N].tolist(), [reasons[code] for code in reason_N[bad_N]], strict=True), *torn.items()])
@@ -406,6 +429,8 @@ def _column(table: pa.Table, name: str, layout: TableLayout, latest_s: int) -> t
     column = table.column(layout.names[name])
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
+    if layout.kinds[name] == "profiles":
+        return parse_id_lists(pc.split_pattern(column, layout.separators[name]) if is_text(column.type) else column), {}
     return _arrays(column, layout.kinds[name], latest_s, layout)
 
 

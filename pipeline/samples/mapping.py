@@ -6,9 +6,10 @@ Rows that are torn or have swallowed others, and values that cannot be read, are
 import codecs
 import contextlib
 import io
+import itertools
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -16,6 +17,7 @@ from typing import Annotated, Any, Literal, Self
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 from pyarrow import csv
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
@@ -36,7 +38,7 @@ from featurestore.text import (
 from pipeline.errors import SampleError, SampleOptionError
 
 TimeUnit = Literal["s", "ms", "us"]
-ExtraKind = Literal["id", "dense"]
+ExtraKind = Literal["id", "multi_id", "dense"]
 
 IMAGE = "image"  # required unless the mapping says null: a name that was forgotten is not a log without images
 REQUIRED = {
@@ -47,8 +49,8 @@ OPTIONAL = {"impressions": ("session", "scene", "category"), "behaviors": ("cate
 # What a table without such a column has: one session a day, one scene, one category, visits that are long enough.
 DEFAULTS = {"session": 0, "scene": 0, "category": 0, "dwell_s": 1e9, IMAGE: NO_IMAGE}
 KINDS = {"timestamp": "time", "image": "image", "label": "label", "dwell_s": "seconds"}
-EXTRA_KINDS = {"id": "profile", "dense": "dense"}
-TAKEN = ("day", "label", *REQUIRED["impressions"], *OPTIONAL["impressions"])
+EXTRA_KINDS = {"id": "profile", "multi_id": "profiles", "dense": "dense"}
+TAKEN = ("day", "label", *REQUIRED["impressions"], *OPTIONAL["impressions"], "dwell_s")
 
 
 def kind_of(name: str) -> str:
@@ -73,6 +75,10 @@ class TableLayout:
     found_style: CsvStyle | None = None
     takes_text: bool = True
     """Whether values of all kinds may be text as well."""
+    separators: Mapping[str, str] = field(default_factory=dict)
+    """What stands between the ids of a text, by our column."""
+    only_clicks: bool = False
+    """Whether only rows whose label is 1 are read, for behaviours."""
 
     @property
     def unit(self) -> TimeUnit:
@@ -90,11 +96,19 @@ class _Section(BaseModel):
 
 
 class ExtraColumn(_Section):
-    """A further column. id: whole numbers or text; dense: a real number."""
+    """A further column. id: a whole number or text; multi_id: a list of them; dense: a real number."""
 
     kind: ExtraKind
     column: str | None = None
     """In the files; default: the name it gets."""
+    split: Annotated[str, Field(min_length=1)] | None = None
+    """Kind multi_id: what stands between the ids, where the column has them in one text."""
+
+    @model_validator(mode="after")
+    def _splits_lists(self) -> Self:
+        if self.split is not None and self.kind != "multi_id":
+            raise ValueError(f"split is for kind multi_id, not {self.kind}")
+        return self
 
 
 def _short_form(value: Any) -> Any:
@@ -144,7 +158,8 @@ class LogMapping(_Section):
     """The whole mapping file."""
 
     impressions: MappedTable
-    behaviors: MappedTable
+    behaviors: MappedTable | Literal["clicks"]
+    """clicks: the behaviours are the impressions whose label is 1."""
     csv: CsvSettings = CsvSettings()
     time_unit: TimeUnit | None = None
     """Of times that are plain whole numbers; by default their size tells it."""
@@ -153,16 +168,19 @@ class LogMapping(_Section):
 
     @model_validator(mode="after")
     def _names_fit(self) -> Self:
-        for log, table in (("impressions", self.impressions), ("behaviors", self.behaviors)):
+        behaviors = MappedTable() if self.behaviors == "clicks" else self.behaviors
+        for log, table in (("impressions", self.impressions), ("behaviors", behaviors)):
             known = (*REQUIRED[log], *OPTIONAL[log])
             if unknown := [name for name in table.columns if name not in known]:
                 raise ValueError(f"{log}.columns.{unknown[0]} is unknown; known: {', '.join(known)}")
             if nothing := [name for name, column in table.columns.items() if column is None and name != IMAGE]:
                 raise ValueError(f"{log}.columns.{nothing[0]} is null; only image may be: name its column")
-        if self.behaviors.user or self.behaviors.ad:
-            raise ValueError("behaviors has no user or ad columns; further ones belong below impressions")
-        for name in (*self.impressions.user, *self.impressions.ad):
-            if name in TAKEN or name.startswith(("behavior_", "ad_")):
+        if behaviors.user:
+            raise ValueError("behaviors has no user columns; those of users belong below impressions")
+        if lists := [name for name, extra in behaviors.ad.items() if extra.kind == "multi_id"]:
+            raise ValueError(f"behaviors.ad.{lists[0]}: a behaviour has one value of kind id or dense, and no list")
+        for name in (*self.impressions.user, *self.impressions.ad, *behaviors.ad):
+            if name in TAKEN or name.startswith(("behavior_", "ad_")) or (name == "age" and name in behaviors.ad):
                 raise ValueError(
                     f"a further column cannot be called {name}: the samples have that; rename it by column:"
                 )
@@ -172,7 +190,8 @@ class LogMapping(_Section):
 
     def layout(self, log: str) -> TableLayout:
         """Describe how to read the files of `impressions` or `behaviors`."""
-        table: MappedTable = getattr(self, log)
+        only_clicks = log == "behaviors" and self.behaviors == "clicks"
+        table: MappedTable = self._clicks() if only_clicks else getattr(self, log)
         extras = table.user | table.ad
         named = {name: name for name in REQUIRED[log]} | table.columns
         names = {name: column for name, column in named.items() if column is not None}
@@ -182,8 +201,17 @@ class LogMapping(_Section):
         constants = {name: DEFAULTS[name] for name in (*OPTIONAL[log], IMAGE) if name not in names}
         return TableLayout(
             table.files or log, names, kinds, constants, tuple(table.user), tuple(table.ad), self.csv, self.time_unit,
-            self.time_format,
+            self.time_format, separators={name: extra.split for name, extra in extras.items() if extra.split},
+            only_clicks=only_clicks,
         )  # fmt: skip
+
+    def _clicks(self) -> MappedTable:
+        """Describe the behaviours where they are impressions: with the ad's columns of one id each."""
+        shown = self.impressions
+        columns: dict[str, str | None] = {"label": "label"}
+        columns |= {name: column for name, column in shown.columns.items() if name not in ("session", "scene")}
+        ad = {name: extra for name, extra in shown.ad.items() if extra.kind == "id"}
+        return MappedTable(files=shown.files or "impressions", columns=columns, ad=ad)
 
 
 def load_mapping(path: Path) -> LogMapping:
@@ -192,6 +220,10 @@ def load_mapping(path: Path) -> LogMapping:
         return LogMapping.model_validate(parse_yaml(read_text(path)))
     except ValidationError as error:
         raise SampleOptionError("\n".join(f"{path}: {line}" for line in mistakes(error, "mapping"))) from error
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise SampleOptionError(
+            f"--mapping {path} is not a file; crossmedia schema inspect LOGS --out mapping.yaml writes a first one"
+        ) from error
     except (OSError, ValueError) as error:
         raise SampleOptionError(f"--mapping {path} cannot be read as YAML: {error}") from error
 
@@ -213,6 +245,27 @@ Parsed = tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]  # values, and which cou
 def parse_ids(column: Any) -> Parsed:
     """Parse int64: a whole number is itself, other text its hash; so 7 is the same user in every file."""
     return _each(column, id_of_text, np.int64)
+
+
+def parse_id_lists(column: Any) -> npt.NDArray[np.object_]:
+    """Parse a column of lists of whole numbers or texts: the ids of each row as the bytes of int64 numbers.
+
+    In these, rows are selected and sorted like any others. Null and a list without ids are empty; nulls and empty texts
+    in a list do not count.
+    """
+    flat: Any = pc.list_flatten(column)
+    row_V = np.repeat(np.arange(len(column)), pc.list_value_length(column).fill_null(0).to_numpy())
+    is_id_V = flat.is_valid().to_numpy()
+    if pa.types.is_integer(flat.type):
+        id_V = flat.cast(pa.int64()).fill_null(0).to_numpy()
+    else:
+        id_V = parse_ids(flat)[0]
+        is_id_V &= pc.utf8_length(pc.utf8_trim_whitespace(flat)).fill_null(0).to_numpy() > 0
+    data = id_V[is_id_V].tobytes()
+    ends_N = 8 * np.cumsum(np.bincount(row_V[is_id_V], minlength=len(column)))
+    id_lists_N = np.empty(len(column), np.object_)
+    id_lists_N[:] = [data[start:end] for start, end in itertools.pairwise([0, *ends_N.tolist()])]
+    return id_lists_N
 
 
 def parse_times(column: Any, unit: TimeUnit, time_format: str | None = None) -> Parsed:

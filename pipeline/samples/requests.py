@@ -11,11 +11,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from featurestore.errors import naming
 from featurestore.published.versions import open_published
 from pipeline.errors import SampleError
 from pipeline.samples.added import options_of
 from pipeline.samples.build import LogTables, latest_of, open_tables, rules_of
-from pipeline.samples.groups import BEHAVIOR_ORDER, make_groups, table_of_groups
+from pipeline.samples.groups import BEHAVIOR_ORDER, make_groups, no_rows, table_of_groups
 from pipeline.samples.logs import BEHAVIORS, IMPRESSIONS, Columns, read_piece
 
 FILE = "rows.parquet"
@@ -31,9 +32,10 @@ def requests_of_log(impressions: pa.Table, behaviors: pa.Table, samples: str) ->
     with tempfile.TemporaryDirectory() as folder:
         tables = open_tables(replace(options, logs=folder))
         shown, user_columns, ad_columns = _read(tables, IMPRESSIONS, impressions, {"session": 0, "label": 0})
-        done = {name: np.empty(0, np.int64) for name in BEHAVIOR_ORDER}
+        layout = tables.layouts[BEHAVIORS]
+        done = no_rows(layout) if layout else {name: np.empty(0, np.int64) for name in BEHAVIOR_ORDER}
         if behaviors.num_rows:
-            done, _, _ = _read(tables, BEHAVIORS, behaviors, {"dwell_s": options.min_dwell_s})
+            done, _, _ = _read(tables, BEHAVIORS, behaviors, {"dwell_s": options.min_dwell_s, "label": 1})
             is_long_N = done.pop("dwell_s") >= options.min_dwell_s
             done = {name: values_N[is_long_N] for name, values_N in done.items()}
     shown["session"] = np.arange(impressions.num_rows)  # a group for each
@@ -54,8 +56,9 @@ def _read(
     place = Path(tables.options.logs, log)
     place.mkdir()
     pq.write_table(table, place / FILE)
-    pieces = tables.pieces(log)
-    parts = [read_piece(piece, latest_of(tables.options)) for piece in pieces]
+    with naming(str(place / FILE), f"the {log}"):
+        pieces = tables.pieces(log)
+        parts = [read_piece(piece, latest_of(tables.options)) for piece in pieces]
     for part in parts:
         if part.bad_reason:
             raise SampleError(f"row {part.bad_row[0]} of the {log}: {part.bad_reason[0]}")

@@ -116,6 +116,8 @@ TRAINER = [
     ("trainer.main --set", 2, "requires an argument"),
     ("trainer.main --config {missing}", 2, "no such file"),
     ("trainer.main --config {garbage}", 2, "YAML"),
+    ("trainer.main --config {list}", 2, "mapping"),
+    ("trainer.main --config {samples}", 2, "{samples} is a folder; name a YAML file"),
     ("trainer.main --config {deepyaml}", 2, "nested too deep"),
     ("trainer.main --config {utf16}", 2, ""),
     ("trainer.main --config {unknown}", 2, "did you mean data.samples?"),
@@ -278,7 +280,12 @@ JOBS = [
     ("jobs/build_samples --logs {missing} --samples {new} --mapping {list}", 2, "{list}"),
     ("jobs/build_samples --logs {missing} --samples {new} --mapping {badmapping}", 2, "csv.delimiter=5: it should be"),
     ("jobs/build_samples --logs {missing} --samples {new} --mapping {deepyaml}", 2, "too deep"),
-    ("jobs/build_samples --logs {missing} --samples {new} --mapping {missing}", 2, "{missing}"),
+    (
+        "jobs/build_samples --logs {missing} --samples {new} --mapping {missing}",
+        2,
+        "{missing} is not a file; crossmedia schema inspect",
+    ),
+    ("jobs/build_samples --logs {samples} --samples {new} --mapping {samples}", 2, "{samples} is not a file"),
 ]
 
 OTHERS = [

@@ -26,7 +26,7 @@ def of_store(_: Path) -> list[str]:
     return ["123,456,789.0 kB"]
 
 
-def of_training(_: Path) -> list[str]:
+def of_training(_: Path, verbose: bool = True) -> list[str]:
     figures: dict[str, Any] = dict.fromkeys(("unique_ratio", "owner_skew"), 0.123456)
     figures |= {"samples_per_s": 1234567.8, "bytes_sent_per_step": 98765432}
     figures |= {"name": "n", "folder": LONG, "num_ranks": 2, "global_step": 2040, "metrics": {"gauc": 0.654321}}
@@ -34,7 +34,9 @@ def of_training(_: Path) -> list[str]:
     exact = {"kind": "exact", "rows": 9876543, "used_rows": 1221, "share": 0.144}
     hashed = {"kind": "hashed", "rows": 7654321, "used_rows": 123456, "share": 0.5678}
     figures["tables"] = {"item": hashed, "user": exact}
-    summary.show(text_console(), figures)
+    summary.show(text_console(), figures, verbose=verbose)
+    if not verbose:
+        return ["1,234,568", "0.6543", LONG]
     shown = ["1,234,568", "98,765,432", "0.6543", "123,456", "56.8%", LONG]
     return [*shown, "14.4%", "lookups", "cold"]  # the last three of the exact table
 
@@ -75,6 +77,13 @@ def of_the_demo(_: Path) -> list[str]:
 COMMANDS = [
     of_store, of_training, of_evaluation, of_days, of_benchmarks, of_the_demo,
 ]  # fmt: skip
+
+
+def test_a_training_ends_with_few_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    wanted = of_training(Path(), verbose=False)
+    lines = capsys.readouterr().out.splitlines()
+    assert [each for each in wanted if not any(each in line for line in lines)] == []
+    assert len(lines) <= 15
 
 
 @pytest.mark.parametrize("columns", [None, 120, 40])

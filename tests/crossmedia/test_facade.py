@@ -109,14 +109,20 @@ def test_a_run_is_trained_and_found_again(run: cm.Run, places: Places) -> None:
     assert "<th>auc</th>" in run._repr_html_()
     assert cm.open_run(run.folder).metrics == run.metrics
     with pytest.raises(ConfigError, match="not a run's folder"):
+        cm.Run("nowhere")
+    with pytest.raises(ConfigError, match="not a run's folder"):
         cm.open_run(places.folder / "samples")
     with pytest.raises(ConfigError, match=r"model\.imagse"):
         cm.train(places.folder / "samples", settings={"model.imagse": "both"})
 
 
-def test_an_evaluation_has_a_row_for_each_slice(run: cm.Run, tmp_path: Path) -> None:
+def test_an_evaluation_has_a_row_for_each_slice(
+    run: cm.Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
     with nothing_drawn():
         found = run.evaluate(resamples=10, out=tmp_path / "evaluation")
+    assert capsys.readouterr().out == ""
     whole, *slices = found.figures.rows()
     assert whole["impressions"] == sum(each["impressions"] for each in slices if each["slicing"].startswith("age"))
     assert whole["auc_low"] <= whole["auc"] <= whole["auc_high"]
@@ -155,6 +161,8 @@ def test_tables_of_all_kinds(run: cm.Run, impressions: pa.Table) -> None:
         run.score([1, 2])
     with pytest.raises(DataError, match="cannot be read"):
         run.score({"user": [1], "ad_item": [1, 2]})
+    with pytest.raises(UserError, match=r"the table.*is missing"):
+        run.score(impressions.drop_columns(["ad_item"]))
     with pytest.raises(DataError, match="no column of an ad"):
         run.score({"user": [1]})
 

@@ -138,6 +138,50 @@ def test_parquet_tables_give_the_same_samples_as_csv(job, place):
     assert rows(place) == expected
 
 
+@pytest.mark.parametrize("table", ["csv", "parquet"])
+def test_lists_in_a_log_become_fields_of_several_ids(job, place, table):
+    tags = ["red|blue", "", " blue ||red", "green"]
+    if table == "csv":
+        lines = zip(SHOWS.splitlines(), ["tags", *tags], strict=True)
+        (place / "logs/shows/a.csv").write_text("".join(f"{line},{each}\n" for line, each in lines))
+        kind = {"kind": "multi_id", "split": "|"}
+    else:
+        (place / "logs/shows/a.csv").unlink()
+        shown = {"shown_at": [1767261600, 1767261605, 1767261610, 1767351600], "uid": ["ann", "ann", "7", "bob"]}
+        shown |= {"ad_id": [5, 6, 5, 6], "picture": ["5.jpg"] * 4, "clicked": [1, 0, 1, 0]}
+        shown |= dict.fromkeys(("age", "city", "price", "brand"), [1] * 4)
+        shown["tags"] = [["red", "blue"], None, ["blue", None, "", "red"], ["green"]]
+        pq.write_table(pa.table(shown), place / "logs/shows/a.parquet")
+        kind = "multi_id"
+    (place / "logs/visits.csv").write_text(VISITS.replace("seconds", "seconds,brand").replace(",30", ",30,b"))
+    (place / "logs/visits.csv").write_text("\n".join(
+        line if line.count(",") == 5 else f"{line}," for line in (place / "logs/visits.csv").read_text().splitlines()
+    ))  # fmt: skip
+    job(changed(impressions__ad={"maker": {"kind": "id", "column": "brand"}, "tags": kind}, behaviors__ad={
+        "maker": {"kind": "id", "column": "brand"}}))  # fmt: skip
+    found = {row["user"]: row for row in rows(place)}
+    red, blue = key_of_uri("red"), key_of_uri("blue")
+    assert found[key_of_uri("ann")]["ad_tags"] == [[red, blue], []] and found[7]["ad_tags"] == [[blue, red]]
+    assert found[key_of_uri("ann")]["behavior_maker"] == [key_of_uri("b")]
+    fields = {field.name: field for field in load_schema(place / "samples/schema.yaml").fields}
+    assert (fields["ad_tags"].side, fields["ad_tags"].kind) == ("ad", "multi_id")
+
+
+def test_a_log_of_impressions_alone_has_its_clicks_as_behaviours(job, place):
+    (place / "logs/visits.csv").unlink()
+    later = "1767351700,ann,6,6.jpg,0,31.5,Rome,7,b\n1767351800,7,6,6.jpg,0,40,,1,b\n"
+    (place / "logs/shows/a.csv").write_text(SHOWS.replace("clicked", "gut") + later)
+    suggested = yaml.safe_load(inspect("inspect", place / "logs", "--label", "gut"))
+    assert suggested["behaviors"] == "clicks" and suggested["impressions"]["columns"]["label"] == "gut"
+    suggested["impressions"]["columns"] |= {"timestamp": "shown_at", "item": "ad_id", "image": "picture"}
+    text = job(suggested)
+    assert "6 of 6 kept" in text
+    found = {(row["user"], row["timestamp"]): row["behavior_item"] for row in rows(place)}
+    ann = key_of_uri("ann")
+    assert found == {(ann, 1767261600): [], (7, 1767261610): [], (key_of_uri("bob"), 1767351600): [],
+                     (ann, 1767351700): [5], (7, 1767351800): [5]}  # fmt: skip
+
+
 def test_a_log_without_images_becomes_samples_and_settings_as_a_look_suggests(job, place):
     for path in (place / "logs/shows/a.csv", place / "logs/visits.csv"):
         path.write_text(path.read_text().replace("picture", "note").replace("photo", "note").replace(".jpg", " stars"))
@@ -299,10 +343,13 @@ def test_units_and_delimiters_are_those_of_the_mapping(job, place):
         (changed(impressions__user={"price": "id"}), "price is below user and below ad"),
         (
             changed(impressions__user={"age": "number"}),
-            "age.kind='number': it should be 'id' or 'dense'",
+            "age.kind='number': it should be 'id', 'multi_id' or 'dense'",
         ),
         (changed(csv={"password": "none of yours"}), "csv.password: it is not permitted"),
-        (changed(behaviors__user={"age": "dense"}), "behaviors has no user or ad columns"),
+        (changed(behaviors__user={"age": "dense"}), "behaviors has no user columns"),
+        (changed(behaviors__ad={"tags": "multi_id"}), "behaviors.ad.tags: a behaviour has one value of kind id"),
+        (changed(behaviors__ad={"age": "dense"}), "a further column cannot be called age"),
+        (changed(impressions__ad={"brand": {"kind": "id", "split": "|"}}), "split is for kind multi_id, not id"),
         *(
             (changed(csv={"delimiter": sign}), "is not one ASCII character")
             for sign in ("", ";;", '"', "§", "\0", "\n")

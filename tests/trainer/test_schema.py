@@ -6,6 +6,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from trainer.errors import SchemaError
@@ -210,8 +211,8 @@ def test_mistakes_are_one_message(places, tmp_path):
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs/a.csv").write_text("user,label\n")
     assert "1 files and not one row" in called("inspect", tmp_path / "logs", code=1)
-    for name in ("a", "b"):
-        (tmp_path / f"logs/{name}.csv").write_text("user,label\n1,0\n")
+    for name, more in (("a", ""), ("b", ",more")):
+        (tmp_path / f"logs/{name}.csv").write_text(f"user,label{more}\n1,0{more}\n")
     assert "more than one table of a kind: a.csv (impressions), b.csv (impressions)" in called(
         "inspect", tmp_path / "logs", code=1
     )
@@ -226,6 +227,32 @@ def test_columns_are_known_by_their_usual_names():
         "category": "cate_id", "image": "img_url",
     }  # fmt: skip
     assert match_columns(["item", "item_id"], "impressions") == {"item": "item"}
+
+
+def test_times_images_labels_and_lists_are_known_by_their_values(tmp_path):
+    start_ms, count = 1_760_000_000_000, 40
+    shown = {
+        "when": [start_ms + 1000 * at for at in range(count)], "uid": [at % 4 for at in range(count)],
+        "movieId": [at % 7 for at in range(count)], "motiv": [f"m/{at % 7}.jpg" for at in range(count)],
+        "gut": [at % 3 == 0 for at in range(count)],
+        "genres": ["Action|Comedy", "Drama", "Comedy|Drama", "Action|Drama|Kids", "Kids|Drama"] * (count // 5),
+    }  # fmt: skip
+    (tmp_path / "logs/shown").mkdir(parents=True)
+    pq.write_table(pa.table(shown), tmp_path / "logs/shown/a.parquet")
+    pq.write_table(pa.table(shown), tmp_path / "logs/shown/b.parquet")
+    pq.write_table(pa.table({"sku": [1], "title": ["x"]}), tmp_path / "logs/products.parquet")
+    columns = {"timestamp": "when", "user": "uid", "item": "movieId", "image": "motiv", "label": "gut"}
+    for place in (tmp_path / "logs", tmp_path / "logs/shown"):
+        text = called("inspect", place)
+        found = yaml.safe_load(text)
+        assert found["impressions"]["columns"] == columns and found["impressions"]["files"] == "shown"
+        assert found["impressions"]["ad"] == {"genres": {"kind": "multi_id", "split": "|"}}
+        assert "gut is the only column of 0 and 1 in shown, so it is taken for the label" in text
+        assert f"crossmedia samples --logs {tmp_path / 'logs'} --mapping mapping.yaml" in text
+    assert "# not used: products.parquet, which has no times or no users" in called("inspect", tmp_path / "logs")
+    assert "--label no is not a column of 0 and 1 there" in called(
+        "inspect", tmp_path / "logs", "--label", "no", code=1
+    )
 
 
 @pytest.mark.parametrize(
@@ -265,9 +292,9 @@ def test_a_written_schema_reads_as_it_was(tmp_path):
     schema = load_schema()
     (tmp_path / "a.yaml").write_text(schema_text(schema, ["a: #b"], {"ad_item": "c: d"}))
     assert load_schema(tmp_path / "a.yaml") == schema
-    assert settings_text("s", "f", schema, {"a": 1}) == (
-        "# Over the default preset: crossmedia train --config THIS_FILE\n\ndata:\n"
-        "  samples: s\n  schema_file: f\n\nmodel:\n  tables:  # a row for each id, as it comes; "
+    assert settings_text("s", "s/schema.yaml", schema, {"a": 1}) == (
+        "# Over the default preset: crossmedia train --config s/settings.yaml\n\ndata:\n"
+        "  samples: s\n  schema_file: s/schema.yaml\n\nmodel:\n  tables:  # a row for each id, as it comes; "
         "max_rows: twice the ids of these samples or more\n    a: {kind: exact, max_rows: 1}\n"
     )
 

@@ -27,6 +27,7 @@ import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
+from featurestore.errors import naming
 from featurestore.published.paths import RunPath, run_path
 from featurestore.published.versions import VersionName
 from trainer.comm import Comm, SoloComm
@@ -433,14 +434,16 @@ def score_rows(source: RunSource, rows: pa.Table) -> list[Float]:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place, "test")
         folder.mkdir()
-        pq.write_table(groups, folder / "rows.parquet")
-        predictions = predict_run(
-            source.folder,
-            checkpoint=source.checkpoint,
-            samples=place,
-            store=source.store,
-            store_version=source.store_version,
-        )
+        file = folder / "rows.parquet"
+        pq.write_table(groups, file)
+        with naming(str(file), "the table"):
+            predictions = predict_run(
+                source.folder,
+                checkpoint=source.checkpoint,
+                samples=place,
+                store=source.store,
+                store_version=source.store_version,
+            )
     ends_G = np.cumsum([len(each) for each in groups[groups.column_names[-1]]])
     return np.split(predictions.logit_N, ends_G[:-1])
 

@@ -64,13 +64,20 @@ _COLOR = "#1f5fa8"
 
 
 def evaluate_run(
-    source: RunSource, comm: Comm, *, resamples: int = 1000, out: RunPath | None = None, json_file: Path | None = None
+    source: RunSource,
+    comm: Comm,
+    *,
+    resamples: int = 1000,
+    out: RunPath | None = None,
+    json_file: Path | None = None,
+    quiet: bool = False,
 ) -> Figures | None:
     """Evaluate a run and write the report; every rank calls it, rank 0 measures, writes and returns the figures.
 
-    The report goes to `out`, by default RUN/evaluation, and to `json_file`. Raises TrainerError or FeatureStoreError.
+    The report goes to `out`, by default RUN/evaluation, and to `json_file`; unless `quiet` it is printed. Raises
+    TrainerError or FeatureStoreError.
     """
-    console = text_console(quiet=comm.rank != 0)
+    console = text_console(quiet=quiet or comm.rank != 0)
     with contextlib.closing(open_source(source, comm)) as opened:
         count = f"{opened.test.num_samples:,} impressions, {comm.size} rank{'s' * (comm.size > 1)}"
         print_line(console, f"{opened.saved.checkpoint}: {count}")

@@ -309,10 +309,27 @@ def write_report(path: RunPath, report: Mapping[str, Any]) -> None:
         raise TrainerError(f"cannot write the report {path}: {failure}; the checkpoint is written") from failure
 
 
-def show(console: Console, report: Mapping[str, Any]) -> None:
-    """Print the final tables; where the time of a step went is in the report and in the explorer."""
+def show(console: Console, report: Mapping[str, Any], *, verbose: bool = False) -> None:
+    """Print what a run has reached, its speed and its place; `verbose`: all that was measured.
+
+    Where the time of a step went is in the report and in the explorer.
+    """
     title = f"{report['name']}: {report['global_step']:,} steps, {ranks_text(report['num_ranks'])}"
-    table = _table("test samples", "value", title=title)
+    metrics = report["metrics"]
+    columns = {"": "all"} | ({"new_ad_": "of new ads"} if metrics.get("new_ad_impressions") else {})
+    table = _table("test samples", *columns.values(), title=title)
+    for name, shown in {"impressions": "impressions", "logloss": "log loss", "auc": "AUC", "gauc": "GAUC"}.items():
+        table.add_row(shown, *(_text(metrics.get(f"{which}{name}"), "undefined") for which in columns))
+    if metrics:
+        print_table(console, table)
+    for each in _all_measured(report, title) if verbose else []:
+        print_table(console, each)
+    console.print(f"{_text(report['samples_per_s'], '-')} samples/s; all figures in {report['folder']}/report.json")
+
+
+def _all_measured(report: Mapping[str, Any], title: str) -> Iterator[Table]:
+    """Make the tables of all figures and of the ID tables."""
+    table = _table("measured", "value", title=title)
     for name, value in report["metrics"].items():
         table.add_row(name.replace("_", " "), _text(value, "not defined: no impression, or one class only"))
     table.add_section()
@@ -325,10 +342,9 @@ def show(console: Console, report: Mapping[str, Any]) -> None:
             table.add_row(f"  of store {store}", _text(count, "-"))
     seconds = report["seconds"]
     table.add_row("seconds", ", ".join(f"{phase} {value:.1f}" for phase, value in seconds.items()))
-    print_table(console, table)
+    yield table
     if report["tables"]:
-        print_table(console, _id_tables_shown(report["tables"]))
-    console.print(f"written to {report['folder']}")
+        yield _id_tables_shown(report["tables"])
 
 
 def _table(first: str, *numbers: str, title: str | None = None) -> Table:

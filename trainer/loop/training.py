@@ -194,6 +194,7 @@ class Training:
             with objects_frozen():
                 for epoch in range(self._run.position.epoch, self._config.train.epochs):
                     self._epoch(epoch)
+            self._say_early_stop()
             self.evaluate()
         except StoppedError:
             path = self._save()
@@ -353,6 +354,18 @@ class Training:
     def _is_over(self) -> bool:
         at_end = self._engine.num_steps == total_steps(self._run)
         return at_end or (self._is_evaluated() and has_ended(self._run.history, self._patience))
+
+    def _say_early_stop(self) -> None:
+        """Print why the run ends before its last step, where it does."""
+        step, total, best = self._engine.num_steps, total_steps(self._run), self._best()
+        if step == total or best is None:
+            return
+        epoch = -(-step // self._run.train_reader.steps_per_epoch)
+        self._progress.say(
+            f"stopped early after step {step} of {total}, in epoch {epoch} of {self._config.train.epochs}: "
+            f"{self._patience} evaluations were no better than that of step {best}, "
+            f"GAUC {metrics_of(self._run.history, best)['gauc']:.4f} (train.early_stopping)"
+        )
 
     def _is_evaluated(self) -> bool:
         """Return whether these parameters were just evaluated, where the best ones are chosen."""

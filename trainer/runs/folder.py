@@ -97,9 +97,9 @@ def find_checkpoint(run: RunPath, name: str | None = None, setting: str = "--che
     if name in (None, "latest"):
         if not found:
             asked = f"{setting}{name}: " if name else ""
+            by = f": crossmedia train --config {run / 'config.yaml'}" if (run / "config.yaml").is_file() else ""
             raise CheckpointNotFoundError(
-                f"{asked}{run} has no checkpoint in {checkpoints_of(run)}; train it first, without run.resume: "
-                f"crossmedia train --config {run / 'config.yaml'}"
+                f"{asked}{run} has no checkpoint in {checkpoints_of(run)}; train it first, without run.resume{by}"
             )
         return found[-1]
     wanted = step_name(int(name)) if name.isdecimal() else name

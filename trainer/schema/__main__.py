@@ -20,8 +20,10 @@ if TYPE_CHECKING:
     from featurestore.storage.storage import Storage
 
 BATCH_SIZE = 8192
+LABEL = "label"
 SHOWN = 10
 SHOWN_IMAGES = 20
+LOOKED_AT = 1000  # rows that tell samples from logs
 app = CommandApp(
     help="Suggest a schema for data, and check a schema against samples.",
     no_args_is_help=True,
@@ -40,7 +42,9 @@ def inspect(
         typer.Argument(help="Folder or address of sample groups, or of raw logs (CSV or Parquet); or one file."),
     ],
     out: Annotated[Path | None, typer.Option(help="File to write; must be new.", show_default="the terminal")] = None,
-    label: Annotated[str, typer.Option(help="Column of labels, in sample groups.")] = "label",
+    label: Annotated[
+        str | None, typer.Option(help="Column of labels.", show_default="label; in logs what looks like one")
+    ] = None,
     group: Annotated[str, typer.Option(help="Column that groups samples for GAUC.")] = "user",
     rows: Annotated[int, typer.Option(min=1, help="Most rows to read.")] = 200_000,
 ) -> None:
@@ -51,13 +55,14 @@ def inspect(
     from featurestore.published.versions import open_published
     from trainer.schema.suggest import inspect_logs, inspect_samples, render_mapping, render_schema
 
-    folder, file = place_of_file(data)
-    storage = open_published(folder)
-    if file is None and has_lists(storage):
-        schema, made = inspect_samples(storage, label, group, rows)
+    data = data.rstrip("/") or data
+    if not is_table_file(data) and are_samples(samples := open_published(data), label or LABEL):
+        schema, made = inspect_samples(samples, label or LABEL, group, rows)
         text = render_schema(schema, made, data)
     else:
-        text = render_mapping(inspect_logs(storage, rows, file), folder)
+        folder, name = place_of_table(data)
+        logs = inspect_logs(open_published(folder), rows, name, label)
+        text = render_mapping(logs, data, folder, "mapping.yaml" if out is None else str(out))
     if out is None:
         sys.stdout.write(text)
     else:
@@ -169,19 +174,36 @@ def lookup(
             print_summary(f"{each}  {text}")
 
 
-def place_of_file(data: str) -> tuple[str, str | None]:
-    """Return the folder or address of a table and its name; None if it is not a table itself."""
+def is_table_file(data: str) -> bool:
+    """Tell whether it is a table of one file, and not a folder or address of several."""
+    from trainer.schema.suggest import SUFFIXES
+
+    return data.endswith(SUFFIXES) and ("://" in data or Path(data).is_file())
+
+
+def place_of_table(data: str) -> tuple[str, str | None]:
+    """Return the place of a table and its name: a file, or a folder of files with the same columns.
+
+    The name is None for a place of several tables.
+    """
+    from featurestore.storage.storage import Storage
+    from trainer.schema.suggest import data_files, look
+
+    is_table = is_table_file(data)
+    if Path(data).is_dir():
+        files = data_files(Storage(data))
+        if len(files) > 1 and not any("/" in file for file in files):
+            first, last = (look(Storage(data), [file], None, 1).columns for file in (files[0], files[-1]))
+            is_table = [*first] == [*last]
     folder, _, name = data.rpartition("/")
-    if not name.endswith((".parquet", ".csv", ".tsv")) or not ("://" in data or Path(data).is_file()):
-        return data, None
-    return folder or ("/" if data.startswith("/") else "."), name
+    return (folder or ("/" if data.startswith("/") else "."), name) if is_table else (data, None)
 
 
-def has_lists(storage: "Storage") -> bool:
-    """Tell whether the first file has columns of lists of numbers, as sample groups do and raw logs do not.
+def are_samples(storage: "Storage", label: str) -> bool:
+    """Tell whether a place has sample groups: their labels are lists; without that column, some lists of numbers tell.
 
-    Of samples it is one in train/ or test/: other files are next to these, as bad rows. Raises DataError where there is
-    no file.
+    The first file is read, of samples one in train/ or test/: other files are next to these, as bad rows. Raises
+    DataError where there is no file.
     """
     from trainer.schema.suggest import data_files, look, sample_files
 
@@ -191,8 +213,12 @@ def has_lists(storage: "Storage") -> bool:
         raise DataNotFoundError(
             f"{storage.url} {'has no .parquet, .csv or .tsv files' if is_there else 'is not there'}"
         )
-    columns = look(storage, files[:1], None, 1).columns.values()
-    return any(column.depth and column.content in ("integer", "real") for column in columns)
+    columns = look(storage, files[:1], None, LOOKED_AT).columns
+    if label in columns:
+        return columns[label].depth > 0
+    has_label = any(each.is_binary and each.num_different for each in columns.values())
+    has_lists = any(each.depth and each.content in ("integer", "real") for each in columns.values())
+    return has_lists and (files[0].startswith(("train/", "test/")) or not has_label)
 
 
 def _write_table(path: Path, table: "pa.Table") -> None:

@@ -373,8 +373,9 @@ def settings_text(samples: str, schema_file: str, schema: Schema, tables: Mappin
 
     `tables`: by name the most rows of each. They are exact: in hashed ones ids that share a row cost GAUC.
     """
+    settings_file = f"{schema_file.removesuffix(SCHEMA_FILE)}{SETTINGS_FILE}"
     images = _IMAGES_OF_SIDES.get(tuple(sorted({field.side for field in schema.of_kind("content")})))
-    lines = ["# Over the default preset: crossmedia train --config THIS_FILE", "", "data:"]
+    lines = [f"# Over the default preset: crossmedia train --config {settings_file}", "", "data:"]
     lines += [f"  {yaml_line(name, value)}" for name, value in (("samples", samples), ("schema_file", schema_file))]
     lines += ["", "model:"]
     lines += [f"  {yaml_line('images', images)}  # the samples have no others"] if images else []
@@ -387,11 +388,13 @@ def settings_text(samples: str, schema_file: str, schema: Schema, tables: Mappin
 
 def table_lines(tables: Mapping[str, int]) -> list[str]:
     """Write a line of YAML for each exact table by its most rows, for model.tables."""
-    return [_flow({name: {"kind": "exact", "max_rows": rows}})[1:-1] for name, rows in tables.items()]
+    return [yaml_line(name, {"kind": "exact", "max_rows": rows}) for name, rows in tables.items()]
 
 
 def yaml_line(name: str, value: Any) -> str:
     """Write a name and its value as a line of YAML."""
+    if isinstance(value, dict):
+        return _flow({name: value})[1:-1]
     return yaml.safe_dump({name: value}, width=_ENDLESS, allow_unicode=True).strip()
 
 

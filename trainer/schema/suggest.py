@@ -71,8 +71,8 @@ class Column:
 
     @property
     def is_binary(self) -> bool:
-        """Whether all values are 0 or 1, as numbers or as text."""
-        return {str(each) for each in self.examples(3)} <= {"0", "1", "0.0", "1.0"}
+        """Whether all values are 0 or 1, as numbers, truth values or text."""
+        return not self.depth and {str(each) for each in self.examples(3)} <= {"0", "1", "0.0", "1.0"}
 
     @property
     def limits(self) -> tuple[float, float] | None:
@@ -210,17 +210,19 @@ def is_list(kind: pa.DataType) -> bool:
     return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
 
 
+IMAGE_WORDS = "image|img|picture|pic|photo|cover|poster|thumbnail|bild|foto"
 # What people call our columns; the first that fits wins.
 SYNONYMS = {
-    "label": r"label|clk|clicks?|clicked|is_click(ed)?|target|y",
-    "timestamp": r"timestamp|time_?stamp|ts|time|datetime|date_?time|date|event_time|.*_(at|time|ts)",
-    "user": r"user(_?id)?|uid|member(_?id)?|customer(_?id)?|visitor(_?id)?|device(_?id)?",
-    "session": r"session(_?id)?|visit(_?id)?",
-    "scene": r"scene(_?id)?|pid|placement(_?id)?|position|slot(_?id)?|page(_?id)?",
-    "image": r"(ad_|item_)?(image|img|picture|pic|photo|cover)(_?(id|key|url|uri|path|name))?",
-    "item": r"item(_?id)?|ad(_?id)?|adgroup(_?id)?|product(_?id)?|sku|goods(_?id)?|article(_?id)?",
-    "category": r"(item_)?(category|cate|cat)(_?id)?",
-    "dwell_s": r"dwell(_?(s|sec|seconds|time))?|duration(_?(s|sec|seconds))?|stay(_?time)?|seconds",
+    "label": r"label|clk|clicks?|clicked|is_click(ed)?|target|y|klicks?|geklickt",
+    "timestamp": r"timestamp|time_?stamp|ts|time|datetime|date_?time|date|event_time|.*_(at|time|ts)|zeit|.*zeitpunkt"
+    r"|zeitstempel|datum",
+    "user": r"(user|member|customer|visitor|device|kunde|kunden|nutzer|besucher)((_?id)|(_?nr))?|uid",
+    "session": r"(session|visit|sitzung)(_?id)?",
+    "scene": r"(scene|placement|slot|page|seite|platz)(_?id)?|pid|position",
+    "image": rf"(ad_|item_|product_)?({IMAGE_WORDS})(_?(id|key|url|uri|path|name|datei))?",
+    "item": r"(item|ad|adgroup|product|goods|article|movie|film|video|track|artikel|produkt)((_?id)|(_?nr))?|sku",
+    "category": r"(item_|product_)?(category|cate|cat|kategorie)(_?id)?",
+    "dwell_s": r"(dwell|duration|stay|verweildauer|dauer)(_?(s|sec|seconds|time))?|seconds|sekunden",
 }
 OF_LOG = {
     "impressions": ("timestamp", "user", "session", "scene", "item", "image", "category", "label"),
@@ -231,6 +233,10 @@ TIME_FORMATS = [
     day + time for day in ("%d/%m/%Y", "%m/%d/%Y", "%d.%m.%Y", "%Y/%m/%d") for time in ("", " %H:%M", " %H:%M:%S")
 ]
 MOST_TIMES = 2000  # that are tried
+IMAGE_ENDING = re.compile(r"\.(jpe?g|png|webp|gif|bmp|tiff?|avif)(\?.*)?", re.IGNORECASE)
+EPOCH_S = (946_684_800, 4_102_444_800)  # from 2000 to 2100
+SEPARATORS = ("|", ";", ",")
+MOST_TRIED = 100  # values that are looked at
 USER_ROWS = 50_000  # rows in which it is looked whether a column is the same in all rows of a user
 
 
@@ -244,42 +250,77 @@ class Log:
     ours: Mapping[str, str]  # our columns, by their names in the files
     of_user: frozenset[str]  # further columns that are the same in all rows of a user
     time_formats: tuple[str, ...]  # lines of the mapping
+    guessed: str = ""  # what to say of a label that its name does not tell
+    others: tuple[str, ...] = ()  # tables next to it that are no logs
 
 
-def inspect_logs(storage: Storage, most_rows: int, file: str | None = None) -> list[Log]:
+def inspect_logs(storage: Storage, most_rows: int, file: str | None = None, label: str | None = None) -> list[Log]:
     """Profile the tables below a place, or one file: one with a label is impressions, the other behaviours.
 
-    Raises DataError.
+    `label`: the column of labels; by default that with a name for it or, if no table has one, the only column of 0 and
+    1. Raises DataError.
     """
     folders: dict[str, list[str]] = {}
-    for path in data_files(storage) if file is None else [file]:
+    for path in data_files(storage) if file is None else data_files(storage, file) or [file]:
         folders.setdefault(path.partition("/")[0], []).append(path)
     if not folders:
         raise DataNotFoundError(f"{storage.url}: no .parquet, .csv or .tsv files")
-    logs = [_log(storage, place, paths, most_rows) for place, paths in folders.items()]
+    tables = {place: look(storage, paths, None, most_rows) for place, paths in folders.items()}
+    if empty := next((place for place, table in tables.items() if not table.rows), None):
+        raise DataError(f"{storage.full(empty)}: {len(folders[empty])} files and not one row")
+    labels, guessed = _labels_of(storage, tables, label)
+    logs = [_log(storage, place, folders[place], table, labels.get(place)) for place, table in tables.items()]
+    logs = [dataclasses.replace(log, guessed=guessed) if log.files in labels else log for log in logs]
+    others = [log.files for log in logs if not {"timestamp", "user"} <= log.ours.keys() and log.files not in labels]
+    if 0 < len(others) < len(logs):
+        logs = [dataclasses.replace(log, others=tuple(others)) for log in logs if log.files not in others]
     names = [log.name for log in logs]
     if len(set(names)) < len(names):
         places = ", ".join(f"{log.files} ({log.name})" for log in logs)
         raise DataError(
             f"{storage.url}: more than one table of a kind: {places}; impressions are known by a label. Put the files "
-            "of each table into a folder of its own"
+            "of each table into a folder of its own, or name the column of labels by --label"
         )
     return sorted(logs, key=lambda log: log.name != "impressions")
 
 
-def render_mapping(logs: list[Log], where: str) -> str:
-    """Write the mapping as YAML, with the findings as comments."""
+def _labels_of(storage: Storage, tables: Mapping[str, TableProfile], label: str | None) -> tuple[dict[str, str], str]:
+    """Find the column of labels of each table that has one, and what to say of one that is guessed.
+
+    Raises DataError where no table has the `label` that is asked for.
+    """
+    known = re.compile(re.escape(label) if label else SYNONYMS["label"], 0 if label else re.IGNORECASE)
+    columns = {place: [each for each in table.columns.values() if each.is_binary] for place, table in tables.items()}
+    found = {place: [each.name for each in flat if known.fullmatch(each.name)] for place, flat in columns.items()}
+    labels = {place: names[0] for place, names in found.items() if names}
+    if label and not labels:
+        there = "; ".join(f"{place}: {', '.join(table.columns)}" for place, table in tables.items())
+        raise DataError(f"{storage.url}: --label {label} is not a column of 0 and 1 there; columns of {there}")
+    likely = {place: flat[0].name for place, flat in columns.items() if len(flat) == 1 and flat[0].num_different == 2}
+    if labels or len(likely) != 1:
+        return labels, ""
+    ((place, name),) = likely.items()
+    return likely, f"{name} is the only column of 0 and 1 in {place}, so it is taken for the label; else give --label"
+
+
+def render_mapping(logs: list[Log], where: str, folder: str, file: str) -> str:
+    """Write the mapping of `where` as YAML into `file`, with the findings as comments; `folder` is the job's --logs."""
     lines = [
         f"# First mapping of {where}: look through it, then make samples of it:",
-        f"# crossmedia samples --logs {where} --mapping THIS_FILE --samples SAMPLES",
+        f"# crossmedia samples --logs {folder} --mapping {file} --samples data/samples",
         "# columns: OURS: THEIRS. user, ad: further columns of the user and of the impression: id (whole numbers,",
-        "# text) or dense (real numbers). The job writes a schema and settings next to the samples, tables of IDs with",
-        "# them.",
+        "# text), multi_id (lists of them) or dense (real numbers). The job writes a schema and settings next to the",
+        "# samples, tables of IDs with them.",
+        *(f"# {log.guessed}" for log in logs if log.guessed),
+        *(
+            f"# not used: {place}, which has no times or no users; join its columns to the logs"
+            for place in logs[0].others
+        ),
     ]
-    missing = {"impressions", "behaviors"} - {log.name for log in logs}
-    lines += [f"# There is no table of {name} here, and the job needs both." for name in sorted(missing)]
-    if formats := dict.fromkeys(line for log in logs for line in log.time_formats):
-        lines += ["", *formats]
+    if logs[0].name == "behaviors":
+        lines.append("# There is no table of impressions here: no column is known as their label; name it by --label.")
+    if formats := {line.partition("  #")[0]: line for log in reversed(logs) for line in log.time_formats}:
+        lines += ["", *formats.values()]
     for log in logs:
         lines += [
             "",
@@ -290,12 +331,14 @@ def render_mapping(logs: list[Log], where: str) -> str:
         if log.name == "impressions":
             for side in ("user", "ad"):
                 lines += _extras(log, side)
-        elif further := [name for name in log.table.columns if name not in log.ours.values()]:
-            lines.append(f"  # not used: {', '.join(further)}")
+        else:
+            lines += _extras(log, "ad", logs[0])
+    if [log.name for log in logs] == ["impressions"]:
+        lines += ["", "behaviors: clicks  # the impressions with a click; or a table of its own, as the impressions"]
     return "\n".join(lines) + "\n"
 
 
-def match_columns(names: list[str], log: str) -> dict[str, str]:
+def match_columns(names: Sequence[str], log: str) -> dict[str, str]:
     """Match our columns to the files' names, as far as the names tell."""
     ours: dict[str, str] = {}
     for name in OF_LOG[log]:
@@ -306,19 +349,51 @@ def match_columns(names: list[str], log: str) -> dict[str, str]:
     return ours
 
 
-def _log(storage: Storage, place: str, paths: list[str], most_rows: int) -> Log:
-    table = look(storage, paths, None, most_rows)
-    if not table.rows:
-        raise DataError(f"{storage.full(place)}: {len(paths)} files and not one row")
-    names = list(table.columns)
-    label = next((each for each in names if re.fullmatch(SYNONYMS["label"], each, re.IGNORECASE)), None)
-    is_shown = label is not None and table.columns[label].is_binary
-    log = "impressions" if is_shown else "behaviors"
-    ours = match_columns(names, log)
+def _match(table: TableProfile, log: str, label: str | None) -> dict[str, str]:
+    """Match our columns to those of a table by name, and times and images by their values where no name fits."""
+    ours = match_columns([name for name in table.columns if name != label], log)
+    ours |= {} if label is None else {"label": label}
+    for name, fits in (("timestamp", _has_times), ("image", _has_image_names)):
+        free = [each.name for each in table.columns.values() if each.name not in ours.values() and fits(each)]
+        if name not in ours and free:
+            ours[name] = free[0]
+    return ours
+
+
+def _has_times(column: Column) -> bool:
+    """Whether the values are times, of a type or text for them, or whole numbers of this century that mostly differ."""
+    if column.content == "integer" and not column.depth and column.limits:
+        low, high = column.limits
+        in_range = any(EPOCH_S[0] * unit <= low <= high < EPOCH_S[1] * unit for unit in (1, 1e3, 1e6))
+        return in_range and 2 * column.num_different >= column.rows
+    texts = column.examples(MOST_TRIED) if column.content == "text" and not column.depth else []
+    is_written = any(all(_is_time(text, each) for text in texts) for each in (None, *TIME_FORMATS))
+    return column.content == "time" or (bool(texts) and is_written and not texts[0].isdigit())
+
+
+def _has_image_names(column: Column) -> bool:
+    """Whether the values are texts that end as names of image files do."""
+    texts = [text for text in column.examples(MOST_TRIED) if text] if column.content == "text" else []
+    return not column.depth and bool(texts) and all(IMAGE_ENDING.search(text) for text in texts)
+
+
+def _separator(column: Column) -> str | None:
+    """Find what stands between the ids of a text: parts that come again and again in other texts tell it."""
+    texts = column.examples(MOST_TIMES) if column.content == "text" and not column.depth else []
+    for sign in SEPARATORS:
+        parts = {part.strip() for text in texts for part in text.split(sign)}
+        if 3 * sum(sign in text for text in texts) > len(texts) and len(parts) < len(texts):
+            return sign
+    return None
+
+
+def _log(storage: Storage, place: str, paths: list[str], table: TableProfile, label: str | None) -> Log:
+    log = "behaviors" if label is None else "impressions"
+    ours = _match(table, log, label)
     of_user = set()
-    if is_shown and "user" in ours:
+    if label is not None and "user" in ours:
         first = next(iter(read_tables(storage, paths[0], USER_ROWS)))
-        of_user = _of_user(first, ours["user"], set(names) - set(ours.values()))
+        of_user = _of_user(first, ours["user"], {*table.columns} - set(ours.values()))
     formats = _time_formats(table.columns[ours["timestamp"]]) if "timestamp" in ours else []
     return Log(log, place, table, ours, frozenset(of_user), tuple(formats))
 
@@ -370,21 +445,32 @@ def _columns(log: Log) -> list[str]:
     return lines
 
 
-def _extras(log: Log, side: str) -> list[str]:
+def _extras(log: Log, side: str, shown: Log | None = None) -> list[str]:
+    """Write lines for further columns; of behaviours those that the impressions `shown` have too."""
     further = [
         column
         for name, column in log.table.columns.items()
         if name not in log.ours.values() and (name in log.of_user) == (side == "user")
     ]
-    usable = [column for column in further if column.content in ("integer", "real", "text") and not column.depth]
+    kinds = {column.name: _kind_of(column) for column in further if shown is None or column.name in shown.table.columns}
+    usable = [column for column in further if kinds.get(column.name)]
     lines = [f"  {side}:"] if usable else []
-    for column in usable:
-        kind = "dense" if column.content == "real" else "id"
-        lines.append(f"    {yaml_line(column.name, kind)}  # {column_note(column)}")
+    lines += [f"    {yaml_line(each.name, kinds[each.name])}  # {column_note(each)}" for each in usable]
     return lines + [f"  # not used: {column.name} ({column.type})" for column in further if column not in usable]
 
 
-IMAGE_NAME = re.compile(r"(^|_)(image|img|picture|pic|photo|cover)s?($|_)", re.IGNORECASE)
+def _kind_of(column: Column) -> Any:
+    """Suggest what a mapping says of a further column; None where it has no kind for it."""
+    if column.content not in ("integer", "real", "text") or column.depth > 1:
+        return None
+    if column.depth:
+        return "multi_id" if column.content != "real" else None
+    if sign := _separator(column):
+        return {"kind": "multi_id", "split": sign}
+    return "dense" if column.content == "real" else "id"
+
+
+IMAGE_NAME = re.compile(rf"(^|_)({IMAGE_WORDS})s?($|_)", re.IGNORECASE)
 NO_FIELDS = re.compile(r"(^|_)(session|timestamp|time|ts|day|date|skey|gkey)$", re.IGNORECASE)
 CONTEXT_NAME = re.compile(r"(^|_)(scene|slot|position|placement|pid|page|hour)($|_)", re.IGNORECASE)
 WEIGHT_SUFFIX = "_weight"

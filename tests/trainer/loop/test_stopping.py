@@ -110,9 +110,12 @@ def test_the_run_ends_with_the_best_evaluation(places: Places, whole: Path, tmp_
 
 @pytest.mark.long
 def test_the_best_parameters_are_there_where_no_other_checkpoint_is_due(
-    places: Places, whole: Path, tmp_path: Path, scripted: list[int]
+    places: Places, whole: Path, tmp_path: Path, scripted: list[int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     seldom = _run(places, "seldom", tmp_path, checkpoint_every="null", train__checkpoint_every_s="null")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "stopped early after step 10 of" in said
+    assert "2 evaluations were no better than that of step 6, GAUC 0.7000 (train.early_stopping)" in said
     assert_same(seldom, whole)
 
 

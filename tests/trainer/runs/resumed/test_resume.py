@@ -206,6 +206,12 @@ def test_a_finished_run_that_is_started_again_stays_as_it_is(
     assert f"{runs.folder / 'a'} is finished already: step 6 of 6" in " ".join(capsys.readouterr().out.split("\n"))
 
 
+def test_a_finished_run_names_settings_that_it_does_not_use(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
+    runs.train("a", run__resume="latest", train__log_every=3)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "nothing to do, not used: train.log_every=3; a larger train.max_steps continues it" in said
+
+
 def test_a_run_without_its_report_gets_one_and_trains_longer_where_it_is_to(runs: Runs) -> None:
     file = runs.folder / "a" / "report.json"
     metrics = report_of(runs.folder / "a")["metrics"]
