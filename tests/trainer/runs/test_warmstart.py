@@ -158,7 +158,7 @@ def test_settings_that_no_shape_tells_are_noticed(before: dict[str, Any], now: d
 @pytest.mark.parametrize(
     ("parts", "changes"),
     [
-        ("full", {"model__dropout": 0.2, "model__id_dropout": 0.2, "model__init": "torch", "model__id_init_std": 0.05}),
+        ("full", {"model__dropout": 0.2, "model__id_dropout": 0.2, "model__id_init_std": 0.05}),
         ("full", {"model__image_dropout": 0.1}),  # whether pictures count is not decided yet
         ("[images,ids]", {"model__multi_hot": "sum"}),  # of the layers, which are not taken
     ],
