@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from featurestore.storage.storage import Storage
 from tests.faulty import FaultyStorage
@@ -202,6 +203,29 @@ def test_known_ads(samples: tuple[Path, list[pa.Table]]) -> None:
     )
     assert known_ads(SoloComm(), replace(index, storage=noting), SCHEMA).tolist() == expected
     assert len(opened) == len(tables) < len(index.row_groups)
+
+
+def test_known_ads_of_several_ranks_are_those_of_all(samples: tuple[Path, list[pa.Table]]) -> None:
+    """No row group is left out: each impression is an ad of its own here."""
+    sent: list[torch.Tensor] = []
+
+    class OneOfThree(SoloComm):
+        """One of the ranks, which come one after the other: the last has what all have sent."""
+
+        def __init__(self, rank: int) -> None:
+            super().__init__()
+            self.rank, self.size = rank, 3
+
+        def allgather(self, rows_N: torch.Tensor, name: str) -> torch.Tensor:
+            sent.append(rows_N)
+            return torch.cat(sent)
+
+    folder, tables = samples
+    schema = SCHEMA.model_copy(update={"new_ad_field": "serial"})
+    index = open_index(SoloComm(), str(folder), "train", schema)
+    *_, last = [known_ads(OneOfThree(rank), index, schema).tolist() for rank in range(3)]
+    assert last == sorted(expected_rows(tables))
+    assert all(0 < len(own_N) < len(last) for own_N in sent), "each has read its share"
 
 
 @pytest.mark.parametrize("depth", [1, 3])
