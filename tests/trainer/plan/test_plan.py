@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import sys
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
@@ -270,7 +269,8 @@ class TestMeasuring:
     @pytest.mark.long
     def test_failed_run_is_one_message(self) -> None:
         with pytest.raises(PlanError, match=r"measuring this machine failed \(2 processes\): --config .*nowhere\.yaml"):
-            calibrate.run_together([[sys.executable, "-m", "trainer.main", "--config", "/nowhere.yaml"], ["true"]])
+            said = "warning: slow; error: --config /nowhere.yaml: there is no such file"
+            calibrate.run_together([["sh", "-c", f"echo '{said}' >&2; exit 2"], ["true"]])
 
     def test_runs_on_a_drawn_store_and_few_rows(self, places: Places, tmp_path: Path, monkeypatch: Any) -> None:
         """What is too large for this machine is small in the runs that measure it."""
