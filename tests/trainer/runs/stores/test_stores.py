@@ -104,11 +104,12 @@ class TestRuns:
         titles = make_titles(tmp_path / "titles")
         stores = {"data__stores": f"{{titles: {tmp_path / 'titles'}}}", "run__name": "again"}
         run_alone(both, **stores)
-        titles.put(FeatureRows.of(["title/0"], np.ones((1, 5), np.float32), keys=np.array([0])))
+        titles.delete(list(range(0, 50, 2)))
         again = {**stores, "run__resume": "latest"}
         assert versions(run_alone(both, **again, train__max_steps=7)) == {"images": 1, "titles": 1}
         asked = run_alone(both, **again, train__max_steps=8, data__store_versions="{titles: 2}")
         assert versions(asked) == {"images": 1, "titles": 2}
+        assert asked["missing_by_store"]["titles"] > asked["missing_by_store"]["images"] == 0
 
     @pytest.mark.long
     def test_one_of_two_was_made_anew(self, both: Places, tmp_path: Path) -> None:
