@@ -1,6 +1,8 @@
-"""A storage whose calls go wrong as a test plans it."""
+"""A storage whose calls go wrong as a test plans it, and a disk that is full."""
 
-from collections.abc import Callable
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from threading import Event
 from typing import Any
@@ -72,3 +74,14 @@ def made_but_lost(call: Fault, *arguments: Any) -> Any:
     """The call does its work, and its answer is lost."""
     call(*arguments)
     raise StorageError("connection reset")
+
+
+@contextmanager
+def full_from(size_bytes: int) -> Iterator[None]:
+    """Let no file get longer; what is written beyond that is cut, as on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -13,7 +13,7 @@ from explorer.export import ExportedPages, export
 from explorer.html.site import LEFT_OUT
 from explorer.places import Places
 from tests.explorer.world import World
-from tests.trainer.loop.full_disk import full_from
+from tests.faulty import full_from
 
 _LINK = re.compile(r'(?:href|src|action)="([^"]*)"')
 

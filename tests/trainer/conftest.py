@@ -134,11 +134,6 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Places:
     return make_places(tmp_path_factory.mktemp("places"))
 
 
-@pytest.fixture(name="make_places", scope="session")
-def _make_places() -> Callable[[Path], Places]:
-    return make_places
-
-
 class NotDrawn:
     """In the place of a plot; its file is empty."""
 
@@ -164,8 +159,13 @@ def undrawn() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def alone(places: Places) -> Path:
-    """30 steps of one rank, into the second epoch."""
-    from tests.trainer.whole_runs import SHARED, run_alone  # torch: not for tests that need none
+def settings_of(places: Places, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[str]]:
+    """Settings in which much depends on the step and on each row's own count; no number of ranks divides a batch."""
+    from tests.trainer.runs.resumed.legs import comparable_settings, write_schema_with_serials
 
-    return run_alone(places, run__name="alone", train__max_steps=30, **SHARED)
+    file = write_schema_with_serials(tmp_path_factory.mktemp("schema"))
+
+    def settings(folder: Path, steps: int, every: int, **changes: Any) -> list[str]:
+        return comparable_settings(places, file, folder, steps, every, **changes)
+
+    return settings

@@ -26,21 +26,19 @@ def main() -> None:
             return comm.allgather_object(f"{type(failure).__name__}: {failure}")
         return comm.allgather_object("done")
 
-    seen = {"full": outcome("run.name=full", "train.max_steps=30")}
+    seen = {"full": outcome("run.name=full", "train.max_steps=16")}
     train_step = Engine.train_step
-    stopped = ("run.name=stopped", "train.max_steps=30")
+    stopped = ("run.name=stopped", "train.max_steps=16")
     if comm.rank == 1:
-        Engine.train_step = signalling(train_step, at=25)  # type: ignore[method-assign]
+        Engine.train_step = signalling(train_step, at=13)  # type: ignore[method-assign]
     seen["stopped"] = outcome(*stopped)
     Engine.train_step = train_step  # type: ignore[method-assign]
     seen["after stopped"] = outcome(*stopped, "run.resume=latest")
-    branched = ("run.name=branched", "train.max_steps=6", "train.checkpoint_every=2")
+    branched = ("run.name=branched", "train.max_steps=3", "train.checkpoint_every=2")
     seen["branched"] = outcome(*branched)
     earlier = f"run.resume={folder / 'runs' / 'branched' / 'checkpoints' / 'step-00000002'}"
-    elsewhere = outcome("run.name=elsewhere", "train.max_steps=6", "optim.lr=1e-4", earlier)
     seen["branched, refused"] = outcome(*branched, "optim.lr=1e-4", earlier)
     seen["branched, overwritten"] = outcome(*branched, "optim.lr=1e-4", earlier, "run.overwrite=true")
-    seen["elsewhere"] = elsewhere
     broken = f"data.samples={folder / 'broken'}"
     seen["broken"] = outcome("run.name=broken", "train.max_steps=2", broken)
     seen["empty"] = outcome("run.name=empty", f"data.samples={folder / 'nothing'}")

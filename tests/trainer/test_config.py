@@ -1,7 +1,5 @@
 """The configuration: what overrides what, what is refused and how that reads, and how two records differ."""
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +26,6 @@ ITEMS = ExactTableConfig(kind="exact", max_rows=1 << 20)
 
 def test_the_preset_is_the_default_configuration() -> None:
     assert load_config(PRESET) == load_config() == Config()
-
-
-def test_texts_of_the_settings_are_those_of_the_classes() -> None:
-    check = [sys.executable, "-m", "tools.settings", "--check"]
-    assert subprocess.run(check, cwd=Path(__file__).parents[3], check=False).returncode == 0
 
 
 def test_set_wins_over_file_and_file_over_defaults(tmp_path: Path) -> None:
@@ -86,26 +79,16 @@ def test_a_name_of_any_length_is_not_compared_with_all_others() -> None:
     [
         ("train.epoch=1", "train.epoch is unknown; did you mean train.epochs?"),
         ("modell.images=ad", "modell is unknown; did you mean model?"),
-        ("optim.learn_every=1", "optim.learn_every is unknown; did you mean optim.lr_every?"),
         ("train.zzz=1", "train.zzz is unknown; known: train.checkpoint_beside, train.checkpoint_every,"),
         ("train.epochs=0", "train.epochs=0: it should be greater than or equal to 1"),
         ("train.epochs=many", "train.epochs='many': it should be a valid integer"),
         ("model.images=all", "model.images='all': it should be 'none', 'ad', 'behavior' or 'both'"),
         ("model.tables.own={kind: exact}", "model.tables.own.max_rows is missing"),
-        (
-            "model.tables.item={kind: exact, max_rows: 9, expire: 3}",
-            "tables.item.expire is unknown; did you mean",
-        ),
-        (
-            "model.tables.item={kind: exact, max_rows: 9, admit_after: 256}",
-            "item.admit_after=256: it should be",
-        ),
+        ("model.tables.item={kind: exact, max_rows: 9, expire: 3}", "tables.item.expire is unknown; did you mean"),
+        ("model.tables.item={kind: exact, max_rows: 9, admit_after: 256}", "item.admit_after=256: it should be"),
         ("model.tables.item={kind: exact, max_rows: 2147483648}", "max_rows=2147483648: it should be less than"),
-        ("model.tables.own={max_rows: 9}", "a number of rows, or {kind: exact, max_rows: NUMBER}"),
         ("model.tables.own={kind: hashed}", "a number of rows, or {kind: exact, max_rows: NUMBER}"),
         ("model.base=fm", "model.base='fm': it should be 'lr', 'mlp', 'din', 'dcn'"),
-        ("model.pooling_length=0", "model.pooling_length=0: it should be greater than or equal to 1"),
-        ("data.global_batch_size=-4", "data.global_batch_size=-4"),
         ("model.tables={user: -2}", "model.tables.user=-2"),
         ("run.name=../x", "run.name='../x'"),
         ("run.resume=latest", "run.resume=latest needs the run's name"),
@@ -117,10 +100,7 @@ def test_a_name_of_any_length_is_not_compared_with_all_others() -> None:
         ("data.train_days=[monday]", "data.train_days.0='monday'"),
         ("data.train_days=[]", "data.train_days=[]: List should have at least 1 item"),
         ("model.id_dropout=1", "model.id_dropout=1: it should be less than 1"),
-        (
-            "run.warm_parts=half",
-            "run.warm_parts='half': it should be none, partial, full, all, or a list of images, model",
-        ),
+        ("run.warm_parts=half", "run.warm_parts='half': it should be none, partial, full, all, or a list of images, m"),
         ("run.warm_parts=[model,optimizers]", "the optimizers' state is that of all parameters"),
         *(
             (f"run.name=x; run.overwrite=true; run.resume={resume}", "run.overwrite=true removes it; set one of them")

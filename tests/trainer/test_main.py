@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,26 +38,34 @@ from tests.ranks import (
     standing_ranks,
 )
 from tests.trainer.checkpoints import steps_of, tensors_of
+from tests.trainer.conftest import Places, make_places
 from tests.trainer.standing_ranks import run as run_here
-from tests.trainer.whole_runs import SHARED, Places, all_alike, assert_same, drawn_scalars, report_of, run_alone
+from tests.trainer.whole_runs import all_alike, assert_same, drawn_scalars, report_of, run_alone
 from trainer.config import load_config
 from trainer.engine.engine import Engine
 from trainer.errors import DataError, TrainerError
 from trainer.ids.exact import num_ids
-from trainer.loop.summary import StepTotals
 from trainer.main import app
 from trainer.runs.checkpoint import read_state
 from trainer.runs.folder import find_checkpoint
 from trainer.schema.__main__ import app as schema_app
-from trainer.stages import AHEAD, Stage, Stages
+from trainer.stages import AHEAD, Stage
 
 WORKER = Path(__file__).parent / "main_worker.py"
 RANKS_TIMEOUT_S = 150
+# Of the runs of one rank and of two; their numbers are compared, so the type of the products is not the machine's.
+SHARED = {"data__global_batch_size": 64, "train__epochs": 3, "model__compute_dtype": "float64"}
+
+
+@pytest.fixture(scope="module")
+def alone(places: Places) -> Path:
+    """16 steps of one rank, into the second epoch."""
+    return run_alone(places, run__name="alone", train__max_steps=16, **SHARED)
 
 
 class TestCommandLine:
     def test_images_that_the_store_lacks_are_counted_and_listed(
-        self, make_places: Callable[[Path], Places], tmp_path: Path, two_ranks_of_each: StandingRanks
+        self, tmp_path: Path, two_ranks_of_each: StandingRanks
     ) -> None:
         places = make_places(tmp_path)
         samples, features = tmp_path / "samples", tmp_path / "features"
@@ -148,7 +156,7 @@ class TestCommandLine:
 
 @pytest.fixture(scope="module")
 def job(
-    make_places: Callable[[Path], Places], tmp_path_factory: pytest.TempPathFactory, two_ranks_of_each: StandingRanks
+    tmp_path_factory: pytest.TempPathFactory, two_ranks_of_each: StandingRanks
 ) -> tuple[Places, dict[str, list[str]]]:
     """What each of two ranks saw of the runs of main_worker.py."""
     places = make_places(tmp_path_factory.mktemp("job"))
@@ -175,17 +183,15 @@ class TestTwoRanks:
         assert_same(places.folder / "runs" / "stopped", places.folder / "runs" / "full")
         steps = steps_of(places.folder / "runs" / "stopped")
         # The step after the signal's may have been prepared already; then it is taken too.
-        assert steps in ([25, 30], [26, 30])
+        assert steps in ([13, 16], [14, 16])
 
     def test_an_earlier_checkpoint_replaces_the_later_ones_where_asked_to(
         self, job: tuple[Places, dict[str, list[str]]]
     ) -> None:
         places, seen = job
-        runs = places.folder / "runs"
-        assert seen["branched"] == seen["elsewhere"] == seen["branched, overwritten"] == ["done", "done"]
+        assert seen["branched"] == seen["branched, overwritten"] == ["done", "done"]
         assert [text.split(":")[0] for text in seen["branched, refused"]] == ["ConfigError", "ConfigError"]
-        assert_same(runs / "branched", runs / "elsewhere")
-        assert steps_of(runs / "branched") == [2, 4, 6]
+        assert steps_of(places.folder / "runs" / "branched") == [2, 3]
 
     def test_error_of_one_rank_is_known_to_all(self, job: tuple[Places, dict[str, list[str]]]) -> None:
         _, seen = job
@@ -212,7 +218,7 @@ class TestTwoRanks:
         full = places.folder / "runs" / "full"
         path = find_checkpoint(full)
         assert read_state(path).num_ranks == 2
-        changes = {**SHARED, "run__resume": path, "train__max_steps": 30}
+        changes = {**SHARED, "run__resume": path, "train__max_steps": 16}
         run = run_alone(places, run__name="at-one-rank", **changes)
         assert_same(run, full)
         assert report_of(run)["metrics"] == all_alike(report_of(full)["metrics"], within=1e-6)
@@ -241,7 +247,7 @@ class Shop:
 
 
 @pytest.fixture(scope="module")
-def shop(make_places: Callable[[Path], Places], tmp_path_factory: pytest.TempPathFactory) -> Shop:
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
     """Its run "alone" is that of one rank."""
     shop = Shop(tmp_path_factory.mktemp("shop"))
     make_places(shop.folder / "data")
@@ -350,16 +356,6 @@ class TestEnds:
         assert code == 2 and other == (2, "")
         assert output == "error: configuration: train.epoch is unknown; did you mean train.epochs?\n"
 
-    def test_a_table_beyond_the_memory_is_told_once(
-        self, places: Places, tmp_path: Path, two_ranks: StandingRanks
-    ) -> None:
-        tables = "{user: 1000000000000, item: 64, image: 64, category: 16, scene: 16}"
-        settings = places.settings(model__tables=tables, run__dir=tmp_path)
-        (code, output), other = two_ranks.call("-m", "trainer.main", "--set", *settings)
-        assert code != 0 and other == (code, "")
-        assert output.count("error: model.tables.user=1000000000000: 1,000,000,000,000 rows") == 1
-        assert "(2 ranks; all tables" in output and "Traceback" not in output
-
 
 @pytest.mark.long
 def test_interrupt_alone_ends_with_a_checkpoint(places: Places, tmp_path: Path, forks: Forks) -> None:
@@ -391,7 +387,7 @@ class TestAlone:
     def test_report(self, alone: Path, places: Places) -> None:
         report = report_of(alone)
         names = ("global_step", "steps", "num_ranks", "store_version", "devices", "collectives")
-        assert [report[name] for name in names] == [30, 30, 1, 1, ["cpu"], None]
+        assert [report[name] for name in names] == [16, 16, 1, 1, ["cpu"], None]
         metrics = report["metrics"]
         assert 0.55 < metrics["auc"] < 1
         assert 0.3 < metrics["logloss"] < 0.9
@@ -402,47 +398,34 @@ class TestAlone:
         assert 0 < report["unique_ratio"] < 1
         assert report["bytes_sent_per_step"] == 0
         assert report["samples_per_s"] > 0
-        assert report["history"][-1] == {"step": 30, **metrics}
+        assert report["history"][-1] == {"step": 16, **metrics}
         assert set(report["seconds"]) == {"wait", "compute", "evaluate", "checkpoint"}
         assert set(report["stages"]) == set(Stage.__args__)
         assert all(row["median_ms"] >= 0 and row["share_of_step"] >= 0 for row in report["stages"].values())
         of_steps = [row["share_of_step"] for name, row in report["stages"].items() if name not in AHEAD]
         assert sum(of_steps) == pytest.approx(1)
         assert report["owner_skew"] == 1.0
-        met = set(train_ads.tolist())  # in 30 steps, all of them
+        met = set(train_ads.tolist())  # in the first epoch, all of them
         items = report["tables"]["item"]
         assert num_ids(64, items["used_rows"]) == pytest.approx(len(met), rel=0.3)
         curves = drawn_scalars(alone / "tensorboard")
         for name in ("user", "item", "image"):
             step, share = curves[f"tables/{name}/share"][-1]
-            assert (step, share) == (30, pytest.approx(report["tables"][name]["share"], rel=1e-6))
+            assert (step, share) == (16, pytest.approx(report["tables"][name]["share"], rel=1e-6))
 
     def test_files(self, alone: Path, places: Places) -> None:
-        changes = {"run__name": "alone", "train__max_steps": 30, **SHARED}
+        changes = {"run__name": "alone", "train__max_steps": 16, **SHARED}
         assert load_config(alone / "config.yaml") == load_config(settings=places.settings(**changes))
         assert list((alone / "tensorboard").glob("events*"))
-        assert steps_of(alone) == [30]
-
-    def test_waits_of_an_evaluation_are_no_part_of_the_steps(
-        self, places: Places, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        phases, stages, timed, timed_stage = [], [], StepTotals.timed, Stages.add
-        monkeypatch.setattr(StepTotals, "timed", lambda self, phase: phases.append(phase) or timed(self, phase))
-        monkeypatch.setattr(Stages, "add", lambda self, *run: stages.append(run[0]) or timed_stage(self, *run))
-        changes = {"run__name": "waits", "data__global_batch_size": 16}
-        run_alone(places, train__max_steps=5, train__eval_every=2, **changes)
-        assert phases.count("evaluate") == 3
-        assert phases.count("wait") == phases.count("compute") == 5
-        assert {stages.count(each) for each in stages if each != "read"} == {5}
-        assert stages.count("read") >= 5  # and a few more ahead
+        assert steps_of(alone) == [16]
 
     def test_resumption_is_exact(self, alone: Path, places: Places) -> None:
         changes = {"run__name": "alone-halves", **SHARED}
-        run_alone(places, train__max_steps=25, **changes)
-        run = run_alone(places, train__max_steps=30, run__resume="latest", train__eval_every=9, **changes)
+        run_alone(places, train__max_steps=13, **changes)
+        run = run_alone(places, train__max_steps=16, run__resume="latest", train__eval_every=5, **changes)
         assert_same(run, alone)
-        assert [entry["step"] for entry in report_of(run)["history"]] == [25, 27, 30]
-        assert report_of(run)["steps"] == 5
+        assert [entry["step"] for entry in report_of(run)["history"]] == [13, 15, 16]
+        assert report_of(run)["steps"] == 3
 
     def test_a_vector_for_missing_images_is_harmless_where_none_is_missing(self, places: Places) -> None:
         settings = {"train__max_steps": 3, "train__checkpoint_every": 2, "model__compute_dtype": "float64"}
@@ -508,13 +491,11 @@ def bare_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StandingRan
 @pytest.mark.services
 @pytest.mark.usefixtures("undrawn")
 def test_training_and_evaluation_without_horovod(
-    places: Places, alone: Path, tmp_path: Path, bare_ranks: StandingRanks, monkeypatch: pytest.MonkeyPatch
+    places: Places, tmp_path: Path, bare_ranks: StandingRanks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = places.settings(run__dir=tmp_path, run__name="two", train__max_steps=30, **SHARED)
+    settings = places.settings(run__dir=tmp_path, run__name="two", train__max_steps=2)
     said = bare_ranks.run("-m", "trainer.main", "--set", *settings)
     assert "2 ranks on cpu, collectives: Gloo by torch.distributed" in said
-    two, one = (report_of(run_folder)["metrics"] for run_folder in (tmp_path / "two", alone))
-    assert two == all_alike(one, within=1e-9)
     evaluate = ("-m", "trainer.evaluate", tmp_path / "two", "--bootstrap", 0)
     assert " impressions, 2 ranks\n" in bare_ranks.run(*evaluate)
     monkeypatch.setitem(sys.modules, "horovod", None)  # what is imported at once has been imported by the two ranks

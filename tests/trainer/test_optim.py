@@ -74,46 +74,6 @@ def test_gradients_and_loss_are_summed_part_by_part() -> None:
         assert all((p.grad == 4).all() for p in optimizer.parameters.values())
 
 
-def test_a_part_without_gradients_is_reduced_too() -> None:
-    comm = DoublingComm()
-    optimizer = DenseOptimizer(comm, parameters(), OptimConfig())
-    optimizer.zero_grad()
-    loss = (optimizer.parameters["stores.b"] ** 2).sum()
-    optimizer.note(loss, torch.tensor(3))
-    loss.backward()
-    optimizer.start_reduction()
-    optimizer.finish_reduction()
-    assert sorted(name for name, _ in comm.calls) == ["step.dense.model", "step.dense.stores"]
-    assert optimizer.outcome() == (8.0, 6), "of both ranks"
-    assert (optimizer.parameters["model.a"].grad == 0).all()
-
-
-def test_moves_as_adam_does() -> None:
-    mine, theirs = DenseOptimizer(SoloComm(), parameters(), OptimConfig(lr=0.1)), parameters()
-    adam = torch.optim.Adam(theirs.values(), lr=0.1)
-    for number in range(5):
-        step(mine, number=number)
-        adam.zero_grad()
-        sum((p**2 * (number + 1)).sum() for p in theirs.values()).backward()
-        adam.step()
-    for name, parameter in theirs.items():
-        torch.testing.assert_close(mine.parameters[name], parameter)
-
-
-def test_state_resumes_exactly() -> None:
-    through, first, second = (DenseOptimizer(SoloComm(), parameters(), OptimConfig()) for _ in range(3))
-    for number in range(6):
-        step(through, number=number)
-    for number in range(3):
-        step(first, number=number)
-    with torch.no_grad():
-        for name, value in second.state().items():
-            value.copy_(first.state()[name])
-    for number in range(3, 6):
-        step(second, number=number)
-    assert all(torch.equal(value, second.state()[name]) for name, value in through.state().items())
-
-
 def test_names_and_shapes_of_a_checkpoint_are_checked() -> None:
     mine = {"a": torch.zeros(2), "b": torch.zeros(3)}
     check_names(mine, {"b": torch.ones(3), "a": torch.ones(2)})

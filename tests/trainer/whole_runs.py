@@ -11,13 +11,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from featurestore.published.paths import RunPath
 from tests.trainer.checkpoints import tensors_of
+from tests.trainer.conftest import Places
 from trainer.comm import SoloComm
 from trainer.config import load_config
 from trainer.main import train
-
-# Of the runs of one rank and of two; their numbers are compared, so the type of the products is not the machine's.
-SHARED = {"data__global_batch_size": 32, "train__epochs": 3, "model__compute_dtype": "float64"}
-Places = Any
 
 
 def run_alone(places: Places, **changes: Any) -> Path:

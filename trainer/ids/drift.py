@@ -19,7 +19,7 @@ one term, and the polynomial through them. So a row's move is one polynomial of 
 
 Error: that of the polynomial, relative to the move, whatever m, v and eps. Its degree is chosen so that the error is at
 most 2e-6 in float32 and 1e-13 in float64 where it is largest, in the very first steps; after 30 steps it is below
-rounding (tests/trainer/ids/test_drift.py). Terms with beta1^(s-t) below 2^-30 or 2^-60 are left out.
+rounding (tests/trainer/ids/test_optimizers.py). Terms with beta1^(s-t) below 2^-30 or 2^-60 are left out.
 """
 
 import itertools

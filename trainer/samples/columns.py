@@ -292,8 +292,10 @@ def check_types(found: pa.Schema, rules: Mapping[str, Rule], file: str) -> None:
     problems, missing = [], []
     for column, rule in source_columns(rules).items():
         expected = f"expected {rule}" + (f" (or {str(rule).replace('integer', 'string')})" if rule.text else "")
-        if column not in found.names:
+        if not (count := found.names.count(column)):
             missing.append(f"column {column} is missing, {expected}")
+        elif count > 1:
+            problems.append(f"{file}: column {column} is in it {count} times; write the file with only one")
         elif not _fits(found.field(column).type, rule):
             problems.append(f"{file}: column {column} is {found.field(column).type}, {expected}")
     if missing:

@@ -1,4 +1,4 @@
-"""crossmedia compat: what it tells of a store that is not, or is, the one that a run was trained on."""
+"""crossmedia compat: what it tells of other stores and of other runs, and --promote."""
 
 import json
 import shutil
@@ -7,27 +7,39 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
-from typer.testing import CliRunner
+import yaml
+from typer.testing import CliRunner, Result
 
-from featurestore.errors import AnotherStoreError
+from featurestore import to_bits
+from featurestore.errors import AnotherStoreError, CommitConflictError
 from featurestore.format.rows import FeatureRows
+from featurestore.published.versions import find_channel, last_move
 from featurestore.spec import StoreInfo
 from featurestore.store import FeatureStore
+from featurestore.upkeep.history import move_channel
+from tests.trainer.conftest import Places, make_places
+from trainer.cli import GateLimits
 from trainer.comm import SoloComm
 from trainer.compat import app
 from trainer.config import load_config
+from trainer.errors import ConfigError
+from trainer.evaluation.bootstrap import compare
+from trainer.evaluation.predict import Predictions, predict_run
+from trainer.gates import Check, RunInUse, gate_model
 from trainer.main import train
+from trainer.runs.saved import read_run
+from trainer.schema import DEFAULT_SCHEMA
 
 pytestmark = pytest.mark.long  # they train whole runs
 
 KEYS = np.arange(1_000, 1_050)
 URIS = [f"item/{n}" for n in range(50)]
-Places = Any
 
 
 @pytest.fixture(scope="module")
-def places(make_places: Callable[[Path], Places], tmp_path_factory: pytest.TempPathFactory) -> Places:
+def places(tmp_path_factory: pytest.TempPathFactory) -> Places:
     """A run, `a`, that knows some of its images by heart, in a folder of which there is a copy beside it."""
     made = make_places(tmp_path_factory.mktemp("compat") / "places")
     train(load_config(settings=settings_of(made)), SoloComm())
@@ -196,3 +208,201 @@ class TestWithTheOldOneGone:
         compat(lost, features, "--accept", "--force", "the same pictures")
         kept = (lost.folder / "runs" / "a" / "accepted-stores.json").read_text()
         assert json.loads(kept)["accepted"][0]["figures"]["forced"] == "the same pictures"
+
+
+NONE = bytes(16)
+
+
+def put(folder: Path, info: StoreInfo, keys: np.ndarray, features_KD: np.ndarray, digests: list[bytes]) -> FeatureStore:
+    store = FeatureStore.create(folder, info)
+    bits = to_bits(features_KD, info.dtype)
+    store.put(FeatureRows.of([f"item/{key}" for key in keys], bits, keys=keys, content_digests=digests))
+    return store
+
+
+def trained(places: Places, name: str, **changes: Any) -> Path:
+    settings = {"train__max_steps": 30, "model__compute_dtype": "float32", **changes}
+    train(load_config(settings=places.settings(run__name=name, **settings)), SoloComm())
+    return Path(places.folder / "runs" / name)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Places:
+    made = make_places(tmp_path_factory.mktemp("models"))
+    trained(made, "used")
+    return made
+
+
+def in_use(models: Places, name: str = "used") -> RunInUse:
+    saved = read_run(models.folder / "runs" / name)
+    return RunInUse(folder=saved.folder, checkpoint=saved.checkpoint.name, digest=saved.digest)
+
+
+def why_not(run: Path, used: RunInUse) -> str:
+    (only,) = gate_model(run, None, used)
+    assert not only.holds
+    assert only.value is None
+    return only.text
+
+
+def test_one_as_good_passes_and_a_worse_one_fails(models: Places) -> None:
+    other = gate_model(trained(models, "other", train__seed=1), None, in_use(models))
+    assert all(each.holds for each in other), other
+    bad = trained(models, "bad", optim__lr=1, optim__ids_lr=1, model__activation="prelu")
+    found = {each.gate: each for each in gate_model(bad, None, in_use(models))}
+    assert not found["logloss"].holds
+    assert "on 210 impressions, whose logits move by" in found["logloss"].text
+    # The other way round it is better, by as much.
+    back = {each.gate: each for each in gate_model(in_use(models).folder, None, in_use(models, "bad"))}
+    assert all(each.holds for each in back.values())
+    assert back["logloss"].value == pytest.approx(-found["logloss"].value)
+    assert back["gauc"].value == pytest.approx(-found["gauc"].value)
+    (only,) = gate_model(in_use(models).folder, None, in_use(models))
+    assert only.holds and only.value == 0, "the checkpoint in use needs no comparison"
+
+
+def test_what_cannot_be_compared_does_not_pass(models: Places, tmp_path: Path) -> None:
+    short = {"train__max_steps": 1}  # what these runs know is not looked at
+    new = trained(models, "new", **short)
+    used = in_use(models)
+    assert "no config.yaml" in why_not(new, RunInUse(folder=tmp_path, checkpoint=used.checkpoint, digest=used.digest))
+    again = RunInUse(folder=used.folder, checkpoint=used.checkpoint, digest="0" * 64)
+    assert "has been trained again" in why_not(new, again)
+    untested = trained(models, "untested", data__train_days="[2026-01-01]", data__test_days="[]", **short)
+    assert "no evaluation rows" in why_not(untested, used)
+    values = yaml.safe_load(DEFAULT_SCHEMA.read_text())
+    values["fields"].append({"name": "ad_serial", "side": "ad", "kind": "id", "table": "category"})
+    schema = tmp_path / "schema.yaml"
+    schema.write_text(yaml.safe_dump(values))
+    trained(models, "serial", data__schema_file=schema, **short)
+    samples = tmp_path / "samples"
+    shutil.copytree(models.folder / "samples", samples)
+    for file in samples.glob("*/*.parquet"):
+        pq.write_table(pq.read_table(file, partitioning=None).drop_columns("ad_serial"), file)
+    without = trained(models, "without", data__samples=samples, **short)
+    assert "ad_serial" in why_not(without, in_use(models, "serial"))
+
+
+def test_runs_of_two_stores_are_compared_each_on_its_own(models: Places, tmp_path: Path) -> None:
+    old = FeatureStore.open(models.folder / "features")
+    store = FeatureStore.create(tmp_path / "features", old.info)
+    snapshot = old.snapshot()
+    keys = snapshot.keys()
+    store.put(FeatureRows.of([f"item/{n}" for n in range(len(keys))], snapshot.get(keys), keys=keys))
+    new = trained(models, "elsewhere", data__store=tmp_path / "features")
+    equal = {each.gate: each.value for each in gate_model(new, None, in_use(models))}
+    assert equal == {"gauc": pytest.approx(0), "logloss": pytest.approx(0)}
+    shutil.rmtree(tmp_path / "features")
+    assert "features" in why_not(in_use(models).folder, in_use(models, "elsewhere"))
+
+
+@pytest.fixture
+def store(lost: Places) -> FeatureStore:
+    """Stable at the snapshot of the training; snapshot 2 adds rows, snapshot 3 deals the features anew."""
+    store = FeatureStore.open(lost.folder / "features")
+    features_ND = store.snapshot().get(KEYS)
+    store.put(FeatureRows.of(["more/1", "more/2"], features_ND[:2]))
+    store.put(FeatureRows.of(URIS, permuted(features_ND), keys=KEYS))
+    move_channel(store, "stable", 1)
+    return store
+
+
+def run(*words: object) -> Result:
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+@pytest.fixture
+def check(lost: Places, store: FeatureStore) -> Check:
+    """Limits that let pass all but scores that are worse."""
+    return Check(lost.folder / "runs/a", store.url, GateLimits())
+
+
+def test_the_difference_is_that_of_two_evaluations(
+    lost: Places, store: FeatureStore, check: Check, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logits are compared, which are continuous: a GAUC moves by a whole pair where two of them change places."""
+    scored: list[Predictions] = []
+
+    def noted(ours: list[Predictions], baseline: list[Predictions], **options: Any) -> Any:
+        scored.extend([*ours, *baseline])
+        return compare(ours, baseline, **options)
+
+    monkeypatch.setattr("trainer.gates.compare", noted)
+    newest = store.snapshot("stable").version + 2
+    found, _ = check.promote(newest, "stable", None)
+    whole = [predict_run(check.saved.folder, store=store.url, store_version=version) for version in (newest, "stable")]
+    for mine, expected in zip(scored, whole, strict=True):
+        np.testing.assert_allclose(mine.logit_N, expected.logit_N, atol=1e-5)
+        assert (mine.impressions.label_N == expected.impressions.label_N).all()
+        assert (mine.impressions.user_N == expected.impressions.user_N).all()
+    assert found.scores is not None
+    assert found.scores.differences[0] == compare(scored[:1], scored[1:], metrics=("gauc",))["gauc"]
+    assert np.abs(scored[0].logit_N - scored[1].logit_N).max() > 1e-2
+    moved = np.abs(scored[0].logit_N - scored[1].logit_N).mean()
+    assert found.scores.mean_logit_change == pytest.approx(moved)
+
+
+def test_the_command_promotes_what_is_as_good_and_holds_what_is_not(
+    lost: Places, store: FeatureStore, tmp_path: Path
+) -> None:
+    first = store.snapshot("stable").version
+    command = (lost.folder / "runs/a", store.url, "--promote", "stable", "--version", "candidate")
+    move_channel(store, "candidate", first + 1)
+    good = run(*command)
+    assert good.exit_code == 0, good.output
+    assert f"stable points to snapshot {first + 1}" in good.output
+    assert store.snapshot("stable").version == first + 1
+    assert find_channel(store.storage, "stable").reason.startswith("promoted (coverage 1, gauc 0")
+    assert "already: nothing to do" in run(*command).output
+    move_channel(store, "candidate", first + 2)
+    file = tmp_path / "found.json"
+    bad = run(*command, "--json", file)
+    written = json.loads(file.read_text())
+    failed = [each["gate"] for each in written["gates"] if not each["holds"]]
+    assert bad.exit_code == 1 and set() < set(failed) <= {"gauc", "logloss"}, written
+    assert f"error: gate {failed[0]}: " in bad.output and f"stable stays at snapshot {first + 1}" in bad.output
+    assert store.snapshot("stable").version == first + 1 and not written["holds"]
+    forced = run(*command, "--force", "a new camera")
+    assert forced.exit_code == 0 and f"stable points to snapshot {first + 2}, by --force" in forced.output
+    assert find_channel(store.storage, "stable").reason.startswith("forced: a new camera (")
+
+
+def test_images_of_the_impressions_have_to_have_a_row(store: FeatureStore, check: Check) -> None:
+    gone = store.snapshot("stable").keys()[:10]
+    found, _ = check.promote(store.delete(gone).version, "stable", None)
+    coverage = next(each for each in found.gates if each.gate == "coverage")
+    assert (coverage.value, coverage.holds) == (pytest.approx(0.8), False)
+
+
+def test_a_first_promotion_has_nothing_to_compare_with(store: FeatureStore, check: Check) -> None:
+    found, said = check.promote("stable", "first", None)
+    assert [each.gate for each in found.gates] == ["coverage"] and said.startswith("first points to")
+
+
+def test_a_channel_that_was_moved_meanwhile_stays_where_the_other_put_it(
+    store: FeatureStore, check: Check, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = store.snapshot("stable").version
+
+    def meanwhile(*_: Any) -> list[Any]:
+        move_channel(store, "stable", first + 2)
+        return []
+
+    monkeypatch.setattr("trainer.gates.score_gates", meanwhile)
+    with pytest.raises(CommitConflictError, match="another writer was first"):
+        check.promote(first + 1, "stable", None)
+    move = last_move(store.storage, "stable")
+    assert move is not None and move.version == first + 2
+
+
+def test_what_tells_nothing_is_refused(lost: Places, store: FeatureStore, tmp_path: Path) -> None:
+    without = {"run__name": "none", "train__max_steps": 1, "model__images": "none"}
+    train(load_config(settings=lost.settings(**without)), SoloComm())
+    with pytest.raises(ConfigError, match=r"model\.images=none"):
+        Check(lost.folder / "runs/none", store.url, GateLimits())
+    other = FeatureStore.create(tmp_path / "other", store.info.kind)
+    other.put(store.snapshot("stable").read_shard(0))
+    with pytest.raises(AnotherStoreError):
+        Check(lost.folder / "runs/a", other.url, GateLimits()).promote(1, "stable", None)
+    result = run(lost.folder / "runs/a", store.url, "--accept", "--promote", "stable")
+    assert result.exit_code == 2 and "not both" in result.output

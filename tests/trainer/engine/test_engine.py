@@ -83,24 +83,6 @@ def test_the_schedule_of_a_run_that_continues_another_begins_with_its_own_first_
     assert rates == [[0.01, 0.01, 0.005]] * 2
 
 
-def test_features_on_the_device_change_nothing(partition: FeaturePartition) -> None:
-    model = ModelConfig(tables={"item": 64}, mlp=[6], embed_hidden=[6], compute_dtype="float32")
-    looking_up, holding = (
-        Engine(
-            SoloComm(),
-            SCHEMA,
-            {"images": partition},
-            model,
-            OptimConfig(lr=0.01),
-            seed=0,
-            features_on_device=on_device,
-        )
-        for on_device in ("auto", True)
-    )
-    assert [engine.services["images"].holds_rows for engine in (looking_up, holding)] == [False, True]
-    assert train(holding, range(5)) == train(looking_up, range(5))
-
-
 def test_resumes_exactly_from_its_state(partition: FeaturePartition) -> None:
     through = engine_of(partition)
     expected = train(through, range(10))

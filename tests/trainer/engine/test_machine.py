@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from featurestore.lookup import VARIABLE, dtype_of_machine
 from tests.trainer import frozen
+from tests.trainer.conftest import Places
 from trainer.comm import SoloComm
 from trainer.comm.horovod import WITHOUT_NCCL
 from trainer.config import Device, OptimConfig, load_config
@@ -160,9 +161,6 @@ class TestDevice:
         for comm.rank in (1, 2, 3):
             assert share_machine(load_config(None, ["run.threads=1"]), comm) == taken[-1]
         assert taken == [torch.device("cuda", number) for number in (0, 1, 0)]
-
-
-Places = Any
 
 
 def report_of(places: Places, name: str) -> dict[str, Any]:

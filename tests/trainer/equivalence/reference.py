@@ -18,10 +18,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from exact import PlainIds, ids_in
+from exact import PlainIds, PlainRows, ids_in
 from forward import filled, logit
 from packing import packed, unpacked
-from rows import PlainRows
 from scenarios import SCENARIOS, SEED, TEXT_WIDTH, Scenario
 from torch import Tensor
 from torch.nn import functional

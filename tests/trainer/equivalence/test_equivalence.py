@@ -162,7 +162,7 @@ def _collectives(name: str) -> list[str]:
     ("num_ranks", "run"),
     [
         *((2, run) for run in (*FEW, "delayed")),
-        *((4, run) for run in RUNS if run in FEW),
+        *(pytest.param(4, run, marks=pytest.mark.slow) for run in RUNS if run in FEW),
         *(pytest.param(2, run, marks=pytest.mark.slow) for run in ALL_RUNS if run not in FEW),
     ],
 )

@@ -2,6 +2,7 @@
 
 import sys
 from collections import Counter
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from featurestore.keys import shard_of, splitmix64
 from tests.trainer.ids.exact_tables import (
     OPTIM,
     SHARDS,
@@ -31,7 +33,7 @@ from tests.trainer.ids.exact_tables import (
 )
 from trainer.config import IdOptimizer
 from trainer.errors import CheckpointError
-from trainer.ids.exact import ExactShape, ExactTable, longest_unused
+from trainer.ids.exact import CountingFilter, ExactShape, ExactTable, Int64, RowMap, counters_for, longest_unused
 from trainer.ids.shards import TableShape, owned_bytes
 
 sys.path.append(str(Path(__file__).parents[1] / "equivalence"))  # the reference's modules find each other there
@@ -53,8 +55,7 @@ class Plain:
     """The same table, one id at a time, by the reference of tests/trainer/equivalence."""
 
     def __init__(self, shape: ExactShape, ids: IdOptimizer) -> None:
-        from exact import PlainIds
-        from rows import PlainRows
+        from exact import PlainIds, PlainRows
 
         self.shape, self.ids = shape, PlainIds(shape, 0.05)
         weight = torch.zeros(shape.size, shape.width, dtype=torch.float64).requires_grad_()
@@ -228,3 +229,92 @@ def test_too_many_rows_are_refused() -> None:
     train(table, np.arange(100))
     with pytest.raises(CheckpointError, match=r"of the checkpoint has \d+ rows, and this run room for 1; raise"):
         table_of(shape_of(max_rows=8)).import_shards(table.export_shards())
+
+
+class Owned:
+    """The map of a rank that owns all shards, asked with ids alone."""
+
+    def __init__(self, rows_per_shard: int) -> None:
+        self.map = RowMap(SHARDS, rows_per_shard)
+
+    def of(self, ids: Int64) -> tuple[Int64, np.ndarray, Int64]:
+        return shard_of(ids, SHARDS), splitmix64(ids), ids
+
+    def rows(self, ids: Int64) -> list[int]:
+        return (self.map.places(*self.of(ids)) % self.map.rows_per_shard).tolist()
+
+    def learn(self, ids: Int64) -> None:
+        """As a step does: different ids, and of them those without a row."""
+        slot, hashes, ids = self.of(np.unique(ids))
+        new = self.map.places(slot, hashes, ids) % self.map.rows_per_shard == 0
+        self.map.insert(slot[new], hashes[new], ids[new])
+
+
+@pytest.mark.parametrize("rows_per_shard", [2, 5, 40, 2000])
+def test_rows_are_those_of_lists(rows_per_shard: int) -> None:
+    """Of each shard the ids in the order in which they came, one at a time, as long as there is room."""
+    draw, owned = np.random.default_rng(900), Owned(rows_per_shard)
+    batches = [draw.integers(-900, 900, 300) * 7919 for _ in range(12)]
+    ids_of: list[list[int]] = [[] for _ in range(SHARDS)]
+    for batch in map(np.unique, batches):
+        owned.learn(batch)
+        for each, shard in zip(batch.tolist(), shard_of(batch, SHARDS).tolist(), strict=True):
+            if each not in ids_of[shard] and len(ids_of[shard]) < rows_per_shard - 1:
+                ids_of[shard].append(each)
+    assert [owned.map.ids_of(shard).tolist() for shard in range(SHARDS)] == ids_of
+    every = np.unique(np.concatenate([*batches, np.array([0, 2**63 - 1, -(2**63)])]))
+    row_of = {each: row for ids in ids_of for row, each in enumerate(ids, 1)}
+    assert owned.rows(every) == [row_of.get(each, 0) for each in every.tolist()]
+
+
+def test_rows_are_removed_and_the_last_ones_take_their_numbers() -> None:
+    """Against lists, many times over."""
+    draw, owned = np.random.default_rng(5), Owned(60)
+    ids_of: list[list[int]] = [[] for _ in range(SHARDS)]
+    for number in range(40):
+        new = np.arange(number * 100, number * 100 + 100)
+        owned.learn(new)
+        for slot, ids in enumerate(ids_of):
+            ids.extend(new[shard_of(new, SHARDS) == slot][: 59 - len(ids)].tolist())
+            gone = np.sort(draw.choice(len(ids), int(draw.integers(0, len(ids) + 1)), replace=False)) + 1
+            from_M, to_M = owned.map.remove(slot, gone)
+            end = len(ids) - len(gone)
+            assert to_M.tolist() == [row for row in gone.tolist() if row <= end]
+            assert from_M.tolist() == [row for row in range(end + 1, len(ids) + 1) if row not in gone]
+            for row, to in zip(from_M.tolist(), to_M.tolist(), strict=True):
+                ids[to - 1] = ids[row - 1]
+            del ids[end:]
+            assert owned.map.ids_of(slot).tolist() == ids
+        every = np.arange(number * 100 + 100)
+        row_of = {each: row for ids in ids_of for row, each in enumerate(ids, 1)}
+        assert owned.rows(every) == [row_of.get(each, 0) for each in every.tolist()]
+
+
+def add(counts: CountingFilter, ids: np.ndarray) -> np.ndarray:
+    return counts.add(shard_of(ids, SHARDS), splitmix64(ids))
+
+
+def seen(counts: CountingFilter, ids: np.ndarray) -> np.ndarray:
+    return add(deepcopy(counts), ids) - 1
+
+
+def test_a_count_is_never_too_low_and_seldom_too_high() -> None:
+    """As many ids wait as the table has rows."""
+    draw, truth = np.random.default_rng(0), Counter[int]()
+    rows = 4096
+    counts = CountingFilter(SHARDS, counters_for(rows // SHARDS))
+    for _ in range(30):
+        ids = np.unique(np.minimum(draw.zipf(1.3, 400), rows))
+        add(counts, ids)
+        truth.update(ids.tolist())
+    ids = np.arange(1, rows)
+    over = seen(counts, ids).astype(int) - np.array([truth[each] for each in ids.tolist()])
+    assert over.min() == 0
+    assert (over > 0).mean() < 0.05
+
+
+def test_counts_end_at_255() -> None:
+    counts, ids = CountingFilter(SHARDS, 64), np.array([5])
+    for _ in range(300):
+        last = add(counts, ids)
+    assert last.tolist() == [255] and counts.counts_SC.max() == 255

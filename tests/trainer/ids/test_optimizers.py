@@ -1,5 +1,6 @@
 """Optimisers of ID rows: each against its plain form on the whole table, step by step; Adam against torch's own."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,11 +11,12 @@ from torch import Tensor
 
 from trainer.config import OptimConfig
 from trainer.errors import ConfigError
-from trainer.ids.optimizers import RowOptimizer, row_optimizer, state_of
+from trainer.ids.drift import TOLERANCE, Drift, degree_of, polynomial_error, window_of
+from trainer.ids.optimizers import row_optimizer, state_of
 from trainer.ids.shards import IdRows, row_bytes
 from trainer.optim import rates_at
 
-ROWS, WIDTH, STEPS = 30, 4, 450
+ROWS, WIDTH, STEPS = 30, 4, 300
 SCHEDULE = {"ids_lr": 0.02, "lr_gamma": 0.7, "lr_every": 40, "warmup_steps": 60}
 
 
@@ -55,7 +57,7 @@ def drawn_steps(seed: int, steps: int = STEPS) -> list[tuple[Tensor, Tensor]]:
     chance_N[-1] = 0
     made = []
     for step in range(steps):
-        pause = 100 <= step < 350
+        pause = 60 <= step < 260
         rows_Q = np.flatnonzero(draw.random(ROWS) < chance_N * (0.02 if pause else 1))
         size_Q = 10.0 ** draw.uniform(-11, 0, (len(rows_Q), 1))
         gradient_QV = draw.normal(size=(len(rows_Q), WIDTH)) * size_Q * (draw.random((len(rows_Q), WIDTH)) < 0.9)
@@ -123,14 +125,14 @@ class TestAdam:
 
     def test_goes_on_from_its_shared_state(self) -> None:
         through, second = Table(ids="adam"), Table(ids="adam")
-        steps = drawn_steps(0, 400)
-        for each in steps[:250]:
+        steps = drawn_steps(0)
+        for each in steps[:200]:
             through.step(*each)
         for name, part in through.rows.parts.items():
             second.rows.parts[name].copy_(part)
         second.optimizer.load_shared_state(through.optimizer.shared_state())
-        second.num_steps = 250
-        for each in steps[250:]:
+        second.num_steps = 200
+        for each in steps[200:]:
             through.step(*each)
             second.step(*each)
             assert torch.equal(through.now(), second.now())
@@ -151,7 +153,7 @@ class TestPlainForms:
     """Optimisers that leave rows alone which a step does not touch, against loops over touched rows."""
 
     def compare(self, table: Table, move: Callable[[Table, Tensor, Tensor], None], atol: float = 1e-12) -> None:
-        for rows_Q, gradient_QV in drawn_steps(0, 300):
+        for rows_Q, gradient_QV in drawn_steps(0, 150):
             table.step(rows_Q, gradient_QV)
             with torch.no_grad():
                 move(table, rows_Q, gradient_QV)
@@ -182,6 +184,61 @@ def test_each_keeps_what_it_needs(ids: Any, numbers: int, counts: int) -> None:
     assert row_optimizer(config, torch.float32).state == state_of(config)
 
 
-def test_what_only_reads_has_no_state_and_moves_nothing() -> None:
-    reader = RowOptimizer(OptimConfig(), torch.float32, "cpu")
-    assert reader.state == () and reader.shared_state() == {}
+STEPS = (1, 2, 3, 7, 30, 300, 5_000, 100_000)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.9, 0.99), (0.99, 0.999), (0.5, 0.9)])
+def test_the_error_is_below_the_tolerance_between_the_steps_that_chose_the_degree(
+    betas: tuple[float, float], dtype: torch.dtype
+) -> None:
+    degree = degree_of(*betas, dtype)
+    errors = {case: polynomial_error(*betas, dtype, degree, *case) for case in itertools.product(STEPS, STEPS)}
+    assert max(errors.values()) <= 2 * TOLERANCE[dtype]
+    assert max(polynomial_error(*betas, dtype, degree - 2, *case) for case in errors) > TOLERANCE[dtype]
+
+
+def test_after_thirty_steps_it_is_below_rounding() -> None:
+    degree = degree_of(0.9, 0.999, torch.float32)
+    assert max(polynomial_error(0.9, 0.999, torch.float32, degree, step, 500) for step in STEPS if step >= 30) < 1e-9
+
+
+def plain(drift_rates: list[float], last: int, m: float, v: float, eps: float) -> float:
+    """The sum of the module's docstring, term by term."""
+    return sum(
+        rate * 0.9 ** (s - last) * m / (1 - 0.9**s) / ((0.999 ** (s - last) * v / (1 - 0.999**s)) ** 0.5 + eps)
+        for s, rate in enumerate(drift_rates, 1)
+        if s > last
+    )
+
+
+@pytest.fixture(scope="module")
+def rates() -> list[float]:
+    """More steps than the table begins with, at a rate that changes with each."""
+    return np.random.default_rng(0).uniform(0, 0.1, 2_500).tolist()
+
+
+@pytest.fixture(scope="module")
+def drift(rates: list[float]) -> Drift:
+    found = Drift(0.9, 0.999, 1e-8, torch.float64, "cpu")
+    found.resume(rates)
+    return found
+
+
+@pytest.mark.parametrize("last", [1, 2, 50, 999, 1_023, 1_024, 1_500, 2_048, 2_400, 2_498, 2_499, 2_500])
+def test_a_move_is_the_sum_of_its_terms(drift: Drift, rates: list[float], last: int) -> None:
+    m, v = torch.tensor([[1e-3, -1e-9, 1.0, 0.0]]).double(), torch.tensor([[1e-6, 1e-17, 1e-12, 0.0]]).double()
+    moved = drift.moved(torch.zeros(1, 4).double(), m, v, torch.tensor([last], dtype=torch.int32))
+    expected = [-plain(rates, last, *pair, 1e-8) for pair in zip(m[0].tolist(), v[0].tolist(), strict=True)]
+    np.testing.assert_allclose(moved[0].numpy(), expected, rtol=1e-12, atol=0)
+
+
+def test_rows_of_no_step_stay(drift: Drift) -> None:
+    weight = torch.ones(1, 2).double()
+    zero = torch.zeros_like(weight)
+    assert torch.equal(drift.moved(weight, zero, zero, torch.zeros(1, dtype=torch.int32)), weight)
+
+
+def test_a_momentum_dies_out_within_the_window() -> None:
+    assert window_of(0.0, torch.float32) == 1
+    assert 0.9 ** window_of(0.9, torch.float32) <= 2.0**-30 < 0.9 ** (window_of(0.9, torch.float32) - 2)

@@ -1,27 +1,36 @@
-"""Runs with each optimiser of ID rows: resumed, evaluated, begun with, refused."""
+"""Runs with each optimiser of ID rows and with exact tables: resumed, evaluated, begun with, exported, refused."""
 
+import json
+import shutil
 from collections.abc import Callable
+from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from torch import Tensor
+from typer.testing import CliRunner
 
+from jobs.export_embeddings import app
 from tests.trainer.checkpoints import tensors_of
-from tests.trainer.whole_runs import assert_same, run_alone
+from tests.trainer.conftest import Places
+from tests.trainer.ids.exact_tables import vectors_of
+from tests.trainer.whole_runs import assert_same, report_of, run_alone
 from trainer.comm import SoloComm
 from trainer.config import IdOptimizer, load_config
-from trainer.errors import CheckpointError
+from trainer.daily import follow
+from trainer.errors import CheckpointError, ConfigError
+from trainer.ids.exact import ExactTable
 from trainer.runs.checkpoint import read_state
 from trainer.runs.folder import find_checkpoint
 from trainer.runs.open import open_run
 from trainer.runs.saved import open_trained
 
 pytestmark = pytest.mark.long
-
-Places = Any
 Train = Callable[..., Path]
 
 
@@ -96,17 +105,14 @@ def test_a_warm_start_takes_the_weights_whatever_moved_them(trained: Train, plac
 
 
 class TestAnotherOptimizer:
-    @pytest.mark.parametrize(
-        ("settings", "message"),
-        [
+    def test_is_refused_on_resume(self, trained: Train) -> None:
+        trained("a", optim__ids="adam", train__max_steps=3)
+        for settings, message in (
             ({"optim__ids": "rowwise_adagrad"}, r"optim\.ids is 'rowwise_adagrad' here, 'adam' in the checkpoint"),
             ({"optim__ids": "adam", "optim__beta1": 0.8}, r"optim\.beta1 is 0\.8 here, 0\.9 in the checkpoint"),
-        ],
-    )
-    def test_is_refused_on_resume(self, trained: Train, settings: dict[str, Any], message: str) -> None:
-        trained("a", optim__ids="adam", train__max_steps=3)
-        with pytest.raises(CheckpointError, match=message):
-            trained("a", run__resume="latest", **settings)
+        ):
+            with pytest.raises(CheckpointError, match=message):
+                trained("a", run__resume="latest", **settings)
 
     def test_another_learning_rate_is_not(self, trained: Train) -> None:
         """Rows make up for the steps before at the rates of then."""
@@ -114,3 +120,159 @@ class TestAnotherOptimizer:
         run = trained("a", optim__ids="adam", optim__ids_lr=1e-9, train__max_steps=5, run__resume="latest")
         rates = tensors_of(run)["ids/learning_rates"]
         assert rates.tolist() == [0.01] * 4 + [1e-9]
+
+
+TABLES = (
+    "{user: 64, item: {kind: exact, max_rows: 80, admit_after: 2}, "
+    "image: {kind: exact, max_rows: 20, when_full: refuse}, category: 16, scene: 16}"
+)
+EVICTING = TABLES.replace(", when_full: refuse", "")
+
+
+@pytest.fixture
+def exact(trained: Train) -> Train:
+    """The same, with exact tables and one epoch less."""
+    return partial(trained, model__tables=TABLES, train__epochs=2)
+
+
+def ids_of(run: Path, table: str) -> set[int]:
+    """Ids that have rows."""
+    parts = [ids for name, ids in tensors_of(run).items() if name.startswith(f"{table}/") and name.endswith("/ids")]
+    return set(torch.cat(parts).tolist())
+
+
+def table_of(run: Path, name: str) -> dict[str, Any]:
+    figures: dict[str, Any] = report_of(run)["tables"][name]
+    return figures
+
+
+def test_resumed_it_ends_with_the_same_bits(exact: Train) -> None:
+    """With a step prepared ahead when the checkpoint is written: its ids are not counted twice."""
+    settings: dict[str, Any] = {"optim__ids": "adam", "data__global_batch_size": 64, "train__max_steps": 6}
+    through = exact("through", **settings)
+    stopped = exact("stopped", **{**settings, "train__max_steps": 4}, train__checkpoint_every=3)
+    third = stopped / "checkpoints" / "step-00000003"
+    assert_same(exact("again", **settings, run__resume=third), through)
+
+
+def test_figures(exact: Train, capsys: pytest.CaptureFixture[str]) -> None:
+    run = exact("figures")
+    items, images = table_of(run, "item"), table_of(run, "image")
+    assert items["used_rows"] == len(ids_of(run, "item")) == 40 and items["rows"] == 80
+    assert 0 < items["cold"] < items["served"] and items["refused"] == 0
+    assert images["used_rows"] < 40 and images["refused"] == images["cold"] > 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count("warning: table image: ") == said.count(" times an id stayed at the cold row") == 1
+
+
+def test_rows_that_make_room_are_told(exact: Train, capsys: pytest.CaptureFixture[str]) -> None:
+    """In the figures, and in a warning where they are more than there are rows."""
+    settings: dict[str, Any] = {"model__tables": EVICTING, "data__global_batch_size": 8, "train__max_steps": 30}
+    images = table_of(exact("evicting", **settings), "image")
+    assert images["evicted"] > images["rows"] == 20
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count("warning: table image: ") == said.count(" rows made room for other ids, so few are trained") == 1
+
+
+def test_resumed_after_evictions_it_ends_with_the_same_bits(exact: Train) -> None:
+    settings: dict[str, Any] = {
+        "optim__ids": "rowwise_adagrad",
+        "model__tables": EVICTING,
+        "data__global_batch_size": 8,
+    }
+    through = exact("through", **settings, train__max_steps=25)
+    stopped = exact("stopped", **settings, train__max_steps=10, train__checkpoint_every=10)
+    assert table_of(through, "image")["evicted"] > table_of(stopped, "image")["evicted"] > 4
+    again = exact("stopped", **settings, train__max_steps=25, run__resume="latest")
+    assert_same(again, through)
+
+
+@pytest.mark.parametrize("parts", ["full", "partial"])
+def test_a_warm_start_takes_ids_and_counts_or_leaves_them(exact: Train, parts: str) -> None:
+    before = exact("before", train__max_steps=6)
+    assert len(ids_of(before, "item")) > 20
+    after = exact("after", run__warm_start=before, run__warm_parts=parts, train__max_steps=1)
+    assert ids_of(after, "item") == (ids_of(before, "item") if parts == "full" else set())
+
+
+def test_days_let_go_of_what_was_not_used(places: Places, tmp_path: Path) -> None:
+    """Items of one day each, but for 5, which every day has; after a day without them they go."""
+    samples = tmp_path / "samples"
+    for split in ("train", "test"):
+        shutil.copytree(places.folder / "samples" / split, samples / split)
+    days = sorted((samples / "train").glob("*.parquet")) + sorted((samples / "test").glob("*.parquet"))
+    days[3].rename(samples / "train" / "day=2026-01-04.parquet")
+    tables = "{user: 64, item: {kind: exact, max_rows: 400, expire_days: 1}, image: 64, category: 16, scene: 16}"
+    settings = places.settings(
+        data__samples=samples,
+        run__dir=tmp_path,
+        run__name="daily",
+        model__tables=tables,
+        model__images="none",
+        data__global_batch_size=64,
+        train__epochs=1,
+    )
+    follow(load_config(settings=settings), SoloComm(), first="2026-01-01", continues=True)
+    runs = sorted((tmp_path / "daily").glob("2026-*"))
+    seen = [items_of(samples / "train" / f"day={run.name}.parquet") for run in runs]
+    have: dict[int, int] = {}
+    for number, (run, items) in enumerate(zip(runs, seen, strict=True)):
+        gone = {each for each, last in have.items() if number - last > 1}
+        have = {each: last for each, last in have.items() if each not in gone} | dict.fromkeys(items, number)
+        assert ids_of(run, "item") == set(have)
+        assert table_of(run, "item")["expired"] == len(gone)
+        last_use = tensors_of(run)["item/0000/last_use"][1:]
+        day = (date(2026, 1, number + 1) - date(1970, 1, 1)).days
+        assert set(last_use.tolist()) <= {day, day - 1}
+
+
+def items_of(file: Path) -> set[int]:
+    """All that a file's groups look up in table item."""
+    table = pq.read_table(file, partitioning=None)
+    return {each for name in ("behavior_item", "ad_item") for ids in table[name].to_pylist() for each in ids}
+
+
+def test_days_have_to_be_known(exact: Train, places: Places, tmp_path: Path) -> None:
+    samples = tmp_path / "samples"
+    shutil.copytree(places.folder / "samples", samples)
+    (samples / "train" / "day=2026-01-02.parquet").rename(samples / "train" / "more.parquet")
+    tables = TABLES.replace("max_rows: 20", "max_rows: 20, expire_days: 3")
+    with pytest.raises(ConfigError, match=r"model\.tables\.image\.expire_days=3 counts the days .* leave it out"):
+        exact("undated", data__samples=samples, model__tables=tables)
+
+
+def test_the_export_has_what_the_engine_looks_up(exact: Train, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"optim__ids": "adam", "data__global_batch_size": 128}
+    run, out = exact("exported", **settings), tmp_path / "items.parquet"
+    done = CliRunner().invoke(app, ["--run", str(run), "--table", "item", "--out", str(out)])
+    assert done.exit_code == 0 and "40, in 4 shards" in done.output
+    rows = pq.read_table(out)
+    about = json.loads(rows.schema.metadata[b"id_rows"])
+    assert (about["table"], about["num_shards"]) == ("item", 4)
+    assert set(rows["last_use"].to_pylist()) == {date(2026, 1, 3)}
+    opened = open_trained(run, SoloComm())
+    table = opened.engine.tables["item"]
+    assert isinstance(table, ExactTable)
+    asked = np.unique([*range(60), *(each for each in rows["id"].to_pylist() if each is not None)])
+    with torch.no_grad():
+        request = table.serve(asked, "eval")
+        found = vectors_of(table, request)[torch.from_numpy(request.inverse_R)].numpy()
+    opened.close()
+    of_id = dict(zip(zip(rows["shard"].to_pylist(), rows["id"].to_pylist(), strict=True), rows["vector"], strict=True))
+    for each, vector in zip(asked.tolist(), found, strict=True):
+        shard = int(table.shape.shards_of(np.array([each]))[0])
+        assert np.array_equal(np.array(of_id.get((shard, each), of_id[shard, None]).as_py(), np.float32), vector)
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "said"),
+    [
+        (["--table", "user"], 2, "--table user: {run} has the exact ID tables item, image"),
+        (["--table", "item", "--out", "x.csv"], 2, ".parquet"),
+    ],
+)
+def test_mistakes(exact: Train, options: list[str], code: int, said: str) -> None:
+    run = exact("mistaken", train__max_steps=1)
+    done = CliRunner().invoke(app, ["--run", str(run), *options])
+    assert done.exit_code == code
+    assert said.format(run=run) in " ".join(done.output.replace("│", " ").split())

@@ -10,7 +10,6 @@ from tests.trainer.ids.exact_tables import move, vectors_of
 from trainer.comm import SoloComm
 from trainer.config import OptimConfig
 from trainer.engine.wiring import build_tables
-from trainer.errors import CheckpointError
 from trainer.ids.exact import figures_of, gather_figures, warning_of
 from trainer.ids.exact import num_ids as num_ids_of
 from trainer.ids.optimizers import RowOptimizer, row_optimizer
@@ -67,65 +66,12 @@ class TestInitialRows:
         ):
             assert not np.isclose(base, other).any()
 
-    @pytest.mark.parametrize("num_ranks", [2, 3, 11])
-    def test_the_same_for_any_number_of_ranks(self, num_ranks: int) -> None:
-        parts: dict[str, torch.Tensor] = {}
-        for rank in range(num_ranks):
-            parts |= table_of(rank, num_ranks).export_shards()
-        whole = table_of().export_shards()
-        assert parts.keys() == whole.keys()
-        assert all(torch.equal(parts[name], whole[name]) for name in whole)
-
 
 class TestMemory:
     def test_bytes_are_those_of_the_tensors(self) -> None:
         for rank in range(3):
             rows = table_of(rank, 3).rows.block_NW
             assert owned_bytes(SHAPE, rank, 3, optimizer().state, torch.float64) == rows.nbytes
-
-
-class TestTraining:
-    def test_only_touched_rows_move(self) -> None:
-        table = table_of()
-        before = table.rows.weight.clone()
-        request = table.serve(np.array([5, 6]))
-        train(table, [5, 6])
-        moved = (table.rows.weight != before).any(dim=1).nonzero().flatten()
-        assert moved.tolist() == request.rows_Q.tolist()
-        assert (table.rows.parts["sum"] > 0).sum() == len(request.rows_Q)
-
-    def test_reading_without_gradient_leaves_the_last_step_alone(self) -> None:
-        table = table_of()
-        with torch.no_grad():
-            vectors_of(table, table.serve(np.array([1])))
-        move(table, RATES)
-        assert table.rows.parts["sum"].sum() == 0
-
-
-class TestCheckpoint:
-    @pytest.mark.parametrize(("num_before", "num_after"), [(1, 3), (3, 2), (2, 11)])
-    def test_loads_at_another_number_of_ranks(self, num_before: int, num_after: int) -> None:
-        saved: dict[str, torch.Tensor] = {}
-        for rank in range(num_before):
-            table = table_of(rank, num_before)
-            ids = [i for i in range(40) if table.owner_of(np.array([i]))[0] == rank]
-            train(table, ids)
-            saved |= {name: rows.clone() for name, rows in table.export_shards().items()}
-        loaded: dict[str, torch.Tensor] = {}
-        for rank in range(num_after):
-            table = table_of(rank, num_after, seed=99)
-            table.import_shards({name: saved[name] for name in table.names()})
-            loaded |= table.export_shards()
-        assert all(torch.equal(saved[name], loaded[name]) for name in saved)
-
-    def test_a_missing_shard_is_named(self) -> None:
-        with pytest.raises(CheckpointError, match="item/0000/weight is not in the checkpoint"):
-            table_of().import_shards({})
-
-    def test_another_shape_is_named(self) -> None:
-        saved = table_of(shape=TableShape("item", 4, 50, 8)).export_shards()
-        with pytest.raises(CheckpointError, match=r"item/0000/weight has shape \(7, 4\).*\(7, 3\).*model.tables.item"):
-            table_of().import_shards(saved)
 
 
 class OneOfMany(SoloComm):

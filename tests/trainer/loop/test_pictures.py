@@ -19,11 +19,13 @@ from tests.trainer.checkpoints import tensors_of
 from tests.trainer.conftest import Places, sample_table
 from tests.trainer.whole_runs import alike, all_alike, report_of, run_alone
 from trainer.comm import SoloComm
+from trainer.config import ModelConfig
 from trainer.evaluation.bootstrap import Metrics, auc, log_loss
 from trainer.evaluation.predict import predict, predict_run
 from trainer.loop.training import LEAST, checked
 from trainer.models.newads import NewAds
 from trainer.runs.saved import EvaluatedRun, RunSource, open_source
+from trainer.schema import Field
 
 pytestmark = pytest.mark.long
 
@@ -138,6 +140,14 @@ def test_two_ranks_decide_as_one(
 FEW, ENOUGH = np.zeros(LEAST - 1), np.zeros(LEAST)
 
 
+def _gate(*, pictures_count: bool) -> NewAds:
+    """The part of a model that decides, alone."""
+    image = Field(name="ad_image", side="ad", kind="content", width=3)
+    gate = NewAds([image], ("ad_item",), ModelConfig(images="ad", image_dropout=0.1))
+    gate.decide(pictures_count=pictures_count)
+    return gate
+
+
 def _evaluation(impressions: int, auc_of_new: float | None, logit_N: np.ndarray) -> tuple[Metrics, np.ndarray]:
     return {"new_ad_impressions": impressions, "new_ad_auc": auc_of_new}, logit_N
 
@@ -158,13 +168,11 @@ def _evaluation(impressions: int, auc_of_new: float | None, logit_N: np.ndarray)
     ],
     ids=["few", "one class", "few without a row"],
 )
-def test_few_new_ads_decide_nothing(right: Path, did_count: bool, evaluations: list[Any], said: list[str]) -> None:
-    with _opened(right) as (_, new_ads):
-        new_ads.decide(pictures_count=did_count)
-        answers, told = iter(evaluations), list[str]()
-        assert checked(lambda: next(answers), new_ads, SoloComm(), told.append) == evaluations[0][0]
-        assert new_ads.pictures_count == did_count
-        assert told == said
+def test_few_new_ads_decide_nothing(did_count: bool, evaluations: list[Any], said: list[str]) -> None:
+    new_ads, answers, told = _gate(pictures_count=did_count), iter(evaluations), list[str]()
+    assert checked(lambda: next(answers), new_ads, SoloComm(), told.append) == evaluations[0][0]
+    assert new_ads.pictures_count == did_count
+    assert told == said
 
 
 @pytest.mark.parametrize("did_count", [True, False])
@@ -172,40 +180,37 @@ def test_few_new_ads_decide_nothing(right: Path, did_count: bool, evaluations: l
     ("with_pictures", "without", "do_count"), [(0.6, 0.5, True), (0.5, 0.6, False), (0.5, 0.5, None)]
 )
 def test_the_better_of_two_evaluations_holds(
-    right: Path, did_count: bool, with_pictures: float, without: float, do_count: bool | None
+    did_count: bool, with_pictures: float, without: float, do_count: bool | None
 ) -> None:
     """Of two that are equal, the earlier one."""
     expected = did_count if do_count is None else do_count
-    with _opened(right) as (_, new_ads):
-        new_ads.decide(pictures_count=did_count)
-        told: list[str] = []
+    new_ads, told = _gate(pictures_count=did_count), list[str]()
 
-        def measured() -> tuple[Metrics, np.ndarray]:
-            counts = new_ads.pictures_count
-            return _evaluation(LEAST + 5, with_pictures if counts else without, ENOUGH + counts)
+    def measured() -> tuple[Metrics, np.ndarray]:
+        counts = new_ads.pictures_count
+        return _evaluation(LEAST + 5, with_pictures if counts else without, ENOUGH + counts)
 
-        found = checked(measured, new_ads, SoloComm(), told.append)
-        assert found["new_ad_auc"] == max(with_pictures, without)
-        assert new_ads.pictures_count == expected
-        assert told == [
-            f"new ads: 1,000 of 1,005 impressions are of ads without a trained ID row; AUC {with_pictures:.4f} with "
-            f"their pictures, {without:.4f} without; from here on they {'keep them' if expected else 'have none'}"
-        ]
+    found = checked(measured, new_ads, SoloComm(), told.append)
+    assert found["new_ad_auc"] == max(with_pictures, without)
+    assert new_ads.pictures_count == expected
+    assert told == [
+        f"new ads: 1,000 of 1,005 impressions are of ads without a trained ID row; AUC {with_pictures:.4f} with "
+        f"their pictures, {without:.4f} without; from here on they {'keep them' if expected else 'have none'}"
+    ]
 
 
 @pytest.mark.parametrize("did_count", [True, False])
-def test_a_stop_in_between_leaves_all_as_it_was(right: Path, did_count: bool) -> None:
-    with _opened(right) as (_, new_ads):
-        new_ads.decide(pictures_count=did_count)
+def test_a_stop_in_between_leaves_all_as_it_was(did_count: bool) -> None:
+    new_ads = _gate(pictures_count=did_count)
 
-        def stopped() -> tuple[Metrics, np.ndarray]:
-            if new_ads.pictures_count != did_count:
-                raise KeyboardInterrupt
-            return _evaluation(LEAST, 0.5, ENOUGH)
+    def stopped() -> tuple[Metrics, np.ndarray]:
+        if new_ads.pictures_count != did_count:
+            raise KeyboardInterrupt
+        return _evaluation(LEAST, 0.5, ENOUGH)
 
-        with pytest.raises(KeyboardInterrupt):
-            checked(stopped, new_ads, SoloComm(), lambda text: None)
-        assert new_ads.pictures_count == did_count
+    with pytest.raises(KeyboardInterrupt):
+        checked(stopped, new_ads, SoloComm(), lambda text: None)
+    assert new_ads.pictures_count == did_count
 
 
 @pytest.mark.parametrize("parts", ["[images,model]", "full"])

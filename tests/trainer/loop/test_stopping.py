@@ -10,6 +10,7 @@ import pytest
 
 from featurestore.storage.storage import Storage
 from tests.trainer.checkpoints import steps_of
+from tests.trainer.conftest import Places
 from tests.trainer.whole_runs import assert_same, report_of, run_alone
 from trainer.config import load_config
 from trainer.engine.engine import Engine
@@ -21,7 +22,6 @@ from trainer.runs.checkpoint import read_state
 from trainer.runs.folder import find_checkpoint
 from trainer.runs.open import with_validation
 
-Places = Any
 GAUC = {2: 0.5, 4: 0.6, 6: 0.7, 8: 0.65, 10: 0.7, 12: 0.6, 14: 0.9}
 
 
@@ -120,14 +120,14 @@ def test_the_best_parameters_are_there_where_no_other_checkpoint_is_due(
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("at", [5, pytest.param(7, marks=pytest.mark.slow), 9])
 def test_an_interrupted_run_ends_with_the_same(
-    places: Places, whole: Path, tmp_path: Path, scripted: list[int], monkeypatch: pytest.MonkeyPatch, at: int
+    places: Places, whole: Path, tmp_path: Path, scripted: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Killed after its best step, which a later start has to know."""
     step = Engine.train_step
 
     def killed(engine: Engine, prepared: Any) -> Any:
-        if engine.num_steps == at:
+        if engine.num_steps == 9:
             raise KeyboardInterrupt
         return step(engine, prepared)
 
@@ -135,22 +135,22 @@ def test_an_interrupted_run_ends_with_the_same(
         patched.setattr(Engine, "train_step", killed)
         with pytest.raises(KeyboardInterrupt):
             _run(places, "halves", tmp_path)
-    assert read_state(find_checkpoint(tmp_path / "halves")).step == at
+    assert read_state(find_checkpoint(tmp_path / "halves")).step == 9
     halves = _run(places, "halves", tmp_path, run__resume="latest")
     assert_same(halves, whole, metrics=True)
     assert report_of(halves)["history"] == report_of(whole)["history"]
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("at", [pytest.param(4, marks=pytest.mark.slow), 6, 10])
 def test_a_signal_in_the_midst_of_an_evaluation_loses_none(
-    places: Places, whole: Path, tmp_path: Path, scripted: list[int], monkeypatch: pytest.MonkeyPatch, at: int
+    places: Places, whole: Path, tmp_path: Path, scripted: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Of the last one, too: that ends the run."""
     evaluate = train_module.evaluate
 
     def stopped(*given: Any) -> Any:
         metrics = evaluate(*given)
-        if scripted[-1] == at:
+        if scripted[-1] == 10:
             raise StoppedError("SIGTERM received")
         return metrics
 
@@ -240,12 +240,11 @@ def test_a_run_ends_with_the_best_epoch_on_days_that_it_is_not_trained_on(
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("at", ["first epoch", "last epoch"])
 def test_an_interrupted_run_chooses_the_same_epoch(
-    places: Places, validated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
+    places: Places, validated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step, steps = Engine.train_step, report_of(validated)["history"][0]["step"]
-    last = steps - 1 if at == "first epoch" else 3 * steps - 1
+    """Killed in the last epoch, after the best one."""
+    step, last = Engine.train_step, report_of(validated)["history"][-1]["step"] - 1
 
     def killed(engine: Engine, prepared: Any) -> Any:
         if engine.num_steps == last:

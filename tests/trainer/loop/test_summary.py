@@ -9,7 +9,7 @@ import pytest
 
 from featurestore.console.output import figure
 from tests.commands.calls import call
-from tests.trainer.loop.full_disk import full_from
+from tests.faulty import full_from
 from tests.trainer.whole_runs import drawn_scalars
 from trainer.comm import SoloComm
 from trainer.engine.engine import StepResult

@@ -5,7 +5,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from pydantic import ValidationError
 
 from trainer.config import ModelConfig
 from trainer.exchange.vectors import take_rows
@@ -23,7 +22,6 @@ from trainer.models.nets import build_model
 from trainer.schema import Field, Schema, load_schema
 
 LENGTHS = torch.tensor([2, 0, 3])
-INDEX = torch.tensor([1, 1, 0, 3, 1])
 
 
 def values(*shape: int) -> torch.Tensor:
@@ -86,14 +84,6 @@ class TestDropout:
         assert not torch.equal(usual(ones), PlacedDropout(0.5, replace(place, **other), layer=1)(ones))
         assert not torch.equal(usual(ones), PlacedDropout(0.5, place, layer=2)(ones))
         assert torch.equal(usual(ones), PlacedDropout(0.5, replace(place), layer=1)(ones))
-
-    def test_the_largest_share_leaves_some(self) -> None:
-        """Shares are rounded, and what is left grows by 1 / (1 - share)."""
-        with pytest.raises(ValidationError, match=r"less than or equal to 0\.95"):
-            ModelConfig(dropout=0.999999)
-        place = StepPlace(place_B=np.arange(1000))
-        dropped = PlacedDropout(ModelConfig(dropout=0.95).dropout, place, layer=1)(torch.ones(1000, 50))
-        assert dropped.unique().tolist() == pytest.approx([0, 20], abs=0.01)
 
 
 def names_of(**settings: object) -> set[str]:

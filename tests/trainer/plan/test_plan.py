@@ -1,35 +1,190 @@
-"""The plan: its advice, what measuring makes of reports, and the command on small data."""
+"""The planner: what a step costs by hand, how many keys differ, what is measured and recommended, and its command."""
 
 import dataclasses
 import json
-import sys
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from featurestore.keys import owner_of, shard_of
 from featurestore.store import FeatureStore
 from featurestore.upkeep.remake import remake
 from tests.pages import check_page
 from tests.ranks import StandingRanks
-from tests.trainer.plan.machine import MACHINE, NETWORK, WIDTHS
+from tests.trainer.conftest import Places
 from tests.trainer.standing_ranks import run as run_here
 from trainer.comm import SoloComm
 from trainer.config import ExactTableConfig, load_config
-from trainer.errors import PlanError
+from trainer.errors import ConfigError, PlanError
 from trainer.plan import calibrate
 from trainer.plan.__main__ import app
 from trainer.plan.calibrate import Calibration, PlanQuestion, rates_of, sample, stored_bytes
-from trainer.plan.cost import BatchCounts, KeyCounts, RankPlan, StepCost, StoredBytes, advise, build, duration, size
+from trainer.plan.cost import (
+    PROGRAM_BYTES,
+    BatchCounts,
+    KeyCounts,
+    Machine,
+    NetworkSpeed,
+    RankPlan,
+    StepCost,
+    StoredBytes,
+    Widths,
+    advise,
+    build,
+    bytes_by_part,
+    duration,
+    even_shards,
+    recommend,
+    size,
+    step_cost,
+)
+from trainer.runs.open import train_reader
 from trainer.samples.columns import newest_day
 from trainer.samples.index import open_index
+from trainer.samples.reader import SampleReader
 from trainer.stages import WAIT
 
-Places = Any
+COUNTS = BatchCounts(
+    samples=1000,
+    ranks=4,
+    decoded=300.0,
+    images=KeyCounts(asked=1000, unique=2000, owned=600),
+    ids=KeyCounts(asked=2000, unique=5000, owned=1300),
+)
+WIDTHS = Widths(image_vector_bytes=48, id_vector_bytes=48.0, dense_bytes=4_000_000)
+NETWORK = NetworkSpeed(call_s=1e-3, latency_s=1e-4, link_bytes_per_s=1e9, local_bytes_per_s=5e9)
+MACHINE = Machine(read_s=1e-5, image_s=2e-5, sample_s=1.2e-5, network=NETWORK)
+
+
+class TestCost:
+    def test_bytes_of_each_part(self) -> None:
+        away = 0.75  # a quarter of a rank's keys are its own
+        assert bytes_by_part(COUNTS, WIDTHS) == {
+            "keys": 8 * away * 3000,
+            "id vectors": 48 * away * 2000,
+            "id gradients": 48 * away * 2000,
+            "dense gradients": 1.5 * 4_000_000,
+            "image vectors": 48 * away * 1000,
+            "image gradients": 48 * away * 1000,
+        }
+
+    def test_step_waits_for_the_busiest_owner_or_for_reading(self) -> None:
+        cost = step_cost(COUNTS, WIDTHS, MACHINE)
+        # Vectors and gradients: three messages; the busiest owners have 20 and 4 % more than the mean.
+        vectors = 1e-3 + 3 * 1e-4 + (1.2 * 48 * 0.75 * 1000 + 1.04 * 48 * 0.75 * 2000) / 1e9
+        dense = 1e-3 + 6 * 1e-4 + 6e6 / 1e9
+        assert cost.seconds == pytest.approx(600 * 2e-5 + 250 * 1.2e-5 + 2 * vectors + dense)
+        assert cost.samples_per_s == pytest.approx(1000 / cost.seconds)
+        assert cost.stages["read"] == pytest.approx(300 * 1e-5)
+        assert step_cost(COUNTS, WIDTHS, dataclasses.replace(MACHINE, read_s=1e-3)).seconds == 0.3
+
+    def test_ranks_of_a_machine_share_its_link(self) -> None:
+        crowded = dataclasses.replace(MACHINE, network=dataclasses.replace(NETWORK, ranks_per_machine=4))
+        cost = step_cost(COUNTS, WIDTHS, crowded)
+        assert cost.stages["dense gradients"] == pytest.approx(1e-3 + 6e6 / 5e9)  # no latency inside a machine
+        two = dataclasses.replace(NETWORK, ranks_per_machine=2)
+        # Two thirds of what a rank sends leave the machine, over half of its link.
+        assert two.alltoall_s(4, 3e6) == pytest.approx(1e-3 + 3 * 1e-4 + 2e6 / 0.5e9 + 1e6 / 5e9)
+
+
+def test_even_shards() -> None:
+    assert even_shards(8) == 8
+    assert even_shards(20) == 256  # 13 shards of 12.8; of 128 shards some ranks have 7 of 6.4
+
+
+class TestDraws:
+    def test_counts_of_drawn_batches_are_those_of_the_readers(self, places: Places) -> None:
+        """What the plan counts for two ranks is what two readers hand to two ranks, images and ids."""
+        config = load_config(settings=places.settings())
+        sampled = sample(config, 64)
+        assert sampled.images.num_samples == sampled.index.num_samples
+        found, shards = sampled.images.keys(64, 2), FeatureStore.open(config.data.store).info.num_shards
+        asked, whole = [], []
+        for rank in range(2):
+            options: dict[str, Any] = {"rank": rank, "num_ranks": 2, "window": 75}
+            reader = SampleReader(sampled.index, sampled.schema, batch_size=64, seed=0, **options)
+            fields = [batch.fields for batch in reader.batches()]
+            parts = [np.r_[each["behavior_image"].values_N, each["ad_image"].values_N] for each in fields]
+            asked.append([len(np.unique(keys_N)) for keys_N in parts[:-1]])
+            whole.append(parts[:-1])
+        both = [np.unique(np.r_[a, b]) for a, b in zip(*whole, strict=True)]
+        unique = [len(keys_U) for keys_U in both]
+        owned = [np.bincount(owner_of(shard_of(keys_U, shards), 2)).max() for keys_U in both]
+        assert found.asked == pytest.approx(np.mean(asked), rel=0.05)
+        assert found.unique == pytest.approx(np.mean(unique), rel=0.05)
+        assert found.owned == pytest.approx(np.mean(owned), rel=0.1)
+        assert sampled.ids.keys(64, 2).unique > found.unique
+
+    @pytest.mark.parametrize(("size", "ranks", "streams"), [(64, 2, 1), (64, 2, 4), (300, 4, 8)])
+    def test_decoded_samples_are_those_of_the_reader(self, size: int, ranks: int, streams: int, places: Places) -> None:
+        """Of the rank that decodes most, over an epoch."""
+        settings = places.settings(data__shuffle_streams=streams)
+        sampled = sample(load_config(settings=settings), size)
+        config = sampled.config.changed(data={"global_batch_size": size})
+        decoded = []
+        for rank in range(ranks):
+            reader = train_reader(config, sampled.index, sampled.schema, rank, ranks)
+            steps = len(list(reader.batches()))
+            decoded.append(reader.num_decoded / steps)
+        mean_size = sampled.index.num_samples / steps  # the last batch is smaller
+        assert max(decoded) == pytest.approx(sampled.counts(size, ranks).decoded * mean_size / size, rel=0.15)
+        assert (max(decoded) > 0.9 * mean_size) == (streams == 1)
+
+    def test_a_batch_above_all_samples_is_refused(self, places: Places) -> None:
+        config = load_config(settings=places.settings())
+        with pytest.raises(
+            ConfigError, match=r"of 100,000 samples is larger than all .* give --global-batch-size of at"
+        ):
+            sample(config, 100_000)
+
+
+GIB = 2**30
+
+
+def rows_of(ranks: list[int], efficiency: list[float] | None = None, local: int = 1) -> list[RankPlan]:
+    """Rows for 16 GiB of features and 4 GiB of ID rows, on machines of 8 cores with `local` ranks each."""
+    network = dataclasses.replace(NETWORK, ranks_per_machine=local)
+    plan = build(
+        title="drawn",
+        counts_of=lambda count: dataclasses.replace(COUNTS, ranks=count),
+        ranks=ranks,
+        widths=WIDTHS,
+        machine_of=lambda _: dataclasses.replace(MACHINE, network=network),
+        stored=StoredBytes(
+            feature_bytes=16 * GIB, shards=64, table_bytes=4 * GIB, table_shards=64, machine_memory_bytes=1
+        ),
+        samples=1_000_000,
+    )
+    values = efficiency or [1.0] * len(ranks)
+    return [dataclasses.replace(row, efficiency=value) for row, value in zip(plan.rows, values, strict=True)]
+
+
+def test_the_most_ranks_that_are_half_efficient() -> None:
+    ranks, reason = recommend(rows_of([2, 4, 8, 16], efficiency=[0.9, 0.7, 0.5, 0.4]), 1 << 40)
+    assert ranks == 8 and reason.startswith("Take 8 ranks: the most that are at least 50% efficient (50%).")
+    ranks, reason = recommend(rows_of([2, 4], efficiency=[0.4, 0.2]), 1 << 40)
+    assert ranks == 2 and "as none is at least 50% efficient" in reason
+
+
+def test_memory_is_that_of_all_ranks_of_a_machine() -> None:
+    """20 GiB on 4 ranks are 5 GiB each; two ranks of a machine, with their programs, leave a fifth of it free."""
+    rows = rows_of([4], local=2)
+    assert rows[0].machine_bytes == 2 * (5 * GIB + PROGRAM_BYTES) / 0.8
+    assert recommend(rows, 1 << 40)[1].endswith("A machine needs 18.8 GB of memory.")
+
+
+def test_ranks_that_do_not_fit_are_passed_over() -> None:
+    """Of 2, 4 and 8 ranks the first do not fit into 10 GiB; where none does, the reason says how much is missing."""
+    assert recommend(rows_of([2, 4, 8], efficiency=[0.9, 0.9, 0.3]), 10 * GIB)[0] == 4
+    ranks, reason = recommend(rows_of([2]), 4 * GIB)
+    assert ranks is None
+    assert reason.startswith("None of 2 ranks fits: with 2 a machine needs 16.1 GB and this one has 4.29 GB.")
 
 
 class TestBuild:
@@ -118,7 +273,8 @@ class TestMeasuring:
     @pytest.mark.long
     def test_failed_run_is_one_message(self) -> None:
         with pytest.raises(PlanError, match=r"measuring this machine failed \(2 processes\): --config .*nowhere\.yaml"):
-            calibrate.run_together([[sys.executable, "-m", "trainer.main", "--config", "/nowhere.yaml"], ["true"]])
+            said = "warning: slow; error: --config /nowhere.yaml: there is no such file"
+            calibrate.run_together([["sh", "-c", f"echo '{said}' >&2; exit 2"], ["true"]])
 
     def test_runs_on_a_drawn_store_and_few_rows(self, places: Places, tmp_path: Path, monkeypatch: Any) -> None:
         """What is too large for this machine is small in the runs that measure it."""

@@ -230,23 +230,13 @@ class TestRecall:
 
     @pytest.mark.long
     def test_of_two_graphs_the_better_one_is_kept(self, tmp_path: Path) -> None:
-        """The plain one of vectors of very unequal lengths; test_build.py has the other case."""
+        """The plain one of vectors of very unequal lengths."""
         numbers, users = two_towers(8_000, 32, shared=4, norms=0.8)
         keys, queries = np.arange(8_000), Queries(users, "users")
         lifted, exact = VectorIndex.build("hnsw", keys, numbers, lifted=True), VectorIndex.build("flat", keys, numbers)
         assert reach(lifted, exact, queries, 0) < 0.8
         ads = AdIndex.build(str(tmp_path), "hnsw", keys, numbers, ORIGIN, queries, min_recall=1.0)
         assert ads.state.recall > 0.98
-
-    def test_where_it_is_never_reached_one_line_says_so(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(VectorIndex, "largest_effort", 1)
-        numbers = np.random.default_rng(0).normal(size=(4_000, 48)).astype(np.float32)
-        queries = Queries(np.random.default_rng(1).normal(size=(50, 48)).astype(np.float32), "users")
-        ads = AdIndex.build(str(tmp_path), "hnsw", np.arange(4_000), numbers, ORIGIN, queries, min_recall=1.0)
-        ads.state = ads.state.model_copy(update={"recall": 0.5})
-        assert ads.warning
-        assert "recall@10 of this hnsw index is 0.500, below the limit of 1" in ads.warning
-        assert "take --index flat" in ads.warning
 
     @pytest.mark.long
     def test_it_is_built_anew_where_the_best_ads_are_gone(self, tmp_path: Path) -> None:

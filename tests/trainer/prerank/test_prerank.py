@@ -1,4 +1,4 @@
-"""A two-tower run from training on two ranks to a search: what the job exported is what the model computes."""
+"""A two-tower run from training on two ranks to an index of ads, additions to it, and a search."""
 
 import contextlib
 import json
@@ -7,15 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from typer.testing import CliRunner, Result
 
+from featurestore import FeatureRows, FeatureStore
 from featurestore.index import VectorIndex
 from tests.ranks import StandingRanks
+from tests.trainer.conftest import Places, make_places
+from tests.trainer.whole_runs import run_alone
 from trainer.comm import SoloComm
-from trainer.config import load_config
-from trainer.main import train
 from trainer.prerank.__main__ import app
 from trainer.prerank.adindex import (
     AdIndex,
@@ -30,8 +33,6 @@ from trainer.prerank.adindex import (
 )
 from trainer.runs.saved import TrainedRun, open_trained
 
-Places = Any
-
 
 @pytest.fixture(scope="module")
 def run(places: Places, two_ranks: StandingRanks) -> Path:
@@ -42,6 +43,12 @@ def run(places: Places, two_ranks: StandingRanks) -> Path:
     )  # fmt: skip
     two_ranks.run("-m", "trainer.main", "--set", *settings)
     return Path(places.folder) / "runs" / "towers"
+
+
+@pytest.fixture
+def folder(run: Path, places: Places) -> Path:
+    """Where its samples and features are."""
+    return places.folder
 
 
 @pytest.fixture(scope="module")
@@ -65,28 +72,6 @@ def build_index(trained: TrainedRun, places: Places) -> str:
 
 def call(*arguments: object) -> Result:
     return CliRunner().invoke(app, [str(each) for each in arguments])
-
-
-def test_logits_are_made_of_the_exported_vectors(trained: TrainedRun, index: str, places: Places) -> None:
-    ads = AdIndex.open(index)
-    vector_of = dict(zip(*(part.tolist() for part in ads.vectors()), strict=True))
-    samples = str(places.folder / "samples")
-    rest, scenes, products = [], [], []
-    logits = [trained.engine.predict(trained.engine.prepare(b)) for b in reader_of_tests(trained, samples).batches()]
-    batches = user_vectors(trained, reader_of_tests(trained, samples).batches())
-    for (batch, users), logit in zip(batches, logits, strict=True):
-        exported = np.array([vector_of[ad] for ad in batch.fields["ad_item"].values_N.tolist()])
-        product = (users[batch.group_of_sample_B] * exported).sum(axis=1)
-        products.append(product)
-        rest.append(logit - product - ads.state.origin.bias)
-        scenes.append(batch.fields["ad_scene"].values_N)
-    rest_N, scene_N = np.concatenate(rest), np.concatenate(scenes)
-    assert np.concatenate(products).std() > 0.01
-    # What is left is the context's part: one number a scene.
-    of_scene = {scene: rest_N[scene_N == scene] for scene in np.unique(scene_N)}
-    assert len(of_scene) == 3
-    assert all(np.ptp(values) < 1e-5 for values in of_scene.values())
-    assert np.ptp([values.mean() for values in of_scene.values()]) > 1e-4
 
 
 def test_without_context_inner_product_and_bias_are_the_logit(run: Path, index: str, places: Places) -> None:
@@ -176,7 +161,7 @@ class TestDays:
     """Runs on days, as trainer.daily makes them: a day's file may be in train/ or in test/."""
 
     @pytest.fixture
-    def days(self, make_places: Callable[[Path], Places], tmp_path: Path) -> Places:
+    def days(self, tmp_path: Path) -> Places:
         """Three days in train/, the fourth in test/."""
         places = make_places(tmp_path)
         test = places.folder / "samples" / "test"
@@ -187,9 +172,9 @@ class TestDays:
         """A run on one day, and an index of it."""
         settings = {"data__train_days": f"[{day}]", "data__test_days": test_days, "run__name": day}
         towers = {"model__base": "two_tower", "model__tower_width": 6, "train__max_steps": 3}
-        train(load_config(settings=places.settings(**towers, **settings)), SoloComm())
-        with contextlib.closing(open_trained(places.folder / "runs" / day, SoloComm())) as trained:
-            return places.folder / "runs" / day, build_index(trained, places)
+        run = run_alone(places, **towers, **settings)
+        with contextlib.closing(open_trained(run, SoloComm())) as trained:
+            return run, build_index(trained, places)
 
     def scores(self, run: Path, index: str, *options: object) -> dict[str, Any]:
         done = call("eval", "--run", run, "--index", index, "--k", 3, "--json", run / "figures.json", *options)
@@ -203,18 +188,197 @@ class TestDays:
         figures = self.scores(run, index)
         assert (figures["search"]["recall"], figures["notes"]) == ({"3": 1.0}, [])
 
-    def test_the_newest_day_has_none_to_be_evaluated_on(self, days: Places) -> None:
+    def test_the_newest_day_has_none_to_be_evaluated_on_and_takes_others(
+        self, days: Places, write_samples: Callable[..., Any], tmp_path: Path
+    ) -> None:
         run, index = self.trained_on(days, "2026-01-04", "[]")
         for command in (("eval",), ("search", "--user", 1)):
             done = call(*command, "--run", run, "--index", index)
             assert (done.exit_code, "no test samples of its own" in done.stderr) == (2, True)
-
-    def test_other_samples_need_no_training_samples(
-        self, days: Places, write_samples: Callable[..., Any], tmp_path: Path
-    ) -> None:
-        run, index = self.trained_on(days, "2026-01-04", "[]")
         write_samples(tmp_path / "tomorrow" / "test", [30], seed=70, items=60)
         figures = self.scores(run, index, "--samples", tmp_path / "tomorrow")
         assert figures["search"]["queries"] == 30
         assert len(figures["notes"]) == 1  # items 50 to 59 have no feature
         assert "its model has never met an image without a feature" in figures["notes"][0]
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> str:
+    return str(tmp_path / "ad-index")
+
+
+def job(folder: Path, *options: object) -> Result:
+    return call("build", "--run", folder / "runs" / "towers", *options)
+
+
+def done(folder: Path, *options: object) -> str:
+    result = job(folder, *options)
+    assert result.exit_code == 0, result.stderr
+    return result.stdout
+
+
+def ads_table(items: list[int], path: Path, **changes: object) -> Path:
+    """Ads as the samples have them: category item % 5, image item + 1,000."""
+    item = np.array(items, np.int64)
+    columns = {"ad_item": item, "ad_image": item + 1_000, "ad_category": item % 5, **changes}
+    pq.write_table(pa.table({name: value for name, value in columns.items() if value is not None}), path)
+    return path
+
+
+def by_key(url: str) -> dict[int, np.ndarray]:
+    return dict(zip(*(part.tolist() for part in AdIndex.open(url).vectors()), strict=True))
+
+
+def items_of(folder: Path) -> set[int]:
+    """Distinct ads of train and test samples."""
+    files = (folder / "samples").glob("*/*.parquet")
+    return {item for file in files for row in pq.read_table(file)["ad_item"].to_pylist() for item in row}
+
+
+@pytest.mark.parametrize("kind", ["flat", "hnsw"])
+def test_the_ads_of_the_run_s_samples(kind: str, folder: Path, out: str) -> None:
+    text = done(folder, "--out", out, "--index", kind)
+    ads = AdIndex.open(out)
+    assert ads.index.kind == ads.state.kind == kind
+    if kind == "hnsw":
+        assert ads.state.queries == "users"
+        said = f"recall@10    {ads.state.recall:.4f} for vectors of users, effort {ads.index.effort}"
+        assert said in text
+    assert set(by_key(out)) == items_of(folder)
+    assert f"index        {kind}, {len(items_of(folder))} ads, 6 numbers each, inner product" in text
+    assert f"written to   {out}, version 1" in text
+
+
+def test_a_table_of_the_same_ads_gives_the_same_vectors(folder: Path, out: str, tmp_path: Path) -> None:
+    done(folder, "--out", out, "--samples", folder / "samples")
+    tables = tmp_path / "tables"
+    tables.mkdir()
+    items = sorted(items_of(folder))
+    ads_table(items[:10], tables / "a.parquet")
+    ads_table(items[10:], tables / "b.parquet")
+    done(folder, "--out", f"{out}-2", "--ads", tables)
+    expected, found = by_key(out), by_key(f"{out}-2")
+    assert expected.keys() == found.keys()
+    for key, vector in expected.items():
+        np.testing.assert_allclose(found[key], vector, rtol=1e-4, atol=1e-6)
+
+
+def test_an_ad_that_changed_is_taken_as_its_last_impression_has_it(folder: Path, out: str, tmp_path: Path) -> None:
+    """Item 5 has image 1,005 in training and 1,017 in the last row of the last test file."""
+    for split in ("train", "test"):
+        (tmp_path / "samples" / split).mkdir(parents=True)
+        for file in sorted((folder / "samples" / split).iterdir()):
+            table = pq.read_table(file).slice(0, 20)
+            rows = table.to_pylist()
+            if split == "test":
+                rows[-1] |= {"ad_item": [5], "ad_image": [1_017], "ad_category": [2], "ad_scene": [0]}
+                rows[-1] |= {"ad_serial": [0], "label": [0]}
+            pq.write_table(pa.Table.from_pylist(rows, table.schema), tmp_path / "samples" / split / file.name)
+    done(folder, "--out", out, "--samples", tmp_path / "samples")
+    same = ads_table([5], tmp_path / "ad.parquet", ad_image=np.array([1_017]), ad_category=np.array([2]))
+    done(folder, "--out", f"{out}-2", "--ads", same)
+    np.testing.assert_allclose(by_key(out)[5], by_key(f"{out}-2")[5], rtol=1e-4, atol=1e-6)
+
+
+def test_new_ads_are_added_without_a_rebuild(folder: Path, out: str, tmp_path: Path) -> None:
+    done(folder, "--out", out, "--ads", ads_table(list(range(20)), tmp_path / "a.parquet"), "--index", "hnsw")
+    before = by_key(out)
+    # 20 and 21 are new, 3 has another category and image now, 4 is as it was.
+    table = {"ad_image": np.array([1_020, 1_021, 1_030, 1_004]), "ad_category": np.array([0, 1, 0, 4])}
+    text = done(folder, "--out", out, "--add", "--ads", ads_table([20, 21, 3, 4], tmp_path / "b.parquet", **table))
+    assert "ads          2 new, 1 changed, 1 unchanged, 0 removed" in text
+    after = by_key(out)
+    assert set(after) == set(range(22)) and AdIndex.open(out).version == 2
+    assert [key for key in before if not np.array_equal(before[key], after[key])] == [3]
+
+
+def test_a_sync_leaves_the_ads_of_the_table(folder: Path, out: str, tmp_path: Path) -> None:
+    done(folder, "--out", out, "--ads", ads_table(list(range(20)), tmp_path / "a.parquet"), "--index", "hnsw")
+    live = ads_table(list(range(4, 24)), tmp_path / "live.parquet")
+    text = done(folder, "--out", out, "--sync", live)
+    assert "ads          4 new, 0 changed, 16 unchanged, 4 removed" in text
+    assert "hnsw, 20 ads, 6 numbers each, inner product; 4 unused vectors, removed by the next build" in text
+    assert set(by_key(out)) == set(range(4, 24))
+    (found, *_), _ = AdIndex.open(out).index.search(np.ones((3, 6), np.float32), 20)
+    assert set(found.tolist()) == set(range(4, 24))
+    cut = ads_table([4, 5], tmp_path / "cut.parquet")
+    result = job(folder, "--out", out, "--sync", cut)
+    assert result.exit_code == 1
+    assert "18 of the 20 ads" in result.stderr and "--max-gone 1 lets them go" in result.stderr
+    assert set(by_key(out)) == set(range(4, 24))
+    assert "2 unchanged, 18 removed" in done(folder, "--out", out, "--sync", cut, "--max-gone", 1)
+    assert set(by_key(out)) == {4, 5}
+
+
+def test_a_low_recall_is_one_line_on_stderr(folder: Path, out: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.prerank.adindex.reach", lambda *_: 0.41)
+    result = job(folder, "--out", out, "--index", "hnsw", "--min-recall", 0.8)
+    assert result.exit_code == 0
+    assert result.stderr.splitlines()[-1].startswith(
+        "warning: recall@10 of this hnsw index is 0.410, below the limit of 0.8,"
+    )
+
+
+def test_images_that_came_after_the_training_are_known(tmp_path: Path) -> None:
+    places = make_places(tmp_path / "places")
+    towers = {"model__base": "two_tower", "model__tower_width": 6, "run__name": "towers"}
+    run_alone(places, **towers, train__max_steps=1)
+    rows = FeatureRows.of(["item/77"], np.ones((1, 16), np.float32), keys=np.array([1_077]))
+    FeatureStore.open(places.folder / "features").put(rows)
+    table, out = ads_table([77], tmp_path / "a.parquet"), tmp_path / "index"
+    old = done(places.folder, "--out", out, "--ads", table, "--store-version", 1)
+    assert "features     snapshot 1; 1 lookups of images that have none\n" in old
+    assert "note         the run was trained with data.missing=learned, and its model has never met an image" in old
+    as_zeros = by_key(out)[77]
+    new = done(places.folder, "--out", out, "--ads", table)
+    assert "features     snapshot 2\n" in new
+    assert "note" not in new
+    assert by_key(out)[77] != as_zeros
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "message"),
+    [
+        ({"ad_image": None}, 2, "column ad_image is missing, expected integer"),
+        ({"ad_image": [0.5, 1.5]}, 2, "column ad_image is double, expected integer (or string)"),
+        ({"ad_item": [1, 1]}, 1, "ad_item=1 is in several rows; an ad has one row"),
+        ({"ad_category": [1, None]}, 1, "row 1: column ad_category is null"),
+    ],
+)
+def test_wrong_tables(
+    changes: dict[str, object], code: int, message: str, folder: Path, out: str, tmp_path: Path
+) -> None:
+    changes = {name: value and pa.array(value) for name, value in changes.items()}
+    result = job(folder, "--out", out, "--ads", ads_table([1, 2], tmp_path / "ads.parquet", **changes))
+    assert result.exit_code == code
+    assert result.stderr.startswith("error: ")
+    assert message in result.stderr
+    assert not Path(out).exists()
+
+
+def test_a_table_without_rows_and_one_that_is_not_there(folder: Path, out: str, tmp_path: Path) -> None:
+    for table in (ads_table([], tmp_path / "ads.parquet"), tmp_path / "none.parquet", tmp_path / "nowhere"):
+        result = job(folder, "--out", out, "--ads", table)
+        assert (result.exit_code, "there is no *.parquet file with a row in it" in result.stderr) == (2, True)
+
+
+def test_one_row(folder: Path, out: str, tmp_path: Path) -> None:
+    for kind in ("flat", "hnsw"):
+        text = done(folder, "--out", f"{out}-{kind}", "--index", kind, "--ads", ads_table([7], tmp_path / "ad.parquet"))
+        assert f"{kind}, 1 ads" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--ads", "a.parquet", "--samples", "b"], "give one of --ads and --samples"),
+        (["--sync", "a.parquet", "--add"], "--sync does not go with --add; leave --add out"),
+        (["--sync", "a.parquet", "--ads", "b.parquet"], "--sync does not go with --ads; leave --ads out"),
+        (["--add", "--index", "flat"], "--add keeps the kind and the limit of the index; leave --index out"),
+        (["--index", "annoy"], "'annoy' is not one of"),
+    ],
+)
+def test_options_that_do_not_go_together(options: list[str], message: str, folder: Path) -> None:
+    result = job(folder, *options)
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.replace("│", " ").split())

@@ -1,17 +1,28 @@
-"""Checkpoints: whole or absent, read at any number of ranks, refused when damaged or of another run; a run's folder."""
+"""Checkpoints: whole or absent whatever dies, read by any number of ranks, refused when damaged or of another run."""
 
-import resource
+import io
+import itertools
 import shutil
+import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load
+from safetensors.torch import save as save_tensors
 
-from featurestore.published.paths import RunPath
+from featurestore.errors import StorageError
+from featurestore.published.paths import FarPath, RunPath, run_path
 from featurestore.published.versions import PublishedFile
+from featurestore.storage.storage import Storage
+from tests.faulty import FaultyStorage, fails, full_from, made_but_lost, while_set
+from tests.fuse import FORK, Fuse
 from tests.trainer.checkpoints import damage, files_of
+from tests.trainer.conftest import make_places
 from tests.trainer.runs import saved
 from tests.trainer.runs.saved import SHARDS, Trained, on_ranks, origin_of, state_at
 from tests.trainer.whole_runs import run_alone
@@ -20,17 +31,47 @@ from trainer.errors import CheckpointError, ConfigError, DamagedCheckpointError,
 from trainer.runs import checkpoint
 from trainer.runs.folder import Checkpoint, find_checkpoint, finished
 from trainer.runs.saved import open_trained, read_run
-from trainer.runs.saving import CheckpointPlace, WrittenPart, state_bytes
+from trainer.runs.saving import (
+    Checkpointer,
+    CheckpointPlace,
+    Outcome,
+    PackedTensors,
+    WrittenPart,
+    state_bytes,
+    write_tensors,
+)
 
 
-def _save(run: RunPath, step: int = 50, value: float = 1.0, size: int = 1, keep: int = 3) -> Checkpoint:
-    done = on_ranks(size, lambda comm: saved.save(comm, run, Trained(comm.rank, size, value), state_at(step), keep))
-    assert {*done} == {f"{run}/checkpoints/step-{step:08}"}, done
+def save(
+    place: CheckpointPlace | RunPath, step: int = 50, value: float = 1.0, size: int = 1, keep: int = 3
+) -> Checkpoint:
+    """Write a checkpoint whose numbers are `value`; raises what a rank raises."""
+    done = on_ranks(size, lambda comm: saved.save(comm, place, Trained(comm.rank, size, value), state_at(step), keep))
+    for each in done:
+        if isinstance(each, Exception):
+            raise each
+    run = place.run if isinstance(place, CheckpointPlace) else place
+    assert {*done} == {f"{run}/checkpoints/step-{step:08}"}
     return next(each for each in finished(run) if each.step == step)
 
 
+def values(path: Checkpoint, size: int = 1) -> set[float]:
+    """What a checkpoint holds, read by so many ranks: one value, if it is whole."""
+
+    def load(comm: Comm) -> Trained:
+        trained = Trained(comm.rank, size)
+        checkpoint.load(comm, path, checkpoint.read_state(path), trained)
+        return trained
+
+    loaded = on_ranks(size, load)
+    rows = {name: tensor for trained in loaded for name, tensor in trained.rows.items()}
+    assert len(rows) == SHARDS
+    dense = {float(each) for trained in loaded for each in trained.dense["layer.weight"].flatten()}
+    return dense | {float(each) - int(name[5:9]) for name, tensor in rows.items() for each in tensor}
+
+
 def test_layout(run: RunPath) -> None:
-    path = _save(run, size=2)
+    path = save(run, size=2)
     parts = ["dense.safetensors", "rows-00000-of-00002.safetensors", "rows-00001-of-00002.safetensors", "state.json"]
     assert path.files.list("step-00000050") == parts
     assert files_of(run) == [f"step-00000050-{name}" for name in parts], "which people look at"
@@ -46,39 +87,21 @@ def test_layout(run: RunPath) -> None:
     indirect=["run"],
 )
 def test_loads_at_any_number_of_ranks(run: RunPath, written: int, read: int) -> None:
-    path = _save(run, size=written, value=7.0)
-
-    def load(comm: Comm) -> Trained:
-        trained = Trained(comm.rank, read)
-        checkpoint.load(comm, path, checkpoint.read_state(path), trained)
-        return trained
-
-    loaded = on_ranks(read, load)
-    rows = {name: tensor for trained in loaded for name, tensor in trained.rows.items()}
-    assert {name: tensor.tolist() for name, tensor in rows.items()} == {
-        f"item/{s:04}/weight": [7.0 + s] * 2 for s in range(SHARDS)
-    }
-    assert all((trained.dense["layer.weight"] == 7.0).all() for trained in loaded)
+    path = save(run, size=written, value=7.0)
+    assert values(path, read) == {7.0}
 
 
 def test_disk_that_takes_no_more_is_a_checkpoint_error(tmp_path: Path) -> None:
     trained = Trained()
     trained.dense = {"layer.weight": torch.zeros(1_000, 100)}
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
-    try:
-        with pytest.raises(CheckpointError, match=r"cannot write .*step-00000050: .*File too large"):
-            saved.save(SoloComm(), tmp_path, trained, state_at(50), 3)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with full_from(100_000), pytest.raises(CheckpointError, match=r"cannot write .*step-00000050: .*File too large"):
+        saved.save(SoloComm(), tmp_path, trained, state_at(50), 3)
     assert finished(tmp_path) == []
 
 
 def test_same_step_is_written_once(run: RunPath) -> None:
-    _save(run, value=1.0)
-    path, trained = _save(run, value=2.0), Trained()
-    checkpoint.load(SoloComm(), path, checkpoint.read_state(path), trained)
-    assert trained.dense["layer.weight"][0, 0] == 1.0
+    save(run, value=1.0)
+    assert values(save(run, value=2.0)) == {1.0}
 
 
 PARTS = ("dense.safetensors", "rows-00000-of-00002.safetensors", "rows-00001-of-00002.safetensors")
@@ -93,7 +116,7 @@ PARTS = ("dense.safetensors", "rows-00000-of-00002.safetensors", "rows-00001-of-
     indirect=["run"],
 )
 def test_damaged_files_are_named(run: RunPath, name: str, how: str) -> None:
-    path = _save(run, size=2)
+    path = save(run, size=2)
     damage(run, 50, name, how)
     raised = on_ranks(2, lambda comm: checkpoint.load(comm, path, checkpoint.read_state(path), Trained(comm.rank, 2)))
     assert DamagedCheckpointError in {type(each) for each in raised} <= {DamagedCheckpointError, RemoteRankError}
@@ -101,7 +124,7 @@ def test_damaged_files_are_named(run: RunPath, name: str, how: str) -> None:
 
 
 def test_damaged_state_is_named(tmp_path: Path) -> None:
-    path = _save(tmp_path)
+    path = save(tmp_path)
     file = Path(path.path("state.json"))
     content = file.read_text()
     for damaged in (
@@ -122,7 +145,7 @@ def test_damaged_state_is_named(tmp_path: Path) -> None:
 
 
 def test_no_file_outside_of_its_folder_is_one_of_a_checkpoint(tmp_path: Path) -> None:
-    path = _save(tmp_path)
+    path = save(tmp_path)
     state, part = checkpoint.read_state(path), WrittenPart("0", PublishedFile(path="files/x", size_bytes=1))
     for name in ("../x", "/etc/passwd", "..", ".", "", "a/b", "a\\b", "a\0", "a" * 300):
         Path(path.path("state.json")).write_bytes(state_bytes(state, {name: part}))
@@ -132,10 +155,10 @@ def test_no_file_outside_of_its_folder_is_one_of_a_checkpoint(tmp_path: Path) ->
 
 def test_what_a_name_means(run: RunPath) -> None:
     """The same for run.resume, run.warm_start and --checkpoint."""
-    other = _save(run.parent / "other")
+    other = save(run.parent / "other")
     with pytest.raises(CheckpointError, match=r"run\.resume=latest: .*/a has no checkpoint in"):
         find_checkpoint(run, "latest", "run.resume=")
-    first, last = _save(run, step=50), _save(run, step=60)
+    first, last = save(run, step=50), save(run, step=60)
     assert [find_checkpoint(run, name) for name in (None, "latest", "60")] == [last] * 3
     assert [find_checkpoint(run, name) for name in ("50", "step-00000050", str(first))] == [first] * 3
     assert find_checkpoint(run, str(other)) == other
@@ -154,11 +177,10 @@ def test_one_whose_file_somebody_removed_is_no_more_named(run: RunPath) -> None:
 
 
 def test_a_copied_run_has_its_checkpoints(tmp_path: Path) -> None:
-    _save(tmp_path / "a", value=3.0)
+    save(tmp_path / "a", value=3.0)
     (path,) = finished(Path(shutil.copytree(tmp_path / "a", tmp_path / "b")))
     shutil.rmtree(tmp_path / "a")
-    checkpoint.load(SoloComm(), path, checkpoint.read_state(path), trained := Trained())
-    assert trained.dense["layer.weight"][0, 0] == 3.0
+    assert values(path) == {3.0}
 
 
 @pytest.mark.parametrize(
@@ -174,7 +196,7 @@ def test_a_copied_run_has_its_checkpoints(tmp_path: Path) -> None:
     ],
 )
 def test_checkpoint_of_another_run_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
-    path = _save(tmp_path)
+    path = save(tmp_path)
     state = checkpoint.read_state(path)
     origin_of().check_same(state.origin, path)
     with pytest.raises(CheckpointError) as caught:
@@ -182,11 +204,8 @@ def test_checkpoint_of_another_run_is_refused(tmp_path: Path, changes: dict[str,
     assert message in str(caught.value)
 
 
-Places = Any
-
-
 @pytest.fixture(scope="module")
-def three_steps(make_places: Callable[[Path], Places], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def three_steps(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three steps, each of which left a checkpoint."""
     places = make_places(tmp_path_factory.mktemp("trained"))
     return run_alone(places, run__name="a", train__max_steps=3, train__checkpoint_every=1)
@@ -222,3 +241,372 @@ def test_a_configuration_that_is_not_the_checkpoints_is_refused(copy: Path) -> N
     (copy / "config.yaml").write_text(text.replace("visual_width: 12", "visual_width: 13"))
     with pytest.raises(CheckpointError, match=r"model\.visual_width is 13 here, 12 in the checkpoint"):
         open_trained(copy, SoloComm())
+
+
+@pytest.fixture
+def folder(s3_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FarPath:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    found = run_path(f"{s3_url}/runs/a")
+    assert isinstance(found, FarPath)
+    return found
+
+
+def steps(run: RunPath) -> list[int]:
+    return [each.step for each in finished(run)]
+
+
+def nothing() -> None:
+    """Before a checkpoint is published."""
+
+
+def until_the_end(saves: Checkpointer) -> Outcome:
+    outcome = saves.wait()
+    assert outcome is not None
+    return outcome
+
+
+class Held(CheckpointPlace):
+    """A disk that writes a part when it is let go."""
+
+    def __init__(self, run: Path) -> None:
+        super().__init__(run)
+        self.free = threading.Event()
+
+    def write(self, step: int, name: str, content: Any) -> WrittenPart:
+        assert self.free.wait(10)
+        return super().write(step, name, content)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_it_is_the_state_at_the_step_that_began_it(tmp_path: Path, size: int) -> None:
+    place = Held(tmp_path)
+
+    def work(comm: Comm) -> None:
+        trained, saves = Trained(comm.rank, comm.size, 1.0), Checkpointer(comm, place, None, nothing)
+        assert saves.begin(trained, state_at(50), 3, None) is None
+        assert saves.is_writing and saves.looks_after(51)
+        trained.dense["layer.weight"] += 1  # the next step
+        for name in trained.rows:
+            trained.rows[name] += 1
+        assert saves.look(51) == (None, False)
+        place.free.set()
+        assert until_the_end(saves) == Outcome(50, "")
+        assert not saves.is_writing and not saves.looks_after(53)
+
+    assert on_ranks(size, work) == [None] * size
+    assert [values(each) for each in finished(tmp_path)] == [{1.0}] and steps(tmp_path) == [50]
+
+
+def test_what_failed_is_told_and_the_next_is_written(tmp_path: Path) -> None:
+    """A disk that takes no more of rank 1's part."""
+
+    class Full(CheckpointPlace):
+        def write(self, step: int, name: str, content: Any) -> WrittenPart:
+            if step == 50 and name.startswith("rows-00001"):
+                raise OSError(28, "No space left on device")
+            return super().write(step, name, content)
+
+    left: list[set[str]] = []
+
+    def work(comm: Comm) -> list[Outcome]:
+        saves, outcomes = Checkpointer(comm, Full(tmp_path), None, nothing), []
+        for step in (50, 60):
+            saves.begin(Trained(comm.rank, comm.size, float(step)), state_at(step), 3, None)
+            outcomes.append(until_the_end(saves))
+            comm.allgather_object(None)
+            left.append({name[:13] for name in files_of(tmp_path)})
+            comm.allgather_object(None)
+        return outcomes
+
+    told = [Outcome(50, "rank 1: [Errno 28] No space left on device"), Outcome(60, "")]
+    assert on_ranks(2, work) == [told, told]
+    assert left == [set(), set(), {"step-00000060"}, {"step-00000060"}]
+    assert steps(tmp_path) == [60]
+
+
+@pytest.mark.parametrize("kind", [OSError, ValueError])
+def test_a_rank_that_cannot_give_its_state_fails_it_on_all(tmp_path: Path, kind: type[Exception]) -> None:
+    class Broken(Trained):
+        def shard_state(self) -> dict[str, torch.Tensor]:
+            raise kind("no state")
+
+    def work(comm: Comm) -> Outcome | None:
+        saves = Checkpointer(comm, CheckpointPlace(tmp_path), None, nothing)
+        return saves.begin((Broken if comm.rank == 1 else Trained)(comm.rank, 2), state_at(50), 3, None)
+
+    for outcome in on_ranks(2, work):
+        assert outcome.step == 50 and "no state" in outcome.error
+    assert steps(tmp_path) == []
+
+
+def test_a_run_that_another_start_took_over_ends(tmp_path: Path) -> None:
+    class Taken(CheckpointPlace):
+        def commit(self, *given: Any) -> Any:
+            raise CheckpointError("another start of this run continues")
+
+    def work(comm: Comm) -> None:
+        saves = Checkpointer(comm, Taken(tmp_path), None, nothing)
+        saves.begin(Trained(comm.rank, comm.size), state_at(50), 3, None)
+        saves.wait()
+
+    raised = on_ranks(2, work)
+    assert [type(each) for each in raised] == [CheckpointError] * 2
+    assert {str(each) for each in raised} == {"another start of this run continues"}
+
+
+def test_without_memory_for_a_copy_it_is_written_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.runs.saving.free_bytes", lambda: 100)
+    saves = Checkpointer(SoloComm(), CheckpointPlace(tmp_path), None, nothing)
+    monkeypatch.setattr(PackedTensors, "pack", None)
+    saves.begin(Trained(), state_at(50), 3, None)
+    assert "step-00000050-dense.safetensors" in files_of(tmp_path)
+    assert until_the_end(saves) == Outcome(50, "")
+    assert values(finished(tmp_path)[0]) == {0.0}
+
+
+def test_an_error_of_a_run_of_one_rank_loses_none_that_was_begun(tmp_path: Path) -> None:
+    place = Held(tmp_path)
+    saves = Checkpointer(SoloComm(), place, None, nothing)
+    saves.begin(Trained(), state_at(50), 3, None)
+    threading.Timer(0.2, place.free.set).start()
+    saves.close()
+    assert steps(tmp_path) == [50]
+
+
+class Clock:
+    """Time that goes as a test says, and the processor's time of threads."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now_s, self.processor_s = 0.0, 0.0
+        for name in ("monotonic", "perf_counter"):
+            monkeypatch.setattr(f"trainer.runs.saving.time.{name}", lambda: self.now_s)
+        monkeypatch.setattr("trainer.runs.saving.time.thread_time", lambda: self.processor_s)
+
+
+@pytest.mark.parametrize(("step_s", "every_s", "most_looks"), [(0.1, 60.0, 16), (2.0, 60.0, 10), (90.0, 60.0, 1)])
+def test_one_is_due_by_the_clock_and_few_steps_look(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step_s: float, every_s: float, most_looks: int
+) -> None:
+    clock = Clock(monkeypatch)
+    saves, begun_s, looks = Checkpointer(SoloComm(), CheckpointPlace(tmp_path), every_s, nothing), [0.0], 0
+    for step in range(1, int(10 * max(every_s, step_s) / step_s) + 3):
+        clock.now_s += step_s
+        if saves.looks_after(step):
+            looks += 1
+            if saves.look(step)[1]:
+                begun_s.append(clock.now_s)
+                saves.begin(Trained(), state_at(step), 3, None)
+                until_the_end(saves)
+    gaps_s = [later - earlier for earlier, later in itertools.pairwise(begun_s)]
+    assert len(gaps_s) >= 9
+    assert all(every_s - step_s <= gap <= max(every_s, step_s) + step_s for gap in gaps_s), gaps_s
+    assert looks <= (len(gaps_s) + 1) * most_looks
+
+
+def test_a_dear_one_comes_less_often(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stall and the processor's time of the thread are at most a twentieth of the time."""
+    clock = Clock(monkeypatch)
+
+    class Stalling(Trained):
+        def shard_state(self) -> dict[str, torch.Tensor]:
+            clock.now_s += stall_s.pop()
+            return super().shard_state()
+
+    class Busy(CheckpointPlace):
+        def write(self, step: int, name: str, content: Any) -> WrittenPart:
+            clock.processor_s += busy_s.pop()
+            return super().write(step, name, content)
+
+    saves = Checkpointer(SoloComm(), Busy(tmp_path), 60.0, nothing)
+    stall_s, busy_s = [1.0, 7.0], [1.0, 0.0, 1.0, 2.0]  # the last ones first: 10 s in all, then 2
+    due_s = []
+    while stall_s:
+        begun_s = clock.now_s
+        saves.begin(Stalling(), state_at(int(begun_s) + 50), 3, None)
+        until_the_end(saves)
+        for step in itertools.count(int(begun_s)):
+            clock.now_s += 1.0
+            if saves.looks_after(step) and saves.look(step)[1]:
+                break
+        due_s.append(clock.now_s - begun_s)
+    assert due_s == [200.0, 60.0]
+
+
+def test_packed_tensors_are_a_safetensors_file() -> None:
+    packed, tensors = PackedTensors(), dict[str, torch.Tensor]()
+    for dtype in (torch.float64, torch.int64, torch.float32, torch.bfloat16, torch.int32, torch.uint8, torch.bool):
+        tensors[f"some.{dtype}"] = torch.arange(15).reshape(3, 5).to(dtype)
+    block = torch.arange(12.0).reshape(3, 4)
+    tensors |= {"none": torch.zeros(0, 12), "one": torch.tensor(7), "turned": block.T}
+    counts = block[:, 3:].view(torch.int32)[:, 0]  # as ID rows have them
+    tensors |= {"columns": block[:, :2], "counts": counts, "count": counts[:1]}
+    for _ in range(2):  # the second time into the same memory
+        before = packed.data
+        found = load(bytes(packed.pack(tensors).data))
+        theirs = load(save_tensors({name: tensor.contiguous() for name, tensor in tensors.items()}))
+        assert found.keys() == theirs.keys()
+        assert [name for name in theirs if not torch.equal(found[name], theirs[name])] == []
+        assert [name for name in theirs if found[name].dtype != theirs[name].dtype] == []
+    assert packed.data is before
+    write_tensors(written := io.BytesIO(), tensors)
+    assert written.getvalue() == packed.data
+
+
+def test_a_rank_copies_only_the_parts_with_its_rows(folder: FarPath, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(CheckpointPlace(folder), 50, size=2)
+    copied, local_copy = [], checkpoint.local_copy
+
+    def noted(path: Checkpoint, name: str, *given: Any) -> Any:
+        copied.append(name)
+        return local_copy(path, name, *given)
+
+    monkeypatch.setattr(checkpoint, "local_copy", noted)
+    assert values(finished(folder)[0], 2) == {1.0}
+    rows = sorted(name for name in copied if name.startswith("rows"))
+    assert rows == ["rows-00000-of-00002.safetensors", "rows-00001-of-00002.safetensors"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("stride", [3, pytest.param(1, marks=pytest.mark.slow)], ids=["every third", "every"])
+def test_killed_at_every_write_there_is_the_old_one_or_the_new(run: RunPath, tmp_path: Path, stride: int) -> None:
+    """On a disk in the midst of what is written too."""
+    on_disk = isinstance(run, Path)
+    save(run, 1, 1.0)
+    expected, at, killed = [1], 1, 0
+    while True:
+        step, fuse = expected[-1] + 1, Fuse(at, tmp_path / "trace")
+
+        def writer(fuse: Fuse = fuse, step: int = step) -> None:
+            torch.set_num_threads(1)
+            if on_disk:
+                fuse.watch_disk(str(run))
+            else:
+                fuse.watch_s3({"put_object", "delete_object", "delete_objects"})
+            place = CheckpointPlace(run)
+            place.claim()
+            saves = Checkpointer(SoloComm(), place, None, nothing)
+            saves.begin(Trained(value=float(step)), state_at(step), 2, None)
+            assert until_the_end(saves).error == ""
+
+        process = FORK.Process(target=writer)
+        process.start()
+        process.join()
+        assert steps(run) in (expected, [*expected, step][-2:])
+        expected = steps(run)
+        assert [values(each) for each in finished(run)] == [{float(number)} for number in expected]
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == -signal.SIGKILL
+        killed, at = killed + 1, at + stride
+    assert killed >= (20 if on_disk else 12) // stride, "before and after three parts, two versions, the clock's probe"
+    assert not on_disk or len(files_of(run)) == 6, "of two checkpoints: state, dense, rows"
+
+
+class TestTwoWriters:
+    def test_the_one_that_began_last_goes_on(self, run: RunPath) -> None:
+        first, second = CheckpointPlace(run), CheckpointPlace(run)
+        first.claim()
+        save(first, 50, 1.0)
+        second.claim()
+        with pytest.raises(CheckpointError, match=r"written to by another start of this run, .*start one alone"):
+            save(first, 60, 1.0)
+        assert steps(run) == [50]
+        save(second, 60, 2.0)
+        with pytest.raises(CheckpointError, match="another start"):
+            save(first, 70, 1.0)
+        assert steps(run) == [50, 60] and values(finished(run)[-1]) == {2.0}
+
+    def test_of_two_that_begin_at_once_one_is_refused(self, run: RunPath) -> None:
+        first, second = CheckpointPlace(run), CheckpointPlace(run)
+        for place in (first, second):
+            assert not place.has(50)
+        first.remove([first.at(50)])
+        with pytest.raises(CheckpointError, match="another start"):
+            second.remove([second.at(50)])
+
+
+@pytest.fixture
+def faulty(folder: FarPath) -> Callable[..., CheckpointPlace]:
+    """A place on S3 whose calls of that name go wrong while the event is set."""
+
+    def place(now: Event, call: str, fault: Any) -> CheckpointPlace:
+        storage = Storage(f"{folder.url}/checkpoints")
+        return CheckpointPlace(folder, FaultyStorage(storage, {call: while_set(now, fault)}))
+
+    return place
+
+
+def test_a_checkpoint_whose_answer_was_lost_counts_unless_another_start_came_after_it(
+    folder: FarPath, faulty: Callable[..., CheckpointPlace]
+) -> None:
+    lost = Event()
+    place = faulty(lost, "create_or_read", made_but_lost)
+    save(place, 50, 1.0)
+    for step in (60, 80):
+        lost.set()
+        with pytest.raises(CheckpointError, match="connection reset"):
+            save(place, step, 2.0)
+        lost.clear()
+        assert steps(folder)[-1] == step, "nobody said so"
+        if step == 60:
+            save(place, 70, 3.0)
+            assert values(finished(folder)[-1]) == {3.0} and steps(folder)[-1] == 70
+    CheckpointPlace(folder).claim()
+    with pytest.raises(CheckpointError, match="another start"):
+        save(place, 90, 3.0)
+
+
+@pytest.mark.parametrize("call", ["write_bytes", "create_or_read"])
+def test_what_cannot_be_written_leaves_no_checkpoint(
+    folder: FarPath, faulty: Callable[..., CheckpointPlace], call: str
+) -> None:
+    away = Event()
+    place = faulty(away, call, fails("S3 is away"))
+    save(place, 50)
+    away.set()
+    with pytest.raises(CheckpointError, match=r"cannot write s3://.*step-00000060: S3 is away"):
+        save(place, 60)
+    assert steps(folder) == [50]
+    away.clear()
+    save(place, 70)
+    assert steps(folder) == [50, 70]
+
+
+class TestReaders:
+    def test_a_removed_one_is_read_to_its_end(self, folder: FarPath) -> None:
+        place = CheckpointPlace(folder)
+        save(place, 50, 5.0)
+        held = find_checkpoint(folder)
+        for step in (60, 70, 80):
+            save(place, step, keep=1)
+        assert steps(folder) == [80]
+        assert values(held) == {5.0}
+
+    def test_after_the_grace_it_is_gone(self, folder: FarPath, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("trainer.runs.saving.KEEP_REMOVED_S", -5.0)
+        monkeypatch.setattr("trainer.runs.saving.EXPIRE_EVERY_S", 0.0)
+        place = CheckpointPlace(folder)
+        for step in (50, 60, 70):
+            save(place, step, keep=1)
+        assert len(files_of(folder)) == 3, "of one checkpoint: state, dense, rows"
+        assert values(finished(folder)[0]) == {1.0}
+
+
+def test_the_newest_and_the_best_are_kept(run: RunPath) -> None:
+    """The newest ones by their number."""
+    place = CheckpointPlace(run)
+    for step in (10, 70, 99_999_999, 100_000_000, 50):  # the last one is removed at once
+        saved.save(SoloComm(), place, Trained(), state_at(step), 2, best=10)
+    assert [each.name for each in finished(run)] == ["step-00000010", "step-99999999", "step-100000000"]
+    assert place.has(10) and not place.has(70)
+    place.remove([each for each in finished(run) if each.step != 10])
+    assert steps(run) == [10]
+
+
+def test_wrong_credentials_are_one_error(folder: FarPath, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "somebody")
+    place = CheckpointPlace(folder)
+    with pytest.raises(CheckpointError, match=r"cannot write s3://.*are the credentials right"):
+        save(place, 50)
+    with pytest.raises(StorageError, match="are the credentials right"):
+        place.claim()

@@ -1,7 +1,6 @@
 """Warm starts: what is taken and what stays fresh, by group; what does not fit is refused, with the way to go on."""
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from featurestore.format.rows import FeatureRows
 from featurestore.spec import StoreInfo
 from featurestore.store import FeatureStore
 from tests.trainer.checkpoints import damage, tensors_of
+from tests.trainer.conftest import Places, make_places
 from tests.trainer.whole_runs import assert_same, run_alone
 from trainer import main
 from trainer.comm import SoloComm
@@ -27,9 +27,6 @@ from trainer.runs.open import Run, open_run
 from trainer.schema import DEFAULT_SCHEMA
 
 pytestmark = pytest.mark.long  # they train whole runs
-
-
-Places = Any
 State = dict[str, torch.Tensor]
 
 
@@ -47,7 +44,7 @@ def trained(places: Places, name: str, steps: int, **changes: Any) -> Path:
 
 
 @pytest.fixture(scope="module")
-def own(make_places: Callable[[Path], Places], tmp_path_factory: pytest.TempPathFactory) -> Places:
+def own(tmp_path_factory: pytest.TempPathFactory) -> Places:
     return make_places(tmp_path_factory.mktemp("warm"))
 
 
@@ -182,21 +179,6 @@ def test_rows_that_no_longer_tell_new_ads_are_refused(own: Places) -> None:
     opened(own, run__warm_parts="[ids]", **idle).close()
 
 
-def test_tables_that_are_not_taken_are_told(own: Places, before: Path, tmp_path: Path) -> None:
-    schema = yaml.safe_load(DEFAULT_SCHEMA.read_text())
-    schema["fields"] = [field for field in schema["fields"] if field.get("table") not in ("scene", "category")]
-    (tmp_path / "schema.yaml").write_text(yaml.safe_dump(schema))
-    settings = own.settings(
-        run__name="fewer",
-        train__max_steps=1,
-        run__warm_start=before,
-        run__warm_parts="[ids]",
-        data__schema_file=tmp_path / "schema.yaml",
-    )
-    said = CliRunner().invoke(main.app, ["--set", *settings]).stdout
-    assert "not taken, as no field of this run has them: ID tables category, scene" in said
-
-
 @pytest.mark.parametrize(
     ("change", "part", "told"),
     [
@@ -229,12 +211,6 @@ def test_fields_in_another_order_are_noticed(own: Places, before: Path, tmp_path
     with pytest.raises(CheckpointError, match=r"other fields \(the same in another order\).*leave model out"):
         opened(own, **changes)
     opened(own, run__warm_parts="[images,ids]", **changes).close()
-
-
-def test_places_that_hold_no_run(own: Places, before: Path, tmp_path: Path) -> None:
-    for place in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(CheckpointError, match=r"run\.warm_start=.* has no checkpoint in"):
-            opened(own, run__warm_start=place)
 
 
 def test_a_damaged_file_is_named(own: Places) -> None:
@@ -277,7 +253,7 @@ def test_a_run_without_images_is_told_so(own: Places) -> None:
     opened(own, run__warm_start=run, model__images="none").close()
 
 
-def test_a_newer_snapshot_of_the_same_kind_is_fine(make_places: Callable[[Path], Places], tmp_path: Path) -> None:
+def test_a_newer_snapshot_of_the_same_kind_is_fine(tmp_path: Path) -> None:
     places = make_places(tmp_path)
     run = trained(places, "a", 2)
     more = FeatureRows.of(["new"], np.full((1, 16), 9, np.float32), keys=np.array([9_999]))

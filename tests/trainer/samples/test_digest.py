@@ -1,11 +1,8 @@
 """Changed samples are found out though names, sizes and counts are equal; known files are read once."""
 
-import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,9 +10,9 @@ import pytest
 
 from featurestore.storage import storage
 from featurestore.storage.storage import Storage
+from tests.trainer.conftest import Places, make_places
 from trainer.comm import SoloComm
 from trainer.config import load_config
-from trainer.daily import follow
 from trainer.errors import CheckpointError
 from trainer.main import train
 from trainer.runs.open import open_run
@@ -24,13 +21,12 @@ from trainer.samples.index import SampleIndex, open_index
 from trainer.samples.survey import samples_digest
 from trainer.schema import load_schema
 
-Places = Any
 OLD_S = 1_000_000_000
 FIRST = "day=2026-01-01.parquet"
 
 
 @pytest.fixture
-def mine(make_places: Callable[[Path], Places], tmp_path: Path) -> Places:
+def mine(tmp_path: Path) -> Places:
     return make_places(tmp_path)
 
 
@@ -59,24 +55,6 @@ class TestTurnedLabels:
             turn_labels(file)
         with pytest.raises(CheckpointError, match=r"'\w+' here, '\w+' in .*: these are other training samples"):
             train(load_config(settings=again), SoloComm())
-
-    @pytest.mark.long
-    def test_a_daily_job_tells(self, mine: Places, capsys: pytest.CaptureFixture[str]) -> None:
-        samples = mine.folder / "samples"
-        (samples / "test" / FIRST).rename(samples / "test" / "day=2026-01-04.parquet")
-        kept = samples / "later.parquet"
-        (samples / "train" / "day=2026-01-02.parquet").rename(kept)
-        (samples / "train" / "day=2026-01-03.parquet").unlink()
-        (samples / "test" / "day=2026-01-04.parquet").unlink()
-        (samples / "train" / FIRST).rename(samples / "test" / FIRST)  # the newest day
-        config = load_config(settings=mine.settings(run__name="d", train__epochs=1))
-        follow(config, SoloComm())
-        turn_labels(samples / "test" / FIRST)
-        kept.rename(samples / "test" / "day=2026-01-02.parquet")
-        follow(config, SoloComm())
-        assert "2026-01-01: its training samples had changed" in capsys.readouterr().out
-        rows = json.loads((mine.folder / "runs" / "d" / "days.json").read_text())
-        assert [row["samples_changed"] for row in rows] == [True, False]
 
 
 class TestMemory:

@@ -12,14 +12,13 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.ranks import StandingRanks
+from tests.trainer.conftest import make_places
 from tests.trainer.runs.saved import on_ranks
-from tests.trainer.samples.conftest import NUMBERS, SCHEMA, price_of
 from trainer.comm import SoloComm
 from trainer.config import Config, load_config
 from trainer.errors import CheckpointError, DataError
 from trainer.evaluate import app as evaluate
 from trainer.main import train
-from trainer.prerank.adindex import ad_vectors, ads_of_samples, ads_of_table, towers
 from trainer.runs import checkpoint
 from trainer.runs.folder import finished
 from trainer.runs.saved import open_trained
@@ -38,6 +37,48 @@ from trainer.samples.survey import (
 from trainer.schema import Field, Schema, load_schema
 from trainer.schema.__main__ import app as schema_app
 from trainer.schema.fields import schema_text
+
+NUMBERS = (
+    Field(name="income", side="user", kind="dense", transform="log_standardize", fill="mean"),
+    Field(name="place", side="user", kind="dense", width=2, transform="standardize"),
+    Field(name="same", side="user", kind="dense", transform="standardize"),
+    Field(name="ad_price", side="ad", kind="dense", transform="log_standardize"),
+    Field(name="ad_price_bucket", side="ad", kind="id", column="ad_price", buckets=8),
+    Field(name="ad_rating", side="ad", kind="id", buckets=5, fill="bucket"),
+)
+SCHEMA = Schema(fields=(*load_schema().fields, *NUMBERS))
+
+
+def price_of(item: int) -> float:
+    """Of an ad: from 1 to some thousands."""
+    return float(np.float32(1.3 ** (item * 7 % 31)))
+
+
+def with_numbers(table: pa.Table) -> pa.Table:
+    """The table with columns of numbers; those of an ad hang on the ad alone."""
+    users, ads = table["user"].to_pylist(), table["ad_item"].to_pylist()
+    ratings = [[None if ad % 4 == 0 else float(ad % 7) for ad in row] for row in ads]
+    columns: dict[str, Any] = {
+        "income": pa.array([None if user % 5 == 0 else 900.0 * 1.2**user for user in users], pa.float64()),
+        "place": pa.array([[user * 10.0, -0.5 * (user % 3)] for user in users], pa.list_(pa.float32(), 2)),
+        "same": pa.array([0.1] * len(users), pa.float64()),
+        "ad_price": pa.array([[price_of(ad) for ad in row] for row in ads], pa.list_(pa.float32())),
+        "ad_rating": pa.array(ratings, pa.list_(pa.float64())),
+    }
+    for name, values in columns.items():
+        table = table.append_column(name, values)
+    return table
+
+
+@pytest.fixture(scope="session")
+def numbered(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Places whose samples have these columns; schema.yaml is theirs."""
+    places = make_places(tmp_path_factory.mktemp("numbered"))
+    for path in places.folder.glob("samples/*/*.parquet"):
+        pq.write_table(with_numbers(pq.read_table(path, partitioning=None)), path, row_group_size=7)
+    (places.folder / "schema.yaml").write_text(schema_text(SCHEMA))
+    return places
+
 
 TRAIN = "train"
 
@@ -235,20 +276,6 @@ def test_it_goes_on_by_those_of_the_checkpoint(run: Path, numbered: Any) -> None
         train(configured(numbered, "two", run__resume="latest", train__max_steps=12, schema=other), SoloComm())
 
 
-@pytest.mark.long
-def test_a_run_that_has_none_is_refused(numbered: Any, tmp_path: Path) -> None:
-    plain = tmp_path / "plain.yaml"
-    fields = tuple(f.model_copy(update={"transform": None}) if f.name == "ad_price" else f for f in SCHEMA.fields)
-    plain.write_text(schema_text(Schema(fields=fields)))
-    train(configured(numbered, "plain", schema=plain, run__dir=tmp_path / "runs"), SoloComm())
-    plain.write_text(schema_text(SCHEMA))
-    with pytest.raises(CheckpointError, match=r"fields\.ad_price\.transform is 'log_standardize' here, None in"):
-        open_trained(tmp_path / "runs/plain", SoloComm())
-    warm = {"run__warm_start": tmp_path / "runs/plain", "run__dir": tmp_path / "runs"}
-    with pytest.raises(CheckpointError, match="part model: its schema has other fields"):
-        train(configured(numbered, "next", **warm), SoloComm())
-
-
 def test_a_warm_start_takes_them_over(run: Path, numbered: Any, tmp_path: Path) -> None:
     """Its layers have learned the earlier run's scale, and the samples of another day have another one."""
     samples = tmp_path / "samples"
@@ -286,42 +313,6 @@ def fields_with(run: Path) -> tuple[Any, ...]:
         field.model_copy(update={name: tuple(kept[field.name][name]) for name in names if name in kept[field.name]})
         for field in load_schema(run.parents[1] / "schema.yaml").fields
     )
-
-
-def test_an_ads_vector_is_the_same_from_samples_and_from_a_table(run: Path, numbered: Any, tmp_path: Path) -> None:
-    trained = open_trained(run, SoloComm())
-    model = towers(trained)
-    ads = ads_of_samples(str(numbered.folder / "samples"), trained.schema, model.ad_fields)
-    vectors = ad_vectors(trained, ads, batch_size=7)
-    keys = ads.keys_N.tolist()
-    columns = {
-        "ad_item": keys, "ad_image": ads.keys_N + 1_000, "ad_category": ads.keys_N % 5,
-        "ad_price": [price_of(key) for key in keys],
-        "ad_rating": pa.array([None if key % 4 == 0 else float(key % 7) for key in keys], pa.float32()),
-    }  # fmt: skip
-    pq.write_table(pa.table(columns), tmp_path / "ads.parquet")
-    table = ads_of_table(str(tmp_path / "ads.parquet"), trained.schema, model.ad_fields)
-    np.testing.assert_allclose(ad_vectors(trained, table, batch_size=50), vectors, rtol=1e-4, atol=1e-6)
-    columns["ad_price"] = [3 * price_of(key) for key in keys]
-    pq.write_table(pa.table(columns), tmp_path / "ads.parquet")
-    dearer = ads_of_table(str(tmp_path / "ads.parquet"), trained.schema, model.ad_fields)
-    assert np.abs(ad_vectors(trained, dearer, batch_size=50) - vectors).max() > 1e-3
-    trained.close()
-
-
-def test_inspect_suggests_and_check_prints(numbered: Any, tmp_path: Path) -> None:
-    result = CliRunner().invoke(schema_app, ["inspect", str(numbered.folder / "samples")])
-    (tmp_path / "schema.yaml").write_text(result.output)
-    found = {f.name: (f.kind, f.transform, f.fill) for f in load_schema(tmp_path / "schema.yaml").fields}
-    assert found["income"] == ("dense", "log_standardize", "mean")
-    assert found["place"] == ("dense", "standardize", None)
-    assert found["ad_price"] == ("dense", "log_standardize", None)
-    checked = CliRunner().invoke(
-        schema_app, ["check", str(numbered.folder / "schema.yaml"), str(numbered.folder / "samples")]
-    )
-    assert checked.exit_code == 0, checked.output
-    assert '\nad_price_bucket  {"boundaries": [' in checked.output
-    assert "fit the schema" in checked.output
 
 
 def test_inspect_sees_numbers_that_are_missing(tmp_path: Path) -> None:

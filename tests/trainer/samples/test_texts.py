@@ -13,14 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
-from featurestore.errors import MissingKeysError
-from featurestore.format.rows import FeatureRows
 from featurestore.keys import key_of_uri
 from featurestore.published.paths import FarPath, run_path
 from featurestore.storage.storage import Storage
-from featurestore.store import FeatureStore
 from pipeline.samples.mapping import parse_ids
-from tests.ranks import StandingRanks
+from tests.trainer.conftest import Places, make_places
 from tests.trainer.runs.saved import on_ranks
 from tests.trainer.samples.reading import hashed, replaced, rewrite, written
 from trainer.comm import Comm, SoloComm
@@ -128,31 +125,12 @@ def test_text_that_is_not_utf8_is_named(tmp_path: Path, sample_table: Callable[.
         read(one_file(tmp_path, table))
 
 
-@pytest.mark.long
-def test_images_by_their_uris(make_places: Callable[[Path], Any], tmp_path: Path) -> None:
-    places = make_places(tmp_path / "places")
-    by_key = FeatureStore.open(places.folder / "features").snapshot()
-    keys = list(range(1_000, 1_050))
-    store = FeatureStore.create(places.folder / "by-uri", by_key.info)
-    store.put(FeatureRows.of([f"shots/ü{key}.jpg" for key in keys], by_key.get(np.array(keys))))
-    columns = ("ad_image", "behavior_image")
-    rewrite(
-        places.folder / "samples",
-        partial(replaced, columns=columns, kind=pa.string(), value=lambda column, key: f"shots/ü{key}.jpg"),
-    )
-    train(load_config(settings=places.settings(run__name="run", data__store=store.url, train__max_steps=2)), SoloComm())
-    with pytest.raises(MissingKeysError):
-        without = places.settings(run__name="none", train__max_steps=2, data__missing="error")
-        train(load_config(settings=without), SoloComm())
-
-
 OF_TEXTS = ("user", "ad_item", "behavior_item", "ad_scene")
 CROSSED_FIELD = "  - {name: pair, side: ad, kind: id, table: item, columns: [ad_item, ad_category]}\n"
-Places = Any
 
 
 @pytest.fixture(scope="module")
-def wordy(make_places: Callable[[Path], Places], tmp_path_factory: pytest.TempPathFactory) -> Places:
+def wordy(tmp_path_factory: pytest.TempPathFactory) -> Places:
     """Places whose samples have texts, and a schema that crosses two columns."""
     places = make_places(tmp_path_factory.mktemp("wordy"))
     rewrite(places.folder / "samples", partial(replaced, columns=OF_TEXTS, kind=pa.string(), value=written))
@@ -214,12 +192,6 @@ def test_ranks_without_a_shared_disk_write_the_same_bytes_to_s3(run: Path, wordy
     number, text = next(iter(entries(run).items()))
     done = CliRunner().invoke(app, ["lookup", str(folder), str(number)])
     assert done.stdout == f"{number}  {text}\n"
-
-
-@pytest.mark.long
-def test_two_ranks_write_the_same_bytes(run: Path, wordy: Places, two_ranks: StandingRanks) -> None:
-    two_ranks.run("-m", "trainer.main", "--set", *settings(wordy, run__name="two"))
-    assert (run.parent / "two" / IDS_FILE).read_bytes() == (run / IDS_FILE).read_bytes()
 
 
 @pytest.mark.long
@@ -329,7 +301,7 @@ def said(*arguments: object, code: int = 0) -> str:
 
 
 @pytest.mark.long
-def test_lookup_goes_both_ways(run: Path) -> None:
+def test_lookup_goes_both_ways(run: Path, wordy: Places) -> None:
     text = written("item", 3)
     pair = f'["{text}",3]'
     output = said("lookup", run, hashed(text), text, hashed(pair), pair, "nothing", 17)
@@ -341,22 +313,12 @@ def test_lookup_goes_both_ways(run: Path) -> None:
         f"{hashed('nothing')}  not in the training samples as a text",
         "17  not in the training samples as a text",
     ]
+    first = sorted(expected(wordy).items())[:10]
+    assert said("lookup", run).splitlines()[1:] == [f"{number}  {text}" for number, text in first]
 
 
 @pytest.mark.long
-def test_lookup_needs_a_dictionary(tmp_path: Path) -> None:
+def test_a_missing_or_damaged_dictionary_is_named(run: Path, tmp_path: Path) -> None:
     assert f"{tmp_path} has no ids.parquet" in said("lookup", tmp_path, 3, code=2)
-
-
-@pytest.mark.long
-def test_a_damaged_dictionary_is_named(run: Path, tmp_path: Path) -> None:
     (tmp_path / IDS_FILE).write_bytes((run / IDS_FILE).read_bytes()[:500])
     assert f"error: {tmp_path / IDS_FILE} is not a readable Parquet file" in said("lookup", tmp_path, 3, code=1)
-
-
-@pytest.mark.long
-def test_lookup_shows_the_first(run: Path, wordy: Places) -> None:
-    output = said("lookup", run)
-    ids = sorted(expected(wordy))
-    assert f"{run / IDS_FILE}: {len(ids):,} texts of the training samples and their ids; the first of them:" in output
-    assert output.splitlines()[1:] == [f"{number}  {expected(wordy)[number]}" for number in ids[:10]]

@@ -10,7 +10,7 @@ from trainer.config import BaseNet, ModelConfig, Pooling, SeenImages
 from trainer.errors import ConfigError, DataError
 from trainer.exchange.vectors import FieldVectors
 from trainer.models.layers import used_fields, width_of
-from trainer.models.nets import Din, build_model
+from trainer.models.nets import Din, TwoTower, build_model
 from trainer.samples.reader import Batch, Jagged
 from trainer.schema import Field, Schema
 
@@ -29,7 +29,7 @@ SCHEMA = Schema(
         Field(name="ad_title", side="ad", kind="content", store="titles", width=2),
     )
 )
-BASES = [base for base in get_args(BaseNet) if base != "two_tower"]  # which has a file of its own
+BASES = [base for base in get_args(BaseNet) if base != "two_tower"]  # which takes no aggregator
 IMAGES = get_args(SeenImages)
 IDS_AND_DENSE = 3 + 1 + 4 + 3 + 4 + 3 + 2
 LENGTHS = [2, 0, 3]
@@ -100,41 +100,6 @@ def test_no_products_where_nothing_is_to_multiply(settings: dict[str, str]) -> N
     assert not build_model(SCHEMA, config(**settings)).products
 
 
-class TestLr:
-    @pytest.mark.parametrize("multi_hot", ["mean", "sum"])
-    def test_is_a_sum_of_weights(self, multi_hot: str) -> None:
-        settings = config(base="lr", images="ad", multi_hot=multi_hot)
-        model = build_model(SCHEMA, settings)
-        torch.nn.init.normal_(model.weight)
-        torch.nn.init.normal_(model.bias)
-        assert {field.name: field.width for field in model.fields if field.is_id} == dict.fromkeys(
-            ["user", "behavior_item", "behavior_shop", "ad_item", "ad_shop"], 1
-        )
-        fields, dense, group_of_sample = inputs_of(model, settings)
-        logit = model(fields, dense, group_of_sample)
-        starts = [0, 2, 2, 5]
-        for sample, group in enumerate(group_of_sample.tolist()):
-            expected = model.bias + fields["user"].vectors_UV[group, 0]
-            for name in ("behavior_item", "behavior_shop"):
-                for behavior in range(starts[group], starts[group + 1]):
-                    share = 1 / LENGTHS[group] if multi_hot == "mean" else 1
-                    expected = expected + share * fields[name].vectors_UV[behavior, 0]
-            for name in ("ad_item", "ad_shop"):
-                expected = expected + fields[name].vectors_UV[sample, 0]
-            others = [dense["age"][group], dense["price"][sample]]
-            others += [fields["ad_image"].vectors_UV[sample], fields["ad_title"].vectors_UV[sample]]
-            for weight, value in zip(model.weight, torch.cat(others), strict=True):
-                expected = expected + weight * value
-            torch.testing.assert_close(logit[sample], expected)
-
-    def test_ids_alone(self) -> None:
-        schema = Schema(fields=(Field(name="ad", side="ad", kind="id"),))
-        model = build_model(schema, config(base="lr", images="none"))
-        vectors = torch.randn(2, 1)
-        logit = model({"ad": FieldVectors(vectors, torch.tensor([1, 1, 0]), torch.ones(3).long())}, {}, torch.zeros(3))
-        torch.testing.assert_close(logit, vectors[[1, 1, 0], 0])
-
-
 class TestDin:
     def test_pairs_fields_by_their_table(self) -> None:
         model = build_model(SCHEMA, config(base="din", images="none"))
@@ -198,3 +163,45 @@ class TestRefusals:
 
 def _places(field: FieldVectors) -> tuple[torch.Tensor, torch.Tensor]:
     return field.index_N, field.lengths_M
+
+
+CONTEXT = (
+    Field(name="scene", side="ad", kind="id", context=True),
+    Field(name="hour", side="ad", kind="dense", width=2, context=True),
+)
+
+
+def towers(*fields: Field, **settings: object) -> tuple[TwoTower, ModelConfig]:
+    chosen = config(base="two_tower", tower_width=7, activation="prelu", **settings)
+    model = build_model(Schema(fields=fields), chosen)
+    assert isinstance(model, TwoTower)
+    return model, chosen
+
+
+class TestTwoTower:
+    def test_layers_that_need_a_row_for_each_sample_are_refused(self) -> None:
+        with pytest.raises(ConfigError, match=r"two_tower makes the user's vector once .*set model\.dropout=0"):
+            towers(*SCHEMA.fields, dropout=0.1)
+
+    def test_context_adds_to_the_logit_and_is_in_no_vector(self) -> None:
+        model, settings = towers(*SCHEMA.fields, *CONTEXT)
+        fields, dense, groups = inputs_of(model, settings)
+        before, ads = model(fields, dense, groups), model.ad_vectors(fields, dense)
+        fields["scene"] = FieldVectors(1 + fields["scene"].vectors_UV, *_places(fields["scene"]))
+        dense["hour"] = dense["hour"] + 1
+        assert torch.equal(model.ad_vectors(fields, dense), ads)
+        assert not torch.isclose(model(fields, dense, groups), before).any()
+        assert model.context is not None and model.context.bias is None
+
+    def test_the_inner_product_and_the_bias_are_all_there_is_without_context(self) -> None:
+        model, settings = towers(*SCHEMA.fields)
+        torch.nn.init.constant_(model.bias, 0.25)
+        fields, dense, groups = inputs_of(model, settings)
+        users, ads = model.user_vectors(fields, dense), model.ad_vectors(fields, dense)
+        products = torch.stack([users[group] @ ads[sample] for sample, group in enumerate(groups)])
+        torch.testing.assert_close(model(fields, dense, groups), products + 0.25)
+
+    @pytest.mark.parametrize(("side", "kept"), [("user", ("ad_item",)), ("ad", ("user", "scene"))])
+    def test_a_side_without_a_field_is_refused(self, side: str, kept: tuple[str, ...]) -> None:
+        with pytest.raises(ConfigError, match=rf"model\.base=two_tower needs a field of side {side}"):
+            towers(*(field for field in (*SCHEMA.fields, *CONTEXT) if field.name in kept), images="none")

@@ -4,7 +4,6 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +20,7 @@ from tests.ranks import StandingRanks
 from tests.serving.http.processes import ServerProcess, ended
 from tests.serving.scoring.variants import export
 from tests.trainer.checkpoints import tensors_of
+from tests.trainer.conftest import Places as SamplePlaces
 from tests.trainer.whole_runs import run_alone
 from trainer.config import ModelConfig
 from trainer.errors import CheckpointError, ConfigError, TrainerError
@@ -33,7 +33,6 @@ ROOT = Path(__file__).parents[4]
 BASE = "mypackage.MyNet"
 SHARED = {"model__base": BASE, "model__compute_dtype": "float64", "train__max_steps": 12, "run__name": "own"}
 EXAMPLE = re.search(r"```python\n(from torch import nn.*?)```", (ROOT / "docs" / "CODE.md").read_text(), re.DOTALL)
-SamplePlaces = Any
 
 
 @pytest.fixture(scope="module")

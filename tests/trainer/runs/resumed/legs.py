@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from tests.ranks import Forks, StandingRanks, command_of, environment
+from tests.trainer.conftest import Places
 from tests.trainer.standing_ranks import run as run_here
 from trainer.schema import DEFAULT_SCHEMA
 
@@ -20,8 +21,6 @@ WORKER = Path(__file__).parent / "mortal.py"
 TIMEOUT_S = 150
 # Rounding alone stays far below it; a lost step, sample or moment is 1e-4 and more.
 TOLERANCE = 1e-9
-
-Places = Any
 
 
 def write_schema_with_serials(folder: Path) -> Path:

@@ -20,6 +20,7 @@ from tests.proxy import Fault, Request, proxy_before
 from tests.ranks import Forks, TorchRanks, ranks_of
 from tests.servers import environment_of
 from tests.trainer.checkpoints import steps_of, tensors_of
+from tests.trainer.conftest import Places
 from tests.trainer.runs.resumed.legs import TIMEOUT_S, TOLERANCE, WORKER, Killed, assert_no_step_or_sample_is_lost
 from trainer.comm import SoloComm
 from trainer.config import load_config
@@ -29,8 +30,6 @@ from trainer.runs.checkpoint import read_state
 from trainer.runs.folder import find_checkpoint
 from trainer.runs.open import Run, open_run
 from trainer.samples.index import SampleIndex
-
-Places = Any
 
 
 def assert_same_in_float64(found: Path, expected: Path) -> None:

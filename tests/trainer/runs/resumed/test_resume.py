@@ -13,6 +13,7 @@ from featurestore.errors import USAGE
 from featurestore.published.paths import RunPath, run_path
 from featurestore.storage.local import DiskFiles
 from tests.trainer.checkpoints import content_of, damage, files_of, names_of, of_step, steps_of
+from tests.trainer.conftest import Places
 from tests.trainer.runs import saved
 from tests.trainer.runs.saved import Trained, on_ranks, state_at
 from tests.trainer.whole_runs import assert_same, report_of, run_alone
@@ -27,7 +28,6 @@ from trainer.runs.saved import RunSource, open_source
 from trainer.runs.saving import CheckpointPlace
 
 pytestmark = pytest.mark.long  # they train whole runs
-Places = Any
 
 
 class Runs:

@@ -16,6 +16,7 @@ from featurestore.published.paths import FarPath, RunPath, run_path
 from tests.commands.calls import call
 from tests.servers import environment_of, new_bucket, seaweedfs
 from tests.trainer.checkpoints import steps_of, tensors_of
+from tests.trainer.conftest import Places
 from tests.trainer.whole_runs import alike, assert_same, run_alone
 from trainer.comm import SoloComm
 from trainer.config import load_config
@@ -25,8 +26,6 @@ from trainer.evaluation.predict import predict_run
 from trainer.loop import training
 from trainer.main import train
 from trainer.runs.saving import CheckpointPlace
-
-Places = Any
 
 
 def train_on(places: Places, folder: object, name: str = "a", **changes: Any) -> RunPath:

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from featurestore.upkeep.history import restore
 from featurestore.upkeep.repair import repair
 from jobs.export_embeddings import app as export_app
 from tests.ranks import StandingRanks
+from tests.trainer.conftest import Places, make_places
 from trainer.comm import SoloComm
 from trainer.config import load_config
 from trainer.daily import follow
@@ -37,11 +38,10 @@ pytestmark = [pytest.mark.long, pytest.mark.usefixtures("undrawn")]  # they trai
 
 KEYS = np.arange(1_000, 1_050)
 URIS = [f"item/{n}" for n in range(50)]
-Places = Any
 
 
 @pytest.fixture(scope="module")
-def trained(make_places: Callable[[Path], Places], tmp_path_factory: pytest.TempPathFactory) -> Places:
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Places:
     """A run of two towers, `a`, of two steps."""
     places = make_places(tmp_path_factory.mktemp("identity"))
     train(load_config(settings=settings_of(places)), SoloComm())
@@ -246,13 +246,12 @@ class TestTheSame:
             resume(places, train__max_steps=4)
 
 
-@pytest.mark.parametrize("continues", [True, False])
-def test_days_have_one_store(make_places: Callable[[Path], Places], tmp_path: Path, continues: bool) -> None:
+def test_days_have_one_store(tmp_path: Path) -> None:
     places = make_places(tmp_path)
     test = tmp_path / "samples" / "test"
     (test / "day=2026-01-01.parquet").rename(test / "day=2026-01-04.parquet")
     config = load_config(settings=places.settings(run__name="d", train__max_steps=2))
-    follow(config, SoloComm(), first="2026-01-01", last="2026-01-02", continues=continues)
+    follow(config, SoloComm(), first="2026-01-01", last="2026-01-02", continues=True)
     store = FeatureStore.open(tmp_path / "features")
     rows = json.loads((tmp_path / "runs" / "d" / "days.json").read_text())
     snapshot = SnapshotId.of(store.snapshot())
@@ -260,11 +259,11 @@ def test_days_have_one_store(make_places: Callable[[Path], Places], tmp_path: Pa
     kept = shutil.copytree(tmp_path / "features", tmp_path / "kept")
     made = rebuild(tmp_path / "features")
     with pytest.raises(AnotherStoreError, match=f"2026-01-02.* of store {made.info.store_id[:8]} at"):
-        follow(config, SoloComm(), continues=continues)
+        follow(config, SoloComm(), continues=True)
     assert not (tmp_path / "runs" / "d" / "2026-01-03").exists()
     shutil.rmtree(tmp_path / "features")
     shutil.copytree(kept, tmp_path / "features")
     store.put(FeatureRows.of(["more"], np.ones((1, 16), np.float32), keys=np.array([7])))
-    follow(config, SoloComm(), continues=continues)
+    follow(config, SoloComm(), continues=True)
     rows = json.loads((tmp_path / "runs" / "d" / "days.json").read_text())
     assert [row["store_version"] for row in rows] == [1, 1, 2, 2]
