@@ -85,7 +85,7 @@ GROUPS: dict[str, dict[str, Entry]] = {
     },
     VIEWS: {
         "explore": Entry("Show stores, images, runs and scores in a browser.", ("explorer.__main__",)),
-        "plan": Entry("Estimate a run's needs and speed on more machines.", ("trainer.plan.__main__",)),
+        "plan": Entry("Estimate a run's needs and speed on more machines.", ("trainer.plan",)),
     },
 }
 ENTRIES = {name: entry for group in GROUPS.values() for name, entry in group.items()}

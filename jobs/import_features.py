@@ -9,7 +9,7 @@ from featurestore.console.output import print_summary
 from pipeline.options import ImportOptions, takes_on_cluster
 
 if TYPE_CHECKING:
-    from pipeline.vectors.formats import VectorSource
+    from pipeline.formats import VectorSource
 
 EXAMPLES = """Examples:
 
@@ -32,7 +32,7 @@ def main(options: ImportOptions) -> None:
     quarantine with the reason. Running it again imports what has changed; a killed run continues.
     """
     from pipeline.cluster.tasks import connect
-    from pipeline.vectors.import_vectors import import_vectors
+    from pipeline.import_vectors import import_vectors
 
     source = open_source(options)
     with connect() as client:
@@ -42,7 +42,7 @@ def main(options: ImportOptions) -> None:
 
 def open_source(options: ImportOptions) -> "VectorSource":
     """Find what is to be imported. Raises VectorImportError, and typer.BadParameter for options that do not fit."""
-    from pipeline.vectors import formats
+    from pipeline import formats
 
     address = options.address
     if address.endswith(".npy") != (options.keys is not None):

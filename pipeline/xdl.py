@@ -29,12 +29,12 @@ from featurestore.keys import key_of_uri, splitmix64
 from featurestore.storage.storage import Storage
 from pipeline.cluster.tasks import run_all
 from pipeline.errors import SampleError
+from pipeline.formats import NUM_FILES, find_files, record_dtype
 from pipeline.options import XdlOptions, XdlRandomOptions
 from pipeline.samples.build import bad_reasons, write_schema
 from pipeline.samples.groups import FORMAT, ROW_GROUP_SIZE
 from pipeline.samples.mapping import names_in
 from pipeline.samples.publish import MARK, QUARANTINE_FILE, SPLITS, FolderContent, replaced_files, replaced_folder
-from pipeline.vectors.formats import NUM_FILES, find_files, record_dtype
 from trainer.schema import Field, Kind, Schema
 from trainer.schema.fields import schema_text, table_rows
 from trainer.schema.suggest import WEIGHT_SUFFIX, Column, look, num_ids, sample_files

@@ -28,7 +28,7 @@ PROGRAMS = {
     "tools.site",
     "tools.tree",
     "tools.tutorial",
-    "trainer.plan.cost",
+    "trainer.cost",
     "trainer.agent",
 }
 """Programs that other programs start, that keep this repository in order, or that call the commands here by a name."""

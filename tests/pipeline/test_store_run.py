@@ -7,8 +7,8 @@ import pytest
 from featurestore import FeatureStore, StoreInfo
 from featurestore.errors import InvalidRowsError
 from pipeline import store_run
+from pipeline.import_vectors import extractor_of
 from pipeline.store_run import build_shards
-from pipeline.vectors.import_vectors import extractor_of
 from tests.faulty import faulty
 
 MB = 1 << 20

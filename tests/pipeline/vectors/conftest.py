@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from featurestore.store import FeatureStore
 from jobs import import_features
-from pipeline.vectors import formats
+from pipeline import formats
 from tests.metadata import metadata_of
 
 DIM = 6

@@ -13,8 +13,8 @@ from featurestore.spec import StoreInfo
 from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
 from featurestore.upkeep.remake import remake
-from pipeline.vectors import formats, import_vectors
-from pipeline.vectors.import_vectors import extractor_of
+from pipeline import formats, import_vectors
+from pipeline.import_vectors import extractor_of
 from tests.pipeline.vectors.conftest import DIM, stored, uris, write_xdl
 
 
@@ -34,7 +34,7 @@ PARQUET_COLUMNS = {
 
 @pytest.mark.parametrize("kind", PARQUET_COLUMNS)
 def test_parquet_in_every_form_of_a_vector(job, tmp_path, vectors_ND, kind, monkeypatch):
-    monkeypatch.setattr("pipeline.vectors.formats.block_rows", lambda dim: 10)  # so that a file has several slices
+    monkeypatch.setattr("pipeline.formats.block_rows", lambda dim: 10)  # so that a file has several slices
     ids = [f"item/{n}" for n in range(40)]
     table = pa.table({"id": ids, "title": ["x"] * 40, "vector": PARQUET_COLUMNS[kind](vectors_ND)})
     (tmp_path / "text").mkdir()
@@ -210,7 +210,7 @@ def test_a_run_that_failed_goes_on_where_it_was(job, tmp_path, vectors_ND, monke
     np.save(tmp_path / "a.npy", vectors_ND)
     np.save(tmp_path / "keys.npy", keys)
     arguments = (tmp_path / "a.npy", "--keys", tmp_path / "keys.npy", "--part-size", 10, "--dtype", "float32")
-    monkeypatch.setattr("pipeline.vectors.formats.block_rows", lambda dim: 10)
+    monkeypatch.setattr("pipeline.formats.block_rows", lambda dim: 10)
     read = []
     whole = import_vectors.gathered
     monkeypatch.setattr(import_vectors, "gathered", lambda blocks, rows: (read.append(rows), whole(blocks, rows))[1])

@@ -19,13 +19,11 @@ from tests.pages import check_page
 from tests.ranks import StandingRanks
 from tests.trainer.conftest import Places
 from tests.trainer.standing_ranks import run as run_here
+from trainer import calibrate
+from trainer.calibrate import Calibration, PlanQuestion, rates_of, sample, stored_bytes
 from trainer.comm import SoloComm
 from trainer.config import ExactTableConfig, load_config
-from trainer.errors import ConfigError, PlanError
-from trainer.plan import calibrate
-from trainer.plan.__main__ import app
-from trainer.plan.calibrate import Calibration, PlanQuestion, rates_of, sample, stored_bytes
-from trainer.plan.cost import (
+from trainer.cost import (
     PROGRAM_BYTES,
     BatchCounts,
     KeyCounts,
@@ -44,6 +42,8 @@ from trainer.plan.cost import (
     size,
     step_cost,
 )
+from trainer.errors import ConfigError, PlanError
+from trainer.plan import app
 from trainer.runs.open import train_reader
 from trainer.samples.columns import newest_day
 from trainer.samples.index import open_index
@@ -252,7 +252,7 @@ class TestMeasuring:
 
         def run(commands: Sequence[Sequence[str]]) -> list[str]:
             started.append(len(commands))
-            if "trainer.plan.cost" in commands[0]:
+            if "trainer.cost" in commands[0]:
                 return [json.dumps({"call_s": 1e-9, "byte_s": 1e-9})]
             for command in commands:
                 folder = Path(command[command.index("--config") + 1]).parent / command[-1].partition("=")[2]
@@ -318,7 +318,7 @@ class TestCommand:
         """Two ranks, one a machine, really measured: the runs of the trainer in this process, collectives on ranks."""
 
         def run_some_here(commands: Sequence[Sequence[str]]) -> list[str]:
-            if list(commands[0][-2:]) == ["-m", "trainer.plan.cost"]:
+            if list(commands[0][-2:]) == ["-m", "trainer.cost"]:
                 return [two_ranks.run(*commands[0][-2:])]
             ((code, said),) = (run_here(list(command[1:])) for command in commands)
             assert code == 0, said

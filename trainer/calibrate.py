@@ -30,6 +30,7 @@ from featurestore.snapshot import Snapshot
 from trainer.comm import SoloComm
 from trainer.comm.comm import launcher_of
 from trainer.config import Config, TableConfig, save_config
+from trainer.cost import BatchCounts, KeyCounts, Machine, NetworkSpeed, StoredBytes, TrainingPlan, Widths, build
 from trainer.engine.machine import check_threads
 from trainer.engine.wiring import model_name, table_shapes
 from trainer.errors import ConfigError, PlanError
@@ -38,7 +39,6 @@ from trainer.ids.optimizers import state_of
 from trainer.ids.shards import owned_bytes
 from trainer.models.layers import used_fields, width_of
 from trainer.models.nets import build_model
-from trainer.plan.cost import BatchCounts, KeyCounts, Machine, NetworkSpeed, StoredBytes, TrainingPlan, Widths, build
 from trainer.runs.open import store_places, train_reader
 from trainer.samples.columns import name_of, rules_of, source_columns
 from trainer.samples.index import SampleIndex, open_index, read_row_group
@@ -250,7 +250,7 @@ class Calibration:
 
     def _measure_network(self, local: int) -> NetworkSpeed:
         ranks = max(2, min(local, _MOST_RANKS))
-        (output,) = run_together([[*launcher_of(ranks), "-m", "trainer.plan.cost"]])
+        (output,) = run_together([[*launcher_of(ranks), "-m", "trainer.cost"]])
         found: dict[str, float] = json.loads(output[output.index("{") :].splitlines()[0])
         return NetworkSpeed(
             call_s=found["call_s"],

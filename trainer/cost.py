@@ -2,7 +2,7 @@
 
 Costs are bytes that travel, and seconds, each a mean over steps.
 
-As a program on ranks, it measures collectives: horovodrun -np 2 python -m trainer.plan.cost
+As a program on ranks, it measures collectives: horovodrun -np 2 python -m trainer.cost
 """
 
 import dataclasses

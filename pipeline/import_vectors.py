@@ -32,6 +32,7 @@ from featurestore.staging import STAGING
 from featurestore.store import FeatureStore
 from pipeline.cluster.tasks import Killed, run_alone, run_tasks
 from pipeline.errors import VectorImportError
+from pipeline.formats import VectorBlock, VectorSlice, VectorSource, block_rows, gathered, pack
 from pipeline.options import ImportOptions
 from pipeline.store_run import (
     BadRow,
@@ -43,7 +44,6 @@ from pipeline.store_run import (
     run_id_of,
     wait_for_worker,
 )
-from pipeline.vectors.formats import VectorBlock, VectorSlice, VectorSource, block_rows, gathered, pack
 
 NEW, CHANGED, UNCHANGED = 0, 1, 2
 INDEX_DTYPE = np.dtype([("key", "<i8"), ("low", "<u8"), ("high", "<u8"), ("state", "u1")])

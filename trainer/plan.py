@@ -47,8 +47,8 @@ def main(
     places = {"data.samples": samples, "data.store": store}
     own = [f"{name}={value}" for name, value in places.items() if value]
     config = load_config(file, [*own, *(settings or [])])
-    from trainer.plan.calibrate import PlanQuestion, plan_own
-    from trainer.plan.cost import as_json, show
+    from trainer.calibrate import PlanQuestion, plan_own
+    from trainer.cost import as_json, show
 
     question = PlanQuestion(
         ranks=ranks,

@@ -1,1 +1,0 @@
-"""Import vectors that another program made into a feature store."""

@@ -1,1 +1,0 @@
-"""Estimates of a run's needs and speed on more machines: crossmedia plan."""
