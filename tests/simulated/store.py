@@ -44,8 +44,8 @@ CHANNELS = ("stable", "next")
 PURGED = 0
 Rows = dict[int, tuple[str, float]]
 """By key, its uri and the number of the put."""
-WEIGHTS = {"put": 6, "delete": 2, "compact": 2, "restore": 1, "expire": 4, "pin": 3, "unpin": 2, "channel": 3}
-WEIGHTS |= {"read": 3}
+WEIGHTS = {"put": 6, "delete": 2, "compact": 4, "restore": 2, "expire": 4, "pin": 3, "unpin": 2, "channel": 3}
+WEIGHTS |= {"read": 4}
 INFO = StoreInfo(
     dim=2,
     num_shards=2,
@@ -76,6 +76,7 @@ class StoreHistory:
     acknowledged: list[tuple[int, str]] = field(default_factory=list)
     has_purged: bool = False
     damaged: set[int] = field(default_factory=set)
+    excused: tuple[str, ...] = ()
 
     @staticmethod
     def plan(draw: random.Random) -> Plan:
@@ -110,8 +111,8 @@ class StoreHistory:
             self.world.expect(self.has_purged or self.damaged, f"{operation.name}: {error}")
 
     def put(self, store: FeatureStore, number: int) -> None:
-        """Put some rows; one in eight gives a key another uri, which is refused unless it has none at that time."""
-        with_other = number % 8 == 5
+        """Put some rows; one in four gives a key another uri, which is refused unless it has none at that time."""
+        with_other = number % 4 == 2
         uris = {KEYS[i]: f"other-{URIS[i]}" if with_other else URIS[i] for i in _chosen(number)}
         values = np.full((len(uris), 2), number, np.float32)
         rows = FeatureRows.of(list(uris.values()), values, keys=list(uris))
@@ -206,19 +207,21 @@ class StoreHistory:
     def finish(self) -> None:
         """Look at all that is there at the end."""
         store = FeatureStore.open(f"sim://{PLACE}")
-        ids = [each.commit_id for each in self.commits]
+        ids = {version: each.commit_id for version, each in enumerate(self.commits, start=1)}
         if self.damaged:
             repair(store)
         for version, commit_id in self.acknowledged:
-            where = [place for place, each in enumerate(ids, start=1) if each == commit_id]
-            self.world.expect(where == [version], f"{commit_id} was acknowledged as {version}, and is at {where}")
+            where = [place for place, each in ids.items() if each == commit_id and place not in self.damaged]
+            is_there = where == ([] if version in self.damaged else [version])
+            self.world.expect(is_there, f"{commit_id} was acknowledged as {version}, and is at {where}")
         self.world.expect(store.snapshot().version == len(self.commits), f"the newest is not {len(self.commits)}")
         for version in log.versions(store.storage):
             if version in self._kept():
                 self.check(store.snapshot(version))
         for version in self._kept():
             self.check(store.snapshot(version))
-        problems = [each for each in verify(store).problems if set(each.versions) & self._kept()]
+        found = verify(store).problems
+        problems = [each for each in found if set(each.versions) & self._kept() and each.kind not in self.excused]
         self.world.expect(not problems, f"verify finds {problems}")
 
     def check(self, snapshot: Snapshot) -> None:
@@ -267,7 +270,8 @@ class StoreHistory:
 
     def _note_commit(self, manifest: dict) -> None:
         if manifest["version"] != len(self.commits) + 1:
-            return  # of a writer that was away while the true one expired
+            self.excused = ("order",)  # of a writer that was away while the true one expired, until an expiry comes
+            return
         operation, before = manifest["operation"], self.commits[-1].rows if self.commits else {}
         paths = frozenset(file["path"] for files in manifest["shards"].values() for file in files)
         by_id = {each.commit_id: each.rows for each in self.commits}
@@ -284,7 +288,7 @@ class StoreHistory:
         if name == "purge":
             rows.pop(KEYS[PURGED], None)
         for place in _chosen(number) if name in ("put", "delete") else ():
-            uri = f"other-{URIS[place]}" if number % 8 == 5 else URIS[place]
+            uri = f"other-{URIS[place]}" if number % 4 == 2 else URIS[place]
             old = rows.pop(KEYS[place], None)
             if name == "put":
                 self.world.expect(old is None or old[0] == uri, f"key {place} has two uris by {operation}")
