@@ -21,6 +21,7 @@ LOG = "log"
 EXPIRED = "expired"
 PINS = "pins"
 CHANNELS = "channels"
+_DAMAGED = "damaged"  # of featurestore.upkeep, which is above this module
 _NAME = re.compile(r"([0-9]{20})\.json")
 _MAX_ATTEMPTS = 300
 _MAX_FAILURES = 5
@@ -183,8 +184,9 @@ def _is_ours(storage: Storage, found: Manifest, commit_id: str) -> bool:
     follower = find(storage, found.version + 1)
     if follower is not None and follower.parent == commit_id:
         return True
-    # Snapshots go from the oldest on, except those kept by name: ours would have gone before its follower.
-    if follower is None and has_kept_by_name(storage):
+    # Snapshots go from the oldest on, except those kept by name: ours would have gone before its follower. A repair may
+    # have moved a damaged follower away, whose files are then those of ours.
+    if follower is None and (has_kept_by_name(storage) or storage.list(_DAMAGED)):
         path = storage.full(manifest_path(found.version))
         raise StorageError(f"cannot find out whether {path} is in the log: the manifest after it is gone")
     storage.delete(manifest_path(found.version))
