@@ -23,8 +23,9 @@ from typing import Any, NamedTuple, NoReturn
 import pytest
 from greenlet import getcurrent, greenlet
 
-from featurestore import log
-from featurestore.storage import remote, safety, threads
+from featurestore import log, store
+from featurestore.storage import remote, threads
+from pipeline.samples import publish
 
 HOUR_S, DAY_S = 3_600.0, 86_400.0
 MOST_REQUESTS = 60_000
@@ -442,10 +443,11 @@ def simulated(world: World) -> Iterator[pytest.MonkeyPatch]:
         for function, instead in (
             (threads.in_threads, _one_by_one),
             (remote.with_retries, _three_tries),
-            (safety.refuse_unsafe, _is_fit),
             (log.writer_name, _nobody),
         ):
             patch.setattr(function, "__code__", instead.__code__)
+        for module in (store, publish):
+            patch.setattr(module, "refuse_unsafe", _is_fit)
         patch.setattr(remote, "_client", lambda protocol, place: client)
         patch.setattr(uuid, "uuid4", lambda: uuid.UUID(int=drawn.getrandbits(128), version=4))
         patch.setattr(time, "time", lambda: world.now_s + world.current.skew_s)
