@@ -35,7 +35,7 @@ ON_PATH := PATH="$(abspath $(BIN)):$$PATH"
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test-fast test test-slow test-cluster test-versions test-browser screenshots lint breaks format docs tree bench gpu-check reference clean
+.PHONY: help install demo test-fast test test-slow test-cluster test-versions test-browser screenshots lint breaks simulate simulate-bugs format docs tree bench gpu-check reference clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -109,6 +109,12 @@ lint: $(FOR_TESTS) ## Check style, types, import rules, first lines and sizes of
 
 breaks: $(FOR_TESTS) ## Plant 60 small faults in a copy, one at a time, and see that the tests notice each; BREAKS_ARGS="--only 3,7"
 	$(ON_PATH) $(BIN)/python -m tools.breaks $(BREAKS_ARGS)
+
+simulate: $(FOR_TESTS) ## Play 1,000 simulated histories of the store's protocols; SEEDS=10000 FIRST=1000 plays others
+	$(BIN)/python -m tests.simulated play --seeds $(or $(SEEDS),1000) --first $(or $(FIRST),0)
+
+simulate-bugs: $(FOR_TESTS) ## Plant bugs in those protocols, one at a time, and see that a history finds each; BUGS=12 draws some
+	$(BIN)/python -m tests.simulated bugs --seeds $(or $(SEEDS),200) --first $(or $(FIRST),0) --drawn $(or $(BUGS),0)
 
 format: $(FOR_TESTS) ## Rewrite the sources in the project's style
 	$(BIN)/ruff check --fix .

@@ -21,6 +21,7 @@ LOG = "log"
 EXPIRED = "expired"
 PINS = "pins"
 CHANNELS = "channels"
+_DAMAGED = "damaged"  # of featurestore.upkeep, which is above this module
 _NAME = re.compile(r"([0-9]{20})\.json")
 _MAX_ATTEMPTS = 300
 _MAX_FAILURES = 5
@@ -168,8 +169,9 @@ def _is_ours(storage: Storage, found: Manifest, commit_id: str) -> bool:
     follower = find(storage, found.version + 1)
     if follower is not None and follower.parent == commit_id:
         return True
-    # Snapshots go from the oldest on, but for those that pins and channels keep: ours would have gone before its next.
-    if follower is None and (storage.list(PINS) or storage.list(CHANNELS)):
+    # Snapshots go from the oldest on, except those kept by name: ours would have gone before its follower. A repair may
+    # have moved a damaged follower away, whose files are then those of ours.
+    if follower is None and any(storage.list(folder) for folder in (PINS, CHANNELS, _DAMAGED)):
         path = storage.full(manifest_path(found.version))
         raise StorageError(f"cannot find out whether {path} is in the log: the manifest after it is gone")
     storage.delete(manifest_path(found.version))

@@ -400,7 +400,10 @@ def _lock(file: Path) -> Iterator[None]:
 
 @contextmanager
 def _lease(folder: FarPath, lease_s: float) -> Iterator[None]:
-    """Hold the claim of the highest number in `folder`; it is renewed in a thread, and ends after the block."""
+    """Hold the claim of the highest number in `folder`; it is renewed in a thread, and ends after the block.
+
+    Then it is left there, empty: were its number given again, a process that was away would take it for its own claim.
+    """
     storage, ended = Storage(folder.url), threading.Event()
     claims = storage.list()
     if claims and (holder := _holder(storage, claims[-1], lease_s)):
@@ -413,8 +416,10 @@ def _lease(folder: FarPath, lease_s: float) -> Iterator[None]:
         while not ended.wait(lease_s / 4):
             with suppress(OSError, StorageError):  # the store is away: nobody else can take the run either
                 if (newest := storage.list()[-1:]) != [mine]:
-                    other = storage.read_bytes(newest[0]).decode(errors="replace") if newest else "another one"
-                    say_error(f"the run is supervised by {printable(other)} now: this supervisor stops")
+                    other = storage.read_bytes(newest[0]).decode(errors="replace") if newest else ""
+                    say_error(
+                        f"the run is supervised by {printable(other) or 'another one'} now: this supervisor stops"
+                    )
                     os.kill(os.getpid(), signal.SIGTERM)
                     return
                 storage.write_bytes(mine, _me().encode())
@@ -426,14 +431,17 @@ def _lease(folder: FarPath, lease_s: float) -> Iterator[None]:
     finally:
         ended.set()
         renewing.join()
-        storage.delete_files([*claims, mine])
+        is_newest = storage.list()[-1:] == [mine]
+        if is_newest:
+            storage.write_bytes(mine, b"")
+        storage.delete_files([*claims, *([] if is_newest else [mine])])
 
 
 def _holder(storage: Storage, claim: str, lease_s: float) -> str | None:
-    """Return who holds a claim; None if it has expired, by the store's clock, or its process here has ended."""
+    """Return who holds a claim; None if it was given back, has expired, or its process here has ended."""
     with suppress(FileNotFoundError):
         holder = printable(storage.read_bytes(claim).decode(errors="replace")[:200])
-        if storage.now() - storage.entry(claim).mtime_s < lease_s and not _is_gone(holder):
+        if holder and storage.now() - storage.entry(claim).mtime_s < lease_s and not _is_gone(holder):
             return holder
     return None
 

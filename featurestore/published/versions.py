@@ -143,8 +143,11 @@ def open_published(url: str | os.PathLike[str]) -> Storage:
     storage = Storage(url)
     if storage.is_local and not Path(storage.url).is_dir():
         return storage  # a file, or nothing: the reader reports it
-    known = versions(storage, VERSIONS)
-    return PublishedFiles(storage.url, read_version(storage, known[-1])) if known else storage
+    for _ in range(_MAX_LISTINGS):
+        known = versions(storage, VERSIONS)
+        with contextlib.suppress(FileNotFoundError):  # replaced and expired since it was listed
+            return PublishedFiles(storage.url, read_version(storage, known[-1])) if known else storage
+    raise StorageError(f"versions of {storage.url} are listed but missing, {_MAX_LISTINGS} times in a row")
 
 
 def read_version(storage: Storage, version: int) -> PublishedVersion:
@@ -153,6 +156,7 @@ def read_version(storage: Storage, version: int) -> PublishedVersion:
 
 
 _MAX_ATTEMPTS = 300
+_MAX_LISTINGS = 20
 _OURS = re.compile(FILES + r"/[^/]*-[0-9a-f]{32}(\.[^/.]*)?")
 
 
@@ -216,12 +220,17 @@ def expire(storage: Storage, keep_s: float, files_at_once: bool = False) -> list
 
 
 def _remove_unnamed(storage: Storage, known: Sequence[int], before_s: float) -> list[str]:
-    """Remove files older than that which none of these versions names; returns their paths."""
+    """Remove files older than that which none of these versions names; returns their paths.
+
+    Removes nothing where a version is gone: another expiry is at work, and later versions may name the same files.
+    """
     found = storage.entries(FILES, recursive=False)
     named: set[str] = set()
     for version in known:
-        with contextlib.suppress(FileNotFoundError):  # another expiry is at work
+        try:
             named |= {file.path for file in read_version(storage, version).files.values()}
+        except FileNotFoundError:
+            return []
     unnamed = [
         each.path for each in found if each.path not in named and each.mtime_s < before_s and _OURS.fullmatch(each.path)
     ]
@@ -262,10 +271,18 @@ def append_numbered(
                 " again"
             )
         mine = model_of(highest + 1)
-        data = seal(mine)  # like no other's; read back, a NaN in it would be null
-        if storage.create_or_read(manifest_path(highest + 1, folder), data) == data:
-            return mine
+        path, data = manifest_path(highest + 1, folder), seal(mine)  # like no other's; read back, a NaN would be null
+        if storage.create_or_read(path, data) == data:
+            if not _is_late(storage, folder, path):
+                return mine
+            storage.delete(path)
     raise CommitConflictError(f"other writers were first {_MAX_ATTEMPTS} times in a row at {storage.url}: run it again")
+
+
+def _is_late(storage: Storage, folder: str, path: str) -> bool:
+    """Return whether a file was created behind higher numbers: its own was free only as `expire` had removed it."""
+    made_s = {entry.path: entry.mtime_s for entry in storage.entries(folder, recursive=False)}
+    return any(other > path and time_s < made_s.get(path, -math.inf) for other, time_s in made_s.items())
 
 
 VersionName = int | str

@@ -249,7 +249,7 @@ class _Purge:
     def _remove(self, traces: Sequence[Trace]) -> bool:
         """Remove files with traces; return whether no other writer came between."""
         bad = {trace.path for trace in traces if trace.path.startswith(f"{DATA}/")}
-        manifests = [log.read(self.storage, version) for version in log.versions(self.storage)]
+        manifests = self._manifests()
         affected = {each.version: each for each in manifests if _paths(each) & bad}
         newest = manifests[-1] if manifests else log.EMPTY
         self._check_readable(newest, traces)
@@ -264,7 +264,7 @@ class _Purge:
                 move_channel(self.store, move.channel, newest.version, f"{PURGE}: snapshot {move.version} has gone")
                 self.report.moved.append(move.channel)
             move_aside(self.store, sorted(affected))
-            if any(_paths(log.read(self.storage, version)) & bad for version in log.versions(self.storage)):
+            if any(_paths(each) & bad for each in self._manifests()):
                 return False  # another process restored or committed such a file meanwhile
         self.report.num_quarantined += len(quarantined)
         if not self.dry_run:
@@ -274,6 +274,11 @@ class _Purge:
         gone = [*affected.values(), *(each for each in expired if each is not None)]
         self._delete(traces, {path for each in gone for path in _paths(each)})
         return True
+
+    def _manifests(self) -> list[Manifest]:
+        """Read all manifests of the log, ascending; without those that an expiry takes out of it meanwhile."""
+        found = [log.find(self.storage, version, [log.LOG]) for version in log.versions(self.storage)]
+        return [each for each in found if each is not None]
 
     def _check_readable(self, newest: Manifest, traces: Sequence[Trace]) -> None:
         unread = {trace.path: trace.text for trace in traces if trace.rows is None}

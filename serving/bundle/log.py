@@ -322,7 +322,10 @@ def _remove(storage: Storage, manifest: BundleManifest, seen: int, own: set[str]
 
     If it was chosen after choice number `seen`, restores its manifest instead."""
     path = manifest_path(manifest.version, LOG)
-    data = storage.read_bytes(path)
+    try:
+        data = storage.read_bytes(path)
+    except FileNotFoundError:  # another expiry was quicker
+        return False
     storage.delete(path)
     # `use` checks the manifest again after it has written its choice, so one of the two sees the other.
     if any(each.version == manifest.version for each in choices(storage, after=seen)):

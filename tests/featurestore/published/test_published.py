@@ -3,15 +3,25 @@
 import contextlib
 import pickle
 import signal
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from featurestore.errors import CommitConflictError, StorageError
-from featurestore.published.versions import PublishedFile, PublishedFiles, expire, open_published, publish, upload
+from featurestore.published.versions import (
+    PublishedFile,
+    PublishedFiles,
+    expire,
+    open_published,
+    publish,
+    upload,
+    write_part,
+)
 from featurestore.storage.local import StorageEntry
 from featurestore.storage.storage import Storage
+from tests.faulty import FaultyStorage, opened_faulty, preceded_by
 from tests.fuse import Fuse, small_process
 
 
@@ -226,3 +236,52 @@ class TestExpire:
         assert at > 3
         with contextlib.suppress(FileNotFoundError):
             assert len(storage.entries("files")) == 1
+
+
+class TestWhoeverWasAway:
+    """Processes that were suspended, while others published and removed old versions."""
+
+    @pytest.fixture
+    def place(self, tmp_path: Path) -> Storage:
+        return Storage(tmp_path / "place")
+
+    @pytest.fixture
+    def others(self, place: Storage) -> Callable[[], None]:
+        """Publish two versions, and remove all before them."""
+
+        def work() -> None:
+            kept = dict(newest(place).published.files)
+            for name in "bc":
+                kept[name] = write_part(place, name, name.encode())
+                publish(place, kept)
+            expire(place, -1)
+
+        publish(place, {"a": write_part(place, "a", b"a")})
+        return work
+
+    def test_a_version_in_a_number_that_became_free_is_not_the_newest(
+        self, place: Storage, others: Callable[[], None]
+    ) -> None:
+        before = newest(place).published.files
+        away = FaultyStorage(place, {"create_exclusive": preceded_by(others)})
+        with pytest.raises(CommitConflictError, match="has number 3 by now"):
+            publish(away, before, after=1)
+        assert publish(place, before).version == 4 and newest(place).list() == ["a"]
+
+    def test_a_file_of_versions_that_an_expiry_does_not_know_stays(
+        self, place: Storage, others: Callable[[], None]
+    ) -> None:
+        away = FaultyStorage(place, {"read_bytes": preceded_by(others)})
+        assert not any(path.startswith("files/") for path in expire(away, -1))
+        found = newest(place)
+        assert [found.read_bytes(name) for name in found.list()] == [b"a", b"b", b"c"]
+
+    def test_a_version_that_went_before_it_was_read_is_looked_for_again(
+        self, place: Storage, others: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def go_once() -> None:
+            monkeypatch.undo()
+            others()
+
+        opened_faulty(monkeypatch, {"read_bytes": preceded_by(go_once)}, "featurestore.published.versions")
+        assert newest(place).list() == ["a", "b", "c"]

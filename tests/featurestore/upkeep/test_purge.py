@@ -13,11 +13,12 @@ from featurestore.commit import Commit
 from featurestore.errors import CorruptFileError, KeyFileError, PinError, SnapshotNotFoundError
 from featurestore.upkeep import purge as purge_module
 from featurestore.upkeep.compaction import compact
+from featurestore.upkeep.expiry import move_aside
 from featurestore.upkeep.history import move_channel, pin, read_pins, restore, unpin
 from featurestore.upkeep.purge import Images, PurgeReport, find_traces, read_images
 from featurestore.upkeep.purge import purge as purge_store
 from featurestore.upkeep.verify import verify
-from tests.faulty import Fault, FaultyStorage
+from tests.faulty import Fault, FaultyStorage, faulty
 from tests.featurestore.staged import run
 from tests.featurestore.upkeep.damaged import GONE, IMAGES, contents, without
 
@@ -92,6 +93,18 @@ class TestOthers:
         assert report.is_complete and others == []
         assert set(contents(filled)).isdisjoint(GONE) and verify(filled).problems == []
         assert len(contents(filled)) == 78
+
+    def test_snapshots_that_an_expiry_takes_away_meanwhile_are_passed_over(self, filled: FeatureStore) -> None:
+        others = [lambda: move_aside(filled, [1]), lambda: None, lambda: move_aside(filled, [2])]
+
+        def listed(call: Fault, path: str = "") -> Any:
+            names = call(path)
+            if path == log.LOG and others:
+                others.pop(0)()
+            return names
+
+        assert purge(faulty(filled, list=listed)).is_complete and others == []
+        assert log.versions(filled.storage) == [6]
 
     def test_files_of_a_writer_at_work_stay_and_the_proof_says_so(self, filled: FeatureStore) -> None:
         report = purge_store(filled, IMAGES, writer_hours=1.0)

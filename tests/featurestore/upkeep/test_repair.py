@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from featurestore import FeaturePartition, FeatureStore, QuarantineRow, StoreInfo, shard_of
 from featurestore.__main__ import app
-from featurestore.errors import CommitConflictError, CorruptFileError
+from featurestore.errors import CommitConflictError, CorruptFileError, StorageError
 from featurestore.log import EXPIRED, manifest_path, versions
 from featurestore.spec import FileEntry
 from featurestore.upkeep.compaction import compact
@@ -19,7 +19,7 @@ from featurestore.upkeep.expiry import expire
 from featurestore.upkeep.history import pin, restore
 from featurestore.upkeep.repair import RepairReport, readable_keys, repair
 from featurestore.upkeep.verify import verify
-from tests.faulty import faulty, preceded_by
+from tests.faulty import Fault, faulty, preceded_by
 from tests.featurestore.staged import build_shard
 from tests.featurestore.upkeep.damaged import SHARD, check_whole, everything, files_of, leave_in_expired, spoil
 
@@ -113,6 +113,27 @@ def test_rows_that_others_append_meanwhile_stay(filled: FeatureStore, make_rows)
     assert repair(faulty(filled, create_exclusive=preceded_by(lambda: filled.put(rows)))).version == 5
     assert set(rows.keys_N.tolist()) <= set(everything(filled)) and base not in files_of(filled)
     assert verify(filled).problems == []
+
+
+def test_a_commit_that_a_repair_took_as_the_newest_good_one_stays(filled: FeatureStore, make_rows) -> None:
+    """Its writer was away from the creation on; the commit after it was damaged, and a repair moved that away."""
+    mine = make_rows(10, filled.info, first=1000)
+
+    def others() -> None:
+        spoil(filled, manifest_path(filled.put(make_rows(5, filled.info, first=2000)).version))
+        repair(filled)
+
+    left = [others]
+
+    def made(call: Fault, *arguments: object) -> object:
+        answer = call(*arguments)
+        if left:
+            left.pop()()
+        return answer
+
+    with pytest.raises(StorageError, match="cannot find out whether"):
+        faulty(filled, create_exclusive=made).put(mine)
+    assert set(mine.keys_N.tolist()) <= set(everything(filled)) and filled.snapshot(4).version == 4
 
 
 def test_a_repair_that_comes_second_says_so(filled: FeatureStore) -> None:

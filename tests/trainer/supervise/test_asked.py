@@ -6,6 +6,7 @@ import signal
 import socket
 import sys
 import time
+import uuid
 from pathlib import Path
 from unittest import mock
 
@@ -164,7 +165,7 @@ def test_one_supervisor_for_a_run_on_an_object_store(s3_url: str, monkeypatch: p
         assert claims.list() == [first]
         with claimed(run_path(f"{s3_url}/runs/b")):
             pass
-    assert claims.list() == [], "it is given back"
+    assert claims.list() == [first] and claims.read_bytes(first) == b"", "it is given back"
     claims.write_bytes(first, elsewhere)
     with pytest.raises(ConfigError, match="a is supervised already, by process 1 on another-machine"), claimed(run):
         pass
@@ -172,7 +173,7 @@ def test_one_supervisor_for_a_run_on_an_object_store(s3_url: str, monkeypatch: p
     with claimed(run, lease_s=0.5):
         assert b"another-machine" not in claims.read_bytes(second)
     gone = f"process 4194305 on {os.uname().nodename}"  # a number that no process has
-    claims.write_bytes(first, gone.encode())
+    claims.write_bytes(second, gone.encode())
     with monkeypatch.context() as patch:
         patch.setattr(Storage, "create_exclusive", lambda *_: False)
         with pytest.raises(ConfigError, match="by one that began at the same moment"), claimed(run):
@@ -180,12 +181,25 @@ def test_one_supervisor_for_a_run_on_an_object_store(s3_url: str, monkeypatch: p
     ended: list[int] = []
     monkeypatch.setattr(os, "kill", lambda _, number: ended.append(number))
     with claimed(run, lease_s=4):
-        claims.write_bytes(f"{3:020}", elsewhere)
+        claims.write_bytes(f"{4:020}", elsewhere)
         until_s = time.monotonic() + 60
         while not ended and time.monotonic() < until_s:
             time.sleep(0.2)
     assert ended == [signal.SIGTERM], "it was taken over"
-    assert claims.list() == [f"{3:020}"] and claims.read_bytes(f"{3:020}") == elsewhere
+    assert claims.list() == [f"{4:020}"] and claims.read_bytes(f"{4:020}") == elsewhere
+
+
+def test_whoever_was_away_stops_though_the_run_was_given_back_and_taken_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    run, ended = run_path(f"memory://{uuid.uuid4().hex}/runs/a"), list[int]()
+    monkeypatch.setattr(os, "kill", lambda _, number: ended.append(number))
+    with claimed(run, lease_s=1):
+        with claimed(run):  # as another one: a process of this number that holds the run is taken for an earlier one
+            pass
+        with claimed(run):
+            until_s = time.monotonic() + 60
+            while not ended and time.monotonic() < until_s:
+                time.sleep(0.05)
+            assert ended == [signal.SIGTERM]
 
 
 def test_addresses_by_which_hosts_reach_each_other() -> None:

@@ -1,0 +1,59 @@
+"""Bugs that are planted, one at a time, to see that histories find them: each takes a guard of a protocol out.
+
+planted.toml has them. A bug is a text of one function that becomes another one: the function's code is compiled again,
+so that whoever has the function by any name has the bug.
+"""
+
+import contextlib
+import importlib
+import inspect
+import textwrap
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import CodeType, FunctionType
+from typing import Any
+
+import pytest
+
+
+@dataclass(frozen=True)
+class Bug:
+    """A guard, the kind of histories that reach it, where it stands, and the text with what takes its place."""
+
+    guard: str
+    kind: str
+    place: str
+    old: str
+    new: str
+
+    @contextlib.contextmanager
+    def planted(self) -> Iterator[None]:
+        """Plant it for the time of the block."""
+        function = _function(self.place)
+        source = textwrap.dedent(inspect.getsource(function))
+        assert source.count(self.old) == 1, f"{self.place} has {source.count(self.old)} times: {self.old}"
+        compiled = compile(source.replace(self.old, self.new), inspect.getfile(function), "exec")
+        code = next(code for code in _codes(compiled) if code.co_name == function.__name__)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(function, "__code__", code)
+            yield
+
+
+def _function(place: str) -> FunctionType:
+    module, _, path = place.partition(":")
+    found: Any = importlib.import_module(module)
+    for name in path.split("."):
+        found = getattr(found, name)
+    return inspect.unwrap(found)
+
+
+def _codes(code: CodeType) -> Iterator[CodeType]:
+    for each in code.co_consts:
+        if isinstance(each, CodeType):
+            yield each
+            yield from _codes(each)
+
+
+BUGS = [Bug(**each) for each in tomllib.loads(Path(__file__).with_suffix(".toml").read_text())["bug"]]
