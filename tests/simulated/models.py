@@ -190,7 +190,7 @@ class ModelHistory:
         storage = Storage(URL)
         manifest = read_version(storage, identity.version)
         for file in manifest.files:
-            check_file(storage, manifest, file, verify=True)
+            check_file(storage, f"{manifest.folder}/{file.name}", file, verify=True)
         contents = [storage.read_bytes(f"{manifest.folder}/{name}").decode() for name in NAMES]
         self.scorers.append(SimulatedScorer(self.world, identity, contents))
         return self.scorers[-1]

@@ -15,10 +15,10 @@ from featurestore.published.paths import FarPath
 from featurestore.published.versions import write_part
 from tests.simulated.published import PublishedLog
 from tests.simulated.world import Client, Operation, Plan, World, draw_plan
+from trainer import supervise as supervised_run
 from trainer.errors import CheckpointError, ConfigError
 from trainer.runs.folder import finished, step_name
 from trainer.runs.saving import KEEP_REMOVED_S, CheckpointPlace, WrittenPart
-from trainer.supervise import run as supervised_run
 
 RUN = FarPath("sim://w/run")
 CLAIMS, PLACE = "w/.run.supervised", "w/run/checkpoints"

@@ -24,7 +24,8 @@ import pytest
 from greenlet import getcurrent, greenlet
 
 from featurestore import log, store
-from featurestore.storage import remote, threads
+from featurestore.storage import remote
+from featurestore.storage import storage as storage_module
 from pipeline.samples import publish
 
 HOUR_S, DAY_S = 3_600.0, 86_400.0
@@ -441,7 +442,7 @@ def simulated(world: World) -> Iterator[pytest.MonkeyPatch]:
     with pytest.MonkeyPatch.context() as patch:
         # By their code, as other modules have these functions under names of their own.
         for function, instead in (
-            (threads.in_threads, _one_by_one),
+            (storage_module.in_threads, _one_by_one),
             (remote.with_retries, _three_tries),
             (log.writer_name, _nobody),
         ):
