@@ -406,11 +406,17 @@ class SimulatedClient:
         return {"name": path, "type": "file", "size": len(stored.data), "mtime": stored.mtime_s}
 
 
-def _one_by_one(work: Any, items: Any, threads: int, progress: Any = None) -> Iterator[Any]:
-    for done, item in enumerate(items, start=1):
-        yield work(item)
-        if progress is not None:
-            progress(done, len(items))
+class _OneByOne:
+    """A pool without threads: work is done when its result is asked for."""
+
+    def __init__(self, threads: int) -> None:
+        self.map = map
+
+    def __enter__(self) -> "_OneByOne":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Nothing waits."""
 
 
 def _three_tries(work: Any, retry_if: Any = None, patience_s: Any = None) -> Any:
@@ -442,11 +448,12 @@ def simulated(world: World) -> Iterator[pytest.MonkeyPatch]:
     with pytest.MonkeyPatch.context() as patch:
         # By their code, as other modules have these functions under names of their own.
         for function, instead in (
-            (storage_module.in_threads, _one_by_one),
             (remote.with_retries, _three_tries),
             (log.writer_name, _nobody),
         ):
             patch.setattr(function, "__code__", instead.__code__)
+        for module in (remote, storage_module):
+            patch.setattr(module, "ThreadPoolExecutor", _OneByOne)
         for module in (store, publish):
             patch.setattr(module, "refuse_unsafe", _is_fit)
         patch.setattr(remote, "_client", lambda protocol, place: client)
