@@ -69,6 +69,17 @@ def class_token(network, pixels_BCHW):
     return network.encoder(torch.cat([network.class_token.expand(len(tokens), -1, -1), tokens], 1))[:, 0]
 
 
+@pytest.mark.filterwarnings("ignore:weights random")
+def test_bfloat16_is_close(draw, default, monkeypatch):
+    pixels_BHWC = np.stack([np.asarray(draw(seed, 224, 224)) for seed in range(2)])
+    drawn = {key.removeprefix("extractor."): value for key, value in default.network.state_dict().items()}
+    monkeypatch.setattr(weights_module, "load_weights", lambda *_, **__: drawn)  # not drawn twice
+    half = Backbone(DEFAULT_BACKBONE, "random:0", "bfloat16")
+    single_BD, half_BD = (network.features(pixels_BHWC) for network in (default, half))
+    norms_B = np.linalg.norm(half_BD, axis=1) * np.linalg.norm(single_BD, axis=1)
+    assert ((half_BD * single_BD).sum(1) / norms_B).min() > 0.999
+
+
 @pytest.mark.long
 @pytest.mark.filterwarnings("ignore:weights random")
 @pytest.mark.parametrize(
