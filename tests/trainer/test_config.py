@@ -20,7 +20,7 @@ from trainer.config import (
 )
 from trainer.errors import ConfigError
 
-PRESET = Path(__file__).parents[3] / "trainer/presets/dicm.yaml"
+PRESET = Path(__file__).parents[2] / "trainer/presets/dicm.yaml"
 ITEMS = ExactTableConfig(kind="exact", max_rows=1 << 20)
 
 

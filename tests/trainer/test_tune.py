@@ -1,7 +1,7 @@
 """Tuning: each point of the grid is the run that the settings say, a killed job goes on, and the best is written."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ import pytest
 
 from featurestore.parsing import parse_yaml
 from tests.ranks import StandingRanks
+from tests.trainer.conftest import Places, make_places
 from tests.trainer.whole_runs import all_alike, assert_same, report_of, run_alone
 from trainer.comm import SoloComm
 from trainer.config import differences, load_config
@@ -17,7 +18,6 @@ from trainer.engine.engine import Engine
 from trainer.errors import CheckpointError, ConfigError
 from trainer.tune import GRID, SETTINGS_FILE, TABLE_FILE, parsed_grid, trials_of, tune
 
-Places = Any
 TRIED = {"optim.lr": (0.01, 0.001)}
 SHARED = {"model__compute_dtype": "float64", "run__name": "tune", "train__checkpoint_every": 2}
 
@@ -47,7 +47,7 @@ def _tuned(settings: list[str], epochs: int = 3) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def tuned(make_places: Callable[[Path], Places], tmp_path_factory: pytest.TempPathFactory) -> tuple[Places, list[Any]]:
+def tuned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Places, list[Any]]:
     """A tuning of two points that was killed in the midst of the second one and started again."""
     places = make_places(tmp_path_factory.mktemp("tuned"))
     settings = places.settings(**SHARED)
