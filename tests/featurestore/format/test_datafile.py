@@ -180,7 +180,7 @@ def step_of(path: Path) -> int:
 
 @pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("step", [None, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [None, pytest.param(3, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])])
 def test_verify_finds_a_flipped_bit_in_every_kind_of_file(full: FeatureStore, kind: str, step: int | None) -> None:
     for path in files_of(full, kind):
         for place in flips(path, step or step_of(path)):
