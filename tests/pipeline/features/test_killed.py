@@ -32,7 +32,7 @@ SLOW_DECODER = """
 import time
 from pipeline.features import part as parts
 def slow(*args, decode=parts.prepare):
-    time.sleep(0.15)
+    time.sleep(0.4)
     return decode(*args)
 parts.prepare = slow
 """
