@@ -361,6 +361,12 @@ def digest_of(data: bytes | memoryview | pa.Buffer, algorithm: Digest) -> str:
     return hashlib.sha256(data).hexdigest() if algorithm == "sha256" else xxhash.xxh3_128_hexdigest(data)
 
 
+def check_names(parquet: pq.ParquetFile) -> None:
+    """Raise UnicodeDecodeError where the name of a column is damaged, which Arrow says when it is asked for."""
+    for name in (*parquet.schema_arrow.names, *(parquet.schema.column(n).path for n in range(len(parquet.schema)))):
+        name.encode()
+
+
 def is_text(kind: pa.DataType) -> bool:
     """Return whether an Arrow type has texts, however it holds them."""
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
