@@ -293,7 +293,11 @@ def open_entry(
     with contextlib.ExitStack() as stack:
         try:
             if check != "size":
-                view = stack.enter_context((memory or FileMemory(entry.bytes)).borrow(entry.bytes))
+                try:
+                    view = stack.enter_context((memory or FileMemory(entry.bytes)).borrow(entry.bytes))
+                except MemoryError:  # a manifest may name any size
+                    _check_size(path, storage.size(entry.path), entry)
+                    raise
                 _read_verified_into(storage, entry, check, view)
                 source: IO[bytes] | pa.NativeFile = stack.enter_context(pa.BufferReader(pa.py_buffer(view)))
             elif entry.bytes > _SMALL_BYTES:
