@@ -14,7 +14,7 @@ from tests.fuzz.run import fuzz
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 Examples = Annotated[int, typer.Option(min=1, help="Inputs for each parser; of planted bugs the most for each.")]
-First = Annotated[int, typer.Option(min=0, help="The seed of the inputs.")]
+First = Annotated[int, typer.Option(min=0, help="Seed of the inputs.")]
 Only = Annotated[str, typer.Option(metavar="TEXT", help="Only parsers that have this text in their names.")]
 
 
