@@ -35,7 +35,7 @@ ON_PATH := PATH="$(abspath $(BIN)):$$PATH"
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test-fast test test-slow test-cluster test-versions test-browser screenshots lint breaks simulate simulate-bugs format docs tree bench gpu-check reference clean
+.PHONY: help install demo test-fast test test-slow test-cluster test-versions test-browser screenshots lint breaks simulate simulate-bugs fuzz format docs tree bench gpu-check reference clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -115,6 +115,9 @@ simulate: $(FOR_TESTS) ## Play 1,000 simulated histories of the store's protocol
 
 simulate-bugs: $(FOR_TESTS) ## Plant bugs in those protocols, one at a time, and see that a history finds each; BUGS=12 draws some
 	$(BIN)/python -m tests.simulated bugs --seeds $(or $(SEEDS),200) --first $(or $(FIRST),0) --drawn $(or $(BUGS),0)
+
+fuzz: $(FOR_TESTS) ## Run each parser on 2,000 damaged inputs; EXAMPLES=50000 FIRST=1 runs others
+	$(BIN)/python -m tests.fuzz play --examples $(or $(EXAMPLES),2000) --first $(or $(FIRST),0)
 
 format: $(FOR_TESTS) ## Rewrite the sources in the project's style
 	$(BIN)/ruff check --fix .

@@ -62,6 +62,8 @@ def parse_yaml(text: str, aliases: bool = True) -> Any:
         raise ValueError(one_line(error)) from error
     except RecursionError as error:
         raise ValueError(_TOO_DEEP) from error
+    except (LookupError, AttributeError, OverflowError) as error:  # of PyYAML's own for "!!bool x" and the like
+        raise ValueError(f"a value is not what its tag or form says: {error}") from error
 
 
 def format_yaml(values: Any) -> str:

@@ -80,6 +80,7 @@ FileName = Annotated[str, AfterValidator(check_file_name)]
 RandomId = Annotated[str, AfterValidator(_check_id)]
 OptionalId = Annotated[str, AfterValidator(lambda text: text and _check_id(text))]  # empty where none was given
 Version = Annotated[int, Field(ge=0, le=MAX_VERSION)]  # 0 is the empty store
+Count = Annotated[int, Field(ge=0, le=MAX_VERSION)]  # of rows or bytes: an int64
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
@@ -193,9 +194,9 @@ class FileEntry(Frozen):
     """One immutable data file of one shard."""
 
     path: StorePath
-    bytes: int
-    rows: int
-    num_deleted: int
+    bytes: Count
+    rows: Count
+    num_deleted: Count
     sha256: str
     xxh3_128: str  # as strong against accidents, and ten times faster: checked by every read of the whole file
     kind: FileKind

@@ -230,7 +230,7 @@ def _names_of_rows(address: str, rows: int) -> tuple[list[Int64Array | bytes], i
     if address.endswith(".npy"):
         try:
             keys_N = read_npy(data)
-        except (ValueError, SyntaxError, EOFError) as error:
+        except ValueError as error:
             raise VectorImportError(f"{address} is no .npy file: {error}") from error
         if keys_N.ndim != 1 or keys_N.dtype.kind not in "iu" or keys_N.dtype == np.uint64:
             raise VectorImportError(f"{address} holds {keys_N.dtype} {keys_N.shape}, not int64 keys")

@@ -5,6 +5,7 @@ Letters of shapes: N rows, D width of the wider rows, K components, which is the
 
 import io
 import threading
+import tokenize
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -212,6 +213,9 @@ _lock = threading.Lock()
 
 def read_npy(data: bytes | memoryview) -> NDArray[Any]:
     """Read the array in the bytes of an .npy file. Raises ValueError where they are none; nothing is unpickled."""
-    with _lock:
-        array: NDArray[Any] = np.load(io.BytesIO(data), allow_pickle=False)
+    try:
+        with _lock:
+            array: NDArray[Any] = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+    except (MemoryError, OverflowError, SyntaxError, TypeError, tokenize.TokenError) as error:  # of a damaged header
+        raise ValueError(f"it is not an array as numpy writes one: {error}") from error
     return array

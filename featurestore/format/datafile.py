@@ -293,7 +293,11 @@ def open_entry(
     with contextlib.ExitStack() as stack:
         try:
             if check != "size":
-                view = stack.enter_context((memory or FileMemory(entry.bytes)).borrow(entry.bytes))
+                try:
+                    view = stack.enter_context((memory or FileMemory(entry.bytes)).borrow(entry.bytes))
+                except MemoryError:  # a manifest may name any size
+                    _check_size(path, storage.size(entry.path), entry)
+                    raise
                 _read_verified_into(storage, entry, check, view)
                 source: IO[bytes] | pa.NativeFile = stack.enter_context(pa.BufferReader(pa.py_buffer(view)))
             elif entry.bytes > _SMALL_BYTES:
@@ -359,6 +363,12 @@ def damaged_message(path: str, algorithm: Digest) -> str:
 def digest_of(data: bytes | memoryview | pa.Buffer, algorithm: Digest) -> str:
     """Return the digest in hexadecimal."""
     return hashlib.sha256(data).hexdigest() if algorithm == "sha256" else xxhash.xxh3_128_hexdigest(data)
+
+
+def check_names(parquet: pq.ParquetFile) -> None:
+    """Raise UnicodeDecodeError where the name of a column is damaged, which Arrow says when it is asked for."""
+    for name in (*parquet.schema_arrow.names, *(parquet.schema.column(n).path for n in range(len(parquet.schema)))):
+        name.encode()
 
 
 def is_text(kind: pa.DataType) -> bool:

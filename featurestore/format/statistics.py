@@ -115,7 +115,9 @@ class Moments:
     def from_bytes(cls, data: bytes | memoryview, count: int, path: str) -> "Moments":
         """Read what `to_bytes` wrote. Raises CorruptFileError."""
         try:
-            mean_D, m2_D = read_npy(data)
+            moments_2D = read_npy(data)
         except ValueError as error:
             raise CorruptFileError(f"{path} is damaged: {error}") from error
-        return cls(count, mean_D, m2_D)
+        if moments_2D.dtype != np.float64 or moments_2D.ndim != 2 or len(moments_2D) != 2:
+            raise CorruptFileError(f"{path} is damaged: it has {moments_2D.dtype} {moments_2D.shape}, not two rows")
+        return cls(count, moments_2D[0], moments_2D[1])

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from featurestore.console.output import print_summary
 from featurestore.errors import StorageError
-from featurestore.format.datafile import is_text
+from featurestore.format.datafile import check_names, is_text
 from featurestore.keys import NO_IMAGE, keys_of_bytes
 from featurestore.storage.storage import Storage
 from featurestore.text import CsvStyle
@@ -237,8 +237,10 @@ def open_parquet(storage: Storage, path: str, encoded: Sequence[str] = ()) -> pq
     """
     try:
         file = storage.open_input(path)
-        return pq.ParquetFile(file, read_dictionary=list(encoded), page_checksum_verification=True)
-    except (pa.ArrowException, OSError, StorageError) as error:
+        parquet = pq.ParquetFile(file, read_dictionary=list(encoded), page_checksum_verification=True)
+        check_names(parquet)
+        return parquet
+    except (pa.ArrowException, OSError, StorageError, UnicodeDecodeError) as error:
         raise SampleError(f"{storage.full(path)}: not readable as Parquet: {error}") from error
 
 

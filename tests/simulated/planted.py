@@ -46,7 +46,7 @@ def _function(place: str) -> FunctionType:
     found: Any = importlib.import_module(module)
     for name in path.split("."):
         found = getattr(found, name)
-    return inspect.unwrap(found)
+    return inspect.unwrap(getattr(found, "__func__", found))  # that of a class method
 
 
 def _codes(code: CodeType) -> Iterator[CodeType]:

@@ -167,7 +167,7 @@ def read_recorded(checkpoint: Checkpoint) -> CheckpointState:
     """
     file = f"{checkpoint}/{STATE}"
     try:
-        return unseal(checkpoint.read_bytes(STATE), CheckpointState, file)
+        state = unseal(checkpoint.read_bytes(STATE), CheckpointState, file)
     except FileNotFoundError as failure:
         raise DamagedCheckpointError(f"{file} is damaged: {failure}") from failure
     except CorruptFileError as failure:
@@ -176,6 +176,9 @@ def read_recorded(checkpoint: Checkpoint) -> CheckpointState:
         raise CheckpointError(str(failure)) from failure
     except (OSError, StorageError) as failure:
         raise CheckpointError(f"cannot read {file}: {failure}") from failure
+    if DENSE not in state.files:
+        raise DamagedCheckpointError(f"{file} is damaged: {DENSE} is not among its files")
+    return state
 
 
 def load(

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 import xxhash
 from numpy.typing import NDArray
 
+from featurestore.format.datafile import check_names
 from featurestore.published.versions import open_published
 from featurestore.storage.storage import Storage
 from trainer.comm import Comm
@@ -193,10 +194,12 @@ def _read_footer(storage: Storage, file: str, rules: Mapping[str, Rule], label: 
 
 def _opened(storage: Storage, file: str) -> pq.ParquetFile:
     try:
-        return pq.ParquetFile(in_either_split(storage.open_input, file), page_checksum_verification=True)
+        parquet = pq.ParquetFile(in_either_split(storage.open_input, file), page_checksum_verification=True)
+        check_names(parquet)
+        return parquet
     except FileNotFoundError as failure:
         raise DataError(f"{storage.full(file)} is gone; it was there when the run began") from failure
-    except (pa.ArrowException, OSError) as failure:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as failure:
         raise DataError(
             f"{storage.full(file)} is not a readable Parquet file: {str(failure).strip()}; write it again"
         ) from failure

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from featurestore import Codec, FeatureRows, FeatureStore, StoreInfo, keys_of_uris, to_bits, to_float32
 from featurestore.errors import CorruptFileError, InvalidRowsError, KeyCollisionError
 from featurestore.format.codec import read_npy
+from featurestore.format.statistics import Moments
 from featurestore.index import nearest
 from featurestore.text import DType
 from tests.featurestore.conftest import MakeRows
@@ -83,10 +84,27 @@ def written(array: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def test_pickles_and_other_bytes_are_refused() -> None:
-    for data in (written(np.array([{}], object)), b"", b"no array"):
-        with pytest.raises((ValueError, EOFError)):
-            read_npy(data)
+@pytest.mark.parametrize("data", [b"", b"no array", b"PK\x03\x04"])
+def test_other_bytes_are_refused(data: bytes) -> None:
+    with pytest.raises(ValueError):
+        read_npy(data)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [(b"'<f8'", b"'|O '"), (b"(3,)", b"((3,"), (b"(3,)", b"3   "), (b"(3,), }" + b" " * 11, b"(999999999999,), }")],
+)
+def test_damaged_headers_and_pickles_are_refused(old: bytes, new: bytes) -> None:
+    data = written(np.zeros(3))
+    assert old in data
+    with pytest.raises(ValueError):
+        read_npy(data.replace(old, new))
+
+
+@pytest.mark.parametrize("array", [np.zeros(()), np.zeros(2), np.zeros((2, 3), np.int64)])
+def test_statistics_of_another_shape_are_damaged(array: np.ndarray) -> None:
+    with pytest.raises(CorruptFileError, match="not two rows"):
+        Moments.from_bytes(written(array), 1, "x.stats.npy")
 
 
 def nearest_even_bfloat16(value: np.float32) -> int:

@@ -16,9 +16,10 @@ from featurestore.format.rows import FeatureRows
 from featurestore.format.shard import ShardReader, check_digest, read_moments, write_shard_file
 from featurestore.format.statistics import Moments
 from featurestore.keys import shard_of
-from featurestore.spec import FileEntry
+from featurestore.spec import FileEntry, Manifest, seal, unseal
 from featurestore.staging import sorted_table
 from featurestore.storage.local import DiskFiles
+from tests.featurestore.conftest import MakeRows
 
 
 @pytest.fixture
@@ -144,3 +145,25 @@ def test_a_shard_without_files_has_no_key(store: FeatureStore, info: StoreInfo) 
     empty = store.snapshot().shard_reader(0)
     assert not empty.contains(KEYS).any()
     assert empty.uris(KEYS)[1] == []
+
+
+@pytest.mark.parametrize("size", [10**13, 2**63 - 1])
+def test_a_manifest_that_names_a_huge_file_asks_for_no_memory(
+    store: FeatureStore, make_rows: MakeRows, size: int
+) -> None:
+    entry = store.put(make_rows(4, store.info)).manifest.entries[0].model_copy(update={"bytes": size})
+    with (
+        pytest.raises(CorruptFileError, match=f"bytes instead of {size}"),
+        open_entry(store.storage, store.info, entry, "xxh3_128"),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("name", ["bytes", "rows", "num_deleted"])
+def test_a_count_below_zero_is_damage(store: FeatureStore, make_rows: MakeRows, name: str) -> None:
+    manifest = store.put(make_rows(4, store.info)).manifest
+    shard = next(iter(manifest.shards))
+    entry = manifest.shards[shard][0].model_copy(update={name: -1})
+    damaged = manifest.model_copy(update={"shards": manifest.shards | {shard: (entry,)}})
+    with pytest.raises(CorruptFileError, match=f"{name}=-1"):
+        unseal(seal(damaged), Manifest, "log")

@@ -144,6 +144,14 @@ def test_damaged_state_is_named(tmp_path: Path) -> None:
         checkpoint.read_state(path)
 
 
+def test_a_state_that_does_not_name_the_dense_file_is_damaged(tmp_path: Path) -> None:
+    path = save(tmp_path)
+    state, part = checkpoint.read_state(path), WrittenPart("0", PublishedFile(path="files/x", size_bytes=1))
+    Path(path.path("state.json")).write_bytes(state_bytes(state, {"rows-00000-of-00001.safetensors": part}))
+    with pytest.raises(DamagedCheckpointError, match=r"state\.json is damaged: dense\.safetensors is not among"):
+        checkpoint.read_state(path)
+
+
 def test_no_file_outside_of_its_folder_is_one_of_a_checkpoint(tmp_path: Path) -> None:
     path = save(tmp_path)
     state, part = checkpoint.read_state(path), WrittenPart("0", PublishedFile(path="files/x", size_bytes=1))

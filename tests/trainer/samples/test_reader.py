@@ -127,6 +127,9 @@ def test_damaged_files_are_named(tmp_path: Path, write_samples: Write) -> None:
     path.write_bytes(content[: len(content) // 2])
     with pytest.raises(DataError, match=r"day=2026-01-02\.parquet is not a readable Parquet file"):
         reader_of(tmp_path)
+    path.write_bytes(content.replace(b"session", b"sess\xffon"))
+    with pytest.raises(DataError, match=r"day=2026-01-02\.parquet is not a readable Parquet file"):
+        reader_of(tmp_path)
     path.unlink()
     with pytest.raises(DataError, match=r"day=2026-01-02\.parquet is gone"):
         list(reader.batches())

@@ -1,0 +1,16 @@
+"""Texts that PyYAML itself fails at are mistakes of the text: a ValueError of one line, as all others."""
+
+import pytest
+
+from featurestore.parsing import parse_yaml
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["!!bool x", "!!int ''", "!!float ''", "!!timestamp x", '"\\UFFFFFFFF"', ":".join(["1"] * 400) + ".5", "[" * 9_999],
+    ids=lambda text: text[:16],
+)
+def test_what_pyyaml_fails_at_is_a_mistake_of_the_text(text: str) -> None:
+    with pytest.raises(ValueError) as failure:
+        parse_yaml(f"a: {text}")
+    assert "\n" not in str(failure.value)

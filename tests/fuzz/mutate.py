@@ -1,0 +1,195 @@
+"""Mutations of valid inputs, drawn by hypothesis: of their bytes, and of the values that their text or table holds.
+
+A form says how values are read from an input and written again, and how an input with other bytes gets digests or
+checksums that fit it: without that a parser would refuse nearly everything at its first check.
+"""
+
+import copy
+import hashlib
+import io
+import json
+import re
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+from hypothesis import strategies as st
+
+MOST_BYTES = 64 << 10
+ODD: list[Any] = [
+    None, True, False, 0, 1, -1, 7, 65_536, 10**6, 2**31, 2**63 - 1, 2**63, -(2**63), 2**64, 10**12, 10**30, 10**4200,
+    0.5, -0.0, 1e20, -1e308, float("nan"), float("inf"), "", " ", "0", "-1", "1e5", "NaN", "null", "a", "a" * 3_000,
+    "ä", "\0", "\ud800", "😀", "../../etc/passwd", "/", "a/b", "9" * 25, "%d", "%", "2026-02-30", "@[29@", "@[900@",
+    "@[3000@", "@[9999@", [], {}, [[]], [None], [0], [1, 2], [[1, 2], [3]], {"": 0}, {"a": [{}]}, [1.5, None],
+]  # fmt: skip
+"""Values that take the place of others; @[29@ is written as 29 lists inside each other."""
+PIECES = [
+    b"\0", b"\xff", b"\x80", b"\xff" * 4, b"\xff\xff\xff\x7f", b"\0\0\0\0", b"NaN", b"]", b"{", b'"', b"[", b"1e999",
+    b"9" * 20, b"\n", b"\r\n", b",", b";", b"\t", b"\xef\xbb\xbf", b"\xff\xfe", b"\xed\xa0\x80", b"- ", b": ", b"&a ",
+    b"*a", b"<<: ", b"!!int ", b"!!bool ", b"!!float ", b"!!timestamp ", b"!!binary ", b"!!set ", b"? ", b"|", b"> ",
+    b'"\\UFFFFFFFF"', b"1:1:1:1.5", b"0x", b"%YAML 1.1\n", b"---\n", b"#", b"~", b".inf", b"PAR1",
+]  # fmt: skip
+_DEEP = re.compile(r'"@\[(\d+)@"')
+_SEALED = re.compile(rb',\n "digest": "[^"]*"\n}\Z')
+
+
+@dataclass(frozen=True)
+class Form:
+    """How the values of an input are read and written: `dump` takes JSON, which may repeat names and nest deep."""
+
+    load: Callable[[bytes], Any] | None = None
+    dump: Callable[[str, bytes], bytes] = lambda text, whole: text.encode("utf-8", "surrogatepass")
+    repair: Callable[[bytes], bytes] = lambda data: data
+
+
+def sealed(data: bytes) -> bytes:
+    """Give a JSON object the digest that `featurestore.spec.seal` writes."""
+    content = _SEALED.sub(b"\n}", data).rstrip()
+    if not content.endswith(b"}"):
+        return content
+    fields = content[:-1].rstrip()
+    digest = hashlib.sha256(fields + b"\n}").hexdigest()
+    return fields + f',\n "digest": "{digest}"\n}}'.encode()
+
+
+def _unsealed(data: bytes) -> Any:
+    return json.loads(_SEALED.sub(b"\n}", data))
+
+
+def _png(data: bytes) -> bytes:
+    """Give the chunks of a PNG checksums that fit."""
+    if not data.startswith(b"\x89PNG"):
+        return data
+    parts, place = [data[:8]], 8
+    while place + 12 <= len(data):
+        end = place + 8 + int.from_bytes(data[place : place + 4], "big")
+        parts.append(data[place:end] + zlib.crc32(data[place + 4 : end]).to_bytes(4, "big"))
+        place = end + 4
+    return b"".join([*parts, data[place:]])
+
+
+def _before_binary(data: bytes) -> Any:
+    return json.loads(data.partition(b"\n")[2][: int(data.partition(b"\n")[0])])
+
+
+def _with_binary(text: str, whole: bytes) -> bytes:
+    """Write a body of tensors, after a line with the length of its JSON."""
+    length, _, body = whole.partition(b"\n")
+    return b"%d\n" % len(text.encode("utf-8", "replace")) + text.encode("utf-8", "replace") + body[int(length) :]
+
+
+def _table(text: str) -> pa.Table:
+    """Make a table of columns in JSON; a column that Arrow has no type for is one of texts."""
+    columns = json.loads(text) if text.count("[[[[[[") == 0 else {"a": [text]}
+    columns = columns if isinstance(columns, dict) else {"a": columns}
+    lists = {ascii(name)[1:-1]: value if isinstance(value, list) else [value] for name, value in columns.items()}
+    most = max(map(len, lists.values()), default=0)
+    return pa.table({name: _array([*value, *[None] * (most - len(value))]) for name, value in lists.items()})
+
+
+def _array(values: list[Any]) -> Any:
+    try:
+        return pa.array(values)
+    except (pa.ArrowException, OverflowError, UnicodeError):
+        return pa.array([repr(value) for value in values])
+
+
+def stream_of(table: pa.Table) -> bytes:
+    """Write a table as an Arrow stream."""
+    sink = io.BytesIO()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue()
+
+
+def parquet_of(table: pa.Table) -> bytes:
+    """Write a table as a Parquet file of small row groups; one without columns where Parquet lacks a type."""
+    sink = io.BytesIO()
+    try:
+        pq.write_table(table, sink, row_group_size=2)
+    except pa.ArrowException:
+        return parquet_of(pa.table({}))
+    return sink.getvalue()
+
+
+BYTES, PNG = Form(), Form(repair=_png)
+JSON, YAML, TENSORS = Form(json.loads), Form(yaml.safe_load), Form(_before_binary, _with_binary)
+SEALED = Form(_unsealed, lambda text, _: sealed(text.encode("utf-8", "surrogatepass")), sealed)
+STREAM = Form(lambda data: pa.ipc.open_stream(data).read_all().to_pydict(), lambda text, _: stream_of(_table(text)))
+PARQUET = Form(lambda data: pq.read_table(pa.BufferReader(data)).to_pydict(), lambda text, _: parquet_of(_table(text)))
+
+
+@st.composite
+def inputs(draw: Any, valid: Sequence[bytes], form: Form) -> bytes:
+    """Draw an input: a valid one with up to three values changed, or up to four edits of bytes, or both."""
+    whole = data = draw(st.sampled_from(valid))
+    by_value = form.load is not None and draw(st.integers(0, 2)) > 0
+    if by_value:
+        assert form.load is not None
+        value = form.load(data)
+        for _ in range(draw(st.integers(1, 3))):
+            value = _changed(draw, value)
+        data = form.dump(_text(draw, value), whole)
+    if not by_value or draw(st.integers(0, 4)) == 0:
+        for _ in range(draw(st.integers(1, 4))):
+            data = _edited(draw, data)
+        data = form.repair(data) if draw(st.booleans()) else data
+    return data[:MOST_BYTES]
+
+
+def _changed(draw: Any, value: Any) -> Any:
+    """Replace, drop, repeat, rename or move one value, at any depth."""
+    value = {"": copy.deepcopy(value)}
+    places: list[tuple[Any, Any]] = []
+    waiting: list[Any] = [value]
+    while waiting:
+        inside = waiting.pop()
+        own = list(inside) if isinstance(inside, dict) else range(len(inside))
+        places += [(inside, key) for key in own]
+        waiting += [inside[key] for key in own if isinstance(inside[key], dict | list)]
+    inside, key = draw(st.sampled_from(places))
+    action = draw(st.integers(0, 9))
+    if action < 6:
+        inside[key] = draw(st.sampled_from(ODD))
+    elif action == 6 and inside is not value:
+        del inside[key]
+    elif action == 7:
+        there, at = draw(st.sampled_from(places))
+        inside[key] = copy.deepcopy(there[at])
+    elif action == 8 and isinstance(inside, dict) and inside is not value:
+        name = draw(st.sampled_from(["", "x", "\0", "__class__", "-1", *(str(at) for _, at in places)]))
+        inside[name] = inside.pop(key)
+    elif isinstance(inside[key], list):
+        inside[key] = inside[key] * draw(st.sampled_from([0, 2, 200]))
+    return value.get("")
+
+
+def _text(draw: Any, value: Any) -> str:
+    """Write JSON; one time in ten a name is there twice."""
+    text = json.dumps(value, indent=draw(st.sampled_from([1, None])), ensure_ascii=draw(st.booleans()))
+    names = re.findall(r'"[^"\\]*"(?=: )', text)
+    if names and draw(st.integers(0, 9)) == 0:
+        name, other = draw(st.sampled_from(names)), json.dumps(draw(st.sampled_from(ODD[:20])))
+        text = text.replace(f"{name}: ", f"{name}: {other}, {name}: ", 1)
+    return _DEEP.sub(lambda found: "[" * int(found[1]) + "]" * int(found[1]), text)
+
+
+def _edited(draw: Any, data: bytes) -> bytes:
+    """Flip, cut, double or insert bytes at one place, or end there."""
+    place = draw(st.integers(0, len(data)))
+    length = draw(st.sampled_from([1, 1, 2, 4, 8, 50, 1_000]))
+    action = draw(st.integers(0, 7))
+    if action < 2:
+        return data[:place] + bytes([draw(st.integers(0, 255))]) + data[place + 1 :]
+    if action == 2:
+        return data[:place] + data[place + length :]
+    if action == 3:
+        return data[:place] + data[place : place + length] * draw(st.sampled_from([2, 2, 30])) + data[place + length :]
+    if action == 4:
+        return data[:place] if draw(st.integers(0, 3)) == 0 else data[:place] + data[place + 1 :]
+    piece = draw(st.sampled_from(PIECES))
+    return data[:place] + piece + data[place + (len(piece) if action == 5 else 0) :]

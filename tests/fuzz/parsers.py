@@ -1,0 +1,262 @@
+"""The parsers of files and bodies that others write: valid inputs of each, how it is called, and its good errors."""
+
+import atexit
+import contextlib
+import functools
+import io
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+from PIL import Image
+from safetensors.torch import save
+
+from featurestore.errors import CorruptFileError, FeatureStoreError
+from featurestore.format.datafile import open_entry, rows_of
+from featurestore.format.rows import FeatureRows
+from featurestore.format.statistics import Moments
+from featurestore.parsing import format_yaml
+from featurestore.spec import ExtractorSpec, Manifest, StoreInfo, seal
+from featurestore.storage.storage import Storage
+from featurestore.store import FeatureStore
+from pipeline.errors import BadImageError, SampleError
+from pipeline.images.decode import decode
+from pipeline.samples.logs import find_pieces, read_piece
+from pipeline.samples.mapping import LogMapping, load_mapping
+from serving.errors import RequestError
+from serving.http.codec import ArrowBody, Body, JsonBody
+from serving.http.inference import TensorBody
+from serving.network import run_steps
+from serving.scoring.decode import decode as decode_body
+from serving.settings import Budget
+from tests.fuzz.mutate import BYTES, JSON, PARQUET, PNG, SEALED, STREAM, TENSORS, YAML, Form, parquet_of, stream_of
+from tests.serving.scoring.wide import COLUMNS, SCHEMA, table_of
+from trainer.comm.comm import SoloComm
+from trainer.config import Config, load_config, load_saved
+from trainer.errors import CheckpointError, ConfigError, TrainerError
+from trainer.runs.checkpoint import CheckpointState, Origin, read_dense, read_rows, read_state
+from trainer.runs.folder import Checkpoint
+from trainer.samples.columns import decode as decode_samples
+from trainer.samples.columns import rules_of
+from trainer.samples.index import open_index, read_row_groups
+
+SPEC = ExtractorSpec(backbone="b", layer="l", weights_digest="0", preprocessing="p", compute_dtype="float32")
+INFO = StoreInfo(dim=8, num_shards=2, extractor=SPEC)
+GROUP: dict[str, Any] = {
+    "user": "u-1", "user_age": 31.5, "user_size": None, "user_tags": [5, 6], "user_tag_weights": [0.5, 2.0],
+    "behavior_item": [1, 2], "behavior_age": [3.0, 400.0], "behavior_shop": ["a", " 7 "],
+    "behavior_image": ["x.jpg", "y.jpg"], "behavior_album": [[1, 2], [3, 4]], "ad_item": [1, 2], "ad_scene": ["s", "s"],
+    "ad_shops": [[1, 2], [2, 3]], "ad_shop_weights": [[0.5, 1.0], [1.0, 1.0]], "ad_price": [0.5, 1.0],
+    "ad_shape": [[1.0, 2.0], [2.0, 3.0]], "ad_image": ["z.jpg", ""], "ad_album": [[7, 8], [1, 2]], "label": [0, 1],
+}  # fmt: skip
+TEXTS = frozenset({"user", "behavior_shop", "behavior_image", "ad_scene", "ad_image"})
+AD = {"price": "dense", "tags": {"kind": "multi_id", "split": "|"}}
+MAPPING: dict[str, Any] = {
+    "impressions": {"files": "log.csv", "columns": {"item": "sku"}, "ad": AD},
+    "behaviors": "clicks",
+    "time_format": "%d/%m/%Y %H:%M",
+}
+EMPTY = Moments.empty(8)
+TENSORS_FILE = save({"model.a": torch.arange(6.0).reshape(2, 3), "rows": torch.arange(4)})
+YAML_S = 4.0  # PyYAML takes 22 us a byte
+BASE = Path(tempfile.mkdtemp(prefix="fuzz-"))
+atexit.register(lambda pid=os.getpid(): pid == os.getpid() and shutil.rmtree(BASE, ignore_errors=True))
+
+
+@dataclass(frozen=True)
+class Parser:
+    """A parser: valid inputs, what reads one, the errors that it may raise, and the seconds that it may take."""
+
+    name: str
+    valid: Callable[[], list[bytes]]
+    parse: Callable[[bytes], object]
+    errors: type[Exception]
+    form: Form = BYTES
+    most_s: float = 1.0
+    most_mb: int = 300
+
+
+@functools.cache
+def _place(_: int, name: str) -> Path:
+    """Make a folder of this process, whose id comes first."""
+    return Path(tempfile.mkdtemp(dir=BASE, prefix=name))
+
+
+def _written(name: str, data: bytes) -> Path:
+    """Write a file into a folder of its own."""
+    file = _place(os.getpid(), name.replace("/", "-")) / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(data)
+    return file
+
+
+@functools.cache
+def _store(process: int) -> tuple[FeatureStore, Manifest]:
+    """Make a store with rows in both shards; its manifest is that of its first commit."""
+    store = FeatureStore.create(_place(process, "store") / "of", INFO)
+    rows = FeatureRows.of([f"{n}.jpg" for n in range(6)], np.arange(48, dtype=np.float32).reshape(6, 8))
+    return store, store.put(rows).manifest
+
+
+def _read_manifest(data: bytes) -> None:
+    store, _ = _store(os.getpid())
+    store.storage.write_bytes("log/00000000000000000001.json", data)
+    snapshot = store.snapshot()
+    snapshot.statistics()
+    for shard in snapshot.manifest.shards:
+        reader = snapshot.shard_reader(shard)
+        reader.uris(reader.keys())
+        sum(len(block.keys_K) for block in reader.verified_blocks())
+
+
+def _shard_files() -> list[bytes]:
+    store, manifest = _store(os.getpid())
+    return [store.storage.read_bytes(entry.path) for entry in manifest.entries]
+
+
+def _read_shard(data: bytes) -> None:
+    """Read rows of a file whose length is right, and whose digests nobody looks at."""
+    store, manifest = _store(os.getpid())
+    entry = manifest.entries[0].model_copy(update={"path": "data/fuzz.parquet", "bytes": len(data)})
+    store.storage.write_bytes(entry.path, data)
+    with open_entry(store.storage, INFO, entry) as file:
+        rows_of(file.read(), INFO)
+        list(file.blocks(["key", "feature"]))
+
+
+def _read_samples(data: bytes) -> None:
+    folder, rules = _written("train/day=2026-01-01.parquet", data).parent.parent, rules_of(SCHEMA)
+    index = open_index(SoloComm(), Storage(folder), "train", SCHEMA)
+    for row_group, table in read_row_groups(index.storage, index.row_groups, [*COLUMNS.sources, "label"]):
+        decode_samples(table, rules, SCHEMA.label, row_group.file, row_group.first_row)
+
+
+def _state() -> bytes:
+    commit = {"url": "s", "version": 1, "store_id": "0" * 32, "commit_id": "0" * 32}
+    files = dict.fromkeys(("dense.safetensors", "rows-0.safetensors"), xxhash.xxh3_128_hexdigest(TENSORS_FILE))
+    origin = Origin(data={"a": 1}, train={"seed": 0}, model={}, stores={}, optim={})
+    position = {"step": 1, "epoch": 0, "step_in_epoch": 1, "num_ranks": 1}
+    values = position | {"origin": origin, "stores": {"images": commit}, "history": [{"loss": 0.5}], "files": files}
+    return seal(CheckpointState.model_validate(values))
+
+
+def _read_checkpoint(data: bytes) -> None:
+    file = _written("step-00000001/state.json", data)
+    for name in ("dense", "rows-0"):
+        (file.parent / f"{name}.safetensors").write_bytes(TENSORS_FILE)
+    checkpoint = Checkpoint(file.parent.parent, file.parent.name, Storage(file.parent.parent))  # type: ignore[arg-type]
+    state = read_state(checkpoint)
+    read_dense(checkpoint, state, "model.")
+    with read_rows(checkpoint, state, ["rows"]) as read:
+        read("rows")
+
+
+def _requests() -> list[bytes]:
+    ads = {name: value for name, value in GROUP.items() if name.startswith("ad_")}
+    one = {"user": {name: value for name, value in GROUP.items() if name not in {*ads, "label"}}, "candidates": ads}
+    return [json.dumps(each).encode() for each in (one, [one, one | {"context": {}}], {"requests": [one]})]
+
+
+def _tensor_body() -> bytes:
+    """Write a body of tensors after the length of its JSON; those of whole numbers are binary."""
+    tensors, binary = [], b""
+    for name, rule in COLUMNS.sources.items():
+        array = np.array(GROUP[name] if rule.depth else [GROUP[name] or 0.5])
+        kind = "BYTES" if array.dtype.kind == "U" else "FP32" if rule.is_real else "INT64"
+        given = {"parameters": {"binary_data_size": array.nbytes}} if kind == "INT64" else {"data": array.tolist()}
+        tensors.append({"name": name, "datatype": kind, "shape": list(array.shape)} | given)
+        binary += array.tobytes() if kind == "INT64" else b""
+    text = json.dumps({"id": "1", "inputs": tensors, "outputs": [{"name": "score"}]}).encode()
+    return b"%d\n" % len(text) + text + binary
+
+
+def _read_body(body: Body) -> None:
+    sent = run_steps(body.decode(COLUMNS, Budget()))
+    sizes = sent.sizes(COLUMNS)
+    sizes.check(Budget())
+    run_steps(decode_body(COLUMNS, sent, sizes)).batch(COLUMNS)
+
+
+def _read_tensors(data: bytes) -> None:
+    header, _, body = data.partition(b"\n")
+    _read_body(TensorBody(body, header.decode("latin-1"), "ctr"))
+
+
+def _read_mapping(data: bytes) -> None:
+    mapping = load_mapping(_written("mapping.yaml", data))
+    mapping.layout("impressions"), mapping.layout("behaviors")
+
+
+def _read_settings(data: bytes) -> None:
+    file = _written("config.yaml", data)
+    load_config(file)
+    load_saved(file)
+
+
+def _images() -> list[bytes]:
+    grey = Image.fromarray((np.arange(2_400).reshape(40, 60) % 256).astype(np.uint8))
+    wide = Image.fromarray(np.arange(2_400, dtype=np.uint16).reshape(40, 60))
+    clear, colour, turned = grey.convert("RGBA"), grey.convert("RGB"), Image.Exif()
+    clear.putalpha(grey)
+    turned[0x0112] = 6
+    saved = [(grey, kind) for kind in ("GIF", "BMP", "TIFF", "WEBP")] + [
+        (clear, "PNG"),
+        (wide, "PNG"),
+        (colour, "JPEG"),
+    ]
+    sinks = [io.BytesIO() for _ in saved]
+    for (image, kind), sink in zip(saved, sinks, strict=True):
+        image.save(sink, kind, exif=turned)
+    return [sink.getvalue() for sink in sinks]
+
+
+def _logs() -> list[bytes]:
+    rows = ["01/02/2026 10:00,u1,5,a.jpg,0,1.5,x|y", "1767225600,7,5,,1,2,", '03/02/2026 12:00,"u,3",6,b.jpg,1,-3,z']
+    text = "\n".join(["timestamp,user,sku,image,label,price,tags", *rows, ""])
+    return [text.encode(), text.replace(",", ";").replace("u1", "ü").encode("latin-1")]
+
+
+def _read_log(data: bytes) -> None:
+    folder, mapping = _written("log.csv", data).parent, LogMapping.model_validate(MAPPING)
+    for log in ("impressions", "behaviors"):
+        with contextlib.redirect_stdout(io.StringIO()):
+            pieces = find_pieces(str(folder), log, None, mapping.layout(log))
+        for piece in pieces:
+            read_piece(piece, latest_s=2_000_000_000)
+
+
+PARSERS = [
+    Parser("manifest", lambda: [seal(_store(os.getpid())[1])], _read_manifest, FeatureStoreError, SEALED),
+    Parser("shard", _shard_files, _read_shard, FeatureStoreError),
+    Parser("statistics", lambda: [EMPTY.to_bytes()], lambda data: Moments.from_bytes(data, 3, "f"), CorruptFileError),
+    Parser("samples", lambda: [parquet_of(table_of([GROUP] * 3, TEXTS))], _read_samples, TrainerError, PARQUET),
+    Parser("checkpoint", lambda: [_state()], _read_checkpoint, CheckpointError, SEALED),
+    Parser("json request", _requests, lambda data: _read_body(JsonBody(data)), RequestError, JSON),
+    Parser("tensor request", lambda: [_tensor_body()], _read_tensors, RequestError, TENSORS),
+    Parser(
+        "arrow request",
+        lambda: [stream_of(table_of([GROUP] * 2, TEXTS))],
+        lambda data: _read_body(ArrowBody(data)),
+        RequestError,
+        STREAM,
+    ),
+    Parser("mapping", lambda: [format_yaml(MAPPING).encode()], _read_mapping, SampleError, YAML, YAML_S),
+    Parser(
+        "settings",
+        lambda: [format_yaml(Config().model_dump(mode="json")).encode()],
+        _read_settings,
+        ConfigError,
+        YAML,
+        YAML_S,
+    ),
+    Parser("image", _images, decode, BadImageError, PNG),
+    Parser("csv log", _logs, _read_log, SampleError),
+]

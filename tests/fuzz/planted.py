@@ -1,0 +1,80 @@
+"""Bugs that are planted in parsers, one at a time, to see that inputs find them: a guard or a bound is dropped.
+
+Each is a text of one function and the text that takes its place, as in tests/simulated/planted.py; `kind`: the parser.
+"""
+
+from tests.simulated.planted import Bug
+
+SPEC, FILE, READ = "featurestore.spec", "featurestore.format.datafile", "featurestore.parsing"
+STATISTICS, NUMPY = "featurestore.format.statistics", "featurestore.format.codec"
+INDEX, COLUMNS = "trainer.samples.index", "trainer.samples.columns"
+RUNS, CONFIG = "trainer.runs.checkpoint", "trainer.config"
+CODEC, TENSORS = "serving.http.codec", "serving.http.inference"
+SENT, DECODE = "serving.scoring.sent", "serving.scoring.decode"
+MAPPING, LOGS, IMAGE = "pipeline.samples.mapping", "pipeline.samples.logs", "pipeline.images.decode"
+DROPPED = [
+    ("manifest", SPEC, "unseal", "not isinstance(fields, dict)"),
+    ("manifest", SPEC, "unseal", "ValidationError"),
+    ("manifest", SPEC, "unseal", "name not in fields"),
+    ("manifest", READ, "parse_json", "RecursionError"),
+    ("manifest", SPEC, "_check_relative", "len(path) > _MOST_PATH or not _PATH_BELOW.fullmatch(path)"),
+    ("shard", FILE, "DataFile._translated", "pa.ArrowException, OSError, UnicodeDecodeError"),
+    ("shard", FILE, "DataFile._translated", "UnicodeDecodeError, "),
+    ("shard", FILE, "DataFile._translated", ", KeyError"),
+    ("shard", FILE, "DataFile.__init__", "not schema.equals(schema_of(info))"),
+    ("statistics", NUMPY, "read_npy", ", SyntaxError, TypeError, tokenize.TokenError"),
+    ("statistics", STATISTICS, "Moments.from_bytes", "ValueError"),
+    ("statistics", STATISTICS, "Moments.from_bytes", " or moments_2D.ndim != 2 or len(moments_2D) != 2"),
+    ("samples", INDEX, "_opened", "pa.ArrowException, OSError, UnicodeDecodeError"),
+    ("samples", INDEX, "read_row_groups", "pa.ArrowException, OSError"),
+    ("samples", COLUMNS, "check_types", "not _fits(found.field(column).type, rule)"),
+    ("samples", COLUMNS, "check_types", 'missing.append(f"column {column} is missing, {expected}")'),
+    ("samples", COLUMNS, "_encoded", "UnicodeDecodeError"),
+    ("checkpoint", RUNS, "read_recorded", "CorruptFileError"),
+    ("checkpoint", RUNS, "read_recorded", "FormatVersionError"),
+    ("checkpoint", SPEC, "unseal", "ValidationError"),
+    ("checkpoint", READ, "parse_json", "RecursionError"),
+    ("json request", CODEC, "parse_json", "orjson.JSONDecodeError"),
+    ("json request", CODEC, "request_of", "not isinstance(value, dict)"),
+    ("json request", CODEC, "request_of", "not isinstance(columns, dict)"),
+    ("json request", CODEC, "requests_of", "not isinstance(several, list)"),
+    ("json request", SENT, "flatten", "not set(map(type, entries)) <= {list}"),
+    ("json request", DECODE, "real_numbers", "not kinds <= usable"),
+    ("json request", DECODE, "_int64", "OverflowError"),
+    ("tensor request", TENSORS, "split_body", "not (header.isascii() and header.isdigit()) or len(header) > 12 or "),
+    ("tensor request", TENSORS, "_tensor", "not isinstance(shape, list) or not _is_shape(shape)"),
+    ("tensor request", TENSORS, "_tensor", 'datatype not in DTYPES and datatype != "BYTES"'),
+    ("tensor request", TENSORS, "_flat", "kinds != {list}"),
+    ("tensor request", TENSORS, "_from_binary", "len(data) % dtype.itemsize"),
+    ("arrow request", CODEC, "arrow_table", "pa.ArrowException, OSError, ValueError"),
+    ("arrow request", CODEC, "arrow_table", "struct.error, "),
+    ("arrow request", SENT, "sent_table", "SchemaError"),
+    ("arrow request", DECODE, "_refuse_nulls", "is_null_N is not None and is_null_N.any()"),
+    ("mapping", READ, "parse_yaml", "yaml.YAMLError"),
+    ("mapping", READ, "parse_yaml", "RecursionError"),
+    ("mapping", READ, "parse_yaml", "LookupError, AttributeError, "),
+    ("mapping", MAPPING, "load_mapping", ", ValueError"),
+    ("settings", CONFIG, "read_mapping", "not isinstance(values, Mapping)"),
+    ("settings", CONFIG, "read_mapping", "ValueError, "),
+    ("settings", CONFIG, "_lay_over", "isinstance(value, dict) and "),
+    ("settings", READ, "parse_yaml", "yaml.YAMLError"),
+    ("image", IMAGE, "decode", "Exception"),
+    ("image", IMAGE, "_check_pixels", "width * height > MAX_PIXELS"),
+    ("csv log", MAPPING, "read_csv", "pa.ArrowException, OSError, StorageError, UnicodeDecodeError"),
+    ("csv log", MAPPING, "csv_names", "not rows"),
+    ("csv log", MAPPING, "_each", "ValueError, "),
+    ("csv log", MAPPING, "csv_beginning", ", CsvTextError"),
+    ("csv log", LOGS, "_check_columns", "schema.names.count(name) > 1"),
+    ("csv log", LOGS, "_check_columns", "name not in schema.names"),
+]
+"""The parser, the module, the function, and what of its text is dropped."""
+
+
+def _instead(text: str) -> str:
+    """Return what takes the place of a text: nothing for a part of a list, no error, or a condition that is false."""
+    if text.startswith((", ", " or ")) or text.endswith((", ", " or ", " and ")):
+        return ""
+    return "ZeroDivisionError" if text.endswith(("Error", "Exception", "Error)")) else "False"
+
+
+BUGS = [Bug(text, kind, f"{module}:{function}", text, _instead(text)) for kind, module, function, text in DROPPED]

@@ -1,0 +1,29 @@
+"""The short run: parsers of what others write keep the rule on inputs that are the same each time; bugs are noticed."""
+
+import pytest
+
+from tests.fuzz.parsers import PARSERS, Parser
+from tests.fuzz.planted import BUGS
+from tests.fuzz.run import check, fuzz
+from tests.simulated.planted import Bug
+
+pytestmark = pytest.mark.long
+
+
+@pytest.mark.parametrize("parser", PARSERS, ids=lambda parser: parser.name)
+def test_an_input_has_a_value_or_a_named_error(parser: Parser) -> None:
+    assert all(check(parser, data) for data in parser.valid())
+    values, finding = fuzz(parser, 150)
+    assert finding is None and values < 150
+
+
+@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: f"{bug.kind}, {bug.guard}")
+def test_a_planted_bug_has_its_place(bug: Bug) -> None:
+    with bug.planted():
+        pass
+
+
+def test_a_planted_bug_is_found() -> None:
+    bug = next(each for each in BUGS if each.kind == "json request")
+    with bug.planted():
+        assert fuzz(next(each for each in PARSERS if each.name == bug.kind), 300)[1] is not None
