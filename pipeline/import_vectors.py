@@ -30,20 +30,11 @@ from featurestore.parsing import parse_json
 from featurestore.spec import ExtractorSpec
 from featurestore.staging import STAGING
 from featurestore.store import FeatureStore
+from pipeline import store_run
 from pipeline.cluster.tasks import Killed, run_alone, run_tasks
 from pipeline.errors import VectorImportError
 from pipeline.formats import VectorBlock, VectorSlice, VectorSource, block_rows, gathered, pack
 from pipeline.options import ImportOptions
-from pipeline.store_run import (
-    BadRow,
-    StoreRun,
-    check_gone,
-    describe_bad,
-    find_store,
-    open_or_make,
-    run_id_of,
-    wait_for_worker,
-)
 
 NEW, CHANGED, UNCHANGED = 0, 1, 2
 INDEX_DTYPE = np.dtype([("key", "<i8"), ("low", "<u8"), ("high", "<u8"), ("state", "u1")])
@@ -59,13 +50,13 @@ class UnitReport:
 
     parts: tuple[str, ...]
     num_rows: int  # bad ones included
-    bad: tuple[BadRow, ...]
+    bad: tuple[store_run.BadRow, ...]
 
     @classmethod
     def load(cls, store: FeatureStore, run_id: str, unit: str) -> "UnitReport":
         """Load the report of a complete unit."""
         fields = parse_json(store.storage.read_bytes(_path(run_id, unit, _REPORT)))
-        return cls(tuple(fields["parts"]), fields["num_rows"], tuple(BadRow(*bad) for bad in fields["bad"]))
+        return cls(tuple(fields["parts"]), fields["num_rows"], tuple(store_run.BadRow(*bad) for bad in fields["bad"]))
 
 
 def stage_unit(
@@ -84,7 +75,7 @@ def stage_unit(
     """
     stored = stored_index(store, version)
     parts: list[str] = []
-    bad: list[BadRow] = []
+    bad: list[store_run.BadRow] = []
     indexes, num_rows = [np.empty(0, INDEX_DTYPE)], 0
     for block in gathered(chain.from_iterable(piece.read(rows) for piece in slices), rows):
         num_rows += len(block) + len(block.bad)
@@ -92,12 +83,11 @@ def stage_unit(
         if not len(block):
             continue
         bits_ND, storable_N = store.codec.encode_storable(store.project(block.vectors_ND))
-        reason = f"not finite in {store.info.dtype}"
-        bad += [BadRow(int(block.keys_N[row]), block.uris[row], reason) for row in np.flatnonzero(~storable_N)]
+        bad += _bad_rows(block, ~storable_N, f"not finite in {store.info.dtype}")
         index_N = _index(block, stored)
         indexes.append(index_N[storable_N])
         contested_N = storable_N & np.isin(block.keys_N, np.array(contested, np.int64))
-        bad += [BadRow(int(block.keys_N[row]), block.uris[row], CONTESTED) for row in np.flatnonzero(contested_N)]
+        bad += _bad_rows(block, contested_N, CONTESTED)
         staged_N = np.flatnonzero(storable_N & ~contested_N & (index_N["state"] != UNCHANGED))
         if len(staged_N):
             parts.append(f"{unit}-{len(parts):04d}")
@@ -153,6 +143,10 @@ def _index(block: VectorBlock, stored: IndexArray) -> IndexArray:
     return index_N
 
 
+def _bad_rows(block: VectorBlock, is_bad_N: npt.NDArray[np.bool_], reason: str) -> list[store_run.BadRow]:
+    return [store_run.BadRow(int(block.keys_N[row]), block.uris[row], reason) for row in np.flatnonzero(is_bad_N)]
+
+
 def _rows(block: VectorBlock, bits_ND: npt.NDArray[Any], index_N: IndexArray) -> FeatureRows:
     digests: Int64Array = np.stack([index_N["low"], index_N["high"]], axis=1)
     data = np.ascontiguousarray(digests, "<u8").tobytes()
@@ -185,7 +179,7 @@ class ImportSummary:
     num_kept: int  # in the store and not in the source
     num_resumed: int  # rows staged by an earlier, killed run
     num_resolved: int  # were in quarantine and are good now
-    bad: tuple[BadRow, ...]
+    bad: tuple[store_run.BadRow, ...]
     seconds: float
     store: str
     snapshot: int
@@ -193,7 +187,7 @@ class ImportSummary:
     def __str__(self) -> str:
         """Give the lines that a job prints."""
         kept = f" ({self.num_kept:,} not in the source, kept)" if self.num_kept else ""
-        bad = f": {describe_bad(self.bad)}" if self.bad else ""
+        bad = f": {store_run.describe_bad(self.bad)}" if self.bad else ""
         lines = [
             f"rows         {self.num_rows:,}",
             f"new          {self.num_new:,}",
@@ -219,7 +213,7 @@ def import_vectors(source: VectorSource, options: ImportOptions, client: Client)
     ClusterError and the errors of storage; what was staged by then stays for the next run.
     """
     start_s = time.monotonic()
-    wait_for_worker(client)
+    store_run.wait_for_worker(client)
     run = ImportRun(client, _open_store(source, options), source, options)
     reports = run.stage()
     index = run.index()
@@ -229,7 +223,7 @@ def import_vectors(source: VectorSource, options: ImportOptions, client: Client)
     num_rows = sum(report.num_rows for report in reports.values())
     bad = tuple(row for report in reports.values() for row in report.bad)
     if len(bad) == num_rows:
-        reasons = f": {describe_bad(bad)}" if bad else ""
+        reasons = f": {store_run.describe_bad(bad)}" if bad else ""
         raise VectorImportError(f"none of the {num_rows:,} rows can be used{reasons}")
     good = index[~np.isin(index["key"], contested)]
     run.parts = [part for report in reports.values() for part in report.parts]
@@ -241,7 +235,7 @@ def import_vectors(source: VectorSource, options: ImportOptions, client: Client)
     gone = missing[:0] if options.keep_missing else missing
     num_stored = len(missing) + int(np.count_nonzero(states != NEW))
     advice = "is --from right? --keep-missing keeps them, --max-gone 1 lets them go"
-    check_gone(options.store, len(gone), num_stored, options.max_gone, "are not in the source", advice)
+    store_run.check_gone(options.store, len(gone), num_stored, options.max_gone, "are not in the source", advice)
     run.quarantine(bad)
     run.remove(gone)
     resolved = run.recovered(keys, bad)
@@ -265,7 +259,7 @@ def import_vectors(source: VectorSource, options: ImportOptions, client: Client)
 
 def _open_store(source: VectorSource, options: ImportOptions) -> FeatureStore:
     """Open the store, or make it. Raises SpecMismatchError when it is of another origin, width or layout."""
-    found = find_store(options.store)
+    found = store_run.find_store(options.store)
     asked = {
         "num_shards": options.num_shards,
         "name": options.name,
@@ -273,7 +267,7 @@ def _open_store(source: VectorSource, options: ImportOptions) -> FeatureStore:
         "dim": source.dim,
         "extractor": extractor_of(options.origin or (found.info.extractor.layer if found else UNKNOWN)),
     }
-    return open_or_make(options.store, asked)
+    return store_run.open_or_make(options.store, asked)
 
 
 def extractor_of(origin: str) -> ExtractorSpec:
@@ -293,7 +287,7 @@ def contested_keys(index: IndexArray) -> Int64Array:
     return contested
 
 
-class ImportRun(StoreRun):
+class ImportRun(store_run.StoreRun):
     """A StoreRun of vectors: the units of a source, each staged by one task."""
 
     def __init__(self, client: Client, store: FeatureStore, source: VectorSource, options: ImportOptions) -> None:
@@ -301,7 +295,7 @@ class ImportRun(StoreRun):
         self._units = {f"{number:06d}": slices for number, slices in enumerate(pack(source.slices, self._rows))}
         snapshot = store.snapshot()
         commit_id = snapshot.manifest.commit_id
-        run_id = run_id_of("import", store.info.digest, source.fingerprint, source.dim, self._rows, commit_id)
+        run_id = store_run.run_id_of("import", store.info.digest, source.fingerprint, source.dim, self._rows, commit_id)
         super().__init__(client, store, run_id, snapshot, store.quarantine_rows())
         self.num_resumed = 0  # rows
 

@@ -18,17 +18,7 @@ import pyarrow as pa
 from pyarrow import flight
 
 from featurestore.errors import AccessError, DeadlineError, MissingKeysError, ServerError, UnavailableError
-from featurestore.flight.protocol import (
-    DESCRIBE,
-    FOUND,
-    KEYS_SCHEMA,
-    TOKEN_HEADER,
-    Asked,
-    Described,
-    bearer,
-    error_received,
-    parse_message,
-)
+from featurestore.flight import protocol
 from featurestore.format.codec import Codec
 from featurestore.format.datafile import matrix_of, numpy_column
 from featurestore.keys import Int64Array
@@ -95,7 +85,7 @@ class FeatureClient:
         """Use `connect`."""
         self.address = address
         self._timeout_s, self._has_token = timeout_s, token is not None
-        headers: Any = [] if token is None else [(TOKEN_HEADER.encode(), bearer(token))]
+        headers: Any = [] if token is None else [(protocol.TOKEN_HEADER.encode(), protocol.bearer(token))]
         self._options = flight.FlightCallOptions(timeout=timeout_s, headers=headers)
         self._client = flight.FlightClient(address, tls_root_certs=ca, generic_options=_WINDOW)
         try:
@@ -143,12 +133,12 @@ class FeatureClient:
         """Close the connection."""
         self._client.close()
 
-    def _describe(self, version: int | None) -> Described:
+    def _describe(self, version: int | None) -> protocol.Described:
         """Request the description of a snapshot, by default the newest."""
-        action = flight.Action(DESCRIBE, Asked(version=version).model_dump_json().encode())
+        action = flight.Action(protocol.DESCRIBE, protocol.Asked(version=version).model_dump_json().encode())
         with self._translated():
             (answer,) = self._client.do_action(action, self._options)
-        return parse_message(Described, answer.body.to_pybytes())
+        return protocol.parse_message(protocol.Described, answer.body.to_pybytes())
 
     def _ask(self, keys_U: Int64Array, out_UD: npt.NDArray[Any] | None) -> npt.NDArray[np.bool_]:
         """Ask for keys, call by call, and return which are missing; without `out_UD` no features are sent."""
@@ -161,16 +151,16 @@ class FeatureClient:
 
     def _exchange(self, keys_U: Int64Array, missing_U: npt.NDArray[np.bool_], out_UD: npt.NDArray[Any] | None) -> None:
         """Send keys while answers come, and put these into `missing_U` and `out_UD`."""
-        asked = Asked(version=self.snapshot_version, features=out_UD is not None).model_dump_json().encode()
+        asked = protocol.Asked(version=self.snapshot_version, features=out_UD is not None).model_dump_json().encode()
         with self._translated():
             writer, reader = self._client.do_exchange(flight.FlightDescriptor.for_command(asked), self._options)
             try:
-                writer.begin(KEYS_SCHEMA)
+                writer.begin(protocol.KEYS_SCHEMA)
                 sent = done = 0
                 while done < len(keys_U):
                     while sent < len(keys_U) and sent - done < _AHEAD_KEYS:
                         message = pa.array(keys_U[sent : sent + _MESSAGE_KEYS])
-                        writer.write_batch(pa.record_batch([message], schema=KEYS_SCHEMA))
+                        writer.write_batch(pa.record_batch([message], schema=protocol.KEYS_SCHEMA))
                         sent = min(sent + _MESSAGE_KEYS, len(keys_U))
                     done += self._take(
                         reader.read_chunk().data, missing_U[done:], out_UD if out_UD is None else out_UD[done:]
@@ -186,7 +176,7 @@ class FeatureClient:
     def _take(self, batch: Any, missing_U: npt.NDArray[np.bool_], out_UD: npt.NDArray[Any] | None) -> int:
         """Copy an answer to the beginning of what is left; return how many rows it has."""
         table = pa.Table.from_batches([batch])
-        missing_U[: len(table)] = ~numpy_column(table, FOUND)
+        missing_U[: len(table)] = ~numpy_column(table, protocol.FOUND)
         if out_UD is not None:
             out_UD[: len(table)] = matrix_of(table, self.info)
         return len(table)
@@ -209,7 +199,7 @@ class FeatureClient:
             raise self._translation(error) from error
 
     def _translation(self, error: Exception) -> Exception:
-        ours = error_received(error)
+        ours = protocol.error_received(error)
         if ours is not None:
             ours.add_note(f"(said by the feature server {self.address})")
             return ours

@@ -22,18 +22,7 @@ import pyarrow as pa
 from pyarrow import flight
 
 from featurestore.errors import FeatureStoreError, QueryError, ServerError, SnapshotNotFoundError
-from featurestore.flight.protocol import (
-    DESCRIBE,
-    SECURE,
-    TOKEN_HEADER,
-    Asked,
-    Described,
-    answer_schema,
-    bearer,
-    error_sent,
-    keys_of,
-    parse_message,
-)
+from featurestore.flight import protocol
 from featurestore.keys import Int64Array
 from featurestore.lookup.partition import FeaturePartition
 from featurestore.published.versions import VersionName
@@ -134,12 +123,12 @@ class TokenCheck(flight.ServerMiddlewareFactory):
 
     def __init__(self, tokens: Sequence[str]) -> None:
         super().__init__()
-        self._tokens = [bearer(token) for token in tokens]
+        self._tokens = [protocol.bearer(token) for token in tokens]
 
     def start_call(self, _info: Any, headers: Mapping[str, Sequence[str | bytes]]) -> None:
         """Let the call continue, or raise FlightUnauthenticatedError."""
         given = next(
-            (value for name, values in headers.items() if name.lower() == TOKEN_HEADER for value in values), ""
+            (value for name, values in headers.items() if name.lower() == protocol.TOKEN_HEADER for value in values), ""
         )
         sent = given if isinstance(given, bytes) else given.encode()
         # All are compared, each in a time that does not depend on what is in it.
@@ -151,7 +140,7 @@ class FeatureServer(flight.FlightServerBase):
     """Answers as soon as it is made. Each call has a thread of its own."""
 
     def __init__(self, snapshots: OpenSnapshots, listening: Listening) -> None:
-        scheme = SECURE if listening.tls else "grpc"
+        scheme = protocol.SECURE if listening.tls else "grpc"
         host = f"[{listening.host}]" if ":" in listening.host else listening.host
         self._snapshots = snapshots
         self._calls, self._running, self._drains = threading.Condition(), 0, False
@@ -168,23 +157,25 @@ class FeatureServer(flight.FlightServerBase):
         Each batch of keys is answered by as many rows, in one batch or several.
         """
         with self._answering():
-            asked = parse_message(Asked, descriptor.command)
+            asked = protocol.parse_message(protocol.Asked, descriptor.command)
             partition = self._snapshots.partition(asked.version)
             block_rows = max(1, BLOCK_BYTES // partition.info.row_bytes) if asked.features else _MASK_ROWS
-            writer.begin(answer_schema(partition.info, asked.features))
+            writer.begin(protocol.answer_schema(partition.info, asked.features))
             for chunk in reader:
-                keys_U = keys_of(chunk.data)
+                keys_U = protocol.keys_of(chunk.data)
                 for start in range(0, len(keys_U), block_rows):
                     writer.write_batch(_answer(partition, keys_U[start : start + block_rows], asked.features))
 
     def do_action(self, _context: Any, action: Any) -> Iterator[bytes]:
         """Describe a snapshot: a `Described` as JSON."""
         with self._answering():
-            if action.type != DESCRIBE:
-                raise QueryError(f"this server has no action {action.type!r}, only {DESCRIBE!r}")
-            asked = parse_message(Asked, action.body.to_pybytes() if action.body else b"")
+            if action.type != protocol.DESCRIBE:
+                raise QueryError(f"this server has no action {action.type!r}, only {protocol.DESCRIBE!r}")
+            asked = protocol.parse_message(protocol.Asked, action.body.to_pybytes() if action.body else b"")
             partition = self._snapshots.partition(asked.version)
-            described = Described(info=partition.info, snapshot_id=partition.snapshot_id, num_rows=partition.num_rows)
+            described = protocol.Described(
+                info=partition.info, snapshot_id=partition.snapshot_id, num_rows=partition.num_rows
+            )
             return iter([described.model_dump_json().encode()])
 
     def drain(self, timeout_s: float) -> bool:
@@ -203,7 +194,7 @@ class FeatureServer(flight.FlightServerBase):
         try:
             yield
         except FeatureStoreError as error:
-            raise error_sent(error) from error
+            raise protocol.error_sent(error) from error
         except flight.FlightError:
             raise
         except (pa.ArrowException, OSError) as error:  # the client went away, or it is a failure of Flight itself
@@ -219,7 +210,7 @@ class FeatureServer(flight.FlightServerBase):
 
 def _answer(partition: FeaturePartition, keys_C: Int64Array, features: bool) -> pa.RecordBatch:
     """Make the answer to a block of keys, in memory of its own, as Flight sends it later."""
-    schema = answer_schema(partition.info, features)
+    schema = protocol.answer_schema(partition.info, features)
     if not features:
         return pa.record_batch([pa.array(partition.contains(keys_C))], schema=schema)
     info = partition.info

@@ -20,20 +20,9 @@ from typing import IO, Annotated, NoReturn, TypeVar
 
 from pydantic import Field
 
+from featurestore import spec
 from featurestore.errors import ChannelError, CommitConflictError, CorruptFileError, StorageError
 from featurestore.log import CHANNELS, manifest_path, versions, writer_name
-from featurestore.spec import (
-    LAST_SECOND,
-    MAX_VERSION,
-    Frozen,
-    OptionalId,
-    RandomId,
-    Sealed,
-    StorePath,
-    Version,
-    read_sealed,
-    seal,
-)
 from featurestore.storage.local import StorageEntry
 from featurestore.storage.remote import Names
 from featurestore.storage.storage import Entries, Storage
@@ -41,23 +30,23 @@ from featurestore.storage.storage import Entries, Storage
 VERSIONS, FILES = "versions", "files"
 
 
-class PublishedFile(Frozen):
+class PublishedFile(spec.Frozen):
     """A file of a version: where it lies, relative to the address."""
 
-    path: StorePath
+    path: spec.StorePath
     size_bytes: Annotated[int, Field(ge=0)]
 
 
-class PublishedVersion(Sealed):
+class PublishedVersion(spec.Sealed):
     """The files of a version, by name."""
 
-    version: Version
-    publication: OptionalId
+    version: spec.Version
+    publication: spec.OptionalId
     """Random, so that no other's is the same."""
     writer: str
     time_s: float
     """For people; order comes from the version alone."""
-    files: dict[StorePath, PublishedFile]
+    files: dict[spec.StorePath, PublishedFile]
 
 
 class PublishedFiles(Storage):
@@ -152,7 +141,7 @@ def open_published(url: str | os.PathLike[str]) -> Storage:
 
 def read_version(storage: Storage, version: int) -> PublishedVersion:
     """Read the manifest of a version. Raises FileNotFoundError, CorruptFileError."""
-    return read_sealed(storage, manifest_path(version, VERSIONS), PublishedVersion)
+    return spec.read_sealed(storage, manifest_path(version, VERSIONS), PublishedVersion)
 
 
 _MAX_ATTEMPTS = 300
@@ -251,7 +240,7 @@ def _check_there(storage: Storage, files: Mapping[str, PublishedFile]) -> None:
         raise CommitConflictError(f"{storage.full(gone[0])} was removed before it was published; run it again")
 
 
-SealedT = TypeVar("SealedT", bound=Sealed)
+SealedT = TypeVar("SealedT", bound=spec.Sealed)
 
 
 def append_numbered(
@@ -271,7 +260,7 @@ def append_numbered(
                 " again"
             )
         mine = model_of(highest + 1)
-        path, data = manifest_path(highest + 1, folder), seal(mine)  # like no other's; read back, a NaN would be null
+        path, data = manifest_path(highest + 1, folder), spec.seal(mine)  # like no other's; a NaN would become null
         if storage.create_or_read(path, data) == data:
             if not _is_late(storage, folder, path):
                 return mine
@@ -297,17 +286,17 @@ CHANNEL_RULE = (
 )
 
 
-class ChannelMove(Sealed):
+class ChannelMove(spec.Sealed):
     """One move of a channel; without a version it removed the channel."""
 
     channel: str
-    number: Annotated[int, Field(ge=1, le=MAX_VERSION)]
-    version: Version | None
-    commit_id: OptionalId  # of the snapshot; empty without one
+    number: Annotated[int, Field(ge=1, le=spec.MAX_VERSION)]
+    version: spec.Version | None
+    commit_id: spec.OptionalId  # of the snapshot; empty without one
     reason: str  # for people
     writer: str
-    time_s: Annotated[float, Field(ge=0, le=LAST_SECOND)]  # for people
-    nonce: RandomId
+    time_s: Annotated[float, Field(ge=0, le=spec.LAST_SECOND)]  # for people
+    nonce: spec.RandomId
 
 
 def is_channel_name(name: str) -> bool:
@@ -389,7 +378,7 @@ def _read_move(storage: Storage, name: str, number: int) -> ChannelMove:
     path = manifest_path(number, _channel_folder(name))
     way_out = f"set the channel again: crossmedia store channel {storage.url} {name} N"
     try:
-        move = read_sealed(storage, path, ChannelMove)
+        move = spec.read_sealed(storage, path, ChannelMove)
     except FileNotFoundError as error:
         raise CorruptFileError(f"{storage.full(path)} is missing: {way_out}") from error
     except CorruptFileError as error:

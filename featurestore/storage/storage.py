@@ -17,20 +17,8 @@ from typing import IO, Any, Generic, Self, TypeVar, overload
 import xxhash
 
 from featurestore.errors import AddressError, BucketNotFoundError, CorruptFileError, NotAFolderError, StorageError
+from featurestore.storage import remote
 from featurestore.storage.local import TEMPORARY, DiskFiles, StorageEntry
-from featurestore.storage.remote import (
-    Names,
-    RemoteFiles,
-    RetriesExhaustedError,
-    check_below,
-    check_password,
-    is_transient,
-    lacks_bucket,
-    leads_out,
-    protocol_and_path,
-    reason_of,
-    with_retries,
-)
 from featurestore.text import refusal
 
 _READ_AHEAD_BYTES = 256 << 10
@@ -56,14 +44,14 @@ class Storage:
 
     def __init__(self, url: str | os.PathLike[str], keep_inside: bool = False) -> None:
         """Open a place. Raises PasswordError where the address has one, AddressError where it has no bucket."""
-        check_password(str(url))
-        self._protocol, path = protocol_and_path(url)
+        remote.check_password(str(url))
+        self._protocol, path = remote.protocol_and_path(url)
         self._root = str(Path(path).absolute()) if self.is_local else path.rstrip("/")
         self.url = self._root if self.is_local else f"{self._protocol}://{self._root}"
         self._keep_inside = keep_inside
         self._disk = DiskFiles(self._root, keep_inside)
-        self._remote = RemoteFiles(self._protocol, self._root)
-        self._files: DiskFiles | RemoteFiles = self._disk if self.is_local else self._remote
+        self._remote = remote.RemoteFiles(self._protocol, self._root)
+        self._files: DiskFiles | remote.RemoteFiles = self._disk if self.is_local else self._remote
 
     def __reduce__(self) -> tuple[type["Storage"], tuple[str, bool]]:
         return Storage, (self.url, self._keep_inside)
@@ -86,7 +74,7 @@ class Storage:
                 if not self.is_local:
                     self._remote.list("")
             except FileNotFoundError as error:
-                if lacks_bucket(error):
+                if remote.lacks_bucket(error):
                     raise BucketNotFoundError(f"{self.url}: {self._no_bucket}") from error
 
     @property
@@ -135,7 +123,7 @@ class Storage:
         no other's. Transient errors are tried again. Raises StorageError: then it is not known whether it was made.
         """
 
-        check_below(path, self.url, writing=True)
+        remote.check_below(path, self.url, writing=True)
 
         def settle() -> bytes:
             failure: StorageError | None = None
@@ -151,11 +139,13 @@ class Storage:
                 raise StorageError(f"{self.full(path)} vanished after it was created") from None
 
         try:
-            return settle() if self.is_local else with_retries(settle, lambda error: is_transient(error.__cause__))
-        except RetriesExhaustedError as error:
+            if self.is_local:
+                return settle()
+            return remote.with_retries(settle, lambda error: remote.is_transient(error.__cause__))
+        except remote.RetriesExhaustedError as error:
             raise error.last from None
 
-    def list(self, path: str = "") -> Names:
+    def list(self, path: str = "") -> remote.Names:
         """List names (not paths) directly below `path`, sorted; empty where nothing is there.
 
         Temporary files are hidden."""
@@ -173,7 +163,7 @@ class Storage:
         answer. A file that vanishes meanwhile is left out.
         """
         with self._translated("list", path), contextlib.suppress(FileNotFoundError):
-            return sorted(each for each in self._files.entries(path, recursive) if not leads_out(each.path))
+            return sorted(each for each in self._files.entries(path, recursive) if not remote.leads_out(each.path))
         return []
 
     def iter_entries(self, path: str = "") -> Iterator[StorageEntry]:
@@ -206,7 +196,7 @@ class Storage:
 
     def delete(self, path: str) -> None:
         """Remove a file, or a folder with all below it; nothing happens where nothing is there."""
-        check_below(path, self.url, writing=True)
+        remote.check_below(path, self.url, writing=True)
         with self._translated("delete", path), contextlib.suppress(FileNotFoundError):
             self._files.delete(path)
 
@@ -214,7 +204,7 @@ class Storage:
         """Remove files, one request for each, many at a time; ignore missing ones."""
         paths = list(paths)
         for path in paths:
-            check_below(path, self.url, writing=True)
+            remote.check_below(path, self.url, writing=True)
         with self._translated("delete files in", ""):
             self._files.delete_files(paths)
 
@@ -234,7 +224,7 @@ class Storage:
     @contextlib.contextmanager
     def open_output(self, path: str) -> Iterator[IO[bytes]]:
         """Open a file to write that gets its name when the block ends, and does not appear when the block raises."""
-        check_below(path, self.url, writing=True)
+        remote.check_below(path, self.url, writing=True)
         if not self.is_local:
             # An exception inside s3fs' own open(path, "wb") leaves half an object: it is put in one piece instead.
             buffer = io.BytesIO()
@@ -250,18 +240,18 @@ class Storage:
 
     @contextlib.contextmanager
     def _translated(self, action: str, path: str, writing: bool = False) -> Iterator[None]:
-        check_below(path, self.url, writing)
+        remote.check_below(path, self.url, writing)
         try:
             yield
-        except RetriesExhaustedError as error:
-            reason = f"{reason_of(error.last)} (tried {error.tries} times)"
+        except remote.RetriesExhaustedError as error:
+            reason = f"{remote.reason_of(error.last)} (tried {error.tries} times)"
             raise StorageError(f"cannot {action} {self.full(path)}: {reason}") from error.last
         except Exception as error:  # each object store's client has its own tree of errors
             if isinstance(error, AddressError | StorageError | CorruptFileError) or (
                 isinstance(error, FileNotFoundError) and not writing
             ):
                 raise
-            if lacks_bucket(error):
+            if remote.lacks_bucket(error):
                 raise BucketNotFoundError(f"cannot {action} {self.full(path)}: {self._no_bucket}") from error
             if self._keep_inside and self.is_local and getattr(error, "errno", 0) == errno.EIO and not writing:
                 raise CorruptFileError(f"{self.full(path)} cannot be read from the disk: {error}") from error
@@ -271,7 +261,7 @@ class Storage:
                 ) from error
             if self.is_local:
                 raise self._disk_error(action, path, error) from error
-            reason = reason_of(error)
+            reason = remote.reason_of(error)
             if isinstance(error, PermissionError):
                 reason = f"{reason.removesuffix('.')}; are the credentials right?"
             raise StorageError(f"cannot {action} {self.full(path)}: {reason}") from error
@@ -281,7 +271,7 @@ class Storage:
         if isinstance(error, NotADirectoryError | FileExistsError):
             file = next((part for part in reversed(full.parents) if part.exists() and not part.is_dir()), full)
             return NotAFolderError(f"{file} is a file: a folder is needed here")
-        reason = refusal(error) if isinstance(error, OSError) else reason_of(error)
+        reason = refusal(error) if isinstance(error, OSError) else remote.reason_of(error)
         return StorageError(f"cannot {action} {full}: {reason}")
 
 

@@ -20,32 +20,16 @@ from pydantic import Field
 from featurestore import log as manifests
 from featurestore.commit import Commit, Shards
 from featurestore.errors import CorruptFileError, PinError, SnapshotNotFoundError
-from featurestore.format.datafile import (
-    KEY,
-    METADATA_COLUMNS,
-    ROW_GROUP_BYTES,
-    URI,
-    numpy_column,
-    open_entry,
-    schema_of,
-    text_column,
-)
+from featurestore.format import datafile
 from featurestore.keys import Int64Array
-from featurestore.published.versions import (
-    ChannelMove,
-    VersionName,
-    add_move,
-    check_channel_name,
-    find_channel,
-    read_channels,
-)
+from featurestore.published import versions
 from featurestore.snapshot import Snapshot
 from featurestore.spec import LAST_SECOND, FileEntry, Manifest, Sealed, Version, create_sealed, read_sealed
 from featurestore.storage.storage import Progress, Storage, in_threads
 from featurestore.store import FeatureStore
 
 _THREADS = 4
-_COMPARED = [name for name in METADATA_COLUMNS if name not in (KEY, "source_tag")]  # a touched image has not changed
+_COMPARED = [name for name in datafile.METADATA_COLUMNS if name not in ("key", "source_tag")]  # which a touch changes
 
 
 @dataclass(frozen=True)
@@ -89,7 +73,7 @@ def log(store: FeatureStore, last: int | None = None) -> list[LogEntry]:
         pins.setdefault(pin.version, []).append(pin.name)
 
     channels: dict[int | None, list[str]] = {}
-    for move in read_channels(store.storage):
+    for move in versions.read_channels(store.storage):
         channels.setdefault(move.version, []).append(move.channel)
 
     def entry(version: int) -> LogEntry | None:
@@ -105,7 +89,7 @@ def log(store: FeatureStore, last: int | None = None) -> list[LogEntry]:
 
 
 def diff(
-    store: FeatureStore, before: VersionName, after: VersionName, progress: Progress | None = None
+    store: FeatureStore, before: versions.VersionName, after: versions.VersionName, progress: Progress | None = None
 ) -> SnapshotDiff:
     """Find what came, changed and went from snapshot `before` to `after`, in whichever order they were made.
 
@@ -164,12 +148,12 @@ def _shard_diff(old: Snapshot, new: Snapshot, shard: int) -> tuple[pa.Table, pa.
         return _no_rows(old), _no_rows(old), _no_rows(old)
     keys_K = np.unique(np.concatenate([_keys_of(new, file) for file in files]))
     old_table, new_table = _live_rows(old, shard, keys_K), _live_rows(new, shard, keys_K)
-    old_keys, new_keys = numpy_column(old_table, KEY), numpy_column(new_table, KEY)
+    old_keys, new_keys = datafile.numpy_column(old_table, datafile.KEY), datafile.numpy_column(new_table, datafile.KEY)
     is_new, is_gone = ~np.isin(new_keys, old_keys), ~np.isin(old_keys, new_keys)
     both_old, both_new = old_table.filter(pa.array(~is_gone)), new_table.filter(pa.array(~is_new))
     is_changed = _changed(old, new, shard, both_old, both_new)
-    chosen = (new_table, is_new), (both_new, is_changed), (old_table, is_gone)
-    added, changed, removed = (table.select([KEY, URI]).filter(pa.array(mask)) for table, mask in chosen)
+    chosen, names = ((new_table, is_new), (both_new, is_changed), (old_table, is_gone)), [datafile.KEY, datafile.URI]
+    added, changed, removed = (table.select(names).filter(pa.array(mask)) for table, mask in chosen)
     return added, changed, removed
 
 
@@ -177,13 +161,13 @@ def _changed(
     old: Snapshot, new: Snapshot, shard: int, old_table: pa.Table, new_table: pa.Table
 ) -> npt.NDArray[np.bool_]:
     """Return which rows of equal keys differ; features are compared as many at a time as a row group holds."""
-    keys_K = numpy_column(new_table, KEY)
+    keys_K = datafile.numpy_column(new_table, datafile.KEY)
     changed_K = np.zeros(len(keys_K), np.bool_)
     for name in _COMPARED:
         changed_K |= np.asarray(pc.not_equal(old_table[name].combine_chunks(), new_table[name].combine_chunks()))
     old_reader, new_reader = old.shard_reader(shard), new.shard_reader(shard)
     unknown = np.flatnonzero(~changed_K)
-    step = max(1, ROW_GROUP_BYTES // new.info.row_bytes)
+    step = max(1, datafile.ROW_GROUP_BYTES // new.info.row_bytes)
     for start in range(0, len(unknown), step):
         rows = unknown[start : start + step]
         old_features, _ = old_reader.features(keys_K[rows])
@@ -195,18 +179,18 @@ def _changed(
 def _live_rows(snapshot: Snapshot, shard: int, keys_K: Int64Array) -> pa.Table:
     """Read the compared columns of the live rows among `keys_K`, by splitmix64, without features."""
     reader = snapshot.shard_reader(shard)
-    columns = [KEY, *_COMPARED]
-    table = reader.read(columns) if reader.entries else schema_of(snapshot.info).empty_table().select(columns)
-    return table.filter(pa.array(np.isin(numpy_column(table, KEY), keys_K)))
+    columns = [datafile.KEY, *_COMPARED]
+    table = reader.read(columns) if reader.entries else datafile.schema_of(snapshot.info).empty_table().select(columns)
+    return table.filter(pa.array(np.isin(datafile.numpy_column(table, datafile.KEY), keys_K)))
 
 
 def _keys_of(snapshot: Snapshot, entry: FileEntry) -> Int64Array:
-    with open_entry(snapshot.storage, snapshot.info, entry) as file:
-        return numpy_column(file.read([KEY]), KEY)
+    with datafile.open_entry(snapshot.storage, snapshot.info, entry) as file:
+        return datafile.numpy_column(file.read([datafile.KEY]), datafile.KEY)
 
 
 def _no_rows(snapshot: Snapshot) -> pa.Table:
-    return schema_of(snapshot.info).empty_table().select([KEY, URI])
+    return datafile.schema_of(snapshot.info).empty_table().select([datafile.KEY, datafile.URI])
 
 
 def _diff_of(tables: Iterable[pa.Table]) -> SnapshotDiff:
@@ -216,7 +200,7 @@ def _diff_of(tables: Iterable[pa.Table]) -> SnapshotDiff:
 
 
 def _rows(table: pa.Table) -> NamedRows:
-    return NamedRows(numpy_column(table, KEY), text_column(table, URI))
+    return NamedRows(datafile.numpy_column(table, datafile.KEY), datafile.text_column(table, datafile.URI))
 
 
 PINS = manifests.PINS
@@ -239,7 +223,7 @@ def is_pin_name(name: str) -> bool:
     return _NAME.fullmatch(name) is not None
 
 
-def pin(store: FeatureStore, name: str, version: VersionName | None = None) -> Pin:
+def pin(store: FeatureStore, name: str, version: versions.VersionName | None = None) -> Pin:
     """Keep a snapshot, the newest by default, until `unpin`. To make the same pin again is not an error.
 
     Raises PinError where the name keeps another snapshot, SnapshotNotFoundError where `expire` was first.
@@ -292,7 +276,7 @@ def referenced_versions(storage: Storage) -> set[int]:
     Pins are read first: who moves a channel pins its snapshot until the channel points there.
     """
     pinned = {pin.version for pin in read_pins(storage)}
-    return pinned | {move.version for move in read_channels(storage) if move.version is not None}
+    return pinned | {move.version for move in versions.read_channels(storage) if move.version is not None}
 
 
 def read_pin(storage: Storage, name: str) -> Pin:
@@ -321,15 +305,15 @@ def _is_there(storage: Storage, path: str) -> bool:
 
 
 def move_channel(
-    store: FeatureStore, name: str, version: VersionName, reason: str = "set", after: int | None = None
-) -> ChannelMove:
+    store: FeatureStore, name: str, version: versions.VersionName, reason: str = "set", after: int | None = None
+) -> versions.ChannelMove:
     """Let a channel point to a snapshot, which `expire` keeps from then on; it is made where it is not there.
 
     `after`: the number of the move that the caller saw as the newest, 0 for none: where another writer has moved the
     channel since, CommitConflictError is raised, and nothing happens. Where it points there already, and no `after` is
     given, nothing is written. Raises ChannelError, SnapshotNotFoundError where `expire` was first.
     """
-    check_channel_name(name)
+    versions.check_channel_name(name)
     snapshot = store.snapshot(version)
     if snapshot.version == 0:
         raise SnapshotNotFoundError(f"{store.url} has no commit that a channel could point to; 0 is the empty store")
@@ -338,15 +322,15 @@ def move_channel(
     guard = f"moving-{name}-{uuid.uuid4().hex[:8]}"
     pin(store, guard, snapshot.version)
     try:
-        return add_move(store.storage, name, snapshot.version, snapshot.manifest.commit_id, reason, after)
+        return versions.add_move(store.storage, name, snapshot.version, snapshot.manifest.commit_id, reason, after)
     finally:
         unpin(store, guard)
 
 
-def remove_channel(store: FeatureStore, name: str) -> ChannelMove:
+def remove_channel(store: FeatureStore, name: str) -> versions.ChannelMove:
     """Remove a channel; its history stays, and the next `expire` decides about its snapshot.
 
     Raises ChannelError where there is none.
     """
-    found = find_channel(store.storage, name)
-    return add_move(store.storage, name, None, "", f"removed; it was at snapshot {found.version}")
+    found = versions.find_channel(store.storage, name)
+    return versions.add_move(store.storage, name, None, "", f"removed; it was at snapshot {found.version}")

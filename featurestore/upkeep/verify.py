@@ -19,18 +19,8 @@ import pyarrow as pa
 
 from featurestore import log, staging
 from featurestore.errors import CorruptFileError, SnapshotNotFoundError, StoreNotFoundError
+from featurestore.format import datafile
 from featurestore.format.codec import BASES, basis_of
-from featurestore.format.datafile import (
-    DELETED,
-    KEY,
-    URI,
-    FileMemory,
-    matrix_of,
-    numpy_column,
-    open_entry,
-    schema_of,
-    text_column,
-)
 from featurestore.format.rows import finite_rows
 from featurestore.format.shard import read_moments
 from featurestore.keys import Int64Array, keys_of_uris, shard_of_hash, splitmix64
@@ -246,7 +236,7 @@ def _check_data(
                     each.with_statistics.append(version)
     total = sum(len(files) for files in wanted.values())
     largest = max((each.entry.bytes for files in wanted.values() for each in files.values()), default=0)
-    memory = FileMemory(max(largest, _MEMORY_BYTES))
+    memory = datafile.FileMemory(max(largest, _MEMORY_BYTES))
     found: list[Problem] = []
 
     def check(shard: int) -> list[Problem]:
@@ -273,7 +263,7 @@ def _shard_problems(
     wanted: Mapping[FileId, _Wanted],
     chains: set[tuple[FileId, ...]],
     newest: int,
-    memory: FileMemory,
+    memory: datafile.FileMemory,
 ) -> Iterator[Problem]:
     keys: dict[FileId, FileKeys] = {}
     for file_id, each in wanted.items():
@@ -356,8 +346,8 @@ class FileKeys:
     @classmethod
     def of(cls, table: pa.Table) -> "FileKeys":
         """Copy the compared columns of a file's rows."""
-        keys_N, deleted_N = numpy_column(table, KEY), numpy_column(table, DELETED)
-        return cls(keys_N.copy(), keys_of_uris(text_column(table, URI)), deleted_N.copy())
+        keys_N, deleted_N = datafile.numpy_column(table, datafile.KEY), datafile.numpy_column(table, datafile.DELETED)
+        return cls(keys_N.copy(), keys_of_uris(datafile.text_column(table, datafile.URI)), deleted_N.copy())
 
     @classmethod
     def concatenate(cls, parts: Sequence["FileKeys"]) -> "FileKeys":
@@ -370,7 +360,7 @@ class FileKeys:
 
 
 def check_file(
-    storage: Storage, info: StoreInfo, shard: int, entry: FileEntry, memory: FileMemory
+    storage: Storage, info: StoreInfo, shard: int, entry: FileEntry, memory: datafile.FileMemory
 ) -> tuple[list[str], FileKeys | None]:
     """List the problems of a data file, and return its keys, or none if it cannot be read.
 
@@ -382,9 +372,9 @@ def check_file(
         return [f"{path} belongs to a store of another kind: its info_digest is not that of store.json"], None
     blocks, num_infinite = [], 0
     try:
-        with open_entry(storage, info, entry, "sha256", memory) as file:
-            for block in file.blocks(schema_of(info).names):
-                num_infinite += int(np.count_nonzero(~finite_rows(matrix_of(block, info), info.dtype)))
+        with datafile.open_entry(storage, info, entry, "sha256", memory) as file:
+            for block in file.blocks(datafile.schema_of(info).names):
+                num_infinite += int(np.count_nonzero(~finite_rows(datafile.matrix_of(block, info), info.dtype)))
                 blocks.append(FileKeys.of(block))
     except CorruptFileError as error:
         return [str(error)], None

@@ -32,19 +32,13 @@ from distributed.security import Security
 
 from featurestore.console.output import progress_bar
 from featurestore.errors import InvalidRowsError, KeyCollisionError
-from pipeline.errors import (
-    SCHEDULER_LOST,
-    ClusterError,
-    InsecureSchedulerError,
-    PipelineError,
-    SchedulerUnreachableError,
-)
+from pipeline import errors
 
 IN_FLIGHT_PER_THREAD = 3  # enough that no worker waits for the client
 SENT_TOGETHER = 16  # in one message of the client, whose size is that of their arguments
 END_S = 60.0  # that `run_all` waits at most for tasks that are running when one has failed; each takes seconds
 RETRIES = 1  # of a task that raised: a full disk stays full, a lost connection comes back
-MISTAKES = (PipelineError, KeyCollisionError, InvalidRowsError)  # of a person, or of the data: never tried again
+MISTAKES = (errors.PipelineError, KeyCollisionError, InvalidRowsError)  # of a person, or of the data: never tried again
 
 
 class Killed:
@@ -107,7 +101,7 @@ def run_all(
     with progress_bar(title, len(calls)) as bar, contextlib.closing(finished):
         for place, result in finished:
             if isinstance(result, Killed):
-                raise ClusterError(
+                raise errors.ClusterError(
                     f"{title}: task {place + 1} of {len(calls)} brings the workers down, most likely for lack of"
                     f" memory; {advice}"
                 )
@@ -157,7 +151,7 @@ def _attempt(packed: bytes) -> Any:
 
 def _result(future: Future[Any]) -> Any:
     if future.status == "cancelled":
-        raise ClusterError(SCHEDULER_LOST)
+        raise errors.ClusterError(errors.SCHEDULER_LOST)
     error = future.exception()
     if isinstance(error, KilledWorker):
         return Killed()
@@ -223,7 +217,7 @@ def _loss_named() -> Iterator[None]:
     try:
         yield
     except (CommClosedError, CancelledError, ClosedClientError) as error:
-        raise ClusterError(SCHEDULER_LOST) from error
+        raise errors.ClusterError(errors.SCHEDULER_LOST) from error
     finally:
         log.setLevel(level)
 
@@ -253,7 +247,7 @@ def address_in_file(path: Path, timeout_s: float) -> str:
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             reason = f"not a scheduler file: {error!r}"
         if time.monotonic() > deadline:
-            raise SchedulerUnreachableError(f"the one of {path}", f"{reason}, after {timeout_s:g} s")
+            raise errors.SchedulerUnreachableError(f"the one of {path}", f"{reason}, after {timeout_s:g} s")
         time.sleep(0.05)
 
 
@@ -267,16 +261,16 @@ def open_client(address: str, timeout_s: float = CONNECT_TIMEOUT_S) -> Iterator[
         asyncio.run(asyncio.wait_for(_shake_hands(address, timeout_s), 2 * timeout_s))
         client = Client(address, timeout=timeout_s)
     except TypeError as error:  # so says distributed.comm where it has no certificates
-        raise ClusterError(
+        raise errors.ClusterError(
             f"the scheduler {address} needs TLS certificates, and Dask's configuration has none: set"
             " DASK_DISTRIBUTED__COMM__TLS__CA_FILE, DASK_DISTRIBUTED__COMM__TLS__CLIENT__CERT and"
             " DASK_DISTRIBUTED__COMM__TLS__CLIENT__KEY to the .pem files of that cluster"
         ) from error
     except (MemoryError, struct.error) as error:  # of the size that other words would have as a message of Dask
-        raise SchedulerUnreachableError(address, "what answers there is no scheduler") from error
+        raise errors.SchedulerUnreachableError(address, "what answers there is no scheduler") from error
     except (OSError, ValueError) as error:  # ValueError: an unknown protocol
         reason = str(error) or f"it says nothing for {2 * timeout_s:g} s"  # wait_for's TimeoutError has no text
-        raise SchedulerUnreachableError(address, reason) from error
+        raise errors.SchedulerUnreachableError(address, reason) from error
     with client:
         yield client
 
@@ -351,9 +345,9 @@ def check_address(address: str, insecure: bool = False) -> None:
         host, _ = parse_host_port(location, 0)
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except (OSError, ValueError) as error:
-        raise SchedulerUnreachableError(address, str(error)) from error
+        raise errors.SchedulerUnreachableError(address, str(error)) from error
     if not all(ipaddress.ip_address(sockaddr[0]).is_loopback for *_, sockaddr in found):
-        raise InsecureSchedulerError(
+        raise errors.InsecureSchedulerError(
             f"the scheduler {address} is beyond loopback and without TLS: Dask sends pickles, so anyone who reaches"
             " that port can run code on every worker. Use tls:// with certificates in Dask's configuration"
             " (distributed.comm.tls), or on a network that you trust pass --insecure to dask-submit, or set"
@@ -368,7 +362,7 @@ def wait_for_workers(client: Client, address: str, count: int, timeout_s: float)
     try:
         client.wait_for_workers(count, timeout=timeout_s)
     except TimeoutError as error:
-        raise ClusterError(
+        raise errors.ClusterError(
             f"{len(client.nthreads())} of {count} workers are at {address} after {timeout_s:g} s; start more with"
             f" `dask worker {address}`, or lower --wait-workers, or raise --timeout"
         ) from error
@@ -388,7 +382,7 @@ def check_versions(versions: Mapping[str, Any]) -> None:
         if _major_minor(theirs := node["packages"].get(package)) != _major_minor(here[package])
     ]
     if differences:
-        raise ClusterError(
+        raise errors.ClusterError(
             f"versions on the cluster differ from those here: {'; '.join(differences)}. Install the same ones on every"
             " machine"
         )
@@ -406,7 +400,7 @@ def check_packages(client: Client) -> None:
     answers = client.run(exec, IMPORT_OURS, {}, on_error="return")
     failures = [f"{worker}: {answer!r}" for worker, answer in answers.items() if isinstance(answer, Exception)]
     if failures:
-        raise ClusterError(
+        raise errors.ClusterError(
             f"{len(failures)} workers cannot import this project ({'; '.join(failures[:3])}). Install it on every"
             " worker's machine, in the environment that runs `dask worker`: `pip install .` in the project's folder"
         )

@@ -24,24 +24,10 @@ from featurestore.staging import QuarantineRow
 from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
 from featurestore.upkeep.history import move_channel
+from pipeline import store_run
 from pipeline.cluster.tasks import Killed, run_alone, run_tasks
 from pipeline.errors import BackboneError, ClusterError, StoreRunError
-from pipeline.features.diff import (
-    DIGEST_DTYPE,
-    BoolArray,
-    Comparison,
-    DigestArray,
-    ImageCopies,
-    ImagePart,
-    ListingPlan,
-    compare,
-    equal_candidates,
-    find_digests,
-    make_copy_parts,
-    make_parts,
-    pending_images,
-    split,
-)
+from pipeline.features import diff
 from pipeline.features.part import (
     PartReport,
     PartSettings,
@@ -57,16 +43,6 @@ from pipeline.images.imagetable import ImageTable, Listing
 from pipeline.images.source import list_images
 from pipeline.network import check_weights_name
 from pipeline.options import ExtractOptions, RefreshOptions
-from pipeline.store_run import (
-    TOMBSTONES,
-    BadRow,
-    StoreRun,
-    check_gone,
-    describe_bad,
-    open_or_make,
-    run_id_of,
-    wait_for_worker,
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +61,7 @@ class RefreshSummary:
     num_computed: int  # new and changed images through the network, earlier, killed runs' included
     num_duplicates: int  # new and changed images whose feature is that of an image of equal bytes
     num_resumed: int  # staged by an earlier, killed run
-    bad: tuple[BadRow, ...]  # in quarantine after the run, of the images listed
+    bad: tuple[store_run.BadRow, ...]  # in quarantine after the run, of the images listed
     seconds: float
     store: str
     snapshot: int  # version after the run
@@ -108,7 +84,7 @@ class RefreshSummary:
             f"touched      {self.num_touched:,} (other date or tag, same bytes)",
             f"unchanged    {self.num_unchanged:,}",
             f"gone         {self.num_gone:,}{kept}",
-            f"quarantined  {len(self.bad):,}{': ' + describe_bad(self.bad) if self.bad else ''}",
+            f"quarantined  {len(self.bad):,}{': ' + store_run.describe_bad(self.bad) if self.bad else ''}",
             f"resolved     {self.num_resolved:,} (were in quarantine)",
             f"duplicates   {self.num_duplicates:,} (feature copied from equal bytes)",
             f"computed     {self.num_computed:,} ({self.num_resumed:,} images staged by an earlier run)",
@@ -139,7 +115,7 @@ def refresh(options: RefreshOptions, client: Client) -> RefreshSummary:
         raise StoreNotFoundError(f"{error}; crossmedia extract makes one") from error
     options = _as_stored(options, store.info)
     listing = list_images(options.images)
-    wait_for_worker(client)
+    store_run.wait_for_worker(client)
     return bring_up_to_date(options, client, store, listing, "refresh", start_s)
 
 
@@ -148,7 +124,7 @@ def bring_up_to_date(
 ) -> RefreshSummary:
     """Do all that follows the listing, for `refresh` and `extract`. `start_s` is of `time.monotonic`."""
     images, snapshot, quarantined = listing.images, store.snapshot(), store.quarantine_rows()
-    comparison = compare(images, snapshot)
+    comparison = diff.compare(images, snapshot)
     gone = comparison.gone_keys[:0] if options.keep_missing else comparison.gone_keys
     _check_gone(options, len(gone), comparison, f"are not in {options.images}")
     plan = make_plan(client, images, comparison, snapshot)
@@ -163,7 +139,7 @@ def bring_up_to_date(
     run.quarantine(bad)
     try:
         if len(bad) == len(images):
-            raise StoreRunError(f"none of the {len(bad):,} images can be used: {describe_bad(bad)}")
+            raise StoreRunError(f"none of the {len(bad):,} images can be used: {store_run.describe_bad(bad)}")
         _check_gone(options, len(removed), comparison, "are gone or cannot be decoded any more")
     except StoreRunError:
         store.discard_staging(run.run_id)  # the next run looks at all files again: it may be the decoder that is broken
@@ -194,7 +170,7 @@ def bring_up_to_date(
 
 
 def _summarise(
-    plan: ListingPlan, reports: Sequence[PartReport], bad: tuple[BadRow, ...], **counts: Any
+    plan: diff.ListingPlan, reports: Sequence[PartReport], bad: tuple[store_run.BadRow, ...], **counts: Any
 ) -> RefreshSummary:
     bad_keys = np.array([image.key for image in bad], np.int64)
     num_changed = int(np.count_nonzero(~np.isin(plan.stored_keys, bad_keys)))
@@ -211,16 +187,16 @@ def _summarise(
     )
 
 
-def make_plan(client: Client, images: ImageTable, comparison: Comparison, snapshot: Snapshot) -> ListingPlan:
+def make_plan(client: Client, images: ImageTable, comparison: diff.Comparison, snapshot: Snapshot) -> diff.ListingPlan:
     """Plan the run.
 
     In an empty store an image is read for its digest only if it may have an equal in the listing; else each that is
     new, or may have changed, is."""
-    pending_P = pending_images(images, comparison)
-    asked = slice(None) if comparison.num_stored else equal_candidates(images.sizes()[pending_P])
-    digest_P = np.zeros(len(pending_P), DIGEST_DTYPE)
+    pending_P = diff.pending_images(images, comparison)
+    asked = slice(None) if comparison.num_stored else diff.equal_candidates(images.sizes()[pending_P])
+    digest_P = np.zeros(len(pending_P), diff.DIGEST_DTYPE)
     digest_P[asked] = digest_all(client, images, pending_P[asked])
-    return split(images, comparison, pending_P, digest_P, *find_digests(snapshot, digest_P))
+    return diff.split(images, comparison, pending_P, digest_P, *diff.find_digests(snapshot, digest_P))
 
 
 def _as_stored(options: RefreshOptions, info: StoreInfo) -> RefreshOptions:
@@ -245,7 +221,7 @@ def _settings(options: RefreshOptions, client: Client, store: FeatureStore) -> P
     assert options.backbone and options.weights and options.compute_dtype
     return PartSettings(
         store=store.url,
-        run_id=run_id_of(store.info.digest, Storage(options.images).url, options.part_size),
+        run_id=store_run.run_id_of(store.info.digest, Storage(options.images).url, options.part_size),
         backbone=options.backbone,
         weights=options.weights,
         spec_digest=store.info.extractor.digest,
@@ -294,9 +270,9 @@ def _spec_of(backbone_name: str, weights: str, compute_dtype: AutoDType) -> Extr
     return backbone(backbone_name, weights, compute_dtype).spec
 
 
-def _check_gone(options: RefreshOptions, num_gone: int, comparison: Comparison, fault: str) -> None:
+def _check_gone(options: RefreshOptions, num_gone: int, comparison: diff.Comparison, fault: str) -> None:
     advice = "is --images right? In crossmedia refresh --keep-missing keeps them, --max-gone 1 lets them go"
-    check_gone(options.store, num_gone, comparison.num_stored, options.max_gone, fault, advice)
+    store_run.check_gone(options.store, num_gone, comparison.num_stored, options.max_gone, fault, advice)
 
 
 def extract(options: ExtractOptions, client: Client) -> RefreshSummary:
@@ -316,7 +292,7 @@ def extract(options: ExtractOptions, client: Client) -> RefreshSummary:
     warn_if_untrained(weights)
     compact = None if options.reduce is None else _compact(options.reduce)
     listing = list_images(options.images)
-    wait_for_worker(client)
+    store_run.wait_for_worker(client)
     spec = describe_network(client, options.backbone, weights, options.compute_dtype)
     asked = {
         "num_shards": options.num_shards,
@@ -326,7 +302,7 @@ def extract(options: ExtractOptions, client: Client) -> RefreshSummary:
         "extractor": spec,
     }
     network = NetworkName(backbone=options.backbone, weights=weights)
-    store = open_or_make(options.store, asked, compact, network=network)
+    store = store_run.open_or_make(options.store, asked, compact, network=network)
     refreshed = RefreshOptions(
         images=options.images,
         store=options.store,
@@ -356,9 +332,9 @@ REPORT_THREADS = 8
 COPIES = "copies"  # parts of this name have no report
 
 
-def digest_all(client: Client, images: ImageTable, index_K: Int64Array) -> DigestArray:
+def digest_all(client: Client, images: ImageTable, index_K: Int64Array) -> diff.DigestArray:
     """Hash the bytes of the images at `index_K` by xxh3-128, (K,); empty where they cannot be read."""
-    digest_K = np.zeros(len(index_K), DIGEST_DTYPE)
+    digest_K = np.zeros(len(index_K), diff.DIGEST_DTYPE)
     starts = range(0, len(index_K), DIGESTS_PER_TASK)
     calls = ((images.refs(index_K[start : start + DIGESTS_PER_TASK]),) for start in starts)
     with progress_bar("comparing", len(index_K)) as bar:
@@ -375,7 +351,7 @@ def workers_per_host(client: Client) -> dict[str, int]:
     return dict(Counter(host_of(address) for address in client.scheduler_info(n_workers=-1)["workers"]))
 
 
-class ImageRun(StoreRun):
+class ImageRun(store_run.StoreRun):
     """A StoreRun of images."""
 
     def __init__(
@@ -393,7 +369,7 @@ class ImageRun(StoreRun):
         self.num_resumed = 0  # images in parts that were staged before
 
     def compute(
-        self, images: ImageTable, index_C: Int64Array, digest_C: DigestArray, before: Callable[[], None]
+        self, images: ImageTable, index_C: Int64Array, digest_C: diff.DigestArray, before: Callable[[], None]
     ) -> list[PartReport]:
         """Stage parts with all images at `index_C` and return their reports; `before` is called if any is left to do.
 
@@ -402,7 +378,7 @@ class ImageRun(StoreRun):
         reports, is_left_C = self._taken_over(images, index_C)
         num_covered = len(index_C) - int(np.count_nonzero(is_left_C))
         self.num_resumed += num_covered
-        waiting = make_parts(images, index_C[is_left_C], digest_C[is_left_C], self._part_size)
+        waiting = diff.make_parts(images, index_C[is_left_C], digest_C[is_left_C], self._part_size)
         if waiting:
             before()
         suspects = []
@@ -421,9 +397,9 @@ class ImageRun(StoreRun):
         self.num_rows += sum(report.num_rows for report in reports)
         return reports
 
-    def copy(self, images: ImageTable, copies: ImageCopies) -> None:
+    def copy(self, images: ImageTable, copies: diff.ImageCopies) -> None:
         """Stage rows of images whose bytes the snapshot has."""
-        parts = make_copy_parts(images, copies, self._part_size, COPIES)
+        parts = diff.make_copy_parts(images, copies, self._part_size, COPIES)
         self.parts += [part.name for part in parts]
         self.num_rows += len(copies.index_K)
         waiting = [part for part in parts if part.name not in self.staged]
@@ -436,13 +412,13 @@ class ImageRun(StoreRun):
                     raise StoreRunError("copying rows brings the workers down: try a smaller --part-size")
                 bar.advance(len(waiting[place].copies.index_K))
 
-    def _taken_over(self, images: ImageTable, index_C: Int64Array) -> tuple[list[PartReport], BoolArray]:
+    def _taken_over(self, images: ImageTable, index_C: Int64Array) -> tuple[list[PartReport], diff.BoolArray]:
         """Load the reports of staged parts whose images are all at `index_C`, unchanged; return also which are in none.
 
         So the parts outlive a listing that has changed since, but for those with an image that did. Images that could
         not be read are left to do, as that may have been for a moment: the reports are without them.
         """
-        names = [name for name in sorted(self.staged) if not name.startswith((COPIES, TOMBSTONES))]
+        names = [name for name in sorted(self.staged) if not name.startswith((COPIES, store_run.TOMBSTONES))]
         reports = list[PartReport]()
         if not names:
             return reports, np.ones(len(index_C), np.bool_)
@@ -464,7 +440,7 @@ class ImageRun(StoreRun):
         except FileNotFoundError:  # expiry removes what was staged long ago
             return None
 
-    def _compute_suspect(self, images: ImageTable, part: ImagePart) -> PartReport:
+    def _compute_suspect(self, images: ImageTable, part: diff.ImagePart) -> PartReport:
         """Compute a part during which workers died, alone, without images that bring a worker down by themselves."""
         refs = images.refs(part.index_K)
         tried = {ref.key: run_alone(self.client, try_image, self._settings, ref) for ref in refs}

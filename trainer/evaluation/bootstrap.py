@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from trainer.errors import DataError
 
 if TYPE_CHECKING:
-    from trainer.evaluation.predict import Predictions
+    from trainer.evaluation.predict import Impressions, Predictions, Slicing
 
 Float = NDArray[np.float64]
 Int = NDArray[np.int64]
@@ -240,6 +240,40 @@ def bins_of(score_N: Float) -> Int:
 def ratio(above: Float, below: Float) -> Float:
     """Divide above by below; NaN where below is zero."""
     return np.divide(above, below, out=np.full_like(above, np.nan), where=below != 0)
+
+
+def measure_all(logit_N: Float, impressions: "Impressions", slicings: Sequence["Slicing"], resamples: int) -> Figures:
+    """Measure all impressions, each slice and the bins of reliability, with intervals."""
+    users_U, user_N = np.unique(impressions.user_N, return_inverse=True)
+    label_N = impressions.label_N.astype(np.float64)
+    whole = MetricSums(logit_N, label_N, user_N)
+    chosen = [(each, name, each.slice_N == at) for each in slicings for at, name in enumerate(each.names)]
+    chosen = [(slicing, name, in_N) for slicing, name, in_N in chosen if in_N.any()]
+    slices = [MetricSums(logit_N[in_N], label_N[in_N], user_N[in_N]) for _, _, in_N in chosen]
+    of_whole, *of_slices = bootstrap([whole, *slices], len(users_U), resamples, 0)
+
+    sliced_by = {each.name: SlicedBy(each.title, {}) for each in slicings}
+    for (slicing, name, _), sums, replicates in zip(chosen, slices, of_slices, strict=True):
+        sliced_by[slicing.name].slices[name] = _measured(sums, replicates)
+    return Figures(_measured(whole, of_whole), sliced_by, _bins(whole, of_whole))
+
+
+def _measured(sums: MetricSums, replicates: Replicates) -> Measured:
+    metrics = {
+        name: interval(replicates.value_M[at], replicates.draws_RM[:, at], users=sums.users_M[at])
+        for at, name in enumerate(METRICS)
+    }
+    return Measured(sums.num_impressions, sums.num_users, sums.num_clicks, metrics)
+
+
+def _bins(sums: MetricSums, replicates: Replicates) -> list[Bin]:
+    """Describe the bins that have impressions."""
+    bins = []
+    for at in np.flatnonzero(sums.count_K).tolist():
+        predicted, clicked = len(METRICS) + at, len(METRICS) + NUM_BINS + at
+        rate = interval(replicates.value_M[clicked], replicates.draws_RM[:, clicked], users=int(sums.users_K[at]))
+        bins.append(Bin(int(sums.count_K[at]), float(replicates.value_M[predicted]), rate))
+    return bins
 
 
 Metrics = dict[str, float | int | None]

@@ -344,6 +344,13 @@ def measure_test(opened: EvaluatedRun) -> Metrics:
         return evaluate(opened.comm, predicted, known, opened.schema.new_ad_field)
 
 
+def slicings_of(opened: EvaluatedRun, impressions: Impressions) -> list[Slicing]:
+    """Cut the test impressions of a run, see `slicings`; the same on every rank, all call it."""
+    seen = seen_in_training(opened.comm, opened.train, opened.schema, impressions)
+    image = ad_image_field(opened.schema)
+    return slicings(impressions, seen, has_feature(opened, image.store_name, seen.image_I) if image else None)
+
+
 def has_feature(opened: EvaluatedRun, store: str, key_I: NDArray[np.int64]) -> NDArray[np.bool_] | None:
     """Find which keys have a feature in the store that a field names, (I,); None where the model does not read it."""
     service = opened.engine.services.get(store)

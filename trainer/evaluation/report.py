@@ -19,47 +19,11 @@ from featurestore.errors import StorageError
 from featurestore.published.paths import RunPath, written_locally
 from trainer.comm import Comm
 from trainer.errors import TrainerError
-from trainer.evaluation.bootstrap import (
-    LEVEL,
-    METRICS,
-    NUM_BINS,
-    Bin,
-    Estimate,
-    Figures,
-    Float,
-    Measured,
-    MetricSums,
-    Replicates,
-    SlicedBy,
-    bootstrap,
-    check_same_impressions,
-    compare,
-    compare_new_ads,
-    interval,
-)
-from trainer.evaluation.predict import (
-    Impressions,
-    Slicing,
-    ad_image_field,
-    has_feature,
-    predict,
-    predict_run,
-    read_impressions,
-    seen_in_training,
-    slicings,
-)
+from trainer.evaluation import bootstrap
+from trainer.evaluation.predict import predict, predict_run, read_impressions, slicings_of
 from trainer.runs.saved import TEST, EvaluatedRun, RunSource, open_source
 
-SEED = 0
-"""Of the resamples."""
-
-METRIC_TITLES = {
-    "logloss": "log loss",
-    "auc": "AUC",
-    "gauc": "GAUC",
-    "calibration": "predicted / clicked",
-}
-
+METRIC_TITLES = {"logloss": "log loss", "auc": "AUC", "gauc": "GAUC", "calibration": "predicted / clicked"}
 _COLOR = "#1f5fa8"
 
 
@@ -71,7 +35,7 @@ def evaluate_run(
     out: RunPath | None = None,
     json_file: Path | None = None,
     quiet: bool = False,
-) -> Figures | None:
+) -> bootstrap.Figures | None:
     """Evaluate a run and write the report; every rank calls it, rank 0 measures, writes and returns the figures.
 
     The report goes to `out`, by default RUN/evaluation, and to `json_file`; unless `quiet` it is printed. Raises
@@ -82,23 +46,16 @@ def evaluate_run(
         count = f"{opened.test.num_samples:,} impressions, {comm.size} rank{'s' * (comm.size > 1)}"
         print_line(console, f"{opened.saved.checkpoint}: {count}")
         impressions = read_impressions(comm, opened.test, opened.schema)
-        cuts = _slicings(opened, impressions)
+        cuts = slicings_of(opened, impressions)
         logit_N = predict(opened)
         about = _about(opened, resamples)
     if comm.rank != 0:
         return None
-    figures = measure_all(logit_N, impressions, cuts, resamples)
+    figures = bootstrap.measure_all(logit_N, impressions, cuts, resamples)
     out = out or source.folder / "evaluation"
     write_report(out, "report.json", {**about, **asdict(figures)}, json_file, reliability(figures.reliability))
     show(console, about, figures, out)
     return figures
-
-
-def _slicings(opened: EvaluatedRun, impressions: Impressions) -> list[Slicing]:
-    schema, comm = opened.schema, opened.comm
-    seen = seen_in_training(comm, opened.train, schema, impressions)
-    image = ad_image_field(schema)
-    return slicings(impressions, seen, has_feature(opened, image.store_name, seen.image_I) if image else None)
 
 
 def compare_runs(
@@ -119,15 +76,15 @@ def compare_runs(
     console, places = text_console(quiet=comm.rank != 0), source.places
     ours = predict_run(source.folder, comm, checkpoint=source.checkpoint, **places)
     baseline = predict_run(against, comm, **places)
-    check_same_impressions([ours, baseline], [str(source.folder), str(against)])
+    bootstrap.check_same_impressions([ours, baseline], [str(source.folder), str(against)])
     if comm.rank != 0:
         return
-    found = compare([ours], [baseline], resamples=resamples)
-    new_ads = compare_new_ads([ours], [baseline], resamples=resamples)
+    found = bootstrap.compare([ours], [baseline], resamples=resamples)
+    new_ads = bootstrap.compare_new_ads([ours], [baseline], resamples=resamples)
     titled = {METRIC_TITLES[name]: each for name, each in found.items()}
     titled |= {f"{METRIC_TITLES[name]}, new ads": each for name, each in new_ads.differences.items()}
     title = f"{source.folder} against {against}, {len(ours.logit_N):,} impressions"
-    table = Table("", "run", "against", "difference", f"{LEVEL:.0%} interval", "p", title=title)
+    table = Table("", "run", "against", "difference", f"{bootstrap.LEVEL:.0%} interval", "p", title=title)
     for name, each in titled.items():
         values = (number(value) for value in (each.ours, each.baseline, each.value))
         p_value = "-" if each.p_value is None else f"{each.p_value:.3g}"
@@ -142,7 +99,7 @@ def compare_runs(
         "run": str(source.folder),
         "against": str(against),
         "impressions": len(ours.logit_N),
-        "bootstrap": {"resamples": resamples, "level": LEVEL},
+        "bootstrap": {"resamples": resamples, "level": bootstrap.LEVEL},
         "differences": {name: asdict(each) for name, each in found.items()},
         "new_ads": asdict(new_ads),
         "notes": notes,
@@ -152,7 +109,7 @@ def compare_runs(
     print_line(console, f"written to {folder / 'comparison.json'}")
 
 
-def reliability(bins: Sequence[Bin]) -> Figure:
+def reliability(bins: Sequence[bootstrap.Bin]) -> Figure:
     """Plot click rate against mean prediction, one point for each bin; on the diagonal, predictions are right."""
     figure = Figure(figsize=(5.5, 4.2), layout="constrained")
     axes = figure.subplots()
@@ -187,7 +144,7 @@ def _about(opened: EvaluatedRun, resamples: int) -> dict[str, Any]:
         "samples": opened.test.storage.full(TEST),
         "stores": {name: record.model_dump() for name, record in opened.stores.items()},
         "missing": opened.config.data.missing,
-        "bootstrap": {"resamples": resamples, "level": LEVEL},
+        "bootstrap": {"resamples": resamples, "level": bootstrap.LEVEL},
         "missing_lookups": num_missing,
         "notes": [*opened.notes, *opened.saved.notes_on_missing(num_missing)],
     }
@@ -210,26 +167,25 @@ def write_report(
         raise TrainerError(f"cannot write {name} to {folder}: {failure}; choose another by --out") from failure
 
 
-def show(console: Console, about: Mapping[str, Any], figures: Figures, folder: RunPath) -> None:
+def show(console: Console, about: Mapping[str, Any], figures: bootstrap.Figures, folder: RunPath) -> None:
     """Print the metrics of all impressions with their intervals, and those of the slices without."""
     whole = Table(title=f"{about['run']}, {about['checkpoint']}")
-    for heading in (f"{figures.whole.impressions:,} impressions", "value", f"{LEVEL:.0%} interval"):
+    for heading in (f"{figures.whole.impressions:,} impressions", "value", f"{bootstrap.LEVEL:.0%} interval"):
         whole.add_column(heading, justify="left" if heading.endswith("impressions") else "right")
-    for metric in METRICS:
+    for metric, shown in METRIC_TITLES.items():
         estimate = figures.whole.metrics[metric]
-        whole.add_row(METRIC_TITLES[metric], number(estimate.value), range_of(estimate))
+        whole.add_row(shown, number(estimate.value), range_of(estimate))
     print_table(console, whole)
     slices = Table(title="Slices")
     slices.add_column("")
-    for heading in ("impressions", *(METRIC_TITLES[each] for each in METRICS)):
+    for heading in ("impressions", *METRIC_TITLES.values()):
         slices.add_column(heading, justify="right")
     for sliced in figures.sliced_by.values():
         slices.add_section()
         slices.add_row(Text(sliced.title, style="bold"))
         for name, each in sliced.slices.items():
-            slices.add_row(
-                f"  {name}", f"{each.impressions:,}", *(number(each.metrics[metric].value) for metric in METRICS)
-            )
+            values = (number(each.metrics[metric].value) for metric in METRIC_TITLES)
+            slices.add_row(f"  {name}", f"{each.impressions:,}", *values)
     print_table(console, slices)
     for note in about["notes"]:
         print_line(console, f"note: {note}")
@@ -241,40 +197,6 @@ def number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-def range_of(estimate: Estimate) -> str:
+def range_of(estimate: bootstrap.Estimate) -> str:
     """Format an interval, as 0.6241 to 0.6279; a dash where there is none."""
     return "-" if estimate.low is None else f"{number(estimate.low)} to {number(estimate.high)}"
-
-
-def measure_all(logit_N: Float, impressions: Impressions, slicings: Sequence[Slicing], resamples: int) -> Figures:
-    """Measure all impressions, each slice and the bins of reliability, with intervals."""
-    users_U, user_N = np.unique(impressions.user_N, return_inverse=True)
-    label_N = impressions.label_N.astype(np.float64)
-    whole = MetricSums(logit_N, label_N, user_N)
-    chosen = [(each, name, each.slice_N == at) for each in slicings for at, name in enumerate(each.names)]
-    chosen = [(slicing, name, in_N) for slicing, name, in_N in chosen if in_N.any()]
-    slices = [MetricSums(logit_N[in_N], label_N[in_N], user_N[in_N]) for _, _, in_N in chosen]
-    of_whole, *of_slices = bootstrap([whole, *slices], len(users_U), resamples, SEED)
-
-    sliced_by = {each.name: SlicedBy(each.title, {}) for each in slicings}
-    for (slicing, name, _), sums, replicates in zip(chosen, slices, of_slices, strict=True):
-        sliced_by[slicing.name].slices[name] = _measured(sums, replicates)
-    return Figures(_measured(whole, of_whole), sliced_by, _bins(whole, of_whole))
-
-
-def _measured(sums: MetricSums, replicates: Replicates) -> Measured:
-    metrics = {
-        name: interval(replicates.value_M[at], replicates.draws_RM[:, at], users=sums.users_M[at])
-        for at, name in enumerate(METRICS)
-    }
-    return Measured(sums.num_impressions, sums.num_users, sums.num_clicks, metrics)
-
-
-def _bins(sums: MetricSums, replicates: Replicates) -> list[Bin]:
-    """Describe the bins that have impressions."""
-    bins = []
-    for at in np.flatnonzero(sums.count_K).tolist():
-        predicted, clicked = len(METRICS) + at, len(METRICS) + NUM_BINS + at
-        rate = interval(replicates.value_M[clicked], replicates.draws_RM[:, clicked], users=int(sums.users_K[at]))
-        bins.append(Bin(int(sums.count_K[at]), float(replicates.value_M[predicted]), rate))
-    return bins

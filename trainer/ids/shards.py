@@ -13,15 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from featurestore.keys import (
-    UInt64Array,
-    owned_shards,
-    shard_of,
-    shard_of_hash,
-    splitmix64,
-    stream_start,
-    unit_interval,
-)
+from featurestore import keys
 from trainer.errors import CheckpointError
 from trainer.exchange.routing import Int64
 
@@ -146,13 +138,14 @@ class TableShape:
         """Find shard and row in the shard of each id. Top bits of the hash choose the shard, low bits the row."""
         if self.direct:
             return ids_N % self.num_shards, ids_N // self.num_shards
-        hash_N = splitmix64(ids_N)
+        hash_N = keys.splitmix64(ids_N)
         low_bits_N = hash_N & np.uint64(0xFFFFFFFF)
-        return shard_of_hash(hash_N, self.num_shards), (low_bits_N % np.uint64(self.rows_per_shard)).astype(np.int64)
+        row_N = (low_bits_N % np.uint64(self.rows_per_shard)).astype(np.int64)
+        return keys.shard_of_hash(hash_N, self.num_shards), row_N
 
     def shards_of(self, ids_N: Int64) -> Int64:
         """Find the shard of each id."""
-        return ids_N % self.num_shards if self.direct else shard_of(ids_N, self.num_shards)
+        return ids_N % self.num_shards if self.direct else keys.shard_of(ids_N, self.num_shards)
 
 
 class TableShards:
@@ -172,7 +165,7 @@ class TableShards:
         """`rows` are overwritten by first values."""
         self.shape, self._num_ranks = shape, num_ranks
         self._seed, self._scale, self.optimizer = seed, scale, optimizer
-        self.shards = owned_shards(shape.num_shards, rank, num_ranks)
+        self.shards = keys.owned_shards(shape.num_shards, rank, num_ranks)
         self._slot_of_shard = np.full(shape.num_shards, -1, dtype=np.int64)
         self._slot_of_shard[self.shards] = np.arange(len(self.shards))
         self.rows = rows
@@ -265,12 +258,12 @@ class TableShards:
 
 def owned_rows(shape: TableShape, rank: int, num_ranks: int) -> int:
     """Count the rows of a table that a rank holds."""
-    return len(owned_shards(shape.num_shards, rank, num_ranks)) * shape.rows_per_shard
+    return len(keys.owned_shards(shape.num_shards, rank, num_ranks)) * shape.rows_per_shard
 
 
 def owned_bytes(shape: TableShape, rank: int, num_ranks: int, state: Sequence[StatePart], dtype: torch.dtype) -> int:
     """Compute the bytes of a rank's rows of a table, of their optimiser's state and of what finds them."""
-    index_bytes = len(owned_shards(shape.num_shards, rank, num_ranks)) * shape.index_bytes
+    index_bytes = len(keys.owned_shards(shape.num_shards, rank, num_ranks)) * shape.index_bytes
     return owned_rows(shape, rank, num_ranks) * row_bytes(shape.width, state, dtype) + index_bytes
 
 
@@ -280,13 +273,13 @@ def initial_rows(shape: TableShape, shard: int, seed: int, scale: float) -> NDAr
     Counter based: splitmix64 of a stream start, drawn from (seed, table, shard), plus row x width + column.
     """
     counter = np.arange(shape.rows_per_shard * shape.width, dtype=np.uint64)
-    counter += stream_start(f"{seed}/{shape.name}/{shard}")
+    counter += keys.stream_start(f"{seed}/{shape.name}/{shard}")
     return uniform(counter, scale).reshape(shape.rows_per_shard, shape.width)
 
 
-def uniform(counter_N: UInt64Array, scale: float) -> NDArray[np.float64]:
+def uniform(counter_N: keys.UInt64Array, scale: float) -> NDArray[np.float64]:
     """Draw numbers of mean 0 and standard deviation `scale`, (N,), each by its counter alone."""
-    unit_N = unit_interval(splitmix64(counter_N.view(np.int64)))
+    unit_N = keys.unit_interval(keys.splitmix64(counter_N.view(np.int64)))
     unit_N -= 0.5
     unit_N *= scale * 12**0.5
     return unit_N

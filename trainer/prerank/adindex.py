@@ -33,15 +33,7 @@ from featurestore.errors import CorruptFileError
 from featurestore.format.datafile import digest_of, read_verified
 from featurestore.index import VectorIndex, use_threads
 from featurestore.keys import id_of_text
-from featurestore.published.versions import (
-    FILES,
-    VERSIONS,
-    PublishedFiles,
-    expire,
-    open_published,
-    publish,
-    write_part,
-)
+from featurestore.published import versions
 from featurestore.snapshot import SnapshotId
 from featurestore.spec import Frozen, IndexKind, Sealed, read_sealed, seal
 from featurestore.storage.storage import Storage, file_at
@@ -191,7 +183,7 @@ class AdChanges:
 class AdIndex:
     """One version of an index, open: its state and faiss's structure in memory."""
 
-    def __init__(self, files: PublishedFiles, state: IndexState, index: VectorIndex) -> None:
+    def __init__(self, files: versions.PublishedFiles, state: IndexState, index: VectorIndex) -> None:
         self._files, self.state, self.index = files, state, index
         self.version = files.published.version
 
@@ -223,8 +215,8 @@ class AdIndex:
     @classmethod
     def open(cls, url: str) -> "AdIndex":
         """Open the newest version at `url`. Raises AdIndexError, CorruptFileError, StorageError."""
-        files = open_published(url)
-        if not isinstance(files, PublishedFiles) or STATE not in files.list():
+        files = versions.open_published(url)
+        if not isinstance(files, versions.PublishedFiles) or STATE not in files.list():
             raise AdIndexNotFoundError(
                 f"{url} is not an index of ads; make one with: crossmedia index build --run RUN --out {url}"
             )
@@ -333,11 +325,11 @@ def _replaceable_version(url: str) -> int:
 
     Raises AdIndexError where there are files that are not of an index: readers would no longer find them.
     """
-    files = open_published(url)
-    if isinstance(files, PublishedFiles):
+    files = versions.open_published(url)
+    if isinstance(files, versions.PublishedFiles):
         others, version = ([] if STATE in files.list() else files.list()), files.published.version
     else:
-        others, version = [name for name in files.list() if name not in (FILES, VERSIONS)], 0
+        others, version = [name for name in files.list() if name not in (versions.FILES, versions.VERSIONS)], 0
     if others:
         raise AdIndexError(f"{url} has files that are not of an index of ads ({others[0]}): name another place")
     return version
@@ -378,10 +370,10 @@ def _publish(
         sha256={name: digest_of(data, "sha256") for name, data in contents.items()},
     )
     contents[STATE] = seal(state)
-    files = {name: write_part(storage, name, data) for name, data in contents.items()}
-    published = publish(storage, files, after)
-    expire(storage, KEEP_REPLACED_S)
-    return AdIndex(PublishedFiles(storage.url, published), state, index)
+    files = {name: versions.write_part(storage, name, data) for name, data in contents.items()}
+    published = versions.publish(storage, files, after)
+    versions.expire(storage, KEEP_REPLACED_S)
+    return AdIndex(versions.PublishedFiles(storage.url, published), state, index)
 
 
 KEY, VECTOR = "key", "vector"
@@ -494,7 +486,7 @@ def ads_of_samples(samples: str, schema: Schema, fields: Sequence[Field]) -> Ads
 
     Last: in the order of test after train, of file names, and of rows. Raises DataError, SchemaError.
     """
-    storage, column = open_published(samples), schema.new_ad_column
+    storage, column = versions.open_published(samples), schema.new_ad_column
     splits = [split for split in (TRAIN, TEST) if any(name.endswith(".parquet") for name in storage.list(split))]
     if not splits:
         raise DataNotFoundError(

@@ -38,17 +38,11 @@ from featurestore.published.paths import RunPath, read_file, run_path, write_fil
 from featurestore.snapshot import SnapshotId
 from featurestore.spec import FileName, Sealed, unseal
 from featurestore.storage.local import claim
+from trainer import errors
 from trainer.comm import Comm
 from trainer.config import SAMPLES_DIGEST, Config, Decision, Difference, Section, WarmPart, differences
 from trainer.engine.engine import Engine
 from trainer.engine.wiring import NO_IMAGES
-from trainer.errors import (
-    CheckpointError,
-    CheckpointNotFoundError,
-    DamagedCheckpointError,
-    OtherRunError,
-    RemoteRankError,
-)
 from trainer.ids.shards import check_names
 from trainer.runs.folder import STATE, Checkpoint, checkpoint_at, find_checkpoint, finished
 from trainer.samples.reader import BatchPosition
@@ -101,7 +95,7 @@ class Origin(Section):
         self.check_store(recorded, checkpoint)
         found = differences(self.model_dump(), recorded.model_dump(), may_differ)
         if found:
-            raise OtherRunError(
+            raise errors.OtherRunError(
                 f"{checkpoint} belongs to another run; start a new one, or set back:\n  "
                 + "\n  ".join(map(_text, found))
             )
@@ -115,11 +109,11 @@ class Origin(Section):
             was = "was trained without images, and this run uses them"
             if recorded.stores:
                 was = "has an E for images, and this run uses none"
-            raise OtherRunError(
+            raise errors.OtherRunError(
                 f"{checkpoint} {was}; set model.images as it was, or take its ID vectors alone into a new run: "
                 f"--warm-start {checkpoint} --warm-parts ids"
             )
-        raise OtherRunError(
+        raise errors.OtherRunError(
             f"{checkpoint} was trained on features of another kind, and its E makes nothing of these:\n  "
             + "\n  ".join(map(_text, found))
             + "\nset data.store to a store of that kind (of several, data.stores.NAME), or take all but E into a new "
@@ -169,15 +163,15 @@ def read_recorded(checkpoint: Checkpoint) -> CheckpointState:
     try:
         state = unseal(checkpoint.read_bytes(STATE), CheckpointState, file)
     except FileNotFoundError as failure:
-        raise DamagedCheckpointError(f"{file} is damaged: {failure}") from failure
+        raise errors.DamagedCheckpointError(f"{file} is damaged: {failure}") from failure
     except CorruptFileError as failure:
-        raise DamagedCheckpointError(str(failure)) from failure
+        raise errors.DamagedCheckpointError(str(failure)) from failure
     except FormatVersionError as failure:
-        raise CheckpointError(str(failure)) from failure
+        raise errors.CheckpointError(str(failure)) from failure
     except (OSError, StorageError) as failure:
-        raise CheckpointError(f"cannot read {file}: {failure}") from failure
+        raise errors.CheckpointError(f"cannot read {file}: {failure}") from failure
     if DENSE not in state.files:
-        raise DamagedCheckpointError(f"{file} is damaged: {DENSE} is not among its files")
+        raise errors.DamagedCheckpointError(f"{file} is damaged: {DENSE} is not among its files")
     return state
 
 
@@ -237,7 +231,7 @@ def read_rows(
             tensors = opened.enter_context(safe_open(local, framework="pt"))
             file_of |= dict.fromkeys(tensors.keys(), tensors)
         if lacking := sorted(wanted - file_of.keys()):
-            raise CheckpointError(
+            raise errors.CheckpointError(
                 f"{checkpoint} lacks {lacking[0]} and {len(lacking) - 1} more; take another checkpoint"
             )
         yield lambda name: file_of[name].get_tensor(name)
@@ -255,7 +249,7 @@ def local_copy(checkpoint: Checkpoint, file: str, digest: str, cache_dir: str | 
         try:
             content = opened.enter_context(checkpoint.open_input(file))
         except FileNotFoundError as failure:
-            raise DamagedCheckpointError(f"{checkpoint}/{file} is missing") from failure
+            raise errors.DamagedCheckpointError(f"{checkpoint}/{file} is missing") from failure
         if not checkpoint.files.is_local:
             folder = cache_folder(cache_dir)
             copy = opened.enter_context(tempfile.NamedTemporaryFile(dir=folder, prefix=".tmp-", suffix=f"-{file}"))
@@ -264,7 +258,9 @@ def local_copy(checkpoint: Checkpoint, file: str, digest: str, cache_dir: str | 
             if copy is not None:
                 copy.write(block)
         if found.hexdigest() != digest:
-            raise DamagedCheckpointError(f"{checkpoint}/{file} is damaged: its digest is not the one in state.json")
+            raise errors.DamagedCheckpointError(
+                f"{checkpoint}/{file} is damaged: its digest is not the one in state.json"
+            )
         if copy is not None:
             copy.flush()
         yield Path(checkpoint.path(file) if copy is None else copy.name)
@@ -298,7 +294,7 @@ def _saying(what: str) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, StorageError) as failure:
-        raise CheckpointError(f"{what}: {failure}") from failure
+        raise errors.CheckpointError(f"{what}: {failure}") from failure
 
 
 def _names_in(checkpoint: Checkpoint, name: str) -> set[str]:
@@ -308,9 +304,9 @@ def _names_in(checkpoint: Checkpoint, name: str) -> set[str]:
             size_bytes = int.from_bytes(file.read(8), "little")
             return set(parse_json(file.read(min(size_bytes, _MAX_HEADER_BYTES))))
     except FileNotFoundError as failure:
-        raise DamagedCheckpointError(f"{checkpoint}/{name} is missing") from failure
+        raise errors.DamagedCheckpointError(f"{checkpoint}/{name} is missing") from failure
     except (ValueError, TypeError) as failure:
-        raise DamagedCheckpointError(f"{checkpoint}/{name} is damaged: its header cannot be read") from failure
+        raise errors.DamagedCheckpointError(f"{checkpoint}/{name} is damaged: its header cannot be read") from failure
 
 
 def _read_named(local: Path, wanted: set[str] | None) -> dict[str, Tensor]:
@@ -350,8 +346,8 @@ def continued(
         try:
             state = comm.on_all(partial(read_state, checkpoint))
             return open_at((checkpoint, state), passed_over)
-        except (DamagedCheckpointError, RemoteRankError) as failure:
-            if isinstance(failure, RemoteRankError) and failure.kind != DamagedCheckpointError.__name__:
+        except (errors.DamagedCheckpointError, errors.RemoteRankError) as failure:
+            if isinstance(failure, errors.RemoteRankError) and failure.kind != errors.DamagedCheckpointError.__name__:
                 raise
             newest = newest or failure
             passed_over = [*passed_over, PassedOver(checkpoint, _what(comm, failure))]
@@ -370,9 +366,9 @@ def _to_try(config: Config, folder: RunPath) -> list[Checkpoint]:
     return [find_checkpoint(folder, resume, "run.resume=")]
 
 
-def _what(comm: Comm, failure: DamagedCheckpointError | RemoteRankError) -> str:
+def _what(comm: Comm, failure: errors.DamagedCheckpointError | errors.RemoteRankError) -> str:
     """Return what is damaged, as the first rank says that found it. Every rank calls it."""
-    own = failure.what if isinstance(failure, DamagedCheckpointError) else ""
+    own = failure.what if isinstance(failure, errors.DamagedCheckpointError) else ""
     return next(filter(None, comm.allgather_object(own, name="damage")))
 
 
@@ -423,7 +419,7 @@ def accept(checkpoint: Checkpoint, store: AcceptedStore) -> RunPath | None:
     try:
         write_file(file, after.model_dump_json(indent=1) + "\n")
     except (OSError, StorageError) as failure:
-        raise CheckpointError(f"{file} cannot be written: {failure}") from failure
+        raise errors.CheckpointError(f"{file} cannot be written: {failure}") from failure
     return file
 
 
@@ -434,7 +430,7 @@ def _read_accepted(file: RunPath) -> list[AcceptedStore]:
         return []
     except (OSError, StorageError, ValidationError) as failure:
         first = first_mistake(failure) if isinstance(failure, ValidationError) else failure
-        raise CheckpointError(
+        raise errors.CheckpointError(
             f"{file} is damaged: {first}; remove it, and accept the store again: crossmedia compat RUN STORE"
         ) from failure
 
@@ -465,8 +461,8 @@ def find_warm_start(run: str, parts: Sequence[WarmPart]) -> WarmStart:
     """Read the checkpoint that run.warm_start names: a run's folder means its newest one. Raises CheckpointError."""
     try:
         found = checkpoint_at(run_path(run)) or find_checkpoint(run_path(run))
-    except CheckpointNotFoundError as failure:
-        raise CheckpointNotFoundError(f"run.warm_start={run}: {failure}") from failure
+    except errors.CheckpointNotFoundError as failure:
+        raise errors.CheckpointNotFoundError(f"run.warm_start={run}: {failure}") from failure
     return WarmStart(found, read_state(found), tuple(parts))
 
 
@@ -525,13 +521,13 @@ class _Chosen:
         """Says in a CheckpointError of the block which part of which run does not fit."""
         try:
             yield
-        except CheckpointError as failure:
+        except errors.CheckpointError as failure:
             raise _refusal(self._warm, part, str(failure)) from failure
 
 
-def _refusal(warm: WarmStart, part: WarmPart, why: str) -> CheckpointError:
+def _refusal(warm: WarmStart, part: WarmPart, why: str) -> errors.CheckpointError:
     """Say why a part cannot be taken, and how it could be."""
-    return CheckpointError(
+    return errors.CheckpointError(
         f"warm start from {warm.checkpoint}, part {part}: {why}, or leave {part} out of run.warm_parts"
     )
 
@@ -587,7 +583,7 @@ def _check_optimizers(optim: Mapping[str, Any], warm: WarmStart) -> None:
     found = differences({"optim": optim}, {"optim": warm.state.origin.optim})
     if found:
         said = "; ".join(each.text("there") for each in found)
-        raise CheckpointError(
+        raise errors.CheckpointError(
             f"warm start from {warm.checkpoint}, part optimizers: {said}; their state fits the same optimiser: "
             "set run.warm_parts=full"
         )

@@ -45,20 +45,10 @@ from trainer.runs.checkpoint import (
 )
 from trainer.runs.folder import Checkpoint, check_folder, finished, in_the_way, naming_run_dir
 from trainer.runs.saving import CheckpointPlace
+from trainer.samples import survey
 from trainer.samples.columns import Index, files_by_day, newest_day, rules_of, sample_files
 from trainer.samples.index import SampleIndex, known_ads, open_index, streams_of
 from trainer.samples.reader import Batch, BatchPosition, SampleReader, Span
-from trainer.samples.survey import (
-    IDS_FILE,
-    LackingImages,
-    fill_in,
-    lacking,
-    measured_once,
-    names_of,
-    samples_digest,
-    with_statistics,
-    write_dictionary,
-)
 from trainer.schema import DEFAULT_STORE, Field, Schema, load_schema
 from trainer.schema.fields import SCHEMA_FILE
 
@@ -79,6 +69,10 @@ class StorePlace:
         """Name the command that fills it."""
         command = "extract" if self.setting == "data.store" else "import"
         return f"crossmedia {command} --store {self.url}"
+
+
+Choose = Callable[[StorePlace], Snapshot]
+"""Gives the snapshot of a store to look images up in."""
 
 
 def store_places(config: Config, schema: Schema) -> list[StorePlace]:
@@ -237,7 +231,7 @@ def lacking_images(
         if config.data.missing == "error":
             fields = _fields_of(config, schema, place)
             keys = np.array(found.examples, np.int64)
-            names = comm.on_rank_0(partial(names_of, indexes, rules_of(schema), fields, keys))
+            names = comm.on_rank_0(partial(survey.names_of, indexes, rules_of(schema), fields, keys))
             shown = ", ".join(names.get(key, f"key {key}") for key in found.examples)
             raise MissingKeysError(
                 f"{_described(found, place)}{f', as {shown}' if shown else ''}; list them: "
@@ -251,7 +245,7 @@ def lacking_images(
     return lines
 
 
-def _described(found: LackingImages, place: StorePlace) -> str:
+def _described(found: survey.LackingImages, place: StorePlace) -> str:
     share = f"{found.impressions:,} of {found.of:,} impressions, {found.behaviors:,} behaviours"
     without = f", {found.without:,} of the impressions without any image" if found.without else ""
     images = f"{found.images:,} image{'' if found.images == 1 else 's'}"
@@ -279,20 +273,20 @@ def _counted(
     place: StorePlace,
     partition: FeaturePartition,
     indexes: Sequence[SampleIndex],
-) -> LackingImages:
+) -> survey.LackingImages:
     """Count what one store lacks, or remember it."""
     fields = _fields_of(config, schema, place)
-    digests = [samples_digest(comm, each, config.data.cache_dir) for each in indexes]
+    digests = [survey.samples_digest(comm, each, config.data.cache_dir) for each in indexes]
     columns = sorted({(field.column_name, field.side) for field in fields})
-    known = measured_once(
+    known = survey.measured_once(
         comm,
         indexes[0],
         "images",
         [digests, columns, partition.snapshot_id.commit_id],
         config.data.cache_dir,
-        lambda: asdict(lacking(comm, indexes, schema, fields, partition)),
+        lambda: asdict(survey.lacking(comm, indexes, schema, fields, partition)),
     )
-    return LackingImages(**known | {"examples": tuple(known["examples"])})
+    return survey.LackingImages(**known | {"examples": tuple(known["examples"])})
 
 
 TENSORBOARD = "tensorboard"
@@ -424,7 +418,7 @@ def _open_run(
     partitions, statistics = open_stores(
         config, comm, places, lambda place: snapshot_of(place, resumed), measured=not resumed
     )
-    digest = samples_digest(comm, train, config.data.cache_dir)
+    digest = survey.samples_digest(comm, train, config.data.cache_dir)
     schema = _with_statistics(config, comm, schema, train, digest, recorded, warm)
     reader = train_reader(config, train, schema, comm.rank, comm.size)
     origin = _origin(config, schema, digest, reader.num_streams, partitions)
@@ -500,7 +494,7 @@ def _begin(engine: Engine, reader: SampleReader, resumed: Resumed | None) -> Bat
 
 
 def open_stores(
-    config: Config, comm: Comm, places: list[StorePlace], choose: Callable[[StorePlace], Snapshot], *, measured: bool
+    config: Config, comm: Comm, places: list[StorePlace], choose: Choose, *, measured: bool
 ) -> tuple[dict[str, FeaturePartition], dict[str, FeatureStatistics | None]]:
     """Open this rank's rows of the snapshots that rank 0 chooses.
 
@@ -538,10 +532,10 @@ def _with_statistics(
     learned numbers on that scale; else those of the training samples.
     """
     if recorded is not None:  # what is not there differs from the checkpoint, and is refused
-        return fill_in(schema, recorded.model.get("fields", {}))
+        return survey.fill_in(schema, recorded.model.get("fields", {}))
     if warm is not None and {"model", "ids"} & set(warm.parts):
-        schema = fill_in(schema, warm.state.origin.model.get("fields", {}))
-    return with_statistics(comm, train, schema, samples, config.data.cache_dir)
+        schema = survey.fill_in(schema, warm.state.origin.model.get("fields", {}))
+    return survey.with_statistics(comm, train, schema, samples, config.data.cache_dir)
 
 
 def engine_of(
@@ -684,7 +678,7 @@ def claim_folder(run: Run) -> list[Checkpoint]:
             removed = _overwrite(run) if run.config.run.overwrite else []
             run.folder.mkdir(parents=True, exist_ok=True)
             if resumed_folder(run) != run.folder:
-                (run.folder / IDS_FILE).unlink(missing_ok=True)  # of a run that this one does not continue
+                (run.folder / survey.IDS_FILE).unlink(missing_ok=True)  # of a run that this one does not continue
             save_config(run.config, run.folder / "config.yaml")
         return removed
 
@@ -699,15 +693,15 @@ def _keep_dictionary(run: Run) -> None:
     It begins with the entries of the run whose ID rows this one continues, or begins with, in another folder. Raises
     DataError, ConfigError on all ranks together.
     """
-    if run.comm.on_rank_0((run.folder / IDS_FILE).is_file):
+    if run.comm.on_rank_0((run.folder / survey.IDS_FILE).is_file):
         return  # `claim_folder` removes another run's
     warm = run.warm_start
     before = run.comm.on_rank_0(lambda: resumed_folder(run))
     if before is None and warm is not None and "ids" in warm.parts:
         before = warm.checkpoint.run
-    earlier = before / IDS_FILE if before is not None else None
+    earlier = before / survey.IDS_FILE if before is not None else None
     with naming_run_dir(run.config):
-        write_dictionary(run.comm, run.folder, run.train_reader.index, rules_of(run.schema), earlier)
+        survey.write_dictionary(run.comm, run.folder, run.train_reader.index, rules_of(run.schema), earlier)
 
 
 def resumed_folder(run: Run) -> RunPath | None:

@@ -6,7 +6,7 @@ in the newest snapshot; `open_source` opens the samples too, and looks images up
 """
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -26,22 +26,9 @@ from trainer.config import Config, Device, load_saved
 from trainer.engine.machine import share_machine
 from trainer.errors import CheckpointError, ConfigError, DataError, DataNotFoundError, TrainerError
 from trainer.runs import checkpoint
+from trainer.runs import open as opening
 from trainer.runs.checkpoint import CheckpointState
 from trainer.runs.folder import STATE, Checkpoint, find_checkpoint, report_of
-from trainer.runs.open import (
-    OpenRun,
-    StorePlace,
-    check_identity,
-    engine_of,
-    model_of,
-    open_samples,
-    open_stores,
-    other_features,
-    records,
-    snapshot_of,
-    store_places,
-    test_reader,
-)
 from trainer.samples.columns import sample_files
 from trainer.samples.index import SampleIndex, open_index
 from trainer.samples.reader import SampleReader
@@ -77,33 +64,33 @@ class SavedRun:
         """The run's schema. Raises SchemaError, and CheckpointError where model or fields are not the checkpoint's."""
         recorded = self.state.origin
         schema = fill_in(load_schema(self.config.data.schema_file), recorded.model.get("fields", {}))
-        mine = recorded.model_copy(update={"model": model_of(self.config, schema)})
+        mine = recorded.model_copy(update={"model": opening.model_of(self.config, schema)})
         mine.check_same(recorded, self.checkpoint, checkpoint.TO_READ)
         return schema
 
     @cached_property
-    def places(self) -> list[StorePlace]:
+    def places(self) -> list[opening.StorePlace]:
         """Where the stores are that the model's content fields name. Raises as `schema`, and ConfigError."""
-        return store_places(self.config, self.schema)
+        return opening.store_places(self.config, self.schema)
 
-    def snapshot(self, place: StorePlace, version: VersionName | None = None) -> Snapshot:
+    def snapshot(self, place: opening.StorePlace, version: VersionName | None = None) -> Snapshot:
         """Choose a snapshot to look images up in: the newest of the store, or the one that is asked for.
 
         Raises CheckpointError where it has other features than those that the run's E was trained on, and
         AnotherStoreError where it is of another store.
         """
         snapshot = FeatureStore.open(place.url).snapshot(version)
-        if differing := other_features(snapshot.info, self.state, place.name):
+        if differing := opening.other_features(snapshot.info, self.state, place.name):
             raise CheckpointError(
                 f"{self.checkpoint} was trained on features of another kind than {place.url} has now: "
                 f"{'; '.join(differing)}; take a store of the former kind"
             )
-        check_identity(place, snapshot, self.checkpoint, self.state)
+        opening.check_identity(place, snapshot, self.checkpoint, self.state)
         return snapshot
 
-    def trained_on(self, place: StorePlace) -> Snapshot:
+    def trained_on(self, place: opening.StorePlace) -> Snapshot:
         """Choose the snapshot that the run was trained on, or the one that its settings name. Raises as `snapshot`."""
-        return self.snapshot(place, snapshot_of(place, (self.checkpoint, self.state)).version)
+        return self.snapshot(place, opening.snapshot_of(place, (self.checkpoint, self.state)).version)
 
     def notes_on_missing(self, num_lookups: int) -> list[str]:
         """Say what matters about figures where lookups found no feature."""
@@ -133,7 +120,7 @@ class SavedRun:
 
 
 @dataclass(kw_only=True)
-class TrainedRun(OpenRun):
+class TrainedRun(opening.OpenRun):
     """A run's engine as one of its checkpoints has it; close it."""
 
     saved: SavedRun
@@ -189,7 +176,7 @@ def open_trained(
     _, places = comm.on_all(lambda: (saved.schema, saved.places))
     config = saved.config if device is None else saved.config.changed(run={"device": device})
 
-    def chosen(place: StorePlace) -> Snapshot:
+    def chosen(place: opening.StorePlace) -> Snapshot:
         if as_trained:
             return saved.trained_on(place)
         return saved.snapshot(place, store_version if place is places[0] else None)
@@ -198,7 +185,7 @@ def open_trained(
 
 
 def open_at(
-    saved: SavedRun, config: Config, comm: Comm, places: list[StorePlace], choose: Callable[[StorePlace], Snapshot]
+    saved: SavedRun, config: Config, comm: Comm, places: list[opening.StorePlace], choose: opening.Choose
 ) -> TrainedRun:
     """Open a run's engine, with its checkpoint and its rows of the snapshots that rank 0 chooses. Every rank calls it.
 
@@ -206,8 +193,8 @@ def open_at(
     """
     comm.deadline_s = config.run.deadline_s
     device = share_machine(config, comm)
-    partitions, _ = open_stores(config, comm, places, choose, measured=False)
-    engine = engine_of(config, comm, saved.schema, partitions, device, reading=True)
+    partitions, _ = opening.open_stores(config, comm, places, choose, measured=False)
+    engine = opening.engine_of(config, comm, saved.schema, partitions, device, reading=True)
     checkpoint.load(comm, saved.checkpoint, saved.state, engine, saved.config.data.cache_dir)
     return TrainedRun(
         saved=saved,
@@ -216,7 +203,7 @@ def open_at(
         schema=saved.schema,
         engine=engine,
         partitions=partitions,
-        stores=records(places, partitions),
+        stores=opening.records(places, partitions),
     )
 
 
@@ -264,9 +251,9 @@ def open_source(source: RunSource, comm: Comm) -> EvaluatedRun:
     """
     saved = comm.on_rank_0(partial(read_run, source.folder, source.checkpoint, source.samples))
     config = comm.on_all(lambda: _config_of(source, saved))
-    schema, places = comm.on_all(lambda: (saved.schema, store_places(config, saved.schema)))
+    schema, places = comm.on_all(lambda: (saved.schema, opening.store_places(config, saved.schema)))
     try:
-        samples = comm.on_rank_0(lambda: open_samples(config, places))
+        samples = comm.on_rank_0(lambda: opening.open_samples(config, places))
     except DataError as failure:
         failure.add_note(f"(places as in {source.folder / 'config.yaml'}; name others by --samples and --store)")
         raise
@@ -281,7 +268,7 @@ def open_source(source: RunSource, comm: Comm) -> EvaluatedRun:
         **vars(opened),
         train=train,
         test=test,
-        reader=test_reader(config, comm, test, schema),
+        reader=opening.test_reader(config, comm, test, schema),
         samples_changed=changed,
         notes=_notes(source, saved, opened.stores, changed),
     )

@@ -42,18 +42,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from featurestore.errors import CommitConflictError, StorageError
+from featurestore.published import versions
 from featurestore.published.paths import RunPath
-from featurestore.published.versions import (
-    PublishedFile,
-    PublishedFiles,
-    PublishedVersion,
-    expire,
-    missing,
-    open_published,
-    part_path,
-    publish,
-    write_part,
-)
 from featurestore.spec import seal
 from featurestore.storage.storage import Storage, digest_of
 from trainer.comm import Comm
@@ -155,11 +145,11 @@ class WrittenPart:
     """One file of a checkpoint that is not published yet: the xxh3-128 of its bytes, and where it lies."""
 
     digest: str
-    file: PublishedFile
+    file: versions.PublishedFile
 
 
 Content = Mapping[str, Tensor] | PackedTensors
-_NONE = PublishedVersion(version=0, publication="", writer="", time_s=0.0, files={})
+_NONE = versions.PublishedVersion(version=0, publication="", writer="", time_s=0.0, files={})
 
 
 class CheckpointPlace:
@@ -171,7 +161,7 @@ class CheckpointPlace:
     def __init__(self, run: RunPath, storage: Storage | None = None) -> None:
         self.run = run
         self._storage = storage or Storage(str(checkpoints_of(run)))
-        self._known: PublishedVersion | None = None
+        self._known: versions.PublishedVersion | None = None
         self._written: list[str] = []
         self._next_expiry_s = 0.0
         self._tried: set[str] = set()
@@ -187,7 +177,7 @@ class CheckpointPlace:
 
     def at(self, step: int) -> Checkpoint:
         """Give the checkpoint of a step, which is there."""
-        return Checkpoint(self.run, step_name(step), PublishedFiles(self._storage.url, self._newest_known()))
+        return Checkpoint(self.run, step_name(step), versions.PublishedFiles(self._storage.url, self._newest_known()))
 
     def write(self, step: int, name: str, content: Content) -> WrittenPart:
         """Write one part, where nobody sees it yet. Raises StorageError.
@@ -196,16 +186,17 @@ class CheckpointPlace:
         name = f"{step_name(step)}-{name}"
         if not self._storage.is_local:
             packed = content if isinstance(content, PackedTensors) else PackedTensors().pack(content)
-            return WrittenPart(xxhash.xxh3_128_hexdigest(packed.data), write_part(self._storage, name, packed.data))
-        path = part_path(name)
+            file = versions.write_part(self._storage, name, packed.data)
+            return WrittenPart(xxhash.xxh3_128_hexdigest(packed.data), file)
+        path = versions.part_path(name)
         self._written.append(path)
-        with self._storage.open_output(path) as file:
+        with self._storage.open_output(path) as output:
             if isinstance(content, PackedTensors):
-                file.write(content.data)
+                output.write(content.data)
             else:
-                write_tensors(file, content)
+                write_tensors(output, content)
         size_bytes = self._storage.size(path)
-        return WrittenPart(digest_of(self._storage, path), PublishedFile(path=path, size_bytes=size_bytes))
+        return WrittenPart(digest_of(self._storage, path), versions.PublishedFile(path=path, size_bytes=size_bytes))
 
     def end(self, *, failed: bool) -> None:
         """End a checkpoint on this rank: where it `failed` before all parts were written, a disk gets their room back.
@@ -222,7 +213,7 @@ class CheckpointPlace:
         One that somebody has removed a file of is not named any more. Raises StorageError, and CheckpointError where
         another start of the run has taken over."""
         stem = step_name(step)
-        added = {STATE: write_part(self._storage, f"{stem}-{STATE}", state)}
+        added = {STATE: versions.write_part(self._storage, f"{stem}-{STATE}", state)}
         added |= {name: part.file for name, part in parts.items()}
         files = self._whole() | {f"{stem}/{name}": file for name, file in added.items()}
         damaged = {each for each in map(_stem, files) if each.startswith(DAMAGED)}
@@ -247,7 +238,7 @@ class CheckpointPlace:
         """
         self._known = None
         files = self._newest_known().files
-        gone = set(missing(self._storage, files.values()))  # nothing could be published with them
+        gone = set(versions.missing(self._storage, files.values()))  # nothing could be published with them
         aside = {each.name for each in damaged} | {_stem(name) for name, file in files.items() if file.path in gone}
         self._publish(
             {
@@ -258,39 +249,39 @@ class CheckpointPlace:
         )
         self._expire()
 
-    def _whole(self) -> dict[str, PublishedFile]:
+    def _whole(self) -> dict[str, versions.PublishedFile]:
         """The files of those that have all of theirs."""
         files = self._newest_known().files
-        gone = set(missing(self._storage, files.values()))
+        gone = set(versions.missing(self._storage, files.values()))
         lacking = {_stem(name) for name, file in files.items() if file.path in gone}
         return {name: file for name, file in files.items() if _stem(name) not in lacking}
 
     def _expire(self) -> None:
         """Remove what no version names; only after a version of this run, as parts of others may be among that."""
         if self._storage.is_local:
-            expire(self._storage, KEEP_REMOVED_S, files_at_once=True)
+            versions.expire(self._storage, KEEP_REMOVED_S, files_at_once=True)
         elif time.monotonic() >= self._next_expiry_s:
-            expire(self._storage, KEEP_REMOVED_S)
+            versions.expire(self._storage, KEEP_REMOVED_S)
             self._next_expiry_s = time.monotonic() + EXPIRE_EVERY_S
 
-    def _newest(self) -> PublishedVersion:
+    def _newest(self) -> versions.PublishedVersion:
         """The newest version that is there now."""
-        newest = open_published(self._storage.url)
-        return newest.published if isinstance(newest, PublishedFiles) else _NONE
+        newest = versions.open_published(self._storage.url)
+        return newest.published if isinstance(newest, versions.PublishedFiles) else _NONE
 
-    def _newest_known(self) -> PublishedVersion:
+    def _newest_known(self) -> versions.PublishedVersion:
         """The version for the next one to come after: that which was the newest at the first look, or was made here."""
         if self._known is None:
             self._known = self._newest()
         return self._known
 
-    def _publish(self, files: Mapping[str, PublishedFile]) -> None:
+    def _publish(self, files: Mapping[str, versions.PublishedFile]) -> None:
         """Publish the next version after the one that is known. Raises StorageError, CheckpointError."""
         publication = uuid.uuid4().hex
         self._tried.add(publication)
         known = self._newest_known()
         try:
-            self._known = publish(self._storage, files, after=known.version, publication=publication)
+            self._known = versions.publish(self._storage, files, after=known.version, publication=publication)
         except CommitConflictError as failure:
             found = self._newest()
             if found.version == known.version:  # a file is gone
@@ -301,7 +292,7 @@ class CheckpointPlace:
             if dict(found.files) != dict(files):  # an earlier one of mine, whose answer was lost
                 self._publish(files)
 
-    def _taken_over(self, by: PublishedVersion) -> CheckpointError:
+    def _taken_over(self, by: versions.PublishedVersion) -> CheckpointError:
         writer = f", {by.writer}" if by.writer else ""
         return CheckpointError(
             f"{checkpoints_of(self.run)} is written to by another start of this run{writer}: that one continues, and "

@@ -22,19 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.errors import DataError
-from trainer.samples.columns import (
-    DecodedGroups,
-    Index,
-    Rule,
-    bucket_ids,
-    decode,
-    dense_values,
-    empty_table,
-    ranges,
-    rules_of,
-    sizes_of,
-    source_columns,
-)
+from trainer.samples import columns
 from trainer.samples.index import (
     Piece,
     SampleIndex,
@@ -127,7 +115,7 @@ class SampleReader:
         window: int = 1,
         streams: int = 1,
     ) -> None:
-        self.index, self._schema, self._rules = index, schema, rules_of(schema)
+        self.index, self._schema, self._rules = index, schema, columns.rules_of(schema)
         self._rank, self._num_ranks, self._batch_size = rank, num_ranks, batch_size
         self._seed, self._window = seed, window
         self.num_streams = max(1, min(streams, len(index.row_groups)))
@@ -188,11 +176,11 @@ class SampleReader:
                 spans.append(Span(share.stream, positions, int(place_S[share.stream]) + part.start))
             yield spans, int(count_S.sum())
 
-    def _decode(self, number: int) -> DecodedGroups:
+    def _decode(self, number: int) -> columns.DecodedGroups:
         row_group = self.index.row_groups[number]
-        table = read_row_group(self.index.storage, row_group, list(source_columns(self._rules)))
+        table = read_row_group(self.index.storage, row_group, list(columns.source_columns(self._rules)))
         full = self.index.storage.full(row_group.file)
-        groups = decode(table, self._rules, self._schema.label, full, row_group.first_row)
+        groups = columns.decode(table, self._rules, self._schema.label, full, row_group.first_row)
         if groups.num_samples != row_group.num_samples:
             raise DataError(f"{full} has changed since the run began; start the run again")
         self.num_decoded += groups.num_samples
@@ -201,7 +189,7 @@ class SampleReader:
 
 def assemble(schema: Schema, pieces: Sequence[Piece], global_samples: int, position: BatchPosition) -> Batch:
     """Make a batch of these pieces, in their order."""
-    samples = [ranges(piece.begin_G, piece.end_G - piece.begin_G) for piece in pieces]
+    samples = [columns.ranges(piece.begin_G, piece.end_G - piece.begin_G) for piece in pieces]
     counts_G = np.concatenate([piece.end_G - piece.begin_G for piece in pieces])
 
     def taken(column: str, side: str) -> Jagged:
@@ -227,23 +215,23 @@ def inputs_of(schema: Schema, taken: Callable[[Field, str], Jagged]) -> dict[str
 
     def keys(field: Field) -> Jagged:
         rows = taken(field, field.column_name)
-        return replace(rows, values_N=bucket_ids(field, rows.values_N)) if field.is_bucketed else rows
+        return replace(rows, values_N=columns.bucket_ids(field, rows.values_N)) if field.is_bucketed else rows
 
     return {
         "fields": {f.name: keys(f) for f in schema.of_kind("id", "multi_id", "content")},
-        "dense": {f.name: dense_values(f, taken(f, f.column_name).values_N) for f in schema.of_kind("dense")},
-        "galleries": {f.name: taken(f, sizes_of(f.column_name)) for f in schema.fields if f.gallery is not None},
+        "dense": {f.name: columns.dense_values(f, taken(f, f.column_name).values_N) for f in schema.of_kind("dense")},
+        "galleries": {f.name: taken(f, columns.sizes_of(f.column_name)) for f in schema.fields if f.gallery},
         "weights": {f.name: taken(f, f.weights).values_N for f in schema.fields if f.weights is not None},
     }
 
 
-def _nothing(rules: Mapping[str, Rule], label: str) -> Piece:
+def _nothing(rules: Mapping[str, columns.Rule], label: str) -> Piece:
     """Make a piece without groups, for a rank without data."""
     none_G = np.empty(0, np.int64)
-    return Piece(decode(empty_table(rules), rules, label, "", 0), none_G, none_G, none_G)
+    return Piece(columns.decode(columns.empty_table(rules), rules, label, "", 0), none_G, none_G, none_G)
 
 
-def _places(spans: Sequence[Span]) -> Index:
+def _places(spans: Sequence[Span]) -> columns.Index:
     """Return the place of each sample in the global batch."""
     places = [np.arange(span.place, span.place + len(span.positions)) for span in spans]
     return np.concatenate([np.empty(0, np.int64), *places])

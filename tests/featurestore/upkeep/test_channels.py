@@ -76,7 +76,7 @@ class TestWriters:
                 move_channel(nine, "stable", 4)
             return read(storage)
 
-        monkeypatch.setattr("featurestore.upkeep.history.read_channels", moved_meanwhile)
+        monkeypatch.setattr("featurestore.published.versions.read_channels", moved_meanwhile)
         expire(nine, keep_last=1, keep_days=0)
         assert log.versions(nine.storage) == [4, 9] and nine.snapshot("stable").version == 4
 
@@ -91,7 +91,7 @@ class TestWriters:
         def die(*arguments: object) -> None:
             raise Killed
 
-        monkeypatch.setattr("featurestore.upkeep.history.add_move", die)
+        monkeypatch.setattr("featurestore.published.versions.add_move", die)
         monkeypatch.setattr("featurestore.upkeep.history.unpin", die)
         with pytest.raises(Killed):
             move_channel(nine, "stable", 5)

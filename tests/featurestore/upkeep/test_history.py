@@ -78,7 +78,7 @@ class TestDiff:
     def test_many_rows_are_compared_in_pieces(
         self, store: FeatureStore, make_rows, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("featurestore.upkeep.history.ROW_GROUP_BYTES", 3 * store.info.row_bytes)
+        monkeypatch.setattr("featurestore.format.datafile.ROW_GROUP_BYTES", 3 * store.info.row_bytes)
         rows = make_rows(200, store.info)
         store.put(rows)
         features_ND = rows.features_ND.copy()

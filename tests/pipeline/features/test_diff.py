@@ -244,7 +244,7 @@ def test_no_object_is_held_for_an_image(large_store, monkeypatch):
             ImageRef(key_of_uri(name), name, f"s3://photos/{name}", tag_of(number), 10_000 + number % 999)
             for number, name in enumerate(names)
         )
-        plan = refresh.make_plan(None, images, refresh.compare(images, snapshot), snapshot)
+        plan = refresh.make_plan(None, images, compare(images, snapshot), snapshot)
         run = staged_run.ImageRun(None, large_store, settings, snapshot, [], 64)
         reports = run.compute(images, plan.compute_C, plan.digest_C, lambda: None)
         run.copy(images, plan.copies)
