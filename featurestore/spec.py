@@ -8,16 +8,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    SerializerFunctionWrapHandler,
-    ValidationError,
-    field_validator,
-    model_serializer,
-)
+import pydantic
 
 from featurestore.errors import CorruptFileError, FormatVersionError, SpecMismatchError
 from featurestore.parsing import first_mistake, parse_json
@@ -75,19 +66,19 @@ def _check_id(text: str) -> str:
 
 
 # Paths and ids in files are of these types, in stores, models, runs and indexes: they are checked where they are read.
-StorePath = Annotated[str, AfterValidator(_check_relative)]  # below the place of what names it
-FileName = Annotated[str, AfterValidator(check_file_name)]
-RandomId = Annotated[str, AfterValidator(_check_id)]
-OptionalId = Annotated[str, AfterValidator(lambda text: text and _check_id(text))]  # empty where none was given
-Version = Annotated[int, Field(ge=0, le=MAX_VERSION)]  # 0 is the empty store
-Count = Annotated[int, Field(ge=0, le=MAX_VERSION)]  # of rows or bytes: an int64
-ModelT = TypeVar("ModelT", bound=BaseModel)
+StorePath = Annotated[str, pydantic.AfterValidator(_check_relative)]  # below the place of what names it
+FileName = Annotated[str, pydantic.AfterValidator(check_file_name)]
+RandomId = Annotated[str, pydantic.AfterValidator(_check_id)]
+OptionalId = Annotated[str, pydantic.AfterValidator(lambda text: text and _check_id(text))]  # empty: none was given
+Version = Annotated[int, pydantic.Field(ge=0, le=MAX_VERSION)]  # 0 is the empty store
+Count = Annotated[int, pydantic.Field(ge=0, le=MAX_VERSION)]  # of rows or bytes: an int64
+ModelT = TypeVar("ModelT", bound=pydantic.BaseModel)
 
 
-class Frozen(BaseModel):
+class Frozen(pydantic.BaseModel):
     """A record that never changes and has no other fields."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
 
 
 class Sealed(Frozen):
@@ -124,26 +115,26 @@ class ReductionSpec(Frozen):
     kind: Literal["principal components"] = "principal components"
     path: StorePath
     sha256: str
-    full_dim: Annotated[int, Field(ge=1)]  # numbers of a row before
+    full_dim: Annotated[int, pydantic.Field(ge=1)]  # numbers of a row before
 
 
 class StoreInfo(Sealed):
     """store.json: written once, when the store is made."""
 
-    num_shards: Annotated[int, Field(ge=1, le=1 << 16)] = 64
+    num_shards: Annotated[int, pydantic.Field(ge=1, le=1 << 16)] = 64
     name: str = "feature"
-    dim: Annotated[int, Field(ge=1)]
+    dim: Annotated[int, pydantic.Field(ge=1)]
     dtype: DType = "bfloat16"
     extractor: ExtractorSpec
     network: NetworkName | None = None  # information only
     store_id: OptionalId = ""  # random, given when the store is made: differs from that of others made alike
     reduction: ReductionSpec | None = None  # of a compact store, and of it alone
 
-    @model_serializer(mode="wrap")
-    def _as_written(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    @pydantic.model_serializer(mode="wrap")
+    def _as_written(self, serialize: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
         return _without_none(serialize(self), "reduction")
 
-    @field_validator("num_shards")
+    @pydantic.field_validator("num_shards")
     @classmethod
     def _power_of_two(cls, value: int) -> int:
         if value & (value - 1):
@@ -227,7 +218,7 @@ class Manifest(Sealed):
     parent: OptionalId | None
     commit_id: OptionalId  # empty of the empty store alone
     writer: str
-    time_s: Annotated[float, Field(ge=0, le=LAST_SECOND)]  # for people; order comes from the version alone
+    time_s: Annotated[float, pydantic.Field(ge=0, le=LAST_SECOND)]  # for people; order comes from the version alone
     operation: str
     num_quarantined: int = 0
     num_files: int
@@ -236,8 +227,8 @@ class Manifest(Sealed):
     shards: dict[int, tuple[FileEntry, ...]]
     mirrors: SourceSnapshot | None = None  # of a store whose rows are made of another store's
 
-    @model_serializer(mode="wrap")
-    def _as_written(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    @pydantic.model_serializer(mode="wrap")
+    def _as_written(self, serialize: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
         return _without_none(serialize(self), "mirrors")
 
     @property
@@ -263,7 +254,7 @@ def create_sealed(storage: Storage, path: str, model: ModelT) -> ModelT:
     return unseal(storage.create_or_read(path, seal(model)), type(model), storage.full(path))
 
 
-def seal(model: BaseModel) -> bytes:
+def seal(model: pydantic.BaseModel) -> bytes:
     """Return `model` as JSON with the sha256 of its own content at the end, so that a flipped bit is found."""
     content = _encode(model.model_dump(mode="json"))
     return content.removesuffix(_END) + _digest_line(_sha256(content))
@@ -288,7 +279,7 @@ def unseal(data: bytes, model_class: type[ModelT], path: str) -> ModelT:
         raise FormatVersionError(f"{path} has format {format_version}, this code reads up to {FORMAT_VERSION}: update")
     try:
         model = model_class.model_validate(fields)
-    except ValidationError as error:
+    except pydantic.ValidationError as error:
         raise CorruptFileError(f"{path} is damaged: {first_mistake(error)}") from error
     if not is_whole:
         raise CorruptFileError(f"{path} is damaged: its digest does not fit its content")
@@ -328,5 +319,5 @@ def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _digest(model: BaseModel) -> str:
+def _digest(model: pydantic.BaseModel) -> str:
     return _sha256(_encode(model.model_dump(mode="json")))

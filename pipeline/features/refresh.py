@@ -28,17 +28,7 @@ from pipeline import store_run
 from pipeline.cluster.tasks import Killed, run_alone, run_tasks
 from pipeline.errors import BackboneError, ClusterError, StoreRunError
 from pipeline.features import diff
-from pipeline.features.part import (
-    PartReport,
-    PartSettings,
-    copy_part,
-    digest_images,
-    extract_part,
-    host_of,
-    in_order,
-    try_image,
-    without_unread,
-)
+from pipeline.features import part as parts
 from pipeline.images.imagetable import ImageTable, Listing
 from pipeline.images.source import list_images
 from pipeline.network import check_weights_name
@@ -170,7 +160,7 @@ def bring_up_to_date(
 
 
 def _summarise(
-    plan: diff.ListingPlan, reports: Sequence[PartReport], bad: tuple[store_run.BadRow, ...], **counts: Any
+    plan: diff.ListingPlan, reports: Sequence[parts.PartReport], bad: tuple[store_run.BadRow, ...], **counts: Any
 ) -> RefreshSummary:
     bad_keys = np.array([image.key for image in bad], np.int64)
     num_changed = int(np.count_nonzero(~np.isin(plan.stored_keys, bad_keys)))
@@ -217,9 +207,9 @@ def _as_stored(options: RefreshOptions, info: StoreInfo) -> RefreshOptions:
     )
 
 
-def _settings(options: RefreshOptions, client: Client, store: FeatureStore) -> PartSettings:
+def _settings(options: RefreshOptions, client: Client, store: FeatureStore) -> parts.PartSettings:
     assert options.backbone and options.weights and options.compute_dtype
-    return PartSettings(
+    return parts.PartSettings(
         store=store.url,
         run_id=store_run.run_id_of(store.info.digest, Storage(options.images).url, options.part_size),
         backbone=options.backbone,
@@ -232,7 +222,7 @@ def _settings(options: RefreshOptions, client: Client, store: FeatureStore) -> P
     )
 
 
-def _check_network(client: Client, store: FeatureStore, settings: PartSettings) -> None:
+def _check_network(client: Client, store: FeatureStore, settings: parts.PartSettings) -> None:
     """Raise SpecMismatchError, naming what differs, unless the workers build the store's own network."""
     spec = describe_network(client, settings.backbone, settings.weights, settings.compute_dtype)
     store.info.model_copy(update={"extractor": spec}).check_same(store.info, f"the store at {store.url}")
@@ -338,7 +328,7 @@ def digest_all(client: Client, images: ImageTable, index_K: Int64Array) -> diff.
     starts = range(0, len(index_K), DIGESTS_PER_TASK)
     calls = ((images.refs(index_K[start : start + DIGESTS_PER_TASK]),) for start in starts)
     with progress_bar("comparing", len(index_K)) as bar:
-        for place, found in run_tasks(client, digest_images, calls):
+        for place, found in run_tasks(client, parts.digest_images, calls):
             chunk_K = digest_K[starts[place] : starts[place] + DIGESTS_PER_TASK]
             bar.advance(len(chunk_K))
             if not isinstance(found, Killed):  # then equal images are computed twice, and equally
@@ -348,7 +338,7 @@ def digest_all(client: Client, images: ImageTable, index_K: Int64Array) -> diff.
 
 def workers_per_host(client: Client) -> dict[str, int]:
     """Count the workers that share each host's cores."""
-    return dict(Counter(host_of(address) for address in client.scheduler_info(n_workers=-1)["workers"]))
+    return dict(Counter(parts.host_of(address) for address in client.scheduler_info(n_workers=-1)["workers"]))
 
 
 class ImageRun(store_run.StoreRun):
@@ -358,7 +348,7 @@ class ImageRun(store_run.StoreRun):
         self,
         client: Client,
         store: FeatureStore,
-        settings: PartSettings,
+        settings: parts.PartSettings,
         snapshot: Snapshot,
         quarantined: Sequence[QuarantineRow],
         part_size: int,
@@ -370,7 +360,7 @@ class ImageRun(store_run.StoreRun):
 
     def compute(
         self, images: ImageTable, index_C: Int64Array, digest_C: diff.DigestArray, before: Callable[[], None]
-    ) -> list[PartReport]:
+    ) -> list[parts.PartReport]:
         """Stage parts with all images at `index_C` and return their reports; `before` is called if any is left to do.
 
         The refs of a part are made when it is submitted, so that a few parts at a time take memory.
@@ -384,7 +374,7 @@ class ImageRun(store_run.StoreRun):
         suspects = []
         with progress_bar("extracting", len(index_C), num_covered) as bar:
             calls = ((self._settings, part.name, images.refs(part.index_K)) for part in waiting)
-            for place, report in run_tasks(self.client, extract_part, calls):
+            for place, report in run_tasks(self.client, parts.extract_part, calls):
                 if isinstance(report, Killed):
                     suspects.append(waiting[place])
                     continue
@@ -399,31 +389,31 @@ class ImageRun(store_run.StoreRun):
 
     def copy(self, images: ImageTable, copies: diff.ImageCopies) -> None:
         """Stage rows of images whose bytes the snapshot has."""
-        parts = diff.make_copy_parts(images, copies, self._part_size, COPIES)
-        self.parts += [part.name for part in parts]
+        copied = diff.make_copy_parts(images, copies, self._part_size, COPIES)
+        self.parts += [part.name for part in copied]
         self.num_rows += len(copies.index_K)
-        waiting = [part for part in parts if part.name not in self.staged]
+        waiting = [part for part in copied if part.name not in self.staged]
         calls = (
             (self.store, self.run_id, part.name, self.snapshot.version, part.copies.of(images)) for part in waiting
         )
         with progress_bar("copying", sum(len(part.copies.index_K) for part in waiting)) as bar:
-            for place, done in run_tasks(self.client, copy_part, calls):
+            for place, done in run_tasks(self.client, parts.copy_part, calls):
                 if isinstance(done, Killed):
                     raise StoreRunError("copying rows brings the workers down: try a smaller --part-size")
                 bar.advance(len(waiting[place].copies.index_K))
 
-    def _taken_over(self, images: ImageTable, index_C: Int64Array) -> tuple[list[PartReport], diff.BoolArray]:
+    def _taken_over(self, images: ImageTable, index_C: Int64Array) -> tuple[list[parts.PartReport], diff.BoolArray]:
         """Load the reports of staged parts whose images are all at `index_C`, unchanged; return also which are in none.
 
         So the parts outlive a listing that has changed since, but for those with an image that did. Images that could
         not be read are left to do, as that may have been for a moment: the reports are without them.
         """
         names = [name for name in sorted(self.staged) if not name.startswith((COPIES, store_run.TOMBSTONES))]
-        reports = list[PartReport]()
+        reports = list[parts.PartReport]()
         if not names:
             return reports, np.ones(len(index_C), np.bool_)
         unclaimed = _Unclaimed(images, index_C)
-        loaded = in_order(self._load_report, names, REPORT_THREADS, 2 * REPORT_THREADS)
+        loaded = parts.in_order(self._load_report, names, REPORT_THREADS, 2 * REPORT_THREADS)
         for name, report in zip(names, loaded, strict=True):
             if report is None:
                 continue
@@ -434,18 +424,20 @@ class ImageRun(store_run.StoreRun):
                 self.parts.append(name)
         return reports, unclaimed.is_left_C
 
-    def _load_report(self, part: str) -> PartReport | None:
+    def _load_report(self, part: str) -> parts.PartReport | None:
         try:
-            return without_unread(PartReport.load(self.store.url, self.run_id, part))
+            return parts.without_unread(parts.PartReport.load(self.store.url, self.run_id, part))
         except FileNotFoundError:  # expiry removes what was staged long ago
             return None
 
-    def _compute_suspect(self, images: ImageTable, part: diff.ImagePart) -> PartReport:
+    def _compute_suspect(self, images: ImageTable, part: diff.ImagePart) -> parts.PartReport:
         """Compute a part during which workers died, alone, without images that bring a worker down by themselves."""
         refs = images.refs(part.index_K)
-        tried = {ref.key: run_alone(self.client, try_image, self._settings, ref) for ref in refs}
+        tried = {ref.key: run_alone(self.client, parts.try_image, self._settings, ref) for ref in refs}
         deadly = {key for key, result in tried.items() if isinstance(result, Killed)}
-        report: PartReport | Killed = run_alone(self.client, extract_part, self._settings, part.name, refs, 1, deadly)
+        report: parts.PartReport | Killed = run_alone(
+            self.client, parts.extract_part, self._settings, part.name, refs, 1, deadly
+        )
         if isinstance(report, Killed):
             raise StoreRunError(
                 f"workers die while they compute {refs[0].uri} and {len(refs) - 1} more images, though each"

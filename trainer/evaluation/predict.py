@@ -28,6 +28,7 @@ import torch
 from numpy.typing import NDArray
 
 from featurestore.errors import naming
+from featurestore.keys import Int64Array
 from featurestore.published.paths import RunPath, run_path
 from featurestore.published.versions import VersionName
 from trainer.comm import Comm, SoloComm
@@ -35,16 +36,7 @@ from trainer.errors import DataError, SchemaError, TrainerError
 from trainer.evaluation.bootstrap import Float, Metrics, measure
 from trainer.runs.export import output_at, parquet_file
 from trainer.runs.saved import EvaluatedRun, RunSource, open_source, read_run
-from trainer.samples.columns import (
-    DecodedGroups,
-    Index,
-    Rule,
-    decode,
-    rules_of,
-    sizes_of,
-    source_columns,
-    texts_of,
-)
+from trainer.samples import columns
 from trainer.samples.index import RowGroup, SampleIndex, known_ads, read_row_group, read_row_groups
 from trainer.samples.interop import sample_groups
 from trainer.samples.reader import Batch
@@ -59,14 +51,14 @@ class Impressions:
     """N test impressions in the order of the files; columns that the schema or the samples lack are None."""
 
     label_N: NDArray[np.float32]
-    user_N: Index
-    ad_N: Index
+    user_N: Int64Array
+    ad_N: Int64Array
     """The schema's `new_ad_field`."""
-    image_N: Index | None = None
+    image_N: Int64Array | None = None
     """Key of the ad image: the first content field of side ad, those with galleries left out."""
-    history_N: Index | None = None
+    history_N: Int64Array | None = None
     """Behaviours of the user: values of the first content field of side user, else of the first list of IDs."""
-    time_s_N: Index | None = None
+    time_s_N: Int64Array | None = None
     """Time of the impression's group, in seconds since 1970."""
 
 
@@ -78,10 +70,10 @@ class SeenInTraining:
     training met it, shown or in a history.
     """
 
-    ad_A: Index
-    impressions_A: Index
-    first_s_A: Index
-    image_I: Index
+    ad_A: Int64Array
+    impressions_A: Int64Array
+    first_s_A: Int64Array
+    image_I: Int64Array
     met_I: NDArray[np.bool_]
 
 
@@ -93,16 +85,16 @@ def read_impressions(comm: Comm, index: SampleIndex, schema: Schema) -> Impressi
     image, history, ad = ad_image_field(schema), _history_field(schema), _ad_field(schema)
     rules = _rules(schema, {field.column_name for field in (ad, image, history) if field} | {schema.group})
     share = np.array_split(np.arange(len(index.row_groups)), comm.size)[comm.rank]
-    parts: list[DecodedGroups] = []
-    times: list[Index | None] = []
+    parts: list[columns.DecodedGroups] = []
+    times: list[Int64Array | None] = []
     with comm.agreed():
         for groups, time_s_G in _read(index, [index.row_groups[each] for each in share], schema, rules):
             parts.append(groups)
             times.append(None if time_s_G is None else _of_samples(groups, time_s_G))
 
-    def gathered(name: str, values: Iterable[Index]) -> Index:
+    def gathered(name: str, values: Iterable[Int64Array]) -> Int64Array:
         own = np.concatenate([np.empty(0, np.int64), *values]).astype(np.int64)
-        whole: Index = comm.allgather(torch.from_numpy(own), name=f"impressions.{name}").numpy()
+        whole: Int64Array = comm.allgather(torch.from_numpy(own), name=f"impressions.{name}").numpy()
         return whole
 
     has_time = all(comm.allgather_object(all(each is not None for each in times)))
@@ -163,23 +155,23 @@ def _history_field(schema: Schema) -> Field | None:
     return next(contents, None) or next(schema.of_kind("multi_id", side="user"), None)
 
 
-def _rules(schema: Schema, columns: set[str]) -> dict[str, Rule]:
-    return {name: rule for name, rule in rules_of(schema).items() if name in columns | {schema.label}}
+def _rules(schema: Schema, wanted: set[str]) -> dict[str, columns.Rule]:
+    return {name: rule for name, rule in columns.rules_of(schema).items() if name in wanted | {schema.label}}
 
 
-def _of_samples(groups: DecodedGroups, values_G: Index) -> Index:
+def _of_samples(groups: columns.DecodedGroups, values_G: Int64Array) -> Int64Array:
     """A group's value for each of its samples."""
     return np.repeat(values_G, np.diff(groups.sample_offsets))
 
 
-def _lengths(groups: DecodedGroups, column: str) -> Index:
+def _lengths(groups: columns.DecodedGroups, column: str) -> Int64Array:
     """The length of a user-side list, for each sample; of galleries the number of behaviours."""
-    offsets = groups.columns.get(sizes_of(column), groups.columns[column]).offsets
+    offsets = groups.columns.get(columns.sizes_of(column), groups.columns[column]).offsets
     assert offsets is not None
     return _of_samples(groups, np.diff(offsets))
 
 
-def places(sorted_A: Index, values_N: Index) -> tuple[Index, NDArray[np.bool_]]:
+def places(sorted_A: Int64Array, values_N: Int64Array) -> tuple[Int64Array, NDArray[np.bool_]]:
     """Find where each value is in `sorted_A`, and whether it is."""
     if len(sorted_A) == 0:
         return np.zeros(len(values_N), np.int64), np.zeros(len(values_N), np.bool_)
@@ -188,22 +180,22 @@ def places(sorted_A: Index, values_N: Index) -> tuple[Index, NDArray[np.bool_]]:
 
 
 def _read(
-    index: SampleIndex, row_groups: Sequence[RowGroup], schema: Schema, rules: dict[str, Rule]
-) -> Iterator[tuple[DecodedGroups, Index | None]]:
+    index: SampleIndex, row_groups: Sequence[RowGroup], schema: Schema, rules: dict[str, columns.Rule]
+) -> Iterator[tuple[columns.DecodedGroups, Int64Array | None]]:
     """Yield these columns of each row group, and the time of each group (G,) where the samples have it."""
-    for row_group, table in read_row_groups(index.storage, row_groups, [*source_columns(rules), schema.time]):
+    for row_group, table in read_row_groups(index.storage, row_groups, [*columns.source_columns(rules), schema.time]):
         file, time_s_G = index.storage.full(row_group.file), None
         if schema.time in table.column_names:
             time_s_G = _times(table.column(schema.time), schema.time, file, row_group.first_row)
-        yield decode(table, rules, schema.label, file, row_group.first_row), time_s_G
+        yield columns.decode(table, rules, schema.label, file, row_group.first_row), time_s_G
 
 
-def _times(column: Any, name: str, file: str, first_row: int) -> Index:
+def _times(column: Any, name: str, file: str, first_row: int) -> Int64Array:
     """Compute the time of each group, (G,). Raises SchemaError, and DataError where one is null."""
     if column.null_count:
         row = first_row + int(column.is_null().to_numpy().argmax())
         raise DataError(f"{file}, row {row}: column {name} is null; correct it, or leave the row out")
-    seconds: Index = seconds_of(column, name, file).to_numpy()
+    seconds: Int64Array = seconds_of(column, name, file).to_numpy()
     return seconds
 
 
@@ -232,7 +224,7 @@ class Slicing:
     name: str
     title: str
     names: tuple[str, ...]
-    slice_N: Index
+    slice_N: Int64Array
 
 
 def slicings(impressions: Impressions, seen: SeenInTraining, has_feature_I: NDArray[np.bool_] | None) -> list[Slicing]:
@@ -266,7 +258,7 @@ def slicings(impressions: Impressions, seen: SeenInTraining, has_feature_I: NDAr
     return found
 
 
-def _by_age(shown_N: Index, first_s_N: Index, time_s_N: Index | None) -> Slicing:
+def _by_age(shown_N: Int64Array, first_s_N: Int64Array, time_s_N: Int64Array | None) -> Slicing:
     """New: never in training. Else by the days since the ad's first training impression, where times are known."""
     name, title = "ad_age", "age of the ad"
     is_new_N = shown_N == 0
@@ -278,7 +270,7 @@ def _by_age(shown_N: Index, first_s_N: Index, time_s_N: Index | None) -> Slicing
     return Slicing(name, title, names, np.where(is_new_N, 0, 1 + _bins(days_N, AGE_DAYS)))
 
 
-def _bins(values_N: Index, edges: Sequence[int]) -> Index:
+def _bins(values_N: Int64Array, edges: Sequence[int]) -> Int64Array:
     """0 below the first edge, 1 from there to below the second, and so on."""
     return np.searchsorted(edges, values_N, side="right").astype(np.int64)
 
@@ -351,7 +343,7 @@ def slicings_of(opened: EvaluatedRun, impressions: Impressions) -> list[Slicing]
     return slicings(impressions, seen, has_feature(opened, image.store_name, seen.image_I) if image else None)
 
 
-def has_feature(opened: EvaluatedRun, store: str, key_I: NDArray[np.int64]) -> NDArray[np.bool_] | None:
+def has_feature(opened: EvaluatedRun, store: str, key_I: Int64Array) -> NDArray[np.bool_] | None:
     """Find which keys have a feature in the store that a field names, (I,); None where the model does not read it."""
     service = opened.engine.services.get(store)
     if service is None:
@@ -361,7 +353,7 @@ def has_feature(opened: EvaluatedRun, store: str, key_I: NDArray[np.int64]) -> N
     return found
 
 
-def evaluate(comm: Comm, predicted: Iterable[tuple[Batch, Float]], known_ads: Index, new_ad_field: str) -> Metrics:
+def evaluate(comm: Comm, predicted: Iterable[tuple[Batch, Float]], known_ads: Int64Array, new_ad_field: str) -> Metrics:
     """Measure all test impressions, and under `new_ad_…` those whose ad is in no training sample.
 
     `predicted`: this rank's batches, each with its logits. `known_ads`: sorted values of `new_ad_field` in training.
@@ -463,7 +455,7 @@ class ScoreFile:
     ) -> None:
         self._write, self._index, self._schema, self._about = write, index, schema, about
         wanted = {schema.label, schema.group, schema.new_ad_column}
-        self._rules = {name: rule for name, rule in rules_of(schema).items() if name in wanted}
+        self._rules = {name: rule for name, rule in columns.rules_of(schema).items() if name in wanted}
         self._sums = np.zeros(3)  # of impressions, labels and probabilities
 
     def add(self, row_group: RowGroup, logit_B: Float) -> None:
@@ -488,9 +480,9 @@ class ScoreFile:
 
     def _rows(self, row_group: RowGroup, logit_B: Float) -> pa.Table:
         storage, schema = self._index.storage, self._schema
-        table = read_row_group(storage, row_group, [*source_columns(self._rules), schema.time])
+        table = read_row_group(storage, row_group, [*columns.source_columns(self._rules), schema.time])
         full = storage.full(row_group.file)
-        groups = decode(table, self._rules, schema.label, full, row_group.first_row)
+        groups = columns.decode(table, self._rules, schema.label, full, row_group.first_row)
         counts_G = np.diff(groups.sample_offsets)
         group_B = np.repeat(np.arange(len(counts_G)), counts_G)
 
@@ -498,13 +490,13 @@ class ScoreFile:
             """Return the raw values of the samples, repeating a group's value for each of its impressions."""
             if column not in self._index.text_columns:
                 return pa.array(groups.columns[column].values)
-            encoded = texts_of(table, column, self._rules[column], full, row_group.first_row)
+            encoded = columns.texts_of(table, column, self._rules[column], full, row_group.first_row)
             return pa.array(encoded.texts_U, pa.string()).take(encoded.index_N)
 
         time_G: Any = pa.nulls(len(counts_G), pa.int64())
         if schema.time in table.column_names:
             time_G = seconds_of(table.column(schema.time), schema.time, full).combine_chunks()
-        columns: dict[str, Any] = {
+        values: dict[str, Any] = {
             "user": written(schema.group).take(group_B),
             "ad": written(schema.new_ad_column),
             "time": time_G.take(group_B),
@@ -515,7 +507,7 @@ class ScoreFile:
             "row": row_group.first_row + group_B,
             "place": (np.arange(len(group_B)) - groups.sample_offsets[group_B]).astype(np.int32),
         }
-        return pa.table(columns)
+        return pa.table(values)
 
 
 @contextlib.contextmanager

@@ -14,21 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from featurestore.keys import Int64Array
 from featurestore.lookup.ondevice import on_device
 from trainer.comm import Comm
-from trainer.exchange.routing import (
-    FAILED,
-    OK,
-    Bucketized,
-    Int64,
-    KeyBlocks,
-    answer_slices,
-    bucketize_by_owner,
-    pack_key_blocks,
-    reply_rows,
-    unique,
-    unpack_key_blocks,
-)
+from trainer.exchange import routing
 from trainer.exchange.vectors import FieldVectors, sum_rows
 from trainer.samples.reader import Jagged
 from trainer.stages import Kind, Stages, StageSequence
@@ -37,17 +26,17 @@ from trainer.stages import Kind, Stages, StageSequence
 class ServedKeys(Protocol):
     """A key source's state of a request: for each of R keys received, its row among the Q unique ones."""
 
-    inverse_R: Int64
+    inverse_R: Int64Array
     num_unique: int
 
 
 class KeySource(Protocol):
     """Finds what it has for keys that this rank owns; nothing in it depends on weights, so it runs ahead of them."""
 
-    def owner_of(self, keys_U: Int64) -> Int64:
+    def owner_of(self, keys_U: Int64Array) -> Int64Array:
         """Return the rank that answers for each key."""
 
-    def serve(self, keys_R: Int64, kind: Kind) -> Any:
+    def serve(self, keys_R: Int64Array, kind: Kind) -> Any:
         """Return a `ServedKeys` for keys that this rank owns; the same key may come several times."""
 
     def release(self, served: Any) -> None:
@@ -95,7 +84,7 @@ class FieldPlaces:
 class KeyRequest:
     """Keys asked for one batch, and what this rank serves of those that it received."""
 
-    asked_S: list[Bucketized]
+    asked_S: list[routing.Bucketized]
     served_S: list[Any]
     plans: list[WidthPlan]
     fields: dict[str, FieldPlaces]
@@ -145,8 +134,8 @@ class Exchange:
         by `check`. May run in a thread of its own, during the step of an earlier request; requests of one kind must be
         sequential.
         """
-        asked_S, blocks = self._exchange_keys(fields, kind, OK)
-        if (blocks.status_P != OK).any():
+        asked_S, blocks = self._exchange_keys(fields, kind, routing.OK)
+        if (blocks.status_P != routing.OK).any():
             self._comm.agree(None, name=f"{kind}.keys.agree")
         served_S: list[Any] = []
         error: Exception | None = None
@@ -162,7 +151,7 @@ class Exchange:
 
     def refuse(self, error: Exception, kind: Kind) -> NoReturn:
         """Stand in for `request` on a rank that has no batch; raises `error`, on the other ranks RemoteRankError."""
-        self._exchange_keys({}, kind, FAILED)
+        self._exchange_keys({}, kind, routing.FAILED)
         self._comm.agree(error, name=f"{kind}.keys.agree")
         raise error
 
@@ -210,34 +199,35 @@ class Exchange:
 
     def _exchange_keys(
         self, fields: Mapping[str, Jagged], kind: Kind, status: int
-    ) -> tuple[list[Bucketized], KeyBlocks]:
+    ) -> tuple[list[routing.Bucketized], routing.KeyBlocks]:
         """Return this rank's requests to each source, and all ranks' requests to this one."""
         with self._stages.timed("unique", kind):
             asked_S = [self._bucketize(source, fields) for source in range(len(self._keys_S))]
-            payload, lengths_P = pack_key_blocks(status, asked_S, self._comm.size)
+            payload, lengths_P = routing.pack_key_blocks(status, asked_S, self._comm.size)
         with self._stages.timed("exchange keys", kind):
             received, recv_lengths_P = self._comm.alltoall(
                 torch.from_numpy(payload), splits_of(lengths_P), name=f"{kind}.keys"
             )
-        return asked_S, unpack_key_blocks(received.numpy(), recv_lengths_P.numpy().astype(np.int64), len(self._keys_S))
+        recv_int64_P = recv_lengths_P.numpy().astype(np.int64)
+        return asked_S, routing.unpack_key_blocks(received.numpy(), recv_int64_P, len(self._keys_S))
 
-    def _bucketize(self, source: int, fields: Mapping[str, Jagged]) -> Bucketized:
+    def _bucketize(self, source: int, fields: Mapping[str, Jagged]) -> routing.Bucketized:
         values = [fields[name].values_N for name in self._fields_S[source] if name in fields]
-        keys_U, inverse_N = unique(np.concatenate([np.empty(0, dtype=np.int64), *values]))
-        return bucketize_by_owner(keys_U, inverse_N, self._keys_S[source].owner_of(keys_U), self._comm.size)
+        keys_U, inverse_N = routing.unique(np.concatenate([np.empty(0, dtype=np.int64), *values]))
+        return routing.bucketize_by_owner(keys_U, inverse_N, self._keys_S[source].owner_of(keys_U), self._comm.size)
 
     def _plan(
-        self, width: int, asked_S: list[Bucketized], served_S: list[ServedKeys] | None, counts_PS: Int64
+        self, width: int, asked_S: list[routing.Bucketized], served_S: list[ServedKeys] | None, counts_PS: Int64Array
     ) -> WidthPlan:
         sources = [s for s, each in enumerate(self._width_S) if each == width]
         recv_counts_PS = counts_PS[:, sources]
         send_counts_PS = np.stack([asked_S[s].send_counts_P for s in sources], axis=1)
-        status_rows_P, slices_SP = answer_slices(send_counts_PS)
+        status_rows_P, slices_SP = routing.answer_slices(send_counts_PS)
         reply_splits_P = recv_counts_PS.sum(axis=1) + 1
         if served_S is None:  # nothing but status rows
             rows = np.zeros(reply_splits_P.sum(), dtype=np.int64)
         else:
-            rows = reply_rows(
+            rows = routing.reply_rows(
                 recv_counts_PS, [served_S[s].inverse_R for s in sources], [served_S[s].num_unique for s in sources]
             )
         return WidthPlan(
@@ -250,7 +240,7 @@ class Exchange:
             slices_SP,
         )
 
-    def _places_of(self, asked_S: list[Bucketized], fields: Mapping[str, Jagged]) -> dict[str, FieldPlaces]:
+    def _places_of(self, asked_S: list[routing.Bucketized], fields: Mapping[str, Jagged]) -> dict[str, FieldPlaces]:
         places: dict[str, FieldPlaces] = {}
         for asked, names in zip(asked_S, self._fields_S, strict=True):
             start = 0
@@ -276,11 +266,12 @@ class _Answers(torch.autograd.Function):
         vectors_S = list(unique_S)
         failures = torch.zeros((), dtype=torch.int64, device=unique_S[0].device)
         for plan in request.plans:
-            status = unique_S[plan.sources[0]].new_full((1, plan.width), OK if request.error is None else FAILED)
+            code = routing.OK if request.error is None else routing.FAILED
+            status = unique_S[plan.sources[0]].new_full((1, plan.width), code)
             table = torch.cat([status, *(unique_S[s] for s in plan.sources)])
             name = f"{request.kind}.vectors.{plan.width}"
             answers, _ = comm.alltoall(table.index_select(0, plan.reply_rows), plan.reply_splits_P, name=name)
-            failures += (answers[plan.status_rows_P, 0] != OK).sum()
+            failures += (answers[plan.status_rows_P, 0] != routing.OK).sum()
             for source, slices_P in zip(plan.sources, plan.slices_SP, strict=True):
                 pieces_P = [answers[rows] for rows in slices_P]
                 vectors_S[source] = torch.cat(pieces_P) if len(pieces_P) > 1 else pieces_P[0]  # of one rank, no copy
@@ -312,6 +303,6 @@ class _Answers(torch.autograd.Function):
         return (None, None, *unique_S)
 
 
-def splits_of(counts_P: Int64) -> Tensor:
+def splits_of(counts_P: Int64Array) -> Tensor:
     """Convert counts to the type that Horovod requires."""
     return torch.from_numpy(counts_P.astype(np.int32))

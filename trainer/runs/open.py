@@ -32,17 +32,7 @@ from trainer.engine.wiring import check_tables
 from trainer.errors import CheckpointError, ConfigError, DataError, DataNotFoundError
 from trainer.models.layers import used_fields
 from trainer.runs import checkpoint
-from trainer.runs.checkpoint import (
-    CheckpointState,
-    Origin,
-    PassedOver,
-    Resumed,
-    WarmStart,
-    begin_with,
-    cache_folder,
-    continued,
-    find_warm_start,
-)
+from trainer.runs import checkpoint as checkpoints
 from trainer.runs.folder import Checkpoint, check_folder, finished, in_the_way, naming_run_dir
 from trainer.runs.saving import CheckpointPlace
 from trainer.samples import survey
@@ -122,7 +112,7 @@ def missing_places(places: list[StorePlace]) -> list[str]:
     return problems
 
 
-def snapshot_of(place: StorePlace, resumed: Resumed | None) -> Snapshot:
+def snapshot_of(place: StorePlace, resumed: checkpoints.Resumed | None) -> Snapshot:
     """Choose the snapshot to train on: the one asked for, else the checkpoint's, else the newest.
 
     A channel is asked for once, when the run begins: it may have been moved since.
@@ -152,7 +142,7 @@ def snapshot_of(place: StorePlace, resumed: Resumed | None) -> Snapshot:
 
 
 def check_identity(
-    place: StorePlace, snapshot: Snapshot, checkpoint: Checkpoint | None, state: CheckpointState | None
+    place: StorePlace, snapshot: Snapshot, checkpoint: Checkpoint | None, state: checkpoints.CheckpointState | None
 ) -> None:
     """Raise AnotherStoreError where the snapshot is not of the store that the checkpoint was trained on.
 
@@ -170,7 +160,7 @@ def check_identity(
     )
 
 
-def other_features(info: StoreInfo, state: CheckpointState, name: str) -> list[str]:
+def other_features(info: StoreInfo, state: checkpoints.CheckpointState, name: str) -> list[str]:
     """List how a store's features differ from those that the checkpoint's E was trained on; `name` is the store's."""
     recorded = state.origin.stores.get(name, {})
     return [each.text("in the checkpoint") for each in differences(kind_of_features(info), recorded)]
@@ -336,14 +326,14 @@ class Run(OpenRun):
     validation_reader: SampleReader | None
     """Of the days on which the best epoch is chosen."""
     known_ads: Index
-    origin: Origin
+    origin: checkpoints.Origin
     position: BatchPosition
     history: list[dict[str, Any]]
     resumed: Checkpoint | None
     """The checkpoint that the run continues from."""
-    passed_over: Sequence[PassedOver]
+    passed_over: Sequence[checkpoints.PassedOver]
     """Newer ones, newest first, which are damaged."""
-    warm_start: WarmStart | None
+    warm_start: checkpoints.WarmStart | None
     lacked: Sequence[str]
     """What to say of images that the samples name and a store lacks."""
 
@@ -368,7 +358,7 @@ class EventsFolder:
         self._run = run
         self._copied: dict[str, int] = {}
         if isinstance(run, FarPath):
-            folder = cache_folder(cache_dir) / f"{run.name}-{xxhash.xxh3_64_hexdigest(run.url.encode())}"
+            folder = checkpoints.cache_folder(cache_dir) / f"{run.name}-{xxhash.xxh3_64_hexdigest(run.url.encode())}"
             folder.mkdir(exist_ok=True)
             self.path: Path = folder / TENSORBOARD
         else:
@@ -395,11 +385,15 @@ class EventsFolder:
 def open_run(config: Config, comm: Comm) -> Run:
     """Open everything but the folder's content, which `claim_folder` writes. Raises TrainerError, FeatureStoreError."""
     folder = run_path(config.run.dir) / comm.broadcast_object(config.run.name or time.strftime("run-%Y%m%d-%H%M%S"))
-    return continued(comm, config, folder, partial(_open_run, config, comm, folder))
+    return checkpoints.continued(comm, config, folder, partial(_open_run, config, comm, folder))
 
 
 def _open_run(
-    config: Config, comm: Comm, folder: RunPath, resumed: Resumed | None, passed_over: Sequence[PassedOver]
+    config: Config,
+    comm: Comm,
+    folder: RunPath,
+    resumed: checkpoints.Resumed | None,
+    passed_over: Sequence[checkpoints.PassedOver],
 ) -> Run:
     """Open the run at this checkpoint, or at its first step."""
     schema = load_schema(config.data.schema_file)
@@ -433,7 +427,7 @@ def _open_run(
                 partition.close()
             raise
     elif warm:
-        begin_with(comm, warm, origin, engine, config.data.cache_dir)
+        checkpoints.begin_with(comm, warm, origin, engine, config.data.cache_dir)
     engine.begin_day(newest_day(each.file for each in train.row_groups))
     return Run(
         config=config,
@@ -486,7 +480,7 @@ def _validation_reader(config: Config, comm: Comm, samples: Storage, schema: Sch
     return test_reader(config, comm, open_index(comm, samples, "train", schema, days), schema)
 
 
-def _begin(engine: Engine, reader: SampleReader, resumed: Resumed | None) -> BatchPosition:
+def _begin(engine: Engine, reader: SampleReader, resumed: checkpoints.Resumed | None) -> BatchPosition:
     """Return the batch that comes next, and tell the engine which of its steps were those of an earlier run."""
     position = resumed[1].position if resumed else BatchPosition(0, 0)
     engine.first_step = engine.num_steps - (position.epoch * reader.steps_per_epoch + position.step)
@@ -523,8 +517,8 @@ def _with_statistics(
     schema: Schema,
     train: SampleIndex,
     samples: str,
-    recorded: Origin | None,
-    warm: WarmStart | None,
+    recorded: checkpoints.Origin | None,
+    warm: checkpoints.WarmStart | None,
 ) -> Schema:
     """Fill in the statistics of the schema's numbers.
 
@@ -587,17 +581,17 @@ def open_samples(config: Config, places: list[StorePlace]) -> Storage:
     return samples
 
 
-def _checked_warm_start(config: Config, schema: Schema) -> WarmStart | None:
+def _checked_warm_start(config: Config, schema: Schema) -> checkpoints.WarmStart | None:
     check_tables(schema, config.model)
-    return find_warm_start(config.run.warm_start, config.run.warm_parts) if config.run.warm_start else None
+    return checkpoints.find_warm_start(config.run.warm_start, config.run.warm_parts) if config.run.warm_start else None
 
 
 def _origin(
     config: Config, schema: Schema, samples: str, streams: int, partitions: Mapping[str, FeaturePartition]
-) -> Origin:
+) -> checkpoints.Origin:
     positions = settings_that_decide("positions")
     data = config.data.model_dump(include=positions["data"] - {"train_days"})  # the samples tell
-    return Origin(
+    return checkpoints.Origin(
         data={**data, "shuffle_streams": streams, "samples_digest": samples},
         train=config.train.model_dump(include=positions["train"]),
         optim=config.optim.model_dump(include=settings_that_decide("parameters", "rows")["optim"]),

@@ -19,32 +19,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
-from numpy.typing import NDArray
 
 from featurestore.format.datafile import check_names
+from featurestore.keys import Int64Array
 from featurestore.published.versions import open_published
 from featurestore.storage.storage import Storage
 from trainer.comm import Comm
 from trainer.config import DataConfig
 from trainer.errors import DataError, DataNotFoundError
-from trainer.samples.columns import (
-    DecodedGroups,
-    Encoded,
-    Index,
-    Rule,
-    Values,
-    check_types,
-    concatenate,
-    files_of,
-    in_either_split,
-    name_of,
-    rules_of,
-    sample_files,
-    source_columns,
-    text_columns,
-    texts_of,
-    values_of,
-)
+from trainer.samples import columns
 from trainer.schema import Schema
 
 
@@ -83,7 +66,7 @@ class SampleIndex:
         """xxh3-128 of names and counts, not of what the rows hold: see `samples_digest`."""
         row_groups = self.row_groups
         if self.by_day:
-            row_groups = tuple(replace(each, file=name_of(each.file)) for each in row_groups)
+            row_groups = tuple(replace(each, file=columns.name_of(each.file)) for each in row_groups)
         return xxhash.xxh3_128_hexdigest(repr(row_groups).encode())
 
 
@@ -97,14 +80,14 @@ def open_index(
     the storage. Raises, on all ranks together, DataError where there is no sample, or none of a day, or a file is
     damaged, SchemaError where a column is missing or of another type.
     """
-    rules = rules_of(schema)
+    rules = columns.rules_of(schema)
     storage = samples if isinstance(samples, Storage) else comm.on_rank_0(lambda: open_published(samples))
     with comm.agreed():
-        files = sample_files(storage, split) if days is None else files_of(storage, days)
+        files = columns.sample_files(storage, split) if days is None else columns.files_of(storage, days)
         own = [(file, _read_footer(storage, file, rules, schema.label)) for file in files[comm.rank :: comm.size]]
     parts = dict(part for share in comm.allgather_object(own) for part in share)
-    row_groups = tuple(group for file in sorted(parts, key=name_of) for group in parts[file][0])
-    texts = frozenset(column for _, columns in parts.values() for column in columns)
+    row_groups = tuple(group for file in sorted(parts, key=columns.name_of) for group in parts[file][0])
+    texts = frozenset(column for _, of_file in parts.values() for column in of_file)
     index = SampleIndex(storage, row_groups, by_day=days is not None, text_columns=texts)
     if index.num_samples == 0 and days != []:
         what = f"has no *.parquet file with samples ({len(parts)} files)"
@@ -113,21 +96,21 @@ def open_index(
     return index
 
 
-def read_row_group(storage: Storage, row_group: RowGroup, columns: list[str]) -> pa.Table:
+def read_row_group(storage: Storage, row_group: RowGroup, names: list[str]) -> pa.Table:
     """Read those of the columns that the file has. Raises DataError for a file that is gone or damaged."""
-    _, table = next(read_row_groups(storage, [row_group], columns))
+    _, table = next(read_row_groups(storage, [row_group], names))
     return table
 
 
 def read_row_groups(
-    storage: Storage, row_groups: Iterable[RowGroup], columns: list[str]
+    storage: Storage, row_groups: Iterable[RowGroup], names: list[str]
 ) -> Iterator[tuple[RowGroup, pa.Table]]:
     """Read row groups one by one, as `read_row_group` does; a file that has several in succession is opened once."""
     for file, of_file in itertools.groupby(row_groups, lambda each: each.file):
         with _opened(storage, file) as parquet:
             for row_group in of_file:
                 try:
-                    table = parquet.read_row_group(row_group.number, columns=columns)
+                    table = parquet.read_row_group(row_group.number, columns=names)
                 except (pa.ArrowException, OSError) as failure:
                     where = f"{storage.full(file)}, row group {row_group.number}"
                     raise DataError(f"{where} is damaged: {str(failure).strip()}; write the file again") from failure
@@ -135,32 +118,34 @@ def read_row_groups(
 
 
 def read_values(
-    index: SampleIndex, row_groups: Iterable[RowGroup], rules: Mapping[str, Rule]
-) -> Iterator[dict[str, Values]]:
+    index: SampleIndex, row_groups: Iterable[RowGroup], rules: Mapping[str, columns.Rule]
+) -> Iterator[dict[str, columns.Values]]:
     """Read all values of the columns that the rules are for, row group by row group. Raises DataError."""
-    for row_group, table in read_row_groups(index.storage, row_groups, list(source_columns(rules))):
+    for row_group, table in read_row_groups(index.storage, row_groups, list(columns.source_columns(rules))):
         file, first_row = index.storage.full(row_group.file), row_group.first_row
-        yield {column: values_of(table, column, rule, file, first_row) for column, rule in rules.items()}
+        yield {column: columns.values_of(table, column, rule, file, first_row) for column, rule in rules.items()}
 
 
-def read_texts(index: SampleIndex, row_groups: Iterable[RowGroup], rules: Mapping[str, Rule]) -> Iterator[Encoded]:
+def read_texts(
+    index: SampleIndex, row_groups: Iterable[RowGroup], rules: Mapping[str, columns.Rule]
+) -> Iterator[columns.Encoded]:
     """Read columns of texts, one after the other of each row group, with their IDs. Raises DataError."""
-    for row_group, table in read_row_groups(index.storage, row_groups, list(source_columns(rules))):
+    for row_group, table in read_row_groups(index.storage, row_groups, list(columns.source_columns(rules))):
         file, first_row = index.storage.full(row_group.file), row_group.first_row
         for column, rule in rules.items():
-            yield texts_of(table, column, rule, file, first_row)
+            yield columns.texts_of(table, column, rule, file, first_row)
 
 
-def row_groups_of_table(storage: Storage, file: str, rules: Mapping[str, Rule]) -> list[RowGroup]:
+def row_groups_of_table(storage: Storage, file: str, rules: Mapping[str, columns.Rule]) -> list[RowGroup]:
     """List the row groups of a table with one sample a row, and check its columns. Raises DataError, SchemaError."""
     with _opened(storage, file) as parquet:
-        check_types(parquet.schema_arrow, rules, storage.full(file))
+        columns.check_types(parquet.schema_arrow, rules, storage.full(file))
         counts = [parquet.metadata.row_group(number).num_rows for number in range(parquet.num_row_groups)]
     starts = np.cumsum([0, *counts]).tolist()
     return [RowGroup(file, n, starts[n], count, count) for n, count in enumerate(counts) if count]
 
 
-def known_ads(comm: Comm, index: SampleIndex, schema: Schema) -> Index:
+def known_ads(comm: Comm, index: SampleIndex, schema: Schema) -> Int64Array:
     """List the distinct values of the schema's `new_ad_field` in a split, ascending; each rank reads a share of it.
 
     Raises DataError on all ranks together.
@@ -168,20 +153,22 @@ def known_ads(comm: Comm, index: SampleIndex, schema: Schema) -> Index:
     import torch
 
     column = schema.new_ad_column
-    wanted, own = {column: rules_of(schema)[column]}, np.empty(0, np.int64)
+    wanted, own = {column: columns.rules_of(schema)[column]}, np.empty(0, np.int64)
     with comm.agreed():
         for values in read_values(index, index.row_groups[comm.rank :: comm.size], wanted):
             own = np.union1d(own, values[column])
     return np.unique(comm.allgather(torch.from_numpy(own), name="known_ads").numpy())
 
 
-def _read_footer(storage: Storage, file: str, rules: Mapping[str, Rule], label: str) -> tuple[list[RowGroup], set[str]]:
+def _read_footer(
+    storage: Storage, file: str, rules: Mapping[str, columns.Rule], label: str
+) -> tuple[list[RowGroup], set[str]]:
     """The file's row groups, and its columns of texts.
 
     The number of samples is that of the label column's values, known without reading them.
     """
     with _opened(storage, file) as parquet:
-        check_types(parquet.schema_arrow, rules, storage.full(file))
+        columns.check_types(parquet.schema_arrow, rules, storage.full(file))
         metadata, first_row, found = parquet.metadata, 0, []
         leaf = next(i for i in range(metadata.num_columns) if metadata.schema.column(i).path.split(".")[0] == label)
         for number in range(metadata.num_row_groups):
@@ -189,12 +176,12 @@ def _read_footer(storage: Storage, file: str, rules: Mapping[str, Rule], label: 
             if rows.num_rows:
                 found.append(RowGroup(file, number, first_row, rows.num_rows, rows.column(leaf).num_values))
             first_row += rows.num_rows
-        return found, text_columns(parquet.schema_arrow, rules)
+        return found, columns.text_columns(parquet.schema_arrow, rules)
 
 
 def _opened(storage: Storage, file: str) -> pq.ParquetFile:
     try:
-        parquet = pq.ParquetFile(in_either_split(storage.open_input, file), page_checksum_verification=True)
+        parquet = pq.ParquetFile(columns.in_either_split(storage.open_input, file), page_checksum_verification=True)
         check_names(parquet)
         return parquet
     except FileNotFoundError as failure:
@@ -204,8 +191,6 @@ def _opened(storage: Storage, file: str) -> pq.ParquetFile:
             f"{storage.full(file)} is not a readable Parquet file: {str(failure).strip()}; write it again"
         ) from failure
 
-
-Int64 = NDArray[np.int64]
 
 _SAMPLES_PER_STREAM = 64
 """Least samples of a stream in a batch, as each stream splits a sample group between two batches."""
@@ -278,7 +263,7 @@ def windows_of(row_groups: Sequence[int], sizes_R: Sequence[int], most: int) -> 
     return windows
 
 
-def batch_parts(lengths_S: Sequence[int], batch_size: int) -> Iterator[tuple[Int64, Int64]]:
+def batch_parts(lengths_S: Sequence[int], batch_size: int) -> Iterator[tuple[Int64Array, Int64Array]]:
     """Yield for each batch where it begins in each stream, and its samples of each: (S,) and (S,).
 
     Every batch has `batch_size` samples, the last one the rest. Each stream gives its share of the remaining samples,
@@ -329,10 +314,10 @@ def decode_shares(lengths_S: Sequence[int], num_ranks: int) -> list[float]:
 class Piece(NamedTuple):
     """Part of a batch: of the groups in memory the rows `group_G`, of each its samples `begin_G` to before `end_G`."""
 
-    groups: DecodedGroups
-    group_G: Index
-    begin_G: Index
-    end_G: Index
+    groups: columns.DecodedGroups
+    group_G: Int64Array
+    begin_G: Int64Array
+    end_G: Int64Array
 
 
 class Stream:
@@ -346,12 +331,12 @@ class Stream:
         windows: Sequence[Sequence[int]],
         counts_W: Sequence[int],
         seed: tuple[int, int, int] | None,
-        decode: Callable[[int], DecodedGroups],
+        decode: Callable[[int], columns.DecodedGroups],
     ) -> None:
         self._windows, self._seed, self._decode = windows, seed, decode
         self._starts = np.concatenate([[0], np.cumsum(counts_W)]).astype(np.int64)
         self.num_samples = int(self._starts[-1])
-        self._held: dict[int, tuple[DecodedGroups, Index, Index]] = {}
+        self._held: dict[int, tuple[columns.DecodedGroups, Int64Array, Int64Array]] = {}
 
     def cut(self, span: range) -> Iterator[Piece]:
         """Cut out the samples at these positions: one piece for each window that they are in."""
@@ -371,10 +356,10 @@ class Stream:
             cut_after_G = np.maximum(ends_G[chosen] - high, 0)
             yield Piece(groups, group_G, begin_G + cut_before_G, end_G - cut_after_G)
 
-    def _hold(self, window: int) -> tuple[DecodedGroups, Index, Index]:
+    def _hold(self, window: int) -> tuple[columns.DecodedGroups, Int64Array, Int64Array]:
         """Return the window's groups, its order, and where each group of that order ends in the window's samples."""
         if window not in self._held:
-            groups = concatenate([self._decode(each) for each in self._windows[window]])
+            groups = columns.concatenate([self._decode(each) for each in self._windows[window]])
             order_G = np.arange(len(groups.sample_offsets) - 1)
             if self._seed is not None:
                 *seed, first = self._seed

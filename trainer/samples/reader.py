@@ -23,17 +23,7 @@ from numpy.typing import NDArray
 
 from trainer.errors import DataError
 from trainer.samples import columns
-from trainer.samples.index import (
-    Piece,
-    SampleIndex,
-    Stream,
-    batch_parts,
-    deal,
-    decode_shares,
-    read_row_group,
-    shares_by_rank,
-    windows_of,
-)
+from trainer.samples import index as sample_index
 from trainer.schema import Field, Schema
 
 
@@ -105,7 +95,7 @@ class SampleReader:
 
     def __init__(
         self,
-        index: SampleIndex,
+        index: sample_index.SampleIndex,
         schema: Schema,
         *,
         rank: int = 0,
@@ -130,7 +120,7 @@ class SampleReader:
 
     def decode_shares(self, num_ranks: int) -> list[float]:
         """Compute for each of `num_ranks` ranks the samples of an epoch that it decodes over those that it has."""
-        return decode_shares([stream.num_samples for stream in self._streams(epoch=0)], num_ranks)
+        return sample_index.decode_shares([stream.num_samples for stream in self._streams(epoch=0)], num_ranks)
 
     def batches(self, epoch: int = 0, first_step: int = 0) -> Iterator[Batch]:
         """Read this rank's batches from `first_step` of the epoch on; a batch may be without samples.
@@ -149,25 +139,25 @@ class SampleReader:
             )
             yield replace(batch, place_B=_places(spans))
 
-    def _streams(self, epoch: int) -> list[Stream]:
+    def _streams(self, epoch: int) -> list[sample_index.Stream]:
         """Deal out the row groups of an epoch."""
         sizes_R = [each.num_samples for each in self.index.row_groups]
         order_R = np.arange(len(sizes_R))
         if self._seed is not None:
             order_R = np.random.default_rng([self._seed, epoch]).permutation(order_R)
         streams, first = [], 1
-        for members in deal(sizes_R, order_R.tolist(), self.num_streams):
-            windows = windows_of(members, sizes_R, self._window // self.num_streams)
+        for members in sample_index.deal(sizes_R, order_R.tolist(), self.num_streams):
+            windows = sample_index.windows_of(members, sizes_R, self._window // self.num_streams)
             counts_W = [sum(sizes_R[each] for each in window) for window in windows]
             seed = None if self._seed is None else (self._seed, epoch, first)
-            streams.append(Stream(windows, counts_W, seed, self._decode))
+            streams.append(sample_index.Stream(windows, counts_W, seed, self._decode))
             first += len(windows)
         return streams
 
     def _steps(self, lengths_S: Sequence[int]) -> Iterator[tuple[list[Span], int]]:
         """Yield this rank's part of each batch, and the batch's samples."""
-        own = shares_by_rank(lengths_S, self._num_ranks)[self._rank]
-        for begin_S, count_S in batch_parts(lengths_S, self._batch_size):
+        own = sample_index.shares_by_rank(lengths_S, self._num_ranks)[self._rank]
+        for begin_S, count_S in sample_index.batch_parts(lengths_S, self._batch_size):
             place_S = np.cumsum(count_S) - count_S
             spans = []
             for share in own:
@@ -178,7 +168,7 @@ class SampleReader:
 
     def _decode(self, number: int) -> columns.DecodedGroups:
         row_group = self.index.row_groups[number]
-        table = read_row_group(self.index.storage, row_group, list(columns.source_columns(self._rules)))
+        table = sample_index.read_row_group(self.index.storage, row_group, list(columns.source_columns(self._rules)))
         full = self.index.storage.full(row_group.file)
         groups = columns.decode(table, self._rules, self._schema.label, full, row_group.first_row)
         if groups.num_samples != row_group.num_samples:
@@ -187,7 +177,9 @@ class SampleReader:
         return groups
 
 
-def assemble(schema: Schema, pieces: Sequence[Piece], global_samples: int, position: BatchPosition) -> Batch:
+def assemble(
+    schema: Schema, pieces: Sequence[sample_index.Piece], global_samples: int, position: BatchPosition
+) -> Batch:
     """Make a batch of these pieces, in their order."""
     samples = [columns.ranges(piece.begin_G, piece.end_G - piece.begin_G) for piece in pieces]
     counts_G = np.concatenate([piece.end_G - piece.begin_G for piece in pieces])
@@ -225,10 +217,10 @@ def inputs_of(schema: Schema, taken: Callable[[Field, str], Jagged]) -> dict[str
     }
 
 
-def _nothing(rules: Mapping[str, columns.Rule], label: str) -> Piece:
+def _nothing(rules: Mapping[str, columns.Rule], label: str) -> sample_index.Piece:
     """Make a piece without groups, for a rank without data."""
     none_G = np.empty(0, np.int64)
-    return Piece(columns.decode(columns.empty_table(rules), rules, label, "", 0), none_G, none_G, none_G)
+    return sample_index.Piece(columns.decode(columns.empty_table(rules), rules, label, "", 0), none_G, none_G, none_G)
 
 
 def _places(spans: Sequence[Span]) -> columns.Index:
