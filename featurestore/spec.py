@@ -25,11 +25,7 @@ IndexKind = Literal["flat", "hnsw"]
 MissingPolicy = Literal["error", "zeros", "learned"]
 
 # numpy has no bfloat16: its 16 bits are carried as uint16.
-STORAGE_DTYPES: dict[DType, npt.DTypeLike] = {
-    "bfloat16": np.uint16,
-    "float16": np.float16,
-    "float32": np.float32,
-}
+STORAGE_DTYPES: dict[DType, npt.DTypeLike] = {"bfloat16": np.uint16, "float16": np.float16, "float32": np.float32}
 
 _MOST_NAME, _MOST_PATH = 255, 1_024  # characters: of a name on a disk, of a key of S3
 _NEVER = r"/\\:\x00-\x1f\x7f\ud800-\udfff"  # the last are halves of characters, which no file name can have

@@ -40,8 +40,7 @@ def main(
     out: Annotated[
         str | None,
         typer.Option(
-            help="File to write, or replace: NAME.parquet.",
-            show_default="data/visual.parquet or data/TABLE.parquet",
+            help="File to write, or replace: NAME.parquet.", show_default="data/visual.parquet or data/TABLE.parquet"
         ),
     ] = None,
 ) -> None:

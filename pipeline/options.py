@@ -32,10 +32,7 @@ _OF_CLUSTER = ("scheduler", "scheduler_file", "workers", "threads_per_worker", "
 
 DTypeOption = Annotated[
     DType | None,
-    typer.Option(
-        help="In which the store keeps features.",
-        show_default="the store's; bfloat16 in a new one",
-    ),
+    typer.Option(help="In which the store keeps features.", show_default="the store's; bfloat16 in a new one"),
 ]
 ImagesOption = Annotated[
     str, typer.Option(help="Folder or fsspec address of images, or a .parquet or .csv with key or id, and uri.")

@@ -124,12 +124,7 @@ class StoreRun:
     """
 
     def __init__(
-        self,
-        client: Client,
-        store: FeatureStore,
-        run_id: str,
-        snapshot: Snapshot,
-        quarantined: Sequence[QuarantineRow],
+        self, client: Client, store: FeatureStore, run_id: str, snapshot: Snapshot, quarantined: Sequence[QuarantineRow]
     ):
         self.client = client
         self.store = store

@@ -518,12 +518,7 @@ _WANTED = "a mapping of sections, as data and model"
 
 
 def read_mapping(
-    path: RunPath | str,
-    setting: str,
-    error: type[TrainerError],
-    wanted: str = "a mapping",
-    *,
-    aliases: bool = True,
+    path: RunPath | str, setting: str, error: type[TrainerError], wanted: str = "a mapping", *, aliases: bool = True
 ) -> dict[str, Any]:
     """Read a YAML file; `setting` is the option with its = or space, for messages. Raises `error`.
 

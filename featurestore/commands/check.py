@@ -204,8 +204,7 @@ def purge(
     keys: Annotated[Path | None, typer.Option("--keys", help="Text file of keys, one on each line.")] = None,
     uris: Annotated[Path | None, typer.Option("--uris", help="Text file of uris, one on each line.")] = None,
     writer_hours: Annotated[
-        float,
-        typer.Option("--writer-hours", min=0, help="Younger files of no snapshot may be a writer's, and stay."),
+        float, typer.Option("--writer-hours", min=0, help="Younger files of no snapshot may be a writer's, and stay.")
     ] = 1.0,
     dry_run: DryRun = False,
 ) -> None:
@@ -227,11 +226,7 @@ def purge(
         raise typer.BadParameter("give one of them", param_hint="--keys, --uris")
     with progress_bar("files") as progress:
         report = purge_store(
-            FeatureStore.open(url),
-            images,
-            writer_hours=writer_hours,
-            dry_run=dry_run,
-            progress=progress,
+            FeatureStore.open(url), images, writer_hours=writer_hours, dry_run=dry_run, progress=progress
         )
     print_summary("\n".join(_purge_lines(report, images, dry_run)))
     for path in report.young:

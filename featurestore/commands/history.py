@@ -158,8 +158,7 @@ def expire(
         float, typer.Option("--keep-days", min=0, help="Days of which every state is kept.")
     ] = KEEP_DAYS,
     grace_days: Annotated[
-        float,
-        typer.Option("--grace-days", min=0, help="Days for which files stay after that for their users."),
+        float, typer.Option("--grace-days", min=0, help="Days for which files stay after that for their users.")
     ] = GRACE_DAYS,
     dry_run: DryRun = False,
 ) -> None:

@@ -204,13 +204,7 @@ def purge(
     for pins and channels before anything is changed; CommitConflictError where others commit again and again;
     CorruptFileError where the newest snapshot has a damaged file, which `repair` mends.
     """
-    work = _Purge(
-        store=store,
-        storage=store.storage,
-        images=images,
-        writer_s=writer_hours * _HOUR_S,
-        dry_run=dry_run,
-    )
+    work = _Purge(store=store, storage=store.storage, images=images, writer_s=writer_hours * _HOUR_S, dry_run=dry_run)
     return work.run(progress)
 
 

@@ -38,17 +38,7 @@ ProblemKind = (
     Literal["info", "folder", "basis", "manifest", "order", "expired"]
     | Literal["pin", "channel", "quarantine", "data", "statistics", "collision"]
 )
-_FOLDERS = (
-    log.LOG,
-    log.EXPIRED,
-    log.PINS,
-    log.CHANNELS,
-    DATA,
-    BASES,
-    staging.QUARANTINE,
-    STAGING,
-    DAMAGED,
-)
+_FOLDERS = (log.LOG, log.EXPIRED, log.PINS, log.CHANNELS, DATA, BASES, staging.QUARANTINE, STAGING, DAMAGED)
 FileId = tuple[str, str]  # path and sha256
 _SmallFile = tuple[ProblemKind, str, Callable[[], object], str]  # kind, path, its check, and the way out
 

@@ -167,10 +167,7 @@ class _EmptyOnMeta(TorchFunctionMode):
 
 
 def _without_memory(model: str, preset: Preset) -> nn.Module:
-    with (
-        torch.random.fork_rng(devices=[]),
-        _EmptyOnMeta(),
-    ):  # the caller's random numbers stay
+    with torch.random.fork_rng(devices=[]), _EmptyOnMeta():  # the caller's random numbers stay
         whole = _model(model, preset)
     return whole.to("meta")
 

@@ -305,9 +305,7 @@ def image_model(dim: int, width: int, config: ModelConfig) -> EmbeddingModel:
 
 
 def services_of(
-    fields: tuple[Field, ...],
-    partitions: Mapping[str, FeaturePartition],
-    config: ModelConfig,
+    fields: tuple[Field, ...], partitions: Mapping[str, FeaturePartition], config: ModelConfig
 ) -> dict[str, EmbeddingService]:
     """Make the services of this rank: for each store its rows and its networks."""
     services: dict[str, EmbeddingService] = {}

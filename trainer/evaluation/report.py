@@ -59,13 +59,7 @@ def evaluate_run(
 
 
 def compare_runs(
-    source: RunSource,
-    against: RunPath,
-    comm: Comm,
-    *,
-    resamples: int,
-    out: RunPath | None,
-    json_file: Path | None,
+    source: RunSource, against: RunPath, comm: Comm, *, resamples: int, out: RunPath | None, json_file: Path | None
 ) -> None:
     """Compare a run with the newest checkpoint of the run in folder `against`; print and write the differences.
 

@@ -54,8 +54,7 @@ class BuildOptions:
         str | None, typer.Option(help="A .parquet file, or a folder of them, with the ad's columns, one row an ad.")
     ] = None
     samples: Annotated[
-        str | None,
-        typer.Option(help="Instead: the distinct ads of these samples.", show_default="those of the run"),
+        str | None, typer.Option(help="Instead: the distinct ads of these samples.", show_default="those of the run")
     ] = None
     out: Annotated[str, typer.Option(help="Folder or address of the index; an index there is replaced.")] = INDEX
     kind: Annotated[
@@ -181,8 +180,7 @@ def _vectors(trained: "TrainedRun", options: BuildOptions) -> "tuple[Ads, Vector
 
 
 @app.command(
-    "eval",
-    epilog="Examples:\n\n    crossmedia index eval --run data/runs/towers --k 10,100,1000 --json figures.json",
+    "eval", epilog="Examples:\n\n    crossmedia index eval --run data/runs/towers --k 10,100,1000 --json figures.json"
 )
 def evaluate_index(
     run: Run,

@@ -38,14 +38,7 @@ from featurestore.snapshot import SnapshotId
 from featurestore.spec import Frozen, IndexKind, Sealed, read_sealed, seal
 from featurestore.storage.storage import Storage, file_at
 from trainer.comm import SoloComm
-from trainer.errors import (
-    AdIndexError,
-    AdIndexNotFoundError,
-    ConfigError,
-    DataError,
-    DataNotFoundError,
-    SchemaError,
-)
+from trainer.errors import AdIndexError, AdIndexNotFoundError, ConfigError, DataError, DataNotFoundError, SchemaError
 from trainer.models.nets import TwoTower
 from trainer.prerank import MIN_RECALL
 from trainer.runs.open import test_reader

@@ -329,10 +329,7 @@ class PassedOver:
 
 
 def continued(
-    comm: Comm,
-    config: Config,
-    folder: RunPath,
-    open_at: Callable[[Resumed | None, list[PassedOver]], Opened],
+    comm: Comm, config: Config, folder: RunPath, open_at: Callable[[Resumed | None, list[PassedOver]], Opened]
 ) -> Opened:
     """Return what `open_at` opens at the checkpoint that `run.resume` says, or at None for a run that begins.
 

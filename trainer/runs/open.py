@@ -91,11 +91,7 @@ def store_places(config: Config, schema: Schema) -> list[StorePlace]:
     places = [StorePlace(name, data.store, data.store_version, "data.store", "data.store_version") for name in here]
     return places + [
         StorePlace(
-            name,
-            data.stores[name],
-            data.store_versions.get(name),
-            f"data.stores.{name}",
-            f"data.store_versions.{name}",
+            name, data.stores[name], data.store_versions.get(name), f"data.stores.{name}", f"data.store_versions.{name}"
         )
         for name in elsewhere
     ]
