@@ -8,6 +8,7 @@ import typer
 from featurestore.console.commandline import CommandApp, run_app
 from featurestore.console.files import check_ending
 from featurestore.console.output import print_summary
+from featurestore.text import count_text
 from trainer.cli import WhichCheckpoint, WhichRun, run_on_ranks
 
 if TYPE_CHECKING:
@@ -97,7 +98,6 @@ def _check_options(model: str | None, samples: str | None, version: int | None, 
 def summary_text(written: "Written", num_ranks: int, out: str, seconds: float) -> list[str]:
     """Write the lines that the job prints."""
     about = written.about
-    ranks = f"{num_ranks} rank{'s' * (num_ranks > 1)}"
     model = [f"model        {about['model']}, version {about['version']}"] if "model" in about else []
     return [
         *model,
@@ -105,7 +105,7 @@ def summary_text(written: "Written", num_ranks: int, out: str, seconds: float) -
         f"samples      {about['samples']}, {written.impressions:,} impressions",
         f"scores       mean {written.mean_probability:.4f}; {written.mean_label:.4f} of the labels are 1",
         *(f"note         {note}" for note in written.notes),
-        f"time         {seconds:.1f} s on {ranks}",
+        f"time         {seconds:.1f} s on {count_text(num_ranks, 'rank')}",
         f"written to   {out}",
     ]
 

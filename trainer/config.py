@@ -633,6 +633,13 @@ def differences(
     return [each for each in found if each.decides not in accepted]
 
 
+def refuse_given(config: Config, settings: Collection[str], why: str) -> None:
+    """Raise ConfigError, which says `why`, where one of these settings is not as in the preset."""
+    for each in differences(config.model_dump(), Config().model_dump()):
+        if each.setting in settings:
+            raise ConfigError(f"{each.name}={each.here}: {why}; leave it out")
+
+
 def decides_of(name: str) -> Decision:
     """Return the kind of a setting, or of another value of an origin, by its name."""
     return _DECISIONS.get(".".join(name.split(".")[:2]), "parameters")

@@ -21,7 +21,7 @@ from featurestore.console.output import print_table, text_console
 from featurestore.errors import AnotherStoreError, StorageError
 from featurestore.parsing import parse_json
 from featurestore.published.paths import RunPath, read_file, run_path, write_json_file
-from trainer.config import WARM_PARTS, Config, RunConfig, differences, load_config, load_saved, save_config
+from trainer.config import WARM_PARTS, Config, differences, load_config, load_saved, refuse_given, save_config
 from trainer.errors import CheckpointError, ConfigError, DataNotFoundError, OtherRunError, TrainerError
 from trainer.main import on_ranks, train, warm_settings
 from trainer.runs.folder import DAYS_FILE, finished, report_of
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 DAY = re.compile(r"\d{4}-\d{2}-\d{2}")
 _SAME_PLACES = {"data.samples", "data.schema_file", "data.store", "data.stores"}
 """What all days of a table read; which snapshots of the stores, is chosen day by day."""
+_CHOSEN = ("run.resume", "run.overwrite", "run.warm_parts", "data.train_days", "data.test_days", "data.validation_days")
+"""What each day has its own of."""
 TABLE_FILE = "days.json"
 _METRICS = ("impressions", "logloss", "auc", "gauc", "new_ad_auc", "new_ad_gauc")
 
@@ -374,17 +376,7 @@ def _set_test_day(day: Day) -> None:
 
 def _check_base(base: Config) -> None:
     """Raise ConfigError for settings that the days' runs cannot share."""
-    given = {
-        "run.resume": base.run.resume,
-        "run.overwrite": base.run.overwrite or None,
-        "data.train_days": base.data.train_days,
-        "data.test_days": base.data.test_days,
-        "data.validation_days": base.data.validation_days or None,
-        "run.warm_parts": None if base.run.warm_parts == RunConfig().warm_parts else base.run.warm_parts,
-    }
-    for name, value in given.items():
-        if value is not None:
-            raise ConfigError(f"{name}={value}: trainer.daily chooses it for each day; leave it out")
+    refuse_given(base, _CHOSEN, "trainer.daily chooses it for each day")
     if base.train.early_stopping is not None:
         raise ConfigError(
             f"train.early_stopping={base.train.early_stopping}: a day is trained before the next one's samples "
@@ -411,12 +403,7 @@ def _claim(folder: RunPath, base: Config) -> None:
     Until a first day has a folder, which is made when its run has opened all it needs, the settings may be wrong, and
     new ones replace them.
     """
-    mine = {
-        "model": base.model.model_dump(mode="json"),
-        "optim": base.optim.model_dump(mode="json"),
-        "train": base.train.model_dump(mode="json"),
-        "data": base.data.model_dump(mode="json"),
-    }
+    mine = base.model_dump(mode="json", exclude={"run"})
     file = folder / DAYS_FILE
     try:
         if not (file.is_file() and any(DAY.fullmatch(each.name) for each in folder.iterdir())):

@@ -194,10 +194,9 @@ def past_text(past: Past) -> str:
 
 def start_text(step: int, hosts: Sequence[HostSlots], slots_left: int, slots: int) -> str:
     """Describe the start of the next generation."""
-    ranks = count_slots(hosts)
     where = ", ".join(f"{each.host}:{each.count}" for each in hosts)
     begin = f"resuming at step {step:,}" if step else "starting at the first step"
-    return f"{slots_left} of {slots} slots left; {begin} on {ranks} rank{'s' * (ranks != 1)} ({where})"
+    return f"{slots_left} of {slots} slots left; {begin} on {count_text(count_slots(hosts), 'rank')} ({where})"
 
 
 class Printer:
@@ -647,8 +646,7 @@ class Supervisor:
     def _last_words(self, code: int) -> str:
         """Report the end of the supervision."""
         last = self.past[-1]
-        restarts = len(self.past) - 1
-        after = f"after {restarts} restart{'s' * (restarts != 1)}, with step {last.step_after:,}"
+        after = f"after {count_text(len(self.past) - 1, 'restart')}, with step {last.step_after:,}"
         if code == 0:
             return f"done {after}"
         if code == STOPPED:

@@ -21,7 +21,7 @@ from featurestore.errors import StorageError
 from featurestore.parsing import format_yaml, parse_yaml
 from featurestore.published.paths import RunPath, run_path, write_file, write_json_file
 from featurestore.spec import differing
-from trainer.config import Config, load_config
+from trainer.config import Config, load_config, refuse_given
 from trainer.errors import ConfigError, TrainerError
 from trainer.main import on_ranks, train
 from trainer.runs.folder import report_of
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 GRID: Mapping[str, Sequence[Any]] = {"optim.lr": (0.001, 0.002), "optim.ids_lr": (0.006, 0.02)}
 """What is tried, each with each, where nothing is said: the rates that differ most by log (docs/CHOICES.md)."""
+_CHOSEN = ("run.resume", "run.overwrite", "train.early_stopping", "train.eval_every")
+"""Settings that each run of the grid has its own of."""
 NAME = "tune"
 TABLE_FILE, SETTINGS_FILE = "tune.json", "settings.yaml"
 _METRICS = {"gauc": "GAUC", "auc": "AUC", "logloss": "log loss"}
@@ -124,7 +126,7 @@ def trials_of(
 ) -> list[Trial]:
     """Make the settings of all points of the grid. Raises ConfigError."""
     base = load_config(file, given)
-    _check_base(base)
+    refuse_given(base, _CHOSEN, "tune chooses it for each run")
     root = run_path(base.run.dir) / (base.run.name or NAME)
     return [_trial(file, given, values, root, epochs) for values in points(grid)]
 
@@ -144,19 +146,6 @@ def _trial(file: RunPath | None, given: Sequence[str], values: Mapping[str, Any]
         run={"dir": str(root), "name": re.sub(r"[^A-Za-z0-9._]+", "-", words).strip("-"), "resume": "auto"},
     )
     return Trial(values, chosen, held_out)
-
-
-def _check_base(base: Config) -> None:
-    """Raise ConfigError for settings that each run of the grid chooses for itself."""
-    given = {
-        "run.resume": base.run.resume,
-        "run.overwrite": base.run.overwrite or None,
-        "train.early_stopping": base.train.early_stopping,
-        "train.eval_every": base.train.eval_every,
-    }
-    for name, value in given.items():
-        if value is not None:
-            raise ConfigError(f"{name}={value}: tune chooses it for each run; leave it out")
 
 
 def tune(trials: Sequence[Trial], comm: "Comm") -> None:

@@ -17,6 +17,7 @@ from featurestore.console.output import print_line, print_table, text_console
 from featurestore.console.page import save_plot
 from featurestore.errors import StorageError
 from featurestore.published.paths import RunPath, written_locally
+from featurestore.text import count_text
 from trainer.comm import Comm
 from trainer.errors import TrainerError
 from trainer.evaluation import bootstrap
@@ -43,7 +44,7 @@ def evaluate_run(
     """
     console = text_console(quiet=quiet or comm.rank != 0)
     with contextlib.closing(open_source(source, comm)) as opened:
-        count = f"{opened.test.num_samples:,} impressions, {comm.size} rank{'s' * (comm.size > 1)}"
+        count = f"{opened.test.num_samples:,} impressions, {count_text(comm.size, 'rank')}"
         print_line(console, f"{opened.saved.checkpoint}: {count}")
         impressions = read_impressions(comm, opened.test, opened.schema)
         cuts = slicings_of(opened, impressions)

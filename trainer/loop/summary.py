@@ -14,7 +14,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal
 
 import torch
@@ -28,6 +27,7 @@ from torch.utils.tensorboard.summary import scalar
 from featurestore.console.output import figure, print_table, print_warning, progress_bars, text_column, text_console
 from featurestore.errors import StorageError
 from featurestore.published.paths import RunPath, write_json_file
+from featurestore.text import count_text
 from trainer.comm import Comm
 from trainer.engine.engine import StepResult
 from trainer.engine.machine import device_name
@@ -63,9 +63,7 @@ class ProgressLog:
         self._bar.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
     def step(self, step: int, scalars: Mapping[str, float], details: Mapping[str, float]) -> None:
@@ -278,7 +276,7 @@ def hardware_text(hardware: Mapping[str, Any], num_ranks: int) -> str:
     devices, dtype = ", ".join(dict.fromkeys(hardware["devices"])), f"compute_dtype {hardware['compute_dtype']}"
     if hardware["collectives"] is None:
         return f"one process on {devices}, no collectives, {dtype}"
-    return f"{ranks_text(num_ranks)} on {devices}, collectives: {hardware['collectives']}, {dtype}"
+    return f"{count_text(num_ranks, 'rank')} on {devices}, collectives: {hardware['collectives']}, {dtype}"
 
 
 def stage_table(medians_R: list[dict[Any, float]]) -> dict[str, dict[str, float | None]]:
@@ -314,7 +312,7 @@ def show(console: Console, report: Mapping[str, Any], *, verbose: bool = False) 
 
     Where the time of a step went is in the report and in the explorer.
     """
-    title = f"{report['name']}: {report['global_step']:,} steps, {ranks_text(report['num_ranks'])}"
+    title = f"{report['name']}: {report['global_step']:,} steps, {count_text(report['num_ranks'], 'rank')}"
     metrics = report["metrics"]
     columns = {"": "all"} | ({"new_ad_": "of new ads"} if metrics.get("new_ad_impressions") else {})
     table = _table("test samples", *columns.values(), title=title)
@@ -353,11 +351,6 @@ def _table(first: str, *numbers: str, title: str | None = None) -> Table:
     for name in numbers:
         table.add_column(name, justify="right")
     return table
-
-
-def ranks_text(count: int) -> str:
-    """Format a number of ranks, as '8 ranks'."""
-    return f"{count} rank{'' if count == 1 else 's'}"
 
 
 def _id_tables_shown(tables: Mapping[str, Mapping[str, Any]]) -> Table:

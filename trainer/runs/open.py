@@ -24,6 +24,7 @@ from featurestore.snapshot import Snapshot, SnapshotId
 from featurestore.spec import StoreInfo
 from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
+from featurestore.text import count_text
 from trainer.comm import Comm
 from trainer.config import Config, differences, save_config, settings_that_decide
 from trainer.engine.engine import Engine
@@ -234,8 +235,7 @@ def lacking_images(
 def _described(found: survey.LackingImages, place: StorePlace) -> str:
     share = f"{found.impressions:,} of {found.of:,} impressions, {found.behaviors:,} behaviours"
     without = f", {found.without:,} of the impressions without any image" if found.without else ""
-    images = f"{found.images:,} image{'' if found.images == 1 else 's'}"
-    return f"{place.url} lacks {images} that the samples name ({share}{without})"
+    return f"{place.url} lacks {count_text(found.images, 'image')} that the samples name ({share}{without})"
 
 
 def _list_command(config: Config, place: StorePlace) -> str:

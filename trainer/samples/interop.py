@@ -18,9 +18,8 @@ from trainer.errors import DataError
 from trainer.samples.columns import rules_of, source_columns
 from trainer.samples.index import open_index
 from trainer.samples.reader import Batch, Jagged, SampleReader
-from trainer.samples.survey import fill_in, measure
-from trainer.schema import Schema, load_schema
-from trainer.schema.fields import SCHEMA_FILE
+from trainer.samples.survey import fill_in, measure, schema_beside
+from trainer.schema import Schema
 
 
 def table_of(data: Any) -> pa.Table:
@@ -147,8 +146,7 @@ class SampleDataset(IterableDataset[Tensors]):
     ) -> None:
         """Read the footers of the samples; `seed`: their order is random in each epoch. Raises DataError."""
         comm, storage = SoloComm(), open_published(samples)
-        own = storage.full(SCHEMA_FILE) if SCHEMA_FILE in storage.list() else None
-        found = load_schema(schema or own)
+        found = schema_beside(storage, schema)
         train = open_index(comm, storage, "train", found)
         self.schema = fill_in(found, measure(comm, train, found))
         self.index = train if split == "train" else open_index(comm, storage, split, self.schema)

@@ -30,7 +30,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial, reduce
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -39,11 +39,13 @@ import pyarrow.parquet as pq
 import xxhash
 from numpy.typing import NDArray
 
+from featurestore.console.files import replaced_file
 from featurestore.console.output import text_console
 from featurestore.errors import StorageError
 from featurestore.format.statistics import Moments
 from featurestore.keys import NO_IMAGE, owner_of, shard_of
 from featurestore.lookup.cache import SAMPLES, default_cache_dir
+from featurestore.published.paths import FarPath, RunPath, open_file, remove_all, written_locally
 from featurestore.published.versions import open_published
 from featurestore.storage.local import claim, is_private
 from featurestore.storage.storage import Storage, digest_of, settled_tags
@@ -57,10 +59,6 @@ from trainer.schema.fields import IMAGES_FILE, SCHEMA_FILE, STANDARDIZED
 
 if TYPE_CHECKING:
     from featurestore.lookup.partition import FeaturePartition
-from typing import cast
-
-from featurestore.console.files import replaced_file
-from featurestore.published.paths import FarPath, RunPath, open_file, remove_all, written_locally
 
 _REMEMBERED = 16  # measurements of one folder of samples: other days, other snapshots
 _THREADS = 4  # waiting for the disk or the network; xxh3 takes 18 GB/s on one core
@@ -416,6 +414,12 @@ def _names_listed(storage: Storage, keys_U: NDArray[np.int64]) -> Iterator[tuple
         raise DataError(f"{where} cannot be read: {str(failure).strip()}; make the samples again") from failure
 
 
+def schema_beside(samples: Storage, schema_file: str | None) -> Schema:
+    """Load a schema: of this file, else the one next to the samples, else the preset. Raises SchemaError."""
+    own = samples.full(SCHEMA_FILE) if SCHEMA_FILE in samples.list() else None
+    return load_schema(schema_file or own)
+
+
 def list_missing(samples: str, store: str, schema_file: str | None = None, name: str = DEFAULT_STORE) -> pa.Table:
     """List the images that all samples name in the fields of a store, and its newest snapshot lacks.
 
@@ -423,8 +427,7 @@ def list_missing(samples: str, store: str, schema_file: str | None = None, name:
     Raises DataError, SchemaError, FeatureStoreError.
     """
     storage = open_published(samples)
-    own = storage.full(SCHEMA_FILE) if SCHEMA_FILE in storage.list() else None
-    schema = load_schema(schema_file or own)
+    schema = schema_beside(storage, schema_file)
     rules = rules_of(schema)
     fields = [field for field in schema.of_kind("content") if field.store_name == name]
     if not fields:
