@@ -5,13 +5,12 @@ Costs are bytes that travel, and seconds, each a mean over steps.
 As a program on ranks, it measures collectives: horovodrun -np 2 python -m trainer.cost
 """
 
-import dataclasses
 import json
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -362,7 +361,7 @@ def even_shards(ranks: int) -> int:
 
 def as_json(plan: TrainingPlan) -> dict[str, Any]:
     """Return everything in the plan as plain values; `ranks` maps each number of ranks to its row."""
-    values = dataclasses.asdict(plan)
+    values = asdict(plan)
     rows = {str(row.pop("ranks")): row for row in values.pop("rows")}
     return values | {"ranks": rows}
 

@@ -12,7 +12,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -243,7 +242,7 @@ def reach_of_all(links: Sequence[Link]) -> dict[str, Reach]:
     return found
 
 
-@contextmanager
+@contextlib.contextmanager
 def environments(by: By, hosts: Sequence[HostSlots], reach: Mapping[str, Reach]) -> Iterator[list[Variables]]:
     """Yield the variables of each rank; what they meet at is there until the block ends. One rank alone needs none."""
     counts = [each.count for each in hosts]

@@ -14,7 +14,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import partial
 from typing import Literal, TypeVar, get_args
 
@@ -67,7 +66,7 @@ class Stages:
     def __init__(self) -> None:
         self._seconds: dict[Stage, deque[float]] = {}
 
-    @contextmanager
+    @contextlib.contextmanager
     def timed(self, stage: Stage, kind: Kind = "step") -> Iterator[None]:
         """Time the block as one run of the stage; in an evaluation it only gets its name in the trace."""
         start_s = time.perf_counter()

@@ -17,7 +17,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, TextIO
@@ -367,7 +366,7 @@ LEASE_S = 60.0
 """Seconds without a renewal after which a supervisor on another machine counts as gone."""
 
 
-@contextmanager
+@contextlib.contextmanager
 def claimed(folder: RunPath, lease_s: float = LEASE_S) -> Iterator[None]:
     """Hold the run in `folder`: by a lock that ends with this process or, on an object store, by a lease.
 
@@ -379,9 +378,9 @@ def claimed(folder: RunPath, lease_s: float = LEASE_S) -> Iterator[None]:
         yield
 
 
-@contextmanager
+@contextlib.contextmanager
 def _lock(file: Path) -> Iterator[None]:
-    with ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             lock = stack.enter_context(file.open("a+", encoding="utf-8", errors="replace"))
@@ -397,7 +396,7 @@ def _lock(file: Path) -> Iterator[None]:
         yield
 
 
-@contextmanager
+@contextlib.contextmanager
 def _lease(folder: FarPath, lease_s: float) -> Iterator[None]:
     """Hold the claim of the highest number in `folder`; it is renewed in a thread, and ends after the block.
 
@@ -413,7 +412,7 @@ def _lease(folder: FarPath, lease_s: float) -> Iterator[None]:
 
     def renew() -> None:
         while not ended.wait(lease_s / 4):
-            with suppress(OSError, StorageError):  # the store is away: nobody else can take the run either
+            with contextlib.suppress(OSError, StorageError):  # the store is away: nobody else can take the run either
                 if (newest := storage.list()[-1:]) != [mine]:
                     other = storage.read_bytes(newest[0]).decode(errors="replace") if newest else ""
                     say_error(
@@ -438,7 +437,7 @@ def _lease(folder: FarPath, lease_s: float) -> Iterator[None]:
 
 def _holder(storage: Storage, claim: str, lease_s: float) -> str | None:
     """Return who holds a claim; None if it was given back, has expired, or its process here has ended."""
-    with suppress(FileNotFoundError):
+    with contextlib.suppress(FileNotFoundError):
         holder = printable(storage.read_bytes(claim).decode(errors="replace")[:200])
         if holder and storage.now() - storage.entry(claim).mtime_s < lease_s and not _is_gone(holder):
             return holder

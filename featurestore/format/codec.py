@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from numpy.typing import NDArray
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors import numpy as tensors
@@ -211,11 +210,11 @@ def file_metadata(data: bytes) -> dict[str, str]:
 _lock = threading.Lock()
 
 
-def read_npy(data: bytes | memoryview) -> NDArray[Any]:
+def read_npy(data: bytes | memoryview) -> npt.NDArray[Any]:
     """Read the array in the bytes of an .npy file. Raises ValueError where they are none; nothing is unpickled."""
     try:
         with _lock:
-            array: NDArray[Any] = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+            array: npt.NDArray[Any] = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
     except (MemoryError, OverflowError, SyntaxError, TypeError, tokenize.TokenError) as error:  # of a damaged header
         raise ValueError(f"it is not an array as numpy writes one: {error}") from error
     return array

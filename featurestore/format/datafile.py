@@ -10,7 +10,6 @@ import hashlib
 import io
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from functools import lru_cache
 from typing import IO, Any, Literal
 
@@ -43,7 +42,7 @@ class FileMemory:
         self._num_lent = 0
         self._changed = threading.Condition()
 
-    @contextmanager
+    @contextlib.contextmanager
     def borrow(self, size_bytes: int) -> Iterator[memoryview]:
         """Lend a view of `size_bytes`, with any content; nothing may look into it after the block."""
         buffer = self._take(size_bytes)

@@ -11,7 +11,6 @@ import os
 import socket
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -172,7 +171,7 @@ class StepTotals:
     warm_up_s: float = 0.0
     seconds: dict[str, float] = field(default_factory=dict)
 
-    @contextmanager
+    @contextlib.contextmanager
     def timed(self, phase: Phase) -> Iterator[None]:
         """Add the block's wall time to the phase."""
         start_s = time.perf_counter()

@@ -11,7 +11,6 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -263,14 +262,14 @@ class Training:
         new_ads = self._engine.model.new_ads
         return new_ads.pictures_count if new_ads is not None else None
 
-    @contextmanager
+    @contextlib.contextmanager
     def _prepared(self, batches: Iterator[Batch], count: int, kind: Kind) -> Iterator[Iterator[PreparedBatch]]:
         """Yield `count` batches, read ahead, each one prepared during the step of the one before."""
         stages = self._engine.stages
-        with stopped_together(), closing(ReadAhead(stages.each("read", batches, kind))) as ahead:
+        with stopped_together(), contextlib.closing(ReadAhead(stages.each("read", batches, kind))) as ahead:
             coming = stages.each("wait for samples", ahead, kind)
             prepare = partial(next, self._engine.prepared(self._until_signal(coming), kind))
-            with closing(prepare_ahead(count, prepare)) as waiting:
+            with contextlib.closing(prepare_ahead(count, prepare)) as waiting:
                 yield (self._waited(each, kind) for each in waiting)
 
     def _waited(self, result: Callable[[], PreparedBatch], kind: Kind) -> PreparedBatch:
