@@ -9,15 +9,14 @@ from typing import Any, Self
 
 import faiss as _typed_faiss
 import numpy as np
-import numpy.typing as npt
 
 from featurestore.errors import CorruptFileError, InvalidRowsError
-from featurestore.keys import Int64Array
+from featurestore.keys import AnyArray, Float32Array, Float64Array, Int64Array
 from featurestore.spec import IndexKind
 
 faiss: Any = _typed_faiss  # its stubs lack some of the classes
 
-Vectors = npt.NDArray[np.float32]
+Vectors = Float32Array
 
 NOT_FOUND = np.float32(-np.inf)
 _LARGEST_CODE = 255
@@ -28,7 +27,7 @@ _LARGEST_EFFORT = 16 * _SEARCH_EFFORT
 _NO_INDEX = (RuntimeError, AttributeError, StopIteration, LookupError, ValueError, EOFError, zipfile.BadZipFile)
 
 
-def nearest(rows_ND: npt.NDArray[np.float32], queries_KD: npt.NDArray[np.float32], count: int) -> npt.NDArray[Any]:
+def nearest(rows_ND: Float32Array, queries_KD: Float32Array, count: int) -> AnyArray:
     """Find the `count` nearest rows of each query by Euclidean distance, nearest first, (K, count). Exact."""
     index = faiss.IndexFlatL2(rows_ND.shape[1])
     index.add(np.ascontiguousarray(rows_ND, np.float32))
@@ -200,7 +199,7 @@ class VectorIndex:
         rest_N1 = np.sqrt(np.maximum(self._radius**2 - _squares(centred_ND), 0))[:, None]
         return np.hstack([centred_ND, rest_N1.astype(np.float32)])
 
-    def _asked(self, queries_KD: Vectors) -> tuple[Vectors, npt.NDArray[np.float64]]:
+    def _asked(self, queries_KD: Vectors) -> tuple[Vectors, Float64Array]:
         """Return the queries as faiss has them, and what its scores are multiplied with, (K, 1).
 
         To a lifted hnsw all are as long as its vectors: which are nearest depends on it.
@@ -245,7 +244,7 @@ def _empty(kind: IndexKind, dim: int, lifted: bool) -> Any:
     return base
 
 
-def _squares(vectors_ND: Vectors) -> npt.NDArray[np.float64]:
+def _squares(vectors_ND: Vectors) -> Float64Array:
     """Return the squared length of each vector, (N,)."""
     return np.asarray(np.einsum("nd,nd->n", vectors_ND, vectors_ND, dtype=np.float64))
 

@@ -15,6 +15,10 @@ from featurestore.errors import ImageNameError
 
 Int64Array = npt.NDArray[np.int64]
 UInt64Array = npt.NDArray[np.uint64]
+Float32Array = npt.NDArray[np.float32]
+Float64Array = npt.NDArray[np.float64]
+BoolArray = npt.NDArray[np.bool_]
+AnyArray = npt.NDArray[Any]
 
 NO_IMAGE = 0
 """The key that stands for no image, for nulls in samples and requests."""

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict
 
@@ -19,7 +18,7 @@ from featurestore.format.datafile import rows_of, schema_of
 from featurestore.format.rows import FeatureRows
 from featurestore.format.shard import ShardReader, live_batches, live_schema
 from featurestore.format.statistics import FeatureStatistics, Moments
-from featurestore.keys import Int64Array, shard_of
+from featurestore.keys import AnyArray, BoolArray, Int64Array, shard_of
 from featurestore.spec import Manifest, OptionalId, RandomId, SourceSnapshot, StoreInfo
 from featurestore.storage.storage import Storage, cached_property, in_threads
 
@@ -65,7 +64,7 @@ class Snapshot:
         """Read the keys of all live rows, ascending (M,)."""
         return np.sort(np.concatenate([np.empty(0, np.int64), *self._each_shard(lambda reader: reader.keys())]))
 
-    def contains(self, keys: Sequence[int] | Int64Array) -> npt.NDArray[np.bool_]:
+    def contains(self, keys: Sequence[int] | Int64Array) -> BoolArray:
         """Return which of the keys have a feature, (U,); reads the keys of their shards, one shard at a time."""
         keys_U = np.asarray(keys, dtype=np.int64)
         shard_U = shard_of(keys_U, self.info.num_shards)
@@ -75,7 +74,7 @@ class Snapshot:
             found_U[here_U] = np.isin(keys_U[here_U], self.shard_reader(shard).keys())
         return found_U
 
-    def find(self, keys: Sequence[int] | Int64Array) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]:
+    def find(self, keys: Sequence[int] | Int64Array) -> tuple[AnyArray, BoolArray]:
         """Read features in the order asked, (U, D), and which of the keys have one (U,); the others get zeros.
 
         Features are as they are stored: `codec.decode` makes them float32. For a few keys; `FeaturePartition` is made
@@ -90,7 +89,7 @@ class Snapshot:
             features_UD[here_U], found_U[here_U] = self.shard_reader(int(shard)).features(keys_U[here_U])
         return features_UD, found_U
 
-    def get(self, keys: Sequence[int] | Int64Array) -> npt.NDArray[Any]:
+    def get(self, keys: Sequence[int] | Int64Array) -> AnyArray:
         """Read features of keys that all have one, as `find` does. Raises MissingKeysError."""
         keys_U = np.asarray(keys, dtype=np.int64)
         features_UD, found_U = self.find(keys_U)

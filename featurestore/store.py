@@ -17,6 +17,7 @@ from featurestore.format.codec import Basis, Codec, basis_of
 from featurestore.format.datafile import KEY, numpy_column
 from featurestore.format.rows import FeatureRows, check_collisions
 from featurestore.format.shard import newest_rows, take_rows, write_shard_file
+from featurestore.keys import Int64Array
 from featurestore.published.versions import VersionName, find_channel
 from featurestore.snapshot import Snapshot
 from featurestore.spec import FileEntry, FileKind, SourceSnapshot, StoreInfo, create_sealed, read_sealed
@@ -166,7 +167,7 @@ class FeatureStore:
         """
         return self.commit(self.write(rows), operation)
 
-    def delete(self, keys: Sequence[int] | npt.NDArray[np.int64], operation: str = "delete") -> Snapshot:
+    def delete(self, keys: Sequence[int] | Int64Array, operation: str = "delete") -> Snapshot:
         """Remove keys, by tombstones; unknown keys are not an error."""
         return self.commit(self.write(FeatureRows.tombstones(keys, self.info)), operation)
 

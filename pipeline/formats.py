@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from featurestore.format.codec import read_npy
 from featurestore.format.datafile import is_text
-from featurestore.keys import Int64Array, key_of_uri, keys_of_uris
+from featurestore.keys import AnyArray, Float32Array, Int64Array, key_of_uri, keys_of_uris
 from featurestore.storage.local import StorageEntry
 from featurestore.storage.storage import Storage, file_at
 from pipeline.errors import VectorImportError, VectorsNotFoundError
@@ -35,7 +35,7 @@ class VectorBlock:
 
     keys_N: Int64Array
     uris: list[str]
-    vectors_ND: npt.NDArray[np.float32]
+    vectors_ND: Float32Array
     bad: tuple[BadRow, ...] = ()
 
     def __len__(self) -> int:
@@ -244,14 +244,14 @@ def _names_of_rows(address: str, rows: int) -> tuple[list[Int64Array | bytes], i
     return [data[start:end] for start, end in pairwise(bounds)], len(ends_L), fingerprint
 
 
-def _named(path: str, first: int, uris: list[str], vectors_ND: npt.NDArray[np.float32]) -> VectorBlock:
+def _named(path: str, first: int, uris: list[str], vectors_ND: Float32Array) -> VectorBlock:
     named_N = np.array([uri != "" for uri in uris], np.bool_)
     bad = tuple(BadRow.at(path, first + int(row), "empty id") for row in np.flatnonzero(~named_N))
     uris = [uri for uri in uris if uri]
     return VectorBlock(keys_of_uris(uris), uris, vectors_ND[named_N], bad)
 
 
-def _single(values_ND: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+def _single(values_ND: AnyArray) -> Float32Array:
     with np.errstate(over="ignore"):  # infinite then, and refused
         return values_ND.astype(np.float32)
 
@@ -403,7 +403,7 @@ def _first_width(storage: Storage, paths: list[str], columns: list[ParquetColumn
     raise VectorImportError(f"{storage.url} has no features at all")
 
 
-def _vectors(column: Any, dim: int, reasons_N: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+def _vectors(column: Any, dim: int, reasons_N: AnyArray) -> Float32Array:
     """Read the rows that have `dim` numbers, float32 (N, D); `reasons_N` gets why another row has not."""
     column = getattr(column, "storage", column)
     valid = np.asarray(column.is_valid())

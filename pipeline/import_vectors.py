@@ -25,7 +25,7 @@ from distributed import Client
 from featurestore.console.output import progress_bar
 from featurestore.format.codec import read_npy
 from featurestore.format.rows import FeatureRows
-from featurestore.keys import Int64Array
+from featurestore.keys import AnyArray, BoolArray, Int64Array
 from featurestore.parsing import parse_json
 from featurestore.spec import ExtractorSpec
 from featurestore.staging import STAGING
@@ -143,11 +143,11 @@ def _index(block: VectorBlock, stored: IndexArray) -> IndexArray:
     return index_N
 
 
-def _bad_rows(block: VectorBlock, is_bad_N: npt.NDArray[np.bool_], reason: str) -> list[store_run.BadRow]:
+def _bad_rows(block: VectorBlock, is_bad_N: BoolArray, reason: str) -> list[store_run.BadRow]:
     return [store_run.BadRow(int(block.keys_N[row]), block.uris[row], reason) for row in np.flatnonzero(is_bad_N)]
 
 
-def _rows(block: VectorBlock, bits_ND: npt.NDArray[Any], index_N: IndexArray) -> FeatureRows:
+def _rows(block: VectorBlock, bits_ND: AnyArray, index_N: IndexArray) -> FeatureRows:
     digests: Int64Array = np.stack([index_N["low"], index_N["high"]], axis=1)
     data = np.ascontiguousarray(digests, "<u8").tobytes()
     return FeatureRows.of(

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 import torch
 
 from featurestore import FeatureRows, FeatureStore, StoreInfo, to_bits
-from featurestore.keys import owner_of, shard_of
+from featurestore.keys import Int64Array, owner_of, shard_of
 from featurestore.lookup.embedding import EmbeddingModel
 from featurestore.lookup.rowfiles import physical_memory_bytes
 from featurestore.snapshot import Snapshot
@@ -34,7 +34,6 @@ from trainer.cost import BatchCounts, KeyCounts, Machine, NetworkSpeed, StoredBy
 from trainer.engine.machine import check_threads
 from trainer.engine.wiring import model_name, table_shapes
 from trainer.errors import ConfigError, PlanError
-from trainer.exchange.routing import Int64
 from trainer.ids.optimizers import state_of
 from trainer.ids.shards import owned_bytes
 from trainer.models.layers import used_fields, width_of
@@ -71,7 +70,7 @@ class DrawnSamples:
         """Count the samples."""
         return self.batch.num_samples
 
-    def keys_of(self, span: range) -> list[Int64]:
+    def keys_of(self, span: range) -> list[Int64Array]:
         """Return the keys of each source in samples `span`, with repetitions; a cut group has its user fields."""
         return [np.concatenate([self._values(name, span) for name in names]) for names in self.sources]
 
@@ -93,7 +92,7 @@ class DrawnSamples:
             owned_P += np.bincount(owners_U, minlength=ranks)
         return asked / ranks, float(owned_P.sum()), float(owned_P.max())
 
-    def _values(self, name: str, span: range) -> Int64:
+    def _values(self, name: str, span: range) -> Int64Array:
         jagged, group_B = self.batch.fields[name], self.batch.group_of_sample_B
         of_user = name in self.user_fields
         rows = range(int(group_B[span.start]), int(group_B[span.stop - 1]) + 1) if of_user else span
@@ -307,7 +306,7 @@ def _as_small(table: TableConfig) -> TableConfig:
     return table.model_copy(update={"max_rows": min(table.max_rows, _MOST_TABLE_ROWS)})
 
 
-def draw_store(folder: Path, info: StoreInfo, keys_U: Int64) -> FeatureStore:
+def draw_store(folder: Path, info: StoreInfo, keys_U: Int64Array) -> FeatureStore:
     """Make a store of drawn features for `keys_U`, or as many of them as a twentieth of the memory holds."""
     small = StoreInfo(num_shards=_SHARDS, dim=info.dim, dtype=info.dtype, extractor=info.extractor)
     store = FeatureStore.create(folder, small)

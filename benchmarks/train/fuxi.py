@@ -16,9 +16,9 @@ from fuxictr.pytorch.layers.embeddings.pretrained_embedding import PretrainedEmb
 
 from benchmarks.train.rivals import Images, Model, occurrences, per_sample
 from featurestore import FeatureStore, to_float32
+from featurestore.keys import Int64Array
 from featurestore.lookup.partition import FeaturePartition
 from trainer.exchange.exchange import KeyRequest
-from trainer.exchange.routing import Int64
 from trainer.runs.open import Run
 from trainer.samples.reader import Batch
 
@@ -61,7 +61,7 @@ class FuxiCtr:
         }
 
 
-def pretrained_layer(partition: FeaturePartition, keys_N: Int64, width: int) -> torch.nn.Module:
+def pretrained_layer(partition: FeaturePartition, keys_N: Int64Array, width: int) -> torch.nn.Module:
     """Make FuxiCTR's layer of the features of `keys_N` at 1, 2, …; 0 is its padding and N + 1 what it does not know."""
     places = {str(key): 1 + place for place, key in enumerate(keys_N.tolist())}
     with tempfile.TemporaryDirectory() as folder:

@@ -29,13 +29,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
-from featurestore.keys import owner_of, shard_of
+from featurestore.keys import Int64Array, owner_of, shard_of
 from featurestore.lookup.embedding import EmbeddingModel, EmbeddingService
 from featurestore.lookup.ondevice import Gathered, as_tensor
 from featurestore.lookup.partition import FeaturePartition
 from trainer.engine.wiring import model_name
 from trainer.exchange.exchange import Exchange, KeyRequest
-from trainer.exchange.routing import Int64, bucketize_by_owner, unique
+from trainer.exchange.routing import bucketize_by_owner, unique
 from trainer.exchange.vectors import FieldVectors
 from trainer.optim import DenseOptimizer, rates_at
 from trainer.runs.open import Run
@@ -379,5 +379,5 @@ class StoreInServer:
         }
 
 
-def _splits(counts_P: Int64) -> Tensor:
+def _splits(counts_P: Int64Array) -> Tensor:
     return torch.from_numpy(counts_P.astype(np.int32))

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
-import numpy.typing as npt
 import typer
 
 from featurestore.commands import Url, Version
 from featurestore.console.commandline import CommandApp
 from featurestore.console.output import print_rows, print_summary, print_warning, progress_bar
 from featurestore.errors import FeatureStoreError
+from featurestore.keys import Float32Array
 from featurestore.text import refusal
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def _basis_lines(store: "FeatureStore") -> dict[str, str]:
     }
 
 
-def _write(path: Path, values_UD: npt.NDArray[np.float32]) -> None:
+def _write(path: Path, values_UD: Float32Array) -> None:
     from featurestore.console.files import replaced_file
 
     try:

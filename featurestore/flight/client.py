@@ -21,7 +21,7 @@ from featurestore.errors import AccessError, DeadlineError, MissingKeysError, Se
 from featurestore.flight import protocol
 from featurestore.format.codec import Codec
 from featurestore.format.datafile import matrix_of, numpy_column
-from featurestore.keys import Int64Array
+from featurestore.keys import AnyArray, BoolArray, Int64Array
 from featurestore.lookup.hashedrows import Lookup
 from featurestore.lookup.rowfiles import output_for
 from featurestore.snapshot import missing_message
@@ -106,7 +106,7 @@ class FeatureClient:
         """Width of a feature."""
         return self.info.dim
 
-    def lookup(self, keys_U: npt.ArrayLike, out: npt.NDArray[Any] | None = None) -> Lookup:
+    def lookup(self, keys_U: npt.ArrayLike, out: AnyArray | None = None) -> Lookup:
         """Return the features of `keys_U` in the order asked, written into `out` (U, D) where it is given.
 
         As `FeaturePartition.lookup`, which says what happens to a key without a feature. Raises UnavailableError,
@@ -119,7 +119,7 @@ class FeatureClient:
             self._note_missing(asked_U[missing_U])
         return Lookup(out, missing_U)
 
-    def contains(self, keys_U: npt.ArrayLike) -> npt.NDArray[np.bool_]:
+    def contains(self, keys_U: npt.ArrayLike) -> BoolArray:
         """Return which keys have a feature, (U,); none is sent. Raises what `lookup` raises of servers."""
         return ~self._ask(_keys(keys_U), None)
 
@@ -140,7 +140,7 @@ class FeatureClient:
             (answer,) = self._client.do_action(action, self._options)
         return protocol.parse_message(protocol.Described, answer.body.to_pybytes())
 
-    def _ask(self, keys_U: Int64Array, out_UD: npt.NDArray[Any] | None) -> npt.NDArray[np.bool_]:
+    def _ask(self, keys_U: Int64Array, out_UD: AnyArray | None) -> BoolArray:
         """Ask for keys, call by call, and return which are missing; without `out_UD` no features are sent."""
         missing_U = np.empty(len(keys_U), np.bool_)
         size = max(1, min(_CALL_KEYS, _CALL_BYTES // self.info.row_bytes))
@@ -149,7 +149,7 @@ class FeatureClient:
             self._exchange(keys_U[part], missing_U[part], None if out_UD is None else out_UD[part])
         return missing_U
 
-    def _exchange(self, keys_U: Int64Array, missing_U: npt.NDArray[np.bool_], out_UD: npt.NDArray[Any] | None) -> None:
+    def _exchange(self, keys_U: Int64Array, missing_U: BoolArray, out_UD: AnyArray | None) -> None:
         """Send keys while answers come, and put these into `missing_U` and `out_UD`."""
         asked = protocol.Asked(version=self.snapshot_version, features=out_UD is not None).model_dump_json().encode()
         with self._translated():
@@ -173,7 +173,7 @@ class FeatureClient:
                 raise
             writer.close()
 
-    def _take(self, batch: Any, missing_U: npt.NDArray[np.bool_], out_UD: npt.NDArray[Any] | None) -> int:
+    def _take(self, batch: Any, missing_U: BoolArray, out_UD: AnyArray | None) -> int:
         """Copy an answer to the beginning of what is left; return how many rows it has."""
         table = pa.Table.from_batches([batch])
         missing_U[: len(table)] = ~numpy_column(table, protocol.FOUND)

@@ -18,6 +18,7 @@ from safetensors import numpy as tensors
 from featurestore.errors import CorruptFileError, InvalidRowsError
 from featurestore.format.datafile import digest_of, read_verified
 from featurestore.format.rows import FeatureRows, finite_rows, to_bits, to_float32
+from featurestore.keys import AnyArray, BoolArray, Float32Array, Float64Array
 from featurestore.parsing import first_mistake, parse_json
 from featurestore.spec import STORAGE_DTYPES, ExtractorSpec, Frozen, OptionalId, ReductionSpec, StoreInfo
 from featurestore.storage.storage import Storage
@@ -32,7 +33,7 @@ class Codec:
 
     dtype: DType
 
-    def encode(self, values_ND: npt.NDArray[np.floating[Any]]) -> npt.NDArray[Any]:
+    def encode(self, values_ND: npt.NDArray[np.floating[Any]]) -> AnyArray:
         """Return `values_ND` as the store keeps them, (N, D) in its storage dtype; right for every dtype.
 
         Raises InvalidRowsError where the store cannot hold a row; `encode_storable` says which it can.
@@ -42,9 +43,7 @@ class Codec:
             raise InvalidRowsError(f"{self._not_storable(storable_N)} row {np.flatnonzero(~storable_N)[0]}")
         return bits_ND
 
-    def encode_storable(
-        self, values_ND: npt.NDArray[np.floating[Any]]
-    ) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]:
+    def encode_storable(self, values_ND: npt.NDArray[np.floating[Any]]) -> tuple[AnyArray, BoolArray]:
         """Encode, and return which rows the store can hold, (N,): those finite before and after. Never raises."""
         bits_ND = to_bits(values_ND, self.dtype)
         return bits_ND, finite_rows(bits_ND, self.dtype)
@@ -64,19 +63,17 @@ class Codec:
             raise InvalidRowsError(f"{self._not_storable(storable_N)} {where}")
         return replace(rows, features_ND=bits_ND)
 
-    def decode(self, bits_ND: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    def decode(self, bits_ND: AnyArray) -> Float32Array:
         """Return the numbers behind stored ones, float32 (N, D); exact."""
         return to_float32(bits_ND, self.dtype)
 
-    def _not_storable(self, storable_N: npt.NDArray[np.bool_]) -> str:
+    def _not_storable(self, storable_N: BoolArray) -> str:
         count = int(np.count_nonzero(~storable_N))
         return f"{count} of {len(storable_N)} features are not finite in {self.dtype}; the first is that of"
 
 
 _ABOUT = "origin"  # the one key of the file's metadata: safetensors writes several in any order
 _BLOCK_ROWS = 1024
-
-Float64Array = npt.NDArray[np.float64]
 
 
 class BasisOrigin(Frozen):
@@ -120,7 +117,7 @@ class Basis:
         total = self.origin.total_variance
         return min(1.0, float(self.spectrum_K.sum()) / total) if total else 1.0
 
-    def project(self, values_ND: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.float32]:
+    def project(self, values_ND: npt.NDArray[np.floating[Any]]) -> Float32Array:
         """Return the coordinates (N, K) of full rows (N, D): of their distance from the mean along each component.
 
         Computed in float64, rounded once. Numbers that are not finite give such coordinates. Raises InvalidRowsError
@@ -134,7 +131,7 @@ class Basis:
                 out_NK[start : start + _BLOCK_ROWS] = centred @ self.components_KD.T
         return out_NK
 
-    def restored(self, coordinates_NK: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.float32]:
+    def restored(self, coordinates_NK: npt.NDArray[np.floating[Any]]) -> Float32Array:
         """Return the full rows (N, D) that coordinates (N, K) describe: nothing is left of other directions."""
         self._check_width(coordinates_NK, self.dim)
         rows_ND = coordinates_NK.astype(np.float64) @ self.components_KD + self.mean_D
@@ -158,7 +155,7 @@ class Basis:
             raise CorruptFileError(f"{path} is not the basis of a compact store: {why}") from error
         return cls(mean_D, components_KD, spectrum_K, origin)
 
-    def _check_width(self, rows: npt.NDArray[Any], width: int) -> None:
+    def _check_width(self, rows: AnyArray, width: int) -> None:
         if rows.ndim != 2 or rows.shape[1] != width:
             raise InvalidRowsError(
                 f"rows have shape {rows.shape}, and the basis is of (N, {self.full_dim}) for (N, {self.dim}): it takes"
@@ -210,11 +207,11 @@ def file_metadata(data: bytes) -> dict[str, str]:
 _lock = threading.Lock()
 
 
-def read_npy(data: bytes | memoryview) -> npt.NDArray[Any]:
+def read_npy(data: bytes | memoryview) -> AnyArray:
     """Read the array in the bytes of an .npy file. Raises ValueError where they are none; nothing is unpickled."""
     try:
         with _lock:
-            array: npt.NDArray[Any] = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+            array: AnyArray = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
     except (MemoryError, OverflowError, SyntaxError, TypeError, tokenize.TokenError) as error:  # of a damaged header
         raise ValueError(f"it is not an array as numpy writes one: {error}") from error
     return array

@@ -22,6 +22,7 @@ from pydantic import ValidationError
 
 from featurestore.errors import CorruptFileError, FeatureStoreError, SpecMismatchError
 from featurestore.format.rows import DIGEST_DTYPE, FeatureRows
+from featurestore.keys import AnyArray
 from featurestore.spec import FileEntry, StoreInfo
 from featurestore.storage.storage import Storage
 
@@ -126,7 +127,7 @@ def table_of(rows: FeatureRows, info: StoreInfo) -> pa.Table:
     return pa.Table.from_arrays(columns, schema=schema_of(info))
 
 
-def live_table(metadata: pa.Table, features_MD: npt.NDArray[Any], info: StoreInfo) -> pa.Table:
+def live_table(metadata: pa.Table, features_MD: AnyArray, info: StoreInfo) -> pa.Table:
     """Make a table of live rows from their METADATA_COLUMNS and features; the numbers are not copied."""
     deleted, features = pa.array(np.zeros(len(metadata), np.bool_)), _fixed_binary(features_MD, info.row_bytes)
     columns: list[Any] = [*metadata.select(METADATA_COLUMNS).columns, deleted, features]
@@ -147,7 +148,7 @@ def rows_of(table: pa.Table, info: StoreInfo) -> FeatureRows:
     )
 
 
-def numpy_column(table: pa.Table, name: str) -> npt.NDArray[Any]:
+def numpy_column(table: pa.Table, name: str) -> AnyArray:
     """Return a column of numbers or booleans as one array."""
     return np.asarray(_one_chunk(table, name).to_numpy(zero_copy_only=False))
 
@@ -163,7 +164,7 @@ def digest_column(table: pa.Table) -> npt.NDArray[np.void]:
     return np.frombuffer(_fixed_buffer(table, "content_digest"), dtype=DIGEST_DTYPE)
 
 
-def matrix_of(table: pa.Table, info: StoreInfo) -> npt.NDArray[Any]:
+def matrix_of(table: pa.Table, info: StoreInfo) -> AnyArray:
     """Return the features, (N, D) in the storage dtype; a view of the table's memory where that is one piece."""
     return np.frombuffer(_fixed_buffer(table, FEATURE), dtype=info.storage_dtype).reshape(-1, info.dim)
 
@@ -375,7 +376,7 @@ def is_text(kind: pa.DataType) -> bool:
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
 
 
-def _fixed_binary(array: npt.NDArray[Any], width: int) -> "pa.Array[Any]":
+def _fixed_binary(array: AnyArray, width: int) -> "pa.Array[Any]":
     flat = np.ascontiguousarray(array).view(np.uint8).reshape(-1)
     return pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), len(array), [None, pa.py_buffer(flat.data)])
 

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featurestore.errors import InvalidRowsError, KeyCollisionError
-from featurestore.keys import Int64Array, keys_of_uris
+from featurestore.keys import AnyArray, BoolArray, Float32Array, Int64Array, keys_of_uris
 from featurestore.spec import STORAGE_DTYPES, StoreInfo
 from featurestore.text import DType
 
@@ -28,18 +28,18 @@ class FeatureRows:
 
     keys_N: Int64Array
     uris: list[str]
-    features_ND: npt.NDArray[Any]
+    features_ND: AnyArray
     content_digest_N: npt.NDArray[np.void]  # 16 bytes each: xxh3-128 of the image's bytes
     source_tag: list[str]  # etag, or size and time of the source
     width_N: npt.NDArray[np.int32]
     height_N: npt.NDArray[np.int32]
-    deleted_N: npt.NDArray[np.bool_]
+    deleted_N: BoolArray
 
     @classmethod
     def of(
         cls,
         uris: Sequence[str],
-        features_ND: npt.NDArray[Any],
+        features_ND: AnyArray,
         *,
         keys: npt.ArrayLike | None = None,
         content_digests: Sequence[bytes] | None = None,
@@ -71,7 +71,7 @@ class FeatureRows:
     def __len__(self) -> int:
         return len(self.keys_N)
 
-    def take(self, index_M: npt.NDArray[Any]) -> "FeatureRows":
+    def take(self, index_M: AnyArray) -> "FeatureRows":
         """Return the rows at `index_M`, in that order."""
         taken: dict[str, Any] = {name: getattr(self, name)[index_M] for name in self.__dict__ if name[-1].isupper()}
         taken |= {name: [getattr(self, name)[i] for i in index_M] for name in ("uris", "source_tag")}
@@ -121,7 +121,7 @@ def check_collisions(keys_N: Int64Array, uris: Sequence[str]) -> None:
             raise KeyCollisionError(f"key {sorted_N[place]} belongs to two uris, {first!r} and {second!r}: rename one")
 
 
-def to_bits(values: npt.NDArray[np.floating[Any]], dtype: DType) -> npt.NDArray[Any]:
+def to_bits(values: npt.NDArray[np.floating[Any]], dtype: DType) -> AnyArray:
     """Return `values` as a store of `dtype` keeps them: for bfloat16 its bits as uint16, rounded to nearest even."""
     if dtype != "bfloat16":
         with np.errstate(over="ignore"):  # an overflow becomes inf, which validate refuses
@@ -136,14 +136,14 @@ def to_bits(values: npt.NDArray[np.floating[Any]], dtype: DType) -> npt.NDArray[
     return rounded
 
 
-def to_float32(bits: npt.NDArray[Any], dtype: DType) -> npt.NDArray[np.float32]:
+def to_float32(bits: AnyArray, dtype: DType) -> Float32Array:
     """Return the values behind `to_bits`, as float32; exact."""
     if dtype != "bfloat16":
         return bits.astype(np.float32, copy=False)
     return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
-def finite_rows(features_ND: npt.NDArray[Any], dtype: DType) -> npt.NDArray[np.bool_]:
+def finite_rows(features_ND: AnyArray, dtype: DType) -> BoolArray:
     """Return which stored rows are free of NaN and infinity, (N,)."""
     if dtype == "bfloat16":  # not finite: all bits of the exponent are set
         exponent = np.uint16(0x7F80)

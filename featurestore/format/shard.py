@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import IO, Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import xxhash
 
@@ -37,7 +36,7 @@ from featurestore.format.datafile import (
 )
 from featurestore.format.rows import check_collisions
 from featurestore.format.statistics import Moments
-from featurestore.keys import Int64Array, shard_of_hash, splitmix64
+from featurestore.keys import AnyArray, BoolArray, Int64Array, shard_of_hash, splitmix64
 from featurestore.spec import FileEntry, FileKind, StoreInfo
 from featurestore.storage.storage import Storage, cached_property
 
@@ -52,7 +51,7 @@ def newest_rows(keys_N: Int64Array) -> Int64Array:
     return order_N[is_last_N]
 
 
-def take_rows(table: pa.Table, index_M: npt.NDArray[Any]) -> pa.Table:
+def take_rows(table: pa.Table, index_M: AnyArray) -> pa.Table:
     """Return the rows at `index_M`; the table itself where that is all of them in order."""
     if len(index_M) == len(table) and np.array_equal(index_M, np.arange(len(table))):
         return table
@@ -75,7 +74,7 @@ class RowBlock(NamedTuple):
 
     place_K: Int64Array
     keys_K: Int64Array
-    features_KD: npt.NDArray[Any]
+    features_KD: AnyArray
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ class ShardReader:
     entries: Sequence[FileEntry]  # oldest first
 
     @cached_property
-    def _columns(self) -> tuple[Int64Array, npt.NDArray[np.bool_]]:
+    def _columns(self) -> tuple[Int64Array, BoolArray]:
         """Keys, and which are tombstones, of the rows of all files one after the other, both (N,)."""
         if not self.entries:
             return np.empty(0, np.int64), np.empty(0, np.bool_)
@@ -151,7 +150,7 @@ class ShardReader:
                     first += len(table)
                     yield table if here.all() else table.filter(pa.array(here))
 
-    def features(self, keys_U: Int64Array) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]:
+    def features(self, keys_U: Int64Array) -> tuple[AnyArray, BoolArray]:
         """Read the features of some keys, (U, D) in the storage dtype, and find which keys are there, (U,).
 
         Reads whole row groups around the rows asked for, and no more."""
@@ -227,7 +226,7 @@ class ShardReader:
             moments = moments.merged(Moments.of(block.features_KD, self.info.dtype))
         return moments
 
-    def contains(self, keys_U: Int64Array) -> npt.NDArray[np.bool_]:
+    def contains(self, keys_U: Int64Array) -> BoolArray:
         """Return which keys have a live row, (U,). Reads two small columns."""
         return self._rows_of(keys_U) >= 0
 
@@ -267,7 +266,7 @@ class ShardReader:
         return pa.concat_tables(tables)
 
 
-def _rows_of_groups(file: DataFile, info: StoreInfo, rows_K: Int64Array) -> npt.NDArray[Any]:
+def _rows_of_groups(file: DataFile, info: StoreInfo, rows_K: Int64Array) -> AnyArray:
     starts = np.asarray(file.group_starts)
     group_K = np.searchsorted(starts, rows_K, side="right") - 1
     features_KD = np.empty((len(rows_K), info.dim), info.storage_dtype)

@@ -5,7 +5,7 @@ Source of the merge: Chan, Golub and LeVeque, "Updating formulae and a pairwise 
 
 import io
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +13,7 @@ import numpy.typing as npt
 from featurestore.errors import CorruptFileError
 from featurestore.format.codec import read_npy
 from featurestore.format.rows import to_float32
+from featurestore.keys import AnyArray, Float32Array, Float64Array
 from featurestore.text import DType
 
 Scaling = Literal["each", "common"]
@@ -30,11 +31,11 @@ class FeatureStatistics:
     """
 
     count: int
-    mean_D: npt.NDArray[np.float32]
-    std_D: npt.NDArray[np.float32]
+    mean_D: Float32Array
+    std_D: Float32Array
 
 
-def inverse_std(std_D: npt.ArrayLike) -> npt.NDArray[np.float64]:
+def inverse_std(std_D: npt.ArrayLike) -> Float64Array:
     """Return the factors of centred dimensions, (D,): 1 / std.
 
     Deviations below a tenth of their mean are raised to it. It is 1 for dimensions that never change in a store where
@@ -44,7 +45,7 @@ def inverse_std(std_D: npt.ArrayLike) -> npt.NDArray[np.float64]:
     return np.asarray(1.0 / np.maximum(std, floor if floor > 0 else 1.0))
 
 
-def input_scale(std_D: npt.ArrayLike, scaling: Scaling) -> npt.NDArray[np.float64]:
+def input_scale(std_D: npt.ArrayLike, scaling: Scaling) -> Float64Array:
     """Return what E multiplies centred dimensions by, (D,): each by its `inverse_std`, or all by one number in common.
 
     The one number gives the dimensions a variance of 1 in the mean. So those that vary little stay small, which suits
@@ -62,8 +63,8 @@ class Moments:
     """Count, mean and sum of squared distances from the mean: what can be merged."""
 
     count: int
-    mean_D: npt.NDArray[np.float64]
-    m2_D: npt.NDArray[np.float64]
+    mean_D: Float64Array
+    m2_D: Float64Array
 
     @classmethod
     def empty(cls, dim: int) -> "Moments":
@@ -71,7 +72,7 @@ class Moments:
         return cls(0, np.zeros(dim), np.zeros(dim))
 
     @classmethod
-    def of(cls, features_ND: npt.NDArray[Any], dtype: DType) -> "Moments":
+    def of(cls, features_ND: AnyArray, dtype: DType) -> "Moments":
         """Compute moments of stored rows, (N, D) in the storage dtype, by blocks."""
         moments = cls.empty(features_ND.shape[1])
         for start in range(0, len(features_ND), _BLOCK_ROWS):

@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
 from featurestore.format.statistics import Scaling, input_scale
+from featurestore.keys import BoolArray, Float32Array, Int64Array
 from featurestore.lookup import ComputeDType
 from featurestore.lookup.ondevice import BLOCK_ROWS, Copies, Gathered, HeldRows, PReLU, as_array, as_tensor, on_device
 from featurestore.lookup.partition import FeaturePartition
@@ -50,9 +50,7 @@ class EmbeddingModel(nn.Module):
         self.register_buffer("inverse_std_D", torch.ones(dim))
 
     @torch.no_grad()
-    def fold_standardization_(
-        self, mean_D: NDArray[np.float32], std_D: NDArray[np.float32], scaling: Scaling = "each"
-    ) -> None:
+    def fold_standardization_(self, mean_D: Float32Array, std_D: Float32Array, scaling: Scaling = "each") -> None:
         """Standardise features by `mean_D` and `std_D` inside the first layer, as `statistics.input_scale` says."""
         self.mean_D.copy_(torch.as_tensor(np.asarray(mean_D, dtype=np.float64)))
         self.inverse_std_D.copy_(torch.from_numpy(input_scale(std_D, scaling)))
@@ -122,9 +120,7 @@ class EmbeddingService(nn.Module):
         """Return V of the network `name`."""
         return self._model(name).out
 
-    def fold_standardization_(
-        self, mean_D: NDArray[np.float32], std_D: NDArray[np.float32], scaling: Scaling | None = None
-    ) -> None:
+    def fold_standardization_(self, mean_D: Float32Array, std_D: Float32Array, scaling: Scaling | None = None) -> None:
         """Standardise features inside the first layer of every network.
 
         None: the components of a compact store by one number in common, other features each by its own."""
@@ -133,7 +129,7 @@ class EmbeddingService(nn.Module):
         for name in self.models:
             self._model(name).fold_standardization_(mean_D, std_D, scaling)
 
-    def gather(self, keys_Q: NDArray[np.int64]) -> Gathered:
+    def gather(self, keys_Q: Int64Array) -> Gathered:
         """Look up the features of `keys_Q` in the order asked.
 
         Independent of all weights, so it may run ahead of them; but not of the standardisation. A GPU gets them
@@ -148,7 +144,7 @@ class EmbeddingService(nn.Module):
         features_QD, copied = self._copies.begin(features_QD, self.device)
         return Gathered(features_QD, missing_Q if missing_Q.any() else None, buffer, copied)
 
-    def _gather_numbers(self, keys_Q: NDArray[np.int64], out_QD: Tensor) -> NDArray[np.bool_]:
+    def _gather_numbers(self, keys_Q: Int64Array, out_QD: Tensor) -> BoolArray:
         """Make numbers of the features once, ahead of the step, not in every pass; return which keys have none."""
         model = self._model(next(iter(self.models)))  # all have one compute dtype and one standardisation
         missing_Q, start = np.zeros(len(keys_Q), np.bool_), 0

@@ -6,13 +6,12 @@ Letters of shapes: M rows or hashes held, U keys or hashes asked, C of them in a
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from featurestore.errors import FeatureStoreError, MissingKeysError
-from featurestore.keys import HashIndex, Int64Array, shard_of_hash, splitmix64
+from featurestore.keys import AnyArray, BoolArray, HashIndex, Int64Array, shard_of_hash, splitmix64
 from featurestore.lookup.cache import CachedShard
 from featurestore.lookup.rowfiles import RowFiles, output_for
 from featurestore.snapshot import Snapshot, SnapshotId, missing_message
@@ -23,8 +22,8 @@ from featurestore.spec import MissingPolicy, StoreInfo
 class Lookup:
     """Features in the order asked, (U, D) in numpy's dtype of the store, and which keys have none, (U,) bool."""
 
-    features_UD: npt.NDArray[Any]
-    missing_U: npt.NDArray[np.bool_]
+    features_UD: AnyArray
+    missing_U: BoolArray
 
 
 class HashedRows:
@@ -76,7 +75,7 @@ class HashedRows:
         self._closed = True
         self._files.close()
 
-    def lookup(self, keys_U: npt.ArrayLike, out: npt.NDArray[Any] | None = None) -> Lookup:
+    def lookup(self, keys_U: npt.ArrayLike, out: AnyArray | None = None) -> Lookup:
         """Return the features of `keys_U` in the order asked.
 
         Written into `out` (U, D) where it is given: faster, as new memory costs as much as the rows. A key without a
@@ -102,7 +101,7 @@ class HashedRows:
             self._gather(row_U[block], missing_U[block], features_CD)
             yield Lookup(features_CD, missing_U[block])
 
-    def _find(self, keys_U: npt.ArrayLike) -> tuple[Int64Array, npt.NDArray[np.bool_], Int64Array]:
+    def _find(self, keys_U: npt.ArrayLike) -> tuple[Int64Array, BoolArray, Int64Array]:
         """Return the place of each key among the hashes held, whether there is none, and its shard, (U,) each."""
         hash_U = splitmix64(keys_U)
         shard_U = shard_of_hash(hash_U, self.info.num_shards)
@@ -113,12 +112,12 @@ class HashedRows:
         place_U = self._index.places(hash_U, shard_U)
         return place_U, self._index.hash_M.take(place_U) != hash_U, shard_U
 
-    def _rows_of(self, keys_U: npt.ArrayLike) -> tuple[Int64Array, npt.NDArray[np.bool_]]:
+    def _rows_of(self, keys_U: npt.ArrayLike) -> tuple[Int64Array, BoolArray]:
         """Return each key's row in the files, and whether there is none, (U,) each; counts or raises the missing."""
         place_U, missing_U, shard_U = self._noted(keys_U)
         return place_U + self._gap_S[shard_U], missing_U
 
-    def _noted(self, keys_U: npt.ArrayLike) -> tuple[Int64Array, npt.NDArray[np.bool_], Int64Array]:
+    def _noted(self, keys_U: npt.ArrayLike) -> tuple[Int64Array, BoolArray, Int64Array]:
         """Do what `_find` does; count or raise the missing."""
         if self._closed:
             raise FeatureStoreError("the partition is closed")
@@ -127,7 +126,7 @@ class HashedRows:
             self._note_missing(np.asarray(keys_U), found[1])
         return found
 
-    def _gather(self, row_U: Int64Array, missing_U: npt.NDArray[np.bool_], out_UD: npt.NDArray[Any]) -> None:
+    def _gather(self, row_U: Int64Array, missing_U: BoolArray, out_UD: AnyArray) -> None:
         if not missing_U.all():
             self._files.take(np.where(missing_U, 0, row_U), out_UD)  # any row will do where there is none
         out_UD[missing_U] = 0
@@ -141,7 +140,7 @@ class HashedRows:
                 f" belongs to shard {shard}. Ask the owner (featurestore.keys.owner_of)."
             )
 
-    def _note_missing(self, keys_U: Int64Array, missing_U: npt.NDArray[np.bool_]) -> None:
+    def _note_missing(self, keys_U: Int64Array, missing_U: BoolArray) -> None:
         if self.missing_policy == "error":
             raise MissingKeysError(missing_message(keys_U.reshape(-1)[missing_U], self._where))
         with self._lock:

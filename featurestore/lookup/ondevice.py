@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
+from featurestore.keys import AnyArray, BoolArray, Int64Array
 from featurestore.lookup.partition import FeaturePartition
 
 
@@ -84,7 +85,7 @@ class Gathered:
     """
 
     features_QD: Tensor
-    missing_Q: NDArray[np.bool_] | None
+    missing_Q: BoolArray | None
     """Bool (Q,), or None when no key was missing."""
     buffer: Tensor | None = field(default=None, repr=False)
     """The memory that the service takes back."""
@@ -100,7 +101,7 @@ class Gathered:
         return self.features_QD
 
 
-def on_device(values: NDArray[Any], device: torch.device) -> Tensor:
+def on_device(values: AnyArray, device: torch.device) -> Tensor:
     """Copy an array to a device without waiting for it: to a GPU from pinned memory, kept by torch until it is read.
     On a CPU it is the same memory."""
     tensor = torch.from_numpy(values)
@@ -140,12 +141,12 @@ class HeldRows:
             self._rows[start:end].copy_(as_tensor(block.copy()))
             start = end
 
-    def take(self, place_Q: NDArray[np.int64]) -> Tensor:
+    def take(self, place_Q: Int64Array) -> Tensor:
         """Return the rows (Q, D) at these places; -1: a row of zeros."""
         place_Q = np.where(place_Q < 0, self._zeros, place_Q)
         return self._rows.index_select(0, on_device(place_Q, self._rows.device))
 
-    def gather(self, keys_Q: NDArray[np.int64]) -> Gathered:
+    def gather(self, keys_Q: Int64Array) -> Gathered:
         """Find the features of `keys_Q` in the order asked, as `EmbeddingService.gather` does."""
         place_Q = self._partition.find(keys_Q)
         missing_Q = place_Q < 0

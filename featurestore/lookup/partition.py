@@ -6,13 +6,13 @@ Letters of shapes as in featurestore/lookup/hashedrows.py.
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from featurestore.errors import StorageError
-from featurestore.keys import Int64Array, owned_shards, shard_of, shard_of_hash, splitmix64
+from featurestore.keys import AnyArray, BoolArray, Int64Array, owned_shards, shard_of, shard_of_hash, splitmix64
 from featurestore.lookup.cache import default_cache_dir, open_or_build
 from featurestore.lookup.hashedrows import HashedRows
 from featurestore.published.versions import VersionName
@@ -72,11 +72,11 @@ class FeaturePartition(HashedRows):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def owns(self, keys_U: npt.ArrayLike) -> npt.NDArray[np.bool_]:
+    def owns(self, keys_U: npt.ArrayLike) -> BoolArray:
         """Return which keys belong to the shards of this rank, whether they have a feature or not, (U,)."""
         return self._owned_S[shard_of(keys_U, self.info.num_shards)]
 
-    def contains(self, keys_U: npt.ArrayLike) -> npt.NDArray[np.bool_]:
+    def contains(self, keys_U: npt.ArrayLike) -> BoolArray:
         """Return which keys have a feature among the rows of this rank, (U,); none is read, and hidden ones count."""
         hash_U = splitmix64(keys_U)
         if self.num_rows == 0:
@@ -93,7 +93,7 @@ class FeaturePartition(HashedRows):
             raise ValueError("images can be hidden under missing=zeros or learned, not under error")
         self._is_hidden = hidden
 
-    def rows(self, block_rows: int) -> Iterator[npt.NDArray[Any]]:
+    def rows(self, block_rows: int) -> Iterator[AnyArray]:
         """Yield all rows held, as they are stored, in the order of `places`; up to `block_rows` at a time."""
         for first, end in self._files.spans:
             for start in range(first, end, block_rows):
@@ -114,7 +114,7 @@ class FeaturePartition(HashedRows):
         place_U, missing_U, _ = self._find(keys_U)
         return np.where(missing_U, -1, place_U)
 
-    def _find(self, keys_U: npt.ArrayLike) -> tuple[Int64Array, npt.NDArray[np.bool_], Int64Array]:
+    def _find(self, keys_U: npt.ArrayLike) -> tuple[Int64Array, BoolArray, Int64Array]:
         """Find the keys; all are missing while they are hidden."""
         place_U, missing_U, shard_U = super()._find(keys_U)
         return place_U, missing_U | self._is_hidden, shard_U

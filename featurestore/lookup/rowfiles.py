@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from featurestore.keys import Int64Array
+from featurestore.keys import AnyArray, Int64Array
 from featurestore.spec import StoreInfo
 
 _TOUCHED_BYTES = 1024  # rows narrower than this are copied a third faster without `_touch_and_take`
@@ -57,7 +56,7 @@ class RowFiles:
         if sum(num_rows) * row_bytes <= _MEMORY_SHARE * physical_memory_bytes():
             list(self._pool.map(populate, [self.matrix[first:end] for first, end in self.spans]))
 
-    def take(self, row_U: Int64Array, out_UD: npt.NDArray[Any]) -> None:
+    def take(self, row_U: Int64Array, out_UD: AnyArray) -> None:
         """Copy the rows at these places, all inside a file."""
         pieces = self._threads if out_UD.nbytes > _SMALL_BYTES else 1
         size = -(-len(row_U) // pieces) if len(row_U) else 1
@@ -74,7 +73,7 @@ class RowFiles:
         self.matrix = np.empty((0, self.matrix.shape[1]), self.matrix.dtype)
 
 
-def output_for(info: StoreInfo, count: int, out: npt.NDArray[Any] | None) -> npt.NDArray[Any]:
+def output_for(info: StoreInfo, count: int, out: AnyArray | None) -> AnyArray:
     """Return `out`, or new memory for `count` rows of a store. Raises ValueError where `out` does not fit."""
     shape = (count, info.dim)
     if out is None:
@@ -85,13 +84,13 @@ def output_for(info: StoreInfo, count: int, out: npt.NDArray[Any] | None) -> npt
     return out
 
 
-def _take(matrix: npt.NDArray[Any], row_U: Int64Array, out_UD: npt.NDArray[Any]) -> None:
+def _take(matrix: AnyArray, row_U: Int64Array, out_UD: AnyArray) -> None:
     """Copy the rows at these places."""
     # mode="raise" would gather into a buffer first; the rows are inside by construction.
     np.take(matrix, row_U, axis=0, out=out_UD, mode="clip")
 
 
-def _touch_and_take(matrix: npt.NDArray[Any], row_U: Int64Array, out_UD: npt.NDArray[Any]) -> None:
+def _touch_and_take(matrix: AnyArray, row_U: Int64Array, out_UD: AnyArray) -> None:
     """Copy wide rows at these places.
 
     One number of each page is read first, for many rows at once: the processor then waits for the address translations
@@ -108,7 +107,7 @@ def _touch_and_take(matrix: npt.NDArray[Any], row_U: Int64Array, out_UD: npt.NDA
 
 def map_rows(
     paths: Sequence[Path], num_rows: Sequence[int], dim: int, dtype: np.dtype[Any]
-) -> tuple[npt.NDArray[Any], list[int]]:
+) -> tuple[AnyArray, list[int]]:
     """Map files of `num_rows[i]` rows of `dim` numbers each; return their matrix, and the first row of each file.
 
     The range is released when the last array that looks into it is gone. Raises OSError. The sizes must have been
@@ -140,7 +139,7 @@ def map_rows(
     return matrix, [start // row_bytes for start in starts[:-1]]
 
 
-def populate(matrix: npt.NDArray[Any]) -> None:
+def populate(matrix: AnyArray) -> None:
     """Enter the pages of a stretch of rows that lies in one file, so that later reads do not stop for each of them."""
     address = matrix.ctypes.data
     begin = address // mmap.PAGESIZE * mmap.PAGESIZE

@@ -12,7 +12,6 @@ from itertools import takewhile
 from typing import Annotated
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field
@@ -21,7 +20,7 @@ from featurestore import log as manifests
 from featurestore.commit import Commit, Shards
 from featurestore.errors import CorruptFileError, PinError, SnapshotNotFoundError
 from featurestore.format import datafile
-from featurestore.keys import Int64Array
+from featurestore.keys import BoolArray, Int64Array
 from featurestore.published import versions
 from featurestore.snapshot import Snapshot
 from featurestore.spec import LAST_SECOND, FileEntry, Manifest, Sealed, Version, create_sealed, read_sealed
@@ -157,9 +156,7 @@ def _shard_diff(old: Snapshot, new: Snapshot, shard: int) -> tuple[pa.Table, pa.
     return added, changed, removed
 
 
-def _changed(
-    old: Snapshot, new: Snapshot, shard: int, old_table: pa.Table, new_table: pa.Table
-) -> npt.NDArray[np.bool_]:
+def _changed(old: Snapshot, new: Snapshot, shard: int, old_table: pa.Table, new_table: pa.Table) -> BoolArray:
     """Return which rows of equal keys differ; features are compared as many at a time as a row group holds."""
     keys_K = datafile.numpy_column(new_table, datafile.KEY)
     changed_K = np.zeros(len(keys_K), np.bool_)

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -23,7 +22,7 @@ from featurestore.commit import Commit
 from featurestore.errors import CommitConflictError, CorruptFileError, KeyFileError, PinError
 from featurestore.format.datafile import DELETED, KEY, URI, numpy_column, open_entry, schema_of
 from featurestore.format.shard import check_digest, write_shard_file
-from featurestore.keys import Int64Array, key_of_uri, keys_of_uris
+from featurestore.keys import BoolArray, Int64Array, key_of_uri, keys_of_uris
 from featurestore.published.versions import ChannelMove, read_channels
 from featurestore.spec import FileEntry, Manifest
 from featurestore.staging import STAGING, QuarantineRow
@@ -68,7 +67,7 @@ class Images:
         """Say how many there are, and by what they are named."""
         return count_text(len(self.uris), "uri") if self.uris else count_text(len(self.keys_N), "key")
 
-    def are_in(self, keys_N: Int64Array, uris: Any) -> npt.NDArray[np.bool_]:
+    def are_in(self, keys_N: Int64Array, uris: Any) -> BoolArray:
         """Return which rows are theirs, (N,); `uris` is an Arrow array, or None where there are none."""
         found_N = np.isin(keys_N, self.keys_N)
         if self.uris and uris is not None:
@@ -333,7 +332,7 @@ class _Purge:
 
             return write_shard_file(self.storage, info, shard, blocks(), entry.kind, entry.based_on)
 
-    def _are_in(self, table: pa.Table) -> npt.NDArray[np.bool_]:
+    def _are_in(self, table: pa.Table) -> BoolArray:
         return self.images.are_in(numpy_column(table, KEY), table[URI])
 
     def _quarantined(self) -> list[QuarantineRow]:

@@ -11,7 +11,6 @@ import itertools
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,11 +21,11 @@ from threadpoolctl import threadpool_limits
 from featurestore import log, staging
 from featurestore.commit import Commit
 from featurestore.errors import DimsError, InvalidRowsError, StoreExistsError, StoreNotFoundError
-from featurestore.format.codec import Basis, BasisOrigin, Codec, Float64Array, write_basis
+from featurestore.format.codec import Basis, BasisOrigin, Codec, write_basis
 from featurestore.format.datafile import URI, live_table, matrix_of
 from featurestore.format.shard import ShardReader, write_shard_file
 from featurestore.index import nearest
-from featurestore.keys import Int64Array
+from featurestore.keys import AnyArray, Float32Array, Float64Array, Int64Array
 from featurestore.published.versions import VersionName
 from featurestore.snapshot import Snapshot
 from featurestore.spec import FileEntry, Frozen, OptionalId, Sealed, StoreInfo, read_sealed, seal
@@ -42,8 +41,6 @@ _NUM_NEIGHBOURS, _MOST_QUERIES = 10, 500
 _THREADS = 4
 _SAMPLED_SHARDS = 64
 _PANEL = 512  # columns of a product; its numbers are summed in the same order wherever they are computed
-
-Float32Array = npt.NDArray[np.float32]
 
 
 class Accuracy(Frozen):
@@ -256,7 +253,7 @@ def sample(snapshot: Snapshot, num_rows: int, seed: int) -> tuple[Int64Array, Fl
     return np.concatenate(keys)[:num_rows], np.concatenate(features)[:num_rows]
 
 
-def measure_accuracy(exact_ND: npt.NDArray[np.float32], kept_ND: npt.NDArray[np.float32]) -> Accuracy:
+def measure_accuracy(exact_ND: Float32Array, kept_ND: Float32Array) -> Accuracy:
     """Compare rows before and after, in the same order; at most a tenth ask for their neighbours among the others.
 
     Rows of zeros have no relative error. Cost: K x N x D multiplications, twice.
@@ -275,7 +272,7 @@ def measure_accuracy(exact_ND: npt.NDArray[np.float32], kept_ND: npt.NDArray[np.
     )
 
 
-def _recall(exact_ND: npt.NDArray[Any], kept_ND: npt.NDArray[Any], num_queries: int) -> float:
+def _recall(exact_ND: AnyArray, kept_ND: AnyArray, num_queries: int) -> float:
     """Return the share of neighbours that are kept. Queries are the first rows: no row is its own neighbour."""
     wanted_KN, found_KN = (
         nearest(rows[num_queries:], rows[:num_queries], _NUM_NEIGHBOURS) for rows in (exact_ND, kept_ND)

@@ -14,7 +14,6 @@ from functools import partial
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from featurestore import log, staging
@@ -23,7 +22,7 @@ from featurestore.format import datafile
 from featurestore.format.codec import BASES, basis_of
 from featurestore.format.rows import finite_rows
 from featurestore.format.shard import read_moments
-from featurestore.keys import Int64Array, keys_of_uris, shard_of_hash, splitmix64
+from featurestore.keys import BoolArray, Int64Array, keys_of_uris, shard_of_hash, splitmix64
 from featurestore.published.versions import is_channel_name, last_move
 from featurestore.spec import FileEntry, Manifest, Sealed, StoreInfo, StorePath, read_sealed
 from featurestore.staging import STAGING
@@ -331,7 +330,7 @@ class FileKeys:
 
     keys_N: Int64Array
     uri_hash_N: Int64Array
-    deleted_N: npt.NDArray[np.bool_]
+    deleted_N: BoolArray
 
     @classmethod
     def of(cls, table: pa.Table) -> "FileKeys":

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
+from featurestore.keys import BoolArray, Float64Array
 from featurestore.storage.local import open_regular
-from pipeline.demo.world import Catalogue, FloatArray, standardize
+from pipeline.demo.world import Catalogue, standardize
 from pipeline.errors import BadImageError, DemoError
 from pipeline.images.decode import decode
 from pipeline.images.imagetable import ImageRef
@@ -133,7 +133,7 @@ def catalogue_of(garments: list[Garment]) -> Catalogue:
     """Make the catalogue of drawn garments; looks come from what was drawn."""
     shapes = tuple(SHAPES)
     hue_I = np.deg2rad([garment.hue_deg for garment in garments])
-    looks: dict[str, tuple[float, FloatArray]] = {  # each with its weight in a taste
+    looks: dict[str, tuple[float, Float64Array]] = {  # each with its weight in a taste
         "hue_red_cyan": (2.0, np.cos(hue_I)),
         "hue_yellow_blue": (2.0, np.sin(hue_I)),
         "vivid": (0.4, np.array([garment.saturation for garment in garments])),
@@ -151,7 +151,7 @@ def catalogue_of(garments: list[Garment]) -> Catalogue:
     )
 
 
-def _colours(garment: Garment) -> tuple[FloatArray, FloatArray]:
+def _colours(garment: Garment) -> tuple[Float64Array, Float64Array]:
     """Give main and pattern colour, 0-255: of the same hue, dark on light cloth and pale on dark cloth."""
     hue = garment.hue_deg / 360
     pale = garment.value < 0.7
@@ -173,7 +173,7 @@ def _outline(garment: Garment) -> Image.Image:
     return mask
 
 
-def pattern_mask(pattern: str, side_px: int, period_px: float) -> NDArray[np.bool_]:
+def pattern_mask(pattern: str, side_px: int, period_px: float) -> BoolArray:
     """Draw where the cloth has its second colour."""
     x, y = np.arange(side_px)[None, :], np.arange(side_px)[:, None]
     mask = np.zeros((side_px, side_px), dtype=np.bool_)
@@ -227,7 +227,7 @@ def measure_folder(images: Path, labels: Path | None) -> tuple[Catalogue, dict[s
     return catalogue, {"unreadable": listed, "num_unreadable": len(unreadable), "num_unlabelled": num_unlabelled}
 
 
-def measure(image: Image.Image) -> FloatArray:
+def measure(image: Image.Image) -> Float64Array:
     """Measure the attributes of one RGB image, (K,) in the order of ATTRIBUTES.
 
     Opponent colours are means over the centre, 0-255 apart; vivid is the colourfulness of Hasler and Suesstrunk
@@ -252,7 +252,7 @@ def measure(image: Image.Image) -> FloatArray:
     )
 
 
-def _try_measure(ref: ImageRef) -> FloatArray | str:
+def _try_measure(ref: ImageRef) -> Float64Array | str:
     """Measure the look, or give the reason why there is none."""
     try:
         return measure(decode(read_image(ref.location))[0])

@@ -14,10 +14,11 @@ import pyarrow.parquet as pq
 import xxhash
 
 from featurestore.console.files import write_json
+from featurestore.keys import Int64Array
 from featurestore.parsing import parse_json
 from featurestore.storage.local import read_regular
 from pipeline.demo.items import SHAPES, Garment, catalogue_of, draw_garment, measure_folder, plan_garments
-from pipeline.demo.world import DAY_S, HISTORY_DAYS, MIN_ITEMS, IntArray, World, ceiling, simulate
+from pipeline.demo.world import DAY_S, HISTORY_DAYS, MIN_ITEMS, World, ceiling, simulate
 from pipeline.errors import DemoError
 from pipeline.images.source import list_images
 from pipeline.options import DemoOptions
@@ -258,11 +259,11 @@ def describe_truth(world: World) -> dict[str, Any]:
     }
 
 
-def _timestamps(time_N: IntArray) -> Any:
+def _timestamps(time_N: Int64Array) -> Any:
     return pa.array(time_N * 1_000_000, type=pa.int64()).cast(pa.timestamp("us", tz="UTC"))
 
 
-def _item_columns(world: World, item_N: IntArray) -> dict[str, Any]:
+def _item_columns(world: World, item_N: Int64Array) -> dict[str, Any]:
     return {
         "item": FIRST_ITEM + item_N,
         "image": [world.catalogue.uris[item] for item in item_N],

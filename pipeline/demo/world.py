@@ -2,13 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-FloatArray = NDArray[np.float64]
-IntArray = NDArray[np.int64]
+from featurestore.keys import AnyArray, BoolArray, Float64Array, Int64Array
 
 
 @dataclass(frozen=True)
@@ -20,10 +17,10 @@ class Catalogue:
     """
 
     uris: tuple[str, ...]
-    category_I: IntArray
+    category_I: Int64Array
     category_names: tuple[str, ...]
-    look_IK: FloatArray
-    weight_K: FloatArray
+    look_IK: Float64Array
+    weight_K: Float64Array
     vivid: int  # the column of look_IK that says how vivid the picture is
 
     @property
@@ -32,7 +29,7 @@ class Catalogue:
         return len(self.uris)
 
 
-def standardize(values_IK: FloatArray) -> FloatArray:
+def standardize(values_IK: Float64Array) -> Float64Array:
     """Scale columns to mean 0 and standard deviation 1; a column without any variation becomes 0."""
     centred_IK = values_IK - values_IK.mean(axis=0)
     std_K = centred_IK.std(axis=0)
@@ -50,15 +47,15 @@ SHARE_LATE = 0.25
 class People:
     """Hidden truth about the users; D counts the days of history before the log, then the days of the log."""
 
-    age_U: IntArray  # 1 .. NUM_AGES
-    gender_U: IntArray  # 1 .. NUM_GENDERS
-    taste_UDK: FloatArray  # length 1: which looks please on that day, not how much
-    category_taste_UC: FloatArray
-    mood_UD: FloatArray  # how much vivid things please today
-    activity_U: FloatArray  # plain readiness to click
-    browsing_U: FloatArray  # organic clicks expected in 14 days
-    sessions_U: FloatArray  # sessions with ads expected in a day
-    first_day_U: IntArray  # of the log, 0-based: no ads before it
+    age_U: Int64Array  # 1 .. NUM_AGES
+    gender_U: Int64Array  # 1 .. NUM_GENDERS
+    taste_UDK: Float64Array  # length 1: which looks please on that day, not how much
+    category_taste_UC: Float64Array
+    mood_UD: Float64Array  # how much vivid things please today
+    activity_U: Float64Array  # plain readiness to click
+    browsing_U: Float64Array  # organic clicks expected in 14 days
+    sessions_U: Float64Array  # sessions with ads expected in a day
+    first_day_U: Int64Array  # of the log, 0-based: no ads before it
 
     @property
     def num_users(self) -> int:
@@ -100,7 +97,7 @@ def make_people(catalogue: Catalogue, num_users: int, history_days: int, log_day
     )
 
 
-def _wander(rng: np.random.Generator, shape: tuple[int, ...], memory: float) -> FloatArray:
+def _wander(rng: np.random.Generator, shape: tuple[int, ...], memory: float) -> Float64Array:
     """Draw a first-order autoregression along axis 1, the days: variance 1, correlation `memory` day to day."""
     wave = rng.normal(size=shape)
     for day in range(1, shape[1]):
@@ -112,41 +109,41 @@ def _wander(rng: np.random.Generator, shape: tuple[int, ...], memory: float) -> 
 class ShownAds:
     """The ads shown, to whom and when, in order of time. Times are whole seconds since the epoch."""
 
-    time_N: IntArray
-    day_N: IntArray  # 0 is the first day of the log
-    user_N: IntArray
-    session_N: IntArray
-    scene_N: IntArray
-    item_N: IntArray
+    time_N: Int64Array
+    day_N: Int64Array  # 0 is the first day of the log
+    user_N: Int64Array
+    session_N: Int64Array
+    scene_N: Int64Array
+    item_N: Int64Array
 
 
 @dataclass(frozen=True)
 class Behaviors:
     """Organic clicks in order of time. Times are whole seconds since the epoch."""
 
-    time_N: IntArray
-    user_N: IntArray
-    item_N: IntArray
-    dwell_s_N: FloatArray
+    time_N: Int64Array
+    user_N: Int64Array
+    item_N: Int64Array
+    dwell_s_N: Float64Array
 
 
 @dataclass(frozen=True)
 class Clicks:
     """The labels of the ads shown, and their true logit as bias + the sum of its parts."""
 
-    label_N: IntArray
-    parts: dict[str, FloatArray]
+    label_N: Int64Array
+    parts: dict[str, Float64Array]
     bias: float
 
-    def logit(self, *names: str) -> FloatArray:
+    def logit(self, *names: str) -> Float64Array:
         """Add the named parts to the bias, (N,)."""
-        total_N: FloatArray = np.full(len(self.label_N), self.bias)
+        total_N: Float64Array = np.full(len(self.label_N), self.bias)
         for name in names:
             total_N = total_N + self.parts[name]
         return total_N
 
 
-def show_ads(people: People, launch_day_I: IntArray, num_days: int, seed: int, start_s: int) -> ShownAds:
+def show_ads(people: People, launch_day_I: Int64Array, num_days: int, seed: int, start_s: int) -> ShownAds:
     """Draw the sessions of every day and the ads in them; 10 % of the last day's ads show items new on that day."""
     rng = np.random.default_rng([seed, 6])
     exposure_I = rng.normal(0, 0.7, size=len(launch_day_I))
@@ -161,17 +158,17 @@ def show_ads(people: People, launch_day_I: IntArray, num_days: int, seed: int, s
     return ShownAds(**{name: column[order] for name, column in columns.items()})
 
 
-def _joined(days: Sequence[ShownAds | Behaviors]) -> dict[str, NDArray[Any]]:
+def _joined(days: Sequence[ShownAds | Behaviors]) -> dict[str, AnyArray]:
     """Join the columns of all days."""
     return {name: np.concatenate([getattr(day, name) for day in days]) for name in vars(days[0])}
 
 
-def click(catalogue: Catalogue, people: People, popularity_I: FloatArray, shown: ShownAds, seed: int) -> Clicks:
+def click(catalogue: Catalogue, people: People, popularity_I: Float64Array, shown: ShownAds, seed: int) -> Clicks:
     """Draw labels from the logit; its bias is set so that `CLICK_RATE` of the ads are clicked."""
     rng = np.random.default_rng([seed, 7])
     raw = _raw_parts(rng, catalogue, people, popularity_I, shown)
     parts = {name: sd * _standard(raw[name]) for name, sd in LOGIT_PARTS.items()}
-    total_N: FloatArray = np.sum(list(parts.values()), axis=0)
+    total_N: Float64Array = np.sum(list(parts.values()), axis=0)
     bias = _bias_for(total_N, CLICK_RATE)
     label_N = (rng.random(len(total_N)) < _sigmoid(total_N + bias)).astype(np.int64)
     return Clicks(label_N, parts, bias)
@@ -180,8 +177,8 @@ def click(catalogue: Catalogue, people: People, popularity_I: FloatArray, shown:
 def _one_day(
     rng: np.random.Generator,
     people: People,
-    launch_day_I: IntArray,
-    exposure_I: FloatArray,
+    launch_day_I: Int64Array,
+    exposure_I: Float64Array,
     day: int,
     num_days: int,
     start_s: int,
@@ -212,7 +209,7 @@ def _one_day(
     )
 
 
-def _pick(rng: np.random.Generator, exposure_I: FloatArray, live_L: IntArray, num_sessions: int) -> IntArray:
+def _pick(rng: np.random.Generator, exposure_I: Float64Array, live_L: Int64Array, num_sessions: int) -> Int64Array:
     """Pick different items for each session (S, A) by exposure (Gumbel top-k); -1 where too few are on sale."""
     high = ADS_PER_SESSION[1]
     picked_SA = np.full((num_sessions, high), -1, dtype=np.int64)
@@ -225,8 +222,8 @@ def _pick(rng: np.random.Generator, exposure_I: FloatArray, live_L: IntArray, nu
 
 
 def _raw_parts(
-    rng: np.random.Generator, catalogue: Catalogue, people: People, popularity_I: FloatArray, shown: ShownAds
-) -> dict[str, FloatArray]:
+    rng: np.random.Generator, catalogue: Catalogue, people: People, popularity_I: Float64Array, shown: ShownAds
+) -> dict[str, Float64Array]:
     """Compute the parts of the logit in any unit, (N,) each."""
     num_attributes = catalogue.look_IK.shape[1]
     season_K = rng.normal(size=num_attributes)
@@ -246,18 +243,18 @@ def _raw_parts(
     }
 
 
-def _standard(values: NDArray[Any]) -> FloatArray:
+def _standard(values: AnyArray) -> Float64Array:
     """Scale to mean 0 and standard deviation 1; zeros where nothing varies."""
-    centred: FloatArray = values - values.mean()
+    centred: Float64Array = values - values.mean()
     std = float(centred.std())
     return centred / std if std > 1e-12 else np.zeros_like(centred)
 
 
-def _sigmoid(logit_N: FloatArray) -> FloatArray:
+def _sigmoid(logit_N: Float64Array) -> Float64Array:
     return 1 / (1 + np.exp(-logit_N))
 
 
-def _bias_for(logit_N: FloatArray, rate: float) -> float:
+def _bias_for(logit_N: Float64Array, rate: float) -> float:
     """Find the bias with which mean(sigmoid(logit + bias)) is `rate`, by bisection."""
     low, high = -30.0, 30.0
     for _ in range(60):
@@ -266,17 +263,17 @@ def _bias_for(logit_N: FloatArray, rate: float) -> float:
     return (low + high) / 2
 
 
-def match_of(catalogue: Catalogue, taste_UK: FloatArray) -> FloatArray:
+def match_of(catalogue: Catalogue, taste_UK: Float64Array) -> Float64Array:
     """Measure how well each picture fits each taste (U, I), standard deviation 1 over all pairs."""
-    match_UI: FloatArray = taste_UK @ catalogue.look_IK.T
+    match_UI: Float64Array = taste_UK @ catalogue.look_IK.T
     return match_UI / max(float(match_UI.std()), 1e-12)
 
 
 def browse(
     catalogue: Catalogue,
     people: People,
-    launch_day_I: IntArray,
-    popularity_I: FloatArray,
+    launch_day_I: Int64Array,
+    popularity_I: Float64Array,
     num_days: int,
     seed: int,
     start_s: int,
@@ -303,19 +300,19 @@ def browse(
     return Behaviors(**{name: column[order] for name, column in columns.items()})
 
 
-def _dwell_s(rng: np.random.Generator, accident_N: NDArray[np.bool_]) -> FloatArray:
+def _dwell_s(rng: np.random.Generator, accident_N: BoolArray) -> Float64Array:
     """Draw seconds spent: a moment after an accident, half a minute or so otherwise; they hardly overlap."""
     short_s_N = rng.lognormal(np.log(2.0), 0.35, size=len(accident_N))
     long_s_N = 8 + rng.lognormal(np.log(30), 0.8, size=len(accident_N))
-    dwell_s_N: FloatArray = np.where(accident_N, short_s_N, long_s_N).round(1)
+    dwell_s_N: Float64Array = np.where(accident_N, short_s_N, long_s_N).round(1)
     return dwell_s_N
 
 
-def _draw_columns(rng: np.random.Generator, score_UL: FloatArray, user_N: IntArray) -> IntArray:
+def _draw_columns(rng: np.random.Generator, score_UL: Float64Array, user_N: Int64Array) -> Int64Array:
     """Draw one column for each of `user_N`, with probability softmax(the scores of that user)."""
     mass_UL = np.cumsum(np.exp(score_UL - score_UL.max(axis=1, keepdims=True)), axis=1)
     draw_N = rng.random(len(user_N)) * mass_UL[user_N, -1]
-    column_N: IntArray = (mass_UL[user_N] <= draw_N[:, None]).sum(axis=1)
+    column_N: Int64Array = (mass_UL[user_N] <= draw_N[:, None]).sum(axis=1)
     return column_N.clip(max=score_UL.shape[1] - 1)
 
 
@@ -370,7 +367,7 @@ class World:
 
     catalogue: Catalogue
     people: People
-    launch_day_I: IntArray  # day of the log on which an item comes in; negative: before the log
+    launch_day_I: Int64Array  # day of the log on which an item comes in; negative: before the log
     behaviors: Behaviors
     shown: ShownAds
     clicks: Clicks
@@ -396,7 +393,7 @@ def simulate(catalogue: Catalogue, num_users: int, num_days: int, seed: int, sta
     )
 
 
-def launch_days(num_items: int, num_days: int, seed: int) -> IntArray:
+def launch_days(num_items: int, num_days: int, seed: int) -> Int64Array:
     """Draw the day of each item: most before the log, some in it, `NEW_ITEM_SHARE` on its last day."""
     rng = np.random.default_rng([seed, 4])
     num_new = max(1, round(NEW_ITEM_SHARE * num_items))
@@ -419,7 +416,7 @@ def ceiling(world: World) -> dict[str, float | None]:
     score_T = world.clicks.logit(*PIXEL_PARTS, *ID_PARTS)[test_T]
     label_T = world.clicks.label_N[test_T].astype(np.float64)
 
-    def auc(chosen_T: NDArray[np.bool_]) -> float | None:
+    def auc(chosen_T: BoolArray) -> float | None:
         one_group = np.zeros(np.count_nonzero(chosen_T), np.int64)
         groups = auc_of_groups(score_T[chosen_T], label_T[chosen_T], one_group)
         return float(groups.auc_G[0]) if len(groups.auc_G) else None

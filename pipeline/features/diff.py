@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from featurestore.errors import KeyCollisionError
 from featurestore.format.datafile import digest_column
 from featurestore.format.shard import take_rows
-from featurestore.keys import Int64Array, shard_of_hash, splitmix64
+from featurestore.keys import AnyArray, BoolArray, Int64Array, shard_of_hash, splitmix64
 from featurestore.snapshot import Snapshot
 from pipeline.images.imagetable import ImageRef, ImageTable
 from pipeline.store_run import run_id_of
@@ -28,7 +28,6 @@ MAX_GROUP_PARTS = 16  # copies of one image in a part: at most the room of 16 pa
 READ_THREADS = 4
 DIGEST_DTYPE = np.dtype("S16")  # unlike void it has an order
 
-BoolArray = npt.NDArray[np.bool_]
 DigestArray = npt.NDArray[np.bytes_]
 
 
@@ -215,7 +214,7 @@ def make_copy_parts(images: ImageTable, copies: ImageCopies, part_size: int, pre
     return parts
 
 
-def _is_repeated(values_K: npt.NDArray[Any]) -> BoolArray:
+def _is_repeated(values_K: AnyArray) -> BoolArray:
     """Return which numbers are there more than once, (K,); takes a third of the memory of `np.unique` with counts."""
     sorted_K = np.sort(values_K)
     repeated = np.unique(sorted_K[1:][sorted_K[1:] == sorted_K[:-1]])

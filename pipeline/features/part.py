@@ -16,14 +16,13 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import xxhash
 from distributed import get_worker
 
 from featurestore.format.rows import FeatureRows
 from featurestore.format.shard import take_rows
-from featurestore.keys import Int64Array, shard_of, splitmix64
+from featurestore.keys import AnyArray, Int64Array, shard_of, splitmix64
 from featurestore.lookup import AutoDType
 from featurestore.parsing import parse_json
 from featurestore.snapshot import Snapshot
@@ -219,7 +218,7 @@ class _PartRows:
         self._batch: list[tuple[LoadedImage, Pixels]] = []
         self._duplicates: list[LoadedImage] = []
         self._bad_digests: dict[bytes, str] = {}
-        self.done: list[tuple[LoadedImage, Pixels, npt.NDArray[Any]]] = []  # with the feature's bits
+        self.done: list[tuple[LoadedImage, Pixels, AnyArray]] = []  # with the feature's bits
         self.bad: list[BadRow] = []
         self.num_computed = 0
         self.num_duplicates = 0

@@ -10,13 +10,12 @@ from itertools import islice
 from typing import Any, NamedTuple, overload
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from featurestore.errors import KeyCollisionError
 from featurestore.format.shard import take_rows
-from featurestore.keys import Int64Array
+from featurestore.keys import AnyArray, BoolArray, Int64Array
 from pipeline.errors import SourceError
 
 BATCH_ROWS = 1 << 14  # held as Python objects while they are written
@@ -88,7 +87,7 @@ class ImageTable(Sequence[ImageRef]):
             for key, uri, location, *rest in rows
         ]
 
-    def take(self, index_K: npt.NDArray[Any], *columns: str) -> pa.Table:
+    def take(self, index_K: AnyArray, *columns: str) -> pa.Table:
         """Read columns (default: all) of the images at `index_K`, in that order."""
         # Not Table.take: it copies whole columns of text first.
         batch_K, row_K = np.divmod(index_K, BATCH_ROWS)
@@ -109,7 +108,7 @@ class ImageTable(Sequence[ImageRef]):
         """Return the sizes of all files in bytes, (N,); -1 where unknown."""
         return self._numbers("size_bytes")
 
-    def has_tag(self) -> npt.NDArray[np.bool_]:
+    def has_tag(self) -> BoolArray:
         """Return which images have a source tag, (N,)."""
         each: list[Any] = [pc.not_equal(batch.column("source_tag"), pa.scalar("")) for batch in self._batches]
         return np.concatenate([np.empty(0, np.bool_), *(found.to_numpy(zero_copy_only=False) for found in each)])

@@ -19,6 +19,7 @@ import xxhash
 from torch import nn
 from torchvision.transforms import functional
 
+from featurestore.keys import Float32Array
 from featurestore.lookup import AutoDType
 from featurestore.spec import ExtractorSpec
 from pipeline.errors import WeightsError
@@ -60,10 +61,10 @@ class Backbone:
         return normal.to(self.dtype, memory_format=torch.channels_last)
 
     @torch.inference_mode()
-    def features(self, pixels_BHWC: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    def features(self, pixels_BHWC: npt.NDArray[np.uint8]) -> Float32Array:
         """Compute features (B, D) of images that `pipeline.images.decode.prepare` made for this network's preset."""
         with self.lock, torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            features_BD: npt.NDArray[np.float32] = self.network(self.normalise(pixels_BHWC)).float().cpu().numpy()
+            features_BD: Float32Array = self.network(self.normalise(pixels_BHWC)).float().cpu().numpy()
         return features_BD
 
 

@@ -26,13 +26,14 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
+from featurestore.keys import Int64Array
 from serving.errors import RequestError
 from serving.http.codec import JSON, Scores, WrittenAnswer, parse_json
 from serving.network import CHUNK, Steps
 from serving.scoring.request import RequestColumns, short_repr
 from serving.scoring.sent import Names, SentColumn, SentTable
 from serving.settings import Budget
-from trainer.samples.columns import Index, Rule
+from trainer.samples.columns import Rule
 
 HEADER = "inference-header-content-length"
 DTYPES = {
@@ -217,7 +218,7 @@ def _shape(rule: Rule) -> list[int]:
     return [-1] * (rule.depth - 1) + [rule.width or -1]
 
 
-def _levels(name: str, tensors: Mapping[str, Tensor], rule: Rule) -> tuple[Index, ...]:
+def _levels(name: str, tensors: Mapping[str, Tensor], rule: Rule) -> tuple[Int64Array, ...]:
     """Return the lengths of a column's lists, by the shape of its tensor."""
     tensor, outer = tensors[name], "C" if rule.side == "ad" else "L"
     if rule.depth == 0:
@@ -237,7 +238,7 @@ def _levels(name: str, tensors: Mapping[str, Tensor], rule: Rule) -> tuple[Index
     return np.array([rows]), np.full(rows, width)
 
 
-def _by_lengths(name: str, tensor: Tensor, lengths: Tensor) -> tuple[Index, ...]:
+def _by_lengths(name: str, tensor: Tensor, lengths: Tensor) -> tuple[Int64Array, ...]:
     if len(lengths.shape) != 1 or lengths.datatype in ("BYTES", "FP16", "FP32", "FP64"):
         raise RequestError(f"input {name}{LENGTHS} is {lengths.datatype} {list(lengths.shape)}; it has to be INT64 [C]")
     counts = np.asarray(lengths.values).tolist()  # Python's integers, whose sum is exact

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from featurestore.keys import NO_IMAGE, ids_of_texts, keys_of_uris
+from featurestore.keys import NO_IMAGE, Int64Array, ids_of_texts, keys_of_uris
 from serving.errors import OverflowingInputError, RequestError
 from serving.network import CHUNK, Steps
 from serving.scoring.request import RequestColumns, short_repr
@@ -35,7 +35,6 @@ from serving.scoring.sent import (
 from trainer.errors import OverflowingValueError
 from trainer.samples.columns import (
     Encoded,
-    Index,
     Rule,
     TextKind,
     Values,
@@ -57,7 +56,7 @@ class Column(NamedTuple):
     """Converted values, and the lengths of the lists around them inside a row of their side, outermost first."""
 
     values: Values
-    levels: tuple[Index, ...]
+    levels: tuple[Int64Array, ...]
     is_null_N: Bool | None
     """Which images are null; their key is 0. None where none is."""
 
@@ -134,7 +133,7 @@ class RequestTable:
         )
 
 
-def _int32(lengths: Index) -> NDArray[np.int32]:
+def _int32(lengths: Int64Array) -> NDArray[np.int32]:
     return lengths.astype(np.int32)
 
 
@@ -194,11 +193,11 @@ class _Decoder:
                     wanted_G = np.where(sent.in_context_G, 1, wanted_G)
                 self._check_lengths(name, sent.levels[:1], wanted_G, "there are {} candidates")
 
-    def _around(self, name: str, column: Column) -> tuple[Index, ...]:
+    def _around(self, name: str, column: Column) -> tuple[Int64Array, ...]:
         """Return the lengths of all lists of a column, those of candidates among them."""
         return (self._sent.counts_G, *column.levels) if self._columns.rules[name].side == "ad" else column.levels
 
-    def _check_lengths(self, name: str, levels: Sequence[Index], wanted_M: Index, why: str) -> None:
+    def _check_lengths(self, name: str, levels: Sequence[Int64Array], wanted_M: Int64Array, why: str) -> None:
         """Raise RequestError where a column's innermost lists are not as long as wanted; `why` names the length."""
         found_M = levels[-1]
         if (wrong_M := found_M != wanted_M).any():
@@ -245,7 +244,7 @@ class _Decoder:
     def _crossed(self, rule: Rule) -> Steps[Column]:
         """Make one ID of the values of several columns together, a chunk at a time."""
         encoded = list[Encoded]()
-        levels: tuple[Index, ...] = ()
+        levels: tuple[Int64Array, ...] = ()
         for name in rule.crossed:
             sent = self._sent.columns[name]
             try:
@@ -377,7 +376,7 @@ def _hashed(texts: Any, rule: Rule) -> Steps[Encoded]:
     A null has the ID of some text.
     """
     assert rule.text is not None
-    index_N: Index | None = None
+    index_N: Int64Array | None = None
     if pa.types.is_dictionary(texts.type) and not len(texts.dictionary):
         texts = pa.nulls(len(texts), pa.string())
     if pa.types.is_dictionary(texts.type):

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from featurestore.keys import Int64Array
 from serving.bundle.log import BundleIdentity
 from serving.bundle.manifest import SAMPLE
 from serving.bundle.open import Bundle
@@ -27,7 +28,7 @@ from trainer.engine.wiring import model_name
 from trainer.errors import DataError
 from trainer.models.layers import width_of
 from trainer.models.nets import behaviors_of, check_equal_lists
-from trainer.samples.columns import Index, Rule
+from trainer.samples.columns import Rule
 from trainer.samples.reader import Batch
 from trainer.schema import Field
 
@@ -159,7 +160,7 @@ class InputMaker:
         return found
 
 
-def _slices(lengths_T: Index) -> list[slice]:
+def _slices(lengths_T: Int64Array) -> list[slice]:
     """Return the slices of concatenated arrays of these lengths."""
     ends = np.cumsum(lengths_T).tolist()
     return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
@@ -278,7 +279,7 @@ class Scorer:
         ]
 
     def _unknown_and_missing(
-        self, counts_G: Index, batch: Batch, lookups: Lookups
+        self, counts_G: Int64Array, batch: Batch, lookups: Lookups
     ) -> tuple[dict[int, dict[str, Places]], dict[int, dict[str, Places]]]:
         """Return what is unknown and missing, by request and field."""
         found_in: tuple[dict[int, dict[str, Places]], dict[int, dict[str, Places]]] = ({}, {})
@@ -302,7 +303,7 @@ def _not_finite(table: RequestTable, batch: Batch, lookups: Lookups, logits_B: N
     return NotFiniteError(f"{table.where(request)}the logit of candidate {candidate} is not a finite number{why}")
 
 
-def _by_request(counts_G: Index, batch: Batch, field: Field, mask_N: Bool) -> Iterator[tuple[int, Places]]:
+def _by_request(counts_G: Int64Array, batch: Batch, field: Field, mask_N: Bool) -> Iterator[tuple[int, Places]]:
     """Yield for each request the positions of a field's marked values, as behaviours or candidates."""
     gallery, rows = batch.galleries.get(field.name), batch.fields[field.name]
     if gallery is not None:  # an ad or behaviour counts as missing if one of its images is missing

@@ -15,12 +15,13 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from featurestore.keys import Int64Array
 from serving.errors import RequestError
 from serving.network import Steps
 from serving.scoring.request import Request, RequestColumns, expected, short_repr
 from serving.settings import Budget
 from trainer.errors import SchemaError
-from trainer.samples.columns import Index, Rule, check_types, is_text, unwrapped
+from trainer.samples.columns import Rule, check_types, is_text, unwrapped
 
 Bool = NDArray[np.bool_]
 Label = Callable[[str, int], str]
@@ -40,7 +41,7 @@ class SentColumn(NamedTuple):
 
     values: Any
     """N values: a list of Python's, an array of numbers, or an Arrow array of texts, maybe a dictionary."""
-    levels: tuple[Index, ...]
+    levels: tuple[Int64Array, ...]
     is_null_N: Bool | None = None
     """Which numbers or texts are null; None where none is. Python's values have None among them instead."""
     in_context_G: Bool | None = None
@@ -51,17 +52,17 @@ class SentColumn(NamedTuple):
 class Sizes:
     """How large each request of a body is, (G,)."""
 
-    candidates_G: Index
-    behaviors_G: Index
+    candidates_G: Int64Array
+    behaviors_G: Int64Array
     """Length of the user's longest list."""
-    values_G: Index
+    values_G: Int64Array
     """Entries of all lists of the request."""
 
     def __len__(self) -> int:
         return len(self.candidates_G)
 
     @property
-    def pairs(self) -> Index:
+    def pairs(self) -> Int64Array:
         """Candidates times behaviours of each request, (G,)."""
         return self.candidates_G * self.behaviors_G
 
@@ -130,7 +131,7 @@ class SentTable:
     """The columns of a body's G requests."""
 
     columns: Mapping[str, SentColumn]
-    counts_G: Index
+    counts_G: Int64Array
     """Candidates of each request."""
     names: Names
 
@@ -164,10 +165,10 @@ class SentTable:
         return Sizes(self.counts_G, behaviors_G, values_G)
 
 
-def totals(lengths_K: Index, counts_G: Index) -> Index:
+def totals(lengths_K: Int64Array, counts_G: Int64Array) -> Int64Array:
     """Add up the next `counts_G[g]` lengths for each g, (G,)."""
     if len(counts_G) == 1:
-        found_G: Index = lengths_K.sum(keepdims=True)
+        found_G: Int64Array = lengths_K.sum(keepdims=True)
     else:
         found_G = np.diff(np.append(0, np.cumsum(lengths_K))[np.append(0, np.cumsum(counts_G))])
     return found_G
@@ -195,12 +196,12 @@ class UnusableValueError(ValueError):
         super().__init__(place, why)
         self.place, self.why = place, why
 
-    def named(self, names: Names, column: str, levels: Sequence[Index]) -> RequestError:
+    def named(self, names: Names, column: str, levels: Sequence[Int64Array]) -> RequestError:
         """Make the error for the client; `levels`: the lengths of the lists around the value."""
         return RequestError(f"{names.path(column, places_of(levels, self.place))} is {self.why}")
 
 
-def places_of(levels: Sequence[Index], place: int) -> list[int]:
+def places_of(levels: Sequence[Int64Array], place: int) -> list[int]:
     """Return the number of the request that a value belongs to, and its place in each list around it."""
     places: list[int] = []
     for lengths in reversed(levels):
@@ -211,7 +212,7 @@ def places_of(levels: Sequence[Index], place: int) -> list[int]:
     return [place, *places]
 
 
-def flatten(entries: Sequence[Any], rule: Rule, depth: int) -> tuple[Sequence[Any], Index]:
+def flatten(entries: Sequence[Any], rule: Rule, depth: int) -> tuple[Sequence[Any], Int64Array]:
     """Join lists, inside of `depth` others, and return the length of each. Raises UnusableValueError."""
     if not set(map(type, entries)) <= {list}:
         place = next(place for place, entry in enumerate(entries) if type(entry) is not list)
@@ -268,7 +269,7 @@ def missing(columns: RequestColumns, absent: Sequence[str], names: Names, reques
     return RequestError(f"{where}{len(absent)} columns are missing: {labels}")
 
 
-def _counts(requests: Sequence[Request]) -> Index:
+def _counts(requests: Sequence[Request]) -> Int64Array:
     """Count the candidates of each request, by its longest list."""
     lengths = ([len(value) for value in each.candidates.values() if isinstance(value, list)] for each in requests)
     return np.array([max(each, default=0) for each in lengths], np.int64)
@@ -276,7 +277,7 @@ def _counts(requests: Sequence[Request]) -> Index:
 
 def _sent(name: str, rule: Rule, entries: Sequence[Any], names: Names, in_context_G: Bool | None) -> SentColumn:
     """Flatten the lists of a column."""
-    levels: tuple[Index, ...] = ()
+    levels: tuple[Int64Array, ...] = ()
     for _ in range(rule.depth):
         try:
             entries, lengths = flatten(entries, rule, len(levels))
@@ -307,7 +308,7 @@ def sent_table(columns: RequestColumns, table: pa.Table) -> Steps[SentTable]:
 
 
 def _of_arrow(name: str, rule: Rule, array: Any, names: Names) -> SentColumn:
-    levels: tuple[Index, ...] = ()
+    levels: tuple[Int64Array, ...] = ()
     for _ in range(rule.depth):
         if array.null_count:
             place = int(array.is_null().to_numpy(zero_copy_only=False).argmax())

@@ -10,13 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from featurestore.keys import Int64Array
 from trainer.comm.comm import SoloComm
 from trainer.exchange.exchange import Exchange
-from trainer.exchange.routing import (
-    Int64,
-    unique,
-    unique_below,
-)
+from trainer.exchange.routing import unique, unique_below
 from trainer.exchange.vectors import FieldVectors
 from trainer.samples.reader import Jagged
 
@@ -44,8 +41,8 @@ class ThreadComm(SoloComm):
 
 @dataclass
 class Served:
-    keys_Q: Int64
-    inverse_R: Int64
+    keys_Q: Int64Array
+    inverse_R: Int64Array
 
     @property
     def num_unique(self) -> int:
@@ -60,10 +57,10 @@ class WholeTable:
         self.width, self._num_ranks, self.key_sources = width, num_ranks, {name: self}
         self.rows = torch.randn(KEYS, width, dtype=torch.float64, generator=draw).requires_grad_()
 
-    def owner_of(self, keys_U: Int64) -> Int64:
+    def owner_of(self, keys_U: Int64Array) -> Int64Array:
         return keys_U % self._num_ranks
 
-    def serve(self, keys_R: Int64, kind: str) -> Served:
+    def serve(self, keys_R: Int64Array, kind: str) -> Served:
         return Served(*unique(keys_R))
 
     def vectors(self, served: Sequence[Served]) -> list[Tensor]:

@@ -2,14 +2,12 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from featurestore.keys import AnyArray, Float64Array
 from featurestore.lookup.ondevice import on_device
 from trainer.engine.wiring import EngineParts
 from trainer.exchange.exchange import KeyRequest
@@ -108,14 +106,14 @@ class Engine(EngineParts):
             source.move(rates)
         self._rows.end_step(rates)
 
-    def predict(self, prepared: PreparedBatch) -> NDArray[np.float64]:
+    def predict(self, prepared: PreparedBatch) -> Float64Array:
         """Return logits (B,) in float64. All ranks call it equally often."""
         return self.compute(prepared, self.model)
 
     @torch.no_grad()
     def compute(
         self, prepared: PreparedBatch, network: NetworkPart, given: Mapping[str, FieldVectors] | None = None
-    ) -> NDArray[np.float64]:
+    ) -> Float64Array:
         """Return the outputs of `network`, a part of the model, for a batch, in float64.
 
         `given`: vectors of fields in place of those that are looked up. All ranks call it equally often.
@@ -155,5 +153,5 @@ class Engine(EngineParts):
         dense = [each.name for each in self.fields if each.kind == "dense"]
         return {name: self._on_device(batch.dense[name], self._dtype) for name in dense}
 
-    def _on_device(self, values: NDArray[Any], dtype: torch.dtype | None = None) -> Tensor:
+    def _on_device(self, values: AnyArray, dtype: torch.dtype | None = None) -> Tensor:
         return on_device(values, self._device).to(dtype=dtype)

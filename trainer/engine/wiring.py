@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from featurestore.format.statistics import FeatureStatistics
-from featurestore.keys import owner_of, shard_of
+from featurestore.keys import Int64Array, owner_of, shard_of
 from featurestore.lookup.embedding import EmbeddingModel, EmbeddingService
 from featurestore.lookup.ondevice import Gathered, held_bytes, on_device
 from featurestore.lookup.partition import FeaturePartition
@@ -18,7 +18,7 @@ from trainer.config import ExactTableConfig, ModelConfig, OptimConfig, TableConf
 from trainer.engine.machine import check_memory, check_same, holds_features, with_compute_dtype
 from trainer.errors import ConfigError
 from trainer.exchange.exchange import Exchange, VectorSource
-from trainer.exchange.routing import Int64, unique
+from trainer.exchange.routing import unique
 from trainer.exchange.vectors import FieldVectors, HostLengths
 from trainer.ids.exact import ExactShape, ExactTable
 from trainer.ids.optimizers import SHARED_STATE, RowOptimizer, row_optimizer
@@ -42,7 +42,7 @@ class ContentRequest:
     """Gathered features of the unique keys whose vectors E makes."""
 
     gathered: Gathered
-    inverse_R: Int64
+    inverse_R: Int64Array
     num_unique: int
 
 
@@ -54,11 +54,11 @@ class ContentSource:
         self._num_shards = service.partition.info.num_shards
         self.width, self.key_sources = service.width(model), {name: self}
 
-    def owner_of(self, keys_U: Int64) -> Int64:
+    def owner_of(self, keys_U: Int64Array) -> Int64Array:
         """Find the rank that has the shard of each key."""
         return owner_of(shard_of(keys_U, self._num_shards), self._num_ranks)
 
-    def serve(self, keys_R: Int64, kind: Kind) -> ContentRequest:
+    def serve(self, keys_R: Int64Array, kind: Kind) -> ContentRequest:
         """Gather the features of the unique keys."""
         keys_Q, inverse_R = unique(keys_R)
         return ContentRequest(self._service.gather(keys_Q), inverse_R, len(keys_Q))

@@ -24,15 +24,13 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from featurestore.keys import BoolArray, Float64Array, Int64Array
 from trainer.errors import DataError
 
 if TYPE_CHECKING:
     from trainer.evaluation.predict import Impressions, Predictions, Slicing
 
-Float = NDArray[np.float64]
-Int = NDArray[np.int64]
 
 METRICS = ("logloss", "auc", "gauc", "calibration")
 NUM_BINS = 10
@@ -102,7 +100,7 @@ class Figures:
         return rows
 
 
-def interval(value: float, draws_R: Float, *, users: int) -> Estimate:
+def interval(value: float, draws_R: Float64Array, *, users: int) -> Estimate:
     """Return the central `LEVEL` interval of the resamples; None if the value, or half of the resamples, are undefined.
 
     No interval either for a value that fewer than LEAST_USERS `users` contribute to: resamples of a few say nothing of
@@ -117,9 +115,9 @@ def interval(value: float, draws_R: Float, *, users: int) -> Estimate:
     return Estimate(float(value), float(low), float(high))
 
 
-def probability(logit_N: Float) -> Float:
+def probability(logit_N: Float64Array) -> Float64Array:
     """Compute the sigmoid, without overflow."""
-    values_N: Float = np.exp(-np.logaddexp(0, -logit_N.astype(np.float64)))
+    values_N: Float64Array = np.exp(-np.logaddexp(0, -logit_N.astype(np.float64)))
     return values_N
 
 
@@ -130,7 +128,7 @@ class MetricSums:
     many impressions (`bins_of`).
     """
 
-    def __init__(self, logit_N: Float, label_N: Float, user_N: Int) -> None:
+    def __init__(self, logit_N: Float64Array, label_N: Float64Array, user_N: Int64Array) -> None:
         """`user_N`: in [0, U). Order N log N."""
         self._users_V, of_N = np.unique(user_N, return_inverse=True)
         num_users = len(self._users_V)
@@ -151,7 +149,7 @@ class MetricSums:
         self.count_K, self.users_K = count_VK.sum(axis=0), (count_VK > 0).sum(axis=0)
         """Impressions of each bin, and the users that they are of."""
 
-    def at(self, weight_BU: Float) -> Float:
+    def at(self, weight_BU: Float64Array) -> Float64Array:
         """Compute values of resamples: the METRICS, then the mean prediction and the click rate of each bin.
 
         `weight_BU`: how often each user counts. The result is (B, M + 2 K), NaN where a value is not defined.
@@ -172,7 +170,7 @@ class MetricSums:
 class _WeightedAuc:
     """AUC with each impression counted as often as its user is drawn: the Mann-Whitney form, half a win for a tie."""
 
-    def __init__(self, score_N: Float, label_N: Float, user_N: Int) -> None:
+    def __init__(self, score_N: Float64Array, label_N: Float64Array, user_N: Int64Array) -> None:
         order_N = np.argsort(score_N, kind="stable")
         clicked_N = label_N[order_N] == 1
         score_N, user_N = score_N[order_N], user_N[order_N]
@@ -181,7 +179,7 @@ class _WeightedAuc:
         self._below = np.searchsorted(passed_scores, score_N[clicked_N], side="left")
         self._up_to = np.searchsorted(passed_scores, score_N[clicked_N], side="right")
 
-    def at(self, weight_BU: Float) -> Float:
+    def at(self, weight_BU: Float64Array) -> Float64Array:
         auc_B = np.empty(len(weight_BU))
         weight = np.zeros(len(self._passed) + 1)
         for row, weight_U in enumerate(weight_BU):  # a row at a time stays in the processor's cache
@@ -197,8 +195,8 @@ class _WeightedAuc:
 class Replicates:
     """Values of `MetricSums.at`: (M + 2 K,) of the sample itself, and (R, M + 2 K) of the resamples."""
 
-    value_M: Float
-    draws_RM: Float
+    value_M: Float64Array
+    draws_RM: Float64Array
 
 
 def bootstrap(sets: Sequence[MetricSums], num_users: int, resamples: int, seed: int) -> list[Replicates]:
@@ -207,14 +205,14 @@ def bootstrap(sets: Sequence[MetricSums], num_users: int, resamples: int, seed: 
     Cost: a gather of every impression for each resample and AUC, about 1 s for 1,000 resamples of 100,000 impressions.
     """
     values = [each.at(np.ones((1, num_users)))[0] for each in sets]
-    blocks: list[list[Float]] = [[value[None][:0]] for value in values]
+    blocks: list[list[Float64Array]] = [[value[None][:0]] for value in values]
     for weight_BU in draws(num_users, resamples, seed):
         for block, each in zip(blocks, sets, strict=True):
             block.append(each.at(weight_BU))
     return [Replicates(value, np.concatenate(block)) for value, block in zip(values, blocks, strict=True)]
 
 
-def draws(num_users: int, resamples: int, seed: int) -> Iterator[Float]:
+def draws(num_users: int, resamples: int, seed: int) -> Iterator[Float64Array]:
     """Draw how often each user counts, (B, U), `resamples` times, in blocks: equal for equal seeds."""
     random = np.random.default_rng(seed)
     block = max(1, min(64, _BLOCK_ELEMENTS // max(1, num_users)))
@@ -224,7 +222,7 @@ def draws(num_users: int, resamples: int, seed: int) -> Iterator[Float]:
         yield np.bincount(drawn_BU.ravel(), minlength=size * num_users).reshape(size, num_users).astype(np.float64)
 
 
-def bins_of(score_N: Float) -> Int:
+def bins_of(score_N: Float64Array) -> Int64Array:
     """Cut into bins of equally many impressions, 0 the lowest scores: up to NUM_BINS of at least LEAST_PER_BIN, or one.
 
     Equal scores are in one bin.
@@ -237,12 +235,14 @@ def bins_of(score_N: Float) -> Int:
     return np.unique(bin_N, return_inverse=True)[1].astype(np.int64)
 
 
-def ratio(above: Float, below: Float) -> Float:
+def ratio(above: Float64Array, below: Float64Array) -> Float64Array:
     """Divide above by below; NaN where below is zero."""
     return np.divide(above, below, out=np.full_like(above, np.nan), where=below != 0)
 
 
-def measure_all(logit_N: Float, impressions: "Impressions", slicings: Sequence["Slicing"], resamples: int) -> Figures:
+def measure_all(
+    logit_N: Float64Array, impressions: "Impressions", slicings: Sequence["Slicing"], resamples: int
+) -> Figures:
     """Measure all impressions, each slice and the bins of reliability, with intervals."""
     users_U, user_N = np.unique(impressions.user_N, return_inverse=True)
     label_N = impressions.label_N.astype(np.float64)
@@ -279,7 +279,7 @@ def _bins(sums: MetricSums, replicates: Replicates) -> list[Bin]:
 Metrics = dict[str, float | int | None]
 
 
-def measure(logit_N: Float, label_N: Float, group_N: Int, prefix: str = "") -> Metrics:
+def measure(logit_N: Float64Array, label_N: Float64Array, group_N: Int64Array, prefix: str = "") -> Metrics:
     """Measure N impressions, by the names of the metrics with `prefix` before each. Order N log N.
 
     `group_N`: the user of each. `gauc_impressions`: those of users with both classes, which GAUC is made of.
@@ -296,7 +296,7 @@ def measure(logit_N: Float, label_N: Float, group_N: Int, prefix: str = "") -> M
     return {prefix + name: value for name, value in metrics.items()}
 
 
-def log_loss(logit_N: Float, label_N: Float) -> float | None:
+def log_loss(logit_N: Float64Array, label_N: Float64Array) -> float | None:
     """Compute mean binary cross entropy in nats, of logits: exact where a probability rounds to 0 or 1.
 
     None if empty.
@@ -307,12 +307,12 @@ def log_loss(logit_N: Float, label_N: Float) -> float | None:
     return float((np.logaddexp(0, logit_N) - logit_N * label_N).mean())
 
 
-def auc(score_N: Float, label_N: Float) -> float | None:
+def auc(score_N: Float64Array, label_N: Float64Array) -> float | None:
     """Compute the area under the ROC curve; None with one class only."""
     return grouped_auc(score_N, label_N, np.zeros(len(label_N), np.int64))[0]
 
 
-def grouped_auc(score_N: Float, label_N: Float, group_N: Int) -> tuple[float | None, int]:
+def grouped_auc(score_N: Float64Array, label_N: Float64Array, group_N: Int64Array) -> tuple[float | None, int]:
     """Compute GAUC and the number of impressions that it counts; None and 0 when no group has both classes."""
     groups = auc_of_groups(score_N, label_N, group_N)
     counted = int(groups.impressions_G.sum())
@@ -325,12 +325,12 @@ def grouped_auc(score_N: Float, label_N: Float, group_N: Int) -> tuple[float | N
 class GroupAucs:
     """The groups that have both classes, ascending: their value of `group_N`, impressions and AUC."""
 
-    group_G: Int
-    impressions_G: Int
-    auc_G: Float
+    group_G: Int64Array
+    impressions_G: Int64Array
+    auc_G: Float64Array
 
 
-def auc_of_groups(score_N: Float, label_N: Float, group_N: Int) -> GroupAucs:
+def auc_of_groups(score_N: Float64Array, label_N: Float64Array, group_N: Int64Array) -> GroupAucs:
     """Compute the AUC of each group by itself. Order N log N."""
     if len(label_N) == 0:
         return GroupAucs(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0))
@@ -347,7 +347,7 @@ def auc_of_groups(score_N: Float, label_N: Float, group_N: Int) -> GroupAucs:
     return GroupAucs(group_N[starts_G[both_G]], impressions_G[both_G], wins_G[both_G] / pairs_G[both_G])
 
 
-def _mid_ranks(score_N: Float, new_group_N: NDArray[np.bool_]) -> Float:
+def _mid_ranks(score_N: Float64Array, new_group_N: BoolArray) -> Float64Array:
     """1-based ranks along sorted scores; a run of equal scores within one group shares the mean of its ranks."""
     starts_T = np.flatnonzero(new_group_N | np.r_[True, score_N[1:] != score_N[:-1]])
     ends_T = np.r_[starts_T[1:], len(score_N)]
@@ -382,7 +382,7 @@ def compare(
     metrics: Sequence[str] = ("gauc", "auc"),
     resamples: int = 1000,
     seed: int = 0,
-    only_N: NDArray[np.bool_] | None = None,
+    only_N: BoolArray | None = None,
 ) -> dict[str, Difference]:
     """Measure the paired difference of each metric between runs `ours` and `baseline`, one or more on each side.
 
@@ -438,15 +438,15 @@ def compare_new_ads(
     return NewAdsCompared(impressions=int(is_new_N.sum()), differences=differences)
 
 
-def _mean_of_drawn(draws_SRM: Float, random: np.random.Generator) -> Float:
+def _mean_of_drawn(draws_SRM: Float64Array, random: np.random.Generator) -> Float64Array:
     """The mean over S runs drawn with replacement, for each resample, (R, M)."""
     runs, resamples = draws_SRM.shape[:2]
     drawn_RS = random.integers(runs, size=(resamples, runs))
-    means_RM: Float = draws_SRM[drawn_RS, np.arange(resamples)[:, None]].mean(axis=1)
+    means_RM: Float64Array = draws_SRM[drawn_RS, np.arange(resamples)[:, None]].mean(axis=1)
     return means_RM
 
 
-def _difference(name: str, ours: float, baseline: float, draws_R: Float, users: int) -> Difference:
+def _difference(name: str, ours: float, baseline: float, draws_R: Float64Array, users: int) -> Difference:
     value = ours - baseline
     estimate = interval(value, draws_R, users=users)
     defined_R = draws_R[~np.isnan(draws_R)]

@@ -25,15 +25,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
-from numpy.typing import NDArray
 
 from featurestore.errors import naming
-from featurestore.keys import Int64Array
+from featurestore.keys import BoolArray, Float32Array, Float64Array, Int64Array
 from featurestore.published.paths import RunPath, run_path
 from featurestore.published.versions import VersionName
 from trainer.comm import Comm, SoloComm
 from trainer.errors import DataError, SchemaError, TrainerError
-from trainer.evaluation.bootstrap import Float, Metrics, measure
+from trainer.evaluation.bootstrap import Metrics, measure
 from trainer.runs.export import output_at, parquet_file
 from trainer.runs.saved import EvaluatedRun, RunSource, open_source, read_run
 from trainer.samples import columns
@@ -50,7 +49,7 @@ NEVER = np.iinfo(np.int64).max
 class Impressions:
     """N test impressions in the order of the files; columns that the schema or the samples lack are None."""
 
-    label_N: NDArray[np.float32]
+    label_N: Float32Array
     user_N: Int64Array
     ad_N: Int64Array
     """The schema's `new_ad_field`."""
@@ -74,7 +73,7 @@ class SeenInTraining:
     impressions_A: Int64Array
     first_s_A: Int64Array
     image_I: Int64Array
-    met_I: NDArray[np.bool_]
+    met_I: BoolArray
 
 
 def read_impressions(comm: Comm, index: SampleIndex, schema: Schema) -> Impressions:
@@ -171,7 +170,7 @@ def _lengths(groups: columns.DecodedGroups, column: str) -> Int64Array:
     return _of_samples(groups, np.diff(offsets))
 
 
-def places(sorted_A: Int64Array, values_N: Int64Array) -> tuple[Int64Array, NDArray[np.bool_]]:
+def places(sorted_A: Int64Array, values_N: Int64Array) -> tuple[Int64Array, BoolArray]:
     """Find where each value is in `sorted_A`, and whether it is."""
     if len(sorted_A) == 0:
         return np.zeros(len(values_N), np.int64), np.zeros(len(values_N), np.bool_)
@@ -227,7 +226,7 @@ class Slicing:
     slice_N: Int64Array
 
 
-def slicings(impressions: Impressions, seen: SeenInTraining, has_feature_I: NDArray[np.bool_] | None) -> list[Slicing]:
+def slicings(impressions: Impressions, seen: SeenInTraining, has_feature_I: BoolArray | None) -> list[Slicing]:
     """Cut by ad age, impressions of the ad in training, history length, and image: those that the schema has.
 
     `has_feature_I`: which of `seen.image_I` have one; None where the model reads no store.
@@ -286,11 +285,11 @@ def _range_names(edges: Sequence[int]) -> tuple[str, ...]:
 class Predictions:
     """Logits and further columns of N impressions, in the order of the sample files."""
 
-    logit_N: Float
+    logit_N: Float64Array
     impressions: Impressions
     notes: tuple[str, ...] = ()
     """Notes for the user on the results."""
-    is_new_ad_N: NDArray[np.bool_] | None = None
+    is_new_ad_N: BoolArray | None = None
     """Whether the ad is not in the run's training samples; None if unknown."""
 
 
@@ -317,12 +316,12 @@ def predict_run(
         return Predictions(logit_N, impressions, (*opened.notes, *missing), is_new_ad_N)
 
 
-def predict(opened: EvaluatedRun) -> Float:
+def predict(opened: EvaluatedRun) -> Float64Array:
     """Predict logits of all test impressions (N,), the same on every rank; all call it. Raises TrainerError."""
     engine = opened.engine
     with contextlib.closing(ReadAhead(opened.reader.batches())) as ahead:
         own = np.concatenate([np.empty(0), *(engine.predict(each) for each in engine.prepared(ahead, "eval"))])
-    logit_N: Float = opened.comm.allgather(torch.from_numpy(own), "logits").numpy()
+    logit_N: Float64Array = opened.comm.allgather(torch.from_numpy(own), "logits").numpy()
     if len(logit_N) != opened.test.num_samples or not np.isfinite(logit_N).all():
         raise TrainerError("the model's predictions are not finite numbers; try an earlier checkpoint")
     return logit_N
@@ -343,17 +342,19 @@ def slicings_of(opened: EvaluatedRun, impressions: Impressions) -> list[Slicing]
     return slicings(impressions, seen, has_feature(opened, image.store_name, seen.image_I) if image else None)
 
 
-def has_feature(opened: EvaluatedRun, store: str, key_I: Int64Array) -> NDArray[np.bool_] | None:
+def has_feature(opened: EvaluatedRun, store: str, key_I: Int64Array) -> BoolArray | None:
     """Find which keys have a feature in the store that a field names, (I,); None where the model does not read it."""
     service = opened.engine.services.get(store)
     if service is None:
         return None
     held_I = torch.from_numpy(service.partition.contains(key_I).astype(np.int64))
-    found: NDArray[np.bool_] = opened.comm.allreduce_sum_(held_I, "has_feature").numpy() > 0
+    found: BoolArray = opened.comm.allreduce_sum_(held_I, "has_feature").numpy() > 0
     return found
 
 
-def evaluate(comm: Comm, predicted: Iterable[tuple[Batch, Float]], known_ads: Int64Array, new_ad_field: str) -> Metrics:
+def evaluate(
+    comm: Comm, predicted: Iterable[tuple[Batch, Float64Array]], known_ads: Int64Array, new_ad_field: str
+) -> Metrics:
     """Measure all test impressions, and under `new_ad_…` those whose ad is in no training sample.
 
     `predicted`: this rank's batches, each with its logits. `known_ads`: sorted values of `new_ad_field` in training.
@@ -422,7 +423,7 @@ def score_run(source: RunSource, out: str, comm: Comm) -> Written | None:
         return file.written((*opened.notes, *notes))
 
 
-def score_rows(source: RunSource, rows: pa.Table) -> list[Float]:
+def score_rows(source: RunSource, rows: pa.Table) -> list[Float64Array]:
     """Score rows that are in memory by a run, on this rank alone: the logits of each, see `sample_groups`.
 
     The samples of `source` do not count. Raises TrainerError, FeatureStoreError.
@@ -458,7 +459,7 @@ class ScoreFile:
         self._rules = {name: rule for name, rule in columns.rules_of(schema).items() if name in wanted}
         self._sums = np.zeros(3)  # of impressions, labels and probabilities
 
-    def add(self, row_group: RowGroup, logit_B: Float) -> None:
+    def add(self, row_group: RowGroup, logit_B: Float64Array) -> None:
         """Write the impressions of a row group, whose logits these are; all are added in the order of the index.
 
         Raises DataError, SchemaError.
@@ -478,7 +479,7 @@ class ScoreFile:
         count, labels, probabilities = self._sums.tolist()
         return Written(self._about, round(count), labels / count, probabilities / count, notes)
 
-    def _rows(self, row_group: RowGroup, logit_B: Float) -> pa.Table:
+    def _rows(self, row_group: RowGroup, logit_B: Float64Array) -> pa.Table:
         storage, schema = self._index.storage, self._schema
         table = read_row_group(storage, row_group, [*columns.source_columns(self._rules), schema.time])
         full = storage.full(row_group.file)

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
-Int64 = NDArray[np.int64]
+from featurestore.keys import Int64Array
 
 OK, FAILED = 0, 1
 _FEW = 4096  # keys that np.unique is not slower for
@@ -23,21 +22,21 @@ _SPARSE = 64  # times as many places as numbers, and sorting is as fast
 class Bucketized:
     """Unique keys in the order of their owners, how many go to each, and the way back to the N keys they came from."""
 
-    keys_U: Int64
-    send_counts_P: Int64
-    inverse_N: Int64
+    keys_U: Int64Array
+    send_counts_P: Int64Array
+    inverse_N: Int64Array
 
 
 @dataclass(frozen=True)
 class KeyBlocks:
     """What P ranks ask for: their status, the numbers of keys of each source, and its keys in the order of ranks."""
 
-    status_P: Int64
-    counts_PS: Int64
-    keys_SR: list[Int64]
+    status_P: Int64Array
+    counts_PS: Int64Array
+    keys_SR: list[Int64Array]
 
 
-def unique(keys_N: Int64) -> tuple[Int64, Int64]:
+def unique(keys_N: Int64Array) -> tuple[Int64Array, Int64Array]:
     """Return unique keys, ascending, and for each of `keys_N` its place among them.
 
     Of many keys Arrow's hash table finds the different ones, so that these alone are sorted: of 22,800 keys with 13,600
@@ -56,7 +55,7 @@ def unique(keys_N: Int64) -> tuple[Int64, Int64]:
     return found_U[order_U], place_U[encoded.indices.to_numpy()]
 
 
-def unique_below(numbers_N: Int64, limit: int) -> tuple[Int64, Int64]:
+def unique_below(numbers_N: Int64Array, limit: int) -> tuple[Int64Array, Int64Array]:
     """Do the same as `unique` for numbers from 0 to `limit` - 1, without sorting if `limit` is not much larger."""
     if limit > _SPARSE * len(numbers_N):
         return unique(numbers_N)
@@ -68,7 +67,7 @@ def unique_below(numbers_N: Int64, limit: int) -> tuple[Int64, Int64]:
     return numbers_U, place_L[numbers_N]
 
 
-def bucketize_by_owner(keys_U: Int64, inverse_N: Int64, owner_U: Int64, num_ranks: int) -> Bucketized:
+def bucketize_by_owner(keys_U: Int64Array, inverse_N: Int64Array, owner_U: Int64Array, num_ranks: int) -> Bucketized:
     """Sort unique keys by owner, keep their order within one owner, and let the inverse follow."""
     if num_ranks == 1:
         return Bucketized(keys_U, np.array([len(keys_U)]), inverse_N)
@@ -78,23 +77,23 @@ def bucketize_by_owner(keys_U: Int64, inverse_N: Int64, owner_U: Int64, num_rank
     return Bucketized(keys_U[order_U], np.bincount(owner_U, minlength=num_ranks), place_U[inverse_N])
 
 
-def pack_key_blocks(status: int, asked_S: Sequence[Bucketized], num_ranks: int) -> tuple[Int64, Int64]:
+def pack_key_blocks(status: int, asked_S: Sequence[Bucketized], num_ranks: int) -> tuple[Int64Array, Int64Array]:
     """Pack one block for each owner; also return the blocks' lengths (P,)."""
     counts_PS = np.stack([asked.send_counts_P for asked in asked_S], axis=1)
     starts_S = [_starts(asked.send_counts_P) for asked in asked_S]
-    pieces: list[Int64] = []
+    pieces: list[Int64Array] = []
     for rank in range(num_ranks):
         pieces += [np.array([status]), counts_PS[rank]]
         pieces += [a.keys_U[s[rank] : s[rank + 1]] for a, s in zip(asked_S, starts_S, strict=True)]
     return np.concatenate(pieces), counts_PS.sum(axis=1) + 1 + len(asked_S)
 
 
-def unpack_key_blocks(payload: Int64, lengths_P: Int64, num_sources: int) -> KeyBlocks:
+def unpack_key_blocks(payload: Int64Array, lengths_P: Int64Array, num_sources: int) -> KeyBlocks:
     """Undo `pack_key_blocks` on the received blocks, one from each asker."""
     starts_P = _starts(lengths_P)
     status_P = payload[starts_P[:-1]]
     counts_PS = np.stack([payload[s + 1 : s + 1 + num_sources] for s in starts_P[:-1]])
-    pieces_SR: list[list[Int64]] = [[] for _ in range(num_sources)]
+    pieces_SR: list[list[Int64Array]] = [[] for _ in range(num_sources)]
     for start, counts_S in zip(starts_P[:-1], counts_PS, strict=True):
         inner_S = start + 1 + num_sources + _starts(counts_S)
         for source in range(num_sources):
@@ -102,7 +101,7 @@ def unpack_key_blocks(payload: Int64, lengths_P: Int64, num_sources: int) -> Key
     return KeyBlocks(status_P, counts_PS, [np.concatenate(pieces) for pieces in pieces_SR])
 
 
-def reply_rows(counts_PS: Int64, inverse_SR: Sequence[Int64], num_unique_S: Sequence[int]) -> Int64:
+def reply_rows(counts_PS: Int64Array, inverse_SR: Sequence[Int64Array], num_unique_S: Sequence[int]) -> Int64Array:
     """Return which row of [status row, unique rows of source 0, of source 1, ..] of one width each row to send is.
 
     `counts_PS`: keys that each asker wants of each source of this width; `inverse_SR`: for each key received its row
@@ -110,7 +109,7 @@ def reply_rows(counts_PS: Int64, inverse_SR: Sequence[Int64], num_unique_S: Sequ
     """
     starts_SP = [_starts(counts_PS[:, source]) for source in range(counts_PS.shape[1])]
     offset_S = 1 + _starts(np.array(num_unique_S))
-    pieces: list[Int64] = []
+    pieces: list[Int64Array] = []
     for rank in range(len(counts_PS)):
         pieces.append(np.zeros(1, dtype=np.int64))
         for source, inverse_R in enumerate(inverse_SR):
@@ -119,7 +118,7 @@ def reply_rows(counts_PS: Int64, inverse_SR: Sequence[Int64], num_unique_S: Sequ
     return np.concatenate(pieces)
 
 
-def answer_slices(counts_PS: Int64) -> tuple[Int64, list[list[slice]]]:
+def answer_slices(counts_PS: Int64Array) -> tuple[Int64Array, list[list[slice]]]:
     """Return where the status rows (P,) and each source's vectors (S lists of P slices) lie in answers of a width."""
     starts_P = _starts(counts_PS.sum(axis=1) + 1)
     inner_PS = [start + 1 + _starts(counts_S) for start, counts_S in zip(starts_P, counts_PS, strict=False)]
@@ -127,7 +126,7 @@ def answer_slices(counts_PS: Int64) -> tuple[Int64, list[list[slice]]]:
     return starts_P[:-1], slices_SP
 
 
-def _starts(counts: Int64) -> Int64:
+def _starts(counts: Int64Array) -> Int64Array:
     """Return [0, c0, c0 + c1, ..], one longer than `counts`."""
     starts = np.zeros(len(counts) + 1, dtype=np.int64)
     np.cumsum(counts, out=starts[1:])

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from trainer.exchange.routing import Int64
+from featurestore.keys import Int64Array
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class HostLengths:
     """What a batch itself knows of a field's lengths, so that no size has to be fetched from a GPU."""
 
     lengths_M: NDArray[np.integer[Any]]
-    group_of_sample_B: Int64
+    group_of_sample_B: Int64Array
     """The row of the field that each sample looks at."""
 
     def num_values(self, at_most: int) -> int:

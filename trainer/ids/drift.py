@@ -30,9 +30,9 @@ from functools import cache
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from featurestore.keys import Float64Array
 from featurestore.lookup.ondevice import on_device
 from trainer.errors import ConfigError
 
@@ -45,8 +45,6 @@ _NEGLIGIBLE = {torch.float32: 2.0**-30, torch.float64: 2.0**-60}
 _LONGEST_WINDOW = 20_000
 
 _STEP_COUNTS = (1, 2, 5, 20, 100, 1000, 20_000)  # where errors are looked at
-
-Floats = NDArray[np.float64]
 
 
 class Drift:
@@ -139,20 +137,20 @@ class _Powers:
     def __init__(self, beta1: float, beta2: float, window: int) -> None:
         self._beta1, self._beta2 = beta1, beta2
         self._missed_W = np.arange(window, 0, -1, dtype=np.float64)
-        self._momentum_W: Floats = np.power(beta1, self._missed_W)
-        self._variance_W: Floats = np.power(beta2, self._missed_W)
+        self._momentum_W: Float64Array = np.power(beta1, self._missed_W)
+        self._variance_W: Float64Array = np.power(beta2, self._missed_W)
 
-    def terms(self, step: int, count: int) -> tuple[Floats, Floats]:
+    def terms(self, step: int, count: int) -> tuple[Float64Array, Float64Array]:
         """w_s / lr_s and c_s in step `step`, of rows touched `count` steps before to one step before."""
-        weight_W: Floats = self._momentum_W[-count:] / (1 - self._beta1**step)
-        c_W: Floats = np.sqrt(self._variance_W[-count:] / (1 - self._beta2**step))
+        weight_W: Float64Array = self._momentum_W[-count:] / (1 - self._beta1**step)
+        c_W: Float64Array = np.sqrt(self._variance_W[-count:] / (1 - self._beta2**step))
         return weight_W, c_W
 
-    def coming(self, step: int) -> tuple[Floats, Floats]:
+    def coming(self, step: int) -> tuple[Float64Array, Float64Array]:
         """w_s / lr_s and c_s of rows touched in step `step`, in the steps that follow, the last one first."""
         step_W = step + self._missed_W
-        weight_W: Floats = self._momentum_W / (1 - np.power(self._beta1, step_W))
-        c_W: Floats = np.sqrt(self._variance_W / (1 - np.power(self._beta2, step_W)))
+        weight_W: Float64Array = self._momentum_W / (1 - np.power(self._beta1, step_W))
+        c_W: Float64Array = np.sqrt(self._variance_W / (1 - np.power(self._beta2, step_W)))
         return weight_W, c_W
 
     def centre(self, step: int) -> float:
@@ -168,7 +166,7 @@ def polynomial_error(beta1: float, beta2: float, dtype: torch.dtype, degree: int
     weight_W, c_W = (each[-missed:] for each in powers.coming(step))
     spread_W = c_W / powers.centre(step) - 1
 
-    def values(node_N: Floats) -> Floats:
+    def values(node_N: Float64Array) -> Float64Array:
         return np.asarray(weight_W @ (1 / (1 + spread_W[:, None] * node_N)))
 
     place_N = np.linspace(-1, 1, 101)
@@ -193,13 +191,13 @@ def degree_of(beta1: float, beta2: float, dtype: torch.dtype) -> int:
     )
 
 
-def _nodes(degree: int) -> Floats:
+def _nodes(degree: int) -> Float64Array:
     """Chebyshev's, in [0, 1]."""
     count = degree + 1
     return np.asarray((1 + np.cos(np.pi * (np.arange(count) + 0.5) / count)) / 2)
 
 
-def _polynomials(values_WN: Floats) -> Floats:
+def _polynomials(values_WN: Float64Array) -> Float64Array:
     """Coefficients of powers of 2 q - 1, lowest first, of the polynomials through `values_WN` at the nodes.
 
     By way of Chebyshev's polynomials: their high coefficients are small before powers make them large, and cancel.
@@ -209,7 +207,7 @@ def _polynomials(values_WN: Floats) -> Floats:
 
 
 @cache
-def _conversions(count: int) -> tuple[Floats, Floats]:
+def _conversions(count: int) -> tuple[Float64Array, Float64Array]:
     angle_N = np.pi * (np.arange(count) + 0.5) / count
     to_chebyshev_NN = np.cos(np.outer(angle_N, np.arange(count))) * (2 / count)
     to_chebyshev_NN[:, 0] /= 2

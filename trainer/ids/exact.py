@@ -32,12 +32,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from featurestore.keys import UInt64Array, owned_shards, shard_of_hash, splitmix64, stream_start
+from featurestore.keys import BoolArray, Int64Array, UInt64Array, owned_shards, shard_of_hash, splitmix64, stream_start
 from featurestore.lookup.ondevice import on_device
 from trainer.comm import Comm
 from trainer.config import ExactTableConfig
 from trainer.errors import CheckpointError, ConfigError
-from trainer.exchange.routing import Int64, unique
+from trainer.exchange.routing import unique
 from trainer.exchange.vectors import take_rows
 from trainer.ids.shards import WEIGHT, IdRows, TableShape, uniform
 from trainer.ids.tables import IdTable, RowRequest
@@ -76,11 +76,11 @@ class ExactShape(TableShape):
 class ExactRequest(RowRequest):
     """Unique ids (Q,), ascending, their hashes and slots; `settle` finds their rows."""
 
-    ids_Q: Int64
+    ids_Q: Int64Array
     hash_Q: UInt64Array
-    slot_Q: Int64
+    slot_Q: Int64Array
     is_training: bool
-    inverse_Q: Int64 | None = None
+    inverse_Q: Int64Array | None = None
     """Of each id its place among the rows that `settle` has returned."""
 
 
@@ -120,7 +120,7 @@ class ExactTable(IdTable):
         self.counts, self._day = ExactCounts(), 0
         super().__init__(shape, rank, num_ranks, **others)
 
-    def serve(self, ids_R: Int64, kind: str = "step") -> ExactRequest:
+    def serve(self, ids_R: Int64Array, kind: str = "step") -> ExactRequest:
         """Find the unique ids, their hashes and slots, ahead of the steps; `settle` finds their rows in the step."""
         ids_Q, inverse_R = unique(ids_R)
         hash_Q = splitmix64(ids_Q)
@@ -188,7 +188,7 @@ class ExactTable(IdTable):
             del parts[COUNTS], parts[FADED]
         return parts
 
-    def _use(self, request: ExactRequest, place_Q: Int64) -> Int64:
+    def _use(self, request: ExactRequest, place_Q: Int64Array) -> Int64Array:
         """Notes the use of the ids in a training step, counts those without a row and gives rows to some; the places of
         all then. Rows that the step uses are marked before, so that none of them makes room."""
         self._clock_S += 1
@@ -204,12 +204,12 @@ class ExactTable(IdTable):
             return self.map.places(request.slot_Q, request.hash_Q, request.ids_Q)
         return place_Q
 
-    def _mark(self, slot_Q: Int64, place_Q: Int64, which_M: Int64) -> None:
+    def _mark(self, slot_Q: Int64Array, place_Q: Int64Array, which_M: Int64Array) -> None:
         """Notes that these places are used today, in this step."""
         self.last_use[place_Q[which_M]] = self._day
         self.used_at[place_Q[which_M]] = self._clock_S[slot_Q[which_M]]
 
-    def _admit(self, slot_M: Int64, hash_M: UInt64Array, ids_M: Int64) -> Int64:
+    def _admit(self, slot_M: Int64Array, hash_M: UInt64Array, ids_M: Int64Array) -> Int64Array:
         """Counts ids that have no row, and gives rows to those that have occurred often enough; the places of all."""
         place_M = slot_M * self.shape.rows_per_shard
         wanting_M = np.arange(len(ids_M))
@@ -228,7 +228,7 @@ class ExactTable(IdTable):
         )
         return place_M
 
-    def _make_room(self, slot_M: Int64) -> None:
+    def _make_room(self, slot_M: Int64Array) -> None:
         """Lets go of rows in each shard that has fewer free ones than it is asked for, one for each of `slot_M`: the
         rows longest unused, and none that this step uses."""
         capacity = self.shape.rows_per_shard - 1
@@ -246,7 +246,7 @@ class ExactTable(IdTable):
         self.counts.expired += len(gone)
         self._let_go(slot, 1 + gone)
 
-    def _let_go(self, slot: int, gone_K: Int64) -> None:
+    def _let_go(self, slot: int, gone_K: Int64Array) -> None:
         """Free these rows of a shard, ascending; the last rows move to their positions, and leave zeros behind."""
         if not len(gone_K):
             return
@@ -312,7 +312,7 @@ def first_vectors(shape: TableShape, hash_N: UInt64Array, seed: int, scale: floa
     return uniform(counter_NV.reshape(-1), scale).reshape(-1, shape.width)
 
 
-def _once(place_Q: Int64, cold_Q: NDArray[np.bool_]) -> tuple[Int64, Int64]:
+def _once(place_Q: Int64Array, cold_Q: BoolArray) -> tuple[Int64Array, Int64Array]:
     """Different places (U,), and for each of `place_Q` its index among them: as they are where all differ, else those
     of ids with a row first."""
     cold_U, cold_inverse = unique(place_Q[cold_Q])
@@ -333,9 +333,9 @@ class RowMap:
 
     def __init__(self, num_slots: int, rows_per_shard: int) -> None:
         self.rows_per_shard = rows_per_shard
-        self.used_S: Int64 = np.zeros(num_slots, np.int64)
+        self.used_S: Int64Array = np.zeros(num_slots, np.int64)
         """Rows in use, without row 0: they are 1 .. used."""
-        self.id_of_place: Int64 = np.zeros(num_slots * rows_per_shard, np.int64)
+        self.id_of_place: Int64Array = np.zeros(num_slots * rows_per_shard, np.int64)
         """The id of the row at slot x rows_per_shard + row."""
         self._span = _entries_for(rows_per_shard - 1)
         self._first_S = np.arange(num_slots, dtype=np.int64) * self._span
@@ -344,16 +344,16 @@ class RowMap:
         self.row_of_entry: NDArray[np.int32] = np.zeros(num_slots * self._span, np.int32)
         """The row that each entry of the open addressing leads to; 0: empty."""
 
-    def places(self, slot_N: Int64, hash_N: UInt64Array, ids_N: Int64) -> Int64:
+    def places(self, slot_N: Int64Array, hash_N: UInt64Array, ids_N: Int64Array) -> Int64Array:
         """Find the place slot x rows_per_shard + row of each id, (N,); row 0 of its shard where it has none.
 
         `hash_N`: splitmix64 of the ids.
         """
         first_N, mask_N = self._first_S[slot_N], self._mask_S[slot_N]
-        base_N: Int64 = slot_N * self.rows_per_shard
+        base_N: Int64Array = slot_N * self.rows_per_shard
         at_N = (hash_N & mask_N.view(np.uint64)).view(np.int64)
         row_N = self.row_of_entry[first_N + at_N].astype(np.int64)
-        found_N: Int64 = base_N + row_N
+        found_N: Int64Array = base_N + row_N
         open_N = np.flatnonzero((row_N != 0) & (self.id_of_place[found_N] != ids_N))
         while len(open_N):  # the entry is another id's: the next one
             at_N[open_N] = (at_N[open_N] + 1) & mask_N[open_N]
@@ -363,7 +363,7 @@ class RowMap:
             open_N = open_N[(row_M != 0) & (self.id_of_place[place_M] != ids_N[open_N])]
         return found_N
 
-    def insert(self, slot_N: Int64, hash_N: UInt64Array, ids_N: Int64) -> Int64:
+    def insert(self, slot_N: Int64Array, hash_N: UInt64Array, ids_N: Int64Array) -> Int64Array:
         """Give rows to different ids, ascending, that have none; returns their places, row 0 where a shard is full."""
         order_N = np.argsort(slot_N, kind="stable")
         slot_M = slot_N[order_N]
@@ -381,7 +381,7 @@ class RowMap:
         self._enter(slot_N[fits_N], hash_N[fits_N], row_N[fits_N])
         return place_N
 
-    def remove(self, slot: int, gone_K: Int64) -> tuple[Int64, Int64]:
+    def remove(self, slot: int, gone_K: Int64Array) -> tuple[Int64Array, Int64Array]:
         """Take the rows `gone_K` of a shard, ascending, from their ids; the last rows get their numbers.
 
         So 1 .. used are in use again. Returns which rows those are, (M,), and their new numbers, (M,), both ascending.
@@ -395,7 +395,7 @@ class RowMap:
         self._enter_again(np.array([slot]))
         return from_M, to_M
 
-    def set_ids(self, slot: int, ids_N: Int64) -> None:
+    def set_ids(self, slot: int, ids_N: Int64Array) -> None:
         """Make `ids_N` the ids of rows 1, 2, .. of a shard, in the place of those that were there."""
         assert len(ids_N) < self.rows_per_shard
         start = slot * self.rows_per_shard + 1
@@ -404,7 +404,7 @@ class RowMap:
         self._mask_S[slot] = min(self._span, max(_FIRST_ENTRIES, _entries_for(len(ids_N)))) - 1
         self._enter_again(np.array([slot]))
 
-    def ids_of(self, slot: int) -> Int64:
+    def ids_of(self, slot: int) -> Int64Array:
         """Return the ids of rows 1, 2, .. of a shard."""
         start = slot * self.rows_per_shard + 1
         return self.id_of_place[start : start + int(self.used_S[slot])]
@@ -421,11 +421,11 @@ class RowMap:
         if grown_S.any():
             self._enter_again(np.flatnonzero(grown_S))
 
-    def _too_full(self) -> NDArray[np.bool_]:
+    def _too_full(self) -> BoolArray:
         entries_S = self._mask_S + 1
         return (self.used_S * self._entries_a_row_S > entries_S) & (entries_S < self._span)
 
-    def _enter_again(self, slots: Int64) -> None:
+    def _enter_again(self, slots: Int64Array) -> None:
         """Empties the shards' parts of the map and enters all their rows."""
         for slot in slots:
             start = self._first_S[slot]
@@ -436,7 +436,7 @@ class RowMap:
             row_N = np.arange(1, len(ids_N) + 1)
             self._enter(np.full(len(ids_N), slot), splitmix64(ids_N), row_N)
 
-    def _enter(self, slot_N: Int64, hash_N: UInt64Array, row_N: Int64) -> None:
+    def _enter(self, slot_N: Int64Array, hash_N: UInt64Array, row_N: Int64Array) -> None:
         """Writes rows into the first empty entries from their hash on. Of rows that want one entry the last one to be
         written gets it, and the others look further; a row that is in already stays."""
         first_N, mask_N = self._first_S[slot_N], self._mask_S[slot_N]
@@ -475,7 +475,7 @@ class CountingFilter:
         """`counters_per_shard` is a power of two."""
         self.counts_SC: Counts = np.zeros((num_slots, counters_per_shard), np.uint8)
 
-    def add(self, slot_N: Int64, hash_N: UInt64Array) -> Counts:
+    def add(self, slot_N: Int64Array, hash_N: UInt64Array) -> Counts:
         """Count different ids once more, all at the same time, and return their counts, (N,), up to 255.
 
         `hash_N`: splitmix64 of the ids. What the counters are then does not depend on the order of the ids.
@@ -492,7 +492,7 @@ class CountingFilter:
         """Halve the counts of a shard, so that old occurrences count less."""
         self.counts_SC[slot] >>= 1
 
-    def _places(self, slot_N: Int64, hash_N: UInt64Array) -> tuple[Int64, Int64]:
+    def _places(self, slot_N: Int64Array, hash_N: UInt64Array) -> tuple[Int64Array, Int64Array]:
         """Two counters of each id, by 64 bits of their own: the hash itself has chosen the shard."""
         num_counters = self.counts_SC.shape[1]
         bits_N = splitmix64((hash_N ^ _SALT).view(np.int64))
@@ -516,7 +516,7 @@ def count_to_evict(lacking: int, capacity: int) -> int:
     return max(lacking, math.ceil(capacity * _AT_ONCE))
 
 
-def longest_unused(used_at_N: NDArray[np.int32], ids_N: Int64, most: int, now: int) -> Int64:
+def longest_unused(used_at_N: NDArray[np.int32], ids_N: Int64Array, most: int, now: int) -> Int64Array:
     """Find which `most` of N rows were used longest ago, before step `now`, by their index, ascending; or fewer.
 
     Of rows that were last used in one step those with the smaller ids come first."""

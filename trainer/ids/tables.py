@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from featurestore.keys import owner_of
+from featurestore.keys import Int64Array, owner_of
 from featurestore.lookup.ondevice import on_device
-from trainer.exchange.routing import Int64, unique_below
+from trainer.exchange.routing import unique_below
 from trainer.ids.optimizers import RowOptimizer
 from trainer.ids.shards import IdRows, TableShape, TableShards, owned_rows
 from trainer.optim import Rates
@@ -23,7 +23,7 @@ class RowRequest:
     """Unique local rows (Q,), ascending, and for each of R ids asked its place among them."""
 
     rows_Q: Tensor
-    inverse_R: Int64
+    inverse_R: Int64Array
     num_unique: int
 
 
@@ -40,11 +40,11 @@ class IdTable(TableShards):
         rows = source.rows.narrow(self.first_row, source.num_taken - self.first_row)
         super().__init__(shape, rank, num_ranks, seed=seed, scale=scale, optimizer=source.optimizer, rows=rows)
 
-    def owner_of(self, ids_U: Int64) -> Int64:
+    def owner_of(self, ids_U: Int64Array) -> Int64Array:
         """Find the rank that has the row of each id."""
         return owner_of(self.shape.shards_of(ids_U), self._num_ranks)
 
-    def serve(self, ids_R: Int64, kind: str = "step") -> RowRequest:
+    def serve(self, ids_R: Int64Array, kind: str = "step") -> RowRequest:
         """Find the unique rows behind ids that this rank owns; two ids of one row get the same. Reads no weight."""
         shard_R, row_R = self.shape.place_of(ids_R)
         slot_R = self._slot_of_shard[shard_R]

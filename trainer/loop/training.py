@@ -18,12 +18,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from featurestore.keys import Float64Array
 from trainer.comm import Comm
 from trainer.config import RunConfig
 from trainer.engine.engine import PreparedBatch
 from trainer.engine.machine import objects_frozen
 from trainer.errors import CheckpointError, RemoteRankError, TrainerError
-from trainer.evaluation.bootstrap import Float, Metrics
+from trainer.evaluation.bootstrap import Metrics
 from trainer.evaluation.predict import evaluate
 from trainer.ids.exact import Figures, gather_figures, warning_of
 from trainer.loop import summary
@@ -92,7 +93,7 @@ def can_tell(run: RunConfig) -> bool:
 
 
 def checked(
-    measured: Callable[[], tuple[Metrics, Float]], new_ads: NewAds, comm: Comm, say: Callable[[str], None]
+    measured: Callable[[], tuple[Metrics, Float64Array]], new_ads: NewAds, comm: Comm, say: Callable[[str], None]
 ) -> Metrics:
     """Decide by one evaluation whether pictures count, and return its metrics as they are then. All ranks call it.
 
@@ -227,12 +228,12 @@ class Training:
         split = "test" if run.validation_reader is None else "validation"
         self._progress.metrics(self._engine.num_steps, self.metrics, split)
 
-    def _measured(self) -> tuple[Metrics, Float]:
+    def _measured(self) -> tuple[Metrics, Float64Array]:
         """Predict and measure the validation or test samples; return the logits of this rank's, too."""
         run, reader, logits = self._run, self._measured_reader, [np.empty(0)]
         with self._prepared(reader.batches(), reader.steps_per_epoch, "eval") as coming:
 
-            def predicted() -> Iterator[tuple[Batch, Float]]:
+            def predicted() -> Iterator[tuple[Batch, Float64Array]]:
                 for each in coming:
                     logits.append(self._engine.predict(each))
                     yield each.batch, logits[-1]

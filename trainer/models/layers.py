@@ -14,10 +14,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from featurestore.keys import splitmix64, stream_start
+from featurestore.keys import Int64Array, UInt64Array, splitmix64, stream_start
 from featurestore.lookup.ondevice import PReLU, on_device
 from trainer.config import ModelConfig
 from trainer.errors import ConfigError
@@ -82,7 +81,7 @@ class StepPlace:
 
     seed: int = 0
     step: int = 0
-    place_B: NDArray[np.int64] = dataclasses.field(default_factory=lambda: np.empty(0, np.int64))
+    place_B: Int64Array = dataclasses.field(default_factory=lambda: np.empty(0, np.int64))
     """Place of each sample in the global batch."""
 
 
@@ -268,7 +267,7 @@ class _SegmentMax(torch.autograd.Function):
         return torch.repeat_interleave(share_MV, lengths_M, dim=0, output_size=len(rows_N)) * is_highest_N, None
 
 
-def random_words(stream: str, number_N: NDArray[np.int64]) -> NDArray[np.uint64]:
+def random_words(stream: str, number_N: Int64Array) -> UInt64Array:
     """Return the random 64 bits of these numbers in a stream, (N,), independent of earlier draws.
 
     They are splitmix64 of the stream's start plus the number.

@@ -20,12 +20,10 @@ be (data.missing=zeros).
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from featurestore.keys import unit_interval
+from featurestore.keys import BoolArray, Int64Array, unit_interval
 from featurestore.lookup.ondevice import on_device
 from trainer.config import ExactTableConfig, ModelConfig
 from trainer.errors import ConfigError
@@ -76,19 +74,17 @@ def own_ids_of_ads(schema: Schema) -> tuple[str, ...]:
     )
 
 
-def dropped(
-    seed: int, step: int, place_B: NDArray[np.int64], rate: float, what: str = "id_dropout"
-) -> NDArray[np.bool_]:
+def dropped(seed: int, step: int, place_B: Int64Array, rate: float, what: str = "id_dropout") -> BoolArray:
     """Return whether the samples at these places of the global batch are dropped, (B,).
 
     Counter based: the number at the sample's place in the global batch, of a stream for (seed, what, step). So it
     depends neither on the number of ranks nor on what was drawn before.
     """
-    is_dropped_B: NDArray[np.bool_] = unit_interval(random_words(f"{seed}/{what}/{step}", place_B)) < rate
+    is_dropped_B: BoolArray = unit_interval(random_words(f"{seed}/{what}/{step}", place_B)) < rate
     return is_dropped_B
 
 
-def _zeroed(field: FieldVectors, dropped_B: NDArray[np.bool_]) -> FieldVectors:
+def _zeroed(field: FieldVectors, dropped_B: BoolArray) -> FieldVectors:
     """Point the values of dropped rows to a row of zeros behind the others."""
     vectors_UV = torch.cat([field.vectors_UV, field.vectors_UV.new_zeros(1, field.vectors_UV.shape[1])])
     assert isinstance(field.lengths_M, Tensor)

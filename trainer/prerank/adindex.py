@@ -26,13 +26,12 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 from pydantic import Field as Setting
 
 from featurestore.errors import CorruptFileError
 from featurestore.format.datafile import digest_of, read_verified
 from featurestore.index import VectorIndex, use_threads
-from featurestore.keys import id_of_text
+from featurestore.keys import Float32Array, Int64Array, id_of_text
 from featurestore.published import versions
 from featurestore.snapshot import SnapshotId
 from featurestore.spec import Frozen, IndexKind, Sealed, read_sealed, seal
@@ -46,7 +45,6 @@ from trainer.runs.saved import TEST, TRAIN, TrainedRun, finite, open_test
 from trainer.samples.columns import (
     ColumnRows,
     DecodedGroups,
-    Index,
     Rule,
     concatenate,
     decode,
@@ -58,8 +56,8 @@ from trainer.samples.index import RowGroup, open_index, read_row_group, row_grou
 from trainer.samples.reader import Batch, Jagged, SampleReader, inputs_of
 from trainer.schema import Field, Schema
 
-Keys = NDArray[np.int64]
-Vectors = NDArray[np.float32]
+Keys = Int64Array
+Vectors = Float32Array
 QuerySource = Literal["users", "ads"]
 
 STATE, STRUCTURE, ADS, QUERIES = "index.json", "index.npz", "ads.parquet", "queries.parquet"
@@ -427,7 +425,7 @@ _GROUPS_PER_QUERY = 4  # a user has several
 class Ads:
     """Ads in memory: row n of every column belongs to ad n, whose key is `keys_N[n]`; no key comes twice."""
 
-    keys_N: Index
+    keys_N: Int64Array
     columns: Mapping[str, ColumnRows]
 
     def batches(self, schema: Schema, fields: Sequence[Field], size: int) -> Iterator[Batch]:
@@ -437,7 +435,7 @@ class Ads:
         for start in range(0, len(self.keys_N), size):
             index_B = np.arange(start, min(start + size, len(self.keys_N)))
 
-            def taken(field: Field, column: str, index_B: Index = index_B) -> Jagged:
+            def taken(field: Field, column: str, index_B: Int64Array = index_B) -> Jagged:
                 return Jagged(*self.columns[column].take(index_B)) if field.name in names else nothing
 
             none_B = np.zeros(len(index_B), np.int64)
@@ -514,7 +512,7 @@ def _files(address: str) -> tuple[Storage, list[str]]:
 
 
 def _last_ads(
-    storage: Storage, row_group: RowGroup, rules: Mapping[str, Rule], label: str, column: str, seen: Index
+    storage: Storage, row_group: RowGroup, rules: Mapping[str, Rule], label: str, column: str, seen: Int64Array
 ) -> DecodedGroups:
     """Return the last impression of every ad of the row group that is not in `seen`."""
     table = read_row_group(storage, row_group, list(source_columns(rules)))
@@ -527,7 +525,7 @@ def _last_ads(
     )
 
 
-def _rows(rows: ColumnRows, index_M: Index) -> ColumnRows:
+def _rows(rows: ColumnRows, index_M: Int64Array) -> ColumnRows:
     """These rows alone."""
     values, lengths_M = rows.take(index_M)
     return ColumnRows(

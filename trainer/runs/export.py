@@ -18,11 +18,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from featurestore.format.datafile import KEY, URI
-from featurestore.keys import Int64Array
+from featurestore.keys import AnyArray, Float32Array, Int64Array
 from featurestore.lookup.embedding import EmbeddingModel
 from featurestore.lookup.ondevice import as_tensor
 from featurestore.published.paths import RunPath
@@ -131,7 +130,7 @@ class _ImageRows(NamedTuple):
 
     keys_K: Int64Array
     uris: list[Any]
-    features_KD: NDArray[Any]
+    features_KD: AnyArray
 
 
 def open_network(
@@ -269,7 +268,7 @@ def _table_of(shard: int, ids_N: Any, last_use_N: Any, vectors_NV: Any) -> pa.Ta
     return pa.table(columns)
 
 
-def _lists(vectors_NV: NDArray[np.float32]) -> Any:
+def _lists(vectors_NV: Float32Array) -> Any:
     """Turn the rows of a matrix into lists of one width."""
     return pa.FixedSizeListArray.from_arrays(pa.array(vectors_NV.reshape(-1)), vectors_NV.shape[1])
 

@@ -17,6 +17,7 @@ import xxhash
 
 from featurestore.errors import AnotherStoreError, FeatureStoreError, MissingKeysError, StoreNotFoundError
 from featurestore.format.statistics import FeatureStatistics
+from featurestore.keys import Int64Array
 from featurestore.lookup.partition import FeaturePartition
 from featurestore.published.paths import FarPath, RunPath, remove_all, run_path
 from featurestore.published.versions import VersionName, open_published
@@ -37,7 +38,7 @@ from trainer.runs import checkpoint as checkpoints
 from trainer.runs.folder import Checkpoint, check_folder, finished, in_the_way, naming_run_dir
 from trainer.runs.saving import CheckpointPlace
 from trainer.samples import survey
-from trainer.samples.columns import Index, files_by_day, newest_day, rules_of, sample_files
+from trainer.samples.columns import files_by_day, newest_day, rules_of, sample_files
 from trainer.samples.index import SampleIndex, known_ads, open_index, streams_of
 from trainer.samples.reader import Batch, BatchPosition, SampleReader, Span
 from trainer.schema import DEFAULT_STORE, Field, Schema, load_schema
@@ -321,7 +322,7 @@ class Run(OpenRun):
     test_reader: SampleReader
     validation_reader: SampleReader | None
     """Of the days on which the best epoch is chosen."""
-    known_ads: Index
+    known_ads: Int64Array
     origin: checkpoints.Origin
     position: BatchPosition
     history: list[dict[str, Any]]

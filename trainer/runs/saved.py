@@ -12,9 +12,9 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from featurestore.errors import FeatureStoreError
+from featurestore.keys import Float32Array
 from featurestore.published.paths import RunPath
 from featurestore.published.versions import VersionName, open_published
 from featurestore.snapshot import Snapshot, SnapshotId
@@ -35,7 +35,7 @@ from trainer.samples.reader import SampleReader
 from trainer.samples.survey import fill_in, samples_digest
 from trainer.schema import Schema, load_schema
 
-Vectors = NDArray[np.float32]
+Vectors = Float32Array
 TRAIN, TEST = "train", "test"
 
 

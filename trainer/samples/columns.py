@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from featurestore.keys import ids_of_texts, keys_of_uris
+from featurestore.keys import AnyArray, Float32Array, Float64Array, Int64Array, ids_of_texts, keys_of_uris
 from featurestore.storage.storage import Storage
 from trainer.errors import DataError, DataNotFoundError, OverflowingValueError, SchemaError
 from trainer.schema import Field, Schema, Side
@@ -29,21 +29,19 @@ TextKind = Literal["id", "uri"]
 """id: a whole number as it is written is itself, other text its hash, as in build_samples. uri: always the hash, which
 is an image's key."""
 
-Int64 = NDArray[np.int64]
-
 
 @dataclass(frozen=True)
 class Encoded:
     """Value n has the ID `ids_U[index_N[n]]` and was written `texts_U[index_N[n]]`."""
 
-    ids_U: Int64
+    ids_U: Int64Array
     texts_U: Sequence[str]
-    index_N: Int64
+    index_N: Int64Array
 
     @property
-    def ids(self) -> Int64:
+    def ids(self) -> Int64Array:
         """The ID of each value, (N,)."""
-        ids_N: Int64 = self.ids_U[self.index_N]
+        ids_N: Int64Array = self.ids_U[self.index_N]
         return ids_N
 
 
@@ -63,7 +61,7 @@ def encode_texts(array: Any, kind: TextKind) -> Encoded:
     return Encoded(ids_of_texts(texts_U), texts_U, index_N)
 
 
-def encode_numbers(values_N: Int64) -> Encoded:
+def encode_numbers(values_N: Int64Array) -> Encoded:
     """Encode integers, each written as it is."""
     ids_U, index_N = np.unique(values_N, return_inverse=True)
     return Encoded(ids_U, [str(number) for number in ids_U.tolist()], index_N)
@@ -83,7 +81,7 @@ def cross(parts: Sequence[Encoded]) -> Encoded:
     return Encoded(keys_of_uris(texts_U), texts_U, index_N)
 
 
-def _as_json(part: Encoded, place_U: Int64) -> list[int | str]:
+def _as_json(part: Encoded, place_U: Int64Array) -> list[int | str]:
     """The part's values at these places; a whole number is one, also where it was a text."""
     chosen_U = part.index_N[place_U]
     ids = part.ids_U[chosen_U].tolist()
@@ -91,10 +89,7 @@ def _as_json(part: Encoded, place_U: Int64) -> list[int | str]:
     return [number if str(number) == text else text for number, text in zip(ids, texts, strict=True)]
 
 
-Float64 = NDArray[np.float64]
-
-
-def dense_values(field: Field, values_N: NDArray[Any]) -> NDArray[np.float32]:
+def dense_values(field: Field, values_N: AnyArray) -> Float32Array:
     """Compute the values of a dense field, a whole number of rows, as float32 (M, W), by way of float64.
 
     Raises OverflowingValueError for a value that the transform makes infinite.
@@ -116,7 +111,7 @@ def dense_values(field: Field, values_N: NDArray[Any]) -> NDArray[np.float32]:
     return found_MW
 
 
-def before_scaling(field: Field, values: NDArray[Any]) -> Float64:
+def before_scaling(field: Field, values: AnyArray) -> Float64Array:
     """Compute the values whose mean and deviation are taken: filled by a number, and their logarithm if asked for.
 
     sign(x) log(1 + |x|) has a value for negative numbers too, and is log(1 + x) for the others.
@@ -127,13 +122,13 @@ def before_scaling(field: Field, values: NDArray[Any]) -> Float64:
     return numbers
 
 
-def filled(field: Field, values: NDArray[Any]) -> Float64:
+def filled(field: Field, values: AnyArray) -> Float64Array:
     """Return the values in float64, missing ones replaced where `fill` is a number."""
     numbers = values.astype(np.float64)
     return np.where(np.isnan(numbers), field.fill, numbers) if isinstance(field.fill, float) else numbers
 
 
-def bucket_ids(field: Field, values_N: NDArray[Any]) -> NDArray[np.int64]:
+def bucket_ids(field: Field, values_N: AnyArray) -> Int64Array:
     """Find the bucket of each number (N,): how many buckets begin at it or before it. A missing number's is the last.
 
     Compared in float32, as columns are read: 0.7 lies in the bucket that begins at 0.7, whatever either is rounded to.
@@ -146,8 +141,7 @@ def bucket_ids(field: Field, values_N: NDArray[Any]) -> NDArray[np.int64]:
     return ids_N
 
 
-Values = NDArray[Any]
-Index = NDArray[np.int64]
+Values = AnyArray
 
 
 @dataclass(frozen=True)
@@ -184,9 +178,9 @@ class ColumnRows:
     """A column of one side: row m is `values[offsets[m]:offsets[m + 1]]`, or `values[m]` without offsets."""
 
     values: Values
-    offsets: Index | None
+    offsets: Int64Array | None
 
-    def take(self, index_M: Index) -> tuple[Values, NDArray[np.int32]]:
+    def take(self, index_M: Int64Array) -> tuple[Values, NDArray[np.int32]]:
         """Take the values of these rows, one after the other, and the length of each."""
         if self.offsets is None:
             return self.values[index_M], np.ones(len(index_M), np.int32)
@@ -200,7 +194,7 @@ class DecodedGroups:
     """Sample groups in memory: group g has samples `sample_offsets[g]` to `sample_offsets[g + 1]` of the ad side."""
 
     columns: Mapping[str, ColumnRows]
-    sample_offsets: Index
+    sample_offsets: Int64Array
 
     @property
     def num_samples(self) -> int:
@@ -212,7 +206,7 @@ def sizes_of(column: str) -> str:
     return f"{column} sizes"
 
 
-def ranges(starts_M: Index, lengths_M: Index) -> Index:
+def ranges(starts_M: Int64Array, lengths_M: Int64Array) -> Int64Array:
     """List start, start + 1, … start + length - 1 of each row, one after the other."""
     ends_M = np.cumsum(lengths_M)
     total = int(ends_M[-1]) if len(ends_M) else 0
@@ -386,19 +380,19 @@ class _Where:
     def row(self, group: int) -> str:
         return f"{self.file}, row {self.first_row + int(group)}"
 
-    def row_of_value(self, value: int, offsets: Sequence[Index]) -> str:
+    def row_of_value(self, value: int, offsets: Sequence[Int64Array]) -> str:
         for level in reversed(offsets):
             value = int(np.searchsorted(level, value, side="right")) - 1
         return self.row(value)
 
     def check_equal(
         self,
-        found_M1: Index,
-        expected_M1: Index,
+        found_M1: Int64Array,
+        expected_M1: Int64Array,
         column: str,
         other: str,
         each: str = "impression",
-        outer: Sequence[Index] = (),
+        outer: Sequence[Int64Array] = (),
     ) -> None:
         """Raises DataError where two columns have lists of unequal lengths; `outer` are offsets of lists around."""
         differing = np.flatnonzero(np.diff(found_M1) != np.diff(expected_M1))
@@ -443,7 +437,7 @@ def _element(found: pa.DataType, depth: int) -> pa.DataType | None:
     return element
 
 
-def _flatten(table: pa.Table, name: str, rule: Rule, where: _Where) -> tuple[Values, tuple[Index, ...]]:
+def _flatten(table: pa.Table, name: str, rule: Rule, where: _Where) -> tuple[Values, tuple[Int64Array, ...]]:
     """Flat values and the offsets of each level of lists, outermost first. Raises DataError at a null or infinity."""
     if rule.crossed or is_text(_element(table.schema.field(name).type, rule.depth)):
         encoded, offsets = _encoded(table, name, rule, where)
@@ -460,7 +454,7 @@ def _flatten(table: pa.Table, name: str, rule: Rule, where: _Where) -> tuple[Val
     return values, offsets
 
 
-def _encoded(table: pa.Table, name: str, rule: Rule, where: _Where) -> tuple[Encoded, tuple[Index, ...]]:
+def _encoded(table: pa.Table, name: str, rule: Rule, where: _Where) -> tuple[Encoded, tuple[Int64Array, ...]]:
     """Flatten a column of texts or of crossed values, with each distinct value once."""
     if rule.crossed:
         first, *others = (_encoded(table, each, replace(rule, crossed=()), where) for each in rule.crossed)
@@ -478,10 +472,10 @@ def _encoded(table: pa.Table, name: str, rule: Rule, where: _Where) -> tuple[Enc
         raise DataError(f"{where.file}: column {name} has text that is not UTF-8; write the file in UTF-8") from None
 
 
-def _innermost(table: pa.Table, name: str, rule: Rule, where: _Where) -> tuple[Any, tuple[Index, ...]]:
+def _innermost(table: pa.Table, name: str, rule: Rule, where: _Where) -> tuple[Any, tuple[Int64Array, ...]]:
     """The values as an Arrow array without nulls, and the offsets of each level of lists."""
     array: Any = table.column(name).combine_chunks()
-    offsets: list[Index] = []
+    offsets: list[Int64Array] = []
     for _ in range(rule.depth):
         _refuse_nulls(array, name, offsets, where)
         array, level = unwrapped(array)
@@ -493,7 +487,7 @@ def _innermost(table: pa.Table, name: str, rule: Rule, where: _Where) -> tuple[A
     return array, tuple(offsets)
 
 
-def unwrapped(array: Any) -> tuple[Any, Index]:
+def unwrapped(array: Any) -> tuple[Any, Int64Array]:
     """Return the elements of a list array without nulls, and its offsets from 0."""
     if pa.types.is_fixed_size_list(array.type):
         size = array.type.list_size
@@ -502,7 +496,7 @@ def unwrapped(array: Any) -> tuple[Any, Index]:
     return array.values.slice(offsets[0], offsets[-1] - offsets[0]), offsets - offsets[0]
 
 
-def _refuse_nulls(array: Any, name: str, offsets: Sequence[Index], where: _Where, way_out: str = "") -> None:
+def _refuse_nulls(array: Any, name: str, offsets: Sequence[Int64Array], where: _Where, way_out: str = "") -> None:
     if array.null_count:
         first = int(np.flatnonzero(array.is_null().to_numpy(zero_copy_only=False))[0])
         what = "is null" if not offsets else "has a null in its list"
@@ -512,7 +506,7 @@ def _refuse_nulls(array: Any, name: str, offsets: Sequence[Index], where: _Where
         )
 
 
-def _check_width(rows: ColumnRows, column: str, rule: Rule, where: _Where, sample_offsets: Index) -> None:
+def _check_width(rows: ColumnRows, column: str, rule: Rule, where: _Where, sample_offsets: Int64Array) -> None:
     if rule.width is None or rows.offsets is None:
         return
     lengths_M = np.diff(rows.offsets)
@@ -521,12 +515,12 @@ def _check_width(rows: ColumnRows, column: str, rule: Rule, where: _Where, sampl
         raise DataError(f"{row}: column {column} has {lengths_M[wrong[0]]} numbers; the schema says width={rule.width}")
 
 
-def _joined(offsets: Sequence[Index]) -> Index:
+def _joined(offsets: Sequence[Int64Array]) -> Int64Array:
     """Offsets of the concatenation of jagged arrays with these offsets."""
     return np.concatenate([[0], np.cumsum(np.concatenate([np.diff(part) for part in offsets]))]).astype(np.int64)
 
 
-def _present(offsets: Index | None) -> Index:
+def _present(offsets: Int64Array | None) -> Int64Array:
     assert offsets is not None
     return offsets
 

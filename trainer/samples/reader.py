@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from featurestore.keys import Float32Array, Int64Array
 from trainer.errors import DataError
 from trainer.samples import columns
 from trainer.samples import index as sample_index
@@ -31,7 +32,7 @@ from trainer.schema import Field, Schema
 class Jagged:
     """Rows of uneven length: row m holds the next `lengths_M[m]` of `values_N`."""
 
-    values_N: NDArray[np.int64]
+    values_N: Int64Array
     lengths_M: NDArray[np.int32]
 
 
@@ -49,22 +50,22 @@ class Batch:
 
     fields: Mapping[str, Jagged]
     """Every id, multi_id and content field; M = G on the user side, M = B on the ad side."""
-    dense: Mapping[str, NDArray[np.float32]]
+    dense: Mapping[str, Float32Array]
     """Every dense field, (M, width)."""
-    group_of_sample_B: NDArray[np.int64]
+    group_of_sample_B: Int64Array
     """Row of the user side that each sample belongs to, in [0, G)."""
-    label_B: NDArray[np.float32]
-    group_id_B: NDArray[np.int64]
+    label_B: Float32Array
+    group_id_B: Int64Array
     """The user of each sample, for GAUC."""
     global_samples: int
     """Samples of the global batch, over all ranks: the loss is the sum over local samples divided by it."""
-    weights: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
+    weights: Mapping[str, Float32Array] = field(default_factory=dict)
     """Of the fields whose ids have weights, one for each value (N,)."""
     galleries: Mapping[str, Jagged] = field(default_factory=dict)
     """Of content fields with galleries: `values_N` are the numbers of images of each ad or behaviour (in `fields` their
     keys stand one after the other), `lengths_M` the ads (1) or behaviours of a row."""
     position: BatchPosition = field(default=BatchPosition(0, 0))
-    place_B: NDArray[np.int64] | None = None
+    place_B: Int64Array | None = None
     """Place of each sample in the global batch; None: in this order, from 0 on."""
 
     @property
@@ -73,7 +74,7 @@ class Batch:
         return len(self.label_B)
 
     @property
-    def places(self) -> NDArray[np.int64]:
+    def places(self) -> Int64Array:
         """Place of each sample in the global batch."""
         return np.arange(self.num_samples) if self.place_B is None else self.place_B
 
@@ -223,7 +224,7 @@ def _nothing(rules: Mapping[str, columns.Rule], label: str) -> sample_index.Piec
     return sample_index.Piece(columns.decode(columns.empty_table(rules), rules, label, "", 0), none_G, none_G, none_G)
 
 
-def _places(spans: Sequence[Span]) -> columns.Index:
+def _places(spans: Sequence[Span]) -> Int64Array:
     """Return the place of each sample in the global batch."""
     places = [np.arange(span.place, span.place + len(span.positions)) for span in spans]
     return np.concatenate([np.empty(0, np.int64), *places])

@@ -37,13 +37,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xxhash
-from numpy.typing import NDArray
 
 from featurestore.console.files import replaced_file
 from featurestore.console.output import text_console
 from featurestore.errors import StorageError
 from featurestore.format.statistics import Moments
-from featurestore.keys import NO_IMAGE, owner_of, shard_of
+from featurestore.keys import NO_IMAGE, AnyArray, Float64Array, Int64Array, owner_of, shard_of
 from featurestore.lookup.cache import SAMPLES, default_cache_dir
 from featurestore.published.paths import FarPath, RunPath, open_file, remove_all, written_locally
 from featurestore.published.versions import open_published
@@ -151,7 +150,6 @@ def _cache(file: Path, values: Mapping[str, Any]) -> None:
         part.replace(file)
 
 
-Float64 = NDArray[np.float64]
 _KEPT_VALUES = 1 << 20
 """Values from which quantiles are taken, over all row groups; each is off by at most half a kept value of its group."""
 _LEAST_KEPT = 64
@@ -166,11 +164,11 @@ class NumberSums:
     """A summary of a field's numbers in one or several row groups, without missing ones."""
 
     moments_W: tuple[Moments, ...]
-    smallest_W: Float64
-    largest_W: Float64
-    kept_S: Float64
+    smallest_W: Float64Array
+    largest_W: Float64Array
+    kept_S: Float64Array
     """For buckets: values of the row groups one after the other, each group's ascending."""
-    counts_S: Float64
+    counts_S: Float64Array
     """Number of values that each of them represents."""
 
     @classmethod
@@ -238,7 +236,7 @@ def with_statistics(
     return fill_in(schema, measured_once(comm, index, "inputs", asked, cache_dir, lambda: measure(comm, index, schema)))
 
 
-def part_of(field: Field, values_N: NDArray[Any], budget: int) -> NumberSums:
+def part_of(field: Field, values_N: AnyArray, budget: int) -> NumberSums:
     """Summarise these values of a field; of buckets at most `budget` values are kept."""
     width = field.width or 1 if field.kind == "dense" else 1
     numbers_MW = filled(field, values_N) if field.is_bucketed else before_scaling(field, values_N)
@@ -268,7 +266,7 @@ def quantile_boundaries(part: NumberSums, buckets: int) -> tuple[float, ...]:
     return tuple(starts[starts > part.smallest_W.min()].tolist())
 
 
-def _moments(column_M: Float64) -> Moments:
+def _moments(column_M: Float64Array) -> Moments:
     if not len(column_M):
         return Moments.empty(1)
     mean = column_M.mean()
@@ -299,7 +297,7 @@ def _statistics(field: Field, part: NumberSums) -> dict[str, Any]:
 _HELD = 1 << 20  # uses that wait to be merged
 _SHOWN = 3
 
-Uses = NDArray[np.int64]
+Uses = Int64Array
 
 
 @dataclass(frozen=True)
@@ -378,7 +376,7 @@ def lacking(
 
 
 def names_of(
-    indexes: Sequence[SampleIndex], rules: dict[str, Rule], fields: Sequence[Field], keys_U: NDArray[np.int64]
+    indexes: Sequence[SampleIndex], rules: dict[str, Rule], fields: Sequence[Field], keys_U: Int64Array
 ) -> dict[int, str]:
     """Find the names of images: in the samples' images.parquet, else in the samples, if they have texts.
 
@@ -396,7 +394,7 @@ def names_of(
     return found
 
 
-def _names_listed(storage: Storage, keys_U: NDArray[np.int64]) -> Iterator[tuple[int, str]]:
+def _names_listed(storage: Storage, keys_U: Int64Array) -> Iterator[tuple[int, str]]:
     """Read the names of these keys in images.parquet, where it is there, one row group after the other."""
     if IMAGES_FILE not in storage.list():
         return
@@ -459,8 +457,6 @@ TEXTS_HELD = 500_000
 _BUCKET_BITS = 6
 _FIELDS: list[Any] = [pa.field("id", pa.int64(), nullable=False), pa.field("text", pa.string(), nullable=False)]
 _SCHEMA = pa.schema(_FIELDS)
-
-Int64 = NDArray[np.int64]
 
 
 def write_dictionary(
@@ -553,7 +549,7 @@ def _check_one(number: int, first: str, second: str) -> None:
         raise DataError(f"id {number} is that of two texts of the samples, {first!r} and {second!r}: rename one")
 
 
-def _buckets(ids_N: Int64) -> Int64:
+def _buckets(ids_N: Int64Array) -> Int64Array:
     """The row group of each ID: its top bits, as a number from 0 on, so that all of one are below those of the next."""
     return (ids_N >> (64 - _BUCKET_BITS)) + (1 << (_BUCKET_BITS - 1))
 

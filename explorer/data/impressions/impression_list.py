@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from explorer.data.impressions.explained import Score
 from explorer.data.impressions.groups import GroupColumns, plain
 from explorer.data.impressions.open_runs import Logits, OpenedRun
-from featurestore.keys import key_of_uri
+from featurestore.keys import Int64Array, key_of_uri
 
 if TYPE_CHECKING:
-    from trainer.samples.columns import ColumnRows, DecodedGroups, Index
+    from trainer.samples.columns import ColumnRows, DecodedGroups
     from trainer.samples.index import RowGroup
 
 
@@ -270,7 +270,7 @@ def _nothing() -> dict[str, NDArray[Any]]:
     }
 
 
-def _slices(offsets: "Index", most: int) -> list[tuple[int, int]]:
+def _slices(offsets: Int64Array, most: int) -> list[tuple[int, int]]:
     """Cut groups into slices of about `most` samples each."""
     cuts, begin = [], 0
     while begin < len(offsets) - 1:

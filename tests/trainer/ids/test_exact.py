@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from featurestore.keys import shard_of, splitmix64
+from featurestore.keys import Int64Array, shard_of, splitmix64
 from tests.trainer.ids.exact_tables import (
     OPTIM,
     SHARDS,
@@ -33,7 +33,7 @@ from tests.trainer.ids.exact_tables import (
 )
 from trainer.config import IdOptimizer
 from trainer.errors import CheckpointError
-from trainer.ids.exact import CountingFilter, ExactShape, ExactTable, Int64, RowMap, counters_for, longest_unused
+from trainer.ids.exact import CountingFilter, ExactShape, ExactTable, RowMap, counters_for, longest_unused
 from trainer.ids.shards import TableShape, owned_bytes
 
 sys.path.append(str(Path(__file__).parents[1] / "equivalence"))  # the reference's modules find each other there
@@ -237,13 +237,13 @@ class Owned:
     def __init__(self, rows_per_shard: int) -> None:
         self.map = RowMap(SHARDS, rows_per_shard)
 
-    def of(self, ids: Int64) -> tuple[Int64, np.ndarray, Int64]:
+    def of(self, ids: Int64Array) -> tuple[Int64Array, np.ndarray, Int64Array]:
         return shard_of(ids, SHARDS), splitmix64(ids), ids
 
-    def rows(self, ids: Int64) -> list[int]:
+    def rows(self, ids: Int64Array) -> list[int]:
         return (self.map.places(*self.of(ids)) % self.map.rows_per_shard).tolist()
 
-    def learn(self, ids: Int64) -> None:
+    def learn(self, ids: Int64Array) -> None:
         """As a step does: different ids, and of them those without a row."""
         slot, hashes, ids = self.of(np.unique(ids))
         new = self.map.places(slot, hashes, ids) % self.map.rows_per_shard == 0
