@@ -2,8 +2,7 @@
 
 from typing import Any
 
-from featurestore.console.commandline import CommandApp, run_app
-from featurestore.console.output import print_summary
+from featurestore.console import commandline, output
 from pipeline.options import SampleOptions, takes_on_cluster
 
 EXAMPLES = """Examples:
@@ -17,7 +16,7 @@ crossmedia samples --samples samples --since 2026-03-01
 crossmedia samples --logs s3://shop/logs --samples /shared/samples -n 8 --threads-per-worker 1
 """
 
-app = CommandApp(report=True, rich_markup_mode="rich", may_be_empty=("--user-columns",))
+app = commandline.CommandApp(report=True, rich_markup_mode="rich", may_be_empty=("--user-columns",))
 
 
 @app.command(epilog=EXAMPLES)
@@ -36,13 +35,13 @@ def main(options: SampleOptions) -> None:
     if options.days is None and options.since is None:
         with connect() as client:
             summary = build_samples(options, client)
-        print_summary(summary_text(summary))
+        output.print_summary(summary_text(summary))
         return
     with connect() as client:
         made = add_days(options, client)
-    print_summary(f"days         {', '.join(made['days']) or 'none is missing'}")
-    print_summary(f"groups       {made['groups']:,}, with {made['impressions']:,} impressions")
-    print_summary(f"samples      {made['samples']}")
+    output.print_summary(f"days         {', '.join(made['days']) or 'none is missing'}")
+    output.print_summary(f"groups       {made['groups']:,}, with {made['impressions']:,} impressions")
+    output.print_summary(f"samples      {made['samples']}")
 
 
 def summary_text(summary: dict[str, Any]) -> str:
@@ -81,4 +80,4 @@ def _split(name: str, split: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    run_app(app)
+    commandline.run_app(app)

@@ -5,9 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from featurestore.console.commandline import CommandApp, run_app
-from featurestore.console.files import check_ending
-from featurestore.console.output import print_summary, progress_bar
+from featurestore.console import commandline, files, output
 from trainer.cli import StoreVersion, WhichCheckpoint, WhichRun
 
 if TYPE_CHECKING:
@@ -25,7 +23,7 @@ crossmedia export --run data/runs/exact --table item --out items.parquet
 Exit codes: 0 done, 1 failed, 2 wrong options.
 """
 
-app = CommandApp(report=True, rich_markup_mode="rich")
+app = commandline.CommandApp(report=True, rich_markup_mode="rich")
 
 
 @app.command(epilog=EXAMPLES)
@@ -57,15 +55,15 @@ def main(
     start = time.monotonic()
     if table is None:
         out = out or "data/visual.parquet"
-        check_ending(out, "--out", ".parquet")
+        files.check_ending(out, "--out", ".parquet")
         done = export_images(run_or_newest(run), checkpoint, network, store_version, out)
     elif network is not None or store_version is not None:
         raise typer.BadParameter("a table has no network and no snapshot: leave these out", param_hint="--table")
     else:
         out = out or f"data/{table}.parquet"
-        check_ending(out, "--out", ".parquet")
+        files.check_ending(out, "--out", ".parquet")
         done = export_ids(run_or_newest(run), checkpoint, table, out)
-    print_summary(f"{done}\ntime         {time.monotonic() - start:.1f} s\nwritten to   {out}")
+    output.print_summary(f"{done}\ntime         {time.monotonic() - start:.1f} s\nwritten to   {out}")
 
 
 def export_images(
@@ -75,7 +73,7 @@ def export_images(
     from trainer.runs.export import export_vectors, open_network
 
     opened = open_network(run, which=checkpoint, network=network, store_version=store_version)
-    with progress_bar("images") as progress:
+    with output.progress_bar("images") as progress:
         export_vectors(opened, out, progress)
     about = opened.describe()
     return (
@@ -90,7 +88,7 @@ def export_ids(run: "RunPath", checkpoint: str | None, table: str, out: str) -> 
     from trainer.runs.export import export_table, open_table
 
     opened = open_table(run, table, checkpoint)
-    with progress_bar("shards") as progress:
+    with output.progress_bar("shards") as progress:
         count = export_table(opened, out, progress)
     about = opened.describe()
     return (
@@ -100,4 +98,4 @@ def export_ids(run: "RunPath", checkpoint: str | None, table: str, out: str) -> 
 
 
 if __name__ == "__main__":
-    run_app(app)
+    commandline.run_app(app)

@@ -9,9 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from featurestore.console.commandline import CommandApp, run_app
-from featurestore.console.files import JsonOption, write_json_option
-from featurestore.console.output import print_problem, print_summary, progress_bar
+from featurestore.console import commandline, files, output
 from serving.bundle import MODELS, SAMPLE_GROUPS, RowDType
 from trainer.cli import StoreVersion, WhichCheckpoint
 
@@ -42,7 +40,7 @@ Gate = Annotated[
         "model in use, by more than .002 and by more than noise.",
     ),
 ]
-app = CommandApp(report=True, rich_markup_mode="rich")
+app = commandline.CommandApp(report=True, rich_markup_mode="rich")
 
 
 @app.command(epilog=EXAMPLES)
@@ -76,7 +74,7 @@ def main(
     store_version: StoreVersion = None,
     use: Annotated[bool, typer.Option("--use/--no-use", help="Serve this version from now on.")] = True,
     gate: Gate = True,
-    json_file: JsonOption = None,
+    json_file: files.JsonOption = None,
 ) -> None:
     """Publish a trained run as the next version of a model that crossmedia serve answers requests with.
 
@@ -104,7 +102,7 @@ def main(
     _report(exported, out, in_use, time.monotonic() - start, found, json_file)
     if use and not in_use:
         failed = "; ".join(each.text for each in found if not each.holds)
-        print_problem(f"version {exported.manifest.version} of {out} is not put in use: {failed}")
+        output.print_problem(f"version {exported.manifest.version} of {out} is not put in use: {failed}")
         raise typer.Exit(REFUSED)
 
 
@@ -114,17 +112,17 @@ def _export(out: str, options: "ExportOptions", compiled: bool) -> "Exported":
     from serving.bundle.export import export_model, write_network
 
     network = partial(write_network, compiled=compiled)
-    with progress_bar("images") as progress:
+    with output.progress_bar("images") as progress:
         return export_model(out, options, network=network, progress=progress)
 
 
 def _report(
     exported: "Exported", out: str, in_use: bool, seconds: float, gates: Sequence["GateResult"], json_file: Path | None
 ) -> None:
-    print_summary(summary_text(exported, out, in_use, seconds, gates))
+    output.print_summary(summary_text(exported, out, in_use, seconds, gates))
     found = [asdict(each) for each in gates]
     figures = {"in_use": in_use, "gates": found, "seconds": seconds}
-    write_json_option(json_file, {**exported.manifest.model_dump(mode="json"), **figures})
+    files.write_json_option(json_file, {**exported.manifest.model_dump(mode="json"), **figures})
 
 
 def put_in_use(out: str, new: "BundleManifest", options: "ExportOptions") -> list["GateResult"]:
@@ -183,4 +181,4 @@ def summary_text(
 
 
 if __name__ == "__main__":
-    run_app(app)
+    commandline.run_app(app)

@@ -2,8 +2,7 @@
 
 import warnings
 
-from featurestore.console.commandline import CONTINUES, CommandApp, run_app
-from featurestore.console.output import print_summary, print_warning
+from featurestore.console import commandline, output
 from pipeline.options import ExtractOptions, takes_on_cluster
 
 EXAMPLES = """Examples:
@@ -16,7 +15,7 @@ crossmedia extract --backbone resnet50:avgpool --store data/features-resnet50
 crossmedia extract --images all-photos --reduce data/features-256 --store data/features-all-256
 """
 
-app = CommandApp(report=True, rich_markup_mode="rich", stopped=CONTINUES)
+app = commandline.CommandApp(report=True, rich_markup_mode="rich", stopped=commandline.CONTINUES)
 
 
 @app.command(epilog=EXAMPLES)
@@ -32,14 +31,14 @@ def main(options: ExtractOptions) -> None:
     from pipeline.network.backbone import UntrainedWeightsWarning, check_network
 
     if options.weights.startswith("random:"):
-        print_warning(f"the weights {options.weights} are NOT pretrained")
+        output.print_warning(f"the weights {options.weights} are NOT pretrained")
     check_network(options.backbone, options.weights)
     # One process with all cores for the network: copies of the network would share the same cores.
     with warnings.catch_warnings(), connect(workers=1, threads_per_worker=1) as client:
         warnings.simplefilter("ignore", UntrainedWeightsWarning)  # said above
         summary = extract(options, client)
-    print_summary(str(summary))
+    output.print_summary(str(summary))
 
 
 if __name__ == "__main__":
-    run_app(app)
+    commandline.run_app(app)

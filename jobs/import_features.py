@@ -4,8 +4,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from featurestore.console.commandline import CONTINUES, CommandApp, run_app
-from featurestore.console.output import print_summary
+from featurestore.console import commandline, output
 from pipeline.options import ImportOptions, takes_on_cluster
 
 if TYPE_CHECKING:
@@ -20,7 +19,7 @@ crossmedia import --from video.npy --keys video-ids.txt --store s3://shop/featur
 crossmedia import --from xdl-images --store data/features --dim 4096 -n 4
 """
 
-app = CommandApp(report=True, rich_markup_mode="rich", stopped=CONTINUES)
+app = commandline.CommandApp(report=True, rich_markup_mode="rich", stopped=commandline.CONTINUES)
 
 
 @app.command(epilog=EXAMPLES)
@@ -37,7 +36,7 @@ def main(options: ImportOptions) -> None:
     source = open_source(options)
     with connect() as client:
         summary = import_vectors(source, options, client)
-    print_summary(str(summary))
+    output.print_summary(str(summary))
 
 
 def open_source(options: ImportOptions) -> "VectorSource":
@@ -55,4 +54,4 @@ def open_source(options: ImportOptions) -> "VectorSource":
 
 
 if __name__ == "__main__":
-    run_app(app)
+    commandline.run_app(app)

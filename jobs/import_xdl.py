@@ -4,8 +4,7 @@ from typing import Any
 
 import typer
 
-from featurestore.console.commandline import CommandApp, run_app, takes
-from featurestore.console.output import print_summary, progress_bar
+from featurestore.console import commandline, output
 from pipeline.options import XdlOptions, XdlRandomOptions, takes_on_cluster
 from trainer.schema.fields import SETTINGS_FILE
 
@@ -18,7 +17,7 @@ crossmedia import-xdl samples --from data/xdl/data.txt --samples data/samples-xd
 """
 SPLITS = ("train", "test")
 
-app = CommandApp(
+app = commandline.CommandApp(
     report=True,
     may_be_empty=("--images", "--sparse", "--dense"),
     no_args_is_help=True,
@@ -41,11 +40,11 @@ def samples(options: XdlOptions) -> None:
 
     with connect() as client:
         summary = import_samples(options, client)
-    print_summary(summary_text(summary))
+    output.print_summary(summary_text(summary))
 
 
 @app.command()
-@takes(XdlRandomOptions)
+@commandline.takes(XdlRandomOptions)
 def random(options: XdlRandomOptions) -> None:
     """Draw random data as the example's randtxt and randimg do, in their sizes (64 MB)."""
     from pipeline.xdl import IMAGE_FOLDER, TEXT_FILE, draw
@@ -55,9 +54,9 @@ def random(options: XdlRandomOptions) -> None:
             f"{options.num_ids} is more than --images {options.num_images}: some keys would have no image",
             param_hint="--ids",
         )
-    with progress_bar("drawing images", options.num_images) as bar:
+    with output.progress_bar("drawing images", options.num_images) as bar:
         draw(options, bar.advance)
-    print_summary(
+    output.print_summary(
         f"samples      {options.num_lines:,} lines: {options.out / TEXT_FILE}\n"
         f"images       {options.num_images:,} of {options.dim:,} numbers: {options.out / IMAGE_FOLDER}"
     )
@@ -87,4 +86,4 @@ def summary_text(summary: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    run_app(app)
+    commandline.run_app(app)

@@ -4,8 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from featurestore.console.commandline import CommandApp, run_app, takes
-from featurestore.console.output import figure, print_summary, progress_bar
+from featurestore.console import commandline, output
 from pipeline.options import DemoOptions
 
 if TYPE_CHECKING:
@@ -18,11 +17,11 @@ crossmedia demo-data
 crossmedia demo-data --small --out /tmp/demo --seed 7
 crossmedia demo-data --images photos --labels photos.csv --out data/demo-photos
 """
-app = CommandApp(report=True, rich_markup_mode="rich")
+app = commandline.CommandApp(report=True, rich_markup_mode="rich")
 
 
 @app.command(epilog=EXAMPLES)
-@takes(DemoOptions)
+@commandline.takes(DemoOptions)
 def main(options: DemoOptions) -> None:
     """Make demo data: pictures of clothes, and the raw logs of simulated shoppers.
 
@@ -32,9 +31,9 @@ def main(options: DemoOptions) -> None:
     from pipeline.demo.make import make_demo
 
     _check_options(options)
-    with progress_bar("measuring" if options.images else "drawing", options.num_items) as bar:
+    with output.progress_bar("measuring" if options.images else "drawing", options.num_items) as bar:
         summary = make_demo(options, bar.advance)
-    print_summary(summary_text(options, summary))
+    output.print_summary(summary_text(options, summary))
 
 
 def _check_options(options: DemoOptions) -> None:
@@ -61,7 +60,7 @@ def summary_text(options: DemoOptions, summary: "DemoSummary") -> str:
         f"{content['new_ad_share_of_test']:.1%} of new ads",
         f"clicked      {content['click_rate']:.1%} of the impressions",
     ]
-    ceiling = ", ".join(f"{metric} {figure(value)}" for metric, value in content["ceiling"].items())
+    ceiling = ", ".join(f"{metric} {output.figure(value)}" for metric, value in content["ceiling"].items())
     lines.append(f"ceiling      {ceiling}: knows the true logit but for its noise")
     if content.get("num_unreadable"):
         lines.append(f"unreadable   {content['num_unreadable']:,} images left out, listed in demo.json")
@@ -74,4 +73,4 @@ def summary_text(options: DemoOptions, summary: "DemoSummary") -> str:
 
 
 if __name__ == "__main__":
-    run_app(app)
+    commandline.run_app(app)

@@ -6,9 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from featurestore.console.commandline import CommandApp, run_app
-from featurestore.console.files import JsonOption, write_json_option
-from featurestore.console.output import print_summary, progress_bar
+from featurestore.console import commandline, files, output
 from serving.bundle import EPS, MODELS
 from trainer.cli import StoreVersion
 
@@ -30,7 +28,7 @@ crossmedia publish-vectors --model data/models/ctr --store-version stable
 Exit codes: 0 done, also where there was nothing to do, 1 failed, 2 wrong options.
 """
 
-app = CommandApp(report=True, rich_markup_mode="rich")
+app = commandline.CommandApp(report=True, rich_markup_mode="rich")
 
 
 @app.command(epilog=EXAMPLES)
@@ -50,7 +48,7 @@ def main(
         ),
     ] = None,
     store_version: StoreVersion = None,
-    json_file: JsonOption = None,
+    json_file: files.JsonOption = None,
 ) -> None:
     """Update the visual vectors of a published model to the newest images of its feature stores.
 
@@ -64,14 +62,14 @@ def main(
     figures: list[dict[str, Any]] = []
     start = time.monotonic()
     if not opened.manifest.vectors:
-        print_summary("vectors      none: the model sees no images, there is nothing to do")
+        output.print_summary("vectors      none: the model sees no images, there is nothing to do")
     for of in opened.manifest.vectors:
         began = time.monotonic()
         chosen = store_version if of is opened.manifest.vectors[0] else None
         report = _published(opened, of, places.get(of.store), chosen, eps)
         figures.append({**asdict(report), "seconds": time.monotonic() - began})
-    print_summary(f"time         {time.monotonic() - start:.1f} s")
-    write_json_option(json_file, {"version": opened.manifest.version, "stores": figures})
+    output.print_summary(f"time         {time.monotonic() - start:.1f} s")
+    files.write_json_option(json_file, {"version": opened.manifest.version, "stores": figures})
 
 
 def _published(
@@ -83,7 +81,7 @@ def _published(
     from serving.bundle.images import networks_for, publish
 
     url = opened.vectors_url(of)
-    with progress_bar("shards") as progress:
+    with output.progress_bar("shards") as progress:
         report = publish(
             FeatureStore.open(url),
             of,
@@ -93,9 +91,9 @@ def _published(
             eps=eps,
             progress=progress,
         )
-    print_summary(summary_text(report, eps))
+    output.print_summary(summary_text(report, eps))
     if report.most_files > 1 + MAX_DELTAS:
-        print_summary(f"next         crossmedia store compact {url}")
+        output.print_summary(f"next         crossmedia store compact {url}")
     return report
 
 
@@ -136,4 +134,4 @@ def store_places(given: list[str], names: list[str]) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    run_app(app)
+    commandline.run_app(app)

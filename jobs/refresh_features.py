@@ -1,7 +1,6 @@
 """Bring a feature store up to date with its images: new, changed and vanished ones, in one commit."""
 
-from featurestore.console.commandline import CONTINUES, CommandApp, run_app
-from featurestore.console.output import print_summary
+from featurestore.console import commandline, output
 from pipeline.options import RefreshOptions, takes_on_cluster
 
 EXAMPLES = """Examples:
@@ -12,7 +11,7 @@ crossmedia refresh --images photos --store data/features --channel candidate
 crossmedia refresh --images half-of-them --store data/features --keep-missing
 """
 
-app = CommandApp(report=True, rich_markup_mode="rich", stopped=CONTINUES)
+app = commandline.CommandApp(report=True, rich_markup_mode="rich", stopped=commandline.CONTINUES)
 
 
 @app.command(epilog=EXAMPLES)
@@ -31,8 +30,8 @@ def main(options: RefreshOptions) -> None:
     # One process with all cores for the network: copies of the network would share the same cores.
     with connect(workers=1, threads_per_worker=1) as client:
         summary = refresh(options, client)
-    print_summary(str(summary))
+    output.print_summary(str(summary))
 
 
 if __name__ == "__main__":
-    run_app(app)
+    commandline.run_app(app)

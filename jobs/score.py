@@ -5,9 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from featurestore.console.commandline import CommandApp, run_app
-from featurestore.console.files import check_ending
-from featurestore.console.output import print_summary
+from featurestore.console import commandline, files, output
 from featurestore.text import count_text
 from trainer.cli import WhichCheckpoint, WhichRun, run_on_ranks
 
@@ -26,7 +24,7 @@ crossmedia score --model data/models/ctr --samples data/tomorrow
 Exit codes: 0 done, 1 failed, 2 wrong options.
 """
 
-app = CommandApp(report=True, on_ranks=True, rich_markup_mode="rich")
+app = commandline.CommandApp(report=True, on_ranks=True, rich_markup_mode="rich")
 
 
 @app.command(epilog=EXAMPLES)
@@ -57,7 +55,7 @@ def main(
     (horovodrun) each rank scores a part: the file has the same rows, and logits differ in the last digits, by up to
     about 0.001 if E computes in bfloat16.
     """
-    check_ending(out, "--out", ".parquet")
+    files.check_ending(out, "--out", ".parquet")
     _check_options(model, samples, version, {"--run": run, "--checkpoint": checkpoint, "--store": store})
     start = time.monotonic()
 
@@ -78,7 +76,7 @@ def main(
             source = comm.on_rank_0(lambda: RunSource(run_or_newest(run), checkpoint, samples, store))
             written = score_run(source, out, comm)
         if written:
-            print_summary("\n".join(summary_text(written, comm.size, out, time.monotonic() - start)))
+            output.print_summary("\n".join(summary_text(written, comm.size, out, time.monotonic() - start)))
 
     raise typer.Exit(run_on_ranks(work))
 
@@ -111,4 +109,4 @@ def summary_text(written: "Written", num_ranks: int, out: str, seconds: float) -
 
 
 if __name__ == "__main__":
-    run_app(app)
+    commandline.run_app(app)

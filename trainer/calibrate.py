@@ -36,8 +36,7 @@ from trainer.engine.wiring import model_name, table_shapes
 from trainer.errors import ConfigError, PlanError
 from trainer.ids.optimizers import state_of
 from trainer.ids.shards import owned_bytes
-from trainer.models.layers import used_fields, width_of
-from trainer.models.nets import build_model
+from trainer.models import layers, nets
 from trainer.runs.open import store_places, train_reader
 from trainer.samples.columns import name_of, rules_of, source_columns
 from trainer.samples.index import SampleIndex, open_index, read_row_group
@@ -156,7 +155,7 @@ def sample(config: Config, largest: int) -> SampledKeys:
         names = [[f for f, s in source_of.items() if s == source] for source in dict.fromkeys(source_of.values())]
         return DrawnSamples(batch, tuple(tuple(each) for each in names), of_user, shards)
 
-    fields = used_fields(schema, config.model)
+    fields = layers.used_fields(schema, config.model)
     content = {f.name: model_name(f, config.model) for f in fields if f.kind == "content"}
     images = drawn(content, snapshot.info.num_shards)
     ids = drawn({f.name: f.table_name for f in fields if f.is_id}, config.model.table_shards)
@@ -358,13 +357,13 @@ def run_together(commands: Sequence[Sequence[str]]) -> list[str]:
 
 def widths(config: Config, sampled: SampledKeys) -> Widths:
     """Return the bytes of what travels, from the schema, the model's settings and the store."""
-    model, dim, fields = config.model, sampled.snapshot.info.dim, used_fields(sampled.schema, config.model)
+    model, dim, fields = config.model, sampled.snapshot.info.dim, layers.used_fields(sampled.schema, config.model)
     content = {model_name(field, model): field for field in fields if field.kind == "content"}
-    widths_of_model = [width_of(field, model) for field in content.values()]
+    widths_of_model = [layers.width_of(field, model) for field in content.values()]
     id_widths = [shape.width for shape in table_shapes(fields, model)]
     with torch.device("meta"):
         networks = [
-            build_model(sampled.schema, model),
+            nets.build_model(sampled.schema, model),
             *(EmbeddingModel(dim, model.embed_hidden, width) for width in widths_of_model),
         ]
     dense = sum(parameter.numel() for network in networks for parameter in network.parameters())
@@ -373,7 +372,7 @@ def widths(config: Config, sampled: SampledKeys) -> Widths:
 
 def stored_bytes(config: Config, sampled: SampledKeys) -> StoredBytes:
     """Return the contents of memory, the store's rows and all ID tables with optimiser state, and its size."""
-    snapshot, shapes = sampled.snapshot, table_shapes(used_fields(sampled.schema, config.model), config.model)
+    snapshot, shapes = sampled.snapshot, table_shapes(layers.used_fields(sampled.schema, config.model), config.model)
     state = state_of(config.optim)
     return StoredBytes(
         feature_bytes=snapshot.num_rows * snapshot.info.row_bytes,

@@ -6,9 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from featurestore.commands import Version
-from featurestore.console.commandline import CommandApp, run_app, takes
-from featurestore.console.files import JsonOption, write_json_option
-from featurestore.console.output import print_problem, print_rows, print_summary
+from featurestore.console import commandline, files, output
 from featurestore.errors import FAILED
 from trainer.cli import GateLimits, WhichCheckpoint
 
@@ -55,14 +53,14 @@ class CompatOptions(GateLimits):
     force: Annotated[
         str | None, typer.Option(metavar="REASON", help="Reason to ignore failed gates; it is recorded.")
     ] = None
-    json_file: JsonOption = None
+    json_file: files.JsonOption = None
 
 
-app = CommandApp(report=True, rich_markup_mode="markdown")
+app = commandline.CommandApp(report=True, rich_markup_mode="markdown")
 
 
 @app.command(epilog=EXAMPLES)
-@takes(CompatOptions)
+@commandline.takes(CompatOptions)
 def main(options: CompatOptions) -> None:
     """Compare a snapshot with the one that a run was trained on: network, coverage, and the run's scores.
 
@@ -86,15 +84,15 @@ def main(options: CompatOptions) -> None:
     _print(check, candidate, found)
     if options.accept:
         outcome = f"accepted: {check.accept(candidate, found, options.force)}"
-    print_summary(outcome)
-    write_json_option(options.json_file, check.report(candidate, found) | {"outcome": outcome})
+    output.print_summary(outcome)
+    files.write_json_option(options.json_file, check.report(candidate, found) | {"outcome": outcome})
     if found.failures and options.force is None:
         raise typer.Exit(FAILED)
 
 
 def _print(check: "Check", candidate: "Snapshot", found: "Comparison") -> None:
     """Print the compared snapshots, the gates, and a line for each gate that fails."""
-    print_summary("\n".join(check.lines(candidate)))
+    output.print_summary("\n".join(check.lines(candidate)))
     rows = [
         [
             each.gate,
@@ -106,10 +104,10 @@ def _print(check: "Check", candidate: "Snapshot", found: "Comparison") -> None:
         for each in found.gates
     ]
     if rows:
-        print_rows(("gate", "value", "limit", "", "of"), rows, numbers=("value", "limit"))
+        output.print_rows(("gate", "value", "limit", "", "of"), rows, numbers=("value", "limit"))
     for line in found.failures:
-        print_problem(f"error: {line}")
+        output.print_problem(f"error: {line}")
 
 
 if __name__ == "__main__":
-    run_app(app)
+    commandline.run_app(app)

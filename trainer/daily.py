@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from featurestore.console.commandline import CommandApp, run_app
-from featurestore.console.output import print_table, text_console
+from featurestore.console import commandline, output
 from featurestore.errors import AnotherStoreError, StorageError
 from featurestore.parsing import parse_json
 from featurestore.published.paths import RunPath, read_file, run_path, write_json_file
@@ -83,7 +82,7 @@ def write(folder: RunPath) -> None:
 
 def show(folder: RunPath) -> None:
     """Print the table."""
-    console, found = text_console(), rows(folder)
+    console, found = output.text_console(), rows(folder)
     table = Table(title=str(folder))
     for name in ("day", "from", "snapshot", "steps", "test day", *_METRICS):
         table.add_column(name.replace("_", " "), justify="right")
@@ -91,7 +90,7 @@ def show(folder: RunPath) -> None:
         before = run_path(row["warm_start"]).name if row["warm_start"] else None
         cells = [row["day"], before, row["store_version"], row["steps"], row["test_day"]]
         table.add_row(*(_text(cell) for cell in [*cells, *(row[name] for name in _METRICS)]))
-    print_table(console, table)
+    output.print_table(console, table)
     for row in found:
         if row["samples_changed"]:
             console.print(f"{row['day']}: its training samples had changed before it was evaluated")
@@ -145,7 +144,7 @@ LATER_RATES = 0.3
 CONTINUES = False
 """Whether later runs continue the run before, where nothing is said."""
 
-app = CommandApp(rich_markup_mode="markdown")
+app = commandline.CommandApp(rich_markup_mode="markdown")
 
 
 @app.command(epilog=EXAMPLES)
@@ -445,4 +444,4 @@ def _run_before(day: Day) -> RunPath | None:
 
 
 if __name__ == "__main__":
-    run_app(app)
+    commandline.run_app(app)

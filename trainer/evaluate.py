@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from featurestore.commands import WHICH, read_version_name
-from featurestore.console.commandline import CommandApp, run_app
-from featurestore.console.files import check_place
+from featurestore.console import commandline, files
 from trainer.cli import WhichCheckpoint, run_on_ranks
 
 if TYPE_CHECKING:
@@ -34,7 +33,7 @@ Relative places in the run's config.yaml are looked for where this is started. E
 settings.
 """
 
-app = CommandApp(report=True, on_ranks=True, rich_markup_mode="markdown")
+app = commandline.CommandApp(report=True, on_ranks=True, rich_markup_mode="markdown")
 
 
 @app.command(epilog=EXAMPLES)
@@ -73,7 +72,7 @@ def main(
 
     def work(comm: "Comm") -> None:
         if json_file is not None:  # before the work, which may take hours
-            comm.on_rank_0(partial(check_place, json_file, "--json"))
+            comm.on_rank_0(partial(files.check_place, json_file, "--json"))
         # Torch and matplotlib take seconds to load: not for --help.
         from featurestore.published.paths import check_bucket, run_path
         from trainer.evaluation.report import compare_runs, evaluate_run
@@ -93,4 +92,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run_app(app)
+    commandline.run_app(app)

@@ -6,9 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from featurestore.console.commandline import CommandApp, run_app
-from featurestore.console.files import JsonOption, write_json_option
-from featurestore.console.output import text_console
+from featurestore.console import commandline, files, output
 from trainer.cli import counts_of
 from trainer.config import load_config
 
@@ -23,7 +21,7 @@ It draws batches from the samples, measures this machine for a minute or two, an
 Exit codes: 0 done, 1 failed, 2 wrong settings.
 """
 
-app = CommandApp(report=True, rich_markup_mode="markdown")
+app = commandline.CommandApp(report=True, rich_markup_mode="markdown")
 
 
 @app.command(epilog=EXAMPLES)
@@ -41,7 +39,7 @@ def main(
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="One setting; may be repeated.")
     ] = None,
-    json_file: JsonOption = None,
+    json_file: files.JsonOption = None,
 ) -> None:
     """Predict unique images and ids, memory, bytes, time and efficiency for more ranks; recommend a number of ranks."""
     places = {"data.samples": samples, "data.store": store}
@@ -58,9 +56,9 @@ def main(
         latency_s=latency_us / 1e6,
     )
     plan = plan_own(config, question, lambda text: print(f"{text} ...", file=sys.stderr, flush=True))
-    show(plan, text_console())
-    write_json_option(json_file, as_json(plan))
+    show(plan, output.text_console())
+    files.write_json_option(json_file, as_json(plan))
 
 
 if __name__ == "__main__":
-    run_app(app)
+    commandline.run_app(app)

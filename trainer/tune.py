@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from featurestore.console.commandline import CommandApp, run_app
-from featurestore.console.output import print_table, text_console
+from featurestore.console import commandline, output
 from featurestore.errors import StorageError
 from featurestore.parsing import format_yaml, parse_yaml
 from featurestore.published.paths import RunPath, run_path, write_file, write_json_file
@@ -54,7 +53,7 @@ settings.yaml the best point with its number of epochs, to train on all days wit
 those of crossmedia train.
 """
 
-app = CommandApp(rich_markup_mode="markdown")
+app = commandline.CommandApp(rich_markup_mode="markdown")
 
 
 @dataclass(frozen=True)
@@ -153,7 +152,7 @@ def tune(trials: Sequence[Trial], comm: "Comm") -> None:
 
     Raises TrainerError and FeatureStoreError, on all ranks together.
     """
-    console = text_console(quiet=comm.rank != 0)
+    console = output.text_console(quiet=comm.rank != 0)
     for number, trial in enumerate(trials, 1):
         values = " ".join(f"{name}={value}" for name, value in trial.values.items())
         console.print(f"{number} of {len(trials)}: {values}", style="bold")
@@ -190,7 +189,7 @@ def best_settings(trial: Trial, epochs: int) -> dict[str, dict[str, Any]]:
 
 
 def _show(rows: Sequence[Mapping[str, Any]], best: int, folder: RunPath) -> None:
-    console = text_console()
+    console = output.text_console()
     table = Table(title=f"{folder}: the best epoch of each on the days held out")
     for name in (*rows[0]["values"], "epoch", *_METRICS.values()):
         table.add_column(name, justify="right")
@@ -198,7 +197,7 @@ def _show(rows: Sequence[Mapping[str, Any]], best: int, folder: RunPath) -> None
         figures = [f"{row[name]:.4f}" for name in _METRICS]
         style = "bold" if number == best else None
         table.add_row(*map(str, row["values"].values()), str(row["epoch"]), *figures, style=style)
-    print_table(console, table)
+    output.print_table(console, table)
     console.print(
         f"written to {folder / TABLE_FILE}; train on all days with the best:\n"
         f"$ crossmedia train --config {folder / SETTINGS_FILE}",
@@ -207,4 +206,4 @@ def _show(rows: Sequence[Mapping[str, Any]], best: int, folder: RunPath) -> None
 
 
 if __name__ == "__main__":
-    run_app(app)
+    commandline.run_app(app)

@@ -8,8 +8,7 @@ import typer
 from rich.filesize import decimal as bytes_text
 
 from featurestore.commands import WHICH, DryRun, Url, read_version_name
-from featurestore.console.commandline import CommandApp
-from featurestore.console.output import print_problem, print_rows, print_summary, progress_bar
+from featurestore.console import commandline, output
 from featurestore.text import count_text, ranges_text
 from featurestore.upkeep import GRACE_DAYS, KEEP_DAYS, KEEP_LAST
 
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
     from featurestore.upkeep.expiry import ExpireReport
     from featurestore.upkeep.history import LogEntry, NamedRows
 
-app = CommandApp()
+app = commandline.CommandApp()
 
 
 def _pin_name(name: str) -> str:
@@ -50,10 +49,10 @@ def log(
 
     entries = log_of_store(FeatureStore.open(url), last)
     if not entries:
-        print_summary("no snapshot yet: nothing was committed")
+        output.print_summary("no snapshot yet: nothing was committed")
         return
     names = ("version", "committed", "operation", "files", "rows", "bytes", "writer", "pinned", "channels")
-    print_rows(names, map(_log_row, entries), numbers=("version", "files", "rows", "bytes"))
+    output.print_rows(names, map(_log_row, entries), numbers=("version", "files", "rows", "bytes"))
 
 
 @app.command(
@@ -71,13 +70,13 @@ def diff(
     from featurestore.store import FeatureStore
     from featurestore.upkeep.history import diff as diff_snapshots
 
-    with progress_bar("shards") as progress:
+    with output.progress_bar("shards") as progress:
         found = diff_snapshots(FeatureStore.open(url), before, after, progress)
     if keys:
         for sign, rows in (("+", found.added), ("~", found.changed), ("-", found.removed)):
             _print_rows(sign, rows)
     counts = f"{len(found.added):,} added, {len(found.changed):,} changed, {len(found.removed):,} removed"
-    print_summary(f"snapshot {before} to {after}: {counts}")
+    output.print_summary(f"snapshot {before} to {after}: {counts}")
 
 
 @app.command(epilog="Example: `crossmedia store restore data/features 12`")
@@ -89,7 +88,7 @@ def restore(url: Url, version: Annotated[Any, _snapshot("A kept snapshot.")]) ->
     store = FeatureStore.open(url)
     old = store.snapshot(version).version
     snapshot = restore_snapshot(store, old)
-    print_summary(f"snapshot {snapshot.version} holds what snapshot {old} holds")
+    output.print_summary(f"snapshot {snapshot.version} holds what snapshot {old} holds")
 
 
 @app.command(
@@ -109,7 +108,7 @@ def pin(
     from featurestore.upkeep.history import pin as pin_snapshot
 
     made = pin_snapshot(FeatureStore.open(url), name, version)
-    print_summary(f"{name} keeps snapshot {made.version}")
+    output.print_summary(f"{name} keeps snapshot {made.version}")
 
 
 @app.command(epilog="Example: `crossmedia store unpin data/features before-migration`")
@@ -119,7 +118,7 @@ def unpin(url: Url, name: PinName) -> None:
     from featurestore.upkeep.history import unpin as unpin_snapshot
 
     unpin_snapshot(FeatureStore.open(url), name)
-    print_summary(f"{name} is not a pin any more")
+    output.print_summary(f"{name} is not a pin any more")
 
 
 @app.command(
@@ -139,9 +138,9 @@ def compact(
     from featurestore.store import FeatureStore
     from featurestore.upkeep.compaction import compact as compact_store
 
-    with progress_bar("shards") as progress:
+    with output.progress_bar("shards") as progress:
         report = compact_store(FeatureStore.open(url), force=force, dry_run=dry_run, progress=progress)
-    print_summary(_compact_text(report, dry_run))
+    output.print_summary(_compact_text(report, dry_run))
 
 
 @app.command(
@@ -170,7 +169,7 @@ def expire(
     from featurestore.store import FeatureStore
     from featurestore.upkeep.expiry import expire as expire_store
 
-    with progress_bar("files") as progress:
+    with output.progress_bar("files") as progress:
         report = expire_store(
             FeatureStore.open(url),
             keep_last=keep_last,
@@ -179,9 +178,9 @@ def expire(
             dry_run=dry_run,
             progress=progress,
         )
-    print_summary(_expire_text(report, dry_run))
+    output.print_summary(_expire_text(report, dry_run))
     if not report.is_complete:
-        print_problem("stopped after half the grace time, as much may have changed by then: run it again")
+        output.print_problem("stopped after half the grace time, as much may have changed by then: run it again")
         raise typer.Exit(1)
 
 
@@ -271,20 +270,20 @@ def channel(
         if name is None or version is not None:
             raise typer.BadParameter("it takes a NAME and no snapshot", param_hint="--remove")
         removed = remove_channel(store, name)
-        print_summary(f"{removed.channel} is not a channel any more")
+        output.print_summary(f"{removed.channel} is not a channel any more")
     elif name is None:
         moves = read_channels(store.storage)
         if moves:
             _print_moves(store, moves, ("channel", "snapshot", "moved", "commit", "rows in files", "why", "writer"))
         else:
-            print_summary("no channel yet: set one with crossmedia store channel URL NAME N")
+            output.print_summary("no channel yet: set one with crossmedia store channel URL NAME N")
     elif version is None:
         find_channel(store.storage, name)
         moves = read_moves(store.storage, name)[::-1]
         _print_moves(store, moves, ("move", "snapshot", "moved", "commit", "rows in files", "why", "writer"))
     else:
         made = move_channel(store, name, version)
-        print_summary(f"{made.channel} points to snapshot {made.version}")
+        output.print_summary(f"{made.channel} points to snapshot {made.version}")
 
 
 def _print_moves(store: "FeatureStore", moves: "list[ChannelMove]", names: tuple[str, ...]) -> None:
@@ -303,4 +302,4 @@ def _print_moves(store: "FeatureStore", moves: "list[ChannelMove]", names: tuple
             move.writer,
         ]
 
-    print_rows(names, map(row, moves), numbers=("move", "snapshot", "rows in files"))
+    output.print_rows(names, map(row, moves), numbers=("move", "snapshot", "rows in files"))

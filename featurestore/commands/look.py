@@ -9,8 +9,7 @@ import numpy as np
 import typer
 
 from featurestore.commands import Url, Version
-from featurestore.console.commandline import CommandApp
-from featurestore.console.output import print_rows, print_summary, print_warning, progress_bar
+from featurestore.console import commandline, output
 from featurestore.errors import FeatureStoreError
 from featurestore.keys import Float32Array
 from featurestore.text import refusal
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
     from featurestore.flight.server import Listening
     from featurestore.store import FeatureStore
 
-app = CommandApp()
+app = commandline.CommandApp()
 
 
 @app.command(epilog="Example: `crossmedia store info data/features`")
@@ -88,7 +87,7 @@ def quarantine(url: Url) -> None:
     from featurestore.store import FeatureStore
 
     rows = sorted(FeatureStore.open(url).quarantine_rows(), key=lambda row: row.uri)
-    print_rows(
+    output.print_rows(
         ["key", "uri", "since", "reason"],
         [(str(row.key), row.uri, utc_text(row.time_s), row.reason) for row in rows],
         numbers=["key"],
@@ -160,9 +159,9 @@ def serve(
         raise typer.BadParameter("--tls-cert and --tls-key go together")
     store = FeatureStore.open(url)
     listening = _listening(host, port, tls_cert, tls_key, token_file)
-    with progress_bar("shards") as progress:
+    with output.progress_bar("shards") as progress:
         snapshots = OpenSnapshots(store, version=version, cache_dir=cache_dir, progress=progress)
-    serve_store(snapshots, listening, poll_s, print_summary)
+    serve_store(snapshots, listening, poll_s, output.print_summary)
 
 
 def read_tls(certificate: Path, key: Path) -> tuple[str, str]:
@@ -186,5 +185,5 @@ def _listening(
     tls = read_tls(tls_cert, tls_key) if tls_cert and tls_key else None
     listening = Listening(host=host, port=port, tls=tls, tokens=read_tokens(token_file) if token_file else ())
     if tls_cert is not None and (problem := problem_of_dates(tls_cert)):
-        print_warning(problem)
+        output.print_warning(problem)
     return listening

@@ -24,10 +24,7 @@ from trainer.ids.exact import ExactShape, ExactTable
 from trainer.ids.optimizers import SHARED_STATE, RowOptimizer, row_optimizer
 from trainer.ids.shards import IdRows, TableShape, check_names, owned_rows
 from trainer.ids.tables import IdSource, IdTable
-from trainer.models.layers import width_of
-from trainer.models.nets import build_model
-from trainer.models.newads import IdDropout
-from trainer.models.pooling import gallery_vectors
+from trainer.models import layers, nets, newads, pooling
 from trainer.optim import DenseOptimizer
 from trainer.samples.reader import Batch
 from trainer.schema import Field, Schema
@@ -102,7 +99,7 @@ class EngineParts:
         model = with_compute_dtype(model, comm, self._device, None)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.model = comm.on_all(lambda: build_model(schema, model))  # a host may lack a net of the user's own
+            self.model = comm.on_all(lambda: nets.build_model(schema, model))  # a host may lack a net of the user's own
             self.services = services_of(self.model.fields, partitions, model)
         self._modules = nn.ModuleDict({"model": self.model, "stores": nn.ModuleDict(self.services)})
         self._modules.to(device=self._device, dtype=dtype)
@@ -133,7 +130,7 @@ class EngineParts:
         self._dense = DenseOptimizer(comm, dict(self._modules.named_parameters()), optim)
         self._exchange = self._exchange_of(model)
         image_rate = model.image_dropout if self.model.new_ads else 0.0
-        self._dropout = IdDropout(schema, model.id_dropout, seed, image_rate=image_rate)
+        self._dropout = newads.IdDropout(schema, model.id_dropout, seed, image_rate=image_rate)
         check_same(comm, self.dense_state())
 
     @property
@@ -227,7 +224,7 @@ class EngineParts:
             gallery = batch.galleries[field.name]
             sizes_K = on_device(gallery.values_N, self._device)
             lengths_M = on_device(gallery.lengths_M, self._device).to(torch.int64)
-            pooled = gallery_vectors(vectors[field.name], sizes_K, lengths_M, field.gallery)
+            pooled = pooling.gallery_vectors(vectors[field.name], sizes_K, lengths_M, field.gallery)
             if field.side == "user":
                 pooled.on_host = HostLengths(gallery.lengths_M, batch.group_of_sample_B)
             vectors[field.name] = pooled
@@ -253,7 +250,7 @@ def table_shapes(fields: tuple[Field, ...], config: ModelConfig) -> list[TableSh
             raise ConfigError(
                 f"field {field.name} needs table {name}, which has no number of rows; set model.tables.{name}"
             )
-        shapes[name] = shape_of(name, width_of(field, config), config.tables[name], config.table_shards)
+        shapes[name] = shape_of(name, layers.width_of(field, config), config.tables[name], config.table_shards)
     return list(shapes.values())
 
 
@@ -278,7 +275,7 @@ def _table_of_buckets(name: str, users: list[Field], config: ModelConfig) -> Tab
     if name in config.tables:
         raise ConfigError(f"model.tables.{name}: the table has a row for each bucket of {users[0].name}; leave it out")
     rows = max(field.num_buckets for field in users)
-    return TableShape(name, width_of(users[0], config), rows, config.table_shards, direct=True)
+    return TableShape(name, layers.width_of(users[0], config), rows, config.table_shards, direct=True)
 
 
 def shape_of(name: str, width: int, table: TableConfig, num_shards: int) -> TableShape:
@@ -294,7 +291,7 @@ def networks_of(fields: tuple[Field, ...], config: ModelConfig) -> dict[str, dic
     for field in fields:
         if field.kind == "content":
             widths = widths_of_store.setdefault(field.store_name, {})
-            widths[model_name(field, config)] = width_of(field, config)
+            widths[model_name(field, config)] = layers.width_of(field, config)
     return widths_of_store
 
 

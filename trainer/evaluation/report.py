@@ -12,9 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from featurestore.console.files import write_json
-from featurestore.console.output import print_line, print_table, text_console
-from featurestore.console.page import save_plot
+from featurestore.console import files, output, page
 from featurestore.errors import StorageError
 from featurestore.published.paths import RunPath, written_locally
 from featurestore.text import count_text
@@ -42,10 +40,10 @@ def evaluate_run(
     The report goes to `out`, by default RUN/evaluation, and to `json_file`; unless `quiet` it is printed. Raises
     TrainerError or FeatureStoreError.
     """
-    console = text_console(quiet=quiet or comm.rank != 0)
+    console = output.text_console(quiet=quiet or comm.rank != 0)
     with contextlib.closing(open_source(source, comm)) as opened:
         count = f"{opened.test.num_samples:,} impressions, {count_text(comm.size, 'rank')}"
-        print_line(console, f"{opened.saved.checkpoint}: {count}")
+        output.print_line(console, f"{opened.saved.checkpoint}: {count}")
         impressions = read_impressions(comm, opened.test, opened.schema)
         cuts = slicings_of(opened, impressions)
         logit_N = predict(opened)
@@ -68,7 +66,7 @@ def compare_runs(
     those of both. They are written to comparison.json in `out`, by default RUN/evaluation, and to `json_file`. Every
     rank calls it. Raises TrainerError, FeatureStoreError; DataError where the test samples of the two differ.
     """
-    console, places = text_console(quiet=comm.rank != 0), source.places
+    console, places = output.text_console(quiet=comm.rank != 0), source.places
     ours = predict_run(source.folder, comm, checkpoint=source.checkpoint, **places)
     baseline = predict_run(against, comm, **places)
     bootstrap.check_same_impressions([ours, baseline], [str(source.folder), str(against)])
@@ -84,12 +82,12 @@ def compare_runs(
         values = (number(value) for value in (each.ours, each.baseline, each.value))
         p_value = "-" if each.p_value is None else f"{each.p_value:.3g}"
         table.add_row(name, *values, range_of(each), p_value)
-    print_table(console, table)
+    output.print_table(console, table)
     notes = [f"{folder}: {note}" for folder, run in ((source.folder, ours), (against, baseline)) for note in run.notes]
     count = f"{new_ads.impressions:,} impressions are" if new_ads.impressions != 1 else "1 impression is"
-    print_line(console, f"{count} of new ads, which neither run was trained on")
+    output.print_line(console, f"{count} of new ads, which neither run was trained on")
     for note in notes:
-        print_line(console, f"note: {note}")
+        output.print_line(console, f"note: {note}")
     written = {
         "run": str(source.folder),
         "against": str(against),
@@ -101,7 +99,7 @@ def compare_runs(
     }
     folder = out or source.folder / "evaluation"
     write_report(folder, "comparison.json", written, json_file)
-    print_line(console, f"written to {folder / 'comparison.json'}")
+    output.print_line(console, f"written to {folder / 'comparison.json'}")
 
 
 def reliability(bins: Sequence[bootstrap.Bin]) -> Figure:
@@ -155,9 +153,9 @@ def write_report(
     try:
         with written_locally(folder) as local:
             if plot is not None:
-                save_plot(plot, local / "reliability.png")
+                page.save_plot(plot, local / "reliability.png")
             for file in (local / name, *([also] if also else [])):
-                write_json(file, values)
+                files.write_json(file, values)
     except (OSError, StorageError) as failure:
         raise TrainerError(f"cannot write {name} to {folder}: {failure}; choose another by --out") from failure
 
@@ -170,7 +168,7 @@ def show(console: Console, about: Mapping[str, Any], figures: bootstrap.Figures,
     for metric, shown in METRIC_TITLES.items():
         estimate = figures.whole.metrics[metric]
         whole.add_row(shown, number(estimate.value), range_of(estimate))
-    print_table(console, whole)
+    output.print_table(console, whole)
     slices = Table(title="Slices")
     slices.add_column("")
     for heading in ("impressions", *METRIC_TITLES.values()):
@@ -181,10 +179,10 @@ def show(console: Console, about: Mapping[str, Any], figures: bootstrap.Figures,
         for name, each in sliced.slices.items():
             values = (number(each.metrics[metric].value) for metric in METRIC_TITLES)
             slices.add_row(f"  {name}", f"{each.impressions:,}", *values)
-    print_table(console, slices)
+    output.print_table(console, slices)
     for note in about["notes"]:
-        print_line(console, f"note: {note}")
-    print_line(console, f"written to {folder}")
+        output.print_line(console, f"note: {note}")
+    output.print_line(console, f"written to {folder}")
 
 
 def number(value: float | None) -> str:

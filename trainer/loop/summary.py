@@ -28,9 +28,7 @@ from featurestore.errors import StorageError
 from featurestore.published.paths import RunPath, write_json_file
 from featurestore.text import count_text
 from trainer.comm import Comm
-from trainer.engine.engine import StepResult
-from trainer.engine.machine import device_name
-from trainer.engine.wiring import ContentRequest
+from trainer.engine import engine, machine, wiring
 from trainer.errors import TrainerError
 from trainer.exchange.exchange import KeyRequest
 from trainer.stages import AHEAD, WAIT, Stages
@@ -180,7 +178,7 @@ class StepTotals:
         finally:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start_s
 
-    def add(self, result: StepResult, references: int, images: int) -> None:
+    def add(self, result: engine.StepResult, references: int, images: int) -> None:
         """Count one training step, with its images as `count_images` gives them."""
         self.steps += 1
         self.samples += result.num_samples
@@ -208,7 +206,7 @@ def count_images(request: KeyRequest) -> tuple[int, int]:
     They are keys in its batch, and unique ones that it, as their owner, runs E on and answers for.
     """
     pairs = zip(request.asked_S, request.served_S, strict=False)  # fewer are served where one went wrong
-    content = [(asked, served) for asked, served in pairs if isinstance(served, ContentRequest)]
+    content = [(asked, served) for asked, served in pairs if isinstance(served, wiring.ContentRequest)]
     return sum(len(asked.inverse_N) for asked, _ in content), sum(served.num_unique for _, served in content)
 
 
@@ -266,7 +264,7 @@ def hardware_of(comm: Comm, device: torch.device, compute_dtype: str) -> dict[st
     `devices`: of each rank, e.g. "cpu" or "cuda:0 (NVIDIA H100)". `collectives`: e.g. "Gloo by Horovod"; None in one
     process that no launcher started. `compute_dtype`: the resolved setting.
     """
-    devices = comm.allgather_object(device_name(device), name="devices")
+    devices = comm.allgather_object(machine.device_name(device), name="devices")
     return {"devices": devices, "collectives": comm.carrier(device), "compute_dtype": compute_dtype}
 
 

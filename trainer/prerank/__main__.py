@@ -8,9 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from featurestore.console.commandline import CommandApp, run_app, takes
-from featurestore.console.files import JsonOption, write_json_option
-from featurestore.console.output import figure, print_rows, print_summary, print_warning, progress_bar
+from featurestore.console import commandline, files, output
 from featurestore.published.paths import run_path
 from featurestore.spec import IndexKind
 from featurestore.storage.storage import Storage
@@ -32,7 +30,7 @@ Samples = Annotated[
     typer.Option(help="Other samples: their test/ is taken.", show_default="those of the run, of its test days"),
 ]
 
-app = CommandApp(report=True, rich_markup_mode="markdown", no_args_is_help=True)
+app = commandline.CommandApp(report=True, rich_markup_mode="markdown", no_args_is_help=True)
 
 
 @app.callback()
@@ -85,7 +83,7 @@ class BuildOptions:
     "    crossmedia index build --run data/runs/towers --ads new-ads.parquet --add\n\n"
     "    crossmedia index build --run data/runs/towers --sync live-ads.parquet"
 )
-@takes(BuildOptions)
+@commandline.takes(BuildOptions)
 def build(options: BuildOptions) -> None:
     """Compute the vectors of ads with a trained two-tower run, and index them for pre-ranking.
 
@@ -130,9 +128,9 @@ def build(options: BuildOptions) -> None:
         f"written to   {options.out}, version {index.version}",
         *(f"note         {note}" for note in trained.saved.notes_on_missing(num_missing)),
     ]
-    print_summary("\n".join(lines))
+    output.print_summary("\n".join(lines))
     if index.warning:
-        print_warning(index.warning)
+        output.print_warning(index.warning)
 
 
 def summary_text(index: "AdIndex", changes: "AdChanges") -> list[str]:
@@ -175,7 +173,7 @@ def _vectors(trained: "TrainedRun", options: BuildOptions) -> "tuple[Ads, Vector
         chosen = ads_of_table(table, trained.schema, fields)
     else:
         chosen = ads_of_samples(options.samples or trained.config.data.samples, trained.schema, fields)
-    with progress_bar("ads") as progress:
+    with output.progress_bar("ads") as progress:
         return chosen, ad_vectors(trained, chosen, _BATCH_SIZE, progress)
 
 
@@ -189,7 +187,7 @@ def evaluate_index(
     queries: Annotated[int, typer.Option(min=1, help="Users to search for, at most.")] = 1000,
     samples: Samples = None,
     checkpoint: WhichCheckpoint = None,
-    out: JsonOption = None,
+    out: files.JsonOption = None,
 ) -> None:
     """Measure the recall of the index against exact search, and the time of a search.
 
@@ -211,7 +209,7 @@ def evaluate_index(
             "notes": [*notes, *([ads.warning] if ads.warning else [])],
         }
     _show(report)
-    write_json_option(out, report)
+    files.write_json_option(out, report)
 
 
 @app.command(epilog="Example: `crossmedia index search --run data/runs/towers --user 17 --k 5`")
@@ -236,7 +234,7 @@ def search(
         texts = dictionary.texts(key for key, _ in found)
         names.append("text")
         rows = [(key, texts.get(int(key), ""), value) for key, value in rows]
-    print_rows([*names, "inner product"], rows, numbers=["inner product"])
+    output.print_rows([*names, "inner product"], rows, numbers=["inner product"])
     _print_notes(notes)
 
 
@@ -257,17 +255,17 @@ def _opened(
 
 def _show(report: Mapping[str, Any]) -> None:
     index, figures = report["index"], report["search"]
-    print_summary(
+    output.print_summary(
         f"{report['run']}, {report['checkpoint']}: {index['num_ads']:,} ads under {index['kind']}, "
         f"{figures['queries']:,} searches on one thread"
     )
     rows = [(f"recall@{count}", f"{recall:.4f}") for count, recall in figures["recall"].items()]
-    print_rows(["measure", "value"], rows, numbers=["value"])
+    output.print_rows(["measure", "value"], rows, numbers=["value"])
     exact, mine = figures["exact"], figures["index"]
     kinds = (index["kind"], "exact")
-    print_rows(
+    output.print_rows(
         [f"search for {max(figures['recall'])}", *kinds],
-        [(name.replace("_", " "), figure(mine[name]), figure(exact[name])) for name in mine],
+        [(name.replace("_", " "), output.figure(mine[name]), output.figure(exact[name])) for name in mine],
         numbers=kinds,
     )
     _print_notes(report["notes"])
@@ -275,8 +273,8 @@ def _show(report: Mapping[str, Any]) -> None:
 
 def _print_notes(notes: Sequence[str]) -> None:
     for note in notes:
-        print_summary(f"note: {note}")
+        output.print_summary(f"note: {note}")
 
 
 if __name__ == "__main__":
-    run_app(app)
+    commandline.run_app(app)
