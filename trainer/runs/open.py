@@ -33,7 +33,6 @@ from trainer.engine.machine import share_machine, with_compute_dtype
 from trainer.engine.wiring import check_tables
 from trainer.errors import CheckpointError, ConfigError, DataError, DataNotFoundError
 from trainer.models.layers import used_fields
-from trainer.runs import checkpoint
 from trainer.runs import checkpoint as checkpoints
 from trainer.runs.folder import Checkpoint, check_folder, finished, in_the_way, naming_run_dir
 from trainer.runs.saving import CheckpointPlace
@@ -386,39 +385,34 @@ def open_run(config: Config, comm: Comm) -> Run:
 
 
 def _open_run(
-    config: Config,
-    comm: Comm,
-    folder: RunPath,
-    resumed: checkpoints.Resumed | None,
-    passed_over: Sequence[checkpoints.PassedOver],
+    config: Config, comm: Comm, folder: RunPath, at: checkpoints.Resumed | None, passed: list[checkpoints.PassedOver]
 ) -> Run:
     """Open the run at this checkpoint, or at its first step."""
     schema = load_schema(config.data.schema_file)
     places = store_places(config, schema)
-    damaged = [each.checkpoint for each in passed_over]
-    comm.on_all(lambda: check_folder(config, folder, resumed[0] if resumed else None, damaged))
+    damaged = [each.checkpoint for each in passed]
+    comm.on_all(lambda: check_folder(config, folder, at[0] if at else None, damaged))
     samples = comm.on_rank_0(lambda: open_samples(config, places))
-    recorded = resumed[1].origin if resumed else None
-    warm = None if resumed else comm.on_all(lambda: _checked_warm_start(config, schema))
+    recorded = at[1].origin if at else None
+    warm = None if at else comm.on_all(lambda: _checked_warm_start(config, schema))
     device = share_machine(config, comm)
     dtype = recorded.model.get("compute_dtype") if recorded else None
     config = config.model_copy(update={"model": with_compute_dtype(config.model, comm, device, dtype)})
     config = comm.on_rank_0(lambda: with_validation(config, samples))
     train = open_index(comm, samples, "train", schema, config.data.train_days)
     test = open_index(comm, samples, "test", schema, config.data.test_days)
-    partitions, statistics = open_stores(
-        config, comm, places, lambda place: snapshot_of(place, resumed), measured=not resumed
-    )
+    choose = partial(snapshot_of, resumed=at)
+    partitions, statistics = open_stores(config, comm, places, choose, measured=not at)
     digest = survey.samples_digest(comm, train, config.data.cache_dir)
     schema = _with_statistics(config, comm, schema, train, digest, recorded, warm)
     reader = train_reader(config, train, schema, comm.rank, comm.size)
     origin = _origin(config, schema, digest, reader.num_streams, partitions)
-    if resumed:
-        origin.check_same(resumed[1].origin, resumed[0])
+    if at:
+        origin.check_same(at[1].origin, at[0])
     engine = engine_of(config, comm, schema, partitions, device, statistics)
-    if resumed:
+    if at:
         try:
-            checkpoint.load(comm, *resumed, engine, config.data.cache_dir)
+            checkpoints.load(comm, *at, engine, config.data.cache_dir)
         except BaseException:  # an earlier checkpoint may be tried
             for partition in partitions.values():
                 partition.close()
@@ -440,10 +434,10 @@ def _open_run(
         validation_reader=_validation_reader(config, comm, samples, schema),
         known_ads=known_ads(comm, train, schema),
         origin=origin,
-        position=_begin(engine, reader, resumed),
-        history=resumed[1].history if resumed else [],
-        resumed=resumed[0] if resumed else None,
-        passed_over=passed_over,
+        position=_begin(engine, reader, at),
+        history=at[1].history if at else [],
+        resumed=at[0] if at else None,
+        passed_over=passed,
         warm_start=warm,
         lacked=lacking_images(config, comm, schema, places, partitions, [train, test]),
     )
@@ -710,7 +704,7 @@ def _overwrite(run: Run) -> list[Checkpoint]:
     if not finished(run.folder):
         remove_all(run.folder / TENSORBOARD)
         remove_all(run.events.path)
-        (run.folder / checkpoint.ACCEPTED_FILE).unlink(missing_ok=True)
+        (run.folder / checkpoints.ACCEPTED_FILE).unlink(missing_ok=True)
     return removed
 
 
