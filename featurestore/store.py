@@ -21,7 +21,6 @@ from featurestore.keys import Int64Array
 from featurestore.published.versions import VersionName, find_channel
 from featurestore.snapshot import Snapshot
 from featurestore.spec import FileEntry, FileKind, SourceSnapshot, StoreInfo, create_sealed, read_sealed
-from featurestore.staging import QuarantineRow
 from featurestore.storage.safety import refuse_unsafe
 from featurestore.storage.storage import Storage, cached_property, in_threads
 
@@ -211,15 +210,15 @@ class FeatureStore:
         commit.check_files()
         return commit.publish()
 
-    def add_quarantine(self, rows: Iterable[QuarantineRow]) -> None:
+    def add_quarantine(self, rows: Iterable[staging.QuarantineRow]) -> None:
         """Keep images that have no feature, with the reason."""
         staging.add(self.storage, list(rows))
 
-    def quarantine_rows(self) -> list[QuarantineRow]:
+    def quarantine_rows(self) -> list[staging.QuarantineRow]:
         """Read the newest row of each key in quarantine, by time."""
         return staging.read(self.storage)
 
-    def resolve_quarantine(self, rows: Sequence[QuarantineRow]) -> None:
+    def resolve_quarantine(self, rows: Sequence[staging.QuarantineRow]) -> None:
         """Take `rows` out of quarantine: their images are good now, or are none any more."""
         staging.resolve(self.storage, rows)
 

@@ -19,7 +19,6 @@ from featurestore.console.commandline import CommandApp, run_app
 from featurestore.errors import FAILED
 from trainer import launch
 from trainer.errors import ConfigError
-from trainer.launch import By, Place, Variables
 
 EXAMPLES = """
 Examples, as lines of a batch script:
@@ -40,7 +39,7 @@ app = CommandApp(rich_markup_mode="markdown")
 @app.command(epilog=EXAMPLES)
 def main(
     command: Annotated[list[str], typer.Argument(help="Command of one rank, after --.")],
-    by: Annotated[By, typer.Option(help="What the ranks speak to each other by.")] = By.HOROVOD,
+    by: Annotated[launch.By, typer.Option(help="What the ranks speak to each other by.")] = launch.By.HOROVOD,
     requeue: Annotated[
         bool, typer.Option("--requeue", help="When SIGUSR1 has stopped the ranks, let Slurm run the job again.")
     ] = False,
@@ -51,13 +50,13 @@ def main(
     the time of the job is nearly over (sbatch --signal=B:USR1@120).
     """
     counts = ranks_of_nodes(os.environ)
-    if by == By.TORCH and os.environ.get("SLURM_NODEID") != "0":
+    if by == launch.By.TORCH and os.environ.get("SLURM_NODEID") != "0":
         raise ConfigError("with --by torch, rank 0 is where the others meet: run this in a batch script (sbatch)")
     options = [f"--nodes={len(counts)}", f"--ntasks={sum(counts)}", "--distribution=block", "--kill-on-bad-exit=1"]
     if cores := os.environ.get("SLURM_CPUS_PER_TASK"):  # srun does not take it from the job
         options.append(f"--cpus-per-task={cores}")
     nodes = [str(node) for node in range(len(counts))]
-    with nullcontext(launch.free_port()) if by == By.TORCH else launch.horovod_rendezvous(nodes, counts) as port:
+    with nullcontext(launch.free_port()) if by == launch.By.TORCH else launch.horovod_rendezvous(nodes, counts) as port:
         rank = [sys.executable, "-m", "trainer.slurm", _AS_RANK, by.value, str(port)]
         code, signals = _run_step(["srun", *options, *rank, *command])
     if requeue and signal.SIGUSR1 in signals:
@@ -96,12 +95,12 @@ def _run_step(words: list[str]) -> tuple[int, set[int]]:
     return (code if code >= 0 else 128 - code), signals
 
 
-def variables_of(by: By, slurm: Mapping[str, str], port: int) -> Variables:
+def variables_of(by: launch.By, slurm: Mapping[str, str], port: int) -> launch.Variables:
     """Return the variables of Horovod's or torch's launcher for this rank; all meet on `port` of srun's node."""
     head, node = slurm["SLURM_LAUNCH_NODE_IPADDR"], slurm["SLURM_NODEID"]
-    place = Place(ranks_of_nodes(slurm), int(node), int(slurm["SLURM_LOCALID"]))
+    place = launch.Place(ranks_of_nodes(slurm), int(node), int(slurm["SLURM_LOCALID"]))
     interface = launch.interface_towards(head)
-    if by == By.TORCH:
+    if by == launch.By.TORCH:
         return launch.torch_variables(place, head, port, interface)
     return launch.horovod_variables(place, node, head, port, interface)
 
@@ -109,7 +108,7 @@ def variables_of(by: By, slurm: Mapping[str, str], port: int) -> Variables:
 def _become(by: str, port: str, *command: str) -> None:
     """Replace this process by the command of a rank, with the rank's variables."""
     try:
-        os.execvpe(command[0], command, {**os.environ, **variables_of(By(by), os.environ, int(port))})
+        os.execvpe(command[0], command, {**os.environ, **variables_of(launch.By(by), os.environ, int(port))})
     except OSError as error:
         sys.exit(f"error: {command[0]} cannot be run on {os.environ['SLURMD_NODENAME']}: {error.strerror}")
 

@@ -25,7 +25,6 @@ from featurestore.format.shard import check_digest, write_shard_file
 from featurestore.keys import BoolArray, Int64Array, key_of_uri, keys_of_uris
 from featurestore.published.versions import ChannelMove, read_channels
 from featurestore.spec import FileEntry, Manifest
-from featurestore.staging import STAGING, QuarantineRow
 from featurestore.storage.local import TEMPORARY, read_text
 from featurestore.storage.storage import Progress, Storage, in_threads
 from featurestore.store import FeatureStore
@@ -335,7 +334,7 @@ class _Purge:
     def _are_in(self, table: pa.Table) -> BoolArray:
         return self.images.are_in(numpy_column(table, KEY), table[URI])
 
-    def _quarantined(self) -> list[QuarantineRow]:
+    def _quarantined(self) -> list[staging.QuarantineRow]:
         """Read all of their rows in quarantine, older ones of a key too. Raises CorruptFileError."""
         names = self.storage.list(staging.QUARANTINE)
         rows = [row for name in names for row in staging.read_file(self.storage, name)]
@@ -350,7 +349,7 @@ class _Purge:
         now_s, ages_s = self.storage.now(), dict[str, float]()
         for trace in traces:
             *folders, name = trace.path.split("/")
-            is_staged = len(folders) > 1 and folders[0] == STAGING
+            is_staged = len(folders) > 1 and folders[0] == staging.STAGING
             path = "/".join(folders[:2]) if is_staged else trace.path
             if is_staged or folders[:1] in ([DATA], [DAMAGED]) or name.startswith(TEMPORARY):
                 with contextlib.suppress(FileNotFoundError):
@@ -359,9 +358,9 @@ class _Purge:
                     ages_s[path] = min(age_s, ages_s.get(path, math.inf))
         self.report.young += [path for path, age_s in ages_s.items() if age_s < self.writer_s]
         doomed = [path for path, age_s in ages_s.items() if age_s >= self.writer_s]
-        runs = [path for path in doomed if path.startswith(f"{STAGING}/")]
+        runs = [path for path in doomed if path.startswith(f"{staging.STAGING}/")]
         files = [path for path in doomed if path not in runs]
-        self.report.runs += [path.removeprefix(f"{STAGING}/") for path in runs]
+        self.report.runs += [path.removeprefix(f"{staging.STAGING}/") for path in runs]
         self.report.num_files += len(files)
         if not self.dry_run:
             for path in runs:

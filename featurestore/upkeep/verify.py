@@ -25,7 +25,6 @@ from featurestore.format.shard import read_moments
 from featurestore.keys import BoolArray, Int64Array, keys_of_uris, shard_of_hash, splitmix64
 from featurestore.published.versions import is_channel_name, last_move
 from featurestore.spec import FileEntry, Manifest, Sealed, StoreInfo, StorePath, read_sealed
-from featurestore.staging import STAGING
 from featurestore.storage.storage import Progress, Storage, in_threads
 from featurestore.store import INFO_PATH, FeatureStore
 from featurestore.upkeep import DAMAGED, DATA, history
@@ -37,7 +36,7 @@ ProblemKind = (
     Literal["info", "folder", "basis", "manifest", "order", "expired"]
     | Literal["pin", "channel", "quarantine", "data", "statistics", "collision"]
 )
-_FOLDERS = (log.LOG, log.EXPIRED, log.PINS, log.CHANNELS, DATA, BASES, staging.QUARANTINE, STAGING, DAMAGED)
+_FOLDERS = (log.LOG, log.EXPIRED, log.PINS, log.CHANNELS, DATA, BASES, staging.QUARANTINE, staging.STAGING, DAMAGED)
 FileId = tuple[str, str]  # path and sha256
 _SmallFile = tuple[ProblemKind, str, Callable[[], object], str]  # kind, path, its check, and the way out
 

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from featurestore import keys
-from featurestore.keys import Float64Array, Int64Array
 from trainer.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -133,7 +132,7 @@ class TableShape:
         """Rows of all shards."""
         return self.num_shards * self.rows_per_shard
 
-    def place_of(self, ids_N: Int64Array) -> tuple[Int64Array, Int64Array]:
+    def place_of(self, ids_N: keys.Int64Array) -> tuple[keys.Int64Array, keys.Int64Array]:
         """Find shard and row in the shard of each id. Top bits of the hash choose the shard, low bits the row."""
         if self.direct:
             return ids_N % self.num_shards, ids_N // self.num_shards
@@ -142,7 +141,7 @@ class TableShape:
         row_N = (low_bits_N % np.uint64(self.rows_per_shard)).astype(np.int64)
         return keys.shard_of_hash(hash_N, self.num_shards), row_N
 
-    def shards_of(self, ids_N: Int64Array) -> Int64Array:
+    def shards_of(self, ids_N: keys.Int64Array) -> keys.Int64Array:
         """Find the shard of each id."""
         return ids_N % self.num_shards if self.direct else keys.shard_of(ids_N, self.num_shards)
 
@@ -266,7 +265,7 @@ def owned_bytes(shape: TableShape, rank: int, num_ranks: int, state: Sequence[St
     return owned_rows(shape, rank, num_ranks) * row_bytes(shape.width, state, dtype) + index_bytes
 
 
-def initial_rows(shape: TableShape, shard: int, seed: int, scale: float) -> Float64Array:
+def initial_rows(shape: TableShape, shard: int, seed: int, scale: float) -> keys.Float64Array:
     """Draw the first values of one shard, (rows_per_shard, width): uniform with mean 0 and standard deviation `scale`.
 
     Counter based: splitmix64 of a stream start, drawn from (seed, table, shard), plus row x width + column.
@@ -276,7 +275,7 @@ def initial_rows(shape: TableShape, shard: int, seed: int, scale: float) -> Floa
     return uniform(counter, scale).reshape(shape.rows_per_shard, shape.width)
 
 
-def uniform(counter_N: keys.UInt64Array, scale: float) -> Float64Array:
+def uniform(counter_N: keys.UInt64Array, scale: float) -> keys.Float64Array:
     """Draw numbers of mean 0 and standard deviation `scale`, (N,), each by its counter alone."""
     unit_N = keys.unit_interval(keys.splitmix64(counter_N.view(np.int64)))
     unit_N -= 0.5

@@ -28,7 +28,6 @@ from trainer.evaluation.bootstrap import Metrics
 from trainer.evaluation.predict import evaluate
 from trainer.ids.exact import Figures, gather_figures, warning_of
 from trainer.loop import summary
-from trainer.loop.summary import ProgressLog
 from trainer.models.newads import NewAds
 from trainer.runs.checkpoint import CheckpointState
 from trainer.runs.open import Run
@@ -164,7 +163,7 @@ class StopSignals:
 class Training:
     """Trains a run from its next step to its end. Every rank does the same, and the same number of times."""
 
-    def __init__(self, run: Run, progress: ProgressLog, signals: StopSignals) -> None:
+    def __init__(self, run: Run, progress: summary.ProgressLog, signals: StopSignals) -> None:
         self._run, self._engine, self._config = run, run.engine, run.config
         self._progress, self._signals = progress, signals
         self._patience = run.config.train.early_stopping

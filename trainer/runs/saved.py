@@ -27,7 +27,6 @@ from trainer.engine.machine import share_machine
 from trainer.errors import CheckpointError, ConfigError, DataError, DataNotFoundError, TrainerError
 from trainer.runs import checkpoint
 from trainer.runs import open as opening
-from trainer.runs.checkpoint import CheckpointState
 from trainer.runs.folder import STATE, Checkpoint, find_checkpoint, report_of
 from trainer.samples.columns import sample_files
 from trainer.samples.index import SampleIndex, open_index
@@ -50,7 +49,7 @@ class SavedRun:
     folder: RunPath
     config: Config
     checkpoint: Checkpoint
-    state: CheckpointState
+    state: checkpoint.CheckpointState
     missing_in_training: MissingPolicy
     """What training did with an image that had no feature; `error` is `zeros` here."""
 
