@@ -51,11 +51,11 @@ def newest_rows(keys_N: Int64Array) -> Int64Array:
     return order_N[is_last_N]
 
 
-def take_rows(table: pa.Table, index_M: AnyArray) -> pa.Table:
+def take_rows(table: pa.Table, index_M: Int64Array) -> pa.Table:
     """Return the rows at `index_M`; the table itself where that is all of them in order."""
     if len(index_M) == len(table) and np.array_equal(index_M, np.arange(len(table))):
         return table
-    return table.take(pa.array(index_M))
+    return table.take(index_M)
 
 
 def read_moments(storage: Storage, entry: FileEntry) -> Moments | None:

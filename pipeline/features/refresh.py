@@ -15,7 +15,7 @@ from distributed import Client
 
 from featurestore.console.output import progress_bar
 from featurestore.errors import SpecMismatchError, StoreNotFoundError
-from featurestore.keys import Int64Array
+from featurestore.keys import BoolArray, Int64Array
 from featurestore.lookup import AutoDType, dtype_of_environment, dtype_of_machine
 from featurestore.published.versions import check_channel_name
 from featurestore.snapshot import Snapshot
@@ -402,7 +402,7 @@ class ImageRun(store_run.StoreRun):
                     raise StoreRunError("copying rows brings the workers down: try a smaller --part-size")
                 bar.advance(len(waiting[place].copies.index_K))
 
-    def _taken_over(self, images: ImageTable, index_C: Int64Array) -> tuple[list[parts.PartReport], diff.BoolArray]:
+    def _taken_over(self, images: ImageTable, index_C: Int64Array) -> tuple[list[parts.PartReport], BoolArray]:
         """Load the reports of staged parts whose images are all at `index_C`, unchanged; return also which are in none.
 
         So the parts outlive a listing that has changed since, but for those with an image that did. Images that could

@@ -25,7 +25,7 @@ from trainer.comm import Comm
 from trainer.config import Config, Device, load_saved
 from trainer.engine.machine import share_machine
 from trainer.errors import CheckpointError, ConfigError, DataError, DataNotFoundError, TrainerError
-from trainer.runs import checkpoint
+from trainer.runs import checkpoint as checkpoints
 from trainer.runs import open as opening
 from trainer.runs.folder import STATE, Checkpoint, find_checkpoint, report_of
 from trainer.samples.columns import sample_files
@@ -49,7 +49,7 @@ class SavedRun:
     folder: RunPath
     config: Config
     checkpoint: Checkpoint
-    state: checkpoint.CheckpointState
+    state: checkpoints.CheckpointState
     missing_in_training: MissingPolicy
     """What training did with an image that had no feature; `error` is `zeros` here."""
 
@@ -64,7 +64,7 @@ class SavedRun:
         recorded = self.state.origin
         schema = fill_in(load_schema(self.config.data.schema_file), recorded.model.get("fields", {}))
         mine = recorded.model_copy(update={"model": opening.model_of(self.config, schema)})
-        mine.check_same(recorded, self.checkpoint, checkpoint.TO_READ)
+        mine.check_same(recorded, self.checkpoint, checkpoints.TO_READ)
         return schema
 
     @cached_property
@@ -148,7 +148,7 @@ def read_run(folder: RunPath, which: str | None = None, samples: str | None = No
     if samples and not _has_training_samples(config):
         data["samples"] = samples
     asked = config.changed(data=data)
-    return SavedRun(folder, asked, found, checkpoint.read_state(found), config.data.missing)
+    return SavedRun(folder, asked, found, checkpoints.read_state(found), config.data.missing)
 
 
 def open_trained(
@@ -194,7 +194,7 @@ def open_at(
     device = share_machine(config, comm)
     partitions, _ = opening.open_stores(config, comm, places, choose, measured=False)
     engine = opening.engine_of(config, comm, saved.schema, partitions, device, reading=True)
-    checkpoint.load(comm, saved.checkpoint, saved.state, engine, saved.config.data.cache_dir)
+    checkpoints.load(comm, saved.checkpoint, saved.state, engine, saved.config.data.cache_dir)
     return TrainedRun(
         saved=saved,
         config=config,
@@ -297,7 +297,7 @@ def _notes(source: RunSource, saved: SavedRun, stores: Mapping[str, SnapshotId],
             f"the training samples in {saved.config.data.samples} are not, or no longer, those of the checkpoint: what "
             "is new, and what was seen how often, is counted in the samples that are there now"
         )
-    recorded = checkpoint.read_recorded(saved.checkpoint).stores
+    recorded = checkpoints.read_recorded(saved.checkpoint).stores
     for name, record in saved.state.stores.items():
         if record != recorded[name]:
             trained_on = recorded[name].described()
