@@ -94,7 +94,7 @@ class Actor:
         self.name = name
         self.chance = random.Random(name)
         self._count = 0
-        self._noted: set[int] | None = None  # manifests
+        self._noted: set[int] = set()  # manifests
         self._file = os.open(journal, os.O_CREAT | os.O_APPEND | os.O_WRONLY)
         self._last_read: tuple[int, Contents] | None = None
 
@@ -127,8 +127,6 @@ class Actor:
 
     def expire(self, keep_last: int, grace_s: float) -> None:
         """Expire, by number alone; manifests are noted before they are gone for good."""
-        if self._noted is None:  # whatever has expired before, was seen by those who were here
-            self._noted = set(log.versions(self.store.storage, log.EXPIRED))
         for manifest in manifests_of(self.store, self._noted):
             self.note("manifest", version=manifest.version, json=manifest.model_dump_json())
             self._noted.add(manifest.version)
@@ -230,6 +228,7 @@ class Arena:
         Others may be at work: what was acknowledged is noted before the log is read, what was begun after it.
         """
         snapshot = self.store.snapshot()
+        contents = contents_of(snapshot)  # at once: its files may expire
         notes = self.notes()
         assert not self.failures(), self.failures()
         manifests = self.history()
@@ -237,7 +236,7 @@ class Arena:
         check_chain(manifests)
         check_acknowledged(notes, begun, manifests)
         states = replay(manifests)
-        assert contents_of(snapshot) == states[snapshot.version], f"snapshot {snapshot.version} is not the log's replay"
+        assert contents == states[snapshot.version], f"snapshot {snapshot.version} is not the log's replay"
         for note in notes:
             if note["event"] == "read":
                 read = dict(note["contents"])
