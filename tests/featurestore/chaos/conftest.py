@@ -22,13 +22,15 @@ import xxhash
 
 from featurestore import FeatureRows, FeatureStore, Snapshot, StoreInfo, key_of_uri, keys_of_uris, log, shard_of
 from featurestore import store as store_module
-from featurestore.errors import CommitConflictError
+from featurestore.errors import CommitConflictError, CorruptFileError
 from featurestore.spec import Manifest
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.expiry import expire
 from tests.featurestore.staged import build_shard
 from tests.fuse import SMALL, Fuse, small_process
 
+GRACE_S = 5.0
+"""Of an expiry: what is older may go while somebody reads it."""
 Contents = dict[int, str]  # the name of the operation that wrote each key
 
 
@@ -86,6 +88,24 @@ def manifests_of(store: FeatureStore, known: Container[int]) -> Iterator[Manifes
             yield manifest
 
 
+def notes_in(folder: Path) -> list[dict]:
+    """What all processes noted, by time. A line without an end is being written, or its writer died over it."""
+    lines = [line for path in folder.glob("*.jsonl") for line in path.read_text().split("\n")[:-1]]
+    return sorted(map(json.loads, lines), key=lambda note: note["time"])
+
+
+def newest_of(store: FeatureStore) -> tuple[Snapshot, Contents]:
+    """The newest snapshot and what it holds; of another one where reading it takes so long that it may expire."""
+    while True:
+        begun_s = time.monotonic()
+        snapshot = store.snapshot()
+        try:
+            return snapshot, contents_of(snapshot)
+        except CorruptFileError:
+            if time.monotonic() - begun_s < GRACE_S:
+                raise
+
+
 class Actor:
     """One process at work. It notes each operation before it begins and when it has been told that it is done."""
 
@@ -95,6 +115,7 @@ class Actor:
         self.chance = random.Random(name)
         self._count = 0
         self._noted: set[int] | None = None  # manifests
+        self._journals = journal.parent
         self._file = os.open(journal, os.O_CREAT | os.O_APPEND | os.O_WRONLY)
         self._last_read: tuple[int, Contents] | None = None
 
@@ -125,21 +146,20 @@ class Actor:
         with contextlib.suppress(CommitConflictError):
             compact(self.store, force=force, threads=1)
 
-    def expire(self, keep_last: int, grace_s: float) -> None:
+    def expire(self, keep_last: int) -> None:
         """Expire, by number alone; manifests are noted before they are gone for good."""
-        if self._noted is None:  # whatever has expired before, was seen by those who were here
-            self._noted = set(log.versions(self.store.storage, log.EXPIRED))
+        if self._noted is None:  # by those who were here before
+            self._noted = {note["version"] for note in notes_in(self._journals) if note["event"] == "manifest"}
         for manifest in manifests_of(self.store, self._noted):
             self.note("manifest", version=manifest.version, json=manifest.model_dump_json())
             self._noted.add(manifest.version)
-        report = expire(self.store, keep_last=keep_last, keep_days=0, grace_days=grace_s / 86400)
+        report = expire(self.store, keep_last=keep_last, keep_days=0, grace_days=GRACE_S / 86400)
         self.note("expired", num_files=report.num_files)
 
     def read(self) -> None:
         """Read the newest snapshot whole; noted where it is not what the last one was."""
         begun = time.monotonic_ns()
-        snapshot = self.store.snapshot()
-        contents = contents_of(snapshot)
+        snapshot, contents = newest_of(self.store)
         if self._last_read != (snapshot.version, contents):
             self._last_read = snapshot.version, contents
             self.note("read", begun=begun, version=snapshot.version, contents=list(contents.items()))
@@ -207,9 +227,8 @@ class Arena:
                 self.kill(process)
 
     def notes(self) -> list[dict]:
-        """What all processes noted, by time. A line without an end is being written, or its writer died over it."""
-        lines = [line for path in self.folder.glob("*.jsonl") for line in path.read_text().split("\n")[:-1]]
-        return sorted(map(json.loads, lines), key=lambda note: note["time"])
+        """What all processes noted, by time."""
+        return notes_in(self.folder)
 
     def history(self) -> list[Manifest]:
         """Every manifest that ever was, in order; without gaps."""
@@ -229,7 +248,7 @@ class Arena:
 
         Others may be at work: what was acknowledged is noted before the log is read, what was begun after it.
         """
-        snapshot = self.store.snapshot()
+        snapshot, contents = newest_of(self.store)
         notes = self.notes()
         assert not self.failures(), self.failures()
         manifests = self.history()
@@ -237,7 +256,7 @@ class Arena:
         check_chain(manifests)
         check_acknowledged(notes, begun, manifests)
         states = replay(manifests)
-        assert contents_of(snapshot) == states[snapshot.version], f"snapshot {snapshot.version} is not the log's replay"
+        assert contents == states[snapshot.version], f"snapshot {snapshot.version} is not the log's replay"
         for note in notes:
             if note["event"] == "read":
                 read = dict(note["contents"])

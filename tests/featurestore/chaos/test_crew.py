@@ -44,7 +44,7 @@ def compact(actor) -> None:
 
 def expire(actor) -> None:
     while True:
-        actor.expire(keep_last=3, grace_s=5)
+        actor.expire(keep_last=3)
         time.sleep(0.05)
 
 
