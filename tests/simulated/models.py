@@ -29,12 +29,27 @@ from serving.bundle.log import (
 from serving.bundle.manifest import BUNDLES, LOG, USE, BundleManifest
 from serving.errors import BrokenBundleError, BundleNotFoundError, NotFiniteError
 from serving.http import live
-from tests.simulated.world import DAY_S, Operation, Plan, World, draw_plan
+from tests.simulated.world import DAY_S, Aim, History, Plan, World, do, draw_plan
 
 PLACE = "w/models"
 URL = f"sim://{PLACE}"
 GRACE_S = DAY_S
 WEIGHTS = {"export": 4, "choose": 3, "expire": 3, "serve": 3}
+DECIDES = (
+    "create .*/use/",
+    "create .*/log/",
+    "delete .*/(log|bundles)/",
+    "(list|read) .*/(log|use)",
+    "list .*/bundles",
+)
+NOT_CHOSEN, SECOND = 2, 4
+"""Arguments: of an export; of a choice, the second where there are two or three versions."""
+SCENES: tuple[Plan, ...] = (
+    [[do("export", NOT_CHOSEN), do("expire", 0, 30)], [do("choose", SECOND, 20, Aim("create .*/use/", 60))]],
+    [[do("export", NOT_CHOSEN), do("expire", 0, 20, Aim("delete .*/log/", 60))], [do("choose", SECOND, 40)]],
+    [[do("export", NOT_CHOSEN), do("choose", SECOND, 1), do("expire", 0, 1)]],
+    [[do("serve", 1)], [do("choose", SECOND, 4)]],
+)
 NAMES = ("network.pt2", "model.json")
 
 
@@ -64,8 +79,11 @@ class SimulatedScorer:
 
 
 @dataclass
-class ModelHistory:
+class ModelHistory(History):
     """A model's address, and what is known of it."""
+
+    GOOD = (StorageError, CommitConflictError, BrokenBundleError, BundleNotFoundError)
+    DECIDES, SCENES = DECIDES, SCENES
 
     world: World
     ids: dict[int, str] = field(default_factory=dict)
@@ -79,7 +97,7 @@ class ModelHistory:
     @staticmethod
     def plan(draw: random.Random) -> Plan:
         """Draw what clients do."""
-        return draw_plan(draw, WEIGHTS, GRACE_S)
+        return draw_plan(draw, WEIGHTS, GRACE_S, DECIDES)
 
     def modules(self, patch: pytest.MonkeyPatch) -> None:
         """Let a scorer's work in threads be done at once."""
@@ -96,11 +114,13 @@ class ModelHistory:
             self.export(Storage(URL), 2 * number)
         self.choose(Storage(URL), 1)
 
-    def perform(self, operation: Operation) -> None:
-        """Do an operation; of errors those are good that the product names for what may be."""
-        self.world.current.main.patience_s = self.world.now_s + 0.4 * GRACE_S
-        with contextlib.suppress(StorageError, CommitConflictError, BrokenBundleError, BundleNotFoundError):
-            getattr(self, operation.name)(Storage(URL), operation.argument)
+    def opened(self) -> Storage:
+        """Open the address."""
+        return Storage(URL)
+
+    def patience_s(self, operation: str) -> float:
+        """Return how long an operation may take."""
+        return 0.4 * GRACE_S
 
     def export(self, storage: Storage, number: int) -> None:
         """Publish a version as `export_model` does; one in eight is bad; one in two is chosen."""
