@@ -43,18 +43,18 @@ def scene_of(seed: int) -> tuple[Plan, bool] | None:
     kind, (rounds, place) = kind_of(seed), divmod(seed, len(KINDS))
     turn, is_drawn = divmod(rounds * KINDS.count(kind) + KINDS[:place].count(kind), 2)
     times, number = divmod(turn, len(kind.SCENES))
-    return None if is_drawn else (kind.SCENES[number], times % 2 == 0)
+    return None if is_drawn else (kind.SCENES[number], times % 3 == 0)
 
 
 def plan_of(seed: int) -> Plan:
-    """Draw what the clients of a seed do; beside one in four scenes that are not calm another client is at work."""
+    """Draw what the clients of a seed do; beside one in two scenes that are not calm another client is at work."""
     draw, found = random.Random(f"plan {seed}"), scene_of(seed)
     drawn: Plan = kind_of(seed).plan(draw)
     if found is None:
         return drawn
     scene, is_calm = found
     is_alone = is_calm or any(each.name == "purge" for operations in scene for each in operations)
-    return [*scene, *drawn[: 0 if is_alone else draw.choice([0, 0, 0, 1])]]
+    return [*scene, *drawn[: 0 if is_alone else draw.choice([0, 1])]]
 
 
 def play(seed: int, plan: Plan | None = None, schedule: int = 0) -> Played:

@@ -34,6 +34,8 @@ from tests.simulated.world import DAY_S, Aim, History, Plan, World, do, draw_pla
 PLACE = "w/models"
 URL = f"sim://{PLACE}"
 GRACE_S = DAY_S
+MOST_S = 0.4 * GRACE_S
+"""Time that a choice, or the opening of a version, may take."""
 WEIGHTS = {"export": 4, "choose": 3, "expire": 3, "serve": 3}
 DECIDES = (
     "create .*/use/",
@@ -49,6 +51,7 @@ SCENES: tuple[Plan, ...] = (
     [[do("export", NOT_CHOSEN), do("expire", 0, 20, Aim("delete .*/log/", 60))], [do("choose", SECOND, 40)]],
     [[do("export", NOT_CHOSEN), do("choose", SECOND, 1), do("expire", 0, 1)]],
     [[do("serve", 1)], [do("choose", SECOND, 4)]],
+    [[do("export", NOT_CHOSEN, 0, Aim("create .*/log/", 60))], [do("export", NOT_CHOSEN, 20)]],
 )
 NAMES = ("network.pt2", "model.json")
 
@@ -83,7 +86,7 @@ class ModelHistory(History):
     """A model's address, and what is known of it."""
 
     GOOD = (StorageError, CommitConflictError, BrokenBundleError, BundleNotFoundError)
-    DECIDES, SCENES = DECIDES, SCENES
+    PLACE, MOST_S, DECIDES, SCENES = PLACE, MOST_S, DECIDES, SCENES
 
     world: World
     ids: dict[int, str] = field(default_factory=dict)
@@ -113,14 +116,6 @@ class ModelHistory(History):
         for number in (1, 2):
             self.export(Storage(URL), 2 * number)
         self.choose(Storage(URL), 1)
-
-    def opened(self) -> Storage:
-        """Open the address."""
-        return Storage(URL)
-
-    def patience_s(self, operation: str) -> float:
-        """Return how long an operation may take."""
-        return 0.4 * GRACE_S
 
     def export(self, storage: Storage, number: int) -> None:
         """Publish a version as `export_model` does; one in eight is bad; one in two is chosen."""
@@ -164,7 +159,7 @@ class ModelHistory(History):
         bodies.start()
         for _ in range(2 + number % 3):
             self.world.sleep([5.0, 60.0, 0.3 * GRACE_S][(number >> 2) % 3])
-            self.world.current.patience_s = self.world.now_s + 0.4 * GRACE_S
+            self.world.current.patience_s = self.world.now_s + MOST_S
             _done(model.poll_once())
         bodies.join()
         model.close()
@@ -185,6 +180,7 @@ class ModelHistory(History):
             bundle_id = json.loads(data)["bundle_id"]
             if number > max(self.ids, default=0):  # else of an export that was away, or put back by an expiry
                 self.ids[number] = bundle_id
+                self.world.expect(self._has_files(number), f"version {number} is published without its files")
         elif folder == USE and action == "create" and data is not None:
             if self.choices:
                 self.choices[-1] = (self.choices[-1][0], self.world.now_s)
@@ -202,9 +198,11 @@ class ModelHistory(History):
         chosen = enumerate(self.choices, start=1)
         return [v for number, (v, end_s) in chosen if number in self.sure and self.world.now_s - end_s < 0.99 * GRACE_S]
 
+    def _has_files(self, version: int) -> bool:
+        return all(f"{PLACE}/{BUNDLES}/{self.ids[version]}/{name}" in self.world.objects for name in NAMES)
+
     def _is_whole(self, version: int) -> bool:
-        paths = [f"{BUNDLES}/{self.ids[version]}/{name}" for name in NAMES]
-        return all(f"{PLACE}/{path}" in self.world.objects for path in [*paths, manifest_path(version, LOG)])
+        return self._has_files(version) and f"{PLACE}/{manifest_path(version, LOG)}" in self.world.objects
 
     def _open(self, identity: BundleIdentity, current: Any) -> Any:
         storage = Storage(URL)

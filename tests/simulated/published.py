@@ -87,7 +87,7 @@ class PublishedHistory(History):
     """Samples, and what is known of them."""
 
     GOOD = (StorageError, CommitConflictError, SampleError)
-    DECIDES, SCENES = DECIDES, SCENES
+    PLACE, MOST_S, DECIDES, SCENES = PLACE, MOST_S, DECIDES, SCENES
 
     world: World
     acknowledged: list[str] = field(default_factory=list)
@@ -103,14 +103,6 @@ class PublishedHistory(History):
         """Publish the first samples."""
         self.log = PublishedLog(self.world, PLACE, KEEP_S)
         self.whole(self.opened(), AT_ONCE)
-
-    def opened(self) -> Storage:
-        """Open the address."""
-        return Storage(f"sim://{PLACE}")
-
-    def patience_s(self, operation: str) -> float:
-        """Return how long an operation may take."""
-        return MOST_S
 
     def whole(self, storage: Storage, number: int) -> None:
         """Publish samples that are made of nothing before; now and then so late that an expiry takes their files."""

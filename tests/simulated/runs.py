@@ -12,6 +12,7 @@ import pytest
 from featurestore.errors import StorageError
 from featurestore.published.paths import FarPath
 from featurestore.published.versions import write_part
+from featurestore.storage.storage import Storage
 from tests.simulated.published import PublishedLog
 from tests.simulated.world import Aim, Client, History, Plan, World, do, draw_plan
 from trainer import supervise as supervised_run
@@ -70,7 +71,7 @@ class RunHistory(History):
     """A run, and what is known of it."""
 
     GOOD = (StorageError, CheckpointError, ConfigError)
-    DECIDES, SCENES = DECIDES, SCENES
+    PLACE, DECIDES, SCENES = PLACE, DECIDES, SCENES
 
     world: World
     holders: dict[bytes, Holder] = field(default_factory=dict)
@@ -103,7 +104,7 @@ class RunHistory(History):
         patch.setattr(supervised_run, "Path", self._process_path)
         patch.setattr(supervised_run, "threading", SimpleNamespace(Event=self.world.event, Thread=self.world.thread))
 
-    def supervise(self, _: None, number: int) -> None:
+    def supervise(self, storage: Storage, number: int) -> None:
         """Hold the run, and train."""
         me = self.world.current
         holder = self.holders[f"process {me.process} on {me.name}".encode()] = Holder(me, me.process, self.world.now_s)
@@ -111,11 +112,11 @@ class RunHistory(History):
         with supervised_run.claimed(RUN, LEASE_S):
             holder.holds = True
             try:
-                self.train(None, number)
+                self.train(storage, number)
             finally:
                 holder.holds = False
 
-    def train(self, _: None, number: int) -> None:
+    def train(self, storage: Storage, number: int) -> None:
         """Claim the checkpoints, and write some; who supervises nothing is a rank that its supervisor left behind."""
         me, place = self.world.current, CheckpointPlace(RUN)
         self.trainings.append(place)
@@ -132,7 +133,7 @@ class RunHistory(History):
                 place.commit(step, parts, f"state of {step}".encode(), KEEP, None)
                 self.acknowledged.append((place, parts["rows"].file.path))
 
-    def read(self, _: None, number: int) -> None:
+    def read(self, storage: Storage, number: int) -> None:
         """Open the newest checkpoint, and read it a while later."""
         if found := finished(RUN):
             self.world.current.patience_s = self.world.now_s + 0.9 * KEEP_REMOVED_S

@@ -130,7 +130,7 @@ class StoreHistory(History):
     """A store, and what is known of it."""
 
     GOOD = (StorageError, CommitConflictError, SnapshotNotFoundError)
-    DECIDES, SCENES = DECIDES, SCENES
+    PLACE, MOST_S, DECIDES, SCENES = PLACE, MOST_S, DECIDES, SCENES
 
     world: World
     commits: list[Committed] = field(default_factory=list)
@@ -172,7 +172,7 @@ class StoreHistory(History):
 
     def patience_s(self, operation: str) -> float:
         """Return how long an operation may take: less than the grace time, but for an expiry, which sees to that."""
-        return 3 * DAY_S if operation == "expire" else MOST_S
+        return 3 * DAY_S if operation == "expire" else self.MOST_S
 
     def perform(self, operation: Operation) -> None:
         """Do an operation; what began from a file that is purged or damaged fails."""
@@ -321,9 +321,6 @@ class StoreHistory(History):
             is_there = where == ([] if version in self.damaged else [version])
             self.world.expect(is_there, f"{commit_id} was acknowledged as {version}, and is at {where}")
         self.world.expect(store.snapshot().version == len(self.commits), f"the newest is not {len(self.commits)}")
-        for version in log.versions(store.storage):
-            if version in self._kept():
-                self.check(store.snapshot(version))
         for version in self._kept():
             self.check(store.snapshot(version))
         found = verify(store).problems

@@ -27,6 +27,7 @@ from featurestore import log, store
 from featurestore.errors import StorageError
 from featurestore.storage import remote
 from featurestore.storage import storage as storage_module
+from featurestore.storage.storage import Storage
 from pipeline.samples import publish
 
 HOUR_S, DAY_S = 3_600.0, 86_400.0
@@ -406,6 +407,9 @@ class History:
     """What all kinds have: how an operation is done, and how it may fail."""
 
     world: World
+    PLACE: ClassVar[str]
+    MOST_S: ClassVar[float] = float("inf")
+    """Time that an operation may take."""
     GOOD: ClassVar[tuple[type[Exception], ...]] = (StorageError,)
     """Errors that the product names for what may be."""
     DECIDES: ClassVar[tuple[str, ...]] = ()
@@ -426,10 +430,11 @@ class History:
 
     def opened(self) -> Any:
         """Open what operations work on."""
+        return Storage(f"sim://{self.PLACE}")
 
     def patience_s(self, operation: str) -> float:
         """Return how long an operation may take, from its begin on."""
-        return float("inf")
+        return self.MOST_S
 
     def modules(self, patch: pytest.MonkeyPatch) -> None:
         """Replace what the product's modules know of their process and machine."""
