@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 import xxhash
 from PIL import Image
@@ -25,6 +26,7 @@ from featurestore.format.rows import FeatureRows
 from featurestore.format.statistics import Moments
 from featurestore.parsing import format_yaml
 from featurestore.spec import ExtractorSpec, Manifest, StoreInfo, seal
+from featurestore.storage.remote import leads_out
 from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
 from pipeline.errors import BadImageError, SampleError
@@ -37,7 +39,21 @@ from serving.http.inference import TensorBody
 from serving.network import run_steps
 from serving.scoring.decode import decode as decode_body
 from serving.settings import Budget
-from tests.fuzz.mutate import BYTES, JSON, PARQUET, PNG, SEALED, STREAM, TENSORS, YAML, Form, parquet_of, stream_of
+from tests.fuzz.mutate import (
+    BYTES,
+    JSON,
+    NPY,
+    PARQUET,
+    PNG,
+    SEALED,
+    SHARD,
+    STREAM,
+    TENSORS,
+    YAML,
+    Form,
+    parquet_of,
+    stream_of,
+)
 from tests.serving.scoring.wide import COLUMNS, SCHEMA, table_of
 from trainer.comm.comm import SoloComm
 from trainer.config import Config, load_config, load_saved
@@ -110,6 +126,7 @@ def _read_manifest(data: bytes) -> None:
     store, _ = _store(os.getpid())
     store.storage.write_bytes("log/00000000000000000001.json", data)
     snapshot = store.snapshot()
+    assert not any(leads_out(entry.path) for entry in snapshot.manifest.entries)
     snapshot.statistics()
     for shard in snapshot.manifest.shards:
         reader = snapshot.shard_reader(shard)
@@ -130,6 +147,10 @@ def _read_shard(data: bytes) -> None:
     with open_entry(store.storage, INFO, entry) as file:
         rows_of(file.read(), INFO)
         list(file.blocks(["key", "feature"]))
+
+
+def _read_statistics(data: bytes) -> None:
+    Moments.from_bytes(data, 3, "f")
 
 
 def _read_samples(data: bytes) -> None:
@@ -190,6 +211,18 @@ def _read_tensors(data: bytes) -> None:
     _read_body(TensorBody(body, header.decode("latin-1"), "ctr"))
 
 
+def _read_arrow(data: bytes) -> None:
+    """Read a body; none with a null where an id belongs is taken."""
+    _read_body(ArrowBody(data))
+    table = pa.ipc.open_stream(data).read_all()
+    for name, rule in COLUMNS.sources.items():
+        if name in table.column_names and not rule.is_real and name not in COLUMNS.nullable:
+            array = table[name].combine_chunks()
+            for _ in range(rule.depth):
+                array = array.flatten()
+            assert not array.null_count, f"{name} has a null, which became an id"
+
+
 def _read_mapping(data: bytes) -> None:
     mapping = load_mapping(_written("mapping.yaml", data))
     mapping.layout("impressions"), mapping.layout("behaviors")
@@ -235,8 +268,10 @@ def _read_log(data: bytes) -> None:
 
 PARSERS = [
     Parser("manifest", lambda: [seal(_store(os.getpid())[1])], _read_manifest, FeatureStoreError, SEALED),
-    Parser("shard", _shard_files, _read_shard, FeatureStoreError),
-    Parser("statistics", lambda: [EMPTY.to_bytes()], lambda data: Moments.from_bytes(data, 3, "f"), CorruptFileError),
+    Parser("shard", _shard_files, _read_shard, FeatureStoreError, SHARD),
+    Parser(
+        "statistics", lambda: [EMPTY.to_bytes()], lambda data: Moments.from_bytes(data, 3, "f"), CorruptFileError, NPY
+    ),
     Parser("samples", lambda: [parquet_of(table_of([GROUP] * 3, TEXTS))], _read_samples, TrainerError, PARQUET),
     Parser("checkpoint", lambda: [_state()], _read_checkpoint, CheckpointError, SEALED),
     Parser("json request", _requests, lambda data: _read_body(JsonBody(data)), RequestError, JSON),
@@ -244,7 +279,7 @@ PARSERS = [
     Parser(
         "arrow request",
         lambda: [stream_of(table_of([GROUP] * 2, TEXTS))],
-        lambda data: _read_body(ArrowBody(data)),
+        _read_arrow,
         RequestError,
         STREAM,
     ),

@@ -10,9 +10,12 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from datetime import date
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
+
+if TYPE_CHECKING:
+    from tests.simulated.world import Operation
 
 ResultT = TypeVar("ResultT")
 LAST_REQUESTS = 40
@@ -96,9 +99,13 @@ def _show(seed: int) -> None:
     shortest = history.shortened(history.play(seed))
     print(f"\nThe shortest history of seed {seed} ({shortest.kind}) that still fails:")
     for number, operations in enumerate(shortest.plan):
-        shown = (f"{each.name} {each.argument} after {each.pause_s:g} s" for each in operations)
-        print(f"  c{number}: {', '.join(shown)}")
+        print(f"  c{number}: {', '.join(map(_shown, operations))}")
     print("\n".join(["Its last requests:", *shortest.world.trace[-LAST_REQUESTS:], str(shortest.error)]))
+
+
+def _shown(operation: "Operation") -> str:
+    aims = "".join(f", {aim.fate} for {aim.for_s:g} s at {aim.request!r}" for aim in operation.aims)
+    return f"{operation.name} {operation.argument} after {operation.pause_s:g} s{aims}"
 
 
 def _spent(begin_s: float) -> str:

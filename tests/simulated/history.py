@@ -38,15 +38,35 @@ def kind_of(seed: int) -> Any:
     return KINDS[seed % len(KINDS)]
 
 
+def scene_of(seed: int) -> tuple[Plan, bool] | None:
+    """Return the scene of a seed, and whether the world is calm; every other history of a kind has one, in turn."""
+    kind, (rounds, place) = kind_of(seed), divmod(seed, len(KINDS))
+    turn, is_drawn = divmod(rounds * KINDS.count(kind) + KINDS[:place].count(kind), 2)
+    times, number = divmod(turn, len(kind.SCENES))
+    return None if is_drawn else (kind.SCENES[number], times % 3 == 0)
+
+
+def plan_of(seed: int) -> Plan:
+    """Draw what the clients of a seed do; beside one in two scenes that are not calm another client is at work."""
+    draw, found = random.Random(f"plan {seed}"), scene_of(seed)
+    drawn: Plan = kind_of(seed).plan(draw)
+    if found is None:
+        return drawn
+    scene, is_calm = found
+    is_alone = is_calm or any(each.name == "purge" for operations in scene for each in operations)
+    return [*scene, *drawn[: 0 if is_alone else draw.choice([0, 1])]]
+
+
 def play(seed: int, plan: Plan | None = None, schedule: int = 0) -> Played:
     """Play the history of a seed; of another plan where one is given, with another order of requests by `schedule`."""
-    kind, world, error = kind_of(seed), World(seed + schedule * 1_000_003), None
-    chosen = kind.plan(random.Random(f"plan {seed}")) if plan is None else plan
+    kind, found, error = kind_of(seed), scene_of(seed), None
+    world = World(seed + schedule * 1_000_003, found is not None and found[1])
+    chosen = plan_of(seed) if plan is None else plan
     gc.disable()  # what it would collect may have requests to make
     try:
         with simulated(world) as patch:
             history = kind(world)
-            getattr(history, "modules", lambda patch: None)(patch)
+            history.modules(patch)
             history.prepare()
             world.play([partial(_perform, world, history, operations) for operations in chosen])
             history.finish()
@@ -77,10 +97,15 @@ def _perform(world: World, history: Any, operations: list[Operation]) -> None:
 
 
 def _shorter(plan: Plan) -> list[Plan]:
-    """List the plans with one client less, then those with one operation less."""
+    """List the plans with one client less, those with one operation less, and those with one that nothing befalls."""
     fewer = [plan[:client] + plan[client + 1 :] for client in range(len(plan))]
     for client, operations in enumerate(plan):
         less = [operations[:place] + operations[place + 1 :] for place in range(len(operations))]
+        less += [
+            [*operations[:place], each._replace(aims=()), *operations[place + 1 :]]
+            for place, each in enumerate(operations)
+            if each.aims
+        ]
         fewer += [[*plan[:client], each, *plan[client + 1 :]] for each in less if each]
     return fewer
 

@@ -29,12 +29,30 @@ from serving.bundle.log import (
 from serving.bundle.manifest import BUNDLES, LOG, USE, BundleManifest
 from serving.errors import BrokenBundleError, BundleNotFoundError, NotFiniteError
 from serving.http import live
-from tests.simulated.world import DAY_S, Operation, Plan, World, draw_plan
+from tests.simulated.world import DAY_S, Aim, History, Plan, World, do, draw_plan
 
 PLACE = "w/models"
 URL = f"sim://{PLACE}"
 GRACE_S = DAY_S
+MOST_S = 0.4 * GRACE_S
+"""Time that a choice, or the opening of a version, may take."""
 WEIGHTS = {"export": 4, "choose": 3, "expire": 3, "serve": 3}
+DECIDES = (
+    "create .*/use/",
+    "create .*/log/",
+    "delete .*/(log|bundles)/",
+    "(list|read) .*/(log|use)",
+    "list .*/bundles",
+)
+NOT_CHOSEN, SECOND = 2, 4
+"""Arguments: of an export; of a choice, the second where there are two or three versions."""
+SCENES: tuple[Plan, ...] = (
+    [[do("export", NOT_CHOSEN), do("expire", 0, 30)], [do("choose", SECOND, 20, Aim("create .*/use/", 60))]],
+    [[do("export", NOT_CHOSEN), do("expire", 0, 20, Aim("delete .*/log/", 60))], [do("choose", SECOND, 40)]],
+    [[do("export", NOT_CHOSEN), do("choose", SECOND, 1), do("expire", 0, 1)]],
+    [[do("serve", 1)], [do("choose", SECOND, 4)]],
+    [[do("export", NOT_CHOSEN, 0, Aim("create .*/log/", 60))], [do("export", NOT_CHOSEN, 20)]],
+)
 NAMES = ("network.pt2", "model.json")
 
 
@@ -64,8 +82,11 @@ class SimulatedScorer:
 
 
 @dataclass
-class ModelHistory:
+class ModelHistory(History):
     """A model's address, and what is known of it."""
+
+    GOOD = (StorageError, CommitConflictError, BrokenBundleError, BundleNotFoundError)
+    PLACE, MOST_S, DECIDES, SCENES = PLACE, MOST_S, DECIDES, SCENES
 
     world: World
     ids: dict[int, str] = field(default_factory=dict)
@@ -79,7 +100,7 @@ class ModelHistory:
     @staticmethod
     def plan(draw: random.Random) -> Plan:
         """Draw what clients do."""
-        return draw_plan(draw, WEIGHTS, GRACE_S)
+        return draw_plan(draw, WEIGHTS, GRACE_S, DECIDES)
 
     def modules(self, patch: pytest.MonkeyPatch) -> None:
         """Let a scorer's work in threads be done at once."""
@@ -95,12 +116,6 @@ class ModelHistory:
         for number in (1, 2):
             self.export(Storage(URL), 2 * number)
         self.choose(Storage(URL), 1)
-
-    def perform(self, operation: Operation) -> None:
-        """Do an operation; of errors those are good that the product names for what may be."""
-        self.world.current.main.patience_s = self.world.now_s + 0.4 * GRACE_S
-        with contextlib.suppress(StorageError, CommitConflictError, BrokenBundleError, BundleNotFoundError):
-            getattr(self, operation.name)(Storage(URL), operation.argument)
 
     def export(self, storage: Storage, number: int) -> None:
         """Publish a version as `export_model` does; one in eight is bad; one in two is chosen."""
@@ -144,7 +159,7 @@ class ModelHistory:
         bodies.start()
         for _ in range(2 + number % 3):
             self.world.sleep([5.0, 60.0, 0.3 * GRACE_S][(number >> 2) % 3])
-            self.world.current.patience_s = self.world.now_s + 0.4 * GRACE_S
+            self.world.current.patience_s = self.world.now_s + MOST_S
             _done(model.poll_once())
         bodies.join()
         model.close()
@@ -165,6 +180,7 @@ class ModelHistory:
             bundle_id = json.loads(data)["bundle_id"]
             if number > max(self.ids, default=0):  # else of an export that was away, or put back by an expiry
                 self.ids[number] = bundle_id
+                self.world.expect(self._has_files(number), f"version {number} is published without its files")
         elif folder == USE and action == "create" and data is not None:
             if self.choices:
                 self.choices[-1] = (self.choices[-1][0], self.world.now_s)
@@ -182,9 +198,11 @@ class ModelHistory:
         chosen = enumerate(self.choices, start=1)
         return [v for number, (v, end_s) in chosen if number in self.sure and self.world.now_s - end_s < 0.99 * GRACE_S]
 
+    def _has_files(self, version: int) -> bool:
+        return all(f"{PLACE}/{BUNDLES}/{self.ids[version]}/{name}" in self.world.objects for name in NAMES)
+
     def _is_whole(self, version: int) -> bool:
-        paths = [f"{BUNDLES}/{self.ids[version]}/{name}" for name in NAMES]
-        return all(f"{PLACE}/{path}" in self.world.objects for path in [*paths, manifest_path(version, LOG)])
+        return self._has_files(version) and f"{PLACE}/{manifest_path(version, LOG)}" in self.world.objects
 
     def _open(self, identity: BundleIdentity, current: Any) -> Any:
         storage = Storage(URL)

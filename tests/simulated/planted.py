@@ -27,17 +27,21 @@ class Bug:
     place: str
     old: str
     new: str
+    also: tuple[tuple[str, str, str], ...] = ()
+    """Places, texts and what takes their place of guards that do the same: they go with it."""
 
     @contextlib.contextmanager
     def planted(self) -> Iterator[None]:
         """Plant it for the time of the block."""
-        function = _function(self.place)
-        source = textwrap.dedent(inspect.getsource(function))
-        assert source.count(self.old) == 1, f"{self.place} has {source.count(self.old)} times: {self.old}"
-        compiled = compile(source.replace(self.old, self.new), inspect.getfile(function), "exec")
-        code = next(code for code in _codes(compiled) if code.co_name == function.__name__)
+        sources: dict[str, str] = {}
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(function, "__code__", code)
+            for place, old, new in ((self.place, self.old, self.new), *self.also):
+                function = _function(place)
+                source = sources.get(place) or textwrap.dedent(inspect.getsource(function))
+                assert source.count(old) == 1, f"{place} has {source.count(old)} times: {old}"
+                sources[place] = source.replace(old, new)
+                codes = _codes(compile(sources[place], inspect.getfile(function), "exec"))
+                patch.setattr(function, "__code__", next(c for c in codes if c.co_name == function.__name__))
             yield
 
 

@@ -1,6 +1,5 @@
 """Histories of samples that are published day by day: whole ones, days that are added to them, readers and expiries."""
 
-import contextlib
 import json
 import random
 import tempfile
@@ -12,13 +11,21 @@ from featurestore.published.versions import FILES, VERSIONS, PublishedFiles, exp
 from featurestore.storage.storage import Storage
 from pipeline.errors import SampleError
 from pipeline.samples.publish import MARK, replaced_files
-from tests.simulated.world import DAY_S, Operation, Plan, World, draw_plan
+from tests.simulated.world import DAY_S, Aim, History, Plan, World, do, draw_plan
 
 PLACE = "w/samples"
 KEEP_S = DAY_S
 MOST_S = 0.9 * KEEP_S
 """From the first file of a publication to its end, and from the opening of a version to its last file."""
 WEIGHTS = {"add": 4, "whole": 2, "expire": 3, "read": 4}
+DECIDES = ("create .*/versions/", "delete .*/(versions|files)/", "(list|read) .*/versions", "list .*/files")
+AT_ONCE, LATE = 1, 4
+SCENES: tuple[Plan, ...] = (
+    [[do("whole", LATE)], [do("expire", 0, 1.3 * KEEP_S)]],
+    [[do("add", 1, 1.2 * KEEP_S), do("expire", 0, 1)]],
+    [[do("whole", AT_ONCE, 0, Aim("create .*/versions/", 60))], [do("expire", 0, 10)]],
+    [[do("add", 1, 0, Aim("create .*/versions/", 60))], [do("add", 2, 10)]],
+)
 
 
 @dataclass
@@ -76,8 +83,11 @@ class PublishedLog:
 
 
 @dataclass
-class PublishedHistory:
+class PublishedHistory(History):
     """Samples, and what is known of them."""
+
+    GOOD = (StorageError, CommitConflictError, SampleError)
+    PLACE, MOST_S, DECIDES, SCENES = PLACE, MOST_S, DECIDES, SCENES
 
     world: World
     acknowledged: list[str] = field(default_factory=list)
@@ -87,18 +97,12 @@ class PublishedHistory:
     @staticmethod
     def plan(draw: random.Random) -> Plan:
         """Draw what clients do."""
-        return draw_plan(draw, WEIGHTS, KEEP_S)
+        return draw_plan(draw, WEIGHTS, KEEP_S, DECIDES)
 
     def prepare(self) -> None:
         """Publish the first samples."""
         self.log = PublishedLog(self.world, PLACE, KEEP_S)
-        self.whole(Storage(f"sim://{PLACE}"), 1)
-
-    def perform(self, operation: Operation) -> None:
-        """Do an operation; of errors those are good that the product names for what may be."""
-        self.world.current.patience_s = self.world.now_s + MOST_S
-        with contextlib.suppress(StorageError, CommitConflictError, SampleError):
-            getattr(self, operation.name)(Storage(f"sim://{PLACE}"), operation.argument)
+        self.whole(self.opened(), AT_ONCE)
 
     def whole(self, storage: Storage, number: int) -> None:
         """Publish samples that are made of nothing before; now and then so late that an expiry takes their files."""

@@ -4,7 +4,6 @@ import random
 import re
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,8 +12,9 @@ import pytest
 from featurestore.errors import StorageError
 from featurestore.published.paths import FarPath
 from featurestore.published.versions import write_part
+from featurestore.storage.storage import Storage
 from tests.simulated.published import PublishedLog
-from tests.simulated.world import Client, Operation, Plan, World, draw_plan
+from tests.simulated.world import Aim, Client, History, Plan, World, do, draw_plan
 from trainer import supervise as supervised_run
 from trainer.errors import CheckpointError, ConfigError
 from trainer.runs.folder import finished, step_name
@@ -24,31 +24,54 @@ RUN = FarPath("sim://w/run")
 CLAIMS, PLACE = "w/.run.supervised", "w/run/checkpoints"
 LEASE_S = supervised_run.LEASE_S
 KEEP = 2
+DECIDES = ("create .*/versions/", "(list|read) .*/versions", "list .*/files", "(create|overwrite|list) .*supervised")
+ONE_STEP, TWO_STEPS, SLOW_STEPS = 0, 1, 8
+"""Arguments of trainings: a step in a second, two, or three that take 400 s each."""
+AT_VERSION, AT_RENEWAL = "create .*/versions/", "overwrite .*supervised/"
+SCENES: tuple[Plan, ...] = (
+    [  # a training is away until the number of its version has expired
+        [do("train", ONE_STEP, 0, Aim(AT_VERSION, 0), Aim(AT_VERSION, 2_000))],
+        [do("train", SLOW_STEPS, 5)],
+    ],
+    [  # an expiry is away while another one removes versions, and files of theirs are named again
+        [do("train", TWO_STEPS), do("train", ONE_STEP, 2_000, Aim("overwrite .*clock", 0), Aim("list .*/files", 900))],
+        [do("train", SLOW_STEPS, 2_020)],
+    ],
+    [  # the version that a reader found is gone
+        [do("read", 0, 10, Aim("read .*/versions/", 2_000))],
+        [do("train", ONE_STEP), do("train", SLOW_STEPS, 10)],
+    ],
+    [[do("train", TWO_STEPS, 0, Aim(AT_VERSION, 0), Aim(AT_VERSION, 250, "lost"))]],
+    [[do("supervise", SLOW_STEPS)], [do("supervise", ONE_STEP, 2 * LEASE_S)]],
+    [[do("supervise", SLOW_STEPS, 0, Aim(AT_RENEWAL, 200))], [do("supervise", SLOW_STEPS, 100)]],
+    [  # a supervisor is away while two others come, and the first of them ends
+        [do("supervise", SLOW_STEPS, 0, Aim(AT_RENEWAL, 400))],
+        [do("supervise", ONE_STEP, 100), do("supervise", SLOW_STEPS, 100)],
+    ],
+)
 
 
 @dataclass(eq=False)
 class Holder:
-    """A process that asks for the run, or holds it: when it began to ask, and the times of its renewals."""
+    """A process that asks for the run, or holds it; when it began to ask, and when its claim was created."""
 
     client: Client
     process: int
     began_s: float
-    renewed_s: list[float] = field(default_factory=list)
+    claimed_s: float = float("inf")
     holds: bool = False
 
     def is_at_work(self) -> bool:
         """Tell whether it believes that the run is its own."""
         return self.holds and self.client.process == self.process and not self.client.told_to_stop
 
-    def was_silent(self, since_s: float, now_s: float) -> bool:
-        """Tell whether its lease ran out at some time after `since_s`."""
-        times_s = [*self.renewed_s, now_s]
-        return any(b - a >= LEASE_S - 1 and b >= since_s for a, b in pairwise(times_s))
-
 
 @dataclass
-class RunHistory:
+class RunHistory(History):
     """A run, and what is known of it."""
+
+    GOOD = (StorageError, CheckpointError, ConfigError)
+    PLACE, DECIDES, SCENES = PLACE, DECIDES, SCENES
 
     world: World
     holders: dict[bytes, Holder] = field(default_factory=dict)
@@ -60,7 +83,7 @@ class RunHistory:
     def plan(draw: random.Random) -> Plan:
         """Draw what clients do."""
         weights = draw.choice([{"supervise": 1}, {"supervise": 1, "train": 1}, {"supervise": 2, "read": 1}])
-        return draw_plan(draw, weights, draw.choice([LEASE_S, KEEP_REMOVED_S]))
+        return draw_plan(draw, weights, draw.choice([LEASE_S, KEEP_REMOVED_S]), DECIDES)
 
     def prepare(self) -> None:
         """Look at checkpoints and claims, and let the supervisors' modules see simulated threads and processes."""
@@ -81,12 +104,7 @@ class RunHistory:
         patch.setattr(supervised_run, "Path", self._process_path)
         patch.setattr(supervised_run, "threading", SimpleNamespace(Event=self.world.event, Thread=self.world.thread))
 
-    def perform(self, operation: Operation) -> None:
-        """Do an operation; of errors those are good that the product names for what may be."""
-        with suppress(StorageError, CheckpointError, ConfigError):
-            getattr(self, operation.name)(operation.argument)
-
-    def supervise(self, number: int) -> None:
+    def supervise(self, storage: Storage, number: int) -> None:
         """Hold the run, and train."""
         me = self.world.current
         holder = self.holders[f"process {me.process} on {me.name}".encode()] = Holder(me, me.process, self.world.now_s)
@@ -94,11 +112,11 @@ class RunHistory:
         with supervised_run.claimed(RUN, LEASE_S):
             holder.holds = True
             try:
-                self.train(number)
+                self.train(storage, number)
             finally:
                 holder.holds = False
 
-    def train(self, number: int) -> None:
+    def train(self, storage: Storage, number: int) -> None:
         """Claim the checkpoints, and write some; who supervises nothing is a rank that its supervisor left behind."""
         me, place = self.world.current, CheckpointPlace(RUN)
         self.trainings.append(place)
@@ -110,31 +128,34 @@ class RunHistory:
             if me.told_to_stop:
                 return
             data = f"rows of {step} by {len(self.trainings)}".encode()
-            parts = {"rows": WrittenPart("0" * 32, write_part(place._storage, f"{step_name(step)}-rows", data))}
-            place.commit(step, parts, f"state of {step}".encode(), KEEP, None)
-            self.acknowledged.append((place, parts["rows"].file.path))
+            with suppress(StorageError):  # of one checkpoint: the training continues
+                parts = {"rows": WrittenPart("0" * 32, write_part(place._storage, f"{step_name(step)}-rows", data))}
+                place.commit(step, parts, f"state of {step}".encode(), KEEP, None)
+                self.acknowledged.append((place, parts["rows"].file.path))
 
-    def read(self, number: int) -> None:
+    def read(self, storage: Storage, number: int) -> None:
         """Open the newest checkpoint, and read it a while later."""
         if found := finished(RUN):
             self.world.current.patience_s = self.world.now_s + 0.9 * KEEP_REMOVED_S
             self.world.sleep([0.0, 60.0, 0.7 * KEEP_REMOVED_S][number % 3])
             self.log.read(found[-1].files)
-            self.world.current.patience_s = float("inf")
 
     def watch_claims(self, action: str, path: str, data: bytes | None) -> None:
-        """See that nobody takes a run whose holder is at work, and nobody writes into another's claim."""
+        """See that nobody takes a run whose holder is at work, and nobody goes on after another one took it."""
         if not path.startswith(f"{CLAIMS}/") or data not in self.holders:
             return
-        taker, now_s = self.holders[data], self.world.now_s
+        writer, now_s = self.holders[data], self.world.now_s
+        others = [each for each in self.holders.values() if each is not writer and each.is_at_work()]
         if action == "create":
-            others = [each for each in self.holders.values() if each is not taker and each.is_at_work()]
-            awake = [each for each in others if not each.was_silent(taker.began_s, now_s)]
+            writer.claimed_s = now_s
+            awake = [each for each in others if each.client.disturbed_s < writer.began_s - LEASE_S]
             self.world.expect(not awake, f"{data!r} takes the run, which another one holds")
         elif path in self.world.objects:
             there = self.world.objects[path].data
             self.world.expect(there in (data, b""), f"{data!r} renews a claim that is {there!r}'s: two hold the run")
-        taker.renewed_s.append(now_s)
+            later_s = [each.claimed_s for each in others if writer.claimed_s < each.claimed_s < now_s]
+            is_told = later_s and now_s - max(later_s[0], writer.client.disturbed_s) > LEASE_S
+            self.world.expect(not is_told, f"{data!r} goes on, though another one took the run long ago")
 
     def watch_versions(self, action: str, path: str, data: bytes | None) -> None:
         """See that whoever was followed by another writes nothing more, and that the newest checkpoint stays."""
@@ -147,9 +168,16 @@ class RunHistory:
         followed = writer in self.writers and writer is not self.writers[-1]
         self.world.expect(not followed, "a training publishes though another one has claimed the run")
         self.writers.append(writer)
-        steps = sorted(name.partition("/")[0] for name in before[0].files) if before else []
-        kept = [name for name in before[0].files if name.startswith(steps[-1])] if steps else []
-        lost = [name for name in kept if name not in made.files]
+        files = before[0].files if before else {}
+        steps = sorted(name.partition("/")[0] for name in files)
+        kept = {name: path for name, path in files.items() if name.startswith(steps[-1])}
+        if (
+            files
+            and before[0].publication in writer._tried
+            and not {*kept.values()} & {p for _, p in self.acknowledged}
+        ):
+            return  # it has failed for its training, which goes on
+        lost = kept.keys() - made.files.keys()
         self.world.expect(not lost, f"the newest checkpoint has lost {lost}")
 
     def finish(self) -> None:

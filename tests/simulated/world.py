@@ -16,16 +16,18 @@ import uuid
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import pytest
 from greenlet import getcurrent, greenlet
 
 from featurestore import log, store
+from featurestore.errors import StorageError
 from featurestore.storage import remote
 from featurestore.storage import storage as storage_module
+from featurestore.storage.storage import Storage
 from pipeline.samples import publish
 
 HOUR_S, DAY_S = 3_600.0, 86_400.0
@@ -36,7 +38,9 @@ much later; nothing of the client arrives for some minutes."""
 _DECIDES = re.compile(r"/(log|expired|pins|channels|versions|use|\.run\.supervised)(/|$)")
 _OFFLINE_S = (20.0, 200.0, 250.0, 280.0, 600.0)
 _LONG_S = 30.0
+_FAILING = ("cut", "lost", "late", "offline")
 _PAUSES_S = (0.5, 20.0, 90.0, 1_000.0, 5 * HOUR_S, 15 * HOUR_S, 2 * DAY_S)
+_NOTHING = ("", 0.0)
 
 
 class Killed(BaseException):
@@ -47,25 +51,46 @@ class BrokenPromiseError(Exception):
     """The product broke a promise: the history has failed."""
 
 
+class Aim(NamedTuple):
+    """What becomes of the next request whose verb and path match: a fault, and for how long."""
+
+    request: str
+    for_s: float
+    fate: str = "stalled"
+
+
 class Operation(NamedTuple):
-    """One thing that a client does, after a pause."""
+    """One thing that a client does, after a pause; each aim waits until those before it have had their requests."""
 
     name: str
-    argument: int
-    pause_s: float
+    argument: int = 0
+    pause_s: float = 0.0
+    aims: tuple[Aim, ...] = ()
 
 
 Plan = list[list[Operation]]
 """By client, its operations."""
 
 
-def draw_plan(draw: random.Random, weights: Mapping[str, int], span_s: float) -> Plan:
-    """Draw what a few clients do; what is kept for a while is kept for `span_s`, and pauses are shorter and longer."""
+def do(name: str, argument: int = 0, pause_s: float = 0.0, *aims: Aim) -> Operation:
+    """Write an operation of a scene."""
+    return Operation(name, argument, pause_s, aims)
+
+
+def draw_plan(draw: random.Random, weights: Mapping[str, int], span_s: float, decides: Sequence[str]) -> Plan:
+    """Draw what a few clients do; what is kept for a while is kept for `span_s`, and pauses are shorter and longer.
+
+    One operation in six waits at one of the requests that decide."""
     names, counts = list(weights), list(weights.values())
     pauses_s = draw.choice([[0.0], [0.0, 0.0, 60.0, 0.6 * span_s], [0.0, 0.7 * span_s, 1.3 * span_s]])
+
+    def aims() -> tuple[Aim, ...]:
+        for_s = draw.choice([5.0, 60.0, 60.0, 1_000.0, 0.6 * span_s])
+        return (Aim(draw.choice(decides), for_s),) if draw.random() < 0.17 else ()
+
     return [
         [
-            Operation(name, draw.getrandbits(22), draw.choice(pauses_s))
+            Operation(name, draw.getrandbits(22), draw.choice(pauses_s), aims())
             for name in draw.choices(names, counts, k=draw.randint(1, 4))
         ]
         for _ in range(draw.randint(2, 5))
@@ -90,6 +115,11 @@ class Client:
     patience_s: float = float("inf")
     """Up to when requests may stall or come late: what it does now has to end before a time that the product names."""
     offline_s: float = 0.0
+    disturbed_s: float = 0.0
+    """Up to when a fault was at work."""
+    num_failed: int = 0
+    """Requests that faults let fail."""
+    aims: list[Aim] = field(default_factory=list)
     is_killed: bool = False
     is_done: bool = False
     process: int = 1
@@ -107,7 +137,8 @@ class Client:
 class World:
     """All that is of one history."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, is_calm: bool = False) -> None:
+        """`is_calm`: nothing goes wrong but what is in the plan."""
         self.seed, self.random = seed, random.Random(f"schedule {seed}")
         self.now_s = 1_700_000_000.0
         self.objects: dict[str, Stored] = {}
@@ -124,8 +155,8 @@ class World:
         self._hub = getcurrent()
         draw = random.Random(f"kind of history {seed}")
         self._switching = draw.choice([0.15, 0.5, 0.9])
-        self._fault_rate = draw.choice([0.0, 0.005, 0.015])
-        self._stall_rate = draw.choice([0.0, 0.02, 0.05])
+        self._fault_rate = draw.choice([0.0, 0.005, 0.015]) * (not is_calm)
+        self._stall_rate = draw.choice([0.0, 0.02, 0.05]) * (not is_calm)
         self._kinds = draw.sample(FAULTS[1:], draw.randint(1, len(FAULTS) - 1))
         self._pages = draw.choice([0.0, 0.3])
         self._is_folder = draw.random() < 0.5  # whose listings miss what is replaced meanwhile, as POSIX allows
@@ -135,6 +166,11 @@ class World:
     def digest(self) -> str:
         """The sha256 of the history."""
         return hashlib.sha256("\n".join(self.trace).encode()).hexdigest()
+
+    @property
+    def has_late(self) -> bool:
+        """Whether requests of the past have still to land."""
+        return bool(self._late)
 
     def play(self, works: Sequence[Callable[[], None]]) -> None:
         """Run clients, each with its work, to the end of all; then what is late lands. Raises what a client raised."""
@@ -191,9 +227,12 @@ class World:
             return effect()
         if me.is_killed or self.failure is not None:
             raise Killed
-        fate = self._fate(me, verb, path, changes)
+        fate, for_s = self._aimed(me.main, f"{verb} {path}") or self._fate(me, verb, path, changes)
+        if fate:
+            me.main.disturbed_s = max(me.main.disturbed_s, self.now_s + for_s)
+            me.main.num_failed += fate in _FAILING
         if fate == "stalled":
-            self._stall(me, self._pause_s(me))
+            self._stall(me, for_s)
         self._pass_on(me)
         self.requests += 1
         self.now_s += 0.02
@@ -208,15 +247,11 @@ class World:
                 each.is_killed = each.is_killed or each.main is me.main
             raise Killed
         if fate == "late":
-            heapq.heappush(self._late, (self.now_s + self._pause_s(me), self.requests, effect))
-        if fate in ("cut", "late", "offline"):
+            heapq.heappush(self._late, (self.now_s + for_s, self.requests, effect))
+        result = None if fate in ("cut", "late", "offline") else effect()
+        if fate in _FAILING:
             raise ConnectionError(fate)
-        result = effect()
-        if fate == "repeated":
-            result = effect()
-        if fate == "lost":
-            raise ConnectionError(fate)
-        return result
+        return effect() if fate == "repeated" else result
 
     def sleep(self, seconds: float) -> None:
         """Let the running client wait."""
@@ -227,7 +262,7 @@ class World:
     def restart(self) -> None:
         """Let the killed client begin again as another process."""
         me = self.current
-        me.is_killed, me.told_to_stop = False, False
+        me.is_killed, me.told_to_stop, me.aims = False, False, []
         me.process += 1
         me.wake_s = self.now_s
 
@@ -241,26 +276,39 @@ class World:
         if not holds:
             self.fail(otherwise)
 
-    def _fate(self, me: Client, verb: str, path: str, changes: bool) -> str:
-        """Draw what becomes of a request; most often something where the protocols decide."""
-        if self.now_s < me.main.offline_s:
-            return "offline"
+    def _aimed(self, main: Client, request: str) -> tuple[str, float] | None:
+        """Return what the plan has for a request; where its answer is lost, the client is cut off for a while."""
+        if not main.aims or not re.search(main.aims[0].request, request):
+            return None
+        aim = main.aims.pop(0)
+        for_s = self._within_patience(main, aim.for_s)
+        if aim.fate == "lost":
+            main.offline_s = self.now_s + for_s
+        return aim.fate, for_s
+
+    def _fate(self, me: Client, verb: str, path: str, changes: bool) -> tuple[str, float]:
+        """Draw what becomes of a request, and for how long; most often something where the protocols decide."""
+        main = me.main
+        if self.now_s < main.offline_s:
+            return "offline", 0.0
         weight = 1 if not _DECIDES.search(path) else 8 if verb == "create" else 3
         draw, rate = self.random.random(), self._fault_rate * weight
-        if draw < rate:
-            kind = self.random.choice(self._kinds)
-            if kind == "killed":
-                return kind if self._kills_left else ""
-            if kind == "offline":
-                me.main.offline_s = min(self.now_s + self.random.choice(_OFFLINE_S), me.main.patience_s)
-                return self.random.choice(["offline", "lost"]) if changes else kind
-            if verb == "create" and self.random.random() < 0.5:  # as the client is cut off
-                me.main.offline_s = min(self.now_s + self.random.choice(_OFFLINE_S), me.main.patience_s)
-            return kind if changes or kind == "cut" else ""
-        return "stalled" if draw < rate + self._stall_rate * weight else ""
+        if draw >= rate:
+            is_stalled = draw < rate + self._stall_rate * weight
+            return ("stalled", self._within_patience(main, self.random.choice(_PAUSES_S))) if is_stalled else _NOTHING
+        kind = self.random.choice(self._kinds)
+        if kind == "killed":
+            return (kind, 0.0) if self._kills_left else _NOTHING
+        if kind == "offline" or (verb == "create" and self.random.random() < 0.5):  # as the client is cut off
+            main.offline_s = self.now_s + self._within_patience(main, self.random.choice(_OFFLINE_S))
+        if kind == "offline":
+            return (self.random.choice(["offline", "lost"]) if changes else kind), 0.0
+        if kind == "late":
+            return (kind, self._within_patience(main, self.random.choice(_PAUSES_S))) if changes else _NOTHING
+        return (kind, 0.0) if changes or kind == "cut" else _NOTHING
 
-    def _pause_s(self, me: Client) -> float:
-        return max(0.0, min(self.random.choice(_PAUSES_S), me.main.patience_s - self.now_s))
+    def _within_patience(self, main: Client, seconds: float) -> float:
+        return max(0.0, min(seconds, main.patience_s - self.now_s))
 
     def _stall(self, me: Client, pause_s: float) -> None:
         """Let a thread wait or, for long, its whole process, as one that is suspended."""
@@ -353,6 +401,43 @@ class World:
         except Exception as error:
             self.failure = self.failure or error
             raise
+
+
+class History:
+    """What all kinds have: how an operation is done, and how it may fail."""
+
+    world: World
+    PLACE: ClassVar[str]
+    MOST_S: ClassVar[float] = float("inf")
+    """Time that an operation may take."""
+    GOOD: ClassVar[tuple[type[Exception], ...]] = (StorageError,)
+    """Errors that the product names for what may be."""
+    DECIDES: ClassVar[tuple[str, ...]] = ()
+    """Requests at which others are let in."""
+    SCENES: ClassVar[tuple[Plan, ...]] = ()
+    """Plans that lead up to what is seldom drawn; every other history of a kind has one, in turn."""
+
+    def perform(self, operation: Operation) -> None:
+        """Do an operation; one that only reads fails only where a request of its own has failed."""
+        me = self.world.current
+        me.aims, num_failed = list(operation.aims), me.num_failed
+        me.patience_s = self.world.now_s + self.patience_s(operation.name)
+        try:
+            getattr(self, operation.name)(self.opened(), operation.argument)
+        except self.GOOD as error:
+            may_fail = operation.name != "read" or me.num_failed > num_failed or not isinstance(error, StorageError)
+            self.world.expect(may_fail, f"{operation.name} fails, though all of its requests were answered: {error}")
+
+    def opened(self) -> Any:
+        """Open what operations work on."""
+        return Storage(f"sim://{self.PLACE}")
+
+    def patience_s(self, operation: str) -> float:
+        """Return how long an operation may take, from its begin on."""
+        return self.MOST_S
+
+    def modules(self, patch: pytest.MonkeyPatch) -> None:
+        """Replace what the product's modules know of their process and machine."""
 
 
 class SimulatedClient:
