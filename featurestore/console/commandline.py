@@ -10,17 +10,20 @@ Exit codes:
 130  stopped by Ctrl-C or another signal
 """
 
+import atexit
 import errno
 import functools
 import gc
 import inspect
 import io
 import math
+import os
 import re
 import shutil
 import sys
+import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import MISSING, fields
 from itertools import groupby
 from pathlib import Path
@@ -171,8 +174,28 @@ def run_app(app: CommandApp, prog: str | None = None) -> NoReturn:
     except typer.Exit as end:
         code = end.exit_code
     except typer.Abort:
-        sys.exit(STOPPED)
-    sys.exit(code if isinstance(code, int) else OK)
+        code = STOPPED
+    end_process(code if isinstance(code, int) else OK)
+
+
+def end_process(code: int) -> NoReturn:
+    """End the process with a code, as sys.exit does; where Arrow is loaded, without taking the interpreter down.
+
+    A thread of Arrow may drop what it has read only after the read has returned. If that is while the interpreter is
+    taken down, it aborts the process (code 134, "terminate called without an active exception") or waits for ever:
+    https://github.com/apache/arrow/issues/34314, /50482.
+    """
+    if "pyarrow" not in sys.modules:
+        sys.exit(code)
+    with suppress(KeyboardInterrupt):  # wait for threads, then call exit functions, as Python does
+        threading._shutdown()  # type: ignore[attr-defined]
+        atexit._run_exitfuncs()
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except (OSError, ValueError):  # a pipe that nobody reads: Python has a line and a code for it
+        sys.exit(code)
+    os._exit(code)
 
 
 def command_of(app: CommandApp) -> click.Command:

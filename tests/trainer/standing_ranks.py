@@ -16,6 +16,7 @@ import warnings
 from pathlib import Path
 from unittest import mock
 
+from featurestore.console import commandline
 from tests.trainer.frozen import freeze_for_good
 from trainer import comm as comm_module
 from trainer.comm import connect
@@ -51,10 +52,12 @@ def run(arguments: list[str]) -> tuple[int, str]:
     own_words = mock.patch.object(sys, "argv", arguments[1:] if is_module else arguments)
     beside = [] if is_module else [str(Path(arguments[0]).parent)]  # what a script imports
     own_path = mock.patch.object(sys, "path", [*beside, *sys.path])
+    own_end = mock.patch.object(commandline, "end_process", sys.exit)
     with (
         warnings.catch_warnings(),
         own_words,
         own_path,
+        own_end,
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(out),
     ):

@@ -180,3 +180,44 @@ def test_a_pipe_or_a_device_is_not_replaced(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match="not a regular file"):
         replace_file(tmp_path / "pipe", "new")
     assert (tmp_path / "pipe").is_fifo() and [path.name for path in tmp_path.iterdir()] == ["pipe"]
+
+
+LATE = """
+import atexit, threading, time
+import pyarrow as pa
+import typer
+from featurestore.console.commandline import CommandApp, run_app
+
+class SlowFile:
+    closed = False
+
+    def read(self, size):
+        begun.set()
+        time.sleep(0.3)
+        return b""
+
+class SlowEnd:  # while the interpreter is taken down
+    def __del__(self):
+        time.sleep(2)
+
+app, begun, end = CommandApp(), threading.Event(), SlowEnd()
+
+@app.command()
+def main(code: int) -> None:
+    atexit.register(print, "at exit")
+    threading.Thread(target=lambda: pa.PythonFile(SlowFile(), "r").read(1), daemon=True).start()
+    threading.Thread(target=lambda: (time.sleep(0.1), print("in a thread"))).start()
+    begun.wait()
+    print("done")
+    raise typer.Exit(code)
+
+run_app(app)
+"""
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_a_read_of_arrow_that_ends_late_does_not_abort_the_command(code: int) -> None:
+    """Without `end_process` the thread comes back to Python in the midst of its end, and the code is 134."""
+    done = subprocess.run([sys.executable, "-c", LATE, str(code)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (code, "")
+    assert done.stdout.splitlines() == ["done", "in a thread", "at exit"]
