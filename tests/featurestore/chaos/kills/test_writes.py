@@ -330,7 +330,7 @@ def check_death(
 
 @pytest.mark.services
 @EVERY
-@pytest.mark.parametrize("work", ["put", "purge", pytest.param("remake", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("work", ["put", *(pytest.param(each, marks=pytest.mark.slow) for each in ("purge", "remake"))])
 def test_on_s3(work: str, every: bool, s3_url: str, info: StoreInfo, make_rows: Any) -> None:
     """At the last write of each name, or at each."""
     before = FeatureStore.create(f"{s3_url}/before", info.model_copy(update={"num_shards": 1}))
