@@ -7,10 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
 from serving.__main__ import app
 from serving.network.served import ServedNetwork
+from tests.cli import invoke
 from tests.serving.bundle.conftest import export, forge
 from tests.serving.scoring.variants import Exported
 
@@ -35,8 +35,7 @@ def url(made: Exported, tmp_path: Path) -> str:
 
 
 def done(*words: object) -> str:
-    result = CliRunner().invoke(app, [str(word) for word in words])
-    assert result.exit_code == 0, result.output
+    result = invoke(app, *words, code=0)
     return " ".join(result.stdout.split()) if words[0] == "log" else narrow(result.stdout)
 
 
@@ -80,7 +79,7 @@ def test_log_tells_which_versions_are_damaged(url: str, tmp_path: Path) -> None:
 
 
 def refused(*words: object) -> tuple[int, str, str]:
-    result = CliRunner().invoke(app, [str(word) for word in words])
+    result = invoke(app, *words)
     return result.exit_code, result.stdout, result.stderr
 
 

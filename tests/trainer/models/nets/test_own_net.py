@@ -10,12 +10,12 @@ import pytest
 import torch
 import yaml
 from starlette.testclient import TestClient
-from typer.testing import CliRunner
 
 from explorer.html.site import Site
 from explorer.places import Places
 from explorer.server import application
 from serving.__main__ import app as serving
+from tests.cli import invoke
 from tests.ranks import StandingRanks
 from tests.serving.http.processes import ServerProcess, ended
 from tests.serving.scoring.variants import export
@@ -96,15 +96,14 @@ def test_exported_and_served_without_the_package_as_evaluated(own: Path, tmp_pat
     assert np.ptp(predict_run(own).logit_N) > 0.01
     with ended(ServerProcess([sys.executable, "-m", "serving", "serve", url, "--port", "0"], tmp_path)) as server:
         server.wait_until_ready()  # PYTHONPATH of that process has no mypackage
-        checked = CliRunner().invoke(serving, ["check", url, "--url", server.url])  # against the trainer's logits
-    assert checked.exit_code == 0, checked.output
+        invoke(serving, "check", url, "--url", server.url, code=0)  # against the trainer's logits
 
 
 def test_a_run_whose_package_is_gone_is_one_line(own: Path, package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", [each for each in sys.path if each != str(package)])
     monkeypatch.delitem(sys.modules, "mypackage")
-    done = CliRunner().invoke(evaluate, [str(own)])
-    assert done.exit_code == 2 and done.stderr.count("\n") == 1
+    done = invoke(evaluate, own, code=2)
+    assert done.stderr.count("\n") == 1
     assert "No module named 'mypackage'; install the package" in done.stderr
 
 
