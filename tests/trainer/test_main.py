@@ -330,7 +330,7 @@ class TestEnds:
         ("num_ranks", "says"),
         [
             (2, "Process {} exit with status code"),
-            pytest.param(TorchRanks(2), "failed (exitcode: -9) local_rank: {} ", marks=pytest.mark.slow),
+            pytest.param(TorchRanks(2), "(local_rank: {})\n  exitcode  : -9 ", marks=pytest.mark.slow),
         ],
         ids=["horovodrun", "torchrun"],
     )
