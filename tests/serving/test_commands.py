@@ -11,7 +11,7 @@ import pytest
 from serving.__main__ import app
 from serving.network.served import ServedNetwork
 from tests.cli import invoke
-from tests.serving.bundle.conftest import export, forge
+from tests.serving.bundle.conftest import forge, with_versions
 from tests.serving.scoring.variants import Exported
 
 
@@ -29,8 +29,7 @@ def made(exported: Callable[[str], Exported]) -> Exported:
 @pytest.fixture
 def url(made: Exported, tmp_path: Path) -> str:
     """Two versions, the second in use."""
-    shutil.copytree(made.url, tmp_path / "model")
-    export(tmp_path / "model", made.run)
+    shutil.copytree(with_versions(made, 2), tmp_path / "model")
     return str(tmp_path / "model")
 
 

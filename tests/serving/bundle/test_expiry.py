@@ -16,7 +16,7 @@ from serving.bundle.manifest import BUNDLES
 from serving.bundle.open import Bundle
 from serving.errors import BrokenBundleError, BundleNotFoundError
 from tests.cli import invoke
-from tests.serving.bundle.conftest import export, forge
+from tests.serving.bundle.conftest import forge, with_versions
 from tests.serving.scoring.variants import Exported
 
 DAY_S = 24 * 3600
@@ -27,9 +27,9 @@ class Versions:
 
     def __init__(self, made: Exported, folder: Path) -> None:
         self.folder = folder / "model"
-        shutil.copytree(made.url, self.folder)
-        self.manifests = [made.manifest, *(export(self.folder, made.run) for _ in range(3))]
+        shutil.copytree(with_versions(made, 4), self.folder)
         self.storage = Storage(self.folder)
+        self.manifests = [log.read_version(self.storage, version) for version in range(1, 5)]
         self.age(self.folder, 100)
 
     def age(self, place: Path, days: float) -> None:
