@@ -32,7 +32,7 @@ SERVICES = {
     "client",
     "cluster",
     "s3_endpoint",
-    "make_arena",
+    "make_crew",
     "dies_at",
     "serve",
 }

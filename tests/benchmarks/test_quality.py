@@ -12,7 +12,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from rich.progress import Progress
-from typer.testing import CliRunner
 
 import trainer
 from benchmarks.quality import compare, heldout
@@ -26,6 +25,7 @@ from featurestore.format.rows import FeatureRows
 from featurestore.keys import keys_of_uris
 from featurestore.spec import ExtractorSpec, StoreInfo
 from featurestore.store import FeatureStore
+from tests.cli import invoke
 from trainer.config import load_config
 from trainer.errors import DataError
 from trainer.schema import load_schema
@@ -89,8 +89,7 @@ def _call(place: Path, *more: str) -> dict[str, float]:
     out = place / "quality.json"
     data = f"tiny={place / 'samples'}:{place / 'features'}"
     words = ["--data", data, "--dir", str(place / "bench"), "--json", str(out), "--batch-size", "32", "--epochs", "3"]
-    result = CliRunner().invoke(app, [*words, *more])
-    assert result.exit_code == 0, result.output
+    invoke(app, *words, *more, code=0)
     figures: dict[str, float] = json.loads(out.read_text())
     return figures
 
@@ -187,8 +186,7 @@ class TestRealLogs:
     def test_both_sides_are_measured_on_the_days_left_out(self, place: Path, tmp_path: Path) -> None:
         words = ["--logs", str(_log(place)), "--net", "dnn", "--seeds", "1", "--epochs", "2", "--batch-size", "32"]
         words += ["--dir", str(tmp_path / "bench"), "--json", str(tmp_path / "logs.json"), "--set", "optim.lr=0.01"]
-        result = CliRunner().invoke(app, words)
-        assert result.exit_code == 0, result.output
+        invoke(app, *words, code=0)
         figures = json.loads((tmp_path / "logs.json").read_text())
         assert figures["left_out_log_dnn_ours_best"] > 0.6, "people click on even items"
         kept = [json.loads(file.read_text()) for file in (tmp_path / "bench" / "figures").iterdir()]
@@ -308,8 +306,7 @@ def test_rare_items_keep_a_few_impressions_and_are_alone_in_the_test(place: Path
 def test_the_section_of_held_out_items(place: Path, tmp_path: Path) -> None:
     arguments = ["--data", f"small={place}/samples:{place}/features", "--only", "cold", "--seeds", "2"]
     arguments += ["--batch-size", "64", "--dir", str(tmp_path / "kept"), "--json", str(tmp_path / "cold.json")]
-    result = CliRunner().invoke(app, arguments)
-    assert result.exit_code == 0, result.output
+    invoke(app, *arguments, code=0)
     found = json.loads((tmp_path / "cold.json").read_text())
     for case in ("cold", "rare"):
         assert found[f"{case}_auc_images_minus_ids"] == pytest.approx(

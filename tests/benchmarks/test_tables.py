@@ -16,7 +16,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from click.testing import Result
-from typer.testing import CliRunner
 
 from benchmarks.tables.__main__ import app
 from benchmarks.tables.runs import Planned, Runner, make_sections, section_of
@@ -24,6 +23,7 @@ from benchmarks.tables.variants import Table, Variant, load_tables
 from featurestore.format.rows import FeatureRows
 from featurestore.store import FeatureStore
 from featurestore.upkeep.remake import remake
+from tests.cli import invoke
 from tests.pages import check_page
 from tests.ranks import StandingRanks
 from tests.trainer.conftest import Places, make_places
@@ -45,7 +45,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Places:
 
 def call(*words: object, out: Path, settings: list[str]) -> Result:
     options = [word for setting in settings for word in ("--set", setting)]
-    return CliRunner().invoke(app, [*map(str, words), "--dir", str(out), *options])
+    return invoke(app, *words, "--dir", out, *options)
 
 
 def plans(out: Path, places: Places, **changes: Any) -> list[Planned]:

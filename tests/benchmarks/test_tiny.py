@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import typer
-from typer.testing import CliRunner
 
 from benchmarks import extract
 from benchmarks.gpu.__main__ import app as gpu
@@ -21,6 +20,7 @@ from benchmarks.serve.__main__ import app as serve
 from benchmarks.serve.client import as_many_as_it_can, at_rate, one_after_the_other
 from benchmarks.store import limit
 from benchmarks.store.__main__ import app as store
+from tests.cli import invoke
 
 STAGES = ["samples", "store", "train", "evaluate", "export_vectors", "export_model"]
 HEADLINE = ["lookup_vs_numpy_take", "lookup_vs_numpy_take_10_deltas", "lookup_vs_lmdb", "lookup_vs_lance"]
@@ -31,8 +31,7 @@ OF_GPU += ["last_loss"]
 
 def figures_of(app: typer.Typer, folder: Path, *words: str) -> dict[str, Any]:
     """Run a benchmark; return the figures of its JSON."""
-    done = CliRunner().invoke(app, [*words, "--json", str(folder / "figures.json")])
-    assert done.exit_code == 0, done.output
+    invoke(app, *words, "--json", folder / "figures.json", code=0)
     found: dict[str, Any] = json.loads((folder / "figures.json").read_text())
     return found
 
@@ -103,8 +102,7 @@ def test_all_kinds_of_features_of_gpu_on_the_cpu(tmp_path: Path) -> None:
 
 def test_no_gpu_is_one_line_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    result = CliRunner().invoke(gpu, ["--dir", str(tmp_path / "workload")])
-    assert result.exit_code == 1 and "error: no GPU found" in result.output
+    assert "error: no GPU found" in invoke(gpu, "--dir", tmp_path / "workload", code=1).output
     assert not (tmp_path / "workload").exists()
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 from rich.progress import Progress
-from typer.testing import CliRunner
 
 from benchmarks.train.__main__ import app, check_fuxictr
 from benchmarks.train.sections import (
@@ -20,6 +19,7 @@ from benchmarks.train.sections import (
 )
 from benchmarks.workload import Knobs, WorkloadError, make
 from featurestore import FeatureStore
+from tests.cli import invoke
 from trainer.schema import load_schema
 
 TINY = ["--images", "200", "--dim", "16", "--samples-per-rank", "60", "--steps", "4", "--rounds", "1"]
@@ -36,8 +36,7 @@ def test_peers_train_the_same_model(folder: Path) -> None:
     out = folder / "train.json"
     names = [name for name in VARIANTS if name not in FUXICTR or fuxictr_python().exists()]
     only = [word for name in names for word in ("--only", name)]
-    result = CliRunner().invoke(app, [*TINY, *only, "--dir", str(folder / "workload"), "--json", str(out)])
-    assert result.exit_code == 0, result.output
+    invoke(app, *TINY, *only, "--dir", folder / "workload", "--json", out, code=0)
     figures = json.loads(out.read_text())
     for name in names:
         assert figures[f"{name}_samples_per_s"] > 0
@@ -50,8 +49,7 @@ def test_peers_train_the_same_model(folder: Path) -> None:
 def test_compact_rows(folder: Path) -> None:
     out = folder / "compact.json"
     compact = ["--only", "compact", "--dims", "4", "--dir", str(folder / "workload"), "--json", str(out)]
-    result = CliRunner().invoke(app, [*TINY, *compact])
-    assert result.exit_code == 0, result.output
+    invoke(app, *TINY, *compact, code=0)
     figures = json.loads(out.read_text())
     assert figures["compact_bytes_share"] == 8 / 32
 
@@ -137,8 +135,7 @@ def test_a_missing_fuxictr_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("benchmarks.train.__main__.fuxictr_python", lambda: tmp_path / "python")
-    result = CliRunner().invoke(app, ["--only", "ours", "--only", "fuxictr", "--dir", str(tmp_path / "workload")])
-    assert result.exit_code == 1
+    result = invoke(app, "--only", "ours", "--only", "fuxictr", "--dir", tmp_path / "workload", code=1)
     assert result.stderr == "error: fuxictr: FuxiCTR is not installed in this environment (make bench installs it)\n"
     check_fuxictr([])
     assert capsys.readouterr().err.startswith("note: FuxiCTR is not installed")

@@ -15,9 +15,7 @@ from serving.bundle.export import ExportOptions, export_model
 from tests.commands.calls import ROOT, call
 from tests.serving.bundle.conftest import no_network
 from tests.trainer.conftest import make_places
-from trainer.comm import SoloComm
-from trainer.config import load_config
-from trainer.main import train
+from tests.trainer.whole_runs import run_alone
 
 DEEP = 20_000
 
@@ -27,10 +25,8 @@ def names(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     """What stands in the braces of a line."""
     folder = tmp_path_factory.mktemp("lines")
     places = make_places(folder / "good")
-    config = load_config(settings=places.settings(run__name="run", train__max_steps=2))
-    train(config, SoloComm())
-    towers = load_config(settings=places.settings(run__name="towers", train__max_steps=2, model__base="two_tower"))
-    train(towers, SoloComm())
+    run_alone(places, run__name="run", train__max_steps=2)
+    run_alone(places, run__name="towers", train__max_steps=2, model__base="two_tower")
     folders = f"--run {folder}/good/runs/towers --samples {folder}/good/samples --out {folder}/index"
     assert call(shlex.split(f"trainer.prerank build {folders}")).code == 0
     model = ExportOptions(run=folder / "good" / "runs" / "run")

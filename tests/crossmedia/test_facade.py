@@ -1,6 +1,8 @@
 """The same work from Python as by the commands: stores, runs, models, servers and datasets, on a small run."""
 
+import json
 import pickle
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,6 +22,7 @@ from featurestore.keys import key_of_uri
 from featurestore.store import FeatureStore
 from serving.bundle.export import ExportOptions, export_model, write_network
 from tests.commands.calls import ROOT
+from tests.ranks import StandingRanks
 from tests.trainer.conftest import Places, make_places, nothing_drawn
 from trainer.errors import ConfigError, DataError
 from trainer.evaluation.predict import predict_run
@@ -228,17 +231,11 @@ print("rank has", len(run.evaluate(resamples=0).figures.rows()), round(run.metri
 """
 
 
-@pytest.mark.services
-def test_training_on_two_ranks_gives_each_the_run(places: Places, tmp_path: Path) -> None:
-    import json
-
-    from trainer.comm.comm import launcher_of
-
+def test_training_on_two_ranks_gives_each_the_run(places: Places, tmp_path: Path, two_ranks: StandingRanks) -> None:
     script = tmp_path / "train.py"
     script.write_text(RANKS)
     settings = dict(each.split("=", 1) for each in places.settings(train__max_steps=2, data__missing="zeros"))
-    line = [*launcher_of(2), str(script), str(places.folder), json.dumps(settings)]
-    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False, timeout=280)
-    assert done.returncode == 0, done.stderr
-    found = [each.partition("rank has ")[2] for each in done.stdout.splitlines() if "rank has" in each]
-    assert len(found) == 2 and len(set(found)) == 1
+    (code, one), (other_code, other) = two_ranks.call(script, places.folder, json.dumps(settings))
+    assert (code, other_code) == (0, 0), one + other
+    found = [re.findall("^rank has .*", said, re.MULTILINE) for said in (one, other)]
+    assert len(found[0]) == 1 and found[0] == found[1]

@@ -185,10 +185,9 @@ def _write_samples(world: World) -> None:
 
 def _train(world: World) -> None:
     """Train two variants that are evaluated, and one of them for twice as many steps with another seed."""
+    from tests.trainer.whole_runs import run_alone
     from trainer.comm import SoloComm
-    from trainer.config import load_config
     from trainer.evaluation.report import evaluate_run
-    from trainer.main import train
     from trainer.runs.saved import RunSource
 
     common = {"data__missing": "zeros", "train__epochs": 2, "train__log_every": 1, "train__eval_every": 4}
@@ -197,7 +196,7 @@ def _train(world: World) -> None:
         "ids-only": {"train__max_steps": 12, "model__images": "none"},
         "both-longer": {"train__max_steps": 24, "train__seed": 7},
     }.items():
-        train(load_config(settings=Settings(world.folder).settings(run__name=name, **common, **changes)), SoloComm())
+        run_alone(Settings(world.folder), run__name=name, **common, **changes)
     with nothing_drawn():  # no page has the plots of a report
         for name in ("both", "ids-only"):
             evaluate_run(RunSource(world.runs / name), SoloComm(), resamples=50)

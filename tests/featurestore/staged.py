@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
 from featurestore.__main__ import app
 from featurestore.spec import FileEntry, FileKind
 from featurestore.store import FeatureStore
+from tests.cli import invoke
 
 
 def build_shard(
@@ -16,6 +17,6 @@ def build_shard(
     return store.build_shards(run_id, range(shard, shard + 1), parts, kind).get(shard)
 
 
-def run(*arguments: object) -> Result:
-    """A command of a store."""
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+def run(*arguments: object, code: int | None = None) -> Result:
+    """A command of a store; it has to end with `code`, where one is given."""
+    return invoke(app, *arguments, code=code)

@@ -10,9 +10,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from typer.testing import CliRunner
 
 from jobs.build_samples import app
+from tests.cli import invoke
 
 PROJECT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -44,7 +44,9 @@ def run(place: Path, *command: object) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.services
-@pytest.mark.parametrize("runner", [[sys.executable], [BIN / "dask-submit", "-n", 2]])
+@pytest.mark.parametrize(
+    "runner", [[sys.executable], pytest.param([BIN / "dask-submit", "-n", 2], marks=pytest.mark.slow)]
+)
 def test_defaults_make_samples_of_both_splits(runner, place):
     done = run(place, *runner, JOB)
     assert done.returncode == 0, done.stderr
@@ -65,7 +67,7 @@ def inside(place, client, monkeypatch):
     monkeypatch.setattr("pipeline.cluster.tasks.connect", lambda **kwargs: contextlib.nullcontext(client))
 
     def run_inside(*options: object) -> tuple[int, str]:
-        done = CliRunner().invoke(app, [str(option) for option in options])
+        done = invoke(app, *options)
         assert done.exception is None or isinstance(done.exception, SystemExit)
         lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
         assert len(lines) <= 1

@@ -8,15 +8,14 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from typer.testing import CliRunner, Result
 
 from featurestore import FeatureRows, FeatureStore
 from featurestore.upkeep.remake import remake
 from jobs.export_embeddings import app
+from tests.cli import invoke
 from tests.trainer.conftest import Places, make_places
+from tests.trainer.whole_runs import run_alone
 from trainer.comm import SoloComm
-from trainer.config import load_config
-from trainer.main import train
 from trainer.runs import export
 from trainer.runs.saved import open_trained
 
@@ -27,24 +26,15 @@ NEW = 1_077
 
 def train_run(places: Places, name: str, **changes: Any) -> Path:
     own = {"run__name": name, "train__max_steps": 2, "data__missing": "zeros", **changes}
-    config = load_config(settings=places.settings(**own))
-    train(config, SoloComm())
-    return Path(config.run.dir) / name
-
-
-def job(*options: object) -> Result:
-    return CliRunner().invoke(app, [str(each) for each in options])
+    return run_alone(places, **own)
 
 
 def done(*options: object) -> str:
-    result = job(*options)
-    assert result.exit_code == 0, result.output
-    return result.stdout
+    return invoke(app, *options, code=0).stdout
 
 
 def failed(*options: object, code: int = 1) -> str:
-    result = job(*options)
-    assert result.exit_code == code, result.output
+    result = invoke(app, *options, code=code)
     assert isinstance(result.exception, SystemExit)
     return " ".join(result.stderr.replace("│", " ").split())
 

@@ -7,20 +7,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from typer.testing import CliRunner
 
 from featurestore.store import FeatureStore
 from jobs import extract_features
 from pipeline.errors import PipelineError
 from pipeline.features.refresh import RefreshSummary
 from pipeline.store_run import BadRow
+from tests.cli import invoke
 
 JOB = Path(extract_features.__file__)
 
 
 def refused(app, code, text, *args):
-    result = CliRunner().invoke(app, args)
-    assert result.exit_code == code
+    result = invoke(app, *args, code=code)
     assert text in " ".join(result.stderr.split())
     assert isinstance(result.exception, SystemExit)  # no traceback
     assert not result.stdout

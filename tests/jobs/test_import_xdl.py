@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from typer.testing import CliRunner
 
 from featurestore.keys import key_of_uri
 from featurestore.published.versions import open_published
@@ -16,6 +15,7 @@ from featurestore.store import FeatureStore
 from jobs import import_features, import_xdl
 from pipeline.options import XdlRandomOptions
 from pipeline.xdl import draw_lines, parse_line, split_of
+from tests.cli import invoke
 from trainer.comm import SoloComm
 from trainer.config import load_config
 from trainer.main import train
@@ -36,8 +36,7 @@ def job(client, monkeypatch):
     monkeypatch.setattr("pipeline.cluster.tasks.connect", lambda **kwargs: contextlib.nullcontext(client))
 
     def run(*args, code=0, app=import_xdl.app):
-        result = CliRunner().invoke(app, [str(arg) for arg in args])
-        assert result.exit_code == code, result.output
+        result = invoke(app, *args, code=code)
         assert code == 0 or isinstance(result.exception, SystemExit)
         return " ".join(result.output.split())
 

@@ -12,10 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
 from jobs.make_demo_data import app
 from pipeline.samples.logs import BEHAVIORS, IMPRESSIONS, find_pieces
+from tests.cli import invoke
 
 pytestmark = pytest.mark.long  # they draw whole data sets
 
@@ -24,7 +25,7 @@ TINY = ["--items", "40", "--users", "60", "--days", "5"]
 
 
 def _make(out: Path, *arguments: str) -> Result:
-    return CliRunner().invoke(app, ["--out", str(out), *(arguments or TINY)])
+    return invoke(app, "--out", out, *(arguments or TINY))
 
 
 def _digests(out: Path) -> dict[str, str]:

@@ -11,7 +11,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import typer
-from typer.testing import CliRunner
 
 from featurestore import FeatureRows, FeatureStore
 from featurestore.storage.storage import Storage
@@ -22,8 +21,9 @@ from serving.bundle.manifest import SAMPLE
 from serving.bundle.open import Bundle
 from serving.network.served import PORTABLE, compiled_name
 from serving.scoring.scorer import Scorer
+from tests.cli import invoke
 from tests.pages import check_page
-from tests.serving.scoring.variants import VARIANTS, train_run
+from tests.serving.scoring.variants import VARIANTS, compiled, shared_places, train_run
 from tests.trainer.conftest import Places, make_places
 from trainer.comm import SoloComm
 from trainer.runs.saved import open_trained
@@ -34,14 +34,8 @@ from trainer.samples.reader import BatchPosition, assemble
 pytestmark = pytest.mark.long
 
 
-def job(app: Any, *options: object) -> Any:
-    return CliRunner().invoke(app, [str(each) for each in options])
-
-
 def done(app: Any, *options: object) -> str:
-    result = job(app, *options)
-    assert result.exit_code == 0, result.output
-    return str(result.stdout)
+    return invoke(app, *options, code=0).stdout
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +48,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Places:
 
 def test_a_file_that_cannot_be_written_is_refused_before_anything_is_published(places: Places, tmp_path: Path) -> None:
     for option, file in (("--json", "foo://x"), ("--json", tmp_path), ("--html", "foo://x.html")):
-        result = job(
+        result = invoke(
             export_model.app, "--run", places.folder / "runs" / "both", "--out", tmp_path / "new", option, file
         )
         assert result.exit_code and not (tmp_path / "new").exists()
@@ -119,7 +113,7 @@ def test_a_worse_model_is_published_and_not_put_in_use(places: Places, tmp_path:
     good, bad = places.folder / "runs" / "ids", places.folder / "runs" / "bad"
     train_run(places, "bad", **VARIANTS["images_none"], optim__lr=1, optim__ids_lr=1, model__activation="prelu")
     assert "gate" not in done(export_model.app, "--run", good, "--out", out)  # nothing is in use yet
-    refused = job(export_model.app, "--run", bad, "--out", out, "--json", json_file)
+    refused = invoke(export_model.app, "--run", bad, "--out", out, "--json", json_file)
     assert refused.exit_code == export_model.REFUSED == 3
     assert f"published    version 2 of {out}, not in use yet" in refused.stdout
     (line,) = refused.stderr.splitlines()
@@ -136,20 +130,24 @@ def test_a_worse_model_is_published_and_not_put_in_use(places: Places, tmp_path:
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("base", ["lr", pytest.param("mlp", marks=pytest.mark.slow)])
-def test_compiled_code_of_this_machine_is_taken(places: Places, base: str, tmp_path: Path) -> None:
-    """Both with images. `lr` is quick to compile."""
-    run, out = places.folder / "runs" / "both", tmp_path / "model"
+def test_compiled_code_of_this_machine_is_taken(
+    places: Places, base: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Both with images."""
+    run, out = places.folder / "runs" / "both", str(tmp_path / "model")
     if base == "lr":
-        run = train_run(places, base, model__base="lr", model__pooling="sum", model__compute_dtype="float32")
-    text = done(export_model.app, "--run", run, "--out", out, "--compile")
+        made, text = compiled(shared_places(tmp_path_factory))
+        run, out = made.run, made.url
+    else:
+        text = done(export_model.app, "--run", run, "--out", out, "--compile")
     assert f"compiled     {compiled_name()}" in text
-    compiled = Bundle.open(str(out), cache_dir=tmp_path)
+    quick = Bundle.open(out, cache_dir=tmp_path)
     done(export_model.app, "--run", run, "--out", tmp_path / "portable")
     portable = Bundle.open(str(tmp_path / "portable"), cache_dir=tmp_path)
-    assert compiled.manifest.vectors and compiled.network.note is None
-    assert (compiled.network.form, portable.network.form) == ("compiled", "portable")
+    assert quick.manifest.vectors and quick.network.note is None
+    assert (quick.network.form, portable.network.form) == ("compiled", "portable")
     sample = pq.read_table(portable.files.path(SAMPLE))
-    found = [np.concatenate([each.logits_C for each in Scorer(b).score(sample)]) for b in (compiled, portable)]
+    found = [np.concatenate([each.logits_C for each in Scorer(b).score(sample)]) for b in (quick, portable)]
     np.testing.assert_allclose(*found, atol=1e-6)
 
 
@@ -199,8 +197,7 @@ def test_a_model_without_images(places: Places, tmp_path: Path) -> None:
     assert "note         the bundle has no test samples, so a scorer does not judge it: none were asked" in text
     assert f"published    version 1 of {out}, not in use yet" in text
     assert "the model sees no images" in done(publish_vectors.app, "--model", out, "--version", 1)
-    refused = job(publish_vectors.app, "--model", out)
-    assert (refused.exit_code, "no version of" in refused.stderr) == (2, True)
+    assert "no version of" in invoke(publish_vectors.app, "--model", out, code=2).stderr
 
 
 def test_places_of_stores_are_told_apart() -> None:

@@ -8,16 +8,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from typer.testing import CliRunner, Result
 
 from jobs.score import app
+from tests.cli import invoke
 from tests.ranks import StandingRanks
 from tests.trainer.conftest import Places, make_places
 from tests.trainer.samples.reading import replaced, written
-from trainer.comm import SoloComm
-from trainer.config import load_config
+from tests.trainer.whole_runs import run_alone
 from trainer.evaluation.predict import predict_run
-from trainer.main import train
 
 pytestmark = pytest.mark.long
 
@@ -28,12 +26,7 @@ WORDY = ("user", "ad_item", "behavior_item")
 def places(tmp_path_factory: pytest.TempPathFactory) -> Places:
     """A run on samples of two test files, the second with texts in the place of numbers."""
     places = make_places(tmp_path_factory.mktemp("places"))
-    config = load_config(
-        settings=places.settings(
-            run__name="both", train__max_steps=2, data__missing="zeros", model__compute_dtype="float32"
-        )
-    )
-    train(config, SoloComm())
+    run_alone(places, run__name="both", train__max_steps=2, data__missing="zeros", model__compute_dtype="float32")
     test = places.folder / "samples" / "test"
     table = pq.read_table(test / "day=2026-01-01.parquet", partitioning=None)
     pq.write_table(table.slice(40), test / "day=2026-01-02.parquet", row_group_size=7)
@@ -46,14 +39,8 @@ def run(places: Places) -> Path:
     return places.folder / "runs" / "both"
 
 
-def job(*options: object) -> Result:
-    return CliRunner().invoke(app, [str(each) for each in options])
-
-
 def done(*options: object) -> str:
-    result = job(*options)
-    assert result.exit_code == 0, result.output
-    return result.stdout
+    return invoke(app, *options, code=0).stdout
 
 
 def impressions(folder: Path) -> list[dict[str, Any]]:
@@ -115,6 +102,6 @@ def test_a_failed_score_leaves_the_file_as_it_was(run: Path, tmp_path: Path, mon
         raise OSError("the disk is gone")
 
     monkeypatch.setattr("trainer.evaluation.predict.ScoreFile.add", fail)
-    assert job("--run", run, "--out", tmp_path / "scores.parquet").exit_code == 1
+    invoke(app, "--run", run, "--out", tmp_path / "scores.parquet", code=1)
     assert (tmp_path / "scores.parquet").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["scores.parquet"]

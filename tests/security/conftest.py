@@ -7,16 +7,14 @@ import pytest
 from serving.bundle.export import ExportOptions, export_model
 from tests.serving.bundle.conftest import no_network
 from tests.trainer.conftest import Places, make_places
-from trainer.comm import SoloComm
-from trainer.config import load_config
-from trainer.main import train
+from tests.trainer.whole_runs import run_alone
 
 
 @pytest.fixture(scope="session")
 def places(tmp_path_factory: pytest.TempPathFactory) -> Places:
     """Small samples, features, the run `run` of two steps, and its model in `model`."""
     places = make_places(tmp_path_factory.mktemp("security") / "data")
-    train(load_config(settings=places.settings(run__name="run", train__max_steps=2)), SoloComm())
+    run_alone(places, run__name="run", train__max_steps=2)
     options = ExportOptions(run=places.folder / "runs" / "run")
     export_model(str(places.folder / "model"), options, network=no_network)
     return places

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
 from serving.__main__ import app
 from serving.network.served import ServedNetwork
-from tests.serving.bundle.conftest import export, forge
+from tests.cli import invoke
+from tests.serving.bundle.conftest import forge, with_versions
 from tests.serving.scoring.variants import Exported
 
 
@@ -29,14 +29,12 @@ def made(exported: Callable[[str], Exported]) -> Exported:
 @pytest.fixture
 def url(made: Exported, tmp_path: Path) -> str:
     """Two versions, the second in use."""
-    shutil.copytree(made.url, tmp_path / "model")
-    export(tmp_path / "model", made.run)
+    shutil.copytree(with_versions(made, 2), tmp_path / "model")
     return str(tmp_path / "model")
 
 
 def done(*words: object) -> str:
-    result = CliRunner().invoke(app, [str(word) for word in words])
-    assert result.exit_code == 0, result.output
+    result = invoke(app, *words, code=0)
     return " ".join(result.stdout.split()) if words[0] == "log" else narrow(result.stdout)
 
 
@@ -80,7 +78,7 @@ def test_log_tells_which_versions_are_damaged(url: str, tmp_path: Path) -> None:
 
 
 def refused(*words: object) -> tuple[int, str, str]:
-    result = CliRunner().invoke(app, [str(word) for word in words])
+    result = invoke(app, *words)
     return result.exit_code, result.stdout, result.stderr
 
 

@@ -12,9 +12,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from typer.testing import CliRunner
 
 from jobs.build_samples import app as build_samples
+from tests.cli import invoke
 from tools.real_logs import DAY_S, KINDS, SPREAD_START_S, Events, app, spread
 
 
@@ -92,8 +92,7 @@ FILES: dict[str, Callable[[Path], None]] = {
 def _made(kind: str, folder: Path) -> tuple[pa.Table, pa.Table]:
     (folder / "files").mkdir()
     FILES[kind](folder / "files")
-    result = CliRunner().invoke(app, [kind, str(folder / "files"), "--out", str(folder / "log")])
-    assert result.exit_code == 0, result.output
+    invoke(app, kind, folder / "files", "--out", folder / "log", code=0)
     return pq.read_table(folder / "log" / "impressions"), pq.read_table(folder / "log" / "behaviors")
 
 
@@ -134,8 +133,7 @@ def test_samples_are_made_of_each_log(kind: str, tmp_path: Path, client: Any, mo
     for names in mapping.values():
         assert set(names) <= set(impressions.column_names)
     words = ["--logs", str(tmp_path / "log"), "--mapping", str(tmp_path / "log" / "mapping.yaml")]
-    result = CliRunner().invoke(build_samples, [*words, "--samples", str(tmp_path / "samples"), "--test-days", "0"])
-    assert result.exit_code == 0, result.output
+    invoke(build_samples, *words, "--samples", tmp_path / "samples", "--test-days", "0", code=0)
     samples = pq.read_table(tmp_path / "samples" / "train", partitioning=None)
     assert pc.sum(pc.list_value_length(samples["label"])).as_py() > impressions.num_rows / 2
     assert {*mapping["user"], *(f"ad_{name}" for name in mapping["ad"])} <= set(samples.column_names)

@@ -7,8 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from typer.testing import CliRunner
 
+from tests.cli import invoke
 from tools import reference
 from tools.reference import app, digests_of, files_of
 
@@ -36,7 +36,7 @@ def compared(tmp_path: Path):
                 del place[last]
         for name, record in (("old", RECORD), ("new", other)):
             (tmp_path / name).write_text(json.dumps(record))
-        result = CliRunner().invoke(app, ["compare", str(tmp_path / "old"), str(tmp_path / "new")])
+        result = invoke(app, "compare", tmp_path / "old", tmp_path / "new")
         return result.exit_code, result.output.splitlines()
 
     return compare

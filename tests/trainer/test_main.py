@@ -21,12 +21,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from pyarrow import csv
-from typer.testing import CliRunner
 
 from featurestore.keys import NO_IMAGE
 from featurestore.staging import QuarantineRow
 from featurestore.store import FeatureStore
 from pipeline.samples.build import write_suggested
+from tests.cli import invoke
 from tests.ranks import (
     Forks,
     StandingRanks,
@@ -97,8 +97,7 @@ class TestCommandLine:
         )
         listing = f"list them: crossmedia schema missing {samples} {features}"
         settings = ["--set", *places.settings(train__max_steps=1, run__name="alone")]
-        result = CliRunner().invoke(app, settings)
-        assert result.exit_code == 0, result.output
+        result = invoke(app, *settings, code=0)
         assert (
             result.stdout.count(f'{said}: they get a trained "no image" vector (data.missing=learned); {listing}') == 1
         )
@@ -106,7 +105,7 @@ class TestCommandLine:
         (_, first), (_, second) = two_ranks_of_each.call("-m", "trainer.main", *settings, *more)
         assert (first.count(said), second.count(said)) == (1, 0)
 
-        result = CliRunner().invoke(app, [*settings, "data.missing=error", "run.name=error"])
+        result = invoke(app, *settings, "data.missing=error", "run.name=error")
         shown = sorted(("item/0", "item/1"), key=lambda image: -uses[image]["impressions"])
         assert (result.exit_code, len(result.stderr.splitlines())) == (1, 1)
         assert result.stderr.startswith(f"error: {said}, as {shown[0]}, ")
@@ -117,12 +116,11 @@ class TestCommandLine:
         )
 
         out = tmp_path / "missing.csv"
-        result = CliRunner().invoke(schema_app, ["missing", str(samples), str(features), "--out", str(out)])
-        assert result.exit_code == 0, result.output
+        result = invoke(schema_app, "missing", samples, features, "--out", out, code=0)
         why = {"": "the logs name no image", "item/0": "not in the store", "item/1": "quarantined: truncated"}
         rows = [{"image": image, **use, "why": why[image]} for image, use in uses.items()]
         assert csv.read_csv(out).to_pylist() == sorted(rows, key=lambda row: -row["impressions"])
-        result = CliRunner().invoke(schema_app, ["missing", str(samples), str(features)])
+        result = invoke(schema_app, "missing", samples, features)
         assert f"2 images of {samples} have no feature in {features}" in result.stdout
 
     @pytest.mark.services
@@ -136,16 +134,14 @@ class TestCommandLine:
 
     def test_empty_places_name_the_jobs(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(tmp_path)
-        result = CliRunner().invoke(app, [])
-        assert result.exit_code == 2
+        result = invoke(app, code=2)
         assert "crossmedia extract --store data/features" in result.stderr
         assert "crossmedia samples --samples data/samples" in result.stderr
         assert "crossmedia demo-data" in result.stderr and result.stderr.count("\n") == 2  # a line for each
         assert list(tmp_path.iterdir()) == []
 
     def test_several_settings_may_follow_one_set(self, places: Places) -> None:
-        result = CliRunner().invoke(app, ["--set", *places.settings(run__name="cli", train__max_steps=1)])
-        assert result.exit_code == 0, result.output
+        result = invoke(app, "--set", *places.settings(run__name="cli", train__max_steps=1), code=0)
         assert "step 1/1" in result.stdout
         report = report_of(places.folder / "runs" / "cli")
         assert report["steps"] == 1
@@ -253,8 +249,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
     make_places(shop.folder / "data")
     samples = shop.folder / "data" / "samples"
     write_suggested(samples, str(samples))
-    result = CliRunner().invoke(app, shop.words("alone")[2:])
-    assert result.exit_code == 0, result.output
+    invoke(app, *shop.words("alone")[2:], code=0)
     return shop
 
 

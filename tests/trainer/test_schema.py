@@ -7,8 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from typer.testing import CliRunner
 
+from tests.cli import invoke
 from trainer.errors import SchemaError
 from trainer.schema import DEFAULT_SCHEMA, Schema, load_schema
 from trainer.schema.__main__ import app
@@ -110,8 +110,7 @@ def test_files_that_are_no_schema(tmp_path: Path, text: str) -> None:
 
 
 def called(*args, code=0):
-    result = CliRunner().invoke(app, [str(arg) for arg in args])
-    assert result.exit_code == code, result.output
+    result = invoke(app, *args, code=code)
     assert code == 0 or isinstance(result.exception, SystemExit)
     return result.output
 

@@ -13,7 +13,7 @@ import heapq
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -24,11 +24,13 @@ from featurestore.format.datafile import check_names
 from featurestore.keys import Int64Array
 from featurestore.published.versions import open_published
 from featurestore.storage.storage import Storage
-from trainer.comm import Comm
 from trainer.config import DataConfig
 from trainer.errors import DataError, DataNotFoundError
 from trainer.samples import columns
 from trainer.schema import Schema
+
+if TYPE_CHECKING:
+    from trainer.comm import Comm
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class SampleIndex:
 
 
 def open_index(
-    comm: Comm, samples: str | Storage, split: str, schema: Schema, days: Sequence[str] | None = None
+    comm: "Comm", samples: str | Storage, split: str, schema: Schema, days: Sequence[str] | None = None
 ) -> SampleIndex:
     """Read the footers of `samples`/`split`/*.parquet, each rank those of its share of the files.
 
@@ -145,7 +147,7 @@ def row_groups_of_table(storage: Storage, file: str, rules: Mapping[str, columns
     return [RowGroup(file, n, starts[n], count, count) for n, count in enumerate(counts) if count]
 
 
-def known_ads(comm: Comm, index: SampleIndex, schema: Schema) -> Int64Array:
+def known_ads(comm: "Comm", index: SampleIndex, schema: Schema) -> Int64Array:
     """List the distinct values of the schema's `new_ad_field` in a split, ascending; each rank reads a share of it.
 
     Raises DataError on all ranks together.

@@ -22,10 +22,9 @@ from featurestore.upkeep.expiry import expire
 from tests.explorer.world import ADDED, HOSTILE, PLAIN, UNKNOWN, World
 from tests.trainer.conftest import Places as SamplePlaces
 from tests.trainer.conftest import make_places
+from tests.trainer.whole_runs import run_alone
 from trainer.comm import SoloComm
-from trainer.config import load_config
 from trainer.evaluation.predict import score_run
-from trainer.main import train
 from trainer.runs.saved import RunSource
 
 pytestmark = pytest.mark.long
@@ -237,8 +236,7 @@ def test_a_part_of_a_uri_finds_pictures(pages: TestClient, world: World, run: st
 def own_run(tmp_path: Path) -> SamplePlaces:
     """A store, samples and a run that a test may damage."""
     own = make_places(tmp_path / "own")
-    settings = own.settings(run__name="one", train__max_steps=3, data__missing="zeros")
-    train(load_config(settings=settings), SoloComm())
+    run_alone(own, run__name="one", train__max_steps=3, data__missing="zeros")
     return own
 
 
@@ -278,8 +276,7 @@ def test_a_run_that_trains_on_and_samples_that_change(own_run: SamplePlaces) -> 
     folder = own_run.folder
     with TestClient(application(Site(Places(runs=str(folder / "runs"))))) as client:
         before = client.get("/impressions/one/1?wait=why").text
-        settings = own_run.settings(run__name="one", run__resume="latest", train__max_steps=9, data__missing="zeros")
-        train(load_config(settings=settings), SoloComm())
+        run_alone(own_run, run__name="one", run__resume="latest", train__max_steps=9, data__missing="zeros")
         after = client.get("/impressions/one/1?wait=why").text
         notice = re.compile(r'class="notice">([^<]*)')
         assert notice.search(before).group(1) != notice.search(after).group(1)  # type: ignore[union-attr]

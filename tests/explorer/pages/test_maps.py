@@ -22,9 +22,7 @@ from explorer.places import Places
 from explorer.server import application
 from tests.explorer.world import World
 from tests.trainer.conftest import Places as Settings
-from trainer.comm import SoloComm
-from trainer.config import load_config
-from trainer.main import train
+from tests.trainer.whole_runs import run_alone
 from trainer.runs.export import network_widths
 from trainer.runs.saved import read_run
 
@@ -112,8 +110,7 @@ def test_runs_without_images(tmp_path: Path) -> None:
 def test_of_several_contents_each_has_its_map(world: World, tmp_path: Path) -> None:
     """A run with an E for the images of ads, and one for those of behaviours."""
     two = {"model__shared_image_model": False, "train__max_steps": 1, "data__missing": "zeros"}
-    settings = Settings(world.folder).settings(run__name="two", run__dir=tmp_path / "runs", **two)
-    train(load_config(settings=settings), SoloComm())
+    run_alone(Settings(world.folder), run__name="two", run__dir=tmp_path / "runs", **two)
     places = world.places(runs=tmp_path / "runs")
     with TestClient(application(Site(places))) as pages:
         html = read(pages, "/map?run=two&wait=map")

@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
 from featurestore import FeatureStore, StoreInfo
 from featurestore.__main__ import app
@@ -20,6 +19,7 @@ from featurestore.errors import UnsafeBackendError
 from featurestore.storage import safety
 from featurestore.storage.safety import check_backend, refuse_unsafe
 from featurestore.storage.storage import Storage
+from tests.cli import invoke
 from tests.proxy import Fault, Proxy, proxy_before
 from tests.running import spared
 from tests.servers import environment_of, new_bucket
@@ -77,8 +77,7 @@ def test_a_server_whose_create_is_not_atomic_is_refused(
     with pytest.raises(UnsafeBackendError, match="cannot hold a store") as caught:
         FeatureStore.create(url, info)
     assert reason in str(caught.value)
-    result = CliRunner().invoke(app, ["check-backend", url, "--writers", "3", "--rounds", "5"])
-    assert result.exit_code == 1
+    result = invoke(app, "check-backend", url, "--writers", "3", "--rounds", "5", code=1)
     assert reason in result.stderr and "cannot hold a store" in result.stderr and result.stdout == ""
     assert Storage(url).entries() == [], "neither a store nor files of the check"
     assert careless.faults
@@ -91,8 +90,8 @@ def test_races_that_do_not_overlap_disprove_nothing(tmp_path: Path, monkeypatch:
         report = safety._race(Storage(tmp_path), "x", one_by_one, 2, 6, None, 10)
     assert (report.problems, report.num_rounds, report.num_overlapping) == ((), 6, 0)
     monkeypatch.setattr(safety, "check_backend", lambda storage, **options: report)
-    result = CliRunner().invoke(app, ["check-backend", str(tmp_path)])
-    assert result.exit_code == 3 and result.stdout == ""
+    result = invoke(app, "check-backend", tmp_path, code=3)
+    assert result.stdout == ""
     assert "not tried: 0 of 6 races of 2 writers overlapped" in result.stderr
 
 

@@ -1,16 +1,13 @@
 """repair: damaged files and manifests leave in one commit, and every key of theirs is missing, never stale."""
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from typer.testing import CliRunner
 
 from featurestore import FeaturePartition, FeatureStore, QuarantineRow, StoreInfo, shard_of
-from featurestore.__main__ import app
 from featurestore.errors import CommitConflictError, CorruptFileError, StorageError
 from featurestore.log import EXPIRED, manifest_path, versions
 from featurestore.spec import FileEntry
@@ -20,7 +17,7 @@ from featurestore.upkeep.history import pin, restore
 from featurestore.upkeep.repair import RepairReport, readable_keys, repair
 from featurestore.upkeep.verify import verify
 from tests.faulty import Fault, faulty, preceded_by
-from tests.featurestore.staged import build_shard
+from tests.featurestore.staged import build_shard, run
 from tests.featurestore.upkeep.damaged import SHARD, check_whole, everything, files_of, leave_in_expired, spoil
 
 
@@ -251,17 +248,15 @@ def test_an_object_store_is_repaired_too(memory_url: str, info: StoreInfo, make_
 
 
 def test_the_command_prints_what_it_does(filled: FeatureStore) -> None:
-    run: Callable[..., object] = CliRunner().invoke
-    assert "nothing to repair" in run(app, ["repair", filled.url]).output
+    assert "nothing to repair" in run("repair", filled.url).output
     spoil(filled, files_of(filled)[0].path)
-    dry = run(app, ["repair", filled.url, "--dry-run"])
-    assert dry.exit_code == 0 and dry.output.count("would ") == 2 and "committed" not in dry.output
-    done = run(app, ["repair", filled.url])
-    assert done.exit_code == 0 and "committed snapshot 4; " in done.output
+    dry = run("repair", filled.url, "--dry-run", code=0)
+    assert dry.output.count("would ") == 2 and "committed" not in dry.output
+    assert "committed snapshot 4; " in run("repair", filled.url, code=0).output
     pin(filled, "best", 3)
     spoil(filled, "pins/best.json")
-    left = run(app, ["repair", filled.url])
-    assert left.exit_code == 1 and "left: " in left.output and "unpin" in left.output
+    left = run("repair", filled.url, code=1)
+    assert "left: " in left.output and "unpin" in left.output
 
 
 def test_a_damaged_newest_manifest_gives_way_to_the_one_before(filled: FeatureStore, make_rows, tmp_path: Path) -> None:

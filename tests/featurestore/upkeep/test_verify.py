@@ -14,10 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import xxhash
-from typer.testing import CliRunner
 
 from featurestore import FeaturePartition, FeatureRows, FeatureStore, StoreInfo, shard_of
-from featurestore.__main__ import app
 from featurestore.errors import CorruptFileError, FormatVersionError, SnapshotNotFoundError, StorageError
 from featurestore.format.datafile import encode, schema_of, table_of
 from featurestore.format.shard import newest_rows
@@ -29,6 +27,7 @@ from featurestore.upkeep.expiry import expire
 from featurestore.upkeep.history import pin
 from featurestore.upkeep.repair import repair
 from featurestore.upkeep.verify import verify
+from tests.featurestore.staged import run
 from tests.featurestore.upkeep.damaged import spoil
 
 
@@ -246,13 +245,11 @@ def test_two_uris_of_one_key_are_found_and_a_new_one_after_a_delete_is_none(
 
 
 def test_the_command_exits_with_1_and_names_file_and_command(filled: FeatureStore) -> None:
-    runner = CliRunner()
-    done = runner.invoke(app, ["verify", filled.url])
-    assert done.exit_code == 0 and "0 problems in 2 manifests" in done.output
+    assert "0 problems in 2 manifests" in run("verify", filled.url, code=0).output
     spoil(filled, entry_of(filled).path)
-    done = runner.invoke(app, ["verify", filled.url])
-    assert done.exit_code == 1 and done.output.count("broken: ") == 1 and "1 problem in" in done.output
+    done = run("verify", filled.url, code=1)
+    assert done.output.count("broken: ") == 1 and "1 problem in" in done.output
     assert f"{entry_of(filled).path} is damaged" in done.output and f"repair {filled.url}`" in done.output
     (Path(filled.url) / "store.json").write_bytes(b"{}")
-    done = runner.invoke(app, ["verify", filled.url])
-    assert done.exit_code == 1 and "broken: " in done.output and "rebuilds it from a data file" in done.output
+    done = run("verify", filled.url, code=1)
+    assert "broken: " in done.output and "rebuilds it from a data file" in done.output

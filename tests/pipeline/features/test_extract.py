@@ -8,7 +8,6 @@ import pytest
 import torch
 from PIL import Image
 from torchvision.models import MobileNet_V3_Small_Weights, mobilenet_v3_small
-from typer.testing import CliRunner
 
 from featurestore.errors import SpecMismatchError, StoreNotFoundError
 from featurestore.format.rows import to_float32
@@ -22,6 +21,7 @@ from pipeline.errors import BackboneError, SourceError, StoreRunError, WeightsEr
 from pipeline.features.part import PartSettings, extract_part
 from pipeline.features.refresh import describe_network
 from pipeline.network.backbone import backbone
+from tests.cli import invoke
 from tests.metadata import metadata_of
 from tests.pipeline.features.conftest import NETWORK, change_everything, counts, rows_of
 
@@ -213,8 +213,7 @@ def job(client, tmp_path, monkeypatch):
 
     def run_job(images, *args, store="features", code=0):
         settings = ["--images", str(images), "--store", str(tmp_path / store), "--compute-dtype", "float32"]
-        result = CliRunner().invoke(extract_features.app, [*settings, "--weights", "random:3", *args])
-        assert result.exit_code == code, result.output
+        result = invoke(extract_features.app, *settings, "--weights", "random:3", *args, code=code)
         return result.output
 
     return run_job

@@ -4,11 +4,11 @@ import contextlib
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
 
 from featurestore.store import FeatureStore
 from jobs import import_features
 from pipeline import formats
+from tests.cli import invoke
 from tests.metadata import metadata_of
 
 DIM = 6
@@ -21,8 +21,7 @@ def job(client, tmp_path, monkeypatch):
 
     def run(source, *args, code=0, store=None):
         settings = ["--from", str(source), "--store", str(store or tmp_path / "features"), *map(str, args)]
-        result = CliRunner().invoke(import_features.app, settings)
-        assert result.exit_code == code, result.output
+        result = invoke(import_features.app, *settings, code=code)
         assert code == 0 or isinstance(result.exception, SystemExit)
         return " ".join(result.output.split())
 

@@ -1,5 +1,6 @@
 """The variants of tests/serving/scoring/variants.py, each published once without its network."""
 
+import shutil
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -27,6 +28,20 @@ def no_network(saved: SavedRun, files: WrittenFiles) -> None:
 def export(url: object, run: Path, **options: Any) -> BundleManifest:
     """Export a run without its network."""
     return export_model(str(url), ExportOptions(run=run, **options), network=no_network).manifest
+
+
+def with_versions(made: Exported, count: int) -> Path:
+    """A model with so many versions of a bundle, each put in use in their order; made once, only to be copied."""
+    name = f"{Path(made.url).name}-{count}"
+    folder = made.places.folder / "versions" / name
+
+    def make() -> None:
+        shutil.copytree(made.url, folder)
+        for _ in range(count - 1):
+            export(folder, made.run)
+
+    made_once(made.places.folder, f"versions-{name}", make)
+    return folder
 
 
 def forge(url: object, version: int, **fields: Any) -> None:

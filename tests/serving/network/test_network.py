@@ -21,6 +21,7 @@ from serving.network.served import (
     split_by_user,
 )
 from tests.serving.network.drawn import Drawn, config, model_of, schema, trainers_logits
+from tests.serving.scoring.variants import compiled, shared_places
 from trainer.config import BaseNet, Pooling
 
 BASES = get_args(BaseNet)
@@ -127,21 +128,16 @@ def test_compiled(settings: dict, tmp_path: Path) -> None:
     check(network, drawn)
 
 
-SMALL = schema().model_copy(update={"fields": schema().fields[:1] + schema().fields[7:9]})
-
-
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The network of three ID fields, portable and compiled: quick to make."""
-    folder = tmp_path_factory.mktemp("small")
-    settings = config(images="none", base="lr")
-    export_network(model_of(SMALL, settings), settings, folder, compiled=True)
-    return folder
+    """A network, portable and compiled; that it gives the trainer's logits, tests/jobs/test_publish_model.py says."""
+    made, _ = compiled(shared_places(tmp_path_factory))
+    return Path(made.url) / made.manifest.folder
 
 
 def copied(folder: Path, to: Path) -> Path:
-    for file in folder.iterdir():
-        (to / file.name).write_bytes(file.read_bytes())
+    for name in (PORTABLE, compiled_name()):
+        (to / name).write_bytes((folder / name).read_bytes())
     return to
 
 
@@ -154,12 +150,6 @@ def flip(file: Path, at: float) -> None:
 @pytest.mark.long
 @pytest.mark.timeout(900)  # it compiles a network
 class TestFiles:
-    def test_compiled_code_gives_the_trainers_logits(self, small: Path) -> None:
-        settings = config(images="none", base="lr")
-        network = ServedNetwork.load(small)
-        assert (network.form, network.note) == ("compiled", None)
-        check(network, Drawn(model_of(SMALL, settings), settings))
-
     @pytest.mark.parametrize("portable", [True, False])
     @pytest.mark.parametrize("damage", ["bit", "end", "all"])
     def test_a_damaged_file(self, small: Path, tmp_path: Path, portable: bool, damage: str) -> None:

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import trustme
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
 from featurestore import FeatureStore
 from jobs.score import app as score_app
@@ -26,6 +26,7 @@ from serving.http.codec import ARROW
 from serving.http.live import BundleSource
 from serving.scoring.scorer import Scorer
 from serving.settings import ServerSettings
+from tests.cli import invoke
 from tests.explorer.serving import in_thread
 from tests.serving.scoring.variants import Exported, export, train_run
 from trainer.evaluation.predict import predict_run
@@ -42,11 +43,11 @@ def model(variants: Variants) -> Exported:
 
 
 def check(*options: object) -> Result:
-    return CliRunner().invoke(app, ["check", *(str(each) for each in options)])
+    return invoke(app, "check", *options)
 
 
 def score(*options: object) -> Result:
-    return CliRunner().invoke(score_app, [str(each) for each in options])
+    return invoke(score_app, *options)
 
 
 def test_a_bundle_equals_its_run(model: Exported, tmp_path: Path) -> None:

@@ -14,15 +14,16 @@ import yaml
 
 from featurestore import ExtractorSpec, FeatureRows, FeatureStore, StoreInfo
 from featurestore.storage.storage import Storage
+from jobs.export_model import app as export_app
 from serving.bundle.export import ExportOptions, export_model, write_network
 from serving.bundle.log import read_version
 from serving.bundle.manifest import BundleManifest
+from tests.cli import invoke
 from tests.running.shared import made_once, shared_folder
 from tests.trainer.conftest import Places, make_places
 from tests.trainer.samples.reading import rewrite
-from trainer.comm import SoloComm
-from trainer.config import ModelConfig, Pooling, load_config
-from trainer.main import train
+from tests.trainer.whole_runs import run_alone
+from trainer.config import ModelConfig, Pooling
 from trainer.schema import DEFAULT_SCHEMA
 
 EXACT = "{kind: exact, max_rows: 24, admit_after: 2}"
@@ -168,9 +169,7 @@ def train_run(places: Places, name: str, schema: str | None = None, tables: str 
     }
     if schema == "contents":
         own["data__stores"] = f"{{texts: {places.folder / 'texts'}}}"
-    config = load_config(settings=places.settings(**own))
-    train(config, SoloComm())
-    return Path(config.run.dir) / name
+    return run_alone(places, **own)
 
 
 def export(run: Path, url: str, **options: Any) -> None:
@@ -189,6 +188,18 @@ def trained(places: Places, name: str) -> Path:
     """Train a variant, unless another process of this test run has; gives its folder."""
     made_once(places.folder, f"run-{name}", lambda: train_run(places, name, **VARIANTS[name]))
     return places.folder / "runs" / name
+
+
+def compiled(places: Places) -> tuple[Exported, str]:
+    """Publish the variant that compiles quickest with compiled code, by the job; gives also what the job prints."""
+    made, said = Exported(trained(places, "lr"), str(places.folder / "models" / "compiled"), places), "compiled.txt"
+
+    def publish() -> None:
+        done = invoke(export_app, "--run", made.run, "--out", made.url, "--compile", code=0)
+        (places.folder / said).write_text(done.stdout)
+
+    made_once(places.folder, "compiled", publish)
+    return made, (places.folder / said).read_text()
 
 
 def exported(places: Places, name: str) -> Exported:

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
 from featurestore import to_bits
 from featurestore.errors import AnotherStoreError, CommitConflictError
@@ -19,7 +19,9 @@ from featurestore.published.versions import find_channel, last_move
 from featurestore.spec import StoreInfo
 from featurestore.store import FeatureStore
 from featurestore.upkeep.history import move_channel
+from tests.cli import invoke
 from tests.trainer.conftest import Places, make_places
+from tests.trainer.whole_runs import run_alone
 from trainer.cli import GateLimits
 from trainer.comm import SoloComm
 from trainer.compat import app
@@ -97,8 +99,7 @@ def compat(places: Places, store: Path, *words: object, code: int = 0) -> tuple[
     out = places.folder / "compat.json"
     out.unlink(missing_ok=True)
     run = places.folder / "runs" / "a"
-    result = CliRunner().invoke(app, [str(word) for word in (run, store, "--json", out, *words)])
-    assert result.exit_code == code, result.output
+    result = invoke(app, run, store, "--json", out, *words, code=code)
     found = json.loads(out.read_text()) if out.exists() else {}
     return result.output, found | {"gates": {each["gate"]: each for each in found.get("gates", ())}}
 
@@ -222,7 +223,7 @@ def put(folder: Path, info: StoreInfo, keys: np.ndarray, features_KD: np.ndarray
 
 def trained(places: Places, name: str, **changes: Any) -> Path:
     settings = {"train__max_steps": 30, "model__compute_dtype": "float32", **changes}
-    train(load_config(settings=places.settings(run__name=name, **settings)), SoloComm())
+    run_alone(places, run__name=name, **settings)
     return Path(places.folder / "runs" / name)
 
 
@@ -308,7 +309,7 @@ def store(lost: Places) -> FeatureStore:
 
 
 def run(*words: object) -> Result:
-    return CliRunner().invoke(app, [str(word) for word in words])
+    return invoke(app, *words)
 
 
 @pytest.fixture
@@ -397,7 +398,7 @@ def test_a_channel_that_was_moved_meanwhile_stays_where_the_other_put_it(
 
 def test_what_tells_nothing_is_refused(lost: Places, store: FeatureStore, tmp_path: Path) -> None:
     without = {"run__name": "none", "train__max_steps": 1, "model__images": "none"}
-    train(load_config(settings=lost.settings(**without)), SoloComm())
+    run_alone(lost, **without)
     with pytest.raises(ConfigError, match=r"model\.images=none"):
         Check(lost.folder / "runs/none", store.url, GateLimits())
     other = FeatureStore.create(tmp_path / "other", store.info.kind)

@@ -12,11 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from typer.testing import CliRunner
 
 from featurestore.format.rows import FeatureRows
 from featurestore.published.paths import run_path
 from featurestore.store import FeatureStore
+from tests.cli import invoke
 from tests.ranks import StandingRanks
 from tests.trainer.checkpoints import tensors_of
 from tests.trainer.conftest import Places, make_places
@@ -316,8 +316,7 @@ def test_a_trained_day_without_its_checkpoints_or_samples_says_how_to_go_on(days
 def test_command(days: Places) -> None:
     settings = [*days.settings(run__name="c", train__epochs=1)]
     options = ["--samples-of-days", str(days.folder / "samples"), "--first-day", DAYS[0], "--last-day", DAYS[1]]
-    result = CliRunner().invoke(app, [*options, "--set", *settings])
-    assert result.exit_code == 0, result.output
+    result = invoke(app, *options, "--set", *settings, code=0)
     assert "2026-01-02" in result.stdout and "days.json" in result.stdout
     second = load_config(days.folder / "runs" / "c" / DAYS[1] / "config.yaml")
     assert (second.data.train_days, second.run.warm_start, second.train.epochs) == (DAYS[:2], None, 1)
@@ -325,12 +324,9 @@ def test_command(days: Places) -> None:
     alone = days.settings(run__name="alone", train__epochs=1, data__train_days=f"[{DAYS[0]},{DAYS[1]}]")
     train(load_config(settings=[*alone, f"data.test_days=[{DAYS[2]}]"]), SoloComm())
     assert_same(days.folder / "runs" / "c" / DAYS[1], days.folder / "runs" / "alone")
-    refused = CliRunner().invoke(
-        app, [*options, "--warm-start", str(days.folder / "runs" / "alone"), "--set", *settings]
-    )
+    refused = invoke(app, *options, "--warm-start", days.folder / "runs" / "alone", "--set", *settings)
     assert (refused.exit_code, "add --continue" in refused.stderr) == (2, True)
-    result = CliRunner().invoke(app, ["--first-day", "monday"])
-    assert result.exit_code == 2 and "'monday' does not match" in result.stderr
+    assert "'monday' does not match" in invoke(app, "--first-day", "monday", code=2).stderr
 
 
 @pytest.fixture(scope="module")

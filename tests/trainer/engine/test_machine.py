@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
 from featurestore.lookup import VARIABLE, dtype_of_machine
+from tests.cli import invoke
 from tests.trainer import frozen
 from tests.trainer.conftest import Places
 from trainer.comm import SoloComm
@@ -172,8 +172,7 @@ def test_one_process_has_no_collectives(places: Places, monkeypatch: pytest.Monk
     monkeypatch.delenv(VARIABLE)  # the processor decides
     dtype = dtype_of_machine("cpu")
     settings = places.settings(run__name="solo", train__max_steps=1, run__device="cpu")
-    result = CliRunner().invoke(app, ["--set", *settings])
-    assert result.exit_code == 0, result.output
+    result = invoke(app, "--set", *settings, code=0)
     assert f", one process on cpu, no collectives, compute_dtype {dtype}, step 0 of 1" in result.stdout.splitlines()[0]
     report = report_of(places, "solo")
     assert (report["devices"], report["collectives"], report["compute_dtype"]) == (["cpu"], None, dtype)

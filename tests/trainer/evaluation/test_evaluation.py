@@ -9,36 +9,31 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from typer.testing import CliRunner
 
 from featurestore.snapshot import SnapshotId
 from featurestore.store import FeatureStore
+from tests.cli import invoke
 from tests.pages import check_page
 from tests.ranks import StandingRanks
 from tests.trainer.conftest import Places, make_places
-from tests.trainer.whole_runs import alike
-from trainer.comm import SoloComm
-from trainer.config import load_config
+from tests.trainer.whole_runs import alike, run_alone
 from trainer.evaluate import app
 from trainer.evaluation.bootstrap import METRICS
 from trainer.evaluation.predict import predict_run
 from trainer.evaluation.report import METRIC_TITLES, number
-from trainer.main import train
 from trainer.runs.folder import find_checkpoint
 
 pytestmark = [pytest.mark.long, pytest.mark.usefixtures("undrawn")]  # they train whole runs; `evaluated` draws
 
 
 def train_run(places: Places, name: str, **changes: Any) -> Path:
-    config = load_config(settings=places.settings(run__name=name, **changes))
-    train(config, SoloComm())
+    run_alone(places, run__name=name, **changes)
     return places.folder / "runs" / name
 
 
 def evaluate(run: Path, *options: Any, code: int = 0) -> str:
     """What the command says; on stdout where it ends well, else on stderr."""
-    result = CliRunner().invoke(app, [str(run), *(str(each) for each in options)])
-    assert result.exit_code == code, result.output
+    result = invoke(app, run, *options, code=code)
     return result.stdout if code == 0 else result.stderr
 
 
@@ -233,8 +228,7 @@ def test_a_page_that_cannot_be_written_is_refused_by_all_ranks(
 
 def test_two_ranks_equal_one(run: Path, tmp_path: Path, two_ranks_of_each: StandingRanks) -> None:
     options = (str(run), "--bootstrap", "50", "--out")
-    done = CliRunner().invoke(app, [*options, str(tmp_path / "one")])
-    assert done.exit_code == 0 and " impressions, 1 rank\n" in done.stdout, done.output
+    assert " impressions, 1 rank\n" in invoke(app, *options, tmp_path / "one", code=0).stdout
     text = two_ranks_of_each.run("-m", "trainer.evaluate", *options, tmp_path / "two", "--html", tmp_path / "page.html")
     assert " impressions, 2 ranks\n" in text
     one, two = report_of(tmp_path / "one"), report_of(tmp_path / "two")

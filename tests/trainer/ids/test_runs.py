@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from torch import Tensor
-from typer.testing import CliRunner
 
 from jobs.export_embeddings import app
+from tests.cli import invoke
 from tests.trainer.checkpoints import tensors_of
 from tests.trainer.conftest import Places
 from tests.trainer.ids.exact_tables import vectors_of
@@ -244,8 +244,7 @@ def test_days_have_to_be_known(exact: Train, places: Places, tmp_path: Path) -> 
 def test_the_export_has_what_the_engine_looks_up(exact: Train, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"optim__ids": "adam", "data__global_batch_size": 128}
     run, out = exact("exported", **settings), tmp_path / "items.parquet"
-    done = CliRunner().invoke(app, ["--run", str(run), "--table", "item", "--out", str(out)])
-    assert done.exit_code == 0 and "40, in 4 shards" in done.output
+    assert "40, in 4 shards" in invoke(app, "--run", run, "--table", "item", "--out", out, code=0).output
     rows = pq.read_table(out)
     about = json.loads(rows.schema.metadata[b"id_rows"])
     assert (about["table"], about["num_shards"]) == ("item", 4)
@@ -273,6 +272,5 @@ def test_the_export_has_what_the_engine_looks_up(exact: Train, tmp_path: Path) -
 )
 def test_mistakes(exact: Train, options: list[str], code: int, said: str) -> None:
     run = exact("mistaken", train__max_steps=1)
-    done = CliRunner().invoke(app, ["--run", str(run), *options])
-    assert done.exit_code == code
+    done = invoke(app, "--run", run, *options, code=code)
     assert said.format(run=run) in " ".join(done.output.replace("│", " ").split())

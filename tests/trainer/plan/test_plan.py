@@ -10,11 +10,11 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
 
 from featurestore.keys import owner_of, shard_of
 from featurestore.store import FeatureStore
 from featurestore.upkeep.remake import remake
+from tests.cli import invoke
 from tests.pages import check_page
 from tests.ranks import StandingRanks
 from tests.trainer.conftest import Places
@@ -331,8 +331,7 @@ class TestCommand:
         for setting in places.settings():
             options += ["--set", setting]
         with mock.patch.object(calibrate, "run_together", run_some_here):
-            done = CliRunner().invoke(app, options)
-        assert done.exit_code == 0, done.output
+            done = invoke(app, *options, code=0)
         assert "Recommended" in done.stdout
         values: dict[str, Any] = json.loads(file.read_text())
         return {**values, "page": check_page(page.read_text(encoding="utf-8"))}
@@ -377,6 +376,5 @@ class TestCommand:
         given = ["--ranks", "2", *(word for each in settings for word in ("--set", each))]
         if own:  # the places come by the options of their own, right ones first
             given += ["--samples", str(places.folder / "samples"), "--store", str(places.folder / "features")]
-        done = CliRunner().invoke(app, [*given, *options])
-        assert done.exit_code == 2, done.output
+        done = invoke(app, *given, *options, code=2)
         assert message in done.stderr and "Traceback" not in done.output

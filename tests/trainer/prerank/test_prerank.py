@@ -11,10 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
 from featurestore import FeatureRows, FeatureStore
 from featurestore.index import VectorIndex
+from tests.cli import invoke
 from tests.ranks import StandingRanks
 from tests.trainer.conftest import Places, make_places
 from tests.trainer.whole_runs import run_alone
@@ -70,10 +71,6 @@ def build_index(trained: TrainedRun, places: Places) -> str:
     return url
 
 
-def call(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(each) for each in arguments])
-
-
 def test_without_context_inner_product_and_bias_are_the_logit(run: Path, index: str, places: Places) -> None:
     ads, samples = AdIndex.open(index), str(places.folder / "samples")
     vector_of = dict(zip(*(part.tolist() for part in ads.vectors()), strict=True))
@@ -101,8 +98,7 @@ def test_vectors_do_not_depend_on_the_batch(trained: TrainedRun, index: str, pla
 
 def test_eval(run: Path, index: str, tmp_path: Path) -> None:
     options = ("eval", "--run", run, "--index", index, "--k", "3,10", "--queries", 50)
-    done = call(*options, "--json", tmp_path / "one.json")
-    assert done.exit_code == 0, done.stderr
+    done = invoke(app, *options, "--json", tmp_path / "one.json", code=0)
     report = json.loads((tmp_path / "one.json").read_text())
     assert report["search"]["recall"] == {"3": 1.0, "10": 1.0}
     assert report["index"]["num_ads"] == len(AdIndex.open(index).vectors()[0]) > 40
@@ -151,8 +147,7 @@ def test_search_for_a_user(run: Path, index: str, trained: TrainedRun, places: P
     keys, vectors = AdIndex.open(index).vectors()
     assert vector is not None
     expected = keys[np.argsort(-(vectors @ vector))[:4]]
-    done = call("search", "--run", run, "--index", index, "--user", user, "--k", 4)
-    assert done.exit_code == 0, done.stderr
+    done = invoke(app, "search", "--run", run, "--index", index, "--user", user, "--k", 4, code=0)
     found = [int(line.split()[0]) for line in done.stdout.splitlines()[1:]]
     assert found == expected.tolist()
 
@@ -177,8 +172,9 @@ class TestDays:
             return run, build_index(trained, places)
 
     def scores(self, run: Path, index: str, *options: object) -> dict[str, Any]:
-        done = call("eval", "--run", run, "--index", index, "--k", 3, "--json", run / "figures.json", *options)
-        assert done.exit_code == 0, done.stderr
+        done = invoke(
+            app, "eval", "--run", run, "--index", index, "--k", 3, "--json", run / "figures.json", *options, code=0
+        )
         figures: dict[str, Any] = json.loads((run / "figures.json").read_text())
         assert all(f"note: {note}" in done.stdout for note in figures["notes"])
         return figures
@@ -193,8 +189,8 @@ class TestDays:
     ) -> None:
         run, index = self.trained_on(days, "2026-01-04", "[]")
         for command in (("eval",), ("search", "--user", 1)):
-            done = call(*command, "--run", run, "--index", index)
-            assert (done.exit_code, "no test samples of its own" in done.stderr) == (2, True)
+            done = invoke(app, *command, "--run", run, "--index", index, code=2)
+            assert "no test samples of its own" in done.stderr
         write_samples(tmp_path / "tomorrow" / "test", [30], seed=70, items=60)
         figures = self.scores(run, index, "--samples", tmp_path / "tomorrow")
         assert figures["search"]["queries"] == 30
@@ -207,14 +203,12 @@ def out(tmp_path: Path) -> str:
     return str(tmp_path / "ad-index")
 
 
-def job(folder: Path, *options: object) -> Result:
-    return call("build", "--run", folder / "runs" / "towers", *options)
+def job(folder: Path, *options: object, code: int | None = None) -> Result:
+    return invoke(app, "build", "--run", folder / "runs" / "towers", *options, code=code)
 
 
 def done(folder: Path, *options: object) -> str:
-    result = job(folder, *options)
-    assert result.exit_code == 0, result.stderr
-    return result.stdout
+    return job(folder, *options, code=0).stdout
 
 
 def ads_table(items: list[int], path: Path, **changes: object) -> Path:
@@ -302,8 +296,7 @@ def test_a_sync_leaves_the_ads_of_the_table(folder: Path, out: str, tmp_path: Pa
     (found, *_), _ = AdIndex.open(out).index.search(np.ones((3, 6), np.float32), 20)
     assert set(found.tolist()) == set(range(4, 24))
     cut = ads_table([4, 5], tmp_path / "cut.parquet")
-    result = job(folder, "--out", out, "--sync", cut)
-    assert result.exit_code == 1
+    result = job(folder, "--out", out, "--sync", cut, code=1)
     assert "18 of the 20 ads" in result.stderr and "--max-gone 1 lets them go" in result.stderr
     assert set(by_key(out)) == set(range(4, 24))
     assert "2 unchanged, 18 removed" in done(folder, "--out", out, "--sync", cut, "--max-gone", 1)
@@ -312,8 +305,7 @@ def test_a_sync_leaves_the_ads_of_the_table(folder: Path, out: str, tmp_path: Pa
 
 def test_a_low_recall_is_one_line_on_stderr(folder: Path, out: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trainer.prerank.adindex.reach", lambda *_: 0.41)
-    result = job(folder, "--out", out, "--index", "hnsw", "--min-recall", 0.8)
-    assert result.exit_code == 0
+    result = job(folder, "--out", out, "--index", "hnsw", "--min-recall", 0.8, code=0)
     assert result.stderr.splitlines()[-1].startswith(
         "warning: recall@10 of this hnsw index is 0.410, below the limit of 0.8,"
     )
@@ -349,8 +341,7 @@ def test_wrong_tables(
     changes: dict[str, object], code: int, message: str, folder: Path, out: str, tmp_path: Path
 ) -> None:
     changes = {name: value and pa.array(value) for name, value in changes.items()}
-    result = job(folder, "--out", out, "--ads", ads_table([1, 2], tmp_path / "ads.parquet", **changes))
-    assert result.exit_code == code
+    result = job(folder, "--out", out, "--ads", ads_table([1, 2], tmp_path / "ads.parquet", **changes), code=code)
     assert result.stderr.startswith("error: ")
     assert message in result.stderr
     assert not Path(out).exists()
@@ -358,8 +349,8 @@ def test_wrong_tables(
 
 def test_a_table_without_rows_and_one_that_is_not_there(folder: Path, out: str, tmp_path: Path) -> None:
     for table in (ads_table([], tmp_path / "ads.parquet"), tmp_path / "none.parquet", tmp_path / "nowhere"):
-        result = job(folder, "--out", out, "--ads", table)
-        assert (result.exit_code, "there is no *.parquet file with a row in it" in result.stderr) == (2, True)
+        result = job(folder, "--out", out, "--ads", table, code=2)
+        assert "there is no *.parquet file with a row in it" in result.stderr
 
 
 def test_one_row(folder: Path, out: str, tmp_path: Path) -> None:
@@ -379,6 +370,5 @@ def test_one_row(folder: Path, out: str, tmp_path: Path) -> None:
     ],
 )
 def test_options_that_do_not_go_together(options: list[str], message: str, folder: Path) -> None:
-    result = job(folder, *options)
-    assert result.exit_code == 2
+    result = job(folder, *options, code=2)
     assert message in " ".join(result.stderr.replace("│", " ").split())

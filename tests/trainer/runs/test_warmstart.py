@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from typer.testing import CliRunner
 
 from featurestore.format.rows import FeatureRows
 from featurestore.spec import StoreInfo
 from featurestore.store import FeatureStore
+from tests.cli import invoke
 from tests.trainer.checkpoints import damage, tensors_of
 from tests.trainer.conftest import Places, make_places
 from tests.trainer.whole_runs import assert_same, run_alone
@@ -102,10 +102,9 @@ def test_resumption_goes_on_instead_of_beginning_again(own: Places, before: Path
 def test_options_of_the_command(own: Places, before: Path) -> None:
     settings = own.settings(run__name="option", train__max_steps=1)
     warm = ["--warm-start", str(before), "--warm-parts", "model,ids"]
-    result = CliRunner().invoke(main.app, [*warm, "--set", *settings])
-    assert result.exit_code == 0, result.output
+    result = invoke(main.app, *warm, "--set", *settings, code=0)
     assert f"warm start from {before}/checkpoints/step-00000006: model, ids" in result.stdout
-    result = CliRunner().invoke(main.app, [*warm[:-1], "most"])
+    result = invoke(main.app, *warm[:-1], "most")
     assert (result.exit_code, result.stdout) == (2, "")
     assert "run.warm_parts.0='most': it should be 'images', 'model', 'ids' or 'optimizers'" in result.stderr
 

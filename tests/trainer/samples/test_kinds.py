@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from typer.testing import CliRunner
 
+from tests.cli import invoke
 from tests.trainer.conftest import Places, make_places, sample_table
 from tests.trainer.samples.reading import reader_of, replaced, rewrite
 from tests.trainer.whole_runs import run_alone
@@ -144,8 +144,7 @@ def test_every_value_belongs_to_its_id(kinds: Places, num_ranks: int) -> None:
 def test_inspect_finds_them_and_check_reads_them(kinds: Places, tmp_path: Path) -> None:
     samples, path = kinds.folder / "samples", tmp_path / "schema.yaml"
     for arguments in (["inspect", samples, "--out", path], ["check", path, samples]):
-        done = CliRunner().invoke(schema_app, [str(each) for each in arguments])
-        assert done.exit_code == 0, done.output
+        invoke(schema_app, *arguments, code=0)
     found = {field.name: field for field in load_schema(path).fields}
     expected = {field.name: field for field in SCHEMA.fields}
     for name in ("behavior_age", "behavior_item", "ad_category"):
@@ -190,8 +189,7 @@ def test_an_ads_vector_is_the_same_from_samples_and_from_a_table(kinds: Places, 
 @pytest.mark.usefixtures("undrawn")
 def test_evaluation_of_galleries_has_no_slice_of_single_images(kinds: Places) -> None:
     run = kinds.folder / "runs" / "towers"
-    done = CliRunner().invoke(evaluate_app, [str(run)])
-    assert done.exit_code == 0, done.output
+    invoke(evaluate_app, run, code=0)
     sliced = json.loads((run / "evaluation" / "report.json").read_text())["sliced_by"]
     assert "history" in sliced
 

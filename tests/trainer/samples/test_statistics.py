@@ -9,8 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from typer.testing import CliRunner
 
+from tests.cli import invoke
 from tests.ranks import StandingRanks
 from tests.trainer.conftest import make_places
 from tests.trainer.runs.saved import on_ranks
@@ -299,8 +299,7 @@ def test_evaluation_takes_them_of_the_checkpoint(run: Path, numbered: Any, tmp_p
     samples.mkdir(parents=True)
     for path in (numbered.folder / "samples/test").glob("*"):
         pq.write_table(pq.read_table(path, partitioning=None).slice(0, 20), samples / path.name)
-    result = CliRunner().invoke(evaluate, [str(run), "--samples", str(tmp_path / "samples"), "--bootstrap", "20"])
-    assert result.exit_code == 0, result.output
+    invoke(evaluate, run, "--samples", tmp_path / "samples", "--bootstrap", "20", code=0)
     trained = open_trained(run, SoloComm())
     assert trained.schema.fields == fields_with(run)
     trained.close()
@@ -327,7 +326,7 @@ def test_inspect_sees_numbers_that_are_missing(tmp_path: Path) -> None:
     (tmp_path / "train").mkdir()
     table = pa.table({name: pa.array(values) for name, values in (columns | numbers).items()})
     pq.write_table(table, tmp_path / "train/a.parquet")
-    (tmp_path / "schema.yaml").write_text(CliRunner().invoke(schema_app, ["inspect", str(tmp_path)]).output)
+    (tmp_path / "schema.yaml").write_text(invoke(schema_app, "inspect", tmp_path).output)
     fields = {f.name: f for f in load_schema(tmp_path / "schema.yaml").fields}
     assert {name: (fields[name].transform, fields[name].fill) for name in ("height", "ad_price", "ad_rate")} == {
         "height": ("log_standardize", "mean"),

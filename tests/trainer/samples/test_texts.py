@@ -11,12 +11,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from typer.testing import CliRunner
 
 from featurestore.keys import key_of_uri
 from featurestore.published.paths import FarPath, run_path
 from featurestore.storage.storage import Storage
 from pipeline.samples.mapping import parse_ids
+from tests.cli import invoke
 from tests.trainer.conftest import Places, make_places
 from tests.trainer.runs.saved import on_ranks
 from tests.trainer.samples.reading import hashed, replaced, rewrite, written
@@ -190,8 +190,7 @@ def test_ranks_without_a_shared_disk_write_the_same_bytes_to_s3(run: Path, wordy
     found = IdDictionary.of_run(folder)
     assert found is not None and found.texts(entries(run)) == entries(run)
     number, text = next(iter(entries(run).items()))
-    done = CliRunner().invoke(app, ["lookup", str(folder), str(number)])
-    assert done.stdout == f"{number}  {text}\n"
+    assert invoke(app, "lookup", folder, number).stdout == f"{number}  {text}\n"
 
 
 @pytest.mark.long
@@ -295,8 +294,7 @@ def test_a_run_that_goes_on_from_another_folder_takes_its_texts(run: Path, wordy
 
 
 def said(*arguments: object, code: int = 0) -> str:
-    result = CliRunner().invoke(app, [str(each) for each in arguments])
-    assert result.exit_code == code, result.output
+    result = invoke(app, *arguments, code=code)
     return result.output
 
 

@@ -28,10 +28,9 @@ from explorer.errors import ExplorerError, NotHereError
 from featurestore.store import FeatureStore
 from tests.serving.scoring.variants import GONE, TABLES
 from tests.trainer.conftest import Places
+from tests.trainer.whole_runs import run_alone
 from trainer.comm import SoloComm
-from trainer.config import load_config
 from trainer.evaluation.predict import predict, predict_run, score_run
-from trainer.main import train
 from trainer.runs.saved import RunSource, open_source
 from trainer.schema import DEFAULT_SCHEMA
 
@@ -180,7 +179,7 @@ def test_pictures_alone_are_samples_whose_pictures_have_a_column_of_their_own(
         "model__tables": f"{{{TABLES}}}",
     }
     for name, own in {"together": {}, "apart": {"data__samples": samples, "data__schema_file": schema}}.items():
-        train(load_config(settings=sample_places.settings(run__name=name, **common, **own)), SoloComm())
+        run_alone(sample_places, run__name=name, **common, **own)
     number = with_history(sample_places)[0]
     pictures = [PictureName(key, None) for key in (1_004, 1_011, 1_020, 1_033)]
     with runs.use("together") as opened:
@@ -275,10 +274,7 @@ def test_a_picture_that_is_sent_for_a_new_ad(
     """Where pictures of new ads do not count (`model.image_dropout`), one that is sent does not either."""
     changes = {"model__image_dropout": 0.3, "model__id_dropout": 0.3, "data__missing": "zeros"}
     tables = "{user: 64, item: 65536, image: 65536, category: 16, scene: 16}"
-    settings = sample_places.settings(
-        run__name="new-ads", train__max_steps=40, optim__lr=0.05, model__tables=tables, **changes
-    )
-    train(load_config(settings=settings), SoloComm())
+    run_alone(sample_places, run__name="new-ads", train__max_steps=40, optim__lr=0.05, model__tables=tables, **changes)
     store, key = FeatureStore.open(sample_places.folder / "features"), 1_046  # of an item that training has not seen
     monkeypatch.setattr(explained, "feature_of_picture", lambda store, data: store.snapshot().get([key]))
     number, ad = next(

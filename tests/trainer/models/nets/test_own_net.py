@@ -1,23 +1,24 @@
 """A net of the user's own, `model.base=mypackage.MyNet`: the example of docs/CODE.md, from training to serving."""
 
+import contextlib
 import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
 from starlette.testclient import TestClient
-from typer.testing import CliRunner
 
 from explorer.html.site import Site
 from explorer.places import Places
 from explorer.server import application
-from serving.__main__ import app as serving
+from serving.scoring.scorer import Scorer
+from tests.cli import invoke
 from tests.ranks import StandingRanks
-from tests.serving.http.processes import ServerProcess, ended
 from tests.serving.scoring.variants import export
 from tests.trainer.checkpoints import tensors_of
 from tests.trainer.conftest import Places as SamplePlaces
@@ -89,22 +90,24 @@ def test_a_warm_start_takes_every_setting_for_one_that_the_net_reads(
         run_alone(places, **other, model__tower_width=16)
 
 
-@pytest.mark.services
-def test_exported_and_served_without_the_package_as_evaluated(own: Path, tmp_path: Path) -> None:
-    url = str(tmp_path / "model")
+def test_exported_and_scored_without_the_package_as_evaluated(
+    own: Path, places: SamplePlaces, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, expected = str(tmp_path / "model"), predict_run(own).logit_N
     export(own, url)
-    assert np.ptp(predict_run(own).logit_N) > 0.01
-    with ended(ServerProcess([sys.executable, "-m", "serving", "serve", url, "--port", "0"], tmp_path)) as server:
-        server.wait_until_ready()  # PYTHONPATH of that process has no mypackage
-        checked = CliRunner().invoke(serving, ["check", url, "--url", server.url])  # against the trainer's logits
-    assert checked.exit_code == 0, checked.output
+    assert np.ptp(expected) > 0.01
+    monkeypatch.setitem(sys.modules, "mypackage", None)  # importing it fails, as where it is not installed
+    samples = pq.read_table(places.folder / "samples" / "test" / "day=2026-01-01.parquet", partitioning=None)
+    with contextlib.closing(Scorer.open(url, cache_dir=tmp_path / "cache")) as scorer:
+        found = np.concatenate([each.logits_C for each in scorer.score(samples.select(list(scorer.columns)))])
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
 
 
 def test_a_run_whose_package_is_gone_is_one_line(own: Path, package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", [each for each in sys.path if each != str(package)])
     monkeypatch.delitem(sys.modules, "mypackage")
-    done = CliRunner().invoke(evaluate, [str(own)])
-    assert done.exit_code == 2 and done.stderr.count("\n") == 1
+    done = invoke(evaluate, own, code=2)
+    assert done.stderr.count("\n") == 1
     assert "No module named 'mypackage'; install the package" in done.stderr
 
 

@@ -20,7 +20,6 @@ from tests.trainer.whole_runs import assert_same, report_of, run_alone
 from trainer.comm import Comm, SoloComm
 from trainer.config import load_config
 from trainer.errors import CheckpointError, ConfigError, DamagedCheckpointError, RemoteRankError, TrainerError
-from trainer.main import train
 from trainer.runs import checkpoint
 from trainer.runs.checkpoint import PassedOver, Resumed, continued
 from trainer.runs.folder import Checkpoint, finished
@@ -260,8 +259,7 @@ def test_a_run_goes_on_from_the_newest_whole_one(
 ) -> None:
     def trained(runs: RunPath, **changes: Any) -> RunPath:
         steps = {"train__max_steps": 6, "train__checkpoint_every": 2, "train__keep_checkpoints": 5}
-        settings = places.settings(run__dir=runs, run__name="a", **{**steps, **changes})
-        train(load_config(settings=settings), SoloComm())
+        run_alone(places, run__dir=runs, run__name="a", **{**steps, **changes})
         return runs / "a"
 
     expected, run = trained(tmp_path / "expected"), trained(folder)

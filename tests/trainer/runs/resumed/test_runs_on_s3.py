@@ -18,21 +18,17 @@ from tests.servers import environment_of, new_bucket, seaweedfs
 from tests.trainer.checkpoints import steps_of, tensors_of
 from tests.trainer.conftest import Places
 from tests.trainer.whole_runs import alike, assert_same, run_alone
-from trainer.comm import SoloComm
-from trainer.config import load_config
 from trainer.engine.engine import Engine
 from trainer.errors import CheckpointError, ConfigError
 from trainer.evaluation.predict import predict_run
 from trainer.loop import training
-from trainer.main import train
 from trainer.runs.saving import CheckpointPlace
 
 
 def train_on(places: Places, folder: object, name: str = "a", **changes: Any) -> RunPath:
     """Train six steps, with three checkpoints."""
     steps = {"train__max_steps": 6, "train__checkpoint_every": 2, "model__compute_dtype": "float32"}
-    settings = places.settings(run__dir=folder, run__name=name, **{**steps, **changes})
-    train(load_config(settings=settings), SoloComm())
+    run_alone(places, run__dir=folder, run__name=name, **{**steps, **changes})
     return run_path(str(folder)) / name
 
 

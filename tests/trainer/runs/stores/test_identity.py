@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
 
 from featurestore.errors import AnotherStoreError
 from featurestore.format.rows import FeatureRows
@@ -19,6 +18,7 @@ from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.history import restore
 from featurestore.upkeep.repair import repair
 from jobs.export_embeddings import app as export_app
+from tests.cli import invoke
 from tests.ranks import StandingRanks
 from tests.trainer.conftest import Places, make_places
 from trainer.comm import SoloComm
@@ -76,13 +76,6 @@ def rebuild(folder: Path, seed: int | None = 1) -> FeatureStore:
     return made
 
 
-def invoke(app: Any, *words: object, code: int = 0) -> str:
-    """What a command says."""
-    result = CliRunner().invoke(app, [str(word) for word in words])
-    assert result.exit_code == code, result.output
-    return result.output
-
-
 def resume(places: Places, **changes: Any) -> None:
     settings = settings_of(places, **{"run__resume": "latest", "train__max_steps": 3, **changes})
     train(load_config(settings=settings), SoloComm())
@@ -132,7 +125,7 @@ class TestRebuilt:
             (prerank_app, "eval", "--run", run, "--index", index),
             (prerank_app, "search", "--run", run, "--index", index, "--user", 3),
         ):
-            said = invoke(app, *words, code=1)
+            said = invoke(app, *words, code=1).output
             assert all(f"of store {each} at" in said for each in ids), words
         assert not (run / "evaluation").exists() and not (tmp_path / "visual.parquet").exists()
 
@@ -155,11 +148,11 @@ class TestRebuilt:
         entry = checkpoint.AcceptedStore(name="images", recorded=recorded, accepted=found, figures={})
         file = checkpoint.accept(path, entry)
         assert isinstance(file, Path)
-        invoke(evaluate_app, run, "--bootstrap", 0, "--json", tmp_path / "figures.json")
+        invoke(evaluate_app, run, "--bootstrap", 0, "--json", tmp_path / "figures.json", code=0)
         (note,) = (each for each in json.loads((tmp_path / "figures.json").read_text())["notes"] if "accepted" in each)
         assert all(f"of store {each} at" in note for each in ids)
         resume(places)
-        invoke(export_app, "--run", run, "--out", tmp_path / "visual.parquet")
+        invoke(export_app, "--run", run, "--out", tmp_path / "visual.parquet", code=0)
         assert checkpoint.read_recorded(find_checkpoint(run)).stores["images"] == found
         again = rebuild(places.folder / "features", seed=2)
         with pytest.raises(AnotherStoreError, match=f"This is .* of store {again.info.store_id[:8]}"):
@@ -184,21 +177,21 @@ class TestIndex:
     def test_is_of_one_store(self, places: Places, tmp_path: Path) -> None:
         run, index = places.folder / "runs" / "a", tmp_path / "index"
         words = ("--run", run, "--out", index)
-        invoke(prerank_app, "build", *words)
+        invoke(prerank_app, "build", *words, code=0)
         FeatureStore.open(places.folder / "features").put(
             FeatureRows.of(["more"], np.ones((1, 16), np.float32), keys=np.array([7]))
         )
-        invoke(prerank_app, "build", *words, "--add")  # another snapshot of the same store
+        invoke(prerank_app, "build", *words, "--add", code=0)  # another snapshot of the same store
         path = find_checkpoint(run)
         recorded = checkpoint.read_recorded(path).stores["images"]
         made = rebuild(places.folder / "features")
         found = SnapshotId.of(made.snapshot())
         checkpoint.accept(path, checkpoint.AcceptedStore(name="images", recorded=recorded, accepted=found, figures={}))
-        said = invoke(prerank_app, "build", *words, "--add", code=1)
+        said = invoke(prerank_app, "build", *words, "--add", code=1).output
         assert f"the index {index} belongs to" in said and "build the index again, without --add" in said
         assert recorded.store_id[:8] in said and found.store_id[:8] in said
-        invoke(prerank_app, "build", *words)
-        invoke(prerank_app, "build", *words, "--add")
+        invoke(prerank_app, "build", *words, code=0)
+        invoke(prerank_app, "build", *words, "--add", code=0)
 
 
 class TestTheSame:

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
 
 from featurestore.errors import AnotherStoreError, ChannelError
 from featurestore.format.rows import FeatureRows
@@ -17,6 +16,7 @@ from featurestore.store import FeatureStore
 from featurestore.upkeep.history import move_channel
 from featurestore.upkeep.remake import remake
 from jobs.export_embeddings import app as export_app
+from tests.cli import invoke
 from tests.ranks import StandingRanks
 from tests.trainer.conftest import Places, make_places
 from tests.trainer.whole_runs import all_alike
@@ -122,11 +122,10 @@ class TestRuns:
         with pytest.raises(AnotherStoreError, match=r"set data\.stores\.titles to .* --name titles$"):
             run_alone(both, **again)
         words = [str(both.folder / "runs" / "anew"), str(tmp_path / "titles"), "--name", "titles"]
-        found = CliRunner().invoke(compat_app, words)
-        assert found.exit_code == 0 and "logloss" in found.output, found.output
+        assert "logloss" in invoke(compat_app, *words, code=0).output
         images = [words[0], str(both.folder / "features")]
-        assert CliRunner().invoke(compat_app, images).exit_code == 0
-        assert CliRunner().invoke(compat_app, [*words, "--accept"]).exit_code == 0
+        invoke(compat_app, *images, code=0)
+        invoke(compat_app, *words, "--accept", code=0)
         assert versions(run_alone(both, **again)) == {"images": 1, "titles": 1}
 
     def test_a_store_that_is_not_there_is_named(self, both: Places, tmp_path: Path) -> None:
@@ -185,7 +184,7 @@ def places(tmp_path: Path) -> Places:
 
 def trained(places: Places, **changes: Any) -> None:
     small = {"run__name": "a", "train__max_steps": 2, "data__store_version": "stable", "data__missing": "zeros"}
-    train(load_config(settings=places.settings(**{**small, **changes})), SoloComm())
+    run_here(places, **{**small, **changes})
 
 
 @pytest.mark.long
@@ -213,8 +212,7 @@ def test_commands_take_channels(places: Places, tmp_path: Path) -> None:
     store, run = FeatureStore.open(tmp_path / "features"), tmp_path / "runs/a"
 
     def called(app: Any, *words: object) -> str:
-        result = CliRunner().invoke(app, [str(word) for word in words])
-        assert result.exit_code == 0, result.output
+        result = invoke(app, *words, code=0)
         return result.output
 
     evaluated = ("--store", store.url, "--bootstrap", 0, "--out", tmp_path / "report")
@@ -222,8 +220,8 @@ def test_commands_take_channels(places: Places, tmp_path: Path) -> None:
     assert "is at snapshot" not in called(evaluate_app, run, *evaluated, "--store-version", "stable")
     said = called(export_app, "--run", run, "--store-version", "stable", "--out", tmp_path / "visual.parquet")
     assert f"features     snapshot {store.snapshot('stable').version} of" in said
-    lost = CliRunner().invoke(evaluate_app, [str(run), "--store-version", "stable"])
-    assert lost.exit_code == 2 and "--store-version: it needs --store" in " ".join(lost.output.split())
+    lost = invoke(evaluate_app, run, "--store-version", "stable", code=2)
+    assert "--store-version: it needs --store" in " ".join(lost.output.split())
 
 
 @pytest.mark.long
