@@ -32,7 +32,7 @@ SERVICES = {
     "client",
     "cluster",
     "s3_endpoint",
-    "make_crew",
+    "make_arena",
     "dies_at",
     "serve",
 }
