@@ -283,7 +283,7 @@ def unseal(data: bytes, model_class: type[ModelT], path: str) -> ModelT:
 
 
 def _digest_line(digest: str) -> bytes:
-    return f',\n "digest": "{digest}"'.encode() + _END
+    return f',\n "digest": "{digest}"'.encode(errors="surrogatepass") + _END
 
 
 def _without_none(fields: dict[str, Any], name: str) -> dict[str, Any]:

@@ -58,7 +58,6 @@ DROPPED = [
     ("settings", CONFIG, "_lay_over", "isinstance(value, dict) and "),
     ("settings", READ, "parse_yaml", "yaml.YAMLError"),
     ("image", IMAGE, "decode", "Exception"),
-    ("image", IMAGE, "_check_pixels", "width * height > MAX_PIXELS"),
     ("csv log", MAPPING, "read_csv", "pa.ArrowException, OSError, StorageError, UnicodeDecodeError"),
     ("csv log", MAPPING, "csv_names", "not rows"),
     ("csv log", MAPPING, "_each", "ValueError, "),
@@ -68,7 +67,8 @@ DROPPED = [
 ]
 """The parser, the module, the function, and what of its text is dropped.
 
-Not here: struct.error of an Arrow stream, as Arrow has looked at all offsets before we follow them."""
+Not here: struct.error of an Arrow stream, as Arrow has looked at all offsets before we follow them; the most pixels of
+an image, which Pillow limits too but for a JPEG, whose missing limit takes gigabytes to notice."""
 
 
 def _instead(text: str) -> str:

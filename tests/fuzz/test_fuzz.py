@@ -27,3 +27,10 @@ def test_a_planted_bug_is_found() -> None:
     bug = next(each for each in BUGS if each.kind == "json request")
     with bug.planted():
         assert fuzz(next(each for each in PARSERS if each.name == bug.kind), 300)[1] is not None
+
+
+def test_a_digest_that_is_no_text_is_an_error_with_a_name() -> None:
+    parser = next(each for each in PARSERS if each.name == "manifest")
+    valid = parser.valid()[0]
+    start = valid.rindex(b'"digest": "') + len(b'"digest": "')
+    assert not check(parser, valid[:start] + b"\\ud800" + valid[valid.index(b'"', start) :])
