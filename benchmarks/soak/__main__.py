@@ -39,6 +39,8 @@ def main(
     """Put a server under a bounded load for a long time."""
     if not demo.is_dir():
         raise typer.BadParameter(f"there is no folder {demo}: crossmedia demo makes one", param_hint="--demo")
+    if minutes < warm_minutes + 4:
+        raise typer.BadParameter(f"{minutes:g} is less than four more than --warm-minutes", param_hint="--minutes")
     from benchmarks.soak.measure import run_soak
 
     soak = run_soak(of, demo, folder, rate, 60 * minutes)

@@ -7,10 +7,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import httpx2
@@ -61,7 +61,7 @@ class Soak:
         for thread in threads:
             thread.start()
         for number in range(1, int(self.seconds // 60) + 1):
-            self._note(60 * number - 30, lambda number=number: ("change", target.change(number) is None))
+            self._note(60 * number - 30, partial(_changed, target, number))
         for thread in threads:
             thread.join()
 
@@ -82,11 +82,14 @@ class Soak:
     def _watch(self, process: psutil.Process) -> None:
         for number in range(int(self.seconds // _SAMPLE_S)):
             self._wait_until(number * _SAMPLE_S)
-            taken: Counter[str] = Counter()
-            for each in (process, *process.children(recursive=True)):
-                memory = each.memory_full_info()
-                taken.update(rss_mb=memory.rss / 1e6, private_mb=memory.uss / 1e6)  # type: ignore[arg-type]
-                taken.update(files=each.num_fds(), threads=each.num_threads())
+            family = [process, *process.children(recursive=True)]
+            memory = [each.memory_full_info() for each in family]
+            taken = {
+                "rss_mb": sum(each.rss for each in memory) / 1e6,
+                "private_mb": sum(each.uss for each in memory) / 1e6,
+                "files": float(sum(each.num_fds() for each in family)),
+                "threads": float(sum(each.num_threads() for each in family)),
+            }
             self.samples.append({"at_s": self._now_s(), **taken})
             failed = [each.kind for each in self.asked if not each.is_right]
             self.log.write_text(f"{len(self.asked)} asked, {len(failed)} failed: {sorted(set(failed))}\n")
@@ -119,6 +122,11 @@ class Soak:
         return figures
 
 
+def _changed(target: Target, number: int) -> tuple[str, bool]:
+    target.change(number)
+    return "change", True
+
+
 def growth(at_s: Sequence[float], values: Sequence[float]) -> tuple[float, float]:
     """Fit a line to the means of minutes; return its slope an hour, and half its 95 % confidence interval.
 
@@ -127,8 +135,6 @@ def growth(at_s: Sequence[float], values: Sequence[float]) -> tuple[float, float
     minute_N = np.asarray(at_s) // 60
     hour_M = np.unique(minute_N) / 60
     mean_M = np.array([np.asarray(values)[minute_N == minute].mean() for minute in np.unique(minute_N)])
-    if len(hour_M) < 4:
-        return 0.0, float("inf")
     slope, level = np.polyfit(hour_M, mean_M, 1)
     rest_M = mean_M - slope * hour_M - level
     alike = min(0.9, max(0.0, float(rest_M[1:] @ rest_M[:-1]) / max(float(rest_M @ rest_M), 1e-12)))
