@@ -170,7 +170,7 @@ def run_app(app: CommandApp, prog: str | None = None) -> NoReturn:
         with command_end():  # of what is checked before the command's own function begins
             code = command.main(None, prog, standalone_mode=False)
     except _ROOT_ERROR as error:
-        sys.exit(report_usage(error))
+        code = report_usage(error)
     except typer.Exit as end:
         code = end.exit_code
     except typer.Abort:

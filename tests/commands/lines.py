@@ -304,6 +304,7 @@ OTHERS = [
         "{empty}",
     ),
     ("benchmarks.serve --dir {empty}", 1, "{empty}"),
+    ("benchmarks.soak explorer --demo {missing} --dir {new}", 2, "{missing}"),
     ("benchmarks.workload --out {empty}", 1, "{empty}"),
     ("benchmarks.workload --out {emptydir}/..", 1, "holds no workload"),
     ("benchmarks.train --only [/x]", 2, "[/x]"),

@@ -61,9 +61,8 @@ def least_words(command: Any) -> list[str]:
     words: list[str] = []
     for each in command.params:
         if each.required:
-            value = {"dtype": "float16", "names": "images", "folder": ".", "images": ".", "kind": "frappe"}.get(
-                each.name, "3"
-            )
+            chosen = {"dtype": "float16", "names": "images", "folder": ".", "images": ".", "kind": "frappe"}
+            value = (chosen | {"of": "scorer"}).get(each.name, "3")
             words += [value] if each.param_type_name == "argument" else [each.opts[0], value]
     return words
 

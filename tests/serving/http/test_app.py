@@ -208,7 +208,18 @@ def empty_lists(rows: int, width: int) -> bytes:
     return stream_of(pa.table({"behavior_item": outer}))
 
 
+def batches(table: pa.Table, count: int) -> bytes:
+    """A stream that has the one record batch of a table so many times; they share its dictionaries."""
+    sink = pa.BufferOutputStream()
+    (batch,) = table.to_batches()
+    with pa.ipc.new_stream(sink, batch.schema) as writer:
+        for _ in range(count):
+            writer.write_batch(batch)
+    return sink.getvalue().to_pybytes()
+
+
 FEW = {"max_requests": 3, "max_candidates": 10, "max_behaviors": 5, "max_pairs": 20, "max_values": 40}
+FEW |= {"max_text_bytes": 25_000}
 ITEMS = {"ad_item": [1] * 5}
 TENSOR = {"name": "ad_item", "datatype": "INT64"}
 
@@ -234,6 +245,8 @@ TENSOR = {"name": "ad_item", "datatype": "INT64"}
         (stream_of(pa.table({"ad_item": [[1] * 10], "label": [[0] * 31]})), "41 values"),
         (stream_of(pa.table({"a" * 201: [1]})), "201 characters in a name"),
         (stream_of(pa.table({f"column {number}": [1] for number in range(6_000)})), "bytes of schema"),
+        (batches(table_of([1]), 257), "257 messages; this server takes at most 256: write the stream with fewer"),
+        (batches(TEXTS, 3), "bytes of texts in its dictionaries; this server takes at most 25,000"),
     ],
 )  # fmt: skip
 def test_what_is_over_the_budget_gets_413_with_its_size_and_the_limit(tmp_path: Path, content: Any, what: str) -> None:
@@ -357,6 +370,25 @@ def test_overload_is_refused_before_latency_collapses(tmp_path: Path) -> None:
             assert found['serving_requests_total{code="503",route="/v1/score"}'] == codes.count(503)
 
     asyncio.run(run())
+
+
+def test_too_many_large_bodies_that_wait_to_be_decoded_are_refused(tmp_path: Path) -> None:
+    """Four of the largest size may wait, 20,000 bytes."""
+    body = orjson.dumps(ONE)
+    body += b" " * (4_500 - len(body))
+
+    async def test(client: httpx2.AsyncClient, scoring: Scoring) -> None:
+        async with scoring.queue._decoding:
+            answers = [asyncio.create_task(client.post("/v1/score", content=body)) for _ in range(6)]
+            while sum(answer.done() for answer in answers) < 2:
+                await asyncio.sleep(0.005)
+        codes = [(await answer).status_code for answer in answers]
+        assert sorted(codes) == [200] * 4 + [503] * 2
+        refused = answers[codes.index(503)].result()
+        assert "too many large bodies" in refused.json()["error"]
+        assert int(refused.headers["retry-after"]) >= 1
+
+    run_with(tmp_path, test, max_body_mb=0.005)
 
 
 def test_one_wrong_body_does_not_spoil_those_that_are_scored_with_it(tmp_path: Path) -> None:

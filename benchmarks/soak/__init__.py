@@ -1,0 +1,1 @@
+"""Soaks: a server under a bounded load for a long time."""
