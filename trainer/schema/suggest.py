@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
@@ -56,6 +56,8 @@ class Column:
     shortest: int | None = None
     """Of the innermost lists."""
     longest: int = 0
+    may_lack: bool = False
+    """Whether numbers may be missing in rows that were not read."""
     like_label: bool = True
     """Whether the outer lists are as long as the labels'."""
 
@@ -237,7 +239,27 @@ IMAGE_ENDING = re.compile(r"\.(jpe?g|png|webp|gif|bmp|tiff?|avif)(\?.*)?", re.IG
 EPOCH_S = (946_684_800, 4_102_444_800)  # from 2000 to 2100
 SEPARATORS = ("|", ";", ",")
 MOST_TRIED = 100  # values that are looked at
+# What rows of a table of events are called that show something, and those that label them: clicks, else what is bought.
+EVENTS = {
+    "shown": r"((item|product|page|ad)[_ -]?)?(views?|viewed|impressions?|imp|shows?|shown|exposed?|exposure|seen)",
+    "clicked": r"((item|product|ad)[_ -]?)?(clicks?|clicked|clk|tap|select)",
+    "bought": r"(add[_ -]?)?(to[_ -]?)?(cart|basket|wishlist|fav(ou?rite)?)|purchased?|buy|bought|orders?|transaction",
+}
+MOST_EVENTS = 20
+LEAST_FOUND = {True: 0.5, False: 0.05}
+"""The share of a log's ids that a joined table has, of one that was read to its end or not."""
 USER_ROWS = 50_000  # rows in which it is looked whether a column is the same in all rows of a user
+
+
+@dataclass(frozen=True)
+class JoinedTable:
+    """A table with one row for each item or user of the logs: which of its columns they lack."""
+
+    by: str  # item | user
+    files: str
+    column: str  # of its ids
+    more: Mapping[str, Column]
+    unused: tuple[str, ...]  # with another value in each row, as titles
 
 
 @dataclass(frozen=True)
@@ -251,7 +273,9 @@ class Log:
     of_user: frozenset[str]  # further columns that are the same in all rows of a user
     time_formats: tuple[str, ...]  # lines of the mapping
     guessed: str = ""  # what to say of a label that its name does not tell
-    others: tuple[str, ...] = ()  # tables next to it that are no logs
+    others: tuple[str, ...] = ()  # tables next to it that are no logs and join none
+    joins: tuple[JoinedTable, ...] = ()
+    where: Mapping[str, Any] | None = None  # of a table of events: which rows, and which label them
 
 
 def inspect_logs(storage: Storage, most_rows: int, file: str | None = None, label: str | None = None) -> list[Log]:
@@ -269,11 +293,23 @@ def inspect_logs(storage: Storage, most_rows: int, file: str | None = None, labe
     if empty := next((place for place, table in tables.items() if not table.rows), None):
         raise DataError(f"{storage.full(empty)}: {len(folders[empty])} files and not one row")
     labels, guessed = _labels_of(storage, tables, label)
-    logs = [_log(storage, place, folders[place], table, labels.get(place)) for place, table in tables.items()]
+    events = {place: where for place, table in tables.items() if (where := _events_of(table))}
+    if labels and not guessed:
+        events = {}
+    elif events:
+        labels, guessed = {}, ""
+    logs = [
+        _log(storage, place, folders[place], table, labels.get(place), events.get(place))
+        for place, table in tables.items()
+    ]
     logs = [dataclasses.replace(log, guessed=guessed) if log.files in labels else log for log in logs]
-    others = [log.files for log in logs if not {"timestamp", "user"} <= log.ours.keys() and log.files not in labels]
+    others = [log.files for log in logs if not _is_log(log)]
     if 0 < len(others) < len(logs):
-        logs = [dataclasses.replace(log, others=tuple(others)) for log in logs if log.files not in others]
+        logs = [log for log in logs if log.files not in others]
+        found = [join for place in reversed(others) if (join := _join_of(place, tables[place], logs))]
+        joins = list({join.by: join for join in found}.values())
+        others = [place for place in others if place not in {join.files for join in joins}]
+        logs = [_with_joins(dataclasses.replace(log, others=tuple(others)), joins) for log in logs]
     names = [log.name for log in logs]
     if len(set(names)) < len(names):
         places = ", ".join(f"{log.files} ({log.name})" for log in logs)
@@ -303,6 +339,77 @@ def _labels_of(storage: Storage, tables: Mapping[str, TableProfile], label: str 
     return likely, f"{name} is the only column of 0 and 1 in {place}, so it is taken for the label; else give --label"
 
 
+def _is_log(log: Log) -> bool:
+    """Whether the table has labels, or times and users, but not with one row for each user."""
+    if log.name == "impressions" or not {"timestamp", "user"} <= log.ours.keys():
+        return log.name == "impressions"
+    return "item" in log.ours or log.table.columns[log.ours["user"]].num_different < log.table.rows
+
+
+def _events_of(table: TableProfile) -> dict[str, Any] | None:
+    """Find a small column of texts that says which rows show something, and which label that; None where none does."""
+    for column in table.columns.values():
+        if column.content != "text" or column.depth or not 2 <= column.num_different <= MOST_EVENTS:
+            continue
+        values = column.examples(MOST_EVENTS)
+        kinds = {
+            kind: [each for each in values if re.fullmatch(words, each.strip(), re.IGNORECASE)]
+            for kind, words in EVENTS.items()
+        }
+        clicked = kinds["clicked"] or kinds["bought"]
+        if kinds["shown"] and clicked:
+            return {"column": column.name, "value": _one_or_all(kinds["shown"]), "clicked": _one_or_all(clicked)}
+    return None
+
+
+def _one_or_all(values: list[str]) -> Any:
+    return values[0] if len(values) == 1 else values
+
+
+def _join_of(place: str, table: TableProfile, logs: Sequence[Log]) -> JoinedTable | None:
+    """Find the ids by which a table joins the logs: a column of different values, of which a log has most of its own.
+
+    Where several are, the names of columns and of the table decide. None where there is none.
+    """
+    found = []
+    for log, by in ((log, by) for log in logs for by in ("item", "user") if by in log.ours):
+        theirs, fits = log.ours[by], re.compile(SYNONYMS[by], re.IGNORECASE).fullmatch
+        ids = log.table.columns[theirs].different.cast(pa.large_string())
+        for column in table.columns.values():
+            if column.content not in ("integer", "text") or column.nulls or column.num_different < table.rows:
+                continue
+            share = pc.mean(pc.is_in(ids, value_set=column.different.cast(pa.large_string()))).as_py()
+            if share is not None and share >= LEAST_FOUND[table.complete]:
+                is_named = fits(re.split(r"[s.]*\.|s$", place)[0]) is not None
+                found.append((column.name == theirs, fits(column.name) is not None, is_named, share, by, column.name))
+    if not found:
+        return None
+    *_, by, name = max(found)
+    columns = {each.name: each for each in table.columns.values() if each.name != name}
+    unused = tuple(
+        each.name
+        for each in columns.values()
+        if each.content in ("integer", "text") and each.num_different == table.rows > 1 and not _is_image(each)
+    )
+    return JoinedTable(by, place, name, {key: each for key, each in columns.items() if key not in unused}, unused)
+
+
+def _is_image(column: Column) -> bool:
+    return bool(re.fullmatch(SYNONYMS["image"], column.name, re.IGNORECASE)) or _has_image_names(column)
+
+
+def _with_joins(log: Log, joins: Sequence[JoinedTable]) -> Log:
+    """Add to a log the columns of joined tables that it lacks."""
+    for join in joins if log.name == "impressions" else [join for join in joins if join.by == "item"]:
+        more = {name: column for name, column in join.more.items() if name not in log.table.columns}
+        matched = _match(TableProfile(more), log.name, None) if join.by == "item" else {}
+        ours = {name: column for name, column in matched.items() if name in ("image", "category")} | dict(log.ours)
+        table = dataclasses.replace(log.table, columns=log.table.columns | more)
+        of_user = frozenset([*log.of_user, *(more if join.by == "user" else ())])
+        log = dataclasses.replace(log, table=table, ours=ours, of_user=of_user)
+    return dataclasses.replace(log, joins=tuple(joins))
+
+
 def render_mapping(logs: list[Log], where: str, folder: str, file: str) -> str:
     """Write the mapping of `where` as YAML into `file`, with the findings as comments; `folder` is the job's --logs."""
     lines = [
@@ -313,7 +420,7 @@ def render_mapping(logs: list[Log], where: str, folder: str, file: str) -> str:
         "# samples, tables of IDs with them.",
         *(f"# {log.guessed}" for log in logs if log.guessed),
         *(
-            f"# not used: {place}, which has no times or no users; join its columns to the logs"
+            f"# not used: {place}, which has no times or no users, and no column with a value for each item or user"
             for place in logs[0].others
         ),
     ]
@@ -321,12 +428,19 @@ def render_mapping(logs: list[Log], where: str, folder: str, file: str) -> str:
         lines.append("# There is no table of impressions here: no column is known as their label; name it by --label.")
     if formats := {line.partition("  #")[0]: line for log in reversed(logs) for line in log.time_formats}:
         lines += ["", *formats.values()]
+    if logs[0].joins:
+        lines += ["", "join:  # columns that a log lacks are taken from these tables, by its items or users"]
+    for join in logs[0].joins:
+        unused = f"  # not used: {', '.join(join.unused)}, with another value in each row" if join.unused else ""
+        lines.append(f"  {yaml_line(join.by, {'files': join.files, 'column': join.column})}{unused}")
     for log in logs:
         lines += [
             "",
             f"{log.name}:  # {'' if log.table.complete else 'the first '}{log.table.rows:,} rows",
             f"  {yaml_line('files', log.files)}",
         ]
+        if log.where is not None:
+            lines.append(f"  {yaml_line('where', log.where)}  # within_s: 1800, from one of these to its click")
         lines += ["  columns:", *_columns(log)]
         if log.name == "impressions":
             for side in ("user", "ad"):
@@ -387,15 +501,24 @@ def _separator(column: Column) -> str | None:
     return None
 
 
-def _log(storage: Storage, place: str, paths: list[str], table: TableProfile, label: str | None) -> Log:
-    log = "behaviors" if label is None else "impressions"
+def _log(
+    storage: Storage,
+    place: str,
+    paths: list[str],
+    table: TableProfile,
+    label: str | None,
+    where: Mapping[str, Any] | None,
+) -> Log:
+    log = "behaviors" if label is None and where is None else "impressions"
+    if where is not None:
+        table = dataclasses.replace(table, columns={k: v for k, v in table.columns.items() if k != where["column"]})
     ours = _match(table, log, label)
     of_user = set()
-    if label is not None and "user" in ours:
+    if log == "impressions" and "user" in ours:
         first = next(iter(read_tables(storage, paths[0], USER_ROWS)))
         of_user = _of_user(first, ours["user"], {*table.columns} - set(ours.values()))
     formats = _time_formats(table.columns[ours["timestamp"]]) if "timestamp" in ours else []
-    return Log(log, place, table, ours, frozenset(of_user), tuple(formats))
+    return Log(log, place, table, ours, frozenset(of_user), tuple(formats), where=where)
 
 
 def _time_formats(column: Column) -> list[str]:
@@ -434,6 +557,8 @@ def _of_user(first: pa.Table, user: str, further: set[str]) -> set[str]:
 def _columns(log: Log) -> list[str]:
     lines = []
     for name in OF_LOG[log.name]:
+        if name == "label" and log.where is not None:
+            continue
         if name in log.ours:
             lines.append(f"    {yaml_line(name, log.ours[name])}  # {column_note(log.table.columns[log.ours[name]])}")
         elif name == "image":
@@ -453,6 +578,8 @@ def _extras(log: Log, side: str, shown: Log | None = None) -> list[str]:
         if name not in log.ours.values() and (name in log.of_user) == (side == "user")
     ]
     kinds = {column.name: _kind_of(column) for column in further if shown is None or column.name in shown.table.columns}
+    if shown is not None:  # fields read ids of behaviours, and no lists or numbers
+        kinds = {name: kind for name, kind in kinds.items() if kind == "id"}
     usable = [column for column in further if kinds.get(column.name)]
     lines = [f"  {side}:"] if usable else []
     lines += [f"    {yaml_line(each.name, kinds[each.name])}  # {column_note(each)}" for each in usable]
@@ -536,15 +663,23 @@ def sample_files(storage: Storage) -> list[str]:
 
 
 def inspect_samples(
-    storage: Storage, label: str, group: str, most_rows: int, counted: Mapping[str, DistinctCount] | None = None
+    storage: Storage,
+    label: str,
+    group: str,
+    most_rows: int,
+    counted: Mapping[str, DistinctCount] | None = None,
+    may_lack: Collection[str] = (),
 ) -> tuple[Schema, Suggestion]:
     """Suggest a schema that fits sample files from at most `most_rows` groups.
 
-    `counted`: by column, the different values of all groups. Raises SchemaError, DataError.
+    `counted`: by column, the different values of all groups. `may_lack`: columns of numbers of which other rows may
+    have none. Raises SchemaError, DataError.
     """
     table = look(storage, sample_files(storage), label, most_rows)
     for name, count in (counted or {}).items():
         table.columns[name].counted = count
+    for name in may_lack:
+        table.columns[name].may_lack = True
     roles: tuple[tuple[str, int, str, tuple[Content, ...]], ...] = (
         (label, 1, "a list of 0 and 1 in each group", ("integer",)),
         (group, 0, "one whole number or text a group", ("integer", "text")),
@@ -577,7 +712,7 @@ def suggest(table: TableProfile, label: str) -> Suggestion:
             made.left_out[column.name] = reason
         elif column.content == "real":
             width = column.longest if column.depth > (side == "ad") else None
-            fill = "mean" if column.missing else None
+            fill = "mean" if column.missing or column.may_lack else None
             made.add(column, side=side, kind="dense", width=width, transform=_transform(column), fill=fill)
         else:
             _add_ids(made, column, side)
