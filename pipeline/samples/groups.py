@@ -29,7 +29,7 @@ from pipeline.errors import SampleError
 from pipeline.samples.logs import BEHAVIORS, CLICK, IMPRESSIONS, MICROSECONDS, NAMES, Columns, LogPiece, read_piece
 from pipeline.samples.mapping import CLICKED_AT, TableLayout
 from trainer.schema.fields import DistinctCount
-from trainer.schema.suggest import is_list
+from trainer.schema.profile import is_list
 
 Int64Array = npt.NDArray[np.int64]
 

@@ -44,7 +44,7 @@ from pipeline.samples.mapping import (
     read_csv,
     unit_of,
 )
-from trainer.schema.suggest import inner_type
+from trainer.schema.profile import inner_type
 
 IMPRESSIONS = "impressions"
 BEHAVIORS = "behaviors"
