@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from distributed import Client
@@ -38,7 +38,7 @@ from pipeline.samples.groups import (
     group_bucket,
     plan_files,
     shuffle_pieces,
-    write_file,
+    write_files,
     write_names,
     write_quarantine,
 )
@@ -55,6 +55,8 @@ from pipeline.samples.mapping import TableLayout, load_mapping, names_in
 from pipeline.samples.publish import MARK, QUARANTINE_FILE, replaced_files
 from trainer.schema.fields import IMAGES_FILE, SCHEMA_FILE, SETTINGS_FILE, DistinctCount, Schema, settings_text
 from trainer.schema.suggest import inspect_samples, render_schema
+
+Part = TypeVar("Part")
 
 DAY_S = 86_400
 BUCKET_ROWS = 250_000  # of both logs; some hundred MB with long lists of behaviours
@@ -203,7 +205,8 @@ def shuffle(
     logs, tasks = [], []
     for log in dict.fromkeys(piece.log for piece in pieces):
         first = 0
-        for together in _tasks_of([piece for piece in pieces if piece.log == log], threads):
+        of_log = [piece for piece in pieces if piece.log == log]
+        for together in _together(of_log, [piece.num_rows for piece in of_log], threads, PIECE_ROWS):
             logs.append(log)
             tasks.append((together, first, folder, num_buckets, options.min_dwell_s, latest_s, compress))
             first += len(together)
@@ -218,19 +221,19 @@ def latest_of(options: SampleOptions) -> int:
     return int(time.time()) + DAY_S if options.latest_s is None else options.latest_s
 
 
-def _tasks_of(pieces: Sequence[LogPiece], threads: int) -> list[list[LogPiece]]:
-    """Put neighbouring small pieces together, up to PIECE_ROWS: a task costs what tens of thousands of rows do.
+def _together(parts: Sequence[Part], sizes: Sequence[int], threads: int, most: int) -> list[list[Part]]:
+    """Put neighbouring small parts into tasks, up to `most` rows: a task costs what tens of thousands of rows do.
 
-    Every thread gets `TASKS_PER_THREAD` or so, if there are as many pieces."""
-    most = min(PIECE_ROWS, sum(piece.num_rows for piece in pieces) // (TASKS_PER_THREAD * threads))
-    tasks: list[list[LogPiece]] = []
+    Every thread gets `TASKS_PER_THREAD` or so, if there are as many parts."""
+    most = min(most, sum(sizes) // (TASKS_PER_THREAD * threads))
+    tasks: list[list[Part]] = []
     room = 0
-    for piece in pieces:
-        if not tasks or piece.num_rows > room:
+    for part, size in zip(parts, sizes, strict=True):
+        if not tasks or size > room:
             tasks.append([])
             room = most
-        tasks[-1].append(piece)
-        room -= piece.num_rows
+        tasks[-1].append(part)
+        room -= size
     return tasks
 
 
@@ -316,15 +319,19 @@ def write(
     client: Client, grouped: Sequence[GroupedBucket], plans: Sequence[FilePlan], folder: Path
 ) -> list[WrittenFile]:
     """Write the planned files of samples below `folder`."""
-    tasks = []
+    calls, sizes = [], []
     for plan in plans:
         hours = set(plan.hours)
         found = {
             part.path: [part.batch_of_hour[hour] for hour in hours & part.batch_of_hour.keys()] for part in grouped
         }
-        parts = {path: batches for path, batches in found.items() if batches}
-        tasks.append((plan, parts, str(folder.absolute())))
-    return run_all(client, "write samples", write_file, tasks, FEWER_ROWS)
+        calls.append((plan, {path: batches for path, batches in found.items() if batches}))
+        sizes.append(sum(part.groups_of_hour.get(hour, 0) for part in grouped for hour in hours))
+    tasks = _together(calls, sizes, num_threads(client), LEAST_BUCKET_ROWS)
+    written = run_all(
+        client, "write samples", write_files, [(task, str(folder.absolute())) for task in tasks], FEWER_ROWS
+    )
+    return list(itertools.chain.from_iterable(written))
 
 
 def summarise(

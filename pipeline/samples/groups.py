@@ -610,6 +610,11 @@ def name_of_day(day: int) -> str:
     return f"{datetime.fromtimestamp(day * HOURS_PER_DAY * HOUR_S, UTC):%Y-%m-%d}"
 
 
+def write_files(calls: Sequence[tuple[FilePlan, Mapping[str, Sequence[int]]]], folder: str) -> list[WrittenFile]:
+    """Write files one after the other."""
+    return [write_file(plan, parts, folder) for plan, parts in calls]
+
+
 def write_file(plan: FilePlan, parts: Mapping[str, Sequence[int]], folder: str) -> WrittenFile:
     """Write one file of samples from batches of the files of group_bucket, sorted by time, user and session."""
     batches = [batch for path, indices in parts.items() for batch in read_batches(path, indices)]
