@@ -50,9 +50,9 @@ def summary_text(summary: dict[str, Any]) -> str:
     new = summary["new_ads"]
     lines = [
         f"impressions  {shown['kept']:,} of {shown['rows']:,} kept, {shown['without_image']:,} without an image; "
-        f"{shown['duplicates']:,} duplicates, {_bad(shown)}",
+        f"{shown['duplicates']:,} duplicates, {_bad(shown)}{_further(shown)}",
         f"behaviours   {done['used']:,} of {done['rows']:,} used; {done['unused']:,} in no window, "
-        f"{done['short_dwell']:,} too short, {done['duplicates']:,} duplicates, {_bad(done)}",
+        f"{done['short_dwell']:,} too short, {done['duplicates']:,} duplicates, {_bad(done)}{_further(done)}",
         f"groups       {summary['groups']:,} of {summary['users']:,} users, with "
         f"{summary['behaviors_in_groups'] / summary['groups']:.1f} behaviours each; "
         f"{summary['groups_without_behaviors']:,} without",
@@ -68,6 +68,17 @@ def _bad(log: dict[str, Any]) -> str:
 
     reasons = bad_reasons(log["quarantined"], log["examples"])
     return f"{sum(log['quarantined'].values()):,} quarantined" + (f" ({reasons})" if reasons else "")
+
+
+def _further(log: dict[str, Any]) -> str:
+    """Say what joined tables and tables of events did not have, where there are any."""
+    texts = []
+    if clicks := log.get("clicks"):
+        texts.append(f"{clicks:,} clicks, {log['clicks_without_impression']:,} of them without an impression before")
+    texts += [f"{count:,} rows without their {by} in its table" for by, count in log["lacking"].items() if count]
+    if others := log["other_events"]:
+        texts.append(f"other events: {', '.join(f'{count:,} {name}' for name, count in others.items())}")
+    return "".join(f"; {text}" for text in texts)
 
 
 def _split(name: str, split: dict[str, Any]) -> str:

@@ -245,6 +245,15 @@ class SampleOptions:
     ] = 5
     max_behaviors: Annotated[int, typer.Option(min=1, max=MOST_BEHAVIORS, help="The newest of a group.")] = 50
     test_days: Annotated[int, typer.Option(min=0, max=LONGEST_DAYS, help="Last days, for testing.")] = 1
+    test_from: Annotated[
+        str | None, typer.Option(help="First day for testing, as 2026-03-20, in place of --test-days.")
+    ] = None
+    test_share: Annotated[
+        float | None,
+        typer.Option(
+            min=0.001, max=0.999, help="Share of the newest groups for testing, in whole days, in place of --test-days."
+        ),
+    ] = None
     user_columns: Annotated[
         str | None,
         typer.Option(help="Columns of users to keep, with commas.", show_default="user_age and user_gender if there"),

@@ -37,7 +37,8 @@ from pipeline.samples.mapping import names_in
 from pipeline.samples.publish import MARK, QUARANTINE_FILE, SPLITS, FolderContent, replaced_files, replaced_folder
 from trainer.schema import Field, Kind, Schema
 from trainer.schema.fields import schema_text, table_rows
-from trainer.schema.suggest import WEIGHT_SUFFIX, Column, look, num_ids, sample_files
+from trainer.schema.profile import Column, look
+from trainer.schema.suggest import WEIGHT_SUFFIX, num_ids, sample_files
 
 RESERVED = ("user", "label", "skey", "gkey", "timestamp", "ad_timestamp")
 TEXT_FILE, IMAGE_FOLDER = "data.txt", "imgs"

@@ -9,12 +9,12 @@ Each file of a day is, byte for byte, what building all samples anew would write
 import contextlib
 import dataclasses
 import functools
+import itertools
 import re
 import shutil
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -41,6 +41,9 @@ from pipeline.samples.build import (
     SHUFFLE_FOLDER,
     LogTables,
     check_train,
+    day_of,
+    days_of,
+    find_test_day,
     group,
     latest_of,
     num_buckets,
@@ -59,6 +62,7 @@ from pipeline.samples.groups import (
     columns_of_groups,
     name_of_day,
     plan_files,
+    split_of,
     take_groups,
     write_names,
     write_quarantine,
@@ -102,7 +106,7 @@ def add_days(options: SampleOptions, client: Client) -> dict[str, Any]:
 
     Logs are read as the samples were made: an option that says otherwise raises SampleOptionError. Days without
     impressions raise SampleError; with `since` there may be nothing to do. The other files stay as they are, so a
-    trainer that reads them continues; the last `test_days` days are for testing as ever, so a day may move to train.
+    trainer that reads them continues; which days are for testing is as ever, so a day may move to train.
     Columns of the logs, schema and settings stay those of the samples.
     """
     with contextlib.suppress(_NothingMissingError):  # the folder that is made aside is not to take its place then
@@ -133,39 +137,31 @@ def _add_days(options: SampleOptions, client: Client) -> dict[str, Any]:
         groups_of_hour: Counter[int] = Counter()
         for part in made.grouped:
             groups_of_hour.update({h: n for h, n in part.groups_of_hour.items() if h // HOURS_PER_DAY in made.days})
-        last_day = max({hour // HOURS_PER_DAY for hour in groups_of_hour} | there.keys() - made.days)
-        plans = plan_files(groups_of_hour, options.test_days, options.groups_per_file, last_day)
-        first_test_day = last_day - options.test_days + 1
-        kept = {day: "test" if day >= first_test_day else "train" for day in there if day not in made.days}
-        check_train([*plans, *(FilePlan("", 0, split, ()) for split in kept.values())], options.test_days)
+        kept = {day: files for day, files in there.items() if day not in made.days}
+        groups_of_file = _groups_of_file(before, recorded, kept)
+        of_kept = {day: sum(groups_of_file[_name(file)] for file in files) for day, files in kept.items()}
+        first_test_day = find_test_day(options, days_of(groups_of_hour) | of_kept)
+        plans = plan_files(groups_of_hour, first_test_day, options.groups_per_file)
+        check_train([*(plan.split for plan in plans), *(split_of(day, first_test_day) for day in kept)])
         for split in SPLITS:
             (folder / split).mkdir()
-        for day, split in kept.items():
-            for file in there[day]:
-                new.keep(f"{split}/{_name(file)}", file)
+        for day, files in kept.items():
+            for file in files:
+                new.keep(f"{split_of(day, first_test_day)}/{_name(file)}", file)
         written = write(client, made.grouped, plans, folder)
         _check_same_columns(new, plans)
         _keep_the_rest(new, made.shuffled)
         shutil.rmtree(scratch)
         days = sorted(name_of_day(day) for day in made.days)
         added = sorted({*recorded.get("added_days", []), *days})
-        groups = {part.plan.name: part.num_groups for part in written}
-        write_json(folder / MARK, recorded | _counts(new, recorded, groups) | {"new_ads": None, "added_days": added})
+        groups_of_file |= {part.plan.name: part.num_groups for part in written}
+        write_json(folder / MARK, recorded | _counts(new, groups_of_file) | {"new_ads": None, "added_days": added})
     return {
         "days": days,
         "groups": sum(part.num_groups for part in written),
         "impressions": sum(part.num_impressions for part in written),
         "samples": options.samples,
     }
-
-
-def day_of(text: str, option: str) -> int:
-    """Parse a day as 2026-03-20 into days since 1970. Raises SampleOptionError."""
-    try:
-        moment = datetime.strptime(text.strip(), "%Y-%m-%d").replace(tzinfo=UTC)
-    except ValueError:
-        raise SampleOptionError(f"{option} {text}: write days as 2026-03-20, with commas between them") from None
-    return int(moment.timestamp()) // DAY_S
 
 
 def _asked(options: SampleOptions) -> "set[int] | int":
@@ -260,7 +256,7 @@ def _made_groups(
     """
     known, first = set(samples.files_of_day), min(asked)
     low, high = first - 1, max(asked) + 2  # groups may continue over midnight
-    pause_us = tables.options.midnight_pause_s * MICROSECONDS
+    reach_us = rules_of(tables.options, tables.layouts[IMPRESSIONS]).reach_us
     while True:
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir()
@@ -270,7 +266,7 @@ def _made_groups(
             for day, moment in part.latest_of_day.items():
                 latest[day] = max(moment, latest.get(day, 0))
         days = latest.keys() & asked
-        # Groups of an earlier day that continue in one that is asked for have rows of it.
+        # Groups of an earlier day that continue, or are clicked, in one that is asked for have rows of it.
         reached = {day: asked & set(range(day + 1, moment // DAY + 1)) for day, moment in latest.items()}
         lengthened = {day for day, each in reached.items() if each}
         if not may_lack and (without := asked - days - set().union(*reached.values())):
@@ -279,7 +275,7 @@ def _made_groups(
         days |= lengthened & known
         # Late rows may have taken groups of a later day into theirs.
         days |= {each for day in days for each in range(day + 1, latest[day] // DAY + 1)} & known
-        if any(latest.get(day, 0) + pause_us >= high * DAY for day in days):
+        if any(latest.get(day, 0) + reach_us >= high * DAY for day in days):
             high += 1
         elif min(lengthened, default=low) < low:
             low -= 1
@@ -293,11 +289,11 @@ def _grouped(
     """Make the groups of a span of days; return them, the groups that are kept, and what became of the logs.
 
     Made are those of the impressions from day `first` to before day `high` of a span (low, first, high), and, of users
-    that have impressions within a pause of day `first`, those from a pause before day `low` on. Kept are those that the
+    that have rows so early on day `first` that they may be of sessions, or clicks on impressions, of the day before,
+    those from day `low` on, and what reaches into it. Kept are those that the
     samples have of the other users on days from `low` to before `first`."""
     options, (low, first, high) = tables.options, span
-    rules = rules_of(options)
-    pause_us = rules.midnight_pause_s * MICROSECONDS
+    rules = rules_of(options, tables.layouts[IMPRESSIONS])
     impressions = tables.pieces(IMPRESSIONS, WantedRows(first * DAY, high * DAY))
     if not impressions:
         return [], [], []
@@ -306,7 +302,7 @@ def _grouped(
     buckets = num_buckets(options.partitions, impressions, client)
     if options.partitions is None:  # few of the behaviours are of these users, but all may be
         buckets = max(buckets, sum(piece.num_rows for piece in behaviors) // (4 * BUCKET_ROWS))
-    early_us = first * DAY + pause_us
+    early_us = first * DAY + rules.reach_us
     calls = [(piece, early_us, latest_of(options)) for piece in impressions]
     if sum(piece.num_rows for piece in impressions) <= BUCKET_ROWS:  # here, before the cluster has heard of it
         found = [users_of(*call) for call in calls]
@@ -315,7 +311,7 @@ def _grouped(
     users = _save_users(scratch / "users.npy", [each for each, _ in found])
     early_users = _save_users(scratch / "early.npy", [early for _, early in found])
     is_early = any(len(early) for _, early in found)
-    wanted = WantedRows(low * DAY - pause_us, first * DAY, early_users)
+    wanted = WantedRows(low * DAY - rules.reach_us, first * DAY, early_users)
     before = tables.pieces(IMPRESSIONS, wanted) if is_early else []
     of_users = dataclasses.replace(history, users_path=users)
     behaviors = [dataclasses.replace(piece, wanted=of_users) for piece in behaviors]
@@ -379,23 +375,28 @@ def _keep_the_rest(new: NewFiles, shuffled: Sequence[ShuffledPiece]) -> None:
         pq.write_table(pa.Table.from_pylist(list(rows.values()), schema=QUARANTINE), path)
 
 
-def _counts(new: NewFiles, recorded: Mapping[str, Any], written: Mapping[str, int]) -> dict[str, Any]:
-    """Count the samples of each split; what a file's number of groups does not show is left out.
+def _groups_of_file(
+    before: Storage, recorded: Mapping[str, Any], files_of_day: Mapping[int, Sequence[str]]
+) -> dict[str, int]:
+    """Count the groups of each file; footers are read only of files that the summary does not name."""
+    known, found = recorded.get("groups_of_file", {}), {}
+    for file in itertools.chain.from_iterable(files_of_day.values()):
+        if (name := _name(file)) in known:
+            found[name] = known[name]
+            continue
+        with before.open_input(file) as opened:
+            found[name] = pq.read_metadata(opened).num_rows
+    return found
 
-    `written`: groups of the new files by name. Footers are read only of files that the summary does not name.
-    """
-    known = recorded.get("groups_of_file", {}) | written
-    files = {split: [path.name for path in (new.folder / split).iterdir()] for split in SPLITS}
-    for name, name_before in new.kept.items():
-        split, _, last = name.rpartition("/")
-        if split in files:
-            files[split].append(last)
-            if last not in known:
-                with new.before.open_input(name_before) as opened:
-                    known[last] = pq.read_metadata(opened).num_rows
-    found: dict[str, Any] = {
-        "groups_of_file": {name: known[name] for name in sorted(name for names in files.values() for name in names)}
+
+def _counts(new: NewFiles, groups_of_file: Mapping[str, int]) -> dict[str, Any]:
+    """Count the samples of each split; what a file's number of groups does not show is left out."""
+    files = {
+        split: [path.name for path in (new.folder / split).iterdir()]
+        + [_name(file) for file in new.kept if file.startswith(f"{split}/")]
+        for split in SPLITS
     }
+    found: dict[str, Any] = {"groups_of_file": dict(sorted(groups_of_file.items()))}
     for split, names in files.items():
         days = sorted({name[4:14] for name in names})
         found[split] = {
@@ -403,6 +404,6 @@ def _counts(new: NewFiles, recorded: Mapping[str, Any], written: Mapping[str, in
             "last_day": days[-1] if days else None,
             "days": len(days),
             "files": len(names),
-            "groups": sum(known[name] for name in names),
+            "groups": sum(groups_of_file[name] for name in names),
         }
     return found

@@ -7,14 +7,16 @@ next to the samples, which takes their place in the end (publish).
 
 import dataclasses
 import functools
+import itertools
 import math
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from distributed import Client
@@ -26,6 +28,7 @@ from pipeline.errors import SampleError, SampleOptionError
 from pipeline.options import SampleOptions
 from pipeline.samples.groups import (
     FORMAT,
+    HOURS_PER_DAY,
     FilePlan,
     GroupedBucket,
     GroupRules,
@@ -35,15 +38,25 @@ from pipeline.samples.groups import (
     group_bucket,
     plan_files,
     shuffle_pieces,
-    write_file,
+    write_files,
     write_names,
     write_quarantine,
 )
-from pipeline.samples.logs import BEHAVIORS, IMPRESSIONS, PIECE_ROWS, LogPiece, WantedRows, find_pieces
+from pipeline.samples.logs import (
+    BEHAVIORS,
+    IMPRESSIONS,
+    PIECE_ROWS,
+    LogPiece,
+    WantedRows,
+    find_pieces,
+    with_joined_rows,
+)
 from pipeline.samples.mapping import TableLayout, load_mapping, names_in
 from pipeline.samples.publish import MARK, QUARANTINE_FILE, replaced_files
 from trainer.schema.fields import IMAGES_FILE, SCHEMA_FILE, SETTINGS_FILE, DistinctCount, Schema, settings_text
 from trainer.schema.suggest import inspect_samples, render_schema
+
+Part = TypeVar("Part")
 
 DAY_S = 86_400
 BUCKET_ROWS = 250_000  # of both logs; some hundred MB with long lists of behaviours
@@ -86,12 +99,15 @@ def build_samples(options: SampleOptions, client: Client) -> dict[str, Any]:
         _check_rows_left(options.logs, shown)
         grouped = group(client, (len(shown), len(done)), scratch, buckets, options, layout)
         groups_of_hour = sum((Counter(part.groups_of_hour) for part in grouped), Counter[int]())
-        plans = plan_files(groups_of_hour, options.test_days, options.groups_per_file)
-        check_train(plans, options.test_days)
+        if not groups_of_hour:
+            raise _no_rows(options.logs, shown)
+        first_test_day = find_test_day(options, days_of(groups_of_hour))
+        plans = plan_files(groups_of_hour, first_test_day, options.groups_per_file)
+        check_train([plan.split for plan in plans])
         written = write(client, grouped, plans, folder)
         shutil.rmtree(scratch)
         if options.mapping:
-            write_suggested(folder, options.samples, written)
+            write_suggested(folder, options.samples, written, tables.may_lack)
         recorded = dataclasses.asdict(options) | {"user_columns": layout.user_columns}
         summary = summarise(recorded, shown, done, grouped, written)
         write_json(folder / MARK, summary)
@@ -120,6 +136,17 @@ class LogTables:
             self.layouts[log] = pieces[0].layout
         return pieces
 
+    @property
+    def may_lack(self) -> set[str]:
+        """Name the columns of numbers in samples that come from joined tables, which may lack a row's item or user."""
+        names = set()
+        for log, layout in self.layouts.items():
+            kinds = layout.read_kinds if layout else {}
+            users, of_ads = layout.user_columns if layout else (), "ad_" if log == IMPRESSIONS else "behavior_"
+            numbers = {name for name, kind in kinds.items() if kind == "measure"}
+            names |= {name if name in users else of_ads + name for name in numbers}
+        return names
+
 
 def open_tables(options: SampleOptions) -> LogTables:
     """Read what `options` say of the logs. Raises SampleOptionError."""
@@ -133,12 +160,18 @@ def open_tables(options: SampleOptions) -> LogTables:
 
 def _check_rows_left(logs: str, shown: Sequence[ShuffledPiece]) -> None:
     if not any(part.num_rows for part in shown):
-        raise SampleError(f"{logs}: the impressions have not one row")
+        raise _no_rows(logs, shown)
     reasons = sum((part.quarantined for part in shown), Counter[str]())
     if reasons.total() == sum(part.num_rows for part in shown):
         listed = bad_reasons(dict(reasons.most_common(3)), examples_of(shown))
         hint = f"; {HOW_TIMES}" if any(reason.startswith("timestamp") for reason in reasons) else ""
         raise SampleError(f"{logs}, {IMPRESSIONS}: all {reasons.total():,} rows are bad ({listed}){hint}")
+
+
+def _no_rows(logs: str, shown: Sequence[ShuffledPiece]) -> SampleError:
+    events = sum((part.other_events for part in shown), Counter[str]())
+    there = f" with a value of where; other events are {', '.join(events)}" if events else ""
+    return SampleError(f"{logs}: the impressions have not one row{there}")
 
 
 def num_buckets(asked: int | None, pieces: Sequence[LogPiece], client: Client) -> int:
@@ -168,10 +201,12 @@ def shuffle(
 ) -> dict[str, list[ShuffledPiece]]:
     """Write the rows of logs by bucket of users into `scratch`; return each log's pieces, in their order."""
     folder, threads, latest_s = str(scratch.absolute()), num_threads(client), latest_of(options)
+    pieces = with_joined_rows(pieces, scratch)
     logs, tasks = [], []
     for log in dict.fromkeys(piece.log for piece in pieces):
         first = 0
-        for together in _tasks_of([piece for piece in pieces if piece.log == log], threads):
+        of_log = [piece for piece in pieces if piece.log == log]
+        for together in _together(of_log, [piece.num_rows for piece in of_log], threads, PIECE_ROWS):
             logs.append(log)
             tasks.append((together, first, folder, num_buckets, options.min_dwell_s, latest_s, compress))
             first += len(together)
@@ -186,19 +221,19 @@ def latest_of(options: SampleOptions) -> int:
     return int(time.time()) + DAY_S if options.latest_s is None else options.latest_s
 
 
-def _tasks_of(pieces: Sequence[LogPiece], threads: int) -> list[list[LogPiece]]:
-    """Put neighbouring small pieces together, up to PIECE_ROWS: a task costs what tens of thousands of rows do.
+def _together(parts: Sequence[Part], sizes: Sequence[int], threads: int, most: int) -> list[list[Part]]:
+    """Put neighbouring small parts into tasks, up to `most` rows: a task costs what tens of thousands of rows do.
 
-    Every thread gets `TASKS_PER_THREAD` or so, if there are as many pieces."""
-    most = min(PIECE_ROWS, sum(piece.num_rows for piece in pieces) // (TASKS_PER_THREAD * threads))
-    tasks: list[list[LogPiece]] = []
+    Every thread gets `TASKS_PER_THREAD` or so, if there are as many parts."""
+    most = min(most, sum(sizes) // (TASKS_PER_THREAD * threads))
+    tasks: list[list[Part]] = []
     room = 0
-    for piece in pieces:
-        if not tasks or piece.num_rows > room:
+    for part, size in zip(parts, sizes, strict=True):
+        if not tasks or size > room:
             tasks.append([])
             room = most
-        tasks[-1].append(piece)
-        room -= piece.num_rows
+        tasks[-1].append(part)
+        room -= size
     return tasks
 
 
@@ -213,7 +248,7 @@ def group(
     compress: bool = True,
 ) -> list[GroupedBucket]:
     """Make the groups of every bucket, and get the `others` meanwhile, which come last."""
-    folder, rules = str(scratch.absolute()), rules_of(options)
+    folder, rules = str(scratch.absolute()), rules_of(options, layout)
     mine = [
         functools.partial(
             group_bucket, bucket, folder, num_pieces, rules, layout.user_columns, layout.ad_columns, compress
@@ -223,19 +258,60 @@ def group(
     return run_all(client, "make groups", get_groups, [(each,) for each in (*mine, *others)], FEWER_ROWS)
 
 
-def rules_of(options: SampleOptions) -> GroupRules:
-    """Say what belongs into a group."""
+def rules_of(options: SampleOptions, impressions: TableLayout | None) -> GroupRules:
+    """Say what belongs into a group, of impressions that are read so."""
+    where = impressions.where if impressions else None
     return GroupRules(
-        round(options.window_days * DAY_S), options.max_behaviors, options.midnight_pause_s, options.behavior_age
+        round(options.window_days * DAY_S),
+        options.max_behaviors,
+        options.midnight_pause_s,
+        options.behavior_age,
+        where.within_s if where and where.clicked else 0,
     )
 
 
-def check_train(plans: Sequence[FilePlan], test_days: int) -> None:
+def day_of(text: str, option: str) -> int:
+    """Parse a day as 2026-03-20 into days since 1970. Raises SampleOptionError."""
+    try:
+        moment = datetime.strptime(text.strip(), "%Y-%m-%d").replace(tzinfo=UTC)
+    except ValueError:
+        raise SampleOptionError(f"{option} {text}: write days as 2026-03-20, with commas between them") from None
+    return int(moment.timestamp()) // DAY_S
+
+
+def days_of(groups_of_hour: Mapping[int, int]) -> Counter[int]:
+    """Count the groups of each day, from those of each hour since 1970."""
+    groups_of_day: Counter[int] = Counter()
+    for hour, groups in groups_of_hour.items():
+        groups_of_day[hour // HOURS_PER_DAY] += groups
+    return groups_of_day
+
+
+def find_test_day(options: SampleOptions, groups_of_day: Mapping[int, int]) -> int:
+    """Find the first day for testing, in days since 1970: the options name it, or a number or share of the last ones.
+
+    Raises SampleOptionError where they say more than one.
+    """
+    asked = {"test_days": options.test_days, "test_from": options.test_from, "test_share": options.test_share}
+    given = [f"--{name.replace('_', '-')}" for name, value in asked.items() if value != getattr(SampleOptions, name)]
+    if len(given) > 1:
+        raise SampleOptionError(f"give one of {' and '.join(given)}")
+    if options.test_from is not None:
+        return day_of(options.test_from, "--test-from")
+    if options.test_share is None:
+        return max(groups_of_day) - options.test_days + 1
+    left = options.test_share * sum(groups_of_day.values())
+    newest_first = sorted(groups_of_day, reverse=True)
+    sums = itertools.accumulate(groups_of_day[day] for day in newest_first)
+    return next(day for day, groups in zip(newest_first, sums, strict=True) if groups >= left)
+
+
+def check_train(splits: Collection[str]) -> None:
     """Raise SampleError where nothing is left to train on."""
-    if all(plan.split == "test" for plan in plans):
+    if "train" not in splits:
         raise SampleError(
-            f"all impressions are in the last {test_days} days, which are for testing: nothing is left to "
-            "train on; give a longer log or a smaller --test-days"
+            "all impressions are on days for testing: nothing is left to train on; give a log of more days or, by "
+            "--test-days, --test-from or --test-share, fewer days for testing"
         )
 
 
@@ -243,15 +319,19 @@ def write(
     client: Client, grouped: Sequence[GroupedBucket], plans: Sequence[FilePlan], folder: Path
 ) -> list[WrittenFile]:
     """Write the planned files of samples below `folder`."""
-    tasks = []
+    calls, sizes = [], []
     for plan in plans:
         hours = set(plan.hours)
         found = {
             part.path: [part.batch_of_hour[hour] for hour in hours & part.batch_of_hour.keys()] for part in grouped
         }
-        parts = {path: batches for path, batches in found.items() if batches}
-        tasks.append((plan, parts, str(folder.absolute())))
-    return run_all(client, "write samples", write_file, tasks, FEWER_ROWS)
+        calls.append((plan, {path: batches for path, batches in found.items() if batches}))
+        sizes.append(sum(part.groups_of_hour.get(hour, 0) for part in grouped for hour in hours))
+    tasks = _together(calls, sizes, num_threads(client), LEAST_BUCKET_ROWS)
+    written = run_all(
+        client, "write samples", write_files, [(task, str(folder.absolute())) for task in tasks], FEWER_ROWS
+    )
+    return list(itertools.chain.from_iterable(written))
 
 
 def summarise(
@@ -264,13 +344,15 @@ def summarise(
     """Count what became of every row of the impressions (`shown`) and behaviours (`done`), and the samples.
 
     `rows` is the sum of the counts of its log from `kept` or `used` to `quarantined`; `examples` has a bad value for
-    each reason, and `without_image` counts good rows that name no image. `used` behaviours are in at least one group;
-    one can be in many, so `behaviors_in_groups` counts it again.
+    each reason, `without_image` counts good rows that name no image, `lacking` those whose item (or user) a joined
+    table lacks, and `other_events` rows of a table of events that are not of the log. `used` behaviours are in at least
+    one group; one can be in many, so `behaviors_in_groups` counts it again.
     """
     rows_shown, bad_shown = _rows(shown)
     rows_done, bad_done = _rows(done)
     num_short = sum(part.num_short for part in done)
     distinct_shown = sum(part.num_impressions for part in grouped)
+    clicks = sum(part.num_clicks for part in grouped)
     distinct_done, used = sum(part.num_behaviors for part in grouped), sum(part.num_used for part in grouped)
     return {
         "format": FORMAT,
@@ -278,10 +360,11 @@ def summarise(
         "impressions": {
             "rows": rows_shown,
             "kept": distinct_shown,
-            "duplicates": rows_shown - bad_shown.total() - distinct_shown,
+            "clicks": clicks,
+            "duplicates": rows_shown - bad_shown.total() - distinct_shown - clicks,
             "quarantined": dict(sorted(bad_shown.items())),
-            "examples": examples_of(shown),
-            "without_image": sum(part.num_without_image for part in shown),
+            **_further_counts(shown),
+            "clicks_without_impression": sum(part.num_unmatched for part in grouped),
         },
         "behaviors": {
             "rows": rows_done,
@@ -290,8 +373,7 @@ def summarise(
             "short_dwell": num_short,
             "duplicates": rows_done - bad_done.total() - num_short - distinct_done,
             "quarantined": dict(sorted(bad_done.items())),
-            "examples": examples_of(done),
-            "without_image": sum(part.num_without_image for part in done),
+            **_further_counts(done),
         },
         "users": sum(part.num_users for part in grouped),
         "groups": sum(part.num_groups for part in written),
@@ -321,6 +403,15 @@ def examples_of(parts: Sequence[ShuffledPiece]) -> dict[str, str]:
     for part in parts:
         found = {**part.examples, **found}
     return dict(sorted(found.items()))
+
+
+def _further_counts(parts: Sequence[ShuffledPiece]) -> dict[str, Any]:
+    return {
+        "examples": examples_of(parts),
+        "without_image": sum(part.num_without_image for part in parts),
+        "lacking": dict(sum((part.num_lacking for part in parts), Counter[str]())),
+        "other_events": dict(sum((part.other_events for part in parts), Counter[str]())),
+    }
 
 
 def _split(written: Sequence[WrittenFile], split: str) -> dict[str, Any]:
@@ -368,15 +459,18 @@ def _share(part: int, whole: int) -> float | None:
 LOOKED_AT = 200_000  # groups from which a schema is suggested
 
 
-def write_suggested(folder: Path, samples: str, written: Sequence[WrittenFile] = ()) -> None:
+def write_suggested(
+    folder: Path, samples: str, written: Sequence[WrittenFile] = (), may_lack: Collection[str] = ()
+) -> None:
     """Suggest a schema from the samples in `folder`, which will be at `samples`, and write it there.
 
-    `written`: files whose ids were all counted. Raises SchemaError.
+    `written`: files whose ids were all counted. `may_lack`: columns of numbers that later days may lack. Raises
+    SchemaError.
     """
     ids: dict[str, DistinctCount] = {}
     for part in written:
         ids |= {name: ids.get(name, DistinctCount()).merged(count) for name, count in part.ids.items()}
-    schema, made = inspect_samples(Storage(folder), "label", "user", LOOKED_AT, ids)
+    schema, made = inspect_samples(Storage(folder), "label", "user", LOOKED_AT, ids, may_lack)
     write_schema(folder, samples, schema, render_schema(schema, made, samples), made.tables)
 
 

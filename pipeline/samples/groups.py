@@ -26,10 +26,10 @@ from featurestore.errors import StorageError
 from featurestore.keys import NO_IMAGE, splitmix64
 from featurestore.storage.storage import Storage
 from pipeline.errors import SampleError
-from pipeline.samples.logs import BEHAVIORS, IMPRESSIONS, MICROSECONDS, NAMES, Columns, LogPiece, read_piece
-from pipeline.samples.mapping import TableLayout
+from pipeline.samples.logs import BEHAVIORS, CLICK, IMPRESSIONS, MICROSECONDS, NAMES, Columns, LogPiece, read_piece
+from pipeline.samples.mapping import CLICKED_AT, TableLayout
 from trainer.schema.fields import DistinctCount
-from trainer.schema.suggest import is_list
+from trainer.schema.profile import is_list
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -46,6 +46,13 @@ class GroupRules:
     max_behaviors: int
     midnight_pause_s: int
     behavior_age: bool = False
+    clicked_within_s: float = 0
+    """The longest time to the row that labels an impression, where labels are rows."""
+
+    @property
+    def reach_us(self) -> int:
+        """How far rows of the next day may reach into a day: by a session, or a click."""
+        return round(max(self.midnight_pause_s, self.clicked_within_s) * MICROSECONDS)
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,8 @@ class LogGroups:
     over_limit_G: Int64Array  # behaviours in the window beyond max_behaviors
     num_behaviors: int  # distinct ones
     num_used: int  # of them, in some group
+    num_clicks: int = 0  # rows that are clicks alone
+    num_unmatched: int = 0  # of them, without an impression before
 
 
 def make_groups(impressions: Columns, behaviors: Columns, rules: GroupRules) -> LogGroups:
@@ -70,6 +79,8 @@ def make_groups(impressions: Columns, behaviors: Columns, rules: GroupRules) -> 
     impression and at most `window_s` back, newest first, ties by larger item, image, category; at most
     `max_behaviors`. Rows that are equal (but for label and further columns) count once, as a click if one of them is.
     """
+    num_clicks = int(np.count_nonzero(impressions["label"] == CLICK))
+    impressions, num_unmatched = label_impressions(impressions, rules.clicked_within_s)
     impressions = distinct_impressions(impressions)
     further = tuple(sorted(behaviors.keys() - {*BEHAVIOR_ORDER}))
     behaviors = _distinct(behaviors, BEHAVIOR_ORDER, further)
@@ -94,7 +105,40 @@ def make_groups(impressions: Columns, behaviors: Columns, rules: GroupRules) -> 
         high_G - low_G - take_G,
         num_behaviors,
         _count_covered(high_G - take_G, high_G, num_behaviors),
+        num_clicks,
+        num_unmatched,
     )
+
+
+def label_impressions(rows: Columns, within_s: float) -> tuple[Columns, int]:
+    """Label impressions by the rows that are clicks alone, which go; count the clicks that label none.
+
+    A click labels the newest impressions of its user and item at or before it, at most `within_s` before it. CLICKED_AT
+    is the time of the last click of an impression, or its own. Rows whose labels are columns stay as they are.
+    """
+    if not within_s:
+        return rows, 0
+    keys = ("user", "item", "timestamp")
+    order_N = np.lexsort([rows["label"], *(rows[name] for name in reversed(keys))])  # clicks after what is shown then
+    is_click_N = rows["label"][order_N] == CLICK
+    # The moments of a user and an item that have impressions, from 0 on, and each row's newest: -1 before the first.
+    is_new_N = np.ones(len(order_N), np.bool_)
+    is_new_N[1:] = np.any([rows[name][order_N][1:] != rows[name][order_N][:-1] for name in keys], axis=0)
+    moment_N = np.cumsum(is_new_N & ~is_click_N) - 1
+    first_M = order_N[is_new_N & ~is_click_N]
+    clicks, newest_C = order_N[is_click_N], moment_N[is_click_N]
+    of_C = first_M[np.maximum(newest_C, 0)] if len(first_M) else clicks
+    waited_us_C = rows["timestamp"][clicks] - rows["timestamp"][of_C]
+    labels_C = (newest_C >= 0) & (waited_us_C <= within_s * MICROSECONDS)
+    for name in ("user", "item"):
+        labels_C &= rows[name][clicks] == rows[name][of_C]
+    clicked_us_M = np.full(len(first_M), -1)
+    np.maximum.at(clicked_us_M, newest_C[labels_C], rows["timestamp"][clicks][labels_C])
+    shown, moment_S = order_N[~is_click_N], moment_N[~is_click_N]
+    impressions = {name: values_N[shown] for name, values_N in rows.items()}
+    impressions["label"] = (clicked_us_M[moment_S] >= 0).astype(np.int64)
+    impressions[CLICKED_AT] = np.maximum(clicked_us_M[moment_S], impressions["timestamp"])
+    return impressions, int(np.count_nonzero(~labels_C))
 
 
 def distinct_impressions(impressions: Columns) -> Columns:
@@ -191,6 +235,8 @@ class ShuffledPiece:
     examples: Mapping[str, str]  # a bad value by reason
     num_without_image: int  # good rows
     names_path: str | None  # what its images are called
+    num_lacking: Counter[str]  # good rows whose item (or user) a joined table lacks, by that
+    other_events: Counter[str]  # rows of a table of events that are not of this log, by their first values
 
 
 def shuffle_pieces(
@@ -236,8 +282,10 @@ def shuffle_piece(
         Counter(rows.bad_reason),
         None if quarantine_path is None else str(quarantine_path),
         rows.examples,
-        int(np.count_nonzero(columns["image"] == NO_IMAGE)),
+        int(np.count_nonzero((columns["image"] == NO_IMAGE) & (columns.get("label", 0) != CLICK))),
         _write_names(path.with_suffix(".names"), rows.names, compress),
+        rows.num_lacking,
+        rows.other_events,
     )
 
 
@@ -369,8 +417,10 @@ class GroupedBucket:
     num_references: int = 0  # behaviours in groups
     num_over_limit: int = 0  # behaviours that did not fit into their group
     num_without: int = 0  # groups without behaviours
+    num_clicks: int = 0  # rows that are clicks alone
+    num_unmatched: int = 0  # of them, without an impression before
     latest_of_day: dict[int, int] = field(default_factory=dict)
-    """By day since 1970: the last impression (µs) of groups that begin then."""
+    """By day since 1970: the last impression, or row that labels one (µs), of groups that begin then."""
 
 
 def get_groups(get: Callable[[], GroupedBucket]) -> GroupedBucket:
@@ -408,14 +458,16 @@ def group_bucket(
         num_references=int(groups.take_G.sum()),
         num_over_limit=int(groups.over_limit_G.sum()),
         num_without=int(np.count_nonzero(groups.take_G == 0)),
+        num_clicks=groups.num_clicks,
+        num_unmatched=groups.num_unmatched,
         latest_of_day=_latest_of_day(groups),
     )
 
 
 def no_rows(layout: TableLayout) -> Columns:
     """Make the columns of a log that is read so, without a row."""
-    types = {"dense": np.float32, "profiles": np.object_}
-    columns: Columns = {name: np.empty(0, types.get(kind, np.int64)) for name, kind in layout.kinds.items()}
+    types = {"dense": np.float32, "measure": np.float32, "profiles": np.object_}
+    columns: Columns = {name: np.empty(0, types.get(kind, np.int64)) for name, kind in layout.read_kinds.items()}
     columns |= {name: np.empty(0, np.int64) for name in layout.constants}
     return {name: values for name, values in columns.items() if name != "dwell_s"}
 
@@ -467,6 +519,8 @@ def _write_hours(path: Path, table: pa.Table, compress: bool) -> tuple[dict[int,
 def _latest_of_day(groups: LogGroups) -> dict[int, int]:
     time_N = groups.impressions["timestamp"]
     day_G, last_G = time_N[groups.start_G] // DAY, time_N[groups.start_G + groups.size_G - 1]
+    if CLICKED_AT in groups.impressions and len(time_N):
+        last_G = np.maximum.reduceat(groups.impressions[CLICKED_AT], groups.start_G)
     return {int(day): int(last_G[day_G == day].max()) for day in np.unique(day_G)}
 
 
@@ -525,13 +579,10 @@ class WrittenFile:
     """The different values of each column of whole numbers, in lists or not."""
 
 
-def plan_files(
-    groups_of_hour: Mapping[int, int], test_days: int, groups_per_file: int, last_day: int | None = None
-) -> list[FilePlan]:
-    """Plan files by day, a long day in several of whole hours; the last `test_days` days are for testing.
+def plan_files(groups_of_hour: Mapping[int, int], first_test_day: int, groups_per_file: int) -> list[FilePlan]:
+    """Plan files by day, a long day in several of whole hours; those from `first_test_day` on are for testing.
 
-    The plan hangs on the hours' counts alone, so not on the number of buckets. `last_day`: of all samples (since 1970),
-    where these are not the last ones.
+    The plan hangs on the hours' counts alone, so not on the number of buckets.
     """
     days: dict[int, list[list[int]]] = {}
     room = 0
@@ -542,22 +593,26 @@ def plan_files(
             room = groups_per_file
         files[-1].append(hour)
         room -= groups_of_hour[hour]
-    first_test_day = (max(days) if last_day is None else last_day) - test_days + 1
     return [
-        FilePlan(
-            name_of_day(day),
-            number,
-            "test" if day >= first_test_day else "train",
-            tuple(hours),
-        )
+        FilePlan(name_of_day(day), number, split_of(day, first_test_day), tuple(hours))
         for day, files in days.items()
         for number, hours in enumerate(files)
     ]
 
 
+def split_of(day: int, first_test_day: int) -> str:
+    """Return the split that a day is in."""
+    return "test" if day >= first_test_day else "train"
+
+
 def name_of_day(day: int) -> str:
     """Write a day since 1970 as 2026-01-31."""
     return f"{datetime.fromtimestamp(day * HOURS_PER_DAY * HOUR_S, UTC):%Y-%m-%d}"
+
+
+def write_files(calls: Sequence[tuple[FilePlan, Mapping[str, Sequence[int]]]], folder: str) -> list[WrittenFile]:
+    """Write files one after the other."""
+    return [write_file(plan, parts, folder) for plan, parts in calls]
 
 
 def write_file(plan: FilePlan, parts: Mapping[str, Sequence[int]], folder: str) -> WrittenFile:

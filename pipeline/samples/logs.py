@@ -4,8 +4,10 @@ Letters of shapes: N rows of a piece of a log.
 """
 
 import contextlib
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,9 +23,15 @@ from featurestore.keys import NO_IMAGE, keys_of_bytes
 from featurestore.storage.storage import Storage
 from featurestore.text import CsvStyle
 from pipeline.errors import SampleError, SampleOptionError
+from pipeline.samples.joins import UNKNOWN, differing_key, look_up, save
 from pipeline.samples.mapping import (
+    EVENT,
     IMAGE,
+    KEY,
+    CsvRows,
     CsvSettings,
+    EventRows,
+    Join,
     TableLayout,
     csv_beginning,
     csv_names,
@@ -36,7 +44,7 @@ from pipeline.samples.mapping import (
     read_csv,
     unit_of,
 )
-from trainer.schema.suggest import inner_type
+from trainer.schema.profile import inner_type
 
 IMPRESSIONS = "impressions"
 BEHAVIORS = "behaviors"
@@ -56,10 +64,16 @@ WANTED = {
     "profile": "a whole number of at most 64 bits, signed",
     "profiles": "a list of whole numbers or of texts; for a text that has several, give split: in the mapping",
     "dense": "a number",
+    "measure": "a number",
+    "event": "a text or a whole number",
 }
 HOW_TO_MAP = "crossmedia schema inspect {logs} --out mapping.yaml, then --mapping mapping.yaml"
 CSV_SUFFIXES = (".csv", ".tsv")
+SUFFIXES = (".parquet", *CSV_SUFFIXES)
 _CSV_ROW_BYTES = 60  # for a guess at the number of rows
+CLICK = 2  # as the label of a row: it is a click alone, which labels an impression
+_OF_CLICKS = ("timestamp", "user", "item")  # what such a row has to have
+_SHOWN_EVENTS = 10  # values of other events that are told
 PER_SECOND = {"s": 1, "ms": 1_000, "us": MICROSECONDS, "ns": 1_000_000_000}
 
 
@@ -139,22 +153,31 @@ def find_pieces(
         )
     storage = Storage(url)
     place = layout.files if layout else log
-    files = _files(storage, place, (".parquet", *CSV_SUFFIXES) if layout else (".parquet",))
+    files = _files_of(storage, log, layout)
+    layout = layout or _layout_of(storage, log, files[0], user_columns)
+    if layout.time_unit is None or (files[0].endswith(CSV_SUFFIXES) and layout.found_style is None):
+        layout = _settled(storage, files[0], log, layout)
+    if any(not join.is_settled for join in layout.joins):
+        layout = _with_joins(storage, files[0], layout)
+    pieces = [piece for path in files for piece in _pieces(storage, LogPiece(log, url, path, (), 0, 0, layout, wanted))]
+    if not pieces and wanted is None:
+        raise SampleError(f"{storage.full(place)}: {len(files)} files and not one row")
+    return pieces
+
+
+def _files_of(storage: Storage, log: str, layout: TableLayout | None) -> list[str]:
+    """List the files of a table, at least one. Raises SampleOptionError."""
+    place = layout.files if layout else log
+    files = _files(storage, place, SUFFIXES if layout else SUFFIXES[:1])
     if not files:
         wanted_there = (
             f"no .parquet, .csv or .tsv files there; {log}.files of the mapping names a file or folder below --logs"
             if layout
             else f"no .parquet files in it; --logs must have {IMPRESSIONS}/ and {BEHAVIORS}/, or a mapping: "
-            + HOW_TO_MAP.format(logs=url)
+            + HOW_TO_MAP.format(logs=storage.url)
         )
         raise SampleOptionError(f"{storage.full(place)}: {wanted_there}")
-    layout = layout or _layout_of(storage, log, files[0], user_columns)
-    if layout.time_unit is None or (files[0].endswith(CSV_SUFFIXES) and layout.found_style is None):
-        layout = _settled(storage, files[0], log, layout)
-    pieces = [piece for path in files for piece in _pieces(storage, LogPiece(log, url, path, (), 0, 0, layout, wanted))]
-    if not pieces and wanted is None:
-        raise SampleError(f"{storage.full(place)}: {len(files)} files and not one row")
-    return pieces
+    return files
 
 
 def _layout_of(storage: Storage, log: str, path: str, user_columns: Sequence[str] | None) -> TableLayout:
@@ -185,7 +208,7 @@ def _settled(storage: Storage, path: str, log: str, layout: TableLayout) -> Tabl
         layout = replace(layout, found_style=style)
         if style != CsvStyle(**layout.csv.model_dump(exclude_none=True)):
             told.append(f"read as CSV with {style}")
-        name = layout.names["timestamp"]
+        name = layout.names.get("timestamp")
         times = [row[rows[0].index(name)] for row in rows[1:] if name in rows[0] and len(row) == len(rows[0])]
     else:
         times = _first_times(storage, path, layout.names["timestamp"])
@@ -198,6 +221,68 @@ def _settled(storage: Storage, path: str, log: str, layout: TableLayout) -> Tabl
         told_by = "; csv and time_unit of a mapping override it"
         print_summary(f"{log:<12} {storage.full(path)}: {', '.join(told)}{told_by}")
     return layout
+
+
+def _with_joins(storage: Storage, path: str, layout: TableLayout) -> TableLayout:
+    """Take the columns that the first file of a log lacks from the tables that are joined. Raises SampleError."""
+    own = _names(storage, path, layout)
+    joins, layout = layout.joins, replace(layout, joins=())
+    for join in joins:
+        place = Storage(join.url or storage.url)
+        there = _names(place, _files_of(place, f"join.{join.by}", join.layout)[0], join.layout)
+        layout = layout.with_columns_of(replace(join, url=place.url), own, there)
+    return layout
+
+
+def _names(storage: Storage, path: str, layout: TableLayout) -> list[str]:
+    """Read the names of a file's columns."""
+    if path.endswith(CSV_SUFFIXES):
+        style = layout.found_style or csv_beginning(storage, path, layout.csv)[0]
+        return csv_names(storage, path, style)
+    with open_parquet(storage, path) as file:
+        return list(file.schema_arrow.names)
+
+
+def with_joined_rows(pieces: Sequence[LogPiece], folder: Path) -> list[LogPiece]:
+    """Write the rows of the tables that the logs join into `folder`, where `read_piece` looks them up.
+
+    Raises SampleError for a key that has several rows which differ.
+    """
+    layouts = {piece.log: piece.layout for piece in pieces}
+    for log, layout in layouts.items():
+        joins = [_written(join, folder / f"{log}-{join.by}.rows") for join in layout.joins]
+        layouts[log] = replace(layout, joins=tuple(joins))
+    return [replace(piece, layout=layouts[piece.log]) for piece in pieces]
+
+
+def _written(join: Join, path: Path) -> Join:
+    pieces = find_pieces(join.url or "", f"join.{join.by}", None, join.layout)
+    parts = [read_piece(piece, latest_s=0) for piece in pieces]
+    columns = {name: np.concatenate([part.good[name] for part in parts]) for name in parts[0].good}
+    sorted_T = np.argsort(columns[KEY], kind="stable")
+    columns = {name: values_T[sorted_T] for name, values_T in columns.items()}
+    key = differing_key(columns)
+    names, place = join.layout.names, Storage(join.url or "").full(join.layout.files)
+    if key is not None:
+        raise SampleError(
+            f"{place}: {names[KEY]} {_text_of(key, pieces)} is in several rows, which differ in "
+            f"{', '.join(name for ours, name in names.items() if ours != KEY)}; leave one of them"
+        )
+    if reasons := Counter(reason for part in parts for reason in part.bad_reason):
+        why = ", ".join(f"{reason}: {count:,}" for reason, count in reasons.most_common(3))
+        print_summary(f"{join.by:<12} {place}: {reasons.total():,} rows are left out ({why})")
+    save(path, columns, pa.concat_tables(part.names for part in parts))
+    return replace(join, path=str(path.absolute()))
+
+
+def _text_of(key: int, pieces: Sequence[LogPiece]) -> str:
+    """Find how a joined table writes a key."""
+    for piece in pieces:
+        column = _read_table(piece).table.column(piece.layout.names[KEY])
+        (place_N,) = np.nonzero(_arrays(column, "id", 0, piece.layout)[0] == key)
+        if len(place_N):
+            return str(column[place_N[0]].as_py())
+    return str(key)
 
 
 def _first_times(storage: Storage, path: str, name: str) -> list[str]:
@@ -325,14 +410,13 @@ def _fits(found: pa.DataType, kind: str, takes_text: bool) -> bool:
         return whole or pa.types.is_timestamp(found)
     if kind == "label":
         return whole or pa.types.is_boolean(found) or pa.types.is_floating(found)
-    if kind in ("seconds", "dense"):
+    if kind in ("seconds", "dense", "measure"):
         return whole or pa.types.is_floating(found)
-    return whole
+    return whole or (kind == "event" and pa.types.is_boolean(found))
 
 
 Columns = dict[str, npt.NDArray[Any]]
 
-UNKNOWN = -1  # a user column without a value
 NAMES = pa.schema({"key": pa.int64(), "uri": pa.string()})  # type: ignore[arg-type]
 _SHOWN = 60  # characters of a bad value
 
@@ -347,6 +431,10 @@ class LogRows:
     bad_reason: list[str]
     examples: dict[str, str]
     names: pa.Table  # NAMES of the images of all rows
+    num_lacking: Counter[str] = field(default_factory=Counter)
+    """Good rows whose item (or user) a joined table lacks, by that."""
+    other_events: Counter[str] = field(default_factory=Counter)
+    """Rows of a table of events that are not of this log, by their first values."""
 
 
 def read_piece(piece: LogPiece, latest_s: int) -> LogRows:
@@ -354,60 +442,108 @@ def read_piece(piece: LogPiece, latest_s: int) -> LogRows:
 
     Rows later than `latest_s` (seconds since 1970) are bad, as one such row would become the last day of the log. A bad
     row has the first reason in the order of the columns."""
-    layout, storage = piece.layout, Storage(piece.url)
-    torn: dict[int, str] = {}
-    doubtful: dict[int, str] = {}
-    names = [layout.names[name] for name in layout.kinds]
-    if piece.is_csv:
-        read = read_csv(storage, piece.path, names, layout.style)
-        table, torn, doubtful = read.table, read.torn, read.doubtful
-    else:
-        table = _read_row_groups(storage, piece, names)
-    row_N = np.arange(table.num_rows + len(torn))  # in the file
-    if torn:
-        row_N = np.delete(row_N, list(torn))
-    if piece.wanted is not None:
-        kept_N = piece.wanted.of(*(_column(table, name, layout, latest_s)[0] for name in ("timestamp", "user")))
-        table, row_N = table.filter(pa.array(kept_N)), row_N[kept_N]
-    if layout.only_clicks:
-        is_click_N = _column(table, "label", layout, latest_s)[0] == 1
-        table, row_N = table.filter(pa.array(is_click_N)), row_N[is_click_N]
-    reasons = sorted(set(doubtful.values()))
+    layout = piece.layout
+    read = _read_table(piece)
+    table, row_N, is_click_N, other_events = _chosen(read, piece, latest_s)
+    reasons = sorted(set(read.doubtful.values()))
     reason_N = np.full(table.num_rows, -1)
-    for row, reason in doubtful.items():
+    for row, reason in read.doubtful.items():
         reason_N[row_N == row] = reasons.index(reason)
     good: Columns = {}
     examples: dict[str, str] = {}
-    image_names = NAMES.empty_table()
+    names = [NAMES.empty_table()]
     for name, kind in layout.kinds.items():
+        column = table.column(layout.names[name])
+        if kind == "event":
+            continue
         if kind == "image":
-            where = f"{storage.full(piece.path)}: column {layout.names[name]!r}"
-            good[name], image_names = _images(table.column(layout.names[name]), where)
+            good[name], names_of_images = _images(
+                column, f"{Storage(piece.url).full(piece.path)}: column {layout.names[name]!r}"
+            )
+            names.append(names_of_images)
             continue
         good[name], faults = _column(table, name, layout, latest_s)
         for fault, is_bad_N in faults.items():
-            (new,) = np.nonzero(is_bad_N & (reason_N < 0))
+            is_new_N = is_bad_N & (reason_N < 0)
+            (new,) = np.nonzero(is_new_N if name in _OF_CLICKS else is_new_N & ~is_click_N)
             reason_N[new] = len(reasons)
-            reasons.append(f"{name} {fault}")
+            reasons.append(f"{name if name != KEY else layout.names[name]} {fault}")
             if len(new) and fault != "is null":
-                examples[reasons[-1]] = repr(table.column(layout.names[name])[new[0]].as_py())[:_SHOWN]
+                examples[reasons[-1]] = repr(column[new[0]].as_py())[:_SHOWN]
     good |= {
         name: np.full(table.num_rows, value, np.int64 if isinstance(value, int) else np.float64)
         for name, value in layout.constants.items()
     }
     if layout.only_clicks:
         del good["label"]
-    is_good_N = reason_N < 0
-    (bad_N,) = np.nonzero(~is_good_N)
-    bad = sorted([*zip(row_N[bad_N].tolist(), [reasons[code] for code in reason_N[bad_N]], strict=True), *torn.items()])
+    if layout.where is not None and layout.where.clicked:
+        good["label"] = np.where(is_click_N, CLICK, 0)
+    good = {name: values_N[reason_N < 0] for name, values_N in good.items()}
+    lacking = Counter[str]()
+    for join in layout.joins:
+        columns, has_N, names_of_images = look_up(join, good[join.by])
+        good |= columns
+        lacking[join.by] = int(np.count_nonzero(~has_N))
+        names.append(names_of_images)
+    (bad_N,) = np.nonzero(reason_N >= 0)
+    bad = [*zip(row_N[bad_N].tolist(), [reasons[code] for code in reason_N[bad_N]], strict=True), *read.torn.items()]
     return LogRows(
-        table.num_rows + len(torn),
-        {name: values_N[is_good_N] for name, values_N in good.items()},
-        piece.first_row + np.array([row for row, _ in bad], np.int64),
-        [reason for _, reason in bad],
+        table.num_rows + len(read.torn),
+        good,
+        piece.first_row + np.array([row for row, _ in sorted(bad)], np.int64),
+        [reason for _, reason in sorted(bad)],
         examples,
-        image_names,
+        pa.concat_tables(names),
+        lacking,
+        other_events,
     )
+
+
+def _chosen(
+    read: CsvRows, piece: LogPiece, latest_s: int
+) -> tuple[pa.Table, npt.NDArray[np.int64], npt.NDArray[np.bool_], Counter[str]]:
+    """Choose the rows of a piece that are of its log, and wanted.
+
+    Returns them, their numbers in the file, (N,), which are clicks alone, (N,), and counts of other events.
+    """
+    table, layout = read.table, piece.layout
+    row_N = np.arange(table.num_rows + len(read.torn))
+    if read.torn:
+        row_N = np.delete(row_N, list(read.torn))
+    is_click_N, others = np.zeros(table.num_rows, np.bool_), Counter[str]()
+    kept_N = ~is_click_N
+    if piece.wanted is not None:
+        kept_N &= piece.wanted.of(*(_column(table, name, layout, latest_s)[0] for name in ("timestamp", "user")))
+    if layout.where is not None:
+        is_row_N, is_click_N, others = _events(table.column(layout.names[EVENT]), layout.where)
+        kept_N &= is_row_N
+    if layout.only_clicks:
+        kept_N &= _column(table, "label", layout, latest_s)[0] == 1
+    if kept_N.all():
+        return table, row_N, is_click_N, others
+    return table.filter(pa.array(kept_N)), row_N[kept_N], is_click_N[kept_N], others
+
+
+def _events(column: Any, where: EventRows) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_], Counter[str]]:
+    """Return which rows of a table of events are read, (N,), which of them are clicks, and count the others."""
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    texts = pc.utf8_trim_whitespace(column.cast(pa.string()))
+    is_row_N, is_click_N = (
+        pc.is_in(texts, value_set=pa.array(values, pa.string())).to_numpy() for values in (where.value, where.clicked)
+    )
+    others = texts.filter(pa.array(~(is_row_N | is_click_N))).value_counts().to_pylist()
+    counts = Counter({str(each["values"]): each["counts"] for each in others})
+    return is_row_N | is_click_N, is_click_N, Counter(dict(counts.most_common(_SHOWN_EVENTS)))
+
+
+def _read_table(piece: LogPiece) -> CsvRows:
+    """Read the columns of a piece as its file has them, with the rows that are torn or doubtful."""
+    names = [piece.layout.names[name] for name in piece.layout.kinds]
+    storage = Storage(piece.url)
+    if piece.is_csv:
+        return read_csv(storage, piece.path, names, piece.layout.style)
+    return CsvRows(_read_row_groups(storage, piece, names), {}, {})
 
 
 def _read_row_groups(storage: Storage, piece: LogPiece, names: list[str]) -> pa.Table:
@@ -421,8 +557,8 @@ def _read_row_groups(storage: Storage, piece: LogPiece, names: list[str]) -> pa.
 
 def users_of(piece: LogPiece, early_us: int, latest_s: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Read only the users of a piece; return the distinct ones, sorted, and those who have rows before `early_us`."""
-    kinds = {name: piece.layout.kinds[name] for name in ("timestamp", "user")}
-    good = read_piece(replace(piece, layout=replace(piece.layout, kinds=kinds)), latest_s).good
+    kinds = {name: kind for name, kind in piece.layout.kinds.items() if name in ("timestamp", "user", EVENT)}
+    good = read_piece(replace(piece, layout=replace(piece.layout, kinds=kinds, joins=())), latest_s).good
     return np.unique(good["user"]), np.unique(good["user"][good["timestamp"] < early_us])
 
 
@@ -452,6 +588,8 @@ def _arrays(column: Any, kind: str, latest_s: int, layout: TableLayout) -> tuple
     if kind in ("label", "seconds", "dense"):
         value_N, faults = _numbers(column.cast(pa.float64()).fill_null(0).to_numpy(), kind)
         return value_N, null | faults
+    if kind == "measure":
+        return _numbers(column.cast(pa.float64()).fill_null(np.nan).to_numpy(), kind)
     value_N = column.cast(pa.int64()).fill_null(UNKNOWN).to_numpy()
     return value_N, {} if kind == "profile" else null
 
@@ -493,18 +631,21 @@ def _text_arrays(column: Any, kind: str, latest_s: int, layout: TableLayout) -> 
     if kind == "profile":
         return np.where(null_N, UNKNOWN, parse_ids(column)[0]), {}
     number_N, wrong_N = parse_labels(column) if kind == "label" else parse_numbers(column, layout.style.decimal)
+    if kind == "measure":
+        number_N = np.where(null_N, np.nan, number_N)
     value_N, faults = _numbers(number_N, kind)
-    return value_N, null | {"is no number": wrong_N} | faults
+    return value_N, ({} if kind == "measure" else null) | {"is no number": wrong_N} | faults
 
 
 def _numbers(number_N: npt.NDArray[np.float64], kind: str) -> tuple[npt.NDArray[Any], Faults]:
     if kind == "label":
         is_click_N = number_N == 1
         return is_click_N.astype(np.int64), {"is not 0 or 1": ~is_click_N & (number_N != 0)}
-    if kind == "dense":
+    if kind in ("dense", "measure"):
         with np.errstate(over="ignore"):
             single_N = number_N.astype(np.float32)
-        return single_N, {"is not finite in float32": ~np.isfinite(single_N)}
+        is_fine_N = np.isfinite(single_N) | (np.isnan(single_N) & (kind == "measure"))
+        return single_N, {"is not finite in float32": ~is_fine_N}
     return number_N, {"is not finite": ~np.isfinite(number_N), "is negative": number_N < 0}
 
 

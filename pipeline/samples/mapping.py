@@ -8,8 +8,8 @@ import contextlib
 import io
 import itertools
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -46,11 +46,15 @@ REQUIRED = {
     "behaviors": ("timestamp", "user", "item", "image"),
 }
 OPTIONAL = {"impressions": ("session", "scene", "category"), "behaviors": ("category", "dwell_s")}
+EVENT = "where"  # the column that says which rows of a table of events are those of a log
+KEY = "join"  # the column of ids of a joined table
+CLICKED_AT = "clicked_at"  # of impressions whose label is a later row: the time of that
 # What a table without such a column has: one session a day, one scene, one category, visits that are long enough.
 DEFAULTS = {"session": 0, "scene": 0, "category": 0, "dwell_s": 1e9, IMAGE: NO_IMAGE}
-KINDS = {"timestamp": "time", "image": "image", "label": "label", "dwell_s": "seconds"}
+KINDS = {"timestamp": "time", "image": "image", "label": "label", "dwell_s": "seconds", EVENT: "event"}
 EXTRA_KINDS = {"id": "profile", "multi_id": "profiles", "dense": "dense"}
-TAKEN = ("day", "label", *REQUIRED["impressions"], *OPTIONAL["impressions"], "dwell_s")
+TAKEN = ("day", "label", *REQUIRED["impressions"], *OPTIONAL["impressions"], "dwell_s", EVENT, KEY, CLICKED_AT)
+_JOINED_KINDS = {"id": "profile", "dense": "measure"}  # of these a row of a log may have no value
 
 
 def kind_of(name: str) -> str:
@@ -79,6 +83,10 @@ class TableLayout:
     """What stands between the ids of a text, by our column."""
     only_clicks: bool = False
     """Whether only rows whose label is 1 are read, for behaviours."""
+    where: "EventRows | None" = None
+    """Which rows are read, of a table that has others too."""
+    joins: "tuple[Join, ...]" = ()
+    """Tables that have columns which the files of the log lack."""
 
     @property
     def unit(self) -> TimeUnit:
@@ -89,6 +97,62 @@ class TableLayout:
     def style(self) -> CsvStyle:
         """How CSV files are written, once that was found."""
         return self.found_style or CsvStyle()
+
+    def with_columns_of(self, join: "Join", own: Collection[str], there: Collection[str]) -> "TableLayout":
+        """Take from a table with the columns `there` those that the files, with their `own`, lack."""
+        taken = [
+            name
+            for name in (*self.user_columns, *self.ad_columns, IMAGE, "category")
+            if name in self.kinds and self.names[name] in there and self.names[name] not in own
+        ]
+        if not taken:
+            return self
+        layout = replace(
+            join.layout,
+            names=join.layout.names | {name: self.names[name] for name in taken},
+            kinds=join.layout.kinds
+            | {name: _JOINED_KINDS.get(kind, kind) for name, kind in self.kinds.items() if name in taken},
+            separators=self.separators,
+        )
+        return replace(
+            self,
+            names={name: column for name, column in self.names.items() if name not in taken},
+            kinds={name: kind for name, kind in self.kinds.items() if name not in taken},
+            joins=(*self.joins, replace(join, layout=layout)),
+        )
+
+    def of_all_rows(self) -> "TableLayout":
+        """Read every row, with label 0 where that is a later row."""
+        is_labelled = self.where is not None and bool(self.where.clicked)
+        kinds = {name: kind for name, kind in self.kinds.items() if name != EVENT}
+        constants = self.constants | ({"label": 0} if is_labelled else {})
+        return replace(self, kinds=kinds, constants=constants, where=None)
+
+    @property
+    def read_kinds(self) -> dict[str, str]:
+        """The kind of each column of the rows that are read, those of joined tables and the label of events too."""
+        kinds = {name: kind for name, kind in self.kinds.items() if name != EVENT}
+        if self.only_clicks:
+            del kinds["label"]
+        for join in self.joins:
+            kinds |= {name: kind for name, kind in join.layout.kinds.items() if name != KEY}
+        return kinds | ({"label": "label"} if self.where and self.where.clicked else {})
+
+
+@dataclass(frozen=True)
+class Join:
+    """A table with a row for each item or user, whose columns count as columns of a log."""
+
+    by: str  # our column of the log that it is joined by: item or user
+    layout: TableLayout
+    """Its files, KEY, and the columns that are taken for the log: none until the log's first file was looked at."""
+    url: str | None = None  # of the folder that has the files; None: that of the logs
+    path: str | None = None  # of a file with its rows for the workers; see pipeline.samples.joins
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether columns are taken from it."""
+        return self.layout.kinds.keys() != {KEY}
 
 
 class _Section(BaseModel):
@@ -118,6 +182,41 @@ def _short_form(value: Any) -> Any:
 Extras = dict[str, Annotated[ExtraColumn, BeforeValidator(_short_form)]]
 
 
+def _as_texts(value: Any) -> Any:
+    values = value if isinstance(value, list | tuple) else [value]
+    return [str(each).lower() if isinstance(each, bool) else str(each) for each in values if each is not None]
+
+
+Texts = Annotated[tuple[str, ...], BeforeValidator(_as_texts)]
+
+
+class EventRows(_Section):
+    """The rows of a table of events that belong to a log: those with one of some values in a column."""
+
+    column: Annotated[str, Field(min_length=1)]
+    value: Annotated[Texts, Field(min_length=1)]
+    """One, or a list of them."""
+    clicked: Texts = ()
+    """Of impressions: values of rows that are clicks. One labels the newest impressions of its user and item before
+    it."""
+    within_s: Annotated[float, Field(gt=0, le=86_400)] = 1_800
+    """The longest time from an impression to its click."""
+
+    @model_validator(mode="after")
+    def _differ(self) -> Self:
+        if both := set(self.value) & set(self.clicked):
+            raise ValueError(f"{min(both)} is a value of rows and of clicks")
+        return self
+
+
+class JoinedTable(_Section):
+    """A table with one row for each item or user, whose columns count as columns of both logs."""
+
+    files: Annotated[str, Field(min_length=1)]
+    column: str | None = None
+    """Of the ids in its files; default: item or user."""
+
+
 class MappedTable(_Section):
     """The mapping of one of the two tables."""
 
@@ -126,6 +225,8 @@ class MappedTable(_Section):
     """The files' name of each of our columns; a required one that is left out has our name. `image: null`: none."""
     user: Extras = {}
     ad: Extras = {}
+    where: EventRows | None = None
+    """Which rows, of a table that has others too."""
 
 
 def _delimiter(value: str) -> str:
@@ -159,7 +260,9 @@ class LogMapping(_Section):
 
     impressions: MappedTable
     behaviors: MappedTable | Literal["clicks"]
-    """clicks: the behaviours are the impressions whose label is 1."""
+    """clicks: the behaviours are the impressions whose label is 1, or the events that label impressions."""
+    join: dict[Literal["item", "user"], JoinedTable] = {}
+    """Tables that have columns of items and of users which a log lacks."""
     csv: CsvSettings = CsvSettings()
     time_unit: TimeUnit | None = None
     """Of times that are plain whole numbers; by default their size tells it."""
@@ -175,6 +278,10 @@ class LogMapping(_Section):
                 raise ValueError(f"{log}.columns.{unknown[0]} is unknown; known: {', '.join(known)}")
             if nothing := [name for name, column in table.columns.items() if column is None and name != IMAGE]:
                 raise ValueError(f"{log}.columns.{nothing[0]} is null; only image may be: name its column")
+        if self.impressions.where and self.impressions.where.clicked and "label" in self.impressions.columns:
+            raise ValueError("impressions.columns.label: a click labels the impressions, by clicked; leave one out")
+        if behaviors.where and behaviors.where.clicked:
+            raise ValueError("behaviors.where.clicked: only impressions have clicks; name the clicks by value")
         if behaviors.user:
             raise ValueError("behaviors has no user columns; those of users belong below impressions")
         if lists := [name for name, extra in behaviors.ad.items() if extra.kind == "multi_id"]:
@@ -190,10 +297,14 @@ class LogMapping(_Section):
 
     def layout(self, log: str) -> TableLayout:
         """Describe how to read the files of `impressions` or `behaviors`."""
-        only_clicks = log == "behaviors" and self.behaviors == "clicks"
-        table: MappedTable = self._clicks() if only_clicks else getattr(self, log)
+        of_clicks = log == "behaviors" and self.behaviors == "clicks"
+        table: MappedTable = self._clicks() if of_clicks else getattr(self, log)
         extras = table.user | table.ad
         named = {name: name for name in REQUIRED[log]} | table.columns
+        if table.where is not None:
+            named[EVENT] = table.where.column
+            if table.where.clicked:
+                del named["label"]
         names = {name: column for name, column in named.items() if column is not None}
         kinds = {name: kind_of(name) for name in names}
         names |= {name: extra.column or name for name, extra in extras.items()}
@@ -202,16 +313,24 @@ class LogMapping(_Section):
         return TableLayout(
             table.files or log, names, kinds, constants, tuple(table.user), tuple(table.ad), self.csv, self.time_unit,
             self.time_format, separators={name: extra.split for name, extra in extras.items() if extra.split},
-            only_clicks=only_clicks,
+            only_clicks=of_clicks and "label" in kinds, where=table.where, joins=tuple(self._joins()),
         )  # fmt: skip
 
+    def _joins(self) -> Iterator[Join]:
+        """Describe the joined tables, from which no column is taken yet."""
+        for by, table in self.join.items():
+            names, kinds = {KEY: table.column or by}, {KEY: "id"}
+            yield Join(by, TableLayout(table.files, names, kinds, {}, (), (), self.csv, "s", None))
+
     def _clicks(self) -> MappedTable:
-        """Describe the behaviours where they are impressions: with the ad's columns of one id each."""
-        shown = self.impressions
+        """Describe the behaviours where they are impressions, or events: with the ad's columns of one id each."""
+        shown, where = self.impressions, self.impressions.where
         columns: dict[str, str | None] = {"label": "label"}
+        if where is not None and where.clicked:
+            columns, where = {}, EventRows(column=where.column, value=where.clicked)
         columns |= {name: column for name, column in shown.columns.items() if name not in ("session", "scene")}
         ad = {name: extra for name, extra in shown.ad.items() if extra.kind == "id"}
-        return MappedTable(files=shown.files or "impressions", columns=columns, ad=ad)
+        return MappedTable(files=shown.files or "impressions", columns=columns, ad=ad, where=where)
 
 
 def load_mapping(path: Path) -> LogMapping:

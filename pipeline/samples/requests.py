@@ -17,7 +17,8 @@ from pipeline.errors import SampleError
 from pipeline.samples.added import options_of
 from pipeline.samples.build import LogTables, latest_of, open_tables, rules_of
 from pipeline.samples.groups import BEHAVIOR_ORDER, make_groups, no_rows, table_of_groups
-from pipeline.samples.logs import BEHAVIORS, IMPRESSIONS, Columns, read_piece
+from pipeline.samples.logs import BEHAVIORS, IMPRESSIONS, Columns, read_piece, with_joined_rows
+from pipeline.samples.mapping import EVENT
 
 FILE = "rows.parquet"
 
@@ -26,38 +27,50 @@ def requests_of_log(impressions: pa.Table, behaviors: pa.Table, samples: str) ->
     """Make a row for each impression, in their order, as samples have a row for each group.
 
     Columns, window and user columns are those that `samples` were made with; labels, sessions and dwell times may be
-    left out. The behaviours of an impression are those before itself, not before its session. Raises SampleError.
+    left out. The behaviours of an impression are those before itself, not before its session. Of events, every row of
+    `impressions` is one, and every row of `behaviors` too unless these have the column that tells. Columns that both
+    lack come from the tables that the mapping joins, as these are now. Raises SampleError.
     """
     options = options_of(open_published(samples))
     with tempfile.TemporaryDirectory() as folder:
         tables = open_tables(replace(options, logs=folder))
-        shown, user_columns, ad_columns = _read(tables, IMPRESSIONS, impressions, {"session": 0, "label": 0})
+        shown, user_columns, ad_columns = _read(
+            tables, IMPRESSIONS, impressions, {"session": 0, "label": 0}, options.logs
+        )
         layout = tables.layouts[BEHAVIORS]
         done = no_rows(layout) if layout else {name: np.empty(0, np.int64) for name in BEHAVIOR_ORDER}
         if behaviors.num_rows:
-            done, _, _ = _read(tables, BEHAVIORS, behaviors, {"dwell_s": options.min_dwell_s, "label": 1})
+            done, _, _ = _read(tables, BEHAVIORS, behaviors, {"dwell_s": options.min_dwell_s, "label": 1}, options.logs)
             is_long_N = done.pop("dwell_s") >= options.min_dwell_s
             done = {name: values_N[is_long_N] for name, values_N in done.items()}
     shown["session"] = np.arange(impressions.num_rows)  # a group for each
-    return table_of_groups(make_groups(shown, done, rules_of(options)), user_columns, ad_columns).sort_by("session")
+    return table_of_groups(make_groups(shown, done, rules_of(options, None)), user_columns, ad_columns).sort_by(
+        "session"
+    )
 
 
 def _read(
-    tables: LogTables, log: str, table: pa.Table, filled: dict[str, float]
+    tables: LogTables, log: str, table: pa.Table, filled: dict[str, float], logs: str
 ) -> tuple[Columns, tuple[str, ...], tuple[str, ...]]:
-    """Read the rows of one log, and name its columns of users and of ads; `filled`: values of columns not there."""
+    """Read the rows of one log, and name its columns of users and of ads.
+
+    `filled`: values of columns that are not there; `logs`: where the tables lie that it joins.
+    """
     layout = tables.layouts[log]
+    if layout and layout.where and (log == IMPRESSIONS or layout.names[EVENT] not in table.column_names):
+        layout = layout.of_all_rows()
     for name, value in filled.items():
         written = layout.names.get(name) if layout else name
         if written is not None and written not in table.column_names:
             table = table.append_column(written, pa.array(np.full(table.num_rows, value)))
     if layout:  # wherever their files are
-        tables.layouts[log] = replace(layout, files=log)
+        joins = tuple(replace(join, url=logs) for join in layout.joins)
+        tables.layouts[log] = replace(layout, files=log, joins=joins)
     place = Path(tables.options.logs, log)
     place.mkdir()
     pq.write_table(table, place / FILE)
     with naming(str(place / FILE), f"the {log}"):
-        pieces = tables.pieces(log)
+        pieces = with_joined_rows(tables.pieces(log), Path(tables.options.logs))
         parts = [read_piece(piece, latest_of(tables.options)) for piece in pieces]
     for part in parts:
         if part.bad_reason:

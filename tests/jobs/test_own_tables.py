@@ -426,6 +426,29 @@ def test_from_raw_tables_to_a_trained_model(job, place):
     assert all(table["kind"] == "exact" and table["cold"] == table["evicted"] == 0 for table in tables)
 
 
+def test_columns_of_a_table_of_products_become_samples_as_a_look_suggests(job, place):
+    draw_tables(place)
+    from pyarrow import csv
+
+    shown = csv.read_csv(place / "raw/shown/a.csv")
+    done = pq.read_table(place / "raw/done/a.parquet")
+    of_items = ["img_url", "cate", "price"]
+    items = shown.select(["adgroup_id", *of_items]).group_by(["adgroup_id", *of_items]).aggregate([])
+    csv.write_csv(items.slice(1).rename_columns(["goods", *of_items]), place / "raw/products.csv")
+    csv.write_csv(shown.drop_columns(of_items), place / "raw/shown/a.csv")
+    pq.write_table(done.drop_columns(of_items[:2]), place / "raw/done/a.parquet")
+    text = inspect("inspect", place / "raw")
+    assert yaml.safe_load(text)["join"] == {"item": {"files": "products.csv", "column": "goods"}}
+    said = job(text, "--logs", place / "raw", "--test-days", 1)
+    assert "rows without their item in its table" in said
+    assert "fit the schema" in inspect("check", place / "samples/schema.yaml", place / "samples")
+    ads = [ad for row in rows(place) for ad in zip(row["ad_item"], row["ad_image"], row["ad_category"], strict=True)]
+    lacking = items["adgroup_id"][0].as_py()
+    assert set(ads) == {
+        (n, key_of_uri(f"{n}.jpg"), n % 3) if n != lacking else (n, NO_IMAGE, -1) for n in range(NUM_ITEMS)
+    }
+
+
 def test_tables_have_rows_for_the_ids_of_all_samples(job, place, monkeypatch):
     """Also where the schema is suggested from a few of the sample groups."""
     monkeypatch.setattr("pipeline.samples.build.LOOKED_AT", 2)

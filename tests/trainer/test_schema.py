@@ -254,6 +254,53 @@ def test_times_images_labels_and_lists_are_known_by_their_values(tmp_path):
     )
 
 
+def shop_of(folder, **columns):
+    """A log of ids and a table of products, and one of users."""
+    count = 40
+    shown = {"ts": [1_760_000_000 + at for at in range(count)], "user_id": [at % 8 for at in range(count)],
+             "item": [str(at % 7) for at in range(count)]}  # fmt: skip
+    folder.mkdir()
+    pq.write_table(
+        pa.table(shown | {name: values * (count // 4) for name, values in columns.items()}), folder / "log.parquet"
+    )
+    (folder / "products.csv").write_text(
+        "code,title,photo,cat,price,brand\n" + "".join(f"{n},thing {n},{n}.jpg,c,{n}.5,b{n % 2}\n" for n in range(9))
+    )
+    pq.write_table(
+        pa.table({"id": range(8), "created_at": [1_700_000_000] * 8, "age": [1.5] * 8}), folder / "users.parquet"
+    )
+    return folder
+
+
+def test_tables_of_products_and_users_are_joined_by_the_ids_of_the_log(tmp_path):
+    text = called("inspect", shop_of(tmp_path / "logs", clicked=[0, 0, 1, 0]))
+    found = yaml.safe_load(text)
+    assert found["join"] == {
+        "item": {"files": "products.csv", "column": "code"}, "user": {"files": "users.parquet", "column": "id"},
+    }  # fmt: skip
+    shown = found["impressions"]
+    assert shown["columns"] == {
+        "timestamp": "ts", "user": "user_id", "item": "item", "image": "photo", "category": "cat", "label": "clicked",
+    }  # fmt: skip
+    assert shown["ad"] == {"price": "dense", "brand": "id"} and shown["user"]["age"] == "dense"
+    assert "not used: title, with another value in each row" in text and found["behaviors"] == "clicks"
+
+
+def test_a_table_of_events_is_known_by_the_words_of_a_column(tmp_path):
+    events = ["view", "view", "click", "purchase"]
+    folder = shop_of(tmp_path / "logs", event_type=events, gift=[0, 1, 0, 1])
+    found = yaml.safe_load(called("inspect", folder))
+    assert found["impressions"]["where"] == {"column": "event_type", "value": "view", "clicked": "click"}
+    assert "label" not in found["impressions"]["columns"] and found["behaviors"] == "clicks"
+    shown = found["impressions"]
+    assert shown["ad"].keys() == {"price", "brand"} and shown["user"].keys() == {"gift", "age", "created_at"}
+    folder = shop_of(tmp_path / "bought", event=["Product View", "add_to_cart", "transaction", "pause"])
+    where = yaml.safe_load(called("inspect", folder))["impressions"]["where"]
+    assert where == {"column": "event", "value": "Product View", "clicked": ["add_to_cart", "transaction"]}
+    folder = shop_of(tmp_path / "labelled", event=events, clicked=[0, 1, 0, 1])
+    assert "where" not in yaml.safe_load(called("inspect", folder))["impressions"]
+
+
 @pytest.mark.parametrize(
     ("num_distinct", "rows"), [(0, 4_096), (2_048, 4_096), (2_049, 8_192), (10**6, 1 << 21), (10**9, 1 << 24)]
 )

@@ -380,7 +380,9 @@ class EventsFolder:
 
 def open_run(config: Config, comm: Comm) -> Run:
     """Open everything but the folder's content, which `claim_folder` writes. Raises TrainerError, FeatureStoreError."""
-    folder = run_path(config.run.dir) / comm.broadcast_object(config.run.name or time.strftime("run-%Y%m%d-%H%M%S"))
+    name = comm.broadcast_object(config.run.name or time.strftime("run-%Y%m%d-%H%M%S"))
+    config = config.changed(run={"name": name})  # so that the run's own config.yaml resumes it
+    folder = run_path(config.run.dir) / name
     return checkpoints.continued(comm, config, folder, partial(_open_run, config, comm, folder))
 
 

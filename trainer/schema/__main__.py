@@ -176,7 +176,7 @@ def lookup(
 
 def is_table_file(data: str) -> bool:
     """Tell whether it is a table of one file, and not a folder or address of several."""
-    from trainer.schema.suggest import SUFFIXES
+    from trainer.schema.profile import SUFFIXES
 
     return data.endswith(SUFFIXES) and ("://" in data or Path(data).is_file())
 
@@ -187,7 +187,7 @@ def place_of_table(data: str) -> tuple[str, str | None]:
     The name is None for a place of several tables.
     """
     from featurestore.storage.storage import Storage
-    from trainer.schema.suggest import data_files, look
+    from trainer.schema.profile import data_files, look
 
     is_table = is_table_file(data)
     if Path(data).is_dir():
@@ -205,7 +205,8 @@ def are_samples(storage: "Storage", label: str) -> bool:
     The first file is read, of samples one in train/ or test/: other files are next to these, as bad rows. Raises
     DataError where there is no file.
     """
-    from trainer.schema.suggest import data_files, look, sample_files
+    from trainer.schema.profile import data_files, look
+    from trainer.schema.suggest import sample_files
 
     files = sample_files(storage) or data_files(storage)
     if not files:

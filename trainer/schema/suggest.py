@@ -1,22 +1,17 @@
-"""A look at data: profiles of its columns, and a schema or a mapping suggested from them."""
+"""A schema or a mapping, suggested from a look at the columns of data."""
 
 import dataclasses
 import functools
 import re
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
-from pyarrow import csv
 
-from featurestore.errors import StorageError
 from featurestore.storage.storage import Storage
-from featurestore.text import STYLE_BYTES, CsvTextError, find_style, long_rows
 from trainer.errors import DataError, DataNotFoundError, SchemaError
 from trainer.schema.fields import (
     LOG2,
@@ -29,186 +24,7 @@ from trainer.schema.fields import (
     table_rows,
     yaml_line,
 )
-
-CSV_SUFFIXES = (".csv", ".tsv")
-SUFFIXES = (".parquet", *CSV_SUFFIXES)
-Content = Literal["integer", "real", "text", "time", "other"]
-_TYPES: Mapping[Content, pa.DataType] = {"integer": pa.int64(), "real": pa.float64(), "text": pa.large_string()}
-
-
-@dataclass
-class Column:
-    """One column, as far as it was read."""
-
-    name: str
-    type: str
-    content: Content
-    depth: int
-    """Lists around a value."""
-    rows: int = 0
-    nulls: int = 0
-    missing: int = 0
-    """Values that are null or NaN, those in lists too."""
-    different: Any = None
-    """The different values, in the order in which they came; None of dates and other types that no field reads."""
-    counted: DistinctCount | None = None
-    """The different values of all rows, where they were counted although not all rows were read."""
-    shortest: int | None = None
-    """Of the innermost lists."""
-    longest: int = 0
-    like_label: bool = True
-    """Whether the outer lists are as long as the labels'."""
-
-    @property
-    def num_different(self) -> int:
-        """The number of different values."""
-        return 0 if self.different is None else len(self.different)
-
-    def examples(self, most: int) -> list[Any]:
-        """Return the first different values."""
-        found: list[Any] = self.different.slice(0, most).to_pylist() if self.num_different else []
-        return found
-
-    @property
-    def is_binary(self) -> bool:
-        """Whether all values are 0 or 1, as numbers, truth values or text."""
-        return not self.depth and {str(each) for each in self.examples(3)} <= {"0", "1", "0.0", "1.0"}
-
-    @property
-    def limits(self) -> tuple[float, float] | None:
-        """The smallest and the largest number."""
-        if not self.num_different:
-            return None
-        found = pc.min_max(self.different)
-        return float(found["min"].as_py()), float(found["max"].as_py())
-
-    def add(self, array: Any, label_lengths: Any) -> None:
-        """Take in the rows of one more part of a table. Raises DataError."""
-        self.rows += len(array)
-        self.nulls += array.null_count
-        if self.depth:
-            self.like_label &= label_lengths is not None and pc.list_value_length(array).equals(label_lengths)
-        for level in range(self.depth):
-            lengths = pc.list_value_length(array).drop_null()
-            array = array.flatten()
-            if level == self.depth - 1 and len(lengths):
-                bounds = pc.min_max(lengths)
-                shortest = int(bounds["min"].as_py())
-                self.shortest = shortest if self.shortest is None else min(self.shortest, shortest)
-                self.longest = max(self.longest, int(bounds["max"].as_py()))
-        if self.content not in _TYPES:
-            self.missing += array.null_count
-            return
-        array = array.cast(_TYPES[self.content], safe=False)
-        if self.content == "real":
-            array = pc.if_else(pc.is_nan(array), None, array)
-        self.missing += array.null_count
-        more = pc.unique(array.drop_null())
-        try:
-            more.validate(full=True)
-        except pa.ArrowInvalid as failure:
-            raise DataError(f"column {self.name} has text that is not UTF-8; write the file in UTF-8") from failure
-        self.different = more if self.different is None else pc.unique(pa.concat_arrays([self.different, more]))
-
-
-@dataclass
-class TableProfile:
-    """Columns of some files, and whether all of their rows were read."""
-
-    columns: dict[str, Column] = dataclasses.field(default_factory=dict)
-    rows: int = 0
-    complete: bool = True
-
-
-def data_files(storage: Storage, path: str = "") -> list[str]:
-    """List the files below `path` that can be looked into; hidden ones are left out."""
-    found = [entry.path for entry in storage.entries(path)]
-    return [
-        each
-        for each in found
-        if each.endswith(SUFFIXES) and not any(part.startswith((".", "_")) for part in each.split("/"))
-    ]
-
-
-def read_tables(storage: Storage, path: str, most_rows: int) -> Iterator[pa.Table]:
-    """Read row groups of a Parquet file, or blocks of a CSV file, until `most_rows` were given. Raises DataError."""
-    left = most_rows
-    try:
-        with storage.open_input(path) as file:
-            for table in _csv_blocks(file, most_rows) if path.endswith(CSV_SUFFIXES) else _row_groups(file):
-                yield table.slice(0, left)
-                left -= len(table)
-                if left <= 0:
-                    return
-    except (pa.ArrowException, OSError, StorageError, CsvTextError, UnicodeDecodeError) as error:
-        raise DataError(f"{storage.full(path)} cannot be read: {str(error).strip()}") from error
-
-
-def _row_groups(file: Any) -> Iterator[pa.Table]:
-    with pq.ParquetFile(file, page_checksum_verification=True) as parquet:
-        for number in range(parquet.num_row_groups):
-            yield parquet.read_row_group(number)
-
-
-def _csv_blocks(file: Any, most_rows: int) -> Iterator[pa.Table]:
-    style = find_style(file.read(STYLE_BYTES))
-    file.seek(0)
-    long_rows(file, style.delimiter, most_rows)
-    file.seek(0)
-    parse = csv.ParseOptions(delimiter=style.delimiter, newlines_in_values=True, invalid_row_handler=lambda row: "skip")
-    read, convert = csv.ReadOptions(encoding=style.encoding), csv.ConvertOptions(decimal_point=style.decimal)
-    for batch in csv.open_csv(file, read_options=read, parse_options=parse, convert_options=convert):
-        yield pa.Table.from_batches([batch])
-
-
-def look(storage: Storage, paths: list[str], label: str | None, most_rows: int) -> TableProfile:
-    """Profile the columns of these files, which have equal names, up to `most_rows` rows. Raises DataError."""
-    found = TableProfile()
-    for path in paths:
-        if found.rows >= most_rows:
-            found.complete = False
-            break
-        for table in read_tables(storage, path, most_rows - found.rows):
-            if twice := sorted(name for name, count in Counter(table.column_names).items() if count > 1):
-                raise DataError(f"{storage.full(path)}: column {twice[0]} is in it twice; rename one of them")
-            found.rows += len(table)
-            lengths = None
-            if label is not None and label in table.column_names and is_list(table.schema.field(label).type):
-                lengths = pc.list_value_length(table.column(label).combine_chunks())
-            for name in table.column_names:
-                array: Any = table.column(name).combine_chunks()
-                kind, depth = inner_type(array.type)
-                column = found.columns.setdefault(name, Column(name, str(array.type), content_of(kind), depth))
-                column.add(array, lengths)
-    return found
-
-
-def inner_type(kind: pa.DataType) -> tuple[pa.DataType, int]:
-    """Return the type within all lists, and how many lists there are."""
-    inner: Any = kind
-    depth = 0
-    while is_list(inner):
-        inner, depth = inner.value_type, depth + 1
-    return inner, depth
-
-
-def content_of(kind: pa.DataType) -> Content:
-    """Say what numbers or texts a type has."""
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    if pa.types.is_boolean(kind) or pa.types.is_integer(kind):
-        return "integer"
-    if pa.types.is_floating(kind):
-        return "real"
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
-        return "text"
-    return "time" if pa.types.is_temporal(kind) else "other"
-
-
-def is_list(kind: pa.DataType) -> bool:
-    """Return whether it is a list of any form."""
-    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-
+from trainer.schema.profile import READ_TYPES, Column, Content, TableProfile, data_files, look, read_tables
 
 IMAGE_WORDS = "image|img|picture|pic|photo|cover|poster|thumbnail|bild|foto"
 # What people call our columns; the first that fits wins.
@@ -237,7 +53,27 @@ IMAGE_ENDING = re.compile(r"\.(jpe?g|png|webp|gif|bmp|tiff?|avif)(\?.*)?", re.IG
 EPOCH_S = (946_684_800, 4_102_444_800)  # from 2000 to 2100
 SEPARATORS = ("|", ";", ",")
 MOST_TRIED = 100  # values that are looked at
+# What rows of a table of events are called that show something, and those that label them: clicks, else what is bought.
+EVENTS = {
+    "shown": r"((item|product|page|ad)[_ -]?)?(views?|viewed|impressions?|imp|shows?|shown|exposed?|exposure|seen)",
+    "clicked": r"((item|product|ad)[_ -]?)?(clicks?|clicked|clk|tap|select)",
+    "bought": r"(add[_ -]?)?(to[_ -]?)?(cart|basket|wishlist|fav(ou?rite)?)|purchased?|buy|bought|orders?|transaction",
+}
+MOST_EVENTS = 20
+LEAST_FOUND = {True: 0.5, False: 0.05}
+"""The share of a log's ids that a joined table has, of one that was read to its end or not."""
 USER_ROWS = 50_000  # rows in which it is looked whether a column is the same in all rows of a user
+
+
+@dataclass(frozen=True)
+class JoinedTable:
+    """A table with one row for each item or user of the logs: which of its columns they lack."""
+
+    by: str  # item | user
+    files: str
+    column: str  # of its ids
+    more: Mapping[str, Column]
+    unused: tuple[str, ...]  # with another value in each row, as titles
 
 
 @dataclass(frozen=True)
@@ -251,7 +87,9 @@ class Log:
     of_user: frozenset[str]  # further columns that are the same in all rows of a user
     time_formats: tuple[str, ...]  # lines of the mapping
     guessed: str = ""  # what to say of a label that its name does not tell
-    others: tuple[str, ...] = ()  # tables next to it that are no logs
+    others: tuple[str, ...] = ()  # tables next to it that are no logs and join none
+    joins: tuple[JoinedTable, ...] = ()
+    where: Mapping[str, Any] | None = None  # of a table of events: which rows, and which label them
 
 
 def inspect_logs(storage: Storage, most_rows: int, file: str | None = None, label: str | None = None) -> list[Log]:
@@ -269,11 +107,23 @@ def inspect_logs(storage: Storage, most_rows: int, file: str | None = None, labe
     if empty := next((place for place, table in tables.items() if not table.rows), None):
         raise DataError(f"{storage.full(empty)}: {len(folders[empty])} files and not one row")
     labels, guessed = _labels_of(storage, tables, label)
-    logs = [_log(storage, place, folders[place], table, labels.get(place)) for place, table in tables.items()]
+    events = {place: where for place, table in tables.items() if (where := _events_of(table))}
+    if labels and not guessed:
+        events = {}
+    elif events:
+        labels, guessed = {}, ""
+    logs = [
+        _log(storage, place, folders[place], table, labels.get(place), events.get(place))
+        for place, table in tables.items()
+    ]
     logs = [dataclasses.replace(log, guessed=guessed) if log.files in labels else log for log in logs]
-    others = [log.files for log in logs if not {"timestamp", "user"} <= log.ours.keys() and log.files not in labels]
+    others = [log.files for log in logs if not _is_log(log)]
     if 0 < len(others) < len(logs):
-        logs = [dataclasses.replace(log, others=tuple(others)) for log in logs if log.files not in others]
+        logs = [log for log in logs if log.files not in others]
+        found = [join for place in reversed(others) if (join := _join_of(place, tables[place], logs))]
+        joins = list({join.by: join for join in found}.values())
+        others = [place for place in others if place not in {join.files for join in joins}]
+        logs = [_with_joins(dataclasses.replace(log, others=tuple(others)), joins) for log in logs]
     names = [log.name for log in logs]
     if len(set(names)) < len(names):
         places = ", ".join(f"{log.files} ({log.name})" for log in logs)
@@ -303,6 +153,77 @@ def _labels_of(storage: Storage, tables: Mapping[str, TableProfile], label: str 
     return likely, f"{name} is the only column of 0 and 1 in {place}, so it is taken for the label; else give --label"
 
 
+def _is_log(log: Log) -> bool:
+    """Whether the table has labels, or times and users, but not with one row for each user."""
+    if log.name == "impressions" or not {"timestamp", "user"} <= log.ours.keys():
+        return log.name == "impressions"
+    return "item" in log.ours or log.table.columns[log.ours["user"]].num_different < log.table.rows
+
+
+def _events_of(table: TableProfile) -> dict[str, Any] | None:
+    """Find a small column of texts that says which rows show something, and which label that; None where none does."""
+    for column in table.columns.values():
+        if column.content != "text" or column.depth or not 2 <= column.num_different <= MOST_EVENTS:
+            continue
+        values = column.examples(MOST_EVENTS)
+        kinds = {
+            kind: [each for each in values if re.fullmatch(words, each.strip(), re.IGNORECASE)]
+            for kind, words in EVENTS.items()
+        }
+        clicked = kinds["clicked"] or kinds["bought"]
+        if kinds["shown"] and clicked:
+            return {"column": column.name, "value": _one_or_all(kinds["shown"]), "clicked": _one_or_all(clicked)}
+    return None
+
+
+def _one_or_all(values: list[str]) -> Any:
+    return values[0] if len(values) == 1 else values
+
+
+def _join_of(place: str, table: TableProfile, logs: Sequence[Log]) -> JoinedTable | None:
+    """Find the ids by which a table joins the logs: a column of different values, of which a log has most of its own.
+
+    Where several are, the names of columns and of the table decide. None where there is none.
+    """
+    found = []
+    for log, by in ((log, by) for log in logs for by in ("item", "user") if by in log.ours):
+        theirs, fits = log.ours[by], re.compile(SYNONYMS[by], re.IGNORECASE).fullmatch
+        ids = log.table.columns[theirs].different.cast(pa.large_string())
+        for column in table.columns.values():
+            if column.content not in ("integer", "text") or column.nulls or column.num_different < table.rows:
+                continue
+            share = pc.mean(pc.is_in(ids, value_set=column.different.cast(pa.large_string()))).as_py()
+            if share is not None and share >= LEAST_FOUND[table.complete]:
+                is_named = fits(re.split(r"[s.]*\.|s$", place)[0]) is not None
+                found.append((column.name == theirs, fits(column.name) is not None, is_named, share, by, column.name))
+    if not found:
+        return None
+    *_, by, name = max(found)
+    columns = {each.name: each for each in table.columns.values() if each.name != name}
+    unused = tuple(
+        each.name
+        for each in columns.values()
+        if each.content in ("integer", "text") and each.num_different == table.rows > 1 and not _is_image(each)
+    )
+    return JoinedTable(by, place, name, {key: each for key, each in columns.items() if key not in unused}, unused)
+
+
+def _is_image(column: Column) -> bool:
+    return bool(re.fullmatch(SYNONYMS["image"], column.name, re.IGNORECASE)) or _has_image_names(column)
+
+
+def _with_joins(log: Log, joins: Sequence[JoinedTable]) -> Log:
+    """Add to a log the columns of joined tables that it lacks."""
+    for join in joins if log.name == "impressions" else [join for join in joins if join.by == "item"]:
+        more = {name: column for name, column in join.more.items() if name not in log.table.columns}
+        matched = _match(TableProfile(more), log.name, None) if join.by == "item" else {}
+        ours = {name: column for name, column in matched.items() if name in ("image", "category")} | dict(log.ours)
+        table = dataclasses.replace(log.table, columns=log.table.columns | more)
+        of_user = frozenset([*log.of_user, *(more if join.by == "user" else ())])
+        log = dataclasses.replace(log, table=table, ours=ours, of_user=of_user)
+    return dataclasses.replace(log, joins=tuple(joins))
+
+
 def render_mapping(logs: list[Log], where: str, folder: str, file: str) -> str:
     """Write the mapping of `where` as YAML into `file`, with the findings as comments; `folder` is the job's --logs."""
     lines = [
@@ -313,7 +234,7 @@ def render_mapping(logs: list[Log], where: str, folder: str, file: str) -> str:
         "# samples, tables of IDs with them.",
         *(f"# {log.guessed}" for log in logs if log.guessed),
         *(
-            f"# not used: {place}, which has no times or no users; join its columns to the logs"
+            f"# not used: {place}, which has no times or no users, and no column with a value for each item or user"
             for place in logs[0].others
         ),
     ]
@@ -321,12 +242,19 @@ def render_mapping(logs: list[Log], where: str, folder: str, file: str) -> str:
         lines.append("# There is no table of impressions here: no column is known as their label; name it by --label.")
     if formats := {line.partition("  #")[0]: line for log in reversed(logs) for line in log.time_formats}:
         lines += ["", *formats.values()]
+    if logs[0].joins:
+        lines += ["", "join:  # columns that a log lacks are taken from these tables, by its items or users"]
+    for join in logs[0].joins:
+        unused = f"  # not used: {', '.join(join.unused)}, with another value in each row" if join.unused else ""
+        lines.append(f"  {yaml_line(join.by, {'files': join.files, 'column': join.column})}{unused}")
     for log in logs:
         lines += [
             "",
             f"{log.name}:  # {'' if log.table.complete else 'the first '}{log.table.rows:,} rows",
             f"  {yaml_line('files', log.files)}",
         ]
+        if log.where is not None:
+            lines.append(f"  {yaml_line('where', log.where)}  # within_s: 1800, from one of these to its click")
         lines += ["  columns:", *_columns(log)]
         if log.name == "impressions":
             for side in ("user", "ad"):
@@ -387,15 +315,24 @@ def _separator(column: Column) -> str | None:
     return None
 
 
-def _log(storage: Storage, place: str, paths: list[str], table: TableProfile, label: str | None) -> Log:
-    log = "behaviors" if label is None else "impressions"
+def _log(
+    storage: Storage,
+    place: str,
+    paths: list[str],
+    table: TableProfile,
+    label: str | None,
+    where: Mapping[str, Any] | None,
+) -> Log:
+    log = "behaviors" if label is None and where is None else "impressions"
+    if where is not None:
+        table = dataclasses.replace(table, columns={k: v for k, v in table.columns.items() if k != where["column"]})
     ours = _match(table, log, label)
     of_user = set()
-    if label is not None and "user" in ours:
+    if log == "impressions" and "user" in ours:
         first = next(iter(read_tables(storage, paths[0], USER_ROWS)))
         of_user = _of_user(first, ours["user"], {*table.columns} - set(ours.values()))
     formats = _time_formats(table.columns[ours["timestamp"]]) if "timestamp" in ours else []
-    return Log(log, place, table, ours, frozenset(of_user), tuple(formats))
+    return Log(log, place, table, ours, frozenset(of_user), tuple(formats), where=where)
 
 
 def _time_formats(column: Column) -> list[str]:
@@ -434,6 +371,8 @@ def _of_user(first: pa.Table, user: str, further: set[str]) -> set[str]:
 def _columns(log: Log) -> list[str]:
     lines = []
     for name in OF_LOG[log.name]:
+        if name == "label" and log.where is not None:
+            continue
         if name in log.ours:
             lines.append(f"    {yaml_line(name, log.ours[name])}  # {column_note(log.table.columns[log.ours[name]])}")
         elif name == "image":
@@ -453,6 +392,8 @@ def _extras(log: Log, side: str, shown: Log | None = None) -> list[str]:
         if name not in log.ours.values() and (name in log.of_user) == (side == "user")
     ]
     kinds = {column.name: _kind_of(column) for column in further if shown is None or column.name in shown.table.columns}
+    if shown is not None:  # fields read ids of behaviours, and no lists or numbers
+        kinds = {name: kind for name, kind in kinds.items() if kind == "id"}
     usable = [column for column in further if kinds.get(column.name)]
     lines = [f"  {side}:"] if usable else []
     lines += [f"    {yaml_line(each.name, kinds[each.name])}  # {column_note(each)}" for each in usable]
@@ -536,15 +477,23 @@ def sample_files(storage: Storage) -> list[str]:
 
 
 def inspect_samples(
-    storage: Storage, label: str, group: str, most_rows: int, counted: Mapping[str, DistinctCount] | None = None
+    storage: Storage,
+    label: str,
+    group: str,
+    most_rows: int,
+    counted: Mapping[str, DistinctCount] | None = None,
+    may_lack: Collection[str] = (),
 ) -> tuple[Schema, Suggestion]:
     """Suggest a schema that fits sample files from at most `most_rows` groups.
 
-    `counted`: by column, the different values of all groups. Raises SchemaError, DataError.
+    `counted`: by column, the different values of all groups. `may_lack`: columns of numbers of which other rows may
+    have none. Raises SchemaError, DataError.
     """
     table = look(storage, sample_files(storage), label, most_rows)
     for name, count in (counted or {}).items():
         table.columns[name].counted = count
+    for name in may_lack:
+        table.columns[name].may_lack = True
     roles: tuple[tuple[str, int, str, tuple[Content, ...]], ...] = (
         (label, 1, "a list of 0 and 1 in each group", ("integer",)),
         (group, 0, "one whole number or text a group", ("integer", "text")),
@@ -577,7 +526,7 @@ def suggest(table: TableProfile, label: str) -> Suggestion:
             made.left_out[column.name] = reason
         elif column.content == "real":
             width = column.longest if column.depth > (side == "ad") else None
-            fill = "mean" if column.missing else None
+            fill = "mean" if column.missing or column.may_lack else None
             made.add(column, side=side, kind="dense", width=width, transform=_transform(column), fill=fill)
         else:
             _add_ids(made, column, side)
@@ -625,7 +574,7 @@ def _unfit(column: Column, side: Side) -> str | None:
     widths = f"{column.shortest} to {column.longest} numbers"
     problems = {
         f"{column.type}, kept for people; add it by hand if the model should see it": NO_FIELDS.search(column.name),
-        f"{column.type}; a field reads numbers and texts": column.content not in _TYPES,
+        f"{column.type}; a field reads numbers and texts": column.content not in READ_TYPES,
         f"{column.nulls:,} of {column.rows:,} rows are null; a field has none": column.nulls
         and (not is_real or column.depth),
         several: column.rows > 1 and column.num_different < 2 and not is_real,

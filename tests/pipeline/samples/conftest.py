@@ -9,6 +9,7 @@ from distributed import Client
 
 from pipeline.options import SampleOptions
 from pipeline.samples.build import build_samples
+from tests.pipeline.samples.own import Shop
 from tests.pipeline.samples.rows import Row, read, table, write
 
 
@@ -25,3 +26,8 @@ def build(options: SampleOptions, client: Client, tmp_path: Path):
         return read(tmp_path / "samples"), summary
 
     return run
+
+
+@pytest.fixture
+def shop(client: Client, tmp_path: Path) -> Shop:
+    return Shop(tmp_path, client)

@@ -11,6 +11,7 @@ import pytest
 from distributed import Client, LocalCluster
 
 from pipeline.errors import SampleError, SampleOptionError
+from pipeline.samples import build as build_module
 from pipeline.samples import logs as pieces_module
 from pipeline.samples.build import build_samples
 from pipeline.samples.publish import MARK, SAMPLES, FolderContent, replaced_folder
@@ -61,6 +62,19 @@ def test_long_day_becomes_several_sorted_files(options, client, tmp_path):
     assert files == [f"day=2026-01-01-00{number}.parquet" for number in range(3)]
     rows = read(options.samples)
     assert [row["user"] for row in rows] == [row["user"] for row in impressions]
+
+
+def test_days_of_a_few_rows_are_written_by_few_tasks(build, tmp_path, monkeypatch):
+    tasks, original = {}, build_module.run_all
+
+    def counted(client, stage, function, calls, hint):
+        tasks[stage] = len(calls)
+        return original(client, stage, function, calls, hint)
+
+    monkeypatch.setattr(build_module, "run_all", counted)
+    monkeypatch.setattr(build_module, "num_threads", lambda client: 2)
+    build([shown(day * DAY_S, user=day) for day in range(60)], [done(0)])
+    assert len(list((tmp_path / "samples/train").iterdir())) == 60 and tasks["write samples"] == 4
 
 
 def test_logs_at_another_address_and_in_folders_by_day(options, client, tmp_path):

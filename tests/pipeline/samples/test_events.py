@@ -1,0 +1,203 @@
+"""One table of events: which rows are impressions and behaviours, and which clicks label which impressions."""
+
+import dataclasses
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from distributed import Client
+
+from pipeline.errors import SampleError, SampleOptionError
+from pipeline.options import SampleOptions
+from pipeline.samples.added import add_days
+from pipeline.samples.build import build_samples
+from pipeline.samples.groups import label_impressions
+from pipeline.samples.logs import CLICK, MICROSECONDS
+from pipeline.samples.requests import requests_of_log
+from tests.pipeline.samples.own import Shop
+from tests.pipeline.samples.rows import DAY_S, START_S, all_bytes, quarantine, read
+
+MAPPING: dict[str, Any] = {
+    "impressions": {
+        "files": "events.csv",
+        "columns": {"timestamp": "ts", "user": "uid", "item": "sku", "image": None},
+        "where": {"column": "event", "value": ["view", "impression"], "clicked": "click", "within_s": 60},
+        "ad": {"price": "dense"},
+    },
+    "behaviors": "clicks",
+}
+EVENTS = """ts,uid,sku,event,price
+1767225600,1,5,view,1
+1767225610,1,5,view,1
+1767225620,1,5,click,
+1767225630,1,6,impression,1
+1767225691,1,6,click,
+1767225700,1,7,click,
+1767225701,2,7,view,1
+1767225702,2,8,purchase,1
+1767225703,2,8,,1
+1767225800,1,9,view,1
+1767225801,1,9,view,much
+1767225802,,9,click,1
+"""
+
+
+def test_an_impression_is_clicked_where_a_click_follows_it(shop: Shop) -> None:
+    shop.put("events.csv", EVENTS)
+    found, summary = shop.build(MAPPING)
+    ads = [(at["user"], item, label) for at in found for item, label in zip(at["ad_item"], at["label"], strict=True)]
+    assert sorted(ads) == [(1, 5, 0), (1, 5, 1), (1, 6, 0), (1, 9, 0), (2, 7, 0)]
+    shown, done = summary["impressions"], summary["behaviors"]
+    assert (shown["rows"], shown["kept"], shown["clicks"], shown["duplicates"]) == (10, 5, 3, 0)
+    assert shown["clicks_without_impression"] == 2 and shown["other_events"] == {"None": 1, "purchase": 1}
+    assert done["rows"] == 4 and sum(done["quarantined"].values()) == 1
+    assert [row[1:] for row in quarantine(shop.folder)] == [
+        (10, "price is no number"), (11, "user is null"), (11, "user is null"),
+    ]  # fmt: skip
+
+
+def test_clicks_are_the_behaviours_of_later_groups_and_may_be_others(shop: Shop) -> None:
+    later = f"{START_S + 3 * DAY_S},1,5,view,1\n"
+    shop.put("events.csv", EVENTS + later)
+    last = shop.build(MAPPING)[0][-1]
+    assert last["behavior_item"] == [7, 6, 5]
+    columns = MAPPING["impressions"]["columns"]
+    done = {"files": "events.csv", "columns": columns, "where": {"column": "event", "value": ["purchase", "view"]}}
+    last = shop.build(MAPPING | {"behaviors": done})[0][-1]
+    assert last["behavior_item"] == [9, 9, 5, 5]
+
+
+@pytest.mark.parametrize("kind", ["text", "dictionary", "whole", "boolean"])
+def test_the_column_of_events_has_any_type(shop: Shop, kind: str) -> None:
+    events = {"text": ["v", "c", "x"], "whole": [1, 2, 3], "boolean": [True, False, None]}
+    values = pa.array(events["text"]).dictionary_encode() if kind == "dictionary" else pa.array(events[kind])
+    view, click = {"whole": (1, 2), "boolean": (True, False)}.get(kind, ("v", "c"))
+    shop.put("events.csv/a.parquet", {"ts": [0, 1, 2], "uid": [1, 1, 1], "sku": [5, 5, 5], "event": values})
+    where = {"column": "event", "value": view, "clicked": click}
+    found, summary = shop.build(MAPPING | {"impressions": MAPPING["impressions"] | {"where": where, "ad": {}}})
+    assert [row["label"] for row in found] == [[1]] and summary["impressions"]["rows"] == 2
+
+
+def labelled_plainly(rows: list[tuple[int, int, int, int]], within: int) -> tuple[list[tuple[int, ...]], int]:
+    """Label by loops; rows are user, item, time, label."""
+    shown = sorted(row[:3] for row in rows if row[3] != CLICK)
+    clicked: dict[tuple[int, ...], int] = {}
+    unmatched = 0
+    for user, item, at, label in rows:
+        if label == CLICK:
+            before = [row for row in shown if row[:2] == (user, item) and at - within <= row[2] <= at]
+            if before:
+                clicked[max(before)] = max(at, clicked.get(max(before), 0))
+            unmatched += not before
+    return sorted((*row, int(row in clicked), clicked.get(row, row[2])) for row in shown), unmatched
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_labels_are_those_of_plain_loops(seed: int) -> None:
+    rng = random.Random(seed)
+    within_s = rng.choice([1, 3, 10])
+    rows = [
+        (rng.randrange(2), rng.randrange(2), rng.randrange(30) * MICROSECONDS, rng.choice([0, CLICK]))
+        for _ in range(rng.randrange(40))
+    ]
+    names = ("user", "item", "timestamp", "label")
+    columns = {name: np.array([row[n] for row in rows], np.int64) for n, name in enumerate(names)}
+    found, unmatched = label_impressions(columns, within_s)
+    table = sorted(zip(*(found[name].tolist() for name in (*names, "clicked_at")), strict=True))
+    assert (table, unmatched) == labelled_plainly(rows, within_s * MICROSECONDS)
+
+
+def write_events(shop: Shop, rng: random.Random, rows: list[tuple[int, int, int, str]], until_s: float) -> None:
+    known = [row for row in rows if row[0] < until_s]
+    text = "".join(f"{START_S + at},{user},{item},{event}\n" for at, user, item, event in rng.sample(known, len(known)))
+    shop.put("events.csv", "ts,uid,sku,event\n" + text)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_days_with_clicks_have_the_bytes_of_a_rebuild(shop: Shop, tmp_path: Path, seed: int) -> None:
+    """Clicks come up to a day after what they label, so long after the pause of a session over midnight."""
+    rng = random.Random(seed)
+    within_s = (300, 20_000, 86_400)[seed % 3]
+    rows = []
+    for _ in range(60):
+        at, user, item = rng.randrange(8) * DAY_S - rng.randrange(9_000), rng.randrange(9), rng.randrange(3)
+        rows.append((max(at, 0), user, item, "view"))
+        if rng.random() < 0.7:
+            rows.append((max(at, 0) + rng.randrange(1, 2 * within_s), user, item, "click"))
+    rows = [row for row in rows if row[0] < 8 * DAY_S]
+    shown = MAPPING["impressions"] | {"where": MAPPING["impressions"]["where"] | {"within_s": within_s}, "ad": {}}
+    write_events(shop, rng, rows, 2 * DAY_S)
+    shop.build(MAPPING | {"impressions": shown}, window_days=2, midnight_pause_s=600)
+    for day in range(2, 8):
+        write_events(shop, rng, rows, (day + 1) * DAY_S)
+        add_days(SampleOptions(samples=shop.options.samples, since="2026-01-01"), shop.client)
+        if any(at // DAY_S == day and event == "view" for at, _, _, event in rows):
+            add_days(SampleOptions(samples=shop.options.samples, days=f"2026-01-{day + 1:02}"), shop.client)
+    anew = dataclasses.replace(shop.options, samples=str(tmp_path / "anew"), window_days=2, midnight_pause_s=600)
+    build_samples(anew, shop.client)
+    assert all_bytes(shop.options.samples) == all_bytes(anew.samples)
+    assert any(1 in row["label"] for row in read(anew.samples))
+
+
+def test_rows_to_score_are_all_impressions_and_events_that_tell_are_behaviours(shop: Shop) -> None:
+    shop.put("events.csv", EVENTS)
+    shop.build(MAPPING)
+    shown = pa.table({"ts": [START_S + DAY_S] * 2, "uid": [1, 2], "sku": [5, 6], "price": [1.0, 2.0]})
+    done = pa.table({"ts": [START_S] * 2, "uid": [1, 1], "sku": [5, 6]})
+    rows = requests_of_log(shown, done, shop.options.samples).to_pylist()
+    assert [row["behavior_item"] for row in rows] == [[6, 5], []]
+    rows = requests_of_log(shown, done.append_column("event", pa.array(["view", "click"])), shop.options.samples)
+    assert rows.column("behavior_item").to_pylist() == [[6], []]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"where": {"column": "event", "value": "shown", "clicked": "click"}},
+            "the impressions have not one row with a value of where; other events are view",
+        ),
+        (
+            {"where": {"column": "kind", "value": "view", "clicked": "click"}},
+            "events.csv: column 'kind' is missing; there are ts, uid, sku",
+        ),
+        ({"where": {"column": "event", "value": []}}, "impressions.where.value"),
+        ({"where": {"column": "event", "value": "view", "clicked": "view"}}, "view is a value of rows and of clicks"),
+        ({"where": {"column": "event", "value": "x", "clicked": "y"}}, "the impressions have not one row with a value"),
+        ({"where": {"column": "event", "value": "view", "within_s": 0}}, "impressions.where.within_s"),
+        (
+            {"columns": MAPPING["impressions"]["columns"] | {"label": "price"}},
+            "impressions.columns.label: a click labels",
+        ),
+    ],
+)
+def test_mistakes_are_told(shop: Shop, change: Any, message: str) -> None:
+    shop.put("events.csv", EVENTS)
+    done = {"files": "events.csv", "columns": MAPPING["impressions"]["columns"]}
+    with pytest.raises((SampleError, SampleOptionError)) as told:
+        shop.build({"impressions": MAPPING["impressions"] | change, "behaviors": done})
+    assert message in str(told.value)
+
+
+def test_behaviours_have_no_clicks_of_their_own(shop: Shop) -> None:
+    done = {"files": "events.csv", "where": {"column": "event", "value": "view", "clicked": "click"}}
+    with pytest.raises(SampleOptionError, match=r"behaviors\.where\.clicked: only impressions have clicks"):
+        shop.build(MAPPING | {"behaviors": done})
+
+
+def test_days_are_added_where_clicks_of_labels_are_the_behaviours(client: Client, shop: Shop) -> None:
+    header, row = "ts,uid,sku,clicked\n", "{},1,5,1\n"
+    mapping = {
+        "impressions": {"files": "a.csv", "columns": {"timestamp": "ts", "user": "uid", "item": "sku", "image": None,
+                                                      "label": "clicked"}},
+        "behaviors": "clicks",
+    }  # fmt: skip
+    rows = [row.format(START_S + at) for at in (DAY_S - 1, DAY_S, 2 * DAY_S)]
+    shop.put("a.csv", header + rows[0])
+    shop.build(mapping)
+    shop.put("a.csv", header + "".join(rows))
+    add_days(SampleOptions(samples=shop.options.samples, since="2026-01-01"), client)
+    assert [row["behavior_item"] for row in read(shop.options.samples)] == [[], [5, 5]]
