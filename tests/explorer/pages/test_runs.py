@@ -86,7 +86,7 @@ def text_of(html: str) -> str:
 
 
 def test_the_list_has_every_run_with_settings_that_differ(pages: TestClient) -> None:
-    html = page(pages, "/runs")
+    html = page(pages, "/runs").replace("<wbr>", "")
     for name in ("both", "both-longer", "ids-only"):
         assert f'href="/runs/{name}"' in html
     assert '<th scope="col">model.images</th>' in html
