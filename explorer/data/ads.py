@@ -199,7 +199,7 @@ def _values(table: pa.Table, name: str | None, count: int, kind: pa.DataType) ->
     """Read a column of ads as it is in the file, one value an impression; None if it has others."""
     if name is None:
         return None
-    values = table[name].combine_chunks()
+    values: Any = table[name].combine_chunks()
     while pa.types.is_list(values.type) or pa.types.is_large_list(values.type):
         values = values.flatten()
     if len(values) != count:
@@ -233,8 +233,8 @@ def _part(keys_N: Int64Array, label_N: Any, texts: NDArray[Any] | None, prices: 
         np.bincount(of_N, minlength=count),
         np.bincount(of_N, label_N, count).astype(np.int64),
         category_R,
-        np.bincount(of_N, known_N, count),
-        np.bincount(of_N, np.where(known_N, price_N, 0), count),
+        np.bincount(of_N, known_N, count).astype(np.float64),
+        np.bincount(of_N, np.where(known_N, price_N, 0), count).astype(np.float64),
     )
 
 

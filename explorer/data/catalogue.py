@@ -9,7 +9,7 @@ Letters of shapes: N images of the snapshot.
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -116,8 +116,8 @@ class Catalogue:
 
     def images(self, rows: Int64Array) -> list[ListedImage]:
         """Return the images of some rows."""
-        chosen, of = self.names.take(pa.array(rows)), self.figures
-        named = zip(chosen[KEY].to_pylist(), chosen[URI].to_pylist(), chosen[_IS_NEW].to_pylist(), strict=True)
+        chosen, of = self.names.take(rows), self.figures
+        named: Iterator[tuple[Any, ...]] = zip(*(chosen[name].to_pylist() for name in (KEY, URI, _IS_NEW)), strict=True)
         return [
             ListedImage(
                 key=key,
@@ -139,7 +139,7 @@ class Catalogue:
             with suppress(ValueError):
                 wanted_N |= self.names[KEY].to_numpy() == int(query.text)
         if query.folder:
-            in_it: Any = pc.equal(self.names["folder"], query.folder)
+            in_it: Any = pc.equal(self.names["folder"], pa.scalar(query.folder, pa.large_string()))
             wanted_N &= in_it.to_numpy()
         if query.category:
             wanted_N &= self.figures.category_I == query.category
@@ -173,8 +173,8 @@ def make_catalogue(store: FeatureStore, snapshot: Snapshot, figures: AdFigures, 
         task.tell("reads the names of all images")
         table, before = _names(snapshot), _before(store, snapshot)
         task.tell(f"compares with snapshot {before}")
-        new_N = diff(store, before, snapshot.version).added.keys_N if before != snapshot.version else []
-        is_new = pa.array(np.isin(table[KEY].to_numpy(), new_N))
+        new = diff(store, before, snapshot.version).added.keys_N
+        is_new = pa.array(np.isin(table[KEY].to_numpy(), new))
         table = table.append_column(_IS_NEW, is_new).replace_schema_metadata({_ABOUT: str(before)})
         with replaced_file(file) as part, pa.OSFile(str(part), "wb") as out, pa.ipc.new_file(out, table.schema) as made:
             made.write_table(table)
@@ -201,7 +201,7 @@ def _opened(file: Path) -> pa.Table | None:
 
 def _names(snapshot: Snapshot) -> pa.Table:
     """Read keys and uris of all images, with the first folder of each, in the order of the uris."""
-    schema = pa.schema([pa.field(KEY, pa.int64()), pa.field(URI, pa.large_string())])
+    schema = pa.schema({KEY: pa.int64(), URI: pa.large_string()})
     parts = [
         table.select([KEY, URI]).cast(schema)
         for shard in sorted(snapshot.manifest.shards)

@@ -30,7 +30,7 @@ FILE = "tracking.json"
 """In a run's folder: its id in each tracker, by which a run that is continued is found again."""
 _END_S = 60.0
 """Longest wait, at the end of a run, for figures that a tracker has not taken yet."""
-_MOST_PARAMS, _LONGEST = 100, 500
+_MOST_PARAMS, _LONGEST, _LONGEST_WHY = 100, 500, 200
 
 
 class Tracker(Protocol):
@@ -125,7 +125,8 @@ class TrackerThread:
     def add(self, step: int, values: Values) -> None:
         """Note the values of a step."""
         if not self._has_failed:
-            self._calls.put(lambda tracker, now_s=time.time(): tracker.add(step, values, now_s))
+            now_s = time.time()
+            self._calls.put(lambda tracker: tracker.add(step, values, now_s))
 
     def end(self, failed: bool) -> None:
         """Say that the run has ended, and wait until the tracker has taken everything, at most _END_S."""
@@ -143,7 +144,7 @@ class TrackerThread:
         except ImportError:
             self._fail(f"it is not installed: pip install 'crossmedia[{self._kind}]'")
         except Exception as failure:  # of any package that a tracker uses
-            self._fail(one_line(failure))
+            self._fail(one_line(failure)[:_LONGEST_WHY])
 
     def _fail(self, why: str) -> None:
         self._has_failed = True

@@ -92,12 +92,17 @@ def test_a_tracker_that_is_not_installed_ends_no_run(
     assert not (plain / tracking.FILE).exists()
 
 
-@pytest.fixture
-def mlflow(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
-    """MLflow with a store of its own."""
+@pytest.fixture(params=["files", "sqlite"])
+def mlflow(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+    """MLflow with a store of its own: files, or a database, which needs more packages."""
     mlflow: ModuleType = pytest.importorskip("mlflow")
-    mlflow.set_tracking_uri((tmp_path / "mlruns").as_uri())
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "shop")
+    if request.param == "sqlite":
+        for name in ("sqlalchemy", "alembic"):
+            pytest.importorskip(name)
+    places = {"files": (tmp_path / "mlruns").as_uri(), "sqlite": f"sqlite:///{tmp_path}/mlflow.db"}
+    mlflow.set_tracking_uri(places[request.param])
     return mlflow
 
 
