@@ -201,7 +201,8 @@ def _opened(file: Path) -> pa.Table | None:
 
 def _names(snapshot: Snapshot) -> pa.Table:
     """Read keys and uris of all images, with the first folder of each, in the order of the uris."""
-    schema = pa.schema({KEY: pa.int64(), URI: pa.large_string()})
+    columns: dict[str, Any] = {KEY: pa.int64(), URI: pa.large_string()}
+    schema = pa.schema(columns)
     parts = [
         table.select([KEY, URI]).cast(schema)
         for shard in sorted(snapshot.manifest.shards)
