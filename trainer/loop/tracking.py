@@ -6,18 +6,18 @@ or to fail, so a tracker works in a thread of its own: the training never waits 
 warning.
 """
 
+import contextlib
 import os
 import queue
 import re
 import time
 from collections.abc import Callable, Mapping
-from functools import partial
 from threading import Thread
-from typing import Any, Protocol
+from typing import Any
 
 from featurestore.console.output import print_warning
 from featurestore.parsing import parse_json
-from featurestore.published.paths import RunPath, read_file, write_json_file
+from featurestore.published.paths import read_file, write_json_file
 from featurestore.spec import flat
 from featurestore.text import one_line
 from trainer.config import Tracking
@@ -31,20 +31,6 @@ FILE = "tracking.json"
 _END_S = 60.0
 """Longest wait, at the end of a run, for figures that a tracker has not taken yet."""
 _MOST_PARAMS, _LONGEST, _LONGEST_WHY = 100, 500, 200
-
-
-class Tracker(Protocol):
-    """A run in a tracker; its methods raise whatever the tracker's package does."""
-
-    id: str
-
-    def add(self, step: int, values: Values, time_s: float) -> None:
-        """Note the values of a step."""
-        ...
-
-    def end(self, failed: bool) -> None:
-        """Say that the run has ended."""
-        ...
 
 
 class MlflowRun:
@@ -106,10 +92,8 @@ class WandbRun:
         self._run.finish(exit_code=int(failed))
 
 
-_KINDS: Mapping[str, Callable[[str, Mapping[str, str], str | None], Tracker]] = {
-    "mlflow": MlflowRun,
-    "wandb": WandbRun,
-}
+Tracker = MlflowRun | WandbRun
+_KINDS: Mapping[Tracking, type[Tracker]] = {"mlflow": MlflowRun, "wandb": WandbRun}
 
 
 class TrackerThread:
@@ -154,22 +138,19 @@ class TrackerThread:
 def tracker_of(run: Run) -> TrackerThread | None:
     """Begin to track a run, or continue; None where `run.tracking` names no tracker. Only rank 0 calls it."""
     kind = run.config.run.tracking
-    return None if kind is None else TrackerThread(kind, partial(_begun, run.folder, kind, params_of(run), _ids(run)))
+    if kind is None:
+        return None
+    params, file, continues = params_of(run), run.folder / FILE, resumed_folder(run) == run.folder
 
+    def begin() -> Tracker:
+        ids: dict[str, str] = {}
+        with contextlib.suppress(FileNotFoundError):
+            ids |= parse_json(read_file(file)) if continues else {}
+        tracker = _KINDS[kind](run.folder.name, params, ids.get(kind))
+        write_json_file(file, {**ids, kind: tracker.id})
+        return tracker
 
-def _begun(folder: RunPath, kind: Tracking, params: Mapping[str, str], ids: Mapping[str, str]) -> Tracker:
-    tracker = _KINDS[kind](folder.name, params, ids.get(kind))
-    write_json_file(folder / FILE, {**ids, kind: tracker.id})
-    return tracker
-
-
-def _ids(run: Run) -> dict[str, str]:
-    """Read the ids of the run that this start continues; none for a new run."""
-    try:
-        continues = resumed_folder(run) == run.folder
-        return dict(parse_json(read_file(run.folder / FILE))) if continues else {}
-    except (FileNotFoundError, ValueError):
-        return {}
+    return TrackerThread(kind, begin)
 
 
 def params_of(run: Run) -> dict[str, str]:

@@ -12,7 +12,7 @@ import pytest
 from tests.trainer.conftest import Places
 from tests.trainer.whole_runs import assert_same, drawn_scalars, report_of, run_alone
 from trainer.loop import tracking
-from trainer.loop.tracking import TrackerThread
+from trainer.loop.tracking import TrackerThread, WandbRun
 
 STEPS = {"train__max_steps": 6, "train__log_every": 2, "train__eval_every": 2}
 
@@ -77,6 +77,22 @@ def test_one_that_hangs_does_not_hold_the_end_of_a_run(
     tracker.end(failed=False)
     assert "has not taken all figures within" in capsys.readouterr().err
     go.set()
+
+
+def test_weights_and_biases_has_a_run_without_a_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    tracker = TrackerThread("wandb", lambda: WandbRun("tracked", {"model.images": "both"}, None))
+    for step in range(3):
+        tracker.add(step, {"train/loss": 1.0 / (step + 1)})
+    tracker.end(failed=False)
+    assert "warning" not in capsys.readouterr().err
+    (file,) = tmp_path.rglob("*.wandb")
+    written = file.read_bytes()
+    assert b"train/loss" in written and b"model.images" in written
 
 
 @pytest.mark.long
