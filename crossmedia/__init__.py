@@ -1,11 +1,12 @@
 """CrossMedia from Python: `import crossmedia as cm`.
 
-    store = cm.open_store("data/features")
+    store = cm.extract("photos", "data/features")
     store["bag/1.jpg"]  # float32, (4096,)
+    cm.build_samples("data/logs", "data/samples")
     run = cm.train("data/samples", images="both")
     run.evaluate().table
     run.score(impressions, behaviors)
-    cm.load_model("data/models/ctr").score(rows)
+    run.publish("data/models/ctr").score(rows)
     cm.Client("http://127.0.0.1:8080").score(rows)
 
 Each name stands for what the command of the same name does, and errors have the same texts. Tables are pandas
@@ -16,6 +17,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from crossmedia.data import build_samples, extract, make_demo
     from crossmedia.models import Client, Model, load_model
     from crossmedia.runs import Evaluation, Run, open_run, train
     from crossmedia.store import Store, open_store
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from trainer.samples.interop import FeatureDataset, SampleDataset
 
 _MODULES = {
+    "crossmedia.data": ("build_samples", "extract", "make_demo"),
     "crossmedia.models": ("Client", "Model", "load_model"),
     "crossmedia.runs": ("Evaluation", "Run", "open_run", "train"),
     "crossmedia.store": ("Store", "open_store"),
@@ -30,8 +33,8 @@ _MODULES = {
     "trainer.samples.interop": ("FeatureDataset", "SampleDataset"),
 }
 __all__ = [
-    "Client", "Evaluation", "FeatureDataset", "Model", "Run", "SampleDataset", "Store", "load_model", "open_run",
-    "open_store", "train", "with_behaviors",
+    "Client", "Evaluation", "FeatureDataset", "Model", "Run", "SampleDataset", "Store", "build_samples", "extract",
+    "load_model", "make_demo", "open_run", "open_store", "train", "with_behaviors",
 ]  # fmt: skip
 
 

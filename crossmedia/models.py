@@ -4,7 +4,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from crossmedia.tables import Scores, Shown, scores_of
+from crossmedia.tables import Scores, scores_of
+from featurestore.text import Shown
 from serving.scoring.samples import RemoteScorer, ca_context
 from serving.scoring.scorer import Scorer
 from serving.scoring.sent import PIECE_REQUESTS

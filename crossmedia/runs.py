@@ -5,8 +5,11 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
-from crossmedia.tables import Scores, Shown, scores_of, with_behaviors
+import pyarrow as pa
+
+from crossmedia.tables import Scores, scores_of, with_behaviors
 from featurestore.published.paths import RunPath, run_path
+from featurestore.text import Shown
 from trainer.cli import joined_ranks
 from trainer.config import Config, load_config
 from trainer.evaluation.bootstrap import Figures
@@ -14,6 +17,7 @@ from trainer.evaluation.predict import score_rows
 from trainer.evaluation.report import evaluate_run
 from trainer.main import train as train_run
 from trainer.main import warm_settings
+from trainer.runs.export import open_network
 from trainer.runs.folder import report_of, run_or_newest
 from trainer.runs.saved import RunSource, SavedRun, read_run
 from trainer.samples.interop import table_of
@@ -21,6 +25,8 @@ from trainer.schema.fields import SETTINGS_FILE
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from crossmedia.models import Model
 
 Address = str | os.PathLike[str] | RunPath
 
@@ -110,6 +116,28 @@ class Run(Shown):
         if behaviors is not None:
             table = with_behaviors(table, table_of(behaviors), self.config.data.samples)
         return scores_of(rows, score_rows(RunSource(self.folder, self.checkpoint, store=_text(store)), table))
+
+    def vectors(self, network: str | None = None) -> pa.Table:
+        """Compute the visual vectors of all images of the store's newest snapshot: key, uri, vector (V,).
+
+        `network`: which E, where the run has several. Raises TrainerError, FeatureStoreError.
+        """
+        return pa.concat_tables(open_network(self.folder, which=self.checkpoint, network=network).tables())
+
+    def publish(self, url: Address = "data/models/ctr", *, gate: bool = True) -> "Model":
+        """Publish as `crossmedia publish` the next version of the model at `url`, and open it.
+
+        It is put in use, with `gate` only if it is not worse than the one in use. Raises ServingError, TrainerError.
+        """
+        from crossmedia.models import load_model
+        from jobs.export_model import put_in_use
+        from serving.bundle.export import ExportOptions, export_model, write_network
+
+        options = ExportOptions(run=self.folder, checkpoint=self.checkpoint, use=not gate)
+        made = export_model(str(url), options, network=write_network).manifest
+        if gate:
+            put_in_use(str(url), made, options)
+        return load_model(str(url), made.version)
 
     def _about(self) -> tuple[str, dict[str, Any]]:
         return str(self.folder), {name: value for name, value in self.metrics.items() if isinstance(value, float)}

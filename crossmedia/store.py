@@ -7,9 +7,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from crossmedia.tables import Shown
 from featurestore import FeatureStore, Snapshot
 from featurestore.keys import keys_of_images
+from featurestore.text import Shown
 
 if TYPE_CHECKING:
     import pandas as pd

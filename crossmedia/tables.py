@@ -1,7 +1,6 @@
-"""Tables of scores and of raw logs, as pandas or Arrow has them, and how objects are shown."""
+"""Tables of scores and of raw logs, as pandas or Arrow has them."""
 
 from collections.abc import Sequence
-from html import escape
 from typing import Any
 
 import numpy as np
@@ -36,24 +35,3 @@ def with_behaviors(impressions: Any, behaviors: Any, samples: str = "data/sample
 
     rows = requests_of_log(table_of(impressions), table_of(behaviors), str(samples))
     return rows.to_pandas().set_index(impressions.index) if is_pandas(impressions) else rows
-
-
-class Shown:
-    """Something with an address and some values, which its text and its table in a notebook have."""
-
-    def _about(self) -> tuple[str, dict[str, Any]]:
-        raise NotImplementedError
-
-    def __repr__(self) -> str:
-        address, values = self._about()
-        shown = [repr(address), *(f"{name}={_short(value)}" for name, value in values.items())]
-        return f"{type(self).__name__}({', '.join(shown)})"
-
-    def _repr_html_(self) -> str:
-        address, values = self._about()
-        rows = [f"<tr><th>{escape(name)}</th><td>{escape(_short(value))}</td></tr>" for name, value in values.items()]
-        return f"<table><caption>{escape(address)}</caption>{''.join(rows)}</table>"
-
-
-def _short(value: Any) -> str:
-    return f"{value:.4f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)

@@ -21,6 +21,7 @@ from featurestore.format.statistics import FeatureStatistics, Moments
 from featurestore.keys import AnyArray, BoolArray, Int64Array, shard_of
 from featurestore.spec import Manifest, OptionalId, RandomId, SourceSnapshot, StoreInfo
 from featurestore.storage.storage import Storage, cached_property, in_threads
+from featurestore.text import Shown
 
 VECTORS_OF = "visual_vectors"  # in the metadata of exported vectors (Parquet): the snapshot of their features, as JSON
 _SHOWN = 8  # digits of an id in a message
@@ -28,7 +29,7 @@ _THREADS = 4
 ResultT = TypeVar("ResultT")
 
 
-class Snapshot:
+class Snapshot(Shown):
     """The rows of a store as of one commit. Letters of shapes: M live rows, U keys asked, D feature width."""
 
     def __init__(self, storage: Storage, info: StoreInfo, manifest: Manifest) -> None:
@@ -50,6 +51,10 @@ class Snapshot:
     def num_rows(self) -> int:
         """Live rows. Reads the keys of shards that have delta files."""
         return sum(self._each_shard(lambda reader: reader.num_rows))
+
+    def _about(self) -> tuple[str, dict[str, Any]]:
+        values = {"version": self.version, "file_rows": self.manifest.file_rows, "operation": self.manifest.operation}
+        return self.storage.url, {**values, "dim": self.info.dim, "dtype": self.info.dtype}
 
     def shard_reader(self, shard: int) -> ShardReader:
         """Return the merged view of one shard."""

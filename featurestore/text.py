@@ -1,4 +1,4 @@
-"""Text: lines of CSV, names of number types, and printable forms of texts.
+"""Text: lines of CSV, names of number types, and printable forms of texts and objects.
 
 Quotes count as Arrow takes them: at the beginning of a value alone, doubled within it, with line breaks between them.
 """
@@ -10,8 +10,9 @@ import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from html import escape
 from itertools import islice
-from typing import IO, Literal
+from typing import IO, Any, Literal
 
 MOST_BREAKS = 100  # line breaks in one value; more is taken for a quote that is not closed
 _TO_THE_QUOTE = re.compile(r'(?:[^"]++|"")*+')
@@ -238,3 +239,24 @@ def _spelled(character: str) -> str:
     if "\udc80" <= character <= "\udcff":  # how Python carries a byte that is not UTF-8
         return f"\\x{ord(character) - 0xDC00:02x}"
     return character.encode("unicode_escape").decode("ascii")
+
+
+class Shown:
+    """Something with an address and some values, which its text and its table in a notebook have."""
+
+    def _about(self) -> tuple[str, dict[str, Any]]:
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        address, values = self._about()
+        shown = [repr(address), *(f"{name}={_short(value)}" for name, value in values.items())]
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+    def _repr_html_(self) -> str:
+        address, values = self._about()
+        rows = [f"<tr><th>{escape(name)}</th><td>{escape(_short(value))}</td></tr>" for name, value in values.items()]
+        return f"<table><caption>{escape(address)}</caption>{''.join(rows)}</table>"
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)

@@ -12,6 +12,9 @@ from tools.tables import table
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = {
     "import crossmedia as cm": [
+        "crossmedia.make_demo",
+        "crossmedia.extract",
+        "crossmedia.build_samples",
         "crossmedia.open_store",
         "crossmedia.Store",
         "crossmedia.train",

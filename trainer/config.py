@@ -317,6 +317,7 @@ class OptimConfig(Section):
 
 
 Device = Literal["auto", "cpu", "cuda"]
+Tracking = Literal["mlflow", "wandb"]
 WarmPart = Literal["images", "model", "ids", "optimizers"]
 WARM_PARTS: dict[Any, list[WarmPart]] = {
     "none": [],
@@ -412,7 +413,8 @@ class TrainConfig(Section):
     log_every: Nothing[Count] = 10
     """Steps between two entries of TensorBoard and of the log."""
     eval_every: Training[Count | None] = None
-    """Steps between two evaluations, on the test samples unless there are validation days; null: at the end only."""
+    """Steps between two evaluations, on the test samples unless there are validation days; null: after each epoch.
+    There is one at the end in any case."""
     eval_batch_size: Training[Count] = 8192
     """Samples of one step of an evaluation, over all ranks."""
     early_stopping: Training[Count | None] = None
@@ -446,6 +448,9 @@ class RunConfig(Section):
     list of images (E), model, ids; optimizers only with all three."""
     overwrite: Nothing[bool] = False
     """Replace a run of the same name; with a step or path in resume, what came after that checkpoint."""
+    tracking: Nothing[Tracking | None] = None
+    """Also tell MLflow, or Weights & Biases, the settings, figures and addresses of the run; its package is an extra
+    (docs/TRAIN.md). null: TensorBoard alone."""
     device: Training[Device] = "auto"
     """What to compute on; auto: cuda if every rank has a GPU and the collectives go by NCCL."""
     features_on_device: Nothing[Literal["auto"] | bool] = "auto"

@@ -112,6 +112,7 @@ def train(config: Config, comm: "Comm", verbose: bool = False) -> "RunPath":
     """
     from featurestore.console.output import text_console
     from trainer.loop import summary
+    from trainer.loop.tracking import tracker_of
     from trainer.loop.training import StopSignals, Training, total_steps
     from trainer.runs.open import claim_folder, open_run
 
@@ -125,7 +126,9 @@ def train(config: Config, comm: "Comm", verbose: bool = False) -> "RunPath":
             return run.folder
         removed = claim_folder(run)
         hardware = summary.hardware_of(comm, run.device, run.config.model.compute_dtype)
-        with summary.ProgressLog(run.events.path if root else None, run.engine.num_steps, total_steps(run)) as progress:
+        tracker = tracker_of(run) if root else None
+        place = run.events.path if root else None
+        with summary.ProgressLog(place, run.engine.num_steps, total_steps(run), tracker) as progress:
             readers = f"{run.train_reader.num_samples:,} training and {run.test_reader.num_samples:,} test samples"
             if run.validation_reader is not None:
                 readers = f"{run.validation_reader.num_samples:,} validation, {readers}"

@@ -15,8 +15,8 @@ def _():
         # From pictures to a scored request
 
         This notebook draws a small shop, extracts features, trains a model on IDs and images, and asks it which ads
-        a user would click. Every step is a command that you could also type; what it prints is below it. Change a
-        number, and marimo runs again what depends on it.
+        a user would click. Every step is a function of `crossmedia`, and a command of the same name does the same.
+        Change a number, and marimo runs again what depends on it.
         """
     )
     return (mo,)
@@ -25,30 +25,16 @@ def _():
 @app.cell
 def _(mo):
     import io
-    import json
-    import os
-    import shlex
-    import subprocess
-    import sys
+    import shutil
     from pathlib import Path
 
     import numpy as np
     import pyarrow.parquet as pq
     from PIL import Image
 
-    ROOT = Path(__file__).resolve().parents[2]
-    PLACE = Path(mo.cli_args().get("dir") or ROOT / "data" / "notebook")
+    import crossmedia as cm
 
-    def run(*words: object) -> str:
-        """Run one Python command of the project, and return what it prints."""
-        command = [sys.executable, *map(str, words)]
-        print("$ python", shlex.join(command[1:]), flush=True)
-        environment = os.environ | {"COLUMNS": "110", "PYTHONPATH": str(ROOT)}
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-        print(done.stdout, flush=True)
-        if done.returncode != 0:
-            raise RuntimeError(done.stderr)
-        return done.stdout
+    PLACE = Path(mo.cli_args().get("dir") or Path(__file__).resolve().parents[2] / "data" / "notebook")
 
     def sheet(names: list[str], columns: int = 10, side_px: int = 72) -> Image.Image:
         """Lay pictures out in rows, by their names below the folder of images."""
@@ -66,7 +52,7 @@ def _(mo):
         picture.save(buffer, "PNG")
         return buffer.getvalue()
 
-    return PLACE, as_png, json, np, pq, run, sheet
+    return PLACE, as_png, cm, np, pq, sheet, shutil
 
 
 @app.cell
@@ -80,20 +66,8 @@ def _(mo):
 
 
 @app.cell
-def _(PLACE, as_png, mo, run, sheet):
-    NUM_ITEMS, NUM_USERS, NUM_DAYS = 60, 400, 5
-    run(
-        "jobs/make_demo_data.py",
-        "--out",
-        PLACE,
-        "--items",
-        NUM_ITEMS,
-        "--users",
-        NUM_USERS,
-        "--days",
-        NUM_DAYS,
-        "--force",
-    )
+def _(PLACE, as_png, cm, mo, sheet):
+    cm.make_demo(PLACE, items=60, users=400, days=5, force=True)
     names = sorted(path.relative_to(PLACE / "images").as_posix() for path in (PLACE / "images").rglob("*.jpg"))
     mo.image(as_png(sheet(names[:40])))
     return (names,)
@@ -105,27 +79,27 @@ def _(mo):
     ## 2. Features, once per image
 
     A frozen network turns each picture into numbers. Here it is a small ResNet with random weights, so that nothing has
-    to be downloaded; `--weights imagenet` takes the trained ones. The store is versioned Parquet.
+    to be downloaded; `weights="imagenet"` takes the trained ones. The store is versioned Parquet: a mapping from images
+    to features, as of one snapshot.
     """)
 
 
 @app.cell
-def _(PLACE, names, np, run):
-    import shutil
-
-    from featurestore import FeatureStore, key_of_uri
-
+def _(PLACE, cm, names, shutil):
     assert names  # the pictures are there
     shutil.rmtree(PLACE / "features", ignore_errors=True)  # those of the pictures before
-    run(
-        "jobs/extract_features.py", "--images", PLACE / "images", "--store", PLACE / "features",
-        "--backbone", "resnet18:avgpool", "--weights", "random:0", "--num-shards", 4,
-    )  # fmt: skip
-    snapshot = FeatureStore.open(PLACE / "features").snapshot()
-    keys = np.array([key_of_uri(name) for name in names])
-    features = snapshot.codec.decode(snapshot.get(keys))
-    print(f"snapshot {snapshot.version}: {snapshot.num_rows} images of {features.shape[1]} numbers")
-    return features, key_of_uri, keys
+    store = cm.extract(
+        PLACE / "images", PLACE / "features", backbone="resnet18:avgpool", weights="random:0", num_shards=4
+    )
+    store
+    return (store,)
+
+
+@app.cell
+def _(names, store):
+    features = store[names]
+    store.snapshot
+    return (features,)
 
 
 @app.cell
@@ -139,9 +113,9 @@ def _(mo):
 
 
 @app.cell
-def _(PLACE, features, pq, run):
+def _(PLACE, cm, features, pq):
     assert len(features)
-    run("jobs/build_samples.py", "--logs", PLACE / "logs", "--samples", PLACE / "samples")
+    cm.build_samples(PLACE / "logs", PLACE / "samples")
     test_rows = pq.read_table(sorted((PLACE / "samples" / "test").glob("*.parquet"))[0]).to_pylist()
     {name: value[:3] if isinstance(value, list) else value for name, value in test_rows[0].items()}
     return (test_rows,)
@@ -152,27 +126,24 @@ def _(mo):
     mo.md("""
     ## 4. A short training
 
-    On one rank. `horovodrun -np 2 crossmedia train ...` trains the same model on two, with the same losses.
+    On one rank. A script of this call under `horovodrun -np 2` trains the same model on two, with the same losses.
     """)
 
 
 @app.cell
-def _(PLACE, json, run, test_rows):
+def _(PLACE, cm, test_rows):
     assert test_rows
-    settings = {
-        "data.samples": PLACE / "samples",
-        "data.store": PLACE / "features",
-        "data.global_batch_size": 256,
-        "run.dir": PLACE / "runs",
-        "run.name": "both",
-        "run.overwrite": "true",
-        "model.images": "both",
-        "train.epochs": 2,
-    }
-    run("-m", "trainer.main", "--set", *(f"{name}={value}" for name, value in settings.items()))
-    report = json.loads((PLACE / "runs" / "both" / "report.json").read_text())
-    {name: report["metrics"][name] for name in ("auc", "gauc", "logloss")}
-    return (report,)
+    settings = {"data.global_batch_size": 256, "run.dir": str(PLACE / "runs"), "run.overwrite": True}
+    run = cm.train(PLACE / "samples", "both", store=PLACE / "features", name="both", settings=settings)
+    run
+    return (run,)
+
+
+@app.cell
+def _(run):
+    evaluation = run.evaluate(resamples=200)
+    print(evaluation)
+    evaluation.figures.rows()[0]
 
 
 @app.cell
@@ -180,18 +151,17 @@ def _(mo):
     mo.md("""
     ## 5. A scored request
 
-    The run becomes a model: its network, its ID rows, and the 12 numbers of each image. `Scorer` is what the HTTP
-    server uses too.
+    The run becomes a model: its network, its ID rows, and the 12 numbers of each image. A request is a user with
+    the lists of the candidates' columns; the HTTP server gives the same scores (`cm.Client`).
     """)
 
 
 @app.cell
-def _(PLACE, as_png, key_of_uri, mo, names, report, run, sheet, test_rows):
-    from serving.scoring.request import Request
-    from serving.scoring.scorer import Scorer
+def _(PLACE, as_png, mo, names, run, sheet, shutil, test_rows):
+    from featurestore import key_of_uri
 
-    assert report
-    run("jobs/export_model.py", "--run", PLACE / "runs" / "both", "--out", PLACE / "model")
+    shutil.rmtree(PLACE / "model", ignore_errors=True)  # of the run before
+    model = run.publish(PLACE / "model")
     name_of = {key_of_uri(name): name for name in names}
     user = max(test_rows, key=lambda row: len(row["behavior_item"]))
     shown = {
@@ -200,13 +170,10 @@ def _(PLACE, as_png, key_of_uri, mo, names, report, run, sheet, test_rows):
         for place in range(len(row["ad_item"]))
     }
     items, images, categories = map(list, zip(*sorted(shown), strict=True))
-    request = Request(
-        user={column: value for column, value in user.items() if column == "user" or column.startswith("behavior_")},
-        candidates={"ad_item": items, "ad_image": images, "ad_category": categories},
-        context={"ad_scene": user["ad_scene"][0]},
-    )
-    scorer = Scorer.open(str(PLACE / "model"))
-    scores = scorer.score([request])[0].probabilities()
+    request = {column: [value] for column, value in user.items() if column == "user" or column.startswith("behavior_")}
+    ads = {"ad_item": [items], "ad_image": [images], "ad_category": [categories]}
+    request |= ads | {"ad_scene": [[user["ad_scene"][0]] * len(items)]}
+    scores = model.score(request)["probability"].to_pylist()
     order = sorted(range(len(scores)), key=lambda place: -scores[place])
     history = [name_of[key] for key in user["behavior_image"]]
     mo.vstack(
@@ -219,7 +186,7 @@ def _(PLACE, as_png, key_of_uri, mo, names, report, run, sheet, test_rows):
             mo.image(as_png(sheet([name_of[images[place]] for place in order[-10:]]))),
         ]
     )
-    return images, name_of, order, request, scorer, scores
+    return images, model, order, request, scores
 
 
 @app.cell
@@ -233,15 +200,11 @@ def _(mo):
 
 
 @app.cell
-def _(images, order, request, scorer, scores):
-    from dataclasses import replace
-
+def _(images, model, order, request, scores):
     worst, best = order[-1], order[0]
     swapped = [images[best] if place == worst else key for place, key in enumerate(images)]
-    other = replace(request, candidates={**request.candidates, "ad_image": swapped})
-    score_before, score_after = scores[worst], scorer.score([other])[0].probabilities()[worst]
-    print(f"the last ad: {score_before:.4f} with its own picture, {score_after:.4f} with that of the best ad")
-    return score_after, score_before
+    other = model.score({**request, "ad_image": [swapped]})["probability"].to_pylist()
+    print(f"the last ad: {scores[worst]:.4f} with its own picture, {other[worst]:.4f} with that of the best ad")
 
 
 @app.cell
@@ -255,12 +218,10 @@ def _(mo):
 
 
 @app.cell
-def _(PLACE, as_png, features, keys, mo, np, pq, report, run, sheet, names):
-    assert report
-    run("jobs/export_embeddings.py", "--run", PLACE / "runs" / "both", "--out", PLACE / "visual.parquet")
-    table = pq.read_table(PLACE / "visual.parquet")
-    vector_of = dict(zip(table["key"].to_pylist(), table["vector"].to_pylist(), strict=True))
-    visual = np.array([vector_of[key] for key in keys.tolist()], np.float32)
+def _(as_png, features, mo, names, np, run, sheet):
+    table = run.vectors()
+    vector_of = dict(zip(table["uri"].to_pylist(), table["vector"].to_pylist(), strict=True))
+    visual = np.array([vector_of[name] for name in names], np.float32)
 
     def nearest(vectors: np.ndarray, place: int, count: int = 5) -> list[int]:
         """Return the places of the vectors with the largest cosine, the vector itself first."""
@@ -272,7 +233,6 @@ def _(PLACE, as_png, features, keys, mo, np, pq, report, run, sheet, names):
         names[other] for other in nearest(space, place)
     )]  # fmt: skip
     mo.image(as_png(sheet(pairs)))
-    return (visual,)
 
 
 @app.cell

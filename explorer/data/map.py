@@ -2,7 +2,7 @@
 
 Points are stored as Parquet with their vectors, which embedding-atlas opens and lays out by UMAP.
 
-Letters of shapes: N images that are drawn, which are the points; V width of their vectors; I different ad images.
+Letters of shapes: N images that are drawn, which are the points; V width of their vectors.
 """
 
 import hashlib
@@ -10,39 +10,30 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from explorer.data.ads import ad_figures
 from explorer.data.background import Task
 from explorer.data.cache import FileCache
 from explorer.data.visual import visual_vectors
 from explorer.errors import ExplorerError
 from explorer.places import Places
 from featurestore.console.files import replaced_file
-from featurestore.errors import UserError
 from featurestore.keys import Int64Array
-from featurestore.text import one_line
-
-if TYPE_CHECKING:
-    from trainer.runs.saved import SavedRun
-    from trainer.samples.index import SampleIndex
-    from trainer.schema import Schema
-
 
 MOST_POINTS = 20_000
-MOST_IMPRESSIONS = 2_000_000
-"""Most impressions to read; of more, row groups are left out evenly."""
 _FILES = FileCache("map-", ".parquet", most=32)
 _ABOUT = b"explorer_map"
 
 
 @dataclass(frozen=True, kw_only=True)
 class MapPoints:
-    """Images in the plane. `ctr_N` is NaN without impressions."""
+    """Images in the plane. `ctr_N` is NaN without impressions, a category empty where samples have none."""
 
     keys_N: Int64Array
     uris_N: list[str]
@@ -50,6 +41,7 @@ class MapPoints:
     y_N: NDArray[np.float32]
     ctr_N: NDArray[np.float32]
     impressions_N: Int64Array
+    category_N: list[str]
     about: dict[str, Any]
     """run, network and all networks of it, num_images (of which the points are a sample), the id of the store that has
     the images, and notes, sentences for the page."""
@@ -83,7 +75,10 @@ def make_map(places: Places, run: str, task: Task[Any], network: str | None = No
         network=network or networks[0],
         progress=lambda done, total: task.tell(doing, done, total),
     )
-    made_of = [found.digest, _files_of(places.samples or saved.config.data.samples), networks]
+    task.tell("reads the test samples")
+    figures = ad_figures(saved, places.samples, task)
+    counted = [int(figures.impressions_I.sum()), int(figures.clicks_I.sum()), figures.note]
+    made_of = [found.digest, places.samples or saved.config.data.samples, counted, networks]
     file = _FILES.path(hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:24])
     if (known := read_points(file)) is not None:
         return known
@@ -91,10 +86,8 @@ def make_map(places: Places, run: str, task: Task[Any], network: str | None = No
     row_N = evenly(len(found.keys_N), MOST_POINTS)
     keys_N, vectors_NV = found.keys_N[row_N], found.vectors_NV[row_N]
     plane_N2 = principal(vectors_NV)
-    task.tell("reads the test samples")
-    impressions_N, clicks_N, notes = _counts(places, saved, keys_N)
-    with np.errstate(invalid="ignore"):
-        ctr_N = (clicks_N / impressions_N).astype(np.float32)
+    figures = figures.of(keys_N)
+    notes = [figures.note] if figures.note else []
     about = {**found.about, "of": f"visual vectors of {found.about['checkpoint']}", "run": run, "notes": notes}
     about |= {"num_images": len(found.keys_N), "networks": networks}
     columns: dict[str, Any] = {
@@ -102,8 +95,9 @@ def make_map(places: Places, run: str, task: Task[Any], network: str | None = No
         "uri": pa.array([str(each) for each in found.uris_N.take(row_N).to_pylist()], pa.string()),
         "x": pa.array(plane_N2[:, 0]),
         "y": pa.array(plane_N2[:, 1]),
-        "ctr": pa.array(ctr_N),
-        "impressions": pa.array(impressions_N),
+        "ctr": pa.array(figures.ctrs),
+        "impressions": pa.array(figures.impressions_I),
+        "category": pa.array(figures.category_I, pa.string()),
         "vector": pa.FixedSizeListArray.from_arrays(pa.array(vectors_NV.reshape(-1)), vectors_NV.shape[1]),
     }
     with replaced_file(file) as part:
@@ -133,14 +127,14 @@ def principal(vectors_NV: NDArray[np.float32]) -> NDArray[np.float32]:
 def read_points(file: Path) -> MapPoints | None:
     """Read a file of points; None if it is missing or damaged."""
     try:
-        table = pq.read_table(file, columns=["key", "uri", "x", "y", "ctr", "impressions"])
+        table = pq.read_table(file, columns=["key", "uri", "x", "y", "ctr", "impressions", "category"])
         about = json.loads(table.schema.metadata[_ABOUT])
     except FileNotFoundError:
         return None
     except (OSError, KeyError, TypeError, ValueError, pa.ArrowException):
         file.unlink(missing_ok=True)
         return None
-    numbers: dict[str, Any] = {name: table[name].to_numpy() for name in table.column_names if name != "uri"}
+    numbers: dict[str, Any] = {name: table[name].to_numpy() for name in ("key", "x", "y", "ctr", "impressions")}
     return MapPoints(
         keys_N=numbers["key"],
         uris_N=[str(each) for each in table["uri"].to_pylist()],
@@ -148,59 +142,10 @@ def read_points(file: Path) -> MapPoints | None:
         y_N=numbers["y"],
         ctr_N=numbers["ctr"],
         impressions_N=numbers["impressions"],
+        category_N=[str(each) for each in table["category"].to_pylist()],
         about=about,
         file=file,
     )
-
-
-def _files_of(samples: str) -> list[Any]:
-    """Return an identity of the test samples; it differs if a file was changed in place."""
-    root = Path(samples)
-    files = sorted(root.glob("test/*.parquet")) if root.is_dir() else []
-    return [samples, *[(each.name, each.stat().st_size, each.stat().st_mtime_ns) for each in files]]
-
-
-def _counts(places: Places, saved: "SavedRun", keys_N: Int64Array) -> tuple[Int64Array, Int64Array, list[str]]:
-    """Count impressions and clicks of images as ads in the test samples, (N,); notes say what could not be counted."""
-    from trainer.comm import SoloComm
-    from trainer.runs.saved import open_test
-
-    try:
-        index = open_test(SoloComm(), saved.config, saved.schema, places.samples)
-        keys_I, counts_I2, is_sampled = count_ads(index, saved.schema)
-    except UserError as error:
-        return np.zeros_like(keys_N), np.zeros_like(keys_N), [f"CTR cannot be shown: {one_line(error)}"]
-    place_N = np.searchsorted(keys_I, keys_N)
-    counts_N2 = np.append(counts_I2, [[0, 0]], axis=0)[place_N]
-    counts_N2[np.append(keys_I, 0)[place_N] != keys_N] = 0
-    notes = [f"CTRs are of about {MOST_IMPRESSIONS:,} of the test impressions."] if is_sampled else []
-    return counts_N2[:, 0], counts_N2[:, 1], notes
-
-
-def count_ads(index: "SampleIndex", schema: "Schema") -> tuple[Int64Array, Int64Array, bool]:
-    """Count impressions and clicks, (I, 2), of each ad image, keys ascending (I,), and whether some were left out.
-
-    Reads in pieces. Without ad images in the schema there are none. Raises DataError, SchemaError.
-    """
-    from trainer.evaluation.predict import ad_image_field
-    from trainer.samples.columns import decode, rules_of, source_columns
-    from trainer.samples.index import read_row_groups
-
-    keys, counts = [np.empty(0, np.int64)], [np.empty((0, 2), np.int64)]
-    every = max(1, -(-index.num_samples // MOST_IMPRESSIONS))
-    if (image := ad_image_field(schema)) is not None:
-        rules = {name: rule for name, rule in rules_of(schema).items() if name in (schema.label, image.column_name)}
-        for row_group, table in read_row_groups(index.storage, index.row_groups[::every], list(source_columns(rules))):
-            file = index.storage.full(row_group.file)
-            columns = decode(table, rules, schema.label, file, row_group.first_row).columns
-            keys_I, of_N = np.unique(columns[image.column_name].values, return_inverse=True)
-            clicks_I = np.bincount(of_N, columns[schema.label].values, len(keys_I)).astype(np.int64)
-            keys.append(keys_I)
-            counts.append(np.stack([np.bincount(of_N, minlength=len(keys_I)), clicks_I], axis=1))
-    keys_I, of_R = np.unique(np.concatenate(keys), return_inverse=True)
-    sums_I2 = np.zeros((len(keys_I), 2), np.int64)
-    np.add.at(sums_I2, of_R, np.concatenate(counts))
-    return keys_I, sums_I2, every > 1
 
 
 COLUMNS, ROWS = 12, 9
@@ -208,8 +153,8 @@ MOST_DRAWN = 3_000
 """Points that a browser draws one by one."""
 _MOST_GROUPS = 9
 OTHERS = "others"
-Colour = Literal["folder", "ctr"]
-COLOURS: dict[Colour, str] = {"folder": "folder of the image", "ctr": "CTR"}
+Colour = Literal["folder", "category", "ctr"]
+COLOURS: dict[Colour, str] = {"folder": "folder of the image", "category": "category of the ad", "ctr": "CTR"}
 
 
 class Cell(NamedTuple):
@@ -267,7 +212,21 @@ def groups(names: Sequence[str], chosen: Int64Array) -> list[Group]:
 
 def has(points: MapPoints, colour: Colour) -> bool:
     """Return whether any point has a value of the quantity."""
-    return bool(np.isfinite(points.ctr_N).any()) if colour == "ctr" else len(set(map(folder_of, points.uris_N))) > 1
+    return bool(np.isfinite(points.ctr_N).any()) if colour == "ctr" else len(set(names_of(points, colour))) > 1
+
+
+def names_of(points: MapPoints, colour: Colour) -> list[str]:
+    """Return the name of each point's group: its folder or category."""
+    if colour == "category":
+        return [each or "no category" for each in points.category_N]
+    return [folder_of(uri) or "no folder" for uri in points.uris_N]
+
+
+def matching(points: MapPoints, text: str) -> Int64Array:
+    """Find the points whose uri has a text, ignoring case, or whose key it is."""
+    wanted = text.lower()
+    found = [wanted in uri.lower() or text == str(key) for uri, key in zip(points.uris_N, points.keys_N, strict=True)]
+    return np.flatnonzero(found)
 
 
 def _scaled(values_N: NDArray[np.float32]) -> NDArray[np.float64]:

@@ -20,7 +20,7 @@ from explorer.errors import NotHereError
 from featurestore import log
 from featurestore.errors import ChannelError, CorruptFileError, SnapshotNotFoundError
 from featurestore.format.datafile import KEY, URI, numpy_column, text_column
-from featurestore.keys import Int64Array, key_of_uri, shard_of
+from featurestore.keys import Int64Array, shard_of
 from featurestore.published.versions import VersionName, read_channels
 from featurestore.snapshot import Snapshot
 from featurestore.spec import Manifest
@@ -130,21 +130,6 @@ class Found:
     """Shard where the search continues; None: all were searched."""
 
 
-class ImageNames:
-    """Names of the images in a snapshot. Thread-safe."""
-
-    def __init__(self) -> None:
-        self._tables: LruCache[pa.Table] = LruCache(4)
-
-    def page(self, snapshot: Snapshot, shard: int, first: int, most: int) -> tuple[list[NamedImage], int]:
-        """List up to `most` images of a shard from number `first` on, and count all. Reads its keys and uris."""
-        if not snapshot.manifest.files(shard):
-            return [], 0
-        name = (name_of(snapshot), shard)
-        table = self._tables.get(name, lambda: snapshot.shard_reader(shard).read([KEY, URI]))
-        return _images(table.slice(first, most)), len(table)
-
-
 def find_key(snapshot: Snapshot, key: int) -> NamedImage | None:
     """Find an image by its key, or return None. Reads the names of one shard."""
     if not -_LARGEST <= key < _LARGEST:
@@ -152,20 +137,6 @@ def find_key(snapshot: Snapshot, key: int) -> NamedImage | None:
     shard = int(shard_of([key], snapshot.info.num_shards)[0])
     keys, uris = snapshot.shard_reader(shard).uris(np.array([key], np.int64))
     return NamedImage(key, uris[0]) if len(keys) else None
-
-
-def find_exactly(snapshot: Snapshot, text: str) -> list[NamedImage]:
-    """Find images whose key or uri is `text`; in the second case the key must be the uri's."""
-    found = []
-    digits = text.removeprefix("-")
-    if digits.isascii() and digits.isdigit() and len(digits) <= len(str(_LARGEST)):
-        found.append(find_key(snapshot, int(text)))
-    try:
-        named = find_key(snapshot, key_of_uri(text))
-    except UnicodeEncodeError:  # not a valid text: half a character
-        named = None
-    found.append(named if named is not None and named.uri == text else None)
-    return list(dict.fromkeys(image for image in found if image is not None))
 
 
 def find_part(snapshot: Snapshot, part: str, first_shard: int = 0) -> Found:

@@ -2,9 +2,12 @@
 
 import base64
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from threading import Lock
 from typing import Any, NamedTuple
 
+import numpy as np
 import numpy.typing as npt
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
@@ -12,7 +15,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from explorer.data.ads import Counting, begin
+from explorer.data.background import Task
 from explorer.data.cache import LruCache
+from explorer.data.catalogue import SORTS, Catalogue, ImageQuery, ListedImage, make_catalogue
 from explorer.data.neighbours import (
     Neighbours,
     Space,
@@ -22,16 +28,17 @@ from explorer.data.neighbours import (
     shared,
 )
 from explorer.data.pictures import shrunk
-from explorer.data.snapshots import ImageNames, find_exactly, find_key, find_part, name_of, open_snapshot
+from explorer.data.snapshots import find_key, name_of, open_snapshot
 from explorer.data.visual import MOST_BYTES, blocks_of, embed, feature_of_picture, vector_of
 from explorer.errors import ExplorerError, NotHereError
-from explorer.html.query import Paging, read_upload, whole, whole_in
+from explorer.html.query import Paging, choice, read_upload, whole_in
 from explorer.html.query import snapshot as asked_snapshot
 from explorer.html.site import NavItem, PageKind, Question, Site
 from featurestore.errors import UserError
+from featurestore.keys import Int64Array
 from featurestore.snapshot import Snapshot
 from featurestore.store import FeatureStore
-from featurestore.text import count_text, one_line
+from featurestore.text import one_line
 
 PER_PAGE = 48
 NUM_NEIGHBOURS = 12
@@ -52,6 +59,30 @@ class SoughtFeature(NamedTuple):
     run: str | None
 
 
+@dataclass
+class ImageList:
+    """A list of images, or the progress of the table that it is taken from, as one answer shows it."""
+
+    query: ImageQuery
+    task: Task[Catalogue]
+
+    @cached_property
+    def catalogue(self) -> Catalogue | None:
+        """All images; None until they are listed. Raises what went wrong."""
+        return self.task.result() if self.task.is_ended else None
+
+    @cached_property
+    def found(self) -> Int64Array | None:
+        """The rows of the images that are asked for."""
+        return None if self.catalogue is None else self.catalogue.find(self.query)
+
+    def page(self, first: int, most: int) -> list[ListedImage]:
+        """Return up to `most` of them from number `first` on."""
+        if self.catalogue is None or self.found is None:
+            return []
+        return self.catalogue.images(self.found[first : first + most])
+
+
 class ImagePages(PageKind):
     """Pages below /images, of a store."""
 
@@ -61,13 +92,13 @@ class ImagePages(PageKind):
         Question(
             "What is an image similar to?",
             "/images",
-            "Search, then its neighbours by features, and by what a run has learned.",
+            "Search, filter and sort all images; then its neighbours by features, and by what a run has learned.",
         ),
     )
 
     def __init__(self, site: Site) -> None:
         super().__init__(site)
-        self._names, self._runs = ImageNames(), site.image_runs
+        self._runs = site.image_runs
         self._features: LruCache[Neighbours] = LruCache(500)
         self._network = Lock()
 
@@ -81,37 +112,42 @@ class ImagePages(PageKind):
         ]
 
     def search(self, request: Request) -> Response:
-        """Show images by key, uri or a part of it; without a search, those of a shard."""
+        """Show the images, all or those that are searched for, in the requested order."""
         store, snapshot = self._open(request)
-        text = request.query_params.get("q", "").strip()[:2_000]
-        context: dict[str, Any] = {"query": text, "network": store.info.network, "runs": self._runs.names()}
-        if text:
-            first = whole(request, "from", 0) or 0
-            exact = find_exactly(snapshot, text) if first == 0 else []
-            found = find_part(snapshot, text, first)
-            images = [*exact, *(image for image in found.images if image not in exact)]
-            return self._page(
-                request, "search", f"Images with {text[:60]}", snapshot, images=images, found=found, **context
-            )
-        shards = sorted(snapshot.manifest.shards)
-        shard = whole(request, "shard", shards[0] if shards else 0) or 0
-        if shard >= store.info.num_shards:
-            raise NotHereError(f"there is no shard {shard}: the store has {count_text(store.info.num_shards, 'shard')}")
-        paging = Paging.of(request, sum(entry.rows for entry in snapshot.manifest.files(shard)), PER_PAGE)
-        images, count = self._names.page(snapshot, shard, paging.first, PER_PAGE)
-        paging = Paging.of(request, count, PER_PAGE)
+        query = _query(request)
+        part = ImageList(query, self._catalogue(store, snapshot))
+        self.await_task(request, "images", part.task)
+        found = part.found
+        paging = Paging.of(request, 0 if found is None else len(found), PER_PAGE)
+        images = part.page(paging.first, PER_PAGE)
         return self._page(
             request,
-            "browse",
-            "Images",
+            "search",
+            f"Images with {query.text[:60]}" if query.text else "Images",
             snapshot,
-            images=images,
+            part=part,
+            query=query,
+            params=_params(query),
             paging=paging,
-            shard=shard,
-            earlier=next((each for each in reversed(shards) if each < shard), None),
-            later=next((each for each in shards if each > shard), None),
-            **context,
+            images=images,
+            sorts=SORTS,
+            network=store.info.network,
+            runs=self._runs.names(),
         )
+
+    def _catalogue(self, store: FeatureStore, snapshot: Snapshot) -> Task[Catalogue]:
+        """Start to list all images of a snapshot, or return the task of before."""
+        figures = self._figures()
+
+        def work(task: Task[Catalogue]) -> Catalogue:
+            task.tell("reads the test samples")
+            return make_catalogue(store, snapshot, figures.task.result(), task)
+
+        return self.site.background.task(repr(("images", name_of(snapshot), figures.name)), work)
+
+    def _figures(self) -> Counting:
+        """Start to count what samples say of images, or return the task of before."""
+        return begin(self.site.places, self.site.background)
 
     def image(self, request: Request) -> Response:
         """Show one image, or a broken one: the picture and its neighbours."""
@@ -132,6 +168,8 @@ class ImagePages(PageKind):
                 f"no image has the key {key}, neither in snapshot {snapshot.version} nor among the broken ones"
             )
         uri = image.uri
+        figures = self._figures().task
+        self.await_task(request, "figures", figures)
         runs = self._runs.names()
         run = self._run(request.query_params.get("run"), runs)
         spaces = None
@@ -149,6 +187,8 @@ class ImagePages(PageKind):
             uri=uri,
             found=here,
             broken=broken,
+            figures=figures,
+            figures_of=figures.result().of(np.array([key])) if figures.is_ended else None,
             runs=runs,
             run=run,
             large=LARGE,
@@ -255,6 +295,26 @@ class ImagePages(PageKind):
         return self.site.page(
             request, f"images/{template}.html", title=title, snapshot=snapshot, version=version, **context
         )
+
+
+def _query(request: Request) -> ImageQuery:
+    """Read what is asked of the list. Raises ExplorerError."""
+    given = request.query_params
+    return ImageQuery(
+        text=given.get("q", "").strip()[:2_000],
+        folder=given.get("folder", ""),
+        category=given.get("category", ""),
+        is_new=choice(request, "new", ("no", "yes")) == "yes",
+        sort=choice(request, "sort", tuple(SORTS)),  # type: ignore[arg-type]
+    )
+
+
+def _params(query: ImageQuery) -> dict[str, str]:
+    """Write the parameters of the address of a list, without its page."""
+    new = "yes" if query.is_new else ""
+    asked = {"q": query.text, "folder": query.folder, "category": query.category, "new": new}
+    asked["sort"] = "" if query.sort == "uri" else query.sort
+    return {name: value for name, value in asked.items() if value}
 
 
 def _without(found: Neighbours, key: int | None) -> Neighbours:

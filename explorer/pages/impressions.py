@@ -135,6 +135,7 @@ class ImpressionPages(PageKind):
             store = FeatureStore.open(self.site.places.store)
             score = score_sent(explanation.group, ad, store, data)
             names = self._names(opened, explanation.chosen.pictures)
+            no_forecast = "" if opened.knows_missing else on_missing(opened)
         return self.site.page(
             request,
             "impressions/sent.html",
@@ -145,6 +146,7 @@ class ImpressionPages(PageKind):
             picture_jpeg=base64.b64encode(shrunk(data, _LARGE).jpeg).decode(),
             chosen=explanation.chosen,
             score=score,
+            no_forecast=no_forecast,
             names=names,
         )
 

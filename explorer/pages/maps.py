@@ -6,18 +6,22 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import get_args
 
+import numpy as np
 from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 
 from explorer.data.background import Task
-from explorer.data.map import COLOURS, Cell, Colour, MapPoints, cells, drawn, has, make_map
+from explorer.data.map import COLOURS, Cell, Colour, MapPoints, cells, drawn, has, make_map, matching
 from explorer.data.runs.folders import open_run, read_facts
 from explorer.errors import ExplorerError, NotHereError
 from explorer.html import charts
 from explorer.html.site import NavItem, PageKind, Question
 from featurestore.errors import UserError
+from featurestore.keys import Int64Array
 from featurestore.text import one_line
+
+_MOST_TYPED = 200
 
 
 class MapPages(PageKind):
@@ -47,6 +51,7 @@ class MapPages(PageKind):
             return self.site.page(request, "map/none.html", title="Map")
         run, network, colour = self._asked(request, runs)
         part = self._part(run, network, colour)
+        part.query = request.query_params.get("q", "").strip()[:_MOST_TYPED]
         self.await_task(request, "map", part.task)
         return self.site.page(
             request,
@@ -59,7 +64,7 @@ class MapPages(PageKind):
             colour=colour,
             colours=COLOURS,
             maps=charts,
-            image_link=self._image_link,
+            links=self._links,
         )
 
     def points(self, request: Request) -> Response:
@@ -72,9 +77,13 @@ class MapPages(PageKind):
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", f"map-{of}.parquet")
         return FileResponse(shown.file, filename=name, media_type="application/vnd.apache.parquet")
 
-    def _image_link(self, key: int) -> str | None:
-        """Write the address of an image's page; None in an export, which would get a page for every point."""
-        return None if self.site.frozen or self.site.places.store is None else self.site.url(f"/images/{key}")
+    def _links(self, part: "MapPart") -> charts.PointLinks:
+        """Write the addresses of points; none in an export, which would get a page and a picture for every point."""
+        has_pages, has_pictures = part.has_pages and not self.site.frozen, self.site.places.images is not None
+        return charts.PointLinks(
+            lambda key: self.site.url(f"/images/{key}") if has_pages else None,
+            lambda uri: self.site.picture(uri) if has_pictures and not self.site.frozen else None,
+        )
 
     def _asked(self, request: Request, runs: Sequence[str]) -> tuple[str, str | None, Colour]:
         """Read the requested run, by default the first of `runs`, its E, and the colour."""
@@ -113,6 +122,8 @@ class MapPart:
     task: Task[MapPoints]
     store_id: str | None
     """Id of the store whose images have pages; None if none was given."""
+    query: str = ""
+    """Text that is searched in the names of the images."""
 
     @cached_property
     def is_ended(self) -> bool:
@@ -152,6 +163,13 @@ class MapPart:
     def num_drawn(self) -> int:
         """Points that are drawn one by one."""
         return 0 if self.shown is None else len(drawn(self.shown))
+
+    @cached_property
+    def found(self) -> Int64Array:
+        """The points that the search finds, of all and not only of those that are drawn."""
+        if self.shown is None or not self.query:
+            return np.empty(0, np.int64)
+        return matching(self.shown, self.query)
 
     @property
     def has_colour(self) -> bool:

@@ -41,7 +41,7 @@ from trainer.schema.fields import SETTINGS_FILE
 _PER_PAGE = 50
 _MOST_COLUMNS = 4
 """Settings in the list of runs."""
-_MOST_COMPARED = 6
+_MOST_COMPARED, _MOST_GROUPS = 6, 10
 _MOST_LOOKED_AT = 200
 """Number of runs that are searched for those that differ only in their images."""
 _SAMPLES = "data/samples"
@@ -135,13 +135,22 @@ class RunPages(PageKind):
     def worth(self, request: Request) -> Response:
         """Show runs side by side that differ only in their images."""
         runs = read_runs(self.site.places, run_names(self.site.places)[:_MOST_LOOKED_AT])
-        group = [run.name for run in _first_group(runs)]
-        if not group:
+        groups = [[run.name for run in group] for group in image_groups(runs)]
+        if not groups:
             commands = _worth_commands(self.site.places, runs)
             return self.site.page(request, "runs/no-worth.html", title=_WORTH, commands=commands)
-        return self._several(request, group, _WORTH, is_worth=True)
+        return self._several(request, groups[0], _WORTH, is_worth=True, others=groups[1:][:_MOST_GROUPS])
 
-    def _several(self, request: Request, names: Sequence[str], title: str, *, is_worth: bool) -> Response:
+    def _several(
+        self,
+        request: Request,
+        names: Sequence[str],
+        title: str,
+        *,
+        is_worth: bool,
+        others: Sequence[Sequence[str]] = (),
+    ) -> Response:
+        """Show runs side by side; `others`: further groups of runs that differ in their images alone."""
         runs = [read_facts(open_run(self.site.places, name), name) for name in names]
         rows = differing(runs)
         return self.site.page(
@@ -151,6 +160,7 @@ class RunPages(PageKind):
             runs=runs,
             names=names,
             is_worth=is_worth,
+            others=others,
             rows=[*comparing.snapshots(runs), *(row for row in rows if row.is_figure)],
             other_rows=[row for row in rows if not row.is_figure],
             evaluations={run.name: _evaluation(open_run(self.site.places, run.name))[0] for run in runs},
@@ -222,7 +232,7 @@ class Live:
         return {name: each.loss for name, each in self.curves.items() if each.loss.steps}
 
     def test(self, metric: str) -> Mapping[str, Any]:
-        """Return the curves of a metric of the test samples, one for each run that was evaluated."""
+        """Return the curves of a metric of the samples that are evaluated, one for each run that was evaluated."""
         return {name: each.test(metric) for name, each in self.curves.items() if each.test(metric).steps}
 
     @property
@@ -267,7 +277,8 @@ def _worth_commands(places: Places, runs: Sequence[RunFacts]) -> list[str]:
     if trained is not None:
         other = "none" if trained.images != "none" else "both"
         wanted = {f"{trained.name}-{other}": other}
-        words, more = ["--config", str(places.run(trained.name) / "config.yaml")], ["run.resume=null"]
+        words = ["--config", str(places.run(trained.name) / "config.yaml")]
+        more = ["run.resume=null", *_elsewhere(places, trained)]
     else:
         samples = (places.samples or _SAMPLES).rstrip("/")
         has_settings = (run_path(samples) / SETTINGS_FILE).is_file()
@@ -284,6 +295,12 @@ def _worth_commands(places: Places, runs: Sequence[RunFacts]) -> list[str]:
         options = [*words, *(word for setting in settings for word in ("--set", setting))]
         commands.append(f"crossmedia train {' '.join(map(shlex.quote, options))}")
     return commands
+
+
+def _elsewhere(places: Places, run: RunFacts) -> list[str]:
+    """List the settings that name the shown samples and store where a run's own address is another one."""
+    shown = {"data.samples": places.samples, "data.store": places.store}
+    return [f"{name}={place}" for name, place in shown.items() if place and run.settings.get(name) != place]
 
 
 def _evaluation(folder: RunPath) -> tuple[Evaluation | None, str]:

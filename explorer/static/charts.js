@@ -21,14 +21,33 @@
       for (const name of ["xaxis", "yaxis", "yaxis2"]) {
         if (name !== "yaxis2" || layout[name]) layout[name] = { ...axis, ...layout[name] };
       }
-      Plotly.react(place, figure.data, layout, { displayModeBar: false, responsive: true });
-      if (figure.links) {
-        place.on("plotly_click", (event) => {
-          const link = event.points[0].customdata;
-          if (typeof link === "string") window.location.assign(link);
-        });
-      }
+      const config = { displayModeBar: false, responsive: true, scrollZoom: Boolean(figure.zoom) };
+      Plotly.react(place, figure.data, layout, config);
+      if (figure.links) followPoints(place);
     }
+  }
+
+  // A click on a point opens its page; the point under the pointer shows its picture, if it has one.
+  function followPoints(place) {
+    const picture = Object.assign(document.createElement("img"), { alt: "", className: "hovered", hidden: true });
+    const linksOf = (event) => [event.points[0].customdata].flat();
+    place.append(picture);
+    place.on("plotly_click", (event) => {
+      const [page] = linksOf(event);
+      if (typeof page === "string") window.location.assign(page);
+    });
+    place.on("plotly_hover", (event) => {
+      const [, source] = linksOf(event);
+      if (typeof source !== "string") return;
+      const box = place.getBoundingClientRect();
+      picture.src = source;
+      picture.style.left = `${Math.max(0, Math.min(event.event.clientX - box.left + 16, box.width - 130))}px`;
+      picture.style.top = `${Math.max(0, event.event.clientY - box.top - 130)}px`;
+      picture.hidden = false;
+    });
+    place.on("plotly_unhover", () => {
+      picture.hidden = true;
+    });
   }
 
   document.addEventListener("DOMContentLoaded", () => draw(document));

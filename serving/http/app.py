@@ -34,6 +34,7 @@ from serving.http.inference import HEADER, SERVER, TensorBody, model_metadata
 from serving.http.limits import BODIES_AT_ONCE, CLOSE, BodyLimits, RefusedError
 from serving.http.live import BundleSource, LiveModel
 from serving.http.metrics import ServingMetrics
+from serving.http.openapi import EXAMPLE, command_of, description, example_of
 from serving.http.queue import ScoringQueue
 from serving.settings import ServerSettings
 
@@ -63,8 +64,10 @@ class Scoring:
 
     def app(self) -> ASGIApp:
         """Build the application. Its lifespan loads the model, scores, and polls for newer models."""
-        routes = [
+        self._routes = routes = [
             ("GET", "/", self.about),
+            ("GET", "/openapi.json", self.openapi),
+            ("GET", EXAMPLE, self.example),
             ("POST", "/v1/score", self.score),
             ("GET", "/metrics", self.prometheus_metrics),
             ("GET", "/v2/health/live", self.is_live),
@@ -100,7 +103,11 @@ class Scoring:
                 "what": "click probabilities of candidates for a user: POST /v1/score, or the Open Inference Protocol",
                 "version": identity and identity.version,
                 "vectors": identity and dict(identity.vectors),
+                "example": identity and example_of(self.live.model.inputs),
+                "try": command_of(f"{request.url.scheme}://{request.url.netloc}", with_token=self.tokens is not None),
                 "addresses": [
+                    "/openapi.json",
+                    EXAMPLE,
                     "/v1/score",
                     "/v2",
                     f"/v2/models/{self.settings.model_name}",
@@ -109,6 +116,15 @@ class Scoring:
                 ],
             }
         )
+
+    async def example(self, request: Request) -> Response:
+        """Return a request that the model in use can score."""
+        return _json(example_of(self.live.model.inputs))
+
+    async def openapi(self, request: Request) -> Response:
+        """Describe all addresses, and the columns of requests, as OpenAPI."""
+        routes = [(method, path, endpoint.__doc__ or "") for method, path, endpoint in self._routes]
+        return _json(description(self.settings.model_name, _own_version(), self.live.model.inputs, routes))
 
     async def score(self, request: Request) -> Response:
         """Score the requests of a JSON or Arrow body."""

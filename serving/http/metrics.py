@@ -12,6 +12,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
 from prometheus_client import (
     CollectorRegistry,
     Counter,
@@ -36,6 +38,8 @@ MetricT = TypeVar("MetricT", Counter, Histogram)
 FOLDER_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 _SECONDS = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 _FLUSH_S = 0.5
+_SCORES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9, 1.0)
+"""Bounds, closer where click rates are."""
 _SIZES = (0, 1, 10, 50, 100, 200, 500, 1_000, 2_000, 5_000, 10_000)
 
 
@@ -49,6 +53,7 @@ class ServingMetrics:
         self._children: dict[tuple[object, ...], Any] = {}
         self._waiting: defaultdict[tuple[Counter, str], int] = defaultdict(int)
         """Counts by counter and field."""
+        self._scores_K, self._sum_of_scores = np.zeros(len(_SCORES) + 1, np.int64), 0.0
         self.requests = Counter(
             "serving_requests", "Answers by route and status code", ["route", "code"], registry=registry
         )
@@ -69,6 +74,9 @@ class ServingMetrics:
         self.candidates = Counter("serving_candidates", "Candidates scored", registry=registry)
         self.candidates_each = Histogram(
             "serving_request_candidates", "Candidates of each scored body", buckets=_SIZES, registry=registry
+        )
+        self.scores = Histogram(
+            "serving_scores", "Click probabilities of candidates", buckets=_SCORES, registry=registry
         )
         self.values = Counter("serving_values", "Values by field that were looked up", ["field"], registry=registry)
         self.unknown = Counter(
@@ -133,6 +141,7 @@ class ServingMetrics:
             if field.kind != "dense":
                 count = num_candidates if field.side == "ad" else _count(field, scores)
                 waiting[self.values, field.name] += count
+        self._add_scores([each.probabilities() for each in scores.scored])
         for each in scores.scored:
             for counter, places in ((self.unknown, each.unknown), (self.missing, each.missing)):
                 for name, found in places.items():
@@ -140,8 +149,20 @@ class ServingMetrics:
         for stage, seconds in scores.stages.items():
             self._child(self.stages, stage).observe(seconds)
 
+    def _add_scores(self, scores: Sequence[NDArray[np.float32]]) -> None:
+        """Buffer how many scores are in each bucket, as adding them one by one takes longer than making them."""
+        score_C = np.concatenate([np.empty(0, np.float32), *scores])
+        self._scores_K += np.bincount(np.searchsorted(_SCORES, score_C), minlength=len(self._scores_K))
+        self._sum_of_scores += float(score_C.sum())
+
     def flush(self) -> None:
         """Add the buffered counts of `record_scored` to the metrics."""
+        counts_K, self._scores_K = self._scores_K, np.zeros_like(self._scores_K)
+        total, self._sum_of_scores = self._sum_of_scores, 0.0
+        if counts_K.any():  # the library has no public way to observe several values at once
+            self.scores._sum.inc(total)
+            for bucket, count in zip(self.scores._buckets, counts_K.tolist(), strict=True):
+                bucket.inc(count)
         waiting, self._waiting = self._waiting, defaultdict(int)
         for (counter, field), count in waiting.items():
             if count:

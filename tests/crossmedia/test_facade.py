@@ -19,8 +19,9 @@ from torch.utils.data import DataLoader
 import crossmedia as cm
 from featurestore.errors import ImageNameError, MissingKeysError, UserError
 from featurestore.keys import key_of_uri
+from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
-from serving.bundle.export import ExportOptions, export_model, write_network
+from serving.bundle.log import version_in_use
 from tests.commands.calls import ROOT
 from tests.ranks import StandingRanks
 from tests.trainer.conftest import Places, make_places, nothing_drawn
@@ -28,8 +29,8 @@ from trainer.errors import ConfigError, DataError
 from trainer.evaluation.predict import predict_run
 from trainer.samples.interop import table_of
 
-MOST_LINES = 400
-FACADE = ("__init__", "models", "runs", "store", "tables")
+MOST_LINES = 460
+FACADE = ("__init__", "data", "models", "runs", "store", "tables")
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +48,7 @@ def run(places: Places) -> cm.Run:
 @pytest.fixture(scope="module")
 def model(places: Places, run: cm.Run) -> Iterator[cm.Model]:
     url = str(places.folder / "models" / "ctr")
-    export_model(url, ExportOptions(run=run.folder), network=write_network)
-    with cm.load_model(url) as opened:
+    with run.publish(url) as opened:
         yield opened
 
 
@@ -91,6 +91,7 @@ def test_features_by_uri_key_and_arrays(places: Places) -> None:
     assert len(store) == 50 and store.to_arrow().num_rows == 50
     assert repr(store).endswith("rows=50, version=1, dim=16, dtype=float32)")
     assert "<th>rows</th><td>50</td>" in store._repr_html_()
+    assert "<th>version</th><td>1</td>" in store.snapshot._repr_html_() and "version=1" in repr(store.snapshot)
     with pytest.raises(MissingKeysError, match="no feature"):
         store["item/3"]
     with pytest.raises(ImageNameError, match="by its uri"):
@@ -119,6 +120,13 @@ def test_a_run_is_trained_and_found_again(run: cm.Run, places: Places) -> None:
         cm.train(places.folder / "samples", settings={"model.imagse": "both"})
 
 
+def test_a_run_has_a_vector_of_each_image(run: cm.Run, places: Places) -> None:
+    found = run.vectors()
+    assert found.num_rows == 50
+    assert {*found["key"].to_pylist()} == {*cm.open_store(places.folder / "features").to_arrow()["key"].to_pylist()}
+    assert {len(each) for each in found["vector"].to_pylist()} == {run.config.model.visual_width}
+
+
 def test_an_evaluation_has_a_row_for_each_slice(
     run: cm.Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -142,6 +150,7 @@ def test_scores_are_those_of_the_run_model_and_kind_of_rows(
     for scored in (run.score(groups), run.score(impressions), model.score(groups), model.score(impressions)):
         np.testing.assert_allclose(scored["logit"].to_numpy(), wanted, atol=1e-5)
         np.testing.assert_allclose(scored["probability"].to_numpy(), 1 / (1 + np.exp(-wanted)), atol=1e-5)
+    assert version_in_use(Storage(model.scorer.bundle.storage.url)) == 1
     assert "run=" in repr(model) and "<table>" in model._repr_html_() and model.version == 1
 
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from rich.console import Console
@@ -33,16 +33,24 @@ from trainer.errors import TrainerError
 from trainer.exchange.exchange import KeyRequest
 from trainer.stages import AHEAD, WAIT, Stages
 
+if TYPE_CHECKING:
+    from trainer.loop.tracking import TrackerThread
+
 _LINE_EVERY_S = 5.0
 
 
 class ProgressLog:
-    """Rank 0's log of a run of `total` steps; `folder` is for TensorBoard's files. Without it it does nothing."""
+    """Rank 0's log of a run of `total` steps; `folder` is for TensorBoard's files. Without it it does nothing.
 
-    def __init__(self, folder: Path | None, first_step: int, total: int) -> None:
+    `tracker`: gets the same figures.
+    """
+
+    def __init__(
+        self, folder: Path | None, first_step: int, total: int, tracker: "TrackerThread | None" = None
+    ) -> None:
         self.console = text_console(quiet=folder is None)
         self._total = total
-        self._events = EventsFile(folder, first_step) if folder else None
+        self._events, self._tracker = EventsFile(folder, first_step) if folder else None, tracker
         self._warned: set[str] = set()
         self._next_line_s = 0.0
         self._bar = progress_bars(
@@ -60,8 +68,10 @@ class ProgressLog:
         self._bar.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._bar.stop()
+        if self._tracker:
+            self._tracker.end(failed=kind is not None)
 
     def step(self, step: int, scalars: Mapping[str, float], details: Mapping[str, float]) -> None:
         """Show step number `step`; where there are `details`, these and `scalars` go to TensorBoard."""
@@ -84,8 +94,10 @@ class ProgressLog:
         self.details(step, {f"{split}/{name}": value for name, value in metrics.items()})
 
     def details(self, step: int, values: Mapping[str, float | int | None]) -> None:
-        """Write values for TensorBoard alone; one that is not defined is not drawn."""
+        """Write values for TensorBoard and the tracker alone; one that is not defined is not drawn."""
         drawn = {name: value for name, value in values.items() if value is not None}
+        if self._tracker and drawn:
+            self._tracker.add(step, drawn)
         if self._events and drawn:
             try:
                 self._events.add(step, drawn)

@@ -345,7 +345,7 @@ class Training:
     def _was_stopped_in_evaluation(self) -> bool:
         """Return whether this step's evaluation was due when a signal stopped the run that is resumed."""
         evaluated = [entry["step"] for entry in self._run.history[-1:]]
-        due = self._engine.num_steps > 0 and self._is_evaluation_due()
+        due = self._engine.num_steps > 0 and self._is_evaluation_due() and self._measured_reader.num_samples > 0
         return due and evaluated != [self._engine.num_steps]
 
     def _is_over(self) -> bool:
@@ -400,8 +400,10 @@ class Training:
                 self._progress.say(f"warning: {warning}")
 
     def _is_evaluation_due(self) -> bool:
-        at_end_of_epoch = self._run.validation_reader is not None and self._run.position.step == 0
-        return at_end_of_epoch or self._is_due(self._config.train.eval_every)
+        position, every = self._run.position, self._config.train.eval_every
+        by_epoch = every is None or self._run.validation_reader is not None
+        at_end_of_epoch = by_epoch and position.step == 0 and position.epoch > 0
+        return at_end_of_epoch or self._is_due(every)
 
     def _is_due(self, every: int | None) -> bool:
         return every is not None and self._engine.num_steps % every == 0

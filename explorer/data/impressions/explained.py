@@ -413,7 +413,7 @@ def sentence(explanation: Explanation, names: dict[int, str]) -> str:
             + (f"pictures {moved} it by {points(abs(chosen.effect))}." if chosen.effect else "pictures change nothing.")
         )
     else:
-        said.append("Its score without pictures is not meaningful: it was trained with all of them.")
+        said.append("What it would get without pictures is not known: this run was trained with all of them.")
     if not explanation.behaviors:
         said.append("The user has no history, so only the ad's picture counts.")
         return " ".join(said)
@@ -439,8 +439,8 @@ def on_missing(opened: OpenedRun) -> str:
     known = f"met {met:,}, too few to learn from" if met else "met none"
     seen = "is not known to have met any" if met is None else known
     return (
-        f"This run was not trained for missing images: it {seen}. What it gives without images says nothing of what "
-        "they are worth: compare it with a run of IDs alone for that."
+        f"This run was not trained for missing images: it {seen}. A score without images is not a forecast, and says "
+        "nothing of what they are worth: compare it with a run of IDs alone for that."
     )
 
 

@@ -33,8 +33,9 @@ IMAGES = "model.images"
 SAMPLES = "data.samples"
 _STORES = ("data.store", "data.stores", "data.store_version", "data.store_versions")
 """Settings for the lookup of images; a finished run that reads a store has recorded its snapshot."""
-WITHOUT_IMAGES_IDLE = {"data.missing", *map("model.{}".format, OF_IMAGES)}
-"""Settings that a run without images does not use."""
+COMPUTE_DTYPE = "model.compute_dtype"
+WITHOUT_IMAGES_IDLE = {"data.missing", COMPUTE_DTYPE, *map("model.{}".format, OF_IMAGES)}
+"""Settings that a run without images does not use, unless all of it computes in float64."""
 _MISSING = object()
 
 
@@ -68,11 +69,16 @@ def differing(runs: Sequence[RunFacts]) -> list[SettingRow]:
     for name in names:
         values = [run.settings.get(name, _MISSING) for run in runs]
         if any(value != values[0] for value in values):
-            counted = [run for run in runs if run.images != "none"] if name in WITHOUT_IMAGES_IDLE else runs
+            counted = [run for run in runs if name not in WITHOUT_IMAGES_IDLE or _uses(run, name)]
             is_same = len({text_of(run.settings.get(name, _MISSING)) for run in counted}) < 2
             is_figure = not is_same and not ignored & {name, _named(name)}
             rows.append(SettingRow(name, tuple(map(text_of, values)), is_figure))
     return sorted(rows, key=lambda row: (not row.is_figure, row.name != IMAGES))
+
+
+def _uses(run: RunFacts, name: str) -> bool:
+    """Return whether a setting of WITHOUT_IMAGES_IDLE decides something in this run."""
+    return run.images != "none" or (name == COMPUTE_DTYPE and run.settings.get(name) == "float64")
 
 
 def snapshots(runs: Sequence[RunFacts]) -> list[SettingRow]:
@@ -134,6 +140,7 @@ def _rest(run: RunFacts) -> str:
     """Return a text of all settings that change results, except the images and their lookup."""
     ignored = no_figure() | {IMAGES, SAMPLES, *_STORES} | WITHOUT_IMAGES_IDLE
     kept = sorted((name, text_of(value)) for name, value in run.settings.items() if not ignored & {name, _named(name)})
+    kept.append(("in float64", str(run.settings.get(COMPUTE_DTYPE) == "float64")))
     return repr((run.samples_digest or text_of(run.settings.get(SAMPLES, _MISSING)), kept))
 
 

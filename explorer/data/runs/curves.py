@@ -20,7 +20,9 @@ MOST_POINTS = 300
 _KEPT_POINTS = 2000
 """Most points of a curve in memory; of more, a sample and the last."""
 _KEPT_RUNS = 24
-_LOSS, _TEST, _STAGE, _AHEAD = "train/loss", "test/", "stage_ms/", "stage_hidden/"
+_LOSS, _STAGE, _AHEAD = "train/loss", "stage_ms/", "stage_hidden/"
+_EVALUATED = ("test/", "validation/")
+"""Evaluations are of the test samples; of validation days where there are some, with the test samples at the end."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,9 @@ class Curves:
         return self.by_tag.get(_LOSS, _EMPTY)
 
     def test(self, metric: str) -> ScalarCurve:
-        """Return the curve of a metric of the test samples."""
-        return self.by_tag.get(_TEST + metric, _EMPTY)
+        """Return the curve of a metric of the samples that the run was evaluated on most often."""
+        found = [self.by_tag.get(split + metric, _EMPTY) for split in _EVALUATED]
+        return max(found, key=lambda curve: len(curve.steps))
 
     @property
     def last_step(self) -> int | None:

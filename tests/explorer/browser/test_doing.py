@@ -15,6 +15,7 @@ def test_a_search_finds_by_a_part_of_a_uri_by_uri_and_by_key(explorer, tab):
     page.get_by_role("navigation").get_by_role("link", name="Images").click()
     page.get_by_label("Key, uri").fill("SHOE-0")
     page.keyboard.press("Enter")
+    page.wait_for_url("**/images?q=*")
     page.get_by_role("status").wait_for()
     shown = page.locator("main .gallery").inner_text()
     assert all(name in shown for name in PLAIN if "shoe-0" in name and name != BROKEN)
@@ -26,6 +27,23 @@ def test_a_search_finds_by_a_part_of_a_uri_by_uri_and_by_key(explorer, tab):
         page.wait_for_url("**/images?*q=*")
         page.locator("main .gallery").get_by_role("link", name=COPY).click()
         page.wait_for_url(f"**/images/{key_of_uri(COPY)}*")
+
+
+def test_a_point_of_the_map_shows_its_picture_and_the_legend_hides_groups(explorer, tab):
+    page = tab(f"{explorer.url}/map?run=both&q=shoe-03", width=1280)
+    page.locator("#map .main-svg").first.wait_for(timeout=120_000)
+    settle(page)
+    shown = "[...document.getElementById('map').querySelectorAll('.points path')].length"
+    before = page.evaluate(shown)
+    ring = page.locator("#map .scatterlayer .trace").last.locator(".points path")
+    ring.hover(force=True)
+    page.locator("#map img.hovered").wait_for(state="visible")
+    assert page.locator("#map img.hovered").evaluate("each => each.complete && each.naturalWidth > 0")
+    page.locator("#map .legendtoggle").first.click()
+    page.wait_for_function(f"{shown} < {before}")
+    ring.click(force=True)
+    page.wait_for_url("**/images/*")
+    assert "shoe-03" in page.locator("h1").inner_text()
 
 
 def test_a_picture_that_is_sent_is_shown_beside_those_like_it(explorer, world, tab):

@@ -10,7 +10,7 @@ import pytest
 
 from featurestore.spec import ExtractorSpec, StoreInfo
 from featurestore.store import FeatureStore
-from tests.explorer.browser.watching.chromium import NARROW, WIDE, too_wide, violations, watched
+from tests.explorer.browser.watching.chromium import DESK, NARROW, WIDE, cut, too_wide, violations, watched
 from tests.explorer.browser.watching.crawl import Site, crawl, routes, settle
 from tests.explorer.serving import exported, pages_of
 from tests.explorer.world import World
@@ -116,6 +116,17 @@ def test_every_kind_fits_its_window_and_passes_axe(site, watch, width, dark):
             for chart in page.locator(".plot").all():
                 chart.locator("svg.main-svg").first.wait_for()
                 assert chart.get_attribute("aria-label")
+    assert found == []
+
+
+def test_no_column_is_cut_on_a_desk(site, watch):
+    found = []
+    with watch(site.start, width=DESK) as page:
+        for url in site.one_of_each:
+            page.goto(url)
+            settle(page)
+            page.evaluate("document.querySelectorAll('details').forEach(each => { each.open = true })")
+            found += cut(page)
     assert found == []
 
 

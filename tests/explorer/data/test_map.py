@@ -9,13 +9,10 @@ import pytest
 
 from explorer.data import map as maps
 from explorer.data.background import Task
-from explorer.data.map import MapPoints, count_ads, evenly, make_map
+from explorer.data.map import MapPoints, evenly, make_map
 from featurestore import FeatureStore
 from tests.explorer.world import World
-from trainer.comm import SoloComm
 from trainer.evaluation.predict import predict_run
-from trainer.samples.index import open_index
-from trainer.schema import load_schema
 
 
 def test_every_image_has_its_place_and_the_click_rate_of_the_samples(world: World) -> None:
@@ -31,7 +28,7 @@ def test_every_image_has_its_place_and_the_click_rate_of_the_samples(world: Worl
         assert found.ctr_N[point] == pytest.approx(expected, nan_ok=True)
     assert found.about["notes"] == []
     table = pq.read_table(found.file)
-    assert table.column_names == ["key", "uri", "x", "y", "ctr", "impressions", "vector"]
+    assert table.column_names == ["key", "uri", "x", "y", "ctr", "impressions", "category", "vector"]
     assert np.array_equal(maps.principal(np.array(table["vector"].to_pylist(), np.float32))[:, 0], found.x_N)
     time_ns = found.file.stat().st_mtime_ns
     assert make_map(places, "both", Task()).x_N.tolist() == found.x_N.tolist()
@@ -54,16 +51,6 @@ def test_large_stores_are_sampled_evenly_and_samples_that_are_away_are_told(
     assert evenly(3, 10).tolist() == [0, 1, 2]
 
 
-def test_impressions_beyond_the_bound_are_left_out_evenly(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    index = open_index(SoloComm(), str(world.samples), "test", load_schema())
-    _, counts_I2, is_sampled = count_ads(index, load_schema())
-    assert (counts_I2[:, 0].sum(), is_sampled) == (index.num_samples, False)
-    monkeypatch.setattr(maps, "MOST_IMPRESSIONS", index.num_samples // 2)
-    _, part_I2, is_sampled = count_ads(index, load_schema())
-    assert is_sampled
-    assert 0.3 < part_I2[:, 0].sum() / index.num_samples < 0.7
-
-
 @pytest.mark.parametrize("shape", [(1, 5), (2, 5), (5, 1), (3, 2)])
 def test_principal_components_of_little(shape: tuple[int, int]) -> None:
     plane_N2 = maps.principal(np.random.default_rng(0).normal(size=shape).astype(np.float32))
@@ -79,6 +66,7 @@ def points(x: Any, y: Any, ctr: float = np.nan) -> MapPoints:
         y_N=np.array(y, np.float32),
         ctr_N=np.full(len(x), ctr, np.float32),
         impressions_N=np.zeros(len(x), np.int64),
+        category_N=[""] * len(x),
         about={},
         file=Path("map.parquet"),
     )
@@ -101,6 +89,6 @@ def test_colours_are_of_the_largest_folders_and_of_what_is_known() -> None:
     found = maps.groups(names, np.arange(len(names)))
     assert [group.name for group in found] == [*(f"g{number}" for number in range(9)), maps.OTHERS]
     assert sum(len(group.points) for group in found) == len(names)
-    assert [maps.has(points([0, 1], [0, 1]), colour) for colour in maps.COLOURS] == [True, False]
+    assert [maps.has(points([0, 1], [0, 1]), colour) for colour in maps.COLOURS] == [True, False, False]
     assert maps.has(points([0, 1], [0, 1], ctr=0.5), "ctr")
     assert [maps.folder_of(uri) for uri in ("a/b/c.jpg", "c.jpg", "s3://bag/x.jpg")] == ["a", "", "bag"]

@@ -1,7 +1,9 @@
 """The images' pages: search, browsing, an image over time, its neighbours, and a picture that is sent."""
 
+import re
 import threading
 
+import pyarrow.parquet as pq
 import pytest
 from starlette.testclient import TestClient
 
@@ -67,7 +69,7 @@ def test_a_part_of_a_uri_finds_images_and_an_older_snapshot_has_others(reader):
     assert BROKEN in reader.read("/images", q="shoes/", version=2).uris()
     older = reader.read("/images", q="shoes/", version=2)
     assert all("version=2" in link for link in older.links if link.startswith("/images/"))
-    assert "0 found; 28 uris were searched" in reader.read("/images", q="<i>").text
+    assert "0 found of 28 images" in reader.read("/images", q="<i>").text
 
 
 def test_a_broken_image_has_a_page_and_one_that_is_not_in_the_snapshot_has_none(reader):
@@ -220,10 +222,68 @@ def test_forms_of_another_kind_and_who_asks_for_the_page_are_told(reader):
     assert "a picture has to be sent: choose one on the page Images" in reader.read("/images/like", 405).text
 
 
-def test_a_shard_that_the_store_has_not_is_not_there(reader, shop):
-    shards = FeatureStore.open(shop.store).info.num_shards
-    reader.read("/images", shard=shards - 1)
-    assert f"there is no shard {shards}: the store has" in reader.read("/images", 404, shard=shards).text
+def test_images_are_filtered_and_sorted_over_all_shards(everything, reader):
+    shoes = everything.read("/images", folder="shoes")
+    assert {*shoes.uris()} == {*PLAIN} - {BROKEN}
+    assert "11 found of 28 images" in shoes.text
+    assert "new since snapshot 1" in shoes.text
+    new = everything.read("/images", new="yes").uris()
+    assert {*new} == {*ADDED, COPY}
+    assert everything.read("/images", sort="new").uris()[: len(new)] == new
+    names = everything.read("/images").uris()
+    assert names == sorted(names)
+    shown = re.findall(r"CTR (0\.\d+) of (\d+)", everything.read("/images", sort="impressions").text)
+    counts = [int(count) for _, count in shown]
+    assert len(counts) > 10 and counts == sorted(counts, reverse=True)
+    assert "name runs by --runs" in reader.read("/images", sort="ctr").text
+    for bad in ({"sort": "x"}, {"new": "perhaps"}):
+        assert "is not one of" in everything.read("/images", 400, **bad).text
+
+
+def test_a_filter_stays_on_the_next_page_and_in_the_form(everything, monkeypatch):
+    monkeypatch.setattr(pages, "PER_PAGE", 5)
+    first = everything.read("/images", folder="shoes", sort="ctr", q="shoe")
+    (following,) = [link for link in first.links if "page=2" in link]
+    assert all(each in following for each in ("folder=shoes", "sort=ctr", "q=shoe"))
+    second = everything.read(following)
+    assert len(second.uris()) == 5 and not {*first.uris()} & {*second.uris()}
+    html = everything.client.get(following).text
+    assert re.search(r'<option value="shoes" selected>shoes \(11\)', html)
+    assert '<option value="ctr" selected>' in html and 'value="shoe"' in html
+
+
+def test_the_list_is_polled_until_all_names_are_read(shop, monkeypatch):
+    go, real = threading.Event(), pages.make_catalogue
+
+    def later(*args):
+        assert go.wait(60)
+        return real(*args)
+
+    monkeypatch.setattr(pages, "make_catalogue", later)
+    reader = Reader(store=shop.store, images=shop.images)
+    answer = Reading(reader.client.get("/images", params={"folder": "shoes", "sort": "new"}).text)
+    assert "Listing all images" in answer.text and answer.pictures == []
+    (part,) = answer.live
+    assert all(each in part for each in ("wait=images", "folder=shoes", "sort=new"))
+    go.set()
+    assert {*reader.read(part).uris()} == {*PLAIN} - {BROKEN}
+
+
+def test_an_image_has_its_category_impressions_and_ctr(everything, reader, world):
+    groups = pq.read_table(world.samples / "test", partitioning=None).to_pylist()
+    key = key_of_uri(COPIED)
+    shown = [
+        (label, category)
+        for group in groups
+        for image, label, category in zip(group["ad_image"], group["label"], group["ad_category"], strict=True)
+        if image == key
+    ]
+    text = everything.read(f"/images/{key}").text
+    clicks = sum(label for label, _ in shown)
+    assert f"Category {shown[-1][1]} Impressions as an ad {len(shown)} in the test samples" in text
+    assert f"CTR {clicks / len(shown):.4f}: {clicks} clicks" in text
+    assert "Price" not in text  # the samples have none
+    assert "Impressions as an ad 0 in the test samples" in reader.read(f"/images/{key}").text
 
 
 def test_nothing_of_a_picture_reaches_the_disk(reader, shop, monkeypatch):

@@ -12,6 +12,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from explorer.data.impressions import impression_list
+from explorer.data.impressions.open_runs import OpenedRun
 from explorer.html.site import Site
 from explorer.places import Places
 from explorer.server import application
@@ -148,6 +149,21 @@ def test_a_picture_is_sent(pages: TestClient, world: World) -> None:
     assert found == pytest.approx(expected, abs=0.02)
     assert "data:image/jpeg;base64," in answer.text
     assert re.search(r"Yours:</b> look alone ([\d.]+) %", answer.text).group(1) == f"{found:.2f}"  # type: ignore[union-attr]
+    assert "Without any picture it would get" in answer.text and "forecast" not in answer.text
+
+
+def test_scores_without_images_of_a_run_that_has_not_met_any_are_not_called_a_forecast(
+    pages: TestClient, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(OpenedRun, "knows_missing", property(lambda opened: False))
+    monkeypatch.setattr("trainer.runs.saved.SavedRun.met_missing_often", property(lambda saved: False))
+    listed = pages.get("/impressions?run=both&wait=list").text
+    assert "A score without images is not a forecast" in listed and "without images, not a forecast:" in listed
+    group = pages.get("/impressions/both/3?ad=1&wait=why").text
+    assert "every image missing (not a forecast)</th>" in group and "is not a forecast" in group
+    sent = {"picture": ("x.jpg", (world.images / PLAIN[5]).read_bytes())}
+    answer = pages.post("/impressions/both/3/sent", data={"ad": "1"}, files=sent).text
+    assert "is not a forecast" in answer and "Without any picture it would get" not in answer
 
 
 @pytest.mark.parametrize(

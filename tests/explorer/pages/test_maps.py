@@ -1,6 +1,7 @@
 """The page of the map: how far it is, then the map, its file, and what may be asked for."""
 
 import io
+import json
 import re
 import threading
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from explorer.data.background import Task
 from explorer.data.map import make_map
 from explorer.html import charts
 from explorer.html.site import Site
-from explorer.pages.maps import MapPart
+from explorer.pages.maps import MapPages, MapPart
 from explorer.places import Places
 from explorer.server import application
 from tests.explorer.world import World
@@ -71,12 +72,49 @@ def test_its_file_is_parquet(pages: TestClient) -> None:
     assert re.search(r"embedding-atlas \S+\.parquet --vector vector", html)
 
 
-@pytest.mark.parametrize("colour", ["folder", "ctr"])
+@pytest.mark.parametrize("colour", ["folder", "category", "ctr"])
 def test_each_colour_is_drawn(pages: TestClient, colour: str) -> None:
     html = read(pages, f"/map?run=both&colour={colour}&wait=map")
     assert 'id="map"' in html
     assert "<script>alert" not in html
     assert "onerror=alert" not in re.sub(r"<script type=.*?</script>|\"[^\"]*\"", "", html)
+
+
+def figure_of(html: str) -> dict[str, Any]:
+    """Read the figure of the map as the browser does."""
+    found = re.search(r'data-plot="map">(.*?)</script>', html, re.S)
+    assert found is not None
+    figure: dict[str, Any] = json.loads(found[1])
+    return figure
+
+
+def test_points_have_pages_and_pictures_groups_and_a_legend(pages: TestClient, world: World) -> None:
+    figure = figure_of(read(pages, "/map?run=both&colour=folder&wait=map"))
+    assert figure["layout"]["showlegend"] and figure["zoom"]
+    assert {"shoes", "new", "copies"} <= {trace["name"] for trace in figure["data"]}
+    links = [each for trace in figure["data"] for each in trace["customdata"]]
+    assert len(links) == 28
+    for page, picture in links:
+        assert pages.get(page).status_code == 200
+        assert pages.get(picture).headers["content-type"] == "image/jpeg"
+    names = {trace["name"] for trace in figure_of(read(pages, "/map?run=both&colour=category&wait=map"))["data"]}
+    table = pq.read_table(world.samples / "test", partitioning=None)
+    categories = {str(each) for row in table["ad_category"].to_pylist() for each in row}
+    assert names - {"no category", "others"} <= categories and len(names) > 2
+    with TestClient(application(Site(world.places(), frozen=True))) as frozen:
+        traces = figure_of(frozen.get("/map").text)["data"]
+        assert all(each == [None, None] for trace in traces for each in trace["customdata"])
+
+
+def test_a_search_rings_the_points_that_it_finds(pages: TestClient) -> None:
+    html = read(pages, "/map?run=both&q=SHOE-0&wait=map")
+    (found,) = [trace for trace in figure_of(html)["data"] if trace["name"] == "found"]
+    assert len(found["x"]) == 9 and all("shoe-0" in text for text in found["text"])
+    assert "9 of all points have “SHOE-0” in their names: ringed on the map" in html
+    assert html.partition("<h2>Points</h2>")[2].count('<a href="/images/') == 9
+    none = read(pages, "/map?run=both&q=nobody&wait=map")
+    assert "0 of all points" in none
+    assert not [trace for trace in figure_of(none)["data"] if trace["name"] == "found"]
 
 
 def test_a_run_is_chosen_that_sees_images(pages: TestClient) -> None:
@@ -142,7 +180,7 @@ def test_images_that_the_store_has_not_lead_nowhere(world: World) -> None:
     shown = MapPart(run="both", network=None, colour="folder", task=Task(), store_id="another")
     shown.task.run(lambda _: make_map(places, "both", Task()))
     assert not shown.has_pages
-    text = site.text("/map", "map/part.html", part=shown, maps=charts, image_link=lambda key: "/images/1")
+    text = site.text("/map", "map/part.html", part=shown, maps=charts, links=MapPages(site)._links)
     assert "/images/" not in text
     assert "mapgrid" in text
 

@@ -86,7 +86,7 @@ def text_of(html: str) -> str:
 
 
 def test_the_list_has_every_run_with_settings_that_differ(pages: TestClient) -> None:
-    html = page(pages, "/runs")
+    html = page(pages, "/runs").replace("<wbr>", "")
     for name in ("both", "both-longer", "ids-only"):
         assert f'href="/runs/{name}"' in html
     assert '<th scope="col">model.images</th>' in html
@@ -142,6 +142,39 @@ def test_runs_that_differ_in_more_tell_nothing_of_images(changing: TestClient, c
     assert words[:3] == ["crossmedia", "train", "--config"] and "model.images=none" in words
     invoke(main, *words[2:], code=0)  # as it is printed
     assert re.search(r"model\.images</th>\s*<td>none</td><td>both</td>", page(changing, "/worth"))
+
+
+def test_a_command_names_the_shown_samples_and_store_and_runs_as_it_is(
+    changing: TestClient, changing_world: World
+) -> None:
+    """Also of a run of IDs alone whose samples have moved since."""
+    for name in ("both", "both-longer"):
+        shutil.rmtree(changing_world.runs / name)
+    config = changing_world.runs / "ids-only" / "config.yaml"
+    moved = re.sub("(samples|store): .*", r"\1: /nowhere/\1", config.read_text())
+    config.write_text(moved)
+    html = page(changing, "/worth")
+    command = unescape(re.search(r"<pre[^>]*><code>(.*?)</code></pre>", html, re.S)[1])  # type: ignore[index]
+    words = shlex.split(command)
+    assert "model.images=both" in words and f"data.store={changing_world.store}" in words
+    result = CliRunner().invoke(main, words[2:])
+    assert result.exit_code == 0, result.output
+    assert re.search(r"model\.images</th>\s*<td>none</td><td>both</td>", page(changing, "/worth"))
+
+
+def test_further_pairs_are_linked(own_runs: tuple[TestClient, Path]) -> None:
+    client, runs = own_runs
+    for name in ("both", "ids-only"):
+        shutil.copytree(runs / name, runs / f"{name}-7")
+        config = runs / f"{name}-7" / "config.yaml"
+        config.write_text(config.read_text().replace("  seed: 0", "  seed: 7"))
+    html = page(client, "/worth")
+    links = [unescape(each) for each in re.findall(r'href="(/runs/compare[^"]*)"', html)]
+    assert len(links) == 1
+    for each in (*links, "/worth"):
+        assert re.search(r"model\.images</th>\s*<td>none</td><td>both</td>", page(client, each))
+    for name in ("both", "ids-only"):
+        shutil.rmtree(runs / f"{name}-7")
 
 
 def test_a_first_training_has_the_settings_of_the_samples_where_they_have_some(tmp_path: Path) -> None:

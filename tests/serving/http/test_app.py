@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+import jsonschema
 import numpy as np
 import orjson
 import pyarrow as pa
@@ -486,3 +487,62 @@ def test_a_bug_is_500_and_its_message_stays_out_of_the_log(
     run_with(tmp_path, test)
     assert "ValueError" in caplog.text
     assert "secret-name" not in caplog.text
+
+
+def test_the_first_page_has_an_example_that_is_scored_as_it_is(tmp_path: Path) -> None:
+    async def test(client: httpx2.AsyncClient, scoring: Scoring) -> None:
+        about = (await client.get("/")).json()
+        example = (await client.get("/v1/example")).json()
+        assert about["example"] == example
+        assert {*example["user"], *example["candidates"]} == {*scoring.live.model.columns}
+        answer = await client.post("/v1/score", json=example)
+        assert answer.status_code == 200, answer.text
+        assert len(answer.json()["scores"]) == len(example["candidates"]["ad_item"]) == 3
+        assert about["try"].startswith("curl -s ") and '"' not in about["try"] and "$TOKEN" not in about["try"]
+
+    run_with(tmp_path, test)
+
+
+def test_openapi_describes_all_addresses_and_what_a_request_takes(tmp_path: Path) -> None:
+    async def test(client: httpx2.AsyncClient, scoring: Scoring) -> None:
+        found = (await client.get("/openapi.json")).json()
+        assert found["openapi"] == "3.1.0"
+        routes = {(method, path) for path, methods in found["paths"].items() for method in methods}
+        assert routes == {(method.lower(), path) for method, path, _ in scoring._routes}
+        assert all(each["summary"] for methods in found["paths"].values() for each in methods.values())
+
+        def check(value: Any, schema: Any) -> None:
+            jsonschema.validate(value, {**schema, "components": found["components"]})
+
+        post = found["paths"]["/v1/score"]["post"]
+        body = post["requestBody"]["content"]["application/json"]
+        answered = post["responses"]["200"]["content"]["application/json"]["schema"]
+        example = body["example"]
+        for sent in (example, [example], {"requests": [example] * 2}):
+            check(sent, body["schema"])
+            check((await client.post("/v1/score", json=sent)).json(), answered)
+        unseen = {**example, "candidates": {**example["candidates"], "ad_image": [None, "bag/1.jpg", 5]}}
+        check(unseen, body["schema"])
+        for wrong in ({}, {"user": {}, "candidates": {}}, {**example, "candidates": {"ad_item": [1.5]}}):
+            with pytest.raises(jsonschema.ValidationError):
+                check(wrong, body["schema"])
+
+    run_with(tmp_path, test)
+
+
+def test_scores_have_a_histogram(tmp_path: Path) -> None:
+    async def test(client: httpx2.AsyncClient, scoring: Scoring) -> None:
+        items = [*range(-9_000, 3_000, 250)]
+        nobody = ONE | {"candidates": {"ad_item": []}}
+        await client.post("/v1/score", json=[ONE | {"candidates": {"ad_item": items}}, nobody])
+        expected = np.array(chances(*items))
+        found = await figures(client)
+        assert found["serving_scores_count"] == len(items)
+        assert found["serving_scores_sum"] == pytest.approx(expected.sum(), rel=1e-5)
+        bounds = {each.split('"')[1]: count for each, count in found.items() if each.startswith("serving_scores_b")}
+        assert len(bounds) == 18 and bounds["+Inf"] == len(items)
+        for bound, count in bounds.items():
+            assert count == (expected <= float(bound)).sum(), bound
+        assert 0 < bounds["0.05"] < bounds["0.3"] < bounds["0.9"]
+
+    run_with(tmp_path, test)

@@ -256,3 +256,24 @@ def test_newer_vectors_keep_the_network_and_the_rows(published: Published, tmp_p
     assert second.bundle.ids is first.bundle.ids
     first.close()
     assert np.isfinite(second.score([Request(**one_image(NEW_IMAGE))])[0].logits_C).all()
+
+
+def test_what_the_first_page_says_to_try_works_in_a_shell(server: ServerProcess) -> None:
+    """Copied as it is from the answer of the server."""
+    text = httpx2.get(f"{server.url}/").text
+    found = re.search(r'"try":"([^"]*)"', text)
+    assert found is not None
+    done = subprocess.run(["sh", "-c", found[1]], capture_output=True, text=True, check=False)
+    assert len(json.loads(done.stdout)["scores"]) == 3, done.stdout + done.stderr
+
+
+def test_the_client_of_one_file_gets_the_scores_of_the_server(server: ServerProcess, published: Published) -> None:
+    import runpy
+
+    scorer = runpy.run_path(str(PAGE.parents[1] / "deploy" / "client" / "crossmedia_client.py"))["Scorer"](server.url)
+    assert scorer.is_ready()
+    requests = requests_of(published)
+    expected = httpx2.post(f"{server.url}/v1/score", json=requests).json()["answers"]
+    assert [each["scores"] for each in scorer.score_many(requests)] == [each["scores"] for each in expected]
+    example = scorer.example()
+    assert len(scorer.score(example["user"], example["candidates"])["scores"]) == 3

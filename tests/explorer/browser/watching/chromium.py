@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Dialog, Page, Request, Response
 
-WIDE, NARROW = 1400, 375
+WIDE, DESK, NARROW = 1400, 1280, 375
 HEIGHT = 900
 PAGE_TIMEOUT_MS = 30_000
 WITHOUT_SERVER = ("data:", "blob:", "about:")
@@ -21,6 +21,8 @@ TOO_WIDE = """() => {
     const out = [...document.body.querySelectorAll('main *, header *, footer *')].filter(isOut).slice(0, 3);
     return [`${location}: ${more} px too wide: ${out.map(each => each.outerHTML.slice(0, 100)).join(' | ')}`];
 }"""
+CUT = """() => [...document.querySelectorAll('main .scroll')].filter(each => each.scrollWidth > each.clientWidth + 1)
+    .map(each => `${location}: ${each.getAttribute('aria-label')}: ${each.scrollWidth} of ${each.clientWidth} px`)"""
 RULES = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"]
 
 
@@ -107,6 +109,11 @@ def violations(page: Page) -> str:
         for rule in found.response["violations"]
         for node in rule["nodes"]
     )
+
+
+def cut(page: Page) -> list[str]:
+    """Name the tables whose last columns are outside of the window; empty where all columns are seen."""
+    return page.evaluate(CUT)
 
 
 def too_wide(page: Page) -> list[str]:

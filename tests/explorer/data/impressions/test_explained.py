@@ -234,8 +234,9 @@ def test_the_sentence_says_what_the_table_has(
         assert met > 0 and f"met images without a feature {met:,} times" in on_missing(opened)
     trained("exact")  # of a snapshot that has every image
     with runs.use("exact") as strict:
-        assert "is not meaningful" in sentence(explain(strict, number, 0), {})
+        assert "without pictures is not known" in sentence(explain(strict, number, 0), {})
         assert "was not trained for missing images: it met none" in on_missing(strict)
+        assert "is not a forecast" in on_missing(strict)
         monkeypatch.setattr(type(strict.trained.saved), "missing_met", property(lambda saved: 1))
         assert not strict.knows_missing and "it met 1, too few to learn from" in on_missing(strict)
     assert f"{100 * found.chosen.score.probability:.2f} %" in said

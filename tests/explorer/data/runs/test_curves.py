@@ -79,3 +79,14 @@ def test_stages_that_are_not_there_are_none(stages: object) -> None:
 def test_stages_of_a_report() -> None:
     report = {"stages": {"read": {"median_ms": 2, "hidden": 0.9}, "rest": {"median_ms": 1.5, "hidden": None}}}
     assert stages_of_report(report) == (StageTime("read", 2.0, True), StageTime("rest", 1.5, False))
+
+
+def test_a_run_with_validation_days_has_the_curve_of_these(tmp_path):
+    file = EventsFile(tmp_path / "tensorboard", 0)
+    for step in (5, 10):
+        file.add(step, {"validation/gauc": step / 10})
+    file.add(10, {"test/gauc": 0.3, "test/auc": 0.5})
+    curves = CurveReader().read(tmp_path)
+    assert curves.test("gauc").steps == (5, 10)
+    assert curves.test("auc").values == (0.5,)
+    assert curves.test("logloss").steps == ()

@@ -50,6 +50,17 @@ def test_settings_that_a_run_without_images_has_no_use_for_do_not_count_for_it()
     assert [row.name for row in differing([both, ad]) if row.is_figure] == ["model.images", "data.missing"]
 
 
+def test_the_type_of_es_products_counts_for_runs_that_have_an_e() -> None:
+    """But float64 is the type of all numbers."""
+    ids = run("ids", "none", **{"model.compute_dtype": "float32"})
+    both = run("both", "both", **{"model.compute_dtype": "bfloat16"})
+    assert [[each.name for each in group] for group in image_groups([ids, both])] == [["ids", "both"]]
+    assert [row.name for row in differing([ids, both]) if row.is_figure] == ["model.images"]
+    exact = run("ids", "none", **{"model.compute_dtype": "float64"})
+    assert image_groups([exact, both]) == []
+    assert [row.name for row in differing([exact, both]) if row.is_figure] == ["model.images", "model.compute_dtype"]
+
+
 def elsewhere(name: str, images: str, digest: str, commit: str | None) -> RunFacts:
     """Make a run whose samples and store have an address of their own."""
     places = {"data.samples": f"{name}/samples", "data.store": f"{name}/store", "data.stores.audio": f"{name}/audio"}

@@ -1,0 +1,259 @@
+"""What test samples say of images as ads: impressions, clicks, category and price; kept as one file per set of samples.
+
+Letters of shapes: I different images of ads, R of them in a row group, N impressions.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from explorer.data.background import Background, Task
+from explorer.data.cache import FileCache
+from explorer.data.runs.folders import trained_runs
+from explorer.errors import ExplorerError
+from explorer.places import Places
+from featurestore.console.files import replaced_file
+from featurestore.errors import UserError
+from featurestore.keys import Int64Array
+from featurestore.text import one_line
+
+if TYPE_CHECKING:
+    from trainer.runs.saved import SavedRun
+    from trainer.samples.index import SampleIndex
+    from trainer.schema import Schema
+
+MOST_IMPRESSIONS = 2_000_000
+"""Most impressions to read; of more, row groups are left out evenly."""
+_FILES = FileCache("ads-", ".parquet", most=32)
+_ABOUT = b"explorer_ads"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdFigures:
+    """Figures of the images of ads, keys ascending."""
+
+    keys_I: Int64Array
+    impressions_I: Int64Array
+    clicks_I: Int64Array
+    category_I: NDArray[Any]
+    """Texts; empty where the samples have no category."""
+    price_I: NDArray[np.float64]
+    """Mean price; NaN where the samples have none."""
+    note: str = ""
+    """What could not be counted, or only in part."""
+
+    def of(self, keys_N: Int64Array) -> "AdFigures":
+        """Return the figures of these images, in their order; without impressions for those that are not there."""
+        place_N = np.searchsorted(self.keys_I, keys_N)
+        found_N = np.append(self.keys_I, 0)[place_N] == keys_N
+        found_N &= place_N < len(self.keys_I)
+        category_N = np.append(self.category_I, "")[place_N]
+        category_N[~found_N] = ""
+        return AdFigures(
+            keys_I=keys_N,
+            impressions_I=np.where(found_N, np.append(self.impressions_I, 0)[place_N], 0),
+            clicks_I=np.where(found_N, np.append(self.clicks_I, 0)[place_N], 0),
+            category_I=category_N,
+            price_I=np.where(found_N, np.append(self.price_I, np.nan)[place_N], np.nan),
+            note=self.note,
+        )
+
+    @property
+    def ctrs(self) -> NDArray[np.float32]:
+        """Click-through rates, (I,); NaN without impressions."""
+        with np.errstate(invalid="ignore"):
+            return (self.clicks_I / self.impressions_I).astype(np.float32)
+
+
+def nothing_known(note: str) -> AdFigures:
+    """Return the figures of no image."""
+    empty = np.empty(0, np.int64)
+    return AdFigures(
+        keys_I=empty,
+        impressions_I=empty,
+        clicks_I=empty,
+        category_I=np.empty(0, object),
+        price_I=np.empty(0),
+        note=note,
+    )
+
+
+class Counting(NamedTuple):
+    """The task that counts, and a name of what is counted."""
+
+    name: str
+    task: Task[AdFigures]
+
+
+def begin(places: Places, background: Background) -> Counting:
+    """Start to read the figures of the shown samples, by the schema of any run on them, or return the task of before.
+
+    A task without runs or samples gives figures of no image, whose note says why.
+    """
+    try:
+        run = next((run.name for run in trained_runs(places)), None)
+        if run is None:
+            raise ExplorerError("impressions and CTR are counted in the test samples of a run: name runs by --runs")
+        saved = _saved(places, run)
+    except UserError as error:
+        note = one_line(error)
+        name = repr(("ads", note))
+        return Counting(name, background.task(name, lambda task: nothing_known(note)))
+    name = repr(("ads", _made_of(saved, places.samples)))
+    return Counting(name, background.task(name, lambda task: ad_figures(saved, places.samples, task)))
+
+
+def _saved(places: Places, name: str) -> "SavedRun":
+    from trainer.runs.saved import read_run
+
+    return read_run(places.run(name), None, places.samples)
+
+
+def ad_figures(saved: "SavedRun", samples: str | None, task: Task[Any]) -> AdFigures:
+    """Count the test samples of a run, or of `samples`, or read the cached figures; the note says what went wrong."""
+    from trainer.comm import SoloComm
+    from trainer.runs.saved import open_test
+
+    file = _FILES.path(hashlib.sha256(json.dumps(_made_of(saved, samples)).encode()).hexdigest()[:24])
+    if (known := _read(file)) is not None:
+        return known
+    task.tell("reads the test samples")
+    try:
+        found = count_ads(open_test(SoloComm(), saved.config, saved.schema, samples), saved.schema)
+    except UserError as error:
+        return nothing_known(f"CTR cannot be shown: {one_line(error)}")
+    columns = {name: pa.array(values) for name, values in found.__dict__.items() if name != "note"}
+    columns["category_I"] = pa.array(found.category_I, pa.string())
+    with replaced_file(file) as part:
+        pq.write_table(pa.table(columns).replace_schema_metadata({_ABOUT: found.note}), part, compression="zstd")
+    _FILES.prune()
+    return found
+
+
+def _read(file: Path) -> AdFigures | None:
+    """Read a file of figures; None if it is missing or damaged."""
+    try:
+        table = pq.read_table(file)
+        columns: dict[str, Any] = {name: table[name].to_numpy() for name in table.column_names}
+        return AdFigures(**columns, note=table.schema.metadata[_ABOUT].decode())
+    except FileNotFoundError:
+        return None
+    except (OSError, KeyError, TypeError, ValueError, pa.ArrowException):
+        file.unlink(missing_ok=True)
+        return None
+
+
+def _made_of(saved: "SavedRun", samples: str | None) -> list[Any]:
+    """Return what figures depend on: the files of the test samples, which may change in place, and their columns."""
+    folder = samples or saved.config.data.samples
+    root = Path(folder)
+    files = sorted(root.glob("test/*.parquet")) if root.is_dir() else []
+    found = [(each.name, each.stat().st_size, each.stat().st_mtime_ns) for each in files]
+    days = None if samples else saved.config.data.test_days
+    return [folder, days, found, [(each.name, each.column_name) for each in saved.schema.fields], saved.schema.label]
+
+
+def count_ads(index: "SampleIndex", schema: "Schema") -> AdFigures:
+    """Count impressions and clicks of each ad image; its category is that of its last impression, its price the mean.
+
+    Reads in pieces. Without ad images in the schema there are none. Raises DataError, SchemaError.
+    """
+    from trainer.evaluation.predict import ad_image_field
+    from trainer.samples.columns import decode, rules_of, source_columns
+    from trainer.samples.index import read_row_groups
+
+    image = ad_image_field(schema)
+    if image is None:
+        return nothing_known("The samples have no pictures of ads.")
+    category, price = (_column_named(schema, word) for word in ("category", "price"))
+    rules = {name: rule for name, rule in rules_of(schema).items() if name in (schema.label, image.column_name)}
+    names = list(dict.fromkeys([*source_columns(rules), *(each for each in (category, price) if each)]))
+    every = max(1, -(-index.num_samples // MOST_IMPRESSIONS))
+    parts = []
+    for row_group, table in read_row_groups(index.storage, index.row_groups[::every], names):
+        file = index.storage.full(row_group.file)
+        columns = decode(table, rules, schema.label, file, row_group.first_row).columns
+        keys_N, label_N = columns[image.column_name].values, columns[schema.label].values
+        texts = _values(table, category, len(keys_N), pa.string())
+        prices = _values(table, price, len(keys_N), pa.float64())
+        parts.append(_part(keys_N, label_N, texts, prices))
+    note = f"CTRs are of about {MOST_IMPRESSIONS:,} of the test impressions." if every > 1 else ""
+    return _together(parts, note)
+
+
+def _column_named(schema: "Schema", word: str) -> str | None:
+    """Find the column of ads whose name has a word, one value for each ad."""
+    of_ads = [field for field in schema.fields if field.side == "ad" and field.kind in ("id", "dense")]
+    return next((each.column_name for each in of_ads if word in each.column_name and not each.columns), None)
+
+
+def _values(table: pa.Table, name: str | None, count: int, kind: pa.DataType) -> NDArray[Any] | None:
+    """Read a column of ads as it is in the file, one value an impression; None if it has others."""
+    if name is None:
+        return None
+    values: Any = table[name].combine_chunks()
+    while pa.types.is_list(values.type) or pa.types.is_large_list(values.type):
+        values = values.flatten()
+    if len(values) != count:
+        return None
+    found: NDArray[Any] = values.cast(kind).to_numpy(zero_copy_only=False)
+    return found
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Sums of a row group, by image."""
+
+    keys_R: Int64Array
+    impressions_R: Int64Array
+    clicks_R: Int64Array
+    category_R: NDArray[Any]
+    priced_R: NDArray[np.float64]
+    prices_R: NDArray[np.float64]
+
+
+def _part(keys_N: Int64Array, label_N: Any, texts: NDArray[Any] | None, prices: NDArray[Any] | None) -> _Part:
+    keys_R, of_N = np.unique(keys_N, return_inverse=True)
+    count = len(keys_R)
+    category_R = np.full(count, "", object)
+    if texts is not None:
+        category_R[of_N] = np.where([text is None for text in texts], "", texts)
+    price_N = np.full(len(keys_N), np.nan) if prices is None else prices.astype(np.float64)
+    known_N = np.isfinite(price_N)
+    return _Part(
+        keys_R,
+        np.bincount(of_N, minlength=count),
+        np.bincount(of_N, label_N, count).astype(np.int64),
+        category_R,
+        np.bincount(of_N, known_N, count).astype(np.float64),
+        np.bincount(of_N, np.where(known_N, price_N, 0), count).astype(np.float64),
+    )
+
+
+def _together(parts: Sequence[_Part], note: str) -> AdFigures:
+    keys_R = np.concatenate([np.empty(0, np.int64), *(part.keys_R for part in parts)])
+    keys_I, of_R = np.unique(keys_R, return_inverse=True)
+
+    def summed(name: str) -> NDArray[Any]:
+        return np.bincount(of_R, np.concatenate([np.empty(0), *(getattr(part, name) for part in parts)]), len(keys_I))
+
+    category_I = np.full(len(keys_I), "", object)
+    category_I[of_R] = np.concatenate([np.empty(0, object), *(part.category_R for part in parts)])
+    with np.errstate(invalid="ignore"):
+        price_I = summed("prices_R") / summed("priced_R")
+    return AdFigures(
+        keys_I=keys_I,
+        impressions_I=summed("impressions_R").astype(np.int64),
+        clicks_I=summed("clicks_R").astype(np.int64),
+        category_I=category_I,
+        price_I=price_I,
+        note=note,
+    )

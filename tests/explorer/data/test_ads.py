@@ -1,0 +1,109 @@
+"""Impressions, clicks, categories and prices of images in test samples, against plain loops over the files."""
+
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from explorer.data import ads
+from explorer.data.ads import AdFigures, ad_figures, begin, count_ads, nothing_known
+from explorer.data.background import Background, Task
+from explorer.places import Places
+from tests.explorer.world import World
+from trainer.comm import SoloComm
+from trainer.runs.saved import read_run
+from trainer.samples.index import open_index
+from trainer.schema import Schema, load_schema
+
+
+@pytest.fixture(scope="module")
+def schema() -> Schema:
+    return load_schema()
+
+
+def test_figures_are_those_of_a_loop_over_the_samples(world: World, schema: Schema) -> None:
+    found = count_ads(open_index(SoloComm(), str(world.samples), "test", schema), schema)
+    shown, clicked = Counter[int](), Counter[int]()
+    category: dict[int, str] = {}
+    for group in pq.read_table(world.samples / "test", partitioning=None).to_pylist():
+        for image, label, of in zip(group["ad_image"], group["label"], group["ad_category"], strict=True):
+            shown[image] += 1
+            clicked[image] += label
+            category[image] = str(of)
+    assert found.keys_I.tolist() == sorted(shown)
+    assert dict(zip(found.keys_I.tolist(), found.impressions_I.tolist(), strict=True)) == dict(shown)
+    assert dict(zip(found.keys_I.tolist(), found.clicks_I.tolist(), strict=True)) == {
+        **dict.fromkeys(shown, 0),
+        **clicked,
+    }
+    assert dict(zip(found.keys_I.tolist(), found.category_I.tolist(), strict=True)) == category
+    assert np.isnan(found.price_I).all() and found.note == ""
+    key = int(found.keys_I[3])
+    some = found.of(np.array([key, 5, key, 2**62]))
+    assert some.impressions_I.tolist() == [shown[key], 0, shown[key], 0]
+    assert some.category_I.tolist() == [category[key], "", category[key], ""]
+    assert some.ctrs[0] == pytest.approx(clicked[key] / shown[key]) and np.isnan(some.ctrs[1])
+
+
+def test_prices_are_means_and_nulls_do_not_count(world: World, tmp_path: Path, schema: Schema) -> None:
+    table = pq.read_table(world.samples / "test", partitioning=None)
+    lists, drawn, of = table["ad_image"].to_pylist(), np.random.default_rng(0), defaultdict(list)
+    prices = [[None if drawn.random() < 0.3 else float(drawn.integers(1, 9)) for _ in each] for each in lists]
+    for images, each in zip(lists, prices, strict=True):
+        for image, price in zip(images, each, strict=True):
+            of[image] += [] if price is None else [price]
+    (tmp_path / "test").mkdir()
+    table = table.append_column("ad_price", pa.array(prices, pa.list_(pa.float64())))
+    pq.write_table(table, tmp_path / "test" / "day=2026-01-05.parquet", row_group_size=20)
+    priced = Schema.model_validate(
+        {
+            **schema.model_dump(),
+            "fields": [*schema.model_dump()["fields"], {"name": "ad_price", "side": "ad", "kind": "dense"}],
+        }
+    )
+    found = count_ads(open_index(SoloComm(), str(tmp_path), "test", schema), priced)
+    for key, price in zip(found.keys_I.tolist(), found.price_I.tolist(), strict=True):
+        assert price == pytest.approx(np.mean(of[key]) if of[key] else np.nan, nan_ok=True)
+
+
+def test_impressions_beyond_the_bound_are_left_out_evenly(
+    world: World, monkeypatch: pytest.MonkeyPatch, schema: Schema
+) -> None:
+    index = open_index(SoloComm(), str(world.samples), "test", schema)
+    assert count_ads(index, schema).impressions_I.sum() == index.num_samples
+    monkeypatch.setattr(ads, "MOST_IMPRESSIONS", index.num_samples // 2)
+    part = count_ads(index, schema)
+    assert "of about" in part.note
+    assert 0.3 < part.impressions_I.sum() / index.num_samples < 0.7
+
+
+def test_figures_are_counted_once_for_the_same_files(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved = read_run(world.runs / "both", None, str(world.samples))
+    first = ad_figures(saved, str(world.samples), Task())
+
+    def not_again(*_: object) -> AdFigures:
+        raise AssertionError("the samples are read again")
+
+    monkeypatch.setattr(ads, "count_ads", not_again)
+    again = ad_figures(saved, str(world.samples), Task())
+    for name in ("keys_I", "impressions_I", "clicks_I", "category_I"):
+        assert getattr(again, name).tolist() == getattr(first, name).tolist()
+
+
+def test_without_runs_or_samples_nothing_is_known_and_it_says_why(world: World, tmp_path: Path) -> None:
+    background = Background()
+    try:
+        assert "name runs by --runs" in begin(Places(store=str(world.store)), background).task.result().note
+        (tmp_path / "empty").mkdir()
+        found = begin(world.places(samples=tmp_path / "empty"), background).task.result()
+        assert found.note.startswith("CTR cannot be shown: ")
+        assert found.of(np.array([1, 2])).impressions_I.tolist() == [0, 0]
+        assert nothing_known("").of(np.array([3])).category_I.tolist() == [""]
+        whole = begin(world.places(), background)
+        assert whole.task is begin(world.places(), background).task
+        assert whole.task.result().impressions_I.sum() > 0
+    finally:
+        background.close()

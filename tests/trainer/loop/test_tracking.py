@@ -1,0 +1,172 @@
+"""Trackers next to TensorBoard: what MLflow has of a run, also of one continued, and that a broken one harms none."""
+
+import sys
+import threading
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from tests.trainer.conftest import Places
+from tests.trainer.whole_runs import assert_same, drawn_scalars, report_of, run_alone
+from trainer.loop import tracking
+from trainer.loop.tracking import TrackerThread, WandbRun
+
+STEPS = {"train__max_steps": 6, "train__log_every": 2, "train__eval_every": 2}
+
+
+class Noted:
+    """A tracker that notes what it is told."""
+
+    id = "noted"
+
+    def __init__(self) -> None:
+        self.told: list[Any] = []
+
+    def add(self, step: int, values: tracking.Values, time_s: float) -> None:
+        self.told.append((step, dict(values)))
+
+    def end(self, failed: bool) -> None:
+        self.told.append(failed)
+
+
+def test_calls_return_at_once_and_come_in_their_order() -> None:
+    go, noted = threading.Event(), Noted()
+
+    def begin() -> Noted:
+        assert go.wait(60)
+        return noted
+
+    tracker = TrackerThread("mlflow", begin)
+    start_s = time.monotonic()
+    for step in range(100):
+        tracker.add(step, {"loss": step})
+    assert time.monotonic() - start_s < 5 and noted.told == []
+    go.set()
+    tracker.end(failed=False)
+    assert noted.told == [*((step, {"loss": step}) for step in range(100)), False]
+
+
+def test_the_first_failure_is_one_line_and_the_last_word(capsys: pytest.CaptureFixture[str]) -> None:
+    class Broken(Noted):
+        def add(self, step: int, values: tracking.Values, time_s: float) -> None:
+            raise RuntimeError("the server is away\nand will not come")
+
+    tracker = TrackerThread("wandb", Broken)
+    for step in range(5):
+        tracker.add(step, {"loss": 1.0})
+    tracker.end(failed=True)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: run.tracking=wandb: the server is away")
+    assert line.endswith("the run continues without it")
+
+
+def test_one_that_hangs_does_not_hold_the_end_of_a_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tracking, "_END_S", 0.2)
+    go = threading.Event()
+
+    def begin() -> Noted:
+        go.wait(60)
+        return Noted()
+
+    tracker = TrackerThread("mlflow", begin)
+    tracker.end(failed=False)
+    assert "has not taken all figures within" in capsys.readouterr().err
+    go.set()
+
+
+def test_weights_and_biases_has_a_run_without_a_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    tracker = TrackerThread("wandb", lambda: WandbRun("tracked", {"model.images": "both"}, None))
+    for step in range(3):
+        tracker.add(step, {"train/loss": 1.0 / (step + 1)})
+    tracker.end(failed=False)
+    assert "warning" not in capsys.readouterr().err
+    (file,) = tmp_path.rglob("*.wandb")
+    written = file.read_bytes()
+    assert b"train/loss" in written and b"model.images" in written
+
+
+@pytest.mark.long
+def test_a_tracker_that_is_not_installed_ends_no_run(
+    places: Places, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    run = run_alone(places, run__name="untracked", run__dir=tmp_path, run__tracking="wandb", **STEPS)
+    assert report_of(run)["global_step"] == 6
+    assert capsys.readouterr().err.count("pip install 'crossmedia[wandb]'") == 1
+    plain = run_alone(places, run__name="plain", run__dir=tmp_path, **STEPS)
+    assert_same(run, plain, metrics=True)
+    assert not (plain / tracking.FILE).exists()
+
+
+@pytest.fixture(params=["files", "sqlite"])
+def mlflow(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+    """MLflow with a store of its own: files, or a database, which needs more packages."""
+    mlflow: ModuleType = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "shop")
+    if request.param == "sqlite":
+        for name in ("sqlalchemy", "alembic"):
+            pytest.importorskip(name)
+    places = {"files": (tmp_path / "mlruns").as_uri(), "sqlite": f"sqlite:///{tmp_path}/mlflow.db"}
+    mlflow.set_tracking_uri(places[request.param])
+    return mlflow
+
+
+@pytest.mark.long
+def test_mlflow_has_settings_figures_and_addresses_also_of_a_run_that_is_continued(
+    places: Places, tmp_path: Path, mlflow: ModuleType
+) -> None:
+    named = {"run__name": "tracked", "run__dir": tmp_path / "runs", "run__tracking": "mlflow"}
+    run = run_alone(places, **named, **STEPS | {"train__max_steps": 4})
+    run_alone(places, **named, **STEPS, run__resume="latest")
+    client = mlflow.MlflowClient()
+    (tracked,) = client.search_runs([client.get_experiment_by_name("shop").experiment_id])
+    assert (tracked.info.run_name, tracked.info.status) == ("tracked", "FINISHED")
+    params = tracked.data.params
+    assert params["model.images"] == "both" and params["read.folder"] == str(run)
+    assert params["data.samples"] == str(places.folder / "samples")
+    assert params["read.stores.images.url"] == str(places.folder / "features")
+    assert params["read.stores.images.version"] == "1" and params["read.samples_digest"]
+    drawn = drawn_scalars(run / "tensorboard")
+    for name in ("train/loss", "test/gauc"):
+        curve = {each.step: each.value for each in client.get_metric_history(tracked.info.run_id, name)}
+        shown = dict(drawn[name])  # TensorBoard hides the step at which a run is continued
+        assert set(curve) == set(shown) | {4} and 6 in shown
+        assert {step: curve[step] for step in shown} == pytest.approx(shown, rel=1e-6)
+    assert tracked.data.metrics["test/auc"] == pytest.approx(report_of(run)["metrics"]["auc"])
+
+
+@pytest.mark.long
+def test_a_run_that_fails_is_told_as_failed(
+    places: Places, tmp_path: Path, mlflow: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("trainer.engine.engine.Engine.train_step", broken)
+    with pytest.raises(KeyboardInterrupt):
+        run_alone(places, run__name="broken", run__dir=tmp_path / "runs", run__tracking="mlflow", **STEPS)
+    client = mlflow.MlflowClient()
+    (tracked,) = client.search_runs([client.get_experiment_by_name("shop").experiment_id])
+    assert tracked.info.status == "FAILED"
+
+
+@pytest.mark.long
+def test_a_server_that_is_away_ends_no_run(
+    places: Places, tmp_path: Path, mlflow: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    mlflow.set_tracking_uri("http://127.0.0.1:9")
+    run = run_alone(places, run__name="away", run__dir=tmp_path / "runs", run__tracking="mlflow", **STEPS)
+    assert report_of(run)["global_step"] == 6
+    assert capsys.readouterr().err.count("warning: run.tracking=mlflow") == 1
