@@ -13,7 +13,7 @@ import pytest
 from tests.ranks import StandingRanks
 from tests.trainer.checkpoints import damage
 from tests.trainer.conftest import make_places
-from tests.trainer.daily.test_daily import DAYS, assert_same, make_days
+from tests.trainer.daily.test_daily import DAYS, assert_same_days, make_days
 from tests.trainer.runs import saved
 from tests.trainer.runs.resumed.legs import Killed, Leg, assert_no_step_or_sample_is_lost
 from tests.trainer.supervise.supervised import QUICK, TIMEOUT_S, TWO_HOSTS, Supervised, kill
@@ -208,4 +208,4 @@ def test_a_kill_in_the_second_day_changes_nothing(two_ranks: StandingRanks, tmp_
     said = run.end(process)
     assert "supervise: rank 1 on 127.0.0.1 died (signal 9, SIGKILL)" in said and "done after 1 restart" in said
     two_ranks.run(*run.days("calm"))
-    assert_same(tmp_path / "supervised", tmp_path / "calm", DAYS[:3])
+    assert_same_days(tmp_path / "supervised", tmp_path / "calm", DAYS[:3])
