@@ -3,6 +3,7 @@
 import gc
 import os
 import signal
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, get_args
 
 import pytest
 
+from featurestore.console import commandline
 from featurestore.lookup import VARIABLE, AutoDType
 from tests.proxy import Fault, Request, proxy_before
 from tests.ranks import Forks, StandingRanks, TorchRanks, forks_of_ranks, standing_ranks
@@ -61,11 +63,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
     The type of the products: tried out on a busy machine, it may differ between two runs of one test. The threads of
     torch: on a busy machine, threads that wait for each other are many times slower than one. SIGINT: a shell starts
-    what runs behind it deaf to it, and so would all be that tests interrupt.
+    what runs behind it deaf to it, and so would all be that tests interrupt. A command that tests call in their own
+    process does not end that.
     """
     os.environ[VARIABLE] = config.getoption("--compute-dtype")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    commandline.end_process = sys.exit
     config.pluginmanager.register(Guard())
     spare_the_disk()
     gc.disable()  # until all is imported, of which nothing goes

@@ -87,7 +87,6 @@ def call(words: list[str]) -> Called:
         mock.patch.object(sys, "argv", words),
         mock.patch.object(commandline, "get_command", PARSED),
         mock.patch.object(commandline, "_check_numbers_of", CHECKED),
-        mock.patch.object(commandline, "end_process", sys.exit),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
     ):

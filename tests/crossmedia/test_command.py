@@ -14,7 +14,6 @@ import pytest
 
 from crossmedia import command
 from crossmedia.command import ENTRIES, GROUPS, PROGRAM, load
-from featurestore.console import commandline
 from featurestore.console.commandline import command_of, end_of_help, help_blocks
 from tests.commands.calls import COMMANDS, ROOT
 
@@ -34,7 +33,6 @@ def started(*words: str, folder: Path, **variables: str) -> subprocess.Completed
 
 def called(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
     monkeypatch.setattr(sys, "argv", [PROGRAM, *words])
-    monkeypatch.setattr(commandline, "end_process", sys.exit)
     with pytest.raises(SystemExit) as end:
         command.main()
     assert isinstance(end.value.code, int)

@@ -67,11 +67,10 @@ class TestCommandLine:
     def test_a_run_without_a_name_is_continued_by_its_own_settings(self, tmp_path: Path) -> None:
         places = make_places(tmp_path)
         settings = [each for each in places.settings(train__max_steps=1) if not each.startswith("run.name=")]
-        assert CliRunner().invoke(app, settings).exit_code == 0
+        invoke(app, *settings, code=0)
         (folder,) = (tmp_path / "runs").iterdir()
         more = ["--config", str(folder / "config.yaml"), "run.resume=latest", "train.max_steps=2"]
-        result = CliRunner().invoke(app, more)
-        assert result.exit_code == 0, result.output
+        invoke(app, *more, code=0)
         assert [*(tmp_path / "runs").iterdir()] == [folder] and report_of(folder)["global_step"] == 2
 
     def test_images_that_the_store_lacks_are_counted_and_listed(
