@@ -161,21 +161,6 @@ def test_a_command_names_the_shown_samples_and_store_and_runs_as_it_is(
     assert re.search(r"model\.images</th>\s*<td>none</td><td>both</td>", page(changing, "/worth"))
 
 
-def test_further_pairs_are_linked(own_runs: tuple[TestClient, Path]) -> None:
-    client, runs = own_runs
-    for name in ("both", "ids-only"):
-        shutil.copytree(runs / name, runs / f"{name}-7")
-        config = runs / f"{name}-7" / "config.yaml"
-        config.write_text(config.read_text().replace("  seed: 0", "  seed: 7"))
-    html = page(client, "/worth")
-    links = [unescape(each) for each in re.findall(r'href="(/runs/compare[^"]*)"', html)]
-    assert len(links) == 1
-    for each in (*links, "/worth"):
-        assert re.search(r"model\.images</th>\s*<td>none</td><td>both</td>", page(client, each))
-    for name in ("both", "ids-only"):
-        shutil.rmtree(runs / f"{name}-7")
-
-
 def test_a_first_training_has_the_settings_of_the_samples_where_they_have_some(tmp_path: Path) -> None:
     runs, samples = tmp_path / "runs", tmp_path / "samples"
     for folder in (runs, samples):
@@ -306,3 +291,18 @@ def test_a_published_model_is_shown_until_it_goes_away(world: World, tmp_path: P
         assert "Model</a>" in page(client, "/")
         shutil.rmtree(model)
         assert "has no published model" in page(client, "/model", 400)
+
+
+def test_further_pairs_are_linked(own_runs: tuple[TestClient, Path]) -> None:
+    client, runs = own_runs
+    for name in ("both", "ids-only"):
+        shutil.copytree(runs / name, runs / f"{name}-7")
+        config = runs / f"{name}-7" / "config.yaml"
+        config.write_text(config.read_text().replace("  seed: 0", "  seed: 7"))
+    html = page(client, "/worth")
+    links = [unescape(each) for each in re.findall(r'href="(/runs/compare[^"]*)"', html)]
+    assert len(links) == 1
+    for each in (*links, "/worth"):
+        assert re.search(r"model\.images</th>\s*<td>none</td><td>both</td>", page(client, each))
+    for name in ("both", "ids-only"):
+        shutil.rmtree(runs / f"{name}-7")
