@@ -201,7 +201,7 @@ def texts_of(source: ast.AST) -> Iterator[str]:
 def errors_with_texts(source: ast.AST) -> Iterator[tuple[str, str]]:
     """The errors that a file of code makes: their classes, and their texts as `texts_of` has them."""
     for node in ast.walk(source):
-        if isinstance(node, ast.Call) and (name := ast.unparse(node.func)).endswith("Error"):
+        if isinstance(node, ast.Call) and (name := ast.unparse(node.func).rpartition(".")[2]).endswith("Error"):
             for argument in node.args:
                 yield from ((name, text) for text in texts_of(argument))
 
