@@ -79,7 +79,7 @@ class WandbRun:
 
         project = os.environ.get("WANDB_PROJECT", PROJECT)
         settings = wandb.Settings(silent=True, console="off")
-        kept = {"id": earlier, "resume": "allow"} if earlier else {}
+        kept: dict[str, Any] = {"id": earlier, "resume": "allow"} if earlier else {}
         self._run: Any = wandb.init(project=project, name=name, config=dict(params), settings=settings, **kept)
         self.id: str = self._run.id
 
