@@ -30,7 +30,7 @@ def test_a_search_finds_by_a_part_of_a_uri_by_uri_and_by_key(explorer, tab):
 
 
 def test_a_point_of_the_map_shows_its_picture_and_the_legend_hides_groups(explorer, tab):
-    page = tab(f"{explorer.url}/map?run=both&q=shoe-03", width=1280)
+    page = tab(f"{explorer.url}/map?run=both&q=shoe-05", width=1280)
     page.locator("#map .main-svg").first.wait_for(timeout=120_000)
     settle(page)
     shown = "[...document.getElementById('map').querySelectorAll('.points path')].length"
@@ -40,10 +40,11 @@ def test_a_point_of_the_map_shows_its_picture_and_the_legend_hides_groups(explor
     page.locator("#map img.hovered").wait_for(state="visible")
     assert page.locator("#map img.hovered").evaluate("each => each.complete && each.naturalWidth > 0")
     page.locator("#map .legendtoggle").first.click()
-    page.wait_for_function(f"{shown} < {before}")
+    while page.evaluate(shown) >= before:  # the test's own limit ends it; the page lets nothing evaluate in it
+        page.wait_for_timeout(50)
     ring.click(force=True)
     page.wait_for_url("**/images/*")
-    assert "shoe-03" in page.locator("h1").inner_text()
+    assert "shoe-05" in page.locator("h1").inner_text()
 
 
 def test_a_picture_that_is_sent_is_shown_beside_those_like_it(explorer, world, tab):
