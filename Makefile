@@ -1,6 +1,7 @@
 # Everything a person runs. `make` alone lists the targets.
 VENV ?= .venv
 BIN := $(VENV)/bin
+BASE := $(VENV)/.packages
 INSTALLED := $(VENV)/.installed
 FOR_TESTS := $(VENV)/.for-tests
 FOR_DOCS := $(VENV)/.for-docs
@@ -35,7 +36,7 @@ ON_PATH := PATH="$(abspath $(BIN)):$$PATH"
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test-fast test test-slow test-cluster test-versions test-browser screenshots lint breaks simulate simulate-bugs fuzz format docs tree bench gpu-check reference clean
+.PHONY: help install demo demo-features test-fast test test-slow test-cluster test-versions test-browser screenshots lint breaks simulate simulate-bugs fuzz format docs tree bench gpu-check reference clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -45,14 +46,17 @@ help: ## List the targets
 ASKED := PYTHON=$(PYTHON) HOROVOD_GPU_OPERATIONS=$(HOROVOD_GPU_OPERATIONS)$(if $(HOROVOD), HOROVOD=$(HOROVOD))
 ifneq ($(PYTHON)$(HOROVOD_GPU_OPERATIONS)$(HOROVOD),)
 ifneq ($(ASKED),$(shell cat $(INSTALLED) 2>/dev/null))
-.PHONY: $(INSTALLED)
+.PHONY: $(BASE) $(INSTALLED)
 endif
 endif
 
 install: $(INSTALLED) ## Make the virtual environment; builds Horovod once per machine (four minutes), or not: HOROVOD=no
 
-$(INSTALLED): setup.cfg pyproject.toml tools/install.sh tools/build_horovod.sh
-	tools/install.sh $(VENV)
+$(BASE): setup.cfg pyproject.toml tools/install.sh
+	tools/install.sh $(VENV) packages
+
+$(INSTALLED): $(BASE) tools/build_horovod.sh
+	tools/install.sh $(VENV) horovod
 
 # What other targets need beyond that comes with the first of them.
 $(FOR_TESTS): $(INSTALLED) tools/install_for.sh tools/requirements-s3-server.txt tools/requirements-deploy.txt
@@ -64,8 +68,13 @@ $(FOR_DOCS): $(FOR_TESTS) tools/requirements-docs.txt
 $(PEERS): $(FOR_TESTS)
 	tools/install_for.sh $(VENV) peers
 
-demo: $(INSTALLED) ## Draw images, extract, build samples, train four models under horovodrun -np 2, score, write the explorer's pages
+# Horovod, where it has not been built on this machine, is built while pictures are drawn and features extracted.
+demo: ## Draw images, extract, build samples, train four models under horovodrun -np 2, score, write the explorer's pages
+	@$(MAKE) --no-print-directory --jobs=2 $(INSTALLED) $(if $(wildcard $(INSTALLED)),,demo-features)
 	$(ON_PATH) $(BIN)/python -m crossmedia demo --dir $(DEMO_DIR) $(DEMO_ARGS)
+
+demo-features: $(BASE)
+	$(ON_PATH) $(BIN)/python -m crossmedia demo --features-only --dir $(DEMO_DIR) $(DEMO_ARGS)
 
 test-fast: $(FOR_TESTS) ## Run the tests that start no ranks, no cluster and no server: before each commit
 	$(ON_PATH) $(IN_PARALLEL) -m "not slow and not services and not long and not cluster and not browser and not pages" $(TEST_ARGS)

@@ -62,8 +62,8 @@ def run_step(title: str, command: Sequence[str | Path]) -> None:
     console.print(f"({time.monotonic() - started:.0f} s)", style="dim")
 
 
-def run_jobs(place: Path, seed: int, small: bool, force: bool, images: Path | None, labels: Path | None) -> None:
-    """Make the demo data, the feature store and the samples under `place`."""
+def make_features(place: Path, seed: int, small: bool, force: bool, images: Path | None, labels: Path | None) -> None:
+    """Make the demo data and the feature store under `place`."""
     data: list[str | Path] = ["demo-data", "--out", place, "--seed", str(seed)]
     data += ["--small"] if small else []
     data += ["--force"] if force else []
@@ -75,6 +75,10 @@ def run_jobs(place: Path, seed: int, small: bool, force: bool, images: Path | No
     extract: list[str | Path] = ["--images", images or place / "images", "--store", place / "features"]
     extract += ["--weights", f"random:{seed}"]
     run_step("Features: frozen VGG16 once per image", [*CROSSMEDIA, "extract", *ON_DASK, *extract])
+
+
+def make_samples(place: Path) -> None:
+    """Build the samples under `place`."""
     samples: list[str | Path] = ["--logs", place / "logs", "--samples", place / "samples"]
     run_step("Samples: image keys only", [*CROSSMEDIA, "samples", *ON_DASK, *samples])
 
@@ -176,10 +180,16 @@ def main(
     images: Annotated[Path | None, typer.Option(help="Your photographs, in place of drawn clothes.")] = None,
     labels: Annotated[Path | None, typer.Option(help="CSV with a label for each photograph.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a demo made with other options.")] = False,
+    features_only: Annotated[
+        bool, typer.Option("--features-only", help="Stop after the features, which a later call keeps.")
+    ] = False,
 ) -> None:
     """Show what images add to IDs, end to end, on this machine."""
     started = time.monotonic()
-    run_jobs(place, seed, small, force, images, labels)
+    make_features(place, seed, small, force, images, labels)
+    if features_only:
+        return
+    make_samples(place)
     summary = summarise({variant: train(place, variant, seed, ranks) for variant in VARIANTS})
     show(summary)
     report = place / "report.json"

@@ -32,7 +32,7 @@ def main(options: DemoOptions) -> None:
 
     _check_options(options)
     with output.progress_bar("measuring" if options.images else "drawing", options.num_items) as bar:
-        summary = make_demo(options, bar.advance)
+        summary = make_demo(options, bar.advance, bar.doing)
     output.print_summary(summary_text(options, summary))
 
 

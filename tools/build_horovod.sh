@@ -8,6 +8,7 @@
 # for the CPU, with collectives by Gloo. Without it an environment keeps what it was last asked for; a new one is built for the CPU.
 set -euo pipefail
 
+. "$(dirname "$0")/telling.sh"
 python=$1
 cache_root=${2:-${XDG_CACHE_HOME:-$HOME/.cache}/crossmedia}
 version=0.28.1
@@ -38,6 +39,10 @@ build_wheel() {
   tar -xzf "$work/horovod-$version.tar.gz" -C "$work"
   patch_sources "$work/horovod-$version"
   "$python" -m pip wheel --no-build-isolation --no-deps --wheel-dir "$work/wheels" "$work/horovod-$version"
+}
+
+build_logged() {
+  (set -e; build_wheel "$work") >"$log" 2>&1
 }
 
 patch_sources() {
@@ -89,14 +94,13 @@ if not header.exists():
     sys.exit(f"{header} is missing. Install the headers of this Python: apt-get install python3-dev (or {name})")
 PY
   command -v "${CXX:-c++}" >/dev/null || { echo "No C++ compiler. Install one: apt-get install g++" >&2; exit 1; }
-  echo "building horovod $version for $tag; about four minutes, once per machine (cache: $wheels)"
+  echo "horovod $version for $tag: about four minutes, once per machine (cache: $wheels)"
   work=$(mktemp -d)
   trap 'rm -rf "$work"' EXIT
   log=$cache_root/horovod-build.log
   mkdir -p "$cache_root"
-  # In a shell of its own, as set -e does not hold in a function that is a condition.
   set +e
-  (set -e; build_wheel "$work") >"$log" 2>&1
+  telling "building horovod" build_logged
   built=$?
   set -e
   if [ "$built" != 0 ]; then

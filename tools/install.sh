@@ -2,7 +2,9 @@
 # Makes the virtual environment and installs all that a user needs, Horovod included unless HOROVOD=no. What tests, pages and
 # peers in benchmarks need beyond that, tools/install_for.sh adds.
 #
-#   tools/install.sh VENV
+#   tools/install.sh VENV [packages|horovod]
+#
+# With a second word it does the one part alone: all packages but Horovod, or Horovod, which is built beside other work then.
 #
 # PYTHON names the Python to make it with, by default the first one found of 3.11 to 3.13; an environment of another
 # Python than PYTHON is made anew. TORCH names releases in place of the newest. HOROVOD_GPU_OPERATIONS: see build_horovod.sh. HOROVOD=no leaves Horovod out, and needs
@@ -10,7 +12,9 @@
 set -euo pipefail
 
 venv=$1
+part=${2:-both}
 cd "$(dirname "$0")/.."
+. tools/telling.sh
 
 fail() {
   echo "$*" >&2
@@ -54,20 +58,24 @@ present=
 if [ -x "$venv/bin/python" ] && "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
   present=$(version_of "$venv/bin/python")
 fi
-if ! is_supported "$present" || [ "${asked:-$present}" != "$present" ]; then
-  if [ -n "$(ls -A "$venv" 2>/dev/null)" ] && [ ! -f "$venv/pyvenv.cfg" ]; then
-    fail "$venv is a folder of something else, and no virtual environment; name another: make install VENV=.venv"
+if [ "$part" != horovod ]; then
+  if ! is_supported "$present" || [ "${asked:-$present}" != "$present" ]; then
+    if [ -n "$(ls -A "$venv" 2>/dev/null)" ] && [ ! -f "$venv/pyvenv.cfg" ]; then
+      fail "$venv is a folder of something else, and no virtual environment; name another: make install VENV=.venv"
+    fi
+    python=${PYTHON:-$(find_python)}
+    has_venv "$python" || fail "$python cannot make a virtual environment. On Debian and Ubuntu: apt-get install python3-venv (or python$asked-venv)"
+    [ -z "$present" ] || echo "$venv is of Python $present; making it anew with Python $(version_of "$python")"
+    rm -rf "$venv"
+    "$python" -m venv "$venv"
   fi
-  python=${PYTHON:-$(find_python)}
-  has_venv "$python" || fail "$python cannot make a virtual environment. On Debian and Ubuntu: apt-get install python3-venv (or python$asked-venv)"
-  [ -z "$present" ] || echo "$venv is of Python $present; making it anew with Python $(version_of "$python")"
-  rm -rf "$venv"
-  "$python" -m venv "$venv"
+  rm -f "$venv/.packages" "$venv/.installed"
+  pip=(-m pip install --quiet --disable-pip-version-check)
+  # shellcheck disable=SC2086 # TORCH is words, e.g. "torch==2.13.0 torchvision==0.28.0"
+  telling "installing torch, Dask, pyarrow and what they need" "$venv/bin/python" "${pip[@]}" -e ".[explorer,notebook]" ${TORCH:-}
+  touch "$venv/.packages"
 fi
-rm -f "$venv/.installed"
-pip=(-m pip install --quiet --disable-pip-version-check)
-# shellcheck disable=SC2086 # TORCH is words, e.g. "torch==2.13.0 torchvision==0.28.0"
-"$venv/bin/python" "${pip[@]}" -e ".[explorer,notebook]" ${TORCH:-}
+[ "$part" != packages ] || exit 0
 without=$venv/.without-horovod
 if [ "${HOROVOD:-}" = no ] || { [ -z "${HOROVOD:-}${HOROVOD_GPU_OPERATIONS:-}" ] && [ -f "$without" ]; }; then
   touch "$without"

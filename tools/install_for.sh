@@ -11,6 +11,7 @@ set -euo pipefail
 venv=$1
 purpose=$2
 cd "$(dirname "$0")/.."
+. tools/telling.sh
 pip=(-m pip install --quiet --disable-pip-version-check)
 
 environment() { # make it where it is not
@@ -19,20 +20,21 @@ environment() { # make it where it is not
 
 case $purpose in
   tests)
-    "$venv/bin/python" "${pip[@]}" -e ".[dev,bench,explorer]"
+    telling "installing the tools of tests" "$venv/bin/python" "${pip[@]}" -e ".[dev,bench,explorer]"
     "$venv/bin/python" "${pip[@]}" --require-hashes -r tools/requirements-s3-server.txt
     "$venv/bin/python" "${pip[@]}" --require-hashes --no-deps -r tools/requirements-deploy.txt
     ;;
   docs)
     environment "$venv/docs"
-    "$venv/docs/bin/python" "${pip[@]}" --require-hashes -r tools/requirements-docs.txt
+    telling "installing the generator of pages" "$venv/docs/bin/python" "${pip[@]}" --require-hashes -r tools/requirements-docs.txt
     ;;
   peers)
     environment "$venv/fuxictr"
     packages='import sysconfig; print(sysconfig.get_path("purelib"))'
     echo "import site; site.addsitedir('$("$venv/bin/python" -c "$packages")')" \
       >"$("$venv/fuxictr/bin/python" -c "$packages")/ours.pth"
-    if ! "$venv/fuxictr/bin/python" "${pip[@]}" fuxictr==2.3.10 >"$venv/fuxictr.log" 2>&1; then
+    fuxictr() { "$venv/fuxictr/bin/python" "${pip[@]}" fuxictr==2.3.10 >"$venv/fuxictr.log" 2>&1; }
+    if ! telling "installing FuxiCTR" fuxictr; then
       rm -rf "$venv/fuxictr"
       echo "FuxiCTR could not be installed ($venv/fuxictr.log says why); the benchmarks leave it out"
     fi

@@ -5,9 +5,9 @@ page as well, where it has one (option --html).
 """
 
 import sys
-import time
+import threading
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import typer
@@ -167,8 +167,8 @@ class ProgressBar:
 
     def __init__(self, bars: Progress, title: str, total: int, done: int) -> None:
         self._bars, self._title, self._total, self._done = bars, title, total, done
+        self._doing = self._shown = ""
         self._task: TaskID | None = None
-        self._started_s = self._shown_s = time.monotonic()
 
     def advance(self, count: int) -> None:
         """Show `count` more of the total."""
@@ -176,28 +176,47 @@ class ProgressBar:
 
     def __call__(self, done: int, total: int) -> None:
         """Show that `done` of `total` are finished."""
+        self._done, self._total, self._doing = done, total, ""
         if self._bars.disable:
-            self._print_line(done, total)
-        elif self._task is None:
+            return
+        if self._task is None:
             self._task = self._bars.add_task(self._title, total=total, completed=done)
         else:
             self._bars.update(self._task, description=self._title, completed=done, total=total)
-        self._done, self._total = done, total
 
     def doing(self, what: str) -> None:
-        """Show the current activity instead of the title, until the next number; in a log every 10 s."""
-        if not self._bars.disable:
-            if self._task is not None:
-                self._bars.update(self._task, description=what)
-        elif time.monotonic() - self._shown_s >= LINE_EVERY_S:
-            self._shown_s = time.monotonic()
-            print(f"{self._title}: {what}", file=sys.stderr, flush=True)
+        """Show the current activity instead of the title, until the next number."""
+        self._doing = what
+        if self._task is not None:
+            self._bars.update(self._task, description=what)
 
-    def _print_line(self, done: int, total: int) -> None:
-        now_s = time.monotonic()
-        if now_s - self._shown_s >= LINE_EVERY_S or (done >= total > self._done and self._shown_s > self._started_s):
-            self._shown_s = now_s
-            print(f"{self._title}: {done:,} of {total:,}", file=sys.stderr, flush=True)
+    @contextmanager
+    def lines(self) -> Iterator[None]:
+        """Print a line every `LINE_EVERY_S` until the end of the block, and a last one if there was any, on stderr."""
+        is_over = threading.Event()
+
+        def repeat() -> None:
+            while not is_over.wait(LINE_EVERY_S):
+                self._print_line()
+
+        thread = threading.Thread(target=repeat, name="progress", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            is_over.set()
+            thread.join()
+        if self._shown not in ("", self._line()):
+            self._print_line()
+
+    def _print_line(self) -> None:
+        self._shown = self._line()
+        print(self._shown, file=sys.stderr, flush=True)
+
+    def _line(self) -> str:
+        return f"{self._title}: " + (
+            self._doing or (f"{self._done:,} of {self._total:,}" if self._total else "working")
+        )
 
 
 @contextmanager
@@ -206,4 +225,6 @@ def progress_bar(title: str, total: int = 0, done: int = 0) -> Iterator[Progress
     console = text_console(stderr=True)
     columns = (text_column(), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with progress_bars(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
-        yield ProgressBar(bars, title, total, done)
+        bar = ProgressBar(bars, title, total, done)
+        with nullcontext() if console.is_terminal else bar.lines():
+            yield bar

@@ -26,7 +26,6 @@ from pipeline.options import DemoOptions
 FIRST_DAY = datetime.datetime(2026, 3, 1, tzinfo=datetime.UTC)
 START_S = int(FIRST_DAY.timestamp())
 FORMAT = 1  # raise it when equal options no longer give equal pictures and logs
-Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -38,12 +37,16 @@ class DemoSummary:
     already_there: bool
 
 
-def make_demo(options: DemoOptions, drawn: Progress = lambda count: None) -> DemoSummary:
+def make_demo(
+    options: DemoOptions,
+    drawn: Callable[[int], None] = lambda count: None,
+    doing: Callable[[str], None] = lambda what: None,
+) -> DemoSummary:
     """Make pictures, logs and demo.json below `options.out`; `drawn` gets the number of pictures finished.
 
-    Equal options over a finished demo change nothing; over an unfinished one they finish it. A demo made with other
-    options is replaced only with `force`, and files that this job did not make are never touched. Raises DemoError,
-    SourceError.
+    `doing` gets what follows them, in words. Equal options over a finished demo change nothing; over an unfinished one
+    they finish it. A demo made with other options is replaced only with `force`, and files that this job did not make
+    are never touched. Raises DemoError, SourceError.
     """
     wanted = _parameters(options)
     found = _read_demo(options.out)
@@ -69,6 +72,7 @@ def make_demo(options: DemoOptions, drawn: Progress = lambda count: None) -> Dem
         write_json(options.out / DEMO_FILE, {"complete": False, "parameters": wanted})
         if options.images is None:
             _draw(options.out, catalogue.uris, garments, drawn)
+        doing("all; simulating users")
         world = simulate(catalogue, options.num_users, options.days, options.seed, START_S)
         write_logs(world, options.out)
         content = {"complete": True, "parameters": wanted, "images": str(images), **notes, **describe_truth(world)}
@@ -157,7 +161,7 @@ def _remove_own(out: Path) -> None:
         path.unlink()
 
 
-def _draw(out: Path, uris: Sequence[str], garments: list[Garment], drawn: Progress) -> None:
+def _draw(out: Path, uris: Sequence[str], garments: list[Garment], drawn: Callable[[int], None]) -> None:
     """Draw the pictures, in threads: most of the time is spent in Pillow and numpy."""
     for shape in SHAPES:
         (out / "images" / shape).mkdir(parents=True, exist_ok=True)

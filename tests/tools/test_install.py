@@ -82,9 +82,9 @@ class Place:
 def place(tmp_path: Path) -> Place:
     (tmp_path / "tools").mkdir()
     (tmp_path / "bin").mkdir()
-    for name in ("install.sh", "install_for.sh", "build_horovod.sh"):
+    for name in ("install.sh", "install_for.sh", "build_horovod.sh", "telling.sh"):
         shutil.copy(ROOT / "tools" / name, tmp_path / "tools" / name)
-    names = "bash c++ cat cp dirname env grep ln ls mkdir mktemp rm sed tail touch"
+    names = "bash c++ cat cp dirname env grep ln ls mkdir mktemp rm sed sleep tail touch"
     for name in names.split():
         found = shutil.which(name)
         assert found
@@ -165,6 +165,26 @@ class TestPython:
         assert (place.venv / "thesis.txt").exists()
 
 
+def test_what_takes_long_is_told_as_it_goes_on_and_ends_as_its_command_does(place: Place) -> None:
+    (place.folder / "bin" / "sleep").unlink()
+    (place.folder / "bin" / "sleep").write_text("#!/bin/bash\nread -rt 0.05 <> <(:)\n")
+    (place.folder / "bin" / "sleep").chmod(0o755)
+    work = "work() { (set -e; read -rt 0.5 <> <(:) || true; false; true) }"
+    steps = f"set -e; . tools/telling.sh; {work}; telling waiting work"
+    done = place.run("bash", "-c", steps + "; echo unreachable")
+    assert done.returncode == 1 and done.stdout.startswith("waiting\nwaiting: 0 s\n"), done
+    assert "unreachable" not in done.stdout
+
+
+def test_horovod_can_be_built_beside_other_work(place: Place) -> None:
+    place.python("python3", "3.11")
+    assert place.run("tools/install.sh", ".venv", "packages").returncode == 0
+    assert place.wheels() == [] and not (place.venv / ".installed").exists()
+    assert place.run("tools/install.sh", ".venv", "horovod").returncode == 0
+    assert len(place.wheels()) == 1 and (place.venv / ".installed").exists()
+    assert (place.venv / "installs").read_text().count("\n") == 1, "the packages were installed once"
+
+
 @pytest.fixture
 def installed(place: Place) -> Place:
     place.python("python3", "3.11")
@@ -179,7 +199,8 @@ class TestWhatTargetsAdd:
     @pytest.mark.parametrize("purpose", ["tests", "docs", "peers"])
     def test_each_is_noted(self, installed: Place, purpose: str) -> None:
         done = self.add(installed, purpose)
-        assert (done.returncode, done.stdout) == (0, ""), done.stderr
+        assert (done.returncode, done.stdout.count("\n")) == (0, 1), done.stderr
+        assert done.stdout.startswith("installing ")
         assert (installed.venv / f".for-{purpose}").exists()
         packages = (installed.venv / "installs").read_text()
         assert ("-e .[dev,bench,explorer]" in packages) is (purpose == "tests")
@@ -287,6 +308,7 @@ class TestWithoutHorovod:
 def test_make_runs_the_script_where_something_else_was_asked_for(
     tmp_path: Path, asked: dict[str, str], runs: bool
 ) -> None:
+    (tmp_path / ".packages").touch()
     (tmp_path / ".installed").write_text("PYTHON=python3.13 HOROVOD_GPU_OPERATIONS=\n")
     choices = ("PYTHON", "HOROVOD", "HOROVOD_GPU_OPERATIONS", "MAKEFLAGS")  # its own, where make runs the tests
     clean = {name: value for name, value in os.environ.items() if name not in choices}
@@ -301,7 +323,7 @@ def test_the_newest_and_the_oldest_versions_have_environments_of_their_own(tmp_p
     command = ["make", "-n", "test-versions", f"VERSIONS_DIR={tmp_path}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     for name in ("newest", "oldest"):
-        assert f"tools/install.sh {tmp_path / name}\n" in done.stdout
+        assert f"tools/install.sh {tmp_path / name} horovod\n" in done.stdout
         assert f" {tmp_path / name}/bin/python -m pytest " in done.stdout
     bounds = dict(re.findall(r"^    (torch\w*)>=(.*),", (ROOT / "setup.cfg").read_text(), re.MULTILINE))
     oldest = " ".join(f"{package}=={version}.0" for package, version in bounds.items())

@@ -3,8 +3,9 @@
 import io
 import os
 import re
+import threading
+import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import typer
@@ -72,24 +73,32 @@ def test_a_narrow_terminal_cuts_no_number(monkeypatch: pytest.MonkeyPatch, colum
     assert all(len(line) <= columns for line in lines) == (columns >= 100)
 
 
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The time of the bar alone, in a list of one, which a test sets: loops of other threads live by the real one."""
-    now = [100.0]
-    monkeypatch.setattr(output, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    return now
+def shown(capsys: pytest.CaptureFixture[str], until: str) -> str:
+    """Wait for a text on stderr, and return all that came there."""
+    err = ""
+    while until not in err:
+        time.sleep(0.005)
+        err += capsys.readouterr().err
+    return err
 
 
 def test_a_log_gets_a_line_now_and_then_and_one_at_the_end(
-    clock: list[float], capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with progress_bar("reading", 2000) as bar:
+        bar.advance(2000)
+    assert capsys.readouterr().err == ""  # quick work
+    monkeypatch.setattr(output, "LINE_EVERY_S", 0.02)
+    with progress_bar("reading", 2000) as bar:
+        line = "reading: 0 of 2,000\n"
+        assert shown(capsys, line * 2).startswith(line * 2)  # also where nothing moves on
         bar.advance(500)
-        clock[0] += 10
         bar.advance(500)
-        clock[0] += 1
+        shown(capsys, "reading: 1,000 of 2,000\n")
+        monkeypatch.setattr(output, "LINE_EVERY_S", 60)
         bar.advance(1000)
-    assert capsys.readouterr().err == "reading: 1,000 of 2,000\nreading: 2,000 of 2,000\n"
+    assert capsys.readouterr().err.endswith("reading: 2,000 of 2,000\n")
+    assert "progress" not in [thread.name for thread in threading.enumerate()]
 
 
 def test_a_terminal_gets_a_bar_that_goes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -98,19 +107,18 @@ def test_a_terminal_gets_a_bar_that_goes(monkeypatch: pytest.MonkeyPatch, capsys
     with progress_bar("reading", 4, done=1) as bar:
         bar.advance(1)
         bar(4, 4)
-    shown = capsys.readouterr().err
-    assert "reading" in shown and "4/4" in shown and shown.endswith("\x1b[2K")
+    err = capsys.readouterr().err
+    assert "reading" in err and "4/4" in err and err.endswith("\x1b[2K")
 
 
 def test_what_goes_on_is_told_beside_the_numbers(
-    clock: list[float], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(output, "LINE_EVERY_S", 0.02)
     with progress_bar("pages") as bar:
         bar(1, 9)
-        for _ in range(3):
-            clock[0] += 6
-            bar.doing(f"map, {clock[0]:.0f} s")
-    assert capsys.readouterr().err == "pages: map, 112 s\n"
+        bar.doing("map, 112 s")
+        shown(capsys, "pages: map, 112 s\n")
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
     monkeypatch.setenv("TERM", "xterm")
     with progress_bar("pages") as bar:
