@@ -8,6 +8,7 @@
 # for the CPU, with collectives by Gloo. Without it an environment keeps what it was last asked for; a new one is built for the CPU.
 set -euo pipefail
 
+# shellcheck source=tools/telling.sh
 . "$(dirname "$0")/telling.sh"
 python=$1
 cache_root=${2:-${XDG_CACHE_HOME:-$HOME/.cache}/crossmedia}

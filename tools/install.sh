@@ -14,6 +14,7 @@ set -euo pipefail
 venv=$1
 part=${2:-both}
 cd "$(dirname "$0")/.."
+# shellcheck source=tools/telling.sh
 . tools/telling.sh
 
 fail() {

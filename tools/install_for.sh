@@ -11,6 +11,7 @@ set -euo pipefail
 venv=$1
 purpose=$2
 cd "$(dirname "$0")/.."
+# shellcheck source=tools/telling.sh
 . tools/telling.sh
 pip=(-m pip install --quiet --disable-pip-version-check)
 

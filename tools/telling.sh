@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by scripts that install: what takes long says every 10 s that it goes on.
 
 telling() { # telling WHAT COMMAND ARGUMENT...: run the command; its exit code is this function's
