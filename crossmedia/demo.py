@@ -34,7 +34,7 @@ CROSSMEDIA = [sys.executable, "-m", "crossmedia"]
 ON_DASK = ["-n", "1"]
 VARIANTS = {"none": "IDs only", "ad": "+ ad image", "behavior": "+ behaviour images", "both": "+ both"}
 METRICS = {"auc": "AUC", "gauc": "GAUC", "new_ad_auc": "AUC, new ads", "logloss": "log loss"}
-PAGES = 600
+PAGES = 300
 """Files of the exported pages at most."""
 EXAMPLES = """
 Examples:

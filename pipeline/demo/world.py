@@ -1,6 +1,8 @@
 """The demo's world: a catalogue, users, ads, and what they click."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -282,20 +284,28 @@ def browse(
     rng = np.random.default_rng([seed, 5])
     steady_UI = BROWSE_POPULARITY * popularity_I + BROWSE_CATEGORY * people.category_taste_UC[:, catalogue.category_I]
     vivid_I = catalogue.look_IK[:, catalogue.vivid]
-    days: list[Behaviors] = []
-    for day in range(-HISTORY_DAYS, num_days):
+
+    def draw_day(day: int) -> Callable[[], Behaviors]:
         live_L = np.flatnonzero(launch_day_I <= min(day, num_days - 2))
         user_N = np.repeat(np.arange(people.num_users), rng.poisson(people.browsing_U / HISTORY_DAYS))
-        today = day + HISTORY_DAYS
-        score_UI = steady_UI + BROWSE_MATCH * match_of(catalogue, people.taste_UDK[:, today])
-        score_UI += BROWSE_MOOD * people.mood_UD[:, today, None] * vivid_I
-        wanted_N = live_L[_draw_columns(rng, score_UI[:, live_L], user_N)]
+        share_N = rng.random(len(user_N))
         any_N = live_L[rng.integers(len(live_L), size=len(user_N))]
         accident_N = rng.random(len(user_N)) < ACCIDENT_SHARE
         time_N = start_s + day * DAY_S + rng.integers(7 * 3600, DAY_S, size=len(user_N))
-        item_N = np.where(accident_N, any_N, wanted_N)
-        days.append(Behaviors(time_N, user_N, item_N, _dwell_s(rng, accident_N)))
-    columns = _joined(days)
+        dwell_s_N = _dwell_s(rng, accident_N)
+
+        def choose() -> Behaviors:
+            today = day + HISTORY_DAYS
+            score_UI = steady_UI + BROWSE_MATCH * match_of(catalogue, people.taste_UDK[:, today])
+            score_UI += BROWSE_MOOD * people.mood_UD[:, today, None] * vivid_I
+            wanted_N = live_L[_columns_at(share_N, score_UI[:, live_L], user_N)]
+            return Behaviors(time_N, user_N, np.where(accident_N, any_N, wanted_N), dwell_s_N)
+
+        return choose
+
+    chosen = [draw_day(day) for day in range(-HISTORY_DAYS, num_days)]
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # nearly all of the time is numpy's
+        columns = _joined(list(pool.map(lambda choose: choose(), chosen)))
     order = np.argsort(columns["time_N"], kind="stable")
     return Behaviors(**{name: column[order] for name, column in columns.items()})
 
@@ -308,10 +318,10 @@ def _dwell_s(rng: np.random.Generator, accident_N: BoolArray) -> Float64Array:
     return dwell_s_N
 
 
-def _draw_columns(rng: np.random.Generator, score_UL: Float64Array, user_N: Int64Array) -> Int64Array:
-    """Draw one column for each of `user_N`, with probability softmax(the scores of that user)."""
+def _columns_at(share_N: Float64Array, score_UL: Float64Array, user_N: Int64Array) -> Int64Array:
+    """Find for each of `user_N` the column at this share of softmax(the scores of that user), summed from the left."""
     mass_UL = np.cumsum(np.exp(score_UL - score_UL.max(axis=1, keepdims=True)), axis=1)
-    draw_N = rng.random(len(user_N)) * mass_UL[user_N, -1]
+    draw_N = share_N * mass_UL[user_N, -1]
     column_N: Int64Array = (mass_UL[user_N] <= draw_N[:, None]).sum(axis=1)
     return column_N.clip(max=score_UL.shape[1] - 1)
 
