@@ -26,6 +26,8 @@ _NAME = re.compile(r"([0-9]{20})\.json")
 _MAX_ATTEMPTS = 300
 _MAX_FAILURES = 5
 _MAX_LISTINGS = 20
+_SLOW_S = 60.0
+"""A listing that took longer is made again: one of a folder may lack what came meanwhile, and what an expiry took."""
 
 EMPTY = Manifest(
     version=0,
@@ -59,7 +61,10 @@ def version_of(name: str) -> int | None:
 
 def versions(storage: Storage, folder: str = LOG) -> list[int]:
     """List the versions of the manifests in a folder, ascending."""
-    return [version for version in map(version_of, storage.list(folder)) if version is not None]
+    began_s, names = time.monotonic(), storage.list(folder)
+    if time.monotonic() - began_s > _SLOW_S:
+        names = storage.list(folder)
+    return [version for version in map(version_of, names) if version is not None]
 
 
 def read_manifest(storage: Storage, version: int | None = None) -> Manifest:

@@ -409,6 +409,9 @@ def _lease(folder: FarPath, lease_s: float) -> Iterator[None]:
     mine = f"{int(claims[-1]) + 1 if claims else 1:020}"
     if not storage.create_exclusive(mine, _me().encode()):
         raise _held(folder, "one that began at the same moment")
+    if storage.list()[-1:] != [mine]:  # the number was free again, as this process was away after it had looked
+        storage.delete(mine)
+        raise _held(folder, "one that began meanwhile")
 
     def renew() -> None:
         while not ended.wait(lease_s / 4):

@@ -22,6 +22,7 @@ from featurestore.storage.local import TEMPORARY, DiskFiles, StorageEntry
 from featurestore.text import refusal
 
 _READ_AHEAD_BYTES = 256 << 10
+_MAX_PROBES = 5
 
 Entries = list[StorageEntry]  # inside the class, `list` is the method
 Progress = Callable[[int, int], None]  # things done, things in all
@@ -178,12 +179,16 @@ class Storage:
 
         Writes, looks at and removes a small file. Ages are counted by it, as this machine's own clock may differ.
         """
-        probe = f"{TEMPORARY}clock-{uuid.uuid4().hex}"
-        self.write_bytes(probe, b"")
-        try:
-            return self.entry(probe).mtime_s
-        finally:
-            self.delete_files([probe])
+        for _ in range(_MAX_PROBES):
+            probe = f"{TEMPORARY}clock-{uuid.uuid4().hex}"
+            self.write_bytes(probe, b"")
+            try:
+                return self.entry(probe).mtime_s
+            except FileNotFoundError:  # an expiry took it for a leftover, as this process was away for long
+                continue
+            finally:
+                self.delete_files([probe])
+        raise StorageError(f"a file written to {self.url} is gone at once, {_MAX_PROBES} times in a row")
 
     def entry(self, path: str) -> StorageEntry:
         """Look up size and time of one file. Raises FileNotFoundError where there is none."""

@@ -1,8 +1,8 @@
 """The log of a bundle's versions and of the choices among them: numbered files, each written once; lists; expiry.
 
-An expiry deletes a version's manifest first, so that nobody can open or choose it any more; then its files. If the
-process is killed between the two, the next run removes the files as leftovers. Ages are measured by the storage's own
-clock.
+An expiry marks a version as leaving, so that nobody can choose it any more; then it deletes the manifest, and then the
+files. If the process is killed between the two, the next run removes the files as leftovers. Ages are measured by the
+storage's own clock.
 """
 
 import time
@@ -19,7 +19,7 @@ from featurestore.storage.local import StorageEntry
 from featurestore.storage.storage import Storage
 from featurestore.store import INFO_PATH, FeatureStore
 from serving.bundle import GRACE_DAYS, KEEP_DAYS, KEEP_LAST, MODELS
-from serving.bundle.manifest import BUNDLES, LOG, USE, BundleManifest, Choice
+from serving.bundle.manifest import BUNDLES, LEAVING, LOG, USE, BundleManifest, Choice
 from serving.errors import BrokenBundleError, BundleNotFoundError
 
 
@@ -43,10 +43,12 @@ def use(storage: Storage, version: int) -> Choice:
     """Choose the version that is served from now on. Raises BundleNotFoundError, BrokenBundleError."""
     read_version(storage, version)
     choice = _choose(storage, version)
-    if version not in known_versions(storage):  # an expiry that ran meanwhile may not have seen the choice
+    if _is_leaving(storage, version) or version not in known_versions(storage):  # it may not have seen the choice
         if others := [each.version for each in choices(storage) if each.choice != choice.choice]:
             _choose(storage, others[-1])
-        raise BundleNotFoundError(f"version {version} of {storage.url} was removed by an expiry at this moment")
+        raise BundleNotFoundError(
+            f"version {version} of {storage.url} is being removed by an expiry, or was at this moment; choose another"
+        )
     return choice
 
 
@@ -277,6 +279,8 @@ def expire(
     dead = _dead(folders, set(names), now_s, LEFTOVER_S)
     if not dry_run:
         _delete(storage, dead)
+        marks = storage.entries(LEAVING, recursive=False)
+        storage.delete_files(mark.path for mark in marks if now_s - mark.mtime_s > LEFTOVER_S)
     doomed = [*(manifests[version].bundle_id for version in leaving if manifests[version].bundle_id in own), *dead]
     gone = [entry for bundle_id in doomed for entry in folders[bundle_id]]
     return BundleExpireReport(
@@ -318,22 +322,22 @@ def _numbers_and_times(storage: Storage, folder: str) -> list[tuple[int, float]]
 
 
 def _remove(storage: Storage, manifest: BundleManifest, seen: int, own: set[str]) -> bool:
-    """Remove a version, and its folder if no other version uses it (`own`).
+    """Remove a version, and its folder if no other version uses it (`own`), unless it was chosen after `seen`."""
+    mark = f"{LEAVING}/{manifest.version}-{uuid.uuid4().hex}"
+    storage.write_bytes(mark, b"")
+    # `use` looks for marks after it has written its choice, so one of the two sees the other.
+    is_chosen = any(each.version == manifest.version for each in choices(storage, after=seen))
+    if not is_chosen:
+        storage.delete(manifest_path(manifest.version, LOG))
+        if manifest.bundle_id in own:
+            storage.delete(manifest.folder)
+    storage.delete(mark)
+    return not is_chosen
 
-    If it was chosen after choice number `seen`, restores its manifest instead."""
-    path = manifest_path(manifest.version, LOG)
-    try:
-        data = storage.read_bytes(path)
-    except FileNotFoundError:  # another expiry was quicker
-        return False
-    storage.delete(path)
-    # `use` checks the manifest again after it has written its choice, so one of the two sees the other.
-    if any(each.version == manifest.version for each in choices(storage, after=seen)):
-        storage.create_or_read(path, data)
-        return False
-    if manifest.bundle_id in own:
-        storage.delete(manifest.folder)
-    return True
+
+def _is_leaving(storage: Storage, version: int) -> bool:
+    """Return whether an expiry is about to remove a version, or was killed there within the last day."""
+    return any(mark.partition("-")[0] == str(version) for mark in storage.list(LEAVING))
 
 
 def _folders(storage: Storage) -> dict[str, list[StorageEntry]]:

@@ -22,7 +22,7 @@ from pydantic import Field, model_validator
 from featurestore.spec import FileName, Frozen, MissingPolicy, RandomId, Sealed, SourceSnapshot, StorePath, Version
 from serving.bundle import RowDType
 
-BUNDLES, LOG, USE = "bundles", "log", "use"
+BUNDLES, LOG, USE, LEAVING = "bundles", "log", "use", "leaving"
 SCHEMA, MODEL, NETWORK = "schema.yaml", "model.json", "network.pt2"
 TRAINED, IMAGES, SAMPLE, VECTORS = "ids-trained.bin", "images.safetensors", "sample.parquet", "vectors"
 

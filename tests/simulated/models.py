@@ -185,6 +185,8 @@ class ModelHistory(History):
             if self.choices:
                 self.choices[-1] = (self.choices[-1][0], self.world.now_s)
             self.choices.append((json.loads(data)["version"], float("inf")))
+        elif action != "delete":
+            return  # of a file that was written before, as its answer was lost
         elif folder == LOG:
             self.world.expect(number < max(self.ids), "the newest version is removed, and its number free")
         elif folder.startswith(f"{BUNDLES}/"):

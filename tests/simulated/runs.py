@@ -63,7 +63,8 @@ class Holder:
 
     def is_at_work(self) -> bool:
         """Tell whether it believes that the run is its own."""
-        return self.holds and self.client.process == self.process and not self.client.told_to_stop
+        is_there = self.client.process == self.process and not self.client.is_killed
+        return self.holds and is_there and not self.client.told_to_stop
 
 
 @dataclass

@@ -252,11 +252,15 @@ class StoreHistory(History):
     def read(self, store: FeatureStore, number: int) -> None:
         """Open the newest snapshot a few times; open one, and read it a while later."""
         for _ in range(4):
-            newest = len(self.commits)
+            newest = self._newest()
             version = store.snapshot().version
             self.world.expect(version >= newest, f"the newest was {newest}, not {version}")
         choice = ["newest", "newest", *CHANNELS, *sorted(self.pins)][number % (4 + len(self.pins))]
-        newest, was_there, pinned = len(self.commits), bool(self.moves.get(choice)), self.pins.get(choice)
+        newest, was_there, pinned = (
+            self._newest(),
+            bool(self.moves.get(choice)),
+            self.pins.get(choice),
+        )
         try:
             snapshot = store.snapshot(None if choice == "newest" else pinned or choice)
         except (ChannelError, SnapshotNotFoundError) as error:
@@ -371,6 +375,10 @@ class StoreHistory(History):
         paths = [f"{PLACE}/{log.manifest_path(version)}" for version in range(1, len(self.commits) + 1)]
         found = zip(map(self.world.objects.get, paths), self.commits, strict=True)
         return [each for stored, each in found if stored and each.commit_id.encode() in stored.data]
+
+    def _newest(self) -> int:
+        """Give the newest version that is not damaged."""
+        return max({*range(len(self.commits) + 1)} - self.damaged)
 
     def _kept(self) -> set[int]:
         """Find the versions that have to stay: the newest, and those of pins and channels."""

@@ -291,6 +291,9 @@ class CheckpointPlace:
             self._known = found
             if dict(found.files) != dict(files):  # an earlier one of mine, whose answer was lost
                 self._publish(files)
+                return
+        if gone := versions.missing(self._storage, files.values()):  # since `publish` looked, as this run was away
+            raise StorageError(f"{self._storage.full(gone[0])} was removed before its checkpoint was published")
 
     def _taken_over(self, by: versions.PublishedVersion) -> CheckpointError:
         writer = f", {by.writer}" if by.writer else ""
