@@ -7,6 +7,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -521,3 +522,16 @@ class TestMirrors:
         other.put(make_rows(1, source.info))
         with pytest.raises(AnotherStoreError):
             kept.check(SnapshotId.of(other.snapshot()), "it", "")
+
+
+def test_a_listing_that_took_long_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A suspended process sees of a folder neither what came meanwhile nor what went."""
+    now_s, listings = [0.0], [[], [manifest_path(2).partition("/")[2]]]
+
+    def listed(self: Storage, path: str = "") -> list[str]:
+        now_s[0] += 100.0
+        return listings.pop(0)
+
+    monkeypatch.setattr(log, "time", SimpleNamespace(monotonic=lambda: now_s[0]))
+    monkeypatch.setattr(Storage, "list", listed)
+    assert versions(Storage(tmp_path)) == [2]

@@ -67,6 +67,27 @@ class StorageContract:
         storage.delete("a")
         assert storage.entries("a") == []  # SeaweedFS keeps the empty folder
 
+    def test_the_clock_is_asked_again_where_an_expiry_took_its_probe(
+        self, storage: Storage, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        real = Storage.write_bytes
+
+        def expired(self: Storage, path: str, data: bytes) -> None:
+            real(self, path, data)
+            self.delete(path)
+            taken.append(path)
+            if len(taken) == most:
+                monkeypatch.setattr(Storage, "write_bytes", real)
+
+        for most in (1, 100):
+            taken: list[str] = []
+            monkeypatch.setattr(Storage, "write_bytes", expired)
+            if most == 1:
+                assert abs(storage.now() - time.time()) < 60
+            else:
+                with pytest.raises(StorageError, match="gone at once, 5 times in a row"):
+                    storage.now()
+
     def test_entries_are_all_files_below_with_size_and_time(self, storage: Storage) -> None:
         assert storage.entries() == [] and storage.entries("a") == []
         before = storage.now()

@@ -204,9 +204,51 @@ def test_a_choice_of_what_has_just_gone_is_undone(versions: Versions, monkeypatc
         return found
 
     monkeypatch.setattr(log, "read_version", overtaken)
-    with pytest.raises(BundleNotFoundError, match=r"version 1 of .* was removed by an expiry at this moment"):
+    with pytest.raises(BundleNotFoundError, match=r"version 1 of .* removed by an expiry, or was at this moment"):
         log.use(versions.storage, 1)
     assert log.version_in_use(versions.storage) == 4
+
+
+def test_what_is_chosen_while_an_expiry_marks_it_is_there_all_along(
+    versions: Versions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The choice is made and acknowledged just before the mark: killed at any moment, the expiry has taken nothing."""
+    real, deleted = Storage.write_bytes, Storage.delete
+
+    def chosen_before(self: Storage, path: str, data: bytes) -> None:
+        if path.startswith("leaving/1-"):
+            log.use(self, 1)
+        real(self, path, data)
+
+    def delete(self: Storage, path: str) -> None:
+        assert path != f"log/{1:020}.json"
+        deleted(self, path)
+
+    monkeypatch.setattr(Storage, "write_bytes", chosen_before)
+    monkeypatch.setattr(Storage, "delete", delete)
+    assert versions.expire().expired == (2, 3)
+    assert log.version_in_use(versions.storage) == 1 and versions.there == [1, 4]
+
+
+def test_what_a_killed_expiry_has_marked_is_refused_for_a_day(
+    versions: Versions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(self: Storage, path: str) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Storage, "delete", killed)
+        versions.expire()
+    assert versions.there == [1, 2, 3, 4]
+    with pytest.raises(BundleNotFoundError, match=r"version 1 of .* is being removed by an expiry"):
+        log.use(versions.storage, 1)
+    assert log.version_in_use(versions.storage) == 4, "the choice is undone"
+    versions.expire(keep_last=4)
+    assert len(list((versions.folder / "leaving").iterdir())) == 1
+    versions.age(versions.folder / "leaving", 1.1)
+    versions.expire(keep_last=4)
+    log.use(versions.storage, 1)
+    assert log.version_in_use(versions.storage) == 1
 
 
 def test_the_command_says_what_it_did(versions: Versions) -> None:

@@ -580,6 +580,26 @@ def test_what_cannot_be_written_leaves_no_checkpoint(
     assert steps(folder) == [50, 70]
 
 
+def test_one_whose_file_goes_just_before_it_is_published_has_failed(
+    folder: FarPath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It looked for its files, was away for long, and an expiry took them for leftovers."""
+    place = CheckpointPlace(folder)
+    save(place, 50)
+    real = Storage.create_or_read
+
+    def late(self: Storage, path: str, data: bytes) -> bytes:
+        monkeypatch.setattr(Storage, "create_or_read", real)
+        self.delete_files([each.path for each in self.entries("files") if "step-00000060-rows" in each.path])
+        return real(self, path, data)
+
+    monkeypatch.setattr(Storage, "create_or_read", late)
+    with pytest.raises(CheckpointError, match=r"step-00000060-rows.* was removed before its checkpoint was published"):
+        save(place, 60)
+    save(place, 70, 2.0)
+    assert steps(folder) == [50, 70] and values(finished(folder)[-1]) == {2.0}
+
+
 class TestReaders:
     def test_a_removed_one_is_read_to_its_end(self, folder: FarPath) -> None:
         place = CheckpointPlace(folder)

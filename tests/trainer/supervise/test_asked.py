@@ -178,6 +178,12 @@ def test_one_supervisor_for_a_run_on_an_object_store(s3_url: str, monkeypatch: p
         patch.setattr(Storage, "create_exclusive", lambda *_: False)
         with pytest.raises(ConfigError, match="by one that began at the same moment"), claimed(run):
             pass
+    with monkeypatch.context() as patch:  # it looked, was away, and takes a number that is free again
+        patch.setattr(Storage, "list", lambda self, *_: (patch.undo(), [])[1])
+        claims.delete(first)
+        with pytest.raises(ConfigError, match="by one that began meanwhile"), claimed(run):
+            pass
+    assert claims.list() == [second]
     ended: list[int] = []
     monkeypatch.setattr(os, "kill", lambda _, number: ended.append(number))
     with claimed(run, lease_s=4):
