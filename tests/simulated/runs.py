@@ -17,7 +17,7 @@ from tests.simulated.published import PublishedLog
 from tests.simulated.world import Aim, Client, History, Plan, World, do, draw_plan
 from trainer import supervise as supervised_run
 from trainer.errors import CheckpointError, ConfigError
-from trainer.runs.folder import finished, step_name
+from trainer.runs.folder import Checkpoint, finished, step_name
 from trainer.runs.saving import KEEP_REMOVED_S, CheckpointPlace, WrittenPart
 
 RUN = FarPath("sim://w/run")
@@ -136,7 +136,7 @@ class RunHistory(History):
 
     def read(self, storage: Storage, number: int) -> None:
         """Open the newest checkpoint, and read it a while later."""
-        if found := finished(RUN):
+        if (found := finished(RUN)) and self._has_to_be_whole(found[-1]):
             self.world.current.patience_s = self.world.now_s + 0.9 * KEEP_REMOVED_S
             self.world.sleep([0.0, 60.0, 0.7 * KEEP_REMOVED_S][number % 3])
             self.log.read(found[-1].files)
@@ -172,12 +172,9 @@ class RunHistory(History):
         files = before[0].files if before else {}
         steps = sorted(name.partition("/")[0] for name in files)
         kept = {name: path for name, path in files.items() if name.startswith(steps[-1])}
-        if (
-            files
-            and before[0].publication in writer._tried
-            and not {*kept.values()} & {p for _, p in self.acknowledged}
-        ):
-            return  # it has failed for its training, which goes on
+        is_mine = bool(files) and before[0].publication in writer._tried
+        if not self._is_acknowledged(kept) and (is_mine or not self._is_whole(kept)):
+            return  # it has failed for its training, which went on or was followed by another one
         lost = kept.keys() - made.files.keys()
         self.world.expect(not lost, f"the newest checkpoint has lost {lost}")
 
@@ -188,7 +185,20 @@ class RunHistory(History):
             named = any(path in each.files.values() for each in versions)
             self.world.expect(named, f"a checkpoint was acknowledged, and no version names {path}")
         for checkpoint in finished(RUN)[-1:]:
-            self.log.read(checkpoint.files)
+            if self._has_to_be_whole(checkpoint):
+                self.log.read(checkpoint.files)
+
+    def _has_to_be_whole(self, newest: Checkpoint) -> bool:
+        """Tell whether a checkpoint is not one that has failed for its training, as it lacked a file from the start."""
+        files = self.log.versions[newest.files.published.version - 1].files
+        own = {name: path for name, path in files.items() if name.startswith(f"{newest.name}/")}
+        return self._is_acknowledged(own) or self._is_whole(files)
+
+    def _is_acknowledged(self, files: dict[str, str]) -> bool:
+        return bool({*files.values()} & {path for _, path in self.acknowledged})
+
+    def _is_whole(self, files: dict[str, str]) -> bool:
+        return all(f"{PLACE}/{path}" in self.world.objects for path in files.values())
 
     def _process_path(self, path: str) -> Any:
         """Give what `Path` says of a process on the machine of the client that asks."""
