@@ -49,9 +49,14 @@ NOT_CHOSEN, SECOND = 2, 4
 SCENES: tuple[Plan, ...] = (
     [[do("export", NOT_CHOSEN), do("expire", 0, 30)], [do("choose", SECOND, 20, Aim("create .*/use/", 60))]],
     [[do("export", NOT_CHOSEN), do("expire", 0, 20, Aim("delete .*/log/", 60))], [do("choose", SECOND, 40)]],
+    [[do("export", NOT_CHOSEN), do("expire", 0, 20, Aim("overwrite .*/leaving/", 60))], [do("choose", SECOND, 40)]],
     [[do("export", NOT_CHOSEN), do("choose", SECOND, 1), do("expire", 0, 1)]],
     [[do("serve", 1)], [do("choose", SECOND, 4)]],
     [[do("export", NOT_CHOSEN, 0, Aim("create .*/log/", 60))], [do("export", NOT_CHOSEN, 20)]],
+    [  # an export is away until the number of its version has been given, and removed
+        [do("export", NOT_CHOSEN, 0, Aim("create .*/log/", 100))],
+        [do("export", NOT_CHOSEN, 10), do("export", NOT_CHOSEN, 10), do("expire", 0, 10)],
+    ],
 )
 NAMES = ("network.pt2", "model.json")
 

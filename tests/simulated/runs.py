@@ -42,6 +42,14 @@ SCENES: tuple[Plan, ...] = (
         [do("train", ONE_STEP), do("train", SLOW_STEPS, 10)],
     ],
     [[do("train", TWO_STEPS, 0, Aim(AT_VERSION, 0), Aim(AT_VERSION, 250, "lost"))]],
+    [  # an expiry of a training that was followed takes a part of the one that is away before it publishes it
+        [do("train", ONE_STEP, 0, Aim("overwrite .*clock", 3_000))],
+        [do("train", ONE_STEP, 10, Aim(AT_VERSION, 0), Aim(AT_VERSION, 5_000))],
+    ],
+    [  # a supervisor is away until the number of its claim is free again
+        [do("supervise", ONE_STEP, 0, Aim("create .*supervised", 300))],
+        [do("supervise", ONE_STEP), do("supervise", ONE_STEP, 10), do("supervise", SLOW_STEPS, 10)],
+    ],
     [[do("supervise", SLOW_STEPS)], [do("supervise", ONE_STEP, 2 * LEASE_S)]],
     [[do("supervise", SLOW_STEPS, 0, Aim(AT_RENEWAL, 200))], [do("supervise", SLOW_STEPS, 100)]],
     [  # a supervisor is away while two others come, and the first of them ends
