@@ -119,6 +119,7 @@ class RunHistory(History):
         holder = self.holders[f"process {me.process} on {me.name}".encode()] = Holder(me, me.process, self.world.now_s)
         me.told_to_stop = False
         with supervised_run.claimed(RUN, LEASE_S):
+            self._expect_alone(holder)
             holder.holds = True
             try:
                 self.train(storage, number)
@@ -157,14 +158,21 @@ class RunHistory(History):
         others = [each for each in self.holders.values() if each is not writer and each.is_at_work()]
         if action == "create":
             writer.claimed_s = now_s
-            awake = [each for each in others if each.client.disturbed_s < writer.began_s - LEASE_S]
-            self.world.expect(not awake, f"{data!r} takes the run, which another one holds")
+            if not any(other > path for other in self.world.objects if other.startswith(f"{CLAIMS}/0")):
+                self._expect_alone(writer)  # else it looks again, and gives up
         elif path in self.world.objects:
             there = self.world.objects[path].data
             self.world.expect(there in (data, b""), f"{data!r} renews a claim that is {there!r}'s: two hold the run")
             later_s = [each.claimed_s for each in others if writer.claimed_s < each.claimed_s < now_s]
             is_told = later_s and now_s - max(later_s[0], writer.client.disturbed_s) > LEASE_S
             self.world.expect(not is_told, f"{data!r} goes on, though another one took the run long ago")
+
+    def _expect_alone(self, holder: Holder) -> None:
+        """See that no other one is at work who was awake since before this one looked at the claims."""
+        others = [each for each in self.holders.values() if each is not holder and each.is_at_work()]
+        awake = [each for each in others if each.client.disturbed_s < holder.began_s - LEASE_S]
+        who = f"process {holder.process} on {holder.client.name}"
+        self.world.expect(not awake, f"{who} takes the run, which another one holds")
 
     def watch_versions(self, action: str, path: str, data: bytes | None) -> None:
         """See that whoever was followed by another writes nothing more, and that the newest checkpoint stays."""
