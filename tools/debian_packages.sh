@@ -32,6 +32,9 @@ for program in apt-get dpkg; do
   fi
 done
 
+# One at a time: apt-get refuses to fetch its lists while another one does.
+exec 9>"${TMPDIR:-/tmp}/crossmedia-packages-$UID.lock"
+flock 9
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 cd "$work"
