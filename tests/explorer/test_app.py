@@ -20,7 +20,7 @@ from explorer.places import Places
 from explorer.server import application
 from serving.http.limits import RefusedError
 from tests.explorer.serving import serving
-from tests.serving.http.processes import ROOT
+from tests.serving.http.processes import ROOT, ServerProcess
 
 ERRORS: dict[str, tuple[Exception, int]] = {
     "nothere": (NotHereError("no image 5 in snapshot 3"), 404),
@@ -124,6 +124,45 @@ def test_servers_start_without_torch() -> None:
     """It takes seconds and 200 MB, which the first page or the first model that needs it may wait for."""
     words = "import sys, explorer.server, serving.http.workers; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", words], cwd=ROOT, check=False).returncode == 0
+
+
+_MEMORY = """
+import re, sys, threading
+from pathlib import Path
+import numpy as np
+from explorer.server import spare_memory
+
+def taken_mb():
+    return int(re.search(r"RssAnon:\\s*(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+
+def work():
+    for _ in range(4):
+        blocks = [np.ones(30 << 10 << n, np.uint8) for n in range(10) for _ in range(4)]
+        small.append(blocks[0])
+
+if "spare" in sys.argv:
+    spare_memory()
+before, small = taken_mb(), []  # 750 MB by default, 120 MB where memory is spared
+table = np.zeros(256 << 20, np.uint8)
+table[:: 1 << 20] = 1
+threads = [threading.Thread(target=work) for _ in range(8)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+print(taken_mb() - before)
+"""
+
+
+def test_freed_memory_and_rows_that_are_not_used_are_not_kept() -> None:
+    command = [sys.executable, "-c", _MEMORY, "spare"]
+    assert float(subprocess.run(command, check=True, capture_output=True, text=True).stdout) < 300
+
+
+@pytest.mark.services
+def test_a_server_spares_memory(explorer: ServerProcess) -> None:
+    status = Path(f"/proc/{explorer.process.pid}/status").read_text()
+    assert "THP_enabled:\t0" in status
 
 
 @pytest.mark.services
