@@ -20,7 +20,7 @@ from explorer.places import Places
 from explorer.server import application
 from serving.http.limits import RefusedError
 from tests.explorer.serving import serving
-from tests.serving.http.processes import ROOT, ServerProcess
+from tests.serving.http.processes import ROOT
 
 ERRORS: dict[str, tuple[Exception, int]] = {
     "nothere": (NotHereError("no image 5 in snapshot 3"), 404),
@@ -109,13 +109,13 @@ def test_the_first_page_has_the_questions_that_its_places_answer() -> None:
 
 def test_packages_that_are_missing_are_named_and_are_those_of_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     command.check_installed()
-    monkeypatch.setattr(command, "find_spec", lambda name: None if name == "sklearn" else object())
-    with pytest.raises(ExplorerError, match=r"\(sklearn\).*crossmedia\[explorer\]"):
+    monkeypatch.setattr(command, "find_spec", lambda name: None if name == "plotly" else object())
+    with pytest.raises(ExplorerError, match=r"\(plotly\).*crossmedia\[explorer\]"):
         command.check_installed()
     parser = configparser.ConfigParser()
     parser.read(ROOT / "setup.cfg")
     extra = parser["options.extras_require"]["explorer"]
-    distributions = {"python_multipart": "python-multipart", "sklearn": "scikit-learn"}
+    distributions = {"python_multipart": "python-multipart"}
     needed = sorted(distributions.get(name, name) for name in command.NEEDED)
     assert sorted(line.partition(">")[0] for line in extra.split()) == needed
 
@@ -160,9 +160,9 @@ def test_freed_memory_and_rows_that_are_not_used_are_not_kept() -> None:
 
 
 @pytest.mark.services
-def test_a_server_spares_memory(explorer: ServerProcess) -> None:
-    status = Path(f"/proc/{explorer.process.pid}/status").read_text()
-    assert "THP_enabled:\t0" in status
+def test_a_server_spares_memory(tmp_path: Path) -> None:
+    with serving(tmp_path, "--images", tmp_path) as server:
+        assert "THP_enabled:\t0" in Path(f"/proc/{server.process.pid}/status").read_text()
 
 
 @pytest.mark.services
