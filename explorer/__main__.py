@@ -13,7 +13,7 @@ from featurestore.console.output import print_problem, print_summary, progress_b
 from featurestore.errors import FAILED
 from featurestore.published.paths import run_path
 
-NEEDED = ("httpx2", "plotly", "python_multipart", "sklearn")
+NEEDED = ("httpx2", "plotly", "python_multipart")
 """Packages that only the explorer needs."""
 
 

@@ -1,8 +1,12 @@
-"""Errors of the explorer."""
+"""Errors of the explorer, and what pages do about those of others."""
 
-from typing import ClassVar
+from collections.abc import Callable
+from typing import ClassVar, TypeVar
 
 from featurestore.errors import USAGE, UserError
+from featurestore.text import one_line
+
+T = TypeVar("T")
 
 
 class ExplorerError(UserError):
@@ -13,3 +17,11 @@ class ExplorerError(UserError):
 
 class NotHereError(ExplorerError):
     """A page's address names a missing key, snapshot or run. The answer is 404."""
+
+
+def tried(work: Callable[[], T]) -> tuple[T | None, str]:
+    """Do what may fail by no bug; return its result and no problem, or no result and the problem in one line."""
+    try:
+        return work(), ""
+    except UserError as error:
+        return None, one_line(error)

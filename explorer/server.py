@@ -1,6 +1,7 @@
 """The application: all pages, access control, error pages, and headers against hostile names and sites."""
 
 import contextlib
+import ctypes
 import hashlib
 import hmac
 import logging
@@ -291,11 +292,30 @@ def _refused(status: int, message: str, headers: dict[str, str] | None = None) -
     return Response(message, status, headers=HEADERS | (headers or {}), media_type="text/plain")
 
 
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MOST_ARENAS = -1, -3, -8  # numbers of mallopt(3)
+_NO_HUGE_PAGES = 41  # number of prctl(2)
+
+
+def spare_memory() -> None:
+    """Return freed memory to the system at once, and take no huge pages; call it before other threads start.
+
+    By default glibc keeps what each thread has freed; and numpy asks for huge pages, so that the few rows in use of a
+    large ID table take the memory of all its rows. Nothing happens on a system without these calls.
+    """
+    libc = ctypes.CDLL(None)
+    with contextlib.suppress(AttributeError):
+        libc.mallopt(_MMAP_THRESHOLD, 1 << 20)
+        libc.mallopt(_TRIM_THRESHOLD, 1 << 20)
+        libc.mallopt(_MOST_ARENAS, 2)
+        libc.prctl(_NO_HUGE_PAGES, 1, 0, 0, 0)
+
+
 def serve(settings: ExplorerSettings) -> None:
     """Listen and answer until a signal.
 
     Raises ServerSettingsError or TokenFileError for a file that does not work, ListenError if the port is taken.
     """
+    spare_memory()
     configure_logging("explorer")
     check_files(settings)
     site = Site(settings)

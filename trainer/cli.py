@@ -83,7 +83,9 @@ def run_on_ranks(work: Callable[["Comm"], object], deadline_s: float | None = No
     Errors other than ours propagate, after the ranks were left.
     """
     from trainer.comm import connect
+    from trainer.engine.machine import keep_freed_memory
 
+    keep_freed_memory()
     try:
         comm = connect() if deadline_s is None else connect(deadline_s)
     except UserError as failure:

@@ -122,6 +122,10 @@ class FeaturesSoak:
         self._clients[number % len(self._clients)] = None
 
 
+_NUMBERS = re.compile(r"/(-?\d+|[0-9a-f]{24}[.]parquet)(?=[/?]|$)|[?].*")
+"""What links of one kind differ in: numbers, digests and parameters."""
+
+
 class ExplorerSoak:
     """The explorer: pages, their parts and pictures, by the links of those before; each minute a new snapshot."""
 
@@ -142,10 +146,13 @@ class ExplorerSoak:
             picture = {"picture": draw.choice(self._pictures).read_bytes()}
             return "sent picture", self._client.post("/images/like", files=picture).status_code == 200
         kind = draw.choice(list(self._found))
-        answer = self._client.get(draw.choice(self._found[kind]))
+        try:
+            answer = self._client.get(draw.choice(self._found[kind]))
+        except httpx2.TimeoutException:  # of which kind is worth more than the error's words
+            return kind, False
         if "html" in answer.headers.get("content-type", ""):
             for link in re.findall(r'(?:href|src|hx-get)="(/[^"#]*)"', answer.text):
-                known = self._found.setdefault(re.sub(r"/-?\d+|\?.*", "/N", link), [])
+                known = self._found.setdefault(_NUMBERS.sub("/N", link), [])
                 known.append(html.unescape(link))
                 del known[:-200]
         return kind, answer.status_code == 200

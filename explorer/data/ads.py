@@ -3,24 +3,20 @@
 Letters of shapes: I different images of ads, R of them in a row group, N impressions.
 """
 
-import hashlib
-import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from explorer.data.background import Background, Task
-from explorer.data.cache import FileCache
+from explorer.data.cache import TableCache, about_of, described, digest_of
 from explorer.data.runs.folders import trained_runs
 from explorer.errors import ExplorerError
 from explorer.places import Places
-from featurestore.console.files import replaced_file
 from featurestore.errors import UserError
 from featurestore.keys import Int64Array
 from featurestore.text import one_line
@@ -32,8 +28,7 @@ if TYPE_CHECKING:
 
 MOST_IMPRESSIONS = 2_000_000
 """Most impressions to read; of more, row groups are left out evenly."""
-_FILES = FileCache("ads-", ".parquet", most=32)
-_ABOUT = b"explorer_ads"
+_FILES = TableCache("ads-", ".arrow", most=32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,19 +45,22 @@ class AdFigures:
     note: str = ""
     """What could not be counted, or only in part."""
 
+    def places(self, keys_N: Int64Array) -> NDArray[np.int32]:
+        """Find the row of each image here, (N,); the one after the last row for an image that is not here."""
+        place_N = np.searchsorted(self.keys_I, keys_N)
+        is_here_N = place_N < len(self.keys_I)
+        is_here_N[is_here_N] = self.keys_I[place_N[is_here_N]] == keys_N[is_here_N]
+        return np.where(is_here_N, place_N, len(self.keys_I)).astype(np.int32)
+
     def of(self, keys_N: Int64Array) -> "AdFigures":
         """Return the figures of these images, in their order; without impressions for those that are not there."""
-        place_N = np.searchsorted(self.keys_I, keys_N)
-        found_N = np.append(self.keys_I, 0)[place_N] == keys_N
-        found_N &= place_N < len(self.keys_I)
-        category_N = np.append(self.category_I, "")[place_N]
-        category_N[~found_N] = ""
+        place_N = self.places(keys_N)
         return AdFigures(
             keys_I=keys_N,
-            impressions_I=np.where(found_N, np.append(self.impressions_I, 0)[place_N], 0),
-            clicks_I=np.where(found_N, np.append(self.clicks_I, 0)[place_N], 0),
-            category_I=category_N,
-            price_I=np.where(found_N, np.append(self.price_I, np.nan)[place_N], np.nan),
+            impressions_I=np.append(self.impressions_I, 0)[place_N],
+            clicks_I=np.append(self.clicks_I, 0)[place_N],
+            category_I=np.append(self.category_I, "")[place_N],
+            price_I=np.append(self.price_I, np.nan)[place_N],
             note=self.note,
         )
 
@@ -72,28 +70,34 @@ class AdFigures:
         with np.errstate(invalid="ignore"):
             return (self.clicks_I / self.impressions_I).astype(np.float32)
 
+    @property
+    def size_bytes(self) -> int:
+        """The memory that they take, roughly."""
+        return 100 * len(self.keys_I)
+
+    def to_table(self) -> pa.Table:
+        """Write them as a table of the cache."""
+        columns = {name: pa.array(values) for name, values in self.__dict__.items() if name != "note"}
+        columns["category_I"] = pa.array(self.category_I, pa.string())
+        table = pa.table(columns)
+        return table.cast(described(table.schema, self.note))
+
+    @classmethod
+    def of_table(cls, table: pa.Table) -> "AdFigures":
+        """Read what `to_table` wrote."""
+        columns: dict[str, Any] = {name: table[name].to_numpy() for name in table.column_names}
+        return cls(**columns, note=about_of(table))
+
 
 def nothing_known(note: str) -> AdFigures:
     """Return the figures of no image."""
-    empty = np.empty(0, np.int64)
+    empty, texts = np.empty(0, np.int64), np.empty(0, object)
     return AdFigures(
-        keys_I=empty,
-        impressions_I=empty,
-        clicks_I=empty,
-        category_I=np.empty(0, object),
-        price_I=np.empty(0),
-        note=note,
+        keys_I=empty, impressions_I=empty, clicks_I=empty, category_I=texts, price_I=np.empty(0), note=note
     )
 
 
-class Counting(NamedTuple):
-    """The task that counts, and a name of what is counted."""
-
-    name: str
-    task: Task[AdFigures]
-
-
-def begin(places: Places, background: Background) -> Counting:
+def begin(places: Places, background: Background) -> Task[AdFigures]:
     """Start to read the figures of the shown samples, by the schema of any run on them, or return the task of before.
 
     A task without runs or samples gives figures of no image, whose note says why.
@@ -105,10 +109,9 @@ def begin(places: Places, background: Background) -> Counting:
         saved = _saved(places, run)
     except UserError as error:
         note = one_line(error)
-        name = repr(("ads", note))
-        return Counting(name, background.task(name, lambda task: nothing_known(note)))
+        return background.task(repr(("ads", note)), lambda task: nothing_known(note))
     name = repr(("ads", _made_of(saved, places.samples)))
-    return Counting(name, background.task(name, lambda task: ad_figures(saved, places.samples, task)))
+    return background.task(name, lambda task: ad_figures(saved, places.samples, task))
 
 
 def _saved(places: Places, name: str) -> "SavedRun":
@@ -122,33 +125,14 @@ def ad_figures(saved: "SavedRun", samples: str | None, task: Task[Any]) -> AdFig
     from trainer.comm import SoloComm
     from trainer.runs.saved import open_test
 
-    file = _FILES.path(hashlib.sha256(json.dumps(_made_of(saved, samples)).encode()).hexdigest()[:24])
-    if (known := _read(file)) is not None:
-        return known
-    task.tell("reads the test samples")
+    def counted() -> Iterator[pa.Table]:
+        task.tell("reads the test samples")
+        yield count_ads(open_test(SoloComm(), saved.config, saved.schema, samples), saved.schema).to_table()
+
     try:
-        found = count_ads(open_test(SoloComm(), saved.config, saved.schema, samples), saved.schema)
+        return AdFigures.of_table(_FILES.get(digest_of(_made_of(saved, samples)), counted))
     except UserError as error:
         return nothing_known(f"CTR cannot be shown: {one_line(error)}")
-    columns = {name: pa.array(values) for name, values in found.__dict__.items() if name != "note"}
-    columns["category_I"] = pa.array(found.category_I, pa.string())
-    with replaced_file(file) as part:
-        pq.write_table(pa.table(columns).replace_schema_metadata({_ABOUT: found.note}), part, compression="zstd")
-    _FILES.prune()
-    return found
-
-
-def _read(file: Path) -> AdFigures | None:
-    """Read a file of figures; None if it is missing or damaged."""
-    try:
-        table = pq.read_table(file)
-        columns: dict[str, Any] = {name: table[name].to_numpy() for name in table.column_names}
-        return AdFigures(**columns, note=table.schema.metadata[_ABOUT].decode())
-    except FileNotFoundError:
-        return None
-    except (OSError, KeyError, TypeError, ValueError, pa.ArrowException):
-        file.unlink(missing_ok=True)
-        return None
 
 
 def _made_of(saved: "SavedRun", samples: str | None) -> list[Any]:

@@ -4,25 +4,28 @@ A page that needs one shows its progress and polls until the task is done.
 """
 
 import time
-from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from threading import Event, Lock
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
+from explorer.data.cache import LruCache
 from explorer.errors import ExplorerError
 
 T = TypeVar("T")
 
-KEPT = 64
-"""Number of cached results, those requested last."""
+KEPT_BYTES = 64_000_000
+"""The results that are cached, those requested last, take as much memory together, or one takes more."""
+_LEAST_BYTES = 10_000
+"""What a task without a large result takes."""
 _RETRY_S = 60.0
 
 
 class Task(Generic[T]):
     """One computation: waiting, running, done or failed."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "") -> None:
+        self.name = name
         self.done, self.total = 0, 0
         """Progress; 0 of 0: unknown."""
         self.doing = "waits for other work to end"
@@ -68,7 +71,13 @@ class Task(Generic[T]):
             self._ended.set()
 
     @property
-    def _is_stale(self) -> bool:
+    def size_bytes(self) -> int:
+        """The memory that the result takes, if it says so."""
+        return _LEAST_BYTES + sum(getattr(result, "size_bytes", 0) for result in self._results)
+
+    @property
+    def is_stale(self) -> bool:
+        """Return whether the task failed some time ago."""
         return self.is_ended and self.error is not None and time.monotonic() - self.ended_s > _RETRY_S
 
 
@@ -78,31 +87,33 @@ class Background:
     def __init__(self) -> None:
         self._threads = ThreadPoolExecutor(2, "explorer-background")
         self._alone = ThreadPoolExecutor(1, "explorer-alone")
-        self._tasks: OrderedDict[str, Task[object]] = OrderedDict()
+        self._running: dict[str, Task[Any]] = {}
+        self._ended: LruCache[Task[Any]] = LruCache(KEPT_BYTES, lambda task: task.size_bytes)
         self._lock = Lock()
 
     def task(self, name: str, work: Callable[[Task[T]], T], *, alone: bool = False) -> Task[T]:
         """Return the task of this name, starting it if it is new; a failed one is restarted after a minute.
 
-        `name` must include everything that the result depends on. `alone`: never runs together with another such task.
+        `name` must include everything that the result depends on. A large result has `size_bytes`. `alone`: never runs
+        together with another such task.
         """
         with self._lock:
-            known = self._tasks.get(name)
-            if known is not None and not known._is_stale:
-                self._tasks.move_to_end(name)
-                return known  # type: ignore[return-value]
-            task: Task[T] = Task()
-            self._tasks[name] = task  # type: ignore[assignment]
-            ended = [each for each, other in self._tasks.items() if other.is_ended]
-            for each in ended[: max(0, len(self._tasks) - KEPT)]:
-                del self._tasks[each]
-        (self._alone if alone else self._threads).submit(task.run, work)
+            known = self._running.get(name) or self._ended.peek(name)
+            if known is not None and not known.is_stale:
+                return known
+            task = self._running[name] = Task[T](name)
+        (self._alone if alone else self._threads).submit(self._run, task, work)
         return task
+
+    def _run(self, task: Task[T], work: Callable[[Task[T]], T]) -> None:
+        task.run(work)
+        with self._lock:
+            self._ended.put(task.name, self._running.pop(task.name))
 
     def close(self) -> None:
         """Tell running tasks to end, and wait for them."""
         with self._lock:
-            for task in self._tasks.values():
+            for task in self._running.values():
                 task.is_cancelled = True
         self._threads.shutdown(wait=True)
         self._alone.shutdown(wait=True)

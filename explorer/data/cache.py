@@ -1,13 +1,22 @@
-"""Caches for slow computations: values in memory, and files in the explorer's cache folder."""
+"""Caches for slow computations: values in memory, and tables as files in the explorer's cache folder."""
 
-import shutil
+import fcntl
+import hashlib
+import itertools
+import json
+import os
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from threading import Lock
-from typing import Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from featurestore.console.files import replaced_file
 from featurestore.lookup.cache import default_cache_dir
 from featurestore.storage.local import claim
 
@@ -23,7 +32,10 @@ class LruCache(Generic[ValueT]):
         size: Callable[[ValueT], int] = lambda value: 1,
         close: Callable[[ValueT], object] = lambda value: None,
     ) -> None:
-        """`most`: largest sum of the `size` of all values; the least recently used one is dropped first, by `close`."""
+        """`most`: largest sum of the `size` of all values; the least recently used one is dropped first, by `close`.
+
+        The value that was put last stays, whatever its size.
+        """
         self._most, self._size, self._close, self._lock = most, size, close, Lock()
         self._values: OrderedDict[Hashable, ValueT] = OrderedDict()
         self._gates: dict[Hashable, Lock] = {}
@@ -60,7 +72,7 @@ class LruCache(Generic[ValueT]):
         with self._lock:
             self._values[name] = value
             self.size += self._size(value)
-            while self.size > self._most:
+            while self.size > self._most and len(self._values) > 1:
                 dropped.append(self._values.popitem(last=False)[1])
                 self.size -= self._size(dropped[-1])
         for each in dropped:
@@ -81,26 +93,82 @@ class LruCache(Generic[ValueT]):
             self.discard(name)
 
 
+_ABOUT = b"explorer"
+
+
+def digest_of(inputs: Any) -> str:
+    """Digest values that JSON can hold: 24 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:24]
+
+
+def described(schema: pa.Schema, about: Any) -> pa.Schema:
+    """Add what a cached table is about, which JSON can hold, to its schema."""
+    return schema.with_metadata({_ABOUT: json.dumps(about)})
+
+
+def about_of(table: pa.Table) -> Any:
+    """Return what `described` added to the table's schema."""
+    return json.loads((table.schema.metadata or {})[_ABOUT])
+
+
 @dataclass(frozen=True)
-class FileCache:
-    """Files, or folders, of one kind in the explorer's cache folder; the `most` used last stay."""
+class TableCache:
+    """Tables of one kind as files in the explorer's cache folder; the `most` used last stay.
+
+    An Arrow file is mapped into memory: only what is read of it is there. A Parquet file is read as a whole.
+    """
 
     prefix: str
-    suffix: str
+    suffix: Literal[".arrow", ".parquet"]
     most: int
 
     def path(self, digest: str) -> Path:
-        """Return the place of what has this digest of its inputs. Raises StorageError."""
+        """Return the file of the table whose inputs have this digest. Raises StorageError."""
         return explorer_cache() / f"{self.prefix}{digest}{self.suffix}"
 
-    def prune(self) -> None:
-        """Remove those used longest ago; existing memory maps stay valid."""
+    def get(self, digest: str, make: Callable[[], Iterable[pa.Table]]) -> pa.Table:
+        """Read the table whose inputs have this digest, or make it, write it and read it.
+
+        `make` gives its parts, at least one, with `described` schemas. Threads and processes make one table of a kind
+        at a time; where `make` raises, no file is left. A damaged file is made again. Raises OSError, StorageError.
+        """
+        file = self.path(digest)
+        with (explorer_cache() / f"{self.prefix}lock").open("ab") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if (found := self._read(file)) is None:
+                with replaced_file(file) as part:
+                    self._write(part, iter(make()))
+                found = self._read(file)
+                assert found is not None
+                self._prune()
+        return found
+
+    def _read(self, file: Path) -> pa.Table | None:
+        """Read a file; None if it is missing or damaged."""
+        try:
+            is_mapped = self.suffix == ".arrow"
+            table = pa.ipc.open_file(pa.memory_map(str(file))).read_all() if is_mapped else pq.read_table(file)
+            about_of(table)
+            os.utime(file)
+        except FileNotFoundError:
+            return None
+        except (OSError, KeyError, ValueError, pa.ArrowException):
+            file.unlink(missing_ok=True)
+            return None
+        return table
+
+    def _write(self, file: Path, parts: Iterator[pa.Table]) -> None:
+        first = next(parts)
+        to: Any = pa.ipc.new_file if self.suffix == ".arrow" else partial(pq.ParquetWriter, compression="zstd")
+        with pa.OSFile(str(file), "wb") as out, to(out, first.schema) as writer:
+            for part in itertools.chain([first], parts):
+                writer.write_table(part)
+
+    def _prune(self) -> None:
+        """Remove those used longest ago; those that are mapped stay valid."""
         found = explorer_cache().glob(f"{self.prefix}*{self.suffix}")
         for old in sorted(found, key=lambda each: each.stat().st_mtime, reverse=True)[self.most :]:
-            if old.is_dir():
-                shutil.rmtree(old, ignore_errors=True)
-            else:
-                old.unlink(missing_ok=True)
+            old.unlink(missing_ok=True)
 
 
 def explorer_cache() -> Path:

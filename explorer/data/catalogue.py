@@ -6,14 +6,11 @@ only what is read is in memory.
 Letters of shapes: N images of the snapshot.
 """
 
-import hashlib
-import json
-import os
+import itertools
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -23,15 +20,14 @@ from numpy.typing import NDArray
 
 from explorer.data.ads import AdFigures
 from explorer.data.background import Task
-from explorer.data.cache import FileCache, LruCache
+from explorer.data.cache import TableCache, about_of, described, digest_of
 from explorer.data.snapshots import name_of, newest_at
 from featurestore import log
-from featurestore.console.files import replaced_file
 from featurestore.format.datafile import KEY, URI
 from featurestore.keys import Int64Array
 from featurestore.snapshot import Snapshot
+from featurestore.storage.storage import in_threads
 from featurestore.store import FeatureStore
-from featurestore.upkeep.history import diff
 
 Sort = Literal["uri", "new", "impressions", "ctr", "low_ctr", "price"]
 SORTS: dict[Sort, str] = {
@@ -48,8 +44,8 @@ _NEW_S = 24 * 3600.0
 _PRIOR = 20
 """Impressions of the mean CTR that each image gets on top of its own, where images are sorted by CTR."""
 _IS_NEW = "is_new"
-_ABOUT = b"explorer_images"
-_FILES = FileCache("images-", ".arrow", most=8)
+_THREADS = 2
+_FILES = TableCache("images-", ".arrow", most=8)
 
 
 class ImageQuery(NamedTuple):
@@ -74,21 +70,30 @@ class ListedImage(NamedTuple):
     is_new: bool
 
 
-@dataclass
+@dataclass(frozen=True)
 class Catalogue:
     """All images of a snapshot. Thread-safe."""
 
     names: pa.Table
     """Key, uri, folder and whether the image is new, in the order of the uris, (N,)."""
     figures: AdFigures
-    """Of the same images, (N,)."""
-    new_since: int
-    """The snapshot that does not have the new ones yet."""
-    _found: LruCache[Int64Array] = field(default_factory=lambda: LruCache(32))
+    """Of the images that the samples have."""
+    place_N: NDArray[np.int32]
+    """The row of each image in the figures, or the one after the last."""
 
     def __len__(self) -> int:
         """Count the images."""
         return len(self.names)
+
+    @property
+    def size_bytes(self) -> int:
+        """The memory that it takes besides its file and the figures."""
+        return 5 * len(self)
+
+    @property
+    def new_since(self) -> int:
+        """The snapshot that does not have the new ones yet."""
+        return int(about_of(self.names))
 
     @cached_property
     def folders(self) -> Mapping[str, int]:
@@ -98,7 +103,9 @@ class Catalogue:
     @cached_property
     def categories(self) -> Mapping[str, int]:
         """The categories with their numbers of images, those with most images; without the empty one."""
-        return {name: count for name, count in _most(pa.array(self.figures.category_I)).items() if name}
+        is_here_I = np.bincount(self.place_N, minlength=len(self.figures.keys_I) + 1)[:-1] > 0
+        names = pa.array(self.figures.category_I[is_here_I], pa.string())
+        return {name: count for name, count in _most(names).items() if name}
 
     @cached_property
     def num_new(self) -> int:
@@ -110,13 +117,14 @@ class Catalogue:
         found: NDArray[np.bool_] = self.names[_IS_NEW].to_numpy()
         return found
 
-    def find(self, query: ImageQuery) -> Int64Array:
+    def find(self, query: ImageQuery) -> NDArray[np.int32]:
         """Return the rows of the images that a query is for, in its order."""
-        return self._found.get(query, lambda: self._ordered(np.flatnonzero(self._matches(query)), query.sort))
+        return self._ordered(np.flatnonzero(self._matches(query)), query.sort).astype(np.int32)
 
-    def images(self, rows: Int64Array) -> list[ListedImage]:
+    def images(self, rows: NDArray[np.int32]) -> list[ListedImage]:
         """Return the images of some rows."""
-        chosen, of = self.names.take(rows), self.figures
+        chosen = self.names.take(rows)
+        of = self.figures.of(chosen[KEY].to_numpy())
         named: Iterator[tuple[Any, ...]] = zip(*(chosen[name].to_pylist() for name in (KEY, URI, _IS_NEW)), strict=True)
         return [
             ListedImage(
@@ -128,7 +136,7 @@ class Catalogue:
                 price=_known(of.price_I[row]),
                 is_new=is_new,
             )
-            for row, (key, uri, is_new) in zip(rows.tolist(), named, strict=True)
+            for row, (key, uri, is_new) in enumerate(named)
         ]
 
     def _matches(self, query: ImageQuery) -> NDArray[np.bool_]:
@@ -142,24 +150,27 @@ class Catalogue:
             in_it: Any = pc.equal(self.names["folder"], pa.scalar(query.folder, pa.large_string()))
             wanted_N &= in_it.to_numpy()
         if query.category:
-            wanted_N &= self.figures.category_I == query.category
+            wanted_N &= np.append(self.figures.category_I == query.category, False)[self.place_N]
         return wanted_N & self._new if query.is_new else wanted_N
 
     def _ordered(self, rows: Int64Array, sort: Sort) -> Int64Array:
-        of = self.figures
-        if sort == "uri" or not len(rows):
+        if sort == "uri":
             return rows
-        if sort == "new":
-            by = self._new[rows].astype(np.float64)
-        elif sort == "impressions":
-            by = of.impressions_I[rows].astype(np.float64)
+        by = self._new[rows] if sort == "new" else np.append(self._sorted_by(sort), -np.inf)[self.place_N[rows]]
+        return rows[np.argsort(-by.astype(np.float64), kind="stable")]
+
+    def _sorted_by(self, sort: Sort) -> NDArray[np.float64]:
+        """Return the figure by which images are sorted, largest first, (I,); minus infinity where there is none."""
+        of = self.figures
+        if sort == "impressions":
+            by = of.impressions_I.astype(np.float64)
         elif sort == "price":
-            by = of.price_I[rows]
+            by = of.price_I
         else:
             mean = of.clicks_I.sum() / max(1, of.impressions_I.sum())
-            by = (of.clicks_I[rows] + _PRIOR * mean) / (of.impressions_I[rows] + _PRIOR)
-            by = np.where(of.impressions_I[rows] > 0, by if sort == "ctr" else -by, np.nan)
-        return rows[np.argsort(np.where(np.isnan(by), np.inf, -by), kind="stable")]
+            by = (of.clicks_I + _PRIOR * mean) / (of.impressions_I + _PRIOR)
+            by = np.where(of.impressions_I > 0, by if sort == "ctr" else -by, np.nan)
+        return np.where(np.isnan(by), -np.inf, by)
 
 
 def make_catalogue(store: FeatureStore, snapshot: Snapshot, figures: AdFigures, task: Task[Any]) -> Catalogue:
@@ -168,50 +179,40 @@ def make_catalogue(store: FeatureStore, snapshot: Snapshot, figures: AdFigures, 
     New are those that a snapshot of a day before did not have, or the store's first one if that is younger. Reads the
     names of all images, some seconds for a million, once. Raises CorruptFileError.
     """
-    file = _FILES.path(hashlib.sha256(json.dumps(name_of(snapshot)).encode()).hexdigest()[:24])
-    if (names := _opened(file)) is None:
+
+    def named() -> Iterator[pa.Table]:
         task.tell("reads the names of all images")
         table, before = _names(snapshot), _before(store, snapshot)
         task.tell(f"compares with snapshot {before}")
-        new = diff(store, before, snapshot.version).added.keys_N
-        is_new = pa.array(np.isin(table[KEY].to_numpy(), new))
-        table = table.append_column(_IS_NEW, is_new).replace_schema_metadata({_ABOUT: str(before)})
-        with replaced_file(file) as part, pa.OSFile(str(part), "wb") as out, pa.ipc.new_file(out, table.schema) as made:
-            made.write_table(table)
-        names = _opened(file)
-        assert names is not None
-        _FILES.prune()
-    since = int((names.schema.metadata or {})[_ABOUT])
-    return Catalogue(names, figures.of(names[KEY].to_numpy()), since)
+        is_old: Any = pc.is_in(table[KEY], value_set=pa.array(store.snapshot(before).keys()))
+        table = table.append_column(_IS_NEW, pc.invert(is_old))
+        yield table.cast(described(table.schema, before))
 
-
-def _opened(file: Path) -> pa.Table | None:
-    if not file.is_file():
-        return None
-    try:
-        table = pa.ipc.open_file(pa.memory_map(str(file))).read_all()
-        int((table.schema.metadata or {})[_ABOUT])
-    except (OSError, KeyError, ValueError, pa.ArrowException):
-        file.unlink(missing_ok=True)
-        return None
-    with suppress(OSError):
-        os.utime(file)
-    return table
+    names = _FILES.get(digest_of(name_of(snapshot)), named)
+    return Catalogue(names, figures, figures.places(names[KEY].to_numpy()))
 
 
 def _names(snapshot: Snapshot) -> pa.Table:
     """Read keys and uris of all images, with the first folder of each, in the order of the uris."""
     columns: dict[str, Any] = {KEY: pa.int64(), URI: pa.large_string()}
     schema = pa.schema(columns)
-    parts = [
-        table.select([KEY, URI]).cast(schema)
-        for shard in sorted(snapshot.manifest.shards)
-        for table in snapshot.shard_reader(shard).live_tables([KEY, URI])
-    ]
+
+    def read(shard: int) -> list[pa.Table]:
+        tables = snapshot.shard_reader(shard).live_tables([KEY, URI])
+        return [table.select([KEY, URI]).cast(schema) for table in tables]
+
+    parts = itertools.chain.from_iterable(in_threads(read, sorted(snapshot.manifest.shards), _THREADS))
     table = pa.concat_tables([schema.empty_table(), *parts]).combine_chunks().sort_by([(URI, "ascending")])
-    in_folder: Any = pc.match_substring(table[URI], "/")
-    folder: Any = pc.replace_substring_regex(table[URI], r"(?s)^(?:.*://)?([^/]*)/.*$", r"\1")
-    return table.append_column("folder", pc.if_else(in_folder, folder, pa.scalar("", pa.large_string())))
+    return table.append_column("folder", _folders(table[URI]))
+
+
+def _folders(uris_N: Any) -> Any:
+    """Return the first folder of each image's path, or an empty text, (N,), dictionary-encoded."""
+    if pc.any(pc.match_substring(uris_N, "://")).as_py():
+        uris_N = pc.replace_substring_regex(uris_N, r"(?s)^.*://", "")
+    first_N = pc.list_element(pc.split_pattern(uris_N, "/", max_splits=1), 0)
+    in_folder_N = pc.match_substring(uris_N, "/")
+    return pc.if_else(in_folder_N, first_N, pa.scalar("", pa.large_string())).combine_chunks().dictionary_encode()
 
 
 def _before(store: FeatureStore, snapshot: Snapshot) -> int:

@@ -5,30 +5,26 @@ Points are stored as Parquet with their vectors, which embedding-atlas opens and
 Letters of shapes: N images that are drawn, which are the points; V width of their vectors.
 """
 
-import hashlib
-import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from explorer.data.ads import ad_figures
+from explorer.data.ads import AdFigures, ad_figures
 from explorer.data.background import Task
-from explorer.data.cache import FileCache
-from explorer.data.visual import visual_vectors
+from explorer.data.cache import TableCache, about_of, described, digest_of
+from explorer.data.visual import vectors_in, visual_vectors
 from explorer.errors import ExplorerError
 from explorer.places import Places
-from featurestore.console.files import replaced_file
+from featurestore.format.datafile import KEY, URI
 from featurestore.keys import Int64Array
 
 MOST_POINTS = 20_000
-_FILES = FileCache("map-", ".parquet", most=32)
-_ABOUT = b"explorer_map"
+FILES = TableCache("map-", ".parquet", most=32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +43,11 @@ class MapPoints:
     the images, and notes, sentences for the page."""
     file: Path
     """The Parquet file of the points."""
+
+    @property
+    def size_bytes(self) -> int:
+        """The memory that they take, roughly."""
+        return 300 * len(self.keys_N)
 
 
 def make_map(places: Places, run: str, task: Task[Any], network: str | None = None) -> MapPoints:
@@ -77,36 +78,34 @@ def make_map(places: Places, run: str, task: Task[Any], network: str | None = No
     )
     task.tell("reads the test samples")
     figures = ad_figures(saved, places.samples, task)
-    counted = [int(figures.impressions_I.sum()), int(figures.clicks_I.sum()), figures.note]
-    made_of = [found.digest, places.samples or saved.config.data.samples, counted, networks]
-    file = _FILES.path(hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:24])
-    if (known := read_points(file)) is not None:
-        return known
-    task.tell("lays out the images")
-    row_N = evenly(len(found.keys_N), MOST_POINTS)
-    keys_N, vectors_NV = found.keys_N[row_N], found.vectors_NV[row_N]
-    plane_N2 = principal(vectors_NV)
-    figures = figures.of(keys_N)
-    notes = [figures.note] if figures.note else []
-    about = {**found.about, "of": f"visual vectors of {found.about['checkpoint']}", "run": run, "notes": notes}
-    about |= {"num_images": len(found.keys_N), "networks": networks}
+    about = {**found.about, "of": f"visual vectors of {found.about['checkpoint']}", "run": run, "networks": networks}
+    about |= {"num_images": len(found.table), "notes": [figures.note] if figures.note else []}
+    counted = [int(figures.impressions_I.sum()), int(figures.clicks_I.sum())]
+    digest = digest_of([about, found.digest, places.samples or saved.config.data.samples, counted])
+
+    def laid_out() -> Iterator[pa.Table]:
+        task.tell("lays out the images")
+        table = _points(found.table.take(evenly(len(found.table), MOST_POINTS)), figures)
+        yield table.cast(described(table.schema, about))
+
+    return _read(FILES.get(digest, laid_out), FILES.path(digest))
+
+
+def _points(images: pa.Table, figures: AdFigures) -> pa.Table:
+    """Lay out images by their vectors, and join the figures of ads."""
+    plane_N2 = principal(vectors_in(images))
+    figures = figures.of(images[KEY].to_numpy())
     columns: dict[str, Any] = {
-        "key": pa.array(keys_N),
-        "uri": pa.array([str(each) for each in found.uris_N.take(row_N).to_pylist()], pa.string()),
+        "key": images[KEY],
+        "uri": images[URI],
         "x": pa.array(plane_N2[:, 0]),
         "y": pa.array(plane_N2[:, 1]),
         "ctr": pa.array(figures.ctrs),
         "impressions": pa.array(figures.impressions_I),
         "category": pa.array(figures.category_I, pa.string()),
-        "vector": pa.FixedSizeListArray.from_arrays(pa.array(vectors_NV.reshape(-1)), vectors_NV.shape[1]),
+        "vector": images["vector"],
     }
-    with replaced_file(file) as part:
-        table = pa.table(columns).replace_schema_metadata({_ABOUT: json.dumps(about)})
-        pq.write_table(table, part, compression="zstd")
-    made = read_points(file)
-    assert made is not None
-    _FILES.prune()
-    return made
+    return pa.table(columns)
 
 
 def evenly(count: int, most: int) -> Int64Array:
@@ -118,34 +117,16 @@ def principal(vectors_NV: NDArray[np.float32]) -> NDArray[np.float32]:
     """Project on the two directions of most variance, (N, 2): some milliseconds for thousands."""
     if len(vectors_NV) < 2 or vectors_NV.shape[1] < 2:
         return np.concatenate([vectors_NV[:, :1], np.zeros((len(vectors_NV), 1), np.float32)], axis=1)
-    from sklearn.decomposition import PCA
-
-    plane_N2: NDArray[np.float32] = PCA(2, svd_solver="covariance_eigh").fit_transform(vectors_NV).astype(np.float32)
+    centred_NV = vectors_NV - vectors_NV.mean(axis=0)
+    _, _, axes = np.linalg.svd(centred_NV, full_matrices=False)
+    plane_N2: NDArray[np.float32] = centred_NV @ axes[:2].T
     return plane_N2
 
 
-def read_points(file: Path) -> MapPoints | None:
-    """Read a file of points; None if it is missing or damaged."""
-    try:
-        table = pq.read_table(file, columns=["key", "uri", "x", "y", "ctr", "impressions", "category"])
-        about = json.loads(table.schema.metadata[_ABOUT])
-    except FileNotFoundError:
-        return None
-    except (OSError, KeyError, TypeError, ValueError, pa.ArrowException):
-        file.unlink(missing_ok=True)
-        return None
-    numbers: dict[str, Any] = {name: table[name].to_numpy() for name in ("key", "x", "y", "ctr", "impressions")}
-    return MapPoints(
-        keys_N=numbers["key"],
-        uris_N=[str(each) for each in table["uri"].to_pylist()],
-        x_N=numbers["x"],
-        y_N=numbers["y"],
-        ctr_N=numbers["ctr"],
-        impressions_N=numbers["impressions"],
-        category_N=[str(each) for each in table["category"].to_pylist()],
-        about=about,
-        file=file,
-    )
+def _read(table: pa.Table, file: Path) -> MapPoints:
+    columns: dict[str, Any] = {f"{name}_N": table[name].to_numpy() for name in ("x", "y", "ctr", "impressions")}
+    columns |= {"uris_N": table["uri"].to_pylist(), "category_N": table["category"].to_pylist()}
+    return MapPoints(keys_N=table["key"].to_numpy(), **columns, about=about_of(table), file=file)
 
 
 COLUMNS, ROWS = 12, 9

@@ -1,7 +1,7 @@
 """Visual vectors of a store's images by checkpoints of runs, cached on disk, and features of uploaded pictures.
 
-The cache has one folder for each checkpoint and snapshot, which is mapped into memory: a million images of 12 numbers
-are a file of 48 MB, of which only the pages that are read are in memory. The cache may be deleted at any time.
+The cache has one file for each checkpoint and snapshot, which is mapped into memory: a million images of 12 numbers
+are some 120 MB, of which only the pages that are read are in memory. The cache may be deleted at any time.
 
 A picture goes through the network that made a store's features. Nothing is downloaded and nothing of the picture is
 written to the disk.
@@ -9,16 +9,9 @@ written to the disk.
 Letters of shapes: N images, K of them in a block, D feature width, V visual width.
 """
 
-import contextlib
-import hashlib
-import json
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,12 +19,13 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from explorer.data.background import Background, Task
-from explorer.data.cache import FileCache, LruCache
+from explorer.data.cache import TableCache, about_of, described, digest_of
 from explorer.data.runs.folders import trained_runs
 from explorer.data.snapshots import name_of
 from explorer.errors import ExplorerError
 from explorer.places import Places
 from featurestore.errors import UserError
+from featurestore.format.datafile import KEY
 from featurestore.keys import Int64Array
 from featurestore.published.paths import RunPath
 from featurestore.snapshot import Snapshot
@@ -41,32 +35,49 @@ from trainer.runs.folder import finished
 
 if TYPE_CHECKING:
     from pipeline.network.backbone import Backbone
-    from trainer.runs.export import ImageNetwork
 
 Progress = Callable[[int, int], None]
 """Receives the number done, and the total."""
+VECTOR = "vector"
 MOST_RUNS = 100
 MOST_BYTES = 10_000_000
 """Most bytes of an uploaded picture."""
 _BLOCK_ROWS = 1 << 16
-_VECTORS, _KEYS, _URIS, _ABOUT = "vectors.npy", "keys.npy", "uris.arrow", "about.json"
-_LOCK = Lock()
-_FOLDERS = FileCache("vectors-", "", most=16)
-"""One for each of the checkpoints used last."""
+_FILES = TableCache("vectors-", ".arrow", most=16)
+"""One for each of the checkpoints and snapshots used last."""
 
 
 @dataclass(frozen=True)
 class VisualVectors:
-    """Visual vectors of all images of a snapshot, mapped from files; row n of all three is the same image."""
+    """Visual vectors of all images of a snapshot, mapped from a file."""
 
-    keys_N: Int64Array
-    vectors_NV: npt.NDArray[np.float32]
-    uris_N: Any
-    """A chunked array of texts."""
-    about: dict[str, Any]
-    """Run, checkpoint and its digest, network, width, store, snapshot and their ids."""
+    table: pa.Table
+    """Key, uri and vector, (N,)."""
     digest: str
     """Digest of checkpoint, network and snapshot, which identifies the vectors."""
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """Run, checkpoint and its digest, network, width, store, snapshot and their ids."""
+        found: dict[str, Any] = about_of(self.table)
+        return found
+
+    def blocks(self) -> Iterator[tuple[Int64Array, npt.NDArray[np.float32]]]:
+        """Yield keys (K,) and vectors (K, V), some thousands at a time."""
+        for batch in self.table.to_batches():
+            block = pa.Table.from_batches([batch])
+            yield block[KEY].to_numpy(), vectors_in(block)
+
+    def of(self, key: int) -> npt.NDArray[np.float32] | None:
+        """Return the vector of an image, (V,), or None. Reads the keys, 8 MB for a million."""
+        return next((vectors_KV[keys_K == key][0] for keys_K, vectors_KV in self.blocks() if key in keys_K), None)
+
+
+def vectors_in(table: pa.Table) -> npt.NDArray[np.float32]:
+    """Return the vectors of a table's images, (N, V)."""
+    vectors: Any = table[VECTOR].combine_chunks()
+    found: npt.NDArray[np.float32] = vectors.flatten().to_numpy().reshape(-1, vectors.type.list_size)
+    return found
 
 
 def visual_vectors(
@@ -86,133 +97,45 @@ def visual_vectors(
     from trainer.runs.export import open_network
 
     found = open_network(run, network=network, store_version=store_version, store=store)
-    digest = digest_of(found)
-    place = _FOLDERS.path(digest)
-    with _LOCK:
-        if (opened := _opened(place, digest)) is None:
-            _compute(found, place, progress)
-            opened = _opened(place, digest)
-            assert opened is not None
-            _FOLDERS.prune()
-    return opened
 
+    def computed() -> Iterator[pa.Table]:
+        schema, done = described(found.schema(), found.describe()), 0
+        for table in found.tables():
+            done += len(table)
+            yield table.cast(schema)
+            progress(done, found.num_images)
 
-def digest_of(found: "ImageNetwork") -> str:
-    """Return a digest of the inputs of vectors: the checkpoint, the network and the commit of the snapshot."""
     commit = found.snapshot.info.store_id, found.snapshot.manifest.commit_id, found.snapshot.version
-    values = json.dumps([found.saved.digest, found.store, found.name, *commit])
-    return hashlib.sha256(values.encode()).hexdigest()[:24]
+    digest = digest_of([found.saved.digest, found.store, found.name, *commit])
+    return VisualVectors(_FILES.get(digest, computed), digest)
 
 
-def _opened(place: Path, digest: str) -> VisualVectors | None:
-    if not place.is_dir():
-        return None
-    with contextlib.suppress(OSError):
-        os.utime(place)
-    uris = pa.ipc.open_file(pa.memory_map(str(place / _URIS))).read_all().column(0)
-    return VisualVectors(
-        keys_N=np.load(place / _KEYS, mmap_mode="r"),
-        vectors_NV=np.load(place / _VECTORS, mmap_mode="r"),
-        uris_N=uris,
-        about=json.loads((place / _ABOUT).read_bytes()),
-        digest=digest,
-    )
+def image_runs(places: Places) -> list[str]:
+    """List the runs and days of trainer.daily whose model uses images, at most MOST_RUNS, in the order of the pages.
+
+    Reads a few small files of a new one.
+    """
+    return [run.name for run in trained_runs(places) if run.images != "none"][:MOST_RUNS]
 
 
-def _compute(network: "ImageNetwork", place: Path, progress: Progress) -> None:
-    """Write the vectors into a folder that is renamed when it is complete."""
-    from featurestore.format.datafile import KEY, URI
-    from trainer.runs.export import VECTOR
+def begin_vectors(places: Places, name: str, snapshot: Snapshot, background: Background) -> Task[VisualVectors]:
+    """Start `visual_vectors` of a run in the background, one run at a time, unless it was started before.
 
-    rows, width = network.num_images, network.width
-    part = Path(tempfile.mkdtemp(prefix=".tmp-", dir=place.parent))
-    try:
-        keys_N = np.lib.format.open_memmap(part / _KEYS, "w+", np.int64, (rows,))
-        vectors_NV = np.lib.format.open_memmap(part / _VECTORS, "w+", np.float32, (rows, width))
-        schema, done = pa.schema([pa.field(URI, pa.large_string())]), 0
-        with pa.OSFile(str(part / _URIS), "wb") as file, pa.ipc.new_file(file, schema) as uris:
-            for table in network.tables():
-                end = done + len(table)
-                keys_N[done:end] = table[KEY].to_numpy()
-                numbers: Any = table[VECTOR].combine_chunks()
-                vectors_NV[done:end] = numbers.flatten().to_numpy().reshape(-1, width)
-                uris.write_table(table.select([URI]).cast(schema))
-                done = end
-                progress(done, rows)
-        assert done == rows
-        keys_N.flush()
-        vectors_NV.flush()
-        (part / _ABOUT).write_text(json.dumps(network.describe()))
-        with contextlib.suppress(OSError):  # another process has computed the same
-            part.rename(place)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    The task reports its progress. Its result is kept until the run has a newer checkpoint.
+    """
+    run = places.run(name)
 
-
-class ImageRuns:
-    """The runs with a checkpoint whose model uses images, and their vectors. Thread-safe."""
-
-    def __init__(self, places: Places) -> None:
-        self._places = places
-        self._vectors: LruCache[VisualVectors] = LruCache(8)
-
-    def names(self) -> list[str]:
-        """List the names of the runs and days of trainer.daily, at most MOST_RUNS, in the order of the pages.
-
-        Reads a few small files of a new one.
-        """
-        seeing = [run.name for run in trained_runs(self._places) if run.images != "none"]
-        return seeing[:MOST_RUNS]
-
-    def begin(self, name: str, snapshot: Snapshot, background: Background) -> Task[VisualVectors]:
-        """Start `vectors` in the background, one run at a time, unless it was started before.
-
-        The task reports its progress. Raises like `vectors` if there is no such run.
-        """
-        mark = self._mark(name, snapshot)
-
-        def work(task: Task[VisualVectors]) -> VisualVectors:
-            doing = f"computes the visual vectors of {name}"
-            task.tell(f"opens the run {name}")
-            return self.vectors(name, snapshot, lambda done, total: task.tell(doing, done, total))
-
-        return background.task(repr(("vectors", mark)), work, alone=True)
-
-    def vectors(self, name: str, snapshot: Snapshot, progress: Progress = lambda done, total: None) -> VisualVectors:
-        """Open the vectors of all images of a snapshot by a run's newest checkpoint, or compute them the first time.
-
-        The newest checkpoint is looked up each time; the rest of the run is read once per checkpoint.
-
-        Raises ExplorerError, TrainerError, FeatureStoreError.
-        """
-        run, store = self._places.run(name), self._places.store
-        return self._vectors.get(
-            self._mark(name, snapshot),
-            lambda: visual_vectors(run, store=store, store_version=snapshot.version, progress=progress),
+    def work(task: Task[VisualVectors]) -> VisualVectors:
+        task.tell(f"opens the run {name}")
+        return visual_vectors(
+            run,
+            store=places.store,
+            store_version=snapshot.version,
+            progress=lambda done, total: task.tell(f"computes the visual vectors of {name}", done, total),
         )
 
-    def _mark(self, name: str, snapshot: Snapshot) -> Hashable:
-        """Return a text of everything that the vectors depend on."""
-        return name, _newest_checkpoint(self._places.run(name)), name_of(snapshot)
-
-
-def _newest_checkpoint(run: RunPath) -> str | None:
-    """Tell the newest checkpoint from any other, also of a run of the same name."""
-    found = finished(run)
-    return found[-1].identity if found else None
-
-
-def blocks_of(vectors: VisualVectors) -> Iterator[tuple[Int64Array, npt.NDArray[np.float32]]]:
-    """Yield keys (K,) and vectors (K, V), some megabytes at a time."""
-    for start in range(0, len(vectors.keys_N), _BLOCK_ROWS):
-        block = slice(start, start + _BLOCK_ROWS)
-        yield np.asarray(vectors.keys_N[block]), np.asarray(vectors.vectors_NV[block])
-
-
-def vector_of(vectors: VisualVectors, key: int) -> npt.NDArray[np.float32] | None:
-    """Return the vector of an image, (V,), or None. Reads the keys, 8 MB for a million."""
-    rows = np.flatnonzero(vectors.keys_N == key)
-    return np.array(vectors.vectors_NV[rows[0]]) if len(rows) else None
+    checkpoints = [each.identity for each in finished(run)[-1:]]
+    return background.task(repr(("vectors", name, checkpoints, name_of(snapshot))), work, alone=True)
 
 
 def embed(places: Places, run: str, snapshot: Snapshot, features_ND: npt.NDArray[Any]) -> npt.NDArray[np.float32]:

@@ -25,7 +25,6 @@ from explorer.data.background import Background, Task
 from explorer.data.impressions.explained import name_of, percent, points
 from explorer.data.impressions.open_runs import TrainedRuns
 from explorer.data.pictures import Pictures
-from explorer.data.visual import ImageRuns
 from explorer.places import Places
 from featurestore.console.output import figure
 from featurestore.log import utc_text
@@ -188,11 +187,6 @@ class Site:
     def trained_runs(self) -> TrainedRuns:
         """The open runs, shared by the pages; the pages of impressions close them."""
         return TrainedRuns(self.places)
-
-    @cached_property
-    def image_runs(self) -> ImageRuns:
-        """The runs whose models use images, and their vectors."""
-        return ImageRuns(self.places)
 
     @cached_property
     def templates(self) -> jinja2.Environment:

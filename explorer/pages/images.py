@@ -1,24 +1,23 @@
 """Pages of images: search and browsing, one image with its neighbours, and uploaded pictures."""
 
+import asyncio
 import base64
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from threading import Lock
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
+from numpy.typing import NDArray
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from explorer.data.ads import Counting, begin
+from explorer.data.ads import AdFigures, begin
 from explorer.data.background import Task
 from explorer.data.cache import LruCache
-from explorer.data.catalogue import SORTS, Catalogue, ImageQuery, ListedImage, make_catalogue
+from explorer.data.catalogue import SORTS, Catalogue, ImageQuery, make_catalogue
 from explorer.data.neighbours import (
     Neighbours,
     Space,
@@ -29,16 +28,13 @@ from explorer.data.neighbours import (
 )
 from explorer.data.pictures import shrunk
 from explorer.data.snapshots import find_key, name_of, open_snapshot
-from explorer.data.visual import MOST_BYTES, blocks_of, embed, feature_of_picture, vector_of
-from explorer.errors import ExplorerError, NotHereError
+from explorer.data.visual import MOST_BYTES, begin_vectors, embed, feature_of_picture, image_runs
+from explorer.errors import ExplorerError, NotHereError, tried
 from explorer.html.query import Paging, choice, read_upload, whole_in
 from explorer.html.query import snapshot as asked_snapshot
 from explorer.html.site import NavItem, PageKind, Question, Site
-from featurestore.errors import UserError
-from featurestore.keys import Int64Array
 from featurestore.snapshot import Snapshot
 from featurestore.store import FeatureStore
-from featurestore.text import one_line
 
 PER_PAGE = 48
 NUM_NEIGHBOURS = 12
@@ -46,6 +42,10 @@ LARGE = 800
 _KEY_FROM = -(1 << 63)
 _FROZEN_BYTES = 64 << 20
 """Largest features of a store for which neighbours are exported; for more, the export would take hours."""
+_LIST_BYTES = 32 << 20
+"""Lists of images, sorted and filtered, that are cached take as much memory together: 8 of a million images."""
+_BUSY_S = 30.0
+"""Seconds that an uploaded picture waits for others before it."""
 _PATIENCE_S = 10.0
 """Seconds to wait for visual vectors for an uploaded picture, which the user would have to send again."""
 _TITLES = {"features": "Features", "visual": "Visual vectors"}
@@ -54,33 +54,9 @@ _TITLES = {"features": "Features", "visual": "Visual vectors"}
 class SoughtFeature(NamedTuple):
     """The query of a neighbour search: a stored feature, (1, D), and its key if the store has it."""
 
-    feature_1D: npt.NDArray[Any]
+    feature_1D: NDArray[Any]
     key: int | None
     run: str | None
-
-
-@dataclass
-class ImageList:
-    """A list of images, or the progress of the table that it is taken from, as one answer shows it."""
-
-    query: ImageQuery
-    task: Task[Catalogue]
-
-    @cached_property
-    def catalogue(self) -> Catalogue | None:
-        """All images; None until they are listed. Raises what went wrong."""
-        return self.task.result() if self.task.is_ended else None
-
-    @cached_property
-    def found(self) -> Int64Array | None:
-        """The rows of the images that are asked for."""
-        return None if self.catalogue is None else self.catalogue.find(self.query)
-
-    def page(self, first: int, most: int) -> list[ListedImage]:
-        """Return up to `most` of them from number `first` on."""
-        if self.catalogue is None or self.found is None:
-            return []
-        return self.catalogue.images(self.found[first : first + most])
 
 
 class ImagePages(PageKind):
@@ -98,9 +74,9 @@ class ImagePages(PageKind):
 
     def __init__(self, site: Site) -> None:
         super().__init__(site)
-        self._runs = site.image_runs
         self._features: LruCache[Neighbours] = LruCache(500)
-        self._network = Lock()
+        self._lists: LruCache[NDArray[np.int32]] = LruCache(_LIST_BYTES, lambda rows: rows.nbytes)
+        self._network = asyncio.Lock()
 
     def routes(self) -> Sequence[Route]:
         """List the routes: search, one image, and neighbours of an uploaded picture."""
@@ -115,24 +91,27 @@ class ImagePages(PageKind):
         """Show the images, all or those that are searched for, in the requested order."""
         store, snapshot = self._open(request)
         query = _query(request)
-        part = ImageList(query, self._catalogue(store, snapshot))
-        self.await_task(request, "images", part.task)
-        found = part.found
-        paging = Paging.of(request, 0 if found is None else len(found), PER_PAGE)
-        images = part.page(paging.first, PER_PAGE)
+        task = self._catalogue(store, snapshot)
+        catalogue, paging, images = None, Paging.of(request, 0, PER_PAGE), []
+        if self.await_task(request, "images", task):
+            catalogue = task.result()
+            found = self._lists.get((task.name, query), partial(catalogue.find, query))
+            paging = Paging.of(request, len(found), PER_PAGE)
+            images = catalogue.images(found[paging.first : paging.first + PER_PAGE])
         return self._page(
             request,
             "search",
             f"Images with {query.text[:60]}" if query.text else "Images",
             snapshot,
-            part=part,
+            task=task,
+            catalogue=catalogue,
             query=query,
             params=_params(query),
             paging=paging,
             images=images,
             sorts=SORTS,
             network=store.info.network,
-            runs=self._runs.names(),
+            runs=image_runs(self.site.places),
         )
 
     def _catalogue(self, store: FeatureStore, snapshot: Snapshot) -> Task[Catalogue]:
@@ -141,11 +120,11 @@ class ImagePages(PageKind):
 
         def work(task: Task[Catalogue]) -> Catalogue:
             task.tell("reads the test samples")
-            return make_catalogue(store, snapshot, figures.task.result(), task)
+            return make_catalogue(store, snapshot, figures.result(), task)
 
         return self.site.background.task(repr(("images", name_of(snapshot), figures.name)), work)
 
-    def _figures(self) -> Counting:
+    def _figures(self) -> Task[AdFigures]:
         """Start to count what samples say of images, or return the task of before."""
         return begin(self.site.places, self.site.background)
 
@@ -168,16 +147,16 @@ class ImagePages(PageKind):
                 f"no image has the key {key}, neither in snapshot {snapshot.version} nor among the broken ones"
             )
         uri = image.uri
-        figures = self._figures().task
+        figures = self._figures()
         self.await_task(request, "figures", figures)
-        runs = self._runs.names()
+        runs = image_runs(self.site.places)
         run = self._run(request.query_params.get("run"), runs)
         spaces = None
         if here is not None and self._wants_spaces(request, snapshot):
-            try:
-                spaces = self._spaces(request, snapshot, SoughtFeature(snapshot.get([key]), key, run))
-            except UserError as error:  # the image's own feature cannot be read
-                spaces = [Space(name="features", title=_TITLES["features"], problem=one_line(error))]
+            feature_1D, problem = tried(lambda: snapshot.get([key]))
+            spaces = [Space(name="features", title=_TITLES["features"], problem=problem)]
+            if feature_1D is not None:  # else the image's own feature cannot be read
+                spaces = self._spaces(request, snapshot, SoughtFeature(feature_1D, key, run))
         return self._page(
             request,
             "image",
@@ -198,27 +177,24 @@ class ImagePages(PageKind):
     async def like(self, request: Request) -> Response:
         """Show the neighbours of an uploaded picture, which is not stored."""
         data, fields = await read_upload(request, "picture", MOST_BYTES)
-        return await run_in_threadpool(self._like, request, data, fields.get("run") or None)
-
-    def _like(self, request: Request, data: bytes, asked_run: str | None) -> Response:
-        if not self._network.acquire(blocking=False):
-            return self.site.page(
-                request,
-                "error.html",
-                title="Busy",
-                status=503,
-                message="The network is busy with another picture: try again in a few seconds",
-            )
         try:
-            store, snapshot = self._open(request)
-            if not snapshot.version:
-                raise ExplorerError("the store is empty: there is nothing to compare the picture with")
-            feature_1D = feature_of_picture(store, data)
-            runs = self._runs.names()
-            run = self._run(asked_run, runs)
-            spaces = self._spaces(request, snapshot, SoughtFeature(feature_1D, None, run))
+            await asyncio.wait_for(self._network.acquire(), _BUSY_S)
+        except TimeoutError:
+            message = "The network is busy with other pictures: try again in a minute"
+            return self.site.page(request, "error.html", title="Busy", status=503, message=message)
+        try:
+            return await run_in_threadpool(self._like, request, data, fields.get("run") or None)
         finally:
             self._network.release()
+
+    def _like(self, request: Request, data: bytes, asked_run: str | None) -> Response:
+        store, snapshot = self._open(request)
+        if not snapshot.version:
+            raise ExplorerError("the store is empty: there is nothing to compare the picture with")
+        feature_1D = feature_of_picture(store, data)
+        runs = image_runs(self.site.places)
+        run = self._run(asked_run, runs)
+        spaces = self._spaces(request, snapshot, SoughtFeature(feature_1D, None, run))
         picture = base64.b64encode(shrunk(data, LARGE).jpeg).decode()
         return self._page(
             request, "like", "Images like yours", snapshot, picture_jpeg=picture, key=None, run=run, **_compared(spaces)
@@ -226,17 +202,11 @@ class ImagePages(PageKind):
 
     def _spaces(self, request: Request, snapshot: Snapshot, asked: SoughtFeature) -> list[Space]:
         """Find the neighbours in both spaces; an error in one becomes its sentence."""
-        made: list[tuple[str, Callable[[], Space]]] = [
-            ("features", lambda: self._in_features(snapshot, asked)),
-            ("visual", lambda: self._in_visual(request, snapshot, asked)),
-        ]
-        spaces = []
-        for name, make in made:
-            try:
-                spaces.append(make())
-            except UserError as error:
-                spaces.append(Space(name=name, title=_TITLES[name], problem=one_line(error)))
-        return spaces
+        made: dict[str, Callable[[], Space]] = {
+            "features": lambda: self._in_features(snapshot, asked),
+            "visual": lambda: self._in_visual(request, snapshot, asked),
+        }
+        return [_or_problem(name, make) for name, make in made.items()]
 
     def _in_features(self, snapshot: Snapshot, asked: SoughtFeature) -> Space:
         query_D = snapshot.codec.decode(asked.feature_1D)[0]
@@ -255,7 +225,7 @@ class ImagePages(PageKind):
         if asked.run is None:
             problem = "There is no run with images: name the folder of runs by --runs."
             return Space(name="visual", title=title, problem=problem)
-        task = self._runs.begin(asked.run, snapshot, self.site.background)
+        task = begin_vectors(self.site.places, asked.run, snapshot, self.site.background)
         if asked.key is None:
             task.wait(_PATIENCE_S)
         if not self.await_task(request, "vectors", task):
@@ -264,11 +234,11 @@ class ImagePages(PageKind):
         if asked.key is None:
             query_V = embed(self.site.places, asked.run, snapshot, asked.feature_1D)[0]
         else:
-            found_V = vector_of(vectors, asked.key)
+            found_V = vectors.of(asked.key)
             if found_V is None:
                 raise ExplorerError("the image has no visual vector in this snapshot")
             query_V = found_V
-        found = nearest_vectors(snapshot, blocks_of(vectors), query_V, NUM_NEIGHBOURS, asked.key)
+        found = nearest_vectors(snapshot, vectors.blocks(), query_V, NUM_NEIGHBOURS, asked.key)
         how = (
             f"Cosine of the {len(query_V)} numbers that the run {asked.run} ({vectors.about['checkpoint']}) makes of "
             f"each image, exactly, among all {found.num_rows:,} images."
@@ -295,6 +265,11 @@ class ImagePages(PageKind):
         return self.site.page(
             request, f"images/{template}.html", title=title, snapshot=snapshot, version=version, **context
         )
+
+
+def _or_problem(name: str, make: Callable[[], Space]) -> Space:
+    found, problem = tried(make)
+    return found or Space(name=name, title=_TITLES[name], problem=problem)
 
 
 def _query(request: Request) -> ImageQuery:

@@ -30,7 +30,7 @@ from explorer.data.impressions.open_runs import At, OpenedRun
 from explorer.data.pictures import shrunk
 from explorer.data.runs.folders import RunSummary
 from explorer.data.visual import MOST_BYTES, why_not
-from explorer.errors import ExplorerError, NotHereError
+from explorer.errors import ExplorerError, NotHereError, tried
 from explorer.html.query import Paging, number_of, read_upload
 from explorer.html.site import NavItem, PageKind, Question, Site
 from featurestore.errors import SnapshotNotFoundError, UserError
@@ -99,10 +99,9 @@ class ImpressionPages(PageKind):
         context: dict[str, Any] = {"runs": runs, "asked": asked, "orders": ORDERS, "clicked": CLICKED, "problem": ""}
         context["asked_page"] = request.query_params.get("page")
         context["is_there"] = self.waits(request, "list") or self.runs.is_listed(asked.run)
-        try:
-            context |= self._listed(request, asked) if context["is_there"] else {}
-        except UserError as error:
-            context["problem"] = one_line(error)
+        if context["is_there"]:
+            listed, context["problem"] = tried(lambda: self._listed(request, asked))
+            context |= listed or {}
         return self.site.page(request, "impressions/list.html", title="Impressions", **context)
 
     def group(self, request: Request) -> Response:
@@ -241,10 +240,8 @@ class ImpressionPages(PageKind):
         if not typed or not explanation.chosen.pictures:
             return None, ""
         picture = self._typed(explanation.group, typed, opened)
-        try:
-            return score_chosen(explanation.group, explanation.chosen.place, picture, self.site.places.store), ""
-        except UserError as error:
-            return None, one_line(error)
+        group, ad = explanation.group, explanation.chosen.place
+        return tried(lambda: score_chosen(group, ad, picture, self.site.places.store))
 
     def _typed(self, group: SampleGroup, typed: str, opened: OpenedRun) -> PictureName:
         """Read the user's input: a key or a uri."""

@@ -3,20 +3,18 @@
 import itertools
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from explorer.data.background import Task
 from explorer.data.runs import comparing
 from explorer.data.runs.comparing import (
     IMAGES,
     TITLES,
-    Evaluation,
-    RunsCompared,
     SettingRow,
     compare_runs,
     differing,
@@ -25,13 +23,13 @@ from explorer.data.runs.comparing import (
 )
 from explorer.data.runs.curves import CurveReader, Curves, StageTime, stages_of_report
 from explorer.data.runs.folders import METRICS, RunFacts, open_run, read_facts, read_runs, run_names
-from explorer.errors import ExplorerError
+from explorer.errors import ExplorerError, tried
 from explorer.html import charts
 from explorer.html.query import Paging
 from explorer.html.site import NavItem, PageKind, Question, Site
 from explorer.places import Places
-from featurestore.errors import FeatureStoreError, StorageError, UserError
-from featurestore.published.paths import RunPath, run_path
+from featurestore.errors import FeatureStoreError, StorageError
+from featurestore.published.paths import run_path
 from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
 from featurestore.text import one_line
@@ -110,7 +108,7 @@ class RunPages(PageKind):
         folder = open_run(self.site.places, name)
         facts = read_facts(folder, name)
         live = self._live([facts])
-        evaluation, problem = _evaluation(folder)
+        evaluation, problem = tried(lambda: read_evaluation(folder))
         return self.site.page(
             request,
             "runs/run.html",
@@ -130,29 +128,39 @@ class RunPages(PageKind):
         """Show two to six runs side by side."""
         if "run" not in request.query_params and "compare" in run_names(self.site.places):
             return self._one(request, "compare")
-        return self._several(request, self._names(request, least=2), "Runs side by side", is_worth=False)
+        names = list(dict.fromkeys(request.query_params.getlist("run")))
+        if not 2 <= len(names) <= _MOST_COMPARED:
+            raise ExplorerError(f"choose 2 to {_MOST_COMPARED} runs; {len(names)} were chosen")
+        runs = [read_facts(open_run(self.site.places, name), name) for name in names]
+        return self._several(request, runs, "Runs side by side", is_worth=False)
 
     def worth(self, request: Request) -> Response:
         """Show runs side by side that differ only in their images."""
         runs = read_runs(self.site.places, run_names(self.site.places)[:_MOST_LOOKED_AT])
-        groups = [[run.name for run in group] for group in image_groups(runs)]
+        groups = image_groups(runs)
         if not groups:
             commands = _worth_commands(self.site.places, runs)
             return self.site.page(request, "runs/no-worth.html", title=_WORTH, commands=commands)
-        return self._several(request, groups[0], _WORTH, is_worth=True, others=groups[1:][:_MOST_GROUPS])
+        others = [[run.name for run in group] for group in groups[1:][:_MOST_GROUPS]]
+        return self._several(request, groups[0], _WORTH, is_worth=True, others=others)
 
     def _several(
         self,
         request: Request,
-        names: Sequence[str],
+        runs: Sequence[RunFacts],
         title: str,
         *,
         is_worth: bool,
         others: Sequence[Sequence[str]] = (),
     ) -> Response:
         """Show runs side by side; `others`: further groups of runs that differ in their images alone."""
-        runs = [read_facts(open_run(self.site.places, name), name) for name in names]
-        rows = differing(runs)
+        places, names, rows = self.site.places, [run.name for run in runs], differing(runs)
+        task = self.site.background.task(
+            repr(("differences", names, [run.checkpoint for run in runs])),
+            lambda task: compare_runs(places, names, task),
+        )
+        is_measured = self.await_task(request, "differences", task)
+        comparison, problem = tried(task.result) if is_measured else (None, "")
         return self.site.page(
             request,
             "runs/compare.html",
@@ -163,20 +171,18 @@ class RunPages(PageKind):
             others=others,
             rows=[*comparing.snapshots(runs), *(row for row in rows if row.is_figure)],
             other_rows=[row for row in rows if not row.is_figure],
-            evaluations={run.name: _evaluation(open_run(self.site.places, run.name))[0] for run in runs},
+            evaluations={name: tried(partial(read_evaluation, places.run(name)))[0] for name in names},
             live=self._live(runs),
-            part=self._differences(request, names),
+            task=task,
+            is_measured=is_measured,
+            found=comparison,
+            problem=problem,
+            commands=_commands([str(places.run(name)) for name in names]),
             metrics=METRICS,
             titles=TITLES,
             first=lambda name: [name, *(each for each in names if each != name)],
             charts_of=charts,
         )
-
-    def _names(self, request: Request, *, least: int) -> list[str]:
-        names = list(dict.fromkeys(request.query_params.getlist("run")))
-        if not least <= len(names) <= _MOST_COMPARED:
-            raise ExplorerError(f"choose {least} to {_MOST_COMPARED} runs; {len(names)} were chosen")
-        return names
 
     def _live(self, runs: Sequence[RunFacts]) -> "Live":
         """Read the curves of the runs."""
@@ -187,25 +193,6 @@ class RunPages(PageKind):
             except (OSError, StorageError, ValueError) as error:
                 problems.append(f"The curves of {run.name} cannot be read: {one_line(error)}")
         return Live(runs=runs, curves=by_run, problems=problems)
-
-    def _differences(self, request: Request, names: Sequence[str]) -> "DifferencesPart":
-        places = self.site.places
-        folders = [open_run(places, name) for name in names]
-        commands = [
-            f"crossmedia evaluate {shlex.quote(str(folder))} --against {shlex.quote(str(folders[0]))}"
-            for folder in folders[1:]
-        ]
-        state = [read_facts(folder).checkpoint for folder in folders]
-        task: Task[RunsCompared] = self.site.background.task(
-            repr(("differences", list(names), state)), lambda task: compare_runs(places, names, task)
-        )
-        part = DifferencesPart(names=list(names), commands=commands, task=task)
-        if self.await_task(request, "differences", task):
-            try:
-                part.comparison = task.result()
-            except UserError as error:
-                part.problem = one_line(error)
-        return part
 
 
 @dataclass(kw_only=True)
@@ -250,22 +237,6 @@ class Live:
         return stages_of_report(run.report) or (self.curves[run.name].stages if run.name in self.curves else ())
 
 
-@dataclass(kw_only=True)
-class DifferencesPart:
-    """Differences of runs, or their progress or error, and the commands that compute them."""
-
-    names: Sequence[str]
-    commands: Sequence[str]
-    task: Task[RunsCompared]
-    comparison: RunsCompared | None = field(default=None)
-    problem: str = ""
-
-    @property
-    def is_ended(self) -> bool:
-        """Return whether the part is final."""
-        return self.comparison is not None or bool(self.problem)
-
-
 def _first_group(runs: Sequence[RunFacts]) -> Sequence[RunFacts]:
     """Find the runs that show the value of images: those that differ only in images; empty if there are none."""
     return next(iter(image_groups(runs)), [])
@@ -303,12 +274,10 @@ def _elsewhere(places: Places, run: RunFacts) -> list[str]:
     return [f"{name}={place}" for name, place in shown.items() if place and run.settings.get(name) != place]
 
 
-def _evaluation(folder: RunPath) -> tuple[Evaluation | None, str]:
-    """Read an evaluation, or return the reason why it cannot be read."""
-    try:
-        return read_evaluation(folder), ""
-    except ExplorerError as error:
-        return None, one_line(error)
+def _commands(folders: Sequence[str]) -> list[str]:
+    """Write the commands that compare runs with the first."""
+    against = f"--against {shlex.quote(folders[0])}"
+    return [f"crossmedia evaluate {shlex.quote(folder)} {against}" for folder in folders[1:]]
 
 
 def _stores(facts: RunFacts) -> list[SettingRow]:

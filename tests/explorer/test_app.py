@@ -109,13 +109,13 @@ def test_the_first_page_has_the_questions_that_its_places_answer() -> None:
 
 def test_packages_that_are_missing_are_named_and_are_those_of_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     command.check_installed()
-    monkeypatch.setattr(command, "find_spec", lambda name: None if name == "sklearn" else object())
-    with pytest.raises(ExplorerError, match=r"\(sklearn\).*crossmedia\[explorer\]"):
+    monkeypatch.setattr(command, "find_spec", lambda name: None if name == "plotly" else object())
+    with pytest.raises(ExplorerError, match=r"\(plotly\).*crossmedia\[explorer\]"):
         command.check_installed()
     parser = configparser.ConfigParser()
     parser.read(ROOT / "setup.cfg")
     extra = parser["options.extras_require"]["explorer"]
-    distributions = {"python_multipart": "python-multipart", "sklearn": "scikit-learn"}
+    distributions = {"python_multipart": "python-multipart"}
     needed = sorted(distributions.get(name, name) for name in command.NEEDED)
     assert sorted(line.partition(">")[0] for line in extra.split()) == needed
 
@@ -124,6 +124,45 @@ def test_servers_start_without_torch() -> None:
     """It takes seconds and 200 MB, which the first page or the first model that needs it may wait for."""
     words = "import sys, explorer.server, serving.http.workers; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", words], cwd=ROOT, check=False).returncode == 0
+
+
+_MEMORY = """
+import re, sys, threading
+from pathlib import Path
+import numpy as np
+from explorer.server import spare_memory
+
+def taken_mb():
+    return int(re.search(r"RssAnon:\\s*(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+
+def work():
+    for _ in range(4):
+        blocks = [np.ones(30 << 10 << n, np.uint8) for n in range(10) for _ in range(4)]
+        small.append(blocks[0])
+
+if "spare" in sys.argv:
+    spare_memory()
+before, small = taken_mb(), []  # 750 MB by default, 120 MB where memory is spared
+table = np.zeros(256 << 20, np.uint8)
+table[:: 1 << 20] = 1
+threads = [threading.Thread(target=work) for _ in range(8)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+print(taken_mb() - before)
+"""
+
+
+def test_freed_memory_and_rows_that_are_not_used_are_not_kept() -> None:
+    command = [sys.executable, "-c", _MEMORY, "spare"]
+    assert float(subprocess.run(command, check=True, capture_output=True, text=True).stdout) < 300
+
+
+@pytest.mark.services
+def test_a_server_spares_memory(tmp_path: Path) -> None:
+    with serving(tmp_path, "--images", tmp_path) as server:
+        assert "THP_enabled:\t0" in Path(f"/proc/{server.process.pid}/status").read_text()
 
 
 @pytest.mark.services

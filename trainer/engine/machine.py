@@ -39,7 +39,6 @@ def share_machine(config: Config, comm: Comm) -> torch.device:
 
     Raises ConfigError for more threads than a rank can use, or a GPU that is not there; on all ranks alike.
     """
-    keep_freed_memory()
     place = RankPlace(socket.gethostname(), frozenset(os.sched_getaffinity(0)), torch.cuda.is_available())
     places = comm.allgather_object(place, name="places")
     check_threads(config.run.threads, min(len(each.cores) for each in places))
@@ -180,7 +179,8 @@ def keep_freed_memory() -> None:
     """Keep freed blocks of up to 32 MB, half a gigabyte in all, for the next allocation.
 
     By default glibc returns large blocks at once, and in each step the kernel finds and clears the same pages again:
-    a tenth of the time of E's forward and backward. Nothing happens where the C library is another one.
+    a tenth of the time of E's forward and backward. For a process that does nothing else: a server would keep what each
+    of its threads has freed. Nothing happens where the C library is another one.
     """
     libc = ctypes.CDLL(None)
     with contextlib.suppress(AttributeError):

@@ -29,7 +29,7 @@ from featurestore.text import count_text
 from trainer.comm import Comm
 from trainer.config import Config, differences, save_config, settings_that_decide
 from trainer.engine.engine import Engine
-from trainer.engine.machine import share_machine, with_compute_dtype
+from trainer.engine.machine import keep_freed_memory, share_machine, with_compute_dtype
 from trainer.engine.wiring import check_tables
 from trainer.errors import CheckpointError, ConfigError, DataError, DataNotFoundError
 from trainer.models.layers import used_fields
@@ -397,6 +397,7 @@ def _open_run(
     samples = comm.on_rank_0(lambda: open_samples(config, places))
     recorded = at[1].origin if at else None
     warm = None if at else comm.on_all(lambda: _checked_warm_start(config, schema))
+    keep_freed_memory()
     device = share_machine(config, comm)
     dtype = recorded.model.get("compute_dtype") if recorded else None
     config = config.model_copy(update={"model": with_compute_dtype(config.model, comm, device, dtype)})

@@ -124,6 +124,12 @@ class TrainedRun(opening.OpenRun):
 
     saved: SavedRun
 
+    def close(self) -> None:
+        """Release the stores' rows, and the ID tables, which refer to each other, with the last use of the engine."""
+        super().close()
+        for source in self.engine.id_sources:
+            source.key_sources.clear()
+
     @property
     def store_version(self) -> int | None:
         """The snapshot that images are looked up in; None where the model has no images."""

@@ -99,8 +99,9 @@ class OpenedRun:
         return logits_B, weights
 
     def close(self) -> None:
-        """Release the stores' rows."""
+        """Release the stores' rows and the tables, also where a page that was shown still refers to this run."""
         self.trained.close()
+        del self.trained.engine
 
 
 class TrainedRuns:

@@ -96,14 +96,14 @@ def test_figures_are_counted_once_for_the_same_files(world: World, monkeypatch: 
 def test_without_runs_or_samples_nothing_is_known_and_it_says_why(world: World, tmp_path: Path) -> None:
     background = Background()
     try:
-        assert "name runs by --runs" in begin(Places(store=str(world.store)), background).task.result().note
+        assert "name runs by --runs" in begin(Places(store=str(world.store)), background).result().note
         (tmp_path / "empty").mkdir()
-        found = begin(world.places(samples=tmp_path / "empty"), background).task.result()
+        found = begin(world.places(samples=tmp_path / "empty"), background).result()
         assert found.note.startswith("CTR cannot be shown: ")
         assert found.of(np.array([1, 2])).impressions_I.tolist() == [0, 0]
         assert nothing_known("").of(np.array([3])).category_I.tolist() == [""]
         whole = begin(world.places(), background)
-        assert whole.task is begin(world.places(), background).task
-        assert whole.task.result().impressions_I.sum() > 0
+        assert whole is begin(world.places(), background)
+        assert whole.result().impressions_I.sum() > 0
     finally:
         background.close()

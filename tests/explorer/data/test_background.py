@@ -3,6 +3,8 @@
 import threading
 import time
 from concurrent.futures import CancelledError
+from dataclasses import dataclass
+from functools import partial
 
 import pytest
 
@@ -53,12 +55,32 @@ def test_an_error_is_that_of_the_result_and_is_tried_again_after_a_while(monkeyp
     work.close()
 
 
-def test_results_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(background, "KEPT", 3)
+@dataclass
+class Sized:
+    size_bytes: int
+
+
+def test_results_are_bounded_by_their_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(background, "KEPT_BYTES", 3_000_000 + 3 * background._LEAST_BYTES)
     work, made = Background(), list[int]()
-    for number in (*range(10), 9, 8, 7, 6):
-        work.task(str(number), lambda task, number=number: made.append(number)).result()
-    assert made == [*range(10), 6], "the last three are kept"
+
+    def make(task: Task[Sized], number: int) -> Sized:
+        made.append(number)
+        return Sized(5_000_000 if number == 20 else 1_000_000)
+
+    def ask(*numbers: int) -> None:
+        for number in numbers:
+            work.task(str(number), partial(make, number=number)).result()
+            while work._running:
+                time.sleep(0.001)
+
+    ask(*range(10), 9, 8, 7, 6)
+    assert made == [*range(10), 6], "three of them have room"
+    ask(20, 20)
+    assert made == [*range(10), 6, 20], "the newest stays, as its page asks for it again"
+    ask(6)
+    assert made == [*range(10), 6, 20, 6]
+    assert work._ended.size < 2_000_000
     work.close()
 
 

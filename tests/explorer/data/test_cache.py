@@ -3,12 +3,14 @@
 import os
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from explorer.data import cache as module
-from explorer.data.cache import FileCache, LruCache
+from explorer.data.cache import LruCache, TableCache, about_of, described
 
 
 def test_a_value_is_computed_once_however_many_ask_at_the_same_time():
@@ -68,14 +70,72 @@ def test_the_sizes_of_the_values_are_bounded():
     assert cache.size == 9
 
 
-def test_files_and_folders_unused_for_longest_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_newest_value_stays_whatever_its_size():
+    cache: LruCache[bytes] = LruCache(10, len)
+    cache.put("a", bytes(4))
+    cache.put("b", bytes(40))
+    assert (cache.peek("a"), cache.peek("b"), cache.size) == (None, bytes(40), 40)
+    cache.put("c", bytes(3))
+    assert (cache.peek("b"), cache.peek("c"), cache.size) == (None, bytes(3), 3)
+
+
+@pytest.fixture(params=[".arrow", ".parquet"])
+def tables(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TableCache:
     monkeypatch.setattr(module, "explorer_cache", lambda: tmp_path)
-    files = FileCache("kind-", "", most=2)
-    for used_s, digest in enumerate(["a", "b", "c", "d"]):
-        place = files.path(digest)
-        place.mkdir() if digest in "ac" else place.touch()
-        os.utime(place, (used_s, used_s))
-    os.utime(files.path("a"), (9, 9))
-    (tmp_path / "another-kind").touch()
-    files.prune()
-    assert sorted(each.name for each in tmp_path.iterdir()) == ["another-kind", "kind-a", "kind-d"]
+    return TableCache("kind-", request.param, most=2)
+
+
+def parts(*values: int) -> Iterator[pa.Table]:
+    for value in values:
+        table = pa.table({"value": [value]})
+        yield table.cast(described(table.schema, {"of": "numbers"}))
+
+
+def values_of(table: pa.Table) -> list[int]:
+    assert about_of(table) == {"of": "numbers"}
+    return table["value"].to_pylist()
+
+
+def test_a_table_is_made_once_and_again_where_its_file_is_damaged(tables: TableCache) -> None:
+    assert values_of(tables.get("a", lambda: parts(1, 2))) == [1, 2]
+    assert values_of(tables.get("a", lambda: parts(3))) == [1, 2]
+    tables.path("a").unlink()  # what is mapped stays
+    tables.path("a").write_bytes(b"ARROW1PAR1")
+    assert values_of(tables.get("a", lambda: parts(3))) == [3]
+
+
+def test_threads_that_ask_for_a_table_make_it_once(tables: TableCache) -> None:
+    calls, found = [], []
+
+    def slow() -> Iterator[pa.Table]:
+        calls.append(1)
+        time.sleep(0.05)
+        yield from parts(1)
+
+    threads = [threading.Thread(target=lambda: found.append(values_of(tables.get("a", slow)))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (len(calls), found) == (1, [[1]] * 4)
+
+
+def test_a_table_that_cannot_be_made_leaves_no_file(tables: TableCache) -> None:
+    def fails() -> Iterator[pa.Table]:
+        yield from parts(1)
+        raise OSError("disk")
+
+    with pytest.raises(OSError, match="disk"):
+        tables.get("a", fails)
+    assert [each.name for each in tables.path("a").parent.iterdir()] == ["kind-lock"]
+
+
+def test_tables_unused_for_longest_go(tables: TableCache) -> None:
+    for used_s, digest in enumerate("abc"):
+        tables.get(digest, lambda: parts(1))
+        os.utime(tables.path(digest), (used_s, used_s))
+        if digest == "b":
+            os.utime(tables.path("a"), (9, 9))
+    (tables.path("a").parent / f"another-{tables.suffix}").touch()
+    assert [tables.path(digest).exists() for digest in "abc"] == [True, False, True]
+    assert (tables.path("a").parent / f"another-{tables.suffix}").exists()

@@ -3,12 +3,14 @@
 import shutil
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from safetensors.torch import load
 
 from explorer.data import visual
+from explorer.data.background import Background
 from explorer.data.cache import explorer_cache
-from explorer.data.visual import ImageRuns, blocks_of, vector_of, visual_vectors
+from explorer.data.visual import begin_vectors, image_runs, visual_vectors
 from explorer.places import Places
 from featurestore import FeatureRows, FeatureStore, key_of_uri
 from tests.explorer.world import UNKNOWN
@@ -25,7 +27,7 @@ def _cache(tmp_path, monkeypatch):
 
 
 def by_key(found):
-    return dict(zip(found.keys_N.tolist(), found.vectors_NV.tolist(), strict=True))
+    return dict(zip(found.table["key"].to_pylist(), found.table["vector"].to_pylist(), strict=True))
 
 
 def test_they_are_what_the_export_has_and_are_computed_once(world, monkeypatch):
@@ -36,12 +38,13 @@ def test_they_are_what_the_export_has_and_are_computed_once(world, monkeypatch):
         uris |= dict(zip(table["key"].to_pylist(), table["uri"].to_pylist(), strict=True))
     assert by_key(found) == expected
     assert seen[-1] == (len(expected), len(expected))
-    assert dict(zip(found.keys_N.tolist(), found.uris_N.to_pylist(), strict=True)) == uris
-    assert isinstance(found.vectors_NV, np.memmap)
-    monkeypatch.setattr(visual, "_BLOCK_ROWS", 5)
-    assert {int(key) for keys_K, _ in blocks_of(found) for key in keys_K} == set(expected)
-    assert all(vector_of(found, key).tolist() == vector for key, vector in expected.items())
-    assert vector_of(found, key_of_uri(UNKNOWN)) is None
+    assert dict(zip(found.table["key"].to_pylist(), found.table["uri"].to_pylist(), strict=True)) == uris
+    before = pa.total_allocated_bytes()
+    blocks = [dict(zip(keys_K.tolist(), vectors_KV.tolist(), strict=True)) for keys_K, vectors_KV in found.blocks()]
+    assert {key: vector for block in blocks for key, vector in block.items()} == expected
+    assert pa.total_allocated_bytes() == before, "they are mapped, and not copied"
+    assert all(found.of(key).tolist() == vector for key, vector in expected.items())
+    assert found.of(key_of_uri(UNKNOWN)) is None
 
     monkeypatch.setattr(export.ImageNetwork, "tables", None)  # nothing is computed again
     again = visual_vectors(world.runs / "both")
@@ -69,12 +72,12 @@ def test_a_computation_that_fails_leaves_nothing(world, monkeypatch):
     monkeypatch.setattr(export.ImageNetwork, "tables", broken)
     with pytest.raises(OSError, match="disk"):
         visual_vectors(world.runs / "both")
-    assert not list(explorer_cache().iterdir())
+    assert [each.name for each in explorer_cache().iterdir()] == ["vectors-lock"]
 
 
 def test_only_runs_with_images_and_a_checkpoint_are_named(world, tmp_path):
-    assert ImageRuns(world.places()).names() == ["both", "both-longer"]
-    assert ImageRuns(Places(store=str(world.store))).names() == []
+    assert image_runs(world.places()) == ["both", "both-longer"]
+    assert image_runs(Places(store=str(world.store))) == []
     runs = tmp_path / "runs"
     shutil.copytree(world.runs / "both", runs / "begun", ignore=shutil.ignore_patterns("versions"))
     for name in ("odd", "ad", "behavior", "good <b>"):
@@ -85,25 +88,30 @@ def test_only_runs_with_images_and_a_checkpoint_are_named(world, tmp_path):
     assert "images: both" in config
     for name in ("ad", "behavior"):  # those that see most come first
         (runs / name / "config.yaml").write_text(config.replace("images: both", f"images: {name}"))
-    assert ImageRuns(Places(store=str(world.store), runs=str(runs))).names() == ["good <b>", "behavior", "ad"]
+    assert image_runs(Places(store=str(world.store), runs=str(runs))) == ["good <b>", "behavior", "ad"]
 
 
 def test_the_run_is_read_once_until_it_has_another_checkpoint(world, monkeypatch, tmp_path):
     run = shutil.copytree(world.runs / "both", tmp_path / "runs" / "both")
     calls, real = [], visual.visual_vectors
     monkeypatch.setattr(visual, "visual_vectors", lambda *args, **more: calls.append(args) or real(*args, **more))
-    runs, store = ImageRuns(world.places(runs=run.parent)), FeatureStore.open(world.store)
-    first = runs.vectors("both", store.snapshot())
-    assert runs.vectors("both", store.snapshot()) is first
+    places, store, background = world.places(runs=run.parent), FeatureStore.open(world.store), Background()
+
+    def vectors(version=None):
+        return begin_vectors(places, "both", store.snapshot(version), background).result()
+
+    first = vectors()
+    assert vectors() is first
     assert len(calls) == 1
-    assert len(runs.vectors("both", store.snapshot(1)).keys_N) == 26
+    assert len(vectors(1).table) == 26
     (newest,), place = finished(run), CheckpointPlace(run)
     state = read_state(newest)
     tensors = {name: load(newest.read_bytes(name)) for name in state.files}
     place.claim()
-    assert runs.vectors("both", store.snapshot()) is first, "the checkpoint is the same"
+    assert vectors() is first, "the checkpoint is the same"
     place.remove([newest])
     parts = {name: place.write(state.step, name, each) for name, each in tensors.items()}
     place.commit(state.step, parts, state_bytes(state, parts), 3, None)
-    runs.vectors("both", store.snapshot())
+    vectors()
     assert len(calls) == 3
+    background.close()

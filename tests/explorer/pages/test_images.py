@@ -2,6 +2,8 @@
 
 import re
 import threading
+import time
+from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
@@ -13,7 +15,7 @@ from explorer.pages import images as pages
 from explorer.server import application
 from featurestore import FeatureStore, key_of_uri
 from featurestore.upkeep.remake import remake
-from tests.explorer.serving import Reader, Reading
+from tests.explorer.serving import Reader, Reading, site_of
 from tests.explorer.stores import make_store, rows, storied
 from tests.explorer.world import ADDED, BROKEN, COPIED, COPY, HOSTILE, PLAIN, UNKNOWN
 
@@ -297,7 +299,7 @@ def test_nothing_of_a_picture_reaches_the_disk(reader, shop, monkeypatch):
     assert send(reader, data + bytes(3_000_000)).status_code == 200  # what follows a JPEG is not looked at
 
 
-def test_one_picture_at_a_time_and_the_next_is_told_to_wait(reader, shop, monkeypatch):
+def test_pictures_wait_for_each_other_and_after_a_while_for_none(shop, monkeypatch):
     started, goes_on = threading.Event(), threading.Event()
     real = pages.feature_of_picture
 
@@ -308,15 +310,22 @@ def test_one_picture_at_a_time_and_the_next_is_told_to_wait(reader, shop, monkey
 
     monkeypatch.setattr(pages, "feature_of_picture", slow)
     data, answers = (shop.images / PLAIN[0]).read_bytes(), []
-    first = threading.Thread(target=lambda: answers.append(send(reader, data).status_code))
-    first.start()
-    assert started.wait(20)
-    busy = send(reader, data)
-    goes_on.set()
-    first.join()
-    assert (busy.status_code, answers) == (503, [200])
-    assert "try again" in Reading(busy.text).text
-    assert send(reader, data).status_code == 200
+    with TestClient(site_of(store=shop.store, images=shop.images)) as client:  # one loop for all requests
+        reader = SimpleNamespace(client=client)
+        several = [threading.Thread(target=lambda: answers.append(send(reader, data).status_code)) for _ in range(2)]
+        several[0].start()
+        assert started.wait(20)
+        with monkeypatch.context() as impatient:
+            impatient.setattr(pages, "_BUSY_S", 0.05)
+            busy = send(reader, data)
+        assert (busy.status_code, answers) == (503, [])
+        assert "try again" in Reading(busy.text).text
+        several[1].start()
+        time.sleep(0.3)  # it waits for the first one
+        goes_on.set()
+        for each in several:
+            each.join()
+    assert answers == [200, 200]
 
 
 def test_a_damaged_feature_is_a_sentence_on_the_page(tmp_path):

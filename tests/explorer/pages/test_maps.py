@@ -5,22 +5,24 @@ import json
 import re
 import threading
 from collections.abc import Iterator
-from dataclasses import replace
 from html import unescape
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from starlette.testclient import TestClient
 
+from explorer.data import map as maps
 from explorer.data.background import Task
 from explorer.data.map import make_map
 from explorer.html import charts
 from explorer.html.site import Site
-from explorer.pages.maps import MapPages, MapPart
+from explorer.pages.maps import MapPages
 from explorer.places import Places
 from explorer.server import application
+from featurestore import FeatureRows, FeatureStore
 from tests.explorer.world import World
 from tests.trainer.conftest import Places as Settings
 from tests.trainer.whole_runs import run_alone
@@ -62,12 +64,17 @@ def test_the_map_is_polled_until_it_is_there(pages: TestClient, monkeypatch: pyt
     assert "hx-get" not in pages.get("/map?run=both").text
 
 
-def test_its_file_is_parquet(pages: TestClient) -> None:
-    assert pages.get("/map/points.parquet?run=both-longer").status_code == 404
-    html = read(pages, "/map?run=both-longer&wait=map")
-    link = unescape(re.search(r'href="(/map/points.parquet[^"]*)"', html)[1])  # type: ignore[index]
-    answer = pages.get(link)
-    assert answer.headers["content-disposition"].startswith('attachment; filename="map-both-longer.parquet')
+POINTS = r'href="(/map/points/[^"]*)" download="([^"]*)"'
+
+
+def test_its_file_is_parquet_also_after_a_newer_snapshot(changing_world: World) -> None:
+    with TestClient(application(Site(changing_world.places()))) as pages:
+        html = read(pages, "/map?run=both-longer&wait=map")
+        link, name = re.search(POINTS, html).groups()  # type: ignore[union-attr]
+        store = FeatureStore.open(changing_world.store)
+        store.put(FeatureRows.of(["new"], np.ones((1, store.info.dim), np.float32)))
+        answer = pages.get(link)
+    assert (answer.status_code, name) == (200, "map-both-longer.parquet")
     assert "uri" in pq.read_table(io.BytesIO(answer.content)).column_names
     assert re.search(r"embedding-atlas \S+\.parquet --vector vector", html)
 
@@ -131,7 +138,8 @@ def test_a_run_is_chosen_that_sees_images(pages: TestClient) -> None:
     [
         ("/map?run=nothing", 404),
         ("/map?colour=x", 400),
-        ("/map/points.parquet?run=..", 404),
+        (f"/map/points/{24 * '0'}.parquet", 404),
+        ("/map/points/%2e%2e%2fimages.parquet", 404),
         ("/map?run=a%2Fb", 404),
     ],
 )
@@ -142,7 +150,6 @@ def test_addresses_that_do_not_work(pages: TestClient, address: str, status: int
 def test_runs_without_images(tmp_path: Path) -> None:
     with TestClient(application(Site(Places(runs=str(tmp_path))))) as pages:
         assert "nothing to lay out" in pages.get("/map").text
-        assert pages.get("/map/points.parquet").status_code == 404
 
 
 def test_of_several_contents_each_has_its_map(world: World, tmp_path: Path) -> None:
@@ -161,7 +168,7 @@ def test_of_several_contents_each_has_its_map(world: World, tmp_path: Path) -> N
         for name, link in found.items():
             html = read(pages, f"{link}&wait=map")
             assert f'aria-current="true">{name}</a>' in html
-            file = unescape(re.search(r'href="(/map/points.parquet[^"]*)"', html)[1])  # type: ignore[index]
+            file = re.search(POINTS, html)[1]  # type: ignore[index]
             spots.append(pq.read_table(io.BytesIO(pages.get(file).content))["x"].to_pylist())
         assert len(spots) == 2 and spots[0] != spots[1]
         other = read(pages, "/map?run=two&network=images:x&wait=map")
@@ -177,22 +184,9 @@ def test_images_that_the_store_has_not_lead_nowhere(world: World) -> None:
     with TestClient(application(Site(places))) as pages:
         assert 'href="/images/' in read(pages, "/map?run=both&wait=map")
     site = Site(places)
-    shown = MapPart(run="both", network=None, colour="folder", task=Task(), store_id="another")
-    shown.task.run(lambda _: make_map(places, "both", Task()))
-    assert not shown.has_pages
-    text = site.text("/map", "map/part.html", part=shown, maps=charts, links=MapPages(site)._links)
+    links = MapPages(site)._links(has_pages=False)
+    shown = {"points": make_map(places, "both", Task()), "run": "both", "network": None, "colour": "folder"}
+    shown |= {"has_pages": False, "links": links, "query": "", "found": None, "problem": ""}
+    text = site.text("/map", "map/part.html", maps=charts, laid_out=maps, **shown)
     assert "/images/" not in text
     assert "mapgrid" in text
-
-
-def test_an_answer_shows_one_state_of_a_map_that_ends_meanwhile(world: World) -> None:
-    """A page that asks for more has what it asks with."""
-    task: Task[Any] = Task()
-    part = MapPart(run="both", network=None, colour="folder", task=task, store_id=None)
-    assert (part.is_ended, part.shown) == (False, None)
-    points = make_map(world.places(), "both", Task())
-    task.run(lambda _: points)
-    assert (part.is_ended, part.shown) == (False, None)
-    now = replace(part)
-    assert now.is_ended
-    assert now.shown is points
