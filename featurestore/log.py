@@ -26,7 +26,7 @@ _NAME = re.compile(r"([0-9]{20})\.json")
 _MAX_ATTEMPTS = 300
 _MAX_FAILURES = 5
 _MAX_LISTINGS = 20
-_SLOW_S = 60.0
+_SLOW_S = 5.0
 """A listing that took longer is made again: one of a folder may lack what came meanwhile, and what an expiry took."""
 
 EMPTY = Manifest(
