@@ -9,7 +9,8 @@ Letters of shapes: B images of a batch, C colours, H and W pixels, D feature wid
 import difflib
 import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torchvision import models
-from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
+from torchvision.models import feature_extraction
 
 from pipeline.errors import BackboneError, WeightsError
 from pipeline.images.decode import Preset
@@ -172,15 +173,31 @@ def _without_memory(model: str, preset: Preset) -> nn.Module:
     return whole.to("meta")
 
 
+class _Tracer(feature_extraction.NodePathTracer):  # type: ignore[misc] # which has no types
+    """Leaves other threads alone: while torch.fx traces a model, it takes the calls of all modules of the process."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._thread = threading.get_ident()
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+
+feature_extraction.NodePathTracer = _Tracer  # the functions below take no tracer
+
+
 def _node_names(whole: nn.Module) -> tuple[str, list[str]]:
     """Name the input, and everything computed in evaluation, in its order."""
-    _, names = get_graph_node_names(whole, suppress_diff_warning=True)
+    _, names = feature_extraction.get_graph_node_names(whole, suppress_diff_warning=True)
     return names[0], names[1:]
 
 
 def _up_to(whole: nn.Module, input_name: str, layers: Iterable[str]) -> nn.Module:
     """Cut out what computes `layers` in evaluation; torchvision's graph for training is left empty."""
-    extractor: nn.Module = create_feature_extractor(
+    extractor: nn.Module = feature_extraction.create_feature_extractor(
         whole, train_return_nodes=[input_name], eval_return_nodes=list(layers), suppress_diff_warning=True
     )
     return extractor.eval()

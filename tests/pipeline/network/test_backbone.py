@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import threading
 import urllib.error
 
 import numpy as np
@@ -163,6 +164,27 @@ def test_every_model_of_torchvision_can_be_cut(some):
             network_of(model, "imagenet")
         layer = str(caught.value).split("come from: ")[1].split(" (")[0]
         assert network_of(layer, "imagenet").dim > 0
+
+
+def test_other_threads_compute_while_a_network_is_cut():
+    network, ones, errors, done = torch.nn.Sequential(torch.nn.Linear(2, 2)), torch.ones(1, 2), [], threading.Event()
+    expected = network(ones)
+
+    def compute():
+        while not done.is_set():
+            try:
+                assert torch.equal(network(ones), expected)
+            except Exception as error:
+                errors.append(error)
+
+    thread = threading.Thread(target=compute)
+    thread.start()
+    try:
+        network_of("resnet18:avgpool", "random:0")
+    finally:
+        done.set()
+        thread.join()
+    assert not errors
 
 
 def test_random_weights_are_seeded():
