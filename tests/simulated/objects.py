@@ -1,0 +1,143 @@
+"""The object store of a simulated world, in memory, and the product that sees this world.
+
+The product's `Storage` and `RemoteFiles` are the real ones: simulated is the client that fsspec would give them.
+"""
+
+import contextlib
+import io
+import random
+import time
+import uuid
+import zlib
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from featurestore import store
+from featurestore.storage import remote, storage
+from pipeline.samples import publish
+from tests.simulated.world import World
+
+
+@dataclass
+class Stored:
+    """An object: its bytes, and the time of its last write by the store's clock."""
+
+    data: bytes
+    mtime_s: float
+
+
+class ObjectStore:
+    """What `RemoteFiles` needs of fsspec's file systems; ranges of a file that is open are no requests of their own."""
+
+    def __init__(self, world: World) -> None:
+        self.objects: dict[str, Stored] = {}
+        self.watch: Callable[[str, str, bytes | None], None] = lambda verb, path, data: None
+        """Called before each change with what is done, the path, and the new bytes, None where it is deleted."""
+        self._world = world
+        draw = random.Random(f"listings {world.seed}")
+        self._lagging, self._misses_new, self._random = draw.choice([0.0, 0.3]), draw.random() < 0.5, draw
+
+    @staticmethod
+    def _strip_protocol(url: str) -> str:
+        return url.partition("://")[2]
+
+    def cat_file(self, path: str, start: int | None = None, end: int | None = None) -> bytes:
+        if start is not None:
+            return self._found(path).data[start:end]
+        data: bytes = self._world.request("read", path, lambda: self._found(path).data)
+        return data
+
+    def pipe_file(self, path: str, data: bytes, mode: str = "overwrite") -> None:
+        content = bytes(data)
+
+        def put() -> None:
+            if mode == "create" and path in self.objects:
+                raise FileExistsError(path)
+            self._tell(mode, path, content)
+            self.objects[path] = Stored(content, self._world.now_s)
+
+        self._world.request(mode, path, put)
+
+    def rm_file(self, path: str) -> None:
+        def remove() -> None:
+            self._found(path)
+            self._tell("delete", path, None)
+            del self.objects[path]
+
+        self._world.request("delete", path, remove)
+
+    def info(self, path: str) -> dict[str, Any]:
+        return self._world.request("look", path, lambda: self._about(path))  # type: ignore[no-any-return]
+
+    def ls(self, path: str, detail: bool) -> list[Any]:
+        found: dict[str, dict[str, Any]] = {}
+        for place in self._names(path):
+            name, *below = place.removeprefix(f"{path}/").split("/")
+            if below:
+                found[name] = {"name": f"{path}/{name}", "type": "directory", "size": 0}
+            elif place in self.objects:
+                found[name] = self._about(place)
+        if not found:
+            raise FileNotFoundError(path)
+        return (
+            sorted(found.values(), key=lambda each: each["name"])
+            if detail
+            else [each["name"] for each in found.values()]
+        )
+
+    def find(self, path: str, detail: bool) -> list[str]:
+        return [path] if path in self.objects else sorted(self._names(path))
+
+    def _names(self, folder: str) -> list[str]:
+        """List the paths below a folder; now and then in two requests.
+
+        So clients do that list page by page; what is written between the two may be missed, as POSIX allows."""
+        if self._world.current is self._world.calm or self._random.random() >= self._lagging:
+            return self._half(folder, (0, 1), float("inf"))
+        before_s = self._world.now_s if self._misses_new else float("inf")
+        return [*self._half(folder, (0,), float("inf")), *self._half(folder, (1,), before_s)]
+
+    def _half(self, folder: str, halves: Collection[int], before_s: float) -> list[str]:
+        def listed() -> list[str]:
+            below = [(path, each) for path, each in self.objects.items() if path.startswith(f"{folder}/")]
+            return [p for p, each in below if zlib.crc32(p.encode()) & 1 in halves and each.mtime_s <= before_s]
+
+        return self._world.request("list", folder, listed)  # type: ignore[no-any-return]
+
+    def _found(self, path: str) -> Stored:
+        if path not in self.objects:
+            raise FileNotFoundError(path)
+        return self.objects[path]
+
+    def _about(self, path: str) -> dict[str, Any]:
+        stored = self._found(path)
+        return {"name": path, "type": "file", "size": len(stored.data), "mtime": stored.mtime_s}
+
+    def _tell(self, verb: str, path: str, data: bytes | None) -> None:
+        try:
+            self.watch(verb, path, data)
+        except Exception as error:  # which the product may take for an answer
+            self._world.failure = self._world.failure or error
+            raise
+
+
+@contextlib.contextmanager
+def simulated(world: World, objects: ObjectStore) -> Iterator[pytest.MonkeyPatch]:
+    """Let the product see this world: the object store at sim://, clocks and draws, threads one after another."""
+    drawn, pool = random.Random(f"ids {world.seed}"), contextlib.nullcontext(SimpleNamespace(map=map))
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(io.StringIO()):
+        for module in (remote, storage):
+            patch.setattr(module, "ThreadPoolExecutor", lambda threads: pool)
+        for module in (store, publish):
+            patch.setattr(module, "refuse_unsafe", lambda place: None)
+        patch.setattr(remote, "_client", lambda protocol, place: objects)
+        patch.setattr(uuid, "uuid4", lambda: uuid.UUID(int=drawn.getrandbits(128), version=4))
+        patch.setattr(time, "time", lambda: world.now_s + world.current.main.skew_s)
+        patch.setattr(time, "monotonic", lambda: world.now_s)
+        patch.setattr(time, "sleep", world.sleep)
+        random.seed(world.seed)
+        yield patch
