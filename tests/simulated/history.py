@@ -2,27 +2,22 @@
 
 A step is a text: after which time, what, and what befalls its requests, one after another:
 
-    5s put bc | stalled 60s create .*/log/ | lost 250s delete .*/log/
+    5s put bc | stalled 60s create .*/log/ | lost 90s delete .*/log/
 """
 
 import itertools
 import json
-import random
-import re
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import pytest
 
-from featurestore.errors import StorageError
-from featurestore.log import version_of
+from featurestore.errors import CorruptFileError, StorageError, UserError
+from featurestore.log import manifest_path, version_of
 from featurestore.storage.storage import Storage
 from tests.simulated.objects import ObjectStore
-from tests.simulated.world import Aim, Client, Killed, World, seconds
-
-Plan = list[list[str]]
-"""By client, its steps."""
+from tests.simulated.world import Client, Killed, World, seconds
 
 
 class Entry(NamedTuple):
@@ -37,20 +32,19 @@ class History:
     """One history: the product at work, and what is known of it. A step is a method, its words are the arguments."""
 
     PLACE: ClassVar[str]
+    LOG: ClassVar[str]
+    """The folder of its versions."""
     TABLES: ClassVar[Sequence[Mapping[str, int]]]
     """Steps and how often they are drawn, each with {choices}; a history has one of the tables."""
     DECIDES: ClassVar[Sequence[str]]
     """Requests at which others are let in."""
-    GOOD: ClassVar[tuple[type[Exception], ...]]
-    """Errors that the product names for what may be."""
     SPAN_S: ClassVar[float]
     """How long what is removed is kept for those who still use it."""
     MOST_S: ClassVar[float] = float("inf")
     """Time that a step may take."""
 
     def __init__(self, world: World) -> None:
-        self.world, self.store = world, ObjectStore(world)
-        self.store.watch = self.watch
+        self.world, self.store = world, ObjectStore(world, self.watch)
         self.logs: dict[str, list[Entry]] = defaultdict(list)
         """By folder, what was created as its numbers 1, 2, … What counts is the order in which that was done."""
         self.strays: set[str] = set()
@@ -60,6 +54,7 @@ class History:
         self.creators: list[Client] = []
         self.acknowledged: list[tuple[str, int, str, str]] = []
         self.unique = itertools.count(1)
+        self.may_be_corrupt = False
 
     def prepare(self, patch: pytest.MonkeyPatch) -> None:
         """Make what clients find, and replace what the product knows of its process and machine."""
@@ -68,9 +63,27 @@ class History:
         """Open what steps work on."""
         return Storage(f"sim://{self.PLACE}")
 
-    def needed(self) -> Collection[str]:
-        """Return the paths that have to stay as they are now."""
+    @property
+    def newest(self) -> int:
+        """The newest version."""
+        return len(self.logs[self.LOG])
+
+    def files(self, version: int) -> Collection[str]:
+        """Return the paths of a version's files."""
         raise NotImplementedError
+
+    def kept(self) -> set[int]:
+        """Return the versions that have to stay."""
+        return {self.newest}
+
+    def held(self) -> Collection[int]:
+        """Return the versions whose files have to stay."""
+        return ()
+
+    def needed(self) -> set[str]:
+        """Return the paths that have to stay as they are now."""
+        manifests = {manifest_path(version, self.LOG) for version in self.kept()}
+        return manifests.union(*map(self.files, {*self.kept(), *self.held()}))
 
     def created(self, folder: str, made: Entry) -> None:
         """Look at a numbered file that was created, the last one in its log."""
@@ -81,21 +94,26 @@ class History:
             places = [place for place, each in enumerate(self.logs[folder], start=1) if each.content[name] == value]
             self.world.expect(places == [number], f"{folder} {number} was acknowledged, and {value} is at {places}")
 
+    def work(self, steps: Sequence[str]) -> None:
+        """Do steps, one after another."""
+        for step in steps:
+            self.perform(step)
+
     def perform(self, step: str) -> None:
         """Do a step, as a process of its own; what only reads fails only where a request of its own has failed."""
         world, me = self.world, self.world.current
         words, *aims = step.split(" | ")
         pause, name, *arguments = words.split()
-        me.begin_process()
+        me.process, me.is_killed, me.aims, num_failed = me.process + 1, False, (), me.num_failed
         try:
             world.sleep(seconds(pause))
-            me.patience_s, num_failed = world.now_s + self.MOST_S, me.num_failed
-            me.aims = [Aim.of(each) for each in aims]
+            me.patience_s, me.aims = world.now_s + self.MOST_S, tuple(aims)
             getattr(self, name)(self.opened(), *arguments)
         except Killed:
             if world.failure is not None:
                 raise
-        except self.GOOD as error:
+        except UserError as error:
+            world.expect(self.may_be_corrupt or not isinstance(error, CorruptFileError), f"{step}: {error}")
             may_fail = name != "read" or me.num_failed > num_failed or not isinstance(error, StorageError)
             world.expect(may_fail, f"{name} fails, though all of its requests were answered: {error}")
 
@@ -123,29 +141,11 @@ class History:
         stored = self.store.objects.get(f"{self.PLACE}/{path}")
         return stored is not None and stored.data == self.first[path]
 
-    def with_ends(self, folder: str) -> Iterator[tuple[Entry, float]]:
-        """Yield what was created in a folder, each with the time at which the next one was."""
+    def with_ends(self, folder: str) -> Iterator[tuple[int, Entry, float]]:
+        """Yield the numbers of a folder, what was created, and the time at which the next one was."""
         log = self.logs[folder]
-        yield from zip(log, [*(each.made_s for each in log[1:]), float("inf")], strict=False)
+        yield from zip(itertools.count(1), log, [*(each.made_s for each in log[1:]), float("inf")], strict=False)
 
     def acknowledge(self, folder: str, number: int, name: str, value: str) -> None:
         """Note that the product has said that this number was created, by which this field has the value."""
         self.acknowledged.append((folder, number, name, value))
-
-
-def drawn(kind: type[History], draw: random.Random) -> Plan:
-    """Draw what a few clients do; pauses are shorter or longer than what is removed is kept for.
-
-    One step in six waits at one of the requests that decide."""
-    table = draw.choice(kind.TABLES)
-    weights = {step: weight for step, weight in table.items() if draw.random() < 0.8} or table
-    pauses_s = draw.choice([(0.0,), (0.0, 0.0, 60.0, 0.6 * kind.SPAN_S), (0.0, 0.7 * kind.SPAN_S, 1.3 * kind.SPAN_S)])
-
-    def step() -> str:
-        text = f"{draw.choice(pauses_s):g}s {draw.choices(list(weights), list(weights.values()))[0]}"
-        if draw.random() < 0.17:
-            for_s = draw.choice([5.0, 60.0, 60.0, 1_000.0, 0.6 * kind.SPAN_S])
-            text += f" | stalled {for_s:g}s {draw.choice(kind.DECIDES)}"
-        return re.sub(r"{(.*?)}", lambda choices: draw.choice(choices[1].split(",")), text)
-
-    return [[step() for _ in range(draw.randint(1, 4))] for _ in range(draw.randint(2, 5))]

@@ -3,7 +3,7 @@
 import contextlib
 import time
 import uuid
-from collections.abc import Collection, Coroutine
+from collections.abc import Coroutine
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -12,28 +12,19 @@ from unittest.mock import MagicMock
 import pyarrow as pa
 import pytest
 
-from featurestore.errors import CommitConflictError, StorageError
 from featurestore.log import manifest_path, writer_name
 from featurestore.published.versions import append_numbered
 from featurestore.storage.storage import Storage
+from serving.bundle import log
 from serving.bundle.files import WrittenFiles, check_file
-from serving.bundle.log import (
-    BundleIdentity,
-    expire,
-    known_versions,
-    read_version,
-    remove_leftovers,
-    use,
-    version_in_use,
-)
+from serving.bundle.log import BundleIdentity
 from serving.bundle.manifest import BUNDLES, LOG, USE, BundleManifest
-from serving.errors import BrokenBundleError, BundleNotFoundError, NotFiniteError
+from serving.errors import NotFiniteError
 from serving.http import live
 from tests.simulated.history import Entry, History
 from tests.simulated.world import World, seconds
 
 URL = "sim://w/models"
-GRACE_S = seconds("1d")
 NAMES = ("network.pt2", "model.json")
 
 
@@ -65,7 +56,8 @@ class SimulatedScorer:
 class ModelHistory(History):
     """A model's address, and what is known of it."""
 
-    PLACE, SPAN_S = "w/models", GRACE_S
+    PLACE, LOG = "w/models", LOG
+    SPAN_S, MOST_S = seconds("1d"), seconds("0.4d")
     TABLES = (
         {
             "export {good,good,good,bad} {use,keep}": 4,
@@ -77,8 +69,6 @@ class ModelHistory(History):
     DECIDES = (
         "create .*/use/", "create .*/log/", "delete .*/(log|bundles)/", "(list|read) .*/(log|use)", "list .*/bundles",
     )  # fmt: skip
-    GOOD = (StorageError, CommitConflictError, BrokenBundleError, BundleNotFoundError)
-    MOST_S = 0.4 * GRACE_S
 
     def prepare(self, patch: pytest.MonkeyPatch) -> None:
         """Publish two versions, and choose the first; let a scorer's work in threads be done at once."""
@@ -87,13 +77,12 @@ class ModelHistory(History):
             return work(*arguments)
 
         patch.setattr(live, "asyncio", SimpleNamespace(to_thread=to_thread))
-        self.scorers: list[SimulatedScorer] = []
         for when in ("use", "keep"):
             self.export(Storage(URL), "good", when)
 
     def export(self, storage: Storage, state: str, when: str) -> None:
         """Publish a version as `export_model` does."""
-        remove_leftovers(storage)
+        log.remove_leftovers(storage)
         bundle_id = uuid.uuid4().hex
         files = WrittenFiles(storage, f"{BUNDLES}/{bundle_id}")
         for name in NAMES:
@@ -110,12 +99,12 @@ class ModelHistory(History):
 
     def choose(self, storage: Storage, back: str) -> None:
         """Choose the newest version, or one before it."""
-        known = known_versions(storage)
+        known = log.known_versions(storage)
         self._use(storage, known[-1 - int(back) % len(known)])
 
     def expire(self, storage: Storage) -> None:
         """Remove what nobody serves."""
-        expire(storage, keep_last=1, keep_days=0, grace_days=1)
+        log.expire(storage, keep_last=1, keep_days=0, grace_days=1)
 
     def serve(self, storage: Storage, num_polls: str, poll: str, num_pieces: str, piece: str) -> None:
         """Serve the version in use for some time, and score bodies of several pieces meanwhile."""
@@ -132,22 +121,20 @@ class ModelHistory(History):
         bodies.join()
         model.close()
 
-    def needed(self) -> Collection[str]:
-        """Return the newest version, and the files of those that were surely chosen and in use of late."""
-        newest = len(self.logs[LOG])
+    def files(self, version: int) -> list[str]:
+        """Return the paths of a version's files."""
+        return [f"{BUNDLES}/{self.logs[LOG][version - 1].content['bundle_id']}/{name}" for name in NAMES]
+
+    def held(self) -> list[int]:
+        """Return the versions that were surely chosen, and in use of late."""
         sure = {number for folder, number, _, _ in self.acknowledged if folder == USE}
-        served = [
-            each.content["version"]
-            for number, (each, end_s) in enumerate(self.with_ends(USE), start=1)
-            if number in sure and self.world.now_s - end_s < 0.99 * GRACE_S
-        ]
-        return {manifest_path(newest, LOG), *(path for v in {newest, *served} for path in self._files(v))}
+        chosen = [(made, end_s) for number, made, end_s in self.with_ends(USE) if number in sure]
+        return [made.content["version"] for made, end_s in chosen if self.world.now_s - end_s < 0.99 * self.SPAN_S]
 
     def created(self, folder: str, made: Entry) -> None:
         """See that a version has its files when it is published."""
-        if folder == LOG:
-            is_whole = all(map(self.is_there, self._files(len(self.logs[LOG]))))
-            self.world.expect(is_whole, f"version {len(self.logs[LOG])} is published without its files")
+        is_whole = folder != LOG or all(map(self.is_there, self.files(self.newest)))
+        self.world.expect(is_whole, f"version {self.newest} is published without its files")
 
     def finish(self) -> None:
         """Look at all that is there at the end; a scorer that begins serves the version in use."""
@@ -155,30 +142,26 @@ class ModelHistory(History):
         newest = len(self.logs[USE])
         if any((folder, number) == (USE, newest) for folder, number, _, _ in self.acknowledged):
             version = self.logs[USE][-1].content["version"]
-            self.world.expect(version_in_use(Storage(URL)) == version, f"version {version} is not in use")
+            self.world.expect(log.version_in_use(Storage(URL)) == version, f"version {version} is not in use")
             self._check_whole(version)
 
     def _use(self, storage: Storage, version: int) -> None:
-        made = use(storage, version)
+        made = log.use(storage, version)
         self.acknowledge(USE, made.choice, "nonce", made.nonce)
         if made.choice == len(self.logs[USE]):
             self._check_whole(version)
 
     def _check_whole(self, version: int) -> None:
-        is_whole = all(map(self.is_there, (*self._files(version), manifest_path(version, LOG))))
+        is_whole = all(map(self.is_there, (*self.files(version), manifest_path(version, LOG))))
         self.world.expect(is_whole, f"version {version} is in use, and is not whole")
-
-    def _files(self, version: int) -> list[str]:
-        return [f"{BUNDLES}/{self.logs[LOG][version - 1].content['bundle_id']}/{name}" for name in NAMES]
 
     def _open(self, identity: BundleIdentity, current: Any) -> Any:
         storage = Storage(URL)
-        manifest = read_version(storage, identity.version)
+        manifest = log.read_version(storage, identity.version)
         for file in manifest.files:
             check_file(storage, f"{manifest.folder}/{file.name}", file, verify=True)
         contents = [storage.read_bytes(f"{manifest.folder}/{name}").decode() for name in NAMES]
-        self.scorers.append(SimulatedScorer(self.world, identity, contents))
-        return self.scorers[-1]
+        return SimulatedScorer(self.world, identity, contents)
 
     def _score_bodies(self, model: live.LiveModel, num_pieces: int, piece_s: float) -> None:
         for _ in range(2):
@@ -188,8 +171,8 @@ class ModelHistory(History):
                     versions.add(scorer.score(None))
                     self.world.sleep(piece_s)
                 self.world.expect(len(versions) == 1, f"one body was scored with {versions}")
-            is_left = any(each.is_open and each is scorer and each is not model.model for each in self.scorers)
-            self.world.expect(not is_left, f"version {scorer.identity.version} is open still, and another one serves")
+            is_closed = scorer is model.model or not scorer.is_open
+            self.world.expect(is_closed, f"version {scorer.identity.version} is open still, and another one serves")
 
 
 def _done(work: Coroutine[Any, Any, Any]) -> None:

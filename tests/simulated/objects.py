@@ -9,7 +9,7 @@ import random
 import time
 import uuid
 import zlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -33,23 +33,20 @@ class Stored:
 class ObjectStore:
     """What `RemoteFiles` needs of fsspec's file systems; ranges of a file that is open are no requests of their own."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, watch: Callable[[str, str, bytes | None], None]) -> None:
+        """`watch` is called before each change: what is done, the path, and the new bytes, None where it is deleted."""
         self.objects: dict[str, Stored] = {}
-        self.watch: Callable[[str, str, bytes | None], None] = lambda verb, path, data: None
-        """Called before each change with what is done, the path, and the new bytes, None where it is deleted."""
-        self._world = world
-        draw = random.Random(f"listings {world.seed}")
-        self._lagging, self._misses_new, self._random = draw.choice([0.0, 0.3]), draw.random() < 0.5, draw
+        self._world, self._watch, self._random = world, watch, random.Random(f"listings {world.seed}")
+        self._lagging, self._misses_new = self._random.choice([0.0, 0.3]), self._random.random() < 0.5
 
     @staticmethod
     def _strip_protocol(url: str) -> str:
         return url.partition("://")[2]
 
-    def cat_file(self, path: str, start: int | None = None, end: int | None = None) -> bytes:
+    def cat_file(self, path: str, start: int | None = None, end: int | None = None) -> Any:
         if start is not None:
             return self._found(path).data[start:end]
-        data: bytes = self._world.request("read", path, lambda: self._found(path).data)
-        return data
+        return self._world.request("read", path, lambda: self._found(path).data)
 
     def pipe_file(self, path: str, data: bytes, mode: str = "overwrite") -> None:
         content = bytes(data)
@@ -70,43 +67,42 @@ class ObjectStore:
 
         self._world.request("delete", path, remove)
 
-    def info(self, path: str) -> dict[str, Any]:
-        return self._world.request("look", path, lambda: self._about(path))  # type: ignore[no-any-return]
+    def info(self, path: str) -> Any:
+        return self._world.request("look", path, lambda: self._about(path))
 
     def ls(self, path: str, detail: bool) -> list[Any]:
         found: dict[str, dict[str, Any]] = {}
-        for place in self._names(path):
-            name, *below = place.removeprefix(f"{path}/").split("/")
-            if below:
-                found[name] = {"name": f"{path}/{name}", "type": "directory", "size": 0}
+        for place in self.find(path, detail=False):
+            name = f"{path}/{place.removeprefix(f'{path}/').partition('/')[0]}"
+            if name != place:
+                found[name] = {"name": name, "type": "directory", "size": 0}
             elif place in self.objects:
                 found[name] = self._about(place)
         if not found:
             raise FileNotFoundError(path)
-        return (
-            sorted(found.values(), key=lambda each: each["name"])
-            if detail
-            else [each["name"] for each in found.values()]
-        )
+        return list(found.values() if detail else found)
 
     def find(self, path: str, detail: bool) -> list[str]:
-        return [path] if path in self.objects else sorted(self._names(path))
-
-    def _names(self, folder: str) -> list[str]:
         """List the paths below a folder; now and then in two requests.
 
         So clients do that list page by page; what is written between the two may be missed, as POSIX allows."""
+        if path in self.objects:
+            return [path]
         if self._world.current is self._world.calm or self._random.random() >= self._lagging:
-            return self._half(folder, (0, 1), float("inf"))
-        before_s = self._world.now_s if self._misses_new else float("inf")
-        return [*self._half(folder, (0,), float("inf")), *self._half(folder, (1,), before_s)]
+            return self._listed(path, lambda place, written_s: True)
+        began_s = self._world.now_s if self._misses_new else float("inf")
+        halves = (
+            self._listed(path, lambda place, written_s: zlib.crc32(place.encode()) & 1 == 0),
+            self._listed(path, lambda place, written_s: zlib.crc32(place.encode()) & 1 and written_s <= began_s),
+        )
+        return sorted([*halves[0], *halves[1]])
 
-    def _half(self, folder: str, halves: Collection[int], before_s: float) -> list[str]:
-        def listed() -> list[str]:
-            below = [(path, each) for path, each in self.objects.items() if path.startswith(f"{folder}/")]
-            return [p for p, each in below if zlib.crc32(p.encode()) & 1 in halves and each.mtime_s <= before_s]
+    def _listed(self, folder: str, has: Callable[[str, float], object]) -> Any:
+        def names() -> list[str]:
+            below = sorted(path for path in self.objects if path.startswith(f"{folder}/"))
+            return [path for path in below if has(path, self.objects[path].mtime_s)]
 
-        return self._world.request("list", folder, listed)  # type: ignore[no-any-return]
+        return self._world.request("list", folder, names)
 
     def _found(self, path: str) -> Stored:
         if path not in self.objects:
@@ -119,7 +115,7 @@ class ObjectStore:
 
     def _tell(self, verb: str, path: str, data: bytes | None) -> None:
         try:
-            self.watch(verb, path, data)
+            self._watch(verb, path, data)
         except Exception as error:  # which the product may take for an answer
             self._world.failure = self._world.failure or error
             raise

@@ -3,39 +3,24 @@
 Each commit names what it does, so the rows after it are known. Images are a to d; the first two are in shard 0.
 """
 
-import contextlib
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from featurestore import ExtractorSpec, FeatureRows, FeatureStore, Snapshot, StoreInfo, key_of_uri
-from featurestore.errors import (
-    ChannelError,
-    CommitConflictError,
-    CorruptFileError,
-    KeyCollisionError,
-    PinError,
-    SnapshotNotFoundError,
-    StorageError,
-)
+from featurestore import ExtractorSpec, FeatureRows, FeatureStore, Snapshot, StoreInfo, errors, key_of_uri
 from featurestore.log import CHANNELS, LOG, manifest_path
 from featurestore.published.versions import last_move
-from featurestore.upkeep.compaction import compact
-from featurestore.upkeep.expiry import expire
-from featurestore.upkeep.history import move_channel, pin, restore, unpin
-from featurestore.upkeep.purge import Images, purge
+from featurestore.upkeep import compaction, expiry, history, purge, verify
 from featurestore.upkeep.repair import repair
-from featurestore.upkeep.verify import verify
 from tests.simulated.history import Entry, History
 from tests.simulated.world import seconds
 
 URIS = {image: f"u{place}" for place, image in enumerate("abcd")}
 KEYS = {image: key_of_uri(uri) for image, uri in URIS.items()}
 PURGED = "a"
-GRACE_S = seconds("1d")
 Rows = dict[int, tuple[str, float]]
 """By key, its uri and the number of the put."""
 INFO = StoreInfo(
@@ -44,7 +29,7 @@ INFO = StoreInfo(
     dtype="float32",
     extractor=ExtractorSpec(backbone="b", layer="l", weights_digest="w", preprocessing="p", compute_dtype="float32"),
 )
-WRITES = {"put {a,b,c,d,ab,bc,cd,abcd}{,,,!}": 6, "late {a,bc,d}": 1, "restore {0,1,2}": 2}
+WRITES = {"put {a,b,c,d,ab,bc,cd,abcd}{,,,!}": 6, "restore {0,1,2}": 2}
 OTHERS = {"delete {a,b,bc,cd}": 2, "compact {0,1,01}": 4, "expire {1,2}": 4, "pin {newest,0,1,2}": 3, "unpin": 2}
 OTHERS |= {"move {stable,next} {0,1,2} {if,always}": 3, "read {newest,newest,stable,next,pinned} {0s,600s,0.7d}": 4}
 PURGES = {"put {b,c,d,bc,cd}": 6, "purge": 2} | OTHERS
@@ -54,26 +39,22 @@ PURGES = {"put {b,c,d,bc,cd}": 6, "purge": 2} | OTHERS
 class StoreHistory(History):
     """A store, and what is known of it."""
 
-    PLACE, SPAN_S = "w/store", GRACE_S
+    PLACE, LOG = "w/store", LOG
     TABLES = (WRITES | OTHERS,) * 4 + (PURGES, WRITES | OTHERS | {"mend": 2})
     DECIDES = (
         "create .*/log/", "delete .*/log/", "(list|read) .*/log", "overwrite .*/expired/", "(list|create) .*/pins",
         "(list|create) .*/channels", "delete .*/data/", "look .*/data/",
     )  # fmt: skip
-    GOOD = (StorageError, CommitConflictError, SnapshotNotFoundError)
-    MOST_S = 0.9 * GRACE_S
+    SPAN_S, MOST_S = seconds("1d"), seconds("0.9d")
     """From the first file of a commit to its end, and from the opening of a snapshot to its last row."""
 
     def prepare(self, patch: pytest.MonkeyPatch) -> None:
         """Make the store, with two commits."""
-        self.rows: list[Rows] = [{}]
-        self.files = [frozenset[str]()]
+        self.rows, self.paths = [Rows()], [frozenset[str]()]
         """By version."""
         self.pins: dict[str, int] = {}
-        self.held: list[int] = []
+        self.read_now: list[int] = []
         self.damaged: set[int] = set()
-        self.has_purged = False
-        self.num_late = self.num_expiring = 0
         store = FeatureStore.create(f"sim://{self.PLACE}", INFO)
         for images in ("a", "ab"):
             self.put(store, images)
@@ -82,125 +63,99 @@ class StoreHistory(History):
         """Open the store."""
         return FeatureStore.open(f"sim://{self.PLACE}")
 
-    def perform(self, step: str) -> None:
-        """Do a step; what began from a file that is purged or damaged fails."""
-        try:
-            super().perform(step)
-        except CorruptFileError as error:
-            self.world.expect(self.has_purged or self.damaged, f"{step}: {error}")
-
     def put(self, store: FeatureStore, images: str) -> None:
         """Put rows of images, with `!` under other uris: that is refused unless the key has none at that time."""
-        with contextlib.suppress(KeyCollisionError):
-            rows, name = self._to_put(images)
-            self._acknowledge(store.put(rows, name), name)
+        rows, name = self._to_put(images)
+        self._acknowledge(store.put(rows, name), name)
 
     def late(self, store: FeatureStore, images: str) -> None:
         """Put rows so late that an expiry may have removed their files, which refuses the commit."""
-        with contextlib.suppress(KeyCollisionError, CorruptFileError):
-            rows, name = self._to_put(images)
-            entries = store.write(rows)
-            self.world.sleep(2 * GRACE_S)
-            if self.num_expiring or any(each.parent for each in self.world.clients):
-                return  # an expiry, or a late request of one, may have looked at these files already
-            self.world.current.patience_s = self.world.now_s
-            self.num_late += 1
-            try:
-                self._acknowledge(store.commit(entries, name), name)
-            finally:
-                self.num_late -= 1
+        rows, name = self._to_put(images)
+        entries = store.write(rows)
+        self.world.sleep(2 * self.SPAN_S)
+        self.may_be_corrupt = True
+        self._acknowledge(store.commit(entries, name), name)
 
     def delete(self, store: FeatureStore, images: str) -> None:
         """Delete rows."""
         name = f"delete {images}"
         self._acknowledge(store.delete([KEYS[each] for each in images], name), name)
 
+    def restore(self, store: FeatureStore, back: str) -> None:
+        """Commit an older snapshot again."""
+        version = self.before(back)
+        self._acknowledge(history.restore(store, version), f"restore {version}")
+
     def compact(self, store: FeatureStore, shards: str) -> None:
         """Compact shards."""
         before = self.newest
         try:
-            compact(store, force=True, shards=[int(shard) for shard in shards])
-        except CommitConflictError:
+            compaction.compact(store, force=True, shards=[int(shard) for shard in shards])
+        except errors.CommitConflictError:
             for shard in shards:
-                first, *later = [{f for f in each if f.startswith(f"data/000{shard}")} for each in self.files[before:]]
+                first, *later = [{f for f in each if f.startswith(f"data/000{shard}")} for each in self.paths[before:]]
                 is_left = len(first) > 1 and all(first <= each <= later[-1] for each in later)
                 self.world.expect(not is_left, f"a compaction gives up, though nobody has replaced files of {shard}")
 
-    def restore(self, store: FeatureStore, back: str) -> None:
-        """Commit an older snapshot again."""
-        version = self.before(back)
-        self._acknowledge(restore(store, version), f"restore {version}")
-
     def expire(self, store: FeatureStore, keep_last: str) -> None:
         """Remove what nobody keeps."""
-        if self.num_late:
-            return
-        self.world.current.patience_s += 2 * GRACE_S  # it sees to that itself
-        self.num_expiring += 1
-        try:
-            expire(store, keep_last=int(keep_last), keep_days=0, grace_days=1)
-        finally:
-            self.num_expiring -= 1
+        self.world.current.patience_s += 2 * self.SPAN_S  # it sees to that itself
+        expiry.expire(store, keep_last=int(keep_last), keep_days=0, grace_days=1)
 
     def pin(self, store: FeatureStore, back: str) -> None:
         """Pin a late snapshot."""
         name = f"p{next(self.unique)}"
-        self.pins[name] = pin(store, name, None if back == "newest" else self.before(back)).version
+        self.pins[name] = history.pin(store, name, None if back == "newest" else self.before(back)).version
 
     def unpin(self, store: FeatureStore) -> None:
         """Remove a pin."""
         for name in list(self.pins)[:1]:
             del self.pins[name]
-            unpin(store, name)
+            history.unpin(store, name)
 
     def move(self, store: FeatureStore, channel: str, back: str, when: str) -> None:
         """Move a channel, perhaps only if nobody did meanwhile."""
         last = last_move(store.storage, channel)
         after = (last.number if last else 0) if when == "if" else None
-        made = move_channel(store, channel, self.before(back), after=after)
+        made = history.move_channel(store, channel, self.before(back), after=after)
         self.world.expect(after in (None, made.number - 1), f"channel {channel} was moved meanwhile, and again")
         self.acknowledge(f"{CHANNELS}/{channel}", made.number, "nonce", made.nonce)
 
     def read(self, store: FeatureStore, choice: str, pause: str) -> None:
-        """Open the newest snapshot a few times; open one, and read it a while later."""
-        self.world.current.patience_s -= 0.7 * GRACE_S
-        for _ in range(4):
-            newest, version = self.newest, store.snapshot().version
-            self.world.expect(version >= newest, f"the newest was {newest}, not {version}")
+        """Open a snapshot, and read it a while later."""
+        self.world.current.patience_s -= 0.7 * self.SPAN_S
         name = min(self.pins, default="newest") if choice == "pinned" else choice
         newest, has_channel = self.newest, bool(self.logs[f"{CHANNELS}/{name}"])
         try:
             snapshot = store.snapshot({"newest": None, **self.pins}.get(name, name))
-        except (ChannelError, SnapshotNotFoundError) as error:
+        except (errors.ChannelError, errors.SnapshotNotFoundError) as error:
             is_kept = (has_channel or name in self.pins) and not self.damaged
             self.world.expect(not is_kept, f"{name} cannot be opened: {error}")
             return
         is_late = name == "newest" and snapshot.version < newest
         self.world.expect(not is_late, f"the newest was {newest}, not {snapshot.version}")
-        self.held.append(snapshot.version)
+        self.read_now.append(snapshot.version)
         try:
             self.world.sleep(seconds(pause))
             self.check(snapshot)
         finally:
-            self.held.remove(snapshot.version)
+            self.read_now.remove(snapshot.version)
 
     def purge(self, store: FeatureStore) -> None:
         """Purge the rows of an image."""
-        there, self.has_purged, num_before = set(self.store.objects), True, len(self.creators)
+        there, self.may_be_corrupt, num_before = set(self.store.objects), True, len(self.creators)
         pins = {name: version for name, version in self.pins.items() if KEYS[PURGED] in self.rows[version]}
         try:
-            report = purge(store, Images.of_uris([URIS[PURGED]]))
-        except PinError:
-            return
-        except CommitConflictError:
+            report = purge.purge(store, purge.Images.of_uris([URIS[PURGED]]))
+        except errors.CommitConflictError:
             others = [each for each in self.creators[num_before:] if each is not self.world.current]
             self.world.expect(len(others) >= 3, "a purge gives up, though nobody is in its way")
             return
         kept = [name for name, version in pins.items() if self.pins.get(name) == version]
         self.world.expect(not kept, f"rows were purged that {kept} keep")
         if report.is_complete:
-            in_log = [files for v, files in enumerate(self.files) if v and self.is_there(manifest_path(v))]
-            paths = {f"{self.PLACE}/{path}" for files in in_log for path in files}
+            in_log = [v for v in range(1, self.newest + 1) if self.is_there(manifest_path(v))]
+            paths = {f"{self.PLACE}/{path}" for v in in_log for path in self.paths[v]}
             left = [path for path in there | paths if path in self.store.objects and self._has_purged_row(path)]
             self.world.expect(not left, f"{left} have purged rows")
             lost = paths - self.store.objects.keys()
@@ -209,6 +164,7 @@ class StoreHistory(History):
     def mend(self, store: FeatureStore) -> None:
         """Damage the newest manifest on its disk, and repair the store."""
         self.damaged.add(self.newest)
+        self.may_be_corrupt = True
         stored = self.store.objects[f"{self.PLACE}/{manifest_path(self.newest)}"]
         stored.data = stored.data[:90]
         self.world.sleep(1.0)
@@ -223,29 +179,27 @@ class StoreHistory(History):
         self.world.expect(store.snapshot().version == self.newest, f"the newest is not {self.newest}")
         for version in self.kept():
             self.check(store.snapshot(version))
-        excused = ("order",) if LOG in self.strays else ()
-        problems = [each for each in verify(store).problems if set(each.versions) & self.kept()]
-        problems = [each for each in problems if each.kind not in excused]
+        excused = "order" if LOG in self.strays else ""
+        found = verify.verify(store).problems
+        problems = [each for each in found if each.kind != excused and set(each.versions) & self.kept()]
         self.world.expect(not problems, f"verify finds {problems}")
-
-    @property
-    def newest(self) -> int:
-        """The newest version."""
-        return len(self.logs[LOG])
 
     def before(self, back: str) -> int:
         """Return the version that is so many before the newest."""
         return max(1, self.newest - int(back))
 
+    def files(self, version: int) -> frozenset[str]:
+        """Return the paths of a snapshot's data files."""
+        return self.paths[version]
+
     def kept(self) -> set[int]:
-        """Find the versions that have to stay: the newest, and those of pins and channels."""
+        """Return the newest version, and those of pins and channels."""
         moves = [log[-1].content["version"] for folder, log in self.logs.items() if folder.startswith(CHANNELS) and log]
         return {self.newest, *self.pins.values(), *moves} - self.damaged
 
-    def needed(self) -> Collection[str]:
-        """Return manifests and files of these versions, and files of those that are read."""
-        kept, held = self.kept(), () if self.has_purged else self.held
-        return {path for v in (*kept, *held) for path in self.files[v]}.union(map(manifest_path, kept))
+    def held(self) -> list[int]:
+        """Return the versions that are read, where no purge takes their files."""
+        return self.read_now if self.damaged or not self.may_be_corrupt else []
 
     def check(self, snapshot: Snapshot) -> None:
         """Compare the rows of a snapshot with those that its commit had."""
@@ -254,9 +208,9 @@ class StoreHistory(History):
         self.world.expect(is_same, f"snapshot {version} is another commit")
         try:
             columns = snapshot.to_arrow(["key", "uri", "feature"]).to_pydict()
-        except CorruptFileError as error:
-            is_kept = version in self.kept() or not self.has_purged
-            self.world.expect(not is_kept, f"snapshot {version} cannot be read: {error}")
+        except errors.CorruptFileError as error:
+            is_needed = version in (*self.kept(), *self.held())
+            self.world.expect(not is_needed, f"snapshot {version} cannot be read: {error}")
             return
         found = {key: (uri, feature[0]) for key, uri, feature in zip(*columns.values(), strict=True)}
         self.world.expect(found == self.rows[version], f"snapshot {version} has {found}, not {self.rows[version]}")
@@ -264,10 +218,10 @@ class StoreHistory(History):
     def created(self, folder: str, made: Entry) -> None:
         """Note the files of a commit, and the rows after it."""
         if folder == LOG:
-            self.files.append(frozenset(f["path"] for files in made.content["shards"].values() for f in files))
-            self.rows.append(self._after(self.rows[-1], **made.content))
+            self.paths.append(frozenset(f["path"] for files in made.content["shards"].values() for f in files))
+            self.rows.append(self._after(made.content["operation"], made.content["parent"]))
 
-    def _after(self, before: Rows, operation: str, parent: str, **_: object) -> Rows:
+    def _after(self, operation: str, parent: str) -> Rows:
         """Return the rows after a commit."""
         name, *words = operation.split()
         if name == "restore":
@@ -275,9 +229,8 @@ class StoreHistory(History):
         if name == "repair":
             ids = [each.content["commit_id"] for each in self.logs[LOG]]
             return self.rows[ids.index(parent) + 1]
-        rows = dict(before)
-        images = words[0] if name in ("put", "delete") else PURGED if name == "purge" else ""
-        for image, uri in _named(images):
+        rows = dict(self.rows[-1])
+        for image, uri in _named({"put": words[:1], "delete": words, "purge": [PURGED]}.get(name, [])):
             old = rows.pop(KEYS[image], None)
             if name == "put":
                 self.world.expect(old is None or old[0] == uri, f"{image} has two uris by {operation}")
@@ -286,7 +239,7 @@ class StoreHistory(History):
 
     def _to_put(self, images: str) -> tuple[FeatureRows, str]:
         """Make the rows of a put, and name it."""
-        number, uris = next(self.unique), {KEYS[image]: uri for image, uri in _named(images)}
+        number, uris = next(self.unique), {KEYS[image]: uri for image, uri in _named([images])}
         features = np.full((len(uris), INFO.dim), number, np.float32)
         return FeatureRows.of(list(uris.values()), features, keys=list(uris)), f"put {images} {number}"
 
@@ -300,7 +253,8 @@ class StoreHistory(History):
         return data[:4] == b"PAR1" and KEYS[PURGED] in pq.read_table(pa.BufferReader(data))["key"].to_pylist()
 
 
-def _named(images: str) -> Iterator[tuple[str, str]]:
+def _named(images: list[str]) -> Iterator[tuple[str, str]]:
     """Yield images and their uris."""
-    for image in images.rstrip("!"):
-        yield image, f"other-{URIS[image]}" if images.endswith("!") else URIS[image]
+    for each in images:
+        for image in each.rstrip("!"):
+            yield image, f"other-{URIS[image]}" if each.endswith("!") else URIS[image]

@@ -5,14 +5,13 @@ request; nothing else is drawn, so the same seed gives the same history. Clients
 """
 
 import contextlib
-import hashlib
 import random
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 from greenlet import getcurrent, greenlet
 
@@ -35,8 +34,7 @@ class Fault(NamedTuple):
     durations: str
 
 
-_AWAY = "0s 0s 20s 200s 250s 280s 600s"
-_PAUSES = "0.5s 20s 90s 1000s 5h 15h 2d"
+_AWAY, _PAUSES = "0s 0s 20s 70s 90s 110s 600s", "0.5s 20s 90s 1000s 5h 15h 2d"
 FAULTS = {
     "stalled": Fault(1, True, _PAUSES),  # the client waits before it; for long, all of its threads
     "killed": Fault(0, False, "0s"),  # the client is, before it
@@ -56,20 +54,6 @@ class BrokenPromiseError(Exception):
     """The product broke a promise: the history has failed."""
 
 
-class Aim(NamedTuple):
-    """What befalls the next request whose verb and path match, and for how long."""
-
-    fault: str
-    for_s: float
-    request: str
-
-    @classmethod
-    def of(cls, text: str) -> Self:
-        """Read e.g. `stalled 60s create .*/log/`."""
-        fault, duration, request = text.split(maxsplit=2)
-        return cls(fault, seconds(duration), request)
-
-
 @dataclass(eq=False)
 class Client:
     """One machine that runs a process after another; a thread of it; or a request of it that is late."""
@@ -81,26 +65,20 @@ class Client:
     """Of a thread and of a request, the client that began it."""
     process: int = 0
     is_killed: bool = False
-    is_done: bool = False
     patience_s: float = float("inf")
     """Up to when requests may stall or come late: what it does now has to end before a time that the product names."""
     away_s: float = 0.0
     disturbed_s: float = 0.0
     """Up to when a fault was at work."""
     num_failed: int = 0
-    aims: list[Aim] = field(default_factory=list)
-    """Each waits until those before it have had their requests."""
+    aims: tuple[str, ...] = ()
+    """Faults, for how long, at which request; each waits until those before it have had theirs."""
     greenlet: Any = None
 
     @property
     def main(self) -> "Client":
         """The client that is the machine of this thread."""
         return self.parent.main if self.parent else self
-
-    def begin_process(self) -> None:
-        """Run a process more; threads of the one before are gone."""
-        self.process += 1
-        self.is_killed, self.aims = False, []
 
 
 class World:
@@ -121,11 +99,6 @@ class World:
         self._stall_rate = 0.0 if is_calm else draw.choice([0.0, 0.02, 0.05])
         self._kinds = draw.sample(list(FAULTS), draw.randint(1, len(FAULTS)))
 
-    @property
-    def digest(self) -> str:
-        """The sha256 of the history."""
-        return hashlib.sha256("\n".join(self.trace).encode()).hexdigest()
-
     def play(self, works: Sequence[Callable[[], None]]) -> None:
         """Run clients, each with its work, to the end of all and of what is late. Raises what a client raised."""
         draw = random.Random(f"clocks {self.seed}")
@@ -134,26 +107,20 @@ class World:
         while self.clients:
             self.now_s = max(self.now_s, min(each.wake_s for each in self.clients))
             self.current = self.random.choice([each for each in self.clients if each.wake_s <= self.now_s])
-            self.current.greenlet.switch()
-            self.clients = [each for each in self.clients if not each.is_done]
+            try:
+                self.current.greenlet.switch()
+            except Killed:
+                pass
+            except Exception as error:
+                self.failure = self.failure or error
+            self.clients = [each for each in self.clients if not each.greenlet.dead]
         self.current = self.calm
         if self.failure is not None:
             raise self.failure
 
     def begin(self, client: Client, work: Callable[[], None]) -> None:
         """Let a client work from now on."""
-
-        def run() -> None:
-            try:
-                if self.failure is None:
-                    work()
-            except Killed:
-                pass
-            except BaseException as error:
-                self.failure = self.failure or error
-            client.is_done = True
-
-        client.greenlet = greenlet(run, self._hub)
+        client.greenlet = greenlet(work, self._hub)
         self.clients.append(client)
 
     def thread(self, target: Callable[[], None], daemon: bool) -> SimpleNamespace:
@@ -162,7 +129,7 @@ class World:
         client = Client(f"{me.name}+", wake_s=self.now_s, parent=me, process=me.process)
 
         def join() -> None:
-            while not client.is_done:
+            while not client.greenlet.dead:
                 self.sleep(10.0)
 
         return SimpleNamespace(start=lambda: self.begin(client, target), join=join)
@@ -171,16 +138,16 @@ class World:
         """Make an event, with the methods of Python's; who waits finds out at the end of the time."""
         told: list[bool] = []
 
-        def wait(seconds: float) -> bool:
+        def wait(for_s: float) -> bool:
             if not told:
-                self.sleep(seconds)
+                self.sleep(for_s)
             return bool(told)
 
         return SimpleNamespace(wait=wait, set=lambda: told.append(True))
 
-    def sleep(self, seconds: float) -> None:
+    def sleep(self, for_s: float) -> None:
         """Let the running client wait."""
-        self.current.wake_s = self.now_s + seconds
+        self.current.wake_s = self.now_s + for_s
         self._pass_on(self.current)
 
     def request(self, verb: str, path: str, effect: Callable[[], Any]) -> Any:
@@ -191,11 +158,12 @@ class World:
         kind, for_s = self._aimed(main, f"{verb} {path}") or self._drawn(main, verb, path)
         times, is_answered, _ = FAULTS.get(kind, _NOTHING)
         for_s = max(0.0, min(for_s, main.patience_s - self.now_s))
-        if kind == "stalled":
-            self._stall(me, for_s)
         if kind:
             main.disturbed_s = max(main.disturbed_s, self.now_s + for_s)
             main.num_failed += not is_answered
+        for each in self.clients if kind == "stalled" else ():
+            if each is me or (for_s > _LONG_S and each.main is main and each.process == me.process):
+                each.wake_s = max(each.wake_s, self.now_s + for_s)
         self._pass_on(me)
         self.now_s += 0.02
         self._note(f"{me.name}.{me.process} {verb} {path} {kind}")
@@ -221,10 +189,12 @@ class World:
 
     def _aimed(self, main: Client, request: str) -> tuple[str, float] | None:
         """Return what the steps have for a request."""
-        if not main.aims or not re.search(main.aims[0].request, request):
-            return None
-        aim = main.aims.pop(0)
-        return aim.fault, aim.for_s
+        for aim in main.aims[:1]:
+            kind, duration, pattern = aim.split(maxsplit=2)
+            if re.search(pattern, request):
+                main.aims = main.aims[1:]
+                return kind, seconds(duration)
+        return None
 
     def _drawn(self, main: Client, verb: str, path: str) -> tuple[str, float]:
         """Draw what befalls a request, and for how long; most often something where the protocols decide."""
@@ -237,18 +207,13 @@ class World:
         kind = self.random.choice(self._kinds) if draw < self._fault_rate else "stalled"
         return kind, seconds(self.random.choice(FAULTS[kind].durations.split()))
 
-    def _stall(self, me: Client, for_s: float) -> None:
-        for each in self.clients:
-            if each is me or (for_s > _LONG_S and each.main is me.main and each.process == me.process):
-                each.wake_s = max(each.wake_s, self.now_s + for_s)
-
     def _send_late(self, me: Client, for_s: float, effect: Callable[[], Any]) -> None:
         def land() -> None:
             self._note(f"{me.name} a late request lands")
             with contextlib.suppress(OSError):
                 effect()
 
-        self.begin(Client(f"{me.name} late", wake_s=self.now_s + for_s, parent=me), land)
+        self.begin(Client("late", wake_s=self.now_s + for_s, parent=me, process=me.process), land)
 
     def _note(self, text: str) -> None:
         self.trace.append(f"{self.now_s - 1.7e9:12.2f} {text}".rstrip())
