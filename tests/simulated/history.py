@@ -8,7 +8,7 @@ A step is a text: after which time, what, and what befalls its requests, one aft
 import itertools
 import json
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import pytest
@@ -34,10 +34,6 @@ class History:
     PLACE: ClassVar[str]
     LOG: ClassVar[str]
     """The folder of its versions."""
-    TABLES: ClassVar[Sequence[Mapping[str, int]]]
-    """Steps and how often they are drawn, each with {choices}; a history has one of the tables."""
-    DECIDES: ClassVar[Sequence[str]]
-    """Requests at which others are let in."""
     SPAN_S: ClassVar[float]
     """How long what is removed is kept for those who still use it."""
     MOST_S: ClassVar[float] = float("inf")
@@ -53,6 +49,7 @@ class History:
         """By path, the first bytes that were written there."""
         self.creators: list[Client] = []
         self.acknowledged: list[tuple[str, int, str, str]] = []
+        """Folders and numbers that the product said it created, and a field by which they are known, with its value."""
         self.unique = itertools.count(1)
         self.may_be_corrupt = False
 
@@ -145,7 +142,3 @@ class History:
         """Yield the numbers of a folder, what was created, and the time at which the next one was."""
         log = self.logs[folder]
         yield from zip(itertools.count(1), log, [*(each.made_s for each in log[1:]), float("inf")], strict=False)
-
-    def acknowledge(self, folder: str, number: int, name: str, value: str) -> None:
-        """Note that the product has said that this number was created, by which this field has the value."""
-        self.acknowledged.append((folder, number, name, value))

@@ -58,17 +58,6 @@ class ModelHistory(History):
 
     PLACE, LOG = "w/models", LOG
     SPAN_S, MOST_S = seconds("1d"), seconds("0.4d")
-    TABLES = (
-        {
-            "export {good,good,good,bad} {use,keep}": 4,
-            "choose {0,1,2}": 3,
-            "expire": 3,
-            "serve {2,3,4} {5s,60s,0.3d} {2,3} {1s,50s,0.2d}": 3,
-        },
-    )
-    DECIDES = (
-        "create .*/use/", "create .*/log/", "delete .*/(log|bundles)/", "(list|read) .*/(log|use)", "list .*/bundles",
-    )  # fmt: skip
 
     def prepare(self, patch: pytest.MonkeyPatch) -> None:
         """Publish two versions, and choose the first; let a scorer's work in threads be done at once."""
@@ -78,7 +67,7 @@ class ModelHistory(History):
 
         patch.setattr(live, "asyncio", SimpleNamespace(to_thread=to_thread))
         for when in ("use", "keep"):
-            self.export(Storage(URL), "good", when)
+            self.export(self.opened(), "good", when)
 
     def export(self, storage: Storage, state: str, when: str) -> None:
         """Publish a version as `export_model` does."""
@@ -93,14 +82,17 @@ class ModelHistory(History):
             missing_in_training="zeros", metrics={}, files=tuple(files.files),
         )  # fmt: skip
         made = append_numbered(storage, LOG, lambda version: draft.model_copy(update={"version": version}))
-        self.acknowledge(LOG, made.version, "bundle_id", bundle_id)
+        self.acknowledged.append((LOG, made.version, "bundle_id", bundle_id))
         if when == "use":
-            self._use(storage, made.version)
+            self.choose(storage, "0")
 
     def choose(self, storage: Storage, back: str) -> None:
         """Choose the newest version, or one before it."""
         known = log.known_versions(storage)
-        self._use(storage, known[-1 - int(back) % len(known)])
+        made = log.use(storage, known[-1 - int(back) % len(known)])
+        self.acknowledged.append((USE, made.choice, "nonce", made.nonce))
+        if made.choice == len(self.logs[USE]):
+            self.check_whole(made.version)
 
     def expire(self, storage: Storage) -> None:
         """Remove what nobody serves."""
@@ -125,11 +117,15 @@ class ModelHistory(History):
         """Return the paths of a version's files."""
         return [f"{BUNDLES}/{self.logs[LOG][version - 1].content['bundle_id']}/{name}" for name in NAMES]
 
-    def held(self) -> list[int]:
-        """Return the versions that were surely chosen, and in use of late."""
+    def chosen(self, since_s: float) -> list[int]:
+        """Return the versions that were surely chosen, and in use then or later."""
         sure = {number for folder, number, _, _ in self.acknowledged if folder == USE}
-        chosen = [(made, end_s) for number, made, end_s in self.with_ends(USE) if number in sure]
-        return [made.content["version"] for made, end_s in chosen if self.world.now_s - end_s < 0.99 * self.SPAN_S]
+        choices = [(number, made.content["version"], end_s) for number, made, end_s in self.with_ends(USE)]
+        return [version for number, version, end_s in choices if number in sure and end_s > since_s]
+
+    def held(self) -> list[int]:
+        """Return the versions that scorers may open."""
+        return self.chosen(self.world.now_s - 0.99 * self.SPAN_S)
 
     def created(self, folder: str, made: Entry) -> None:
         """See that a version has its files when it is published."""
@@ -139,24 +135,17 @@ class ModelHistory(History):
     def finish(self) -> None:
         """Look at all that is there at the end; a scorer that begins serves the version in use."""
         super().finish()
-        newest = len(self.logs[USE])
-        if any((folder, number) == (USE, newest) for folder, number, _, _ in self.acknowledged):
-            version = self.logs[USE][-1].content["version"]
-            self.world.expect(log.version_in_use(Storage(URL)) == version, f"version {version} is not in use")
-            self._check_whole(version)
+        for version in self.chosen(self.world.now_s):
+            self.world.expect(log.version_in_use(self.opened()) == version, f"version {version} is not in use")
+            self.check_whole(version)
 
-    def _use(self, storage: Storage, version: int) -> None:
-        made = log.use(storage, version)
-        self.acknowledge(USE, made.choice, "nonce", made.nonce)
-        if made.choice == len(self.logs[USE]):
-            self._check_whole(version)
-
-    def _check_whole(self, version: int) -> None:
+    def check_whole(self, version: int) -> None:
+        """See that a version that was put in use is there."""
         is_whole = all(map(self.is_there, (*self.files(version), manifest_path(version, LOG))))
         self.world.expect(is_whole, f"version {version} is in use, and is not whole")
 
     def _open(self, identity: BundleIdentity, current: Any) -> Any:
-        storage = Storage(URL)
+        storage = self.opened()
         manifest = log.read_version(storage, identity.version)
         for file in manifest.files:
             check_file(storage, f"{manifest.folder}/{file.name}", file, verify=True)

@@ -9,7 +9,7 @@ import random
 import time
 import uuid
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -89,18 +89,14 @@ class ObjectStore:
         if path in self.objects:
             return [path]
         if self._world.current is self._world.calm or self._random.random() >= self._lagging:
-            return self._listed(path, lambda place, written_s: True)
-        began_s = self._world.now_s if self._misses_new else float("inf")
-        halves = (
-            self._listed(path, lambda place, written_s: zlib.crc32(place.encode()) & 1 == 0),
-            self._listed(path, lambda place, written_s: zlib.crc32(place.encode()) & 1 and written_s <= began_s),
-        )
-        return sorted([*halves[0], *halves[1]])
+            return self._listed(path, (0, 1), float("inf"))
+        before_s = self._world.now_s if self._misses_new else float("inf")
+        return sorted([*self._listed(path, (0,), float("inf")), *self._listed(path, (1,), before_s)])
 
-    def _listed(self, folder: str, has: Callable[[str, float], object]) -> Any:
+    def _listed(self, folder: str, halves: Collection[int], before_s: float) -> Any:
         def names() -> list[str]:
-            below = sorted(path for path in self.objects if path.startswith(f"{folder}/"))
-            return [path for path in below if has(path, self.objects[path].mtime_s)]
+            below = [(path, each.mtime_s) for path, each in self.objects.items() if path.startswith(f"{folder}/")]
+            return sorted(path for path, at_s in below if zlib.crc32(path.encode()) & 1 in halves and at_s <= before_s)
 
         return self._world.request("list", folder, names)
 

@@ -6,6 +6,7 @@ import re
 import tomllib
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from tests.simulated.history import History
 from tests.simulated.models import ModelHistory
@@ -20,7 +21,7 @@ KINDS: tuple[type[History], ...] = (
 """By the seed modulo their number."""
 Plan = list[list[str]]
 """By client, its steps."""
-SCENES: dict[str, dict[str, Plan]] = tomllib.loads(Path(__file__).with_name("scenes.toml").read_text())
+STEPS: dict[str, Any] = tomllib.loads(Path(__file__).with_name("steps.toml").read_text())
 SCHEDULES = 3
 """Orders of requests with which a shorter plan is tried."""
 
@@ -40,7 +41,7 @@ def plan_of(seed: int) -> tuple[Plan, bool]:
     turn, is_drawn = divmod(rounds * KINDS.count(kind) + KINDS[:place].count(kind), 2)
     if is_drawn:
         return plan, False
-    scenes = list(SCENES[kind.__name__].values())
+    scenes: list[Plan] = list(STEPS[kind.__name__]["scenes"].values())
     times, number = divmod(turn, len(scenes))
     is_calm = times % 3 == 0 or re.search("late|whole 2d", str(scenes[number])) is not None
     is_alone = is_calm or "purge" in str(scenes[number])
@@ -83,7 +84,8 @@ def _drawn(kind: type[History], draw: random.Random) -> Plan:
     """Draw what a few clients do; pauses are shorter or longer than what is removed is kept for.
 
     One step in six waits at one of the requests that decide."""
-    table = draw.choice(kind.TABLES)
+    known = STEPS[kind.__name__]
+    (table,) = draw.choices([each["steps"] for each in known["drawn"]], [each["often"] for each in known["drawn"]])
     weights = {step: weight for step, weight in table.items() if draw.random() < 0.8} or table
     pauses_s = draw.choice([(0.0,), (0.0, 0.0, 60.0, 0.6 * kind.SPAN_S), (0.0, 0.7 * kind.SPAN_S, 1.3 * kind.SPAN_S)])
 
@@ -91,7 +93,7 @@ def _drawn(kind: type[History], draw: random.Random) -> Plan:
         text = f"{draw.choice(pauses_s):g}s {draw.choices(list(weights), list(weights.values()))[0]}"
         if draw.random() < 0.17:
             for_s = draw.choice([5.0, 60.0, 60.0, 1_000.0, 0.6 * kind.SPAN_S])
-            text += f" | stalled {for_s:g}s {draw.choice(kind.DECIDES)}"
+            text += f" | stalled {for_s:g}s {draw.choice(known['waits'])}"
         return re.sub(r"{(.*?)}", lambda choices: draw.choice(choices[1].split(",")), text)
 
     return [[step() for _ in range(draw.randint(1, 4))] for _ in range(draw.randint(2, 5))]

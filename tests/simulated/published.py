@@ -1,6 +1,5 @@
 """Histories of published versions: samples that days are added to, and checkpoints of a run with its supervisors."""
 
-import re
 import tempfile
 from contextlib import suppress
 from dataclasses import dataclass
@@ -61,8 +60,6 @@ class SampleHistory(PublishedHistory):
     """Samples: whole ones, days that are added to them, readers and expiries."""
 
     PLACE = "w/samples"
-    TABLES = ({"add": 4, "whole": 2, "expire": 3, "read {0s,600s,0.7d}": 4},)
-    DECIDES = ("create .*/versions/", "delete .*/(versions|files)/", "(list|read) .*/versions", "list .*/files")
     SPAN_S, MOST_S = seconds("1d"), seconds("0.9d")
 
     def prepare(self, patch: pytest.MonkeyPatch) -> None:
@@ -75,7 +72,7 @@ class SampleHistory(PublishedHistory):
         files = {name: write_part(storage, name, f"{name} of {number}".encode()) for name in (MARK, "train/whole")}
         self.world.sleep(seconds(pause))
         made = publish(storage, files)
-        self.acknowledge(VERSIONS, made.version, "publication", made.publication)
+        self.acknowledged.append((VERSIONS, made.version, "publication", made.publication))
 
     def add(self, storage: Storage) -> None:
         """Add a day to the samples."""
@@ -129,11 +126,6 @@ class RunHistory(PublishedHistory):
     """A run: supervisors that hold it one after another, and their trainings, which publish checkpoints."""
 
     PLACE, SPAN_S = "w/run/checkpoints", KEEP_REMOVED_S
-    SUPERVISE, TRAIN = "supervise {1,2,3} {1s,30s,400s}", "train {1,2,3} {1s,30s,400s}"
-    TABLES = ({SUPERVISE: 1}, {SUPERVISE: 1, TRAIN: 1}, {SUPERVISE: 2, "read {0s,60s,420s}": 1})
-    DECIDES = (
-        "create .*/versions/", "(list|read) .*/versions", "list .*/files", "(create|overwrite|list) .*supervised",
-    )  # fmt: skip
 
     def prepare(self, patch: pytest.MonkeyPatch) -> None:
         """Let supervisors see simulated threads, processes and machines."""
@@ -144,19 +136,13 @@ class RunHistory(PublishedHistory):
         self.gone: set[str] = set()
         """Files that were removed as they waited too long for the version that names them."""
         world = self.world
-
-        def process_path(path: str) -> SimpleNamespace:
-            number = re.fullmatch(r"/proc/(\d+)", path)
-            return SimpleNamespace(exists=lambda: number is not None and int(number[1]) == world.current.process)
-
         system = SimpleNamespace(
-            getpid=lambda: world.current.process,
+            getpid=lambda: 1_000_000_000 + world.current.process,  # which no process of this machine has
             uname=lambda: SimpleNamespace(nodename=world.current.main.name),
             kill=lambda process, signal: setattr(self.mine, "is_told_to_stop", True),
         )
         patch.setattr(supervise, "os", system)
         patch.setattr(supervise, "threading", SimpleNamespace(Event=world.event, Thread=world.thread))
-        patch.setattr(supervise, "Path", process_path)
 
     @property
     def mine(self) -> Trainer:
@@ -189,7 +175,7 @@ class RunHistory(PublishedHistory):
                 rows = write_part(storage, f"{step_name(step)}-rows", f"rows of {step}".encode())
                 place.commit(step, {"rows": WrittenPart("0" * 32, rows)}, f"state of {step}".encode(), 2, None)
                 made = place._newest_known()
-                self.acknowledge(VERSIONS, made.version, "publication", made.publication)
+                self.acknowledged.append((VERSIONS, made.version, "publication", made.publication))
                 is_named = rows.path in self.files(made.version)
                 self.world.expect(is_named, f"checkpoint {step} was acknowledged, and version {made.version} lacks it")
                 self.saved += [(step, rows.path)] if self.is_there(rows.path) else []

@@ -29,22 +29,12 @@ INFO = StoreInfo(
     dtype="float32",
     extractor=ExtractorSpec(backbone="b", layer="l", weights_digest="w", preprocessing="p", compute_dtype="float32"),
 )
-WRITES = {"put {a,b,c,d,ab,bc,cd,abcd}{,,,!}": 6, "restore {0,1,2}": 2}
-OTHERS = {"delete {a,b,bc,cd}": 2, "compact {0,1,01}": 4, "expire {1,2}": 4, "pin {newest,0,1,2}": 3, "unpin": 2}
-OTHERS |= {"move {stable,next} {0,1,2} {if,always}": 3, "read {newest,newest,stable,next,pinned} {0s,600s,0.7d}": 4}
-PURGES = {"put {b,c,d,bc,cd}": 6, "purge": 2} | OTHERS
-"""Beside a purge nobody may write rows of the image, or restore them."""
 
 
 class StoreHistory(History):
     """A store, and what is known of it."""
 
     PLACE, LOG = "w/store", LOG
-    TABLES = (WRITES | OTHERS,) * 4 + (PURGES, WRITES | OTHERS | {"mend": 2})
-    DECIDES = (
-        "create .*/log/", "delete .*/log/", "(list|read) .*/log", "overwrite .*/expired/", "(list|create) .*/pins",
-        "(list|create) .*/channels", "delete .*/data/", "look .*/data/",
-    )  # fmt: skip
     SPAN_S, MOST_S = seconds("1d"), seconds("0.9d")
     """From the first file of a commit to its end, and from the opening of a snapshot to its last row."""
 
@@ -119,7 +109,7 @@ class StoreHistory(History):
         after = (last.number if last else 0) if when == "if" else None
         made = history.move_channel(store, channel, self.before(back), after=after)
         self.world.expect(after in (None, made.number - 1), f"channel {channel} was moved meanwhile, and again")
-        self.acknowledge(f"{CHANNELS}/{channel}", made.number, "nonce", made.nonce)
+        self.acknowledged.append((f"{CHANNELS}/{channel}", made.number, "nonce", made.nonce))
 
     def read(self, store: FeatureStore, choice: str, pause: str) -> None:
         """Open a snapshot, and read it a while later."""
@@ -246,7 +236,7 @@ class StoreHistory(History):
     def _acknowledge(self, snapshot: Snapshot, operation: str) -> None:
         there = snapshot.manifest.operation
         self.world.expect(there == operation, f"{operation} was acknowledged as {snapshot.version}, which is {there}")
-        self.acknowledge(LOG, snapshot.version, "commit_id", snapshot.manifest.commit_id)
+        self.acknowledged.append((LOG, snapshot.version, "commit_id", snapshot.manifest.commit_id))
 
     def _has_purged_row(self, path: str) -> bool:
         data = self.store.objects[path].data
