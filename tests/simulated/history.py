@@ -21,10 +21,9 @@ from tests.simulated.world import Client, Killed, World, seconds
 
 
 class Entry(NamedTuple):
-    """A numbered file as it was created: what it says, by whom, and when."""
+    """A numbered file as it was created: what it says, and when."""
 
     content: dict[str, Any]
-    by: Client
     made_s: float
 
 
@@ -48,10 +47,12 @@ class History:
         self.first: dict[str, bytes] = {}
         """By path, the first bytes that were written there."""
         self.creators: list[Client] = []
+        """Who has created a file, in this order."""
         self.acknowledged: list[tuple[str, int, str, str]] = []
         """Folders and numbers that the product said it created, and a field by which they are known, with its value."""
         self.unique = itertools.count(1)
         self.may_be_corrupt = False
+        """Whether a step has taken away, or damaged, what others may be reading."""
 
     def prepare(self, patch: pytest.MonkeyPatch) -> None:
         """Make what clients find, and replace what the product knows of its process and machine."""
@@ -82,8 +83,8 @@ class History:
         manifests = {manifest_path(version, self.LOG) for version in self.kept()}
         return manifests.union(*map(self.files, {*self.kept(), *self.held()}))
 
-    def created(self, folder: str, made: Entry) -> None:
-        """Look at a numbered file that was created, the last one in its log."""
+    def created(self, content: dict[str, Any]) -> None:
+        """Look at the newest version, when it is created."""
 
     def finish(self) -> None:
         """Look at all that is there at the end: each acknowledged file counts once, under its number."""
@@ -128,8 +129,9 @@ class History:
         if verb == "create":
             self.creators.append(self.world.current.main)
         if number == len(self.logs[folder]) + 1:
-            self.logs[folder].append(Entry(json.loads(data), self.world.current, self.world.now_s))
-            self.created(folder, self.logs[folder][-1])
+            self.logs[folder].append(Entry(json.loads(data), self.world.now_s))
+            if folder == self.LOG:
+                self.created(self.logs[folder][-1].content)
         elif number is not None:
             self.strays.add(folder)
 

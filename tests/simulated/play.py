@@ -13,7 +13,7 @@ from tests.simulated.models import ModelHistory
 from tests.simulated.objects import simulated
 from tests.simulated.published import RunHistory, SampleHistory
 from tests.simulated.store import StoreHistory
-from tests.simulated.world import World
+from tests.simulated.world import Killed, World
 
 KINDS: tuple[type[History], ...] = (
     StoreHistory, RunHistory, StoreHistory, SampleHistory, StoreHistory, ModelHistory,
@@ -44,8 +44,9 @@ def plan_of(seed: int) -> tuple[Plan, bool]:
     scenes: list[Plan] = list(STEPS[kind.__name__]["scenes"].values())
     times, number = divmod(turn, len(scenes))
     is_calm = times % 3 == 0 or re.search("late|whole 2d", str(scenes[number])) is not None
-    is_alone = is_calm or "purge" in str(scenes[number])
-    return [*scenes[number], *plan[: 0 if is_alone else draw.choice([0, 1])]], is_calm
+    both = [*scenes[number], *plan[: draw.choice([0, 1])]]
+    is_alone = is_calm or "purge" in str(both)
+    return scenes[number] if is_alone else both, is_calm
 
 
 def play(seed: int, plan: Plan | None = None, schedule: int = 0) -> World:
@@ -61,7 +62,7 @@ def play(seed: int, plan: Plan | None = None, schedule: int = 0) -> World:
             history.prepare(patch)
             world.play([partial(history.work, steps) for steps in (own_plan if plan is None else plan)])
             history.finish()
-    except Exception as failure:
+    except (Exception, Killed) as failure:
         world.failure = world.failure or failure
     finally:
         gc.enable()

@@ -4,6 +4,7 @@ import tempfile
 from contextlib import suppress
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,7 @@ from featurestore.published.paths import FarPath
 from featurestore.published.versions import VERSIONS, PublishedFiles, expire, open_published, publish, write_part
 from featurestore.storage.storage import Storage
 from pipeline.samples.publish import MARK, replaced_files
-from tests.simulated.history import Entry, History
+from tests.simulated.history import History
 from tests.simulated.world import Client, seconds
 from trainer import supervise
 from trainer.runs.folder import finished, step_name, step_of
@@ -93,7 +94,7 @@ class SampleHistory(PublishedHistory):
         """Remove old versions."""
         expire(storage, self.SPAN_S)
 
-    def created(self, folder: str, made: Entry) -> None:
+    def created(self, content: dict[str, Any]) -> None:
         """See that a version to which a day was added keeps all days before."""
         after, before = self.named(self.newest), self.named(self.newest - 1) if self.newest > 1 else {}
         is_added = any(name.startswith("train/day-") for name in after.keys() - before.keys())
@@ -198,7 +199,7 @@ class RunHistory(PublishedHistory):
             is_told = later_s and now_s - max(later_s[0], writer.client.disturbed_s) > LEASE_S
             self.world.expect(not is_told, f"{data!r} continues, though another one took the run long ago")
 
-    def created(self, folder: str, made: Entry) -> None:
+    def created(self, content: dict[str, Any]) -> None:
         """See that whoever was followed by another publishes nothing more, and that the newest checkpoint stays."""
         writer, files = self.mine, self.named(self.newest)
         is_followed = writer in self.writers and writer is not self.writers[-1]

@@ -4,6 +4,7 @@ Each commit names what it does, so the rows after it are known. Images are a to 
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +16,7 @@ from featurestore.log import CHANNELS, LOG, manifest_path
 from featurestore.published.versions import last_move
 from featurestore.upkeep import compaction, expiry, history, purge, verify
 from featurestore.upkeep.repair import repair
-from tests.simulated.history import Entry, History
+from tests.simulated.history import History
 from tests.simulated.world import seconds
 
 URIS = {image: f"u{place}" for place, image in enumerate("abcd")}
@@ -45,6 +46,7 @@ class StoreHistory(History):
         self.pins: dict[str, int] = {}
         self.read_now: list[int] = []
         self.damaged: set[int] = set()
+        self.has_purged = False
         store = FeatureStore.create(f"sim://{self.PLACE}", INFO)
         for images in ("a", "ab"):
             self.put(store, images)
@@ -133,7 +135,8 @@ class StoreHistory(History):
 
     def purge(self, store: FeatureStore) -> None:
         """Purge the rows of an image."""
-        there, self.may_be_corrupt, num_before = set(self.store.objects), True, len(self.creators)
+        self.has_purged = self.may_be_corrupt = True
+        there, num_before = set(self.store.objects), len(self.creators)
         pins = {name: version for name, version in self.pins.items() if KEYS[PURGED] in self.rows[version]}
         try:
             report = purge.purge(store, purge.Images.of_uris([URIS[PURGED]]))
@@ -189,7 +192,7 @@ class StoreHistory(History):
 
     def held(self) -> list[int]:
         """Return the versions that are read, where no purge takes their files."""
-        return self.read_now if self.damaged or not self.may_be_corrupt else []
+        return [] if self.has_purged else self.read_now
 
     def check(self, snapshot: Snapshot) -> None:
         """Compare the rows of a snapshot with those that its commit had."""
@@ -205,11 +208,10 @@ class StoreHistory(History):
         found = {key: (uri, feature[0]) for key, uri, feature in zip(*columns.values(), strict=True)}
         self.world.expect(found == self.rows[version], f"snapshot {version} has {found}, not {self.rows[version]}")
 
-    def created(self, folder: str, made: Entry) -> None:
+    def created(self, content: dict[str, Any]) -> None:
         """Note the files of a commit, and the rows after it."""
-        if folder == LOG:
-            self.paths.append(frozenset(f["path"] for files in made.content["shards"].values() for f in files))
-            self.rows.append(self._after(made.content["operation"], made.content["parent"]))
+        self.paths.append(frozenset(file["path"] for files in content["shards"].values() for file in files))
+        self.rows.append(self._after(content["operation"], content["parent"]))
 
     def _after(self, operation: str, parent: str) -> Rows:
         """Return the rows after a commit."""
