@@ -8,8 +8,9 @@ A step is a text: after which time, what, and what befalls its requests, one aft
 import itertools
 import json
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Sequence
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import pytest
 
@@ -20,11 +21,12 @@ from tests.simulated.objects import ObjectStore
 from tests.simulated.world import Client, Killed, World, seconds
 
 
-class Entry(NamedTuple):
-    """A numbered file as it was created: what it says, and when."""
+@dataclass
+class Entry:
+    """A numbered file as it was created: what it says, and up to when it was the newest."""
 
     content: dict[str, Any]
-    made_s: float
+    end_s: float = float("inf")
 
 
 class History:
@@ -129,7 +131,9 @@ class History:
         if verb == "create":
             self.creators.append(self.world.current.main)
         if number == len(self.logs[folder]) + 1:
-            self.logs[folder].append(Entry(json.loads(data), self.world.now_s))
+            for before in self.logs[folder][-1:]:
+                before.end_s = self.world.now_s
+            self.logs[folder].append(Entry(json.loads(data)))
             if folder == self.LOG:
                 self.created(self.logs[folder][-1].content)
         elif number is not None:
@@ -139,8 +143,3 @@ class History:
         """Tell whether an object is there as it was first written."""
         stored = self.store.objects.get(f"{self.PLACE}/{path}")
         return stored is not None and stored.data == self.first[path]
-
-    def with_ends(self, folder: str) -> Iterator[tuple[int, Entry, float]]:
-        """Yield the numbers of a folder, what was created, and the time at which the next one was."""
-        log = self.logs[folder]
-        yield from zip(itertools.count(1), log, [*(each.made_s for each in log[1:]), float("inf")], strict=False)

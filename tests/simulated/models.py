@@ -7,7 +7,7 @@ from collections.abc import Coroutine
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import MagicMock
+from unittest.mock import AsyncMock, MagicMock
 
 import pyarrow as pa
 import pytest
@@ -61,11 +61,8 @@ class ModelHistory(History):
 
     def prepare(self, patch: pytest.MonkeyPatch) -> None:
         """Publish two versions, and choose the first; let a scorer's work in threads be done at once."""
-
-        async def to_thread(work: Any, *arguments: Any) -> Any:
-            return work(*arguments)
-
-        patch.setattr(live, "asyncio", SimpleNamespace(to_thread=to_thread))
+        at_once = AsyncMock(side_effect=lambda work, *arguments: work(*arguments))
+        patch.setattr(live, "asyncio", SimpleNamespace(to_thread=at_once))
         for when in ("use", "keep"):
             self.export(self.opened(), "good", when)
 
@@ -120,8 +117,8 @@ class ModelHistory(History):
     def chosen(self, since_s: float) -> list[int]:
         """Return the versions that were surely chosen, and in use then or later."""
         sure = {number for folder, number, _, _ in self.acknowledged if folder == USE}
-        choices = [(number, made.content["version"], end_s) for number, made, end_s in self.with_ends(USE)]
-        return [version for number, version, end_s in choices if number in sure and end_s > since_s]
+        choices = enumerate(self.logs[USE], start=1)
+        return [each.content["version"] for number, each in choices if number in sure and each.end_s > since_s]
 
     def held(self) -> list[int]:
         """Return the versions that scorers may open."""

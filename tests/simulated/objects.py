@@ -11,6 +11,7 @@ import uuid
 import zlib
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -49,23 +50,10 @@ class ObjectStore:
         return self._world.request("read", path, lambda: self._found(path).data)
 
     def pipe_file(self, path: str, data: bytes, mode: str = "overwrite") -> None:
-        content = bytes(data)
-
-        def put() -> None:
-            if mode == "create" and path in self.objects:
-                raise FileExistsError(path)
-            self._tell(mode, path, content)
-            self.objects[path] = Stored(content, self._world.now_s)
-
-        self._world.request(mode, path, put)
+        self._world.request(mode, path, partial(self._change, mode, path, bytes(data)))
 
     def rm_file(self, path: str) -> None:
-        def remove() -> None:
-            self._found(path)
-            self._tell("delete", path, None)
-            del self.objects[path]
-
-        self._world.request("delete", path, remove)
+        self._world.request("delete", path, partial(self._change, "delete", path, None))
 
     def info(self, path: str) -> Any:
         return self._world.request("look", path, lambda: self._about(path))
@@ -109,12 +97,20 @@ class ObjectStore:
         stored = self._found(path)
         return {"name": path, "type": "file", "size": len(stored.data), "mtime": stored.mtime_s}
 
-    def _tell(self, verb: str, path: str, data: bytes | None) -> None:
+    def _change(self, verb: str, path: str, data: bytes | None) -> None:
+        if verb == "create" and path in self.objects:
+            raise FileExistsError(path)
+        if verb == "delete":
+            self._found(path)
         try:
             self._watch(verb, path, data)
         except Exception as error:  # which the product may take for an answer
             self._world.failure = self._world.failure or error
             raise
+        if data is None:
+            del self.objects[path]
+        else:
+            self.objects[path] = Stored(data, self._world.now_s)
 
 
 @contextlib.contextmanager

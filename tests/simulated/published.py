@@ -35,7 +35,8 @@ class PublishedHistory(History):
 
     def kept(self) -> set[int]:
         """Return the versions that a reader may have."""
-        return {v for v, _, end_s in self.with_ends(VERSIONS) if self.world.now_s - end_s < self.SPAN_S}
+        since_s = self.world.now_s - self.SPAN_S
+        return {version for version, each in enumerate(self.logs[VERSIONS], start=1) if each.end_s > since_s}
 
     def read(self, storage: Storage, pause: str) -> None:
         """Open the newest version, and read all of its files a while later."""

@@ -3,7 +3,6 @@
 Each commit names what it does, so the rows after it are known. Images are a to d; the first two are in shard 0.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -71,7 +70,7 @@ class StoreHistory(History):
     def delete(self, store: FeatureStore, images: str) -> None:
         """Delete rows."""
         name = f"delete {images}"
-        self._acknowledge(store.delete([KEYS[each] for each in images], name), name)
+        self._acknowledge(store.delete(list(_uris(images)), name), name)
 
     def restore(self, store: FeatureStore, back: str) -> None:
         """Commit an older snapshot again."""
@@ -222,16 +221,17 @@ class StoreHistory(History):
             ids = [each.content["commit_id"] for each in self.logs[LOG]]
             return self.rows[ids.index(parent) + 1]
         rows = dict(self.rows[-1])
-        for image, uri in _named({"put": words[:1], "delete": words, "purge": [PURGED]}.get(name, [])):
-            old = rows.pop(KEYS[image], None)
+        images = words[0] if name in ("put", "delete") else PURGED if name == "purge" else ""
+        for key, uri in _uris(images).items():
+            old = rows.pop(key, None)
             if name == "put":
-                self.world.expect(old is None or old[0] == uri, f"{image} has two uris by {operation}")
-                rows[KEYS[image]] = (uri, float(words[1]))
+                self.world.expect(old is None or old[0] == uri, f"{uri} and {old} have one key by {operation}")
+                rows[key] = (uri, float(words[1]))
         return rows
 
     def _to_put(self, images: str) -> tuple[FeatureRows, str]:
         """Make the rows of a put, and name it."""
-        number, uris = next(self.unique), {KEYS[image]: uri for image, uri in _named([images])}
+        number, uris = next(self.unique), _uris(images)
         features = np.full((len(uris), INFO.dim), number, np.float32)
         return FeatureRows.of(list(uris.values()), features, keys=list(uris)), f"put {images} {number}"
 
@@ -245,8 +245,7 @@ class StoreHistory(History):
         return data[:4] == b"PAR1" and KEYS[PURGED] in pq.read_table(pa.BufferReader(data))["key"].to_pylist()
 
 
-def _named(images: list[str]) -> Iterator[tuple[str, str]]:
-    """Yield images and their uris."""
-    for each in images:
-        for image in each.rstrip("!"):
-            yield image, f"other-{URIS[image]}" if each.endswith("!") else URIS[image]
+def _uris(images: str) -> dict[int, str]:
+    """Return the uris of images by their keys; with `!` these are other ones."""
+    other = "other-" if images.endswith("!") else ""
+    return {KEYS[image]: other + URIS[image] for image in images.rstrip("!")}
