@@ -113,6 +113,20 @@ class ObjectStore:
             self.objects[path] = Stored(data, self._world.now_s)
 
 
+def _with_retries(work: Callable[[], Any], retry_if: Any = remote.is_transient, patience_s: Any = None) -> Any:
+    """Do as the product's own function, without tenacity, which would take a fifth of the time of a history."""
+    end_s = time.monotonic() + remote.PATIENCE_S
+    while True:
+        try:
+            return work()
+        except Exception as error:
+            if not retry_if(error):
+                raise
+            if time.monotonic() > end_s:
+                raise remote.RetriesExhaustedError(error, 1) from error
+        time.sleep(5.0)
+
+
 @contextlib.contextmanager
 def simulated(world: World, objects: ObjectStore) -> Iterator[pytest.MonkeyPatch]:
     """Let the product see this world: the object store at sim://, clocks and draws, threads one after another."""
@@ -122,6 +136,7 @@ def simulated(world: World, objects: ObjectStore) -> Iterator[pytest.MonkeyPatch
             patch.setattr(module, "ThreadPoolExecutor", lambda threads: pool)
         for module in (store, publish):
             patch.setattr(module, "refuse_unsafe", lambda place: None)
+        patch.setattr(remote, "with_retries", _with_retries)
         patch.setattr(remote, "_client", lambda protocol, place: objects)
         patch.setattr(uuid, "uuid4", lambda: uuid.UUID(int=drawn.getrandbits(128), version=4))
         patch.setattr(time, "time", lambda: world.now_s + world.current.main.skew_s)
