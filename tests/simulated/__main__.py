@@ -3,7 +3,7 @@
 import os
 import sys
 
-if os.environ.get("PYTHONHASHSEED") != "0":  # the order of a set of texts is part of a history
+if __name__ == "__main__" and os.environ.get("PYTHONHASHSEED") != "0":  # the order of a set is part of a history
     os.environ["PYTHONHASHSEED"] = "0"
     os.execv(sys.executable, [sys.executable, "-m", "tests.simulated", *sys.argv[1:]])
 
@@ -86,4 +86,5 @@ def _spent() -> str:
     return f"{sum(os.times()[:4]):.0f} s of a processor"
 
 
-app()
+if __name__ == "__main__":
+    app()

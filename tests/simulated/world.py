@@ -36,6 +36,7 @@ class Fault(NamedTuple):
 
 _AWAY, _PAUSES = "0s 0s 20s 70s 90s 110s 600s", "0.5s 20s 90s 1000s 5h 15h 2d"
 FAULTS = {
+    "": Fault(1, True, ""),
     "stalled": Fault(1, True, _PAUSES),  # the client waits before it; for long, all of its threads
     "killed": Fault(0, False, "0s"),  # the client is, before it
     "cut": Fault(0, False, _AWAY),  # it never arrives, nor does what follows for a while
@@ -43,7 +44,6 @@ FAULTS = {
     "repeated": Fault(2, True, "0s"),
     "late": Fault(0, False, _PAUSES),  # it is done much later
 }
-_NOTHING = Fault(1, True, "")
 
 
 class Killed(BaseException):
@@ -97,7 +97,7 @@ class World:
         self._switching = draw.choice([0.15, 0.5, 0.9])
         self._fault_rate = 0.0 if is_calm else draw.choice([0.0, 0.005, 0.015])
         self._stall_rate = 0.0 if is_calm else draw.choice([0.0, 0.02, 0.05])
-        self._kinds = draw.sample(list(FAULTS), draw.randint(1, len(FAULTS)))
+        self._kinds = draw.sample(list(FAULTS)[1:], draw.randint(1, len(FAULTS) - 1))
 
     def play(self, works: Sequence[Callable[[], None]]) -> None:
         """Run clients, each with its work, to the end of all and of what is late. Raises what a client raised."""
@@ -156,7 +156,7 @@ class World:
         if me is self.calm:
             return effect()
         kind, for_s = self._aimed(main, f"{verb} {path}") or self._drawn(main, verb, path)
-        times, is_answered, _ = FAULTS.get(kind, _NOTHING)
+        times, is_answered, _ = FAULTS[kind]
         for_s = max(0.0, min(for_s, main.patience_s - self.now_s))
         if kind:
             main.disturbed_s = max(main.disturbed_s, self.now_s + for_s)
