@@ -44,7 +44,6 @@ class StoreHistory(History):
         """By version."""
         self.pins: dict[str, int] = {}
         self.read_now: list[int] = []
-        self.damaged: set[int] = set()
         self.has_purged = False
         store = FeatureStore.create(f"sim://{self.PLACE}", INFO)
         for images in ("a", "ab"):
@@ -154,7 +153,9 @@ class StoreHistory(History):
             self.world.expect(not lost, f"{lost} are in the log, and gone")
 
     def mend(self, store: FeatureStore) -> None:
-        """Damage the newest manifest on its disk, and repair the store."""
+        """Damage the newest manifest on its disk, unless it is the last good one, and repair the store."""
+        if not any(self.is_there(manifest_path(version)) for version in range(1, self.newest)):
+            return
         self.damaged.add(self.newest)
         self.may_be_corrupt = True
         stored = self.store.objects[f"{self.PLACE}/{manifest_path(self.newest)}"]
