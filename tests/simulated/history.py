@@ -1,115 +1,149 @@
-"""One history: a kind of workload by its seed, played in a world of its own; and how a failed one is made shorter."""
+"""What all histories have: steps that clients do, numbered files that decide what holds, and what may not go.
 
-import gc
-import random
+A step is a text: after which time, what, and what befalls its requests, one after another:
+
+    5s put bc | stalled 60s create .*/log/ | lost 90s delete .*/log/
+"""
+
+import itertools
+import json
+from collections import defaultdict
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
-from tests.simulated.models import ModelHistory
-from tests.simulated.published import PublishedHistory
-from tests.simulated.runs import RunHistory
-from tests.simulated.store import StoreHistory
-from tests.simulated.world import Killed, Operation, Plan, World, simulated
+import pytest
 
-KINDS: tuple[Any, ...] = (StoreHistory, RunHistory, StoreHistory, PublishedHistory, StoreHistory, ModelHistory)
-"""By the seed modulo their number."""
-SCHEDULES = 3
-"""Orders of requests with which a shorter plan is tried."""
+from featurestore.errors import CorruptFileError, StorageError, UserError
+from featurestore.log import manifest_path, version_of
+from featurestore.storage.storage import Storage
+from tests.simulated.objects import ObjectStore
+from tests.simulated.world import Client, Killed, World, seconds
 
 
 @dataclass
-class Played:
-    """A history that is over; `error`: why it failed."""
+class Entry:
+    """A numbered file as it was created: what it says, and up to when it was the newest."""
 
-    seed: int
-    plan: Plan
-    world: World
-    error: BaseException | None
+    content: dict[str, Any]
+    end_s: float = float("inf")
+
+
+class History:
+    """One history: the product at work, and what is known of it. A step is a method, its words are the arguments."""
+
+    PLACE: ClassVar[str]
+    LOG: ClassVar[str]
+    """The folder of its versions."""
+    SPAN_S: ClassVar[float]
+    """How long what is removed is kept for those who still use it."""
+    MOST_S: ClassVar[float] = float("inf")
+    """Time that a step may take."""
+
+    def __init__(self, world: World) -> None:
+        self.world, self.store = world, ObjectStore(world, self.watch)
+        self.logs: dict[str, list[Entry]] = defaultdict(list)
+        """By folder, what was created as its numbers 1, 2, … What counts is the order in which that was done."""
+        self.strays: set[str] = set()
+        """Folders where a writer that was away created a number again that had been removed; it finds out."""
+        self.first: dict[str, bytes] = {}
+        """By path, the first bytes that were written there."""
+        self.creators: list[Client] = []
+        """Who has created a file, in this order."""
+        self.acknowledged: list[tuple[str, int, str, str]] = []
+        """Folders and numbers that the product said it created, and a field by which they are known, with its value."""
+        self.unique = itertools.count(1)
+        self.damaged: set[int] = set()
+        """Versions whose manifest a step has damaged: what they said is lost, or committed again."""
+        self.may_be_corrupt = False
+        """Whether a step has taken away, or damaged, what others may be reading."""
+
+    def prepare(self, patch: pytest.MonkeyPatch) -> None:
+        """Make what clients find, and replace what the product knows of its process and machine."""
+
+    def opened(self) -> Any:
+        """Open what steps work on."""
+        return Storage(f"sim://{self.PLACE}")
 
     @property
-    def kind(self) -> str:
-        """The name of its workload."""
-        return kind_of(self.seed).__name__
+    def newest(self) -> int:
+        """The newest version."""
+        return len(self.logs[self.LOG])
 
+    def files(self, version: int) -> Collection[str]:
+        """Return the paths of a version's files."""
+        raise NotImplementedError
 
-def kind_of(seed: int) -> Any:
-    """Return the class of the workload of a seed."""
-    return KINDS[seed % len(KINDS)]
+    def kept(self) -> set[int]:
+        """Return the versions that have to stay."""
+        return {self.newest}
 
+    def held(self) -> Collection[int]:
+        """Return the versions whose files have to stay."""
+        return ()
 
-def scene_of(seed: int) -> tuple[Plan, bool] | None:
-    """Return the scene of a seed, and whether the world is calm; every other history of a kind has one, in turn."""
-    kind, (rounds, place) = kind_of(seed), divmod(seed, len(KINDS))
-    turn, is_drawn = divmod(rounds * KINDS.count(kind) + KINDS[:place].count(kind), 2)
-    times, number = divmod(turn, len(kind.SCENES))
-    return None if is_drawn else (kind.SCENES[number], times % 3 == 0)
+    def needed(self) -> set[str]:
+        """Return the paths that have to stay as they are now."""
+        manifests = {manifest_path(version, self.LOG) for version in self.kept()}
+        return manifests.union(*map(self.files, {*self.kept(), *self.held()}))
 
+    def created(self, content: dict[str, Any]) -> None:
+        """Look at the newest version, when it is created."""
 
-def plan_of(seed: int) -> Plan:
-    """Draw what the clients of a seed do; beside one in two scenes that are not calm another client is at work."""
-    draw, found = random.Random(f"plan {seed}"), scene_of(seed)
-    drawn: Plan = kind_of(seed).plan(draw)
-    if found is None:
-        return drawn
-    scene, is_calm = found
-    is_alone = is_calm or any(each.name == "purge" for operations in scene for each in operations)
-    return [*scene, *drawn[: 0 if is_alone else draw.choice([0, 1])]]
+    def finish(self) -> None:
+        """Look at all that is there at the end: each acknowledged file counts once, under its number."""
+        for folder, number, name, value in self.acknowledged:
+            damaged = self.damaged if folder == self.LOG else set()
+            places = {place for place, each in enumerate(self.logs[folder], start=1) if each.content[name] == value}
+            is_once = places - damaged == {number} - damaged
+            self.world.expect(is_once, f"{folder} {number} was acknowledged, and {value} is at {sorted(places)}")
 
+    def work(self, steps: Sequence[str]) -> None:
+        """Do steps, one after another."""
+        for step in steps:
+            self.perform(step)
 
-def play(seed: int, plan: Plan | None = None, schedule: int = 0) -> Played:
-    """Play the history of a seed; of another plan where one is given, with another order of requests by `schedule`."""
-    kind, found, error = kind_of(seed), scene_of(seed), None
-    world = World(seed + schedule * 1_000_003, found is not None and found[1])
-    chosen = plan_of(seed) if plan is None else plan
-    gc.disable()  # what it would collect may have requests to make
-    try:
-        with simulated(world) as patch:
-            history = kind(world)
-            history.modules(patch)
-            history.prepare()
-            world.play([partial(_perform, world, history, operations) for operations in chosen])
-            history.finish()
-    except Exception as failure:
-        error = failure
-    finally:
-        gc.enable()
-    return Played(seed, chosen, world, error)
-
-
-def shortened(failed: Played) -> Played:
-    """Leave out clients, then operations, one after another, as long as the history still fails."""
-    shortest = failed
-    while (shorter := next(filter(None, map(partial(_fails, failed.seed), _shorter(shortest.plan))), None)) is not None:
-        shortest = shorter
-    return shortest
-
-
-def _perform(world: World, history: Any, operations: list[Operation]) -> None:
-    for operation in operations:
+    def perform(self, step: str) -> None:
+        """Do a step, as a process of its own; what only reads fails only where a request of its own has failed."""
+        world, me = self.world, self.world.current
+        words, *aims = step.split(" | ")
+        pause, name, *arguments = words.split()
+        me.process, me.is_killed, me.aims, num_failed = me.process + 1, False, (), me.num_failed
         try:
-            world.sleep(operation.pause_s)
-            history.perform(operation)
+            world.sleep(seconds(pause))
+            me.patience_s, me.aims = world.now_s + self.MOST_S, tuple(aims)
+            getattr(self, name)(self.opened(), *arguments)
         except Killed:
             if world.failure is not None:
                 raise
-            world.restart()
+        except UserError as error:
+            world.expect(self.may_be_corrupt or not isinstance(error, CorruptFileError), f"{step}: {error}")
+            may_fail = name != "read" or me.num_failed > num_failed or not isinstance(error, StorageError)
+            world.expect(may_fail, f"{name} fails, though all of its requests were answered: {error}")
 
+    def watch(self, verb: str, path: str, data: bytes | None) -> None:
+        """Note what is written; see that nothing changes that has to stay, and that no numbered file is replaced."""
+        path = path.removeprefix(f"{self.PLACE}/")
+        folder, _, name = path.rpartition("/")
+        number = version_of(name)
+        if self.is_there(path) and data != self.first[path]:
+            is_free = path not in self.needed() and (data is None or number is None)
+            self.world.expect(is_free, f"{verb} of {path}, which has to stay as it is")
+        if data is None:
+            return
+        self.first.setdefault(path, data)
+        if verb == "create":
+            self.creators.append(self.world.current.main)
+        if number == len(self.logs[folder]) + 1:
+            for before in self.logs[folder][-1:]:
+                before.end_s = self.world.now_s
+            self.logs[folder].append(Entry(json.loads(data)))
+            if folder == self.LOG:
+                self.created(self.logs[folder][-1].content)
+        elif number is not None:
+            self.strays.add(folder)
 
-def _shorter(plan: Plan) -> list[Plan]:
-    """List the plans with one client less, those with one operation less, and those with one that nothing befalls."""
-    fewer = [plan[:client] + plan[client + 1 :] for client in range(len(plan))]
-    for client, operations in enumerate(plan):
-        less = [operations[:place] + operations[place + 1 :] for place in range(len(operations))]
-        less += [
-            [*operations[:place], each._replace(aims=()), *operations[place + 1 :]]
-            for place, each in enumerate(operations)
-            if each.aims
-        ]
-        fewer += [[*plan[:client], each, *plan[client + 1 :]] for each in less if each]
-    return fewer
-
-
-def _fails(seed: int, plan: Plan) -> Played | None:
-    played = (play(seed, plan, schedule) for schedule in range(SCHEDULES))
-    return next((each for each in played if each.error is not None), None)
+    def is_there(self, path: str) -> bool:
+        """Tell whether an object is there as it was first written."""
+        stored = self.store.objects.get(f"{self.PLACE}/{path}")
+        return stored is not None and stored.data == self.first[path]

@@ -1,63 +1,30 @@
 """Histories of a published model: exports, choices of a version, expiries, and scorers that switch at work."""
 
 import contextlib
-import json
-import random
 import time
 import uuid
 from collections.abc import Coroutine
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import AsyncMock, MagicMock
 
+import pyarrow as pa
 import pytest
 
-from featurestore.errors import CommitConflictError, StorageError
-from featurestore.log import manifest_path, version_of, writer_name
+from featurestore.log import manifest_path, writer_name
 from featurestore.published.versions import append_numbered
 from featurestore.storage.storage import Storage
+from serving.bundle import log
 from serving.bundle.files import WrittenFiles, check_file
-from serving.bundle.log import (
-    BundleIdentity,
-    expire,
-    known_versions,
-    read_version,
-    remove_leftovers,
-    use,
-    version_in_use,
-)
+from serving.bundle.log import BundleIdentity
 from serving.bundle.manifest import BUNDLES, LOG, USE, BundleManifest
-from serving.errors import BrokenBundleError, BundleNotFoundError, NotFiniteError
+from serving.errors import NotFiniteError
 from serving.http import live
-from tests.simulated.world import DAY_S, Aim, History, Plan, World, do, draw_plan
+from tests.simulated.history import History
+from tests.simulated.world import World, seconds
 
-PLACE = "w/models"
-URL = f"sim://{PLACE}"
-GRACE_S = DAY_S
-MOST_S = 0.4 * GRACE_S
-"""Time that a choice, or the opening of a version, may take."""
-WEIGHTS = {"export": 4, "choose": 3, "expire": 3, "serve": 3}
-DECIDES = (
-    "create .*/use/",
-    "create .*/log/",
-    "delete .*/(log|bundles)/",
-    "(list|read) .*/(log|use)",
-    "list .*/bundles",
-)
-NOT_CHOSEN, SECOND = 2, 4
-"""Arguments: of an export; of a choice, the second where there are two or three versions."""
-SCENES: tuple[Plan, ...] = (
-    [[do("export", NOT_CHOSEN), do("expire", 0, 30)], [do("choose", SECOND, 20, Aim("create .*/use/", 60))]],
-    [[do("export", NOT_CHOSEN), do("expire", 0, 20, Aim("delete .*/log/", 60))], [do("choose", SECOND, 40)]],
-    [[do("export", NOT_CHOSEN), do("expire", 0, 20, Aim("overwrite .*/leaving/", 60))], [do("choose", SECOND, 40)]],
-    [[do("export", NOT_CHOSEN), do("choose", SECOND, 1), do("expire", 0, 1)]],
-    [[do("serve", 1)], [do("choose", SECOND, 4)]],
-    [[do("export", NOT_CHOSEN, 0, Aim("create .*/log/", 60))], [do("export", NOT_CHOSEN, 20)]],
-    [  # an export is away until the number of its version has been given, and removed
-        [do("export", NOT_CHOSEN, 0, Aim("create .*/log/", 100))],
-        [do("export", NOT_CHOSEN, 10), do("export", NOT_CHOSEN, 10), do("expire", 0, 10)],
-    ],
-)
+URL = "sim://w/models"
 NAMES = ("network.pt2", "model.json")
 
 
@@ -71,7 +38,7 @@ class SimulatedScorer:
     is_open: bool = True
 
     def sample(self) -> Any:
-        return SimpleNamespace(num_rows=1, slice=lambda first, count: None)
+        return pa.table({"row": [1]})
 
     def score(self, rows: Any) -> str:
         """Return which version this score is of."""
@@ -86,151 +53,112 @@ class SimulatedScorer:
         self.is_open = False
 
 
-@dataclass
 class ModelHistory(History):
     """A model's address, and what is known of it."""
 
-    GOOD = (StorageError, CommitConflictError, BrokenBundleError, BundleNotFoundError)
-    PLACE, MOST_S, DECIDES, SCENES = PLACE, MOST_S, DECIDES, SCENES
+    PLACE, LOG = "w/models", LOG
+    SPAN_S, MOST_S = seconds("1d"), seconds("0.4d")
 
-    world: World
-    ids: dict[int, str] = field(default_factory=dict)
-    """By version, the id of its bundle."""
-    choices: list[tuple[int, float]] = field(default_factory=list)
-    """Versions that were chosen, and when another one was."""
-    sure: set[int] = field(default_factory=set)
-    """Numbers of acknowledged choices."""
-    scorers: list[SimulatedScorer] = field(default_factory=list)
+    def prepare(self, patch: pytest.MonkeyPatch) -> None:
+        """Publish two versions, and choose the first; let a scorer's work in threads be done at once."""
+        at_once = AsyncMock(side_effect=lambda work, *arguments: work(*arguments))
+        patch.setattr(live, "asyncio", SimpleNamespace(to_thread=at_once))
+        for when in ("use", "keep"):
+            self.export(self.opened(), "good", when)
 
-    @staticmethod
-    def plan(draw: random.Random) -> Plan:
-        """Draw what clients do."""
-        return draw_plan(draw, WEIGHTS, GRACE_S, DECIDES)
-
-    def modules(self, patch: pytest.MonkeyPatch) -> None:
-        """Let a scorer's work in threads be done at once."""
-
-        async def to_thread(work: Any, *arguments: Any) -> Any:
-            return work(*arguments)
-
-        patch.setattr(live, "asyncio", SimpleNamespace(to_thread=to_thread))
-
-    def prepare(self) -> None:
-        """Publish two versions, and choose the first."""
-        self.world.watchers.append(self.watch)
-        for number in (1, 2):
-            self.export(Storage(URL), 2 * number)
-        self.choose(Storage(URL), 1)
-
-    def export(self, storage: Storage, number: int) -> None:
-        """Publish a version as `export_model` does; one in eight is bad; one in two is chosen."""
-        remove_leftovers(storage)
+    def export(self, storage: Storage, state: str, when: str) -> None:
+        """Publish a version as `export_model` does."""
+        log.remove_leftovers(storage)
         bundle_id = uuid.uuid4().hex
         files = WrittenFiles(storage, f"{BUNDLES}/{bundle_id}")
         for name in NAMES:
-            files.write(name, f"{bundle_id} {name} {'bad' if number % 8 == 7 else 'good'}".encode())
+            files.write(name, f"{bundle_id} {name} {state}".encode())
         draft = BundleManifest(
             version=1, bundle_id=bundle_id, time_s=time.time(), writer=writer_name(), run="r", checkpoint="c",
             checkpoint_digest="d", id_dtype="float32", rows=(), tables=(), vectors=(), missing="zeros",
             missing_in_training="zeros", metrics={}, files=tuple(files.files),
         )  # fmt: skip
         made = append_numbered(storage, LOG, lambda version: draft.model_copy(update={"version": version}))
-        self.world.expect(self.ids.get(made.version) == bundle_id, f"version {made.version} is two versions")
-        if number % 2:
-            self.choose(storage, made.version)
+        self.acknowledged.append((LOG, made.version, "bundle_id", bundle_id))
+        if when == "use":
+            self.choose(storage, "0")
 
-    def choose(self, storage: Storage, number: int) -> None:
-        """Choose a late version."""
-        known = known_versions(storage)
-        version = number if number in known[:1] else known[-1 - number % min(3, len(known))]
-        choice = use(storage, version)
-        self.sure.add(choice.choice)
-        if choice.choice == len(self.choices):
-            self.world.expect(self._is_whole(version), f"version {version} was put in use, and is not whole")
+    def choose(self, storage: Storage, back: str) -> None:
+        """Choose the newest version, or one before it."""
+        known = log.known_versions(storage)
+        made = log.use(storage, known[-1 - int(back) % len(known)])
+        self.acknowledged.append((USE, made.choice, "nonce", made.nonce))
+        if made.choice == len(self.logs[USE]):
+            self.check_whole(made.version)
 
-    def expire(self, storage: Storage, number: int) -> None:
+    def expire(self, storage: Storage) -> None:
         """Remove what nobody serves."""
-        expire(storage, keep_last=1, keep_days=0, grace_days=GRACE_S / DAY_S)
+        log.expire(storage, keep_last=1, keep_days=0, grace_days=1)
 
-    def serve(self, storage: Storage, number: int) -> None:
+    def serve(self, storage: Storage, num_polls: str, poll: str, num_pieces: str, piece: str) -> None:
         """Serve the version in use for some time, and score bodies of several pieces meanwhile."""
         source = live.BundleSource(SimpleNamespace(model=URL, cache_dir=None))
         source.open = self._open
-        nothing = SimpleNamespace(labels=lambda name: SimpleNamespace(inc=lambda: None))
-        metrics = SimpleNamespace(record_age=lambda _: None, record_model=lambda _, switched: None, switches=nothing)
-        model = live.LiveModel(source, metrics, 30.0)
+        model = live.LiveModel(source, MagicMock(), 30.0)
         _done(model.start())
-        bodies = self.world.thread(lambda: self._score_bodies(model, number), daemon=True)
+        bodies = self.world.thread(lambda: self._score_bodies(model, int(num_pieces), seconds(piece)), daemon=True)
         bodies.start()
-        for _ in range(2 + number % 3):
-            self.world.sleep([5.0, 60.0, 0.3 * GRACE_S][(number >> 2) % 3])
-            self.world.current.patience_s = self.world.now_s + MOST_S
+        for _ in range(int(num_polls)):
+            self.world.sleep(seconds(poll))
+            self.world.current.patience_s = self.world.now_s + self.MOST_S
             _done(model.poll_once())
         bodies.join()
         model.close()
 
+    def files(self, version: int) -> list[str]:
+        """Return the paths of a version's files."""
+        return [f"{BUNDLES}/{self.logs[LOG][version - 1].content['bundle_id']}/{name}" for name in NAMES]
+
+    def chosen(self, since_s: float) -> list[int]:
+        """Return the versions that were surely chosen, and in use then or later."""
+        sure = {number for folder, number, _, _ in self.acknowledged if folder == USE}
+        choices = enumerate(self.logs[USE], start=1)
+        return [each.content["version"] for number, each in choices if number in sure and each.end_s > since_s]
+
+    def held(self) -> list[int]:
+        """Return the versions that scorers may open."""
+        return self.chosen(self.world.now_s - 0.99 * self.SPAN_S)
+
+    def created(self, content: dict[str, Any]) -> None:
+        """See that a version has its files when it is published."""
+        is_whole = all(map(self.is_there, self.files(self.newest)))
+        self.world.expect(is_whole, f"version {self.newest} is published without its files")
+
     def finish(self) -> None:
         """Look at all that is there at the end; a scorer that begins serves the version in use."""
-        newest = len(self.choices)
-        if newest in self.sure:
-            version = self.choices[-1][0]
-            self.world.expect(version_in_use(Storage(URL)) == version, f"version {version} is not in use")
-            self.world.expect(self._is_whole(version), f"version {version} is in use, and is not whole")
+        super().finish()
+        for version in self.chosen(self.world.now_s):
+            self.world.expect(log.version_in_use(self.opened()) == version, f"version {version} is not in use")
+            self.check_whole(version)
 
-    def watch(self, action: str, path: str, data: bytes | None) -> None:
-        """Note versions and choices, and see that nothing is removed that a scorer may open."""
-        folder, _, name = path.removeprefix(f"{PLACE}/").rpartition("/")
-        number = version_of(name) or 0
-        if folder == LOG and data is not None:
-            bundle_id = json.loads(data)["bundle_id"]
-            if number > max(self.ids, default=0):  # else of an export that was away, or put back by an expiry
-                self.ids[number] = bundle_id
-                self.world.expect(self._has_files(number), f"version {number} is published without its files")
-        elif folder == USE and action == "create" and data is not None:
-            if self.choices:
-                self.choices[-1] = (self.choices[-1][0], self.world.now_s)
-            self.choices.append((json.loads(data)["version"], float("inf")))
-        elif action != "delete":
-            return  # of a file that was written before, as its answer was lost
-        elif folder == LOG:
-            self.world.expect(number < max(self.ids), "the newest version is removed, and its number free")
-        elif folder.startswith(f"{BUNDLES}/"):
-            served = [v for v in self._served() if self.ids[v] == folder.removeprefix(f"{BUNDLES}/")]
-            self.world.expect(not served, f"files of version {served} are removed, which scorers may open")
-            newest = self.ids.get(max(self.ids, default=0))
-            self.world.expect(folder != f"{BUNDLES}/{newest}", "files of the newest version are removed")
-
-    def _served(self) -> list[int]:
-        """Find the versions that were surely chosen, and in use within the grace time."""
-        chosen = enumerate(self.choices, start=1)
-        return [v for number, (v, end_s) in chosen if number in self.sure and self.world.now_s - end_s < 0.99 * GRACE_S]
-
-    def _has_files(self, version: int) -> bool:
-        return all(f"{PLACE}/{BUNDLES}/{self.ids[version]}/{name}" in self.world.objects for name in NAMES)
-
-    def _is_whole(self, version: int) -> bool:
-        return self._has_files(version) and f"{PLACE}/{manifest_path(version, LOG)}" in self.world.objects
+    def check_whole(self, version: int) -> None:
+        """See that a version that was put in use is there."""
+        is_whole = all(map(self.is_there, (*self.files(version), manifest_path(version, LOG))))
+        self.world.expect(is_whole, f"version {version} is in use, and is not whole")
 
     def _open(self, identity: BundleIdentity, current: Any) -> Any:
-        storage = Storage(URL)
-        manifest = read_version(storage, identity.version)
+        storage = self.opened()
+        manifest = log.read_version(storage, identity.version)
         for file in manifest.files:
             check_file(storage, f"{manifest.folder}/{file.name}", file, verify=True)
         contents = [storage.read_bytes(f"{manifest.folder}/{name}").decode() for name in NAMES]
-        self.scorers.append(SimulatedScorer(self.world, identity, contents))
-        return self.scorers[-1]
+        return SimulatedScorer(self.world, identity, contents)
 
-    def _score_bodies(self, model: live.LiveModel, number: int) -> None:
+    def _score_bodies(self, model: live.LiveModel, num_pieces: int, piece_s: float) -> None:
         for _ in range(2):
             with model.held() as scorer:
                 versions = set()
-                for _ in range(2 + number % 2):
+                for _ in range(num_pieces):
                     versions.add(scorer.score(None))
-                    self.world.sleep([1.0, 50.0, 0.2 * GRACE_S][number % 3])
+                    self.world.sleep(piece_s)
                 self.world.expect(len(versions) == 1, f"one body was scored with {versions}")
-            now = model.model.identity.version
-            left = [each for each in self.scorers if each.is_open and each is scorer and each is not model.model]
-            self.world.expect(not left, f"version {scorer.identity.version} is open still, and {now} serves")
+            is_closed = scorer is model.model or not scorer.is_open
+            self.world.expect(is_closed, f"version {scorer.identity.version} is open still, and another one serves")
 
 
 def _done(work: Coroutine[Any, Any, Any]) -> None:

@@ -5,15 +5,14 @@ so that whoever has the function by any name has the bug.
 """
 
 import contextlib
-import importlib
 import inspect
+import pkgutil
 import textwrap
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import CodeType, FunctionType
-from typing import Any
+from types import CodeType
 
 import pytest
 
@@ -36,28 +35,15 @@ class Bug:
         sources: dict[str, str] = {}
         with pytest.MonkeyPatch.context() as patch:
             for place, old, new in ((self.place, self.old, self.new), *self.also):
-                function = _function(place)
+                found = pkgutil.resolve_name(place)
+                function = inspect.unwrap(getattr(found, "__func__", found))  # that of a class method
                 source = sources.get(place) or textwrap.dedent(inspect.getsource(function))
                 assert source.count(old) == 1, f"{place} has {source.count(old)} times: {old}"
                 sources[place] = source.replace(old, new)
-                codes = _codes(compile(sources[place], inspect.getfile(function), "exec"))
-                patch.setattr(function, "__code__", next(c for c in codes if c.co_name == function.__name__))
+                module = compile(sources[place], inspect.getfile(function), "exec")
+                codes = [each for each in module.co_consts if isinstance(each, CodeType)]
+                patch.setattr(function, "__code__", next(each for each in codes if each.co_name == function.__name__))
             yield
-
-
-def _function(place: str) -> FunctionType:
-    module, _, path = place.partition(":")
-    found: Any = importlib.import_module(module)
-    for name in path.split("."):
-        found = getattr(found, name)
-    return inspect.unwrap(getattr(found, "__func__", found))  # that of a class method
-
-
-def _codes(code: CodeType) -> Iterator[CodeType]:
-    for each in code.co_consts:
-        if isinstance(each, CodeType):
-            yield each
-            yield from _codes(each)
 
 
 BUGS = [Bug(**each) for each in tomllib.loads(Path(__file__).with_suffix(".toml").read_text())["bug"]]

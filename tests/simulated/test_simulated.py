@@ -2,8 +2,8 @@
 
 import pytest
 
-from tests.simulated.history import KINDS, kind_of, play, shortened
 from tests.simulated.planted import BUGS, Bug
+from tests.simulated.play import KINDS, kind_of, plan_of, play, shortened
 
 pytestmark = pytest.mark.long
 
@@ -11,8 +11,8 @@ pytestmark = pytest.mark.long
 @pytest.mark.parametrize("seed", range(len(KINDS)))
 def test_the_same_seed_gives_the_same_history(seed: int) -> None:
     one, other = play(seed), play(seed)
-    assert one.error is None and one.world.requests > 10
-    assert one.world.trace == other.world.trace and one.world.digest == other.world.digest
+    assert one.failure is None and one.faults.total() > 10
+    assert one.trace == other.trace
 
 
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.guard)
@@ -23,9 +23,8 @@ def test_a_planted_bug_has_its_place(bug: Bug) -> None:
 
 def test_a_planted_bug_is_found_and_its_history_is_made_shorter() -> None:
     bug = next(each for each in BUGS if each.guard.startswith("what others put behind"))
-    seeds = [seed for seed in range(200) if kind_of(seed).__name__ == bug.kind]
     with bug.planted():
-        failed = next(each for each in map(play, seeds) if each.error is not None)
-        shortest = shortened(failed)
-    assert shortest.error is not None and 0 < sum(map(len, shortest.plan)) < sum(map(len, failed.plan))
-    assert play(failed.seed).error is None
+        seed = next(seed for seed in range(200) if kind_of(seed).__name__ == bug.kind and play(seed).failure)
+        plan, world = shortened(seed, plan_of(seed)[0])
+    assert world.failure is not None and 0 < sum(map(len, plan)) <= 3
+    assert play(seed).failure is None
