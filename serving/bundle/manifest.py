@@ -33,14 +33,8 @@ Missing = Literal["zeros", "learned"]
 Count = Annotated[int, Field(ge=0)]
 Width = Annotated[int, Field(ge=1)]
 
-SCALE_BYTES = 4
-_NUMBER_BYTES: dict[RowDType, int] = {"float32": 4, "float16": 2, "int8": 1}
+_NUMBER_BYTES: dict[RowDType, int] = {"float32": 4, "float16": 2}
 _HASH_BYTES = 8
-
-
-def row_bytes(width: int, dtype: RowDType) -> int:
-    """Return the bytes of a row of ID vectors. In int8 rows the codes are followed by their scale, a float32."""
-    return width * _NUMBER_BYTES[dtype] + (SCALE_BYTES if dtype == "int8" else 0)
 
 
 class BundleFile(Frozen):
@@ -155,7 +149,7 @@ class BundleManifest(Sealed):
                 raise ValueError(f"{twice[0]} is listed twice")
         sizes = {each.name: each.bytes for each in self.files}
         for rows in self.rows:
-            if sizes.get(rows.name) != rows.num_rows * row_bytes(rows.width, self.id_dtype):
+            if sizes.get(rows.name) != rows.num_rows * rows.width * _NUMBER_BYTES[self.id_dtype]:
                 raise ValueError(
                     f"{rows.name} has {sizes.get(rows.name)} bytes, not {rows.num_rows} rows of {rows.width}"
                 )
