@@ -16,7 +16,7 @@ crossmedia samples --samples samples --since 2026-03-01
 crossmedia samples --logs s3://shop/logs --samples /shared/samples -n 8 --threads-per-worker 1
 """
 
-app = commandline.CommandApp(report=True, rich_markup_mode="rich", may_be_empty=("--user-columns",))
+app = commandline.CommandApp(report=True, rich_markup_mode="rich")
 
 
 @app.command(epilog=EXAMPLES)

@@ -254,10 +254,6 @@ class SampleOptions:
             min=0.001, max=0.999, help="Share of the newest groups for testing, in whole days, in place of --test-days."
         ),
     ] = None
-    user_columns: Annotated[
-        str | None,
-        typer.Option(help="Columns of users to keep, with commas.", show_default="user_age and user_gender if there"),
-    ] = None
     behavior_age: Annotated[
         bool,
         typer.Option(

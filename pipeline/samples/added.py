@@ -204,8 +204,6 @@ def _as_made(options: SampleOptions, recorded: dict[str, Any]) -> SampleOptions:
     made: dict[str, Any] = {
         field.name: recorded.get(field.name, field.default) for field in dataclasses.fields(options)
     }
-    columns = made["user_columns"]
-    made["user_columns"] = ",".join(columns) if columns is not None and not made["mapping"] else None
     given = {name: value for name, value in vars(options).items() if value != getattr(SampleOptions, name)}
     for name, its, mine in differing(made, made | given):
         if name not in _FREE:

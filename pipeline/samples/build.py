@@ -51,7 +51,7 @@ from pipeline.samples.logs import (
     find_pieces,
     with_joined_rows,
 )
-from pipeline.samples.mapping import TableLayout, load_mapping, names_in
+from pipeline.samples.mapping import TableLayout, load_mapping
 from pipeline.samples.publish import MARK, QUARANTINE_FILE, replaced_files
 from trainer.schema.fields import IMAGES_FILE, SCHEMA_FILE, SETTINGS_FILE, DistinctCount, Schema, settings_text
 from trainer.schema.suggest import inspect_samples, render_schema
@@ -108,8 +108,7 @@ def build_samples(options: SampleOptions, client: Client) -> dict[str, Any]:
         shutil.rmtree(scratch)
         if options.mapping:
             write_suggested(folder, options.samples, written, tables.may_lack)
-        recorded = dataclasses.asdict(options) | {"user_columns": layout.user_columns}
-        summary = summarise(recorded, shown, done, grouped, written)
+        summary = summarise(dataclasses.asdict(options), shown, done, grouped, written)
         write_json(folder / MARK, summary)
     return summary
 
@@ -120,7 +119,6 @@ class LogTables:
 
     options: SampleOptions
     layouts: dict[str, TableLayout | None]
-    user_columns: tuple[str, ...] | None
 
     @property
     def spared(self) -> dict[str, str]:
@@ -130,8 +128,7 @@ class LogTables:
 
     def pieces(self, log: str, wanted: WantedRows | None = None) -> list[LogPiece]:
         """Find the pieces of one log; see `find_pieces`."""
-        user_columns = self.user_columns if log == IMPRESSIONS else ()
-        pieces = find_pieces(self.options.logs, log, user_columns, self.layouts[log], wanted)
+        pieces = find_pieces(self.options.logs, log, self.layouts[log], wanted)
         if pieces:  # what was found in the first file is not looked for again
             self.layouts[log] = pieces[0].layout
         return pieces
@@ -151,11 +148,8 @@ class LogTables:
 def open_tables(options: SampleOptions) -> LogTables:
     """Read what `options` say of the logs. Raises SampleOptionError."""
     mapping = load_mapping(Path(options.mapping)) if options.mapping else None
-    user_columns = None if options.user_columns is None else names_in(options.user_columns)
-    if mapping and user_columns:
-        raise SampleOptionError(f"user_columns={','.join(user_columns)}: with a mapping they are named in it")
     layouts = {log: mapping.layout(log) if mapping else None for log in (IMPRESSIONS, BEHAVIORS)}
-    return LogTables(options, layouts, user_columns)
+    return LogTables(options, layouts)
 
 
 def _check_rows_left(logs: str, shown: Sequence[ShuffledPiece]) -> None:

@@ -133,28 +133,20 @@ class LogPiece:
 
 
 def find_pieces(
-    url: str,
-    log: str,
-    user_columns: Sequence[str] | None,
-    layout: TableLayout | None = None,
-    wanted: WantedRows | None = None,
+    url: str, log: str, layout: TableLayout | None = None, wanted: WantedRows | None = None
 ) -> list[LogPiece]:
     """Find the log's pieces, in the order of its files' names; only the files' footers are read.
 
     Row groups whose statistics say that they have no `wanted` row are left out; then there may be no piece.
 
-    `user_columns` None takes those of `user_age` and `user_gender` that the first file has; with the `layout` of a
-    person's own tables, CSV or Parquet, those count that it names. Raises SampleError for a log that is not there or
-    has no row, and for a column that is missing or of a wrong type, with the file's name.
+    Columns of users are those of `user_age` and `user_gender` that the first file has; with the `layout` of a person's
+    own tables, CSV or Parquet, those that it names. Raises SampleError for a log that is not there or has no row, and
+    for a column that is missing or of a wrong type, with the file's name.
     """
-    if reserved := set(user_columns or ()) & set().union(*COLUMNS.values()):
-        raise SampleOptionError(
-            f"user_columns={','.join(sorted(reserved))}: has a meaning of its own, it is kept anyway"
-        )
     storage = Storage(url)
     place = layout.files if layout else log
     files = _files_of(storage, log, layout)
-    layout = layout or _layout_of(storage, log, files[0], user_columns)
+    layout = layout or _layout_of(storage, log, files[0])
     if layout.time_unit is None or (files[0].endswith(CSV_SUFFIXES) and layout.found_style is None):
         layout = _settled(storage, files[0], log, layout)
     if any(not join.is_settled for join in layout.joins):
@@ -180,18 +172,19 @@ def _files_of(storage: Storage, log: str, layout: TableLayout | None) -> list[st
     return files
 
 
-def _layout_of(storage: Storage, log: str, path: str, user_columns: Sequence[str] | None) -> TableLayout:
+def _layout_of(storage: Storage, log: str, path: str) -> TableLayout:
     """Describe a log as it is documented; the file at `path` says which of the usual user columns there are."""
-    if log == IMPRESSIONS and user_columns is None:
+    user_columns: tuple[str, ...] = ()
+    if log == IMPRESSIONS:
         with open_parquet(storage, path) as file:
-            user_columns = [name for name in ("user_age", "user_gender") if name in file.schema_arrow.names]
-    kinds = {name: kind_of(name) for name in COLUMNS[log]} | dict.fromkeys(user_columns or (), "profile")
+            user_columns = tuple(name for name in ("user_age", "user_gender") if name in file.schema_arrow.names)
+    kinds = {name: kind_of(name) for name in COLUMNS[log]} | dict.fromkeys(user_columns, "profile")
     return TableLayout(
         files=log,
         names={name: name for name in kinds},
         kinds=kinds,
         constants={},
-        user_columns=tuple(user_columns or ()),
+        user_columns=user_columns,
         ad_columns=(),
         csv=CsvSettings(),
         time_unit=None,
@@ -256,7 +249,7 @@ def with_joined_rows(pieces: Sequence[LogPiece], folder: Path) -> list[LogPiece]
 
 
 def _written(join: Join, path: Path) -> Join:
-    pieces = find_pieces(join.url or "", f"join.{join.by}", None, join.layout)
+    pieces = find_pieces(join.url or "", f"join.{join.by}", join.layout)
     parts = [read_piece(piece, latest_s=0) for piece in pieces]
     columns = {name: np.concatenate([part.good[name] for part in parts]) for name in parts[0].good}
     sorted_T = np.argsort(columns[KEY], kind="stable")

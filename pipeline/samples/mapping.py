@@ -347,11 +347,6 @@ def load_mapping(path: Path) -> LogMapping:
         raise SampleOptionError(f"--mapping {path} cannot be read as YAML: {error}") from error
 
 
-def names_in(text: str) -> tuple[str, ...]:
-    """Split an option of names with commas."""
-    return tuple(name.strip() for name in text.split(",") if name.strip())
-
-
 SWALLOWED = "a quoted value has other rows in it; is a quote not closed?"
 _FIRST_ROWS = 1000
 _WHOLE = re.compile(r"0|-?[1-9]\d{0,18}")

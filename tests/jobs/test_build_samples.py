@@ -78,7 +78,7 @@ def inside(place, client, monkeypatch):
 
 def test_options_reach_the_samples(inside, place):
     options = "--logs data/logs --samples out --min-dwell-s 10 --window-days 0.5 --max-behaviors 7 --test-days 0"
-    assert inside(*options.split(), "--user-columns", "", "--partitions", 3) == (0, "")
+    assert inside(*options.split(), "--partitions", 3) == (0, "")
     summary = json.loads((place / "out/summary.json").read_text())
     assert summary["behaviors"]["short_dwell"] == 10
     assert summary["behaviors_in_groups"] == 10  # of the first day alone: the second is beyond the window

@@ -78,10 +78,6 @@ def test_user_columns_are_kept_and_an_unknown_value_is_minus_one(build):
     rows, _ = build(impressions, [done(0)])
     assert [row["user_age"] for row in rows] == [3, -1]
     assert "city" not in rows[0]
-    rows, summary = build(impressions, [done(0)], user_columns="city")
-    assert [row["city"] for row in rows] == [7, 8]
-    assert "user_age" not in rows[0]
-    assert summary["options"]["user_columns"] == ("city",)
 
 
 def test_last_days_are_for_testing_and_new_ads_are_counted(build, tmp_path):
