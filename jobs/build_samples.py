@@ -47,7 +47,6 @@ def main(options: SampleOptions) -> None:
 def summary_text(summary: dict[str, Any]) -> str:
     """Write the summary that the job prints."""
     shown, done = summary["impressions"], summary["behaviors"]
-    new = summary["new_ads"]
     lines = [
         f"impressions  {shown['kept']:,} of {shown['rows']:,} kept, {shown['without_image']:,} without an image; "
         f"{shown['duplicates']:,} duplicates, {_bad(shown)}{_further(shown)}",
@@ -57,7 +56,6 @@ def summary_text(summary: dict[str, Any]) -> str:
         f"{summary['behaviors_in_groups'] / summary['groups']:.1f} behaviours each; "
         f"{summary['groups_without_behaviors']:,} without",
         *(_split(name, summary[name]) for name in ("train", "test")),
-        f"new ads      {new['ads']:,} in test that are not in train",
         f"samples      {summary['options']['samples']}",
     ]
     return "\n".join(lines)

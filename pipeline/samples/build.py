@@ -18,7 +18,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 from distributed import Client
 
 from featurestore.console.files import write_json
@@ -366,9 +365,7 @@ def summarise(
         "groups": sum(part.num_groups for part in written),
         "groups_without_behaviors": sum(part.num_without for part in grouped),
         "behaviors_in_groups": sum(part.num_references for part in grouped),
-        "behaviors_over_limit": sum(part.num_over_limit for part in grouped),
         **{split: _split(written, split) for split in ("train", "test")},
-        "new_ads": _new_ads(written),
         "groups_of_file": {part.plan.name: part.num_groups for part in written},
     }
 
@@ -412,31 +409,8 @@ def _split(written: Sequence[WrittenFile], split: str) -> dict[str, Any]:
         "files": len(files),
         "groups": sum(part.num_groups for part in files),
         "impressions": impressions,
-        "ads": len(_items(files)[0]),
         "positive_rate": _share(sum(part.num_clicks for part in files), impressions),
     }
-
-
-def _new_ads(written: Sequence[WrittenFile]) -> dict[str, Any]:
-    """Count the ads (items) of the test days that were never shown on the training days."""
-    known, _ = _items([part for part in written if part.plan.split == "train"])
-    items, counts = _items([part for part in written if part.plan.split == "test"])
-    is_new = ~np.isin(items, known)
-    return {
-        "ads": int(is_new.sum()),
-        "share_of_test_ads": _share(int(is_new.sum()), len(items)),
-        "share_of_test_impressions": _share(int(counts[is_new].sum()), int(counts.sum())),
-    }
-
-
-def _items(files: Sequence[WrittenFile]) -> tuple[np.ndarray, np.ndarray]:
-    """List the distinct items of the files' ads, and count impressions of each."""
-    if not files:
-        return np.empty(0, np.int64), np.empty(0, np.int64)
-    items, inverse = np.unique(np.concatenate([part.items for part in files]), return_inverse=True)
-    counts = np.zeros(len(items), np.int64)
-    np.add.at(counts, inverse, np.concatenate([part.impressions_of_item for part in files]))
-    return items, counts
 
 
 def _share(part: int, whole: int) -> float | None:

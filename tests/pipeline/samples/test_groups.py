@@ -80,13 +80,12 @@ def test_user_columns_are_kept_and_an_unknown_value_is_minus_one(build):
     assert "city" not in rows[0]
 
 
-def test_last_days_are_for_testing_and_new_ads_are_counted(build, tmp_path):
+def test_last_days_are_for_testing(build, tmp_path):
     impressions = [shown(day * DAY_S, item=item) for day, item in [(0, 1), (1, 2), (3, 1), (3, 9), (3, 9), (3, 8)]]
     impressions = [row | {"session": number, "label": number % 2} for number, row in enumerate(impressions)]
     _, summary = build(impressions, [done(0)], test_days=1)
     assert {row["day"] for row in read(tmp_path / "samples", "test")} == {"2026-01-04"}
     assert {row["day"] for row in read(tmp_path / "samples", "train")} == {"2026-01-01", "2026-01-02"}
-    assert summary["new_ads"] == {"ads": 2, "share_of_test_ads": 2 / 3, "share_of_test_impressions": 3 / 4}
     assert summary["train"]["positive_rate"] == 0.5
     _, summary = build(impressions, [done(0)], test_days=3)  # counts days of the calendar: the third has no impression
     assert (summary["train"]["days"], summary["test"]["days"]) == (1, 2)
