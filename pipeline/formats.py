@@ -46,12 +46,12 @@ class VectorSlice(Protocol):
     """Some rows of one file, which pickle as their place."""
 
     @property
-    def num_rows(self) -> int:
-        """Number of rows, bad ones included."""
+    def path(self) -> str:
+        """The file."""
 
     @property
-    def place(self) -> str:
-        """Name of the place for messages."""
+    def num_rows(self) -> int:
+        """Number of rows, bad ones included."""
 
     def read(self, block_rows: int) -> Iterator[VectorBlock]:
         """Read the rows in their order, about `block_rows` at a time. Raises VectorImportError, StorageError."""
@@ -163,11 +163,6 @@ class MatrixSlice:
         """Number of rows."""
         return self.stop - self.start
 
-    @property
-    def place(self) -> str:
-        """Name of the place for messages."""
-        return f"{self.path}, rows {self.start} to {self.stop}"
-
     def read(self, block_rows: int) -> Iterator[VectorBlock]:
         """Read the rows; those with an empty id are bad. Raises VectorImportError."""
         uris = self._ids(self.names) if isinstance(self.names, bytes) else list(map(uri_of_key, self.names.tolist()))
@@ -189,7 +184,7 @@ class MatrixSlice:
         try:
             return lines.decode().replace("\r\n", "\n").removesuffix("\n").split("\n")
         except UnicodeDecodeError as error:
-            raise VectorImportError(f"the ids of {self.place} are not text in UTF-8: {error}") from error
+            raise VectorImportError(f"the ids of {self.path} are not text in UTF-8: {error}") from error
 
 
 def plan_matrix(address: str, keys_address: str) -> VectorSource:
@@ -290,11 +285,6 @@ class ParquetSlice:
     first_row: int
     num_rows: int
     dim: int
-
-    @property
-    def place(self) -> str:
-        """Name of the place for messages."""
-        return f"{self.path}, rows {self.first_row} to {self.first_row + self.num_rows}"
 
     def read(self, block_rows: int) -> Iterator[VectorBlock]:
         """Read the rows; those without key or feature, or of another width, are bad."""
@@ -448,11 +438,6 @@ class XdlSlice:
     def num_rows(self) -> int:
         """Number of records."""
         return self.stop - self.start
-
-    @property
-    def place(self) -> str:
-        """Name of the place for messages."""
-        return f"{self.path}, records {self.start} to {self.stop}"
 
     def read(self, block_rows: int) -> Iterator[VectorBlock]:
         """Read the records; those of other files are bad."""

@@ -330,7 +330,7 @@ class ImportRun(store_run.StoreRun):
                 done = run_alone(self.client, stage_unit, *calls[place]) if isinstance(report, Killed) else report
                 if isinstance(done, Killed):
                     raise VectorImportError(
-                        f"reading {units[names[place]][0].place} brings the workers down: give them more memory, or set"
+                        f"reading {units[names[place]][0].path} brings the workers down: give them more memory, or set"
                         " a smaller --part-size"
                     )
                 reports[names[place]] = done
