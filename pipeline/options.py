@@ -263,7 +263,8 @@ class SampleOptions:
         ),
     ] = None
     partitions: Annotated[
-        int | None, typer.Option(min=1, help="Buckets of users, one task each; the samples do not change with it.")
+        int | None,
+        typer.Option(min=1, max=65536, help="Buckets of users, one task each; the samples do not change with it."),
     ] = None
     days: Annotated[
         str | None,

@@ -60,7 +60,6 @@ Part = TypeVar("Part")
 DAY_S = 86_400
 BUCKET_ROWS = 250_000  # of both logs; some hundred MB with long lists of behaviours
 LEAST_BUCKET_ROWS = 10_000  # below that a bucket's task and its parts of files cost more than its rows
-FEW_BUCKETS = 64  # which cost nothing worth to speak of
 TASKS_PER_THREAD = 2  # that read logs: few, but one slow file keeps nobody waiting for long
 SHUFFLE_FOLDER = "shuffle"
 HOW_TIMES = (
@@ -168,20 +167,9 @@ def _no_rows(logs: str, shown: Sequence[ShuffledPiece]) -> SampleError:
 
 
 def num_buckets(asked: int | None, pieces: Sequence[LogPiece], client: Client) -> int:
-    """Give the number asked for, else buckets of about BUCKET_ROWS rows, and work for all threads where rows are many.
-
-    Raises SampleOptionError.
-    """
+    """Give the number asked for, else buckets of about BUCKET_ROWS rows, and of many rows work for all threads."""
     rows = sum(piece.num_rows for piece in pieces)
-    most = max(FEW_BUCKETS, rows // LEAST_BUCKET_ROWS)
-    if asked is None:
-        return max(1, math.ceil(rows / BUCKET_ROWS), min(num_threads(client), rows // LEAST_BUCKET_ROWS))
-    if not 0 < asked <= most:
-        raise SampleOptionError(
-            f"--partitions {asked}: these logs have about {rows:,} rows, for which 1 to {most:,} make sense; leave it "
-            f"out for {math.ceil(rows / BUCKET_ROWS):,} or so"
-        )
-    return asked
+    return asked or max(1, math.ceil(rows / BUCKET_ROWS), min(num_threads(client), rows // LEAST_BUCKET_ROWS))
 
 
 def shuffle(

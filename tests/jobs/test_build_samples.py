@@ -95,17 +95,6 @@ def test_a_place_that_cannot_be_written_is_one_message(samples, inside, place):
     assert line.startswith(f"error: cannot make the samples in {samples}: [Errno")
 
 
-def test_a_number_of_partitions_beyond_the_rows_is_refused_at_once(inside, place):
-    for asked in (65, 100_000, 99999999999999999999):
-        code, line = inside("--partitions", asked)
-        assert code == 2
-        assert line.startswith(
-            f"error: --partitions {asked}: these logs have about 60 rows, for which 1 to 64 make sense"
-        )
-    assert not (place / "data/samples").exists()
-    assert inside("--partitions", 64) == (0, "")
-
-
 @pytest.mark.parametrize("samples", [".", "..", "", " ", "/", "data/../.", "../{name}"])
 def test_a_folder_that_cannot_be_replaced_is_refused(samples, inside, place):
     for _ in range(2):  # the second time the folder counts as one of samples
