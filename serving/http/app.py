@@ -27,7 +27,6 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from featurestore.text import printable
 from serving.errors import NotFiniteError, RequestError, RequestTooLargeError
 from serving.http.access import TokenGuard, error_response
 from serving.http.codec import ARROW, JSON, ArrowBody, Body, JsonBody, Scores
@@ -179,8 +178,6 @@ class Scoring:
             raise RefusedError(415, f"Content-Encoding is {encoding[:40]!r}: send the body uncompressed", CLOSE)
         content = await request.body()
         request.state.read_s = time.perf_counter() - start_s
-        if self.settings.log_requests:
-            logger.info("%s %s", request.url.path, printable(content.decode("utf-8", "backslashreplace")))
         return content
 
     async def _scored(self, request: Request, body: Body, content: bytes) -> Response:
