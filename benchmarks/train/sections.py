@@ -6,7 +6,7 @@ import statistics
 import sys
 import sysconfig
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,8 +34,6 @@ class Outcome:
     samples_per_s: float
     losses: list[float]
     report: Mapping[str, Any]
-    resident_bytes: list[int] = field(default_factory=list)
-    """Of the largest rank, in the order of time."""
 
 
 @dataclass(frozen=True)
@@ -51,33 +49,32 @@ class Launcher:
         every = [f"run.name={name}", "run.overwrite=true", f"run.dir={self.scratch}"]
         length = [f"train.max_steps={steps}", "train.epochs=1000", "train.checkpoint_every=null"]
         command = ["-m", "trainer.main", "--config", str(self.workload.config)]
-        resident = self._run([*command, *self._set([*every, *length, *settings])])
+        self._run([*command, *self._set([*every, *length, *settings])])
         report = json.loads((self.scratch / name / "report.json").read_text())
         losses = _losses(self.scratch / name / "tensorboard")
         shutil.rmtree(self.scratch / name)
-        return Outcome(report["samples_per_s"], losses, report, resident)
+        return Outcome(report["samples_per_s"], losses, report)
 
     def peer(self, variant: str, steps: int, settings: Sequence[str] = (), python: str | None = None) -> Outcome:
         """Run a variant of benchmarks.train.peer, with the same settings."""
         out = self.scratch / f"{variant}.json"
         command = ["-m", "benchmarks.train.peer", variant, "--config", str(self.workload.config)]
         extra = ["--steps", str(steps), "--json", str(out), *self._set(settings)]
-        resident = self._run([*command, *extra], python)
+        self._run([*command, *extra], python)
         report = json.loads(out.read_text())
         out.unlink()
-        return Outcome(report["samples_per_s"], report["losses"], report, resident)
+        return Outcome(report["samples_per_s"], report["losses"], report)
 
     def _set(self, settings: Sequence[str]) -> list[str]:
         return [word for each in (*self.workload.settings(self.ranks), *settings) for word in ("--set", each)]
 
-    def _run(self, arguments: Sequence[str], python: str | None = None) -> list[int]:
-        """Runs the ranks to their end; resident bytes of the largest. Raises RunFailedError."""
+    def _run(self, arguments: Sequence[str], python: str | None = None) -> None:
+        """Run the ranks to their end. Raises RunFailedError."""
         command = [python or sys.executable, *arguments]
         if self.ranks > 1:
             horovodrun = str(Path(sys.executable).with_name("horovodrun"))
             command = [horovodrun, "-np", str(self.ranks), *command]
-        memory = run_to_end(command, self.scratch / "output.txt")
-        return [each.largest_resident for each in memory]
+        run_to_end(command, self.scratch / "output.txt")
 
 
 def _losses(folder: Path) -> list[float]:
@@ -152,9 +149,8 @@ def check_losses(outcomes: Mapping[str, Sequence[Outcome]], same: Sequence[str])
 
 _CHECKED_STEPS = 3
 _SAME_MODEL = (("ours", "compute"), ("ours_2_ranks", "server"))
-_MEMORY_SAMPLES = 600  # the steps continue into a third epoch
 FUXICTR = ("fuxictr", "fuxictr_grouped")
-SECTIONS = ("memory", "compact")
+COMPACT = "compact"
 VARIANTS = (*_SAME_MODEL[0], "ours_large_batch", *_SAME_MODEL[1], *FUXICTR)
 
 
@@ -169,7 +165,6 @@ class Bench:
     scratch: Path
     rounds: int
     steps: int
-    memory_steps: int
     dims: int
     settings: Sequence[str]
     progress: Progress
@@ -212,23 +207,18 @@ def measure(bench: Bench, only: Sequence[str]) -> list[Section]:
     for same in _SAME_MODEL:
         check_losses(rounds.outcomes | checked, same)
     sections = [Section("samples per second", beside(rounds), rounds.grid())]
-    wanted = [name for name in SECTIONS if not only or name in only]
-    if "memory" in wanted:
-        sections.append(memory_section(bench, rounds))
-    if "compact" in wanted:
+    if not only or COMPACT in only:
         sections.append(compact_section(bench))
-    found = {name: value for section in sections for name, value in section.flat().items()}
-    return [Section("headline", headline(rounds, found)), *sections]
+    return [Section("headline", headline(rounds)), *sections]
 
 
-def headline(rounds: Rounds, found: Mapping[str, Figure]) -> dict[str, Figure]:
+def headline(rounds: Rounds) -> dict[str, Figure]:
     """Return the figures that have a target."""
     return {
         "step_vs_compute": rounds.ratio("compute", "ours"),
         "two_ranks_vs_one": rounds.ratio("ours_2_ranks", "ours"),
         "vs_store_in_server": rounds.ratio("ours_2_ranks", "server"),
         "vs_fuxictr": rounds.ratio("ours", "fuxictr"),
-        "rss_over_features_gb": found.get("rss_over_features_gb"),
         "samples_per_s": rounds.speed("ours") if "ours" in rounds else None,
     }
 
@@ -240,24 +230,6 @@ def beside(rounds: Rounds) -> dict[str, Figure]:
         "vs_fuxictr_grouped": rounds.ratio("ours", "fuxictr_grouped"),
     }
     return {name: value for name, value in figures.items() if value is not None}
-
-
-def memory_section(bench: Bench, rounds: Rounds) -> Section:
-    """Measure the memory of the largest rank, without its features, and what it grows by in many small steps."""
-    steps = bench.memory_steps
-    small = [*bench.settings, f"data.global_batch_size={_MEMORY_SAMPLES}"]
-    task = bench.progress.add_task("memory", total=None)
-    sizes = bench.launcher(1).trainer("memory", steps, small).resident_bytes
-    bench.progress.update(task, total=1, completed=1)
-    fifth = max(1, len(sizes) // 5)
-    growth = statistics.mean(sizes[-fifth:]) - statistics.mean(sizes[2 * fifth : 3 * fifth] or sizes)
-    over = [
-        max(outcome.resident_bytes) - bench.workload.store_bytes / ranks
-        for name, ranks in (("ours", 1), ("ours_2_ranks", 2))
-        for outcome in (rounds.outcomes[name] if name in rounds else ())
-    ]
-    worst = max([*over, max(sizes) - bench.workload.store_bytes])
-    return Section("memory", {"rss_over_features_gb": worst / 1e9, f"rss_growth_mb_{steps}_steps": growth / 1e6})
 
 
 def compact_section(bench: Bench) -> Section:
