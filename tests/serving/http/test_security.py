@@ -99,7 +99,7 @@ def test_renewed_certificates_and_tokens_are_read_again(tmp_path: Path, pair: Pa
         (tmp_path / "other").mkdir()
         other = Pair(tmp_path / "other")
         other.cert.replace(pair.cert)
-        server.wait_for("the previous certificate and tokens stay in use: --tls-key", count=workers)
+        server.wait_for("the previous certificate and tokens stay in use: --tls-cert", count=workers)
         assert status("0123456789abcdef0123", pair.client) == 200
         other.key.replace(pair.key)
         server.wait_for("read certificate and tokens again", count=workers)
