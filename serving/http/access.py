@@ -12,7 +12,6 @@ import ctypes
 import hashlib
 import hmac
 import logging
-import logging.config
 import signal
 import socket
 import ssl
@@ -288,29 +287,11 @@ def error_response(status: int, message: str, headers: Mapping[str, str] | None 
 
 def configure_logging(*others: str) -> None:
     """Send the logs of the server and of `others`, and uvicorn's warnings, to stderr, with the time in UTC."""
-    logging.config.dictConfig(
-        {
-            "version": 1,
-            "disable_existing_loggers": False,
-            "formatters": {"line": {"()": "serving.http.access.UtcFormatter"}},
-            "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "line"}},
-            "loggers": {
-                **{
-                    name: {"handlers": ["stderr"], "level": "INFO", "propagate": False} for name in ("serving", *others)
-                },
-                "uvicorn": {"handlers": ["stderr"], "level": "WARNING", "propagate": False},
-            },
-        }
-    )
-
-
-class UtcFormatter(logging.Formatter):
-    """Formats a record as time, process, level and message."""
-
-    def __init__(self) -> None:
-        super().__init__("%(asctime)s.%(msecs)03dZ %(process)d %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S")
-
-    @staticmethod
-    def converter(seconds: float | None) -> time.struct_time:
-        """Give the time in UTC."""
-        return time.gmtime(seconds)
+    formatter = logging.Formatter("%(asctime)s.%(msecs)03dZ %(process)d %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S")
+    formatter.converter = time.gmtime
+    handler = logging.StreamHandler()
+    handler.setFormatter(formatter)
+    for name in ("serving", *others, "uvicorn"):
+        log = logging.getLogger(name)
+        log.handlers, log.propagate = [handler], False
+        log.setLevel(logging.WARNING if name == "uvicorn" else logging.INFO)

@@ -8,7 +8,6 @@ import asyncio
 import contextlib
 import gc
 import logging
-import logging.config
 import shlex
 import time
 import traceback
