@@ -215,12 +215,6 @@ class ImportOptions:
     dtype: DTypeOption = None
     num_shards: NumShardsOption = None
     part_size: Annotated[int | None, typer.Option(min=1, help="Rows per task.", show_default="32 MB of them")] = None
-    keep_missing: Annotated[
-        bool, typer.Option("--keep-missing/--drop-missing", help="Rows of the store that the source does not have.")
-    ] = True
-    max_gone: Annotated[float, typer.Option(min=0, max=1, help="Share of the store that --drop-missing may drop.")] = (
-        DEFAULT_MAX_GONE
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
