@@ -28,7 +28,7 @@ from starlette.types import ASGIApp
 
 from serving.errors import NotFiniteError, RequestError, RequestTooLargeError
 from serving.http.access import TokenGuard, error_response
-from serving.http.codec import ARROW, JSON, ArrowBody, Body, JsonBody, Scores
+from serving.http.codec import ARROW, JSON, ArrowBody, Body, JsonBody
 from serving.http.inference import HEADER, SERVER, TensorBody, model_metadata
 from serving.http.limits import BODIES_AT_ONCE, CLOSE, BodyLimits, RefusedError
 from serving.http.live import BundleSource, LiveModel
@@ -188,7 +188,6 @@ class Scoring:
         self.queue.pace.worked(encode_s)
         await self.queue.pace.pause()
         self.metrics.record_scored(scores)
-        request.state.scores, request.state.sizes = scores, (len(content), len(answer.body))
         return Response(answer.body, headers=dict(answer.headers), media_type=answer.media_type)
 
     def _check_name(self, request: Request) -> None:
@@ -200,7 +199,7 @@ class Scoring:
             raise RefusedError(404, f"version {asked[:20]!r} is not served, but {served}; leave the version out")
 
     def _measured(self, route: str, endpoint: Endpoint) -> Endpoint:
-        """Wrap an endpoint: turn errors into answers, count and time the answer, and log it if it is slow."""
+        """Wrap an endpoint: turn errors into answers, and count and time the answer."""
 
         async def answered(request: Request) -> Response:
             start_s = time.perf_counter()
@@ -210,11 +209,7 @@ class Scoring:
                 response = response_of(error)
             if self.stopping:  # the client should not send its next request on a connection that is about to close
                 response.headers["Connection"] = "close"
-            seconds = time.perf_counter() - start_s
-            self.metrics.record_answer(route, response.status_code, seconds)
-            if 1000 * seconds >= self.settings.slow_ms:
-                scores: Scores | None = getattr(request.state, "scores", None)
-                log_slow(route, response.status_code, seconds, scores, getattr(request.state, "sizes", (0, 0)))
+            self.metrics.record_answer(route, response.status_code, time.perf_counter() - start_s)
             return response
 
         return answered
@@ -306,16 +301,3 @@ def response_of(error: Exception) -> Response:
         return error_response(400, str(error))
     logger.error("bug: %s\n%s", type(error).__name__, "".join(traceback.format_tb(error.__traceback__)).rstrip())
     return error_response(500, f"an error in the server ({type(error).__name__}): its log says where")
-
-
-STAGES = ("read", "wait", "parse", "score", "encode")
-
-
-def log_slow(route: str, status: int, seconds: float, scores: Scores | None, sizes: tuple[int, int]) -> None:
-    """Log a slow request: its stages in milliseconds and its sizes, not its contents."""
-    parts = ""
-    if scores is not None:
-        stages = ", ".join(f"{stage} {1000 * scores.stages[stage]:.1f}" for stage in STAGES if stage in scores.stages)
-        counts = f"{len(scores.scored)} requests, {scores.num_candidates} candidates"
-        parts = f" ({stages}); {counts}, {sizes[0]} bytes received, {sizes[1]} bytes sent"
-    logger.warning("slow: %s %d in %.1f ms%s", route, status, 1000 * seconds, parts)

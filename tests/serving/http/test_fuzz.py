@@ -116,4 +116,4 @@ def test_no_damaged_body_is_an_error_of_the_server_and_none_stays_in_memory(
     bundle: Published, tmp_path: Path, count: int
 ) -> None:
     settings = ServerSettings(model=bundle.url, name="ctr", cache_dir=tmp_path)
-    asyncio.run(fuzz(scoring_of(BundleSource(settings), slow_ms=1e9), bundle.samples, count))
+    asyncio.run(fuzz(scoring_of(BundleSource(settings)), bundle.samples, count))
