@@ -89,27 +89,14 @@ class WantedRows:
         """Return which of these rows are wanted, (N,)."""
         wanted_N: npt.NDArray[np.bool_] = (time_N >= self.low_us) & (time_N < self.high_us)
         if self.users_path is not None:
-            users_U = np.load(self.users_path)
-            (likely,) = np.nonzero(wanted_N & _may_be_in(user_N, users_U))
-            is_in = pc.is_in(pa.array(user_N[likely]), value_set=pa.array(users_U))
-            wanted_N = np.zeros_like(wanted_N)
-            wanted_N[likely] = is_in.to_numpy(zero_copy_only=False)
+            (of_time,) = np.nonzero(wanted_N)
+            is_in = pc.is_in(pa.array(user_N[of_time]), value_set=pa.array(np.load(self.users_path)))
+            wanted_N[of_time] = is_in.to_numpy(zero_copy_only=False)
         return wanted_N
 
     def may_have(self, times: tuple[int, int] | None) -> bool:
         """Return whether rows whose first and last time are these may have a wanted one; None: it is not known."""
         return times is None or (times[0] < self.high_us and times[1] >= self.low_us)
-
-
-def _may_be_in(value_N: npt.NDArray[np.int64], set_U: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-    """Return which values have the last bits of one of a set, (N,): all that are in it and few others.
-
-    They are found by one look into a table each, where a search takes several times as long."""
-    last_bits = (1 << min(26, (16 * len(set_U)).bit_length())) - 1  # 64 MB at most
-    has_bits = np.zeros(last_bits + 1, np.bool_)
-    has_bits[set_U & last_bits] = True
-    found_N: npt.NDArray[np.bool_] = has_bits[value_N & last_bits]
-    return found_N
 
 
 @dataclass(frozen=True)
