@@ -6,9 +6,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from urllib.error import URLError
 from urllib.request import urlopen
@@ -27,20 +26,13 @@ class RunFailedError(UserError):
     """A process of a benchmark failed; the text has its last lines."""
 
 
-@dataclass(frozen=True)
-class Memory:
-    """What a process and those below it took at one moment, in bytes."""
+def run_to_end(command: Sequence[str], log: Path) -> list[int]:
+    """Run a program to its end, its output in `log`; return its memory four times a second. Raises RunFailedError.
 
-    largest_resident: int
-    """Of the largest process, with the pages of files that it has mapped."""
-    anonymous: int
-    """Of all together, without pages of files, which the kernel drops where memory is short."""
-
-
-def run_to_end(command: Sequence[str], log: Path, environment: Mapping[str, str] | None = None) -> list[Memory]:
-    """Run a program to its end, its output in `log`; return its memory four times a second. Raises RunFailedError."""
+    Memory is bytes of all its processes together, without pages of files, which the kernel drops where memory is short.
+    """
     with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
         with ended(process), _watched(process.pid) as memory:
             code = process.wait()
     if code:
@@ -49,9 +41,9 @@ def run_to_end(command: Sequence[str], log: Path, environment: Mapping[str, str]
 
 
 @contextmanager
-def _watched(pid: int) -> Iterator[list[Memory]]:
+def _watched(pid: int) -> Iterator[list[int]]:
     """The memory of `pid` and all below it, four times a second."""
-    found: list[Memory] = []
+    found: list[int] = []
     ended = threading.Event()
 
     def watch() -> None:
@@ -71,14 +63,13 @@ def _watched(pid: int) -> Iterator[list[Memory]]:
         watcher.join()
 
 
-def _memory(processes: Sequence[psutil.Process]) -> Memory:
-    resident, anonymous = [0], 0
+def _memory(processes: Sequence[psutil.Process]) -> int:
+    anonymous = 0
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess, OSError):
             lines = dict(line.split(":", 1) for line in Path(f"/proc/{process.pid}/status").read_text().splitlines())
             anonymous += sum(int(lines[name].split()[0]) << 10 for name in ("RssAnon", "RssShmem") if name in lines)
-            resident.append(int(process.memory_info().rss))
-    return Memory(max(resident), anonymous)
+    return anonymous
 
 
 @contextmanager

@@ -16,7 +16,7 @@ crossmedia samples --samples samples --since 2026-03-01
 crossmedia samples --logs s3://shop/logs --samples /shared/samples -n 8 --threads-per-worker 1
 """
 
-app = commandline.CommandApp(report=True, rich_markup_mode="rich", may_be_empty=("--user-columns",))
+app = commandline.CommandApp(report=True, rich_markup_mode="rich")
 
 
 @app.command(epilog=EXAMPLES)
@@ -47,7 +47,6 @@ def main(options: SampleOptions) -> None:
 def summary_text(summary: dict[str, Any]) -> str:
     """Write the summary that the job prints."""
     shown, done = summary["impressions"], summary["behaviors"]
-    new = summary["new_ads"]
     lines = [
         f"impressions  {shown['kept']:,} of {shown['rows']:,} kept, {shown['without_image']:,} without an image; "
         f"{shown['duplicates']:,} duplicates, {_bad(shown)}{_further(shown)}",
@@ -57,7 +56,6 @@ def summary_text(summary: dict[str, Any]) -> str:
         f"{summary['behaviors_in_groups'] / summary['groups']:.1f} behaviours each; "
         f"{summary['groups_without_behaviors']:,} without",
         *(_split(name, summary[name]) for name in ("train", "test")),
-        f"new ads      {new['ads']:,} in test that are not in train",
         f"samples      {summary['options']['samples']}",
     ]
     return "\n".join(lines)

@@ -24,7 +24,7 @@ EXAMPLES = """Examples:
 crossmedia publish
 crossmedia publish --run data/runs/both --out data/models/ctr
 crossmedia publish --run data/runs/daily
-crossmedia publish --run data/runs/both --out s3://shop/models/ctr --id-dtype int8 --compile
+crossmedia publish --run data/runs/both --out s3://shop/models/ctr --id-dtype float16 --compile
 crossmedia publish --run data/runs/both --checkpoint 1000 --no-use
 
 Exit codes: 0 done, 1 failed, 2 wrong options, 3 published but not put in use, as it is worse than the model in use.

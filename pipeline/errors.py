@@ -10,7 +10,7 @@ PipelineError
 ├── VectorImportError  vectors are not what they are said to be, or cannot be imported
 │   └── VectorsNotFoundError        no such file or folder, or no vectors in it
 ├── DemoError          demo data cannot be made from what was given
-├── ClusterError       no usable Dask cluster: too few workers, other versions, no certificates, packages missing
+├── ClusterError       no usable Dask cluster: too few workers, no certificates, packages missing
 │   ├── SchedulerUnreachableError   nothing answers at the address
 │   └── InsecureSchedulerError      beyond loopback and without TLS
 └── SampleError        the logs cannot be made into samples

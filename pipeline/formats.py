@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -46,12 +45,12 @@ class VectorSlice(Protocol):
     """Some rows of one file, which pickle as their place."""
 
     @property
-    def num_rows(self) -> int:
-        """Number of rows, bad ones included."""
+    def path(self) -> str:
+        """The file."""
 
     @property
-    def place(self) -> str:
-        """Name of the place for messages."""
+    def num_rows(self) -> int:
+        """Number of rows, bad ones included."""
 
     def read(self, block_rows: int) -> Iterator[VectorBlock]:
         """Read the rows in their order, about `block_rows` at a time. Raises VectorImportError, StorageError."""
@@ -147,14 +146,14 @@ def _joined(blocks: list[VectorBlock]) -> VectorBlock:
 
 @dataclass(frozen=True)
 class MatrixSlice:
-    """Rows `start` to `stop` of the matrix in a .npy file, with their keys, or their ids as lines of text."""
+    """Rows `start` to `stop` of the matrix in a .npy file, with their keys or their ids."""
 
     url: str
     path: str
     dtype: np.dtype[Any]
     dim: int
     offset: int  # bytes before the numbers
-    names: Int64Array | bytes
+    names: Int64Array | list[str]
     start: int
     stop: int
 
@@ -163,14 +162,9 @@ class MatrixSlice:
         """Number of rows."""
         return self.stop - self.start
 
-    @property
-    def place(self) -> str:
-        """Name of the place for messages."""
-        return f"{self.path}, rows {self.start} to {self.stop}"
-
     def read(self, block_rows: int) -> Iterator[VectorBlock]:
         """Read the rows; those with an empty id are bad. Raises VectorImportError."""
-        uris = self._ids(self.names) if isinstance(self.names, bytes) else list(map(uri_of_key, self.names.tolist()))
+        uris = self.names if isinstance(self.names, list) else list(map(uri_of_key, self.names.tolist()))
         row_bytes = self.dim * self.dtype.itemsize
         with Storage(self.url).open_input(self.path) as file:
             file.seek(self.offset + self.start * row_bytes)
@@ -180,16 +174,10 @@ class MatrixSlice:
                 if len(data) != len(uris_N) * row_bytes:
                     raise VectorImportError(f"{self.path} has become shorter while it was read: try again")
                 vectors_ND = _single(np.frombuffer(data, self.dtype).reshape(-1, self.dim))
-                if isinstance(self.names, bytes):
+                if isinstance(self.names, list):
                     yield _named(self.path, self.start + first, uris_N, vectors_ND)
                 else:
                     yield VectorBlock(self.names[first : first + block_rows], uris_N, vectors_ND)
-
-    def _ids(self, lines: bytes) -> list[str]:
-        try:
-            return lines.decode().replace("\r\n", "\n").removesuffix("\n").split("\n")
-        except UnicodeDecodeError as error:
-            raise VectorImportError(f"the ids of {self.place} are not text in UTF-8: {error}") from error
 
 
 def plan_matrix(address: str, keys_address: str) -> VectorSource:
@@ -223,7 +211,7 @@ def plan_matrix(address: str, keys_address: str) -> VectorSource:
     return VectorSource(dim, tuple(slices), f"{fingerprint_of(storage, entries)} {fingerprint}")
 
 
-def _names_of_rows(address: str, rows: int) -> tuple[list[Int64Array | bytes], int, str]:
+def _names_of_rows(address: str, rows: int) -> tuple[list[Int64Array | list[str]], int, str]:
     """Read the keys in a .npy, or lines of ids, cut after each `rows` of them; count them all."""
     storage, entries = find_files(address)
     data, fingerprint = storage.read_bytes(entries[0].path), fingerprint_of(storage, entries)
@@ -236,12 +224,11 @@ def _names_of_rows(address: str, rows: int) -> tuple[list[Int64Array | bytes], i
             raise VectorImportError(f"{address} holds {keys_N.dtype} {keys_N.shape}, not int64 keys")
         keys_N = keys_N.astype(np.int64)
         return [keys_N[first : first + rows] for first in range(0, len(keys_N), rows)], len(keys_N), fingerprint
-    ends_L = np.flatnonzero(np.frombuffer(data, np.uint8) == ord("\n")) + 1
-    if not data.endswith(b"\n"):
-        ends_L = np.append(ends_L, len(data))  # of a last line without its end
-    bounds = [0, *ends_L[rows - 1 :: rows].tolist()]
-    bounds += [len(data)] if bounds[-1] != len(data) else []
-    return [data[start:end] for start, end in pairwise(bounds)], len(ends_L), fingerprint
+    try:
+        ids = data.decode().replace("\r\n", "\n").removesuffix("\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise VectorImportError(f"the ids of {address} are not text in UTF-8: {error}") from error
+    return [ids[first : first + rows] for first in range(0, len(ids), rows)], len(ids), fingerprint
 
 
 def _named(path: str, first: int, uris: list[str], vectors_ND: Float32Array) -> VectorBlock:
@@ -290,11 +277,6 @@ class ParquetSlice:
     first_row: int
     num_rows: int
     dim: int
-
-    @property
-    def place(self) -> str:
-        """Name of the place for messages."""
-        return f"{self.path}, rows {self.first_row} to {self.first_row + self.num_rows}"
 
     def read(self, block_rows: int) -> Iterator[VectorBlock]:
         """Read the rows; those without key or feature, or of another width, are bad."""
@@ -448,11 +430,6 @@ class XdlSlice:
     def num_rows(self) -> int:
         """Number of records."""
         return self.stop - self.start
-
-    @property
-    def place(self) -> str:
-        """Name of the place for messages."""
-        return f"{self.path}, records {self.start} to {self.stop}"
 
     def read(self, block_rows: int) -> Iterator[VectorBlock]:
         """Read the records; those of other files are bad."""

@@ -175,8 +175,6 @@ class ImportSummary:
     num_changed: int
     num_unchanged: int
     num_duplicates: int  # rows that repeat another, numbers too
-    num_gone: int  # removed from the store, as the source does not have their keys
-    num_kept: int  # in the store and not in the source
     num_resumed: int  # rows staged by an earlier, killed run
     num_resolved: int  # were in quarantine and are good now
     bad: tuple[store_run.BadRow, ...]
@@ -186,7 +184,6 @@ class ImportSummary:
 
     def __str__(self) -> str:
         """Give the lines that a job prints."""
-        kept = f" ({self.num_kept:,} not in the source, kept)" if self.num_kept else ""
         bad = f": {store_run.describe_bad(self.bad)}" if self.bad else ""
         lines = [
             f"rows         {self.num_rows:,}",
@@ -194,7 +191,6 @@ class ImportSummary:
             f"changed      {self.num_changed:,}",
             f"unchanged    {self.num_unchanged:,}",
             f"duplicates   {self.num_duplicates:,} (repeated with the same numbers)",
-            f"gone         {self.num_gone:,}{kept}",
             f"quarantined  {len(self.bad):,}{bad}",
             f"resolved     {self.num_resolved:,} (were in quarantine)",
             f"resumed      {self.num_resumed:,} (staged by an earlier run)",
@@ -205,7 +201,7 @@ class ImportSummary:
 
 
 def import_vectors(source: VectorSource, options: ImportOptions, client: Client) -> ImportSummary:
-    """Add and replace rows; at most one commit, and none when nothing has changed.
+    """Add and replace rows; at most one commit, and none when nothing has changed. Other rows of the store stay.
 
     A key that comes with different numbers, a row that is not finite, and all else that a format finds wrong goes to
     the quarantine; what the store has under such a key stays. Needs 25 bytes of memory for each row of the source here,
@@ -230,14 +226,7 @@ def import_vectors(source: VectorSource, options: ImportOptions, client: Client)
     run.num_rows = int(np.count_nonzero(good["state"] != UNCHANGED))
     keys, first = np.unique(good["key"], return_index=True)
     states = good["state"][first]
-    bad_keys = np.array([row.key for row in bad], np.int64)
-    missing = np.setdiff1d(run.snapshot.keys(), np.concatenate([keys, contested, bad_keys]))
-    gone = missing[:0] if options.keep_missing else missing
-    num_stored = len(missing) + int(np.count_nonzero(states != NEW))
-    advice = "is --from right? --keep-missing keeps them, --max-gone 1 lets them go"
-    store_run.check_gone(options.store, len(gone), num_stored, options.max_gone, "are not in the source", advice)
     run.quarantine(bad)
-    run.remove(gone)
     resolved = run.recovered(keys, bad)
     version = run.commit("import", len(bad), resolved)
     return ImportSummary(
@@ -246,8 +235,6 @@ def import_vectors(source: VectorSource, options: ImportOptions, client: Client)
         num_changed=int(np.count_nonzero(states == CHANGED)),
         num_unchanged=int(np.count_nonzero(states == UNCHANGED)),
         num_duplicates=len(good) - len(keys),
-        num_gone=len(gone),
-        num_kept=len(missing) - len(gone),
         num_resumed=run.num_resumed,
         num_resolved=len(resolved),
         bad=bad,
@@ -330,7 +317,7 @@ class ImportRun(store_run.StoreRun):
                 done = run_alone(self.client, stage_unit, *calls[place]) if isinstance(report, Killed) else report
                 if isinstance(done, Killed):
                     raise VectorImportError(
-                        f"reading {units[names[place]][0].place} brings the workers down: give them more memory, or set"
+                        f"reading {units[names[place]][0].path} brings the workers down: give them more memory, or set"
                         " a smaller --part-size"
                     )
                 reports[names[place]] = done

@@ -215,12 +215,6 @@ class ImportOptions:
     dtype: DTypeOption = None
     num_shards: NumShardsOption = None
     part_size: Annotated[int | None, typer.Option(min=1, help="Rows per task.", show_default="32 MB of them")] = None
-    keep_missing: Annotated[
-        bool, typer.Option("--keep-missing/--drop-missing", help="Rows of the store that the source does not have.")
-    ] = True
-    max_gone: Annotated[float, typer.Option(min=0, max=1, help="Share of the store that --drop-missing may drop.")] = (
-        DEFAULT_MAX_GONE
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,16 +242,6 @@ class SampleOptions:
     test_from: Annotated[
         str | None, typer.Option(help="First day for testing, as 2026-03-20, in place of --test-days.")
     ] = None
-    test_share: Annotated[
-        float | None,
-        typer.Option(
-            min=0.001, max=0.999, help="Share of the newest groups for testing, in whole days, in place of --test-days."
-        ),
-    ] = None
-    user_columns: Annotated[
-        str | None,
-        typer.Option(help="Columns of users to keep, with commas.", show_default="user_age and user_gender if there"),
-    ] = None
     behavior_age: Annotated[
         bool,
         typer.Option(
@@ -273,7 +257,8 @@ class SampleOptions:
         ),
     ] = None
     partitions: Annotated[
-        int | None, typer.Option(min=1, help="Buckets of users, one task each; the samples do not change with it.")
+        int | None,
+        typer.Option(min=1, max=65536, help="Buckets of users, one task each; the samples do not change with it."),
     ] = None
     days: Annotated[
         str | None,

@@ -33,7 +33,6 @@ from pipeline.formats import NUM_FILES, find_files, record_dtype
 from pipeline.options import XdlOptions, XdlRandomOptions
 from pipeline.samples.build import bad_reasons, write_schema
 from pipeline.samples.groups import FORMAT, ROW_GROUP_SIZE
-from pipeline.samples.mapping import names_in
 from pipeline.samples.publish import MARK, QUARANTINE_FILE, SPLITS, FolderContent, replaced_files, replaced_folder
 from trainer.schema import Field, Kind, Schema
 from trainer.schema.fields import schema_text, table_rows
@@ -236,6 +235,11 @@ def _named(options: XdlOptions, names: set[str]) -> list[tuple[str, ...]]:
     if both := set(dense) & {*images, *sparse}:
         raise SampleError(f"{', '.join(sorted(both))} cannot be dense and sparse (or an image) at once")
     return [images, sparse, dense]
+
+
+def names_in(text: str) -> tuple[str, ...]:
+    """Split an option of names with commas."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def _columns(keys: Sequence[Key]) -> list[str]:

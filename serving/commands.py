@@ -321,6 +321,6 @@ def check(
 
 def _print(found: "LogitsCompared") -> None:
     print_summary(f"impressions  {found.impressions:,}")
-    print_summary(f"logits       differ by {found.worst:.3g} at most ({found.worst_at}), {found.mean:.3g} on average")
+    print_summary(f"logits       differ by {found.worst:.3g} at most, {found.mean:.3g} on average")
     for note in found.notes:
         print_summary(f"note         {note}")

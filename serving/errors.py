@@ -9,7 +9,6 @@ UserError
     └── RequestError           a request that cannot be scored: field, value and the way out
         ├── RequestTooLargeError   more candidates, values or bytes than the scorer accepts
         └── NotFiniteError         logits that are not finite numbers
-            └── OverflowingInputError   because a value is too large for its field's transform
 
 Every class takes its message alone, so that each survives pickling between processes.
 """
@@ -41,10 +40,6 @@ class RequestTooLargeError(RequestError):
 
 class NotFiniteError(RequestError):
     """A request whose logits are not finite numbers."""
-
-
-class OverflowingInputError(NotFiniteError):
-    """A request with a number that its field's transform makes infinite."""
 
 
 class ServerSettingsError(ServingError):

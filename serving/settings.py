@@ -102,12 +102,6 @@ class ServerSettings(Budget, AccessSettings):
     poll_s: Annotated[
         float, typer.Option(min=0.05, max=_DAY_S, help="How often to look for another version and newer vectors.")
     ] = 2.0
-    slow_ms: Annotated[
-        float, typer.Option(min=0, help="Log requests that take longer, with their stages and sizes.")
-    ] = 100.0
-    log_requests: Annotated[
-        bool, typer.Option("--log-requests", help="Log the body of every request. The log then contains user data.")
-    ] = False
     cache_dir: Annotated[
         Path | None, typer.Option(help="Folder for local copies; by default that of the feature store.")
     ] = None

@@ -151,7 +151,7 @@ class Place:
             start_s = time.perf_counter()
             memory = run_to_end(command, self.folder / f"{name}.log")
             seconds = time.perf_counter() - start_s
-            peak = max((each.anonymous for each in memory), default=0)
+            peak = max(memory, default=0)
             yield name, Stage(seconds, peak / 1e6, _bytes_of(path) / 1e6)
             if samples_alone and name == SAMPLES_ALONE:
                 return

@@ -1,4 +1,4 @@
-"""A lean client of HTTP/1.1: requests one after the other, over several connections, or at a fixed rate.
+"""A lean client of HTTP/1.1: requests one after the other, or over several connections.
 
 A request and its answer cost the client about 40 us of its core, so that the server is what is measured.
 """
@@ -7,7 +7,7 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -91,27 +91,11 @@ class Load:
 
 def one_after_the_other(port: int, bodies: Sequence[bytes], count: int) -> Load:
     """Send requests over one connection, each when the one before is answered."""
-    return _load(port, bodies, connections=1, count=count, due_s=None)
+    return as_many_as_it_can(port, bodies, count, connections=1)
 
 
 def as_many_as_it_can(port: int, bodies: Sequence[bytes], count: int, connections: int = 8) -> Load:
     """Send requests over several connections, each when the one before on its connection is answered."""
-    return _load(port, bodies, connections=connections, count=count, due_s=None)
-
-
-def at_rate(port: int, bodies: Sequence[bytes], count: int, rate: float, connections: int = 24) -> Load:
-    """Send requests at a fixed rate. A latency begins when its request is due, whether or not a connection is free."""
-    return _load(port, bodies, connections=connections, count=count, due_s=lambda number: number / rate)
-
-
-def _load(
-    port: int,
-    bodies: Sequence[bytes],
-    *,
-    connections: int,
-    count: int,
-    due_s: Callable[[int], float] | None,
-) -> Load:
     latency_s, lock, numbers = np.zeros(count), threading.Lock(), iter(range(count))
     statuses: Counter[int] = Counter()
     begin = time.perf_counter()
@@ -124,10 +108,6 @@ def _load(
                 if number is None:
                     return
                 start = time.perf_counter()
-                if due_s is not None:
-                    due = begin + due_s(number)
-                    time.sleep(max(0.0, due - start))
-                    start = due
                 status, _ = connection.post(bodies[number % len(bodies)])
                 latency_s[number] = time.perf_counter() - start
                 with lock:

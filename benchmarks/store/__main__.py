@@ -29,7 +29,6 @@ _HEADLINE = [
     "lookup_vs_lance",
     "warm_open_s",
     "cache_build_vs_list_column",
-    "store_over_limit",
 ]
 
 app = CommandApp(report=True, failures=(OSError,))
@@ -40,12 +39,10 @@ class Part(StrEnum):
 
     warm = "warm"
     build = "build"
-    limit = "limit"
 
 
-def measure(bench: "Bench", limit_mb: int, parts: Collection[Part] = tuple(Part)) -> list[Section]:
+def measure(bench: "Bench", parts: Collection[Part] = tuple(Part)) -> list[Section]:
     """Measure the sections of these parts, the headline first."""
-    from benchmarks.store.limit import limit_figures
     from benchmarks.store.sections import cache_figures, delta_figures, fill_peers, warm_figures
 
     held = bench.make_store()
@@ -58,7 +55,7 @@ def measure(bench: "Bench", limit_mb: int, parts: Collection[Part] = tuple(Part)
         sections.append(warm_figures(bench, held, peers, folder / "cache"))
         sections.append(delta_figures(bench, held, newest, folder / "cache"))
         shutil.rmtree(folder)
-    sections += [*built, *([limit_figures(bench, limit_mb)] if Part.limit in parts else [])]
+    sections += built
     figures = {name: value for section in sections for name, value in section.flat().items()}
     return [Section("headline", {name: figures[name] for name in _HEADLINE if name in figures}), *sections]
 
@@ -80,7 +77,6 @@ def main(
     folder: Annotated[Path | None, typer.Option("--dir", help="Where to put the data; about 70 kB per row.")] = None,
     threads: Annotated[int, typer.Option(help="That build the cache, on both sides.", min=1)] = 1,
     rounds: Annotated[int, typer.Option(help="Of lookups; builds take a fifth of them.", min=3)] = 60,
-    limit_mb: Annotated[int, typer.Option(help="Memory for serving a store ten times as large.", min=32)] = 288,
     seed: Annotated[int, typer.Option(help="Of the drawn rows and keys.")] = 0,
     only: Annotated[
         list[Part] | None, typer.Option(help="Measure this part; may be repeated.", show_default="all")
@@ -92,7 +88,7 @@ def main(
 
     with working_folder(folder) as work, progress_bars(*columns) as progress:
         bench = Bench(work, rows, keys, rounds, threads, progress, seed)
-        sections = measure(bench, limit_mb, only or tuple(Part))
+        sections = measure(bench, only or tuple(Part))
     run = {"rows": rows, "dim": DIM, "keys_per_lookup": keys, "threads": threads, "rounds": rounds, "cores": cores()}
     write_sections([*sections, Section("this run", run)], json_path)
 

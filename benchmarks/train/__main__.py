@@ -18,18 +18,18 @@ from rich.progress import BarColumn, TimeElapsedColumn
 
 from benchmarks.process import RunFailedError
 from benchmarks.report import JsonPath, Section, write_sections
-from benchmarks.train.sections import FUXICTR, SECTIONS, VARIANTS, Bench, fuxictr_python, measure
+from benchmarks.train.sections import COMPACT, FUXICTR, VARIANTS, Bench, fuxictr_python, measure
 from benchmarks.workload import Knobs, make
 from featurestore.console.commandline import CommandApp, run_app
 from featurestore.console.output import progress_bars, text_column
 
 app = CommandApp(report=True, failures=(OSError,))
-NAMES = (*VARIANTS, *SECTIONS)
+NAMES = (*VARIANTS, COMPACT)
 _QUIET_SPREAD = 1.5
 
 
 def known(names: list[str]) -> list[str]:
-    """Check the names of variants and sections."""
+    """Check the names of variants."""
     if strange := [name for name in names if name not in NAMES]:
         raise typer.BadParameter(f"{', '.join(strange)}: choose among {', '.join(NAMES)}", param_hint="--only")
     return names
@@ -60,7 +60,6 @@ def main(
     ),
     rounds: Annotated[int, typer.Option(help="Of all variants.", min=1)] = 3,
     steps: Annotated[int, typer.Option(help="Of a run at one rank.", min=2)] = 24,
-    memory_steps: Annotated[int, typer.Option(help="Small steps in which memory must not grow.", min=5)] = 500,
     dims: Annotated[int, typer.Option(help="Numbers of a compact row.", min=1)] = 256,
     only: Annotated[
         list[str] | None, typer.Option(help=f"One of {', '.join(NAMES)}; may be repeated. Default: all.")
@@ -83,7 +82,7 @@ def main(
         progress_bars(*columns) as progress,
     ):
         workload = make(folder, knobs, progress)
-        bench = Bench(workload, Path(scratch), rounds, steps, memory_steps, dims, settings or [], progress)
+        bench = Bench(workload, Path(scratch), rounds, steps, dims, settings or [], progress)
         sections = measure(bench, chosen)
     if (worst := spread(sections)) > _QUIET_SPREAD:
         print(f"warning: one round was {worst:.1f} times as fast as another: this machine was busy", file=sys.stderr)

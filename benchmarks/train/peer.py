@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, Protocol
 import typer
 
 from featurestore.console.commandline import CommandApp, run_app
-from trainer.comm import Comm, connect
+from trainer.comm import connect
 from trainer.config import load_config
 from trainer.engine.machine import objects_frozen
 from trainer.runs.open import Run, open_run
@@ -44,39 +44,33 @@ class Seen:
 
     losses: list[float] = field(default_factory=list)
     seconds: float = 0.0
-    bytes_sent: int = 0
 
 
-Name = Literal["compute", "worker", "worker_grouped", "server", "fuxictr", "fuxictr_grouped"]
+Name = Literal["compute", "server", "fuxictr", "fuxictr_grouped"]
 
 
-def variant_of(name: Name, run: Run, folder: Path) -> Variant:
-    """Make the variant of this name, which may keep files in `folder`; FuxiCTR is in an environment of its own."""
+def variant_of(name: Name, run: Run) -> Variant:
+    """Make the variant of this name; FuxiCTR is in an environment of its own."""
     if name in ("fuxictr", "fuxictr_grouped"):
         from benchmarks.train.fuxi import FuxiCtr
 
         return FuxiCtr(run, grouped=name == "fuxictr_grouped")
     from benchmarks.train import rivals
 
-    if name == "compute":
-        return rivals.Compute(run)
-    if name == "server":
-        return rivals.StoreInServer(run)
-    return rivals.StoreInWorker(run, folder / "batches", grouped=name == "worker_grouped")
+    return rivals.Compute(run) if name == "compute" else rivals.StoreInServer(run)
 
 
 def train(variant: Variant, steps: int, run: Run) -> Seen:
     """Train all steps of one variant on this rank."""
-    seen, started, sent = Seen(), 0.0, 0
+    seen, started = Seen(), 0.0
     for number, item in enumerate(_prepared(variant, steps)):
         if number == 1:
-            sent, started = _sent(run.comm), time.perf_counter()
+            started = time.perf_counter()
         loss, seconds = variant.step(item())
         seen.losses.append(loss)
         if number and seconds is not None:
             seen.seconds += seconds
     seen.seconds = seen.seconds or time.perf_counter() - started
-    seen.bytes_sent = _sent(run.comm) - sent
     return seen
 
 
@@ -87,16 +81,11 @@ def _prepared(variant: Variant, steps: int) -> Iterator[Callable[[], Any]]:
         yield from itertools.repeat(variant.prepare, steps)
 
 
-def _sent(comm: Comm) -> int:
-    return sum(each.sent for each in comm.traffic.values())
-
-
 def summed(ranks: list[Seen], steps: int, global_batch_size: int) -> dict[str, Any]:
     """Sum figures over all ranks: samples of all steps but the first, by the time of the slowest rank."""
     return {
         "losses": ranks[0].losses,
         "samples_per_s": (steps - 1) * global_batch_size / max(each.seconds for each in ranks),
-        "bytes_sent_per_step": sum(each.bytes_sent for each in ranks) / (steps - 1),
     }
 
 
@@ -115,7 +104,7 @@ def main(
     comm = connect()
     with closing(comm):
         with closing(open_run(load_config(config, settings or []), comm)) as run:
-            variant = variant_of(name, run, config.parent)
+            variant = variant_of(name, run)
             with objects_frozen():
                 seen = train(variant, steps, run)
             size = run.config.data.global_batch_size

@@ -6,7 +6,7 @@ import statistics
 import sys
 import sysconfig
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from benchmarks.timing import in_turns
 from benchmarks.workload import Workload
 from featurestore.errors import UserError
 
-_CHECKED_LOSSES = 2  # "store in worker" has no more batches on its disk
+_CHECKED_LOSSES = 2
 _LOSS_TOLERANCE = 2e-3
 
 
@@ -34,8 +34,6 @@ class Outcome:
     samples_per_s: float
     losses: list[float]
     report: Mapping[str, Any]
-    resident_bytes: list[int] = field(default_factory=list)
-    """Of the largest rank, in the order of time."""
 
 
 @dataclass(frozen=True)
@@ -51,33 +49,32 @@ class Launcher:
         every = [f"run.name={name}", "run.overwrite=true", f"run.dir={self.scratch}"]
         length = [f"train.max_steps={steps}", "train.epochs=1000", "train.checkpoint_every=null"]
         command = ["-m", "trainer.main", "--config", str(self.workload.config)]
-        resident = self._run([*command, *self._set([*every, *length, *settings])])
+        self._run([*command, *self._set([*every, *length, *settings])])
         report = json.loads((self.scratch / name / "report.json").read_text())
         losses = _losses(self.scratch / name / "tensorboard")
         shutil.rmtree(self.scratch / name)
-        return Outcome(report["samples_per_s"], losses, report, resident)
+        return Outcome(report["samples_per_s"], losses, report)
 
     def peer(self, variant: str, steps: int, settings: Sequence[str] = (), python: str | None = None) -> Outcome:
         """Run a variant of benchmarks.train.peer, with the same settings."""
         out = self.scratch / f"{variant}.json"
         command = ["-m", "benchmarks.train.peer", variant, "--config", str(self.workload.config)]
         extra = ["--steps", str(steps), "--json", str(out), *self._set(settings)]
-        resident = self._run([*command, *extra], python)
+        self._run([*command, *extra], python)
         report = json.loads(out.read_text())
         out.unlink()
-        return Outcome(report["samples_per_s"], report["losses"], report, resident)
+        return Outcome(report["samples_per_s"], report["losses"], report)
 
     def _set(self, settings: Sequence[str]) -> list[str]:
         return [word for each in (*self.workload.settings(self.ranks), *settings) for word in ("--set", each)]
 
-    def _run(self, arguments: Sequence[str], python: str | None = None) -> list[int]:
-        """Runs the ranks to their end; resident bytes of the largest. Raises RunFailedError."""
+    def _run(self, arguments: Sequence[str], python: str | None = None) -> None:
+        """Run the ranks to their end. Raises RunFailedError."""
         command = [python or sys.executable, *arguments]
         if self.ranks > 1:
             horovodrun = str(Path(sys.executable).with_name("horovodrun"))
             command = [horovodrun, "-np", str(self.ranks), *command]
-        memory = run_to_end(command, self.scratch / "output.txt")
-        return [each.largest_resident for each in memory]
+        run_to_end(command, self.scratch / "output.txt")
 
 
 def _losses(folder: Path) -> list[float]:
@@ -151,15 +148,10 @@ def check_losses(outcomes: Mapping[str, Sequence[Outcome]], same: Sequence[str])
 
 
 _CHECKED_STEPS = 3
-_SAME_MODEL = (("ours", "compute", "worker", "worker_grouped"), ("ours_2_ranks", "server"))
-_MEMORY_SAMPLES = 600  # the steps continue into a third epoch
+_SAME_MODEL = (("ours", "compute"), ("ours_2_ranks", "server"))
 FUXICTR = ("fuxictr", "fuxictr_grouped")
-SECTIONS = ("traffic", "memory", "compact")
+COMPACT = "compact"
 VARIANTS = (*_SAME_MODEL[0], "ours_large_batch", *_SAME_MODEL[1], *FUXICTR)
-PAPER_RANKS = 20
-_KEY_BYTES = 8
-_BF16_BYTES = 2
-_PARTS = ("step.keys", "step.vectors", "step.gradients", "step.dense")
 
 
 @dataclass(frozen=True)
@@ -173,7 +165,6 @@ class Bench:
     scratch: Path
     rounds: int
     steps: int
-    memory_steps: int
     dims: int
     settings: Sequence[str]
     progress: Progress
@@ -195,8 +186,6 @@ class Bench:
             "ours": lambda: one.trainer("ours", self.steps, self.settings),
             "ours_large_batch": lambda: one.trainer("ours", self.steps_2_ranks, large),
             "compute": lambda: one.peer("compute", max(3, self.steps // 2), self.settings),
-            "worker": lambda: one.peer("worker", few, self.settings),
-            "worker_grouped": lambda: one.peer("worker_grouped", few, self.settings),
             "ours_2_ranks": lambda: two.trainer("ours", self.steps_2_ranks, self.settings),
             "server": lambda: two.peer("server", self.steps_2_ranks, self.settings),
         }
@@ -218,27 +207,18 @@ def measure(bench: Bench, only: Sequence[str]) -> list[Section]:
     for same in _SAME_MODEL:
         check_losses(rounds.outcomes | checked, same)
     sections = [Section("samples per second", beside(rounds), rounds.grid())]
-    wanted = [name for name in SECTIONS if not only or name in only]
-    if "traffic" in wanted:
-        sections.append(_traffic(bench))
-    if "memory" in wanted:
-        sections.append(memory_section(bench, rounds))
-    if "compact" in wanted:
+    if not only or COMPACT in only:
         sections.append(compact_section(bench))
-    found = {name: value for section in sections for name, value in section.flat().items()}
-    return [Section("headline", headline(rounds, found)), *sections]
+    return [Section("headline", headline(rounds)), *sections]
 
 
-def headline(rounds: Rounds, found: Mapping[str, Figure]) -> dict[str, Figure]:
+def headline(rounds: Rounds) -> dict[str, Figure]:
     """Return the figures that have a target."""
     return {
         "step_vs_compute": rounds.ratio("compute", "ours"),
         "two_ranks_vs_one": rounds.ratio("ours_2_ranks", "ours"),
-        "vs_store_in_worker": rounds.ratio("ours", "worker"),
         "vs_store_in_server": rounds.ratio("ours_2_ranks", "server"),
         "vs_fuxictr": rounds.ratio("ours", "fuxictr"),
-        "image_bytes_reduction": found.get("image_bytes_reduction"),
-        "rss_over_features_gb": found.get("rss_over_features_gb"),
         "samples_per_s": rounds.speed("ours") if "ours" in rounds else None,
     }
 
@@ -247,28 +227,9 @@ def beside(rounds: Rounds) -> dict[str, Figure]:
     """Return what to read next to the headline: the same ratios under conditions that are less kind to us."""
     figures = {
         "two_ranks_vs_one_of_the_same_batch": rounds.ratio("ours_2_ranks", "ours_large_batch"),
-        "vs_store_in_worker_grouped": rounds.ratio("ours", "worker_grouped"),
         "vs_fuxictr_grouped": rounds.ratio("ours", "fuxictr_grouped"),
     }
     return {name: value for name, value in figures.items() if value is not None}
-
-
-def memory_section(bench: Bench, rounds: Rounds) -> Section:
-    """Measure the memory of the largest rank, without its features, and what it grows by in many small steps."""
-    steps = bench.memory_steps
-    small = [*bench.settings, f"data.global_batch_size={_MEMORY_SAMPLES}"]
-    task = bench.progress.add_task("memory", total=None)
-    sizes = bench.launcher(1).trainer("memory", steps, small).resident_bytes
-    bench.progress.update(task, total=1, completed=1)
-    fifth = max(1, len(sizes) // 5)
-    growth = statistics.mean(sizes[-fifth:]) - statistics.mean(sizes[2 * fifth : 3 * fifth] or sizes)
-    over = [
-        max(outcome.resident_bytes) - bench.workload.store_bytes / ranks
-        for name, ranks in (("ours", 1), ("ours_2_ranks", 2))
-        for outcome in (rounds.outcomes[name] if name in rounds else ())
-    ]
-    worst = max([*over, max(sizes) - bench.workload.store_bytes])
-    return Section("memory", {"rss_over_features_gb": worst / 1e9, f"rss_growth_mb_{steps}_steps": growth / 1e6})
 
 
 def compact_section(bench: Bench) -> Section:
@@ -302,71 +263,6 @@ def compact_section(bench: Bench) -> Section:
         "compact_files_share": report.bytes / report.source_bytes,
     }
     return Section(f"rows of {bench.dims} numbers", figures, rounds.grid(), prefix="compact_rows_")
-
-
-def _traffic(bench: Bench) -> Section:
-    two = bench.launcher(2)
-    task = bench.progress.add_task("bytes on the wire", total=None)
-    both = two.trainer("both", 3, bench.settings).report
-    none = two.trainer("none", 3, [*bench.settings, "model.images=none"]).report
-    bench.progress.update(task, total=1, completed=1)
-    return traffic_section(both, none, bench.workload.knobs.dim)
-
-
-def traffic_section(both: Mapping[str, Any], none: Mapping[str, Any], dim: int) -> Section:
-    """Make the table of bytes of a global batch of 20 ranks (the paper's table 2) of what two ranks sent by collective.
-
-    `both`, `none`: reports of a run with images, and of one that differs in having IDs alone: the keys asked, the
-    vectors that came, their gradients. All are counted at the ranks' Comm.
-
-    An image that a rank asks of another costs our exchange a key, a vector and a gradient. The paper counts keys with
-    the IDs, so `image_bytes_reduction` leaves them out on both sides; `..._with_keys` has them on both. Dense gradients
-    go around the ranks in a ring, whatever the alternative.
-    """
-    ranks = int(both["num_ranks"])
-    assert ranks == int(none["num_ranks"]) > 1
-    with_images, ids = _parts(both), _parts(none)
-    images = {part: with_images[part] - ids[part] for part in _PARTS}
-    asked = images["step.keys"] / _KEY_BYTES  # of others, over all ranks
-    vector_bytes = (images["step.vectors"] + images["step.gradients"]) / asked
-    # A rank asks others for (P - 1) / P of its different images, and there are more ranks.
-    scale = PAPER_RANKS / ranks * ((PAPER_RANKS - 1) / PAPER_RANKS) / ((ranks - 1) / ranks)
-    asked_20, references_20 = asked * scale, both["image_references_per_step"] / ranks * PAPER_RANKS
-    feature_bytes = dim * _BF16_BYTES
-    id_bytes = scale * sum(ids[part] for part in ("step.keys", "step.vectors", "step.gradients"))
-    dense_bytes = with_images["step.dense"] * (PAPER_RANKS - 1) / (ranks - 1)  # a ring: 2 (P - 1) times, over all ranks
-    figures: dict[str, Figure] = {
-        "image_bytes_reduction": feature_bytes / vector_bytes,
-        "image_bytes_reduction_with_keys": (feature_bytes + _KEY_BYTES) / (vector_bytes + _KEY_BYTES),
-        "images_asked_of_others_per_rank": asked_20 / PAPER_RANKS,
-        "measured_bytes_per_step_2_ranks": sum(with_images.values()),
-    }
-    grid: dict[str, dict[str, Figure]] = {
-        "ours": _row(asked_20 * vector_bytes, asked_20, id_bytes, dense_bytes),
-        "store_in_server": _row(asked_20 * feature_bytes, asked_20, id_bytes, dense_bytes),
-        "store_in_worker": _row(references_20 * feature_bytes, 0, id_bytes, dense_bytes),
-    }
-    return Section(f"MB of one global batch of {PAPER_RANKS} ranks", figures, grid, prefix="mb_20_ranks_")
-
-
-def _row(image_bytes: float, asked: float, id_bytes: float, dense_bytes: float) -> dict[str, Figure]:
-    return {
-        "images": image_bytes / 1e6,
-        "image_keys": asked * _KEY_BYTES / 1e6,
-        "ids": id_bytes / 1e6,
-        "dense": dense_bytes / 1e6,
-        "all": (image_bytes + asked * _KEY_BYTES + id_bytes + dense_bytes) / 1e6,
-    }
-
-
-def _parts(report: Mapping[str, Any]) -> dict[str, float]:
-    """Bytes per step by the first two parts of the collectives' names."""
-    sums = dict.fromkeys(_PARTS, 0.0)
-    for name, sent in report["bytes_by_collective_per_step"].items():
-        part = ".".join(name.split(".")[:2])
-        if part in sums:
-            sums[part] += sent
-    return sums
 
 
 def _checked(bench: Bench, chosen: Mapping[str, Run]) -> dict[str, list[Outcome]]:

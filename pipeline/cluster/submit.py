@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import click
 
@@ -216,15 +216,17 @@ def _prepared_cluster(
 
 
 def _check_cluster(address: str, wait_workers: int, timeout_s: float) -> None:
-    """Print the cluster once it is fit to run a script; `timeout_s` is for connecting and waiting together."""
-    from pipeline.cluster.tasks import check_packages, check_versions, open_client, wait_for_workers
+    """Print the cluster once it is fit to run a script; `timeout_s` is for connecting and waiting together.
+
+    Of other versions of Python or Dask there Dask itself warns, when it connects.
+    """
+    from pipeline.cluster.tasks import check_packages, open_client, wait_for_workers
 
     deadline = time.monotonic() + timeout_s
     with open_client(address, timeout_s) as client:
         if "dashboard" in client.scheduler_info()["services"]:
             _say(f"dashboard {client.dashboard_link}")
         wait_for_workers(client, address, wait_workers, max(0.1, deadline - time.monotonic()))
-        check_versions(cast(Mapping[str, Any], client.get_versions()))
         check_packages(client)
         threads = client.nthreads()
         _say(f"scheduler {address}, workers {len(threads)}, threads {sum(threads.values())}")

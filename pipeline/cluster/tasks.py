@@ -12,7 +12,7 @@ import socket
 import struct
 import time
 import uuid
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Set
 from concurrent.futures import CancelledError
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -324,7 +324,6 @@ SAFE_PROTOCOLS = ("tls", "wss", "inproc")  # encrypted, or inside this process
 INSECURE_KEY = "crossmedia.insecure-scheduler"  # of Dask's configuration
 INSECURE_VARIABLE = "DASK_CROSSMEDIA__INSECURE_SCHEDULER"  # the same as an environment variable
 OUR_PACKAGES = ("featurestore", "pipeline")
-COMPARED_PACKAGES = ("python", "dask", "distributed")
 IMPORT_OURS = "\n".join(f"import {package}" for package in OUR_PACKAGES)
 
 
@@ -366,30 +365,6 @@ def wait_for_workers(client: Client, address: str, count: int, timeout_s: float)
             f"{len(client.nthreads())} of {count} workers are at {address} after {timeout_s:g} s; start more with"
             f" `dask worker {address}`, or lower --wait-workers, or raise --timeout"
         ) from error
-
-
-def check_versions(versions: Mapping[str, Any]) -> None:
-    """Raise ClusterError where major.minor of Python, dask or distributed differ from the client's.
-
-    `versions` is what `Client.get_versions()` gives. A patch version may differ: Dask's protocol does not.
-    """
-    here = versions["client"]["packages"]
-    nodes = {"the scheduler": versions["scheduler"]} | {f"worker {a}": node for a, node in versions["workers"].items()}
-    differences = [
-        f"{package} is {theirs} on {name} and {here[package]} here"
-        for name, node in nodes.items()
-        for package in COMPARED_PACKAGES
-        if _major_minor(theirs := node["packages"].get(package)) != _major_minor(here[package])
-    ]
-    if differences:
-        raise errors.ClusterError(
-            f"versions on the cluster differ from those here: {'; '.join(differences)}. Install the same ones on every"
-            " machine"
-        )
-
-
-def _major_minor(version: str | None) -> list[str] | None:
-    return version.split(".")[:2] if version else None
 
 
 def check_packages(client: Client) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import xxhash
 
 from featurestore.console.files import write_json
 from featurestore.keys import Int64Array
@@ -20,7 +19,6 @@ from featurestore.storage.local import read_regular
 from pipeline.demo.items import SHAPES, Garment, catalogue_of, draw_garment, measure_folder, plan_garments
 from pipeline.demo.world import DAY_S, HISTORY_DAYS, MIN_ITEMS, World, ceiling, simulate
 from pipeline.errors import DemoError
-from pipeline.images.source import list_images
 from pipeline.options import DemoOptions
 
 FIRST_DAY = datetime.datetime(2026, 3, 1, tzinfo=datetime.UTC)
@@ -88,27 +86,8 @@ def _parameters(options: DemoOptions) -> dict[str, Any]:
     parameters |= {"days": options.days, "seed": options.seed}
     if options.images is None:
         return parameters | {"items": options.num_items, "images": None}
-    return parameters | {
-        "images": str(options.images.resolve()),
-        "images_digest": _folder_digest(options.images),
-        "labels": str(options.labels.resolve()) if options.labels else None,
-        "labels_digest": _file_digest(options.labels) if options.labels else None,
-    }
-
-
-def _folder_digest(images: Path) -> str:
-    """Digest a folder of images: it changes when an image comes, goes or changes."""
-    digest = xxhash.xxh3_128()
-    for ref in list_images(str(images)).images:
-        digest.update(f"{ref.uri}\0{ref.source_tag}\0".encode())
-    return digest.hexdigest()
-
-
-def _file_digest(path: Path) -> str:
-    try:
-        return xxhash.xxh3_128(read_regular(path)).hexdigest()
-    except OSError as error:
-        raise DemoError(f"cannot read the labels {path}: {error.strerror}") from error
+    labels = str(options.labels.resolve()) if options.labels else None
+    return parameters | {"images": str(options.images.resolve()), "labels": labels}
 
 
 def _read_demo(out: Path) -> dict[str, Any] | None:
@@ -126,11 +105,11 @@ def _read_demo(out: Path) -> dict[str, Any] | None:
 
 
 def _is_whole(options: DemoOptions, found: dict[str, Any]) -> bool:
-    if not found.get("complete"):
+    if not found.get("complete") or options.images is not None:  # photographs may have changed
         return False
     if not all(path.is_file() for path in log_files(options.out, START_S, options.days)):
         return False
-    return options.images is not None or len(_own_images(options.out)) == options.num_items
+    return len(_own_images(options.out)) == options.num_items
 
 
 def _refuse_foreign(out: Path) -> None:

@@ -155,7 +155,7 @@ def _add_days(options: SampleOptions, client: Client) -> dict[str, Any]:
         days = sorted(name_of_day(day) for day in made.days)
         added = sorted({*recorded.get("added_days", []), *days})
         groups_of_file |= {part.plan.name: part.num_groups for part in written}
-        write_json(folder / MARK, recorded | _counts(new, groups_of_file) | {"new_ads": None, "added_days": added})
+        write_json(folder / MARK, recorded | _counts(new, groups_of_file) | {"added_days": added})
     return {
         "days": days,
         "groups": sum(part.num_groups for part in written),
@@ -204,8 +204,6 @@ def _as_made(options: SampleOptions, recorded: dict[str, Any]) -> SampleOptions:
     made: dict[str, Any] = {
         field.name: recorded.get(field.name, field.default) for field in dataclasses.fields(options)
     }
-    columns = made["user_columns"]
-    made["user_columns"] = ",".join(columns) if columns is not None and not made["mapping"] else None
     given = {name: value for name, value in vars(options).items() if value != getattr(SampleOptions, name)}
     for name, its, mine in differing(made, made | given):
         if name not in _FREE:

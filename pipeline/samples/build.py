@@ -18,7 +18,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 from distributed import Client
 
 from featurestore.console.files import write_json
@@ -51,7 +50,7 @@ from pipeline.samples.logs import (
     find_pieces,
     with_joined_rows,
 )
-from pipeline.samples.mapping import TableLayout, load_mapping, names_in
+from pipeline.samples.mapping import TableLayout, load_mapping
 from pipeline.samples.publish import MARK, QUARANTINE_FILE, replaced_files
 from trainer.schema.fields import IMAGES_FILE, SCHEMA_FILE, SETTINGS_FILE, DistinctCount, Schema, settings_text
 from trainer.schema.suggest import inspect_samples, render_schema
@@ -61,7 +60,6 @@ Part = TypeVar("Part")
 DAY_S = 86_400
 BUCKET_ROWS = 250_000  # of both logs; some hundred MB with long lists of behaviours
 LEAST_BUCKET_ROWS = 10_000  # below that a bucket's task and its parts of files cost more than its rows
-FEW_BUCKETS = 64  # which cost nothing worth to speak of
 TASKS_PER_THREAD = 2  # that read logs: few, but one slow file keeps nobody waiting for long
 SHUFFLE_FOLDER = "shuffle"
 HOW_TIMES = (
@@ -108,8 +106,7 @@ def build_samples(options: SampleOptions, client: Client) -> dict[str, Any]:
         shutil.rmtree(scratch)
         if options.mapping:
             write_suggested(folder, options.samples, written, tables.may_lack)
-        recorded = dataclasses.asdict(options) | {"user_columns": layout.user_columns}
-        summary = summarise(recorded, shown, done, grouped, written)
+        summary = summarise(dataclasses.asdict(options), shown, done, grouped, written)
         write_json(folder / MARK, summary)
     return summary
 
@@ -120,7 +117,6 @@ class LogTables:
 
     options: SampleOptions
     layouts: dict[str, TableLayout | None]
-    user_columns: tuple[str, ...] | None
 
     @property
     def spared(self) -> dict[str, str]:
@@ -130,8 +126,7 @@ class LogTables:
 
     def pieces(self, log: str, wanted: WantedRows | None = None) -> list[LogPiece]:
         """Find the pieces of one log; see `find_pieces`."""
-        user_columns = self.user_columns if log == IMPRESSIONS else ()
-        pieces = find_pieces(self.options.logs, log, user_columns, self.layouts[log], wanted)
+        pieces = find_pieces(self.options.logs, log, self.layouts[log], wanted)
         if pieces:  # what was found in the first file is not looked for again
             self.layouts[log] = pieces[0].layout
         return pieces
@@ -151,11 +146,8 @@ class LogTables:
 def open_tables(options: SampleOptions) -> LogTables:
     """Read what `options` say of the logs. Raises SampleOptionError."""
     mapping = load_mapping(Path(options.mapping)) if options.mapping else None
-    user_columns = None if options.user_columns is None else names_in(options.user_columns)
-    if mapping and user_columns:
-        raise SampleOptionError(f"user_columns={','.join(user_columns)}: with a mapping they are named in it")
     layouts = {log: mapping.layout(log) if mapping else None for log in (IMPRESSIONS, BEHAVIORS)}
-    return LogTables(options, layouts, user_columns)
+    return LogTables(options, layouts)
 
 
 def _check_rows_left(logs: str, shown: Sequence[ShuffledPiece]) -> None:
@@ -175,20 +167,9 @@ def _no_rows(logs: str, shown: Sequence[ShuffledPiece]) -> SampleError:
 
 
 def num_buckets(asked: int | None, pieces: Sequence[LogPiece], client: Client) -> int:
-    """Give the number asked for, else buckets of about BUCKET_ROWS rows, and work for all threads where rows are many.
-
-    Raises SampleOptionError.
-    """
+    """Give the number asked for, else buckets of about BUCKET_ROWS rows, and of many rows work for all threads."""
     rows = sum(piece.num_rows for piece in pieces)
-    most = max(FEW_BUCKETS, rows // LEAST_BUCKET_ROWS)
-    if asked is None:
-        return max(1, math.ceil(rows / BUCKET_ROWS), min(num_threads(client), rows // LEAST_BUCKET_ROWS))
-    if not 0 < asked <= most:
-        raise SampleOptionError(
-            f"--partitions {asked}: these logs have about {rows:,} rows, for which 1 to {most:,} make sense; leave it "
-            f"out for {math.ceil(rows / BUCKET_ROWS):,} or so"
-        )
-    return asked
+    return asked or max(1, math.ceil(rows / BUCKET_ROWS), min(num_threads(client), rows // LEAST_BUCKET_ROWS))
 
 
 def shuffle(
@@ -288,22 +269,15 @@ def days_of(groups_of_hour: Mapping[int, int]) -> Counter[int]:
 
 
 def find_test_day(options: SampleOptions, groups_of_day: Mapping[int, int]) -> int:
-    """Find the first day for testing, in days since 1970: the options name it, or a number or share of the last ones.
+    """Find the first day for testing, in days since 1970: the options name it, or a number of the last ones.
 
-    Raises SampleOptionError where they say more than one.
+    Raises SampleOptionError where they say both.
     """
-    asked = {"test_days": options.test_days, "test_from": options.test_from, "test_share": options.test_share}
-    given = [f"--{name.replace('_', '-')}" for name, value in asked.items() if value != getattr(SampleOptions, name)]
-    if len(given) > 1:
-        raise SampleOptionError(f"give one of {' and '.join(given)}")
-    if options.test_from is not None:
-        return day_of(options.test_from, "--test-from")
-    if options.test_share is None:
+    if options.test_from is None:
         return max(groups_of_day) - options.test_days + 1
-    left = options.test_share * sum(groups_of_day.values())
-    newest_first = sorted(groups_of_day, reverse=True)
-    sums = itertools.accumulate(groups_of_day[day] for day in newest_first)
-    return next(day for day, groups in zip(newest_first, sums, strict=True) if groups >= left)
+    if options.test_days != SampleOptions.test_days:
+        raise SampleOptionError("give one of --test-days and --test-from")
+    return day_of(options.test_from, "--test-from")
 
 
 def check_train(splits: Collection[str]) -> None:
@@ -311,7 +285,7 @@ def check_train(splits: Collection[str]) -> None:
     if "train" not in splits:
         raise SampleError(
             "all impressions are on days for testing: nothing is left to train on; give a log of more days or, by "
-            "--test-days, --test-from or --test-share, fewer days for testing"
+            "--test-days or --test-from, fewer days for testing"
         )
 
 
@@ -379,9 +353,7 @@ def summarise(
         "groups": sum(part.num_groups for part in written),
         "groups_without_behaviors": sum(part.num_without for part in grouped),
         "behaviors_in_groups": sum(part.num_references for part in grouped),
-        "behaviors_over_limit": sum(part.num_over_limit for part in grouped),
         **{split: _split(written, split) for split in ("train", "test")},
-        "new_ads": _new_ads(written),
         "groups_of_file": {part.plan.name: part.num_groups for part in written},
     }
 
@@ -425,31 +397,8 @@ def _split(written: Sequence[WrittenFile], split: str) -> dict[str, Any]:
         "files": len(files),
         "groups": sum(part.num_groups for part in files),
         "impressions": impressions,
-        "ads": len(_items(files)[0]),
         "positive_rate": _share(sum(part.num_clicks for part in files), impressions),
     }
-
-
-def _new_ads(written: Sequence[WrittenFile]) -> dict[str, Any]:
-    """Count the ads (items) of the test days that were never shown on the training days."""
-    known, _ = _items([part for part in written if part.plan.split == "train"])
-    items, counts = _items([part for part in written if part.plan.split == "test"])
-    is_new = ~np.isin(items, known)
-    return {
-        "ads": int(is_new.sum()),
-        "share_of_test_ads": _share(int(is_new.sum()), len(items)),
-        "share_of_test_impressions": _share(int(counts[is_new].sum()), int(counts.sum())),
-    }
-
-
-def _items(files: Sequence[WrittenFile]) -> tuple[np.ndarray, np.ndarray]:
-    """List the distinct items of the files' ads, and count impressions of each."""
-    if not files:
-        return np.empty(0, np.int64), np.empty(0, np.int64)
-    items, inverse = np.unique(np.concatenate([part.items for part in files]), return_inverse=True)
-    counts = np.zeros(len(items), np.int64)
-    np.add.at(counts, inverse, np.concatenate([part.impressions_of_item for part in files]))
-    return items, counts
 
 
 def _share(part: int, whole: int) -> float | None:

@@ -64,7 +64,6 @@ class LogGroups:
     start_G: Int64Array  # first impression of each group
     size_G: Int64Array  # impressions
     take_G: Int64Array  # behaviours
-    over_limit_G: Int64Array  # behaviours in the window beyond max_behaviors
     num_behaviors: int  # distinct ones
     num_used: int  # of them, in some group
     num_clicks: int = 0  # rows that are clicks alone
@@ -102,7 +101,6 @@ def make_groups(impressions: Columns, behaviors: Columns, rules: GroupRules) -> 
         start_G,
         size_G,
         take_G,
-        high_G - low_G - take_G,
         num_behaviors,
         _count_covered(high_G - take_G, high_G, num_behaviors),
         num_clicks,
@@ -415,7 +413,6 @@ class GroupedBucket:
     num_behaviors: int = 0  # distinct ones
     num_used: int = 0  # behaviours in at least one group
     num_references: int = 0  # behaviours in groups
-    num_over_limit: int = 0  # behaviours that did not fit into their group
     num_without: int = 0  # groups without behaviours
     num_clicks: int = 0  # rows that are clicks alone
     num_unmatched: int = 0  # of them, without an impression before
@@ -456,7 +453,6 @@ def group_bucket(
         num_behaviors=groups.num_behaviors,
         num_used=groups.num_used,
         num_references=int(groups.take_G.sum()),
-        num_over_limit=int(groups.over_limit_G.sum()),
         num_without=int(np.count_nonzero(groups.take_G == 0)),
         num_clicks=groups.num_clicks,
         num_unmatched=groups.num_unmatched,
@@ -573,8 +569,6 @@ class WrittenFile:
     num_groups: int
     num_impressions: int
     num_clicks: int
-    items: npt.NDArray[np.int64]  # ads' items, distinct
-    impressions_of_item: npt.NDArray[np.int64]
     ids: Mapping[str, DistinctCount]
     """The different values of each column of whole numbers, in lists or not."""
 
@@ -627,9 +621,8 @@ def write_file(plan: FilePlan, parts: Mapping[str, Sequence[int]], folder: str) 
         compression="zstd",
         write_page_checksum=True,
     )
-    items, counts = np.unique(pc.list_flatten(table.column("ad_item")).to_numpy(), return_counts=True)
     clicks = pc.list_flatten(table.column("label")).to_numpy()
-    return WrittenFile(plan, len(table), len(clicks), int(clicks.sum()), items, counts, _ids(table))
+    return WrittenFile(plan, len(table), len(clicks), int(clicks.sum()), _ids(table))
 
 
 def _ids(table: pa.Table) -> dict[str, DistinctCount]:

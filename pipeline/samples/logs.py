@@ -89,27 +89,14 @@ class WantedRows:
         """Return which of these rows are wanted, (N,)."""
         wanted_N: npt.NDArray[np.bool_] = (time_N >= self.low_us) & (time_N < self.high_us)
         if self.users_path is not None:
-            users_U = np.load(self.users_path)
-            (likely,) = np.nonzero(wanted_N & _may_be_in(user_N, users_U))
-            is_in = pc.is_in(pa.array(user_N[likely]), value_set=pa.array(users_U))
-            wanted_N = np.zeros_like(wanted_N)
-            wanted_N[likely] = is_in.to_numpy(zero_copy_only=False)
+            (of_time,) = np.nonzero(wanted_N)
+            is_in = pc.is_in(pa.array(user_N[of_time]), value_set=pa.array(np.load(self.users_path)))
+            wanted_N[of_time] = is_in.to_numpy(zero_copy_only=False)
         return wanted_N
 
     def may_have(self, times: tuple[int, int] | None) -> bool:
         """Return whether rows whose first and last time are these may have a wanted one; None: it is not known."""
         return times is None or (times[0] < self.high_us and times[1] >= self.low_us)
-
-
-def _may_be_in(value_N: npt.NDArray[np.int64], set_U: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-    """Return which values have the last bits of one of a set, (N,): all that are in it and few others.
-
-    They are found by one look into a table each, where a search takes several times as long."""
-    last_bits = (1 << min(26, (16 * len(set_U)).bit_length())) - 1  # 64 MB at most
-    has_bits = np.zeros(last_bits + 1, np.bool_)
-    has_bits[set_U & last_bits] = True
-    found_N: npt.NDArray[np.bool_] = has_bits[value_N & last_bits]
-    return found_N
 
 
 @dataclass(frozen=True)
@@ -133,28 +120,20 @@ class LogPiece:
 
 
 def find_pieces(
-    url: str,
-    log: str,
-    user_columns: Sequence[str] | None,
-    layout: TableLayout | None = None,
-    wanted: WantedRows | None = None,
+    url: str, log: str, layout: TableLayout | None = None, wanted: WantedRows | None = None
 ) -> list[LogPiece]:
     """Find the log's pieces, in the order of its files' names; only the files' footers are read.
 
     Row groups whose statistics say that they have no `wanted` row are left out; then there may be no piece.
 
-    `user_columns` None takes those of `user_age` and `user_gender` that the first file has; with the `layout` of a
-    person's own tables, CSV or Parquet, those count that it names. Raises SampleError for a log that is not there or
-    has no row, and for a column that is missing or of a wrong type, with the file's name.
+    Columns of users are those of `user_age` and `user_gender` that the first file has; with the `layout` of a person's
+    own tables, CSV or Parquet, those that it names. Raises SampleError for a log that is not there or has no row, and
+    for a column that is missing or of a wrong type, with the file's name.
     """
-    if reserved := set(user_columns or ()) & set().union(*COLUMNS.values()):
-        raise SampleOptionError(
-            f"user_columns={','.join(sorted(reserved))}: has a meaning of its own, it is kept anyway"
-        )
     storage = Storage(url)
     place = layout.files if layout else log
     files = _files_of(storage, log, layout)
-    layout = layout or _layout_of(storage, log, files[0], user_columns)
+    layout = layout or _layout_of(storage, log, files[0])
     if layout.time_unit is None or (files[0].endswith(CSV_SUFFIXES) and layout.found_style is None):
         layout = _settled(storage, files[0], log, layout)
     if any(not join.is_settled for join in layout.joins):
@@ -180,18 +159,19 @@ def _files_of(storage: Storage, log: str, layout: TableLayout | None) -> list[st
     return files
 
 
-def _layout_of(storage: Storage, log: str, path: str, user_columns: Sequence[str] | None) -> TableLayout:
+def _layout_of(storage: Storage, log: str, path: str) -> TableLayout:
     """Describe a log as it is documented; the file at `path` says which of the usual user columns there are."""
-    if log == IMPRESSIONS and user_columns is None:
+    user_columns: tuple[str, ...] = ()
+    if log == IMPRESSIONS:
         with open_parquet(storage, path) as file:
-            user_columns = [name for name in ("user_age", "user_gender") if name in file.schema_arrow.names]
-    kinds = {name: kind_of(name) for name in COLUMNS[log]} | dict.fromkeys(user_columns or (), "profile")
+            user_columns = tuple(name for name in ("user_age", "user_gender") if name in file.schema_arrow.names)
+    kinds = {name: kind_of(name) for name in COLUMNS[log]} | dict.fromkeys(user_columns, "profile")
     return TableLayout(
         files=log,
         names={name: name for name in kinds},
         kinds=kinds,
         constants={},
-        user_columns=tuple(user_columns or ()),
+        user_columns=user_columns,
         ad_columns=(),
         csv=CsvSettings(),
         time_unit=None,
@@ -256,7 +236,7 @@ def with_joined_rows(pieces: Sequence[LogPiece], folder: Path) -> list[LogPiece]
 
 
 def _written(join: Join, path: Path) -> Join:
-    pieces = find_pieces(join.url or "", f"join.{join.by}", None, join.layout)
+    pieces = find_pieces(join.url or "", f"join.{join.by}", join.layout)
     parts = [read_piece(piece, latest_s=0) for piece in pieces]
     columns = {name: np.concatenate([part.good[name] for part in parts]) for name in parts[0].good}
     sorted_T = np.argsort(columns[KEY], kind="stable")

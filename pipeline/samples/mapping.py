@@ -3,9 +3,7 @@
 Rows that are torn or have swallowed others, and values that cannot be read, are faults of their rows.
 """
 
-import codecs
 import contextlib
-import io
 import itertools
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -347,11 +345,6 @@ def load_mapping(path: Path) -> LogMapping:
         raise SampleOptionError(f"--mapping {path} cannot be read as YAML: {error}") from error
 
 
-def names_in(text: str) -> tuple[str, ...]:
-    """Split an option of names with commas."""
-    return tuple(name.strip() for name in text.split(",") if name.strip())
-
-
 SWALLOWED = "a quoted value has other rows in it; is a quote not closed?"
 _FIRST_ROWS = 1000
 _WHOLE = re.compile(r"0|-?[1-9]\d{0,18}")
@@ -489,26 +482,12 @@ def read_csv(storage: Storage, path: str, names: Sequence[str], style: CsvStyle)
             )
     except CsvTextError as error:
         raise SampleError(f"{storage.full(path)}, {error}") from error
-    except (pa.ArrowException, OSError, StorageError, UnicodeDecodeError) as error:
-        raise SampleError(f"{storage.full(path)}{_wrong_bytes(storage, path, style) or f': {error}'}") from error
+    except (OSError, StorageError) as error:
+        raise SampleError(f"{storage.full(path)}: {error}") from error
+    except (pa.ArrowException, UnicodeDecodeError) as error:
+        hint = f"where it is not {style.encoding}, say so in the mapping, as csv: {{encoding: latin-1}}"
+        raise SampleError(f"{storage.full(path)}: {error}; {hint}") from error
     return CsvRows(table, torn, {row: SWALLOWED for row, each in long.items() if each.swallowed and row not in torn})
-
-
-def _wrong_bytes(storage: Storage, path: str, style: CsvStyle) -> str | None:
-    """Say where the first bytes are that are not of the encoding; None where all are."""
-    number = 0
-    try:
-        with storage.open_input(path) as file:
-            for line in io.BufferedReader(file):  # type: ignore[type-var]
-                number += 1
-                codecs.decode(line, style.encoding)
-    except UnicodeDecodeError as error:
-        byte = error.object[error.start : error.start + 1]
-        hint = "give the encoding in the mapping, as csv: {encoding: latin-1}"
-        return f", line {number}: {byte!r} is not {style.encoding}; {hint}"
-    except (OSError, StorageError):
-        pass
-    return None
 
 
 def _parse(delimiter: str, torn: dict[int, str]) -> csv.ParseOptions:

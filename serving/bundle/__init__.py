@@ -8,7 +8,7 @@ EPS = 1e-3
 """Vectors that moved by less are not published."""
 SAMPLE_GROUPS = 64
 """Groups of test samples in a bundle."""
-RowDType = Literal["float32", "float16", "int8"]
+RowDType = Literal["float32", "float16"]
 """Number type of the ID rows in a bundle."""
 
 

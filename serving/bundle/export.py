@@ -52,7 +52,7 @@ from serving.bundle.manifest import (
     TableRows,
     VectorsOf,
 )
-from serving.bundle.rows import Bool, Float32, encoded
+from serving.bundle.rows import Bool, Float32, row_type
 from serving.errors import BrokenBundleError, ServingError
 from serving.network.exporting import export_network
 from trainer.comm import SoloComm
@@ -309,8 +309,8 @@ def _write_table(
     """Append the rows of one table, and append to `trained` which of them training has touched."""
     num_rows, hashes = 0, list[UInt64Array]()
     for shard in tables.shards(shape):
-        rows = encoded(shard.rows_RV, dtype)
-        if dtype == "float16" and not np.isfinite(rows).all():
+        rows = shard.rows_RV.astype(row_type(dtype))
+        if not np.isfinite(rows).all():
             raise ServingError(f"table {shape.name} has numbers beyond float16, above 65,504: use --id-dtype float32")
         output.write(rows.tobytes())
         trained.append(shard.is_trained_R)

@@ -14,10 +14,9 @@ data/models/ctr/
     vectors/<store>/                 the visual vectors of all images of a feature store, again as a store
 """
 
-from collections import Counter
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from featurestore.spec import FileName, Frozen, MissingPolicy, RandomId, Sealed, SourceSnapshot, StorePath, Version
 from serving.bundle import RowDType
@@ -32,15 +31,6 @@ Missing = Literal["zeros", "learned"]
 
 Count = Annotated[int, Field(ge=0)]
 Width = Annotated[int, Field(ge=1)]
-
-SCALE_BYTES = 4
-_NUMBER_BYTES: dict[RowDType, int] = {"float32": 4, "float16": 2, "int8": 1}
-_HASH_BYTES = 8
-
-
-def row_bytes(width: int, dtype: RowDType) -> int:
-    """Return the bytes of a row of ID vectors. In int8 rows the codes are followed by their scale, a float32."""
-    return width * _NUMBER_BYTES[dtype] + (SCALE_BYTES if dtype == "int8" else 0)
 
 
 class BundleFile(Frozen):
@@ -78,20 +68,6 @@ class TableRows(Frozen):
     first_row: Count
     hashes: FileName | None = None
 
-    @model_validator(mode="after")
-    def _rows_fit(self) -> "TableRows":
-        is_exact, rows_per_shard = self.kind == "exact", self.rows_per_shard
-        if self.kind != "direct" and self.num_shards & (self.num_shards - 1):
-            raise ValueError(f"table {self.name}: num_shards={self.num_shards} is not a power of two")
-        if is_exact != (self.hashes is not None) or is_exact != (rows_per_shard == 0):
-            raise ValueError(
-                f"table {self.name}: hashes and rows_per_shard={rows_per_shard} are not of kind {self.kind}"
-            )
-        if self.num_rows < self.num_shards or not (is_exact or self.num_rows == self.num_shards * rows_per_shard):
-            shards = f"{self.num_shards} shards of {rows_per_shard or '1 or more'}"
-            raise ValueError(f"table {self.name}: {self.num_rows} rows are not {shards}")
-        return self
-
 
 class NetworkColumns(Frozen):
     """The columns of one E's visual vector in a row of a vectors store, and the vector for missing images."""
@@ -100,12 +76,6 @@ class NetworkColumns(Frozen):
     start: Count
     width: Width
     no_image: tuple[float, ...]
-
-    @model_validator(mode="after")
-    def _one_number_each(self) -> "NetworkColumns":
-        if len(self.no_image) != self.width:
-            raise ValueError(f"network {self.name}: no_image has {len(self.no_image)} numbers instead of {self.width}")
-        return self
 
 
 class VectorsOf(Frozen):
@@ -146,32 +116,6 @@ class BundleManifest(Sealed):
     metrics: dict[str, Any]
     """Metrics from the run's report."""
     files: tuple[BundleFile, ...]
-
-    @model_validator(mode="after")
-    def _rows_are_in_files(self) -> "BundleManifest":
-        """Check that rows, bits and hashes of all tables fit the file sizes in `files`."""
-        for names in ([each.name for each in self.files], [each.name for each in self.tables]):
-            if twice := [name for name, count in Counter(names).items() if count > 1]:
-                raise ValueError(f"{twice[0]} is listed twice")
-        sizes = {each.name: each.bytes for each in self.files}
-        for rows in self.rows:
-            if sizes.get(rows.name) != rows.num_rows * row_bytes(rows.width, self.id_dtype):
-                raise ValueError(
-                    f"{rows.name} has {sizes.get(rows.name)} bytes, not {rows.num_rows} rows of {rows.width}"
-                )
-            if rows.first_bit + rows.num_rows > 8 * sizes.get(TRAINED, 0):
-                raise ValueError(f"{TRAINED} is too short for {rows.num_rows} bits from bit {rows.first_bit} on")
-        rows_of = {each.width: each.num_rows for each in self.rows}
-        for table in self.tables:
-            if table.first_row + table.num_rows > rows_of.get(table.width, 0):
-                raise ValueError(
-                    f"table {table.name}: the file of width {table.width} is too short for {table.num_rows} rows from"
-                    f" {table.first_row} on"
-                )
-            num_hashes = table.num_rows - table.num_shards
-            if table.hashes is not None and sizes.get(table.hashes) != _HASH_BYTES * num_hashes:
-                raise ValueError(f"{table.hashes} has {sizes.get(table.hashes)} bytes, not {num_hashes} hashes")
-        return self
 
     def file(self, name: str) -> BundleFile | None:
         """Return the file of that name, if the version has it."""

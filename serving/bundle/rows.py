@@ -17,13 +17,12 @@ from featurestore.keys import HashIndex, Int64Array, UInt64Array, shard_of_hash,
 from featurestore.lookup.partition import FeaturePartition
 from featurestore.store import FeatureStore
 from serving.bundle import RowDType
-from serving.bundle.manifest import SCALE_BYTES, RowsFile, TableRows, VectorsOf, row_bytes
+from serving.bundle.manifest import RowsFile, TableRows, VectorsOf
 from serving.errors import BrokenBundleError
 
 Float32 = NDArray[np.float32]
 Bool = NDArray[np.bool_]
 FindRows = Callable[[Int64Array], Int64Array]
-LARGEST_CODE = 127
 
 
 class BundleIdRows:
@@ -38,7 +37,6 @@ class BundleIdRows:
         trained: Path,
     ) -> None:
         """`paths`: the files that `tables` and `rows` name; `trained`: the file with one bit for each row."""
-        self._dtype = dtype
         self._rows = {each.width: map_rows(paths[each.name], each, dtype) for each in rows}
         self._trained = _mapped(trained, np.dtype(np.uint8))
         self._number = {table.name: number for number, table in enumerate(tables)}
@@ -67,7 +65,7 @@ class BundleIdRows:
 
     def gather(self, width: int, rows_N: Int64Array) -> Float32:
         """Copy rows of the tables with this width, (N, width) float32."""
-        return decoded(self._rows[width].take(rows_N, axis=0), self._dtype)
+        return self._rows[width].take(rows_N, axis=0).astype(np.float32, copy=False)
 
     def _known(self, bit_N: Int64Array) -> Bool:
         known_N: Bool = (self._trained.take(bit_N >> 3) >> (bit_N & 7).astype(np.uint8) & 1).astype(np.bool_)
@@ -147,33 +145,13 @@ def _exact_finder(table: TableRows, hashes: Path) -> FindRows:
 
 
 def row_type(dtype: RowDType) -> np.dtype[np.generic]:
-    """Return the numpy type of a row's numbers. In int8 rows the codes are followed by their scale, a float32."""
-    return np.dtype({"float32": "<f4", "float16": "<f2", "int8": "i1"}[dtype])
-
-
-def encoded(rows_RV: Float32, dtype: RowDType) -> NDArray[np.generic]:
-    """Return rows as their file stores them. int8: integers from -127 to 127, and a scale to multiply them by."""
-    if dtype != "int8":
-        return rows_RV.astype(row_type(dtype))
-    scale_R = (np.abs(rows_RV).max(axis=1, initial=0) / LARGEST_CODE).astype("<f4")
-    divisor_R1 = np.where(scale_R > 0, scale_R, 1)[:, None]
-    codes_RV = np.clip(np.rint(rows_RV / divisor_R1), -LARGEST_CODE, LARGEST_CODE).astype(np.int8)
-    return np.concatenate([codes_RV, scale_R[:, None].view(np.int8)], axis=1)
-
-
-def decoded(stored_RW: NDArray[np.generic], dtype: RowDType) -> Float32:
-    """Return the float32 rows behind `encoded`."""
-    if dtype != "int8":
-        return stored_RW.astype(np.float32, copy=False)
-    scale_R1 = np.ascontiguousarray(stored_RW[:, -SCALE_BYTES:]).view("<f4")
-    rows_RV: Float32 = stored_RW[:, :-SCALE_BYTES].astype(np.float32) * scale_R1
-    return rows_RV
+    """Return the numpy type of a row's numbers."""
+    return np.dtype({"float32": "<f4", "float16": "<f2"}[dtype])
 
 
 def map_rows(path: Path, file: RowsFile, dtype: RowDType) -> NDArray[np.generic]:
     """Map a file of rows into memory, read-only."""
-    number = row_type(dtype)
-    return _mapped(path, number).reshape(file.num_rows, row_bytes(file.width, dtype) // number.itemsize)
+    return _mapped(path, row_type(dtype)).reshape(file.num_rows, file.width)
 
 
 def _hashed_row(hash_N: UInt64Array, shard_N: Int64Array, rows_per_shard: NDArray[np.uint32] | np.uint32) -> Int64Array:

@@ -12,7 +12,6 @@ import ctypes
 import hashlib
 import hmac
 import logging
-import logging.config
 import signal
 import socket
 import ssl
@@ -145,31 +144,16 @@ def check_files(settings: AccessSettings) -> None:
 
 def tls_context(cert: Path, key: Path | None) -> ssl.SSLContext:
     """Create the server's TLS context from a certificate chain and its key, both PEM. Raises ServerSettingsError."""
-    key = cert if key is None else key
-    for option, file in (("--tls-cert", cert), ("--tls-key", key)):
-        try:
-            file.read_bytes()
-        except OSError as failure:
-            raise ServerSettingsError(f"{option} {file}: {failure.strerror}; name a PEM file") from None
-    try:
-        problem_of_dates(cert)
-    except ValueError:
-        raise ServerSettingsError(
-            f"--tls-cert {cert} has no certificate; give a PEM file, the server's certificate first"
-        ) from None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     try:
         context.load_cert_chain(cert, key, password=_no_password)
-    except _EncryptedKeyError:
-        raise ServerSettingsError(f"--tls-key {key} has a password; decrypt it by `openssl pkey`") from None
-    except (ssl.SSLError, OSError) as failure:
-        reason = getattr(failure, "reason", None)
-        if reason == "KEY_VALUES_MISMATCH":
-            problem = f"is not the key of {cert}; give a matching pair"
-        else:
-            problem = "has no usable key; give the certificate's, in PEM"
-        raise ServerSettingsError(f"{'--tls-cert' if key is cert else '--tls-key'} {key} {problem}") from None
+    except OSError as failure:  # of TLS too
+        reason = getattr(failure, "reason", None) or failure.strerror or failure
+        files = f"--tls-cert {cert}" + (f" --tls-key {key}" if key else "")
+        raise ServerSettingsError(
+            f"{files} cannot be used ({reason}); give PEM files of a certificate and its key, without a password"
+        ) from None
     return context
 
 
@@ -182,12 +166,8 @@ def _identity(file: Path) -> tuple[int, int, int] | None:
     return found.st_ino, found.st_size, found.st_mtime_ns
 
 
-class _EncryptedKeyError(Exception):
-    pass
-
-
 def _no_password() -> str:
-    raise _EncryptedKeyError
+    raise OSError("the key has a password")
 
 
 def _warn_of_dates(file: Path) -> None:
@@ -307,29 +287,11 @@ def error_response(status: int, message: str, headers: Mapping[str, str] | None 
 
 def configure_logging(*others: str) -> None:
     """Send the logs of the server and of `others`, and uvicorn's warnings, to stderr, with the time in UTC."""
-    logging.config.dictConfig(
-        {
-            "version": 1,
-            "disable_existing_loggers": False,
-            "formatters": {"line": {"()": "serving.http.access.UtcFormatter"}},
-            "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "line"}},
-            "loggers": {
-                **{
-                    name: {"handlers": ["stderr"], "level": "INFO", "propagate": False} for name in ("serving", *others)
-                },
-                "uvicorn": {"handlers": ["stderr"], "level": "WARNING", "propagate": False},
-            },
-        }
-    )
-
-
-class UtcFormatter(logging.Formatter):
-    """Formats a record as time, process, level and message."""
-
-    def __init__(self) -> None:
-        super().__init__("%(asctime)s.%(msecs)03dZ %(process)d %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S")
-
-    @staticmethod
-    def converter(seconds: float | None) -> time.struct_time:
-        """Give the time in UTC."""
-        return time.gmtime(seconds)
+    formatter = logging.Formatter("%(asctime)s.%(msecs)03dZ %(process)d %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S")
+    formatter.converter = time.gmtime
+    handler = logging.StreamHandler()
+    handler.setFormatter(formatter)
+    for name in ("serving", *others, "uvicorn"):
+        log = logging.getLogger(name)
+        log.handlers, log.propagate = [handler], False
+        log.setLevel(logging.WARNING if name == "uvicorn" else logging.INFO)

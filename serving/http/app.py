@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import gc
 import logging
-import logging.config
+import shlex
 import time
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -26,18 +26,18 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from featurestore.text import printable
 from serving.errors import NotFiniteError, RequestError, RequestTooLargeError
 from serving.http.access import TokenGuard, error_response
-from serving.http.codec import ARROW, JSON, ArrowBody, Body, JsonBody, Scores
+from serving.http.codec import ARROW, JSON, ArrowBody, Body, JsonBody
 from serving.http.inference import HEADER, SERVER, TensorBody, model_metadata
 from serving.http.limits import BODIES_AT_ONCE, CLOSE, BodyLimits, RefusedError
 from serving.http.live import BundleSource, LiveModel
 from serving.http.metrics import ServingMetrics
-from serving.http.openapi import EXAMPLE, command_of, description, example_of
 from serving.http.queue import ScoringQueue
+from serving.scoring.request import example_of
 from serving.settings import ServerSettings
 
+EXAMPLE = "/v1/example"
 Endpoint = Callable[[Request], Awaitable[Response]]
 _MODEL = "/v2/models/{name}"
 _VERSION = "/v2/models/{name}/versions/{version}"
@@ -64,9 +64,8 @@ class Scoring:
 
     def app(self) -> ASGIApp:
         """Build the application. Its lifespan loads the model, scores, and polls for newer models."""
-        self._routes = routes = [
+        routes = [
             ("GET", "/", self.about),
-            ("GET", "/openapi.json", self.openapi),
             ("GET", EXAMPLE, self.example),
             ("POST", "/v1/score", self.score),
             ("GET", "/metrics", self.prometheus_metrics),
@@ -104,9 +103,8 @@ class Scoring:
                 "version": identity and identity.version,
                 "vectors": identity and dict(identity.vectors),
                 "example": identity and example_of(self.live.model.inputs),
-                "try": command_of(f"{request.url.scheme}://{request.url.netloc}", with_token=self.tokens is not None),
+                "try": _command_of(f"{request.url.scheme}://{request.url.netloc}", with_token=self.tokens is not None),
                 "addresses": [
-                    "/openapi.json",
                     EXAMPLE,
                     "/v1/score",
                     "/v2",
@@ -120,11 +118,6 @@ class Scoring:
     async def example(self, request: Request) -> Response:
         """Return a request that the model in use can score."""
         return _json(example_of(self.live.model.inputs))
-
-    async def openapi(self, request: Request) -> Response:
-        """Describe all addresses, and the columns of requests, as OpenAPI."""
-        routes = [(method, path, endpoint.__doc__ or "") for method, path, endpoint in self._routes]
-        return _json(description(self.settings.model_name, _own_version(), self.live.model.inputs, routes))
 
     async def score(self, request: Request) -> Response:
         """Score the requests of a JSON or Arrow body."""
@@ -184,8 +177,6 @@ class Scoring:
             raise RefusedError(415, f"Content-Encoding is {encoding[:40]!r}: send the body uncompressed", CLOSE)
         content = await request.body()
         request.state.read_s = time.perf_counter() - start_s
-        if self.settings.log_requests:
-            logger.info("%s %s", request.url.path, printable(content.decode("utf-8", "backslashreplace")))
         return content
 
     async def _scored(self, request: Request, body: Body, content: bytes) -> Response:
@@ -197,7 +188,6 @@ class Scoring:
         self.queue.pace.worked(encode_s)
         await self.queue.pace.pause()
         self.metrics.record_scored(scores)
-        request.state.scores, request.state.sizes = scores, (len(content), len(answer.body))
         return Response(answer.body, headers=dict(answer.headers), media_type=answer.media_type)
 
     def _check_name(self, request: Request) -> None:
@@ -209,7 +199,7 @@ class Scoring:
             raise RefusedError(404, f"version {asked[:20]!r} is not served, but {served}; leave the version out")
 
     def _measured(self, route: str, endpoint: Endpoint) -> Endpoint:
-        """Wrap an endpoint: turn errors into answers, count and time the answer, and log it if it is slow."""
+        """Wrap an endpoint: turn errors into answers, and count and time the answer."""
 
         async def answered(request: Request) -> Response:
             start_s = time.perf_counter()
@@ -219,11 +209,7 @@ class Scoring:
                 response = response_of(error)
             if self.stopping:  # the client should not send its next request on a connection that is about to close
                 response.headers["Connection"] = "close"
-            seconds = time.perf_counter() - start_s
-            self.metrics.record_answer(route, response.status_code, seconds)
-            if 1000 * seconds >= self.settings.slow_ms:
-                scores: Scores | None = getattr(request.state, "scores", None)
-                log_slow(route, response.status_code, seconds, scores, getattr(request.state, "sizes", (0, 0)))
+            self.metrics.record_answer(route, response.status_code, time.perf_counter() - start_s)
             return response
 
         return answered
@@ -280,6 +266,13 @@ def _asks_for_logits(request: Request) -> bool:
     return answer == "true"
 
 
+def _command_of(server: str, *, with_token: bool) -> str:
+    """Write the shell's line that scores the example; it has no double quotes, which JSON would escape."""
+    curl = "curl -s" + (" -H 'Authorization: Bearer '$TOKEN" if with_token else "")
+    kind = shlex.quote(f"Content-Type: {JSON}")
+    return f"{curl} {shlex.quote(server + EXAMPLE)} | {curl} {shlex.quote(f'{server}/v1/score')} -H {kind} -d @-"
+
+
 def _json(value: Any, status: int = 200) -> Response:
     return Response(orjson.dumps(value), status, media_type=JSON)
 
@@ -308,16 +301,3 @@ def response_of(error: Exception) -> Response:
         return error_response(400, str(error))
     logger.error("bug: %s\n%s", type(error).__name__, "".join(traceback.format_tb(error.__traceback__)).rstrip())
     return error_response(500, f"an error in the server ({type(error).__name__}): its log says where")
-
-
-STAGES = ("read", "wait", "parse", "score", "encode")
-
-
-def log_slow(route: str, status: int, seconds: float, scores: Scores | None, sizes: tuple[int, int]) -> None:
-    """Log a slow request: its stages in milliseconds and its sizes, not its contents."""
-    parts = ""
-    if scores is not None:
-        stages = ", ".join(f"{stage} {1000 * scores.stages[stage]:.1f}" for stage in STAGES if stage in scores.stages)
-        counts = f"{len(scores.scored)} requests, {scores.num_candidates} candidates"
-        parts = f" ({stages}); {counts}, {sizes[0]} bytes received, {sizes[1]} bytes sent"
-    logger.warning("slow: %s %d in %.1f ms%s", route, status, 1000 * seconds, parts)

@@ -227,8 +227,8 @@ def arrow_answer(identity: BundleIdentity, scored: Sequence[Scored]) -> bytes:
     metadata |= {f"vectors.{store}": str(snapshot) for store, snapshot in identity.vectors.items()}
     table = pa.table(
         {
-            "score": _lists([each.probabilities() for each in scored], pa.float32()),
-            "logit": _lists([each.logits_C for each in scored], pa.float32()),
+            "score": pa.array([each.probabilities() for each in scored], pa.list_(pa.float32())),
+            "logit": pa.array([each.logits_C for each in scored], pa.list_(pa.float32())),
             "unknown": _maps([each.unknown for each in scored]),
             "missing": _maps([each.missing for each in scored]),
         }
@@ -239,17 +239,8 @@ def arrow_answer(identity: BundleIdentity, scored: Sequence[Scored]) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-def _lists(parts: Sequence[Any], kind: pa.DataType) -> Any:
-    offsets: Any = pa.array(np.cumsum([0, *(len(part) for part in parts)]), pa.int32())
-    return pa.ListArray.from_arrays(offsets, pa.array(np.concatenate([*parts, []]), kind))
-
-
 def _maps(parts: Sequence[Mapping[str, Any]]) -> Any:
-    rows = [_places(part) for part in parts]
-    found = [places for row in rows for places in row.values()]
-    fields = pa.array([field for row in rows for field in row], pa.string())
-    ends: Any = pa.array(np.cumsum([0, *map(len, rows)]), pa.int32())
-    return pa.MapArray.from_arrays(ends, fields, _lists(found, pa.int64()))
+    return pa.array([list(_places(part).items()) for part in parts], pa.map_(pa.string(), pa.list_(pa.int64())))
 
 
 def _is_compressed(message: bytes) -> bool:

@@ -106,7 +106,7 @@ def _tensor(each: dict[str, Any], binary: memoryview, budget: Budget) -> Steps[t
     if size is None:
         if "data" not in each:
             raise RequestError(f"{where} has neither data nor the parameter binary_data_size")
-        values: list[Any] | NDArray[Any] = _flat(each["data"], datatype, where)
+        values: list[Any] | NDArray[Any] = _flat(each["data"], where)
     else:
         if type(size) is not int or not 0 <= size <= len(binary):
             raise RequestError(f"{where}: binary_data_size is {short_repr(size)}; {len(binary)} bytes are left")
@@ -123,8 +123,8 @@ def _is_shape(shape: list[Any]) -> bool:
     return 1 <= len(shape) <= MAX_DIMENSIONS and all(type(size) is int and size >= 0 for size in shape)
 
 
-def _flat(data: Any, datatype: str, where: str) -> list[Any]:
-    """Flatten nested lists, up to the depth of a tensor, and check their values; keeps null, a missing number."""
+def _flat(data: Any, where: str) -> list[Any]:
+    """Flatten nested lists, up to the depth of a tensor; the values are checked where their column is decoded."""
     values = data if isinstance(data, list) else [data]
     for _ in range(MAX_DIMENSIONS - 1):
         kinds = set(map(type, values))
@@ -133,21 +133,7 @@ def _flat(data: Any, datatype: str, where: str) -> list[Any]:
         if kinds != {list}:
             raise RequestError(f"{where}: data mixes lists and values; nest all alike, or send one flat list")
         values = list(chain.from_iterable(values))
-    _check_type(values, datatype, where)
     return values
-
-
-def _check_type(values: list[Any], datatype: str, where: str) -> None:
-    """Check that JSON and datatype agree; a number's size is checked where its column is decoded."""
-    if datatype == "BYTES":
-        kinds: set[type] = {str}
-    elif datatype.startswith("FP"):
-        kinds = {int, float, type(None)}
-    else:
-        kinds = {bool} if datatype == "BOOL" else {int}
-    if not set(map(type, values)) <= kinds:
-        wrong = next(each for each in values if type(each) not in kinds)
-        raise RequestError(f"{where}: data has {short_repr(wrong)}, which is not {datatype}")
 
 
 def _from_binary(data: memoryview, datatype: str, count: int, where: str) -> Steps[list[Any] | NDArray[Any]]:
@@ -239,9 +225,10 @@ def _levels(name: str, tensors: Mapping[str, Tensor], rule: Rule) -> tuple[Int64
 
 
 def _by_lengths(name: str, tensor: Tensor, lengths: Tensor) -> tuple[Int64Array, ...]:
-    if len(lengths.shape) != 1 or lengths.datatype in ("BYTES", "FP16", "FP32", "FP64"):
+    # Python's integers, whose sum is exact.
+    counts = lengths.values if isinstance(lengths.values, list) else lengths.values.tolist()
+    if len(lengths.shape) != 1 or not set(map(type, counts)) <= {int}:
         raise RequestError(f"input {name}{LENGTHS} is {lengths.datatype} {list(lengths.shape)}; it has to be INT64 [C]")
-    counts = np.asarray(lengths.values).tolist()  # Python's integers, whose sum is exact
     if any(count < 0 for count in counts) or sum(counts) != len(tensor.values):
         raise RequestError(
             f"input {name}{LENGTHS} adds up to {sum(counts)}, but {name} has {len(tensor.values)} values"

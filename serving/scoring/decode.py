@@ -18,7 +18,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from featurestore.keys import NO_IMAGE, Int64Array, ids_of_texts, keys_of_uris
-from serving.errors import OverflowingInputError, RequestError
+from serving.errors import NotFiniteError, RequestError
 from serving.network import CHUNK, Steps
 from serving.scoring.request import RequestColumns, short_repr
 from serving.scoring.sent import (
@@ -101,7 +101,7 @@ class RequestTable:
         return replace(self, columns=columns, sizes=self.sizes.piece(of), first=self.first + of.start)
 
     def batch(self, columns: RequestColumns) -> Batch:
-        """Build the trainer's batch, without labels. Raises OverflowingInputError."""
+        """Build the trainer's batch, without labels. Raises NotFiniteError."""
         ones = {"user": np.ones(len(self.sizes), np.int32), "ad": np.ones(int(self.sizes.candidates_G.sum()), np.int32)}
         jagged: dict[str, Jagged] = {}
         for name, column in self.columns.items():
@@ -122,7 +122,7 @@ class RequestTable:
             levels = (self.sizes.candidates_G,) if columns.rules[failure.column].side == "ad" else ()
             request, *inside = places_of(levels, failure.row)
             path = self.names.path(failure.column, [self.first + request, *inside])
-            raise OverflowingInputError(f"{path} has {failure.why}") from None
+            raise NotFiniteError(f"{path} has {failure.why}") from None
         num_samples = len(ones["ad"])
         return Batch(
             **inputs,

@@ -269,7 +269,7 @@ class Scorer:
         lookups = yield from self._maker.make(batch, len(table.sizes), table.nulls)
         logits_B = yield from self._network.steps(lookups.inputs)
         if not np.isfinite(logits_B).all():
-            raise _not_finite(table, batch, lookups, logits_B)
+            raise _not_finite(table, batch, logits_B)
         ends = np.cumsum(table.sizes.candidates_G).tolist()
         parts = [logits_B[start:end] for start, end in zip([0, *ends], ends, strict=False)]
         unknown, missing = self._unknown_and_missing(table.sizes.candidates_G, batch, lookups)
@@ -290,17 +290,14 @@ class Scorer:
         return found_in
 
 
-def _not_finite(table: RequestTable, batch: Batch, lookups: Lookups, logits_B: NDArray[np.float32]) -> NotFiniteError:
-    """Name the first candidate without a finite logit, and the field with the largest number, which may be why."""
+def _not_finite(table: RequestTable, batch: Batch, logits_B: NDArray[np.float32]) -> NotFiniteError:
+    """Name the first candidate without a finite logit."""
     place = int((~np.isfinite(logits_B)).argmax())
     request = int(batch.group_of_sample_B[place])
     candidate = place - int(table.sizes.candidates_G[:request].sum())
-    numbers = dict(lookups.inputs.dense)
-    numbers |= {name: rows.weights_N for name, rows in lookups.inputs.fields.items() if rows.weights_N is not None}
-    largest = {name: float(np.abs(values).max(initial=0)) for name, values in numbers.items()}
-    name = max(largest, key=lambda each: largest[each], default="")
-    why = f"; the largest number is {largest[name]:g}, of field {name}: send smaller ones" if name else ""
-    return NotFiniteError(f"{table.where(request)}the logit of candidate {candidate} is not a finite number{why}")
+    return NotFiniteError(
+        f"{table.where(request)}the logit of candidate {candidate} is not a finite number; send smaller numbers"
+    )
 
 
 def _by_request(counts_G: Int64Array, batch: Batch, field: Field, mask_N: Bool) -> Iterator[tuple[int, Places]]:

@@ -17,8 +17,7 @@ from benchmarks.growth.__main__ import app as growth
 from benchmarks.process import RunFailedError, run_to_end
 from benchmarks.seeds import holm, p_value, seed_mean
 from benchmarks.serve.__main__ import app as serve
-from benchmarks.serve.client import as_many_as_it_can, at_rate, one_after_the_other
-from benchmarks.store import limit
+from benchmarks.serve.client import as_many_as_it_can, one_after_the_other
 from benchmarks.store.__main__ import app as store
 from tests.cli import invoke
 
@@ -50,14 +49,10 @@ def test_drawn_images_all_differ(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_every_variant_of_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MALLOC_ARENA_MAX", "1")  # an arena for each thread would not fit into so small a limit
-    monkeypatch.setattr(limit, "TIMES_OVER", 5)
-    tiny = ["--rows", "1000", "--keys", "256", "--rounds", "3", "--limit-mb", "96", "--dir", str(tmp_path)]
+def test_every_variant_of_store(tmp_path: Path) -> None:
+    tiny = ["--rows", "1000", "--keys", "256", "--rounds", "3", "--dir", str(tmp_path)]
     figures = figures_of(store, tmp_path, *tiny)
     assert all(figures[name] > 0 for name in HEADLINE)
-    assert figures["store_over_limit"] == pytest.approx(5, rel=0.01)
-    assert 0 < figures["limit_cache_build_peak_mb"] < figures["memory_limit_mb"]
     assert all(figures[f"{peer}_rows_per_s"] > 0 for peer in ("lookup", "numpy_take", "lmdb_out", "lance_take"))
     assert [path.name for path in tmp_path.iterdir()] == ["figures.json"], "nothing else is left behind"
 
@@ -141,9 +136,6 @@ def test_client() -> None:
         assert alone.failed == 0 and alone.ms(50) >= 20 and 0 < alone.rps <= 50
         together = as_many_as_it_can(port, [b"yes", b"no"], 20, connections=4)
         assert together.failed == 10 and together.seconds >= 20 / 4 * 0.02
-        # 200 a second are due, 50 are answered: a latency counts the time that a request waits for its turn.
-        late = at_rate(port, [b"yes"], 20, rate=200, connections=1)
-        assert late.ms(100) > 200
         server.shutdown()
 
 

@@ -15,7 +15,6 @@ from benchmarks.train.sections import (
     Outcome,
     check_losses,
     fuxictr_python,
-    traffic_section,
 )
 from benchmarks.workload import Knobs, WorkloadError, make
 from featurestore import FeatureStore
@@ -41,7 +40,6 @@ def test_peers_train_the_same_model(folder: Path) -> None:
     for name in names:
         assert figures[f"{name}_samples_per_s"] > 0
     assert figures["step_vs_compute"] == figures["compute_samples_per_s"] / figures["ours_samples_per_s"]
-    assert figures["vs_store_in_worker"] == figures["ours_samples_per_s"] / figures["worker_samples_per_s"]
     assert figures["two_ranks_vs_one"] == figures["ours_2_ranks_samples_per_s"] / figures["ours_samples_per_s"]
 
 
@@ -104,31 +102,6 @@ def test_figures_are_refused_where_losses_differ() -> None:
         check_losses({"ours": [ours], "server": [same, other]}, ["ours", "server"])
     with pytest.raises(DifferentLossesError):
         check_losses({"ours": [ours], "server": [Outcome(1.0, [float("nan")], {})]}, ["ours", "server"])
-
-
-def test_table_of_the_paper() -> None:
-    """Of two ranks that ask each other for 500 images each: 320 wide in the store, 12 numbers on the wire."""
-    ids = {"step.keys": 100.0, "step.vectors.12": 200.0, "step.gradients.12": 300.0, "step.dense.model": 7.0}
-    asked = 1000
-    images = {"step.keys": 8.0 * asked, "step.vectors.12": 48.0 * asked, "step.gradients.12": 48.0 * asked}
-    both = {name: ids[name] + images.get(name, 0.0) for name in ids} | {"step.dense.stores": 9.0}
-    reports = [
-        {"num_ranks": 2, "image_references_per_step": 4000.0, "bytes_by_collective_per_step": each}
-        for each in (both, ids)
-    ]
-    figures = traffic_section(*reports, dim=320).flat()
-    assert figures["image_bytes_reduction"] == pytest.approx(640 / 96)
-    assert figures["image_bytes_reduction_with_keys"] == pytest.approx(648 / 104)
-    # A rank has 1,000 different images; of 20 ranks it asks others for 950 of them.
-    assert figures["images_asked_of_others_per_rank"] == pytest.approx(950)
-    assert figures["mb_20_ranks_ours_images"] == pytest.approx(20 * 950 * 96 / 1e6)
-    assert figures["mb_20_ranks_store_in_server_images"] == pytest.approx(20 * 950 * 640 / 1e6)
-    assert figures["mb_20_ranks_store_in_worker_images"] == pytest.approx(20 * 2000 * 640 / 1e6)
-    assert figures["mb_20_ranks_ours_ids"] == pytest.approx(600 * 10 * 0.95 / 0.5 / 1e6)
-    # Two ranks sent 16 bytes in all: so long is what goes 38 times around.
-    assert figures["mb_20_ranks_ours_dense"] == pytest.approx(8 * 38 / 1e6)
-    parts = ("images", "image_keys", "ids", "dense")
-    assert figures["mb_20_ranks_ours_all"] == pytest.approx(sum(figures[f"mb_20_ranks_ours_{part}"] for part in parts))
 
 
 def test_a_missing_fuxictr_is_told(

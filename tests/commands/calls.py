@@ -19,7 +19,6 @@ PROGRAMS = {
     "crossmedia.__main__",
     "benchmarks.quality.fuxi",
     "benchmarks.serve.rivals",
-    "benchmarks.store.limit",
     "benchmarks.train.peer",
     "tools.breaks",
     "tools.browser.screenshots",

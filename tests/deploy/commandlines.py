@@ -35,6 +35,11 @@ def parse(words: Sequence[str]) -> dict[str, Any]:
 
     `command`: its name.
     """
+    if words[0] == "sh":
+        assert words[1] == "-ec", words
+        *before, words = (line.split() for line in words[2].split(";"))
+        for each in before:
+            parse(each)
     program, *arguments = words
     match program:
         case "python":

@@ -57,7 +57,7 @@ def test_there_is_one_for_each_way() -> None:
         "NetworkPolicy", "PodDisruptionBudget", "Service", "ServiceAccount", "ServiceMonitor",
     }  # fmt: skip
     names = {m["metadata"]["name"] for m in overlay("operations") if m["kind"] == "CronJob"}
-    assert names == {"refresh", "build-day", "daily", "compact", "expire", "verify"}
+    assert names == {"refresh", "build-day", "daily", "upkeep", "verify"}
 
 
 @pytest.mark.parametrize("name", OVERLAYS)
@@ -77,7 +77,7 @@ def test_kubernetes_and_the_operators_take_all(name: str) -> None:
             False,
         ),
         (("serving", "ServiceMonitor", "scorer"), ["spec", "endpoints", 0, "tlsConfig", "servername"], "scorer"),
-        (("operations", "CronJob", "expire"), ["spec", "concurrency"], "Forbid"),
+        (("operations", "CronJob", "upkeep"), ["spec", "concurrency"], "Forbid"),
         (("train-torchrun", "NetworkPolicy", "crossmedia-closed"), ["spec", "egress", 0, "port"], 1),
         (KSERVE, ["spec", "predictor", "minReplica"], 2),
         (KSERVE, ["spec", "predictor", "scaleMetric"], "gpu"),

@@ -261,7 +261,7 @@ def _read_log(data: bytes) -> None:
     folder, mapping = _written("log.csv", data).parent, LogMapping.model_validate(MAPPING)
     for log in ("impressions", "behaviors"):
         with contextlib.redirect_stdout(io.StringIO()):
-            pieces = find_pieces(str(folder), log, None, mapping.layout(log))
+            pieces = find_pieces(str(folder), log, mapping.layout(log))
         for piece in pieces:
             read_piece(piece, latest_s=2_000_000_000)
 

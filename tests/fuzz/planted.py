@@ -58,7 +58,7 @@ DROPPED = [
     ("settings", CONFIG, "_lay_over", "isinstance(value, dict) and "),
     ("settings", READ, "parse_yaml", "yaml.YAMLError"),
     ("image", IMAGE, "decode", "Exception"),
-    ("csv log", MAPPING, "read_csv", "pa.ArrowException, OSError, StorageError, UnicodeDecodeError"),
+    ("csv log", MAPPING, "read_csv", "pa.ArrowException, UnicodeDecodeError"),
     ("csv log", MAPPING, "csv_names", "not rows"),
     ("csv log", MAPPING, "_each", "ValueError, "),
     ("csv log", MAPPING, "csv_beginning", ", CsvTextError"),

@@ -78,7 +78,7 @@ def inside(place, client, monkeypatch):
 
 def test_options_reach_the_samples(inside, place):
     options = "--logs data/logs --samples out --min-dwell-s 10 --window-days 0.5 --max-behaviors 7 --test-days 0"
-    assert inside(*options.split(), "--user-columns", "", "--partitions", 3) == (0, "")
+    assert inside(*options.split(), "--partitions", 3) == (0, "")
     summary = json.loads((place / "out/summary.json").read_text())
     assert summary["behaviors"]["short_dwell"] == 10
     assert summary["behaviors_in_groups"] == 10  # of the first day alone: the second is beyond the window
@@ -93,17 +93,6 @@ def test_a_place_that_cannot_be_written_is_one_message(samples, inside, place):
     code, line = inside("--samples", samples)
     assert code == 1
     assert line.startswith(f"error: cannot make the samples in {samples}: [Errno")
-
-
-def test_a_number_of_partitions_beyond_the_rows_is_refused_at_once(inside, place):
-    for asked in (65, 100_000, 99999999999999999999):
-        code, line = inside("--partitions", asked)
-        assert code == 2
-        assert line.startswith(
-            f"error: --partitions {asked}: these logs have about 60 rows, for which 1 to 64 make sense"
-        )
-    assert not (place / "data/samples").exists()
-    assert inside("--partitions", 64) == (0, "")
 
 
 @pytest.mark.parametrize("samples", [".", "..", "", " ", "/", "data/../.", "../{name}"])

@@ -317,10 +317,7 @@ def test_bytes_that_are_not_of_the_encoding_are_told(job, place):
     many = [f"{1767261610 + n},ann,5,5.jpg,1,1,Rome,1,b" for n in range(40_000)]
     (place / "logs/shows/a.csv").write_bytes(shows_of([*many, many[0].replace("Rome", "Köln")]).encode("latin-1"))
     text = job(code=1)
-    assert (
-        r"a.csv, line 40002: b'\xf6' is not utf-8; give the encoding in the mapping, as csv: {encoding: latin-1}"
-        in text
-    )
+    assert "a.csv: " in text and "where it is not utf-8, say so in the mapping, as csv: {encoding: latin-1}" in text
     assert "encoding nonsense is unknown" in job(changed(csv={"encoding": "nonsense"}), code=1)
 
 

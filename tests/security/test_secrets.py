@@ -199,7 +199,7 @@ class TestTokensAndKeys:
 
     def test_of_a_scorer_that_answers(self, work: Work, model: Path, files: dict[str, Path]) -> None:
         """Right and wrong tokens, a body that is none, figures, and the end: nothing of them is in log or figures."""
-        words: list[str | Path] = [sys.executable, "-m", "serving", "serve", model, "--port", "0", "--slow-ms", "0"]
+        words: list[str | Path] = [sys.executable, "-m", "serving", "serve", model, "--port", "0"]
         words += ["--token-file", files["tokens"], "--tls-cert", files["cert"], "--tls-key", files["key"]]
         with started(words, work.folder, lambda log: "listening on" in log) as server:
             line = next(each for each in (work.folder / "log.txt").read_text().split() if each.startswith("https://"))

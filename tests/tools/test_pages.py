@@ -219,7 +219,7 @@ def test_messages_of_the_page_of_errors_are_those_of_the_code() -> None:
     trees, code = list(map(ast.parse, sources)), "\n".join(sources)
     texts = list(dict.fromkeys(text for tree in trees for text in texts_of(tree)))
     raised = [each for tree in trees for each in errors_with_texts(tree)]
-    assert len(quoted) > 60
+    assert len(quoted) > 50
     for row, column in rows:
         classes = set(re.findall(r"`(\w+Error)`", column))
         assert not [name for name in classes if f"class {name}(" not in code]

@@ -23,7 +23,6 @@ from featurestore.errors import KeyCollisionError
 from pipeline.cluster.tasks import (
     check_address,
     check_packages,
-    check_versions,
     connect,
     open_client,
     run_all,
@@ -249,35 +248,6 @@ def test_name_counts_by_what_it_resolves_to(monkeypatch):
 def test_address_without_a_meaning_is_named(address):
     with pytest.raises(SchedulerUnreachableError, match=re.escape(address)):
         check_address(address)
-
-
-def versions(**of_worker: str) -> dict:
-    here = {"python": "3.11.4.final.0", "dask": "2026.8.0", "distributed": "2026.8.0"}
-    node = {"packages": here}
-    return {
-        "client": node,
-        "scheduler": node,
-        "workers": {"tcp://w:1": node, "tcp://w:2": {"packages": here | of_worker}},
-    }
-
-
-@pytest.mark.parametrize("same", [{}, {"python": "3.11.9.final.0"}, {"dask": "2026.8.1"}, {"numpy": "1.0.0"}])
-def test_equal_versions_pass(same):
-    check_versions(versions(**same))
-
-
-@pytest.mark.parametrize(
-    ("package", "version"), [("python", "3.12.4.final.0"), ("dask", "2026.7.0"), ("distributed", "2025.8.0")]
-)
-def test_other_versions_are_named(package, version):
-    here = versions()["client"]["packages"][package]
-    with pytest.raises(ClusterError, match=f": {package} is {version} on worker tcp://w:2 and {here} here. "):
-        check_versions(versions(**{package: version}))
-
-
-def test_missing_package_on_the_scheduler_is_a_mismatch():
-    with pytest.raises(ClusterError, match="dask is None on the scheduler"):
-        check_versions(versions() | {"scheduler": {"packages": {"python": "3.11.1", "distributed": "2026.8.0"}}})
 
 
 def test_workers_without_this_project_are_named(cluster, monkeypatch):

@@ -110,12 +110,6 @@ def test_wrong_type_is_named_with_column_and_file(log, name, value, kind, option
         build_samples(options, client)
 
 
-@pytest.mark.parametrize(("column", "message"), [("city", "column 'city' is missing"), ("item", "user_columns=item")])
-def test_user_column_that_cannot_be_kept_is_named(column, message, build):
-    with pytest.raises(SampleError, match=message):
-        build([shown(0)], [done(0)], user_columns=column)
-
-
 WRONG_LOGS: dict[str, Callable[[pa.Table], list[pa.Table]]] = {
     "{log}/day=01.parquet: column 'user' is missing; there are timestamp": lambda log: [
         log,

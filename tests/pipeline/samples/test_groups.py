@@ -78,19 +78,14 @@ def test_user_columns_are_kept_and_an_unknown_value_is_minus_one(build):
     rows, _ = build(impressions, [done(0)])
     assert [row["user_age"] for row in rows] == [3, -1]
     assert "city" not in rows[0]
-    rows, summary = build(impressions, [done(0)], user_columns="city")
-    assert [row["city"] for row in rows] == [7, 8]
-    assert "user_age" not in rows[0]
-    assert summary["options"]["user_columns"] == ("city",)
 
 
-def test_last_days_are_for_testing_and_new_ads_are_counted(build, tmp_path):
+def test_last_days_are_for_testing(build, tmp_path):
     impressions = [shown(day * DAY_S, item=item) for day, item in [(0, 1), (1, 2), (3, 1), (3, 9), (3, 9), (3, 8)]]
     impressions = [row | {"session": number, "label": number % 2} for number, row in enumerate(impressions)]
     _, summary = build(impressions, [done(0)], test_days=1)
     assert {row["day"] for row in read(tmp_path / "samples", "test")} == {"2026-01-04"}
     assert {row["day"] for row in read(tmp_path / "samples", "train")} == {"2026-01-01", "2026-01-02"}
-    assert summary["new_ads"] == {"ads": 2, "share_of_test_ads": 2 / 3, "share_of_test_impressions": 3 / 4}
     assert summary["train"]["positive_rate"] == 0.5
     _, summary = build(impressions, [done(0)], test_days=3)  # counts days of the calendar: the third has no impression
     assert (summary["train"]["days"], summary["test"]["days"]) == (1, 2)
@@ -101,15 +96,10 @@ def test_last_days_are_for_testing_and_new_ads_are_counted(build, tmp_path):
     [
         ({"test_days": 2}, [3, 4]),
         ({"test_from": "2026-01-03"}, [2, 3, 4]),
-        ({"test_share": 0.25}, [4]),
-        ({"test_share": 0.26}, [3, 4]),
-        ({"test_share": 0.5}, [3, 4]),
     ],
 )
-def test_days_for_testing_are_named_or_counted_or_a_share_of_the_groups(build, tmp_path, changes, days):
-    """Days of 1, 2, 1, 2 and 2 groups."""
-    users_of_day = (1, 2, 1, 2, 2)
-    rows = [shown(day * DAY_S, user=user) for day, count in enumerate(users_of_day) for user in range(count)]
+def test_days_for_testing_are_named_or_counted(build, tmp_path, changes, days):
+    rows = [shown(day * DAY_S) for day in range(5)]
     _, summary = build(rows, [done(0)], **{"test_days": 1} | changes)
     assert sorted({day_of(row) for row in read(tmp_path / "samples", "test")}) == days
     assert summary["train"]["days"] == 5 - len(days)
@@ -118,10 +108,9 @@ def test_days_for_testing_are_named_or_counted_or_a_share_of_the_groups(build, t
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"test_share": 0.1, "test_from": "2026-01-02"}, "give one of --test-from and --test-share"),
+        ({"test_days": 2, "test_from": "2026-01-02"}, "give one of --test-days and --test-from"),
         ({"test_from": "tomorrow"}, "--test-from tomorrow: write days as 2026-03-20"),
         ({"test_from": "2026-01-01"}, "all impressions are on days for testing: nothing is left to train on"),
-        ({"test_share": 0.9}, "all impressions are on days for testing: nothing is left to train on"),
     ],
 )
 def test_days_for_testing_that_cannot_be(build, changes, message):

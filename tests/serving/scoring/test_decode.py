@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from serving.errors import OverflowingInputError, RequestError
+from serving.errors import NotFiniteError, RequestError
 from serving.network import run_steps
 from serving.scoring.decode import all_integers, decode, whole_array
 from serving.scoring.request import Request
@@ -213,7 +213,7 @@ def test_a_number_that_its_transform_makes_infinite_is_named_in_every_piece() ->
     whole = decoded([request(), request((U, "user_size", -3.3e38)), request((U, "user_size", 3.4e38))])
     assert whole.piece(COLUMNS.rules, slice(0, 1)).batch(COLUMNS).num_samples == 2
     for piece, said in ((slice(0, 3), 1), (slice(1, 3), 1), (slice(2, 3), 2)):
-        with pytest.raises(OverflowingInputError, match=rf"^requests\[{said}\]: user.user_size has"):
+        with pytest.raises(NotFiniteError, match=rf"^requests\[{said}\]: user.user_size has"):
             whole.piece(COLUMNS.rules, piece).batch(COLUMNS)
 
 

@@ -19,7 +19,7 @@ from featurestore.spec import MissingPolicy
 from serving.bundle import export as exporting
 from serving.bundle import rows
 from serving.bundle.rows import VectorTable
-from serving.errors import NotFiniteError, OverflowingInputError, RequestError
+from serving.errors import NotFiniteError, RequestError
 from serving.network import Steps
 from serving.network.served import NetworkInputs, ServedNetwork
 from serving.scoring.request import Request, Scored
@@ -192,10 +192,10 @@ def test_a_request_whose_logits_are_not_finite_is_refused_by_name(
     table = variants("din_inputs").table.select(list(scorer.columns))
     shapes = table["ad_shape"].to_pylist()
     shapes[3] = [[0.0, 0.0]] * (len(shapes[3]) - 1) + [[3.4e38, 0.0]]
-    with pytest.raises(OverflowingInputError, match=r"^requests\[1\]: candidates.ad_shape\[.\] has 3.4e\+38"):
+    with pytest.raises(NotFiniteError, match=r"^requests\[1\]: candidates.ad_shape\[.\] has 3.4e\+38"):
         scorer.score([request, changed(requests[3], ad_shape=shapes[3])])
     wrong = table.set_column(table.column_names.index("ad_shape"), "ad_shape", pa.array(shapes))
-    with pytest.raises(OverflowingInputError, match=r"the table, row 3: column ad_shape\[.\] has 3"):
+    with pytest.raises(NotFiniteError, match=r"the table, row 3: column ad_shape\[.\] has 3"):
         scorer.score(wrong)
 
     right = ServedNetwork.steps
