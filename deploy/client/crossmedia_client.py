@@ -7,7 +7,7 @@
     answer["scores"]
 
 Install it by `pip install ./deploy/client`, or copy this file. `GET /v1/example` of a server has an example of a
-request to its model, and `GET /v2/models/NAME` lists its columns.
+request to its model, and `GET /openapi.json` says what each column takes.
 """
 
 from __future__ import annotations

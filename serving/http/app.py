@@ -8,7 +8,6 @@ import asyncio
 import contextlib
 import gc
 import logging
-import shlex
 import time
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -33,11 +32,10 @@ from serving.http.inference import HEADER, SERVER, TensorBody, model_metadata
 from serving.http.limits import BODIES_AT_ONCE, CLOSE, BodyLimits, RefusedError
 from serving.http.live import BundleSource, LiveModel
 from serving.http.metrics import ServingMetrics
+from serving.http.openapi import EXAMPLE, command_of, description, example_of
 from serving.http.queue import ScoringQueue
-from serving.scoring.request import example_of
 from serving.settings import ServerSettings
 
-EXAMPLE = "/v1/example"
 Endpoint = Callable[[Request], Awaitable[Response]]
 _MODEL = "/v2/models/{name}"
 _VERSION = "/v2/models/{name}/versions/{version}"
@@ -64,8 +62,9 @@ class Scoring:
 
     def app(self) -> ASGIApp:
         """Build the application. Its lifespan loads the model, scores, and polls for newer models."""
-        routes = [
+        self._routes = routes = [
             ("GET", "/", self.about),
+            ("GET", "/openapi.json", self.openapi),
             ("GET", EXAMPLE, self.example),
             ("POST", "/v1/score", self.score),
             ("GET", "/metrics", self.prometheus_metrics),
@@ -103,8 +102,9 @@ class Scoring:
                 "version": identity and identity.version,
                 "vectors": identity and dict(identity.vectors),
                 "example": identity and example_of(self.live.model.inputs),
-                "try": _command_of(f"{request.url.scheme}://{request.url.netloc}", with_token=self.tokens is not None),
+                "try": command_of(f"{request.url.scheme}://{request.url.netloc}", with_token=self.tokens is not None),
                 "addresses": [
+                    "/openapi.json",
                     EXAMPLE,
                     "/v1/score",
                     "/v2",
@@ -118,6 +118,11 @@ class Scoring:
     async def example(self, request: Request) -> Response:
         """Return a request that the model in use can score."""
         return _json(example_of(self.live.model.inputs))
+
+    async def openapi(self, request: Request) -> Response:
+        """Describe all addresses, and the columns of requests, as OpenAPI."""
+        routes = [(method, path, endpoint.__doc__ or "") for method, path, endpoint in self._routes]
+        return _json(description(self.settings.model_name, _own_version(), self.live.model.inputs, routes))
 
     async def score(self, request: Request) -> Response:
         """Score the requests of a JSON or Arrow body."""
@@ -264,13 +269,6 @@ def _asks_for_logits(request: Request) -> bool:
     if words or answer not in ("true", "false"):
         raise RefusedError(400, f"?{request.url.query[:60]} is not a parameter; the only one is ?logits=true")
     return answer == "true"
-
-
-def _command_of(server: str, *, with_token: bool) -> str:
-    """Write the shell's line that scores the example; it has no double quotes, which JSON would escape."""
-    curl = "curl -s" + (" -H 'Authorization: Bearer '$TOKEN" if with_token else "")
-    kind = shlex.quote(f"Content-Type: {JSON}")
-    return f"{curl} {shlex.quote(server + EXAMPLE)} | {curl} {shlex.quote(f'{server}/v1/score')} -H {kind} -d @-"
 
 
 def _json(value: Any, status: int = 200) -> Response:

@@ -126,27 +126,3 @@ def expected(rule: Rule, depth: int) -> str:
     inner = rule.depth - max(depth, rule.side == "ad")
     each = f"a {one}" if inner == 0 else "a list of " + "lists of " * (inner - 1) + several
     return f"a list with {each} for each candidate" if rule.side == "ad" and depth == 0 else each
-
-
-_NUM_CANDIDATES, _NUM_VALUES = 3, 2
-
-
-def example_of(columns: RequestColumns) -> dict[str, Any]:
-    """Make a request with values for all columns of a model: one user with short lists, and three candidates.
-
-    The values are made up, so that a model knows few of them, and nothing of anybody's data is shown.
-    """
-    user = {name: _value(rule, rule.depth, 1) for name, rule in columns.sources.items() if rule.side == "user"}
-    candidates = {
-        name: [_value(rule, rule.depth - 1, place + 1) for place in range(_NUM_CANDIDATES)]
-        for name, rule in columns.sources.items()
-        if rule.side == "ad"
-    }
-    return {"user": user, "candidates": candidates}
-
-
-def _value(rule: Rule, depth: int, number: int) -> Any:
-    if depth == 0:
-        return float(number) if rule.is_real else number
-    count = _NUM_VALUES if rule.width is None or depth > 1 else rule.width
-    return [_value(rule, depth - 1, number + place) for place in range(count)]

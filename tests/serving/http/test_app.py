@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+import jsonschema
 import numpy as np
 import orjson
 import pyarrow as pa
@@ -495,6 +496,33 @@ def test_the_first_page_has_an_example_that_is_scored_as_it_is(tmp_path: Path) -
         assert answer.status_code == 200, answer.text
         assert len(answer.json()["scores"]) == len(example["candidates"]["ad_item"]) == 3
         assert about["try"].startswith("curl -s ") and '"' not in about["try"] and "$TOKEN" not in about["try"]
+
+    run_with(tmp_path, test)
+
+
+def test_openapi_describes_all_addresses_and_what_a_request_takes(tmp_path: Path) -> None:
+    async def test(client: httpx2.AsyncClient, scoring: Scoring) -> None:
+        found = (await client.get("/openapi.json")).json()
+        assert found["openapi"] == "3.1.0"
+        routes = {(method, path) for path, methods in found["paths"].items() for method in methods}
+        assert routes == {(method.lower(), path) for method, path, _ in scoring._routes}
+        assert all(each["summary"] for methods in found["paths"].values() for each in methods.values())
+
+        def check(value: Any, schema: Any) -> None:
+            jsonschema.validate(value, {**schema, "components": found["components"]})
+
+        post = found["paths"]["/v1/score"]["post"]
+        body = post["requestBody"]["content"]["application/json"]
+        answered = post["responses"]["200"]["content"]["application/json"]["schema"]
+        example = body["example"]
+        for sent in (example, [example], {"requests": [example] * 2}):
+            check(sent, body["schema"])
+            check((await client.post("/v1/score", json=sent)).json(), answered)
+        unseen = {**example, "candidates": {**example["candidates"], "ad_image": [None, "bag/1.jpg", 5]}}
+        check(unseen, body["schema"])
+        for wrong in ({}, {"user": {}, "candidates": {}}, {**example, "candidates": {"ad_item": [1.5]}}):
+            with pytest.raises(jsonschema.ValidationError):
+                check(wrong, body["schema"])
 
     run_with(tmp_path, test)
 
