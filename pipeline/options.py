@@ -242,6 +242,12 @@ class SampleOptions:
     test_from: Annotated[
         str | None, typer.Option(help="First day for testing, as 2026-03-20, in place of --test-days.")
     ] = None
+    test_share: Annotated[
+        float | None,
+        typer.Option(
+            min=0.001, max=0.999, help="Share of the newest groups for testing, in whole days, in place of --test-days."
+        ),
+    ] = None
     behavior_age: Annotated[
         bool,
         typer.Option(

@@ -269,15 +269,22 @@ def days_of(groups_of_hour: Mapping[int, int]) -> Counter[int]:
 
 
 def find_test_day(options: SampleOptions, groups_of_day: Mapping[int, int]) -> int:
-    """Find the first day for testing, in days since 1970: the options name it, or a number of the last ones.
+    """Find the first day for testing, in days since 1970: the options name it, or a number or share of the last ones.
 
-    Raises SampleOptionError where they say both.
+    Raises SampleOptionError where they say more than one.
     """
-    if options.test_from is None:
+    asked = {"test_days": options.test_days, "test_from": options.test_from, "test_share": options.test_share}
+    given = [f"--{name.replace('_', '-')}" for name, value in asked.items() if value != getattr(SampleOptions, name)]
+    if len(given) > 1:
+        raise SampleOptionError(f"give one of {' and '.join(given)}")
+    if options.test_from is not None:
+        return day_of(options.test_from, "--test-from")
+    if options.test_share is None:
         return max(groups_of_day) - options.test_days + 1
-    if options.test_days != SampleOptions.test_days:
-        raise SampleOptionError("give one of --test-days and --test-from")
-    return day_of(options.test_from, "--test-from")
+    left = options.test_share * sum(groups_of_day.values())
+    newest_first = sorted(groups_of_day, reverse=True)
+    sums = itertools.accumulate(groups_of_day[day] for day in newest_first)
+    return next(day for day, groups in zip(newest_first, sums, strict=True) if groups >= left)
 
 
 def check_train(splits: Collection[str]) -> None:
@@ -285,7 +292,7 @@ def check_train(splits: Collection[str]) -> None:
     if "train" not in splits:
         raise SampleError(
             "all impressions are on days for testing: nothing is left to train on; give a log of more days or, by "
-            "--test-days or --test-from, fewer days for testing"
+            "--test-days, --test-from or --test-share, fewer days for testing"
         )
 
 

@@ -144,14 +144,17 @@ class TestAddDays:
         test = [path.name for path in Path(made.samples, "test").iterdir()]
         assert test == ["day=2026-01-05-000.parquet"]
 
-    @pytest.mark.parametrize(("way", "days"), [({"test_from": "2026-01-04"}, (1, 2)), ({"test_days": 2}, (2, 2))])
+    @pytest.mark.parametrize(
+        ("way", "days"),
+        [({"test_from": "2026-01-04"}, (1, 2)), ({"test_share": 0.5}, (2, 3)), ({"test_share": 0.2}, (1, 1))],
+    )
     def test_days_for_testing_are_those_of_a_rebuild(
         self, options: SampleOptions, client: Client, tmp_path: Path, way: dict[str, Any], days: tuple[int, int]
     ) -> None:
         """Before and after a fifth day."""
         rows = [shown(day * DAY_S + 9_000 + user, user=user) for day in range(5) for user in range(5)]
         write(tmp_path / "logs", [table([row for row in rows if day_of(row) < 4])], [table([done(0)])])
-        options = dataclasses.replace(options, **{"test_days": 1} | way)
+        options = dataclasses.replace(options, test_days=1, **way)
         assert build_samples(options, client)["test"]["days"] == days[0]
         write(tmp_path / "logs", [table(rows)], [table([done(0)])])
         add_days(SampleOptions(samples=options.samples, since=FIRST + "05"), client)

@@ -96,10 +96,15 @@ def test_last_days_are_for_testing(build, tmp_path):
     [
         ({"test_days": 2}, [3, 4]),
         ({"test_from": "2026-01-03"}, [2, 3, 4]),
+        ({"test_share": 0.25}, [4]),
+        ({"test_share": 0.26}, [3, 4]),
+        ({"test_share": 0.5}, [3, 4]),
     ],
 )
-def test_days_for_testing_are_named_or_counted(build, tmp_path, changes, days):
-    rows = [shown(day * DAY_S) for day in range(5)]
+def test_days_for_testing_are_named_or_counted_or_a_share_of_the_groups(build, tmp_path, changes, days):
+    """Days of 1, 2, 1, 2 and 2 groups."""
+    users_of_day = (1, 2, 1, 2, 2)
+    rows = [shown(day * DAY_S, user=user) for day, count in enumerate(users_of_day) for user in range(count)]
     _, summary = build(rows, [done(0)], **{"test_days": 1} | changes)
     assert sorted({day_of(row) for row in read(tmp_path / "samples", "test")}) == days
     assert summary["train"]["days"] == 5 - len(days)
@@ -108,9 +113,10 @@ def test_days_for_testing_are_named_or_counted(build, tmp_path, changes, days):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"test_days": 2, "test_from": "2026-01-02"}, "give one of --test-days and --test-from"),
+        ({"test_share": 0.1, "test_from": "2026-01-02"}, "give one of --test-from and --test-share"),
         ({"test_from": "tomorrow"}, "--test-from tomorrow: write days as 2026-03-20"),
         ({"test_from": "2026-01-01"}, "all impressions are on days for testing: nothing is left to train on"),
+        ({"test_share": 0.9}, "all impressions are on days for testing: nothing is left to train on"),
     ],
 )
 def test_days_for_testing_that_cannot_be(build, changes, message):
