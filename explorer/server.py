@@ -5,6 +5,7 @@ import ctypes
 import hashlib
 import hmac
 import logging
+import os
 import secrets
 import sys
 import traceback
@@ -299,9 +300,12 @@ _NO_HUGE_PAGES = 41  # number of prctl(2)
 def spare_memory() -> None:
     """Return freed memory to the system at once, and take no huge pages; call it before other threads start.
 
-    By default glibc keeps what each thread has freed; and numpy asks for huge pages, so that the few rows in use of a
-    large ID table take the memory of all its rows. Nothing happens on a system without these calls.
+    By default glibc keeps what each thread has freed; numpy asks for huge pages, so that the few rows in use of a large
+    ID table take the memory of all its rows; and torch keeps code for 1,024 shapes of bfloat16 products, 0.5 MB each.
+    Nothing happens on a system without these calls.
     """
+    os.environ.setdefault("LRU_CACHE_CAPACITY", "32")  # torch's own in front of oneDNN's
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     libc = ctypes.CDLL(None)
     with contextlib.suppress(AttributeError):
         libc.mallopt(_MMAP_THRESHOLD, 1 << 20)

@@ -1,15 +1,16 @@
 """What test samples say of images as ads: impressions, clicks, category and price; kept as one file per set of samples.
 
-Letters of shapes: I different images of ads, R of them in a row group, N impressions.
+Letters of shapes: I different images of ads, N impressions.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from explorer.data.background import Background, Task
@@ -166,11 +167,32 @@ def count_ads(index: "SampleIndex", schema: "Schema") -> AdFigures:
         file = index.storage.full(row_group.file)
         columns = decode(table, rules, schema.label, file, row_group.first_row).columns
         keys_N, label_N = columns[image.column_name].values, columns[schema.label].values
-        texts = _values(table, category, len(keys_N), pa.string())
-        prices = _values(table, price, len(keys_N), pa.float64())
-        parts.append(_part(keys_N, label_N, texts, prices))
-    note = f"CTRs are of about {MOST_IMPRESSIONS:,} of the test impressions." if every > 1 else ""
-    return _together(parts, note)
+        count = len(keys_N)
+        price_N: Any = pc.fill_null(_values(table, price, count, pa.float64()), np.nan)
+        is_known_N: Any = pc.is_finite(price_N)
+        figures: dict[str, Any] = {
+            "key": keys_N,
+            "impressions": np.ones(count, np.int64),
+            "clicks": label_N.astype(np.int64),
+            "category": pc.fill_null(_values(table, category, count, pa.string()), ""),
+            "prices": pc.if_else(is_known_N, price_N, 0.0),
+            "priced": is_known_N.cast(pa.int64()),
+        }
+        parts.append(_summed(pa.table(figures)))
+    if not parts:
+        return nothing_known("")
+    summed = _summed(pa.concat_tables(parts))
+    numbers: dict[str, Any] = {name: summed[name].to_numpy() for name in summed.column_names}
+    with np.errstate(invalid="ignore"):
+        price_I = numbers["prices"] / numbers["priced"]
+    return AdFigures(
+        keys_I=numbers["key"],
+        impressions_I=numbers["impressions"],
+        clicks_I=numbers["clicks"],
+        category_I=numbers["category"],
+        price_I=price_I,
+        note=f"CTRs are of about {MOST_IMPRESSIONS:,} of the test impressions." if every > 1 else "",
+    )
 
 
 def _column_named(schema: "Schema", word: str) -> str | None:
@@ -179,65 +201,19 @@ def _column_named(schema: "Schema", word: str) -> str | None:
     return next((each.column_name for each in of_ads if word in each.column_name and not each.columns), None)
 
 
-def _values(table: pa.Table, name: str | None, count: int, kind: pa.DataType) -> NDArray[Any] | None:
-    """Read a column of ads as it is in the file, one value an impression; None if it has others."""
-    if name is None:
-        return None
-    values: Any = table[name].combine_chunks()
+def _values(table: pa.Table, name: str | None, count: int, kind: Any) -> Any:
+    """Read a column of ads as it is in the file, one value an impression; nulls if it has others."""
+    values: Any = table[name].combine_chunks() if name else pa.nulls(0)
     while pa.types.is_list(values.type) or pa.types.is_large_list(values.type):
         values = values.flatten()
-    if len(values) != count:
-        return None
-    found: NDArray[Any] = values.cast(kind).to_numpy(zero_copy_only=False)
-    return found
+    return values.cast(kind) if len(values) == count else pa.nulls(count, kind)
 
 
-@dataclass(frozen=True)
-class _Part:
-    """Sums of a row group, by image."""
-
-    keys_R: Int64Array
-    impressions_R: Int64Array
-    clicks_R: Int64Array
-    category_R: NDArray[Any]
-    priced_R: NDArray[np.float64]
-    prices_R: NDArray[np.float64]
+_HOW: dict[str, Any] = {"impressions": "sum", "clicks": "sum", "category": "last", "prices": "sum", "priced": "sum"}
 
 
-def _part(keys_N: Int64Array, label_N: Any, texts: NDArray[Any] | None, prices: NDArray[Any] | None) -> _Part:
-    keys_R, of_N = np.unique(keys_N, return_inverse=True)
-    count = len(keys_R)
-    category_R = np.full(count, "", object)
-    if texts is not None:
-        category_R[of_N] = np.where([text is None for text in texts], "", texts)
-    price_N = np.full(len(keys_N), np.nan) if prices is None else prices.astype(np.float64)
-    known_N = np.isfinite(price_N)
-    return _Part(
-        keys_R,
-        np.bincount(of_N, minlength=count),
-        np.bincount(of_N, label_N, count).astype(np.int64),
-        category_R,
-        np.bincount(of_N, known_N, count).astype(np.float64),
-        np.bincount(of_N, np.where(known_N, price_N, 0), count).astype(np.float64),
-    )
-
-
-def _together(parts: Sequence[_Part], note: str) -> AdFigures:
-    keys_R = np.concatenate([np.empty(0, np.int64), *(part.keys_R for part in parts)])
-    keys_I, of_R = np.unique(keys_R, return_inverse=True)
-
-    def summed(name: str) -> NDArray[Any]:
-        return np.bincount(of_R, np.concatenate([np.empty(0), *(getattr(part, name) for part in parts)]), len(keys_I))
-
-    category_I = np.full(len(keys_I), "", object)
-    category_I[of_R] = np.concatenate([np.empty(0, object), *(part.category_R for part in parts)])
-    with np.errstate(invalid="ignore"):
-        price_I = summed("prices_R") / summed("priced_R")
-    return AdFigures(
-        keys_I=keys_I,
-        impressions_I=summed("impressions_R").astype(np.int64),
-        clicks_I=summed("clicks_R").astype(np.int64),
-        category_I=category_I,
-        price_I=price_I,
-        note=note,
-    )
+def _summed(rows: pa.Table) -> pa.Table:
+    """Sum up the figures of each image, and take its last category; keys ascending."""
+    found = rows.group_by("key", use_threads=False).aggregate(list(_HOW.items()))
+    columns: dict[str, Any] = {name: found[f"{name}_{how}"] for name, how in _HOW.items()}
+    return pa.table(columns | {"key": found["key"]}).sort_by("key")

@@ -16,8 +16,8 @@ T = TypeVar("T")
 
 KEPT_BYTES = 64_000_000
 """The results that are cached, those requested last, take as much memory together, or one takes more."""
-_LEAST_BYTES = 10_000
-"""What a task without a large result takes."""
+_LEAST_BYTES = 1_000_000
+"""What a task counts at least, so that they are few: a mapped result holds a file open."""
 _RETRY_S = 60.0
 
 

@@ -7,6 +7,7 @@ import json
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -133,9 +134,13 @@ class TableCache:
         at a time; where `make` raises, no file is left. A damaged file is made again. Raises OSError, StorageError.
         """
         file = self.path(digest)
+        found = self._read(file)
+        return self._made(file, make) if found is None else found
+
+    def _made(self, file: Path, make: Callable[[], Iterable[pa.Table]]) -> pa.Table:
         with (explorer_cache() / f"{self.prefix}lock").open("ab") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if (found := self._read(file)) is None:
+            if (found := self._read(file)) is None:  # else another one has made it meanwhile
                 with replaced_file(file) as part:
                     self._write(part, iter(make()))
                 found = self._read(file)
@@ -149,12 +154,13 @@ class TableCache:
             is_mapped = self.suffix == ".arrow"
             table = pa.ipc.open_file(pa.memory_map(str(file))).read_all() if is_mapped else pq.read_table(file)
             about_of(table)
-            os.utime(file)
         except FileNotFoundError:
             return None
         except (OSError, KeyError, ValueError, pa.ArrowException):
             file.unlink(missing_ok=True)
             return None
+        with suppress(OSError):
+            os.utime(file)  # for `_prune`
         return table
 
     def _write(self, file: Path, parts: Iterator[pa.Table]) -> None:

@@ -24,7 +24,7 @@ from featurestore.format.datafile import KEY, URI
 from featurestore.keys import Int64Array
 
 MOST_POINTS = 20_000
-FILES = TableCache("map-", ".parquet", most=32)
+FILES = TableCache("map-", ".parquet", most=200)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -165,37 +165,22 @@ class Space:
     """The task that computes the vectors, while it is running."""
 
 
-@dataclass(frozen=True)
-class Shared:
-    """The number of neighbours that two spaces have in common."""
-
-    one: str
-    other: str
-    count: int
-    of: int
+def keys_of(spaces: list[Space]) -> dict[str, set[int]]:
+    """List the keys that each space has found."""
+    return {space.name: {image.key for image in space.found.images} for space in spaces if space.found}
 
 
 def only_in(spaces: list[Space]) -> dict[str, set[int]]:
-    """Find the keys that only one space has, for each space; empty if fewer than two spaces have any."""
-    keys = {space.name: keys_of(space) for space in spaces if space.found is not None}
-    if len(keys) < 2:
-        return {space.name: set() for space in spaces}
-    return {
-        space.name: keys.get(space.name, set()).difference(*(each for name, each in keys.items() if name != space.name))
-        for space in spaces
-    }
+    """Find the keys that only one of two spaces has, for each; empty if fewer have any."""
+    match keys_of(spaces):
+        case {"features": features, "visual": visual}:
+            return {"features": features - visual, "visual": visual - features}
+    return {space.name: set() for space in spaces}
 
 
-def shared(spaces: list[Space]) -> list[Shared]:
-    """Count the neighbours that each pair of spaces has in common; `of` is the length of the shorter list."""
-    there = [space for space in spaces if space.found is not None]
-    return [
-        Shared(one.title, other.title, len(keys_of(one) & keys_of(other)), min(len(keys_of(one)), len(keys_of(other))))
-        for number, one in enumerate(there)
-        for other in there[number + 1 :]
-    ]
-
-
-def keys_of(space: Space) -> set[int]:
-    """List the keys of a space."""
-    return {image.key for image in space.found.images} if space.found else set()
+def shared(spaces: list[Space]) -> tuple[int, int] | None:
+    """Count the neighbours that two spaces have in common, and those of the shorter list; None if fewer have any."""
+    match keys_of(spaces):
+        case {"features": features, "visual": visual}:
+            return len(features & visual), min(len(features), len(visual))
+    return None

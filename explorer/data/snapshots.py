@@ -4,22 +4,17 @@ Memory: three counts per shard, and the names of the few shards on a page, for a
 """
 
 import bisect
-import itertools
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from explorer.data.cache import LruCache
 from explorer.data.pictures import Pictures
 from explorer.errors import NotHereError
 from featurestore import log
 from featurestore.errors import ChannelError, CorruptFileError, SnapshotNotFoundError
-from featurestore.format.datafile import KEY, URI, numpy_column, text_column
 from featurestore.keys import Int64Array, shard_of
 from featurestore.published.versions import VersionName, read_channels
 from featurestore.snapshot import Snapshot
@@ -34,8 +29,6 @@ _MANY_FILES = 6_000
 """Files in manifests that a page may read before it is shown: some hundredths of a second."""
 _THREADS = 2
 _THREADS_OF_FILES = 8
-MOST_FOUND = 120
-_LOOKS_S = 1.5
 _LARGEST = 1 << 63
 
 
@@ -119,17 +112,6 @@ def named(snapshot: Snapshot, keys: Sequence[int]) -> list[NamedImage]:
     return [known[key] for key in keys if key in known]
 
 
-@dataclass(frozen=True)
-class Found:
-    """Images of some shards whose uri contains a text."""
-
-    images: tuple[NamedImage, ...]
-    num_searched: int
-    """Number of images searched."""
-    next_shard: int | None
-    """Shard where the search continues; None: all were searched."""
-
-
 def find_key(snapshot: Snapshot, key: int) -> NamedImage | None:
     """Find an image by its key, or return None. Reads the names of one shard."""
     if not -_LARGEST <= key < _LARGEST:
@@ -137,29 +119,6 @@ def find_key(snapshot: Snapshot, key: int) -> NamedImage | None:
     shard = int(shard_of([key], snapshot.info.num_shards)[0])
     keys, uris = snapshot.shard_reader(shard).uris(np.array([key], np.int64))
     return NamedImage(key, uris[0]) if len(keys) else None
-
-
-def find_part(snapshot: Snapshot, part: str, first_shard: int = 0) -> Found:
-    """Find up to MOST_FOUND images whose uri contains `part`, ignoring case, from one shard on.
-
-    Stops between two shards after some seconds. Raises CorruptFileError.
-    """
-    until = time.monotonic() + _LOOKS_S
-    images: list[NamedImage] = []
-    num_searched = 0
-    shards = [shard for shard in sorted(snapshot.manifest.shards) if shard >= first_shard]
-    for shard, following in itertools.zip_longest(shards, shards[1:]):
-        for table in snapshot.shard_reader(shard).live_tables([KEY, URI]):
-            num_searched += len(table)
-            is_match: Any = pc.match_substring(table[URI], part, ignore_case=True)
-            images += _images(table.filter(is_match))
-        if len(images) >= MOST_FOUND or time.monotonic() > until:
-            return Found(tuple(images), num_searched, following)
-    return Found(tuple(images), num_searched, None)
-
-
-def _images(table: pa.Table) -> list[NamedImage]:
-    return list(map(NamedImage, numpy_column(table, KEY).tolist(), text_column(table, URI)))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -49,13 +49,6 @@ def whole_in(text: str, name: str, *, least: int = 0) -> int:
     return int(text)
 
 
-def number_of(text: str, of: str) -> int:
-    """Read the number of a thing in an address, from 0 on; `of` names the thing, e.g. "ad". Raises NotHereError."""
-    if not (text.isascii() and text.isdigit() and len(text) < 16):
-        raise NotHereError(f"there is no {of} {text[:40]!r}: {of}s are numbered from 0 on")
-    return int(text)
-
-
 def snapshot(request: Request) -> VersionName | None:
     """Read the version of a snapshot, or a channel that points to one; None for the newest.
 

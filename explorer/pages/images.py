@@ -44,7 +44,7 @@ _FROZEN_BYTES = 64 << 20
 """Largest features of a store for which neighbours are exported; for more, the export would take hours."""
 _LIST_BYTES = 32 << 20
 """Lists of images, sorted and filtered, that are cached take as much memory together: 8 of a million images."""
-_BUSY_S = 30.0
+_BUSY_S = 60.0
 """Seconds that an uploaded picture waits for others before it."""
 _PATIENCE_S = 10.0
 """Seconds to wait for visual vectors for an uploaded picture, which the user would have to send again."""
@@ -300,6 +300,6 @@ def _without(found: Neighbours, key: int | None) -> Neighbours:
 
 def _compared(spaces: list[Space] | None) -> dict[str, Any]:
     if spaces is None:
-        return {"spaces": None, "only": {}, "shared": [], "awaited": None}
+        return {"spaces": None, "only": {}, "shared": None, "awaited": None}
     awaited = next((space.task for space in spaces if space.task is not None), None)
     return {"spaces": spaces, "only": only_in(spaces), "shared": shared(spaces), "awaited": awaited}

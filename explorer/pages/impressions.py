@@ -31,7 +31,7 @@ from explorer.data.pictures import shrunk
 from explorer.data.runs.folders import RunSummary
 from explorer.data.visual import MOST_BYTES, why_not
 from explorer.errors import ExplorerError, NotHereError, tried
-from explorer.html.query import Paging, number_of, read_upload
+from explorer.html.query import Paging, read_upload, whole, whole_in
 from explorer.html.site import NavItem, PageKind, Question, Site
 from featurestore.errors import SnapshotNotFoundError, UserError
 from featurestore.keys import key_of_uri
@@ -106,7 +106,7 @@ class ImpressionPages(PageKind):
 
     def group(self, request: Request) -> Response:
         """Show one sample group; if its run is not open yet, show a page that loads it by `wait=why`."""
-        run, number = request.path_params["run"], self._number(request)
+        run, number = request.path_params["run"], whole_in(request.path_params["number"], "group")
         self.runs.check(run)
         at, params = _snapshot(request), dict(request.query_params)
         context: dict[str, Any] = {"run": run, "number": number, "params": params, "expired": ""}
@@ -122,10 +122,10 @@ class ImpressionPages(PageKind):
     async def sent(self, request: Request) -> Response:
         """Show the score of an ad with an uploaded picture, which is not stored."""
         data, fields = await read_upload(request, "picture", MOST_BYTES)
-        return await run_in_threadpool(self._sent, request, data, _place(fields.get("ad"), "ad") or 0)
+        return await run_in_threadpool(self._sent, request, data, whole_in(fields.get("ad") or "0", "ad"))
 
     def _sent(self, request: Request, data: bytes, ad: int) -> Response:
-        run, number = request.path_params["run"], self._number(request)
+        run, number = request.path_params["run"], whole_in(request.path_params["number"], "group")
         at: At = _snapshot(request)
         if self.site.places.store is None:
             raise ExplorerError("a picture needs the network of a store: name one by --store")
@@ -163,16 +163,12 @@ class ImpressionPages(PageKind):
         with self.runs.use(asked.run) as opened:
             scored = scored_of(opened)
             found = scored.chosen(asked.order, asked.clicked, asked.query)
-            elsewhere, part = False, None
+            elsewhere = False
             if not len(found) and asked.query and scored.num < scored.total:
                 of_user = score_user(opened, asked.query)
                 if of_user.num:
                     scored, elsewhere = of_user, True
                     found = scored.chosen(asked.order, asked.clicked, "")
-            if not len(found) and asked.query and not elsewhere:
-                part = self.names.with_part(opened, asked.query)
-                keys = [image.key for image in part.images] if part else []
-                found = scored.chosen(asked.order, asked.clicked, "", keys)
             per_page = PER_FROZEN_PAGE if self.site.frozen else PER_PAGE
             paging = Paging.of(request, len(found), per_page)
             rows = scored.rows(found[paging.first : paging.first + per_page])
@@ -182,7 +178,6 @@ class ImpressionPages(PageKind):
                 "names": self._names(opened, pictures),
                 "scored": scored,
                 "elsewhere": elsewhere,
-                "part": part if len(found) else None,
                 "paging": paging,
                 "sees_images": opened.sees_images,
                 "knows_missing": opened.knows_missing,
@@ -190,7 +185,7 @@ class ImpressionPages(PageKind):
             }
 
     def _explained(self, request: Request, run: str, number: int, at: At) -> dict[str, Any]:
-        ad = _place(request.query_params.get("ad"), "ad")
+        ad = whole(request, "ad")
         typed = request.query_params.get("picture", "").strip()[:_MOST_TYPED]
         with self.runs.use(run, at) as opened:
             ids = self._ids_run(opened)
@@ -276,12 +271,6 @@ class ImpressionPages(PageKind):
         field = next(opened.schema.of_kind("content"), None)
         return self.names.of(opened, field.store_name, pictures) if field else {}
 
-    @staticmethod
-    def _number(request: Request) -> int:
-        number = _place(request.path_params["number"], "group")
-        assert number is not None
-        return number
-
 
 def _shown(explanation: Explanation) -> list[Candidate]:
     """Choose the ads of a page: the best ones, and the explained one."""
@@ -292,8 +281,3 @@ def _shown(explanation: Explanation) -> list[Candidate]:
 
 def _snapshot(request: Request) -> At:
     return "newest" if request.query_params.get("snapshot") == "newest" else "trained"
-
-
-def _place(text: str | None, of: str) -> int | None:
-    """Read a number of a group or ad, from 0 on; `of` says which. Raises NotHereError."""
-    return None if text is None or text == "" else number_of(text, of)

@@ -97,7 +97,7 @@ class RunPages(PageKind):
             metrics=METRICS,
             titles=TITLES,
             paging=paging,
-            group=[run.name for run in _first_group(runs)],
+            group=[run.name for run in next(iter(image_groups(runs)), [])],
         )
 
     def run(self, request: Request) -> Response:
@@ -204,11 +204,6 @@ class Live:
     problems: Sequence[str]
 
     @property
-    def names(self) -> list[str]:
-        """The names of the runs."""
-        return [run.name for run in self.runs]
-
-    @property
     def is_running(self) -> bool:
         """Return whether one of them is training."""
         return any(run.state == "running" for run in self.runs)
@@ -235,11 +230,6 @@ class Live:
     def stages(self, run: RunFacts) -> tuple[StageTime, ...]:
         """Return the stages of a finished run's report, else those of the last logged step."""
         return stages_of_report(run.report) or (self.curves[run.name].stages if run.name in self.curves else ())
-
-
-def _first_group(runs: Sequence[RunFacts]) -> Sequence[RunFacts]:
-    """Find the runs that show the value of images: those that differ only in images; empty if there are none."""
-    return next(iter(image_groups(runs)), [])
 
 
 def _worth_commands(places: Places, runs: Sequence[RunFacts]) -> list[str]:

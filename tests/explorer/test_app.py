@@ -159,6 +159,34 @@ def test_freed_memory_and_rows_that_are_not_used_are_not_kept() -> None:
     assert float(subprocess.run(command, check=True, capture_output=True, text=True).stdout) < 300
 
 
+_SHAPES = """
+import re, sys
+from pathlib import Path
+from explorer.server import spare_memory
+
+def taken_mb():
+    return int(re.search(r"RssAnon:\\s*(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+
+if "spare" in sys.argv:
+    spare_memory()
+import torch
+
+torch.set_num_threads(1)
+layers = [torch.nn.Linear(*each).bfloat16() for each in ((256, 64), (64, 12), (60, 200), (200, 80), (80, 1))]
+before = taken_mb()
+with torch.inference_mode():
+    for rows in range(1, 101):
+        for layer in layers:
+            layer(torch.zeros(rows, layer.in_features, dtype=torch.bfloat16))
+print(taken_mb() - before)
+"""
+
+
+def test_the_code_of_few_shapes_is_kept() -> None:
+    command = [sys.executable, "-c", _SHAPES, "spare"]  # 270 MB by default on a processor with bfloat16
+    assert float(subprocess.run(command, check=True, capture_output=True, text=True).stdout) < 120
+
+
 @pytest.mark.services
 def test_a_server_spares_memory(tmp_path: Path) -> None:
     with serving(tmp_path, "--images", tmp_path) as server:

@@ -21,7 +21,7 @@ from explorer.data.impressions.groups import (
     without_pictures,
 )
 from explorer.data.impressions.open_runs import Logits, OpenedRun
-from explorer.data.snapshots import Found, find_key, find_part, named
+from explorer.data.snapshots import find_key, named
 from explorer.data.visual import feature_of_picture
 from explorer.errors import ExplorerError, NotHereError
 from featurestore.errors import FeatureStoreError
@@ -308,17 +308,6 @@ class PictureNames:
             if missing := wanted - found.keys():
                 found |= self._look_up(url, version, missing)
         return found
-
-    def with_part(self, opened: OpenedRun, part: str) -> Found | None:
-        """Find pictures whose uri contains a text, in the run's snapshot, else in the newest one of the shown store.
-
-        Limited like the search of images. None if there is neither store. Raises FeatureStoreError.
-        """
-        field = next(opened.schema.of_kind("content"), None)
-        record = opened.trained.stores.get(field.store_name) if field else None
-        if record is not None:
-            return find_part(FeatureStore.open(record.url).snapshot(record.version), part)
-        return find_part(FeatureStore.open(self._store).snapshot(), part) if self._store is not None else None
 
     def _look_up(self, url: str, version: int | None, keys: set[int]) -> dict[int, str]:
         found = {key: uri for key in keys if (uri := self._names.peek((url, key))) is not None}

@@ -77,19 +77,15 @@ class ScoredImpressions:
         """Number of impressions scored here."""
         return len(self.logit_N)
 
-    def chosen(
-        self, order: Order, clicked: Clicked, query: str, pictures: Sequence[int] | None = None
-    ) -> NDArray[np.int64]:
+    def chosen(self, order: Order, clicked: Clicked, query: str) -> NDArray[np.int64]:
         """Return the numbers of the impressions that match a query, best first.
 
-        `query`: a user, an ad, a picture's key or uri; empty: all. `pictures`: keys of pictures, instead of the query.
+        `query`: a user, an ad, a picture's key or uri; empty: all.
         """
         wanted_N = np.ones(self.num, np.bool_)
         if clicked != "any":
             wanted_N &= self.label_N == (clicked == "yes")
-        if pictures is not None:
-            wanted_N &= False if self.picture_N is None else np.isin(self.picture_N, pictures)
-        elif query:
+        if query:
             wanted_N &= self._matching(query)
         found = np.flatnonzero(wanted_N)
         if order == "order":

@@ -9,7 +9,6 @@ from explorer.data.neighbours import (
     Neighbours,
     Space,
     cosines,
-    keys_of,
     nearest_features,
     nearest_vectors,
     only_in,
@@ -91,11 +90,9 @@ def space(name, keys):
 
 
 def test_what_one_space_alone_has_is_marked():
-    spaces = [space("features", [1, 2, 3]), space("visual", [2, 4]), Space(name="codes", title="codes", problem="none")]
-    assert only_in(spaces) == {"features": {1, 3}, "visual": {4}, "codes": set()}
-    assert [(each.one, each.other, each.count, each.of) for each in shared(spaces)] == [("features", "visual", 1, 2)]
-    assert only_in(spaces[:1]) == {"features": set()}
-    three = [*spaces[:2], space("codes", [3, 4, 5])]
-    assert only_in(three) == {"features": {1}, "visual": set(), "codes": {5}}
-    assert len(shared(three)) == 3
-    assert keys_of(spaces[2]) == set()
+    spaces = [space("features", [1, 2, 3]), space("visual", [2, 4])]
+    assert only_in(spaces) == {"features": {1, 3}, "visual": {4}}
+    assert shared(spaces) == (1, 2)
+    alone = [spaces[0], Space(name="visual", title="visual", problem="none")]
+    assert only_in(alone) == {"features": set(), "visual": set()}
+    assert shared(alone) is None

@@ -3,13 +3,11 @@
 import numpy as np
 import pytest
 
-from explorer.data import snapshots
 from explorer.data.snapshots import (
     KINDS,
     Changes,
     Timeline,
     find_key,
-    find_part,
     live_rows,
     named,
     newest_at,
@@ -131,28 +129,6 @@ def test_a_store_of_its_own_keys_is_searched_by_them(tmp_path):
     made = rows(["photo.jpg"], 1)
     store.put(type(made)(**{**made.__dict__, "keys_N": made.keys_N * 0 + 7}))
     assert find_key(store.snapshot(), 7) == (7, "photo.jpg")
-    assert find_part(store.snapshot(), "photo").images == ((7, "photo.jpg"),)
-
-
-@pytest.mark.parametrize("part", ["a/", "1", ".JPG", "B/3", "nothing", "a/1%", "*", "\\"])
-def test_a_part_finds_what_a_loop_finds(searched, part):
-    found = find_part(searched, part)
-    assert {image.uri for image in found.images} == {uri for uri in uris(searched) if part.lower() in uri.lower()}
-    assert len({image.key for image in found.images}) == len(found.images)
-    assert (found.num_searched, found.next_shard) == (44, None)
-
-
-def test_a_long_search_stops_and_goes_on_where_it_stopped(searched, monkeypatch):
-    monkeypatch.setattr(snapshots, "MOST_FOUND", 5)
-    found, shard, rounds = [], 0, 0
-    while shard is not None:
-        part = find_part(searched, "jpg", shard)
-        found, shard, rounds = [*found, *part.images], part.next_shard, rounds + 1
-    assert rounds == 4
-    assert len(found) == 44
-    assert {image.uri for image in found} == uris(searched)
-    monkeypatch.setattr(snapshots, "_LOOKS_S", -1)
-    assert find_part(searched, "nothing").next_shard == 1
 
 
 def test_lines_say_what_commits_wrote_and_who_points_to_them(store):

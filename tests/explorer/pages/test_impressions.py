@@ -20,7 +20,7 @@ from featurestore.format.rows import FeatureRows
 from featurestore.keys import key_of_uri
 from featurestore.store import FeatureStore
 from featurestore.upkeep.expiry import expire
-from tests.explorer.world import ADDED, HOSTILE, PLAIN, UNKNOWN, World
+from tests.explorer.world import HOSTILE, PLAIN, UNKNOWN, World
 from tests.trainer.conftest import Places as SamplePlaces
 from tests.trainer.conftest import make_places
 from tests.trainer.whole_runs import run_alone
@@ -126,7 +126,7 @@ def test_a_picture_that_is_nowhere_has_no_score(pages: TestClient, run: str, typ
 
 
 def test_sentences(pages: TestClient) -> None:
-    assert "there is no ad 'abc': ads are" in html.unescape(pages.get("/impressions/both/3?ad=abc&wait=why").text)
+    assert "ad 'abc' is not a whole number" in html.unescape(pages.get("/impressions/both/3?ad=abc&wait=why").text)
     text = pages.get("/impressions/both/3?ad=1&wait=why").text
     assert '<form method="get" action="/impressions/both/3#another-picture">' in text
     assert "Effect of the removed part</th>" in text
@@ -171,7 +171,7 @@ def test_scores_without_images_of_a_run_that_has_not_met_any_are_not_called_a_fo
     [
         ("both", "0", b"no picture", 400),
         ("both", "99", None, 404),
-        ("both", "x", None, 404),
+        ("both", "x", None, 400),
         ("ids-only", "0", None, 400),
         ("nobody", "0", None, 404),
         ("both", "0", b"", 400),
@@ -191,10 +191,10 @@ def test_what_cannot_be_sent(
     ("address", "status"),
     [
         ("/impressions/both/80?wait=why", 404),
-        ("/impressions/both/-1?wait=why", 404),
+        ("/impressions/both/-1?wait=why", 400),
         ("/impressions/both/" + "9" * 5000, 404),
         ("/impressions/both/0?ad=99&wait=why", 404),
-        ("/impressions/both/0?ad=x&wait=why", 404),
+        ("/impressions/both/0?ad=x&wait=why", 400),
         ("/impressions/nobody/0?wait=why", 404),
         ("/impressions/nobody/0", 404),
         ("/impressions/..%2F..%2Fboth/0?wait=why", 404),
@@ -232,20 +232,6 @@ def test_no_runs_and_no_samples(world: World, tmp_path: Path) -> None:
         listed = client.get("/impressions?wait=list")
         assert listed.status_code == 200
         assert "crossmedia samples" in listed.text
-
-
-@pytest.mark.parametrize("run", ["both", "ids-only"])
-def test_a_part_of_a_uri_finds_pictures(pages: TestClient, world: World, run: str) -> None:
-    table = pq.read_table(world.samples / "test" / "day=2026-01-05.parquet", partitioning=None)
-    boots = {key_of_uri(uri) for uri in ADDED}
-    expected = sum(key in boots for keys in table["ad_image"].to_pylist() for key in keys)
-    text = pages.get("/impressions", params={"wait": "list", "q": "BOOT-", "run": run}).text
-    assert f"<p>{expected} of" in text
-    assert expected > 0
-    assert "pictures that have it in their" in text
-    hostile = pages.get("/impressions", params={"wait": "list", "q": "<script>alert(1)", "run": run}).text
-    assert "<p>0 of" not in hostile
-    assert "<script>alert" not in hostile
 
 
 @pytest.fixture

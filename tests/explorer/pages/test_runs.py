@@ -114,6 +114,8 @@ def test_a_run_without_evaluation_says_which_command_makes_it(pages: TestClient,
 def test_runs_side_by_side_with_verdicts(pages: TestClient) -> None:
     address = "/runs/compare?run=ids-only&run=both&run=both-longer"
     html = page(pages, address)
+    (part,) = re.findall(r"<[^>]*hx-get[^>]*>", html)  # one request for both parts
+    assert 'hx-select="#verdicts"' in part and 'hx-select-oob="#differences"' in part
     assert text_of(html).index("Settings that differ") < text_of(html).index("GAUC")
     verdicts, differences = whole(pages, address).split('<div id="differences">')
     found = re.findall(
