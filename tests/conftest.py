@@ -93,8 +93,8 @@ def _begin_with_the_longest(items: list[pytest.Item]) -> None:
     seconds = Counter[Path]()
     for item in items:
         if not item.get_closest_marker("slow"):
-            is_long = item.get_closest_marker("services") or item.get_closest_marker("long")
-            seconds[item.path] += 3 if is_long else 0.1
+            long = item.get_closest_marker("long") or item.get_closest_marker("services")
+            seconds[item.path] += next(iter(long.args), 3) if long else 0.1
     items.sort(key=lambda item: -seconds[item.path])
 
 
@@ -148,7 +148,7 @@ def client() -> Iterator["Client"]:
     with (
         pytest.MonkeyPatch.context() as patch,
         dask.config.set({**WORKER_CONFIG, **SELDOM, "distributed.scheduler.worker-ttl": None}),
-        LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address="127.0.0.1:0") as cluster,
+        LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None) as cluster,
         Client(cluster) as client,
     ):
         patch.setattr("pipeline.features.part.torch_threads", lambda workers_per_host: 1)
