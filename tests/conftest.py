@@ -148,7 +148,7 @@ def client() -> Iterator["Client"]:
     with (
         pytest.MonkeyPatch.context() as patch,
         dask.config.set({**WORKER_CONFIG, **SELDOM, "distributed.scheduler.worker-ttl": None}),
-        LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None) as cluster,
+        LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address="127.0.0.1:0") as cluster,
         Client(cluster) as client,
     ):
         patch.setattr("pipeline.features.part.torch_threads", lambda workers_per_host: 1)

@@ -174,7 +174,7 @@ def test_worker_that_dies_is_explained():
     with (
         dask.config.set({"distributed.scheduler.allowed-failures": 0}),
         LocalCluster(
-            n_workers=1, threads_per_worker=1, host="127.0.0.1", dashboard_address=None, silence_logs=50
+            n_workers=1, threads_per_worker=1, host="127.0.0.1", dashboard_address=":0", silence_logs=50
         ) as cluster,
         Client(cluster) as processes,
         pytest.raises(ClusterError, match=r"make groups: task 1 of 1 brings the workers down.*; raise --partitions"),

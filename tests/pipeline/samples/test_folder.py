@@ -41,7 +41,7 @@ def test_equal_logs_give_equal_bytes_whatever_cluster_and_partitions(options, cl
     expected = all_bytes(options.samples)
     assert len(expected) > 10
     with (
-        LocalCluster(n_workers=2, threads_per_worker=1, host="127.0.0.1", dashboard_address=None) as cluster,
+        LocalCluster(n_workers=2, threads_per_worker=1, host="127.0.0.1", dashboard_address=":0") as cluster,
         Client(cluster) as processes,
     ):
         build_samples(dataclasses.replace(options, partitions=7), processes)
