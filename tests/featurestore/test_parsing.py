@@ -7,7 +7,7 @@ from featurestore.parsing import parse_yaml
 
 @pytest.mark.parametrize(
     "text",
-    ["!!bool x", "!!int ''", "!!float ''", "!!timestamp x", '"\\UFFFFFFFF"', ":".join(["1"] * 400) + ".5", "[" * 9_999],
+    ["!!bool x", "!!int ''", "!!float ''", "!!timestamp x", '"\\UFFFFFFFF"', ":".join(["1"] * 400) + ".5"],
     ids=lambda text: text[:16],
 )
 def test_what_pyyaml_fails_at_is_a_mistake_of_the_text(text: str) -> None:

@@ -200,7 +200,9 @@ def test_whichever_workers_die_only_the_image_that_kills_each_time_is_blamed(mak
     with (
         dask.config.set({"distributed.scheduler.allowed-failures": 1, **WORKER_CONFIG, **forked}),
         preloaded("distributed", "pipeline.features.part", "pipeline.network.backbone"),
-        LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address="127.0.0.1:0", silence_logs="CRITICAL") as cluster,
+        LocalCluster(
+            n_workers=2, threads_per_worker=1, dashboard_address="127.0.0.1:0", silence_logs="CRITICAL"
+        ) as cluster,
         Client(cluster) as workers,
     ):
         workers.register_plugin(crash)
