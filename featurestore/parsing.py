@@ -12,6 +12,8 @@ from featurestore.text import one_line, without_passwords
 
 _SHORT = 60  # characters of a value that a message shows
 _TOO_DEEP = "its lists and mappings are nested too deep"
+_MOST_NESTED = 100
+"""Brackets inside each other in YAML; PyYAML takes a second for a thousand of them, as each may begin a key."""
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -27,6 +29,12 @@ _EXPONENT = ("tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE
 
 class _Loader(yaml.SafeLoader):
     """As YAML 1.2 has it, 1e-3 is a number, and a date is a text."""
+
+    def fetch_flow_collection_start(self, TokenClass: Any) -> None:
+        """Take the next bracket, where it is not inside too many others."""
+        if self.flow_level >= _MOST_NESTED:
+            raise yaml.YAMLError(_TOO_DEEP)
+        super().fetch_flow_collection_start(TokenClass)
 
 
 _Loader.yaml_implicit_resolvers = {

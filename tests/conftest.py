@@ -16,7 +16,7 @@ from featurestore.lookup import VARIABLE, AutoDType
 from tests.proxy import Fault, Request, proxy_before
 from tests.ranks import Forks, StandingRanks, TorchRanks, forks_of_ranks, standing_ranks
 from tests.running.guard import Guard
-from tests.running.spared import check_each_kind_once, parse_services_once, spare_the_disk
+from tests.running.spared import check_each_kind_once, parse_services_once, spare_pandas, spare_the_disk
 from tests.servers import environment_of, new_buckets, seaweedfs
 from tests.trainer.frozen import freeze_for_good
 
@@ -72,6 +72,7 @@ def pytest_configure(config: pytest.Config) -> None:
     commandline.end_process = sys.exit
     config.pluginmanager.register(Guard())
     spare_the_disk()
+    spare_pandas()
     gc.disable()  # until all is imported, of which nothing goes
 
 
@@ -92,8 +93,8 @@ def _begin_with_the_longest(items: list[pytest.Item]) -> None:
     seconds = Counter[Path]()
     for item in items:
         if not item.get_closest_marker("slow"):
-            is_long = item.get_closest_marker("services") or item.get_closest_marker("long")
-            seconds[item.path] += 3 if is_long else 0.1
+            long = item.get_closest_marker("long") or item.get_closest_marker("services")
+            seconds[item.path] += next(iter(long.args), 3) if long else 0.1
     items.sort(key=lambda item: -seconds[item.path])
 
 

@@ -1,6 +1,7 @@
 """benchmarks.quality in a small form: both sides learn the same rows, and every figure is kept for the next call."""
 
 import json
+import os
 import shutil
 from collections import Counter
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ from featurestore.keys import keys_of_uris
 from featurestore.spec import ExtractorSpec, StoreInfo
 from featurestore.store import FeatureStore
 from tests.cli import invoke
+from tests.running.spared import WITHOUT_PANDAS
 from trainer.config import load_config
 from trainer.errors import DataError
 from trainer.schema import load_schema
@@ -34,6 +36,12 @@ ITEMS, USERS = 30, 40
 AD_LISTS = ("ad_item", "ad_image", "ad_category", "ad_scene")
 DAYS = ("2026-01-01", "2026-01-02", "2026-01-03")
 needs_fuxictr = pytest.mark.skipif(not fuxictr_python().exists(), reason="FuxiCTR is not installed here")
+
+
+@pytest.fixture(autouse=True)
+def with_pandas(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FuxiCTR needs it, in processes of its own."""
+    monkeypatch.setenv("PYTHONPATH", os.environ["PYTHONPATH"].replace(WITHOUT_PANDAS, ""))
 
 
 def _lists(values: np.ndarray, sizes: np.ndarray) -> pa.ListArray:

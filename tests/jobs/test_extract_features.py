@@ -64,6 +64,7 @@ def test_the_summary_names_what_was_bad():
 
 
 @pytest.mark.services
+@pytest.mark.long(20)
 def test_under_dask_submit_with_the_default_places(tmp_path):
     images = tmp_path / "data/images"
     images.mkdir(parents=True)

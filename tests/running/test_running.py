@@ -50,6 +50,13 @@ def test_starts_without_the_mark_fail(tmp_path: Path) -> None:
         assert f"without the mark `services` this test started {started}" in done.stdout
 
 
+def test_processes_of_tests_have_no_pandas_and_tests_have() -> None:
+    pytest.importorskip("pandas")
+    code = "import pyarrow as pa; assert pa.array([1]).to_pylist() == [1]; import pandas"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stderr.endswith("ModuleNotFoundError: No module named 'pandas'\n")
+
+
 @pytest.mark.parametrize(
     ("command", "service"),
     [

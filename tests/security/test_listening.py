@@ -20,7 +20,7 @@ from tests.trainer.conftest import Places
 from trainer.comm import connect
 from trainer.comm.comm import launcher_of
 
-pytestmark = [pytest.mark.services, pytest.mark.long]
+pytestmark = [pytest.mark.services, pytest.mark.long(8)]
 BIN = Path(sys.executable).parent
 LOOPBACK = ("127.0.0.1", "::1", "::ffff:127.0.0.1")
 TIMEOUT_S = 100

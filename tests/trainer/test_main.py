@@ -264,6 +264,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
 
 @pytest.mark.services
 @pytest.mark.timeout(600)
+@pytest.mark.long(30)
 @pytest.mark.parametrize(
     ("launcher", "num_ranks", "standing"),
     [

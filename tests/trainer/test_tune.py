@@ -100,6 +100,7 @@ def test_runs_of_other_settings_are_not_taken(tuned: tuple[Places, list[Any]]) -
         _tuned(places.settings(**SHARED, train__seed=5))
 
 
+@pytest.mark.long(20)  # with what all tests here share
 def test_two_ranks_find_what_one_finds(
     tuned: tuple[Places, list[Any]], tmp_path: Path, two_ranks: StandingRanks
 ) -> None:

@@ -150,7 +150,7 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=slow), signal.SIGTERM])
 def test_signal_reaches_the_script_once_and_the_cluster_outlives_it(number, script):
-    process = start(script(CAREFUL), 0.3)
+    process = start("-n", 1, script(CAREFUL), 0.3)
     pids = json.loads(process.stdout.readline())
     assert os.getpgid(pids[0]) == pids[0]  # else a terminal's signal would reach the script a second time
     children = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
@@ -167,7 +167,7 @@ def test_signal_reaches_the_script_once_and_the_cluster_outlives_it(number, scri
 
 
 def test_second_signal_kills_a_script_that_does_not_stop(script):
-    process = start(script(CAREFUL), 60)
+    process = start("-n", 1, script(CAREFUL), 60)
     json.loads(process.stdout.readline())
     children = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
     process.send_signal(signal.SIGTERM)
@@ -198,7 +198,7 @@ def test_signal_before_the_script_runs_ends_dask_submit(number, cluster, script,
 
 @pytest.mark.parametrize("delay_s", [pytest.param(0.6, marks=slow), 1.0])
 def test_signal_while_the_cluster_starts_leaves_no_process(delay_s, script):
-    process = start(script("time.sleep(60)"))
+    process = start("-n", 1, script("time.sleep(60)"))
     time.sleep(delay_s)
     children = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
     process.terminate()

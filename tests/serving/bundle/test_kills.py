@@ -24,7 +24,8 @@ from tests.serving.scoring.variants import Exported
 
 pytestmark = pytest.mark.services
 EVERY = pytest.mark.parametrize(
-    "step", [pytest.param(1_000, id="some", marks=pytest.mark.long), pytest.param(1, id="all", marks=pytest.mark.slow)]
+    "step",
+    [pytest.param(1_000, id="some", marks=pytest.mark.long(10)), pytest.param(1, id="all", marks=pytest.mark.slow)],
 )
 
 

@@ -147,7 +147,7 @@ def flip(file: Path, at: float) -> None:
     file.write_bytes(data)
 
 
-@pytest.mark.long
+@pytest.mark.long(5)
 @pytest.mark.timeout(900)  # it compiles a network
 class TestFiles:
     @pytest.mark.parametrize("portable", [True, False])

@@ -8,12 +8,12 @@ from trainer.samples.survey import fill_in
 from trainer.schema import Field, Schema
 
 DIM, NUM_SHARDS, SEED = 16, 8, 7
-STEPS, MANY_STEPS = 4, 12
+STEPS, MANY_STEPS = 3, 12
 """Of a scenario, whose learning rate falls before the last one; and of one whose rows make room or begin anew."""
 TOLERANCE = {"float64": 1e-9, "float32": 1e-4}
 """Of losses and weights, by the dtype of the weights."""
 # eps lies above the rounding of float32: below it, Adam makes whole steps of the noise around a gradient of zero.
-OPTIM = OptimConfig(lr=0.01, ids_lr=None, lr_gamma=0.5, lr_every=3, eps=1e-6, ids="rowwise_adagrad")
+OPTIM = OptimConfig(lr=0.01, ids_lr=None, lr_gamma=0.5, lr_every=2, eps=1e-6, ids="rowwise_adagrad")
 
 SCHEMA = Schema(
     fields=(

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from torchmetrics.functional.classification import binary_auroc
 
 from trainer.evaluation.bootstrap import (
     METRICS,
@@ -31,6 +30,8 @@ def scored(seed: int = 0, count: int = 1_500, users: int = 60, levels: int = 40)
 
 
 def auroc(logit_N: np.ndarray, label_N: np.ndarray) -> float:
+    from torchmetrics.functional.classification import binary_auroc  # brings all of scipy.signal: not to each process
+
     # In (0, 1), so that torchmetrics makes no sigmoid of them, which could tell equal numbers apart by their last bit.
     scaled_N = (logit_N - logit_N.min()) / (logit_N.max() - logit_N.min() + 1)
     return float(binary_auroc(torch.from_numpy(scaled_N), torch.from_numpy(label_N).long()))

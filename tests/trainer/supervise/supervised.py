@@ -23,7 +23,7 @@ TWO_HOSTS = ("--hosts", "localhost:1,127.0.0.1:1")
 QUICK = ("--backoff-s", "0.1", "--lease-s", "60")
 KINDS = {"rank": WORKER, "agent": AGENT}
 TIMEOUT_S = 240.0
-LOOK_S, LOOK_AT_PROCESSES_S = 0.02, 0.2
+LOOK_S, LOOK_AT_PROCESSES_S = 0.05, 0.5
 """Between two looks while a test waits; to find processes is many times the work."""
 
 

@@ -32,6 +32,7 @@ def whole(settings_of: Settings, tmp_path_factory: pytest.TempPathFactory) -> Le
     return Killed(folder, settings_of(folder, STEPS, 1000)).leg(0, ranks=1)
 
 
+@pytest.mark.long(40)
 def test_the_supervisor_and_a_rank_are_lost(settings_of: Settings, tmp_path: Path, whole: Leg) -> None:
     """The supervisor is killed; meanwhile the file that rank 1 reads next is cut, as by a host that lost its power. The
     second supervisor continues by torch.distributed what Horovod's ranks have begun, and one of its ranks is killed;
@@ -78,6 +79,7 @@ sys.exit("error: not there: rank 1")
 """In the place of the trainer: ends by SIGTERM as that does and, on rank 0, as one whose other rank is late."""
 
 
+@pytest.mark.long(15)
 def test_a_host_comes_a_rank_hangs_a_host_is_lost_and_a_signal_ends_all(tmp_path: Path) -> None:
     """What real ranks do then: the tests below."""
     hosts, worker = tmp_path / "hosts.txt", tmp_path / "worker.py"

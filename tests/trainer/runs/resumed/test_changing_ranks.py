@@ -44,6 +44,7 @@ def assert_same_in_float64(found: Path, expected: Path) -> None:
 
 
 @pytest.mark.services
+@pytest.mark.long(20)
 @pytest.mark.parametrize(
     ("optim", "ranks", "last"),
     [
@@ -63,14 +64,14 @@ def test_killed_with_other_ranks_each_time(
     forks: Forks,
     request: pytest.FixtureRequest,
 ) -> None:
-    steps = 80
+    steps = 40  # most of two epochs
     undisturbed = Killed(tmp_path / "undisturbed", settings_of(tmp_path / "undisturbed", steps, 1000, **optim))
     whole = undisturbed.leg(0, ranks=1)
-    killed = Killed(tmp_path / "killed", settings_of(tmp_path / "killed", steps, 10, **optim))
+    killed = Killed(tmp_path / "killed", settings_of(tmp_path / "killed", steps, 5, **optim))
     first = forks if isinstance(ranks[0], TorchRanks) else None  # the others' launcher is horovodrun itself
-    legs = [killed.leg(0, ranks[0], die_at=55, forks=first), killed.leg(1, ranks[1], die_at=68, forks=forks)]
+    legs = [killed.leg(0, ranks[0], die_at=28, forks=first), killed.leg(1, ranks[1], die_at=34, forks=forks)]
     legs.append(killed.leg_of(request.getfixturevalue(last), len(legs)))
-    assert [leg.first_step for leg in legs] == [1, 51, 61]
+    assert [leg.first_step for leg in legs] == [1, 26, 31]
     assert_no_step_or_sample_is_lost(legs, whole, steps)
     assert_same_in_float64(killed.run, undisturbed.run)
     assert read_state(find_checkpoint(killed.run)).num_ranks == 2
@@ -122,6 +123,7 @@ def uploaded(samples: Path, storage: Storage) -> dict[str, PublishedFile]:
     return {str(file.relative_to(samples)): upload(storage, file, file.name) for file in samples.glob("*/*.parquet")}
 
 
+@pytest.mark.long(25)
 def test_cut_connections_and_dead_ranks_lose_and_repeat_no_sample(
     places: Places,
     settings_of: Callable[..., list[str]],
