@@ -60,6 +60,8 @@ def summary_text(summary: dict[str, Any]) -> str:
         f"new ads      {new['ads']:,} in test that are not in train",
         f"samples      {summary['options']['samples']}",
     ]
+    if not summary["train"]["positive_rate"]:
+        lines.append("warning      no impression to train on has a click: look at label, or clicked, of the mapping")
     return "\n".join(lines)
 
 
