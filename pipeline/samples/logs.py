@@ -303,8 +303,13 @@ def _pieces(storage: Storage, empty: LogPiece) -> list[LogPiece]:
 
 
 def _files(storage: Storage, place: str, endings: tuple[str, ...]) -> list[str]:
-    """List the file at `place`, or those below it with these endings, but hidden ones."""
+    """List the file at `place`, or those below it with these endings, but hidden ones. Raises SampleOptionError."""
     found = [entry.path for entry in storage.entries(place)]
+    if any("/_delta_log/" in f"/{path}" or path.endswith(".metadata.json") for path in found):
+        raise SampleOptionError(
+            f"{storage.full(place)}: a table of Delta or Iceberg, whose files have removed rows too; write its rows as "
+            "Parquet first, as docs/OWN_DATA.md shows"
+        )
     if not found:
         with contextlib.suppress(FileNotFoundError):
             found = [storage.entry(place).path]
