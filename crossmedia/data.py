@@ -1,10 +1,13 @@
 """Make what a training reads: the demo's pictures and logs, a feature store of images, samples of logs."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from crossmedia.store import Store
+
+LOOKED_AT = 200_000  # rows of a log, for its mapping
 
 
 def make_demo(out: str | Path = "data", **options: Any) -> Path:
@@ -35,14 +38,41 @@ def extract(images: str | Path, store: str | Path = "data/features", **options: 
     return open_store(store)
 
 
-def build_samples(logs: str | Path, samples: str | Path = "data/samples", **options: Any) -> dict[str, Any]:
+def build_samples(logs: Any, samples: str | Path = "data/samples", **options: Any) -> dict[str, Any]:
     """Make the trainer's input of logs, as `crossmedia samples`, and return the counts of summary.json.
 
-    `options`: those of the command, as window_days=7, test_days=2. It runs where `extract` does. Raises UserError.
+    `logs`: their folder or address; or a DataFrame of pandas or an Arrow table, or several by name, as {"shown": ...,
+    "products": ...}: these are written to the folder SAMPLES-logs as Parquet. Without the option `mapping`, the
+    mapping.yaml there counts, which is guessed where it is not there yet: read and correct it. `options`: those of the
+    command, as window_days=7, test_days=2. It runs where `extract` does. Raises UserError.
     """
     from pipeline.cluster.tasks import connect
     from pipeline.options import SampleOptions
     from pipeline.samples.build import build_samples
 
+    if not isinstance(logs, str | Path):
+        logs, mapping = _written(logs, Path(f"{samples}-logs"))
+        options = {"mapping": str(mapping)} | options
     with connect() as client:
         return build_samples(SampleOptions(logs=str(logs), samples=str(samples), **options), client)
+
+
+def _written(tables: Any, folder: Path) -> tuple[Path, Path]:
+    """Write tables of logs into a folder, in place of those before; return it and the path of their mapping."""
+    import pyarrow.parquet as pq
+
+    from featurestore.storage.storage import Storage
+    from trainer.samples.interop import table_of
+    from trainer.schema.suggest import inspect_logs, render_mapping
+
+    made = {name: table_of(each) for name, each in (tables if isinstance(tables, Mapping) else {"log": tables}).items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in folder.glob("*.parquet"):
+        file.unlink()
+    for name, table in made.items():
+        pq.write_table(table, folder / f"{name}.parquet")
+    mapping = folder / "mapping.yaml"
+    if not mapping.exists():
+        found = inspect_logs(Storage(folder), LOOKED_AT)
+        mapping.write_text(render_mapping(found, str(folder), str(folder), str(mapping)), encoding="utf-8")
+    return folder, mapping

@@ -58,6 +58,8 @@ def summary_text(summary: dict[str, Any]) -> str:
         *(_split(name, summary[name]) for name in ("train", "test")),
         f"samples      {summary['options']['samples']}",
     ]
+    if not summary["train"]["positive_rate"]:
+        lines.append("warning      no impression to train on has a click: look at label, or clicked, of the mapping")
     return "\n".join(lines)
 
 

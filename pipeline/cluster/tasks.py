@@ -10,10 +10,12 @@ import os
 import signal
 import socket
 import struct
+import sys
 import time
 import uuid
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Set
 from concurrent.futures import CancelledError
+from importlib.machinery import ModuleSpec
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
@@ -296,6 +298,17 @@ def _interrupt_blocked() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _main_not_repeated() -> Iterator[None]:
+    """Let no new process run the program's main file again, which has jobs without an `if __name__ == "__main__"`."""
+    main = sys.modules["__main__"]
+    spec, main.__spec__ = main.__spec__, ModuleSpec("__main__", None)
+    try:
+        yield
+    finally:
+        main.__spec__ = spec
+
+
+@contextlib.contextmanager
 def local_cluster(
     workers: int | None = None, threads_per_worker: int | None = None, memory_limit: str | int | None = None
 ) -> Iterator[LocalCluster]:
@@ -306,18 +319,19 @@ def local_cluster(
     """
     num_workers = workers or 1
     limits = {} if memory_limit is None else {"memory_limit": memory_limit}
-    with dask.config.set(WORKER_CONFIG), _interrupt_blocked():
-        cluster = LocalCluster(
-            n_workers=num_workers,
-            threads_per_worker=threads_per_worker or max(1, dask.system.CPU_COUNT // num_workers),
-            processes=True,
-            host="127.0.0.1",
-            dashboard_address="127.0.0.1:0",
-            silence_logs=logging.ERROR,
-            **limits,
-        )
-    with cluster:
-        yield cluster
+    with _main_not_repeated():  # also where a worker starts again
+        with dask.config.set(WORKER_CONFIG), _interrupt_blocked():
+            cluster = LocalCluster(
+                n_workers=num_workers,
+                threads_per_worker=threads_per_worker or max(1, dask.system.CPU_COUNT // num_workers),
+                processes=True,
+                host="127.0.0.1",
+                dashboard_address="127.0.0.1:0",
+                silence_logs=logging.ERROR,
+                **limits,
+            )
+        with cluster:
+            yield cluster
 
 
 SAFE_PROTOCOLS = ("tls", "wss", "inproc")  # encrypted, or inside this process

@@ -94,7 +94,8 @@ def build_samples(options: SampleOptions, client: Client) -> dict[str, Any]:
         shown, done = read[IMPRESSIONS], read[BEHAVIORS]
         write_quarantine(folder / QUARANTINE_FILE, (*shown, *done))
         write_names(folder / IMAGES_FILE, (*shown, *done))
-        _check_rows_left(options.logs, shown)
+        if not sum(part.num_rows - part.quarantined.total() for part in shown):  # before the cluster makes groups
+            raise _no_rows(options.logs, shown)
         grouped = group(client, (len(shown), len(done)), scratch, buckets, options, layout)
         groups_of_hour = sum((Counter(part.groups_of_hour) for part in grouped), Counter[int]())
         if not groups_of_hour:
@@ -127,8 +128,13 @@ class LogTables:
     def pieces(self, log: str, wanted: WantedRows | None = None) -> list[LogPiece]:
         """Find the pieces of one log; see `find_pieces`."""
         pieces = find_pieces(self.options.logs, log, self.layouts[log], wanted)
-        if pieces:  # what was found in the first file is not looked for again
-            self.layouts[log] = pieces[0].layout
+        if pieces:  # what was found in the first file is not looked for again, nor for behaviours of the same times
+            found, done = pieces[0].layout, self.layouts[BEHAVIORS]
+            self.layouts[log] = found
+            if log == IMPRESSIONS and done and done.time_column == found.time_column:
+                self.layouts[BEHAVIORS] = dataclasses.replace(
+                    done, found_style=found.found_style, time_unit=found.time_unit
+                )
         return pieces
 
     @property
@@ -150,20 +156,16 @@ def open_tables(options: SampleOptions) -> LogTables:
     return LogTables(options, layouts)
 
 
-def _check_rows_left(logs: str, shown: Sequence[ShuffledPiece]) -> None:
-    if not any(part.num_rows for part in shown):
-        raise _no_rows(logs, shown)
+def _no_rows(logs: str, shown: Sequence[ShuffledPiece]) -> SampleError:
+    """Say why the impressions have not one good row, clicks of a table of events aside."""
     reasons = sum((part.quarantined for part in shown), Counter[str]())
-    if reasons.total() == sum(part.num_rows for part in shown):
+    events = sum((part.other_events for part in shown), Counter[str]())
+    texts = [f"not one good row with a value of where; other events are {', '.join(events)}"] if events else []
+    if reasons:
         listed = bad_reasons(dict(reasons.most_common(3)), examples_of(shown))
         hint = f"; {HOW_TIMES}" if any(reason.startswith("timestamp") for reason in reasons) else ""
-        raise SampleError(f"{logs}, {IMPRESSIONS}: all {reasons.total():,} rows are bad ({listed}){hint}")
-
-
-def _no_rows(logs: str, shown: Sequence[ShuffledPiece]) -> SampleError:
-    events = sum((part.other_events for part in shown), Counter[str]())
-    there = f" with a value of where; other events are {', '.join(events)}" if events else ""
-    return SampleError(f"{logs}: the impressions have not one row{there}")
+        texts.append(f"{'' if events else 'all '}{reasons.total():,} rows are bad ({listed}){hint}")
+    return SampleError(f"{logs}, {IMPRESSIONS}: {'; '.join(texts) or 'not one row'}")
 
 
 def num_buckets(asked: int | None, pieces: Sequence[LogPiece], client: Client) -> int:

@@ -28,6 +28,7 @@ from pipeline.samples.mapping import (
     EVENT,
     IMAGE,
     KEY,
+    PER_SECOND,
     CsvRows,
     CsvSettings,
     EventRows,
@@ -74,7 +75,6 @@ _CSV_ROW_BYTES = 60  # for a guess at the number of rows
 CLICK = 2  # as the label of a row: it is a click alone, which labels an impression
 _OF_CLICKS = ("timestamp", "user", "item")  # what such a row has to have
 _SHOWN_EVENTS = 10  # values of other events that are told
-PER_SECOND = {"s": 1, "ms": 1_000, "us": MICROSECONDS, "ns": 1_000_000_000}
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ def _settled(storage: Storage, path: str, log: str, layout: TableLayout) -> Tabl
         unit = unit_of(times)
         layout = replace(layout, time_unit=unit)
         if unit != "s":
-            told.append(f"times such as {next(filter(str.isdigit, times))} are in {unit} since 1970")
+            told.append(f"times such as {next(each for each in times if each[:1].isdigit())} are in {unit} since 1970")
     if told:
         told_by = "; csv and time_unit of a mapping override it"
         print_summary(f"{log:<12} {storage.full(path)}: {', '.join(told)}{told_by}")
@@ -283,8 +283,13 @@ def _pieces(storage: Storage, empty: LogPiece) -> list[LogPiece]:
 
 
 def _files(storage: Storage, place: str, endings: tuple[str, ...]) -> list[str]:
-    """List the file at `place`, or those below it with these endings, but hidden ones."""
+    """List the file at `place`, or those below it with these endings, but hidden ones. Raises SampleOptionError."""
     found = [entry.path for entry in storage.entries(place)]
+    if any("/_delta_log/" in f"/{path}" or path.endswith(".metadata.json") for path in found):
+        raise SampleOptionError(
+            f"{storage.full(place)}: a table of Delta or Iceberg, whose files have removed rows too; write its rows as "
+            "Parquet first, as docs/OWN_DATA.md shows"
+        )
     if not found:
         with contextlib.suppress(FileNotFoundError):
             found = [storage.entry(place).path]

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -35,7 +36,7 @@ from featurestore.text import (
 )
 from pipeline.errors import SampleError, SampleOptionError
 
-TimeUnit = Literal["s", "ms", "us"]
+TimeUnit = Literal["s", "ms", "us", "ns"]
 ExtraKind = Literal["id", "multi_id", "dense"]
 
 IMAGE = "image"  # required unless the mapping says null: a name that was forgotten is not a log without images
@@ -87,8 +88,13 @@ class TableLayout:
     """Tables that have columns which the files of the log lack."""
 
     @property
+    def time_column(self) -> tuple[str, str | None]:
+        """The files and their column of times."""
+        return self.files, self.names.get("timestamp")
+
+    @property
     def unit(self) -> TimeUnit:
-        """The unit of whole numbers, once it was found."""
+        """The unit of numbers, once it was found."""
         return self.time_unit or "s"
 
     @property
@@ -263,7 +269,7 @@ class LogMapping(_Section):
     """Tables that have columns of items and of users which a log lacks."""
     csv: CsvSettings = CsvSettings()
     time_unit: TimeUnit | None = None
-    """Of times that are plain whole numbers; by default their size tells it."""
+    """Of times that are plain numbers; by default their size tells it."""
     time_format: Annotated[str, AfterValidator(_time_format)] | None = None
     """Of times that are not in ISO 8601, as Python's strptime takes it: "%d/%m/%Y %H:%M"."""
 
@@ -347,9 +353,9 @@ def load_mapping(path: Path) -> LogMapping:
 
 SWALLOWED = "a quoted value has other rows in it; is a quote not closed?"
 _FIRST_ROWS = 1000
-_WHOLE = re.compile(r"0|-?[1-9]\d{0,18}")
+_NUMBER = re.compile(r"(0|-?[1-9]\d{0,18})(\.\d{1,9})?")
 _LABELS = {"0": 0.0, "1": 1.0, "true": 1.0, "false": 0.0}
-_PER_UNIT = {"s": 1_000_000, "ms": 1_000, "us": 1}
+PER_SECOND = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
 
 Parsed = tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]  # values, and which could not be read; nulls are 0 and fine
 
@@ -390,8 +396,8 @@ def parse_times(column: Any, unit: TimeUnit, time_format: str | None = None) -> 
         if time_format is not None:
             with contextlib.suppress(ValueError):
                 moment = datetime.strptime(text, time_format)
-        if moment is None and _WHOLE.fullmatch(text):
-            return int(text) * _PER_UNIT[unit]
+        if moment is None and _NUMBER.fullmatch(text):
+            return int(Decimal(text) * 1_000_000 / PER_SECOND[unit])
         moment = moment or datetime.fromisoformat(text)
         moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
         return round(moment.timestamp() * 1_000_000)
@@ -400,10 +406,10 @@ def parse_times(column: Any, unit: TimeUnit, time_format: str | None = None) -> 
 
 
 def unit_of(times: Sequence[str]) -> TimeUnit:
-    """Find the unit of times that are whole numbers: from 1973 to 5138, their size is that of one unit alone."""
-    numbers = sorted(abs(int(text)) for text in map(str.strip, times) if _WHOLE.fullmatch(text))
+    """Find the unit of times that are numbers: from 1973 to 2262, their size is that of one unit alone."""
+    numbers = sorted(abs(int(Decimal(text))) for text in map(str.strip, times) if _NUMBER.fullmatch(text))
     middle = numbers[len(numbers) // 2] if numbers else 0
-    return "us" if middle >= 10**14 else "ms" if middle >= 10**11 else "s"
+    return "ns" if middle >= 10**17 else "us" if middle >= 10**14 else "ms" if middle >= 10**11 else "s"
 
 
 def parse_numbers(column: Any, decimal: str = ".") -> Parsed:

@@ -29,7 +29,7 @@ from trainer.errors import ConfigError, DataError
 from trainer.evaluation.predict import predict_run
 from trainer.samples.interop import table_of
 
-MOST_LINES = 460
+MOST_LINES = 500
 FACADE = ("__init__", "data", "models", "runs", "store", "tables")
 
 
@@ -189,6 +189,21 @@ def test_a_data_frame_keeps_its_index(run: cm.Run, model: cm.Model, impressions:
     lengths = [len(ads) for ads in groups.to_pydict()["ad_item"]]
     assert list(run.score(groups.slice(0, 2).to_pandas()).index) == [0] * lengths[0] + [1] * lengths[1]
     assert cm.open_store(run.config.data.store).to_pandas().shape[0] == 50
+
+
+@pytest.mark.services
+def test_samples_are_made_of_tables(tmp_path: Path) -> None:
+    """They are written next to the samples, those before replaced; their mapping stays as it is."""
+    times = [1_767_225_600 + 43_200 * at for at in range(8)]
+    log = {"ts": times, "user_id": ["ann", "bob"] * 4, "sku": ["a", "b", "c", "d"] * 2, "clicked": [1, 0, 0, 1] * 2}
+    made = cm.build_samples(pa.table(log), tmp_path / "samples")
+    assert (made["impressions"]["kept"], made["behaviors"]["rows"]) == (8, 4)
+    mapping = tmp_path / "samples-logs/mapping.yaml"
+    assert "label: clicked" in mapping.read_text() and (tmp_path / "samples/settings.yaml").is_file()
+    mapping.write_text(mapping.read_text().replace("log.parquet", "shown.parquet"))
+    made = cm.build_samples({"shown": pa.table(log).slice(0, 6)}, tmp_path / "samples")
+    assert made["impressions"]["kept"] == 6
+    assert [each.name for each in mapping.parent.glob("*.parquet")] == ["shown.parquet"]
 
 
 @pytest.mark.services

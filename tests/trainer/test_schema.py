@@ -1,6 +1,7 @@
 """Schema files and their mistakes, what crossmedia schema suggests and finds, and its counts of values."""
 
 import shutil
+from datetime import datetime
 from pathlib import Path
 
 import pyarrow as pa
@@ -233,7 +234,7 @@ def test_times_images_labels_and_lists_are_known_by_their_values(tmp_path):
     shown = {
         "when": [start_ms + 1000 * at for at in range(count)], "uid": [at % 4 for at in range(count)],
         "movieId": [at % 7 for at in range(count)], "motiv": [f"m/{at % 7}.jpg" for at in range(count)],
-        "gut": [at % 3 == 0 for at in range(count)],
+        "gut": [at % 3 == 0 for at in range(count)], "bis": [datetime(2026, 3, 1 + at % 9) for at in range(count)],
         "genres": ["Action|Comedy", "Drama", "Comedy|Drama", "Action|Drama|Kids", "Kids|Drama"] * (count // 5),
     }  # fmt: skip
     (tmp_path / "logs/shown").mkdir(parents=True)

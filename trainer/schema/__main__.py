@@ -217,7 +217,7 @@ def are_samples(storage: "Storage", label: str) -> bool:
     columns = look(storage, files[:1], None, LOOKED_AT).columns
     if label in columns:
         return columns[label].depth > 0
-    has_label = any(each.is_binary and each.num_different for each in columns.values())
+    has_label = any(each.is_binary for each in columns.values())
     has_lists = any(each.depth and each.content in ("integer", "real") for each in columns.values())
     return has_lists and (files[0].startswith(("train/", "test/")) or not has_label)
 

@@ -60,8 +60,8 @@ class Column:
 
     @property
     def is_binary(self) -> bool:
-        """Whether all values are 0 or 1, as numbers, truth values or text."""
-        return not self.depth and {str(each) for each in self.examples(3)} <= {"0", "1", "0.0", "1.0"}
+        """Whether all values are 0 or 1, as numbers, truth values or text, and there is one."""
+        return not self.depth and set() < {str(each) for each in self.examples(3)} <= {"0", "1", "0.0", "1.0"}
 
     @property
     def limits(self) -> tuple[float, float] | None:

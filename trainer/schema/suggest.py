@@ -292,7 +292,7 @@ def _has_times(column: Column) -> bool:
     """Whether the values are times, of a type or text for them, or whole numbers of this century that mostly differ."""
     if column.content == "integer" and not column.depth and column.limits:
         low, high = column.limits
-        in_range = any(EPOCH_S[0] * unit <= low <= high < EPOCH_S[1] * unit for unit in (1, 1e3, 1e6))
+        in_range = any(EPOCH_S[0] * unit <= low <= high < EPOCH_S[1] * unit for unit in (1, 1e3, 1e6, 1e9))
         return in_range and 2 * column.num_different >= column.rows
     texts = column.examples(MOST_TRIED) if column.content == "text" and not column.depth else []
     is_written = any(all(_is_time(text, each) for text in texts) for each in (None, *TIME_FORMATS))

@@ -116,18 +116,18 @@ def test_another_service_at_the_address_is_named(words: bytes, reason: str):
 INTERRUPTED_JOB = """
 import os, time
 from pipeline.cluster.tasks import connect
-if __name__ == "__main__":
-    with connect(workers=1) as client:
-        try:
-            print(*client.run(os.getpid).values(), flush=True)
-            for _ in range(1200):  # a signal just before a sleep is seen after it
-                time.sleep(0.05)
-        except KeyboardInterrupt:
-            print("still working:", client.submit(sum, [1, 2]).result(timeout=10), flush=True)
+with connect(workers=1) as client:
+    try:
+        print(*client.run(os.getpid).values(), flush=True)
+        for _ in range(1200):  # a signal just before a sleep is seen after it
+            time.sleep(0.05)
+    except KeyboardInterrupt:
+        print("still working:", client.submit(sum, [1, 2]).result(timeout=10), flush=True)
 """
 
 
 def test_ctrl_c_reaches_the_job_and_not_its_workers(tmp_path: Path):
+    """The job is a script as users write it: its workers do not run it again, without an `if __name__ == ...`."""
     script = tmp_path / "job.py"
     script.write_text(INTERRUPTED_JOB)
     job = subprocess.Popen(

@@ -133,6 +133,15 @@ def test_log_that_gives_no_samples_is_named(message, log, options, client, tmp_p
     assert not Path(options.samples).exists()
 
 
+@pytest.mark.parametrize("theirs", ["_delta_log/00000000000000000000.json", "metadata/v1.metadata.json"])
+def test_a_table_whose_files_have_removed_rows_is_refused(theirs, options, client, tmp_path):
+    write(tmp_path / "logs", [table([shown(0)])], [table([done(0)])])
+    (tmp_path / "logs/impressions" / theirs).parent.mkdir()
+    (tmp_path / "logs/impressions" / theirs).touch()
+    with pytest.raises(SampleError, match="logs/impressions: a table of Delta or Iceberg"):
+        build_samples(options, client)
+
+
 def test_log_of_bad_rows_alone_is_named(build):
     with pytest.raises(SampleError, match=r"impressions: all 2 rows are bad \(label is not 0 or 1: 2, as 4\)"):
         build([shown(0, label=4), shown(1, label=5)], [done(0)])

@@ -158,15 +158,16 @@ def test_rows_to_score_are_all_impressions_and_events_that_tell_are_behaviours(s
     [
         (
             {"where": {"column": "event", "value": "shown", "clicked": "click"}},
-            "the impressions have not one row with a value of where; other events are view",
+            "impressions: not one good row with a value of where; other events are view",
         ),
         (
             {"where": {"column": "kind", "value": "view", "clicked": "click"}},
             "events.csv: column 'kind' is missing; there are ts, uid, sku",
         ),
+        ({"ad": {"kind": {"kind": "dense", "column": "event"}}}, "; 7 rows are bad (kind is no number: 6, as 'view'"),
         ({"where": {"column": "event", "value": []}}, "impressions.where.value"),
         ({"where": {"column": "event", "value": "view", "clicked": "view"}}, "view is a value of rows and of clicks"),
-        ({"where": {"column": "event", "value": "x", "clicked": "y"}}, "the impressions have not one row with a value"),
+        ({"where": {"column": "event", "value": "x", "clicked": "y"}}, "not one good row with a value of where"),
         ({"where": {"column": "event", "value": "view", "within_s": 0}}, "impressions.where.within_s"),
         (
             {"columns": MAPPING["impressions"]["columns"] | {"label": "price"}},

@@ -17,7 +17,7 @@ from pipeline.options import SampleOptions
 from pipeline.samples import logs as pieces_module
 from pipeline.samples.build import build_samples
 from pipeline.samples.logs import WantedRows
-from pipeline.samples.mapping import parse_times
+from pipeline.samples.mapping import parse_times, unit_of
 from tests.pipeline.samples.rows import (
     DAY_S,
     START_S,
@@ -150,6 +150,10 @@ def test_digits_are_a_time_of_the_given_format_and_only_otherwise_a_number():
     day_s = int(datetime(2026, 3, 20, tzinfo=UTC).timestamp())
     assert time_N.tolist() == [day_s * 1_000_000, 1767261610_000_000, 20261399_000_000]
     assert not wrong_N.any()
+    written = ["1767261610000000123", "1767261610123456.5"]
+    assert parse_times(pa.chunked_array([written]), "ns")[0].tolist() == [1767261610_000_000, 1767261610_123]
+    assert unit_of(written[:1]) == "ns" and unit_of(["1767261610.25"]) == "s"
+    assert parse_times(pa.chunked_array([["1767261610.25"]]), "s")[0].tolist() == [1767261610_250_000]
 
 
 def test_columns_of_other_encodings(options, client, tmp_path):
