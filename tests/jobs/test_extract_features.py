@@ -52,13 +52,14 @@ def test_the_summary_names_what_was_bad():
         seconds=2.0,
         store="/features",
         snapshot=7,
+        precision="float32",
     )
     for part in (
         "images       13 (1 other files ignored)", "new          2", "changed      1", "touched      1 (",
         "unchanged    6",
         "gone         5 (2 not listed, kept)", "quarantined  3: 2 empty file (a.jpg, c.jpg); 1 no such file (b.jpg)",
         "resolved     1 (", "duplicates   4 (", "computed     3 (2 images staged", "2.0 s, 2.0 images/s",
-        "/features, snapshot 7",
+        "/features, snapshot 7", "precision    float32",
     ):  # fmt: skip
         assert part in str(counts)
 

@@ -64,7 +64,7 @@ def make(client, tmp_path):
             store=str(tmp_path / store),
             weights="random:0",
             dtype="float32",
-            compute_dtype="float32",
+            precision="float32",
             batch_size=2,
             part_size=2,
             num_shards=4,
