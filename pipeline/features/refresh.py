@@ -25,7 +25,7 @@ from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
 from featurestore.upkeep.history import move_channel
 from pipeline import store_run
-from pipeline.cluster.tasks import Killed, run_alone, run_tasks
+from pipeline.cluster.tasks import END_S, Killed, run_alone, run_tasks
 from pipeline.errors import BackboneError, ClusterError, StoreRunError
 from pipeline.features import diff
 from pipeline.features import part as parts
@@ -403,7 +403,7 @@ class ImageRun(store_run.StoreRun):
         suspects = []
         with progress_bar("extracting", len(index_C), num_covered) as bar:
             calls = ((self._settings, part.name, images.refs(part.index_K)) for part in waiting)
-            for place, report in run_tasks(self.client, parts.extract_part, calls):
+            for place, report in run_tasks(self.client, parts.extract_part, calls, end_s=END_S):
                 if isinstance(report, Killed):
                     suspects.append(waiting[place])
                     continue
@@ -426,7 +426,7 @@ class ImageRun(store_run.StoreRun):
             (self.store, self.run_id, part.name, self.snapshot.version, part.copies.of(images)) for part in waiting
         )
         with progress_bar("copying", sum(len(part.copies.index_K) for part in waiting)) as bar:
-            for place, done in run_tasks(self.client, parts.copy_part, calls):
+            for place, done in run_tasks(self.client, parts.copy_part, calls, end_s=END_S):
                 if isinstance(done, Killed):
                     raise StoreRunError("copying rows brings the workers down: try a smaller --part-size")
                 bar.advance(len(waiting[place].copies.index_K))

@@ -2,6 +2,7 @@
 
 import contextlib
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from pipeline.errors import BackboneError, SourceError, StoreRunError, WeightsEr
 from pipeline.features.part import PartSettings, extract_part
 from pipeline.features.refresh import describe_network
 from pipeline.network import compute
-from pipeline.network.backbone import _cached_backbone, backbone, load_weights
+from pipeline.network.backbone import Backbone, _cached_backbone, backbone, load_weights
 from pipeline.network.layers import network_of
 from tests.cli import invoke
 from tests.metadata import metadata_of
@@ -204,6 +205,24 @@ def test_parts_of_a_run_that_failed_are_not_computed_again(make, mixed, photos, 
     assert len(summary.bad) == 6  # the staged reports remember the others
     assert FeatureStore.open(tmp_path / "features").snapshot().num_rows == 6
     assert not list((tmp_path / "features/staging").glob("*/*"))
+
+
+def test_no_part_of_a_failed_run_goes_on_once_its_error_is_here(make, photos, monkeypatch):
+    images, running = [], []
+
+    def features(network, pixels_BHWC):
+        images.append(pixels_BHWC.tobytes())
+        if images[-1] == images[0]:
+            raise OSError("disk full")
+        running.append(pixels_BHWC)
+        time.sleep(0.3)
+        running.pop()
+        return np.zeros((len(pixels_BHWC), 12), np.float32)
+
+    monkeypatch.setattr(Backbone, "features", features)
+    with pytest.raises(OSError, match="disk full"):
+        make(photos, part_size=1)
+    assert not running
 
 
 def test_features_of_another_network_or_dtype_are_refused(make, photos):
