@@ -10,7 +10,7 @@ the rounding in what it compiles, and multiplies integers.
 Letters of shapes: N images, B images of a batch, O output channels, C colours, H and W pixels, D feature width.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,6 +25,8 @@ INPUT_STEPS = 255  # 256 numbers, zero among them
 WEIGHT_STEPS = 127  # on each side of zero
 SMALLEST = 1e-12  # of what is divided by
 NUM_COLOURS = 3
+
+Ranges = tuple[tuple[str, float, float], ...]  # layer, smallest and largest input
 
 
 class _RoundedWeight(nn.Module):
@@ -44,20 +46,6 @@ class _RoundedWeight(nn.Module):
         return torch.fake_quantize_per_channel_affine(weight, self.scale_O, self.zero_O, 0, -WEIGHT_STEPS, WEIGHT_STEPS)
 
 
-class _Range:
-    """The smallest and the largest input of a layer, means of the images."""
-
-    def __init__(self) -> None:
-        self.low = self.high = 0.0  # sums
-        self.count = 0
-
-    def measure(self, _: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        flat_BN = inputs[0].flatten(1)
-        self.low += float(flat_BN.amin(1).clamp(max=0).sum())
-        self.high += float(flat_BN.amax(1).clamp(min=0).sum())
-        self.count += len(flat_BN)
-
-
 def calibrated(layers: nn.Module, pixels_NCHW: torch.Tensor) -> Int8Spec:
     """Measure ranges on two thirds of the images, at least 2 (normalised), and what int8 costs on the others.
 
@@ -65,19 +53,29 @@ def calibrated(layers: nn.Module, pixels_NCHW: torch.Tensor) -> Int8Spec:
     """
     held_out_BCHW = pixels_NCHW[-max(1, len(pixels_NCHW) // 3) :]
     measured_BCHW = pixels_NCHW[: -len(held_out_BCHW)]
-    found = {name: _Range() for name in _layers(layers)}
-    hooks = [layer.register_forward_pre_hook(found[name].measure) for name, layer in _layers(layers).items()]
-    _features(layers, measured_BCHW)
-    for hook in hooks:
-        hook.remove()
-    ranges = tuple((name, each.low / each.count, each.high / each.count) for name, each in found.items() if each.count)
+    ranges = _measured(layers, measured_BCHW)
     single_BD = _features(layers, held_out_BCHW)
     int8_BD = _features(rounded(layers, ranges), held_out_BCHW)
     cosine = float(torch.cosine_similarity(int8_BD, single_BD).mean())
     return Int8Spec(ranges=ranges, num_images=len(measured_BCHW), num_held_out=len(held_out_BCHW), mean_cosine=cosine)
 
 
-def rounded(layers: nn.Module, ranges: Iterable[tuple[str, float, float]]) -> nn.Module:
+def _measured(layers: nn.Module, pixels_NCHW: torch.Tensor) -> Ranges:
+    """Find the smallest and the largest input of each layer: means of the images, with zero between them."""
+    found = {name: list[torch.Tensor]() for name in _layers(layers)}
+
+    def hook(into: list[torch.Tensor]) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+        return lambda _, inputs: into.append(torch.stack(torch.aminmax(inputs[0].flatten(1), dim=1)))
+
+    hooks = [layer.register_forward_pre_hook(hook(found[name])) for name, layer in _layers(layers).items()]
+    _features(layers, pixels_NCHW)
+    for each in hooks:
+        each.remove()
+    means = {name: torch.cat(parts_2B, 1).mean(1).tolist() for name, parts_2B in found.items() if parts_2B}
+    return tuple((name, min(low, 0.0), max(high, 0.0)) for name, (low, high) in means.items())
+
+
+def rounded(layers: nn.Module, ranges: Ranges) -> nn.Module:
     """Let the layers round from now on, and return them. Raises BackboneError for ranges of another network."""
     there = _layers(layers)
     for name, low, high in ranges:

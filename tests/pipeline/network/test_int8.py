@@ -54,4 +54,4 @@ def test_inputs_and_each_channels_weights_have_at_most_256_numbers() -> None:
 
 def test_ranges_of_another_network_are_refused() -> None:
     with pytest.raises(BackboneError, match="the store has a range for stem, which this version of the network lacks"):
-        rounded(network(), [("stem", 0.0, 1.0)])
+        rounded(network(), (("stem", 0.0, 1.0),))
