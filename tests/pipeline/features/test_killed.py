@@ -27,7 +27,7 @@ from pipeline.options import ExtractOptions, RefreshOptions
 from tests.metadata import metadata_of
 
 BIN, JOBS = Path(sys.executable).parent, Path(__file__).parents[3] / "jobs"
-NETWORK = "mobilenet_v3_small:avgpool"  # small: each worker that starts builds it again
+NETWORK = "alexnet:flatten"  # few layers: each worker that starts builds it again
 SLOW_DECODER = """
 import time
 from pipeline.features import part as parts

@@ -13,7 +13,7 @@ from torchvision import models
 
 from pipeline.errors import BackboneError, WeightsError
 from pipeline.images.decode import prepare
-from pipeline.network import DEFAULT_BACKBONE, check_weights_name
+from pipeline.network import DEFAULT_BACKBONE, check_weights_name, compute
 from pipeline.network import backbone as weights_module
 from pipeline.network.backbone import Backbone, check_network, load_weights, weights_digest
 from pipeline.network.layers import feature_dim, network_of
@@ -38,6 +38,12 @@ def state():
 def drawn():
     """Weights of the default network with random:0, drawn once: there are 117 million."""
     return load_weights(vgg16(), "random:0")
+
+
+@pytest.fixture
+def by_torch(monkeypatch):
+    """Spares seconds for OpenVINO to compile a network: test_compute.py compares both, and here a small one does."""
+    monkeypatch.setattr(compute, "can_compile", lambda precision: False)
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +82,7 @@ def class_token(network, pixels_BCHW):
     return network.encoder(torch.cat([network.class_token.expand(len(tokens), -1, -1), tokens], 1))[:, 0]
 
 
+@pytest.mark.usefixtures("by_torch")
 def test_bfloat16_is_close(draw, default, drawn, monkeypatch):
     pixels_BHWC = np.stack([np.asarray(draw(seed, 224, 224)) for seed in range(2)])
     monkeypatch.setattr(weights_module, "load_weights", lambda *_: drawn)  # not drawn twice
@@ -96,7 +103,9 @@ def test_bfloat16_is_close(draw, default, drawn, monkeypatch):
         ("inception_v3:fc", whole, {"transform_input": True, "init_weights": False}),
     ],
 )
-def test_features_are_those_of_torchvisions_own_forward(name, layers, arguments, photos, default, drawn):
+def test_features_are_those_of_torchvisions_own_forward(name, layers, arguments, photos, default, drawn, request):
+    if name != SMALL:
+        request.getfixturevalue("by_torch")
     paths = sorted(photos.iterdir())[:2]
     single = default if name == DEFAULT_BACKBONE else Backbone(name, "random:0", "float32")
     filled = drawn if name == DEFAULT_BACKBONE else load_weights(network_of(name, "random:0"), "random:0")
