@@ -68,6 +68,7 @@ RandomId = Annotated[str, pydantic.AfterValidator(_check_id)]
 OptionalId = Annotated[str, pydantic.AfterValidator(lambda text: text and _check_id(text))]  # empty: none was given
 Version = Annotated[int, pydantic.Field(ge=0, le=MAX_VERSION)]  # 0 is the empty store
 Count = Annotated[int, pydantic.Field(ge=0, le=MAX_VERSION)]  # of rows or bytes: an int64
+Finite = Annotated[float, pydantic.Field(allow_inf_nan=False)]
 ModelT = TypeVar("ModelT", bound=pydantic.BaseModel)
 
 
@@ -83,6 +84,19 @@ class Sealed(Frozen):
     format_version: int = FORMAT_VERSION
 
 
+class Int8Spec(Frozen):
+    """A network in int8: the range of what each layer takes, measured on images, and what rounding costs."""
+
+    ranges: tuple[tuple[str, Finite, Finite], ...]  # layer, smallest and largest input
+    num_images: Count  # of which the ranges are
+    num_held_out: Count  # others, on which the features are compared with those in float32
+    mean_cosine: Finite  # of both
+
+    def __str__(self) -> str:
+        """Name the precision, and say what it costs."""
+        return f"int8 (cosine {self.mean_cosine:.4f} with float32, on {self.num_held_out} images)"
+
+
 class ExtractorSpec(Frozen):
     """The network that made the features; features of two networks never mix in one store."""
 
@@ -91,6 +105,16 @@ class ExtractorSpec(Frozen):
     weights_digest: str
     preprocessing: str
     compute_dtype: str
+    int8: Int8Spec | None = None  # where compute_dtype is int8, and only there
+
+    @pydantic.model_serializer(mode="wrap")
+    def _as_written(self, serialize: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return _without_none(serialize(self), "int8")
+
+    @property
+    def precision(self) -> str | Int8Spec:
+        """In which the network multiplies: `compute_dtype`, or `int8` with all that it needs."""
+        return self.int8 or self.compute_dtype
 
     @property
     def digest(self) -> str:

@@ -11,10 +11,9 @@ import click
 import typer
 
 from featurestore.console.commandline import on_this_machine, power_of_two, takes
-from featurestore.lookup import AutoDType
 from featurestore.text import DType
 from pipeline.cluster.submit import cluster_of_job, submit
-from pipeline.network import DEFAULT_BACKBONE
+from pipeline.network import DEFAULT_BACKBONE, PrecisionName
 
 Options = TypeVar("Options")
 
@@ -141,12 +140,16 @@ class ExtractOptions:
         ),
     ] = "imagenet"
     dtype: DTypeOption = None
-    compute_dtype: Annotated[
-        Literal["auto", AutoDType],
+    precision: Annotated[
+        Literal["auto", PrecisionName],
         typer.Option(
-            help="In which the network computes; auto is bfloat16 where all workers' hardware is quick at it."
+            help="In which the network multiplies. auto: as the store does; a new one in bfloat16 where all workers'"
+            " hardware is quick at it, else in float32. int8 is calibrated on some of the images."
         ),
     ] = "auto"
+    least_cosine: Annotated[
+        float, typer.Option(min=-1, max=1, help="Refuse int8 where its features have a smaller one with float32's.")
+    ] = 0.99
     batch_size: BatchOption = 16
     part_size: PartOption = 256
     num_shards: NumShardsOption = None
@@ -174,9 +177,9 @@ class RefreshOptions:
         str | None,
         typer.Option(help="The store's weights: imagenet, random:SEED or a file.", show_default="the store's"),
     ] = None
-    compute_dtype: Annotated[
-        AutoDType | None,
-        typer.Option(help="In which the network computes; it must be the store's.", show_default="the store's"),
+    precision: Annotated[
+        PrecisionName | None,
+        typer.Option(help="In which the network multiplies; it must be the store's.", show_default="the store's"),
     ] = None
     batch_size: BatchOption = 16
     part_size: PartOption = 256

@@ -60,7 +60,7 @@ TWO_RANKS = (
 )
 """--gloo: without it, horovodrun first looks for MPI."""
 ON_DASK = "dask-submit -n 1 --threads-per-worker 1 jobs"
-NETWORK = "--weights random:1 --backbone mobilenet_v3_small:avgpool --compute-dtype float32"
+NETWORK = "--weights random:1 --backbone mobilenet_v3_small:avgpool --precision float32"
 SET = (
     "--set run.dir=runs --set run.threads=1 --set model.compute_dtype=float32 --set train.checkpoint_every_s=null "
     "--set data.samples=samples --set data.cache_dir=cache --set data.global_batch_size=128 --set run.name"

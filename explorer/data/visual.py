@@ -188,9 +188,8 @@ def _network(info: StoreInfo) -> "Backbone":
     from pipeline.network.backbone import backbone
 
     assert info.network is not None
-    compute_dtype: Any = info.extractor.compute_dtype
     try:
-        network = backbone(info.network.backbone, info.network.weights, compute_dtype)
+        network = backbone(info.network.backbone, info.network.weights, info.extractor.precision)
     except UserError as error:
         raise ExplorerError(f"The store's network cannot be built on this machine: {error}") from error
     if network.spec != info.extractor:

@@ -30,7 +30,7 @@ def info(url: Url, version: Version = None) -> None:
     store = FeatureStore.open(url)
     snapshot = store.snapshot(version)
     manifest = snapshot.manifest
-    extractor = store.info.extractor.model_dump()
+    extractor = store.info.extractor.model_dump(exclude={"int8"}) | {"compute_dtype": store.info.extractor.precision}
     lines = {
         "store": store.url,
         "feature": store.info.name,

@@ -23,13 +23,12 @@ from distributed import get_worker
 from featurestore.format.rows import FeatureRows
 from featurestore.format.shard import take_rows
 from featurestore.keys import AnyArray, Int64Array, shard_of, splitmix64
-from featurestore.lookup import AutoDType
 from featurestore.parsing import parse_json
 from featurestore.snapshot import Snapshot
+from featurestore.spec import ExtractorSpec, Int8Spec
 from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
-from featurestore.text import DType
-from pipeline.errors import BadImageError, WeightsError
+from pipeline.errors import BackboneError, BadImageError, WeightsError
 from pipeline.features.diff import ImageCopy
 from pipeline.images.decode import Pixels, Preset, prepare
 from pipeline.images.imagetable import ImageRef
@@ -56,9 +55,7 @@ class PartSettings:
     run_id: str
     backbone: str  # MODEL:LAYER
     weights: str
-    spec_digest: str
-    compute_dtype: AutoDType
-    dtype: DType
+    extractor: ExtractorSpec
     batch_size: int
     workers_per_host: dict[str, int] = field(default_factory=dict)
 
@@ -113,8 +110,8 @@ def extract_part(
 
     from pipeline.network.backbone import backbone
 
-    network = backbone(settings.backbone, settings.weights, settings.compute_dtype)
-    if network.spec.digest != settings.spec_digest:
+    network = backbone(settings.backbone, settings.weights, settings.extractor.precision)
+    if network.spec != settings.extractor:
         raise WeightsError(f"weights {settings.weights}: other values on this worker than on the first one")
     torch.set_num_threads(torch_threads(settings.workers_per_host))
     store = FeatureStore.open(settings.store)
@@ -158,6 +155,25 @@ def try_image(settings: PartSettings, ref: ImageRef) -> None:
     from pipeline.network.layers import preset_of
 
     _Loader(preset_of(settings.backbone, settings.weights)).load(ref)
+
+
+def calibrate(backbone_name: str, weights: str, refs: Sequence[ImageRef]) -> Int8Spec:
+    """Measure what the network needs for int8, and what that costs, on the good ones of these images.
+
+    Raises BackboneError where there are not two of them, WeightsError.
+    """
+    from pipeline.network.backbone import load_weights
+    from pipeline.network.compute import normalised
+    from pipeline.network.int8 import calibrated
+    from pipeline.network.layers import network_of
+
+    network = network_of(backbone_name, weights)
+    loaded = in_order(_Loader(network.preset).load, refs, LEAST_DECODE_THREADS, 2 * LEAST_DECODE_THREADS)
+    good = [image.pixels.pixels_HWC for image in loaded if image.pixels is not None]
+    if len(good) < 2:
+        raise BackboneError(f"int8 is calibrated on 2 images or more, and {len(good)} of {len(refs)} can be used")
+    layers = network.filled(load_weights(network, weights))
+    return calibrated(layers, normalised(np.stack(good), network.preset))
 
 
 def torch_threads(workers_per_host: dict[str, int]) -> int:

@@ -8,31 +8,33 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, cast
+from typing import Any
 
 import numpy as np
 from distributed import Client
 
 from featurestore.console.output import progress_bar
 from featurestore.errors import SpecMismatchError, StoreNotFoundError
-from featurestore.keys import BoolArray, Int64Array
+from featurestore.keys import BoolArray, Int64Array, splitmix64
 from featurestore.lookup import AutoDType, dtype_of_environment, dtype_of_machine
 from featurestore.published.versions import check_channel_name
 from featurestore.snapshot import Snapshot
-from featurestore.spec import ExtractorSpec, NetworkName, StoreInfo
+from featurestore.spec import ExtractorSpec, Int8Spec, NetworkName, StoreInfo
 from featurestore.staging import QuarantineRow
 from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
 from featurestore.upkeep.history import move_channel
 from pipeline import store_run
-from pipeline.cluster.tasks import Killed, run_alone, run_tasks
+from pipeline.cluster.tasks import END_S, Killed, run_alone, run_tasks
 from pipeline.errors import BackboneError, ClusterError, StoreRunError
 from pipeline.features import diff
 from pipeline.features import part as parts
 from pipeline.images.imagetable import ImageTable, Listing
 from pipeline.images.source import list_images
-from pipeline.network import check_weights_name
+from pipeline.network import Precision, check_weights_name
 from pipeline.options import ExtractOptions, RefreshOptions
+
+CALIBRATION_IMAGES = 96  # for int8: two thirds to measure ranges, the others to compare it with float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +57,7 @@ class RefreshSummary:
     seconds: float
     store: str
     snapshot: int  # version after the run
+    precision: str  # in which the store's network multiplies
     channel: str | None = None  # points to it from now on
 
     @property
@@ -78,6 +81,7 @@ class RefreshSummary:
             f"resolved     {self.num_resolved:,} (were in quarantine)",
             f"duplicates   {self.num_duplicates:,} (feature copied from equal bytes)",
             f"computed     {self.num_computed:,} ({self.num_resumed:,} images staged by an earlier run)",
+            f"precision    {self.precision}",
             f"time         {self.seconds:.1f} s, {self.images_per_s:.1f} images/s",
             f"store        {self.store}, snapshot {self.snapshot}",
         ]
@@ -155,6 +159,7 @@ def bring_up_to_date(
         seconds=time.monotonic() - start_s,
         store=store.url,
         snapshot=version,
+        precision=str(store.info.extractor.precision),
         channel=options.channel,
     )
 
@@ -193,30 +198,30 @@ def _as_stored(options: RefreshOptions, info: StoreInfo) -> RefreshOptions:
     """Fill in what the options leave open as the store has it. Raises WeightsError, SpecMismatchError."""
     model = info.extractor.backbone.removeprefix("torchvision ")
     network = info.network or NetworkName(backbone=f"{model}:{info.extractor.layer}", weights="imagenet")
-    stored_dtype = info.extractor.compute_dtype
-    if options.compute_dtype not in (None, stored_dtype):
-        raise SpecMismatchError(
-            f"compute_dtype={options.compute_dtype}, and the features at {options.store} were computed in"
-            f" {stored_dtype}: leave the option away, or use another store"
-        )
+    _check_precision(options.precision, info.extractor, options.store)
     return replace(
         options,
         backbone=options.backbone or network.backbone,
         weights=check_weights_name(options.weights or network.weights),
-        compute_dtype=cast("AutoDType", stored_dtype),
     )
 
 
+def _check_precision(asked: str | None, extractor: ExtractorSpec, store: str) -> None:
+    if asked not in (None, "auto", extractor.compute_dtype):
+        raise SpecMismatchError(
+            f"--precision {asked}, and the features at {store} were computed in {extractor.compute_dtype}: leave the"
+            " option away, or use another store"
+        )
+
+
 def _settings(options: RefreshOptions, client: Client, store: FeatureStore) -> parts.PartSettings:
-    assert options.backbone and options.weights and options.compute_dtype
+    assert options.backbone and options.weights
     return parts.PartSettings(
         store=store.url,
         run_id=store_run.run_id_of(store.info.digest, Storage(options.images).url, options.part_size),
         backbone=options.backbone,
         weights=options.weights,
-        spec_digest=store.info.extractor.digest,
-        compute_dtype=options.compute_dtype,
-        dtype=store.info.dtype,
+        extractor=store.info.extractor,
         batch_size=options.batch_size,
         workers_per_host=workers_per_host(client),
     )
@@ -224,21 +229,19 @@ def _settings(options: RefreshOptions, client: Client, store: FeatureStore) -> p
 
 def _check_network(client: Client, store: FeatureStore, settings: parts.PartSettings) -> None:
     """Raise SpecMismatchError, naming what differs, unless the workers build the store's own network."""
-    spec = describe_network(client, settings.backbone, settings.weights, settings.compute_dtype)
+    spec = describe_network(client, settings.backbone, settings.weights, settings.extractor.precision)
     store.info.model_copy(update={"extractor": spec}).check_same(store.info, f"the store at {store.url}")
 
 
-def describe_network(
-    client: Client, backbone_name: str, weights: str, compute_dtype: AutoDType | Literal["auto"]
-) -> ExtractorSpec:
+def describe_network(client: Client, backbone_name: str, weights: str, precision: Precision) -> ExtractorSpec:
     """Give the spec of the network as a worker builds it, which keeps it; this process does without torch.
 
     `auto` is what our environment names, else bfloat16 where the hardware of all workers is quick at it, else float32.
     Raises BackboneError, WeightsError; ClusterError where the workers die of it.
     """
-    if compute_dtype == "auto":
-        compute_dtype = _settled_dtype(client)
-    spec: ExtractorSpec | Killed = run_alone(client, _spec_of, backbone_name, weights, compute_dtype)
+    if precision == "auto":
+        precision = _settled_dtype(client)
+    spec: ExtractorSpec | Killed = run_alone(client, _spec_of, backbone_name, weights, precision)
     if isinstance(spec, Killed):
         raise ClusterError("building the network brings the workers down: is there memory for 1 GB more in each?")
     return spec
@@ -254,10 +257,10 @@ def _settled_dtype(client: Client) -> AutoDType:
     return "bfloat16" if set(client.run(dtype_of_machine).values()) == {"bfloat16"} else "float32"
 
 
-def _spec_of(backbone_name: str, weights: str, compute_dtype: AutoDType) -> ExtractorSpec:
+def _spec_of(backbone_name: str, weights: str, precision: Precision) -> ExtractorSpec:
     from pipeline.network.backbone import backbone
 
-    return backbone(backbone_name, weights, compute_dtype).spec
+    return backbone(backbone_name, weights, precision).spec
 
 
 def _check_gone(options: RefreshOptions, num_gone: int, comparison: diff.Comparison, fault: str) -> None:
@@ -268,9 +271,9 @@ def _check_gone(options: RefreshOptions, num_gone: int, comparison: diff.Compari
 def extract(options: ExtractOptions, client: Client) -> RefreshSummary:
     """Do as `pipeline.features.refresh.refresh`, but make a new store, and keep the rows of other images.
 
-    Raises SourceError, WeightsError, SpecMismatchError, StoreRunError, ClusterError and the errors of storage; what
-    was staged by then stays for the next run. A compact store is made by the basis of `options.reduce`, and keeps its
-    own basis without the option. Random weights give an UntrainedWeightsWarning.
+    Raises SourceError, BackboneError, WeightsError, SpecMismatchError, StoreRunError, ClusterError and the errors of
+    storage; what was staged by then stays for the next run. A compact store is made by the basis of `options.reduce`,
+    and keeps its own basis without the option. Random weights give an UntrainedWeightsWarning.
     """
     from pipeline.network.backbone import warn_if_untrained  # loads Torch, which a refresh does not need
     from pipeline.network.layers import feature_dim
@@ -283,7 +286,9 @@ def extract(options: ExtractOptions, client: Client) -> RefreshSummary:
     compact = None if options.reduce is None else _compact(options.reduce)
     listing = list_images(options.images)
     store_run.wait_for_worker(client)
-    spec = describe_network(client, options.backbone, weights, options.compute_dtype)
+    known = store_run.find_store(options.store) or compact
+    precision = _precision_for(options, client, weights, listing.images, known)
+    spec = describe_network(client, options.backbone, weights, precision)
     asked = {
         "num_shards": options.num_shards,
         "name": options.name,
@@ -298,13 +303,37 @@ def extract(options: ExtractOptions, client: Client) -> RefreshSummary:
         store=options.store,
         backbone=options.backbone,
         weights=weights,
-        compute_dtype=cast("AutoDType", spec.compute_dtype),
         batch_size=options.batch_size,
         part_size=options.part_size,
         keep_missing=True,
         channel=options.channel,
     )
     return bring_up_to_date(refreshed, client, store, listing, "extract", start_s)
+
+
+def _precision_for(
+    options: ExtractOptions, client: Client, weights: str, images: ImageTable, known: FeatureStore | None
+) -> Precision:
+    """Return the precision of a `known` store, else that of the options; for a new store in int8, calibrate it.
+
+    That takes the images of the smallest hashes, so the same ones when it is done again. Raises SpecMismatchError for
+    another precision than the store's; BackboneError where int8 keeps too little of the features; ClusterError.
+    """
+    if known is not None:
+        _check_precision(options.precision, known.info.extractor, known.url)
+        return known.info.extractor.precision
+    if options.precision != "int8":
+        return options.precision
+    refs = images.refs(np.argsort(splitmix64(images.keys()))[:CALIBRATION_IMAGES])
+    int8: Int8Spec | Killed = run_alone(client, parts.calibrate, options.backbone, weights, refs)
+    if isinstance(int8, Killed):
+        raise ClusterError("calibrating int8 brings the workers down: more memory, or another precision, may help")
+    if not int8.mean_cosine >= options.least_cosine:
+        raise BackboneError(
+            f"int8 keeps too little of {options.backbone}: its features have a cosine of {int8.mean_cosine:.4f} with"
+            f" float32's, and --least-cosine is {options.least_cosine:g}; lower it, or take another --precision"
+        )
+    return int8
 
 
 def _compact(url: str) -> FeatureStore:
@@ -374,7 +403,7 @@ class ImageRun(store_run.StoreRun):
         suspects = []
         with progress_bar("extracting", len(index_C), num_covered) as bar:
             calls = ((self._settings, part.name, images.refs(part.index_K)) for part in waiting)
-            for place, report in run_tasks(self.client, parts.extract_part, calls):
+            for place, report in run_tasks(self.client, parts.extract_part, calls, end_s=END_S):
                 if isinstance(report, Killed):
                     suspects.append(waiting[place])
                     continue
@@ -397,7 +426,7 @@ class ImageRun(store_run.StoreRun):
             (self.store, self.run_id, part.name, self.snapshot.version, part.copies.of(images)) for part in waiting
         )
         with progress_bar("copying", sum(len(part.copies.index_K) for part in waiting)) as bar:
-            for place, done in run_tasks(self.client, parts.copy_part, calls):
+            for place, done in run_tasks(self.client, parts.copy_part, calls, end_s=END_S):
                 if isinstance(done, Killed):
                     raise StoreRunError("copying rows brings the workers down: try a smaller --part-size")
                 bar.advance(len(waiting[place].copies.index_K))

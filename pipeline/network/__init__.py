@@ -2,10 +2,17 @@
 
 import re
 from pathlib import Path
+from typing import Literal
 
+from featurestore.lookup import AutoDType
+from featurestore.spec import Int8Spec
 from pipeline.errors import WeightsError
 
 DEFAULT_BACKBONE = "vgg16:classifier.1"  # fc6 after its ReLU
+
+PrecisionName = Literal[AutoDType, "int8"]
+Precision = str | Int8Spec
+"""In which a network multiplies: float32, bfloat16, or int8 with all that it needs."""
 
 
 def check_weights_name(weights: str) -> str:

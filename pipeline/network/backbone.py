@@ -17,69 +17,63 @@ import numpy.typing as npt
 import torch
 import xxhash
 from torch import nn
-from torchvision.transforms import functional
 
 from featurestore.keys import Float32Array
-from featurestore.lookup import AutoDType
 from featurestore.spec import ExtractorSpec
 from pipeline.errors import WeightsError
-from pipeline.network import check_weights_name
+from pipeline.network import Precision, check_weights_name
+from pipeline.network.compute import Compute, compute_of, normalised
+from pipeline.network.int8 import rounded
 from pipeline.network.layers import Network, feature_dim, network_of
 
 _build_lock = threading.Lock()
 
 
 class Backbone:
-    """The network MODEL:LAYER with its weights, in evaluation, on the GPU when there is one.
+    """The network MODEL:LAYER with its weights, in evaluation.
 
-    `spec` says which network it is, `preset` what it wants done to images. Raises BackboneError, WeightsError; `warn`
-    as in `load_weights`. That it gives one vector per image is not asked here: `feature_dim` does, for all workers.
+    `spec` says which network it is, `preset` what it wants done to images. Raises BackboneError, WeightsError. That it
+    gives one vector per image is not asked here: `feature_dim` does, for all workers.
     """
 
-    def __init__(self, name: str, weights: str, compute_dtype: AutoDType, *, warn: bool = True) -> None:
+    def __init__(self, name: str, weights: str, precision: Precision) -> None:
         network = network_of(name, weights)
-        state = load_weights(network, weights, warn=warn)
+        state = load_weights(network, weights)
         self.preset = network.preset
         self.spec = ExtractorSpec(
             backbone=f"torchvision {network.model}",
             layer=network.layer,
             weights_digest=weights_digest(state),
             preprocessing=self.preset.record(),
-            compute_dtype=compute_dtype,
+            compute_dtype=precision if isinstance(precision, str) else "int8",
+            int8=None if isinstance(precision, str) else precision,
         )
-        self.dtype = getattr(torch, compute_dtype)
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.network = network.filled(state)
-        self.network.to(self.device, self.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.lock = threading.Lock()  # one batch at a time: each uses all of the process's torch threads
+        self._layers: nn.Module = network.filled(state)
+        self._lock = threading.Lock()  # one batch at a time: each uses all of the process's torch threads
 
-    def normalise(self, pixels_BHWC: npt.NDArray[np.uint8]) -> torch.Tensor:
-        """Scale pixels to what the network takes, (B, C, H, W) channels-last in the compute dtype, by torchvision."""
-        pixels_BCHW = torch.from_numpy(pixels_BHWC).to(self.device).permute(0, 3, 1, 2)
-        scaled = functional.convert_image_dtype(pixels_BCHW, torch.float32)
-        normal: torch.Tensor = functional.normalize(scaled, list(self.preset.mean), list(self.preset.std))
-        return normal.to(self.dtype, memory_format=torch.channels_last)
-
-    @torch.inference_mode()
     def features(self, pixels_BHWC: npt.NDArray[np.uint8]) -> Float32Array:
         """Compute features (B, D) of images that `pipeline.images.decode.prepare` made for this network's preset."""
-        with self.lock, torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            features_BD: Float32Array = self.network(self.normalise(pixels_BHWC)).float().cpu().numpy()
-        return features_BD
+        with self._lock:
+            return self._compute(normalised(pixels_BHWC, self.preset))
+
+    @functools.cached_property
+    def _compute(self) -> Compute:
+        """Make what computes, when it is first needed: this takes seconds, and a spec does without."""
+        layers = self.__dict__.pop("_layers")
+        if self.spec.int8 is not None:
+            layers = rounded(layers, self.spec.int8.ranges)
+        return compute_of(layers, self.preset.crop_height_width, self.spec.compute_dtype)
 
 
-def backbone(name: str, weights: str, compute_dtype: AutoDType) -> Backbone:
-    """Build the network once per process, and keep it until another one is asked for. Raises as `Backbone`.
-
-    For the workers: random weights give no warning here, `pipeline.features.refresh` gives it once for all of them.
-    """
+def backbone(name: str, weights: str, precision: Precision) -> Backbone:
+    """Build the network once per process, and keep it until another one is asked for. Raises as `Backbone`."""
     with _build_lock:
-        return _cached_backbone(name, weights, compute_dtype)
+        return _cached_backbone(name, weights, precision)
 
 
 @functools.lru_cache(maxsize=1)
-def _cached_backbone(name: str, weights: str, compute_dtype: AutoDType) -> Backbone:
-    return Backbone(name, weights, compute_dtype, warn=False)
+def _cached_backbone(name: str, weights: str, precision: Precision) -> Backbone:
+    return Backbone(name, weights, precision)
 
 
 NORMS = (nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)
@@ -108,18 +102,16 @@ def warn_if_untrained(weights: str) -> None:
         warnings.warn(f"weights {weights} {message}", UntrainedWeightsWarning, stacklevel=3)
 
 
-def load_weights(network: Network, weights: str, *, warn: bool = True) -> dict[str, torch.Tensor]:
+def load_weights(network: Network, weights: str) -> dict[str, torch.Tensor]:
     """Load the tensors of the network's layers, by torchvision's names; floating point ones in float32.
 
     `imagenet` is the model's default in torchvision's enum and `imagenet:ENTRY` another one (downloaded once, cached,
-    the hash checked), `random:SEED` a seeded He initialisation with an UntrainedWeightsWarning unless `warn` is false,
-    everything else a file with a state dict. Raises WeightsError.
+    the hash checked), `random:SEED` a seeded He initialisation, everything else a file with a state dict. Raises
+    WeightsError.
     """
     if weights.startswith("imagenet"):
         return _fitting(_downloaded(network), network, weights)
     if weights.startswith("random:"):
-        if warn:
-            warn_if_untrained(weights)
         return _random(network, int(weights.removeprefix("random:")))
     return _fitting(_from_file(Path(weights)), network, weights)
 

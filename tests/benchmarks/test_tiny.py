@@ -39,7 +39,7 @@ def figures_of(app: typer.Typer, folder: Path, *words: str) -> dict[str, Any]:
 def test_extract_draws_its_own_images(tmp_path: Path) -> None:
     figures = figures_of(extract.app, tmp_path, "--limit", "8", "--rounds", "1", "--batch-size", "4")
     assert figures["images"] == 8
-    assert figures["extract_vs_bare"] > 0
+    assert figures["extract_vs_bare"] > 0 and figures["int8_vs_torch"] > 0 and figures["int8_mean_cosine"] > 0.99
 
 
 @pytest.mark.long

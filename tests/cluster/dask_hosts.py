@@ -15,7 +15,7 @@ DASK_SUBMIT = Path(sys.executable).with_name("dask-submit")
 ROLES = ("SCHEDULER", "WORKER", "CLIENT")
 IMAGES = 40
 NETWORK = ["--backbone", "mobilenet_v3_small:avgpool", "--weights", "random:0"]
-EXTRACT = [*NETWORK, "--dtype", "float32", "--compute-dtype", "float32", "--batch-size", "2", "--part-size", "2"]
+EXTRACT = [*NETWORK, "--dtype", "float32", "--precision", "float32", "--batch-size", "2", "--part-size", "2"]
 SAME_ROWS = """
 import sys
 from tests.pipeline.features.test_killed import assert_same_rows

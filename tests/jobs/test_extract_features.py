@@ -52,13 +52,14 @@ def test_the_summary_names_what_was_bad():
         seconds=2.0,
         store="/features",
         snapshot=7,
+        precision="float32",
     )
     for part in (
         "images       13 (1 other files ignored)", "new          2", "changed      1", "touched      1 (",
         "unchanged    6",
         "gone         5 (2 not listed, kept)", "quarantined  3: 2 empty file (a.jpg, c.jpg); 1 no such file (b.jpg)",
         "resolved     1 (", "duplicates   4 (", "computed     3 (2 images staged", "2.0 s, 2.0 images/s",
-        "/features, snapshot 7",
+        "/features, snapshot 7", "precision    float32",
     ):  # fmt: skip
         assert part in str(counts)
 
@@ -72,7 +73,7 @@ def test_under_dask_submit_with_the_default_places(tmp_path):
         pixels = np.random.default_rng(number).integers(0, 256, (64, 64, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(images / f"{number}.jpg")
     (images / "text.jpg").write_text("a text")
-    network = ["--backbone", "mobilenet_v3_small:avgpool", "--weights", "random:0"]  # quickly built
+    network = ["--backbone", "alexnet:flatten", "--weights", "random:0"]  # quickly built
     command = [Path(sys.executable).with_name("dask-submit"), "-n", "1", JOB, *network]
     first = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert first.returncode == 0, first.stderr

@@ -189,7 +189,7 @@ def open_partition(config: Config, comm: Comm, place: StorePlace, chosen: Snapsh
 def kind_of_features(info: StoreInfo) -> dict[str, Any]:
     """Describe what E must not see change: ExtractorSpec, dimension, dtype and basis."""
     basis = {"basis": info.reduction.sha256} if info.reduction else {}
-    return {"dim": info.dim, "dtype": info.dtype, "extractor": info.extractor.model_dump(), **basis}
+    return {"dim": info.dim, "dtype": info.dtype, "extractor": info.extractor.model_dump(mode="json"), **basis}
 
 
 def records(places: list[StorePlace], partitions: Mapping[str, FeaturePartition]) -> dict[str, SnapshotId]:

@@ -8,11 +8,10 @@ import pytest
 
 from featurestore.store import FeatureStore
 from pipeline.features.refresh import extract, refresh
-from pipeline.network.backbone import backbone
+from pipeline.network.backbone import Backbone
 from pipeline.options import ExtractOptions, RefreshOptions
 from tests.metadata import metadata_of
-
-NETWORK = "mobilenet_v3_small:avgpool"  # small, and another than the tests of extraction use
+from tests.pipeline.network.tiny import TINY
 
 
 @pytest.fixture
@@ -34,7 +33,7 @@ def make(client, tmp_path):
     """Extracts the images into a new store."""
 
     def make(images, store="features", **options):
-        settings = {"backbone": NETWORK, "dtype": "float32", "compute_dtype": "float32", "num_shards": 4}
+        settings = {"backbone": TINY, "dtype": "float32", "precision": "float32", "num_shards": 4}
         settings |= {"weights": "random:0"} | options
         return extract(ExtractOptions(images=str(images), store=str(tmp_path / store), **settings), client)
 
@@ -50,14 +49,16 @@ def run(client, tmp_path):
 
 
 @pytest.fixture
-def computed(client):
+def computed(monkeypatch):
     """Images of each pass through the network."""
-    rows = []
-    hook = backbone(NETWORK, "random:0", "float32").network.register_forward_hook(
-        lambda network, inputs, output: rows.append(len(output))
-    )
-    yield rows
-    hook.remove()
+    rows, features = [], Backbone.features
+
+    def counted(network, pixels_BHWC):
+        rows.append(len(pixels_BHWC))
+        return features(network, pixels_BHWC)
+
+    monkeypatch.setattr(Backbone, "features", counted)
+    return rows
 
 
 def counts(summary):

@@ -2,12 +2,12 @@
 
 import contextlib
 import shutil
+import time
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision.models import MobileNet_V3_Small_Weights, mobilenet_v3_small
 
 from featurestore.errors import SpecMismatchError, StoreNotFoundError
 from featurestore.format.rows import to_float32
@@ -20,10 +20,13 @@ from jobs import extract_features
 from pipeline.errors import BackboneError, SourceError, StoreRunError, WeightsError
 from pipeline.features.part import PartSettings, extract_part
 from pipeline.features.refresh import describe_network
-from pipeline.network.backbone import backbone
+from pipeline.network import compute
+from pipeline.network.backbone import Backbone, _cached_backbone, backbone, load_weights
+from pipeline.network.layers import network_of
 from tests.cli import invoke
 from tests.metadata import metadata_of
-from tests.pipeline.features.conftest import NETWORK, change_everything, counts, rows_of
+from tests.pipeline.features.conftest import change_everything, counts, rows_of
+from tests.pipeline.network.tiny import TINY, Tiny, Tiny_Weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:weights random")
 
@@ -55,13 +58,10 @@ def stored(tmp_path, uris):
 @torch.inference_mode()
 def torchvision_features(paths):
     """torchvision's whole network, its own transform, images opened by Pillow as anyone would."""
-    with torch.device("meta"):
-        network = mobilenet_v3_small(weights=None)
-    state = backbone(NETWORK, "random:0", "float32").network.extractor.state_dict()
-    network.load_state_dict(state, strict=False, assign=True)
-    own = MobileNet_V3_Small_Weights.IMAGENET1K_V1.transforms()
+    network = Tiny()
+    network.load_state_dict(load_weights(network_of(TINY, "random:0"), "random:0"), strict=False)
+    own = Tiny_Weights.DEFAULT.transforms()
     pixels_BCHW = torch.stack([own(Image.open(path).convert("RGB")) for path in paths])
-    network.classifier = torch.nn.Identity()
     return network.eval()(pixels_BCHW).numpy()
 
 
@@ -84,7 +84,7 @@ def test_stored_rows_are_those_of_torchvisions_own_forward(make, photos, tmp_pat
 
 
 def test_bfloat16_is_close(make, photos, tmp_path):
-    make(photos, dtype="bfloat16", compute_dtype="bfloat16")
+    make(photos, dtype="bfloat16", precision="bfloat16")
     paths = sorted(photos.iterdir())
     rows_BD = stored(tmp_path, [path.name for path in paths])
     expected_BD = torchvision_features(paths)
@@ -92,17 +92,51 @@ def test_bfloat16_is_close(make, photos, tmp_path):
     assert ((rows_BD * expected_BD).sum(1) / norms_B).min() > 0.999
 
 
+def test_int8_is_calibrated_once_and_new_images_get_the_same(make, run, photos, tmp_path, draw, encode, monkeypatch):
+    with pytest.raises(
+        BackboneError,
+        match=r"keeps too little of tiny:last: .* cosine of \d\.\d{4} .* --least-cosine is 1; lower it",
+    ):
+        make(photos, precision="int8", least_cosine=1)
+    assert not (tmp_path / "features").exists()
+    (photos / "bad.jpg").write_text("no image")
+    summary = make(photos, precision="int8")
+    store = FeatureStore.open(tmp_path / "features")
+    spec = store.info.extractor.int8
+    assert (spec.num_images, spec.num_held_out, store.info.extractor.compute_dtype) == (3, 1, "int8")
+    assert f"precision    int8 (cosine {spec.mean_cosine:.4f} with float32, on 1 images)" in str(summary)
+    (photos / "new.jpg").write_bytes(encode(draw(70)))
+    for precision in ("float32", "bfloat16"):
+        with pytest.raises(SpecMismatchError, match=rf"--precision {precision}, .* computed in int8: leave the option"):
+            run(photos, precision=precision)
+        with pytest.raises(SpecMismatchError, match=rf"--precision {precision}, .* computed in int8: leave the option"):
+            make(photos, precision=precision)
+    assert run(photos, precision="int8").num_computed == 1
+    assert make(photos, precision="auto").num_unchanged == 5
+    assert FeatureStore.open(tmp_path / "features").info.extractor.int8 == spec
+
+    FeatureStore.open_or_create(tmp_path / "torch", store.info)  # of a machine that has no OpenVINO
+    monkeypatch.setattr(compute, "can_compile", lambda precision: False)
+    _cached_backbone.cache_clear()
+    assert make(photos, "torch", precision="auto").num_new == 5
+    make(photos, "single")
+    int8, by_torch, single = (numbers(tmp_path / name) for name in ("features", "torch", "single"))
+    np.testing.assert_allclose(by_torch, int8, rtol=0, atol=1e-2 * np.abs(int8).max())
+    norms_B = np.linalg.norm(int8, axis=1) * np.linalg.norm(single, axis=1)
+    assert ((int8 * single).sum(1) / norms_B).min() > 0.99 and np.abs(int8 - single).max() > 1e-4
+
+
 def test_auto_is_what_the_environment_names_else_what_the_workers_are_quick_at(client, monkeypatch):
     monkeypatch.delenv(VARIABLE)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for quick, dtype in ((True, "bfloat16"), (False, "float32")):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda quick=quick: {"amx_bf16": quick})
-        assert describe_network(client, NETWORK, "random:0", "auto").compute_dtype == dtype
+        assert describe_network(client, TINY, "random:0", "auto").compute_dtype == dtype
     monkeypatch.setenv(VARIABLE, "bfloat16")
-    assert describe_network(client, NETWORK, "random:0", "auto").compute_dtype == "bfloat16"
+    assert describe_network(client, TINY, "random:0", "auto").compute_dtype == "bfloat16"
     monkeypatch.setenv(VARIABLE, "int8")
     with pytest.raises(BackboneError, match=r"CROSSMEDIA_COMPUTE_DTYPE=int8 is neither bfloat16 nor float32"):
-        describe_network(client, NETWORK, "random:0", "auto")
+        describe_network(client, TINY, "random:0", "auto")
 
 
 def test_equal_bytes_go_through_the_network_once(make, photos, computed, tmp_path):
@@ -173,6 +207,24 @@ def test_parts_of_a_run_that_failed_are_not_computed_again(make, mixed, photos, 
     assert not list((tmp_path / "features/staging").glob("*/*"))
 
 
+def test_no_part_of_a_failed_run_goes_on_once_its_error_is_here(make, photos, monkeypatch):
+    images, running = [], []
+
+    def features(network, pixels_BHWC):
+        images.append(pixels_BHWC.tobytes())
+        if images[-1] == images[0]:
+            raise OSError("disk full")
+        running.append(pixels_BHWC)
+        time.sleep(0.3)
+        running.pop()
+        return np.zeros((len(pixels_BHWC), 12), np.float32)
+
+    monkeypatch.setattr(Backbone, "features", features)
+    with pytest.raises(OSError, match="disk full"):
+        make(photos, part_size=1)
+    assert not running
+
+
 def test_features_of_another_network_or_dtype_are_refused(make, photos):
     make(photos)
     with pytest.raises(SpecMismatchError, match=r"extractor.weights_digest is"):
@@ -188,11 +240,9 @@ def test_a_worker_with_other_weights_than_the_first_one_stages_nothing(tmp_path)
     settings = PartSettings(
         store=str(tmp_path),
         run_id="run",
-        backbone=NETWORK,
+        backbone=TINY,
         weights="random:0",
-        spec_digest=backbone(NETWORK, "random:1", "float32").spec.digest,
-        compute_dtype="float32",
-        dtype="float32",
+        extractor=backbone(TINY, "random:1", "float32").spec,
         batch_size=2,
     )
     with pytest.raises(WeightsError, match="weights random:0: other values on this worker than on the first one"):
@@ -212,7 +262,7 @@ def job(client, tmp_path, monkeypatch):
     monkeypatch.setattr("pipeline.cluster.tasks.connect", lambda **kwargs: contextlib.nullcontext(client))
 
     def run_job(images, *args, store="features", code=0):
-        settings = ["--images", str(images), "--store", str(tmp_path / store), "--compute-dtype", "float32"]
+        settings = ["--images", str(images), "--store", str(tmp_path / store), "--precision", "float32"]
         result = invoke(extract_features.app, *settings, "--weights", "random:3", *args, code=code)
         return result.output
 
@@ -269,9 +319,9 @@ def test_stores_whose_basis_does_not_fit_are_named(make, folder, full, tmp_path)
     ):
         with pytest.raises(error, match=match):
             make(folder, "more", reduce=wrong)
-    with pytest.raises(SpecMismatchError, match=r"of another network; these rows have 512: backbone .*mobilenet"):
+    with pytest.raises(SpecMismatchError, match=r"of another network; these rows have 512: backbone .*tiny"):
         make(folder, "more", reduce=small, backbone="resnet18:avgpool")
-    with pytest.raises(SpecMismatchError, match=r"of another network; these rows have 576: weights_digest "):
+    with pytest.raises(SpecMismatchError, match=r"of another network; these rows have 12: weights_digest "):
         make(folder, "more", reduce=small, weights="random:1")
     assert not (tmp_path / "more").exists()
 

@@ -27,7 +27,7 @@ from pipeline.options import ExtractOptions, RefreshOptions
 from tests.metadata import metadata_of
 
 BIN, JOBS = Path(sys.executable).parent, Path(__file__).parents[3] / "jobs"
-NETWORK = "mobilenet_v3_small:avgpool"  # small: each worker that starts builds it again
+NETWORK = "alexnet:flatten"  # few layers: each worker that starts builds it again
 SLOW_DECODER = """
 import time
 from pipeline.features import part as parts
@@ -64,7 +64,7 @@ def make(client, tmp_path):
             store=str(tmp_path / store),
             weights="random:0",
             dtype="float32",
-            compute_dtype="float32",
+            precision="float32",
             batch_size=2,
             part_size=2,
             num_shards=4,

@@ -17,7 +17,6 @@ from pipeline.features.refresh import ImageRun, extract, refresh
 from pipeline.images.source import files_below, read_image
 from pipeline.options import ExtractOptions, RefreshOptions
 from tests.pipeline.features.conftest import (
-    NETWORK,
     change_everything,
     counts,
     files_of,
@@ -26,6 +25,7 @@ from tests.pipeline.features.conftest import (
     rows_of,
     touch,
 )
+from tests.pipeline.network.tiny import TINY
 
 pytestmark = pytest.mark.filterwarnings("ignore:weights random")
 
@@ -176,13 +176,13 @@ def test_the_network_is_the_stores_own(make, run, write, tmp_path, client):
         run(folder)
     make(folder)
     write(c=3)
-    with pytest.raises(SpecMismatchError, match=r"compute_dtype=bfloat16, .* computed in float32"):
-        run(folder, compute_dtype="bfloat16")
+    with pytest.raises(SpecMismatchError, match=r"--precision bfloat16, .* computed in float32: leave the option away"):
+        run(folder, precision="bfloat16")
     with pytest.raises(SpecMismatchError, match=r"extractor.weights_digest"):
         run(folder, weights="random:1")
-    with pytest.raises(SpecMismatchError, match=r"extractor.backbone is 'torchvision mobilenet_v3_small'"):
+    with pytest.raises(SpecMismatchError, match=r"extractor.backbone is 'torchvision tiny'"):
         run(folder, backbone="shufflenet_v2_x0_5:fc")
-    assert run(folder, backbone=NETWORK, weights="random:0", compute_dtype="float32").num_new == 1
+    assert run(folder, backbone=TINY, weights="random:0", precision="float32").num_new == 1
 
 
 def test_images_without_a_tag_are_compared_by_their_bytes(make, run, write, monkeypatch, tmp_path):
@@ -207,9 +207,9 @@ def test_images_and_store_on_s3_by_their_etags(client, make, write, s3_url, tmp_
         store=f"{s3_url}/features",
         weights="random:0",
         dtype="float32",
-        compute_dtype="float32",
+        precision="float32",
         num_shards=4,
-        backbone=NETWORK,
+        backbone=TINY,
     )
     extract(extracted, client)
     options = RefreshOptions(images=f"{s3_url}/photos", store=f"{s3_url}/features")

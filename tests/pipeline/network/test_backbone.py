@@ -13,7 +13,7 @@ from torchvision import models
 
 from pipeline.errors import BackboneError, WeightsError
 from pipeline.images.decode import prepare
-from pipeline.network import DEFAULT_BACKBONE, check_weights_name
+from pipeline.network import DEFAULT_BACKBONE, check_weights_name, compute
 from pipeline.network import backbone as weights_module
 from pipeline.network.backbone import Backbone, check_network, load_weights, weights_digest
 from pipeline.network.layers import feature_dim, network_of
@@ -31,14 +31,26 @@ def vgg16():
 @pytest.fixture(scope="module")
 def state():
     """Weights of a network of 2.5 million; what reads files is the same for all."""
-    with pytest.warns(UserWarning, match="random:0 are NOT pretrained"):
-        return load_weights(network_of(SMALL, "random:0"), "random:0")
+    return load_weights(network_of(SMALL, "random:0"), "random:0")
 
 
 @pytest.fixture(scope="module")
-def default():
-    """The default network with random:0 in float32, drawn once: it has 117 million weights."""
-    with pytest.warns(UserWarning, match="random:0 are NOT pretrained"):
+def drawn():
+    """Weights of the default network with random:0, drawn once: there are 117 million."""
+    return load_weights(vgg16(), "random:0")
+
+
+@pytest.fixture
+def by_torch(monkeypatch):
+    """Spares seconds for OpenVINO to compile a network: test_compute.py compares both, and here a small one does."""
+    monkeypatch.setattr(compute, "can_compile", lambda precision: False)
+
+
+@pytest.fixture(scope="module")
+def default(drawn):
+    """The default network in float32."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(weights_module, "load_weights", lambda *_: drawn)
         return Backbone(DEFAULT_BACKBONE, "random:0", "float32")
 
 
@@ -70,11 +82,10 @@ def class_token(network, pixels_BCHW):
     return network.encoder(torch.cat([network.class_token.expand(len(tokens), -1, -1), tokens], 1))[:, 0]
 
 
-@pytest.mark.filterwarnings("ignore:weights random")
-def test_bfloat16_is_close(draw, default, monkeypatch):
+@pytest.mark.usefixtures("by_torch")
+def test_bfloat16_is_close(draw, default, drawn, monkeypatch):
     pixels_BHWC = np.stack([np.asarray(draw(seed, 224, 224)) for seed in range(2)])
-    drawn = {key.removeprefix("extractor."): value for key, value in default.network.state_dict().items()}
-    monkeypatch.setattr(weights_module, "load_weights", lambda *_, **__: drawn)  # not drawn twice
+    monkeypatch.setattr(weights_module, "load_weights", lambda *_: drawn)  # not drawn twice
     half = Backbone(DEFAULT_BACKBONE, "random:0", "bfloat16")
     single_BD, half_BD = (network.features(pixels_BHWC) for network in (default, half))
     norms_B = np.linalg.norm(half_BD, axis=1) * np.linalg.norm(single_BD, axis=1)
@@ -82,7 +93,6 @@ def test_bfloat16_is_close(draw, default, monkeypatch):
 
 
 @pytest.mark.long
-@pytest.mark.filterwarnings("ignore:weights random")
 @pytest.mark.parametrize(
     ("name", "layers", "arguments"),
     [
@@ -93,10 +103,12 @@ def test_bfloat16_is_close(draw, default, monkeypatch):
         ("inception_v3:fc", whole, {"transform_input": True, "init_weights": False}),
     ],
 )
-def test_features_are_those_of_torchvisions_own_forward(name, layers, arguments, photos, default):
+def test_features_are_those_of_torchvisions_own_forward(name, layers, arguments, photos, default, drawn, request):
+    if name != SMALL:
+        request.getfixturevalue("by_torch")
     paths = sorted(photos.iterdir())[:2]
     single = default if name == DEFAULT_BACKBONE else Backbone(name, "random:0", "float32")
-    filled = {key.removeprefix("extractor."): value for key, value in single.network.state_dict().items()}
+    filled = drawn if name == DEFAULT_BACKBONE else load_weights(network_of(name, "random:0"), "random:0")
     images = [Image.open(path).convert("RGB") for path in paths]
     expected_BD = torchvision_features(name.partition(":")[0], filled, layers, images, **arguments)
     pixels_BHWC = np.stack([prepare(path.read_bytes(), single.preset).pixels_HWC for path in paths])
@@ -188,10 +200,9 @@ def test_other_threads_compute_while_a_network_is_cut():
 
 
 def test_random_weights_are_seeded():
-    with pytest.warns(UserWarning, match="NOT pretrained"):
-        state, again, other = (
-            load_weights(network_of("resnet18:avgpool", f"random:{seed}"), f"random:{seed}") for seed in (0, 0, 1)
-        )
+    state, again, other = (
+        load_weights(network_of("resnet18:avgpool", f"random:{seed}"), f"random:{seed}") for seed in (0, 0, 1)
+    )
     assert weights_digest(again) == weights_digest(state) != weights_digest(other)
     spread = state["layer4.1.conv2.weight"].std().item()
     assert spread == pytest.approx((2 / (512 * 9)) ** 0.5, rel=0.01)  # He et al. 2015
@@ -204,9 +215,7 @@ def test_what_is_neither_weight_nor_norm_is_seeded_too():
     expected = torch.rand(3)
     torch.manual_seed(5)
     network = network_of("swin_t:flatten", "random:0")
-    first, again, other = (
-        load_weights(network, name, warn=False)[TABLE] for name in ("random:0", "random:0", "random:1")
-    )
+    first, again, other = (load_weights(network, name)[TABLE] for name in ("random:0", "random:0", "random:1"))
     assert torch.equal(torch.rand(3), expected)
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
@@ -231,7 +240,7 @@ def test_a_file_with_the_whole_network_is_accepted(state, tmp_path):
 
 def test_names_of_old_densenet_files_are_understood(tmp_path):
     network = network_of("densenet121:flatten", "random:0")
-    state = load_weights(network, "random:0", warn=False)
+    state = load_weights(network, "random:0")
     old = {name.replace("norm1.", "norm.1.").replace("conv2.", "conv.2."): value for name, value in state.items()}
     assert old.keys() != state.keys()
     torch.save(old, tmp_path / "densenet.pth")

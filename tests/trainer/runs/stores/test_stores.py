@@ -11,7 +11,7 @@ import pytest
 from featurestore.errors import AnotherStoreError, ChannelError
 from featurestore.format.rows import FeatureRows
 from featurestore.snapshot import SnapshotId
-from featurestore.spec import ExtractorSpec, StoreInfo
+from featurestore.spec import ExtractorSpec, Int8Spec, StoreInfo
 from featurestore.store import FeatureStore
 from featurestore.upkeep.history import move_channel
 from featurestore.upkeep.remake import remake
@@ -30,7 +30,7 @@ from trainer.main import train
 from trainer.runs import checkpoint
 from trainer.runs.checkpoint import read_state
 from trainer.runs.folder import find_checkpoint
-from trainer.runs.open import store_places
+from trainer.runs.open import kind_of_features, store_places
 from trainer.schema import Schema, load_schema
 
 SCHEMA = """
@@ -249,3 +249,12 @@ def test_resumption_knows_the_basis_of_a_compact_store(tmp_path: Path) -> None:
         train_on("other", train__max_steps=3, run__resume="latest")
     with pytest.raises(CheckpointError, match=r"stores\.images\.dim is 16 here, 6"):
         train_on("features", train__max_steps=3, run__resume="latest")
+
+
+def test_a_checkpoint_keeps_features_in_int8_as_they_are() -> None:
+    int8 = Int8Spec(ranges=(("features.3", 0.0, 1 / 3),), num_images=2, num_held_out=1, mean_cosine=0.999)
+    spec = ExtractorSpec(
+        backbone="b", layer="l", weights_digest="w", preprocessing="p", compute_dtype="int8", int8=int8
+    )
+    kind = kind_of_features(StoreInfo(dim=2, extractor=spec))
+    assert json.loads(json.dumps(kind)) == kind
