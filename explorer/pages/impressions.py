@@ -133,7 +133,8 @@ class ImpressionPages(PageKind):
             explanation = explain(opened, number, ad, most_behaviors=0)
             store = FeatureStore.open(self.site.places.store)
             score = score_sent(explanation.group, ad, store, data)
-            names = self._names(opened, explanation.chosen.pictures)
+            chosen = explanation.chosen.picture
+            names = self._names(opened, [] if chosen is None else [chosen])
             no_forecast = "" if opened.knows_missing else on_missing(opened)
         return self.site.page(
             request,
@@ -197,8 +198,8 @@ class ImpressionPages(PageKind):
             others = self._others(explanation)
             own, problem_of_own = self._own(explanation, typed, opened)
             pictures = [
-                *(name for each in _shown(explanation) for name in each.pictures[:1]),
-                *(name for each in explanation.behaviors for name in each.pictures[:1]),
+                *(each.picture for each in _shown(explanation) if each.picture is not None),
+                *(each.picture for each in explanation.behaviors),
                 *(each.picture for each in others),
                 *((own.picture,) if own else ()),
             ]
@@ -223,16 +224,16 @@ class ImpressionPages(PageKind):
     def _others(self, explanation: Explanation) -> list[OtherPicture]:
         """Score the ad with the pictures of the other ads of its group, best first."""
         group, chosen = explanation.group, explanation.chosen
-        if not chosen.pictures:
+        if chosen.picture is None:
             return []
-        pictures = {each.pictures[0].key: each.pictures[0] for each in _shown(explanation) if each.pictures}
-        pictures.pop(chosen.pictures[0].key, None)
+        pictures = {each.picture.key: each.picture for each in _shown(explanation) if each.picture is not None}
+        pictures.pop(chosen.picture.key, None)
         others = with_other_pictures(group, chosen.place, list(pictures.values())[:_MOST_OTHERS])
         return sorted(others, key=lambda each: -each.score.logit)
 
     def _own(self, explanation: Explanation, typed: str, opened: OpenedRun) -> tuple[OtherPicture | None, str]:
         """Score the ad with the picture that the user chose, or return the reason why not."""
-        if not typed or not explanation.chosen.pictures:
+        if not typed or explanation.chosen.picture is None:
             return None, ""
         picture = self._typed(explanation.group, typed, opened)
         group, ad = explanation.group, explanation.chosen.place

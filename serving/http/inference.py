@@ -7,7 +7,7 @@ A tensor has its column's name. On the user's side: [1] for one value, [L] for a
 for each candidate, or [1] for a context value, which is the same for all. Texts are BYTES, IDs and image keys INT64 or
 BYTES, numbers FP32; a missing number is NaN, in JSON null.
 
-A list of lists (an ad's categories, the images of a gallery) is [C, K] if all lists are equally long. Otherwise the
+A list of lists (an ad's categories) is [C, K] if all lists are equally long. Otherwise the
 tensor has the concatenated values, [N], and a second tensor COLUMN.lengths, INT64 [C], has the lengths of the lists.
 
 Data of a tensor is JSON, or binary (Triton's extension): binary data of all tensors follows the JSON, in the order of

@@ -25,7 +25,6 @@ from serving.network.served import PORTABLE, SLOTS, Slots, compiled_name
 from trainer.config import ModelConfig
 from trainer.exchange.vectors import EvenLengths, FieldVectors, Lengths
 from trainer.models.ctr import CtrModel
-from trainer.models.pooling import gallery_vectors
 from trainer.schema import Field
 
 # Example sizes, all different, as torch.export takes equal ones for the same dimension.
@@ -56,9 +55,6 @@ class OneUser(nn.Module):
                 lengths_M = self._lengths(field, given, counts, even_B)
                 weights_N = given.get((field.name, "weights_N"))
                 vectors[field.name] = FieldVectors(rows_NV, torch.arange(rows_NV.shape[0]), lengths_M, weights_N)
-            if field.gallery is not None:
-                images, sizes_K = vectors[field.name], given[field.name, "sizes_K"]
-                vectors[field.name] = gallery_vectors(images, sizes_K, images.lengths_M, field.gallery)
         vectors = self.model.with_pictures_of_ads(vectors)
         logits_B: Tensor = self.model(vectors, dense, torch.zeros(num_candidates, dtype=torch.int64))
         return logits_B
@@ -69,8 +65,7 @@ class OneUser(nn.Module):
         if field.name not in self.slots.lists:
             return EvenLengths(1, 1, torch.ones(1, dtype=torch.int64))
         place = self.slots.lists.index(field.name)
-        values = given.get((field.name, "sizes_K"), given[field.name, "rows_NV"])
-        return EvenLengths(1, values.shape[0], counts[place : place + 1])
+        return EvenLengths(1, given[field.name, "rows_NV"].shape[0], counts[place : place + 1])
 
 
 def export_network(model: CtrModel, config: ModelConfig, folder: Path, *, compiled: bool = False) -> list[Path]:

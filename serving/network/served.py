@@ -63,9 +63,6 @@ class FieldRows(NamedTuple):
     lengths_M: Int64
     weights_N: Float32 | None = None
     """Of a field with weights."""
-    sizes_K: Int64 | None = None
-    """Of a content field with galleries: the images of each ad or behaviour. `rows_NV` are then those of the images,
-    one ad's or behaviour's after the other's, and `lengths_M` counts ads (1) or behaviours (K in all)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,28 +114,24 @@ def _blocks(inputs: NetworkInputs, at_most_G: Int64) -> Iterator[tuple[int, int,
 
 @dataclass(frozen=True)
 class _FieldRows:
-    """A field, and where the values of each row, and the images of each gallery, begin and end."""
+    """A field, and where the values of each row begin and end."""
 
     field: FieldRows
     ends_M: Int64
     """(M + 1,): row m has the values from `ends_M[m]` to `ends_M[m + 1]`."""
-    ends_K: Int64 | None
 
     @classmethod
     def of(cls, field: FieldRows) -> "_FieldRows":
-        return cls(field, _ends(field.lengths_M), None if field.sizes_K is None else _ends(field.sizes_K))
+        return cls(field, _ends(field.lengths_M))
 
     def cut(self, start: int, end: int) -> FieldRows:
         """Return the rows from `start` to `end`."""
         field = self.field
-        values = images = slice(self.ends_M[start], self.ends_M[end])
-        if self.ends_K is not None:
-            images = slice(self.ends_K[values.start], self.ends_K[values.stop])
+        values = slice(self.ends_M[start], self.ends_M[end])
         return FieldRows(
-            rows_NV=field.rows_NV[images],
+            rows_NV=field.rows_NV[values],
             lengths_M=field.lengths_M[start:end],
             weights_N=None if field.weights_N is None else field.weights_N[values],
-            sizes_K=None if field.sizes_K is None else field.sizes_K[values],
         )
 
 
@@ -208,7 +201,7 @@ class Slots:
         """Return the arrays of one user in order, contiguous and of the right types; copies only if needed."""
         assert inputs.num_groups == 1
         num_candidates = len(inputs.group_of_sample_B)
-        counts = {name: _num_values(inputs.fields[name]) for name in self.lists}
+        counts = {name: len(inputs.fields[name].rows_NV) for name in self.lists}
         assert len({counts[name] for name in self.equal_lists}) <= 1, "lists that belong together are equally long"
         arrays: list[NDArray[Any]] = [inputs.group_of_sample_B, np.array(list(counts.values()), np.int64)]
         for slot in self.slots:
@@ -228,19 +221,11 @@ def _of_field(field: Field, width: int) -> Iterator[Slot]:
     size: Size = "candidates"
     if is_list or of_user:
         size = ("list" if of_user else "any") if is_list else "one"
-    if field.gallery is not None:
-        yield Slot(field.name, "rows_NV", "any", width)
-        yield Slot(field.name, "sizes_K", size)
-        return
     yield Slot(field.name, "rows_NV", size, width)
     if field.weights is not None:
         yield Slot(field.name, "weights_N", size)
     if size == "any":
         yield Slot(field.name, "lengths_M", "candidates")
-
-
-def _num_values(field: FieldRows) -> int:
-    return len(field.rows_NV if field.sizes_K is None else field.sizes_K)
 
 
 def _part(inputs: NetworkInputs, slot: Slot) -> NDArray[Any]:

@@ -30,7 +30,6 @@ from serving.scoring.sent import (
     UnusableValueError,
     missing,
     places_of,
-    totals,
 )
 from trainer.errors import OverflowingValueError
 from trainer.samples.columns import (
@@ -42,7 +41,6 @@ from trainer.samples.columns import (
     encode_numbers,
     encode_texts,
     ranges,
-    sizes_of,
 )
 from trainer.samples.reader import Batch, Jagged, inputs_of
 from trainer.schema import Field
@@ -106,12 +104,7 @@ class RequestTable:
         jagged: dict[str, Jagged] = {}
         for name, column in self.columns.items():
             rule, levels = columns.rules[name], column.levels
-            if rule.gallery:
-                jagged[sizes_of(name)] = Jagged(levels[-1], _int32(levels[0]) if len(levels) > 1 else ones["ad"])
-            lengths = ones[rule.side]
-            if levels:
-                lengths = _int32(totals(levels[1], levels[0]) if len(levels) > 1 else levels[0])
-            jagged[name] = Jagged(column.values, lengths)
+            jagged[name] = Jagged(column.values, _int32(levels[0]) if levels else ones[rule.side])
 
         def taken(field: Field, column: str) -> Jagged:
             return jagged[column]

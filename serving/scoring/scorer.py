@@ -81,11 +81,8 @@ class InputMaker:
         for store, of_store in self._fields_of_store.items():
             found |= yield from self._images(store, of_store, batch, nulls)
         for name, images in found.items():
-            gallery = batch.galleries.get(name)
-            lengths_M = (gallery or batch.fields[name]).lengths_M.astype(np.int64)
-            fields[name] = FieldRows(
-                rows_NV=images.visual_NV, lengths_M=lengths_M, sizes_K=None if gallery is None else gallery.values_N
-            )
+            lengths_M = batch.fields[name].lengths_M.astype(np.int64)
+            fields[name] = FieldRows(rows_NV=images.visual_NV, lengths_M=lengths_M)
             if images.missing_N.any():
                 missing[name] = images.missing_N
         inputs = NetworkInputs(
@@ -302,9 +299,7 @@ def _not_finite(table: RequestTable, batch: Batch, logits_B: NDArray[np.float32]
 
 def _by_request(counts_G: Int64Array, batch: Batch, field: Field, mask_N: Bool) -> Iterator[tuple[int, Places]]:
     """Yield for each request the positions of a field's marked values, as behaviours or candidates."""
-    gallery, rows = batch.galleries.get(field.name), batch.fields[field.name]
-    if gallery is not None:  # an ad or behaviour counts as missing if one of its images is missing
-        mask_N, rows = _any(mask_N, gallery.values_N), gallery
+    rows = batch.fields[field.name]
     if field.side == "ad" and field.kind == "multi_id":
         mask_N = _any(mask_N, rows.lengths_M)
     if len(counts_G) == 1:  # a fifth of the time of what follows

@@ -75,7 +75,6 @@ def test_mistakes_are_named(tmp_path: Path, old: str, new: str, message: str) ->
         ("kind: id, buckets: 4, fill: mean", "fill=mean is for kind dense"),
         ("kind: dense, fill: bucket", "fill=bucket for fields with buckets"),
         ("kind: id, fill: 0", "fill=0.0 is for kind dense and for fields with buckets"),
-        ("kind: multi_id, gallery: mean", "gallery=mean is for kind content, not multi_id"),
         ("kind: content, context: true", "context=true is for side ad and kinds id, multi_id and dense"),
         ("side: user, kind: id, context: true", "context=true is for side ad and kinds id, multi_id and dense"),
         ("side: user, kind: multi_id, beside: ad", "beside=ad is for fields of side user and kind multi_id"),

@@ -131,7 +131,6 @@ class Engine(EngineParts):
         group_of_sample_B = self._on_device(batch.group_of_sample_B)
         with self.stages.timed("worker forward", prepared.request.kind):
             place.step, place.place_B = self.num_steps, batch.places
-            self._pool_galleries(batch, vectors)
             if self.model.training:
                 vectors = self._dropout(vectors, batch, place.step)
             fields = self.model.with_pictures_of_ads({**vectors, **given})

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from featurestore.format.statistics import FeatureStatistics
 from featurestore.keys import Int64Array, owner_of, shard_of
 from featurestore.lookup.embedding import EmbeddingModel, EmbeddingService
-from featurestore.lookup.ondevice import Gathered, held_bytes, on_device
+from featurestore.lookup.ondevice import Gathered, held_bytes
 from featurestore.lookup.partition import FeaturePartition
 from trainer.comm import Comm
 from trainer.config import ExactTableConfig, ModelConfig, OptimConfig, TableConfig, near_match
@@ -19,14 +19,12 @@ from trainer.engine.machine import check_memory, check_same, holds_features, wit
 from trainer.errors import ConfigError
 from trainer.exchange.exchange import Exchange, VectorSource
 from trainer.exchange.routing import unique
-from trainer.exchange.vectors import FieldVectors, HostLengths
 from trainer.ids.exact import ExactShape, ExactTable
 from trainer.ids.optimizers import SHARED_STATE, RowOptimizer, row_optimizer
 from trainer.ids.shards import IdRows, TableShape, check_names, owned_rows
 from trainer.ids.tables import IdSource, IdTable
-from trainer.models import layers, nets, newads, pooling
+from trainer.models import layers, nets, newads
 from trainer.optim import DenseOptimizer
-from trainer.samples.reader import Batch
 from trainer.schema import Field, Schema
 from trainer.stages import Kind, Stages
 
@@ -215,19 +213,6 @@ class EngineParts:
                     content[name] = ContentSource(name, self.services[field.store_name], network, self._comm.size)
         sources: list[VectorSource] = [*self.id_sources, *content.values()]
         return Exchange(self._comm, sources, source_of_field, self._device, self._dtype, self.stages)
-
-    def _pool_galleries(self, batch: Batch, vectors: dict[str, FieldVectors]) -> None:
-        """Put one vector in the place of the several images of an ad or behaviour."""
-        for field in self.fields:
-            if field.gallery is None:
-                continue
-            gallery = batch.galleries[field.name]
-            sizes_K = on_device(gallery.values_N, self._device)
-            lengths_M = on_device(gallery.lengths_M, self._device).to(torch.int64)
-            pooled = pooling.gallery_vectors(vectors[field.name], sizes_K, lengths_M, field.gallery)
-            if field.side == "user":
-                pooled.on_host = HostLengths(gallery.lengths_M, batch.group_of_sample_B)
-            vectors[field.name] = pooled
 
 
 def model_name(field: Field, config: ModelConfig) -> str:

@@ -54,7 +54,7 @@ class Impressions:
     ad_N: Int64Array
     """The schema's `new_ad_field`."""
     image_N: Int64Array | None = None
-    """Key of the ad image: the first content field of side ad, those with galleries left out."""
+    """Key of the ad image: the first content field of side ad."""
     history_N: Int64Array | None = None
     """Behaviours of the user: values of the first content field of side user, else of the first list of IDs."""
     time_s_N: Int64Array | None = None
@@ -142,7 +142,7 @@ def _count(seen: SeenInTraining, index: SampleIndex, row_groups: Sequence[RowGro
 
 def ad_image_field(schema: Schema) -> Field | None:
     """Find the field whose keys are the ads' images, one each; None where the schema has none."""
-    return next((field for field in schema.of_kind("content", side="ad") if field.gallery is None), None)
+    return next(schema.of_kind("content", side="ad"), None)
 
 
 def _ad_field(schema: Schema) -> Field:
@@ -164,8 +164,8 @@ def _of_samples(groups: columns.DecodedGroups, values_G: Int64Array) -> Int64Arr
 
 
 def _lengths(groups: columns.DecodedGroups, column: str) -> Int64Array:
-    """The length of a user-side list, for each sample; of galleries the number of behaviours."""
-    offsets = groups.columns.get(columns.sizes_of(column), groups.columns[column]).offsets
+    """The length of a user-side list, for each sample."""
+    offsets = groups.columns[column].offsets
     assert offsets is not None
     return _of_samples(groups, np.diff(offsets))
 

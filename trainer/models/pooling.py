@@ -4,8 +4,7 @@ A group's behaviours lie in memory once, however many samples look at them: all 
 the other, without padding, and their vectors are read through an index. Aggregators that do not look at the ad are made
 once a group. `AGGREGATORS` has the class of each model.pooling.
 
-Letters here: N pairs, L places of behaviours, H hidden width; of galleries, K ads or behaviours and N images of all of
-them. Other letters as in trainer/samples/reader.py.
+Letters here: N pairs, L places of behaviours, H hidden width. Other letters as in trainer/samples/reader.py.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from trainer.config import ModelConfig, Pooling
 from trainer.errors import ConfigError
-from trainer.exchange.vectors import EvenLengths, FieldVectors, Lengths, pool_rows, take_rows
+from trainer.exchange.vectors import EvenLengths, FieldVectors, pool_rows, take_rows
 from trainer.models.layers import (
     HiddenLayers,
     expand_rows,
@@ -27,7 +26,6 @@ from trainer.models.layers import (
     segment_sum,
     value_rows,
 )
-from trainer.schema.fields import GalleryPooling
 
 
 @dataclass(frozen=True)
@@ -227,21 +225,6 @@ def pairs(behaviors: FieldVectors, group_of_sample_B: Tensor) -> tuple[Tensor, T
     num_pairs = None if behaviors.on_host is None else behaviors.on_host.num_pairs()
     shift_N = torch.repeat_interleave(shift_B, lengths_B, output_size=num_pairs)
     return shift_N + torch.arange(shift_N.shape[0], device=shift_N.device), lengths_B
-
-
-def gallery_vectors(images: FieldVectors, sizes_K: Tensor, lengths_M: Lengths, pooling: GalleryPooling) -> FieldVectors:
-    """Make one vector for each ad or behaviour, which the model takes as that of one image.
-
-    `sizes_K`, `lengths_M`: the gallery of `Batch.galleries`. An image that is twice in a gallery counts twice in its
-    mean. A gallery without images is a vector of zeros, whatever data.missing says: there is no key that could lack a
-    feature.
-    """
-    per_item = FieldVectors(images.vectors_UV, images.index_N, sizes_K)
-    if pooling == "mean":
-        vectors_KV = mean_pool(per_item)
-    else:
-        vectors_KV = segment_max(take_rows(per_item.vectors_UV, per_item.index_N), sizes_K)
-    return FieldVectors(vectors_KV, torch.arange(sizes_K.shape[0], device=sizes_K.device), lengths_M)
 
 
 def sum_pool(field: FieldVectors) -> Tensor:

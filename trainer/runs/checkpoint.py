@@ -588,7 +588,7 @@ def _check_optimizers(optim: Mapping[str, Any], warm: WarmStart) -> None:
 
 def _check_fields(model: Mapping[str, Any], warm: WarmStart) -> None:
     """The first layer's columns belong to fields by their order, which its shape does not tell; nor does it tell how
-    numbers are scaled, and how the values of a row or the images of a gallery become one."""
+    numbers are scaled."""
     mine, theirs = _read_of(model["fields"]), _read_of(warm.state.origin.model["fields"])
     found = [f"{name} is in one of the two alone" for name in mine.keys() ^ theirs.keys()]
     both = mine.keys() & theirs.keys()
@@ -603,7 +603,7 @@ def _check_fields(model: Mapping[str, Any], warm: WarmStart) -> None:
 
 def _read_of(fields: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """What decides, by field, on the meaning of what the layers read."""
-    keys = ("side", *DECLARED, *FOUND, "gallery")
+    keys = ("side", *DECLARED, *FOUND)
     return {
         name: {key: field.get(key) for key in keys} | {"weights": "a column" if field.get("weights") else None}
         for name, field in fields.items()

@@ -149,8 +149,7 @@ class Rule:
     """The type of a column: `depth` lists around integers, or around real numbers, `width` of them a row.
 
     `may_miss`: real numbers may be null or NaN, and are NaN then. `lengths_of`: columns whose lists are exactly as long
-    as this one's, as the ids that these weights belong to. `gallery`: its innermost lists are images of one ad or
-    behaviour, see `sizes_of`.
+    as this one's, as the ids that these weights belong to.
     `text`: integers may be written as strings, and this is how they become integers. `crossed`: there is no such
     column; its values are those of these columns, crossed.
     """
@@ -161,7 +160,6 @@ class Rule:
     width: int | None = None
     may_miss: bool = False
     lengths_of: tuple[str, ...] = dataclass_field(default=(), compare=False)
-    gallery: bool = dataclass_field(default=False, compare=False)
     text: TextKind | None = None
     crossed: tuple[str, ...] = ()
 
@@ -201,11 +199,6 @@ class DecodedGroups:
         return int(self.sample_offsets[-1])
 
 
-def sizes_of(column: str) -> str:
-    """Return the name in `DecodedGroups` of a gallery's numbers of images; no file has such a column."""
-    return f"{column} sizes"
-
-
 def ranges(starts_M: Int64Array, lengths_M: Int64Array) -> Int64Array:
     """List start, start + 1, … start + length - 1 of each row, one after the other."""
     ends_M = np.cumsum(lengths_M)
@@ -216,7 +209,6 @@ def ranges(starts_M: Int64Array, lengths_M: Int64Array) -> Int64Array:
 def rules_of(schema: Schema) -> dict[str, Rule]:
     """Return the rule of every column. Raises SchemaError if two fields need different rules for one column."""
     uris = {field.column_name for field in schema.of_kind("content")}  # an image's ID is its key
-    galleries = {field.column_name for field in schema.of_kind("content") if field.gallery}
     group = Rule("user", 0, "integer", text="uri" if schema.group in uris else "id")
     rules = {schema.label: Rule("ad", 1, "integer"), schema.group: group}
     owners = {schema.label: "label", schema.group: "group"}
@@ -240,7 +232,7 @@ def rules_of(schema: Schema) -> dict[str, Rule]:
             )
         owners.setdefault(column, owner)
         lengths_of = tuple(dict.fromkeys((*found.lengths_of, *rule.lengths_of)))
-        rules[column] = replace(found, lengths_of=lengths_of, gallery=column in galleries)
+        rules[column] = replace(found, lengths_of=lengths_of)
     return rules
 
 
@@ -273,7 +265,7 @@ def aligned_columns(rules: Mapping[str, Rule]) -> list[list[str]]:
     of_ad = sorted((name for name, rule in plain.items() if rule.side == "ad" and name.startswith("ad_")), key=len)
     found: dict[str, list[str]] = {}
     for name, rule in plain.items():
-        is_list = rule.depth == 1 + rule.gallery and rule.width is None
+        is_list = rule.depth == 1 and rule.width is None
         if rule.side == "user" and is_list and name.startswith("behavior_"):
             ends = [ad.removeprefix("ad") for ad in of_ad if name.endswith(ad.removeprefix("ad"))]
             if ends:
@@ -333,10 +325,6 @@ def _decoded(
         if rule.side == "ad":
             where.check_equal(offsets[0], sample_offsets, column, counted or column)
             offsets = offsets[1:]
-        if rule.gallery:
-            items = offsets[0] if len(offsets) > 1 else None
-            columns[sizes_of(column)] = ColumnRows(np.diff(offsets[-1]), items)
-            offsets = (offsets[-1] if items is None else offsets[-1][items],)
         columns[column] = ColumnRows(values, offsets[0] if offsets else None)
         _check_width(columns[column], column, rule, where, sample_offsets)
         for other in rule.lengths_of:
@@ -411,7 +399,7 @@ def _rule(field: Field, uris: Collection[str]) -> Rule:
         return Rule(field.side, ad + (width is not None), "real", width, field.fill is not None)
     text: TextKind = "uri" if field.column_name in uris else "id"
     if field.kind == "content":
-        return Rule(field.side, 1 + (field.gallery is not None), "integer", text=text)
+        return Rule(field.side, 1, "integer", text=text)
     depth = ad + (field.kind == "multi_id")
     if field.is_bucketed:
         return Rule(field.side, depth, "real", may_miss=field.fill is not None)

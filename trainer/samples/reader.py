@@ -61,9 +61,6 @@ class Batch:
     """Samples of the global batch, over all ranks: the loss is the sum over local samples divided by it."""
     weights: Mapping[str, Float32Array] = field(default_factory=dict)
     """Of the fields whose ids have weights, one for each value (N,)."""
-    galleries: Mapping[str, Jagged] = field(default_factory=dict)
-    """Of content fields with galleries: `values_N` are the numbers of images of each ad or behaviour (in `fields` their
-    keys stand one after the other), `lengths_M` the ads (1) or behaviours of a row."""
     position: BatchPosition = field(default=BatchPosition(0, 0))
     place_B: Int64Array | None = None
     """Place of each sample in the global batch; None: in this order, from 0 on."""
@@ -213,7 +210,6 @@ def inputs_of(schema: Schema, taken: Callable[[Field, str], Jagged]) -> dict[str
     return {
         "fields": {f.name: keys(f) for f in schema.of_kind("id", "multi_id", "content")},
         "dense": {f.name: columns.dense_values(f, taken(f, f.column_name).values_N) for f in schema.of_kind("dense")},
-        "galleries": {f.name: taken(f, columns.sizes_of(f.column_name)) for f in schema.fields if f.gallery},
         "weights": {f.name: taken(f, f.weights).values_N for f in schema.fields if f.weights is not None},
     }
 

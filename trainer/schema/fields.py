@@ -55,12 +55,11 @@ CROSS = " x "
 """Between the names of crossed columns."""
 
 Side = Literal["user", "ad"]
-GalleryPooling = Literal["mean", "max"]
 Kind = Literal["id", "multi_id", "dense", "content"]
 _IDS: tuple[Kind, ...] = ("id", "multi_id")
 _KINDS_OF: Mapping[str, tuple[Kind, ...]] = {
     **dict.fromkeys(("table", "weights", "columns", "buckets", "boundaries"), _IDS),
-    **dict.fromkeys(("store", "gallery"), ("content",)),
+    "store": ("content",),
     **dict.fromkeys(("transform", "mean", "std"), ("dense",)),
 }
 """The kinds of fields that a setting is for; others are for all, or say themselves what they are for."""
@@ -109,8 +108,6 @@ class Field(BaseModel):
     beside: str | None = None
     """Kind multi_id of side user: the multi_id field whose value k this one's value k belongs to, as the age of each
     behaviour to the behaviour's item. Their lists are equally long, and DIN takes both for one behaviour."""
-    gallery: GalleryPooling | None = None
-    """Content: each ad or behaviour has a list of images in the place of one, whose visual vectors become one so."""
     context: bool = False
     """Side ad, kinds id, multi_id, dense: a value of the impression and not of the ad, as the scene. Two towers keep
     it out of the ad's vector; the other models make no difference."""

@@ -578,7 +578,7 @@ def _unfit(column: Column, side: Side) -> str | None:
         f"{column.nulls:,} of {column.rows:,} rows are null; a field has none": column.nulls
         and (not is_real or column.depth),
         several: column.rows > 1 and column.num_different < 2 and not is_real,
-        f"{column.type} is nested too deep for side {side}": inner not in (0, 1) and not _is_gallery(column),
+        f"{column.type} is nested too deep for side {side}": inner not in (0, 1),
         f"{column.type} of {widths}; dense needs one width": is_real and inner and column.shortest != column.longest,
     }
     return next((reason for reason, is_so in problems.items() if is_so), None)
@@ -593,13 +593,8 @@ def _add_ids(made: Suggestion, column: Column, side: Side) -> None:
         beside = next((each.name for each in made.fields if each.name == "behavior_item" and each.kind == kind), None)
         made.add(column, **values | {"table": None, "buckets": LOG2, "beside": beside})
         return
-    if _is_gallery(column) or (_has_images(column) and kind == ("id" if side == "ad" else "multi_id")):
-        gallery = "mean" if _is_gallery(column) else None
-        content = {"name": name, "side": side, "kind": "content", "store": "images", "gallery": gallery}
-        made.fields.append(Field.model_validate(content))
-        if gallery and side == "user":  # no kind of ID field has two levels of lists there
-            made.notes[name] = column_note(column)
-            return
+    if _has_images(column) and kind == ("id" if side == "ad" else "multi_id"):
+        made.fields.append(Field.model_validate({"name": name, "side": side, "kind": "content", "store": "images"}))
         values |= {"column": name, "name": f"{name}_id"}
     elif side == "ad" and CONTEXT_NAME.search(name):
         values["context"] = True
@@ -617,11 +612,6 @@ def _transform(column: Column) -> str | None:
 
 def _has_images(column: Column) -> bool:
     return IMAGE_NAME.search(column.name) is not None and column.content != "real"
-
-
-def _is_gallery(column: Column) -> bool:
-    """Whether each ad or behaviour has a list of images."""
-    return _has_images(column) and column.depth == 2
 
 
 def _weights_of(column: Column, table: TableProfile) -> str | None:

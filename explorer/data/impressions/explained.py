@@ -60,7 +60,7 @@ class Candidate:
 
     place: int
     ad: str
-    pictures: tuple[PictureName, ...]
+    picture: PictureName | None
     clicked: bool
     score: Score
     without_images: Score
@@ -82,7 +82,7 @@ class Behavior:
     """A behaviour of the user, its weights for the ad, and its effect on the ad's score."""
 
     place: int
-    pictures: tuple[PictureName, ...]
+    picture: PictureName
     weights: tuple[float, ...]
     """Weights by `Explanation.channels`; empty if the behaviour has none."""
     without_picture: Score | None
@@ -186,7 +186,7 @@ def with_other_pictures(group: SampleGroup, ad: int, pictures: Sequence[PictureN
     looks = group.columns.looks_of_ads
     look_K: Sequence[float | None] = [None] * len(pictures)
     if looks:
-        as_it_is = group.batch([group.with_pictures(row, [group.ad_pictures[ad][0]] * len(pictures))])
+        as_it_is = group.batch([group.with_pictures(row, [group.ad_pictures[ad]] * len(pictures))])
         look_K = opened.logits(with_looks(as_it_is, changed, looks)).tolist()
     has_K = has_feature(opened, looks, pictures)
     return [
@@ -204,12 +204,12 @@ def _candidates(group: SampleGroup, ids_run: OpenedRun | None) -> list[Candidate
     ids_C: Sequence[float | None] = [None] * len(logit_C)
     if ids_run is not None:
         ids_C = _scores_of(ids_run, group.number).tolist()
-    pictures = group.ad_pictures or [()] * len(logit_C)
+    pictures = group.ad_pictures or [None] * len(logit_C)
     return [
         Candidate(
             place=place,
             ad=ad,
-            pictures=pictures[place],
+            picture=pictures[place],
             clicked=label == 1,
             score=Score(logit),
             without_images=Score(without),
@@ -247,7 +247,7 @@ def _behaviors(group: SampleGroup, ad: int, most: int) -> tuple[list[Behavior], 
     behaviors = [
         Behavior(
             place=place,
-            pictures=pictures[place],
+            picture=pictures[place],
             weights=tuple(weights[place]) if weights is not None else (),
             without_picture=None if of_picture is None else Score(of_picture),
             without_it=Score(of_all),
@@ -410,7 +410,7 @@ def sentence(explanation: Explanation, names: dict[int, str]) -> str:
         if behavior is not None and behavior.without_picture is not None:
             without = percent(behavior.without_picture.probability)
             where = "Of the history, " if len(said) == 2 else ""
-            said.append(f"{where}{name_of(behavior.pictures, names)} {word}: without it, {without}.")
+            said.append(f"{where}{name_of(behavior.picture, names)} {word}: without it, {without}.")
     return " ".join(said)
 
 
@@ -433,12 +433,9 @@ def on_missing(opened: OpenedRun) -> str:
     )
 
 
-def name_of(pictures: Sequence[PictureName], names: dict[int, str]) -> str:
+def name_of(picture: PictureName | None, names: dict[int, str]) -> str:
     """Name an ad's or behaviour's picture: by uri, else by key."""
-    if not pictures:
-        return "no picture"
-    first = names.get(pictures[0].key, f"image {pictures[0].key}")
-    return first if len(pictures) == 1 else f"{first} and {len(pictures) - 1} more"
+    return "no picture" if picture is None else names.get(picture.key, f"image {picture.key}")
 
 
 def percent(value: float) -> str:

@@ -220,13 +220,13 @@ class SampleGroup:
         return [" × ".join(map(str, values)) for values in zip(*columns, strict=True)]
 
     @property
-    def ad_pictures(self) -> list[tuple[PictureName, ...]]:
-        """The pictures of each ad: one, or those of its gallery."""
+    def ad_pictures(self) -> list[PictureName]:
+        """The picture of each ad."""
         return self._pictures(self.columns.ad_image)
 
     @property
-    def behavior_pictures(self) -> list[tuple[PictureName, ...]]:
-        """The pictures of each behaviour, newest first."""
+    def behavior_pictures(self) -> list[PictureName]:
+        """The picture of each behaviour, newest first."""
         return self._pictures(self.columns.history)
 
     def of_ad(self, ad: int) -> Row:
@@ -250,18 +250,17 @@ class SampleGroup:
         repeated = {name: row[name] * len(pictures) for name in of_ads}
         is_text = _is_text(self.table.schema.field(field.column_name).type)
         values: list[Any] = [each.uri if is_text else each.key for each in pictures]
-        return row | repeated | {field.column_name: [[each] for each in values] if field.gallery else values}
+        return row | repeated | {field.column_name: values}
 
     def batch(self, rows: Sequence[Row]) -> "Batch":
         """Make a batch of groups like this one. Raises DataError."""
         table = pa.Table.from_pylist(list(rows), schema=self.table.schema)
         return self.columns.batch(self.columns.decode(table, self.where, self.place.row_of_file))
 
-    def _pictures(self, field: "Field | None") -> list[tuple[PictureName, ...]]:
+    def _pictures(self, field: "Field | None") -> list[PictureName]:
         if field is None:
             return []
-        lists = self.row[field.column_name]
-        return [tuple(map(named, each)) if isinstance(each, list) else (named(each),) for each in lists]
+        return [named(each) for each in self.row[field.column_name]]
 
 
 def named(value: int | str) -> PictureName:
@@ -274,30 +273,20 @@ def without_pictures(batch: "Batch", fields: Sequence[str], behavior_G: NDArray[
 
     The behaviour's IDs stay, also that of the picture; the list of pictures is one shorter.
     """
-    changed, galleries = dict(batch.fields), dict(batch.galleries)
+    changed = dict(batch.fields)
     for name in fields:
-        gallery = galleries.get(name)
-        lists = batch.fields[name] if gallery is None else gallery
+        lists = batch.fields[name]
         starts_G = np.cumsum(lists.lengths_M) - lists.lengths_M
         kept_N = np.ones(len(lists.values_N), np.bool_)
         kept_N[starts_G + behavior_G] = False
-        shorter = replace(lists, values_N=lists.values_N[kept_N], lengths_M=lists.lengths_M - np.int32(1))
-        if gallery is None:
-            changed[name] = shorter
-        else:
-            images = batch.fields[name]
-            gone_G = lists.values_N[~kept_N].astype(np.int32)
-            kept_I = np.repeat(kept_N, lists.values_N)
-            galleries[name] = shorter
-            changed[name] = replace(images, values_N=images.values_N[kept_I], lengths_M=images.lengths_M - gone_G)
-    return replace(batch, fields=changed, galleries=galleries)
+        changed[name] = replace(lists, values_N=lists.values_N[kept_N], lengths_M=lists.lengths_M - np.int32(1))
+    return replace(batch, fields=changed)
 
 
 def with_looks(batch: "Batch", other: "Batch", fields: Sequence[str]) -> "Batch":
     """Replace the pictures of a batch's ads by those of another batch, keeping the IDs."""
     looks = {name: other.fields[name] for name in fields}
-    sizes = {name: other.galleries[name] for name in fields if name in other.galleries}
-    return replace(batch, fields={**batch.fields, **looks}, galleries={**batch.galleries, **sizes})
+    return replace(batch, fields={**batch.fields, **looks})
 
 
 def plain(table: pa.Table) -> pa.Table:

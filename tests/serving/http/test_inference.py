@@ -23,7 +23,6 @@ from trainer.samples.columns import Rule
 COLUMNS = {
     "user": Rule("user", 0, "integer", text="id"),
     "behavior_item": Rule("user", 1, "integer", text="id"),
-    "behavior_images": Rule("user", 2, "integer", text="uri", gallery=True),
     "user_numbers": Rule("user", 1, "real", width=3, may_miss=True),
     "ad_item": Rule("ad", 1, "integer", text="id"),
     "ad_tags": Rule("ad", 2, "integer", text="id"),
@@ -72,11 +71,8 @@ def test_lists_of_unequal_lengths_come_with_their_lengths() -> None:
         tensor("ad_item", [7, 8, 9]),
         tensor("ad_tags", [1, 2, 3]),
         tensor("ad_tags.lengths", [2, 0, 1]),
-        tensor("behavior_images", ["a", "b", "c"], datatype="BYTES"),
-        tensor("behavior_images.lengths", [0, 3]),
     )
     assert found["ad_tags"] == ([1, 2, 3], [3], [2, 0, 1])
-    assert found["behavior_images"] == (["a", "b", "c"], [2], [0, 3])
 
 
 def test_one_candidate_and_none_are_candidates_and_no_context() -> None:
@@ -112,7 +108,6 @@ def test_metadata_has_a_shape_for_each_column() -> None:
     assert found == {
         "user": ("INT64", [1]),
         "behavior_item": ("INT64", [-1]),
-        "behavior_images": ("BYTES", [-1, -1]),
         "user_numbers": ("FP32", [3]),
         "ad_item": ("INT64", [-1]),
         "ad_tags": ("INT64", [-1, -1]),

@@ -12,19 +12,14 @@ from trainer.exchange.vectors import FieldVectors
 from trainer.models.ctr import CtrModel
 from trainer.models.layers import width_of
 from trainer.models.nets import build_model
-from trainer.models.pooling import gallery_vectors
 from trainer.schema import Field, Schema
 
 _PAIRED = ("behavior_item", "behavior_shop", "behavior_age")
 """What DIN takes value by value."""
 
 
-def schema(*, gallery: str | None = None) -> Schema:
-    """A field of every kind on both sides, with weights and of two contents; or one content with galleries."""
-    titles = (
-        Field(name="behavior_title", side="user", kind="content", store="titles", width=2),
-        Field(name="ad_title", side="ad", kind="content", store="titles", width=2),
-    )
+def schema() -> Schema:
+    """A field of every kind on both sides, with weights and of two contents."""
     return Schema(
         fields=(
             Field(name="user", side="user", kind="id"),
@@ -33,15 +28,16 @@ def schema(*, gallery: str | None = None) -> Schema:
             Field(name="behavior_item", side="user", kind="multi_id", table="item", width=4),
             Field(name="behavior_shop", side="user", kind="multi_id", table="shop"),
             Field(name="behavior_age", side="user", kind="multi_id", beside="behavior_item", buckets=4),
-            Field(name="behavior_image", side="user", kind="content", gallery=gallery),
+            Field(name="behavior_image", side="user", kind="content"),
             Field(name="ad_item", side="ad", kind="id", table="item", width=4),
             Field(name="ad_shop", side="ad", kind="id", table="shop", weights="shop_weight"),
             Field(name="ad_tags", side="ad", kind="multi_id", weights="tag_weights"),
             Field(name="ad_words", side="ad", kind="multi_id"),
             Field(name="scene", side="ad", kind="id", context=True),
             Field(name="price", side="ad", kind="dense", width=2),
-            Field(name="ad_image", side="ad", kind="content", gallery=gallery),
-            *(() if gallery else titles),
+            Field(name="ad_image", side="ad", kind="content"),
+            Field(name="behavior_title", side="user", kind="content", store="titles", width=2),
+            Field(name="ad_title", side="ad", kind="content", store="titles", width=2),
         )
     )
 
@@ -93,12 +89,11 @@ class Drawn:
 
     def _rows(self, field: Field, lengths_M: np.ndarray) -> FieldRows:
         count = int(lengths_M.sum())
-        sizes_K = self.rng.integers(0, 4, count) if field.gallery else None
-        rows_NV = self._reals(count if sizes_K is None else int(sizes_K.sum()), width_of(field, self.settings))
+        rows_NV = self._reals(count, width_of(field, self.settings))
         if field.name == "ad_item":
             rows_NV[::3] *= 1e-7  # new ads, for model.image_dropout
         weights_N = self._reals(count) if field.weights else None
-        return FieldRows(rows_NV=rows_NV, lengths_M=lengths_M, weights_N=weights_N, sizes_K=sizes_K)
+        return FieldRows(rows_NV=rows_NV, lengths_M=lengths_M, weights_N=weights_N)
 
     def _reals(self, *shape: int) -> np.ndarray:
         return self.rng.standard_normal(shape, dtype=np.float32) * np.float32(0.3)
@@ -114,9 +109,6 @@ def trainers_logits(model: CtrModel, inputs: NetworkInputs) -> np.ndarray:
         given = inputs.fields[field.name]
         rows_NV, lengths_M = torch.from_numpy(given.rows_NV), torch.from_numpy(given.lengths_M)
         vectors[field.name] = FieldVectors(rows_NV, torch.arange(len(rows_NV)), lengths_M)
-        if field.gallery is not None:
-            sizes_K = torch.from_numpy(given.sizes_K)
-            vectors[field.name] = gallery_vectors(vectors[field.name], sizes_K, lengths_M, field.gallery)
         if given.weights_N is not None:
             vectors[field.name].weights_N = torch.from_numpy(given.weights_N)
     return model(model.with_pictures_of_ads(vectors), dense, torch.from_numpy(inputs.group_of_sample_B)).numpy()

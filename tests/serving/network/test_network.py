@@ -35,9 +35,7 @@ SETTINGS: list[dict] = [
     *({"base": base, "activation": "prelu", "dropout": 0.5} for base in ("mlp", "din", "finalmlp")),
     {"activation": "prelu"},
     *({"image_dropout": 0.1, "base": base} for base in ("mlp", "two_tower")),
-    *({"gallery": gallery, "image_dropout": 0.1, "pooling": pooling} for gallery, pooling in
-      (("mean", "attentive"), ("max", "attentive"), ("mean", "concat"), ("max", "max"))),
-]  # fmt: skip
+]
 USERS: list[tuple[list[int], list[int]]] = [
     *(([candidates], [33]) for candidates in (1, 2, 37, 200, 1000)),
     *(([candidates], [behaviors]) for candidates in (1, 5) for behaviors in (0, 1, 2, 3)),
@@ -73,9 +71,8 @@ def test_a_run_of_the_network_has_a_bounded_number_of_pairs() -> None:
 
 
 def drawn_of(settings: dict) -> Drawn:
-    given = dict(settings)
-    fields, chosen = schema(gallery=given.pop("gallery", None)), config(**given)
-    model = model_of(fields, chosen)
+    chosen = config(**settings)
+    model = model_of(schema(), chosen)
     if model.new_ads is not None:
         model.new_ads.decide(pictures_count=False)
     return Drawn(model, chosen)
@@ -83,9 +80,9 @@ def drawn_of(settings: dict) -> Drawn:
 
 SOME = [
     {"base": "din"},
-    {"gallery": "mean", "image_dropout": 0.1},
+    {"image_dropout": 0.1},
 ]
-"""Lists paired value by value, galleries, and pictures that do not count."""
+"""Lists paired value by value, and pictures that do not count."""
 
 
 def check_portable(settings: dict, folder: Path) -> None:
@@ -115,7 +112,6 @@ def test_every_network(settings: dict, tmp_path: Path) -> None:
         {"base": "two_tower"},
         {"base": "lr", "pooling": "concat"},
         {"base": "dcn", "pooling": "concat", "pooling_length": 3},
-        {"gallery": "max", "pooling": "max"},
     ],
     ids=str,
 )

@@ -37,9 +37,6 @@ def assert_same(found: Batch, expected: Batch) -> None:
     for name in expected.fields:
         same(found.fields[name].values_N, expected.fields[name].values_N, name)
         same(found.fields[name].lengths_M, expected.fields[name].lengths_M, name)
-    for name in expected.galleries:
-        same(found.galleries[name].values_N, expected.galleries[name].values_N, name)
-        same(found.galleries[name].lengths_M, expected.galleries[name].lengths_M, name)
     for part in ("dense", "weights"):
         mine, theirs = getattr(found, part), getattr(expected, part)
         assert mine.keys() == theirs.keys()
@@ -102,14 +99,12 @@ ROW: dict[str, Any] = {
     "behavior_age": [10, 20.5, 30],
     "behavior_shop": ["a", "b", "a"],
     "behavior_image": ["a.jpg", 7, None],
-    "behavior_album": [["a.jpg"], [], ["b.jpg", "c.jpg"]],
     "ad_item": [5, 6],
     "ad_shops": [[1], [2, 3]],
     "ad_shop_weights": [[1.0], [2.0, 3.0]],
     "ad_price": [0.5, 2],
     "ad_shape": [[1, 2], [3, 4]],
     "ad_image": ["x.jpg", None],
-    "ad_album": [[], ["x.jpg"]],
     "ad_scene": [4, 4],
 }
 ADS = [name for name in ROW if name.startswith("ad_")]
@@ -169,8 +164,8 @@ def refusal(*requests: Request) -> str:
         (U, "behavior_item", None, " is null,"),
         (U, "behavior_item", "1,2,3", ' is "1,2,3",'),
         (U, "behavior_age", [1, 2], " has 2 entries, but behavior_item has 3 there: values"),
-        (U, "behavior_album", [["a.jpg"], [], 4], "[2] is 4,"),
-        (U, "behavior_album", [["a.jpg"], [[]], []], "[1][0] is [],"),
+        (C, "ad_shops", [[1], 4], "[1] is 4,"),
+        (C, "ad_shops", [[1], [[]]], "[1][0] is [],"),
     ],
 )
 def test_a_wrong_value_is_named_as_it_was_sent(part: str, column: str, value: Any, said: str) -> None:
@@ -232,7 +227,7 @@ def test_null_images_are_missing_and_have_key_zero() -> None:
 
 
 def test_null_images_of_tables_are_missing_too() -> None:
-    texts = frozenset({"user", "behavior_shop", "behavior_image", "behavior_album", "ad_image", "ad_album"})
+    texts = frozenset({"user", "behavior_shop", "behavior_image", "ad_image"})
     row = {**ROW, "behavior_image": ["a.jpg", "7", None]}
     found = decoded(table_of([row, row], texts))
     expected = decoded([Request(**parts(scene=False))] * 2)
@@ -282,7 +277,6 @@ def test_what_is_in_context_is_as_if_each_candidate_had_it() -> None:
 )
 def test_wrong_tables_are_named(change: Callable[[pa.Table], pa.Table], message: str) -> None:
     row = {**ROW, "user": 1, "behavior_shop": [1, 2, 1], "behavior_image": [1, 2, 3], "ad_image": [1, 2]}
-    row |= {"behavior_album": [[1], [], [2]], "ad_album": [[], [1]]}
     table = table_of([row], frozenset())
     decoded(table)
     with pytest.raises(RequestError) as error:

@@ -119,15 +119,6 @@ def test_missing_images_are_told(opened: Opened) -> None:
     assert any(scored.missing for scored in scorer.score(requests))
 
 
-def test_galleries_lack_what_one_image_lacks(opened: Opened) -> None:
-    scorer, requests = opened("gallery_mean")
-    for request, scored in zip(requests, scorer.score(requests), strict=True):
-        for side, of in (("behavior", request.user), ("ad", request.candidates)):
-            galleries = of[f"{side}_gallery"]
-            lacking = [place for place, gallery in enumerate(galleries) if set(gallery) & set(GONE)]
-            assert places(scored.missing).get(f"{side}_image", []) == lacking
-
-
 def test_unknown_ids_are_those_without_a_row(variants: Variants, opened: Opened) -> None:
     model = variants("exact")
     has_row = {each for shard in open_table(model.run, "item").shards() for each in shard["id"].to_pylist()}
@@ -156,7 +147,7 @@ def test_null_images_score_as_images_without_a_vector(opened: Opened) -> None:
     assert np.abs(null.logits_C - with_images).max() > 1e-4
 
 
-@pytest.mark.parametrize("name", ["contents", "din_inputs", "gallery_mean", "exact", "gallery_max"])
+@pytest.mark.parametrize("name", ["contents", "din_inputs", "exact", "id_proxy"])
 def test_nothing_known_and_nothing_in_it(opened: Opened, name: str) -> None:
     scorer, requests = opened(name)
     rules, request = scorer.columns, requests[0]

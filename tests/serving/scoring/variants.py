@@ -40,8 +40,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     | {"model__image_dropout": 0.3, "model__id_dropout": 0.3},
     "contents": {"schema": "contents", "model__shared_image_model": "false", "data__missing": "learned"}
     | {"model__base": "dcn", "model__pooling": "max"},
-    "gallery_mean": {"schema": "mean", "data__missing": "learned"},
-    "gallery_max": {"schema": "max", "model__id_proxy": "true", "model__id_dropout": 0.3},
+    "id_proxy": {"model__id_proxy": "true", "model__id_dropout": 0.3, "data__missing": "learned"},
     "exact": {"tables": f"user: {EXACT}, item: {EXACT}, image: 64, category: 16, scene: 16"}
     | {"data__missing": "error", "data__store_version": 1},
     "images_none": {"model__images": "none", "optim__ids": "rowwise_adagrad"},
@@ -133,23 +132,12 @@ def with_columns(table: pa.Table) -> pa.Table:
     added("ad_tag_weights", ads, lambda item: [tag - 0.5 for tag in range(item % 4)], pa.list_(pa.float32()))
     added("behavior_shop", behaviors, lambda item: f"shop ü{item % 9}", pa.string())
     added("behavior_age", behaviors, lambda item: item * 20.0, pa.float32())
-    for side, lists in (("ad", ads), ("behavior", behaviors)):
-        added(f"{side}_gallery", lists, gallery_of, pa.list_(pa.int64()))
     return table
-
-
-def gallery_of(item: int) -> list[int]:
-    """None to three images, some without a feature."""
-    return [1_000 + (item * step) % 50 for step in range(1, 4)][: item % 4]
 
 
 def write_schema(path: Path, extra: str | None) -> None:
     values = yaml.safe_load(DEFAULT_SCHEMA.read_text())
     values["fields"] += {"inputs": INPUTS, "contents": TEXTS}.get(extra or "", [])
-    if extra in ("mean", "max"):
-        for field in values["fields"]:
-            if field["kind"] == "content":
-                field |= {"column": field["name"].replace("image", "gallery"), "gallery": extra}
     path.write_text(yaml.safe_dump(values))
 
 

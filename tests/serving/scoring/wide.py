@@ -32,7 +32,6 @@ SCHEMA = Schema(
             },
             {"name": "behavior_image_id", "side": "user", "kind": "multi_id", "column": "behavior_image"},
             {"name": "behavior_image", "side": "user", "kind": "content"},
-            {"name": "behavior_album", "side": "user", "kind": "content", "gallery": "max", "store": "album"},
             {"name": "ad_item", "side": "ad", "kind": "id", "table": "item"},
             {"name": "ad_scene", "side": "ad", "kind": "id", "context": True},
             {"name": "ad_scene_item", "side": "ad", "kind": "id", "columns": ["ad_scene", "ad_item"]},
@@ -41,7 +40,6 @@ SCHEMA = Schema(
             {"name": "ad_shape", "side": "ad", "kind": "dense", "width": 2},
             {"name": "ad_price_bucket", "side": "ad", "kind": "id", "column": "ad_price", "boundaries": [0.0, 0.7]},
             {"name": "ad_image", "side": "ad", "kind": "content"},
-            {"name": "ad_album", "side": "ad", "kind": "content", "gallery": "mean", "store": "album"},
         ]
     )
 )
@@ -66,7 +64,6 @@ def groups(draw: Any, *, in_texts: frozenset[str]) -> dict[str, Any]:
         return TEXTS if column in in_texts else IDS
 
     behaviors, shown, tags = draw(st.integers(0, 3)), draw(st.integers(1, 4)), draw(st.integers(0, 2))
-    sizes = draw(lists(st.integers(0, 2), behaviors)), draw(lists(st.integers(0, 2), shown))
     shops = draw(lists(st.integers(0, 2), shown))
     return {
         "user": draw(ids("user")),
@@ -78,7 +75,6 @@ def groups(draw: Any, *, in_texts: frozenset[str]) -> dict[str, Any]:
         "behavior_age": draw(lists(REALS, behaviors)),
         "behavior_shop": draw(lists(ids("behavior_shop"), behaviors)),
         "behavior_image": draw(lists(ids("behavior_image"), behaviors)),
-        "behavior_album": [draw(lists(ids("behavior_album"), size)) for size in sizes[0]],
         "ad_item": draw(lists(ids("ad_item"), shown)),
         "ad_scene": [draw(ids("ad_scene"))] * shown,
         "ad_shops": [draw(lists(ids("ad_shops"), size)) for size in shops],
@@ -86,13 +82,12 @@ def groups(draw: Any, *, in_texts: frozenset[str]) -> dict[str, Any]:
         "ad_price": draw(lists(REALS, shown)),
         "ad_shape": draw(lists(lists(REALS, 2), shown)),
         "ad_image": draw(lists(ids("ad_image"), shown)),
-        "ad_album": [draw(lists(ids("ad_album"), size)) for size in sizes[1]],
         "label": [0] * shown,
     }
 
 
-LISTS = {"user_tags": 1, "user_tag_weights": 1, "behavior_album": 2, "ad_shops": 2, "ad_shop_weights": 2}
-LISTS |= {"ad_shape": 2, "ad_album": 2, "user": 0, "user_age": 0, "user_size": 0}
+LISTS = {"user_tags": 1, "user_tag_weights": 1, "ad_shops": 2, "ad_shop_weights": 2, "ad_shape": 2}
+LISTS |= {"user": 0, "user_age": 0, "user_size": 0}
 NUMBERS = {"user_age", "user_size", "user_tag_weights", "behavior_age", "ad_shop_weights", "ad_price", "ad_shape"}
 SCENE = {"ad_scene"}
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import Tensor
-from worlds import Sample, gallery_of, pair_of
+from worlds import Sample, pair_of
 
 if TYPE_CHECKING:
     from reference import Reference
@@ -86,7 +86,7 @@ def _two_towers(r: "Reference", s: Sample, new_ad: bool) -> Tensor:
     ad = _ad_ids(r, s, new_ad)
     if r.config.images == "both":
         nothing = torch.zeros(r.config.visual_width, dtype=r.dtype)
-        user.append(sum((_shown(r, key, "behavior_image", "images") for key in s.behavior_image), start=nothing))
+        user.append(sum((r.visual(key, "behavior_image", "images") for key in s.behavior_image), start=nothing))
         ad.append(_of_ad(r, s, "image"))
     product = _layers(r, "model.user_tower", torch.cat(user)) @ _layers(r, "model.ad_tower", torch.cat(ad))
     return product + r.dense["model.bias"][0] + r.dense["model.context.weight"][0] @ _price(r, s)
@@ -165,12 +165,12 @@ def _images(r: "Reference", s: Sample, new_ad: bool) -> list[Tensor]:
         queries["multi_query"] = [torch.cat(of_ad), of_ids]
     result = list(of_ad)
     for content in contents:
-        vectors = [_shown(r, key, f"behavior_{content}", f"{content}s") for key in s.behavior_image]
+        vectors = [r.visual(key, f"behavior_{content}", f"{content}s") for key in s.behavior_image]
         result.append(_aggregate(r, f"behavior_{content}", vectors, queries.get(r.config.pooling, [])))
     if r.config.image_products and r.config.base != "lr":
         ad = torch.cat([*of_ad, of_ids])
         for content in contents:
-            vectors = [_shown(r, key, f"behavior_{content}", f"{content}s") for key in s.behavior_image]
+            vectors = [r.visual(key, f"behavior_{content}", f"{content}s") for key in s.behavior_image]
             nothing = torch.zeros(r.width_of_content(f"behavior_{content}"), dtype=r.dtype)
             mean = sum(vectors, start=nothing) / max(len(vectors), 1)
             result.append(mean * (r.dense[f"model.products.behavior_{content}.weight"] @ ad))
@@ -179,20 +179,8 @@ def _images(r: "Reference", s: Sample, new_ad: bool) -> list[Tensor]:
 
 def _of_ad(r: "Reference", s: Sample, content: str) -> Tensor:
     """The visual vector of the ad, zero where it is dropped."""
-    vector = _shown(r, s.ad_image, f"ad_{content}", f"{content}s")
+    vector = r.visual(s.ad_image, f"ad_{content}", f"{content}s")
     return torch.zeros_like(vector) if r.dropped_pictures_B[r.place] else vector
-
-
-def _shown(r: "Reference", key: int, field: str, store: str) -> Tensor:
-    """The vector of an image, or the mean or maximum of those of its gallery."""
-    if r.scenario.gallery is None:
-        return r.visual(key, field, store)
-    vectors = [r.visual(each, field, store) for each in gallery_of(key)]
-    if not vectors:
-        return torch.zeros(r.width_of_content(field), dtype=r.dtype)
-    if r.scenario.gallery == "mean":
-        return sum(vectors[1:], start=vectors[0]) / len(vectors)
-    return torch.stack([max(v[i] for v in vectors) for i in range(len(vectors[0]))])
 
 
 def _aggregate(r: "Reference", field: str, vectors: list[Tensor], queries: list[Tensor]) -> Tensor:

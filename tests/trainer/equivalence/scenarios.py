@@ -68,8 +68,8 @@ SCHEMA_OF_FILES = Schema(
 class Scenario:
     """`deal`: how samples are dealt to ranks: "even" slices, in "streams" that lie scattered over the batch, or, to
     "starve" the others, in turn all to the last or to the first rank.
-    `words`: batches are read from files of `SCHEMA_OF_FILES`; `gallery`: there each image is several. `steps_of_day`:
-    after so many steps there is another day. `statistics`: what ranks found out about the numbers of `LEARNED`.
+    `words`: batches are read from files of `SCHEMA_OF_FILES`. `steps_of_day`: after so many steps there is another day.
+    `statistics`: what ranks found out about the numbers of `LEARNED`.
     `biased`: linear layers start as torch's do, with biases. `most_ranks`: it is not run on more, to save time."""
 
     model: dict[str, object]
@@ -84,7 +84,6 @@ class Scenario:
     steps_of_day: int | None = None
     texts: bool = False
     words: bool = False
-    gallery: Literal["mean", "max"] | None = None
     weighted: bool = False
     numbers: bool = False
     statistics: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -96,15 +95,6 @@ class Scenario:
     def schema(self) -> Schema:
         """The fields of a sample."""
         schema = SCHEMA_WITH_TEXTS if self.texts else SCHEMA_OF_FILES if self.words else SCHEMA
-        if self.gallery:
-            columns = {f"{side}_image": f"{side}_gallery" for side in ("ad", "behavior")}
-            fields = [
-                field.model_copy(update={"column": columns[field.name], "gallery": self.gallery})
-                if field.name in columns
-                else field
-                for field in schema.fields
-            ]
-            schema = schema.model_copy(update={"fields": tuple(fields)})
         weights = {"behavior_item": "item_weight", "ad_item": "ad_weight"} if self.weighted else {}
         fields = [field.model_copy(update={"weights": weights.get(field.name)}) for field in schema.fields]
         if self.numbers:
@@ -255,18 +245,6 @@ SCENARIOS = {
     "finalmlp_ids_only": Scenario({"base": "finalmlp", "images": "none"}, most_ranks=2),
     "finalmlp": Scenario({"base": "finalmlp", "dropout": 0.2}, biased=True, deal="starve", most_ranks=2),
     "words": Scenario({"images": "both", "id_dropout": 0.4}, words=True, deal="starve"),
-    # Galleries of 0 to 3 images, of which some are of other ads or behaviours too, or have no feature.
-    "gallery_mean": Scenario(
-        {"images": "both"},
-        biased=True,
-        words=True,
-        gallery="mean",
-        missing="learned",
-        lacking=True,
-        standardized=True,
-    ),
-    "gallery_max": Scenario({"pooling": "sum"}, words=True, gallery="max", deal="starve", most_ranks=2),
-    "gallery_two_towers": Scenario({"base": "two_tower"}, words=True, gallery="mean", deal="starve", most_ranks=2),
     "two_towers": Scenario(
         {"base": "two_tower", "images": "both", "tower_width": 4}, deal="starve", dtypes=("float64", "float32")
     ),

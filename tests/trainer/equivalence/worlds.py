@@ -3,7 +3,6 @@
 import itertools
 import math
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -160,14 +159,6 @@ def _id(scenario: Scenario, what: str, number: int) -> int:
     return hashed(f"{what} ü{number}") if scenario.words else number
 
 
-@cache
-def gallery_of(key: int) -> tuple[int, ...]:
-    """The images that stand for one image where there are galleries: none, or it and up to two more, or it again."""
-    draw = np.random.default_rng(key % 2**32)
-    others = [list(features())[place] for place in draw.integers(0, 30, 2)]
-    return (key, *others, key)[: int(draw.integers(0, 5))]
-
-
 def pair_of(s: Sample) -> int:
     """The ID of an ad's item and image together."""
     return hashed(f'["{WORDS[s.ad_item]}",{s.ad_image}]')
@@ -237,7 +228,7 @@ def batch_of(samples: list[Sample], global_batch: list[Sample], scenario: Scenar
 def batch_of_file(samples: list[Sample], global_batch: list[Sample], schema: Schema) -> Batch:
     """The same as columns of a file would be read."""
     groups = [list(group) for _, group in itertools.groupby(samples, key=lambda s: s.session)]
-    texts, lists, nested = pa.list_(pa.string()), pa.list_(pa.int64()), pa.list_(pa.list_(pa.int64()))
+    texts, lists = pa.list_(pa.string()), pa.list_(pa.int64())
     columns = {
         "user": pa.array([WORDS[group[0].user] for group in groups], pa.string()).dictionary_encode(),
         "age": pa.array([group[0].age for group in groups], pa.float32()),
@@ -246,8 +237,6 @@ def batch_of_file(samples: list[Sample], global_batch: list[Sample], schema: Sch
         "behavior_image_id": pa.array([group[0].behavior_image for group in groups], lists),
         "ad_item": pa.array([[WORDS[s.ad_item] for s in group] for group in groups], texts),
         "ad_image": pa.array([[s.ad_image for s in group] for group in groups], lists),
-        "behavior_gallery": pa.array([list(map(gallery_of, group[0].behavior_image)) for group in groups], nested),
-        "ad_gallery": pa.array([[gallery_of(s.ad_image) for s in group] for group in groups], nested),
         "ad_price": pa.array([[s.ad_price for s in group] for group in groups], pa.list_(pa.list_(pa.float64()))),
         "label": pa.array([[s.label for s in group] for group in groups], lists),
     }

@@ -182,7 +182,6 @@ def test_rows_that_no_longer_tell_new_ads_are_refused(own: Places) -> None:
     ("change", "part", "told"),
     [
         ({"age": {"std": [2.0]}}, "model", r"part model: .*other fields \(age, std\)"),
-        ({"ad_image": {"gallery": "max"}}, "model", r"\(ad_image, gallery=None, here max\)"),
         ({"ad_item": {"weights": "ad_weight"}}, "model", r"\(ad_item, weights=None, here a column\)"),
         ({"price": {"boundaries": [1.0, 3.0]}}, "ids", "part ids: the buckets of field price begin elsewhere"),
         ({"price": {"boundaries": [1.0, 3.0]}}, "model", r"other fields \(price, boundaries\)"),

@@ -37,10 +37,9 @@ from trainer.schema import DEFAULT_SCHEMA
 pytestmark = pytest.mark.long
 
 TOLERANCE = 2e-5
-KINDS = ["lr", "din_inputs", "contents", "gallery_max", "exact", "images_none", "images_behavior"]
+KINDS = ["lr", "din_inputs", "contents", "id_proxy", "exact", "images_none", "images_behavior"]
 """Every kind of columns, images and tables that the pages tell apart; of nets they know nothing."""
 OF_BEHAVIORS = ["behavior_item", "behavior_image", "behavior_category", "behavior_shop", "behavior_age"]
-OF_BEHAVIORS += ["behavior_gallery"]
 TEST = Path("test/day=2026-01-01.parquet")
 Trained = Callable[[str], Path]
 GROUPS = (2, 7, 31)
@@ -93,7 +92,7 @@ def test_scores_are_those_of_the_job(
         )
 
 
-@of_kinds("lr", "contents", "gallery_max", "images_none", "exact")
+@of_kinds("lr", "contents", "id_proxy", "images_none", "exact")
 def test_without_images_is_an_evaluation_with_all_images_hidden(kind: str, trained: Trained, runs: TrainedRuns) -> None:
     opened_run = open_source(RunSource(trained(kind)), SoloComm())
     usual = predict(opened_run)
@@ -130,7 +129,7 @@ def test_a_behaviour_taken_away_is_a_user_without_it(
     np.testing.assert_allclose(found, logit_N[first], atol=TOLERANCE)
 
 
-@of_kinds("lr", "din_inputs", "contents", "gallery_max", "exact", "images_behavior")
+@of_kinds("lr", "din_inputs", "contents", "id_proxy", "exact", "images_behavior")
 def test_another_picture_is_samples_with_that_picture(
     kind: str, trained: Trained, runs: TrainedRuns, sample_places: Places, tmp_path: Path
 ) -> None:
@@ -140,12 +139,8 @@ def test_another_picture_is_samples_with_that_picture(
         explanation = explain(opened, 5, 0)
         found = with_other_pictures(explanation.group, 0, [PictureName(key, None) for key in keys])
         assert with_other_pictures(explanation.group, 0, []) == []
-    row, column = table.slice(5, 1).to_pylist()[0], "ad_gallery" if kind.startswith("gallery") else "ad_image"
-    changed = []
-    for key in keys:
-        values = list(row[column])
-        values[0] = [key] if kind.startswith("gallery") else key
-        changed.append(row | {column: values})
+    row = table.slice(5, 1).to_pylist()[0]
+    changed = [row | {"ad_image": [key, *row["ad_image"][1:]]} for key in keys]
     logit_N = scored_with(run, table, changed, tmp_path / "changed")
     np.testing.assert_allclose([each.score.logit for each in found], logit_N[:: len(row["label"])], atol=TOLERANCE)
     if kind != "images_behavior":
@@ -199,10 +194,10 @@ def test_pictures_alone_are_samples_whose_pictures_have_a_column_of_their_own(
     assert any(abs(each.score.logit - each.look_alone.logit) > 1e-6 for each in others if each.look_alone)
 
 
-@of_kinds("lr", "gallery_max", "finalmlp", "din_inputs", "images_behavior", "two_tower")
+@of_kinds("lr", "id_proxy", "finalmlp", "din_inputs", "images_behavior", "two_tower")
 def test_attention(kind: str, trained: Trained, runs: TrainedRuns, sample_places: Places) -> None:
     trained(kind)
-    weighed = kind in ("gallery_max", "finalmlp", "images_behavior")
+    weighed = kind in ("id_proxy", "finalmlp", "images_behavior")
     with runs.use(kind) as opened:
         told = weighing(opened)
         for number in with_history(sample_places):
@@ -227,7 +222,7 @@ def test_the_sentence_says_what_the_table_has(
         assert isinstance(found, Explanation)
         helped = found.helped_most or found.hurt_most
         assert helped is not None
-        names = {helped.pictures[0].key: "shoes/red.jpg"}
+        names = {helped.picture.key: "shoes/red.jpg"}
         said = sentence(found, names)
         said_of_ids = sentence(plain, {})
         met = json.loads((sample_places.folder / "runs/finalmlp/report.json").read_text())["missing_lookups"]
@@ -252,7 +247,7 @@ def test_the_sentence_says_what_the_table_has(
         assert found.effect(found.helped_most) == max(each for each in effects if each is not None)
 
 
-@of_kinds("lr", "two_tower", "gallery_max")
+@of_kinds("lr", "two_tower", "id_proxy")
 def test_a_picture_that_is_sent_has_the_score_of_its_feature(
     kind: str, trained: Trained, runs: TrainedRuns, sample_places: Places, monkeypatch: pytest.MonkeyPatch
 ) -> None:
