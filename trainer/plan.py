@@ -45,8 +45,7 @@ def main(
     places = {"data.samples": samples, "data.store": store}
     own = [f"{name}={value}" for name, value in places.items() if value]
     config = load_config(file, [*own, *(settings or [])])
-    from trainer.calibrate import PlanQuestion, plan_own
-    from trainer.cost import as_json, show
+    from trainer.planner import PlanQuestion, as_json, plan_own, show
 
     question = PlanQuestion(
         ranks=ranks,

@@ -27,7 +27,7 @@ PROGRAMS = {
     "tools.site",
     "tools.tree",
     "tools.tutorial",
-    "trainer.cost",
+    "trainer.planner",
     "trainer.agent",
 }
 """Programs that other programs start, that keep this repository in order, or that call the commands here by a name."""

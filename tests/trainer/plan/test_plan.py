@@ -19,16 +19,19 @@ from tests.pages import check_page
 from tests.ranks import StandingRanks
 from tests.trainer.conftest import Places
 from tests.trainer.standing_ranks import run as run_here
-from trainer import calibrate
-from trainer.calibrate import Calibration, PlanQuestion, rates_of, sample, stored_bytes
+from trainer import planner
 from trainer.comm import SoloComm
 from trainer.config import ExactTableConfig, load_config
-from trainer.cost import (
+from trainer.errors import ConfigError, PlanError
+from trainer.plan import app
+from trainer.planner import (
     PROGRAM_BYTES,
     BatchCounts,
+    Calibration,
     KeyCounts,
     Machine,
     NetworkSpeed,
+    PlanQuestion,
     RankPlan,
     StepCost,
     StoredBytes,
@@ -38,12 +41,13 @@ from trainer.cost import (
     bytes_by_part,
     duration,
     even_shards,
+    rates_of,
     recommend,
+    sample,
     size,
     step_cost,
+    stored_bytes,
 )
-from trainer.errors import ConfigError, PlanError
-from trainer.plan import app
 from trainer.runs.open import train_reader
 from trainer.samples.columns import newest_day
 from trainer.samples.index import open_index
@@ -252,7 +256,7 @@ class TestMeasuring:
 
         def run(commands: Sequence[Sequence[str]]) -> list[str]:
             started.append(len(commands))
-            if "trainer.cost" in commands[0]:
+            if "trainer.planner" in commands[0]:
                 return [json.dumps({"call_s": 1e-9, "byte_s": 1e-9})]
             for command in commands:
                 folder = Path(command[command.index("--config") + 1]).parent / command[-1].partition("=")[2]
@@ -261,9 +265,9 @@ class TestMeasuring:
                 (folder / "report.json").write_text(json.dumps({"samples_per_s": 1e3, "stages": stages}))
             return [""]
 
-        monkeypatch.setattr(calibrate, "run_together", run)
-        monkeypatch.setattr(calibrate, "LARGEST_MEASURED", 16)
-        monkeypatch.setattr(calibrate.os, "sched_getaffinity", lambda _: {0, 1})
+        monkeypatch.setattr(planner, "run_together", run)
+        monkeypatch.setattr(planner, "LARGEST_MEASURED", 16)
+        monkeypatch.setattr(planner.os, "sched_getaffinity", lambda _: {0, 1})
         calibration = Calibration(question, sample(config, 64), tmp_path, lambda _: None)
         alone, four = calibration.machine(1), calibration.machine(4)
         assert (four.image_s, four.sample_s) == pytest.approx((2 * alone.image_s, 2 * alone.sample_s))
@@ -274,14 +278,14 @@ class TestMeasuring:
     def test_failed_run_is_one_message(self) -> None:
         with pytest.raises(PlanError, match=r"measuring this machine failed \(2 processes\): --config .*nowhere\.yaml"):
             said = "warning: slow; error: --config /nowhere.yaml: there is no such file"
-            calibrate.run_together([["sh", "-c", f"echo '{said}' >&2; exit 2"], ["true"]])
+            planner.run_together([["sh", "-c", f"echo '{said}' >&2; exit 2"], ["true"]])
 
     def test_runs_on_a_drawn_store_and_few_rows(self, places: Places, tmp_path: Path, monkeypatch: Any) -> None:
         """What is too large for this machine is small in the runs that measure it."""
-        monkeypatch.setattr(calibrate, "_MOST_TABLE_ROWS", 16)
+        monkeypatch.setattr(planner, "_MOST_TABLE_ROWS", 16)
         config = load_config(settings=places.settings(train__early_stopping=1, train__eval_every=1))
         sampled = sample(config, 64)
-        runs = calibrate.config_of_runs(sampled, tmp_path)
+        runs = planner.config_of_runs(sampled, tmp_path)
         assert runs.data.store == str(tmp_path / "features") and runs.data.missing == "zeros"
         assert FeatureStore.open(runs.data.store).snapshot().num_rows == 40
         assert set(runs.model.tables.values()) == {16} and runs.train.early_stopping is None
@@ -291,7 +295,7 @@ class TestMeasuring:
         exact_item = ExactTableConfig(kind="exact", max_rows=400, admit_after=2)
         exact = config.model.tables | {"item": exact_item}
         changed = config.model_copy(update={"model": config.model.model_copy(update={"tables": exact})})
-        of_exact = calibrate.config_of_runs(dataclasses.replace(sampled, config=changed), tmp_path / "exact")
+        of_exact = planner.config_of_runs(dataclasses.replace(sampled, config=changed), tmp_path / "exact")
         assert of_exact.model.tables["item"] == exact_item.model_copy(update={"max_rows": 16})
         hashed_bytes, exact_bytes = (stored_bytes(each, sampled).table_bytes for each in (config, changed))
         a_row = hashed_bytes / (3 * 64 + 2 * 16)
@@ -306,7 +310,7 @@ def test_a_compact_store_is_planned_with_by_its_own_width(places: Places, tmp_pa
     config = load_config(settings=places.settings(data__store=tmp_path / "compact"))
     sampled = sample(config, 64)
     assert stored_bytes(config, sampled).feature_bytes == 50 * 12
-    drawn = FeatureStore.open(calibrate.config_of_runs(sampled, tmp_path / "runs").data.store)
+    drawn = FeatureStore.open(planner.config_of_runs(sampled, tmp_path / "runs").data.store)
     assert (drawn.info.dim, drawn.info.dtype) == (6, "float16")
 
 
@@ -318,7 +322,7 @@ class TestCommand:
         """Two ranks, one a machine, really measured: the runs of the trainer in this process, collectives on ranks."""
 
         def run_some_here(commands: Sequence[Sequence[str]]) -> list[str]:
-            if list(commands[0][-2:]) == ["-m", "trainer.cost"]:
+            if list(commands[0][-2:]) == ["-m", "trainer.planner"]:
                 return [two_ranks.run(*commands[0][-2:])]
             ((code, said),) = (run_here(list(command[1:])) for command in commands)
             assert code == 0, said
@@ -330,7 +334,7 @@ class TestCommand:
         options += ["--html", str(page)]
         for setting in places.settings():
             options += ["--set", setting]
-        with mock.patch.object(calibrate, "run_together", run_some_here):
+        with mock.patch.object(planner, "run_together", run_some_here):
             done = invoke(app, *options, code=0)
         assert "Recommended" in done.stdout
         values: dict[str, Any] = json.loads(file.read_text())
