@@ -204,7 +204,7 @@ def _candidates(group: SampleGroup, ids_run: OpenedRun | None) -> list[Candidate
     ids_C: Sequence[float | None] = [None] * len(logit_C)
     if ids_run is not None:
         ids_C = _scores_of(ids_run, group.number).tolist()
-    pictures = group.ad_pictures or [None] * len(logit_C)
+    pictures: Sequence[PictureName | None] = group.ad_pictures or [None] * len(logit_C)
     return [
         Candidate(
             place=place,
