@@ -193,7 +193,7 @@ class RunHistory(PublishedHistory):
         others = [each for each in self.trainers.values() if each is not writer and each.is_at_work()]
         if verb == "create":
             writer.claimed_s = now_s
-            if path == max(each for each in self.store.objects if each.startswith(CLAIMS) and "clock" not in each):
+            if not any(other > path for other in self.store.objects if other.startswith(f"{CLAIMS}0")):
                 self.expect_alone(writer)  # else it looks again, and gives up
         elif path in self.store.objects:
             there = self.store.objects[path].data
