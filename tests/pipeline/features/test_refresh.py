@@ -3,6 +3,7 @@
 import shutil
 from unittest.mock import Mock
 
+import pyarrow.parquet as pq
 import pytest
 
 from featurestore.errors import ChannelError, SpecMismatchError, StorageError, StoreNotFoundError
@@ -364,8 +365,13 @@ def test_after_a_repair_it_computes_what_was_lost(make, run, write, computed, tm
     expected = rows_of(store.url)
     files = store.snapshot().manifest.files(0)
     path = tmp_path / "features" / files[damaged].path
-    data = path.read_bytes()
-    path.write_bytes(data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 1]) + data[len(data) // 2 + 1 :])
+    group = pq.ParquetFile(path).metadata.row_group(0)
+    numbers = [
+        group.column(i) for i in range(group.num_columns) if group.column(i).path_in_schema.startswith("feature")
+    ]
+    at, data = numbers[0].data_page_offset + numbers[0].total_compressed_size // 2, bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
     assert repair(store).version == 3
     assert len(store.snapshot().keys()) < 8
     run(folder)
