@@ -312,7 +312,7 @@ def _digest_line(digest: str) -> bytes:
 
 def _without_none(fields: dict[str, Any], name: str) -> dict[str, Any]:
     """Leave out a field that says nothing."""
-    return fields if fields[name] is not None else {each: value for each, value in fields.items() if each != name}
+    return {each: value for each, value in fields.items() if each != name or value is not None}
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -153,7 +153,8 @@ class _Expiry:
     def move_aside(self, leaving: Sequence[int]) -> list[int]:
         """Move manifests from log/ to expired/; return the versions that went.
 
-        A pin that was made meanwhile is seen, or sees the copy."""
+        A pin that was made meanwhile is seen, or sees the copy. So a copy stays also where a pin was seen, until it is
+        old: another expiry may have looked at the pins before, and be about to remove the manifest."""
         moved: list[int] = []
         for start in range(0, len(leaving), _MOVED_AT_ONCE):
             batch = leaving[start : start + _MOVED_AT_ONCE]
@@ -163,11 +164,10 @@ class _Expiry:
             if self._is_late():
                 return moved
             going = [version for version in copies if version not in pinned]
-            self.storage.delete_files(log.manifest_path(v, log.EXPIRED) for v in copies if v in pinned)
             self.storage.delete_files(map(log.manifest_path, going))
             there = set(log.versions(self.storage, log.EXPIRED))
             for version in going:
-                if version not in there:  # another expiry, which saw a pin, has taken the copy away
+                if version not in there:  # this run was away for long, and another one has taken the copy away
                     self.storage.write_bytes(log.manifest_path(version, log.EXPIRED), copies[version])
             moved += going
         return moved
