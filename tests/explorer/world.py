@@ -139,7 +139,7 @@ def _extract(world: World, client: "Client") -> None:
         store=str(world.store),
         backbone=NETWORK,
         weights="random:0",
-        compute_dtype="float32",
+        precision="float32",
         num_shards=4,
     )
     with warnings.catch_warnings():

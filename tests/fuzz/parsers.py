@@ -69,9 +69,9 @@ INFO = StoreInfo(dim=8, num_shards=2, extractor=SPEC)
 GROUP: dict[str, Any] = {
     "user": "u-1", "user_age": 31.5, "user_size": None, "user_tags": [5, 6], "user_tag_weights": [0.5, 2.0],
     "behavior_item": [1, 2], "behavior_age": [3.0, 400.0], "behavior_shop": ["a", " 7 "],
-    "behavior_image": ["x.jpg", "y.jpg"], "behavior_album": [[1, 2], [3, 4]], "ad_item": [1, 2], "ad_scene": ["s", "s"],
+    "behavior_image": ["x.jpg", "y.jpg"], "ad_item": [1, 2], "ad_scene": ["s", "s"],
     "ad_shops": [[1, 2], [2, 3]], "ad_shop_weights": [[0.5, 1.0], [1.0, 1.0]], "ad_price": [0.5, 1.0],
-    "ad_shape": [[1.0, 2.0], [2.0, 3.0]], "ad_image": ["z.jpg", ""], "ad_album": [[7, 8], [1, 2]], "label": [0, 1],
+    "ad_shape": [[1.0, 2.0], [2.0, 3.0]], "ad_image": ["z.jpg", ""], "label": [0, 1],
 }  # fmt: skip
 TEXTS = frozenset({"user", "behavior_shop", "behavior_image", "ad_scene", "ad_image"})
 AD = {"price": "dense", "tags": {"kind": "multi_id", "split": "|"}}

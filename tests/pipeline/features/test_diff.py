@@ -234,7 +234,7 @@ def large_store(request, tmp_path):
 def test_no_object_is_held_for_an_image(large_store, monkeypatch):
     monkeypatch.setattr("pipeline.images.imagetable.BATCH_ROWS", BATCH_ROWS)
     monkeypatch.setattr(staged_run, "run_tasks", answers)
-    settings = PartSettings(large_store.url, "run", "", "", "", "float32", "float32", 1)
+    settings = PartSettings(large_store.url, "run", "", "", large_store.info.extractor, 1)
     snapshot = large_store.snapshot()
     in_arrow = pa.total_allocated_bytes()
     tracemalloc.start()

@@ -22,7 +22,7 @@ from serving.http.codec import ARROW
 from serving.http.codec import JSON as JSON_TYPE
 from serving.http.inference import HEADER
 from serving.http.live import BundleSource
-from serving.scoring.request import example_of
+from serving.http.openapi import example_of
 from serving.scoring.scorer import Scorer
 from serving.settings import ServerSettings
 from tests.fuzz.mutate import JSON, STREAM, TENSORS, mutated, stream_of

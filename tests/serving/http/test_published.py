@@ -231,14 +231,13 @@ def test_what_the_page_shows_works(
     curl = blocks("sh")[0].replace("localhost:8080", f"{server.host}:{server.port}")
     shell = subprocess.run(["bash", "-c", curl], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert json.loads(shell.stdout) == expected
-    by_our_client, by_client, by_arrow, by_tensors = (
+    by_our_client, by_arrow, by_tensors = (
         code.replace("localhost:8080", f"{server.host}:{server.port}") for code in blocks("python")
     )
     monkeypatch.syspath_prepend(Path(__file__).parents[3] / "deploy" / "client")
-    for code in (by_our_client, by_client):
-        names: dict[str, Any] = {"request": request}
-        exec(code, names)
-        assert names["scores"] == expected["scores"]
+    names: dict[str, Any] = {"request": request}
+    exec(by_our_client, names)
+    assert names["scores"] == expected["scores"]
     names = {"samples": published.samples}
     exec(by_arrow, names)
     assert [len(scores) for scores in names["scores"]] == [len(each) for each in names["table"]["ad_item"].to_pylist()]

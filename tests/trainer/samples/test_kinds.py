@@ -81,7 +81,11 @@ def kinds(tmp_path_factory: pytest.TempPathFactory) -> Places:
     rewrite(places.folder / "samples", with_every_kind)
     (places.folder / "schema.yaml").write_text(schema_text(SCHEMA))
     settings = {"train__max_steps": 8, "model__base": "two_tower", "model__tower_width": 6}
-    settings |= {"model__compute_dtype": "float32", "data__schema_file": places.folder / "schema.yaml"}
+    settings |= {
+        "model__activation": "prelu",
+        "model__compute_dtype": "float32",
+        "data__schema_file": places.folder / "schema.yaml",
+    }
     tables = "{user: 64, item: 64, image: 64, category: 16, scene: 16, ad_words: 64, ad_pair: 64, ad_tags: 64}"
     run_alone(places, run__name="towers", model__tables=tables, **settings)
     return places
