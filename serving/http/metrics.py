@@ -6,7 +6,9 @@ PROMETHEUS_MULTIPROC_DIR, which serving/http/workers.py sets for its worker proc
 """
 
 import asyncio
+import contextlib
 import os
+import struct
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -38,6 +40,7 @@ MetricT = TypeVar("MetricT", Counter, Histogram)
 FOLDER_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 _SECONDS = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 _FLUSH_S = 0.5
+_MOST_READINGS = 10
 _SCORES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9, 1.0)
 """Bounds, closer where click rates are."""
 _SIZES = (0, 1, 10, 50, 100, 200, 500, 1_000, 2_000, 5_000, 10_000)
@@ -183,10 +186,14 @@ class ServingMetrics:
 
     def text(self) -> bytes:
         """Return all metrics in Prometheus' text format, summed over all workers."""
-        registry = self._registry
-        if FOLDER_VARIABLE in os.environ:
+        if FOLDER_VARIABLE not in os.environ:
+            return generate_latest(self._registry)
+        for _ in range(_MOST_READINGS):
             registry = CollectorRegistry()
             MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+            with contextlib.suppress(struct.error, ValueError, OSError):  # a worker makes its file at this moment
+                return generate_latest(registry)
+            time.sleep(0.01)
         return generate_latest(registry)
 
 

@@ -16,6 +16,7 @@ import httpx2
 import psutil
 import pytest
 
+from serving.http.metrics import FOLDER_VARIABLE, ServingMetrics
 from tests.serving.http.fakes import write_state
 from tests.serving.http.processes import ServerProcess, fake_server, post_head
 
@@ -224,3 +225,13 @@ def test_a_taken_port_is_one_line(tmp_path: Path) -> None:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
     assert f"error: cannot listen on --host 127.0.0.1 --port {port}: Address already" in done.stderr
+
+
+def test_a_file_that_a_worker_is_making_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
+    empty = tmp_path / "counter_1.db"
+    empty.touch()
+    made = threading.Timer(0.03, empty.unlink)
+    made.start()
+    assert ServingMetrics().text() == b""
+    made.join()
