@@ -214,9 +214,8 @@ class ProgressBar:
         print(self._shown, file=sys.stderr, flush=True)
 
     def _line(self) -> str:
-        return f"{self._title}: " + (
-            self._doing or (f"{self._done:,} of {self._total:,}" if self._total else "working")
-        )
+        number = f"{self._done:,} of {self._total:,}" if self._total else "working"
+        return f"{self._title}: {self._doing or number}"
 
 
 @contextmanager
