@@ -13,7 +13,8 @@ from featurestore.text import one_line, without_passwords
 _SHORT = 60  # characters of a value that a message shows
 _TOO_DEEP = "its lists and mappings are nested too deep"
 _MOST_NESTED = 100
-"""Brackets inside each other in YAML; PyYAML takes a second for a thousand of them, as each may begin a key."""
+"""Lists and mappings inside each other in YAML: PyYAML takes a second for a thousand brackets, as each may begin a key,
+and composes by recursion, where a finalizer that the collector runs at the stack's last frame fails."""
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -29,6 +30,17 @@ _EXPONENT = ("tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE
 
 class _Loader(yaml.SafeLoader):
     """As YAML 1.2 has it, 1e-3 is a number, and a date is a text."""
+
+    _depth = 0  # of the node that is being composed
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """Compose the next node, where it is not inside too many others."""
+        if self._depth > _MOST_NESTED:
+            raise yaml.YAMLError(_TOO_DEEP)
+        self._depth += 1
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
 
     def fetch_flow_collection_start(self, TokenClass: Any) -> None:
         """Take the next bracket, where it is not inside too many others."""
@@ -68,8 +80,6 @@ def parse_yaml(text: str, aliases: bool = True) -> Any:
         return yaml.load(text, _Loader if aliases else _WithoutAliases)
     except yaml.YAMLError as error:
         raise ValueError(one_line(error)) from error
-    except RecursionError as error:
-        raise ValueError(_TOO_DEEP) from error
     except (LookupError, AttributeError, OverflowError) as error:  # of PyYAML's own for "!!bool x" and the like
         raise ValueError(f"a value is not what its tag or form says: {error}") from error
 

@@ -16,8 +16,9 @@ def test_what_pyyaml_fails_at_is_a_mistake_of_the_text(text: str) -> None:
     assert "\n" not in str(failure.value)
 
 
-def test_yaml_of_too_many_brackets_is_refused_before_they_are_looked_through() -> None:
-    assert str(parse_yaml("[" * 100 + "]" * 100)).count("[") == 100
-    for text in ("[" * 101 + "]" * 101, "a: " + "{a: " * 20_000, "- " * 1_000 + "a"):
+def test_yaml_nested_too_deep_is_refused_before_it_is_looked_through() -> None:
+    for text in ("[" * 100 + "]" * 100, "- " * 100 + "a"):
+        parse_yaml(text)
+    for text in ("[" * 101 + "]" * 101, "a: " + "{a: " * 20_000, "- " * 101 + "a", "? " * 101 + "a", "- " * 20_000):
         with pytest.raises(ValueError, match="nested too deep"):
             parse_yaml(text)
