@@ -303,6 +303,8 @@ class OptimConfig(Section):
     """Both rates times this after every lr_every steps."""
     lr_every: Training[Count] = 24_000
     """Steps between two times that the rates shrink."""
+    plateau_gamma: Training[RateDecay] = 0.1
+    """Both rates times this after each evaluation on data.validation_days whose AUC is no better than all before."""
     beta1: Rows[Annotated[float, Field(ge=0, lt=1)]] = 0.9
     """Adam: weight of the past in the running mean of gradients."""
     beta2: Rows[Annotated[float, Field(ge=0, lt=1)]] = 0.999

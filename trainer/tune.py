@@ -142,6 +142,7 @@ def _trial(file: RunPath | None, given: Sequence[str], values: Mapping[str, Any]
     held_out = chosen.changed(
         data={"validation_days": chosen.data.validation_days or 1, "test_days": []},
         train={"epochs": epochs, "eval_every": None, "early_stopping": 1, "keep_checkpoints": 1},
+        optim={"plateau_gamma": 1.0},  # as in the training on all days, which has no evaluation to go by
         run={"dir": str(root), "name": re.sub(r"[^A-Za-z0-9._]+", "-", words).strip("-"), "resume": "auto"},
     )
     return Trial(values, chosen, held_out)

@@ -69,7 +69,7 @@ class Engine(EngineParts):
         its error and the others RemoteRankError; then no parameter and no row has moved.
         """
         batch, request = prepared.batch, prepared.request
-        rates = rates_at(self._optim, self.num_steps - self.first_step)
+        rates = rates_at(self._optim, self.num_steps - self.first_step, self.num_plateaus)
         self._modules.train()
         self._dense.zero_grad()
         logit_B = self._outputs(prepared, self.model, {})

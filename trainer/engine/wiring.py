@@ -91,6 +91,7 @@ class EngineParts:
     ) -> None:
         """`reading`: nothing is trained, so ID rows have no optimiser's state; a checkpoint's is left out."""
         self.num_steps = self.first_step = 0  # first_step: where the run begins that continues another one's steps
+        self.num_plateaus = 0  # see rates_at
         self.stages = Stages()
         self._comm, self._optim = comm, optim
         self._device, self._dtype = torch.device(device), dtype

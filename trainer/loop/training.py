@@ -54,6 +54,15 @@ def best_step(history: History) -> int | None:
     return None if best is None else int(best["step"])
 
 
+def num_plateaus(history: History) -> int:
+    """Count the evaluations whose AUC is no better than the best one before them."""
+    best, count = -math.inf, 0
+    for auc in (entry["auc"] for entry in history if entry["auc"] is not None):
+        count += auc <= best
+        best = max(best, auc)
+    return count
+
+
 def has_ended(history: History, patience: int | None) -> bool:
     """Return whether the last `patience` evaluations were all no better than the best one before them."""
     if patience is None:
@@ -185,6 +194,7 @@ class Training:
 
         On a signal: a checkpoint, then StoppedError.
         """
+        self._follow_plateaus()
         try:
             if self._was_stopped_in_evaluation():
                 self._between_steps()
@@ -224,8 +234,14 @@ class Training:
             else:
                 self.metrics, _ = self._measured()
         run.history.append({"step": self._engine.num_steps, **self.metrics})
+        self._follow_plateaus()
         split = "test" if run.validation_reader is None else "validation"
         self._progress.metrics(self._engine.num_steps, self.metrics, split)
+
+    def _follow_plateaus(self) -> None:
+        """Let the rates fall with what the evaluations on validation days have found."""
+        if self._run.validation_reader is not None:
+            self._engine.num_plateaus = num_plateaus(self._run.history)
 
     def _measured(self) -> tuple[Metrics, Float64Array]:
         """Predict and measure the validation or test samples; return the logits of this rank's, too."""
