@@ -70,7 +70,6 @@ def main(
             "images,model,ids with commas.",
         ),
     ] = None,
-    verbose: Annotated[bool, typer.Option("--verbose", help="End with all figures and the ID tables.")] = False,
     more: Annotated[list[str] | None, typer.Argument(metavar="SECTION.FIELD=VALUE", help="More settings.")] = None,
 ) -> None:
     """Train DICM on sample groups and stored image features, and evaluate it on the test samples."""
@@ -82,7 +81,7 @@ def main(
             raise ConfigError(f"--warm-parts {warm_parts} needs another run: name it by --warm-start")
         return config
 
-    raise typer.Exit(on_ranks(load, functools.partial(train, verbose=verbose)))
+    raise typer.Exit(on_ranks(load, train))
 
 
 def on_ranks(load: Callable[[], Config], work: Callable[[Config, "Comm"], object]) -> int:
@@ -104,10 +103,10 @@ def warm_settings(warm_start: str | None, warm_parts: str | None) -> list[str]:
     return settings
 
 
-def train(config: Config, comm: "Comm", verbose: bool = False) -> "RunPath":
+def train(config: Config, comm: "Comm") -> "RunPath":
     """Train one run from opening to report, and return its folder; every rank calls it.
 
-    `verbose`: print all figures at the end. Of a run that is continued and finished already, nothing is written again.
+    Of a run that is continued and finished already, nothing is written again.
     Raises TrainerError, FeatureStoreError.
     """
     from featurestore.console.output import text_console
@@ -144,7 +143,7 @@ def train(config: Config, comm: "Comm", verbose: bool = False) -> "RunPath":
             if root:
                 _end_events(run, progress)
                 summary.write_report(run.folder / "report.json", report)
-                summary.show(progress.console, report, verbose=verbose)
+                summary.show(progress.console, report)
         return run.folder
 
 

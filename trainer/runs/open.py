@@ -11,7 +11,6 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import xxhash
 
@@ -216,14 +215,9 @@ def lacking_images(
         if not found.impressions and not found.behaviors:
             continue
         if config.data.missing == "error":
-            fields = _fields_of(config, schema, place)
-            keys = np.array(found.examples, np.int64)
-            names = comm.on_rank_0(partial(survey.names_of, indexes, rules_of(schema), fields, keys))
-            shown = ", ".join(names.get(key, f"key {key}") for key in found.examples)
             raise MissingKeysError(
-                f"{_described(found, place)}{f', as {shown}' if shown else ''}; list them: "
-                f"{_list_command(config, place)}; add them: {place.make_it()}; or set data.missing=learned, for a "
-                'trained "no image" vector'
+                f"{_described(found, place)}; list them: {_list_command(config, place)}; add them: {place.make_it()}; "
+                'or set data.missing=learned, for a trained "no image" vector'
             )
         lines.append(
             f"{_described(found, place)}: they {_INSTEAD[config.data.missing]} (data.missing={config.data.missing}); "
@@ -267,12 +261,12 @@ def _counted(
     known = survey.measured_once(
         comm,
         indexes[0],
-        "images",
+        "lacking",
         [digests, columns, partition.snapshot_id.commit_id],
         config.data.cache_dir,
         lambda: asdict(survey.lacking(comm, indexes, schema, fields, partition)),
     )
-    return survey.LackingImages(**known | {"examples": tuple(known["examples"])})
+    return survey.LackingImages(**known)
 
 
 TENSORBOARD = "tensorboard"
