@@ -193,7 +193,7 @@ TRAINER = [
     ("trainer.schema inspect {samples} --out {missing}/x.yaml", 1, "{missing}"),
     ("trainer.schema check {missing} {samples}", 2, "{missing}"),
     ("trainer.schema check {deepyaml} {samples}", 2, "too deep"),
-    ("trainer.slurm -- true", 2, "this is not a Slurm job"),
+    ("trainer.launch -- true", 2, "this is not a Slurm job"),
     ("trainer.supervise -- python -m trainer.main", 2, "--hosts a:4,b:4"),
     ("trainer.supervise --max-np 1 -- python -m trainer.main data.smaples=x", 2, "did you mean data.samples?"),
     ("trainer.supervise --max-np 1 -- python -m trainer.main run.name=a run.dir={empty}", 1, "{empty}"),
