@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -20,6 +19,7 @@ from featurestore.console import commandline, output
 from featurestore.errors import AnotherStoreError, StorageError
 from featurestore.parsing import parse_json
 from featurestore.published.paths import RunPath, read_file, run_path, write_json_file
+from trainer.cli import MoreSettings, Settings, SettingsFile
 from trainer.config import WARM_PARTS, Config, differences, load_config, load_saved, refuse_given, save_config
 from trainer.errors import CheckpointError, ConfigError, DataNotFoundError, OtherRunError, TrainerError
 from trainer.main import on_ranks, train, warm_settings
@@ -175,10 +175,8 @@ def main(
             "in GAUC. Else each run trains on all days up to its own.",
         ),
     ] = CONTINUES,
-    file: Annotated[Path | None, typer.Option("--config", help="YAML file over the default preset.")] = None,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="One setting; may be repeated.")
-    ] = None,
+    file: SettingsFile = None,
+    settings: Settings = None,
     warm_start: Annotated[
         str | None,
         typer.Option(
@@ -188,7 +186,7 @@ def main(
             show_default="nothing: it trains on all days",
         ),
     ] = None,
-    more: Annotated[list[str] | None, typer.Argument(metavar="SECTION.FIELD=VALUE", help="More settings.")] = None,
+    more: MoreSettings = None,
 ) -> None:
     """Train day after day, on all days up to each, on the newest snapshot of the store, and evaluate on the next."""
     given = [] if samples is None else [f"data.samples={samples}"]

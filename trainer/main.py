@@ -8,14 +8,13 @@ import contextlib
 import functools
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from featurestore.console.commandline import CommandApp, run_app
 from featurestore.errors import StorageError, UserError
-from trainer.cli import run_on_ranks
+from trainer.cli import MoreSettings, Settings, SettingsFile, run_on_ranks
 from trainer.config import WARM_PARTS, Config, differences, load_config, load_saved
 from trainer.errors import ConfigError
 
@@ -55,10 +54,8 @@ _OF_A_START = ("run.dir", "run.name", "run.resume", "run.overwrite")
 
 @app.command(epilog=EXAMPLES)
 def main(
-    file: Annotated[Path | None, typer.Option("--config", help="YAML file over the default preset.")] = None,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="One setting; may be repeated.")
-    ] = None,
+    file: SettingsFile = None,
+    settings: Settings = None,
     warm_start: Annotated[
         str | None, typer.Option(metavar="RUN", help="Begin with parameters of this run or checkpoint.")
     ] = None,
@@ -70,7 +67,7 @@ def main(
             "images,model,ids with commas.",
         ),
     ] = None,
-    more: Annotated[list[str] | None, typer.Argument(metavar="SECTION.FIELD=VALUE", help="More settings.")] = None,
+    more: MoreSettings = None,
 ) -> None:
     """Train DICM on sample groups and stored image features, and evaluate it on the test samples."""
     given = [*(settings or []), *(more or []), *warm_settings(warm_start, warm_parts)]

@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +13,7 @@ from featurestore.lookup.embedding import EmbeddingModel, EmbeddingService
 from featurestore.lookup.ondevice import Gathered, held_bytes
 from featurestore.lookup.partition import FeaturePartition
 from trainer.comm import Comm
-from trainer.config import ExactTableConfig, ModelConfig, OptimConfig, TableConfig, near_match
+from trainer.config import Config, ExactTableConfig, ModelConfig, TableConfig, near_match
 from trainer.engine.machine import check_memory, check_same, holds_features, with_compute_dtype
 from trainer.errors import ConfigError
 from trainer.exchange.exchange import Exchange, VectorSource
@@ -71,7 +70,7 @@ class EngineParts:
     """Model, tables, services, optimisers and exchange of one rank.
 
     Raises ConfigError where schema, configuration and stores do not fit. Every rank builds the same dense parameters
-    from `seed`; that they are the same is checked here.
+    from `train.seed`; that they are the same is checked here.
     """
 
     def __init__(
@@ -79,22 +78,21 @@ class EngineParts:
         comm: Comm,
         schema: Schema,
         partitions: Mapping[str, FeaturePartition],
-        model: ModelConfig,
-        optim: OptimConfig,
+        config: Config,
         *,
-        seed: int,
-        statistics: Mapping[str, FeatureStatistics] | None = None,
+        statistics: Mapping[str, FeatureStatistics | None] | None = None,
         device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
         reading: bool = False,
-        features_on_device: Literal["auto"] | bool = "auto",
     ) -> None:
-        """`reading`: nothing is trained, so ID rows have no optimiser's state; a checkpoint's is left out."""
+        """`statistics` of features, by store; without them, a checkpoint that is loaded next has the standardisation.
+
+        `reading`: nothing is trained, so ID rows have no optimiser's state; a checkpoint's is left out.
+        """
         self.num_steps = self.first_step = 0  # first_step: where the run begins that continues another one's steps
         self.stages = Stages()
-        self._comm, self._optim = comm, optim
-        self._device, self._dtype = torch.device(device), dtype
-        model = with_compute_dtype(model, comm, self._device, None)
+        self._comm, self._optim, self._device = comm, config.optim, torch.device(device)
+        model, seed = with_compute_dtype(config.model, comm, self._device, None), config.train.seed
+        self._dtype = dtype = torch.float64 if model.compute_dtype == "float64" else torch.float32
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.model = comm.on_all(lambda: nets.build_model(schema, model))  # a host may lack a net of the user's own
@@ -102,10 +100,10 @@ class EngineParts:
         self._modules = nn.ModuleDict({"model": self.model, "stores": nn.ModuleDict(self.services)})
         self._modules.to(device=self._device, dtype=dtype)
         for store, service in self.services.items():
-            if statistics and store in statistics:
-                service.fold_standardization_(statistics[store].mean_D, statistics[store].std_D)
+            if known := (statistics or {}).get(store):
+                service.fold_standardization_(known.mean_D, known.std_D)
         shapes = table_shapes(self.model.fields, model)
-        self._rows = (RowOptimizer if reading else row_optimizer)(optim, dtype, self._device)
+        self._rows = (RowOptimizer if reading else row_optimizer)(config.optim, dtype, self._device)
         check_memory(comm, shapes, self._rows.state, self._device, dtype)
         self.tables = comm.on_all(
             lambda: build_tables(
@@ -121,11 +119,11 @@ class EngineParts:
         )
         self.id_sources = list(dict.fromkeys(table.source for table in self.tables.values()))
         needed_bytes = sum(held_bytes(service.partition) for service in self.services.values())
-        if holds_features(comm, features_on_device, needed_bytes, self._device):
+        if holds_features(comm, config.run.features_on_device, needed_bytes, self._device):
             for service in self.services.values():
                 service.hold_rows()
         self.model.place.seed = seed
-        self._dense = DenseOptimizer(comm, dict(self._modules.named_parameters()), optim)
+        self._dense = DenseOptimizer(comm, dict(self._modules.named_parameters()), config.optim)
         self._exchange = self._exchange_of(model)
         image_rate = model.image_dropout if self.model.new_ads else 0.0
         self._dropout = newads.IdDropout(schema, model.id_dropout, seed, image_rate=image_rate)

@@ -406,7 +406,7 @@ def _open_run(
     origin = _origin(config, schema, digest, reader.num_streams, partitions)
     if at:
         origin.check_same(at[1].origin, at[0])
-    engine = engine_of(config, comm, schema, partitions, device, statistics)
+    engine = Engine(comm, schema, partitions, config, statistics=statistics, device=device)
     if at:
         try:
             checkpoints.load(comm, *at, engine, config.data.cache_dir)
@@ -518,36 +518,6 @@ def _with_statistics(
     if warm is not None and {"model", "ids"} & set(warm.parts):
         schema = survey.fill_in(schema, warm.state.origin.model.get("fields", {}))
     return survey.with_statistics(comm, train, schema, samples, config.data.cache_dir)
-
-
-def engine_of(
-    config: Config,
-    comm: Comm,
-    schema: Schema,
-    partitions: Mapping[str, FeaturePartition],
-    device: torch.device,
-    statistics: Mapping[str, FeatureStatistics | None] | None = None,
-    *,
-    reading: bool = False,
-) -> Engine:
-    """Build the engine of a run.
-
-    Without `statistics`, a checkpoint that is loaded next has the standardisation; `reading`: the run is asked and not
-    trained.
-    """
-    return Engine(
-        comm,
-        schema,
-        partitions,
-        config.model,
-        config.optim,
-        seed=config.train.seed,
-        statistics={store: each for store, each in (statistics or {}).items() if each is not None},
-        device=device,
-        dtype=torch.float64 if config.model.compute_dtype == "float64" else torch.float32,
-        reading=reading,
-        features_on_device=config.run.features_on_device,
-    )
 
 
 def open_samples(config: Config, places: list[StorePlace]) -> Storage:

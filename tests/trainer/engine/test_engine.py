@@ -11,7 +11,7 @@ from featurestore.lookup import VARIABLE
 from featurestore.lookup.partition import FeaturePartition
 from tests.trainer.engine.drawn import drawn_store
 from trainer.comm import SoloComm
-from trainer.config import ModelConfig, OptimConfig
+from trainer.config import Config, ModelConfig, OptimConfig, TrainConfig
 from trainer.engine import machine
 from trainer.engine.engine import Engine
 from trainer.errors import CheckpointError, ConfigError, DataError
@@ -47,8 +47,9 @@ def engine_of(
     optim: OptimConfig = OptimConfig(lr=0.01),
     **model: object,
 ) -> Engine:
-    config = {"tables": {"item": 64}, "mlp": [6], "embed_hidden": [6], "compute_dtype": "float32", **model}
-    return Engine(comm or SoloComm(), SCHEMA, {"images": partition}, ModelConfig(**config), optim, seed=seed)
+    sizes = {"tables": {"item": 64}, "mlp": [6], "embed_hidden": [6], "compute_dtype": "float32", **model}
+    config = Config(model=ModelConfig(**sizes), optim=optim, train=TrainConfig(seed=seed))
+    return Engine(comm or SoloComm(), SCHEMA, {"images": partition}, config)
 
 
 def batch_of(number: int, samples: int = 6) -> Batch:
