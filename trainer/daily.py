@@ -205,10 +205,6 @@ class Day:
     test_day: str | None
     folder: RunPath
 
-    def report(self) -> dict[str, Any] | None:
-        """Read the run's report; None before its end."""
-        return report_of(self.folder)
-
     def config(self, base: Config, before: RunPath | None) -> Config:
         """Make the settings of the run, which continues what the one in folder `before` has learned, or its own."""
         resume = "latest" if finished(self.folder) else None
@@ -319,10 +315,11 @@ def _end(folder: RunPath) -> None:
 
 def _work_on(day: Day, base: Config, *, continues: bool) -> tuple[Config | None, dict[str, Any] | None]:
     """Return the settings to train the day with, or the report of a trained day that is to be evaluated, or neither."""
-    report = day.report()
+    report = report_of(day.folder)
     if report is not None:
         return None, None if report["metrics"] or day.test_day is None else report
-    before = _run_before(day)
+    earlier = [each for each in runs(day.folder.parent) if each.name < day.name]
+    before = earlier[-1] if earlier else None  # even if its samples were removed
     if before:
         _check_stores(before, base)
     return day.config(base, before if continues else None), None
@@ -403,7 +400,7 @@ def _claim(folder: RunPath, base: Config) -> None:
     mine = base.model_dump(mode="json", exclude={"run"})
     file = folder / DAYS_FILE
     try:
-        if not (file.is_file() and any(DAY.fullmatch(each.name) for each in folder.iterdir())):
+        if not (file.is_file() and day_folders(folder)):
             folder.mkdir(parents=True, exist_ok=True)
             write_json_file(file, mine)
             return
@@ -433,12 +430,6 @@ def _check_stores(before: RunPath, base: Config) -> None:
     state = read_state(checkpoints[-1])
     for place in places:
         check_identity(place, FeatureStore.open(place.url).snapshot(place.version), checkpoints[-1], state)
-
-
-def _run_before(day: Day) -> RunPath | None:
-    """Return the newest finished run of an earlier day, even if its samples were removed."""
-    before = [each for each in runs(day.folder.parent) if each.name < day.name]
-    return before[-1] if before else None
 
 
 if __name__ == "__main__":

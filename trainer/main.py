@@ -203,14 +203,15 @@ def _finished_text(run: "Run") -> str:
 def _report(run: "Run", training: "Training", measured: dict[str, Any]) -> dict[str, Any]:
     """Put together what report.json says of a run; every rank calls it.
 
-    `missing_lookups`: of images without a feature, those of evaluations included.
+    `missing_lookups`: of images without a feature, those of evaluations included; `new_ad_pictures_count`: None where
+    that is not decided (model.image_dropout).
     """
-    missing = run.missing_by_store()
+    missing, new_ads = run.missing_by_store(), run.engine.model.new_ads
     return {
         "name": run.folder.name,
         "folder": str(run.folder),
         "metrics": training.metrics,
-        "new_ad_pictures_count": training.new_ad_pictures_count,
+        "new_ad_pictures_count": None if new_ads is None else new_ads.pictures_count,
         **measured,
         "missing_lookups": sum(missing.values()),
         "missing_by_store": missing,
