@@ -13,7 +13,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
 from featurestore.console import commandline, output
 from featurestore.errors import AnotherStoreError, StorageError
@@ -83,14 +82,14 @@ def write(folder: RunPath) -> None:
 def show(folder: RunPath) -> None:
     """Print the table."""
     console, found = output.text_console(), rows(folder)
-    table = Table(title=str(folder))
-    for name in ("day", "from", "snapshot", "steps", "test day", *_METRICS):
-        table.add_column(name.replace("_", " "), justify="right")
+    names = [each.replace("_", " ") for each in ("day", "from", "snapshot", "steps", "test day", *_METRICS)]
+    lines = []
     for row in found:
         before = run_path(row["warm_start"]).name if row["warm_start"] else None
         cells = [row["day"], before, row["store_version"], row["steps"], row["test_day"]]
-        table.add_row(*(_text(cell) for cell in [*cells, *(row[name] for name in _METRICS)]))
-    output.print_table(console, table)
+        lines.append([_text(cell) for cell in [*cells, *(row[name] for name in _METRICS)]])
+    output.print_line(console, str(folder), style="bold")
+    output.print_rows(names, lines, numbers=names)
     for row in found:
         if row["samples_changed"]:
             console.print(f"{row['day']}: its training samples had changed before it was evaluated")

@@ -246,8 +246,6 @@ LEAST_EFFICIENCY = 0.5
 """Least efficiency, per rank, of a recommended number of ranks."""
 PROGRAM_BYTES = 2 * 2**30
 """Memory of a rank besides features and ID rows: Python and torch (.6 GB), batches that are read ahead, activations."""
-_SKEW_NOTICE = 1.05
-_DECODE_NOTICE = 1.31
 
 
 @dataclass(frozen=True)
@@ -295,7 +293,7 @@ class TrainingPlan:
     rows: tuple[RankPlan, ...]
     recommended_ranks: int | None
     advice: tuple[str, ...]
-    """The recommendation and its reason, then what to change."""
+    """The recommendation and its reason, then numbers of ranks that are slower than one."""
 
 
 def build(
@@ -314,18 +312,18 @@ def build(
         machine, counts = machine_of(count), counts_of(count)
         cost, rank_bytes = step_cost(counts, widths, machine), stored.rank_bytes(count)
         local = min(count, machine.network.ranks_per_machine)
-        row = RankPlan(
-            ranks=count,
-            counts=counts,
-            machine=machine,
-            cost=cost,
-            efficiency=cost.samples_per_s / (base.samples_per_s * count),
-            epoch_s=samples / cost.samples_per_s,
-            rank_bytes=rank_bytes,
-            machine_bytes=local * (rank_bytes + PROGRAM_BYTES) / MOST_OF_MEMORY,
+        rows.append(
+            RankPlan(
+                ranks=count,
+                counts=counts,
+                machine=machine,
+                cost=cost,
+                efficiency=cost.samples_per_s / (base.samples_per_s * count),
+                epoch_s=samples / cost.samples_per_s,
+                rank_bytes=rank_bytes,
+                machine_bytes=local * (rank_bytes + PROGRAM_BYTES) / MOST_OF_MEMORY,
+            )
         )
-        rows.append(row)
-        advice += advise(row, stored)
         if count > 1 and cost.samples_per_s < base.samples_per_s:
             times = cost.samples_per_s / base.samples_per_s
             advice.append(f"{count} ranks are slower than 1: they make {times:.2g} times its samples/s.")
@@ -355,39 +353,9 @@ def recommend(rows: Sequence[RankPlan], memory_bytes: int) -> tuple[int | None, 
     )
 
 
-def advise(row: RankPlan, stored: StoredBytes) -> list[str]:
-    """Return advice on the streams of samples and on shards."""
-    lines = []
-    if (decoded := row.counts.decoded * row.ranks / row.counts.samples) > _DECODE_NOTICE:
-        lines.append(
-            f"{_ranks(row.ranks)}: a rank decodes {decoded:.2g} times its own samples, as ranks share streams of them. "
-            f"Set data.shuffle_streams to a multiple of {row.ranks}, and write ten row groups or more for each rank."
-        )
-    for name, keys, shards, change in (
-        ("images", row.counts.images, stored.shards, "make the store with --num-shards"),
-        ("ids", row.counts.ids, stored.table_shards, "set model.table_shards to"),
-    ):
-        skew = keys.skew(row.ranks)
-        # Where keys alone are uneven, more shards do not help.
-        if min(skew, most_shards(shards, row.ranks) * row.ranks / shards) > _SKEW_NOTICE:
-            lines.append(
-                f"{_ranks(row.ranks)}: the busiest owner has {skew - 1:.0%} more {name} than the mean, as {shards} "
-                f"shards do not divide evenly: {change} {even_shards(row.ranks)}."
-            )
-    return lines
-
-
 def most_shards(num_shards: int, ranks: int) -> int:
     """Count the shards of the rank that has most."""
     return -(-num_shards // ranks)
-
-
-def even_shards(ranks: int) -> int:
-    """Return the smallest power of two of shards of which no rank has more than 5 % above the mean."""
-    shards = 1
-    while most_shards(shards, ranks) * ranks > _SKEW_NOTICE * shards:
-        shards *= 2
-    return shards
 
 
 def as_json(plan: TrainingPlan) -> dict[str, Any]:

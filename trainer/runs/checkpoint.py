@@ -546,15 +546,9 @@ def _check_layers(model: Mapping[str, Any], warm: WarmStart) -> None:
         if each.name.startswith("model.") and each.setting not in _OTHER_LAYERS
     ]
     if found:
-        was, has = (
-            _settings((each.name, each.there) for each in found),
-            _settings((each.name, each.here) for each in found),
-        )
+        was = ", ".join(f"{each.name}={each.there}" for each in found)
+        has = ", ".join(f"{each.name}={each.here}" for each in found)
         raise _refusal(warm, "model", f"it was trained with {was}, this run has {has}; set {was}")
-
-
-def _settings(values: Iterable[tuple[str, Any]]) -> str:
-    return ", ".join(f"{name}={value}" for name, value in values)
 
 
 def _check_rows(model: Mapping[str, Any], warm: WarmStart) -> None:
