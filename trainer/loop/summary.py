@@ -235,8 +235,7 @@ def gather(comm: Comm, own: StepTotals, stages: Stages) -> dict[str, Any]:
 
     Bytes are those that ranks sent to others in training steps (keys, vectors, gradients, dense gradients), summed over
     ranks. Times are the mean over ranks. `samples_per_s` is that of the slowest rank, without the first step unless it
-    is the only one. `owner_skew`: images served by the busiest rank over the mean. A ratio without a denominator is
-    None.
+    is the only one. A ratio without a denominator is None.
     """
     traffic = {name: asdict(each) for name, each in comm.traffic.items() if name.startswith("step.")}
     mine = (asdict(own), traffic, stages.medians_ms())
@@ -244,7 +243,6 @@ def gather(comm: Comm, own: StepTotals, stages: Stages) -> dict[str, Any]:
     ranks = [StepTotals(**values) for values, *_ in everyone]
     steps = own.steps
     sent = {name: sum(each[name]["sent"] for _, each, _ in everyone) for name in sorted(traffic)}
-    served = [each.images for each in ranks]
     steady_samples, slowest_s = sum(each.steady[0] for each in ranks), max(each.steady[1] for each in ranks)
     references, images = sum(each.image_references for each in ranks), sum(each.images for each in ranks)
 
@@ -261,7 +259,6 @@ def gather(comm: Comm, own: StepTotals, stages: Stages) -> dict[str, Any]:
         "image_references_per_step": per_step(references),
         "bytes_sent_per_step": per_step(sum(sent.values())),
         "bytes_by_collective_per_step": {name: per_step(total) for name, total in sent.items()},
-        "owner_skew": max(served) * len(served) / images if images else None,
         "seconds": {
             phase: sum(each.seconds.get(phase, 0.0) for each in ranks) / len(ranks)
             for phase in Phase.__args__  # type: ignore[attr-defined]

@@ -12,7 +12,7 @@ import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -97,40 +97,27 @@ class ImageNetwork:
 
         Raises TrainerError for a number that is not finite.
         """
-        waiting: list[_ImageRows] = []
-        for rows in self._rows():
-            waiting.append(rows)
-            if sum(len(each.keys_K) for each in waiting) >= _BATCH_ROWS:
-                yield self._table(waiting)
-                waiting = []
-        if waiting:
-            yield self._table(waiting)
-
-    def _rows(self) -> "Iterator[_ImageRows]":
+        keys, uris, features = list[Int64Array](), list[Any](), list[AnyArray]()
         for shard in sorted(self.snapshot.manifest.shards):
             reader = self.snapshot.shard_reader(shard)
-            uris = reader.read([URI])[URI]
+            uris_of_shard = reader.read([URI])[URI]
             for block in reader.verified_blocks():
-                yield _ImageRows(block.keys_K, uris.take(block.place_K).to_pylist(), block.features_KD.copy())
+                keys.append(block.keys_K)
+                uris += uris_of_shard.take(block.place_K).to_pylist()
+                features.append(block.features_KD.copy())
+                if len(uris) >= _BATCH_ROWS:
+                    yield self._table(np.concatenate(keys), uris, np.concatenate(features))
+                    keys, uris, features = [], [], []
+        if uris:
+            yield self._table(np.concatenate(keys), uris, np.concatenate(features))
 
-    def _table(self, parts: "list[_ImageRows]") -> pa.Table:
-        features_KD = as_tensor(np.concatenate([part.features_KD for part in parts]))
+    def _table(self, keys_K: Int64Array, uris: list[Any], features_KD: AnyArray) -> pa.Table:
+        """Compute the vectors of some images; features are in the store's dtype."""
         with torch.inference_mode():
-            visual_KV = finite(self.model(features_KD.to(self.model.mean_D.device)).float().cpu().numpy())
-        columns: list[Any] = [
-            pa.array(np.concatenate([part.keys_K for part in parts])),
-            pa.array([uri for part in parts for uri in part.uris], pa.string()),
-            _lists(visual_KV),
-        ]
+            features = as_tensor(features_KD).to(self.model.mean_D.device)
+            visual_KV = finite(self.model(features).float().cpu().numpy())
+        columns: list[Any] = [pa.array(keys_K), pa.array(uris, pa.string()), _lists(visual_KV)]
         return pa.Table.from_arrays(columns, [KEY, URI, VECTOR])
-
-
-class _ImageRows(NamedTuple):
-    """Images as the store has them; features in its dtype, (K, D)."""
-
-    keys_K: Int64Array
-    uris: list[Any]
-    features_KD: AnyArray
 
 
 def open_network(
