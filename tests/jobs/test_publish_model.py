@@ -29,7 +29,7 @@ from trainer.comm import SoloComm
 from trainer.runs.saved import open_trained
 from trainer.samples.columns import decode, rules_of
 from trainer.samples.index import Piece
-from trainer.samples.reader import BatchPosition, assemble
+from trainer.samples.reader import assemble
 
 pytestmark = pytest.mark.long
 
@@ -101,7 +101,7 @@ def test_the_scores_of_the_sample_are_those_of_the_run(places: Places, model: st
         groups = decode(sample, rules_of(trained.schema), "label", "sample", 0)
         ends = groups.sample_offsets[1:]
         piece = Piece(groups, np.arange(len(ends)), groups.sample_offsets[:-1], ends)
-        batch = assemble(trained.schema, [piece], groups.num_samples, BatchPosition(0, 0))
+        batch = assemble(trained.schema, [piece], groups.num_samples)
         wanted = trained.engine.predict(trained.engine.prepare(batch, "eval"))
     assert len(found) > 100
     np.testing.assert_allclose(found, wanted, atol=1e-5, rtol=0)

@@ -80,8 +80,8 @@ def read_impressions(comm: Comm, index: SampleIndex, schema: Schema) -> Impressi
 
     Raises DataError or SchemaError on all ranks together.
     """
-    image, history, ad_column = ad_image_field(schema), _history_field(schema), schema.new_ad_column
-    rules = _rules(schema, {field.column_name for field in (image, history) if field} | {ad_column, schema.group})
+    image, history, ad = ad_image_field(schema), _history_field(schema), _ad_field(schema)
+    rules = _rules(schema, {field.column_name for field in (ad, image, history) if field} | {schema.group})
     share = np.array_split(np.arange(len(index.row_groups)), comm.size)[comm.rank]
     parts: list[columns.DecodedGroups] = []
     times: list[Int64Array | None] = []
@@ -99,7 +99,7 @@ def read_impressions(comm: Comm, index: SampleIndex, schema: Schema) -> Impressi
     return Impressions(
         label_N=gathered("label", (part.columns[schema.label].values for part in parts)).astype(np.float32),
         user_N=gathered("user", (_of_samples(part, part.columns[schema.group].values) for part in parts)),
-        ad_N=gathered("ad", (part.columns[ad_column].values for part in parts)),
+        ad_N=gathered("ad", (part.columns[ad.column_name].values for part in parts)),
         image_N=gathered("image", (part.columns[image.column_name].values for part in parts)) if image else None,
         history_N=gathered("history", (_lengths(part, history.column_name) for part in parts)) if history else None,
         time_s_N=gathered("time", (each for each in times if each is not None)) if has_time else None,
@@ -126,7 +126,7 @@ def seen_in_training(comm: Comm, index: SampleIndex, schema: Schema, impressions
 
 def _count(seen: SeenInTraining, index: SampleIndex, row_groups: Sequence[RowGroup], schema: Schema) -> None:
     """Adds what these row groups hold to `seen`."""
-    image, ad_column = ad_image_field(schema), schema.new_ad_column
+    image, ad_column = ad_image_field(schema), _ad_field(schema).column_name
     of_store = {f.column_name for f in schema.of_kind("content") if image and f.store_name == image.store_name}
     rules = _rules(schema, {ad_column, *of_store})
     for groups, time_s_G in _read(index, row_groups, schema, rules):
@@ -142,6 +142,10 @@ def _count(seen: SeenInTraining, index: SampleIndex, row_groups: Sequence[RowGro
 def ad_image_field(schema: Schema) -> Field | None:
     """Find the field whose keys are the ads' images, one each; None where the schema has none."""
     return next(schema.of_kind("content", side="ad"), None)
+
+
+def _ad_field(schema: Schema) -> Field:
+    return next(field for field in schema.fields if field.name == schema.new_ad_field)
 
 
 def _history_field(schema: Schema) -> Field | None:
