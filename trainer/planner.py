@@ -40,7 +40,7 @@ from trainer.comm import Comm, SoloComm, connect
 from trainer.comm.comm import launcher_of
 from trainer.config import Config, TableConfig, save_config
 from trainer.engine.machine import check_threads
-from trainer.engine.wiring import model_name, table_shapes
+from trainer.engine.wiring import table_shapes, widths_of_stores
 from trainer.errors import ConfigError, PlanError
 from trainer.ids.optimizers import state_of
 from trainer.ids.shards import owned_bytes
@@ -512,7 +512,7 @@ def sample(config: Config, largest: int) -> SampledKeys:
         return DrawnSamples(batch, tuple(tuple(each) for each in names), of_user, shards)
 
     fields = layers.used_fields(schema, config.model)
-    content = {f.name: model_name(f, config.model) for f in fields if f.kind == "content"}
+    content = {f.name: f.store_name for f in fields if f.kind == "content"}
     images = drawn(content, snapshot.info.num_shards)
     ids = drawn({f.name: f.table_name for f in fields if f.is_id}, config.model.table_shards)
     return SampledKeys(config, schema, index, snapshot, images, ids, read_s)
@@ -714,16 +714,12 @@ def run_together(commands: Sequence[Sequence[str]]) -> list[str]:
 def widths(config: Config, sampled: SampledKeys) -> Widths:
     """Return the bytes of what travels, from the schema, the model's settings and the store."""
     model, dim, fields = config.model, sampled.snapshot.info.dim, layers.used_fields(sampled.schema, config.model)
-    content = {model_name(field, model): field for field in fields if field.kind == "content"}
-    widths_of_model = [layers.width_of(field, model) for field in content.values()]
+    (image_width,) = widths_of_stores(fields, model).values()
     id_widths = [shape.width for shape in table_shapes(fields, model)]
     with torch.device("meta"):
-        networks = [
-            nets.build_model(sampled.schema, model),
-            *(EmbeddingModel(dim, model.embed_hidden, width) for width in widths_of_model),
-        ]
+        networks = nets.build_model(sampled.schema, model), EmbeddingModel(dim, model.embed_hidden, image_width)
     dense = sum(parameter.numel() for network in networks for parameter in network.parameters())
-    return Widths(max(widths_of_model) * _FLOAT_BYTES, fmean(id_widths or [0]) * _FLOAT_BYTES, dense * _FLOAT_BYTES)
+    return Widths(image_width * _FLOAT_BYTES, fmean(id_widths or [0]) * _FLOAT_BYTES, dense * _FLOAT_BYTES)
 
 
 def stored_bytes(config: Config, sampled: SampledKeys) -> StoredBytes:

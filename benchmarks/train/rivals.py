@@ -21,10 +21,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from featurestore.keys import Int64Array, owner_of, shard_of
-from featurestore.lookup.embedding import EmbeddingModel, EmbeddingService
+from featurestore.lookup.embedding import EmbeddingService
 from featurestore.lookup.ondevice import Gathered, as_tensor
 from featurestore.lookup.partition import FeaturePartition
-from trainer.engine.wiring import model_name
 from trainer.exchange.exchange import Exchange, KeyRequest
 from trainer.exchange.routing import bucketize_by_owner, unique
 from trainer.exchange.vectors import FieldVectors
@@ -107,14 +106,13 @@ class StoredFeatures:
         self._service = service
         self._memory: dict[str, Tensor] = {}
 
-    def embed(self, network: str, features_UD: Tensor, place: str) -> Tensor:
+    def embed(self, features_UD: Tensor, place: str) -> Tensor:
         """Make visual vectors (U, V). `place`: features that are there at the same time need another one."""
-        return self._service.embed(network, Gathered(self.numbers(network, features_UD, place), None))
+        return self._service.embed(Gathered(self.numbers(features_UD, place), None))
 
-    def numbers(self, network: str, features_UD: Tensor, place: str) -> Tensor:
+    def numbers(self, features_UD: Tensor, place: str) -> Tensor:
         """Return what the network's first product takes: the features themselves where they are of its type."""
-        model = self._service.models[network]
-        assert isinstance(model, EmbeddingModel)
+        model = self._service.model
         if features_UD.dtype == model.compute_dtype:
             return features_UD
         memory = self._memory.get(place)
@@ -152,7 +150,7 @@ class Compute:
         self.model = Model(run, self._service)
         self._batches = self.model.batches()
         self._stored = StoredFeatures(self._service)
-        self._names = {field.name: model_name(field, run.config.model) for field in self.model.content}
+        self._names = [field.name for field in self.model.content]
 
     def prepare(self) -> Batch:
         """Prepare the trainer's next batch."""
@@ -160,12 +158,9 @@ class Compute:
 
     def step(self, batch: Batch) -> tuple[float, float]:
         """Return the loss, and the seconds of E's and the worker model's forward and backward."""
-        asked = {}
-        for name in dict.fromkeys(self._names.values()):
-            fields = [field for field, of in self._names.items() if of == name]
-            keys_U, inverse_N = unique(np.concatenate([batch.fields[field].values_N for field in fields]))
-            features_UD = as_tensor(self._service.partition.lookup(keys_U).features_UD)
-            asked[name] = (features_UD, fields, torch.from_numpy(inverse_N))
+        keys_U, inverse_N = unique(np.concatenate([batch.fields[name].values_N for name in self._names]))
+        features_UD = as_tensor(self._service.partition.lookup(keys_U).features_UD)
+        index_N = torch.from_numpy(inverse_N)
         request = self.model.request(batch)
         ids = self.model.ids.vectors(request)
         rows = {id(field.vectors_UV): field.vectors_UV for field in ids.values()}
@@ -175,14 +170,12 @@ class Compute:
             for name, field in ids.items()
         }
         lengths = {name: torch.from_numpy(batch.fields[name].lengths_M.astype(np.int64)) for name in self._names}
-        counts = {name: len(batch.fields[name].values_N) for name in self._names}
+        counts = [len(batch.fields[name].values_N) for name in self._names]
         self.model.zero_grad()
         start = time.perf_counter()
-        for name, (features_UD, fields, index_N) in asked.items():
-            visual_UV = self._stored.embed(name, features_UD, name)
-            places = torch.split(index_N, [counts[field] for field in fields])
-            for field, place_N in zip(fields, places, strict=True):
-                vectors[field] = FieldVectors(visual_UV, place_N, lengths[field])
+        visual_UV = self._stored.embed(features_UD, "step")
+        for name, place_N in zip(self._names, torch.split(index_N, counts), strict=True):
+            vectors[name] = FieldVectors(visual_UV, place_N, lengths[name])
         loss = self.model.loss(batch, vectors)
         self.model.note(loss)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -214,11 +207,7 @@ class StoreInServer:
         self._partition: FeaturePartition = run.partition
         self._comm = run.comm
         self._batches = self.model.batches()
-        names = {model_name(field, run.config.model) for field in self.model.content}
-        (self._name,) = names  # one E for both sides, so that an image in both is sent once
-        network = self._service.models[self._name]
-        assert isinstance(network, EmbeddingModel)
-        self._network = network
+        self._network = network = self._service.model
         self._looked_up = np.empty((0, self._partition.dim), self._partition.info.storage_dtype)
         # A step's numbers, and those that come for the next one.
         self._memory = [torch.empty(0, self._partition.dim, dtype=network.compute_dtype) for _ in range(2)]
@@ -254,7 +243,7 @@ class StoreInServer:
         return numbers_UD, torch.from_numpy(asked.inverse_N)
 
     def _images(self, fetched: Fetched) -> Images:
-        visual_UV = self._service.embed(self._name, Gathered(fetched.numbers_UD, None))
+        visual_UV = self._service.embed(Gathered(fetched.numbers_UD, None))
         fields = [(field.name, fetched.batch.fields[field.name]) for field in self.model.content]
         places = torch.split(fetched.index_N, [len(jagged.values_N) for _, jagged in fields])
         return {

@@ -27,7 +27,7 @@ from trainer.optim import DenseOptimizer
 from trainer.schema import Field, Schema
 from trainer.stages import Kind, Stages
 
-NO_IMAGES = ".no_image."
+NO_IMAGES = ".no_image"
 """In the names of the trained vectors of images without a feature, which a run has by its data.missing."""
 
 
@@ -41,12 +41,12 @@ class ContentRequest:
 
 
 class ContentSource:
-    """A source of visual vectors: one E of an embedding service."""
+    """A source of visual vectors: E of an embedding service."""
 
-    def __init__(self, name: str, service: EmbeddingService, model: str, num_ranks: int) -> None:
-        self._service, self._model, self._num_ranks = service, model, num_ranks
+    def __init__(self, name: str, service: EmbeddingService, num_ranks: int) -> None:
+        self._service, self._num_ranks = service, num_ranks
         self._num_shards = service.partition.info.num_shards
-        self.width, self.key_sources = service.width(model), {name: self}
+        self.width, self.key_sources = service.model.out, {name: self}
 
     def owner_of(self, keys_U: Int64Array) -> Int64Array:
         """Find the rank that has the shard of each key."""
@@ -59,7 +59,7 @@ class ContentSource:
 
     def vectors(self, served: Sequence[ContentRequest]) -> list[Tensor]:
         """Return the visual vectors of the features."""
-        return [self._service.embed(self._model, each.gathered) for each in served]
+        return [self._service.embed(each.gathered) for each in served]
 
     def release(self, served: ContentRequest) -> None:
         """Give the features' memory back to the service."""
@@ -124,7 +124,7 @@ class EngineParts:
                 service.hold_rows()
         self.model.place.seed = seed
         self._dense = DenseOptimizer(comm, dict(self._modules.named_parameters()), config.optim)
-        self._exchange = self._exchange_of(model)
+        self._exchange = self._exchange_of()
         image_rate = model.image_dropout if self.model.new_ads else 0.0
         self._dropout = newads.IdDropout(schema, model.id_dropout, seed, image_rate=image_rate)
         check_same(comm, self.dense_state())
@@ -199,23 +199,15 @@ class EngineParts:
             if isinstance(table, ExactTable):
                 table.begin_day(day)
 
-    def _exchange_of(self, model: ModelConfig) -> Exchange:
+    def _exchange_of(self) -> Exchange:
         """Make the exchange, ID tables first among its sources."""
         source_of_field = {field.name: field.table_name for field in self.fields if field.is_id}
-        content: dict[str, ContentSource] = {}
-        for field in self.fields:
-            if field.kind == "content":
-                network = model_name(field, model)
-                name = source_of_field[field.name] = f"{field.store_name}:{network}"
-                if name not in content:
-                    content[name] = ContentSource(name, self.services[field.store_name], network, self._comm.size)
-        sources: list[VectorSource] = [*self.id_sources, *content.values()]
+        source_of_field |= {f.name: f"store {f.store_name}" for f in self.fields if f.kind == "content"}
+        content = [
+            ContentSource(f"store {store}", service, self._comm.size) for store, service in self.services.items()
+        ]
+        sources: list[VectorSource] = [*self.id_sources, *content]
         return Exchange(self._comm, sources, source_of_field, self._device, self._dtype, self.stages)
-
-
-def model_name(field: Field, config: ModelConfig) -> str:
-    """Name the E of its store that a content field uses."""
-    return "shared" if config.shared_image_model else field.name
 
 
 def table_shapes(fields: tuple[Field, ...], config: ModelConfig) -> list[TableShape]:
@@ -268,14 +260,9 @@ def shape_of(name: str, width: int, table: TableConfig, num_shards: int) -> Tabl
     return TableShape(name, width, table, num_shards)
 
 
-def networks_of(fields: tuple[Field, ...], config: ModelConfig) -> dict[str, dict[str, int]]:
-    """Return the names of every store's E, and how wide its visual vectors are."""
-    widths_of_store: dict[str, dict[str, int]] = {}
-    for field in fields:
-        if field.kind == "content":
-            widths = widths_of_store.setdefault(field.store_name, {})
-            widths[model_name(field, config)] = layers.width_of(field, config)
-    return widths_of_store
+def widths_of_stores(fields: tuple[Field, ...], config: ModelConfig) -> dict[str, int]:
+    """Return how wide the visual vectors of each store's E are."""
+    return {field.store_name: layers.width_of(field, config) for field in fields if field.kind == "content"}
 
 
 def image_model(dim: int, width: int, config: ModelConfig) -> EmbeddingModel:
@@ -287,12 +274,11 @@ def image_model(dim: int, width: int, config: ModelConfig) -> EmbeddingModel:
 def services_of(
     fields: tuple[Field, ...], partitions: Mapping[str, FeaturePartition], config: ModelConfig
 ) -> dict[str, EmbeddingService]:
-    """Make the services of this rank: for each store its rows and its networks."""
-    services: dict[str, EmbeddingService] = {}
-    for store, widths in networks_of(fields, config).items():
-        models = {name: image_model(partitions[store].dim, width, config) for name, width in widths.items()}
-        services[store] = EmbeddingService(partitions[store], models)
-    return services
+    """Make the services of this rank: for each store its rows and its E."""
+    return {
+        store: EmbeddingService(partitions[store], image_model(partitions[store].dim, width, config))
+        for store, width in widths_of_stores(fields, config).items()
+    }
 
 
 def build_tables(

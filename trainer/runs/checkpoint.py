@@ -450,7 +450,7 @@ _DECIDED = "model.new_ads.counts"
 `NO_IMAGES`, which data.missing decides on."""
 
 _OTHER_LAYERS = {
-    *("model.embed_hidden", "model.shared_image_model", "model.visual_width"),  # E's own, which shapes tell
+    *("model.embed_hidden", "model.visual_width"),  # E's own, which shapes tell
     *("model.compute_dtype", "model.image_dropout", "model.pooling_length"),
     *("model.fields", "model.label"),  # of the schema: what layers read of its fields is compared by itself
 }

@@ -173,7 +173,7 @@ def test_the_type_of_the_products_is_settled_once(partition: FeaturePartition, m
     monkeypatch.delenv(VARIABLE)
 
     def dtype_of_auto() -> torch.dtype:
-        return engine_of(partition, compute_dtype="auto").services["images"].models["shared"].compute_dtype
+        return engine_of(partition, compute_dtype="auto").services["images"].model.compute_dtype
 
     assert dtype_of_auto() == torch.bfloat16
     capabilities["amx_bf16"] = False
