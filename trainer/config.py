@@ -596,10 +596,7 @@ _DECISIONS: dict[str, Decision] = {
     },
     SAMPLES_DIGEST: "positions",
 }
-OF_IMAGES = (
-    *("pooling", "pooling_length", "image_products", "visual_width", "embed_hidden"),
-    *("id_proxy", "image_dropout"),
-)
+OF_IMAGES = ("pooling", "pooling_length", "image_products", "visual_width", "embed_hidden", "id_proxy", "image_dropout")
 """Settings of the model that one without images does not use."""
 
 

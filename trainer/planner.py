@@ -48,7 +48,7 @@ from trainer.models import layers, nets
 from trainer.runs.open import store_places, train_reader
 from trainer.samples.columns import name_of, rules_of, source_columns
 from trainer.samples.index import SampleIndex, open_index, read_row_group
-from trainer.samples.reader import Batch, SampleReader
+from trainer.samples.reader import Batch
 from trainer.samples.survey import fill_in, measure
 from trainer.schema import Schema, load_schema
 from trainer.stages import WAIT
@@ -500,8 +500,7 @@ def sample(config: Config, largest: int) -> SampledKeys:
     schema = fill_in(schema, measure(SoloComm(), few, schema))
     snapshot = FeatureStore.open(data.store).snapshot(data.store_version)
     total = min(index.num_samples, max(_LEAST_DRAWN, min(_MOST_DRAWN, _DRAWN_BATCHES * largest), largest))
-    seed, window = (config.train.seed, data.shuffle_window) if data.shuffle else (None, 1)
-    reader = SampleReader(index, schema, batch_size=total, seed=seed, window=window)
+    reader = train_reader(config.changed(data={"global_batch_size": total, "shuffle_streams": 1}), index, schema)
     start_s = time.perf_counter()
     batch = next(reader.batches())
     read_s = (time.perf_counter() - start_s) / reader.num_decoded

@@ -96,7 +96,10 @@ class EngineParts:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.model = comm.on_all(lambda: nets.build_model(schema, model))  # a host may lack a net of the user's own
-            self.services = services_of(self.model.fields, partitions, model)
+            self.services = {
+                store: EmbeddingService(partitions[store], image_model(partitions[store].dim, width, model))
+                for store, width in widths_of_stores(self.model.fields, model).items()
+            }
         self._modules = nn.ModuleDict({"model": self.model, "stores": nn.ModuleDict(self.services)})
         self._modules.to(device=self._device, dtype=dtype)
         for store, service in self.services.items():
@@ -269,16 +272,6 @@ def image_model(dim: int, width: int, config: ModelConfig) -> EmbeddingModel:
     """Make an untrained E for features of `dim` numbers."""
     assert config.compute_dtype != "auto"  # settled when the engine began
     return EmbeddingModel(dim, config.embed_hidden, width, config.compute_dtype)
-
-
-def services_of(
-    fields: tuple[Field, ...], partitions: Mapping[str, FeaturePartition], config: ModelConfig
-) -> dict[str, EmbeddingService]:
-    """Make the services of this rank: for each store its rows and its E."""
-    return {
-        store: EmbeddingService(partitions[store], image_model(partitions[store].dim, width, config))
-        for store, width in widths_of_stores(fields, config).items()
-    }
 
 
 def build_tables(
