@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from featurestore.keys import Int64Array, owner_of, shard_of
-from featurestore.lookup.embedding import EmbeddingService
 from featurestore.lookup.ondevice import Gathered, as_tensor
 from featurestore.lookup.partition import FeaturePartition
 from trainer.exchange.exchange import Exchange, KeyRequest
@@ -99,29 +98,6 @@ class Model:
         return loss
 
 
-class StoredFeatures:
-    """E on features as the store has them: the numbers that its products take lie in memory that is used again."""
-
-    def __init__(self, service: EmbeddingService) -> None:
-        self._service = service
-        self._memory: dict[str, Tensor] = {}
-
-    def embed(self, features_UD: Tensor, place: str) -> Tensor:
-        """Make visual vectors (U, V). `place`: features that are there at the same time need another one."""
-        return self._service.embed(Gathered(self.numbers(features_UD, place), None))
-
-    def numbers(self, features_UD: Tensor, place: str) -> Tensor:
-        """Return what the network's first product takes: the features themselves where they are of its type."""
-        model = self._service.model
-        if features_UD.dtype == model.compute_dtype:
-            return features_UD
-        memory = self._memory.get(place)
-        if memory is None or len(memory) < len(features_UD):
-            rows = len(features_UD) + len(features_UD) // 8
-            memory = self._memory[place] = torch.empty(rows, features_UD.shape[1], dtype=model.compute_dtype)
-        return model.numbers(features_UD, out=memory[: len(features_UD)])
-
-
 def per_sample(batch: Batch, fields: tuple[Field, ...]) -> Batch:
     """Return the same samples, each with a user side of its own (G = B), as where samples do not come in groups."""
     widened = dict(batch.fields)
@@ -149,7 +125,7 @@ class Compute:
         (self._service,) = run.engine.services.values()
         self.model = Model(run, self._service)
         self._batches = self.model.batches()
-        self._stored = StoredFeatures(self._service)
+        self._memory = torch.empty(0, self._service.partition.dim, dtype=self._service.model.compute_dtype)
         self._names = [field.name for field in self.model.content]
 
     def prepare(self) -> Batch:
@@ -173,7 +149,7 @@ class Compute:
         counts = [len(batch.fields[name].values_N) for name in self._names]
         self.model.zero_grad()
         start = time.perf_counter()
-        visual_UV = self._stored.embed(features_UD, "step")
+        visual_UV = self._service.embed(Gathered(self._numbers(features_UD), None))
         for name, place_N in zip(self._names, torch.split(index_N, counts), strict=True):
             vectors[name] = FieldVectors(visual_UV, place_N, lengths[name])
         loss = self.model.loss(batch, vectors)
@@ -183,6 +159,14 @@ class Compute:
         torch.autograd.backward(list(rows.values()), [leaves[each].grad for each in rows])
         self.model.ids.release(request)
         return self.model.update(), seconds
+
+    def _numbers(self, features_UD: Tensor) -> Tensor:
+        """Return what E's first product takes, in memory that is used again; the features themselves if of its type."""
+        if features_UD.dtype == self._memory.dtype:
+            return features_UD
+        if len(self._memory) < len(features_UD):
+            self._memory = self._memory.new_empty(len(features_UD) * 9 // 8, features_UD.shape[1])
+        return self._service.model.numbers(features_UD, out=self._memory[: len(features_UD)])
 
 
 @dataclass(frozen=True)
