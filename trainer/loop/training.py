@@ -20,7 +20,6 @@ import torch
 
 from featurestore.keys import Float64Array
 from trainer.comm import Comm
-from trainer.config import RunConfig
 from trainer.engine.engine import PreparedBatch
 from trainer.engine.machine import objects_frozen
 from trainer.errors import CheckpointError, RemoteRankError, TrainerError
@@ -93,11 +92,6 @@ LEAST = 1_000
 MOST_FAILURES = 5
 """Checkpoints in a row that may fail to be written while the training continues; one more ends the run."""
 _ROUNDING = 1e-5  # two evaluations of the same may differ by it, on a GPU
-
-
-def can_tell(run: RunConfig) -> bool:
-    """Return whether an ad without a trained row is new to E as well: not where E continues and ID rows begin again."""
-    return run.warm_start is None or "images" not in run.warm_parts or "ids" in run.warm_parts
 
 
 def checked(
@@ -228,8 +222,10 @@ class Training:
             return
 
         new_ads = self._engine.model.new_ads
+        parts = set() if run.config.run.warm_start is None else {*run.config.run.warm_parts}
         with self.totals.timed("evaluate"):
-            if new_ads is not None and can_tell(run.config.run):
+            # Where E continues and ID rows begin again, an ad without a trained row is not new to E.
+            if new_ads is not None and ("images" not in parts or "ids" in parts):
                 self.metrics = checked(self._measured, new_ads, run.comm, self._progress.say)
             else:
                 self.metrics, _ = self._measured()
@@ -271,12 +267,6 @@ class Training:
                 if self._is_over():
                     break
         self._report_tables()
-
-    @property
-    def new_ad_pictures_count(self) -> bool | None:
-        """Return whether pictures of new ads count; None if that is not decided (model.image_dropout)."""
-        new_ads = self._engine.model.new_ads
-        return new_ads.pictures_count if new_ads is not None else None
 
     @contextlib.contextmanager
     def _prepared(self, batches: Iterator[Batch], count: int, kind: Kind) -> Iterator[Iterator[PreparedBatch]]:
