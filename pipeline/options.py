@@ -295,19 +295,11 @@ class XdlOptions:
     samples: Annotated[
         str, typer.Option(help="Folder to write, on a disk that all workers see, or an address; replaced.")
     ]
-    test_source: Annotated[
-        str | None, typer.Option("--test-from", help="Lines of the test samples.", show_default="a share of --from")
-    ] = None
     test_share: Annotated[float, typer.Option(min=0, max=0.9, help="Of the groups of --from, by their key's hash.")] = (
         0.1
     )
     images: Annotated[str, typer.Option(help="Fields whose ids are image keys, with commas.")] = "user_img,ad_img"
-    sparse: Annotated[str, typer.Option(help="Fields of ids that look dense, with commas.")] = ""
-    dense: Annotated[str, typer.Option(help="Fields of numbers that look like ids, with commas.")] = ""
     label_threshold: Annotated[float | None, typer.Option(help="Labels from here on are clicks.")] = None
-    label_index: Annotated[int | None, typer.Option(min=0, help="Which of several labels, from 0.")] = None
-    scratch: ScratchOption = None
-    keep_days: KeepDaysOption = 7
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -318,7 +310,6 @@ class XdlRandomOptions:
     num_lines: Annotated[int, typer.Option("--lines", min=1, help="Text samples.")] = 1024
     num_images: Annotated[int, typer.Option("--images", min=1, help="Images.")] = 4096
     dim: Annotated[int, typer.Option(min=1, max=MAX_DIM, help="Numbers of an image.")] = XDL_DIM
-    num_ids: Annotated[int, typer.Option("--ids", min=1, help="Ids are 1 to this, those of images too.")] = 1024
     seed: Annotated[int, typer.Option(min=0, help="Equal seeds give equal bytes.")] = 0
 
 

@@ -239,7 +239,6 @@ JOBS = [
     ("jobs/import_xdl samples --from {missing} --samples {new}", 2, "{missing}"),
     ("jobs/import_xdl samples --from {garbage} --samples {new}", 1, ""),
     ("jobs/import_xdl random --out file:///nonexistent/x", 2, "is an address"),
-    ("jobs/import_xdl random --out {new} --images 5 --ids 6", 2, "--ids"),
     ("jobs/import_xdl random --out {empty}", 2, "{empty} is a file"),
     ("jobs/import_xdl random --out {samples}", 2, "files that are no random data"),
     ("trainer.prerank build --run {missing}", 2, "{missing}"),
