@@ -13,17 +13,7 @@ from pathlib import Path
 
 from featurestore.console.output import progress_bar
 from featurestore.errors import CommitConflictError
-from featurestore.published.versions import (
-    FILES,
-    VERSIONS,
-    PublishedFile,
-    PublishedFiles,
-    PublishedVersion,
-    expire,
-    open_published,
-    publish,
-    upload,
-)
+from featurestore.published import versions
 from featurestore.storage.safety import refuse_unsafe
 from featurestore.storage.storage import Storage, in_threads
 from pipeline.errors import SampleError, SampleOptionError
@@ -101,9 +91,11 @@ def replaced_files(
             if before is not None and _inode(before) != folder_before:
                 raise CommitConflictError(f"{target} was replaced by another command meanwhile; run it again")
         return
-    new_before = before or open_published(target)
-    content.check(new_before.url, set(new_before.list()) - {FILES, VERSIONS})  # of a first build that was killed
-    if not isinstance(new_before, PublishedFiles):
+    new_before = before or versions.open_published(target)
+    content.check(
+        new_before.url, set(new_before.list()) - {versions.FILES, versions.VERSIONS}
+    )  # of a first build that was killed
+    if not isinstance(new_before, versions.PublishedFiles):
         refuse_unsafe(place)
     try:
         with _building(Path(scratch or tempfile.gettempdir()), f".crossmedia-{os.getuid()}.building-") as folder:
@@ -112,7 +104,7 @@ def replaced_files(
             _publish(place, new, before is not None)
     except OSError as error:
         raise SampleError(f"cannot make the {content.name} for {target}: {error or type(error).__name__}") from error
-    expire(place, keep_days * _DAY_S)
+    versions.expire(place, keep_days * _DAY_S)
 
 
 def _inode(folder: Storage) -> int | None:
@@ -126,27 +118,27 @@ def _publish(place: Storage, new: NewFiles, is_made_from_before: bool) -> None:
     names.remove(LOCK)
     with progress_bar("uploading", len(names)) as bar:
         uploads = in_threads(
-            lambda name: upload(place, new.folder / name, name), names, _UPLOADS, lambda *_: bar.advance(1)
+            lambda name: versions.upload(place, new.folder / name, name), names, _UPLOADS, lambda *_: bar.advance(1)
         )
         files = dict(zip(names, uploads, strict=True))
     files |= {name: _published(new.before, name_before) for name, name_before in new.kept.items()}
     after = _version(new.before).version if is_made_from_before else None
-    publish(place, files, after)
+    versions.publish(place, files, after)
     for name in names:
         if "/" not in name:
             place.write_bytes(name, (new.folder / name).read_bytes())
 
 
-def _published(before: Storage, name: str) -> PublishedFile:
+def _published(before: Storage, name: str) -> versions.PublishedFile:
     """Name a file that is there, of a version or of a plain folder."""
     files = _version(before).files
-    return files[name] if files else PublishedFile(path=name, size_bytes=before.size(name))
+    return files[name] if files else versions.PublishedFile(path=name, size_bytes=before.size(name))
 
 
-def _version(before: Storage) -> PublishedVersion:
-    if isinstance(before, PublishedFiles):
+def _version(before: Storage) -> versions.PublishedVersion:
+    if isinstance(before, versions.PublishedFiles):
         return before.published
-    return PublishedVersion(version=0, publication="", writer="", time_s=0.0, files={})
+    return versions.PublishedVersion(version=0, publication="", writer="", time_s=0.0, files={})
 
 
 @contextlib.contextmanager

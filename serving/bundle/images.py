@@ -23,17 +23,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from featurestore.errors import CommitConflictError, SnapshotNotFoundError, SpecMismatchError
-from featurestore.format.datafile import (
-    DELETED,
-    FEATURE,
-    KEY,
-    URI,
-    matrix_of,
-    numpy_column,
-    open_entry,
-    table_of,
-    text_column,
-)
+from featurestore.format import datafile
+from featurestore.format.datafile import DELETED, FEATURE, KEY, URI
 from featurestore.format.rows import FeatureRows
 from featurestore.format.shard import ShardReader, newest_rows, take_rows, write_shard_file
 from featurestore.keys import Int64Array
@@ -137,7 +128,7 @@ def rows_of_shard(reader: ShardReader, networks: StoreNetworks) -> FeatureRows:
     rows_MV = np.empty((len(names), networks.width), np.float32)
     for place_K, features_KD in _batches(reader):
         rows_MV[place_K] = networks.rows(features_KD)
-    return FeatureRows.of(text_column(names, URI), rows_MV, keys=numpy_column(names, KEY))
+    return FeatureRows.of(datafile.text_column(names, URI), rows_MV, keys=datafile.numpy_column(names, KEY))
 
 
 def export_vectors(
@@ -200,7 +191,7 @@ def _fill(
             if not snapshot.manifest.files(number):
                 continue
             rows = rows_of_shard(snapshot.shard_reader(number), networks)
-            yield table_of(rows, store.info)
+            yield datafile.table_of(rows, store.info)
             done += len(rows)
             if progress is not None:
                 progress(done, num_images)
@@ -256,16 +247,16 @@ class ChangedImages:
         """Read each new file once: the last row of a key counts, and may be a tombstone."""
         tables = []
         for entry in added:
-            with open_entry(self.newest.storage, self.newest.info, entry) as file:
+            with datafile.open_entry(self.newest.storage, self.newest.info, entry) as file:
                 tables.append(file.read([KEY, URI, DELETED, FEATURE]))
         table, gone = tables[0], _NO_KEYS
         if len(added) > 1 or added[0].num_deleted:
             table = pa.concat_tables(tables)
-            table = take_rows(table, newest_rows(numpy_column(table, KEY)))
-            is_gone_K = numpy_column(table, DELETED)
-            gone, table = numpy_column(table, KEY)[is_gone_K], table.filter(pa.array(~is_gone_K))
-        keys_K, features_KD = numpy_column(table, KEY), matrix_of(table, self.newest.info)
-        return iter([ImageRows(keys_K, text_column(table, URI), features_KD)]), gone
+            table = take_rows(table, newest_rows(datafile.numpy_column(table, KEY)))
+            is_gone_K = datafile.numpy_column(table, DELETED)
+            gone, table = datafile.numpy_column(table, KEY)[is_gone_K], table.filter(pa.array(~is_gone_K))
+        keys_K, features_KD = datafile.numpy_column(table, KEY), datafile.matrix_of(table, self.newest.info)
+        return iter([ImageRows(keys_K, datafile.text_column(table, URI), features_KD)]), gone
 
     def _blocks(self, shard: int, touched: NDArray[np.int64]) -> Iterator[ImageRows]:
         """Read the live rows among some keys of a shard, a few thousand at a time."""
@@ -273,13 +264,13 @@ class ChangedImages:
         if not reader.entries:
             return
         names = reader.read([KEY, URI])
-        names = names.filter(pa.array(np.isin(numpy_column(names, KEY), touched)))
+        names = names.filter(pa.array(np.isin(datafile.numpy_column(names, KEY), touched)))
         for start in range(0, len(names), BATCH_ROWS):
             block = names.slice(start, BATCH_ROWS)
-            keys_K = numpy_column(block, KEY)
+            keys_K = datafile.numpy_column(block, KEY)
             features_KD, is_there_K = reader.features(keys_K)
             assert is_there_K.all()
-            yield ImageRows(keys_K, text_column(block, URI), features_KD)
+            yield ImageRows(keys_K, datafile.text_column(block, URI), features_KD)
 
 
 def _batches(reader: ShardReader) -> Iterator[tuple[NDArray[np.int64], NDArray[np.generic]]]:
