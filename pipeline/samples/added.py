@@ -8,7 +8,6 @@ Each file of a day is, byte for byte, what building all samples anew would write
 
 import contextlib
 import dataclasses
-import functools
 import itertools
 import re
 import shutil
@@ -294,16 +293,14 @@ def _grouped(
     layout = impressions[0].layout
     schema = groups.columns_of_groups(layout, behaviors[0].layout, rules)
     parts = num_threads(client)
-    others = [
-        functools.partial(
-            groups.take_groups, samples.storage, file, (part, parts), early_users, schema, str(scratch.absolute())
-        )
+    taken = [
+        (samples.storage, file, (part, parts), early_users, schema, str(scratch.absolute()))
         for day in range(low, first)
         if before
         for file in samples.files_of_day.get(day, [])
         for part in range(parts)
     ]
-    grouped = build.group(client, (len(shown), len(done)), scratch, buckets, options, layout, others, compress=False)
+    grouped = build.group(client, (len(shown), len(done)), scratch, buckets, options, layout, taken, compress=False)
     return grouped[:buckets], grouped[buckets:], [*shown, *done]
 
 
@@ -364,19 +361,9 @@ def _groups_of_file(
 
 def _counts(new: NewFiles, groups_of_file: Mapping[str, int]) -> dict[str, Any]:
     """Count the samples of each split; what a file's number of groups does not show is left out."""
-    files = {
-        split: [path.name for path in (new.folder / split).iterdir()]
-        + [_name(file) for file in new.kept if file.startswith(f"{split}/")]
-        for split in SPLITS
-    }
     found: dict[str, Any] = {"groups_of_file": dict(sorted(groups_of_file.items()))}
-    for split, names in files.items():
-        days = sorted({name[4:14] for name in names})
-        found[split] = {
-            "first_day": days[0] if days else None,
-            "last_day": days[-1] if days else None,
-            "days": len(days),
-            "files": len(names),
-            "groups": sum(groups_of_file[name] for name in names),
-        }
+    for split in SPLITS:
+        names = [path.name for path in (new.folder / split).iterdir()]
+        names += [_name(file) for file in new.kept if file.startswith(f"{split}/")]
+        found[split] = build.count_files({name: groups_of_file[name] for name in names})
     return found

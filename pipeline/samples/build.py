@@ -6,7 +6,6 @@ next to the samples, which takes their place in the end (publish).
 """
 
 import dataclasses
-import functools
 import itertools
 import math
 import shutil
@@ -161,20 +160,22 @@ def shuffle(
     """Write the rows of logs by bucket of users into `scratch`; return each log's pieces, in their order."""
     folder, threads, latest_s = str(scratch.absolute()), num_threads(client), latest_of(options)
     pieces = logs.with_joined_rows(pieces, scratch)
-    log_of_task, tasks = [], []
-    for log in dict.fromkeys(piece.log for piece in pieces):
-        first = 0
-        of_log = [piece for piece in pieces if piece.log == log]
-        for together in _together(of_log, [piece.num_rows for piece in of_log], threads, logs.PIECE_ROWS):
-            log_of_task.append(log)
-            tasks.append((together, first, folder, num_buckets, options.min_dwell_s, latest_s, compress))
-            first += len(together)
-    shuffled: dict[str, list[groups.ShuffledPiece]] = {}
-    for log, done in zip(
-        log_of_task, run_all(client, "read logs", groups.shuffle_pieces, tasks, FEWER_ROWS), strict=True
-    ):
-        shuffled.setdefault(log, []).extend(done)
-    return shuffled
+    of_logs = {log: [piece for piece in pieces if piece.log == log] for log in dict.fromkeys(p.log for p in pieces)}
+    tasks = []
+    for of_log in of_logs.values():
+        sizes = [piece.num_rows for piece in of_log]
+        calls = [
+            (piece, index, folder, num_buckets, options.min_dwell_s, latest_s, compress)
+            for index, piece in enumerate(of_log)
+        ]
+        tasks += [(groups.shuffle_piece, some) for some in _together(calls, sizes, threads, logs.PIECE_ROWS)]
+    done = itertools.chain.from_iterable(run_all(client, "read logs", _in_turn, tasks, FEWER_ROWS))
+    return {log: list(itertools.islice(done, len(of_log))) for log, of_log in of_logs.items()}
+
+
+def _in_turn(function: Callable[..., Any], calls: Sequence[tuple[Any, ...]]) -> list[Any]:
+    """Do some small calls one after the other, as one task."""
+    return [function(*call) for call in calls]
 
 
 def latest_of(options: SampleOptions) -> int:
@@ -205,18 +206,17 @@ def group(
     num_buckets: int,
     options: SampleOptions,
     layout: TableLayout,
-    others: Sequence[Callable[[], groups.GroupedBucket]] = (),
+    taken: Sequence[tuple[Any, ...]] = (),
     compress: bool = True,
 ) -> list[groups.GroupedBucket]:
-    """Make the groups of every bucket, and get the `others` meanwhile, which come last."""
+    """Make the groups of every bucket, and meanwhile take others, which come last: the calls of `take_groups`."""
     folder, rules = str(scratch.absolute()), rules_of(options, layout)
-    mine = [
-        functools.partial(
-            groups.group_bucket, bucket, folder, num_pieces, rules, layout.user_columns, layout.ad_columns, compress
-        )
+    calls = [
+        (bucket, folder, num_pieces, rules, layout.user_columns, layout.ad_columns, compress)
         for bucket in range(num_buckets)
     ]
-    return run_all(client, "make groups", groups.get_groups, [(each,) for each in (*mine, *others)], FEWER_ROWS)
+    tasks = [(groups.group_bucket, [call]) for call in calls] + [(groups.take_groups, [call]) for call in taken]
+    return list(itertools.chain.from_iterable(run_all(client, "make groups", _in_turn, tasks, FEWER_ROWS)))
 
 
 def rules_of(options: SampleOptions, impressions: TableLayout | None) -> groups.GroupRules:
@@ -286,13 +286,10 @@ def write(
         found = {
             part.path: [part.batch_of_hour[hour] for hour in hours & part.batch_of_hour.keys()] for part in grouped
         }
-        calls.append((plan, {path: batches for path, batches in found.items() if batches}))
+        calls.append((plan, {path: batches for path, batches in found.items() if batches}, str(folder.absolute())))
         sizes.append(sum(part.groups_of_hour.get(hour, 0) for part in grouped for hour in hours))
-    tasks = _together(calls, sizes, num_threads(client), LEAST_BUCKET_ROWS)
-    written = run_all(
-        client, "write samples", groups.write_files, [(task, str(folder.absolute())) for task in tasks], FEWER_ROWS
-    )
-    return list(itertools.chain.from_iterable(written))
+    tasks = [(groups.write_file, some) for some in _together(calls, sizes, num_threads(client), LEAST_BUCKET_ROWS)]
+    return list(itertools.chain.from_iterable(run_all(client, "write samples", _in_turn, tasks, FEWER_ROWS)))
 
 
 def summarise(
@@ -375,21 +372,23 @@ def _further_counts(parts: Sequence[groups.ShuffledPiece]) -> dict[str, Any]:
 
 def _split(written: Sequence[groups.WrittenFile], split: str) -> dict[str, Any]:
     files = [part for part in written if part.plan.split == split]
-    days = sorted({part.plan.day for part in files})
     impressions = sum(part.num_impressions for part in files)
+    return count_files({part.plan.name: part.num_groups for part in files}) | {
+        "impressions": impressions,
+        "positive_rate": sum(part.num_clicks for part in files) / impressions if impressions else None,
+    }
+
+
+def count_files(groups_of_file: Mapping[str, int]) -> dict[str, Any]:
+    """Count days and groups of some files of samples, whose names begin with their days."""
+    days = sorted({name[4:14] for name in groups_of_file})
     return {
         "first_day": days[0] if days else None,
         "last_day": days[-1] if days else None,
         "days": len(days),
-        "files": len(files),
-        "groups": sum(part.num_groups for part in files),
-        "impressions": impressions,
-        "positive_rate": _share(sum(part.num_clicks for part in files), impressions),
+        "files": len(groups_of_file),
+        "groups": sum(groups_of_file.values()),
     }
-
-
-def _share(part: int, whole: int) -> float | None:
-    return part / whole if whole else None
 
 
 LOOKED_AT = 200_000  # groups from which a schema is suggested

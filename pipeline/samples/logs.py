@@ -1,11 +1,12 @@
-"""Raw logs: their files, read in pieces.
+"""Raw logs: their files, read in pieces, with the columns that joined tables have for them.
 
-Letters of shapes: N rows of a piece of a log.
+The rows of such a table are written once, by key, and looked up by all workers.
+Letters of shapes: N rows of a piece of a log, T rows of a joined table.
 """
 
 import contextlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,6 @@ from featurestore.storage.storage import Storage
 from featurestore.text import CsvStyle
 from pipeline.errors import SampleError, SampleOptionError
 from pipeline.samples import mapping
-from pipeline.samples.joins import UNKNOWN, differing_key, look_up, save
 from trainer.schema.profile import inner_type
 
 IMPRESSIONS = "impressions"
@@ -55,6 +55,9 @@ _CSV_ROW_BYTES = 60  # for a guess at the number of rows
 CLICK = 2  # as the label of a row: it is a click alone, which labels an impression
 _OF_CLICKS = ("timestamp", "user", "item")  # what such a row has to have
 _SHOWN_EVENTS = 10  # values of other events that are told
+UNKNOWN = -1  # an id that a row does not have
+MISSING: Mapping[str, Any] = {"image": NO_IMAGE, "profile": UNKNOWN, "measure": np.nan, "profiles": b""}
+"""What a row has, by kind, whose item or user is not in the table."""
 
 
 @dataclass(frozen=True)
@@ -221,7 +224,7 @@ def _written(join: mapping.Join, path: Path) -> mapping.Join:
     columns = {name: np.concatenate([part.good[name] for part in parts]) for name in parts[0].good}
     sorted_T = np.argsort(columns[mapping.KEY], kind="stable")
     columns = {name: values_T[sorted_T] for name, values_T in columns.items()}
-    key = differing_key(columns)
+    key = _differing_key(columns)
     names, place = join.layout.names, Storage(join.url or "").full(join.layout.files)
     if key is not None:
         raise SampleError(
@@ -231,7 +234,7 @@ def _written(join: mapping.Join, path: Path) -> mapping.Join:
     if reasons := Counter(reason for part in parts for reason in part.bad_reason):
         why = ", ".join(f"{reason}: {count:,}" for reason, count in reasons.most_common(3))
         print_summary(f"{join.by:<12} {place}: {reasons.total():,} rows are left out ({why})")
-    save(path, columns, pa.concat_tables(part.names for part in parts))
+    _save(path, columns, pa.concat_tables(part.names for part in parts))
     return replace(join, path=str(path.absolute()))
 
 
@@ -446,7 +449,7 @@ def read_piece(piece: LogPiece, latest_s: int) -> LogRows:
     good = {name: values_N[reason_N < 0] for name, values_N in good.items()}
     lacking = Counter[str]()
     for join in layout.joins:
-        columns, has_N, names_of_images = look_up(join, good[join.by])
+        columns, has_N, names_of_images = _look_up(join, good[join.by])
         good |= columns
         lacking[join.by] = int(np.count_nonzero(~has_N))
         names.append(names_of_images)
@@ -638,3 +641,67 @@ def _keys_of(uris: Any) -> npt.NDArray[np.int64]:
     return keys_of_bytes(
         uris.cast(pa.large_binary() if pa.types.is_large_string(uris.type) else pa.binary()).to_pylist()
     )
+
+
+def _differing_key(columns: Mapping[str, npt.NDArray[Any]]) -> int | None:
+    """Return a key of several rows that differ in another column; None where there is none. All are sorted by KEY."""
+    (again,) = np.nonzero(columns[mapping.KEY][1:] == columns[mapping.KEY][:-1])
+    for values_T in columns.values():
+        one, other = values_T[again], values_T[again + 1]
+        is_other = one != other
+        if values_T.dtype == np.float32:
+            is_other &= ~(np.isnan(one) & np.isnan(other))
+        if is_other.any():
+            return int(columns[mapping.KEY][again[is_other.argmax()]])
+    return None
+
+
+def _save(path: Path, columns: Mapping[str, npt.NDArray[Any]], names: pa.Table) -> None:
+    """Write the rows of a table, sorted by KEY, and the names of its images, next to them and sorted by key."""
+    rows = {
+        name: pa.array(values_T, pa.binary() if values_T.dtype == np.object_ else None)
+        for name, values_T in columns.items()
+    }
+    for file, table in ((path, pa.table(rows)), (_names_file(path), names.sort_by("key"))):
+        with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table.combine_chunks())
+
+
+def _look_up(
+    join: mapping.Join, id_N: npt.NDArray[np.int64]
+) -> tuple[dict[str, npt.NDArray[Any]], npt.NDArray[np.bool_], pa.Table]:
+    """Return the columns of the rows with these ids, (N,), which ids the table has, and the names of their images."""
+    path = Path(join.path or "")
+    table = _read(path)
+    place_N, has_N = _places(table, mapping.KEY, id_N)
+    rows = table.take(place_N[has_N])
+    found = {}
+    for name, kind in join.layout.kinds.items():
+        if name != mapping.KEY:
+            values = rows.column(name).to_numpy(zero_copy_only=False)
+            found[name] = np.full(len(id_N), MISSING[kind], values.dtype)
+            found[name][has_N] = values
+    names = _read(_names_file(path))
+    place_I, has_I = _places(names, "key", np.unique(found.get(mapping.IMAGE, id_N[:0])))
+    return found, has_N, names.take(place_I[has_I])
+
+
+def _names_file(path: Path) -> Path:
+    return path.with_suffix(".names")
+
+
+def _read(path: Path) -> pa.Table:
+    """Map a file of one batch into memory."""
+    with pa.memory_map(str(path)) as mapped:
+        return pa.ipc.open_file(mapped).read_all()
+
+
+def _places(
+    table: pa.Table, key: str, wanted_N: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+    """Find the row of each key in a table that is sorted by it, and whether it has one."""
+    if not len(table):
+        return np.zeros(len(wanted_N), np.int64), np.zeros(len(wanted_N), np.bool_)
+    keys_T = table.column(key).to_numpy()
+    place_N = np.minimum(np.searchsorted(keys_T, wanted_N), len(keys_T) - 1)
+    return place_N, keys_T[place_N] == wanted_N
