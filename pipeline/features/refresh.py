@@ -29,8 +29,7 @@ from pipeline.cluster.tasks import END_S, Killed, run_alone, run_tasks
 from pipeline.errors import BackboneError, ClusterError, StoreRunError
 from pipeline.features import diff
 from pipeline.features import part as parts
-from pipeline.images.imagetable import ImageTable, Listing
-from pipeline.images.source import list_images
+from pipeline.images.source import ImageTable, Listing, list_images
 from pipeline.network import Precision, check_weights_name
 from pipeline.options import ExtractOptions, RefreshOptions
 
@@ -275,8 +274,10 @@ def extract(options: ExtractOptions, client: Client) -> RefreshSummary:
     storage; what was staged by then stays for the next run. A compact store is made by the basis of `options.reduce`,
     and keeps its own basis without the option. Random weights give an UntrainedWeightsWarning.
     """
-    from pipeline.network.backbone import warn_if_untrained  # loads Torch, which a refresh does not need
-    from pipeline.network.layers import feature_dim
+    from pipeline.network.backbone import (
+        feature_dim,
+        warn_if_untrained,  # loads Torch, which a refresh does not need
+    )
 
     start_s = time.monotonic()
     if options.channel is not None:

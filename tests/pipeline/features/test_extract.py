@@ -21,8 +21,7 @@ from pipeline.errors import BackboneError, SourceError, StoreRunError, WeightsEr
 from pipeline.features.part import PartSettings, extract_part
 from pipeline.features.refresh import describe_network
 from pipeline.network import compute
-from pipeline.network.backbone import Backbone, _cached_backbone, backbone, load_weights
-from pipeline.network.layers import network_of
+from pipeline.network.backbone import Backbone, _cached_backbone, backbone, load_weights, network_of
 from tests.cli import invoke
 from tests.metadata import metadata_of
 from tests.pipeline.features.conftest import change_everything, counts, rows_of
