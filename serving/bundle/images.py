@@ -26,7 +26,7 @@ from featurestore.errors import CommitConflictError, SnapshotNotFoundError, Spec
 from featurestore.format import datafile
 from featurestore.format.datafile import DELETED, FEATURE, KEY, URI
 from featurestore.format.rows import FeatureRows
-from featurestore.format.shard import ShardReader, newest_rows, take_rows, write_shard_file
+from featurestore.format.shard import ShardReader, newest_rows, take_rows
 from featurestore.keys import Int64Array
 from featurestore.lookup.embedding import EmbeddingModel
 from featurestore.lookup.ondevice import as_tensor
@@ -120,17 +120,6 @@ def networks_for(version: ModelVersion, of: VectorsOf) -> Callable[[Snapshot], S
     return lambda snapshot: StoreNetworks.of(state, of.store, snapshot, version.fields, version.model, missing)
 
 
-def rows_of_shard(reader: ShardReader, networks: StoreNetworks) -> FeatureRows:
-    """Compute the rows of all images of a shard, ordered by splitmix64; verifies the digest of each file.
-
-    Memory holds the shard's rows, one of its files, and some thousand features."""
-    names = reader.read([KEY, URI])
-    rows_MV = np.empty((len(names), networks.width), np.float32)
-    for place_K, features_KD in _batches(reader):
-        rows_MV[place_K] = networks.rows(features_KD)
-    return FeatureRows.of(datafile.text_column(names, URI), rows_MV, keys=datafile.numpy_column(names, KEY))
-
-
 def export_vectors(
     saved: SavedRun,
     place: StorePlace,
@@ -142,14 +131,12 @@ def export_vectors(
 ) -> VectorsOf:
     """Compute the vectors of all images of a store's snapshot into a vectors store below `folder_url`.
 
-    The snapshot is `version`, by default the newest. `state`: the part `stores.` of the checkpoint. Works shard by
-    shard; memory holds one shard's vectors and its largest file. Raises CheckpointError, AnotherStoreError,
-    TrainerError, FeatureStoreError."""
+    The snapshot is `version`, by default the newest. `state`: the part `stores.` of the checkpoint. To `publish`, all
+    images are new. Raises CheckpointError, AnotherStoreError, TrainerError, FeatureStoreError."""
     snapshot, model = saved.snapshot(place, version), saved.config.model
     networks = StoreNetworks.of(state, place.name, snapshot, used_fields(saved.schema, model), model, missing)
-    num_images = snapshot.num_rows
     info = StoreInfo(
-        num_shards=_num_shards(num_images * 4 * networks.width, snapshot.info.num_shards),
+        num_shards=_num_shards(snapshot.num_rows * 4 * networks.width, snapshot.info.num_shards),
         name="visual vectors",
         dim=networks.width,
         dtype="float32",
@@ -163,8 +150,7 @@ def export_vectors(
     )
     source, folder = SnapshotId.of(snapshot).as_source(), folder_of(place.name)
     store = FeatureStore.create(f"{folder_url}/{folder}", info)
-    _fill(store, snapshot, networks, num_images, progress)
-    return VectorsOf(
+    of = VectorsOf(
         store=place.name,
         folder=folder,
         source=source,
@@ -172,35 +158,14 @@ def export_vectors(
         store_id=store.info.store_id,
         networks=networks.columns,
     )
+    here, number = snapshot.storage.url, snapshot.version
+    publish(store, of, lambda _: networks, source_url=here, source_version=number, eps=0, progress=progress)
+    return of
 
 
 def folder_of(store: str) -> str:
     """Return the folder of a store's vectors in the version's folder; valid for any name of a store."""
     return f"{VECTORS}/{quote(store, safe='')}"
-
-
-def _fill(
-    store: FeatureStore, snapshot: Snapshot, networks: StoreNetworks, num_images: int, progress: Progress | None
-) -> None:
-    """Write and commit the rows of all images. A shard of vectors covers several adjacent shards of features."""
-    per_shard, done = snapshot.info.num_shards // store.info.num_shards, 0
-
-    def tables(shard: int) -> Iterator[pa.Table]:
-        nonlocal done
-        for number in range(shard * per_shard, (shard + 1) * per_shard):
-            if not snapshot.manifest.files(number):
-                continue
-            rows = rows_of_shard(snapshot.shard_reader(number), networks)
-            yield datafile.table_of(rows, store.info)
-            done += len(rows)
-            if progress is not None:
-                progress(done, num_images)
-
-    filled = {number // per_shard for number in snapshot.manifest.shards}
-    entries = {
-        shard: write_shard_file(store.storage, store.info, shard, tables(shard), "base", 0) for shard in sorted(filled)
-    }
-    store.commit(entries, "export", mirrors=SnapshotId.of(snapshot).as_source())
 
 
 def _num_shards(size_bytes: int, most: int) -> int:
@@ -273,20 +238,6 @@ class ChangedImages:
             yield ImageRows(keys_K, datafile.text_column(block, URI), features_KD)
 
 
-def _batches(reader: ShardReader) -> Iterator[tuple[NDArray[np.int64], NDArray[np.generic]]]:
-    """Yield positions in the shard and features of some thousand images at a time."""
-    places: list[NDArray[np.int64]] = []
-    features: list[NDArray[np.generic]] = []
-    for block in reader.verified_blocks():
-        places.append(block.place_K)
-        features.append(block.features_KD.copy())
-        if sum(map(len, places)) >= BATCH_ROWS:
-            yield np.concatenate(places), np.concatenate(features)
-            places, features = [], []
-    if places:
-        yield np.concatenate(places), np.concatenate(features)
-
-
 def _below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
@@ -354,11 +305,9 @@ def publish(
         )
         if mirrored is not None and mirrored.version == newest.version:
             return report
-        delta = _Delta(vectors, now, networks_for(newest), ChangedImages(mirrored, newest), eps)
+        delta = _Delta(vectors, now, networks_for(newest), ChangedImages(mirrored, newest), eps, progress)
         for shard in range(now.info.num_shards):
             delta.add(shard)
-            if progress is not None:
-                progress(shard + 1, now.info.num_shards)
         try:
             made = vectors.commit(
                 delta.entries, "publish", only_after=now.version, mirrors=SnapshotId.of(newest).as_source()
@@ -387,6 +336,7 @@ class _Delta:
     _networks: StoreNetworks
     _changes: ChangedImages
     _eps: float
+    _progress: Progress | None
     entries: dict[int, FileEntry] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
 
@@ -435,6 +385,8 @@ class _Delta:
                 if sum(map(len, waiting)) >= BATCH_ROWS:
                     rows.append(self._networks.rows(np.concatenate(waiting)))
                     waiting = []
+            if self._progress is not None:
+                self._progress(number + 1, self._changes.newest.info.num_shards)
         if waiting:
             rows.append(self._networks.rows(np.concatenate(waiting)))
         all_gone = np.concatenate(gone) if self._changes.mirrored else None
