@@ -24,8 +24,8 @@ Examples:
   dask-submit --scheduler tls://scheduler:8786 --wait-workers 8 crossmedia extract --images s3://shop/images
   dask-submit --scheduler-file cluster.json --insecure crossmedia samples
 
-Exit codes: the script's own; 1 when the cluster cannot be used; 2 for a mistake in the command line or a scheduler
-that is refused."""
+Exit codes: the script's own, 143 when SIGTERM ends it; 1 when the cluster cannot be used; 2 for a mistake in the
+command line or a scheduler that is refused."""
 
 LEAST_MEMORY = 128 << 20
 MOST = 1024  # workers of a machine, and threads of a worker
@@ -169,7 +169,7 @@ def _environment(options: Mapping[str, Any]) -> dict[str, str]:
         return {tasks.LOCAL_VARIABLE: json.dumps(local)}
     tasks.check_address(address, options["insecure"])
     deadline_s = time.monotonic() + timeout_s
-    with tasks.open_client(address, timeout_s) as client:
+    with tasks.ended_by_sigterm(), tasks.open_client(address, timeout_s) as client:
         tasks.wait_for_workers(client, address, options["wait_workers"], max(0.1, deadline_s - time.monotonic()))
         tasks.check_packages(client)
         tasks.print_cluster(client)

@@ -11,6 +11,7 @@ import signal
 import socket
 import struct
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Set
@@ -199,12 +200,12 @@ def connect(
     address = None if asked else configured_address(timeout_s)
     if address is not None:
         check_address(address)
-        with _loss_named(), open_client(address, timeout_s) as client:
+        with ended_by_sigterm(), _loss_named(), open_client(address, timeout_s) as client:
             yield _prompt(client)
         return
     size: dict[str, Any] = {"workers": workers, "threads_per_worker": threads_per_worker, "memory_limit": memory_limit}
     size |= json.loads(asked) if asked else {}
-    with _loss_named(), local_cluster(**size) as cluster, Client(cluster) as client:
+    with ended_by_sigterm(), _loss_named(), local_cluster(**size) as cluster, Client(cluster) as client:
         if asked:
             print_cluster(client)
         yield _prompt(client)
@@ -224,6 +225,23 @@ def _prompt(client: Client) -> Client:
     if client.scheduler_comm is not None:
         client.scheduler_comm.interval = SEND_INTERVAL_S
     return client
+
+
+@contextlib.contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM end the block as an error does, so that what was started is closed, unless the program handles it.
+
+    The first process of a container would not end at all: there the signal does nothing by itself.
+    """
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # as a shell says it
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @contextlib.contextmanager

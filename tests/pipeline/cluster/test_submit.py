@@ -150,6 +150,17 @@ if __name__ == "__main__":
 """
 
 
+def test_sigterm_ends_a_script_that_does_not_handle_it_and_closes_its_cluster(script):
+    """Also as the first process of a container, where it would do nothing by itself."""
+    body = CAREFUL.replace("signal.signal(signal.SIGTERM, note)\n", "")
+    process = start("-n", 1, script(body))
+    _, *workers = json.loads(process.stdout.readline())
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 128 + signal.SIGTERM, err
+    assert is_free_of(workers) and "Traceback" not in err
+
+
 @pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=slow), signal.SIGTERM])
 def test_signal_reaches_the_script_once_and_the_cluster_outlives_it(number, script):
     process = start("-n", 1, script(CAREFUL))
@@ -178,7 +189,7 @@ def test_signal_before_the_script_runs_ends_dask_submit(number, cluster, script,
     time.sleep(0.3)
     process.send_signal(number)
     _, err = process.communicate(timeout=150)
-    assert process.returncode == (130 if number == signal.SIGINT else -number), err
+    assert process.returncode == 128 + number, err
     assert "Traceback" not in err and err.count("stopped by Ctrl-C\n") == (number == signal.SIGINT)
     assert not ran.exists()
 
@@ -190,7 +201,7 @@ def test_signal_while_the_cluster_starts_leaves_no_process(delay_s, script):
     children = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
     process.terminate()
     process.communicate(timeout=20)
-    assert process.returncode == -signal.SIGTERM
+    assert process.returncode in (128 + signal.SIGTERM, -signal.SIGTERM)  # negative: before `connect`
     assert is_free_of(children)
 
 
