@@ -16,7 +16,6 @@ crossmedia import-xdl samples --from data/xdl/data.txt --samples data/samples-xd
 
 app = commandline.CommandApp(
     report=True,
-    may_be_empty=("--images",),
     no_args_is_help=True,
     rich_markup_mode="rich",
     epilog=EXAMPLES,

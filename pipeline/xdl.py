@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import math
 import shutil
-import sys
 import uuid
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,26 +27,23 @@ from featurestore.console.files import write_json
 from featurestore.keys import key_of_uri, splitmix64
 from featurestore.storage.storage import Storage
 from pipeline.cluster.tasks import run_all
-from pipeline.errors import SampleError
+from pipeline.errors import SampleError, SampleOptionError
 from pipeline.formats import NUM_FILES, find_files, record_dtype
 from pipeline.options import XdlOptions, XdlRandomOptions
-from pipeline.samples.build import bad_reasons, write_schema
+from pipeline.samples.build import bad_reasons, write_suggested
 from pipeline.samples.groups import FORMAT, ROW_GROUP_SIZE
-from pipeline.samples.publish import MARK, QUARANTINE_FILE, SPLITS, FolderContent, replaced_files, replaced_folder
-from trainer.schema import Field, Kind, Schema
-from trainer.schema.fields import schema_text, table_rows
-from trainer.schema.profile import Column, look
-from trainer.schema.suggest import WEIGHT_SUFFIX, num_ids, sample_files
+from pipeline.samples.publish import MARK, QUARANTINE_FILE, SPLITS, replaced_files
+from trainer.schema.suggest import IMAGE_NAME, WEIGHT_SUFFIX
 
 RESERVED = ("user", "label", "gkey", "timestamp")
 TEXT_FILE, IMAGE_FOLDER = "data.txt", "imgs"
-RANDOM_DATA = FolderContent("random data", (MARK, TEXT_FILE))
 _TYPES: dict[str, pa.DataType] = {"file": pa.string(), "line": pa.int64(), "reason": pa.string(), "text": pa.binary()}
 QUARANTINE = pa.schema(_TYPES)
 NUM_IDS = 1024  # in random data, those of images too
 SMALLER = "give them more memory, or cut the files"  # a file is a task
 
 PartName = Literal["user", "ad"]
+XdlKind = Literal["id", "multi_id", "dense"]
 Tokens = list[str]
 Key = tuple[PartName, str]
 """Part and name of a field."""
@@ -135,7 +131,7 @@ class XdlField:
 
     part: PartName
     name: str
-    kind: Kind
+    kind: XdlKind
     width: int  # numbers a line, of dense
     column: str
     is_weighted: bool = False  # some id has another weight than 1
@@ -143,9 +139,7 @@ class XdlField:
     @property
     def is_single(self) -> bool:
         """Whether each line has one value."""
-        if self.kind == "dense":
-            return self.width == 1
-        return self.kind == "id" or (self.kind == "content" and self.part == "ad")
+        return self.kind == "id" or (self.kind == "dense" and self.width == 1)
 
     @property
     def columns(self) -> list[str]:
@@ -192,11 +186,11 @@ def scan_file(file: TextFile) -> tuple[int, Seen]:
     return num_lines, seen
 
 
-def decide(images: str, num_lines: int, seen: Seen) -> list[XdlField]:
-    """Decide the kind of every field; those that `images` names, with commas, have image keys.
+def decide(num_lines: int, seen: Seen) -> list[XdlField]:
+    """Decide the kind of every field, and its column.
 
-    Fields of the user part are sparse, as XDL takes them; those of the ad part are where most lines have weights.
-    Raises SampleError for names that no line has, and for samples without an id of the ad.
+    Fields of the user part are sparse, as XDL takes them; those of the ad part are where most lines have weights. One
+    that is called as an image, as ad_img, has one id.
     """
     lengths: defaultdict[Key, Counter[int]] = defaultdict(Counter)
     with_weights, weighted = Counter[Key](), set[Key]()
@@ -204,24 +198,15 @@ def decide(images: str, num_lines: int, seen: Seen) -> list[XdlField]:
         lengths[key][length] += count
         with_weights[key] += has_weights * count
         weighted |= {key} if is_weighted else set()
-    names, of_images = {name for _, name in lengths}, {name.strip() for name in images.split(",") if name.strip()}
-    if images != XdlOptions.images and (unknown := sorted(of_images - names)):  # of the example's names those there are
-        raise SampleError(f"no line has a field {', '.join(unknown)}; there are {', '.join(sorted(names))}")
     fields = []
     for (key, counts), column in zip(lengths.items(), _columns(list(lengths)), strict=True):
         part, name = key
-        kind: Kind = "dense"
-        if name in of_images:
-            kind = "content"
-        elif part == "user" or 2 * with_weights[key] > counts.total() or not max(counts):
-            kind = "id" if counts == {1: num_lines} else "multi_id"
+        kind: XdlKind = "dense"
+        if part == "user" or 2 * with_weights[key] > counts.total() or not max(counts):
+            is_one = counts == {1: num_lines} or (part == "ad" and IMAGE_NAME.search(name) is not None)
+            kind = "id" if is_one else "multi_id"
         width = max(counts, key=lambda length: (length > 0, counts[length]))
         fields.append(XdlField(part, name, kind, width, column, kind != "dense" and key in weighted))
-    if not any(each.part == "ad" and each.kind in ("id", "content") for each in fields):
-        raise SampleError(
-            "no field of the ad part has one id in each line; the trainer knows new ads by such a field: name the ad's "
-            "image with --images, or add one"
-        )
     return fields
 
 
@@ -233,35 +218,6 @@ def _columns(keys: Sequence[Key]) -> list[str]:
     if len(set(columns)) < len(columns):
         raise SampleError(f"fields {', '.join(sorted(name for _, name in keys))} do not make different column names")
     return columns
-
-
-def write_field_schema(folder: Path, samples: str, fields: Sequence[XdlField]) -> None:
-    """Write schema and settings for imported fields; an image field gives its content, and its ids as an ID field."""
-    storage = Storage(folder)
-    profile = look(storage, sample_files(storage), "label", sys.maxsize)
-    made: list[Field] = []
-    columns_of_table: dict[str, list[Column]] = {}
-    notes: dict[str, str] = {}
-    for each in fields:
-        side: dict[str, Any] = {"side": each.part, "column": None}
-        weights = f"{each.column}{WEIGHT_SUFFIX}" if each.is_weighted else None
-        if each.kind == "dense":
-            made.append(Field(name=each.column, kind="dense", width=None if each.is_single else each.width, **side))
-            continue
-        name, table = each.column, each.column
-        if each.kind == "content":
-            made.append(Field(name=each.column, kind="content", store="images", **side))
-            name, table = f"{each.column}_id", "image"
-            side |= {"table": table, "column": each.column}
-        made.append(Field(name=name, kind="id" if each.is_single else "multi_id", weights=weights, **side))
-        column = profile.columns[each.column]
-        columns_of_table.setdefault(table, []).append(column)
-        notes[name] = f"{column.num_different:,} ids, {1 if each.is_single else column.longest} a line at most"
-    new_ad = next(field.name for field in made if field.side == "ad" and field.kind == "id")
-    schema = Schema(fields=tuple(made), new_ad_field=new_ad)
-    header = "Fields of XDL's text samples, as they were found.", "kind: id | multi_id | dense | content (image keys)."
-    tables = {name: table_rows(num_ids(columns)) for name, columns in columns_of_table.items()}
-    write_schema(folder, samples, schema, schema_text(schema, header, notes), tables)
 
 
 def schema_of(fields: Iterable[XdlField]) -> pa.Schema:
@@ -380,7 +336,8 @@ def import_samples(options: XdlOptions, client: Client) -> dict[str, Any]:
     """Make `options.samples`, with schema and settings; return the summary that is its summary.json too.
 
     Bad lines are counted and kept, text and all, in quarantine.parquet. Every line is read twice: once for the kinds of
-    the fields, and once for the samples. Raises SampleError where there is nothing to train on.
+    the fields, and once for the samples. Raises SampleError where there is nothing to train on, SchemaError where no
+    field of the ad has one id in each line.
     """
     storage, entries = find_files(options.source, what="samples")
     files = [TextFile(storage.url, path) for path in sorted(entry.path for entry in entries if entry.size_bytes)]
@@ -395,7 +352,7 @@ def import_samples(options: XdlOptions, client: Client) -> dict[str, Any]:
             seen.update(found)
         if not num_lines:
             raise SampleError(f"{options.source}: not one line of the form skey|gkey|user part|ad part|label|ts")
-        fields = decide(options.images, num_lines, seen)
+        fields = decide(num_lines, seen)
         calls = [(file, number, fields, options, str(new.folder.absolute())) for number, file in enumerate(files)]
         written = run_all(client, "writing samples", write_file, calls, SMALLER)
         summary = _summary(options, fields, written)
@@ -406,7 +363,7 @@ def import_samples(options: XdlOptions, client: Client) -> dict[str, Any]:
             )
         bad = [row for each in written for row in each.bad]
         pq.write_table(pa.Table.from_pylist(bad, schema=QUARANTINE), new.folder / QUARANTINE_FILE)
-        write_field_schema(new.folder, options.samples, fields)
+        write_suggested(new.folder, options.samples)
         write_json(new.folder / MARK, summary)
     return summary
 
@@ -424,22 +381,22 @@ def _summary(options: XdlOptions, fields: Sequence[XdlField], written: Sequence[
 
 
 def draw(options: XdlRandomOptions, advance: Callable[[int], None]) -> None:
-    """Draw data.txt and imgs/data.0 to data.1023 in the folder `options.out`, which appears as a whole.
+    """Draw data.txt and imgs/data.0 to data.1023 in the new folder `options.out`.
 
     By default as large as the example's (alibaba/x-deeplearning, CrossMedia, randtxt.py and randimg.py). Equal options
-    give equal bytes. Raises SampleError where the folder holds anything else, or cannot be written.
+    give equal bytes. Raises SampleOptionError where the folder has files.
     """
-    with replaced_folder(options.out, RANDOM_DATA) as folder:
-        (folder / TEXT_FILE).write_text("".join(f"{line}\n" for line in draw_lines(options)))
-        images = folder / IMAGE_FOLDER
-        images.mkdir()
-        random = np.random.default_rng([options.seed, 1])
-        for key in range(1, options.num_images + 1):
-            record = np.array([(key, random.normal(size=options.dim))], record_dtype(options.dim))
-            with (images / f"data.{key % NUM_FILES}").open("ab") as file:
-                file.write(record.tobytes())
-            advance(1)
-        write_json(folder / MARK, {name: value for name, value in asdict(options).items() if name != "out"})
+    if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
+        raise SampleOptionError(f"{options.out} is a file, or has files: name a new folder")
+    images = options.out / IMAGE_FOLDER
+    images.mkdir(parents=True)
+    (options.out / TEXT_FILE).write_text("".join(f"{line}\n" for line in draw_lines(options)))
+    random = np.random.default_rng([options.seed, 1])
+    for key in range(1, options.num_images + 1):
+        record = np.array([(key, random.normal(size=options.dim))], record_dtype(options.dim))
+        with (images / f"data.{key % NUM_FILES}").open("ab") as file:
+            file.write(record.tobytes())
+        advance(1)
 
 
 def draw_lines(options: XdlRandomOptions) -> Iterator[str]:

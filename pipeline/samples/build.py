@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 from distributed import Client
 
 from featurestore.console.files import write_json
+from featurestore.errors import naming
 from featurestore.storage.storage import Storage
 from pipeline.cluster.tasks import num_threads, run_all
 from pipeline.errors import SampleError, SampleOptionError
@@ -27,7 +28,7 @@ from pipeline.options import SampleOptions
 from pipeline.samples import groups, logs
 from pipeline.samples.mapping import TableLayout, load_mapping
 from pipeline.samples.publish import MARK, QUARANTINE_FILE, replaced_files
-from trainer.schema.fields import IMAGES_FILE, SCHEMA_FILE, SETTINGS_FILE, DistinctCount, Schema, settings_text
+from trainer.schema.fields import IMAGES_FILE, SCHEMA_FILE, SETTINGS_FILE, DistinctCount, settings_text
 from trainer.schema.suggest import inspect_samples, render_schema
 
 Part = TypeVar("Part")
@@ -405,13 +406,9 @@ def write_suggested(
     ids: dict[str, DistinctCount] = {}
     for part in written:
         ids |= {name: ids.get(name, DistinctCount()).merged(count) for name, count in part.ids.items()}
-    schema, made = inspect_samples(Storage(folder), "label", "user", LOOKED_AT, ids, may_lack)
-    write_schema(folder, samples, schema, render_schema(schema, made, samples), made.tables)
-
-
-def write_schema(folder: Path, samples: str | Path, schema: Schema, text: str, tables: Mapping[str, int]) -> None:
-    """Write a schema as `text`, and settings with the rows of its ID tables, for samples at `samples`."""
-    address = Storage(samples).full(SCHEMA_FILE) if "://" in str(samples) else str(Path(samples) / SCHEMA_FILE)
-    settings = settings_text(str(samples), address, schema, tables)
-    for name, content in {SCHEMA_FILE: text, SETTINGS_FILE: settings}.items():
+    with naming(str(folder), samples):
+        schema, made = inspect_samples(Storage(folder), "label", "user", LOOKED_AT, ids, may_lack)
+    address = Storage(samples).full(SCHEMA_FILE) if "://" in samples else str(Path(samples) / SCHEMA_FILE)
+    settings = settings_text(samples, address, schema, made.tables)
+    for name, content in {SCHEMA_FILE: render_schema(schema, made, samples), SETTINGS_FILE: settings}.items():
         (folder / name).write_text(content, encoding="utf-8")

@@ -72,7 +72,7 @@ def test_neighbouring_lines_of_a_group_become_one_row(job, lines, tmp_path):
     }  # fmt: skip
     fields = {field.name: field for field in load_schema(tmp_path / "s/schema.yaml").fields}
     assert {name: (field.side, field.kind) for name, field in fields.items()} == {
-        "age": ("user", "id"), "item": ("user", "multi_id"), "user_img": ("user", "content"),
+        "user": ("user", "id"), "age": ("user", "id"), "item": ("user", "multi_id"), "user_img": ("user", "content"),
         "user_img_id": ("user", "multi_id"), "price": ("ad", "dense"), "brand": ("ad", "multi_id"),
         "ad_img": ("ad", "content"), "ad_img_id": ("ad", "id"),
     }  # fmt: skip
@@ -146,14 +146,21 @@ def test_nothing_is_written_where_no_line_is_good(job, lines, tmp_path):
     assert not (tmp_path / "s").exists()
 
 
-def test_an_ad_needs_an_image_or_an_id(job, lines, tmp_path):
-    plain = [f"s|g{n}|tags@1,{n}|price@{n % 2};pic@{n}|{n}|{n}" for n in (0, 1)]
-    args = ["samples", "--from", lines(plain), "--samples", tmp_path / "s", "--test-share", 0]
-    assert "no field of the ad part has one id" in job(*args, code=1)
-    assert "no line has a field photo; there are pic, price, tags" in job(*args, "--images", "photo", code=1)
-    job(*args, "--images", "pic")
+def test_an_ad_needs_one_id(job, lines, tmp_path):
+    plain = [f"s|g{n}|tags@1,{n}|price@{n % 2};brand@{n}:1,3:1;NAME@{n}:1|{n}|{n}" for n in (0, 1)]
+    args = ["--samples", tmp_path / "s", "--test-share", 0]
+    some = [line.replace("NAME@1:1", "NAME@1:1,2:1") for line in plain]
+    text = job("samples", "--from", lines([line.replace("NAME", "pair") for line in some]), *args, code=2)
+    assert f"{tmp_path / 's'}: no column has one id for each impression, by which new ads are known" in text
+    text = job("samples", "--from", lines([line.replace("NAME", "ad_pic") for line in [*plain, *some]]), *args)
+    assert "quarantined 1 (ad_pic has not one id: 1)" in text
     kinds = {field.name: field.kind for field in load_schema(tmp_path / "s/schema.yaml").fields}
-    assert kinds == {"tags": "multi_id", "price": "dense", "pic": "content", "pic_id": "id"}
+    assert (kinds["ad_pic"], kinds["ad_pic_id"], kinds["brand"], kinds["price"]) == (
+        "content",
+        "id",
+        "multi_id",
+        "dense",
+    )
 
 
 def test_equal_names_in_both_parts_and_reserved_ones_get_columns_of_their_own(job, lines, tmp_path):
