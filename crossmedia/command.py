@@ -4,7 +4,6 @@ A command is the `app` of a module that can be started alone as well, e.g. `pyth
 messages and its exit codes are the same.
 """
 
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
@@ -167,6 +166,4 @@ def front() -> None:
 
 def main() -> None:
     """Run the console script crossmedia."""
-    if entry := ENTRIES.get(next(iter(sys.argv[1:]), "")):
-        app.may_be_empty = {name for each in apps_of(entry) for name in each.may_be_empty}
     run_app(app, PROGRAM)

@@ -112,7 +112,7 @@ def _export(out: str, options: "ExportOptions", compiled: bool) -> "Exported":
     from serving.bundle.export import export_model, write_network
 
     network = partial(write_network, compiled=compiled)
-    with output.progress_bar("images") as progress:
+    with output.progress_bar("shards") as progress:
         return export_model(out, options, network=network, progress=progress)
 
 

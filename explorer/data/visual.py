@@ -205,7 +205,7 @@ def _network(info: StoreInfo) -> "Backbone":
 def _downloaded_weights(backbone: str, weights: str) -> bool:
     import torch
 
-    from pipeline.network.layers import network_of
+    from pipeline.network.backbone import network_of
 
     try:
         url = network_of(backbone, weights).weights_entry.url

@@ -23,19 +23,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from featurestore.errors import CommitConflictError, SnapshotNotFoundError, SpecMismatchError
-from featurestore.format.datafile import (
-    DELETED,
-    FEATURE,
-    KEY,
-    URI,
-    matrix_of,
-    numpy_column,
-    open_entry,
-    table_of,
-    text_column,
-)
+from featurestore.format import datafile
+from featurestore.format.datafile import DELETED, FEATURE, KEY, URI
 from featurestore.format.rows import FeatureRows
-from featurestore.format.shard import ShardReader, newest_rows, take_rows, write_shard_file
+from featurestore.format.shard import ShardReader, newest_rows, take_rows
 from featurestore.keys import Int64Array
 from featurestore.lookup.embedding import EmbeddingModel
 from featurestore.lookup.ondevice import as_tensor
@@ -109,17 +100,6 @@ def network_for(version: ModelVersion, of: VectorsOf) -> Callable[[Snapshot], St
     return lambda snapshot: StoreNetwork.of(state, of.store, snapshot, version.fields, version.model, missing)
 
 
-def rows_of_shard(reader: ShardReader, network: StoreNetwork) -> FeatureRows:
-    """Compute the rows of all images of a shard, ordered by splitmix64; verifies the digest of each file.
-
-    Memory holds the shard's rows, one of its files, and some thousand features."""
-    names = reader.read([KEY, URI])
-    rows_MV = np.empty((len(names), network.model.out), np.float32)
-    for place_K, features_KD in _batches(reader):
-        rows_MV[place_K] = network.rows(features_KD)
-    return FeatureRows.of(text_column(names, URI), rows_MV, keys=numpy_column(names, KEY))
-
-
 def export_vectors(
     saved: SavedRun,
     place: StorePlace,
@@ -131,14 +111,12 @@ def export_vectors(
 ) -> VectorsOf:
     """Compute the vectors of all images of a store's snapshot into a vectors store below `folder_url`.
 
-    The snapshot is `version`, by default the newest. `state`: the part `stores.` of the checkpoint. Works shard by
-    shard; memory holds one shard's vectors and its largest file. Raises CheckpointError, AnotherStoreError,
-    TrainerError, FeatureStoreError."""
+    The snapshot is `version`, by default the newest. `state`: the part `stores.` of the checkpoint. To `publish`, all
+    images are new. Raises CheckpointError, AnotherStoreError, TrainerError, FeatureStoreError."""
     snapshot, model = saved.snapshot(place, version), saved.config.model
     network = StoreNetwork.of(state, place.name, snapshot, used_fields(saved.schema, model), model, missing)
-    num_images = snapshot.num_rows
     info = StoreInfo(
-        num_shards=_num_shards(num_images * 4 * network.model.out, snapshot.info.num_shards),
+        num_shards=_num_shards(snapshot.num_rows * 4 * network.model.out, snapshot.info.num_shards),
         name="visual vectors",
         dim=network.model.out,
         dtype="float32",
@@ -152,8 +130,7 @@ def export_vectors(
     )
     source, folder = SnapshotId.of(snapshot).as_source(), folder_of(place.name)
     store = FeatureStore.create(f"{folder_url}/{folder}", info)
-    _fill(store, snapshot, network, num_images, progress)
-    return VectorsOf(
+    of = VectorsOf(
         store=place.name,
         folder=folder,
         source=source,
@@ -161,35 +138,14 @@ def export_vectors(
         store_id=store.info.store_id,
         no_image=tuple(network.no_image_V.tolist()),
     )
+    here, number = snapshot.storage.url, snapshot.version
+    publish(store, of, lambda _: network, source_url=here, source_version=number, eps=0, progress=progress)
+    return of
 
 
 def folder_of(store: str) -> str:
     """Return the folder of a store's vectors in the version's folder; valid for any name of a store."""
     return f"{VECTORS}/{quote(store, safe='')}"
-
-
-def _fill(
-    store: FeatureStore, snapshot: Snapshot, network: StoreNetwork, num_images: int, progress: Progress | None
-) -> None:
-    """Write and commit the rows of all images. A shard of vectors covers several adjacent shards of features."""
-    per_shard, done = snapshot.info.num_shards // store.info.num_shards, 0
-
-    def tables(shard: int) -> Iterator[pa.Table]:
-        nonlocal done
-        for number in range(shard * per_shard, (shard + 1) * per_shard):
-            if not snapshot.manifest.files(number):
-                continue
-            rows = rows_of_shard(snapshot.shard_reader(number), network)
-            yield table_of(rows, store.info)
-            done += len(rows)
-            if progress is not None:
-                progress(done, num_images)
-
-    filled = {number // per_shard for number in snapshot.manifest.shards}
-    entries = {
-        shard: write_shard_file(store.storage, store.info, shard, tables(shard), "base", 0) for shard in sorted(filled)
-    }
-    store.commit(entries, "export", mirrors=SnapshotId.of(snapshot).as_source())
 
 
 def _num_shards(size_bytes: int, most: int) -> int:
@@ -236,16 +192,16 @@ class ChangedImages:
         """Read each new file once: the last row of a key counts, and may be a tombstone."""
         tables = []
         for entry in added:
-            with open_entry(self.newest.storage, self.newest.info, entry) as file:
+            with datafile.open_entry(self.newest.storage, self.newest.info, entry) as file:
                 tables.append(file.read([KEY, URI, DELETED, FEATURE]))
         table, gone = tables[0], _NO_KEYS
         if len(added) > 1 or added[0].num_deleted:
             table = pa.concat_tables(tables)
-            table = take_rows(table, newest_rows(numpy_column(table, KEY)))
-            is_gone_K = numpy_column(table, DELETED)
-            gone, table = numpy_column(table, KEY)[is_gone_K], table.filter(pa.array(~is_gone_K))
-        keys_K, features_KD = numpy_column(table, KEY), matrix_of(table, self.newest.info)
-        return iter([ImageRows(keys_K, text_column(table, URI), features_KD)]), gone
+            table = take_rows(table, newest_rows(datafile.numpy_column(table, KEY)))
+            is_gone_K = datafile.numpy_column(table, DELETED)
+            gone, table = datafile.numpy_column(table, KEY)[is_gone_K], table.filter(pa.array(~is_gone_K))
+        keys_K, features_KD = datafile.numpy_column(table, KEY), datafile.matrix_of(table, self.newest.info)
+        return iter([ImageRows(keys_K, datafile.text_column(table, URI), features_KD)]), gone
 
     def _blocks(self, shard: int, touched: NDArray[np.int64]) -> Iterator[ImageRows]:
         """Read the live rows among some keys of a shard, a few thousand at a time."""
@@ -253,27 +209,13 @@ class ChangedImages:
         if not reader.entries:
             return
         names = reader.read([KEY, URI])
-        names = names.filter(pa.array(np.isin(numpy_column(names, KEY), touched)))
+        names = names.filter(pa.array(np.isin(datafile.numpy_column(names, KEY), touched)))
         for start in range(0, len(names), BATCH_ROWS):
             block = names.slice(start, BATCH_ROWS)
-            keys_K = numpy_column(block, KEY)
+            keys_K = datafile.numpy_column(block, KEY)
             features_KD, is_there_K = reader.features(keys_K)
             assert is_there_K.all()
-            yield ImageRows(keys_K, text_column(block, URI), features_KD)
-
-
-def _batches(reader: ShardReader) -> Iterator[tuple[NDArray[np.int64], NDArray[np.generic]]]:
-    """Yield positions in the shard and features of some thousand images at a time."""
-    places: list[NDArray[np.int64]] = []
-    features: list[NDArray[np.generic]] = []
-    for block in reader.verified_blocks():
-        places.append(block.place_K)
-        features.append(block.features_KD.copy())
-        if sum(map(len, places)) >= BATCH_ROWS:
-            yield np.concatenate(places), np.concatenate(features)
-            places, features = [], []
-    if places:
-        yield np.concatenate(places), np.concatenate(features)
+            yield ImageRows(keys_K, datafile.text_column(block, URI), features_KD)
 
 
 def _below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -343,11 +285,9 @@ def publish(
         )
         if mirrored is not None and mirrored.version == newest.version:
             return report
-        delta = _Delta(vectors, now, network_for(newest), ChangedImages(mirrored, newest), eps)
+        delta = _Delta(vectors, now, network_for(newest), ChangedImages(mirrored, newest), eps, progress)
         for shard in range(now.info.num_shards):
             delta.add(shard)
-            if progress is not None:
-                progress(shard + 1, now.info.num_shards)
         try:
             made = vectors.commit(
                 delta.entries, "publish", only_after=now.version, mirrors=SnapshotId.of(newest).as_source()
@@ -376,6 +316,7 @@ class _Delta:
     _network: StoreNetwork
     _changes: ChangedImages
     _eps: float
+    _progress: Progress | None
     entries: dict[int, FileEntry] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
 
@@ -424,6 +365,8 @@ class _Delta:
                 if sum(map(len, waiting)) >= BATCH_ROWS:
                     rows.append(self._network.rows(np.concatenate(waiting)))
                     waiting = []
+            if self._progress is not None:
+                self._progress(number + 1, self._changes.newest.info.num_shards)
         if waiting:
             rows.append(self._network.rows(np.concatenate(waiting)))
         all_gone = np.concatenate(gone) if self._changes.mirrored else None

@@ -27,7 +27,6 @@ from serving.scoring.sent import Bool, SentTable, Sizes, sent_requests, sent_tab
 from trainer.errors import DataError
 from trainer.models.layers import width_of
 from trainer.models.nets import behaviors_of, check_equal_lists
-from trainer.samples.columns import Rule
 from trainer.samples.reader import Batch
 from trainer.schema import Field
 
@@ -207,11 +206,6 @@ class Scorer:
     def bundle(self) -> Bundle:
         """The bundle that it scores with."""
         return self._bundle
-
-    @property
-    def columns(self) -> Mapping[str, Rule]:
-        """The columns of a request, with the rule for each."""
-        return self.inputs.sources
 
     @property
     def fields(self) -> Sequence[Field]:

@@ -443,7 +443,7 @@ class Suggestion:
         num_ads = num_ids(self.columns_of_table[table_of[ad]])
         images = {field.name for field in self.fields if field.kind == "content"}
         for field in self.fields[:]:
-            if not field.is_id or field.column_name not in images:
+            if not field.is_id or field.name == ad or field.column_name not in images:
                 continue
             if abs(num_ids(self.columns_of_table[field.table_name]) - num_ads) <= SAME_COUNT * num_ads:
                 self.fields.remove(field)

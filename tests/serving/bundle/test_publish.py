@@ -133,8 +133,7 @@ def test_only_what_differs_is_looked_at(world: World, monkeypatch: pytest.Monkey
         return open_entry(*arguments, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(StoreNetwork, "rows", noting)
-    monkeypatch.setattr("featurestore.format.shard.open_entry", noting_files)
-    monkeypatch.setattr("serving.bundle.images.open_entry", noting_files)
+    monkeypatch.setattr("featurestore.format.datafile.open_entry", noting_files)
     world.publish()
     assert looked == [2]
     manifests = [world.source.snapshot(version).manifest for version in (2, 4)]
