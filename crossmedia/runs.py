@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import pyarrow as pa
@@ -95,14 +95,19 @@ class Run(Shown):
         samples: Address | None = None,
         store: Address | None = None,
         *,
+        by: str | Sequence[str] = (),
         resamples: int = 1000,
         out: Address | None = None,
     ) -> "Evaluation":
-        """Evaluate as `crossmedia evaluate`, on all ranks, write the report and print nothing. Raises TrainerError."""
+        """Evaluate as `crossmedia evaluate`, on all ranks, write the report and print nothing.
+
+        `by`: columns to cut by, as "category". Raises TrainerError.
+        """
         source = RunSource(self.folder, self.checkpoint, _text(samples), _text(store))
         to = None if out is None else run_path(out)
         comm = joined_ranks()
-        figures = evaluate_run(source, comm, resamples=resamples, out=to, quiet=True)
+        columns = [by] if isinstance(by, str) else by
+        figures = evaluate_run(source, comm, resamples=resamples, by=columns, out=to, quiet=True)
         return Evaluation(comm.broadcast_object(cast("Figures", figures)))
 
     def score(self, rows: Any, behaviors: Any = None, *, store: Address | None = None) -> Scores:

@@ -52,7 +52,7 @@ from pipeline.samples.logs import (
 )
 from pipeline.samples.mapping import TableLayout, load_mapping
 from pipeline.samples.publish import MARK, QUARANTINE_FILE, replaced_files
-from trainer.schema.fields import IMAGES_FILE, SCHEMA_FILE, SETTINGS_FILE, DistinctCount, Schema, settings_text
+from trainer.schema.fields import SCHEMA_FILE, SETTINGS_FILE, DistinctCount, Schema, settings_text
 from trainer.schema.suggest import inspect_samples, render_schema
 
 Part = TypeVar("Part")
@@ -93,7 +93,7 @@ def build_samples(options: SampleOptions, client: Client) -> dict[str, Any]:
         read = shuffle(client, [*impressions, *behaviors], scratch, buckets, options)
         shown, done = read[IMPRESSIONS], read[BEHAVIORS]
         write_quarantine(folder / QUARANTINE_FILE, (*shown, *done))
-        write_names(folder / IMAGES_FILE, (*shown, *done))
+        write_names(folder, (*shown, *done))
         if not sum(part.num_rows - part.quarantined.total() for part in shown):  # before the cluster makes groups
             raise _no_rows(options.logs, shown)
         grouped = group(client, (len(shown), len(done)), scratch, buckets, options, layout)

@@ -3,9 +3,9 @@
 Letters of shapes: N rows of a piece of a log, T rows of a joined table.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -32,21 +32,25 @@ def differing_key(columns: Mapping[str, npt.NDArray[Any]]) -> int | None:
     return None
 
 
-def save(path: Path, columns: Mapping[str, npt.NDArray[Any]], names: pa.Table) -> None:
-    """Write the rows of a table, sorted by KEY, and the names of its images, next to them and sorted by key."""
+def save(path: Path, columns: Mapping[str, npt.NDArray[Any]], names: pa.Table, texts: Mapping[int, str]) -> None:
+    """Write the rows of a table, sorted by KEY, and next to them the names of its images and the texts of its ids."""
     rows = {
         name: pa.array(values_T, pa.binary() if values_T.dtype == np.object_ else None)
         for name, values_T in columns.items()
     }
-    for file, table in ((path, pa.table(rows)), (_names_file(path), names.sort_by("key"))):
+    text_columns: dict[str, Any] = {"id": pa.array(texts, pa.int64()), "text": pa.array(texts.values(), pa.string())}
+    named = ((_names_file(path), names.sort_by("key")), (_texts_file(path), pa.table(text_columns).sort_by("id")))
+    for file, table in ((path, pa.table(rows)), *named):
         with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
             writer.write_table(table.combine_chunks())
 
 
 def look_up(
     join: Join, id_N: npt.NDArray[np.int64]
-) -> tuple[dict[str, npt.NDArray[Any]], npt.NDArray[np.bool_], pa.Table]:
-    """Return the columns of the rows with these ids, (N,), which ids the table has, and the names of their images."""
+) -> tuple[dict[str, npt.NDArray[Any]], npt.NDArray[np.bool_], pa.Table, dict[int, str]]:
+    """Return the columns of the rows with these ids, (N,), and which ids the table has.
+
+    And what is in these columns by name: images as a table, ids by their texts."""
     path = Path(join.path or "")
     table = _read(path)
     place_N, has_N = _places(table, KEY, id_N)
@@ -59,11 +63,31 @@ def look_up(
             found[name][has_N] = values
     names = _read(_names_file(path))
     place_I, has_I = _places(names, "key", np.unique(found.get(IMAGE, id_N[:0])))
-    return found, has_N, names.take(place_I[has_I])
+    return found, has_N, names.take(place_I[has_I]), _texts_of(path, [*found.values()])
+
+
+def _texts_of(path: Path, columns: Sequence[npt.NDArray[Any]]) -> dict[int, str]:
+    """Read the texts of the ids of some columns, lists of ids too."""
+    table = _read(_texts_file(path))
+    if not len(table):
+        return {}
+    flat = [
+        np.frombuffer(b"".join(set(values_N.tolist())), np.int64) if values_N.dtype == np.object_ else values_N
+        for values_N in columns
+        if values_N.dtype in (np.object_, np.int64)
+    ]
+    place_U, has_U = _places(table, "id", np.unique(np.concatenate([np.empty(0, np.int64), *flat])))
+    rows = table.take(place_U[has_U])
+    ids, texts = (cast("list[Any]", rows.column(name).to_pylist()) for name in ("id", "text"))
+    return dict(zip(ids, texts, strict=True))
 
 
 def _names_file(path: Path) -> Path:
     return path.with_suffix(".names")
+
+
+def _texts_file(path: Path) -> Path:
+    return path.with_suffix(".texts")
 
 
 def _read(path: Path) -> pa.Table:

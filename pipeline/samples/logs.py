@@ -5,7 +5,7 @@ Letters of shapes: N rows of a piece of a log.
 
 import contextlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -251,7 +251,8 @@ def _written(join: Join, path: Path) -> Join:
     if reasons := Counter(reason for part in parts for reason in part.bad_reason):
         why = ", ".join(f"{reason}: {count:,}" for reason, count in reasons.most_common(3))
         print_summary(f"{join.by:<12} {place}: {reasons.total():,} rows are left out ({why})")
-    save(path, columns, pa.concat_tables(part.names for part in parts))
+    texts = {number: text for part in parts for number, text in part.texts.items()}
+    save(path, columns, pa.concat_tables(part.names for part in parts), texts)
     return replace(join, path=str(path.absolute()))
 
 
@@ -403,6 +404,8 @@ def _fits(found: pa.DataType, kind: str, takes_text: bool) -> bool:
 Columns = dict[str, npt.NDArray[Any]]
 
 NAMES = pa.schema({"key": pa.int64(), "uri": pa.string()})  # type: ignore[arg-type]
+_OF_TEXTS: list[Any] = [pa.field("id", pa.int64(), nullable=False), pa.field("text", pa.string(), nullable=False)]
+TEXTS = pa.schema(_OF_TEXTS)
 _SHOWN = 60  # characters of a bad value
 
 
@@ -416,6 +419,8 @@ class LogRows:
     bad_reason: list[str]
     examples: dict[str, str]
     names: pa.Table  # NAMES of the images of all rows
+    texts: Mapping[int, str]
+    """The text of each id of these rows that is a hash, and those of joined tables."""
     num_lacking: Counter[str] = field(default_factory=Counter)
     """Good rows whose item (or user) a joined table lacks, by that."""
     other_events: Counter[str] = field(default_factory=Counter)
@@ -437,6 +442,7 @@ def read_piece(piece: LogPiece, latest_s: int) -> LogRows:
     good: Columns = {}
     examples: dict[str, str] = {}
     names = [NAMES.empty_table()]
+    texts: dict[int, str] = {}
     for name, kind in layout.kinds.items():
         column = table.column(layout.names[name])
         if kind == "event":
@@ -447,7 +453,7 @@ def read_piece(piece: LogPiece, latest_s: int) -> LogRows:
             )
             names.append(names_of_images)
             continue
-        good[name], faults = _column(table, name, layout, latest_s)
+        good[name], faults = _column(table, name, layout, latest_s, texts)
         for fault, is_bad_N in faults.items():
             is_new_N = is_bad_N & (reason_N < 0)
             (new,) = np.nonzero(is_new_N if name in _OF_CLICKS else is_new_N & ~is_click_N)
@@ -466,8 +472,9 @@ def read_piece(piece: LogPiece, latest_s: int) -> LogRows:
     good = {name: values_N[reason_N < 0] for name, values_N in good.items()}
     lacking = Counter[str]()
     for join in layout.joins:
-        columns, has_N, names_of_images = look_up(join, good[join.by])
+        columns, has_N, names_of_images, joined_texts = look_up(join, good[join.by])
         good |= columns
+        texts |= joined_texts
         lacking[join.by] = int(np.count_nonzero(~has_N))
         names.append(names_of_images)
     (bad_N,) = np.nonzero(reason_N >= 0)
@@ -479,6 +486,7 @@ def read_piece(piece: LogPiece, latest_s: int) -> LogRows:
         [reason for _, reason in sorted(bad)],
         examples,
         pa.concat_tables(names),
+        texts,
         lacking,
         other_events,
     )
@@ -547,25 +555,30 @@ def users_of(piece: LogPiece, early_us: int, latest_s: int) -> tuple[npt.NDArray
     return np.unique(good["user"]), np.unique(good["user"][good["timestamp"] < early_us])
 
 
-def _column(table: pa.Table, name: str, layout: TableLayout, latest_s: int) -> tuple[npt.NDArray[Any], "Faults"]:
-    """Read one of our columns of a table as the file has them."""
-    column = table.column(layout.names[name])
+def _column(
+    table: pa.Table, name: str, layout: TableLayout, latest_s: int, texts: dict[int, str] | None = None
+) -> tuple[npt.NDArray[Any], "Faults"]:
+    """Read one of our columns of a table as the file has them; `texts` gets the texts of its ids."""
+    column: Any = table.column(layout.names[name])
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
     if layout.kinds[name] == "profiles":
-        return parse_id_lists(pc.split_pattern(column, layout.separators[name]) if is_text(column.type) else column), {}
-    return _arrays(column, layout.kinds[name], latest_s, layout)
+        lists = pc.split_pattern(column, layout.separators[name]) if is_text(column.type) else column
+        return parse_id_lists(lists, texts), {}
+    return _arrays(column, layout.kinds[name], latest_s, layout, texts)
 
 
 Faults = dict[str, npt.NDArray[np.bool_]]  # which rows have each fault
 
 
-def _arrays(column: Any, kind: str, latest_s: int, layout: TableLayout) -> tuple[npt.NDArray[Any], Faults]:
+def _arrays(
+    column: Any, kind: str, latest_s: int, layout: TableLayout, texts: dict[int, str] | None = None
+) -> tuple[npt.NDArray[Any], Faults]:
     """Read the values of a chunked Arrow column, anything where they are bad, and their faults."""
     if kind == "time" and layout.time_format is not None and pa.types.is_integer(column.type):
         column = column.cast(pa.string())
     if is_text(column.type):
-        return _text_arrays(column, kind, latest_s, layout)
+        return _text_arrays(column, kind, latest_s, layout, texts)
     null = {"is null": column.is_null().to_numpy()}
     if kind == "time":
         value_N, faults = _times_us(column, latest_s, layout.unit)
@@ -603,7 +616,9 @@ def _images(column: Any, where: str) -> tuple[npt.NDArray[np.int64], pa.Table]:
     return keys_M[place_N], pa.Table.from_arrays([pa.array(keys_M[used_U]), texts.cast(pa.string())], schema=NAMES)
 
 
-def _text_arrays(column: Any, kind: str, latest_s: int, layout: TableLayout) -> tuple[npt.NDArray[Any], Faults]:
+def _text_arrays(
+    column: Any, kind: str, latest_s: int, layout: TableLayout, texts: dict[int, str] | None
+) -> tuple[npt.NDArray[Any], Faults]:
     """Read as `_arrays`, but text that has to be parsed first."""
     null_N = column.is_null().to_numpy()
     null = {"is null": null_N}
@@ -612,9 +627,9 @@ def _text_arrays(column: Any, kind: str, latest_s: int, layout: TableLayout) -> 
         late_N = time_N > latest_s * MICROSECONDS
         return time_N, null | {"is no time": wrong_N, "is before 1970": time_N < 0, "is in the future": late_N}
     if kind == "id":
-        return parse_ids(column)[0], null
+        return parse_ids(column, texts)[0], null
     if kind == "profile":
-        return np.where(null_N, UNKNOWN, parse_ids(column)[0]), {}
+        return np.where(null_N, UNKNOWN, parse_ids(column, texts)[0]), {}
     number_N, wrong_N = parse_labels(column) if kind == "label" else parse_numbers(column, layout.style.decimal)
     if kind == "measure":
         number_N = np.where(null_N, np.nan, number_N)

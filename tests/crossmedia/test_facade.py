@@ -135,7 +135,7 @@ def test_an_evaluation_has_a_row_for_each_slice(
         found = run.evaluate(resamples=10, out=tmp_path / "evaluation")
     assert capsys.readouterr().out == ""
     whole, *slices = found.figures.rows()
-    assert whole["impressions"] == sum(each["impressions"] for each in slices if each["slicing"].startswith("age"))
+    assert whole["impressions"] == sum(each["impressions"] for each in slices if each["slicing"] == "ad_age")
     assert whole["auc_low"] <= whole["auc"] <= whole["auc_high"]
     assert repr(found) == f"Evaluation({whole['impressions']} impressions, {len(slices)} slices)"
     pytest.importorskip("pandas")

@@ -281,6 +281,8 @@ SCHEMA_FILE, SETTINGS_FILE = "schema.yaml", "settings.yaml"
 """Written next to samples, for trainer.main --config SAMPLES/settings.yaml."""
 IMAGES_FILE = "images.parquet"
 """Next to samples: key and uri of each image that the logs name, in 256 row groups by the top bits of the key."""
+IDS_FILE = "ids.parquet"
+"""Next to samples, and in a run's folder: id and text of each ID that is a hash, in 256 row groups by its top bits."""
 
 SMALLEST_TABLE, LARGEST_TABLE = 4_096, 1 << 24
 """Of `table_rows`: in 4,096 rows no shard of 64 is full while the others are empty; 16.8 million rows of 12 numbers,

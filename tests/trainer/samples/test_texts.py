@@ -308,8 +308,8 @@ def test_lookup_goes_both_ways(run: Path, wordy: Places) -> None:
         f"{hashed(text)}  {text}",
         f"{hashed(pair)}  {pair}",
         f"{hashed(pair)}  {pair}",
-        f"{hashed('nothing')}  not in the training samples as a text",
-        "17  not in the training samples as a text",
+        f"{hashed('nothing')}  not in it as a text",
+        "17  not in it as a text",
     ]
     first = sorted(expected(wordy).items())[:10]
     assert said("lookup", run).splitlines()[1:] == [f"{number}  {text}" for number, text in first]
