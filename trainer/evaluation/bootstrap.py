@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 METRICS = ("logloss", "auc", "gauc", "calibration")
 SHOWN_FIRST = ("auc", "gauc", "logloss", "calibration")
-"""The order of the metrics in a table whose later columns may not be seen."""
+"""The order of the metrics in a table of which pandas shows the first and the last columns."""
 NUM_BINS = 10
 LEAST_PER_BIN = 100
 LEAST_USERS = 10
@@ -64,11 +64,10 @@ class Measured:
 
     def row(self) -> dict[str, Any]:
         """Return the figures by name; `auc_low` and `auc_high` are the ends of the interval of `auc`."""
-        values = {name: self.metrics[name].value for name in SHOWN_FIRST}
-        row: dict[str, Any] = {**values, "impressions": self.impressions, "users": self.users, "clicks": self.clicks}
+        row: dict[str, Any] = {name: self.metrics[name].value for name in SHOWN_FIRST}
         for name in SHOWN_FIRST:
             row |= {f"{name}_low": self.metrics[name].low, f"{name}_high": self.metrics[name].high}
-        return row
+        return row | {"clicks": self.clicks, "users": self.users, "impressions": self.impressions}
 
 
 @dataclass(frozen=True)

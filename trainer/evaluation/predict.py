@@ -16,9 +16,8 @@ import contextlib
 import json
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -60,7 +59,7 @@ class Impressions:
     """Behaviours of the user: values of the first content field of side user, else of the first list of IDs."""
     time_s_N: Int64Array | None = None
     """Time of the impression's group, in seconds since 1970."""
-    by: Mapping[str, Int64Array] = MappingProxyType({})
+    by: Mapping[str, Int64Array] = field(default_factory=dict)
     """Further columns to cut by, as they were asked for."""
 
 
