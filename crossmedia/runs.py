@@ -2,6 +2,7 @@
 
 import json
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -108,19 +109,24 @@ class Run(Shown):
         comm = joined_ranks()
         columns = [by] if isinstance(by, str) else by
         figures = evaluate_run(source, comm, resamples=resamples, by=columns, out=to, quiet=True)
-        return Evaluation(comm.broadcast_object(cast("Figures", figures)))
+        found = comm.broadcast_object(cast("Figures", figures))
+        _warn(found.notes if comm.rank == 0 else ())
+        return Evaluation(found)
 
     def score(self, rows: Any, behaviors: Any = None, *, store: Address | None = None) -> Scores:
         """Score rows on this rank: logit and probability of each, as `crossmedia score` computes them.
 
         `rows` have the columns of the samples, an impression each or, with lists of ads, a group each; or they are a
         raw log of impressions, and `behaviors` one of behaviours (`with_behaviors`). Labels may be left out. Features
-        are those of the training, or of the newest snapshot of `store`. Raises TrainerError, FeatureStoreError.
+        are those of the training, or of the newest snapshot of `store`. Warns where images have none, and the model
+        has never met that. Raises TrainerError, FeatureStoreError.
         """
         table = table_of(rows)
         if behaviors is not None:
             table = with_behaviors(table, table_of(behaviors), self.config.data.samples)
-        return scores_of(rows, score_rows(RunSource(self.folder, self.checkpoint, store=_text(store)), table))
+        logits, notes = score_rows(RunSource(self.folder, self.checkpoint, store=_text(store)), table)
+        _warn(notes)
+        return scores_of(rows, logits)
 
     def vectors(self, network: str | None = None) -> pa.Table:
         """Compute the visual vectors of all images of the store's newest snapshot: key, uri, vector (V,).
@@ -167,6 +173,12 @@ class Evaluation:
 
     def _repr_html_(self) -> str:
         return str(self.table.to_html(float_format="{:.4f}".format))
+
+
+def _warn(notes: Sequence[str]) -> None:
+    """Tell the caller of a method of Run what matters about its figures or scores."""
+    for note in notes:
+        warnings.warn(note, stacklevel=3)
 
 
 def _written(value: Any) -> str:

@@ -94,6 +94,8 @@ class Figures:
     whole: Measured
     sliced_by: dict[str, SlicedBy]
     reliability: list[Bin]
+    notes: tuple[str, ...] = ()
+    """Notes for the user on the figures."""
 
     def rows(self) -> list[dict[str, Any]]:
         """Return a row for all impressions and one for each slice; low and high are the ends of an interval."""

@@ -469,14 +469,14 @@ def score_run(source: RunSource, out: str, comm: Comm) -> Written | None:
         return file.written((*opened.notes, *notes))
 
 
-def score_rows(source: RunSource, rows: pa.Table) -> list[Float64Array]:
-    """Score rows that are in memory by a run, on this rank alone: the logits of each, see `sample_groups`.
+def score_rows(source: RunSource, rows: pa.Table) -> tuple[list[Float64Array], tuple[str, ...]]:
+    """Score rows that are in memory by a run, on this rank alone: the logits of each, see `sample_groups`, and notes.
 
     The samples of `source` do not count. Raises TrainerError, FeatureStoreError.
     """
     groups = sample_groups(rows, read_run(source.folder, source.checkpoint).schema)
     if not len(groups):
-        return []
+        return [], ()
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place, "test")
         folder.mkdir()
@@ -491,7 +491,7 @@ def score_rows(source: RunSource, rows: pa.Table) -> list[Float64Array]:
                 store_version=source.store_version,
             )
     ends_G = np.cumsum([len(each) for each in groups[groups.column_names[-1]]])
-    return np.split(predictions.logit_N, ends_G[:-1])
+    return np.split(predictions.logit_N, ends_G[:-1]), predictions.notes
 
 
 class ScoreFile:

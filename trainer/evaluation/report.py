@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ def evaluate_run(
         about = _about(opened, resamples)
     if comm.rank != 0:
         return None
-    figures = bootstrap.measure_all(logit_N, impressions, cuts, resamples)
+    figures = replace(bootstrap.measure_all(logit_N, impressions, cuts, resamples), notes=tuple(about["notes"]))
     out = out or source.folder / "evaluation"
     write_report(out, "report.json", {**about, **asdict(figures)}, json_file, reliability(figures.reliability))
     show(console, about, figures, out)
