@@ -543,9 +543,28 @@ def read_mapping(
 
 
 def load_config(file: RunPath | None = None, settings: Sequence[str] = ()) -> Config:
-    """Merge the defaults, over them `file`, over that `settings` (each `section.field=value`). Raises ConfigError."""
-    given = [] if file is None else [read_mapping(file, "--config ", ConfigError, _WANTED)]
+    """Merge the defaults, over them `file`, over that `settings` (each `section.field=value`). Raises ConfigError.
+
+    Samples and a schema that the file names by ./ lie below its own folder, wherever the program runs.
+    """
+    given = [] if file is None else [_placed(read_mapping(file, "--config ", ConfigError, _WANTED), file)]
     return _checked([*given, *map(_parse_setting, settings)])
+
+
+def _placed(values: dict[Any, Any], file: RunPath) -> dict[Any, Any]:
+    """Resolve the places of data that a file names by ./ or as its own folder."""
+    data = values.get("data")
+    if not isinstance(data, dict):
+        return values
+    own = {
+        name: place
+        for name in ("samples", "schema_file")
+        if isinstance(place := data.get(name), str) and (place == "." or place.startswith("./"))
+    }
+    folder = run_path(file).parent
+    folder = folder.absolute() if str(folder) == "." else folder  # not ./ again, which a run's config.yaml would keep
+    places = {name: str(folder / rest if (rest := place[2:]) else folder) for name, place in own.items()}
+    return values | {"data": data | places}
 
 
 def load_saved(file: RunPath) -> Config:

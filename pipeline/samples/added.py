@@ -36,7 +36,7 @@ from pipeline.options import SampleOptions
 from pipeline.samples import build, groups
 from pipeline.samples.logs import BEHAVIORS, IMPRESSIONS, MICROSECONDS, WantedRows, users_of
 from pipeline.samples.publish import MARK, QUARANTINE_FILE, SPLITS, NewFiles, replaced_files
-from trainer.schema.fields import IMAGES_FILE
+from trainer.schema.fields import IDS_FILE, IMAGES_FILE
 
 _FILE = re.compile(r"day=(\d{4}-\d{2}-\d{2})-\d{3,}\.parquet")
 _FREE = ("logs", "samples", "partitions", "days", "since", "scratch", "keep_days")
@@ -327,13 +327,13 @@ def _check_same_columns(new: NewFiles, plans: Sequence[groups.FilePlan]) -> None
 
 def _keep_the_rest(new: NewFiles, shuffled: Sequence[groups.ShuffledPiece]) -> None:
     """Take over what else lies in the samples, bad rows too; those of the new days join them."""
-    rewritten = {MARK, IMAGES_FILE}
+    rewritten = {MARK, IMAGES_FILE, IDS_FILE}
     if any(part.quarantine_path is not None for part in shuffled):
         rewritten.add(QUARANTINE_FILE)
     for file in new.before.entries(recursive=False):
         if file.path not in rewritten and not file.path.startswith("."):
             new.keep(file.path, file.path)
-    groups.write_names(new.folder / IMAGES_FILE, shuffled, new.before)
+    groups.write_names(new.folder, shuffled, new.before)
     if QUARANTINE_FILE in new.kept:
         return
     path = new.folder / QUARANTINE_FILE

@@ -28,7 +28,7 @@ from pipeline.options import SampleOptions
 from pipeline.samples import groups, logs
 from pipeline.samples.mapping import TableLayout, load_mapping
 from pipeline.samples.publish import MARK, QUARANTINE_FILE, replaced_files
-from trainer.schema.fields import IMAGES_FILE, SCHEMA_FILE, SETTINGS_FILE, DistinctCount, settings_text
+from trainer.schema.fields import SCHEMA_FILE, SETTINGS_FILE, DistinctCount, settings_text
 from trainer.schema.suggest import inspect_samples, render_schema
 
 Part = TypeVar("Part")
@@ -69,7 +69,7 @@ def build_samples(options: SampleOptions, client: Client) -> dict[str, Any]:
         read = shuffle(client, [*impressions, *behaviors], scratch, buckets, options)
         shown, done = read[logs.IMPRESSIONS], read[logs.BEHAVIORS]
         groups.write_quarantine(folder / QUARANTINE_FILE, (*shown, *done))
-        groups.write_names(folder / IMAGES_FILE, (*shown, *done))
+        groups.write_names(folder, (*shown, *done))
         if not sum(part.num_rows - part.quarantined.total() for part in shown):  # before the cluster makes groups
             raise _no_rows(options.logs, shown)
         grouped = group(client, (len(shown), len(done)), scratch, buckets, options, layout)

@@ -43,7 +43,7 @@ from tests.trainer.standing_ranks import run as run_here
 from tests.trainer.whole_runs import all_alike, assert_same, drawn_scalars, report_of, run_alone
 from trainer.config import load_config
 from trainer.engine.engine import Engine
-from trainer.errors import DataError, TrainerError
+from trainer.errors import CheckpointError, DataError, TrainerError
 from trainer.ids.exact import num_ids
 from trainer.main import app
 from trainer.runs.checkpoint import read_state
@@ -445,6 +445,9 @@ class TestAlone:
         for before, after in (("zeros", "learned"), ("learned", "error")):
             start = {"run__warm_start": of[before], "data__missing": after, "train__max_steps": 1}
             run_alone(places, run__name=f"{after}-after-{before}", **start)
+        for policy in ("zeros", "error"):
+            with pytest.raises(CheckpointError, match=r'has a trained "no image" vector: .* data\.missing=learned'):
+                run_alone(places, run__name="missing-learned", data__missing=policy, run__resume="latest", **settings)
 
 
 @pytest.mark.long

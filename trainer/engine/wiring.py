@@ -15,7 +15,7 @@ from featurestore.lookup.partition import FeaturePartition
 from trainer.comm import Comm
 from trainer.config import Config, ExactTableConfig, ModelConfig, TableConfig, near_match
 from trainer.engine.machine import check_memory, check_same, holds_features, with_compute_dtype
-from trainer.errors import ConfigError
+from trainer.errors import CheckpointError, ConfigError
 from trainer.exchange.exchange import Exchange, VectorSource
 from trainer.exchange.routing import unique
 from trainer.ids.exact import ExactShape, ExactTable
@@ -157,6 +157,10 @@ class EngineParts:
             for each in (self.dense_state(), state)
         )
         mine = {name: value for name, value in mine.items() if name in theirs or NO_IMAGES not in name}
+        if any(NO_IMAGES in name for name in theirs.keys() - mine.keys()):
+            raise CheckpointError(
+                'the checkpoint has a trained "no image" vector: continue with data.missing=learned, as it was trained'
+            )
         check_names(mine, theirs)
         self._rows.load_shared_state(state)
         with torch.no_grad():

@@ -40,7 +40,7 @@ from trainer.samples.columns import files_by_day, newest_day, rules_of, sample_f
 from trainer.samples.index import SampleIndex, known_ads, open_index, streams_of
 from trainer.samples.reader import Batch, BatchPosition, SampleReader, Span
 from trainer.schema import DEFAULT_STORE, Field, Schema, load_schema
-from trainer.schema.fields import SCHEMA_FILE
+from trainer.schema.fields import IDS_FILE, SCHEMA_FILE
 
 _INSTEAD = {"learned": 'get a trained "no image" vector', "zeros": "are zeros"}
 
@@ -630,7 +630,7 @@ def claim_folder(run: Run) -> list[Checkpoint]:
             removed = _overwrite(run) if run.config.run.overwrite else []
             run.folder.mkdir(parents=True, exist_ok=True)
             if resumed_folder(run) != run.folder:
-                (run.folder / survey.IDS_FILE).unlink(missing_ok=True)  # of a run that this one does not continue
+                (run.folder / IDS_FILE).unlink(missing_ok=True)  # of a run that this one does not continue
             save_config(run.config, run.folder / "config.yaml")
         return removed
 
@@ -645,13 +645,13 @@ def _keep_dictionary(run: Run) -> None:
     It begins with the entries of the run whose ID rows this one continues, or begins with, in another folder. Raises
     DataError, ConfigError on all ranks together.
     """
-    if run.comm.on_rank_0((run.folder / survey.IDS_FILE).is_file):
+    if run.comm.on_rank_0((run.folder / IDS_FILE).is_file):
         return  # `claim_folder` removes another run's
     warm = run.warm_start
     before = run.comm.on_rank_0(lambda: resumed_folder(run))
     if before is None and warm is not None and "ids" in warm.parts:
         before = warm.checkpoint.run
-    earlier = before / survey.IDS_FILE if before is not None else None
+    earlier = before / IDS_FILE if before is not None else None
     with naming_run_dir(run.config):
         survey.write_dictionary(run.comm, run.folder, run.train_reader.index, rules_of(run.schema), earlier)
 
