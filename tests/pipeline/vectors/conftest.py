@@ -9,7 +9,7 @@ from featurestore.store import FeatureStore
 from jobs import import_features
 from pipeline import formats
 from tests.cli import invoke
-from tests.metadata import metadata_of
+from tests.featurestore.staged import metadata_of
 
 DIM = 6
 
