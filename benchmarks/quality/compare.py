@@ -98,8 +98,9 @@ def curves(bench: Bench, images: bool) -> Curves:
 
 
 def tuned(bench: Bench, data: DataSet, spec: Spec) -> Spec:
-    """Find the run with the settings of the grid whose best epoch has the highest GAUC on the last training days, or
-    on the validation days of a real log."""
+    """Find the run with the settings of the grid whose best epoch has the highest GAUC on the last training days.
+
+    On the validation days of a real log."""
     held_out = spec
     if not data.left_out_days:
         train_days, test_days = data.tuning_days()

@@ -431,9 +431,8 @@ def read_piece(piece: LogPiece, latest_s: int) -> LogRows:
         if kind == "event":
             continue
         if kind == "image":
-            good[name], names_of_images = _images(
-                column, f"{Storage(piece.url).full(piece.path)}: column {layout.names[name]!r}"
-            )
+            where = f"{Storage(piece.url).full(piece.path)}: column {layout.names[name]!r}"
+            good[name], names_of_images = _images(column, where)
             names.append(names_of_images)
             continue
         good[name], faults = _column(table, name, layout, latest_s, texts)
@@ -444,10 +443,8 @@ def read_piece(piece: LogPiece, latest_s: int) -> LogRows:
             reasons.append(f"{name if name != mapping.KEY else layout.names[name]} {fault}")
             if len(new) and fault != "is null":
                 examples[reasons[-1]] = repr(column[new[0]].as_py())[:_SHOWN]
-    good |= {
-        name: np.full(table.num_rows, value, np.int64 if isinstance(value, int) else np.float64)
-        for name, value in layout.constants.items()
-    }
+    for name, value in layout.constants.items():
+        good[name] = np.full(table.num_rows, value, np.int64 if isinstance(value, int) else np.float64)
     if layout.only_clicks:
         del good["label"]
     if layout.where is not None and layout.where.clicked:
