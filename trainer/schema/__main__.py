@@ -140,7 +140,7 @@ def missing(
     context_settings={"ignore_unknown_options": True},  # a negative ID is not an option
 )
 def lookup(
-    run: Annotated[str, typer.Argument(help="Folder or address of a run whose samples have texts.")],
+    run: Annotated[str, typer.Argument(help="Folder or address of a run, or of samples.")],
     values: Annotated[
         list[str] | None,
         typer.Argument(
@@ -157,11 +157,11 @@ def lookup(
     dictionary = IdDictionary.of_run(run_path(run))
     if dictionary is None:
         raise DataNotFoundError(
-            f"{run} has no ids.parquet: its training samples have no texts, or it is not a run's folder"
+            f"{run} has no ids.parquet: its samples have no texts, or it is not the folder of a run or of samples"
         )
     if not values:
         entries, total = dictionary.first(SHOWN)
-        print_summary(f"{dictionary.path}: {total:,} texts of the training samples and their ids; the first of them:")
+        print_summary(f"{dictionary.path}: {total:,} texts and their ids; the first of them:")
         for number, text in entries:
             print_summary(f"{number}  {text}")
         return
@@ -170,7 +170,7 @@ def lookup(
     for value, number in zip(values, ids, strict=True):
         # A text that is a whole number is an ID; as a uri it has a key of its own.
         found = {each: texts[each] for each in (number, key_of_uri(value)) if each in texts}
-        for each, text in (found or {number: "not in the training samples as a text"}).items():
+        for each, text in (found or {number: "not in it as a text"}).items():
             print_summary(f"{each}  {text}")
 
 

@@ -32,7 +32,6 @@ from serving.scoring.decode import RequestTable, decode
 from serving.scoring.request import RequestColumns, Scored
 from serving.scoring.sent import SentTable, Sizes, sent_table
 from serving.settings import ServerSettings
-from trainer.samples.columns import Rule
 from trainer.schema import Field, load_schema
 
 SLOW = ("score_s", "slow_item", "begun")
@@ -54,10 +53,6 @@ class FakeModel:
     def inputs(self) -> RequestColumns:
         schema = load_schema()
         return RequestColumns(schema, schema.fields)
-
-    @property
-    def columns(self) -> Mapping[str, Rule]:
-        return self.inputs.sources
 
     @cached_property
     def fields(self) -> Sequence[Field]:

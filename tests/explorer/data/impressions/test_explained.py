@@ -38,6 +38,7 @@ from tests.trainer.whole_runs import run_alone
 from trainer.comm import SoloComm
 from trainer.evaluation.predict import predict, predict_run, score_run
 from trainer.runs.saved import RunSource, open_source
+from trainer.samples.survey import write_part
 from trainer.schema import DEFAULT_SCHEMA
 
 pytestmark = pytest.mark.long
@@ -118,6 +119,20 @@ def test_scores_are_those_of_the_job(
         assert [each.score.probability for each in explanation.candidates] == pytest.approx(
             expected["probability"].to_numpy()[here].tolist(), abs=TOLERANCE
         )
+
+
+@of_kinds("lr")
+def test_ads_are_named_as_the_logs_name_them(kind: str, trained: Trained, runs: TrainedRuns) -> None:
+    run = trained(kind)
+    with runs.use(kind) as opened:
+        ads = [each.ad for each in explain(opened, GROUPS[0]).candidates]
+        assert ads[0].isdecimal()
+        write_part(run / "ids.parquet", {int(ads[0]): "SKU-10195", 13: "eva"})
+        found = explain(opened, GROUPS[0])
+        texts = opened.texts([13, "13", 14])
+        (run / "ids.parquet").unlink()
+    assert [each.ad for each in found.candidates] == ["SKU-10195" if each == ads[0] else each for each in ads]
+    assert texts == ["eva", "13", "14"]
 
 
 @of_kinds("lr", "contents", "id_proxy", "images_none", "exact")
