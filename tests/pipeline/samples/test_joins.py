@@ -15,8 +15,7 @@ from pipeline.options import SampleOptions
 from pipeline.samples.added import add_days
 from pipeline.samples.build import build_samples
 from pipeline.samples.requests import requests_of_log
-from tests.pipeline.samples.own import Shop
-from tests.pipeline.samples.rows import DAY_S, START_S, Row, all_bytes, read
+from tests.pipeline.samples.rows import DAY_S, START_S, Row, Shop, all_bytes, read
 from trainer.schema import load_schema
 
 MAPPING: dict[str, Any] = {
