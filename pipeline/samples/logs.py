@@ -288,8 +288,8 @@ def _files(storage: Storage, place: str, endings: tuple[str, ...]) -> list[str]:
     found = [entry.path for entry in storage.entries(place)]
     if any("/_delta_log/" in f"/{path}" or path.endswith(".metadata.json") for path in found):
         raise SampleOptionError(
-            f"{storage.full(place)}: a table of Delta or Iceberg, whose files have removed rows too; write its rows as "
-            "Parquet first, as docs/OWN_DATA.md shows"
+            f"{storage.full(place)}: below it is a table of Delta or Iceberg, whose files have removed rows too; name "
+            "its own folder by files in a mapping"
         )
     if not found:
         with contextlib.suppress(FileNotFoundError):
