@@ -207,8 +207,11 @@ def _finished_text(run: "Run") -> str:
 def _report(run: "Run", training: "Training", measured: dict[str, Any]) -> dict[str, Any]:
     """Put together what report.json says of a run; every rank calls it.
 
-    `missing_lookups`: of images without a feature, those of evaluations included.
+    `missing_lookups`: of images without a feature, those of evaluations included. `logs`: versions of the tables of
+    Delta, Iceberg or Lance that the samples were made of.
     """
+    from trainer.schema.lakes import versions_of
+
     missing = run.missing_by_store()
     return {
         "name": run.folder.name,
@@ -223,6 +226,7 @@ def _report(run: "Run", training: "Training", measured: dict[str, Any]) -> dict[
         "checkpoints": training.checkpoints,
         "history": run.history,
         "warm_start": str(run.warm_start.checkpoint) if run.warm_start else None,
+        "logs": run.comm.on_rank_0(lambda: versions_of(run.train_reader.index.storage)),
         "store_version": run.partition.snapshot_version if run.partition else None,
         "stores": {name: store.model_dump() for name, store in run.stores.items()},
     }

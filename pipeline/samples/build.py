@@ -134,7 +134,7 @@ class LogTables:
     @property
     def versions(self) -> dict[str, Any]:
         """Give what a summary says of these tables; nothing where there is none."""
-        return {"tables": dict(self.copied)} if self.copied else {}
+        return {lakes.TABLES: dict(self.copied)} if self.copied else {}
 
     @property
     def spared(self) -> dict[str, str]:

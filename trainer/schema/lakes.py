@@ -12,7 +12,8 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from featurestore.errors import NotAFolderError
+from featurestore.errors import NotAFolderError, StorageError
+from featurestore.parsing import parse_json
 from featurestore.storage.storage import Storage
 from trainer.errors import DataError
 from trainer.schema.profile import SUFFIXES
@@ -26,6 +27,8 @@ PACKAGES: dict[Kind, tuple[str, str]] = {
 """The module that reads each kind, and the package that has it."""
 _METADATA = ".metadata.json"
 FILE = "rows.parquet"
+SUMMARY_FILE, TABLES = "summary.json", "tables"
+"""What samples say of the tables that they were made of."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,15 @@ def copy_beside(storage: Storage, kinds: Mapping[str, Kind], folder: Path, most_
             target = folder / entry.path
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(storage.read_bytes(entry.path))
+
+
+def versions_of(samples: Storage) -> dict[str, str]:
+    """Read which versions of tables samples were made of, by the tables' places; none where they were plain files."""
+    try:
+        found = parse_json(samples.read_bytes(SUMMARY_FILE)).get(TABLES, {})
+    except (OSError, ValueError, AttributeError, StorageError):  # samples of other programs have no summary, or another
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _delta(module: Any, storage: Storage, place: str) -> LakeRows:
