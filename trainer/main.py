@@ -204,8 +204,11 @@ def _report(run: "Run", training: "Training", measured: dict[str, Any]) -> dict[
     """Put together what report.json says of a run; every rank calls it.
 
     `missing_lookups`: of images without a feature, those of evaluations included; `new_ad_pictures_count`: None where
-    that is not decided (model.image_dropout).
+    that is not decided (model.image_dropout); `logs`: versions of the tables of Delta, Iceberg or Lance that the
+    samples were made of.
     """
+    from trainer.schema.lakes import versions_of
+
     missing, new_ads = run.missing_by_store(), run.engine.model.new_ads
     return {
         "name": run.folder.name,
@@ -220,6 +223,7 @@ def _report(run: "Run", training: "Training", measured: dict[str, Any]) -> dict[
         "checkpoints": training.checkpoints,
         "history": run.history,
         "warm_start": str(run.warm_start.checkpoint) if run.warm_start else None,
+        "logs": run.comm.on_rank_0(lambda: versions_of(run.train_reader.index.storage)),
         "store_version": run.partition.snapshot_version if run.partition else None,
         "stores": {name: store.model_dump() for name, store in run.stores.items()},
     }

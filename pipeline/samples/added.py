@@ -85,14 +85,17 @@ def _add_days(options: SampleOptions, client: Client) -> dict[str, Any]:
     before, asked = open_published(options.samples), _asked(options)
     recorded = _recorded(before)
     options = _as_made(options, recorded["options"])
-    tables, there = build.open_tables(options), _files_by_day(before)
-    with replaced_files(
-        options.samples,
-        before=before,
-        spared=tables.spared,
-        scratch=options.scratch,
-        keep_days=options.keep_days,
-    ) as new:
+    there = _files_by_day(before)
+    with (
+        build.open_tables(options) as tables,
+        replaced_files(
+            options.samples,
+            before=before,
+            spared=tables.spared,
+            scratch=options.scratch,
+            keep_days=options.keep_days,
+        ) as new,
+    ):
         folder, scratch = new.folder, new.folder / build.SHUFFLE_FOLDER
         is_since = isinstance(asked, int)
         wanted = _missing_days(tables, asked, there) if isinstance(asked, int) else asked
@@ -124,7 +127,7 @@ def _add_days(options: SampleOptions, client: Client) -> dict[str, Any]:
         days = sorted(groups.name_of_day(day) for day in made.days)
         added = sorted({*recorded.get("added_days", []), *days})
         groups_of_file |= {part.plan.name: part.num_groups for part in written}
-        write_json(folder / MARK, recorded | _counts(new, groups_of_file) | {"added_days": added})
+        write_json(folder / MARK, recorded | _counts(new, groups_of_file) | tables.versions | {"added_days": added})
     return {
         "days": days,
         "groups": sum(part.num_groups for part in written),

@@ -271,8 +271,8 @@ def _files(storage: Storage, place: str, endings: tuple[str, ...]) -> list[str]:
     found = [entry.path for entry in storage.entries(place)]
     if any("/_delta_log/" in f"/{path}" or path.endswith(".metadata.json") for path in found):
         raise SampleOptionError(
-            f"{storage.full(place)}: a table of Delta or Iceberg, whose files have removed rows too; write its rows as "
-            "Parquet first, as docs/OWN_DATA.md shows"
+            f"{storage.full(place)}: a table of Delta or Iceberg, whose files have removed rows too; name its own "
+            "folder by files in a mapping"
         )
     if not found:
         with contextlib.suppress(FileNotFoundError):
@@ -450,13 +450,7 @@ def read_piece(piece: LogPiece, latest_s: int) -> LogRows:
     if layout.where is not None and layout.where.clicked:
         good["label"] = np.where(is_click_N, CLICK, 0)
     good = {name: values_N[reason_N < 0] for name, values_N in good.items()}
-    lacking = Counter[str]()
-    for join in layout.joins:
-        columns, has_N, names_of_images, joined_texts = _look_up(join, good[join.by])
-        good |= columns
-        texts |= joined_texts
-        lacking[join.by] = int(np.count_nonzero(~has_N))
-        names.append(names_of_images)
+    lacking = _take_joined(layout.joins, good, names, texts)
     (bad_N,) = np.nonzero(reason_N >= 0)
     bad = [*zip(row_N[bad_N].tolist(), [reasons[code] for code in reason_N[bad_N]], strict=True), *read.torn.items()]
     return LogRows(
@@ -470,6 +464,20 @@ def read_piece(piece: LogPiece, latest_s: int) -> LogRows:
         lacking,
         other_events,
     )
+
+
+def _take_joined(
+    joins: Sequence[mapping.Join], good: Columns, names: list[pa.Table], texts: dict[int, str]
+) -> Counter[str]:
+    """Add the columns of joined tables to `good`, and their names and texts; count the rows that a table lacks."""
+    lacking = Counter[str]()
+    for join in joins:
+        columns, has_N, names_of_images, joined_texts = _look_up(join, good[join.by])
+        good |= columns
+        texts |= joined_texts
+        lacking[join.by] = int(np.count_nonzero(~has_N))
+        names.append(names_of_images)
+    return lacking
 
 
 def _chosen(
