@@ -45,8 +45,7 @@ class Model(Shown, AbstractContextManager["Model"]):
         self.close()
 
     def _about(self) -> tuple[str, dict[str, Any]]:
-        bundle = self.scorer.bundle
-        vectors = dict(self.scorer.identity.vectors)
+        bundle, vectors = self.scorer.bundle, dict(self.scorer.identity.vectors)
         return bundle.storage.url, {"version": self.version, "run": bundle.manifest.run, "vectors": vectors}
 
 

@@ -46,8 +46,7 @@ def train(
     """Train as `crossmedia train`, on all ranks that horovodrun or torchrun started, and return the run on each.
 
     `images`: none, ad, behavior or both (model.images). `config`: a YAML file over the preset, by default the
-    settings.yaml of the samples where it is there. `settings`: any others, as {"optim.lr": 0.01}; docs/SETTINGS.md has
-    all. Raises TrainerError, FeatureStoreError.
+    settings.yaml of the samples, if any. `settings`: any of docs/SETTINGS.md. Raises TrainerError, FeatureStoreError.
     """
     settings_file = run_path(samples) / SETTINGS_FILE
     file = run_path(config) if config is not None else settings_file if settings_file.is_file() else None
@@ -105,9 +104,8 @@ class Run(Shown):
         `by`: columns to cut by, as "category". Raises TrainerError.
         """
         source = RunSource(self.folder, self.checkpoint, _text(samples), _text(store))
+        comm, columns = joined_ranks(), [by] if isinstance(by, str) else by
         to = None if out is None else run_path(out)
-        comm = joined_ranks()
-        columns = [by] if isinstance(by, str) else by
         figures = evaluate_run(source, comm, resamples=resamples, by=columns, out=to, quiet=True)
         found = comm.broadcast_object(cast("Figures", figures))
         _warn(found.notes if comm.rank == 0 else ())
@@ -176,8 +174,7 @@ class Evaluation:
 
 
 def _warn(notes: Sequence[str]) -> None:
-    """Tell the caller of a method of Run what matters about its figures or scores."""
-    for note in notes:
+    for note in notes:  # which the caller of a method of Run should know of its figures or scores
         warnings.warn(note, stacklevel=3)
 
 
