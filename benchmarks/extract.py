@@ -148,8 +148,8 @@ def torch_seconds(locations: Sequence[str], batch_size: int, precision: "AutoDTy
     from pipeline.features.part import torch_threads
     from pipeline.images.decode import prepare
     from pipeline.images.source import read_image
+    from pipeline.network.backbone import preset_of
     from pipeline.network.compute import normalised
-    from pipeline.network.layers import preset_of
 
     compute, preset = torch_network(precision), preset_of(DEFAULT_BACKBONE, WEIGHTS)
     torch.set_num_threads(torch_threads({}))
@@ -168,9 +168,8 @@ def torch_seconds(locations: Sequence[str], batch_size: int, precision: "AutoDTy
 @functools.cache
 def torch_network(precision: "AutoDType") -> "Compute":
     """Build torch's network once for a worker."""
-    from pipeline.network.backbone import load_weights
+    from pipeline.network.backbone import load_weights, network_of
     from pipeline.network.compute import by_torch
-    from pipeline.network.layers import network_of
 
     network = network_of(DEFAULT_BACKBONE, WEIGHTS)
     return by_torch(network.filled(load_weights(network, WEIGHTS)), precision)
@@ -227,4 +226,5 @@ def cpu_seconds(client: "Client") -> float:
 
 
 if __name__ == "__main__":
-    run_app(app)
+    # by this name the workers find its functions, and not in __main__
+    run_app(importlib.import_module("benchmarks.extract").app)

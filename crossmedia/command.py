@@ -4,7 +4,6 @@ A command is the `app` of a module that can be started alone as well, e.g. `pyth
 messages and its exit codes are the same.
 """
 
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
@@ -55,7 +54,7 @@ GROUPS: dict[str, dict[str, Entry]] = {
         "tune": Entry("Find rates and epochs on the last training days.", ("trainer.tune",)),
         "daily": Entry("Train on the days that are new.", ("trainer.daily",)),
         "supervise": Entry("Train, and start again where a rank or host dies.", ("trainer.supervise",)),
-        "slurm": Entry("Run a command on the ranks of a Slurm job.", ("trainer.slurm",)),
+        "slurm": Entry("Run a command on the ranks of a Slurm job.", ("trainer.launch",)),
     },
     RESULTS: {
         "evaluate": Entry("Measure a run, or compare it with another.", ("trainer.evaluate",)),
@@ -167,6 +166,4 @@ def front() -> None:
 
 def main() -> None:
     """Run the console script crossmedia."""
-    if entry := ENTRIES.get(next(iter(sys.argv[1:]), "")):
-        app.may_be_empty = {name for each in apps_of(entry) for name in each.may_be_empty}
     run_app(app, PROGRAM)

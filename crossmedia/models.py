@@ -9,7 +9,7 @@ from featurestore.text import Shown
 from serving.scoring.samples import RemoteScorer, ca_context
 from serving.scoring.scorer import Scorer
 from serving.scoring.sent import PIECE_REQUESTS
-from trainer.samples.interop import groups_of_rows, table_of
+from trainer.samples.columns import groups_of_rows, table_of
 
 
 def load_model(url: str | Path, version: int | None = None, *, cache_dir: str | Path | None = None) -> "Model":
@@ -34,7 +34,7 @@ class Model(Shown, AbstractContextManager["Model"]):
         They have the columns of the samples, an impression each or, with lists of ads, a request each; see
         `with_behaviors` for a raw log. Raises RequestError.
         """
-        table = groups_of_rows(table_of(rows), {name: rule.depth for name, rule in self.scorer.columns.items()})
+        table = groups_of_rows(table_of(rows), {name: rule.depth for name, rule in self.scorer.inputs.sources.items()})
         return scores_of(rows, [each.logits_C for each in self.scorer.score(table)])
 
     def close(self) -> None:

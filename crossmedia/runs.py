@@ -21,7 +21,7 @@ from trainer.main import warm_settings
 from trainer.runs.export import open_network
 from trainer.runs.folder import report_of, run_or_newest
 from trainer.runs.saved import RunSource, SavedRun, read_run
-from trainer.samples.interop import table_of
+from trainer.samples.columns import table_of
 from trainer.schema.fields import SETTINGS_FILE
 
 if TYPE_CHECKING:

@@ -2,8 +2,6 @@
 
 from typing import Any
 
-import typer
-
 from featurestore.console import commandline, output
 from pipeline.options import XdlOptions, XdlRandomOptions, takes_on_cluster
 from trainer.schema.fields import SETTINGS_FILE
@@ -15,11 +13,9 @@ crossmedia import-xdl random --out data/xdl
 crossmedia import --from data/xdl/imgs --store data/features-xdl
 crossmedia import-xdl samples --from data/xdl/data.txt --samples data/samples-xdl --label-threshold 0.5
 """
-SPLITS = ("train", "test")
 
 app = commandline.CommandApp(
     report=True,
-    may_be_empty=("--images", "--sparse", "--dense"),
     no_args_is_help=True,
     rich_markup_mode="rich",
     epilog=EXAMPLES,
@@ -49,11 +45,6 @@ def random(options: XdlRandomOptions) -> None:
     """Draw random data as the example's randtxt and randimg do, in their sizes (64 MB)."""
     from pipeline.xdl import IMAGE_FOLDER, TEXT_FILE, draw
 
-    if options.num_ids > options.num_images:
-        raise typer.BadParameter(
-            f"{options.num_ids} is more than --images {options.num_images}: some keys would have no image",
-            param_hint="--ids",
-        )
     with output.progress_bar("drawing images", options.num_images) as bar:
         draw(options, bar.advance)
     output.print_summary(
@@ -66,23 +57,18 @@ def summary_text(summary: dict[str, Any]) -> str:
     """Write the lines that the job prints."""
     bad = summary["quarantined"]
     reasons = ", ".join(f"{reason}: {count:,}" for reason, count in bad.items())
-    split_lines = [
-        f"{name:<12} {summary[name]['samples']:,} samples in {summary[name]['groups']:,} groups, "
-        f"{summary[name]['clicks']:,} clicks"
-        for name in SPLITS
-    ]
-    fields = ", ".join(f"{each['column']} ({each['part']} {each['kind']})" for each in summary["fields"])
     where = summary["options"]["samples"]
-    return "\n".join(
-        [
-            f"lines        {summary['lines']:,}",
-            f"quarantined  {sum(bad.values()):,}" + (f" ({reasons})" if reasons else ""),
-            *split_lines,
-            f"fields       {fields}",
-            f"samples      {where}",
-            f"next         crossmedia train --config {where.rstrip('/')}/{SETTINGS_FILE} --set data.store=STORE",
-        ]
-    )
+    lines = [
+        f"lines        {summary['lines']:,}",
+        f"quarantined  {sum(bad.values()):,}" + (f" ({reasons})" if reasons else ""),
+    ]
+    for name in ("train", "test"):
+        counts = summary[name]
+        in_groups = f"{counts['samples']:,} samples in {counts['groups']:,} groups, {counts['clicks']:,} clicks"
+        lines.append(f"{name:<12} {in_groups}")
+    lines.append(f"samples      {where}")
+    lines.append(f"next         crossmedia train --config {where.rstrip('/')}/{SETTINGS_FILE} --set data.store=STORE")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -41,27 +41,12 @@ class VectorBlock:
         return len(self.keys_N)
 
 
-class VectorSlice(Protocol):
-    """Some rows of one file, which pickle as their place."""
-
-    @property
-    def path(self) -> str:
-        """The file."""
-
-    @property
-    def num_rows(self) -> int:
-        """Number of rows, bad ones included."""
-
-    def read(self, block_rows: int) -> Iterator[VectorBlock]:
-        """Read the rows in their order, about `block_rows` at a time. Raises VectorImportError, StorageError."""
-
-
 @dataclass(frozen=True)
 class VectorSource:
     """The vectors to import: their slices, and their width."""
 
     dim: int
-    slices: tuple[VectorSlice, ...]
+    slices: "tuple[VectorSlice, ...]"
     fingerprint: str  # changes when a file does
 
 
@@ -103,7 +88,7 @@ def block_rows(dim: int) -> int:
     return max(1, BLOCK_BYTES // (4 * dim))
 
 
-def pack(slices: Iterable[VectorSlice], rows: int) -> list[tuple[VectorSlice, ...]]:
+def pack(slices: "Iterable[VectorSlice]", rows: int) -> "list[tuple[VectorSlice, ...]]":
     """Group slices one after the other, about `rows` rows each."""
     packed: list[tuple[VectorSlice, ...]] = []
     current: list[VectorSlice] = []
@@ -144,6 +129,17 @@ def _joined(blocks: list[VectorBlock]) -> VectorBlock:
     )
 
 
+def _read_records(url: str, path: str, dtype: np.dtype[Any], first_byte: int, counts: Iterable[int]) -> Iterator[Any]:
+    """Read records that lie one after the other, so many at a time. Raises VectorImportError."""
+    with Storage(url).open_input(path) as file:
+        file.seek(first_byte)
+        for count in counts:
+            data = file.read(count * dtype.itemsize)
+            if len(data) != count * dtype.itemsize:
+                raise VectorImportError(f"{path} has become shorter while it was read: try again")
+            yield np.frombuffer(data, dtype)
+
+
 @dataclass(frozen=True)
 class MatrixSlice:
     """Rows `start` to `stop` of the matrix in a .npy file, with their keys or their ids."""
@@ -165,19 +161,16 @@ class MatrixSlice:
     def read(self, block_rows: int) -> Iterator[VectorBlock]:
         """Read the rows; those with an empty id are bad. Raises VectorImportError."""
         uris = self.names if isinstance(self.names, list) else list(map(uri_of_key, self.names.tolist()))
-        row_bytes = self.dim * self.dtype.itemsize
-        with Storage(self.url).open_input(self.path) as file:
-            file.seek(self.offset + self.start * row_bytes)
-            for first in range(0, self.num_rows, block_rows):
-                uris_N = uris[first : first + block_rows]
-                data = file.read(len(uris_N) * row_bytes)
-                if len(data) != len(uris_N) * row_bytes:
-                    raise VectorImportError(f"{self.path} has become shorter while it was read: try again")
-                vectors_ND = _single(np.frombuffer(data, self.dtype).reshape(-1, self.dim))
-                if isinstance(self.names, list):
-                    yield _named(self.path, self.start + first, uris_N, vectors_ND)
-                else:
-                    yield VectorBlock(self.names[first : first + block_rows], uris_N, vectors_ND)
+        row = np.dtype((self.dtype, (self.dim,)))
+        starts = range(0, self.num_rows, block_rows)
+        counts = [min(block_rows, self.num_rows - first) for first in starts]
+        records = _read_records(self.url, self.path, row, self.offset + self.start * row.itemsize, counts)
+        for first, values_ND in zip(starts, records, strict=True):
+            here, vectors_ND = slice(first, first + block_rows), _single(values_ND)
+            if isinstance(self.names, list):
+                yield _named(self.path, self.start + first, uris[here], vectors_ND)
+            else:
+                yield VectorBlock(self.names[here], uris[here], vectors_ND)
 
 
 def plan_matrix(address: str, keys_address: str) -> VectorSource:
@@ -340,7 +333,7 @@ def _footer(storage: Storage, path: str) -> tuple[pa.Schema, list[int]]:
         raise VectorImportError(f"{storage.full(path)} is no Parquet file that can be read: {error}") from error
 
 
-def _slices(url: str, path: str, columns: ParquetColumns, counts: list[int], dim: int) -> list[VectorSlice]:
+def _slices(url: str, path: str, columns: ParquetColumns, counts: list[int], dim: int) -> "list[VectorSlice]":
     slices: list[VectorSlice] = []
     groups: list[int] = []
     first, rows = 0, 0
@@ -434,14 +427,8 @@ class XdlSlice:
     def read(self, block_rows: int) -> Iterator[VectorBlock]:
         """Read the records; those of other files are bad."""
         record = record_dtype(self.dim)
-        with Storage(self.url).open_input(self.path) as file:
-            file.seek(self.start * record.itemsize)
-            for first in range(self.start, self.stop, block_rows):
-                count = min(block_rows, self.stop - first)
-                data = file.read(count * record.itemsize)
-                if len(data) != count * record.itemsize:
-                    raise VectorImportError(f"{self.path} has become shorter while it was read: try again")
-                yield self._block(np.frombuffer(data, record))
+        counts = [min(block_rows, self.stop - first) for first in range(self.start, self.stop, block_rows)]
+        yield from map(self._block, _read_records(self.url, self.path, record, self.start * record.itemsize, counts))
 
     def _block(self, records_N: npt.NDArray[np.void]) -> VectorBlock:
         keys_N = records_N["key"].astype(np.int64)
@@ -508,3 +495,9 @@ def _probe(slices: Sequence[XdlSlice], dim: int) -> None:
             f"{num_bad} of the first {num_good + num_bad} keys are in the wrong file (key k belongs in data.(k mod"
             f" {NUM_FILES})): is --dim {dim} right?"
         )
+
+
+VectorSlice = MatrixSlice | ParquetSlice | XdlSlice
+"""Some rows of one file, which pickle as their place; `read(block_rows)` reads them in their order.
+
+Raises VectorImportError, StorageError."""

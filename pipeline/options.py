@@ -54,21 +54,6 @@ PartOption = Annotated[
 ]
 
 
-ScratchOption = Annotated[
-    str | None,
-    typer.Option(
-        help="For an address: folder for files in between, on a disk that all workers see.",
-        show_default="the system's temporary folder",
-    ),
-]
-KeepDaysOption = Annotated[
-    float,
-    typer.Option(
-        min=1, max=LONGEST_DAYS, help="For an address: days for which replaced files stay for those who read them."
-    ),
-]
-
-
 def takes_on_cluster(kind: Callable[..., Options]) -> Callable[[Callable[[Options], None]], Callable[..., None]]:
     """Make a command as `takes` does, with options that name a Dask cluster, which the function then finds."""
     of_cluster = {str(each.name): each for each in submit.params if each.name in _OF_CLUSTER}
@@ -170,16 +155,9 @@ class RefreshOptions:
 
     images: ImagesOption = DEFAULT_IMAGES
     store: Annotated[str, typer.Option(help="Folder or address of a feature store that is there.")] = DEFAULT_STORE
-    backbone: Annotated[
-        str | None, typer.Option(metavar="MODEL:LAYER", help="The store's network.", show_default="the store's")
-    ] = None
     weights: Annotated[
         str | None,
         typer.Option(help="The store's weights: imagenet, random:SEED or a file.", show_default="the store's"),
-    ] = None
-    precision: Annotated[
-        PrecisionName | None,
-        typer.Option(help="In which the network multiplies; it must be the store's.", show_default="the store's"),
     ] = None
     batch_size: BatchOption = 16
     part_size: PartOption = 256
@@ -280,8 +258,19 @@ class SampleOptions:
         str | None,
         typer.Option(help="Make only the days from this one on that the samples do not have.", show_default="all"),
     ] = None
-    scratch: ScratchOption = None
-    keep_days: KeepDaysOption = 7
+    scratch: Annotated[
+        str | None,
+        typer.Option(
+            help="For an address: folder for files in between, on a disk that all workers see.",
+            show_default="the system's temporary folder",
+        ),
+    ] = None
+    keep_days: Annotated[
+        float,
+        typer.Option(
+            min=1, max=LONGEST_DAYS, help="For an address: days for which replaced files stay for those who read them."
+        ),
+    ] = 7
     midnight_pause_s: int = 3_600
     latest_s: int | None = None  # rows later than this are refused; None: a day from now
     groups_per_file: int = 131_072
@@ -295,19 +284,10 @@ class XdlOptions:
     samples: Annotated[
         str, typer.Option(help="Folder to write, on a disk that all workers see, or an address; replaced.")
     ]
-    test_source: Annotated[
-        str | None, typer.Option("--test-from", help="Lines of the test samples.", show_default="a share of --from")
-    ] = None
     test_share: Annotated[float, typer.Option(min=0, max=0.9, help="Of the groups of --from, by their key's hash.")] = (
         0.1
     )
-    images: Annotated[str, typer.Option(help="Fields whose ids are image keys, with commas.")] = "user_img,ad_img"
-    sparse: Annotated[str, typer.Option(help="Fields of ids that look dense, with commas.")] = ""
-    dense: Annotated[str, typer.Option(help="Fields of numbers that look like ids, with commas.")] = ""
     label_threshold: Annotated[float | None, typer.Option(help="Labels from here on are clicks.")] = None
-    label_index: Annotated[int | None, typer.Option(min=0, help="Which of several labels, from 0.")] = None
-    scratch: ScratchOption = None
-    keep_days: KeepDaysOption = 7
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -318,7 +298,6 @@ class XdlRandomOptions:
     num_lines: Annotated[int, typer.Option("--lines", min=1, help="Text samples.")] = 1024
     num_images: Annotated[int, typer.Option("--images", min=1, help="Images.")] = 4096
     dim: Annotated[int, typer.Option(min=1, max=MAX_DIM, help="Numbers of an image.")] = XDL_DIM
-    num_ids: Annotated[int, typer.Option("--ids", min=1, help="Ids are 1 to this, those of images too.")] = 1024
     seed: Annotated[int, typer.Option(min=0, help="Equal seeds give equal bytes.")] = 0
 
 

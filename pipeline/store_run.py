@@ -24,7 +24,6 @@ from featurestore.storage.safety import refuse_unsafe
 from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
 from pipeline.cluster.tasks import num_threads, run_all, wait_for_workers
-from pipeline.errors import StoreRunError
 
 WORKERS_TIMEOUT_S = 60.0
 SHARD_TASK_BYTES = 512 << 20  # staged for the shards of one task, which holds them: a task opens each part
@@ -106,14 +105,6 @@ def wait_for_worker(client: Client) -> None:
 def run_id_of(*inputs: object) -> str:
     """Name a run by xxh3-128 of its inputs: equal inputs, equal name, so that a killed run finds what it staged."""
     return xxhash.xxh3_128_hexdigest(json.dumps(inputs).encode())
-
-
-def check_gone(store: str, num_gone: int, num_stored: int, max_gone: float, fault: str, advice: str) -> None:
-    """Raise StoreRunError, which has `fault` and `advice`, where more than a share of the store's rows would vanish."""
-    if num_gone > max_gone * num_stored:
-        raise StoreRunError(
-            f"{num_gone:,} of the {num_stored:,} rows in {store} {fault}, more than a share of {max_gone:g}: {advice}"
-        )
 
 
 class StoreRun:

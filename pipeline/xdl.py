@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import math
 import shutil
-import sys
 import uuid
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,25 +27,23 @@ from featurestore.console.files import write_json
 from featurestore.keys import key_of_uri, splitmix64
 from featurestore.storage.storage import Storage
 from pipeline.cluster.tasks import run_all
-from pipeline.errors import SampleError
+from pipeline.errors import SampleError, SampleOptionError
 from pipeline.formats import NUM_FILES, find_files, record_dtype
 from pipeline.options import XdlOptions, XdlRandomOptions
-from pipeline.samples.build import bad_reasons, write_schema
+from pipeline.samples.build import bad_reasons, write_suggested
 from pipeline.samples.groups import FORMAT, ROW_GROUP_SIZE
-from pipeline.samples.publish import MARK, QUARANTINE_FILE, SPLITS, FolderContent, replaced_files, replaced_folder
-from trainer.schema import Field, Kind, Schema
-from trainer.schema.fields import schema_text, table_rows
-from trainer.schema.profile import Column, look
-from trainer.schema.suggest import WEIGHT_SUFFIX, num_ids, sample_files
+from pipeline.samples.publish import MARK, QUARANTINE_FILE, SPLITS, replaced_files
+from trainer.schema.suggest import IMAGE_NAME, WEIGHT_SUFFIX
 
-RESERVED = ("user", "label", "skey", "gkey", "timestamp", "ad_timestamp")
+RESERVED = ("user", "label", "gkey", "timestamp")
 TEXT_FILE, IMAGE_FOLDER = "data.txt", "imgs"
-RANDOM_DATA = FolderContent("random data", (MARK, TEXT_FILE))
 _TYPES: dict[str, pa.DataType] = {"file": pa.string(), "line": pa.int64(), "reason": pa.string(), "text": pa.binary()}
 QUARANTINE = pa.schema(_TYPES)
+NUM_IDS = 1024  # in random data, those of images too
 SMALLER = "give them more memory, or cut the files"  # a file is a task
 
 PartName = Literal["user", "ad"]
+XdlKind = Literal["id", "multi_id", "dense"]
 Tokens = list[str]
 Key = tuple[PartName, str]
 """Part and name of a field."""
@@ -60,10 +57,9 @@ class BadLineError(Exception):
 class XdlLine:
     """One sample as text."""
 
-    skey: str
     gkey: str
     parts: dict[PartName, dict[str, Tokens]]
-    label: Tokens
+    label: str
     ts: str
 
 
@@ -78,10 +74,10 @@ def parse_line(data: bytes) -> XdlLine:
     segments = text.split("|")
     if len(segments) != 6:
         raise BadLineError(f"{len(segments)} segments instead of 6")
-    skey, gkey, user, ad, label, ts = segments
+    _, gkey, user, ad, label, ts = segments
     if not gkey:
         raise BadLineError("no group key")
-    return XdlLine(skey, gkey, {"user": _part("user", user), "ad": _part("ad", ad)}, label.split(","), ts.strip())
+    return XdlLine(gkey, {"user": _part("user", user), "ad": _part("ad", ad)}, label, ts.strip())
 
 
 def _part(side: PartName, text: str) -> dict[str, Tokens]:
@@ -135,7 +131,7 @@ class XdlField:
 
     part: PartName
     name: str
-    kind: Kind
+    kind: XdlKind
     width: int  # numbers a line, of dense
     column: str
     is_weighted: bool = False  # some id has another weight than 1
@@ -143,9 +139,7 @@ class XdlField:
     @property
     def is_single(self) -> bool:
         """Whether each line has one value."""
-        if self.kind == "dense":
-            return self.width == 1
-        return self.kind == "id" or (self.kind == "content" and self.part == "ad")
+        return self.kind == "id" or (self.kind == "dense" and self.width == 1)
 
     @property
     def columns(self) -> list[str]:
@@ -169,7 +163,6 @@ class TextFile:
 
     url: str
     path: str
-    split: str | None  # None: by the hash of the group key
 
     def lines(self) -> Iterator[bytes]:
         """Read the lines."""
@@ -193,11 +186,11 @@ def scan_file(file: TextFile) -> tuple[int, Seen]:
     return num_lines, seen
 
 
-def decide(options: XdlOptions, num_lines: int, seen: Seen) -> list[XdlField]:
-    """Decide the kind of every field: an option says it, else the part and the weights show it.
+def decide(num_lines: int, seen: Seen) -> list[XdlField]:
+    """Decide the kind of every field, and its column.
 
-    Fields of the user part are sparse, as XDL takes them; those of the ad part are where most lines have weights.
-    Raises SampleError for names that no line has, and for samples without an id of the ad.
+    Fields of the user part are sparse, as XDL takes them; those of the ad part are where most lines have weights. One
+    that is called as an image, as ad_img, has one id.
     """
     lengths: defaultdict[Key, Counter[int]] = defaultdict(Counter)
     with_weights, weighted = Counter[Key](), set[Key]()
@@ -205,41 +198,16 @@ def decide(options: XdlOptions, num_lines: int, seen: Seen) -> list[XdlField]:
         lengths[key][length] += count
         with_weights[key] += has_weights * count
         weighted |= {key} if is_weighted else set()
-    images, sparse, dense = _named(options, {name for _, name in lengths})
     fields = []
     for (key, counts), column in zip(lengths.items(), _columns(list(lengths)), strict=True):
         part, name = key
-        is_sparse = part == "user" or 2 * with_weights[key] > counts.total() or not max(counts)
-        kind: Kind = "dense"
-        if name in images:
-            kind = "content"
-        elif name in sparse or (name not in dense and is_sparse):
-            kind = "id" if counts == {1: num_lines} else "multi_id"
+        kind: XdlKind = "dense"
+        if part == "user" or 2 * with_weights[key] > counts.total() or not max(counts):
+            is_one = counts == {1: num_lines} or (part == "ad" and IMAGE_NAME.search(name) is not None)
+            kind = "id" if is_one else "multi_id"
         width = max(counts, key=lambda length: (length > 0, counts[length]))
         fields.append(XdlField(part, name, kind, width, column, kind != "dense" and key in weighted))
-    if not any(each.part == "ad" and each.kind in ("id", "content") for each in fields):
-        raise SampleError(
-            "no field of the ad part has one id in each line; the trainer knows new ads by such a field: name the ad's "
-            "image with --images, or add one"
-        )
     return fields
-
-
-def _named(options: XdlOptions, names: set[str]) -> list[tuple[str, ...]]:
-    """Return the fields that --images, --sparse and --dense name, of the `names` that there are. Raises SampleError."""
-    images, sparse, dense = (names_in(text) for text in (options.images, options.sparse, options.dense))
-    if options.images == XdlOptions.images:  # of the example's names those that are there
-        images = tuple(name for name in images if name in names)
-    if unknown := [name for name in (*images, *sparse, *dense) if name not in names]:
-        raise SampleError(f"no line has a field {', '.join(unknown)}; there are {', '.join(sorted(names))}")
-    if both := set(dense) & {*images, *sparse}:
-        raise SampleError(f"{', '.join(sorted(both))} cannot be dense and sparse (or an image) at once")
-    return [images, sparse, dense]
-
-
-def names_in(text: str) -> tuple[str, ...]:
-    """Split an option of names with commas."""
-    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def _columns(keys: Sequence[Key]) -> list[str]:
@@ -252,56 +220,30 @@ def _columns(keys: Sequence[Key]) -> list[str]:
     return columns
 
 
-def write_field_schema(folder: Path, samples: str, fields: Sequence[XdlField]) -> None:
-    """Write schema and settings for imported fields; an image field gives its content, and its ids as an ID field."""
-    storage = Storage(folder)
-    profile = look(storage, sample_files(storage), "label", sys.maxsize)
-    made: list[Field] = []
-    columns_of_table: dict[str, list[Column]] = {}
-    notes: dict[str, str] = {}
-    for each in fields:
-        side: dict[str, Any] = {"side": each.part, "column": None}
-        weights = f"{each.column}{WEIGHT_SUFFIX}" if each.is_weighted else None
-        if each.kind == "dense":
-            made.append(Field(name=each.column, kind="dense", width=None if each.is_single else each.width, **side))
-            continue
-        name, table = each.column, each.column
-        if each.kind == "content":
-            made.append(Field(name=each.column, kind="content", store="images", **side))
-            name, table = f"{each.column}_id", "image"
-            side |= {"table": table, "column": each.column}
-        made.append(Field(name=name, kind="id" if each.is_single else "multi_id", weights=weights, **side))
-        column = profile.columns[each.column]
-        columns_of_table.setdefault(table, []).append(column)
-        notes[name] = f"{column.num_different:,} ids, {1 if each.is_single else column.longest} a line at most"
-    new_ad = next(field.name for field in made if field.side == "ad" and field.kind == "id")
-    schema = Schema(fields=tuple(made), new_ad_field=new_ad)
-    header = "Fields of XDL's text samples, as they were found.", "kind: id | multi_id | dense | content (image keys)."
-    tables = {name: table_rows(num_ids(columns)) for name, columns in columns_of_table.items()}
-    write_schema(folder, samples, schema, schema_text(schema, header, notes), tables)
-
-
 def schema_of(fields: Iterable[XdlField]) -> pa.Schema:
     """List the columns of the samples."""
     types: dict[str, pa.DataType] = {"user": pa.int64(), "gkey": pa.string(), "timestamp": pa.int64()}
     for each in fields:
         types[each.column] = each.type_of(pa.float32() if each.kind == "dense" else pa.int64())
     types |= {each.column + WEIGHT_SUFFIX: each.type_of(pa.float32()) for each in fields if each.is_weighted}
-    types |= {"skey": pa.list_(pa.string()), "ad_timestamp": pa.list_(pa.int64()), "label": pa.list_(pa.int8())}
-    return pa.schema(types, metadata={"format": FORMAT})
+    return pa.schema(types | {"label": pa.list_(pa.int8())}, metadata={"format": FORMAT})
 
 
 Sample = dict[str, Any]
-"""One line, read: skey, gkey, label and timestamp, and values by column."""
+"""One line, read: gkey, label and timestamp, and values by column."""
 
 
-def read_sample(line: XdlLine, fields: Iterable[XdlField], options: XdlOptions) -> Sample:
-    """Read the line's values as the columns want them. Raises BadLineError."""
-    sample: Sample = {"skey": line.skey, "gkey": line.gkey}
+def read_sample(line: XdlLine, fields: Iterable[XdlField], threshold: float | None) -> Sample:
+    """Read the line's values as the columns want them; labels from the threshold on are clicks. Raises BadLineError."""
+    sample: Sample = {"gkey": line.gkey}
     for each in fields:
         tokens = line.parts[each.part].get(each.name)
         sample |= (_dense if each.kind == "dense" else _sparse)(each, tokens)
-    return {**sample, "label": _label(line.label, options), "timestamp": read_int("ts", line.ts)}
+    label = read_number("label", line.label)
+    if threshold is None and label not in (0, 1):
+        raise BadLineError("label is not 0 or 1; --label-threshold makes it so")
+    is_click = label >= (1 if threshold is None else threshold)
+    return {**sample, "label": int(is_click), "timestamp": read_int("ts", line.ts)}
 
 
 def _sparse(each: XdlField, tokens: Tokens | None) -> Sample:
@@ -322,25 +264,10 @@ def _dense(each: XdlField, tokens: Tokens | None) -> Sample:
     return {each.column: numbers[0] if each.is_single else numbers}
 
 
-def _label(tokens: Tokens, options: XdlOptions) -> int:
-    if options.label_index is None and len(tokens) != 1:
-        raise BadLineError("several labels; --label-index says which")
-    index = options.label_index or 0
-    if index >= len(tokens):
-        raise BadLineError(f"no label {index}")
-    value = read_number("label", tokens[index])
-    if options.label_threshold is not None:
-        return int(value >= options.label_threshold)
-    if value not in (0, 1):
-        raise BadLineError("label is not 0 or 1; --label-threshold makes it so")
-    return int(value)
-
-
 def row_of(group: Sequence[Sample], ad_columns: Sequence[str]) -> Sample:
     """Make the row of a group; `user` is the hash of its key, `timestamp` that of the first line."""
     first = group[0]
-    lists = {column: [sample[column] for sample in group] for column in (*ad_columns, "skey", "label")}
-    lists["ad_timestamp"] = [sample["timestamp"] for sample in group]
+    lists = {column: [sample[column] for sample in group] for column in (*ad_columns, "label")}
     return {**first, **lists, "user": key_of_uri(first["gkey"])}
 
 
@@ -359,7 +286,7 @@ def write_file(
     """Write the groups of one file as SPLIT/part-NUMBER.parquet, where there are any."""
     result, schema = WrittenGroups(), schema_of(fields)
     user, ad = ([name for each in fields if each.part == part for name in each.columns] for part in ("user", "ad"))
-    samples = _read(file, fields, options, result)
+    samples = _read(file, fields, options.label_threshold, result)
     groups = (list(group) for _, group in groupby(samples, lambda sample: [sample[name] for name in ("gkey", *user)]))
     scratch = Path(folder, f".part-{number}-{uuid.uuid4().hex}")  # a task may run twice
     scratch.mkdir()
@@ -369,7 +296,7 @@ def write_file(
             while batch := list(islice(groups, ROW_GROUP_SIZE)):
                 of_split: dict[str, list[list[Sample]]] = {}
                 for group in batch:
-                    split = file.split or split_of(group[0]["gkey"], options.test_share)
+                    split = split_of(group[0]["gkey"], options.test_share)
                     of_split.setdefault(split, []).append(group)
                 for split, here in of_split.items():
                     if split not in writers:
@@ -392,11 +319,13 @@ def split_of(gkey: str, test_share: float) -> str:
     return "test" if place < test_share * (1 << 32) else "train"
 
 
-def _read(file: TextFile, fields: Sequence[XdlField], options: XdlOptions, result: WrittenGroups) -> Iterator[Sample]:
+def _read(
+    file: TextFile, fields: Sequence[XdlField], threshold: float | None, result: WrittenGroups
+) -> Iterator[Sample]:
     for data in file.lines():
         result.num_lines += 1
         try:
-            yield read_sample(parse_line(data), fields, options)
+            yield read_sample(parse_line(data), fields, threshold)
         except BadLineError as error:
             result.bad.append(
                 {"file": file.path, "line": result.num_lines, "reason": str(error), "text": data.rstrip(b"\r\n")}
@@ -407,10 +336,14 @@ def import_samples(options: XdlOptions, client: Client) -> dict[str, Any]:
     """Make `options.samples`, with schema and settings; return the summary that is its summary.json too.
 
     Bad lines are counted and kept, text and all, in quarantine.parquet. Every line is read twice: once for the kinds of
-    the fields, and once for the samples. Raises SampleError where there is nothing to train on.
+    the fields, and once for the samples. Raises SampleError where there is nothing to train on, SchemaError where no
+    field of the ad has one id in each line.
     """
-    files = _files(options)
-    with replaced_files(options.samples, scratch=options.scratch, keep_days=options.keep_days) as new:
+    storage, entries = find_files(options.source, what="samples")
+    files = [TextFile(storage.url, path) for path in sorted(entry.path for entry in entries if entry.size_bytes)]
+    if not files:
+        raise SampleError(f"{options.source}: only empty files")
+    with replaced_files(options.samples) as new:
         for name in SPLITS:
             (new.folder / name).mkdir()
         num_lines, seen = 0, Seen()
@@ -419,7 +352,7 @@ def import_samples(options: XdlOptions, client: Client) -> dict[str, Any]:
             seen.update(found)
         if not num_lines:
             raise SampleError(f"{options.source}: not one line of the form skey|gkey|user part|ad part|label|ts")
-        fields = decide(options, num_lines, seen)
+        fields = decide(num_lines, seen)
         calls = [(file, number, fields, options, str(new.folder.absolute())) for number, file in enumerate(files)]
         written = run_all(client, "writing samples", write_file, calls, SMALLER)
         summary = _summary(options, fields, written)
@@ -430,30 +363,16 @@ def import_samples(options: XdlOptions, client: Client) -> dict[str, Any]:
             )
         bad = [row for each in written for row in each.bad]
         pq.write_table(pa.Table.from_pylist(bad, schema=QUARANTINE), new.folder / QUARANTINE_FILE)
-        write_field_schema(new.folder, options.samples, fields)
+        write_suggested(new.folder, options.samples)
         write_json(new.folder / MARK, summary)
     return summary
-
-
-def _files(options: XdlOptions) -> list[TextFile]:
-    """List the files of lines, those of the test samples last."""
-    sources = [(options.source, "train" if options.test_source else None)]
-    sources += [(options.test_source, "test")] if options.test_source else []
-    files = []
-    for address, split in sources:
-        storage, entries = find_files(address, what="samples")
-        paths = sorted(entry.path for entry in entries if entry.size_bytes)
-        files += [TextFile(storage.url, path, split) for path in paths]
-    if not files:
-        raise SampleError(f"{options.source}: only empty files")
-    return files
 
 
 def _summary(options: XdlOptions, fields: Sequence[XdlField], written: Sequence[WrittenGroups]) -> dict[str, Any]:
     counts = {split: sum((each.counts[split] for each in written), Counter[str]()) for split in SPLITS}
     return {
         "format": FORMAT,
-        "options": asdict(options) | {name: names_in(getattr(options, name)) for name in ("images", "sparse", "dense")},
+        "options": asdict(options),
         "lines": sum(each.num_lines for each in written),
         "quarantined": dict(sorted(Counter(row["reason"] for each in written for row in each.bad).items())),
         **{split: {name: counts[split][name] for name in ("groups", "samples", "clicks")} for split in SPLITS},
@@ -462,22 +381,22 @@ def _summary(options: XdlOptions, fields: Sequence[XdlField], written: Sequence[
 
 
 def draw(options: XdlRandomOptions, advance: Callable[[int], None]) -> None:
-    """Draw data.txt and imgs/data.0 to data.1023 in the folder `options.out`, which appears as a whole.
+    """Draw data.txt and imgs/data.0 to data.1023 in the new folder `options.out`.
 
     By default as large as the example's (alibaba/x-deeplearning, CrossMedia, randtxt.py and randimg.py). Equal options
-    give equal bytes. Raises SampleError where the folder holds anything else, or cannot be written.
+    give equal bytes. Raises SampleOptionError where the folder has files.
     """
-    with replaced_folder(options.out, RANDOM_DATA) as folder:
-        (folder / TEXT_FILE).write_text("".join(f"{line}\n" for line in draw_lines(options)))
-        images = folder / IMAGE_FOLDER
-        images.mkdir()
-        random = np.random.default_rng([options.seed, 1])
-        for key in range(1, options.num_images + 1):
-            record = np.array([(key, random.normal(size=options.dim))], record_dtype(options.dim))
-            with (images / f"data.{key % NUM_FILES}").open("ab") as file:
-                file.write(record.tobytes())
-            advance(1)
-        write_json(folder / MARK, {name: value for name, value in asdict(options).items() if name != "out"})
+    if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
+        raise SampleOptionError(f"{options.out} is a file, or has files: name a new folder")
+    images = options.out / IMAGE_FOLDER
+    images.mkdir(parents=True)
+    (options.out / TEXT_FILE).write_text("".join(f"{line}\n" for line in draw_lines(options)))
+    random = np.random.default_rng([options.seed, 1])
+    for key in range(1, options.num_images + 1):
+        record = np.array([(key, random.normal(size=options.dim))], record_dtype(options.dim))
+        with (images / f"data.{key % NUM_FILES}").open("ab") as file:
+            file.write(record.tobytes())
+        advance(1)
 
 
 def draw_lines(options: XdlRandomOptions) -> Iterator[str]:
@@ -485,7 +404,7 @@ def draw_lines(options: XdlRandomOptions) -> Iterator[str]:
     random = np.random.default_rng([options.seed, 0])
 
     def sparse(most: int) -> str:
-        ids = random.integers(1, options.num_ids + 1, random.integers(1, most + 1))
+        ids = random.integers(1, min(NUM_IDS, options.num_images) + 1, random.integers(1, most + 1))
         return ",".join(f"{number}:{random.random():f}" for number in ids)
 
     for number in range(options.num_lines):

@@ -14,6 +14,7 @@ from featurestore.console.files import JsonOption, read_tokens, write_json_optio
 from featurestore.console.output import figure, print_problem, print_rows, print_summary, progress_bar
 from featurestore.errors import FAILED
 from featurestore.published.paths import run_path
+from featurestore.storage.storage import Storage
 from featurestore.text import count_text, ranges_text
 from serving.bundle import GRACE_DAYS, KEEP_DAYS, KEEP_LAST
 from serving.settings import ServerSettings
@@ -47,7 +48,6 @@ def serve(settings: ServerSettings) -> None:
     The server loads a version that is put in use, or newer vectors, while the old ones answer, and switches without
     failing a request. On SIGTERM it finishes running requests first; a second signal ends it at once.
     """
-    from featurestore.storage.storage import Storage
     from serving.bundle.log import read_version
 
     read_version(Storage(settings.model))  # reports a wrong folder before Torch is loaded and the port is taken
@@ -70,7 +70,6 @@ def info(
     Exit code 1 if one of its files is missing or has another size.
     """
     from featurestore.log import utc_text
-    from featurestore.storage.storage import Storage
     from serving.bundle.files import find_damage
     from serving.bundle.log import newest_vectors, read_version, version_in_use
 
@@ -109,7 +108,6 @@ def log(
     json_file: JsonOption = None,
 ) -> None:
     """List the published versions, newest first, with the time when each was last put in use."""
-    from featurestore.storage.storage import Storage
     from serving.bundle.log import choices, list_versions, version_in_use
 
     storage = Storage(url)
@@ -139,7 +137,6 @@ def use(
 
     Its files are first read and compared with their digests, and the version is opened as a scorer does. A version that
     is damaged or cannot be opened is refused, and the previous one stays in use."""
-    from featurestore.storage.storage import Storage
     from serving.bundle.files import find_damage
     from serving.bundle.log import read_version, version_in_use
     from serving.bundle.log import use as use_version
@@ -233,7 +230,6 @@ def expire(
     The version in use and the newest one always stay. Leftovers of killed exports are removed after a day. The grace
     time must be longer than a scorer takes to switch. To remove snapshots of vectors, use `crossmedia store
     expire`."""
-    from featurestore.storage.storage import Storage
     from serving.bundle.log import expire as expire_versions
 
     report = expire_versions(

@@ -202,8 +202,6 @@ class ModelConfig(Section):
     image_products: Parameters[bool] = True
     """Give the base net the mean of the behaviour images times a projection of the ad's vectors, too; not lr and
     two_tower."""
-    shared_image_model: Parameters[bool] = True
-    """One E for all content fields of a store, or one for each field."""
     id_width: Rows[Width] = 12
     """Width of an ID field's vector where the schema names none."""
     visual_width: Parameters[Width] = 12
@@ -303,6 +301,8 @@ class OptimConfig(Section):
     """Both rates times this after every lr_every steps."""
     lr_every: Training[Count] = 24_000
     """Steps between two times that the rates shrink."""
+    plateau_gamma: Training[RateDecay] = 0.1
+    """Both rates times this after each evaluation on data.validation_days whose AUC is no better than all before."""
     beta1: Rows[Annotated[float, Field(ge=0, lt=1)]] = 0.9
     """Adam: weight of the past in the running mean of gradients."""
     beta2: Rows[Annotated[float, Field(ge=0, lt=1)]] = 0.999
@@ -617,10 +617,7 @@ _DECISIONS: dict[str, Decision] = {
     },
     SAMPLES_DIGEST: "positions",
 }
-OF_IMAGES = (
-    *("pooling", "pooling_length", "image_products", "shared_image_model", "visual_width", "embed_hidden"),
-    *("id_proxy", "image_dropout"),
-)
+OF_IMAGES = ("pooling", "pooling_length", "image_products", "visual_width", "embed_hidden", "id_proxy", "image_dropout")
 """Settings of the model that one without images does not use."""
 
 

@@ -6,8 +6,16 @@ import typer
 
 if TYPE_CHECKING:
     from featurestore.published.versions import VersionName
+    from featurestore.store import FeatureStore
 
 Url = Annotated[str, typer.Argument(metavar="URL", help="Folder or s3:// address of the store.")]
+
+
+def open_store(url: str) -> "FeatureStore":
+    """Open a store; only the commands that call this wait for what it imports."""
+    from featurestore.store import FeatureStore
+
+    return FeatureStore.open(url)
 
 
 def read_version_name(text: str) -> "VersionName":

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from featurestore.commands import WHICH, DryRun, Url, Version, read_version_name
+from featurestore.commands import WHICH, DryRun, Url, Version, open_store, read_version_name
 from featurestore.console.commandline import CommandApp
 from featurestore.console.output import print_problem, print_summary, print_table, progress_bar, text_console
 from featurestore.errors import FAILED, UnsafeBackendError
+from featurestore.storage.storage import Storage
 from featurestore.text import DType, count_text, printable, ranges_text
 
 if TYPE_CHECKING:
@@ -54,7 +55,6 @@ def verify(
         _prove_absent(url, absent)
         return
     from featurestore.published.versions import find_channel
-    from featurestore.storage.storage import Storage
     from featurestore.upkeep.verify import verify as verify_store
 
     if isinstance(version, str):
@@ -71,10 +71,9 @@ def verify(
 
 
 def _prove_absent(url: str, file: Path) -> None:
-    from featurestore.store import FeatureStore
     from featurestore.upkeep.purge import find_traces, read_images
 
-    images, store = read_images(file), FeatureStore.open(url)
+    images, store = read_images(file), open_store(url)
     with progress_bar("files") as progress:
         report = find_traces(store.storage, images, progress)
     show_absence(report, images, store.url)
@@ -116,7 +115,6 @@ def check_backend(
     prove that a place is safe: read what its maker promises about conditional puts too.
     """
     from featurestore.storage.safety import check_backend as race
-    from featurestore.storage.storage import Storage
 
     storage = Storage(url)
     with progress_bar("races") as progress:
@@ -156,10 +154,9 @@ def remake(
     store; extract_features.py --reduce OUT makes rows by it, and refresh_features.py knows it. OUT is made at the end:
     after an interruption the same command starts again.
     """
-    from featurestore.store import FeatureStore
     from featurestore.upkeep.remake import remake as remake_store
 
-    store = FeatureStore.open(source)
+    store = open_store(source)
     with progress_bar("shards" if dims is None else "shards, each twice") as progress:
         report = remake_store(store, out, dims=dims, dtype=dtype, version=version, progress=progress)
     show_remade(report)
@@ -214,7 +211,6 @@ def purge(
     are cleaned too. Let no writer be at work. Exit code 1 where a trace is left: run it again. Caches of readers and
     what was made of the rows are elsewhere: docs/OPERATE.md.
     """
-    from featurestore.store import FeatureStore
     from featurestore.upkeep.purge import purge as purge_store
     from featurestore.upkeep.purge import read_images
 
@@ -225,9 +221,7 @@ def purge(
     else:
         raise typer.BadParameter("give one of them", param_hint="--keys, --uris")
     with progress_bar("files") as progress:
-        report = purge_store(
-            FeatureStore.open(url), images, writer_hours=writer_hours, dry_run=dry_run, progress=progress
-        )
+        report = purge_store(open_store(url), images, writer_hours=writer_hours, dry_run=dry_run, progress=progress)
     print_summary("\n".join(_purge_lines(report, images, dry_run)))
     for path in report.young:
         print_problem(f"left: {path} belongs to no snapshot, and a writer may be at work on it: run it again later")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.filesize import decimal as bytes_text
 
-from featurestore.commands import WHICH, DryRun, Url, read_version_name
+from featurestore.commands import WHICH, DryRun, Url, open_store, read_version_name
 from featurestore.console import commandline, output
 from featurestore.text import count_text, ranges_text
 from featurestore.upkeep import GRACE_DAYS, KEEP_DAYS, KEEP_LAST
@@ -44,10 +44,9 @@ def log(
     last: Annotated[int | None, typer.Option("--last", "-n", min=1, help="How many to list; all by default.")] = None,
 ) -> None:
     """List the snapshots that can be opened, newest first. Files, rows and bytes are those that each one needs."""
-    from featurestore.store import FeatureStore
     from featurestore.upkeep.history import log as log_of_store
 
-    entries = log_of_store(FeatureStore.open(url), last)
+    entries = log_of_store(open_store(url), last)
     if not entries:
         output.print_summary("no snapshot yet: nothing was committed")
         return
@@ -67,11 +66,10 @@ def diff(
     keys: Annotated[bool, typer.Option("--keys", help="Print key and uri of each: + came, ~ changed, - went.")] = False,
 ) -> None:
     """Count the images that were added, changed and removed from one snapshot to another."""
-    from featurestore.store import FeatureStore
     from featurestore.upkeep.history import diff as diff_snapshots
 
     with output.progress_bar("shards") as progress:
-        found = diff_snapshots(FeatureStore.open(url), before, after, progress)
+        found = diff_snapshots(open_store(url), before, after, progress)
     if keys:
         for sign, rows in (("+", found.added), ("~", found.changed), ("-", found.removed)):
             _print_rows(sign, rows)
@@ -82,10 +80,9 @@ def diff(
 @app.command(epilog="Example: `crossmedia store restore data/features 12`")
 def restore(url: Url, version: Annotated[Any, _snapshot("A kept snapshot.")]) -> None:
     """Commit a new snapshot with the rows of snapshot N. What was committed since stays in the log."""
-    from featurestore.store import FeatureStore
     from featurestore.upkeep.history import restore as restore_snapshot
 
-    store = FeatureStore.open(url)
+    store = open_store(url)
     old = store.snapshot(version).version
     snapshot = restore_snapshot(store, old)
     output.print_summary(f"snapshot {snapshot.version} holds what snapshot {old} holds")
@@ -104,20 +101,18 @@ def pin(
     ] = None,
 ) -> None:
     """Keep a snapshot, whatever the options of `expire`, until it is unpinned."""
-    from featurestore.store import FeatureStore
     from featurestore.upkeep.history import pin as pin_snapshot
 
-    made = pin_snapshot(FeatureStore.open(url), name, version)
+    made = pin_snapshot(open_store(url), name, version)
     output.print_summary(f"{name} keeps snapshot {made.version}")
 
 
 @app.command(epilog="Example: `crossmedia store unpin data/features before-migration`")
 def unpin(url: Url, name: PinName) -> None:
     """Remove a pin. The next `expire` decides about its snapshot."""
-    from featurestore.store import FeatureStore
     from featurestore.upkeep.history import unpin as unpin_snapshot
 
-    unpin_snapshot(FeatureStore.open(url), name)
+    unpin_snapshot(open_store(url), name)
     output.print_summary(f"{name} is not a pin any more")
 
 
@@ -135,11 +130,10 @@ def compact(
 
     The rows stay exactly the same. Readers and writers may continue meanwhile.
     """
-    from featurestore.store import FeatureStore
     from featurestore.upkeep.compaction import compact as compact_store
 
     with output.progress_bar("shards") as progress:
-        report = compact_store(FeatureStore.open(url), force=force, dry_run=dry_run, progress=progress)
+        report = compact_store(open_store(url), force=force, dry_run=dry_run, progress=progress)
     output.print_summary(_compact_text(report, dry_run))
 
 
@@ -166,12 +160,11 @@ def expire(
     Files of writers that died are deleted too. The grace time must be longer than your longest job. The newest snapshot
     stays. Exit code 1 when it had to stop before the end.
     """
-    from featurestore.store import FeatureStore
     from featurestore.upkeep.expiry import expire as expire_store
 
     with output.progress_bar("files") as progress:
         report = expire_store(
-            FeatureStore.open(url),
+            open_store(url),
             keep_last=keep_last,
             keep_days=keep_days,
             grace_days=grace_days,
@@ -262,10 +255,9 @@ def channel(
     The snapshot of a channel is kept by `expire`.
     """
     from featurestore.published.versions import find_channel, read_channels, read_moves
-    from featurestore.store import FeatureStore
     from featurestore.upkeep.history import move_channel, remove_channel
 
-    store = FeatureStore.open(url)
+    store = open_store(url)
     if remove:
         if name is None or version is not None:
             raise typer.BadParameter("it takes a NAME and no snapshot", param_hint="--remove")

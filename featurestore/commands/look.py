@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import numpy as np
 import typer
 
-from featurestore.commands import Url, Version
+from featurestore.commands import Url, Version, open_store
 from featurestore.console import commandline, output
 from featurestore.errors import FeatureStoreError
 from featurestore.keys import Float32Array
@@ -25,9 +25,8 @@ app = commandline.CommandApp()
 def info(url: Url, version: Version = None) -> None:
     """Show the contents of a store."""
     from featurestore.log import utc_text
-    from featurestore.store import FeatureStore
 
-    store = FeatureStore.open(url)
+    store = open_store(url)
     snapshot = store.snapshot(version)
     manifest = snapshot.manifest
     extractor = store.info.extractor.model_dump(exclude={"int8"}) | {"compute_dtype": store.info.extractor.precision}
@@ -68,10 +67,9 @@ def get(
     if not keys and not uri:
         raise typer.BadParameter("name a KEY or --uri")
     from featurestore.keys import keys_of_uris
-    from featurestore.store import FeatureStore
 
     wanted_U = np.concatenate([np.asarray(keys or [], dtype=np.int64), keys_of_uris(uri or [])])
-    store = FeatureStore.open(url)
+    store = open_store(url)
     values_UD = store.codec.decode(store.snapshot(version).get(wanted_U))
     if out is not None:
         _write(out, values_UD)
@@ -84,9 +82,8 @@ def get(
 def quarantine(url: Url) -> None:
     """List the images that could not be read or decoded, with the reason of each; a refresh tries them again."""
     from featurestore.log import utc_text
-    from featurestore.store import FeatureStore
 
-    rows = sorted(FeatureStore.open(url).quarantine_rows(), key=lambda row: row.uri)
+    rows = sorted(open_store(url).quarantine_rows(), key=lambda row: row.uri)
     output.print_rows(
         ["key", "uri", "since", "reason"],
         [(str(row.key), row.uri, utc_text(row.time_s), row.reason) for row in rows],
@@ -153,11 +150,10 @@ def serve(
     """
     from featurestore.flight.server import OpenSnapshots
     from featurestore.flight.server import serve as serve_store
-    from featurestore.store import FeatureStore
 
     if (tls_cert is None) != (tls_key is None):
         raise typer.BadParameter("--tls-cert and --tls-key go together")
-    store = FeatureStore.open(url)
+    store = open_store(url)
     listening = _listening(host, port, tls_cert, tls_key, token_file)
     with output.progress_bar("shards") as progress:
         snapshots = OpenSnapshots(store, version=version, cache_dir=cache_dir, progress=progress)

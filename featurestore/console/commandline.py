@@ -22,7 +22,7 @@ import re
 import shutil
 import sys
 import threading
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import MISSING, fields
 from itertools import groupby
@@ -77,9 +77,9 @@ class CommandApp(typer.Typer):
     """A Typer app whose commands end with one line and an exit code instead of a traceback, see `command_end`.
 
     `stopped` is the line for Ctrl-C; `failures` are classes of errors that are not ours and get a line as well;
-    `may_be_empty` are options for which no value means something; `report`: the commands take --html FILE, which gets
-    what they print; `on_ranks`: they hand their work to run_on_ranks, which has rank 0 write that file; `completion`:
-    the app has options that let the shell complete its commands.
+    `report`: the commands take --html FILE, which gets what they print; `on_ranks`: they hand their work to
+    run_on_ranks, which has rank 0 write that file; `completion`: the app has options that let the shell complete its
+    commands.
     """
 
     def __init__(
@@ -87,7 +87,6 @@ class CommandApp(typer.Typer):
         *,
         stopped: str = STOPPED_BY_USER,
         failures: tuple[type[Exception], ...] = (),
-        may_be_empty: Collection[str] = (),
         report: bool = False,
         on_ranks: bool = False,
         completion: bool = False,
@@ -95,7 +94,7 @@ class CommandApp(typer.Typer):
     ) -> None:
         options = {"cls": CommandGroup, **options}
         super().__init__(add_completion=completion, pretty_exceptions_enable=False, **options)
-        self._stopped, self._failures, self.may_be_empty = stopped, failures, may_be_empty
+        self._stopped, self._failures = stopped, failures
         self._report, self._on_ranks = report, on_ranks
 
     def command(self, *names: Any, findings: bool = False, **options: Any) -> Callable[[Any], Any]:
@@ -164,7 +163,7 @@ def run_app(app: CommandApp, prog: str | None = None) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a name that this terminal cannot show is spelled out
             stream.reconfigure(errors="backslashreplace")
-    _check_not_empty(sys.argv[1:], app.may_be_empty)
+    _check_not_empty(sys.argv[1:])
     command = command_of(app)
     try:
         with command_end():  # of what is checked before the command's own function begins
@@ -268,7 +267,7 @@ def takes(kind: Callable[..., Options]) -> Callable[[Callable[[Options], None]],
     return decorate
 
 
-def _check_not_empty(arguments: Sequence[str], may_be_empty: Collection[str]) -> None:
+def _check_not_empty(arguments: Sequence[str]) -> None:
     """Exit with code 2 where an argument is empty, e.g. from a variable that is not set.
 
     So no command has to check it: an empty path would be the current folder.
@@ -276,10 +275,9 @@ def _check_not_empty(arguments: Sequence[str], may_be_empty: Collection[str]) ->
     for before, argument in zip(["", *arguments], arguments, strict=False):
         if argument == "" or (argument.startswith("--") and argument.endswith("=")):
             name = argument.rstrip("=") or before
-            if name not in may_be_empty:
-                where = f"the value of {name}" if name.startswith("-") else "an argument"
-                say_error(f"{where} is empty: give it a value, or leave it out")
-                sys.exit(USAGE)
+            where = f"the value of {name}" if name.startswith("-") else "an argument"
+            say_error(f"{where} is empty: give it a value, or leave it out")
+            sys.exit(USAGE)
 
 
 def _check_numbers_of(command: click.Command) -> None:

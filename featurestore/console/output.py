@@ -11,19 +11,10 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import typer
+from rich import progress
 from rich.cells import cell_len
 from rich.console import Console
 from rich.measure import Measurement
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.segment import Segments
 from rich.table import Table
 from rich.text import Text
@@ -40,7 +31,7 @@ class _PlainConsole(Console):
         return super().render_str("\n".join(map(printable, text.split("\n"))), **options)
 
 
-class _Bars(Progress):
+class _Bars(progress.Progress):
     def stop(self) -> None:
         """Stop the bars; where none has begun, without the empty line that ends them in a pipe."""
         if self.tasks:
@@ -54,16 +45,16 @@ def text_console(*, stderr: bool = False, quiet: bool = False) -> Console:
     return _PlainConsole(stderr=stderr, quiet=quiet, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
-def text_column(text: str = "{task.description}") -> TextColumn:
+def text_column(text: str = "{task.description}") -> progress.TextColumn:
     """Make a column of bars that takes no markup; by default it shows a task's description."""
-    return TextColumn(text, markup=False)
+    return progress.TextColumn(text, markup=False)
 
 
 def progress_bars(
-    *columns: ProgressColumn, console: Console | None = None, transient: bool = False, disable: bool = False
-) -> Progress:
+    *columns: progress.ProgressColumn, console: Console | None = None, transient: bool = False, disable: bool = False
+) -> progress.Progress:
     """Make progress bars, by default on stderr, each with description, bar and count."""
-    shown = columns or (text_column(), BarColumn(), MofNCompleteColumn())
+    shown = columns or (text_column(), progress.BarColumn(), progress.MofNCompleteColumn())
     return _Bars(*shown, console=console or text_console(stderr=True), transient=transient, disable=disable)
 
 
@@ -165,10 +156,10 @@ LINE_EVERY_S = 10.0
 class ProgressBar:
     """A progress bar: `advance` it by the number finished since the last call, or call it with the total finished."""
 
-    def __init__(self, bars: Progress, title: str, total: int, done: int) -> None:
+    def __init__(self, bars: progress.Progress, title: str, total: int, done: int) -> None:
         self._bars, self._title, self._total, self._done = bars, title, total, done
         self._doing = self._shown = ""
-        self._task: TaskID | None = None
+        self._task: progress.TaskID | None = None
 
     def advance(self, count: int) -> None:
         """Show `count` more of the total."""
@@ -222,7 +213,13 @@ class ProgressBar:
 def progress_bar(title: str, total: int = 0, done: int = 0) -> Iterator[ProgressBar]:
     """Show progress on stderr: a bar until the end of the block; in a log a line every 10 s, none for quick work."""
     console = text_console(stderr=True)
-    columns = (text_column(), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        text_column(),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TimeElapsedColumn(),
+        progress.TimeRemainingColumn(),
+    )
     with progress_bars(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
         bar = ProgressBar(bars, title, total, done)
         with nullcontext() if console.is_terminal else bar.lines():

@@ -14,26 +14,9 @@ import pyarrow as pa
 import xxhash
 
 from featurestore.errors import CorruptFileError, InvalidRowsError
+from featurestore.format import datafile
 from featurestore.format.codec import Codec
-from featurestore.format.datafile import (
-    DELETED,
-    FEATURE,
-    KEY,
-    METADATA_COLUMNS,
-    URI,
-    DataFile,
-    Digest,
-    FileMemory,
-    damaged_message,
-    encoder,
-    matrix_of,
-    numpy_column,
-    open_entry,
-    read_verified,
-    row_group_rows,
-    schema_of,
-    text_column,
-)
+from featurestore.format.datafile import DELETED, FEATURE, KEY, URI
 from featurestore.format.rows import check_collisions
 from featurestore.format.statistics import Moments
 from featurestore.keys import AnyArray, BoolArray, Int64Array, shard_of_hash, splitmix64
@@ -63,7 +46,7 @@ def read_moments(storage: Storage, entry: FileEntry) -> Moments | None:
     if entry.statistics_path is None or entry.statistics_sha256 is None:
         return None
     try:
-        data = read_verified(storage, entry.statistics_path, "sha256", entry.statistics_sha256)
+        data = datafile.read_verified(storage, entry.statistics_path, "sha256", entry.statistics_sha256)
     except FileNotFoundError as error:
         raise CorruptFileError(f"{storage.full(entry.statistics_path)} is missing") from error
     return Moments.from_bytes(data, entry.num_live, storage.full(entry.statistics_path))
@@ -92,7 +75,7 @@ class ShardReader:
         if not self.entries:
             return np.empty(0, np.int64), np.empty(0, np.bool_)
         table = self._concatenated([KEY, DELETED])
-        return numpy_column(table, KEY), numpy_column(table, DELETED)
+        return datafile.numpy_column(table, KEY), datafile.numpy_column(table, DELETED)
 
     @cached_property
     def _live(self) -> tuple[Int64Array, Int64Array]:
@@ -143,7 +126,7 @@ class ShardReader:
             start += entry.rows
             if not live_K.any():
                 continue
-            with open_entry(self.storage, self.info, entry, streaming=True) as file:
+            with datafile.open_entry(self.storage, self.info, entry, streaming=True) as file:
                 first = 0
                 for table in file.blocks(columns):
                     here = live_K[first : first + len(table)]
@@ -162,12 +145,12 @@ class ShardReader:
         for entry in self.entries:
             here_K = (row_K >= file_start) & (row_K < file_start + entry.rows)
             if here_K.any():
-                with open_entry(self.storage, self.info, entry) as file:
+                with datafile.open_entry(self.storage, self.info, entry) as file:
                     features_UD[asked_K[here_K]] = _rows_of_groups(file, self.info, row_K[here_K] - file_start)
             file_start += entry.rows
         return features_UD, found_U
 
-    def verified_blocks(self, memory: FileMemory | None = None) -> Generator[RowBlock, None, None]:
+    def verified_blocks(self, memory: datafile.FileMemory | None = None) -> Generator[RowBlock, None, None]:
         """Read the live rows, some megabytes at a time; the digest of a file is checked before a row of it is given.
 
         In order where there is one file without tombstones, else file by file: the block's places say where its rows
@@ -178,10 +161,10 @@ class ShardReader:
         if self.is_plain:
             for entry in self.entries:
                 start = 0
-                with open_entry(self.storage, self.info, entry, "xxh3_128", memory) as file:
+                with datafile.open_entry(self.storage, self.info, entry, "xxh3_128", memory) as file:
                     for table in file.blocks([KEY, FEATURE]):
                         place_K = np.arange(start, start + len(table))
-                        yield RowBlock(place_K, numpy_column(table, KEY), matrix_of(table, self.info))
+                        yield RowBlock(place_K, datafile.numpy_column(table, KEY), datafile.matrix_of(table, self.info))
                         start += len(table)
             return
         place_N = np.full(len(self._columns[0]), -1, np.int64)
@@ -192,7 +175,7 @@ class ShardReader:
             start += entry.rows
 
     def _live_blocks(
-        self, entry: FileEntry, first: int, place_K: Int64Array, memory: FileMemory | None
+        self, entry: FileEntry, first: int, place_K: Int64Array, memory: datafile.FileMemory | None
     ) -> Iterator[RowBlock]:
         """Read the live rows of one file.
 
@@ -200,21 +183,21 @@ class ShardReader:
         keys_N, deleted_N = self._columns
         columns = [KEY, DELETED, FEATURE] if (place_K >= 0).any() else [KEY, DELETED]
         start = 0
-        with open_entry(self.storage, self.info, entry, "xxh3_128", memory) as file:
+        with datafile.open_entry(self.storage, self.info, entry, "xxh3_128", memory) as file:
             for table in file.blocks(columns):
                 here = slice(first + start, first + start + len(table))
-                keys_K = numpy_column(table, KEY)
+                keys_K = datafile.numpy_column(table, KEY)
                 # What decided which rows live was read without the file's digest.
                 same = np.array_equal(keys_K, keys_N[here])
-                if not same or not np.array_equal(numpy_column(table, DELETED), deleted_N[here]):
+                if not same or not np.array_equal(datafile.numpy_column(table, DELETED), deleted_N[here]):
                     raise CorruptFileError(f"{file.path} changed while it was read: run crossmedia store verify")
                 block_place_K = place_K[start : start + len(table)]
                 start += len(table)
                 live_K = block_place_K >= 0
                 if live_K.all():
-                    yield RowBlock(block_place_K, keys_K, matrix_of(table, self.info))
+                    yield RowBlock(block_place_K, keys_K, datafile.matrix_of(table, self.info))
                 elif live_K.any():
-                    yield RowBlock(block_place_K[live_K], keys_K[live_K], matrix_of(table, self.info)[live_K])
+                    yield RowBlock(block_place_K[live_K], keys_K[live_K], datafile.matrix_of(table, self.info)[live_K])
 
     def moments(self) -> Moments:
         """Return the moments of the live rows: from the statistics of a single file, else from the rows."""
@@ -236,7 +219,7 @@ class ShardReader:
         row_K = row_U[row_U >= 0]
         if not len(row_K):
             return row_K, []
-        return keys_U[row_U >= 0], text_column(take_rows(self._concatenated([URI]), row_K), URI)
+        return keys_U[row_U >= 0], datafile.text_column(take_rows(self._concatenated([URI]), row_K), URI)
 
     def check_uris(self, keys_N: Int64Array, uris: Sequence[str]) -> None:
         """Raise KeyCollisionError where one of the keys is here under another uri."""
@@ -261,18 +244,20 @@ class ShardReader:
     def _concatenated(self, columns: Sequence[str] | None) -> pa.Table:
         tables = []
         for entry in self.entries:
-            with open_entry(self.storage, self.info, entry) as file:
+            with datafile.open_entry(self.storage, self.info, entry) as file:
                 tables.append(file.read(columns))
         return pa.concat_tables(tables)
 
 
-def _rows_of_groups(file: DataFile, info: StoreInfo, rows_K: Int64Array) -> AnyArray:
+def _rows_of_groups(file: datafile.DataFile, info: StoreInfo, rows_K: Int64Array) -> AnyArray:
     starts = np.asarray(file.group_starts)
     group_K = np.searchsorted(starts, rows_K, side="right") - 1
     features_KD = np.empty((len(rows_K), info.dim), info.storage_dtype)
     for group in np.unique(group_K):
         here_K = group_K == group
-        features_KD[here_K] = matrix_of(file.read([FEATURE], [int(group)]), info)[rows_K[here_K] - starts[group]]
+        features_KD[here_K] = datafile.matrix_of(file.read([FEATURE], [int(group)]), info)[
+            rows_K[here_K] - starts[group]
+        ]
     return features_KD
 
 
@@ -295,10 +280,10 @@ def write_shard_file(
     rows = _WrittenRows(info, shard)
     with storage.open_output(f"{name}.parquet") as output:
         hashed = HashedOutput(output)
-        with encoder(hashed, info) as writer:
+        with datafile.encoder(hashed, info) as writer:
             for block in blocks:
                 rows.add(block)
-                writer.write_table(block, row_group_rows(info))
+                writer.write_table(block, datafile.row_group_rows(info))
     sha256 = hashed.sha256.hexdigest()
     check_digest(storage, f"{name}.parquet", hashed.size_bytes, "sha256", sha256)
     statistics: dict[str, str] = {}
@@ -322,7 +307,7 @@ def write_shard_file(
     )
 
 
-def check_digest(storage: Storage, path: str, size_bytes: int, algorithm: Digest, expected: str) -> None:
+def check_digest(storage: Storage, path: str, size_bytes: int, algorithm: datafile.Digest, expected: str) -> None:
     """Read a file in pieces, and raise CorruptFileError if it is missing or damaged."""
     digest = hashlib.sha256() if algorithm == "sha256" else xxhash.xxh3_128()
     try:
@@ -335,7 +320,7 @@ def check_digest(storage: Storage, path: str, size_bytes: int, algorithm: Digest
     except FileNotFoundError as error:
         raise CorruptFileError(f"{storage.full(path)} is missing") from error
     if digest.hexdigest() != expected:
-        raise CorruptFileError(damaged_message(storage.full(path), algorithm))
+        raise CorruptFileError(datafile.damaged_message(storage.full(path), algorithm))
 
 
 class _WrittenRows:
@@ -348,14 +333,14 @@ class _WrittenRows:
         self._last_hash: int = -1
 
     def add(self, block: pa.Table) -> None:
-        keys_K, deleted_K = numpy_column(block, KEY), numpy_column(block, DELETED)
+        keys_K, deleted_K = datafile.numpy_column(block, KEY), datafile.numpy_column(block, DELETED)
         hash_K = splitmix64(keys_K)
         strays = keys_K[shard_of_hash(hash_K, self.info.num_shards) != self.shard]
         if len(strays):
             raise InvalidRowsError(f"key {strays[0]} and {len(strays) - 1} more do not belong to shard {self.shard}")
         assert len(block) == 0 or int(hash_K[0]) > self._last_hash, "blocks out of order"
         assert bool((hash_K[1:] > hash_K[:-1]).all()), "rows out of order"
-        features_KD = matrix_of(block, self.info)
+        features_KD = datafile.matrix_of(block, self.info)
         live = features_KD[~deleted_K] if deleted_K.any() else features_KD
         self.moments = self.moments.merged(Moments.of(live, self.info.dtype))
         self.count += len(block)
@@ -384,7 +369,7 @@ class HashedOutput:
         self.closed = True
 
 
-LIVE_COLUMNS = [*METADATA_COLUMNS, FEATURE]
+LIVE_COLUMNS = [*datafile.METADATA_COLUMNS, FEATURE]
 
 
 def live_schema(info: StoreInfo, columns: Sequence[str] | None = None, decode: bool = True) -> pa.Schema:
@@ -393,7 +378,7 @@ def live_schema(info: StoreInfo, columns: Sequence[str] | None = None, decode: b
     unknown = [name for name in names if name not in LIVE_COLUMNS]
     if unknown or not names or len(set(names)) != len(names):
         raise ValueError(f"columns={names}: choose from {', '.join(LIVE_COLUMNS)}, each once, one at least")
-    fields = {field.name: field for field in schema_of(info)}
+    fields = {field.name: field for field in datafile.schema_of(info)}
     if decode:
         fields[FEATURE] = pa.field(FEATURE, pa.list_(pa.float32(), info.dim), nullable=False)
     return pa.schema([fields[name] for name in names])
@@ -411,7 +396,7 @@ def live_batches(
     for table in reader.live_tables(schema.names):
         arrays: list[Any] = table.columns
         if decode and FEATURE in schema.names:
-            values_ND = codec.decode(matrix_of(table, reader.info))
+            values_ND = codec.decode(datafile.matrix_of(table, reader.info))
             feature = pa.FixedSizeListArray.from_arrays(pa.array(np.ravel(values_ND)), reader.info.dim)
             arrays[schema.names.index(FEATURE)] = feature
         yield from pa.Table.from_arrays(arrays, schema=schema).to_batches()

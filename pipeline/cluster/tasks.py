@@ -11,6 +11,7 @@ import signal
 import socket
 import struct
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Set
@@ -165,6 +166,7 @@ def _result(future: Future[Any]) -> Any:
     return result
 
 
+LOCAL_VARIABLE = "CROSSMEDIA_LOCAL_CLUSTER"  # JSON: the size of a local cluster, as `connect` takes it
 CONNECT_TIMEOUT_S = 10.0
 SEND_INTERVAL_S = 0.001
 # The worker's profiler asks for the frames of all threads many times a second. On Python 3.11 that can stop the whole
@@ -190,17 +192,32 @@ def connect(
 
     A scheduler is configured by DASK_SCHEDULER_ADDRESS (dask-submit sets it for its script), DASK_SCHEDULER_FILE,
     or the same names in Dask's configuration; it stays running, and `workers`, `threads_per_worker` and
-    `memory_limit` do not count then. Raises ClusterError, before anything is sent, and in the block in place of what
-    Dask raises when the scheduler dies.
+    `memory_limit` do not count then. Sizes that were given to dask-submit, or as options of a job, come before all of
+    these. Raises ClusterError, before anything is sent, and in the block in place of what Dask raises when the
+    scheduler dies.
     """
-    address = configured_address(timeout_s)
+    asked = os.environ.get(LOCAL_VARIABLE)
+    address = None if asked else configured_address(timeout_s)
     if address is not None:
         check_address(address)
-        with _loss_named(), open_client(address, timeout_s) as client:
+        with ended_by_sigterm(), _loss_named(), open_client(address, timeout_s) as client:
             yield _prompt(client)
         return
-    with _loss_named(), local_cluster(workers, threads_per_worker, memory_limit) as cluster, Client(cluster) as client:
+    size: dict[str, Any] = {"workers": workers, "threads_per_worker": threads_per_worker, "memory_limit": memory_limit}
+    size |= json.loads(asked) if asked else {}
+    with ended_by_sigterm(), _loss_named(), local_cluster(**size) as cluster, Client(cluster) as client:
+        if asked:
+            print_cluster(client)
         yield _prompt(client)
+
+
+def print_cluster(client: Client) -> None:
+    """Print where a cluster is, and its size, on stderr: stdout is the script's."""
+    if "dashboard" in client.scheduler_info()["services"]:
+        sys.stderr.write(f"note: dashboard {client.dashboard_link}\n")
+    threads = client.nthreads()
+    size = f"workers {len(threads)}, threads {sum(threads.values())}"
+    sys.stderr.write(f"note: scheduler {client.scheduler_info()['address']}, {size}\n")
 
 
 def _prompt(client: Client) -> Client:
@@ -208,6 +225,23 @@ def _prompt(client: Client) -> Client:
     if client.scheduler_comm is not None:
         client.scheduler_comm.interval = SEND_INTERVAL_S
     return client
+
+
+@contextlib.contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM end the block as an error does, so that what was started is closed, unless the program handles it.
+
+    The first process of a container would not end at all: there the signal does nothing by itself.
+    """
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # as a shell says it
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @contextlib.contextmanager

@@ -22,8 +22,7 @@ from featurestore.storage.local import open_regular
 from pipeline.demo.world import Catalogue, standardize
 from pipeline.errors import BadImageError, DemoError
 from pipeline.images.decode import decode
-from pipeline.images.imagetable import ImageRef
-from pipeline.images.source import list_images, read_image
+from pipeline.images.source import ImageRef, list_images, read_image
 
 CANVAS_PX = 480  # drawn at twice the size, then reduced: smooth edges
 SIDE_PX = 240

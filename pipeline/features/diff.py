@@ -21,7 +21,7 @@ from featurestore.format.datafile import digest_column
 from featurestore.format.shard import take_rows
 from featurestore.keys import AnyArray, BoolArray, Int64Array, shard_of_hash, splitmix64
 from featurestore.snapshot import Snapshot
-from pipeline.images.imagetable import ImageRef, ImageTable
+from pipeline.images.source import ImageRef, ImageTable
 from pipeline.store_run import run_id_of
 
 MAX_GROUP_PARTS = 16  # copies of one image in a part: at most the room of 16 parts; more are computed again

@@ -31,8 +31,7 @@ from featurestore.store import FeatureStore
 from pipeline.errors import BackboneError, BadImageError, WeightsError
 from pipeline.features.diff import ImageCopy
 from pipeline.images.decode import Pixels, Preset, prepare
-from pipeline.images.imagetable import ImageRef
-from pipeline.images.source import read_image
+from pipeline.images.source import ImageRef, read_image
 from pipeline.store_run import BadRow
 
 if TYPE_CHECKING:
@@ -152,7 +151,7 @@ def digest_images(refs: Sequence[ImageRef]) -> list[bytes]:
 
 def try_image(settings: PartSettings, ref: ImageRef) -> None:
     """Read and decode one image and forget it: done alone, it shows whether this image brings a worker down."""
-    from pipeline.network.layers import preset_of
+    from pipeline.network.backbone import preset_of
 
     _Loader(preset_of(settings.backbone, settings.weights)).load(ref)
 
@@ -162,10 +161,8 @@ def calibrate(backbone_name: str, weights: str, refs: Sequence[ImageRef]) -> Int
 
     Raises BackboneError where there are not two of them, WeightsError.
     """
-    from pipeline.network.backbone import load_weights
-    from pipeline.network.compute import normalised
-    from pipeline.network.int8 import calibrated
-    from pipeline.network.layers import network_of
+    from pipeline.network.backbone import load_weights, network_of
+    from pipeline.network.compute import calibrated, normalised
 
     network = network_of(backbone_name, weights)
     loaded = in_order(_Loader(network.preset).load, refs, LEAST_DECODE_THREADS, 2 * LEAST_DECODE_THREADS)

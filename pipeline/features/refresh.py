@@ -29,8 +29,7 @@ from pipeline.cluster.tasks import END_S, Killed, run_alone, run_tasks
 from pipeline.errors import BackboneError, ClusterError, StoreRunError
 from pipeline.features import diff
 from pipeline.features import part as parts
-from pipeline.images.imagetable import ImageTable, Listing
-from pipeline.images.source import list_images
+from pipeline.images.source import ImageTable, Listing, list_images
 from pipeline.network import Precision, check_weights_name
 from pipeline.options import ExtractOptions, RefreshOptions
 
@@ -107,7 +106,7 @@ def refresh(options: RefreshOptions, client: Client) -> RefreshSummary:
         store = FeatureStore.open(options.store)
     except StoreNotFoundError as error:
         raise StoreNotFoundError(f"{error}; crossmedia extract makes one") from error
-    options = _as_stored(options, store.info)
+    options = replace(options, weights=check_weights_name(options.weights or _network_of(store.info).weights))
     listing = list_images(options.images)
     store_run.wait_for_worker(client)
     return bring_up_to_date(options, client, store, listing, "refresh", start_s)
@@ -194,32 +193,18 @@ def make_plan(client: Client, images: ImageTable, comparison: diff.Comparison, s
     return diff.split(images, comparison, pending_P, digest_P, *diff.find_digests(snapshot, digest_P))
 
 
-def _as_stored(options: RefreshOptions, info: StoreInfo) -> RefreshOptions:
-    """Fill in what the options leave open as the store has it. Raises WeightsError, SpecMismatchError."""
+def _network_of(info: StoreInfo) -> NetworkName:
+    """Name the network of a store."""
     model = info.extractor.backbone.removeprefix("torchvision ")
-    network = info.network or NetworkName(backbone=f"{model}:{info.extractor.layer}", weights="imagenet")
-    _check_precision(options.precision, info.extractor, options.store)
-    return replace(
-        options,
-        backbone=options.backbone or network.backbone,
-        weights=check_weights_name(options.weights or network.weights),
-    )
-
-
-def _check_precision(asked: str | None, extractor: ExtractorSpec, store: str) -> None:
-    if asked not in (None, "auto", extractor.compute_dtype):
-        raise SpecMismatchError(
-            f"--precision {asked}, and the features at {store} were computed in {extractor.compute_dtype}: leave the"
-            " option away, or use another store"
-        )
+    return info.network or NetworkName(backbone=f"{model}:{info.extractor.layer}", weights="imagenet")
 
 
 def _settings(options: RefreshOptions, client: Client, store: FeatureStore) -> parts.PartSettings:
-    assert options.backbone and options.weights
+    assert options.weights
     return parts.PartSettings(
         store=store.url,
         run_id=store_run.run_id_of(store.info.digest, Storage(options.images).url, options.part_size),
-        backbone=options.backbone,
+        backbone=_network_of(store.info).backbone,
         weights=options.weights,
         extractor=store.info.extractor,
         batch_size=options.batch_size,
@@ -264,8 +249,13 @@ def _spec_of(backbone_name: str, weights: str, precision: Precision) -> Extracto
 
 
 def _check_gone(options: RefreshOptions, num_gone: int, comparison: diff.Comparison, fault: str) -> None:
-    advice = "is --images right? In crossmedia refresh --keep-missing keeps them, --max-gone 1 lets them go"
-    store_run.check_gone(options.store, num_gone, comparison.num_stored, options.max_gone, fault, advice)
+    """Raise StoreRunError, which has `fault`, where more than a share of the store's rows would vanish."""
+    if num_gone > options.max_gone * comparison.num_stored:
+        raise StoreRunError(
+            f"{num_gone:,} of the {comparison.num_stored:,} rows in {options.store} {fault}, more than a share of"
+            f" {options.max_gone:g}: is --images right? In crossmedia refresh --keep-missing keeps them, --max-gone 1"
+            " lets them go"
+        )
 
 
 def extract(options: ExtractOptions, client: Client) -> RefreshSummary:
@@ -275,8 +265,10 @@ def extract(options: ExtractOptions, client: Client) -> RefreshSummary:
     storage; what was staged by then stays for the next run. A compact store is made by the basis of `options.reduce`,
     and keeps its own basis without the option. Random weights give an UntrainedWeightsWarning.
     """
-    from pipeline.network.backbone import warn_if_untrained  # loads Torch, which a refresh does not need
-    from pipeline.network.layers import feature_dim
+    from pipeline.network.backbone import (
+        feature_dim,
+        warn_if_untrained,  # loads Torch, which a refresh does not need
+    )
 
     start_s = time.monotonic()
     if options.channel is not None:
@@ -301,7 +293,6 @@ def extract(options: ExtractOptions, client: Client) -> RefreshSummary:
     refreshed = RefreshOptions(
         images=options.images,
         store=options.store,
-        backbone=options.backbone,
         weights=weights,
         batch_size=options.batch_size,
         part_size=options.part_size,
@@ -320,8 +311,13 @@ def _precision_for(
     another precision than the store's; BackboneError where int8 keeps too little of the features; ClusterError.
     """
     if known is not None:
-        _check_precision(options.precision, known.info.extractor, known.url)
-        return known.info.extractor.precision
+        extractor = known.info.extractor
+        if options.precision not in ("auto", extractor.compute_dtype):
+            raise SpecMismatchError(
+                f"--precision {options.precision}, and the features at {known.url} were computed in"
+                f" {extractor.compute_dtype}: leave the option away, or use another store"
+            )
+        return extractor.precision
     if options.precision != "int8":
         return options.precision
     refs = images.refs(np.argsort(splitmix64(images.keys()))[:CALIBRATION_IMAGES])

@@ -1,14 +1,20 @@
-"""Frozen backbones: which there are, their weights, and what identifies them.
+"""Frozen backbones: any torchvision classifier up to a named layer, its weights, and what identifies them.
 
-Letters of shapes: B images of a batch, H and W pixels, C colours, D feature width.
+A network's name is MODEL:LAYER. A layer is named as `torchvision.models.feature_extraction` names it: the path of its
+module, or of the operation (`flatten`, `layer4.1.add`); the path of a block means the last operation in it.
+
+Letters of shapes: B images of a batch, C colours, H and W pixels, D feature width.
 """
 
+import difflib
 import functools
+import math
 import re
 import threading
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +23,222 @@ import numpy.typing as npt
 import torch
 import xxhash
 from torch import nn
+from torch.overrides import TorchFunctionMode
+from torchvision import models
+from torchvision.models import feature_extraction
 
 from featurestore.keys import Float32Array
 from featurestore.spec import ExtractorSpec
-from pipeline.errors import WeightsError
+from pipeline.errors import BackboneError, WeightsError
+from pipeline.images.decode import Preset
 from pipeline.network import Precision, check_weights_name
-from pipeline.network.compute import Compute, compute_of, normalised
-from pipeline.network.int8 import rounded
-from pipeline.network.layers import Network, feature_dim, network_of
+from pipeline.network.compute import Compute, compute_of, normalised, rounded
+
+NUM_NEAR = 5  # names in a message
+NUM_VECTOR_LAYERS = 8
+DRY_IMAGES = 2  # a number that no layer's own shape begins with by chance, as 1 does
+SCALES_ITS_INPUT = ("googlenet", "inception_v3")  # their weights want it, and torchvision sets it only with weights
+COUNTER = "num_batches_tracked"  # of batch norm in training: no part of what is computed here
+
+
+class Layers(nn.Module):
+    """The layers of a model up to the named one, its own names kept below `extractor`."""
+
+    def __init__(self, extractor: nn.Module, layer: str) -> None:
+        super().__init__()
+        self.extractor = extractor
+        self.layer = layer
+
+    def forward(self, pixels_BCHW: torch.Tensor) -> torch.Tensor:
+        """Compute features (B, D) of normalised pixels."""
+        features_BD: torch.Tensor = torch.flatten(self.extractor(pixels_BCHW)[self.layer], 1)
+        return features_BD
+
+
+@dataclass(frozen=True)
+class Network:
+    """A model up to a layer, on the meta device: names and shapes, no memory."""
+
+    name: str  # MODEL:LAYER, as it was given
+    model: str
+    layer: str
+    weights_entry: Any  # the member of torchvision's enum that `preset` is from, and --weights imagenet
+    layers: Layers
+
+    @property
+    def preset(self) -> Preset:
+        """The preprocessing that the weights' own record asks for."""
+        return _preset(self.weights_entry)
+
+    @functools.cached_property
+    def dim(self) -> int:
+        """The numbers per image, by a pass without values. Raises BackboneError where they are not one vector."""
+        pixels_BCHW = _pixels_without_values(self.preset)
+        shape = _shape(self.layers.extractor(pixels_BCHW)[self.layer])
+        if not _is_vector(shape):
+            gives = f"{tuple(shape[1:])} per image, not one vector" if shape else "no tensor"
+            near = _vector_layers(_without_memory(self.model, self.preset), self.model, pixels_BCHW)
+            raise BackboneError(f"backbone {self.name!r}: {self.layer} gives {gives}. {near}")
+        return shape[1]
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """List the tensors that weights have to fill, by torchvision's names, without values."""
+        state = self.layers.extractor.state_dict()
+        return {name: tensor for name, tensor in state.items() if not name.endswith(COUNTER)}
+
+    def filled(self, state: Mapping[str, torch.Tensor]) -> Layers:
+        """Fill the layers with the values of `state`, which are not copied; this network is used up."""
+        counters = {name: torch.tensor(0) for name in self.layers.extractor.state_dict() if name.endswith(COUNTER)}
+        self.layers.extractor.load_state_dict({**state, **counters}, assign=True)
+        return self.layers.eval().requires_grad_(False)
+
+    def initialised(self, seed: int) -> dict[str, torch.Tensor]:
+        """Fill `tensors()` with torchvision's starting values; the whole model is in memory for a moment."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            state = _model(self.model, self.preset).state_dict()
+        return {name: state[name] for name in self.tensors()}
+
+
+def network_of(name: str, weights: str) -> Network:
+    """Cut out the network MODEL:LAYER for `weights` (imagenet, imagenet:ENTRY, a file, random:SEED), without values.
+
+    Raises BackboneError for an unknown model or layer; WeightsError for an unknown ENTRY. That the layer gives one
+    vector per image is asked by `dim`.
+    """
+    model, _, query = name.partition(":")
+    entry = _known_entry(name, weights)
+    whole = _without_memory(model, _preset(entry))
+    input_name, names = _node_names(whole)
+    layer = next((node for node in reversed(names) if query and (node + ".").startswith(query + ".")), None)
+    if layer is None:
+        missing = f"has no layer {query!r}{_near(query, names)}" if query else "is a model: name one of its layers too"
+        near = _vector_layers(whole, model, _pixels_without_values(_preset(entry)))
+        raise BackboneError(f"backbone {name!r}: {model} {missing}. {near}")
+    return Network(name, model, layer, entry, Layers(_up_to(whole, input_name, [layer]), layer))
+
+
+def preset_of(name: str, weights: str) -> Preset:
+    """Give what a network wants done to images. Raises BackboneError for an unknown model; WeightsError."""
+    return _preset(_known_entry(name, weights))
+
+
+@functools.cache
+def feature_dim(name: str, weights: str) -> int:
+    """Count the numbers per image of a network. Raises as `network_of`, and where they are not one vector."""
+    return network_of(name, weights).dim
+
+
+def _known_entry(name: str, weights: str) -> Any:
+    """Find the entry of torchvision's enum that `weights` of the network `name` go by."""
+    model = name.partition(":")[0]
+    known = models.list_models(module=models)
+    if model not in known:
+        raise BackboneError(f"backbone {name!r}: torchvision has no model {model!r}{_near(model, known)}")
+    entries = models.get_model_weights(model)
+    if not weights.startswith("imagenet:"):
+        return entries.DEFAULT
+    wanted = weights.removeprefix("imagenet:")
+    if wanted not in entries.__members__:
+        there = ", ".join(f"imagenet:{entry.name}" for entry in entries)
+        raise WeightsError(f"weights {weights!r}: torchvision has no such weights of {model}, only {there}")
+    return entries[wanted]
+
+
+def _preset(entry: Any) -> Preset:
+    own = entry.transforms()
+    return Preset(
+        name=f"torchvision {type(entry).__name__}.{entry.name}",
+        resize=tuple(own.resize_size),
+        crop=tuple(own.crop_size),
+        mean=tuple(own.mean),
+        std=tuple(own.std),
+        interpolation=own.interpolation,
+        antialias=own.antialias,
+    )
+
+
+def _model(model: str, preset: Preset) -> nn.Module:
+    """Build the model as torchvision does with the weights that `preset` is from."""
+    arguments: dict[str, Any] = {}
+    if model in SCALES_ITS_INPUT:
+        arguments = {"transform_input": True, "init_weights": True}
+    elif model.startswith("vit_"):
+        arguments = {"image_size": preset.crop_height_width[0]}
+    built: nn.Module = models.get_model(model, weights=None, **arguments)
+    return built.eval()
+
+
+class _EmptyOnMeta(TorchFunctionMode):
+    """Parameters take no memory while a model is built; the small tensors that RegNets compute with stay real."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        return func(*args, **({**(kwargs or {}), "device": "meta"} if func is torch.empty else kwargs or {}))
+
+
+def _without_memory(model: str, preset: Preset) -> nn.Module:
+    with torch.random.fork_rng(devices=[]), _EmptyOnMeta():  # the caller's random numbers stay
+        whole = _model(model, preset)
+    return whole.to("meta")
+
+
+class _Tracer(feature_extraction.NodePathTracer):  # type: ignore[misc] # which has no types
+    """Leaves other threads alone: while torch.fx traces a model, it takes the calls of all modules of the process."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._thread = threading.get_ident()
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+
+feature_extraction.NodePathTracer = _Tracer  # the functions below take no tracer
+
+
+def _node_names(whole: nn.Module) -> tuple[str, list[str]]:
+    """Name the input, and everything computed in evaluation, in its order."""
+    _, names = feature_extraction.get_graph_node_names(whole, suppress_diff_warning=True)
+    return names[0], names[1:]
+
+
+def _up_to(whole: nn.Module, input_name: str, layers: Iterable[str]) -> nn.Module:
+    """Cut out what computes `layers` in evaluation; torchvision's graph for training is left empty."""
+    extractor: nn.Module = feature_extraction.create_feature_extractor(
+        whole, train_return_nodes=[input_name], eval_return_nodes=list(layers), suppress_diff_warning=True
+    )
+    return extractor.eval()
+
+
+def _pixels_without_values(preset: Preset) -> torch.Tensor:
+    return torch.empty(DRY_IMAGES, 3, *preset.crop_height_width, device="meta")
+
+
+def _shape(output: object) -> tuple[int, ...]:
+    return tuple(output.shape) if isinstance(output, torch.Tensor) else ()
+
+
+def _is_vector(shape: tuple[int, ...]) -> bool:
+    return len(shape) >= 2 and shape[0] == DRY_IMAGES and math.prod(shape[2:]) == 1
+
+
+def _vector_layers(whole: nn.Module, model: str, pixels_BCHW: torch.Tensor) -> str:
+    """Name the last layers of a model that give one vector per image, and its width."""
+    input_name, names = _node_names(whole)
+    outputs = _up_to(whole, input_name, names)(pixels_BCHW)
+    shapes = {name: _shape(outputs[name]) for name in names}
+    found = [f"{model}:{name} ({shape[1]})" for name, shape in shapes.items() if _is_vector(shape)]
+    return f"One vector per image come from: {', '.join(found[-NUM_VECTOR_LAYERS:])}"
+
+
+def _near(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), NUM_NEAR, cutoff=0.5)
+    return f"; near: {', '.join(near)}" if near else ""
+
 
 _build_lock = threading.Lock()
 

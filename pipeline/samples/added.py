@@ -8,7 +8,6 @@ Each file of a day is, byte for byte, what building all samples anew would write
 
 import contextlib
 import dataclasses
-import functools
 import itertools
 import re
 import shutil
@@ -34,39 +33,7 @@ from featurestore.storage.storage import Storage
 from pipeline.cluster.tasks import num_threads, run_all
 from pipeline.errors import SampleError, SampleOptionError
 from pipeline.options import SampleOptions
-from pipeline.samples.build import (
-    BUCKET_ROWS,
-    DAY_S,
-    FEWER_ROWS,
-    SHUFFLE_FOLDER,
-    LogTables,
-    check_train,
-    day_of,
-    days_of,
-    find_test_day,
-    group,
-    latest_of,
-    num_buckets,
-    open_tables,
-    rules_of,
-    shuffle,
-    write,
-)
-from pipeline.samples.groups import (
-    DAY,
-    HOURS_PER_DAY,
-    QUARANTINE,
-    FilePlan,
-    GroupedBucket,
-    ShuffledPiece,
-    columns_of_groups,
-    name_of_day,
-    plan_files,
-    split_of,
-    take_groups,
-    write_names,
-    write_quarantine,
-)
+from pipeline.samples import build, groups
 from pipeline.samples.logs import BEHAVIORS, IMPRESSIONS, MICROSECONDS, WantedRows, users_of
 from pipeline.samples.publish import MARK, QUARANTINE_FILE, SPLITS, NewFiles, replaced_files
 from trainer.schema.fields import IDS_FILE, IMAGES_FILE
@@ -84,8 +51,8 @@ class DayGroups:
     Of days before the first that is asked for, groups of users who have none of that day are as they were.
     """
 
-    grouped: list[GroupedBucket]
-    shuffled: list[ShuffledPiece]
+    grouped: list[groups.GroupedBucket]
+    shuffled: list[groups.ShuffledPiece]
     days: set[int]
 
 
@@ -120,7 +87,7 @@ def _add_days(options: SampleOptions, client: Client) -> dict[str, Any]:
     options = _as_made(options, recorded["options"])
     there = _files_by_day(before)
     with (
-        open_tables(options) as tables,
+        build.open_tables(options) as tables,
         replaced_files(
             options.samples,
             before=before,
@@ -129,7 +96,7 @@ def _add_days(options: SampleOptions, client: Client) -> dict[str, Any]:
             keep_days=options.keep_days,
         ) as new,
     ):
-        folder, scratch = new.folder, new.folder / SHUFFLE_FOLDER
+        folder, scratch = new.folder, new.folder / build.SHUFFLE_FOLDER
         is_since = isinstance(asked, int)
         wanted = _missing_days(tables, asked, there) if isinstance(asked, int) else asked
         if (
@@ -139,23 +106,25 @@ def _add_days(options: SampleOptions, client: Client) -> dict[str, Any]:
             raise _NothingMissingError
         groups_of_hour: Counter[int] = Counter()
         for part in made.grouped:
-            groups_of_hour.update({h: n for h, n in part.groups_of_hour.items() if h // HOURS_PER_DAY in made.days})
+            groups_of_hour.update(
+                {h: n for h, n in part.groups_of_hour.items() if h // groups.HOURS_PER_DAY in made.days}
+            )
         kept = {day: files for day, files in there.items() if day not in made.days}
         groups_of_file = _groups_of_file(before, recorded, kept)
         of_kept = {day: sum(groups_of_file[_name(file)] for file in files) for day, files in kept.items()}
-        first_test_day = find_test_day(options, days_of(groups_of_hour) | of_kept)
-        plans = plan_files(groups_of_hour, first_test_day, options.groups_per_file)
-        check_train([*(plan.split for plan in plans), *(split_of(day, first_test_day) for day in kept)])
+        first_test_day = build.find_test_day(options, build.days_of(groups_of_hour) | of_kept)
+        plans = groups.plan_files(groups_of_hour, first_test_day, options.groups_per_file)
+        build.check_train([*(plan.split for plan in plans), *(groups.split_of(day, first_test_day) for day in kept)])
         for split in SPLITS:
             (folder / split).mkdir()
         for day, files in kept.items():
             for file in files:
-                new.keep(f"{split_of(day, first_test_day)}/{_name(file)}", file)
-        written = write(client, made.grouped, plans, folder)
+                new.keep(f"{groups.split_of(day, first_test_day)}/{_name(file)}", file)
+        written = build.write(client, made.grouped, plans, folder)
         _check_same_columns(new, plans)
         _keep_the_rest(new, made.shuffled)
         shutil.rmtree(scratch)
-        days = sorted(name_of_day(day) for day in made.days)
+        days = sorted(groups.name_of_day(day) for day in made.days)
         added = sorted({*recorded.get("added_days", []), *days})
         groups_of_file |= {part.plan.name: part.num_groups for part in written}
         write_json(folder / MARK, recorded | _counts(new, groups_of_file) | tables.versions | {"added_days": added})
@@ -172,8 +141,8 @@ def _asked(options: SampleOptions) -> "set[int] | int":
     if options.days is not None and options.since is not None:
         raise SampleOptionError("give one of --days and --since")
     if options.days is not None:
-        return {day_of(each, "--days") for each in options.days.split(",")}
-    return day_of(options.since or "", "--since")
+        return {build.day_of(each, "--days") for each in options.days.split(",")}
+    return build.day_of(options.since or "", "--since")
 
 
 class _Recorded(BaseModel):
@@ -232,23 +201,26 @@ def _files_by_day(before: Storage) -> dict[int, list[str]]:
             raise SampleOptionError(
                 f"{before.full(file)} is not named by its day, as build_samples does; make all samples anew"
             )
-        found.setdefault(day_of(match[1], "day"), []).append(file)
+        found.setdefault(build.day_of(match[1], "day"), []).append(file)
     return found
 
 
-def _missing_days(tables: LogTables, since: int, known: Iterable[int]) -> set[int]:
+def _missing_days(tables: build.LogTables, since: int, known: Iterable[int]) -> set[int]:
     """List the days from `since` on that the samples do not have, and that the logs may have impressions on.
 
     What the footers of the logs say; without statistics of times, every day up to the one after the log's end.
     """
-    pieces = tables.pieces(IMPRESSIONS, WantedRows(since * DAY, _FOREVER))
-    today = int(time.time()) // DAY_S + 1
-    spans = [(piece.times[0] // DAY, piece.times[1] // DAY) if piece.times else (since, today) for piece in pieces]
+    pieces = tables.pieces(IMPRESSIONS, WantedRows(since * groups.DAY, _FOREVER))
+    today = int(time.time()) // build.DAY_S + 1
+    spans = [
+        (piece.times[0] // groups.DAY, piece.times[1] // groups.DAY) if piece.times else (since, today)
+        for piece in pieces
+    ]
     return {day for low, high in spans for day in range(max(low, since), min(high, today) + 1)} - set(known)
 
 
 def _made_groups(
-    client: Client, tables: LogTables, scratch: Path, asked: set[int], samples: _Samples, may_lack: bool
+    client: Client, tables: build.LogTables, scratch: Path, asked: set[int], samples: _Samples, may_lack: bool
 ) -> DayGroups:
     """Make the groups of all days that have to be written, from as little of the logs as will do.
 
@@ -257,7 +229,7 @@ def _made_groups(
     """
     known, first = set(samples.files_of_day), min(asked)
     low, high = first - 1, max(asked) + 2  # groups may continue over midnight
-    reach_us = rules_of(tables.options, tables.layouts[IMPRESSIONS]).reach_us
+    reach_us = build.rules_of(tables.options, tables.layouts[IMPRESSIONS]).reach_us
     while True:
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir()
@@ -268,15 +240,15 @@ def _made_groups(
                 latest[day] = max(moment, latest.get(day, 0))
         days = latest.keys() & asked
         # Groups of an earlier day that continue, or are clicked, in one that is asked for have rows of it.
-        reached = {day: asked & set(range(day + 1, moment // DAY + 1)) for day, moment in latest.items()}
+        reached = {day: asked & set(range(day + 1, moment // groups.DAY + 1)) for day, moment in latest.items()}
         lengthened = {day for day, each in reached.items() if each}
         if not may_lack and (without := asked - days - set().union(*reached.values())):
-            names = ", ".join(name_of_day(day) for day in sorted(without))
+            names = ", ".join(groups.name_of_day(day) for day in sorted(without))
             raise SampleError(f"{tables.options.logs}/{IMPRESSIONS}: no impressions on {names}")
         days |= lengthened & known
         # Late rows may have taken groups of a later day into theirs.
-        days |= {each for day in days for each in range(day + 1, latest[day] // DAY + 1)} & known
-        if any(latest.get(day, 0) + reach_us >= high * DAY for day in days):
+        days |= {each for day in days for each in range(day + 1, latest[day] // groups.DAY + 1)} & known
+        if any(latest.get(day, 0) + reach_us >= high * groups.DAY for day in days):
             high += 1
         elif min(lengthened, default=low) < low:
             low -= 1
@@ -285,8 +257,8 @@ def _made_groups(
 
 
 def _grouped(
-    client: Client, tables: LogTables, scratch: Path, span: tuple[int, int, int], samples: _Samples
-) -> tuple[list[GroupedBucket], list[GroupedBucket], list[ShuffledPiece]]:
+    client: Client, tables: build.LogTables, scratch: Path, span: tuple[int, int, int], samples: _Samples
+) -> tuple[list[groups.GroupedBucket], list[groups.GroupedBucket], list[groups.ShuffledPiece]]:
     """Make the groups of a span of days; return them, the groups that are kept, and what became of the logs.
 
     Made are those of the impressions from day `first` to before day `high` of a span (low, first, high), and, of users
@@ -294,44 +266,44 @@ def _grouped(
     those from day `low` on, and what reaches into it. Kept are those that the
     samples have of the other users on days from `low` to before `first`."""
     options, (low, first, high) = tables.options, span
-    rules = rules_of(options, tables.layouts[IMPRESSIONS])
-    impressions = tables.pieces(IMPRESSIONS, WantedRows(first * DAY, high * DAY))
+    rules = build.rules_of(options, tables.layouts[IMPRESSIONS])
+    impressions = tables.pieces(IMPRESSIONS, WantedRows(first * groups.DAY, high * groups.DAY))
     if not impressions:
         return [], [], []
-    history = WantedRows(low * DAY - rules.window_s * MICROSECONDS, high * DAY)  # groups before `low` are not written
+    history = WantedRows(
+        low * groups.DAY - rules.window_s * MICROSECONDS, high * groups.DAY
+    )  # groups before `low` are not written
     behaviors = tables.pieces(BEHAVIORS, history) or tables.pieces(BEHAVIORS)[:1]
-    buckets = num_buckets(options.partitions, impressions, client)
+    buckets = build.num_buckets(options.partitions, impressions, client)
     if options.partitions is None:  # few of the behaviours are of these users, but all may be
-        buckets = max(buckets, sum(piece.num_rows for piece in behaviors) // (4 * BUCKET_ROWS))
-    early_us = first * DAY + rules.reach_us
-    calls = [(piece, early_us, latest_of(options)) for piece in impressions]
-    if sum(piece.num_rows for piece in impressions) <= BUCKET_ROWS:  # here, before the cluster has heard of it
+        buckets = max(buckets, sum(piece.num_rows for piece in behaviors) // (4 * build.BUCKET_ROWS))
+    early_us = first * groups.DAY + rules.reach_us
+    calls = [(piece, early_us, build.latest_of(options)) for piece in impressions]
+    if sum(piece.num_rows for piece in impressions) <= build.BUCKET_ROWS:  # here, before the cluster has heard of it
         found = [users_of(*call) for call in calls]
     else:
-        found = run_all(client, "find users", users_of, calls, FEWER_ROWS)
+        found = run_all(client, "find users", users_of, calls, build.FEWER_ROWS)
     users = _save_users(scratch / "users.npy", [each for each, _ in found])
     early_users = _save_users(scratch / "early.npy", [early for _, early in found])
     is_early = any(len(early) for _, early in found)
-    wanted = WantedRows(low * DAY - rules.reach_us, first * DAY, early_users)
+    wanted = WantedRows(low * groups.DAY - rules.reach_us, first * groups.DAY, early_users)
     before = tables.pieces(IMPRESSIONS, wanted) if is_early else []
     of_users = dataclasses.replace(history, users_path=users)
     behaviors = [dataclasses.replace(piece, wanted=of_users) for piece in behaviors]
     # Of a day, and of its users alone, scratch is small: it is quicker as it is.
-    read = shuffle(client, [*impressions, *before, *behaviors], scratch, buckets, options, compress=False)
+    read = build.shuffle(client, [*impressions, *before, *behaviors], scratch, buckets, options, compress=False)
     shown, done = read[IMPRESSIONS], read[BEHAVIORS]
     layout = impressions[0].layout
-    schema = columns_of_groups(layout, behaviors[0].layout, rules)
+    schema = groups.columns_of_groups(layout, behaviors[0].layout, rules)
     parts = num_threads(client)
-    others = [
-        functools.partial(
-            take_groups, samples.storage, file, (part, parts), early_users, schema, str(scratch.absolute())
-        )
+    taken = [
+        (samples.storage, file, (part, parts), early_users, schema, str(scratch.absolute()))
         for day in range(low, first)
         if before
         for file in samples.files_of_day.get(day, [])
         for part in range(parts)
     ]
-    grouped = group(client, (len(shown), len(done)), scratch, buckets, options, layout, others, compress=False)
+    grouped = build.group(client, (len(shown), len(done)), scratch, buckets, options, layout, taken, compress=False)
     return grouped[:buckets], grouped[buckets:], [*shown, *done]
 
 
@@ -340,7 +312,7 @@ def _save_users(path: Path, users: Sequence[npt.NDArray[np.int64]]) -> str:
     return str(path.absolute())
 
 
-def _check_same_columns(new: NewFiles, plans: Sequence[FilePlan]) -> None:
+def _check_same_columns(new: NewFiles, plans: Sequence[groups.FilePlan]) -> None:
     if plans and new.kept:
         file = next(iter(new.kept.values()))
         made = pq.read_schema(new.folder / plans[0].split / plans[0].name)
@@ -356,7 +328,7 @@ def _check_same_columns(new: NewFiles, plans: Sequence[FilePlan]) -> None:
             )
 
 
-def _keep_the_rest(new: NewFiles, shuffled: Sequence[ShuffledPiece]) -> None:
+def _keep_the_rest(new: NewFiles, shuffled: Sequence[groups.ShuffledPiece]) -> None:
     """Take over what else lies in the samples, bad rows too; those of the new days join them."""
     rewritten = {MARK, IMAGES_FILE, IDS_FILE}
     if any(part.quarantine_path is not None for part in shuffled):
@@ -364,16 +336,16 @@ def _keep_the_rest(new: NewFiles, shuffled: Sequence[ShuffledPiece]) -> None:
     for file in new.before.entries(recursive=False):
         if file.path not in rewritten and not file.path.startswith("."):
             new.keep(file.path, file.path)
-    write_names(new.folder, shuffled, new.before)
+    groups.write_names(new.folder, shuffled, new.before)
     if QUARANTINE_FILE in new.kept:
         return
     path = new.folder / QUARANTINE_FILE
-    write_quarantine(path, shuffled)
+    groups.write_quarantine(path, shuffled)
     with contextlib.suppress(FileNotFoundError):
         with new.before.open_input(QUARANTINE_FILE) as opened:
             old = pq.read_table(opened)
         rows = {tuple(row.values()): row for table in (old, pq.read_table(path)) for row in table.to_pylist()}
-        pq.write_table(pa.Table.from_pylist(list(rows.values()), schema=QUARANTINE), path)
+        pq.write_table(pa.Table.from_pylist(list(rows.values()), schema=groups.QUARANTINE), path)
 
 
 def _groups_of_file(
@@ -392,19 +364,9 @@ def _groups_of_file(
 
 def _counts(new: NewFiles, groups_of_file: Mapping[str, int]) -> dict[str, Any]:
     """Count the samples of each split; what a file's number of groups does not show is left out."""
-    files = {
-        split: [path.name for path in (new.folder / split).iterdir()]
-        + [_name(file) for file in new.kept if file.startswith(f"{split}/")]
-        for split in SPLITS
-    }
     found: dict[str, Any] = {"groups_of_file": dict(sorted(groups_of_file.items()))}
-    for split, names in files.items():
-        days = sorted({name[4:14] for name in names})
-        found[split] = {
-            "first_day": days[0] if days else None,
-            "last_day": days[-1] if days else None,
-            "days": len(days),
-            "files": len(names),
-            "groups": sum(groups_of_file[name] for name in names),
-        }
+    for split in SPLITS:
+        names = [path.name for path in (new.folder / split).iterdir()]
+        names += [_name(file) for file in new.kept if file.startswith(f"{split}/")]
+        found[split] = build.count_files({name: groups_of_file[name] for name in names})
     return found

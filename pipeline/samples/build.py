@@ -7,7 +7,6 @@ next to the samples, which takes their place in the end (publish).
 
 import contextlib
 import dataclasses
-import functools
 import itertools
 import math
 import shutil
@@ -24,39 +23,16 @@ from distributed import Client
 
 from featurestore.console.files import write_json
 from featurestore.console.output import print_summary
+from featurestore.errors import naming
 from featurestore.storage.storage import Storage
 from pipeline.cluster.tasks import num_threads, run_all
 from pipeline.errors import SampleError, SampleOptionError
 from pipeline.options import SampleOptions
-from pipeline.samples.groups import (
-    FORMAT,
-    HOURS_PER_DAY,
-    FilePlan,
-    GroupedBucket,
-    GroupRules,
-    ShuffledPiece,
-    WrittenFile,
-    get_groups,
-    group_bucket,
-    plan_files,
-    shuffle_pieces,
-    write_files,
-    write_names,
-    write_quarantine,
-)
-from pipeline.samples.logs import (
-    BEHAVIORS,
-    IMPRESSIONS,
-    PIECE_ROWS,
-    LogPiece,
-    WantedRows,
-    find_pieces,
-    with_joined_rows,
-)
+from pipeline.samples import groups, logs
 from pipeline.samples.mapping import TableLayout, load_mapping
 from pipeline.samples.publish import MARK, QUARANTINE_FILE, replaced_files
 from trainer.schema import lakes
-from trainer.schema.fields import SCHEMA_FILE, SETTINGS_FILE, DistinctCount, Schema, settings_text
+from trainer.schema.fields import SCHEMA_FILE, SETTINGS_FILE, DistinctCount, settings_text
 from trainer.schema.suggest import inspect_samples, render_schema
 
 Part = TypeVar("Part")
@@ -89,7 +65,7 @@ def build_samples(options: SampleOptions, client: Client) -> dict[str, Any]:
 
 
 def _build(options: SampleOptions, client: Client, tables: "LogTables") -> dict[str, Any]:
-    impressions, behaviors = tables.pieces(IMPRESSIONS), tables.pieces(BEHAVIORS)
+    impressions, behaviors = tables.pieces(logs.IMPRESSIONS), tables.pieces(logs.BEHAVIORS)
     buckets = num_buckets(options.partitions, impressions + behaviors, client)
     layout = impressions[0].layout
     with replaced_files(
@@ -99,9 +75,9 @@ def _build(options: SampleOptions, client: Client, tables: "LogTables") -> dict[
         for made in (scratch, folder / "train", folder / "test"):
             made.mkdir()
         read = shuffle(client, [*impressions, *behaviors], scratch, buckets, options)
-        shown, done = read[IMPRESSIONS], read[BEHAVIORS]
-        write_quarantine(folder / QUARANTINE_FILE, (*shown, *done))
-        write_names(folder, (*shown, *done))
+        shown, done = read[logs.IMPRESSIONS], read[logs.BEHAVIORS]
+        groups.write_quarantine(folder / QUARANTINE_FILE, (*shown, *done))
+        groups.write_names(folder, (*shown, *done))
         if not sum(part.num_rows - part.quarantined.total() for part in shown):  # before the cluster makes groups
             raise _no_rows(options.logs, shown)
         grouped = group(client, (len(shown), len(done)), scratch, buckets, options, layout)
@@ -109,7 +85,7 @@ def _build(options: SampleOptions, client: Client, tables: "LogTables") -> dict[
         if not groups_of_hour:
             raise _no_rows(options.logs, shown)
         first_test_day = find_test_day(options, days_of(groups_of_hour))
-        plans = plan_files(groups_of_hour, first_test_day, options.groups_per_file)
+        plans = groups.plan_files(groups_of_hour, first_test_day, options.groups_per_file)
         check_train([plan.split for plan in plans])
         written = write(client, grouped, plans, folder)
         shutil.rmtree(scratch)
@@ -142,16 +118,16 @@ class LogTables:
         mapping = {"--mapping": self.options.mapping} if self.options.mapping else {}
         return {"--logs": self.options.logs, **mapping}
 
-    def pieces(self, log: str, wanted: WantedRows | None = None) -> list[LogPiece]:
+    def pieces(self, log: str, wanted: logs.WantedRows | None = None) -> list[logs.LogPiece]:
         """Find the pieces of one log; see `find_pieces`."""
         layout = self.layouts[log]
         place = self.room if (layout.files if layout else log) in self.copied else self.options.logs
-        pieces = find_pieces(place, log, layout, wanted)
+        pieces = logs.find_pieces(place, log, layout, wanted)
         if pieces:  # what was found in the first file is not looked for again, nor for behaviours of the same times
-            found, done = pieces[0].layout, self.layouts[BEHAVIORS]
+            found, done = pieces[0].layout, self.layouts[logs.BEHAVIORS]
             self.layouts[log] = found
-            if log == IMPRESSIONS and done and done.time_column == found.time_column:
-                self.layouts[BEHAVIORS] = dataclasses.replace(
+            if log == logs.IMPRESSIONS and done and done.time_column == found.time_column:
+                self.layouts[logs.BEHAVIORS] = dataclasses.replace(
                     done, found_style=found.found_style, time_unit=found.time_unit
                 )
         return pieces
@@ -162,7 +138,7 @@ class LogTables:
         names = set()
         for log, layout in self.layouts.items():
             kinds = layout.read_kinds if layout else {}
-            users, of_ads = layout.user_columns if layout else (), "ad_" if log == IMPRESSIONS else "behavior_"
+            users, of_ads = layout.user_columns if layout else (), "ad_" if log == logs.IMPRESSIONS else "behavior_"
             numbers = {name for name, kind in kinds.items() if kind == "measure"}
             names |= {name if name in users else of_ads + name for name in numbers}
         return names
@@ -176,13 +152,13 @@ def open_tables(options: SampleOptions, joined: str | None = None) -> Iterator[L
     folder. `joined`: where the tables lie that the mapping joins, by default with the logs.
     """
     mapping = load_mapping(Path(options.mapping)) if options.mapping else None
-    layouts = {log: mapping.layout(log) if mapping else None for log in (IMPRESSIONS, BEHAVIORS)}
+    layouts = {log: mapping.layout(log) if mapping else None for log in (logs.IMPRESSIONS, logs.BEHAVIORS)}
     if mapping is None:
         yield LogTables(options, layouts)
         return
-    joins = mapping.layout(IMPRESSIONS).joins
-    logs, others = Storage(options.logs), Storage(joined or options.logs)
-    wanted = {layout.files: logs for layout in layouts.values() if layout}
+    joins = mapping.layout(logs.IMPRESSIONS).joins
+    own, others = Storage(options.logs), Storage(joined or options.logs)
+    wanted = {layout.files: own for layout in layouts.values() if layout}
     wanted |= {join.layout.files: others for join in joins}
     kinds = {place: kind for place, storage in wanted.items() if (kind := lakes.kind_of(storage, place))}
     if not kinds:
@@ -215,7 +191,7 @@ def _room(options: SampleOptions) -> str | None:
     return str(parent)
 
 
-def _no_rows(logs: str, shown: Sequence[ShuffledPiece]) -> SampleError:
+def _no_rows(place: str, shown: Sequence[groups.ShuffledPiece]) -> SampleError:
     """Say why the impressions have not one good row, clicks of a table of events aside."""
     reasons = sum((part.quarantined for part in shown), Counter[str]())
     events = sum((part.other_events for part in shown), Counter[str]())
@@ -224,10 +200,10 @@ def _no_rows(logs: str, shown: Sequence[ShuffledPiece]) -> SampleError:
         listed = bad_reasons(dict(reasons.most_common(3)), examples_of(shown))
         hint = f"; {HOW_TIMES}" if any(reason.startswith("timestamp") for reason in reasons) else ""
         texts.append(f"{'' if events else 'all '}{reasons.total():,} rows are bad ({listed}){hint}")
-    return SampleError(f"{logs}, {IMPRESSIONS}: {'; '.join(texts) or 'not one row'}")
+    return SampleError(f"{place}, {logs.IMPRESSIONS}: {'; '.join(texts) or 'not one row'}")
 
 
-def num_buckets(asked: int | None, pieces: Sequence[LogPiece], client: Client) -> int:
+def num_buckets(asked: int | None, pieces: Sequence[logs.LogPiece], client: Client) -> int:
     """Give the number asked for, else buckets of about BUCKET_ROWS rows, and of many rows work for all threads."""
     rows = sum(piece.num_rows for piece in pieces)
     return asked or max(1, math.ceil(rows / BUCKET_ROWS), min(num_threads(client), rows // LEAST_BUCKET_ROWS))
@@ -235,27 +211,31 @@ def num_buckets(asked: int | None, pieces: Sequence[LogPiece], client: Client) -
 
 def shuffle(
     client: Client,
-    pieces: Sequence[LogPiece],
+    pieces: Sequence[logs.LogPiece],
     scratch: Path,
     num_buckets: int,
     options: SampleOptions,
     compress: bool = True,
-) -> dict[str, list[ShuffledPiece]]:
+) -> dict[str, list[groups.ShuffledPiece]]:
     """Write the rows of logs by bucket of users into `scratch`; return each log's pieces, in their order."""
     folder, threads, latest_s = str(scratch.absolute()), num_threads(client), latest_of(options)
-    pieces = with_joined_rows(pieces, scratch)
-    logs, tasks = [], []
-    for log in dict.fromkeys(piece.log for piece in pieces):
-        first = 0
-        of_log = [piece for piece in pieces if piece.log == log]
-        for together in _together(of_log, [piece.num_rows for piece in of_log], threads, PIECE_ROWS):
-            logs.append(log)
-            tasks.append((together, first, folder, num_buckets, options.min_dwell_s, latest_s, compress))
-            first += len(together)
-    shuffled: dict[str, list[ShuffledPiece]] = {}
-    for log, done in zip(logs, run_all(client, "read logs", shuffle_pieces, tasks, FEWER_ROWS), strict=True):
-        shuffled.setdefault(log, []).extend(done)
-    return shuffled
+    pieces = logs.with_joined_rows(pieces, scratch)
+    of_logs = {log: [piece for piece in pieces if piece.log == log] for log in dict.fromkeys(p.log for p in pieces)}
+    tasks = []
+    for of_log in of_logs.values():
+        sizes = [piece.num_rows for piece in of_log]
+        calls = [
+            (piece, index, folder, num_buckets, options.min_dwell_s, latest_s, compress)
+            for index, piece in enumerate(of_log)
+        ]
+        tasks += [(groups.shuffle_piece, some) for some in _together(calls, sizes, threads, logs.PIECE_ROWS)]
+    done = itertools.chain.from_iterable(run_all(client, "read logs", _in_turn, tasks, FEWER_ROWS))
+    return {log: list(itertools.islice(done, len(of_log))) for log, of_log in of_logs.items()}
+
+
+def _in_turn(function: Callable[..., Any], calls: Sequence[tuple[Any, ...]]) -> list[Any]:
+    """Do some small calls one after the other, as one task."""
+    return [function(*call) for call in calls]
 
 
 def latest_of(options: SampleOptions) -> int:
@@ -286,24 +266,23 @@ def group(
     num_buckets: int,
     options: SampleOptions,
     layout: TableLayout,
-    others: Sequence[Callable[[], GroupedBucket]] = (),
+    taken: Sequence[tuple[Any, ...]] = (),
     compress: bool = True,
-) -> list[GroupedBucket]:
-    """Make the groups of every bucket, and get the `others` meanwhile, which come last."""
+) -> list[groups.GroupedBucket]:
+    """Make the groups of every bucket, and meanwhile take others, which come last: the calls of `take_groups`."""
     folder, rules = str(scratch.absolute()), rules_of(options, layout)
-    mine = [
-        functools.partial(
-            group_bucket, bucket, folder, num_pieces, rules, layout.user_columns, layout.ad_columns, compress
-        )
+    calls = [
+        (bucket, folder, num_pieces, rules, layout.user_columns, layout.ad_columns, compress)
         for bucket in range(num_buckets)
     ]
-    return run_all(client, "make groups", get_groups, [(each,) for each in (*mine, *others)], FEWER_ROWS)
+    tasks = [(groups.group_bucket, [call]) for call in calls] + [(groups.take_groups, [call]) for call in taken]
+    return list(itertools.chain.from_iterable(run_all(client, "make groups", _in_turn, tasks, FEWER_ROWS)))
 
 
-def rules_of(options: SampleOptions, impressions: TableLayout | None) -> GroupRules:
+def rules_of(options: SampleOptions, impressions: TableLayout | None) -> groups.GroupRules:
     """Say what belongs into a group, of impressions that are read so."""
     where = impressions.where if impressions else None
-    return GroupRules(
+    return groups.GroupRules(
         round(options.window_days * DAY_S),
         options.max_behaviors,
         options.midnight_pause_s,
@@ -324,8 +303,8 @@ def day_of(text: str, option: str) -> int:
 def days_of(groups_of_hour: Mapping[int, int]) -> Counter[int]:
     """Count the groups of each day, from those of each hour since 1970."""
     groups_of_day: Counter[int] = Counter()
-    for hour, groups in groups_of_hour.items():
-        groups_of_day[hour // HOURS_PER_DAY] += groups
+    for hour, count in groups_of_hour.items():
+        groups_of_day[hour // groups.HOURS_PER_DAY] += count
     return groups_of_day
 
 
@@ -345,7 +324,7 @@ def find_test_day(options: SampleOptions, groups_of_day: Mapping[int, int]) -> i
     left = options.test_share * sum(groups_of_day.values())
     newest_first = sorted(groups_of_day, reverse=True)
     sums = itertools.accumulate(groups_of_day[day] for day in newest_first)
-    return next(day for day, groups in zip(newest_first, sums, strict=True) if groups >= left)
+    return next(day for day, count in zip(newest_first, sums, strict=True) if count >= left)
 
 
 def check_train(splits: Collection[str]) -> None:
@@ -358,8 +337,8 @@ def check_train(splits: Collection[str]) -> None:
 
 
 def write(
-    client: Client, grouped: Sequence[GroupedBucket], plans: Sequence[FilePlan], folder: Path
-) -> list[WrittenFile]:
+    client: Client, grouped: Sequence[groups.GroupedBucket], plans: Sequence[groups.FilePlan], folder: Path
+) -> list[groups.WrittenFile]:
     """Write the planned files of samples below `folder`."""
     calls, sizes = [], []
     for plan in plans:
@@ -367,21 +346,18 @@ def write(
         found = {
             part.path: [part.batch_of_hour[hour] for hour in hours & part.batch_of_hour.keys()] for part in grouped
         }
-        calls.append((plan, {path: batches for path, batches in found.items() if batches}))
+        calls.append((plan, {path: batches for path, batches in found.items() if batches}, str(folder.absolute())))
         sizes.append(sum(part.groups_of_hour.get(hour, 0) for part in grouped for hour in hours))
-    tasks = _together(calls, sizes, num_threads(client), LEAST_BUCKET_ROWS)
-    written = run_all(
-        client, "write samples", write_files, [(task, str(folder.absolute())) for task in tasks], FEWER_ROWS
-    )
-    return list(itertools.chain.from_iterable(written))
+    tasks = [(groups.write_file, some) for some in _together(calls, sizes, num_threads(client), LEAST_BUCKET_ROWS)]
+    return list(itertools.chain.from_iterable(run_all(client, "write samples", _in_turn, tasks, FEWER_ROWS)))
 
 
 def summarise(
     options: Mapping[str, Any],
-    shown: Sequence[ShuffledPiece],
-    done: Sequence[ShuffledPiece],
-    grouped: Sequence[GroupedBucket],
-    written: Sequence[WrittenFile],
+    shown: Sequence[groups.ShuffledPiece],
+    done: Sequence[groups.ShuffledPiece],
+    grouped: Sequence[groups.GroupedBucket],
+    written: Sequence[groups.WrittenFile],
 ) -> dict[str, Any]:
     """Count what became of every row of the impressions (`shown`) and behaviours (`done`), and the samples.
 
@@ -397,7 +373,7 @@ def summarise(
     clicks = sum(part.num_clicks for part in grouped)
     distinct_done, used = sum(part.num_behaviors for part in grouped), sum(part.num_used for part in grouped)
     return {
-        "format": FORMAT,
+        "format": groups.FORMAT,
         "options": dict(options),
         "impressions": {
             "rows": rows_shown,
@@ -432,12 +408,12 @@ def bad_reasons(counts: Mapping[str, int], examples: Mapping[str, str]) -> str:
     return ", ".join(f"{why}: {count:,}{f', as {examples[why]}' if why in examples else ''}" for why, count in ordered)
 
 
-def _rows(parts: Sequence[ShuffledPiece]) -> tuple[int, Counter[str]]:
+def _rows(parts: Sequence[groups.ShuffledPiece]) -> tuple[int, Counter[str]]:
     bad = sum((part.quarantined for part in parts), Counter[str]())
     return sum(part.num_rows for part in parts), bad
 
 
-def examples_of(parts: Sequence[ShuffledPiece]) -> dict[str, str]:
+def examples_of(parts: Sequence[groups.ShuffledPiece]) -> dict[str, str]:
     """Give a bad value for each reason: that of the first piece which has one."""
     found: dict[str, str] = {}
     for part in parts:
@@ -445,7 +421,7 @@ def examples_of(parts: Sequence[ShuffledPiece]) -> dict[str, str]:
     return dict(sorted(found.items()))
 
 
-def _further_counts(parts: Sequence[ShuffledPiece]) -> dict[str, Any]:
+def _further_counts(parts: Sequence[groups.ShuffledPiece]) -> dict[str, Any]:
     return {
         "examples": examples_of(parts),
         "without_image": sum(part.num_without_image for part in parts),
@@ -454,30 +430,32 @@ def _further_counts(parts: Sequence[ShuffledPiece]) -> dict[str, Any]:
     }
 
 
-def _split(written: Sequence[WrittenFile], split: str) -> dict[str, Any]:
+def _split(written: Sequence[groups.WrittenFile], split: str) -> dict[str, Any]:
     files = [part for part in written if part.plan.split == split]
-    days = sorted({part.plan.day for part in files})
     impressions = sum(part.num_impressions for part in files)
+    return count_files({part.plan.name: part.num_groups for part in files}) | {
+        "impressions": impressions,
+        "positive_rate": sum(part.num_clicks for part in files) / impressions if impressions else None,
+    }
+
+
+def count_files(groups_of_file: Mapping[str, int]) -> dict[str, Any]:
+    """Count days and groups of some files of samples, whose names begin with their days."""
+    days = sorted({name[4:14] for name in groups_of_file})
     return {
         "first_day": days[0] if days else None,
         "last_day": days[-1] if days else None,
         "days": len(days),
-        "files": len(files),
-        "groups": sum(part.num_groups for part in files),
-        "impressions": impressions,
-        "positive_rate": _share(sum(part.num_clicks for part in files), impressions),
+        "files": len(groups_of_file),
+        "groups": sum(groups_of_file.values()),
     }
-
-
-def _share(part: int, whole: int) -> float | None:
-    return part / whole if whole else None
 
 
 LOOKED_AT = 200_000  # groups from which a schema is suggested
 
 
 def write_suggested(
-    folder: Path, samples: str, written: Sequence[WrittenFile] = (), may_lack: Collection[str] = ()
+    folder: Path, samples: str, written: Sequence[groups.WrittenFile] = (), may_lack: Collection[str] = ()
 ) -> None:
     """Suggest a schema from the samples in `folder`, which will be at `samples`, and write it there.
 
@@ -487,13 +465,9 @@ def write_suggested(
     ids: dict[str, DistinctCount] = {}
     for part in written:
         ids |= {name: ids.get(name, DistinctCount()).merged(count) for name, count in part.ids.items()}
-    schema, made = inspect_samples(Storage(folder), "label", "user", LOOKED_AT, ids, may_lack)
-    write_schema(folder, samples, schema, render_schema(schema, made, samples), made.tables)
-
-
-def write_schema(folder: Path, samples: str | Path, schema: Schema, text: str, tables: Mapping[str, int]) -> None:
-    """Write a schema as `text`, and settings with the rows of its ID tables, for samples at `samples`."""
-    address = Storage(samples).full(SCHEMA_FILE) if "://" in str(samples) else str(Path(samples) / SCHEMA_FILE)
-    settings = settings_text(str(samples), address, schema, tables)
-    for name, content in {SCHEMA_FILE: text, SETTINGS_FILE: settings}.items():
+    with naming(str(folder), samples):
+        schema, made = inspect_samples(Storage(folder), "label", "user", LOOKED_AT, ids, may_lack)
+    address = Storage(samples).full(SCHEMA_FILE) if "://" in samples else str(Path(samples) / SCHEMA_FILE)
+    settings = settings_text(samples, address, schema, made.tables)
+    for name, content in {SCHEMA_FILE: render_schema(schema, made, samples), SETTINGS_FILE: settings}.items():
         (folder / name).write_text(content, encoding="utf-8")

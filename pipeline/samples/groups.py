@@ -10,7 +10,7 @@ import contextlib
 import itertools
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -248,22 +248,6 @@ class ShuffledPiece:
     other_events: Counter[str]  # rows of a table of events that are not of this log, by their first values
 
 
-def shuffle_pieces(
-    pieces: Sequence[LogPiece],
-    first: int,
-    folder: str,
-    num_buckets: int,
-    min_dwell_s: float,
-    latest_s: int,
-    compress: bool,
-) -> list[ShuffledPiece]:
-    """Shuffle pieces one after the other, the first of which has number `first`. Raises SampleError."""
-    return [
-        shuffle_piece(piece, index, folder, num_buckets, min_dwell_s, latest_s, compress)
-        for index, piece in enumerate(pieces, first)
-    ]
-
-
 def shuffle_piece(
     piece: LogPiece, index: int, folder: str, num_buckets: int, min_dwell_s: float, latest_s: int, compress: bool
 ) -> ShuffledPiece:
@@ -450,11 +434,6 @@ class GroupedBucket:
     """By day since 1970: the last impression, or row that labels one (µs), of groups that begin then."""
 
 
-def get_groups(get: Callable[[], GroupedBucket]) -> GroupedBucket:
-    """Run one of the functions below, whose arguments are bound, so that both kinds are tasks of one stage."""
-    return get()
-
-
 def group_bucket(
     bucket: int,
     folder: str,
@@ -632,11 +611,6 @@ def split_of(day: int, first_test_day: int) -> str:
 def name_of_day(day: int) -> str:
     """Write a day since 1970 as 2026-01-31."""
     return f"{datetime.fromtimestamp(day * HOURS_PER_DAY * HOUR_S, UTC):%Y-%m-%d}"
-
-
-def write_files(calls: Sequence[tuple[FilePlan, Mapping[str, Sequence[int]]]], folder: str) -> list[WrittenFile]:
-    """Write files one after the other."""
-    return [write_file(plan, parts, folder) for plan, parts in calls]
 
 
 def write_file(plan: FilePlan, parts: Mapping[str, Sequence[int]], folder: str) -> WrittenFile:

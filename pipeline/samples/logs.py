@@ -1,6 +1,7 @@
-"""Raw logs: their files, read in pieces.
+"""Raw logs: their files, read in pieces, with the columns that joined tables have for them.
 
-Letters of shapes: N rows of a piece of a log.
+The rows of such a table are written once, by key, and looked up by all workers.
+Letters of shapes: N rows of a piece of a log, T rows of a joined table.
 """
 
 import contextlib
@@ -8,7 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -23,28 +24,7 @@ from featurestore.keys import NO_IMAGE, keys_of_bytes
 from featurestore.storage.storage import Storage
 from featurestore.text import CsvStyle
 from pipeline.errors import SampleError, SampleOptionError
-from pipeline.samples.joins import UNKNOWN, differing_key, look_up, save
-from pipeline.samples.mapping import (
-    EVENT,
-    IMAGE,
-    KEY,
-    PER_SECOND,
-    CsvRows,
-    CsvSettings,
-    EventRows,
-    Join,
-    TableLayout,
-    csv_beginning,
-    csv_names,
-    kind_of,
-    parse_id_lists,
-    parse_ids,
-    parse_labels,
-    parse_numbers,
-    parse_times,
-    read_csv,
-    unit_of,
-)
+from pipeline.samples import mapping
 from trainer.schema.profile import inner_type
 
 IMPRESSIONS = "impressions"
@@ -75,6 +55,9 @@ _CSV_ROW_BYTES = 60  # for a guess at the number of rows
 CLICK = 2  # as the label of a row: it is a click alone, which labels an impression
 _OF_CLICKS = ("timestamp", "user", "item")  # what such a row has to have
 _SHOWN_EVENTS = 10  # values of other events that are told
+UNKNOWN = -1  # an id that a row does not have
+MISSING: Mapping[str, Any] = {"image": NO_IMAGE, "profile": UNKNOWN, "measure": np.nan, "profiles": b""}
+"""What a row has, by kind, whose item or user is not in the table."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +92,7 @@ class LogPiece:
     row_groups: tuple[int, ...]
     first_row: int  # in the file
     num_rows: int  # of CSV a guess from its size
-    layout: TableLayout
+    layout: mapping.TableLayout
     wanted: WantedRows | None = None  # None: every row
     times: tuple[int, int] | None = None  # µs of its first and last row, where the file says it
 
@@ -120,7 +103,7 @@ class LogPiece:
 
 
 def find_pieces(
-    url: str, log: str, layout: TableLayout | None = None, wanted: WantedRows | None = None
+    url: str, log: str, layout: mapping.TableLayout | None = None, wanted: WantedRows | None = None
 ) -> list[LogPiece]:
     """Find the log's pieces, in the order of its files' names; only the files' footers are read.
 
@@ -144,7 +127,7 @@ def find_pieces(
     return pieces
 
 
-def _files_of(storage: Storage, log: str, layout: TableLayout | None) -> list[str]:
+def _files_of(storage: Storage, log: str, layout: mapping.TableLayout | None) -> list[str]:
     """List the files of a table, at least one. Raises SampleOptionError."""
     place = layout.files if layout else log
     files = _files(storage, place, SUFFIXES if layout else SUFFIXES[:1])
@@ -159,32 +142,32 @@ def _files_of(storage: Storage, log: str, layout: TableLayout | None) -> list[st
     return files
 
 
-def _layout_of(storage: Storage, log: str, path: str) -> TableLayout:
+def _layout_of(storage: Storage, log: str, path: str) -> mapping.TableLayout:
     """Describe a log as it is documented; the file at `path` says which of the usual user columns there are."""
     user_columns: tuple[str, ...] = ()
     if log == IMPRESSIONS:
         with open_parquet(storage, path) as file:
             user_columns = tuple(name for name in ("user_age", "user_gender") if name in file.schema_arrow.names)
-    kinds = {name: kind_of(name) for name in COLUMNS[log]} | dict.fromkeys(user_columns, "profile")
-    return TableLayout(
+    kinds = {name: mapping.kind_of(name) for name in COLUMNS[log]} | dict.fromkeys(user_columns, "profile")
+    return mapping.TableLayout(
         files=log,
         names={name: name for name in kinds},
         kinds=kinds,
         constants={},
         user_columns=user_columns,
         ad_columns=(),
-        csv=CsvSettings(),
+        csv=mapping.CsvSettings(),
         time_unit=None,
         time_format=None,
         takes_text=False,
     )
 
 
-def _settled(storage: Storage, path: str, log: str, layout: TableLayout) -> TableLayout:
+def _settled(storage: Storage, path: str, log: str, layout: mapping.TableLayout) -> mapping.TableLayout:
     """Find in the first file what the layout leaves open: how CSV is written, and the unit of times. Say it."""
     told = []
     if path.endswith(CSV_SUFFIXES):
-        style, rows = csv_beginning(storage, path, layout.csv)
+        style, rows = mapping.csv_beginning(storage, path, layout.csv)
         layout = replace(layout, found_style=style)
         if style != CsvStyle(**layout.csv.model_dump(exclude_none=True)):
             told.append(f"read as CSV with {style}")
@@ -193,7 +176,7 @@ def _settled(storage: Storage, path: str, log: str, layout: TableLayout) -> Tabl
     else:
         times = _first_times(storage, path, layout.names["timestamp"])
     if layout.time_unit is None:
-        unit = unit_of(times)
+        unit = mapping.unit_of(times)
         layout = replace(layout, time_unit=unit)
         if unit != "s":
             told.append(f"times such as {next(each for each in times if each[:1].isdigit())} are in {unit} since 1970")
@@ -203,7 +186,7 @@ def _settled(storage: Storage, path: str, log: str, layout: TableLayout) -> Tabl
     return layout
 
 
-def _with_joins(storage: Storage, path: str, layout: TableLayout) -> TableLayout:
+def _with_joins(storage: Storage, path: str, layout: mapping.TableLayout) -> mapping.TableLayout:
     """Take the columns that the first file of a log lacks from the tables that are joined. Raises SampleError."""
     own = _names(storage, path, layout)
     joins, layout = layout.joins, replace(layout, joins=())
@@ -214,11 +197,11 @@ def _with_joins(storage: Storage, path: str, layout: TableLayout) -> TableLayout
     return layout
 
 
-def _names(storage: Storage, path: str, layout: TableLayout) -> list[str]:
+def _names(storage: Storage, path: str, layout: mapping.TableLayout) -> list[str]:
     """Read the names of a file's columns."""
     if path.endswith(CSV_SUFFIXES):
-        style = layout.found_style or csv_beginning(storage, path, layout.csv)[0]
-        return csv_names(storage, path, style)
+        style = layout.found_style or mapping.csv_beginning(storage, path, layout.csv)[0]
+        return mapping.csv_names(storage, path, style)
     with open_parquet(storage, path) as file:
         return list(file.schema_arrow.names)
 
@@ -235,31 +218,31 @@ def with_joined_rows(pieces: Sequence[LogPiece], folder: Path) -> list[LogPiece]
     return [replace(piece, layout=layouts[piece.log]) for piece in pieces]
 
 
-def _written(join: Join, path: Path) -> Join:
+def _written(join: mapping.Join, path: Path) -> mapping.Join:
     pieces = find_pieces(join.url or "", f"join.{join.by}", join.layout)
     parts = [read_piece(piece, latest_s=0) for piece in pieces]
     columns = {name: np.concatenate([part.good[name] for part in parts]) for name in parts[0].good}
-    sorted_T = np.argsort(columns[KEY], kind="stable")
+    sorted_T = np.argsort(columns[mapping.KEY], kind="stable")
     columns = {name: values_T[sorted_T] for name, values_T in columns.items()}
-    key = differing_key(columns)
+    key = _differing_key(columns)
     names, place = join.layout.names, Storage(join.url or "").full(join.layout.files)
     if key is not None:
         raise SampleError(
-            f"{place}: {names[KEY]} {_text_of(key, pieces)} is in several rows, which differ in "
-            f"{', '.join(name for ours, name in names.items() if ours != KEY)}; leave one of them"
+            f"{place}: {names[mapping.KEY]} {_text_of(key, pieces)} is in several rows, which differ in "
+            f"{', '.join(name for ours, name in names.items() if ours != mapping.KEY)}; leave one of them"
         )
     if reasons := Counter(reason for part in parts for reason in part.bad_reason):
         why = ", ".join(f"{reason}: {count:,}" for reason, count in reasons.most_common(3))
         print_summary(f"{join.by:<12} {place}: {reasons.total():,} rows are left out ({why})")
     texts = {number: text for part in parts for number, text in part.texts.items()}
-    save(path, columns, pa.concat_tables(part.names for part in parts), texts)
+    _save(path, columns, pa.concat_tables(part.names for part in parts), texts)
     return replace(join, path=str(path.absolute()))
 
 
 def _text_of(key: int, pieces: Sequence[LogPiece]) -> str:
     """Find how a joined table writes a key."""
     for piece in pieces:
-        column = _read_table(piece).table.column(piece.layout.names[KEY])
+        column = _read_table(piece).table.column(piece.layout.names[mapping.KEY])
         (place_N,) = np.nonzero(_arrays(column, "id", 0, piece.layout)[0] == key)
         if len(place_N):
             return str(column[place_N[0]].as_py())
@@ -276,7 +259,7 @@ def _first_times(storage: Storage, path: str, name: str) -> list[str]:
 def _pieces(storage: Storage, empty: LogPiece) -> list[LogPiece]:
     """Cut one file, whose columns are checked, into pieces."""
     if empty.is_csv:
-        names = csv_names(storage, empty.path, empty.layout.style)
+        names = mapping.csv_names(storage, empty.path, empty.layout.style)
         _check_columns(pa.schema([(name, pa.string()) for name in names]), empty)
         return [replace(empty, num_rows=storage.size(empty.path) // _CSV_ROW_BYTES)]
     with open_parquet(storage, empty.path) as file:
@@ -353,7 +336,7 @@ def _times(file: pq.ParquetFile, group: int, piece: LogPiece) -> tuple[int, int]
         return None
     unit = kind.unit if pa.types.is_timestamp(kind) else piece.layout.unit
     ends = pa.array([statistics.min, statistics.max], kind).cast(pa.int64()).to_numpy().tolist()
-    low_us, high_us = (each * MICROSECONDS // PER_SECOND[unit] for each in ends)
+    low_us, high_us = (each * MICROSECONDS // mapping.PER_SECOND[unit] for each in ends)
     return low_us, high_us
 
 
@@ -388,8 +371,8 @@ def _fits(found: pa.DataType, kind: str, takes_text: bool) -> bool:
     if pa.types.is_dictionary(found):
         found = found.value_type
     if is_text(found):
-        return takes_text or kind == IMAGE
-    if kind == IMAGE and (pa.types.is_null(found) or pa.types.is_floating(found)):
+        return takes_text or kind == mapping.IMAGE
+    if kind == mapping.IMAGE and (pa.types.is_null(found) or pa.types.is_floating(found)):
         return True  # as pandas writes a column without values; `_images` refuses others
     whole = pa.types.is_integer(found) and found != pa.uint64()
     if kind == "time":
@@ -448,9 +431,8 @@ def read_piece(piece: LogPiece, latest_s: int) -> LogRows:
         if kind == "event":
             continue
         if kind == "image":
-            good[name], names_of_images = _images(
-                column, f"{Storage(piece.url).full(piece.path)}: column {layout.names[name]!r}"
-            )
+            where = f"{Storage(piece.url).full(piece.path)}: column {layout.names[name]!r}"
+            good[name], names_of_images = _images(column, where)
             names.append(names_of_images)
             continue
         good[name], faults = _column(table, name, layout, latest_s, texts)
@@ -458,13 +440,11 @@ def read_piece(piece: LogPiece, latest_s: int) -> LogRows:
             is_new_N = is_bad_N & (reason_N < 0)
             (new,) = np.nonzero(is_new_N if name in _OF_CLICKS else is_new_N & ~is_click_N)
             reason_N[new] = len(reasons)
-            reasons.append(f"{name if name != KEY else layout.names[name]} {fault}")
+            reasons.append(f"{name if name != mapping.KEY else layout.names[name]} {fault}")
             if len(new) and fault != "is null":
                 examples[reasons[-1]] = repr(column[new[0]].as_py())[:_SHOWN]
-    good |= {
-        name: np.full(table.num_rows, value, np.int64 if isinstance(value, int) else np.float64)
-        for name, value in layout.constants.items()
-    }
+    for name, value in layout.constants.items():
+        good[name] = np.full(table.num_rows, value, np.int64 if isinstance(value, int) else np.float64)
     if layout.only_clicks:
         del good["label"]
     if layout.where is not None and layout.where.clicked:
@@ -486,11 +466,13 @@ def read_piece(piece: LogPiece, latest_s: int) -> LogRows:
     )
 
 
-def _take_joined(joins: Sequence[Join], good: Columns, names: list[pa.Table], texts: dict[int, str]) -> Counter[str]:
+def _take_joined(
+    joins: Sequence[mapping.Join], good: Columns, names: list[pa.Table], texts: dict[int, str]
+) -> Counter[str]:
     """Add the columns of joined tables to `good`, and their names and texts; count the rows that a table lacks."""
     lacking = Counter[str]()
     for join in joins:
-        columns, has_N, names_of_images, joined_texts = look_up(join, good[join.by])
+        columns, has_N, names_of_images, joined_texts = _look_up(join, good[join.by])
         good |= columns
         texts |= joined_texts
         lacking[join.by] = int(np.count_nonzero(~has_N))
@@ -499,7 +481,7 @@ def _take_joined(joins: Sequence[Join], good: Columns, names: list[pa.Table], te
 
 
 def _chosen(
-    read: CsvRows, piece: LogPiece, latest_s: int
+    read: mapping.CsvRows, piece: LogPiece, latest_s: int
 ) -> tuple[pa.Table, npt.NDArray[np.int64], npt.NDArray[np.bool_], Counter[str]]:
     """Choose the rows of a piece that are of its log, and wanted.
 
@@ -514,7 +496,7 @@ def _chosen(
     if piece.wanted is not None:
         kept_N &= piece.wanted.of(*(_column(table, name, layout, latest_s)[0] for name in ("timestamp", "user")))
     if layout.where is not None:
-        is_row_N, is_click_N, others = _events(table.column(layout.names[EVENT]), layout.where)
+        is_row_N, is_click_N, others = _events(table.column(layout.names[mapping.EVENT]), layout.where)
         kept_N &= is_row_N
     if layout.only_clicks:
         kept_N &= _column(table, "label", layout, latest_s)[0] == 1
@@ -523,7 +505,7 @@ def _chosen(
     return table.filter(pa.array(kept_N)), row_N[kept_N], is_click_N[kept_N], others
 
 
-def _events(column: Any, where: EventRows) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_], Counter[str]]:
+def _events(column: Any, where: mapping.EventRows) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_], Counter[str]]:
     """Return which rows of a table of events are read, (N,), which of them are clicks, and count the others."""
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
@@ -536,17 +518,17 @@ def _events(column: Any, where: EventRows) -> tuple[npt.NDArray[np.bool_], npt.N
     return is_row_N | is_click_N, is_click_N, Counter(dict(counts.most_common(_SHOWN_EVENTS)))
 
 
-def _read_table(piece: LogPiece) -> CsvRows:
+def _read_table(piece: LogPiece) -> mapping.CsvRows:
     """Read the columns of a piece as its file has them, with the rows that are torn or doubtful."""
     names = [piece.layout.names[name] for name in piece.layout.kinds]
     storage = Storage(piece.url)
     if piece.is_csv:
-        return read_csv(storage, piece.path, names, piece.layout.style)
-    return CsvRows(_read_row_groups(storage, piece, names), {}, {})
+        return mapping.read_csv(storage, piece.path, names, piece.layout.style)
+    return mapping.CsvRows(_read_row_groups(storage, piece, names), {}, {})
 
 
 def _read_row_groups(storage: Storage, piece: LogPiece, names: list[str]) -> pa.Table:
-    encoded = [piece.layout.names[IMAGE]] if IMAGE in piece.layout.names else []
+    encoded = [piece.layout.names[mapping.IMAGE]] if mapping.IMAGE in piece.layout.names else []
     with open_parquet(storage, piece.path, encoded=encoded) as file:
         try:
             return file.read_row_groups(list(piece.row_groups), columns=names, use_threads=False)
@@ -556,13 +538,13 @@ def _read_row_groups(storage: Storage, piece: LogPiece, names: list[str]) -> pa.
 
 def users_of(piece: LogPiece, early_us: int, latest_s: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Read only the users of a piece; return the distinct ones, sorted, and those who have rows before `early_us`."""
-    kinds = {name: kind for name, kind in piece.layout.kinds.items() if name in ("timestamp", "user", EVENT)}
+    kinds = {name: kind for name, kind in piece.layout.kinds.items() if name in ("timestamp", "user", mapping.EVENT)}
     good = read_piece(replace(piece, layout=replace(piece.layout, kinds=kinds, joins=())), latest_s).good
     return np.unique(good["user"]), np.unique(good["user"][good["timestamp"] < early_us])
 
 
 def _column(
-    table: pa.Table, name: str, layout: TableLayout, latest_s: int, texts: dict[int, str] | None = None
+    table: pa.Table, name: str, layout: mapping.TableLayout, latest_s: int, texts: dict[int, str] | None = None
 ) -> tuple[npt.NDArray[Any], "Faults"]:
     """Read one of our columns of a table as the file has them; `texts` gets the texts of its ids."""
     column: Any = table.column(layout.names[name])
@@ -570,7 +552,7 @@ def _column(
         column = column.cast(column.type.value_type)
     if layout.kinds[name] == "profiles":
         lists = pc.split_pattern(column, layout.separators[name]) if is_text(column.type) else column
-        return parse_id_lists(lists, texts), {}
+        return mapping.parse_id_lists(lists, texts), {}
     return _arrays(column, layout.kinds[name], latest_s, layout, texts)
 
 
@@ -578,7 +560,7 @@ Faults = dict[str, npt.NDArray[np.bool_]]  # which rows have each fault
 
 
 def _arrays(
-    column: Any, kind: str, latest_s: int, layout: TableLayout, texts: dict[int, str] | None = None
+    column: Any, kind: str, latest_s: int, layout: mapping.TableLayout, texts: dict[int, str] | None = None
 ) -> tuple[npt.NDArray[Any], Faults]:
     """Read the values of a chunked Arrow column, anything where they are bad, and their faults."""
     if kind == "time" and layout.time_format is not None and pa.types.is_integer(column.type):
@@ -604,7 +586,7 @@ def _images(column: Any, where: str) -> tuple[npt.NDArray[np.int64], pa.Table]:
     if column.null_count == len(column):
         return np.full(len(column), NO_IMAGE), NAMES.empty_table()
     if pa.types.is_floating(column.type):
-        raise SampleError(f"{where} is {column.type}, wanted is {WANTED[IMAGE]}")
+        raise SampleError(f"{where} is {column.type}, wanted is {WANTED[mapping.IMAGE]}")
     if pa.types.is_integer(column.type.value_type if is_encoded else column.type):
         return column.cast(pa.int64()).fill_null(NO_IMAGE).to_numpy(), NAMES.empty_table()
     if not is_encoded:
@@ -623,20 +605,22 @@ def _images(column: Any, where: str) -> tuple[npt.NDArray[np.int64], pa.Table]:
 
 
 def _text_arrays(
-    column: Any, kind: str, latest_s: int, layout: TableLayout, texts: dict[int, str] | None
+    column: Any, kind: str, latest_s: int, layout: mapping.TableLayout, texts: dict[int, str] | None
 ) -> tuple[npt.NDArray[Any], Faults]:
     """Read as `_arrays`, but text that has to be parsed first."""
     null_N = column.is_null().to_numpy()
     null = {"is null": null_N}
     if kind == "time":
-        time_N, wrong_N = parse_times(column, layout.unit, layout.time_format)
+        time_N, wrong_N = mapping.parse_times(column, layout.unit, layout.time_format)
         late_N = time_N > latest_s * MICROSECONDS
         return time_N, null | {"is no time": wrong_N, "is before 1970": time_N < 0, "is in the future": late_N}
     if kind == "id":
-        return parse_ids(column, texts)[0], null
+        return mapping.parse_ids(column, texts)[0], null
     if kind == "profile":
-        return np.where(null_N, UNKNOWN, parse_ids(column, texts)[0]), {}
-    number_N, wrong_N = parse_labels(column) if kind == "label" else parse_numbers(column, layout.style.decimal)
+        return np.where(null_N, UNKNOWN, mapping.parse_ids(column, texts)[0]), {}
+    number_N, wrong_N = (
+        mapping.parse_labels(column) if kind == "label" else mapping.parse_numbers(column, layout.style.decimal)
+    )
     if kind == "measure":
         number_N = np.where(null_N, np.nan, number_N)
     value_N, faults = _numbers(number_N, kind)
@@ -661,10 +645,10 @@ def _times_us(column: Any, latest_s: int, whole: str) -> tuple[npt.NDArray[np.in
     Nanoseconds are cut off, a timestamp without a time zone is in UTC."""
     unit = column.type.unit if pa.types.is_timestamp(column.type) else whole
     value_N = column.cast(pa.int64()).fill_null(0).to_numpy()
-    is_early_N, is_late_N = value_N < 0, value_N > latest_s * PER_SECOND[unit]
+    is_early_N, is_late_N = value_N < 0, value_N > latest_s * mapping.PER_SECOND[unit]
     if is_early_N.any() or is_late_N.any():
         value_N = np.where(is_early_N | is_late_N, 0, value_N)
-    time_N = value_N // 1_000 if unit == "ns" else value_N * (MICROSECONDS // PER_SECOND[unit])
+    time_N = value_N // 1_000 if unit == "ns" else value_N * (MICROSECONDS // mapping.PER_SECOND[unit])
     return time_N, {"is before 1970": is_early_N, "is in the future": is_late_N}
 
 
@@ -673,3 +657,91 @@ def _keys_of(uris: Any) -> npt.NDArray[np.int64]:
     return keys_of_bytes(
         uris.cast(pa.large_binary() if pa.types.is_large_string(uris.type) else pa.binary()).to_pylist()
     )
+
+
+def _differing_key(columns: Mapping[str, npt.NDArray[Any]]) -> int | None:
+    """Return a key of several rows that differ in another column; None where there is none. All are sorted by KEY."""
+    (again,) = np.nonzero(columns[mapping.KEY][1:] == columns[mapping.KEY][:-1])
+    for values_T in columns.values():
+        one, other = values_T[again], values_T[again + 1]
+        is_other = one != other
+        if values_T.dtype == np.float32:
+            is_other &= ~(np.isnan(one) & np.isnan(other))
+        if is_other.any():
+            return int(columns[mapping.KEY][again[is_other.argmax()]])
+    return None
+
+
+def _save(path: Path, columns: Mapping[str, npt.NDArray[Any]], names: pa.Table, texts: Mapping[int, str]) -> None:
+    """Write the rows of a table, sorted by KEY, and next to them the names of its images and the texts of its ids."""
+    rows = {
+        name: pa.array(values_T, pa.binary() if values_T.dtype == np.object_ else None)
+        for name, values_T in columns.items()
+    }
+    text_columns: dict[str, Any] = {"id": pa.array(texts, pa.int64()), "text": pa.array(texts.values(), pa.string())}
+    named = ((_names_file(path), names.sort_by("key")), (_texts_file(path), pa.table(text_columns).sort_by("id")))
+    for file, table in ((path, pa.table(rows)), *named):
+        with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table.combine_chunks())
+
+
+def _look_up(
+    join: mapping.Join, id_N: npt.NDArray[np.int64]
+) -> tuple[dict[str, npt.NDArray[Any]], npt.NDArray[np.bool_], pa.Table, dict[int, str]]:
+    """Return the columns of the rows with these ids, (N,), and which ids the table has.
+
+    And what is in these columns by name: images as a table, ids by their texts."""
+    path = Path(join.path or "")
+    table = _read(path)
+    place_N, has_N = _places(table, mapping.KEY, id_N)
+    rows = table.take(place_N[has_N])
+    found = {}
+    for name, kind in join.layout.kinds.items():
+        if name != mapping.KEY:
+            values = rows.column(name).to_numpy(zero_copy_only=False)
+            found[name] = np.full(len(id_N), MISSING[kind], values.dtype)
+            found[name][has_N] = values
+    names = _read(_names_file(path))
+    place_I, has_I = _places(names, "key", np.unique(found.get(mapping.IMAGE, id_N[:0])))
+    return found, has_N, names.take(place_I[has_I]), _texts_of(path, [*found.values()])
+
+
+def _texts_of(path: Path, columns: Sequence[npt.NDArray[Any]]) -> dict[int, str]:
+    """Read the texts of the ids of some columns, lists of ids too."""
+    table = _read(_texts_file(path))
+    if not len(table):
+        return {}
+    flat = [
+        np.frombuffer(b"".join(set(values_N.tolist())), np.int64) if values_N.dtype == np.object_ else values_N
+        for values_N in columns
+        if values_N.dtype in (np.object_, np.int64)
+    ]
+    place_U, has_U = _places(table, "id", np.unique(np.concatenate([np.empty(0, np.int64), *flat])))
+    rows = table.take(place_U[has_U])
+    ids, texts = (cast("list[Any]", rows.column(name).to_pylist()) for name in ("id", "text"))
+    return dict(zip(ids, texts, strict=True))
+
+
+def _names_file(path: Path) -> Path:
+    return path.with_suffix(".names")
+
+
+def _texts_file(path: Path) -> Path:
+    return path.with_suffix(".texts")
+
+
+def _read(path: Path) -> pa.Table:
+    """Map a file of one batch into memory."""
+    with pa.memory_map(str(path)) as mapped:
+        return pa.ipc.open_file(mapped).read_all()
+
+
+def _places(
+    table: pa.Table, key: str, wanted_N: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+    """Find the row of each key in a table that is sorted by it, and whether it has one."""
+    if not len(table):
+        return np.zeros(len(wanted_N), np.int64), np.zeros(len(wanted_N), np.bool_)
+    keys_T = table.column(key).to_numpy()
+    place_N = np.minimum(np.searchsorted(keys_T, wanted_N), len(keys_T) - 1)
+    return place_N, keys_T[place_N] == wanted_N

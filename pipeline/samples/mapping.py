@@ -151,7 +151,7 @@ class Join:
     layout: TableLayout
     """Its files, KEY, and the columns that are taken for the log: none until the log's first file was looked at."""
     url: str | None = None  # of the folder that has the files; None: that of the logs
-    path: str | None = None  # of a file with its rows for the workers; see pipeline.samples.joins
+    path: str | None = None  # of a file with its rows for the workers; see pipeline.samples.logs
 
     @property
     def is_settled(self) -> bool:

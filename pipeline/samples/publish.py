@@ -13,17 +13,7 @@ from pathlib import Path
 
 from featurestore.console.output import progress_bar
 from featurestore.errors import CommitConflictError
-from featurestore.published.versions import (
-    FILES,
-    VERSIONS,
-    PublishedFile,
-    PublishedFiles,
-    PublishedVersion,
-    expire,
-    open_published,
-    publish,
-    upload,
-)
+from featurestore.published import versions
 from featurestore.storage.safety import refuse_unsafe
 from featurestore.storage.storage import Storage, in_threads
 from pipeline.errors import SampleError, SampleOptionError
@@ -36,26 +26,6 @@ KEEP_DAYS = 7
 _HERE, _EXCHANGE = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
 _UPLOADS = 4  # at once, each with its file in memory
 _DAY_S = 86_400
-
-
-@dataclass(frozen=True)
-class FolderContent:
-    """What a folder holds, and the names in it that show this: a folder that lacks one of them is not replaced."""
-
-    name: str
-    shown_by: tuple[str, ...]
-
-    def check(self, place: str, names: Collection[str]) -> None:
-        """Raise SampleOptionError where the names at a place show that it holds something else."""
-        problem = next((f"has no {name}" for name in self.shown_by if name not in names), None)
-        if names and problem:
-            raise SampleOptionError(
-                f"{place} has files that are no {self.name} (it {problem}), and its content would be replaced; name"
-                " another place or empty it"
-            )
-
-
-SAMPLES = FolderContent("samples", (MARK, "train"))
 
 
 @dataclass(frozen=True)
@@ -75,7 +45,6 @@ class NewFiles:
 @contextlib.contextmanager
 def replaced_files(
     target: str,
-    content: FolderContent = SAMPLES,
     *,
     before: Storage | None = None,
     spared: Mapping[str, str] | None = None,
@@ -92,7 +61,7 @@ def replaced_files(
     """
     place = Storage(target) if target.strip() else None
     if place is None or place.is_local:
-        with replaced_folder(place.url if place and "://" in target else target, content, spared) as folder:
+        with replaced_folder(place.url if place and "://" in target else target, spared) as folder:
             new = NewFiles(folder, before or Storage(target))
             folder_before = _inode(new.before)
             yield new
@@ -101,9 +70,10 @@ def replaced_files(
             if before is not None and _inode(before) != folder_before:
                 raise CommitConflictError(f"{target} was replaced by another command meanwhile; run it again")
         return
-    new_before = before or open_published(target)
-    content.check(new_before.url, set(new_before.list()) - {FILES, VERSIONS})  # of a first build that was killed
-    if not isinstance(new_before, PublishedFiles):
+    new_before = before or versions.open_published(target)
+    of_a_killed_build = {versions.FILES, versions.VERSIONS}
+    _check_samples(new_before.url, set(new_before.list()) - of_a_killed_build)
+    if not isinstance(new_before, versions.PublishedFiles):
         refuse_unsafe(place)
     try:
         with _building(Path(scratch or tempfile.gettempdir()), f".crossmedia-{os.getuid()}.building-") as folder:
@@ -111,8 +81,8 @@ def replaced_files(
             yield new
             _publish(place, new, before is not None)
     except OSError as error:
-        raise SampleError(f"cannot make the {content.name} for {target}: {error or type(error).__name__}") from error
-    expire(place, keep_days * _DAY_S)
+        raise SampleError(f"cannot make the samples for {target}: {error or type(error).__name__}") from error
+    versions.expire(place, keep_days * _DAY_S)
 
 
 def _inode(folder: Storage) -> int | None:
@@ -126,51 +96,49 @@ def _publish(place: Storage, new: NewFiles, is_made_from_before: bool) -> None:
     names.remove(LOCK)
     with progress_bar("uploading", len(names)) as bar:
         uploads = in_threads(
-            lambda name: upload(place, new.folder / name, name), names, _UPLOADS, lambda *_: bar.advance(1)
+            lambda name: versions.upload(place, new.folder / name, name), names, _UPLOADS, lambda *_: bar.advance(1)
         )
         files = dict(zip(names, uploads, strict=True))
     files |= {name: _published(new.before, name_before) for name, name_before in new.kept.items()}
     after = _version(new.before).version if is_made_from_before else None
-    publish(place, files, after)
+    versions.publish(place, files, after)
     for name in names:
         if "/" not in name:
             place.write_bytes(name, (new.folder / name).read_bytes())
 
 
-def _published(before: Storage, name: str) -> PublishedFile:
+def _published(before: Storage, name: str) -> versions.PublishedFile:
     """Name a file that is there, of a version or of a plain folder."""
     files = _version(before).files
-    return files[name] if files else PublishedFile(path=name, size_bytes=before.size(name))
+    return files[name] if files else versions.PublishedFile(path=name, size_bytes=before.size(name))
 
 
-def _version(before: Storage) -> PublishedVersion:
-    if isinstance(before, PublishedFiles):
+def _version(before: Storage) -> versions.PublishedVersion:
+    if isinstance(before, versions.PublishedFiles):
         return before.published
-    return PublishedVersion(version=0, publication="", writer="", time_s=0.0, files={})
+    return versions.PublishedVersion(version=0, publication="", writer="", time_s=0.0, files={})
 
 
 @contextlib.contextmanager
-def replaced_folder(
-    target: str | Path, content: FolderContent = SAMPLES, spared: Mapping[str, str] | None = None
-) -> Iterator[Path]:
+def replaced_folder(target: str | Path, spared: Mapping[str, str] | None = None) -> Iterator[Path]:
     """Give an empty folder next to `target` that takes its place when the block ends, and goes when it raises.
 
-    The block writes the files of `content` into it. What killed runs left next to `target` goes as well. Raises
+    The block writes samples into it. What killed runs left next to `target` goes as well. Raises
     SampleError in place of an OSError, the block's too: a full disk, a place that cannot be written. Raises
     SampleOptionError where `target` names no folder, or is there and holds something else, or the place that the
     program runs in or one of `spared` (by options) would go with it.
     """
-    _check_named(str(target), content.name, spared or {})
+    _check_named(str(target), spared or {})
     target = Path(target)
     try:
-        _check_replaceable(target, content)
+        _check_replaceable(target)
         with _building(target.parent, f".{target.name}.building-") as building:
             yield building
             (building / LOCK).unlink()
-            _check_replaceable(target, content)
+            _check_replaceable(target)
             _swap(building, target)
     except OSError as error:
-        raise SampleError(f"cannot make the {content.name} in {target}: {error or type(error).__name__}") from error
+        raise SampleError(f"cannot make the samples in {target}: {error or type(error).__name__}") from error
 
 
 @contextlib.contextmanager
@@ -189,28 +157,38 @@ def _building(parent: Path, prefix: str) -> Iterator[Path]:
         shutil.rmtree(building, ignore_errors=True)
 
 
-def _check_named(target: str, what: str, spared: Mapping[str, str]) -> None:
+def _check_named(target: str, spared: Mapping[str, str]) -> None:
     if not target.strip() or "\0" in target:
-        raise SampleOptionError(f"{target!r} is no name of a folder for the {what}; give one")
+        raise SampleOptionError(f"{target!r} is no name of a folder for the samples; give one")
     place = Path(os.path.realpath(target))  # not Path.resolve, which raises for a circle on Python 3.11
     if Path.cwd().is_relative_to(place):
         raise SampleOptionError(
-            f"{target} is the folder that this command runs in, or one above it, and would be replaced by the {what}; "
-            "name another"
+            f"{target} is the folder that this command runs in, or one above it, and would be replaced by the samples;"
+            " name another"
         )
     for option, path in spared.items():
         if "://" not in path and Path(os.path.realpath(path)).is_relative_to(place):
             raise SampleOptionError(
-                f"{target} would be replaced by the {what}, with {option} {path} in it; name another"
+                f"{target} would be replaced by the samples, with {option} {path} in it; name another"
             )
 
 
-def _check_replaceable(target: Path, content: FolderContent) -> None:
+def _check_replaceable(target: Path) -> None:
     if not target.exists():
         return
     if not target.is_dir():
-        raise SampleOptionError(f"{target} is a file; name a folder for the {content.name}")
-    content.check(str(target), {path.name for path in target.iterdir()})
+        raise SampleOptionError(f"{target} is a file; name a folder for the samples")
+    _check_samples(str(target), {path.name for path in target.iterdir()})
+
+
+def _check_samples(place: str, names: Collection[str]) -> None:
+    """Raise SampleOptionError where the names at a place show that it holds something else."""
+    lacking = next((name for name in (MARK, "train") if name not in names), None)
+    if names and lacking:
+        raise SampleOptionError(
+            f"{place} has files that are no samples (it has no {lacking}), and its content would be replaced; name"
+            " another place or empty it"
+        )
 
 
 def _swap(building: Path, target: Path) -> None:

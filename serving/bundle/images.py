@@ -1,4 +1,4 @@
-"""Rows of a vectors store: visual vectors, computed from features by the networks E.
+"""Rows of a vectors store: visual vectors, computed from features by E.
 
 An export computes them for all images. A publish computes those of images that are new or changed in a feature store,
 as one commit of the vectors store: its manifest names the snapshot of features that its rows are computed from, and a
@@ -23,19 +23,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from featurestore.errors import CommitConflictError, SnapshotNotFoundError, SpecMismatchError
-from featurestore.format.datafile import (
-    DELETED,
-    FEATURE,
-    KEY,
-    URI,
-    matrix_of,
-    numpy_column,
-    open_entry,
-    table_of,
-    text_column,
-)
+from featurestore.format import datafile
+from featurestore.format.datafile import DELETED, FEATURE, KEY, URI
 from featurestore.format.rows import FeatureRows
-from featurestore.format.shard import ShardReader, newest_rows, take_rows, write_shard_file
+from featurestore.format.shard import ShardReader, newest_rows, take_rows
 from featurestore.keys import Int64Array
 from featurestore.lookup.embedding import EmbeddingModel
 from featurestore.lookup.ondevice import as_tensor
@@ -45,12 +36,12 @@ from featurestore.spec import ExtractorSpec, FileEntry, StoreInfo
 from featurestore.storage.storage import Progress
 from featurestore.store import FeatureStore
 from serving.bundle import EPS
-from serving.bundle.manifest import IMAGES, VECTORS, Missing, NetworkColumns, VectorsOf
+from serving.bundle.manifest import IMAGES, VECTORS, Missing, VectorsOf
 from serving.bundle.open import ModelVersion
 from serving.bundle.rows import Float32
 from serving.errors import BrokenBundleError, ServingError
 from trainer.config import ModelConfig
-from trainer.engine.wiring import image_model, networks_of
+from trainer.engine.wiring import image_model, widths_of_stores
 from trainer.models.layers import used_fields
 from trainer.runs.export import load_part
 from trainer.runs.open import StorePlace
@@ -65,11 +56,11 @@ _SHARD_BYTES = 32 << 20
 
 
 @dataclass(frozen=True)
-class StoreNetworks:
-    """The networks E of one feature store."""
+class StoreNetwork:
+    """The E of one feature store, and the vector for images without a feature."""
 
-    models: Mapping[str, EmbeddingModel]
-    no_image: Mapping[str, Float32]
+    model: EmbeddingModel
+    no_image_V: Float32
 
     @classmethod
     def of(
@@ -80,64 +71,33 @@ class StoreNetworks:
         fields: Sequence[Field],
         config: ModelConfig,
         missing: Missing,
-    ) -> "StoreNetworks":
-        """Build the networks of the store that is named `store` in the schema, for features like the snapshot's.
+    ) -> "StoreNetwork":
+        """Build the E of the store that is named `store` in the schema, for features like the snapshot's.
 
         `state`: the part `stores.` of a checkpoint. Raises CheckpointError if it belongs to another model."""
-        models, no_image = {}, {}
-        for name, width in networks_of(tuple(fields), config)[store].items():
-            models[name] = image_model(snapshot.info.dim, width, config)
-            load_part(models[name], _below(state, f"{store}.models.{name}."))
-            models[name].eval()
-            learned = state.get(f"{store}.no_image.{name}") if missing == "learned" else None
-            no_image[name] = np.zeros(width, np.float32) if learned is None else learned.float().numpy()
-        return cls(models, no_image)
-
-    @property
-    def columns(self) -> tuple[NetworkColumns, ...]:
-        """The columns of each network's visual vector in a row."""
-        ends = np.cumsum([model.out for model in self.models.values()]).tolist()
-        return tuple(
-            NetworkColumns(
-                name=name, start=end - model.out, width=model.out, no_image=tuple(self.no_image[name].tolist())
-            )
-            for (name, model), end in zip(self.models.items(), ends, strict=True)
-        )
-
-    @property
-    def width(self) -> int:
-        """Numbers in a row."""
-        return sum(model.out for model in self.models.values())
+        width = widths_of_stores(tuple(fields), config)[store]
+        model = image_model(snapshot.info.dim, width, config)
+        load_part(model, _below(state, f"{store}.model."))
+        model.eval()
+        learned = state.get(f"{store}.no_image") if missing == "learned" else None
+        return cls(model, np.zeros(width, np.float32) if learned is None else learned.float().numpy())
 
     def rows(self, features_KD: NDArray[np.generic]) -> Float32:
         """Compute the rows (K, V) of stored features. Raises TrainerError if numbers are not finite."""
-        features = as_tensor(features_KD)
         with torch.inference_mode():
-            parts = [finite(model(features).float().numpy()) for model in self.models.values()]
-        return np.concatenate(parts, axis=1)
+            return finite(self.model(as_tensor(features_KD)).float().numpy())
 
 
-def networks_for(version: ModelVersion, of: VectorsOf) -> Callable[[Snapshot], StoreNetworks]:
-    """Read the networks E of a feature store from a bundle.
+def network_for(version: ModelVersion, of: VectorsOf) -> Callable[[Snapshot], StoreNetwork]:
+    """Read the E of a feature store from a bundle.
 
-    Returns a function that builds them for the features of a snapshot. Raises BrokenBundleError."""
+    Returns a function that builds it for the features of a snapshot. Raises BrokenBundleError."""
     path, missing = version.files.path(IMAGES), version.manifest.missing
     try:
         state = load_file(path)
     except (OSError, SafetensorError) as error:
         raise BrokenBundleError(f"{path} is damaged: {error}") from error
-    return lambda snapshot: StoreNetworks.of(state, of.store, snapshot, version.fields, version.model, missing)
-
-
-def rows_of_shard(reader: ShardReader, networks: StoreNetworks) -> FeatureRows:
-    """Compute the rows of all images of a shard, ordered by splitmix64; verifies the digest of each file.
-
-    Memory holds the shard's rows, one of its files, and some thousand features."""
-    names = reader.read([KEY, URI])
-    rows_MV = np.empty((len(names), networks.width), np.float32)
-    for place_K, features_KD in _batches(reader):
-        rows_MV[place_K] = networks.rows(features_KD)
-    return FeatureRows.of(text_column(names, URI), rows_MV, keys=numpy_column(names, KEY))
+    return lambda snapshot: StoreNetwork.of(state, of.store, snapshot, version.fields, version.model, missing)
 
 
 def export_vectors(
@@ -151,20 +111,18 @@ def export_vectors(
 ) -> VectorsOf:
     """Compute the vectors of all images of a store's snapshot into a vectors store below `folder_url`.
 
-    The snapshot is `version`, by default the newest. `state`: the part `stores.` of the checkpoint. Works shard by
-    shard; memory holds one shard's vectors and its largest file. Raises CheckpointError, AnotherStoreError,
-    TrainerError, FeatureStoreError."""
+    The snapshot is `version`, by default the newest. `state`: the part `stores.` of the checkpoint. To `publish`, all
+    images are new. Raises CheckpointError, AnotherStoreError, TrainerError, FeatureStoreError."""
     snapshot, model = saved.snapshot(place, version), saved.config.model
-    networks = StoreNetworks.of(state, place.name, snapshot, used_fields(saved.schema, model), model, missing)
-    num_images = snapshot.num_rows
+    network = StoreNetwork.of(state, place.name, snapshot, used_fields(saved.schema, model), model, missing)
     info = StoreInfo(
-        num_shards=_num_shards(num_images * 4 * networks.width, snapshot.info.num_shards),
+        num_shards=_num_shards(snapshot.num_rows * 4 * network.model.out, snapshot.info.num_shards),
         name="visual vectors",
-        dim=networks.width,
+        dim=network.model.out,
         dtype="float32",
         extractor=ExtractorSpec(
             backbone=f"E of {saved.folder.name}, {saved.checkpoint.name}",
-            layer=", ".join(networks.models),
+            layer=place.name,
             weights_digest=saved.digest,
             preprocessing=f"features of kind {snapshot.info.digest}",
             compute_dtype=str(model.compute_dtype),
@@ -172,44 +130,22 @@ def export_vectors(
     )
     source, folder = SnapshotId.of(snapshot).as_source(), folder_of(place.name)
     store = FeatureStore.create(f"{folder_url}/{folder}", info)
-    _fill(store, snapshot, networks, num_images, progress)
-    return VectorsOf(
+    of = VectorsOf(
         store=place.name,
         folder=folder,
         source=source,
         features=snapshot.info.digest,
         store_id=store.info.store_id,
-        networks=networks.columns,
+        no_image=tuple(network.no_image_V.tolist()),
     )
+    here, number = snapshot.storage.url, snapshot.version
+    publish(store, of, lambda _: network, source_url=here, source_version=number, eps=0, progress=progress)
+    return of
 
 
 def folder_of(store: str) -> str:
     """Return the folder of a store's vectors in the version's folder; valid for any name of a store."""
     return f"{VECTORS}/{quote(store, safe='')}"
-
-
-def _fill(
-    store: FeatureStore, snapshot: Snapshot, networks: StoreNetworks, num_images: int, progress: Progress | None
-) -> None:
-    """Write and commit the rows of all images. A shard of vectors covers several adjacent shards of features."""
-    per_shard, done = snapshot.info.num_shards // store.info.num_shards, 0
-
-    def tables(shard: int) -> Iterator[pa.Table]:
-        nonlocal done
-        for number in range(shard * per_shard, (shard + 1) * per_shard):
-            if not snapshot.manifest.files(number):
-                continue
-            rows = rows_of_shard(snapshot.shard_reader(number), networks)
-            yield table_of(rows, store.info)
-            done += len(rows)
-            if progress is not None:
-                progress(done, num_images)
-
-    filled = {number // per_shard for number in snapshot.manifest.shards}
-    entries = {
-        shard: write_shard_file(store.storage, store.info, shard, tables(shard), "base", 0) for shard in sorted(filled)
-    }
-    store.commit(entries, "export", mirrors=SnapshotId.of(snapshot).as_source())
 
 
 def _num_shards(size_bytes: int, most: int) -> int:
@@ -256,16 +192,16 @@ class ChangedImages:
         """Read each new file once: the last row of a key counts, and may be a tombstone."""
         tables = []
         for entry in added:
-            with open_entry(self.newest.storage, self.newest.info, entry) as file:
+            with datafile.open_entry(self.newest.storage, self.newest.info, entry) as file:
                 tables.append(file.read([KEY, URI, DELETED, FEATURE]))
         table, gone = tables[0], _NO_KEYS
         if len(added) > 1 or added[0].num_deleted:
             table = pa.concat_tables(tables)
-            table = take_rows(table, newest_rows(numpy_column(table, KEY)))
-            is_gone_K = numpy_column(table, DELETED)
-            gone, table = numpy_column(table, KEY)[is_gone_K], table.filter(pa.array(~is_gone_K))
-        keys_K, features_KD = numpy_column(table, KEY), matrix_of(table, self.newest.info)
-        return iter([ImageRows(keys_K, text_column(table, URI), features_KD)]), gone
+            table = take_rows(table, newest_rows(datafile.numpy_column(table, KEY)))
+            is_gone_K = datafile.numpy_column(table, DELETED)
+            gone, table = datafile.numpy_column(table, KEY)[is_gone_K], table.filter(pa.array(~is_gone_K))
+        keys_K, features_KD = datafile.numpy_column(table, KEY), datafile.matrix_of(table, self.newest.info)
+        return iter([ImageRows(keys_K, datafile.text_column(table, URI), features_KD)]), gone
 
     def _blocks(self, shard: int, touched: NDArray[np.int64]) -> Iterator[ImageRows]:
         """Read the live rows among some keys of a shard, a few thousand at a time."""
@@ -273,27 +209,13 @@ class ChangedImages:
         if not reader.entries:
             return
         names = reader.read([KEY, URI])
-        names = names.filter(pa.array(np.isin(numpy_column(names, KEY), touched)))
+        names = names.filter(pa.array(np.isin(datafile.numpy_column(names, KEY), touched)))
         for start in range(0, len(names), BATCH_ROWS):
             block = names.slice(start, BATCH_ROWS)
-            keys_K = numpy_column(block, KEY)
+            keys_K = datafile.numpy_column(block, KEY)
             features_KD, is_there_K = reader.features(keys_K)
             assert is_there_K.all()
-            yield ImageRows(keys_K, text_column(block, URI), features_KD)
-
-
-def _batches(reader: ShardReader) -> Iterator[tuple[NDArray[np.int64], NDArray[np.generic]]]:
-    """Yield positions in the shard and features of some thousand images at a time."""
-    places: list[NDArray[np.int64]] = []
-    features: list[NDArray[np.generic]] = []
-    for block in reader.verified_blocks():
-        places.append(block.place_K)
-        features.append(block.features_KD.copy())
-        if sum(map(len, places)) >= BATCH_ROWS:
-            yield np.concatenate(places), np.concatenate(features)
-            places, features = [], []
-    if places:
-        yield np.concatenate(places), np.concatenate(features)
+            yield ImageRows(keys_K, datafile.text_column(block, URI), features_KD)
 
 
 def _below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -332,7 +254,7 @@ class PublishReport:
 def publish(
     vectors: FeatureStore,
     of: VectorsOf,
-    networks_for: Callable[[Snapshot], StoreNetworks],
+    network_for: Callable[[Snapshot], StoreNetwork],
     *,
     source_url: str | None = None,
     source_version: VersionName | None = None,
@@ -363,11 +285,9 @@ def publish(
         )
         if mirrored is not None and mirrored.version == newest.version:
             return report
-        delta = _Delta(vectors, now, networks_for(newest), ChangedImages(mirrored, newest), eps)
+        delta = _Delta(vectors, now, network_for(newest), ChangedImages(mirrored, newest), eps, progress)
         for shard in range(now.info.num_shards):
             delta.add(shard)
-            if progress is not None:
-                progress(shard + 1, now.info.num_shards)
         try:
             made = vectors.commit(
                 delta.entries, "publish", only_after=now.version, mirrors=SnapshotId.of(newest).as_source()
@@ -393,9 +313,10 @@ class _Delta:
 
     _vectors: FeatureStore
     _now: Snapshot
-    _networks: StoreNetworks
+    _network: StoreNetwork
     _changes: ChangedImages
     _eps: float
+    _progress: Progress | None
     entries: dict[int, FileEntry] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
 
@@ -420,17 +341,17 @@ class _Delta:
         keys_M = keys_K[place_M]
         rows = FeatureRows.of(
             [*self._uris(reader, keys_M, [uris[place] for place in place_M]), *[""] * len(gone)],
-            np.concatenate([new_KV[place_M], np.zeros((len(gone), self._networks.width), np.float32)]),
+            np.concatenate([new_KV[place_M], np.zeros((len(gone), self._network.model.out), np.float32)]),
             keys=np.concatenate([keys_M, gone]),
         )
         self.entries |= self._vectors.write(replace(rows, deleted_N=np.arange(len(rows)) >= len(keys_M)))
 
     def _examine(self, shard: int) -> tuple[Int64Array, list[str], Float32, Int64Array | None]:
         """Return keys, uris and new rows of a shard's images that may have changed, and keys of those that may be gone.
-        If the last is None, all images that are not among the first are gone. Networks run on some thousand images at a
+        If the last is None, all images that are not among the first are gone. E runs on some thousand images at a
         time."""
         per_shard = self._changes.newest.info.num_shards // self._now.info.num_shards
-        keys, rows = [np.empty(0, np.int64)], [np.empty((0, self._networks.width), np.float32)]
+        keys, rows = [np.empty(0, np.int64)], [np.empty((0, self._network.model.out), np.float32)]
         uris: list[str] = []
         gone: list[Int64Array] = [np.empty(0, np.int64)]
         waiting: list[NDArray[Any]] = []
@@ -442,10 +363,12 @@ class _Delta:
                 uris += block.uris
                 waiting.append(block.features_KD)
                 if sum(map(len, waiting)) >= BATCH_ROWS:
-                    rows.append(self._networks.rows(np.concatenate(waiting)))
+                    rows.append(self._network.rows(np.concatenate(waiting)))
                     waiting = []
+            if self._progress is not None:
+                self._progress(number + 1, self._changes.newest.info.num_shards)
         if waiting:
-            rows.append(self._networks.rows(np.concatenate(waiting)))
+            rows.append(self._network.rows(np.concatenate(waiting)))
         all_gone = np.concatenate(gone) if self._changes.mirrored else None
         return np.concatenate(keys), uris, np.concatenate(rows), all_gone
 
@@ -467,7 +390,7 @@ def _check_source(of: VectorsOf, now: Snapshot, newest: Snapshot) -> None:
     )
     if newest.info.digest != of.features:
         raise SpecMismatchError(
-            f"{newest.storage.url} has features of another kind than the model's networks were trained on; "
+            f"{newest.storage.url} has features of another kind than the model's E was trained on; "
             "name a store with features of that kind by --store"
         )
 

@@ -167,7 +167,7 @@ class Scoring:
         """Describe the model and its tensors."""
         self._check_name(request)
         model = self.live.model
-        return _json(model_metadata(self.settings.model_name, model.identity.version, model.columns))
+        return _json(model_metadata(self.settings.model_name, model.identity.version, model.inputs.sources))
 
     async def model_is_ready(self, request: Request) -> Response:
         """Return whether the model is warmed up."""

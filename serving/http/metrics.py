@@ -43,7 +43,6 @@ _FLUSH_S = 0.5
 _MOST_READINGS = 10
 _SCORES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9, 1.0)
 """Bounds, closer where click rates are."""
-_SIZES = (0, 1, 10, 50, 100, 200, 500, 1_000, 2_000, 5_000, 10_000)
 
 
 class ServingMetrics:
@@ -75,9 +74,6 @@ class ServingMetrics:
             registry=registry,
         )
         self.candidates = Counter("serving_candidates", "Candidates scored", registry=registry)
-        self.candidates_each = Histogram(
-            "serving_request_candidates", "Candidates of each scored body", buckets=_SIZES, registry=registry
-        )
         self.scores = Histogram(
             "serving_scores", "Click probabilities of candidates", buckets=_SCORES, registry=registry
         )
@@ -137,7 +133,6 @@ class ServingMetrics:
         killed worker loses those of its last half second.
         """
         num_candidates = scores.num_candidates
-        self.candidates_each.observe(num_candidates)
         self.candidates.inc(num_candidates)
         waiting = self._waiting
         for field in scores.fields:

@@ -31,17 +31,7 @@ import uvicorn
 
 from featurestore.console.commandline import STOPPED, say_error
 from featurestore.errors import FAILED, UserError
-from serving.http.access import (
-    SIGNALS,
-    Credentials,
-    SecuredServer,
-    check_files,
-    configure_logging,
-    listen,
-    stop_connecting,
-    url_of,
-    uvicorn_config,
-)
+from serving.http import access
 from serving.http.app import Scoring, logger
 from serving.http.limits import allow_connections
 from serving.http.live import BundleSource
@@ -65,10 +55,12 @@ def serve(settings: ServerSettings, make_source: MakeSource = BundleSource) -> i
     Raises ServerSettingsError or TokenFileError for a file that does not work, ListenError if the port is taken, and
     the source's errors if the first model cannot be loaded.
     """
-    configure_logging()
-    check_files(settings)
-    listener = listen(settings)
-    logger.info("listening on %s for model %s of %s", url_of(settings, listener), settings.model_name, settings.model)
+    access.configure_logging()
+    access.check_files(settings)
+    listener = access.listen(settings)
+    logger.info(
+        "listening on %s for model %s of %s", access.url_of(settings, listener), settings.model_name, settings.model
+    )
     with listener:
         if settings.workers == 1:
             return run_worker(settings, listener, make_source)
@@ -83,9 +75,9 @@ def run_worker(
 ) -> int:
     """Answer on the listening socket in this process; return the exit code. `on_ready`: set for one of several."""
     allow_connections()
-    credentials, failures = Credentials(settings), list[Exception]()
+    credentials, failures = access.Credentials(settings), list[Exception]()
     scoring = Scoring(settings, make_source(settings), failures.append, on_ready, credentials.tokens)
-    config = uvicorn_config(settings, credentials, scoring.app())
+    config = access.uvicorn_config(settings, credentials, scoring.app())
     server = DrainingServer(config, scoring, credentials, failures, listener)
     server.run(sockets=[listener])
     if failures:
@@ -94,7 +86,7 @@ def run_worker(
     return 0
 
 
-class DrainingServer(SecuredServer):
+class DrainingServer(access.SecuredServer):
     """Uvicorn's server that drains at a first signal; a second one ends the process at once.
 
     One of several workers leaves the second signal to its supervisor, as a signal to the whole group reaches it twice.
@@ -104,7 +96,7 @@ class DrainingServer(SecuredServer):
         self,
         config: uvicorn.Config,
         scoring: Scoring,
-        credentials: Credentials,
+        credentials: access.Credentials,
         failures: list[Exception],
         listener: socket.socket,
     ) -> None:
@@ -127,7 +119,9 @@ class DrainingServer(SecuredServer):
         if self._scoring.stopping:
             self._ticks_left -= 1
             if self._ticks_left == _TICKS_OF_BACKLOG and self._scoring.on_ready is None:
-                stop_connecting(self._listener)  # with several workers the supervisor does it, as they share the socket
+                access.stop_connecting(
+                    self._listener
+                )  # with several workers the supervisor does it, as they share the socket
             is_patient = self._ticks_left > -_TICKS_OF_PATIENCE and self._has_new_connections()
             self.should_exit = self.should_exit or (self._ticks_left <= 0 and not is_patient)
         return await super().on_tick(counter) or bool(self._failures)
@@ -159,7 +153,7 @@ class WorkerSupervisor:
 
     def run(self) -> int:
         """Run until a signal or until no worker can start; returns the exit code."""
-        before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+        before = {number: signal.signal(number, self._on_signal) for number in access.SIGNALS}
         folder = tempfile.mkdtemp(prefix="serving-metrics-")
         os.environ[FOLDER_VARIABLE] = folder  # spawned workers read it when they import prometheus_client
         try:
@@ -190,7 +184,7 @@ class WorkerSupervisor:
             dead = [worker for worker in self._workers if worker.process.exitcode is not None]
             if self._signals:
                 if self.listener.fileno() >= 0:
-                    stop_connecting(self.listener)
+                    access.stop_connecting(self.listener)
                     self.listener.close()
                 if len(dead) == len(self._workers):
                     return 0 if self._signals == 1 else STOPPED
@@ -227,7 +221,7 @@ def _work(
     """Run one of several workers; ends with its supervisor."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group, and the supervisor passes it on
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    configure_logging()
+    access.configure_logging()
     time.sleep(pause_s)
     try:
         code = run_worker(settings, listener, make_source, ready.set)

@@ -64,6 +64,12 @@ class FieldRows(NamedTuple):
     weights_N: Float32 | None = None
     """Of a field with weights."""
 
+    def cut(self, ends_M: Int64, start: int, end: int) -> "FieldRows":
+        """Return the rows from `start` to `end`; row m has the values from `ends_M[m]` to `ends_M[m + 1]`, (M + 1,)."""
+        values = slice(ends_M[start], ends_M[end])
+        weights_N = None if self.weights_N is None else self.weights_N[values]
+        return FieldRows(self.rows_NV[values], self.lengths_M[start:end], weights_N)
+
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkInputs:
@@ -92,13 +98,13 @@ def split_by_user(
     if inputs.num_groups == 1 and 0 < len(inputs.group_of_sample_B) <= at_most_G[0]:
         yield inputs
         return
-    fields = {name: _FieldRows.of(field) for name, field in inputs.fields.items()}
+    ends = {name: np.append(0, np.cumsum(field.lengths_M)) for name, field in inputs.fields.items()}
     for user, start, end in _blocks(inputs, at_most_G):
         at = {True: (user, user + 1), False: (start, end)}
         yield NetworkInputs(
             group_of_sample_B=np.zeros(end - start, np.int64),
             num_groups=1,
-            fields={name: rows.cut(*at[name in of_user]) for name, rows in fields.items()},
+            fields={name: rows.cut(ends[name], *at[name in of_user]) for name, rows in inputs.fields.items()},
             dense={name: rows_MW[slice(*at[name in of_user])] for name, rows_MW in inputs.dense.items()},
         )
 
@@ -110,35 +116,6 @@ def _blocks(inputs: NetworkInputs, at_most_G: Int64) -> Iterator[tuple[int, int,
         at_most = int(at_most_G[user])
         for start in range(first, last, at_most):
             yield user, start, min(start + at_most, last)
-
-
-@dataclass(frozen=True)
-class _FieldRows:
-    """A field, and where the values of each row begin and end."""
-
-    field: FieldRows
-    ends_M: Int64
-    """(M + 1,): row m has the values from `ends_M[m]` to `ends_M[m + 1]`."""
-
-    @classmethod
-    def of(cls, field: FieldRows) -> "_FieldRows":
-        return cls(field, _ends(field.lengths_M))
-
-    def cut(self, start: int, end: int) -> FieldRows:
-        """Return the rows from `start` to `end`."""
-        field = self.field
-        values = slice(self.ends_M[start], self.ends_M[end])
-        return FieldRows(
-            rows_NV=field.rows_NV[values],
-            lengths_M=field.lengths_M[start:end],
-            weights_N=None if field.weights_N is None else field.weights_N[values],
-        )
-
-
-def _ends(lengths_M: Int64) -> Int64:
-    ends_M = np.zeros(len(lengths_M) + 1, np.int64)
-    np.cumsum(lengths_M, out=ends_M[1:])
-    return ends_M
 
 
 Part = Literal["rows_NV", "weights_N", "sizes_K", "lengths_M", "dense"]

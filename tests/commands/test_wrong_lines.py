@@ -70,7 +70,7 @@ def test_a_wrong_line_gets_one_message(
     told = [each for each in called.err.splitlines() if "error: " in each]
     others = [each for each in called.err.splitlines() if "error: " not in each and not PROGRESS.search(each)]
     assert len(told) == 1, called.err
-    warned = ("warning: ", "note: ", "dask-submit: ")
+    warned = ("warning: ", "note: ")
     assert all(each.startswith(warned) or " WARNING " in each or each.endswith(" ...") for each in others), called.err
     assert text.format_map(names) in told[0]
     assert called.code == code

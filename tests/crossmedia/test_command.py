@@ -95,8 +95,6 @@ def test_a_mistyped_command_and_an_empty_argument(
     assert capsys.readouterr().err == "error: No such command 'trian'. Did you mean 'train'? (see crossmedia --help)\n"
     assert called(monkeypatch, "train", "--config", "") == 2
     assert capsys.readouterr().err == "error: the value of --config is empty: give it a value, or leave it out\n"
-    assert called(monkeypatch, "import-xdl", "samples", "--sparse", "", "--test-share", "many") == 2
-    assert "--test-share" in capsys.readouterr().err, "no fields is a value"
 
 
 def test_an_error_is_one_line_from_any_folder(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from tests.ranks import StandingRanks
 from tests.trainer.conftest import Places, make_places, nothing_drawn
 from trainer.errors import ConfigError, DataError
 from trainer.evaluation.predict import predict_run
-from trainer.samples.interop import table_of
+from trainer.samples.columns import table_of
 
 MOST_LINES = 500
 FACADE = ("__init__", "data", "models", "runs", "store", "tables")

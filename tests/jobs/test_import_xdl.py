@@ -68,11 +68,11 @@ def test_neighbouring_lines_of_a_group_become_one_row(job, lines, tmp_path):
     assert found[0] == {
         "user": key_of_uri("g0"), "gkey": "g0", "timestamp": 100, "age": 3, "item": [5, 6], "item_weight": [1, 2.5],
         "user_img": [7, 8], "price": [[0.5, 2], [0.25, 2]], "brand": [[9], [9, 10]], "ad_img": [1, 2],
-        "skey": ["s0", "s1"], "ad_timestamp": [100, 101], "label": [1, 0],
+        "label": [1, 0],
     }  # fmt: skip
     fields = {field.name: field for field in load_schema(tmp_path / "s/schema.yaml").fields}
     assert {name: (field.side, field.kind) for name, field in fields.items()} == {
-        "age": ("user", "id"), "item": ("user", "multi_id"), "user_img": ("user", "content"),
+        "user": ("user", "id"), "age": ("user", "id"), "item": ("user", "multi_id"), "user_img": ("user", "content"),
         "user_img_id": ("user", "multi_id"), "price": ("ad", "dense"), "brand": ("ad", "multi_id"),
         "ad_img": ("ad", "content"), "ad_img_id": ("ad", "id"),
     }  # fmt: skip
@@ -81,7 +81,7 @@ def test_neighbouring_lines_of_a_group_become_one_row(job, lines, tmp_path):
 
 def test_random_lines_are_imported_as_they_are(job, tmp_path):
     """Ids, weights, numbers, labels and groups, from the text as it was drawn."""
-    job("random", "--out", tmp_path / "x", "--lines", 40, "--images", 30, "--dim", 2, "--ids", 30)
+    job("random", "--out", tmp_path / "x", "--lines", 40, "--images", 30, "--dim", 2)
     source, samples = tmp_path / "x/data.txt", tmp_path / "s"
     job("samples", "--from", source, "--samples", samples, "--label-threshold", 0.5, "--test-share", 0.3)
     found = {row["gkey"]: row for split in ("train", "test") for row in rows(samples, split)}
@@ -89,10 +89,10 @@ def test_random_lines_are_imported_as_they_are(job, tmp_path):
     lines = source.read_text().splitlines()
     assert len(found) == len(lines) == 40
     for line in lines:
-        skey, gkey, user, ad, label, ts = line.split("|")
-        row, times = found[gkey], (int(ts), [int(ts)])
-        assert (row["skey"], row["label"]) == ([skey], [int(float(label) >= 0.5)])
-        assert (row["user"], row["timestamp"], row["ad_timestamp"]) == (key_of_uri(gkey), *times)
+        _, gkey, user, ad, label, ts = line.split("|")
+        row = found[gkey]
+        assert (row["user"], row["timestamp"]) == (key_of_uri(gkey), int(ts))
+        assert row["label"] == [int(float(label) >= 0.5)]
         for text in user.split(";"):
             name, _, values = text.partition("@")
             pairs = [value.split(":") for value in values.split(",")]
@@ -114,7 +114,7 @@ def test_bad_lines_are_kept_with_number_and_reason(job, lines, tmp_path):
         "s|g|a@1:1|b@1|1": "5 segments instead of 6",
         "s||age@3|x|1|1": "no group key",
         LINES[0].replace("|1|100", "|2|100"): "label is not 0 or 1; --label-threshold makes it so",
-        LINES[0].replace("|1|100", "|1,0|100"): "several labels; --label-index says which",
+        LINES[0].replace("|1|100", "|1,0|100"): "label is not a number",
         LINES[0].replace("|100", "|soon"): "ts is not a whole number",
         LINES[0].replace("age@3", "age@3;age@4"): "user part: age is there twice",
         LINES[0].replace("age@3", "age"): "user part: a field without a name",
@@ -146,16 +146,21 @@ def test_nothing_is_written_where_no_line_is_good(job, lines, tmp_path):
     assert not (tmp_path / "s").exists()
 
 
-def test_options_decide_on_fields(job, lines, tmp_path):
-    plain = [f"s|g{n}|tags@1,{n};age@{n}|place@{n % 2};pic@{n}|{n},0|{n}" for n in (0, 1)]
-    args = ["samples", "--from", lines(plain), "--samples", tmp_path / "s", "--test-share", 0, "--label-index", 0]
-    assert "no field of the ad part has one id" in job(*args, code=1)
-    assert "no line has a field photo; there are age, pic" in job(*args, "--images", "photo", code=1)
-    job(*args, "--images", "pic", "--sparse", "place", "--dense", "age")
+def test_an_ad_needs_one_id(job, lines, tmp_path):
+    plain = [f"s|g{n}|tags@1,{n}|price@{n % 2};brand@{n}:1,3:1;NAME@{n}:1|{n}|{n}" for n in (0, 1)]
+    args = ["--samples", tmp_path / "s", "--test-share", 0]
+    some = [line.replace("NAME@1:1", "NAME@1:1,2:1") for line in plain]
+    text = job("samples", "--from", lines([line.replace("NAME", "pair") for line in some]), *args, code=2)
+    assert f"{tmp_path / 's'}: no column has one id for each impression, by which new ads are known" in text
+    text = job("samples", "--from", lines([line.replace("NAME", "ad_pic") for line in [*plain, *some]]), *args)
+    assert "quarantined 1 (ad_pic has not one id: 1)" in text
     kinds = {field.name: field.kind for field in load_schema(tmp_path / "s/schema.yaml").fields}
-    assert kinds == {"tags": "multi_id", "age": "dense", "place": "id", "pic": "content", "pic_id": "id"}
-    assert [row["age"] for row in rows(tmp_path / "s")] == [0.0, 1.0]
-    assert [row["label"] for row in rows(tmp_path / "s")] == [[0], [1]]
+    assert (kinds["ad_pic"], kinds["ad_pic_id"], kinds["brand"], kinds["price"]) == (
+        "content",
+        "id",
+        "multi_id",
+        "dense",
+    )
 
 
 def test_equal_names_in_both_parts_and_reserved_ones_get_columns_of_their_own(job, lines, tmp_path):
@@ -176,15 +181,9 @@ def test_samples_at_an_address_are_those_of_a_disk(job, lines, s3_url, tmp_path)
     assert rows(tmp_path / "s")[-1]["gkey"] == "g0"  # files by name
 
 
-def test_samples_of_test_from_lines_of_their_own_or_by_group(job, lines, tmp_path):
-    test = lines([LINES[2]], "test.txt")
-    args = ["samples", "--from", lines(LINES), "--samples", tmp_path / "s"]
-    job(*args, "--test-from", test)
-    assert (len(rows(tmp_path / "s")), len(rows(tmp_path / "s", "test"))) == (4, 1)
+def test_a_share_of_the_groups_is_for_testing():
     shares = [sum(split_of(f"g{n}", share) == "test" for n in range(1000)) / 1000 for share in (0, 0.3, 1)]
-    assert shares[0] == 0
-    assert shares[1] == pytest.approx(0.3, abs=0.05)
-    assert shares[2] == 1
+    assert shares == [0, pytest.approx(0.3, abs=0.05), 1]
 
 
 def test_random_data_is_that_of_the_example():
@@ -202,7 +201,7 @@ def test_random_data_is_that_of_the_example():
 
 def test_random_data_trains(job, tmp_path):
     """The example from end to end, in a small size."""
-    job("random", "--out", tmp_path / "x", "--lines", 120, "--images", 50, "--dim", 16, "--ids", 40)
+    job("random", "--out", tmp_path / "x", "--lines", 120, "--images", 50, "--dim", 16)
     job("--from", tmp_path / "x/imgs", "--store", tmp_path / "features", "--dim", 16, app=import_features.app)
     store = FeatureStore.open(tmp_path / "features")
     assert store.snapshot().keys().tolist() == list(range(1, 51))

@@ -37,7 +37,6 @@ from trainer.runs.export import output_at, parquet_file
 from trainer.runs.saved import EvaluatedRun, RunSource, open_source, read_run
 from trainer.samples import columns
 from trainer.samples.index import RowGroup, SampleIndex, known_ads, read_row_group, read_row_groups
-from trainer.samples.interop import sample_groups
 from trainer.samples.reader import Batch
 from trainer.schema import Field, Schema
 from trainer.stages import ReadAhead
@@ -474,7 +473,7 @@ def score_rows(source: RunSource, rows: pa.Table) -> tuple[list[Float64Array], t
 
     The samples of `source` do not count. Raises TrainerError, FeatureStoreError.
     """
-    groups = sample_groups(rows, read_run(source.folder, source.checkpoint).schema)
+    groups = columns.sample_groups(rows, read_run(source.folder, source.checkpoint).schema)
     if not len(groups):
         return [], ()
     with tempfile.TemporaryDirectory() as place:

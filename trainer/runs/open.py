@@ -11,7 +11,6 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import xxhash
 
@@ -216,14 +215,9 @@ def lacking_images(
         if not found.impressions and not found.behaviors:
             continue
         if config.data.missing == "error":
-            fields = _fields_of(config, schema, place)
-            keys = np.array(found.examples, np.int64)
-            names = comm.on_rank_0(partial(survey.names_of, indexes, rules_of(schema), fields, keys))
-            shown = ", ".join(names.get(key, f"key {key}") for key in found.examples)
             raise MissingKeysError(
-                f"{_described(found, place)}{f', as {shown}' if shown else ''}; list them: "
-                f"{_list_command(config, place)}; add them: {place.make_it()}; or set data.missing=learned, for a "
-                'trained "no image" vector'
+                f"{_described(found, place)}; list them: {_list_command(config, place)}; add them: {place.make_it()}; "
+                'or set data.missing=learned, for a trained "no image" vector'
             )
         lines.append(
             f"{_described(found, place)}: they {_INSTEAD[config.data.missing]} (data.missing={config.data.missing}); "
@@ -267,12 +261,12 @@ def _counted(
     known = survey.measured_once(
         comm,
         indexes[0],
-        "images",
+        "lacking",
         [digests, columns, partition.snapshot_id.commit_id],
         config.data.cache_dir,
         lambda: asdict(survey.lacking(comm, indexes, schema, fields, partition)),
     )
-    return survey.LackingImages(**known | {"examples": tuple(known["examples"])})
+    return survey.LackingImages(**known)
 
 
 TENSORBOARD = "tensorboard"
@@ -412,7 +406,7 @@ def _open_run(
     origin = _origin(config, schema, digest, reader.num_streams, partitions)
     if at:
         origin.check_same(at[1].origin, at[0])
-    engine = engine_of(config, comm, schema, partitions, device, statistics)
+    engine = Engine(comm, schema, partitions, config, statistics=statistics, device=device)
     if at:
         try:
             checkpoints.load(comm, *at, engine, config.data.cache_dir)
@@ -524,36 +518,6 @@ def _with_statistics(
     if warm is not None and {"model", "ids"} & set(warm.parts):
         schema = survey.fill_in(schema, warm.state.origin.model.get("fields", {}))
     return survey.with_statistics(comm, train, schema, samples, config.data.cache_dir)
-
-
-def engine_of(
-    config: Config,
-    comm: Comm,
-    schema: Schema,
-    partitions: Mapping[str, FeaturePartition],
-    device: torch.device,
-    statistics: Mapping[str, FeatureStatistics | None] | None = None,
-    *,
-    reading: bool = False,
-) -> Engine:
-    """Build the engine of a run.
-
-    Without `statistics`, a checkpoint that is loaded next has the standardisation; `reading`: the run is asked and not
-    trained.
-    """
-    return Engine(
-        comm,
-        schema,
-        partitions,
-        config.model,
-        config.optim,
-        seed=config.train.seed,
-        statistics={store: each for store, each in (statistics or {}).items() if each is not None},
-        device=device,
-        dtype=torch.float64 if config.model.compute_dtype == "float64" else torch.float32,
-        reading=reading,
-        features_on_device=config.run.features_on_device,
-    )
 
 
 def open_samples(config: Config, places: list[StorePlace]) -> Storage:

@@ -23,6 +23,7 @@ from featurestore.storage.storage import Storage, cached_property
 from featurestore.store import FeatureStore
 from trainer.comm import Comm
 from trainer.config import Config, Device, load_saved
+from trainer.engine.engine import Engine
 from trainer.engine.machine import share_machine
 from trainer.errors import CheckpointError, ConfigError, DataError, DataNotFoundError, TrainerError
 from trainer.runs import checkpoint as checkpoints
@@ -205,7 +206,7 @@ def open_at(
     comm.deadline_s = config.run.deadline_s
     device = share_machine(config, comm)
     partitions, _ = opening.open_stores(config, comm, places, choose, measured=False)
-    engine = opening.engine_of(config, comm, saved.schema, partitions, device, reading=True)
+    engine = Engine(comm, saved.schema, partitions, config, device=device, reading=True)
     checkpoints.load(comm, saved.checkpoint, saved.state, engine, saved.config.data.cache_dir)
     return TrainedRun(
         saved=saved,

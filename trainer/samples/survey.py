@@ -296,7 +296,6 @@ def _statistics(field: Field, part: NumberSums) -> dict[str, Any]:
 
 
 _HELD = 1 << 20  # uses that wait to be merged
-_SHOWN = 3
 
 Uses = Int64Array
 
@@ -305,8 +304,7 @@ Uses = Int64Array
 class LackingImages:
     """Images in samples that a store lacks, over all ranks; sums over keys, so an ad with two of them counts twice.
 
-    `without`: impressions that name no image at all, which are among `impressions`; `examples`: keys of images that
-    many impressions name. `of`: all impressions of the samples.
+    `without`: impressions that name no image at all, which are among `impressions`. `of`: all impressions.
     """
 
     images: int
@@ -314,7 +312,6 @@ class LackingImages:
     behaviors: int
     without: int
     of: int
-    examples: tuple[int, ...]
 
 
 def merged_uses(parts: Sequence[Uses]) -> Uses:
@@ -366,14 +363,10 @@ def lacking(
     served = merged_uses([received.numpy()])
     lacks = served[~partition.contains(served[:, 0])] if len(served) else served
     is_none_U = lacks[:, 0] == NO_IMAGE
-    named = lacks[~is_none_U]
-    sums = [len(named), *lacks[:, 1:].sum(0).tolist(), int(lacks[is_none_U, 1].sum())]
+    sums = [int((~is_none_U).sum()), *lacks[:, 1:].sum(0).tolist(), int(lacks[is_none_U, 1].sum())]
     images, impressions, behaviors, without = comm.allreduce_sum_(torch.tensor(sums), name="image_uses.sums").tolist()
-    own_examples = named[np.argsort(-named[:, 1], kind="stable")][:_SHOWN, :2].tolist()
-    every = comm.allgather_object(own_examples, name="image_uses.examples")
-    examples = sorted(itertools.chain.from_iterable(every), key=lambda use: (-use[1], use[0]))[:_SHOWN]
     of = sum(each.num_samples for each in indexes)
-    return LackingImages(images, impressions, behaviors, without, of, tuple(key for key, _ in examples))
+    return LackingImages(images, impressions, behaviors, without, of)
 
 
 def names_of(

@@ -157,12 +157,12 @@ class GroupColumns:
     def batch(self, groups: "DecodedGroups", chosen: slice = slice(None)) -> "Batch":
         """Make a batch of decoded groups, all their impressions."""
         from trainer.samples.index import Piece
-        from trainer.samples.reader import BatchPosition, assemble
+        from trainer.samples.reader import assemble
 
         group_G = np.arange(len(groups.sample_offsets) - 1)[chosen]
         begin_G, end_G = groups.sample_offsets[:-1][chosen], groups.sample_offsets[1:][chosen]
         piece = Piece(groups, group_G, begin_G, end_G)
-        return assemble(self.opened.schema, [piece], int((end_G - begin_G).sum()), BatchPosition(0, 0))
+        return assemble(self.opened.schema, [piece], int((end_G - begin_G).sum()))
 
 
 @dataclass(frozen=True)

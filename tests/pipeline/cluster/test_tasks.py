@@ -38,6 +38,7 @@ pytestmark = pytest.mark.services
 def nothing_configured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DASK_SCHEDULER_ADDRESS", raising=False)
     monkeypatch.delenv("DASK_SCHEDULER_FILE", raising=False)
+    monkeypatch.delenv("CROSSMEDIA_LOCAL_CLUSTER", raising=False)
     monkeypatch.delenv("DASK_CROSSMEDIA__INSECURE_SCHEDULER", raising=False)
 
 

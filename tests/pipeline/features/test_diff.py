@@ -27,7 +27,7 @@ from pipeline.features.diff import (
     split,
 )
 from pipeline.features.part import PartReport, PartSettings, digest_images
-from pipeline.images.imagetable import ImageRef, ImageTable
+from pipeline.images.source import ImageRef, ImageTable
 
 
 def ref(key, size_bytes=10, tag="tag"):
@@ -232,7 +232,7 @@ def large_store(request, tmp_path):
 
 @pytest.mark.long
 def test_no_object_is_held_for_an_image(large_store, monkeypatch):
-    monkeypatch.setattr("pipeline.images.imagetable.BATCH_ROWS", BATCH_ROWS)
+    monkeypatch.setattr("pipeline.images.source.BATCH_ROWS", BATCH_ROWS)
     monkeypatch.setattr(staged_run, "run_tasks", answers)
     settings = PartSettings(large_store.url, "run", "", "", large_store.info.extractor, 1)
     snapshot = large_store.snapshot()

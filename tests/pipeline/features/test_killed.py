@@ -24,7 +24,7 @@ from pipeline.cluster.tasks import WORKER_CONFIG
 from pipeline.features import part as parts
 from pipeline.features.refresh import extract, refresh
 from pipeline.options import ExtractOptions, RefreshOptions
-from tests.metadata import metadata_of
+from tests.featurestore.staged import metadata_of
 
 BIN, JOBS = Path(sys.executable).parent, Path(__file__).parents[3] / "jobs"
 NETWORK = "alexnet:flatten"  # few layers: each worker that starts builds it again

@@ -13,7 +13,7 @@ from pipeline.errors import BadImageError
 from pipeline.images import decode as decode_module
 from pipeline.images.decode import MAX_PIXELS, decode
 from pipeline.network import DEFAULT_BACKBONE
-from pipeline.network.layers import preset_of
+from pipeline.network.backbone import preset_of
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 SIDE = 20_000
@@ -132,7 +132,7 @@ def test_a_huge_jpeg_needs_little_memory(huge_jpeg):
 import resource
 from pathlib import Path
 from pipeline.images.decode import prepare
-from pipeline.network.layers import preset_of
+from pipeline.network.backbone import preset_of
 data, preset = Path({str(huge_jpeg)!r}).read_bytes(), preset_of("vgg16:classifier.1", "imagenet")
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 prepare(data, preset)

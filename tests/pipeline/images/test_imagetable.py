@@ -8,13 +8,13 @@ import pytest
 
 from featurestore.errors import KeyCollisionError
 from pipeline.errors import SourceError
-from pipeline.images import imagetable
-from pipeline.images.imagetable import ImageRef, ImageTable
+from pipeline.images import source
+from pipeline.images.source import ImageRef, ImageTable
 
 
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch):
-    monkeypatch.setattr(imagetable, "BATCH_ROWS", 4)
+    monkeypatch.setattr(source, "BATCH_ROWS", 4)
 
 
 def ref(number, uri=None, **fields):
@@ -82,7 +82,7 @@ def test_the_columns_are_not_in_memory():
 
 def test_a_full_disk_is_told_with_the_way_out(monkeypatch, tmp_path):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setattr(imagetable, "BATCH_ROWS", 4096)
+    monkeypatch.setattr(source, "BATCH_ROWS", 4096)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:

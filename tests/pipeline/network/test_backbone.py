@@ -15,8 +15,7 @@ from pipeline.errors import BackboneError, WeightsError
 from pipeline.images.decode import prepare
 from pipeline.network import DEFAULT_BACKBONE, check_weights_name, compute
 from pipeline.network import backbone as weights_module
-from pipeline.network.backbone import Backbone, check_network, load_weights, weights_digest
-from pipeline.network.layers import feature_dim, network_of
+from pipeline.network.backbone import Backbone, check_network, feature_dim, load_weights, network_of, weights_digest
 
 pytestmark = pytest.mark.long  # they make whole networks
 

@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from pipeline.network import compute
-from pipeline.network.compute import BATCH, by_openvino, by_torch, can_compile, compute_of
-from pipeline.network.int8 import calibrated, rounded
+from pipeline.network.compute import BATCH, by_openvino, by_torch, calibrated, can_compile, compute_of, rounded
 from tests.pipeline.network.test_int8 import network, pixels
 from tests.pipeline.network.tiny import SIDE
 

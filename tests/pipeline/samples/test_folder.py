@@ -14,8 +14,7 @@ from pipeline.errors import SampleError, SampleOptionError
 from pipeline.samples import build as build_module
 from pipeline.samples import logs as pieces_module
 from pipeline.samples.build import build_samples
-from pipeline.samples.publish import MARK, SAMPLES, FolderContent, replaced_folder
-from pipeline.xdl import RANDOM_DATA
+from pipeline.samples.publish import replaced_folder
 from tests.pipeline.samples.rows import (
     DAY_S,
     all_bytes,
@@ -28,8 +27,6 @@ from tests.pipeline.samples.rows import (
     table,
     write,
 )
-
-CONTENTS = (SAMPLES, RANDOM_DATA)
 
 
 def test_equal_logs_give_equal_bytes_whatever_cluster_and_partitions(options, client, tmp_path, monkeypatch):
@@ -128,24 +125,12 @@ def test_file_in_place_of_the_folder_is_named(build, tmp_path):
         build([shown(0)], [done(0)])
 
 
-@pytest.mark.parametrize("there", CONTENTS, ids=lambda content: content.name)
-def test_a_folder_is_replaced_by_its_own_kind_alone(tmp_path: Path, there: FolderContent) -> None:
-    """A summary.json is in folders of every kind: a wrong --out must not take samples for random data."""
-    target = tmp_path / "made"
-
-    def make(content: FolderContent) -> None:
-        with replaced_folder(target, content) as folder:
-            for name in content.shown_by:
-                (folder / name).write_text(content.name)
-
-    make(there)
-    for content in CONTENTS:
-        if content is not there:
-            with pytest.raises(SampleOptionError, match=f"has files that are no {content.name}.*would be replaced"):
-                make(content)
-    make(there)
-    (target / MARK).write_text("kept")
-    assert {path.read_text() for path in target.iterdir()} == {"kept", there.name}
+def test_a_summary_alone_is_no_sign_of_samples(tmp_path: Path) -> None:
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made/summary.json").write_text("of something else")
+    lacks = pytest.raises(SampleOptionError, match=r"no samples \(it has no train\).*would be replaced")
+    with lacks, replaced_folder(tmp_path / "made"):
+        pass
 
 
 def test_remains_of_a_killed_run_go_and_a_running_one_stays(tmp_path):

@@ -115,7 +115,7 @@ class TestAddDays:
             there = SampleOptions(samples=options.samples)
         from pipeline.samples import added
 
-        original, runs = added.write, []
+        original, runs = added.build.write, []
 
         def slow(*arguments):
             runs.append(0)
@@ -123,7 +123,7 @@ class TestAddDays:
                 add_days(dataclasses.replace(there, days="2026-01-03"), client)
             return original(*arguments)
 
-        monkeypatch.setattr(added, "write", slow)
+        monkeypatch.setattr(added.build, "write", slow)
         with pytest.raises(CommitConflictError, match="run it again"):
             add_days(dataclasses.replace(there, **FIFTH), client)
         monkeypatch.undo()
@@ -135,14 +135,14 @@ class TestWhole:
     def test_a_whole_build_replaces_whatever_came_meanwhile(
         self, there: SampleOptions, client: Client, options: SampleOptions, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        original = publish_module.publish
+        original = publish_module.versions.publish
 
         def late(*arguments):
             monkeypatch.undo()
             add_days(dataclasses.replace(there, **FIFTH), client)
             return original(*arguments)
 
-        monkeypatch.setattr(publish_module, "publish", late)
+        monkeypatch.setattr(publish_module.versions, "publish", late)
         build_samples(dataclasses.replace(options, samples=there.samples, test_days=3), client)
         after = version_at(there.samples)
         assert (after.published.version, len(after.list("test"))) == (3, 3)

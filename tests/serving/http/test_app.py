@@ -491,7 +491,7 @@ def test_the_first_page_has_an_example_that_is_scored_as_it_is(tmp_path: Path) -
         about = (await client.get("/")).json()
         example = (await client.get("/v1/example")).json()
         assert about["example"] == example
-        assert {*example["user"], *example["candidates"]} == {*scoring.live.model.columns}
+        assert {*example["user"], *example["candidates"]} == {*scoring.live.model.inputs.sources}
         answer = await client.post("/v1/score", json=example)
         assert answer.status_code == 200, answer.text
         assert len(answer.json()["scores"]) == len(example["candidates"]["ad_item"]) == 3

@@ -47,7 +47,7 @@ def bodies(model: Scorer, samples: Path, count: int) -> Iterator[FuzzBody]:
     ads = {name: values * 70 for name, values in example["candidates"].items()}
     requests = [example, [example, example], {"requests": [example | {"candidates": ads}]}]
     texts = [json.dumps(each).encode() for each in requests]
-    stream = stream_of(pq.read_table(samples, columns=list(model.columns)).slice(0, 2))
+    stream = stream_of(pq.read_table(samples, columns=list(model.inputs.sources)).slice(0, 2))
     for number in range(count):
         draw = random.Random(number)
         if number % 3 == 0:

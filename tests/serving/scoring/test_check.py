@@ -149,7 +149,7 @@ def test_a_request_too_large_for_a_transform_is_422_in_each_form(variants: Varia
     model = variants("din_inputs")
     settings = ServerSettings(model=model.url, name="ctr", cache_dir=tmp_path / "cache")
     with contextlib.closing(Scorer.open(model.url)) as scorer:
-        rules = scorer.columns
+        rules = scorer.inputs.sources
         row = model.table.select(list(rules)).slice(0, 1)
         values = row.to_pylist()[0]
     good = {

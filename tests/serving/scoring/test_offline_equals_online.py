@@ -54,7 +54,7 @@ def opened(variants: Variants) -> Iterator[Opened]:
 
 def requests_of(table: Any, scorer: Scorer) -> list[Request]:
     """A table's rows as requests."""
-    sides = {name: rule.side for name, rule in scorer.columns.items()}
+    sides = {name: rule.side for name, rule in scorer.inputs.sources.items()}
     return [
         Request(
             user={name: row[name] for name, side in sides.items() if side == "user"},
@@ -75,7 +75,7 @@ def test_scores_are_the_trainers_logits(variants: Variants, opened: Opened, name
     store = str(variant.places.folder / "features") if variant.run.name == "exact" else None  # one with gaps
     expected_N = predict_run(variant.run, store=store).logit_N
     assert np.ptp(expected_N) > 0.01
-    table = variant.table.select([name for name in variant.table.column_names if name in scorer.columns])
+    table = variant.table.select([name for name in variant.table.column_names if name in scorer.inputs.sources])
     of_table = logits_of(scorer.score(table))
     np.testing.assert_allclose(of_table, expected_N, rtol=0, atol=TOLERANCE)
     np.testing.assert_array_equal(logits_of(scorer.score(requests)), of_table)
@@ -150,7 +150,7 @@ def test_null_images_score_as_images_without_a_vector(opened: Opened) -> None:
 @pytest.mark.parametrize("name", ["contents", "din_inputs", "exact", "id_proxy"])
 def test_nothing_known_and_nothing_in_it(opened: Opened, name: str) -> None:
     scorer, requests = opened(name)
-    rules, request = scorer.columns, requests[0]
+    rules, request = scorer.inputs.sources, requests[0]
     stranger = changed(
         request,
         **{c: [] for c, rule in rules.items() if rule.side == "user" and rule.depth},
@@ -180,7 +180,7 @@ def test_a_request_whose_logits_are_not_finite_is_refused_by_name(
 ) -> None:
     scorer, requests = opened("din_inputs")
     request = next(each for each in requests if len(each.candidates["ad_shape"]) > 1)
-    table = variants("din_inputs").table.select(list(scorer.columns))
+    table = variants("din_inputs").table.select(list(scorer.inputs.sources))
     shapes = table["ad_shape"].to_pylist()
     shapes[3] = [[0.0, 0.0]] * (len(shapes[3]) - 1) + [[3.4e38, 0.0]]
     with pytest.raises(NotFiniteError, match=r"^requests\[1\]: candidates.ad_shape\[.\] has 3.4e\+38"):

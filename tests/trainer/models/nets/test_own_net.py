@@ -99,7 +99,7 @@ def test_exported_and_scored_without_the_package_as_evaluated(
     monkeypatch.setitem(sys.modules, "mypackage", None)  # importing it fails, as where it is not installed
     samples = pq.read_table(places.folder / "samples" / "test" / "day=2026-01-01.parquet", partitioning=None)
     with contextlib.closing(Scorer.open(url, cache_dir=tmp_path / "cache")) as scorer:
-        found = np.concatenate([each.logits_C for each in scorer.score(samples.select(list(scorer.columns)))])
+        found = np.concatenate([each.logits_C for each in scorer.score(samples.select(list(scorer.inputs.sources)))])
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
 
 
