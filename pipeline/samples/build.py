@@ -157,8 +157,8 @@ def open_tables(options: SampleOptions, joined: str | None = None) -> Iterator[L
         yield LogTables(options, layouts)
         return
     joins = mapping.layout(logs.IMPRESSIONS).joins
-    of_logs, others = Storage(options.logs), Storage(joined or options.logs)
-    wanted = {layout.files: of_logs for layout in layouts.values() if layout}
+    own, others = Storage(options.logs), Storage(joined or options.logs)
+    wanted = {layout.files: own for layout in layouts.values() if layout}
     wanted |= {join.layout.files: others for join in joins}
     kinds = {place: kind for place, storage in wanted.items() if (kind := lakes.kind_of(storage, place))}
     if not kinds:
