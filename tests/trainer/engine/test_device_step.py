@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from featurestore.lookup.partition import FeaturePartition
-from tests.trainer.engine.drawn import drawn_store
+from tests.trainer.engine.test_engine import drawn_store
 from trainer.comm import SoloComm
 from trainer.config import Config, ExactTableConfig, IdOptimizer, ModelConfig, OptimConfig, Pooling
 from trainer.engine.engine import Engine

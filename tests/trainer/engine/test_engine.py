@@ -2,14 +2,15 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from featurestore import ExtractorSpec, FeatureRows, FeatureStore, StoreInfo
 from featurestore.lookup import VARIABLE
 from featurestore.lookup.partition import FeaturePartition
-from tests.trainer.engine.drawn import drawn_store
 from trainer.comm import SoloComm
 from trainer.config import Config, ModelConfig, OptimConfig, TrainConfig
 from trainer.engine import machine
@@ -17,6 +18,22 @@ from trainer.engine.engine import Engine
 from trainer.errors import CheckpointError, ConfigError, DataError
 from trainer.samples.reader import Batch, Jagged
 from trainer.schema import Field, Schema
+
+DIM = 8
+"""Of `drawn_store`."""
+
+
+def drawn_store(folder: Path) -> FeatureStore:
+    """Drawn features of the keys 0 to 19, in four shards."""
+    spec = ExtractorSpec(
+        backbone="drawn", layer="none", weights_digest="0", preprocessing="none", compute_dtype="float32"
+    )
+    info = StoreInfo(num_shards=4, name="images", dim=DIM, dtype="float32", extractor=spec)
+    store = FeatureStore.create(str(folder / "store"), info)
+    values = np.random.default_rng(0).normal(size=(20, DIM)).astype(np.float32)
+    store.put(FeatureRows.of([str(k) for k in range(20)], values, keys=np.arange(20)))
+    return store
+
 
 SCHEMA = Schema(
     fields=(
