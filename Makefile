@@ -70,11 +70,11 @@ $(PEERS): $(FOR_TESTS)
 
 # Horovod, where it has not been built on this machine, is built while pictures are drawn and features extracted.
 demo: ## Draw images, extract, build samples, train four models under horovodrun -np 2, score, write the explorer's pages
-	@$(MAKE) --no-print-directory --jobs=2 $(INSTALLED) $(if $(wildcard $(INSTALLED)),,demo-features)
-	$(ON_PATH) $(BIN)/python -m crossmedia demo --dir $(DEMO_DIR) $(DEMO_ARGS)
+	@$(MAKE) --no-print-directory --jobs=2 $(INSTALLED) demo-features
+	$(ON_PATH) $(BIN)/python -m crossmedia demo --part rest --dir $(DEMO_DIR) $(DEMO_ARGS)
 
 demo-features: $(BASE)
-	$(ON_PATH) $(BIN)/python -m crossmedia demo --features-only --dir $(DEMO_DIR) $(DEMO_ARGS)
+	$(ON_PATH) $(BIN)/python -m crossmedia demo --part features --dir $(DEMO_DIR) $(DEMO_ARGS)
 
 test-fast: $(FOR_TESTS) ## Run the tests that start no ranks, no cluster and no server: before each commit
 	$(ON_PATH) $(IN_PARALLEL) -m "not slow and not services and not long and not cluster and not browser and not pages" $(TEST_ARGS)

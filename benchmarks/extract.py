@@ -226,4 +226,5 @@ def cpu_seconds(client: "Client") -> float:
 
 
 if __name__ == "__main__":
-    run_app(app)
+    # by this name the workers find its functions, and not in __main__
+    run_app(importlib.import_module("benchmarks.extract").app)

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from crossmedia.data import build_samples, extract, make_demo
+    from crossmedia.datasets import FeatureDataset, SampleDataset
     from crossmedia.models import Client, Model, load_model
     from crossmedia.runs import Evaluation, Run, open_run, train
     from crossmedia.store import Store, open_store
     from crossmedia.tables import with_behaviors
-    from trainer.samples.interop import FeatureDataset, SampleDataset
 
 _MODULES = {
     "crossmedia.data": ("build_samples", "extract", "make_demo"),
@@ -30,7 +30,7 @@ _MODULES = {
     "crossmedia.runs": ("Evaluation", "Run", "open_run", "train"),
     "crossmedia.store": ("Store", "open_store"),
     "crossmedia.tables": ("with_behaviors",),
-    "trainer.samples.interop": ("FeatureDataset", "SampleDataset"),
+    "crossmedia.datasets": ("FeatureDataset", "SampleDataset"),
 }
 __all__ = [
     "Client", "Evaluation", "FeatureDataset", "Model", "Run", "SampleDataset", "Store", "build_samples", "extract",

@@ -54,7 +54,7 @@ GROUPS: dict[str, dict[str, Entry]] = {
         "tune": Entry("Find rates and epochs on the last training days.", ("trainer.tune",)),
         "daily": Entry("Train on the days that are new.", ("trainer.daily",)),
         "supervise": Entry("Train, and start again where a rank or host dies.", ("trainer.supervise",)),
-        "slurm": Entry("Run a command on the ranks of a Slurm job.", ("trainer.slurm",)),
+        "slurm": Entry("Run a command on the ranks of a Slurm job.", ("trainer.launch",)),
     },
     RESULTS: {
         "evaluate": Entry("Measure a run, or compare it with another.", ("trainer.evaluate",)),

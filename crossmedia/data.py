@@ -62,7 +62,7 @@ def _written(tables: Any, folder: Path) -> tuple[Path, Path]:
     import pyarrow.parquet as pq
 
     from featurestore.storage.storage import Storage
-    from trainer.samples.interop import table_of
+    from trainer.samples.columns import table_of
     from trainer.schema.suggest import inspect_logs, render_mapping
 
     made = {name: table_of(each) for name, each in (tables if isinstance(tables, Mapping) else {"log": tables}).items()}

@@ -9,7 +9,7 @@ from featurestore.text import Shown
 from serving.scoring.samples import RemoteScorer, ca_context
 from serving.scoring.scorer import Scorer
 from serving.scoring.sent import PIECE_REQUESTS
-from trainer.samples.interop import groups_of_rows, table_of
+from trainer.samples.columns import groups_of_rows, table_of
 
 
 def load_model(url: str | Path, version: int | None = None, *, cache_dir: str | Path | None = None) -> "Model":
@@ -45,8 +45,7 @@ class Model(Shown, AbstractContextManager["Model"]):
         self.close()
 
     def _about(self) -> tuple[str, dict[str, Any]]:
-        bundle = self.scorer.bundle
-        vectors = dict(self.scorer.identity.vectors)
+        bundle, vectors = self.scorer.bundle, dict(self.scorer.identity.vectors)
         return bundle.storage.url, {"version": self.version, "run": bundle.manifest.run, "vectors": vectors}
 
 

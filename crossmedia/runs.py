@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import pyarrow as pa
@@ -20,7 +21,7 @@ from trainer.main import warm_settings
 from trainer.runs.export import open_network
 from trainer.runs.folder import report_of, run_or_newest
 from trainer.runs.saved import RunSource, SavedRun, read_run
-from trainer.samples.interop import table_of
+from trainer.samples.columns import table_of
 from trainer.schema.fields import SETTINGS_FILE
 
 if TYPE_CHECKING:
@@ -45,8 +46,7 @@ def train(
     """Train as `crossmedia train`, on all ranks that horovodrun or torchrun started, and return the run on each.
 
     `images`: none, ad, behavior or both (model.images). `config`: a YAML file over the preset, by default the
-    settings.yaml of the samples where it is there. `settings`: any others, as {"optim.lr": 0.01}; docs/SETTINGS.md has
-    all. Raises TrainerError, FeatureStoreError.
+    settings.yaml of the samples, if any. `settings`: any of docs/SETTINGS.md. Raises TrainerError, FeatureStoreError.
     """
     settings_file = run_path(samples) / SETTINGS_FILE
     file = run_path(config) if config is not None else settings_file if settings_file.is_file() else None
@@ -95,27 +95,36 @@ class Run(Shown):
         samples: Address | None = None,
         store: Address | None = None,
         *,
+        by: str | Sequence[str] = (),
         resamples: int = 1000,
         out: Address | None = None,
     ) -> "Evaluation":
-        """Evaluate as `crossmedia evaluate`, on all ranks, write the report and print nothing. Raises TrainerError."""
+        """Evaluate as `crossmedia evaluate`, on all ranks, write the report and print nothing.
+
+        `by`: columns to cut by, as "category". Raises TrainerError.
+        """
         source = RunSource(self.folder, self.checkpoint, _text(samples), _text(store))
+        comm, columns = joined_ranks(), [by] if isinstance(by, str) else by
         to = None if out is None else run_path(out)
-        comm = joined_ranks()
-        figures = evaluate_run(source, comm, resamples=resamples, out=to, quiet=True)
-        return Evaluation(comm.broadcast_object(cast("Figures", figures)))
+        figures = evaluate_run(source, comm, resamples=resamples, by=columns, out=to, quiet=True)
+        found = comm.broadcast_object(cast("Figures", figures))
+        _warn(found.notes if comm.rank == 0 else ())
+        return Evaluation(found)
 
     def score(self, rows: Any, behaviors: Any = None, *, store: Address | None = None) -> Scores:
         """Score rows on this rank: logit and probability of each, as `crossmedia score` computes them.
 
         `rows` have the columns of the samples, an impression each or, with lists of ads, a group each; or they are a
         raw log of impressions, and `behaviors` one of behaviours (`with_behaviors`). Labels may be left out. Features
-        are those of the training, or of the newest snapshot of `store`. Raises TrainerError, FeatureStoreError.
+        are those of the training, or of the newest snapshot of `store`. Warns where images have none, and the model
+        has never met that. Raises TrainerError, FeatureStoreError.
         """
         table = table_of(rows)
         if behaviors is not None:
             table = with_behaviors(table, table_of(behaviors), self.config.data.samples)
-        return scores_of(rows, score_rows(RunSource(self.folder, self.checkpoint, store=_text(store)), table))
+        logits, notes = score_rows(RunSource(self.folder, self.checkpoint, store=_text(store)), table)
+        _warn(notes)
+        return scores_of(rows, logits)
 
     def vectors(self, network: str | None = None) -> pa.Table:
         """Compute the visual vectors of all images of the store's newest snapshot: key, uri, vector (V,).
@@ -162,6 +171,11 @@ class Evaluation:
 
     def _repr_html_(self) -> str:
         return str(self.table.to_html(float_format="{:.4f}".format))
+
+
+def _warn(notes: Sequence[str]) -> None:
+    for note in notes:  # which the caller of a method of Run should know of its figures or scores
+        warnings.warn(note, stacklevel=3)
 
 
 def _written(value: Any) -> str:

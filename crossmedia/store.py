@@ -14,7 +14,7 @@ from featurestore.text import Shown
 if TYPE_CHECKING:
     import pandas as pd
 
-    from trainer.samples.interop import FeatureDataset
+    from crossmedia.datasets import FeatureDataset
 
 
 def open_store(url: str | os.PathLike[str], version: int | str | None = None) -> "Store":
@@ -68,7 +68,7 @@ class Store(Shown):
 
     def dataset(self, cache_dir: str | None = None) -> "FeatureDataset":
         """Make a torch Dataset of the snapshot."""
-        from trainer.samples.interop import FeatureDataset
+        from crossmedia.datasets import FeatureDataset
 
         return FeatureDataset(self.url, self.version, cache_dir)
 

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from trainer.samples.interop import is_pandas, table_of
+from trainer.samples.columns import is_pandas, table_of
 
 Scores = Any
 """A pandas DataFrame where one was given, with its index; else an Arrow table."""

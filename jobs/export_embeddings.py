@@ -31,7 +31,7 @@ def main(
     run: WhichRun = None,
     checkpoint: WhichCheckpoint = None,
     network: Annotated[
-        str | None, typer.Option(help="Name of E, as STORE:NAME or a part of it; required if the run has several.")
+        str | None, typer.Option(help="Which E, by its store's name in the schema; required if the run has several.")
     ] = None,
     store_version: StoreVersion = None,
     table: Annotated[str | None, typer.Option(help="An exact ID table, whose rows are exported instead.")] = None,

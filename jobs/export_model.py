@@ -158,12 +158,11 @@ def summary_text(
         f"run          {manifest.run}, {manifest.checkpoint}",
         f"id rows      {rows:,} in {len(manifest.tables)} tables, {manifest.id_dtype}, {rows_bytes:,} bytes",
     ]
-    for of in manifest.vectors:
-        networks = ", ".join(f"network {each.name}: {each.width} numbers" for each in of.networks)
-        lines.append(
-            f"vectors      {of.store}: {exported.num_images[of.store]:,} images of snapshot "
-            f"{of.source.version} of {of.source.url} ({networks})"
-        )
+    lines += [
+        f"vectors      {of.store}: {exported.num_images[of.store]:,} images of snapshot "
+        f"{of.source.version} of {of.source.url}, {len(of.no_image)} numbers each"
+        for of in manifest.vectors
+    ]
     compiled = [file.name for file in manifest.files if file.name.startswith("network-")]
     lines += [f"compiled     {name}" for name in compiled]
     lines += [f"note         {note}" for note in exported.notes]

@@ -78,14 +78,14 @@ def _published(
     """Bring the vectors of one feature store up to its snapshot `version`, and print what that did."""
     from featurestore.store import FeatureStore
     from featurestore.upkeep.compaction import MAX_DELTAS
-    from serving.bundle.images import networks_for, publish
+    from serving.bundle.images import network_for, publish
 
     url = opened.vectors_url(of)
     with output.progress_bar("shards") as progress:
         report = publish(
             FeatureStore.open(url),
             of,
-            networks_for(opened, of),
+            network_for(opened, of),
             source_url=source,
             source_version=version,
             eps=eps,

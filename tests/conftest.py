@@ -16,9 +16,14 @@ from featurestore.lookup import VARIABLE, AutoDType
 from tests.proxy import Fault, Request, proxy_before
 from tests.ranks import Forks, StandingRanks, TorchRanks, forks_of_ranks, standing_ranks
 from tests.running.guard import Guard
-from tests.running.spared import check_each_kind_once, parse_services_once, spare_pandas, spare_the_disk
+from tests.running.spared import (
+    check_each_kind_once,
+    freeze_for_good,
+    parse_services_once,
+    spare_pandas,
+    spare_the_disk,
+)
 from tests.servers import environment_of, new_buckets, seaweedfs
-from tests.trainer.frozen import freeze_for_good
 
 if TYPE_CHECKING:
     from distributed import Client

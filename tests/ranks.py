@@ -50,9 +50,10 @@ def command_of(num_ranks: int, *arguments: object) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """The variables of ranks: one thread each, and modules below tests/ can be imported."""
+    """The variables of ranks: one thread each, seldom meetings of Horovod, and modules below tests/ can be imported."""
     search = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": search}
+    seldom = {"HOROVOD_CYCLE_TIME": "5"}  # ms: meetings take the processor also while ranks wait, and tests beside them
+    return {**os.environ, **seldom, "OMP_NUM_THREADS": "1", "PYTHONPATH": search}
 
 
 def ranks_of(launcher: subprocess.Popen[bytes] | subprocess.Popen[str], *arguments: str) -> list[psutil.Process]:

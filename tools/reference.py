@@ -86,7 +86,7 @@ CONFIGURATIONS = (
     "model.base=finalmlp; model.mlp=[64,32]",
     "model.base=two_tower; model.tower_width=16; model.pooling=sum",
     "model.pooling=concat; model.pooling_length=8; model.multi_hot=sum",
-    "model.pooling=multi_query; model.shared_image_model=false; model.visual_width=8",
+    "model.pooling=multi_query; model.visual_width=8",
     "model.image_dropout=0.2; model.id_dropout=0.1; model.id_proxy=true",
     "model.tables.item={kind: exact, max_rows: 1000, admit_after: 2, expire_days: 30}; model.table_shards=8",
     "model.activation=prelu; data.global_batch_size=60000; optim.ids=rowwise_adagrad",

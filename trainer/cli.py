@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -45,6 +46,12 @@ def counts_of(text: str) -> tuple[int, ...]:
     return tuple(sorted(set(found)))
 
 
+SettingsFile = Annotated[Path | None, typer.Option("--config", help="YAML file over the default preset.")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="One setting; may be repeated.")
+]
+MoreSettings = Annotated[list[str] | None, typer.Argument(metavar="SECTION.FIELD=VALUE", help="More settings.")]
+"""The options, and arguments, of a command that takes settings of a run."""
 WhichRun = Annotated[
     str | None, typer.Option(help="Folder or address of a run.", show_default="the newest in data/runs")
 ]

@@ -202,8 +202,6 @@ class ModelConfig(Section):
     image_products: Parameters[bool] = True
     """Give the base net the mean of the behaviour images times a projection of the ad's vectors, too; not lr and
     two_tower."""
-    shared_image_model: Parameters[bool] = True
-    """One E for all content fields of a store, or one for each field."""
     id_width: Rows[Width] = 12
     """Width of an ID field's vector where the schema names none."""
     visual_width: Parameters[Width] = 12
@@ -303,6 +301,8 @@ class OptimConfig(Section):
     """Both rates times this after every lr_every steps."""
     lr_every: Training[Count] = 24_000
     """Steps between two times that the rates shrink."""
+    plateau_gamma: Training[RateDecay] = 0.1
+    """Both rates times this after each evaluation on data.validation_days whose AUC is no better than all before."""
     beta1: Rows[Annotated[float, Field(ge=0, lt=1)]] = 0.9
     """Adam: weight of the past in the running mean of gradients."""
     beta2: Rows[Annotated[float, Field(ge=0, lt=1)]] = 0.999
@@ -543,9 +543,28 @@ def read_mapping(
 
 
 def load_config(file: RunPath | None = None, settings: Sequence[str] = ()) -> Config:
-    """Merge the defaults, over them `file`, over that `settings` (each `section.field=value`). Raises ConfigError."""
-    given = [] if file is None else [read_mapping(file, "--config ", ConfigError, _WANTED)]
+    """Merge the defaults, over them `file`, over that `settings` (each `section.field=value`). Raises ConfigError.
+
+    Samples and a schema that the file names by ./ lie below its own folder, wherever the program runs.
+    """
+    given = [] if file is None else [_placed(read_mapping(file, "--config ", ConfigError, _WANTED), file)]
     return _checked([*given, *map(_parse_setting, settings)])
+
+
+def _placed(values: dict[Any, Any], file: RunPath) -> dict[Any, Any]:
+    """Resolve the places of data that a file names by ./ or as its own folder."""
+    data = values.get("data")
+    if not isinstance(data, dict):
+        return values
+    own = {
+        name: place
+        for name in ("samples", "schema_file")
+        if isinstance(place := data.get(name), str) and (place == "." or place.startswith("./"))
+    }
+    folder = run_path(file).parent
+    folder = folder.absolute() if str(folder) == "." else folder  # not ./ again, which a run's config.yaml would keep
+    places = {name: str(folder / rest if (rest := place[2:]) else folder) for name, place in own.items()}
+    return values | {"data": data | places}
 
 
 def load_saved(file: RunPath) -> Config:
@@ -598,10 +617,7 @@ _DECISIONS: dict[str, Decision] = {
     },
     SAMPLES_DIGEST: "positions",
 }
-OF_IMAGES = (
-    *("pooling", "pooling_length", "image_products", "shared_image_model", "visual_width", "embed_hidden"),
-    *("id_proxy", "image_dropout"),
-)
+OF_IMAGES = ("pooling", "pooling_length", "image_products", "visual_width", "embed_hidden", "id_proxy", "image_dropout")
 """Settings of the model that one without images does not use."""
 
 

@@ -10,16 +10,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
 from featurestore.console import commandline, output
 from featurestore.errors import AnotherStoreError, StorageError
 from featurestore.parsing import parse_json
 from featurestore.published.paths import RunPath, read_file, run_path, write_json_file
+from trainer.cli import MoreSettings, Settings, SettingsFile
 from trainer.config import WARM_PARTS, Config, differences, load_config, load_saved, refuse_given, save_config
 from trainer.errors import CheckpointError, ConfigError, DataNotFoundError, OtherRunError, TrainerError
 from trainer.main import on_ranks, train, warm_settings
@@ -83,14 +82,14 @@ def write(folder: RunPath) -> None:
 def show(folder: RunPath) -> None:
     """Print the table."""
     console, found = output.text_console(), rows(folder)
-    table = Table(title=str(folder))
-    for name in ("day", "from", "snapshot", "steps", "test day", *_METRICS):
-        table.add_column(name.replace("_", " "), justify="right")
+    names = [each.replace("_", " ") for each in ("day", "from", "snapshot", "steps", "test day", *_METRICS)]
+    lines = []
     for row in found:
         before = run_path(row["warm_start"]).name if row["warm_start"] else None
         cells = [row["day"], before, row["store_version"], row["steps"], row["test_day"]]
-        table.add_row(*(_text(cell) for cell in [*cells, *(row[name] for name in _METRICS)]))
-    output.print_table(console, table)
+        lines.append([_text(cell) for cell in [*cells, *(row[name] for name in _METRICS)]])
+    output.print_line(console, str(folder), style="bold")
+    output.print_rows(names, lines, numbers=names)
     for row in found:
         if row["samples_changed"]:
             console.print(f"{row['day']}: its training samples had changed before it was evaluated")
@@ -175,10 +174,8 @@ def main(
             "in GAUC. Else each run trains on all days up to its own.",
         ),
     ] = CONTINUES,
-    file: Annotated[Path | None, typer.Option("--config", help="YAML file over the default preset.")] = None,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="One setting; may be repeated.")
-    ] = None,
+    file: SettingsFile = None,
+    settings: Settings = None,
     warm_start: Annotated[
         str | None,
         typer.Option(
@@ -188,7 +185,7 @@ def main(
             show_default="nothing: it trains on all days",
         ),
     ] = None,
-    more: Annotated[list[str] | None, typer.Argument(metavar="SECTION.FIELD=VALUE", help="More settings.")] = None,
+    more: MoreSettings = None,
 ) -> None:
     """Train day after day, on all days up to each, on the newest snapshot of the store, and evaluate on the next."""
     given = [] if samples is None else [f"data.samples={samples}"]
@@ -206,10 +203,6 @@ class Day:
     train_days: tuple[str, ...]
     test_day: str | None
     folder: RunPath
-
-    def report(self) -> dict[str, Any] | None:
-        """Read the run's report; None before its end."""
-        return report_of(self.folder)
 
     def config(self, base: Config, before: RunPath | None) -> Config:
         """Make the settings of the run, which continues what the one in folder `before` has learned, or its own."""
@@ -321,10 +314,11 @@ def _end(folder: RunPath) -> None:
 
 def _work_on(day: Day, base: Config, *, continues: bool) -> tuple[Config | None, dict[str, Any] | None]:
     """Return the settings to train the day with, or the report of a trained day that is to be evaluated, or neither."""
-    report = day.report()
+    report = report_of(day.folder)
     if report is not None:
         return None, None if report["metrics"] or day.test_day is None else report
-    before = _run_before(day)
+    earlier = [each for each in runs(day.folder.parent) if each.name < day.name]
+    before = earlier[-1] if earlier else None  # even if its samples were removed
     if before:
         _check_stores(before, base)
     return day.config(base, before if continues else None), None
@@ -405,7 +399,7 @@ def _claim(folder: RunPath, base: Config) -> None:
     mine = base.model_dump(mode="json", exclude={"run"})
     file = folder / DAYS_FILE
     try:
-        if not (file.is_file() and any(DAY.fullmatch(each.name) for each in folder.iterdir())):
+        if not (file.is_file() and day_folders(folder)):
             folder.mkdir(parents=True, exist_ok=True)
             write_json_file(file, mine)
             return
@@ -435,12 +429,6 @@ def _check_stores(before: RunPath, base: Config) -> None:
     state = read_state(checkpoints[-1])
     for place in places:
         check_identity(place, FeatureStore.open(place.url).snapshot(place.version), checkpoints[-1], state)
-
-
-def _run_before(day: Day) -> RunPath | None:
-    """Return the newest finished run of an earlier day, even if its samples were removed."""
-    before = [each for each in runs(day.folder.parent) if each.name < day.name]
-    return before[-1] if before else None
 
 
 if __name__ == "__main__":

@@ -27,6 +27,8 @@ Examples:
 
     crossmedia evaluate data/runs/both --checkpoint 1000 --bootstrap 0 --json figures.json
 
+    crossmedia evaluate data/runs/both --by category --by user_city
+
     crossmedia evaluate data/runs/both --against data/runs/ids-only
 
 Relative places in the run's config.yaml are looked for where this is started. Exit codes: 0 done, 1 failed, 2 wrong
@@ -62,6 +64,12 @@ def main(
             metavar="RUN2", help="Only compare with RUN2: difference in AUC and GAUC, with interval and p-value."
         ),
     ] = None,
+    by: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="COLUMN", help="Slices by a column of one id a row too, as category; may be given several times."
+        ),
+    ] = None,
     out: Annotated[str | None, typer.Option(help="Folder or address of the report; by default RUN/evaluation.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file as well.")] = None,
 ) -> None:
@@ -69,6 +77,8 @@ def main(
 
     if store_version is not None and store is None:
         raise typer.BadParameter("it needs --store", param_hint="--store-version")
+    if by and against is not None:
+        raise typer.BadParameter("a comparison has no slices; leave out --by, or --against", param_hint="--by")
 
     def work(comm: "Comm") -> None:
         if json_file is not None:  # before the work, which may take hours
@@ -86,7 +96,7 @@ def main(
             other = run_path(against)
             compare_runs(source, other, comm, resamples=bootstrap, out=to, json_file=json_file)
             return
-        evaluate_run(source, comm, resamples=bootstrap, out=to, json_file=json_file)
+        evaluate_run(source, comm, resamples=bootstrap, by=by or (), out=to, json_file=json_file)
 
     raise typer.Exit(run_on_ranks(work))
 

@@ -8,14 +8,13 @@ import contextlib
 import functools
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from featurestore.console.commandline import CommandApp, run_app
 from featurestore.errors import StorageError, UserError
-from trainer.cli import run_on_ranks
+from trainer.cli import MoreSettings, Settings, SettingsFile, run_on_ranks
 from trainer.config import WARM_PARTS, Config, differences, load_config, load_saved
 from trainer.errors import ConfigError
 
@@ -55,10 +54,8 @@ _OF_A_START = ("run.dir", "run.name", "run.resume", "run.overwrite")
 
 @app.command(epilog=EXAMPLES)
 def main(
-    file: Annotated[Path | None, typer.Option("--config", help="YAML file over the default preset.")] = None,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="One setting; may be repeated.")
-    ] = None,
+    file: SettingsFile = None,
+    settings: Settings = None,
     warm_start: Annotated[
         str | None, typer.Option(metavar="RUN", help="Begin with parameters of this run or checkpoint.")
     ] = None,
@@ -70,8 +67,7 @@ def main(
             "images,model,ids with commas.",
         ),
     ] = None,
-    verbose: Annotated[bool, typer.Option("--verbose", help="End with all figures and the ID tables.")] = False,
-    more: Annotated[list[str] | None, typer.Argument(metavar="SECTION.FIELD=VALUE", help="More settings.")] = None,
+    more: MoreSettings = None,
 ) -> None:
     """Train DICM on sample groups and stored image features, and evaluate it on the test samples."""
     given = [*(settings or []), *(more or []), *warm_settings(warm_start, warm_parts)]
@@ -82,7 +78,7 @@ def main(
             raise ConfigError(f"--warm-parts {warm_parts} needs another run: name it by --warm-start")
         return config
 
-    raise typer.Exit(on_ranks(load, functools.partial(train, verbose=verbose)))
+    raise typer.Exit(on_ranks(load, train))
 
 
 def on_ranks(load: Callable[[], Config], work: Callable[[Config, "Comm"], object]) -> int:
@@ -104,10 +100,10 @@ def warm_settings(warm_start: str | None, warm_parts: str | None) -> list[str]:
     return settings
 
 
-def train(config: Config, comm: "Comm", verbose: bool = False) -> "RunPath":
+def train(config: Config, comm: "Comm") -> "RunPath":
     """Train one run from opening to report, and return its folder; every rank calls it.
 
-    `verbose`: print all figures at the end. Of a run that is continued and finished already, nothing is written again.
+    Of a run that is continued and finished already, nothing is written again.
     Raises TrainerError, FeatureStoreError.
     """
     from featurestore.console.output import text_console
@@ -144,7 +140,7 @@ def train(config: Config, comm: "Comm", verbose: bool = False) -> "RunPath":
             if root:
                 _end_events(run, progress)
                 summary.write_report(run.folder / "report.json", report)
-                summary.show(progress.console, report, verbose=verbose)
+                summary.show(progress.console, report)
         return run.folder
 
 
@@ -207,14 +203,18 @@ def _finished_text(run: "Run") -> str:
 def _report(run: "Run", training: "Training", measured: dict[str, Any]) -> dict[str, Any]:
     """Put together what report.json says of a run; every rank calls it.
 
-    `missing_lookups`: of images without a feature, those of evaluations included.
+    `missing_lookups`: of images without a feature, those of evaluations included; `new_ad_pictures_count`: None where
+    that is not decided (model.image_dropout); `logs`: versions of the tables of Delta, Iceberg or Lance that the
+    samples were made of.
     """
-    missing = run.missing_by_store()
+    from trainer.schema.lakes import versions_of
+
+    missing, new_ads = run.missing_by_store(), run.engine.model.new_ads
     return {
         "name": run.folder.name,
         "folder": str(run.folder),
         "metrics": training.metrics,
-        "new_ad_pictures_count": training.new_ad_pictures_count,
+        "new_ad_pictures_count": None if new_ads is None else new_ads.pictures_count,
         **measured,
         "missing_lookups": sum(missing.values()),
         "missing_by_store": missing,
@@ -223,6 +223,7 @@ def _report(run: "Run", training: "Training", measured: dict[str, Any]) -> dict[
         "checkpoints": training.checkpoints,
         "history": run.history,
         "warm_start": str(run.warm_start.checkpoint) if run.warm_start else None,
+        "logs": run.comm.on_rank_0(lambda: versions_of(run.train_reader.index.storage)),
         "store_version": run.partition.snapshot_version if run.partition else None,
         "stores": {name: store.model_dump() for name, store in run.stores.items()},
     }

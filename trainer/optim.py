@@ -21,9 +21,12 @@ class Rates:
     ids_lr: float
 
 
-def rates_at(config: OptimConfig, step: int) -> Rates:
-    """Return the rates of step `step`, from zero on: lr x lr_gamma ^ (step // lr_every), less while it warms up."""
-    share = config.lr_gamma ** (step // config.lr_every)
+def rates_at(config: OptimConfig, step: int, num_plateaus: int = 0) -> Rates:
+    """Return the rates of step `step`, from zero on: lr x lr_gamma ^ (step // lr_every), less while it warms up.
+
+    `num_plateaus`: evaluations so far that were no better than all before, each of which is a plateau_gamma more.
+    """
+    share = config.lr_gamma ** (step // config.lr_every) * config.plateau_gamma**num_plateaus
     if step < config.warmup_steps:
         share *= (step + 1) / config.warmup_steps
     return Rates(config.lr * share, config.alpha * share)

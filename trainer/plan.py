@@ -1,13 +1,12 @@
 """crossmedia plan: estimate a run's needs and speed on more machines, before you rent them."""
 
 import sys
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from featurestore.console import commandline, files, output
-from trainer.cli import counts_of
+from trainer.cli import Settings, SettingsFile, counts_of
 from trainer.config import load_config
 
 EXAMPLES = """
@@ -35,10 +34,8 @@ def main(
     network_gbit: Annotated[float, typer.Option(help="Gbit/s between machines, each way.", min=0.001)] = 10.0,
     latency_us: Annotated[float, typer.Option(help="Of a message between machines.", min=0)] = 50.0,
     ranks_per_machine: Annotated[int, typer.Option(help="Ranks that share a machine like this one.", min=1)] = 1,
-    file: Annotated[Path | None, typer.Option("--config", help="YAML file over the trainer's preset.")] = None,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="One setting; may be repeated.")
-    ] = None,
+    file: SettingsFile = None,
+    settings: Settings = None,
     json_file: files.JsonOption = None,
 ) -> None:
     """Predict unique images and ids, memory, bytes, time and efficiency for more ranks; recommend a number of ranks."""

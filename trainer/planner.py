@@ -40,7 +40,7 @@ from trainer.comm import Comm, SoloComm, connect
 from trainer.comm.comm import launcher_of
 from trainer.config import Config, TableConfig, save_config
 from trainer.engine.machine import check_threads
-from trainer.engine.wiring import model_name, table_shapes
+from trainer.engine.wiring import table_shapes, widths_of_stores
 from trainer.errors import ConfigError, PlanError
 from trainer.ids.optimizers import state_of
 from trainer.ids.shards import owned_bytes
@@ -48,7 +48,7 @@ from trainer.models import layers, nets
 from trainer.runs.open import store_places, train_reader
 from trainer.samples.columns import name_of, rules_of, source_columns
 from trainer.samples.index import SampleIndex, open_index, read_row_group
-from trainer.samples.reader import Batch, SampleReader
+from trainer.samples.reader import Batch
 from trainer.samples.survey import fill_in, measure
 from trainer.schema import Schema, load_schema
 from trainer.stages import WAIT
@@ -246,8 +246,6 @@ LEAST_EFFICIENCY = 0.5
 """Least efficiency, per rank, of a recommended number of ranks."""
 PROGRAM_BYTES = 2 * 2**30
 """Memory of a rank besides features and ID rows: Python and torch (.6 GB), batches that are read ahead, activations."""
-_SKEW_NOTICE = 1.05
-_DECODE_NOTICE = 1.31
 
 
 @dataclass(frozen=True)
@@ -295,7 +293,7 @@ class TrainingPlan:
     rows: tuple[RankPlan, ...]
     recommended_ranks: int | None
     advice: tuple[str, ...]
-    """The recommendation and its reason, then what to change."""
+    """The recommendation and its reason, then numbers of ranks that are slower than one."""
 
 
 def build(
@@ -314,18 +312,18 @@ def build(
         machine, counts = machine_of(count), counts_of(count)
         cost, rank_bytes = step_cost(counts, widths, machine), stored.rank_bytes(count)
         local = min(count, machine.network.ranks_per_machine)
-        row = RankPlan(
-            ranks=count,
-            counts=counts,
-            machine=machine,
-            cost=cost,
-            efficiency=cost.samples_per_s / (base.samples_per_s * count),
-            epoch_s=samples / cost.samples_per_s,
-            rank_bytes=rank_bytes,
-            machine_bytes=local * (rank_bytes + PROGRAM_BYTES) / MOST_OF_MEMORY,
+        rows.append(
+            RankPlan(
+                ranks=count,
+                counts=counts,
+                machine=machine,
+                cost=cost,
+                efficiency=cost.samples_per_s / (base.samples_per_s * count),
+                epoch_s=samples / cost.samples_per_s,
+                rank_bytes=rank_bytes,
+                machine_bytes=local * (rank_bytes + PROGRAM_BYTES) / MOST_OF_MEMORY,
+            )
         )
-        rows.append(row)
-        advice += advise(row, stored)
         if count > 1 and cost.samples_per_s < base.samples_per_s:
             times = cost.samples_per_s / base.samples_per_s
             advice.append(f"{count} ranks are slower than 1: they make {times:.2g} times its samples/s.")
@@ -355,39 +353,9 @@ def recommend(rows: Sequence[RankPlan], memory_bytes: int) -> tuple[int | None, 
     )
 
 
-def advise(row: RankPlan, stored: StoredBytes) -> list[str]:
-    """Return advice on the streams of samples and on shards."""
-    lines = []
-    if (decoded := row.counts.decoded * row.ranks / row.counts.samples) > _DECODE_NOTICE:
-        lines.append(
-            f"{_ranks(row.ranks)}: a rank decodes {decoded:.2g} times its own samples, as ranks share streams of them. "
-            f"Set data.shuffle_streams to a multiple of {row.ranks}, and write ten row groups or more for each rank."
-        )
-    for name, keys, shards, change in (
-        ("images", row.counts.images, stored.shards, "make the store with --num-shards"),
-        ("ids", row.counts.ids, stored.table_shards, "set model.table_shards to"),
-    ):
-        skew = keys.skew(row.ranks)
-        # Where keys alone are uneven, more shards do not help.
-        if min(skew, most_shards(shards, row.ranks) * row.ranks / shards) > _SKEW_NOTICE:
-            lines.append(
-                f"{_ranks(row.ranks)}: the busiest owner has {skew - 1:.0%} more {name} than the mean, as {shards} "
-                f"shards do not divide evenly: {change} {even_shards(row.ranks)}."
-            )
-    return lines
-
-
 def most_shards(num_shards: int, ranks: int) -> int:
     """Count the shards of the rank that has most."""
     return -(-num_shards // ranks)
-
-
-def even_shards(ranks: int) -> int:
-    """Return the smallest power of two of shards of which no rank has more than 5 % above the mean."""
-    shards = 1
-    while most_shards(shards, ranks) * ranks > _SKEW_NOTICE * shards:
-        shards *= 2
-    return shards
 
 
 def as_json(plan: TrainingPlan) -> dict[str, Any]:
@@ -532,8 +500,7 @@ def sample(config: Config, largest: int) -> SampledKeys:
     schema = fill_in(schema, measure(SoloComm(), few, schema))
     snapshot = FeatureStore.open(data.store).snapshot(data.store_version)
     total = min(index.num_samples, max(_LEAST_DRAWN, min(_MOST_DRAWN, _DRAWN_BATCHES * largest), largest))
-    seed, window = (config.train.seed, data.shuffle_window) if data.shuffle else (None, 1)
-    reader = SampleReader(index, schema, batch_size=total, seed=seed, window=window)
+    reader = train_reader(config.changed(data={"global_batch_size": total, "shuffle_streams": 1}), index, schema)
     start_s = time.perf_counter()
     batch = next(reader.batches())
     read_s = (time.perf_counter() - start_s) / reader.num_decoded
@@ -544,7 +511,7 @@ def sample(config: Config, largest: int) -> SampledKeys:
         return DrawnSamples(batch, tuple(tuple(each) for each in names), of_user, shards)
 
     fields = layers.used_fields(schema, config.model)
-    content = {f.name: model_name(f, config.model) for f in fields if f.kind == "content"}
+    content = {f.name: f.store_name for f in fields if f.kind == "content"}
     images = drawn(content, snapshot.info.num_shards)
     ids = drawn({f.name: f.table_name for f in fields if f.is_id}, config.model.table_shards)
     return SampledKeys(config, schema, index, snapshot, images, ids, read_s)
@@ -746,16 +713,12 @@ def run_together(commands: Sequence[Sequence[str]]) -> list[str]:
 def widths(config: Config, sampled: SampledKeys) -> Widths:
     """Return the bytes of what travels, from the schema, the model's settings and the store."""
     model, dim, fields = config.model, sampled.snapshot.info.dim, layers.used_fields(sampled.schema, config.model)
-    content = {model_name(field, model): field for field in fields if field.kind == "content"}
-    widths_of_model = [layers.width_of(field, model) for field in content.values()]
+    (image_width,) = widths_of_stores(fields, model).values()
     id_widths = [shape.width for shape in table_shapes(fields, model)]
     with torch.device("meta"):
-        networks = [
-            nets.build_model(sampled.schema, model),
-            *(EmbeddingModel(dim, model.embed_hidden, width) for width in widths_of_model),
-        ]
+        networks = nets.build_model(sampled.schema, model), EmbeddingModel(dim, model.embed_hidden, image_width)
     dense = sum(parameter.numel() for network in networks for parameter in network.parameters())
-    return Widths(max(widths_of_model) * _FLOAT_BYTES, fmean(id_widths or [0]) * _FLOAT_BYTES, dense * _FLOAT_BYTES)
+    return Widths(image_width * _FLOAT_BYTES, fmean(id_widths or [0]) * _FLOAT_BYTES, dense * _FLOAT_BYTES)
 
 
 def stored_bytes(config: Config, sampled: SampledKeys) -> StoredBytes:

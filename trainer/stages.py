@@ -175,7 +175,7 @@ def prepare_ahead(
         for left in range(count - 1, -1, -1):
             assert coming is not None
             current = coming
-            if in_background and lateness.is_habit():
+            if in_background and lateness.times_late >= _TIMES:
                 pool.shutdown()  # ends with the call that it has begun: one after the other
                 pool, in_background = ThreadPoolExecutor(1, "prepare"), False
             coming = pool.submit(prepare) if left else None
@@ -189,7 +189,8 @@ class _Lateness:
 
     def __init__(self) -> None:
         self._asked_s: float | None = None
-        self._times_late = 0
+        self.times_late = 0
+        """How many of the last results were all late."""
 
     def timed(self, result: Callable[[], Result]) -> Result:
         """Wait for the result and return it."""
@@ -197,13 +198,9 @@ class _Lateness:
         value = result()
         if self._asked_s is not None:
             late = time.perf_counter() - start_s > _LATE * (start_s - self._asked_s)
-            self._times_late = self._times_late + 1 if late else 0
+            self.times_late = self.times_late + 1 if late else 0
         self._asked_s = start_s
         return value
-
-    def is_habit(self) -> bool:
-        """Tell whether the last results were all late."""
-        return self._times_late >= _TIMES
 
 
 def _step_back() -> None:

@@ -6,7 +6,6 @@ What to do next is decided, and said, by pure functions of the generations that 
 
 import asyncio
 import contextlib
-import fcntl
 import itertools
 import os
 import queue
@@ -26,11 +25,11 @@ from typer.main import get_command
 
 from featurestore.console.commandline import OK, STOPPED, CommandApp, run_app, say_error, takes
 from featurestore.errors import FAILED, USAGE, StorageError, UserError
-from featurestore.published.paths import FarPath, RunPath, run_path
+from featurestore.published.paths import RunPath, run_path
 from featurestore.storage.storage import Storage
 from featurestore.text import count_text, printable
 from trainer.config import Config, load_config
-from trainer.errors import ConfigError, TrainerError
+from trainer.errors import ConfigError
 from trainer.hosts import HostSlots, Link, News, count_slots, environments, reach_of_all, read_hosts
 from trainer.launch import By, Variables
 from trainer.main import app as train_app
@@ -367,51 +366,24 @@ LEASE_S = 60.0
 
 
 @contextlib.contextmanager
-def claimed(folder: RunPath, lease_s: float = LEASE_S) -> Iterator[None]:
-    """Hold the run in `folder`: by a lock that ends with this process or, on an object store, by a lease.
+def claimed(run: RunPath, lease_s: float = LEASE_S) -> Iterator[None]:
+    """Hold the claim of the highest number next to the run's folder: renewed in a thread, and given back at the end.
 
-    Raises ConfigError where another supervisor has it, else TrainerError. On an object store, SIGTERM comes to this
-    process where another one has taken the run over.
+    It is left there, empty: were its number given again, a process that was away would take it for its own claim.
+    That of a process of this machine ends with it. SIGTERM comes to this process where another supervisor has taken
+    the run over. Raises ConfigError where another one has it, StorageError.
     """
-    file = folder.parent / f".{folder.name}.supervised"
-    with _lease(file, lease_s) if isinstance(file, FarPath) else _lock(file):
-        yield
-
-
-@contextlib.contextmanager
-def _lock(file: Path) -> Iterator[None]:
-    with contextlib.ExitStack() as stack:
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            lock = stack.enter_context(file.open("a+", encoding="utf-8", errors="replace"))
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as failure:
-            lock.seek(0)
-            raise _held(file, lock.read(200).strip()) from failure
-        except OSError as failure:
-            raise TrainerError(f"{file} cannot be written: {failure}; choose another run.dir") from failure
-        lock.truncate(0)
-        lock.write(f"{_me()}\n")
-        lock.flush()
-        yield
-
-
-@contextlib.contextmanager
-def _lease(folder: FarPath, lease_s: float) -> Iterator[None]:
-    """Hold the claim of the highest number in `folder`; it is renewed in a thread, and ends after the block.
-
-    Then it is left there, empty: were its number given again, a process that was away would take it for its own claim.
-    """
-    storage, ended = Storage(folder.url), threading.Event()
+    folder = run.parent / f".{run.name}.supervised"
+    storage, ended = Storage(str(folder)), threading.Event()
     claims = storage.list()
     if claims and (holder := _holder(storage, claims[-1], lease_s)):
-        raise _held(folder, f"{holder}, or was until less than {lease_s:g} s ago")
+        raise _held(run, f"{holder}, or was until less than {lease_s:g} s ago")
     mine = f"{int(claims[-1]) + 1 if claims else 1:020}"
     if not storage.create_exclusive(mine, _me().encode()):
-        raise _held(folder, "one that began at the same moment")
+        raise _held(run, "one that began at the same moment")
     if storage.list()[-1:] != [mine]:  # the number was free again, as this process was away after it had looked
         storage.delete(mine)
-        raise _held(folder, "one that began meanwhile")
+        raise _held(run, "one that began meanwhile")
 
     def renew() -> None:
         while not ended.wait(lease_s / 4):
@@ -432,10 +404,11 @@ def _lease(folder: FarPath, lease_s: float) -> Iterator[None]:
     finally:
         ended.set()
         renewing.join()
-        is_newest = storage.list()[-1:] == [mine]
-        if is_newest:
-            storage.write_bytes(mine, b"")
-        storage.delete_files([*claims, *([] if is_newest else [mine])])
+        with contextlib.suppress(OSError, StorageError):  # a full disk, say: the claim ends with this process, or later
+            is_newest = storage.list()[-1:] == [mine]
+            if is_newest:
+                storage.write_bytes(mine, b"")
+            storage.delete_files([*claims, *([] if is_newest else [mine])])
 
 
 def _holder(storage: Storage, claim: str, lease_s: float) -> str | None:
@@ -459,8 +432,7 @@ def _is_gone(holder: str) -> bool:
     return holder == _me() or not Path(f"/proc/{match[1]}").exists()
 
 
-def _held(file: RunPath, holder: str) -> ConfigError:
-    run = file.parent / file.name.removeprefix(".").removesuffix(".supervised")
+def _held(run: RunPath, holder: str) -> ConfigError:
     return ConfigError(f"{run} is supervised already, by {holder}; end that first")
 
 

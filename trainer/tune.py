@@ -9,7 +9,6 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -20,6 +19,7 @@ from featurestore.errors import StorageError
 from featurestore.parsing import format_yaml, parse_yaml
 from featurestore.published.paths import RunPath, run_path, write_file, write_json_file
 from featurestore.spec import differing
+from trainer.cli import MoreSettings, Settings, SettingsFile
 from trainer.config import Config, load_config, refuse_given
 from trainer.errors import ConfigError, TrainerError
 from trainer.main import on_ranks, train
@@ -79,10 +79,8 @@ class Trial:
 
 @app.command(epilog=EXAMPLES)
 def main(
-    file: Annotated[Path | None, typer.Option("--config", help="YAML file over the default preset.")] = None,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="One setting; may be repeated.")
-    ] = None,
+    file: SettingsFile = None,
+    settings: Settings = None,
     grid: Annotated[
         list[str] | None,
         typer.Option(
@@ -92,7 +90,7 @@ def main(
         ),
     ] = None,
     epochs: Annotated[int, typer.Option(min=1, help="Epochs of a run at most.")] = 4,
-    more: Annotated[list[str] | None, typer.Argument(metavar="SECTION.FIELD=VALUE", help="More settings.")] = None,
+    more: MoreSettings = None,
 ) -> None:
     """Find the rates and the number of epochs on the last training days, and write them as a file of settings."""
     given = [*(settings or []), *(more or [])]
@@ -142,6 +140,7 @@ def _trial(file: RunPath | None, given: Sequence[str], values: Mapping[str, Any]
     held_out = chosen.changed(
         data={"validation_days": chosen.data.validation_days or 1, "test_days": []},
         train={"epochs": epochs, "eval_every": None, "early_stopping": 1, "keep_checkpoints": 1},
+        optim={"plateau_gamma": 1.0},  # as in the training on all days, which has no evaluation to go by
         run={"dir": str(root), "name": re.sub(r"[^A-Za-z0-9._]+", "-", words).strip("-"), "resume": "auto"},
     )
     return Trial(values, chosen, held_out)

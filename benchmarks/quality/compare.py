@@ -1,7 +1,7 @@
 """Ours compared with FuxiCTR: the same nets on the same rows, tuned over a small grid, by epoch and by seed.
 
-Of real logs, on the last days, which decide nothing: the days before them say which epoch is the best one. A folder is
-what tools/real_logs.py has written; its samples are made once. Both sides have their plain settings there.
+Of real logs, on the last days, which decide nothing: the days before them say which epoch and which settings are the
+best ones. A folder is what tools/real_logs.py has written; its samples are made once.
 """
 
 import subprocess
@@ -98,9 +98,13 @@ def curves(bench: Bench, images: bool) -> Curves:
 
 
 def tuned(bench: Bench, data: DataSet, spec: Spec) -> Spec:
-    """Find the run with the settings of the grid whose best epoch has the highest GAUC on the last training days."""
-    train_days, test_days = data.tuning_days()
-    held_out = replace(spec, train_days=train_days, test_days=test_days)
+    """Find the run with the settings of the grid whose best epoch has the highest GAUC on the last training days.
+
+    On the validation days of a real log."""
+    held_out = spec
+    if not data.left_out_days:
+        train_days, test_days = data.tuning_days()
+        held_out = replace(spec, train_days=train_days, test_days=test_days)
     tried = [{**spec.settings, **point} for point in grid_of(spec.side)]
     scores = [max(gaucs(curve_of(replace(held_out, settings=each), bench.folder))) for each in tried]
     return replace(spec, settings=tried[int(np.argmax(scores))])
@@ -142,13 +146,14 @@ def differences(
 
 
 def headline(found: Curves, prefix: str, goals: Sequence[str], metric: str = "gauc") -> dict[str, Figure]:
-    """Return ours minus theirs by data set, with half of the 95 % interval over seeds, and the worst data set's."""
+    """Return ours minus theirs by data set, with half of the 95 % interval over seeds, the mean and the worst one."""
     figures: dict[str, Figure] = {}
     names = list(dict.fromkeys(name for name, _, _ in found))
     for goal in goals:
         key = f"{prefix}_{goal}"
         means = {name: seed_mean(differences(found, name, goal, metric)) for name in names}
-        figures[key] = min((each.mean for each in means.values()), default=None)
+        figures[key] = float(np.mean([each.mean for each in means.values()])) if means else None
+        figures[f"{key}_worst"] = min((each.mean for each in means.values()), default=None)
         for name, each in means.items():
             figures[f"{key}_{name}"] = each.mean
             figures[f"{key}_{name}_half_width"] = each.half_width
@@ -237,15 +242,24 @@ def _impressions(file: Path) -> int:
 
 
 def logs_section(bench: Bench) -> list[Section]:
-    """Measure both on the days left out, with IDs only."""
-    found = curves(replace(bench, tunes=False), images=False)
+    """Measure both on the days left out, with IDs only: at their plain settings, then tuned."""
     goals = [*(f"epoch{epoch}" for epoch in EPOCHS if epoch <= bench.epochs), "best"]
-    figures = headline(found, "gauc_left_out", goals, METRIC)
-    grid = {f"{data}_{net}": gains(found, data, net, goals) for data, net in dict.fromkeys(key[:2] for key in found)}
-    return [
-        Section("real logs, days left out: GAUC, ours minus FuxiCTR", figures),
-        Section("by log and net, with the GAUC of both at the best epoch", grid=grid, prefix="left_out_"),
-    ]
+    sections = []
+    for tunes in (False, True)[: 1 + bench.tunes]:
+        found = curves(replace(bench, tunes=tunes), images=False)
+        title, prefix = ("tuned", "left_out_tuned") if tunes else ("plain settings", "left_out")
+        nets = dict.fromkeys(key[:2] for key in found)
+        grid = {f"{data}_{net}": gains(found, data, net, goals) for data, net in nets}
+        sections += [
+            Section(
+                f"real logs, days left out, {title}: GAUC, ours minus FuxiCTR",
+                headline(found, f"gauc_{prefix}", goals, METRIC),
+            ),
+            Section(
+                f"{title}: by log and net, with the GAUC of both at the best epoch", grid=grid, prefix=f"{prefix}_"
+            ),
+        ]
+    return sections
 
 
 def gains(found: Curves, data: str, net: str, goals: Sequence[str]) -> dict[str, Figure]:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import sysconfig
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,10 +21,12 @@ from featurestore.console.files import write_json
 from featurestore.errors import UserError
 from featurestore.store import FeatureStore
 from trainer.comm import SoloComm
-from trainer.config import load_config
+from trainer.config import Config, load_config
 from trainer.evaluation.bootstrap import measure
 from trainer.evaluation.predict import predict_run
-from trainer.main import train
+from trainer.loop.summary import ProgressLog
+from trainer.loop.training import StopSignals, Training, total_steps
+from trainer.runs.open import claim_folder, open_run
 from trainer.samples.index import open_index
 from trainer.schema import load_schema
 
@@ -45,8 +47,8 @@ class QualityRunError(UserError):
 @dataclass(frozen=True, kw_only=True)
 class Spec:
     """One run. `settings`: of the trainer by name, or arguments of FuxiCTR's class. Without a store: without images.
-    `judged`: samples on whose new ads a run of ours is measured once it is trained. `left_out_days` are measured after
-    each epoch as well, and decide nothing."""
+    `judged`: samples on whose new ads a run of ours is measured once it is trained. Where there are
+    `left_out_days`, the test days are those by which rates fall; those left out are measured and decide nothing."""
 
     side: Side
     net: str
@@ -105,7 +107,11 @@ def ours_settings(spec: Spec) -> dict[str, Any]:
     """List all settings of a run of ours, over the preset."""
     schema = load_schema(spec.schema)
     index = open_index(SoloComm(), spec.samples, "train", schema, spec.train_days)
-    days = {name: getattr(spec, name) for name in ("train_days", "test_days")}
+    days = {"train_days": spec.train_days, "test_days": spec.test_days}
+    if spec.left_out_days:
+        validation = list(spec.test_days or [])
+        days = {"train_days": [*(spec.train_days or []), *validation], "test_days": spec.left_out_days}
+        days["validation_days"] = validation
     settings: dict[str, Any] = {
         "data.samples": spec.samples,
         "data.global_batch_size": spec.batch_size,
@@ -131,25 +137,34 @@ def _ours(spec: Spec, runs: Path, name: str) -> list[Epoch]:
     settings = {**ours_settings(spec), "run.dir": runs, "run.name": name, "run.overwrite": "true"}
     runs.mkdir(parents=True, exist_ok=True)
     with (runs / f"{name}.txt").open("w") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-        train(load_config(None, [f"{setting}={value}" for setting, value in settings.items()]), SoloComm())
+        curve = _trained(load_config(None, [f"{setting}={value}" for setting, value in settings.items()]))
     (runs / f"{name}.txt").unlink()
-    report = json.loads((runs / name / "report.json").read_text())
     judged = _of_new_ads(runs / name, spec.judged) if spec.judged else {}
     shutil.rmtree(runs / name)
-    every = settings["train.eval_every"]
-    seconds = (report["seconds"]["compute"] + report["seconds"]["wait"]) / (report["steps"] / every)
-    measured = {entry["step"]: entry for entry in report["history"]} | {report["steps"]: report["metrics"]}
-    curve = [{**measured[step], "seconds": seconds} for step in sorted(measured)]
-    measured_epochs: list[Epoch] = [*curve[:-1], {**curve[-1], **judged}]
-    if not spec.left_out_days:
-        return measured_epochs
-    same = replace(spec, test_days=spec.left_out_days, left_out_days=None)  # trains alike: measuring changes nothing
-    again = _ours(same, runs, name)
-    return [{**own, **_prefixed(other)} for own, other in zip(measured_epochs, again, strict=True)]
+    return [*curve[:-1], {**curve[-1], **judged}]
 
 
-def _prefixed(epoch: Epoch) -> Epoch:
-    return {f"left_out_{name}": value for name, value in epoch.items()}
+class _Watched(Training):
+    """Measures the days left out after each evaluation on the validation days as well."""
+
+    def evaluate(self) -> None:
+        super().evaluate()
+        if self._run.validation_reader is not None:
+            deciding, self._measured_reader = self._measured_reader, self._run.test_reader
+            metrics, _ = self._measured()
+            self._run.history[-1] |= {f"left_out_{name}": value for name, value in metrics.items()}
+            self._measured_reader = deciding
+
+
+def _trained(config: Config) -> list[Epoch]:
+    """Train a run, and return what each of its evaluations found."""
+    with contextlib.closing(open_run(config, SoloComm())) as run, StopSignals() as signals:
+        claim_folder(run)
+        with ProgressLog(None, 0, total_steps(run)) as progress:
+            training = _Watched(run, progress, signals)
+            training.fit()
+        seconds = training.totals.step_seconds / config.train.epochs
+        return [{**entry, "seconds": seconds} for entry in run.history]
 
 
 def _of_new_ads(run: Path, samples: str) -> Epoch:

@@ -56,9 +56,8 @@ class EagerModel:
         self._vectors: dict[int, Any] = {}
         for name, table in self._bundle.vectors.items():
             keys_N = FeatureStore.open(opened.stores[name].url).snapshot().keys()
-            rows_ND, _ = table.lookup(keys_N)
-            columns = table.of("shared")
-            self._vectors |= dict(zip(keys_N.tolist(), rows_ND[:, columns].copy(), strict=True))
+            vectors_NV, _ = table.lookup(keys_N)
+            self._vectors |= dict(zip(keys_N.tolist(), vectors_NV, strict=True))
         self._width = len(next(iter(self._vectors.values()), ()))
         opened.close()
 

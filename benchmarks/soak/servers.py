@@ -60,14 +60,14 @@ class ScorerSoak:
 
     def change(self, number: int) -> None:
         """Publish vectors of new images, and put the other version in use."""
-        from serving.bundle.images import networks_for, publish
+        from serving.bundle.images import network_for, publish
         from serving.bundle.open import ModelVersion
 
         put_images(self._store, number)
         version = ModelVersion.open(self._model, 1 + number % 2)
         for of in version.manifest.vectors:
             vectors = FeatureStore.open(version.vectors_url(of))
-            publish(vectors, of, networks_for(version, of), source_url=self._store.url)
+            publish(vectors, of, network_for(version, of), source_url=self._store.url)
         use(Storage(self._model), version.manifest.version)
 
     def _request(self, draw: random.Random, ads: int) -> dict[str, Any]:

@@ -21,10 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from featurestore.keys import Int64Array, owner_of, shard_of
-from featurestore.lookup.embedding import EmbeddingModel, EmbeddingService
 from featurestore.lookup.ondevice import Gathered, as_tensor
 from featurestore.lookup.partition import FeaturePartition
-from trainer.engine.wiring import model_name
 from trainer.exchange.exchange import Exchange, KeyRequest
 from trainer.exchange.routing import bucketize_by_owner, unique
 from trainer.exchange.vectors import FieldVectors
@@ -100,30 +98,6 @@ class Model:
         return loss
 
 
-class StoredFeatures:
-    """E on features as the store has them: the numbers that its products take lie in memory that is used again."""
-
-    def __init__(self, service: EmbeddingService) -> None:
-        self._service = service
-        self._memory: dict[str, Tensor] = {}
-
-    def embed(self, network: str, features_UD: Tensor, place: str) -> Tensor:
-        """Make visual vectors (U, V). `place`: features that are there at the same time need another one."""
-        return self._service.embed(network, Gathered(self.numbers(network, features_UD, place), None))
-
-    def numbers(self, network: str, features_UD: Tensor, place: str) -> Tensor:
-        """Return what the network's first product takes: the features themselves where they are of its type."""
-        model = self._service.models[network]
-        assert isinstance(model, EmbeddingModel)
-        if features_UD.dtype == model.compute_dtype:
-            return features_UD
-        memory = self._memory.get(place)
-        if memory is None or len(memory) < len(features_UD):
-            rows = len(features_UD) + len(features_UD) // 8
-            memory = self._memory[place] = torch.empty(rows, features_UD.shape[1], dtype=model.compute_dtype)
-        return model.numbers(features_UD, out=memory[: len(features_UD)])
-
-
 def per_sample(batch: Batch, fields: tuple[Field, ...]) -> Batch:
     """Return the same samples, each with a user side of its own (G = B), as where samples do not come in groups."""
     widened = dict(batch.fields)
@@ -151,8 +125,8 @@ class Compute:
         (self._service,) = run.engine.services.values()
         self.model = Model(run, self._service)
         self._batches = self.model.batches()
-        self._stored = StoredFeatures(self._service)
-        self._names = {field.name: model_name(field, run.config.model) for field in self.model.content}
+        self._memory = torch.empty(0, self._service.partition.dim, dtype=self._service.model.compute_dtype)
+        self._names = [field.name for field in self.model.content]
 
     def prepare(self) -> Batch:
         """Prepare the trainer's next batch."""
@@ -160,12 +134,9 @@ class Compute:
 
     def step(self, batch: Batch) -> tuple[float, float]:
         """Return the loss, and the seconds of E's and the worker model's forward and backward."""
-        asked = {}
-        for name in dict.fromkeys(self._names.values()):
-            fields = [field for field, of in self._names.items() if of == name]
-            keys_U, inverse_N = unique(np.concatenate([batch.fields[field].values_N for field in fields]))
-            features_UD = as_tensor(self._service.partition.lookup(keys_U).features_UD)
-            asked[name] = (features_UD, fields, torch.from_numpy(inverse_N))
+        keys_U, inverse_N = unique(np.concatenate([batch.fields[name].values_N for name in self._names]))
+        features_UD = as_tensor(self._service.partition.lookup(keys_U).features_UD)
+        index_N = torch.from_numpy(inverse_N)
         request = self.model.request(batch)
         ids = self.model.ids.vectors(request)
         rows = {id(field.vectors_UV): field.vectors_UV for field in ids.values()}
@@ -175,14 +146,12 @@ class Compute:
             for name, field in ids.items()
         }
         lengths = {name: torch.from_numpy(batch.fields[name].lengths_M.astype(np.int64)) for name in self._names}
-        counts = {name: len(batch.fields[name].values_N) for name in self._names}
+        counts = [len(batch.fields[name].values_N) for name in self._names]
         self.model.zero_grad()
         start = time.perf_counter()
-        for name, (features_UD, fields, index_N) in asked.items():
-            visual_UV = self._stored.embed(name, features_UD, name)
-            places = torch.split(index_N, [counts[field] for field in fields])
-            for field, place_N in zip(fields, places, strict=True):
-                vectors[field] = FieldVectors(visual_UV, place_N, lengths[field])
+        visual_UV = self._service.embed(Gathered(self._numbers(features_UD), None))
+        for name, place_N in zip(self._names, torch.split(index_N, counts), strict=True):
+            vectors[name] = FieldVectors(visual_UV, place_N, lengths[name])
         loss = self.model.loss(batch, vectors)
         self.model.note(loss)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -190,6 +159,14 @@ class Compute:
         torch.autograd.backward(list(rows.values()), [leaves[each].grad for each in rows])
         self.model.ids.release(request)
         return self.model.update(), seconds
+
+    def _numbers(self, features_UD: Tensor) -> Tensor:
+        """Return what E's first product takes, in memory that is used again; the features themselves if of its type."""
+        if features_UD.dtype == self._memory.dtype:
+            return features_UD
+        if len(self._memory) < len(features_UD):
+            self._memory = self._memory.new_empty(len(features_UD) * 9 // 8, features_UD.shape[1])
+        return self._service.model.numbers(features_UD, out=self._memory[: len(features_UD)])
 
 
 @dataclass(frozen=True)
@@ -214,11 +191,7 @@ class StoreInServer:
         self._partition: FeaturePartition = run.partition
         self._comm = run.comm
         self._batches = self.model.batches()
-        names = {model_name(field, run.config.model) for field in self.model.content}
-        (self._name,) = names  # one E for both sides, so that an image in both is sent once
-        network = self._service.models[self._name]
-        assert isinstance(network, EmbeddingModel)
-        self._network = network
+        self._network = network = self._service.model
         self._looked_up = np.empty((0, self._partition.dim), self._partition.info.storage_dtype)
         # A step's numbers, and those that come for the next one.
         self._memory = [torch.empty(0, self._partition.dim, dtype=network.compute_dtype) for _ in range(2)]
@@ -254,7 +227,7 @@ class StoreInServer:
         return numbers_UD, torch.from_numpy(asked.inverse_N)
 
     def _images(self, fetched: Fetched) -> Images:
-        visual_UV = self._service.embed(self._name, Gathered(fetched.numbers_UD, None))
+        visual_UV = self._service.embed(Gathered(fetched.numbers_UD, None))
         fields = [(field.name, fetched.batch.fields[field.name]) for field in self.model.content]
         places = torch.split(fetched.index_N, [len(jagged.values_N) for _, jagged in fields])
         return {

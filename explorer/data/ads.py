@@ -3,8 +3,9 @@
 Letters of shapes: I different images of ads, N impressions.
 """
 
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from explorer.errors import ExplorerError
 from explorer.places import Places
 from featurestore.errors import UserError
 from featurestore.keys import Int64Array
+from featurestore.storage.storage import Storage
 from featurestore.text import one_line
 
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
 MOST_IMPRESSIONS = 2_000_000
 """Most impressions to read; of more, row groups are left out evenly."""
+_WHOLE = re.compile(r"-?\d{1,19}")
 _FILES = TableCache("ads-", ".arrow", most=32)
 
 
@@ -128,12 +131,22 @@ def ad_figures(saved: "SavedRun", samples: str | None, task: Task[Any]) -> AdFig
 
     def counted() -> Iterator[pa.Table]:
         task.tell("reads the test samples")
-        yield count_ads(open_test(SoloComm(), saved.config, saved.schema, samples), saved.schema).to_table()
+        index = open_test(SoloComm(), saved.config, saved.schema, samples)
+        found = count_ads(index, saved.schema)
+        yield replace(found, category_I=_named(found.category_I, saved, index.storage)).to_table()
 
     try:
         return AdFigures.of_table(_FILES.get(digest_of(_made_of(saved, samples)), counted))
     except UserError as error:
         return nothing_known(f"CTR cannot be shown: {one_line(error)}")
+
+
+def _named(category_I: NDArray[Any], saved: "SavedRun", samples: Storage) -> NDArray[Any]:
+    """Write categories as the logs do: hashes as the texts that they were made of, (I,)."""
+    names = {text: text for text in set(category_I)}
+    hashes = {int(text) for text in names if _WHOLE.fullmatch(text)}
+    names |= {str(number): text for number, text in saved.texts_of(hashes, samples).items()}
+    return np.array([names[text] for text in category_I], object)
 
 
 def _made_of(saved: "SavedRun", samples: str | None) -> list[Any]:

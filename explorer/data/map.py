@@ -53,9 +53,9 @@ class MapPoints:
 def make_map(places: Places, run: str, task: Task[Any], network: str | None = None) -> MapPoints:
     """Lay out the visual vectors of a run's newest checkpoint, and join the click rates; or read the cached points.
 
-    `network`: which E, STORE:NAME, of a run that has several, by default the first. Takes every k-th image of the store
-    if there are many. Missing samples are mentioned in the notes. Raises ExplorerError if the run has no such E, and
-    the errors of visual vectors.
+    `network`: which E, by its store, of a run that has several, by default the first. Takes every k-th image of the
+    store if there are many. Missing samples are mentioned in the notes. Raises ExplorerError if the run has no such E,
+    and the errors of visual vectors.
     """
     from trainer.runs.export import network_widths
     from trainer.runs.saved import read_run
@@ -63,7 +63,7 @@ def make_map(places: Places, run: str, task: Task[Any], network: str | None = No
     doing = f"computes the visual vectors of {run}"
     task.tell(doing)
     saved = read_run(places.run(run), None, places.samples)
-    networks = [":".join(each) for each in network_widths(saved)]
+    networks = [*network_widths(saved)]
     if not networks:
         raise ExplorerError(
             f"the run {run} has model.images=none: it has no E for images, so no map; choose another run"

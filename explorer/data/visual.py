@@ -106,7 +106,7 @@ def visual_vectors(
             progress(done, found.num_images)
 
     commit = found.snapshot.info.store_id, found.snapshot.manifest.commit_id, found.snapshot.version
-    digest = digest_of([found.saved.digest, found.store, found.name, *commit])
+    digest = digest_of([found.saved.digest, found.store, *commit])
     return VisualVectors(_FILES.get(digest, computed), digest)
 
 

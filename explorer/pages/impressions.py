@@ -176,6 +176,7 @@ class ImpressionPages(PageKind):
             pictures = [PictureName(row.picture, None) for row in rows if row.picture is not None]
             return {
                 "rows": rows,
+                "ads": opened.texts(row.ad for row in rows),
                 "names": self._names(opened, pictures),
                 "scored": scored,
                 "elsewhere": elsewhere,

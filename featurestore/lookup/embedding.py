@@ -5,7 +5,7 @@ layer, V visual width. Of the package, this module and ondevice.py alone need to
 """
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -84,50 +84,41 @@ class EmbeddingModel(nn.Module):
 
 
 class EmbeddingService(nn.Module):
-    """One rank's partition of a store and the E networks that read it.
+    """One rank's partition of a store and the E that reads it.
 
-    The partition says what becomes of a key without a feature: it has the zero vector ("zeros"), a trained vector, one
-    per network ("learned"), or `gather` raises MissingKeysError ("error").
+    The partition says what becomes of a key without a feature: it has the zero vector ("zeros"), a trained vector
+    ("learned"), or `gather` raises MissingKeysError ("error").
     """
 
     holds_rows = False
     """Whether `gather` takes the features out of the device's own memory."""
 
-    def __init__(self, partition: FeaturePartition, models: Mapping[str, EmbeddingModel]) -> None:
+    def __init__(self, partition: FeaturePartition, model: EmbeddingModel) -> None:
         super().__init__()
-        self.partition = partition
-        self.models = nn.ModuleDict(models)
-        self.no_image = nn.ParameterDict(
-            {name: nn.Parameter(torch.zeros(model.out)) for name, model in models.items()}
-            if partition.missing_policy == "learned"
-            else {}
-        )
+        self.partition, self.model = partition, model
+        is_learned = partition.missing_policy == "learned"
+        self.no_image = nn.Parameter(torch.zeros(model.out)) if is_learned else None
         self._stored_dtype = as_tensor(np.empty(0, partition.info.storage_dtype)).dtype
         self._free_buffers: list[Tensor] = []
         self._copies = Copies()
 
     @property
     def device(self) -> torch.device:
-        """Where the networks are."""
-        return self._model(next(iter(self.models))).mean_D.device
+        """Where the network is."""
+        return self.model.mean_D.device
 
     def hold_rows(self) -> None:
-        """Copy all features of the partition to the networks' device, and let `gather` find them there from now on."""
+        """Copy all features of the partition to the network's device, and let `gather` find them there from now on."""
         self.gather = HeldRows(self.partition, self.device).gather  # type: ignore[method-assign]
         self.holds_rows = True
 
-    def width(self, name: str) -> int:
-        """Return V of the network `name`."""
-        return self._model(name).out
-
     def fold_standardization_(self, mean_D: Float32Array, std_D: Float32Array, scaling: Scaling | None = None) -> None:
-        """Standardise features inside the first layer of every network.
+        """Standardise features inside the first layer of the network.
 
         None: the components of a compact store by one number in common, other features each by its own."""
         if scaling is None:
             scaling = "common" if self.partition.info.reduction is not None else "each"
-        for name in self.models:
-            self._model(name).fold_standardization_(mean_D, std_D, scaling)
+        self.model.fold_standardization_(mean_D, std_D, scaling)
 
     def gather(self, keys_Q: Int64Array) -> Gathered:
         """Look up the features of `keys_Q` in the order asked.
@@ -146,22 +137,21 @@ class EmbeddingService(nn.Module):
 
     def _gather_numbers(self, keys_Q: Int64Array, out_QD: Tensor) -> BoolArray:
         """Make numbers of the features once, ahead of the step, not in every pass; return which keys have none."""
-        model = self._model(next(iter(self.models)))  # all have one compute dtype and one standardisation
         missing_Q, start = np.zeros(len(keys_Q), np.bool_), 0
         for block in self.partition.lookup_blocks(keys_Q, BLOCK_ROWS):
             end = start + len(block.missing_U)
-            model.numbers(as_tensor(block.features_UD), out=out_QD[start:end])
+            self.model.numbers(as_tensor(block.features_UD), out=out_QD[start:end])
             missing_Q[start:end] = block.missing_U
             start = end
         return missing_Q
 
-    def embed(self, name: str, gathered: Gathered) -> Tensor:
-        """Return visual vectors (Q, V) by the network `name`, with autograd attached."""
-        visual_QV: Tensor = self._model(name)(gathered.arrived())
+    def embed(self, gathered: Gathered) -> Tensor:
+        """Return visual vectors (Q, V), with autograd attached."""
+        visual_QV: Tensor = self.model(gathered.arrived())
         if gathered.missing_Q is None or self.partition.missing_policy == "error":
             return visual_QV
         missing_Q1 = on_device(gathered.missing_Q, self.device).unsqueeze(1)
-        instead = self.no_image[name] if self.partition.missing_policy == "learned" else visual_QV.new_zeros(())
+        instead = visual_QV.new_zeros(()) if self.no_image is None else self.no_image
         return torch.where(missing_Q1, instead, visual_QV)
 
     def release(self, gathered: Gathered) -> None:
@@ -173,11 +163,6 @@ class EmbeddingService(nn.Module):
             self._free_buffers.append(gathered.buffer)
             gathered.buffer = None
 
-    def _model(self, name: str) -> EmbeddingModel:
-        model = self.models[name]
-        assert isinstance(model, EmbeddingModel)
-        return model
-
     def _take_buffer(self, num_rows: int) -> Tensor:
         """Return memory for that many rows or more: of the stored dtype for a GPU, else of the compute dtype."""
         while self._free_buffers:
@@ -185,5 +170,5 @@ class EmbeddingService(nn.Module):
             if len(buffer) >= num_rows:
                 return buffer
         on_gpu = self.device.type == "cuda"
-        dtype = self._stored_dtype if on_gpu else self._model(next(iter(self.models))).compute_dtype
+        dtype = self._stored_dtype if on_gpu else self.model.compute_dtype
         return torch.empty(num_rows + num_rows // 8, self.partition.dim, dtype=dtype, pin_memory=on_gpu)

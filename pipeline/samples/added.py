@@ -36,7 +36,7 @@ from pipeline.options import SampleOptions
 from pipeline.samples import build, groups
 from pipeline.samples.logs import BEHAVIORS, IMPRESSIONS, MICROSECONDS, WantedRows, users_of
 from pipeline.samples.publish import MARK, QUARANTINE_FILE, SPLITS, NewFiles, replaced_files
-from trainer.schema.fields import IMAGES_FILE
+from trainer.schema.fields import IDS_FILE, IMAGES_FILE
 
 _FILE = re.compile(r"day=(\d{4}-\d{2}-\d{2})-\d{3,}\.parquet")
 _FREE = ("logs", "samples", "partitions", "days", "since", "scratch", "keep_days")
@@ -85,14 +85,17 @@ def _add_days(options: SampleOptions, client: Client) -> dict[str, Any]:
     before, asked = open_published(options.samples), _asked(options)
     recorded = _recorded(before)
     options = _as_made(options, recorded["options"])
-    tables, there = build.open_tables(options), _files_by_day(before)
-    with replaced_files(
-        options.samples,
-        before=before,
-        spared=tables.spared,
-        scratch=options.scratch,
-        keep_days=options.keep_days,
-    ) as new:
+    there = _files_by_day(before)
+    with (
+        build.open_tables(options) as tables,
+        replaced_files(
+            options.samples,
+            before=before,
+            spared=tables.spared,
+            scratch=options.scratch,
+            keep_days=options.keep_days,
+        ) as new,
+    ):
         folder, scratch = new.folder, new.folder / build.SHUFFLE_FOLDER
         is_since = isinstance(asked, int)
         wanted = _missing_days(tables, asked, there) if isinstance(asked, int) else asked
@@ -124,7 +127,7 @@ def _add_days(options: SampleOptions, client: Client) -> dict[str, Any]:
         days = sorted(groups.name_of_day(day) for day in made.days)
         added = sorted({*recorded.get("added_days", []), *days})
         groups_of_file |= {part.plan.name: part.num_groups for part in written}
-        write_json(folder / MARK, recorded | _counts(new, groups_of_file) | {"added_days": added})
+        write_json(folder / MARK, recorded | _counts(new, groups_of_file) | tables.versions | {"added_days": added})
     return {
         "days": days,
         "groups": sum(part.num_groups for part in written),
@@ -327,13 +330,13 @@ def _check_same_columns(new: NewFiles, plans: Sequence[groups.FilePlan]) -> None
 
 def _keep_the_rest(new: NewFiles, shuffled: Sequence[groups.ShuffledPiece]) -> None:
     """Take over what else lies in the samples, bad rows too; those of the new days join them."""
-    rewritten = {MARK, IMAGES_FILE}
+    rewritten = {MARK, IMAGES_FILE, IDS_FILE}
     if any(part.quarantine_path is not None for part in shuffled):
         rewritten.add(QUARANTINE_FILE)
     for file in new.before.entries(recursive=False):
         if file.path not in rewritten and not file.path.startswith("."):
             new.keep(file.path, file.path)
-    groups.write_names(new.folder / IMAGES_FILE, shuffled, new.before)
+    groups.write_names(new.folder, shuffled, new.before)
     if QUARANTINE_FILE in new.kept:
         return
     path = new.folder / QUARANTINE_FILE

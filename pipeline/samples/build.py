@@ -5,14 +5,16 @@ Three steps, each a task per part: the logs are shuffled by user into buckets (s
 next to the samples, which takes their place in the end (publish).
 """
 
+import contextlib
 import dataclasses
 import itertools
 import math
 import shutil
+import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,6 +22,7 @@ from typing import Any, TypeVar
 from distributed import Client
 
 from featurestore.console.files import write_json
+from featurestore.console.output import print_summary
 from featurestore.errors import naming
 from featurestore.storage.storage import Storage
 from pipeline.cluster.tasks import num_threads, run_all
@@ -28,7 +31,8 @@ from pipeline.options import SampleOptions
 from pipeline.samples import groups, logs
 from pipeline.samples.mapping import TableLayout, load_mapping
 from pipeline.samples.publish import MARK, QUARANTINE_FILE, replaced_files
-from trainer.schema.fields import IMAGES_FILE, SCHEMA_FILE, SETTINGS_FILE, DistinctCount, settings_text
+from trainer.schema import lakes
+from trainer.schema.fields import SCHEMA_FILE, SETTINGS_FILE, DistinctCount, settings_text
 from trainer.schema.suggest import inspect_samples, render_schema
 
 Part = TypeVar("Part")
@@ -56,7 +60,11 @@ def build_samples(options: SampleOptions, client: Client) -> dict[str, Any]:
     person's own tables, CSV or Parquet, and a schema and settings for the trainer are written to their folder. Raises
     SampleError when there is nothing to make samples from; SchemaError.
     """
-    tables = open_tables(options)
+    with open_tables(options) as tables:
+        return _build(options, client, tables)
+
+
+def _build(options: SampleOptions, client: Client, tables: "LogTables") -> dict[str, Any]:
     impressions, behaviors = tables.pieces(logs.IMPRESSIONS), tables.pieces(logs.BEHAVIORS)
     buckets = num_buckets(options.partitions, impressions + behaviors, client)
     layout = impressions[0].layout
@@ -69,7 +77,7 @@ def build_samples(options: SampleOptions, client: Client) -> dict[str, Any]:
         read = shuffle(client, [*impressions, *behaviors], scratch, buckets, options)
         shown, done = read[logs.IMPRESSIONS], read[logs.BEHAVIORS]
         groups.write_quarantine(folder / QUARANTINE_FILE, (*shown, *done))
-        groups.write_names(folder / IMAGES_FILE, (*shown, *done))
+        groups.write_names(folder, (*shown, *done))
         if not sum(part.num_rows - part.quarantined.total() for part in shown):  # before the cluster makes groups
             raise _no_rows(options.logs, shown)
         grouped = group(client, (len(shown), len(done)), scratch, buckets, options, layout)
@@ -83,7 +91,7 @@ def build_samples(options: SampleOptions, client: Client) -> dict[str, Any]:
         shutil.rmtree(scratch)
         if options.mapping:
             write_suggested(folder, options.samples, written, tables.may_lack)
-        summary = summarise(dataclasses.asdict(options), shown, done, grouped, written)
+        summary = summarise(dataclasses.asdict(options), shown, done, grouped, written) | tables.versions
         write_json(folder / MARK, summary)
     return summary
 
@@ -94,6 +102,15 @@ class LogTables:
 
     options: SampleOptions
     layouts: dict[str, TableLayout | None]
+    copied: Mapping[str, str] = field(default_factory=dict)
+    """Of tables of Delta, Iceberg or Lance, by the place of their files: the version that is read."""
+    room: str = ""
+    """Where the rows of these lie as Parquet, at the same places."""
+
+    @property
+    def versions(self) -> dict[str, Any]:
+        """Give what a summary says of these tables; nothing where there is none."""
+        return {lakes.TABLES: dict(self.copied)} if self.copied else {}
 
     @property
     def spared(self) -> dict[str, str]:
@@ -103,7 +120,9 @@ class LogTables:
 
     def pieces(self, log: str, wanted: logs.WantedRows | None = None) -> list[logs.LogPiece]:
         """Find the pieces of one log; see `find_pieces`."""
-        pieces = logs.find_pieces(self.options.logs, log, self.layouts[log], wanted)
+        layout = self.layouts[log]
+        place = self.room if (layout.files if layout else log) in self.copied else self.options.logs
+        pieces = logs.find_pieces(place, log, layout, wanted)
         if pieces:  # what was found in the first file is not looked for again, nor for behaviours of the same times
             found, done = pieces[0].layout, self.layouts[logs.BEHAVIORS]
             self.layouts[log] = found
@@ -125,11 +144,51 @@ class LogTables:
         return names
 
 
-def open_tables(options: SampleOptions) -> LogTables:
-    """Read what `options` say of the logs. Raises SampleOptionError."""
+@contextlib.contextmanager
+def open_tables(options: SampleOptions, joined: str | None = None) -> Iterator[LogTables]:
+    """Read what `options` say of the logs, until the end of the block. Raises SampleOptionError, DataError.
+
+    Rows of tables of Delta, Iceberg and Lance are copied as Parquet first, next to the samples, or into the scratch
+    folder. `joined`: where the tables lie that the mapping joins, by default with the logs.
+    """
     mapping = load_mapping(Path(options.mapping)) if options.mapping else None
     layouts = {log: mapping.layout(log) if mapping else None for log in (logs.IMPRESSIONS, logs.BEHAVIORS)}
-    return LogTables(options, layouts)
+    if mapping is None:
+        yield LogTables(options, layouts)
+        return
+    joins = mapping.layout(logs.IMPRESSIONS).joins
+    of_logs, others = Storage(options.logs), Storage(joined or options.logs)
+    wanted = {layout.files: of_logs for layout in layouts.values() if layout}
+    wanted |= {join.layout.files: others for join in joins}
+    kinds = {place: kind for place, storage in wanted.items() if (kind := lakes.kind_of(storage, place))}
+    if not kinds:
+        yield LogTables(options, {log: _joined(layout, others.url, "", ()) for log, layout in layouts.items()})
+        return
+    with tempfile.TemporaryDirectory(dir=_room(options), prefix=".crossmedia-tables-") as room:
+        copied = {
+            place: f"{kind}, {lakes.copy_rows(wanted[place], place, kind, Path(room, place))}"
+            for place, kind in kinds.items()
+        }
+        for place, version in copied.items():
+            print_summary(f"table        {wanted[place].full(place)}: {version}")
+        layouts = {log: _joined(layout, others.url, room, copied) for log, layout in layouts.items()}
+        yield LogTables(options, layouts, copied, room)
+
+
+def _joined(layout: TableLayout | None, url: str, room: str, copied: Collection[str]) -> TableLayout | None:
+    """Say where the joined tables lie: at `url`, or copied in `room`."""
+    if layout is None:
+        return None
+    joins = (dataclasses.replace(join, url=room if join.layout.files in copied else url) for join in layout.joins)
+    return dataclasses.replace(layout, joins=tuple(joins))
+
+
+def _room(options: SampleOptions) -> str | None:
+    """Find a folder that all workers see; None for one of this machine."""
+    parent = Path(options.samples).absolute().parent
+    if "://" in options.samples or not parent.is_dir():
+        return options.scratch
+    return str(parent)
 
 
 def _no_rows(place: str, shown: Sequence[groups.ShuffledPiece]) -> SampleError:

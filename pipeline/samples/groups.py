@@ -26,9 +26,19 @@ from featurestore.errors import StorageError
 from featurestore.keys import NO_IMAGE, splitmix64
 from featurestore.storage.storage import Storage
 from pipeline.errors import SampleError
-from pipeline.samples.logs import BEHAVIORS, CLICK, IMPRESSIONS, MICROSECONDS, NAMES, Columns, LogPiece, read_piece
-from pipeline.samples.mapping import CLICKED_AT, TableLayout
-from trainer.schema.fields import DistinctCount
+from pipeline.samples.logs import (
+    BEHAVIORS,
+    CLICK,
+    IMPRESSIONS,
+    MICROSECONDS,
+    NAMES,
+    TEXTS,
+    Columns,
+    LogPiece,
+    read_piece,
+)
+from pipeline.samples.mapping import CLICKED_AT, TableLayout, two_texts
+from trainer.schema.fields import IDS_FILE, IMAGES_FILE, DistinctCount
 from trainer.schema.profile import is_list
 
 Int64Array = npt.NDArray[np.int64]
@@ -233,6 +243,7 @@ class ShuffledPiece:
     examples: Mapping[str, str]  # a bad value by reason
     num_without_image: int  # good rows
     names_path: str | None  # what its images are called
+    texts_path: str | None  # the texts of its ids
     num_lacking: Counter[str]  # good rows whose item (or user) a joined table lacks, by that
     other_events: Counter[str]  # rows of a table of events that are not of this log, by their first values
 
@@ -266,6 +277,7 @@ def shuffle_piece(
         rows.examples,
         int(np.count_nonzero((columns["image"] == NO_IMAGE) & (columns.get("label", 0) != CLICK))),
         _write_names(path.with_suffix(".names"), rows.names, compress),
+        _write_names(path.with_suffix(".texts"), _table_of_texts(rows.texts), compress),
         rows.num_lacking,
         rows.other_events,
     )
@@ -291,7 +303,7 @@ def write_quarantine(path: Path, parts: Sequence[ShuffledPiece]) -> None:
 def _write_names(path: Path, names: pa.Table, compress: bool) -> str | None:
     if not len(names):
         return None
-    bucket_N = _name_bucket(names.column("key").to_numpy())
+    bucket_N = _name_bucket(names.column(0).to_numpy())
     names = names.take(np.argsort(bucket_N, kind="stable")).combine_chunks()
     edges = np.searchsorted(np.sort(bucket_N), np.arange(_NAME_BUCKETS + 1)).tolist()
     batches = names.to_batches()[0]
@@ -305,12 +317,25 @@ def _name_bucket(keys_N: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     return bucket_N
 
 
-def write_names(path: Path, parts: Sequence[ShuffledPiece], before: Storage | None = None) -> None:
-    """Write what the images of all pieces, and of the samples `before`, are called; no file where none has a name.
+def _table_of_texts(texts: Mapping[int, str]) -> pa.Table:
+    columns: list[Any] = [pa.array(texts, pa.int64()), pa.array(texts.values(), pa.string())]
+    return pa.Table.from_arrays(columns, schema=TEXTS)
 
-    By key, in a row group for each of 256 ranges of keys; in memory are the names of one range.
+
+def write_names(folder: Path, parts: Sequence[ShuffledPiece], before: Storage | None = None) -> None:
+    """Write what the images and the ids of all pieces, and of the samples `before`, are called.
+
+    A file of images, and one of ids, if any of them has a name. By key, in a row group for each of 256 ranges of keys;
+    in memory are the names of one range. Raises SampleError for two texts of one id.
     """
-    paths = [part.names_path for part in parts if part.names_path is not None]
+    images = [part.names_path for part in parts if part.names_path is not None]
+    _merge_names(folder / IMAGES_FILE, images, NAMES, before)
+    ids = [part.texts_path for part in parts if part.texts_path is not None]
+    _merge_names(folder / IDS_FILE, ids, TEXTS, before)
+
+
+def _merge_names(path: Path, paths: Sequence[str], schema: pa.Schema, before: Storage | None) -> None:
+    key, name = schema.names
     with contextlib.ExitStack() as opened:
         old = None
         if before is not None:
@@ -319,12 +344,17 @@ def write_names(path: Path, parts: Sequence[ShuffledPiece], before: Storage | No
                 old = opened.enter_context(pq.ParquetFile(file, page_checksum_verification=True))
         if not paths and old is None:
             return
-        writer = opened.enter_context(pq.ParquetWriter(path, NAMES, compression="zstd", write_page_checksum=True))
+        writer = opened.enter_context(pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True))
         for bucket in range(_NAME_BUCKETS):
-            known = [] if old is None else [old.read_row_group(bucket).cast(NAMES)]
+            known = [] if old is None else [old.read_row_group(bucket).cast(schema)]
             names = pa.concat_tables([*known, *(pa.Table.from_batches([read_batch(each, bucket)]) for each in paths)])
-            names = names.group_by("key").aggregate([("uri", "min")]).sort_by("key").rename_columns(NAMES.names)
-            writer.write_table(names.cast(NAMES), row_group_size=max(1, len(names)))
+            found = names.group_by(key).aggregate([(name, "min"), (name, "max")]).sort_by(key)
+            first, last = found.column(f"{name}_min"), found.column(f"{name}_max")
+            if schema is TEXTS and (of_two := found.filter(pc.not_equal(first, last)).to_pylist()):
+                raise SampleError(two_texts(*(of_two[0][each] for each in (key, f"{name}_min", f"{name}_max"))))
+            writer.write_table(
+                pa.Table.from_arrays([found.column(key), first], schema=schema), row_group_size=max(1, len(found))
+            )
 
 
 def _path(folder: str, log: str, index: int) -> Path:

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -234,7 +234,8 @@ def _written(join: mapping.Join, path: Path) -> mapping.Join:
     if reasons := Counter(reason for part in parts for reason in part.bad_reason):
         why = ", ".join(f"{reason}: {count:,}" for reason, count in reasons.most_common(3))
         print_summary(f"{join.by:<12} {place}: {reasons.total():,} rows are left out ({why})")
-    _save(path, columns, pa.concat_tables(part.names for part in parts))
+    texts = {number: text for part in parts for number, text in part.texts.items()}
+    _save(path, columns, pa.concat_tables(part.names for part in parts), texts)
     return replace(join, path=str(path.absolute()))
 
 
@@ -270,8 +271,8 @@ def _files(storage: Storage, place: str, endings: tuple[str, ...]) -> list[str]:
     found = [entry.path for entry in storage.entries(place)]
     if any("/_delta_log/" in f"/{path}" or path.endswith(".metadata.json") for path in found):
         raise SampleOptionError(
-            f"{storage.full(place)}: a table of Delta or Iceberg, whose files have removed rows too; write its rows as "
-            "Parquet first, as docs/OWN_DATA.md shows"
+            f"{storage.full(place)}: a table of Delta or Iceberg, whose files have removed rows too; name its own "
+            "folder by files in a mapping"
         )
     if not found:
         with contextlib.suppress(FileNotFoundError):
@@ -386,6 +387,8 @@ def _fits(found: pa.DataType, kind: str, takes_text: bool) -> bool:
 Columns = dict[str, npt.NDArray[Any]]
 
 NAMES = pa.schema({"key": pa.int64(), "uri": pa.string()})  # type: ignore[arg-type]
+_OF_TEXTS: list[Any] = [pa.field("id", pa.int64(), nullable=False), pa.field("text", pa.string(), nullable=False)]
+TEXTS = pa.schema(_OF_TEXTS)
 _SHOWN = 60  # characters of a bad value
 
 
@@ -399,6 +402,8 @@ class LogRows:
     bad_reason: list[str]
     examples: dict[str, str]
     names: pa.Table  # NAMES of the images of all rows
+    texts: Mapping[int, str]
+    """The text of each id of these rows that is a hash, and those of joined tables."""
     num_lacking: Counter[str] = field(default_factory=Counter)
     """Good rows whose item (or user) a joined table lacks, by that."""
     other_events: Counter[str] = field(default_factory=Counter)
@@ -420,17 +425,17 @@ def read_piece(piece: LogPiece, latest_s: int) -> LogRows:
     good: Columns = {}
     examples: dict[str, str] = {}
     names = [NAMES.empty_table()]
+    texts: dict[int, str] = {}
     for name, kind in layout.kinds.items():
         column = table.column(layout.names[name])
         if kind == "event":
             continue
         if kind == "image":
-            good[name], names_of_images = _images(
-                column, f"{Storage(piece.url).full(piece.path)}: column {layout.names[name]!r}"
-            )
+            where = f"{Storage(piece.url).full(piece.path)}: column {layout.names[name]!r}"
+            good[name], names_of_images = _images(column, where)
             names.append(names_of_images)
             continue
-        good[name], faults = _column(table, name, layout, latest_s)
+        good[name], faults = _column(table, name, layout, latest_s, texts)
         for fault, is_bad_N in faults.items():
             is_new_N = is_bad_N & (reason_N < 0)
             (new,) = np.nonzero(is_new_N if name in _OF_CLICKS else is_new_N & ~is_click_N)
@@ -438,21 +443,14 @@ def read_piece(piece: LogPiece, latest_s: int) -> LogRows:
             reasons.append(f"{name if name != mapping.KEY else layout.names[name]} {fault}")
             if len(new) and fault != "is null":
                 examples[reasons[-1]] = repr(column[new[0]].as_py())[:_SHOWN]
-    good |= {
-        name: np.full(table.num_rows, value, np.int64 if isinstance(value, int) else np.float64)
-        for name, value in layout.constants.items()
-    }
+    for name, value in layout.constants.items():
+        good[name] = np.full(table.num_rows, value, np.int64 if isinstance(value, int) else np.float64)
     if layout.only_clicks:
         del good["label"]
     if layout.where is not None and layout.where.clicked:
         good["label"] = np.where(is_click_N, CLICK, 0)
     good = {name: values_N[reason_N < 0] for name, values_N in good.items()}
-    lacking = Counter[str]()
-    for join in layout.joins:
-        columns, has_N, names_of_images = _look_up(join, good[join.by])
-        good |= columns
-        lacking[join.by] = int(np.count_nonzero(~has_N))
-        names.append(names_of_images)
+    lacking = _take_joined(layout.joins, good, names, texts)
     (bad_N,) = np.nonzero(reason_N >= 0)
     bad = [*zip(row_N[bad_N].tolist(), [reasons[code] for code in reason_N[bad_N]], strict=True), *read.torn.items()]
     return LogRows(
@@ -462,9 +460,24 @@ def read_piece(piece: LogPiece, latest_s: int) -> LogRows:
         [reason for _, reason in sorted(bad)],
         examples,
         pa.concat_tables(names),
+        texts,
         lacking,
         other_events,
     )
+
+
+def _take_joined(
+    joins: Sequence[mapping.Join], good: Columns, names: list[pa.Table], texts: dict[int, str]
+) -> Counter[str]:
+    """Add the columns of joined tables to `good`, and their names and texts; count the rows that a table lacks."""
+    lacking = Counter[str]()
+    for join in joins:
+        columns, has_N, names_of_images, joined_texts = _look_up(join, good[join.by])
+        good |= columns
+        texts |= joined_texts
+        lacking[join.by] = int(np.count_nonzero(~has_N))
+        names.append(names_of_images)
+    return lacking
 
 
 def _chosen(
@@ -531,28 +544,29 @@ def users_of(piece: LogPiece, early_us: int, latest_s: int) -> tuple[npt.NDArray
 
 
 def _column(
-    table: pa.Table, name: str, layout: mapping.TableLayout, latest_s: int
+    table: pa.Table, name: str, layout: mapping.TableLayout, latest_s: int, texts: dict[int, str] | None = None
 ) -> tuple[npt.NDArray[Any], "Faults"]:
-    """Read one of our columns of a table as the file has them."""
-    column = table.column(layout.names[name])
+    """Read one of our columns of a table as the file has them; `texts` gets the texts of its ids."""
+    column: Any = table.column(layout.names[name])
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
     if layout.kinds[name] == "profiles":
-        return mapping.parse_id_lists(
-            pc.split_pattern(column, layout.separators[name]) if is_text(column.type) else column
-        ), {}
-    return _arrays(column, layout.kinds[name], latest_s, layout)
+        lists = pc.split_pattern(column, layout.separators[name]) if is_text(column.type) else column
+        return mapping.parse_id_lists(lists, texts), {}
+    return _arrays(column, layout.kinds[name], latest_s, layout, texts)
 
 
 Faults = dict[str, npt.NDArray[np.bool_]]  # which rows have each fault
 
 
-def _arrays(column: Any, kind: str, latest_s: int, layout: mapping.TableLayout) -> tuple[npt.NDArray[Any], Faults]:
+def _arrays(
+    column: Any, kind: str, latest_s: int, layout: mapping.TableLayout, texts: dict[int, str] | None = None
+) -> tuple[npt.NDArray[Any], Faults]:
     """Read the values of a chunked Arrow column, anything where they are bad, and their faults."""
     if kind == "time" and layout.time_format is not None and pa.types.is_integer(column.type):
         column = column.cast(pa.string())
     if is_text(column.type):
-        return _text_arrays(column, kind, latest_s, layout)
+        return _text_arrays(column, kind, latest_s, layout, texts)
     null = {"is null": column.is_null().to_numpy()}
     if kind == "time":
         value_N, faults = _times_us(column, latest_s, layout.unit)
@@ -590,7 +604,9 @@ def _images(column: Any, where: str) -> tuple[npt.NDArray[np.int64], pa.Table]:
     return keys_M[place_N], pa.Table.from_arrays([pa.array(keys_M[used_U]), texts.cast(pa.string())], schema=NAMES)
 
 
-def _text_arrays(column: Any, kind: str, latest_s: int, layout: mapping.TableLayout) -> tuple[npt.NDArray[Any], Faults]:
+def _text_arrays(
+    column: Any, kind: str, latest_s: int, layout: mapping.TableLayout, texts: dict[int, str] | None
+) -> tuple[npt.NDArray[Any], Faults]:
     """Read as `_arrays`, but text that has to be parsed first."""
     null_N = column.is_null().to_numpy()
     null = {"is null": null_N}
@@ -599,9 +615,9 @@ def _text_arrays(column: Any, kind: str, latest_s: int, layout: mapping.TableLay
         late_N = time_N > latest_s * MICROSECONDS
         return time_N, null | {"is no time": wrong_N, "is before 1970": time_N < 0, "is in the future": late_N}
     if kind == "id":
-        return mapping.parse_ids(column)[0], null
+        return mapping.parse_ids(column, texts)[0], null
     if kind == "profile":
-        return np.where(null_N, UNKNOWN, mapping.parse_ids(column)[0]), {}
+        return np.where(null_N, UNKNOWN, mapping.parse_ids(column, texts)[0]), {}
     number_N, wrong_N = (
         mapping.parse_labels(column) if kind == "label" else mapping.parse_numbers(column, layout.style.decimal)
     )
@@ -656,21 +672,25 @@ def _differing_key(columns: Mapping[str, npt.NDArray[Any]]) -> int | None:
     return None
 
 
-def _save(path: Path, columns: Mapping[str, npt.NDArray[Any]], names: pa.Table) -> None:
-    """Write the rows of a table, sorted by KEY, and the names of its images, next to them and sorted by key."""
+def _save(path: Path, columns: Mapping[str, npt.NDArray[Any]], names: pa.Table, texts: Mapping[int, str]) -> None:
+    """Write the rows of a table, sorted by KEY, and next to them the names of its images and the texts of its ids."""
     rows = {
         name: pa.array(values_T, pa.binary() if values_T.dtype == np.object_ else None)
         for name, values_T in columns.items()
     }
-    for file, table in ((path, pa.table(rows)), (_names_file(path), names.sort_by("key"))):
+    text_columns: dict[str, Any] = {"id": pa.array(texts, pa.int64()), "text": pa.array(texts.values(), pa.string())}
+    named = ((_names_file(path), names.sort_by("key")), (_texts_file(path), pa.table(text_columns).sort_by("id")))
+    for file, table in ((path, pa.table(rows)), *named):
         with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
             writer.write_table(table.combine_chunks())
 
 
 def _look_up(
     join: mapping.Join, id_N: npt.NDArray[np.int64]
-) -> tuple[dict[str, npt.NDArray[Any]], npt.NDArray[np.bool_], pa.Table]:
-    """Return the columns of the rows with these ids, (N,), which ids the table has, and the names of their images."""
+) -> tuple[dict[str, npt.NDArray[Any]], npt.NDArray[np.bool_], pa.Table, dict[int, str]]:
+    """Return the columns of the rows with these ids, (N,), and which ids the table has.
+
+    And what is in these columns by name: images as a table, ids by their texts."""
     path = Path(join.path or "")
     table = _read(path)
     place_N, has_N = _places(table, mapping.KEY, id_N)
@@ -683,11 +703,31 @@ def _look_up(
             found[name][has_N] = values
     names = _read(_names_file(path))
     place_I, has_I = _places(names, "key", np.unique(found.get(mapping.IMAGE, id_N[:0])))
-    return found, has_N, names.take(place_I[has_I])
+    return found, has_N, names.take(place_I[has_I]), _texts_of(path, [*found.values()])
+
+
+def _texts_of(path: Path, columns: Sequence[npt.NDArray[Any]]) -> dict[int, str]:
+    """Read the texts of the ids of some columns, lists of ids too."""
+    table = _read(_texts_file(path))
+    if not len(table):
+        return {}
+    flat = [
+        np.frombuffer(b"".join(set(values_N.tolist())), np.int64) if values_N.dtype == np.object_ else values_N
+        for values_N in columns
+        if values_N.dtype in (np.object_, np.int64)
+    ]
+    place_U, has_U = _places(table, "id", np.unique(np.concatenate([np.empty(0, np.int64), *flat])))
+    rows = table.take(place_U[has_U])
+    ids, texts = (cast("list[Any]", rows.column(name).to_pylist()) for name in ("id", "text"))
+    return dict(zip(ids, texts, strict=True))
 
 
 def _names_file(path: Path) -> Path:
     return path.with_suffix(".names")
+
+
+def _texts_file(path: Path) -> Path:
+    return path.with_suffix(".texts")
 
 
 def _read(path: Path) -> pa.Table:

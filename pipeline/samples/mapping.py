@@ -360,16 +360,31 @@ PER_SECOND = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
 Parsed = tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]  # values, and which could not be read; nulls are 0 and fine
 
 
-def parse_ids(column: Any) -> Parsed:
-    """Parse int64: a whole number is itself, other text its hash; so 7 is the same user in every file."""
-    return _each(column, id_of_text, np.int64)
+def parse_ids(column: Any, texts: dict[int, str] | None = None) -> Parsed:
+    """Parse int64: a whole number is itself, other text its hash; so 7 is the same user in every file.
+
+    `texts` gets the text of each id that is a hash. Raises SampleError for two texts of one id.
+    """
+
+    def parse(text: str) -> int:
+        number = id_of_text(text)
+        if texts is not None and str(number) != text and texts.setdefault(number, text) != text:
+            raise SampleError(two_texts(number, texts[number], text))
+        return number
+
+    return _each(column, parse, np.int64)
 
 
-def parse_id_lists(column: Any) -> npt.NDArray[np.object_]:
+def two_texts(number: int, first: str, second: str) -> str:
+    """Say that two texts have one id."""
+    return f"id {number} is that of two texts of the logs, {first!r} and {second!r}: rename one"
+
+
+def parse_id_lists(column: Any, texts: dict[int, str] | None = None) -> npt.NDArray[np.object_]:
     """Parse a column of lists of whole numbers or texts: the ids of each row as the bytes of int64 numbers.
 
     In these, rows are selected and sorted like any others. Null and a list without ids are empty; nulls and empty texts
-    in a list do not count.
+    in a list do not count. `texts` as in `parse_ids`.
     """
     flat: Any = pc.list_flatten(column)
     row_V = np.repeat(np.arange(len(column)), pc.list_value_length(column).fill_null(0).to_numpy())
@@ -377,7 +392,7 @@ def parse_id_lists(column: Any) -> npt.NDArray[np.object_]:
     if pa.types.is_integer(flat.type):
         id_V = flat.cast(pa.int64()).fill_null(0).to_numpy()
     else:
-        id_V = parse_ids(flat)[0]
+        id_V = parse_ids(flat, texts)[0]
         is_id_V &= pc.utf8_length(pc.utf8_trim_whitespace(flat)).fill_null(0).to_numpy() > 0
     data = id_V[is_id_V].tobytes()
     ends_N = 8 * np.cumsum(np.bincount(row_V[is_id_V], minlength=len(column)))

@@ -32,15 +32,15 @@ def requests_of_log(impressions: pa.Table, behaviors: pa.Table, samples: str) ->
     lack come from the tables that the mapping joins, as these are now. Raises SampleError.
     """
     options = options_of(open_published(samples))
-    with tempfile.TemporaryDirectory() as folder:
-        tables = open_tables(replace(options, logs=folder))
-        shown, user_columns, ad_columns = _read(
-            tables, IMPRESSIONS, impressions, {"session": 0, "label": 0}, options.logs
-        )
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        open_tables(replace(options, logs=folder, samples=f"{folder}/samples"), options.logs) as tables,
+    ):
+        shown, user_columns, ad_columns = _read(tables, IMPRESSIONS, impressions, {"session": 0, "label": 0})
         layout = tables.layouts[BEHAVIORS]
         done = no_rows(layout) if layout else {name: np.empty(0, np.int64) for name in BEHAVIOR_ORDER}
         if behaviors.num_rows:
-            done, _, _ = _read(tables, BEHAVIORS, behaviors, {"dwell_s": options.min_dwell_s, "label": 1}, options.logs)
+            done, _, _ = _read(tables, BEHAVIORS, behaviors, {"dwell_s": options.min_dwell_s, "label": 1})
             is_long_N = done.pop("dwell_s") >= options.min_dwell_s
             done = {name: values_N[is_long_N] for name, values_N in done.items()}
     shown["session"] = np.arange(impressions.num_rows)  # a group for each
@@ -50,11 +50,11 @@ def requests_of_log(impressions: pa.Table, behaviors: pa.Table, samples: str) ->
 
 
 def _read(
-    tables: LogTables, log: str, table: pa.Table, filled: dict[str, float], logs: str
+    tables: LogTables, log: str, table: pa.Table, filled: dict[str, float]
 ) -> tuple[Columns, tuple[str, ...], tuple[str, ...]]:
     """Read the rows of one log, and name its columns of users and of ads.
 
-    `filled`: values of columns that are not there; `logs`: where the tables lie that it joins.
+    `filled`: values of columns that are not there.
     """
     layout = tables.layouts[log]
     if layout and layout.where and (log == IMPRESSIONS or layout.names[EVENT] not in table.column_names):
@@ -64,8 +64,7 @@ def _read(
         if written is not None and written not in table.column_names:
             table = table.append_column(written, pa.array(np.full(table.num_rows, value)))
     if layout:  # wherever their files are
-        joins = tuple(replace(join, url=logs) for join in layout.joins)
-        tables.layouts[log] = replace(layout, files=log, joins=joins)
+        tables.layouts[log] = replace(layout, files=log)
     place = Path(tables.options.logs, log)
     place.mkdir()
     pq.write_table(table, place / FILE)

@@ -180,7 +180,7 @@ def _clean(storage: Storage) -> list[str]:
 def _write_vectors(
     saved: SavedRun, files: WrittenFiles, version: VersionName | None, progress: Progress | None
 ) -> tuple[VectorsOf, ...]:
-    """Write the networks E, and a vectors store for each feature store that the model reads."""
+    """Write the E of each store, and a vectors store for each feature store that the model reads."""
     if not saved.places:
         return ()
     state = read_dense(saved.checkpoint, saved.state, "stores.", saved.config.data.cache_dir)

@@ -1,4 +1,4 @@
-"""Rows of a vectors store: visual vectors, computed from features by the networks E.
+"""Rows of a vectors store: visual vectors, computed from features by E.
 
 An export computes them for all images. A publish computes those of images that are new or changed in a feature store,
 as one commit of the vectors store: its manifest names the snapshot of features that its rows are computed from, and a
@@ -36,12 +36,12 @@ from featurestore.spec import ExtractorSpec, FileEntry, StoreInfo
 from featurestore.storage.storage import Progress
 from featurestore.store import FeatureStore
 from serving.bundle import EPS
-from serving.bundle.manifest import IMAGES, VECTORS, Missing, NetworkColumns, VectorsOf
+from serving.bundle.manifest import IMAGES, VECTORS, Missing, VectorsOf
 from serving.bundle.open import ModelVersion
 from serving.bundle.rows import Float32
 from serving.errors import BrokenBundleError, ServingError
 from trainer.config import ModelConfig
-from trainer.engine.wiring import image_model, networks_of
+from trainer.engine.wiring import image_model, widths_of_stores
 from trainer.models.layers import used_fields
 from trainer.runs.export import load_part
 from trainer.runs.open import StorePlace
@@ -56,11 +56,11 @@ _SHARD_BYTES = 32 << 20
 
 
 @dataclass(frozen=True)
-class StoreNetworks:
-    """The networks E of one feature store."""
+class StoreNetwork:
+    """The E of one feature store, and the vector for images without a feature."""
 
-    models: Mapping[str, EmbeddingModel]
-    no_image: Mapping[str, Float32]
+    model: EmbeddingModel
+    no_image_V: Float32
 
     @classmethod
     def of(
@@ -71,53 +71,33 @@ class StoreNetworks:
         fields: Sequence[Field],
         config: ModelConfig,
         missing: Missing,
-    ) -> "StoreNetworks":
-        """Build the networks of the store that is named `store` in the schema, for features like the snapshot's.
+    ) -> "StoreNetwork":
+        """Build the E of the store that is named `store` in the schema, for features like the snapshot's.
 
         `state`: the part `stores.` of a checkpoint. Raises CheckpointError if it belongs to another model."""
-        models, no_image = {}, {}
-        for name, width in networks_of(tuple(fields), config)[store].items():
-            models[name] = image_model(snapshot.info.dim, width, config)
-            load_part(models[name], _below(state, f"{store}.models.{name}."))
-            models[name].eval()
-            learned = state.get(f"{store}.no_image.{name}") if missing == "learned" else None
-            no_image[name] = np.zeros(width, np.float32) if learned is None else learned.float().numpy()
-        return cls(models, no_image)
-
-    @property
-    def columns(self) -> tuple[NetworkColumns, ...]:
-        """The columns of each network's visual vector in a row."""
-        ends = np.cumsum([model.out for model in self.models.values()]).tolist()
-        return tuple(
-            NetworkColumns(
-                name=name, start=end - model.out, width=model.out, no_image=tuple(self.no_image[name].tolist())
-            )
-            for (name, model), end in zip(self.models.items(), ends, strict=True)
-        )
-
-    @property
-    def width(self) -> int:
-        """Numbers in a row."""
-        return sum(model.out for model in self.models.values())
+        width = widths_of_stores(tuple(fields), config)[store]
+        model = image_model(snapshot.info.dim, width, config)
+        load_part(model, _below(state, f"{store}.model."))
+        model.eval()
+        learned = state.get(f"{store}.no_image") if missing == "learned" else None
+        return cls(model, np.zeros(width, np.float32) if learned is None else learned.float().numpy())
 
     def rows(self, features_KD: NDArray[np.generic]) -> Float32:
         """Compute the rows (K, V) of stored features. Raises TrainerError if numbers are not finite."""
-        features = as_tensor(features_KD)
         with torch.inference_mode():
-            parts = [finite(model(features).float().numpy()) for model in self.models.values()]
-        return np.concatenate(parts, axis=1)
+            return finite(self.model(as_tensor(features_KD)).float().numpy())
 
 
-def networks_for(version: ModelVersion, of: VectorsOf) -> Callable[[Snapshot], StoreNetworks]:
-    """Read the networks E of a feature store from a bundle.
+def network_for(version: ModelVersion, of: VectorsOf) -> Callable[[Snapshot], StoreNetwork]:
+    """Read the E of a feature store from a bundle.
 
-    Returns a function that builds them for the features of a snapshot. Raises BrokenBundleError."""
+    Returns a function that builds it for the features of a snapshot. Raises BrokenBundleError."""
     path, missing = version.files.path(IMAGES), version.manifest.missing
     try:
         state = load_file(path)
     except (OSError, SafetensorError) as error:
         raise BrokenBundleError(f"{path} is damaged: {error}") from error
-    return lambda snapshot: StoreNetworks.of(state, of.store, snapshot, version.fields, version.model, missing)
+    return lambda snapshot: StoreNetwork.of(state, of.store, snapshot, version.fields, version.model, missing)
 
 
 def export_vectors(
@@ -134,15 +114,15 @@ def export_vectors(
     The snapshot is `version`, by default the newest. `state`: the part `stores.` of the checkpoint. To `publish`, all
     images are new. Raises CheckpointError, AnotherStoreError, TrainerError, FeatureStoreError."""
     snapshot, model = saved.snapshot(place, version), saved.config.model
-    networks = StoreNetworks.of(state, place.name, snapshot, used_fields(saved.schema, model), model, missing)
+    network = StoreNetwork.of(state, place.name, snapshot, used_fields(saved.schema, model), model, missing)
     info = StoreInfo(
-        num_shards=_num_shards(snapshot.num_rows * 4 * networks.width, snapshot.info.num_shards),
+        num_shards=_num_shards(snapshot.num_rows * 4 * network.model.out, snapshot.info.num_shards),
         name="visual vectors",
-        dim=networks.width,
+        dim=network.model.out,
         dtype="float32",
         extractor=ExtractorSpec(
             backbone=f"E of {saved.folder.name}, {saved.checkpoint.name}",
-            layer=", ".join(networks.models),
+            layer=place.name,
             weights_digest=saved.digest,
             preprocessing=f"features of kind {snapshot.info.digest}",
             compute_dtype=str(model.compute_dtype),
@@ -156,10 +136,10 @@ def export_vectors(
         source=source,
         features=snapshot.info.digest,
         store_id=store.info.store_id,
-        networks=networks.columns,
+        no_image=tuple(network.no_image_V.tolist()),
     )
     here, number = snapshot.storage.url, snapshot.version
-    publish(store, of, lambda _: networks, source_url=here, source_version=number, eps=0, progress=progress)
+    publish(store, of, lambda _: network, source_url=here, source_version=number, eps=0, progress=progress)
     return of
 
 
@@ -277,7 +257,7 @@ class PublishReport:
 def publish(
     vectors: FeatureStore,
     of: VectorsOf,
-    networks_for: Callable[[Snapshot], StoreNetworks],
+    network_for: Callable[[Snapshot], StoreNetwork],
     *,
     source_url: str | None = None,
     source_version: VersionName | None = None,
@@ -308,7 +288,7 @@ def publish(
         )
         if mirrored is not None and mirrored.version == newest.version:
             return report
-        delta = _Delta(vectors, now, networks_for(newest), ChangedImages(mirrored, newest), eps, progress)
+        delta = _Delta(vectors, now, network_for(newest), ChangedImages(mirrored, newest), eps, progress)
         for shard in range(now.info.num_shards):
             delta.add(shard)
         try:
@@ -336,7 +316,7 @@ class _Delta:
 
     _vectors: FeatureStore
     _now: Snapshot
-    _networks: StoreNetworks
+    _network: StoreNetwork
     _changes: ChangedImages
     _eps: float
     _progress: Progress | None
@@ -364,17 +344,17 @@ class _Delta:
         keys_M = keys_K[place_M]
         rows = FeatureRows.of(
             [*self._uris(reader, keys_M, [uris[place] for place in place_M]), *[""] * len(gone)],
-            np.concatenate([new_KV[place_M], np.zeros((len(gone), self._networks.width), np.float32)]),
+            np.concatenate([new_KV[place_M], np.zeros((len(gone), self._network.model.out), np.float32)]),
             keys=np.concatenate([keys_M, gone]),
         )
         self.entries |= self._vectors.write(replace(rows, deleted_N=np.arange(len(rows)) >= len(keys_M)))
 
     def _examine(self, shard: int) -> tuple[Int64Array, list[str], Float32, Int64Array | None]:
         """Return keys, uris and new rows of a shard's images that may have changed, and keys of those that may be gone.
-        If the last is None, all images that are not among the first are gone. Networks run on some thousand images at a
+        If the last is None, all images that are not among the first are gone. E runs on some thousand images at a
         time."""
         per_shard = self._changes.newest.info.num_shards // self._now.info.num_shards
-        keys, rows = [np.empty(0, np.int64)], [np.empty((0, self._networks.width), np.float32)]
+        keys, rows = [np.empty(0, np.int64)], [np.empty((0, self._network.model.out), np.float32)]
         uris: list[str] = []
         gone: list[Int64Array] = [np.empty(0, np.int64)]
         waiting: list[NDArray[Any]] = []
@@ -386,12 +366,12 @@ class _Delta:
                 uris += block.uris
                 waiting.append(block.features_KD)
                 if sum(map(len, waiting)) >= BATCH_ROWS:
-                    rows.append(self._networks.rows(np.concatenate(waiting)))
+                    rows.append(self._network.rows(np.concatenate(waiting)))
                     waiting = []
             if self._progress is not None:
                 self._progress(number + 1, self._changes.newest.info.num_shards)
         if waiting:
-            rows.append(self._networks.rows(np.concatenate(waiting)))
+            rows.append(self._network.rows(np.concatenate(waiting)))
         all_gone = np.concatenate(gone) if self._changes.mirrored else None
         return np.concatenate(keys), uris, np.concatenate(rows), all_gone
 
@@ -413,7 +393,7 @@ def _check_source(of: VectorsOf, now: Snapshot, newest: Snapshot) -> None:
     )
     if newest.info.digest != of.features:
         raise SpecMismatchError(
-            f"{newest.storage.url} has features of another kind than the model's networks were trained on; "
+            f"{newest.storage.url} has features of another kind than the model's E was trained on; "
             "name a store with features of that kind by --store"
         )
 

@@ -9,7 +9,7 @@ data/models/ctr/
     ids-12.bin                       the ID rows of all tables of width 12, one table after the other
     ids-<table>.hashes.bin           for an exact table: the hashes of the ids that have rows, ascending
     ids-trained.bin                  one bit for each row of all tables: whether training has touched it
-    images.safetensors               the networks E, for the vectors of later images
+    images.safetensors               E of each store, for the vectors of later images
     sample.parquet                   some test samples, by which a scorer judges it
     vectors/<store>/                 the visual vectors of all images of a feature store, again as a store
 """
@@ -69,15 +69,6 @@ class TableRows(Frozen):
     hashes: FileName | None = None
 
 
-class NetworkColumns(Frozen):
-    """The columns of one E's visual vector in a row of a vectors store, and the vector for missing images."""
-
-    name: str
-    start: Count
-    width: Width
-    no_image: tuple[float, ...]
-
-
 class VectorsOf(Frozen):
     """The vectors store of one feature store. Its own manifests name the snapshot that its rows are computed from."""
 
@@ -88,10 +79,11 @@ class VectorsOf(Frozen):
     source: SourceSnapshot
     """The feature store and the snapshot at the export."""
     features: str
-    """Digest of the kind of features that the networks E were trained on."""
+    """Digest of the kind of features that E was trained on."""
     store_id: RandomId
     """Id of the vectors store."""
-    networks: tuple[NetworkColumns, ...]
+    no_image: tuple[float, ...]
+    """The vector for missing images, as wide as a row."""
 
 
 class BundleManifest(Sealed):

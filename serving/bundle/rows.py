@@ -1,7 +1,7 @@
 """Rows that a scorer looks up in a bundle, memory-mapped: ID rows, and the visual vectors of images.
 
 Letters of shapes: N ids or keys, T consecutive ranges of ids of one table each, R rows of a file, V numbers in an ID
-row or visual vector, D columns of a row of the vectors store.
+row or visual vector.
 """
 
 import itertools
@@ -176,14 +176,8 @@ class VectorTable:
         self._partition = partition
         self.time_s = time_s
         """When the snapshot was committed, in seconds since 1970."""
-        self.no_image: Mapping[str, Float32] = {
-            each.name: np.asarray(each.no_image, np.float32) for each in of.networks
-        }
-        """By network: the vector for images without one, (V,)."""
-        self._columns = {each.name: slice(each.start, each.start + each.width) for each in of.networks}
-        self._no_image_D = np.zeros(partition.dim, np.float32)
-        for name, columns in self._columns.items():
-            self._no_image_D[columns] = self.no_image[name]
+        self.no_image_V: Float32 = np.asarray(of.no_image, np.float32)
+        """The vector for images without one."""
 
     @classmethod
     def open(cls, of: VectorsOf, url: str, version: int | None = None, cache_dir: Path | None = None) -> "VectorTable":
@@ -193,9 +187,8 @@ class VectorTable:
             store = FeatureStore.open(url)
             if store.info.store_id != of.store_id:
                 raise BrokenBundleError(f"{url} is not the vectors store that was exported, but one made later")
-            width = max((each.start + each.width for each in of.networks), default=0)
-            if store.info.dim != width:
-                raise BrokenBundleError(f"{url} has rows of {store.info.dim} numbers; the networks need {width}")
+            if store.info.dim != len(of.no_image):
+                raise BrokenBundleError(f"{url} has rows of {store.info.dim} numbers, and E makes {len(of.no_image)}")
             snapshot = store.snapshot(version)
             partition = FeaturePartition.load(
                 store, cache_dir=cache_dir, missing="zeros", threads=1, version=snapshot.version
@@ -210,15 +203,11 @@ class VectorTable:
         return self._partition.snapshot_version
 
     def lookup(self, keys_N: Int64Array) -> tuple[Float32, Bool]:
-        """Copy the rows of images, (N, D), and mark those without one, (N,), whose vector is `no_image`."""
+        """Copy the vectors of images, (N, V), and mark those without one, (N,), whose vector is `no_image_V`."""
         found = self._partition.lookup(keys_N)
         if found.missing_U.any():
-            found.features_UD[found.missing_U] = self._no_image_D
+            found.features_UD[found.missing_U] = self.no_image_V
         return found.features_UD, found.missing_U
-
-    def of(self, network: str) -> slice:
-        """Return the columns of a row with the visual vector of this E."""
-        return self._columns[network]
 
     def close(self) -> None:
         """Release the mapped rows."""

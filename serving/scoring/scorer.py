@@ -24,7 +24,6 @@ from serving.network.served import FieldRows, NetworkInputs
 from serving.scoring.decode import RequestTable, decode
 from serving.scoring.request import Places, Request, RequestColumns, Scored
 from serving.scoring.sent import Bool, SentTable, Sizes, sent_requests, sent_table
-from trainer.engine.wiring import model_name
 from trainer.errors import DataError
 from trainer.models.layers import width_of
 from trainer.models.nets import behaviors_of, check_equal_lists
@@ -137,20 +136,19 @@ class InputMaker:
         for start in range(0, len(keys_N) or 1, _LOOKUP):
             parts.append(table.lookup(keys_N[start : start + _LOOKUP]))
             yield
-        rows_ND, missing_N = parts[0]
+        rows_NV, missing_N = parts[0]
         if len(parts) > 1:
-            rows_ND, missing_N = (
+            rows_NV, missing_N = (
                 np.concatenate([part[0] for part in parts]),
                 np.concatenate([part[1] for part in parts]),
             )
         found: dict[str, _Images] = {}
         places = _slices(np.array([len(keys_N) for keys_N in keys], np.int64))
         for field, here in zip(fields, places, strict=True):
-            network = model_name(field, self._bundle.model)
-            visual_NV, lacks_N = rows_ND[here, table.of(network)], missing_N[here]
+            visual_NV, lacks_N = rows_NV[here], missing_N[here]
             is_null_N = nulls.get(field.column_name)
             if is_null_N is not None:
-                visual_NV = np.where(is_null_N[:, None], table.no_image[network], visual_NV)
+                visual_NV = np.where(is_null_N[:, None], table.no_image_V, visual_NV)
                 lacks_N = lacks_N | is_null_N
             found[field.name] = _Images(lacks_N, visual_NV)
         return found

@@ -185,7 +185,8 @@ class TestRealLogs:
         figures = {name: value for section in sections for name, value in section.flat().items()}
         for goal in ("epoch1", "epoch2", "epoch4", "best"):
             assert figures[f"gauc_left_out_{goal}_a"] == pytest.approx(0.05)
-            assert figures[f"gauc_left_out_{goal}"] == figures[f"gauc_left_out_{goal}_b"] == 0
+            assert figures[f"gauc_left_out_{goal}_worst"] == figures[f"gauc_left_out_{goal}_b"] == 0
+            assert figures[f"gauc_left_out_{goal}"] == figures[f"gauc_left_out_tuned_{goal}"] == pytest.approx(0.025)
             assert figures[f"left_out_a_dnn_{goal}"] == pytest.approx(0.1)
         assert figures["left_out_a_dnn_ours_best"] == 0.8
 
@@ -197,6 +198,7 @@ class TestRealLogs:
         invoke(app, *words, code=0)
         figures = json.loads((tmp_path / "logs.json").read_text())
         assert figures["left_out_log_dnn_ours_best"] > 0.6, "people click on even items"
+        assert figures["left_out_tuned_log_dnn_ours_best"] > 0.6
         kept = [json.loads(file.read_text()) for file in (tmp_path / "bench" / "figures").iterdir()]
         assert {tuple(each["spec"]["left_out_days"]) for each in kept} == {DAYS[2:]}
         shown = {(each["curve"][0]["impressions"], each["curve"][0]["left_out_impressions"]) for each in kept}

@@ -7,6 +7,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import typer
@@ -18,6 +19,7 @@ from benchmarks.process import RunFailedError, run_to_end
 from benchmarks.seeds import holm, p_value, seed_mean
 from benchmarks.serve.__main__ import app as serve
 from benchmarks.serve.client import as_many_as_it_can, one_after_the_other
+from benchmarks.soak.measure import growth as slope_of
 from benchmarks.store.__main__ import app as store
 from tests.cli import invoke
 
@@ -26,6 +28,7 @@ HEADLINE = ["lookup_vs_numpy_take", "lookup_vs_numpy_take_10_deltas", "lookup_vs
 HEADLINE += ["warm_open_s", "cache_build_vs_list_column"]
 OF_GPU = ["samples_per_s", "step_ms", "busy_share", "features_bytes", "places_bytes", "batch_bytes", "bytes_per_step"]
 OF_GPU += ["last_loss"]
+AT_S = np.arange(0, 3_000, 10.0)
 
 
 def figures_of(app: typer.Typer, folder: Path, *words: str) -> dict[str, Any]:
@@ -163,3 +166,19 @@ def test_p_values_are_corrected_for_their_number() -> None:
         {"a": 0.03, "b": 0.06, "c": None, "d": 0.06}
     )
     assert holm({"a": 0.8, "b": 0.9}) == {"a": 1.0, "b": 1.0}
+
+
+def test_growth_is_an_hour_s_and_its_interval_has_the_truth() -> None:
+    noise = np.random.default_rng(0).normal(size=len(AT_S))
+    slope, half = slope_of(list(AT_S), list(300 + 20 * AT_S / 3_600 + noise))
+    assert abs(slope - 20) < half < 2
+
+
+@pytest.mark.parametrize("period_s", [30, 600])
+def test_what_swings_does_not_grow(period_s: float) -> None:
+    slope, half = slope_of(list(AT_S), list(300 + 5 * np.sin(2 * np.pi * AT_S / period_s)))
+    assert abs(slope) < half
+
+
+def test_what_stays_the_same_has_no_interval() -> None:
+    assert slope_of(list(AT_S), [17.0] * len(AT_S)) == pytest.approx((0, 0), abs=1e-6)

@@ -97,7 +97,7 @@ comm.close()
 
 
 def test_ranks_of_two_hosts_and_their_store_listen_at_their_own_addresses(net: Network, tmp_path: Path) -> None:
-    """As trainer.supervise and trainer.slurm start them with --by torch; docs/SECURITY.md says so."""
+    """As trainer.supervise and crossmedia slurm start them with --by torch; docs/SECURITY.md says so."""
     a, b = net["a"], net["b"]
     place = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": a.address}
     env, log = place | {"MASTER_PORT": "29511"}, tmp_path / "b.txt"

@@ -5,6 +5,7 @@ import pickle
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from tests.ranks import StandingRanks
 from tests.trainer.conftest import Places, make_places, nothing_drawn
 from trainer.errors import ConfigError, DataError
 from trainer.evaluation.predict import predict_run
-from trainer.samples.interop import table_of
+from trainer.samples.columns import table_of
 
 MOST_LINES = 500
 FACADE = ("__init__", "data", "models", "runs", "store", "tables")
@@ -135,7 +136,9 @@ def test_an_evaluation_has_a_row_for_each_slice(
         found = run.evaluate(resamples=10, out=tmp_path / "evaluation")
     assert capsys.readouterr().out == ""
     whole, *slices = found.figures.rows()
-    assert whole["impressions"] == sum(each["impressions"] for each in slices if each["slicing"].startswith("age"))
+    assert whole["impressions"] == sum(each["impressions"] for each in slices if each["slicing"] == "ad_age")
+    first, last = list(found.table)[:2], list(found.table)[-2:]  # what pandas shows where the others have no room
+    assert (first, last) == (["auc", "gauc"], ["users", "impressions"])
     assert whole["auc_low"] <= whole["auc"] <= whole["auc_high"]
     assert repr(found) == f"Evaluation({whole['impressions']} impressions, {len(slices)} slices)"
     pytest.importorskip("pandas")
@@ -263,3 +266,18 @@ def test_training_on_two_ranks_gives_each_the_run(places: Places, tmp_path: Path
     assert (code, other_code) == (0, 0), one + other
     found = [re.findall("^rank has .*", said, re.MULTILINE) for said in (one, other)]
     assert len(found[0]) == 1 and found[0] == found[1]
+
+
+def test_scores_of_images_that_the_store_lacks_warn_with_their_number(
+    run: cm.Run, impressions: pa.Table, tmp_path: Path
+) -> None:
+    assert run.saved().missing_met == 0
+    unknown = pa.array(np.arange(2**40, 2**40 + len(impressions)))
+    lacking = impressions.set_column(impressions.column_names.index("ad_image"), "ad_image", unknown)
+    with pytest.warns(UserWarning, match=rf"has never met an image .*\({len(impressions):,} lookups\)") as told:
+        run.score(lacking)
+    ours = [each for each in told if "never met" in str(each.message)]
+    assert [Path(each.filename) for each in ours] == [Path(__file__)]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "the run was trained")
+        run.score(impressions)

@@ -38,8 +38,7 @@ from featurestore.upkeep.history import restore
 from featurestore.upkeep.repair import repair
 from featurestore.upkeep.verify import verify
 from tests.faulty import Fault, FaultyStorage, fails, faulty, made_but_lost, opened_faulty
-from tests.featurestore.staged import build_shard
-from tests.metadata import metadata_of
+from tests.featurestore.staged import build_shard, metadata_of
 
 
 class TestOnEveryPlace:

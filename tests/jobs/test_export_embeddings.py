@@ -18,6 +18,7 @@ from tests.trainer.whole_runs import run_alone
 from trainer.comm import SoloComm
 from trainer.runs import export
 from trainer.runs.saved import open_trained
+from trainer.schema import DEFAULT_SCHEMA
 
 pytestmark = pytest.mark.long  # they train whole runs
 
@@ -45,7 +46,10 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Places:
     places = make_places(tmp_path_factory.mktemp("places"))
     train_run(places, "both")
     train_run(places, "none", model__images="none")
-    train_run(places, "two", model__shared_image_model="false")
+    schema, of_ad = places.folder / "two.yaml", "side: ad, kind: content, store: "
+    schema.write_text(DEFAULT_SCHEMA.read_text().replace(f"{of_ad}images", f"{of_ad}ads"))
+    stores = f"{{ads: {places.folder / 'features'}}}"
+    train_run(places, "two", data__schema_file=schema, data__stores=stores)
     store = FeatureStore.open(places.folder / "features")
     store.delete([1_001, 1_045])
     features_ND = np.random.default_rng(9).normal(size=(2, 16)).astype(np.float32)
@@ -58,13 +62,13 @@ def run(places: Places) -> Path:
     return places.folder / "runs" / "both"
 
 
-def expected(run: Path, places: Places, network: str = "shared", **options: Any) -> dict[int, list[float]]:
+def expected(run: Path, places: Places, store: str = "images", **options: Any) -> dict[int, list[float]]:
     """What the service of a rank, with the whole run opened, makes of every key."""
     trained = open_trained(run, SoloComm(), **options)
-    service = trained.engine.services["images"]
+    service = trained.engine.services[store]
     keys = FeatureStore.open(places.folder / "features").snapshot(trained.store_version).keys()
     with torch.no_grad():
-        visual_QV = service.embed(network, service.gather(keys)).numpy()
+        visual_QV = service.embed(service.gather(keys)).numpy()
     trained.close()
     return dict(zip(keys.tolist(), visual_QV.tolist(), strict=True))
 
@@ -107,7 +111,7 @@ def test_the_file_says_of_what_it_is(run: Path, places: Places, tmp_path: Path) 
         "run": str(run),
         "checkpoint": "step-00000002",
         "checkpoint_digest": trained.saved.digest,
-        "network": "images:shared",
+        "network": "images",
         "dim": 12,
         "store": str(places.folder / "features"),
         "snapshot": 3,
@@ -120,10 +124,10 @@ def test_another_snapshot_and_another_e(run: Path, places: Places, tmp_path: Pat
     done("--run", run, "--store-version", 1, "--out", tmp_path / "a.parquet")
     assert_same(read(tmp_path / "a.parquet"), expected(run, places, store_version=1))
     two = places.folder / "runs" / "two"
-    names = ("ad_image", "images:behavior_image")
+    names = ("ads", "images")
     for name in names:
         done("--run", two, "--network", name, "--out", tmp_path / f"{name}.parquet")
-        assert_same(read(tmp_path / f"{name}.parquet"), expected(two, places, name.removeprefix("images:")))
+        assert_same(read(tmp_path / f"{name}.parquet"), expected(two, places, name))
     assert read(tmp_path / f"{names[0]}.parquet") != read(tmp_path / f"{names[1]}.parquet")
 
 
@@ -184,7 +188,6 @@ class TestMistakes:
 
     def test_networks(self, places: Places, run: Path, tmp_path: Path) -> None:
         two = ["--run", places.folder / "runs" / "two", "--out", tmp_path / "v.parquet"]
-        has = "has the networks images:behavior_image, images:ad_image"
-        assert f"{has}; choose one by --network" in failed(*two, code=2)
-        assert f"{has}, and --network images names 2 of them" in failed(*two, "--network", "images", code=2)
-        assert "--network text names 0 of them" in failed("--run", run, "--network", "text", "--out", two[-1], code=2)
+        has = "has the networks images, ads; choose one by --network"
+        assert has in failed(*two, code=2) and "--network text: " in failed(*two, "--network", "text", code=2)
+        assert "has the networks images;" in failed("--run", run, "--network", "text", "--out", two[-1], code=2)

@@ -73,7 +73,7 @@ def test_under_dask_submit_with_the_default_places(tmp_path):
         pixels = np.random.default_rng(number).integers(0, 256, (64, 64, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(images / f"{number}.jpg")
     (images / "text.jpg").write_text("a text")
-    network = ["--backbone", "alexnet:flatten", "--weights", "random:0"]  # quickly built
+    network = ["--backbone", "squeezenet1_1:flatten", "--weights", "random:0"]  # small: it is sent to the worker
     command = [Path(sys.executable).with_name("dask-submit"), "-n", "1", JOB, *network]
     first = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert first.returncode == 0, first.stderr

@@ -12,13 +12,16 @@ import yaml
 from typer.testing import CliRunner
 
 from featurestore.format.rows import FeatureRows
-from featurestore.keys import NO_IMAGE, key_of_uri
+from featurestore.keys import NO_IMAGE, id_of_text, key_of_uri
 from featurestore.spec import ExtractorSpec, StoreInfo
+from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
 from jobs import build_samples
+from pipeline.samples import mapping
 from trainer.comm import SoloComm
 from trainer.config import load_config
 from trainer.main import train
+from trainer.samples.survey import IdDictionary
 from trainer.schema import __main__ as schema_command
 from trainer.schema import load_schema
 
@@ -61,9 +64,9 @@ def job(client, monkeypatch, place):
     """Runs build_samples on the tests' cluster with a mapping."""
     monkeypatch.setattr("pipeline.cluster.tasks.connect", lambda **kwargs: contextlib.nullcontext(client))
 
-    def run(mapping=MAPPING, *args, code=0):
+    def run(columns=MAPPING, *args, code=0):
         path = place / "mapping.yaml"
-        path.write_text(mapping if isinstance(mapping, str) else yaml.safe_dump(mapping))
+        path.write_text(columns if isinstance(columns, str) else yaml.safe_dump(columns))
         options = ["--logs", place / "logs", "--samples", place / "samples", "--mapping", path, "--test-days", 0, *args]
         result = CliRunner().invoke(build_samples.app, [str(option) for option in options])
         assert result.exit_code == code, result.output
@@ -78,15 +81,15 @@ def rows(place: Path):
 
 
 def changed(**changes):
-    mapping = json.loads(json.dumps(MAPPING))
+    made = json.loads(json.dumps(MAPPING))
     for path, value in changes.items():
         table, _, name = path.partition("__")
-        mapping.setdefault(table, {})
+        made.setdefault(table, {})
         if name:
-            mapping[table][name] = value
+            made[table][name] = value
         else:
-            mapping[table] = value
-    return mapping
+            made[table] = value
+    return made
 
 
 def inspect(*args, code=0):
@@ -311,6 +314,32 @@ def test_another_countrys_csv_is_found_out_or_said(job, place):
     assert {row["uri"]: row["key"] for row in named} == {
         name: key_of_uri(name) for name in ("5.jpg", "6.jpg", "7.jpg", "é.jpg")
     }
+
+
+def test_texts_of_ids_are_known_to_lookup_and_later_days_add_theirs(job, place):
+    job()
+    found = inspect("lookup", place / "samples", key_of_uri("ann"), "Rome", 7)
+    assert found.splitlines() == [
+        f"{key_of_uri('ann')}  ann", f"{key_of_uri('Rome')}  Rome", "7  not in it as a text",
+    ]  # fmt: skip
+    (place / "logs/shows/b.csv").write_text(SHOWS.splitlines()[0] + "\n2026-01-03,cleo,5,5.jpg,1,31.5,Rome,9.5,b\n")
+    job(MAPPING, "--days", "2026-01-03")
+    dictionary = IdDictionary.of_samples(Storage(place / "samples"))
+    wanted = ["ann", "bob", "cleo", "Rome", "Bonn", "Acme, Inc", "b"]
+    assert dictionary.texts(map(key_of_uri, wanted)) == {key_of_uri(text): text for text in wanted}
+    assert dictionary.first(100)[1] == len(wanted)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_two_texts_of_one_id_end_the_job(job, place, monkeypatch, parts):
+    """In one file, or each in a file of its own."""
+    monkeypatch.setattr(mapping, "id_of_text", lambda text: 3 if text in ("ann", "bob") else id_of_text(text))
+    head, *lines = SHOWS.splitlines()
+    for part in range(parts):
+        (place / f"logs/shows/{part}.csv").write_text("\n".join([head, *lines[part::parts]]) + "\n")
+    (place / "logs/shows/a.csv").unlink()
+    (place / "logs/visits.csv").write_text(VISITS.replace("ann", "eva"))
+    assert "id 3 is that of two texts of the logs, 'ann' and 'bob': rename one" in job(code=1)
 
 
 def test_bytes_that_are_not_of_the_encoding_are_told(job, place):

@@ -29,7 +29,7 @@ from trainer.comm import SoloComm
 from trainer.runs.saved import open_trained
 from trainer.samples.columns import decode, rules_of
 from trainer.samples.index import Piece
-from trainer.samples.reader import BatchPosition, assemble
+from trainer.samples.reader import assemble
 
 pytestmark = pytest.mark.long
 
@@ -81,9 +81,7 @@ def same_network(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_job_tells_what_it_published(places: Places, text: str) -> None:
     assert "id rows      224 in 5 tables, float32, 10,752 bytes" in text
-    assert (
-        f"vectors      images: 50 images of snapshot 1 of {places.folder}/features (network shared: 12 numbers)" in text
-    )
+    assert f"vectors      images: 50 images of snapshot 1 of {places.folder}/features, 12 numbers each" in text
     assert f"published    version 1 of {places.folder}/model, in use" in text
     figures = json.loads((places.folder / "export.json").read_text())
     assert (figures["version"], figures["in_use"], figures["metrics"]["impressions"]) == (1, True, 210)
@@ -101,7 +99,7 @@ def test_the_scores_of_the_sample_are_those_of_the_run(places: Places, model: st
         groups = decode(sample, rules_of(trained.schema), "label", "sample", 0)
         ends = groups.sample_offsets[1:]
         piece = Piece(groups, np.arange(len(ends)), groups.sample_offsets[:-1], ends)
-        batch = assemble(trained.schema, [piece], groups.num_samples, BatchPosition(0, 0))
+        batch = assemble(trained.schema, [piece], groups.num_samples)
         wanted = trained.engine.predict(trained.engine.prepare(batch, "eval"))
     assert len(found) > 100
     np.testing.assert_allclose(found, wanted, atol=1e-5, rtol=0)

@@ -1,6 +1,7 @@
-"""What processes of tests are spared: waits for a disk, a race at every place for a store, S3's description, pandas."""
+"""What processes of tests are spared: waits for a disk, races for stores, S3's description, pandas, garbage."""
 
 import functools
+import gc
 import os
 import sys
 from pathlib import Path
@@ -12,6 +13,21 @@ WITHOUT_PANDAS = str(Path(__file__).with_name("without"))
 """A folder that comes before all others in the search for modules of processes that tests start."""
 KNOWN_KINDS: set[str] = set()
 """Kinds of places where the short check has found nothing: the disk, and each server."""
+SELDOM_COLLECTED = (20_000, 20, 50)
+"""In place of 700, 10 and 10 objects and rounds, by which the collector takes a sixteenth of the processor."""
+count_frozen = gc.get_freeze_count
+"""Python's own count of objects that the garbage collector passes over."""
+
+
+def freeze_for_good() -> None:
+    """Freeze what is there now; a run says no more than that something is frozen, and does not count it.
+
+    To count a million objects takes a tenth of a second, and each run of the tests would. Cycles that are garbage by
+    now stay too: to find them takes half a second, and imports leave few.
+    """
+    gc.freeze()
+    gc.get_freeze_count = lambda: 1
+    gc.set_threshold(*SELDOM_COLLECTED)
 
 
 def spare_the_disk() -> None:

@@ -12,7 +12,7 @@ import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import CodeType
+from types import CodeType, FunctionType
 
 import pytest
 
@@ -40,10 +40,20 @@ class Bug:
                 source = sources.get(place) or textwrap.dedent(inspect.getsource(function))
                 assert source.count(old) == 1, f"{place} has {source.count(old)} times: {old}"
                 sources[place] = source.replace(old, new)
-                module = compile(sources[place], inspect.getfile(function), "exec")
-                codes = [each for each in module.co_consts if isinstance(each, CodeType)]
-                patch.setattr(function, "__code__", next(each for each in codes if each.co_name == function.__name__))
+                patch.setattr(function, "__code__", _compiled(sources[place], function))
             yield
+
+
+def _compiled(source: str, function: FunctionType) -> CodeType:
+    """Compile the source of a function; where it needs names of a function around it, as super() does, inside one."""
+    path = [function.__name__]
+    if around := function.__code__.co_freevars:
+        path.insert(0, "around")
+        source = f"def around({', '.join(around)}):\n{textwrap.indent(source, '    ')}"
+    code = compile(source, inspect.getfile(function), "exec")
+    for name in path:
+        code = next(each for each in code.co_consts if isinstance(each, CodeType) and each.co_name == name)
+    return code
 
 
 BUGS = [Bug(**each) for each in tomllib.loads(Path(__file__).with_suffix(".toml").read_text())["bug"]]

@@ -1,4 +1,4 @@
-"""Synthetic sample groups in Parquet, in the form that the samples job writes, and a feature store for them."""
+"""Synthetic sample groups in Parquet, in the form that the samples job writes, a feature store for them, and runs."""
 
 import functools
 import shutil
@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from featurestore.format.rows import FeatureRows
+from featurestore.published.paths import RunPath, run_path
 from featurestore.spec import ExtractorSpec, StoreInfo
 from featurestore.store import FeatureStore
 
@@ -169,3 +170,10 @@ def settings_of(places: Places, tmp_path_factory: pytest.TempPathFactory) -> Cal
         return comparable_settings(places, file, folder, steps, every, **changes)
 
     return settings
+
+
+@pytest.fixture(params=["disk", "s3"])
+def run(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunPath:
+    """Where a run may be."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "a" if request.param == "disk" else run_path(f"{request.getfixturevalue('s3_url')}/runs/a")

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
-from tests.trainer.frozen import freeze_for_good
+from tests.running.spared import freeze_for_good
 
 IMPORTED = (
     "horovod.torch",

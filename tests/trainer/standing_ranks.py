@@ -17,7 +17,7 @@ from pathlib import Path
 from unittest import mock
 
 from featurestore.console import commandline
-from tests.trainer.frozen import freeze_for_good
+from tests.running.spared import freeze_for_good
 from trainer import comm as comm_module
 from trainer.comm import connect
 

@@ -220,3 +220,20 @@ def test_what_is_not_a_setting_decides_on_parameters_but_for_the_samples() -> No
 def test_settings_are_listed_by_what_they_decide() -> None:
     assert settings_that_decide("positions")["train"] == {"seed"}
     assert decides_of("model.tables.item.max_rows") == "rows"
+
+
+@pytest.mark.parametrize(
+    ("named", "found"), [("./", "made"), (".", "made"), ("./in", "made/in"), ("in", "in"), ("../in", "../in")]
+)
+def test_places_that_begin_with_a_dot_are_below_the_file(named, found, tmp_path, monkeypatch):
+    (tmp_path / "made").mkdir()
+    settings = tmp_path / "made" / "settings.yaml"
+    settings.write_text(f"data: {{samples: {named}, schema_file: ./schema.yaml}}\n")
+    expected = str(tmp_path / found) if named[:2] in (".", "./") else found
+    assert load_config(settings).data.samples == expected
+    monkeypatch.chdir(tmp_path)
+    data = load_config(Path("made/settings.yaml")).data
+    assert (data.samples, data.schema_file) == (found, "made/schema.yaml")
+    monkeypatch.chdir(tmp_path / "made")
+    assert load_config(Path("settings.yaml")).data.samples == expected
+    assert load_config(settings, [f"data.samples={named}"]).data.samples == named

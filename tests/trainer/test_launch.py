@@ -13,8 +13,7 @@ from tests.pages import ReadPage
 from trainer.cli import run_on_ranks
 from trainer.comm import SoloComm
 from trainer.errors import ConfigError
-from trainer.launch import By, interface_towards
-from trainer.slurm import ranks_of_nodes, variables_of
+from trainer.launch import By, interface_towards, ranks_of_nodes, variables_of
 
 RANKS = [2, 3, 1]
 """Of three nodes."""

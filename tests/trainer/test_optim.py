@@ -54,6 +54,12 @@ def test_rates_fall_every_so_many_steps() -> None:
     assert [rates_at(config, s).lr for s in (0, 9, 10, 29)] == [0.1, 0.1, 0.05, 0.025]
 
 
+def test_rates_fall_with_each_evaluation_that_is_no_better() -> None:
+    config = OptimConfig(lr=0.1, ids_lr=0.4, lr_gamma=0.5, lr_every=10, plateau_gamma=0.2)
+    rates = rates_at(config, 10, 2)
+    assert (rates.lr, rates.ids_lr) == pytest.approx((0.1 * 0.5 * 0.04, 0.4 * 0.5 * 0.04))
+
+
 def test_both_rates_warm_up_evenly() -> None:
     config = OptimConfig(lr=0.1, ids_lr=0.4, warmup_steps=4, lr_gamma=0.5, lr_every=2)
     shares = [0.25, 0.5, 0.75 * 0.5, 0.5, 0.25]

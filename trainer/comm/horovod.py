@@ -18,7 +18,7 @@ from torch import Tensor
 from trainer.comm.comm import DEADLINE_S, Board, Comm, check_splits, loss
 from trainer.errors import ConfigError, LateRankError, LostRankError
 
-_SETTINGS = {"HOROVOD_CYCLE_TIME": "2"}
+_CYCLE_TIME = "2"
 """Milliseconds between two looks at what is to be done; each talks to the other ranks, and takes the processor from the
 step: two ranks of one core are a fifth faster with this than with 0.3, a small collective takes one or two ms more. The
 environment's own value wins."""
@@ -35,8 +35,7 @@ class HorovodComm(Comm):
 
     def __init__(self, deadline_s: float = DEADLINE_S) -> None:
         super().__init__(deadline_s)
-        for name, value in _SETTINGS.items():
-            os.environ.setdefault(name, value)
+        os.environ.setdefault("HOROVOD_CYCLE_TIME", _CYCLE_TIME)
         try:
             import horovod.torch as hvd
             from horovod.common.exceptions import HorovodInternalError

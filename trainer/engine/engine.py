@@ -34,7 +34,6 @@ class StepResult:
 
     loss: float
     num_samples: int
-    num_references: int
     learning_rate: float
 
 
@@ -69,7 +68,7 @@ class Engine(EngineParts):
         its error and the others RemoteRankError; then no parameter and no row has moved.
         """
         batch, request = prepared.batch, prepared.request
-        rates = rates_at(self._optim, self.num_steps - self.first_step)
+        rates = rates_at(self._optim, self.num_steps - self.first_step, self.num_plateaus)
         self._modules.train()
         self._dense.zero_grad()
         logit_B = self._outputs(prepared, self.model, {})
@@ -93,12 +92,7 @@ class Engine(EngineParts):
             self._dense.step(rates, self.num_steps + 1)
         self._exchange.release(request)
         self.num_steps += 1
-        return StepResult(
-            loss=global_loss,
-            num_samples=batch.num_samples,
-            num_references=request.num_references,
-            learning_rate=rates.lr,
-        )
+        return StepResult(loss=global_loss, num_samples=batch.num_samples, learning_rate=rates.lr)
 
     def move_rows(self, rates: Rates) -> None:
         """Move the ID rows by the gradients of the last backward. All ranks call it once a step."""

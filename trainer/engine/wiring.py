@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +13,9 @@ from featurestore.lookup.embedding import EmbeddingModel, EmbeddingService
 from featurestore.lookup.ondevice import Gathered, held_bytes
 from featurestore.lookup.partition import FeaturePartition
 from trainer.comm import Comm
-from trainer.config import ExactTableConfig, ModelConfig, OptimConfig, TableConfig, near_match
+from trainer.config import Config, ExactTableConfig, ModelConfig, TableConfig, near_match
 from trainer.engine.machine import check_memory, check_same, holds_features, with_compute_dtype
-from trainer.errors import ConfigError
+from trainer.errors import CheckpointError, ConfigError
 from trainer.exchange.exchange import Exchange, VectorSource
 from trainer.exchange.routing import unique
 from trainer.ids.exact import ExactShape, ExactTable
@@ -28,7 +27,7 @@ from trainer.optim import DenseOptimizer
 from trainer.schema import Field, Schema
 from trainer.stages import Kind, Stages
 
-NO_IMAGES = ".no_image."
+NO_IMAGES = ".no_image"
 """In the names of the trained vectors of images without a feature, which a run has by its data.missing."""
 
 
@@ -42,12 +41,12 @@ class ContentRequest:
 
 
 class ContentSource:
-    """A source of visual vectors: one E of an embedding service."""
+    """A source of visual vectors: E of an embedding service."""
 
-    def __init__(self, name: str, service: EmbeddingService, model: str, num_ranks: int) -> None:
-        self._service, self._model, self._num_ranks = service, model, num_ranks
+    def __init__(self, name: str, service: EmbeddingService, num_ranks: int) -> None:
+        self._service, self._num_ranks = service, num_ranks
         self._num_shards = service.partition.info.num_shards
-        self.width, self.key_sources = service.width(model), {name: self}
+        self.width, self.key_sources = service.model.out, {name: self}
 
     def owner_of(self, keys_U: Int64Array) -> Int64Array:
         """Find the rank that has the shard of each key."""
@@ -60,7 +59,7 @@ class ContentSource:
 
     def vectors(self, served: Sequence[ContentRequest]) -> list[Tensor]:
         """Return the visual vectors of the features."""
-        return [self._service.embed(self._model, each.gathered) for each in served]
+        return [self._service.embed(each.gathered) for each in served]
 
     def release(self, served: ContentRequest) -> None:
         """Give the features' memory back to the service."""
@@ -71,7 +70,7 @@ class EngineParts:
     """Model, tables, services, optimisers and exchange of one rank.
 
     Raises ConfigError where schema, configuration and stores do not fit. Every rank builds the same dense parameters
-    from `seed`; that they are the same is checked here.
+    from `train.seed`; that they are the same is checked here.
     """
 
     def __init__(
@@ -79,33 +78,36 @@ class EngineParts:
         comm: Comm,
         schema: Schema,
         partitions: Mapping[str, FeaturePartition],
-        model: ModelConfig,
-        optim: OptimConfig,
+        config: Config,
         *,
-        seed: int,
-        statistics: Mapping[str, FeatureStatistics] | None = None,
+        statistics: Mapping[str, FeatureStatistics | None] | None = None,
         device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
         reading: bool = False,
-        features_on_device: Literal["auto"] | bool = "auto",
     ) -> None:
-        """`reading`: nothing is trained, so ID rows have no optimiser's state; a checkpoint's is left out."""
+        """`statistics` of features, by store; without them, a checkpoint that is loaded next has the standardisation.
+
+        `reading`: nothing is trained, so ID rows have no optimiser's state; a checkpoint's is left out.
+        """
         self.num_steps = self.first_step = 0  # first_step: where the run begins that continues another one's steps
+        self.num_plateaus = 0  # see rates_at
         self.stages = Stages()
-        self._comm, self._optim = comm, optim
-        self._device, self._dtype = torch.device(device), dtype
-        model = with_compute_dtype(model, comm, self._device, None)
+        self._comm, self._optim, self._device = comm, config.optim, torch.device(device)
+        model, seed = with_compute_dtype(config.model, comm, self._device, None), config.train.seed
+        self._dtype = dtype = torch.float64 if model.compute_dtype == "float64" else torch.float32
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.model = comm.on_all(lambda: nets.build_model(schema, model))  # a host may lack a net of the user's own
-            self.services = services_of(self.model.fields, partitions, model)
+            self.services = {
+                store: EmbeddingService(partitions[store], image_model(partitions[store].dim, width, model))
+                for store, width in widths_of_stores(self.model.fields, model).items()
+            }
         self._modules = nn.ModuleDict({"model": self.model, "stores": nn.ModuleDict(self.services)})
         self._modules.to(device=self._device, dtype=dtype)
         for store, service in self.services.items():
-            if statistics and store in statistics:
-                service.fold_standardization_(statistics[store].mean_D, statistics[store].std_D)
+            if known := (statistics or {}).get(store):
+                service.fold_standardization_(known.mean_D, known.std_D)
         shapes = table_shapes(self.model.fields, model)
-        self._rows = (RowOptimizer if reading else row_optimizer)(optim, dtype, self._device)
+        self._rows = (RowOptimizer if reading else row_optimizer)(config.optim, dtype, self._device)
         check_memory(comm, shapes, self._rows.state, self._device, dtype)
         self.tables = comm.on_all(
             lambda: build_tables(
@@ -121,12 +123,12 @@ class EngineParts:
         )
         self.id_sources = list(dict.fromkeys(table.source for table in self.tables.values()))
         needed_bytes = sum(held_bytes(service.partition) for service in self.services.values())
-        if holds_features(comm, features_on_device, needed_bytes, self._device):
+        if holds_features(comm, config.run.features_on_device, needed_bytes, self._device):
             for service in self.services.values():
                 service.hold_rows()
         self.model.place.seed = seed
-        self._dense = DenseOptimizer(comm, dict(self._modules.named_parameters()), optim)
-        self._exchange = self._exchange_of(model)
+        self._dense = DenseOptimizer(comm, dict(self._modules.named_parameters()), config.optim)
+        self._exchange = self._exchange_of()
         image_rate = model.image_dropout if self.model.new_ads else 0.0
         self._dropout = newads.IdDropout(schema, model.id_dropout, seed, image_rate=image_rate)
         check_same(comm, self.dense_state())
@@ -155,6 +157,10 @@ class EngineParts:
             for each in (self.dense_state(), state)
         )
         mine = {name: value for name, value in mine.items() if name in theirs or NO_IMAGES not in name}
+        if any(NO_IMAGES in name for name in theirs.keys() - mine.keys()):
+            raise CheckpointError(
+                'the checkpoint has a trained "no image" vector: continue with data.missing=learned, as it was trained'
+            )
         check_names(mine, theirs)
         self._rows.load_shared_state(state)
         with torch.no_grad():
@@ -201,23 +207,15 @@ class EngineParts:
             if isinstance(table, ExactTable):
                 table.begin_day(day)
 
-    def _exchange_of(self, model: ModelConfig) -> Exchange:
+    def _exchange_of(self) -> Exchange:
         """Make the exchange, ID tables first among its sources."""
         source_of_field = {field.name: field.table_name for field in self.fields if field.is_id}
-        content: dict[str, ContentSource] = {}
-        for field in self.fields:
-            if field.kind == "content":
-                network = model_name(field, model)
-                name = source_of_field[field.name] = f"{field.store_name}:{network}"
-                if name not in content:
-                    content[name] = ContentSource(name, self.services[field.store_name], network, self._comm.size)
-        sources: list[VectorSource] = [*self.id_sources, *content.values()]
+        source_of_field |= {f.name: f"store {f.store_name}" for f in self.fields if f.kind == "content"}
+        content = [
+            ContentSource(f"store {store}", service, self._comm.size) for store, service in self.services.items()
+        ]
+        sources: list[VectorSource] = [*self.id_sources, *content]
         return Exchange(self._comm, sources, source_of_field, self._device, self._dtype, self.stages)
-
-
-def model_name(field: Field, config: ModelConfig) -> str:
-    """Name the E of its store that a content field uses."""
-    return "shared" if config.shared_image_model else field.name
 
 
 def table_shapes(fields: tuple[Field, ...], config: ModelConfig) -> list[TableShape]:
@@ -270,31 +268,15 @@ def shape_of(name: str, width: int, table: TableConfig, num_shards: int) -> Tabl
     return TableShape(name, width, table, num_shards)
 
 
-def networks_of(fields: tuple[Field, ...], config: ModelConfig) -> dict[str, dict[str, int]]:
-    """Return the names of every store's E, and how wide its visual vectors are."""
-    widths_of_store: dict[str, dict[str, int]] = {}
-    for field in fields:
-        if field.kind == "content":
-            widths = widths_of_store.setdefault(field.store_name, {})
-            widths[model_name(field, config)] = layers.width_of(field, config)
-    return widths_of_store
+def widths_of_stores(fields: tuple[Field, ...], config: ModelConfig) -> dict[str, int]:
+    """Return how wide the visual vectors of each store's E are."""
+    return {field.store_name: layers.width_of(field, config) for field in fields if field.kind == "content"}
 
 
 def image_model(dim: int, width: int, config: ModelConfig) -> EmbeddingModel:
     """Make an untrained E for features of `dim` numbers."""
     assert config.compute_dtype != "auto"  # settled when the engine began
     return EmbeddingModel(dim, config.embed_hidden, width, config.compute_dtype)
-
-
-def services_of(
-    fields: tuple[Field, ...], partitions: Mapping[str, FeaturePartition], config: ModelConfig
-) -> dict[str, EmbeddingService]:
-    """Make the services of this rank: for each store its rows and its networks."""
-    services: dict[str, EmbeddingService] = {}
-    for store, widths in networks_of(fields, config).items():
-        models = {name: image_model(partitions[store].dim, width, config) for name, width in widths.items()}
-        services[store] = EmbeddingService(partitions[store], models)
-    return services
 
 
 def build_tables(

@@ -33,9 +33,12 @@ if TYPE_CHECKING:
 
 
 METRICS = ("logloss", "auc", "gauc", "calibration")
+SHOWN_FIRST = ("auc", "gauc", "logloss", "calibration")
+"""The order of the metrics in a table of which pandas shows the first and the last columns."""
 NUM_BINS = 10
 LEAST_PER_BIN = 100
 LEAST_USERS = 10
+LEAST_USERS_OF_SLICE = 30
 LEVEL = 0.95
 _BLOCK_ELEMENTS = 1 << 20
 _LEAST_DEFINED = 0.5
@@ -61,10 +64,10 @@ class Measured:
 
     def row(self) -> dict[str, Any]:
         """Return the figures by name; `auc_low` and `auc_high` are the ends of the interval of `auc`."""
-        row: dict[str, Any] = {"impressions": self.impressions, "users": self.users, "clicks": self.clicks}
-        for name, estimate in self.metrics.items():
-            row |= {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
-        return row
+        row: dict[str, Any] = {name: self.metrics[name].value for name in SHOWN_FIRST}
+        for name in SHOWN_FIRST:
+            row |= {f"{name}_low": self.metrics[name].low, f"{name}_high": self.metrics[name].high}
+        return row | {"clicks": self.clicks, "users": self.users, "impressions": self.impressions}
 
 
 @dataclass(frozen=True)
@@ -91,12 +94,14 @@ class Figures:
     whole: Measured
     sliced_by: dict[str, SlicedBy]
     reliability: list[Bin]
+    notes: tuple[str, ...] = ()
+    """Notes for the user on the figures."""
 
     def rows(self) -> list[dict[str, Any]]:
         """Return a row for all impressions and one for each slice; low and high are the ends of an interval."""
         rows = [{"slicing": "", "slice": "all", **self.whole.row()}]
-        for sliced in self.sliced_by.values():
-            rows += [{"slicing": sliced.title, "slice": name, **each.row()} for name, each in sliced.slices.items()]
+        for slicing, sliced in self.sliced_by.items():
+            rows += [{"slicing": slicing, "slice": name, **each.row()} for name, each in sliced.slices.items()]
         return rows
 
 
@@ -254,13 +259,16 @@ def measure_all(
 
     sliced_by = {each.name: SlicedBy(each.title, {}) for each in slicings}
     for (slicing, name, _), sums, replicates in zip(chosen, slices, of_slices, strict=True):
-        sliced_by[slicing.name].slices[name] = _measured(sums, replicates)
+        sliced_by[slicing.name].slices[name] = _measured(sums, replicates, LEAST_USERS_OF_SLICE)
     return Figures(_measured(whole, of_whole), sliced_by, _bins(whole, of_whole))
 
 
-def _measured(sums: MetricSums, replicates: Replicates) -> Measured:
+def _measured(sums: MetricSums, replicates: Replicates, least_users: int = 0) -> Measured:
+    """Describe impressions; a metric that fewer than `least_users` contribute to is not defined."""
     metrics = {
         name: interval(replicates.value_M[at], replicates.draws_RM[:, at], users=sums.users_M[at])
+        if sums.users_M[at] >= least_users
+        else Estimate(None, None, None)
         for at, name in enumerate(METRICS)
     }
     return Measured(sums.num_impressions, sums.num_users, sums.num_clicks, metrics)

@@ -16,7 +16,7 @@ import contextlib
 import json
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,6 @@ from trainer.runs.export import output_at, parquet_file
 from trainer.runs.saved import EvaluatedRun, RunSource, open_source, read_run
 from trainer.samples import columns
 from trainer.samples.index import RowGroup, SampleIndex, known_ads, read_row_group, read_row_groups
-from trainer.samples.interop import sample_groups
 from trainer.samples.reader import Batch
 from trainer.schema import Field, Schema
 from trainer.stages import ReadAhead
@@ -59,6 +58,8 @@ class Impressions:
     """Behaviours of the user: values of the first content field of side user, else of the first list of IDs."""
     time_s_N: Int64Array | None = None
     """Time of the impression's group, in seconds since 1970."""
+    by: Mapping[str, Int64Array] = field(default_factory=dict)
+    """Further columns to cut by, as they were asked for."""
 
 
 @dataclass(frozen=True)
@@ -76,13 +77,15 @@ class SeenInTraining:
     met_I: BoolArray
 
 
-def read_impressions(comm: Comm, index: SampleIndex, schema: Schema) -> Impressions:
+def read_impressions(comm: Comm, index: SampleIndex, schema: Schema, by: Sequence[str] = ()) -> Impressions:
     """Read the impressions of a split, the same on every rank; each rank reads its share of the files.
 
-    Raises DataError or SchemaError on all ranks together.
+    `by`: fields to cut by; see `fields_by`. Raises DataError or SchemaError on all ranks together.
     """
     image, history, ad = ad_image_field(schema), _history_field(schema), _ad_field(schema)
-    rules = _rules(schema, {field.column_name for field in (ad, image, history) if field} | {schema.group})
+    further = fields_by(schema, by)
+    wanted = [field.column_name for field in (ad, image, history, *further.values()) if field]
+    rules = _rules(schema, {*wanted, schema.group})
     share = np.array_split(np.arange(len(index.row_groups)), comm.size)[comm.rank]
     parts: list[columns.DecodedGroups] = []
     times: list[Int64Array | None] = []
@@ -104,7 +107,22 @@ def read_impressions(comm: Comm, index: SampleIndex, schema: Schema) -> Impressi
         image_N=gathered("image", (part.columns[image.column_name].values for part in parts)) if image else None,
         history_N=gathered("history", (_lengths(part, history.column_name) for part in parts)) if history else None,
         time_s_N=gathered("time", (each for each in times if each is not None)) if has_time else None,
+        by={name: gathered(f"by.{name}", (_of_field(part, each) for part in parts)) for name, each in further.items()},
     )
+
+
+def fields_by(schema: Schema, names: Sequence[str]) -> dict[str, Field]:
+    """Find the fields to cut by: with one id a row, by their name or column, also without `ad_` or `user_` before it.
+
+    Raises SchemaError.
+    """
+    single = [field for field in schema.fields if field.kind == "id" and not (field.buckets or field.boundaries)]
+    known = {name: field for field in reversed(single) for name in (field.column_name, field.name)}
+    found = {name: known.get(name) or known.get(f"ad_{name}") or known.get(f"user_{name}") for name in names}
+    if unknown := [name for name, field in found.items() if field is None]:
+        there = ", ".join(field.name for field in single)
+        raise SchemaError(f"--by {unknown[0]}: the schema has no such field of one id a row; it has {there}")
+    return {name: field for name, field in found.items() if field is not None}
 
 
 def seen_in_training(comm: Comm, index: SampleIndex, schema: Schema, impressions: Impressions) -> SeenInTraining:
@@ -163,6 +181,11 @@ def _of_samples(groups: columns.DecodedGroups, values_G: Int64Array) -> Int64Arr
     return np.repeat(values_G, np.diff(groups.sample_offsets))
 
 
+def _of_field(groups: columns.DecodedGroups, field: Field) -> Int64Array:
+    values = groups.columns[field.column_name].values
+    return _of_samples(groups, values) if field.side == "user" else values
+
+
 def _lengths(groups: columns.DecodedGroups, column: str) -> Int64Array:
     """The length of a user-side list, for each sample."""
     offsets = groups.columns[column].offsets
@@ -214,6 +237,8 @@ DAY_S = 86_400
 AGE_DAYS = (1, 3, 7, 14)
 AD_IMPRESSIONS = (1, 10, 30, 100, 300, 1000)
 HISTORY = (1, 6, 11, 21, 51)
+MOST_VALUES = 20
+"""Of a column to cut by: those of most impressions."""
 
 
 @dataclass(frozen=True)
@@ -254,6 +279,23 @@ def slicings(impressions: Impressions, seen: SeenInTraining, has_feature_I: Bool
             slice_N = np.where(has_feature_I[image_N], slice_N, 2)
         names = ("known", "new", "missing")
         found.append(Slicing("image", "image of the ad", names, slice_N))
+    return found
+
+
+def slicings_by(impressions: Impressions, texts: Mapping[int, str]) -> list[Slicing]:
+    """Cut by the values of further columns, those of most impressions first; the others are together.
+
+    `texts`: of ids that are hashes.
+    """
+    found = []
+    for name, values_N in impressions.by.items():
+        values_U, place_N, counts_U = np.unique(values_N, return_inverse=True, return_counts=True)
+        order_U = np.lexsort([values_U, -counts_U])
+        rank_U = np.empty(len(order_U), np.int64)
+        rank_U[order_U] = np.minimum(np.arange(len(order_U)), MOST_VALUES)
+        shown = [texts.get(each, str(each)) for each in values_U[order_U[:MOST_VALUES]].tolist()]
+        others = [f"{len(order_U) - MOST_VALUES:,} others"] if len(order_U) > MOST_VALUES else []
+        found.append(Slicing(f"by {name}", name, (*shown, *others), rank_U[place_N]))
     return found
 
 
@@ -339,7 +381,10 @@ def slicings_of(opened: EvaluatedRun, impressions: Impressions) -> list[Slicing]
     """Cut the test impressions of a run, see `slicings`; the same on every rank, all call it."""
     seen = seen_in_training(opened.comm, opened.train, opened.schema, impressions)
     image = ad_image_field(opened.schema)
-    return slicings(impressions, seen, has_feature(opened, image.store_name, seen.image_I) if image else None)
+    found = slicings(impressions, seen, has_feature(opened, image.store_name, seen.image_I) if image else None)
+    ids = {number for values_N in impressions.by.values() for number in np.unique(values_N).tolist()}
+    texts = opened.comm.on_rank_0(lambda: opened.saved.texts_of(ids, opened.test.storage)) if ids else {}
+    return found + slicings_by(impressions, texts)
 
 
 def has_feature(opened: EvaluatedRun, store: str, key_I: Int64Array) -> BoolArray | None:
@@ -423,14 +468,14 @@ def score_run(source: RunSource, out: str, comm: Comm) -> Written | None:
         return file.written((*opened.notes, *notes))
 
 
-def score_rows(source: RunSource, rows: pa.Table) -> list[Float64Array]:
-    """Score rows that are in memory by a run, on this rank alone: the logits of each, see `sample_groups`.
+def score_rows(source: RunSource, rows: pa.Table) -> tuple[list[Float64Array], tuple[str, ...]]:
+    """Score rows that are in memory by a run, on this rank alone: the logits of each, see `sample_groups`, and notes.
 
     The samples of `source` do not count. Raises TrainerError, FeatureStoreError.
     """
-    groups = sample_groups(rows, read_run(source.folder, source.checkpoint).schema)
+    groups = columns.sample_groups(rows, read_run(source.folder, source.checkpoint).schema)
     if not len(groups):
-        return []
+        return [], ()
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place, "test")
         folder.mkdir()
@@ -445,7 +490,7 @@ def score_rows(source: RunSource, rows: pa.Table) -> list[Float64Array]:
                 store_version=source.store_version,
             )
     ends_G = np.cumsum([len(each) for each in groups[groups.column_names[-1]]])
-    return np.split(predictions.logit_N, ends_G[:-1])
+    return np.split(predictions.logit_N, ends_G[:-1]), predictions.notes
 
 
 class ScoreFile:

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,26 +31,27 @@ def evaluate_run(
     comm: Comm,
     *,
     resamples: int = 1000,
+    by: Sequence[str] = (),
     out: RunPath | None = None,
     json_file: Path | None = None,
     quiet: bool = False,
 ) -> bootstrap.Figures | None:
     """Evaluate a run and write the report; every rank calls it, rank 0 measures, writes and returns the figures.
 
-    The report goes to `out`, by default RUN/evaluation, and to `json_file`; unless `quiet` it is printed. Raises
-    TrainerError or FeatureStoreError.
+    `by`: fields of one id to cut by as well. The report goes to `out`, by default RUN/evaluation, and to `json_file`;
+    unless `quiet` it is printed. Raises TrainerError or FeatureStoreError.
     """
     console = output.text_console(quiet=quiet or comm.rank != 0)
     with contextlib.closing(open_source(source, comm)) as opened:
         count = f"{opened.test.num_samples:,} impressions, {count_text(comm.size, 'rank')}"
         output.print_line(console, f"{opened.saved.checkpoint}: {count}")
-        impressions = read_impressions(comm, opened.test, opened.schema)
+        impressions = read_impressions(comm, opened.test, opened.schema, by)
         cuts = slicings_of(opened, impressions)
         logit_N = predict(opened)
         about = _about(opened, resamples)
     if comm.rank != 0:
         return None
-    figures = bootstrap.measure_all(logit_N, impressions, cuts, resamples)
+    figures = replace(bootstrap.measure_all(logit_N, impressions, cuts, resamples), notes=tuple(about["notes"]))
     out = out or source.folder / "evaluation"
     write_report(out, "report.json", {**about, **asdict(figures)}, json_file, reliability(figures.reliability))
     show(console, about, figures, out)

@@ -98,11 +98,6 @@ class KeyRequest:
     backward: StageSequence | None = field(default=None)
     """Stages of the backward pass, which its middle switches."""
 
-    @property
-    def num_references(self) -> int:
-        """Count the keys in the batch."""
-        return sum(len(asked.inverse_N) for asked in self.asked_S)
-
 
 class Exchange:
     """Asks the owners for the vectors of a batch's keys, and answers the other ranks at the same time.

@@ -86,7 +86,10 @@ class Drift:
         """Add one more step of Adam, with this learning rate."""
         self.rates.append(rate)
         step, count = self.num_steps, min(self.num_steps - 1, self.window)
-        self._reserve(step + 1)
+        if step + 1 > len(self._table):
+            more = torch.zeros_like(self._table)
+            more[:, -1] = 1
+            self._table = torch.cat([self._table, more])
         last = self._end
         if count:
             first = last - count
@@ -115,12 +118,6 @@ class Drift:
         for power in range(self.degree - 1, -1, -1):
             sum_QV = torch.addcmul(poly_QN[:, power, None], sum_QV, place_QV)
         return torch.addcdiv(weight_QV, sum_QV.mul_(momentum_QV), deviation_QV, value=-1)
-
-    def _reserve(self, steps: int) -> None:
-        if steps > len(self._table):
-            more = torch.zeros_like(self._table)
-            more[:, -1] = 1
-            self._table = torch.cat([self._table, more])
 
 
 def window_of(beta1: float, dtype: torch.dtype) -> int:

@@ -69,7 +69,8 @@ class ExactShape(TableShape):
 
     @property
     def index_bytes(self) -> int:
-        return map_bytes(self.rows_per_shard) + 2 * 4 * self.rows_per_shard + self.counters_per_shard
+        of_map = 8 * self.rows_per_shard + 4 * _entries_for(self.rows_per_shard - 1)
+        return of_map + 2 * 4 * self.rows_per_shard + self.counters_per_shard
 
 
 @dataclass
@@ -175,7 +176,7 @@ class ExactTable(IdTable):
         for slot in range(len(self.shards)):
             self._expire(slot, day - days)
             if self.filter and day - self._faded_S[slot] >= days:
-                self.filter.fade(slot)
+                self.filter.counts_SC[slot] >>= 1
                 self._faded_S[slot] = day
 
     def warm_names(self) -> list[str]:
@@ -234,7 +235,7 @@ class ExactTable(IdTable):
         capacity = self.shape.rows_per_shard - 1
         lacking_S = self.map.used_S + np.bincount(slot_M, minlength=len(self.shards)) - capacity
         for slot in np.flatnonzero(lacking_S > 0).tolist():
-            wanted = count_to_evict(int(lacking_S[slot]), capacity)
+            wanted = max(int(lacking_S[slot]), math.ceil(_AT_ONCE * capacity))
             used_at = self._of_rows(self.used_at, slot)[1:]
             gone = longest_unused(used_at, self.map.ids_of(slot), wanted, int(self._clock_S[slot]))
             self.counts.evicted += len(gone)
@@ -451,11 +452,6 @@ class RowMap:
             at_N[open_N] = (at_N[open_N] + 1) & mask_N[open_N]
 
 
-def map_bytes(rows_per_shard: int) -> int:
-    """Compute the bytes of a shard's part of a map."""
-    return 8 * rows_per_shard + 4 * _entries_for(rows_per_shard - 1)
-
-
 def _entries_for(rows: int) -> int:
     """A power of two, at least twice the rows."""
     return 1 << max(1, (_ENTRIES_A_ROW * rows - 1).bit_length())
@@ -488,10 +484,6 @@ class CountingFilter:
         np.maximum.at(counts, other_N, count_N)
         return count_N
 
-    def fade(self, slot: int) -> None:
-        """Halve the counts of a shard, so that old occurrences count less."""
-        self.counts_SC[slot] >>= 1
-
     def _places(self, slot_N: Int64Array, hash_N: UInt64Array) -> tuple[Int64Array, Int64Array]:
         """Two counters of each id, by 64 bits of their own: the hash itself has chosen the shard."""
         num_counters = self.counts_SC.shape[1]
@@ -507,13 +499,7 @@ def counters_for(rows: int) -> int:
 
 
 _AT_ONCE = 1 / 16
-
-
-def count_to_evict(lacking: int, capacity: int) -> int:
-    """Return how many of a full shard's `capacity` rows to free where `lacking` more are needed.
-
-    At least a sixteenth, because finding them reads all rows, and the shard's map is made again."""
-    return max(lacking, math.ceil(capacity * _AT_ONCE))
+"""Share of a full shard's rows to free at least, because finding them reads all rows and its map is made again."""
 
 
 def longest_unused(used_at_N: NDArray[np.int32], ids_N: Int64Array, most: int, now: int) -> Int64Array:

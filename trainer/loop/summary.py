@@ -235,8 +235,7 @@ def gather(comm: Comm, own: StepTotals, stages: Stages) -> dict[str, Any]:
 
     Bytes are those that ranks sent to others in training steps (keys, vectors, gradients, dense gradients), summed over
     ranks. Times are the mean over ranks. `samples_per_s` is that of the slowest rank, without the first step unless it
-    is the only one. `owner_skew`: images served by the busiest rank over the mean. A ratio without a denominator is
-    None.
+    is the only one. A ratio without a denominator is None.
     """
     traffic = {name: asdict(each) for name, each in comm.traffic.items() if name.startswith("step.")}
     mine = (asdict(own), traffic, stages.medians_ms())
@@ -244,7 +243,6 @@ def gather(comm: Comm, own: StepTotals, stages: Stages) -> dict[str, Any]:
     ranks = [StepTotals(**values) for values, *_ in everyone]
     steps = own.steps
     sent = {name: sum(each[name]["sent"] for _, each, _ in everyone) for name in sorted(traffic)}
-    served = [each.images for each in ranks]
     steady_samples, slowest_s = sum(each.steady[0] for each in ranks), max(each.steady[1] for each in ranks)
     references, images = sum(each.image_references for each in ranks), sum(each.images for each in ranks)
 
@@ -261,7 +259,6 @@ def gather(comm: Comm, own: StepTotals, stages: Stages) -> dict[str, Any]:
         "image_references_per_step": per_step(references),
         "bytes_sent_per_step": per_step(sum(sent.values())),
         "bytes_by_collective_per_step": {name: per_step(total) for name, total in sent.items()},
-        "owner_skew": max(served) * len(served) / images if images else None,
         "seconds": {
             phase: sum(each.seconds.get(phase, 0.0) for each in ranks) / len(ranks)
             for phase in Phase.__args__  # type: ignore[attr-defined]
@@ -316,59 +313,19 @@ def write_report(path: RunPath, report: Mapping[str, Any]) -> None:
         raise TrainerError(f"cannot write the report {path}: {failure}; the checkpoint is written") from failure
 
 
-def show(console: Console, report: Mapping[str, Any], *, verbose: bool = False) -> None:
-    """Print what a run has reached, its speed and its place; `verbose`: all that was measured.
-
-    Where the time of a step went is in the report and in the explorer.
-    """
+def show(console: Console, report: Mapping[str, Any]) -> None:
+    """Print what a run has reached, its speed and its place; all that was measured is in the report."""
     title = f"{report['name']}: {report['global_step']:,} steps, {count_text(report['num_ranks'], 'rank')}"
     metrics = report["metrics"]
     columns = {"": "all"} | ({"new_ad_": "of new ads"} if metrics.get("new_ad_impressions") else {})
-    table = _table("test samples", *columns.values(), title=title)
+    table = Table("test samples", title=title)
+    for name in columns.values():
+        table.add_column(name, justify="right")
     for name, shown in {"impressions": "impressions", "logloss": "log loss", "auc": "AUC", "gauc": "GAUC"}.items():
         table.add_row(shown, *(_text(metrics.get(f"{which}{name}"), "undefined") for which in columns))
     if metrics:
         print_table(console, table)
-    for each in _all_measured(report, title) if verbose else []:
-        print_table(console, each)
     console.print(f"{_text(report['samples_per_s'], '-')} samples/s; all figures in {report['folder']}/report.json")
-
-
-def _all_measured(report: Mapping[str, Any], title: str) -> Iterator[Table]:
-    """Make the tables of all figures and of the ID tables."""
-    table = _table("measured", "value", title=title)
-    for name, value in report["metrics"].items():
-        table.add_row(name.replace("_", " "), _text(value, "not defined: no impression, or one class only"))
-    table.add_section()
-    for name in ("samples_per_s", "unique_ratio", "owner_skew", "bytes_sent_per_step"):
-        of_all = ", all ranks" if name == "bytes_sent_per_step" else ""
-        table.add_row(name.replace("_", " ") + of_all, _text(report[name], "-"))
-    table.add_row("lookups of images without a feature", _text(report["missing_lookups"], "-"))
-    if len(report["missing_by_store"]) > 1:
-        for store, count in report["missing_by_store"].items():
-            table.add_row(f"  of store {store}", _text(count, "-"))
-    seconds = report["seconds"]
-    table.add_row("seconds", ", ".join(f"{phase} {value:.1f}" for phase, value in seconds.items()))
-    yield table
-    if report["tables"]:
-        yield _id_tables_shown(report["tables"])
-
-
-def _table(first: str, *numbers: str, title: str | None = None) -> Table:
-    """Make a table of these columns, all but the first of numbers."""
-    table = Table(first, title=title)
-    for name in numbers:
-        table.add_column(name, justify="right")
-    return table
-
-
-def _id_tables_shown(tables: Mapping[str, Mapping[str, Any]]) -> Table:
-    shown = _table("ID table", "rows", "rows in use", "ids that share a row")
-    for name, row in tables.items():
-        of_lookups = " of lookups got the cold row" if row["kind"] == "exact" else ""
-        share = "-" if row["share"] is None else f"{row['share']:.1%}{of_lookups}"
-        shown.add_row(name, f"{row['rows']:,}", f"{row['used_rows']:,}", share)
-    return shown
 
 
 def _text(value: float | int | None, undefined: str) -> str:

@@ -20,7 +20,6 @@ import torch
 
 from featurestore.keys import Float64Array
 from trainer.comm import Comm
-from trainer.config import RunConfig
 from trainer.engine.engine import PreparedBatch
 from trainer.engine.machine import objects_frozen
 from trainer.errors import CheckpointError, RemoteRankError, TrainerError
@@ -54,6 +53,15 @@ def best_step(history: History) -> int | None:
     return None if best is None else int(best["step"])
 
 
+def num_plateaus(history: History) -> int:
+    """Count the evaluations whose AUC is no better than the best one before them."""
+    best, count = -math.inf, 0
+    for auc in (entry["auc"] for entry in history if entry["auc"] is not None):
+        count += auc <= best
+        best = max(best, auc)
+    return count
+
+
 def has_ended(history: History, patience: int | None) -> bool:
     """Return whether the last `patience` evaluations were all no better than the best one before them."""
     if patience is None:
@@ -84,11 +92,6 @@ LEAST = 1_000
 MOST_FAILURES = 5
 """Checkpoints in a row that may fail to be written while the training continues; one more ends the run."""
 _ROUNDING = 1e-5  # two evaluations of the same may differ by it, on a GPU
-
-
-def can_tell(run: RunConfig) -> bool:
-    """Return whether an ad without a trained row is new to E as well: not where E continues and ID rows begin again."""
-    return run.warm_start is None or "images" not in run.warm_parts or "ids" in run.warm_parts
 
 
 def checked(
@@ -185,6 +188,7 @@ class Training:
 
         On a signal: a checkpoint, then StoppedError.
         """
+        self._follow_plateaus()
         try:
             if self._was_stopped_in_evaluation():
                 self._between_steps()
@@ -218,14 +222,22 @@ class Training:
             return
 
         new_ads = self._engine.model.new_ads
+        parts = set() if run.config.run.warm_start is None else {*run.config.run.warm_parts}
         with self.totals.timed("evaluate"):
-            if new_ads is not None and can_tell(run.config.run):
+            # Where E continues and ID rows begin again, an ad without a trained row is not new to E.
+            if new_ads is not None and ("images" not in parts or "ids" in parts):
                 self.metrics = checked(self._measured, new_ads, run.comm, self._progress.say)
             else:
                 self.metrics, _ = self._measured()
         run.history.append({"step": self._engine.num_steps, **self.metrics})
+        self._follow_plateaus()
         split = "test" if run.validation_reader is None else "validation"
         self._progress.metrics(self._engine.num_steps, self.metrics, split)
+
+    def _follow_plateaus(self) -> None:
+        """Let the rates fall with what the evaluations on validation days have found."""
+        if self._run.validation_reader is not None:
+            self._engine.num_plateaus = num_plateaus(self._run.history)
 
     def _measured(self) -> tuple[Metrics, Float64Array]:
         """Predict and measure the validation or test samples; return the logits of this rank's, too."""
@@ -255,12 +267,6 @@ class Training:
                 if self._is_over():
                     break
         self._report_tables()
-
-    @property
-    def new_ad_pictures_count(self) -> bool | None:
-        """Return whether pictures of new ads count; None if that is not decided (model.image_dropout)."""
-        new_ads = self._engine.model.new_ads
-        return new_ads.pictures_count if new_ads is not None else None
 
     @contextlib.contextmanager
     def _prepared(self, batches: Iterator[Batch], count: int, kind: Kind) -> Iterator[Iterator[PreparedBatch]]:

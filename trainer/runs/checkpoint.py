@@ -185,18 +185,30 @@ def load(
     (DamagedCheckpointError) or does not fit.
     """
     with agreed(comm, f"cannot read {checkpoint}"):
-        with local_copy(checkpoint, DENSE, state.files[DENSE], cache_dir) as file:
-            trained.load_dense_state(_read_named(file, None))
-        wanted, found = set(trained.shard_names()), dict[str, Tensor]()
-        rows = sorted(set(state.files) - {DENSE})
-        chosen = [name for name in rows if wanted & _names_in(checkpoint, name)]
-        for name in chosen:
-            with local_copy(checkpoint, name, state.files[name], cache_dir) as file:
-                found |= _read_named(file, wanted)
-        for name in sorted({*rows} - {*chosen}) if wanted - found.keys() else ():
-            with local_copy(checkpoint, name, state.files[name], cache_dir):
-                pass  # a damaged header may have other names; of a whole one, what is lacking does not fit
-        trained.load_shard_state(found)
+        trained.load_dense_state(_dense_of(checkpoint, state, cache_dir))
+        trained.load_shard_state(_rows_of(checkpoint, state, trained.shard_names(), cache_dir))
+
+
+def _dense_of(checkpoint: Checkpoint, state: CheckpointState, cache_dir: str | None) -> dict[str, Tensor]:
+    """Read what is the same on every rank."""
+    with local_copy(checkpoint, DENSE, state.files[DENSE], cache_dir) as file:
+        return _read_named(file, None)
+
+
+def _rows_of(
+    checkpoint: Checkpoint, state: CheckpointState, names: Iterable[str], cache_dir: str | None
+) -> dict[str, Tensor]:
+    """Read those of the named tensors of ID rows that there are, out of the files that have one."""
+    wanted, found = set(names), dict[str, Tensor]()
+    rows = sorted(set(state.files) - {DENSE})
+    chosen = [name for name in rows if wanted & _names_in(checkpoint, name)]
+    for name in chosen:
+        with local_copy(checkpoint, name, state.files[name], cache_dir) as file:
+            found |= _read_named(file, wanted)
+    for name in sorted({*rows} - {*chosen}) if wanted - found.keys() else ():
+        with local_copy(checkpoint, name, state.files[name], cache_dir):
+            pass  # a damaged header may have other names; of a whole one, what is lacking does not fit
+    return found
 
 
 def read_dense(
@@ -438,7 +450,7 @@ _DECIDED = "model.new_ads.counts"
 `NO_IMAGES`, which data.missing decides on."""
 
 _OTHER_LAYERS = {
-    *("model.embed_hidden", "model.shared_image_model", "model.visual_width"),  # E's own, which shapes tell
+    *("model.embed_hidden", "model.visual_width"),  # E's own, which shapes tell
     *("model.compute_dtype", "model.image_dropout", "model.pooling_length"),
     *("model.fields", "model.label"),  # of the schema: what layers read of its fields is compared by itself
 }
@@ -482,44 +494,32 @@ def begin_with(comm: Comm, warm: WarmStart, origin: Origin, trained: Engine, cac
         _check_optimizers(origin.optim, warm)
         load(comm, warm.checkpoint, warm.state, trained, cache_dir)
         return
-    rows = {} if "ids" in warm.parts else {"files": {DENSE: warm.state.files[DENSE]}}
-    load(comm, warm.checkpoint, warm.state.model_copy(update=rows), _Chosen(warm, trained), cache_dir)
-
-
-class _Chosen:
-    """The chosen groups of an engine, as something that a checkpoint can be loaded into."""
-
-    def __init__(self, warm: WarmStart, trained: Engine) -> None:
-        self._warm, self._trained, self._dense = warm, trained, trained.dense_state()
-
-    def load_dense_state(self, state: Mapping[str, Tensor]) -> None:
+    with agreed(comm, f"cannot read {warm.checkpoint}"):
+        mine, theirs = trained.dense_state(), _dense_of(warm.checkpoint, warm.state, cache_dir)
+        idle = {_DECIDED} - (mine.keys() & theirs.keys())
+        idle |= {name for name in mine.keys() ^ theirs.keys() if NO_IMAGES in name}
         for part, prefix in _PREFIXES.items():
-            if part in self._warm.parts:
-                idle = {_DECIDED} - (self._dense.keys() & state.keys())
-                idle |= {name for name in self._dense.keys() ^ state.keys() if NO_IMAGES in name}
-                mine, theirs = (
+            if part in warm.parts:
+                own, taken = (
                     {name: value for name, value in each.items() if name.startswith(prefix) and name not in idle}
-                    for each in (self._dense, state)
+                    for each in (mine, theirs)
                 )
-                with self._named(part):
-                    check_names(mine, theirs)
-                    self._trained.begin_dense_with(theirs)
+                with _naming(warm, part):
+                    check_names(own, taken)
+                    trained.begin_dense_with(taken)
+        if "ids" in warm.parts:
+            rows = _rows_of(warm.checkpoint, warm.state, trained.warm_names(), cache_dir)
+            with _naming(warm, "ids"):
+                trained.begin_with(rows)
 
-    def shard_names(self) -> list[str]:
-        return self._trained.warm_names() if "ids" in self._warm.parts else []
 
-    def load_shard_state(self, state: Mapping[str, Tensor]) -> None:
-        if "ids" in self._warm.parts:
-            with self._named("ids"):
-                self._trained.begin_with(state)
-
-    @contextmanager
-    def _named(self, part: WarmPart) -> Iterator[None]:
-        """Says in a CheckpointError of the block which part of which run does not fit."""
-        try:
-            yield
-        except errors.CheckpointError as failure:
-            raise _refusal(self._warm, part, str(failure)) from failure
+@contextmanager
+def _naming(warm: WarmStart, part: WarmPart) -> Iterator[None]:
+    """Say in a CheckpointError of the block which part of which run does not fit."""
+    try:
+        yield
+    except errors.CheckpointError as failure:
+        raise _refusal(warm, part, str(failure)) from failure
 
 
 def _refusal(warm: WarmStart, part: WarmPart, why: str) -> errors.CheckpointError:
@@ -546,15 +546,9 @@ def _check_layers(model: Mapping[str, Any], warm: WarmStart) -> None:
         if each.name.startswith("model.") and each.setting not in _OTHER_LAYERS
     ]
     if found:
-        was, has = (
-            _settings((each.name, each.there) for each in found),
-            _settings((each.name, each.here) for each in found),
-        )
+        was = ", ".join(f"{each.name}={each.there}" for each in found)
+        has = ", ".join(f"{each.name}={each.here}" for each in found)
         raise _refusal(warm, "model", f"it was trained with {was}, this run has {has}; set {was}")
-
-
-def _settings(values: Iterable[tuple[str, Any]]) -> str:
-    return ", ".join(f"{name}={value}" for name, value in values)
 
 
 def _check_rows(model: Mapping[str, Any], warm: WarmStart) -> None:

@@ -12,7 +12,7 @@ import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -31,7 +31,7 @@ from featurestore.storage.storage import Storage, cached_property, file_at
 from trainer.comm import SoloComm
 from trainer.config import ExactTableConfig
 from trainer.engine.machine import share_machine
-from trainer.engine.wiring import image_model, networks_of
+from trainer.engine.wiring import image_model, widths_of_stores
 from trainer.errors import ConfigError, DataError
 from trainer.ids.exact import IDS, LAST_USE
 from trainer.ids.shards import WEIGHT, check_names
@@ -51,11 +51,10 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, kw_only=True)
 class ImageNetwork:
-    """One E of a run, and the images that it is to look at: what is exported of a store."""
+    """The E of a run for one store, and the images that it is to look at: what is exported of a store."""
 
     saved: SavedRun
     store: str
-    name: str
     width: int
     """Numbers of a visual vector."""
     snapshot: Snapshot
@@ -65,7 +64,7 @@ class ImageNetwork:
         """E with its weights, which are read when they are first asked for. Raises CheckpointError."""
         saved, config = self.saved, self.saved.config
         model = image_model(self.snapshot.info.dim, self.width, config.model)
-        part = f"stores.{self.store}.models.{self.name}."
+        part = f"stores.{self.store}.model."
         load_part(model, read_dense(saved.checkpoint, saved.state, part, config.data.cache_dir))
         return model.to(share_machine(config, SoloComm()))
 
@@ -78,7 +77,7 @@ class ImageNetwork:
         """Say what its vectors are of."""
         return {
             **self.saved.named(),
-            "network": f"{self.store}:{self.name}",
+            "network": self.store,
             "dim": self.width,
             **SnapshotId.of(self.snapshot).named(),
         }
@@ -97,40 +96,27 @@ class ImageNetwork:
 
         Raises TrainerError for a number that is not finite.
         """
-        waiting: list[_ImageRows] = []
-        for rows in self._rows():
-            waiting.append(rows)
-            if sum(len(each.keys_K) for each in waiting) >= _BATCH_ROWS:
-                yield self._table(waiting)
-                waiting = []
-        if waiting:
-            yield self._table(waiting)
-
-    def _rows(self) -> "Iterator[_ImageRows]":
+        keys, uris, features = list[Int64Array](), list[Any](), list[AnyArray]()
         for shard in sorted(self.snapshot.manifest.shards):
             reader = self.snapshot.shard_reader(shard)
-            uris = reader.read([URI])[URI]
+            uris_of_shard = reader.read([URI])[URI]
             for block in reader.verified_blocks():
-                yield _ImageRows(block.keys_K, uris.take(block.place_K).to_pylist(), block.features_KD.copy())
+                keys.append(block.keys_K)
+                uris += uris_of_shard.take(block.place_K).to_pylist()
+                features.append(block.features_KD.copy())
+                if len(uris) >= _BATCH_ROWS:
+                    yield self._table(np.concatenate(keys), uris, np.concatenate(features))
+                    keys, uris, features = [], [], []
+        if uris:
+            yield self._table(np.concatenate(keys), uris, np.concatenate(features))
 
-    def _table(self, parts: "list[_ImageRows]") -> pa.Table:
-        features_KD = as_tensor(np.concatenate([part.features_KD for part in parts]))
+    def _table(self, keys_K: Int64Array, uris: list[Any], features_KD: AnyArray) -> pa.Table:
+        """Compute the vectors of some images; features are in the store's dtype."""
         with torch.inference_mode():
-            visual_KV = finite(self.model(features_KD.to(self.model.mean_D.device)).float().cpu().numpy())
-        columns: list[Any] = [
-            pa.array(np.concatenate([part.keys_K for part in parts])),
-            pa.array([uri for part in parts for uri in part.uris], pa.string()),
-            _lists(visual_KV),
-        ]
+            features = as_tensor(features_KD).to(self.model.mean_D.device)
+            visual_KV = finite(self.model(features).float().cpu().numpy())
+        columns: list[Any] = [pa.array(keys_K), pa.array(uris, pa.string()), _lists(visual_KV)]
         return pa.Table.from_arrays(columns, [KEY, URI, VECTOR])
-
-
-class _ImageRows(NamedTuple):
-    """Images as the store has them; features in its dtype, (K, D)."""
-
-    keys_K: Int64Array
-    uris: list[Any]
-    features_KD: AnyArray
 
 
 def open_network(
@@ -143,26 +129,25 @@ def open_network(
 ) -> ImageNetwork:
     """Find an E of the run in `folder`, as the checkpoint `which` has it (see `find_checkpoint`), and open a snapshot.
 
-    The snapshot is the newest one by default, whichever the run was trained on. `network`: which E, where there are
-    several; STORE:NAME, or as much of it as tells. `store`: where data.store is now, if elsewhere. A few small files
-    are read. Raises ConfigError, CheckpointError, SchemaError, DataError, FeatureStoreError.
+    The snapshot is the newest one by default, whichever the run was trained on. `network`: which E, by its store's name
+    in the schema, where there are several. `store`: where data.store is now, if elsewhere. A few small files are read.
+    Raises ConfigError, CheckpointError, SchemaError, DataError, FeatureStoreError.
     """
     saved = read_run(folder, which)
     if store is not None:
         saved = replace(saved, config=saved.config.changed(data={"store": store}))
     widths = network_widths(saved)
-    at, name = _chosen(folder, list(widths), network)
+    at = _chosen(folder, list(widths), network)
     place = next(place for place in saved.places if place.name == at)
     snapshot = saved.snapshot(place, store_version)
     if snapshot.num_rows == 0:
         raise DataError(f"{place.url} has no features in snapshot {snapshot.version}; add them with: {place.make_it()}")
-    return ImageNetwork(saved=saved, store=at, name=name, width=widths[at, name], snapshot=snapshot)
+    return ImageNetwork(saved=saved, store=at, width=widths[at], snapshot=snapshot)
 
 
-def network_widths(saved: SavedRun) -> dict[tuple[str, str], int]:
-    """List the networks E of a run, by store and name, with the width of their vectors. Raises as `open_network`."""
-    widths_of_store = networks_of(used_fields(saved.schema, saved.config.model), saved.config.model)
-    return {(store, name): width for store, widths in widths_of_store.items() for name, width in widths.items()}
+def network_widths(saved: SavedRun) -> dict[str, int]:
+    """List the networks E of a run, by store, with the width of their vectors. Raises as `open_network`."""
+    return widths_of_stores(used_fields(saved.schema, saved.config.model), saved.config.model)
 
 
 def load_part(part: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -185,17 +170,14 @@ def export_vectors(network: ImageNetwork, out: str, progress: Progress = lambda 
             progress(done, network.num_images)
 
 
-def _chosen(folder: RunPath, networks: list[tuple[str, str]], asked: str | None) -> tuple[str, str]:
-    """Find the store and name of the E that is asked for."""
-    if not networks:
+def _chosen(folder: RunPath, stores: list[str], asked: str | None) -> str:
+    """Find the store whose E is asked for."""
+    if not stores:
         raise ConfigError(f"{folder} has model.images=none: it has no E for images; name another run by --run")
-    found = [each for each in networks if asked in (None, ":".join(each), *each)]
-    if len(found) == 1:
-        return found[0]
-    has = f"{folder} has the networks {', '.join(':'.join(each) for each in networks)}"
-    if asked is None:
-        raise ConfigError(f"{has}; choose one by --network")
-    raise ConfigError(f"{has}, and --network {asked} names {len(found)} of them")
+    if asked in stores or (asked is None and len(stores) == 1):
+        return asked or stores[0]
+    wrong = "" if asked is None else f"--network {asked}: "
+    raise ConfigError(f"{wrong}{folder} has the networks {', '.join(stores)}; choose one by --network")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import xxhash
 
@@ -41,7 +40,7 @@ from trainer.samples.columns import files_by_day, newest_day, rules_of, sample_f
 from trainer.samples.index import SampleIndex, known_ads, open_index, streams_of
 from trainer.samples.reader import Batch, BatchPosition, SampleReader, Span
 from trainer.schema import DEFAULT_STORE, Field, Schema, load_schema
-from trainer.schema.fields import SCHEMA_FILE
+from trainer.schema.fields import IDS_FILE, SCHEMA_FILE
 
 _INSTEAD = {"learned": 'get a trained "no image" vector', "zeros": "are zeros"}
 
@@ -216,14 +215,9 @@ def lacking_images(
         if not found.impressions and not found.behaviors:
             continue
         if config.data.missing == "error":
-            fields = _fields_of(config, schema, place)
-            keys = np.array(found.examples, np.int64)
-            names = comm.on_rank_0(partial(survey.names_of, indexes, rules_of(schema), fields, keys))
-            shown = ", ".join(names.get(key, f"key {key}") for key in found.examples)
             raise MissingKeysError(
-                f"{_described(found, place)}{f', as {shown}' if shown else ''}; list them: "
-                f"{_list_command(config, place)}; add them: {place.make_it()}; or set data.missing=learned, for a "
-                'trained "no image" vector'
+                f"{_described(found, place)}; list them: {_list_command(config, place)}; add them: {place.make_it()}; "
+                'or set data.missing=learned, for a trained "no image" vector'
             )
         lines.append(
             f"{_described(found, place)}: they {_INSTEAD[config.data.missing]} (data.missing={config.data.missing}); "
@@ -267,12 +261,12 @@ def _counted(
     known = survey.measured_once(
         comm,
         indexes[0],
-        "images",
+        "lacking",
         [digests, columns, partition.snapshot_id.commit_id],
         config.data.cache_dir,
         lambda: asdict(survey.lacking(comm, indexes, schema, fields, partition)),
     )
-    return survey.LackingImages(**known | {"examples": tuple(known["examples"])})
+    return survey.LackingImages(**known)
 
 
 TENSORBOARD = "tensorboard"
@@ -412,7 +406,7 @@ def _open_run(
     origin = _origin(config, schema, digest, reader.num_streams, partitions)
     if at:
         origin.check_same(at[1].origin, at[0])
-    engine = engine_of(config, comm, schema, partitions, device, statistics)
+    engine = Engine(comm, schema, partitions, config, statistics=statistics, device=device)
     if at:
         try:
             checkpoints.load(comm, *at, engine, config.data.cache_dir)
@@ -526,36 +520,6 @@ def _with_statistics(
     return survey.with_statistics(comm, train, schema, samples, config.data.cache_dir)
 
 
-def engine_of(
-    config: Config,
-    comm: Comm,
-    schema: Schema,
-    partitions: Mapping[str, FeaturePartition],
-    device: torch.device,
-    statistics: Mapping[str, FeatureStatistics | None] | None = None,
-    *,
-    reading: bool = False,
-) -> Engine:
-    """Build the engine of a run.
-
-    Without `statistics`, a checkpoint that is loaded next has the standardisation; `reading`: the run is asked and not
-    trained.
-    """
-    return Engine(
-        comm,
-        schema,
-        partitions,
-        config.model,
-        config.optim,
-        seed=config.train.seed,
-        statistics={store: each for store, each in (statistics or {}).items() if each is not None},
-        device=device,
-        dtype=torch.float64 if config.model.compute_dtype == "float64" else torch.float32,
-        reading=reading,
-        features_on_device=config.run.features_on_device,
-    )
-
-
 def open_samples(config: Config, places: list[StorePlace]) -> Storage:
     """Open the samples that all indexes of the run are of; name the jobs to run for all places that are empty."""
     samples, problems = open_published(config.data.samples), missing_places(places)
@@ -666,7 +630,7 @@ def claim_folder(run: Run) -> list[Checkpoint]:
             removed = _overwrite(run) if run.config.run.overwrite else []
             run.folder.mkdir(parents=True, exist_ok=True)
             if resumed_folder(run) != run.folder:
-                (run.folder / survey.IDS_FILE).unlink(missing_ok=True)  # of a run that this one does not continue
+                (run.folder / IDS_FILE).unlink(missing_ok=True)  # of a run that this one does not continue
             save_config(run.config, run.folder / "config.yaml")
         return removed
 
@@ -681,13 +645,13 @@ def _keep_dictionary(run: Run) -> None:
     It begins with the entries of the run whose ID rows this one continues, or begins with, in another folder. Raises
     DataError, ConfigError on all ranks together.
     """
-    if run.comm.on_rank_0((run.folder / survey.IDS_FILE).is_file):
+    if run.comm.on_rank_0((run.folder / IDS_FILE).is_file):
         return  # `claim_folder` removes another run's
     warm = run.warm_start
     before = run.comm.on_rank_0(lambda: resumed_folder(run))
     if before is None and warm is not None and "ids" in warm.parts:
         before = warm.checkpoint.run
-    earlier = before / survey.IDS_FILE if before is not None else None
+    earlier = before / IDS_FILE if before is not None else None
     with naming_run_dir(run.config):
         survey.write_dictionary(run.comm, run.folder, run.train_reader.index, rules_of(run.schema), earlier)
 

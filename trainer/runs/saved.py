@@ -6,7 +6,7 @@ in the newest snapshot; `open_source` opens the samples too, and looks images up
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,10 +19,11 @@ from featurestore.published.paths import RunPath
 from featurestore.published.versions import VersionName, open_published
 from featurestore.snapshot import Snapshot, SnapshotId
 from featurestore.spec import MissingPolicy
-from featurestore.storage.storage import cached_property
+from featurestore.storage.storage import Storage, cached_property
 from featurestore.store import FeatureStore
 from trainer.comm import Comm
 from trainer.config import Config, Device, load_saved
+from trainer.engine.engine import Engine
 from trainer.engine.machine import share_machine
 from trainer.errors import CheckpointError, ConfigError, DataError, DataNotFoundError, TrainerError
 from trainer.runs import checkpoint as checkpoints
@@ -31,7 +32,7 @@ from trainer.runs.folder import STATE, Checkpoint, find_checkpoint, report_of
 from trainer.samples.columns import sample_files
 from trainer.samples.index import SampleIndex, open_index
 from trainer.samples.reader import SampleReader
-from trainer.samples.survey import fill_in, samples_digest
+from trainer.samples.survey import IdDictionary, fill_in, samples_digest, texts_of_ids
 from trainer.schema import Schema, load_schema
 
 Vectors = Float32Array
@@ -66,6 +67,12 @@ class SavedRun:
         mine = recorded.model_copy(update={"model": opening.model_of(self.config, schema)})
         mine.check_same(recorded, self.checkpoint, checkpoints.TO_READ)
         return schema
+
+    def texts_of(self, ids: Iterable[int], samples: Storage) -> dict[int, str]:
+        """Find the texts of IDs that are hashes: in the run's dictionary, else in that next to these samples.
+
+        Raises DataError."""
+        return texts_of_ids(ids, (IdDictionary.of_run(self.folder), IdDictionary.of_samples(samples)))
 
     @cached_property
     def places(self) -> list[opening.StorePlace]:
@@ -199,7 +206,7 @@ def open_at(
     comm.deadline_s = config.run.deadline_s
     device = share_machine(config, comm)
     partitions, _ = opening.open_stores(config, comm, places, choose, measured=False)
-    engine = opening.engine_of(config, comm, saved.schema, partitions, device, reading=True)
+    engine = Engine(comm, saved.schema, partitions, config, device=device, reading=True)
     checkpoints.load(comm, saved.checkpoint, saved.state, engine, saved.config.data.cache_dir)
     return TrainedRun(
         saved=saved,

@@ -32,7 +32,6 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
 from functools import partial
 from typing import IO, NamedTuple
 
@@ -308,25 +307,12 @@ def _stem(name: str) -> str:
     return name.partition("/")[0]
 
 
-class Phase(StrEnum):
-    """How far a rank is with a checkpoint."""
-
-    IDLE = "idle"
-    WRITING = "writing"
-    WRITTEN = "written"
-    PUBLISHING = "publishing"
-    PUBLISHED = "published"
-    FAILED = "failed"
-
-
-_BUSY = (Phase.WRITING, Phase.PUBLISHING)
-
-
 @dataclass
 class _Progress:
     """What a rank says when all look. `clock_s`, `step_s` count on rank 0 alone."""
 
-    phase: Phase = Phase.IDLE
+    is_busy: bool = False
+    """Whether it still writes its parts or, rank 0 alone, publishes the checkpoint."""
     parts: dict[str, WrittenPart] = field(default_factory=dict)
     error: str = ""
     is_fatal: bool = False
@@ -406,7 +392,7 @@ class Checkpointer:
         everyone = self._comm.allgather_object(said, name="checkpoint.begin")
         if failed := next((each for each in everyone if each.error), None):
             return None if failed.error == _THERE else Outcome(step, failed.error)
-        self._step, self._mine = step, _Progress(Phase.WRITING)
+        self._step, self._mine = step, _Progress(is_busy=True)
         self._publish = lambda parts: self._published(state, parts, keep, best)
         self._next_look = step + 1
         if beside and _fits(everyone):
@@ -457,7 +443,7 @@ class Checkpointer:
                 if self._place.has(step):
                     return {}, _THERE
                 content[DENSE] = trained.dense_state()
-            content[rows_name(self._comm)] = trained.shard_state()
+            content[f"rows-{self._comm.rank:05}-of-{self._comm.size:05}.safetensors"] = trained.shard_state()
         except Exception as failure:
             return {}, _text(failure)
         return content, ""
@@ -469,54 +455,48 @@ class Checkpointer:
                 name: (self._dense if name == DENSE else self._rows).pack(tensors) for name, tensors in content.items()
             }
         except MemoryError as failure:
-            self._mine = _Progress(Phase.FAILED, error=_text(failure))
+            self._mine = _Progress(error=_text(failure))
             return lambda: None
         return lambda: self._write(step, copies)
 
     def _write(self, step: int, content: Mapping[str, Mapping[str, Tensor] | PackedTensors]) -> None:
         with self._noted():
-            parts = {name: self._place.write(step, name, each) for name, each in content.items()}
-            self._mine.parts, self._mine.phase = parts, Phase.WRITTEN
+            self._mine.parts = {name: self._place.write(step, name, each) for name, each in content.items()}
 
     def _published(self, state: CheckpointState, parts: Mapping[str, WrittenPart], keep: int, best: int | None) -> None:
         with self._noted():
             self._before_publishing()
             self._place.commit(state.step, parts, state_bytes(state, parts), keep, best)
-            self._mine.phase = Phase.PUBLISHED
 
     @contextlib.contextmanager
     def _noted(self) -> Iterator[None]:
         """Note of a block in a thread its processor's time, and an error as the end of this rank's part."""
-        progress, start_s, failure = self._mine, time.thread_time(), None
+        progress, start_s = self._mine, time.thread_time()
         try:
             yield
-        except Exception as error:
-            failure = error
+        except Exception as failure:
+            progress.error, progress.is_fatal = _text(failure), not isinstance(failure, _FAILURES)
         progress.cost_s += time.thread_time() - start_s
-        if failure is not None:
-            progress.is_fatal = not isinstance(failure, _FAILURES)
-            progress.error, progress.phase = _text(failure), Phase.FAILED  # last: other threads look at the phase
+        progress.is_busy = False  # last, as the step's thread looks at it
 
     def _settled(self, everyone: list[_Progress]) -> Outcome | None:
         """Do what follows from how far all ranks are: the same on each of them."""
         step = self._step
-        if step is None or any(each.phase in _BUSY for each in everyone):
+        if step is None or any(each.is_busy for each in everyone):
             return None
         if fatal := next((each.error for each in everyone if each.is_fatal), None):
             raise CheckpointError(fatal)
-        failed = [(rank, each.error) for rank, each in enumerate(everyone) if each.phase is Phase.FAILED]
-        if failed or everyone[0].phase is Phase.PUBLISHED:
+        failed = [(rank, each.error) for rank, each in enumerate(everyone) if each.error]
+        if failed or self._is_publishing:
             self._place.end(failed=not self._is_publishing)
             self._step, self._mine, self._is_publishing = None, _Progress(), False
             self._cost_s = max(each.cost_s for each in everyone)
             return Outcome(step, self._named(*failed[0]) if failed else "")
         self._is_publishing = True
         if self._comm.rank == 0:
-            self._mine.phase = Phase.PUBLISHING
+            self._mine.is_busy = True
             parts = {name: part for each in everyone for name, part in each.parts.items()}
             self._thread = _in_thread(lambda: self._publish(parts))
-        else:
-            self._mine.phase = Phase.WRITTEN
         return None
 
     def _named(self, rank: int, error: str) -> str:
@@ -534,11 +514,6 @@ class Checkpointer:
         # Half of what is left: so many looks a minute as it has powers of two of a step, and a slower step is noticed.
         self._next_look = step + max(1, int(left_s / step_s / 2))
         return left_s < step_s / 2
-
-
-def rows_name(comm: Comm) -> str:
-    """Name the file of this rank's ID rows."""
-    return f"rows-{comm.rank:05}-of-{comm.size:05}.safetensors"
 
 
 def state_bytes(state: CheckpointState, parts: Mapping[str, WrittenPart]) -> bytes:
@@ -566,11 +541,8 @@ def _fits(everyone: list[_Ready]) -> bool:
 
 
 def _text(error: BaseException) -> str:
-    return (
-        str(error)
-        if isinstance(error, OSError | StorageError | CheckpointError)
-        else f"{type(error).__name__}: {error}"
-    )
+    known = str(error) if isinstance(error, OSError | StorageError | CheckpointError) else ""
+    return known or f"{type(error).__name__}: {error}"
 
 
 def _in_thread(work: Callable[[], None]) -> threading.Thread:

@@ -61,7 +61,6 @@ class Batch:
     """Samples of the global batch, over all ranks: the loss is the sum over local samples divided by it."""
     weights: Mapping[str, Float32Array] = field(default_factory=dict)
     """Of the fields whose ids have weights, one for each value (N,)."""
-    position: BatchPosition = field(default=BatchPosition(0, 0))
     place_B: Int64Array | None = None
     """Place of each sample in the global batch; None: in this order, from 0 on."""
 
@@ -127,14 +126,9 @@ class SampleReader:
         """
         streams = self._streams(epoch)
         steps = self._steps([stream.num_samples for stream in streams])
-        for step, (spans, global_samples) in enumerate(itertools.islice(steps, first_step, None), first_step):
+        for spans, global_samples in itertools.islice(steps, first_step, None):
             pieces = [piece for span in spans for piece in streams[span.stream].cut(span.positions)]
-            batch = assemble(
-                self._schema,
-                pieces or [_nothing(self._rules, self._schema.label)],
-                global_samples,
-                BatchPosition(epoch, step),
-            )
+            batch = assemble(self._schema, pieces or [_nothing(self._rules, self._schema.label)], global_samples)
             yield replace(batch, place_B=_places(spans))
 
     def _streams(self, epoch: int) -> list[sample_index.Stream]:
@@ -175,9 +169,7 @@ class SampleReader:
         return groups
 
 
-def assemble(
-    schema: Schema, pieces: Sequence[sample_index.Piece], global_samples: int, position: BatchPosition
-) -> Batch:
+def assemble(schema: Schema, pieces: Sequence[sample_index.Piece], global_samples: int) -> Batch:
     """Make a batch of these pieces, in their order."""
     samples = [columns.ranges(piece.begin_G, piece.end_G - piece.begin_G) for piece in pieces]
     counts_G = np.concatenate([piece.end_G - piece.begin_G for piece in pieces])
@@ -196,7 +188,6 @@ def assemble(
         label_B=taken(schema.label, "ad").values_N.astype(np.float32),
         group_id_B=taken(schema.group, "user").values_N[group_of_sample_B],
         global_samples=global_samples,
-        position=position,
     )
 
 

@@ -16,9 +16,10 @@ in is a schema like any other: the checkpoint's origin has it, and who opens the
 keys, ascending.
 
 **Dictionary**, ids.parquet in a run's folder: the text of each hashed ID of the training samples, to look back. Columns
-id, ascending, and text, in 64 row groups by the top bits of the ID; a whole number is its own ID and not in it. Each
-rank collects what its share of the samples has and writes it in parts of the same 64 row groups; rank 0 merges them,
-one row group after the other. So a rank holds `TEXTS_HELD` texts and rank 0 a 64th of all, however many there are.
+id, ascending, and text, in 256 row groups by the top bits of the ID; a whole number is its own ID and not in it. Each
+rank collects what its share of the samples has and writes it in parts of the same 256 row groups; rank 0 merges them,
+one row group after the other. So a rank holds `TEXTS_HELD` texts and rank 0 a 256th of all, however many there are.
+Samples that were made of logs have such a file next to them, of the texts of the logs, which is merged too.
 """
 
 import contextlib
@@ -44,7 +45,7 @@ from featurestore.errors import StorageError
 from featurestore.format.statistics import Moments
 from featurestore.keys import NO_IMAGE, AnyArray, Float64Array, Int64Array, owner_of, shard_of
 from featurestore.lookup.cache import SAMPLES, default_cache_dir
-from featurestore.published.paths import FarPath, RunPath, open_file, remove_all, written_locally
+from featurestore.published.paths import FarPath, RunPath, open_file, remove_all, run_path, written_locally
 from featurestore.published.versions import open_published
 from featurestore.storage.local import claim, is_private
 from featurestore.storage.storage import Storage, digest_of, settled_tags
@@ -54,7 +55,7 @@ from trainer.errors import DataError, SchemaError
 from trainer.samples.columns import SPLITS, Rule, before_scaling, filled, in_either_split, rules_of, sample_files
 from trainer.samples.index import RowGroup, SampleIndex, open_index, read_texts, read_values
 from trainer.schema import DEFAULT_STORE, Field, Schema, load_schema
-from trainer.schema.fields import IMAGES_FILE, SCHEMA_FILE, STANDARDIZED
+from trainer.schema.fields import IDS_FILE, IMAGES_FILE, SCHEMA_FILE, STANDARDIZED
 
 if TYPE_CHECKING:
     from featurestore.lookup.partition import FeaturePartition
@@ -295,7 +296,6 @@ def _statistics(field: Field, part: NumberSums) -> dict[str, Any]:
 
 
 _HELD = 1 << 20  # uses that wait to be merged
-_SHOWN = 3
 
 Uses = Int64Array
 
@@ -304,8 +304,7 @@ Uses = Int64Array
 class LackingImages:
     """Images in samples that a store lacks, over all ranks; sums over keys, so an ad with two of them counts twice.
 
-    `without`: impressions that name no image at all, which are among `impressions`; `examples`: keys of images that
-    many impressions name. `of`: all impressions of the samples.
+    `without`: impressions that name no image at all, which are among `impressions`. `of`: all impressions.
     """
 
     images: int
@@ -313,7 +312,6 @@ class LackingImages:
     behaviors: int
     without: int
     of: int
-    examples: tuple[int, ...]
 
 
 def merged_uses(parts: Sequence[Uses]) -> Uses:
@@ -365,14 +363,10 @@ def lacking(
     served = merged_uses([received.numpy()])
     lacks = served[~partition.contains(served[:, 0])] if len(served) else served
     is_none_U = lacks[:, 0] == NO_IMAGE
-    named = lacks[~is_none_U]
-    sums = [len(named), *lacks[:, 1:].sum(0).tolist(), int(lacks[is_none_U, 1].sum())]
+    sums = [int((~is_none_U).sum()), *lacks[:, 1:].sum(0).tolist(), int(lacks[is_none_U, 1].sum())]
     images, impressions, behaviors, without = comm.allreduce_sum_(torch.tensor(sums), name="image_uses.sums").tolist()
-    own_examples = named[np.argsort(-named[:, 1], kind="stable")][:_SHOWN, :2].tolist()
-    every = comm.allgather_object(own_examples, name="image_uses.examples")
-    examples = sorted(itertools.chain.from_iterable(every), key=lambda use: (-use[1], use[0]))[:_SHOWN]
     of = sum(each.num_samples for each in indexes)
-    return LackingImages(images, impressions, behaviors, without, of, tuple(key for key, _ in examples))
+    return LackingImages(images, impressions, behaviors, without, of)
 
 
 def names_of(
@@ -452,9 +446,8 @@ def list_missing(samples: str, store: str, schema_file: str | None = None, name:
     )
 
 
-IDS_FILE = "ids.parquet"
 TEXTS_HELD = 500_000
-_BUCKET_BITS = 6
+_BUCKET_BITS = 8
 _FIELDS: list[Any] = [pa.field("id", pa.int64(), nullable=False), pa.field("text", pa.string(), nullable=False)]
 _SCHEMA = pa.schema(_FIELDS)
 
@@ -465,10 +458,11 @@ def write_dictionary(
     """Write `folder`/ids.parquet, the same for any number of ranks; return False if the samples have no texts.
 
     Every rank calls it; `folder` is one for all of them. `earlier`: the dictionary of a run whose ID rows this one
-    begins with; its entries are taken in. Raises, on all ranks together, DataError where two texts have one ID, or
-    where samples cannot be read, and OSError.
+    begins with; its entries are taken in, and those of the dictionary next to the samples. Raises, on all ranks
+    together, DataError where two texts have one ID, or where samples cannot be read, and OSError.
     """
-    earlier_parts = [earlier] if earlier is not None and comm.on_rank_0(earlier.is_file) else []
+    known = [each for each in (earlier, run_path(index.storage.full(IDS_FILE))) if each is not None]
+    earlier_parts = comm.on_rank_0(lambda: [each for each in known if each.is_file()])
     wanted = {column: rules[column] for column in sorted(index.text_columns)}
     if not wanted and not earlier_parts:
         return False
@@ -495,7 +489,7 @@ def write_dictionary(
 
 @dataclass(frozen=True)
 class IdDictionary:
-    """The dictionary of a run."""
+    """The dictionary of a run, or of samples."""
 
     path: RunPath
 
@@ -504,12 +498,18 @@ class IdDictionary:
         """Open the dictionary of the run in `folder`; None if its samples had no texts."""
         return cls(folder / IDS_FILE) if (folder / IDS_FILE).is_file() else None
 
+    @classmethod
+    def of_samples(cls, samples: Storage) -> "IdDictionary | None":
+        """Open the dictionary next to samples; None if their logs had no texts of IDs."""
+        path = run_path(samples.full(IDS_FILE))
+        return cls(path) if path.is_file() else None
+
     def texts(self, ids: Iterable[int]) -> dict[int, str]:
         """Find the texts of those of the IDs that are in it; reads the row groups that they are in.
 
         Raises DataError.
         """
-        wanted_U = np.unique(np.fromiter(ids, np.int64))
+        wanted_U = np.array(sorted(each for each in set(ids) if -(2**63) <= each < 2**63), np.int64)
         found: dict[int, str] = {}
         with _opened(self.path) as file:
             for bucket in np.unique(_buckets(wanted_U)).tolist():
@@ -527,6 +527,16 @@ class IdDictionary:
                 if len(found) == count:
                     break
             return found, file.metadata.num_rows
+
+
+def texts_of_ids(ids: Iterable[int], dictionaries: Iterable[IdDictionary | None]) -> dict[int, str]:
+    """Find the texts of IDs, each in the first of some dictionaries that has it. Raises DataError."""
+    left, found = set(ids), dict[int, str]()
+    for dictionary in dictionaries:
+        if dictionary is not None and left:
+            found |= dictionary.texts(left)
+            left -= found.keys()
+    return found
 
 
 def _collected(
@@ -602,6 +612,9 @@ def _write_bucket(writer: Any, table: pa.Table) -> None:
 def _opened(path: RunPath) -> pq.ParquetFile:
     try:
         source: Any = open_file(path) if isinstance(path, FarPath) else path
-        return pq.ParquetFile(source, page_checksum_verification=True)
+        file = pq.ParquetFile(source, page_checksum_verification=True)
     except (pa.ArrowException, OSError, StorageError) as failure:
         raise DataError(f"{path} is not a readable Parquet file: {str(failure).strip()}") from failure
+    if file.num_row_groups != 1 << _BUCKET_BITS or not file.schema_arrow.equals(_SCHEMA):
+        raise DataError(f"{path} is not a dictionary of IDs: make the samples, or the run, again")
+    return file

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -52,21 +53,33 @@ def inspect(
 
     With types, numbers of different values, and suggested kinds, sides and table sizes as comments.
     """
-    from featurestore.published.versions import open_published
-    from trainer.schema.suggest import inspect_logs, inspect_samples, render_mapping, render_schema
-
     data = data.rstrip("/") or data
-    if not is_table_file(data) and are_samples(samples := open_published(data), label or LABEL):
-        schema, made = inspect_samples(samples, label or LABEL, group, rows)
-        text = render_schema(schema, made, data)
-    else:
-        folder, name = place_of_table(data)
-        logs = inspect_logs(open_published(folder), rows, name, label)
-        text = render_mapping(logs, data, folder, "mapping.yaml" if out is None else str(out))
+    with tempfile.TemporaryDirectory() as room:
+        text = _inspected(data, out, label, group, rows, Path(room))
     if out is None:
         sys.stdout.write(text)
     else:
         _write_new(out, text)
+
+
+def _inspected(data: str, out: Path | None, label: str | None, group: str, rows: int, room: Path) -> str:
+    """Write a schema of samples, or a mapping of logs; rows of tables of Delta and so on are copied into `room`."""
+    from featurestore.published.versions import open_published
+    from trainer.schema import lakes
+    from trainer.schema.suggest import inspect_logs, inspect_samples, render_mapping, render_schema
+
+    place = open_published(data) if not is_table_file(data) else None
+    found = lakes.below(place) if place is not None else {}
+    if place is not None and not found and are_samples(place, label or LABEL):
+        schema, made = inspect_samples(place, label or LABEL, group, rows)
+        return render_schema(schema, made, data)
+    folder, name = parent_of(data) if "" in found else place_of_table(data)
+    storage = open_published(folder)
+    if found:
+        lakes.copy_beside(storage, {each or str(name): kind for each, kind in found.items()}, room, rows)
+        storage = open_published(str(room))
+    logs = inspect_logs(storage, rows, name, label)
+    return render_mapping(logs, data, folder, "mapping.yaml" if out is None else str(out))
 
 
 @app.command(epilog="Example: `crossmedia schema check schema.yaml data/samples`")
@@ -140,7 +153,7 @@ def missing(
     context_settings={"ignore_unknown_options": True},  # a negative ID is not an option
 )
 def lookup(
-    run: Annotated[str, typer.Argument(help="Folder or address of a run whose samples have texts.")],
+    run: Annotated[str, typer.Argument(help="Folder or address of a run, or of samples.")],
     values: Annotated[
         list[str] | None,
         typer.Argument(
@@ -157,11 +170,11 @@ def lookup(
     dictionary = IdDictionary.of_run(run_path(run))
     if dictionary is None:
         raise DataNotFoundError(
-            f"{run} has no ids.parquet: its training samples have no texts, or it is not a run's folder"
+            f"{run} has no ids.parquet: its samples have no texts, or it is not the folder of a run or of samples"
         )
     if not values:
         entries, total = dictionary.first(SHOWN)
-        print_summary(f"{dictionary.path}: {total:,} texts of the training samples and their ids; the first of them:")
+        print_summary(f"{dictionary.path}: {total:,} texts and their ids; the first of them:")
         for number, text in entries:
             print_summary(f"{number}  {text}")
         return
@@ -170,7 +183,7 @@ def lookup(
     for value, number in zip(values, ids, strict=True):
         # A text that is a whole number is an ID; as a uri it has a key of its own.
         found = {each: texts[each] for each in (number, key_of_uri(value)) if each in texts}
-        for each, text in (found or {number: "not in the training samples as a text"}).items():
+        for each, text in (found or {number: "not in it as a text"}).items():
             print_summary(f"{each}  {text}")
 
 
@@ -195,8 +208,13 @@ def place_of_table(data: str) -> tuple[str, str | None]:
         if len(files) > 1 and not any("/" in file for file in files):
             first, last = (look(Storage(data), [file], None, 1).columns for file in (files[0], files[-1]))
             is_table = [*first] == [*last]
+    return parent_of(data) if is_table else (data, None)
+
+
+def parent_of(data: str) -> tuple[str, str]:
+    """Cut a place into that of its folder, and its name there."""
     folder, _, name = data.rpartition("/")
-    return (folder or ("/" if data.startswith("/") else "."), name) if is_table else (data, None)
+    return folder or ("/" if data.startswith("/") else "."), name
 
 
 def are_samples(storage: "Storage", label: str) -> bool:

@@ -281,6 +281,8 @@ SCHEMA_FILE, SETTINGS_FILE = "schema.yaml", "settings.yaml"
 """Written next to samples, for trainer.main --config SAMPLES/settings.yaml."""
 IMAGES_FILE = "images.parquet"
 """Next to samples: key and uri of each image that the logs name, in 256 row groups by the top bits of the key."""
+IDS_FILE = "ids.parquet"
+"""Next to samples, and in a run's folder: id and text of each ID that is a hash, in 256 row groups by its top bits."""
 
 SMALLEST_TABLE, LARGEST_TABLE = 4_096, 1 << 24
 """Of `table_rows`: in 4,096 rows no shard of 64 is full while the others are empty; 16.8 million rows of 12 numbers,
@@ -368,12 +370,18 @@ _IMAGES_OF_SIDES = {(): "none", ("ad",): "ad", ("user",): "behavior"}
 def settings_text(samples: str, schema_file: str, schema: Schema, tables: Mapping[str, int]) -> str:
     """Write settings for `crossmedia train --config`: where samples and schema are, the images there are, ID tables.
 
-    `tables`: by name the most rows of each. They are exact: in hashed ones ids that share a row cost GAUC.
+    On a disk they name their own folder, so that they hold wherever that is. `tables`: by name the most rows of each.
+    They are exact: in hashed ones ids that share a row cost GAUC.
     """
     settings_file = f"{schema_file.removesuffix(SCHEMA_FILE)}{SETTINGS_FILE}"
     images = _IMAGES_OF_SIDES.get(tuple(sorted({field.side for field in schema.of_kind("content")})))
     lines = [f"# Over the default preset: crossmedia train --config {settings_file}", "", "data:"]
-    lines += [f"  {yaml_line(name, value)}" for name, value in (("samples", samples), ("schema_file", schema_file))]
+    places = {"samples": samples, "schema_file": schema_file} if "://" in samples else _HERE
+    note = "" if "://" in samples else "  # the folder of this file"
+    lines += [
+        f"  {yaml_line('samples', places['samples'])}{note}",
+        f"  {yaml_line('schema_file', places['schema_file'])}",
+    ]
     lines += ["", "model:"]
     lines += [f"  {yaml_line('images', images)}  # the samples have no others"] if images else []
     lines += [
@@ -381,6 +389,9 @@ def settings_text(samples: str, schema_file: str, schema: Schema, tables: Mappin
         *(f"    {line}" for line in table_lines(tables)),
     ]
     return "\n".join(lines) + "\n"
+
+
+_HERE = {"samples": "./", "schema_file": f"./{SCHEMA_FILE}"}
 
 
 def table_lines(tables: Mapping[str, int]) -> list[str]:

@@ -521,7 +521,9 @@ def suggest(table: TableProfile, label: str) -> Suggestion:
         ids = table.columns.get(column.name.removesuffix(WEIGHT_SUFFIX))
         if column.name == label or (ids is not None and _weights_of(ids, table) == column.name):
             continue
-        side = side_of(column)
+        # Of the ads are lists as long as the labels', unless the name begins as those of users.
+        of_ads = column.depth and column.like_label and not column.name.startswith(USER_PREFIXES)
+        side: Side = "ad" if of_ads else "user"
         if (reason := _unfit(column, side)) is not None:
             made.left_out[column.name] = reason
         elif column.content == "real":
@@ -545,12 +547,6 @@ def render_schema(schema: Schema, made: Suggestion, where: str) -> str:
     if made.left_out:
         header += ["Left out:", *(f"  {name}: {reason}" for name, reason in made.left_out.items())]
     return schema_text(schema, header, made.notes)
-
-
-def side_of(column: Column) -> Side:
-    """Find the side: of the ads are lists as long as the labels', unless the name begins as those of users."""
-    of_ads = column.depth and column.like_label and not column.name.startswith(USER_PREFIXES)
-    return "ad" if of_ads else "user"
 
 
 def column_note(column: Column) -> str:
@@ -593,7 +589,8 @@ def _add_ids(made: Suggestion, column: Column, side: Side) -> None:
         beside = next((each.name for each in made.fields if each.name == "behavior_item" and each.kind == kind), None)
         made.add(column, **values | {"table": None, "buckets": LOG2, "beside": beside})
         return
-    if _has_images(column) and kind == ("id" if side == "ad" else "multi_id"):
+    has_images = IMAGE_NAME.search(name) is not None and column.content != "real"
+    if has_images and kind == ("id" if side == "ad" else "multi_id"):
         made.fields.append(Field.model_validate({"name": name, "side": side, "kind": "content", "store": "images"}))
         values |= {"column": name, "name": f"{name}_id"}
     elif side == "ad" and CONTEXT_NAME.search(name):
@@ -608,10 +605,6 @@ def _transform(column: Column) -> str | None:
     if -1 <= smallest <= largest <= 1:
         return None
     return "log_standardize" if smallest >= 0 and largest >= LONG_TAIL else "standardize"
-
-
-def _has_images(column: Column) -> bool:
-    return IMAGE_NAME.search(column.name) is not None and column.content != "real"
 
 
 def _weights_of(column: Column, table: TableProfile) -> str | None:

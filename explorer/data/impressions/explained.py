@@ -351,16 +351,13 @@ def with_look(group: SampleGroup, row: Row, feature_1K: npt.NDArray[Any]) -> Log
     import torch
 
     from featurestore.lookup.ondevice import as_tensor
-    from trainer.engine.wiring import model_name
     from trainer.exchange.vectors import FieldVectors
 
     trained, looks = group.columns.opened.trained, group.columns.looks_of_ads
-    engine, config = trained.engine, trained.config.model
+    engine = trained.engine
     zero_1, one_1 = torch.zeros(1, dtype=torch.int64), torch.ones(1, dtype=torch.int64)
     visual = {
-        field.name: FieldVectors(
-            engine.services[field.store_name].models[model_name(field, config)](as_tensor(feature_1K)), zero_1, one_1
-        )
+        field.name: FieldVectors(engine.services[field.store_name].model(as_tensor(feature_1K)), zero_1, one_1)
         for field in engine.fields
         if field.name in looks
     }

@@ -157,12 +157,12 @@ class GroupColumns:
     def batch(self, groups: "DecodedGroups", chosen: slice = slice(None)) -> "Batch":
         """Make a batch of decoded groups, all their impressions."""
         from trainer.samples.index import Piece
-        from trainer.samples.reader import BatchPosition, assemble
+        from trainer.samples.reader import assemble
 
         group_G = np.arange(len(groups.sample_offsets) - 1)[chosen]
         begin_G, end_G = groups.sample_offsets[:-1][chosen], groups.sample_offsets[1:][chosen]
         piece = Piece(groups, group_G, begin_G, end_G)
-        return assemble(self.opened.schema, [piece], int((end_G - begin_G).sum()), BatchPosition(0, 0))
+        return assemble(self.opened.schema, [piece], int((end_G - begin_G).sum()))
 
 
 @dataclass(frozen=True)
@@ -191,10 +191,10 @@ class SampleGroup:
 
     @property
     def user(self) -> str:
-        """The user, as the samples name one."""
+        """The user, as the logs name one."""
         name = self.columns.opened.schema.group
         rule = self.columns.rules[name]
-        return " × ".join(str(self.row[each]) for each in (rule.crossed or (name,)))
+        return " × ".join(self.columns.opened.texts(self.row[each] for each in (rule.crossed or (name,))))
 
     @cached_property
     def time_s(self) -> float | None:
@@ -214,10 +214,10 @@ class SampleGroup:
 
     @property
     def ads(self) -> list[str]:
-        """The ads, as the samples name them."""
+        """The ads, as the logs name them."""
         name = self.columns.opened.schema.new_ad_column
-        columns = [self.row[each] for each in (self.columns.rules[name].crossed or (name,))]
-        return [" × ".join(map(str, values)) for values in zip(*columns, strict=True)]
+        columns = [self.columns.opened.texts(self.row[each]) for each in (self.columns.rules[name].crossed or (name,))]
+        return [" × ".join(values) for values in zip(*columns, strict=True)]
 
     @property
     def ad_pictures(self) -> list[PictureName]:

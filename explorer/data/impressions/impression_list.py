@@ -4,6 +4,7 @@ The first MOST impressions of the test samples are scored, with and without imag
 is not among them is searched in all samples. Letters of shapes: N impressions, G groups.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -68,7 +69,7 @@ class ScoredImpressions:
     logit_N: Logits
     without_N: Logits
     users: dict[int, str]
-    """The user of each group, as in the samples."""
+    """The user of each group, as in the logs."""
     total: int
     """Number of impressions in the samples."""
 
@@ -187,7 +188,8 @@ class _Collected:
 
     columns: GroupColumns
     parts: list[dict[str, NDArray[Any]]] = field(default_factory=list)
-    users: dict[int, str] = field(default_factory=dict)
+    users: dict[int, tuple[Any, ...]] = field(default_factory=dict)
+    """The user of each group, as the samples have one: several values of crossed columns."""
     num: int = 0
 
     def add(self, row_group: "RowGroup", rows: NDArray[np.int64], first: int, most: int) -> None:
@@ -202,11 +204,13 @@ class _Collected:
             batch = self.columns.batch(groups, slice(begin, end))
             logit_B, without_B = opened.logits(batch), opened.logits_without_images(batch)
             self._add_part(groups, begin, end, first + rows[begin:end], logit_B, without_B)
-        names = self._names(table)
-        self.users |= {first + int(row): name for row, name in zip(rows, names, strict=True)}
+        self.users |= {first + int(row): user for row, user in zip(rows, self._users(table), strict=True)}
 
     def done(self) -> ScoredImpressions:
-        """Concatenate all parts."""
+        """Concatenate all parts, and name the users."""
+        texts = self.columns.opened.texts(itertools.chain.from_iterable(self.users.values()))
+        names = iter(texts)
+        users = {group: " × ".join(next(names) for _ in values) for group, values in self.users.items()}
         together = (
             {name: np.concatenate([part[name] for part in self.parts]) for name in self.parts[0]}
             if (self.parts)
@@ -217,7 +221,7 @@ class _Collected:
         return ScoredImpressions(
             **together,
             picture_N=picture_N if has_pictures else None,
-            users=self.users,
+            users=users,
             total=self.columns.opened.index.num_samples,
         )
 
@@ -250,10 +254,10 @@ class _Collected:
         )
         self.num += int(counts_G.sum())
 
-    def _names(self, table: pa.Table) -> list[str]:
+    def _users(self, table: pa.Table) -> list[tuple[Any, ...]]:
         name = self.columns.opened.schema.group
         parts = [table.column(each).to_pylist() for each in (self.columns.rules[name].crossed or (name,))]
-        return [" × ".join(map(str, values)) for values in zip(*parts, strict=True)]
+        return list(zip(*parts, strict=True))
 
 
 def _nothing() -> dict[str, NDArray[Any]]:

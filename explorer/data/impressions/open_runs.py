@@ -5,7 +5,7 @@ scores are equal. Memory of an open run: its ID tables and E; the features are m
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from threading import RLock
 from typing import TYPE_CHECKING, Any, Literal
@@ -70,6 +70,12 @@ class OpenedRun:
     def sees_images(self) -> bool:
         """Whether the model reads any content."""
         return bool(self.trained.partitions)
+
+    def texts(self, values: Iterable[Any]) -> list[str]:
+        """Write IDs as people know them: a hash as the text that it was made of, where run or samples have it."""
+        written = list(values)
+        found = self.trained.saved.texts_of({each for each in written if isinstance(each, int)}, self.index.storage)
+        return [found.get(each, str(each)) for each in written]
 
     def logits(self, batch: "Batch") -> Logits:
         """Predict the samples of a batch (B,), by the very calls of an evaluation."""

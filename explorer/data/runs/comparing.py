@@ -179,7 +179,6 @@ class Evaluation(Figures):
     checkpoint: str
     samples: str
     bootstrap: Bootstrap
-    notes: list[str]
 
 
 _EVALUATION = TypeAdapter(Evaluation)

@@ -1,12 +1,15 @@
 """Every page, of the whole shop, of an export of it, and of places that have little: all links, both widths, light and
 dark, axe-core, charts, the keyboard, and names that would be elements or scripts."""
 
+import io
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from featurestore.spec import ExtractorSpec, StoreInfo
 from featurestore.store import FeatureStore
@@ -14,6 +17,7 @@ from tests.explorer.browser.watching.chromium import DESK, NARROW, WIDE, cut, to
 from tests.explorer.browser.watching.crawl import Site, crawl, routes, settle
 from tests.explorer.serving import exported, pages_of
 from tests.explorer.world import World
+from tools.browser.screenshots import MOST_BYTES, SHOTS, WIDTH, small, taken
 from trainer.runs.folder import DAYS_FILE
 
 BY_FORMS = ("/runs/compare?run=both&run=ids-only",)
@@ -152,3 +156,23 @@ def walk(page):
             return reached
         reached.append(at)
     return reached
+
+
+def test_pictures_of_the_pages(chromium, explorer):
+    """Those whose parts come at once; the shop's runs have the demo's names."""
+    shots = [shot for shot in SHOTS if shot.name in ("store", "run")]
+    pictures = dict(taken(chromium, explorer.url, shots, "data/demo"))
+    assert set(pictures) == {"store", "run"}
+    for data in pictures.values():
+        image = Image.open(io.BytesIO(data))
+        assert (image.format, image.width, image.mode) == ("PNG", WIDTH, "P")
+        assert len(data) <= MOST_BYTES
+        assert np.asarray(image.convert("RGB")).std() > 10
+
+
+def test_a_picture_of_noise_gets_fewer_colours():
+    noise = np.random.default_rng(0).integers(0, 256, (900, WIDTH, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(noise).save(buffer, "PNG")
+    fewest = Image.open(io.BytesIO(small(buffer.getvalue())))
+    assert len(fewest.getcolors()) <= 16

@@ -1,5 +1,6 @@
 """Impressions, clicks, categories and prices of images in test samples, against plain loops over the files."""
 
+import shutil
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from tests.explorer.world import World
 from trainer.comm import SoloComm
 from trainer.runs.saved import read_run
 from trainer.samples.index import open_index
+from trainer.samples.survey import write_part
 from trainer.schema import Schema, load_schema
 
 
@@ -91,6 +93,17 @@ def test_figures_are_counted_once_for_the_same_files(world: World, monkeypatch: 
     again = ad_figures(saved, str(world.samples), Task())
     for name in ("keys_I", "impressions_I", "clicks_I", "category_I"):
         assert getattr(again, name).tolist() == getattr(first, name).tolist()
+
+
+def test_categories_are_named_as_the_logs_name_them(world: World, tmp_path: Path) -> None:
+    saved = read_run(world.runs / "both", None, str(world.samples))
+    plain = ad_figures(saved, str(world.samples), Task())
+    samples = tmp_path / "samples"
+    shutil.copytree(world.samples, samples)
+    known = {int(text): f"shelf {text}" for text in sorted(set(plain.category_I))[1:]}
+    write_part(samples / "ids.parquet", known)
+    found = ad_figures(saved, str(samples), Task()).category_I.tolist()
+    assert found == [known.get(int(text), text) for text in plain.category_I] and len(known) > 1
 
 
 def test_without_runs_or_samples_nothing_is_known_and_it_says_why(world: World, tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from tests.trainer.conftest import Places as Settings
 from tests.trainer.whole_runs import run_alone
 from trainer.runs.export import network_widths
 from trainer.runs.saved import read_run
+from trainer.schema import DEFAULT_SCHEMA
 
 
 @pytest.fixture
@@ -153,17 +154,21 @@ def test_runs_without_images(tmp_path: Path) -> None:
 
 
 def test_of_several_contents_each_has_its_map(world: World, tmp_path: Path) -> None:
-    """A run with an E for the images of ads, and one for those of behaviours."""
-    two = {"model__shared_image_model": False, "train__max_steps": 1, "data__missing": "zeros"}
+    """A run with an E for the images of ads, and one for those of behaviours, of stores of their own."""
+    schema, of_ad = tmp_path / "schema.yaml", "side: ad, kind: content, store: "
+    schema.write_text(DEFAULT_SCHEMA.read_text().replace(f"{of_ad}images", f"{of_ad}ads"))
+    two = {"data__schema_file": schema, "data__stores": f"{{ads: {world.folder / 'features'}}}"}
+    two |= {"train__max_steps": 1, "data__missing": "zeros"}
     run_alone(Settings(world.folder), run__name="two", run__dir=tmp_path / "runs", **two)
     places = world.places(runs=tmp_path / "runs")
     with TestClient(application(Site(places))) as pages:
         html = read(pages, "/map?run=two&wait=map")
         found = {
-            word: unescape(link) for link, word in re.findall(r'<a href="([^"]*network[^"]*)"[^>]*>(\S+:\S+)</a>', html)
+            word: unescape(link)
+            for link, word in re.findall(r'<a href="([^"]*network[^"]*)"[^>]*>(images|ads)</a>', html)
         }
-        assert sorted(found) == sorted(":".join(each) for each in network_widths(read_run(tmp_path / "runs" / "two")))
-        assert html.count('aria-current="true">images:') == 1
+        assert sorted(found) == sorted(network_widths(read_run(tmp_path / "runs" / "two")))
+        assert html.count('aria-current="true">images<') == 1
         spots = []
         for name, link in found.items():
             html = read(pages, f"{link}&wait=map")
@@ -171,12 +176,12 @@ def test_of_several_contents_each_has_its_map(world: World, tmp_path: Path) -> N
             file = re.search(POINTS, html)[1]  # type: ignore[index]
             spots.append(pq.read_table(io.BytesIO(pages.get(file).content))["x"].to_pylist())
         assert len(spots) == 2 and spots[0] != spots[1]
-        other = read(pages, "/map?run=two&network=images:x&wait=map")
-        assert "has no content &#39;images:x&#39;; it has images:" in other
+        other = read(pages, "/map?run=two&network=x&wait=map")
+        assert "has no content &#39;x&#39;; it has images, ads" in other
     frozen = Site(places, frozen=True)
     with TestClient(application(frozen)) as pages:
         assert "hx-" not in pages.get("/map").text
-    assert all(any(f"network={name.replace(':', '%3A')}&" in each for each in frozen.linked) for name in found)
+    assert all(any(f"network={name}&" in each for each in frozen.linked) for name in found)
 
 
 def test_images_that_the_store_has_not_lead_nowhere(world: World) -> None:

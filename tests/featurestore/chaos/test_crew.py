@@ -51,7 +51,7 @@ def expire(actor) -> None:
 CREW = {"w0": write, "w1": write, "w2": write, "compactor": compact, "expirer": expire}
 
 
-@pytest.mark.parametrize("num_commits", [40, pytest.param(1000, marks=[pytest.mark.slow, pytest.mark.timeout(900)])])
+@pytest.mark.parametrize("num_commits", [24, pytest.param(1000, marks=[pytest.mark.slow, pytest.mark.timeout(900)])])
 def test_many_commits_of_eight_writers(make_arena, num_commits: int) -> None:
     arena = make_arena()
     barrier = arena.context.Barrier(8)

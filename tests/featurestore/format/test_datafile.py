@@ -23,7 +23,7 @@ from featurestore.storage.storage import Storage
 from featurestore.upkeep.expiry import expire
 from featurestore.upkeep.history import pin
 from featurestore.upkeep.verify import verify
-from tests.metadata import metadata_of
+from tests.featurestore.staged import metadata_of
 
 MASK = (1 << 64) - 1
 

@@ -41,7 +41,7 @@ def _folded(service: EmbeddingService, store: Path, scaling: Scaling | None = No
     """What each dimension is multiplied by, where the deviations are those of the service's own store."""
     statistics = FeatureStore.open(store).snapshot().statistics()
     service.fold_standardization_(statistics.mean_D, statistics.std_D, scaling)
-    return service.models["e"].inverse_std_D.numpy()
+    return service.model.inverse_std_D.numpy()
 
 
 class TestModel:
@@ -77,12 +77,12 @@ class TestModel:
         model.fold_standardization_(np.zeros(4), np.zeros(4), "common")
         assert model.inverse_std_D.tolist() == [1.0] * 4
         with partition_of(tmp_path, dtype="float32") as partition:
-            service = EmbeddingService(partition, {"e": EmbeddingModel(DIM)})
+            service = EmbeddingService(partition, EmbeddingModel(DIM))
             assert len(set(_folded(service, tmp_path / "store").tolist())) > 10
             assert len(set(_folded(service, tmp_path / "store", "common").tolist())) == 1
         remake(FeatureStore.open(tmp_path / "store"), tmp_path / "small", dims=4)
         with FeaturePartition.load(tmp_path / "small", cache_dir=tmp_path / "cache") as partition:
-            service = EmbeddingService(partition, {"e": EmbeddingModel(4)})
+            service = EmbeddingService(partition, EmbeddingModel(4))
             assert len(set(_folded(service, tmp_path / "small").tolist())) == 1
             assert len(set(_folded(service, tmp_path / "small", "each").tolist())) > 1
 
@@ -147,33 +147,32 @@ class TestService:
     ) -> None:
         monkeypatch.setattr(embedding, "BLOCK_ROWS", 6)
         partition = partition_of(tmp_path, "zeros", dtype=dtype)
-        service = EmbeddingService(partition, {"e": EmbeddingModel(DIM, (8,), 3, compute_dtype)})
+        service = EmbeddingService(partition, EmbeddingModel(DIM, (8,), 3, compute_dtype))
         service.fold_standardization_(features().mean(0), features().std(0))
         keys = np.random.default_rng(rows).permutation(50)[:rows]
         keys[rows // 2] = 999  # has no feature
         gathered = service.gather(keys)
         stored = as_tensor(partition.lookup(keys).features_UD)
         assert gathered.features_QD.dtype == getattr(torch, compute_dtype)
-        assert torch.equal(gathered.features_QD, service.models["e"].numbers(stored))
+        assert torch.equal(gathered.features_QD, service.model.numbers(stored))
         assert gathered.missing_Q is not None and gathered.missing_Q.tolist() == [key == 999 for key in keys]
         assert service.gather(keys[keys != 999]).missing_Q is None
 
     def test_zeros(self, tmp_path: Path) -> None:
-        service = EmbeddingService(partition_of(tmp_path, "zeros"), {"e": EmbeddingModel(DIM)})
-        visual = service.embed("e", service.gather(np.array([3, 999])))
+        service = EmbeddingService(partition_of(tmp_path, "zeros"), EmbeddingModel(DIM))
+        visual = service.embed(service.gather(np.array([3, 999])))
         assert visual[0].any() and not visual[1].any()
         visual[1].sum().backward()
         assert all(p.grad is None or not p.grad.any() for p in service.parameters())
 
     def test_learned(self, tmp_path: Path) -> None:
-        models = {"a": EmbeddingModel(DIM), "b": EmbeddingModel(DIM)}
-        service = EmbeddingService(partition_of(tmp_path, "learned"), models)
-        service.embed("a", service.gather(np.array([999, 3, 998]))).sum().backward()
-        assert service.no_image["a"].grad is not None and (service.no_image["a"].grad == 2).all()
-        assert service.no_image["b"].grad is None
+        service = EmbeddingService(partition_of(tmp_path, "learned"), EmbeddingModel(DIM))
+        service.embed(service.gather(np.array([999, 3, 998]))).sum().backward()
+        assert service.no_image is not None and service.no_image.grad is not None
+        assert (service.no_image.grad == 2).all()
 
     def test_memory_is_used_again_only_after_release(self, tmp_path: Path) -> None:
-        service = EmbeddingService(partition_of(tmp_path), {"e": EmbeddingModel(DIM)})
+        service = EmbeddingService(partition_of(tmp_path), EmbeddingModel(DIM))
         first = service.gather(np.arange(20))
         kept, address = first.features_QD.clone(), first.features_QD.data_ptr()
         second = service.gather(np.arange(20, 40))
@@ -187,8 +186,8 @@ class TestService:
         assert torch.equal(third.features_QD, fourth.features_QD)
 
     def test_no_keys(self, tmp_path: Path) -> None:
-        service = EmbeddingService(partition_of(tmp_path), {"e": EmbeddingModel(DIM)})
-        assert service.embed("e", service.gather(np.empty(0, np.int64))).shape == (0, 12)
+        service = EmbeddingService(partition_of(tmp_path), EmbeddingModel(DIM))
+        assert service.embed(service.gather(np.empty(0, np.int64))).shape == (0, 12)
 
 
 @pytest.mark.parametrize(
@@ -245,14 +244,14 @@ def test_the_same_bits_as_a_lookup(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(("dtype", "missing"), [("bfloat16", "zeros"), ("float32", "learned")])
 def test_a_service_makes_the_same_vectors(tmp_path: Path, dtype: str, missing: str) -> None:
     partition = held_partition(tmp_path, dtype, missing)
-    service = EmbeddingService(partition, {"e": EmbeddingModel(DIM, (8,), 3, "float32")})
+    service = EmbeddingService(partition, EmbeddingModel(DIM, (8,), 3, "float32"))
     keys = np.array([7, ROWS + 1, 3, 59])
 
     def results() -> list[torch.Tensor]:
         service.zero_grad()
         gathered = service.gather(keys)
         assert gathered.missing_Q is not None and gathered.missing_Q.tolist() == [False, True, False, False]
-        visual = service.embed("e", gathered)
+        visual = service.embed(gathered)
         visual.square().sum().backward()
         service.release(gathered)
         return [visual.detach(), *(each.grad.clone() for each in service.parameters() if each.grad is not None)]
@@ -270,7 +269,7 @@ def test_a_service_makes_the_same_vectors(tmp_path: Path, dtype: str, missing: s
 
 def test_missing_keys_and_a_closed_partition_are_errors(tmp_path: Path) -> None:
     partition = held_partition(tmp_path, "float32", "error")
-    service = EmbeddingService(partition, {"e": EmbeddingModel(DIM)})
+    service = EmbeddingService(partition, EmbeddingModel(DIM))
     service.hold_rows()
     with pytest.raises(MissingKeysError, match="999"):
         service.gather(np.array([3, 999]))

@@ -15,7 +15,9 @@ from typing import Any
 import fsspec
 import numpy as np
 import pytest
+from fsspec.implementations.arrow import ArrowFSWrapper
 from fsspec.implementations.local import LocalFileSystem
+from pyarrow import fs
 
 from featurestore import FeaturePartition, FeatureStore, StoreInfo
 from featurestore.errors import (
@@ -28,10 +30,10 @@ from featurestore.errors import (
     UnsafeBackendError,
 )
 from featurestore.published.paths import run_path
+from featurestore.storage import remote
 from featurestore.storage.local import DiskFiles, IrregularFileError, open_regular, read_regular, read_text
 from featurestore.storage.safety import refuse_unsafe
 from featurestore.storage.storage import Storage
-from tests.hdfs import folder_as_hdfs
 from tests.servers import client_of, fill
 
 
@@ -40,6 +42,19 @@ def read_into(storage: Storage, path: str, size: int) -> bytes:
     out = bytearray(size)
     assert storage.read_into(path, memoryview(out)) == 6
     return bytes(out)
+
+
+def folder_as_hdfs(folder: Path, patch: pytest.MonkeyPatch) -> list[dict[str, object]]:
+    """Let hdfs:// be a folder; return how it was opened."""
+    opened: list[dict[str, object]] = []
+
+    def of_folder(protocol: str, **options: object) -> ArrowFSWrapper:
+        opened.append({"protocol": protocol, **options})
+        return ArrowFSWrapper(fs.SubTreeFileSystem(str(folder), fs.LocalFileSystem()), skip_instance_cache=True)
+
+    patch.setattr(fsspec, "filesystem", of_folder)
+    patch.setattr(remote, "_clients", {})
+    return opened
 
 
 class StorageContract:

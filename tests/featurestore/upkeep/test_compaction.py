@@ -15,9 +15,8 @@ from featurestore.spec import FileEntry
 from featurestore.upkeep.compaction import MAX_DELTAS, compact, merged_blocks, needs_compaction
 from featurestore.upkeep.history import restore
 from tests.faulty import faulty
-from tests.featurestore.staged import build_shard, run
+from tests.featurestore.staged import build_shard, metadata_of, run
 from tests.featurestore.upkeep.damaged import needs, spoil
-from tests.metadata import metadata_of
 
 pytestmark = pytest.mark.long
 

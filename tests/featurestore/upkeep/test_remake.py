@@ -31,8 +31,7 @@ from featurestore.upkeep import remake as module
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.remake import CoMoments, principal_components, read_report, remake, sample
 from featurestore.upkeep.verify import verify
-from tests.featurestore.staged import run
-from tests.metadata import metadata_of
+from tests.featurestore.staged import metadata_of, run
 
 pytestmark = pytest.mark.long
 

@@ -10,7 +10,7 @@ from featurestore.store import FeatureStore
 from pipeline.features.refresh import extract, refresh
 from pipeline.network.backbone import Backbone
 from pipeline.options import ExtractOptions, RefreshOptions
-from tests.metadata import metadata_of
+from tests.featurestore.staged import metadata_of
 from tests.pipeline.network.tiny import TINY
 
 

@@ -23,7 +23,7 @@ from pipeline.features.refresh import describe_network
 from pipeline.network import compute
 from pipeline.network.backbone import Backbone, _cached_backbone, backbone, load_weights, network_of
 from tests.cli import invoke
-from tests.metadata import metadata_of
+from tests.featurestore.staged import metadata_of
 from tests.pipeline.features.conftest import change_everything, counts, rows_of
 from tests.pipeline.network.tiny import TINY, Tiny, Tiny_Weights
 

@@ -24,10 +24,12 @@ from pipeline.cluster.tasks import WORKER_CONFIG
 from pipeline.features import part as parts
 from pipeline.features.refresh import extract, refresh
 from pipeline.options import ExtractOptions, RefreshOptions
-from tests.metadata import metadata_of
+from tests.featurestore.staged import metadata_of
+from tests.pipeline.network.tiny import TINY
 
 BIN, JOBS = Path(sys.executable).parent, Path(__file__).parents[3] / "jobs"
-NETWORK = "alexnet:flatten"  # few layers: each worker that starts builds it again
+KNOWN_TO_ALL = "alexnet:flatten"
+"""A network that processes without the tests' modules have; of few layers: each worker builds it again."""
 SLOW_DECODER = """
 import time
 from pipeline.features import part as parts
@@ -58,7 +60,7 @@ def write(tmp_path, draw, encode):
 def make(client, tmp_path):
     """Extracts the images into a new store, in this process, where nobody dies."""
 
-    def make(images, store="features", cluster=client):
+    def make(images, store="features", cluster=client, backbone=TINY):
         options = ExtractOptions(
             images=str(images),
             store=str(tmp_path / store),
@@ -68,7 +70,7 @@ def make(client, tmp_path):
             batch_size=2,
             part_size=2,
             num_shards=4,
-            backbone=NETWORK,
+            backbone=backbone,
         )
         return extract(options, cluster)
 
@@ -116,7 +118,7 @@ def kill(process):
 
 def test_a_killed_job_goes_on_with_the_parts_that_it_had(client, make, write, tmp_path):
     folder, store = write(range(4)), tmp_path / "features"
-    make(folder)
+    make(folder, backbone=KNOWN_TO_ALL)
     write(range(2, 22), seed=50)
     slow = tmp_path / "slow.py"
     slow.write_text(SLOW_DECODER)
@@ -142,7 +144,7 @@ def test_a_killed_job_goes_on_with_the_parts_that_it_had(client, make, write, tm
     summary = refresh(RefreshOptions(images=str(folder), store=str(store), batch_size=2, part_size=2), client)
     assert (summary.num_new, summary.num_changed, summary.num_unchanged) == (19, 2, 2)
     assert (summary.num_resumed, summary.num_computed, summary.snapshot) == (num_staged, 21, 2)
-    make(folder, "calm")
+    make(folder, "calm", backbone=KNOWN_TO_ALL)
     assert_same_rows(store, tmp_path / "calm")
     assert not staged_parts(store)
 
@@ -199,7 +201,7 @@ def test_whichever_workers_die_only_the_image_that_kills_each_time_is_blamed(mak
     forked = {"distributed.worker.multiprocessing-method": "forkserver"}
     with (
         dask.config.set({"distributed.scheduler.allowed-failures": 1, **WORKER_CONFIG, **forked}),
-        preloaded("distributed", "pipeline.features.part", "pipeline.network.backbone"),
+        preloaded("distributed", "pipeline.features.part", "tests.pipeline.network.tiny"),
         LocalCluster(
             n_workers=2, threads_per_worker=1, dashboard_address="127.0.0.1:0", silence_logs="CRITICAL"
         ) as cluster,

@@ -9,8 +9,7 @@ from distributed import Client
 
 from pipeline.options import SampleOptions
 from pipeline.samples.build import build_samples
-from tests.pipeline.samples.own import Shop
-from tests.pipeline.samples.rows import Row, read, table, write
+from tests.pipeline.samples.rows import Row, Shop, read, table, write
 
 
 @pytest.fixture

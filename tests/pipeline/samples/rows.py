@@ -1,13 +1,19 @@
 """Rows of logs as the tests of samples write and read them."""
 
+import dataclasses
 import random
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import yaml
+from distributed import Client
 
 from featurestore.keys import key_of_uri
+from pipeline.options import SampleOptions
+from pipeline.samples.build import build_samples
 
 Row = dict[str, Any]
 
@@ -115,3 +121,37 @@ def all_bytes(folder: str) -> dict[str, bytes]:
 def quarantine(folder: Path) -> list[tuple[str, int, str]]:
     rows = pq.read_table(folder / "samples" / "quarantine.parquet").to_pylist()
     return [(row["file"], row["row"], row["reason"]) for row in rows]
+
+
+@dataclasses.dataclass
+class Shop:
+    """Tables in a folder, and samples made of them by a mapping."""
+
+    folder: Path
+    client: Client
+
+    @property
+    def options(self) -> SampleOptions:
+        return SampleOptions(
+            logs=str(self.folder / "logs"),
+            samples=str(self.folder / "samples"),
+            mapping=str(self.folder / "mapping.yaml"),
+            test_days=0,
+        )
+
+    def put(self, name: str, content: Any) -> None:
+        """Write a table: text as it is, columns or an Arrow table as Parquet."""
+        path = self.folder / "logs" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, str):
+            path.write_text(content)
+        else:
+            pq.write_table(content if isinstance(content, pa.Table) else pa.table(content), path)
+
+    def map(self, mapping: Mapping[str, Any]) -> None:
+        (self.folder / "mapping.yaml").write_text(yaml.safe_dump(dict(mapping)))
+
+    def build(self, mapping: Mapping[str, Any], **changes: Any) -> tuple[list[Row], dict[str, Any]]:
+        self.map(mapping)
+        summary = build_samples(dataclasses.replace(self.options, **changes), self.client)
+        return read(self.folder / "samples"), summary

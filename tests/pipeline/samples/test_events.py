@@ -17,8 +17,7 @@ from pipeline.samples.build import build_samples
 from pipeline.samples.groups import label_impressions
 from pipeline.samples.logs import CLICK, MICROSECONDS
 from pipeline.samples.requests import requests_of_log
-from tests.pipeline.samples.own import Shop
-from tests.pipeline.samples.rows import DAY_S, START_S, all_bytes, quarantine, read
+from tests.pipeline.samples.rows import DAY_S, START_S, Shop, all_bytes, quarantine, read
 
 MAPPING: dict[str, Any] = {
     "impressions": {

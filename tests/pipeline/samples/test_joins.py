@@ -15,8 +15,7 @@ from pipeline.options import SampleOptions
 from pipeline.samples.added import add_days
 from pipeline.samples.build import build_samples
 from pipeline.samples.requests import requests_of_log
-from tests.pipeline.samples.own import Shop
-from tests.pipeline.samples.rows import DAY_S, START_S, Row, all_bytes, read
+from tests.pipeline.samples.rows import DAY_S, START_S, Row, Shop, all_bytes, read
 from trainer.schema import load_schema
 
 MAPPING: dict[str, Any] = {
@@ -91,6 +90,10 @@ def test_columns_of_items_and_users_are_those_of_their_tables(tables: Shop, caps
     assert summary["impressions"]["kept"] == 5 and summary["impressions"]["without_image"] == 3
     named = pq.read_table(tables.folder / "samples/images.parquet").to_pylist()
     assert {row["uri"] for row in named} == {"5.jpg", "7.jpg"}
+    texts = pq.read_table(tables.folder / "samples/ids.parquet").to_pylist()
+    assert [row["id"] for row in texts] == sorted(row["id"] for row in texts)
+    assert all(row["id"] == key(row["text"]) for row in texts)
+    assert {row["text"] for row in texts} == {"a6", "ann", "bob", "shoes", "bags", "Acme", "b", "red", "blue", "Rome"}
     assert "products.csv: read as CSV with delimiter ;" in " ".join(capsys.readouterr().out.split())
 
 

@@ -14,7 +14,7 @@ from featurestore.format.datafile import open_entry
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.expiry import expire
 from featurestore.upkeep.history import restore
-from serving.bundle.images import ChangedImages, PublishReport, StoreNetworks, networks_for, publish
+from serving.bundle.images import ChangedImages, PublishReport, StoreNetwork, network_for, publish
 from serving.bundle.manifest import VectorsOf
 from serving.bundle.open import Bundle
 from tests.serving.scoring.variants import Exported
@@ -56,7 +56,7 @@ class World:
         report = publish(
             FeatureStore.open(bundle.vectors_url(of)),
             of,
-            networks_for(bundle, of),
+            network_for(bundle, of),
             **{"source_url": self.features, **options},
         )
         bundle.close()
@@ -69,7 +69,7 @@ class World:
             features = self.source.snapshot().get(keys) + np.float32(noise) * features
         self.source.put(FeatureRows.of([f"item/{key - 1_000}" for key in keys], features, keys=np.array(keys)))
 
-    def check(self, network: str = "shared", atol: float = 0.0) -> None:
+    def check(self, atol: float = 0.0) -> None:
         """The vectors are those that the run's own E makes of the newest features, and no others are there."""
         trained, bundle = open_trained(self.run, SoloComm()), self.open()
         trained.close()
@@ -81,8 +81,8 @@ class World:
         assert table._partition.num_rows == len(keys)
         features = torch.from_numpy(snapshot.get(ALL[~missing]))
         with torch.no_grad():
-            wanted = service.models[network](features).numpy()
-        np.testing.assert_allclose(rows[~missing][:, table.of(network)], wanted, rtol=1e-6, atol=1e-6 + atol)
+            wanted = service.model(features).numpy()
+        np.testing.assert_allclose(rows[~missing], wanted, rtol=1e-6, atol=1e-6 + atol)
         bundle.close()
 
 
@@ -122,17 +122,17 @@ def test_only_what_differs_is_looked_at(world: World, monkeypatch: pytest.Monkey
     world.put(1_050, 1_007)
     world.put(1_007)
     looked: list[int] = []
-    rows, read = StoreNetworks.rows, []
+    rows, read = StoreNetwork.rows, []
 
-    def noting(networks: StoreNetworks, features: np.ndarray) -> object:
+    def noting(network: StoreNetwork, features: np.ndarray) -> object:
         looked.append(len(features))
-        return rows(networks, features)
+        return rows(network, features)
 
     def noting_files(*arguments: object, **options: object) -> object:
         read.append(arguments[2].path)  # type: ignore[attr-defined]
         return open_entry(*arguments, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(StoreNetworks, "rows", noting)
+    monkeypatch.setattr(StoreNetwork, "rows", noting)
     monkeypatch.setattr("featurestore.format.datafile.open_entry", noting_files)
     world.publish()
     assert looked == [2]
@@ -272,12 +272,3 @@ def test_two_publishes_at_once_make_what_one_makes(world: World, monkeypatch: py
     report = world.publish()
     assert (report.committed, report.snapshot) == (False, 2)
     world.check()
-
-
-@pytest.mark.long
-def test_every_network_of_a_store_is_published(exported: Callable[[str], Exported], tmp_path: Path) -> None:
-    world = World(exported("contents"), tmp_path)
-    world.put(1_050, 1_007)
-    world.publish()
-    for network in ("behavior_image", "ad_image"):
-        world.check(network)

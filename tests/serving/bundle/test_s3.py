@@ -12,7 +12,7 @@ from featurestore import FeatureRows, FeatureStore
 from featurestore.storage.storage import Storage
 from serving.bundle import log
 from serving.bundle.files import find_damage
-from serving.bundle.images import networks_for, publish
+from serving.bundle.images import network_for, publish
 from serving.bundle.log import BundleIdentity, expire, remove_leftovers
 from serving.bundle.open import Bundle
 from serving.errors import BrokenBundleError
@@ -43,7 +43,7 @@ def test_published_opened_and_brought_up_to_date(made: Exported, s3_url: str, tm
     FeatureStore.open(features).put(FeatureRows.of(["new"], np.ones((1, 16), np.float32), keys=np.array([1_050])))
     (of,) = there.manifest.vectors
     vectors = FeatureStore.open(there.vectors_url(of))
-    report = publish(vectors, of, networks_for(there, of), source_url=str(features))
+    report = publish(vectors, of, network_for(there, of), source_url=str(features))
     assert (report.added, report.snapshot) == (1, 2)
     assert BundleIdentity.newest(url) == BundleIdentity(1, {"images": 2})
     newer = there.with_vectors()

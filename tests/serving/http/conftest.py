@@ -40,7 +40,7 @@ class Published:
 
     def add_image(self, key: int = NEW_IMAGE, seed: int = 0) -> None:
         """Add an image to the feature store, or change one, and publish its vector."""
-        from serving.bundle.images import networks_for, publish
+        from serving.bundle.images import network_for, publish
         from serving.bundle.open import ModelVersion
 
         features_1D = np.random.default_rng(seed).normal(size=(1, 16)).astype(np.float32)
@@ -49,7 +49,7 @@ class Published:
         version = ModelVersion.open(self.url)
         for of in version.manifest.vectors:
             vectors = FeatureStore.open(version.vectors_url(of))
-            publish(vectors, of, networks_for(version, of), source_url=store.url)
+            publish(vectors, of, network_for(version, of), source_url=store.url)
 
 
 @pytest.fixture(scope="session")

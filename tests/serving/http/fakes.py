@@ -1,9 +1,12 @@
 """A model without a bundle, for tests of what surrounds a model: it is slow, broken or replaced when a test says so.
 
-And the server's application without sockets: an httpx2 client that calls it in this process."""
+And the server's application without sockets: an httpx2 client that calls it in this process; and a server process:
+python -m tests.serving.http.fakes STATE_FILE NAME=VALUE ..."""
 
+import ast
 import asyncio
 import json
+import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -18,10 +21,12 @@ import numpy as np
 import pyarrow as pa
 from starlette.applications import Starlette
 
+from featurestore.errors import UserError
 from serving.bundle.log import BundleIdentity
 from serving.errors import BrokenBundleError
 from serving.http.app import Scoring
 from serving.http.live import BundleSource
+from serving.http.workers import serve
 from serving.network import Steps, run_steps
 from serving.scoring.decode import RequestTable, decode
 from serving.scoring.request import RequestColumns, Scored
@@ -163,3 +168,18 @@ def run_with(
             await test(client, scoring)
 
     asyncio.run(run())
+
+
+def main() -> int:
+    """Serve until a signal."""
+    settings = {name: ast.literal_eval(value) for name, value in (word.split("=", 1) for word in sys.argv[2:])}
+    paths = {name: Path(settings[name]) for name in ("tls_cert", "tls_key", "token_file") if name in settings}
+    try:
+        return serve(ServerSettings(model=sys.argv[1], name="ctr", **{"port": 0, **settings, **paths}), fake_source)
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -84,7 +84,7 @@ def fake_server(
 ) -> Iterator[ServerProcess]:
     """A server that answers with the fake model of a state file."""
     words = [f"{name}={value!r}" for name, value in settings.items()]
-    command = [sys.executable, "-m", "tests.serving.http.fake_server", str(state), *words]
+    command = [sys.executable, "-m", "tests.serving.http.fakes", str(state), *words]
     with ended(ServerProcess(command, folder, verify)) as server:
         if ready:
             server.wait_until_ready()

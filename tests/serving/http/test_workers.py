@@ -221,7 +221,7 @@ def test_a_taken_port_is_one_line(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         words = [str(write_state(tmp_path, version=3)), f"port={port}"]
-        command = [sys.executable, "-m", "tests.serving.http.fake_server", *words]
+        command = [sys.executable, "-m", "tests.serving.http.fakes", *words]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
     assert f"error: cannot listen on --host 127.0.0.1 --port {port}: Address already" in done.stderr

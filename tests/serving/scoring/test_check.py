@@ -74,7 +74,7 @@ def test_a_bundle_of_other_vectors_does_not(model: Exported, tmp_path: Path) -> 
 
 
 def test_a_run_in_bfloat16_has_the_tolerance_of_its_roundings(model: Exported, tmp_path: Path) -> None:
-    run = train_run(model.places, "bfloat16", "contents", model__compute_dtype="bfloat16")
+    run = train_run(model.places, "bfloat16", model__compute_dtype="bfloat16")
     url, file = str(tmp_path / "model"), tmp_path / "figures.json"
     export(run, url)
     assert check(url, "--json", file).exit_code == 0

@@ -20,7 +20,7 @@ from tests.serving.scoring.wide import COLUMNS, SCHEMA, decoded, groups, request
 from trainer.samples.columns import decode as decode_file
 from trainer.samples.columns import rules_of
 from trainer.samples.index import Piece
-from trainer.samples.reader import Batch, BatchPosition, assemble
+from trainer.samples.reader import Batch, assemble
 
 TEXTUAL = [name for name, rule in COLUMNS.sources.items() if rule.text]
 
@@ -29,7 +29,7 @@ def of_training(table: pa.Table) -> Batch:
     decoded = decode_file(table, rules_of(SCHEMA), SCHEMA.label, "file", 0)
     every = np.arange(table.num_rows)
     piece = Piece(decoded, every, decoded.sample_offsets[:-1], decoded.sample_offsets[1:])
-    return assemble(SCHEMA, [piece], decoded.num_samples, BatchPosition(0, 0))
+    return assemble(SCHEMA, [piece], decoded.num_samples)
 
 
 def assert_same(found: Batch, expected: Batch) -> None:

@@ -38,8 +38,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "finalmlp": {"model__base": "finalmlp", "model__pooling": "multi_query"},
     "two_tower": {"model__base": "two_tower", "model__pooling": "sum"}
     | {"model__image_dropout": 0.3, "model__id_dropout": 0.3},
-    "contents": {"schema": "contents", "model__shared_image_model": "false", "data__missing": "learned"}
-    | {"model__base": "dcn", "model__pooling": "max"},
+    "contents": {"schema": "contents", "data__missing": "learned"} | {"model__base": "dcn", "model__pooling": "max"},
     "id_proxy": {"model__id_proxy": "true", "model__id_dropout": 0.3, "data__missing": "learned"},
     "exact": {"tables": f"user: {EXACT}, item: {EXACT}, image: 64, category: 16, scene: 16"}
     | {"data__missing": "error", "data__store_version": 1},

@@ -210,8 +210,7 @@ def test_nccl_wants_a_gpu_for_each_rank_of_a_host() -> None:
 def test_a_stopped_rank_that_holds_the_store_is_named(forks: Forks, tmp_path: Path) -> None:
     """As trainer.supervise starts ranks: what they say at the store cannot be heard then."""
     place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
-    stops = Path(__file__).with_name("stops.py")
-    stopped, other = (forks.start_with([{**place, "RANK": rank}], tmp_path / rank, stops) for rank in "01")
+    stopped, other = (forks.start_with([{**place, "RANK": rank}], tmp_path / rank, LONE, "stops") for rank in "01")
     try:
         codes, said = other.wait(100), (tmp_path / "1").read_text()
     finally:
@@ -223,7 +222,7 @@ def test_a_stopped_rank_that_holds_the_store_is_named(forks: Forks, tmp_path: Pa
 
 IMPATIENT, PATIENT = {"PATIENCE_S": "3"}, {"PATIENCE_S": "60"}
 TRAIN = ["-m", "trainer.main", "--set", "run.deadline_s=3"]
-CONNECTS = Path(__file__).with_name("connects.py")
+LONE = Path(__file__).with_name("lone.py")
 
 
 @dataclass(frozen=True)
@@ -260,8 +259,8 @@ def ranks_of_horovod() -> Iterator[list[Variables]]:
 
 
 def horovod_hangs(ranks: Ranks) -> str:
-    with ranks_of_horovod() as (first, second), ranks.started({**first, **IMPATIENT, "STOPS": "1"}, CONNECTS):
-        return ranks.said_by({**second, **IMPATIENT}, CONNECTS, code=7)
+    with ranks_of_horovod() as (first, second), ranks.started({**first, **IMPATIENT, "STOPS": "1"}, LONE, "connects"):
+        return ranks.said_by({**second, **IMPATIENT}, LONE, "connects", code=7)
 
 
 def horovod_nobody(ranks: Ranks) -> str:
@@ -347,8 +346,8 @@ def test_horovod_a_rank_that_dies_after_they_connected_is_one_line(ranks: Ranks)
     """Collectives cannot even begin then."""
     with (
         ranks_of_horovod() as (first, second),
-        ranks.started({**first, **PATIENT}, CONNECTS),
-        ranks.started({**second, **PATIENT}, CONNECTS) as (rank, log),
+        ranks.started({**first, **PATIENT}, LONE, "connects"),
+        ranks.started({**second, **PATIENT}, LONE, "connects") as (rank, log),
     ):
         codes = rank.wait(100)
     (said,) = [line for line in log.read_text().splitlines() if "LostRankError" in line]

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from featurestore.lookup.partition import FeaturePartition
 from tests.trainer.engine.drawn import drawn_store
 from trainer.comm import SoloComm
-from trainer.config import ExactTableConfig, IdOptimizer, ModelConfig, OptimConfig, Pooling
+from trainer.config import Config, ExactTableConfig, IdOptimizer, ModelConfig, OptimConfig, Pooling
 from trainer.engine.engine import Engine
 from trainer.samples.reader import Batch, Jagged
 from trainer.schema import Field, Schema
@@ -141,8 +141,9 @@ def engine_of(partition: FeaturePartition) -> Callable[..., Engine]:
     def make(model: dict[str, Any], optim: OptimConfig | None = None) -> Engine:
         tables = {"user": 64, "item": 64, "place": 8}
         sizes = {"mlp": [6, 6], "embed_hidden": [6], "visual_width": 4, "id_width": 4, "attention_hidden": 4}
-        config = ModelConfig(**{"tables": tables, **sizes, "compute_dtype": "float32", **model})
-        return Engine(SoloComm(), SCHEMA, {"images": partition}, config, optim or OptimConfig(lr=0.01), seed=0)
+        settings = ModelConfig(**{"tables": tables, **sizes, "compute_dtype": "float32", **model})
+        config = Config(model=settings, optim=optim or OptimConfig(lr=0.01))
+        return Engine(SoloComm(), SCHEMA, {"images": partition}, config)
 
     return make
 

@@ -14,7 +14,7 @@ import torch
 
 from featurestore.lookup import VARIABLE, dtype_of_machine
 from tests.cli import invoke
-from tests.trainer import frozen
+from tests.running import spared
 from tests.trainer.conftest import Places
 from trainer.comm import SoloComm
 from trainer.comm.horovod import WITHOUT_NCCL
@@ -196,7 +196,7 @@ def test_gpus_are_named_with_their_model(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.fixture
 def nothing_frozen(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let go of what tests/conftest.py has frozen for all tests."""
-    monkeypatch.setattr(gc, "get_freeze_count", frozen.count)
+    monkeypatch.setattr(gc, "get_freeze_count", spared.count_frozen)
     monkeypatch.setattr(gc, "collect", lambda: 0)  # to look at all that the tests hold takes a second
     gc.disable()
     gc.unfreeze()

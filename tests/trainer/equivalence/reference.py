@@ -42,7 +42,6 @@ class Reference:
         initial = known["initial"]
         self.scenario, self.config = scenario, scenario.config(dtype)
         self.dtype = getattr(torch, dtype)
-        self.shared = self.config.shared_image_model
         id_width = 1 if self.config.base == "lr" else self.config.id_width
         self.shapes = {
             name: shape_of(name, id_width, table, self.config.table_shards)
@@ -121,11 +120,10 @@ class Reference:
     def visual(self, key: int, field: str, store_name: str) -> Tensor:
         """E on the feature of one image or text."""
         store = f"stores.{store_name}"
-        name = "shared" if self.shared else field
         feature_of = self.feature_of[store_name]
         if key not in feature_of:
             if self.scenario.missing == "learned":
-                return self.dense[f"{store}.no_image.{name}"]
+                return self.dense[f"{store}.no_image"]
             return torch.zeros(self.width_of_content(field), dtype=self.dtype)
         hidden = feature_of[key]
         if self.scenario.standardized:
@@ -134,7 +132,7 @@ class Reference:
                 std = (sum(each**2 for each in std) / len(std)) ** 0.5
             hidden = (hidden - mean) / std
         for layer in range(3):
-            at = f"{store}.models.{name}"
+            at = f"{store}.model"
             weight, bias = self.dense[f"{at}.layers.{layer}.weight"], self.dense[f"{at}.layers.{layer}.bias"]
             hidden = weight @ hidden + bias
             if layer < 2:

@@ -136,9 +136,7 @@ SCENARIOS = {
     # With biases: those that begin at 0 and get hardly a gradient would be mostly rounding in float32.
     "both_attentive": Scenario({"images": "both"}, biased=True, standardized=True, dtypes=("float64", "float32")),
     # Vectors of two widths: two alltoalls of vectors in one step.
-    "two_widths_two_models": Scenario(
-        {"images": "both", "visual_width": 3, "shared_image_model": False}, deal="starve"
-    ),
+    "two_widths": Scenario({"images": "both", "visual_width": 3}, deal="starve"),
     "sum_rank_without_data": Scenario(
         {"images": "both", "pooling": "sum"}, deal="starve", dtypes=("float64", "float32")
     ),
@@ -193,7 +191,6 @@ SCENARIOS = {
         deal="starve",
         one_shard=True,
     ),
-    "two_models": Scenario({"shared_image_model": False}, missing="learned", lacking=True, standardized=True),
     "id_proxy": Scenario({"images": "both", "id_proxy": True, "id_dropout": 0.4}, words=True, deal="starve"),
     "id_proxy_image_dropout_texts": Scenario(
         {"id_proxy": True, "image_dropout": 0.3, "id_init_std": 1e-4}, texts=True, most_ranks=2
@@ -210,7 +207,7 @@ SCENARIOS = {
     "image_dropout_two_towers": Scenario(
         {"base": "two_tower", "image_dropout": 0.4, "id_init_std": 1e-4}, most_ranks=2
     ),
-    "missing_learned": Scenario({"images": "both", "shared_image_model": False}, missing="learned", lacking=True),
+    "missing_learned": Scenario({"images": "both"}, missing="learned", lacking=True, standardized=True),
     # Every aggregator and base net; histories are empty, short, and longer than pooling_length.
     "concat": Scenario({"pooling": "concat", "pooling_length": 3}, most_ranks=2),
     "max": Scenario({"pooling": "max"}, most_ranks=2),
@@ -227,7 +224,7 @@ SCENARIOS = {
     "dcn": Scenario({"base": "dcn", "pooling": "mean", "cross_layers": 2}, deal="starve", most_ranks=2),
     "texts": Scenario({"pooling": "multi_query"}, texts=True, standardized=True, most_ranks=2),
     "texts_missing": Scenario(
-        {"base": "din", "shared_image_model": False, "pooling": "sum"},
+        {"base": "din", "pooling": "sum"},
         texts=True,
         missing="learned",
         lacking=True,
@@ -277,7 +274,7 @@ SCENARIOS |= {
 FEW = (
     "both_attentive/float64",
     "both_attentive/float32",
-    "two_widths_two_models/float64",
+    "two_widths/float64",
     "sum_rank_without_data/float64",
     "one_owner/float64",
     "adam_rank_without_data/float64",

@@ -151,7 +151,7 @@ def test_ranks_equal_one_process(
 
 def _collectives(name: str) -> list[str]:
     """List those of a step: two forward and one backward, and those of layers that take statistics."""
-    widths = {"two_widths_two_models": [3, 5], "lr_ids_only": [1], "lr": [1, 5]}.get(name, [5])
+    widths = {"two_widths": [3, 5], "lr_ids_only": [1], "lr": [1, 5]}.get(name, [5])
     widths = [3, 5] if "texts" in name else widths
     dense = ("model",) if SCENARIOS[name].model.get("images") == "none" else ("model", "stores")
     names = ["keys", *(f"vectors.{width}" for width in widths), *(f"gradients.{width}" for width in widths)]

@@ -26,6 +26,7 @@ from featurestore import FeatureStore
 from featurestore.format.statistics import FeatureStatistics
 from featurestore.lookup.partition import FeaturePartition
 from trainer.comm import Comm, connect
+from trainer.config import Config, RunConfig, TrainConfig
 from trainer.engine.engine import Engine
 from trainer.errors import DataError
 from trainer.models.ctr import CtrModel
@@ -67,19 +68,15 @@ def engine_of(
     urls = urls_of(store, scenario)
     partitions = {name: partition_of(url, comm.rank, comm.size, scenario.missing) for name, url in urls.items()}
     statistics = {name: statistics_of(url) for name, url in urls.items()}
+    config = Config(
+        model=scenario.config(dtype),
+        optim=scenario.optim,
+        train=TrainConfig(seed=SEED),
+        run=RunConfig(features_on_device=held or "auto"),
+    )
+    known = statistics if scenario.standardized else None
     with patch.object(CtrModel, "starts_by_xavier", not scenario.biased):
-        return Engine(
-            comm,
-            scenario.schema,
-            partitions,
-            scenario.config(dtype),
-            scenario.optim,
-            seed=SEED,
-            statistics=statistics if scenario.standardized else None,
-            device=device,
-            dtype=getattr(torch, dtype),
-            features_on_device=held or "auto",
-        )
+        return Engine(comm, scenario.schema, partitions, config, statistics=known, device=device)
 
 
 def run(

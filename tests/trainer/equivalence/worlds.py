@@ -17,7 +17,7 @@ from featurestore.keys import shard_of
 from featurestore.upkeep.remake import remake
 from trainer.samples.columns import bucket_ids, decode, dense_values, rules_of
 from trainer.samples.index import Piece
-from trainer.samples.reader import Batch, BatchPosition, Jagged, assemble
+from trainer.samples.reader import Batch, Jagged, assemble
 from trainer.schema import Schema
 
 
@@ -242,7 +242,7 @@ def batch_of_file(samples: list[Sample], global_batch: list[Sample], schema: Sch
     }
     read = decode(pa.table(columns), rules_of(schema), schema.label, "words.parquet", 0)
     piece = Piece(read, np.arange(len(groups)), read.sample_offsets[:-1], read.sample_offsets[1:])
-    batch = assemble(schema, [piece], len(global_batch), BatchPosition(0, 0))
+    batch = assemble(schema, [piece], len(global_batch))
     return replace(batch, place_B=np.array([global_batch.index(sample) for sample in samples], np.int64))
 
 

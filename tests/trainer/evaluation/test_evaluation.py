@@ -2,11 +2,12 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -17,11 +18,14 @@ from tests.pages import check_page
 from tests.ranks import StandingRanks
 from tests.trainer.conftest import Places, make_places
 from tests.trainer.whole_runs import alike, run_alone
+from trainer.config import load_saved
 from trainer.evaluate import app
+from trainer.evaluation import bootstrap
 from trainer.evaluation.bootstrap import METRICS
 from trainer.evaluation.predict import predict_run
 from trainer.evaluation.report import METRIC_TITLES, number
 from trainer.runs.folder import find_checkpoint
+from trainer.samples.survey import write_part
 
 pytestmark = [pytest.mark.long, pytest.mark.usefixtures("undrawn")]  # they train whole runs; `evaluated` draws
 
@@ -40,6 +44,20 @@ def evaluate(run: Path, *options: Any, code: int = 0) -> str:
 def report_of(folder: Path) -> dict[str, Any]:
     report: dict[str, Any] = json.loads((folder / "report.json").read_text())
     return report
+
+
+def of_tests(run: Path, column: str) -> list[Any]:
+    """The values of a column of the run's test samples."""
+    table = pq.read_table(Path(load_saved(run / "config.yaml").data.samples) / "test", partitioning=None)
+    return table[column].to_pylist()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_users_count() -> Iterator[None]:
+    """Measure slices of this file's few users too."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(bootstrap, "LEAST_USERS_OF_SLICE", 1)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +117,32 @@ class TestReport:
             assert len(sliced["slices"]) > 1
         assert set(report["sliced_by"]["image"]["slices"]) == {"known", "new", "missing"}
         assert sum(each["impressions"] for each in report["reliability"]) == report["whole"]["impressions"]
+
+    def test_slices_by_a_column_are_named_as_the_logs_name_its_values(
+        self, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(bootstrap, "LEAST_USERS_OF_SLICE", 30)
+        categories = set(np.concatenate(of_tests(run, "ad_category")).tolist())
+        named = {int(number): f"shelf {number}" for number in sorted(categories)[1:]}
+        write_part(run / "ids.parquet", named)
+        evaluate(run, "--bootstrap", 0, "--by", "category", "--by", "user", "--out", tmp_path)
+        (run / "ids.parquet").unlink()
+        by = report_of(tmp_path)["sliced_by"]
+        found = by["by category"]["slices"]
+        assert set(found) == {*named.values(), str(min(categories))}
+        assert [each["impressions"] for each in found.values()] == sorted(
+            (each["impressions"] for each in found.values()), reverse=True
+        )
+        users = set(of_tests(run, "user"))
+        assert len(users) > 21 and f"{len(users) - 20} others" in by["by user"]["slices"]
+        first = next(iter(by["by user"]["slices"].values()))
+        assert first["users"] == 1 and all(each["value"] is None for each in first["metrics"].values())
+
+    def test_a_column_to_cut_by_has_one_id_a_row(self, run: Path) -> None:
+        for name in ("behavior_item", "nothing"):
+            assert f"--by {name}: the schema has no such field of one id a row; it has user, " in evaluate(
+                run, "--by", name, code=2
+            )
 
     def test_the_plot_is_a_picture_of_something(self, evaluated: Path) -> None:
         (path,) = evaluated.glob("*.png")
@@ -226,7 +270,10 @@ def test_a_page_that_cannot_be_written_is_refused_by_all_ranks(
     assert other_code != 0 and "error" not in other_out
 
 
-def test_two_ranks_equal_one(run: Path, tmp_path: Path, two_ranks_of_each: StandingRanks) -> None:
+def test_two_ranks_equal_one(
+    run: Path, tmp_path: Path, two_ranks_of_each: StandingRanks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bootstrap, "LEAST_USERS_OF_SLICE", 30)  # as in the ranks
     options = (str(run), "--bootstrap", "50", "--out")
     assert " impressions, 1 rank\n" in invoke(app, *options, tmp_path / "one", code=0).stdout
     text = two_ranks_of_each.run("-m", "trainer.evaluate", *options, tmp_path / "two", "--html", tmp_path / "page.html")

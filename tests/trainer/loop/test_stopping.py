@@ -17,7 +17,7 @@ from trainer.engine.engine import Engine
 from trainer.errors import ConfigError, TrainerError
 from trainer.evaluation import predict
 from trainer.loop import training as train_module
-from trainer.loop.training import StoppedError, best_step, has_ended, has_finished, metrics_of
+from trainer.loop.training import StoppedError, best_step, has_ended, has_finished, metrics_of, num_plateaus
 from trainer.runs.checkpoint import read_state
 from trainer.runs.folder import find_checkpoint
 from trainer.runs.open import with_validation
@@ -49,6 +49,10 @@ class TestDecision:
     )
     def test_patience(self, gaucs: list[float], patience: int | None, ended: bool) -> None:
         assert has_ended(_history(*gaucs), patience) is ended
+
+    def test_plateaus_are_evaluations_whose_auc_is_no_better_than_all_before(self) -> None:
+        assert num_plateaus([]) == 0
+        assert num_plateaus([{"auc": auc} for auc in (0.5, 0.7, 0.7, None, 0.6, 0.65, 0.8)]) == 3
 
     def test_a_gauc_that_is_not_defined(self) -> None:
         with pytest.raises(TrainerError, match="goes by GAUC, which the evaluation after step 20 has not"):
@@ -198,13 +202,16 @@ def test_what_is_left_to_do_of_a_run_with_a_report(changes: dict[str, Any], fini
 
 @contextlib.contextmanager
 def _scored(*gaucs: float) -> Iterator[list[int]]:
-    """Let the first evaluations find these GAUCs, within the block; gives the impressions that each one measured."""
-    script, measured = iter(gaucs), list[int]()
+    """Let the first evaluations find these GAUCs, within the block; gives the impressions that each one measured.
+
+    Each has a lower AUC than the one before, so that rates fall.
+    """
+    script, measured = ({"gauc": gauc, "auc": 0.9 - n / 10} for n, gauc in enumerate(gaucs)), list[int]()
 
     def scored(*given: Any) -> Any:
         metrics = predict.evaluate(*given)
         measured.append(int(metrics["impressions"] or 0))
-        return metrics | {"gauc": next(script, metrics["gauc"])}
+        return metrics | next(script, {})
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("trainer.loop.training.evaluate", scored)

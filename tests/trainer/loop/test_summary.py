@@ -79,7 +79,7 @@ def test_a_run_without_a_place_for_figures_is_trained_to_its_end(places: Any, tm
     assert json.loads((tmp_path / "a" / "report.json").read_text())["global_step"] == 3
 
 
-STEP = StepResult(loss=0.5, num_samples=100, num_references=0, learning_rate=0.1)
+STEP = StepResult(loss=0.5, num_samples=100, learning_rate=0.1)
 
 
 def totals_of(*seconds: float) -> StepTotals:

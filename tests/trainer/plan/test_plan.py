@@ -33,14 +33,11 @@ from trainer.planner import (
     NetworkSpeed,
     PlanQuestion,
     RankPlan,
-    StepCost,
     StoredBytes,
     Widths,
-    advise,
     build,
     bytes_by_part,
     duration,
-    even_shards,
     rates_of,
     recommend,
     sample,
@@ -95,11 +92,6 @@ class TestCost:
         two = dataclasses.replace(NETWORK, ranks_per_machine=2)
         # Two thirds of what a rank sends leave the machine, over half of its link.
         assert two.alltoall_s(4, 3e6) == pytest.approx(1e-3 + 3 * 1e-4 + 2e6 / 0.5e9 + 1e6 / 5e9)
-
-
-def test_even_shards() -> None:
-    assert even_shards(8) == 8
-    assert even_shards(20) == 256  # 13 shards of 12.8; of 128 shards some ranks have 7 of 6.4
 
 
 class TestDraws:
@@ -212,20 +204,6 @@ class TestBuild:
         assert alone.efficiency == 1
         assert many.efficiency == pytest.approx(alone.cost.seconds / many.cost.seconds / 20)
         assert many.epoch_s == pytest.approx(1e3 * many.cost.seconds)
-
-    def test_advice(self) -> None:
-        def row_of(skew: float, decoded: float = 65.0) -> RankPlan:
-            keys = KeyCounts(100, 2_000, 100 * skew)
-            counts = BatchCounts(1_000, 20, decoded, keys, dataclasses.replace(keys, owned=100.0))
-            cost = StepCost(1.0, 1.0, {}, {})
-            return RankPlan(20, counts, MACHINE, cost, 1.0, 1.0, rank_bytes=6e9, machine_bytes=1e10)
-
-        assert advise(row_of(1.04), self.STORED) == []
-        (uneven,) = advise(row_of(1.25), self.STORED)
-        assert "25% more images" in uneven and "as 64 shards do not divide evenly" in uneven
-        assert uneven.endswith("--num-shards 256.")
-        (sharing,) = advise(row_of(1.0, decoded=200.0), self.STORED)
-        assert "a rank decodes 4 times its own samples" in sharing
 
     def test_more_ranks_that_are_slower_are_told(self) -> None:
         def counts_of(ranks: int) -> BatchCounts:

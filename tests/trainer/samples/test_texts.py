@@ -29,9 +29,10 @@ from trainer.samples import columns, survey
 from trainer.samples.columns import rules_of
 from trainer.samples.index import known_ads, open_index
 from trainer.samples.reader import Batch, SampleReader
-from trainer.samples.survey import IDS_FILE, IdDictionary, write_dictionary
+from trainer.samples.survey import IdDictionary, write_dictionary
 from trainer.schema import Field, Schema, load_schema
 from trainer.schema.__main__ import app
+from trainer.schema.fields import IDS_FILE
 
 SCHEMA = load_schema()
 COLUMNS = ("user", "ad_item", "behavior_item", "ad_image", "behavior_image", "ad_scene")
@@ -278,6 +279,25 @@ def test_a_run_that_takes_id_rows_takes_their_texts(run: Path, wordy: Places, tm
 
 
 @pytest.mark.long
+def test_a_run_takes_the_texts_next_to_its_samples(wordy: Places, tmp_path: Path) -> None:
+    """Those of samples that were made of logs, whose files have the hashes alone."""
+    samples = tmp_path / "samples"
+    shutil.copytree(wordy.folder / "samples", samples)
+    rewrite(samples, partial(as_numbers))
+    beside = {hashed("of the logs"): "of the logs", hashed(written("item", 3)): written("item", 3)}
+    survey.write_part(samples / IDS_FILE, beside)
+    assert written_to(tmp_path, wordy, samples=samples)
+    assert entries(tmp_path).items() >= beside.items()
+    of_run, of_samples = IdDictionary.of_run(tmp_path), IdDictionary.of_samples(Storage(samples))
+    survey.write_part(samples / IDS_FILE, {hashed("newer"): "newer"})
+    wanted = {hashed("newer"): "newer", hashed("of the logs"): "of the logs"}
+    assert survey.texts_of_ids([*wanted, 17, 2**70], (of_run, of_samples, None)) == wanted
+    pq.write_table(pa.table({"id": [1], "text": ["one"]}), samples / IDS_FILE)
+    with pytest.raises(DataError, match=r"ids\.parquet is not a dictionary of IDs"):
+        written_to(tmp_path, wordy, samples=samples)
+
+
+@pytest.mark.long
 def test_a_run_that_goes_on_from_another_folder_takes_its_texts(run: Path, wordy: Places) -> None:
     """Also where a third run has left its own dictionary in the new folder; a warm start's texts stay through both."""
     first = run.parent / "with-rows-of-before"
@@ -308,8 +328,8 @@ def test_lookup_goes_both_ways(run: Path, wordy: Places) -> None:
         f"{hashed(text)}  {text}",
         f"{hashed(pair)}  {pair}",
         f"{hashed(pair)}  {pair}",
-        f"{hashed('nothing')}  not in the training samples as a text",
-        "17  not in the training samples as a text",
+        f"{hashed('nothing')}  not in it as a text",
+        "17  not in it as a text",
     ]
     first = sorted(expected(wordy).items())[:10]
     assert said("lookup", run).splitlines()[1:] == [f"{number}  {text}" for number, text in first]

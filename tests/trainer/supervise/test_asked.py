@@ -12,11 +12,12 @@ from unittest import mock
 
 import pytest
 
+from featurestore.errors import StorageError
 from featurestore.published.paths import run_path
 from featurestore.storage.storage import Storage
 from tests.trainer.runs import saved
 from trainer.comm import SoloComm
-from trainer.errors import ConfigError, TrainerError
+from trainer.errors import ConfigError
 from trainer.hosts import (
     AGENT,
     HostSlots,
@@ -143,27 +144,23 @@ def test_commands_that_cannot_be_supervised(words: list[str], message: str) -> N
         parse_command(words)
 
 
-def test_one_supervisor_for_a_run(tmp_path: Path) -> None:
-    with claimed(tmp_path / "runs" / "a"):
-        held = r"a is supervised already, by process \d+ on .*; end that first"
-        with pytest.raises(ConfigError, match=held), claimed(tmp_path / "runs" / "a"):
-            pass
-        with claimed(tmp_path / "runs" / "b"):
-            pass
-    with claimed(tmp_path / "runs" / "a"):
-        pass
+def test_a_run_whose_place_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(TrainerError, match="cannot be written"), claimed(tmp_path / "file" / "a"):
+    with pytest.raises(StorageError, match="file is a file: a folder is needed here"), claimed(tmp_path / "file" / "a"):
         pass
 
 
-def test_one_supervisor_for_a_run_on_an_object_store(s3_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = run_path(f"{s3_url}/runs/a")
-    claims, elsewhere = Storage(f"{s3_url}/runs/.a.supervised"), b"process 1 on another-machine"
+@pytest.mark.parametrize("place", ["disk", pytest.param("object store", marks=pytest.mark.services)])
+def test_one_supervisor_for_a_run(
+    place: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = str(tmp_path) if place == "disk" else request.getfixturevalue("s3_url")
+    run = run_path(f"{url}/runs/a")
+    claims, elsewhere = Storage(f"{url}/runs/.a.supervised"), b"process 1 on another-machine"
     first, second = (f"{number:020}" for number in (1, 2))
     with claimed(run):
         assert claims.list() == [first]
-        with claimed(run_path(f"{s3_url}/runs/b")):
+        with claimed(run_path(f"{url}/runs/b")):
             pass
     assert claims.list() == [first] and claims.read_bytes(first) == b"", "it is given back"
     claims.write_bytes(first, elsewhere)

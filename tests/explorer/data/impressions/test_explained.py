@@ -1,8 +1,11 @@
 """Scores on the pages are those of jobs/score.py, and each "what if" is the score of samples that really are so."""
 
+import gc
 import json
 import shutil
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +28,17 @@ from explorer.data.impressions.groups import PictureName
 from explorer.data.impressions.impression_list import score_first
 from explorer.data.impressions.open_runs import TrainedRuns
 from explorer.errors import ExplorerError, NotHereError
+from explorer.places import Places as ShownPlaces
 from featurestore.store import FeatureStore
-from tests.serving.scoring.variants import GONE, TABLES
+from tests.explorer.world import World
+from tests.serving.scoring.variants import GONE, TABLES, shared_places
+from tests.serving.scoring.variants import trained as trained_variant
 from tests.trainer.conftest import Places
 from tests.trainer.whole_runs import run_alone
 from trainer.comm import SoloComm
 from trainer.evaluation.predict import predict, predict_run, score_run
 from trainer.runs.saved import RunSource, open_source
+from trainer.samples.survey import write_part
 from trainer.schema import DEFAULT_SCHEMA
 
 pytestmark = pytest.mark.long
@@ -48,6 +55,28 @@ GROUPS = (2, 7, 31)
 def of_kinds(*kinds: str) -> pytest.MarkDecorator:
     """Parametrize by runs: pytest puts all tests of a run side by side, while it is open."""
     return pytest.mark.parametrize("kind", kinds, scope="module")
+
+
+@pytest.fixture(scope="session")
+def sample_places(tmp_path_factory: pytest.TempPathFactory) -> Places:
+    """Samples with a column of every kind, and two feature stores."""
+    return shared_places(tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def trained(sample_places: Places) -> Trained:
+    """Trains a run of tests/serving/scoring/variants.py when it is first asked for; gives its folder."""
+    return cache(lambda name: trained_variant(sample_places, name))
+
+
+@pytest.fixture(scope="module")
+def runs(sample_places: Places) -> Iterator[TrainedRuns]:
+    """The runs that have been trained so far, of which the last two stay open."""
+    folder = sample_places.folder
+    (folder / "runs").mkdir(exist_ok=True)
+    opened = TrainedRuns(ShownPlaces(runs=str(folder / "runs"), store=str(folder / "features")))
+    yield opened
+    opened.close()
 
 
 def rows_of(places: Places) -> pa.Table:
@@ -90,6 +119,20 @@ def test_scores_are_those_of_the_job(
         assert [each.score.probability for each in explanation.candidates] == pytest.approx(
             expected["probability"].to_numpy()[here].tolist(), abs=TOLERANCE
         )
+
+
+@of_kinds("lr")
+def test_ads_are_named_as_the_logs_name_them(kind: str, trained: Trained, runs: TrainedRuns) -> None:
+    run = trained(kind)
+    with runs.use(kind) as opened:
+        ads = [each.ad for each in explain(opened, GROUPS[0]).candidates]
+        assert ads[0].isdecimal()
+        write_part(run / "ids.parquet", {int(ads[0]): "SKU-10195", 13: "eva"})
+        found = explain(opened, GROUPS[0])
+        texts = opened.texts([13, "13", 14])
+        (run / "ids.parquet").unlink()
+    assert [each.ad for each in found.candidates] == ["SKU-10195" if each == ads[0] else each for each in ads]
+    assert texts == ["eva", "13", "14"]
 
 
 @of_kinds("lr", "contents", "id_proxy", "images_none", "exact")
@@ -309,3 +352,18 @@ def test_what_is_not_there(trained: Trained, runs: TrainedRuns) -> None:
                 explain(opened, number, ad)
     with pytest.raises(NotHereError), runs.use("nobody"):
         pass
+
+
+def test_a_closed_run_leaves_no_tables_also_where_something_refers_to_it(world: World) -> None:
+    """Without the garbage collector, which may come an hour later; pages refer to the runs that they show."""
+    runs = TrainedRuns(world.places())
+    gc.disable()
+    try:
+        with runs.use("both") as opened:
+            tables = [weakref.ref(table) for table in opened.trained.engine.tables.values()]
+            assert tables and all(table() is not None for table in tables)
+        runs.close()
+        assert all(table() is None for table in tables)
+        assert opened.sees_images
+    finally:
+        gc.enable()

@@ -32,8 +32,7 @@ from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.expiry import expire
 from featurestore.upkeep.history import diff, move_channel, pin, read_pins, remove_channel, restore, unpin
 from featurestore.upkeep.verify import verify
-from tests.featurestore.staged import build_shard
-from tests.metadata import metadata_of
+from tests.featurestore.staged import build_shard, metadata_of
 
 URIS = st.lists(st.sampled_from([f"u{i}" for i in range(12)]), max_size=6)
 AGE_S = 30 * 86400.0

@@ -337,9 +337,9 @@ def check_death(
 
 @pytest.mark.services
 @EVERY
-@pytest.mark.parametrize("work", ["put", "purge", pytest.param("remake", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("work", ["purge", *(pytest.param(each, marks=pytest.mark.slow) for each in ("put", "remake"))])
 def test_on_s3(work: str, every: bool, s3_url: str, info: StoreInfo, make_rows: Any) -> None:
-    """At the last write of each name, or at each."""
+    """At the last write of each name, or at each. A purge writes data, commits, and deletes."""
     before = FeatureStore.create(f"{s3_url}/before", info.model_copy(update={"num_shards": 1}))
     WORKS[work].prepare(before, make_rows)
     files = {each.path: before.storage.read_bytes(each.path) for each in before.storage.entries()}

@@ -1,0 +1,163 @@
+"""Logs in tables of Delta, Iceberg and Lance: samples are those of the same rows in plain files."""
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import yaml
+from tests.pipeline.samples.own import Shop
+
+from featurestore.storage.storage import Storage
+from pipeline.options import SampleOptions
+from pipeline.samples.added import add_days
+from pipeline.samples.requests import requests_of_log
+from tests.cli import invoke
+from tests.pipeline.samples.rows import DAY_S, START_S, all_bytes, read
+from trainer.errors import DataError
+from trainer.schema import __main__ as schema_command
+from trainer.schema.lakes import PACKAGES, Kind, versions_of
+
+MAPPING: dict[str, Any] = {
+    "impressions": {"files": "shown", "ad": {"price": "dense"}},
+    "behaviors": "clicks",
+    "join": {"item": {"files": "products", "column": "sku"}},
+}
+PRODUCTS = pa.table({"sku": ["a", "b"], "price": [1.5, 2.5]})
+Write = Callable[[Path, list[pa.Table]], None]
+
+
+def shown(days: int) -> pa.Table:
+    """Impressions of two users, some on each day."""
+    rows = range(12 * days)
+    return pa.table(
+        {
+            "timestamp": pa.array([START_S + DAY_S * (n // 12) + 600 * (n % 12) for n in rows], pa.int64()),
+            "user": [f"user {n % 2}" for n in rows],
+            "item": ["ab"[n % 3 % 2] for n in rows],
+            "image": [f"{n % 3}.jpg" for n in rows],
+            "label": pa.array([int(n % 4 == 0) for n in rows], pa.int64()),
+        }
+    )
+
+
+def write_lance(place: Path, versions: list[pa.Table]) -> None:
+    import lance
+
+    for table in versions:
+        lance.write_dataset(table, str(place), mode="overwrite")
+
+
+def write_delta(place: Path, versions: list[pa.Table]) -> None:
+    from deltalake import write_deltalake
+
+    for table in versions:
+        write_deltalake(str(place), table, mode="overwrite")
+
+
+def write_iceberg(place: Path, versions: list[pa.Table]) -> None:
+    from pyiceberg.catalog import load_catalog
+
+    where = {"uri": f"sqlite:///{place.parent.parent}/{place.name}.db", "warehouse": f"file://{place.parent.parent}"}
+    catalog = load_catalog("shop", type="sql", **where)
+    catalog.create_namespace(place.parent.name)
+    made = catalog.create_table(
+        f"{place.parent.name}.{place.name}", schema=versions[0].schema, location=f"file://{place}"
+    )
+    for table in versions:
+        made.overwrite(table)
+
+
+WRITERS: dict[Kind, tuple[Write, str]] = {
+    "Lance": (write_lance, "version 2"),
+    "Delta": (write_delta, "version 1"),
+    "Iceberg": (write_iceberg, "snapshot "),
+}
+
+
+@pytest.fixture(params=list(WRITERS))
+def lake(request: pytest.FixtureRequest, shop: Shop) -> Shop:
+    """A shop whose logs and products are tables of one kind, with rows that were removed."""
+    kind: Kind = request.param
+    pytest.importorskip(PACKAGES[kind][0], reason=f"{PACKAGES[kind][1]} is not installed")
+    write, _ = WRITERS[kind]
+    (shop.folder / "logs").mkdir(exist_ok=True)
+    write(shop.folder / "logs" / "shown", [shown(1).slice(0, 5), shown(2)])
+    write(shop.folder / "logs" / "products", [PRODUCTS])
+    return shop
+
+
+@pytest.fixture
+def plain(shop: Shop) -> Shop:
+    """The same rows in plain files."""
+    other = dataclasses.replace(shop, folder=shop.folder / "plain")
+    other.put("shown/a.parquet", shown(2))
+    other.put("products/a.parquet", PRODUCTS)
+    return other
+
+
+def kind_of(request: pytest.FixtureRequest) -> Kind:
+    kind: Kind = request.node.callspec.params["lake"]
+    return kind
+
+
+def test_samples_are_those_of_plain_files(lake: Shop, plain: Shop, request: pytest.FixtureRequest) -> None:
+    found, summary = lake.build(MAPPING)
+    expected, of_files = plain.build(MAPPING)
+    assert found == expected and {price for row in found for price in row["ad_price"]} == {1.5, 2.5}
+    kind = kind_of(request)
+    assert summary["tables"].keys() == {"shown", "products"} and "tables" not in of_files
+    assert summary["tables"]["shown"].startswith(f"{kind}, {WRITERS[kind][1]}")
+    assert versions_of(Storage(lake.folder / "samples")) == summary["tables"]
+    assert versions_of(Storage(plain.folder / "samples")) == {} == versions_of(Storage(plain.folder))
+    assert not list(lake.folder.glob(".crossmedia-tables-*"))
+
+
+def test_a_day_is_added_from_the_newest_version(lake: Shop, plain: Shop, request: pytest.FixtureRequest) -> None:
+    kind = kind_of(request)
+    if kind == "Iceberg":
+        pytest.skip("its catalog is another for each writer of this test")
+    lake.build(MAPPING)
+    WRITERS[kind][0](lake.folder / "logs" / "shown", [shown(3)])
+    plain.put("shown/a.parquet", shown(3))
+    add_days(SampleOptions(samples=str(lake.folder / "samples"), since="2026-01-01"), lake.client)
+    expected, _ = plain.build(MAPPING)
+    assert read(lake.folder / "samples") == expected
+    assert versions_of(Storage(lake.folder / "samples"))["shown"] == f"{kind}, version {2 if kind == 'Delta' else 3}"
+    assert all_bytes(lake.folder / "samples" / "train") == all_bytes(plain.folder / "samples" / "train")
+
+
+def test_rows_to_score_take_columns_of_a_joined_table(lake: Shop) -> None:
+    lake.build(MAPPING)
+    rows = requests_of_log(shown(1), shown(1), str(lake.folder / "samples")).to_pylist()
+    assert len(rows) == 12 and {row["ad_price"][0] for row in rows} == {1.5, 2.5}
+
+
+def test_a_first_mapping_names_the_tables(lake: Shop, shop: Shop) -> None:
+    shop.put("more.csv", "sku,weight\na,1.5\nb,2\n")
+    for place, tables in (("logs", {"shown", "products"}), ("logs/shown", {"shown"})):
+        text = invoke(schema_command.app, "inspect", shop.folder / place, code=0).stdout
+        mapping = yaml.safe_load(text)
+        assert mapping["impressions"]["files"] == "shown" and "--logs " + str(shop.folder / "logs") + " " in text
+        assert {each["files"] for each in mapping.get("join", {}).values()} <= {*tables, "more.csv"}
+    lake.build(mapping)
+
+
+def test_without_its_package_a_table_is_named(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    shop.put("products/a.parquet", PRODUCTS)
+    shop.put("shown/_delta_log/0.json", "{}")
+    monkeypatch.setitem(sys.modules, "deltalake", None)
+    with pytest.raises(DataError, match=r"shown is a table of Delta, which needs a package: pip install deltalake"):
+        shop.build(MAPPING)
+    assert not list(shop.folder.glob(".crossmedia-tables-*"))
+
+
+def test_a_damaged_table_is_named(shop: Shop) -> None:
+    pytest.importorskip("lance")
+    shop.put("products/a.parquet", PRODUCTS)
+    shop.put("shown/_versions/1.manifest", "nothing")
+    with pytest.raises(DataError, match=r"shown, a table of Lance, cannot be read: "):
+        shop.build(MAPPING)
