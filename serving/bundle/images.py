@@ -179,14 +179,18 @@ class ChangedImages:
         added, replaced = new[num_same:], old[num_same:]
         if not added and not replaced:
             return iter(()), _NO_KEYS
-        if self.mirrored is not None and not replaced:
+        if self.mirrored is None:
+            return map(self._rows, self.newest.shard_reader(shard).live_tables([KEY, URI, FEATURE])), _NO_KEYS
+        if not replaced:
             return self._appended(added)
         live = self.newest.shard_reader(shard).keys()
-        touched = live
-        if self.mirrored is not None:
-            reader = ShardReader(self.newest.storage, self.newest.info, shard, [*added, *replaced])
-            touched = np.unique(reader.all_keys())
+        changed = ShardReader(self.newest.storage, self.newest.info, shard, [*added, *replaced])
+        touched = np.unique(changed.all_keys())
         return self._blocks(shard, touched), np.setdiff1d(touched, live)
+
+    def _rows(self, table: pa.Table) -> ImageRows:
+        features_KD = datafile.matrix_of(table, self.newest.info)
+        return ImageRows(datafile.numpy_column(table, KEY), datafile.text_column(table, URI), features_KD)
 
     def _appended(self, added: Sequence[FileEntry]) -> tuple[Iterator[ImageRows], NDArray[np.int64]]:
         """Read each new file once: the last row of a key counts, and may be a tombstone."""
@@ -200,8 +204,7 @@ class ChangedImages:
             table = take_rows(table, newest_rows(datafile.numpy_column(table, KEY)))
             is_gone_K = datafile.numpy_column(table, DELETED)
             gone, table = datafile.numpy_column(table, KEY)[is_gone_K], table.filter(pa.array(~is_gone_K))
-        keys_K, features_KD = datafile.numpy_column(table, KEY), datafile.matrix_of(table, self.newest.info)
-        return iter([ImageRows(keys_K, datafile.text_column(table, URI), features_KD)]), gone
+        return iter([self._rows(table)]), gone
 
     def _blocks(self, shard: int, touched: NDArray[np.int64]) -> Iterator[ImageRows]:
         """Read the live rows among some keys of a shard, a few thousand at a time."""
