@@ -54,12 +54,17 @@ def inspect(
     With types, numbers of different values, and suggested kinds, sides and table sizes as comments.
     """
     data = data.rstrip("/") or data
+    from trainer.schema.suggest import LEFT_OUT
+
     with tempfile.TemporaryDirectory() as room:
         text = _inspected(data, out, label, group, rows, Path(room))
     if out is None:
         sys.stdout.write(text)
     else:
         _write_new(out, text)
+        for line in text.splitlines():
+            if line.strip().startswith(LEFT_OUT):
+                print_summary(f"warning      {line.strip().removeprefix('# ')}")
 
 
 def _inspected(data: str, out: Path | None, label: str | None, group: str, rows: int, room: Path) -> str:

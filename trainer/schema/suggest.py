@@ -34,7 +34,7 @@ SYNONYMS = {
     r"|zeitstempel|datum",
     "user": r"(user|member|customer|visitor|device|kunde|kunden|nutzer|besucher)((_?id)|(_?nr))?|uid",
     "session": r"(session|visit|sitzung)(_?id)?",
-    "scene": r"(scene|placement|slot|page|seite|platz)(_?id)?|pid|position",
+    "scene": r"(scene|placement|slot|page|seite|platz)(_?id)?|pid",
     "image": rf"(ad_|item_|product_)?({IMAGE_WORDS})(_?(id|key|url|uri|path|name|datei))?",
     "item": r"(item|ad|adgroup|product|goods|article|movie|film|video|track|artikel|produkt)((_?id)|(_?nr))?|sku",
     "category": r"(item_|product_)?(category|cate|cat|kategorie)(_?id)?",
@@ -391,13 +391,16 @@ def _extras(log: Log, side: str, shown: Log | None = None) -> list[str]:
         for name, column in log.table.columns.items()
         if name not in log.ours.values() and (name in log.of_user) == (side == "user")
     ]
+    later = [column.name for column in further if log.name == "impressions" and KNOWN_LATER.search(column.name)]
+    further = [column for column in further if column.name not in later]
     kinds = {column.name: _kind_of(column) for column in further if shown is None or column.name in shown.table.columns}
     if shown is not None:  # fields read ids of behaviours, and no lists or numbers
         kinds = {name: kind for name, kind in kinds.items() if kind == "id"}
     usable = [column for column in further if kinds.get(column.name)]
     lines = [f"  {side}:"] if usable else []
     lines += [f"    {yaml_line(each.name, kinds[each.name])}  # {column_note(each)}" for each in usable]
-    return lines + [f"  # not used: {column.name} ({column.type})" for column in further if column not in usable]
+    lines += [f"  # not used: {column.name} ({column.type})" for column in further if column not in usable]
+    return lines + [f"  {LEFT_OUT}{name}, which no request can know before its ads are shown" for name in later]
 
 
 def _kind_of(column: Column) -> Any:
@@ -414,6 +417,12 @@ def _kind_of(column: Column) -> Any:
 IMAGE_NAME = re.compile(rf"(^|_)({IMAGE_WORDS})s?($|_)", re.IGNORECASE)
 NO_FIELDS = re.compile(r"(^|_)(session|timestamp|time|ts|day|date|skey|gkey)$", re.IGNORECASE)
 CONTEXT_NAME = re.compile(r"(^|_)(scene|slot|position|placement|pid|page|hour)($|_)", re.IGNORECASE)
+KNOWN_LATER = re.compile(
+    r"(^|_)(position|pos|rank|dwell|verweildauer|watch_?time|watched|conversions?|converted|purchased|revenue)($|_)",
+    re.IGNORECASE,
+)
+"""Of an impression: what is known once it is shown, or later."""
+LEFT_OUT = "# left out: "
 WEIGHT_SUFFIX = "_weight"
 LONG_TAIL = 100
 AGES = "behavior_age"
