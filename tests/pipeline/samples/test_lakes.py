@@ -9,14 +9,13 @@ from typing import Any
 import pyarrow as pa
 import pytest
 import yaml
-from tests.pipeline.samples.own import Shop
 
 from featurestore.storage.storage import Storage
 from pipeline.options import SampleOptions
 from pipeline.samples.added import add_days
 from pipeline.samples.requests import requests_of_log
 from tests.cli import invoke
-from tests.pipeline.samples.rows import DAY_S, START_S, all_bytes, read
+from tests.pipeline.samples.rows import DAY_S, START_S, Shop, all_bytes, read
 from trainer.errors import DataError
 from trainer.schema import __main__ as schema_command
 from trainer.schema.lakes import PACKAGES, Kind, versions_of
