@@ -4,16 +4,17 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-import numpy as np
-import numpy.typing as npt
 import pydantic
 
 from featurestore.errors import CorruptFileError, FormatVersionError, SpecMismatchError
 from featurestore.parsing import first_mistake, parse_json
 from featurestore.storage.storage import Storage
 from featurestore.text import DType
+
+if TYPE_CHECKING:
+    import numpy as np
 
 FORMAT_VERSION = 1
 LAST_SECOND = 253_402_300_799  # of the year 9999, since 1970: no time can be printed after it
@@ -24,8 +25,8 @@ FileKind = Literal["base", "delta"]
 IndexKind = Literal["flat", "hnsw"]
 MissingPolicy = Literal["error", "zeros", "learned"]
 
-# numpy has no bfloat16: its 16 bits are carried as uint16.
-STORAGE_DTYPES: dict[DType, npt.DTypeLike] = {"bfloat16": np.uint16, "float16": np.float16, "float32": np.float32}
+# numpy has no bfloat16: its 16 bits are carried as uint16. By name, as --help of a command is quicker without numpy.
+STORAGE_DTYPES: Mapping[DType, str] = {"bfloat16": "uint16", "float16": "float16", "float32": "float32"}
 
 _MOST_NAME, _MOST_PATH = 255, 1_024  # characters: of a name on a disk, of a key of S3
 _NEVER = r"/\\:\x00-\x1f\x7f\ud800-\udfff"  # the last are halves of characters, which no file name can have
@@ -182,8 +183,10 @@ class StoreInfo(Sealed):
         return f"{self.dim:,} of {self.full_dim:,}" if self.reduction else f"{self.dim:,}"
 
     @property
-    def storage_dtype(self) -> np.dtype[Any]:
+    def storage_dtype(self) -> "np.dtype[Any]":
         """numpy's dtype of the rows: uint16 bits for bfloat16, else the dtype itself."""
+        import numpy as np
+
         return np.dtype(STORAGE_DTYPES[self.dtype])
 
     @property
