@@ -150,7 +150,7 @@ def _print_wide(console: Console, table: Table) -> None:
     console.print(Segments(console.render(table, wide)), crop=False, end="")
 
 
-LINE_EVERY_S = 10.0
+FIRST_LINE_S, LINE_EVERY_S = 5.0, 10.0
 
 
 class ProgressBar:
@@ -183,12 +183,17 @@ class ProgressBar:
 
     @contextmanager
     def lines(self) -> Iterator[None]:
-        """Print a line every `LINE_EVERY_S` until the end of the block, and a last one if there was any, on stderr."""
+        """Print a line after `FIRST_LINE_S` and every `LINE_EVERY_S` until the end of the block, on stderr.
+
+        And a last one if there was any. The first comes sooner, as a command takes seconds to come here.
+        """
         is_over = threading.Event()
 
         def repeat() -> None:
-            while not is_over.wait(LINE_EVERY_S):
+            wait_s = min(FIRST_LINE_S, LINE_EVERY_S)
+            while not is_over.wait(wait_s):
                 self._print_line()
+                wait_s = LINE_EVERY_S
 
         thread = threading.Thread(target=repeat, name="progress", daemon=True)
         thread.start()
