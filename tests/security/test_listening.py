@@ -85,7 +85,10 @@ def test_servers(words: str, ready: str, places: Places, tmp_path: Path) -> None
 def test_a_dask_cluster_of_ours(tmp_path: Path) -> None:
     """Scheduler, workers, nannies, and the pages of all of them."""
     script = tmp_path / "script.py"
-    script.write_text("import time\nprint('ready', flush=True)\ntime.sleep(600)\n")
+    script.write_text(
+        "import time\nfrom pipeline.cluster.tasks import connect\n"
+        "if __name__ == '__main__':\n    with connect():\n        print('ready', flush=True)\n        time.sleep(600)\n"
+    )
     words = [BIN / "dask-submit", "-n", "2", "--threads-per-worker", "1", script]
     with started(words, tmp_path, lambda log: "ready" in log) as submit:
         found = listening(submit)

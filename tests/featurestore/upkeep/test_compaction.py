@@ -210,8 +210,8 @@ class TestBlockByBlock:
     @pytest.fixture
     def small_blocks(self, monkeypatch: pytest.MonkeyPatch, info: StoreInfo) -> None:
         monkeypatch.setattr("featurestore.format.datafile.BLOCK_BYTES", 5 * info.row_bytes)
-        for module in ("upkeep.compaction", "format.shard"):
-            monkeypatch.setattr(f"featurestore.{module}.row_group_rows", lambda info: 7)
+        for module in ("upkeep.compaction", "format.datafile"):
+            monkeypatch.setattr(f"featurestore.{module}.row_group_rows", lambda *_: 7)
 
     def test_results_are_identical(self, filled: FeatureStore, small_blocks: None) -> None:
         before = filled.snapshot()
@@ -230,8 +230,8 @@ class TestBlockByBlock:
         monkeypatch.setattr("featurestore.format.datafile.BLOCK_BYTES", 100 * wide.row_bytes)
         chance = np.random.default_rng(0)
         names = [f"{i}" for i in range(4000)]
-        for module in ("upkeep.compaction", "format.shard"):
-            monkeypatch.setattr(f"featurestore.{module}.row_group_rows", lambda info: 100)
+        for module in ("upkeep.compaction", "format.datafile"):
+            monkeypatch.setattr(f"featurestore.{module}.row_group_rows", lambda *_: 100)
         store.put(FeatureRows.of(names, chance.integers(0, 0x4000, (4000, 512)).astype(np.uint16)))
         store.put(FeatureRows.of(names[:9], chance.integers(0, 0x4000, (9, 512)).astype(np.uint16)))
         num_read = 0

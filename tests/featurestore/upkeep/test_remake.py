@@ -131,8 +131,8 @@ def test_threads_of_blas_change_no_bit(wide: FeatureStore) -> None:
 
 def test_rows_are_streamed(wide: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is held is the matrix, the keys and some blocks of 64 rows: not the 51 MB that all rows are."""
-    for name in ("upkeep.compaction", "format.shard"):
-        monkeypatch.setattr(f"featurestore.{name}.row_group_rows", lambda info: 64)
+    for name in ("upkeep.compaction", "format.datafile"):
+        monkeypatch.setattr(f"featurestore.{name}.row_group_rows", lambda *_: 64)
     compact(wide, force=True)
     snapshot, add, in_arrow = wide.snapshot(), CoMoments.add, [pa.total_allocated_bytes()]
 

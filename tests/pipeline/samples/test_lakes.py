@@ -115,10 +115,9 @@ def test_samples_are_those_of_plain_files(lake: Shop, plain: Shop, request: pyte
     assert not list(lake.folder.glob(".crossmedia-tables-*"))
 
 
+@pytest.mark.parametrize("lake", ["Lance", "Delta"], indirect=True)
 def test_a_day_is_added_from_the_newest_version(lake: Shop, plain: Shop, request: pytest.FixtureRequest) -> None:
     kind = kind_of(request)
-    if kind == "Iceberg":
-        pytest.skip("its catalog is another for each writer of this test")
     lake.build(MAPPING)
     WRITERS[kind][0](lake.folder / "logs" / "shown", [shown(3)])
     plain.put("shown/a.parquet", shown(3))
