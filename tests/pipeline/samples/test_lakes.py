@@ -13,7 +13,7 @@ import yaml
 from featurestore.storage.storage import Storage
 from pipeline.options import SampleOptions
 from pipeline.samples.added import add_days
-from pipeline.samples.requests import requests_of_log
+from pipeline.samples.requests import with_behaviors
 from tests.cli import invoke
 from tests.pipeline.samples.rows import DAY_S, START_S, Shop, all_bytes, read
 from trainer.errors import DataError
@@ -130,7 +130,7 @@ def test_a_day_is_added_from_the_newest_version(lake: Shop, plain: Shop, request
 
 def test_rows_to_score_take_columns_of_a_joined_table(lake: Shop) -> None:
     lake.build(MAPPING)
-    rows = requests_of_log(shown(1), shown(1), str(lake.folder / "samples")).to_pylist()
+    rows = with_behaviors(shown(1), shown(1), str(lake.folder / "samples")).to_pylist()
     assert len(rows) == 12 and {row["ad_price"][0] for row in rows} == {1.5, 2.5}
 
 
