@@ -144,7 +144,8 @@ def test_the_console_script_is_the_function_here() -> None:
 @pytest.mark.long
 def test_a_help_is_quick(tmp_path: Path) -> None:
     """By the processor's time, in one of three tries."""
-    for words in (["--help"], ["train", "--help"], ["extract", "--help"], ["serve", "--help"]):
+    commands = ("train", "extract", "serve", "store", "schema", "import-xdl")
+    for words in (["--help"], *([each, "--help"] for each in commands)):
         taken, most_s = [], QUICK_S if words == ["--help"] else QUICK_S * BUSY
         while len(taken) < 3 and min(taken, default=most_s) >= most_s:
             before = os.times()
