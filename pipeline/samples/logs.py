@@ -240,20 +240,19 @@ def _written(join: mapping.Join, path: Path) -> mapping.Join:
 
 def _without_repetitions(table: pa.Table, layout: mapping.TableLayout, place: str) -> pa.Table:
     """Leave one of equal rows, which are sorted by _ROW_ID. Raises SampleError for an id of several that differ."""
-    key = layout.names[mapping.KEY]
-    id_T = table.column(_ROW_ID).to_numpy()
-    (again,) = np.nonzero(id_T[1:] == id_T[:-1])
+    key, id_T = layout.names[mapping.KEY], table.column(_ROW_ID).to_numpy()
+    again = np.flatnonzero(id_T[1:] == id_T[:-1])
     values = table.drop_columns([key])
-    mine, theirs = (values.take(pa.array(rows)).to_pylist() for rows in (again, again + 1))
+    mine, theirs = (values.take(rows).to_pylist() for rows in (again, again + 1))
     # As texts, in which NaN is itself.
-    differing = [row for row, one, other in zip(again, mine, theirs, strict=True) if str(one) != str(other)]
+    differing = [row for row, one, other in zip(again.tolist(), mine, theirs, strict=True) if str(one) != str(other)]
     if differing:
         others = ", ".join(name for ours, name in layout.names.items() if ours != mapping.KEY)
         raise SampleError(
             f"{place}: {key} {table.column(key)[differing[0]].as_py()} is in several rows, which differ in {others}; "
             "leave one of them"
         )
-    return table.take(pa.array(np.delete(np.arange(len(table)), again + 1)))
+    return table.take(np.delete(np.arange(len(table)), again + 1))
 
 
 def _encoded(column: Any) -> Any:
@@ -270,7 +269,8 @@ def _looked_up(join: mapping.Join, id_N: npt.NDArray[np.int64]) -> tuple[pa.Tabl
     place_N = np.searchsorted(row_id_T, id_N)
     has_N = place_N < len(row_id_T)
     has_N[has_N] = row_id_T[place_N[has_N]] == id_N[has_N]
-    return table.take(pa.array(place_N, mask=~has_N)), int(np.count_nonzero(~has_N))
+    places: Any = pa.array(place_N, mask=~has_N)
+    return table.take(places), int(np.count_nonzero(~has_N))
 
 
 def _first_times(storage: Storage, path: str, name: str) -> list[str]:
