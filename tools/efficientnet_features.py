@@ -62,7 +62,7 @@ def main(
     if not files:
         raise typer.BadParameter(f"{images} has no images", param_hint="--images")
     features_ND = features_of(files)
-    column = pa.FixedSizeListArray.from_arrays(features_ND.ravel(), features_ND.shape[1])
+    column = pa.FixedSizeListArray.from_arrays(pa.array(features_ND.ravel()), features_ND.shape[1])
     pq.write_table(pa.table({"id": [file.name for file in files], "feature": column}), out)
 
 

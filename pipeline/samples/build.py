@@ -366,34 +366,32 @@ def summarise(
     rows_shown, bad_shown = _rows(shown)
     rows_done, bad_done = _rows(done)
     num_short = sum(part.num_short for part in done)
-    distinct_shown = sum(part.num_impressions for part in grouped)
-    clicks = sum(part.num_clicks for part in grouped)
-    distinct_done, used = sum(part.num_behaviors for part in grouped), sum(part.num_used for part in grouped)
+    counts = sum((part.counts for part in grouped), Counter[str]())
     return {
         "format": groups.FORMAT,
         "options": dict(options),
         "impressions": {
             "rows": rows_shown,
-            "kept": distinct_shown,
-            "clicks": clicks,
-            "duplicates": rows_shown - bad_shown.total() - distinct_shown - clicks,
+            "kept": counts["impressions"],
+            "clicks": counts["clicks"],
+            "duplicates": rows_shown - bad_shown.total() - counts["impressions"] - counts["clicks"],
             "quarantined": dict(sorted(bad_shown.items())),
             **_further_counts(shown),
-            "clicks_without_impression": sum(part.num_unmatched for part in grouped),
+            "clicks_without_impression": counts["unmatched"],
         },
         "behaviors": {
             "rows": rows_done,
-            "used": used,
-            "unused": distinct_done - used,
+            "used": counts["used"],
+            "unused": counts["behaviors"] - counts["used"],
             "short_dwell": num_short,
-            "duplicates": rows_done - bad_done.total() - num_short - distinct_done,
+            "duplicates": rows_done - bad_done.total() - num_short - counts["behaviors"],
             "quarantined": dict(sorted(bad_done.items())),
             **_further_counts(done),
         },
-        "users": sum(part.num_users for part in grouped),
+        "users": counts["users"],
         "groups": sum(part.num_groups for part in written),
-        "groups_without_behaviors": sum(part.num_without for part in grouped),
-        "behaviors_in_groups": sum(part.num_references for part in grouped),
+        "groups_without_behaviors": counts["without"],
+        "behaviors_in_groups": counts["references"],
         **{split: _split(written, split) for split in ("train", "test")},
         "groups_of_file": {part.plan.name: part.num_groups for part in written},
     }
