@@ -176,16 +176,13 @@ class ImportOptions:
 
     address: Annotated[
         str,
-        typer.Option(
-            "--from", help="A .parquet file or a folder of them, a .npy matrix, or a folder of XDL's data.0, data.1 …"
-        ),
+        typer.Option("--from", help="A .parquet file or a folder of them, or a folder of XDL's data.0, data.1 …"),
     ]
     store: NewStoreOption = DEFAULT_STORE
     name: NameOption = None
     origin: Annotated[
         str | None, typer.Option("--source", help="What made the vectors, in words; another one is refused later.")
     ] = None
-    keys: Annotated[str | None, typer.Option(help="Of a .npy matrix: .npy of int64, or a text file of ids.")] = None
     dim: Annotated[
         int | None,
         typer.Option(
@@ -288,17 +285,6 @@ class XdlOptions:
         0.1
     )
     label_threshold: Annotated[float | None, typer.Option(help="Labels from here on are clicks.")] = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class XdlRandomOptions:
-    """Sizes of random data as XDL's example draws it; the defaults are the example's."""
-
-    out: Annotated[Path, typer.Option(help="Folder to write: data.txt and imgs/.", callback=on_this_machine)]
-    num_lines: Annotated[int, typer.Option("--lines", min=1, help="Text samples.")] = 1024
-    num_images: Annotated[int, typer.Option("--images", min=1, help="Images.")] = 4096
-    dim: Annotated[int, typer.Option(min=1, max=MAX_DIM, help="Numbers of an image.")] = XDL_DIM
-    seed: Annotated[int, typer.Option(min=0, help="Equal seeds give equal bytes.")] = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ Arrow: a stream (application/vnd.apache.arrow.stream) with the columns of the sa
 
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -35,11 +35,10 @@ _OBJECT = 3
 
 @dataclass(frozen=True)
 class WrittenAnswer:
-    """An encoded answer: bytes, their media type, and headers."""
+    """An encoded answer: bytes, and their media type."""
 
     body: bytes
     media_type: str
-    headers: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
