@@ -43,7 +43,7 @@ Url = Annotated[str, typer.Argument(metavar="MODEL", help="Folder or s3:// addre
 )
 @takes(ServerSettings)
 def serve(settings: ServerSettings) -> None:
-    """Answer requests over HTTP: /v1/score and /metrics.
+    """Answer requests over HTTP: /v1/score, the Open Inference Protocol, and /metrics.
 
     The server loads a version that is put in use, or newer vectors, while the old ones answer, and switches without
     failing a request. On SIGTERM it finishes running requests first; a second signal ends it at once.

@@ -41,7 +41,7 @@ class Budget:
         int, typer.Option(min=1, help="Most pairs of candidate and behaviour in a body; above it 413.")
     ] = 2_000_000
     max_values: Annotated[int, typer.Option(min=1, help="Most values and names in a body; above it 413.")] = 200_000
-    """Numbers, texts, lists and names of a JSON body; entries of all columns of a table."""
+    """Numbers, texts, lists and names of a JSON body; elements of a tensor, and of all columns of a table."""
     max_depth: int = 32
     """Lists and objects inside each other, in JSON."""
     max_name_length: int = 200
@@ -93,6 +93,7 @@ class ServerSettings(Budget, AccessSettings):
     """The options of `crossmedia serve`."""
 
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or s3:// address of the published model.")]
+    name: Annotated[str, typer.Option(help="Name in /v2/models/NAME.", show_default="the last part of MODEL")] = ""
     workers: Annotated[int, typer.Option(min=1, max=1024, help="Processes that share the port.")] = 1
     max_body_mb: Annotated[float, typer.Option(min=0.001, max=1024, help="Largest body, in MB; above it 413.")] = 8.0
     max_wait_ms: Annotated[
@@ -107,8 +108,8 @@ class ServerSettings(Budget, AccessSettings):
 
     @property
     def model_name(self) -> str:
-        """The last part of the model's address."""
-        return run_path(self.model).name or "model"
+        """Name of the model in the addresses of the Open Inference Protocol."""
+        return self.name or run_path(self.model).name or "model"
 
     @property
     def max_body_bytes(self) -> int:

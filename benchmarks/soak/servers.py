@@ -41,12 +41,14 @@ class ScorerSoak:
 
     def ask(self, draw: random.Random) -> tuple[str, bool]:
         """Send a body, or get health or metrics."""
-        kind = draw.choice(["1 ad", "20 ads", "200 ads", "requests", "arrow", "wrong", "health", "metrics"])
-        content, headers, status = b"", {"content-type": "application/json"}, 200
+        kind = draw.choice(["1 ad", "20 ads", "200 ads", "requests", "arrow", "tensors", "wrong", "health", "metrics"])
+        path, content, headers, status = "/v1/score", b"", {"content-type": "application/json"}, 200
         if kind in ("health", "metrics"):
             return kind, self._client.get("/metrics" if kind == "metrics" else "/v2/health/ready").status_code == 200
         if kind == "arrow":
             content, headers["content-type"] = self._arrow(draw), "application/vnd.apache.arrow.stream"
+        elif kind == "tensors":
+            path, content = "/v2/models/ctr/infer", self._tensors(self._request(draw, 20))
         elif kind == "requests":
             content = orjson.dumps([self._request(draw, 5) for _ in range(10)])
         elif kind == "wrong":
@@ -54,7 +56,7 @@ class ScorerSoak:
             headers |= {"content-encoding": "gzip"} if status == 415 else {}
         else:
             content = orjson.dumps(self._request(draw, int(kind.split()[0])))
-        return kind, self._client.post("/v1/score", content=content, headers=headers).status_code == status
+        return kind, self._client.post(path, content=content, headers=headers).status_code == status
 
     def change(self, number: int) -> None:
         """Publish vectors of new images, and put the other version in use."""
@@ -78,6 +80,14 @@ class ScorerSoak:
         with pa.ipc.new_stream(sink, self._rows.schema) as writer:
             writer.write_table(self._rows.slice(draw.randrange(80), 20))
         return sink.getvalue().to_pybytes()
+
+    def _tensors(self, request: dict[str, Any]) -> bytes:
+        inputs = []
+        for name, value in (request["user"] | request["candidates"]).items():
+            values = value if isinstance(value, list) else [value]
+            kind = "BYTES" if isinstance(value, str) else "INT64"
+            inputs.append({"name": name, "datatype": kind, "shape": [len(values)], "data": values})
+        return orjson.dumps({"inputs": inputs})
 
 
 class FeaturesSoak:

@@ -28,6 +28,7 @@ from starlette.types import ASGIApp
 from serving.errors import NotFiniteError, RequestError, RequestTooLargeError
 from serving.http.access import TokenGuard, error_response
 from serving.http.codec import ARROW, JSON, ArrowBody, Body, JsonBody
+from serving.http.inference import HEADER, SERVER, TensorBody, model_metadata
 from serving.http.limits import BODIES_AT_ONCE, CLOSE, BodyLimits, RefusedError
 from serving.http.live import BundleSource, LiveModel
 from serving.http.metrics import ServingMetrics
@@ -36,6 +37,8 @@ from serving.http.queue import ScoringQueue
 from serving.settings import ServerSettings
 
 Endpoint = Callable[[Request], Awaitable[Response]]
+_MODEL = "/v2/models/{name}"
+_VERSION = "/v2/models/{name}/versions/{version}"
 
 
 @dataclass
@@ -67,6 +70,10 @@ class Scoring:
             ("GET", "/metrics", self.prometheus_metrics),
             ("GET", "/v2/health/live", self.is_live),
             ("GET", "/v2/health/ready", self.is_ready),
+            ("GET", "/v2", self.server_metadata),
+            *[("GET", path, self.model_metadata) for path in (_MODEL, _VERSION)],
+            *[("GET", f"{path}/ready", self.model_is_ready) for path in (_MODEL, _VERSION)],
+            *[("POST", f"{path}/infer", self.infer) for path in (_MODEL, _VERSION)],
         ]
         app = Starlette(
             routes=[Route(path, self._measured(path, endpoint), methods=[method]) for method, path, endpoint in routes],
@@ -91,12 +98,20 @@ class Scoring:
         return _json(
             {
                 "name": name,
-                "what": "click probabilities of candidates for a user: POST /v1/score",
+                "what": "click probabilities of candidates for a user: POST /v1/score, or the Open Inference Protocol",
                 "version": identity and identity.version,
                 "vectors": identity and dict(identity.vectors),
                 "example": identity and example_of(self.live.model.inputs),
                 "try": command_of(f"{request.url.scheme}://{request.url.netloc}", with_token=self.tokens is not None),
-                "addresses": [path for _, path, _ in self._routes if path != "/"],
+                "addresses": [
+                    "/openapi.json",
+                    EXAMPLE,
+                    "/v1/score",
+                    "/v2",
+                    f"/v2/models/{self.settings.model_name}",
+                    "/v2/health/ready",
+                    "/metrics",
+                ],
             }
         )
 
@@ -118,6 +133,13 @@ class Scoring:
         logits = _asks_for_logits(request) if request.scope["query_string"] else False
         return await self._scored(request, ArrowBody(content) if kind == ARROW else JsonBody(content, logits), content)
 
+    async def infer(self, request: Request) -> Response:
+        """Score the tensors of an inference request."""
+        self._check_name(request)
+        content = await self._read(request)
+        body = TensorBody(content, request.headers.get(HEADER), self.settings.model_name)
+        return await self._scored(request, body, content)
+
     async def prometheus_metrics(self, request: Request) -> Response:
         """Return the metrics in Prometheus' text format."""
         if self.live.is_ready:
@@ -137,6 +159,23 @@ class Scoring:
         ready = self.live.is_ready and not self.stopping
         return _json({"ready": ready}, 200 if ready else 503)
 
+    async def server_metadata(self, request: Request) -> Response:
+        """Describe the server."""
+        return _json(SERVER | {"version": _own_version()})
+
+    async def model_metadata(self, request: Request) -> Response:
+        """Describe the model and its tensors."""
+        self._check_name(request)
+        model = self.live.model
+        return _json(model_metadata(self.settings.model_name, model.identity.version, model.inputs.sources))
+
+    async def model_is_ready(self, request: Request) -> Response:
+        """Return whether the model is warmed up."""
+        self._check_name(request)
+        return _json(
+            {"name": self.settings.model_name, "ready": self.live.is_ready}, 200 if self.live.is_ready else 503
+        )
+
     async def _read(self, request: Request) -> bytes:
         start_s = time.perf_counter()
         if (encoding := request.headers.get("content-encoding", "identity")) != "identity":
@@ -154,7 +193,15 @@ class Scoring:
         self.queue.pace.worked(encode_s)
         await self.queue.pace.pause()
         self.metrics.record_scored(scores)
-        return Response(answer.body, media_type=answer.media_type)
+        return Response(answer.body, headers=dict(answer.headers), media_type=answer.media_type)
+
+    def _check_name(self, request: Request) -> None:
+        """Raise RefusedError (404) if the address names another model or version."""
+        name, asked = request.path_params["name"], request.path_params.get("version")
+        if name != self.settings.model_name:
+            raise RefusedError(404, f"no model {name[:60]!r} here: this server has {self.settings.model_name}")
+        if asked is not None and asked != (served := str(self.live.model.identity.version)):
+            raise RefusedError(404, f"version {asked[:20]!r} is not served, but {served}; leave the version out")
 
     def _measured(self, route: str, endpoint: Endpoint) -> Endpoint:
         """Wrap an endpoint: turn errors into answers, and count and time the answer."""

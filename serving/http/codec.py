@@ -6,7 +6,7 @@ Arrow: a stream (application/vnd.apache.arrow.stream) with the columns of the sa
 
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -35,10 +35,11 @@ _OBJECT = 3
 
 @dataclass(frozen=True)
 class WrittenAnswer:
-    """An encoded answer: bytes, and their media type."""
+    """An encoded answer: bytes, their media type, and headers."""
 
     body: bytes
     media_type: str
+    headers: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

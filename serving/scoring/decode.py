@@ -223,9 +223,7 @@ class _Decoder:
             if isinstance(values, pa.Array):
                 found = (yield from _hashed(values, rule)).ids
             elif isinstance(values, np.ndarray):
-                found = (
-                    _reals(values, is_null_N, rule.may_miss) if rule.is_real else values.astype(np.int64, copy=False)
-                )
+                found = _reals(values, is_null_N, rule.may_miss) if rule.is_real else whole_array(values)
             elif rule.is_real:
                 found = _together((yield from _in_chunks(values, partial(real_numbers, may_miss=rule.may_miss))))
             else:
@@ -341,8 +339,19 @@ def _finite(numbers_N: NDArray[np.float32], values: Any, may_miss: bool) -> NDAr
     return numbers_N
 
 
+def whole_array(values: NDArray[Any]) -> NDArray[np.int64]:
+    """Return whole numbers as int64. Raises UnusableValueError."""
+    if values.dtype.kind not in "iu" and len(values):
+        raise UnusableValueError(0, f"{short_repr(values[0].item())}, and has to be a whole number")
+    if values.dtype == np.uint64 and len(values) and int(values.max()) >= 1 << 63:
+        raise UnusableValueError(int(values.argmax()), f"{values.max()}, beyond 64 bits with a sign")
+    return values.astype(np.int64, copy=False)
+
+
 def _reals(values: NDArray[Any], is_null_N: Bool | None, may_miss: bool) -> NDArray[np.float32]:
     """Return numbers as float32; null is NaN, as in a file. Raises UnusableValueError."""
+    if values.dtype.kind not in "iuf" and len(values):
+        raise UnusableValueError(0, f"{short_repr(values[0].item())}, and has to be a number")
     if is_null_N is not None:
         values = np.where(is_null_N, np.nan, values)
     with np.errstate(over="ignore"):
@@ -381,6 +390,8 @@ def _encoded(sent: SentColumn, rule: Rule) -> Steps[Encoded]:
     values = sent.values
     if isinstance(values, pa.Array):
         return (yield from _hashed(values, rule))
+    if isinstance(values, np.ndarray):
+        values = whole_array(values)
     return _merged((yield from _in_chunks(values, encode_crossed, CROSSED_CHUNK)))
 
 
@@ -399,7 +410,7 @@ def _merged(parts: Sequence[Encoded]) -> Encoded:
 def encode_crossed(values: Any) -> Encoded:
     """Return the values of a column to be crossed, each distinct one once. Raises UnusableValueError."""
     if isinstance(values, np.ndarray):
-        return encode_numbers(values.astype(np.int64, copy=False))
+        return encode_numbers(values)
     ids_N = whole_numbers(values, "id")
     if str not in set(map(type, values)):
         return encode_numbers(ids_N)

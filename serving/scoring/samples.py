@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import pyarrow as pa
@@ -112,8 +113,9 @@ class RemoteScorer:
         Raises ServingError.
         """
         try:
-            example = parse_json(self._sent("/v1/example"))
-            return {name: _depth(value) for name, value in (example["user"] | example["candidates"]).items()}
+            name = parse_json(self._sent("/"))["name"]
+            inputs = parse_json(self._sent(f"/v2/models/{quote(name)}"))["inputs"]
+            return {each["name"]: 0 if each["shape"] == [1] else len(each["shape"]) for each in inputs}
         except (ValueError, KeyError, TypeError) as failure:
             raise ServingError(f"{self.url} is not a scorer: its description is another's: {failure!r}") from None
 
@@ -136,11 +138,6 @@ class RemoteScorer:
             raise ServingError(
                 f"{self.url} does not answer: {one_line(failure)}; is that the server's --url?"
             ) from None
-
-
-def _depth(value: Any) -> int:
-    """Count the lists around a value of the example, none of which is empty."""
-    return 1 + _depth(value[0]) if isinstance(value, list) else 0
 
 
 def ca_context(file: Path | None) -> ssl.SSLContext | None:

@@ -1,4 +1,4 @@
-"""Bodies as tables of columns, as they were sent: the one form that JSON and Arrow are brought into.
+"""Bodies as tables of columns, as they were sent: the one form that JSON, tensors and Arrow are brought into.
 
 A column has flat values and the lengths of the lists around them. Nothing is converted yet: `Sizes` measures a table by
 its lengths alone, so that the budget holds before a value is looked at; `serving/scoring/decode.py` converts it.
@@ -113,7 +113,7 @@ class Names:
     """How messages name the values of a body, as its client sent them."""
 
     label: Label
-    """Names a column of a request: `candidates.ad_item`, `column ad_item`."""
+    """Names a column of a request: `candidates.ad_item`, `input ad_item`, `column ad_item`."""
     where: str = ""
     """Names a request by its number, `requests[{}]: `; empty where a body has one alone."""
 

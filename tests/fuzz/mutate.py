@@ -76,6 +76,16 @@ def _png(data: bytes) -> bytes:
     return b"".join([*parts, data[place:]])
 
 
+def _before_binary(data: bytes) -> Any:
+    return json.loads(data.partition(b"\n")[2][: int(data.partition(b"\n")[0])])
+
+
+def _with_binary(text: str, whole: bytes) -> bytes:
+    """Write a body of tensors, after a line with the length of its JSON."""
+    length, _, body = whole.partition(b"\n")
+    return b"%d\n" % len(text.encode("utf-8", "replace")) + text.encode("utf-8", "replace") + body[int(length) :]
+
+
 def _shallow(text: str) -> Any:
     """Parse JSON; lists inside each other that are too many stay a text."""
     return json.loads(text) if "[[[[[[" not in text else {"a": [text]}
@@ -168,7 +178,7 @@ def _with_header(text: str, whole: bytes) -> bytes:
 
 BYTES, PNG = Form(), Form(repair=_png)
 NPY, SHARD = Form(_npy, _with_header), Form(_names, _with_names)
-JSON, YAML = Form(json.loads), Form(yaml.safe_load)
+JSON, YAML, TENSORS = Form(json.loads), Form(yaml.safe_load), Form(_before_binary, _with_binary)
 SEALED = Form(_unsealed, lambda text, _: sealed(text.encode("utf-8", "surrogatepass")), sealed)
 STREAM = Form(
     lambda data: pa.ipc.open_stream(data).read_all().to_pydict(),

@@ -35,6 +35,7 @@ from pipeline.samples.logs import find_pieces, read_piece
 from pipeline.samples.mapping import LogMapping, load_mapping
 from serving.errors import RequestError
 from serving.http.codec import ArrowBody, Body, JsonBody
+from serving.http.inference import TensorBody
 from serving.network import run_steps
 from serving.scoring.decode import decode as decode_body
 from serving.settings import Budget
@@ -47,6 +48,7 @@ from tests.fuzz.mutate import (
     SEALED,
     SHARD,
     STREAM,
+    TENSORS,
     YAML,
     Form,
     parquet_of,
@@ -184,11 +186,29 @@ def _requests() -> list[bytes]:
     return [json.dumps(each).encode() for each in (one, [one, one | {"context": {}}], {"requests": [one]})]
 
 
+def _tensor_body() -> bytes:
+    """Write a body of tensors after the length of its JSON; those of whole numbers are binary."""
+    tensors, binary = [], b""
+    for name, rule in COLUMNS.sources.items():
+        array = np.array(GROUP[name] if rule.depth else [GROUP[name] or 0.5])
+        kind = "BYTES" if array.dtype.kind == "U" else "FP32" if rule.is_real else "INT64"
+        given = {"parameters": {"binary_data_size": array.nbytes}} if kind == "INT64" else {"data": array.tolist()}
+        tensors.append({"name": name, "datatype": kind, "shape": list(array.shape)} | given)
+        binary += array.tobytes() if kind == "INT64" else b""
+    text = json.dumps({"id": "1", "inputs": tensors, "outputs": [{"name": "score"}]}).encode()
+    return b"%d\n" % len(text) + text + binary
+
+
 def _read_body(body: Body) -> None:
     sent = run_steps(body.decode(COLUMNS, Budget()))
     sizes = sent.sizes(COLUMNS)
     sizes.check(Budget())
     run_steps(decode_body(COLUMNS, sent, sizes)).batch(COLUMNS)
+
+
+def _read_tensors(data: bytes) -> None:
+    header, _, body = data.partition(b"\n")
+    _read_body(TensorBody(body, header.decode("latin-1"), "ctr"))
 
 
 def _read_arrow(data: bytes) -> None:
@@ -255,6 +275,7 @@ PARSERS = [
     Parser("samples", lambda: [parquet_of(table_of([GROUP] * 3, TEXTS))], _read_samples, TrainerError, PARQUET),
     Parser("checkpoint", lambda: [_state()], _read_checkpoint, CheckpointError, SEALED),
     Parser("json request", _requests, lambda data: _read_body(JsonBody(data)), RequestError, JSON),
+    Parser("tensor request", lambda: [_tensor_body()], _read_tensors, RequestError, TENSORS),
     Parser(
         "arrow request",
         lambda: [stream_of(table_of([GROUP] * 2, TEXTS))],

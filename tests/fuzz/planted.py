@@ -9,7 +9,7 @@ SPEC, FILE, READ = "featurestore.spec", "featurestore.format.datafile", "feature
 STATISTICS, NUMPY = "featurestore.format.statistics", "featurestore.format.codec"
 INDEX, COLUMNS = "trainer.samples.index", "trainer.samples.columns"
 RUNS, CONFIG = "trainer.runs.checkpoint", "trainer.config"
-CODEC = "serving.http.codec"
+CODEC, TENSORS = "serving.http.codec", "serving.http.inference"
 SENT, DECODE = "serving.scoring.sent", "serving.scoring.decode"
 MAPPING, LOGS, IMAGE = "pipeline.samples.mapping", "pipeline.samples.logs", "pipeline.images.decode"
 DROPPED = [
@@ -41,6 +41,11 @@ DROPPED = [
     ("json request", SENT, "flatten", "not set(map(type, entries)) <= {list}"),
     ("json request", DECODE, "real_numbers", "not kinds <= usable"),
     ("json request", DECODE, "_int64", "OverflowError"),
+    ("tensor request", TENSORS, "split_body", "not (header.isascii() and header.isdigit()) or len(header) > 12 or "),
+    ("tensor request", TENSORS, "_tensor", "not isinstance(shape, list) or not _is_shape(shape)"),
+    ("tensor request", TENSORS, "_tensor", 'datatype not in DTYPES and datatype != "BYTES"'),
+    ("tensor request", TENSORS, "_flat", "kinds != {list}"),
+    ("tensor request", TENSORS, "_from_binary", "len(data) % dtype.itemsize"),
     ("arrow request", CODEC, "arrow_table", "pa.ArrowException, OSError, ValueError"),
     ("arrow request", SENT, "sent_table", "SchemaError"),
     ("arrow request", DECODE, "_refuse_nulls", "is_null_N is not None and is_null_N.any()"),

@@ -138,7 +138,7 @@ BASE = "http://scorer"
 def scoring_of(source: BundleSource, tokens: list[str] | None = None, **settings: Any) -> Scoring:
     """The parts of a server with these settings."""
     failures: list[Exception] = []
-    scoring = Scoring(ServerSettings(model="-", **settings), source, failures.append, tokens=tokens)
+    scoring = Scoring(ServerSettings(model="-", name="ctr", **settings), source, failures.append, tokens=tokens)
     scoring.failures = failures
     return scoring
 
@@ -175,7 +175,7 @@ def main() -> int:
     settings = {name: ast.literal_eval(value) for name, value in (word.split("=", 1) for word in sys.argv[2:])}
     paths = {name: Path(settings[name]) for name in ("tls_cert", "tls_key", "token_file") if name in settings}
     try:
-        return serve(ServerSettings(model=sys.argv[1], **{"port": 0, **settings, **paths}), fake_source)
+        return serve(ServerSettings(model=sys.argv[1], name="ctr", **{"port": 0, **settings, **paths}), fake_source)
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return error.exit_code

@@ -222,6 +222,7 @@ def batches(table: pa.Table, count: int) -> bytes:
 FEW = {"max_requests": 3, "max_candidates": 10, "max_behaviors": 5, "max_pairs": 20, "max_values": 40}
 FEW |= {"max_text_bytes": 25_000}
 ITEMS = {"ad_item": [1] * 5}
+TENSOR = {"name": "ad_item", "datatype": "INT64"}
 
 
 @pytest.mark.parametrize(
@@ -236,6 +237,9 @@ ITEMS = {"ad_item": [1] * 5}
         ({"user": {"a": "b,[" * 40, "b": "\\\\\"[{", "x": [1] * 35}, "candidates": {}}, "55 values; this"),
         ({"user": {"a" * 201: 1}, "candidates": {}}, "201 characters in a name; this server takes at most 200"),
         (b"[" * 33, "33 lists and objects inside each other; this server takes at most 32"),
+        ({"inputs": [TENSOR | {"shape": [10**9, 0], "data": []}]}, "1,000,000,000 values"),
+        ({"inputs": [TENSOR | {"shape": [0, 10**9], "data": []}]}, "1,000,000,000 values"),
+        ({"inputs": [TENSOR | {"name": "a" * 201, "shape": [1], "data": [1]}]}, "201 characters in a name"),
         (empty_lists(1, 10**9), "1,000,000,000 values; this server takes at most 40"),
         (empty_lists(10**9, 1), "1,000,000,000 requests; this server takes at most 3"),
         (stream_of(table_of([1] * 5).set_column(0, "behavior_item", pa.array([[1] * 5]))), "25 pairs"),
@@ -248,9 +252,10 @@ ITEMS = {"ad_item": [1] * 5}
 )  # fmt: skip
 def test_what_is_over_the_budget_gets_413_with_its_size_and_the_limit(tmp_path: Path, content: Any, what: str) -> None:
     async def test(client: httpx2.AsyncClient, scoring: Scoring) -> None:
+        path = "/v2/models/ctr/infer" if isinstance(content, dict) and "inputs" in content else "/v1/score"
         body = content if isinstance(content, bytes) else orjson.dumps(content)
         kind = ARROW if body.startswith(b"\xff") else "application/json"
-        answer = await client.post("/v1/score", content=body, headers={"content-type": kind})
+        answer = await client.post(path, content=body, headers={"content-type": kind})
         assert answer.status_code == 413, answer.text
         assert what in answer.json()["error"]
 
@@ -335,7 +340,7 @@ def test_a_token_is_asked_for_except_by_health_checks(tmp_path: Path) -> None:
             {"authorization": f"Basic {TOKEN}"},
             {"authorization": TOKEN},
         ):
-            for path in ("/", "/openapi.json", "/metrics"):
+            for path in ("/", "/v2", "/metrics"):
                 answer = await client.get(path, headers=headers)
                 assert answer.status_code == 401
                 assert answer.headers["www-authenticate"] == "Bearer"
@@ -409,7 +414,8 @@ def test_before_the_model_is_loaded_the_server_is_live_but_not_ready(tmp_path: P
         async with client_of(scoring, wait=False) as client:
             assert (await client.get("/v2/health/live")).status_code == 200
             assert (await client.get("/v2/health/ready")).status_code == 503
-            assert (await client.get("/v1/example")).status_code == 503
+            assert (await client.get("/v2/models/ctr/ready")).status_code == 503
+            assert (await client.get("/v2/models/ctr")).status_code == 503
             answer = await client.post("/v1/score", json=ONE)
             assert answer.status_code == 503
             assert answer.headers["retry-after"] == "1"

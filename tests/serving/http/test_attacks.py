@@ -110,11 +110,23 @@ def table(behaviors: int, candidates: int, rows: int, texts: bool = False, **cha
     return stream_of(pa.table(made | changes))
 
 
+def tensors(sizes: tuple[Any, ...], **shapes: list[int]) -> bytes:
+    """A body of tensors, some of another shape and without data."""
+    made = []
+    for name, value in columns(*sizes).items():
+        values = value if isinstance(value, list) else [value]
+        kind = "BYTES" if isinstance(values[0], str) else "INT64"
+        data = {"shape": shapes[name], "data": []} if name in shapes else {"shape": [len(values)], "data": values}
+        made.append({"name": name, "datatype": kind, **data})
+    return orjson.dumps({"inputs": made})
+
+
 def repeated(text_bytes: int, rows: int) -> Any:
     """One text, as a dictionary that all rows point to."""
     return pa.DictionaryArray.from_arrays(pa.array(np.zeros(rows, np.int8)), pa.array(["x" * text_bytes]))
 
 
+INFER = "/v2/models/ctr/infer"
 ATTACKS: dict[str, tuple[Callable[[], bytes], str, int]] = {
     "behaviours times candidates": (lambda: orjson.dumps(request(10_000, 200, True)), JSON, 200),
     "more of them": (lambda: orjson.dumps(request(10_000, 1_000)), JSON, 413),
@@ -129,6 +141,8 @@ ATTACKS: dict[str, tuple[Callable[[], bytes], str, int]] = {
     "long rows": (lambda: table(10_000, 200, 1, True), ARROW, 200),
     "a dictionary": (lambda: table(5, 2, 500, user=repeated(7_000_000, 500)), ARROW, 200),
     "a dictionary in many rows": (lambda: table(0, 0, 15_000, user=repeated(200_000, 15_000)), ARROW, 413),
+    "tensors": (lambda: tensors((10_000, 200, True)), INFER, 200),
+    "an empty shape": (lambda: tensors((5, 5), ad_item=[10**9, 0]), INFER, 413),
 }
 
 
@@ -136,15 +150,16 @@ ATTACKS: dict[str, tuple[Callable[[], bytes], str, int]] = {
 def test_one_body_holds_the_event_loop_for_a_moment_at_most(attacked: Attacked, name: str) -> None:
     make, kind, status = ATTACKS[name]
     before_mb = attacked.server.memory_mb()
+    path, kind = (kind, JSON) if kind == INFER else ("/v1/score", kind)
     body = make()
     with attacked.healthy():
-        answered, longest_ms = attacked.longest_ms("/v1/score", body, kind)
+        answered, longest_ms = attacked.longest_ms(path, body, kind)
     assert answered == status
     assert longest_ms < HELD_MS
     assert attacked.server.memory_mb() - before_mb < GROWTH_MB
 
 
-GET = b"GET / HTTP/1.1\r\n"
+GET = b"GET /v2 HTTP/1.1\r\n"
 CHUNKED = post_head(0).replace(b"Content-Length: 0", b"Transfer-Encoding: chunked")
 SENT: dict[str, tuple[bytes, bytes]] = {
     "a long line": (b"GET /", b"a" * 100_000),

@@ -108,11 +108,11 @@ CHUNKED = post_head(0).replace(b"Content-Length: 0", b"Transfer-Encoding: chunke
     ("head", "part"),
     [
         (b"GET /" + b"a" * 70_000 + b" HTTP/1.1\r\n\r\n", b""),
-        (b"GET / HTTP/1.1\r\nX: " + b"a" * 70_000 + b"\r\n\r\n", b""),
-        (b"GET / HTTP/1.1\r\n" + b"X: a\r\n" * 101 + b"\r\n", b""),
+        (b"GET /v2 HTTP/1.1\r\nX: " + b"a" * 70_000 + b"\r\n\r\n", b""),
+        (b"GET /v2 HTTP/1.1\r\n" + b"X: a\r\n" * 101 + b"\r\n", b""),
         (b"GET /", b"a" * 10_000),
-        (b"GET / HTTP/1.1\r\nX: ", b"a" * 10_000),
-        (b"GET / HTTP/1.1\r\nX:", b" " * 10_000),
+        (b"GET /v2 HTTP/1.1\r\nX: ", b"a" * 10_000),
+        (b"GET /v2 HTTP/1.1\r\nX:", b" " * 10_000),
         (b"", b"\r\n" * 5_000),
         (CHUNKED + b"1;", b"a" * 10_000),
         (CHUNKED, b"3e8;" + b"a" * 1_000 + b"\r\n" + b" " * 1_000 + b"\r\n"),
@@ -151,7 +151,7 @@ def test_a_head_within_its_limits_is_answered(server: ServerProcess) -> None:
     headers = b"".join(b"X-%d: %s\r\n" % (number, b"a" * 630) for number in range(100))
     assert 63_000 < len(headers) < 64_000
     with server.connect() as connection:
-        connection.sendall(b"GET / HTTP/1.1\r\n" + headers + b"\r\n")
+        connection.sendall(b"GET /v2 HTTP/1.1\r\n" + headers + b"\r\n")
         assert read_answer(connection).startswith(b"HTTP/1.1 200")
 
 
@@ -197,7 +197,7 @@ def test_empty_lines_after_an_answer_do_not_hold_a_connection(server: ServerProc
     [
         (b"\0" * 100, b"400"),
         (b"GET /" + b"a" * 70_000, b"431"),
-        (b"GET / HTTP/1.1\r\n\r\n" * 1_000, b"400"),
+        (b"GET /v2 HTTP/1.1\r\n\r\n" * 1_000, b"400"),
     ],
     ids=["no HTTP", "too large", "too many"],
 )

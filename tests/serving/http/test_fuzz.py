@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import psutil
 import pyarrow.parquet as pq
 import pytest
@@ -19,11 +20,12 @@ import pytest
 from serving.http.app import Scoring
 from serving.http.codec import ARROW
 from serving.http.codec import JSON as JSON_TYPE
+from serving.http.inference import HEADER
 from serving.http.live import BundleSource
 from serving.http.openapi import example_of
 from serving.scoring.scorer import Scorer
 from serving.settings import ServerSettings
-from tests.fuzz.mutate import JSON, STREAM, mutated, stream_of
+from tests.fuzz.mutate import JSON, STREAM, TENSORS, mutated, stream_of
 from tests.serving.http.conftest import Published
 from tests.serving.http.fakes import scoring_of
 
@@ -34,12 +36,13 @@ ALLOWED = {200, 400, 404, 413, 415, 422}
 class FuzzBody(NamedTuple):
     """What is sent."""
 
-    kind: str
+    path: str
+    headers: dict[str, str]
     content: bytes
 
 
 def bodies(model: Scorer, samples: Path, count: int) -> Iterator[FuzzBody]:
-    """Bodies in both forms, in turn."""
+    """Bodies in all forms, in turn."""
     example = example_of(model.inputs)
     ads = {name: values * 70 for name, values in example["candidates"].items()}
     requests = [example, [example, example], {"requests": [example | {"candidates": ads}]}]
@@ -47,19 +50,35 @@ def bodies(model: Scorer, samples: Path, count: int) -> Iterator[FuzzBody]:
     stream = stream_of(pq.read_table(samples, columns=list(model.inputs.sources)).slice(0, 2))
     for number in range(count):
         draw = random.Random(number)
-        if number % 2 == 0:
-            yield FuzzBody(JSON_TYPE, mutated(draw, texts, JSON))
+        if number % 3 == 0:
+            yield FuzzBody("/v1/score", {"content-type": JSON_TYPE}, mutated(draw, texts, JSON))
+        elif number % 3 == 1:
+            length, _, content = mutated(draw, [tensors(example)], TENSORS).partition(b"\n")
+            yield FuzzBody("/v2/models/ctr/infer", {HEADER: length.decode("latin-1")}, content)
         else:
-            yield FuzzBody(ARROW, mutated(draw, [stream], STREAM))
+            yield FuzzBody("/v1/score", {"content-type": ARROW}, mutated(draw, [stream], STREAM))
+
+
+def tensors(example: dict[str, Any]) -> bytes:
+    """Write a request as tensors after a line with the length of their JSON; every second one is binary."""
+    inputs, binary = [], b""
+    for place, (name, value) in enumerate({**example["user"], **example["candidates"]}.items()):
+        array = np.array(value)
+        given: dict[str, Any] = {"data": array.ravel().tolist()}
+        if place % 2:
+            given, binary = {"parameters": {"binary_data_size": array.nbytes}}, binary + array.tobytes()
+        inputs.append({"name": name, "datatype": "INT64", "shape": list(array.shape) or [1]} | given)
+    text = json.dumps({"inputs": inputs}).encode()
+    return b"%d\n" % len(text) + text + binary
 
 
 async def answer_of(app: Any, body: FuzzBody) -> tuple[int, bytes]:
     """Call the application without a client: ten times as quick."""
     sent: list[dict[str, Any]] = []
     scope = {
-        "type": "http", "http_version": "1.1", "method": "POST", "path": "/v1/score", "raw_path": b"/v1/score",
+        "type": "http", "http_version": "1.1", "method": "POST", "path": body.path, "raw_path": body.path.encode(),
         "query_string": b"", "root_path": "", "scheme": "http", "server": ("scorer", 80), "client": ("test", 1),
-        "headers": [(b"content-type", body.kind.encode())], "state": {},
+        "headers": [(name.encode(), value.encode("latin-1")) for name, value in body.headers.items()], "state": {},
     }  # fmt: skip
 
     async def receive() -> dict[str, Any]:
@@ -96,5 +115,5 @@ async def fuzz(scoring: Scoring, samples: Path, count: int) -> None:
 def test_no_damaged_body_is_an_error_of_the_server_and_none_stays_in_memory(
     bundle: Published, tmp_path: Path, count: int
 ) -> None:
-    settings = ServerSettings(model=bundle.url, cache_dir=tmp_path)
+    settings = ServerSettings(model=bundle.url, name="ctr", cache_dir=tmp_path)
     asyncio.run(fuzz(scoring_of(BundleSource(settings)), bundle.samples, count))

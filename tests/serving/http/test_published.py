@@ -231,7 +231,7 @@ def test_what_the_page_shows_works(
     curl = blocks("sh")[0].replace("localhost:8080", f"{server.host}:{server.port}")
     shell = subprocess.run(["bash", "-c", curl], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert json.loads(shell.stdout) == expected
-    by_our_client, by_arrow = (
+    by_our_client, by_arrow, by_tensors = (
         code.replace("localhost:8080", f"{server.host}:{server.port}") for code in blocks("python")
     )
     monkeypatch.syspath_prepend(Path(__file__).parents[3] / "deploy" / "client")
@@ -241,11 +241,14 @@ def test_what_the_page_shows_works(
     names = {"samples": published.samples}
     exec(by_arrow, names)
     assert [len(scores) for scores in names["scores"]] == [len(each) for each in names["table"]["ad_item"].to_pylist()]
+    names = {}
+    exec(by_tensors, names)
+    np.testing.assert_allclose(names["scores"][:2], expected["scores"][:2], atol=1e-6)  # the third has an image here
 
 
 def test_newer_vectors_keep_the_network_and_the_rows(published: Published, tmp_path: Path) -> None:
     published.use(1)
-    source = BundleSource(ServerSettings(model=published.url, cache_dir=tmp_path))
+    source = BundleSource(ServerSettings(model=published.url, name="ctr", cache_dir=tmp_path))
     first = source.open(source.newest(), None)
     published.add_image(NEW_IMAGE + 1)
     newest = source.newest()

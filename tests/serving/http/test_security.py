@@ -37,7 +37,7 @@ def pair(tmp_path: Path) -> Pair:
 
 
 def check(**settings: object) -> None:
-    check_files(ServerSettings(model="-", **settings))
+    check_files(ServerSettings(model="-", name="ctr", **settings))
 
 
 @pytest.mark.services

@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import numpy as np
@@ -29,6 +30,7 @@ from tests.cli import invoke
 from tests.explorer.serving import in_thread
 from tests.serving.scoring.variants import Exported, export, train_run
 from trainer.evaluation.predict import predict_run
+from trainer.samples.columns import Rule
 
 pytestmark = pytest.mark.long
 
@@ -129,7 +131,7 @@ def test_options_that_do_not_go_together(model: Exported) -> None:
 @pytest.fixture
 def scoring(model: Exported, tmp_path: Path) -> Scoring:
     """What a server does, for a thread of this process."""
-    settings = ServerSettings(model=model.url, cache_dir=tmp_path / "cache")
+    settings = ServerSettings(model=model.url, name="ctr", cache_dir=tmp_path / "cache")
     return Scoring(settings, BundleSource(settings), pytest.fail)
 
 
@@ -145,7 +147,7 @@ def answering(scoring: Scoring, **tls: object) -> Iterator[str]:
 @pytest.mark.services
 def test_a_request_too_large_for_a_transform_is_422_in_each_form(variants: Variants, tmp_path: Path) -> None:
     model = variants("din_inputs")
-    settings = ServerSettings(model=model.url, cache_dir=tmp_path / "cache")
+    settings = ServerSettings(model=model.url, name="ctr", cache_dir=tmp_path / "cache")
     with contextlib.closing(Scorer.open(model.url)) as scorer:
         rules = scorer.inputs.sources
         row = model.table.select(list(rules)).slice(0, 1)
@@ -160,15 +162,30 @@ def test_a_request_too_large_for_a_transform_is_422_in_each_form(variants: Varia
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, row.schema) as writer:
         writer.write_table(row.set_column(row.column_names.index("ad_shape"), "ad_shape", shape))
+    columns = poisoned["user"] | poisoned["candidates"]
+    tensors = [each for name, value in columns.items() for each in tensors_of(name, value, rules[name])]
     scoring = Scoring(settings, BundleSource(settings), pytest.fail)
     with answering(scoring) as url, httpx2.Client(base_url=url) as client:
         assert client.post("/v1/score", json=good).status_code == 200
-        for content, kind in (
-            (orjson.dumps(poisoned), "application/json"),
-            (sink.getvalue().to_pybytes(), ARROW),
+        for path, content, kind in (
+            ("/v1/score", orjson.dumps(poisoned), "application/json"),
+            ("/v1/score", sink.getvalue().to_pybytes(), ARROW),
+            ("/v2/models/ctr/infer", orjson.dumps({"inputs": tensors}), "application/json"),
         ):
-            answer = client.post("/v1/score", content=content, headers={"content-type": kind})
+            answer = client.post(path, content=content, headers={"content-type": kind})
             assert answer.status_code == 422 and "ad_shape" in answer.json()["error"], answer.text
+
+
+def tensors_of(name: str, value: Any, rule: Rule) -> list[dict[str, Any]]:
+    """The tensors of a column, a list of lists by its lengths."""
+    values = value if rule.depth else [value]
+    lengths = []
+    if rule.depth == 2:
+        count = {"name": f"{name}.lengths", "shape": [len(values)], "datatype": "INT64"}
+        lengths = [count | {"data": [len(each) for each in values]}]
+        values = [one for each in values for one in each]
+    kind = "FP32" if rule.is_real else "BYTES" if {*map(type, values)} == {str} else "INT64"
+    return [{"name": name, "shape": [len(values)], "datatype": kind, "data": values}, *lengths]
 
 
 @pytest.mark.services

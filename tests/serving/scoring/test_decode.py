@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from serving.errors import NotFiniteError, RequestError
 from serving.network import run_steps
-from serving.scoring.decode import all_integers, decode
+from serving.scoring.decode import all_integers, decode, whole_array
 from serving.scoring.request import Request
-from serving.scoring.sent import joined, sent_requests
+from serving.scoring.sent import UnusableValueError, joined, sent_requests
 from tests.serving.scoring.wide import COLUMNS, SCHEMA, decoded, groups, request_of, table_of
 from trainer.samples.columns import decode as decode_file
 from trainer.samples.columns import rules_of
@@ -73,6 +73,14 @@ def test_requests_are_decoded_as_training_decodes_files(
     assert_same(run_steps(decode(COLUMNS, together, together.sizes(COLUMNS))).batch(COLUMNS), expected)
     whole, last = decoded(table), slice(len(rows) - 1, len(rows))
     assert_same(whole.piece(COLUMNS.rules, last).batch(COLUMNS), decoded(requests[last]).batch(COLUMNS))
+
+
+def test_numbers_of_binary_tensors_and_of_tables_are_whole_and_fit() -> None:
+    assert whole_array(np.array([2**63 - 1], np.uint64)).tolist() == [2**63 - 1]
+    for values, place in (([1, 2**63], 1), ([1.0], 0), ([True], 0)):
+        with pytest.raises(UnusableValueError) as failure:
+            whole_array(np.array(values, np.uint64 if place else None))
+        assert failure.value.place == place
 
 
 @pytest.mark.parametrize("columns", [[[True]], [[1, 2], [3, False]], [[0, 1], [True, 1, 0]]])

@@ -1,0 +1,272 @@
+"""The Open Inference Protocol: tensors and columns one by one, and Triton's unchanged client."""
+
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx2
+import numpy as np
+import orjson
+import pytest
+
+from serving.errors import RequestError
+from serving.http.app import Scoring
+from serving.http.inference import Tensor, metadata, sent_tensors, split_body, tensors_of
+from serving.network import run_steps
+from serving.settings import Budget
+from tests.serving.http.fakes import run_with, write_state
+from tests.serving.http.processes import ServerProcess, fake_server
+from trainer.samples.columns import Rule
+
+COLUMNS = {
+    "user": Rule("user", 0, "integer", text="id"),
+    "behavior_item": Rule("user", 1, "integer", text="id"),
+    "user_numbers": Rule("user", 1, "real", width=3, may_miss=True),
+    "ad_item": Rule("ad", 1, "integer", text="id"),
+    "ad_tags": Rule("ad", 2, "integer", text="id"),
+    "ad_numbers": Rule("ad", 2, "real", width=2),
+    "ad_scene": Rule("ad", 1, "integer", text="id"),
+}
+
+
+def tensor(name: str, values: list[Any], *shape: int, datatype: str = "INT64") -> Tensor:
+    return Tensor(name, datatype, shape or (len(values),), values)
+
+
+def sent(*tensors: Tensor) -> dict[str, tuple[Any, ...]]:
+    """The values of each column, and the lengths of its lists; those in context by a name of their own."""
+    table = sent_tensors(SimpleNamespace(sources=COLUMNS), {each.name: each for each in tensors})
+    return {
+        f"context {name}" if each.in_context_G is not None else name: (each.values, *(x.tolist() for x in each.levels))
+        for name, each in table.columns.items()
+    } | {"": (table.counts_G.tolist(),)}
+
+
+def test_a_tensor_is_a_column() -> None:
+    found = sent(
+        tensor("user", ["u1"], datatype="BYTES"),
+        tensor("behavior_item", [1, 2, 3]),
+        tensor("user_numbers", [0.5, 1.0, 2.0], datatype="FP32"),
+        tensor("ad_item", [7, 8]),
+        tensor("ad_tags", [1, 2, 3, 4], 2, 2),
+        tensor("ad_numbers", [0.1, 0.2, 0.3, 0.4], 2, 2, datatype="FP32"),
+        tensor("ad_scene", [5]),
+    )
+    assert found == {
+        "user": (["u1"],),
+        "behavior_item": ([1, 2, 3], [3]),
+        "user_numbers": ([0.5, 1.0, 2.0], [3]),
+        "ad_item": ([7, 8], [2]),
+        "ad_tags": ([1, 2, 3, 4], [2], [2, 2]),
+        "ad_numbers": ([0.1, 0.2, 0.3, 0.4], [2], [2, 2]),
+        "context ad_scene": ([5], [1]),
+        "": ([2],),
+    }
+
+
+def test_lists_of_unequal_lengths_come_with_their_lengths() -> None:
+    found = sent(
+        tensor("ad_item", [7, 8, 9]),
+        tensor("ad_tags", [1, 2, 3]),
+        tensor("ad_tags.lengths", [2, 0, 1]),
+    )
+    assert found["ad_tags"] == ([1, 2, 3], [3], [2, 0, 1])
+
+
+def test_one_candidate_and_none_are_candidates_and_no_context() -> None:
+    assert sent(tensor("ad_item", [7]), tensor("ad_scene", [5])).keys() == {"ad_item", "ad_scene", ""}
+    found = sent(tensor("ad_item", []), tensor("ad_scene", [5]))
+    assert (found["ad_item"], found["context ad_scene"], found[""]) == (([], [0]), ([5], [1]), ([0],))
+
+
+@pytest.mark.parametrize(
+    ("tensors", "words"),
+    [
+        ([tensor("user", [1, 2])], "user has shape [2], and has to be [1]"),
+        ([tensor("behavior_item", [1, 2], 2, 1)], "has to be [L]"),
+        ([tensor("ad_item", [1, 2], 1, 2)], "has to be [C]"),
+        ([tensor("ad_tags", [1, 2])], "[N] with a tensor ad_tags.lengths"),
+        ([tensor("ad_tags", [1, 2]), tensor("ad_tags.lengths", [3])], "adds up to 3"),
+        ([tensor("ad_tags", [1, 2]), tensor("ad_tags.lengths", [-1, 3])], "adds up to 2"),
+        ([tensor("ad_tags", [1, 2]), tensor("ad_tags.lengths", [2.0], datatype="FP32")], "INT64 [C]"),
+        ([tensor("ad_tags", [1, 2]), tensor("ad_tags.lengths", ["2"])], "INT64 [C]"),
+        ([tensor("ad_tags", [1, 2], 1, 2), tensor("ad_tags.lengths", [2])], "has to be [N]"),
+        ([tensor("nothing", [1])], '"nothing" is not an input of the model'),
+        ([tensor("ad_tags.lengths", [1])], "not an input of the model"),
+    ],
+)
+def test_tensors_that_are_no_columns_are_named(tensors: list[Tensor], words: str) -> None:
+    with pytest.raises(RequestError) as failure:
+        sent(*tensors)
+    assert words in str(failure.value)
+
+
+def test_metadata_has_a_shape_for_each_column() -> None:
+    found = {each["name"]: (each["datatype"], each["shape"]) for each in metadata(COLUMNS)}
+    assert found == {
+        "user": ("INT64", [1]),
+        "behavior_item": ("INT64", [-1]),
+        "user_numbers": ("FP32", [3]),
+        "ad_item": ("INT64", [-1]),
+        "ad_tags": ("INT64", [-1, -1]),
+        "ad_numbers": ("FP32", [-1, 2]),
+        "ad_scene": ("INT64", [-1]),
+    }
+
+
+def texts(*values: bytes) -> bytes:
+    return b"".join(struct.pack("<I", len(value)) + value for value in values)
+
+
+@pytest.mark.parametrize(
+    ("datatype", "data", "values"),
+    [
+        ("INT64", np.array([1, -2], "<i8").tobytes(), [1, -2]),
+        ("UINT8", b"\x01\xff", [1, 255]),
+        ("FP32", np.array([0.5, np.inf], "<f4").tobytes(), [0.5, float("inf")]),
+        ("FP16", np.array([0.5, 2], "<f2").tobytes(), [0.5, 2.0]),
+        ("BOOL", b"\x00\x01", [False, True]),
+        ("BYTES", texts(b"", "ä".encode()), ["", "ä"]),
+    ],
+)
+def test_binary_data_is_read_by_its_datatype(datatype: str, data: bytes, values: list[Any]) -> None:
+    each = {"name": "x", "datatype": datatype, "shape": [2], "parameters": {"binary_data_size": len(data)}}
+    found = run_steps(tensors_of({"inputs": [each]}, memoryview(data), Budget()))["x"].values
+    assert np.asarray(found).tolist() == values
+
+
+@pytest.mark.parametrize(
+    ("change", "data", "words"),
+    [
+        ({"datatype": "INT65"}, b"", "datatype"),
+        ({"datatype": None}, b"", "datatype"),
+        ({"shape": 3}, b"", "shape"),
+        ({"shape": [-1]}, b"", "shape"),
+        ({"shape": [True]}, b"", "shape"),
+        ({"shape": [1, 1, 1, 1]}, b"", "shape"),
+        ({"shape": []}, b"", "shape"),
+        ({"shape": [10**30]}, b"12345678", "has 1"),
+        ({"parameters": {"binary_data_size": 9}}, b"12345678", "8 bytes are left"),
+        ({"parameters": {"binary_data_size": -1}}, b"12345678", "binary_data_size"),
+        ({"parameters": {"binary_data_size": True}}, b"12345678", "binary_data_size"),
+        ({"parameters": {"binary_data_size": 7}}, b"12345678", "not a multiple of the size"),
+        ({"parameters": {"binary_data_size": 8}, "shape": [2]}, b"12345678", "the data has 1"),
+        ({"parameters": {"binary_data_size": 8}}, b"123456789", "1 bytes follow"),
+        ({"parameters": {}}, b"", "neither data"),
+        ({"parameters": 7}, b"", "neither data"),
+        ({"datatype": "BYTES"}, b"\x09\0\0\0abcd", "9 bytes"),
+        ({"datatype": "BYTES"}, b"\x01\0\0\0a\0\0\0", "inside the length"),
+        ({"datatype": "BYTES"}, texts(b"\xff\xfe\xfd\xfc"), "UTF-8"),
+        ({"parameters": None, "data": [[1], 2]}, b"", "mixes lists and values"),
+        ({"name": 3}, b"", "object with name"),
+    ],
+)  # fmt: skip
+def test_damaged_tensors_are_named(change: dict[str, Any], data: bytes, words: str) -> None:
+    each = {"name": "x", "datatype": "INT64", "shape": [1], "parameters": {"binary_data_size": 8}} | change
+    with pytest.raises(RequestError) as failure:
+        run_steps(tensors_of({"inputs": [each]}, memoryview(data), Budget()))
+    assert words in str(failure.value)
+
+
+@pytest.mark.parametrize("header", ["x", "-1", "99", "1" * 40, "²"])
+def test_a_wrong_length_of_the_json_is_named(header: str) -> None:
+    with pytest.raises(RequestError):
+        run_steps(split_body(b"{}", header, Budget()))
+
+
+def infer_body(**more: Any) -> dict[str, Any]:
+    items = {"name": "ad_item", "datatype": "INT64", "shape": [3], "data": [1, 2, 2000]}
+    return {"inputs": [items], **more}
+
+
+FLOATS = {"name": "ad_item", "datatype": "FP32", "shape": [1], "data": [1.5]}
+LARGE = {"name": "ad_item", "datatype": "UINT64", "shape": [1], "data": [2**63]}
+USER = {"name": "user", "datatype": "INT64", "shape": [1], "data": [1]}
+
+
+def test_inference_by_json(tmp_path: Path) -> None:
+    async def test(client: httpx2.AsyncClient, scoring: Scoring) -> None:
+        answer = (await client.post("/v2/models/ctr/infer", json=infer_body(id="q1"))).json()
+        assert (answer["model_name"], answer["model_version"], answer["id"]) == ("ctr", "3", "q1")
+        assert answer["parameters"] == {"vectors.images": 7}
+        outputs = {each["name"]: each for each in answer["outputs"]}
+        assert outputs["logit"]["data"] == pytest.approx([3.001, 3.002, 5.0])
+        assert outputs["unknown"] == {"name": "unknown", "datatype": "INT32", "shape": [3], "data": [0, 0, 1]}
+        asked = [{"name": "score", "parameters": {"binary_data": True}}, {"name": "missing"}]
+        binary = await client.post("/v2/models/ctr/versions/3/infer", json=infer_body(outputs=asked))
+        length = int(binary.headers["inference-header-content-length"])
+        outputs = orjson.loads(binary.content[:length])["outputs"]
+        assert outputs[0] == {"name": "score", "datatype": "FP32", "shape": [3], "parameters": {"binary_data_size": 12}}
+        assert outputs[1]["data"] == [0, 0, 0]
+        assert np.frombuffer(binary.content[length:], "<f4") == pytest.approx([0.95262, 0.95266, 0.99331], abs=1e-5)
+
+    run_with(tmp_path, test)
+
+
+def test_mistakes_of_inference_are_told(tmp_path: Path) -> None:
+    async def test(client: httpx2.AsyncClient, scoring: Scoring) -> None:
+        for path, body, status, words in (
+            ("/v2/models/other/infer", infer_body(), 404, "ctr"),
+            ("/v2/models/ctr/versions/9/infer", infer_body(), 404, "but 3"),
+            ("/v2/models/ctr/infer", [], 400, "no inputs"),
+            ("/v2/models/ctr/infer", {"inputs": [3]}, 400, "object with name"),
+            ("/v2/models/ctr/infer", {"inputs": infer_body()["inputs"] * 2}, 400, "twice"),
+            ("/v2/models/ctr/infer", infer_body(outputs=[{"name": "x"}]), 400, "score"),
+            ("/v2/models/ctr/infer", infer_body(outputs=[{"name": ["score"]}]), 400, "score"),
+            ("/v2/models/ctr/infer", infer_body(outputs=[{"name": {}}]), 400, "score"),
+            ("/v2/models/ctr/infer", infer_body(outputs=3), 400, "outputs"),
+            ("/v2/models/ctr/infer", infer_body(id=3), 400, "id"),
+            (
+                "/v2/models/ctr/infer",
+                {"inputs": [FLOATS]},
+                400,
+                "input ad_item[0] is 1.5, and has to be a whole number",
+            ),
+            ("/v2/models/ctr/infer", {"inputs": [USER]}, 400, "input ad_item is missing, expected a list with"),
+            (
+                "/v2/models/ctr/infer",
+                {"inputs": [LARGE]},
+                400,
+                "input ad_item[0] is 9223372036854775808, bey",
+            ),
+        ):
+            answer = await client.post(path, json=body)
+            assert answer.status_code == status
+            assert words in answer.json()["error"]
+
+    run_with(tmp_path, test)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    folder = tmp_path_factory.mktemp("triton")
+    with fake_server(write_state(folder, version=3, vectors={"images": 7}), folder) as server:
+        yield server
+
+
+@pytest.mark.services
+def test_tritons_client_works_unchanged(server: ServerProcess) -> None:
+    http = pytest.importorskip("tritonclient.http")
+    with http.InferenceServerClient(f"{server.host}:{server.port}") as client:
+        assert client.is_server_live()
+        assert client.is_server_ready()
+        assert client.is_model_ready("ctr")
+        assert client.is_model_ready("ctr", "3")
+        assert not client.is_model_ready("other")
+        assert client.get_server_metadata()["extensions"] == ["binary_tensor_data"]
+        assert client.get_model_metadata("ctr")["versions"] == ["3"]
+        for binary in (True, False):
+            items = http.InferInput("ad_item", [3], "INT64")
+            items.set_data_from_numpy(np.array([1, 2, 2000]), binary_data=binary)
+            images = http.InferInput("ad_image", [3], "BYTES")
+            images.set_data_from_numpy(np.array(["a", "ä", ""], object), binary_data=binary)
+            for outputs in (None, [http.InferRequestedOutput("logit", binary_data=binary)]):
+                result = client.infer("ctr", [items, images], outputs=outputs, request_id="q1")
+                np.testing.assert_allclose(result.as_numpy("logit"), [3.001, 3.002, 5.0], rtol=1e-6)
+                assert result.get_response()["id"] == "q1"
+        asked = client.async_infer("ctr", [items, images])
+        assert asked.get_result().as_numpy("unknown").tolist() == [0, 0, 1]
+        with pytest.raises(http.InferenceServerException, match="not an input of the model"):
+            client.infer("ctr", [http.InferInput("x", [1], "INT64").set_data_from_numpy(np.array([1]))])
