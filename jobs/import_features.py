@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING
 
+import typer
+
 from featurestore.console import commandline, output
 from pipeline.options import ImportOptions, takes_on_cluster
 
@@ -11,9 +13,9 @@ if TYPE_CHECKING:
 EXAMPLES = """Examples:
 
 \b
-crossmedia import --from images.parquet --source "our image encoder, v3"
+crossmedia import --from images.npy --keys ids.txt --source "our image encoder, v3"
 crossmedia import --from text.parquet --store data/features-text --name text --source "e5-base, titles"
-crossmedia import --from s3://shop/video --store s3://shop/features-video --name video
+crossmedia import --from video.npy --keys video-ids.txt --store s3://shop/features-video --name video
 crossmedia import --from xdl-images --store data/features --dim 4096 -n 4
 """
 
@@ -38,10 +40,14 @@ def main(options: ImportOptions) -> None:
 
 
 def open_source(options: ImportOptions) -> "VectorSource":
-    """Find what is to be imported. Raises VectorImportError."""
+    """Find what is to be imported. Raises VectorImportError, and typer.BadParameter for options that do not fit."""
     from pipeline import formats
 
     address = options.address
+    if address.endswith(".npy") != (options.keys is not None):
+        raise typer.BadParameter("a .npy matrix needs its keys, and no other format has any", param_hint="--keys")
+    if options.keys is not None:
+        return formats.plan_matrix(address, options.keys)
     if address.endswith(".parquet") or not formats.looks_like(address):
         return formats.plan_parquet(address, options.dim, options.feature_column)
     return formats.plan_xdl(address, options.dim)

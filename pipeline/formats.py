@@ -1,4 +1,4 @@
-"""Formats of vectors of others: Parquet, and XDL's binary files, in which key k is in file k modulo 1024.
+"""Formats of vectors of others: matrices, Parquet, and XDL's binary files, in which key k is in file k modulo 1024.
 
 Letters of shapes: N rows of a block, D feature width.
 """
@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,8 +16,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from featurestore.format.codec import read_npy
 from featurestore.format.datafile import is_text
-from featurestore.keys import AnyArray, Float32Array, Int64Array, key_of_uri
+from featurestore.keys import AnyArray, Float32Array, Int64Array, key_of_uri, keys_of_uris
 from featurestore.storage.local import StorageEntry
 from featurestore.storage.storage import Storage, file_at
 from pipeline.errors import VectorImportError, VectorsNotFoundError
@@ -128,9 +129,120 @@ def _joined(blocks: list[VectorBlock]) -> VectorBlock:
     )
 
 
+def _read_records(url: str, path: str, dtype: np.dtype[Any], first_byte: int, counts: Iterable[int]) -> Iterator[Any]:
+    """Read records that lie one after the other, so many at a time. Raises VectorImportError."""
+    with Storage(url).open_input(path) as file:
+        file.seek(first_byte)
+        for count in counts:
+            data = file.read(count * dtype.itemsize)
+            if len(data) != count * dtype.itemsize:
+                raise VectorImportError(f"{path} has become shorter while it was read: try again")
+            yield np.frombuffer(data, dtype)
+
+
+@dataclass(frozen=True)
+class MatrixSlice:
+    """Rows `start` to `stop` of the matrix in a .npy file, with their keys or their ids."""
+
+    url: str
+    path: str
+    dtype: np.dtype[Any]
+    dim: int
+    offset: int  # bytes before the numbers
+    names: Int64Array | list[str]
+    start: int
+    stop: int
+
+    @property
+    def num_rows(self) -> int:
+        """Number of rows."""
+        return self.stop - self.start
+
+    def read(self, block_rows: int) -> Iterator[VectorBlock]:
+        """Read the rows; those with an empty id are bad. Raises VectorImportError."""
+        uris = self.names if isinstance(self.names, list) else list(map(uri_of_key, self.names.tolist()))
+        row = np.dtype((self.dtype, (self.dim,)))
+        starts = range(0, self.num_rows, block_rows)
+        counts = [min(block_rows, self.num_rows - first) for first in starts]
+        records = _read_records(self.url, self.path, row, self.offset + self.start * row.itemsize, counts)
+        for first, values_ND in zip(starts, records, strict=True):
+            here, vectors_ND = slice(first, first + block_rows), _single(values_ND)
+            if isinstance(self.names, list):
+                yield _named(self.path, self.start + first, uris[here], vectors_ND)
+            else:
+                yield VectorBlock(self.names[here], uris[here], vectors_ND)
+
+
+def plan_matrix(address: str, keys_address: str) -> VectorSource:
+    """Cut a matrix and its keys into slices of some megabytes. The keys, or ids, are in memory.
+
+    Raises VectorImportError."""
+    storage, entries = find_files(address)
+    path = entries[0].path
+    with storage.open_input(path) as file:
+        try:
+            shape, is_fortran, dtype = _read_header(file)
+        except (ValueError, SyntaxError) as error:
+            raise VectorImportError(f"{address} is no .npy file: {error}") from error
+        offset = file.tell()
+    if len(shape) != 2 or dtype.kind != "f" or 0 in shape:
+        raise VectorImportError(f"{address} holds {dtype} {shape}, not 2 dimensions of floating point numbers")
+    if is_fortran:
+        raise VectorImportError(f"{address} is stored column by column: save numpy.ascontiguousarray of it")
+    num_rows, dim = shape
+    size = offset + dtype.itemsize * num_rows * dim
+    if entries[0].size_bytes != size:
+        raise VectorImportError(f"{address} is truncated: {entries[0].size_bytes:,} bytes instead of {size:,}")
+    rows = block_rows(dim)
+    names, num_keys, fingerprint = _names_of_rows(keys_address, rows)
+    if num_keys != num_rows:
+        raise VectorImportError(f"{keys_address} has {num_keys:,} keys and {address} {num_rows:,} rows")
+    slices: list[VectorSlice] = [
+        MatrixSlice(storage.url, path, dtype, dim, offset, each, start, min(start + rows, num_rows))
+        for start, each in zip(range(0, num_rows, rows), names, strict=True)
+    ]
+    return VectorSource(dim, tuple(slices), f"{fingerprint_of(storage, entries)} {fingerprint}")
+
+
+def _names_of_rows(address: str, rows: int) -> tuple[list[Int64Array | list[str]], int, str]:
+    """Read the keys in a .npy, or lines of ids, cut after each `rows` of them; count them all."""
+    storage, entries = find_files(address)
+    data, fingerprint = storage.read_bytes(entries[0].path), fingerprint_of(storage, entries)
+    if address.endswith(".npy"):
+        try:
+            keys_N = read_npy(data)
+        except ValueError as error:
+            raise VectorImportError(f"{address} is no .npy file: {error}") from error
+        if keys_N.ndim != 1 or keys_N.dtype.kind not in "iu" or keys_N.dtype == np.uint64:
+            raise VectorImportError(f"{address} holds {keys_N.dtype} {keys_N.shape}, not int64 keys")
+        keys_N = keys_N.astype(np.int64)
+        return [keys_N[first : first + rows] for first in range(0, len(keys_N), rows)], len(keys_N), fingerprint
+    try:
+        ids = data.decode().replace("\r\n", "\n").removesuffix("\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise VectorImportError(f"the ids of {address} are not text in UTF-8: {error}") from error
+    return [ids[first : first + rows] for first in range(0, len(ids), rows)], len(ids), fingerprint
+
+
+def _named(path: str, first: int, uris: list[str], vectors_ND: Float32Array) -> VectorBlock:
+    named_N = np.array([uri != "" for uri in uris], np.bool_)
+    bad = tuple(BadRow.at(path, first + int(row), "empty id") for row in np.flatnonzero(~named_N))
+    uris = [uri for uri in uris if uri]
+    return VectorBlock(keys_of_uris(uris), uris, vectors_ND[named_N], bad)
+
+
 def _single(values_ND: AnyArray) -> Float32Array:
     with np.errstate(over="ignore"):  # infinite then, and refused
         return values_ND.astype(np.float32)
+
+
+def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    version = np.lib.format.read_magic(file)
+    if version == (1, 0):
+        return np.lib.format.read_array_header_1_0(file)
+    if version == (2, 0):
+        return np.lib.format.read_array_header_2_0(file)
+    raise ValueError(f"format {version} is for arrays of records")
 
 
 FOOTER_THREADS = 16  # waiting for answers, not computing
@@ -315,13 +427,8 @@ class XdlSlice:
     def read(self, block_rows: int) -> Iterator[VectorBlock]:
         """Read the records; those of other files are bad."""
         record = record_dtype(self.dim)
-        with Storage(self.url).open_input(self.path) as file:
-            file.seek(self.start * record.itemsize)
-            for first in range(self.start, self.stop, block_rows):
-                size = min(block_rows, self.stop - first) * record.itemsize
-                if len(data := file.read(size)) != size:
-                    raise VectorImportError(f"{self.path} has become shorter while it was read: try again")
-                yield self._block(np.frombuffer(data, record))
+        counts = [min(block_rows, self.stop - first) for first in range(self.start, self.stop, block_rows)]
+        yield from map(self._block, _read_records(self.url, self.path, record, self.start * record.itemsize, counts))
 
     def _block(self, records_N: npt.NDArray[np.void]) -> VectorBlock:
         keys_N = records_N["key"].astype(np.int64)
@@ -390,7 +497,7 @@ def _probe(slices: Sequence[XdlSlice], dim: int) -> None:
         )
 
 
-VectorSlice = ParquetSlice | XdlSlice
+VectorSlice = MatrixSlice | ParquetSlice | XdlSlice
 """Some rows of one file, which pickle as their place; `read(block_rows)` reads them in their order.
 
 Raises VectorImportError, StorageError."""

@@ -176,13 +176,16 @@ class ImportOptions:
 
     address: Annotated[
         str,
-        typer.Option("--from", help="A .parquet file or a folder of them, or a folder of XDL's data.0, data.1 …"),
+        typer.Option(
+            "--from", help="A .parquet file or a folder of them, a .npy matrix, or a folder of XDL's data.0, data.1 …"
+        ),
     ]
     store: NewStoreOption = DEFAULT_STORE
     name: NameOption = None
     origin: Annotated[
         str | None, typer.Option("--source", help="What made the vectors, in words; another one is refused later.")
     ] = None
+    keys: Annotated[str | None, typer.Option(help="Of a .npy matrix: .npy of int64, or a text file of ids.")] = None
     dim: Annotated[
         int | None,
         typer.Option(

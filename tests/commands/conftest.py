@@ -6,6 +6,7 @@ import shlex
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -65,11 +66,12 @@ def _files(folder: Path) -> dict[str, object]:
         (folder / name).write_bytes(content)
     (folder / "emptydir").mkdir()
     (folder / "[/x] there").mkdir(parents=True)
-    for suffix in ("parquet", "csv"):
+    for suffix in ("parquet", "npy", "csv"):
         shutil.copy(folder / "garbage", folder / f"garbage.{suffix}")
     found: dict[str, object] = {name.removesuffix(".py"): folder / name for name in contents}
-    found |= {f"garbage_{suffix}": folder / f"garbage.{suffix}" for suffix in ("parquet", "csv")}
-    found |= {"emptydir": folder / "emptydir", "there": folder / "[/x] there"}
+    found |= {f"garbage_{suffix}": folder / f"garbage.{suffix}" for suffix in ("parquet", "npy", "csv")}
+    np.save(folder / "matrix.npy", np.ones((3, 4), np.float32))
+    found |= {"emptydir": folder / "emptydir", "there": folder / "[/x] there", "matrix": folder / "matrix.npy"}
     torch.save({"other": torch.zeros(2)}, folder / "otherweights.pt")
     found |= {"otherweights": folder / "otherweights.pt", "photos": folder / "photos"}
     (folder / "photos").mkdir()
@@ -81,7 +83,7 @@ def _pipes(folder: Path) -> dict[str, object]:
     """Pipes that nobody writes into, and folders with one in the place of a file: to read one would last for ever."""
     places = {
         "pipe": "pipe",
-        **{f"pipe_{suffix}": f"pipe.{suffix}" for suffix in ("parquet", "csv", "yaml")},
+        **{f"pipe_{suffix}": f"pipe.{suffix}" for suffix in ("parquet", "npy", "csv", "yaml")},
         "pipelogs": "logs-pipe/impressions/0.parquet",
         "pipesamples": "samples-pipe/train/day=2026-01-01.parquet",
         "pipetest": "samples-pipe/test/day=2026-01-02.parquet",

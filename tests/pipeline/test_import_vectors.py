@@ -49,13 +49,6 @@ def write_xdl(folder, keys, vectors_ND, number_of=lambda key: key % formats.NUM_
             file.write(np.int64(key).astype("<i8").tobytes() + vector_D.astype("<f4").tobytes())
 
 
-def written(folder, vectors_ND, keys, rows=100):
-    """Write rows with keys as Parquet, in row groups of `rows`; return the file."""
-    table = pa.table({"key": pa.array(keys, pa.int64()), "feature": vectors_ND.tolist()})
-    pq.write_table(table, folder / "rows.parquet", row_group_size=rows)
-    return folder / "rows.parquet"
-
-
 def stored(path, keys):
     store = FeatureStore.open(path)
     return store.codec.decode(store.snapshot().get(list(keys)))
@@ -131,6 +124,33 @@ def test_bad_rows_of_parquet_are_quarantined_one_by_one(job, tmp_path):
     assert len(store.quarantine_rows()) == 4
 
 
+def test_npy_with_keys_and_with_ids(job, tmp_path, vectors_ND):
+    np.save(tmp_path / "video.npy", vectors_ND.astype(np.float16))
+    np.save(tmp_path / "keys.npy", np.arange(100, 140))
+    (tmp_path / "ids.txt").write_text("".join(f"clip {n}\r\n" for n in range(40)))
+    job(tmp_path / "video.npy", "--keys", tmp_path / "keys.npy", "--dtype", "float16")
+    np.testing.assert_array_equal(stored(tmp_path / "features", range(100, 140)), vectors_ND.astype(np.float16))
+    assert uris(tmp_path / "features")[101] == "key:101"
+    other = tmp_path / "other"
+    job(tmp_path / "video.npy", "--keys", tmp_path / "ids.txt", "--dtype", "float16", "--num-shards", 2, store=other)
+    keys = [key_of_uri(f"clip {n}") for n in range(40)]
+    np.testing.assert_array_equal(stored(other, keys), vectors_ND.astype(np.float16))
+    assert FeatureStore.open(other).info.num_shards == 2
+
+
+def test_ids_meet_their_rows_in_every_slice(tmp_path, vectors_ND, monkeypatch):
+
+    monkeypatch.setattr(formats, "block_rows", lambda dim: 7)
+    np.save(tmp_path / "a.npy", vectors_ND)
+    for end in ("", "\n"):
+        (tmp_path / "ids").write_text("\n".join(f"é{n}" for n in range(40)) + end)
+        source = formats.plan_matrix(str(tmp_path / "a.npy"), str(tmp_path / "ids"))
+        blocks = [block for piece in source.slices for block in piece.read(3)]
+        assert [uri for block in blocks for uri in block.uris] == [f"é{n}" for n in range(40)]
+        np.testing.assert_array_equal(np.concatenate([block.vectors_ND for block in blocks]), vectors_ND)
+        assert max(map(len, blocks)) == 3
+
+
 def test_xdl_files(job, tmp_path, vectors_ND):
     keys = np.random.default_rng(1).integers(-(1 << 62), 1 << 62, 40)
     write_xdl(tmp_path / "xdl", keys, vectors_ND)
@@ -189,7 +209,9 @@ def test_running_again_changes_what_has_changed(job, tmp_path, vectors_ND):
 
     vectors_ND[5] += 1
     vectors_ND[39] += 1
-    text = job(written(tmp_path, np.concatenate([vectors_ND[3:], vectors_ND[:1]]), [*range(3, 40), 77]))
+    np.save(tmp_path / "next.npy", np.concatenate([vectors_ND[3:], vectors_ND[:1]]))
+    np.save(tmp_path / "keys.npy", [*range(3, 40), 77])
+    text = job(tmp_path / "next.npy", "--keys", tmp_path / "keys.npy")
     assert "rows 38 new 1 changed 2 unchanged 35 duplicates 0" in text
     snapshot = FeatureStore.open(path).snapshot()
     assert snapshot.version == 2
@@ -202,8 +224,9 @@ def test_a_key_with_two_vectors_is_quarantined_and_keeps_what_the_store_had(job,
     write_xdl(tmp_path / "xdl", range(10), vectors_ND[:10])
     job(tmp_path / "xdl", "--dim", DIM, "--dtype", "float32")
     # 3 comes as it is and changed, 50 twice and differently, 51 twice and equal; the two of a key in different units.
-    vectors = vectors_ND[[3, 20, 21, 22, 23, 24, 21, 25]]
-    text = job(written(tmp_path, vectors, [3, 50, 51, 52, 3, 50, 51, 53], rows=4), "--part-size", 4)
+    np.save(tmp_path / "next.npy", vectors_ND[[3, 20, 21, 22, 23, 24, 21, 25]])
+    np.save(tmp_path / "keys.npy", [3, 50, 51, 52, 3, 50, 51, 53])
+    text = job(tmp_path / "next.npy", "--keys", tmp_path / "keys.npy", "--part-size", 4)
     assert "rows 8 new 3 changed 0 unchanged 0 duplicates 1" in text
     assert "quarantined 4: 4 several rows with different numbers under one key (key:3, key:50, key:3, …)" in text
     assert FeatureStore.open(path).snapshot().keys().tolist() == [*range(10), 51, 52, 53]
@@ -214,7 +237,9 @@ def test_a_key_with_two_vectors_is_quarantined_and_keeps_what_the_store_had(job,
 @pytest.mark.parametrize("contested", [False, True])
 def test_a_run_that_failed_goes_on_where_it_was(job, tmp_path, vectors_ND, monkeypatch, contested):
     keys = [*range(39), 0 if contested else 39]
-    arguments = (written(tmp_path, vectors_ND, keys, rows=10), "--part-size", 10, "--dtype", "float32")
+    np.save(tmp_path / "a.npy", vectors_ND)
+    np.save(tmp_path / "keys.npy", keys)
+    arguments = (tmp_path / "a.npy", "--keys", tmp_path / "keys.npy", "--part-size", 10, "--dtype", "float32")
     monkeypatch.setattr("pipeline.formats.block_rows", lambda dim: 10)
     read = []
     whole = import_vectors.gathered
@@ -239,7 +264,9 @@ def test_other_vectors_are_refused(job, tmp_path, vectors_ND):
     assert "extractor.layer is 'first' instead of 'second'" in job(
         tmp_path / "xdl", "--dim", DIM, "--source", "second", code=1
     )
-    assert "dim is 6 instead of 9" in job(written(tmp_path, np.ones((2, 9), np.float32), [1, 2]), code=1)
+    np.save(tmp_path / "wide.npy", np.ones((2, 9), np.float32))
+    np.save(tmp_path / "keys.npy", [1, 2])
+    assert "dim is 6 instead of 9" in job(tmp_path / "wide.npy", "--keys", tmp_path / "keys.npy", code=1)
     text = pa.table({"id": ["a", "b"], "uri": ["x", "y"], "feature": [[1.0] * DIM] * 2})
     pq.write_table(text, tmp_path / "a.parquet")
     job(tmp_path / "a.parquet")
@@ -248,20 +275,30 @@ def test_other_vectors_are_refused(job, tmp_path, vectors_ND):
 
 
 def test_a_compact_store_takes_imports_of_full_vectors(job, tmp_path, vectors_ND):
-    source = written(tmp_path, vectors_ND, range(40))
-    job(source, "--dtype", "float32")
+    np.save(tmp_path / "a.npy", vectors_ND)
+    np.save(tmp_path / "keys.npy", range(40))
+    arguments = (tmp_path / "a.npy", "--keys", tmp_path / "keys.npy")
+    job(*arguments, "--dtype", "float32")
     remake(FeatureStore.open(tmp_path / "features"), tmp_path / "small", dims=3)
-    assert "unchanged 40" in job(source, store=tmp_path / "small"), "digests are those of the full vectors"
+    assert "unchanged 40" in job(*arguments, store=tmp_path / "small"), "digests are those of the full vectors"
     vectors_ND[0], vectors_ND[1, 0] = vectors_ND[30], np.nan
-    text = job(written(tmp_path, vectors_ND, range(40)), store=tmp_path / "small")
+    np.save(tmp_path / "a.npy", vectors_ND)
+    text = job(*arguments, store=tmp_path / "small")
     assert "changed 1 unchanged 38" in text and "1 not finite in float32 (key:1)" in text
     made, expected = (stored(tmp_path / "small", [key]) for key in (0, 30))
     np.testing.assert_allclose(made, expected, rtol=1e-6)
-    text = job(written(tmp_path, vectors_ND[:, :3], range(40)), store=tmp_path / "small", code=1)
+    np.save(tmp_path / "narrow.npy", vectors_ND[:, :3])
+    text = job(tmp_path / "narrow.npy", "--keys", tmp_path / "keys.npy", store=tmp_path / "small", code=1)
     assert "takes rows of" in text
 
 
 def test_mistakes_are_one_message(job, tmp_path, vectors_ND):
+    np.save(tmp_path / "a.npy", vectors_ND)
+    np.save(tmp_path / "short.npy", range(39))
+    np.save(tmp_path / "text.npy", np.array(["a", "b"]))
+    np.save(tmp_path / "columns.npy", np.asfortranarray(vectors_ND))
+    (tmp_path / "cut.npy").write_bytes((tmp_path / "a.npy").read_bytes()[:-8])
+    (tmp_path / "none.npy").write_bytes(b"no array")
     pq.write_table(pa.table({"name": ["a"]}), tmp_path / "nokey.parquet")
     pq.write_table(pa.table({"key": [1], "a": [[1.0]], "b": [[1.0]]}), tmp_path / "two.parquet")
     pq.write_table(pa.table({"key": ["1"], "a": [[1.0]]}), tmp_path / "textkey.parquet")
@@ -280,6 +317,13 @@ def test_mistakes_are_one_message(job, tmp_path, vectors_ND):
         ("other", (), "there are no files that end with .parquet at"),
         ("hollow", (), "all 1 files of"),
         ("xdl", ("--dim", 100), "1 of 1 files, data.0 first, are not a number of records of 408 bytes"),
+        ("a.npy", ("--keys", tmp_path / "short.npy"), "has 39 keys and"),
+        ("a.npy", ("--keys", tmp_path / "text.npy"), "holds <U1 (2,), not int64 keys"),
+        ("a.npy", ("--keys", tmp_path / "none.npy"), "none.npy is no .npy file"),
+        ("short.npy", ("--keys", tmp_path / "short.npy"), "holds int64 (39,), not 2 dimensions"),
+        ("columns.npy", ("--keys", tmp_path / "short.npy"), "column by column"),
+        ("cut.npy", ("--keys", tmp_path / "short.npy"), "cut.npy is truncated: 1,080 bytes instead of 1,088"),
+        ("none.npy", ("--keys", tmp_path / "short.npy"), "is no .npy file"),
         ("nokey.parquet", (), "has no column key (int64) or id (text), only name"),
         ("two.parquet", (), "which column is the feature? --feature-column is one of ['a', 'b']"),
         ("two.parquet", ("--feature-column", "c"), "has no column 'c'"),

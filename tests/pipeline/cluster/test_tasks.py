@@ -14,9 +14,8 @@ import time
 from pathlib import Path
 
 import dask.system
+import numpy as np
 import psutil
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from distributed import Client
 
@@ -203,7 +202,7 @@ JOBS = {
     "extract_features": ["--images", "x", "--store", "x", "--weights", "random:0"],
     "refresh_features": ["--images", "x", "--store", "x"],
     "build_samples": ["--logs", "x", "--samples", "x"],
-    "import_features": ["--from", "x.parquet", "--store", "x"],
+    "import_features": ["--from", "x.npy", "--keys", "keys.npy", "--store", "x"],
     "import_xdl": ["--from", "x", "--samples", "x"],
 }
 
@@ -214,7 +213,8 @@ def test_jobs_without_dask_submit_refuse_it_too(
 ):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "x").mkdir()
-    pq.write_table(pa.table({"key": [0, 1], "feature": [[0.0], [0.0]]}), tmp_path / "x.parquet")
+    np.save(tmp_path / "x.npy", np.zeros((2, 4), np.float32))
+    np.save(tmp_path / "keys.npy", np.arange(2))
     monkeypatch.setenv("DASK_SCHEDULER_ADDRESS", address_of(listener))
     done = call([f"jobs/{job}", *JOBS[job]])
     assert (done.code, done.trace) == (2, ""), done.err
