@@ -1,6 +1,6 @@
 """What is done to a store dies before, within or after a write: no wrong row is seen, and the next run completes it.
 
-Here the calls of a storage die; test_machine.py and test_crew.py let processes die in the middle of what they write.
+Here the calls of a storage die; test_machine.py lets processes die in the middle of what they write.
 """
 
 import functools
