@@ -30,6 +30,7 @@ from typing import Any
 import uvicorn
 
 from featurestore.console.commandline import STOPPED, say_error
+from featurestore.console.memory import bound_freed_memory
 from featurestore.errors import FAILED, UserError
 from serving.http import access
 from serving.http.app import Scoring, logger
@@ -41,6 +42,8 @@ from serving.settings import ServerSettings
 MakeSource = Callable[[ServerSettings], BundleSource]
 
 _MAX_PAUSE_S = 30.0
+_LARGEST_KEPT = 32 << 20
+"""Bytes; more glibc does not allow."""
 _TICKS_TO_STOP = 5
 """Ten are a second."""
 _TICKS_OF_BACKLOG = 2
@@ -74,6 +77,7 @@ def run_worker(
     on_ready: Callable[[], None] | None = None,
 ) -> int:
     """Answer on the listening socket in this process; return the exit code. `on_ready`: set for one of several."""
+    bound_freed_memory(_LARGEST_KEPT)
     allow_connections()
     credentials, failures = access.Credentials(settings), list[Exception]()
     scoring = Scoring(settings, make_source(settings), failures.append, on_ready, credentials.tokens)
