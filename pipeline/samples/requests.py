@@ -6,6 +6,7 @@ Read and checked as `build_samples` reads logs, but in this process, and no row 
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,18 +20,26 @@ from pipeline.samples.build import LogTables, latest_of, open_tables, rules_of
 from pipeline.samples.groups import make_groups, no_rows, table_of_groups
 from pipeline.samples.logs import BEHAVIORS, IMPRESSIONS, Columns, read_piece, with_joined_rows
 from pipeline.samples.mapping import EVENT
+from trainer.schema.profile import is_pandas, table_of
 
 FILE = "rows.parquet"
 
 
-def requests_of_log(impressions: pa.Table, behaviors: pa.Table, samples: str) -> pa.Table:
-    """Make a row for each impression, in their order, as samples have a row for each group.
+def with_behaviors(impressions: Any, behaviors: Any, samples: str | Path = "data/samples") -> Any:
+    """Make rows to score of a raw log: impressions, each with the user's behaviours before it, in their order.
 
-    Columns, window and user columns are those that `samples` were made with; labels, sessions and dwell times may be
-    left out. The behaviours of an impression are those before itself, not before its session. Of events, every row of
-    `impressions` is one, and every row of `behaviors` too unless these have the column that tells. Columns that both
-    lack come from the tables that the mapping joins, as these are now. Raises SampleError.
+    Both are tables as the logs that `samples` were made from; of a DataFrame of impressions the rows are a DataFrame
+    with its index, else an Arrow table. Columns, window and user columns are those that `samples` were made with;
+    labels, sessions and dwell times may be left out. The behaviours of an impression are those before itself, not
+    before its session. Of events, every row of `impressions` is one, and every row of `behaviors` too unless these have
+    the column that tells. Columns that both lack come from the tables that the mapping joins, as these are now. Raises
+    SampleError for a row that a job would quarantine.
     """
+    rows = _requests(table_of(impressions), table_of(behaviors), str(samples))
+    return rows.to_pandas().set_index(impressions.index) if is_pandas(impressions) else rows
+
+
+def _requests(impressions: pa.Table, behaviors: pa.Table, samples: str) -> pa.Table:
     options = options_of(open_published(samples))
     with (
         tempfile.TemporaryDirectory() as folder,
