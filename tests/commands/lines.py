@@ -133,7 +133,7 @@ TRAINER = [
         2,
         "model.tables.itm is the table of no field; did you mean model.tables.item?",
     ),
-    ("trainer.main --warm-parts full", 2, "name it by --warm-start"),
+    ("trainer.main --warm-parts all", 2, "name it by --warm-start"),
     ("trainer.main --set data.store={store} --set data.samples={missing}", 2, "{missing}"),
     ("trainer.main --set data.store={store} --set data.samples={brackets}", 2, "[/x]"),
     ("trainer.main --set data.store={store} --set data.samples={empty}", 2, "{empty} is a file"),
