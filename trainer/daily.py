@@ -19,7 +19,7 @@ from featurestore.errors import AnotherStoreError, StorageError
 from featurestore.parsing import parse_json
 from featurestore.published.paths import RunPath, read_file, run_path, write_json_file
 from trainer.cli import MoreSettings, Settings, SettingsFile
-from trainer.config import WARM_PARTS, Config, differences, load_config, load_saved, refuse_given, save_config
+from trainer.config import Config, differences, load_config, load_saved, refuse_given, save_config
 from trainer.errors import CheckpointError, ConfigError, DataNotFoundError, OtherRunError, TrainerError
 from trainer.main import on_ranks, train, warm_settings
 from trainer.runs.folder import DAYS_FILE, finished, report_of
@@ -212,7 +212,7 @@ class Day:
             "name": self.name,
             "resume": resume,
             "warm_start": str(before) if before else base.run.warm_start,
-            "warm_parts": WARM_PARTS["all"],
+            "warm_parts": "all",
         }
         data = {"train_days": list(self.train_days), "test_days": [self.test_day] if self.test_day else []}
         if run["warm_start"] is None:
