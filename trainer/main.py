@@ -15,7 +15,7 @@ import typer
 from featurestore.console.commandline import CommandApp, run_app
 from featurestore.errors import StorageError, UserError
 from trainer.cli import MoreSettings, Settings, SettingsFile, run_on_ranks
-from trainer.config import WARM_PARTS, Config, differences, load_config, load_saved
+from trainer.config import Config, differences, load_config, load_saved
 from trainer.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -63,8 +63,8 @@ def main(
         str | None,
         typer.Option(
             metavar="PARTS",
-            help="none, partial (all but the ID vectors, the default), full, all (with the optimisers' state), or of "
-            "images,model,ids with commas.",
+            help="partial (all but the ID vectors) or all (with the optimisers' state).",
+            show_default="partial",
         ),
     ] = None,
     more: MoreSettings = None,
@@ -95,8 +95,7 @@ def warm_settings(warm_start: str | None, warm_parts: str | None) -> list[str]:
     """Make settings of the options --warm-start and --warm-parts."""
     settings = [] if warm_start is None else [f"run.warm_start={warm_start}"]
     if warm_parts is not None:
-        named = warm_parts in WARM_PARTS
-        settings.append(f"run.warm_parts={warm_parts if named else f'[{warm_parts}]'}")
+        settings.append(f"run.warm_parts={warm_parts}")
     return settings
 
 
@@ -146,7 +145,6 @@ def train(config: Config, comm: "Comm") -> "RunPath":
 
 def _say_beginning(run: "Run", removed: "list[Checkpoint]", progress: "ProgressLog") -> None:
     """Report which images are lacking, and what the run begins with: checkpoints left out or removed, a warm start."""
-    from trainer.runs.checkpoint import not_taken
     from trainer.runs.folder import checkpoints_of
     from trainer.runs.saving import DAMAGED
 
@@ -160,9 +158,7 @@ def _say_beginning(run: "Run", removed: "list[Checkpoint]", progress: "ProgressL
     if removed:
         progress.say(f"removed by run.overwrite=true: {', '.join(each.name for each in removed)}")
     if run.warm_start:
-        progress.say(f"warm start from {run.warm_start.checkpoint}: {', '.join(run.warm_start.parts) or 'nothing'}")
-        if untaken := not_taken(run.origin.model, run.warm_start):
-            progress.say(f"not taken, as no field of this run has them: ID tables {', '.join(untaken)}")
+        progress.say(f"warm start from {run.warm_start.checkpoint}: {run.warm_start.parts}")
 
 
 def _end_events(run: "Run", progress: "ProgressLog") -> None:

@@ -74,10 +74,9 @@ class LogGroups:
     start_G: Int64Array  # first impression of each group
     size_G: Int64Array  # impressions
     take_G: Int64Array  # behaviours
-    num_behaviors: int  # distinct ones
-    num_used: int  # of them, in some group
-    num_clicks: int = 0  # rows that are clicks alone
-    num_unmatched: int = 0  # of them, without an impression before
+    counts: Counter[str]
+    """behaviors: distinct ones; used: of them, in some group; clicks: rows that are clicks alone; unmatched: of them,
+    without an impression before."""
 
 
 def make_groups(impressions: Columns, behaviors: Columns, rules: GroupRules) -> LogGroups:
@@ -105,17 +104,9 @@ def make_groups(impressions: Columns, behaviors: Columns, rules: GroupRules) -> 
     chosen = {name: behaviors[name][chosen_K] for name in ("item", "image", "category", *further)}
     if rules.behavior_age:
         chosen["age"] = (np.repeat(first_G, take_G) - behaviors["timestamp"][chosen_K]) // MICROSECONDS
-    return LogGroups(
-        impressions,
-        chosen,
-        start_G,
-        size_G,
-        take_G,
-        num_behaviors,
-        _count_covered(high_G - take_G, high_G, num_behaviors),
-        num_clicks,
-        num_unmatched,
-    )
+    used = _count_covered(high_G - take_G, high_G, num_behaviors)
+    counts = Counter(behaviors=num_behaviors, used=used, clicks=num_clicks, unmatched=num_unmatched)
+    return LogGroups(impressions, chosen, start_G, size_G, take_G, counts)
 
 
 def label_impressions(rows: Columns, within_s: float) -> tuple[Columns, int]:
@@ -422,14 +413,9 @@ class GroupedBucket:
     path: str
     batch_of_hour: dict[int, int]
     groups_of_hour: dict[int, int]
-    num_users: int = 0
-    num_impressions: int = 0  # distinct ones
-    num_behaviors: int = 0  # distinct ones
-    num_used: int = 0  # behaviours in at least one group
-    num_references: int = 0  # behaviours in groups
-    num_without: int = 0  # groups without behaviours
-    num_clicks: int = 0  # rows that are clicks alone
-    num_unmatched: int = 0  # of them, without an impression before
+    counts: Counter[str] = field(default_factory=Counter)
+    """Those of `LogGroups`, and users, distinct impressions, references (behaviours in groups) and without (groups
+    without behaviours)."""
     latest_of_day: dict[int, int] = field(default_factory=dict)
     """By day since 1970: the last impression, or row that labels one (µs), of groups that begin then."""
 
@@ -453,20 +439,13 @@ def group_bucket(
     table = table_of_groups(groups, user_columns, ad_columns).sort_by(SORT)
     path = Path(folder, f"groups-{bucket:06d}.arrow")
     batch_of_hour, groups_of_hour = _write_hours(path, table, compress)
-    return GroupedBucket(
-        str(path),
-        batch_of_hour,
-        groups_of_hour,
-        num_users=len(np.unique(groups.impressions["user"])),
-        num_impressions=len(groups.impressions["user"]),
-        num_behaviors=groups.num_behaviors,
-        num_used=groups.num_used,
-        num_references=int(groups.take_G.sum()),
-        num_without=int(np.count_nonzero(groups.take_G == 0)),
-        num_clicks=groups.num_clicks,
-        num_unmatched=groups.num_unmatched,
-        latest_of_day=_latest_of_day(groups),
+    counts = groups.counts + Counter(
+        users=len(np.unique(groups.impressions["user"])),
+        impressions=len(groups.impressions["user"]),
+        references=int(groups.take_G.sum()),
+        without=int(np.count_nonzero(groups.take_G == 0)),
     )
+    return GroupedBucket(str(path), batch_of_hour, groups_of_hour, counts, _latest_of_day(groups))
 
 
 def no_rows(layout: TableLayout) -> Columns:

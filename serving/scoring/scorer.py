@@ -63,7 +63,7 @@ class InputMaker:
             width: [field.name for field in fields] for width, fields in groupby(of_ids, lambda f: width_of(f, model))
         }
         self._column_of_id = {field.name: field.column_name for field in of_ids}
-        self._rows_of_ids = bundle.ids.bulk_finder([field.table_name for field in of_ids])
+        self._tables_of_ids = [field.table_name for field in of_ids]
         self._fields_of_store: dict[str, list[Field]] = {}
         for field in bundle.fields:
             if field.kind == "content":
@@ -96,7 +96,8 @@ class InputMaker:
         ids = self._bundle.ids
         of_field = [batch.fields[name] for name in self._column_of_id]
         lengths_T = np.array([len(each.values_N) for each in of_field], np.int64)
-        rows_N, known_N = self._rows_of_ids.find(np.concatenate([each.values_N for each in of_field]), lengths_T)
+        ids_N = np.concatenate([each.values_N for each in of_field])
+        rows_N, known_N = ids.find(self._tables_of_ids, ids_N, lengths_T)
         places = dict(zip(self._column_of_id, _slices(lengths_T), strict=True))
         fields: dict[str, FieldRows] = {}
         lengths = {id(each.lengths_M): each.lengths_M for each in of_field}  # most fields share theirs

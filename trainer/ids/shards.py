@@ -185,26 +185,10 @@ class TableShards:
                 exported[self._name(shard, WEIGHT)] = self.optimizer.current(self._of_slot(slot))
         return exported
 
-    def warm_names(self) -> list[str]:
-        """List names of the tensors that `begin_with` takes."""
-        return [self._name(shard, WEIGHT) for shard in self.shards]
-
-    def begin_with(self, state: Mapping[str, Tensor]) -> None:
-        """Take the owned shards' weights out of a checkpoint, before the first step; the optimiser's state stays.
-
-        Raises CheckpointError."""
-        for slot in range(len(self.shards)):
-            self._import(slot, self._warm_parts(slot, state))
-
     def import_shards(self, state: Mapping[str, Tensor]) -> None:
         """Take the owned shards out of `state`, which may hold others. Raises CheckpointError."""
         for slot in range(len(self.shards)):
             self._import(slot, self._parts_of(slot, state, list(self._kept_of(slot))))
-
-    def _warm_parts(self, slot: int, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Parts of a shard that `begin_with` takes. Raises CheckpointError."""
-        (weight,) = self._parts_of(slot, state, [WEIGHT]).values()
-        return {LAST_WEIGHT if self.optimizer.lags else WEIGHT: weight}
 
     def _parts_of(self, slot: int, state: Mapping[str, Tensor], parts: Sequence[str]) -> dict[str, Tensor]:
         """Parts of a shard from a checkpoint. Raises CheckpointError if one is missing."""

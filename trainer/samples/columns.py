@@ -584,37 +584,6 @@ def _arrow_type(rule: Rule) -> pa.DataType:
     return kind
 
 
-def table_of(data: Any) -> pa.Table:
-    """Make an Arrow table of a DataFrame of pandas, an Arrow table, or a mapping of columns. Raises DataError."""
-    if isinstance(data, pa.Table):
-        return data
-    try:
-        if isinstance(data, pa.RecordBatch):
-            return pa.Table.from_batches([data])
-        if is_pandas(data):
-            return pa.Table.from_pandas(data, preserve_index=False).replace_schema_metadata(None)
-        if isinstance(data, Mapping):
-            return pa.table({str(name): _column(values) for name, values in data.items()})
-    except (pa.ArrowException, ValueError, TypeError) as failure:
-        raise DataError(f"the table cannot be read: {failure}") from failure
-    raise DataError(f"{type(data).__name__} is not a table; give a DataFrame of pandas, an Arrow table, or a dict")
-
-
-def is_pandas(data: Any) -> bool:
-    """Return whether data is a DataFrame of pandas, which is not imported for it."""
-    return type(data).__module__.partition(".")[0] == "pandas" and hasattr(data, "columns")
-
-
-def _column(values: Any) -> Any:
-    """Make a column of a list or of an array of any library; rows of a matrix become lists."""
-    if isinstance(values, pa.Array | pa.ChunkedArray):
-        return values
-    if hasattr(values, "__array__"):
-        values = np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)
-        return pa.array(list(values) if values.ndim > 1 else values)
-    return pa.array(values)
-
-
 def groups_of_rows(table: pa.Table, depths: Mapping[str, int]) -> pa.Table:
     """Make groups of rows: the columns of `depths`, with so many lists around their values; others are left out.
 
