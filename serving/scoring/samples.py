@@ -213,11 +213,6 @@ def compare(
     for name, version in snapshots.items():
         if used.get(name, version) != version:
             notes.append(f"the run reads images of {name} from snapshot {used[name]}, but the vectors match {version}")
-    if manifest.id_dtype != "float32":
-        notes.append(
-            f"the bundle's ID rows are {manifest.id_dtype}, the run's float32: logits differ by that; set --tolerance "
-            "to what you accept"
-        )
     apart_N = np.abs(online_N - offline_N)
     return LogitsCompared(len(apart_N), float(apart_N.max()), float(apart_N.mean()), tolerance, tuple(notes))
 
