@@ -134,9 +134,7 @@ class LogTables:
 
     @property
     def may_lack(self) -> set[str]:
-        """Name the further columns of numbers in samples: a joined table may lack a row's item or user, and a candidate
-        of a request may have none.
-        """
+        """Name the further columns of numbers: tables may lack a row's item or user, requests a candidate's number."""
         names = set()
         for log, layout in self.layouts.items():
             of_ads = "ad_" if log == logs.IMPRESSIONS else "behavior_"
