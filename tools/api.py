@@ -148,7 +148,7 @@ def section(path: str, each: griffe.Object) -> Iterator[str]:
 def page() -> str:
     """Write the whole page."""
     loader = griffe.GriffeLoader(search_paths=[ROOT], allow_inspection=False)
-    for package in ("crossmedia", "featurestore", "trainer", "serving"):
+    for package in ("crossmedia", "featurestore", "pipeline", "trainer", "serving"):
         loader.load(package)
     parts = [HEAD]
     for title, paths in NAMES.items():
