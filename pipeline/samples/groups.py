@@ -408,11 +408,11 @@ AD_LISTS = ("item", "image", "category", "scene")
 
 @dataclass(frozen=True)
 class GroupedBucket:
-    """The groups of one bucket: where those of each hour (since 1970) are, and counts of those that were made here."""
+    """The groups of one bucket in a file with a batch for each hour, and counts of those that were made here."""
 
     path: str
-    batch_of_hour: dict[int, int]
     groups_of_hour: dict[int, int]
+    """By hour since 1970, in the order of the batches."""
     counts: Counter[str] = field(default_factory=Counter)
     """Those of `LogGroups`, and users, distinct impressions, references (behaviours in groups) and without (groups
     without behaviours)."""
@@ -438,14 +438,14 @@ def group_bucket(
     groups = make_groups(impressions, read_bucket(folder, BEHAVIORS, num_pieces[1], bucket), rules)
     table = table_of_groups(groups, user_columns, ad_columns).sort_by(SORT)
     path = Path(folder, f"groups-{bucket:06d}.arrow")
-    batch_of_hour, groups_of_hour = _write_hours(path, table, compress)
+    groups_of_hour = _write_hours(path, table, compress)
     counts = groups.counts + Counter(
         users=len(np.unique(groups.impressions["user"])),
         impressions=len(groups.impressions["user"]),
         references=int(groups.take_G.sum()),
         without=int(np.count_nonzero(groups.take_G == 0)),
     )
-    return GroupedBucket(str(path), batch_of_hour, groups_of_hour, counts, _latest_of_day(groups))
+    return GroupedBucket(str(path), groups_of_hour, counts, _latest_of_day(groups))
 
 
 def no_rows(layout: TableLayout) -> Columns:
@@ -484,12 +484,11 @@ def take_groups(
         ) from error
     is_gone = pc.is_in(table.column("user"), value_set=pa.array(np.load(users_path)))
     path = Path(folder, f"others-{Path(name).stem}-{part}.arrow")
-    batch_of_hour, groups_of_hour = _write_hours(path, table.filter(pc.invert(is_gone)), compress=False)
-    return GroupedBucket(str(path), batch_of_hour, groups_of_hour)
+    return GroupedBucket(str(path), _write_hours(path, table.filter(pc.invert(is_gone)), compress=False))
 
 
-def _write_hours(path: Path, table: pa.Table, compress: bool) -> tuple[dict[int, int], dict[int, int]]:
-    """Write sorted groups with a batch for each hour; return the place and the size of each hour's batch."""
+def _write_hours(path: Path, table: pa.Table, compress: bool) -> dict[int, int]:
+    """Write sorted groups with a batch for each hour; return the size of each hour's batch, in their order."""
     hour_G = table.column("timestamp").to_numpy() // HOUR_S
     hours, starts = np.unique(hour_G, return_index=True)
     sizes = np.diff(starts, append=len(hour_G))
@@ -497,7 +496,7 @@ def _write_hours(path: Path, table: pa.Table, compress: bool) -> tuple[dict[int,
         table.slice(start, size).combine_chunks().to_batches()[0] for start, size in zip(starts, sizes, strict=True)
     ]
     write_batches(path, batches or [pa.RecordBatch.from_pylist([], schema=table.schema)], compress)
-    return {int(h): n for n, h in enumerate(hours)}, {int(h): int(n) for h, n in zip(hours, sizes, strict=True)}
+    return dict(zip(hours.tolist(), sizes.tolist(), strict=True))
 
 
 def _latest_of_day(groups: LogGroups) -> dict[int, int]:

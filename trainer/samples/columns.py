@@ -17,7 +17,6 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
 from featurestore.keys import AnyArray, Float32Array, Float64Array, Int64Array, ids_of_texts, keys_of_uris
 from featurestore.storage.storage import Storage
@@ -179,13 +178,13 @@ class ColumnRows:
     values: Values
     offsets: Int64Array | None
 
-    def take(self, index_M: Int64Array) -> tuple[Values, NDArray[np.int32]]:
+    def take(self, index_M: Int64Array) -> tuple[Values, Int64Array]:
         """Take the values of these rows, one after the other, and the length of each."""
         if self.offsets is None:
-            return self.values[index_M], np.ones(len(index_M), np.int32)
+            return self.values[index_M], np.ones(len(index_M), np.int64)
         starts_M = self.offsets[index_M]
         lengths_M = self.offsets[index_M + 1] - starts_M
-        return self.values[ranges(starts_M, lengths_M)], lengths_M.astype(np.int32)
+        return self.values[ranges(starts_M, lengths_M)], lengths_M
 
 
 @dataclass(frozen=True)
