@@ -134,11 +134,11 @@ class LogTables:
 
     @property
     def may_lack(self) -> set[str]:
-        """Name the columns of numbers in samples that come from joined tables, which may lack a row's item or user."""
+        """Name the further columns of numbers: tables may lack a row's item or user, requests a candidate's number."""
         names = set()
         for log, layout in self.layouts.items():
             of_ads = "ad_" if log == logs.IMPRESSIONS else "behavior_"
-            numbers = {name for name, kind in layout.read_kinds.items() if kind == "measure"}
+            numbers = {name for name, kind in layout.read_kinds.items() if kind in ("dense", "measure")}
             names |= {name if name in layout.user_columns else of_ads + name for name in numbers}
         return names
 

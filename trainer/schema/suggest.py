@@ -522,7 +522,7 @@ def inspect_samples(
     table = look(storage, sample_files(storage), label, most_rows)
     for name, count in (counted or {}).items():
         table.columns[name].counted = count
-    for name in may_lack:
+    for name in table.columns.keys() & set(may_lack):
         table.columns[name].may_lack = True
     roles: tuple[tuple[str, int, str, tuple[Content, ...]], ...] = (
         (label, 1, "a list of 0 and 1 in each group", ("integer",)),
