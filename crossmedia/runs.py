@@ -17,7 +17,6 @@ from trainer.evaluation.bootstrap import Evaluation
 from trainer.evaluation.predict import score_rows, scores_of
 from trainer.evaluation.report import evaluate_run
 from trainer.main import train as train_run
-from trainer.main import warm_settings
 from trainer.runs.export import open_network
 from trainer.runs.folder import report_of, run_or_newest
 from trainer.runs.saved import RunSource, SavedRun, read_run
@@ -48,10 +47,11 @@ def train(
     """
     settings_file = run_path(samples) / SETTINGS_FILE
     file = run_path(config) if config is not None else settings_file if settings_file.is_file() else None
+    before = warm_start.folder if isinstance(warm_start, Run) else warm_start
     named = {"data.samples": samples, "model.images": images, "data.store": store, "run.name": name}
+    named |= {"run.warm_start": before, "run.warm_parts": warm_parts}
     given = {field: value for field, value in named.items() if value is not None} | dict(settings or {})
     words = [f"{field}={_written(value)}" for field, value in given.items()]
-    words += warm_settings(_text(warm_start.folder if isinstance(warm_start, Run) else warm_start), warm_parts)
     comm = joined_ranks()
     loaded = comm.on_all(lambda: load_config(file, words))
     return Run(train_run(loaded, comm))

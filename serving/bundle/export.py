@@ -159,7 +159,7 @@ def write_network(saved: SavedRun, files: WrittenFiles, *, compiled: bool = Fals
 
     `compiled`: also compile it for this machine. Raises CheckpointError, OSError."""
     model = build_model(saved.schema, saved.config.model)
-    load_part(model, read_dense(saved.checkpoint, saved.state, "model.", saved.config.data.cache_dir))
+    load_part(model, read_dense(saved.checkpoint, saved.state, saved.config.data.cache_dir, "model."))
     with tempfile.TemporaryDirectory(prefix="export-") as folder:
         for path in export_network(model.float().eval(), saved.config.model, Path(folder), compiled=compiled):
             with files.output(path.name) as output, path.open("rb") as written:
@@ -181,7 +181,7 @@ def _write_vectors(
     """Write the E of each store, and a vectors store for each feature store that the model reads."""
     if not saved.places:
         return ()
-    state = read_dense(saved.checkpoint, saved.state, "stores.", saved.config.data.cache_dir)
+    state = read_dense(saved.checkpoint, saved.state, saved.config.data.cache_dir, "stores.")
     files.write(IMAGES, save(state, saved.named()))
     url, missing = files.storage.full(files.folder), _missing(saved)
     versions = {saved.places[0].name: version}
@@ -242,18 +242,18 @@ class SavedTables:
         is_exact = isinstance(shape, ExactShape)
         parts = [WEIGHT, IDS] if is_exact else [WEIGHT, *self._marks]
         names = [_name(shape, shard, part) for shard in range(shape.num_shards) for part in parts]
-        with read_rows(self._saved.checkpoint, self._saved.state, names, self._saved.config.data.cache_dir) as read:
-            for shard in range(shape.num_shards):
-                weight_RV, *others = (read(_name(shape, shard, part)) for part in parts)
-                finite(weight_RV.numpy())
-                if is_exact:
-                    yield _exact(weight_RV, others[0])
-                else:
-                    yield ShardRows(
-                        weight_RV.float().numpy(),
-                        self._is_trained(shape, shard, weight_RV, others),
-                        np.empty(0, np.uint64),
-                    )
+        rows = read_rows(self._saved.checkpoint, self._saved.state, names, self._saved.config.data.cache_dir)
+        for shard in range(shape.num_shards):
+            weight_RV, *others = (rows[_name(shape, shard, part)] for part in parts)
+            finite(weight_RV.numpy())
+            if is_exact:
+                yield _exact(weight_RV, others[0])
+            else:
+                yield ShardRows(
+                    weight_RV.float().numpy(),
+                    self._is_trained(shape, shard, weight_RV, others),
+                    np.empty(0, np.uint64),
+                )
 
     def _is_trained(self, shape: TableShape, shard: int, weight_RV: Tensor, marks: Sequence[Tensor]) -> Bool:
         """Return which rows training has touched, (N,).

@@ -114,7 +114,7 @@ def test_numbers_of_commands_are_checked(monkeypatch: pytest.MonkeyPatch, capsys
         ("tra", {"train"}),
         ("store ver", {"verify"}),
         ("index ", {"build", "eval", "search"}),
-        ("train --war", {"--warm-start", "--warm-parts"}),
+        ("train --con", {"--config"}),
     ],
 )
 def test_a_shell_completes_commands_and_options(words: str, expected: set[str], tmp_path: Path) -> None:

@@ -185,9 +185,8 @@ def _read_checkpoint(data: bytes) -> None:
         (file.parent / f"{name}.safetensors").write_bytes(TENSORS_FILE)
     checkpoint = Checkpoint(file.parent.parent, file.parent.name, Storage(file.parent.parent))  # type: ignore[arg-type]
     state = read_state(checkpoint)
-    read_dense(checkpoint, state, "model.")
-    with read_rows(checkpoint, state, ["rows"]) as read:
-        read("rows")
+    read_dense(checkpoint, state, prefix="model.")
+    read_rows(checkpoint, state, ["rows"])
 
 
 def _read_moments(data: bytes) -> None:

@@ -52,8 +52,6 @@ DROPPED = [
     ("arrow request", DECODE, "_refuse_nulls", "is_null_N is not None and is_null_N.any()"),
     ("arrow request", DECODE, "_Decoder._check_lengths", "(wrong_M := found_M != wanted_M).any()"),
     ("mapping", READ, "parse_yaml", "yaml.YAMLError"),
-    ("mapping", READ, "_Loader.fetch_flow_collection_start", "self.flow_level >= _MOST_NESTED"),
-    ("mapping", READ, "_Loader.compose_node", "self._depth > _MOST_NESTED"),
     ("mapping", READ, "parse_yaml", "LookupError, AttributeError, "),
     ("mapping", MAPPING, "load_mapping", ", ValueError"),
     ("settings", CONFIG, "read_mapping", "not isinstance(values, Mapping)"),
@@ -85,3 +83,7 @@ def _instead(text: str) -> str:
 
 
 BUGS = [Bug(text, kind, f"{module}:{function}", text, _instead(text)) for kind, module, function, text in DROPPED]
+NESTED = "self.flow_level >= _MOST_NESTED"
+DEPTH = (f"{READ}:_Loader.compose_node", "self._depth > _MOST_NESTED", "False")
+"""Lists inside each other are counted at both places: alone, either is enough."""
+BUGS.append(Bug(NESTED, "mapping", f"{READ}:_Loader.fetch_flow_collection_start", NESTED, "False", (DEPTH,)))

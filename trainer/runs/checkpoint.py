@@ -189,68 +189,43 @@ def load(
     (DamagedCheckpointError) or does not fit.
     """
     with agreed(comm, f"cannot read {checkpoint}"):
-        trained.load_dense_state(_dense_of(checkpoint, state, cache_dir))
-        trained.load_shard_state(_rows_of(checkpoint, state, trained.shard_names(), cache_dir))
-
-
-def _dense_of(checkpoint: Checkpoint, state: CheckpointState, cache_dir: str | None) -> dict[str, Tensor]:
-    """Read what is the same on every rank."""
-    with local_copy(checkpoint, DENSE, state.files[DENSE], cache_dir) as file:
-        return _read_named(file, None)
-
-
-def _rows_of(
-    checkpoint: Checkpoint, state: CheckpointState, names: Iterable[str], cache_dir: str | None
-) -> dict[str, Tensor]:
-    """Read those of the named tensors of ID rows that there are, out of the files that have one."""
-    wanted, found = set(names), dict[str, Tensor]()
-    rows = sorted(set(state.files) - {DENSE})
-    chosen = [name for name in rows if wanted & _names_in(checkpoint, name)]
-    for name in chosen:
-        with local_copy(checkpoint, name, state.files[name], cache_dir) as file:
-            found |= _read_named(file, wanted)
-    for name in sorted({*rows} - {*chosen}) if wanted - found.keys() else ():
-        with local_copy(checkpoint, name, state.files[name], cache_dir):
-            pass  # a damaged header may have other names; of a whole one, what is lacking does not fit
-    return found
+        trained.load_dense_state(read_dense(checkpoint, state, cache_dir))
+        trained.load_shard_state(read_rows(checkpoint, state, trained.shard_names(), cache_dir))
 
 
 def read_dense(
-    checkpoint: Checkpoint, state: CheckpointState, prefix: str, cache_dir: str | None = None
+    checkpoint: Checkpoint, state: CheckpointState, cache_dir: str | None = None, prefix: str = ""
 ) -> dict[str, Tensor]:
-    """Read what every rank holds of one part of the networks, or of its networks together, as `model.` or `stores.`.
+    """Read what is the same on every rank: the tensors whose names begin with `prefix`, without it.
 
-    The names are those that begin with `prefix`, without it. Raises CheckpointError."""
-    with (
-        _saying(f"cannot read {checkpoint}"),
-        local_copy(checkpoint, DENSE, state.files[DENSE], cache_dir) as local,
-        safe_open(local, framework="pt") as file,
-    ):
-        names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 - the file is no mapping
-        return {name.removeprefix(prefix): file.get_tensor(name) for name in names}
+    They are mapped into memory, which takes what is looked at. Raises CheckpointError."""
+    with _saying(f"cannot read {checkpoint}"), local_copy(checkpoint, DENSE, state.files[DENSE], cache_dir) as file:
+        return {name.removeprefix(prefix): each for name, each in _mapped(file).items() if name.startswith(prefix)}
 
 
-@contextmanager
 def read_rows(
     checkpoint: Checkpoint, state: CheckpointState, names: Iterable[str], cache_dir: str | None = None
-) -> Iterator[Callable[[str], Tensor]]:
-    """Give a function that reads one of these tensors of ID rows, whichever rank wrote it.
+) -> dict[str, Tensor]:
+    """Read the named tensors of ID rows, whichever rank wrote them, out of the files that have one, as `read_dense`.
 
-    From an object store, the files with one of them are copied to `cache_dir` first. Raises CheckpointError."""
-    wanted = set(names)
-    with _saying(f"cannot read {checkpoint}"), ExitStack() as opened:
-        file_of: dict[str, Any] = {}
-        for file in sorted(set(state.files) - {DENSE}):
-            if not wanted & _names_in(checkpoint, file):
-                continue
-            local = opened.enter_context(local_copy(checkpoint, file, state.files[file], cache_dir))
-            tensors = opened.enter_context(safe_open(local, framework="pt"))
-            file_of |= dict.fromkeys(tensors.keys(), tensors)
-        if lacking := sorted(wanted - file_of.keys()):
-            raise errors.CheckpointError(
-                f"{checkpoint} lacks {lacking[0]} and {len(lacking) - 1} more; take another checkpoint"
-            )
-        yield lambda name: file_of[name].get_tensor(name)
+    Raises CheckpointError where one is lacking."""
+    wanted, found = set(names), dict[str, Tensor]()
+    rows = sorted(set(state.files) - {DENSE})
+    with _saying(f"cannot read {checkpoint}"):
+        chosen = [name for name in rows if wanted & _names_in(checkpoint, name)]
+        for name in chosen:
+            with local_copy(checkpoint, name, state.files[name], cache_dir) as file:
+                found |= {each: values for each, values in _mapped(file).items() if each in wanted}
+        lacking = sorted(wanted - found.keys())
+        for name in sorted({*rows} - {*chosen}) if lacking else ():
+            with local_copy(checkpoint, name, state.files[name], cache_dir):
+                pass  # a damaged header may have other names; of a whole one, what is lacking does not fit
+    if lacking:
+        raise errors.CheckpointError(
+            f"{checkpoint} lacks {lacking[0]} and {len(lacking) - 1} more; was it written with other model.tables, "
+            "model.table_shards or optim.ids?"
+        )
+    return found
 
 
 @contextmanager
@@ -325,11 +300,10 @@ def _names_in(checkpoint: Checkpoint, name: str) -> set[str]:
         raise errors.DamagedCheckpointError(f"{checkpoint}/{name} is damaged: its header cannot be read") from failure
 
 
-def _read_named(local: Path, wanted: set[str] | None) -> dict[str, Tensor]:
-    """Those tensors that the file has of `wanted`, of all where that is None; nothing else is read."""
+def _mapped(local: Path) -> dict[str, Tensor]:
+    """The tensors of a file, mapped into memory, also once its name is gone."""
     with safe_open(local, framework="pt") as file:
-        names = set(file.keys())
-        return {name: file.get_tensor(name) for name in (names if wanted is None else names & wanted)}
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - the file is no mapping
 
 
 Resumed = tuple[Checkpoint, CheckpointState]
@@ -493,7 +467,7 @@ def begin_with(comm: Comm, warm: WarmStart, origin: Origin, trained: Engine, cac
         load(comm, warm.checkpoint, warm.state, trained, cache_dir)
         return
     with agreed(comm, f"cannot read {warm.checkpoint}"):
-        mine, theirs = trained.dense_state(), _dense_of(warm.checkpoint, warm.state, cache_dir)
+        mine, theirs = trained.dense_state(), read_dense(warm.checkpoint, warm.state, cache_dir)
         idle = {_DECIDED} - (mine.keys() & theirs.keys())
         idle |= {name for name in mine.keys() ^ theirs.keys() if NO_IMAGES in name}
         own_networks, taken = (

@@ -315,7 +315,7 @@ def test_a_trained_day_without_its_checkpoints_or_samples_says_how_to_go_on(days
 
 def test_command(days: Places) -> None:
     settings = [*days.settings(run__name="c", train__epochs=1)]
-    options = ["--samples-of-days", str(days.folder / "samples"), "--first-day", DAYS[0], "--last-day", DAYS[1]]
+    options = ["--first-day", DAYS[0], "--last-day", DAYS[1]]
     result = invoke(app, *options, "--set", *settings, code=0)
     assert "2026-01-02" in result.stdout and "days.json" in result.stdout
     second = load_config(days.folder / "runs" / "c" / DAYS[1] / "config.yaml")
@@ -324,7 +324,7 @@ def test_command(days: Places) -> None:
     alone = days.settings(run__name="alone", train__epochs=1, data__train_days=f"[{DAYS[0]},{DAYS[1]}]")
     train(load_config(settings=[*alone, f"data.test_days=[{DAYS[2]}]"]), SoloComm())
     assert_same(days.folder / "runs" / "c" / DAYS[1], days.folder / "runs" / "alone")
-    refused = invoke(app, *options, "--warm-start", days.folder / "runs" / "alone", "--set", *settings)
+    refused = invoke(app, *options, "--set", *settings, f"run.warm_start={days.folder / 'runs' / 'alone'}")
     assert (refused.exit_code, "add --continue" in refused.stderr) == (2, True)
     assert "'monday' does not match" in invoke(app, "--first-day", "monday", code=2).stderr
 

@@ -88,10 +88,10 @@ def test_resumption_goes_on_instead_of_beginning_again(own: Places, before: Path
 
 def test_options_of_the_command(own: Places, before: Path) -> None:
     settings = own.settings(run__name="option", train__max_steps=1)
-    warm = ["--warm-start", str(before), "--warm-parts", "all"]
+    warm = [f"run.warm_start={before}", "run.warm_parts=all"]
     result = invoke(main.app, *warm, "--set", *settings, code=0)
     assert f"warm start from {before}/checkpoints/step-00000006: all" in result.stdout
-    result = invoke(main.app, *warm[:-1], "most")
+    result = invoke(main.app, warm[0], "run.warm_parts=most")
     assert (result.exit_code, result.stdout) == (2, "")
     assert "run.warm_parts='most': it should be 'partial' or 'all'" in result.stderr
 
