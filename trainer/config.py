@@ -293,7 +293,7 @@ class OptimConfig(Section):
     ids: Rows[IdOptimizer] = "adam"
     """Optimiser of ID rows: adam as on the whole table, at the cost of the touched rows; rowwise_adagrad with one sum
     of squares a row, for a third of the memory."""
-    ids_lr: Training[LearningRate | None] = 0.006
+    ids_lr: Training[LearningRate | None] = 0.012
     """Learning rate of ID rows; null: lr."""
     warmup_steps: Training[Annotated[int, Field(ge=0, lt=2**63)]] = 0
     """Steps in which both rates grow evenly, from 1 / warmup_steps of their values to all of them."""

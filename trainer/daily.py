@@ -131,14 +131,14 @@ Examples:
 
 Every day is one run, RUN.DIR/RUN.NAME/DAY (data/runs/daily/2026-01-31), which trains on all days up to its own, as
 trainer.main does. The first one is that of the newest day that has a next one. With --continue each later run takes all
-that the one before has learned, and goes once through the days that have come since, at 0.3 of the learning rates. The
-table of all days is next to the runs, as days.json. Start it again when another day's samples are there, or after a
-kill: it continues where it stopped. The newest day is trained at once, and evaluated when the samples of the day after
-it have come; where its own have changed by then, by late logs, it stays as it was trained, and is marked
-samples_changed. Exit codes are those of trainer.main.
+that the one before has learned, and goes once through the days that have come since, at 0.3 of the learning rate (0.15
+for ID rows). The table of all days is next to the runs, as days.json. Start it again when another day's samples are
+there, or after a kill: it continues where it stopped. The newest day is trained at once, and evaluated when the samples
+of the day after it have come; where its own have changed by then, by late logs, it stays as it was trained, and is
+marked samples_changed. Exit codes are those of trainer.main.
 """
 
-LATER_RATES = 0.3
+LATER_LR, LATER_IDS_LR = 0.3, 0.15
 """Of optim.lr and optim.ids_lr: the rates of a run that continues another one (docs/RESULTS.md)."""
 CONTINUES = False
 """Whether later runs continue the run before, where nothing is said."""
@@ -200,7 +200,7 @@ class Day:
         data = {"train_days": list(self.train_days), "test_days": [self.test_day] if self.test_day else []}
         if run["warm_start"] is None:
             return base.changed(run=run, data=data)
-        rates = {"lr": LATER_RATES * base.optim.lr, "ids_lr": LATER_RATES * base.optim.alpha}
+        rates = {"lr": LATER_LR * base.optim.lr, "ids_lr": LATER_IDS_LR * base.optim.alpha}
         return base.changed(run=run, data=data, train={"epochs": 1}, optim=rates)
 
 

@@ -116,6 +116,8 @@ class Exchange:
         stages: Stages | None = None,
     ) -> None:
         self._comm, self._device, self._dtype = comm, torch.device(device), dtype
+        self.is_alone = comm.size == 1
+        """Whether this rank answers its own keys, so that nothing has to be packed, sent and put in order again."""
         self._sources, self._stages = sources, stages or Stages()
         self._keys_S: list[KeySource] = [each for source in sources for each in source.key_sources.values()]
         self._width_S = [source.width for source in sources for _ in source.key_sources]
@@ -140,9 +142,13 @@ class Exchange:
                     served_S.append(source.serve(keys_R, kind))
         except Exception as failure:  # any error: the other ranks are blocked on this rank's answer
             error = failure
+        if self.is_alone:
+            index_S = [a.inverse_N for a in asked_S] if error else _rows_of_values(asked_S, served_S)
+            return KeyRequest(asked_S, served_S, [], self._places_of(index_S, fields), kind, error)
         widths = sorted(set(self._width_S))
         plans = [self._plan(w, asked_S, None if error else served_S, blocks.counts_PS) for w in widths]
-        return KeyRequest(asked_S, served_S, plans, self._places_of(asked_S, fields), kind, error)
+        index_S = [each.inverse_N for each in asked_S]
+        return KeyRequest(asked_S, served_S, plans, self._places_of(index_S, fields), kind, error)
 
     def refuse(self, error: Exception, kind: Kind) -> NoReturn:
         """Stand in for `request` on a rank that has no batch; raises `error`, on the other ranks RemoteRankError."""
@@ -154,7 +160,7 @@ class Exchange:
         """Return the vectors of every field, with autograd attached: by one alltoall per width, as in backward.
 
         If one rank runs backward, all must. If a rank has an error, they are meaningless zeros: call `check` before any
-        state is updated from them.
+        state is updated from them; a rank alone raises its error at once.
         """
         unique_S: list[Tensor] = []
         try:
@@ -166,6 +172,8 @@ class Exchange:
         except Exception as failure:  # as above
             request.error = failure
         if request.error is not None:
+            if self.is_alone:
+                raise request.error
             none = torch.zeros(0, dtype=self._dtype, device=self._device, requires_grad=torch.is_grad_enabled())
             unique_S = [none.view(0, width) for width in self._width_S]
             for plan in request.plans:  # nothing but status rows
@@ -198,6 +206,9 @@ class Exchange:
         """Return this rank's requests to each source, and all ranks' requests to this one."""
         with self._stages.timed("unique", kind):
             asked_S = [self._bucketize(source, fields) for source in range(len(self._keys_S))]
+            if self.is_alone:
+                counts_1S = np.array([[len(asked.keys_U) for asked in asked_S]])
+                return asked_S, routing.KeyBlocks(np.array([status]), counts_1S, [asked.keys_U for asked in asked_S])
             payload, lengths_P = routing.pack_key_blocks(status, asked_S, self._comm.size)
         with self._stages.timed("exchange keys", kind):
             received, recv_lengths_P = self._comm.alltoall(
@@ -209,7 +220,8 @@ class Exchange:
     def _bucketize(self, source: int, fields: Mapping[str, Jagged]) -> routing.Bucketized:
         values = [fields[name].values_N for name in self._fields_S[source] if name in fields]
         keys_U, inverse_N = routing.unique(np.concatenate([np.empty(0, dtype=np.int64), *values]))
-        return routing.bucketize_by_owner(keys_U, inverse_N, self._keys_S[source].owner_of(keys_U), self._comm.size)
+        owner_U = keys_U if self.is_alone else self._keys_S[source].owner_of(keys_U)
+        return routing.bucketize_by_owner(keys_U, inverse_N, owner_U, self._comm.size)
 
     def _plan(
         self, width: int, asked_S: list[routing.Bucketized], served_S: list[ServedKeys] | None, counts_PS: Int64Array
@@ -235,13 +247,13 @@ class Exchange:
             slices_SP,
         )
 
-    def _places_of(self, asked_S: list[routing.Bucketized], fields: Mapping[str, Jagged]) -> dict[str, FieldPlaces]:
+    def _places_of(self, index_S: list[Int64Array], fields: Mapping[str, Jagged]) -> dict[str, FieldPlaces]:
         places: dict[str, FieldPlaces] = {}
-        for asked, names in zip(asked_S, self._fields_S, strict=True):
+        for index_of_all_N, names in zip(index_S, self._fields_S, strict=True):
             start = 0
             for name in names:
                 end = start + len(fields[name].values_N)
-                index_N, lengths_M = asked.inverse_N[start:end], fields[name].lengths_M.astype(np.int64)
+                index_N, lengths_M = index_of_all_N[start:end], fields[name].lengths_M
                 places[name] = FieldPlaces(on_device(index_N, self._device), on_device(lengths_M, self._device))
                 start = end
         return places
@@ -296,6 +308,11 @@ class _Answers(torch.autograd.Function):
         if stages is not None:
             stages.switch("embed backward")
         return (None, None, *unique_S)
+
+
+def _rows_of_values(asked_S: list[routing.Bucketized], served_S: Sequence[ServedKeys]) -> list[Int64Array]:
+    """Return of each value its row among the unique ones that a rank alone serves itself."""
+    return [served.inverse_R[asked.inverse_N] for asked, served in zip(asked_S, served_S, strict=True)]
 
 
 def splits_of(counts_P: Int64Array) -> Tensor:

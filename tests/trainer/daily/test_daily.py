@@ -211,7 +211,7 @@ def test_the_first_run_trains_on_all_days_and_later_ones_once_on_their_own(days:
     assert [load_config(folder / row["day"] / "config.yaml").train.epochs for row in rows] == [3, 1, 1]
     rates = [load_config(folder / row["day"] / "config.yaml").optim for row in rows]
     assert [each.lr for each in rates] == pytest.approx([0.01, 0.003, 0.003])
-    assert [each.alpha for each in rates] == pytest.approx([0.006, 0.0018, 0.0018])
+    assert [each.alpha for each in rates] == pytest.approx([0.012, 0.0018, 0.0018])
     assert run_of_days(folder) == folder / DAYS[2]
     assert run_of_days(folder / DAYS[3]) == folder / DAYS[3]
 

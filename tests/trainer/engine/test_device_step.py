@@ -137,13 +137,18 @@ def partition(tmp_path_factory: pytest.TempPathFactory) -> FeaturePartition:
 
 
 @pytest.fixture
-def engine_of(partition: FeaturePartition) -> Callable[..., Engine]:
+def engine_of(partition: FeaturePartition, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Engine]:
+    """Engines that take the way of a GPU, and that of several ranks, which has all that one rank alone does."""
+    monkeypatch.setattr("trainer.exchange.vectors.adds_in_order", lambda rows: False)
+
     def make(model: dict[str, Any], optim: OptimConfig | None = None) -> Engine:
         tables = {"user": 64, "item": 64, "place": 8}
         sizes = {"mlp": [6, 6], "embed_hidden": [6], "visual_width": 4, "id_width": 4, "attention_hidden": 4}
         settings = ModelConfig(**{"tables": tables, **sizes, "compute_dtype": "float32", **model})
         config = Config(model=settings, optim=optim or OptimConfig(lr=0.01))
-        return Engine(SoloComm(), SCHEMA, {"images": partition}, config)
+        engine = Engine(SoloComm(), SCHEMA, {"images": partition}, config)
+        engine._exchange.is_alone = False
+        return engine
 
     return make
 

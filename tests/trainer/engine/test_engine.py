@@ -139,6 +139,16 @@ def test_predicting_changes_nothing(partition: FeaturePartition) -> None:
     assert train(engine, range(9, 10))[0] == pytest.approx(float(loss), rel=1e-5)
 
 
+@pytest.mark.parametrize("table", [4096, {"kind": "exact", "max_rows": 16, "admit_after": 2}])
+def test_a_rank_alone_computes_the_bits_of_the_way_by_owners(partition: FeaturePartition, table: object) -> None:
+    alone, by_owners = (engine_of(partition, tables={"item": table}) for _ in range(2))
+    assert alone._exchange.is_alone
+    by_owners._exchange.is_alone = False
+    assert train(alone, range(4)) == train(by_owners, range(4))
+    states = [engine.dense_state() | engine.shard_state() for engine in (alone, by_owners)]
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
 def test_result_counts_keys(partition: FeaturePartition) -> None:
     engine, batch = engine_of(partition), batch_of(0)
     prepared = engine.prepare(batch)
