@@ -429,6 +429,15 @@ def test_packed_tensors_are_a_safetensors_file() -> None:
     assert written.getvalue() == packed.data
 
 
+def test_rows_that_no_rank_wrote_are_named(tmp_path: Path) -> None:
+    """Of a table of another kind, or of other shards."""
+    found = save(tmp_path)
+    names = [*Trained().rows, "item/0000/ids"]
+    told = r"step-00000050 lacks item/0000/ids and 0 more; was it written with other model\.tables,"
+    with pytest.raises(CheckpointError, match=told):
+        checkpoint.read_rows(found, checkpoint.read_state(found), names)
+
+
 def test_a_rank_copies_only_the_parts_with_its_rows(folder: FarPath, monkeypatch: pytest.MonkeyPatch) -> None:
     save(CheckpointPlace(folder), 50, size=2)
     copied, local_copy = [], checkpoint.local_copy
