@@ -82,11 +82,6 @@ class Workload:
         """Settings of the trainer for one rank; more ranks take `settings`."""
         return self.folder / "config.yaml"
 
-    @property
-    def store_bytes(self) -> int:
-        """The bytes of all features."""
-        return self.knobs.images * self.knobs.dim * 2
-
     def settings(self, num_ranks: int) -> list[str]:
         """List the settings over `config`: the global batch of that number of ranks."""
         return [f"data.global_batch_size={self.knobs.samples_per_rank * num_ranks}"]

@@ -20,17 +20,19 @@ if TYPE_CHECKING:
     from crossmedia.data import build_samples, extract, make_demo
     from crossmedia.datasets import FeatureDataset, SampleDataset
     from crossmedia.models import Client, Model, load_model
-    from crossmedia.runs import Evaluation, Run, open_run, train
+    from crossmedia.runs import Run, open_run, train
     from crossmedia.store import Store, open_store
-    from crossmedia.tables import with_behaviors
+    from pipeline.samples.requests import with_behaviors
+    from trainer.evaluation.bootstrap import Evaluation
 
 _MODULES = {
     "crossmedia.data": ("build_samples", "extract", "make_demo"),
     "crossmedia.models": ("Client", "Model", "load_model"),
-    "crossmedia.runs": ("Evaluation", "Run", "open_run", "train"),
+    "crossmedia.runs": ("Run", "open_run", "train"),
     "crossmedia.store": ("Store", "open_store"),
-    "crossmedia.tables": ("with_behaviors",),
+    "pipeline.samples.requests": ("with_behaviors",),
     "crossmedia.datasets": ("FeatureDataset", "SampleDataset"),
+    "trainer.evaluation.bootstrap": ("Evaluation",),
 }
 __all__ = [
     "Client", "Evaluation", "FeatureDataset", "Model", "Run", "SampleDataset", "Store", "build_samples", "extract",

@@ -1,13 +1,10 @@
 """Make what a training reads: the demo's pictures and logs, a feature store of images, samples of logs."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from crossmedia.store import Store
-
-LOOKED_AT = 200_000  # rows of a log, for its mapping
 
 
 def make_demo(out: str | Path = "data", **options: Any) -> Path:
@@ -49,30 +46,10 @@ def build_samples(logs: Any, samples: str | Path = "data/samples", **options: An
     from pipeline.cluster.tasks import connect
     from pipeline.options import SampleOptions
     from pipeline.samples.build import build_samples
+    from trainer.schema.suggest import write_logs
 
     if not isinstance(logs, str | Path):
-        logs, mapping = _written(logs, Path(f"{samples}-logs"))
+        logs, mapping = write_logs(logs, Path(f"{samples}-logs"))
         options = {"mapping": str(mapping)} | options
     with connect() as client:
         return build_samples(SampleOptions(logs=str(logs), samples=str(samples), **options), client)
-
-
-def _written(tables: Any, folder: Path) -> tuple[Path, Path]:
-    """Write tables of logs into a folder, in place of those before; return it and the path of their mapping."""
-    import pyarrow.parquet as pq
-
-    from featurestore.storage.storage import Storage
-    from trainer.samples.columns import table_of
-    from trainer.schema.suggest import inspect_logs, render_mapping
-
-    made = {name: table_of(each) for name, each in (tables if isinstance(tables, Mapping) else {"log": tables}).items()}
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in folder.glob("*.parquet"):
-        file.unlink()
-    for name, table in made.items():
-        pq.write_table(table, folder / f"{name}.parquet")
-    mapping = folder / "mapping.yaml"
-    if not mapping.exists():
-        found = inspect_logs(Storage(folder), LOOKED_AT)
-        mapping.write_text(render_mapping(found, str(folder), str(folder), str(mapping)), encoding="utf-8")
-    return folder, mapping

@@ -4,12 +4,12 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from crossmedia.tables import Scores, scores_of
 from featurestore.text import Shown
 from serving.scoring.samples import RemoteScorer, ca_context
 from serving.scoring.scorer import Scorer
-from serving.scoring.sent import PIECE_REQUESTS
-from trainer.samples.columns import groups_of_rows, table_of
+from trainer.evaluation.predict import scores_of
+from trainer.samples.columns import groups_of_rows
+from trainer.schema.profile import table_of
 
 
 def load_model(url: str | Path, version: int | None = None, *, cache_dir: str | Path | None = None) -> "Model":
@@ -28,7 +28,7 @@ class Model(Shown, AbstractContextManager["Model"]):
         """The version of the model."""
         return self.scorer.identity.version
 
-    def score(self, rows: Any) -> Scores:
+    def score(self, rows: Any) -> Any:
         """Score rows: logit and probability of each.
 
         They have the columns of the samples, an impression each or, with lists of ads, a request each; see
@@ -58,13 +58,10 @@ class Client(Shown):
     def __init__(self, url: str, token: str | None = None, ca: str | Path | None = None) -> None:
         self._remote = RemoteScorer(url, token, ca_context(None if ca is None else Path(ca)))
 
-    def score(self, rows: Any) -> Scores:
+    def score(self, rows: Any) -> Any:
         """Score rows as `Model.score` does. Raises ServingError."""
         table = groups_of_rows(table_of(rows), self._remote.depths())
-        logits = []
-        for start in range(0, table.num_rows, PIECE_REQUESTS):
-            logits += self._remote.score(table.slice(start, PIECE_REQUESTS))
-        return scores_of(rows, logits)
+        return scores_of(rows, self._remote.score(table))
 
     def _about(self) -> tuple[str, dict[str, Any]]:
         return self._remote.url, {}

@@ -8,25 +8,22 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pyarrow as pa
 
-from crossmedia.tables import Scores, scores_of, with_behaviors
 from featurestore.published.paths import RunPath, run_path
 from featurestore.text import Shown
+from pipeline.samples.requests import with_behaviors
 from trainer.cli import joined_ranks
 from trainer.config import Config, load_config
-from trainer.evaluation.bootstrap import Figures
-from trainer.evaluation.predict import score_rows
+from trainer.evaluation.bootstrap import Evaluation
+from trainer.evaluation.predict import score_rows, scores_of
 from trainer.evaluation.report import evaluate_run
 from trainer.main import train as train_run
-from trainer.main import warm_settings
 from trainer.runs.export import open_network
 from trainer.runs.folder import report_of, run_or_newest
 from trainer.runs.saved import RunSource, SavedRun, read_run
-from trainer.samples.columns import table_of
 from trainer.schema.fields import SETTINGS_FILE
+from trainer.schema.profile import table_of
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from crossmedia.models import Model
 
 Address = str | os.PathLike[str] | RunPath
@@ -50,10 +47,11 @@ def train(
     """
     settings_file = run_path(samples) / SETTINGS_FILE
     file = run_path(config) if config is not None else settings_file if settings_file.is_file() else None
+    before = warm_start.folder if isinstance(warm_start, Run) else warm_start
     named = {"data.samples": samples, "model.images": images, "data.store": store, "run.name": name}
+    named |= {"run.warm_start": before, "run.warm_parts": warm_parts}
     given = {field: value for field, value in named.items() if value is not None} | dict(settings or {})
     words = [f"{field}={_written(value)}" for field, value in given.items()]
-    words += warm_settings(_text(warm_start.folder if isinstance(warm_start, Run) else warm_start), warm_parts)
     comm = joined_ranks()
     loaded = comm.on_all(lambda: load_config(file, words))
     return Run(train_run(loaded, comm))
@@ -98,7 +96,7 @@ class Run(Shown):
         by: str | Sequence[str] = (),
         resamples: int = 1000,
         out: Address | None = None,
-    ) -> "Evaluation":
+    ) -> Evaluation:
         """Evaluate as `crossmedia evaluate`, on all ranks, write the report and print nothing.
 
         `by`: columns to cut by, as "category". Raises TrainerError.
@@ -106,12 +104,11 @@ class Run(Shown):
         source = RunSource(self.folder, self.checkpoint, _text(samples), _text(store))
         comm, columns = joined_ranks(), [by] if isinstance(by, str) else by
         to = None if out is None else run_path(out)
-        figures = evaluate_run(source, comm, resamples=resamples, by=columns, out=to, quiet=True)
-        found = comm.broadcast_object(cast("Figures", figures))
-        _warn(found.notes if comm.rank == 0 else ())
-        return Evaluation(found)
+        found = evaluate_run(source, comm, resamples=resamples, by=columns, out=to, quiet=True)
+        _warn(found.notes if found else ())
+        return comm.broadcast_object(cast("Evaluation", found))
 
-    def score(self, rows: Any, behaviors: Any = None, *, store: Address | None = None) -> Scores:
+    def score(self, rows: Any, behaviors: Any = None, *, store: Address | None = None) -> Any:
         """Score rows on this rank: logit and probability of each, as `crossmedia score` computes them.
 
         `rows` have the columns of the samples, an impression each or, with lists of ads, a group each; or they are a
@@ -121,7 +118,7 @@ class Run(Shown):
         """
         table = table_of(rows)
         if behaviors is not None:
-            table = with_behaviors(table, table_of(behaviors), self.config.data.samples)
+            table = with_behaviors(table, behaviors, self.config.data.samples)
         logits, notes = score_rows(RunSource(self.folder, self.checkpoint, store=_text(store)), table)
         _warn(notes)
         return scores_of(rows, logits)
@@ -150,27 +147,6 @@ class Run(Shown):
 
     def _about(self) -> tuple[str, dict[str, Any]]:
         return str(self.folder), {name: value for name, value in self.metrics.items() if isinstance(value, float)}
-
-
-class Evaluation:
-    """The figures of an evaluation: a row for all impressions, and one for each slice."""
-
-    def __init__(self, figures: Figures) -> None:
-        self.figures = figures
-
-    @property
-    def table(self) -> "pd.DataFrame":
-        """The table as a DataFrame of pandas."""
-        import pandas as pd
-
-        return pd.DataFrame(self.figures.rows()).set_index(["slicing", "slice"])
-
-    def __repr__(self) -> str:
-        whole = self.figures.whole
-        return f"Evaluation({whole.impressions:,} impressions, {len(self.figures.rows()) - 1} slices)"
-
-    def _repr_html_(self) -> str:
-        return str(self.table.to_html(float_format="{:.4f}".format))
 
 
 def _warn(notes: Sequence[str]) -> None:

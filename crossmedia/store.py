@@ -4,12 +4,10 @@ import os
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
 from featurestore import FeatureStore, Snapshot
 from featurestore.keys import keys_of_images
-from featurestore.text import Shown
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -19,48 +17,31 @@ if TYPE_CHECKING:
 
 def open_store(url: str | os.PathLike[str], version: int | str | None = None) -> "Store":
     """Open a feature store at its newest snapshot, or at that of a version or channel. Raises FeatureStoreError."""
-    store = FeatureStore.open(url)
-    return Store(store, store.snapshot(version))
+    snapshot = FeatureStore.open(url).snapshot(version)
+    return Store(snapshot.storage, snapshot.info, snapshot.manifest)
 
 
-class Store(Shown):
-    """A feature store at one snapshot, as a mapping from images to features.
+class Store(Snapshot):
+    """A snapshot of a feature store as a mapping from images to features.
 
     `store["bag/1.jpg"]` is float32 (D,), `store[["bag/1.jpg", "bag/2.jpg"]]` float32 (U, D); images are uris or keys.
-    What the store can do beyond that, `featurestore` has: `store.snapshot` and `store.features`.
+    It can do all that a `featurestore.Snapshot` can.
     """
-
-    def __init__(self, features: FeatureStore, snapshot: Snapshot) -> None:
-        self.features, self.snapshot = features, snapshot
-
-    @property
-    def url(self) -> str:
-        """The store's address."""
-        return self.features.url
-
-    @property
-    def version(self) -> int:
-        """The version of the snapshot."""
-        return self.snapshot.version
 
     def __len__(self) -> int:
         """Count the images."""
-        return self.snapshot.num_rows
+        return self.num_rows
 
     def __contains__(self, image: object) -> bool:
         """Tell whether an image has a feature."""
-        return bool(self.snapshot.contains(keys_of_images([image]))[0])
+        return bool(self.contains(keys_of_images([image]))[0])
 
     def __getitem__(self, images: Any) -> NDArray[np.float32]:
         """Read the feature of an image, (D,), or of several, (U, D). Raises MissingKeysError."""
         is_one = isinstance(images, str | int | np.integer)
-        values_UD = self.snapshot.codec.decode(self.snapshot.get(keys_of_images([images] if is_one else images)))
+        values_UD = self.codec.decode(self.get(keys_of_images([images] if is_one else images)))
         feature: NDArray[np.float32] = values_UD[0] if is_one else values_UD
         return feature
-
-    def to_arrow(self) -> pa.Table:
-        """Read all images with their uris and features."""
-        return self.snapshot.to_arrow()
 
     def to_pandas(self) -> "pd.DataFrame":
         """Read all images with their uris and features."""
@@ -70,8 +51,8 @@ class Store(Shown):
         """Make a torch Dataset of the snapshot."""
         from crossmedia.datasets import FeatureDataset
 
-        return FeatureDataset(self.url, self.version, cache_dir)
+        return FeatureDataset(self.storage.url, self.version, cache_dir)
 
     def _about(self) -> tuple[str, dict[str, Any]]:
-        info = self.features.info
-        return self.url, {"rows": len(self), "version": self.version, "dim": info.dim, "dtype": info.dtype}
+        values = {"rows": len(self), "version": self.version, "dim": self.info.dim, "dtype": self.info.dtype}
+        return self.storage.url, values

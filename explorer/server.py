@@ -34,6 +34,7 @@ from explorer.pages.maps import MapPages
 from explorer.pages.runs import ModelPages, RunPages
 from explorer.pages.store import StorePages
 from explorer.places import ExplorerSettings
+from featurestore.console.memory import bound_freed_memory
 from featurestore.errors import UserError
 from featurestore.text import one_line
 from serving.http.access import (
@@ -293,25 +294,22 @@ def _refused(status: int, message: str, headers: dict[str, str] | None = None) -
     return Response(message, status, headers=HEADERS | (headers or {}), media_type="text/plain")
 
 
-_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MOST_ARENAS = -1, -3, -8  # numbers of mallopt(3)
+_LARGEST_KEPT = 1 << 20
 _NO_HUGE_PAGES = 41  # number of prctl(2)
 
 
 def spare_memory() -> None:
     """Return freed memory to the system at once, and take no huge pages; call it before other threads start.
 
-    By default glibc keeps what each thread has freed; numpy asks for huge pages, so that the few rows in use of a large
-    ID table take the memory of all its rows; and torch keeps code for 1,024 shapes of bfloat16 products, 0.5 MB each.
+    By default numpy asks for huge pages, so that the few rows in use of a large ID table take the memory of all its
+    rows, and torch keeps code for 1,024 shapes of bfloat16 products, 0.5 MB each.
     Nothing happens on a system without these calls.
     """
     os.environ.setdefault("LRU_CACHE_CAPACITY", "32")  # torch's own in front of oneDNN's
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
-    libc = ctypes.CDLL(None)
+    bound_freed_memory(_LARGEST_KEPT)
     with contextlib.suppress(AttributeError):
-        libc.mallopt(_MMAP_THRESHOLD, 1 << 20)
-        libc.mallopt(_TRIM_THRESHOLD, 1 << 20)
-        libc.mallopt(_MOST_ARENAS, 2)
-        libc.prctl(_NO_HUGE_PAGES, 1, 0, 0, 0)
+        ctypes.CDLL(None).prctl(_NO_HUGE_PAGES, 1, 0, 0, 0)
 
 
 def serve(settings: ExplorerSettings) -> None:

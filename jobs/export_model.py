@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from featurestore.console import commandline, files, output
-from serving.bundle import MODELS, SAMPLE_GROUPS, RowDType
+from serving.bundle import MODELS, SAMPLE_GROUPS
 from trainer.cli import StoreVersion, WhichCheckpoint
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ EXAMPLES = """Examples:
 crossmedia publish
 crossmedia publish --run data/runs/both --out data/models/ctr
 crossmedia publish --run data/runs/daily
-crossmedia publish --run data/runs/both --out s3://shop/models/ctr --id-dtype float16 --compile
+crossmedia publish --run data/runs/both --out s3://shop/models/ctr --compile
 crossmedia publish --run data/runs/both --checkpoint 1000 --no-use
 
 Exit codes: 0 done, 1 failed, 2 wrong options, 3 published but not put in use, as it is worse than the model in use.
@@ -56,10 +56,6 @@ def main(
     out: Annotated[
         str, typer.Option(help="Folder or s3:// address of the model, which keeps its other versions.")
     ] = MODELS,
-    id_dtype: Annotated[
-        RowDType,
-        typer.Option(help="Type of the ID rows; types other than float32 are smaller, and change scores a little."),
-    ] = "float32",
     compiled: Annotated[
         bool, typer.Option("--compile", help="Compile the network for this machine as well; it is faster then.")
     ] = False,
@@ -91,7 +87,6 @@ def main(
     options = ExportOptions(
         run=run_of_days(run_or_newest(run)),
         checkpoint=checkpoint,
-        id_dtype=id_dtype,
         sample_groups=sample_groups,
         use=use and not gate,
         store_version=store_version,
@@ -156,7 +151,7 @@ def summary_text(
     rows_bytes = sum(file.bytes for file in manifest.files if file.name in names)
     lines = [
         f"run          {manifest.run}, {manifest.checkpoint}",
-        f"id rows      {rows:,} in {len(manifest.tables)} tables, {manifest.id_dtype}, {rows_bytes:,} bytes",
+        f"id rows      {rows:,} in {len(manifest.tables)} tables, {rows_bytes:,} bytes",
     ]
     lines += [
         f"vectors      {of.store}: {exported.num_images[of.store]:,} images of snapshot "

@@ -88,6 +88,12 @@ def block_rows(dim: int) -> int:
     return max(1, BLOCK_BYTES // (4 * dim))
 
 
+def _cuts(num_rows: int, dim: int) -> Iterator[tuple[int, int]]:
+    """Cut rows into blocks: yield where each begins and ends."""
+    rows = block_rows(dim)
+    return ((start, min(start + rows, num_rows)) for start in range(0, num_rows, rows))
+
+
 def pack(slices: "Iterable[VectorSlice]", rows: int) -> "list[tuple[VectorSlice, ...]]":
     """Group slices one after the other, about `rows` rows each."""
     packed: list[tuple[VectorSlice, ...]] = []
@@ -129,48 +135,51 @@ def _joined(blocks: list[VectorBlock]) -> VectorBlock:
     )
 
 
-def _read_records(url: str, path: str, dtype: np.dtype[Any], first_byte: int, counts: Iterable[int]) -> Iterator[Any]:
-    """Read records that lie one after the other, so many at a time. Raises VectorImportError."""
-    with Storage(url).open_input(path) as file:
-        file.seek(first_byte)
-        for count in counts:
-            data = file.read(count * dtype.itemsize)
-            if len(data) != count * dtype.itemsize:
-                raise VectorImportError(f"{path} has become shorter while it was read: try again")
-            yield np.frombuffer(data, dtype)
-
-
-@dataclass(frozen=True)
-class MatrixSlice:
-    """Rows `start` to `stop` of the matrix in a .npy file, with their keys or their ids."""
+@dataclass(frozen=True, kw_only=True)
+class RecordSlice:
+    """Records `start` to `stop` of one file, which lie one after the other behind its first `offset` bytes."""
 
     url: str
     path: str
-    dtype: np.dtype[Any]
-    dim: int
-    offset: int  # bytes before the numbers
-    names: Int64Array | list[str]
+    record: np.dtype[Any]
+    offset: int = 0
     start: int
     stop: int
 
     @property
     def num_rows(self) -> int:
-        """Number of rows."""
+        """Number of records."""
         return self.stop - self.start
 
     def read(self, block_rows: int) -> Iterator[VectorBlock]:
-        """Read the rows; those with an empty id are bad. Raises VectorImportError."""
-        uris = self.names if isinstance(self.names, list) else list(map(uri_of_key, self.names.tolist()))
-        row = np.dtype((self.dtype, (self.dim,)))
-        starts = range(0, self.num_rows, block_rows)
-        counts = [min(block_rows, self.num_rows - first) for first in starts]
-        records = _read_records(self.url, self.path, row, self.offset + self.start * row.itemsize, counts)
-        for first, values_ND in zip(starts, records, strict=True):
-            here, vectors_ND = slice(first, first + block_rows), _single(values_ND)
-            if isinstance(self.names, list):
-                yield _named(self.path, self.start + first, uris[here], vectors_ND)
-            else:
-                yield VectorBlock(self.names[here], uris[here], vectors_ND)
+        """Read the records, so many at a time. Raises VectorImportError."""
+        with Storage(self.url).open_input(self.path) as file:
+            file.seek(self.offset + self.start * self.record.itemsize)
+            for first in range(0, self.num_rows, block_rows):
+                size_bytes = min(block_rows, self.num_rows - first) * self.record.itemsize
+                if len(data := file.read(size_bytes)) != size_bytes:
+                    raise VectorImportError(f"{self.path} has become shorter while it was read: try again")
+                yield self._block(first, np.frombuffer(data, self.record))
+
+    def _block(self, first: int, records_N: npt.NDArray[Any]) -> VectorBlock:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatrixSlice(RecordSlice):
+    """Rows of the matrix in a .npy file, with their keys or their ids; those with an empty id are bad."""
+
+    names: Int64Array | list[str]
+
+    def _block(self, first: int, records_N: npt.NDArray[Any]) -> VectorBlock:
+        names, vectors_ND = self.names[first : first + len(records_N)], _single(records_N)
+        if not isinstance(names, list):
+            return VectorBlock(names, list(map(uri_of_key, names.tolist())), vectors_ND)
+        is_named_N = np.array([name != "" for name in names], np.bool_)
+        place = self.start + first
+        bad = tuple(BadRow.at(self.path, place + int(row), "empty id") for row in np.flatnonzero(~is_named_N))
+        uris = [name for name in names if name]
+        return VectorBlock(keys_of_uris(uris), uris, vectors_ND[is_named_N], bad)
 
 
 def plan_matrix(address: str, keys_address: str) -> VectorSource:
@@ -193,42 +202,41 @@ def plan_matrix(address: str, keys_address: str) -> VectorSource:
     size = offset + dtype.itemsize * num_rows * dim
     if entries[0].size_bytes != size:
         raise VectorImportError(f"{address} is truncated: {entries[0].size_bytes:,} bytes instead of {size:,}")
-    rows = block_rows(dim)
-    names, num_keys, fingerprint = _names_of_rows(keys_address, rows)
-    if num_keys != num_rows:
-        raise VectorImportError(f"{keys_address} has {num_keys:,} keys and {address} {num_rows:,} rows")
+    names, fingerprint = _names_of_rows(keys_address)
+    if len(names) != num_rows:
+        raise VectorImportError(f"{keys_address} has {len(names):,} keys and {address} {num_rows:,} rows")
+    record = np.dtype((dtype, (dim,)))
     slices: list[VectorSlice] = [
-        MatrixSlice(storage.url, path, dtype, dim, offset, each, start, min(start + rows, num_rows))
-        for start, each in zip(range(0, num_rows, rows), names, strict=True)
+        MatrixSlice(
+            url=storage.url,
+            path=path,
+            record=record,
+            offset=offset,
+            start=start,
+            stop=stop,
+            names=names[start:stop],
+        )
+        for start, stop in _cuts(num_rows, dim)
     ]
     return VectorSource(dim, tuple(slices), f"{fingerprint_of(storage, entries)} {fingerprint}")
 
 
-def _names_of_rows(address: str, rows: int) -> tuple[list[Int64Array | list[str]], int, str]:
-    """Read the keys in a .npy, or lines of ids, cut after each `rows` of them; count them all."""
+def _names_of_rows(address: str) -> tuple[Int64Array | list[str], str]:
+    """Read the keys in a .npy, or lines of ids; and the fingerprint of their file."""
     storage, entries = find_files(address)
     data, fingerprint = storage.read_bytes(entries[0].path), fingerprint_of(storage, entries)
-    if address.endswith(".npy"):
+    if not address.endswith(".npy"):
         try:
-            keys_N = read_npy(data)
-        except ValueError as error:
-            raise VectorImportError(f"{address} is no .npy file: {error}") from error
-        if keys_N.ndim != 1 or keys_N.dtype.kind not in "iu" or keys_N.dtype == np.uint64:
-            raise VectorImportError(f"{address} holds {keys_N.dtype} {keys_N.shape}, not int64 keys")
-        keys_N = keys_N.astype(np.int64)
-        return [keys_N[first : first + rows] for first in range(0, len(keys_N), rows)], len(keys_N), fingerprint
+            return data.decode().replace("\r\n", "\n").removesuffix("\n").split("\n"), fingerprint
+        except UnicodeDecodeError as error:
+            raise VectorImportError(f"the ids of {address} are not text in UTF-8: {error}") from error
     try:
-        ids = data.decode().replace("\r\n", "\n").removesuffix("\n").split("\n")
-    except UnicodeDecodeError as error:
-        raise VectorImportError(f"the ids of {address} are not text in UTF-8: {error}") from error
-    return [ids[first : first + rows] for first in range(0, len(ids), rows)], len(ids), fingerprint
-
-
-def _named(path: str, first: int, uris: list[str], vectors_ND: Float32Array) -> VectorBlock:
-    named_N = np.array([uri != "" for uri in uris], np.bool_)
-    bad = tuple(BadRow.at(path, first + int(row), "empty id") for row in np.flatnonzero(~named_N))
-    uris = [uri for uri in uris if uri]
-    return VectorBlock(keys_of_uris(uris), uris, vectors_ND[named_N], bad)
+        keys_N = read_npy(data)
+    except ValueError as error:
+        raise VectorImportError(f"{address} is no .npy file: {error}") from error
+    if keys_N.ndim != 1 or keys_N.dtype.kind not in "iu" or keys_N.dtype == np.uint64:
+        raise VectorImportError(f"{address} holds {keys_N.dtype} {keys_N.shape}, not int64 keys")
+    return keys_N.astype(np.int64), fingerprint
 
 
 def _single(values_ND: AnyArray) -> Float32Array:
@@ -408,29 +416,13 @@ PROBED_FILES, PROBED_RECORDS = 8, 9
 WRONG_FILE = "key in the wrong file"
 
 
-@dataclass(frozen=True)
-class XdlSlice:
-    """Records `start` to `stop` of one file."""
+@dataclass(frozen=True, kw_only=True)
+class XdlSlice(RecordSlice):
+    """Records of one file; those of other files are bad."""
 
-    url: str
-    path: str
     number: int
-    start: int
-    stop: int
-    dim: int
 
-    @property
-    def num_rows(self) -> int:
-        """Number of records."""
-        return self.stop - self.start
-
-    def read(self, block_rows: int) -> Iterator[VectorBlock]:
-        """Read the records; those of other files are bad."""
-        record = record_dtype(self.dim)
-        counts = [min(block_rows, self.stop - first) for first in range(self.start, self.stop, block_rows)]
-        yield from map(self._block, _read_records(self.url, self.path, record, self.start * record.itemsize, counts))
-
-    def _block(self, records_N: npt.NDArray[np.void]) -> VectorBlock:
+    def _block(self, first: int, records_N: npt.NDArray[Any]) -> VectorBlock:
         keys_N = records_N["key"].astype(np.int64)
         fits_N = (keys_N & (NUM_FILES - 1)) == self.number
         bad = tuple(BadRow(key, uri_of_key(key), WRONG_FILE) for key in keys_N[~fits_N].tolist())
@@ -453,7 +445,7 @@ def plan_xdl(address: str, dim: int | None) -> VectorSource:
     """Cut the folder of files into slices of some megabytes. Raises VectorImportError."""
     dim = dim or XDL_DIM
     storage, entries = find_files(address)
-    record_bytes = record_dtype(dim).itemsize
+    record = record_dtype(dim)
     slices: list[XdlSlice] = []
     used, torn = [], []
     for entry in entries:
@@ -461,19 +453,18 @@ def plan_xdl(address: str, dim: int | None) -> VectorSource:
         if match is None or int(match[1]) >= NUM_FILES:
             continue
         used.append(entry)
-        count, rest = divmod(entry.size_bytes, record_bytes)
+        count, rest = divmod(entry.size_bytes, record.itemsize)
         if rest:
             torn.append(entry.path)
-        rows = block_rows(dim)
-        starts = range(0, count, rows)
         slices += [
-            XdlSlice(storage.url, entry.path, int(match[1]), start, min(start + rows, count), dim) for start in starts
+            XdlSlice(url=storage.url, path=entry.path, record=record, start=start, stop=stop, number=int(match[1]))
+            for start, stop in _cuts(count, dim)
         ]
     if not used:
         raise VectorsNotFoundError(f"{address} has no files data.0 to data.{NUM_FILES - 1}, as XDL writes them")
     if torn:
         raise VectorImportError(
-            f"{len(torn)} of {len(used)} files, {torn[0]} first, are not a number of records of {record_bytes} bytes"
+            f"{len(torn)} of {len(used)} files, {torn[0]} first, are not a number of records of {record.itemsize} bytes"
             f" (a key and {dim} float32): is --dim {dim} right, and are the files whole?"
         )
     if not slices:
@@ -497,7 +488,7 @@ def _probe(slices: Sequence[XdlSlice], dim: int) -> None:
         )
 
 
-VectorSlice = MatrixSlice | ParquetSlice | XdlSlice
+VectorSlice = RecordSlice | ParquetSlice
 """Some rows of one file, which pickle as their place; `read(block_rows)` reads them in their order.
 
 Raises VectorImportError, StorageError."""

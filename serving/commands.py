@@ -85,7 +85,7 @@ def info(
         "published": f"{utc_text(manifest.time_s)} by {manifest.writer}",
         "run": f"{manifest.run}, {manifest.checkpoint} ({manifest.checkpoint_digest[:12]})",
         "files": f"{len(manifest.files)}, {sum(file.bytes for file in manifest.files):,} bytes",
-        "id rows": f"{sum(each.num_rows for each in manifest.rows):,} as {manifest.id_dtype}, {rows_bytes:,} bytes",
+        "id rows": f"{sum(each.num_rows for each in manifest.rows):,}, {rows_bytes:,} bytes",
         **{f"table {each.name}": f"{each.kind}, {each.num_rows:,} rows of {each.width}" for each in manifest.tables},
         **{f"vectors of {name}": _vectors_text(each) for name, each in vectors.items()},
         "missing images": _MISSING[manifest.missing_in_training],
@@ -113,9 +113,7 @@ def log(
     storage = Storage(url)
     found = list_versions(storage, last)
     rows = [_log_row(each) for each in found]
-    print_rows(
-        ("version", "published", "run", "checkpoint", "id rows", "bytes", "in use"), rows, numbers=("version", "bytes")
-    )
+    print_rows(("version", "published", "run", "checkpoint", "bytes", "in use"), rows, numbers=("version", "bytes"))
     write_json_option(
         json_file,
         {
@@ -194,13 +192,12 @@ def _log_row(each: "ListedVersion") -> Sequence[str]:
 
     since = f"{'since' if each.in_use else 'was,'} {utc_text(each.chosen_s[-1])}" if each.chosen_s else ""
     if (manifest := each.manifest) is None:
-        return f"{each.version}", "damaged", "", "", "", "", since
+        return f"{each.version}", "damaged", "", "", "", since
     return (
         f"{each.version}",
         utc_text(manifest.time_s),
         manifest.run,
         manifest.checkpoint,
-        manifest.id_dtype,
         bytes_text(sum(file.bytes for file in manifest.files)),
         since,
     )

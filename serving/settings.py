@@ -99,6 +99,10 @@ class ServerSettings(Budget, AccessSettings):
     max_wait_ms: Annotated[
         float, typer.Option(min=0, max=60_000, help="A request that would wait longer gets 503 at once.")
     ] = 50.0
+    health_port: Annotated[
+        int | None,
+        typer.Option(min=1, max=65535, help="A further port, where a thread answers health checks alone: plain HTTP."),
+    ] = None
     poll_s: Annotated[
         float, typer.Option(min=0.05, max=_DAY_S, help="How often to look for another version and newer vectors.")
     ] = 2.0

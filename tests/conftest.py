@@ -39,7 +39,6 @@ SERVICES = {
     "client",
     "cluster",
     "s3_endpoint",
-    "make_arena",
     "dies_at",
     "serve",
 }

@@ -55,12 +55,12 @@ def main(
     images: Annotated[Path, typer.Option(exists=True, file_okay=False, help="Folder of images.")],
     out: Annotated[Path, typer.Option(help="The matrix, .npy; the names of its rows go into the same folder, .txt.")],
 ) -> None:
-    """Write the features of all images of a folder, and their names, for crossmedia import."""
-    files = sorted(file for file in images.iterdir() if file.suffix.lower() in SUFFIXES)
+    """Write the features of all images below a folder, and their names, for crossmedia import."""
+    files = sorted(file for file in images.rglob("*") if file.suffix.lower() in SUFFIXES)
     if not files:
         raise typer.BadParameter(f"{images} has no images", param_hint="--images")
     np.save(out, features_of(files))
-    out.with_suffix(".txt").write_text("".join(f"{file.name}\n" for file in files))
+    out.with_suffix(".txt").write_text("".join(f"{file.relative_to(images).as_posix()}\n" for file in files))
 
 
 if __name__ == "__main__":

@@ -103,16 +103,20 @@ def movielens(folder: Path) -> Events:
     place_N = np.searchsorted(users["user"], events.user_N)
     of_row = {name: users[name][place_N] for name in ("gender", "occupation")}
     of_row |= {"age": users["age"][place_N] // 10, "scene": events.time_N // 3600 % 24 // 6}
-    images = {int(file.stem): file.name for file in (folder / "posters").glob("*.jpg")}
-    of_item = {"category": by_item(items["item"], bits)} | ({"image": images} if images else {})
-    return replace(events, of_row=of_row, of_item=of_item)
+    return replace(events, of_row=of_row, of_item={"category": by_item(items["item"], bits)} | posters(folder))
 
 
 def movielens_small(folder: Path) -> Events:
-    """Read MovieLens latest-small: ratings of movies over 22 years."""
+    """Read MovieLens latest-small: ratings of movies over 22 years, with posters where there are some."""
     ratings, movies = read(folder / "ratings.csv"), read(folder / "movies.csv")
     events = rated(ratings["userId"], ratings["movieId"], ratings["timestamp"], ratings["rating"])
-    return replace(events, of_item={"category": by_item(movies["movieId"], movies["genres"])})
+    return replace(events, of_item={"category": by_item(movies["movieId"], movies["genres"])} | posters(folder))
+
+
+def posters(folder: Path) -> dict[str, dict[int, str]]:
+    """Name the pictures of the items that have one, MOVIE.jpg in the folder posters."""
+    images = {int(file.stem): file.name for file in (folder / "posters").glob("*.jpg")}
+    return {"image": images} if images else {}
 
 
 def grocery(folder: Path) -> Events:

@@ -91,7 +91,7 @@ CONFIGURATIONS = (
     "model.tables.item={kind: exact, max_rows: 1000, admit_after: 2, expire_days: 30}; model.table_shards=8",
     "model.activation=prelu; data.global_batch_size=60000; optim.ids=rowwise_adagrad",
     "optim.ids=rowwise_adagrad; optim.ids_lr=null; optim.warmup_steps=100",
-    "run.name=a; run.resume=auto; run.warm_start=data/runs/b; run.warm_parts=full; run.device=cpu; run.deadline_s=60",
+    "run.name=a; run.resume=auto; run.warm_start=data/runs/b; run.warm_parts=all; run.device=cpu; run.deadline_s=60",
     "data.train_days=[2026-01-01]; data.test_days=[]; data.stores.texts=data/texts; data.missing=zeros; train.seed=3",
 )
 

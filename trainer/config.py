@@ -293,7 +293,7 @@ class OptimConfig(Section):
     ids: Rows[IdOptimizer] = "adam"
     """Optimiser of ID rows: adam as on the whole table, at the cost of the touched rows; rowwise_adagrad with one sum
     of squares a row, for a third of the memory."""
-    ids_lr: Training[LearningRate | None] = 0.006
+    ids_lr: Training[LearningRate | None] = 0.012
     """Learning rate of ID rows; null: lr."""
     warmup_steps: Training[Annotated[int, Field(ge=0, lt=2**63)]] = 0
     """Steps in which both rates grow evenly, from 1 / warmup_steps of their values to all of them."""
@@ -318,13 +318,7 @@ class OptimConfig(Section):
 
 Device = Literal["auto", "cpu", "cuda"]
 Tracking = Literal["mlflow", "wandb"]
-WarmPart = Literal["images", "model", "ids", "optimizers"]
-WARM_PARTS: dict[Any, list[WarmPart]] = {
-    "none": [],
-    "partial": ["images", "model"],
-    "full": ["images", "model", "ids"],
-    "all": ["images", "model", "ids", "optimizers"],
-}
+WarmParts = Literal["partial", "all"]
 
 
 def _version(value: Any) -> int | str:
@@ -443,9 +437,8 @@ class RunConfig(Section):
     Where the newest is damaged, latest and auto continue from the one before it."""
     warm_start: Training[Place | None] = None
     """Begin with parameters of this run (its folder, or a checkpoint); the schedule starts afresh."""
-    warm_parts: Training[list[WarmPart]] = Field(default="partial", validate_default=True)
-    """What a warm start takes: none, partial (all but the ID vectors), full, all (full and the optimisers' state), or a
-    list of images (E), model, ids; optimizers only with all three."""
+    warm_parts: Training[WarmParts] = "partial"
+    """What a warm start takes: partial (all but the ID vectors), or all, with the optimisers' state."""
     overwrite: Nothing[bool] = False
     """Replace a run of the same name; with a step or path in resume, what came after that checkpoint."""
     tracking: Nothing[Tracking | None] = None
@@ -460,22 +453,6 @@ class RunConfig(Section):
     """Threads of torch, for each rank; null: processor cores / ranks on this machine."""
     deadline_s: Nothing[Annotated[float, Field(gt=0)]] = 600
     """Seconds; a collective that takes longer ends the run and names the rank that did not come."""
-
-    @field_validator("warm_parts", mode="before")
-    @classmethod
-    def _named(cls, value: Any) -> Any:
-        if isinstance(value, str) and value not in WARM_PARTS:
-            raise ValueError(
-                "it should be none, partial, full, all, or a list of images, model, ids, as [images,model]"
-            )
-        return WARM_PARTS[value] if isinstance(value, str) else value
-
-    @field_validator("warm_parts")
-    @classmethod
-    def _whole(cls, value: list[WarmPart]) -> list[WarmPart]:
-        if "optimizers" in value and not {*WARM_PARTS["full"]} <= {*value}:
-            raise ValueError("the optimizers' state is that of all parameters; write all, or leave optimizers out")
-        return value
 
     @field_validator("resume", mode="before")
     @classmethod

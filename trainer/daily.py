@@ -19,9 +19,9 @@ from featurestore.errors import AnotherStoreError, StorageError
 from featurestore.parsing import parse_json
 from featurestore.published.paths import RunPath, read_file, run_path, write_json_file
 from trainer.cli import MoreSettings, Settings, SettingsFile
-from trainer.config import WARM_PARTS, Config, differences, load_config, load_saved, refuse_given, save_config
+from trainer.config import Config, differences, load_config, load_saved, refuse_given, save_config
 from trainer.errors import CheckpointError, ConfigError, DataNotFoundError, OtherRunError, TrainerError
-from trainer.main import on_ranks, train, warm_settings
+from trainer.main import on_ranks, train
 from trainer.runs.folder import DAYS_FILE, finished, report_of
 
 if TYPE_CHECKING:
@@ -123,22 +123,22 @@ Examples:
 
     crossmedia daily
 
-    horovodrun -np 8 crossmedia daily --samples-of-days data/samples --set run.name=daily
+    horovodrun -np 8 crossmedia daily data.samples=data/samples run.name=daily
 
     horovodrun -np 8 crossmedia daily --first-day 2026-01-18
 
-    horovodrun -np 8 crossmedia daily --continue --warm-start data/runs/both
+    horovodrun -np 8 crossmedia daily --continue --set run.warm_start=data/runs/both
 
 Every day is one run, RUN.DIR/RUN.NAME/DAY (data/runs/daily/2026-01-31), which trains on all days up to its own, as
 trainer.main does. The first one is that of the newest day that has a next one. With --continue each later run takes all
-that the one before has learned, and goes once through the days that have come since, at 0.3 of the learning rates. The
-table of all days is next to the runs, as days.json. Start it again when another day's samples are there, or after a
-kill: it continues where it stopped. The newest day is trained at once, and evaluated when the samples of the day after
-it have come; where its own have changed by then, by late logs, it stays as it was trained, and is marked
-samples_changed. Exit codes are those of trainer.main.
+that the one before has learned, and goes once through the days that have come since, at 0.3 of the learning rate (0.15
+for ID rows). The table of all days is next to the runs, as days.json. Start it again when another day's samples are
+there, or after a kill: it continues where it stopped. The newest day is trained at once, and evaluated when the samples
+of the day after it have come; where its own have changed by then, by late logs, it stays as it was trained, and is
+marked samples_changed. Exit codes are those of trainer.main.
 """
 
-LATER_RATES = 0.3
+LATER_LR, LATER_IDS_LR = 0.3, 0.15
 """Of optim.lr and optim.ids_lr: the rates of a run that continues another one (docs/RESULTS.md)."""
 CONTINUES = False
 """Whether later runs continue the run before, where nothing is said."""
@@ -148,19 +148,13 @@ app = commandline.CommandApp(rich_markup_mode="markdown")
 
 @app.command(epilog=EXAMPLES)
 def main(
-    samples: Annotated[
-        str | None,
-        typer.Option(
-            "--samples-of-days", metavar="DIR", help="Folder with day=DAY*.parquet in train/ and test/: data.samples."
-        ),
-    ] = None,
     first_day: Annotated[
         datetime | None,
         typer.Option(
             metavar="DAY",
             formats=["%Y-%m-%d"],
             help="Day of the first run.",
-            show_default="the newest day that has a next one; with --warm-start the newest",
+            show_default="the newest day that has a next one; with run.warm_start the newest",
         ),
     ] = None,
     last_day: Annotated[
@@ -176,23 +170,12 @@ def main(
     ] = CONTINUES,
     file: SettingsFile = None,
     settings: Settings = None,
-    warm_start: Annotated[
-        str | None,
-        typer.Option(
-            metavar="RUN",
-            help="With --continue: the first run begins with all that this run has learned, and trains on its own day "
-            "alone.",
-            show_default="nothing: it trains on all days",
-        ),
-    ] = None,
     more: MoreSettings = None,
 ) -> None:
     """Train day after day, on all days up to each, on the newest snapshot of the store, and evaluate on the next."""
-    given = [] if samples is None else [f"data.samples={samples}"]
-    given += [*(settings or []), *(more or []), *warm_settings(warm_start, None)]
     first, last = (None if day is None else f"{day:%Y-%m-%d}" for day in (first_day, last_day))
     work = partial(follow, first=first, last=last, continues=continues)
-    raise typer.Exit(on_ranks(partial(load_config, file, given), work))
+    raise typer.Exit(on_ranks(partial(load_config, file, [*(settings or []), *(more or [])]), work))
 
 
 @dataclass(frozen=True)
@@ -212,12 +195,12 @@ class Day:
             "name": self.name,
             "resume": resume,
             "warm_start": str(before) if before else base.run.warm_start,
-            "warm_parts": WARM_PARTS["all"],
+            "warm_parts": "all",
         }
         data = {"train_days": list(self.train_days), "test_days": [self.test_day] if self.test_day else []}
         if run["warm_start"] is None:
             return base.changed(run=run, data=data)
-        rates = {"lr": LATER_RATES * base.optim.lr, "ids_lr": LATER_RATES * base.optim.alpha}
+        rates = {"lr": LATER_LR * base.optim.lr, "ids_lr": LATER_IDS_LR * base.optim.alpha}
         return base.changed(run=run, data=data, train={"epochs": 1}, optim=rates)
 
 

@@ -10,7 +10,6 @@ TrainerError
 │   ├── CheckpointNotFoundError  no such checkpoint
 │   ├── DamagedCheckpointError   its files are not those that were written
 │   └── OtherRunError            a checkpoint of another run, or of other settings
-├── PlanError         this machine could not be measured for a plan
 ├── AdIndexError      an index of ads is of another checkpoint, or its place has other files
 │   └── AdIndexNotFoundError     no index of ads at the address
 ├── RemoteRankError   another rank failed; kind and text are those of its error
@@ -88,10 +87,6 @@ class OtherRunError(CheckpointError):
     """The checkpoint belongs to another run: its settings, samples or features differ."""
 
     exit_code = USAGE
-
-
-class PlanError(TrainerError):
-    """This machine could not be measured for a plan."""
 
 
 class AdIndexError(TrainerError):

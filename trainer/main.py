@@ -8,15 +8,15 @@ import contextlib
 import functools
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from featurestore.console.commandline import CommandApp, run_app
 from featurestore.errors import StorageError, UserError
 from trainer.cli import MoreSettings, Settings, SettingsFile, run_on_ranks
-from trainer.config import WARM_PARTS, Config, differences, load_config, load_saved
-from trainer.errors import ConfigError
+from trainer.config import Config, differences, load_config, load_saved
 
 if TYPE_CHECKING:
     from featurestore.published.paths import RunPath
@@ -39,7 +39,7 @@ Examples:
 
     horovodrun -np 2 crossmedia train --config own.yaml --set run.name=a --set run.resume=latest
 
-    horovodrun -np 2 crossmedia train --warm-start data/runs/yesterday --warm-parts partial
+    horovodrun -np 2 crossmedia train run.warm_start=data/runs/yesterday
 
 Without settings it trains on data/samples and data/features, and writes to data/runs. All settings:
 docs/SETTINGS.md. Exit codes: 0 done, 1 failed, 2 wrong settings, 130 stopped by a
@@ -56,29 +56,10 @@ _OF_A_START = ("run.dir", "run.name", "run.resume", "run.overwrite")
 def main(
     file: SettingsFile = None,
     settings: Settings = None,
-    warm_start: Annotated[
-        str | None, typer.Option(metavar="RUN", help="Begin with parameters of this run or checkpoint.")
-    ] = None,
-    warm_parts: Annotated[
-        str | None,
-        typer.Option(
-            metavar="PARTS",
-            help="none, partial (all but the ID vectors, the default), full, all (with the optimisers' state), or of "
-            "images,model,ids with commas.",
-        ),
-    ] = None,
     more: MoreSettings = None,
 ) -> None:
     """Train DICM on sample groups and stored image features, and evaluate it on the test samples."""
-    given = [*(settings or []), *(more or []), *warm_settings(warm_start, warm_parts)]
-
-    def load() -> Config:
-        config = load_config(file, given)
-        if warm_parts is not None and config.run.warm_start is None:
-            raise ConfigError(f"--warm-parts {warm_parts} needs another run: name it by --warm-start")
-        return config
-
-    raise typer.Exit(on_ranks(load, train))
+    raise typer.Exit(on_ranks(partial(load_config, file, [*(settings or []), *(more or [])]), train))
 
 
 def on_ranks(load: Callable[[], Config], work: Callable[[Config, "Comm"], object]) -> int:
@@ -89,15 +70,6 @@ def on_ranks(load: Callable[[], Config], work: Callable[[Config, "Comm"], object
         deadline_s = load().run.deadline_s
 
     return run_on_ranks(lambda comm: work(load(), comm), deadline_s)
-
-
-def warm_settings(warm_start: str | None, warm_parts: str | None) -> list[str]:
-    """Make settings of the options --warm-start and --warm-parts."""
-    settings = [] if warm_start is None else [f"run.warm_start={warm_start}"]
-    if warm_parts is not None:
-        named = warm_parts in WARM_PARTS
-        settings.append(f"run.warm_parts={warm_parts if named else f'[{warm_parts}]'}")
-    return settings
 
 
 def train(config: Config, comm: "Comm") -> "RunPath":
@@ -146,7 +118,6 @@ def train(config: Config, comm: "Comm") -> "RunPath":
 
 def _say_beginning(run: "Run", removed: "list[Checkpoint]", progress: "ProgressLog") -> None:
     """Report which images are lacking, and what the run begins with: checkpoints left out or removed, a warm start."""
-    from trainer.runs.checkpoint import not_taken
     from trainer.runs.folder import checkpoints_of
     from trainer.runs.saving import DAMAGED
 
@@ -160,9 +131,7 @@ def _say_beginning(run: "Run", removed: "list[Checkpoint]", progress: "ProgressL
     if removed:
         progress.say(f"removed by run.overwrite=true: {', '.join(each.name for each in removed)}")
     if run.warm_start:
-        progress.say(f"warm start from {run.warm_start.checkpoint}: {', '.join(run.warm_start.parts) or 'nothing'}")
-        if untaken := not_taken(run.origin.model, run.warm_start):
-            progress.say(f"not taken, as no field of this run has them: ID tables {', '.join(untaken)}")
+        progress.say(f"warm start from {run.warm_start.checkpoint}: {run.warm_start.parts}")
 
 
 def _end_events(run: "Run", progress: "ProgressLog") -> None:

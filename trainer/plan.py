@@ -1,23 +1,21 @@
 """crossmedia plan: estimate a run's needs and speed on more machines, before you rent them."""
 
-import sys
 from typing import Annotated, Any
 
 import typer
 
 from featurestore.console import commandline, files, output
-from trainer.cli import Settings, SettingsFile, counts_of
-from trainer.config import load_config
+from trainer.cli import WhichRun, counts_of
 
 EXAMPLES = """
 Examples:
 
-    crossmedia plan --samples data/samples --store data/features --ranks 8,20,40 --global-batch-size 60000
+    crossmedia plan --ranks 2,4,8
 
-    crossmedia plan --ranks 1,2 --ranks-per-machine 2 --config own.yaml --json plan.json
+    crossmedia plan --run data/runs/short --ranks 8,20,40 --global-batch-size 60000 --json plan.json
 
-It draws batches from the samples, measures this machine for a minute or two, and computes the rest.
-Exit codes: 0 done, 1 failed, 2 wrong settings.
+Speeds are those of the run, which may be a short one (train.max_steps=50) on one machine; all machines are taken to be
+like it, with as many ranks on each. Exit codes: 0 done, 1 failed, 2 wrong settings.
 """
 
 app = commandline.CommandApp(report=True, rich_markup_mode="markdown")
@@ -25,33 +23,24 @@ app = commandline.CommandApp(report=True, rich_markup_mode="markdown")
 
 @app.command(epilog=EXAMPLES)
 def main(
-    samples: Annotated[str | None, typer.Option(help="Place of the samples, as data.samples.")] = None,
-    store: Annotated[str | None, typer.Option(help="Feature store, as data.store.")] = None,
+    run: WhichRun = None,
     ranks: Annotated[Any, typer.Option(parser=counts_of, metavar="N,N", help="Numbers of ranks.")] = "8,20,40",
     global_batch_size: Annotated[
-        int | None, typer.Option(help="Samples of a step over all ranks; default data.global_batch_size.", min=1)
+        int | None, typer.Option(help="Samples of a step over all ranks.", min=1, show_default="that of the run")
     ] = None,
     network_gbit: Annotated[float, typer.Option(help="Gbit/s between machines, each way.", min=0.001)] = 10.0,
     latency_us: Annotated[float, typer.Option(help="Of a message between machines.", min=0)] = 50.0,
-    ranks_per_machine: Annotated[int, typer.Option(help="Ranks that share a machine like this one.", min=1)] = 1,
-    file: SettingsFile = None,
-    settings: Settings = None,
     json_file: files.JsonOption = None,
 ) -> None:
-    """Predict unique images and ids, memory, bytes, time and efficiency for more ranks; recommend a number of ranks."""
-    places = {"data.samples": samples, "data.store": store}
-    own = [f"{name}={value}" for name, value in places.items() if value]
-    config = load_config(file, [*own, *(settings or [])])
-    from trainer.planner import PlanQuestion, as_json, plan_own, show
+    """Predict unique images, memory, bytes, time and efficiency of a run on more ranks; recommend a number of ranks."""
+    from trainer.planner import as_json, open_planner, show
+    from trainer.runs.folder import run_or_newest
 
-    question = PlanQuestion(
-        ranks=ranks,
-        batch_size=global_batch_size or config.data.global_batch_size,
-        ranks_per_machine=ranks_per_machine,
-        link_bytes_per_s=network_gbit * 1e9 / 8,
-        latency_s=latency_us / 1e6,
+    link_bytes_per_s, latency_s = network_gbit * 1e9 / 8, latency_us / 1e6
+    planner = open_planner(
+        run_or_newest(run), global_batch_size, link_bytes_per_s=link_bytes_per_s, latency_s=latency_s
     )
-    plan = plan_own(config, question, lambda text: print(f"{text} ...", file=sys.stderr, flush=True))
+    plan = planner.plan(ranks)
     show(plan, output.text_console())
     files.write_json_option(json_file, as_json(plan))
 

@@ -33,7 +33,6 @@ from trainer.errors import ConfigError
 from trainer.hosts import HostSlots, Link, News, count_slots, environments, reach_of_all, read_hosts
 from trainer.launch import By, Variables
 from trainer.main import app as train_app
-from trainer.main import warm_settings
 from trainer.runs.folder import finished
 
 EXAMPLES = """
@@ -45,7 +44,7 @@ Examples:
 
     crossmedia supervise --hosts-file hosts.txt --ssh 'ssh -p 2222' -- crossmedia train --set run.name=a
 
-    crossmedia supervise --max-np 2 -- crossmedia daily --samples-of-days data/samples
+    crossmedia supervise --max-np 2 -- crossmedia daily data.samples=data/samples
 
 Each start is a generation: all ranks, on the hosts that answer. If a rank dies, fails or hangs (run.deadline_s), or a
 host is lost, the others are ended, and the next generation continues from the newest checkpoint, with as many ranks as
@@ -351,9 +350,7 @@ def _module_and_arguments(words: Sequence[str]) -> tuple[str, Sequence[str]]:
 def _config_of(command: CommandApp, module: str, arguments: Sequence[str]) -> Config:
     """Load the settings that the command is given. Raises ConfigError."""
     given = get_command(command).make_context(module, list(arguments)).params
-    settings = [*(given["settings"] or []), *(given["more"] or [])]
-    settings += warm_settings(given["warm_start"], given.get("warm_parts"))
-    return load_config(given["file"], settings)
+    return load_config(given["file"], [*(given["settings"] or []), *(given["more"] or [])])
 
 
 def _newest_step(run: RunPath) -> int:

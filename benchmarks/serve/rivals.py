@@ -68,7 +68,8 @@ class EagerModel:
         for field in self._network.fields:
             values = _values(request, field)
             if field.is_id:
-                rows_N, _ = self._bundle.ids.find(field.table_name, np.array(values, np.int64))
+                ids_N = np.array(values, np.int64)
+                rows_N, _ = self._bundle.ids.find([field.table_name], ids_N, np.array([len(ids_N)]))
                 rows_NV = self._bundle.ids.gather(self._bundle.model.id_width, rows_N)
             else:
                 nothing = np.zeros(self._width, np.float32)

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from featurestore.format.rows import FeatureRows
 from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
+from featurestore.upkeep.compaction import compact
 from serving.bundle.log import known_versions, use
 
 
@@ -163,9 +164,11 @@ class ExplorerSoak:
 
 
 def put_images(store: FeatureStore, number: int) -> None:
-    """Commit a snapshot with some more images."""
+    """Commit a snapshot with some more images; every tenth time merge the store's files, as who refreshes one does."""
     features_KD = np.random.default_rng(number).normal(size=(8, store.info.dim)).astype(np.float32)
     store.put(FeatureRows.of([f"soak/{number}-{each}.jpg" for each in range(8)], features_KD))
+    if number % 10 == 0:
+        compact(store, force=True)
 
 
 Target = ScorerSoak | FeaturesSoak | ExplorerSoak

@@ -111,7 +111,7 @@ def per_sample(batch: Batch, fields: tuple[Field, ...]) -> Batch:
     return replace(batch, fields=widened, group_of_sample_B=np.arange(batch.num_samples))
 
 
-def occurrences(vectors_NV: Tensor, lengths_M: NDArray[np.int32]) -> FieldVectors:
+def occurrences(vectors_NV: Tensor, lengths_M: NDArray[np.int64]) -> FieldVectors:
     """Make a field whose N values have a vector each, whatever of them are the same image."""
     return FieldVectors(vectors_NV, torch.arange(len(vectors_NV)), torch.from_numpy(lengths_M.astype(np.int64)))
 

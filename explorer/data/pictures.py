@@ -5,7 +5,6 @@ import io
 import os
 import posixpath
 import time
-from contextlib import suppress
 from pathlib import Path
 from threading import BoundedSemaphore
 from typing import NamedTuple
@@ -21,7 +20,6 @@ SIZES = (96, 160, 320, 800)
 """Pixels of the longer side; few sizes, so that few pictures are computed."""
 CACHE_BYTES = 64_000_000
 MAX_FILE_BYTES = 100_000_000
-FIRST_BYTES = 32
 _MISSING, _BROKEN, _REFUSED = "no picture", "broken", "refused"
 AT_ONCE = max(2, min(4, len(os.sched_getaffinity(0))))
 """Pictures decoded at the same time: one may need 200 MB for a moment, and more are not faster."""
@@ -34,13 +32,6 @@ class Picture(NamedTuple):
 
     jpeg: bytes
     problem: str
-
-
-class SeenFile(NamedTuple):
-    """A file's size and first bytes; None and empty if it cannot be read."""
-
-    size_bytes: int | None
-    first_bytes: bytes
 
 
 class Pictures:
@@ -92,14 +83,6 @@ class Pictures:
         if not file.is_file() or found.st_size > MAX_FILE_BYTES:
             raise BadImageError(_BROKEN)
         return str(file), (found.st_ino, found.st_size, found.st_mtime_ns)
-
-    def look(self, uri: str) -> SeenFile:
-        """Read size and first bytes of a picture's file, whatever it contains; no size on an object store."""
-        with suppress(BadImageError, OSError):
-            location, _ = self.locate(uri)
-            size_bytes = None if "://" in location else Path(location).stat().st_size
-            return SeenFile(size_bytes, read_image(location, FIRST_BYTES))
-        return SeenFile(None, b"")
 
 
 def _made(location: str, size: int) -> Picture:

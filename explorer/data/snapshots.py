@@ -11,7 +11,6 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from explorer.data.cache import LruCache
-from explorer.data.pictures import Pictures
 from explorer.errors import NotHereError
 from featurestore import log
 from featurestore.errors import ChannelError, CorruptFileError, SnapshotNotFoundError
@@ -19,7 +18,6 @@ from featurestore.keys import Int64Array, shard_of
 from featurestore.published.versions import VersionName, read_channels
 from featurestore.snapshot import Snapshot
 from featurestore.spec import Manifest
-from featurestore.staging import QuarantineRow
 from featurestore.storage.storage import in_threads
 from featurestore.store import FeatureStore
 from featurestore.upkeep.history import SnapshotDiff, diff_shard, read_pins
@@ -28,7 +26,6 @@ _READERS = 4
 _MANY_FILES = 6_000
 """Files in manifests that a page may read before it is shown: some hundredths of a second."""
 _THREADS = 2
-_THREADS_OF_FILES = 8
 _LARGEST = 1 << 63
 
 
@@ -68,28 +65,6 @@ def live_rows(snapshot: Snapshot) -> int | None:
     """Count the images of a snapshot if that needs no reading of files, or return None."""
     readers = [snapshot.shard_reader(shard) for shard in snapshot.manifest.shards]
     return sum(reader.num_rows for reader in readers) if all(reader.is_plain for reader in readers) else None
-
-
-@dataclass(frozen=True)
-class BrokenImage:
-    """One image in quarantine, with its current file if that can be read."""
-
-    key: int
-    uri: str
-    reason: str
-    time_s: float
-    size_bytes: int | None
-    first_bytes: bytes
-
-
-def look_at(rows: list[QuarantineRow], pictures: Pictures) -> list[BrokenImage]:
-    """Read the first bytes of the files of images in quarantine."""
-
-    def broken(row: QuarantineRow) -> BrokenImage:
-        seen = pictures.look(row.uri)
-        return BrokenImage(row.key, row.uri, row.reason, row.time_s, seen.size_bytes, seen.first_bytes)
-
-    return list(in_threads(broken, rows, _THREADS_OF_FILES)) if rows else []
 
 
 class NamedImage(NamedTuple):

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from explorer.data.map import Colour, MapPoints, drawn, groups, names_of
-from explorer.data.runs.comparing import TITLES, Evaluation, RunDifference
+from explorer.data.runs.comparing import TITLES, EvaluationReport, RunDifference
 from explorer.data.runs.curves import ScalarCurve
 from featurestore.keys import Int64Array
 from trainer.evaluation.bootstrap import Estimate, SlicedBy
@@ -45,7 +45,7 @@ def slices(sliced: SlicedBy, whole: Estimate, metric: str) -> Figure:
     return figure
 
 
-def reliability(evaluation: Evaluation) -> Figure:
+def reliability(evaluation: EvaluationReport) -> Figure:
     """Draw click rate against mean prediction; on the dotted line predictions are right."""
     bins = evaluation.reliability
     end = max([each.predicted for each in bins] + [each.clicked.value or 0.0 for each in bins], default=1.0) * 1.05

@@ -1,6 +1,5 @@
 """Pages of runs: the list, one run, several side by side, the value of images, and the model published of one."""
 
-import itertools
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,14 +26,11 @@ from explorer.errors import ExplorerError, tried
 from explorer.html import charts
 from explorer.html.query import Paging
 from explorer.html.site import NavItem, PageKind, Question, Site
-from explorer.places import Places
 from featurestore.errors import FeatureStoreError, StorageError
-from featurestore.published.paths import run_path
 from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
 from featurestore.text import one_line
 from serving.bundle.log import known_versions, list_versions, newest_vectors, read_version
-from trainer.schema.fields import SETTINGS_FILE
 
 _PER_PAGE = 50
 _MOST_COLUMNS = 4
@@ -42,7 +38,6 @@ _MOST_COLUMNS = 4
 _MOST_COMPARED, _MOST_GROUPS = 6, 10
 _MOST_LOOKED_AT = 200
 """Number of runs that are searched for those that differ only in their images."""
-_SAMPLES = "data/samples"
 _WORTH = "What the images are worth"
 _TEST_CURVES = ("gauc", "auc", "logloss", "new_ad_auc")
 
@@ -139,8 +134,7 @@ class RunPages(PageKind):
         runs = read_runs(self.site.places, run_names(self.site.places)[:_MOST_LOOKED_AT])
         groups = image_groups(runs)
         if not groups:
-            commands = _worth_commands(self.site.places, runs)
-            return self.site.page(request, "runs/no-worth.html", title=_WORTH, commands=commands)
+            return self.site.page(request, "runs/no-worth.html", title=_WORTH)
         others = [[run.name for run in group] for group in groups[1:][:_MOST_GROUPS]]
         return self._several(request, groups[0], _WORTH, is_worth=True, others=others)
 
@@ -230,38 +224,6 @@ class Live:
     def stages(self, run: RunFacts) -> tuple[StageTime, ...]:
         """Return the stages of a finished run's report, else those of the last logged step."""
         return stages_of_report(run.report) or (self.curves[run.name].stages if run.name in self.curves else ())
-
-
-def _worth_commands(places: Places, runs: Sequence[RunFacts]) -> list[str]:
-    """Write the commands that train the missing run of a pair that differs only in images, from an existing run."""
-    trained = next((run for run in runs if run.state == "finished" and "/" not in run.name), None)
-    if trained is not None:
-        other = "none" if trained.images != "none" else "both"
-        wanted = {f"{trained.name}-{other}": other}
-        words = ["--config", str(places.run(trained.name) / "config.yaml")]
-        more = ["run.resume=null", *_elsewhere(places, trained)]
-    else:
-        samples = (places.samples or _SAMPLES).rstrip("/")
-        has_settings = (run_path(samples) / SETTINGS_FILE).is_file()
-        words = ["--config", f"{samples}/{SETTINGS_FILE}"] if has_settings else []
-        wanted, more = {"ids": "none", "both": "both"}, [] if has_settings else [f"data.samples={samples}"]
-        more += [f"data.store={places.store}"] if places.store else []
-    more.append(f"run.dir={places.runs}")
-    taken = {run.name for run in runs}
-    commands = []
-    for name, images in wanted.items():
-        names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
-        free = next(each for each in names if each not in taken)
-        settings = [f"run.name={free}", f"model.images={images}", *more]
-        options = [*words, *(word for setting in settings for word in ("--set", setting))]
-        commands.append(f"crossmedia train {' '.join(map(shlex.quote, options))}")
-    return commands
-
-
-def _elsewhere(places: Places, run: RunFacts) -> list[str]:
-    """List the settings that name the shown samples and store where a run's own address is another one."""
-    shown = {"data.samples": places.samples, "data.store": places.store}
-    return [f"{name}={place}" for name, place in shown.items() if place and run.settings.get(name) != place]
 
 
 def _commands(folders: Sequence[str]) -> list[str]:

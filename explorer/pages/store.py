@@ -15,7 +15,6 @@ from explorer.data.snapshots import (
     Changes,
     Timeline,
     live_rows,
-    look_at,
     name_of,
     newest_at,
     open_snapshot,
@@ -179,7 +178,7 @@ class StorePages(PageKind):
         store, snapshot = self._open(request)
         rows = store.quarantine_rows()[::-1]
         paging = Paging.of(request, len(rows), PER_PAGE)
-        images = look_at(rows[paging.first : paging.first + PER_PAGE], self.site.pictures)
+        images = rows[paging.first : paging.first + PER_PAGE]
         common = sorted(Counter(row.reason for row in rows).items(), key=lambda item: (-item[1], item[0]))[:10]
         return self._page(request, "broken", "Broken images", snapshot, images=images, paging=paging, reasons=common)
 

@@ -161,7 +161,7 @@ def remake(
         report = remake_store(store, out, dims=dims, dtype=dtype, version=version, progress=progress)
     show_remade(report)
     if dims is not None:
-        print_summary(f"next: crossmedia plan --store {out} predicts bytes and time of a step with it")
+        print_summary(f"next: crossmedia train --set data.store={out}")
 
 
 def show_remade(report: "RemakeReport") -> None:

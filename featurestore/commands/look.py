@@ -148,11 +148,13 @@ def serve(
     Prints its address when it answers. It offers newer snapshots as they are committed; with --version that one alone,
     or that of a channel, wherever it is moved. SIGTERM ends it.
     """
-    from featurestore.flight.server import OpenSnapshots
+    from featurestore.console.memory import bound_freed_memory
+    from featurestore.flight.server import BLOCK_BYTES, OpenSnapshots
     from featurestore.flight.server import serve as serve_store
 
     if (tls_cert is None) != (tls_key is None):
         raise typer.BadParameter("--tls-cert and --tls-key go together")
+    bound_freed_memory(2 * BLOCK_BYTES)
     store = open_store(url)
     listening = _listening(host, port, tls_cert, tls_key, token_file)
     with output.progress_bar("shards") as progress:

@@ -34,7 +34,7 @@ from distributed.protocol import pickle
 from distributed.security import Security
 
 from featurestore.console.output import progress_bar
-from featurestore.errors import InvalidRowsError, KeyCollisionError
+from featurestore.errors import InvalidRowsError, KeyCollisionError, UserError
 from pipeline import errors
 
 IN_FLIGHT_PER_THREAD = 3  # enough that no worker waits for the client
@@ -42,6 +42,14 @@ SENT_TOGETHER = 16  # in one message of the client, whose size is that of their 
 END_S = 60.0  # that `run_all` waits at most for tasks that are running when one has failed; each takes seconds
 RETRIES = 1  # of a task that raised: a full disk stays full, a lost connection comes back
 MISTAKES = (errors.PipelineError, KeyCollisionError, InvalidRowsError)  # of a person, or of the data: never tried again
+
+
+class TaskError(Exception):
+    """An error of ours in a task, which may be tried again; workers do not log it."""
+
+    def __init__(self, error: UserError) -> None:
+        super().__init__(error)
+        self.error = error
 
 
 class Killed:
@@ -150,6 +158,8 @@ def _attempt(packed: bytes) -> Any:
         return function(*call)
     except MISTAKES as error:
         return error
+    except UserError as error:
+        raise TaskError(error) from error
 
 
 def _result(future: Future[Any]) -> Any:
@@ -158,6 +168,8 @@ def _result(future: Future[Any]) -> Any:
     error = future.exception()
     if isinstance(error, KilledWorker):
         return Killed()
+    if isinstance(error, TaskError):
+        raise error.error
     if error is not None:
         raise error
     result = future.result()

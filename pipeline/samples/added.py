@@ -8,12 +8,11 @@ Each file of a day is, byte for byte, what building all samples anew would write
 
 import contextlib
 import dataclasses
-import itertools
 import re
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -85,7 +84,8 @@ def _add_days(options: SampleOptions, client: Client) -> dict[str, Any]:
     before, asked = open_published(options.samples), _asked(options)
     recorded = _recorded(before)
     options = _as_made(options, recorded["options"])
-    there = _files_by_day(before)
+    known: dict[str, int] = recorded["groups_of_file"]
+    there = _files_by_day(before, known)
     with (
         build.open_tables(options) as tables,
         replaced_files(
@@ -110,7 +110,7 @@ def _add_days(options: SampleOptions, client: Client) -> dict[str, Any]:
                 {h: n for h, n in part.groups_of_hour.items() if h // groups.HOURS_PER_DAY in made.days}
             )
         kept = {day: files for day, files in there.items() if day not in made.days}
-        groups_of_file = _groups_of_file(before, recorded, kept)
+        groups_of_file = {_name(file): known[_name(file)] for files in kept.values() for file in files}
         of_kept = {day: sum(groups_of_file[_name(file)] for file in files) for day, files in kept.items()}
         first_test_day = build.find_test_day(options, build.days_of(groups_of_hour) | of_kept)
         plans = groups.plan_files(groups_of_hour, first_test_day, options.groups_per_file)
@@ -150,7 +150,7 @@ class _Recorded(BaseModel):
 
     options: dict[str, Any]
     added_days: list[Annotated[str, StringConstraints(pattern=r"^\d{4}-\d{2}-\d{2}$")]] = []
-    groups_of_file: dict[FileName, NonNegativeInt] = {}
+    groups_of_file: dict[FileName, NonNegativeInt]
 
 
 def _recorded(before: Storage) -> dict[str, Any]:
@@ -192,14 +192,14 @@ def _name(file: str) -> str:
     return file.rpartition("/")[2]
 
 
-def _files_by_day(before: Storage) -> dict[int, list[str]]:
-    """List the files of each day. Raises SampleOptionError for one whose name has no day."""
+def _files_by_day(before: Storage, known: Collection[str]) -> dict[int, list[str]]:
+    """List the files of each day. Raises SampleOptionError for one that is not among the `known` names."""
     found: dict[int, list[str]] = {}
     for file in [f"{split}/{name}" for split in SPLITS for name in before.list(split)]:
         match = _FILE.fullmatch(_name(file))
-        if match is None:
+        if match is None or _name(file) not in known:
             raise SampleOptionError(
-                f"{before.full(file)} is not named by its day, as build_samples does; make all samples anew"
+                f"{before.full(file)} is not of the samples that crossmedia samples made there; make all samples anew"
             )
         found.setdefault(build.day_of(match[1], "day"), []).append(file)
     return found
@@ -346,20 +346,6 @@ def _keep_the_rest(new: NewFiles, shuffled: Sequence[groups.ShuffledPiece]) -> N
             old = pq.read_table(opened)
         rows = {tuple(row.values()): row for table in (old, pq.read_table(path)) for row in table.to_pylist()}
         pq.write_table(pa.Table.from_pylist(list(rows.values()), schema=groups.QUARANTINE), path)
-
-
-def _groups_of_file(
-    before: Storage, recorded: Mapping[str, Any], files_of_day: Mapping[int, Sequence[str]]
-) -> dict[str, int]:
-    """Count the groups of each file; footers are read only of files that the summary does not name."""
-    known, found = recorded.get("groups_of_file", {}), {}
-    for file in itertools.chain.from_iterable(files_of_day.values()):
-        if (name := _name(file)) in known:
-            found[name] = known[name]
-            continue
-        with before.open_input(file) as opened:
-            found[name] = pq.read_metadata(opened).num_rows
-    return found
 
 
 def _counts(new: NewFiles, groups_of_file: Mapping[str, int]) -> dict[str, Any]:

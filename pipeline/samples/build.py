@@ -101,7 +101,7 @@ class LogTables:
     """Where both logs of some options lie, and how they name their columns."""
 
     options: SampleOptions
-    layouts: dict[str, TableLayout | None]
+    layouts: dict[str, TableLayout]
     copied: Mapping[str, str] = field(default_factory=dict)
     """Of tables of Delta, Iceberg or Lance, by the place of their files: the version that is read."""
     room: str = ""
@@ -121,12 +121,12 @@ class LogTables:
     def pieces(self, log: str, wanted: logs.WantedRows | None = None) -> list[logs.LogPiece]:
         """Find the pieces of one log; see `find_pieces`."""
         layout = self.layouts[log]
-        place = self.room if (layout.files if layout else log) in self.copied else self.options.logs
+        place = self.room if layout.files in self.copied else self.options.logs
         pieces = logs.find_pieces(place, log, layout, wanted)
         if pieces:  # what was found in the first file is not looked for again, nor for behaviours of the same times
             found, done = pieces[0].layout, self.layouts[logs.BEHAVIORS]
             self.layouts[log] = found
-            if log == logs.IMPRESSIONS and done and done.time_column == found.time_column:
+            if log == logs.IMPRESSIONS and done.time_column == found.time_column:
                 self.layouts[logs.BEHAVIORS] = dataclasses.replace(
                     done, found_style=found.found_style, time_unit=found.time_unit
                 )
@@ -137,10 +137,9 @@ class LogTables:
         """Name the columns of numbers in samples that come from joined tables, which may lack a row's item or user."""
         names = set()
         for log, layout in self.layouts.items():
-            kinds = layout.read_kinds if layout else {}
-            users, of_ads = layout.user_columns if layout else (), "ad_" if log == logs.IMPRESSIONS else "behavior_"
-            numbers = {name for name, kind in kinds.items() if kind == "measure"}
-            names |= {name if name in users else of_ads + name for name in numbers}
+            of_ads = "ad_" if log == logs.IMPRESSIONS else "behavior_"
+            numbers = {name for name, kind in layout.read_kinds.items() if kind == "measure"}
+            names |= {name if name in layout.user_columns else of_ads + name for name in numbers}
         return names
 
 
@@ -152,13 +151,13 @@ def open_tables(options: SampleOptions, joined: str | None = None) -> Iterator[L
     folder. `joined`: where the tables lie that the mapping joins, by default with the logs.
     """
     mapping = load_mapping(Path(options.mapping)) if options.mapping else None
-    layouts = {log: mapping.layout(log) if mapping else None for log in (logs.IMPRESSIONS, logs.BEHAVIORS)}
     if mapping is None:
-        yield LogTables(options, layouts)
+        yield LogTables(options, {log: logs.documented_layout(log) for log in logs.COLUMNS})
         return
-    joins = mapping.layout(logs.IMPRESSIONS).joins
+    layouts = {log: mapping.layout(log) for log in logs.COLUMNS}
+    joins = layouts[logs.IMPRESSIONS].joins
     own, others = Storage(options.logs), Storage(joined or options.logs)
-    wanted = {layout.files: own for layout in layouts.values() if layout}
+    wanted = {layout.files: own for layout in layouts.values()}
     wanted |= {join.layout.files: others for join in joins}
     kinds = {place: kind for place, storage in wanted.items() if (kind := lakes.kind_of(storage, place))}
     if not kinds:
@@ -175,10 +174,8 @@ def open_tables(options: SampleOptions, joined: str | None = None) -> Iterator[L
         yield LogTables(options, layouts, copied, room)
 
 
-def _joined(layout: TableLayout | None, url: str, room: str, copied: Collection[str]) -> TableLayout | None:
+def _joined(layout: TableLayout, url: str, room: str, copied: Collection[str]) -> TableLayout:
     """Say where the joined tables lie: at `url`, or copied in `room`."""
-    if layout is None:
-        return None
     joins = (dataclasses.replace(join, url=room if join.layout.files in copied else url) for join in layout.joins)
     return dataclasses.replace(layout, joins=tuple(joins))
 
@@ -340,12 +337,11 @@ def write(
     client: Client, grouped: Sequence[groups.GroupedBucket], plans: Sequence[groups.FilePlan], folder: Path
 ) -> list[groups.WrittenFile]:
     """Write the planned files of samples below `folder`."""
+    batch_of_hour = {part.path: {hour: n for n, hour in enumerate(part.groups_of_hour)} for part in grouped}
     calls, sizes = [], []
     for plan in plans:
         hours = set(plan.hours)
-        found = {
-            part.path: [part.batch_of_hour[hour] for hour in hours & part.batch_of_hour.keys()] for part in grouped
-        }
+        found = {path: [batches[hour] for hour in hours & batches.keys()] for path, batches in batch_of_hour.items()}
         calls.append((plan, {path: batches for path, batches in found.items() if batches}, str(folder.absolute())))
         sizes.append(sum(part.groups_of_hour.get(hour, 0) for part in grouped for hour in hours))
     tasks = [(groups.write_file, some) for some in _together(calls, sizes, num_threads(client), LEAST_BUCKET_ROWS)]
@@ -369,34 +365,32 @@ def summarise(
     rows_shown, bad_shown = _rows(shown)
     rows_done, bad_done = _rows(done)
     num_short = sum(part.num_short for part in done)
-    distinct_shown = sum(part.num_impressions for part in grouped)
-    clicks = sum(part.num_clicks for part in grouped)
-    distinct_done, used = sum(part.num_behaviors for part in grouped), sum(part.num_used for part in grouped)
+    counts = sum((part.counts for part in grouped), Counter[str]())
     return {
         "format": groups.FORMAT,
         "options": dict(options),
         "impressions": {
             "rows": rows_shown,
-            "kept": distinct_shown,
-            "clicks": clicks,
-            "duplicates": rows_shown - bad_shown.total() - distinct_shown - clicks,
+            "kept": counts["impressions"],
+            "clicks": counts["clicks"],
+            "duplicates": rows_shown - bad_shown.total() - counts["impressions"] - counts["clicks"],
             "quarantined": dict(sorted(bad_shown.items())),
             **_further_counts(shown),
-            "clicks_without_impression": sum(part.num_unmatched for part in grouped),
+            "clicks_without_impression": counts["unmatched"],
         },
         "behaviors": {
             "rows": rows_done,
-            "used": used,
-            "unused": distinct_done - used,
+            "used": counts["used"],
+            "unused": counts["behaviors"] - counts["used"],
             "short_dwell": num_short,
-            "duplicates": rows_done - bad_done.total() - num_short - distinct_done,
+            "duplicates": rows_done - bad_done.total() - num_short - counts["behaviors"],
             "quarantined": dict(sorted(bad_done.items())),
             **_further_counts(done),
         },
-        "users": sum(part.num_users for part in grouped),
+        "users": counts["users"],
         "groups": sum(part.num_groups for part in written),
-        "groups_without_behaviors": sum(part.num_without for part in grouped),
-        "behaviors_in_groups": sum(part.num_references for part in grouped),
+        "groups_without_behaviors": counts["without"],
+        "behaviors_in_groups": counts["references"],
         **{split: _split(written, split) for split in ("train", "test")},
         "groups_of_file": {part.plan.name: part.num_groups for part in written},
     }

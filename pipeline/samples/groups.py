@@ -74,10 +74,9 @@ class LogGroups:
     start_G: Int64Array  # first impression of each group
     size_G: Int64Array  # impressions
     take_G: Int64Array  # behaviours
-    num_behaviors: int  # distinct ones
-    num_used: int  # of them, in some group
-    num_clicks: int = 0  # rows that are clicks alone
-    num_unmatched: int = 0  # of them, without an impression before
+    counts: Counter[str]
+    """behaviors: distinct ones; used: of them, in some group; clicks: rows that are clicks alone; unmatched: of them,
+    without an impression before."""
 
 
 def make_groups(impressions: Columns, behaviors: Columns, rules: GroupRules) -> LogGroups:
@@ -105,17 +104,9 @@ def make_groups(impressions: Columns, behaviors: Columns, rules: GroupRules) -> 
     chosen = {name: behaviors[name][chosen_K] for name in ("item", "image", "category", *further)}
     if rules.behavior_age:
         chosen["age"] = (np.repeat(first_G, take_G) - behaviors["timestamp"][chosen_K]) // MICROSECONDS
-    return LogGroups(
-        impressions,
-        chosen,
-        start_G,
-        size_G,
-        take_G,
-        num_behaviors,
-        _count_covered(high_G - take_G, high_G, num_behaviors),
-        num_clicks,
-        num_unmatched,
-    )
+    used = _count_covered(high_G - take_G, high_G, num_behaviors)
+    counts = Counter(behaviors=num_behaviors, used=used, clicks=num_clicks, unmatched=num_unmatched)
+    return LogGroups(impressions, chosen, start_G, size_G, take_G, counts)
 
 
 def label_impressions(rows: Columns, within_s: float) -> tuple[Columns, int]:
@@ -417,19 +408,14 @@ AD_LISTS = ("item", "image", "category", "scene")
 
 @dataclass(frozen=True)
 class GroupedBucket:
-    """The groups of one bucket: where those of each hour (since 1970) are, and counts of those that were made here."""
+    """The groups of one bucket in a file with a batch for each hour, and counts of those that were made here."""
 
     path: str
-    batch_of_hour: dict[int, int]
     groups_of_hour: dict[int, int]
-    num_users: int = 0
-    num_impressions: int = 0  # distinct ones
-    num_behaviors: int = 0  # distinct ones
-    num_used: int = 0  # behaviours in at least one group
-    num_references: int = 0  # behaviours in groups
-    num_without: int = 0  # groups without behaviours
-    num_clicks: int = 0  # rows that are clicks alone
-    num_unmatched: int = 0  # of them, without an impression before
+    """By hour since 1970, in the order of the batches."""
+    counts: Counter[str] = field(default_factory=Counter)
+    """Those of `LogGroups`, and users, distinct impressions, references (behaviours in groups) and without (groups
+    without behaviours)."""
     latest_of_day: dict[int, int] = field(default_factory=dict)
     """By day since 1970: the last impression, or row that labels one (µs), of groups that begin then."""
 
@@ -452,21 +438,14 @@ def group_bucket(
     groups = make_groups(impressions, read_bucket(folder, BEHAVIORS, num_pieces[1], bucket), rules)
     table = table_of_groups(groups, user_columns, ad_columns).sort_by(SORT)
     path = Path(folder, f"groups-{bucket:06d}.arrow")
-    batch_of_hour, groups_of_hour = _write_hours(path, table, compress)
-    return GroupedBucket(
-        str(path),
-        batch_of_hour,
-        groups_of_hour,
-        num_users=len(np.unique(groups.impressions["user"])),
-        num_impressions=len(groups.impressions["user"]),
-        num_behaviors=groups.num_behaviors,
-        num_used=groups.num_used,
-        num_references=int(groups.take_G.sum()),
-        num_without=int(np.count_nonzero(groups.take_G == 0)),
-        num_clicks=groups.num_clicks,
-        num_unmatched=groups.num_unmatched,
-        latest_of_day=_latest_of_day(groups),
+    groups_of_hour = _write_hours(path, table, compress)
+    counts = groups.counts + Counter(
+        users=len(np.unique(groups.impressions["user"])),
+        impressions=len(groups.impressions["user"]),
+        references=int(groups.take_G.sum()),
+        without=int(np.count_nonzero(groups.take_G == 0)),
     )
+    return GroupedBucket(str(path), groups_of_hour, counts, _latest_of_day(groups))
 
 
 def no_rows(layout: TableLayout) -> Columns:
@@ -505,12 +484,11 @@ def take_groups(
         ) from error
     is_gone = pc.is_in(table.column("user"), value_set=pa.array(np.load(users_path)))
     path = Path(folder, f"others-{Path(name).stem}-{part}.arrow")
-    batch_of_hour, groups_of_hour = _write_hours(path, table.filter(pc.invert(is_gone)), compress=False)
-    return GroupedBucket(str(path), batch_of_hour, groups_of_hour)
+    return GroupedBucket(str(path), _write_hours(path, table.filter(pc.invert(is_gone)), compress=False))
 
 
-def _write_hours(path: Path, table: pa.Table, compress: bool) -> tuple[dict[int, int], dict[int, int]]:
-    """Write sorted groups with a batch for each hour; return the place and the size of each hour's batch."""
+def _write_hours(path: Path, table: pa.Table, compress: bool) -> dict[int, int]:
+    """Write sorted groups with a batch for each hour; return the size of each hour's batch, in their order."""
     hour_G = table.column("timestamp").to_numpy() // HOUR_S
     hours, starts = np.unique(hour_G, return_index=True)
     sizes = np.diff(starts, append=len(hour_G))
@@ -518,7 +496,7 @@ def _write_hours(path: Path, table: pa.Table, compress: bool) -> tuple[dict[int,
         table.slice(start, size).combine_chunks().to_batches()[0] for start, size in zip(starts, sizes, strict=True)
     ]
     write_batches(path, batches or [pa.RecordBatch.from_pylist([], schema=table.schema)], compress)
-    return {int(h): n for n, h in enumerate(hours)}, {int(h): int(n) for h, n in zip(hours, sizes, strict=True)}
+    return dict(zip(hours.tolist(), sizes.tolist(), strict=True))
 
 
 def _latest_of_day(groups: LogGroups) -> dict[int, int]:

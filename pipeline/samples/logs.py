@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +36,8 @@ COLUMNS = {
     IMPRESSIONS: ("timestamp", "user", "session", "scene", "item", "image", "category", "label"),
     BEHAVIORS: ("timestamp", "user", "item", "image", "category", "dwell_s"),
 }
+USER_COLUMNS = ("user_age", "user_gender")
+"""Of documented impressions, where they are there."""
 WANTED = {
     "time": "a timestamp, or a whole number since 1970",
     "id": "a whole number of at most 64 bits, signed",
@@ -56,8 +58,7 @@ CLICK = 2  # as the label of a row: it is a click alone, which labels an impress
 _OF_CLICKS = ("timestamp", "user", "item")  # what such a row has to have
 _SHOWN_EVENTS = 10  # values of other events that are told
 UNKNOWN = -1  # an id that a row does not have
-MISSING: Mapping[str, Any] = {"image": NO_IMAGE, "profile": UNKNOWN, "measure": np.nan, "profiles": b""}
-"""What a row has, by kind, whose item or user is not in the table."""
+_ROW_ID = "id of the row"  # of a joined table, next to its own columns
 
 
 @dataclass(frozen=True)
@@ -102,65 +103,63 @@ class LogPiece:
         return self.path.endswith(CSV_SUFFIXES)
 
 
-def find_pieces(
-    url: str, log: str, layout: mapping.TableLayout | None = None, wanted: WantedRows | None = None
-) -> list[LogPiece]:
+def find_pieces(url: str, log: str, layout: mapping.TableLayout, wanted: WantedRows | None = None) -> list[LogPiece]:
     """Find the log's pieces, in the order of its files' names; only the files' footers are read.
 
     Row groups whose statistics say that they have no `wanted` row are left out; then there may be no piece.
 
-    Columns of users are those of `user_age` and `user_gender` that the first file has; with the `layout` of a person's
-    own tables, CSV or Parquet, those that it names. Raises SampleError for a log that is not there or has no row, and
-    for a column that is missing or of a wrong type, with the file's name.
+    Raises SampleError for a log that is not there or has no row, and for a column that is missing or of a wrong type,
+    with the file's name.
     """
     storage = Storage(url)
-    place = layout.files if layout else log
     files = _files_of(storage, log, layout)
-    layout = layout or _layout_of(storage, log, files[0])
+    if log == IMPRESSIONS and not layout.takes_text:
+        layout = _with_user_columns(storage, files[0], layout)
     if layout.time_unit is None or (files[0].endswith(CSV_SUFFIXES) and layout.found_style is None):
         layout = _settled(storage, files[0], log, layout)
     if any(not join.is_settled for join in layout.joins):
         layout = _with_joins(storage, files[0], layout)
     pieces = [piece for path in files for piece in _pieces(storage, LogPiece(log, url, path, (), 0, 0, layout, wanted))]
     if not pieces and wanted is None:
-        raise SampleError(f"{storage.full(place)}: {len(files)} files and not one row")
+        raise SampleError(f"{storage.full(layout.files)}: {len(files)} files and not one row")
     return pieces
 
 
-def _files_of(storage: Storage, log: str, layout: mapping.TableLayout | None) -> list[str]:
+def _files_of(storage: Storage, log: str, layout: mapping.TableLayout) -> list[str]:
     """List the files of a table, at least one. Raises SampleOptionError."""
-    place = layout.files if layout else log
-    files = _files(storage, place, SUFFIXES if layout else SUFFIXES[:1])
+    files = _files(storage, layout.files, SUFFIXES if layout.takes_text else SUFFIXES[:1])
     if not files:
         wanted_there = (
             f"no .parquet, .csv or .tsv files there; {log}.files of the mapping names a file or folder below --logs"
-            if layout
+            if layout.takes_text
             else f"no .parquet files in it; --logs must have {IMPRESSIONS}/ and {BEHAVIORS}/, or a mapping: "
             + HOW_TO_MAP.format(logs=storage.url)
         )
-        raise SampleOptionError(f"{storage.full(place)}: {wanted_there}")
+        raise SampleOptionError(f"{storage.full(layout.files)}: {wanted_there}")
     return files
 
 
-def _layout_of(storage: Storage, log: str, path: str) -> mapping.TableLayout:
-    """Describe a log as it is documented; the file at `path` says which of the usual user columns there are."""
-    user_columns: tuple[str, ...] = ()
-    if log == IMPRESSIONS:
-        with open_parquet(storage, path) as file:
-            user_columns = tuple(name for name in ("user_age", "user_gender") if name in file.schema_arrow.names)
-    kinds = {name: mapping.kind_of(name) for name in COLUMNS[log]} | dict.fromkeys(user_columns, "profile")
+def documented_layout(log: str) -> mapping.TableLayout:
+    """Describe a log as it is documented, of which no mapping says otherwise."""
     return mapping.TableLayout(
         files=log,
-        names={name: name for name in kinds},
-        kinds=kinds,
+        names={name: name for name in COLUMNS[log]},
+        kinds={name: mapping.kind_of(name) for name in COLUMNS[log]},
         constants={},
-        user_columns=user_columns,
+        user_columns=(),
         ad_columns=(),
         csv=mapping.CsvSettings(),
         time_unit=None,
         time_format=None,
         takes_text=False,
     )
+
+
+def _with_user_columns(storage: Storage, path: str, layout: mapping.TableLayout) -> mapping.TableLayout:
+    """Add those of the usual user columns that the first file of documented impressions has."""
+    found = tuple(name for name in USER_COLUMNS if name in _names(storage, path, layout))
+    names, kinds = {name: name for name in found}, dict.fromkeys(found, "profile")
+    return replace(layout, names=layout.names | names, kinds=layout.kinds | kinds, user_columns=found)
 
 
 def _settled(storage: Storage, path: str, log: str, layout: mapping.TableLayout) -> mapping.TableLayout:
@@ -219,34 +218,59 @@ def with_joined_rows(pieces: Sequence[LogPiece], folder: Path) -> list[LogPiece]
 
 
 def _written(join: mapping.Join, path: Path) -> mapping.Join:
+    """Write the good rows of a joined table as its files have them, by the ids in _ROW_ID, each once."""
     pieces = find_pieces(join.url or "", f"join.{join.by}", join.layout)
-    parts = [read_piece(piece, latest_s=0) for piece in pieces]
-    columns = {name: np.concatenate([part.good[name] for part in parts]) for name in parts[0].good}
-    sorted_T = np.argsort(columns[mapping.KEY], kind="stable")
-    columns = {name: values_T[sorted_T] for name, values_T in columns.items()}
-    key = _differing_key(columns)
-    names, place = join.layout.names, Storage(join.url or "").full(join.layout.files)
-    if key is not None:
-        raise SampleError(
-            f"{place}: {names[mapping.KEY]} {_text_of(key, pieces)} is in several rows, which differ in "
-            f"{', '.join(name for ours, name in names.items() if ours != mapping.KEY)}; leave one of them"
-        )
-    if reasons := Counter(reason for part in parts for reason in part.bad_reason):
+    layout, reasons, parts = pieces[0].layout, Counter[str](), []
+    for piece in pieces:
+        rows = read_piece(piece, latest_s=0)
+        reasons.update(rows.bad_reason)
+        good = _read_table(piece).table.filter(pa.array(rows.is_good_N))
+        parts.append(good.append_column(_ROW_ID, pa.array(rows.good[mapping.KEY])))
+    place = Storage(join.url or "").full(layout.files)
+    if reasons:
         why = ", ".join(f"{reason}: {count:,}" for reason, count in reasons.most_common(3))
         print_summary(f"{join.by:<12} {place}: {reasons.total():,} rows are left out ({why})")
-    texts = {number: text for part in parts for number, text in part.texts.items()}
-    _save(path, columns, pa.concat_tables(part.names for part in parts), texts)
-    return replace(join, path=str(path.absolute()))
+    table = _without_repetitions(pa.concat_tables(parts).sort_by(_ROW_ID), layout, place)
+    columns = [_encoded(column.combine_chunks()) for column in table.columns]
+    batch = pa.record_batch(columns, names=table.column_names)
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+    return replace(join, layout=layout, path=str(path.absolute()))
 
 
-def _text_of(key: int, pieces: Sequence[LogPiece]) -> str:
-    """Find how a joined table writes a key."""
-    for piece in pieces:
-        column = _read_table(piece).table.column(piece.layout.names[mapping.KEY])
-        (place_N,) = np.nonzero(_arrays(column, "id", 0, piece.layout)[0] == key)
-        if len(place_N):
-            return str(column[place_N[0]].as_py())
-    return str(key)
+def _without_repetitions(table: pa.Table, layout: mapping.TableLayout, place: str) -> pa.Table:
+    """Leave one of equal rows, which are sorted by _ROW_ID. Raises SampleError for an id of several that differ."""
+    key, id_T = layout.names[mapping.KEY], table.column(_ROW_ID).to_numpy()
+    again = np.flatnonzero(id_T[1:] == id_T[:-1])
+    values = table.drop_columns([key])
+    mine, theirs = (values.take(rows).to_pylist() for rows in (again, again + 1))
+    # As texts, in which NaN is itself.
+    differing = [row for row, one, other in zip(again.tolist(), mine, theirs, strict=True) if str(one) != str(other)]
+    if differing:
+        others = ", ".join(name for ours, name in layout.names.items() if ours != mapping.KEY)
+        raise SampleError(
+            f"{place}: {key} {table.column(key)[differing[0]].as_py()} is in several rows, which differ in {others}; "
+            "leave one of them"
+        )
+    return table.take(np.delete(np.arange(len(table)), again + 1))
+
+
+def _encoded(column: Any) -> Any:
+    """Make a dictionary of a column of texts, whose rows are quick to take."""
+    values = column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
+    return values.dictionary_encode() if is_text(values.type) else values
+
+
+def _looked_up(join: mapping.Join, id_N: npt.NDArray[np.int64]) -> tuple[pa.Table, int]:
+    """Return the rows of a joined table with these ids, nulls where it lacks one, (N,), and how many it lacks."""
+    with pa.memory_map(join.path or "") as mapped:
+        table = pa.ipc.open_file(mapped).read_all()
+    row_id_T = table.column(_ROW_ID).to_numpy()
+    place_N = np.searchsorted(row_id_T, id_N)
+    has_N = place_N < len(row_id_T)
+    has_N[has_N] = row_id_T[place_N[has_N]] == id_N[has_N]
+    places: Any = pa.array(place_N, mask=~has_N)
+    return table.take(places), int(np.count_nonzero(~has_N))
 
 
 def _first_times(storage: Storage, path: str, name: str) -> list[str]:
@@ -404,6 +428,8 @@ class LogRows:
     names: pa.Table  # NAMES of the images of all rows
     texts: Mapping[int, str]
     """The text of each id of these rows that is a hash, and those of joined tables."""
+    is_good_N: npt.NDArray[np.bool_]
+    """Which rows that were read are good, but for torn ones."""
     num_lacking: Counter[str] = field(default_factory=Counter)
     """Good rows whose item (or user) a joined table lacks, by that."""
     other_events: Counter[str] = field(default_factory=Counter)
@@ -422,36 +448,35 @@ def read_piece(piece: LogPiece, latest_s: int) -> LogRows:
     reason_N = np.full(table.num_rows, -1)
     for row, reason in read.doubtful.items():
         reason_N[row_N == row] = reasons.index(reason)
-    good: Columns = {}
+    where = Storage(piece.url).full(piece.path)
     examples: dict[str, str] = {}
-    names = [NAMES.empty_table()]
-    texts: dict[int, str] = {}
+    names, texts = [NAMES.empty_table()], dict[int, str]()
+    good: Columns = {}
     for name, kind in layout.kinds.items():
-        column = table.column(layout.names[name])
         if kind == "event":
             continue
-        if kind == "image":
-            where = f"{Storage(piece.url).full(piece.path)}: column {layout.names[name]!r}"
-            good[name], names_of_images = _images(column, where)
-            names.append(names_of_images)
-            continue
-        good[name], faults = _column(table, name, layout, latest_s, texts)
+        good[name], faults = _column(table, name, layout, latest_s, texts, names, where)
         for fault, is_bad_N in faults.items():
             is_new_N = is_bad_N & (reason_N < 0)
             (new,) = np.nonzero(is_new_N if name in _OF_CLICKS else is_new_N & ~is_click_N)
             reason_N[new] = len(reasons)
             reasons.append(f"{name if name != mapping.KEY else layout.names[name]} {fault}")
             if len(new) and fault != "is null":
-                examples[reasons[-1]] = repr(column[new[0]].as_py())[:_SHOWN]
+                examples[reasons[-1]] = repr(table.column(layout.names[name])[new[0]].as_py())[:_SHOWN]
     for name, value in layout.constants.items():
         good[name] = np.full(table.num_rows, value, np.int64 if isinstance(value, int) else np.float64)
     if layout.only_clicks:
         del good["label"]
     if layout.where is not None and layout.where.clicked:
         good["label"] = np.where(is_click_N, CLICK, 0)
-    good = {name: values_N[reason_N < 0] for name, values_N in good.items()}
-    lacking = _take_joined(layout.joins, good, names, texts)
-    (bad_N,) = np.nonzero(reason_N >= 0)
+    is_good_N = reason_N < 0
+    good = {name: values_N[is_good_N] for name, values_N in good.items()}
+    lacking = Counter[str]()
+    for join in layout.joins:
+        rows, lacking[join.by] = _looked_up(join, good[join.by])
+        for name in [each for each in join.layout.kinds if each != mapping.KEY]:
+            good[name], _ = _column(rows, name, join.layout, latest_s, texts, names, where)
+    (bad_N,) = np.nonzero(~is_good_N)
     bad = [*zip(row_N[bad_N].tolist(), [reasons[code] for code in reason_N[bad_N]], strict=True), *read.torn.items()]
     return LogRows(
         table.num_rows + len(read.torn),
@@ -461,23 +486,10 @@ def read_piece(piece: LogPiece, latest_s: int) -> LogRows:
         examples,
         pa.concat_tables(names),
         texts,
+        is_good_N,
         lacking,
         other_events,
     )
-
-
-def _take_joined(
-    joins: Sequence[mapping.Join], good: Columns, names: list[pa.Table], texts: dict[int, str]
-) -> Counter[str]:
-    """Add the columns of joined tables to `good`, and their names and texts; count the rows that a table lacks."""
-    lacking = Counter[str]()
-    for join in joins:
-        columns, has_N, names_of_images, joined_texts = _look_up(join, good[join.by])
-        good |= columns
-        texts |= joined_texts
-        lacking[join.by] = int(np.count_nonzero(~has_N))
-        names.append(names_of_images)
-    return lacking
 
 
 def _chosen(
@@ -544,10 +556,24 @@ def users_of(piece: LogPiece, early_us: int, latest_s: int) -> tuple[npt.NDArray
 
 
 def _column(
-    table: pa.Table, name: str, layout: mapping.TableLayout, latest_s: int, texts: dict[int, str] | None = None
+    table: pa.Table,
+    name: str,
+    layout: mapping.TableLayout,
+    latest_s: int,
+    texts: dict[int, str] | None = None,
+    names: list[pa.Table] | None = None,
+    where: str = "",
 ) -> tuple[npt.NDArray[Any], "Faults"]:
-    """Read one of our columns of a table as the file has them; `texts` gets the texts of its ids."""
+    """Read one of our columns of a table as the file has them.
+
+    `texts` gets the texts of its ids, `names` those of its images; `where` begins the message about these.
+    """
     column: Any = table.column(layout.names[name])
+    if layout.kinds[name] == "image":
+        keys_N, names_of_images = _images(column, f"{where}: column {layout.names[name]!r}")
+        if names is not None:
+            names.append(names_of_images)
+        return keys_N, {}
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
     if layout.kinds[name] == "profiles":
@@ -657,91 +683,3 @@ def _keys_of(uris: Any) -> npt.NDArray[np.int64]:
     return keys_of_bytes(
         uris.cast(pa.large_binary() if pa.types.is_large_string(uris.type) else pa.binary()).to_pylist()
     )
-
-
-def _differing_key(columns: Mapping[str, npt.NDArray[Any]]) -> int | None:
-    """Return a key of several rows that differ in another column; None where there is none. All are sorted by KEY."""
-    (again,) = np.nonzero(columns[mapping.KEY][1:] == columns[mapping.KEY][:-1])
-    for values_T in columns.values():
-        one, other = values_T[again], values_T[again + 1]
-        is_other = one != other
-        if values_T.dtype == np.float32:
-            is_other &= ~(np.isnan(one) & np.isnan(other))
-        if is_other.any():
-            return int(columns[mapping.KEY][again[is_other.argmax()]])
-    return None
-
-
-def _save(path: Path, columns: Mapping[str, npt.NDArray[Any]], names: pa.Table, texts: Mapping[int, str]) -> None:
-    """Write the rows of a table, sorted by KEY, and next to them the names of its images and the texts of its ids."""
-    rows = {
-        name: pa.array(values_T, pa.binary() if values_T.dtype == np.object_ else None)
-        for name, values_T in columns.items()
-    }
-    text_columns: dict[str, Any] = {"id": pa.array(texts, pa.int64()), "text": pa.array(texts.values(), pa.string())}
-    named = ((_names_file(path), names.sort_by("key")), (_texts_file(path), pa.table(text_columns).sort_by("id")))
-    for file, table in ((path, pa.table(rows)), *named):
-        with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
-            writer.write_table(table.combine_chunks())
-
-
-def _look_up(
-    join: mapping.Join, id_N: npt.NDArray[np.int64]
-) -> tuple[dict[str, npt.NDArray[Any]], npt.NDArray[np.bool_], pa.Table, dict[int, str]]:
-    """Return the columns of the rows with these ids, (N,), and which ids the table has.
-
-    And what is in these columns by name: images as a table, ids by their texts."""
-    path = Path(join.path or "")
-    table = _read(path)
-    place_N, has_N = _places(table, mapping.KEY, id_N)
-    rows = table.take(place_N[has_N])
-    found = {}
-    for name, kind in join.layout.kinds.items():
-        if name != mapping.KEY:
-            values = rows.column(name).to_numpy(zero_copy_only=False)
-            found[name] = np.full(len(id_N), MISSING[kind], values.dtype)
-            found[name][has_N] = values
-    names = _read(_names_file(path))
-    place_I, has_I = _places(names, "key", np.unique(found.get(mapping.IMAGE, id_N[:0])))
-    return found, has_N, names.take(place_I[has_I]), _texts_of(path, [*found.values()])
-
-
-def _texts_of(path: Path, columns: Sequence[npt.NDArray[Any]]) -> dict[int, str]:
-    """Read the texts of the ids of some columns, lists of ids too."""
-    table = _read(_texts_file(path))
-    if not len(table):
-        return {}
-    flat = [
-        np.frombuffer(b"".join(set(values_N.tolist())), np.int64) if values_N.dtype == np.object_ else values_N
-        for values_N in columns
-        if values_N.dtype in (np.object_, np.int64)
-    ]
-    place_U, has_U = _places(table, "id", np.unique(np.concatenate([np.empty(0, np.int64), *flat])))
-    rows = table.take(place_U[has_U])
-    ids, texts = (cast("list[Any]", rows.column(name).to_pylist()) for name in ("id", "text"))
-    return dict(zip(ids, texts, strict=True))
-
-
-def _names_file(path: Path) -> Path:
-    return path.with_suffix(".names")
-
-
-def _texts_file(path: Path) -> Path:
-    return path.with_suffix(".texts")
-
-
-def _read(path: Path) -> pa.Table:
-    """Map a file of one batch into memory."""
-    with pa.memory_map(str(path)) as mapped:
-        return pa.ipc.open_file(mapped).read_all()
-
-
-def _places(
-    table: pa.Table, key: str, wanted_N: npt.NDArray[np.int64]
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
-    """Find the row of each key in a table that is sorted by it, and whether it has one."""
-    if not len(table):
-        return np.zeros(len(wanted_N), np.int64), np.zeros(len(wanted_N), np.bool_)
-    keys_T = table.column(key).to_numpy()
-    place_N = np.minimum(np.searchsorted(keys_T, wanted_N), len(keys_T) - 1)
-    return place_N, keys_T[place_N] == wanted_N

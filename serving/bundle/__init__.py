@@ -1,16 +1,10 @@
 """Bundles: a trained run as immutable, numbered versions on a disk or object store, and which one is in use."""
 
-from typing import Literal
-
 MODELS = "data/models/ctr"
 """Default address of a published model."""
 EPS = 1e-3
 """Vectors that moved by less are not published."""
 SAMPLE_GROUPS = 64
 """Groups of test samples in a bundle."""
-RowDType = Literal["float32", "float16"]
-"""Number type of the ID rows in a bundle."""
-
-
 KEEP_LAST, KEEP_DAYS, GRACE_DAYS = 5, 30.0, 1.0
 """Defaults of an expiry: number of versions kept, days since publication or use, and days since use alone."""

@@ -34,7 +34,7 @@ from featurestore.storage.safety import refuse_unsafe
 from featurestore.storage.storage import Progress, Storage
 from featurestore.store import FeatureStore
 from featurestore.text import one_line
-from serving.bundle import SAMPLE_GROUPS, RowDType, log
+from serving.bundle import SAMPLE_GROUPS, log
 from serving.bundle.files import WrittenFiles
 from serving.bundle.images import export_vectors
 from serving.bundle.log import remove_leftovers
@@ -52,8 +52,8 @@ from serving.bundle.manifest import (
     TableRows,
     VectorsOf,
 )
-from serving.bundle.rows import Bool, Float32, row_type
-from serving.errors import BrokenBundleError, ServingError
+from serving.bundle.rows import Bool, Float32
+from serving.errors import BrokenBundleError
 from serving.network.exporting import export_network
 from trainer.comm import SoloComm
 from trainer.engine.wiring import table_shapes
@@ -82,7 +82,6 @@ class ExportOptions:
     run: RunPath
     checkpoint: str | None = None
     """Name of the checkpoint, see `find_checkpoint`; by default the newest."""
-    id_dtype: RowDType = "float32"
     sample_groups: int = SAMPLE_GROUPS
     """Number of groups of the run's test samples to include in the bundle."""
     use: bool = True
@@ -125,7 +124,7 @@ def export_model(
     files.write(SCHEMA, yaml.safe_dump(saved.schema.model_dump(mode="json", exclude_none=True)).encode())
     files.write(MODEL, (json.dumps(saved.config.model.model_dump(mode="json"), indent=1) + "\n").encode())
     network(saved, files)
-    id_tables, rows = write_rows(tables, files, options.id_dtype)
+    id_tables, rows = write_rows(tables, files)
     vectors = _write_vectors(saved, files, options.store_version, progress)
     no_sample = write_sample(saved, files, options.sample_groups)
     draft = BundleManifest(
@@ -136,7 +135,6 @@ def export_model(
         run=str(saved.folder.absolute()),
         checkpoint=saved.checkpoint.name,
         checkpoint_digest=saved.digest,
-        id_dtype=options.id_dtype,
         rows=rows,
         tables=id_tables,
         vectors=vectors,
@@ -161,7 +159,7 @@ def write_network(saved: SavedRun, files: WrittenFiles, *, compiled: bool = Fals
 
     `compiled`: also compile it for this machine. Raises CheckpointError, OSError."""
     model = build_model(saved.schema, saved.config.model)
-    load_part(model, read_dense(saved.checkpoint, saved.state, "model.", saved.config.data.cache_dir))
+    load_part(model, read_dense(saved.checkpoint, saved.state, saved.config.data.cache_dir, "model."))
     with tempfile.TemporaryDirectory(prefix="export-") as folder:
         for path in export_network(model.float().eval(), saved.config.model, Path(folder), compiled=compiled):
             with files.output(path.name) as output, path.open("rb") as written:
@@ -183,7 +181,7 @@ def _write_vectors(
     """Write the E of each store, and a vectors store for each feature store that the model reads."""
     if not saved.places:
         return ()
-    state = read_dense(saved.checkpoint, saved.state, "stores.", saved.config.data.cache_dir)
+    state = read_dense(saved.checkpoint, saved.state, saved.config.data.cache_dir, "stores.")
     files.write(IMAGES, save(state, saved.named()))
     url, missing = files.storage.full(files.folder), _missing(saved)
     versions = {saved.places[0].name: version}
@@ -244,18 +242,18 @@ class SavedTables:
         is_exact = isinstance(shape, ExactShape)
         parts = [WEIGHT, IDS] if is_exact else [WEIGHT, *self._marks]
         names = [_name(shape, shard, part) for shard in range(shape.num_shards) for part in parts]
-        with read_rows(self._saved.checkpoint, self._saved.state, names, self._saved.config.data.cache_dir) as read:
-            for shard in range(shape.num_shards):
-                weight_RV, *others = (read(_name(shape, shard, part)) for part in parts)
-                finite(weight_RV.numpy())
-                if is_exact:
-                    yield _exact(weight_RV, others[0])
-                else:
-                    yield ShardRows(
-                        weight_RV.float().numpy(),
-                        self._is_trained(shape, shard, weight_RV, others),
-                        np.empty(0, np.uint64),
-                    )
+        rows = read_rows(self._saved.checkpoint, self._saved.state, names, self._saved.config.data.cache_dir)
+        for shard in range(shape.num_shards):
+            weight_RV, *others = (rows[_name(shape, shard, part)] for part in parts)
+            finite(weight_RV.numpy())
+            if is_exact:
+                yield _exact(weight_RV, others[0])
+            else:
+                yield ShardRows(
+                    weight_RV.float().numpy(),
+                    self._is_trained(shape, shard, weight_RV, others),
+                    np.empty(0, np.uint64),
+                )
 
     def _is_trained(self, shape: TableShape, shard: int, weight_RV: Tensor, marks: Sequence[Tensor]) -> Bool:
         """Return which rows training has touched, (N,).
@@ -271,12 +269,10 @@ class SavedTables:
         return trained_R | moved_R
 
 
-def write_rows(
-    tables: SavedTables, files: WrittenFiles, dtype: RowDType
-) -> tuple[tuple[TableRows, ...], tuple[RowsFile, ...]]:
+def write_rows(tables: SavedTables, files: WrittenFiles) -> tuple[tuple[TableRows, ...], tuple[RowsFile, ...]]:
     """Write the rows of all tables, one file for each width, and a bit for each row that training has touched.
 
-    Raises CheckpointError, TrainerError, StorageError, and ServingError for numbers that do not fit the type."""
+    Raises CheckpointError, TrainerError, StorageError."""
     written: list[TableRows] = []
     rows_files: list[RowsFile] = []
     bits: list[NDArray[np.uint8]] = []
@@ -287,7 +283,7 @@ def write_rows(
             for shape in tables.shapes:
                 if shape.width != width:
                     continue
-                table = _write_table(tables, shape, first_row, dtype, files, output, trained)
+                table = _write_table(tables, shape, first_row, files, output, trained)
                 written.append(table)
                 first_row += table.num_rows
         first_bit = 8 * sum(map(len, bits))
@@ -301,7 +297,6 @@ def _write_table(
     tables: SavedTables,
     shape: TableShape,
     first_row: int,
-    dtype: RowDType,
     files: WrittenFiles,
     output: IO[bytes],
     trained: list[Bool],
@@ -309,13 +304,10 @@ def _write_table(
     """Append the rows of one table, and append to `trained` which of them training has touched."""
     num_rows, hashes = 0, list[UInt64Array]()
     for shard in tables.shards(shape):
-        rows = shard.rows_RV.astype(row_type(dtype))
-        if not np.isfinite(rows).all():
-            raise ServingError(f"table {shape.name} has numbers beyond float16, above 65,504: use --id-dtype float32")
-        output.write(rows.tobytes())
+        output.write(shard.rows_RV.astype("<f4", copy=False).tobytes())
         trained.append(shard.is_trained_R)
         hashes.append(shard.hash_M)
-        num_rows += len(rows)
+        num_rows += len(shard.rows_RV)
     is_exact = isinstance(shape, ExactShape)
     name = f"ids-{shape.name}.hashes.bin" if is_exact else None
     if name is not None:

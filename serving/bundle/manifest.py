@@ -19,7 +19,6 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from featurestore.spec import FileName, Frozen, MissingPolicy, RandomId, Sealed, SourceSnapshot, StorePath, Version
-from serving.bundle import RowDType
 
 BUNDLES, LOG, USE, LEAVING = "bundles", "log", "use", "leaving"
 SCHEMA, MODEL, NETWORK = "schema.yaml", "model.json", "network.pt2"
@@ -98,7 +97,6 @@ class BundleManifest(Sealed):
     checkpoint: str
     checkpoint_digest: str
     hash: Literal["splitmix64"] = "splitmix64"
-    id_dtype: RowDType
     rows: tuple[RowsFile, ...]
     tables: tuple[TableRows, ...]
     vectors: tuple[VectorsOf, ...]

@@ -141,6 +141,4 @@ class Bundle(ModelVersion):
         names = {each.name for each in self.manifest.rows}
         names |= {each.hashes for each in self.manifest.tables if each.hashes is not None}
         paths = {name: self.files.path(name) for name in names}
-        return BundleIdRows(
-            self.manifest.tables, self.manifest.rows, self.manifest.id_dtype, paths, self.files.path(TRAINED)
-        )
+        return BundleIdRows(self.manifest.tables, self.manifest.rows, paths, self.files.path(TRAINED))

@@ -16,7 +16,6 @@ from featurestore.errors import CorruptFileError, StoreNotFoundError
 from featurestore.keys import HashIndex, Int64Array, UInt64Array, shard_of_hash, splitmix64
 from featurestore.lookup.partition import FeaturePartition
 from featurestore.store import FeatureStore
-from serving.bundle import RowDType
 from serving.bundle.manifest import RowsFile, TableRows, VectorsOf
 from serving.errors import BrokenBundleError
 
@@ -29,80 +28,35 @@ class BundleIdRows:
     """The ID rows of all tables of a bundle. Thread-safe."""
 
     def __init__(
-        self,
-        tables: Sequence[TableRows],
-        rows: Sequence[RowsFile],
-        dtype: RowDType,
-        paths: dict[str, Path],
-        trained: Path,
+        self, tables: Sequence[TableRows], rows: Sequence[RowsFile], paths: dict[str, Path], trained: Path
     ) -> None:
         """`paths`: the files that `tables` and `rows` name; `trained`: the file with one bit for each row."""
-        self._rows = {each.width: map_rows(paths[each.name], each, dtype) for each in rows}
+        self._rows = {each.width: _map_rows(paths[each.name], each) for each in rows}
         self._trained = _mapped(trained, np.dtype(np.uint8))
-        self._number = {table.name: number for number, table in enumerate(tables)}
-        self._tables = tables
-        self._finders = [_finder(table, paths) for table in tables]
+        self._finders = {table.name: _finder(table, paths) for table in tables}
         first_bit = {each.width: each.first_bit for each in rows}
-        self._first_bit_T = np.array([first_bit[table.width] for table in tables], np.int64)
+        self._first_bits = {table.name: first_bit[table.width] for table in tables}
 
-    def find(self, table: str, ids_N: Int64Array) -> tuple[Int64Array, Bool]:
+    def find(self, tables: Sequence[str], ids_N: Int64Array, lengths_T: Int64Array) -> tuple[Int64Array, Bool]:
         """Find the row of each id in the file of its table's width, (N,), and whether training has touched it, (N,).
 
-        An id without a row in an exact table gets the cold row of its shard and counts as unknown. In a hashed table an
-        id counts as known if it, or another id with the same row, was in training.
+        The first `lengths_T[0]` ids belong to the first table, and so on. An id without a row in an exact table gets
+        the cold row of its shard and counts as unknown. In a hashed table an id counts as known if it, or another id
+        with the same row, was in training.
         """
-        return self.bulk_finder([table]).find(ids_N, np.array([len(ids_N)]))
-
-    def bulk_finder(self, tables: Sequence[str]) -> "BulkFinder":
-        """Return a finder for ids of several tables, always in this order."""
-        numbers = [self._number[table] for table in tables]
-        return BulkFinder(
-            [self._tables[number] for number in numbers],
-            [self._finders[number] for number in numbers],
-            self._first_bit_T[numbers],
-            self._known,
-        )
+        rows_N = np.empty(len(ids_N), np.int64)
+        start = 0
+        for table, length in zip(tables, lengths_T.tolist(), strict=True):
+            rows_N[start : start + length] = self._finders[table](ids_N[start : start + length])
+            start += length
+        bit_N = rows_N + np.repeat([self._first_bits[table] for table in tables], lengths_T)
+        known_N: Bool = (self._trained.take(bit_N >> 3) >> (bit_N & 7).astype(np.uint8) & 1).astype(np.bool_)
+        return rows_N, known_N
 
     def gather(self, width: int, rows_N: Int64Array) -> Float32:
-        """Copy rows of the tables with this width, (N, width) float32."""
-        return self._rows[width].take(rows_N, axis=0).astype(np.float32, copy=False)
-
-    def _known(self, bit_N: Int64Array) -> Bool:
-        known_N: Bool = (self._trained.take(bit_N >> 3) >> (bit_N & 7).astype(np.uint8) & 1).astype(np.bool_)
-        return known_N
-
-
-class BulkFinder:
-    """Finds the rows of ids of several tables at once, faster than one by one if tables are many and ids few."""
-
-    def __init__(
-        self,
-        tables: Sequence[TableRows],
-        finders: Sequence[FindRows],
-        first_bit_T: Int64Array,
-        known: Callable[[Int64Array], Bool],
-    ) -> None:
-        """Use `BundleIdRows.bulk_finder`."""
-        self._finders, self._first_bit_T, self._is_known = finders, first_bit_T, known
-        shards = {table.num_shards if table.kind == "hashed" else None for table in tables}
-        self._num_shards = shards.pop() if len(shards) == 1 else None
-        """The same for all tables, if all are hashed."""
-        self._first_row_T = np.array([table.first_row for table in tables], np.int64)
-        self._rows_per_shard_T = np.array([table.rows_per_shard for table in tables], np.uint32)
-
-    def find(self, ids_N: Int64Array, lengths_T: Int64Array) -> tuple[Int64Array, Bool]:
-        """Find rows as `BundleIdRows.find` does; the first `lengths_T[0]` ids belong to the first table, and so on."""
-        if self._num_shards is not None:
-            hash_N = splitmix64(ids_N)
-            shard_N = shard_of_hash(hash_N, self._num_shards)
-            rows_N = _hashed_row(hash_N, shard_N, np.repeat(self._rows_per_shard_T, lengths_T))
-            rows_N += np.repeat(self._first_row_T, lengths_T)
-        else:
-            ends_T = np.cumsum(lengths_T)
-            rows_N = np.empty(len(ids_N), np.int64)
-            for finder, start, end in zip(self._finders, ends_T - lengths_T, ends_T, strict=True):
-                rows_N[start:end] = finder(ids_N[start:end])
-        return rows_N, self._is_known(rows_N + np.repeat(self._first_bit_T, lengths_T))
+        """Copy rows of the tables with this width, (N, width)."""
+        rows_NV: Float32 = self._rows[width].take(rows_N, axis=0)
+        return rows_NV
 
 
 def _finder(table: TableRows, paths: Mapping[str, Path]) -> FindRows:
@@ -110,8 +64,9 @@ def _finder(table: TableRows, paths: Mapping[str, Path]) -> FindRows:
 
     def hashed(ids_N: Int64Array) -> Int64Array:
         hash_N = splitmix64(ids_N)
-        shard_N = shard_of_hash(hash_N, table.num_shards)
-        return _hashed_row(hash_N, shard_N, np.uint32(table.rows_per_shard)) + table.first_row
+        row_N = hash_N.astype(np.uint32) % np.uint32(table.rows_per_shard)  # the low 32 bits; a third of the time of 64
+        rows_N: Int64Array = shard_of_hash(hash_N, table.num_shards) * table.rows_per_shard + row_N + table.first_row
+        return rows_N
 
     def direct(ids_N: Int64Array) -> Int64Array:
         shard_N, row_N = ids_N % table.num_shards, ids_N // table.num_shards
@@ -144,21 +99,9 @@ def _exact_finder(table: TableRows, hashes: Path) -> FindRows:
     return exact
 
 
-def row_type(dtype: RowDType) -> np.dtype[np.generic]:
-    """Return the numpy type of a row's numbers."""
-    return np.dtype({"float32": "<f4", "float16": "<f2"}[dtype])
-
-
-def map_rows(path: Path, file: RowsFile, dtype: RowDType) -> NDArray[np.generic]:
+def _map_rows(path: Path, file: RowsFile) -> Float32:
     """Map a file of rows into memory, read-only."""
-    return _mapped(path, row_type(dtype)).reshape(file.num_rows, file.width)
-
-
-def _hashed_row(hash_N: UInt64Array, shard_N: Int64Array, rows_per_shard: NDArray[np.uint32] | np.uint32) -> Int64Array:
-    """The row in its table that a hash chooses, as `trainer.ids.shards.TableShape`: top bits the shard, low the row."""
-    row_N = hash_N.astype(np.uint32) % rows_per_shard  # the low 32 bits; a third of the time of 64
-    rows_N: Int64Array = shard_N * rows_per_shard + row_N
-    return rows_N
+    return _mapped(path, np.dtype("<f4")).reshape(file.num_rows, file.width)
 
 
 def _mapped(path: Path, dtype: np.dtype[np.generic]) -> NDArray[Any]:

@@ -175,11 +175,12 @@ def _warn_of_dates(file: Path) -> None:
         logger.warning("%s", problem)
 
 
-def listen(settings: AccessSettings) -> socket.socket:
-    """Open the listening socket. Raises ListenError if the port is taken."""
+def listen(settings: AccessSettings, option: str = "port") -> socket.socket:
+    """Open a listening socket on the port that an option has. Raises ListenError if it is taken."""
+    port = getattr(settings, option)
     try:
         family, kind, number, _, address = socket.getaddrinfo(
-            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            settings.host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         listener = socket.socket(family, kind, number)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -188,8 +189,8 @@ def listen(settings: AccessSettings) -> socket.socket:
         listener.listen(BACKLOG)
     except OSError as failure:
         raise ListenError(
-            f"cannot listen on --host {settings.host} --port {settings.port}: {failure.strerror}; choose another, or "
-            "stop the program that listens there"
+            f"cannot listen on --host {settings.host} --{option.replace('_', '-')} {port}: {failure.strerror}; choose "
+            "another, or stop the program that listens there"
         ) from None
     return listener
 
@@ -213,10 +214,10 @@ def url_of(settings: AccessSettings, listener: socket.socket) -> str:
     return f"{settings.scheme}://[{host}]:{port}" if ":" in host else f"{settings.scheme}://{host}:{port}"
 
 
-def uvicorn_config(settings: AccessSettings, credentials: Credentials, app: Any) -> uvicorn.Config:
-    """Return uvicorn's configuration for an ASGI application."""
+def uvicorn_config(settings: AccessSettings, credentials: Credentials | None, app: Any) -> uvicorn.Config:
+    """Return uvicorn's configuration for an ASGI application; without credentials it has no TLS."""
     tls = None
-    if (context := credentials.context) is not None:
+    if credentials is not None and (context := credentials.context) is not None:
         tls = lambda config, default: context  # noqa: E731
     return uvicorn.Config(
         app,

@@ -156,7 +156,7 @@ class Scoring:
 
     async def is_ready(self, request: Request) -> Response:
         """Return whether a model is warmed up and the server is not stopping."""
-        ready = self.live.is_ready and not self.stopping
+        ready = self.can_answer()
         return _json({"ready": ready}, 200 if ready else 503)
 
     async def server_metadata(self, request: Request) -> Response:
@@ -175,6 +175,10 @@ class Scoring:
         return _json(
             {"name": self.settings.model_name, "ready": self.live.is_ready}, 200 if self.live.is_ready else 503
         )
+
+    def can_answer(self) -> bool:
+        """Return whether a model is warmed up and the server is not stopping."""
+        return self.live.is_ready and not self.stopping
 
     async def _read(self, request: Request) -> bytes:
         start_s = time.perf_counter()

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from featurestore.console.memory import return_freed_memory
 from serving.bundle.log import BundleIdentity
 from serving.errors import BrokenBundleError, NotFiniteError
 from serving.http.limits import RefusedError
@@ -149,6 +150,7 @@ class LiveModel:
             self._use(await self._loaded(identity))
         except Exception as error:
             self._refuse(identity, error)
+        await asyncio.to_thread(return_freed_memory)
 
     def close(self) -> None:
         """Close the model; afterwards none is ready."""

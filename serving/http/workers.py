@@ -30,9 +30,11 @@ from typing import Any
 import uvicorn
 
 from featurestore.console.commandline import STOPPED, say_error
+from featurestore.console.memory import bound_freed_memory
 from featurestore.errors import FAILED, UserError
 from serving.http import access
 from serving.http.app import Scoring, logger
+from serving.http.health import Pulse, health_port
 from serving.http.limits import allow_connections
 from serving.http.live import BundleSource
 from serving.http.metrics import FOLDER_VARIABLE
@@ -41,6 +43,8 @@ from serving.settings import ServerSettings
 MakeSource = Callable[[ServerSettings], BundleSource]
 
 _MAX_PAUSE_S = 30.0
+_LARGEST_KEPT = 32 << 20
+"""Bytes; more glibc does not allow."""
 _TICKS_TO_STOP = 5
 """Ten are a second."""
 _TICKS_OF_BACKLOG = 2
@@ -74,12 +78,17 @@ def run_worker(
     on_ready: Callable[[], None] | None = None,
 ) -> int:
     """Answer on the listening socket in this process; return the exit code. `on_ready`: set for one of several."""
+    bound_freed_memory(_LARGEST_KEPT)
     allow_connections()
     credentials, failures = access.Credentials(settings), list[Exception]()
     scoring = Scoring(settings, make_source(settings), failures.append, on_ready, credentials.tokens)
     config = access.uvicorn_config(settings, credentials, scoring.app())
     server = DrainingServer(config, scoring, credentials, failures, listener)
-    server.run(sockets=[listener])
+    if on_ready is not None:  # of several workers: the supervisor answers health checks
+        server.run(sockets=[listener])
+    else:
+        with health_port(settings, server.pulse.is_regular, scoring.can_answer):
+            server.run(sockets=[listener])
     if failures:
         raise failures[0]
     logger.info("stopped")
@@ -103,6 +112,7 @@ class DrainingServer(access.SecuredServer):
         super().__init__(config, credentials, scoring.settings.read_timeout_s)
         self._scoring, self._failures, self._listener = scoring, failures, listener
         self._ticks_left = _TICKS_TO_STOP
+        self.pulse = Pulse()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Drain; end on a second signal."""
@@ -116,6 +126,7 @@ class DrainingServer(access.SecuredServer):
         For a few ticks after a signal every answer closes its connection, as a request sent while the server closes the
         connection would be lost. In the last ones new connections are refused, and open ones get their answer.
         """
+        self.pulse.beat()
         if self._scoring.stopping:
             self._ticks_left -= 1
             if self._ticks_left == _TICKS_OF_BACKLOG and self._scoring.on_ready is None:
@@ -158,7 +169,8 @@ class WorkerSupervisor:
         os.environ[FOLDER_VARIABLE] = folder  # spawned workers read it when they import prometheus_client
         try:
             self._workers = [self._start() for _ in range(self.settings.workers)]
-            return self._watch(folder)
+            with health_port(self.settings, lambda: True, self._can_answer):
+                return self._watch(folder)
         finally:
             for worker in self._workers:
                 worker.process.kill()
@@ -175,6 +187,9 @@ class WorkerSupervisor:
         process = context.Process(target=_work, args=arguments, name="serving worker")
         process.start()
         return _Worker(process, ready, pause_s)
+
+    def _can_answer(self) -> bool:
+        return not self._signals and any(worker.ready.is_set() for worker in self._workers)
 
     def _watch(self, folder: str) -> int:
         ever_ready = False

@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.export import ExportedProgram
 
 from serving.errors import BrokenBundleError
 from serving.network import Steps, run_steps
@@ -294,12 +295,21 @@ def _load_portable(path: Path) -> tuple[Run, Slots]:
     try:
         # Guards record sizes of the tracing, e.g. B % (B * L) != 0, and fail for L = 0 and 1, which are valid. #
         # `Slots.arrays` checks the sizes.
-        network = torch.export.load(path, extra_files=written).module(check_guards=False)
+        program = torch.export.load(path, extra_files=written)
+        network = program.module(check_guards=False)
+        _forget_sizes(program)
         slots = Slots.from_json(written[SLOTS])
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as failure:
         raise _broken(path, _first_line(failure)) from failure
     # `forward`: by its hooks the module would check sizes at each call, in 1.4 ms.
     return lambda tensors: (network.forward(*tensors),), slots
+
+
+def _forget_sizes(program: ExportedProgram) -> None:
+    """Empty what torch noted of sizes as it read a program: the notes hold themselves, and would stay for ever."""
+    for node in program.graph.nodes:
+        if (mode := getattr(node.meta.get("val"), "fake_mode", None)) is not None and mode.shape_env is not None:
+            vars(mode.shape_env).clear()
 
 
 def _check_archive(path: Path) -> None:

@@ -100,11 +100,11 @@ class RequestTable:
 
     def batch(self, columns: RequestColumns) -> Batch:
         """Build the trainer's batch, without labels. Raises NotFiniteError."""
-        ones = {"user": np.ones(len(self.sizes), np.int32), "ad": np.ones(int(self.sizes.candidates_G.sum()), np.int32)}
+        ones = {"user": np.ones(len(self.sizes), np.int64), "ad": np.ones(int(self.sizes.candidates_G.sum()), np.int64)}
         jagged: dict[str, Jagged] = {}
         for name, column in self.columns.items():
             rule, levels = columns.rules[name], column.levels
-            jagged[name] = Jagged(column.values, _int32(levels[0]) if levels else ones[rule.side])
+            jagged[name] = Jagged(column.values, levels[0] if levels else ones[rule.side])
 
         def taken(field: Field, column: str) -> Jagged:
             return jagged[column]
@@ -124,10 +124,6 @@ class RequestTable:
             group_id_B=np.zeros(num_samples, np.int64),
             global_samples=num_samples,
         )
-
-
-def _int32(lengths: Int64Array) -> NDArray[np.int32]:
-    return lengths.astype(np.int32)
 
 
 def decode(columns: RequestColumns, sent: SentTable, sizes: Sizes) -> Steps[RequestTable]:

@@ -23,14 +23,15 @@ from serving.errors import BrokenBundleError, NotFiniteError, ServerSettingsErro
 from serving.network import run_steps
 from serving.scoring.request import RequestColumns
 from serving.scoring.scorer import Scorer
-from serving.scoring.sent import sent_table
+from serving.scoring.sent import PIECE_REQUESTS, sent_table
 from trainer.comm import SoloComm
 from trainer.config import ModelConfig
 from trainer.errors import DataError
-from trainer.evaluation.predict import Written, open_scores
+from trainer.evaluation.predict import Written, open_scores, written_ids
 from trainer.runs.saved import TEST, TrainedRun, open_test, open_trained
 from trainer.samples.index import SampleIndex, open_index, read_row_groups
 from trainer.samples.reader import SampleReader
+from trainer.samples.survey import IdDictionary, texts_of_ids
 
 ScoreTable = Callable[[pa.Table], Sequence[NDArray[np.float32]]]
 """The logits of each row of a table."""
@@ -70,7 +71,8 @@ def score_model(url: str, samples: str, out: str, version: int | None = None) ->
             "samples": index.storage.url,
             "missing": manifest.missing,
         }
-        with open_scores(out, index, schema, about) as file:
+        texts = written_ids(index, schema, lambda ids, at: texts_of_ids(ids, [IdDictionary.of_samples(at)]))
+        with open_scores(out, index, schema, about, texts) as file:
             logits = score_samples(in_process(scorer), index, scorer.inputs)
             for row_group, logit_B in zip(index.row_groups, logits, strict=True):
                 file.add(row_group, logit_B)
@@ -98,7 +100,11 @@ class RemoteScorer:
     """Version of the model that answered last."""
 
     def score(self, table: pa.Table) -> list[NDArray[np.float32]]:
-        """Return the logits of each row of a table. Raises ServingError if the server does not answer."""
+        """Return the logits of each row of a table, however long. Raises ServingError if the server does not answer."""
+        starts = range(0, table.num_rows, PIECE_REQUESTS)
+        return [row for start in starts for row in self._score_piece(table.slice(start, PIECE_REQUESTS))]
+
+    def _score_piece(self, table: pa.Table) -> list[NDArray[np.float32]]:
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, table.schema) as writer:
             writer.write_table(table)
@@ -207,11 +213,6 @@ def compare(
     for name, version in snapshots.items():
         if used.get(name, version) != version:
             notes.append(f"the run reads images of {name} from snapshot {used[name]}, but the vectors match {version}")
-    if manifest.id_dtype != "float32":
-        notes.append(
-            f"the bundle's ID rows are {manifest.id_dtype}, the run's float32: logits differ by that; set --tolerance "
-            "to what you accept"
-        )
     apart_N = np.abs(online_N - offline_N)
     return LogitsCompared(len(apart_N), float(apart_N.max()), float(apart_N.mean()), tolerance, tuple(notes))
 

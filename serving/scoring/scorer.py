@@ -63,7 +63,7 @@ class InputMaker:
             width: [field.name for field in fields] for width, fields in groupby(of_ids, lambda f: width_of(f, model))
         }
         self._column_of_id = {field.name: field.column_name for field in of_ids}
-        self._rows_of_ids = bundle.ids.bulk_finder([field.table_name for field in of_ids])
+        self._tables_of_ids = [field.table_name for field in of_ids]
         self._fields_of_store: dict[str, list[Field]] = {}
         for field in bundle.fields:
             if field.kind == "content":
@@ -79,8 +79,7 @@ class InputMaker:
         for store, of_store in self._fields_of_store.items():
             found |= yield from self._images(store, of_store, batch, nulls)
         for name, images in found.items():
-            lengths_M = batch.fields[name].lengths_M.astype(np.int64)
-            fields[name] = FieldRows(rows_NV=images.visual_NV, lengths_M=lengths_M)
+            fields[name] = FieldRows(rows_NV=images.visual_NV, lengths_M=batch.fields[name].lengths_M)
             if images.missing_N.any():
                 missing[name] = images.missing_N
         inputs = NetworkInputs(
@@ -96,18 +95,17 @@ class InputMaker:
         ids = self._bundle.ids
         of_field = [batch.fields[name] for name in self._column_of_id]
         lengths_T = np.array([len(each.values_N) for each in of_field], np.int64)
-        rows_N, known_N = self._rows_of_ids.find(np.concatenate([each.values_N for each in of_field]), lengths_T)
+        ids_N = np.concatenate([each.values_N for each in of_field])
+        rows_N, known_N = ids.find(self._tables_of_ids, ids_N, lengths_T)
         places = dict(zip(self._column_of_id, _slices(lengths_T), strict=True))
         fields: dict[str, FieldRows] = {}
-        lengths = {id(each.lengths_M): each.lengths_M for each in of_field}  # most fields share theirs
-        wide_of = {number: lengths_M.astype(np.int64) for number, lengths_M in lengths.items()}
         for width, names in self._ids_by_width.items():
             first = places[names[0]].start
             rows_NV = ids.gather(width, rows_N[first : places[names[-1]].stop])
             for name in names:
                 here = places[name]
                 rows = rows_NV[here.start - first : here.stop - first]
-                fields[name] = FieldRows(rows, wide_of[id(batch.fields[name].lengths_M)], batch.weights.get(name))
+                fields[name] = FieldRows(rows, batch.fields[name].lengths_M, batch.weights.get(name))
         return fields, self._unknown(nulls, ~known_N, places)
 
     def _unknown(self, nulls: Mapping[str, Bool], unknown_N: Bool, places: Mapping[str, slice]) -> dict[str, Bool]:

@@ -1,15 +1,9 @@
 """Tables of variants and seeds: the files that come with them, runs that are made once, and their figures."""
 
-import contextlib
-import errno
 import json
-import os
 import shutil
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pyarrow as pa
@@ -18,19 +12,17 @@ import pytest
 from click.testing import Result
 
 from benchmarks.tables.__main__ import app
-from benchmarks.tables.runs import Planned, Runner, make_sections, section_of
+from benchmarks.tables.runs import Planned, Runner, section_of
 from benchmarks.tables.variants import Table, Variant, load_tables
 from featurestore.format.rows import FeatureRows
 from featurestore.store import FeatureStore
 from featurestore.upkeep.remake import remake
 from tests.cli import invoke
 from tests.pages import check_page
-from tests.ranks import StandingRanks
 from tests.trainer.conftest import Places, make_places
-from trainer.comm import SoloComm, connect
+from trainer.comm import SoloComm
 from trainer.config import load_config
-from trainer.engine.engine import Engine, PreparedBatch, StepResult
-from trainer.errors import ConfigError, TrainerError
+from trainer.errors import ConfigError
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "tables"
 PAPER = FOLDER / "paper.yaml"
@@ -128,29 +120,6 @@ class TestCommand:
         assert found["stores_features_bytes"] == store.snapshot().manifest.file_bytes
         assert (found["stores_compact_numbers"], found["stores_compact_dtype"]) == (4, "float16")
 
-    def test_an_interrupted_run_continues_from_its_checkpoint(
-        self, places: Places, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        settings = places.settings(train__max_steps=6, train__checkpoint_every=2)
-        words, train_step = (PAPER, "--table", "prerank", "--seeds", 1, "--json"), Engine.train_step
-
-        def failing(engine: Engine, prepared: PreparedBatch) -> StepResult:
-            if engine.num_steps == 4:
-                raise TrainerError("killed")
-            return train_step(engine, prepared)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(Engine, "train_step", failing)
-            assert call(*words, tmp_path / "cut.json", out=tmp_path / "cut", settings=settings).exit_code == 1
-        for name in ("cut", "whole"):
-            done = call(*words, tmp_path / f"{name}.json", out=tmp_path / name, settings=settings)
-            assert done.exit_code == 0, done.output
-        paths = (tmp_path / "cut").glob("runs/*/report.json")
-        assert sorted(json.loads(path.read_text())["steps"] for path in paths) == [2, 6]
-        assert (tmp_path / "cut.json").read_text() == (tmp_path / "whole.json").read_text()
-        logs = [path.read_text() for path in (tmp_path / "cut" / "logs").iterdir()]
-        assert any("step 0 of 6" in log and "step 4 of 6" in log for log in logs)
-
 
 @pytest.mark.long
 class TestNames:
@@ -204,11 +173,6 @@ class TestWhatAVariantLacks:
         assert done.exit_code == 1 and "has 2 days of samples; warm-up" in done.output
         assert not (tmp_path / "out").exists()
 
-    def test_store(self, places: Places, tmp_path: Path) -> None:
-        done = call(PAPER, out=tmp_path / "out", settings=places.settings(data__store=tmp_path / "nothing"))
-        assert done.exit_code == 2 and "feature store; make it with" in done.output
-        assert not (tmp_path / "out").exists()
-
     def test_clicks(self, tmp_path: Path) -> None:
         places = make_places(tmp_path)
         file = tmp_path / "samples" / "test" / "day=2026-01-01.parquet"
@@ -221,47 +185,3 @@ class TestWhatAVariantLacks:
             done = call(PAPER, "--table", "images", "--seeds", 1, out=tmp_path / "out", settings=settings)
             assert done.exit_code == 1 and "has no GAUC, which the tables compare" in done.output
         assert len(reports(tmp_path / "out")) == 1
-
-
-@pytest.mark.long
-def test_two_ranks_where_one_sees_the_reports_late(places: Places, tmp_path: Path, two_ranks: StandingRanks) -> None:
-    settings = places.settings(train__max_steps=3, run__deadline_s=30)
-    two_ranks.run(Path(__file__), tmp_path / "out", tmp_path / "seen.json", *settings)
-    first, second = json.loads((tmp_path / "seen.json").read_text())
-    assert len(first) == 2 and second == first
-    # One rank finds the runs of two, whose figures are its own.
-    make_sections({"towers": TOWERS}, range(1), Runner(tmp_path / "out", None, settings, SoloComm()), SoloComm())
-    assert reports(tmp_path / "out").keys() == first.keys()
-
-
-def main() -> None:
-    """Make a table twice on every rank; the second time rank 1's shared disk does not show the reports yet.
-
-    Arguments: the folder of the runs, the output file, then settings that all runs share.
-    """
-    folder, out, *shared = Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:]
-    comm, seen = connect(), []
-    for is_late in (False, comm.rank != 0):
-        with contextlib.ExitStack() as stack:
-            for name in ("stat", "open") if is_late else ():
-                stack.enter_context(mock.patch.object(Path, name, late(getattr(Path, name))))
-            make_sections({"towers": TOWERS}, range(1), Runner(folder, None, tuple(shared), comm), comm)
-        seen.append(reports(folder))
-    if comm.rank == 0:
-        out.write_text(json.dumps(seen))
-    comm.close()
-
-
-def late(look: Callable[..., Any]) -> Callable[..., Any]:
-    """`look` that finds no report."""
-
-    def look_late(path: Path, *args: Any, **options: Any) -> Any:
-        if path.name == "report.json":
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
-        return look(path, *args, **options)
-
-    return look_late
-
-
-if __name__ == "__main__":
-    main()

@@ -27,7 +27,6 @@ PROGRAMS = {
     "tools.site",
     "tools.tree",
     "tools.tutorial",
-    "trainer.planner",
     "trainer.agent",
 }
 """Programs that other programs start, that keep this repository in order, or that call the commands here by a name."""

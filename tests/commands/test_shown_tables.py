@@ -13,7 +13,7 @@ from featurestore.console.output import print_rows, text_console
 from trainer import daily as daytable
 from trainer.config import load_config, save_config
 from trainer.evaluation import report
-from trainer.evaluation.bootstrap import METRICS, Estimate, Figures, Measured, SlicedBy
+from trainer.evaluation.bootstrap import METRICS, Estimate, Evaluation, Measured, SlicedBy
 from trainer.loop import summary
 
 LONG = "a/very/long/folder/[bold]of[/x]/runs/" + "x" * 90
@@ -34,7 +34,7 @@ def of_training(_: Path) -> list[str]:
 def of_evaluation(folder: Path) -> list[str]:
     metrics = {name: Estimate(0.5 + at / 1000, 0.4, 0.6) for at, name in enumerate(METRICS)}
     whole = Measured(1234567, 89, 10, metrics)
-    figures = Figures(whole, {"age": SlicedBy("age of the ad", {"new": whole})}, [])
+    figures = Evaluation(whole, {"age": SlicedBy("age of the ad", {"new": whole})}, [])
     report.show(text_console(), {"run": LONG, "checkpoint": "step-7", "notes": []}, figures, folder)
     return [*(f"{0.5 + at / 1000:.4f}" for at in range(len(METRICS))), "0.4000 to 0.6000", "1,234,567", LONG]
 

@@ -114,7 +114,7 @@ def test_numbers_of_commands_are_checked(monkeypatch: pytest.MonkeyPatch, capsys
         ("tra", {"train"}),
         ("store ver", {"verify"}),
         ("index ", {"build", "eval", "search"}),
-        ("train --war", {"--warm-start", "--warm-parts"}),
+        ("train --con", {"--config"}),
     ],
 )
 def test_a_shell_completes_commands_and_options(words: str, expected: set[str], tmp_path: Path) -> None:
@@ -161,17 +161,17 @@ def test_a_job_runs_on_a_local_cluster_of_its_own_options(tmp_path: Path) -> Non
     """Its message comes from the function that dask-submit calls, and its own exit code is the command's."""
     done = started("samples", "-n", "1", "--threads-per-worker", "1", "--logs", "missing", folder=tmp_path)
     assert re.search(r"scheduler tcp://127\.0\.0\.1:\d+, workers 1, threads 1\n", done.stderr)
-    assert done.returncode == 2 and re.search(r"^error: .*missing", done.stderr, re.MULTILINE)
+    assert done.returncode == 2 and re.search(r"^error: .*yesterday", done.stderr, re.MULTILINE)
 
 
 @pytest.mark.services
 def test_dask_submit_runs_the_command(tmp_path: Path) -> None:
     line = [sys.executable, "-c", "from pipeline.cluster.submit import main; main()"]
-    words = ["-n", "1", PROGRAM, "samples", "--logs", "missing"]
+    words = ["-n", "1", PROGRAM, "samples", "--days", "yesterday"]  # which is refused before a cluster starts
     (tmp_path / PROGRAM).mkdir()
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([*line, *words], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and re.search(r"^error: .*missing", done.stderr, re.MULTILINE)
+    assert done.returncode == 2 and re.search(r"^error: .*yesterday", done.stderr, re.MULTILINE)
 
 
 @pytest.mark.parametrize(

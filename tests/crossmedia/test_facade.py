@@ -28,10 +28,10 @@ from tests.ranks import StandingRanks
 from tests.trainer.conftest import Places, make_places, nothing_drawn
 from trainer.errors import ConfigError, DataError
 from trainer.evaluation.predict import predict_run
-from trainer.samples.columns import table_of
+from trainer.schema.profile import table_of
 
-MOST_LINES = 500
-FACADE = ("__init__", "data", "models", "runs", "store", "tables")
+MOST_LINES = 400
+FACADE = ("__init__", "data", "models", "runs", "store")
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,8 @@ def test_features_by_uri_key_and_arrays(places: Places) -> None:
     assert len(store) == 50 and store.to_arrow().num_rows == 50
     assert repr(store).endswith("rows=50, version=1, dim=16, dtype=float32)")
     assert "<th>rows</th><td>50</td>" in store._repr_html_()
-    assert "<th>version</th><td>1</td>" in store.snapshot._repr_html_() and "version=1" in repr(store.snapshot)
+    assert "<th>version</th><td>1</td>" in store._repr_html_()
+    assert "version=1" in repr(stored) and "<th>operation</th>" in stored._repr_html_()
     with pytest.raises(MissingKeysError, match="no feature"):
         store["item/3"]
     with pytest.raises(ImageNameError, match="by its uri"):
@@ -135,7 +136,7 @@ def test_an_evaluation_has_a_row_for_each_slice(
     with nothing_drawn():
         found = run.evaluate(resamples=10, out=tmp_path / "evaluation")
     assert capsys.readouterr().out == ""
-    whole, *slices = found.figures.rows()
+    whole, *slices = found.rows()
     assert whole["impressions"] == sum(each["impressions"] for each in slices if each["slicing"] == "ad_age")
     first, last = list(found.table)[:2], list(found.table)[-2:]  # what pandas shows where the others have no room
     assert (first, last) == (["auc", "gauc"], ["users", "impressions"])
@@ -254,7 +255,7 @@ import sys, json
 import crossmedia as cm
 folder, settings = sys.argv[1], json.loads(sys.argv[2])
 run = cm.train(f"{folder}/samples", images="both", name="two", settings=settings)
-print("rank has", len(run.evaluate(resamples=0).figures.rows()), round(run.metrics["auc"], 6))
+print("rank has", len(run.evaluate(resamples=0).rows()), round(run.metrics["auc"], 6))
 """
 
 

@@ -12,7 +12,7 @@ from explorer.errors import ExplorerError
 from explorer.export import ExportedPages, export
 from explorer.html.site import LEFT_OUT
 from explorer.places import Places
-from tests.explorer.world import World
+from tests.explorer.world import HOSTILE, World
 from tests.faulty import full_from
 
 _LINK = re.compile(r'(?:href|src|action)="([^"]*)"')
@@ -85,6 +85,7 @@ def test_pages_have_what_needs_no_server(
         for page in folder.rglob("*.html"):
             text = page.read_text()
             assert "<form" not in text and "hx-" not in text and "htmx" not in text, page
+            assert not [name for name in HOSTILE if "<" in name and name in text] and "\u202e" not in text, page
     shop = _pages_of(exported_shop[1])
     assert "exactly, among all 28 images" in "".join(shop)
     assert any("28</a>" in page or "28 added" in page for page in shop)

@@ -14,19 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from featurestore import FeatureRows, FeatureStore, QuarantineRow, StoreInfo, log, shard_of, staging
-from featurestore.errors import (
-    AnotherStoreError,
-    CorruptFileError,
-    InvalidRowsError,
-    KeyCollisionError,
-    MissingKeysError,
-    SnapshotNotFoundError,
-    SpecMismatchError,
-    StorageError,
-    StoreExistsError,
-    StoreNotFoundError,
-)
+from featurestore import FeatureRows, FeatureStore, QuarantineRow, StoreInfo, errors, log, shard_of, staging
 from featurestore.format.datafile import schema_of
 from featurestore.log import manifest_path, version_of, versions
 from featurestore.snapshot import SnapshotId
@@ -51,10 +39,10 @@ class TestOnEveryPlace:
         return FeatureStore.create(url, info)
 
     def test_create_and_open(self, url: str, info: StoreInfo) -> None:
-        with pytest.raises(StoreNotFoundError, match=r"store\.json"):
+        with pytest.raises(errors.StoreNotFoundError, match=r"store\.json"):
             FeatureStore.open(url)
         FeatureStore.create(url, info)
-        with pytest.raises(StoreExistsError):
+        with pytest.raises(errors.StoreExistsError):
             FeatureStore.create(url, info)
         stored = FeatureStore.open(url).info
         assert stored.store_id and stored.kind == info
@@ -84,7 +72,7 @@ class TestOnEveryPlace:
     def test_two_uris_under_one_key_are_refused_across_commits(self, store: FeatureStore, make_rows) -> None:
         rows = make_rows(3, store.info)
         store.put(rows)
-        with pytest.raises(KeyCollisionError, match=r"'images/1\.jpg' and 'other'"):
+        with pytest.raises(errors.KeyCollisionError, match=r"'images/1\.jpg' and 'other'"):
             store.put(FeatureRows.of(["other"], rows.features_ND[:1], keys=rows.keys_N[1:2]))
         assert store.snapshot().version == 1
         store.delete(rows.keys_N[1:2])
@@ -114,12 +102,12 @@ class TestOnEveryPlace:
         )
         entry = other.put(make_rows(40, other.info)).manifest.files(0)[0]
         store.storage.write_bytes(entry.path, other.storage.read_bytes(entry.path))
-        with pytest.raises(SpecMismatchError, match=r"extractor\.layer is 'fc7' instead of 'fc6'"):
+        with pytest.raises(errors.SpecMismatchError, match=r"extractor\.layer is 'fc7' instead of 'fc6'"):
             store.commit({0: entry}, "put")
-        with pytest.raises(InvalidRowsError, match="not a file of shard 1"):
+        with pytest.raises(errors.InvalidRowsError, match="not a file of shard 1"):
             store.commit({1: entry}, "put")
         store.storage.write_bytes("staging/run/p.parquet", other.storage.read_bytes(entry.path))
-        with pytest.raises(SpecMismatchError, match=r"extractor\.layer"):
+        with pytest.raises(errors.SpecMismatchError, match=r"extractor\.layer"):
             build_shard(store, "run", 0, ["p"])
 
     def test_quarantine_keeps_the_newest_reason(self, store: FeatureStore) -> None:
@@ -140,7 +128,7 @@ def test_another_spec_is_refused_and_each_field_named(store: FeatureStore, info:
     other = info.model_copy(
         update={"dtype": "float16", "extractor": info.extractor.model_copy(update={"backbone": "resnet50"})}
     )
-    with pytest.raises(SpecMismatchError) as caught:
+    with pytest.raises(errors.SpecMismatchError) as caught:
         FeatureStore.open_or_create(store.url, other)
     assert "dtype is 'bfloat16' instead of 'float16'" in str(caught.value)
     assert "extractor.backbone is 'vgg16' instead of 'resnet50'" in str(caught.value)
@@ -154,19 +142,19 @@ def test_an_empty_store_is_version_0(store: FeatureStore) -> None:
     assert metadata_of(snapshot).num_rows == 0
     assert len(snapshot.read_shard(0)) == 0
     assert snapshot.statistics().count == 0
-    with pytest.raises(SnapshotNotFoundError, match="no snapshot 3; the newest is 0"):
+    with pytest.raises(errors.SnapshotNotFoundError, match="no snapshot 3; the newest is 0"):
         store.snapshot(3)
 
 
 def test_missing_keys_are_named(store: FeatureStore, make_rows) -> None:
     snapshot = store.put(make_rows(3, store.info))
-    with pytest.raises(MissingKeysError, match=r"7 keys .*: 1, 2, 3, 4, 5, …"):
+    with pytest.raises(errors.MissingKeysError, match=r"7 keys .*: 1, 2, 3, 4, 5, …"):
         snapshot.get([1, 2, 3, 4, 5, 6, 7])
 
 
 def test_bad_rows_are_refused_before_anything_is_written(store: FeatureStore, make_rows) -> None:
     rows = make_rows(3, store.info)
-    with pytest.raises(InvalidRowsError):
+    with pytest.raises(errors.InvalidRowsError):
         store.put(replace(rows, features_ND=np.full_like(rows.features_ND, 0x7F80)))
     assert store.storage.list("data") == []
     assert store.snapshot().version == 0
@@ -185,17 +173,17 @@ def test_building_checks_uris_against_the_store_and_between_parts(store: Feature
     shard = int(shard_of(rows.keys_N, 8)[0])
     store.stage_part("run", "a", rows)
     store.stage_part("run", "b", FeatureRows.of(["other"], rows.features_ND, keys=rows.keys_N))
-    with pytest.raises(KeyCollisionError):
+    with pytest.raises(errors.KeyCollisionError):
         build_shard(store, "run", shard, ["a", "b"])
     store.put(rows)
-    with pytest.raises(KeyCollisionError):
+    with pytest.raises(errors.KeyCollisionError):
         build_shard(store, "run", shard, ["b"])
 
 
 def test_a_part_that_was_never_staged_is_named(store: FeatureStore) -> None:
-    with pytest.raises(InvalidRowsError, match="nope"):
+    with pytest.raises(errors.InvalidRowsError, match="nope"):
         build_shard(store, "run", 0, ["nope"])
-    with pytest.raises(InvalidRowsError, match="cannot have this name"):
+    with pytest.raises(errors.InvalidRowsError, match="cannot have this name"):
         store.staged_parts("../data")
 
 
@@ -226,7 +214,7 @@ def test_a_commit_is_found_when_its_read_back_failed_and_others_went_on(store: F
     def fails_once(read: Fault, path: str) -> bytes:
         if path == log.manifest_path(1) and next(times, None):
             store.put(make_rows(1, store.info, seed=9, first=5), "other")
-            raise StorageError("timed out")
+            raise errors.StorageError("timed out")
         return read(path)
 
     assert faulty(store, read_bytes=fails_once).put(make_rows(1, store.info), "mine").version == 1
@@ -248,7 +236,7 @@ def test_a_server_whose_creates_race_is_noticed_by_reading_back(store: FeatureSt
 
 
 def test_a_disk_that_refuses_ends_the_commit_with_its_error(store: FeatureStore, make_rows) -> None:
-    with pytest.raises(StorageError, match="No space left"):
+    with pytest.raises(errors.StorageError, match="No space left"):
         faulty(store, create_exclusive=fails("No space left on device")).put(make_rows(1, store.info))
     assert store.snapshot().version == 0
 
@@ -291,7 +279,7 @@ def test_a_store_whose_answer_was_lost_is_made_once(
         opened_faulty(monkeypatch, {"create_exclusive": answer}, "featurestore.store")
         mine = FeatureStore.create(tmp_path / name, info)
         assert FeatureStore.open(tmp_path / name).info == mine.info
-        with pytest.raises(StoreExistsError):  # made alike, but not here
+        with pytest.raises(errors.StoreExistsError):  # made alike, but not here
             FeatureStore.create(tmp_path / name, info)
 
 
@@ -309,7 +297,7 @@ def test_of_two_makers_of_a_store_the_second_is_told(
         url = tmp_path / create.__name__
         monkeypatch.setattr("featurestore.store.refuse_unsafe", rival)
         if create == FeatureStore.create:
-            with pytest.raises(StoreExistsError):
+            with pytest.raises(errors.StoreExistsError):
                 create(url, info)
         else:
             assert create(url, info).info == made[-1].info
@@ -341,7 +329,7 @@ def test_a_uri_that_another_writer_brought_meanwhile_is_found_on_rebase(
         expire(store, keep_last=1, keep_days=0)
         store.storage.delete(log.EXPIRED)
     version = store.snapshot().version
-    with pytest.raises(KeyCollisionError):
+    with pytest.raises(errors.KeyCollisionError):
         store.commit({int(shard_N[0]): entry}, "extract")
     assert store.snapshot().version == version
 
@@ -376,9 +364,9 @@ def test_the_largest_version_is_the_last_name_that_counts() -> None:
 @pytest.mark.parametrize("version", [4, 2**40])
 def test_numbers_continue_behind_a_stray_manifest(filled: FeatureStore, make_rows, version: int) -> None:
     write(filled, f"{version:020d}.json", (Path(filled.url) / manifest_path(2)).read_bytes())
-    with pytest.raises(CorruptFileError, match="is the manifest of version 2"):
+    with pytest.raises(errors.CorruptFileError, match="is the manifest of version 2"):
         filled.snapshot()
-    with pytest.raises(CorruptFileError):  # no commit goes behind it
+    with pytest.raises(errors.CorruptFileError):  # no commit goes behind it
         filled.put(make_rows(5, filled.info))
     assert versions(filled.storage) == [1, 2, version]
     before = filled.snapshot(2).manifest.shards
@@ -400,7 +388,7 @@ def test_of_several_damaged_manifests_the_newest_good_one_is_committed_again_onc
 
 def test_a_version_that_cannot_be_is_not_found(filled: FeatureStore) -> None:
     for version in (3, MAX_VERSION, MAX_VERSION + 1):
-        with pytest.raises(SnapshotNotFoundError, match="the newest is 2"):
+        with pytest.raises(errors.SnapshotNotFoundError, match="the newest is 2"):
             filled.snapshot(version)
 
 
@@ -444,7 +432,7 @@ def test_what_another_adds_meanwhile_stays(storage):
 
 
 def test_rows_are_not_lost_when_it_stops_half_way(storage):
-    with pytest.raises(StorageError):
+    with pytest.raises(errors.StorageError):
         staging.resolve(FaultyStorage(storage, {"delete": fails("the power went out")}), [row(1, 2.0)])
     assert {found.key for found in staging.read(storage)} == {1, 2, 3}
 
@@ -519,7 +507,7 @@ class TestMirrors:
         kept.check(SnapshotId.of(source.snapshot()), "it", "")
         other = FeatureStore.create(tmp_path / "other", source.info)
         other.put(make_rows(1, source.info))
-        with pytest.raises(AnotherStoreError):
+        with pytest.raises(errors.AnotherStoreError):
             kept.check(SnapshotId.of(other.snapshot()), "it", "")
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 import xxhash
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors.torch import save
 
 from featurestore.errors import CorruptFileError, FeatureStoreError
@@ -30,7 +30,7 @@ from featurestore.storage.remote import leads_out
 from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
 from pipeline.errors import BadImageError, SampleError
-from pipeline.images.decode import decode
+from pipeline.images.decode import JPEG_START, PIXELS_16_BIT, decode
 from pipeline.samples.logs import find_pieces, read_piece
 from pipeline.samples.mapping import LogMapping, load_mapping
 from serving.errors import RequestError
@@ -79,6 +79,16 @@ MAPPING: dict[str, Any] = {
     "impressions": {"files": "log.csv", "columns": {"item": "sku"}, "ad": AD},
     "behaviors": "clicks",
     "time_format": "%d/%m/%Y %H:%M",
+}
+EVENTS: dict[str, Any] = {
+    "impressions": {
+        "files": "log.csv",
+        "columns": {"timestamp": "ts", "image": None},
+        "where": {"column": "event", "value": "view", "clicked": ["click", "buy"], "within_s": 600},
+    },
+    "behaviors": {"files": "log.csv", "where": {"column": "event", "value": "cart"}},
+    "join": {"item": {"files": "items.csv", "column": "sku"}, "user": {"files": "users.csv"}},
+    "csv": {"delimiter": ";", "encoding": "latin-1", "decimal": ","},
 }
 EMPTY = Moments.empty(8)
 TENSORS_FILE = save({"model.a": torch.arange(6.0).reshape(2, 3), "rows": torch.arange(4)})
@@ -175,9 +185,14 @@ def _read_checkpoint(data: bytes) -> None:
         (file.parent / f"{name}.safetensors").write_bytes(TENSORS_FILE)
     checkpoint = Checkpoint(file.parent.parent, file.parent.name, Storage(file.parent.parent))  # type: ignore[arg-type]
     state = read_state(checkpoint)
-    read_dense(checkpoint, state, "model.")
-    with read_rows(checkpoint, state, ["rows"]) as read:
-        read("rows")
+    read_dense(checkpoint, state, prefix="model.")
+    read_rows(checkpoint, state, ["rows"])
+
+
+def _read_moments(data: bytes) -> None:
+    """Read moments; those that are taken are numbers of a column each."""
+    moments = Moments.from_bytes(data, 3, "f")
+    assert moments.mean_D.dtype == np.float64 and moments.mean_D.shape == moments.m2_D.shape
 
 
 def _requests() -> list[bytes]:
@@ -223,9 +238,17 @@ def _read_arrow(data: bytes) -> None:
             assert not array.null_count, f"{name} has a null, which became an id"
 
 
+def _mappings() -> list[bytes]:
+    return [format_yaml(each).encode() for each in (MAPPING, EVENTS)]
+
+
 def _read_mapping(data: bytes) -> None:
     mapping = load_mapping(_written("mapping.yaml", data))
-    mapping.layout("impressions"), mapping.layout("behaviors")
+    for log in ("impressions", "behaviors"):
+        layout = mapping.layout(log)
+        for join in layout.joins:
+            layout = layout.with_columns_of(join, own=("ts", "event"), there=("sku", "price", "tags", "user"))
+        assert layout.of_all_rows().where is None
 
 
 def _read_settings(data: bytes) -> None:
@@ -251,6 +274,19 @@ def _images() -> list[bytes]:
     return [sink.getvalue() for sink in sinks]
 
 
+def _read_image(data: bytes) -> None:
+    """Decode an image; one that is taken is as upright, as large and as bright as Pillow has it."""
+    image, size = decode(data)
+    assert image.mode == "RGB"
+    if data.startswith(JPEG_START):
+        return
+    with contextlib.suppress(Exception):  # EXIF data that nobody can read
+        upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    assert image.size == size == upright.size
+    if upright.mode in PIXELS_16_BIT:
+        assert (np.asarray(image)[..., 0] == np.asarray(upright) >> 8).all(), "another brightness"
+
+
 def _logs() -> list[bytes]:
     rows = ["01/02/2026 10:00,u1,5,a.jpg,0,1.5,x|y", "1767225600,7,5,,1,2,", '03/02/2026 12:00,"u,3",6,b.jpg,1,-3,z']
     text = "\n".join(["timestamp,user,sku,image,label,price,tags", *rows, ""])
@@ -269,9 +305,7 @@ def _read_log(data: bytes) -> None:
 PARSERS = [
     Parser("manifest", lambda: [seal(_store(os.getpid())[1])], _read_manifest, FeatureStoreError, SEALED),
     Parser("shard", _shard_files, _read_shard, FeatureStoreError, SHARD),
-    Parser(
-        "statistics", lambda: [EMPTY.to_bytes()], lambda data: Moments.from_bytes(data, 3, "f"), CorruptFileError, NPY
-    ),
+    Parser("statistics", lambda: [EMPTY.to_bytes()], _read_moments, CorruptFileError, NPY),
     Parser("samples", lambda: [parquet_of(table_of([GROUP] * 3, TEXTS))], _read_samples, TrainerError, PARQUET),
     Parser("checkpoint", lambda: [_state()], _read_checkpoint, CheckpointError, SEALED),
     Parser("json request", _requests, lambda data: _read_body(JsonBody(data)), RequestError, JSON),
@@ -283,7 +317,7 @@ PARSERS = [
         RequestError,
         STREAM,
     ),
-    Parser("mapping", lambda: [format_yaml(MAPPING).encode()], _read_mapping, SampleError, YAML, YAML_S),
+    Parser("mapping", _mappings, _read_mapping, SampleError, YAML, YAML_S),
     Parser(
         "settings",
         lambda: [format_yaml(Config().model_dump(mode="json")).encode()],
@@ -292,6 +326,6 @@ PARSERS = [
         YAML,
         YAML_S,
     ),
-    Parser("image", _images, decode, BadImageError, PNG),
+    Parser("image", _images, _read_image, BadImageError, PNG),
     Parser("csv log", _logs, _read_log, SampleError),
 ]

@@ -25,6 +25,7 @@ DROPPED = [
     ("statistics", NUMPY, "read_npy", ", SyntaxError, TypeError, tokenize.TokenError"),
     ("statistics", STATISTICS, "Moments.from_bytes", "ValueError"),
     ("statistics", STATISTICS, "Moments.from_bytes", " or moments_2D.ndim != 2 or len(moments_2D) != 2"),
+    ("statistics", STATISTICS, "Moments.from_bytes", "moments_2D.dtype != np.float64 or "),
     ("samples", INDEX, "_opened", "pa.ArrowException, OSError, UnicodeDecodeError"),
     ("samples", INDEX, "read_row_groups", "pa.ArrowException, OSError"),
     ("samples", COLUMNS, "check_types", "not _fits(found.field(column).type, rule)"),
@@ -49,9 +50,8 @@ DROPPED = [
     ("arrow request", CODEC, "arrow_table", "pa.ArrowException, OSError, ValueError"),
     ("arrow request", SENT, "sent_table", "SchemaError"),
     ("arrow request", DECODE, "_refuse_nulls", "is_null_N is not None and is_null_N.any()"),
+    ("arrow request", DECODE, "_Decoder._check_lengths", "(wrong_M := found_M != wanted_M).any()"),
     ("mapping", READ, "parse_yaml", "yaml.YAMLError"),
-    ("mapping", READ, "_Loader.fetch_flow_collection_start", "self.flow_level >= _MOST_NESTED"),
-    ("mapping", READ, "_Loader.compose_node", "self._depth > _MOST_NESTED"),
     ("mapping", READ, "parse_yaml", "LookupError, AttributeError, "),
     ("mapping", MAPPING, "load_mapping", ", ValueError"),
     ("settings", CONFIG, "read_mapping", "not isinstance(values, Mapping)"),
@@ -59,6 +59,9 @@ DROPPED = [
     ("settings", CONFIG, "_lay_over", "isinstance(value, dict) and "),
     ("settings", READ, "parse_yaml", "yaml.YAMLError"),
     ("image", IMAGE, "decode", "Exception"),
+    ("image", IMAGE, "decode", "orientation in TURNED_SIDEWAYS"),
+    ("image", IMAGE, "_orientation", "orientation in range(1, 9)"),
+    ("image", IMAGE, "_as_rgb", "image.mode in PIXELS_16_BIT"),
     ("csv log", MAPPING, "read_csv", "pa.ArrowException, UnicodeDecodeError"),
     ("csv log", MAPPING, "csv_names", "not rows"),
     ("csv log", MAPPING, "_each", "ValueError, "),
@@ -80,3 +83,7 @@ def _instead(text: str) -> str:
 
 
 BUGS = [Bug(text, kind, f"{module}:{function}", text, _instead(text)) for kind, module, function, text in DROPPED]
+NESTED = "self.flow_level >= _MOST_NESTED"
+DEPTH = (f"{READ}:_Loader.compose_node", "self._depth > _MOST_NESTED", "False")
+"""Lists inside each other are counted at both places: alone, either is enough."""
+BUGS.append(Bug(NESTED, "mapping", f"{READ}:_Loader.fetch_flow_collection_start", NESTED, "False", (DEPTH,)))

@@ -1,5 +1,7 @@
 """The short run: parsers of what others write keep the rule on inputs that are the same each time; bugs are noticed."""
 
+from collections import Counter
+
 import pytest
 
 from tests.fuzz.mutate import YAML
@@ -23,6 +25,12 @@ def test_an_input_has_a_value_or_a_named_error(parser: Parser) -> None:
 def test_a_planted_bug_has_its_place(bug: Bug) -> None:
     with bug.planted():
         pass
+
+
+def test_each_parser_has_at_least_four_planted_bugs() -> None:
+    planted = Counter(bug.kind for bug in BUGS)
+    assert planted.keys() == {parser.name for parser in PARSERS}
+    assert min(planted.values()) >= 4, planted
 
 
 def test_a_planted_bug_is_found() -> None:

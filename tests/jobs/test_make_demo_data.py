@@ -15,7 +15,7 @@ from PIL import Image
 from typer.testing import Result
 
 from jobs.make_demo_data import app
-from pipeline.samples.logs import BEHAVIORS, IMPRESSIONS, find_pieces
+from pipeline.samples.logs import BEHAVIORS, IMPRESSIONS, documented_layout, find_pieces
 from tests.cli import invoke
 
 pytestmark = pytest.mark.long  # they draw whole data sets
@@ -44,7 +44,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_logs_have_the_columns_that_the_samples_are_built_from(demo: Path) -> None:
     url = str(demo / "logs")
-    shown, done = find_pieces(url, IMPRESSIONS), find_pieces(url, BEHAVIORS)
+    shown, done = (find_pieces(url, log, documented_layout(log)) for log in (IMPRESSIONS, BEHAVIORS))
     assert shown[0].layout.user_columns == ("user_age", "user_gender")
     assert len({piece.path for piece in shown}) == 5
     assert len({piece.path for piece in done}) == 5 + 14, "the users have a past"

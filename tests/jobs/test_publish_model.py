@@ -80,7 +80,7 @@ def same_network(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_job_tells_what_it_published(places: Places, text: str) -> None:
-    assert "id rows      224 in 5 tables, float32, 10,752 bytes" in text
+    assert "id rows      224 in 5 tables, 10,752 bytes" in text
     assert f"vectors      images: 50 images of snapshot 1 of {places.folder}/features, 12 numbers each" in text
     assert f"published    version 1 of {places.folder}/model, in use" in text
     figures = json.loads((places.folder / "export.json").read_text())

@@ -16,6 +16,7 @@ from tests.trainer.conftest import Places, make_places
 from tests.trainer.samples.reading import replaced, written
 from tests.trainer.whole_runs import run_alone
 from trainer.evaluation.predict import predict_run
+from trainer.samples.survey import write_part
 
 pytestmark = pytest.mark.long
 
@@ -92,6 +93,18 @@ def test_texts_stay_texts(run: Path, tmp_path: Path) -> None:
     assert words["user"].to_pylist() == [f"user ü{user}" for user in numbers["user"].to_pylist()]
     assert words["ad"].to_pylist() == [f"item ü{ad}" for ad in numbers["ad"].to_pylist()]
     assert words["time"].null_count == half and numbers["time"].null_count == 0
+
+
+def test_texts_of_ids_come_from_the_dictionary_next_to_the_samples(run: Path, tmp_path: Path) -> None:
+    places = make_places(tmp_path / "numbers")
+    wanted = impressions(places.folder / "samples")
+    users, ads = ({each[name] for each in wanted} for name in ("user", "ad"))
+    texts = {ad: f"SKU-{ad}" for ad in sorted(ads - users)[1:]}
+    write_part(places.folder / "samples" / "ids.parquet", texts)
+    done("--run", run, "--samples", places.folder / "samples", "--out", tmp_path / "scores.parquet")
+    scores = pq.read_table(tmp_path / "scores.parquet")
+    assert texts and scores["user"].to_pylist() == [each["user"] for each in wanted], "users have no texts: numbers"
+    assert scores["ad"].to_pylist() == [texts.get(each["ad"], str(each["ad"])) for each in wanted]
 
 
 def test_a_failed_score_leaves_the_file_as_it_was(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

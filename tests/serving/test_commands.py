@@ -60,7 +60,7 @@ def test_info_tells_what_a_version_holds(url: str, made: Exported, tmp_path: Pat
 def test_use_and_log(url: str, made: Exported, tmp_path: Path) -> None:
     assert done("use", url, 1) == f"version 1 of {url} is in use instead of version 2\n"
     text = done("log", url, "--json", tmp_path / "log.json")
-    assert text.startswith("version published run checkpoint id rows bytes in use 2 20")
+    assert text.startswith("version published run checkpoint bytes in use 2 20")
     assert "since 20" in text.partition(" 1 20")[2]
     figures = json.loads((tmp_path / "log.json").read_text())
     assert figures["in_use"] == 1

@@ -75,7 +75,7 @@ class ModelHistory(History):
             files.write(name, f"{bundle_id} {name} {state}".encode())
         draft = BundleManifest(
             version=1, bundle_id=bundle_id, time_s=time.time(), writer=writer_name(), run="r", checkpoint="c",
-            checkpoint_digest="d", id_dtype="float32", rows=(), tables=(), vectors=(), missing="zeros",
+            checkpoint_digest="d", rows=(), tables=(), vectors=(), missing="zeros",
             missing_in_training="zeros", metrics={}, files=tuple(files.files),
         )  # fmt: skip
         made = append_numbered(storage, LOG, lambda version: draft.model_copy(update={"version": version}))

@@ -7,7 +7,6 @@ import pytest
 
 from trainer.config import (
     LONGEST_NAME,
-    WARM_PARTS,
     Config,
     ExactTableConfig,
     decides_of,
@@ -100,8 +99,7 @@ def test_a_name_of_any_length_is_not_compared_with_all_others() -> None:
         ("data.train_days=[monday]", "data.train_days.0='monday'"),
         ("data.train_days=[]", "data.train_days=[]: List should have at least 1 item"),
         ("model.id_dropout=1", "model.id_dropout=1: it should be less than 1"),
-        ("run.warm_parts=half", "run.warm_parts='half': it should be none, partial, full, all, or a list of images, m"),
-        ("run.warm_parts=[model,optimizers]", "the optimizers' state is that of all parameters"),
+        ("run.warm_parts=half", "run.warm_parts='half': it should be 'partial' or 'all'"),
         *(
             (f"run.name=x; run.overwrite=true; run.resume={resume}", "run.overwrite=true removes it; set one of them")
             for resume in ("latest", "auto")
@@ -124,13 +122,6 @@ def test_mistakes_are_named(setting: str, message: str) -> None:
 def test_days_may_be_written_bare() -> None:
     config = load_config(settings=["data.train_days=[2026-01-01,2026-01-02]", "data.test_days=[2026-01-03]"])
     assert (config.data.train_days, config.data.test_days) == (["2026-01-01", "2026-01-02"], ["2026-01-03"])
-
-
-def test_warm_parts_have_names() -> None:
-    parts = {name: load_config(settings=[f"run.warm_parts={name}"]).run.warm_parts for name in WARM_PARTS}
-    full = ["images", "model", "ids"]
-    assert parts == {"none": [], "partial": full[:2], "full": full, "all": [*full, "optimizers"]}
-    assert load_config().run.warm_parts == parts["partial"]
 
 
 def test_early_stopping_counts_evaluations_on_validation_days_too() -> None:

@@ -226,7 +226,7 @@ class TestTwoRanks:
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 STEP_6 = "crossmedia train --config data/samples/settings.yaml --set run.name=both"
-QUICK = ["data.global_batch_size=64", "train.epochs=1", "train.log_every=1", "model.compute_dtype=float64"]
+QUICK = ["data.global_batch_size=128", "train.epochs=1", "train.log_every=1", "model.compute_dtype=float64"]
 
 
 @dataclass(frozen=True)
@@ -265,7 +265,8 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
     [
         ("horovodrun -np 8 python", 8, None),
         pytest.param("horovodrun -np 2 python", 2, "two_ranks", marks=pytest.mark.slow),
-        ("torchrun --standalone --nproc-per-node 2", 2, "two_torch_ranks"),
+        ("torchrun --standalone --nproc-per-node 2", 2, None),
+        pytest.param("torchrun --standalone --nproc-per-node 2", 2, "two_torch_ranks", marks=pytest.mark.slow),
     ],
 )
 def test_a_launchers_job_is_that_of_one_rank(
@@ -287,7 +288,7 @@ def test_a_launchers_job_is_that_of_one_rank(
     assert (report["num_ranks"], report["steps"]) == (num_ranks, report_of(alone)["steps"])
     assert report["metrics"] == all_alike(report_of(alone)["metrics"], within=1e-9)
     (losses, expected) = (np.array(drawn_scalars(run / "tensorboard")["train/loss"]) for run in (found, alone))
-    assert len(expected) > 10
+    assert len(expected) > 5
     np.testing.assert_allclose(losses, expected, rtol=1e-6)  # TensorBoard keeps float32
     mine, theirs = tensors_of(found), tensors_of(alone)
     assert mine.keys() == theirs.keys()

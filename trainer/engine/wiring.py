@@ -181,21 +181,12 @@ class EngineParts:
         for table in self.tables.values():
             table.import_shards(state)
 
-    def warm_names(self) -> list[str]:
-        """Return the names that `begin_with` reads on this rank."""
-        return [name for table in self.tables.values() for name in table.warm_names()]
-
     def begin_dense_with(self, values: Mapping[str, Tensor]) -> None:
         """Take parameters and buffers by their names in `dense_state`, of the same shapes, before the first step."""
         mine = {**self._dense.parameters, **dict(self._modules.named_buffers())}
         with torch.no_grad():
             for name, value in values.items():
                 mine[name].copy_(value)
-
-    def begin_with(self, state: Mapping[str, Tensor]) -> None:
-        """Take this rank's id vectors out of another run's `shard_state`, before step 1. Raises CheckpointError."""
-        for table in self.tables.values():
-            table.begin_with(state)
 
     def begin_day(self, day: date | None) -> None:
         """Remove the ids that have not been used for too long on that day, the last one of the training samples.

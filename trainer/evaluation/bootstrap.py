@@ -24,11 +24,14 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from featurestore.keys import BoolArray, Float64Array, Int64Array
 from trainer.errors import DataError
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from trainer.evaluation.predict import Impressions, Predictions, Slicing
 
 
@@ -88,8 +91,8 @@ class Bin:
 
 
 @dataclass(frozen=True)
-class Figures:
-    """The results of an evaluation, as in report.json."""
+class Evaluation:
+    """The results of an evaluation, as in report.json: of all impressions, and of each slice."""
 
     whole: Measured
     sliced_by: dict[str, SlicedBy]
@@ -103,6 +106,20 @@ class Figures:
         for slicing, sliced in self.sliced_by.items():
             rows += [{"slicing": slicing, "slice": name, **each.row()} for name, each in sliced.slices.items()]
         return rows
+
+    @property
+    def table(self) -> "pd.DataFrame":
+        """The rows as a DataFrame of pandas."""
+        import pandas as pd
+
+        return pd.DataFrame(self.rows()).set_index(["slicing", "slice"])
+
+    def __repr__(self) -> str:
+        slices = sum(len(each.slices) for each in self.sliced_by.values())
+        return f"{type(self).__name__}({self.whole.impressions:,} impressions, {slices} slices)"
+
+    def _repr_html_(self) -> str:
+        return str(self.table.to_html(float_format="{:.4f}".format))
 
 
 def interval(value: float, draws_R: Float64Array, *, users: int) -> Estimate:
@@ -120,7 +137,7 @@ def interval(value: float, draws_R: Float64Array, *, users: int) -> Estimate:
     return Estimate(float(value), float(low), float(high))
 
 
-def probability(logit_N: Float64Array) -> Float64Array:
+def probability(logit_N: NDArray[Any]) -> Float64Array:
     """Compute the sigmoid, without overflow."""
     values_N: Float64Array = np.exp(-np.logaddexp(0, -logit_N.astype(np.float64)))
     return values_N
@@ -247,7 +264,7 @@ def ratio(above: Float64Array, below: Float64Array) -> Float64Array:
 
 def measure_all(
     logit_N: Float64Array, impressions: "Impressions", slicings: Sequence["Slicing"], resamples: int
-) -> Figures:
+) -> Evaluation:
     """Measure all impressions, each slice and the bins of reliability, with intervals."""
     users_U, user_N = np.unique(impressions.user_N, return_inverse=True)
     label_N = impressions.label_N.astype(np.float64)
@@ -260,7 +277,7 @@ def measure_all(
     sliced_by = {each.name: SlicedBy(each.title, {}) for each in slicings}
     for (slicing, name, _), sums, replicates in zip(chosen, slices, of_slices, strict=True):
         sliced_by[slicing.name].slices[name] = _measured(sums, replicates, LEAST_USERS_OF_SLICE)
-    return Figures(_measured(whole, of_whole), sliced_by, _bins(whole, of_whole))
+    return Evaluation(_measured(whole, of_whole), sliced_by, _bins(whole, of_whole))
 
 
 def _measured(sums: MetricSums, replicates: Replicates, least_users: int = 0) -> Measured:

@@ -2,8 +2,9 @@
 
 Columns of a file of scores:
 
-- user and ad: the schema's `group` and `new_ad_field` as the samples have them, text where one of the files has text;
-  of crossed columns a JSON list. time: seconds since 1970, null where the samples have no column `time`. label.
+- user and ad: the schema's `group` and `new_ad_field` as the logs have them: text where one of the files of samples has
+  text, or where a dictionary has texts of their IDs; of crossed columns a JSON list. time: seconds since 1970, null
+  where the samples have no column `time`. label.
 - logit, and probability = 1 / (1 + exp(-logit)).
 - file, row, place: the sample file below the samples' folder, the sample group in it, the impression in the group, all
   from 0.
@@ -25,20 +26,23 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
+from numpy.typing import NDArray
 
 from featurestore.errors import naming
 from featurestore.keys import BoolArray, Float32Array, Float64Array, Int64Array
 from featurestore.published.paths import RunPath, run_path
 from featurestore.published.versions import VersionName
+from featurestore.storage.storage import Storage
 from trainer.comm import Comm, SoloComm
 from trainer.errors import DataError, SchemaError, TrainerError
-from trainer.evaluation.bootstrap import Metrics, measure
+from trainer.evaluation.bootstrap import Metrics, measure, probability
 from trainer.runs.export import output_at, parquet_file
 from trainer.runs.saved import EvaluatedRun, RunSource, open_source, read_run
 from trainer.samples import columns
-from trainer.samples.index import RowGroup, SampleIndex, known_ads, read_row_group, read_row_groups
+from trainer.samples.index import RowGroup, SampleIndex, known_ads, read_row_group, read_row_groups, read_values
 from trainer.samples.reader import Batch
 from trainer.schema import Field, Schema
+from trainer.schema.profile import is_pandas
 from trainer.stages import ReadAhead
 
 NEVER = np.iinfo(np.int64).max
@@ -456,7 +460,8 @@ def score_run(source: RunSource, out: str, comm: Comm) -> Written | None:
         file: ScoreFile | None = None
         with comm.agreed():  # fails before the work if the address cannot be written
             if comm.rank == 0:
-                file = stack.enter_context(open_scores(out, opened.test, opened.schema, about))
+                texts = written_ids(opened.test, opened.schema, opened.saved.texts_of)
+                file = stack.enter_context(open_scores(out, opened.test, opened.schema, about, texts))
         logit_N = predict(opened)
         notes = opened.saved.notes_on_missing(opened.missing_lookups())
         if file is None:
@@ -493,13 +498,53 @@ def score_rows(source: RunSource, rows: pa.Table) -> tuple[list[Float64Array], t
     return np.split(predictions.logit_N, ends_G[:-1]), predictions.notes
 
 
+def scores_of(data: Any, logits: Sequence[NDArray[Any]]) -> Any:
+    """Make a table of the logits and click probabilities of each row's ads.
+
+    It is a DataFrame of pandas with its index where `data` is one, else an Arrow table.
+    """
+    logit_B = np.concatenate([np.empty(0, np.float32), *logits]).astype(np.float32)
+    columns = {"logit": logit_B, "probability": probability(logit_B).astype(np.float32)}
+    if not is_pandas(data):
+        return pa.table({name: pa.array(values) for name, values in columns.items()})
+    import pandas as pd
+
+    return pd.DataFrame(columns, index=data.index.repeat([len(each) for each in logits]))
+
+
+IdTexts = Mapping[str, Mapping[int, str]]
+"""By column, the texts of its IDs that are hashes."""
+
+
+def written_ids(
+    index: SampleIndex, schema: Schema, texts_of: Callable[[Iterable[int], Storage], Mapping[int, str]]
+) -> IdTexts:
+    """Find the texts of users and ads in columns that have numbers in all files, one pass over these columns.
+
+    `texts_of` looks IDs up, also next to the samples. A column whose IDs have none is left out. Raises DataError.
+    """
+    found: dict[str, Mapping[int, str]] = {}
+    for column in {schema.group, schema.new_ad_column} - index.text_columns:
+        ids: set[int] = set()
+        for values in read_values(index, index.row_groups, {column: columns.rules_of(schema)[column]}):
+            ids.update(np.unique(values[column]).tolist())
+        if texts := texts_of(ids, index.storage):
+            found[column] = texts
+    return found
+
+
 class ScoreFile:
     """A file of scores that is being written; see `open_scores`."""
 
     def __init__(
-        self, write: Callable[[pa.Table], None], index: SampleIndex, schema: Schema, about: Mapping[str, Any]
+        self,
+        write: Callable[[pa.Table], None],
+        index: SampleIndex,
+        schema: Schema,
+        about: Mapping[str, Any],
+        texts: IdTexts,
     ) -> None:
-        self._write, self._index, self._schema, self._about = write, index, schema, about
+        self._write, self._index, self._schema, self._about, self._texts = write, index, schema, about, texts
         wanted = {schema.label, schema.group, schema.new_ad_column}
         self._rules = {name: rule for name, rule in columns.rules_of(schema).items() if name in wanted}
         self._sums = np.zeros(3)  # of impressions, labels and probabilities
@@ -533,7 +578,11 @@ class ScoreFile:
         group_B = np.repeat(np.arange(len(counts_G)), counts_G)
 
         def written(column: str) -> Any:
-            """Return the raw values of the samples, repeating a group's value for each of its impressions."""
+            """Return a column's values as the logs have them."""
+            if column in self._texts:
+                texts = self._texts[column]
+                ids = groups.columns[column].values.tolist()
+                return pa.array([texts.get(each, str(each)) for each in ids], pa.string())
             if column not in self._index.text_columns:
                 return pa.array(groups.columns[column].values)
             encoded = columns.texts_of(table, column, self._rules[column], full, row_group.first_row)
@@ -548,7 +597,7 @@ class ScoreFile:
             "time": time_G.take(group_B),
             "label": groups.columns[schema.label].values.astype(np.int8),
             "logit": logit_B.astype(np.float32),
-            "probability": (1 / (1 + np.exp(-logit_B))).astype(np.float32),
+            "probability": probability(logit_B).astype(np.float32),
             "file": pa.array(np.full(len(group_B), row_group.file, object), pa.string()),
             "row": row_group.first_row + group_B,
             "place": (np.arange(len(group_B)) - groups.sample_offsets[group_B]).astype(np.int32),
@@ -557,14 +606,17 @@ class ScoreFile:
 
 
 @contextlib.contextmanager
-def open_scores(out: str, index: SampleIndex, schema: Schema, about: Mapping[str, Any]) -> Iterator[ScoreFile]:
+def open_scores(
+    out: str, index: SampleIndex, schema: Schema, about: Mapping[str, Any], texts: IdTexts
+) -> Iterator[ScoreFile]:
     """Open a file of scores of the impressions of `index`, which gets its name `out` at the end of the block.
 
-    `about` is written into its metadata. Raises FeatureStoreError where the place refuses.
+    `about` is written into its metadata; `texts`: see `written_ids`. Raises FeatureStoreError where the place refuses.
     """
+    has_texts = index.text_columns | texts.keys()
     kinds: dict[str, pa.DataType] = {
-        "user": _type_of(schema.group, index),
-        "ad": _type_of(schema.new_ad_column, index),
+        "user": pa.string() if schema.group in has_texts else pa.int64(),
+        "ad": pa.string() if schema.new_ad_column in has_texts else pa.int64(),
         "time": pa.int64(),
         "label": pa.int8(),
         "logit": pa.float32(),
@@ -576,8 +628,4 @@ def open_scores(out: str, index: SampleIndex, schema: Schema, about: Mapping[str
     fields: list[Any] = [pa.field(name, kind, nullable=name == "time") for name, kind in kinds.items()]
     storage, name = output_at(out)
     with parquet_file(storage, name, pa.schema(fields, metadata={SCORES_OF: json.dumps(about)})) as write:
-        yield ScoreFile(write, index, schema, about)
-
-
-def _type_of(column: str, index: SampleIndex) -> pa.DataType:
-    return pa.string() if column in index.text_columns else pa.int64()
+        yield ScoreFile(write, index, schema, about, texts)

@@ -35,7 +35,7 @@ def evaluate_run(
     out: RunPath | None = None,
     json_file: Path | None = None,
     quiet: bool = False,
-) -> bootstrap.Figures | None:
+) -> bootstrap.Evaluation | None:
     """Evaluate a run and write the report; every rank calls it, rank 0 measures, writes and returns the figures.
 
     `by`: fields of one id to cut by as well. The report goes to `out`, by default RUN/evaluation, and to `json_file`;
@@ -161,7 +161,7 @@ def write_report(
         raise TrainerError(f"cannot write {name} to {folder}: {failure}; choose another by --out") from failure
 
 
-def show(console: Console, about: Mapping[str, Any], figures: bootstrap.Figures, folder: RunPath) -> None:
+def show(console: Console, about: Mapping[str, Any], figures: bootstrap.Evaluation, folder: RunPath) -> None:
     """Print the metrics of all impressions with their intervals, and those of the slices without."""
     whole = Table(title=f"{about['run']}, {about['checkpoint']}")
     for heading in (f"{figures.whole.impressions:,} impressions", "value", f"{bootstrap.LEVEL:.0%} interval"):

@@ -253,7 +253,7 @@ class Exchange:
             start = 0
             for name in names:
                 end = start + len(fields[name].values_N)
-                index_N, lengths_M = index_of_all_N[start:end], fields[name].lengths_M.astype(np.int64)
+                index_N, lengths_M = index_of_all_N[start:end], fields[name].lengths_M
                 places[name] = FieldPlaces(on_device(index_N, self._device), on_device(lengths_M, self._device))
                 start = end
         return places

@@ -39,12 +39,11 @@ from trainer.config import ExactTableConfig
 from trainer.errors import CheckpointError, ConfigError
 from trainer.exchange.routing import unique
 from trainer.exchange.vectors import take_rows
-from trainer.ids.shards import WEIGHT, IdRows, TableShape, uniform
+from trainer.ids.shards import IdRows, TableShape, uniform
 from trainer.ids.tables import IdTable, RowRequest
 
 IDS, LAST_USE, USED_AT, CLOCK, COUNTS, FADED = "ids", "last_use", "used_at", "clock", "counts", "faded"
 """Names in a checkpoint of what a shard has beside rows and their optimiser's state."""
-_WARM = (IDS, WEIGHT, LAST_USE, USED_AT, CLOCK, COUNTS, FADED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,16 +177,6 @@ class ExactTable(IdTable):
             if self.filter and day - self._faded_S[slot] >= days:
                 self.filter.counts_SC[slot] >>= 1
                 self._faded_S[slot] = day
-
-    def warm_names(self) -> list[str]:
-        return [self._name(shard, part) for shard in self.shards for part in _WARM]
-
-    def _warm_parts(self, slot: int, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Ids, weights and when rows were used; and counts, where there are as many counters here."""
-        parts = super()._warm_parts(slot, state) | self._parts_of(slot, state, _WARM)
-        if len(parts[COUNTS]) != self.shape.counters_per_shard:
-            del parts[COUNTS], parts[FADED]
-        return parts
 
     def _use(self, request: ExactRequest, place_Q: Int64Array) -> Int64Array:
         """Notes the use of the ids in a training step, counts those without a row and gives rows to some; the places of

@@ -185,41 +185,15 @@ class TableShards:
                 exported[self._name(shard, WEIGHT)] = self.optimizer.current(self._of_slot(slot))
         return exported
 
-    def warm_names(self) -> list[str]:
-        """List names of the tensors that `begin_with` takes."""
-        return [self._name(shard, WEIGHT) for shard in self.shards]
-
-    def begin_with(self, state: Mapping[str, Tensor]) -> None:
-        """Take the owned shards' weights out of a checkpoint, before the first step; the optimiser's state stays.
-
-        Raises CheckpointError."""
-        for slot in range(len(self.shards)):
-            self._import(slot, self._warm_parts(slot, state))
-
     def import_shards(self, state: Mapping[str, Tensor]) -> None:
-        """Take the owned shards out of `state`, which may hold others. Raises CheckpointError."""
-        for slot in range(len(self.shards)):
-            self._import(slot, self._parts_of(slot, state, list(self._kept_of(slot))))
-
-    def _warm_parts(self, slot: int, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Parts of a shard that `begin_with` takes. Raises CheckpointError."""
-        (weight,) = self._parts_of(slot, state, [WEIGHT]).values()
-        return {LAST_WEIGHT if self.optimizer.lags else WEIGHT: weight}
-
-    def _parts_of(self, slot: int, state: Mapping[str, Tensor], parts: Sequence[str]) -> dict[str, Tensor]:
-        """Parts of a shard from a checkpoint. Raises CheckpointError if one is missing."""
-        name_of = {part: self._name(self.shards[slot], part) for part in parts}
-        if lacking := [name for name in name_of.values() if name not in state]:
-            raise CheckpointError(
-                f"{lacking[0]} is not in the checkpoint; was it written with another model.tables.{self.shape.name}, "
-                "model.table_shards or optim.ids?"
-            )
-        return {part: state[name] for part, name in name_of.items()}
+        """Take the owned shards out of `state`, which has all `names` and may have others. Raises CheckpointError."""
+        for slot, shard in enumerate(self.shards):
+            self._import(slot, {part: state[self._name(shard, part)] for part in self._kept_of(slot)})
 
     def _import(self, slot: int, parts: Mapping[str, Tensor]) -> None:
-        """Make those parts the shard's; what `parts` lacks stays as it is. Raises CheckpointError."""
+        """Make those parts the shard's. Raises CheckpointError."""
         for part, mine in self._kept_of(slot).items():
-            theirs = parts.get(part, mine)
+            theirs = parts[part]
             if theirs.shape != mine.shape:
                 name = self._name(self.shards[slot], WEIGHT if part == LAST_WEIGHT else part)
                 raise CheckpointError(

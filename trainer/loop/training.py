@@ -222,10 +222,10 @@ class Training:
             return
 
         new_ads = self._engine.model.new_ads
-        parts = set() if run.config.run.warm_start is None else {*run.config.run.warm_parts}
+        without_rows = run.config.run.warm_start is not None and run.config.run.warm_parts == "partial"
         with self.totals.timed("evaluate"):
             # Where E continues and ID rows begin again, an ad without a trained row is not new to E.
-            if new_ads is not None and ("images" not in parts or "ids" in parts):
+            if new_ads is not None and not without_rows:
                 self.metrics = checked(self._measured, new_ads, run.comm, self._progress.say)
             else:
                 self.metrics, _ = self._measured()

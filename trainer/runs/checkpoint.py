@@ -8,18 +8,18 @@ step-00000050/
 Where these files lie, and how they become a checkpoint together: `trainer.runs.saving`. That a checkpoint is damaged
 shows when it is loaded, as each of its files is read then and compared with its digest.
 
-A warm start is a new run that begins with parameters of an earlier one, by group. The paper's partial warm-up takes
-everything but the ID vectors, which start fresh: taking them too overfits ("Image Matters", arXiv 1711.06505: GAUC
-.6260 without, .6283 partial, .6230 full). Optimisers, the counts of ID rows and the learning rate's schedule start
-fresh: Adam's moments are running means of the earlier run's gradients, at the end of its schedule and on its data, and
-a new run's first steps would be made of them. But a run of the next day on the same settings (`all`) is better with
-them: a day is too short to find new ones (docs/RESULTS.md). It continues as if resumed, steps counted on; only the
-schedule begins again, so that rates do not shrink for ever.
+A warm start is a new run that begins with an earlier one. The paper's partial warm-up takes everything but the ID
+vectors, which start fresh: taking them too overfits ("Image Matters", arXiv 1711.06505: GAUC .6260 without, .6283
+partial, .6230 full). Optimisers and the learning rate's schedule start fresh: Adam's moments are running means of the
+earlier run's gradients, at the end of its schedule and on its data, and a new run's first steps would be made of them.
+But a run of the next day on the same settings is better with all of it (`all`): a day is too short to find new moments
+(docs/RESULTS.md). It continues as if resumed, steps counted on; only the schedule begins again, so that rates do not
+shrink for ever.
 """
 
 import os
 import tempfile
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -40,13 +40,12 @@ from featurestore.spec import FileName, Sealed, unseal
 from featurestore.storage.local import claim
 from trainer import errors
 from trainer.comm import Comm
-from trainer.config import SAMPLES_DIGEST, Config, Decision, Difference, Section, WarmPart, differences
+from trainer.config import SAMPLES_DIGEST, Config, Decision, Difference, Section, WarmParts, differences
 from trainer.engine.engine import Engine
 from trainer.engine.wiring import NO_IMAGES
 from trainer.ids.shards import check_names
 from trainer.runs.folder import STATE, Checkpoint, checkpoint_at, find_checkpoint, finished
 from trainer.samples.reader import BatchPosition
-from trainer.samples.survey import DECLARED, FOUND
 
 TO_RESUME: tuple[Decision, ...] = ("training", "nothing")
 TO_READ: tuple[Decision, ...] = ("positions", *TO_RESUME)
@@ -93,12 +92,21 @@ class Origin(Section):
         What decides on one of the kinds `may_differ` is not compared.
         """
         self.check_store(recorded, checkpoint)
-        found = differences(self.model_dump(), recorded.model_dump(), may_differ)
+        found = self.differences(recorded, may_differ)
         if found:
             raise errors.OtherRunError(
                 f"{checkpoint} belongs to another run; start a new one, or set back:\n  "
                 + "\n  ".join(map(_text, found))
             )
+
+    def differences(self, recorded: "Origin", may_differ: Collection[Decision]) -> list[Difference]:
+        """List what `recorded` has otherwise, except what decides on one of the kinds `may_differ`.
+
+        Fields count in their order, which the layers read them in.
+        """
+        found = differences(self.model_dump(), recorded.model_dump(), may_differ)
+        here, there = (" ".join(each.model.get("fields", {})) for each in (self, recorded))
+        return found or ([] if here == there else [Difference("model.fields", here, there, "parameters")])
 
     def check_store(self, recorded: "Origin", checkpoint: Checkpoint) -> None:
         """Raise OtherRunError where E of the checkpoint was trained on features of another kind."""
@@ -109,15 +117,11 @@ class Origin(Section):
             was = "was trained without images, and this run uses them"
             if recorded.stores:
                 was = "has an E for images, and this run uses none"
-            raise errors.OtherRunError(
-                f"{checkpoint} {was}; set model.images as it was, or take its ID vectors alone into a new run: "
-                f"--warm-start {checkpoint} --warm-parts ids"
-            )
+            raise errors.OtherRunError(f"{checkpoint} {was}; set model.images as it was")
         raise errors.OtherRunError(
             f"{checkpoint} was trained on features of another kind, and its E makes nothing of these:\n  "
             + "\n  ".join(map(_text, found))
-            + "\nset data.store to a store of that kind (of several, data.stores.NAME), or take all but E into a new "
-            f"run, which trains an E for this one: --warm-start {checkpoint} --warm-parts model,ids"
+            + "\nset data.store to a store of that kind (of several, data.stores.NAME)"
         )
 
 
@@ -185,68 +189,43 @@ def load(
     (DamagedCheckpointError) or does not fit.
     """
     with agreed(comm, f"cannot read {checkpoint}"):
-        trained.load_dense_state(_dense_of(checkpoint, state, cache_dir))
-        trained.load_shard_state(_rows_of(checkpoint, state, trained.shard_names(), cache_dir))
-
-
-def _dense_of(checkpoint: Checkpoint, state: CheckpointState, cache_dir: str | None) -> dict[str, Tensor]:
-    """Read what is the same on every rank."""
-    with local_copy(checkpoint, DENSE, state.files[DENSE], cache_dir) as file:
-        return _read_named(file, None)
-
-
-def _rows_of(
-    checkpoint: Checkpoint, state: CheckpointState, names: Iterable[str], cache_dir: str | None
-) -> dict[str, Tensor]:
-    """Read those of the named tensors of ID rows that there are, out of the files that have one."""
-    wanted, found = set(names), dict[str, Tensor]()
-    rows = sorted(set(state.files) - {DENSE})
-    chosen = [name for name in rows if wanted & _names_in(checkpoint, name)]
-    for name in chosen:
-        with local_copy(checkpoint, name, state.files[name], cache_dir) as file:
-            found |= _read_named(file, wanted)
-    for name in sorted({*rows} - {*chosen}) if wanted - found.keys() else ():
-        with local_copy(checkpoint, name, state.files[name], cache_dir):
-            pass  # a damaged header may have other names; of a whole one, what is lacking does not fit
-    return found
+        trained.load_dense_state(read_dense(checkpoint, state, cache_dir))
+        trained.load_shard_state(read_rows(checkpoint, state, trained.shard_names(), cache_dir))
 
 
 def read_dense(
-    checkpoint: Checkpoint, state: CheckpointState, prefix: str, cache_dir: str | None = None
+    checkpoint: Checkpoint, state: CheckpointState, cache_dir: str | None = None, prefix: str = ""
 ) -> dict[str, Tensor]:
-    """Read what every rank holds of one part of the networks, or of its networks together, as `model.` or `stores.`.
+    """Read what is the same on every rank: the tensors whose names begin with `prefix`, without it.
 
-    The names are those that begin with `prefix`, without it. Raises CheckpointError."""
-    with (
-        _saying(f"cannot read {checkpoint}"),
-        local_copy(checkpoint, DENSE, state.files[DENSE], cache_dir) as local,
-        safe_open(local, framework="pt") as file,
-    ):
-        names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 - the file is no mapping
-        return {name.removeprefix(prefix): file.get_tensor(name) for name in names}
+    They are mapped into memory, which takes what is looked at. Raises CheckpointError."""
+    with _saying(f"cannot read {checkpoint}"), local_copy(checkpoint, DENSE, state.files[DENSE], cache_dir) as file:
+        return {name.removeprefix(prefix): each for name, each in _mapped(file).items() if name.startswith(prefix)}
 
 
-@contextmanager
 def read_rows(
     checkpoint: Checkpoint, state: CheckpointState, names: Iterable[str], cache_dir: str | None = None
-) -> Iterator[Callable[[str], Tensor]]:
-    """Give a function that reads one of these tensors of ID rows, whichever rank wrote it.
+) -> dict[str, Tensor]:
+    """Read the named tensors of ID rows, whichever rank wrote them, out of the files that have one, as `read_dense`.
 
-    From an object store, the files with one of them are copied to `cache_dir` first. Raises CheckpointError."""
-    wanted = set(names)
-    with _saying(f"cannot read {checkpoint}"), ExitStack() as opened:
-        file_of: dict[str, Any] = {}
-        for file in sorted(set(state.files) - {DENSE}):
-            if not wanted & _names_in(checkpoint, file):
-                continue
-            local = opened.enter_context(local_copy(checkpoint, file, state.files[file], cache_dir))
-            tensors = opened.enter_context(safe_open(local, framework="pt"))
-            file_of |= dict.fromkeys(tensors.keys(), tensors)
-        if lacking := sorted(wanted - file_of.keys()):
-            raise errors.CheckpointError(
-                f"{checkpoint} lacks {lacking[0]} and {len(lacking) - 1} more; take another checkpoint"
-            )
-        yield lambda name: file_of[name].get_tensor(name)
+    Raises CheckpointError where one is lacking."""
+    wanted, found = set(names), dict[str, Tensor]()
+    rows = sorted(set(state.files) - {DENSE})
+    with _saying(f"cannot read {checkpoint}"):
+        chosen = [name for name in rows if wanted & _names_in(checkpoint, name)]
+        for name in chosen:
+            with local_copy(checkpoint, name, state.files[name], cache_dir) as file:
+                found |= {each: values for each, values in _mapped(file).items() if each in wanted}
+        lacking = sorted(wanted - found.keys())
+        for name in sorted({*rows} - {*chosen}) if lacking else ():
+            with local_copy(checkpoint, name, state.files[name], cache_dir):
+                pass  # a damaged header may have other names; of a whole one, what is lacking does not fit
+    if lacking:
+        raise errors.CheckpointError(
+            f"{checkpoint} lacks {lacking[0]} and {len(lacking) - 1} more; was it written with other model.tables, "
+            "model.table_shards or optim.ids?"
+        )
+    return found
 
 
 @contextmanager
@@ -321,11 +300,10 @@ def _names_in(checkpoint: Checkpoint, name: str) -> set[str]:
         raise errors.DamagedCheckpointError(f"{checkpoint}/{name} is damaged: its header cannot be read") from failure
 
 
-def _read_named(local: Path, wanted: set[str] | None) -> dict[str, Tensor]:
-    """Those tensors that the file has of `wanted`, of all where that is None; nothing else is read."""
+def _mapped(local: Path) -> dict[str, Tensor]:
+    """The tensors of a file, mapped into memory, also once its name is gone."""
     with safe_open(local, framework="pt") as file:
-        names = set(file.keys())
-        return {name: file.get_tensor(name) for name in (names if wanted is None else names & wanted)}
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - the file is no mapping
 
 
 Resumed = tuple[Checkpoint, CheckpointState]
@@ -444,161 +422,57 @@ def _read_accepted(file: RunPath) -> list[AcceptedStore]:
         ) from failure
 
 
-_PREFIXES: Mapping[WarmPart, str] = {"images": "stores.", "model": "model."}
+_NETWORKS = ("stores.", "model.")
+"""What the names of parameters and buffers of the networks begin with: E of each store, and the layers above."""
 _DECIDED = "model.new_ads.counts"
 """What evaluations settle (model.image_dropout): a run may begin without it, or let it go; so it is with the vectors of
 `NO_IMAGES`, which data.missing decides on."""
-
-_OTHER_LAYERS = {
-    *("model.embed_hidden", "model.visual_width"),  # E's own, which shapes tell
-    *("model.compute_dtype", "model.image_dropout", "model.pooling_length"),
-    *("model.fields", "model.label"),  # of the schema: what layers read of its fields is compared by itself
-}
-"""What decides on parameters, and may differ where layers are taken."""
+_NOT_LEARNED = {"model.compute_dtype", "model.image_dropout", "model.label", "model.tables"}
+"""What may differ where a run begins with another one; tables may have more room, and other shapes are noticed."""
 
 
 @dataclass(frozen=True)
 class WarmStart:
-    """A checkpoint to begin with, and the groups of parameters to take."""
+    """A checkpoint to begin with, and what to take: all but the ID vectors, or everything."""
 
     checkpoint: Checkpoint
     state: CheckpointState
-    parts: tuple[WarmPart, ...]
+    parts: WarmParts
 
 
-def find_warm_start(run: str, parts: Sequence[WarmPart]) -> WarmStart:
+def find_warm_start(run: str, parts: WarmParts) -> WarmStart:
     """Read the checkpoint that run.warm_start names: a run's folder means its newest one. Raises CheckpointError."""
     try:
         found = checkpoint_at(run_path(run)) or find_checkpoint(run_path(run))
     except errors.CheckpointNotFoundError as failure:
         raise errors.CheckpointNotFoundError(f"run.warm_start={run}: {failure}") from failure
-    return WarmStart(found, read_state(found), tuple(parts))
+    return WarmStart(found, read_state(found), parts)
 
 
 def begin_with(comm: Comm, warm: WarmStart, origin: Origin, trained: Engine, cache_dir: str | None = None) -> None:
-    """Copy the chosen groups into `trained`; ranks may be more or fewer than those that wrote the checkpoint.
+    """Copy what a warm start takes into `trained`; ranks may be more or fewer than those that wrote the checkpoint.
 
-    Raises CheckpointError on all ranks where a file is damaged, where E would see features of another kind than those
-    it was trained on, where what is chosen has other names or shapes here, or where it would mean something else.
+    Raises CheckpointError on all ranks where a file is damaged, or where what was learned would mean something else
+    under the settings, the fields or the stores of this run.
     """
-    if not warm.parts:
-        return
-    if "images" in warm.parts:
-        origin.check_store(warm.state.origin, warm.checkpoint)
-    if "model" in warm.parts:
-        _check_fields(origin.model, warm)
-        _check_layers(origin.model, warm)
-    if "ids" in warm.parts:
-        _check_rows(origin.model, warm)
-    if "optimizers" in warm.parts:
-        _check_optimizers(origin.optim, warm)
+    origin.check_store(warm.state.origin, warm.checkpoint)
+    own = TO_READ if warm.parts == "all" else (*TO_READ, "rows")
+    found = [each for each in origin.differences(warm.state.origin, own) if each.setting not in _NOT_LEARNED]
+    if found:
+        raise errors.CheckpointError(
+            f"warm start from {warm.checkpoint}: what it has learned would mean something else; set back:\n  "
+            + "\n  ".join(map(_text, found))
+        )
+    if warm.parts == "all":
         load(comm, warm.checkpoint, warm.state, trained, cache_dir)
         return
     with agreed(comm, f"cannot read {warm.checkpoint}"):
-        mine, theirs = trained.dense_state(), _dense_of(warm.checkpoint, warm.state, cache_dir)
+        mine, theirs = trained.dense_state(), read_dense(warm.checkpoint, warm.state, cache_dir)
         idle = {_DECIDED} - (mine.keys() & theirs.keys())
         idle |= {name for name in mine.keys() ^ theirs.keys() if NO_IMAGES in name}
-        for part, prefix in _PREFIXES.items():
-            if part in warm.parts:
-                own, taken = (
-                    {name: value for name, value in each.items() if name.startswith(prefix) and name not in idle}
-                    for each in (mine, theirs)
-                )
-                with _naming(warm, part):
-                    check_names(own, taken)
-                    trained.begin_dense_with(taken)
-        if "ids" in warm.parts:
-            rows = _rows_of(warm.checkpoint, warm.state, trained.warm_names(), cache_dir)
-            with _naming(warm, "ids"):
-                trained.begin_with(rows)
-
-
-@contextmanager
-def _naming(warm: WarmStart, part: WarmPart) -> Iterator[None]:
-    """Say in a CheckpointError of the block which part of which run does not fit."""
-    try:
-        yield
-    except errors.CheckpointError as failure:
-        raise _refusal(warm, part, str(failure)) from failure
-
-
-def _refusal(warm: WarmStart, part: WarmPart, why: str) -> errors.CheckpointError:
-    """Say why a part cannot be taken, and how it could be."""
-    return errors.CheckpointError(
-        f"warm start from {warm.checkpoint}, part {part}: {why}, or leave {part} out of run.warm_parts"
-    )
-
-
-def not_taken(model: Mapping[str, Any], warm: WarmStart) -> list[str]:
-    """List the earlier run's ID tables that are asked for, and that this run has no field for."""
-    mine, theirs = (
-        {field.get("table") or name for name, field in each["fields"].items() if field["kind"] in ("id", "multi_id")}
-        for each in (model, warm.state.origin.model)
-    )
-    return sorted(theirs - mine) if "ids" in warm.parts else []
-
-
-def _check_layers(model: Mapping[str, Any], warm: WarmStart) -> None:
-    """What the layers make of the same values is a matter of these settings, which the values' shapes may not tell."""
-    found = [
-        each
-        for each in differences({"model": model}, {"model": warm.state.origin.model}, ("rows", "training", "nothing"))
-        if each.name.startswith("model.") and each.setting not in _OTHER_LAYERS
-    ]
-    if found:
-        was = ", ".join(f"{each.name}={each.there}" for each in found)
-        has = ", ".join(f"{each.name}={each.here}" for each in found)
-        raise _refusal(warm, "model", f"it was trained with {was}, this run has {has}; set {was}")
-
-
-def _check_rows(model: Mapping[str, Any], warm: WarmStart) -> None:
-    """Rows of the same shape may be of other buckets, or lie where this run does not take them for untrained."""
-    theirs = warm.state.origin.model
-    for name in model["fields"].keys() & theirs["fields"].keys():
-        here, there = ([each["fields"][name].get(key) for key in ("buckets", "boundaries")] for each in (model, theirs))
-        if here != there:
-            why = f"the buckets of field {name} begin elsewhere in this run; use its data.schema_file"
-            raise _refusal(warm, "ids", why)
-    marks_new_ads = model["image_dropout"] and model["images"] in ("ad", "both")
-    if marks_new_ads and theirs["id_init_std"] > model["id_init_std"]:
-        why = (
-            f"its rows started with model.id_init_std={theirs['id_init_std']}, and with "
-            f"model.image_dropout={model['image_dropout']} an ad is new while its rows lie within this run's "
-            f"{model['id_init_std']}, so none would be; set model.image_dropout=0"
+        own_networks, taken = (
+            {name: value for name, value in each.items() if name.startswith(_NETWORKS) and name not in idle}
+            for each in (mine, theirs)
         )
-        raise _refusal(warm, "ids", why)
-
-
-def _check_optimizers(optim: Mapping[str, Any], warm: WarmStart) -> None:
-    """State of one optimiser means nothing to another."""
-    found = differences({"optim": optim}, {"optim": warm.state.origin.optim})
-    if found:
-        said = "; ".join(each.text("there") for each in found)
-        raise errors.CheckpointError(
-            f"warm start from {warm.checkpoint}, part optimizers: {said}; their state fits the same optimiser: "
-            "set run.warm_parts=full"
-        )
-
-
-def _check_fields(model: Mapping[str, Any], warm: WarmStart) -> None:
-    """The first layer's columns belong to fields by their order, which its shape does not tell; nor does it tell how
-    numbers are scaled."""
-    mine, theirs = _read_of(model["fields"]), _read_of(warm.state.origin.model["fields"])
-    found = [f"{name} is in one of the two alone" for name in mine.keys() ^ theirs.keys()]
-    both = mine.keys() & theirs.keys()
-    for each in differences({name: mine[name] for name in both}, {name: theirs[name] for name in both}):
-        name, _, key = each.name.rpartition(".")
-        found.append(f"{name}, {key}" + ("" if key in FOUND else f"={each.there}, here {each.here}"))
-    if found or list(mine) != list(theirs):
-        fields = "; ".join(sorted(found)) or "the same in another order"
-        why = f"its schema has other fields ({fields}), so its layers read other inputs; use its data.schema_file"
-        raise _refusal(warm, "model", why)
-
-
-def _read_of(fields: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """What decides, by field, on the meaning of what the layers read."""
-    keys = ("side", *DECLARED, *FOUND)
-    return {
-        name: {key: field.get(key) for key in keys} | {"weights": "a column" if field.get("weights") else None}
-        for name, field in fields.items()
-    }
+        check_names(own_networks, taken)
+        trained.begin_dense_with(taken)

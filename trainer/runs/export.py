@@ -65,7 +65,7 @@ class ImageNetwork:
         saved, config = self.saved, self.saved.config
         model = image_model(self.snapshot.info.dim, self.width, config.model)
         part = f"stores.{self.store}.model."
-        load_part(model, read_dense(saved.checkpoint, saved.state, part, config.data.cache_dir))
+        load_part(model, read_dense(saved.checkpoint, saved.state, config.data.cache_dir, part))
         return model.to(share_machine(config, SoloComm()))
 
     @property
@@ -202,10 +202,10 @@ class SavedTable:
         Raises CheckpointError, and TrainerError for a number that is not finite.
         """
         parts = [f"{self.name}/{shard:04d}/{part}" for shard in range(self.num_shards) for part in _PARTS]
-        with read_rows(self.saved.checkpoint, self.saved.state, parts, self.saved.config.data.cache_dir) as read:
-            for shard in range(self.num_shards):
-                ids_N, last_use_N, vectors_NV = (read(f"{self.name}/{shard:04d}/{part}").numpy() for part in _PARTS)
-                yield _table_of(shard, ids_N, last_use_N, finite(vectors_NV.astype(np.float32)))
+        rows = read_rows(self.saved.checkpoint, self.saved.state, parts, self.saved.config.data.cache_dir)
+        for shard in range(self.num_shards):
+            ids_N, last_use_N, vectors_NV = (rows[f"{self.name}/{shard:04d}/{part}"].numpy() for part in _PARTS)
+            yield _table_of(shard, ids_N, last_use_N, finite(vectors_NV.astype(np.float32)))
 
 
 def open_table(folder: RunPath, name: str, which: str | None = None) -> SavedTable:

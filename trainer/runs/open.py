@@ -510,12 +510,12 @@ def _with_statistics(
 ) -> Schema:
     """Fill in the statistics of the schema's numbers.
 
-    They are those of the checkpoint that the run continues from, or whose layers or rows it begins with, as these have
-    learned numbers on that scale; else those of the training samples.
+    They are those of the checkpoint that the run continues from or begins with, as its layers have learned numbers on
+    that scale; else those of the training samples.
     """
     if recorded is not None:  # what is not there differs from the checkpoint, and is refused
         return survey.fill_in(schema, recorded.model.get("fields", {}))
-    if warm is not None and {"model", "ids"} & set(warm.parts):
+    if warm is not None:
         schema = survey.fill_in(schema, warm.state.origin.model.get("fields", {}))
     return survey.with_statistics(comm, train, schema, samples, config.data.cache_dir)
 
@@ -649,7 +649,7 @@ def _keep_dictionary(run: Run) -> None:
         return  # `claim_folder` removes another run's
     warm = run.warm_start
     before = run.comm.on_rank_0(lambda: resumed_folder(run))
-    if before is None and warm is not None and "ids" in warm.parts:
+    if before is None and warm is not None and warm.parts == "all":
         before = warm.checkpoint.run
     earlier = before / IDS_FILE if before is not None else None
     with naming_run_dir(run.config):

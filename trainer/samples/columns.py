@@ -17,7 +17,6 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
 from featurestore.keys import AnyArray, Float32Array, Float64Array, Int64Array, ids_of_texts, keys_of_uris
 from featurestore.storage.storage import Storage
@@ -179,13 +178,13 @@ class ColumnRows:
     values: Values
     offsets: Int64Array | None
 
-    def take(self, index_M: Int64Array) -> tuple[Values, NDArray[np.int32]]:
+    def take(self, index_M: Int64Array) -> tuple[Values, Int64Array]:
         """Take the values of these rows, one after the other, and the length of each."""
         if self.offsets is None:
-            return self.values[index_M], np.ones(len(index_M), np.int32)
+            return self.values[index_M], np.ones(len(index_M), np.int64)
         starts_M = self.offsets[index_M]
         lengths_M = self.offsets[index_M + 1] - starts_M
-        return self.values[ranges(starts_M, lengths_M)], lengths_M.astype(np.int32)
+        return self.values[ranges(starts_M, lengths_M)], lengths_M
 
 
 @dataclass(frozen=True)
@@ -582,37 +581,6 @@ def _arrow_type(rule: Rule) -> pa.DataType:
     for _ in range(rule.depth):
         kind = pa.list_(kind)
     return kind
-
-
-def table_of(data: Any) -> pa.Table:
-    """Make an Arrow table of a DataFrame of pandas, an Arrow table, or a mapping of columns. Raises DataError."""
-    if isinstance(data, pa.Table):
-        return data
-    try:
-        if isinstance(data, pa.RecordBatch):
-            return pa.Table.from_batches([data])
-        if is_pandas(data):
-            return pa.Table.from_pandas(data, preserve_index=False).replace_schema_metadata(None)
-        if isinstance(data, Mapping):
-            return pa.table({str(name): _column(values) for name, values in data.items()})
-    except (pa.ArrowException, ValueError, TypeError) as failure:
-        raise DataError(f"the table cannot be read: {failure}") from failure
-    raise DataError(f"{type(data).__name__} is not a table; give a DataFrame of pandas, an Arrow table, or a dict")
-
-
-def is_pandas(data: Any) -> bool:
-    """Return whether data is a DataFrame of pandas, which is not imported for it."""
-    return type(data).__module__.partition(".")[0] == "pandas" and hasattr(data, "columns")
-
-
-def _column(values: Any) -> Any:
-    """Make a column of a list or of an array of any library; rows of a matrix become lists."""
-    if isinstance(values, pa.Array | pa.ChunkedArray):
-        return values
-    if hasattr(values, "__array__"):
-        values = np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)
-        return pa.array(list(values) if values.ndim > 1 else values)
-    return pa.array(values)
 
 
 def groups_of_rows(table: pa.Table, depths: Mapping[str, int]) -> pa.Table:

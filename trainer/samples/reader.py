@@ -19,7 +19,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from featurestore.keys import Float32Array, Int64Array
 from trainer.errors import DataError
@@ -33,7 +32,7 @@ class Jagged:
     """Rows of uneven length: row m holds the next `lengths_M[m]` of `values_N`."""
 
     values_N: Int64Array
-    lengths_M: NDArray[np.int32]
+    lengths_M: Int64Array
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What is in the columns of tables: types, different values, lengths of lists."""
+"""Tables of other programs: Arrow tables of them, and what is in their columns: types, values, lengths of lists."""
 
 import dataclasses
 from collections import Counter
@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -197,3 +198,34 @@ def content_of(kind: pa.DataType) -> Content:
 def is_list(kind: pa.DataType) -> bool:
     """Return whether it is a list of any form."""
     return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+
+
+def table_of(data: Any) -> pa.Table:
+    """Make an Arrow table of a DataFrame of pandas, an Arrow table, or a mapping of columns. Raises DataError."""
+    if isinstance(data, pa.Table):
+        return data
+    try:
+        if isinstance(data, pa.RecordBatch):
+            return pa.Table.from_batches([data])
+        if is_pandas(data):
+            return pa.Table.from_pandas(data, preserve_index=False).replace_schema_metadata(None)
+        if isinstance(data, Mapping):
+            return pa.table({str(name): _column(values) for name, values in data.items()})
+    except (pa.ArrowException, ValueError, TypeError) as failure:
+        raise DataError(f"the table cannot be read: {failure}") from failure
+    raise DataError(f"{type(data).__name__} is not a table; give a DataFrame of pandas, an Arrow table, or a dict")
+
+
+def is_pandas(data: Any) -> bool:
+    """Return whether data is a DataFrame of pandas, which is not imported for it."""
+    return type(data).__module__.partition(".")[0] == "pandas" and hasattr(data, "columns")
+
+
+def _column(values: Any) -> Any:
+    """Make a column of a list or of an array of any library; rows of a matrix become lists."""
+    if isinstance(values, pa.Array | pa.ChunkedArray):
+        return values
+    if hasattr(values, "__array__"):
+        values = np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)
+        return pa.array(list(values) if values.ndim > 1 else values)
+    return pa.array(values)

@@ -6,10 +6,12 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from featurestore.storage.storage import Storage
 from trainer.errors import DataError, DataNotFoundError, SchemaError
@@ -24,7 +26,7 @@ from trainer.schema.fields import (
     table_rows,
     yaml_line,
 )
-from trainer.schema.profile import READ_TYPES, Column, Content, TableProfile, data_files, look, read_tables
+from trainer.schema.profile import READ_TYPES, Column, Content, TableProfile, data_files, look, read_tables, table_of
 
 IMAGE_WORDS = "image|img|picture|pic|photo|cover|poster|thumbnail|bild|foto"
 # What people call our columns; the first that fits wins.
@@ -48,6 +50,7 @@ REQUIRED = {"timestamp", "user", "item", "image", "label"}
 TIME_FORMATS = [
     day + time for day in ("%d/%m/%Y", "%m/%d/%Y", "%d.%m.%Y", "%Y/%m/%d") for time in ("", " %H:%M", " %H:%M:%S")
 ]
+MOST_ROWS = 200_000  # that are looked at of tables in memory
 MOST_TIMES = 2000  # that are tried
 IMAGE_ENDING = re.compile(r"\.(jpe?g|png|webp|gif|bmp|tiff?|avif)(\?.*)?", re.IGNORECASE)
 EPOCH_S = (946_684_800, 4_102_444_800)  # from 2000 to 2100
@@ -222,6 +225,24 @@ def _with_joins(log: Log, joins: Sequence[JoinedTable]) -> Log:
         of_user = frozenset([*log.of_user, *(more if join.by == "user" else ())])
         log = dataclasses.replace(log, table=table, ours=ours, of_user=of_user)
     return dataclasses.replace(log, joins=tuple(joins))
+
+
+def write_logs(tables: Any, folder: Path) -> tuple[Path, Path]:
+    """Write a table, or several by name, as the Parquet files of `folder`; return it and the path of their mapping.
+
+    They take the place of those before. The mapping is guessed where it is not there yet. Raises DataError.
+    """
+    made = {name: table_of(each) for name, each in (tables if isinstance(tables, Mapping) else {"log": tables}).items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in folder.glob("*.parquet"):
+        file.unlink()
+    for name, table in made.items():
+        pq.write_table(table, folder / f"{name}.parquet")
+    mapping = folder / "mapping.yaml"
+    if not mapping.exists():
+        found = inspect_logs(Storage(folder), MOST_ROWS)
+        mapping.write_text(render_mapping(found, str(folder), str(folder), str(mapping)), encoding="utf-8")
+    return folder, mapping
 
 
 def render_mapping(logs: list[Log], where: str, folder: str, file: str) -> str:

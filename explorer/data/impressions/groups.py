@@ -279,7 +279,7 @@ def without_pictures(batch: "Batch", fields: Sequence[str], behavior_G: NDArray[
         starts_G = np.cumsum(lists.lengths_M) - lists.lengths_M
         kept_N = np.ones(len(lists.values_N), np.bool_)
         kept_N[starts_G + behavior_G] = False
-        changed[name] = replace(lists, values_N=lists.values_N[kept_N], lengths_M=lists.lengths_M - np.int32(1))
+        changed[name] = replace(lists, values_N=lists.values_N[kept_N], lengths_M=lists.lengths_M - 1)
     return replace(batch, fields=changed)
 
 

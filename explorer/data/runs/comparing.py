@@ -21,7 +21,7 @@ from featurestore.parsing import first_mistake, parse_json
 from featurestore.published.paths import RunPath, read_file
 from featurestore.text import one_line
 from trainer.config import OF_IMAGES, settings_that_decide
-from trainer.evaluation.bootstrap import Figures
+from trainer.evaluation.bootstrap import Evaluation
 
 if TYPE_CHECKING:
     from trainer.evaluation import bootstrap as compared
@@ -173,7 +173,7 @@ class Bootstrap:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluation(Figures):
+class EvaluationReport(Evaluation):
     """The results of an evaluation, with the run and samples that were evaluated."""
 
     checkpoint: str
@@ -181,10 +181,10 @@ class Evaluation(Figures):
     bootstrap: Bootstrap
 
 
-_EVALUATION = TypeAdapter(Evaluation)
+_EVALUATION = TypeAdapter(EvaluationReport)
 
 
-def read_evaluation(run: RunPath) -> Evaluation | None:
+def read_evaluation(run: RunPath) -> EvaluationReport | None:
     """Read the evaluation of a run, or return None. Raises ExplorerError if it cannot be read."""
     file = run / "evaluation" / "report.json"
     try:
@@ -198,7 +198,7 @@ def read_evaluation(run: RunPath) -> Evaluation | None:
 
 
 @lru_cache(maxsize=64)
-def _parsed(content: bytes) -> Evaluation:
+def _parsed(content: bytes) -> EvaluationReport:
     return _EVALUATION.validate_python(parse_json(content))
 
 

@@ -123,15 +123,6 @@ def test_the_names_are_read_once(store: FeatureStore, listed: Catalogue, monkeyp
     assert uris(again) == uris(listed) and again.categories == {}
 
 
-def test_a_damaged_file_of_names_is_made_again(store: FeatureStore, listed: Catalogue) -> None:
-    from explorer.data.cache import explorer_cache
-
-    for file in explorer_cache().glob("images-*.arrow"):
-        file.unlink()  # the file of the list above stays mapped
-        file.write_bytes(b"ARROW1")
-    assert uris(make_catalogue(store, store.snapshot(), figures(), Task())) == uris(listed)
-
-
 def test_an_empty_store_and_names_of_all_kinds(tmp_path: Path) -> None:
     empty = make_store(tmp_path / "empty")
     found = make_catalogue(empty, empty.snapshot(), figures(), Task())

@@ -9,7 +9,6 @@ from safetensors.torch import load
 
 from explorer.data import visual
 from explorer.data.background import Background
-from explorer.data.cache import explorer_cache
 from explorer.data.visual import begin_vectors, image_runs, visual_vectors
 from explorer.places import Places
 from featurestore import FeatureRows, FeatureStore, key_of_uri
@@ -60,19 +59,6 @@ def test_another_snapshot_or_store_has_its_own(world, tmp_path):
     assert set(by_key(after)) == {*by_key(before), 77}
     assert after.digest != before.digest
     assert after.about["snapshot"] == before.about["snapshot"] + 1
-
-
-def test_a_computation_that_fails_leaves_nothing(world, monkeypatch):
-    tables = export.ImageNetwork.tables
-
-    def broken(network):
-        yield next(tables(network)).slice(0, 1)
-        raise OSError("disk")
-
-    monkeypatch.setattr(export.ImageNetwork, "tables", broken)
-    with pytest.raises(OSError, match="disk"):
-        visual_vectors(world.runs / "both")
-    assert [each.name for each in explorer_cache().iterdir()] == ["vectors-lock"]
 
 
 def test_only_runs_with_images_and_a_checkpoint_are_named(world, tmp_path):

@@ -59,12 +59,10 @@ def test_a_snapshot_shows_what_came_changed_and_went(reader):
     assert "The empty store" in reader.read("/store/snapshots/0").text
 
 
-def test_broken_images_have_their_reason_size_and_first_bytes(reader, shop):
+def test_broken_images_have_their_reason(reader):
     page = reader.read("/store/broken")
     assert {BROKEN, NO_IMAGE} <= {*page.uris()}
     assert "not an image of a known format" in page.text
-    assert f"{len((shop.images / NO_IMAGE).read_bytes())} bytes, begins with 6e 6f 20 69 6d 61 67 65" in page.text
-    assert "89 50 4e 47 0d 0a 1a 0a" in page.text
 
 
 def test_what_arrived_is_asked_for_by_time_and_the_form_keeps_it(reader):
@@ -89,14 +87,6 @@ def test_since_a_time_whose_snapshots_are_gone(tmp_path):
     expire(store, keep_last=1, keep_days=0, grace_days=0)
     page = reader.read("/store/arrived", since="2020-01-01")
     assert "Snapshots from then have expired or were purged. These are the changes since snapshot 4." in page.text
-
-
-def test_hostile_names_are_text(reader):
-    for page in (reader.read("/store/arrived"), reader.read("/store/broken")):
-        assert not {"b", "i"} & {*page.elements}
-        assert page.elements.count("script") == 1
-        assert "\u202e" not in page.text
-    assert all(any(name in uri for uri in reader.read("/store/arrived").uris()) for name in HOSTILE)
 
 
 @pytest.mark.parametrize("path", PAGES)

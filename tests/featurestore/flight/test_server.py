@@ -10,15 +10,8 @@ import pytest
 import trustme
 from pyarrow import flight
 
-from featurestore import FeaturePartition, FeatureStore, StoreInfo, connect, keys_of_uris
+from featurestore import FeaturePartition, FeatureStore, StoreInfo, connect, errors, keys_of_uris
 from featurestore.commands.look import read_tls
-from featurestore.errors import (
-    AccessError,
-    CorruptFileError,
-    FeatureStoreError,
-    SnapshotNotFoundError,
-    UnavailableError,
-)
 from featurestore.flight.server import OpenSnapshots, follow
 from tests.featurestore.conftest import MakeRows
 from tests.featurestore.flight.conftest import Serve
@@ -58,7 +51,7 @@ def test_tokens(serve: Serve, filled: FeatureStore, tmp_path: Path) -> None:
             assert not client.lookup(KEYS).missing_U.any()
     for wrong in (None, "", "x", TOKEN[:-1], TOKEN + "x", TOKEN.upper()):
         words = "needs a token: connect" if wrong is None else "refuses the token"
-        with pytest.raises(AccessError, match=words):
+        with pytest.raises(errors.AccessError, match=words):
             connect(server.address, token=wrong)
     with flight.FlightClient(server.address) as client:
         for call in (
@@ -78,24 +71,24 @@ def test_tls(serve: Serve, filled: FeatureStore, tmp_path: Path) -> None:
     with connect(server.address, ca=good.ca) as client:
         assert not client.lookup(KEYS).missing_U.any()
     for ca in (other.ca, None):
-        with pytest.raises(AccessError, match=r"^the certificate of .* is refused"):
+        with pytest.raises(errors.AccessError, match=r"^the certificate of .* is refused"):
             connect(server.address, ca=ca)
-    with pytest.raises(AccessError, match=r"127\.0\.0\.1"):
+    with pytest.raises(errors.AccessError, match=r"127\.0\.0\.1"):
         connect(f"grpc+tls://127.0.0.1:{server.port}", ca=good.ca)
-    with pytest.raises(UnavailableError, match="only one side uses TLS"):
+    with pytest.raises(errors.UnavailableError, match="only one side uses TLS"):
         connect(f"grpc://localhost:{server.port}", timeout_s=5)
-    with pytest.raises(AccessError, match="cannot read"):
+    with pytest.raises(errors.AccessError, match="cannot read"):
         connect(server.address, ca=tmp_path / "nosuch.pem")
     for text in ("", "no certificate"):
         (tmp_path / "other.pem").write_text(text)
-        with pytest.raises(AccessError, match=r"other\.pem: it has no certificate in PEM"):
+        with pytest.raises(errors.AccessError, match=r"other\.pem: it has no certificate in PEM"):
             connect(server.address, ca=tmp_path / "other.pem")
 
 
 @pytest.mark.long
 def test_tls_to_a_server_without(serve: Serve, filled: FeatureStore) -> None:
     server = serve(filled)
-    with pytest.raises(UnavailableError, match="only one side uses TLS") as told:
+    with pytest.raises(errors.UnavailableError, match="only one side uses TLS") as told:
         connect(f"grpc+tls://127.0.0.1:{server.port}", timeout_s=5)
     assert "\n" not in str(told.value)
 
@@ -104,7 +97,7 @@ def test_tls_to_a_server_without(serve: Serve, filled: FeatureStore) -> None:
 def test_an_expired_certificate(serve: Serve, filled: FeatureStore, tmp_path: Path) -> None:
     old = Certificates(tmp_path / "old", "127.0.0.1", expired=True)
     server = serve(filled, "--tls-cert", old.cert, "--tls-key", old.key)
-    with pytest.raises(AccessError, match="expired"):
+    with pytest.raises(errors.AccessError, match="expired"):
         connect(server.address, ca=old.ca)
 
 
@@ -112,7 +105,7 @@ def test_certificate_and_key_must_fit(tmp_path: Path) -> None:
     one, two = Certificates(tmp_path / "one", "localhost"), Certificates(tmp_path / "two", "localhost")
     assert read_tls(one.cert, one.key)[0].startswith("-----BEGIN")
     for cert, key in ((one.cert, two.key), (one.key, one.cert), (one.cert, tmp_path / "nosuch")):
-        with pytest.raises(FeatureStoreError, match="not a pair in PEM"):
+        with pytest.raises(errors.FeatureStoreError, match="not a pair in PEM"):
             read_tls(cert, key)
 
 
@@ -173,7 +166,7 @@ def test_what_is_used_answers_after_others_took_its_place(
 def test_one_snapshot_alone(filled_store: FeatureStore, tmp_path: Path) -> None:
     snapshots = opened(filled_store, tmp_path, version=2)
     assert rows_of(snapshots, None) == rows_of(snapshots, 2) == 20 and not snapshots.follow()
-    with pytest.raises(SnapshotNotFoundError, match="snapshot 2 of .* alone"):  # noqa: RUF043
+    with pytest.raises(errors.SnapshotNotFoundError, match="snapshot 2 of .* alone"):  # noqa: RUF043
         snapshots.partition(5)
 
 
@@ -184,10 +177,10 @@ def test_a_snapshot_that_cannot_be_opened_is_tried_again(
     with monkeypatch.context() as patch:
 
         def damaged(*_: object, **__: object) -> None:
-            raise CorruptFileError("damaged")
+            raise errors.CorruptFileError("damaged")
 
         patch.setattr(FeaturePartition, "load", damaged)
-        with pytest.raises(CorruptFileError):
+        with pytest.raises(errors.CorruptFileError):
             snapshots.partition(3)
     assert rows_of(snapshots, 3) == 30
 

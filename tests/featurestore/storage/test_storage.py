@@ -19,16 +19,7 @@ from fsspec.implementations.arrow import ArrowFSWrapper
 from fsspec.implementations.local import LocalFileSystem
 from pyarrow import fs
 
-from featurestore import FeaturePartition, FeatureStore, StoreInfo
-from featurestore.errors import (
-    USAGE,
-    AddressError,
-    BucketNotFoundError,
-    CorruptFileError,
-    NotAFolderError,
-    StorageError,
-    UnsafeBackendError,
-)
+from featurestore import FeaturePartition, FeatureStore, StoreInfo, errors
 from featurestore.published.paths import run_path
 from featurestore.storage import remote
 from featurestore.storage.local import DiskFiles, IrregularFileError, open_regular, read_regular, read_text
@@ -100,7 +91,7 @@ class StorageContract:
             if most == 1:
                 assert abs(storage.now() - time.time()) < 60
             else:
-                with pytest.raises(StorageError, match="gone at once, 5 times in a row"):
+                with pytest.raises(errors.StorageError, match="gone at once, 5 times in a row"):
                     storage.now()
 
     def test_entries_are_all_files_below_with_size_and_time(self, storage: Storage) -> None:
@@ -192,7 +183,7 @@ class StorageContract:
         out = ["..", "../victim", "../victim/b", "a/../../victim", "/victim", "a/./b", ".", "a/..", "a\0b"]
         for act in changes + looks:
             for path in out + ["", "/"] * (act in changes):
-                with pytest.raises(StorageError, match="is not a path below"):
+                with pytest.raises(errors.StorageError, match="is not a path below"):
                     act(path)
         found = {entry.path for entry in above.entries() if entry.path.startswith((f"{name}/", "victim/"))}
         assert found == {f"{name}/a/b", "victim/b"} and above.read_bytes("victim/b") == b"2"
@@ -213,7 +204,7 @@ class TestDisk(StorageContract):
         storage.write_bytes("a/b", b"1")
         (tmp_path / "root" / "link").symlink_to(tmp_path / "outside")
         for remove in (lambda: storage.delete("link/b"), lambda: storage.delete_files(["link/b/c"])):
-            with pytest.raises(CorruptFileError, match="is a link that leads to"):
+            with pytest.raises(errors.CorruptFileError, match="is a link that leads to"):
                 remove()
         storage.delete("link")
         assert (tmp_path / "outside" / "b" / "c").read_bytes() == b"1" and storage.list() == ["a"]
@@ -296,7 +287,7 @@ def test_a_file_in_the_place_of_a_folder_is_named(tmp_path: Path) -> None:
         lambda: storage.read_bytes("a"),
         lambda: storage.delete("a"),
     ):
-        with pytest.raises(NotAFolderError, match=f"^{tmp_path}/file is a file: ") as caught:
+        with pytest.raises(errors.NotAFolderError, match=f"^{tmp_path}/file is a file: ") as caught:
             attempt()
         assert isinstance(caught.value.__cause__, OSError)
 
@@ -312,7 +303,7 @@ def test_a_disk_that_refuses_at_any_point_leaves_nothing(
     storage = Storage(tmp_path)
     for write in (storage.write_bytes, storage.create_exclusive):
         if (call, write) not in (("link", storage.write_bytes), ("replace", storage.create_exclusive)):
-            with pytest.raises(StorageError, match="No space left"):
+            with pytest.raises(errors.StorageError, match="No space left"):
                 write("a.bin", b"data")
             assert list(tmp_path.iterdir()) == []
 
@@ -339,7 +330,7 @@ def test_a_sector_that_cannot_be_read_is_damage_in_a_store_alone(
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(DiskFiles, "read_bytes", fail)
-    for keep_inside, expected in ((True, CorruptFileError), (False, StorageError)):
+    for keep_inside, expected in ((True, errors.CorruptFileError), (False, errors.StorageError)):
         with pytest.raises(expected, match=r"a cannot be read|cannot read .*a: "):
             Storage(tmp_path, keep_inside=keep_inside).read_bytes("a")
 
@@ -376,7 +367,7 @@ def test_what_a_client_says_in_several_lines_is_one(monkeypatch: pytest.MonkeyPa
 
     storage = Storage("memory://several-lines")
     monkeypatch.setattr(storage._remote, "read_bytes", fails)
-    with pytest.raises(StorageError) as raised:
+    with pytest.raises(errors.StorageError) as raised:
         storage.read_bytes("a")
     assert str(raised.value) == "cannot read memory://several-lines/a: Unable to load libx dlopen(libx.so) failed"
 
@@ -397,7 +388,7 @@ def test_hdfs_is_read_and_written_but_holds_no_commits(tmp_path: Path, monkeypat
     with pytest.raises(FileNotFoundError):
         storage.read_bytes("nosuch")
     for use in (lambda: storage.create_exclusive("y", b""), lambda: refuse_unsafe(storage)):
-        with pytest.raises(UnsafeBackendError, match="no create that fails where the file exists"):
+        with pytest.raises(errors.UnsafeBackendError, match="no create that fails where the file exists"):
             use()
     assert opened == [{"protocol": "hdfs", "host": "namenode", "port": 8020}]
     storage.delete("x.json")
@@ -410,14 +401,14 @@ Opener = Callable[[str], object]
 @pytest.mark.parametrize("opened", [Storage, run_path])
 @pytest.mark.parametrize("address", ["s3://", "s3:///x", "s3:/", "s3a://", "s3:///x/y", str(Path("s3://"))])
 def test_an_address_without_a_bucket_is_no_folder_of_this_machine(address: str, opened: Opener) -> None:
-    with pytest.raises(AddressError, match=f"^{address} has no bucket: [^\\n]+$") as raised:
+    with pytest.raises(errors.AddressError, match=f"^{address} has no bucket: [^\\n]+$") as raised:
         opened(address)
-    assert raised.value.exit_code == USAGE
+    assert raised.value.exit_code == errors.USAGE
 
 
 @pytest.mark.parametrize("opened", [Storage, run_path])
 def test_a_scheme_in_capital_letters_gets_a_line(opened: Opener) -> None:
-    with pytest.raises(AddressError, match=r"^S3://bucket/x: [^\n]*write s3://$"):
+    with pytest.raises(errors.AddressError, match=r"^S3://bucket/x: [^\n]*write s3://$"):
         opened("S3://bucket/x")
 
 
@@ -435,10 +426,10 @@ def test_a_bucket_that_is_not_there_is_named_by_writing_and_holds_nothing(missin
     ]
     for use in uses:
         with pytest.raises(
-            BucketNotFoundError, match=r"nobucket/runs.*: the object store has no bucket nobucket$"
+            errors.BucketNotFoundError, match=r"nobucket/runs.*: the object store has no bucket nobucket$"
         ) as raised:
             use()
-        assert raised.value.exit_code == USAGE
+        assert raised.value.exit_code == errors.USAGE
     assert storage.list() == [] == storage.entries()
     storage.delete("a")
     with pytest.raises(FileNotFoundError):
@@ -468,7 +459,7 @@ def test_a_storage_reads_no_pipe(tmp_path: Path) -> None:
         storage.entry,
         lambda path: storage.read_into(path, memoryview(bytearray(1))),
     ):
-        with pytest.raises(StorageError, match="not a regular file"):
+        with pytest.raises(errors.StorageError, match="not a regular file"):
             read("pipe")
 
 

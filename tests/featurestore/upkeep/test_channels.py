@@ -6,14 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from featurestore import FeaturePartition, FeatureStore, StoreInfo, log
-from featurestore.errors import (
-    AnotherStoreError,
-    ChannelError,
-    CommitConflictError,
-    CorruptFileError,
-    SnapshotNotFoundError,
-)
+from featurestore import FeaturePartition, FeatureStore, StoreInfo, errors, log
 from featurestore.flight.server import OpenSnapshots
 from featurestore.published.versions import last_move, read_channels, read_moves, version_name
 from featurestore.storage.storage import Storage
@@ -48,7 +41,7 @@ class TestOnEveryPlace:
         seen = move_channel(filled, "stable", 1, after=0).number
         other = FeatureStore.open(filled.url)
         move_channel(other, "stable", 3, after=seen)
-        with pytest.raises(CommitConflictError, match="number 2 by now, and not 1"):
+        with pytest.raises(errors.CommitConflictError, match="number 2 by now, and not 1"):
             move_channel(filled, "stable", 2, after=seen)
         assert filled.snapshot("stable").version == 3 and read_pins(filled.storage) == []
 
@@ -60,9 +53,9 @@ class TestWriters:
 
     def test_an_expiry_just_before_is_seen(self, nine: FeatureStore) -> None:
         late = faulty(nine, create_exclusive=preceded_by(lambda: expire(nine, keep_last=1, keep_days=0)))
-        with pytest.raises(SnapshotNotFoundError, match="expiring just now"):
+        with pytest.raises(errors.SnapshotNotFoundError, match="expiring just now"):
             move_channel(late, "stable", 4)
-        with pytest.raises(ChannelError):
+        with pytest.raises(errors.ChannelError):
             nine.snapshot("stable")
 
     def test_an_expiry_that_looks_while_a_channel_is_moved_keeps_its_snapshot(
@@ -102,7 +95,7 @@ class TestWriters:
 class TestNames:
     def test_what_no_channel_may_be_called(self, nine: FeatureStore) -> None:
         for name in ("", "19", "1st", "a/b", "../x", ".hidden", "a b", "newest", "NULL", "x" * 65):
-            with pytest.raises(ChannelError, match="not the name of a channel"):
+            with pytest.raises(errors.ChannelError, match="not the name of a channel"):
                 move_channel(nine, name, 4)
         assert nine.storage.list(log.CHANNELS) == []
 
@@ -113,16 +106,16 @@ class TestNames:
                 version_name(text)
 
     def test_a_missing_channel_names_those_that_there_are(self, nine: FeatureStore) -> None:
-        with pytest.raises(ChannelError, match=r"has no channel 'stabel'; it has none"):
+        with pytest.raises(errors.ChannelError, match=r"has no channel 'stabel'; it has none"):
             nine.snapshot("stabel")
         move_channel(nine, "stable", 4)
         move_channel(nine, "candidate", 9)
-        with pytest.raises(ChannelError, match=r"has no channel 'stabel'; it has candidate, stable"):
+        with pytest.raises(errors.ChannelError, match=r"has no channel 'stabel'; it has candidate, stable"):
             nine.snapshot("stabel")
         remove_channel(nine, "stable")
-        with pytest.raises(ChannelError, match=r"no channel 'stable'; it has candidate"):
+        with pytest.raises(errors.ChannelError, match=r"no channel 'stable'; it has candidate"):
             remove_channel(nine, "stable")
-        with pytest.raises(SnapshotNotFoundError, match="no snapshot 99"):
+        with pytest.raises(errors.SnapshotNotFoundError, match="no snapshot 99"):
             move_channel(nine, "stable", 99)
 
 
@@ -153,7 +146,7 @@ class TestReaders:
         shutil.copytree(Path(nine.url) / "channels", backup / "channels")
         restored = FeatureStore.open(backup)
         restored.put(make_rows(1, nine.info, seed=11))
-        with pytest.raises(AnotherStoreError, match="points to snapshot 10 of commit"):
+        with pytest.raises(errors.AnotherStoreError, match="points to snapshot 10 of commit"):
             restored.snapshot("stable")
         assert [problem.kind for problem in verify(restored).problems] == ["channel"]
 
@@ -162,9 +155,9 @@ class TestDamage:
     def test_a_damaged_move_is_told_stops_an_expiry_and_is_mended_by_the_next(self, nine: FeatureStore) -> None:
         move_channel(nine, "stable", 4)
         (Path(nine.url) / "channels/stable" / f"{1:020d}.json").write_bytes(b"{}")
-        with pytest.raises(CorruptFileError, match=r"set the channel again: crossmedia store channel"):
+        with pytest.raises(errors.CorruptFileError, match=r"set the channel again: crossmedia store channel"):
             nine.snapshot("stable")
-        with pytest.raises(CorruptFileError):
+        with pytest.raises(errors.CorruptFileError):
             expire(nine, keep_last=1, keep_days=0)
         assert log.versions(nine.storage) == list(range(1, 10))
         assert [problem.kind for problem in verify(nine).problems] == ["channel"]

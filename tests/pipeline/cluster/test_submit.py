@@ -91,7 +91,7 @@ def test_script_runs_on_a_local_cluster_that_ends_with_it(command, first, script
 
 
 @pytest.mark.parametrize(
-    "by", ["option", *(pytest.param(by, marks=slow) for by in ("variable", "file")), "file variable"]
+    "by", [*(pytest.param(by, marks=slow) for by in ("option", "variable", "file")), "file variable"]
 )
 def test_running_scheduler_is_used_and_left_running(by, cluster, script, tmp_path):
     address, file = cluster.scheduler_address, tmp_path / "scheduler.json"
@@ -115,7 +115,7 @@ def test_running_scheduler_is_used_and_left_running(by, cluster, script, tmp_pat
         pytest.param("", 0, marks=slow),
         pytest.param("raise ValueError('no')", 1, marks=slow),
         pytest.param("sys.exit(255)", 255, marks=slow),
-        ("os.kill(os.getpid(), signal.SIGKILL)", -signal.SIGKILL),
+        pytest.param("os.kill(os.getpid(), signal.SIGKILL)", -signal.SIGKILL, marks=slow),
     ],
 )
 def test_exit_code_is_the_scripts(body, code, cluster, script):

@@ -19,7 +19,7 @@ import psutil
 import pytest
 from distributed import Client
 
-from featurestore.errors import KeyCollisionError
+from featurestore.errors import KeyCollisionError, StorageError
 from pipeline.cluster.tasks import (
     check_address,
     check_packages,
@@ -289,11 +289,22 @@ def test_results_come_in_the_order_of_the_calls(client):
     }
 
 
-@pytest.mark.parametrize(("kind", "attempts"), [(SampleError, 1), (KeyCollisionError, 1), (OSError, 2)])
+@pytest.mark.parametrize(
+    ("kind", "attempts"), [(SampleError, 1), (KeyCollisionError, 1), (StorageError, 2), (OSError, 2)]
+)
 def test_a_mistake_is_raised_at_once_and_another_error_is_tried_again(client, tmp_path, kind, attempts):
     with pytest.raises(kind, match="no good"):
         run_all(client, "failing", fail, [(kind, tmp_path / "tried")], "no advice")
     assert (tmp_path / "tried").read_text().splitlines() == ["tried"] * attempts
+
+
+def test_workers_do_not_log_an_error_of_ours(tmp_path, capfd):
+    with connect(workers=1) as client, pytest.raises(StorageError, match="no good"):
+        run_all(client, "failing", fail, [(StorageError, tmp_path / "tried")], "no advice")
+    with connect(workers=1) as client, pytest.raises(OSError, match="no good"):
+        run_all(client, "failing", fail, [(OSError, tmp_path / "tried")], "no advice")
+    logged = capfd.readouterr().err
+    assert "StorageError" not in logged and "Compute Failed" in logged and "OSError" in logged
 
 
 def test_what_runs_beside_a_mistake_ends_before_it_is_raised_and_nothing_starts_then(cluster, tmp_path):

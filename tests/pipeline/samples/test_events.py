@@ -16,7 +16,7 @@ from pipeline.samples.added import add_days
 from pipeline.samples.build import build_samples
 from pipeline.samples.groups import label_impressions
 from pipeline.samples.logs import CLICK, MICROSECONDS
-from pipeline.samples.requests import requests_of_log
+from pipeline.samples.requests import with_behaviors
 from tests.pipeline.samples.rows import DAY_S, START_S, Shop, all_bytes, quarantine, read
 
 MAPPING: dict[str, Any] = {
@@ -146,9 +146,9 @@ def test_rows_to_score_are_all_impressions_and_events_that_tell_are_behaviours(s
     shop.build(MAPPING)
     shown = pa.table({"ts": [START_S + DAY_S] * 2, "uid": [1, 2], "sku": [5, 6], "price": [1.0, 2.0]})
     done = pa.table({"ts": [START_S] * 2, "uid": [1, 1], "sku": [5, 6]})
-    rows = requests_of_log(shown, done, shop.options.samples).to_pylist()
+    rows = with_behaviors(shown, done, shop.options.samples).to_pylist()
     assert [row["behavior_item"] for row in rows] == [[6, 5], []]
-    rows = requests_of_log(shown, done.append_column("event", pa.array(["view", "click"])), shop.options.samples)
+    rows = with_behaviors(shown, done.append_column("event", pa.array(["view", "click"])), shop.options.samples)
     assert rows.column("behavior_item").to_pylist() == [[6], []]
 
 

@@ -14,7 +14,7 @@ from pipeline.errors import SampleError, SampleOptionError
 from pipeline.options import SampleOptions
 from pipeline.samples.added import add_days
 from pipeline.samples.build import build_samples
-from pipeline.samples.requests import requests_of_log
+from pipeline.samples.requests import with_behaviors
 from tests.pipeline.samples.rows import DAY_S, START_S, Row, Shop, all_bytes, read
 from trainer.schema import load_schema
 
@@ -158,7 +158,7 @@ def test_rows_to_score_have_the_columns_of_the_tables(tables: Shop) -> None:
     found, _ = tables.build(MAPPING)
     impressions = pa.table({"ts": [1767261600, 1767261604], "uid": ["ann", "bob"], "item": ["5", "7"]})
     behaviors = pa.table({"ts": [START_S], "uid": ["ann"], "item": [5]})
-    rows = requests_of_log(impressions, behaviors, tables.options.samples).to_pylist()
+    rows = with_behaviors(impressions, behaviors, tables.options.samples).to_pylist()
     ann = by_user(found)[key("ann")]
     for name in ("age", "city", "behavior_image", "behavior_maker"):
         assert rows[0][name] == ann[name]

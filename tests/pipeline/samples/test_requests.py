@@ -10,7 +10,7 @@ import pytest
 
 from featurestore.errors import UserError
 from pipeline.errors import SampleError
-from pipeline.samples.requests import requests_of_log
+from pipeline.samples.requests import with_behaviors
 from tests.pipeline.samples.rows import DAY_S, done, random_logs, shown, table
 
 
@@ -21,7 +21,7 @@ def test_each_impression_has_the_history_that_its_group_has(build: Any, tmp_path
     impressions = [row | {"session": place} for place, row in enumerate(impressions[:60])]
     samples, _ = build(impressions, behaviors, max_behaviors=4, window_days=5)
     asked = table([{name: value for name, value in row.items() if name != "label"} for row in impressions])
-    rows = requests_of_log(asked, table(behaviors), str(tmp_path / "samples")).to_pylist()
+    rows = with_behaviors(asked, table(behaviors), str(tmp_path / "samples")).to_pylist()
     wanted = {row["session"]: row for row in samples}
     assert [row["ad_item"] for row in rows] == [[row["item"]] for row in impressions]
     for row in rows:
@@ -40,7 +40,7 @@ def test_own_names_of_columns_are_those_of_the_mapping(build: Any, tmp_path: Pat
     _, summary = build(impressions, behaviors)
     options = summary["options"] | {"mapping": str(mapping)}
     (tmp_path / "samples" / "summary.json").write_text(json.dumps(summary | {"options": options}))
-    rows = requests_of_log(named(table(impressions)), named(table(behaviors)), str(tmp_path / "samples"))
+    rows = with_behaviors(named(table(impressions)), named(table(behaviors)), str(tmp_path / "samples"))
     assert rows["behavior_item"].to_pylist() == [[6], [6]]
 
 
@@ -50,10 +50,10 @@ def test_what_a_job_would_quarantine_is_an_error(build: Any, tmp_path: Path) -> 
     samples = str(tmp_path / "samples")
     bad = table([shown(100), shown(200, user=None)])
     with pytest.raises(SampleError, match="row 1 of the impressions: user is null"):
-        requests_of_log(bad, table([done(50)]), samples)
+        with_behaviors(bad, table([done(50)]), samples)
     none = table([done(50)]).slice(0, 0)
-    assert requests_of_log(table([shown(100)]), none, samples)["behavior_item"].to_pylist() == [[]]
+    assert with_behaviors(table([shown(100)]), none, samples)["behavior_item"].to_pylist() == [[]]
     short = table([done(50, dwell_s=1.0)])
-    assert requests_of_log(table([shown(100)]), short, samples)["behavior_item"].to_pylist() == [[]]
+    assert with_behaviors(table([shown(100)]), short, samples)["behavior_item"].to_pylist() == [[]]
     with pytest.raises(UserError, match="no samples that crossmedia samples made"):
-        requests_of_log(table([shown(100)]), none, str(tmp_path))
+        with_behaviors(table([shown(100)]), none, str(tmp_path))

@@ -1,7 +1,6 @@
-"""An open bundle has what the trainer reads: ID rows and visual vectors, for every kind of run; rows in fewer bytes."""
+"""An open bundle has what the trainer reads: ID rows and visual vectors, for every kind of run."""
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,6 @@ import pytest
 import torch
 
 from serving.bundle.open import Bundle
-from tests.serving.bundle.conftest import export
 from tests.serving.scoring.variants import Exported
 from tests.trainer.conftest import Places
 from tests.trainer.ids.exact_tables import vectors_of
@@ -52,7 +50,7 @@ def test_id_rows_are_those_that_the_trainer_reads(pair: tuple[Bundle, TrainedRun
         ids = ids_of(trained, name)
         request = table.serve(ids, "eval")
         wanted = vectors_of(table, request).detach().numpy()[request.inverse_R]
-        rows, _ = bundle.ids.find(name, ids)
+        rows, _ = bundle.ids.find([name], ids, np.array([len(ids)]))
         found = bundle.ids.gather(table.shape.width, rows)
         assert found.dtype == np.float32
         np.testing.assert_array_equal(found, wanted.astype(np.float32))
@@ -80,12 +78,12 @@ def test_an_id_is_known_where_training_has_touched_its_row(
     bundle, trained = pair
     for name, ids_in_training in trained_ids(exported("plain").places, bundle).items():
         table = trained.engine.tables[name]
-        rows, known = bundle.ids.find(name, IDS)
+        rows, known = bundle.ids.find([name], IDS, np.array([len(IDS)]))
         if isinstance(table, ExactTable):
             own = np.concatenate([table.map.ids_of(slot) for slot in range(len(table.shards))])
             np.testing.assert_array_equal(known, np.isin(IDS, own))
             continue
-        touched = np.isin(rows, bundle.ids.find(name, ids_in_training)[0])
+        touched = np.isin(rows, bundle.ids.find([name], ids_in_training, np.array([len(ids_in_training)]))[0])
         assert 0 < touched.sum() < len(IDS)
         if trained.config.optim.ids == "adam":
             np.testing.assert_array_equal(known, touched)
@@ -98,8 +96,8 @@ def test_rows_of_several_tables_are_found_at_once(pair: tuple[Bundle, TrainedRun
     bundle, trained = pair
     tables = [*trained.engine.tables, *trained.engine.tables]
     ids = [ids_of(trained, name)[: 3 * number] for number, name in enumerate(tables)]
-    rows, known = bundle.ids.bulk_finder(tables).find(np.concatenate(ids), np.array([len(each) for each in ids]))
-    each = [bundle.ids.find(name, some) for name, some in zip(tables, ids, strict=True)]
+    rows, known = bundle.ids.find(tables, np.concatenate(ids), np.array([len(each) for each in ids]))
+    each = [bundle.ids.find([name], some, np.array([len(some)])) for name, some in zip(tables, ids, strict=True)]
     np.testing.assert_array_equal(rows, np.concatenate([one for one, _ in each]))
     np.testing.assert_array_equal(known, np.concatenate([one for _, one in each]))
 
@@ -126,25 +124,3 @@ def test_schema_and_model_are_those_of_the_run(pair: tuple[Bundle, TrainedRun]) 
     assert bundle.schema == trained.schema
     assert bundle.model == trained.config.model
     assert bundle.fields == trained.engine.fields
-
-
-SOME = np.arange(200)
-
-
-@pytest.mark.parametrize("variant", ["plain", "exact", "din_inputs"])
-def test_rows_are_near_those_of_float32(exported: Callable[[str], Exported], tmp_path: Path, variant: str) -> None:
-    made = exported(variant)
-    manifest = export(tmp_path / "model", made.run, id_dtype="float16")
-    whole, small = (Bundle.open(url, cache_dir=tmp_path) for url in (made.url, str(tmp_path / "model")))
-    rows_file = next(each for each in manifest.rows if each.width == 12)
-    file = manifest.file(rows_file.name)
-    assert file is not None
-    assert file.bytes == rows_file.num_rows * 24
-    for table in manifest.tables:
-        rows, known = small.ids.find(table.name, SOME % table.num_rows)
-        exact_rows, exact_known = whole.ids.find(table.name, SOME % table.num_rows)
-        np.testing.assert_array_equal(rows, exact_rows)
-        np.testing.assert_array_equal(known, exact_known)
-        mine, theirs = (bundle.ids.gather(table.width, rows) for bundle in (small, whole))
-        assert (np.abs(mine - theirs) <= np.abs(theirs) * 2.0**-11 + 2.0**-25).all()
-        assert not np.array_equal(mine, theirs)

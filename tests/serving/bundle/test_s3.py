@@ -36,7 +36,10 @@ def test_published_opened_and_brought_up_to_date(made: Exported, s3_url: str, tm
     assert (first.version, second.version, log.version_in_use(Storage(url))) == (1, 2, 1)
     here, there = Bundle.open(made.url, cache_dir=tmp_path), Bundle.open(url, cache_dir=tmp_path / "cache")
     for table in here.manifest.tables:
-        found = [bundle.ids.gather(12, bundle.ids.find(table.name, IDS)[0]) for bundle in (here, there)]
+        found = [
+            bundle.ids.gather(12, bundle.ids.find([table.name], IDS, np.array([len(IDS)]))[0])
+            for bundle in (here, there)
+        ]
         np.testing.assert_array_equal(*found)
     np.testing.assert_array_equal(*(bundle.vectors["images"].lookup(KEYS)[0] for bundle in (here, there)))
 

@@ -281,7 +281,7 @@ def test_open_vectors_outlive_their_files(url: str, tmp_path: Path) -> None:
     bundle = open_bundle(url, tmp_path)
     keys, ids = np.arange(995, 1_055), np.arange(50)
     rows, _ = bundle.vectors["images"].lookup(keys)
-    of_ids = bundle.ids.gather(12, bundle.ids.find("item", ids)[0])
+    of_ids = bundle.ids.gather(12, bundle.ids.find(["item"], ids, np.array([len(ids)]))[0])
     store = FeatureStore.open(bundle.vectors_url(bundle.manifest.vectors[0]))
     store.delete(keys)
     compact(store, force=True)
@@ -290,7 +290,9 @@ def test_open_vectors_outlive_their_files(url: str, tmp_path: Path) -> None:
     shutil.rmtree(url)
     shutil.rmtree(tmp_path / "cache")
     np.testing.assert_array_equal(bundle.vectors["images"].lookup(keys)[0], rows)
-    np.testing.assert_array_equal(bundle.ids.gather(12, bundle.ids.find("item", ids)[0]), of_ids)
+    np.testing.assert_array_equal(
+        bundle.ids.gather(12, bundle.ids.find(["item"], ids, np.array([len(ids)]))[0]), of_ids
+    )
     bundle.close()
 
 

@@ -5,6 +5,8 @@ loop (`measured_server.py`), and of the server until a health check on a new con
 """
 
 import contextlib
+import signal
+import socket
 import sys
 import threading
 import time
@@ -23,6 +25,7 @@ from serving.http.codec import ARROW, JSON
 from tests.serving.http.conftest import Published
 from tests.serving.http.processes import ServerProcess, ended, post_head
 from tests.serving.http.test_app import stream_of
+from trainer.launch import free_port
 
 pytestmark = [pytest.mark.services, pytest.mark.long]
 
@@ -39,6 +42,7 @@ class Attacked:
 
     server: ServerProcess
     file: Path
+    health_port: int
 
     def longest_ms(self, path: str, content: bytes, kind: str) -> tuple[int, float]:
         """Send a body; return the status, and the longest round of the loop meanwhile."""
@@ -48,15 +52,16 @@ class Attacked:
         return answer.status_code, max(map(float, self.file.read_text()[start:].split()), default=0.0)
 
     @contextmanager
-    def healthy(self) -> Iterator[None]:
+    def healthy(self, port: int | None = None) -> Iterator[None]:
         """Check health during the block, on a new connection each time; fail where an answer took the server long."""
+        address = self.server.host, port or self.server.port
         waits_ms: list[float] = []
         has_ended = threading.Event()
 
         def check() -> None:
             while not has_ended.is_set() or not waits_ms:
                 begin_s = self._processor_s()
-                with self.server.connect() as connection:
+                with socket.create_connection(address, timeout=30) as connection:
                     connection.sendall(b"GET /v2/health/live HTTP/1.1\r\nHost: scorer\r\n\r\n")
                     answer = connection.recv(1 << 16)
                 waits_ms.append(1000 * (self._processor_s() - begin_s) if b" 200 " in answer[:20] else float("inf"))
@@ -80,10 +85,12 @@ class Attacked:
 def attacked(bundle: Published, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Attacked]:
     folder = tmp_path_factory.mktemp("attacked")
     file = folder / "held"
+    health_port = free_port()
     words = [str(file), "serve", bundle.url, "--port", "0", "--cache-dir", str(folder / "cache")]
+    words += ["--health-port", str(health_port)]
     with ended(ServerProcess([sys.executable, "-m", "tests.serving.http.measured_server", *words], folder)) as server:
         server.wait_until_ready()
-        yield Attacked(server, file)
+        yield Attacked(server, file, health_port)
 
 
 def columns(behaviors: int, candidates: int, texts: bool = False) -> dict[str, Any]:
@@ -202,6 +209,16 @@ def test_many_slow_connections_keep_nobody_from_health_checks(attacked: Attacked
         for _ in range(count):
             stack.enter_context(attacked.server.connect()).sendall(sent)
         time.sleep(1)
+
+
+def test_a_thousand_connections_at_once_keep_nobody_from_the_health_port(attacked: Attacked) -> None:
+    attacked.server.process.send_signal(signal.SIGSTOP)  # so that all of them wait to be accepted
+    with ExitStack() as stack:
+        for _ in range(1_000):
+            stack.enter_context(attacked.server.connect()).sendall(post_head(2) + b"{}")
+        with attacked.healthy(attacked.health_port):
+            attacked.server.process.send_signal(signal.SIGCONT)
+            time.sleep(2)
 
 
 @pytest.mark.parametrize("rows", [0, 1])

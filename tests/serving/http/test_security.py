@@ -77,7 +77,7 @@ def test_tls_connections_do_not_outlive_the_read_timeout(tmp_path: Path, pair: P
 
 
 @pytest.mark.services
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_renewed_certificates_and_tokens_are_read_again(tmp_path: Path, pair: Pair, workers: int) -> None:
     """Without a restart: the new authority's certificate, and the new token alone; wrong files leave the old ones."""
     tokens = tmp_path / "tokens"

@@ -211,7 +211,7 @@ def test_the_first_run_trains_on_all_days_and_later_ones_once_on_their_own(days:
     assert [load_config(folder / row["day"] / "config.yaml").train.epochs for row in rows] == [3, 1, 1]
     rates = [load_config(folder / row["day"] / "config.yaml").optim for row in rows]
     assert [each.lr for each in rates] == pytest.approx([0.01, 0.003, 0.003])
-    assert [each.alpha for each in rates] == pytest.approx([0.006, 0.0018, 0.0018])
+    assert [each.alpha for each in rates] == pytest.approx([0.012, 0.0018, 0.0018])
     assert run_of_days(folder) == folder / DAYS[2]
     assert run_of_days(folder / DAYS[3]) == folder / DAYS[3]
 
@@ -234,7 +234,7 @@ def test_mistakes(days: Places) -> None:
 
     refused(ConfigError, r"data\.test_days=\['2026-01-02'\]: trainer\.daily chooses it", data__test_days=f"[{DAYS[1]}]")
     refused(ConfigError, r"run\.resume=latest: trainer\.daily chooses it", run__resume="latest")
-    refused(ConfigError, "run.warm_parts=.*: trainer.daily chooses it", run__warm_parts="full")
+    refused(ConfigError, "run.warm_parts=.*: trainer.daily chooses it", run__warm_parts="all")
     refused(ConfigError, "data.validation_days=1: trainer.daily chooses", data__validation_days=1)
     refused(ConfigError, "early_stopping=2: a day is trained before", train__early_stopping=2, train__eval_every=5)
     refused(DataError, r"has no file day=DAY\*\.parquet", data__samples=days.folder / "nothing")
@@ -315,7 +315,7 @@ def test_a_trained_day_without_its_checkpoints_or_samples_says_how_to_go_on(days
 
 def test_command(days: Places) -> None:
     settings = [*days.settings(run__name="c", train__epochs=1)]
-    options = ["--samples-of-days", str(days.folder / "samples"), "--first-day", DAYS[0], "--last-day", DAYS[1]]
+    options = ["--first-day", DAYS[0], "--last-day", DAYS[1]]
     result = invoke(app, *options, "--set", *settings, code=0)
     assert "2026-01-02" in result.stdout and "days.json" in result.stdout
     second = load_config(days.folder / "runs" / "c" / DAYS[1] / "config.yaml")
@@ -324,7 +324,7 @@ def test_command(days: Places) -> None:
     alone = days.settings(run__name="alone", train__epochs=1, data__train_days=f"[{DAYS[0]},{DAYS[1]}]")
     train(load_config(settings=[*alone, f"data.test_days=[{DAYS[2]}]"]), SoloComm())
     assert_same(days.folder / "runs" / "c" / DAYS[1], days.folder / "runs" / "alone")
-    refused = invoke(app, *options, "--warm-start", days.folder / "runs" / "alone", "--set", *settings)
+    refused = invoke(app, *options, "--set", *settings, f"run.warm_start={days.folder / 'runs' / 'alone'}")
     assert (refused.exit_code, "add --continue" in refused.stderr) == (2, True)
     assert "'monday' does not match" in invoke(app, "--first-day", "monday", code=2).stderr
 
@@ -380,7 +380,7 @@ class TestTwoRanks:
     def test_warm_start_of_one_rank_from_two(self, job: tuple[Places, dict[str, Any]]) -> None:
         places, _ = job
         run = places.folder / "runs" / "days" / DAYS[2]
-        settings = places.settings(run__warm_start=run, run__warm_parts="full")
+        settings = places.settings(run__warm_start=run, run__warm_parts="all")
         opened = open_run(load_config(settings=settings), SoloComm())
         opened.close()
         expected = tensors_of(run)

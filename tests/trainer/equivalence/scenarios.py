@@ -273,14 +273,12 @@ SCENARIOS |= {
 
 FEW = (
     "both_attentive/float64",
-    "both_attentive/float32",
     "two_widths/float64",
     "sum_rank_without_data/float64",
     "one_owner/float64",
     "adam_rank_without_data/float64",
     "exact_evicting/float64",
     "exact_evicting_rank_without_data/float64",
-    "two_towers/float64",
     "lr/float64",
     "texts_missing/float64",
 )

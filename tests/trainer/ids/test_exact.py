@@ -17,7 +17,6 @@ from tests.trainer.ids.exact_tables import (
     SHARDS,
     STEPS,
     assert_same,
-    counts_of,
     day_of,
     have_rows,
     ids_of,
@@ -189,31 +188,6 @@ def test_the_longest_unused_are_chosen_as_sorting_all_would() -> None:
         most, now = int(draw.integers(1, 70)), int(draw.integers(1, 10))
         order = [row for row in np.lexsort((ids, used_at)).tolist() if used_at[row] < now]
         assert longest_unused(used_at, ids, most, now).tolist() == sorted(order[:most])
-
-
-@pytest.mark.parametrize("optimizer", IdOptimizer.__args__)
-def test_a_warm_start_at_another_size_takes_rows_and_leaves_counts(optimizer: IdOptimizer) -> None:
-    before = table_of(shape_of(60, admit_after=2), ids=optimizer)
-    for ids in ([3, 4], [3, 5]):
-        train(before, ids)
-    larger = table_of(shape_of(6000, admit_after=2), ids=optimizer)
-    larger.begin_with(state_of(before))
-    assert torch.equal(vector_of(larger, 3), vector_of(before, 3))
-    assert have_rows(larger, (3, 4, 5)) == {3}
-    assert counts_of(larger, [4]) == [0]
-
-
-def test_a_warm_start_takes_the_order_of_use() -> None:
-    before = filled([*IDS[:ROWS], IDS[0]])
-    after = table_of(shape_of(ROWS * SHARDS))
-    after.begin_with(state_of(before))
-    for table in (before, after):
-        train(table, IDS[ROWS : ROWS + 5])
-    mine, theirs = (
-        {n: v for n, v in state_of(t).items() if n.endswith(("ids", "used_at", "clock"))} for t in (after, before)
-    )
-    assert_same(mine, theirs)
-    assert have_rows(after, IDS) == {IDS[0], *IDS[6 : ROWS + 5]}
 
 
 def test_a_hashed_table_is_refused() -> None:

@@ -1,6 +1,5 @@
-"""Warm starts: what is taken and what stays fresh, by group; what does not fit is refused, with the way to go on."""
+"""Warm starts: what is taken and what stays fresh; what does not fit is refused and named."""
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from tests.trainer.conftest import Places, make_places
 from tests.trainer.whole_runs import assert_same, run_alone
 from trainer import main
 from trainer.comm import SoloComm
-from trainer.config import ModelConfig, load_config
+from trainer.config import load_config
 from trainer.errors import CheckpointError
 from trainer.loop.training import total_steps
 from trainer.runs.checkpoint import DENSE, CheckpointState, Origin, WarmStart, begin_with
@@ -60,25 +59,13 @@ def states(own: Places, before: Path) -> tuple[State, State]:
     return state_of(opened(own)), state_of(opened(own, run__name="before", run__resume="latest"))
 
 
-PARTS = {
-    "none": (),
-    "partial": ("model.", "stores."),
-    "full": ("model.", "stores.", "user/", "item/", "image/", "category/", "scene/"),
-    "[images]": ("stores.",),
-    "[model,ids]": ("model.", "user/", "item/", "image/", "category/", "scene/"),
-}
-
-
-@pytest.mark.parametrize("parts", PARTS)
-def test_what_is_taken(own: Places, before: Path, states: tuple[State, State], parts: str) -> None:
+def test_what_is_taken(own: Places, before: Path, states: tuple[State, State]) -> None:
+    """Of a part of the run before: its networks, and neither ID rows nor an optimiser's state."""
     fresh, old = states
-    run = opened(own, run__warm_start=before, run__warm_parts=parts)
+    run = opened(own, run__warm_start=before)
     assert (run.position.epoch, run.position.step, run.history, run.engine.num_steps) == (0, 0, [], 0)
     for name, value in state_of(run).items():
-        is_parameter = "/" not in name or name.endswith(("/weight", "/last_weight"))
-        taken = is_parameter and name.startswith(PARTS[parts])
-        source = name.replace("/last_weight", "/weight")  # what a row is worth now, where it makes up for steps
-        assert torch.equal(value, old[source] if taken else fresh[name]), name
+        assert torch.equal(value, (old if name.startswith(("model.", "stores.")) else fresh)[name]), name
     moved = [name for name in fresh if not torch.equal(fresh[name], old[name])]
     assert {name.partition("/")[0].partition(".")[0] for name in moved} >= {"model", "stores", "item", "adam"}
 
@@ -101,93 +88,54 @@ def test_resumption_goes_on_instead_of_beginning_again(own: Places, before: Path
 
 def test_options_of_the_command(own: Places, before: Path) -> None:
     settings = own.settings(run__name="option", train__max_steps=1)
-    warm = ["--warm-start", str(before), "--warm-parts", "model,ids"]
+    warm = [f"run.warm_start={before}", "run.warm_parts=all"]
     result = invoke(main.app, *warm, "--set", *settings, code=0)
-    assert f"warm start from {before}/checkpoints/step-00000006: model, ids" in result.stdout
-    result = invoke(main.app, *warm[:-1], "most")
+    assert f"warm start from {before}/checkpoints/step-00000006: all" in result.stdout
+    result = invoke(main.app, warm[0], "run.warm_parts=most")
     assert (result.exit_code, result.stdout) == (2, "")
-    assert "run.warm_parts.0='most': it should be 'images', 'model', 'ids' or 'optimizers'" in result.stderr
+    assert "run.warm_parts='most': it should be 'partial' or 'all'" in result.stderr
 
 
 @pytest.mark.parametrize(
     ("parts", "changes", "message"),
     [
-        ("partial", {"model__mlp": [9, 4]}, r"part model: .* model\.mlp=\[8, 4\], this run has model\.mlp=\[9, 4\]; "),
-        ("partial", {"model__embed_hidden": [9, 4]}, r"part images: .*or leave images out of run\.warm_parts"),
-        ("full", {"model__tables__item": 640}, r"part ids: item/0000/weight has shape \(16, 12\) .*leave ids out"),
-        ("[ids]", {"model__table_shards": 2}, r"part ids: .*leave ids out"),
+        ("partial", {"model__mlp": [9, 4]}, r"else; set back:\n  model\.mlp is \[9, 4\] here, \[8, 4\] in the "),
+        ("partial", {"model__embed_hidden": [9, 4]}, r"model\.embed_hidden is \[9, 4\] here"),
+        ("partial", {"model__multi_hot": "sum"}, r"model\.multi_hot is 'sum' here"),
         ("partial", {"model__images": "none"}, "has an E for images, and this run uses none; set model.images"),
+        ("all", {"model__tables__item": 640}, r"item/0000/weight has shape \(16, 12\) in the checkpoint"),
+        ("all", {"model__table_shards": 2}, r"model\.table_shards is 2 here"),
+        ("all", {"optim__ids": "rowwise_adagrad"}, r"optim\.ids is 'rowwise_adagrad' here"),
+        ("all", {"model__id_init_std": 0.05}, r"model\.id_init_std is 0\.05 here"),
     ],
 )
-def test_other_shapes_are_named(own: Places, before: Path, parts: str, changes: dict[str, Any], message: str) -> None:
+def test_other_settings_are_named(own: Places, before: Path, parts: str, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         opened(own, run__warm_start=before, run__warm_parts=parts, **changes)
 
 
-def taken(part: Any, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Take a part of a run whose origin says this of its model, where this run's says that; what fits needs files."""
-    theirs, mine = (Origin(data={}, train={}, stores={}, optim={}, model=model) for model in (before, now))
-    state = CheckpointState.model_construct(origin=theirs, files={DENSE: ""})
-    begin_with(SoloComm(), WarmStart(Path("old"), state, (part,)), mine, None)  # type: ignore[arg-type]
-
-
-ONE_POOLING = {"pooling": "sum", "image_products": False}
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model__dropout": 0.2, "model__id_dropout": 0.2, "model__id_init_std": 0.05, "model__tables__item": 640},
+        {"model__image_dropout": 0.1},  # whether pictures count is not decided yet
+        {"model__compute_dtype": "bfloat16", "optim__ids": "rowwise_adagrad", "train__seed": 5},
+    ],
+)
+def test_settings_that_change_no_meaning_may_differ(own: Places, before: Path, changes: dict[str, Any]) -> None:
+    opened(own, run__warm_start=before, **changes).close()
 
 
 @pytest.mark.parametrize(
-    ("before", "now", "told"),
+    ("change", "told"),
     [
-        ({}, {"multi_hot": "sum"}, "model.multi_hot=mean, this run has model.multi_hot=sum"),
-        ({}, {"activation": "prelu"}, "model.activation=relu, this run"),
-        (ONE_POOLING, {**ONE_POOLING, "pooling": "mean"}, "model.pooling=sum, this run has model.pooling=mean"),
-        ({**ONE_POOLING, "images": "ad"}, {**ONE_POOLING, "images": "behavior"}, "model.images=ad"),
-        ({}, {"id_proxy": True}, "model.id_proxy=False, this run has model.id_proxy=True"),
-        ({}, {"base": "dcn", "pooling": "sum"}, "model.base=mlp, model.pooling=attentive, this run has"),
+        ({"age": {"std": [2.0]}}, r"model\.fields\.age\.std is \[2\.0\] here"),
+        ({"ad_item": {"weights": "ad_weight"}}, r"model\.fields\.ad_item\.weights is 'ad_weight' here"),
+        ({"price": {"boundaries": [1.0, 3.0]}}, r"model\.fields\.price\.boundaries"),
     ],
 )
-def test_settings_that_no_shape_tells_are_noticed(before: dict[str, Any], now: dict[str, Any], told: str) -> None:
-    models = ({**ModelConfig(**settings).model_dump(), "fields": {}} for settings in (before, now))
-    with pytest.raises(CheckpointError, match=rf"trained with {re.escape(told)}.*leave model out"):
-        taken("model", *models)
-
-
-@pytest.mark.parametrize(
-    ("parts", "changes"),
-    [
-        ("full", {"model__dropout": 0.2, "model__id_dropout": 0.2, "model__id_init_std": 0.05}),
-        ("full", {"model__image_dropout": 0.1}),  # whether pictures count is not decided yet
-        ("[images,ids]", {"model__multi_hot": "sum"}),  # of the layers, which are not taken
-    ],
-)
-def test_settings_that_change_no_meaning_may_differ(
-    own: Places, before: Path, parts: str, changes: dict[str, Any]
-) -> None:
-    opened(own, run__warm_start=before, run__warm_parts=parts, **changes).close()
-
-
-def test_rows_that_no_longer_tell_new_ads_are_refused(own: Places) -> None:
-    run = trained(own, "far", 1, model__id_init_std=0.05, model__images="ad")
-    changes = {"model__image_dropout": 0.1, "model__images": "ad", "run__warm_start": run}
-    with pytest.raises(
-        CheckpointError,
-        match=r"rows started with model\.id_init_std=0\.05.*with model\.image_dropout=0\.1 .*leave ids out",
-    ):
-        opened(own, run__warm_parts="[ids]", **changes)
-    opened(own, run__warm_parts="[images]", **changes).close()
-    idle = {"model__image_dropout": 0.1, "model__images": "none", "run__warm_start": run}
-    opened(own, run__warm_parts="[ids]", **idle).close()
-
-
-@pytest.mark.parametrize(
-    ("change", "part", "told"),
-    [
-        ({"age": {"std": [2.0]}}, "model", r"part model: .*other fields \(age, std\)"),
-        ({"ad_item": {"weights": "ad_weight"}}, "model", r"\(ad_item, weights=None, here a column\)"),
-        ({"price": {"boundaries": [1.0, 3.0]}}, "ids", "part ids: the buckets of field price begin elsewhere"),
-        ({"price": {"boundaries": [1.0, 3.0]}}, "model", r"other fields \(price, boundaries\)"),
-    ],
-)
-def test_fields_that_mean_something_else_are_noticed(change: dict[str, Any], part: Any, told: str) -> None:
+@pytest.mark.parametrize("parts", ["partial", "all"])
+def test_fields_that_mean_something_else_are_noticed(change: dict[str, Any], told: str, parts: Any) -> None:
     """Where neither names nor shapes tell."""
     fields: dict[str, dict[str, Any]] = {
         "age": {"side": "user", "kind": "dense", "transform": "standardize", "mean": [0.0], "std": [1.0]},
@@ -195,20 +143,29 @@ def test_fields_that_mean_something_else_are_noticed(change: dict[str, Any], par
         "ad_item": {"side": "ad", "kind": "id", "table": "item"},
         "ad_image": {"side": "ad", "kind": "content"},
     }
-    model = ModelConfig().model_dump()
     changed = {name: field | change.get(name, {}) for name, field in fields.items()}
+    theirs, mine = (
+        Origin(data={}, train={}, stores={}, optim={}, model={"fields": each}) for each in (fields, changed)
+    )
+    state = CheckpointState.model_construct(origin=theirs, files={DENSE: ""})
     with pytest.raises(CheckpointError, match=told):
-        taken(part, {**model, "fields": fields}, {**model, "fields": changed})
+        begin_with(SoloComm(), WarmStart(Path("old"), state, parts), mine, None)  # type: ignore[arg-type]
 
 
-def test_fields_in_another_order_are_noticed(own: Places, before: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "changes",
+    [{"run__name": "before", "run__resume": "latest"}, {"run__warm_start": "before"}],
+    ids=["resumed", "warm"],
+)
+def test_fields_in_another_order_are_noticed(
+    own: Places, before: Path, changes: dict[str, Any], tmp_path: Path
+) -> None:
     schema = yaml.safe_load(DEFAULT_SCHEMA.read_text())
     schema["fields"].reverse()
     (tmp_path / "schema.yaml").write_text(yaml.safe_dump(schema))
-    changes = {"run__warm_start": before, "data__schema_file": tmp_path / "schema.yaml"}
-    with pytest.raises(CheckpointError, match=r"other fields \(the same in another order\).*leave model out"):
-        opened(own, **changes)
-    opened(own, run__warm_parts="[images,ids]", **changes).close()
+    changes = {name: before if value == "before" and "start" in name else value for name, value in changes.items()}
+    with pytest.raises(CheckpointError, match=r"model\.fields is '.*' here, '.*' in the checkpoint"):
+        opened(own, data__schema_file=tmp_path / "schema.yaml", **changes)
 
 
 def test_a_damaged_file_is_named(own: Places) -> None:
@@ -216,7 +173,7 @@ def test_a_damaged_file_is_named(own: Places) -> None:
     damage(run, 1, "rows-00000-of-00001.safetensors", "-1")
     opened(own, run__warm_start=run).close()  # partial: the file is not needed
     with pytest.raises(CheckpointError, match=r"rows-00000-of-00001\.safetensors is damaged"):
-        opened(own, run__warm_start=run, run__warm_parts="full")
+        opened(own, run__warm_start=run, run__warm_parts="all")
 
 
 def _other_store(places: Places, **changes: Any) -> Path:
@@ -228,7 +185,7 @@ def _other_store(places: Places, **changes: Any) -> Path:
     return places.folder / f"other-{'-'.join(changes)}"
 
 
-def test_features_of_another_kind_are_refused_and_the_way_out_works(own: Places, before: Path) -> None:
+def test_features_of_another_kind_are_refused(own: Places, before: Path) -> None:
     extractor = FeatureStore.open(own.folder / "features").info.extractor.model_copy(update={"weights_digest": "x"})
     other, wide = _other_store(own, extractor=extractor), _other_store(own, dim=8, dtype="bfloat16")
     for changes in ({"run__name": "before", "run__resume": "latest"}, {"run__warm_start": before}):
@@ -238,16 +195,13 @@ def test_features_of_another_kind_are_refused_and_the_way_out_works(own: Places,
             said = str(caught.value)
             assert f"stores.images.{told} in the checkpoint" in said
             assert "set data.store to a store of that kind" in said
-            assert f"--warm-start {find_checkpoint(before)} --warm-parts model,ids" in said
         assert "stores.images.dtype is 'bfloat16' here, 'float32' in the checkpoint" in said
-    trained(own, "on-other", 2, data__store=wide, run__warm_start=before, run__warm_parts="[model,ids]")
 
 
 def test_a_run_without_images_is_told_so(own: Places) -> None:
     run = trained(own, "plain", 1, model__images="none")
-    with pytest.raises(CheckpointError, match=r"was trained without images.*--warm-parts ids"):
+    with pytest.raises(CheckpointError, match=r"was trained without images.*set model\.images as it was"):
         opened(own, run__warm_start=run)
-    opened(own, run__warm_start=run, run__warm_parts="[ids]").close()
     opened(own, run__warm_start=run, model__images="none").close()
 
 
@@ -278,8 +232,3 @@ def test_all_continues_with_the_optimisers_state_and_a_new_schedule(own: Places,
     resumed = opened(own, run__name="next", run__resume="latest", **warm)
     resumed.close()
     assert (resumed.engine.first_step, resumed.engine.num_steps) == (6, 10)
-
-
-def test_the_state_of_another_optimiser_is_refused(own: Places, before: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"part optimizers: .*set run\.warm_parts=full"):
-        opened(own, run__warm_start=before, run__warm_parts="all", optim__ids="rowwise_adagrad")

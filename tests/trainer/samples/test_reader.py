@@ -87,7 +87,7 @@ def test_ranks_without_samples_have_empty_fields(samples: tuple[Path, list[pa.Ta
     assert batch.global_samples == 2
     assert all(len(field.values_N) == len(field.lengths_M) == 0 for field in batch.fields.values())
     assert {field.values_N.dtype for field in batch.fields.values()} == {np.dtype(np.int64)}
-    assert {field.lengths_M.dtype for field in batch.fields.values()} == {np.dtype(np.int32)}
+    assert {field.lengths_M.dtype for field in batch.fields.values()} == {np.dtype(np.int64)}
 
 
 def test_lists_of_their_own_may_have_any_length(tmp_path: Path, sample_table: Callable[..., pa.Table]) -> None:

@@ -288,7 +288,7 @@ def test_a_warm_start_takes_them_over(run: Path, numbered: Any, tmp_path: Path) 
     common = {"data__samples": samples, "run__dir": tmp_path / "runs", "run__warm_start": run}
     train(configured(numbered, "warm", **common), SoloComm())
     assert fields_of(tmp_path / "runs/warm") == fields_of(run)
-    train(configured(numbered, "cold", **common | {"run__warm_parts": "none"}), SoloComm())
+    train(configured(numbered, "cold", **common | {"run__warm_start": "null"}), SoloComm())
     mine, theirs = (fields_of(each)["ad_price"]["mean"][0] for each in (tmp_path / "runs/cold", run))
     assert mine > theirs + 0.3
 

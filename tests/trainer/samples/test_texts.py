@@ -272,7 +272,7 @@ def test_a_run_that_takes_id_rows_takes_their_texts(run: Path, wordy: Places, tm
     assert entries(tmp_path) == {**expected(wordy), hashed("gone"): "gone"}
     shutil.copytree(run, wordy.folder / "runs" / "first")
     survey.write_part(wordy.folder / "runs" / "first" / IDS_FILE, held)
-    for parts, has in (("full", True), ("partial", False)):
+    for parts, has in (("all", True), ("partial", False)):
         warm = settings(wordy, run__name=parts, run__warm_start=wordy.folder / "runs" / "first", run__warm_parts=parts)
         train(load_config(settings=warm), SoloComm())
         assert (hashed("gone") in entries(wordy.folder / "runs" / parts)) == has

@@ -111,7 +111,7 @@ def test_the_run_of_a_command_is_found(tmp_path: Path) -> None:
 
 
 def test_days_are_found_and_their_steps_counted_together(tmp_path: Path) -> None:
-    words = ["python", "-m", "trainer.daily", "--samples-of-days", "s", "--first-day", "2026-01-01"]
+    words = ["python", "-m", "trainer.daily", "data.samples=s", "--first-day", "2026-01-01"]
     train = parse_command([*words, f"run.dir={tmp_path}"])
     assert train.folder == tmp_path / "daily" and train.newest_step() == 0
     assert train.start() == [sys.executable, *words[1:], f"run.dir={tmp_path}"]

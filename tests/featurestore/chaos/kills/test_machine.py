@@ -4,10 +4,12 @@ On a disk, where writers die too, in memory and on S3; for stores of every dtype
 """
 
 import contextlib
+import signal
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import get_args
 
 import numpy as np
@@ -33,6 +35,7 @@ from featurestore.upkeep.expiry import expire
 from featurestore.upkeep.history import diff, move_channel, pin, read_pins, remove_channel, restore, unpin
 from featurestore.upkeep.verify import verify
 from tests.featurestore.staged import build_shard, metadata_of
+from tests.fuse import Fuse, small_process
 
 URIS = st.lists(st.sampled_from([f"u{i}" for i in range(12)]), max_size=6)
 AGE_S = 30 * 86400.0
@@ -288,6 +291,26 @@ def later(seconds: float) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Storage, "now", lambda self: now(self) + seconds)
         yield
+
+
+def watched(fuse: Fuse, root: str, work: Callable[[], None]) -> None:
+    fuse.watch_disk(root)
+    work()
+
+
+@pytest.fixture
+def dies_at(tmp_path: Path) -> Kill:
+    """Do `work`, which can be pickled, in a process that dies at its n-th thing to do with files below a root: whether
+    it did."""
+
+    def run(at: int, work: Callable[[], None], root: str) -> bool:
+        process = small_process(watched, Fuse(at, tmp_path / "trace"), root, work)
+        process.start()
+        process.join()
+        assert process.exitcode in (0, -signal.SIGKILL)
+        return process.exitcode != 0
+
+    return run
 
 
 def run_machine(dies_at: Kill | None, examples: int, steps: int, url: str = "") -> None:

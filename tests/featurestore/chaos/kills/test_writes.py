@@ -1,6 +1,6 @@
 """What is done to a store dies before, within or after a write: no wrong row is seen, and the next run completes it.
 
-Here the calls of a storage die; test_machine.py and test_crew.py let processes die in the middle of what they write.
+Here the calls of a storage die; test_machine.py lets processes die in the middle of what they write.
 """
 
 import functools
@@ -28,17 +28,7 @@ from featurestore.upkeep.remake import remake
 from featurestore.upkeep.repair import repair
 from featurestore.upkeep.verify import verify
 from tests.featurestore.staged import build_shard
-from tests.featurestore.upkeep.damaged import (
-    GONE,
-    IMAGES,
-    SHARD,
-    contents,
-    everything,
-    leave_in_expired,
-    needs,
-    spoil,
-    without,
-)
+from tests.featurestore.upkeep import damaged
 
 pytestmark = pytest.mark.long
 
@@ -132,17 +122,17 @@ def with_old_snapshots(store: FeatureStore, make_rows: Any) -> None:
 @functools.cache
 def kept(store: FeatureStore, which: int | str | None = None) -> dict[str, bytes]:
     """Read the contents of a store that nobody changes any more: once for all deaths."""
-    return contents(store, which)
+    return damaged.contents(store, which)
 
 
 def readers_go_on(dead: FeatureStore, before: FeatureStore, calm: FeatureStore) -> None:
     for version in versions(before.storage):
-        assert needs(before.snapshot(version)) <= paths_of(dead), f"version {version}"
-    assert contents(dead) == kept(before)
+        assert damaged.needs(before.snapshot(version)) <= paths_of(dead), f"version {version}"
+    assert damaged.contents(dead) == kept(before)
 
 
 def same_files(done: FeatureStore, calm: FeatureStore) -> None:
-    assert paths_of(done) == paths_of(calm) and contents(done) == kept(calm)
+    assert paths_of(done) == paths_of(calm) and damaged.contents(done) == kept(calm)
 
 
 NEWER = ["images/1.jpg", "images/4.jpg", "more.jpg"]
@@ -164,13 +154,13 @@ def extract_them(store: FeatureStore, make_rows: Any) -> None:
 
 def all_or_nothing(dead: FeatureStore, before: FeatureStore, calm: FeatureStore) -> None:
     """The commit is there with all of its rows, or it is not; other snapshots are as they were."""
-    assert contents(dead) == kept(calm if dead.snapshot().version > before.snapshot().version else before)
+    assert damaged.contents(dead) == kept(calm if dead.snapshot().version > before.snapshot().version else before)
     for version in versions(before.storage):
-        assert contents(dead, version) == kept(before, version)
+        assert damaged.contents(dead, version) == kept(before, version)
 
 
 def same_rows(done: FeatureStore, calm: FeatureStore) -> None:
-    assert contents(done) == kept(calm) and verify(done).problems == []
+    assert damaged.contents(done) == kept(calm) and verify(done).problems == []
     with days_later(8):
         expire(done, keep_last=1, keep_days=0)
         expire(done, keep_last=1, keep_days=0)
@@ -182,23 +172,23 @@ def with_images_to_take_down(store: FeatureStore, make_rows: Any) -> None:
     store.put(make_rows(10, store.info, first=100))
     store.put(make_rows(40, store.info))
     store.put(make_rows(5, store.info, seed=5, first=30))
-    store.add_quarantine([QuarantineRow(key_of_uri(GONE[1]), GONE[1], "truncated", 1.0)])
+    store.add_quarantine([QuarantineRow(key_of_uri(damaged.GONE[1]), damaged.GONE[1], "truncated", 1.0)])
     store.stage_part("refresh", "part-1", make_rows(20, store.info, seed=9))
     move_channel(store, "stable", 3)
 
 
 def take_down(store: FeatureStore, make_rows: Any) -> None:
-    assert purge(store, IMAGES, writer_hours=0).is_complete
+    assert purge(store, damaged.IMAGES, writer_hours=0).is_complete
 
 
 def all_or_none_are_gone(dead: FeatureStore, before: FeatureStore, calm: FeatureStore) -> None:
     for which in (None, "stable"):
-        assert contents(dead, which) in (kept(before), without(kept(before)))
+        assert damaged.contents(dead, which) in (kept(before), damaged.without(kept(before)))
 
 
 def none_is_left(done: FeatureStore, calm: FeatureStore) -> None:
-    assert contents(done) == kept(calm) == contents(done, "stable")
-    assert find_traces(done.storage, IMAGES).is_absent
+    assert damaged.contents(done) == kept(calm) == damaged.contents(done, "stable")
+    assert find_traces(done.storage, damaged.IMAGES).is_absent
     assert {problem.kind for problem in verify(done).problems} <= {"pin"}
 
 
@@ -210,7 +200,7 @@ def with_young_images_to_take_down(store: FeatureStore, make_rows: Any) -> None:
 
 
 def take_young_ones_down(store: FeatureStore, make_rows: Any) -> None:
-    assert purge(store, IMAGES).is_complete
+    assert purge(store, damaged.IMAGES).is_complete
 
 
 def with_damage(store: FeatureStore, make_rows: Any) -> None:
@@ -218,16 +208,16 @@ def with_damage(store: FeatureStore, make_rows: Any) -> None:
     store.put(make_rows(400, store.info))
     store.put(make_rows(200, store.info, seed=1))
     store.delete(make_rows(20, store.info).keys_N)
-    delta = store.snapshot(2).manifest.files(SHARD)[1]
-    spoil(store, manifest_path(3))
-    spoil(store, delta.path)
+    delta = store.snapshot(2).manifest.files(damaged.SHARD)[1]
+    damaged.spoil(store, manifest_path(3))
+    damaged.spoil(store, delta.path)
 
 
 def with_expired_manifests(store: FeatureStore, make_rows: Any) -> None:
     """The newest manifest is damaged, and an expiry has put those before it aside."""
     for seed in range(3):
         store.put(make_rows(60, store.info, seed=seed))
-    leave_in_expired(store, [3], [1, 2])
+    damaged.leave_in_expired(store, [3], [1, 2])
 
 
 def anything(dead: FeatureStore, before: FeatureStore, calm: FeatureStore) -> None:
@@ -235,7 +225,7 @@ def anything(dead: FeatureStore, before: FeatureStore, calm: FeatureStore) -> No
 
 
 def mended(done: FeatureStore, calm: FeatureStore) -> None:
-    assert everything(done) == everything(calm) and verify(done).problems == []
+    assert damaged.everything(done) == damaged.everything(calm) and verify(done).problems == []
     assert {row.key for row in done.quarantine_rows()} == {row.key for row in calm.quarantine_rows()}
     assert versions(done.storage) == versions(calm.storage)
     assert set(versions(done.storage, EXPIRED)) <= set(versions(done.storage)), "only copies of what is in the log"
@@ -253,12 +243,12 @@ def new_one(store: FeatureStore) -> str:
 
 def nothing_is_committed(dead: FeatureStore, before: FeatureStore, calm: FeatureStore) -> None:
     assert Storage(new_one(dead)).list("log") in ([], [f"{1:020d}.json"])
-    assert contents(dead) == kept(before)
+    assert damaged.contents(dead) == kept(before)
 
 
 def same_new_store(done: FeatureStore, calm: FeatureStore) -> None:
     mine, theirs = (FeatureStore.open(new_one(each)) for each in (done, calm))
-    assert contents(mine) == contents(theirs) and mine.info.reduction == theirs.info.reduction
+    assert damaged.contents(mine) == damaged.contents(theirs) and mine.info.reduction == theirs.info.reduction
     assert mine.snapshot().version == 1 and verify(mine).problems == []
 
 
@@ -387,7 +377,7 @@ def test_others_may_do_anything_while_an_expiry_is_at_work(
         if len(begun) < at:
             break
         for snapshot in [*(before.snapshot(version) for version in range(3, 8)), store.snapshot()]:
-            assert needs(snapshot) <= paths_of(store), f"write {at}: version {snapshot.version}"
+            assert damaged.needs(snapshot) <= paths_of(store), f"write {at}: version {snapshot.version}"
         assert store.snapshot().version == (7 if rival in ("expire", "pin") else 8)
         assert all(store.snapshot(version).num_rows == 12 for version in versions(store.storage))
     assert at > 9
@@ -427,7 +417,7 @@ def test_a_writer_pauses_before_any_write(
                 assert days > 7
         if len(begun) < at:
             break
-        assert contents(store) == (kept(calm) | mine if is_done else kept(calm)), f"write {at}"
+        assert damaged.contents(store) == (kept(calm) | mine if is_done else kept(calm)), f"write {at}"
         assert verify(store).problems == []
     assert at > 3
 

@@ -110,8 +110,8 @@ class TestDin:
 
     def test_lists_of_unequal_length_are_refused(self) -> None:
         model = build_model(SCHEMA, config(base="din", images="none"))
-        one = np.ones(3, np.int32)
-        lists = {"behavior_item": one * 2, "behavior_shop": np.array([2, 3, 2], np.int32)}
+        one = np.ones(3, np.int64)
+        lists = {"behavior_item": one * 2, "behavior_shop": np.array([2, 3, 2])}
         fields = {name: Jagged(np.zeros(lengths.sum(), np.int64), lengths) for name, lengths in lists.items()}
         batch = Batch(fields, {}, np.arange(3), np.zeros(3, np.float32), np.zeros(3, np.int64), 3)
         message = "pairs behavior_item and behavior_shop value by value, but a user has 2 of the one and 3 of the other"

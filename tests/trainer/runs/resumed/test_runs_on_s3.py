@@ -104,7 +104,7 @@ class TestReaders:
         ends = []
         for number, run in enumerate(far_and_near):
             name = f"warm-{number}"
-            warm = {"run__warm_start": run, "run__warm_parts": "full", "train__max_steps": 2}
+            warm = {"run__warm_start": run, "run__warm_parts": "all", "train__max_steps": 2}
             ends.append(run_alone(places, run__dir=tmp_path, run__name=name, **warm))
         assert_same(*ends, metrics=True)
 
