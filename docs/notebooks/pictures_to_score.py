@@ -98,7 +98,7 @@ def _(PLACE, cm, names, shutil):
 @app.cell
 def _(names, store):
     features = store[names]
-    store.snapshot
+    features.shape
     return (features,)
 
 
@@ -143,7 +143,7 @@ def _(PLACE, cm, test_rows):
 def _(run):
     evaluation = run.evaluate(resamples=200)
     print(evaluation)
-    evaluation.figures.rows()[0]
+    evaluation.rows()[0]
 
 
 @app.cell
