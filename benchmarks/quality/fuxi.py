@@ -217,7 +217,7 @@ def run(spec: Spec, folder: Path) -> dict[str, Any]:
     model.curve = []
     Path(model.model_dir).mkdir(parents=True, exist_ok=True)
     for layer in model.modules():
-        if isinstance(layer, PretrainedEmbedding):
+        if isinstance(layer, PretrainedEmbedding) and spec.settings.get("project_once", True):
             _project_once(layer)
     training = Loader(train_rows, spec.batch_size, shuffle=True)
     validation = Loader(test_rows, spec.batch_size, shuffle=False)

@@ -93,9 +93,14 @@ def curve_of(spec: Spec, folder: Path) -> list[Epoch]:
     kept = folder / "figures" / f"{name}.json"
     if not kept.exists():
         kept.parent.mkdir(parents=True, exist_ok=True)
-        curve = _ours(spec, folder / "runs", name) if spec.side == "ours" else _fuxictr(spec, folder / "runs", name)
+        curve = run_spec(spec, folder / "runs", name)
         write_json(kept, {"spec": asdict(spec), "curve": curve})
     return list(json.loads(kept.read_text())["curve"])
+
+
+def run_spec(spec: Spec, runs: Path, name: str) -> list[Epoch]:
+    """Make a run, whose files lie in `runs` meanwhile, and return its figures. Raises QualityRunError."""
+    return _ours(spec, runs, name) if spec.side == "ours" else _fuxictr(spec, runs, name)
 
 
 def fuxictr_python() -> Path:

@@ -4,14 +4,14 @@ python -m benchmarks.train --json data/bench/train.json
 
 Every variant trains the same model on the same files from the same first values, each run is a process of its own (two
 under horovodrun), and ratios are of the medians of interleaved rounds of one run of this benchmark. The section
-"compact" measures rows of fewer numbers.
+"compact" measures rows of fewer numbers. `--small` measures batches of 512 and 2,048 against FuxiCTR, on the demo.
 """
 
 import os
 import sys
 import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.progress import BarColumn, TimeElapsedColumn
@@ -19,6 +19,7 @@ from rich.progress import BarColumn, TimeElapsedColumn
 from benchmarks.process import RunFailedError
 from benchmarks.report import JsonPath, Section, write_sections
 from benchmarks.train.sections import COMPACT, FUXICTR, VARIANTS, Bench, fuxictr_python, measure
+from benchmarks.train.small import BATCHES, KINDS, small_section
 from benchmarks.workload import Knobs, make
 from featurestore.console.commandline import CommandApp, run_app
 from featurestore.console.output import progress_bars, text_column
@@ -71,11 +72,22 @@ def main(
     dim: Annotated[int, typer.Option(help="Width of a feature.", min=2)] = Knobs.dim,
     samples_per_rank: Annotated[int, typer.Option(help="Of a step.", min=1)] = Knobs.samples_per_rank,
     seed: Annotated[int, typer.Option(help="Of the workload.", min=0)] = Knobs.seed,
+    small: Annotated[bool, typer.Option("--small", help="Batches of 512 and 2,048 against FuxiCTR, alone.")] = False,
+    demo: Annotated[Path, typer.Option(help="Of --small: a demo's folder.")] = Path("data/demo"),
+    kind: Annotated[Literal["ids", "images"] | None, typer.Option(help="Of --small. Default: both.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Of --small. Default: both.", min=1)] = None,
 ) -> None:
     """Measure the trainer against its own matrix products and against other ways to bring images into the model."""
     chosen = known(only or [])
-    check_fuxictr(chosen)
+    check_fuxictr([FUXICTR[0]] if small else chosen)
     columns = text_column(), BarColumn(), TimeElapsedColumn()
+    if small:
+        with tempfile.TemporaryDirectory(prefix="train-bench-") as scratch, progress_bars(*columns) as progress:
+            section = small_section(
+                demo, Path(scratch), [kind] if kind else KINDS, [batch] if batch else BATCHES, rounds, progress
+            )
+        write_sections([section], json_path)
+        return
     knobs = Knobs(images=images, dim=dim, samples_per_rank=samples_per_rank, seed=seed)
     with (
         tempfile.TemporaryDirectory(prefix="train-bench-") as scratch,

@@ -16,6 +16,7 @@ from benchmarks.train.sections import (
     check_losses,
     fuxictr_python,
 )
+from benchmarks.train.small import Cell, ratios
 from benchmarks.workload import Knobs, WorkloadError, make
 from featurestore import FeatureStore
 from tests.cli import invoke
@@ -116,3 +117,30 @@ def test_a_missing_fuxictr_is_told(
     (tmp_path / "python").touch()
     check_fuxictr(["fuxictr"])
     assert capsys.readouterr().err == ""
+
+
+def test_small_batches_are_compared_with_each_other_side_at_the_same_size() -> None:
+    speed = {
+        Cell("ids", net, batch, side): speed
+        for net, batch, side, speed in (
+            ("dnn", 512, "ours", 30.0),
+            ("dnn", 512, "fuxictr", 60.0),
+            ("din", 512, "ours", 20.0),
+            ("din", 512, "fuxictr", 10.0),
+            ("dnn", 2048, "ours", 90.0),
+            ("dnn", 2048, "fuxictr", 30.0),
+        )
+    }
+    assert ratios(speed, {cell.name: value for cell, value in speed.items()}) == {
+        "ids_small_vs_fuxictr": 0.5,
+        "ids_small_vs_fuxictr_dnn": 0.5,
+        "ids_small_vs_fuxictr_din": 2.0,
+        "ids_small_vs_fuxictr_2048": 3.0,
+        "ids_small_vs_fuxictr_2048_dnn": 3.0,
+    }
+
+
+def test_small_batches_want_fuxictr(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.train.__main__.fuxictr_python", lambda: tmp_path / "python")
+    result = invoke(app, "--small", "--kind", "ids", code=1)
+    assert result.stderr.startswith("error: fuxictr: FuxiCTR is not installed")

@@ -13,6 +13,7 @@ Cost: a rank decodes the streams that it has a share of, and holds one or two wi
 as ranks, or more, it decodes little else than its own samples; with one stream, all of them.
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -173,6 +174,7 @@ def assemble(schema: Schema, pieces: Sequence[sample_index.Piece], global_sample
     samples = [columns.ranges(piece.begin_G, piece.end_G - piece.begin_G) for piece in pieces]
     counts_G = np.concatenate([piece.end_G - piece.begin_G for piece in pieces])
 
+    @functools.cache  # an image's key and its ID are one column
     def taken(column: str, side: str) -> Jagged:
         rows = [
             piece.groups.columns[column].take(piece.group_G if side == "user" else sample_B)
