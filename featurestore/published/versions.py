@@ -147,7 +147,6 @@ def read_version(storage: Storage, version: int) -> PublishedVersion:
 _MAX_ATTEMPTS = 300
 _EXPIRY_S = 300.0
 """Longest time from what an expiry looks at to what it removes, or half of what it keeps."""
-_DELETED_AT_ONCE = 16
 _MAX_LISTINGS = 20
 _OURS = re.compile(FILES + r"/[^/]*-[0-9a-f]{32}(\.[^/.]*)?")
 
@@ -228,10 +227,10 @@ def _remove_unnamed(storage: Storage, known: Sequence[int], before_s: float, end
     unnamed = [
         each.path for each in found if each.path not in named and each.mtime_s < before_s and _OURS.fullmatch(each.path)
     ]
-    for start in range(0, len(unnamed), _DELETED_AT_ONCE):
+    for place, path in enumerate(unnamed):
         if time.monotonic() > end_s:
-            return unnamed[:start]
-        storage.delete_files(unnamed[start : start + _DELETED_AT_ONCE])
+            return unnamed[:place]
+        storage.delete_files([path])
     return unnamed
 
 
