@@ -4,7 +4,6 @@ from typing import Any
 
 from featurestore.console import commandline, output
 from pipeline.options import XdlOptions, XdlRandomOptions, takes_on_cluster
-from trainer.schema.fields import SETTINGS_FILE
 
 EXAMPLES = """Examples:
 
@@ -55,6 +54,8 @@ def random(options: XdlRandomOptions) -> None:
 
 def summary_text(summary: dict[str, Any]) -> str:
     """Write the lines that the job prints."""
+    from trainer.schema.fields import SETTINGS_FILE
+
     bad = summary["quarantined"]
     reasons = ", ".join(f"{reason}: {count:,}" for reason, count in bad.items())
     where = summary["options"]["samples"]

@@ -416,8 +416,7 @@ class TrainConfig(Section):
     checkpoint_every: Nothing[Count | None] = 1000
     """Steps between two checkpoints; null: by the clock and at the end only."""
     checkpoint_every_s: Nothing[Annotated[float, Field(gt=0)] | None] = 60
-    """Seconds between two checkpoints: what a kill loses; more where they would take over 5 % of the time; null: by
-    steps only."""
+    """Seconds between two checkpoints: what a kill loses; null: by steps only."""
     checkpoint_beside: Nothing[bool] = True
     """Write checkpoints during the training, from a copy of its state; false: the training waits for each."""
     keep_checkpoints: Nothing[Count] = 3

@@ -1,5 +1,6 @@
 """crossmedia plan: estimate a run's needs and speed on more machines, before you rent them."""
 
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
@@ -33,7 +34,7 @@ def main(
     json_file: files.JsonOption = None,
 ) -> None:
     """Predict unique images, memory, bytes, time and efficiency of a run on more ranks; recommend a number of ranks."""
-    from trainer.planner import as_json, open_planner, show
+    from trainer.planner import open_planner, show
     from trainer.runs.folder import run_or_newest
 
     link_bytes_per_s, latency_s = network_gbit * 1e9 / 8, latency_us / 1e6
@@ -42,7 +43,7 @@ def main(
     )
     plan = planner.plan(ranks)
     show(plan, output.text_console())
-    files.write_json_option(json_file, as_json(plan))
+    files.write_json_option(json_file, asdict(plan))
 
 
 if __name__ == "__main__":

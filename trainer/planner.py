@@ -7,7 +7,7 @@ Letters of shapes: P ranks, U unique keys that a rank asks for, M rows of a fiel
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
@@ -359,38 +359,26 @@ def recommend(rows: Sequence[RankPlan], memory_bytes: int) -> tuple[int | None, 
     )
 
 
-def as_json(plan: TrainingPlan) -> dict[str, Any]:
-    """Return everything in the plan as plain values; `ranks` maps each number of ranks to its row."""
-    values = asdict(plan)
-    rows = {str(row.pop("ranks")): row for row in values.pop("rows")}
-    return values | {"ranks": rows}
-
-
 def show(plan: TrainingPlan, console: Console) -> None:
     """Print the rows, then the recommendation."""
     print_line(console, plan.title, style="bold")
-    epoch = f"epoch of {plan.samples:,}"
     table = Table()
-    for column in ("ranks", "images", "memory of a rank", "sent in a step", "step", "samples/s", epoch, "efficiency"):
+    epoch = f"min an epoch of {plan.samples:,}"
+    for column in (
+        "ranks",
+        "images",
+        "memory of a rank",
+        "sent in a step",
+        "ms a step",
+        "samples/s",
+        epoch,
+        "efficiency",
+    ):
         table.add_column(column, justify="right")
     for row in plan.rows:
-        counts = (str(row.ranks), f"{row.counts.images:,}", size(row.rank_bytes), size(row.bytes_sent))
-        times = (duration(row.step_s), f"{row.samples_per_s:,.0f}", duration(row.epoch_s))
+        sizes = (decimal(round(each), precision=2) for each in (row.rank_bytes, row.bytes_sent))
+        times = (f"{1e3 * row.step_s:,.1f}", f"{row.samples_per_s:,.0f}", f"{row.epoch_s / 60:,.1f}")
         style = "bold" if row.ranks == plan.recommended_ranks else None
-        table.add_row(*counts, *times, f"{row.efficiency:.0%}", style=style)
+        table.add_row(str(row.ranks), f"{row.counts.images:,}", *sizes, *times, f"{row.efficiency:.0%}", style=style)
     print_table(console, table)
     print_line(console, plan.advice)
-
-
-def size(count: float) -> str:
-    """Format bytes with a unit, as 1.23 MB."""
-    return decimal(round(count), precision=2)
-
-
-def duration(seconds: float) -> str:
-    """Format seconds, as 1.23 ms, 12.3 s, 4.56 h."""
-    if seconds < 1:
-        return f"{seconds * 1e3:.3g} ms"
-    if seconds < 600:
-        return f"{seconds:.3g} s"
-    return f"{seconds / 60:.3g} min" if seconds < 7200 else f"{seconds / 3600:,.3g} h"

@@ -28,7 +28,7 @@ from trainer.runs.folder import report_of
 if TYPE_CHECKING:
     from trainer.comm import Comm
 
-GRID: Mapping[str, Sequence[Any]] = {"optim.lr": (0.001, 0.002), "optim.ids_lr": (0.006, 0.02)}
+GRID: Mapping[str, Sequence[Any]] = {"optim.lr": (0.001, 0.002), "optim.ids_lr": (0.012, 0.03)}
 """What is tried, each with each, where nothing is said: the rates that differ most by log (docs/CHOICES.md)."""
 _CHOSEN = ("run.resume", "run.overwrite", "train.early_stopping", "train.eval_every")
 """Settings that each run of the grid has its own of."""

@@ -171,7 +171,7 @@ def count_ads(index: "SampleIndex", schema: "Schema") -> AdFigures:
     image = ad_image_field(schema)
     if image is None:
         return nothing_known("The samples have no pictures of ads.")
-    category, price = (_column_named(schema, word) for word in ("category", "price"))
+    category, price = _column_named(schema, "category"), _column_named(schema, "price", "preis")
     rules = {name: rule for name, rule in rules_of(schema).items() if name in (schema.label, image.column_name)}
     names = list(dict.fromkeys([*source_columns(rules), *(each for each in (category, price) if each)]))
     every = max(1, -(-index.num_samples // MOST_IMPRESSIONS))
@@ -208,10 +208,11 @@ def count_ads(index: "SampleIndex", schema: "Schema") -> AdFigures:
     )
 
 
-def _column_named(schema: "Schema", word: str) -> str | None:
-    """Find the column of ads whose name has a word, one value for each ad."""
+def _column_named(schema: "Schema", *words: str) -> str | None:
+    """Find the column of ads whose name has one of some words, in small or capital letters, one value for each ad."""
     of_ads = [field for field in schema.fields if field.side == "ad" and field.kind in ("id", "dense")]
-    return next((each.column_name for each in of_ads if word in each.column_name and not each.columns), None)
+    names = [each.column_name for each in of_ads if not each.columns]
+    return next((name for name in names if any(word in name.lower() for word in words)), None)
 
 
 def _values(table: pa.Table, name: str | None, count: int, kind: Any) -> Any:

@@ -21,7 +21,7 @@ from explorer.data.runs.comparing import (
     read_evaluation,
 )
 from explorer.data.runs.curves import CurveReader, Curves, StageTime, stages_of_report
-from explorer.data.runs.folders import METRICS, RunFacts, open_run, read_facts, read_runs, run_names
+from explorer.data.runs.folders import METRICS, RunFacts, open_run, read_facts, read_runs, run_names, trained_runs
 from explorer.errors import ExplorerError, tried
 from explorer.html import charts
 from explorer.html.query import Paging
@@ -134,7 +134,10 @@ class RunPages(PageKind):
         runs = read_runs(self.site.places, run_names(self.site.places)[:_MOST_LOOKED_AT])
         groups = image_groups(runs)
         if not groups:
-            return self.site.page(request, "runs/no-worth.html", title=_WORTH)
+            run = next(iter(trained_runs(self.site.places)), None)
+            sees = "both" if run and run.images == "none" else "none"
+            command = run and _again(str(self.site.places.run(run.name)), f"{run.name.replace('/', '-')}-{sees}", sees)
+            return self.site.page(request, "runs/no-worth.html", title=_WORTH, command=command, sees=sees)
         others = [[run.name for run in group] for group in groups[1:][:_MOST_GROUPS]]
         return self._several(request, groups[0], _WORTH, is_worth=True, others=others)
 
@@ -224,6 +227,13 @@ class Live:
     def stages(self, run: RunFacts) -> tuple[StageTime, ...]:
         """Return the stages of a finished run's report, else those of the last logged step."""
         return stages_of_report(run.report) or (self.curves[run.name].stages if run.name in self.curves else ())
+
+
+def _again(folder: str, name: str, images: str) -> str:
+    """Write the command that trains a run again with other images, under another name."""
+    config = shlex.quote(f"{folder}/config.yaml")
+    new = shlex.quote(f"run.name={name}")
+    return f"crossmedia train --config {config} --set run.resume=null --set model.images={images} --set {new}"
 
 
 def _commands(folders: Sequence[str]) -> list[str]:

@@ -5,17 +5,16 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import numpy as np
 import typer
 
 from featurestore.commands import Url, Version, open_store
 from featurestore.console import commandline, output
 from featurestore.errors import FeatureStoreError
-from featurestore.keys import Float32Array
 from featurestore.text import refusal
 
 if TYPE_CHECKING:
     from featurestore.flight.server import Listening
+    from featurestore.keys import Float32Array
     from featurestore.store import FeatureStore
 
 app = commandline.CommandApp()
@@ -66,6 +65,8 @@ def get(
     """Fetch the features of images, as float32: printed, or written to a file."""
     if not keys and not uri:
         raise typer.BadParameter("name a KEY or --uri")
+    import numpy as np
+
     from featurestore.keys import keys_of_uris
 
     wanted_U = np.concatenate([np.asarray(keys or [], dtype=np.int64), keys_of_uris(uri or [])])
@@ -110,7 +111,9 @@ def _basis_lines(store: "FeatureStore") -> dict[str, str]:
     }
 
 
-def _write(path: Path, values_UD: Float32Array) -> None:
+def _write(path: Path, values_UD: "Float32Array") -> None:
+    import numpy as np
+
     from featurestore.console.files import replaced_file
 
     try:

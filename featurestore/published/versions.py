@@ -145,6 +145,9 @@ def read_version(storage: Storage, version: int) -> PublishedVersion:
 
 
 _MAX_ATTEMPTS = 300
+_EXPIRY_S = 300.0
+"""Longest time from what an expiry looks at to what it removes, or half of what it keeps."""
+_DELETED_AT_ONCE = 16
 _MAX_LISTINGS = 20
 _OURS = re.compile(FILES + r"/[^/]*-[0-9a-f]{32}(\.[^/.]*)?")
 
@@ -197,21 +200,23 @@ def expire(storage: Storage, keep_s: float, files_at_once: bool = False) -> list
     `files_at_once`: all files go that the newest version does not name, so that a disk gets their room; who reads an
     earlier version may miss one. Whoever has just published may do so: other writers' files are among them.
     """
-    unnamed = _remove_unnamed(storage, versions(storage, VERSIONS)[-1:], math.inf) if files_at_once else None
+    end_s = time.monotonic() + max(_EXPIRY_S, keep_s / 2)
+    unnamed = _remove_unnamed(storage, versions(storage, VERSIONS)[-1:], math.inf, end_s) if files_at_once else None
     since_s = storage.now() - keep_s
     known = {manifest_path(version, VERSIONS) for version in versions(storage, VERSIONS)}
     published = [each for each in storage.entries(VERSIONS, recursive=False) if each.path in known]
     old = [each.path for each, after in itertools.pairwise(published) if after.mtime_s < since_s]
     storage.delete_files(old)
     if unnamed is None:
-        unnamed = _remove_unnamed(storage, versions(storage, VERSIONS), since_s)
+        unnamed = _remove_unnamed(storage, versions(storage, VERSIONS), since_s, end_s)
     return [*old, *unnamed]
 
 
-def _remove_unnamed(storage: Storage, known: Sequence[int], before_s: float) -> list[str]:
+def _remove_unnamed(storage: Storage, known: Sequence[int], before_s: float, end_s: float) -> list[str]:
     """Remove files older than that which none of these versions names; returns their paths.
 
-    Removes nothing where a version is gone: another expiry is at work, and later versions may name the same files.
+    Removes nothing where a version is gone: another expiry is at work, and later versions may name the same files; nor
+    after `end_s` of this machine's monotonic clock: whoever was away since it looked knows nothing of later versions.
     """
     found = storage.entries(FILES, recursive=False)
     named: set[str] = set()
@@ -223,7 +228,10 @@ def _remove_unnamed(storage: Storage, known: Sequence[int], before_s: float) -> 
     unnamed = [
         each.path for each in found if each.path not in named and each.mtime_s < before_s and _OURS.fullmatch(each.path)
     ]
-    storage.delete_files(unnamed)
+    for start in range(0, len(unnamed), _DELETED_AT_ONCE):
+        if time.monotonic() > end_s:
+            return unnamed[:start]
+        storage.delete_files(unnamed[start : start + _DELETED_AT_ONCE])
     return unnamed
 
 

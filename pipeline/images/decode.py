@@ -14,6 +14,7 @@ bilinear with antialiasing, centre crop of 224. What torchvision leaves open is 
 import functools
 import io
 import json
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,7 @@ MIN_SCALED_SIDE = 1024  # pixels
 MAX_ASPECT = 8
 JPEG_START = b"\xff\xd8\xff"
 PIXELS_16_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
+_COUNT = re.compile(r" \(\d+ bytes not processed\)")  # of a file that is cut off: equal reasons are counted together
 TURNED_SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 PIXELS_WITHOUT_WHITE = ("I", "F")  # 32 bits per pixel: nothing says which number is white
 
@@ -115,7 +117,7 @@ def decode(data: bytes, scaled_side: int = MIN_SCALED_SIDE) -> tuple[Image.Image
     except BadImageError:
         raise
     except Exception as error:  # on malicious bytes Pillow's decoders raise nearly everything there is
-        raise BadImageError(f"cannot be decoded: {error or type(error).__name__}") from error
+        raise BadImageError(f"cannot be decoded: {_COUNT.sub('', str(error)) or type(error).__name__}") from error
     return rgb, full_size[::-1] if orientation in TURNED_SIDEWAYS else full_size
 
 

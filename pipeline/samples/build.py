@@ -33,7 +33,7 @@ from pipeline.samples.mapping import TableLayout, load_mapping
 from pipeline.samples.publish import MARK, QUARANTINE_FILE, replaced_files
 from trainer.schema import lakes
 from trainer.schema.fields import SCHEMA_FILE, SETTINGS_FILE, DistinctCount, settings_text
-from trainer.schema.suggest import inspect_samples, render_schema
+from trainer.schema.suggest import OF_LOG, inspect_samples, render_schema
 
 Part = TypeVar("Part")
 
@@ -134,11 +134,11 @@ class LogTables:
 
     @property
     def may_lack(self) -> set[str]:
-        """Name the columns of numbers in samples that come from joined tables, which may lack a row's item or user."""
+        """Name the further columns of numbers: tables may lack a row's item or user, requests a candidate's number."""
         names = set()
         for log, layout in self.layouts.items():
             of_ads = "ad_" if log == logs.IMPRESSIONS else "behavior_"
-            numbers = {name for name, kind in layout.read_kinds.items() if kind == "measure"}
+            numbers = {name for name, kind in layout.read_kinds.items() if kind in ("dense", "measure")}
             names |= {name if name in layout.user_columns else of_ads + name for name in numbers}
         return names
 
@@ -152,9 +152,9 @@ def open_tables(options: SampleOptions, joined: str | None = None) -> Iterator[L
     """
     mapping = load_mapping(Path(options.mapping)) if options.mapping else None
     if mapping is None:
-        yield LogTables(options, {log: logs.documented_layout(log) for log in logs.COLUMNS})
+        yield LogTables(options, {log: logs.documented_layout(log) for log in OF_LOG})
         return
-    layouts = {log: mapping.layout(log) for log in logs.COLUMNS}
+    layouts = {log: mapping.layout(log) for log in OF_LOG}
     joins = layouts[logs.IMPRESSIONS].joins
     own, others = Storage(options.logs), Storage(joined or options.logs)
     wanted = {layout.files: own for layout in layouts.values()}

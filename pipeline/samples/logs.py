@@ -25,17 +25,14 @@ from featurestore.storage.storage import Storage
 from featurestore.text import CsvStyle
 from pipeline.errors import SampleError, SampleOptionError
 from pipeline.samples import mapping
-from trainer.schema.profile import inner_type
+from trainer.schema.profile import CSV_SUFFIXES, SUFFIXES, inner_type
+from trainer.schema.suggest import OF_LOG
 
 IMPRESSIONS = "impressions"
 BEHAVIORS = "behaviors"
 MICROSECONDS = 1_000_000
 PIECE_ROWS = 1_000_000
 
-COLUMNS = {
-    IMPRESSIONS: ("timestamp", "user", "session", "scene", "item", "image", "category", "label"),
-    BEHAVIORS: ("timestamp", "user", "item", "image", "category", "dwell_s"),
-}
 USER_COLUMNS = ("user_age", "user_gender")
 """Of documented impressions, where they are there."""
 WANTED = {
@@ -51,8 +48,6 @@ WANTED = {
     "event": "a text or a whole number",
 }
 HOW_TO_MAP = "crossmedia schema inspect {logs} --out mapping.yaml, then --mapping mapping.yaml"
-CSV_SUFFIXES = (".csv", ".tsv")
-SUFFIXES = (".parquet", *CSV_SUFFIXES)
 _CSV_ROW_BYTES = 60  # for a guess at the number of rows
 CLICK = 2  # as the label of a row: it is a click alone, which labels an impression
 _OF_CLICKS = ("timestamp", "user", "item")  # what such a row has to have
@@ -143,8 +138,8 @@ def documented_layout(log: str) -> mapping.TableLayout:
     """Describe a log as it is documented, of which no mapping says otherwise."""
     return mapping.TableLayout(
         files=log,
-        names={name: name for name in COLUMNS[log]},
-        kinds={name: mapping.kind_of(name) for name in COLUMNS[log]},
+        names={name: name for name in OF_LOG[log]},
+        kinds={name: mapping.kind_of(name) for name in OF_LOG[log]},
         constants={},
         user_columns=(),
         ad_columns=(),

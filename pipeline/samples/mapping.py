@@ -35,16 +35,14 @@ from featurestore.text import (
     parse_decimal_comma,
 )
 from pipeline.errors import SampleError, SampleOptionError
+from trainer.schema.suggest import NEEDED, OF_LOG
 
 TimeUnit = Literal["s", "ms", "us", "ns"]
 ExtraKind = Literal["id", "multi_id", "dense"]
 
 IMAGE = "image"  # required unless the mapping says null: a name that was forgotten is not a log without images
-REQUIRED = {
-    "impressions": ("timestamp", "user", "item", "image", "label"),
-    "behaviors": ("timestamp", "user", "item", "image"),
-}
-OPTIONAL = {"impressions": ("session", "scene", "category"), "behaviors": ("category", "dwell_s")}
+REQUIRED = {log: tuple(name for name in names if name in NEEDED) for log, names in OF_LOG.items()}
+OPTIONAL = {log: tuple(name for name in names if name not in NEEDED) for log, names in OF_LOG.items()}
 EVENT = "where"  # the column that says which rows of a table of events are those of a log
 KEY = "join"  # the column of ids of a joined table
 CLICKED_AT = "clicked_at"  # of impressions whose label is a later row: the time of that

@@ -197,7 +197,7 @@ class Scoring:
         self.queue.pace.worked(encode_s)
         await self.queue.pace.pause()
         self.metrics.record_scored(scores)
-        return Response(answer.body, headers=dict(answer.headers), media_type=answer.media_type)
+        return answer
 
     def _check_name(self, request: Request) -> None:
         """Raise RefusedError (404) if the address names another model or version."""

@@ -6,12 +6,13 @@ Arrow: a stream (application/vnd.apache.arrow.stream) with the columns of the sa
 
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import orjson
 import pyarrow as pa
+from starlette.responses import Response
 
 from serving.bundle.log import BundleIdentity
 from serving.errors import RequestError
@@ -31,15 +32,6 @@ _NO_MARKS = bytes(set(range(256)) - set(b'[]{},:"'))
 _STEPS = bytes.maketrans(b"[{]}", b"\x01\x01\xff\xff")
 _OBJECT = 3
 """Extra values that an object counts for, by the time and memory that its parsing takes."""
-
-
-@dataclass(frozen=True)
-class WrittenAnswer:
-    """An encoded answer: bytes, their media type, and headers."""
-
-    body: bytes
-    media_type: str
-    headers: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +60,7 @@ class Body(Protocol):
         """
         ...
 
-    def answer(self, scores: Scores) -> WrittenAnswer:
+    def answer(self, scores: Scores) -> Response:
         """Write the scores in the same form."""
         ...
 
@@ -86,12 +78,12 @@ class JsonBody:
         requests, self._alone = requests_of((yield from parse_json(self.body, budget)), budget)
         return (yield from sent_requests(columns, requests))
 
-    def answer(self, scores: Scores) -> WrittenAnswer:
+    def answer(self, scores: Scores) -> Response:
         """Write one object, or one with `answers` for several requests."""
         answers = [_answer(each, self.logits) for each in scores.scored]
         identity = {"version": scores.identity.version, "vectors": dict(scores.identity.vectors)}
         answer = answers[0] if self._alone else {"answers": answers}
-        return WrittenAnswer(orjson.dumps(answer | identity, option=_OPTIONS), JSON)
+        return Response(orjson.dumps(answer | identity, option=_OPTIONS), media_type=JSON)
 
 
 @dataclass(frozen=True)
@@ -104,9 +96,9 @@ class ArrowBody:
         """Read the table, see `arrow_table`."""
         return (yield from sent_table(columns, (yield from arrow_table(self.body, budget))))
 
-    def answer(self, scores: Scores) -> WrittenAnswer:
+    def answer(self, scores: Scores) -> Response:
         """Write a row for each request, with version and snapshots in the schema's metadata."""
-        return WrittenAnswer(arrow_answer(scores.identity, scores.scored), ARROW)
+        return Response(arrow_answer(scores.identity, scores.scored), media_type=ARROW)
 
 
 def parse_json(body: bytes, budget: Budget) -> Steps[Any]:

@@ -25,10 +25,11 @@ from typing import Any
 import numpy as np
 import orjson
 from numpy.typing import NDArray
+from starlette.responses import Response
 
 from featurestore.keys import Int64Array
 from serving.errors import RequestError
-from serving.http.codec import JSON, Scores, WrittenAnswer, parse_json
+from serving.http.codec import JSON, Scores, parse_json
 from serving.network import CHUNK, Steps
 from serving.scoring.request import RequestColumns, short_repr
 from serving.scoring.sent import Names, SentColumn, SentTable
@@ -273,7 +274,7 @@ class TensorBody:
             raise RequestError(f"id is {short_repr(self._id)}, and has to be a text")
         return sent_tensors(columns, tensors)
 
-    def answer(self, scores: Scores) -> WrittenAnswer:
+    def answer(self, scores: Scores) -> Response:
         """Write the outputs that were asked for."""
         outputs, identity = _outputs(scores), scores.identity
         fields: dict[str, Any] = {"model_name": self.name, "model_version": str(identity.version)}
@@ -291,8 +292,8 @@ class TensorBody:
                 written[-1]["data"] = values
         head = orjson.dumps(fields | {"outputs": written}, option=orjson.OPT_SERIALIZE_NUMPY)
         if not parts:
-            return WrittenAnswer(head, JSON)
-        return WrittenAnswer(b"".join([head, *parts]), BINARY, {HEADER: str(len(head))})
+            return Response(head, media_type=JSON)
+        return Response(b"".join([head, *parts]), headers={HEADER: str(len(head))}, media_type=BINARY)
 
 
 def _outputs(scores: Scores) -> dict[str, NDArray[Any]]:

@@ -93,7 +93,7 @@ class TestCommand:
         done = call(*words, "--html", page, out=tmp_path, settings=settings)
         assert done.exit_code == 0, done.output
         made, found = reports(tmp_path), json.loads(file.read_text())
-        assert len(made) == 2 * 2 + 2 * (1 + 3)
+        assert len(made) == 2 * 2 + 2 * (1 + 2)
         assert found["prerank_with images_paper_gauc"] == 0.6225 and found["warmup_partial_gauc_95"] is not None
         gain = found["prerank_with images_gauc"] - found["prerank_ids only_gauc"]
         assert found["prerank_with images_gain"] == pytest.approx(gain)

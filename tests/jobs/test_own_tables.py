@@ -114,12 +114,14 @@ def test_csv_tables_become_samples(job, place):
     assert found[7]["city"] == -1
     assert found[7]["label"] == [1]
     assert found[key_of_uri("bob")]["timestamp"] == 1767351600
-    fields = {field.name: (field.side, field.kind) for field in load_schema(place / "samples/schema.yaml").fields}
-    assert fields == {
+    schema = load_schema(place / "samples/schema.yaml")
+    assert {field.name: (field.side, field.kind) for field in schema.fields} == {
         "user": ("user", "id"), "age": ("user", "dense"), "city": ("user", "id"),
         "behavior_item": ("user", "multi_id"), "behavior_image": ("user", "content"), "ad_item": ("ad", "id"),
         "ad_image": ("ad", "content"), "ad_price": ("ad", "dense"), "ad_maker": ("ad", "id"),
     }  # fmt: skip
+    fills = {field.name: field.fill for field in schema.fields if field.kind == "dense"}
+    assert fills == {"age": "mean", "ad_price": "mean"}, "a request may lack the price of one candidate"
 
 
 def test_parquet_tables_give_the_same_samples_as_csv(job, place):

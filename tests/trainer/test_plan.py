@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.filesize import decimal
 
 from featurestore.keys import owner_of, shard_of
 from tests.cli import invoke
@@ -23,10 +24,8 @@ from trainer.planner import (
     RankPlan,
     Speed,
     count,
-    duration,
     open_planner,
     recommend,
-    size,
     speed_of,
 )
 from trainer.runs.open import train_reader
@@ -148,14 +147,15 @@ class TestCommand:
             code=0,
         )  # fmt: skip
         plan, page = json.loads(file.read_text()), check_page(html.read_text(encoding="utf-8"))
-        assert list(plan["ranks"]) == ["1", "2"] and "joined by 1 Gbit/s" in plan["title"]
+        assert [row["ranks"] for row in plan["rows"]] == [1, 2] and "joined by 1 Gbit/s" in plan["title"]
         assert plan["advice"] in " ".join(done.stdout.split()) and plan["title"] in page.texts
-        for ranks, row in plan["ranks"].items():
-            shown = [f"{row['counts']['images']:,}", size(row["rank_bytes"]), size(row["bytes_sent"])]
-            shown += [duration(row["step_s"]), f"{row['samples_per_s']:,.0f}", duration(row["epoch_s"])]
-            assert [ranks, *shown, f"{row['efficiency']:.0%}"] in page.rows
+        for row in plan["rows"]:
+            shown = [str(row["ranks"]), f"{row['counts']['images']:,}"]
+            shown += [decimal(round(row[name]), precision=2) for name in ("rank_bytes", "bytes_sent")]
+            shown += [f"{1e3 * row['step_s']:,.1f}", f"{row['samples_per_s']:,.0f}", f"{row['epoch_s'] / 60:,.1f}"]
+            assert [*shown, f"{row['efficiency']:.0%}"] in page.rows
         reported = json.loads((run / "report.json").read_text())
-        alone = plan["ranks"]["1"]
+        alone = plan["rows"][0]
         assert alone["efficiency"] == 1 and alone["bytes_sent"] == 0
         assert alone["samples_per_s"] == pytest.approx(reported["samples_per_s"], rel=0.5)
 

@@ -56,8 +56,6 @@ _WAIT_S = 0.01
 _PATIENCE_S = 5.0
 _THERE = "it is there"
 _LOOK_EVERY_S = 0.25
-_SHARE = 0.05
-"""Of the time, at most, that checkpoints by the clock may take from the training."""
 
 
 _NAMES = {
@@ -316,8 +314,6 @@ class _Progress:
     parts: dict[str, WrittenPart] = field(default_factory=dict)
     error: str = ""
     is_fatal: bool = False
-    cost_s: float = 0.0
-    """What the checkpoint took from the training: its stall, and the processor's time of the thread."""
     clock_s: float = 0.0
     """Since the last checkpoint was begun."""
     step_s: float = 0.0
@@ -333,8 +329,8 @@ class Outcome(NamedTuple):
 class Checkpointer:
     """Writes one checkpoint at a time. Every rank calls the same methods at the same steps.
 
-    `every_s`: a checkpoint is due so long after the last one was begun, and not before checkpoints take no more than a
-    twentieth of the time; None: by the clock none is. `before_publishing` is called in the thread of rank 0.
+    `every_s`: a checkpoint is due so long after the last one was begun; None: by the clock none is. `before_publishing`
+    is called in the thread of rank 0.
     """
 
     def __init__(
@@ -350,7 +346,6 @@ class Checkpointer:
         self._begun_s = self._looked_s = time.monotonic()
         self._looked_step: int | None = None
         self._next_look = 0
-        self._cost_s = 0.0
         self._thread: threading.Thread | None = None
 
     @property
@@ -383,8 +378,7 @@ class Checkpointer:
         `beside`: the state is copied, and written during the next steps. Else, and where memory has no room for copies,
         this rank's parts are written before this returns. Returns an outcome where it failed at once.
         """
-        start_s, self._begun_s = time.perf_counter(), time.monotonic()
-        step = state.step
+        self._begun_s, step = time.monotonic(), state.step
         content, error = self._prepared(step, trained)
         needed = sum(packed_bytes(each) for each in content.values())
         held = len(self._rows.data) + len(self._dense.data)
@@ -396,11 +390,8 @@ class Checkpointer:
         self._publish = lambda parts: self._published(state, parts, keep, best)
         self._next_look = step + 1
         if beside and _fits(everyone):
-            write = self._with_copies(step, content)
-            self._mine.cost_s = time.perf_counter() - start_s
-            self._thread = _in_thread(write)
+            self._thread = _in_thread(self._with_copies(step, content))
         else:
-            self._mine.cost_s = time.perf_counter() - start_s
             self._write(step, content)
         return None
 
@@ -470,13 +461,12 @@ class Checkpointer:
 
     @contextlib.contextmanager
     def _noted(self) -> Iterator[None]:
-        """Note of a block in a thread its processor's time, and an error as the end of this rank's part."""
-        progress, start_s = self._mine, time.thread_time()
+        """Note the end of a block as that of this rank's part, and its error."""
+        progress = self._mine
         try:
             yield
         except Exception as failure:
             progress.error, progress.is_fatal = _text(failure), not isinstance(failure, _FAILURES)
-        progress.cost_s += time.thread_time() - start_s
         progress.is_busy = False  # last, as the step's thread looks at it
 
     def _settled(self, everyone: list[_Progress]) -> Outcome | None:
@@ -490,7 +480,6 @@ class Checkpointer:
         if failed or self._is_publishing:
             self._place.end(failed=not self._is_publishing)
             self._step, self._mine, self._is_publishing = None, _Progress(), False
-            self._cost_s = max(each.cost_s for each in everyone)
             return Outcome(step, self._named(*failed[0]) if failed else "")
         self._is_publishing = True
         if self._comm.rank == 0:
@@ -510,7 +499,7 @@ class Checkpointer:
             return False
         if self._every_s is None:
             return False
-        left_s = max(self._every_s, self._cost_s / _SHARE) - of_rank_0.clock_s
+        left_s = self._every_s - of_rank_0.clock_s
         # Half of what is left: so many looks a minute as it has powers of two of a step, and a slower step is noticed.
         self._next_look = step + max(1, int(left_s / step_s / 2))
         return left_s < step_s / 2

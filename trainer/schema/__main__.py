@@ -10,10 +10,8 @@ import typer
 
 from featurestore.console.commandline import CommandApp, run_app
 from featurestore.console.output import print_rows, print_summary
-from featurestore.keys import id_of_text, key_of_uri
 from featurestore.published.paths import run_path
 from trainer.errors import DataNotFoundError, SchemaError, TrainerError
-from trainer.schema.fields import DEFAULT_STORE, load_schema
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -100,6 +98,7 @@ def check(
     from trainer.samples.index import open_index
     from trainer.samples.reader import SampleReader
     from trainer.samples.survey import FOUND, fill_in, measure
+    from trainer.schema.fields import load_schema
 
     fields = load_schema(schema)
     for split in ("train", "test"):
@@ -125,7 +124,9 @@ def missing(
     schema: Annotated[
         str | None, typer.Option(help="Their schema.", show_default="SAMPLES/schema.yaml, or the packaged one")
     ] = None,
-    name: Annotated[str, typer.Option(help="What the schema calls the store.")] = DEFAULT_STORE,
+    name: Annotated[
+        str | None, typer.Option(help="What the schema calls the store.", show_default="images, as schemas do")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Write all of them to NAME.csv instead.")] = None,
 ) -> None:
     """List the images that samples name and a feature store lacks, those of most impressions first.
@@ -135,10 +136,11 @@ def missing(
     """
     from featurestore.console.files import check_ending
     from trainer.samples.survey import list_missing
+    from trainer.schema.fields import DEFAULT_STORE
 
     if out is not None:
         check_ending(out, "--out", ".csv")
-    table = list_missing(data, store, schema, name)
+    table = list_missing(data, store, schema, name or DEFAULT_STORE)
     if out is not None:
         _write_table(out, table)
         return
@@ -170,6 +172,7 @@ def lookup(
 
     The text of an ID of crossed columns is a JSON list of their values.
     """
+    from featurestore.keys import id_of_text, key_of_uri
     from trainer.samples.survey import IdDictionary
 
     dictionary = IdDictionary.of_run(run_path(run))

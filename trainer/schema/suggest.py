@@ -42,11 +42,11 @@ SYNONYMS = {
     "category": r"(item_|product_)?(category|cate|cat|kategorie)(_?id)?",
     "dwell_s": r"(dwell|duration|stay|verweildauer|dauer)(_?(s|sec|seconds|time))?|seconds|sekunden",
 }
-OF_LOG = {
+OF_LOG: Mapping[str, tuple[str, ...]] = {
     "impressions": ("timestamp", "user", "session", "scene", "item", "image", "category", "label"),
     "behaviors": ("timestamp", "user", "item", "image", "category", "dwell_s"),
 }
-REQUIRED = {"timestamp", "user", "item", "image", "label"}
+NEEDED = {"timestamp", "user", "item", "image", "label"}
 TIME_FORMATS = [
     day + time for day in ("%d/%m/%Y", "%m/%d/%Y", "%d.%m.%Y", "%Y/%m/%d") for time in ("", " %H:%M", " %H:%M:%S")
 ]
@@ -398,7 +398,7 @@ def _columns(log: Log) -> list[str]:
             lines.append(f"    {yaml_line(name, log.ours[name])}  # {column_note(log.table.columns[log.ours[name]])}")
         elif name == "image":
             lines.append("    image: null  # no column looks like one; name it where there is one")
-        elif name in REQUIRED:
+        elif name in NEEDED:
             lines.append(f"    # {name}: which column? it is needed")
         else:
             lines.append(f"    # {name}: none found, and not needed")
@@ -522,7 +522,7 @@ def inspect_samples(
     table = look(storage, sample_files(storage), label, most_rows)
     for name, count in (counted or {}).items():
         table.columns[name].counted = count
-    for name in may_lack:
+    for name in table.columns.keys() & set(may_lack):
         table.columns[name].may_lack = True
     roles: tuple[tuple[str, int, str, tuple[Content, ...]], ...] = (
         (label, 1, "a list of 0 and 1 in each group", ("integer",)),

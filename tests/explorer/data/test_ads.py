@@ -50,7 +50,8 @@ def test_figures_are_those_of_a_loop_over_the_samples(world: World, schema: Sche
     assert some.ctrs[0] == pytest.approx(clicked[key] / shown[key]) and np.isnan(some.ctrs[1])
 
 
-def test_prices_are_means_and_nulls_do_not_count(world: World, tmp_path: Path, schema: Schema) -> None:
+@pytest.mark.parametrize("name", ["ad_price", "ad_Preis"])
+def test_prices_are_means_and_nulls_do_not_count(world: World, tmp_path: Path, schema: Schema, name: str) -> None:
     table = pq.read_table(world.samples / "test", partitioning=None)
     lists, drawn, of = table["ad_image"].to_pylist(), np.random.default_rng(0), defaultdict(list)
     prices = [[None if drawn.random() < 0.3 else float(drawn.integers(1, 9)) for _ in each] for each in lists]
@@ -58,12 +59,12 @@ def test_prices_are_means_and_nulls_do_not_count(world: World, tmp_path: Path, s
         for image, price in zip(images, each, strict=True):
             of[image] += [] if price is None else [price]
     (tmp_path / "test").mkdir()
-    table = table.append_column("ad_price", pa.array(prices, pa.list_(pa.float64())))
+    table = table.append_column(name, pa.array(prices, pa.list_(pa.float64())))
     pq.write_table(table, tmp_path / "test" / "day=2026-01-05.parquet", row_group_size=20)
     priced = Schema.model_validate(
         {
             **schema.model_dump(),
-            "fields": [*schema.model_dump()["fields"], {"name": "ad_price", "side": "ad", "kind": "dense"}],
+            "fields": [*schema.model_dump()["fields"], {"name": name, "side": "ad", "kind": "dense"}],
         }
     )
     found = count_ads(open_index(SoloComm(), str(tmp_path), "test", schema), priced)

@@ -141,8 +141,8 @@ def test_runs_that_differ_in_more_tell_nothing_of_images(changing: TestClient, c
     html = page(changing, "/worth")
     assert "/worth" not in page(changing, "/runs")
     command = unescape(re.search(r"<pre[^>]*><code>(.*?)</code></pre>", html, re.S)[1])  # type: ignore[index]
-    words = shlex.split(command.replace("RUN", "both"))
-    assert words[:3] == ["crossmedia", "train", "--config"]
+    words = shlex.split(command)
+    assert words[:4] == ["crossmedia", "train", "--config", f"{changing_world.runs}/both/config.yaml"]
     invoke(main, *words[2:], f"run.dir={changing_world.runs}", code=0)
     assert re.search(r"model\.images</th>\s*<td>none</td><td>both</td>", page(changing, "/worth"))
 

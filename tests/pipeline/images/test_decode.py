@@ -167,6 +167,12 @@ def test_truncated_files_are_refused(draw, encode):
         data = encode(draw(0), kind)
         with pytest.raises(BadImageError, match=r"cannot be decoded|not an image"):
             prepare(data[: len(data) // 2])
+    data, reasons = encode(draw(0), "JPEG"), set()
+    for cut in range(10, 200, 10):
+        with pytest.raises(BadImageError) as refused:
+            prepare(data[:-cut])
+        reasons.add(str(refused.value))
+    assert reasons == {"cannot be decoded: image file is truncated"}, "equal reasons are counted together"
 
 
 def test_other_files_are_refused(draw, encode):

@@ -182,7 +182,7 @@ def test_wrong_addresses_methods_and_types_are_told(tmp_path: Path) -> None:
             else:
                 assert answer.status_code == status
                 assert words in answer.json()["error"]
-        assert (await client.get("/")).json()["name"] == "-"
+        assert (await client.get("/")).json()["name"] == "ctr"
 
     run_with(tmp_path, test)
 

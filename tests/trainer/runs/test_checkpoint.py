@@ -382,13 +382,11 @@ def test_an_error_of_a_run_of_one_rank_loses_none_that_was_begun(tmp_path: Path)
 
 
 class Clock:
-    """Time that goes as a test says, and the processor's time of threads."""
+    """Time that goes as a test says."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.now_s, self.processor_s = 0.0, 0.0
-        for name in ("monotonic", "perf_counter"):
-            monkeypatch.setattr(f"trainer.runs.saving.time.{name}", lambda: self.now_s)
-        monkeypatch.setattr("trainer.runs.saving.time.thread_time", lambda: self.processor_s)
+        self.now_s = 0.0
+        monkeypatch.setattr("trainer.runs.saving.time.monotonic", lambda: self.now_s)
 
 
 @pytest.mark.parametrize(("step_s", "every_s", "most_looks"), [(0.1, 60.0, 16), (2.0, 60.0, 10), (90.0, 60.0, 1)])
@@ -411,35 +409,6 @@ def test_one_is_due_by_the_clock_and_few_steps_look(
     assert looks <= (len(gaps_s) + 1) * most_looks
 
 
-def test_a_dear_one_comes_less_often(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The stall and the processor's time of the thread are at most a twentieth of the time."""
-    clock = Clock(monkeypatch)
-
-    class Stalling(Trained):
-        def shard_state(self) -> dict[str, torch.Tensor]:
-            clock.now_s += stall_s.pop()
-            return super().shard_state()
-
-    class Busy(CheckpointPlace):
-        def write(self, step: int, name: str, content: Any) -> WrittenPart:
-            clock.processor_s += busy_s.pop()
-            return super().write(step, name, content)
-
-    saves = Checkpointer(SoloComm(), Busy(tmp_path), 60.0, nothing)
-    stall_s, busy_s = [1.0, 7.0], [1.0, 0.0, 1.0, 2.0]  # the last ones first: 10 s in all, then 2
-    due_s = []
-    while stall_s:
-        begun_s = clock.now_s
-        saves.begin(Stalling(), state_at(int(begun_s) + 50), 3, None)
-        until_the_end(saves)
-        for step in itertools.count(int(begun_s)):
-            clock.now_s += 1.0
-            if saves.looks_after(step) and saves.look(step)[1]:
-                break
-        due_s.append(clock.now_s - begun_s)
-    assert due_s == [200.0, 60.0]
-
-
 def test_packed_tensors_are_a_safetensors_file() -> None:
     packed, tensors = PackedTensors(), dict[str, torch.Tensor]()
     for dtype in (torch.float64, torch.int64, torch.float32, torch.bfloat16, torch.int32, torch.uint8, torch.bool):
@@ -458,6 +427,15 @@ def test_packed_tensors_are_a_safetensors_file() -> None:
     assert packed.data is before
     write_tensors(written := io.BytesIO(), tensors)
     assert written.getvalue() == packed.data
+
+
+def test_rows_that_no_rank_wrote_are_named(tmp_path: Path) -> None:
+    """Of a table of another kind, or of other shards."""
+    found = save(tmp_path)
+    names = [*Trained().rows, "item/0000/ids"]
+    told = r"step-00000050 lacks item/0000/ids and 0 more; was it written with other model\.tables,"
+    with pytest.raises(CheckpointError, match=told):
+        checkpoint.read_rows(found, checkpoint.read_state(found), names)
 
 
 def test_a_rank_copies_only_the_parts_with_its_rows(folder: FarPath, monkeypatch: pytest.MonkeyPatch) -> None:
