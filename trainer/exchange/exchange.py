@@ -311,7 +311,10 @@ class _Answers(torch.autograd.Function):
 
 
 def _rows_of_values(asked_S: list[routing.Bucketized], served_S: Sequence[ServedKeys]) -> list[Int64Array]:
-    """Return of each value its row among the unique ones that a rank alone serves itself."""
+    """Return of each value its row among the unique ones that a rank alone serves itself.
+
+    Gradients of two ids of one hashed row are then summed value by value, not id by id: last digits may differ.
+    """
     return [served.inverse_R[asked.inverse_N] for asked, served in zip(asked_S, served_S, strict=True)]
 
 
