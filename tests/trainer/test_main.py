@@ -401,7 +401,7 @@ class TestAlone:
         assert report["samples_per_s"] > 0
         assert report["history"][-1] == {"step": 16, **metrics}
         assert set(report["seconds"]) == {"wait", "compute", "evaluate", "checkpoint"}
-        assert set(report["stages"]) == set(Stage.__args__)
+        assert set(report["stages"]) == set(Stage.__args__) - {"exchange keys"}  # a rank alone has its own
         assert all(row["median_ms"] >= 0 and row["share_of_step"] >= 0 for row in report["stages"].values())
         of_steps = [row["share_of_step"] for name, row in report["stages"].items() if name not in AHEAD]
         assert sum(of_steps) == pytest.approx(1)

@@ -65,6 +65,7 @@ def settings_of(places: Places, **changes: Any) -> list[str]:
         "train__max_steps": 150,
         "train__epochs": 20,
         "optim__lr": 0.02,
+        "optim__ids_lr": 0.006,
     }
     return list(places.settings(**{**long, **changes}))
 
