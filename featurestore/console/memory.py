@@ -11,8 +11,8 @@ _ARROW_POOL = "ARROW_DEFAULT_MEMORY_POOL"
 def bound_freed_memory(largest_kept: int) -> None:
     """Keep freed blocks of up to `largest_kept` bytes, and hardly more than these in all, for the next allocation.
 
-    Call it before other threads start. By default glibc keeps what each thread has freed, and so does Arrow's own pool,
-    which is used on only where the environment names it. Does nothing where the C library is another one.
+    Call it before other threads start. By default glibc keeps what each thread has freed, and so does Arrow's own pool:
+    Arrow takes memory from glibc then, unless the environment names a pool. Does nothing with another C library.
     """
     libc = ctypes.CDLL(None)
     with contextlib.suppress(AttributeError):
