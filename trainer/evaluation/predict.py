@@ -32,7 +32,6 @@ from featurestore.errors import naming
 from featurestore.keys import BoolArray, Float32Array, Float64Array, Int64Array
 from featurestore.published.paths import RunPath, run_path
 from featurestore.published.versions import VersionName
-from featurestore.storage.storage import Storage
 from trainer.comm import Comm, SoloComm
 from trainer.errors import DataError, SchemaError, TrainerError
 from trainer.evaluation.bootstrap import Metrics, measure, probability
@@ -41,6 +40,7 @@ from trainer.runs.saved import EvaluatedRun, RunSource, open_source, read_run
 from trainer.samples import columns
 from trainer.samples.index import RowGroup, SampleIndex, known_ads, read_row_group, read_row_groups, read_values
 from trainer.samples.reader import Batch
+from trainer.samples.survey import IdDictionary, texts_of_ids
 from trainer.schema import Field, Schema
 from trainer.schema.profile import is_pandas
 from trainer.stages import ReadAhead
@@ -460,7 +460,8 @@ def score_run(source: RunSource, out: str, comm: Comm) -> Written | None:
         file: ScoreFile | None = None
         with comm.agreed():  # fails before the work if the address cannot be written
             if comm.rank == 0:
-                texts = written_ids(opened.test, opened.schema, opened.saved.texts_of)
+                dictionaries = opened.saved.dictionaries(opened.test.storage)
+                texts = written_ids(opened.test, opened.schema, dictionaries)
                 file = stack.enter_context(open_scores(out, opened.test, opened.schema, about, texts))
         logit_N = predict(opened)
         notes = opened.saved.notes_on_missing(opened.missing_lookups())
@@ -516,19 +517,19 @@ IdTexts = Mapping[str, Mapping[int, str]]
 """By column, the texts of its IDs that are hashes."""
 
 
-def written_ids(
-    index: SampleIndex, schema: Schema, texts_of: Callable[[Iterable[int], Storage], Mapping[int, str]]
-) -> IdTexts:
+def written_ids(index: SampleIndex, schema: Schema, dictionaries: Sequence[IdDictionary]) -> IdTexts:
     """Find the texts of users and ads in columns that have numbers in all files, one pass over these columns.
 
-    `texts_of` looks IDs up, also next to the samples. A column whose IDs have none is left out. Raises DataError.
+    Nothing is read where there is no dictionary. A column whose IDs have no text is left out. Raises DataError.
     """
     found: dict[str, Mapping[int, str]] = {}
+    if not dictionaries:
+        return found
     for column in {schema.group, schema.new_ad_column} - index.text_columns:
         ids: set[int] = set()
         for values in read_values(index, index.row_groups, {column: columns.rules_of(schema)[column]}):
             ids.update(np.unique(values[column]).tolist())
-        if texts := texts_of(ids, index.storage):
+        if texts := texts_of_ids(ids, dictionaries):
             found[column] = texts
     return found
 

@@ -72,7 +72,12 @@ class SavedRun:
         """Find the texts of IDs that are hashes: in the run's dictionary, else in that next to these samples.
 
         Raises DataError."""
-        return texts_of_ids(ids, (IdDictionary.of_run(self.folder), IdDictionary.of_samples(samples)))
+        return texts_of_ids(ids, self.dictionaries(samples))
+
+    def dictionaries(self, samples: Storage) -> tuple[IdDictionary, ...]:
+        """Open the run's dictionary of IDs, and then that next to these samples, as far as they are there."""
+        both = (IdDictionary.of_run(self.folder), IdDictionary.of_samples(samples))
+        return tuple(each for each in both if each is not None)
 
     @cached_property
     def places(self) -> list[opening.StorePlace]:
