@@ -220,8 +220,9 @@ class Exchange:
     def _bucketize(self, source: int, fields: Mapping[str, Jagged]) -> routing.Bucketized:
         values = [fields[name].values_N for name in self._fields_S[source] if name in fields]
         keys_U, inverse_N = routing.unique(np.concatenate([np.empty(0, dtype=np.int64), *values]))
-        owner_U = keys_U if self.is_alone else self._keys_S[source].owner_of(keys_U)
-        return routing.bucketize_by_owner(keys_U, inverse_N, owner_U, self._comm.size)
+        if self.is_alone:
+            return routing.Bucketized(keys_U, np.array([len(keys_U)]), inverse_N)
+        return routing.bucketize_by_owner(keys_U, inverse_N, self._keys_S[source].owner_of(keys_U), self._comm.size)
 
     def _plan(
         self, width: int, asked_S: list[routing.Bucketized], served_S: list[ServedKeys] | None, counts_PS: Int64Array

@@ -69,8 +69,6 @@ def unique_below(numbers_N: Int64Array, limit: int) -> tuple[Int64Array, Int64Ar
 
 def bucketize_by_owner(keys_U: Int64Array, inverse_N: Int64Array, owner_U: Int64Array, num_ranks: int) -> Bucketized:
     """Sort unique keys by owner, keep their order within one owner, and let the inverse follow."""
-    if num_ranks == 1:
-        return Bucketized(keys_U, np.array([len(keys_U)]), inverse_N)
     order_U = np.argsort(owner_U, kind="stable")
     place_U = np.empty_like(order_U)
     place_U[order_U] = np.arange(len(order_U))
