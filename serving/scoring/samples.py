@@ -31,7 +31,7 @@ from trainer.evaluation.predict import Written, open_scores, written_ids
 from trainer.runs.saved import TEST, TrainedRun, open_test, open_trained
 from trainer.samples.index import SampleIndex, open_index, read_row_groups
 from trainer.samples.reader import SampleReader
-from trainer.samples.survey import IdDictionary, texts_of_ids
+from trainer.samples.survey import IdDictionary
 
 ScoreTable = Callable[[pa.Table], Sequence[NDArray[np.float32]]]
 """The logits of each row of a table."""
@@ -71,7 +71,8 @@ def score_model(url: str, samples: str, out: str, version: int | None = None) ->
             "samples": index.storage.url,
             "missing": manifest.missing,
         }
-        texts = written_ids(index, schema, lambda ids, at: texts_of_ids(ids, [IdDictionary.of_samples(at)]))
+        dictionary = IdDictionary.of_samples(index.storage)
+        texts = written_ids(index, schema, [dictionary] if dictionary else [])
         with open_scores(out, index, schema, about, texts) as file:
             logits = score_samples(in_process(scorer), index, scorer.inputs)
             for row_group, logit_B in zip(index.row_groups, logits, strict=True):

@@ -31,6 +31,7 @@ from tests.explorer.serving import in_thread
 from tests.serving.scoring.variants import Exported, export, train_run
 from trainer.evaluation.predict import predict_run
 from trainer.samples.columns import Rule
+from trainer.samples.survey import write_part
 
 pytestmark = pytest.mark.long
 
@@ -100,6 +101,15 @@ def test_a_file_of_scores_by_a_model_is_that_of_its_run(model: Exported, tmp_pat
     assert of_model.drop_columns(scores).equals(of_run.drop_columns(scores))
     np.testing.assert_allclose(of_model["logit"].to_numpy(), of_run["logit"].to_numpy(), rtol=0, atol=1e-5)
     assert json.loads(of_model.schema.metadata[b"scores"])["version"] == 1
+
+
+def test_scores_by_a_model_have_the_texts_next_to_the_samples(model: Exported, tmp_path: Path) -> None:
+    shutil.copytree(model.places.folder / "samples", samples := tmp_path / "samples")
+    ads = pq.read_table(next((samples / "test").glob("*.parquet")), partitioning=None)["ad_item"].combine_chunks()
+    write_part(samples / "ids.parquet", texts := {ad: f"SKU-{ad}" for ad in ads.flatten().to_pylist()})
+    done = score("--model", model.url, "--samples", samples, "--out", tmp_path / "scores.parquet")
+    assert done.exit_code == 0, done.output
+    assert set(pq.read_table(tmp_path / "scores.parquet")["ad"].to_pylist()) == set(texts.values())
 
 
 def test_a_row_whose_logit_is_not_finite_ends_both_by_its_name(variants: Variants, tmp_path: Path) -> None:
