@@ -44,8 +44,8 @@ class History:
         self.world, self.store = world, ObjectStore(world, self.watch)
         self.logs: dict[str, list[Entry]] = defaultdict(list)
         """By folder, what was created as its numbers 1, 2, … What counts is the order in which that was done."""
-        self.strays: set[str] = set()
-        """Folders where a writer that was away created a number again that had been removed; it finds out."""
+        self.strays: dict[str, dict[str, Any]] = {}
+        """By path, what a writer that was away created again as a number that had been removed; it may find out."""
         self.first: dict[str, bytes] = {}
         """By path, the first bytes that were written there."""
         self.creators: list[Client] = []
@@ -141,7 +141,7 @@ class History:
             if folder == self.LOG:
                 self.created(self.logs[folder][-1].content)
         elif number is not None:
-            self.strays.add(folder)
+            self.strays[path] = json.loads(data)
 
     def is_there(self, path: str) -> bool:
         """Tell whether an object is there as it was first written."""

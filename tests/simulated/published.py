@@ -136,7 +136,7 @@ class RunHistory(PublishedHistory):
         self.saved: list[tuple[int, str]] = []
         """Acknowledged checkpoints: the step, and the path of its rows."""
         self.gone: set[str] = set()
-        """Files that were removed as they waited too long for the version that names them."""
+        """Files of checkpoints of which one was removed as it waited too long for the version that names it."""
         world = self.world
         system = SimpleNamespace(
             getpid=lambda: 1_000_000_000 + world.current.process,  # which no process of this machine has
@@ -214,14 +214,20 @@ class RunHistory(PublishedHistory):
         is_followed = writer in self.writers and writer is not self.writers[-1]
         self.world.expect(not is_followed, "a training publishes though another one has claimed the run")
         self.writers.append(writer)
-        gone = {path for path in files.values() if not self.is_there(path)}
+        lacking = {_step(name) for name, path in files.items() if not self.is_there(path)}
+        gone = {path for name, path in files.items() if _step(name) in lacking}
         is_late = self.world.now_s - writer.writes_s > self.SPAN_S
         self.world.expect(is_late or not gone, f"a version is published without {gone}")
         self.gone |= gone
-        first = min((step_of(name.partition("/")[0]) for name in files), default=0)
+        first = min((_step(name) for name in files), default=0)
         lost = [step for step, path in self.saved[-1:] if step >= first and path not in files.values()]
         self.world.expect(not lost, f"the newest checkpoint, {lost}, is lost")
 
     def needed(self) -> set[str]:
         """Return the paths that have to stay as they are now."""
         return super().needed() - self.gone
+
+
+def _step(name: str) -> int:
+    """Return the step of the checkpoint that a file is of."""
+    return step_of(name.partition("/")[0])
