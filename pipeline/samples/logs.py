@@ -173,7 +173,7 @@ def _settled(storage: Storage, path: str, log: str, layout: mapping.TableLayout)
         layout = replace(layout, time_unit=unit)
         if unit != "s":
             told.append(f"times such as {next(each for each in times if each[:1].isdigit())} are in {unit} since 1970")
-    if told:
+    if told and layout.is_told:
         told_by = "; csv and time_unit of a mapping override it"
         print_summary(f"{log:<12} {storage.full(path)}: {', '.join(told)}{told_by}")
     return layout

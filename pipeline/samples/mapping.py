@@ -83,6 +83,13 @@ class TableLayout:
     """Which rows are read, of a table that has others too."""
     joins: "tuple[Join, ...]" = ()
     """Tables that have columns which the files of the log lack."""
+    is_told: bool = True
+    """Whether what is found in the first file is printed."""
+
+    def silent(self) -> "TableLayout":
+        """Print nothing of what is found, in joined tables neither."""
+        joins = tuple(replace(join, layout=join.layout.silent()) for join in self.joins)
+        return replace(self, is_told=False, joins=joins)
 
     @property
     def time_column(self) -> tuple[str, str | None]:
