@@ -39,7 +39,7 @@ WANTED = {
     "time": "a timestamp, or a whole number since 1970",
     "id": "a whole number of at most 64 bits, signed",
     "image": "a string (the image's uri) or its int64 key",
-    "label": "a whole number, a boolean or a float that is 0 or 1",
+    "label": "a whole number, a boolean or a float that is 0 or 1, or the text yes or no",
     "seconds": "a number of seconds",
     "profile": "a whole number of at most 64 bits, signed",
     "profiles": "a list of whole numbers or of texts; for a text that has several, give split: in the mapping",

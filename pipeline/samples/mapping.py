@@ -358,7 +358,7 @@ def load_mapping(path: Path) -> LogMapping:
 SWALLOWED = "a quoted value has other rows in it; is a quote not closed?"
 _FIRST_ROWS = 1000
 _NUMBER = re.compile(r"(0|-?[1-9]\d{0,18})(\.\d{1,9})?")
-_LABELS = {"0": 0.0, "1": 1.0, "true": 1.0, "false": 0.0}
+_LABELS = {"0": 0.0, "1": 1.0, "true": 1.0, "false": 0.0, "yes": 1.0, "no": 0.0}
 PER_SECOND = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
 
 Parsed = tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]  # values, and which could not be read; nulls are 0 and fine
@@ -437,7 +437,7 @@ def parse_numbers(column: Any, decimal: str = ".") -> Parsed:
 
 
 def parse_labels(column: Any) -> Parsed:
-    """Parse labels, as float64: 0 or 1 of true and false too, else the number that is written."""
+    """Parse labels, as float64: 0 or 1 of true, false, yes and no too, else the number that is written."""
     return _each(column, lambda text: _LABELS[text.lower()] if text.lower() in _LABELS else float(text), np.float64)
 
 
