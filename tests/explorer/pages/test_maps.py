@@ -118,8 +118,9 @@ def test_a_search_rings_the_points_that_it_finds(pages: TestClient) -> None:
     html = read(pages, "/map?run=both&q=SHOE-0&wait=map")
     (found,) = [trace for trace in figure_of(html)["data"] if trace["name"] == "found"]
     assert len(found["x"]) == 9 and all("shoe-0" in text for text in found["text"])
-    assert "9 of all points have “SHOE-0” in their names: ringed on the map" in html
-    assert html.partition("<h2>Points</h2>")[2].count('<a href="/images/') == 9
+    assert '9 of all points have “SHOE-0” in their names: ringed <a href="#points">on the map</a>' in html
+    before, _, after = html.partition("<h2>One image for each part of the map</h2>")
+    assert before.count('<a href="/images/') == 9 and '<h2 id="points">' in after  # what is found comes first
     none = read(pages, "/map?run=both&q=nobody&wait=map")
     assert "0 of all points" in none
     assert not [trace for trace in figure_of(none)["data"] if trace["name"] == "found"]
