@@ -12,7 +12,7 @@ from tests.fuzz.mutate import YAML
 from tests.fuzz.parsers import PARSERS, Parser
 from tests.fuzz.planted import BUGS
 from tests.fuzz.run import BrokenRuleError, check, fuzz
-from tests.simulated.planted import Bug
+from tests.planted import Bug
 
 pytestmark = pytest.mark.long
 

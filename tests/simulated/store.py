@@ -108,12 +108,9 @@ class StoreHistory(History):
         """Open a snapshot, and read it a while later."""
         self.begin(0.7 * self.SPAN_S)
         name = min(self.pins, default="newest") if choice == "pinned" else choice
-        newest, is_kept = len(self.log), name in self.pins or self.logs[f"{CHANNELS}/{name}"]
-        try:
-            snapshot = store.snapshot({"newest": None, **self.pins}.get(name, name))
-        except (errors.ChannelError, errors.SnapshotNotFoundError) as error:
-            self.world.expect(not is_kept or self.damaged, f"{name} cannot be opened: {error}")
+        if name not in ("newest", *self.pins) and f"{CHANNELS}/{name}" not in self.logs:
             return
+        newest, snapshot = len(self.log), store.snapshot({"newest": None, **self.pins}.get(name, name))
         is_late = name == "newest" and snapshot.version < newest
         self.world.expect(not is_late, f"the newest was {newest}, not {snapshot.version}")
         self.opened_s.append((snapshot.version, self.world.now_s))
@@ -170,10 +167,11 @@ class StoreHistory(History):
         moves = [log[-1].content["version"] for folder, log in self.logs.items() if folder.startswith(CHANNELS) and log]
         return {len(self.log), *self.pins.values(), *moves} - self.damaged
 
-    def held(self) -> set[int]:
-        """Return the versions that are read, where no purge takes their files."""
+    def needed(self) -> set[str]:
+        """Return the paths that have to stay, also those of snapshots that are read, unless a purge takes these."""
         since_s = self.world.now_s - 0.8 * self.SPAN_S
-        return {version for version, at_s in self.opened_s if at_s > since_s and "purge" not in self.plan}
+        read = [version for version, at_s in self.opened_s if at_s > since_s and "purge" not in self.plan]
+        return super().needed().union(*(self.log[version - 1].files for version in read))
 
     def check(self, snapshot: Snapshot) -> None:
         """Compare the rows of a snapshot with those that its commit had."""
