@@ -38,7 +38,8 @@ def play(seeds: Seeds = 1000, first: First = 0) -> None:
                 failed.append(seed)
                 print(f"seed {seed} fails: {error}", flush=True)
     shown = ", ".join(f"{count:,} {kind}" for kind, count in sorted(faults.items()) if kind)
-    print(f"{seeds:,} histories, {faults.total():,} requests ({shown}), {len(failed)} failed; {_spent()}")
+    print(f"{seeds:,} histories, {faults.total():,} requests ({shown})")
+    print(f"{len(failed)} failed; {sum(os.times()[:4]):.0f} s of a processor")
     if failed:
         plan, world = shortened(failed[0], plan_of(failed[0])[0])
         print(f"\nThe shortest history of seed {failed[0]} ({kind_of(failed[0]).__name__}) that still fails:")
@@ -55,7 +56,7 @@ def bugs(seeds: Seeds = 200, first: First = 0, only: Only = "") -> None:
         for bug, found in zip(chosen, pool.imap(partial(_found, range(first, first + seeds)), chosen), strict=True):
             missed += not found
             print(f"{found or 'NOT FOUND':<90.90}  {bug.guard}", flush=True)
-    print(f"{len(chosen)} bugs, {len(chosen) - missed} found; {_spent()}")
+    print(f"{len(chosen)} bugs, {len(chosen) - missed} found; {sum(os.times()[:4]):.0f} s of a processor")
     raise typer.Exit(missed > 0)
 
 
@@ -70,11 +71,6 @@ def _found(seeds: range, bug: Bug) -> str:
     with bug.planted():
         errors = ((seed, _played(seed)[2]) for seed in seeds if kind_of(seed).__name__ == bug.kind)
         return next((f"seed {seed}: {error}" for seed, error in errors if error), "")
-
-
-def _spent() -> str:
-    """Say the time of the processors."""
-    return f"{sum(os.times()[:4]):.0f} s of a processor"
 
 
 if __name__ == "__main__":

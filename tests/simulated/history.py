@@ -8,7 +8,7 @@ A step is a text: after which time, what, and what befalls its requests, one aft
 import itertools
 import json
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -92,16 +92,13 @@ class History:
         entry.files = files if entry.is_whole else frozenset()
 
     def acknowledge(self, folder: str, number: int, **fields: str) -> None:
-        """Note that the product said that it had created a numbered file, whole and with these fields."""
+        """See that a numbered file, of which the product said that it made it, has these fields, and what it needs."""
         entry = self.logs[folder][number - 1]
         is_same = entry.is_whole and fields.items() <= entry.content.items()
         self.world.expect(is_same, f"{folder} {number} was acknowledged to have {fields}, and is {entry}")
         entry.is_acknowledged = True
-
-    def work(self, steps: Sequence[str]) -> None:
-        """Do steps, one after another."""
-        for step in steps:
-            self.perform(step)
+        gone = [path for path in self.needed() if not self.is_there(path)]
+        self.world.expect(not gone, f"{folder} {number} was acknowledged, and {gone} has gone")
 
     def perform(self, step: str) -> None:
         """Do a step, as a process of its own.

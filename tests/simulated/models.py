@@ -11,7 +11,7 @@ from unittest.mock import AsyncMock, MagicMock
 import pyarrow as pa
 import pytest
 
-from featurestore.log import manifest_path, writer_name
+from featurestore.log import writer_name
 from featurestore.published.versions import append_numbered
 from featurestore.storage.storage import Storage
 from serving.bundle import log
@@ -62,8 +62,6 @@ class ModelHistory(History):
         known = log.known_versions(storage)
         made = log.use(storage, known[-1 - int(back) % len(known)])
         self.acknowledge(USE, made.choice, nonce=made.nonce)
-        if made.choice == len(self.logs[USE]):
-            self.check_whole(made.version)
 
     def expire(self, storage: Storage) -> None:
         """Remove what nobody serves."""
@@ -103,12 +101,6 @@ class ModelHistory(History):
         """Look at all that is there at the end; a scorer that begins serves the version in use."""
         for version in self.chosen(self.world.now_s):
             self.world.expect(log.version_in_use(self.opened()) == version, f"version {version} is not in use")
-            self.check_whole(version)
-
-    def check_whole(self, version: int) -> None:
-        """See that a version that was put in use is there."""
-        is_whole = all(map(self.is_there, (*self.log[version - 1].files, manifest_path(version, LOG))))
-        self.world.expect(is_whole, f"version {version} is in use, and is not whole")
 
     def _open(self, identity: BundleIdentity, current: Any) -> MagicMock:
         """Return what a scorer has of a version; a bad one gives no finite scores."""

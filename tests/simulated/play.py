@@ -5,7 +5,6 @@ import gc
 import random
 import re
 import tomllib
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +58,7 @@ def play(seed: int, plan: Plan | None = None, schedule: int = 0) -> World:
     gc.disable()  # what it would collect may have requests to make
     with contextlib.suppress(Killed), world.failing(), simulated(world, history.store) as patch:
         history.prepare(patch)
-        world.play([partial(history.work, steps) for steps in (own_plan if plan is None else plan)])
+        world.play(own_plan if plan is None else plan, history.perform)
         if world.failure is None:
             history.finish()
     gc.enable()

@@ -113,12 +113,12 @@ class World:
         self._stall_rate = 0.0 if is_calm else draw.choice([0.0, 0.02, 0.05])
         self._kinds = draw.sample(list(FAULTS), draw.randint(1, len(FAULTS)))
 
-    def play(self, works: Sequence[Callable[[], None]]) -> None:
-        """Run machines, each with its work, to the end of all and of what is late, or to the first failure."""
+    def play(self, plan: Sequence[Sequence[str]], perform: Callable[[str], None]) -> None:
+        """Let machines perform their steps, to the end of all and of what is late, or to the first failure."""
         draw = random.Random(f"clocks {self.seed}")
-        for number, work in enumerate(works):
+        for number, steps in enumerate(plan):
             skew_s = draw.choice([0.0, 45.0, seconds("-2d"), seconds("9d")])
-            Thread(self, Machine(f"c{number}", skew_s), work).start()
+            Thread(self, Machine(f"c{number}", skew_s), lambda steps=steps: [perform(each) for each in steps]).start()
         while self.threads:
             self.now_s = max(self.now_s, min(each.wake_s for each in self.threads))
             self.current = self.random.choice([each for each in self.threads if each.wake_s <= self.now_s])
