@@ -29,6 +29,7 @@ from trainer.config import ModelConfig
 from trainer.errors import DataError
 from trainer.evaluation.predict import Written, open_scores, written_ids
 from trainer.runs.saved import TEST, TrainedRun, open_test, open_trained
+from trainer.samples.columns import plain
 from trainer.samples.index import SampleIndex, open_index, read_row_groups
 from trainer.samples.reader import SampleReader
 from trainer.samples.survey import IdDictionary
@@ -106,7 +107,7 @@ class RemoteScorer:
         return [row for start in starts for row in self._score_piece(table.slice(start, PIECE_REQUESTS))]
 
     def _score_piece(self, table: pa.Table) -> list[NDArray[np.float32]]:
-        sink = pa.BufferOutputStream()
+        sink, table = pa.BufferOutputStream(), plain(table)
         with pa.ipc.new_stream(sink, table.schema) as writer:
             writer.write_table(table)
         answer = pa.ipc.open_stream(self._sent("/v1/score", sink.getvalue().to_pybytes())).read_all()

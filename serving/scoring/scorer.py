@@ -21,7 +21,7 @@ from serving.bundle.rows import Float32
 from serving.errors import NotFiniteError, RequestError
 from serving.network import Steps, run_steps
 from serving.network.served import FieldRows, NetworkInputs
-from serving.scoring.decode import RequestTable, decode
+from serving.scoring.decode import decode
 from serving.scoring.request import Places, Request, RequestColumns, Scored
 from serving.scoring.sent import Bool, SentTable, Sizes, sent_requests, sent_table
 from trainer.errors import DataError
@@ -229,37 +229,33 @@ class Scorer:
             sent = run_steps(sent_table(self.inputs, requests))
         else:
             sent = run_steps(sent_requests(self.inputs, requests))
-        return run_steps(self.steps(run_steps(self.decode(sent, sent.sizes(self.inputs)))))
+        return run_steps(self.steps(sent, sent.sizes(self.inputs)))
 
-    def decode(self, sent: SentTable, sizes: Sizes) -> Steps[RequestTable]:
-        """Convert a body for this model, in pieces; `sizes`: those of the table. Raises RequestError."""
-        return decode(self.inputs, sent, sizes)
-
-    def steps(self, table: RequestTable) -> Steps[list[Scored]]:
-        """Score the requests of a table in pieces."""
+    def steps(self, sent: SentTable, sizes: Sizes) -> Steps[list[Scored]]:
+        """Convert and score a body in pieces; `sizes`: those of the table. Raises RequestError."""
         scored: list[Scored] = []
-        for piece in table.sizes.pieces():
-            scored += yield from self._scored(table.piece(self.inputs.rules, piece))
+        for piece in sizes.pieces():
+            scored += yield from self._scored(sent.piece(piece))
         return scored
 
     def close(self) -> None:
         """Close the bundle."""
         self._bundle.close()
 
-    def _scored(self, table: RequestTable) -> Steps[list[Scored]]:
-        batch = table.batch(self.inputs)
+    def _scored(self, sent: SentTable) -> Steps[list[Scored]]:
+        batch, nulls = yield from decode(self.inputs, sent)
         if self._equal_lists:
             try:
                 check_equal_lists(batch, self._equal_lists)
             except DataError as failure:
                 raise RequestError(str(failure)) from None
-        lookups = yield from self._maker.make(batch, len(table.sizes), table.nulls)
+        lookups = yield from self._maker.make(batch, len(sent.counts_G), nulls)
         logits_B = yield from self._network.steps(lookups.inputs)
         if not np.isfinite(logits_B).all():
-            raise _not_finite(table, batch, logits_B)
-        ends = np.cumsum(table.sizes.candidates_G).tolist()
+            raise _not_finite(sent, batch, logits_B)
+        ends = np.cumsum(sent.counts_G).tolist()
         parts = [logits_B[start:end] for start, end in zip([0, *ends], ends, strict=False)]
-        unknown, missing = self._unknown_and_missing(table.sizes.candidates_G, batch, lookups)
+        unknown, missing = self._unknown_and_missing(sent.counts_G, batch, lookups)
         return [
             Scored(logits_C=part, unknown=unknown.get(place, {}), missing=missing.get(place, {}))
             for place, part in enumerate(parts)
@@ -277,14 +273,13 @@ class Scorer:
         return found_in
 
 
-def _not_finite(table: RequestTable, batch: Batch, logits_B: NDArray[np.float32]) -> NotFiniteError:
+def _not_finite(sent: SentTable, batch: Batch, logits_B: NDArray[np.float32]) -> NotFiniteError:
     """Name the first candidate without a finite logit."""
     place = int((~np.isfinite(logits_B)).argmax())
     request = int(batch.group_of_sample_B[place])
-    candidate = place - int(table.sizes.candidates_G[:request].sum())
-    return NotFiniteError(
-        f"{table.where(request)}the logit of candidate {candidate} is not a finite number; send smaller numbers"
-    )
+    candidate = place - int(sent.counts_G[:request].sum())
+    where = sent.names.of_request(request)
+    return NotFiniteError(f"{where}the logit of candidate {candidate} is not a finite number; send smaller numbers")
 
 
 def _by_request(counts_G: Int64Array, batch: Batch, field: Field, mask_N: Bool) -> Iterator[tuple[int, Places]]:
