@@ -25,17 +25,16 @@ from numpy.typing import NDArray
 from safetensors.torch import save
 from torch import Tensor
 
-from featurestore.errors import StorageError, StoreNotFoundError
+from featurestore.errors import StorageError
 from featurestore.keys import UInt64Array, splitmix64
 from featurestore.log import writer_name
 from featurestore.published.paths import RunPath
 from featurestore.published.versions import VersionName, append_numbered
 from featurestore.storage.safety import refuse_unsafe
 from featurestore.storage.storage import Progress, Storage
-from featurestore.store import FeatureStore
 from featurestore.text import one_line
 from serving.bundle import SAMPLE_GROUPS, log
-from serving.bundle.files import WrittenFiles
+from serving.bundle.files import WrittenFiles, find_damage, open_vectors
 from serving.bundle.images import export_vectors
 from serving.bundle.log import remove_leftovers
 from serving.bundle.manifest import (
@@ -208,13 +207,9 @@ def _metrics(saved: SavedRun) -> dict[str, Any]:
 
 def _count_images(storage: Storage, draft: BundleManifest) -> dict[str, int]:
     """Count the images of each vectors store. Raises BrokenBundleError if a file was removed after it was written."""
-    try:
-        for file in draft.files:
-            storage.size(f"{draft.folder}/{file.name}")
-        stores = {of.store: FeatureStore.open(storage.full(f"{draft.folder}/{of.folder}")) for of in draft.vectors}
-        return {name: store.snapshot().num_rows for name, store in stores.items()}
-    except (FileNotFoundError, StoreNotFoundError) as error:
-        raise BrokenBundleError(f"{storage.full(draft.folder)} was removed while it was written: {error}") from error
+    if damage := find_damage(storage, draft):
+        raise BrokenBundleError(f"{storage.full(draft.folder)} was removed while it was written: {damage[0]}")
+    return {of.store: open_vectors(storage, draft, of).snapshot.num_rows for of in draft.vectors}
 
 
 class ShardRows(NamedTuple):

@@ -11,14 +11,15 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from featurestore.errors import CorruptFileError, FeatureStoreError, StorageError
+from featurestore.errors import CorruptFileError
 from featurestore.log import manifest_path, version_of, versions, writer_name
 from featurestore.published.versions import SealedT, append_numbered
 from featurestore.spec import is_random_id, read_sealed
 from featurestore.storage.local import StorageEntry
 from featurestore.storage.storage import Storage
-from featurestore.store import INFO_PATH, FeatureStore
+from featurestore.store import INFO_PATH
 from serving.bundle import GRACE_DAYS, KEEP_DAYS, KEEP_LAST, MODELS
+from serving.bundle.files import open_vectors
 from serving.bundle.manifest import BUNDLES, LEAVING, LOG, USE, BundleManifest, Choice
 from serving.errors import BrokenBundleError, BundleNotFoundError
 
@@ -110,15 +111,8 @@ class BundleIdentity:
         Raises BundleNotFoundError, BrokenBundleError, StorageError."""
         storage = Storage(url)
         manifest = read_version(storage)
-        try:
-            urls = {of.store: storage.full(f"{manifest.folder}/{of.folder}") for of in manifest.vectors}
-            return cls(
-                manifest.version, {name: FeatureStore.open(url).snapshot().version for name, url in urls.items()}
-            )
-        except StorageError:
-            raise
-        except FeatureStoreError as error:
-            raise BrokenBundleError(str(error)) from error
+        vectors = {of.store: open_vectors(storage, manifest, of).snapshot.version for of in manifest.vectors}
+        return cls(manifest.version, vectors)
 
 
 def _choose(storage: Storage, version: int) -> Choice:
@@ -182,40 +176,6 @@ def _readable(storage: Storage, version: int) -> BundleManifest | None:
         return read_version(storage, version)
     except BrokenBundleError:
         return None
-
-
-@dataclass(frozen=True)
-class NewestVectors:
-    """The newest vectors of a feature store's images in a version."""
-
-    snapshot: int
-    images: int
-    bytes: int
-    committed_s: float
-    source: str
-    """Address of the feature store, and its snapshot that they were computed from."""
-    source_version: int
-
-
-def newest_vectors(storage: Storage, manifest: BundleManifest) -> Iterator[tuple[str, NewestVectors | None]]:
-    """Yield the name of each feature store with the version's vectors of it; None if they are damaged.
-
-    Raises StorageError.
-    """
-    for of in manifest.vectors:
-        try:
-            snapshot = FeatureStore.open(storage.full(f"{manifest.folder}/{of.folder}")).snapshot()
-            source, found = snapshot.manifest.mirrors or of.source, snapshot.manifest
-            yield (
-                of.store,
-                NewestVectors(
-                    snapshot.version, snapshot.num_rows, found.file_bytes, found.time_s, source.url, source.version
-                ),
-            )
-        except StorageError:
-            raise
-        except FeatureStoreError:
-            yield of.store, None
 
 
 _DAY_S = 86_400.0

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featurestore.errors import CorruptFileError, StoreNotFoundError
+from featurestore.errors import CorruptFileError
 from featurestore.keys import HashIndex, Int64Array, UInt64Array, shard_of_hash, splitmix64
 from featurestore.lookup.partition import FeaturePartition
+from featurestore.snapshot import Snapshot
 from featurestore.store import FeatureStore
 from serving.bundle.manifest import RowsFile, TableRows, VectorsOf
 from serving.errors import BrokenBundleError
@@ -114,31 +115,23 @@ def _mapped(path: Path, dtype: np.dtype[np.generic]) -> NDArray[Any]:
 class VectorTable:
     """The vectors of one feature store's images at one snapshot of the vectors store. Lookups are thread-safe."""
 
-    def __init__(self, of: VectorsOf, partition: FeaturePartition, time_s: float) -> None:
-        """Use `open`."""
-        self._partition = partition
-        self.time_s = time_s
+    def __init__(self, of: VectorsOf, snapshot: Snapshot, cache_dir: Path | None) -> None:
+        """Map the rows of the snapshot of a vectors store. Raises BrokenBundleError if it is damaged; StorageError."""
+        if snapshot.info.dim != len(of.no_image):
+            raise BrokenBundleError(
+                f"{snapshot.storage.url} has rows of {snapshot.info.dim} numbers, and E makes {len(of.no_image)}"
+            )
+        store = FeatureStore(snapshot.storage, snapshot.info)
+        try:
+            self._partition = FeaturePartition.load(
+                store, cache_dir=cache_dir, missing="zeros", threads=1, version=snapshot.version
+            )
+        except CorruptFileError as error:
+            raise BrokenBundleError(str(error)) from error
+        self.time_s = snapshot.manifest.time_s
         """When the snapshot was committed, in seconds since 1970."""
         self.no_image_V: Float32 = np.asarray(of.no_image, np.float32)
         """The vector for images without one."""
-
-    @classmethod
-    def open(cls, of: VectorsOf, url: str, version: int | None = None, cache_dir: Path | None = None) -> "VectorTable":
-        """Map the rows of a snapshot, by default the newest, of the vectors store at `url` by a `FeaturePartition`.
-        Raises BrokenBundleError if the store is damaged, missing or a different one; StorageError."""
-        try:
-            store = FeatureStore.open(url)
-            if store.info.store_id != of.store_id:
-                raise BrokenBundleError(f"{url} is not the vectors store that was exported, but one made later")
-            if store.info.dim != len(of.no_image):
-                raise BrokenBundleError(f"{url} has rows of {store.info.dim} numbers, and E makes {len(of.no_image)}")
-            snapshot = store.snapshot(version)
-            partition = FeaturePartition.load(
-                store, cache_dir=cache_dir, missing="zeros", threads=1, version=snapshot.version
-            )
-        except (CorruptFileError, StoreNotFoundError) as error:
-            raise BrokenBundleError(str(error)) from error
-        return cls(of, partition, snapshot.manifest.time_s)
 
     @property
     def snapshot(self) -> int:

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from featurestore.parsing import parse_json
 from featurestore.published.paths import RunPath, run_path
-from featurestore.store import FeatureStore
 from featurestore.text import one_line
+from serving.bundle.files import open_vectors
 from serving.bundle.open import ModelVersion
 from serving.errors import BrokenBundleError, NotFiniteError, ServerSettingsError, ServingError
 from serving.network import run_steps
@@ -194,7 +194,8 @@ def compare(
     vectors match. Raises BrokenBundleError if the run's checkpoint is a different one, TrainerError, ServingError.
     """
     manifest = model.manifest
-    snapshots = _source_snapshots(model)
+    vectors = {of.store: open_vectors(model.storage, manifest, of) for of in manifest.vectors}
+    snapshots = {name: each.source.version for name, each in vectors.items()}
     first = next(iter(snapshots.values()), None)
     with contextlib.closing(
         open_trained(run or run_path(manifest.run), SoloComm(), which=manifest.checkpoint, store_version=first)
@@ -228,15 +229,6 @@ def _engine_logits(trained: TrainedRun, index: SampleIndex) -> np.ndarray[tuple[
     reader = SampleReader(index, trained.schema, batch_size=trained.config.train.eval_batch_size)
     prepared = trained.engine.prepared(reader.batches(), "eval")
     return np.concatenate([trained.engine.predict(each) for each in prepared])
-
-
-def _source_snapshots(model: ModelVersion) -> dict[str, int]:
-    """Return the number of each feature store's snapshot that its newest vectors match."""
-    found = {}
-    for of in model.manifest.vectors:
-        manifest = FeatureStore.open(model.vectors_url(of)).snapshot().manifest
-        found[of.store] = (manifest.mirrors or of.source).version
-    return found
 
 
 def _first(index: SampleIndex, impressions: int | None) -> SampleIndex:
