@@ -24,9 +24,9 @@ from torch import Tensor
 
 from featurestore.errors import CommitConflictError, SnapshotNotFoundError, SpecMismatchError
 from featurestore.format import datafile
-from featurestore.format.datafile import DELETED, FEATURE, KEY, URI
+from featurestore.format.datafile import FEATURE, KEY, URI
 from featurestore.format.rows import FeatureRows
-from featurestore.format.shard import ShardReader, newest_rows, take_rows
+from featurestore.format.shard import ShardReader
 from featurestore.keys import Int64Array
 from featurestore.lookup.embedding import EmbeddingModel
 from featurestore.lookup.ondevice import as_tensor
@@ -172,43 +172,24 @@ class ChangedImages:
     def of_shard(self, shard: int) -> tuple[Iterator[ImageRows], NDArray[np.int64]]:
         """Return the images of a shard that are new or may have changed, and the keys of those that may be gone.
 
-        If files were only appended, reads only these, all in memory together."""
-        new = self.newest.manifest.files(shard)
-        old = self.mirrored.manifest.files(shard) if self.mirrored else ()
-        num_same = sum(1 for _ in takewhile(lambda pair: pair[0].path == pair[1].path, zip(old, new, strict=False)))
-        added, replaced = new[num_same:], old[num_same:]
-        if not added and not replaced:
-            return iter(()), _NO_KEYS
+        Reads the features of images alone that a file names which only one of the snapshots has."""
+        reader = self.newest.shard_reader(shard)
         if self.mirrored is None:
-            return map(self._rows, self.newest.shard_reader(shard).live_tables([KEY, URI, FEATURE])), _NO_KEYS
-        if not replaced:
-            return self._appended(added)
-        live = self.newest.shard_reader(shard).keys()
-        changed = ShardReader(self.newest.storage, self.newest.info, shard, [*added, *replaced])
-        touched = np.unique(changed.all_keys())
-        return self._blocks(shard, touched), np.setdiff1d(touched, live)
+            return map(self._rows, reader.live_tables([KEY, URI, FEATURE])), _NO_KEYS
+        new, old = self.newest.manifest.files(shard), self.mirrored.manifest.files(shard)
+        num_same = sum(1 for _ in takewhile(lambda pair: pair[0].path == pair[1].path, zip(old, new, strict=False)))
+        differing = [*new[num_same:], *old[num_same:]]
+        if not differing:
+            return iter(()), _NO_KEYS
+        touched = np.unique(ShardReader(self.newest.storage, self.newest.info, shard, differing).all_keys())
+        return self._among(reader, touched), np.setdiff1d(touched, reader.keys())
 
     def _rows(self, table: pa.Table) -> ImageRows:
         features_KD = datafile.matrix_of(table, self.newest.info)
         return ImageRows(datafile.numpy_column(table, KEY), datafile.text_column(table, URI), features_KD)
 
-    def _appended(self, added: Sequence[FileEntry]) -> tuple[Iterator[ImageRows], NDArray[np.int64]]:
-        """Read each new file once: the last row of a key counts, and may be a tombstone."""
-        tables = []
-        for entry in added:
-            with datafile.open_entry(self.newest.storage, self.newest.info, entry) as file:
-                tables.append(file.read([KEY, URI, DELETED, FEATURE]))
-        table, gone = tables[0], _NO_KEYS
-        if len(added) > 1 or added[0].num_deleted:
-            table = pa.concat_tables(tables)
-            table = take_rows(table, newest_rows(datafile.numpy_column(table, KEY)))
-            is_gone_K = datafile.numpy_column(table, DELETED)
-            gone, table = datafile.numpy_column(table, KEY)[is_gone_K], table.filter(pa.array(~is_gone_K))
-        return iter([self._rows(table)]), gone
-
-    def _blocks(self, shard: int, touched: NDArray[np.int64]) -> Iterator[ImageRows]:
+    def _among(self, reader: ShardReader, touched: NDArray[np.int64]) -> Iterator[ImageRows]:
         """Read the live rows among some keys of a shard, a few thousand at a time."""
-        reader = self.newest.shard_reader(shard)
         if not reader.entries:
             return
         names = reader.read([KEY, URI])
@@ -268,9 +249,9 @@ def publish(
 
     `source_url`: where the features are now. A vector is kept if none of its numbers moved by `eps` or more; with
     eps=0, if it is identical. Concurrent publishes do not overwrite each other.
-    Cost: reads the files of features added since, and the vectors of the shards that they change; reads all features if
-    the previous snapshot is unknown or expired. Raises AnotherStoreError, SpecMismatchError, TrainerError or
-    FeatureStoreError without publishing anything.
+    Cost: reads the features of images in files added since, keys and uris of their shards, and the vectors of the
+    shards that they change; reads all features if the previous snapshot is unknown or expired. Raises
+    AnotherStoreError, SpecMismatchError, TrainerError or FeatureStoreError without publishing anything.
     """
     for _ in range(_MAX_ATTEMPTS):
         now = vectors.snapshot()

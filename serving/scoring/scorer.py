@@ -45,13 +45,6 @@ class Lookups(NamedTuple):
     missing: Mapping[str, Bool]
 
 
-class _Images(NamedTuple):
-    """The images of a field: which have no vector, (N,), and the visual vectors."""
-
-    missing_N: Bool
-    visual_NV: Float32
-
-
 class InputMaker:
     """Looks up the ids and images of requests in a bundle."""
 
@@ -75,13 +68,12 @@ class InputMaker:
         missing = dict[str, Bool]()
         fields, unknown = self._ids(batch, nulls)
         yield
-        found: dict[str, _Images] = {}
         for store, of_store in self._fields_of_store.items():
-            found |= yield from self._images(store, of_store, batch, nulls)
-        for name, images in found.items():
-            fields[name] = FieldRows(rows_NV=images.visual_NV, lengths_M=batch.fields[name].lengths_M)
-            if images.missing_N.any():
-                missing[name] = images.missing_N
+            images = yield from self._images(store, of_store, batch, nulls)
+            for name, (rows_NV, missing_N) in images.items():
+                fields[name] = FieldRows(rows_NV, batch.fields[name].lengths_M)
+                if missing_N.any():
+                    missing[name] = missing_N
         inputs = NetworkInputs(
             group_of_sample_B=batch.group_of_sample_B,
             num_groups=num_groups,
@@ -126,7 +118,8 @@ class InputMaker:
 
     def _images(
         self, store: str, fields: list[Field], batch: Batch, nulls: Mapping[str, Bool]
-    ) -> Steps[dict[str, _Images]]:
+    ) -> Steps[dict[str, tuple[Float32, Bool]]]:
+        """Return for each field of a store the visual vectors of its images, and which of them have none."""
         table = self._bundle.vectors[store]
         keys = [batch.fields[field.name].values_N for field in fields]
         keys_N = np.concatenate(keys)
@@ -134,13 +127,8 @@ class InputMaker:
         for start in range(0, len(keys_N) or 1, _LOOKUP):
             parts.append(table.lookup(keys_N[start : start + _LOOKUP]))
             yield
-        rows_NV, missing_N = parts[0]
-        if len(parts) > 1:
-            rows_NV, missing_N = (
-                np.concatenate([part[0] for part in parts]),
-                np.concatenate([part[1] for part in parts]),
-            )
-        found: dict[str, _Images] = {}
+        rows_NV, missing_N = parts[0] if len(parts) == 1 else map(np.concatenate, zip(*parts, strict=True))
+        found: dict[str, tuple[Float32, Bool]] = {}
         places = _slices(np.array([len(keys_N) for keys_N in keys], np.int64))
         for field, here in zip(fields, places, strict=True):
             visual_NV, lacks_N = rows_NV[here], missing_N[here]
@@ -148,7 +136,7 @@ class InputMaker:
             if is_null_N is not None:
                 visual_NV = np.where(is_null_N[:, None], table.no_image_V, visual_NV)
                 lacks_N = lacks_N | is_null_N
-            found[field.name] = _Images(lacks_N, visual_NV)
+            found[field.name] = visual_NV, lacks_N
         return found
 
 
