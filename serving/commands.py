@@ -163,8 +163,8 @@ def _problem_of_opening(url: str, version: int) -> list[str]:
 
     try:
         with contextlib.closing(Scorer.open(url, version)) as scorer:
-            for file in scorer.bundle.manifest.files:
-                scorer.bundle.files.path(file.name)
+            for file in scorer.manifest.files:
+                scorer.files.path(file.name)
     except StorageError:
         raise
     except UserError as error:
@@ -295,7 +295,7 @@ def check(
     with contextlib.ExitStack() as stack:
         if url is None:
             scorer = stack.enter_context(contextlib.closing(Scorer.open(model, opened.manifest.version)))
-            score, answered = in_process(scorer), f"this process ({scorer.bundle.network.form} network)"
+            score, answered = in_process(scorer), f"this process ({scorer.network.form} network)"
         else:
             remote = RemoteScorer(url, read_tokens(token_file)[0] if token_file else None, ca_context(ca))
             score, answered = remote.score, url

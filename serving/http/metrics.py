@@ -118,8 +118,8 @@ class ServingMetrics:
 
     def record_age(self, model: "Scorer") -> None:
         """Record the age of the vectors."""
-        for store, time_s in model.vectors_time_s.items():
-            self._age.labels(store).set(max(0.0, time.time() - time_s))
+        for store, table in model.vectors.items():
+            self._age.labels(store).set(max(0.0, time.time() - table.time_s))
 
     def record_answer(self, route: str, code: int, seconds: float) -> None:
         """Count an answer and the time it took."""

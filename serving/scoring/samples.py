@@ -60,10 +60,10 @@ def score_model(url: str, samples: str, out: str, version: int | None = None) ->
     The file is like that of `trainer.evaluation.predict`. Raises ServingError, TrainerError, FeatureStoreError.
     """
     with contextlib.closing(Scorer.open(url, version)) as scorer:
-        manifest, schema = scorer.bundle.manifest, scorer.bundle.schema
+        manifest, schema = scorer.manifest, scorer.schema
         index = open_index(SoloComm(), samples, TEST, schema)
         about = {
-            "model": scorer.bundle.storage.url,
+            "model": scorer.storage.url,
             "version": manifest.version,
             "vectors": dict(scorer.identity.vectors),
             "run": manifest.run,

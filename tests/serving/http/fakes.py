@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx2
@@ -58,8 +59,8 @@ class FakeModel:
         return load_schema().fields
 
     @property
-    def vectors_time_s(self) -> Mapping[str, float]:
-        return {store: time.time() - 60 for store in self.identity.vectors}
+    def vectors(self) -> Mapping[str, Any]:
+        return {store: SimpleNamespace(time_s=time.time() - 60) for store in self.identity.vectors}
 
     def score(self, table: pa.Table) -> list[Scored]:
         sent = run_steps(sent_table(self.inputs, table))
