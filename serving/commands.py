@@ -22,7 +22,6 @@ from serving.settings import ServerSettings
 if TYPE_CHECKING:
     from serving.bundle.files import Vectors
     from serving.bundle.log import BundleExpireReport, ListedVersion
-    from serving.scoring.samples import LogitsCompared
 
 app = CommandApp()
 
@@ -307,15 +306,11 @@ def check(
         )
     print_summary(f"model        {opened.storage.url}, version {opened.manifest.version}, answers by {answered}")
     print_summary(f"run          {run or opened.manifest.run}, {opened.manifest.checkpoint}")
-    _print(found)
-    write_json_option(json_file, asdict(found))
-    if not found.worst <= (allowed := found.tolerance if tolerance is None else tolerance):
-        print_problem(f"{found.worst:.3g} is more than --tolerance {allowed:g}")
-        raise typer.Exit(FAILED)
-
-
-def _print(found: "LogitsCompared") -> None:
     print_summary(f"impressions  {found.impressions:,}")
     print_summary(f"logits       differ by {found.worst:.3g} at most, {found.mean:.3g} on average")
     for note in found.notes:
         print_summary(f"note         {note}")
+    write_json_option(json_file, asdict(found))
+    if not found.worst <= (allowed := found.tolerance if tolerance is None else tolerance):
+        print_problem(f"{found.worst:.3g} is more than --tolerance {allowed:g}")
+        raise typer.Exit(FAILED)

@@ -103,15 +103,7 @@ class Scoring:
                 "vectors": identity and dict(identity.vectors),
                 "example": identity and example_of(self.live.model.inputs),
                 "try": command_of(f"{request.url.scheme}://{request.url.netloc}", with_token=self.tokens is not None),
-                "addresses": [
-                    "/openapi.json",
-                    EXAMPLE,
-                    "/v1/score",
-                    "/v2",
-                    f"/v2/models/{self.settings.model_name}",
-                    "/v2/health/ready",
-                    "/metrics",
-                ],
+                "addresses": [f"{method} {path}" for method, path, _ in self._routes],
             }
         )
 

@@ -185,9 +185,9 @@ class _Decoder:
             elif isinstance(values, np.ndarray):
                 found = _reals(values, is_null_N, rule.may_miss) if rule.is_real else whole_array(values)
             elif rule.is_real:
-                found = _together((yield from _in_chunks(values, partial(real_numbers, may_miss=rule.may_miss))))
+                found = np.concatenate((yield from _in_chunks(values, partial(real_numbers, may_miss=rule.may_miss))))
             else:
-                found = _together((yield from _in_chunks(values, partial(whole_numbers, text=rule.text))))
+                found = np.concatenate((yield from _in_chunks(values, partial(whole_numbers, text=rule.text))))
         except UnusableValueError as failure:
             raise failure.named(self._sent.names, name, sent.levels) from None
         if is_null_N is None or not is_nullable:
@@ -245,10 +245,6 @@ def _in_chunks(values: Any, convert: Callable[[Any], Result], chunk: int = CHUNK
             raise UnusableValueError(failure.place + start, failure.why) from None
         yield
     return found
-
-
-def _together(parts: Sequence[Values]) -> Values:
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def all_integers(columns: Sequence[Sequence[Any]]) -> list[NDArray[np.int64]] | None:
