@@ -312,7 +312,6 @@ def _write_table(
         kind="exact" if is_exact else "direct" if shape.direct else "hashed",
         width=shape.width,
         num_shards=shape.num_shards,
-        rows_per_shard=0 if is_exact else shape.rows_per_shard,
         num_rows=num_rows,
         first_row=first_row,
         hashes=name,

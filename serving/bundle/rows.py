@@ -19,6 +19,7 @@ from featurestore.snapshot import Snapshot
 from featurestore.store import FeatureStore
 from serving.bundle.manifest import RowsFile, TableRows, VectorsOf
 from serving.errors import BrokenBundleError
+from trainer.ids.shards import TableShape
 
 Float32 = NDArray[np.float32]
 Bool = NDArray[np.bool_]
@@ -62,21 +63,15 @@ class BundleIdRows:
 
 def _finder(table: TableRows, paths: Mapping[str, Path]) -> FindRows:
     """Return a function that finds the rows of ids in one table, by its kind (serving/bundle/manifest.py)."""
-
-    def hashed(ids_N: Int64Array) -> Int64Array:
-        hash_N = splitmix64(ids_N)
-        row_N = hash_N.astype(np.uint32) % np.uint32(table.rows_per_shard)  # the low 32 bits; a third of the time of 64
-        rows_N: Int64Array = shard_of_hash(hash_N, table.num_shards) * table.rows_per_shard + row_N + table.first_row
-        return rows_N
-
-    def direct(ids_N: Int64Array) -> Int64Array:
-        shard_N, row_N = ids_N % table.num_shards, ids_N // table.num_shards
-        rows_N: Int64Array = shard_N * table.rows_per_shard + row_N + table.first_row
-        return rows_N
-
     if table.hashes is not None:
         return _exact_finder(table, paths[table.hashes])
-    return direct if table.kind == "direct" else hashed
+    shape = TableShape(table.name, table.width, table.num_rows, table.num_shards, direct=table.kind == "direct")
+
+    def find(ids_N: Int64Array) -> Int64Array:
+        shard_N, row_N = shape.place_of(ids_N)
+        return shard_N * shape.rows_per_shard + row_N + table.first_row
+
+    return find
 
 
 def _exact_finder(table: TableRows, hashes: Path) -> FindRows:
