@@ -243,8 +243,7 @@ def _text(report: "BundleExpireReport", dry_run: bool) -> str:
     return (
         f"{keep} {count_text(len(report.kept), 'version')}: {ranges_text(report.kept)}\n"
         f"{remove} {count_text(len(report.expired), 'version')}{expired}\n"
-        f"{delete} {count_text(report.num_files, 'file')}, {bytes_text(report.num_bytes)}{left}"
-        + "".join(f"\n  {path}" for path in report.paths)
+        f"{delete} {bytes_text(report.num_bytes)}{left}" + "".join(f"\n  {folder}" for folder in report.folders)
     )
 
 

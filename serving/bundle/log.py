@@ -189,10 +189,8 @@ class BundleExpireReport:
 
     kept: tuple[int, ...]
     expired: tuple[int, ...]
-    paths: tuple[str, ...]
-    """Deleted manifests, and folders deleted with all their content."""
-    num_files: int
-    """Files deleted, leftovers included."""
+    folders: tuple[str, ...]
+    """Folders deleted with all their content: of expired versions, then of killed exports."""
     num_bytes: int
     num_leftovers: int
     """Folders of killed exports."""
@@ -242,13 +240,11 @@ def expire(
         marks = storage.entries(LEAVING, recursive=False)
         storage.delete_files(mark.path for mark in marks if now_s - mark.mtime_s > LEFTOVER_S)
     doomed = [*(manifests[version].bundle_id for version in leaving if manifests[version].bundle_id in own), *dead]
-    gone = [entry for bundle_id in doomed for entry in folders[bundle_id]]
     return BundleExpireReport(
         kept=tuple(version for version in manifests if version not in leaving),
         expired=tuple(leaving),
-        paths=(*(manifest_path(version, LOG) for version in leaving), *map(_folder, doomed)),
-        num_files=len(gone),
-        num_bytes=sum(entry.size_bytes for entry in gone),
+        folders=tuple(map(_folder, doomed)),
+        num_bytes=sum(entry.size_bytes for bundle_id in doomed for entry in folders[bundle_id]),
         num_leftovers=len(dead),
     )
 

@@ -34,7 +34,7 @@ from featurestore.console.memory import bound_freed_memory
 from featurestore.errors import FAILED, UserError
 from serving.http import access
 from serving.http.app import Scoring, logger
-from serving.http.health import Pulse, health_port
+from serving.http.health import health_port
 from serving.http.limits import allow_connections
 from serving.http.live import BundleSource
 from serving.http.metrics import FOLDER_VARIABLE
@@ -43,6 +43,8 @@ from serving.settings import ServerSettings
 MakeSource = Callable[[ServerSettings], BundleSource]
 
 _MAX_PAUSE_S = 30.0
+_LONGEST_ROUND_S = 10.0
+"""An event loop that has not come round for so long hangs."""
 _LARGEST_KEPT = 32 << 20
 """Bytes; more glibc does not allow."""
 _TICKS_TO_STOP = 5
@@ -87,7 +89,7 @@ def run_worker(
     if on_ready is not None:  # of several workers: the supervisor answers health checks
         server.run(sockets=[listener])
     else:
-        with health_port(settings, server.pulse.is_regular, scoring.can_answer):
+        with health_port(settings, server.is_live, scoring.can_answer):
             server.run(sockets=[listener])
     if failures:
         raise failures[0]
@@ -112,7 +114,12 @@ class DrainingServer(access.SecuredServer):
         super().__init__(config, credentials, scoring.settings.read_timeout_s)
         self._scoring, self._failures, self._listener = scoring, failures, listener
         self._ticks_left = _TICKS_TO_STOP
-        self.pulse = Pulse()
+        self._round_s: float | None = None
+        """When its event loop came round last; None until it has begun."""
+
+    def is_live(self) -> bool:
+        """Return whether its event loop does not hang."""
+        return self._round_s is None or time.monotonic() - self._round_s < _LONGEST_ROUND_S
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Drain; end on a second signal."""
@@ -126,7 +133,7 @@ class DrainingServer(access.SecuredServer):
         For a few ticks after a signal every answer closes its connection, as a request sent while the server closes the
         connection would be lost. In the last ones new connections are refused, and open ones get their answer.
         """
-        self.pulse.beat()
+        self._round_s = time.monotonic()
         if self._scoring.stopping:
             self._ticks_left -= 1
             if self._ticks_left == _TICKS_OF_BACKLOG and self._scoring.on_ready is None:

@@ -361,10 +361,7 @@ def encode_crossed(values: Any) -> Encoded:
     ids_N = whole_numbers(values, "id")
     if str not in set(map(type, values)):
         return encode_numbers(ids_N)
-    place_of = {str(value).strip(): place for place, value in enumerate(values)}
-    number_of = {text: number for number, text in enumerate(place_of)}
-    index_N = np.fromiter((number_of[str(value).strip()] for value in values), np.int64, len(values))
-    return Encoded(ids_N[list(place_of.values())], list(place_of), index_N)
+    return encode_texts(pa.array(list(map(str, values)), pa.string()), "id")
 
 
 def _floats(values: Sequence[Any], kinds: Iterable[type]) -> NDArray[np.float32]:
