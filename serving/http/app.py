@@ -47,8 +47,6 @@ class Scoring:
 
     settings: ServerSettings
     source: BundleSource
-    on_failure: Callable[[Exception], None]
-    """Called if the first model cannot be loaded."""
     on_ready: Callable[[], None] | None = None
     """Called, in one of several workers, when it can answer; it listens only then, as others can answer meanwhile."""
     tokens: list[str] | None = None
@@ -59,6 +57,8 @@ class Scoring:
         self.live = LiveModel(self.source, self.metrics, settings.poll_s)
         self.queue = ScoringQueue(self.live, settings, settings.max_body_bytes, settings.max_wait_ms / 1000)
         self.stopping = False
+        self.failure: Exception | None = None
+        """Why the first model cannot be loaded."""
 
     def app(self) -> ASGIApp:
         """Build the application. Its lifespan loads the model, scores, and polls for newer models."""
@@ -244,7 +244,7 @@ class Scoring:
         try:
             await self.live.start()
         except Exception as error:
-            self.on_failure(error)
+            self.failure = error
             return
         await asyncio.to_thread(_freeze_gc)
         if self.on_ready is not None:

@@ -134,10 +134,7 @@ BASE = "http://scorer"
 
 def scoring_of(source: BundleSource, tokens: list[str] | None = None, **settings: Any) -> Scoring:
     """The parts of a server with these settings."""
-    failures: list[Exception] = []
-    scoring = Scoring(ServerSettings(model="-", name="ctr", **settings), source, failures.append, tokens=tokens)
-    scoring.failures = failures
-    return scoring
+    return Scoring(ServerSettings(model="-", name="ctr", **settings), source, tokens=tokens)
 
 
 @asynccontextmanager
