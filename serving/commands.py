@@ -306,9 +306,8 @@ def check(
     print_summary(f"model        {opened.storage.url}, version {opened.manifest.version}, answers by {answered}")
     print_summary(f"run          {run or opened.manifest.run}, {opened.manifest.checkpoint}")
     print_summary(f"impressions  {found.impressions:,}")
-    print_summary(f"logits       differ by {found.worst:.3g} at most, {found.mean:.3g} on average")
-    for note in found.notes:
-        print_summary(f"note         {note}")
+    logits = f"logits       differ by {found.worst:.3g} at most, {found.mean:.3g} on average"
+    print_summary("\n".join([logits, *(f"note         {note}" for note in found.notes)]))
     write_json_option(json_file, asdict(found))
     if not found.worst <= (allowed := found.tolerance if tolerance is None else tolerance):
         print_problem(f"{found.worst:.3g} is more than --tolerance {allowed:g}")
