@@ -35,7 +35,6 @@ from featurestore.snapshot import Snapshot, SnapshotId
 from featurestore.spec import ExtractorSpec, FileEntry, StoreInfo
 from featurestore.storage.storage import Progress
 from featurestore.store import FeatureStore
-from serving.bundle import EPS
 from serving.bundle.manifest import IMAGES, VECTORS, Missing, VectorsOf
 from serving.bundle.open import ModelVersion
 from serving.bundle.rows import Float32
@@ -50,6 +49,8 @@ from trainer.schema import Field
 
 # E takes .3 to .6 of the time an image that it takes in the store's blocks of 256.
 BATCH_ROWS = 4096
+ROUNDING = 1e-6
+"""By how much a vector may differ that E computes again: the order of its sums depends on the images beside it."""
 _NO_KEYS = np.empty(0, np.int64)
 _SHARD_BYTES = 32 << 20
 """Most bytes of vectors in a shard. Shards are few, as a publish writes a file for each shard that it changes."""
@@ -139,7 +140,7 @@ def export_vectors(
         no_image=tuple(network.no_image_V.tolist()),
     )
     here, number = snapshot.storage.url, snapshot.version
-    publish(store, of, lambda _: network, source_url=here, source_version=number, eps=0, progress=progress)
+    publish(store, of, lambda _: network, source_url=here, source_version=number, progress=progress)
     return of
 
 
@@ -228,7 +229,7 @@ class PublishReport:
     changed: int = 0
     removed: int = 0
     stayed: int = 0
-    """Images examined whose vectors moved by less than eps."""
+    """Images examined whose vectors are the same, but for rounding."""
     num_bytes: int = 0
     """Bytes of the files written."""
     most_files: int = 0
@@ -242,13 +243,12 @@ def publish(
     *,
     source_url: str | None = None,
     source_version: VersionName | None = None,
-    eps: float = EPS,
     progress: Progress | None = None,
 ) -> PublishReport:
     """Update a vectors store to the newest snapshot of its features, or to `source_version`.
 
-    `source_url`: where the features are now. A vector is kept if none of its numbers moved by `eps` or more; with
-    eps=0, if it is identical. Concurrent publishes do not overwrite each other.
+    `source_url`: where the features are now. A vector is kept if none of its numbers moved by more than `ROUNDING`.
+    Concurrent publishes do not overwrite each other.
     Cost: reads the features of images in files added since, keys and uris of their shards, and the vectors of the
     shards that they change; reads all features if the previous snapshot is unknown or expired. Raises
     AnotherStoreError, SpecMismatchError, TrainerError or FeatureStoreError without publishing anything.
@@ -269,7 +269,7 @@ def publish(
         )
         if mirrored is not None and mirrored.version == newest.version:
             return report
-        delta = _Delta(vectors, now, network_for(newest), ChangedImages(mirrored, newest), eps, progress)
+        delta = _Delta(vectors, now, network_for(newest), ChangedImages(mirrored, newest), progress)
         for shard in range(now.info.num_shards):
             delta.add(shard)
         try:
@@ -299,7 +299,6 @@ class _Delta:
     _now: Snapshot
     _network: StoreNetwork
     _changes: ChangedImages
-    _eps: float
     _progress: Progress | None
     entries: dict[int, FileEntry] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
@@ -313,7 +312,7 @@ class _Delta:
         known = reader.keys()
         old_KV, is_known_K = reader.features(keys_K)
         distance_K = np.abs(new_KV - old_KV).max(axis=1, initial=0)
-        is_far_K = distance_K >= self._eps if self._eps else distance_K > 0
+        is_far_K = distance_K > ROUNDING
         place_M = np.flatnonzero(~is_known_K | is_far_K)
         gone = known[~np.isin(known, keys_K)] if gone is None else gone[reader.contains(gone)]
         self.counts["added"] += int((~is_known_K).sum())
