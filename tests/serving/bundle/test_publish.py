@@ -138,7 +138,8 @@ def test_only_what_differs_is_looked_at(world: World, monkeypatch: pytest.Monkey
     world.publish()
     assert looked == [2]
     manifests = [world.source.snapshot(version).manifest for version in (2, 4)]
-    old, new = ({entry.path for entry in manifest.entries} for manifest in manifests)
+    full = world.source.storage.full
+    old, new = ({full(entry.path) for entry in manifest.entries} for manifest in manifests)
     assert set(read) & (old | new) <= new - old
     assert set(read) & new
     world.check()
