@@ -17,7 +17,7 @@ from tests.simulated.history import History
 from tests.simulated.world import Client, seconds
 from trainer import supervise
 from trainer.runs.folder import finished, step_name, step_of
-from trainer.runs.saving import KEEP_REMOVED_S, CheckpointPlace, WrittenPart
+from trainer.runs.saving import DAMAGED, KEEP_REMOVED_S, CheckpointPlace, WrittenPart
 
 
 class PublishedHistory(History):
@@ -232,4 +232,4 @@ class RunHistory(PublishedHistory):
 
 def _step(name: str) -> int:
     """Return the step of the checkpoint that a file is of."""
-    return step_of(name.partition("/")[0])
+    return step_of(name.removeprefix(DAMAGED).partition("/")[0])
