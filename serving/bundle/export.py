@@ -29,7 +29,7 @@ from featurestore.errors import StorageError
 from featurestore.keys import UInt64Array, splitmix64
 from featurestore.log import writer_name
 from featurestore.published.paths import RunPath
-from featurestore.published.versions import VersionName, append_numbered
+from featurestore.published.versions import VersionName
 from featurestore.storage.safety import refuse_unsafe
 from featurestore.storage.storage import Progress, Storage
 from featurestore.text import one_line
@@ -40,7 +40,6 @@ from serving.bundle.log import remove_leftovers
 from serving.bundle.manifest import (
     BUNDLES,
     IMAGES,
-    LOG,
     MODEL,
     SAMPLE,
     SCHEMA,
@@ -143,7 +142,7 @@ def export_model(
         files=tuple(files.files),
     )
     num_images = _count_images(storage, draft)
-    published = append_numbered(storage, LOG, lambda version: draft.model_copy(update={"version": version}))
+    published = log.publish(storage, draft)
     if options.use:
         log.use(storage, published.version)
     if report_of(saved.folder) is None:

@@ -13,7 +13,6 @@ import pyarrow as pa
 import pytest
 
 from featurestore.log import manifest_path, writer_name
-from featurestore.published.versions import append_numbered
 from featurestore.storage.storage import Storage
 from serving.bundle import log
 from serving.bundle.files import WrittenFiles, check_file
@@ -78,7 +77,7 @@ class ModelHistory(History):
             checkpoint_digest="d", rows=(), tables=(), vectors=(), missing="zeros",
             missing_in_training="zeros", metrics={}, files=tuple(files.files),
         )  # fmt: skip
-        made = append_numbered(storage, LOG, lambda version: draft.model_copy(update={"version": version}))
+        made = log.publish(storage, draft)
         self.acknowledged.append((LOG, made.version, "bundle_id", bundle_id))
         if when == "use":
             self.choose(storage, "0")

@@ -17,7 +17,7 @@ from tests.simulated.history import History
 from tests.simulated.world import Client, seconds
 from trainer import supervise
 from trainer.runs.folder import finished, step_name, step_of
-from trainer.runs.saving import KEEP_REMOVED_S, CheckpointPlace, WrittenPart
+from trainer.runs.saving import DAMAGED, KEEP_REMOVED_S, CheckpointPlace, WrittenPart
 
 
 class PublishedHistory(History):
@@ -191,13 +191,15 @@ class RunHistory(PublishedHistory):
             return
         writer, now_s = self.trainers[data], self.world.now_s
         others = [each for each in self.trainers.values() if each is not writer and each.is_at_work()]
+        is_highest = not any(other > path for other in self.store.objects if other.startswith(f"{CLAIMS}0"))
         if verb == "create":
             writer.claimed_s = now_s
-            if not any(other > path for other in self.store.objects if other.startswith(f"{CLAIMS}0")):
+            if is_highest:
                 self.expect_alone(writer)  # else it looks again, and gives up
         elif path in self.store.objects:
             there = self.store.objects[path].data
-            self.world.expect(there in (data, b""), f"{data!r} renews a claim that is {there!r}'s: two hold the run")
+            is_own = there in (data, b"") or not is_highest  # a lower one holds nothing
+            self.world.expect(is_own, f"{data!r} renews a claim that is {there!r}'s: two hold the run")
             later_s = [each.claimed_s for each in others if writer.claimed_s < each.claimed_s < now_s]
             is_told = later_s and now_s - max(later_s[0], writer.client.disturbed_s) > LEASE_S
             self.world.expect(not is_told, f"{data!r} continues, though another one took the run long ago")
@@ -230,4 +232,4 @@ class RunHistory(PublishedHistory):
 
 def _step(name: str) -> int:
     """Return the step of the checkpoint that a file is of."""
-    return step_of(name.partition("/")[0])
+    return step_of(name.removeprefix(DAMAGED).partition("/")[0])

@@ -137,7 +137,7 @@ class StoreHistory(History):
         there, num_before = set(self.store.objects), len(self.creators)
         pins = {name: version for name, version in self.pins.items() if KEYS[PURGED] in self.rows[version]}
         try:
-            report = purge.purge(store, purge.Images.of_uris([URIS[PURGED]]))
+            report = purge.purge(store, purge.Images.of_uris([URIS[PURGED]]), writer_hours=self.SPAN_S / 3_600)
         except errors.CommitConflictError:
             others = [each for each in self.creators[num_before:] if each is not self.world.current]
             self.world.expect(len(others) >= 3, "a purge gives up, though nobody is in its way")
@@ -148,7 +148,8 @@ class StoreHistory(History):
             known = [v for v in range(1, self.newest + 1) if manifest_path(v) not in self.strays]
             in_log = [v for v in known if self.is_there(manifest_path(v))]
             paths = {f"{self.PLACE}/{path}" for v in in_log for path in self.paths[v]}
-            left = [path for path in there | paths if path in self.store.objects and self._has_purged_row(path)]
+            proved_s = self.world.asked_s[self.world.current, f"list {self.PLACE}"]
+            left = [path for path in there | paths if self._has_purged_row(path, proved_s)]
             self.world.expect(not left, f"{left} have purged rows")
             lost = paths - self.store.objects.keys()
             self.world.expect(not lost, f"{lost} are in the log, and gone")
@@ -249,9 +250,11 @@ class StoreHistory(History):
         self.world.expect(there == operation, f"{operation} was acknowledged as {snapshot.version}, which is {there}")
         self.acknowledged.append((LOG, snapshot.version, "commit_id", snapshot.manifest.commit_id))
 
-    def _has_purged_row(self, path: str) -> bool:
-        data = self.store.objects[path].data
-        return data[:4] == b"PAR1" and KEYS[PURGED] in pq.read_table(pa.BufferReader(data))["key"].to_pylist()
+    def _has_purged_row(self, path: str, before_s: float) -> bool:
+        stored = self.store.objects.get(path)
+        if stored is None or stored.mtime_s > before_s or stored.data[:4] != b"PAR1":
+            return False
+        return KEYS[PURGED] in pq.read_table(pa.BufferReader(stored.data))["key"].to_pylist()
 
 
 def _uris(images: str) -> dict[int, str]:

@@ -91,6 +91,8 @@ class World:
         self.calm = self.current = Client("calm")
         self.failure: BaseException | None = None
         self.trace: list[str] = []
+        self.asked_s: dict[tuple[Client, str], float] = {}
+        """When a machine last made a request."""
         self.faults: Counter[str] = Counter()
         self._hub = getcurrent()
         draw = random.Random(f"kind of history {seed}")
@@ -166,6 +168,7 @@ class World:
                 each.wake_s = max(each.wake_s, self.now_s + for_s)
         self._pass_on(me)
         self.now_s += 0.02
+        self.asked_s[main, f"{verb} {path}"] = self.now_s
         self._note(f"{me.name}.{me.process} {verb} {path} {kind}")
         self.faults[kind] += 1
         if kind == "killed":

@@ -13,7 +13,7 @@ from tests.cli import invoke
 from trainer.errors import SchemaError
 from trainer.schema import DEFAULT_SCHEMA, Schema, load_schema
 from trainer.schema.__main__ import app
-from trainer.schema.fields import schema_text, settings_text, table_rows
+from trainer.schema.fields import IDS_LR_ALONE, schema_text, settings_text, table_rows
 from trainer.schema.suggest import match_columns
 
 OWN = """
@@ -351,4 +351,6 @@ def test_settings_take_the_images_that_the_schema_has(images):
     kept = {"none": (), "both": ("ad", "user"), "behavior": ("user",)}.get(images, ("ad",))
     fields = [field for field in load_schema().fields if field.kind != "content" or field.side in kept]
     text = settings_text("s", "f", Schema(fields=tuple(fields)), {})
-    assert (f"  images: {images}  #" in text) == (images != "both") and text.count("images") == (images != "both")
+    read = yaml.safe_load(text)
+    assert read["model"].get("images", "both") == images
+    assert read.get("optim") == ({"ids_lr": IDS_LR_ALONE} if images == "none" else None)

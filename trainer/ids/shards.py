@@ -78,6 +78,10 @@ class IdRows:
         """View neighbouring rows."""
         return IdRows(self.block_NW.narrow(0, first, count), self.width, self.state)
 
+    def every(self, step: int, first: int, count: int) -> "IdRows":
+        """View rows first, first + step, .., `count` in all."""
+        return IdRows(self.block_NW[first::step][:count], self.width, self.state)
+
     def take(self, rows_Q: Tensor) -> "IdRows":
         """Copy chosen rows."""
         return IdRows(self.block_NW.index_select(0, rows_Q), self.width, self.state)

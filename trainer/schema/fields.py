@@ -365,10 +365,13 @@ def schema_text(schema: Schema, header: Iterable[str] = (), comments: Mapping[st
 
 
 _IMAGES_OF_SIDES = {(): "none", ("ad",): "ad", ("user",): "behavior"}
+IDS_LR_ALONE = 0.02
+"""`optim.ids_lr` of samples without images. With images the preset's: rows that move faster take what images would
+say (docs/CHOICES.md)."""
 
 
 def settings_text(samples: str, schema_file: str, schema: Schema, tables: Mapping[str, int]) -> str:
-    """Write settings for `crossmedia train --config`: where samples and schema are, the images there are, ID tables.
+    """Write settings for `crossmedia train --config`: where samples and schema are, images, ID tables and their rate.
 
     On a disk they name their own folder, so that they hold wherever that is. `tables`: by name the most rows of each.
     They are exact: in hashed ones ids that share a row cost GAUC.
@@ -388,6 +391,8 @@ def settings_text(samples: str, schema_file: str, schema: Schema, tables: Mappin
         "  tables:  # a row for each id, as it comes; max_rows: twice the ids of these samples or more",
         *(f"    {line}" for line in table_lines(tables)),
     ]
+    if images == "none":
+        lines += ["", "optim:", f"  {yaml_line('ids_lr', IDS_LR_ALONE)}  # without images ID rows may move faster"]
     return "\n".join(lines) + "\n"
 
 
