@@ -3,8 +3,8 @@
 A setting is a field of a class: its type, limits, default, the kind of what it decides, and below it its text.
 `load_config` lays a file and `--set` over the defaults and checks the result (pydantic).
 `differences` compares two records of settings; resuming, warm starts, evaluation, `trainer.daily` and `trainer.compat`
-say which kinds of differences they accept. `presets/dicm.yaml` and docs/SETTINGS.md are written from the classes by
-`python -m tools.settings`. Quick to import: without torch.
+say which kinds of differences they accept. docs/SETTINGS.md is written from the classes by `python -m tools.settings`.
+Quick to import: without torch.
 """
 
 import difflib
@@ -631,7 +631,7 @@ def differences(
 
 
 def refuse_given(config: Config, settings: Collection[str], why: str) -> None:
-    """Raise ConfigError, which says `why`, where one of these settings is not as in the preset."""
+    """Raise ConfigError, which says `why`, where one of these settings is not its default."""
     for each in differences(config.model_dump(), Config().model_dump()):
         if each.setting in settings:
             raise ConfigError(f"{each.name}={each.here}: {why}; leave it out")
