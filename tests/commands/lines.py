@@ -251,8 +251,6 @@ JOBS = [
     ("jobs/export_embeddings --run {run} --out .parquet", 2, "--out"),
     ("jobs/export_embeddings --run {run} --network [/x] --out {new}.parquet", 2, "[/x]"),
     ("jobs/export_embeddings --run {run} --store-version 99 --out {new}.parquet", 2, "99"),
-    ("jobs/export_embeddings --run {run} --table item --out {new}.parquet", 2, "no exact ID table"),
-    ("jobs/export_embeddings --run {run} --table item --network x --out {new}.parquet", 2, "--table"),
     ("jobs/score --run {missing} --out {new}.parquet", 2, "{missing}"),
     ("jobs/score --run {run} --samples {missing} --out {new}.parquet", 2, "{missing}"),
     ("jobs/score --run {run} --store {missing} --out {new}.parquet", 2, "{missing}"),
