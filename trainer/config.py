@@ -303,12 +303,8 @@ class OptimConfig(Section):
     """Steps between two times that the rates shrink."""
     plateau_gamma: Training[RateDecay] = 0.1
     """Both rates times this after each evaluation on data.validation_days whose AUC is no better than all before."""
-    beta1: Rows[Annotated[float, Field(ge=0, lt=1)]] = 0.9
-    """Adam: weight of the past in the running mean of gradients."""
-    beta2: Rows[Annotated[float, Field(ge=0, lt=1)]] = 0.999
-    """Adam: the same of their squares."""
     eps: Rows[Annotated[float, Field(gt=0)]] = 1e-8
-    """Adam: added to the root of the latter."""
+    """Added to the root of the mean of squared gradients (Adam, with betas of .9 and .999), or of their sum."""
 
     @property
     def alpha(self) -> float:
