@@ -267,8 +267,8 @@ def end(rank: int = 3, host: str = "b", code: int | None = -9, **more: object) -
     return RankEnd(rank=rank, host=host, code=code, **more)  # type: ignore[arg-type]
 
 
-def past(*ends: RankEnd, before: int = 0, after: int = 0, asked: bool = False) -> Past:
-    return Past(step_before=before, step_after=after, ends=ends or (end(),), asked=asked)
+def past(*ends: RankEnd, before: int = 0, after: int = 0) -> Past:
+    return Past(step_before=before, step_after=after, ends=ends or (end(),))
 
 
 @pytest.mark.parametrize(
@@ -294,13 +294,12 @@ def test_pauses_grow_without_progress_alone() -> None:
     stuck = [past()] * 6
     assert [back_off_s(stuck[:count], 5) for count in range(7)] == [0, 5, 10, 20, 40, 60, 60]
     assert back_off_s([*stuck, past(before=10, after=20)], 5) == 0
-    assert back_off_s([past(asked=True)], 5) == 0, "it was stopped to take more hosts in"
 
 
 def test_restarts_without_a_newer_checkpoint_are_counted() -> None:
     assert fruitless([past()] * 4) == 4
     assert fruitless([*[past()] * 4, past(before=5, after=6)]) == 0
-    assert fruitless([past(after=1), past(), past(asked=True), past()]) == 2
+    assert fruitless([past(after=1), past(), past()]) == 2
 
 
 @pytest.mark.parametrize(
@@ -346,7 +345,6 @@ def test_what_happened_is_said_in_one_line() -> None:
     assert past_text(quiet) == (
         "rank 3 on b ended with exit code 1; rank 0 on a ended with exit code 1 (error: the disk is full)"
     )
-    assert past_text(past(end(code=130), asked=True)) == "stopped after a checkpoint, to continue with more hosts"
     assert start_text(1250, [A, C], 7, 8) == "7 of 8 slots left; resuming at step 1,250 on 6 ranks (a:4, c:2)"
     assert start_text(0, [HostSlots("a", 1)], 1, 1) == "1 of 1 slots left; starting at the first step on 1 rank (a:1)"
 
