@@ -30,7 +30,7 @@ from featurestore.storage.storage import Storage
 from featurestore.text import count_text, printable
 from trainer.config import Config, load_config
 from trainer.errors import ConfigError
-from trainer.hosts import HostSlots, Link, News, count_slots, environments, reach_of_all, read_hosts
+from trainer.hosts import HostSlots, Link, News, count_slots, environments, parse_hosts, reach_of_all
 from trainer.launch import By, Variables
 from trainer.main import app as train_app
 from trainer.runs.folder import finished
@@ -42,7 +42,7 @@ Examples:
 
     crossmedia supervise --min-np 2 --max-np 8 --hosts a:4,b:4 -- crossmedia train --set run.name=a
 
-    crossmedia supervise --hosts-file hosts.txt --ssh 'ssh -p 2222' -- crossmedia train --set run.name=a
+    crossmedia supervise --hosts a:4,b:4 --ssh 'ssh -p 2222' -- crossmedia train --set run.name=a
 
     crossmedia supervise --max-np 2 -- crossmedia daily data.samples=data/samples
 
@@ -227,9 +227,6 @@ class SuperviseOptions:
     hosts: Annotated[
         str | None, typer.Option(metavar="HOST:SLOTS,...", help="Where ranks may run.", show_default="localhost:MAX_NP")
     ] = None
-    hosts_file: Annotated[
-        Path | None, typer.Option(help="A file with a line HOST:SLOTS for each; it is read again before each start.")
-    ] = None
     min_np: Annotated[int, typer.Option(min=1, help="Fewest ranks; with fewer slots it waits.")] = 1
     max_np: Annotated[int | None, typer.Option(min=1, help="Most ranks.", show_default="all slots")] = None
     by: Annotated[By, typer.Option(help="What the ranks speak to each other by.")] = By.HOROVOD
@@ -252,15 +249,17 @@ class SuperviseOptions:
     ] = 20
 
     def read_hosts(self) -> list[HostSlots]:
-        """Read the hosts, which may have changed. Raises ConfigError."""
-        return read_hosts(self.hosts, self.hosts_file, self.max_np)
+        """Read where ranks may run. Raises ConfigError."""
+        if self.hosts is None and self.max_np is None:
+            raise ConfigError("--hosts a:4,b:4 says where ranks may run, or --max-np how many run on this machine")
+        return parse_hosts(self.hosts or f"localhost:{self.max_np}")
 
     def check(self) -> None:
         """Raise ConfigError where there never can be enough slots."""
         if self.max_np is not None and self.max_np < self.min_np:
             raise ConfigError(f"--max-np {self.max_np} is less than --min-np {self.min_np}")
         slots = count_slots(self.read_hosts())
-        if slots < self.min_np and self.hosts_file is None:
+        if slots < self.min_np:
             raise ConfigError(f"--min-np {self.min_np}: --hosts {self.hosts} has {slots} slots")
 
     def slots(self, hosts: Sequence[HostSlots]) -> int:
@@ -446,6 +445,9 @@ class Supervisor:
                 continue
             asyncio.get_running_loop().add_signal_handler(number, self.on_signal)
         self._wanted = self.options.read_hosts()
+        for each in self._wanted:
+            link = Link(each.host, shlex.split(self.options.ssh), self.options.lease_s, self._news)
+            self._links[each.host], self._keepers[each.host] = link, asyncio.create_task(link.keep())
         try:
             return await self._generations()
         finally:
@@ -509,9 +511,6 @@ class Supervisor:
         start_s, settled_s, is_reported = time.monotonic(), float("inf"), False
         while (waited_s := time.monotonic() - start_s) < self.options.wait_for_hosts_s and not self.stop.is_set():
             self._drain()
-            with contextlib.suppress(UserError):  # those known before remain
-                self._wanted = await asyncio.to_thread(self.options.read_hosts)
-            self._keep_links()
             is_quiet = not any(link.may_have_ranks for link in self._links.values())
             if is_quiet and (chosen := self._placed()):
                 settled_s = min(settled_s, waited_s + _SETTLE_S)
@@ -545,13 +544,6 @@ class Supervisor:
     def _troubles(self) -> str:
         away = [link for link in self._links.values() if link.hello is None]
         return "; ".join(f"{link.host}: {link.trouble or 'no answer yet'}" for link in away) or "too few are named"
-
-    def _keep_links(self) -> None:
-        for each in self._wanted:
-            if each.host not in self._links:
-                link = Link(each.host, shlex.split(self.options.ssh), self.options.lease_s, self._news)
-                self._links[each.host] = link
-                self._keepers[each.host] = asyncio.create_task(link.keep())
 
     async def _close_links(self) -> None:
         for keeper in self._keepers.values():

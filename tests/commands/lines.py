@@ -191,8 +191,7 @@ TRAINER = [
     ("trainer.supervise --max-np 1 -- python -m trainer.main data.smaples=x", 2, "did you mean data.samples?"),
     ("trainer.supervise --max-np 1 -- python -m trainer.main run.name=a run.dir={empty}", 2, "{empty}"),
     ("trainer.supervise --min-np 3 --hosts a:1,b:1 -- python -m trainer.main", 2, "has 2 slots"),
-    ("trainer.supervise --hosts-file {missing} -- python -m trainer.main", 2, "{missing}"),
-    ("trainer.supervise --hosts-file {empty} -- python -m trainer.main", 2, "names no host"),
+    ("trainer.supervise --hosts a:0 -- python -m trainer.main", 2, "'a:0' is not a host"),
 ]
 
 DASK_SUBMIT = [

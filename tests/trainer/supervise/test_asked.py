@@ -27,7 +27,6 @@ from trainer.hosts import (
     environments,
     parse_hosts,
     reach_of_all,
-    read_hosts,
 )
 from trainer.launch import By
 from trainer.supervise import (
@@ -51,39 +50,27 @@ TRAIN = ["python", "-m", "trainer.main"]
 
 
 def test_hosts_in_every_form() -> None:
-    lines = ["a:4", " me@b.example:2 ", "", "# those of the annex", "c slots=3  # old", "d"]
-    found = [(each.host, each.count) for each in parse_hosts(lines, "--hosts")]
-    assert found == [("a", 4), ("me@b.example", 2), ("c", 3), ("d", 1)]
+    found = [(each.host, each.count) for each in parse_hosts("a:4, me@b.example:2 ,d")]
+    assert found == [("a", 4), ("me@b.example", 2), ("d", 1)]
+    assert SuperviseOptions(command=[], max_np=3).read_hosts() == [HostSlots("localhost", 3)]
+    with pytest.raises(ConfigError, match="--hosts a:4,b:4 says where"):
+        SuperviseOptions(command=[]).read_hosts()
 
 
 @pytest.mark.parametrize(
-    ("lines", "message"),
+    ("text", "message"),
     [
-        (["a:0"], "--hosts: 'a:0' is not a host; write it as name:slots, as a:4"),
-        (["a:b:1"], "'a:b:1' is not a host"),
-        (["-oProxyCommand=x"], "is not a host"),
-        (["-x:1"], "is not a host"),
-        (["a:1", "a:2"], "host a is there twice"),
-        (["# nothing"], "names no host"),
+        ("a:0", "--hosts: 'a:0' is not a host; write it as name:slots, as a:4"),
+        ("a:b:1", "'a:b:1' is not a host"),
+        ("-oProxyCommand=x", "is not a host"),
+        ("-x:1", "is not a host"),
+        ("a:1,a:2", "host a is there twice"),
+        ("", "is not a host"),
     ],
 )
-def test_hosts_that_are_none(lines: list[str], message: str) -> None:
+def test_hosts_that_are_none(text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        parse_hosts(lines, "--hosts")
-
-
-def test_where_hosts_come_from(tmp_path: Path) -> None:
-    assert read_hosts(None, None, 3) == [HostSlots("localhost", 3)]
-    assert read_hosts("a:1,b:2", None, None) == [HostSlots("a", 1), HostSlots("b", 2)]
-    file = tmp_path / "hosts"
-    file.write_text("a:1\n")
-    assert read_hosts(None, file, None) == [HostSlots("a", 1)]
-    with pytest.raises(ConfigError, match="cannot be read"):
-        read_hosts(None, tmp_path / "nowhere", None)
-    with pytest.raises(ConfigError, match="give one of"):
-        read_hosts("a:1", file, None)
-    with pytest.raises(ConfigError, match="--hosts a:4,b:4 says where"):
-        read_hosts(None, None, None)
+        parse_hosts(text)
 
 
 def test_the_agent_of_another_host_is_started_by_ssh() -> None:
