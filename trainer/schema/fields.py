@@ -378,7 +378,7 @@ def settings_text(samples: str, schema_file: str, schema: Schema, tables: Mappin
     """
     settings_file = f"{schema_file.removesuffix(SCHEMA_FILE)}{SETTINGS_FILE}"
     images = _IMAGES_OF_SIDES.get(tuple(sorted({field.side for field in schema.of_kind("content")})))
-    lines = [f"# Over the default preset: crossmedia train --config {settings_file}", "", "data:"]
+    lines = [f"# Over the defaults: crossmedia train --config {settings_file}", "", "data:"]
     places = {"samples": samples, "schema_file": schema_file} if "://" in samples else _HERE
     note = "" if "://" in samples else "  # the folder of this file"
     lines += [
