@@ -31,7 +31,7 @@ class Entry:
 
 
 START, IMAGES, SAMPLES, TRAINING = "Start", "Images and features", "Samples", "Training"
-RESULTS, SERVING, RETRIEVAL, VIEWS = "Results", "Models in use", "Pre-ranking", "Look"
+RESULTS, SERVING, RETRIEVAL, VIEWS = "Results", "Models in use", "Pre-ranking", "Look and plan"
 MODEL_COMMANDS = ("info", "log", "use", "expire", "check")
 GROUPS: dict[str, dict[str, Entry]] = {
     START: {
@@ -84,6 +84,7 @@ GROUPS: dict[str, dict[str, Entry]] = {
     },
     VIEWS: {
         "explore": Entry("Show stores, images, runs and scores in a browser.", ("explorer.__main__",)),
+        "plan": Entry("Estimate a run's needs and speed on more machines.", ("trainer.plan",)),
     },
 }
 ENTRIES = {name: entry for group in GROUPS.values() for name, entry in group.items()}

@@ -38,6 +38,14 @@ def _committed(text: str) -> "VersionName":
     return version
 
 
+def counts_of(text: str) -> tuple[int, ...]:
+    """Parse the value of an option with counts, as 8,20,40, ascending. Raises BadParameter."""
+    found = [int(part) if part.strip().isdecimal() else 0 for part in text.split(",")]
+    if min(found) < 1:
+        raise typer.BadParameter(f"{text}: write whole numbers from 1 on with commas between them, as 10,100")
+    return tuple(sorted(set(found)))
+
+
 SettingsFile = Annotated[Path | None, typer.Option("--config", help="YAML file over the defaults.")]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="One setting; may be repeated.")

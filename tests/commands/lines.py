@@ -173,6 +173,7 @@ TRAINER = [
     ("trainer.tune --grid optim.lr=0.1", 2, "--grid optim.lr=0.1"),
     ("trainer.tune --grid optim.lr=[high]", 2, "optim.lr"),
     ("trainer.tune --set run.resume=5", 2, "run.resume"),
+    ("trainer.plan --run {missing}", 2, "{missing}"),
     ("trainer.evaluate {run} --bootstrap 0 --out foo://x", 2, "foo://"),
     ("trainer.prerank search --run {missing} --user 1", 2, "{missing}"),
     ("trainer.prerank search --run {run} --index {missing} --user 1", 2, ""),

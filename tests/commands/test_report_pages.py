@@ -17,7 +17,7 @@ from trainer.evaluation.report import METRIC_TITLES, number, range_of
 WITH_PAGES = sorted(
     line
     for line in LEAVES
-    if line.startswith(("jobs/", "benchmarks.", "trainer.evaluate"))
+    if line.startswith(("jobs/", "benchmarks.", "trainer.evaluate", "trainer.plan"))
     or line in ("featurestore verify", "trainer.compat")
     or any("--html" in each.opts for each in LEAVES[line].params)
 )

@@ -19,7 +19,7 @@ from tests.commands.calls import COMMANDS, ROOT
 
 LISTED = {
     "demo", "extract", "refresh", "samples", "schema", "train", "evaluate", "daily", "tune",
-    "export", "publish", "score", "serve", "explore", "store", "index",
+    "export", "publish", "score", "serve", "explore", "store", "index", "plan",
 }  # fmt: skip
 NOT_OF_THE_FRONT = {"pipeline.cluster.submit"}
 QUICK_S, BUSY = 0.6, 2  # other tests run beside this one: what takes 0.4 seconds alone may take twice as long
