@@ -212,7 +212,7 @@ class Schema(BaseModel):
     group: str = "user"
     """Column whose value groups samples for GAUC."""
     time: str = "timestamp"
-    """Column with a group's time, in seconds since 1970 or as a timestamp; only evaluation reads it, if it is there."""
+    """Column with a group's time, in seconds since 1970 or as a timestamp; files of scores have it, if it is there."""
     new_ad_field: str = "ad_item"
     """Ad-side field: an impression is of a new ad when its value was never in training."""
 
