@@ -180,11 +180,11 @@ def publish(
     or not. Raises CommitConflictError also for a file that is gone, StorageError: then it is not known whether it was
     published.
     """
-    _check_there(storage, files)
     writer, now_s, nonce = writer_name(), time.time(), publication or uuid.uuid4().hex
     named = dict(sorted(files.items()))
 
     def version_of(number: int) -> PublishedVersion:
+        _check_there(storage, files)
         return PublishedVersion(version=number, publication=nonce, writer=writer, time_s=now_s, files=named)
 
     return append_numbered(storage, VERSIONS, version_of, after)

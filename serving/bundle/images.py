@@ -24,9 +24,9 @@ from torch import Tensor
 
 from featurestore.errors import CommitConflictError, SnapshotNotFoundError, SpecMismatchError
 from featurestore.format import datafile
-from featurestore.format.datafile import DELETED, FEATURE, KEY, URI
+from featurestore.format.datafile import FEATURE, KEY, URI
 from featurestore.format.rows import FeatureRows
-from featurestore.format.shard import ShardReader, newest_rows, take_rows
+from featurestore.format.shard import ShardReader
 from featurestore.keys import Int64Array
 from featurestore.lookup.embedding import EmbeddingModel
 from featurestore.lookup.ondevice import as_tensor
@@ -35,7 +35,6 @@ from featurestore.snapshot import Snapshot, SnapshotId
 from featurestore.spec import ExtractorSpec, FileEntry, StoreInfo
 from featurestore.storage.storage import Progress
 from featurestore.store import FeatureStore
-from serving.bundle import EPS
 from serving.bundle.manifest import IMAGES, VECTORS, Missing, VectorsOf
 from serving.bundle.open import ModelVersion
 from serving.bundle.rows import Float32
@@ -50,6 +49,8 @@ from trainer.schema import Field
 
 # E takes .3 to .6 of the time an image that it takes in the store's blocks of 256.
 BATCH_ROWS = 4096
+ROUNDING = 1e-6
+"""By how much a vector may differ that E computes again: the order of its sums depends on the images beside it."""
 _NO_KEYS = np.empty(0, np.int64)
 _SHARD_BYTES = 32 << 20
 """Most bytes of vectors in a shard. Shards are few, as a publish writes a file for each shard that it changes."""
@@ -139,7 +140,7 @@ def export_vectors(
         no_image=tuple(network.no_image_V.tolist()),
     )
     here, number = snapshot.storage.url, snapshot.version
-    publish(store, of, lambda _: network, source_url=here, source_version=number, eps=0, progress=progress)
+    publish(store, of, lambda _: network, source_url=here, source_version=number, progress=progress)
     return of
 
 
@@ -172,43 +173,24 @@ class ChangedImages:
     def of_shard(self, shard: int) -> tuple[Iterator[ImageRows], NDArray[np.int64]]:
         """Return the images of a shard that are new or may have changed, and the keys of those that may be gone.
 
-        If files were only appended, reads only these, all in memory together."""
-        new = self.newest.manifest.files(shard)
-        old = self.mirrored.manifest.files(shard) if self.mirrored else ()
-        num_same = sum(1 for _ in takewhile(lambda pair: pair[0].path == pair[1].path, zip(old, new, strict=False)))
-        added, replaced = new[num_same:], old[num_same:]
-        if not added and not replaced:
-            return iter(()), _NO_KEYS
+        Reads the features of images alone that a file names which only one of the snapshots has."""
+        reader = self.newest.shard_reader(shard)
         if self.mirrored is None:
-            return map(self._rows, self.newest.shard_reader(shard).live_tables([KEY, URI, FEATURE])), _NO_KEYS
-        if not replaced:
-            return self._appended(added)
-        live = self.newest.shard_reader(shard).keys()
-        changed = ShardReader(self.newest.storage, self.newest.info, shard, [*added, *replaced])
-        touched = np.unique(changed.all_keys())
-        return self._blocks(shard, touched), np.setdiff1d(touched, live)
+            return map(self._rows, reader.live_tables([KEY, URI, FEATURE])), _NO_KEYS
+        new, old = self.newest.manifest.files(shard), self.mirrored.manifest.files(shard)
+        num_same = sum(1 for _ in takewhile(lambda pair: pair[0].path == pair[1].path, zip(old, new, strict=False)))
+        differing = [*new[num_same:], *old[num_same:]]
+        if not differing:
+            return iter(()), _NO_KEYS
+        touched = np.unique(ShardReader(self.newest.storage, self.newest.info, shard, differing).all_keys())
+        return self._among(reader, touched), np.setdiff1d(touched, reader.keys())
 
     def _rows(self, table: pa.Table) -> ImageRows:
         features_KD = datafile.matrix_of(table, self.newest.info)
         return ImageRows(datafile.numpy_column(table, KEY), datafile.text_column(table, URI), features_KD)
 
-    def _appended(self, added: Sequence[FileEntry]) -> tuple[Iterator[ImageRows], NDArray[np.int64]]:
-        """Read each new file once: the last row of a key counts, and may be a tombstone."""
-        tables = []
-        for entry in added:
-            with datafile.open_entry(self.newest.storage, self.newest.info, entry) as file:
-                tables.append(file.read([KEY, URI, DELETED, FEATURE]))
-        table, gone = tables[0], _NO_KEYS
-        if len(added) > 1 or added[0].num_deleted:
-            table = pa.concat_tables(tables)
-            table = take_rows(table, newest_rows(datafile.numpy_column(table, KEY)))
-            is_gone_K = datafile.numpy_column(table, DELETED)
-            gone, table = datafile.numpy_column(table, KEY)[is_gone_K], table.filter(pa.array(~is_gone_K))
-        return iter([self._rows(table)]), gone
-
-    def _blocks(self, shard: int, touched: NDArray[np.int64]) -> Iterator[ImageRows]:
+    def _among(self, reader: ShardReader, touched: NDArray[np.int64]) -> Iterator[ImageRows]:
         """Read the live rows among some keys of a shard, a few thousand at a time."""
-        reader = self.newest.shard_reader(shard)
         if not reader.entries:
             return
         names = reader.read([KEY, URI])
@@ -247,7 +229,7 @@ class PublishReport:
     changed: int = 0
     removed: int = 0
     stayed: int = 0
-    """Images examined whose vectors moved by less than eps."""
+    """Images examined whose vectors are the same, but for rounding."""
     num_bytes: int = 0
     """Bytes of the files written."""
     most_files: int = 0
@@ -261,16 +243,15 @@ def publish(
     *,
     source_url: str | None = None,
     source_version: VersionName | None = None,
-    eps: float = EPS,
     progress: Progress | None = None,
 ) -> PublishReport:
     """Update a vectors store to the newest snapshot of its features, or to `source_version`.
 
-    `source_url`: where the features are now. A vector is kept if none of its numbers moved by `eps` or more; with
-    eps=0, if it is identical. Concurrent publishes do not overwrite each other.
-    Cost: reads the files of features added since, and the vectors of the shards that they change; reads all features if
-    the previous snapshot is unknown or expired. Raises AnotherStoreError, SpecMismatchError, TrainerError or
-    FeatureStoreError without publishing anything.
+    `source_url`: where the features are now. A vector is kept if none of its numbers moved by more than `ROUNDING`.
+    Concurrent publishes do not overwrite each other.
+    Cost: reads the features of images in files added since, keys and uris of their shards, and the vectors of the
+    shards that they change; reads all features if the previous snapshot is unknown or expired. Raises
+    AnotherStoreError, SpecMismatchError, TrainerError or FeatureStoreError without publishing anything.
     """
     for _ in range(_MAX_ATTEMPTS):
         now = vectors.snapshot()
@@ -288,7 +269,7 @@ def publish(
         )
         if mirrored is not None and mirrored.version == newest.version:
             return report
-        delta = _Delta(vectors, now, network_for(newest), ChangedImages(mirrored, newest), eps, progress)
+        delta = _Delta(vectors, now, network_for(newest), ChangedImages(mirrored, newest), progress)
         for shard in range(now.info.num_shards):
             delta.add(shard)
         try:
@@ -318,7 +299,6 @@ class _Delta:
     _now: Snapshot
     _network: StoreNetwork
     _changes: ChangedImages
-    _eps: float
     _progress: Progress | None
     entries: dict[int, FileEntry] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
@@ -332,7 +312,7 @@ class _Delta:
         known = reader.keys()
         old_KV, is_known_K = reader.features(keys_K)
         distance_K = np.abs(new_KV - old_KV).max(axis=1, initial=0)
-        is_far_K = distance_K >= self._eps if self._eps else distance_K > 0
+        is_far_K = distance_K > ROUNDING
         place_M = np.flatnonzero(~is_known_K | is_far_K)
         gone = known[~np.isin(known, keys_K)] if gone is None else gone[reader.contains(gone)]
         self.counts["added"] += int((~is_known_K).sum())

@@ -43,7 +43,7 @@ def play(seeds: Seeds = 1000, first: First = 0) -> None:
     if failed:
         plan, world = shortened(failed[0], plan_of(failed[0])[0])
         print(f"\nThe shortest history of seed {failed[0]} ({kind_of(failed[0]).__name__}) that still fails:")
-        print("\n".join(f"  c{machine}: {'; '.join(steps)}" for machine, steps in enumerate(plan)))
+        print("\n".join(f"  c{client}: {'; '.join(steps)}" for client, steps in enumerate(plan)))
         print("\n".join(["Its last requests:", *world.trace[-LAST_REQUESTS:], str(world.failure)]))
         raise typer.Exit(1)
 

@@ -1,4 +1,4 @@
-"""What all histories have: steps that machines do, numbered files that decide what holds, and what may not go.
+"""What all histories have: steps that clients do, numbered files that decide what holds, and what may not go.
 
 A step is a text: after which time, what, and what befalls its requests, one after another:
 
@@ -25,7 +25,7 @@ IDS = ("nonce", "publication", "bundle_id", "commit_id")
 
 @dataclass
 class Entry:
-    """A numbered file as it was created, and by which machine and process."""
+    """A numbered file as it was created, and by which client and process."""
 
     content: dict[str, Any]
     by: tuple[str, int]
@@ -105,14 +105,13 @@ class History:
 
         Beside purges and repairs it may fail. Else a reader fails only where a request of its own has, and nothing is
         corrupt but for who sleeps too long."""
-        world, me, machine = self.world, self.world.current, self.world.current.machine
+        world, me = self.world, self.world.current
         words, *aims = step.split(" | ")
         pause, name, *arguments = words.split()
-        me.process = machine.process = machine.process + 1
-        num_failed = machine.num_failed
+        me.process, num_failed = me.process + 1, me.num_failed
         try:
             world.sleep(seconds(pause))
-            machine.aims = tuple(aims)
+            me.aims = tuple(aims)
             self.begin()
             getattr(self, name)(self.opened(), *arguments)
         except Killed:
@@ -120,12 +119,12 @@ class History:
         except UserError as error:
             is_harmed, is_late = "purge" in self.plan or "mend" in self.plan, ASLEEP in self.plan
             is_excused = is_late or not isinstance(error, CorruptFileError)
-            may_fail = machine.num_failed > num_failed if name == "read" else is_excused
+            may_fail = me.num_failed > num_failed if name == "read" else is_excused
             world.expect(is_harmed or may_fail, f"{step} fails without a reason: {error}")
 
     def begin(self, for_s: float = 0.0) -> None:
-        """Give the machine that runs the time, beside that which it waits by itself, to end what it begins now."""
-        self.world.current.machine.patience_s = self.world.now_s + self.MOST_S - for_s
+        """Give the running client the time, beside that which it waits by itself, to end what it begins now."""
+        self.world.current.patience_s = self.world.now_s + self.MOST_S - for_s
 
     def watch(self, verb: str, path: str, data: bytes | None) -> None:
         """See that nothing changes that has to stay, and no numbered file is replaced, or made twice; note new ones."""
@@ -142,7 +141,7 @@ class History:
             world.expect(is_new, f"what {path} has is there twice: {content}")
             for before in log[-1:]:
                 before.end_s = world.now_s
-            log.append(Entry(content, (world.current.machine.name, world.current.process)))
+            log.append(Entry(content, (world.current.name, world.current.process)))
             if folder == self.LOG:
                 self.created(log[-1])
 

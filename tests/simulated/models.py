@@ -12,7 +12,6 @@ import pyarrow as pa
 import pytest
 
 from featurestore.log import writer_name
-from featurestore.published.versions import append_numbered
 from featurestore.storage.storage import Storage
 from serving.bundle import log
 from serving.bundle.files import WrittenFiles, check_file
@@ -52,7 +51,7 @@ class ModelHistory(History):
             checkpoint_digest="d", rows=(), tables=(), vectors=(), missing="zeros",
             missing_in_training="zeros", metrics={}, files=tuple(files.files),
         )  # fmt: skip
-        made = append_numbered(storage, LOG, lambda version: draft.model_copy(update={"version": version}))
+        made = log.publish(storage, draft)
         self.acknowledge(LOG, made.version, bundle_id=bundle_id)
         if when == "use":
             self.choose(storage, "0")

@@ -1,4 +1,4 @@
-"""A history by its seed: what machines do, drawn or as a scene has it; played in a world of its own; made shorter."""
+"""A history by its seed: what clients do, drawn or as a scene has it; played in a world of its own; made shorter."""
 
 import contextlib
 import gc
@@ -18,7 +18,7 @@ from tests.simulated.world import ASLEEP, Killed, World, simulated
 KINDS = (StoreHistory, RunHistory, StoreHistory, SampleHistory, StoreHistory, ModelHistory)
 """By the seed modulo their number."""
 Plan = list[list[str]]
-"""By machine, its steps."""
+"""By client, its steps."""
 STEPS: dict[str, Any] = tomllib.loads(Path(__file__).with_name("steps.toml").read_text())
 BUGS = [Bug(**each) for each in tomllib.loads(Path(__file__).with_name("planted.toml").read_text())["bug"]]
 SCHEDULES = 3
@@ -31,9 +31,9 @@ def kind_of(seed: int) -> type[History]:
 
 
 def plan_of(seed: int) -> tuple[Plan, bool]:
-    """Return what the machines of a seed do, and whether nothing goes wrong but what its steps say.
+    """Return what the clients of a seed do, and whether nothing goes wrong but what its steps say.
 
-    Every other history of a kind has a scene, in turn; beside one in two that are not calm another machine is at work.
+    Every other history of a kind has a scene, in turn; beside one in two that are not calm another client is at work.
     """
     draw, kind, (rounds, place) = random.Random(f"plan {seed}"), kind_of(seed), divmod(seed, len(KINDS))
     plan = _drawn(kind, draw)
@@ -67,18 +67,18 @@ def play(seed: int, plan: Plan | None = None, schedule: int = 0) -> World:
 
 def shortened(seed: int, plan: Plan) -> tuple[Plan, World]:
     """Leave out steps, and what befalls them, one after another, as long as the history still fails."""
-    for machine, steps in enumerate(plan):
+    for client, steps in enumerate(plan):
         for place, step in enumerate(steps):
             for left in ([], [step.partition(" | ")[0]]):
                 fewer = [*steps[:place], *left, *steps[place + 1 :]]
-                shorter = [each for each in (*plan[:machine], fewer, *plan[machine + 1 :]) if each]
+                shorter = [each for each in (*plan[:client], fewer, *plan[client + 1 :]) if each]
                 if shorter != plan and any(play(seed, shorter, each).failure for each in range(SCHEDULES)):
                     return shortened(seed, shorter)
     return plan, next(world for each in range(SCHEDULES) if (world := play(seed, plan, each)).failure)
 
 
 def _drawn(kind: type[History], draw: random.Random) -> Plan:
-    """Draw what a few machines do; pauses are shorter or longer than what is removed is kept for.
+    """Draw what a few clients do; pauses are shorter or longer than what is removed is kept for.
 
     One step in six waits at one of the requests that decide."""
     known = STEPS[kind.__name__]

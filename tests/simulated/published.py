@@ -1,6 +1,7 @@
 """Histories of published versions: samples that days are added to, and checkpoints of a run with its supervisors."""
 
 import tempfile
+from collections.abc import Callable
 from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
@@ -13,10 +14,10 @@ from featurestore.published.versions import VERSIONS, PublishedFiles, expire, op
 from featurestore.storage.storage import Storage
 from pipeline.samples.publish import MARK, replaced_files
 from tests.simulated.history import Entry, History
-from tests.simulated.world import Thread, seconds
+from tests.simulated.world import Client, seconds
 from trainer import supervise
 from trainer.runs.folder import finished, step_name, step_of
-from trainer.runs.saving import KEEP_REMOVED_S, CheckpointPlace, WrittenPart
+from trainer.runs.saving import DAMAGED, KEEP_REMOVED_S, CheckpointPlace, WrittenPart
 
 
 class PublishedHistory(History):
@@ -109,26 +110,39 @@ class RunHistory(PublishedHistory):
     """From the first part of a checkpoint to its publication."""
 
     def prepare(self, patch: pytest.MonkeyPatch) -> None:
-        """Let supervisors see simulated threads, processes and machines."""
-        self.holders: dict[str, tuple[Thread, float]] = {}
+        """Let supervisors see simulated processes and machines, and do the work of their threads themselves."""
+        self.holders: dict[str, tuple[Client, float]] = {}
         """Who believes that the run is its own, and since when."""
-        world = self.world
+        self.ends_s: dict[str, float] = {}
+        self.renewals: dict[str, Callable[[], None]] = {}
+        """By supervisor, up to when it holds the run, and the work of its thread."""
         system = SimpleNamespace(
-            getpid=lambda: 1_000_000_000 + world.current.process,  # which no process of this machine has
-            uname=lambda: SimpleNamespace(nodename=world.current.machine.name),
+            getpid=lambda: 1_000_000_000 + self.world.current.process,  # which no process of this machine has
+            uname=lambda: SimpleNamespace(nodename=self.world.current.name),
             kill=lambda process, signal: self.holders.pop(supervise._me(), None),
         )
         patch.setattr(supervise, "os", system)
-        patch.setattr(supervise, "threading", SimpleNamespace(Event=world.event, Thread=world.thread))
+        event = SimpleNamespace(wait=self.is_at_end, set=lambda: None)
+        patch.setattr(supervise, "threading", SimpleNamespace(Event=lambda: event, Thread=self.renewing))
+
+    def renewing(self, target: Callable[[], None], daemon: bool) -> SimpleNamespace:
+        """Take the work of a supervisor's thread."""
+        return SimpleNamespace(start=lambda: self.renewals.update({supervise._me(): target}), join=lambda: None)
+
+    def is_at_end(self, for_s: float) -> bool:
+        """Wait, and tell whether the time of a supervisor is over."""
+        self.world.sleep(for_s)
+        return self.world.now_s > self.ends_s[supervise._me()]
 
     def supervise(self, storage: Storage, pause: str) -> None:
         """Hold the run for some time."""
         began_s, me = self.world.now_s, supervise._me()
+        self.ends_s[me] = began_s + seconds(pause)
         with supervise.claimed(RUN, LEASE_S):
             self.world.expect(not self.holding(began_s - LEASE_S), f"{me} takes the run, which another one holds")
             self.holders[me] = self.world.current, self.world.now_s
             try:
-                self.world.sleep(seconds(pause))
+                self.renewals[me]()
             finally:
                 self.holders.pop(me, None)
 
@@ -150,7 +164,7 @@ class RunHistory(PublishedHistory):
 
     def holding(self, awake_s: float) -> list[float]:
         """Return from when on each holds the run who has been awake since a time."""
-        return [at_s for of, at_s in self.holders.values() if not of.is_over and of.machine.disturbed_s < awake_s]
+        return [at_s for client, at_s in self.holders.values() if client.disturbed_s < awake_s]
 
     def watch(self, verb: str, path: str, data: bytes | None) -> None:
         """See that whoever was followed by another one stops soon after it is awake again."""
@@ -178,4 +192,4 @@ def _named(content: dict[str, Any]) -> dict[str, str]:
 
 def _step(name: str) -> int:
     """Return the step of the checkpoint that a file is of."""
-    return step_of(name.partition("/")[0])
+    return step_of(name.removeprefix(DAMAGED).partition("/")[0])

@@ -1,14 +1,13 @@
-"""A simulated world: machines whose threads run one at a time, an object store, clocks, and what goes wrong.
+"""A simulated world: clients of which one runs at a time, an object store, clocks, and what goes wrong.
 
-Each request to the object store is a point at which a seeded draw says which thread goes on and what becomes of the
-request; nothing else is drawn, so the same seed gives the same history. Threads are greenlets in one of Python's.
+Each request to the object store is a point at which a seeded draw says which client goes on and what becomes of the
+request; nothing else is drawn, so the same seed gives the same history. Clients are greenlets in one thread.
 """
 
 import contextlib
 import io
 import random
 import re
-import threading
 import time
 import uuid
 import zlib
@@ -28,8 +27,8 @@ UNITS_S = {"s": 1.0, "h": 3_600.0, "d": 86_400.0}
 _DECIDES = re.compile(r"/(log|expired|pins|channels|versions|use|\.run\.supervised)(/|$)")
 _AWAY, _PAUSES = "0s 0s 20s 70s 90s 110s 600s", "0.5s 20s 90s 1000s 5h 15h 2d"
 FAULTS = {
-    "stalled": (1, True, _PAUSES),  # the process waits before it
-    "killed": (0, False, "0s"),  # the process is, before it
+    "stalled": (1, True, _PAUSES),  # the client waits before it
+    "killed": (0, False, "0s"),  # the client is, before it
     "cut": (0, False, _AWAY),  # it never arrives, nor does what follows for a while
     "lost": (1, False, _AWAY),  # its answer, and what follows
     "repeated": (2, True, "0s"),
@@ -37,7 +36,7 @@ FAULTS = {
 }
 """What may befall a request: how often it is done before its answer, whether that comes, and how long it lasts."""
 ASLEEP = "asleep"
-"""A fault of the steps alone: a process is stalled for longer than the product allows."""
+"""A fault of the steps alone: a client is stalled for longer than the product allows."""
 
 
 def seconds(text: str) -> float:
@@ -46,7 +45,7 @@ def seconds(text: str) -> float:
 
 
 class Killed(BaseException):
-    """The process of a thread has been killed: nothing that it still does reaches anybody."""
+    """The process of a client has been killed, or the history has ended."""
 
 
 class BrokenPromiseError(Exception):
@@ -54,12 +53,13 @@ class BrokenPromiseError(Exception):
 
 
 @dataclass(eq=False)
-class Machine:
-    """A machine, which runs one process after another."""
+class Client:
+    """A machine that runs one process after another, or a request of one that is late."""
 
     name: str
     skew_s: float = 0.0
     process: int = 0
+    wake_s: float = 0.0
     patience_s: float = float("inf")
     """Up to when requests may stall or come late: what it does now has to end before a time that the product names."""
     away_s: float = 0.0
@@ -68,42 +68,17 @@ class Machine:
     num_failed: int = 0
     aims: tuple[str, ...] = ()
     """Faults, for how long, at which request; each waits until those before it have had theirs."""
-
-
-@dataclass(eq=False)
-class Thread:
-    """A thread of a process, or a request of it that is late; made, started and joined as Python's."""
-
-    world: "World"
-    machine: Machine
-    target: Callable[[], None]
-    process: int = 0
-    wake_s: float = 0.0
-
-    def start(self) -> None:
-        """Work from now on."""
-        self.greenlet = greenlet(self.target, self.world.hub)
-        self.world.threads.append(self)
-
-    def join(self) -> None:
-        """Let the running thread wait for the end of this one."""
-        while not self.greenlet.dead:
-            self.world.sleep(10.0)
-
-    @property
-    def is_over(self) -> bool:
-        """Whether its process has ended, as another one runs on the machine, or the history has."""
-        return self.world.failure is not None or self.process != self.machine.process
+    greenlet: Any = None
 
 
 class World:
-    """The machines of one history, and its time."""
+    """The clients of one history, and its time."""
 
     def __init__(self, seed: int, is_calm: bool = False) -> None:
         """`is_calm`: nothing goes wrong but what the steps say."""
-        self.seed, self.random, self.now_s, self.hub = seed, random.Random(f"schedule {seed}"), 1.7e9, getcurrent()
-        self.threads: list[Thread] = []
-        self.calm = self.current = Thread(self, Machine("calm"), lambda: None)
+        self.seed, self.random, self.now_s, self._hub = seed, random.Random(f"schedule {seed}"), 1.7e9, getcurrent()
+        self._clients: list[Client] = []
+        self.calm = self.current = Client("calm")
         self.failure: BaseException | None = None
         self.trace: list[str] = []
         self.faults: Counter[str] = Counter()
@@ -114,62 +89,47 @@ class World:
         self._kinds = draw.sample(list(FAULTS), draw.randint(1, len(FAULTS)))
 
     def play(self, plan: Sequence[Sequence[str]], perform: Callable[[str], None]) -> None:
-        """Let machines perform their steps, to the end of all and of what is late, or to the first failure."""
+        """Let clients perform their steps, to the end of all and of what is late, or to the first failure."""
         draw = random.Random(f"clocks {self.seed}")
         for number, steps in enumerate(plan):
             skew_s = draw.choice([0.0, 45.0, seconds("-2d"), seconds("9d")])
-            Thread(self, Machine(f"c{number}", skew_s), lambda steps=steps: [perform(each) for each in steps]).start()
-        while self.threads:
-            self.now_s = max(self.now_s, min(each.wake_s for each in self.threads))
-            self.current = self.random.choice([each for each in self.threads if each.wake_s <= self.now_s])
+            self._begin(Client(f"c{number}", skew_s), lambda steps=steps: [perform(each) for each in steps])
+        while self._clients:
+            self.now_s = max(self.now_s, min(each.wake_s for each in self._clients))
+            self.current = self.random.choice([each for each in self._clients if each.wake_s <= self.now_s])
             with contextlib.suppress(Killed), self.failing():
                 self.current.greenlet.switch()
-            self.threads = [each for each in self.threads if not each.greenlet.dead]
+            self._clients = [each for each in self._clients if not each.greenlet.dead]
         self.current = self.calm
 
-    def thread(self, target: Callable[[], None], daemon: bool) -> Thread:
-        """Make another thread of the process that runs."""
-        return Thread(self, self.current.machine, target, self.current.process, self.now_s)
-
-    def event(self) -> threading.Event:
-        """Make an event; who waits for it finds out at the end of the time."""
-        event = threading.Event()
-        event.wait = lambda for_s: event.is_set() or self.sleep(for_s) or event.is_set()
-        return event
-
     def sleep(self, for_s: float) -> None:
-        """Let the running thread wait, and others go on. Raises Killed where it is over by then."""
-        me = self.current
-        me.wake_s = self.now_s + for_s
-        if not me.is_over and (for_s > 0 or self.random.random() < self._switching):
-            self.hub.switch()
-        if me.is_over:
+        """Let the running client wait, and others go on. Raises Killed where the history has ended by then."""
+        self.current.wake_s = self.now_s + for_s
+        if self.failure is None and (for_s > 0 or self.random.random() < self._switching):
+            self._hub.switch()
+        if self.failure is not None:
             raise Killed
 
     def request(self, verb: str, path: str, effect: Callable[[], Any]) -> Any:
         """Let others go on, then do a request, or what a fault makes of it."""
-        me, machine = self.current, self.current.machine
+        me = self.current
         if me is self.calm:
             return effect()
-        kind, for_s = self._befalling(machine, verb, path)
+        kind, for_s = self._befalling(me, verb, path)
         times, is_answered, _ = FAULTS.get(kind, (1, True, ""))
         until_s = self.now_s + for_s
-        machine.disturbed_s = max(machine.disturbed_s, until_s if kind else 0.0)
-        machine.num_failed += not is_answered
-        is_stalled = kind in ("stalled", ASLEEP)
-        for each in self.threads if is_stalled else ():
-            each.wake_s = max(each.wake_s, until_s if each.machine is machine else 0.0)
-        self.sleep(for_s if is_stalled else 0.0)
+        me.disturbed_s = max(me.disturbed_s, until_s if kind else 0.0)
+        me.num_failed += not is_answered
+        self.sleep(for_s if kind in ("stalled", ASLEEP) else 0.0)
         self.now_s += 0.02
-        self._note(f"{machine.name}.{me.process} {verb} {path} {kind}")
+        self._note(f"{me.name}.{me.process} {verb} {path} {kind}")
         self.faults[kind] += 1
         if kind == "killed":
-            machine.process += 1
             raise Killed
         if kind == "late":
-            Thread(self, machine, lambda: self._land(path, effect), me.process, self.now_s + for_s).start()
+            self._begin(Client(me.name, process=me.process, wake_s=until_s), lambda: self._land(path, effect))
         elif not is_answered:
-            machine.away_s = max(machine.away_s, until_s)
+            me.away_s = max(me.away_s, until_s)
         for _ in range(times):
             answer = effect()
         if not is_answered:
@@ -191,15 +151,19 @@ class World:
             self.failure = self.failure or error
             raise Killed from error
 
-    def _befalling(self, machine: Machine, verb: str, path: str) -> tuple[str, float]:
+    def _begin(self, client: Client, work: Callable[[], object]) -> None:
+        client.greenlet = greenlet(work, self._hub)
+        self._clients.append(client)
+
+    def _befalling(self, me: Client, verb: str, path: str) -> tuple[str, float]:
         """Return what befalls a request, and for how long: by the steps or drawn, mostly where protocols decide."""
-        for_most_s = max(0.0, machine.patience_s - self.now_s)
-        for aim in machine.aims[:1]:
+        for_most_s = max(0.0, me.patience_s - self.now_s)
+        for aim in me.aims[:1]:
             kind, duration, pattern = aim.split(maxsplit=2)
             if re.search(pattern, f"{verb} {path}"):
-                machine.aims = machine.aims[1:]
+                me.aims = me.aims[1:]
                 return kind, seconds(duration) if kind == ASLEEP else min(seconds(duration), for_most_s)
-        if self.now_s < machine.away_s:
+        if self.now_s < me.away_s:
             return "cut", 0.0
         weight = 1 if not _DECIDES.search(path) else 8 if verb == "create" else 3
         draw = self.random.random() / weight
@@ -209,7 +173,7 @@ class World:
         return kind, min(seconds(self.random.choice(FAULTS[kind][2].split())), for_most_s)
 
     def _land(self, path: str, effect: Callable[[], Any]) -> None:
-        self._note(f"{self.current.machine.name} a late request of {path} lands")
+        self._note(f"{self.current.name} a late request of {path} lands")
         with contextlib.suppress(OSError):
             effect()
 
@@ -328,7 +292,7 @@ def simulated(world: World, objects: ObjectStore) -> Iterator[pytest.MonkeyPatch
         patch.setattr(remote, "with_retries", _with_retries)
         patch.setattr(remote, "_client", lambda protocol, place: objects)
         patch.setattr(uuid, "uuid4", lambda: uuid.UUID(int=drawn.getrandbits(128), version=4))
-        patch.setattr(time, "time", lambda: world.now_s + world.current.machine.skew_s)
+        patch.setattr(time, "time", lambda: world.now_s + world.current.skew_s)
         patch.setattr(time, "monotonic", lambda: world.now_s)
         patch.setattr(time, "sleep", world.sleep)
         random.seed(world.seed)
