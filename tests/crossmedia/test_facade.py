@@ -137,7 +137,7 @@ def test_an_evaluation_has_a_row_for_each_slice(
         found = run.evaluate(resamples=10, out=tmp_path / "evaluation")
     assert capsys.readouterr().out == ""
     whole, *slices = found.rows()
-    assert whole["impressions"] == sum(each["impressions"] for each in slices if each["slicing"] == "ad_age")
+    assert whole["impressions"] == sum(each["impressions"] for each in slices if each["slicing"] == "ad_impressions")
     first, last = list(found.table)[:2], list(found.table)[-2:]  # what pandas shows where the others have no room
     assert (first, last) == (["auc", "gauc"], ["users", "impressions"])
     assert whole["auc_low"] <= whole["auc"] <= whole["auc_high"]

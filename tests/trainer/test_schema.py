@@ -339,7 +339,7 @@ def test_a_written_schema_reads_as_it_was(tmp_path):
     (tmp_path / "a.yaml").write_text(schema_text(schema, ["a: #b"], {"ad_item": "c: d"}))
     assert load_schema(tmp_path / "a.yaml") == schema
     assert settings_text("s", "s/schema.yaml", schema, {"a": 1}) == (
-        "# Over the default preset: crossmedia train --config s/settings.yaml\n\ndata:\n"
+        "# Over the defaults: crossmedia train --config s/settings.yaml\n\ndata:\n"
         "  samples: ./  # the folder of this file\n  schema_file: ./schema.yaml\n\n"
         "model:\n  tables:  # a row for each id, as it comes; "
         "max_rows: twice the ids of these samples or more\n    a: {kind: exact, max_rows: 1}\n"

@@ -212,7 +212,7 @@ class Schema(BaseModel):
     group: str = "user"
     """Column whose value groups samples for GAUC."""
     time: str = "timestamp"
-    """Column with a group's time, in seconds since 1970 or as a timestamp; only evaluation reads it, if it is there."""
+    """Column with a group's time, in seconds since 1970 or as a timestamp; files of scores have it, if it is there."""
     new_ad_field: str = "ad_item"
     """Ad-side field: an impression is of a new ad when its value was never in training."""
 
@@ -378,7 +378,7 @@ def settings_text(samples: str, schema_file: str, schema: Schema, tables: Mappin
     """
     settings_file = f"{schema_file.removesuffix(SCHEMA_FILE)}{SETTINGS_FILE}"
     images = _IMAGES_OF_SIDES.get(tuple(sorted({field.side for field in schema.of_kind("content")})))
-    lines = [f"# Over the default preset: crossmedia train --config {settings_file}", "", "data:"]
+    lines = [f"# Over the defaults: crossmedia train --config {settings_file}", "", "data:"]
     places = {"samples": samples, "schema_file": schema_file} if "://" in samples else _HERE
     note = "" if "://" in samples else "  # the folder of this file"
     lines += [

@@ -27,7 +27,8 @@ from tests.serving.scoring.variants import GONE, VARIANTS, Exported, export
 from trainer.config import BaseNet, ModelConfig, Pooling
 from trainer.evaluation.predict import predict_run
 from trainer.models.nets import build_model
-from trainer.runs.export import open_table
+from trainer.runs.checkpoint import read_rows
+from trainer.runs.saved import read_run
 
 pytestmark = pytest.mark.long
 
@@ -120,7 +121,9 @@ def test_missing_images_are_told(opened: Opened) -> None:
 
 def test_unknown_ids_are_those_without_a_row(variants: Variants, opened: Opened) -> None:
     model = variants("exact")
-    has_row = {each for shard in open_table(model.run, "item").shards() for each in shard["id"].to_pylist()}
+    saved = read_run(model.run)
+    names = [f"item/{shard:04d}/ids" for shard in range(saved.config.model.table_shards)]
+    has_row = {each for ids in read_rows(saved.checkpoint, saved.state, names).values() for each in ids.tolist()}
     scorer, requests = opened("exact")
     found = 0
     for request, scored in zip(requests, scorer.score(requests), strict=True):
