@@ -8,7 +8,6 @@ even if rows in memory lag behind (`trainer.ids.optimizers`). Letters of shapes:
 """
 
 import json
-import shutil
 import tempfile
 import time
 import uuid
@@ -67,8 +66,6 @@ from trainer.runs.folder import report_of
 from trainer.runs.saved import SavedRun, finite, open_test, read_run
 from trainer.samples.columns import rules_of, source_columns
 from trainer.samples.index import read_row_group
-
-_COPY_BYTES = 8 << 20
 
 WriteNetwork = Callable[[SavedRun, WrittenFiles], None]
 
@@ -160,8 +157,7 @@ def write_network(saved: SavedRun, files: WrittenFiles, *, compiled: bool = Fals
     load_part(model, read_dense(saved.checkpoint, saved.state, saved.config.data.cache_dir, "model."))
     with tempfile.TemporaryDirectory(prefix="export-") as folder:
         for path in export_network(model.float().eval(), saved.config.model, Path(folder), compiled=compiled):
-            with files.output(path.name) as output, path.open("rb") as written:
-                shutil.copyfileobj(written, output, _COPY_BYTES)
+            files.write(path.name, path.read_bytes())
 
 
 def _clean(storage: Storage) -> list[str]:

@@ -1,11 +1,9 @@
 """Files of a version: written with their digests and read back; verified when they are opened."""
 
 import contextlib
-import hashlib
 import os
 import shutil
 import time
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +13,7 @@ from featurestore.format.shard import HashedOutput, check_digest
 from featurestore.lookup.cache import default_cache_dir
 from featurestore.snapshot import Snapshot
 from featurestore.spec import FileEntry, SourceSnapshot, is_random_id
-from featurestore.storage.local import claim, open_private
+from featurestore.storage.local import claim
 from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
 from serving.bundle.manifest import BundleFile, BundleManifest, VectorsOf
@@ -71,8 +69,8 @@ def check_file(storage: Storage, path: str, file: BundleFile | FileEntry, verify
 class LocalFiles:
     """The files of a version on this machine's disk: the originals, or local copies from an object store.
 
-    Before a file is opened, its size and digest are compared with the manifest. Copies are private to this user, as
-    compiled networks are programs; those of versions not opened for 30 days are removed.
+    Before a file is opened, its size and digest are compared with the manifest. Copies are in a folder that this user
+    alone may open, as compiled networks are programs; those of versions not opened for 30 days are removed.
     """
 
     def __init__(self, storage: Storage, manifest: BundleManifest, cache_dir: Path | None) -> None:
@@ -98,7 +96,7 @@ class LocalFiles:
         if self._storage.is_local:
             check_file(self._storage, f"{self._manifest.folder}/{name}", file, verify=True)
         elif not self._is_there(file, place):
-            self._fetch(file, place)
+            self._fetch(file)
         return place
 
     def _is_there(self, file: BundleFile, place: Path) -> bool:
@@ -111,29 +109,19 @@ class LocalFiles:
             return False
         return True
 
-    def _fetch(self, file: BundleFile, place: Path) -> None:
+    def _fetch(self, file: BundleFile) -> None:
         """Copy a file from the object store; it gets its final name after its digest was checked."""
-        source, digest = f"{self._manifest.folder}/{file.name}", hashlib.sha256()
-        temporary = place.with_name(f".tmp-{uuid.uuid4().hex}")
+        source = f"{self._manifest.folder}/{file.name}"
         try:
-            with (
-                self._storage.open_input(source) as reader,
-                open(temporary, "xb", opener=open_private) as writer,
-            ):
-                while chunk := reader.read(_CHUNK_BYTES):
-                    digest.update(chunk)
-                    writer.write(chunk)
-            if digest.hexdigest() != file.sha256:
-                raise BrokenBundleError(
-                    f"{self._storage.full(source)} is damaged: its sha256 is not the one in the manifest"
-                )
-            temporary.replace(place)
+            with self._storage.open_input(source) as reader, Storage(self._folder).open_output(file.name) as writer:
+                copied = HashedOutput(writer)
+                shutil.copyfileobj(reader, copied, _CHUNK_BYTES)
+                if copied.sha256.hexdigest() != file.sha256:
+                    raise BrokenBundleError(
+                        f"{self._storage.full(source)} is damaged: its sha256 is not the one in the manifest"
+                    )
         except FileNotFoundError as error:
             raise BrokenBundleError(f"{self._storage.full(source)} is missing") from error
-        except OSError as error:
-            raise StorageError(f"cannot copy {self._storage.full(source)} to {place.parent}: {error}") from error
-        finally:
-            temporary.unlink(missing_ok=True)
 
 
 def _prune(cache: Path) -> None:

@@ -17,8 +17,7 @@ import pytest
 
 from featurestore.spec import MissingPolicy
 from serving.bundle import export as exporting
-from serving.bundle import rows
-from serving.bundle.rows import VectorTable
+from serving.bundle.rows import BundleIdRows, VectorTable
 from serving.errors import NotFiniteError, RequestError
 from serving.network import Steps
 from serving.network.served import NetworkInputs, ServedNetwork
@@ -210,11 +209,11 @@ def test_probabilities() -> None:
     np.testing.assert_allclose(scored.probabilities(), [0.5, 1, 0], atol=1e-30)
 
 
-def test_the_comparison_notices_another_hash(
+def test_the_comparison_notices_other_rows_of_ids(
     variants: Variants, opened: Opened, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = rows.splitmix64
-    monkeypatch.setattr(rows, "splitmix64", lambda keys_N: right(np.asarray(keys_N) + 1))
+    right = BundleIdRows.find
+    monkeypatch.setattr(BundleIdRows, "find", lambda ids, tables, ids_N, *more: right(ids, tables, ids_N + 1, *more))
     assert worst_difference(variants("mlp_concat").run, *opened("mlp_concat")) > 1e-3
 
 
