@@ -54,20 +54,8 @@ def use(storage: Storage, version: int) -> Choice:
 
 
 def publish(storage: Storage, draft: BundleManifest) -> BundleManifest:
-    """Publish a version, whose files are there, under the next number.
-
-    Raises BrokenBundleError where they have gone: as this process was away, an expiry took them for leftovers, or had
-    seen the version, and let it go.
-    """
-    needed = {name.partition("/")[0] for name in (*(f.name for f in draft.files), *(v.folder for v in draft.vectors))}
-
-    def version_of(number: int) -> BundleManifest:
-        if gone := sorted(needed - set(storage.list(draft.folder))):
-            place = storage.full(f"{draft.folder}/{gone[0]}")
-            raise BrokenBundleError(f"{place} was removed before it was published: publish again")
-        return draft.model_copy(update={"version": number})
-
-    return append_numbered(storage, LOG, version_of)
+    """Publish a version, whose files are there, under the next number. Raises CommitConflictError, StorageError."""
+    return append_numbered(storage, LOG, lambda n: draft.model_copy(update={"version": n}), names_files=True)
 
 
 def known_versions(storage: Storage) -> list[int]:
