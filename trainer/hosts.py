@@ -32,9 +32,9 @@ class HostSlots:
     count: int
 
 
-def count_slots(hosts: Iterable[HostSlots], most: int = sys.maxsize) -> int:
-    """Return the slots of all hosts together, at most so many."""
-    return min(sum(each.count for each in hosts), most)
+def count_slots(hosts: Iterable[HostSlots]) -> int:
+    """Return the slots of all hosts together."""
+    return sum(each.count for each in hosts)
 
 
 def parse_hosts(text: str) -> list[HostSlots]:

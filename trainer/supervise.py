@@ -181,11 +181,12 @@ def past_text(past: Past) -> str:
     return "; ".join(map(end_text, ends))
 
 
-def start_text(step: int, hosts: Sequence[HostSlots], slots_left: int, slots: int) -> str:
-    """Describe the start of the next generation."""
+def start_text(step: int, hosts: Sequence[HostSlots], slots: int) -> str:
+    """Describe the start of the next generation, on some of all slots."""
     where = ", ".join(f"{each.host}:{each.count}" for each in hosts)
     begin = f"resuming at step {step:,}" if step else "starting at the first step"
-    return f"{slots_left} of {slots} slots left; {begin} on {count_text(count_slots(hosts), 'rank')} ({where})"
+    count = count_slots(hosts)
+    return f"{count} of {slots} slots left; {begin} on {count_text(count, 'rank')} ({where})"
 
 
 class Printer:
@@ -261,10 +262,6 @@ class SuperviseOptions:
         slots = count_slots(self.read_hosts())
         if slots < self.min_np:
             raise ConfigError(f"--min-np {self.min_np}: --hosts {self.hosts} has {slots} slots")
-
-    def slots(self, hosts: Sequence[HostSlots]) -> int:
-        """Count the slots of these hosts, at most as many as there may be ranks."""
-        return count_slots(hosts, self.max_np or sys.maxsize)
 
 
 _MAIN, _DAILY = "trainer.main", "trainer.daily"
@@ -444,8 +441,8 @@ class Supervisor:
             if signal.getsignal(number) is signal.SIG_IGN:  # nohup
                 continue
             asyncio.get_running_loop().add_signal_handler(number, self.on_signal)
-        self._wanted = self.options.read_hosts()
-        for each in self._wanted:
+        self._hosts_named = self.options.read_hosts()
+        for each in self._hosts_named:
             link = Link(each.host, shlex.split(self.options.ssh), self.options.lease_s, self._news)
             self._links[each.host], self._keepers[each.host] = link, asyncio.create_task(link.keep())
         try:
@@ -474,7 +471,7 @@ class Supervisor:
             self._drain()
             if any(self._links[each.host].hello is None for each in hosts):
                 continue  # lost while the checkpoints were examined
-            self.printer.say(start_text(step, hosts, self.options.slots(self._available()), self._slots()))
+            self.printer.say(start_text(step, hosts, self._most))
             if any(link.hello is None for link in self._links.values()):
                 self.printer.say(f"without {self._troubles()}")
             self.past.append(await self._generation(hosts, step))
@@ -512,9 +509,10 @@ class Supervisor:
         while (waited_s := time.monotonic() - start_s) < self.options.wait_for_hosts_s and not self.stop.is_set():
             self._drain()
             is_quiet = not any(link.may_have_ranks for link in self._links.values())
-            if is_quiet and (chosen := self._placed()):
+            available = [each for each in self._hosts_named if self._links[each.host].hello is not None]
+            if is_quiet and (chosen := place(available, self.options.min_np, self._most)):
                 settled_s = min(settled_s, waited_s + _SETTLE_S)
-                if waited_s >= settled_s or count_slots(chosen) == self._slots():
+                if waited_s >= settled_s or count_slots(chosen) == self._most:
                     return chosen
             elif is_quiet and not is_reported and waited_s > _SETTLE_S:
                 is_reported = True
@@ -532,18 +530,14 @@ class Supervisor:
         )
         return FAILED
 
-    def _available(self) -> list[HostSlots]:
-        return [each for each in self._wanted if (link := self._links.get(each.host)) and link.hello is not None]
-
-    def _placed(self) -> tuple[HostSlots, ...] | None:
-        return place(self._available(), self.options.min_np, self.options.max_np or sys.maxsize)
-
-    def _slots(self) -> int:
-        return self.options.slots(self._wanted)
+    @property
+    def _most(self) -> int:
+        """Ranks that there may be."""
+        return min(count_slots(self._hosts_named), self.options.max_np or sys.maxsize)
 
     def _troubles(self) -> str:
         away = [link for link in self._links.values() if link.hello is None]
-        return "; ".join(f"{link.host}: {link.trouble or 'no answer yet'}" for link in away) or "too few are named"
+        return "; ".join(f"{link.host}: {link.trouble or 'no answer yet'}" for link in away)
 
     async def _close_links(self) -> None:
         for keeper in self._keepers.values():

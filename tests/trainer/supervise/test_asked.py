@@ -332,8 +332,8 @@ def test_what_happened_is_said_in_one_line() -> None:
     assert past_text(quiet) == (
         "rank 3 on b ended with exit code 1; rank 0 on a ended with exit code 1 (error: the disk is full)"
     )
-    assert start_text(1250, [A, C], 7, 8) == "7 of 8 slots left; resuming at step 1,250 on 6 ranks (a:4, c:2)"
-    assert start_text(0, [HostSlots("a", 1)], 1, 1) == "1 of 1 slots left; starting at the first step on 1 rank (a:1)"
+    assert start_text(1250, [A, C], 8) == "6 of 8 slots left; resuming at step 1,250 on 6 ranks (a:4, c:2)"
+    assert start_text(0, [HostSlots("a", 1)], 1) == "1 of 1 slots left; starting at the first step on 1 rank (a:1)"
 
 
 @pytest.mark.parametrize(
