@@ -88,18 +88,16 @@ class ModelHistory(History):
         """Return the paths of a version's files."""
         return [f"{BUNDLES}/{content['bundle_id']}/{name}" for name in NAMES]
 
-    def chosen(self, since_s: float) -> set[int]:
-        """Return the versions that were surely chosen, and in use then or later."""
-        return {each.content["version"] for each in self.logs[USE] if each.is_acknowledged and each.end_s > since_s}
-
     def kept(self) -> set[int]:
-        """Return the newest version, and those that scorers may open."""
-        return super().kept() | self.chosen(self.world.now_s - 0.99 * self.SPAN_S)
+        """Return the newest version, and those that were surely chosen, and in use of late: scorers may open them."""
+        since_s = self.world.now_s - 0.99 * self.SPAN_S
+        chosen = [each for each in self.logs[USE] if each.is_acknowledged and each.end_s > since_s]
+        return super().kept() | {each.content["version"] for each in chosen}
 
     def finish(self) -> None:
-        """Look at all that is there at the end; a scorer that begins serves the version in use."""
-        for version in self.chosen(self.world.now_s):
-            self.world.expect(log.version_in_use(self.opened()) == version, f"version {version} is not in use")
+        """See that a scorer that begins now would serve the version that was chosen last."""
+        version = self.logs[USE][-1].content["version"]
+        self.world.expect(log.version_in_use(self.opened()) == version, f"version {version} is not in use")
 
     def _open(self, identity: BundleIdentity, current: Any) -> MagicMock:
         """Return what a scorer has of a version; a bad one gives no finite scores."""
