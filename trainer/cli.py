@@ -7,6 +7,7 @@ Quick to import: torch and Horovod are loaded when the ranks connect.
 import atexit
 import contextlib
 import functools
+import json
 import os
 import sys
 import time
@@ -136,6 +137,7 @@ def _code_of(comm: "Comm", work: Callable[["Comm"], object]) -> int:
     except UserError as failure:
         if comm.rank == 0 or isinstance(failure, LostRankError):  # rank 0 may be the one that is gone
             say_error(failure)
+            _leave_for_torchrun(failure)
         else:
             time.sleep(_GRACE_S)
         return failure.exit_code
@@ -144,3 +146,11 @@ def _code_of(comm: "Comm", work: Callable[["Comm"], object]) -> int:
             raise  # the command prints its one line
         return STOPPED
     return OK
+
+
+def _leave_for_torchrun(failure: UserError) -> None:
+    """Leave an error for the report that torchrun ends with, where torchrun started this process."""
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        with contextlib.suppress(OSError):
+            text = json.dumps({"message": f"error: {failure}", "timestamp": int(time.time())})
+            Path(file).write_text(text, encoding="utf-8")

@@ -39,10 +39,11 @@
     place.on("plotly_hover", (event) => {
       const [, source] = linksOf(event);
       if (typeof source !== "string") return;
-      const box = place.getBoundingClientRect();
+      const { x, y, xaxis, yaxis } = event.points[0];
+      const left = xaxis._offset + xaxis.l2p(x), top = yaxis._offset + yaxis.l2p(y);
       picture.src = source;
-      picture.style.left = `${Math.max(0, Math.min(event.event.clientX - box.left + 16, box.width - 130))}px`;
-      picture.style.top = `${Math.max(0, event.event.clientY - box.top - 130)}px`;
+      picture.style.left = `${Math.max(0, Math.min(left + 16, place.clientWidth - 130))}px`;
+      picture.style.top = `${top < 150 ? top + 30 : top - 150}px`; // its label is as high as the point
       picture.hidden = false;
     });
     place.on("plotly_unhover", () => {
