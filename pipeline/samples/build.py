@@ -60,6 +60,7 @@ def build_samples(options: SampleOptions, client: Client) -> dict[str, Any]:
     person's own tables, CSV or Parquet, and a schema and settings for the trainer are written to their folder. Raises
     SampleError when there is nothing to make samples from; SchemaError.
     """
+    check_test_options(options)
     with open_tables(options) as tables:
         return _build(options, client, tables)
 
@@ -138,7 +139,7 @@ class LogTables:
         names = set()
         for log, layout in self.layouts.items():
             of_ads = "ad_" if log == logs.IMPRESSIONS else "behavior_"
-            numbers = {name for name, kind in layout.read_kinds.items() if kind in ("dense", "measure")}
+            numbers = {name for name, kind in layout.read_kinds.items() if kind == "dense"}
             names |= {name if name in layout.user_columns else of_ads + name for name in numbers}
         return names
 
@@ -305,15 +306,18 @@ def days_of(groups_of_hour: Mapping[int, int]) -> Counter[int]:
     return groups_of_day
 
 
-def find_test_day(options: SampleOptions, groups_of_day: Mapping[int, int]) -> int:
-    """Find the first day for testing, in days since 1970: the options name it, or a number or share of the last ones.
-
-    Raises SampleOptionError where they say more than one.
-    """
+def check_test_options(options: SampleOptions) -> None:
+    """Raise SampleOptionError where options name the days for testing in two ways, or a day that is none."""
     asked = {"test_days": options.test_days, "test_from": options.test_from, "test_share": options.test_share}
     given = [f"--{name.replace('_', '-')}" for name, value in asked.items() if value != getattr(SampleOptions, name)]
     if len(given) > 1:
         raise SampleOptionError(f"give one of {' and '.join(given)}")
+    if options.test_from is not None:
+        day_of(options.test_from, "--test-from")
+
+
+def find_test_day(options: SampleOptions, groups_of_day: Mapping[int, int]) -> int:
+    """Find the first day for testing, in days since 1970, by the options: a day, or a number or share of the last."""
     if options.test_from is not None:
         return day_of(options.test_from, "--test-from")
     if options.test_share is None:

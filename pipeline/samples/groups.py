@@ -450,7 +450,7 @@ def group_bucket(
 
 def no_rows(layout: TableLayout) -> Columns:
     """Make the columns of a log that is read so, without a row."""
-    types = {"dense": np.float32, "measure": np.float32, "profiles": np.object_}
+    types = {"dense": np.float32, "profiles": np.object_}
     columns: Columns = {name: np.empty(0, types.get(kind, np.int64)) for name, kind in layout.read_kinds.items()}
     columns |= {name: np.empty(0, np.int64) for name in layout.constants}
     return {name: values for name, values in columns.items() if name != "dwell_s"}

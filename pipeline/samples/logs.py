@@ -44,7 +44,6 @@ WANTED = {
     "profile": "a whole number of at most 64 bits, signed",
     "profiles": "a list of whole numbers or of texts; for a text that has several, give split: in the mapping",
     "dense": "a number",
-    "measure": "a number",
     "event": "a text or a whole number",
 }
 HOW_TO_MAP = "crossmedia schema inspect {logs} --out mapping.yaml, then --mapping mapping.yaml"
@@ -398,7 +397,7 @@ def _fits(found: pa.DataType, kind: str, takes_text: bool) -> bool:
         return whole or pa.types.is_timestamp(found)
     if kind == "label":
         return whole or pa.types.is_boolean(found) or pa.types.is_floating(found)
-    if kind in ("seconds", "dense", "measure"):
+    if kind in ("seconds", "dense"):
         return whole or pa.types.is_floating(found)
     return whole or (kind == "event" and pa.types.is_boolean(found))
 
@@ -592,11 +591,11 @@ def _arrays(
     if kind == "time":
         value_N, faults = _times_us(column, latest_s, layout.unit)
         return value_N, null | faults
-    if kind in ("label", "seconds", "dense"):
+    if kind == "dense":
+        return _numbers(column.cast(pa.float64()).fill_null(np.nan).to_numpy(), kind)
+    if kind in ("label", "seconds"):
         value_N, faults = _numbers(column.cast(pa.float64()).fill_null(0).to_numpy(), kind)
         return value_N, null | faults
-    if kind == "measure":
-        return _numbers(column.cast(pa.float64()).fill_null(np.nan).to_numpy(), kind)
     value_N = column.cast(pa.int64()).fill_null(UNKNOWN).to_numpy()
     return value_N, {} if kind == "profile" else null
 
@@ -642,21 +641,20 @@ def _text_arrays(
     number_N, wrong_N = (
         mapping.parse_labels(column) if kind == "label" else mapping.parse_numbers(column, layout.style.decimal)
     )
-    if kind == "measure":
-        number_N = np.where(null_N, np.nan, number_N)
+    if kind == "dense":
+        number_N, null = np.where(null_N, np.nan, number_N), {}
     value_N, faults = _numbers(number_N, kind)
-    return value_N, ({} if kind == "measure" else null) | {"is no number": wrong_N} | faults
+    return value_N, null | {"is no number": wrong_N} | faults
 
 
 def _numbers(number_N: npt.NDArray[np.float64], kind: str) -> tuple[npt.NDArray[Any], Faults]:
     if kind == "label":
         is_click_N = number_N == 1
         return is_click_N.astype(np.int64), {"is not 0 or 1": ~is_click_N & (number_N != 0)}
-    if kind in ("dense", "measure"):
+    if kind == "dense":  # NaN: the row has none
         with np.errstate(over="ignore"):
             single_N = number_N.astype(np.float32)
-        is_fine_N = np.isfinite(single_N) | (np.isnan(single_N) & (kind == "measure"))
-        return single_N, {"is not finite in float32": ~is_fine_N}
+        return single_N, {"is not finite in float32": np.isinf(single_N)}
     return number_N, {"is not finite": ~np.isfinite(number_N), "is negative": number_N < 0}
 
 

@@ -51,7 +51,6 @@ DEFAULTS = {"session": 0, "scene": 0, "category": 0, "dwell_s": 1e9, IMAGE: NO_I
 KINDS = {"timestamp": "time", "image": "image", "label": "label", "dwell_s": "seconds", EVENT: "event"}
 EXTRA_KINDS = {"id": "profile", "multi_id": "profiles", "dense": "dense"}
 TAKEN = ("day", "label", *REQUIRED["impressions"], *OPTIONAL["impressions"], "dwell_s", EVENT, KEY, CLICKED_AT)
-_JOINED_KINDS = {"id": "profile", "dense": "measure"}  # of these a row of a log may have no value
 
 
 def kind_of(name: str) -> str:
@@ -113,7 +112,7 @@ class TableLayout:
             join.layout,
             names=join.layout.names | {name: self.names[name] for name in taken},
             kinds=join.layout.kinds
-            | {name: _JOINED_KINDS.get(kind, kind) for name, kind in self.kinds.items() if name in taken},
+            | {name: "profile" if kind == "id" else kind for name, kind in self.kinds.items() if name in taken},
             separators=self.separators,
         )
         return replace(

@@ -16,7 +16,6 @@ from urllib.parse import quote
 
 import numpy as np
 import pyarrow as pa
-import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -29,7 +28,6 @@ from featurestore.format.rows import FeatureRows
 from featurestore.format.shard import ShardReader
 from featurestore.keys import Int64Array
 from featurestore.lookup.embedding import EmbeddingModel
-from featurestore.lookup.ondevice import as_tensor
 from featurestore.published.versions import VersionName
 from featurestore.snapshot import Snapshot, SnapshotId
 from featurestore.spec import ExtractorSpec, FileEntry, StoreInfo
@@ -42,13 +40,11 @@ from serving.errors import BrokenBundleError, ServingError
 from trainer.config import ModelConfig
 from trainer.engine.wiring import image_model, widths_of_stores
 from trainer.models.layers import used_fields
-from trainer.runs.export import load_part
+from trainer.runs.export import BATCH_ROWS, load_part, visual_vectors
 from trainer.runs.open import StorePlace
-from trainer.runs.saved import SavedRun, finite
+from trainer.runs.saved import SavedRun
 from trainer.schema import Field
 
-# E takes .3 to .6 of the time an image that it takes in the store's blocks of 256.
-BATCH_ROWS = 4096
 ROUNDING = 1e-6
 """By how much a vector may differ that E computes again: the order of its sums depends on the images beside it."""
 _NO_KEYS = np.empty(0, np.int64)
@@ -56,49 +52,27 @@ _SHARD_BYTES = 32 << 20
 """Most bytes of vectors in a shard. Shards are few, as a publish writes a file for each shard that it changes."""
 
 
-@dataclass(frozen=True)
-class StoreNetwork:
-    """The E of one feature store, and the vector for images without a feature."""
-
-    model: EmbeddingModel
-    no_image_V: Float32
-
-    @classmethod
-    def of(
-        cls,
-        state: Mapping[str, Tensor],
-        store: str,
-        snapshot: Snapshot,
-        fields: Sequence[Field],
-        config: ModelConfig,
-        missing: Missing,
-    ) -> "StoreNetwork":
-        """Build the E of the store that is named `store` in the schema, for features like the snapshot's.
-
-        `state`: the part `stores.` of a checkpoint. Raises CheckpointError if it belongs to another model."""
-        width = widths_of_stores(tuple(fields), config)[store]
-        model = image_model(snapshot.info.dim, width, config)
-        load_part(model, _below(state, f"{store}.model."))
-        model.eval()
-        learned = state.get(f"{store}.no_image") if missing == "learned" else None
-        return cls(model, np.zeros(width, np.float32) if learned is None else learned.float().numpy())
-
-    def rows(self, features_KD: NDArray[np.generic]) -> Float32:
-        """Compute the rows (K, V) of stored features. Raises TrainerError if numbers are not finite."""
-        with torch.inference_mode():
-            return finite(self.model(as_tensor(features_KD)).float().numpy())
-
-
-def network_for(version: ModelVersion, of: VectorsOf) -> Callable[[Snapshot], StoreNetwork]:
+def network_for(version: ModelVersion, of: VectorsOf) -> Callable[[Snapshot], EmbeddingModel]:
     """Read the E of a feature store from a bundle.
 
     Returns a function that builds it for the features of a snapshot. Raises BrokenBundleError."""
-    path, missing = version.files.path(IMAGES), version.manifest.missing
+    path = version.files.path(IMAGES)
     try:
         state = load_file(path)
     except (OSError, SafetensorError) as error:
         raise BrokenBundleError(f"{path} is damaged: {error}") from error
-    return lambda snapshot: StoreNetwork.of(state, of.store, snapshot, version.fields, version.model, missing)
+    return lambda snapshot: _network(state, of.store, snapshot, version.fields, version.model)
+
+
+def _network(
+    state: Mapping[str, Tensor], store: str, snapshot: Snapshot, fields: Sequence[Field], config: ModelConfig
+) -> EmbeddingModel:
+    """Build the E of the store that is named `store` in the schema, for features like the snapshot's.
+
+    `state`: the part `stores.` of a checkpoint. Raises CheckpointError if it belongs to another model."""
+    model = image_model(snapshot.info.dim, widths_of_stores(tuple(fields), config)[store], config)
+    load_part(model, _below(state, f"{store}.model."))
+    return model.eval()
 
 
 def export_vectors(
@@ -115,11 +89,13 @@ def export_vectors(
     The snapshot is `version`, by default the newest. `state`: the part `stores.` of the checkpoint. To `publish`, all
     images are new. Raises CheckpointError, AnotherStoreError, TrainerError, FeatureStoreError."""
     snapshot, model = saved.snapshot(place, version), saved.config.model
-    network = StoreNetwork.of(state, place.name, snapshot, used_fields(saved.schema, model), model, missing)
+    network = _network(state, place.name, snapshot, used_fields(saved.schema, model), model)
+    learned = state.get(f"{place.name}.no_image") if missing == "learned" else None
+    no_image_V = np.zeros(network.out, np.float32) if learned is None else learned.float().numpy()
     info = StoreInfo(
-        num_shards=_num_shards(snapshot.num_rows * 4 * network.model.out, snapshot.info.num_shards),
+        num_shards=_num_shards(snapshot.num_rows * 4 * network.out, snapshot.info.num_shards),
         name="visual vectors",
-        dim=network.model.out,
+        dim=network.out,
         dtype="float32",
         extractor=ExtractorSpec(
             backbone=f"E of {saved.folder.name}, {saved.checkpoint.name}",
@@ -137,7 +113,7 @@ def export_vectors(
         source=source,
         features=snapshot.info.digest,
         store_id=store.info.store_id,
-        no_image=tuple(network.no_image_V.tolist()),
+        no_image=tuple(no_image_V.tolist()),
     )
     here, number = snapshot.storage.url, snapshot.version
     publish(store, of, lambda _: network, source_url=here, source_version=number, progress=progress)
@@ -239,7 +215,7 @@ class PublishReport:
 def publish(
     vectors: FeatureStore,
     of: VectorsOf,
-    network_for: Callable[[Snapshot], StoreNetwork],
+    network_for: Callable[[Snapshot], EmbeddingModel],
     *,
     source_url: str | None = None,
     source_version: VersionName | None = None,
@@ -297,7 +273,7 @@ class _Delta:
 
     _vectors: FeatureStore
     _now: Snapshot
-    _network: StoreNetwork
+    _network: EmbeddingModel
     _changes: ChangedImages
     _progress: Progress | None
     entries: dict[int, FileEntry] = field(default_factory=dict)
@@ -324,7 +300,7 @@ class _Delta:
         keys_M = keys_K[place_M]
         rows = FeatureRows.of(
             [*self._uris(reader, keys_M, [uris[place] for place in place_M]), *[""] * len(gone)],
-            np.concatenate([new_KV[place_M], np.zeros((len(gone), self._network.model.out), np.float32)]),
+            np.concatenate([new_KV[place_M], np.zeros((len(gone), self._network.out), np.float32)]),
             keys=np.concatenate([keys_M, gone]),
         )
         self.entries |= self._vectors.write(replace(rows, deleted_N=np.arange(len(rows)) >= len(keys_M)))
@@ -334,7 +310,7 @@ class _Delta:
         If the last is None, all images that are not among the first are gone. E runs on some thousand images at a
         time."""
         per_shard = self._changes.newest.info.num_shards // self._now.info.num_shards
-        keys, rows = [np.empty(0, np.int64)], [np.empty((0, self._network.model.out), np.float32)]
+        keys, rows = [np.empty(0, np.int64)], [np.empty((0, self._network.out), np.float32)]
         uris: list[str] = []
         gone: list[Int64Array] = [np.empty(0, np.int64)]
         waiting: list[NDArray[Any]] = []
@@ -346,12 +322,12 @@ class _Delta:
                 uris += block.uris
                 waiting.append(block.features_KD)
                 if sum(map(len, waiting)) >= BATCH_ROWS:
-                    rows.append(self._network.rows(np.concatenate(waiting)))
+                    rows.append(visual_vectors(self._network, np.concatenate(waiting)))
                     waiting = []
             if self._progress is not None:
                 self._progress(number + 1, self._changes.newest.info.num_shards)
         if waiting:
-            rows.append(self._network.rows(np.concatenate(waiting)))
+            rows.append(visual_vectors(self._network, np.concatenate(waiting)))
         all_gone = np.concatenate(gone) if self._changes.mirrored else None
         return np.concatenate(keys), uris, np.concatenate(rows), all_gone
 

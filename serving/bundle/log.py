@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from featurestore.errors import CorruptFileError
-from featurestore.log import manifest_path, version_of, versions, writer_name
+from featurestore.log import manifest_path, versions, versions_and_times, writer_name
 from featurestore.published.versions import SealedT, append_numbered
 from featurestore.spec import is_random_id, read_sealed
 from featurestore.storage.local import StorageEntry
@@ -54,20 +54,8 @@ def use(storage: Storage, version: int) -> Choice:
 
 
 def publish(storage: Storage, draft: BundleManifest) -> BundleManifest:
-    """Publish a version, whose files are there, under the next number.
-
-    Raises BrokenBundleError where they have gone: as this process was away, an expiry took them for leftovers, or had
-    seen the version, and let it go.
-    """
-    needed = {name.partition("/")[0] for name in (*(f.name for f in draft.files), *(v.folder for v in draft.vectors))}
-
-    def version_of(number: int) -> BundleManifest:
-        if gone := sorted(needed - set(storage.list(draft.folder))):
-            place = storage.full(f"{draft.folder}/{gone[0]}")
-            raise BrokenBundleError(f"{place} was removed before it was published: publish again")
-        return draft.model_copy(update={"version": number})
-
-    return append_numbered(storage, LOG, version_of)
+    """Publish a version, whose files are there, under the next number. Raises CommitConflictError, StorageError."""
+    return append_numbered(storage, LOG, lambda n: draft.model_copy(update={"version": n}), names_files=True)
 
 
 def known_versions(storage: Storage) -> list[int]:
@@ -243,7 +231,8 @@ def expire(
     now_s = storage.now()  # writes a file, so only where there is a model
     uses = choices(storage)
     wanted = set(list(manifests)[-max(1, keep_last) :])
-    wanted |= {version for version, made_s in _numbers_and_times(storage, LOG) if now_s - made_s < keep_days * _DAY_S}
+    made = versions_and_times(storage.entries(LOG, recursive=False))
+    wanted |= {version for version, made_s in made if now_s - made_s < keep_days * _DAY_S}
     for version, end_s in _used_until(storage, [each.version for each in uses]):
         if now_s - end_s < max(keep_days, grace_days) * _DAY_S:
             wanted.add(version)
@@ -284,14 +273,8 @@ def _used_until(storage: Storage, chosen: Sequence[int]) -> Iterator[tuple[int, 
 
     `chosen`: the version of each choice, oldest first.
     """
-    begins_s = [made_s for _, made_s in _numbers_and_times(storage, USE)][: len(chosen)]
+    begins_s = [made_s for _, made_s in versions_and_times(storage.entries(USE, recursive=False))][: len(chosen)]
     yield from zip(chosen, [*begins_s, float("inf")][1:], strict=True)
-
-
-def _numbers_and_times(storage: Storage, folder: str) -> list[tuple[int, float]]:
-    entries = storage.entries(folder, recursive=False)
-    found = ((version_of(entry.path.rpartition("/")[2]), entry.mtime_s) for entry in entries)
-    return sorted((number, made_s) for number, made_s in found if number is not None)
 
 
 def _remove(storage: Storage, manifest: BundleManifest, seen: int, own: set[str]) -> bool:

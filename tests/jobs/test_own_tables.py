@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -234,6 +235,21 @@ def test_bad_rows_of_csv_are_kept_with_number_and_reason(job, place):
     assert [(row["file"], row["row"], row["reason"]) for row in kept] == [
         ("shows/a.csv", number, reason) for number, (_, reason) in enumerate(bad, 4)
     ]
+
+
+def test_a_number_that_a_row_lacks_is_a_missing_value_of_its_sample(job, place):
+    lines = SHOWS.splitlines()
+    for line, column in ((1, "age"), (2, "price")):
+        values = lines[line].split(",")
+        values[lines[0].split(",").index(column)] = ""
+        lines[line] = ",".join(values)
+    (place / "logs/shows/a.csv").write_text("".join(f"{line}\n" for line in lines))
+    assert "4 of 4 kept, 0 without an image; 0 duplicates, 0 quarantined" in job()
+    found = rows(place)
+    assert sum(math.isnan(row["age"]) for row in found) == 1
+    assert sum(math.isnan(price) for row in found for price in row["ad_price"]) == 1
+    text = inspect("check", place / "samples/schema.yaml", place / "samples", code=2)  # there are no days for testing
+    assert "4 samples in 3 groups fit the schema" in text
 
 
 def shows_of(lines: list[str]) -> str:

@@ -19,7 +19,7 @@ several runs (seeds), its metric is their mean, and a resample draws runs as wel
 users and the luck of training.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -307,18 +307,26 @@ Metrics = dict[str, float | int | None]
 def measure(logit_N: Float64Array, label_N: Float64Array, group_N: Int64Array, prefix: str = "") -> Metrics:
     """Measure N impressions, by the names of the metrics with `prefix` before each. Order N log N.
 
-    `group_N`: the user of each. `gauc_impressions`: those of users with both classes, which GAUC is made of.
+    `group_N`: the user of each. `gauc_users`: those with both classes, which GAUC is made of, and `gauc_impressions`
+    theirs.
     """
-    gauc, gauc_impressions = grouped_auc(logit_N, label_N, group_N)
+    groups = auc_of_groups(logit_N, label_N, group_N)
     metrics: Metrics = {
         "impressions": len(label_N),
         "clicks": int(label_N.sum()),
         "logloss": log_loss(logit_N, label_N),
         "auc": auc(logit_N, label_N),
-        "gauc": gauc,
-        "gauc_impressions": gauc_impressions,
+        "gauc": groups.mean,
+        "gauc_impressions": int(groups.impressions_G.sum()),
+        "gauc_users": len(groups.group_G),
     }
     return {prefix + name: value for name, value in metrics.items()}
+
+
+def shown(metrics: Mapping[str, float | int | None], name: str) -> float | int | None:
+    """Return a metric as it is printed: None for a GAUC of fewer than LEAST_USERS_OF_SLICE users."""
+    users = metrics.get(f"{name}_users")
+    return None if users is not None and users < LEAST_USERS_OF_SLICE else metrics.get(name)
 
 
 def log_loss(logit_N: Float64Array, label_N: Float64Array) -> float | None:
@@ -334,16 +342,12 @@ def log_loss(logit_N: Float64Array, label_N: Float64Array) -> float | None:
 
 def auc(score_N: Float64Array, label_N: Float64Array) -> float | None:
     """Compute the area under the ROC curve; None with one class only."""
-    return grouped_auc(score_N, label_N, np.zeros(len(label_N), np.int64))[0]
+    return grouped_auc(score_N, label_N, np.zeros(len(label_N), np.int64))
 
 
-def grouped_auc(score_N: Float64Array, label_N: Float64Array, group_N: Int64Array) -> tuple[float | None, int]:
-    """Compute GAUC and the number of impressions that it counts; None and 0 when no group has both classes."""
-    groups = auc_of_groups(score_N, label_N, group_N)
-    counted = int(groups.impressions_G.sum())
-    if counted == 0:
-        return None, 0
-    return float((groups.impressions_G * groups.auc_G).sum() / counted), counted
+def grouped_auc(score_N: Float64Array, label_N: Float64Array, group_N: Int64Array) -> float | None:
+    """Compute GAUC; None when no group has both classes."""
+    return auc_of_groups(score_N, label_N, group_N).mean
 
 
 @dataclass(frozen=True)
@@ -353,6 +357,12 @@ class GroupAucs:
     group_G: Int64Array
     impressions_G: Int64Array
     auc_G: Float64Array
+
+    @property
+    def mean(self) -> float | None:
+        """The mean of the AUCs, weighted by impressions: GAUC; None where there is no group."""
+        counted = int(self.impressions_G.sum())
+        return float((self.impressions_G * self.auc_G).sum() / counted) if counted else None
 
 
 def auc_of_groups(score_N: Float64Array, label_N: Float64Array, group_N: Int64Array) -> GroupAucs:

@@ -30,6 +30,7 @@ from featurestore.text import count_text
 from trainer.comm import Comm
 from trainer.engine import engine, machine, wiring
 from trainer.errors import TrainerError
+from trainer.evaluation.bootstrap import shown
 from trainer.exchange.exchange import KeyRequest
 from trainer.stages import AHEAD, WAIT, Stages
 
@@ -86,10 +87,10 @@ class ProgressLog:
     def metrics(self, step: int, metrics: Mapping[str, float | int | None], split: str = "test") -> None:
         """Show an evaluation at `step`, of test or validation samples.
 
-        A metric that is not defined is printed as such, and not drawn.
+        A metric that is not defined is printed as -, and not drawn.
         """
         names = ("logloss", "auc", "gauc", "new_ad_auc")
-        text = "  ".join(f"{n} {'undefined' if metrics[n] is None else format(metrics[n], '.4f')}" for n in names)
+        text = "  ".join(f"{n} {'-' if (value := shown(metrics, n)) is None else format(value, '.4f')}" for n in names)
         self.say(f"step {step}  {split}: {text}")
         self.details(step, {f"{split}/{name}": value for name, value in metrics.items()})
 
@@ -321,14 +322,14 @@ def show(console: Console, report: Mapping[str, Any]) -> None:
     table = Table("test samples", title=title)
     for name in columns.values():
         table.add_column(name, justify="right")
-    for name, shown in {"impressions": "impressions", "logloss": "log loss", "auc": "AUC", "gauc": "GAUC"}.items():
-        table.add_row(shown, *(_text(metrics.get(f"{which}{name}"), "undefined") for which in columns))
+    for name, title in {"impressions": "impressions", "logloss": "log loss", "auc": "AUC", "gauc": "GAUC"}.items():
+        table.add_row(title, *(_text(shown(metrics, f"{which}{name}")) for which in columns))
     if metrics:
         print_table(console, table)
-    console.print(f"{_text(report['samples_per_s'], '-')} samples/s; all figures in {report['folder']}/report.json")
+    console.print(f"{_text(report['samples_per_s'])} samples/s; all figures in {report['folder']}/report.json")
 
 
-def _text(value: float | int | None, undefined: str) -> str:
+def _text(value: float | int | None) -> str:
     if value is None:
-        return undefined
+        return "-"
     return f"{value:,}" if isinstance(value, int) else f"{value:.4f}" if abs(value) < 100 else f"{value:,.0f}"

@@ -37,7 +37,7 @@ from trainer.runs.saved import SavedRun, finite, read_run
 
 VECTOR = "vector"
 # Also rows of a row group. E takes .3 to .6 of the time an image that it takes in the store's blocks of 256.
-_BATCH_ROWS = 4096
+BATCH_ROWS = 4096
 
 Progress = Callable[[int, int], None]
 
@@ -97,7 +97,7 @@ class ImageNetwork:
                 keys.append(block.keys_K)
                 uris += uris_of_shard.take(block.place_K).to_pylist()
                 features.append(block.features_KD.copy())
-                if len(uris) >= _BATCH_ROWS:
+                if len(uris) >= BATCH_ROWS:
                     yield self._table(np.concatenate(keys), uris, np.concatenate(features))
                     keys, uris, features = [], [], []
         if uris:
@@ -105,11 +105,15 @@ class ImageNetwork:
 
     def _table(self, keys_K: Int64Array, uris: list[Any], features_KD: AnyArray) -> pa.Table:
         """Compute the vectors of some images; features are in the store's dtype."""
-        with torch.inference_mode():
-            features = as_tensor(features_KD).to(self.model.mean_D.device)
-            visual_KV = finite(self.model(features).float().cpu().numpy())
+        visual_KV = visual_vectors(self.model, features_KD)
         columns: list[Any] = [pa.array(keys_K), pa.array(uris, pa.string()), _lists(visual_KV)]
         return pa.Table.from_arrays(columns, [KEY, URI, VECTOR])
+
+
+def visual_vectors(model: EmbeddingModel, features_KD: AnyArray) -> Float32Array:
+    """Compute the visual vectors (K, V) of features in a store's dtype. Raises TrainerError if one is not finite."""
+    with torch.inference_mode():
+        return finite(model(as_tensor(features_KD).to(model.mean_D.device)).float().cpu().numpy())
 
 
 def open_network(

@@ -18,6 +18,7 @@ from featurestore.published.paths import RunPath, read_file, run_path
 from featurestore.published.versions import VERSIONS
 from featurestore.spec import flat
 from featurestore.text import one_line
+from trainer.evaluation.bootstrap import shown
 from trainer.runs.folder import DAYS_FILE, checkpoints_of
 
 if TYPE_CHECKING:
@@ -72,10 +73,11 @@ class RunFacts:
 
     @property
     def metrics(self) -> Mapping[str, float | int | None]:
-        """The metrics of the last evaluation during training; empty before the first."""
+        """The metrics of the last evaluation during training, as `shown`; empty before the first."""
         found = self.report.get("metrics")
         values = found.items() if isinstance(found, dict) else ()
-        return {name: _number_or_none(value) for name, value in values}
+        metrics = {name: _number_or_none(value) for name, value in values}
+        return {name: shown(metrics, name) for name in metrics}
 
     @property
     def images(self) -> str:

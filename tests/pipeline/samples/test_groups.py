@@ -124,6 +124,13 @@ def test_days_for_testing_that_cannot_be(build, changes, message):
         build([shown(0), shown(9 * DAY_S, user=2)], [done(0)], **{"test_days": 1} | changes)
 
 
+@pytest.mark.parametrize("changes", [{"test_share": 0.1, "test_days": 2}, {"test_from": "2026-13-01"}])
+def test_options_of_days_for_testing_are_checked_before_the_logs_are_read(options, client, tmp_path, changes):
+    nowhere = dataclasses.replace(options, logs=str(tmp_path / "nowhere"), **{"test_days": 1} | changes)
+    with pytest.raises(SampleOptionError, match="--test-"):
+        build_samples(nowhere, client)
+
+
 @pytest.mark.parametrize("dtype", [pa.bool_(), pa.int8(), pa.int64(), pa.float32()])
 def test_labels_of_any_type_are_0_and_1(dtype, options, client, tmp_path):
     log = table([shown(100, label=1), shown(200, label=0)])

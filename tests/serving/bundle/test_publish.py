@@ -15,7 +15,8 @@ from featurestore.format.datafile import DataFile
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.expiry import expire
 from featurestore.upkeep.history import restore
-from serving.bundle.images import ChangedImages, PublishReport, StoreNetwork, network_for, publish
+from serving.bundle import images
+from serving.bundle.images import ChangedImages, PublishReport, network_for, publish
 from serving.bundle.manifest import VectorsOf
 from serving.bundle.open import Bundle
 from tests.serving.scoring.variants import Exported
@@ -123,9 +124,9 @@ def test_only_what_differs_is_looked_at(world: World, monkeypatch: pytest.Monkey
     world.put(1_050, 1_007)
     world.put(1_007)
     looked: list[int] = []
-    rows, read, rows_of_groups = StoreNetwork.rows, [], shard._rows_of_groups
+    rows, read, rows_of_groups = images.visual_vectors, [], shard._rows_of_groups
 
-    def noting(network: StoreNetwork, features: np.ndarray) -> object:
+    def noting(network: object, features: np.ndarray) -> object:
         looked.append(len(features))
         return rows(network, features)
 
@@ -133,7 +134,7 @@ def test_only_what_differs_is_looked_at(world: World, monkeypatch: pytest.Monkey
         read.append(file.path)
         return rows_of_groups(file, *arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(StoreNetwork, "rows", noting)
+    monkeypatch.setattr(images, "visual_vectors", noting)
     monkeypatch.setattr(shard, "_rows_of_groups", noting_files)
     world.publish()
     assert looked == [2]

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from trainer.evaluation.bootstrap import (
+    LEAST_USERS_OF_SLICE,
     METRICS,
     Estimate,
     MetricSums,
@@ -16,6 +17,7 @@ from trainer.evaluation.bootstrap import (
     log_loss,
     measure,
     probability,
+    shown,
 )
 
 Scored = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -162,6 +164,16 @@ def test_a_measurement_is_that_of_the_sample_itself() -> None:
         assert (found["logloss"], found["auc"], found["gauc"]) == pytest.approx((loss, auc, gauc), abs=1e-6)
         both = [user for user in range(60) if 0 < label_N[user_N == user].mean() < 1]
         assert found["gauc_impressions"] == np.isin(user_N, both).sum() < len(user_N) == found["impressions"]
+        assert found["gauc_users"] == len(both)
+
+
+def test_a_gauc_of_a_few_users_is_not_shown() -> None:
+    logit_N, label_N, user_N = np.array([0.1, 0.2] * 40), np.array([0.0, 1.0] * 40), np.arange(80) // 2
+    for users, is_shown in ((LEAST_USERS_OF_SLICE - 1, False), (LEAST_USERS_OF_SLICE, True)):
+        found = measure(logit_N[: 2 * users], label_N[: 2 * users], user_N[: 2 * users], "new_ad_")
+        assert found["new_ad_gauc"] == 1
+        assert shown(found, "new_ad_gauc") == (1 if is_shown else None)
+        assert shown(found, "new_ad_auc") == 1
 
 
 def test_log_loss_of_sure_and_wrong_is_not_capped() -> None:
@@ -173,7 +185,7 @@ def test_one_class_or_nothing_is_none() -> None:
     assert (clicks["auc"], clicks["gauc"], clicks["gauc_impressions"]) == (None, None, 0)
     nothing = measure(np.zeros(0), np.zeros(0), np.zeros(0, np.int64), "new_ad_")
     assert nothing == {f"new_ad_{name}": None for name in ("logloss", "auc", "gauc")} | {
-        f"new_ad_{name}": 0 for name in ("impressions", "clicks", "gauc_impressions")
+        f"new_ad_{name}": 0 for name in ("impressions", "clicks", "gauc_impressions", "gauc_users")
     }
 
 
