@@ -136,10 +136,10 @@ class Snapshot(Shown):
         return list(in_threads(work, readers, _THREADS))
 
 
-def missing_message(keys: Int64Array, where: str) -> str:
-    """Format up to five of the missing keys, and how many there are."""
+def missing_message(keys: Sequence[object] | Int64Array, where: str, what: str = "key") -> str:
+    """Format up to five of the missing keys, or names of images, and how many there are."""
     shown = ", ".join(str(key) for key in keys[:5])
-    have = "key has" if len(keys) == 1 else "keys have"
+    have = f"{what} has" if len(keys) == 1 else f"{what}s have"
     return f"{len(keys)} {have} no feature in {where}: {shown}{', …' if len(keys) > 5 else ''}"
 
 

@@ -39,7 +39,7 @@ WANTED = {
     "time": "a timestamp, or a whole number since 1970",
     "id": "a whole number of at most 64 bits, signed",
     "image": "a string (the image's uri) or its int64 key",
-    "label": "a whole number, a boolean or a float that is 0 or 1",
+    "label": "a whole number, a boolean or a float that is 0 or 1, or the text yes or no",
     "seconds": "a number of seconds",
     "profile": "a whole number of at most 64 bits, signed",
     "profiles": "a list of whole numbers or of texts; for a text that has several, give split: in the mapping",
@@ -173,7 +173,7 @@ def _settled(storage: Storage, path: str, log: str, layout: mapping.TableLayout)
         layout = replace(layout, time_unit=unit)
         if unit != "s":
             told.append(f"times such as {next(each for each in times if each[:1].isdigit())} are in {unit} since 1970")
-    if told:
+    if told and layout.is_told:
         told_by = "; csv and time_unit of a mapping override it"
         print_summary(f"{log:<12} {storage.full(path)}: {', '.join(told)}{told_by}")
     return layout

@@ -83,6 +83,13 @@ class TableLayout:
     """Which rows are read, of a table that has others too."""
     joins: "tuple[Join, ...]" = ()
     """Tables that have columns which the files of the log lack."""
+    is_told: bool = True
+    """Whether what is found in the first file is printed."""
+
+    def silent(self) -> "TableLayout":
+        """Print nothing of what is found, in joined tables neither."""
+        joins = tuple(replace(join, layout=join.layout.silent()) for join in self.joins)
+        return replace(self, is_told=False, joins=joins)
 
     @property
     def time_column(self) -> tuple[str, str | None]:
@@ -351,7 +358,7 @@ def load_mapping(path: Path) -> LogMapping:
 SWALLOWED = "a quoted value has other rows in it; is a quote not closed?"
 _FIRST_ROWS = 1000
 _NUMBER = re.compile(r"(0|-?[1-9]\d{0,18})(\.\d{1,9})?")
-_LABELS = {"0": 0.0, "1": 1.0, "true": 1.0, "false": 0.0}
+_LABELS = {"0": 0.0, "1": 1.0, "true": 1.0, "false": 0.0, "yes": 1.0, "no": 0.0}
 PER_SECOND = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
 
 Parsed = tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]  # values, and which could not be read; nulls are 0 and fine
@@ -430,7 +437,7 @@ def parse_numbers(column: Any, decimal: str = ".") -> Parsed:
 
 
 def parse_labels(column: Any) -> Parsed:
-    """Parse labels, as float64: 0 or 1 of true and false too, else the number that is written."""
+    """Parse labels, as float64: 0 or 1 of true, false, yes and no too, else the number that is written."""
     return _each(column, lambda text: _LABELS[text.lower()] if text.lower() in _LABELS else float(text), np.float64)
 
 

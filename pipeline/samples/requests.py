@@ -64,7 +64,7 @@ def _read(
 
     `filled`: values of columns that are not there.
     """
-    layout = tables.layouts[log]
+    layout = tables.layouts[log].silent()
     if layout.where and (log == IMPRESSIONS or layout.names[EVENT] not in table.column_names):
         layout = layout.of_all_rows()
     for name, value in filled.items():

@@ -94,7 +94,7 @@ def test_features_by_uri_key_and_arrays(places: Places) -> None:
     assert "<th>rows</th><td>50</td>" in store._repr_html_()
     assert "<th>version</th><td>1</td>" in store._repr_html_()
     assert "version=1" in repr(stored) and "<th>operation</th>" in stored._repr_html_()
-    with pytest.raises(MissingKeysError, match="no feature"):
+    with pytest.raises(MissingKeysError, match=r"1 image has no feature in snapshot 1 of .*: item/3$"):
         store["item/3"]
     with pytest.raises(ImageNameError, match="by its uri"):
         store[[1.5]]

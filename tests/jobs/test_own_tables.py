@@ -237,6 +237,16 @@ def test_bad_rows_of_csv_are_kept_with_number_and_reason(job, place):
     ]
 
 
+def test_labels_may_be_yes_and_no(job, place):
+    words = {"1": "yes", "true": "Yes", "0": "no"}
+    lines = [line.split(",", 5) for line in SHOWS.splitlines()]
+    (place / "logs/shows/a.csv").write_text(
+        "".join(",".join([*line[:4], words.get(line[4], line[4]), line[5]]) + "\n" for line in lines)
+    )
+    assert "4 of 4 kept" in job()
+    assert sorted(row["label"] for row in rows(place)) == [[0], [1], [1, 0]]
+
+
 def test_a_number_that_a_row_lacks_is_a_missing_value_of_its_sample(job, place):
     lines = SHOWS.splitlines()
     for line, column in ((1, "age"), (2, "price")):

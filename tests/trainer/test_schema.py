@@ -249,9 +249,28 @@ def test_times_images_labels_and_lists_are_known_by_their_values(tmp_path):
         assert "gut is the only column of 0 and 1 in shown, so it is taken for the label" in text
         assert f"crossmedia samples --logs {tmp_path / 'logs'} --mapping mapping.yaml" in text
     assert "# not used: products.parquet, which has no times or no users" in called("inspect", tmp_path / "logs")
-    assert "--label no is not a column of 0 and 1 there" in called(
+    assert "--label no is not a column of 0 and 1, or yes and no there" in called(
         "inspect", tmp_path / "logs", "--label", "no", code=1
     )
+
+
+def test_a_label_of_yes_and_no_is_known_by_its_name_alone_and_a_click_before_it(tmp_path):
+    shown = {"ts": [0, 60, 120], "user": [1, 1, 2], "item": [3, 4, 3], "image": ["a.jpg"] * 3}
+    said = ["yes", "no", "No"]
+    for more, label in (
+        ({"liked": said}, "liked"),
+        ({"liked": [0, 1, 1], "clicked": said}, "clicked"),
+        ({"member": said, "gut": [0, 1, 1]}, "gut"),
+    ):
+        pq.write_table(pa.table(shown | more), tmp_path / "shown.parquet")
+        assert yaml.safe_load(called("inspect", tmp_path))["impressions"]["columns"]["label"] == label
+    pq.write_table(pa.table(shown | {"member": said}), tmp_path / "shown.parquet")
+    assert "There is no table of impressions here" in called("inspect", tmp_path)
+    assert (
+        yaml.safe_load(called("inspect", tmp_path, "--label", "member"))["impressions"]["columns"]["label"] == "member"
+    )
+    pq.write_table(pa.table(shown), tmp_path / "more.parquet")
+    assert "called label, click, clicked, clk, is_click, liked, target or y" in called("inspect", tmp_path, code=1)
 
 
 def shop_of(folder, **columns):

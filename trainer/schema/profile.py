@@ -65,6 +65,13 @@ class Column:
         return not self.depth and set() < {str(each) for each in self.examples(3)} <= {"0", "1", "0.0", "1.0"}
 
     @property
+    def is_label(self) -> bool:
+        """Whether all values are 0 or 1, or the words yes or no."""
+        return self.is_binary or (
+            self.content == "text" and not self.depth and set() < {*map(str.lower, self.examples(5))} <= {"yes", "no"}
+        )
+
+    @property
     def limits(self) -> tuple[float, float] | None:
         """The smallest and the largest number."""
         if not self.num_different:

@@ -31,7 +31,7 @@ from trainer.schema.profile import READ_TYPES, Column, Content, TableProfile, da
 IMAGE_WORDS = "image|img|picture|pic|photo|cover|poster|thumbnail|bild|foto"
 # What people call our columns; the first that fits wins.
 SYNONYMS = {
-    "label": r"label|clk|clicks?|clicked|is_click(ed)?|target|y|klicks?|geklickt",
+    "label": r"label|clk|clicks?|clicked|is_click(ed)?|target|y|klicks?|geklickt|(is_)?liked?",
     "timestamp": r"timestamp|time_?stamp|ts|time|datetime|date_?time|date|event_time|.*_(at|time|ts)|zeit|.*zeitpunkt"
     r"|zeitstempel|datum",
     "user": r"(user|member|customer|visitor|device|kunde|kunden|nutzer|besucher)((_?id)|(_?nr))?|uid",
@@ -63,6 +63,8 @@ EVENTS = {
     "bought": r"(add[_ -]?)?(to[_ -]?)?(cart|basket|wishlist|fav(ou?rite)?)|purchased?|buy|bought|orders?|transaction",
 }
 MOST_EVENTS = 20
+LABELS = "0 and 1, or yes and no"
+LABEL_NAMES = "label, click, clicked, clk, is_click, liked, target or y"  # of SYNONYMS, for a message
 LEAST_FOUND = {True: 0.5, False: 0.05}
 """The share of a log's ids that a joined table has, of one that was read to its end or not."""
 USER_ROWS = 50_000  # rows in which it is looked whether a column is the same in all rows of a user
@@ -131,8 +133,9 @@ def inspect_logs(storage: Storage, most_rows: int, file: str | None = None, labe
     if len(set(names)) < len(names):
         places = ", ".join(f"{log.files} ({log.name})" for log in logs)
         raise DataError(
-            f"{storage.url}: more than one table of a kind: {places}; impressions are known by a label. Put the files "
-            "of each table into a folder of its own, or name the column of labels by --label"
+            f"{storage.url}: more than one table of a kind: {places}; impressions are known by their label, a column "
+            f"of {LABELS} called {LABEL_NAMES}, else the only column of 0 and 1. Put the files of each table into a "
+            "folder of its own, or name the column of labels by --label"
         )
     return sorted(logs, key=lambda log: log.name != "impressions")
 
@@ -144,11 +147,14 @@ def _labels_of(storage: Storage, tables: Mapping[str, TableProfile], label: str 
     """
     known = re.compile(re.escape(label) if label else SYNONYMS["label"], 0 if label else re.IGNORECASE)
     columns = {place: [each for each in table.columns.values() if each.is_binary] for place, table in tables.items()}
-    found = {place: [each.name for each in flat if known.fullmatch(each.name)] for place, flat in columns.items()}
-    labels = {place: names[0] for place, names in found.items() if names}
+    found = {
+        place: [name for name, each in table.columns.items() if known.fullmatch(name) and each.is_label]
+        for place, table in tables.items()
+    }
+    labels = {place: min(names, key=lambda name: "like" in name.lower()) for place, names in found.items() if names}
     if label and not labels:
         there = "; ".join(f"{place}: {', '.join(table.columns)}" for place, table in tables.items())
-        raise DataError(f"{storage.url}: --label {label} is not a column of 0 and 1 there; columns of {there}")
+        raise DataError(f"{storage.url}: --label {label} is not a column of {LABELS} there; columns of {there}")
     likely = {place: flat[0].name for place, flat in columns.items() if len(flat) == 1 and flat[0].num_different == 2}
     if labels or len(likely) != 1:
         return labels, ""
