@@ -45,8 +45,8 @@ class Model(Shown, AbstractContextManager["Model"]):
         self.close()
 
     def _about(self) -> tuple[str, dict[str, Any]]:
-        bundle, vectors = self.scorer.bundle, dict(self.scorer.identity.vectors)
-        return bundle.storage.url, {"version": self.version, "run": bundle.manifest.run, "vectors": vectors}
+        scorer, vectors = self.scorer, dict(self.scorer.identity.vectors)
+        return scorer.storage.url, {"version": self.version, "run": scorer.manifest.run, "vectors": vectors}
 
 
 class Client(Shown):

@@ -42,7 +42,7 @@ def train(
 ) -> "Run":
     """Train as `crossmedia train`, on all ranks that horovodrun or torchrun started, and return the run on each.
 
-    `images`: none, ad, behavior or both (model.images). `config`: a YAML file over the preset, by default the
+    `images`: none, ad, behavior or both (model.images). `config`: a YAML file over the defaults, by default the
     settings.yaml of the samples, if any. `settings`: any of docs/SETTINGS.md. Raises TrainerError, FeatureStoreError.
     """
     settings_file = run_path(samples) / SETTINGS_FILE

@@ -231,11 +231,6 @@ class VectorIndex:
         return faiss.SearchParameters(**chosen)
 
 
-def use_threads(count: int) -> None:
-    """Set the threads of the builds and searches that this process does from now on."""
-    faiss.omp_set_num_threads(count)
-
-
 def _empty(kind: IndexKind, dim: int, lifted: bool) -> Any:
     if kind == "flat":
         return faiss.IndexFlatIP(dim)

@@ -9,12 +9,13 @@ import platform
 import random
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from typing import Protocol
 
 from featurestore.errors import CommitConflictError, CorruptFileError, SnapshotNotFoundError, StorageError
 from featurestore.spec import MAX_VERSION, Manifest, create_sealed, read_sealed
+from featurestore.storage.local import StorageEntry
 from featurestore.storage.storage import Storage
 
 LOG = "log"
@@ -65,6 +66,12 @@ def versions(storage: Storage, folder: str = LOG) -> list[int]:
     if time.monotonic() - began_s > _SLOW_S:
         names = storage.list(folder)
     return [version for version in map(version_of, names) if version is not None]
+
+
+def versions_and_times(entries: Iterable[StorageEntry]) -> list[tuple[int, float]]:
+    """List versions and times of the manifests among files, ascending."""
+    found = ((version_of(entry.path.rpartition("/")[2]), entry.mtime_s) for entry in entries)
+    return sorted((version, made_s) for version, made_s in found if version is not None)
 
 
 def read_manifest(storage: Storage, version: int | None = None) -> Manifest:

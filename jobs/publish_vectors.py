@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from featurestore.console import commandline, files, output
-from serving.bundle import EPS, MODELS
+from serving.bundle import MODELS
 from trainer.cli import StoreVersion
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ EXAMPLES = """Examples:
 
 \b
 crossmedia publish-vectors
-crossmedia publish-vectors --model s3://shop/models/ctr --eps 0
+crossmedia publish-vectors --model s3://shop/models/ctr
 crossmedia publish-vectors --model data/models/ctr --store s3://shop/features
 crossmedia publish-vectors --model data/models/ctr --store images=s3://shop/features --store titles=data/titles
 crossmedia publish-vectors --model data/models/ctr --store-version stable
@@ -35,10 +35,6 @@ app = commandline.CommandApp(report=True, rich_markup_mode="rich")
 def main(
     model: Annotated[str, typer.Option(help="Folder or s3:// address of the published model.")] = MODELS,
     version: Annotated[int | None, typer.Option(min=1, help="Its version.", show_default="the one in use")] = None,
-    eps: Annotated[
-        float,
-        typer.Option(min=0, help="Keep a vector if each of its numbers moved by less than this; 0: if identical."),
-    ] = EPS,
     store: Annotated[
         list[str] | None,
         typer.Option(
@@ -66,14 +62,14 @@ def main(
     for of in opened.manifest.vectors:
         began = time.monotonic()
         chosen = store_version if of is opened.manifest.vectors[0] else None
-        report = _published(opened, of, places.get(of.store), chosen, eps)
+        report = _published(opened, of, places.get(of.store), chosen)
         figures.append({**asdict(report), "seconds": time.monotonic() - began})
     output.print_summary(f"time         {time.monotonic() - start:.1f} s")
     files.write_json_option(json_file, {"version": opened.manifest.version, "stores": figures})
 
 
 def _published(
-    opened: "ModelVersion", of: "VectorsOf", source: str | None, version: "VersionName | None", eps: float
+    opened: "ModelVersion", of: "VectorsOf", source: str | None, version: "VersionName | None"
 ) -> "PublishReport":
     """Bring the vectors of one feature store up to its snapshot `version`, and print what that did."""
     from featurestore.store import FeatureStore
@@ -88,16 +84,15 @@ def _published(
             network_for(opened, of),
             source_url=source,
             source_version=version,
-            eps=eps,
             progress=progress,
         )
-    output.print_summary(summary_text(report, eps))
+    output.print_summary(summary_text(report))
     if report.most_files > 1 + MAX_DELTAS:
         output.print_summary(f"next         crossmedia store compact {url}")
     return report
 
 
-def summary_text(report: "PublishReport", eps: float) -> str:
+def summary_text(report: "PublishReport") -> str:
     """Write what the job prints of one feature store."""
     since = f"since snapshot {report.mirrored}" if report.mirrored is not None else "all of them looked at"
     head = f"vectors      {report.store}: of snapshot {report.source} of the features"
@@ -108,7 +103,7 @@ def summary_text(report: "PublishReport", eps: float) -> str:
         [
             head,
             f"images       {since}: {report.added:,} new, {report.changed:,} changed, {report.removed:,} gone"
-            + (f", {report.stayed:,} moved less than {eps:g} and stay" if report.stayed else ""),
+            + (f", {report.stayed:,} are the same" if report.stayed else ""),
             f"published    {rows:,} rows, {report.num_bytes:,} bytes, as snapshot {report.snapshot} of the vectors",
         ]
     )

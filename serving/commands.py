@@ -4,14 +4,14 @@ import contextlib
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.filesize import decimal as bytes_text
 
 from featurestore.console.commandline import CommandApp, takes
 from featurestore.console.files import JsonOption, read_tokens, write_json_option
-from featurestore.console.output import figure, print_problem, print_rows, print_summary, progress_bar
+from featurestore.console.output import figure, print_problem, print_rows, print_summary
 from featurestore.errors import FAILED
 from featurestore.published.paths import run_path
 from featurestore.storage.storage import Storage
@@ -20,8 +20,8 @@ from serving.bundle import GRACE_DAYS, KEEP_DAYS, KEEP_LAST
 from serving.settings import ServerSettings
 
 if TYPE_CHECKING:
-    from serving.bundle.log import BundleExpireReport, ListedVersion, NewestVectors
-    from serving.scoring.samples import LogitsCompared
+    from serving.bundle.files import Vectors
+    from serving.bundle.log import BundleExpireReport, ListedVersion
 
 app = CommandApp()
 
@@ -70,14 +70,14 @@ def info(
     Exit code 1 if one of its files is missing or has another size.
     """
     from featurestore.log import utc_text
-    from serving.bundle.files import find_damage
-    from serving.bundle.log import newest_vectors, read_version, version_in_use
+    from serving.bundle.files import find_damage, newest_vectors
+    from serving.bundle.log import read_version, version_in_use
 
     storage = Storage(url)
     manifest = read_version(storage, version)
     in_use = version_in_use(storage) == manifest.version
     damage = find_damage(storage, manifest)
-    vectors = dict(newest_vectors(storage, manifest))
+    vectors = newest_vectors(storage, manifest)
     rows_bytes = sum(file.bytes for file in manifest.files if file.name in {each.name for each in manifest.rows})
     lines = {
         "model": storage.url,
@@ -94,7 +94,7 @@ def info(
     width = max(24, *map(len, lines))
     for name, value in [*lines.items(), *(("damage", each) for each in damage)]:
         print_summary(f"{name:<{width}} {value}")
-    now = {name: each and asdict(each) for name, each in vectors.items()}
+    now = {name: each and _vectors_values(each) for name, each in vectors.items()}
     values = {**manifest.model_dump(mode="json"), "in_use": in_use, "vectors_now": now, "damage": damage}
     write_json_option(json_file, values)
     if damage:
@@ -129,12 +129,12 @@ def log(
 def use(
     url: Url,
     version: Annotated[int, typer.Argument(metavar="VERSION", min=1, help="A published version.")],
-    quick: Annotated[bool, typer.Option("--quick", help="Compare only the sizes of its files.")] = False,
 ) -> None:
     """Put a version in use, also an earlier one. Running scorers switch to it.
 
-    Its files are first read and compared with their digests, and the version is opened as a scorer does. A version that
-    is damaged or cannot be opened is refused, and the previous one stays in use."""
+    Its files are first read and compared with their digests, and the version is opened as a scorer does, which copies
+    it to this machine from an object store. A version that is damaged or cannot be opened is refused, and the previous
+    one stays in use."""
     from serving.bundle.files import find_damage
     from serving.bundle.log import read_version, version_in_use
     from serving.bundle.log import use as use_version
@@ -147,9 +147,7 @@ def use(
         manifest = read_version(storage, version)
     except BrokenBundleError as error:
         raise BrokenBundleError(f"version {version} of {storage.url} is damaged{stays}: {error}") from error
-    with progress_bar("files") as progress:
-        damage = find_damage(storage, manifest, digests=not quick, progress=progress)
-    if damage := damage or _problem_of_opening(storage.url, version):
+    if damage := find_damage(storage, manifest) or _problem_of_opening(storage.url, version):
         raise BrokenBundleError("\n".join([f"version {version} of {storage.url} is damaged{stays}:", *damage]))
     use_version(storage, version)
     instead = f" instead of version {before}" if before not in (None, version) else ""
@@ -157,18 +155,15 @@ def use(
 
 
 def _problem_of_opening(url: str, version: int) -> list[str]:
-    """Return in one line why a version with sound files cannot be opened, or an empty text. Raises StorageError."""
+    """Return in one line why a version cannot be opened and read, or an empty list. Raises StorageError."""
     from featurestore.errors import StorageError, UserError
     from featurestore.text import one_line
-    from serving.bundle.open import Bundle
     from serving.scoring.scorer import Scorer
 
     try:
-        bundle = Bundle.open(url, version, verify=False)
-        try:
-            Scorer(bundle)
-        finally:
-            bundle.close()
+        with contextlib.closing(Scorer.open(url, version)) as scorer:
+            for file in scorer.manifest.files:
+                scorer.files.path(file.name)
     except StorageError:
         raise
     except UserError as error:
@@ -178,12 +173,18 @@ def _problem_of_opening(url: str, version: int) -> list[str]:
     return []
 
 
-def _vectors_text(found: "NewestVectors | None") -> str:
+def _vectors_values(found: "Vectors") -> dict[str, Any]:
+    snapshot, source = found
+    return {"snapshot": snapshot.version, "images": snapshot.num_rows, "source": source.model_dump(mode="json")}
+
+
+def _vectors_text(found: "Vectors | None") -> str:
     if found is None:
         return "damaged"
+    snapshot, source = found
     return (
-        f"snapshot {found.snapshot}: {found.images:,} images of snapshot {found.source_version} of {found.source}, "
-        f"{found.bytes:,} bytes"
+        f"snapshot {snapshot.version}: {snapshot.num_rows:,} images of snapshot {source.version} of {source.url}, "
+        f"{snapshot.manifest.file_bytes:,} bytes"
     )
 
 
@@ -242,8 +243,7 @@ def _text(report: "BundleExpireReport", dry_run: bool) -> str:
     return (
         f"{keep} {count_text(len(report.kept), 'version')}: {ranges_text(report.kept)}\n"
         f"{remove} {count_text(len(report.expired), 'version')}{expired}\n"
-        f"{delete} {count_text(report.num_files, 'file')}, {bytes_text(report.num_bytes)}{left}"
-        + "".join(f"\n  {path}" for path in report.paths)
+        f"{delete} {bytes_text(report.num_bytes)}{left}" + "".join(f"\n  {folder}" for folder in report.folders)
     )
 
 
@@ -289,11 +289,11 @@ def check(
     if url is None and (token_file or ca):
         option = "--token-file" if token_file else "--ca"
         raise typer.BadParameter("it needs a running server: give --url", param_hint=option)
-    opened = ModelVersion.open(model, version, verify=url is None)
+    opened = ModelVersion.open(model, version)
     with contextlib.ExitStack() as stack:
         if url is None:
             scorer = stack.enter_context(contextlib.closing(Scorer.open(model, opened.manifest.version)))
-            score, answered = in_process(scorer), f"this process ({scorer.bundle.network.form} network)"
+            score, answered = in_process(scorer), f"this process ({scorer.network.form} network)"
         else:
             remote = RemoteScorer(url, read_tokens(token_file)[0] if token_file else None, ca_context(ca))
             score, answered = remote.score, url
@@ -305,15 +305,10 @@ def check(
         )
     print_summary(f"model        {opened.storage.url}, version {opened.manifest.version}, answers by {answered}")
     print_summary(f"run          {run or opened.manifest.run}, {opened.manifest.checkpoint}")
-    _print(found)
+    print_summary(f"impressions  {found.impressions:,}")
+    logits = f"logits       differ by {found.worst:.3g} at most, {found.mean:.3g} on average"
+    print_summary("\n".join([logits, *(f"note         {note}" for note in found.notes)]))
     write_json_option(json_file, asdict(found))
     if not found.worst <= (allowed := found.tolerance if tolerance is None else tolerance):
         print_problem(f"{found.worst:.3g} is more than --tolerance {allowed:g}")
         raise typer.Exit(FAILED)
-
-
-def _print(found: "LogitsCompared") -> None:
-    print_summary(f"impressions  {found.impressions:,}")
-    print_summary(f"logits       differ by {found.worst:.3g} at most, {found.mean:.3g} on average")
-    for note in found.notes:
-        print_summary(f"note         {note}")

@@ -24,7 +24,6 @@ _WORDS = {
     "values": ("values", f"send several bodies, or {_MORE}values"),
     "depth": ("lists and objects inside each other", "send lists as deep as the model's columns are"),
     "name_length": ("characters in a name", "send the model's columns"),
-    "text_bytes": ("bytes of texts in its dictionaries", "write fewer record batches, or plain texts"),
     "messages": ("messages", "write the stream with fewer record batches"),
     "schema_bytes": ("bytes of schema", "send the model's columns, without metadata"),
 }
@@ -46,10 +45,8 @@ class Budget:
     """Lists and objects inside each other, in JSON."""
     max_name_length: int = 200
     """Characters in the name of a column."""
-    max_text_bytes: int = 16_000_000
-    """Of the dictionaries of all record batches of an Arrow stream, whether batches share them or not."""
     max_messages: int = 256
-    """Record batches and dictionaries of an Arrow stream."""
+    """Record batches of an Arrow stream."""
     max_schema_bytes: int = 256 << 10
     """Of an Arrow stream."""
 

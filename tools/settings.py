@@ -1,7 +1,7 @@
-"""Writes the settings' pages from their classes: trainer/presets/dicm.yaml, and docs/SETTINGS.md.
+"""Writes docs/SETTINGS.md, the page of all settings, from their classes.
 
-python -m tools.settings            rewrite both
-python -m tools.settings --check    exit 1 if one of them differs from the classes
+python -m tools.settings            rewrite it
+python -m tools.settings --check    exit 1 if it differs from the classes
 """
 
 import ast
@@ -18,8 +18,7 @@ from tools.tables import table
 from trainer.config import DECISIONS, Config, ExactTableConfig, Section, decision_of
 
 ROOT = Path(__file__).resolve().parent.parent
-PRESET, PAGE = ROOT / "trainer/presets/dicm.yaml", ROOT / "docs/SETTINGS.md"
-WIDTH, COLUMN = 120, 34
+PAGE = ROOT / "docs/SETTINGS.md"
 LIMITS = {"minimum": "from", "exclusiveMinimum": "above", "maximum": "to", "exclusiveMaximum": "below"}
 TYPES = {
     "integer": "whole number",
@@ -33,7 +32,7 @@ INTRODUCTION = """\
 # Settings
 
 Written by `python -m tools.settings` from the classes in `trainer/config.py`; `make lint` checks it. A setting is given
-by `--set section.name=VALUE` or in a YAML file by `--config`; what is not given is as in `trainer/presets/dicm.yaml`.
+by `--set section.name=VALUE` or in a YAML file by `--config`; what is not given has its default.
 An unknown name, a wrong type and a value out of its limits end the command, with one line each. A run's folder keeps
 all settings in `config.yaml`.
 
@@ -62,28 +61,6 @@ def texts_of(section: type[Section]) -> dict[str, str]:
                 sys.exit(f"{section.__name__}.{setting.target.id} has no line below it that says what it means")
             found[setting.target.id] = " ".join(ast.literal_eval(text.value).split())  # type: ignore[attr-defined]
     return found
-
-
-def preset() -> str:
-    """Write every setting with its default and its text as YAML."""
-    lines = [
-        "# The default run: DICM on the places where the jobs write. Any value is replaced by --config FILE or --set",
-        "# section.field=value. Written from the classes in trainer/config.py by tools/settings.py.",
-    ]
-    for name, section in sections():
-        lines += ["", f"{name}:"]
-        texts, properties = texts_of(section), section.model_json_schema()["properties"]
-        for setting, field in section.model_fields.items():
-            block = isinstance(field.default, dict) and bool(field.default)
-            value = f"  {setting}:" if block else f"  {setting}: {_yaml(field.default)}"
-            words = _words(properties[setting])
-            choices = f"{' | '.join(words)}. " if words else ""
-            text = textwrap.wrap(choices + texts[setting], WIDTH - COLUMN - 2, break_on_hyphens=False)
-            for number, part in enumerate(text):
-                lines.append(f"{'' if number else value:{COLUMN - 1}} # {part}")
-            if block:
-                lines += [f"    {key}: {_yaml(_plain(each))}" for key, each in field.default.items()]
-    return "\n".join(lines) + "\n"
 
 
 def page() -> str:
@@ -143,16 +120,15 @@ def values(schema: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    """Rewrite or check both files; returns the exit code."""
-    wanted = {PRESET: preset(), PAGE: page()}
-    if "--check" in sys.argv[1:]:
-        wrong = [str(file.relative_to(ROOT)) for file, text in wanted.items() if file.read_text("utf-8") != text]
-        if wrong:
-            print(f"out of date: {', '.join(wrong)}; run tools/settings.py", file=sys.stderr)
-        return 1 if wrong else 0
-    for file, text in wanted.items():
-        file.write_text(text, encoding="utf-8")
-    return 0
+    """Rewrite or check the page; returns the exit code."""
+    wanted = page()
+    if "--check" not in sys.argv[1:]:
+        PAGE.write_text(wanted, encoding="utf-8")
+        return 0
+    if PAGE.read_text("utf-8") == wanted:
+        return 0
+    print(f"out of date: {PAGE.relative_to(ROOT)}; run tools/settings.py", file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":

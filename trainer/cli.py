@@ -47,7 +47,7 @@ def counts_of(text: str) -> tuple[int, ...]:
     return tuple(sorted(set(found)))
 
 
-SettingsFile = Annotated[Path | None, typer.Option("--config", help="YAML file over the default preset.")]
+SettingsFile = Annotated[Path | None, typer.Option("--config", help="YAML file over the defaults.")]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="One setting; may be repeated.")
 ]

@@ -3,8 +3,8 @@
 A setting is a field of a class: its type, limits, default, the kind of what it decides, and below it its text.
 `load_config` lays a file and `--set` over the defaults and checks the result (pydantic).
 `differences` compares two records of settings; resuming, warm starts, evaluation, `trainer.daily` and `trainer.compat`
-say which kinds of differences they accept. `presets/dicm.yaml` and docs/SETTINGS.md are written from the classes by
-`python -m tools.settings`. Quick to import: without torch.
+say which kinds of differences they accept. docs/SETTINGS.md is written from the classes by `python -m tools.settings`.
+Quick to import: without torch.
 """
 
 import difflib
@@ -303,12 +303,8 @@ class OptimConfig(Section):
     """Steps between two times that the rates shrink."""
     plateau_gamma: Training[RateDecay] = 0.1
     """Both rates times this after each evaluation on data.validation_days whose AUC is no better than all before."""
-    beta1: Rows[Annotated[float, Field(ge=0, lt=1)]] = 0.9
-    """Adam: weight of the past in the running mean of gradients."""
-    beta2: Rows[Annotated[float, Field(ge=0, lt=1)]] = 0.999
-    """Adam: the same of their squares."""
     eps: Rows[Annotated[float, Field(gt=0)]] = 1e-8
-    """Adam: added to the root of the latter."""
+    """Added to the root of the mean of squared gradients (Adam, with betas of .9 and .999), or of their sum."""
 
     @property
     def alpha(self) -> float:
@@ -631,7 +627,7 @@ def differences(
 
 
 def refuse_given(config: Config, settings: Collection[str], why: str) -> None:
-    """Raise ConfigError, which says `why`, where one of these settings is not as in the preset."""
+    """Raise ConfigError, which says `why`, where one of these settings is not its default."""
     for each in differences(config.model_dump(), Config().model_dump()):
         if each.setting in settings:
             raise ConfigError(f"{each.name}={each.here}: {why}; leave it out")

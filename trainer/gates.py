@@ -30,7 +30,7 @@ from trainer.cli import GateLimits
 from trainer.comm import Comm, SoloComm
 from trainer.errors import CheckpointError, ConfigError, DataNotFoundError, TrainerError
 from trainer.evaluation.bootstrap import LEVEL, Difference, compare, log_loss
-from trainer.evaluation.predict import Impressions, Predictions
+from trainer.evaluation.predict import Predictions, gathered
 from trainer.models.layers import used_fields
 from trainer.runs import checkpoint
 from trainer.runs.open import StorePlace, check_identity, other_features
@@ -98,13 +98,11 @@ def score(
         places = [replace(place, url=small[place.name].storage.url) for place in saved.places]
         with contextlib.closing(open_at(saved, config, comm, places, lambda place: small[place.name])) as opened:
             engine = opened.engine
-            logits: list[Any] = [np.empty(0), *(engine.predict(engine.prepare(batch, "eval")) for batch in batches)]
+            predicted = ((batch, engine.predict(engine.prepare(batch, "eval"))) for batch in batches)
+            predictions = Predictions(*gathered(comm, predicted, saved.schema))
             num_rows = sum(partition.num_rows for partition in opened.partitions.values())
-    logit_N = np.concatenate(logits).astype(np.float64)
-    if not np.isfinite(logit_N).all():
-        raise TrainerError("the model's predictions are not finite numbers; try an earlier checkpoint")
     images = sum(map(len, keys.values()))
-    return Scores(Predictions(logit_N, _impressions(saved, batches)), images, images - num_rows)
+    return Scores(predictions, images, images - num_rows)
 
 
 def compare_scores(new: Scores, old: Scores) -> ScoreChange:
@@ -203,15 +201,6 @@ def _keys_of(saved: SavedRun, store: str, batches: Sequence[Batch]) -> Int64Arra
     ]
     values = [batch.fields[name].values_N for name in names for batch in batches]
     return np.unique(np.concatenate([np.empty(0, np.int64), *values]))
-
-
-def _impressions(saved: SavedRun, batches: Sequence[Batch]) -> Impressions:
-    ad, none = saved.schema.new_ad_field, [np.empty(0, np.int64)]
-    return Impressions(
-        label_N=np.concatenate([np.empty(0, np.float32), *(batch.label_B for batch in batches)]),
-        user_N=np.concatenate([*none, *(batch.group_id_B for batch in batches)]),
-        ad_N=np.concatenate([*none, *(batch.fields[ad].values_N for batch in batches)]),
-    )
 
 
 def _small_store(folder: Path, snapshot: Snapshot, keys_U: Int64Array) -> FeatureStore:

@@ -16,13 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from featurestore.storage.local import read_text
 from trainer.errors import ConfigError
 from trainer.launch import By, Place, Variables, free_port, horovod_rendezvous, horovod_variables, torch_variables
 
 AGENT = Path(__file__).with_name("agent.py")
 CONNECT_S = 10
-_HOST = re.compile(r"(?P<name>[\w.@-]+)(?::(?P<count>\d+)|\s+slots\s*=\s*(?P<slots>\d+))?")
+_HOST = re.compile(r"(?P<name>[\w.@-]+)(?::(?P<count>\d+))?")
 
 
 @dataclass(frozen=True)
@@ -33,42 +32,23 @@ class HostSlots:
     count: int
 
 
-def count_slots(hosts: Iterable[HostSlots], most: int = sys.maxsize) -> int:
-    """Return the slots of all hosts together, at most so many."""
-    return min(sum(each.count for each in hosts), most)
+def count_slots(hosts: Iterable[HostSlots]) -> int:
+    """Return the slots of all hosts together."""
+    return sum(each.count for each in hosts)
 
 
-def parse_hosts(lines: Sequence[str], source: str) -> list[HostSlots]:
-    """Read lines `host`, `host:4` or `host slots=4`; empty ones and comments are left out. Raises ConfigError."""
+def parse_hosts(text: str) -> list[HostSlots]:
+    """Read hosts written as a:4,b:4; one without a number has one slot. Raises ConfigError."""
     found: dict[str, HostSlots] = {}
-    for line in lines:
-        text = line.partition("#")[0].strip()
-        if not text:
-            continue
-        match = _HOST.fullmatch(text)
-        count = int(match["count"] or match["slots"] or 1) if match else 0
+    for each in map(str.strip, text.split(",")):
+        match = _HOST.fullmatch(each)
+        count = int(match["count"] or 1) if match else 0
         if match is None or count == 0 or match["name"].startswith("-"):
-            raise ConfigError(f"{source}: '{text}' is not a host; write it as name:slots, as a:4")
+            raise ConfigError(f"--hosts: '{each}' is not a host; write it as name:slots, as a:4")
         if match["name"] in found:
-            raise ConfigError(f"{source}: host {match['name']} is there twice; add its slots")
+            raise ConfigError(f"--hosts: host {match['name']} is there twice; add its slots")
         found[match["name"]] = HostSlots(match["name"], count)
-    if not found:
-        raise ConfigError(f"{source} names no host; write them as a:4,b:4")
     return list(found.values())
-
-
-def read_hosts(hosts: str | None, file: Path | None, ranks: int | None) -> list[HostSlots]:
-    """Read the hosts from the one source that is given, or from none: this machine. Raises ConfigError."""
-    if hosts is not None and file is not None:
-        raise ConfigError("give one of --hosts and --hosts-file")
-    if file is None:
-        if hosts is None and ranks is None:
-            raise ConfigError("--hosts a:4,b:4 says where ranks may run, or --max-np how many run on this machine")
-        return parse_hosts((hosts or f"localhost:{ranks}").split(","), "--hosts")
-    try:
-        return parse_hosts(read_text(file).splitlines(), f"--hosts-file {file}")
-    except (OSError, UnicodeDecodeError) as failure:
-        raise ConfigError(f"--hosts-file {file} cannot be read: {failure}") from failure
 
 
 def is_here(host: str) -> bool:

@@ -10,6 +10,8 @@ from torch.optim.adam import adam
 from trainer.comm import Comm
 from trainer.config import OptimConfig
 
+BETA1, BETA2 = 0.9, 0.999
+"""Of Adam: the weight of the past in the running means of gradients, and of their squares."""
 _IN_FRONT = 2
 
 
@@ -89,7 +91,7 @@ class DenseOptimizer:
     @torch.no_grad()
     def step(self, rates: Rates, number: int) -> None:
         """Move the parameters in step `number`, the first of which is 1."""
-        moments, config = list(self._moments.values()), self._config
+        moments = list(self._moments.values())
         values: list[Tensor] = list(self.parameters.values())
         adam(
             values,
@@ -100,11 +102,11 @@ class DenseOptimizer:
             [each["step"] for each in moments],
             fused=True,
             amsgrad=False,
-            beta1=config.beta1,
-            beta2=config.beta2,
+            beta1=BETA1,
+            beta2=BETA2,
             lr=rates.lr,
             weight_decay=0.0,
-            eps=config.eps,
+            eps=self._config.eps,
             maximize=False,
         )
 

@@ -56,8 +56,6 @@ PROGRAM_BYTES = 2 * 2**30
 class Speed:
     """What a rank's work takes, and the network between the machines."""
 
-    read_s: float
-    """Per sample decoded; reading goes on during the steps."""
     image_s: float
     """Of a step, per unique image of an owner: E, forward and backward."""
     sample_s: float
@@ -99,38 +97,35 @@ class Source:
 
 @dataclass(frozen=True)
 class BatchCounts:
-    """What the ranks ask for and own of one global batch; means over ranks unless it says otherwise."""
+    """What the ranks ask for and own of one global batch."""
 
     images: int
-    """Unique ones of the batch."""
+    """Unique ones."""
     most_images: int
     """Unique ones of the busiest owner."""
     keys: float
-    """Unique keys that a rank asks for."""
+    """Unique keys that a rank asks for, the mean over ranks."""
     vector_bytes: float
-    """Of the vectors that a rank answers with, its own among them."""
-    most_vector_bytes: float
-    """Of the busiest owner."""
+    """Of the vectors that the busiest owner answers with, its own among them."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RankPlan:
     """The plan for one number of ranks. `efficiency`: samples/s of a rank over those of one rank alone."""
 
     ranks: int
-    counts: BatchCounts
-    bytes_sent: float
-    """Those that leave a rank in a step, mean over ranks: keys, vectors, their gradients, dense gradients."""
-    stages: Mapping[str, float]
-    """Seconds of each part of a step; reading goes on during the others."""
-    step_s: float
-    samples_per_s: float
-    epoch_s: float
-    efficiency: float
+    images: int
+    """Unique ones of a global batch."""
     rank_bytes: float
     """Features and ID rows of the rank that has most, and the copy of these while a checkpoint is written."""
     machine_bytes: float
     """Memory that a machine needs for its ranks: features, ID rows and programs; a fifth stays free."""
+    bytes_sent: float
+    """Those that leave the busiest rank in a step: keys, vectors, their gradients, dense gradients."""
+    step_s: float
+    samples_per_s: float
+    epoch_s: float
+    efficiency: float
 
 
 @dataclass(frozen=True)
@@ -138,8 +133,6 @@ class TrainingPlan:
     """The rows of all numbers of ranks, and the number to take (None: no row fits into memory)."""
 
     title: str
-    samples: int
-    """Of an epoch."""
     rows: tuple[RankPlan, ...]
     recommended_ranks: int | None
     advice: str
@@ -147,90 +140,60 @@ class TrainingPlan:
 
 @dataclass(frozen=True)
 class Planner:
-    """A trained run, a global batch of its samples, and the speed of its ranks."""
+    """A trained run, a global batch of its samples, and the speed of its ranks. `samples`: those of an epoch."""
 
     saved: SavedRun
     snapshots: Mapping[str, Snapshot]
     batch: Batch
     samples: int
-    """Of an epoch."""
     speed: Speed
-    decoded: Callable[[int], float]
-    """Samples that the rank decodes which has most to, of so many ranks."""
 
     def plan(self, ranks: Sequence[int]) -> TrainingPlan:
         """Compute the rows of these numbers of ranks, and recommend one."""
         rows = tuple(self.row(each) for each in ranks)
-        recommended, why = recommend(rows, physical_memory_bytes())
         data, link = self.saved.config.data, self.speed.link_bytes_per_s * 8 / 1e9
-        title = f"{data.samples}, {self.batch.num_samples:,} samples a step, as fast as {self.saved.folder}"
-        return TrainingPlan(
-            f"{title}; machines of {self.speed.ranks_per_machine} ranks, joined by {link:g} Gbit/s",
-            self.samples,
-            rows,
-            recommended,
-            why,
+        title = (
+            f"{data.samples}, {self.batch.num_samples:,} samples a step, as fast as {self.saved.folder}; "
+            f"machines of {self.speed.ranks_per_machine} ranks, joined by {link:g} Gbit/s"
         )
+        return TrainingPlan(title, rows, *recommend(rows, physical_memory_bytes()))
 
     def row(self, ranks: int) -> RankPlan:
         """Compute the row of a number of ranks."""
         counts, size, away = count(self.batch, self.sources, ranks), self.batch.num_samples, (ranks - 1) / ranks
-        stages = self._stages(counts, ranks)
-        step_s = max(stages["read"], sum(seconds for name, seconds in stages.items() if name != "read"))
-        rank_bytes, local = self.rank_bytes(ranks), min(ranks, self.speed.ranks_per_machine)
+        step_s, rank_bytes = self._step_s(counts, ranks), self.rank_bytes(ranks)
         return RankPlan(
             ranks=ranks,
-            counts=counts,
+            images=counts.images,
+            rank_bytes=rank_bytes,
+            machine_bytes=min(ranks, self.speed.ranks_per_machine) * (rank_bytes + PROGRAM_BYTES) / MOST_OF_MEMORY,
             bytes_sent=away * (KEY_BYTES * counts.keys + 2 * counts.vector_bytes + 2 * self.dense_bytes),
-            stages=stages,
             step_s=step_s,
             samples_per_s=size / step_s,
             epoch_s=self.samples / size * step_s,
-            efficiency=1.0 if ranks == 1 else self._alone.step_s / step_s / ranks,
-            rank_bytes=rank_bytes,
-            machine_bytes=local * (rank_bytes + PROGRAM_BYTES) / MOST_OF_MEMORY,
+            efficiency=1.0 if ranks == 1 else self.row(1).step_s / step_s / ranks,
         )
 
-    @cached_property
-    def _alone(self) -> RankPlan:
-        return self.row(1)
-
-    def _stages(self, counts: BatchCounts, ranks: int) -> dict[str, float]:
-        """Compute the seconds of a step's parts: keys are exchanged during the step before, and count for nothing."""
+    def _step_s(self, counts: BatchCounts, ranks: int) -> float:
+        """Compute the seconds of a step: what runs ahead, as reading and the exchange of keys, counts for nothing."""
         speed, away = self.speed, (ranks - 1) / ranks
-        vectors_s = speed.collective_s(ranks, ranks - 1, away * counts.most_vector_bytes)
-        return {
-            "read": speed.read_s * self.decoded(ranks),
-            "images": speed.image_s * counts.most_images,
-            "samples": speed.sample_s * self.batch.num_samples / ranks,
-            "vectors": vectors_s,
-            "gradients": vectors_s,
-            "dense gradients": speed.collective_s(ranks, 2 * (ranks - 1), 2 * away * self.dense_bytes),
-        }
+        vectors_s = speed.collective_s(ranks, ranks - 1, away * counts.vector_bytes)
+        dense_s = speed.collective_s(ranks, 2 * (ranks - 1), 2 * away * self.dense_bytes)
+        computing_s = speed.image_s * counts.most_images + speed.sample_s * self.batch.num_samples / ranks
+        return computing_s + 2 * vectors_s + dense_s
 
     @cached_property
     def sources(self) -> list[Source]:
         """List what the ranks ask: the E of each store, and the ID tables."""
-        fields, model = self._fields, self.saved.config.model
-        stores = [
-            Source(
-                tuple(each.name for each in fields if each.kind == "content" and each.store_name == store),
-                width,
-                partial(shard_of, num_shards=self.snapshots[store].info.num_shards),
-                is_store=True,
-            )
-            for store, width in widths_of_stores(fields, model).items()
-        ]
-        tables = [
-            Source(
-                tuple(each.name for each in fields if each.is_id and each.table_name == shape.name),
-                shape.width,
-                shape.shards_of,
-                is_store=False,
-            )
-            for shape in table_shapes(fields, model)
-        ]
-        return [*stores, *tables]
+        model, found = self.saved.config.model, list[Source]()
+        for store, width in widths_of_stores(self._fields, model).items():
+            names = tuple(each.name for each in self._fields if each.kind == "content" and each.store_name == store)
+            shards_of = partial(shard_of, num_shards=self.snapshots[store].info.num_shards)
+            found.append(Source(names, width, shards_of, is_store=True))
+        for shape in table_shapes(self._fields, model):
+            names = tuple(each.name for each in self._fields if each.is_id and each.table_name == shape.name)
+            found.append(Source(names, shape.width, shape.shards_of, is_store=False))
+        return found
 
     @property
     def _fields(self) -> tuple[Field, ...]:
@@ -267,9 +230,7 @@ def count(batch: Batch, sources: Sequence[Source], ranks: int) -> BatchCounts:
             sent_P += _FLOAT_BYTES * source.width * source.owned_by(ranks, keys_U)
         if source.is_store:
             images_P += source.owned_by(ranks, np.unique(np.concatenate(of_ranks)))
-    return BatchCounts(
-        int(images_P.sum()), int(images_P.max()), asked / ranks, float(sent_P.mean()), float(sent_P.max())
-    )
+    return BatchCounts(int(images_P.sum()), int(images_P.max()), asked / ranks, float(sent_P.max()))
 
 
 def keys_of(batch: Batch, fields: Sequence[str], rank: int, ranks: int) -> Int64Array:
@@ -306,15 +267,12 @@ def open_planner(folder: RunPath, batch_size: int | None, *, link_bytes_per_s: f
             f"a global batch of {config.data.global_batch_size:,} samples is larger than all {index.num_samples:,} "
             f"training samples; give --global-batch-size of at most {index.num_samples}"
         )
-    reader = train_reader(config, index, saved.schema)
-    batch = next(reader.batches())
     return Planner(
         saved=saved,
         snapshots={place.name: saved.trained_on(place) for place in saved.places},
-        batch=batch,
+        batch=next(train_reader(config, index, saved.schema).batches()),
         samples=index.num_samples,
         speed=speed_of(report, link_bytes_per_s=link_bytes_per_s, latency_s=latency_s),
-        decoded=lambda ranks: batch.num_samples / ranks * max(reader.decode_shares(ranks)),
     )
 
 
@@ -327,7 +285,6 @@ def speed_of(report: Mapping[str, Any], *, link_bytes_per_s: float, latency_s: f
     images_s, calls_s = (second * sum(own.get(name, 0.0) for name in names) for names in (_OF_IMAGES, _COLLECTIVES))
     calls_s = calls_s if ranks > 1 else 0.0
     return Speed(
-        read_s=stages.get("read", 0.0) / 1e3 / (samples / ranks),
         image_s=images_s / max(1.0, report["images_per_step"] / ranks),
         sample_s=(second * sum(own.values()) - images_s - calls_s) / (samples / ranks),
         call_s=calls_s / _CALLS,
@@ -363,22 +320,13 @@ def show(plan: TrainingPlan, console: Console) -> None:
     """Print the rows, then the recommendation."""
     print_line(console, plan.title, style="bold")
     table = Table()
-    epoch = f"min an epoch of {plan.samples:,}"
-    for column in (
-        "ranks",
-        "images",
-        "memory of a rank",
-        "sent in a step",
-        "ms a step",
-        "samples/s",
-        epoch,
-        "efficiency",
-    ):
+    for column in ("ranks", "images", "memory of a rank", "sent in a step", "ms a step", "samples/s", "min an epoch"):
         table.add_column(column, justify="right")
+    table.add_column("efficiency", justify="right")
     for row in plan.rows:
         sizes = (decimal(round(each), precision=2) for each in (row.rank_bytes, row.bytes_sent))
         times = (f"{1e3 * row.step_s:,.1f}", f"{row.samples_per_s:,.0f}", f"{row.epoch_s / 60:,.1f}")
         style = "bold" if row.ranks == plan.recommended_ranks else None
-        table.add_row(str(row.ranks), f"{row.counts.images:,}", *sizes, *times, f"{row.efficiency:.0%}", style=style)
+        table.add_row(str(row.ranks), f"{row.images:,}", *sizes, *times, f"{row.efficiency:.0%}", style=style)
     print_table(console, table)
     print_line(console, plan.advice)

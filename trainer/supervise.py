@@ -30,7 +30,7 @@ from featurestore.storage.storage import Storage
 from featurestore.text import count_text, printable
 from trainer.config import Config, load_config
 from trainer.errors import ConfigError
-from trainer.hosts import HostSlots, Link, News, count_slots, environments, reach_of_all, read_hosts
+from trainer.hosts import HostSlots, Link, News, count_slots, environments, parse_hosts, reach_of_all
 from trainer.launch import By, Variables
 from trainer.main import app as train_app
 from trainer.runs.folder import finished
@@ -42,15 +42,14 @@ Examples:
 
     crossmedia supervise --min-np 2 --max-np 8 --hosts a:4,b:4 -- crossmedia train --set run.name=a
 
-    crossmedia supervise --hosts-file hosts.txt --ssh 'ssh -p 2222' -- crossmedia train --set run.name=a
+    crossmedia supervise --hosts a:4,b:4 --ssh 'ssh -p 2222' -- crossmedia train --set run.name=a
 
     crossmedia supervise --max-np 2 -- crossmedia daily data.samples=data/samples
 
 Each start is a generation: all ranks, on the hosts that answer. If a rank dies, fails or hangs (run.deadline_s), or a
 host is lost, the others are ended, and the next generation continues from the newest checkpoint, with as many ranks as
-there are slots. When more hosts answer, the run writes a checkpoint and continues with all of them. All steps, samples
-and losses are those of an undisturbed run. SIGTERM and Ctrl-C end it after a checkpoint, a second one at
-once; the same command continues it.
+there are slots on the hosts that answer then. All steps, samples and losses are those of an undisturbed run. SIGTERM
+and Ctrl-C end it after a checkpoint, a second one at once; the same command continues it.
 Exit codes: 0 done, 1 given up, 2 wrong settings (never started again), 130 stopped.
 """
 app = CommandApp(rich_markup_mode="markdown")
@@ -58,8 +57,6 @@ app = CommandApp(rich_markup_mode="markdown")
 NUMBER = "SUPERVISE_GENERATION"
 DEATH_GRACE_S, FAILURE_GRACE_S, END_GRACE_S = 3.0, 5.0, 60.0
 """How long other ranks may live on after one has died, has failed (others may have more to say), has ended well."""
-_LOOK_S = 1.0
-"""Between two readings of the hosts."""
 _SETTLE_S = 3.0
 """After enough hosts are there, for the others to come too."""
 _KILL_S = 20.0
@@ -101,8 +98,6 @@ class Past:
     step_before: int
     step_after: int
     ends: tuple[RankEnd, ...]
-    asked: bool = False
-    """Whether the supervisor ended it to continue with more hosts."""
 
     @property
     def made_progress(self) -> bool:
@@ -136,9 +131,8 @@ def place(available: Sequence[HostSlots], min_ranks: int, max_ranks: int) -> tup
 
 
 def fruitless(past: Sequence[Past]) -> int:
-    """Count the last generations without progress, but for those that were ended to take more hosts."""
-    last = itertools.takewhile(lambda each: not each.made_progress, reversed(past))
-    return sum(not each.asked for each in last)
+    """Count the last generations, which made no progress."""
+    return sum(1 for _ in itertools.takewhile(lambda each: not each.made_progress, reversed(past)))
 
 
 def exit_code(last: Past, asked_to_stop: bool) -> int | None:
@@ -179,8 +173,6 @@ def _name(number: int) -> str:
 
 def past_text(past: Past) -> str:
     """Explain the end of a generation: the first failure, and the report of another rank, if any."""
-    if past.asked and past.first is None:
-        return "stopped after a checkpoint, to continue with more hosts"
     ends = [past.culprit or past.ends[0]]
     if past.first and past.first is not past.culprit:
         ends.append(past.first)
@@ -189,11 +181,12 @@ def past_text(past: Past) -> str:
     return "; ".join(map(end_text, ends))
 
 
-def start_text(step: int, hosts: Sequence[HostSlots], slots_left: int, slots: int) -> str:
-    """Describe the start of the next generation."""
+def start_text(step: int, hosts: Sequence[HostSlots], slots: int) -> str:
+    """Describe the start of the next generation, on some of all slots."""
     where = ", ".join(f"{each.host}:{each.count}" for each in hosts)
     begin = f"resuming at step {step:,}" if step else "starting at the first step"
-    return f"{slots_left} of {slots} slots left; {begin} on {count_text(count_slots(hosts), 'rank')} ({where})"
+    count = count_slots(hosts)
+    return f"{count} of {slots} slots left; {begin} on {count_text(count, 'rank')} ({where})"
 
 
 class Printer:
@@ -235,9 +228,6 @@ class SuperviseOptions:
     hosts: Annotated[
         str | None, typer.Option(metavar="HOST:SLOTS,...", help="Where ranks may run.", show_default="localhost:MAX_NP")
     ] = None
-    hosts_file: Annotated[
-        Path | None, typer.Option(help="A file with a line HOST:SLOTS for each; it is read again now and then.")
-    ] = None
     min_np: Annotated[int, typer.Option(min=1, help="Fewest ranks; with fewer slots it waits.")] = 1
     max_np: Annotated[int | None, typer.Option(min=1, help="Most ranks.", show_default="all slots")] = None
     by: Annotated[By, typer.Option(help="What the ranks speak to each other by.")] = By.HOROVOD
@@ -249,9 +239,6 @@ class SuperviseOptions:
     backoff_s: Annotated[
         float, typer.Option(min=0, help="Before the first restart without progress; doubled up to 60.")
     ] = 5
-    rejoin_after_s: Annotated[
-        float, typer.Option(min=0, help="From a start to a stop that takes more hosts in, at least.")
-    ] = 300
     wait_for_hosts_s: Annotated[
         float, typer.Option(min=0, help="Give up after so long with fewer than --min-np slots.")
     ] = 600
@@ -263,20 +250,18 @@ class SuperviseOptions:
     ] = 20
 
     def read_hosts(self) -> list[HostSlots]:
-        """Read the hosts, which may have changed. Raises ConfigError."""
-        return read_hosts(self.hosts, self.hosts_file, self.max_np)
+        """Read where ranks may run. Raises ConfigError."""
+        if self.hosts is None and self.max_np is None:
+            raise ConfigError("--hosts a:4,b:4 says where ranks may run, or --max-np how many run on this machine")
+        return parse_hosts(self.hosts or f"localhost:{self.max_np}")
 
     def check(self) -> None:
         """Raise ConfigError where there never can be enough slots."""
         if self.max_np is not None and self.max_np < self.min_np:
             raise ConfigError(f"--max-np {self.max_np} is less than --min-np {self.min_np}")
         slots = count_slots(self.read_hosts())
-        if slots < self.min_np and self.hosts_file is None:
+        if slots < self.min_np:
             raise ConfigError(f"--min-np {self.min_np}: --hosts {self.hosts} has {slots} slots")
-
-    def slots(self, hosts: Sequence[HostSlots]) -> int:
-        """Count the slots of these hosts, at most as many as there may be ranks."""
-        return count_slots(hosts, self.max_np or sys.maxsize)
 
 
 _MAIN, _DAILY = "trainer.main", "trainer.daily"
@@ -456,13 +441,13 @@ class Supervisor:
             if signal.getsignal(number) is signal.SIG_IGN:  # nohup
                 continue
             asyncio.get_running_loop().add_signal_handler(number, self.on_signal)
-        self._wanted = self.options.read_hosts()
-        self._keep_links()
-        looking = asyncio.create_task(self._look_for_hosts())
+        self._hosts_named = self.options.read_hosts()
+        for each in self._hosts_named:
+            link = Link(each.host, shlex.split(self.options.ssh), self.options.lease_s, self._news)
+            self._links[each.host], self._keepers[each.host] = link, asyncio.create_task(link.keep())
         try:
             return await self._generations()
         finally:
-            looking.cancel()
             await self._close_links()
 
     def on_signal(self) -> None:
@@ -486,7 +471,7 @@ class Supervisor:
             self._drain()
             if any(self._links[each.host].hello is None for each in hosts):
                 continue  # lost while the checkpoints were examined
-            self.printer.say(start_text(step, hosts, self.options.slots(self._available()), self._slots()))
+            self.printer.say(start_text(step, hosts, self._most))
             if any(link.hello is None for link in self._links.values()):
                 self.printer.say(f"without {self._troubles()}")
             self.past.append(await self._generation(hosts, step))
@@ -509,27 +494,14 @@ class Supervisor:
     async def _generation(self, hosts: Sequence[HostSlots], step: int) -> Past:
         """Run one generation to its end."""
         links = {each.host: self._links[each.host] for each in hosts}
-        generation, asked = Generation(hosts, links, self._news, self.printer), False
+        generation = Generation(hosts, links, self._news, self.printer)
         with environments(self.options.by, hosts, reach_of_all(list(links.values()))) as variables:
             generation.start(self.command.start(), variables, len(self.past))
             while not generation.is_over:
                 await generation.next_news(1.0)
                 if self.stop.is_set():
                     generation.stop(0 if self.stops_at_once else self.options.stop_grace_s)
-                elif asked or self._may_grow(hosts, generation.started_s):
-                    asked = True
-                    generation.stop(self.options.stop_grace_s)
-        after = await self._newest_step()
-        return Past(step_before=step, step_after=after, ends=tuple(generation.ends), asked=asked)
-
-    def _may_grow(self, hosts: Sequence[HostSlots], started_s: float) -> bool:
-        """Return whether more ranks could run than do, and the last start was long enough ago."""
-        if time.monotonic() - started_s < self.options.rejoin_after_s:
-            return False
-        count, now = count_slots(self._placed() or ()), count_slots(hosts)
-        if count > now:
-            self.printer.say(f"{count} slots are there and {now} in use: a checkpoint, and on with all of them")
-        return count > now
+        return Past(step_before=step, step_after=await self._newest_step(), ends=tuple(generation.ends))
 
     async def _hosts(self) -> tuple[HostSlots, ...] | None:
         """Wait until enough hosts are available; None if a user stopped the wait, or it took too long."""
@@ -537,9 +509,10 @@ class Supervisor:
         while (waited_s := time.monotonic() - start_s) < self.options.wait_for_hosts_s and not self.stop.is_set():
             self._drain()
             is_quiet = not any(link.may_have_ranks for link in self._links.values())
-            if is_quiet and (chosen := self._placed()):
+            available = [each for each in self._hosts_named if self._links[each.host].hello is not None]
+            if is_quiet and (chosen := place(available, self.options.min_np, self._most)):
                 settled_s = min(settled_s, waited_s + _SETTLE_S)
-                if waited_s >= settled_s or count_slots(chosen) == self._slots():
+                if waited_s >= settled_s or count_slots(chosen) == self._most:
                     return chosen
             elif is_quiet and not is_reported and waited_s > _SETTLE_S:
                 is_reported = True
@@ -557,33 +530,14 @@ class Supervisor:
         )
         return FAILED
 
-    def _available(self) -> list[HostSlots]:
-        return [each for each in self._wanted if (link := self._links.get(each.host)) and link.hello is not None]
-
-    def _placed(self) -> tuple[HostSlots, ...] | None:
-        return place(self._available(), self.options.min_np, self.options.max_np or sys.maxsize)
-
-    def _slots(self) -> int:
-        return self.options.slots(self._wanted)
+    @property
+    def _most(self) -> int:
+        """Ranks that there may be."""
+        return min(count_slots(self._hosts_named), self.options.max_np or sys.maxsize)
 
     def _troubles(self) -> str:
         away = [link for link in self._links.values() if link.hello is None]
-        return "; ".join(f"{link.host}: {link.trouble or 'no answer yet'}" for link in away) or "too few are named"
-
-    def _keep_links(self) -> None:
-        for each in self._wanted:
-            if each.host not in self._links:
-                link = Link(each.host, shlex.split(self.options.ssh), self.options.lease_s, self._news)
-                self._links[each.host] = link
-                self._keepers[each.host] = asyncio.create_task(link.keep())
-
-    async def _look_for_hosts(self) -> None:
-        """Read the hosts again and again; where that fails once, those known before remain."""
-        while True:
-            await asyncio.sleep(_LOOK_S)
-            with contextlib.suppress(UserError):
-                self._wanted = await asyncio.to_thread(self.options.read_hosts)
-                self._keep_links()
+        return "; ".join(f"{link.host}: {link.trouble or 'no answer yet'}" for link in away)
 
     async def _close_links(self) -> None:
         for keeper in self._keepers.values():
@@ -638,7 +592,6 @@ class Generation:
         self._last: dict[int, str] = {}  # of each rank's stderr: its last error, else its last line
         self._grace_s = self._kill_at = float("inf")
         self.ends: list[RankEnd] = []
-        self.started_s = time.monotonic()
 
     def start(self, command: Sequence[str], environments: Sequence[Variables], number: int) -> None:
         """Let the agents start the ranks, which find the `number` of the generation in their environment."""

@@ -172,7 +172,7 @@ def _end(trials: Sequence[Trial]) -> None:
 
 
 def best_settings(trial: Trial, epochs: int) -> dict[str, dict[str, Any]]:
-    """Return what was tried and what differs from the preset, by section and without `run`, to train on all days."""
+    """Return what was tried and what differs from the defaults, by section and without `run`, to train on all days."""
     chosen = trial.chosen.changed(data={"validation_days": 0}, train={"epochs": epochs}).model_dump(mode="json")
     names = [
         "train.epochs",

@@ -29,6 +29,7 @@ from trainer.loop.training import StopSignals, Training, total_steps
 from trainer.runs.open import claim_folder, open_run
 from trainer.samples.index import open_index
 from trainer.schema import load_schema
+from trainer.schema.fields import IDS_LR_ALONE
 
 Side = Literal["ours", "fuxictr"]
 Epoch = Mapping[str, Any]
@@ -133,7 +134,7 @@ def ours_settings(spec: Spec) -> dict[str, Any]:
         **{f"data.{name}": f"[{','.join(value)}]" for name, value in days.items() if value is not None},
         **{f"model.tables.{field.table_name}": EXACT_TABLE for field in schema.of_kind("id", "multi_id")},
     }
-    settings |= {"data.store": spec.store} if spec.store else {}
+    settings |= {"data.store": spec.store} if spec.store else {"optim.ids_lr": IDS_LR_ALONE}
     settings |= {"data.schema_file": spec.schema} if spec.schema else {}
     return settings | dict(spec.settings)
 

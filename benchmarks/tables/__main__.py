@@ -40,7 +40,7 @@ def main(
     seeds: Annotated[
         int, typer.Option(min=1, max=10_000, help="Runs of each variant; 5 show a difference of one deviation.")
     ] = 5,
-    config_file: Annotated[Path | None, typer.Option("--config", help="YAML file over the default preset.")] = None,
+    config_file: Annotated[Path | None, typer.Option("--config", help="YAML file over the defaults.")] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="One setting of all runs.")
     ] = None,

@@ -30,7 +30,8 @@ from featurestore.errors import FeatureStoreError, StorageError
 from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
 from featurestore.text import one_line
-from serving.bundle.log import known_versions, list_versions, newest_vectors, read_version
+from serving.bundle.files import newest_vectors
+from serving.bundle.log import known_versions, list_versions, read_version
 
 _PER_PAGE = 50
 _MOST_COLUMNS = 4
@@ -287,7 +288,7 @@ class ModelPages(PageKind):
             title="Model",
             url_of_model=storage.url,
             in_use=in_use,
-            vectors=list(newest_vectors(storage, in_use)),
+            vectors=newest_vectors(storage, in_use),
             versions=list_versions(storage, _MOST_VERSIONS),
             num_versions=len(known_versions(storage)),
             newest_of=_newest_of,

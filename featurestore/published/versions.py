@@ -187,7 +187,7 @@ def publish(
     def version_of(number: int) -> PublishedVersion:
         return PublishedVersion(version=number, publication=nonce, writer=writer, time_s=now_s, files=named)
 
-    return append_numbered(storage, VERSIONS, version_of, after)
+    return append_numbered(storage, VERSIONS, version_of, after, names_files=True)
 
 
 def expire(storage: Storage, keep_s: float, files_at_once: bool = False) -> list[str]:
@@ -251,12 +251,18 @@ SealedT = TypeVar("SealedT", bound=spec.Sealed)
 
 
 def append_numbered(
-    storage: Storage, folder: str, model_of: Callable[[int], SealedT], after: int | None = None
+    storage: Storage,
+    folder: str,
+    model_of: Callable[[int], SealedT],
+    after: int | None = None,
+    *,
+    names_files: bool = False,
 ) -> SealedT:
     """Create the next file of a folder; where another writer was first, the one after it.
 
     `model_of` makes what the file of a number holds, which must be like no other's. `after`: the number that was the
-    highest when the caller looked, 0 for none; where it is another by now, nothing is written. Raises
+    highest when the caller looked, 0 for none; where it is another by now, nothing is written. `names_files`: nor is it
+    where an expiry has removed the number meanwhile: it may have been this one's, and its files are going. Raises
     CommitConflictError then, and after hundreds of lost races; StorageError: it may have been created or not.
     """
     for _ in range(_MAX_ATTEMPTS):
@@ -272,6 +278,11 @@ def append_numbered(
             if not _is_late(storage, folder, path):
                 return mine
             storage.delete(path)
+            if names_files:
+                raise CommitConflictError(
+                    f"{storage.full(path)} had been removed as this process was away, perhaps with its files; run it"
+                    " again"
+                )
     raise CommitConflictError(f"other writers were first {_MAX_ATTEMPTS} times in a row at {storage.url}: run it again")
 
 

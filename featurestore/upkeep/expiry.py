@@ -107,7 +107,7 @@ class _Expiry:
 
     def run(self, progress: Progress | None) -> ExpireReport:
         """Move manifests aside, and delete files."""
-        made_s = _versions_and_times(self.storage.entries(log.LOG, recursive=False))
+        made_s = log.versions_and_times(self.storage.entries(log.LOG, recursive=False))
         pinned = referenced_versions(self.storage)
         wanted = kept_versions(made_s, self.now_s, self.keep_last, self.keep_s, pinned)
         leaving = [version for version, _ in made_s if version not in wanted]
@@ -194,7 +194,7 @@ class _Expiry:
         """List versions in expired/ that readers may have open, and those that a dry run would move there."""
         # Twice: POSIX lets a listing miss a file that another expiry puts in the place of its like at that moment.
         listings = [self.storage.entries(log.EXPIRED, recursive=False) for _ in range(2)]
-        copies = [copy for listing in listings for copy in _versions_and_times(listing)]
+        copies = [copy for listing in listings for copy in log.versions_and_times(listing)]
         young = {version for version, made_s in copies if self.now_s - made_s <= self.grace_s}
         return sorted((young | set(leaving)) - set(kept))
 
@@ -264,15 +264,9 @@ class _Expiry:
         # No run takes longer than half the grace: a copy that is older than that is nobody's.
         return [
             log.manifest_path(version, log.EXPIRED)
-            for version, made_s in _versions_and_times(self.storage.entries(log.EXPIRED, recursive=False))
+            for version, made_s in log.versions_and_times(self.storage.entries(log.EXPIRED, recursive=False))
             if self.now_s - made_s > (self.grace_s / 2 if version in still_there else self.grace_s)
         ]
-
-
-def _versions_and_times(entries: Iterable[StorageEntry]) -> list[tuple[int, float]]:
-    """Return versions and times of the manifests among files, ascending."""
-    found = ((log.version_of(entry.path.rsplit("/", 1)[-1]), entry.mtime_s) for entry in entries)
-    return sorted((version, made_s) for version, made_s in found if version is not None)
 
 
 def _is_manifest(path: str) -> bool:

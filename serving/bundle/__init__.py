@@ -2,8 +2,6 @@
 
 MODELS = "data/models/ctr"
 """Default address of a published model."""
-EPS = 1e-3
-"""Vectors that moved by less are not published."""
 SAMPLE_GROUPS = 64
 """Groups of test samples in a bundle."""
 KEEP_LAST, KEEP_DAYS, GRACE_DAYS = 5, 30.0, 1.0

@@ -8,7 +8,6 @@ even if rows in memory lag behind (`trainer.ids.optimizers`). Letters of shapes:
 """
 
 import json
-import shutil
 import tempfile
 import time
 import uuid
@@ -25,23 +24,21 @@ from numpy.typing import NDArray
 from safetensors.torch import save
 from torch import Tensor
 
-from featurestore.errors import StorageError, StoreNotFoundError
+from featurestore.errors import StorageError
 from featurestore.keys import UInt64Array, splitmix64
 from featurestore.log import writer_name
 from featurestore.published.paths import RunPath
-from featurestore.published.versions import VersionName, append_numbered
+from featurestore.published.versions import VersionName
 from featurestore.storage.safety import refuse_unsafe
 from featurestore.storage.storage import Progress, Storage
-from featurestore.store import FeatureStore
 from featurestore.text import one_line
 from serving.bundle import SAMPLE_GROUPS, log
-from serving.bundle.files import WrittenFiles
+from serving.bundle.files import WrittenFiles, find_damage, open_vectors
 from serving.bundle.images import export_vectors
 from serving.bundle.log import remove_leftovers
 from serving.bundle.manifest import (
     BUNDLES,
     IMAGES,
-    LOG,
     MODEL,
     SAMPLE,
     SCHEMA,
@@ -69,8 +66,6 @@ from trainer.runs.folder import report_of
 from trainer.runs.saved import SavedRun, finite, open_test, read_run
 from trainer.samples.columns import rules_of, source_columns
 from trainer.samples.index import read_row_group
-
-_COPY_BYTES = 8 << 20
 
 WriteNetwork = Callable[[SavedRun, WrittenFiles], None]
 
@@ -144,7 +139,7 @@ def export_model(
         files=tuple(files.files),
     )
     num_images = _count_images(storage, draft)
-    published = append_numbered(storage, LOG, lambda version: draft.model_copy(update={"version": version}))
+    published = log.publish(storage, draft)
     if options.use:
         log.use(storage, published.version)
     if report_of(saved.folder) is None:
@@ -162,8 +157,7 @@ def write_network(saved: SavedRun, files: WrittenFiles, *, compiled: bool = Fals
     load_part(model, read_dense(saved.checkpoint, saved.state, saved.config.data.cache_dir, "model."))
     with tempfile.TemporaryDirectory(prefix="export-") as folder:
         for path in export_network(model.float().eval(), saved.config.model, Path(folder), compiled=compiled):
-            with files.output(path.name) as output, path.open("rb") as written:
-                shutil.copyfileobj(written, output, _COPY_BYTES)
+            files.write(path.name, path.read_bytes())
 
 
 def _clean(storage: Storage) -> list[str]:
@@ -208,13 +202,9 @@ def _metrics(saved: SavedRun) -> dict[str, Any]:
 
 def _count_images(storage: Storage, draft: BundleManifest) -> dict[str, int]:
     """Count the images of each vectors store. Raises BrokenBundleError if a file was removed after it was written."""
-    try:
-        for file in draft.files:
-            storage.size(f"{draft.folder}/{file.name}")
-        stores = {of.store: FeatureStore.open(storage.full(f"{draft.folder}/{of.folder}")) for of in draft.vectors}
-        return {name: store.snapshot().num_rows for name, store in stores.items()}
-    except (FileNotFoundError, StoreNotFoundError) as error:
-        raise BrokenBundleError(f"{storage.full(draft.folder)} was removed while it was written: {error}") from error
+    if damage := find_damage(storage, draft):
+        raise BrokenBundleError(f"{storage.full(draft.folder)} was removed while it was written: {damage[0]}")
+    return {of.store: open_vectors(storage, draft, of).snapshot.num_rows for of in draft.vectors}
 
 
 class ShardRows(NamedTuple):
@@ -317,7 +307,6 @@ def _write_table(
         kind="exact" if is_exact else "direct" if shape.direct else "hashed",
         width=shape.width,
         num_shards=shape.num_shards,
-        rows_per_shard=0 if is_exact else shape.rows_per_shard,
         num_rows=num_rows,
         first_row=first_row,
         hashes=name,

@@ -1,21 +1,20 @@
-"""Files of a version: written with their digests and read back; verified when they are opened, or on request."""
+"""Files of a version: written with their digests and read back; verified when they are opened."""
 
 import contextlib
-import hashlib
 import os
 import shutil
 import time
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from featurestore.errors import CorruptFileError, FeatureStoreError, StorageError
+from featurestore.errors import CorruptFileError, FeatureStoreError, SnapshotNotFoundError, StorageError
 from featurestore.format.shard import HashedOutput, check_digest
 from featurestore.lookup.cache import default_cache_dir
-from featurestore.spec import FileEntry, is_random_id
-from featurestore.storage.local import claim, open_private
-from featurestore.storage.storage import Progress, Storage
+from featurestore.snapshot import Snapshot
+from featurestore.spec import FileEntry, SourceSnapshot, is_random_id
+from featurestore.storage.local import claim
+from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
 from serving.bundle.manifest import BundleFile, BundleManifest, VectorsOf
 from serving.errors import BrokenBundleError
@@ -70,12 +69,12 @@ def check_file(storage: Storage, path: str, file: BundleFile | FileEntry, verify
 class LocalFiles:
     """The files of a version on this machine's disk: the originals, or local copies from an object store.
 
-    Before a file is opened, its size and digest are compared with the manifest; without `verify` only its size. Copies
-    are private to this user, as compiled networks are programs; those of versions not opened for 30 days are removed.
+    Before a file is opened, its size and digest are compared with the manifest. Copies are in a folder that this user
+    alone may open, as compiled networks are programs; those of versions not opened for 30 days are removed.
     """
 
-    def __init__(self, storage: Storage, manifest: BundleManifest, cache_dir: Path | None, verify: bool) -> None:
-        self._storage, self._manifest, self._verify = storage, manifest, verify
+    def __init__(self, storage: Storage, manifest: BundleManifest, cache_dir: Path | None) -> None:
+        self._storage, self._manifest = storage, manifest
         if storage.is_local:
             self._folder = Path(storage.url, manifest.folder)
         else:
@@ -95,9 +94,9 @@ class LocalFiles:
             )
         place = self._folder / name
         if self._storage.is_local:
-            check_file(self._storage, f"{self._manifest.folder}/{name}", file, self._verify)
+            check_file(self._storage, f"{self._manifest.folder}/{name}", file, verify=True)
         elif not self._is_there(file, place):
-            self._fetch(file, place)
+            self._fetch(file)
         return place
 
     def _is_there(self, file: BundleFile, place: Path) -> bool:
@@ -105,35 +104,24 @@ class LocalFiles:
         try:
             if place.stat().st_size != file.bytes:
                 return False
-            if self._verify:
-                check_digest(Storage(place.parent), place.name, file.bytes, "sha256", file.sha256)
+            check_digest(Storage(place.parent), place.name, file.bytes, "sha256", file.sha256)
         except (OSError, CorruptFileError):
             return False
         return True
 
-    def _fetch(self, file: BundleFile, place: Path) -> None:
+    def _fetch(self, file: BundleFile) -> None:
         """Copy a file from the object store; it gets its final name after its digest was checked."""
-        source, digest = f"{self._manifest.folder}/{file.name}", hashlib.sha256()
-        temporary = place.with_name(f".tmp-{uuid.uuid4().hex}")
+        source = f"{self._manifest.folder}/{file.name}"
         try:
-            with (
-                self._storage.open_input(source) as reader,
-                open(temporary, "xb", opener=open_private) as writer,
-            ):
-                while chunk := reader.read(_CHUNK_BYTES):
-                    digest.update(chunk)
-                    writer.write(chunk)
-            if digest.hexdigest() != file.sha256:
-                raise BrokenBundleError(
-                    f"{self._storage.full(source)} is damaged: its sha256 is not the one in the manifest"
-                )
-            temporary.replace(place)
+            with self._storage.open_input(source) as reader, Storage(self._folder).open_output(file.name) as writer:
+                copied = HashedOutput(writer)
+                shutil.copyfileobj(reader, copied, _CHUNK_BYTES)
+                if copied.sha256.hexdigest() != file.sha256:
+                    raise BrokenBundleError(
+                        f"{self._storage.full(source)} is damaged: its sha256 is not the one in the manifest"
+                    )
         except FileNotFoundError as error:
             raise BrokenBundleError(f"{self._storage.full(source)} is missing") from error
-        except OSError as error:
-            raise StorageError(f"cannot copy {self._storage.full(source)} to {place.parent}: {error}") from error
-        finally:
-            temporary.unlink(missing_ok=True)
 
 
 def _prune(cache: Path) -> None:
@@ -144,45 +132,63 @@ def _prune(cache: Path) -> None:
                 shutil.rmtree(folder)
 
 
-def find_damage(
-    storage: Storage, manifest: BundleManifest, *, digests: bool = False, progress: Progress | None = None
-) -> list[str]:
-    """List the damaged or missing files of a version, one line each.
+class Vectors(NamedTuple):
+    """The vectors of a feature store's images in a version."""
 
-    Checks the size of each file, also of those of the newest snapshots of its vectors. With `digests` reads all files
-    and compares their content as well. Raises StorageError."""
-    found: list[str] = []
-    parts: list[BundleFile | VectorsOf] = [*manifest.files, *manifest.vectors]
-    for number, part in enumerate(parts, start=1):
-        if isinstance(part, BundleFile):
-            found += _problem(storage, f"{manifest.folder}/{part.name}", part, digests)
-        else:
-            found += _of_vectors(storage.full(f"{manifest.folder}/{part.folder}"), part, digests)
-        if progress is not None:
-            progress(number, len(parts))
+    snapshot: Snapshot
+    source: SourceSnapshot
+    """The snapshot of features that they are computed from."""
+
+
+def open_vectors(storage: Storage, manifest: BundleManifest, of: VectorsOf, version: int | None = None) -> Vectors:
+    """Open a snapshot of a vectors store, by default the newest.
+
+    Raises BrokenBundleError if the store is damaged, missing or another one; SnapshotNotFoundError, StorageError.
+    """
+    url = storage.full(f"{manifest.folder}/{of.folder}")
+    try:
+        store = FeatureStore.open(url)
+        snapshot = store.snapshot(version)
+    except (StorageError, SnapshotNotFoundError):
+        raise
+    except FeatureStoreError as error:
+        raise BrokenBundleError(str(error)) from error
+    if store.info.store_id != of.store_id:
+        raise BrokenBundleError(f"{url} is not the vectors store that was exported, but one made later")
+    if snapshot.manifest.mirrors is None:
+        raise BrokenBundleError(f"{url} has no snapshot: the files of its log are missing")
+    return Vectors(snapshot, snapshot.manifest.mirrors)
+
+
+def newest_vectors(storage: Storage, manifest: BundleManifest) -> dict[str, Vectors | None]:
+    """Open a version's newest vectors by the name of their feature store; None if they are damaged.
+
+    Raises StorageError.
+    """
+    found: dict[str, Vectors | None] = {}
+    for of in manifest.vectors:
+        found[of.store] = None
+        with contextlib.suppress(BrokenBundleError):
+            found[of.store] = open_vectors(storage, manifest, of)
     return found
 
 
-def _problem(storage: Storage, path: str, file: BundleFile | FileEntry, digests: bool) -> list[str]:
-    try:
-        check_file(storage, path, file, digests)
-    except BrokenBundleError as error:
-        return [str(error)]
-    return []
+def find_damage(storage: Storage, manifest: BundleManifest) -> list[str]:
+    """List the missing files of a version and those of another size, one line each.
 
-
-def _of_vectors(url: str, of: VectorsOf, digests: bool) -> Iterator[str]:
-    try:
-        store = FeatureStore.open(url)
-        snapshot = store.snapshot()
-    except StorageError:
-        raise
-    except FeatureStoreError as error:
-        yield str(error)
-        return
-    if store.info.store_id != of.store_id:
-        yield f"{url} is not the vectors store that was exported, but one made later"
-    if snapshot.version == 0:
-        yield f"{url} has no snapshot: the files of its log are missing"
-    for entry in snapshot.manifest.entries:
-        yield from _problem(store.storage, entry.path, entry, digests)
+    Looks also at those of the newest snapshots of its vectors. Raises StorageError."""
+    found: list[str] = []
+    files: list[tuple[Storage, str, BundleFile | FileEntry]]
+    files = [(storage, f"{manifest.folder}/{file.name}", file) for file in manifest.files]
+    for of in manifest.vectors:
+        try:
+            snapshot, _ = open_vectors(storage, manifest, of)
+            files += [(snapshot.storage, entry.path, entry) for entry in snapshot.manifest.entries]
+        except BrokenBundleError as error:
+            found.append(str(error))
+    for place, path, file in files:
+        try:
+            check_file(place, path, file, verify=False)
+        except BrokenBundleError as error:
+            found.append(str(error))
+    return found

@@ -16,7 +16,6 @@ from urllib.parse import quote
 
 import numpy as np
 import pyarrow as pa
-import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -24,18 +23,16 @@ from torch import Tensor
 
 from featurestore.errors import CommitConflictError, SnapshotNotFoundError, SpecMismatchError
 from featurestore.format import datafile
-from featurestore.format.datafile import DELETED, FEATURE, KEY, URI
+from featurestore.format.datafile import FEATURE, KEY, URI
 from featurestore.format.rows import FeatureRows
-from featurestore.format.shard import ShardReader, newest_rows, take_rows
+from featurestore.format.shard import ShardReader
 from featurestore.keys import Int64Array
 from featurestore.lookup.embedding import EmbeddingModel
-from featurestore.lookup.ondevice import as_tensor
 from featurestore.published.versions import VersionName
 from featurestore.snapshot import Snapshot, SnapshotId
 from featurestore.spec import ExtractorSpec, FileEntry, StoreInfo
 from featurestore.storage.storage import Progress
 from featurestore.store import FeatureStore
-from serving.bundle import EPS
 from serving.bundle.manifest import IMAGES, VECTORS, Missing, VectorsOf
 from serving.bundle.open import ModelVersion
 from serving.bundle.rows import Float32
@@ -43,61 +40,39 @@ from serving.errors import BrokenBundleError, ServingError
 from trainer.config import ModelConfig
 from trainer.engine.wiring import image_model, widths_of_stores
 from trainer.models.layers import used_fields
-from trainer.runs.export import load_part
+from trainer.runs.export import BATCH_ROWS, load_part, visual_vectors
 from trainer.runs.open import StorePlace
-from trainer.runs.saved import SavedRun, finite
+from trainer.runs.saved import SavedRun
 from trainer.schema import Field
 
-# E takes .3 to .6 of the time an image that it takes in the store's blocks of 256.
-BATCH_ROWS = 4096
+ROUNDING = 1e-6
+"""By how much a vector may differ that E computes again: the order of its sums depends on the images beside it."""
 _NO_KEYS = np.empty(0, np.int64)
 _SHARD_BYTES = 32 << 20
 """Most bytes of vectors in a shard. Shards are few, as a publish writes a file for each shard that it changes."""
 
 
-@dataclass(frozen=True)
-class StoreNetwork:
-    """The E of one feature store, and the vector for images without a feature."""
-
-    model: EmbeddingModel
-    no_image_V: Float32
-
-    @classmethod
-    def of(
-        cls,
-        state: Mapping[str, Tensor],
-        store: str,
-        snapshot: Snapshot,
-        fields: Sequence[Field],
-        config: ModelConfig,
-        missing: Missing,
-    ) -> "StoreNetwork":
-        """Build the E of the store that is named `store` in the schema, for features like the snapshot's.
-
-        `state`: the part `stores.` of a checkpoint. Raises CheckpointError if it belongs to another model."""
-        width = widths_of_stores(tuple(fields), config)[store]
-        model = image_model(snapshot.info.dim, width, config)
-        load_part(model, _below(state, f"{store}.model."))
-        model.eval()
-        learned = state.get(f"{store}.no_image") if missing == "learned" else None
-        return cls(model, np.zeros(width, np.float32) if learned is None else learned.float().numpy())
-
-    def rows(self, features_KD: NDArray[np.generic]) -> Float32:
-        """Compute the rows (K, V) of stored features. Raises TrainerError if numbers are not finite."""
-        with torch.inference_mode():
-            return finite(self.model(as_tensor(features_KD)).float().numpy())
-
-
-def network_for(version: ModelVersion, of: VectorsOf) -> Callable[[Snapshot], StoreNetwork]:
+def network_for(version: ModelVersion, of: VectorsOf) -> Callable[[Snapshot], EmbeddingModel]:
     """Read the E of a feature store from a bundle.
 
     Returns a function that builds it for the features of a snapshot. Raises BrokenBundleError."""
-    path, missing = version.files.path(IMAGES), version.manifest.missing
+    path = version.files.path(IMAGES)
     try:
         state = load_file(path)
     except (OSError, SafetensorError) as error:
         raise BrokenBundleError(f"{path} is damaged: {error}") from error
-    return lambda snapshot: StoreNetwork.of(state, of.store, snapshot, version.fields, version.model, missing)
+    return lambda snapshot: _network(state, of.store, snapshot, version.fields, version.model)
+
+
+def _network(
+    state: Mapping[str, Tensor], store: str, snapshot: Snapshot, fields: Sequence[Field], config: ModelConfig
+) -> EmbeddingModel:
+    """Build the E of the store that is named `store` in the schema, for features like the snapshot's.
+
+    `state`: the part `stores.` of a checkpoint. Raises CheckpointError if it belongs to another model."""
+    model = image_model(snapshot.info.dim, widths_of_stores(tuple(fields), config)[store], config)
+    load_part(model, _below(state, f"{store}.model."))
+    return model.eval()
 
 
 def export_vectors(
@@ -114,11 +89,13 @@ def export_vectors(
     The snapshot is `version`, by default the newest. `state`: the part `stores.` of the checkpoint. To `publish`, all
     images are new. Raises CheckpointError, AnotherStoreError, TrainerError, FeatureStoreError."""
     snapshot, model = saved.snapshot(place, version), saved.config.model
-    network = StoreNetwork.of(state, place.name, snapshot, used_fields(saved.schema, model), model, missing)
+    network = _network(state, place.name, snapshot, used_fields(saved.schema, model), model)
+    learned = state.get(f"{place.name}.no_image") if missing == "learned" else None
+    no_image_V = np.zeros(network.out, np.float32) if learned is None else learned.float().numpy()
     info = StoreInfo(
-        num_shards=_num_shards(snapshot.num_rows * 4 * network.model.out, snapshot.info.num_shards),
+        num_shards=_num_shards(snapshot.num_rows * 4 * network.out, snapshot.info.num_shards),
         name="visual vectors",
-        dim=network.model.out,
+        dim=network.out,
         dtype="float32",
         extractor=ExtractorSpec(
             backbone=f"E of {saved.folder.name}, {saved.checkpoint.name}",
@@ -136,10 +113,10 @@ def export_vectors(
         source=source,
         features=snapshot.info.digest,
         store_id=store.info.store_id,
-        no_image=tuple(network.no_image_V.tolist()),
+        no_image=tuple(no_image_V.tolist()),
     )
     here, number = snapshot.storage.url, snapshot.version
-    publish(store, of, lambda _: network, source_url=here, source_version=number, eps=0, progress=progress)
+    publish(store, of, lambda _: network, source_url=here, source_version=number, progress=progress)
     return of
 
 
@@ -172,43 +149,24 @@ class ChangedImages:
     def of_shard(self, shard: int) -> tuple[Iterator[ImageRows], NDArray[np.int64]]:
         """Return the images of a shard that are new or may have changed, and the keys of those that may be gone.
 
-        If files were only appended, reads only these, all in memory together."""
-        new = self.newest.manifest.files(shard)
-        old = self.mirrored.manifest.files(shard) if self.mirrored else ()
-        num_same = sum(1 for _ in takewhile(lambda pair: pair[0].path == pair[1].path, zip(old, new, strict=False)))
-        added, replaced = new[num_same:], old[num_same:]
-        if not added and not replaced:
-            return iter(()), _NO_KEYS
+        Reads the features of images alone that a file names which only one of the snapshots has."""
+        reader = self.newest.shard_reader(shard)
         if self.mirrored is None:
-            return map(self._rows, self.newest.shard_reader(shard).live_tables([KEY, URI, FEATURE])), _NO_KEYS
-        if not replaced:
-            return self._appended(added)
-        live = self.newest.shard_reader(shard).keys()
-        changed = ShardReader(self.newest.storage, self.newest.info, shard, [*added, *replaced])
-        touched = np.unique(changed.all_keys())
-        return self._blocks(shard, touched), np.setdiff1d(touched, live)
+            return map(self._rows, reader.live_tables([KEY, URI, FEATURE])), _NO_KEYS
+        new, old = self.newest.manifest.files(shard), self.mirrored.manifest.files(shard)
+        num_same = sum(1 for _ in takewhile(lambda pair: pair[0].path == pair[1].path, zip(old, new, strict=False)))
+        differing = [*new[num_same:], *old[num_same:]]
+        if not differing:
+            return iter(()), _NO_KEYS
+        touched = np.unique(ShardReader(self.newest.storage, self.newest.info, shard, differing).all_keys())
+        return self._among(reader, touched), np.setdiff1d(touched, reader.keys())
 
     def _rows(self, table: pa.Table) -> ImageRows:
         features_KD = datafile.matrix_of(table, self.newest.info)
         return ImageRows(datafile.numpy_column(table, KEY), datafile.text_column(table, URI), features_KD)
 
-    def _appended(self, added: Sequence[FileEntry]) -> tuple[Iterator[ImageRows], NDArray[np.int64]]:
-        """Read each new file once: the last row of a key counts, and may be a tombstone."""
-        tables = []
-        for entry in added:
-            with datafile.open_entry(self.newest.storage, self.newest.info, entry) as file:
-                tables.append(file.read([KEY, URI, DELETED, FEATURE]))
-        table, gone = tables[0], _NO_KEYS
-        if len(added) > 1 or added[0].num_deleted:
-            table = pa.concat_tables(tables)
-            table = take_rows(table, newest_rows(datafile.numpy_column(table, KEY)))
-            is_gone_K = datafile.numpy_column(table, DELETED)
-            gone, table = datafile.numpy_column(table, KEY)[is_gone_K], table.filter(pa.array(~is_gone_K))
-        return iter([self._rows(table)]), gone
-
-    def _blocks(self, shard: int, touched: NDArray[np.int64]) -> Iterator[ImageRows]:
+    def _among(self, reader: ShardReader, touched: NDArray[np.int64]) -> Iterator[ImageRows]:
         """Read the live rows among some keys of a shard, a few thousand at a time."""
-        reader = self.newest.shard_reader(shard)
         if not reader.entries:
             return
         names = reader.read([KEY, URI])
@@ -247,7 +205,7 @@ class PublishReport:
     changed: int = 0
     removed: int = 0
     stayed: int = 0
-    """Images examined whose vectors moved by less than eps."""
+    """Images examined whose vectors are the same, but for rounding."""
     num_bytes: int = 0
     """Bytes of the files written."""
     most_files: int = 0
@@ -257,20 +215,19 @@ class PublishReport:
 def publish(
     vectors: FeatureStore,
     of: VectorsOf,
-    network_for: Callable[[Snapshot], StoreNetwork],
+    network_for: Callable[[Snapshot], EmbeddingModel],
     *,
     source_url: str | None = None,
     source_version: VersionName | None = None,
-    eps: float = EPS,
     progress: Progress | None = None,
 ) -> PublishReport:
     """Update a vectors store to the newest snapshot of its features, or to `source_version`.
 
-    `source_url`: where the features are now. A vector is kept if none of its numbers moved by `eps` or more; with
-    eps=0, if it is identical. Concurrent publishes do not overwrite each other.
-    Cost: reads the files of features added since, and the vectors of the shards that they change; reads all features if
-    the previous snapshot is unknown or expired. Raises AnotherStoreError, SpecMismatchError, TrainerError or
-    FeatureStoreError without publishing anything.
+    `source_url`: where the features are now. A vector is kept if none of its numbers moved by more than `ROUNDING`.
+    Concurrent publishes do not overwrite each other.
+    Cost: reads the features of images in files added since, keys and uris of their shards, and the vectors of the
+    shards that they change; reads all features if the previous snapshot is unknown or expired. Raises
+    AnotherStoreError, SpecMismatchError, TrainerError or FeatureStoreError without publishing anything.
     """
     for _ in range(_MAX_ATTEMPTS):
         now = vectors.snapshot()
@@ -288,7 +245,7 @@ def publish(
         )
         if mirrored is not None and mirrored.version == newest.version:
             return report
-        delta = _Delta(vectors, now, network_for(newest), ChangedImages(mirrored, newest), eps, progress)
+        delta = _Delta(vectors, now, network_for(newest), ChangedImages(mirrored, newest), progress)
         for shard in range(now.info.num_shards):
             delta.add(shard)
         try:
@@ -316,9 +273,8 @@ class _Delta:
 
     _vectors: FeatureStore
     _now: Snapshot
-    _network: StoreNetwork
+    _network: EmbeddingModel
     _changes: ChangedImages
-    _eps: float
     _progress: Progress | None
     entries: dict[int, FileEntry] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
@@ -332,7 +288,7 @@ class _Delta:
         known = reader.keys()
         old_KV, is_known_K = reader.features(keys_K)
         distance_K = np.abs(new_KV - old_KV).max(axis=1, initial=0)
-        is_far_K = distance_K >= self._eps if self._eps else distance_K > 0
+        is_far_K = distance_K > ROUNDING
         place_M = np.flatnonzero(~is_known_K | is_far_K)
         gone = known[~np.isin(known, keys_K)] if gone is None else gone[reader.contains(gone)]
         self.counts["added"] += int((~is_known_K).sum())
@@ -344,7 +300,7 @@ class _Delta:
         keys_M = keys_K[place_M]
         rows = FeatureRows.of(
             [*self._uris(reader, keys_M, [uris[place] for place in place_M]), *[""] * len(gone)],
-            np.concatenate([new_KV[place_M], np.zeros((len(gone), self._network.model.out), np.float32)]),
+            np.concatenate([new_KV[place_M], np.zeros((len(gone), self._network.out), np.float32)]),
             keys=np.concatenate([keys_M, gone]),
         )
         self.entries |= self._vectors.write(replace(rows, deleted_N=np.arange(len(rows)) >= len(keys_M)))
@@ -354,7 +310,7 @@ class _Delta:
         If the last is None, all images that are not among the first are gone. E runs on some thousand images at a
         time."""
         per_shard = self._changes.newest.info.num_shards // self._now.info.num_shards
-        keys, rows = [np.empty(0, np.int64)], [np.empty((0, self._network.model.out), np.float32)]
+        keys, rows = [np.empty(0, np.int64)], [np.empty((0, self._network.out), np.float32)]
         uris: list[str] = []
         gone: list[Int64Array] = [np.empty(0, np.int64)]
         waiting: list[NDArray[Any]] = []
@@ -366,12 +322,12 @@ class _Delta:
                 uris += block.uris
                 waiting.append(block.features_KD)
                 if sum(map(len, waiting)) >= BATCH_ROWS:
-                    rows.append(self._network.rows(np.concatenate(waiting)))
+                    rows.append(visual_vectors(self._network, np.concatenate(waiting)))
                     waiting = []
             if self._progress is not None:
                 self._progress(number + 1, self._changes.newest.info.num_shards)
         if waiting:
-            rows.append(self._network.rows(np.concatenate(waiting)))
+            rows.append(visual_vectors(self._network, np.concatenate(waiting)))
         all_gone = np.concatenate(gone) if self._changes.mirrored else None
         return np.concatenate(keys), uris, np.concatenate(rows), all_gone
 

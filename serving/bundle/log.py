@@ -11,14 +11,15 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from featurestore.errors import CorruptFileError, FeatureStoreError, StorageError
-from featurestore.log import manifest_path, version_of, versions, writer_name
+from featurestore.errors import CorruptFileError
+from featurestore.log import manifest_path, versions, versions_and_times, writer_name
 from featurestore.published.versions import SealedT, append_numbered
 from featurestore.spec import is_random_id, read_sealed
 from featurestore.storage.local import StorageEntry
 from featurestore.storage.storage import Storage
-from featurestore.store import INFO_PATH, FeatureStore
+from featurestore.store import INFO_PATH
 from serving.bundle import GRACE_DAYS, KEEP_DAYS, KEEP_LAST, MODELS
+from serving.bundle.files import open_vectors
 from serving.bundle.manifest import BUNDLES, LEAVING, LOG, USE, BundleManifest, Choice
 from serving.errors import BrokenBundleError, BundleNotFoundError
 
@@ -50,6 +51,11 @@ def use(storage: Storage, version: int) -> Choice:
             f"version {version} of {storage.url} is being removed by an expiry, or was at this moment; choose another"
         )
     return choice
+
+
+def publish(storage: Storage, draft: BundleManifest) -> BundleManifest:
+    """Publish a version, whose files are there, under the next number. Raises CommitConflictError, StorageError."""
+    return append_numbered(storage, LOG, lambda n: draft.model_copy(update={"version": n}), names_files=True)
 
 
 def known_versions(storage: Storage) -> list[int]:
@@ -110,15 +116,8 @@ class BundleIdentity:
         Raises BundleNotFoundError, BrokenBundleError, StorageError."""
         storage = Storage(url)
         manifest = read_version(storage)
-        try:
-            urls = {of.store: storage.full(f"{manifest.folder}/{of.folder}") for of in manifest.vectors}
-            return cls(
-                manifest.version, {name: FeatureStore.open(url).snapshot().version for name, url in urls.items()}
-            )
-        except StorageError:
-            raise
-        except FeatureStoreError as error:
-            raise BrokenBundleError(str(error)) from error
+        vectors = {of.store: open_vectors(storage, manifest, of).snapshot.version for of in manifest.vectors}
+        return cls(manifest.version, vectors)
 
 
 def _choose(storage: Storage, version: int) -> Choice:
@@ -184,40 +183,6 @@ def _readable(storage: Storage, version: int) -> BundleManifest | None:
         return None
 
 
-@dataclass(frozen=True)
-class NewestVectors:
-    """The newest vectors of a feature store's images in a version."""
-
-    snapshot: int
-    images: int
-    bytes: int
-    committed_s: float
-    source: str
-    """Address of the feature store, and its snapshot that they were computed from."""
-    source_version: int
-
-
-def newest_vectors(storage: Storage, manifest: BundleManifest) -> Iterator[tuple[str, NewestVectors | None]]:
-    """Yield the name of each feature store with the version's vectors of it; None if they are damaged.
-
-    Raises StorageError.
-    """
-    for of in manifest.vectors:
-        try:
-            snapshot = FeatureStore.open(storage.full(f"{manifest.folder}/{of.folder}")).snapshot()
-            source, found = snapshot.manifest.mirrors or of.source, snapshot.manifest
-            yield (
-                of.store,
-                NewestVectors(
-                    snapshot.version, snapshot.num_rows, found.file_bytes, found.time_s, source.url, source.version
-                ),
-            )
-        except StorageError:
-            raise
-        except FeatureStoreError:
-            yield of.store, None
-
-
 _DAY_S = 86_400.0
 LEFTOVER_S = _DAY_S
 """An export that has written nothing for this long counts as dead."""
@@ -229,10 +194,8 @@ class BundleExpireReport:
 
     kept: tuple[int, ...]
     expired: tuple[int, ...]
-    paths: tuple[str, ...]
-    """Deleted manifests, and folders deleted with all their content."""
-    num_files: int
-    """Files deleted, leftovers included."""
+    folders: tuple[str, ...]
+    """Folders deleted with all their content: of expired versions, then of killed exports."""
     num_bytes: int
     num_leftovers: int
     """Folders of killed exports."""
@@ -268,7 +231,8 @@ def expire(
     now_s = storage.now()  # writes a file, so only where there is a model
     uses = choices(storage)
     wanted = set(list(manifests)[-max(1, keep_last) :])
-    wanted |= {version for version, made_s in _numbers_and_times(storage, LOG) if now_s - made_s < keep_days * _DAY_S}
+    made = versions_and_times(storage.entries(LOG, recursive=False))
+    wanted |= {version for version, made_s in made if now_s - made_s < keep_days * _DAY_S}
     for version, end_s in _used_until(storage, [each.version for each in uses]):
         if now_s - end_s < max(keep_days, grace_days) * _DAY_S:
             wanted.add(version)
@@ -282,13 +246,11 @@ def expire(
         marks = storage.entries(LEAVING, recursive=False)
         storage.delete_files(mark.path for mark in marks if now_s - mark.mtime_s > LEFTOVER_S)
     doomed = [*(manifests[version].bundle_id for version in leaving if manifests[version].bundle_id in own), *dead]
-    gone = [entry for bundle_id in doomed for entry in folders[bundle_id]]
     return BundleExpireReport(
         kept=tuple(version for version in manifests if version not in leaving),
         expired=tuple(leaving),
-        paths=(*(manifest_path(version, LOG) for version in leaving), *map(_folder, doomed)),
-        num_files=len(gone),
-        num_bytes=sum(entry.size_bytes for entry in gone),
+        folders=tuple(map(_folder, doomed)),
+        num_bytes=sum(entry.size_bytes for bundle_id in doomed for entry in folders[bundle_id]),
         num_leftovers=len(dead),
     )
 
@@ -311,14 +273,8 @@ def _used_until(storage: Storage, chosen: Sequence[int]) -> Iterator[tuple[int, 
 
     `chosen`: the version of each choice, oldest first.
     """
-    begins_s = [made_s for _, made_s in _numbers_and_times(storage, USE)][: len(chosen)]
+    begins_s = [made_s for _, made_s in versions_and_times(storage.entries(USE, recursive=False))][: len(chosen)]
     yield from zip(chosen, [*begins_s, float("inf")][1:], strict=True)
-
-
-def _numbers_and_times(storage: Storage, folder: str) -> list[tuple[int, float]]:
-    entries = storage.entries(folder, recursive=False)
-    found = ((version_of(entry.path.rpartition("/")[2]), entry.mtime_s) for entry in entries)
-    return sorted((number, made_s) for number, made_s in found if number is not None)
 
 
 def _remove(storage: Storage, manifest: BundleManifest, seen: int, own: set[str]) -> bool:

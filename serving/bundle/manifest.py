@@ -52,7 +52,8 @@ class RowsFile(Frozen):
 class TableRows(Frozen):
     """One ID table in the file of its width, from `first_row` on, shard by shard.
 
-    hashed: splitmix64 of the id; its top bits are the shard, the remainder of its lower 32 bits the row in the shard.
+    hashed: splitmix64 of the id; its top bits are the shard, the remainder of its lower 32 bits the row in the shard,
+    of which all have equally many.
     direct: id modulo num_shards is the shard, the quotient the row. exact: row 0 of each shard is the cold row, which
     is used for ids without a row; after it come the rows of the shard's hashes, ascending.
     """
@@ -61,8 +62,6 @@ class TableRows(Frozen):
     kind: TableKind
     width: Width
     num_shards: Annotated[int, Field(ge=1)]
-    rows_per_shard: Count
-    """0 for exact tables, whose shards differ."""
     num_rows: Count
     first_row: Count
     hashes: FileName | None = None

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from featurestore.parsing import first_mistake, parse_json
 from featurestore.storage.storage import Storage
-from serving.bundle.files import LocalFiles
+from serving.bundle.files import LocalFiles, open_vectors
 from serving.bundle.log import BundleIdentity, read_version
 from serving.bundle.manifest import MODEL, SCHEMA, TRAINED, BundleManifest, VectorsOf
 from serving.bundle.rows import BundleIdRows, VectorTable
@@ -27,27 +27,25 @@ ResultT = TypeVar("ResultT")
 class ModelVersion:
     """A version's manifest, its files, the schema and the settings of its model."""
 
-    def __init__(self, storage: Storage, manifest: BundleManifest, cache_dir: Path | None, verify: bool) -> None:
-        """Use `open` instead, except for a version that is not published yet."""
+    def __init__(self, storage: Storage, manifest: BundleManifest, cache_dir: Path | None) -> None:
+        """Use `open` instead."""
         self.storage, self.manifest, self.cache_dir = storage, manifest, cache_dir
-        self.files = LocalFiles(storage, manifest, cache_dir, verify)
+        self.files = LocalFiles(storage, manifest, cache_dir)
         self.schema: Schema = self._checked(SCHEMA, load_schema)
         self.model: ModelConfig = self._checked(MODEL, _read_model)
         self.fields: tuple[Field, ...] = used_fields(self.schema, self.model)
         """The fields that the model uses."""
 
     @classmethod
-    def open(
-        cls, url: str, version: int | None = None, *, cache_dir: str | Path | None = None, verify: bool = True
-    ) -> Self:
+    def open(cls, url: str, version: int | None = None, *, cache_dir: str | Path | None = None) -> Self:
         """Open a version, by default the one in use.
 
-        Files of an object store are copied to `cache_dir` first. With `verify` each file that is used is read once and
-        its digest compared. Raises BundleNotFoundError, StorageError, and BrokenBundleError, which names the missing or
-        changed file.
+        Files of an object store are copied to `cache_dir` first. Each file that is used is read once and its digest
+        compared. Raises BundleNotFoundError, StorageError, and BrokenBundleError, which names the missing or changed
+        file.
         """
         storage = Storage(url)
-        return cls(storage, read_version(storage, version), Path(cache_dir) if cache_dir else None, verify)
+        return cls(storage, read_version(storage, version), Path(cache_dir) if cache_dir else None)
 
     def vectors_url(self, of: VectorsOf) -> str:
         """Return the address of a vectors store."""
@@ -74,9 +72,9 @@ class Bundle(ModelVersion):
     last array that uses it.
     """
 
-    def __init__(self, storage: Storage, manifest: BundleManifest, cache_dir: Path | None, verify: bool) -> None:
+    def __init__(self, storage: Storage, manifest: BundleManifest, cache_dir: Path | None) -> None:
         """Use `open` instead; a new object has no vectors until `with_vectors`."""
-        super().__init__(storage, manifest, cache_dir, verify)
+        super().__init__(storage, manifest, cache_dir)
         self.ids = self._ids()
         self.vectors: Mapping[str, VectorTable] = {}
         """By the name of their feature store."""
@@ -89,15 +87,11 @@ class Bundle(ModelVersion):
         *,
         vectors: Mapping[str, int] | None = None,
         cache_dir: str | Path | None = None,
-        verify: bool = True,
     ) -> Self:
         """Open a version, by default the one in use, with these snapshots of its vectors, by default the newest.
 
-        Files of an object store are copied to `cache_dir` first, and rows of vectors are decoded there. With `verify`
-        each file is read once and its digest compared. Raises BundleNotFoundError, SnapshotNotFoundError, StorageError,
-        and BrokenBundleError, which names the missing or changed file."""
-        bundle = super().open(url, version, cache_dir=cache_dir, verify=verify)
-        return bundle.with_vectors(vectors)
+        As `ModelVersion.open`; rows of vectors are decoded in `cache_dir`. Raises SnapshotNotFoundError, too."""
+        return super().open(url, version, cache_dir=cache_dir).with_vectors(vectors)
 
     @property
     def identity(self) -> BundleIdentity:
@@ -123,8 +117,8 @@ class Bundle(ModelVersion):
         opened: dict[str, VectorTable] = {}
         try:
             for of in self.manifest.vectors:
-                url = self.vectors_url(of)
-                opened[of.store] = VectorTable.open(of, url, chosen.get(of.store), cache_dir=cache_dir)
+                snapshot, _ = open_vectors(self.storage, self.manifest, of, chosen.get(of.store))
+                opened[of.store] = VectorTable(of, snapshot, cache_dir)
         except BaseException:
             for table in opened.values():
                 table.close()

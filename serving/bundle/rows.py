@@ -12,12 +12,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featurestore.errors import CorruptFileError, StoreNotFoundError
+from featurestore.errors import CorruptFileError
 from featurestore.keys import HashIndex, Int64Array, UInt64Array, shard_of_hash, splitmix64
 from featurestore.lookup.partition import FeaturePartition
+from featurestore.snapshot import Snapshot
 from featurestore.store import FeatureStore
 from serving.bundle.manifest import RowsFile, TableRows, VectorsOf
 from serving.errors import BrokenBundleError
+from trainer.ids.shards import TableShape
 
 Float32 = NDArray[np.float32]
 Bool = NDArray[np.bool_]
@@ -61,21 +63,15 @@ class BundleIdRows:
 
 def _finder(table: TableRows, paths: Mapping[str, Path]) -> FindRows:
     """Return a function that finds the rows of ids in one table, by its kind (serving/bundle/manifest.py)."""
-
-    def hashed(ids_N: Int64Array) -> Int64Array:
-        hash_N = splitmix64(ids_N)
-        row_N = hash_N.astype(np.uint32) % np.uint32(table.rows_per_shard)  # the low 32 bits; a third of the time of 64
-        rows_N: Int64Array = shard_of_hash(hash_N, table.num_shards) * table.rows_per_shard + row_N + table.first_row
-        return rows_N
-
-    def direct(ids_N: Int64Array) -> Int64Array:
-        shard_N, row_N = ids_N % table.num_shards, ids_N // table.num_shards
-        rows_N: Int64Array = shard_N * table.rows_per_shard + row_N + table.first_row
-        return rows_N
-
     if table.hashes is not None:
         return _exact_finder(table, paths[table.hashes])
-    return direct if table.kind == "direct" else hashed
+    shape = TableShape(table.name, table.width, table.num_rows, table.num_shards, direct=table.kind == "direct")
+
+    def find(ids_N: Int64Array) -> Int64Array:
+        shard_N, row_N = shape.place_of(ids_N)
+        return shard_N * shape.rows_per_shard + row_N + table.first_row
+
+    return find
 
 
 def _exact_finder(table: TableRows, hashes: Path) -> FindRows:
@@ -114,31 +110,23 @@ def _mapped(path: Path, dtype: np.dtype[np.generic]) -> NDArray[Any]:
 class VectorTable:
     """The vectors of one feature store's images at one snapshot of the vectors store. Lookups are thread-safe."""
 
-    def __init__(self, of: VectorsOf, partition: FeaturePartition, time_s: float) -> None:
-        """Use `open`."""
-        self._partition = partition
-        self.time_s = time_s
+    def __init__(self, of: VectorsOf, snapshot: Snapshot, cache_dir: Path | None) -> None:
+        """Map the rows of the snapshot of a vectors store. Raises BrokenBundleError if it is damaged; StorageError."""
+        if snapshot.info.dim != len(of.no_image):
+            raise BrokenBundleError(
+                f"{snapshot.storage.url} has rows of {snapshot.info.dim} numbers, and E makes {len(of.no_image)}"
+            )
+        store = FeatureStore(snapshot.storage, snapshot.info)
+        try:
+            self._partition = FeaturePartition.load(
+                store, cache_dir=cache_dir, missing="zeros", threads=1, version=snapshot.version
+            )
+        except CorruptFileError as error:
+            raise BrokenBundleError(str(error)) from error
+        self.time_s = snapshot.manifest.time_s
         """When the snapshot was committed, in seconds since 1970."""
         self.no_image_V: Float32 = np.asarray(of.no_image, np.float32)
         """The vector for images without one."""
-
-    @classmethod
-    def open(cls, of: VectorsOf, url: str, version: int | None = None, cache_dir: Path | None = None) -> "VectorTable":
-        """Map the rows of a snapshot, by default the newest, of the vectors store at `url` by a `FeaturePartition`.
-        Raises BrokenBundleError if the store is damaged, missing or a different one; StorageError."""
-        try:
-            store = FeatureStore.open(url)
-            if store.info.store_id != of.store_id:
-                raise BrokenBundleError(f"{url} is not the vectors store that was exported, but one made later")
-            if store.info.dim != len(of.no_image):
-                raise BrokenBundleError(f"{url} has rows of {store.info.dim} numbers, and E makes {len(of.no_image)}")
-            snapshot = store.snapshot(version)
-            partition = FeaturePartition.load(
-                store, cache_dir=cache_dir, missing="zeros", threads=1, version=snapshot.version
-            )
-        except (CorruptFileError, StoreNotFoundError) as error:
-            raise BrokenBundleError(str(error)) from error
-        return cls(of, partition, snapshot.manifest.time_s)
 
     @property
     def snapshot(self) -> int:

@@ -127,12 +127,10 @@ def check_files(settings: AccessSettings) -> None:
     """Check the files of tokens, certificate and key before the server listens.
 
     Raises ServerSettingsError, TokenFileError."""
-    if settings.token_file is not None:
-        read_tokens(settings.token_file)
-        if settings.token_file.stat().st_mode & 0o004:
-            logger.warning("every user of this machine can read %s: run chmod 600 on it", settings.token_file)
+    Credentials(settings)
+    if settings.token_file is not None and settings.token_file.stat().st_mode & 0o004:
+        logger.warning("every user of this machine can read %s: run chmod 600 on it", settings.token_file)
     if settings.tls_cert is not None:
-        tls_context(settings.tls_cert, settings.tls_key)
         _warn_of_dates(settings.tls_cert)
     elif settings.tls_key is not None:
         raise ServerSettingsError("--tls-key needs --tls-cert: give both, or neither")

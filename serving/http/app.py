@@ -47,8 +47,6 @@ class Scoring:
 
     settings: ServerSettings
     source: BundleSource
-    on_failure: Callable[[Exception], None]
-    """Called if the first model cannot be loaded."""
     on_ready: Callable[[], None] | None = None
     """Called, in one of several workers, when it can answer; it listens only then, as others can answer meanwhile."""
     tokens: list[str] | None = None
@@ -59,6 +57,8 @@ class Scoring:
         self.live = LiveModel(self.source, self.metrics, settings.poll_s)
         self.queue = ScoringQueue(self.live, settings, settings.max_body_bytes, settings.max_wait_ms / 1000)
         self.stopping = False
+        self.failure: Exception | None = None
+        """Why the first model cannot be loaded."""
 
     def app(self) -> ASGIApp:
         """Build the application. Its lifespan loads the model, scores, and polls for newer models."""
@@ -103,15 +103,7 @@ class Scoring:
                 "vectors": identity and dict(identity.vectors),
                 "example": identity and example_of(self.live.model.inputs),
                 "try": command_of(f"{request.url.scheme}://{request.url.netloc}", with_token=self.tokens is not None),
-                "addresses": [
-                    "/openapi.json",
-                    EXAMPLE,
-                    "/v1/score",
-                    "/v2",
-                    f"/v2/models/{self.settings.model_name}",
-                    "/v2/health/ready",
-                    "/metrics",
-                ],
+                "addresses": [f"{method} {path}" for method, path, _ in self._routes],
             }
         )
 
@@ -252,7 +244,7 @@ class Scoring:
         try:
             await self.live.start()
         except Exception as error:
-            self.on_failure(error)
+            self.failure = error
             return
         await asyncio.to_thread(_freeze_gc)
         if self.on_ready is not None:

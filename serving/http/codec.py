@@ -26,7 +26,6 @@ JSON, ARROW = "application/json", "application/vnd.apache.arrow.stream"
 _PARTS = ("user", "context", "candidates")
 _EXAMPLE = '{"user": {...}, "context": {...}, "candidates": {...}}'
 _OPTIONS = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS
-_NO_COMPRESSION = "write the stream without compression"
 _RECORD_BATCH, _DICTIONARY_BATCH = 3, 2  # from the union MessageHeader in Arrow's Message.fbs
 _NO_MARKS = bytes(set(range(256)) - set(b'[]{},:"'))
 _STEPS = bytes.maketrans(b"[{]}", b"\x01\x01\xff\xff")
@@ -184,7 +183,7 @@ def _places(places: Mapping[str, Any]) -> dict[str, Any]:
 def arrow_table(body: bytes, budget: Budget) -> Steps[pa.Table]:
     """Read an Arrow stream and check every offset and text in it. Raises RequestError.
 
-    Checks the lengths that lists and dictionaries claim before it follows any offset.
+    Checks the lengths that lists claim before it follows any offset.
     """
     try:
         _check_messages(body, budget)
@@ -202,15 +201,18 @@ def arrow_table(body: bytes, budget: Budget) -> Steps[pa.Table]:
 
 
 def _check_messages(body: bytes, budget: Budget) -> None:
-    """Raise RequestError for a stream that is compressed, or that has delta dictionaries."""
+    """Raise RequestError for a stream that may unfold to more than its bytes: compressed, or with dictionaries."""
     for number, message in enumerate(pa.ipc.MessageReader.open_stream(body)):
         budget.check("messages", number)  # without the schema
         if number == 0:
             budget.check("schema_bytes", message.metadata.size)
-        if _is_compressed(metadata := message.metadata.to_pybytes()):
-            raise RequestError(f"the Arrow stream is compressed, and may grow without limit: {_NO_COMPRESSION}")
-        if _is_delta(metadata):
-            raise RequestError("the Arrow stream adds to a dictionary; write it without emit_dictionary_deltas")
+        kind, is_compressed = _batch_of(message.metadata.to_pybytes())
+        if kind == _DICTIONARY_BATCH:
+            raise RequestError("the Arrow stream has a dictionary, and may grow without limit: write plain texts")
+        if is_compressed:
+            raise RequestError(
+                "the Arrow stream is compressed, and may grow without limit: write it without compression"
+            )
 
 
 def arrow_answer(identity: BundleIdentity, scored: Sequence[Scored]) -> bytes:
@@ -235,30 +237,18 @@ def _maps(parts: Sequence[Mapping[str, Any]]) -> Any:
     return pa.array([list(_places(part).items()) for part in parts], pa.map_(pa.string(), pa.list_(pa.int64())))
 
 
-def _is_compressed(message: bytes) -> bool:
-    """Return whether a message of a stream has compressed buffers, which may expand without limit.
+def _batch_of(message: bytes) -> tuple[int, bool]:
+    """Return the kind of a message of a stream, and whether it is a record batch with compressed buffers.
 
     pyarrow does not tell, so this reads Arrow's flatbuffers: Message{version, header_type, header, …},
-    RecordBatch{length, nodes, buffers, compression}, DictionaryBatch{id, data: RecordBatch, isDelta}.
+    RecordBatch{length, nodes, buffers, compression}.
     """
-    kind, batch = _header(message)
-    if kind == _DICTIONARY_BATCH:
-        data_at = _field_at(message, batch, 1)
-        batch = _follow(message, data_at) if data_at else batch
-    return kind in (_RECORD_BATCH, _DICTIONARY_BATCH) and _field_at(message, batch, 3) != 0
-
-
-def _is_delta(message: bytes) -> bool:
-    kind, batch = _header(message)
-    at = _field_at(message, batch, 2) if kind == _DICTIONARY_BATCH else 0
-    return at != 0 and message[at] != 0
-
-
-def _header(message: bytes) -> tuple[int, int]:
-    """Return the kind of a message, and the position of its header."""
     table = struct.unpack_from("<I", message)[0]
     kind_at, header_at = _field_at(message, table, 1), _field_at(message, table, 2)
-    return (message[kind_at], _follow(message, header_at)) if kind_at and header_at else (0, 0)
+    if not (kind_at and header_at):
+        return 0, False
+    kind, batch = message[kind_at], header_at + int(struct.unpack_from("<I", message, header_at)[0])
+    return kind, kind == _RECORD_BATCH and _field_at(message, batch, 3) != 0
 
 
 def _field_at(message: bytes, table: int, number: int) -> int:
@@ -268,7 +258,3 @@ def _field_at(message: bytes, table: int, number: int) -> int:
         return 0
     offset = struct.unpack_from("<H", message, vtable + 4 + 2 * number)[0]
     return table + offset if offset else 0
-
-
-def _follow(message: bytes, at: int) -> int:
-    return at + int(struct.unpack_from("<I", message, at)[0])

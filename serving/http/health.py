@@ -5,10 +5,8 @@ for its turn behind them.
 """
 
 import threading
-import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import orjson
 import uvicorn
@@ -19,24 +17,6 @@ from starlette.routing import Route
 
 from serving.http import access
 from serving.settings import ServerSettings
-
-_LONGEST_ROUND_S = 10.0
-"""A loop that has not come round for so long hangs."""
-
-
-@dataclass
-class Pulse:
-    """When an event loop came round last; one that has not yet begun is not late."""
-
-    beat_s: float | None = None
-
-    def beat(self) -> None:
-        """Note that it came round."""
-        self.beat_s = time.monotonic()
-
-    def is_regular(self) -> bool:
-        """Return whether it does not hang."""
-        return self.beat_s is None or time.monotonic() - self.beat_s < _LONGEST_ROUND_S
 
 
 @contextmanager

@@ -51,9 +51,9 @@ class BundleSource:
         from serving.scoring.scorer import Scorer  # loads Torch: not in the supervisor of several workers
 
         if current is not None and current.identity.version == identity.version:
-            return Scorer(current.bundle.with_vectors(identity.vectors))
+            return current.with_vectors(identity.vectors)
         scorer = Scorer.open(self._url, identity.version, vectors=identity.vectors, cache_dir=self._cache_dir)
-        if (note := scorer.bundle.network.note) is not None:
+        if (note := scorer.network.note) is not None:
             logger.warning("version %d: %s", identity.version, note)
         return scorer
 

@@ -12,6 +12,7 @@ import struct
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
@@ -56,35 +57,22 @@ class ServingMetrics:
         self._waiting: defaultdict[tuple[Counter, str], int] = defaultdict(int)
         """Counts by counter and field."""
         self._scores_K, self._sum_of_scores = np.zeros(len(_SCORES) + 1, np.int64), 0.0
-        self.requests = Counter(
-            "serving_requests", "Answers by route and status code", ["route", "code"], registry=registry
-        )
-        self.seconds = Histogram(
-            "serving_request_seconds",
-            "Seconds from a request's headers to its answer",
-            ["route"],
-            buckets=_SECONDS,
-            registry=registry,
-        )
-        self.stages = Histogram(
+        counter = partial(Counter, registry=registry)
+        histogram = partial(Histogram, registry=registry)
+        seconds = partial(histogram, buckets=_SECONDS)
+        self.requests = counter("serving_requests", "Answers by route and status code", ["route", "code"])
+        self.seconds = seconds("serving_request_seconds", "Seconds from a request's headers to its answer", ["route"])
+        self.stages = seconds(
             "serving_stage_seconds",
             "Seconds of a scored body in each stage: read, wait, parse, score, encode",
             ["stage"],
-            buckets=_SECONDS,
-            registry=registry,
         )
-        self.candidates = Counter("serving_candidates", "Candidates scored", registry=registry)
-        self.scores = Histogram(
-            "serving_scores", "Click probabilities of candidates", buckets=_SCORES, registry=registry
-        )
-        self.values = Counter("serving_values", "Values by field that were looked up", ["field"], registry=registry)
-        self.unknown = Counter(
-            "serving_unknown", "IDs by field whose row no training sample had", ["field"], registry=registry
-        )
-        self.missing = Counter("serving_missing", "Images by field without a vector", ["field"], registry=registry)
-        self.switches = Counter(
-            "serving_switches", "Newer models by result: switched or refused", ["result"], registry=registry
-        )
+        self.candidates = counter("serving_candidates", "Candidates scored")
+        self.scores = histogram("serving_scores", "Click probabilities of candidates", buckets=_SCORES)
+        self.values = counter("serving_values", "Values by field that were looked up", ["field"])
+        self.unknown = counter("serving_unknown", "IDs by field whose row no training sample had", ["field"])
+        self.missing = counter("serving_missing", "Images by field without a vector", ["field"])
+        self.switches = counter("serving_switches", "Newer models by result: switched or refused", ["result"])
         self._version: Gauge | None = None  # a worker without a model reports no value instead of 0
         self._snapshot = self._gauge("serving_vectors_snapshot", "Snapshot of the vectors in use", ["store"], "livemin")
         self._age = self._gauge(
@@ -118,8 +106,8 @@ class ServingMetrics:
 
     def record_age(self, model: "Scorer") -> None:
         """Record the age of the vectors."""
-        for store, time_s in model.vectors_time_s.items():
-            self._age.labels(store).set(max(0.0, time.time() - time_s))
+        for store, table in model.vectors.items():
+            self._age.labels(store).set(max(0.0, time.time() - table.time_s))
 
     def record_answer(self, route: str, code: int, seconds: float) -> None:
         """Count an answer and the time it took."""

@@ -17,7 +17,6 @@ from serving.http.codec import Body, Scores
 from serving.http.limits import RefusedError
 from serving.http.live import LiveModel
 from serving.network import ResultT, Steps
-from serving.scoring.request import Scored
 from serving.scoring.sent import REQUEST_COST, SentTable, Sizes, joined
 from serving.settings import Budget
 
@@ -209,7 +208,8 @@ class ScoringQueue:
         """Score several bodies together; if that fails, score each alone, so that a bad one fails alone."""
         start_s = time.perf_counter()
         try:
-            scored = await self.pace.through(_scoring_steps(model, works))
+            sent, sizes = joined([work.sent for work in works]), Sizes.joined([work.sizes for work in works])
+            scored = await self.pace.through(model.steps(sent, sizes))
         except Exception as error:
             if len(works) == 1:
                 _fail(works[0], error)
@@ -224,12 +224,6 @@ class ScoringQueue:
             if not work.done.done():  # its client may have left
                 scores = Scores(identity=model.identity, fields=model.fields, sent=work.sent, scored=own, stages=stages)
                 work.done.set_result(scores)
-
-
-def _scoring_steps(model: "Scorer", works: list[Work]) -> Steps[list[Scored]]:
-    """Convert and score several bodies together."""
-    table = yield from model.decode(joined([work.sent for work in works]), Sizes.joined([work.sizes for work in works]))
-    return (yield from model.steps(table))
 
 
 def _fail(work: Work, error: Exception) -> None:

@@ -34,7 +34,7 @@ from featurestore.console.memory import bound_freed_memory
 from featurestore.errors import FAILED, UserError
 from serving.http import access
 from serving.http.app import Scoring, logger
-from serving.http.health import Pulse, health_port
+from serving.http.health import health_port
 from serving.http.limits import allow_connections
 from serving.http.live import BundleSource
 from serving.http.metrics import FOLDER_VARIABLE
@@ -43,6 +43,8 @@ from serving.settings import ServerSettings
 MakeSource = Callable[[ServerSettings], BundleSource]
 
 _MAX_PAUSE_S = 30.0
+_LONGEST_ROUND_S = 10.0
+"""An event loop that has not come round for so long hangs."""
 _LARGEST_KEPT = 32 << 20
 """Bytes; more glibc does not allow."""
 _TICKS_TO_STOP = 5
@@ -80,17 +82,16 @@ def run_worker(
     """Answer on the listening socket in this process; return the exit code. `on_ready`: set for one of several."""
     bound_freed_memory(_LARGEST_KEPT)
     allow_connections()
-    credentials, failures = access.Credentials(settings), list[Exception]()
-    scoring = Scoring(settings, make_source(settings), failures.append, on_ready, credentials.tokens)
-    config = access.uvicorn_config(settings, credentials, scoring.app())
-    server = DrainingServer(config, scoring, credentials, failures, listener)
+    credentials = access.Credentials(settings)
+    scoring = Scoring(settings, make_source(settings), on_ready, credentials.tokens)
+    server = DrainingServer(access.uvicorn_config(settings, credentials, scoring.app()), scoring, credentials, listener)
     if on_ready is not None:  # of several workers: the supervisor answers health checks
         server.run(sockets=[listener])
     else:
-        with health_port(settings, server.pulse.is_regular, scoring.can_answer):
+        with health_port(settings, server.is_live, scoring.can_answer):
             server.run(sockets=[listener])
-    if failures:
-        raise failures[0]
+    if scoring.failure is not None:
+        raise scoring.failure
     logger.info("stopped")
     return 0
 
@@ -102,17 +103,17 @@ class DrainingServer(access.SecuredServer):
     """
 
     def __init__(
-        self,
-        config: uvicorn.Config,
-        scoring: Scoring,
-        credentials: access.Credentials,
-        failures: list[Exception],
-        listener: socket.socket,
+        self, config: uvicorn.Config, scoring: Scoring, credentials: access.Credentials, listener: socket.socket
     ) -> None:
         super().__init__(config, credentials, scoring.settings.read_timeout_s)
-        self._scoring, self._failures, self._listener = scoring, failures, listener
+        self._scoring, self._listener = scoring, listener
         self._ticks_left = _TICKS_TO_STOP
-        self.pulse = Pulse()
+        self._round_s: float | None = None
+        """When its event loop came round last; None until it has begun."""
+
+    def is_live(self) -> bool:
+        """Return whether its event loop does not hang."""
+        return self._round_s is None or time.monotonic() - self._round_s < _LONGEST_ROUND_S
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Drain; end on a second signal."""
@@ -126,16 +127,14 @@ class DrainingServer(access.SecuredServer):
         For a few ticks after a signal every answer closes its connection, as a request sent while the server closes the
         connection would be lost. In the last ones new connections are refused, and open ones get their answer.
         """
-        self.pulse.beat()
+        self._round_s = time.monotonic()
         if self._scoring.stopping:
             self._ticks_left -= 1
             if self._ticks_left == _TICKS_OF_BACKLOG and self._scoring.on_ready is None:
-                access.stop_connecting(
-                    self._listener
-                )  # with several workers the supervisor does it, as they share the socket
+                access.stop_connecting(self._listener)  # of several workers, which share it, the supervisor does it
             is_patient = self._ticks_left > -_TICKS_OF_PATIENCE and self._has_new_connections()
             self.should_exit = self.should_exit or (self._ticks_left <= 0 and not is_patient)
-        return await super().on_tick(counter) or bool(self._failures)
+        return await super().on_tick(counter) or self._scoring.failure is not None
 
     def _has_new_connections(self) -> bool:
         """Return whether a connection waits to be accepted, or was accepted and has not sent a request."""

@@ -8,7 +8,6 @@ All requests of a call become one batch: G users, B candidates of all of them, M
 
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate, chain
 from typing import Any, NamedTuple, TypeVar
@@ -23,10 +22,8 @@ from serving.network import CHUNK, Steps
 from serving.scoring.request import RequestColumns, short_repr
 from serving.scoring.sent import (
     Bool,
-    Names,
     SentColumn,
     SentTable,
-    Sizes,
     UnusableValueError,
     missing,
     places_of,
@@ -58,83 +55,50 @@ class Column(NamedTuple):
     is_null_N: Bool | None
     """Which images are null; their key is 0. None where none is."""
 
-    def rows(self, start: int, stop: int) -> "Column":
-        """Return some rows."""
-        levels = []
-        for lengths in self.levels:
-            ends = np.append(0, np.cumsum(lengths))
-            levels.append(lengths[start:stop])
-            start, stop = int(ends[start]), int(ends[stop])
-        is_null_N = None if self.is_null_N is None else self.is_null_N[start:stop]
-        return Column(self.values[start:stop], tuple(levels), is_null_N)
+
+class Decoded(NamedTuple):
+    """The trainer's batch of some requests, without labels."""
+
+    batch: Batch
+    nulls: Mapping[str, Bool]
+    """By column of images: a mask of the nulls, (N,); columns without nulls are left out."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class RequestTable:
-    """The converted columns of G requests."""
+def decode(columns: RequestColumns, sent: SentTable) -> Steps[Decoded]:
+    """Convert and check all columns of the model, in pieces.
 
-    columns: Mapping[str, Column]
-    """By the rules of the model; a crossed column counts as one."""
-    sizes: Sizes
-    names: Names
-    first: int = 0
-    """Number of the first request in its body."""
-
-    @property
-    def nulls(self) -> dict[str, Bool]:
-        """By column of images: a mask of the nulls, (N,); columns without nulls are left out."""
-        return {name: each.is_null_N for name, each in self.columns.items() if each.is_null_N is not None}
-
-    def where(self, request: int) -> str:
-        """Begin a message about a request."""
-        return self.names.where.format(self.first + request)
-
-    def piece(self, rules: Mapping[str, Rule], of: slice) -> "RequestTable":
-        """Return some requests."""
-        if of == slice(0, len(self.sizes)):
-            return self
-        ends = np.append(0, np.cumsum(self.sizes.candidates_G))
-        rows = {"user": (of.start, of.stop), "ad": (int(ends[of.start]), int(ends[of.stop]))}
-        columns = {name: each.rows(*rows[rules[name].side]) for name, each in self.columns.items()}
-        return replace(self, columns=columns, sizes=self.sizes.piece(of), first=self.first + of.start)
-
-    def batch(self, columns: RequestColumns) -> Batch:
-        """Build the trainer's batch, without labels. Raises NotFiniteError."""
-        ones = {"user": np.ones(len(self.sizes), np.int64), "ad": np.ones(int(self.sizes.candidates_G.sum()), np.int64)}
-        jagged: dict[str, Jagged] = {}
-        for name, column in self.columns.items():
-            rule, levels = columns.rules[name], column.levels
-            jagged[name] = Jagged(column.values, levels[0] if levels else ones[rule.side])
-
-        def taken(field: Field, column: str) -> Jagged:
-            return jagged[column]
-
-        try:
-            inputs = inputs_of(columns.schema, taken)
-        except OverflowingValueError as failure:
-            levels = (self.sizes.candidates_G,) if columns.rules[failure.column].side == "ad" else ()
-            request, *inside = places_of(levels, failure.row)
-            path = self.names.path(failure.column, [self.first + request, *inside])
-            raise NotFiniteError(f"{path} has {failure.why}") from None
-        num_samples = len(ones["ad"])
-        return Batch(
-            **inputs,
-            group_of_sample_B=np.repeat(np.arange(len(self.sizes)), self.sizes.candidates_G),
-            label_B=np.zeros(num_samples, np.float32),
-            group_id_B=np.zeros(num_samples, np.int64),
-            global_samples=num_samples,
-        )
-
-
-def decode(columns: RequestColumns, sent: SentTable, sizes: Sizes) -> Steps[RequestTable]:
-    """Convert and check all columns of the model, in pieces; `sizes`: those of the table.
-
-    Raises RequestError that names the column, the place and the value.
+    Raises RequestError that names the column, the place and the value, and NotFiniteError.
     """
     if absent := [name for name in columns.sources if name not in sent.columns]:
         raise missing(columns, absent, sent.names)
     found = yield from _Decoder(columns, sent).columns()
-    return RequestTable(columns=found, sizes=sizes, names=sent.names)
+    nulls = {name: each.is_null_N for name, each in found.items() if each.is_null_N is not None}
+    return Decoded(_batch(columns, sent, found), nulls)
+
+
+def _batch(columns: RequestColumns, sent: SentTable, found: Mapping[str, Column]) -> Batch:
+    """Build the trainer's batch of the columns. Raises NotFiniteError."""
+    counts_G = sent.counts_G
+    ones = {"user": np.ones(len(counts_G), np.int64), "ad": np.ones(int(counts_G.sum()), np.int64)}
+
+    def taken(field: Field, name: str) -> Jagged:
+        values, levels, _ = found[name]
+        return Jagged(values, levels[0] if levels else ones[columns.rules[name].side])
+
+    try:
+        inputs = inputs_of(columns.schema, taken)
+    except OverflowingValueError as failure:
+        levels = (counts_G,) if columns.rules[failure.column].side == "ad" else ()
+        path = sent.names.path(failure.column, places_of(levels, failure.row))
+        raise NotFiniteError(f"{path} has {failure.why}") from None
+    num_samples = len(ones["ad"])
+    return Batch(
+        **inputs,
+        group_of_sample_B=np.repeat(np.arange(len(counts_G)), counts_G),
+        label_B=np.zeros(num_samples, np.float32),
+        group_id_B=np.zeros(num_samples, np.int64),
+        global_samples=num_samples,
+    )
 
 
 class _Decoder:
@@ -221,9 +185,9 @@ class _Decoder:
             elif isinstance(values, np.ndarray):
                 found = _reals(values, is_null_N, rule.may_miss) if rule.is_real else whole_array(values)
             elif rule.is_real:
-                found = _together((yield from _in_chunks(values, partial(real_numbers, may_miss=rule.may_miss))))
+                found = np.concatenate((yield from _in_chunks(values, partial(real_numbers, may_miss=rule.may_miss))))
             else:
-                found = _together((yield from _in_chunks(values, partial(whole_numbers, text=rule.text))))
+                found = np.concatenate((yield from _in_chunks(values, partial(whole_numbers, text=rule.text))))
         except UnusableValueError as failure:
             raise failure.named(self._sent.names, name, sent.levels) from None
         if is_null_N is None or not is_nullable:
@@ -283,10 +247,6 @@ def _in_chunks(values: Any, convert: Callable[[Any], Result], chunk: int = CHUNK
     return found
 
 
-def _together(parts: Sequence[Values]) -> Values:
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-
 def all_integers(columns: Sequence[Sequence[Any]]) -> list[NDArray[np.int64]] | None:
     """Convert several columns at once, (N,) each; None if a value is not a 64-bit integer."""
     joined = list(chain.from_iterable(columns))
@@ -311,7 +271,7 @@ def whole_numbers(values: Sequence[Any], text: TextKind | None) -> NDArray[np.in
         return _of_texts(values, text)
     usable: set[type] = {int, str} if text is not None else {int}
     if kinds <= usable:
-        return _int64([_id_of(value, place, text) for place, value in enumerate(values)])
+        return _int64([_of_texts([each], text)[0] if isinstance(each, str) and text else each for each in values])
     raise _first(values, usable, "a whole number" + (" or a text" if text else ""))
 
 
@@ -360,24 +320,15 @@ def _refuse_nulls(is_null_N: Bool | None) -> None:
 
 
 def _hashed(texts: Any, rule: Rule) -> Steps[Encoded]:
-    """Hash an Arrow array of texts; each text of a dictionary once, as it may be long. Raises UnusableValueError.
+    """Hash an Arrow array of texts. Raises UnusableValueError.
 
     A null has the ID of some text.
     """
     assert rule.text is not None
-    index_N: Int64Array | None = None
-    if pa.types.is_dictionary(texts.type) and not len(texts.dictionary):
-        texts = pa.nulls(len(texts), pa.string())
-    if pa.types.is_dictionary(texts.type):
-        index_N = texts.indices.fill_null(0).to_numpy().astype(np.int64)
-        used_U, index_N = np.unique(index_N, return_inverse=True)
-        texts = texts.dictionary.take(pa.array(used_U))
-        yield
     try:
-        found = _merged((yield from _in_chunks(texts.fill_null(""), partial(encode_texts, kind=rule.text))))
+        return _merged((yield from _in_chunks(texts.fill_null(""), partial(encode_texts, kind=rule.text))))
     except UnicodeDecodeError:
         raise UnusableValueError(0, "in a column with text that is not UTF-8; write it in UTF-8") from None
-    return found if index_N is None else replace(found, index_N=found.index_N[index_N])
 
 
 def _encoded(sent: SentColumn, rule: Rule) -> Steps[Encoded]:
@@ -410,10 +361,7 @@ def encode_crossed(values: Any) -> Encoded:
     ids_N = whole_numbers(values, "id")
     if str not in set(map(type, values)):
         return encode_numbers(ids_N)
-    place_of = {str(value).strip(): place for place, value in enumerate(values)}
-    number_of = {text: number for number, text in enumerate(place_of)}
-    index_N = np.fromiter((number_of[str(value).strip()] for value in values), np.int64, len(values))
-    return Encoded(ids_N[list(place_of.values())], list(place_of), index_N)
+    return encode_texts(pa.array(list(map(str, values)), pa.string()), "id")
 
 
 def _floats(values: Sequence[Any], kinds: Iterable[type]) -> NDArray[np.float32]:
@@ -434,29 +382,7 @@ def _or_infinite(value: Any) -> float:
 
 
 def _of_texts(texts: Sequence[str], kind: TextKind) -> NDArray[np.int64]:
-    try:
-        return keys_of_uris(texts) if kind == "uri" else ids_of_texts(texts)
-    except UnicodeEncodeError:
-        place = next(place for place, text in enumerate(texts) if not _has_utf8(text))
-        raise UnusableValueError(place, f"{short_repr(texts[place])}, a text that is not Unicode") from None
-
-
-def _id_of(value: Any, place: int, text: TextKind | None) -> Any:
-    """Convert one value: a column with numbers and texts is rare."""
-    if not isinstance(value, str) or text is None:
-        return value
-    try:
-        return int(_of_texts([value], text)[0])
-    except UnusableValueError as failure:
-        raise UnusableValueError(place, failure.why) from None
-
-
-def _has_utf8(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    return keys_of_uris(texts) if kind == "uri" else ids_of_texts(texts)
 
 
 def _int64(values: Sequence[Any]) -> NDArray[np.int64]:

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from featurestore.parsing import parse_json
 from featurestore.published.paths import RunPath, run_path
-from featurestore.store import FeatureStore
 from featurestore.text import one_line
+from serving.bundle.files import open_vectors
 from serving.bundle.open import ModelVersion
 from serving.errors import BrokenBundleError, NotFiniteError, ServerSettingsError, ServingError
 from serving.network import run_steps
@@ -29,6 +29,7 @@ from trainer.config import ModelConfig
 from trainer.errors import DataError
 from trainer.evaluation.predict import Written, open_scores, written_ids
 from trainer.runs.saved import TEST, TrainedRun, open_test, open_trained
+from trainer.samples.columns import plain
 from trainer.samples.index import SampleIndex, open_index, read_row_groups
 from trainer.samples.reader import SampleReader
 from trainer.samples.survey import IdDictionary
@@ -59,10 +60,10 @@ def score_model(url: str, samples: str, out: str, version: int | None = None) ->
     The file is like that of `trainer.evaluation.predict`. Raises ServingError, TrainerError, FeatureStoreError.
     """
     with contextlib.closing(Scorer.open(url, version)) as scorer:
-        manifest, schema = scorer.bundle.manifest, scorer.bundle.schema
+        manifest, schema = scorer.manifest, scorer.schema
         index = open_index(SoloComm(), samples, TEST, schema)
         about = {
-            "model": scorer.bundle.storage.url,
+            "model": scorer.storage.url,
             "version": manifest.version,
             "vectors": dict(scorer.identity.vectors),
             "run": manifest.run,
@@ -106,7 +107,7 @@ class RemoteScorer:
         return [row for start in starts for row in self._score_piece(table.slice(start, PIECE_REQUESTS))]
 
     def _score_piece(self, table: pa.Table) -> list[NDArray[np.float32]]:
-        sink = pa.BufferOutputStream()
+        sink, table = pa.BufferOutputStream(), plain(table)
         with pa.ipc.new_stream(sink, table.schema) as writer:
             writer.write_table(table)
         answer = pa.ipc.open_stream(self._sent("/v1/score", sink.getvalue().to_pybytes())).read_all()
@@ -193,7 +194,8 @@ def compare(
     vectors match. Raises BrokenBundleError if the run's checkpoint is a different one, TrainerError, ServingError.
     """
     manifest = model.manifest
-    snapshots = _source_snapshots(model)
+    vectors = {of.store: open_vectors(model.storage, manifest, of) for of in manifest.vectors}
+    snapshots = {name: each.source.version for name, each in vectors.items()}
     first = next(iter(snapshots.values()), None)
     with contextlib.closing(
         open_trained(run or run_path(manifest.run), SoloComm(), which=manifest.checkpoint, store_version=first)
@@ -227,15 +229,6 @@ def _engine_logits(trained: TrainedRun, index: SampleIndex) -> np.ndarray[tuple[
     reader = SampleReader(index, trained.schema, batch_size=trained.config.train.eval_batch_size)
     prepared = trained.engine.prepared(reader.batches(), "eval")
     return np.concatenate([trained.engine.predict(each) for each in prepared])
-
-
-def _source_snapshots(model: ModelVersion) -> dict[str, int]:
-    """Return the number of each feature store's snapshot that its newest vectors match."""
-    found = {}
-    for of in model.manifest.vectors:
-        manifest = FeatureStore.open(model.vectors_url(of)).snapshot().manifest
-        found[of.store] = (manifest.mirrors or of.source).version
-    return found
 
 
 def _first(index: SampleIndex, impressions: int | None) -> SampleIndex:

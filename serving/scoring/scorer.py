@@ -14,14 +14,14 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from featurestore.keys import Int64Array
-from serving.bundle.log import BundleIdentity
-from serving.bundle.manifest import SAMPLE
+from featurestore.storage.storage import Storage
+from serving.bundle.manifest import SAMPLE, BundleManifest
 from serving.bundle.open import Bundle
 from serving.bundle.rows import Float32
 from serving.errors import NotFiniteError, RequestError
 from serving.network import Steps, run_steps
 from serving.network.served import FieldRows, NetworkInputs
-from serving.scoring.decode import RequestTable, decode
+from serving.scoring.decode import decode
 from serving.scoring.request import Places, Request, RequestColumns, Scored
 from serving.scoring.sent import Bool, SentTable, Sizes, sent_requests, sent_table
 from trainer.errors import DataError
@@ -45,43 +45,88 @@ class Lookups(NamedTuple):
     missing: Mapping[str, Bool]
 
 
-class _Images(NamedTuple):
-    """The images of a field: which have no vector, (N,), and the visual vectors."""
+class Scorer(Bundle):
+    """Scores requests by one version of a bundle and one snapshot of its vectors. Thread-safe; takes seconds to open.
 
-    missing_N: Bool
-    visual_NV: Float32
+    Ids that training has not seen use their untrained row; images that are null or have no vector follow the run's
+    `data.missing`; an empty list of behaviours pools to zeros. All three are reported.
+    """
 
-
-class InputMaker:
-    """Looks up the ids and images of requests in a bundle."""
-
-    def __init__(self, bundle: Bundle) -> None:
-        """The bundle must stay open, as its rows are not copied."""
-        self._bundle, model = bundle, bundle.model
-        of_ids = sorted((field for field in bundle.fields if field.is_id), key=lambda field: width_of(field, model))
-        self._ids_by_width = {
-            width: [field.name for field in fields] for width, fields in groupby(of_ids, lambda f: width_of(f, model))
-        }
+    def __init__(self, storage: Storage, manifest: BundleManifest, cache_dir: Path | None) -> None:
+        """Use `open` instead."""
+        super().__init__(storage, manifest, cache_dir)
+        self.inputs = RequestColumns(self.schema, self.fields)
+        """The columns of a request."""
+        self.network  # noqa: B018 (loaded once, also for those `with_vectors`)
+        of_ids = sorted((field for field in self.fields if field.is_id), key=self._width_of)
+        by_width = groupby(of_ids, self._width_of)
+        self._ids_by_width = {width: [field.name for field in fields] for width, fields in by_width}
         self._column_of_id = {field.name: field.column_name for field in of_ids}
         self._tables_of_ids = [field.table_name for field in of_ids]
         self._fields_of_store: dict[str, list[Field]] = {}
-        for field in bundle.fields:
+        for field in self.fields:
             if field.kind == "content":
                 self._fields_of_store.setdefault(field.store_name, []).append(field)
-        self._dense = [field.name for field in bundle.fields if field.kind == "dense"]
+        self._dense = [field.name for field in self.fields if field.kind == "dense"]
+        self._field_of = {field.name: field for field in self.fields}
+        self._equal_lists = behaviors_of(self.fields) if self.model.base == "din" else []
 
-    def make(self, batch: Batch, num_groups: int, nulls: Mapping[str, Bool]) -> Steps[Lookups]:
+    def _width_of(self, field: Field) -> int:
+        return width_of(field, self.model)
+
+    def sample(self) -> pa.Table | None:
+        """Read the bundle's own sample; None if it has none."""
+        has_one = self.manifest.file(SAMPLE) is not None
+        return pq.read_table(self.files.path(SAMPLE)) if has_one else None
+
+    def score(self, requests: Sequence[Request] | pa.Table) -> list[Scored]:
+        """Score requests, or a table with the columns of sample files, whose labels are optional.
+
+        Raises RequestError if one of them is wrong, or NotFiniteError if a logit is not a finite number.
+        """
+        if isinstance(requests, pa.Table):
+            sent = run_steps(sent_table(self.inputs, requests))
+        else:
+            sent = run_steps(sent_requests(self.inputs, requests))
+        return run_steps(self.steps(sent, sent.sizes(self.inputs)))
+
+    def steps(self, sent: SentTable, sizes: Sizes) -> Steps[list[Scored]]:
+        """Convert and score a body in pieces; `sizes`: those of the table. Raises RequestError."""
+        scored: list[Scored] = []
+        for piece in sizes.pieces():
+            scored += yield from self._scored(sent.piece(piece))
+        return scored
+
+    def _scored(self, sent: SentTable) -> Steps[list[Scored]]:
+        batch, nulls = yield from decode(self.inputs, sent)
+        if self._equal_lists:
+            try:
+                check_equal_lists(batch, self._equal_lists)
+            except DataError as failure:
+                raise RequestError(str(failure)) from None
+        lookups = yield from self._looked_up(batch, len(sent.counts_G), nulls)
+        logits_B = yield from self.network.steps(lookups.inputs)
+        if not np.isfinite(logits_B).all():
+            raise _not_finite(sent, batch, logits_B)
+        ends = np.cumsum(sent.counts_G).tolist()
+        parts = [logits_B[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+        unknown, missing = self._unknown_and_missing(sent.counts_G, batch, lookups)
+        return [
+            Scored(logits_C=part, unknown=unknown.get(place, {}), missing=missing.get(place, {}))
+            for place, part in enumerate(parts)
+        ]
+
+    def _looked_up(self, batch: Batch, num_groups: int, nulls: Mapping[str, Bool]) -> Steps[Lookups]:
         """Look up the ids and images of some requests, in pieces; `nulls`: by column, which images are null."""
         missing = dict[str, Bool]()
-        fields, unknown = self._ids(batch, nulls)
+        fields, unknown = self._id_rows(batch, nulls)
         yield
-        found: dict[str, _Images] = {}
         for store, of_store in self._fields_of_store.items():
-            found |= yield from self._images(store, of_store, batch, nulls)
-        for name, images in found.items():
-            fields[name] = FieldRows(rows_NV=images.visual_NV, lengths_M=batch.fields[name].lengths_M)
-            if images.missing_N.any():
-                missing[name] = images.missing_N
+            images = yield from self._images(store, of_store, batch, nulls)
+            for name, (rows_NV, missing_N) in images.items():
+                fields[name] = FieldRows(rows_NV, batch.fields[name].lengths_M)
+                if missing_N.any():
+                    missing[name] = missing_N
         inputs = NetworkInputs(
             group_of_sample_B=batch.group_of_sample_B,
             num_groups=num_groups,
@@ -90,18 +135,17 @@ class InputMaker:
         )
         return Lookups(inputs, unknown, missing)
 
-    def _ids(self, batch: Batch, nulls: Mapping[str, Bool]) -> tuple[dict[str, FieldRows], dict[str, Bool]]:
+    def _id_rows(self, batch: Batch, nulls: Mapping[str, Bool]) -> tuple[dict[str, FieldRows], dict[str, Bool]]:
         """Return the rows of all ID fields, and masks of the ids that no training sample had."""
-        ids = self._bundle.ids
         of_field = [batch.fields[name] for name in self._column_of_id]
         lengths_T = np.array([len(each.values_N) for each in of_field], np.int64)
         ids_N = np.concatenate([each.values_N for each in of_field])
-        rows_N, known_N = ids.find(self._tables_of_ids, ids_N, lengths_T)
+        rows_N, known_N = self.ids.find(self._tables_of_ids, ids_N, lengths_T)
         places = dict(zip(self._column_of_id, _slices(lengths_T), strict=True))
         fields: dict[str, FieldRows] = {}
         for width, names in self._ids_by_width.items():
             first = places[names[0]].start
-            rows_NV = ids.gather(width, rows_N[first : places[names[-1]].stop])
+            rows_NV = self.ids.gather(width, rows_N[first : places[names[-1]].stop])
             for name in names:
                 here = places[name]
                 rows = rows_NV[here.start - first : here.stop - first]
@@ -126,21 +170,17 @@ class InputMaker:
 
     def _images(
         self, store: str, fields: list[Field], batch: Batch, nulls: Mapping[str, Bool]
-    ) -> Steps[dict[str, _Images]]:
-        table = self._bundle.vectors[store]
+    ) -> Steps[dict[str, tuple[Float32, Bool]]]:
+        """Return for each field of a store the visual vectors of its images, and which of them have none."""
+        table = self.vectors[store]
         keys = [batch.fields[field.name].values_N for field in fields]
         keys_N = np.concatenate(keys)
         parts = []
         for start in range(0, len(keys_N) or 1, _LOOKUP):
             parts.append(table.lookup(keys_N[start : start + _LOOKUP]))
             yield
-        rows_NV, missing_N = parts[0]
-        if len(parts) > 1:
-            rows_NV, missing_N = (
-                np.concatenate([part[0] for part in parts]),
-                np.concatenate([part[1] for part in parts]),
-            )
-        found: dict[str, _Images] = {}
+        rows_NV, missing_N = parts[0] if len(parts) == 1 else map(np.concatenate, zip(*parts, strict=True))
+        found: dict[str, tuple[Float32, Bool]] = {}
         places = _slices(np.array([len(keys_N) for keys_N in keys], np.int64))
         for field, here in zip(fields, places, strict=True):
             visual_NV, lacks_N = rows_NV[here], missing_N[here]
@@ -148,122 +188,8 @@ class InputMaker:
             if is_null_N is not None:
                 visual_NV = np.where(is_null_N[:, None], table.no_image_V, visual_NV)
                 lacks_N = lacks_N | is_null_N
-            found[field.name] = _Images(lacks_N, visual_NV)
+            found[field.name] = visual_NV, lacks_N
         return found
-
-
-def _slices(lengths_T: Int64Array) -> list[slice]:
-    """Return the slices of concatenated arrays of these lengths."""
-    ends = np.cumsum(lengths_T).tolist()
-    return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
-
-
-class Scorer:
-    """Scores requests by one version of a bundle and one snapshot of its vectors. Thread-safe.
-
-    Ids that training has not seen use their untrained row; images that are null or have no vector follow the run's
-    `data.missing`; an empty list of behaviours pools to zeros. All three are reported.
-    """
-
-    def __init__(self, bundle: Bundle) -> None:
-        """Use `open` instead, unless the bundle is open already; `close` closes it."""
-        self._bundle = bundle
-        self.inputs = RequestColumns(bundle.schema, bundle.fields)
-        """The columns of a request."""
-        self._maker = InputMaker(bundle)
-        self._network = bundle.network
-        self._field_of = {field.name: field for field in bundle.fields}
-        self._equal_lists = behaviors_of(bundle.fields) if bundle.model.base == "din" else []
-
-    @classmethod
-    def open(
-        cls,
-        url: str,
-        version: int | None = None,
-        *,
-        vectors: Mapping[str, int] | None = None,
-        cache_dir: str | Path | None = None,
-    ) -> "Scorer":
-        """Open a version of the bundle at `url`, by default the one in use, with the newest or these vectors.
-
-        Takes seconds. Raises BundleNotFoundError, BrokenBundleError, StorageError; see `Bundle.open`.
-        """
-        bundle = Bundle.open(url, version, vectors=vectors, cache_dir=cache_dir)
-        try:
-            return cls(bundle)
-        except BaseException:
-            bundle.close()
-            raise
-
-    @property
-    def identity(self) -> BundleIdentity:
-        """The version, and the snapshots of its vectors."""
-        return self._bundle.identity
-
-    @property
-    def bundle(self) -> Bundle:
-        """The bundle that it scores with."""
-        return self._bundle
-
-    @property
-    def fields(self) -> Sequence[Field]:
-        """The fields that the model uses."""
-        return self._bundle.fields
-
-    @property
-    def vectors_time_s(self) -> Mapping[str, float]:
-        """When the vectors of each store were committed, in seconds since 1970."""
-        return {name: table.time_s for name, table in self._bundle.vectors.items()}
-
-    def sample(self) -> pa.Table | None:
-        """Read the bundle's own sample; None if it has none."""
-        has_one = self._bundle.manifest.file(SAMPLE) is not None
-        return pq.read_table(self._bundle.files.path(SAMPLE)) if has_one else None
-
-    def score(self, requests: Sequence[Request] | pa.Table) -> list[Scored]:
-        """Score requests, or a table with the columns of sample files, whose labels are optional.
-
-        Raises RequestError if one of them is wrong, or NotFiniteError if a logit is not a finite number.
-        """
-        if isinstance(requests, pa.Table):
-            sent = run_steps(sent_table(self.inputs, requests))
-        else:
-            sent = run_steps(sent_requests(self.inputs, requests))
-        return run_steps(self.steps(run_steps(self.decode(sent, sent.sizes(self.inputs)))))
-
-    def decode(self, sent: SentTable, sizes: Sizes) -> Steps[RequestTable]:
-        """Convert a body for this model, in pieces; `sizes`: those of the table. Raises RequestError."""
-        return decode(self.inputs, sent, sizes)
-
-    def steps(self, table: RequestTable) -> Steps[list[Scored]]:
-        """Score the requests of a table in pieces."""
-        scored: list[Scored] = []
-        for piece in table.sizes.pieces():
-            scored += yield from self._scored(table.piece(self.inputs.rules, piece))
-        return scored
-
-    def close(self) -> None:
-        """Close the bundle."""
-        self._bundle.close()
-
-    def _scored(self, table: RequestTable) -> Steps[list[Scored]]:
-        batch = table.batch(self.inputs)
-        if self._equal_lists:
-            try:
-                check_equal_lists(batch, self._equal_lists)
-            except DataError as failure:
-                raise RequestError(str(failure)) from None
-        lookups = yield from self._maker.make(batch, len(table.sizes), table.nulls)
-        logits_B = yield from self._network.steps(lookups.inputs)
-        if not np.isfinite(logits_B).all():
-            raise _not_finite(table, batch, logits_B)
-        ends = np.cumsum(table.sizes.candidates_G).tolist()
-        parts = [logits_B[start:end] for start, end in zip([0, *ends], ends, strict=False)]
-        unknown, missing = self._unknown_and_missing(table.sizes.candidates_G, batch, lookups)
-        return [
-            Scored(logits_C=part, unknown=unknown.get(place, {}), missing=missing.get(place, {}))
-            for place, part in enumerate(parts)
-        ]
 
     def _unknown_and_missing(
         self, counts_G: Int64Array, batch: Batch, lookups: Lookups
@@ -277,14 +203,19 @@ class Scorer:
         return found_in
 
 
-def _not_finite(table: RequestTable, batch: Batch, logits_B: NDArray[np.float32]) -> NotFiniteError:
+def _slices(lengths_T: Int64Array) -> list[slice]:
+    """Return the slices of concatenated arrays of these lengths."""
+    ends = np.cumsum(lengths_T).tolist()
+    return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def _not_finite(sent: SentTable, batch: Batch, logits_B: NDArray[np.float32]) -> NotFiniteError:
     """Name the first candidate without a finite logit."""
     place = int((~np.isfinite(logits_B)).argmax())
     request = int(batch.group_of_sample_B[place])
-    candidate = place - int(table.sizes.candidates_G[:request].sum())
-    return NotFiniteError(
-        f"{table.where(request)}the logit of candidate {candidate} is not a finite number; send smaller numbers"
-    )
+    candidate = place - int(sent.counts_G[:request].sum())
+    where = sent.names.of_request(request)
+    return NotFiniteError(f"{where}the logit of candidate {candidate} is not a finite number; send smaller numbers")
 
 
 def _by_request(counts_G: Int64Array, batch: Batch, field: Field, mask_N: Bool) -> Iterator[tuple[int, Places]]:

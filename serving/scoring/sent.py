@@ -7,7 +7,7 @@ Letters of shapes: G requests of a body, N values of a column.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -40,12 +40,23 @@ class SentColumn(NamedTuple):
     """
 
     values: Any
-    """N values: a list of Python's, an array of numbers, or an Arrow array of texts, maybe a dictionary."""
+    """N values: a list of Python's, an array of numbers, or an Arrow array of texts."""
     levels: tuple[Int64Array, ...]
     is_null_N: Bool | None = None
     """Which numbers or texts are null; None where none is. Python's values have None among them instead."""
     in_context_G: Bool | None = None
     """Which requests have the column in their context; None where none has."""
+
+    def piece(self, of: slice) -> "SentColumn":
+        """Return the column of some requests."""
+        start, stop, levels = of.start, of.stop, list[Int64Array]()
+        for lengths in self.levels:
+            ends = np.append(0, np.cumsum(lengths))
+            levels.append(lengths[start:stop])
+            start, stop = int(ends[start]), int(ends[stop])
+        is_null_N = None if self.is_null_N is None else self.is_null_N[start:stop]
+        in_context_G = None if self.in_context_G is None else self.in_context_G[of]
+        return SentColumn(self.values[start:stop], tuple(levels), is_null_N, in_context_G)
 
 
 @dataclass(frozen=True)
@@ -83,10 +94,6 @@ class Sizes:
         ):
             budget.check(limit, value)
 
-    def piece(self, of: slice) -> "Sizes":
-        """Return the sizes of some requests."""
-        return Sizes(self.candidates_G[of], self.behaviors_G[of], self.values_G[of])
-
     @classmethod
     def joined(cls, several: Sequence["Sizes"]) -> "Sizes":
         """Put the sizes of several bodies one after the other."""
@@ -94,7 +101,7 @@ class Sizes:
         return cls(*(np.concatenate(each) for each in zip(*parts, strict=True)))
 
     def pieces(self) -> Iterator[slice]:
-        """Cut the requests into pieces that are scored at a time."""
+        """Cut the requests into pieces that are converted and scored at a time: at least one, which may be empty."""
         start = candidates = values = 0
         for place, (own_candidates, own_values) in enumerate(
             zip(self.candidates_G.tolist(), self.values_G.tolist(), strict=True)
@@ -104,8 +111,7 @@ class Sizes:
             if is_full and place > start:
                 yield slice(start, place)
                 start, candidates, values = place, own_candidates, own_values
-        if len(self):
-            yield slice(start, len(self))
+        yield slice(start, len(self))
 
 
 @dataclass(frozen=True)
@@ -116,14 +122,20 @@ class Names:
     """Names a column of a request: `candidates.ad_item`, `input ad_item`, `column ad_item`."""
     where: str = ""
     """Names a request by its number, `requests[{}]: `; empty where a body has one alone."""
+    first: int = 0
+    """Number of the first request in its body."""
+
+    def of_request(self, request: int) -> str:
+        """Begin a message about a request."""
+        return self.where.format(self.first + request)
 
     def path(self, column: str, places: Sequence[int]) -> str:
         """Name a value by the number of its request and its places in lists: `requests[1]: candidates.ad_item[7]`."""
         request, *inside = places
-        label = self.label(column, request)
+        label = self.label(column, self.first + request)
         if label.startswith("context."):
             inside = inside[1:]
-        return self.where.format(request) + label + "".join(f"[{place}]" for place in inside)
+        return self.of_request(request) + label + "".join(f"[{place}]" for place in inside)
 
 
 @dataclass(frozen=True)
@@ -139,6 +151,13 @@ class SentTable:
     def is_plain(self) -> bool:
         """Whether all values are Python's, as those of JSON."""
         return all(isinstance(each.values, list) for each in self.columns.values())
+
+    def piece(self, of: slice) -> "SentTable":
+        """Return some requests."""
+        if of == slice(0, len(self.counts_G)):
+            return self
+        columns = {name: each.piece(of) for name, each in self.columns.items()}
+        return SentTable(columns, self.counts_G[of], replace(self.names, first=self.names.first + of.start))
 
     def in_context(self, name: str) -> Bool:
         """Tell which requests have a column in their context, (G,)."""
@@ -316,30 +335,27 @@ def _of_arrow(name: str, rule: Rule, array: Any, names: Names) -> SentColumn:
             raise UnusableValueError(place, why).named(names, name, levels)
         array, ends = unwrapped(array)
         levels = (*levels, np.diff(ends))
+    if pa.types.is_dictionary(array.type):
+        array = array.dictionary_decode()
     is_null_N = array.is_null().to_numpy(zero_copy_only=False)
-    is_dictionary = pa.types.is_dictionary(array.type)
-    if not is_text(array.type.value_type if is_dictionary else array.type):
-        array = array.dictionary_decode() if is_dictionary else array
+    if not is_text(array.type):
         array = (array.fill_null(0) if array.null_count else array).to_numpy(zero_copy_only=False)
     return SentColumn(array, levels, is_null_N if is_null_N.any() else None)
 
 
 def check_table(budget: Budget, table: pa.Table) -> None:
-    """Raise RequestTooLargeError for a table whose rows, lists or dictionaries are too long.
+    """Raise RequestTooLargeError for a table whose rows or lists are too long.
 
-    Checks only lengths: a few bytes may claim any length of a list of empty lists, and a few rows any text.
+    Checks only lengths: a few bytes may claim any length of a list of empty lists.
     """
     budget.check("requests", table.num_rows)
-    values = text_bytes = 0
+    values = 0
     for column in table.columns:
         for chunk in column.chunks:
             array: Any = chunk
             while (inside := _inside(array)) is not None:
                 count, array = inside
                 budget.check("values", values := values + count)
-            if pa.types.is_dictionary(array.type):
-                text_bytes += array.dictionary.nbytes
-    budget.check("text_bytes", text_bytes)
 
 
 def _inside(array: Any) -> tuple[int, Any] | None:

@@ -56,11 +56,11 @@ def said_at_the_end(job: "subprocess.Popen[bytes]", run: Supervised) -> str:
 
 
 def supervised(shop: Shop, folder: Path, *options: str) -> Supervised:
-    options = ("--hosts", "a:1,b:1", "--lease-s", str(LEASE_S), "--rejoin-after-s", "20", *options)
+    options = ("--hosts", "a:1,b:1", "--lease-s", str(LEASE_S), *options)
     return Supervised(folder, shop.settings_on_s3(folder), options)
 
 
-def test_a_host_dies_and_comes_back(shop: Shop, whole: Leg, tmp_path: Path) -> None:
+def test_a_host_dies(shop: Shop, whole: Leg, tmp_path: Path) -> None:
     run = supervised(shop, tmp_path)
     job = start(shop, run)
     wait(job, run, lambda: run.newest_step() >= 10)
@@ -72,9 +72,8 @@ def test_a_host_dies_and_comes_back(shop: Shop, whole: Leg, tmp_path: Path) -> N
     said = said_at_the_end(job, run)
     assert "rank 1 on b is out of reach" in said and "1 of 2 slots left; resuming at step 10 on 1 rank (a:1)" in said
     assert "supervise: without b: " in said
-    assert "2 slots are there and 1 in use: a checkpoint, and on with all of them" in said
     legs = run.legs()
-    assert [leg.num_ranks for leg in legs] == [2, 1, 2]
+    assert [leg.num_ranks for leg in legs] == [2, 1]
     assert_no_step_or_sample_is_lost(legs, whole, STEPS)
 
 
@@ -96,7 +95,7 @@ def test_the_network_between_two_hosts_is_cut_for_30_seconds(shop: Shop, whole: 
     said = said_at_the_end(job, run)
     assert "rank 1 on b is out of reach (it has not answered in time)" in said
     legs = run.legs()
-    assert [leg.num_ranks for leg in legs] == [2, 1, 2]
+    assert [leg.num_ranks for leg in legs] == [2, 1]
     assert_no_step_or_sample_is_lost(legs, whole, STEPS)
 
 

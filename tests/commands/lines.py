@@ -176,10 +176,7 @@ TRAINER = [
     ("trainer.plan --run {missing}", 2, "{missing}"),
     ("trainer.evaluate {run} --bootstrap 0 --out foo://x", 2, "foo://"),
     ("trainer.prerank search --run {missing} --user 1", 2, "{missing}"),
-    ("trainer.prerank eval --run {missing}", 2, "{missing}"),
-    ("trainer.prerank eval --run {run} --index {missing}", 2, ""),
-    ("trainer.prerank eval --run {run} --k 0", 2, "--k"),
-    ("trainer.prerank eval --run {towers} --index {index} --k 10,1000000000", 2, "--k"),
+    ("trainer.prerank search --run {run} --index {missing} --user 1", 2, ""),
     ("trainer.prerank search --run {towers} --index {index} --user 987654", 2, "987654"),
     ("trainer.schema missing {missing} {store}", 2, "{missing}"),
     ("trainer.schema missing {samples} {missing}", 2, "{missing}"),
@@ -195,8 +192,7 @@ TRAINER = [
     ("trainer.supervise --max-np 1 -- python -m trainer.main data.smaples=x", 2, "did you mean data.samples?"),
     ("trainer.supervise --max-np 1 -- python -m trainer.main run.name=a run.dir={empty}", 2, "{empty}"),
     ("trainer.supervise --min-np 3 --hosts a:1,b:1 -- python -m trainer.main", 2, "has 2 slots"),
-    ("trainer.supervise --hosts-file {missing} -- python -m trainer.main", 2, "{missing}"),
-    ("trainer.supervise --hosts-file {empty} -- python -m trainer.main", 2, "names no host"),
+    ("trainer.supervise --hosts a:0 -- python -m trainer.main", 2, "'a:0' is not a host"),
 ]
 
 DASK_SUBMIT = [
@@ -251,8 +247,6 @@ JOBS = [
     ("jobs/export_embeddings --run {run} --out .parquet", 2, "--out"),
     ("jobs/export_embeddings --run {run} --network [/x] --out {new}.parquet", 2, "[/x]"),
     ("jobs/export_embeddings --run {run} --store-version 99 --out {new}.parquet", 2, "99"),
-    ("jobs/export_embeddings --run {run} --table item --out {new}.parquet", 2, "no exact ID table"),
-    ("jobs/export_embeddings --run {run} --table item --network x --out {new}.parquet", 2, "--table"),
     ("jobs/score --run {missing} --out {new}.parquet", 2, "{missing}"),
     ("jobs/score --run {run} --samples {missing} --out {new}.parquet", 2, "{missing}"),
     ("jobs/score --run {run} --store {missing} --out {new}.parquet", 2, "{missing}"),

@@ -34,7 +34,7 @@ WRITERS = {
 }
 """Commands whose one folder is made where it is not there."""
 FILES = {
-    "file", "config_file", "described", "schema", "mapping", "labels", "gates_file", "hosts_file",
+    "file", "config_file", "described", "schema", "mapping", "labels", "gates_file",
     "script", "token_file", "tls_cert", "tls_key", "ca", "scorer_token_file", "scorer_ca", "uris", "absent", "ads",
 }  # fmt: skip
 """Parameters that name a file which a person wrote or chose."""

@@ -113,7 +113,7 @@ def test_numbers_of_commands_are_checked(monkeypatch: pytest.MonkeyPatch, capsys
     [
         ("tra", {"train"}),
         ("store ver", {"verify"}),
-        ("index ", {"build", "eval", "search"}),
+        ("index ", {"build", "search"}),
         ("train --con", {"--config"}),
     ],
 )

@@ -137,7 +137,7 @@ def test_an_evaluation_has_a_row_for_each_slice(
         found = run.evaluate(resamples=10, out=tmp_path / "evaluation")
     assert capsys.readouterr().out == ""
     whole, *slices = found.rows()
-    assert whole["impressions"] == sum(each["impressions"] for each in slices if each["slicing"] == "ad_age")
+    assert whole["impressions"] == sum(each["impressions"] for each in slices if each["slicing"] == "ad_impressions")
     first, last = list(found.table)[:2], list(found.table)[-2:]  # what pandas shows where the others have no room
     assert (first, last) == (["auc", "gauc"], ["users", "impressions"])
     assert whole["auc_low"] <= whole["auc"] <= whole["auc_high"]
@@ -154,7 +154,7 @@ def test_scores_are_those_of_the_run_model_and_kind_of_rows(
     for scored in (run.score(groups), run.score(impressions), model.score(groups), model.score(impressions)):
         np.testing.assert_allclose(scored["logit"].to_numpy(), wanted, atol=1e-5)
         np.testing.assert_allclose(scored["probability"].to_numpy(), 1 / (1 + np.exp(-wanted)), atol=1e-5)
-    assert version_in_use(Storage(model.scorer.bundle.storage.url)) == 1
+    assert version_in_use(Storage(model.scorer.storage.url)) == 1
     assert "run=" in repr(model) and "<table>" in model._repr_html_() and model.version == 1
 
 
@@ -216,7 +216,7 @@ def test_a_server_gives_the_scores_of_its_model(model: cm.Model, impressions: pa
     from trainer.launch import free_port
 
     port = free_port()
-    url = model.scorer.bundle.storage.url
+    url = model.scorer.storage.url
     with running(["-m", "crossmedia", "serve", url, "--port", str(port)], port, "/v2/health/ready", ROOT):
         client = cm.Client(f"http://127.0.0.1:{port}")
         assert client.score(impressions).equals(model.score(impressions))

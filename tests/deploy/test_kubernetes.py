@@ -160,7 +160,6 @@ def test_the_programs_take_the_command_lines_and_what_listens_for_others_has_tls
         values = parse(words)
         if "serving" in words and "--host=0.0.0.0" in words:
             assert values["tls_cert"] and values["tls_key"] and values["token_file"], who
-            assert all(container[probe]["httpGet"]["scheme"] == "HTTPS" for probe in container if "Probe" in probe), who
         mounts = [PurePosixPath(each["mountPath"]) for each in container["volumeMounts"]]
         for path in re.findall(r"(?<![\w:/.])/[\w./-]+", " ".join(words)):
             inside = any(PurePosixPath(path).is_relative_to(mount) for mount in mounts)
@@ -224,8 +223,14 @@ def test_the_scorer_is_probed_without_a_token_and_drains(name: str) -> None:
     values = parse(words_of(name, container))
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
         asked = container[probe]["httpGet"]
-        assert asked["path"] in OPEN_PATHS and asked["port"] == "https" and asked["scheme"] == "HTTPS"
-    assert container["ports"] == [{"name": "https", "containerPort": values["port"], "protocol": "TCP"}]
+        assert asked["path"] in OPEN_PATHS and asked["port"] == "health" and asked["scheme"] == "HTTP"
+    assert container["ports"] == [
+        {"name": "https", "containerPort": values["port"], "protocol": "TCP"},  # the first: KServe's service takes it
+        {"name": "health", "containerPort": values["health_port"], "protocol": "TCP"},
+    ]
+    policies = [each["spec"] for each in overlay(name) if each["kind"] == "NetworkPolicy"]
+    opened = [port["port"] for spec in policies for rule in spec.get("ingress", []) for port in rule.get("ports", [])]
+    assert values["health_port"] not in opened
     assert values["host"] == "0.0.0.0" and values["tls_cert"] and values["token_file"]
     wait_s = int(container["lifecycle"]["preStop"]["exec"]["command"][1])
     assert pod["spec"]["terminationGracePeriodSeconds"] > values["drain_s"] + wait_s

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from featurestore.errors import CorruptFileError, InvalidRowsError
-from featurestore.index import NOT_FOUND, VectorIndex, use_threads
+from featurestore.index import NOT_FOUND, VectorIndex, faiss
 from featurestore.spec import IndexKind
 
 DIM = 16
@@ -16,7 +16,7 @@ kinds = pytest.mark.parametrize("kind", KINDS)
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
-    use_threads(1)
+    faiss.omp_set_num_threads(1)
 
 
 def clustered(count: int, seed: int = 0) -> np.ndarray:

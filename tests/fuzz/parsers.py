@@ -216,9 +216,8 @@ def _tensor_body() -> bytes:
 
 def _read_body(body: Body) -> None:
     sent = run_steps(body.decode(COLUMNS, Budget()))
-    sizes = sent.sizes(COLUMNS)
-    sizes.check(Budget())
-    run_steps(decode_body(COLUMNS, sent, sizes)).batch(COLUMNS)
+    sent.sizes(COLUMNS).check(Budget())
+    run_steps(decode_body(COLUMNS, sent))
 
 
 def _read_tensors(data: bytes) -> None:

@@ -1,9 +1,9 @@
 """Bugs that are planted in parsers, one at a time, to see that inputs find them: a guard or a bound is dropped.
 
-Each is a text of one function and the text that takes its place, as in tests/simulated/planted.py; `kind`: the parser.
+Each is a text of one function and the text that takes its place (tests/planted.py); `kind`: the parser.
 """
 
-from tests.simulated.planted import Bug
+from tests.planted import Bug
 
 SPEC, FILE, READ = "featurestore.spec", "featurestore.format.datafile", "featurestore.parsing"
 STATISTICS, NUMPY = "featurestore.format.statistics", "featurestore.format.codec"

@@ -1,14 +1,18 @@
 """The short run: parsers of what others write keep the rule on inputs that are the same each time; bugs are noticed."""
 
+import contextlib
+import itertools
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
 from tests.fuzz.mutate import YAML
 from tests.fuzz.parsers import PARSERS, Parser
 from tests.fuzz.planted import BUGS
-from tests.fuzz.run import check, fuzz
-from tests.simulated.planted import Bug
+from tests.fuzz.run import BrokenRuleError, check, fuzz
+from tests.planted import Bug
 
 pytestmark = pytest.mark.long
 
@@ -37,6 +41,30 @@ def test_a_planted_bug_is_found() -> None:
     bug = next(each for each in BUGS if each.kind == "json request")
     with bug.planted():
         assert fuzz(next(each for each in PARSERS if each.name == bug.kind), 300)[1] is not None
+
+
+def _for_ever(data: bytes) -> None:
+    """Loop, and catch all errors."""
+    for _ in itertools.count():
+        with contextlib.suppress(Exception):
+            bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("parse", "why"),
+    [
+        (lambda data: sum(range(8_000_000)), "took .* s"),
+        (_for_ever, "took .* s"),
+        (lambda _: b"1" * 10**8, "took .* MB"),
+    ],
+    ids=["long", "for ever", "large"],
+)
+def test_time_and_memory_of_each_input_are_bounded(parse: Callable[[bytes], object], why: str) -> None:
+    assert all(0 < parser.most_s <= 4 and 0 < parser.most_mb <= 300 for parser in PARSERS)
+    large = b"1" * (2 * 10**8)  # of an input before
+    del large
+    with pytest.raises(BrokenRuleError, match=why):
+        check(replace(PARSERS[0], parse=parse, most_s=0.1, most_mb=60), b"")
 
 
 def test_a_digest_that_is_no_text_is_an_error_with_a_name() -> None:

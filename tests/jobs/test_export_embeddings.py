@@ -142,7 +142,7 @@ def test_components_of_a_compact_store_are_taken_as_the_run_took_them(places: Pl
 
 def test_e_takes_many_blocks_at_once_and_not_all(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every shard gives a block at least."""
-    monkeypatch.setattr(export, "_BATCH_ROWS", 25)
+    monkeypatch.setattr(export, "BATCH_ROWS", 25)
     done("--run", run, "--out", tmp_path / "v.parquet")
     metadata = pq.read_metadata(tmp_path / "v.parquet")
     counts = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]

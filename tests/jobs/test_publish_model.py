@@ -18,7 +18,6 @@ from featurestore.upkeep.compaction import compact
 from jobs import export_model, publish_vectors
 from serving.bundle import log
 from serving.bundle.manifest import SAMPLE
-from serving.bundle.open import Bundle
 from serving.network.served import PORTABLE, compiled_name
 from serving.scoring.scorer import Scorer
 from tests.cli import invoke
@@ -91,10 +90,10 @@ def test_the_job_tells_what_it_published(places: Places, text: str) -> None:
 
 
 def test_the_scores_of_the_sample_are_those_of_the_run(places: Places, model: str, tmp_path: Path) -> None:
-    bundle = Bundle.open(model, cache_dir=tmp_path)
-    sample = pq.read_table(bundle.files.path(SAMPLE))
+    scorer = Scorer.open(model, cache_dir=tmp_path)
+    sample = pq.read_table(scorer.files.path(SAMPLE))
     assert 0 < sample.num_rows <= 64
-    found = np.concatenate([each.logits_C for each in Scorer(bundle).score(sample)])
+    found = np.concatenate([each.logits_C for each in scorer.score(sample)])
     with contextlib.closing(open_trained(places.folder / "runs" / "both", SoloComm())) as trained:
         groups = decode(sample, rules_of(trained.schema), "label", "sample", 0)
         ends = groups.sample_offsets[1:]
@@ -139,13 +138,13 @@ def test_compiled_code_of_this_machine_is_taken(
     else:
         text = done(export_model.app, "--run", run, "--out", out, "--compile")
     assert f"compiled     {compiled_name()}" in text
-    quick = Bundle.open(out, cache_dir=tmp_path)
+    quick = Scorer.open(out, cache_dir=tmp_path)
     done(export_model.app, "--run", run, "--out", tmp_path / "portable")
-    portable = Bundle.open(str(tmp_path / "portable"), cache_dir=tmp_path)
+    portable = Scorer.open(str(tmp_path / "portable"), cache_dir=tmp_path)
     assert quick.manifest.vectors and quick.network.note is None
     assert (quick.network.form, portable.network.form) == ("compiled", "portable")
     sample = pq.read_table(portable.files.path(SAMPLE))
-    found = [np.concatenate([each.logits_C for each in Scorer(b).score(sample)]) for b in (quick, portable)]
+    found = [np.concatenate([each.logits_C for each in b.score(sample)]) for b in (quick, portable)]
     np.testing.assert_allclose(*found, atol=1e-6)
 
 

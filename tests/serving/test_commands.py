@@ -83,7 +83,7 @@ def refused(*words: object) -> tuple[int, str, str]:
 
 
 def test_use_refuses_what_is_damaged_by_name(url: str, made: Exported) -> None:
-    """A flipped bit is found by reading, a missing file by --quick too; the choice stays."""
+    """Files of another size are all named; the choice stays."""
     folder = Path(url, made.manifest.folder)
     path = folder / "ids-12.bin"
     sound = path.read_bytes()
@@ -100,7 +100,7 @@ def test_use_refuses_what_is_damaged_by_name(url: str, made: Exported) -> None:
     (vectors,) = (folder / "vectors" / "texts" / "data").glob("*/*.parquet")
     (folder / "schema.yaml").unlink()
     vectors.write_bytes(vectors.read_bytes()[:-1])
-    code, _, said = refused("use", url, 1, "--quick")
+    code, _, said = refused("use", url, 1)
     assert code == 1
     assert said.splitlines()[1] == f"{folder}/schema.yaml is missing"
     assert f"{vectors} has " in said.splitlines()[2]
@@ -126,7 +126,7 @@ def test_use_refuses_what_no_scorer_opens(url: str, made: Exported, change: dict
     ((part, fields),) = change.items()
     first, *others = json.loads(Path(url, "log", f"{1:020}.json").read_bytes())[part]
     forge(url, 1, **{part: [{**first, **fields}, *others]})
-    code, out, said = refused("use", url, 1, "--quick")
+    code, out, said = refused("use", url, 1)
     assert (code, out) == (1, "") and "; version 2 stays in use:" in said and "Traceback" not in said
     assert "version 2 (in use)" in done("info", url)
 

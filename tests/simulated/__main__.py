@@ -8,20 +8,18 @@ if __name__ == "__main__" and os.environ.get("PYTHONHASHSEED") != "0":  # the or
     os.execv(sys.executable, [sys.executable, "-m", "tests.simulated", *sys.argv[1:]])
 
 import gc
-import multiprocessing
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Annotated, TypeVar
+from multiprocessing import get_context
+from typing import Annotated
 
 import typer
 
 from featurestore.console.commandline import CommandApp
-from tests.simulated.planted import BUGS, Bug
-from tests.simulated.play import kind_of, plan_of, shortened
+from tests.planted import Bug
+from tests.simulated.play import BUGS, kind_of, plan_of, shortened
 from tests.simulated.play import play as play_one
 
-ItemT, ResultT = TypeVar("ItemT"), TypeVar("ResultT")
 LAST_REQUESTS = 40
 app = CommandApp(help=__doc__, no_args_is_help=True)
 Seeds = Annotated[int, typer.Option(min=1, help="Number of histories; of planted bugs the most for each.")]
@@ -33,13 +31,15 @@ Only = Annotated[str, typer.Option(metavar="TEXT", help="Only guards that have t
 def play(seeds: Seeds = 1000, first: First = 0) -> None:
     """Play histories; exit 1 where one fails, with the shortest that still does."""
     faults, failed = Counter[str](), list[int]()
-    for seed, (befell, error) in _in_processes(_played, range(first, first + seeds), 20):
-        faults += befell
-        if error:
-            failed.append(seed)
-            print(f"seed {seed} fails: {error}", flush=True)
+    with get_context("fork").Pool(2, gc.freeze) as pool:  # what is imported is looked at no more
+        for seed, befell, error in pool.imap(_played, range(first, first + seeds), 20):
+            faults += befell
+            if error:
+                failed.append(seed)
+                print(f"seed {seed} fails: {error}", flush=True)
     shown = ", ".join(f"{count:,} {kind}" for kind, count in sorted(faults.items()) if kind)
-    print(f"{seeds:,} histories, {faults.total():,} requests ({shown}), {len(failed)} failed; {_spent()}")
+    print(f"{seeds:,} histories, {faults.total():,} requests ({shown})")
+    print(f"{len(failed)} failed; {sum(os.times()[:4]):.0f} s of a processor")
     if failed:
         plan, world = shortened(failed[0], plan_of(failed[0])[0])
         print(f"\nThe shortest history of seed {failed[0]} ({kind_of(failed[0]).__name__}) that still fails:")
@@ -52,38 +52,25 @@ def play(seeds: Seeds = 1000, first: First = 0) -> None:
 def bugs(seeds: Seeds = 200, first: First = 0, only: Only = "") -> None:
     """Plant bugs, one at a time, and play histories until one fails; exit 1 where none does."""
     chosen, missed = [bug for bug in BUGS if only in bug.guard], 0
-    for bug, found in _in_processes(partial(_found, range(first, first + seeds)), chosen, 1):
-        missed += not found
-        print(f"{found or 'NOT FOUND':<90.90}  {bug.guard}", flush=True)
-    print(f"{len(chosen)} bugs, {len(chosen) - missed} found; {_spent()}")
+    with get_context("fork").Pool(2, gc.freeze) as pool:
+        for bug, found in zip(chosen, pool.imap(partial(_found, range(first, first + seeds)), chosen), strict=True):
+            missed += not found
+            print(f"{found or 'NOT FOUND':<90.90}  {bug.guard}", flush=True)
+    print(f"{len(chosen)} bugs, {len(chosen) - missed} found; {sum(os.times()[:4]):.0f} s of a processor")
     raise typer.Exit(missed > 0)
 
 
-def _in_processes(
-    work: Callable[[ItemT], ResultT], items: Sequence[ItemT], at_once: int
-) -> Iterator[tuple[ItemT, ResultT]]:
-    """Yield items, in their order, with the results of the work on them."""
-    gc.freeze()  # what is imported is looked at no more
-    with multiprocessing.get_context("fork").Pool(2) as pool:
-        yield from zip(items, pool.imap(work, items, at_once), strict=True)
-
-
-def _played(seed: int) -> tuple[Counter[str], str]:
-    """Return what befell the requests of a history, and how it failed."""
+def _played(seed: int) -> tuple[int, Counter[str], str]:
+    """Return a seed, what befell the requests of its history, and how it failed."""
     world = play_one(seed)
-    return world.faults, f"{type(world.failure).__name__}: {world.failure}" if world.failure else ""
+    return seed, world.faults, f"{type(world.failure).__name__}: {world.failure}" if world.failure else ""
 
 
 def _found(seeds: range, bug: Bug) -> str:
     """Return the first history that fails with a bug, with the reason."""
     with bug.planted():
-        errors = ((seed, _played(seed)[1]) for seed in seeds if kind_of(seed).__name__ == bug.kind)
+        errors = ((seed, _played(seed)[2]) for seed in seeds if kind_of(seed).__name__ == bug.kind)
         return next((f"seed {seed}: {error}" for seed, error in errors if error), "")
-
-
-def _spent() -> str:
-    """Say the time of the processors."""
-    return f"{sum(os.times()[:4]):.0f} s of a processor"
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ import contextlib
 import time
 import uuid
 from collections.abc import Coroutine
-from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import AsyncMock, MagicMock
@@ -12,8 +11,7 @@ from unittest.mock import AsyncMock, MagicMock
 import pyarrow as pa
 import pytest
 
-from featurestore.log import manifest_path, writer_name
-from featurestore.published.versions import append_numbered
+from featurestore.log import writer_name
 from featurestore.storage.storage import Storage
 from serving.bundle import log
 from serving.bundle.files import WrittenFiles, check_file
@@ -22,35 +20,10 @@ from serving.bundle.manifest import BUNDLES, LOG, USE, BundleManifest
 from serving.errors import NotFiniteError
 from serving.http import live
 from tests.simulated.history import History
-from tests.simulated.world import World, seconds
+from tests.simulated.world import seconds
 
 URL = "sim://w/models"
 NAMES = ("network.pt2", "model.json")
-
-
-@dataclass(eq=False)
-class SimulatedScorer:
-    """What a scorer has of a version: the content of its files; a bad one gives no finite scores."""
-
-    world: World
-    identity: BundleIdentity
-    contents: list[str]
-    is_open: bool = True
-
-    def sample(self) -> Any:
-        return pa.table({"row": [1]})
-
-    def score(self, rows: Any) -> str:
-        """Return which version this score is of."""
-        self.world.expect(self.is_open, f"version {self.identity.version} is scored with after it was closed")
-        ids = {each.split()[0] for each in self.contents}
-        self.world.expect(len(ids) == 1, f"version {self.identity.version} is mixed of {ids}")
-        if "bad" in self.contents[0]:
-            raise NotFiniteError("not finite")
-        return ids.pop()
-
-    def close(self) -> None:
-        self.is_open = False
 
 
 class ModelHistory(History):
@@ -78,8 +51,8 @@ class ModelHistory(History):
             checkpoint_digest="d", rows=(), tables=(), vectors=(), missing="zeros",
             missing_in_training="zeros", metrics={}, files=tuple(files.files),
         )  # fmt: skip
-        made = append_numbered(storage, LOG, lambda version: draft.model_copy(update={"version": version}))
-        self.acknowledged.append((LOG, made.version, "bundle_id", bundle_id))
+        made = log.publish(storage, draft)
+        self.acknowledge(LOG, made.version, bundle_id=bundle_id)
         if when == "use":
             self.choose(storage, "0")
 
@@ -87,78 +60,63 @@ class ModelHistory(History):
         """Choose the newest version, or one before it."""
         known = log.known_versions(storage)
         made = log.use(storage, known[-1 - int(back) % len(known)])
-        self.acknowledged.append((USE, made.choice, "nonce", made.nonce))
-        if made.choice == len(self.logs[USE]):
-            self.check_whole(made.version)
+        self.acknowledge(USE, made.choice, nonce=made.nonce)
 
     def expire(self, storage: Storage) -> None:
         """Remove what nobody serves."""
         log.expire(storage, keep_last=1, keep_days=0, grace_days=1)
 
-    def serve(self, storage: Storage, num_polls: str, poll: str, num_pieces: str, piece: str) -> None:
-        """Serve the version in use for some time, and score bodies of several pieces meanwhile."""
+    def serve(self, storage: Storage, num_polls: str, pause: str) -> None:
+        """Serve the version in use; score two bodies, and between the pieces of each look for another version."""
         source = live.BundleSource(SimpleNamespace(model=URL, cache_dir=None))
         source.open = self._open
         model = live.LiveModel(source, MagicMock(), 30.0)
         _done(model.start())
-        bodies = self.world.thread(lambda: self._score_bodies(model, int(num_pieces), seconds(piece)), daemon=True)
-        bodies.start()
-        for _ in range(int(num_polls)):
-            self.world.sleep(seconds(poll))
-            self.world.current.patience_s = self.world.now_s + self.MOST_S
-            _done(model.poll_once())
-        bodies.join()
+        for _ in range(2):
+            with model.held() as scorer:
+                for _ in range(int(num_polls)):
+                    scorer.score(None)
+                    self.world.sleep(seconds(pause))
+                    self.begin()
+                    _done(model.poll_once())
+                scorer.score(None)
+            is_closed = scorer is model.model or scorer.close.called
+            self.world.expect(is_closed, f"version {scorer.identity.version} is open still, and another one serves")
         model.close()
 
-    def files(self, version: int) -> list[str]:
+    def files_of(self, content: dict[str, Any]) -> list[str]:
         """Return the paths of a version's files."""
-        return [f"{BUNDLES}/{self.logs[LOG][version - 1].content['bundle_id']}/{name}" for name in NAMES]
+        return [f"{BUNDLES}/{content['bundle_id']}/{name}" for name in NAMES]
 
-    def chosen(self, since_s: float) -> list[int]:
-        """Return the versions that were surely chosen, and in use then or later."""
-        sure = {number for folder, number, _, _ in self.acknowledged if folder == USE}
-        choices = enumerate(self.logs[USE], start=1)
-        return [each.content["version"] for number, each in choices if number in sure and each.end_s > since_s]
-
-    def held(self) -> list[int]:
-        """Return the versions that scorers may open."""
-        return self.chosen(self.world.now_s - 0.99 * self.SPAN_S)
-
-    def created(self, content: dict[str, Any]) -> None:
-        """See that a version has its files when it is published."""
-        is_whole = all(map(self.is_there, self.files(self.newest)))
-        self.world.expect(is_whole, f"version {self.newest} is published without its files")
+    def kept(self) -> set[int]:
+        """Return the newest version, and those that were surely chosen, and in use of late: scorers may open them."""
+        since_s = self.world.now_s - 0.99 * self.SPAN_S
+        chosen = [each for each in self.logs[USE] if each.is_acknowledged and each.end_s > since_s]
+        return super().kept() | {each.content["version"] for each in chosen}
 
     def finish(self) -> None:
-        """Look at all that is there at the end; a scorer that begins serves the version in use."""
-        super().finish()
-        for version in self.chosen(self.world.now_s):
-            self.world.expect(log.version_in_use(self.opened()) == version, f"version {version} is not in use")
-            self.check_whole(version)
+        """See that a scorer that begins now would serve the version that was chosen last."""
+        version = self.logs[USE][-1].content["version"]
+        self.world.expect(log.version_in_use(self.opened()) == version, f"version {version} is not in use")
 
-    def check_whole(self, version: int) -> None:
-        """See that a version that was put in use is there."""
-        is_whole = all(map(self.is_there, (*self.files(version), manifest_path(version, LOG))))
-        self.world.expect(is_whole, f"version {version} is in use, and is not whole")
-
-    def _open(self, identity: BundleIdentity, current: Any) -> Any:
-        storage = self.opened()
+    def _open(self, identity: BundleIdentity, current: Any) -> MagicMock:
+        """Return what a scorer has of a version; a bad one gives no finite scores."""
+        storage, scorer = self.opened(), MagicMock(identity=identity)
         manifest = log.read_version(storage, identity.version)
         for file in manifest.files:
             check_file(storage, f"{manifest.folder}/{file.name}", file, verify=True)
         contents = [storage.read_bytes(f"{manifest.folder}/{name}").decode() for name in NAMES]
-        return SimulatedScorer(self.world, identity, contents)
+        is_mixed, is_bad = len({each.split()[0] for each in contents}) > 1, "bad" in contents[0]
 
-    def _score_bodies(self, model: live.LiveModel, num_pieces: int, piece_s: float) -> None:
-        for _ in range(2):
-            with model.held() as scorer:
-                versions = set()
-                for _ in range(num_pieces):
-                    versions.add(scorer.score(None))
-                    self.world.sleep(piece_s)
-                self.world.expect(len(versions) == 1, f"one body was scored with {versions}")
-            is_closed = scorer is model.model or not scorer.is_open
-            self.world.expect(is_closed, f"version {scorer.identity.version} is open still, and another one serves")
+        def score(rows: Any) -> None:
+            is_good = not is_bad or rows is not None
+            is_sound = not is_mixed and is_good and not scorer.close.called
+            self.world.expect(is_sound, f"version {identity.version} serves, and is closed, mixed or bad")
+            if is_bad:
+                raise NotFiniteError("not finite")
+
+        scorer.sample.return_value, scorer.score.side_effect = pa.table({"row": [1]}), score
+        return scorer
 
 
 def _done(work: Coroutine[Any, Any, Any]) -> None:

@@ -1,27 +1,26 @@
 """A history by its seed: what clients do, drawn or as a scene has it; played in a world of its own; made shorter."""
 
+import contextlib
 import gc
 import random
 import re
 import tomllib
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tests.planted import Bug
 from tests.simulated.history import History
 from tests.simulated.models import ModelHistory
-from tests.simulated.objects import simulated
 from tests.simulated.published import RunHistory, SampleHistory
 from tests.simulated.store import StoreHistory
-from tests.simulated.world import Killed, World
+from tests.simulated.world import ASLEEP, Killed, World, simulated
 
-KINDS: tuple[type[History], ...] = (
-    StoreHistory, RunHistory, StoreHistory, SampleHistory, StoreHistory, ModelHistory,
-)  # fmt: skip
+KINDS = (StoreHistory, RunHistory, StoreHistory, SampleHistory, StoreHistory, ModelHistory)
 """By the seed modulo their number."""
 Plan = list[list[str]]
 """By client, its steps."""
 STEPS: dict[str, Any] = tomllib.loads(Path(__file__).with_name("steps.toml").read_text())
+BUGS = [Bug(**each) for each in tomllib.loads(Path(__file__).with_name("planted.toml").read_text())["bug"]]
 SCHEDULES = 3
 """Orders of requests with which a shorter plan is tried."""
 
@@ -43,9 +42,9 @@ def plan_of(seed: int) -> tuple[Plan, bool]:
         return plan, False
     scenes: list[Plan] = list(STEPS[kind.__name__]["scenes"].values())
     times, number = divmod(turn, len(scenes))
-    is_calm = times % 3 == 0 or re.search("late|whole 2d", str(scenes[number])) is not None
+    is_calm = times % 3 == 0 or ASLEEP in str(scenes[number])
     both = [*scenes[number], *plan[: draw.choice([0, 1])]]
-    is_alone = is_calm or "purge" in str(both)
+    is_alone = is_calm or re.search("purge|mend", str(both))
     return scenes[number] if is_alone else both, is_calm
 
 
@@ -55,17 +54,14 @@ def play(seed: int, plan: Plan | None = None, schedule: int = 0) -> World:
     The world's `failure` says why it failed."""
     own_plan, is_calm = plan_of(seed)
     world = World(seed + schedule * 1_000_003, is_calm)
-    history = kind_of(seed)(world)
+    history = kind_of(seed)(world, str(own_plan))
     gc.disable()  # what it would collect may have requests to make
-    try:
-        with simulated(world, history.store) as patch:
-            history.prepare(patch)
-            world.play([partial(history.work, steps) for steps in (own_plan if plan is None else plan)])
+    with contextlib.suppress(Killed), world.failing(), simulated(world, history.store) as patch:
+        history.prepare(patch)
+        world.play(own_plan if plan is None else plan, history.perform)
+        if world.failure is None:
             history.finish()
-    except (Exception, Killed) as failure:
-        world.failure = world.failure or failure
-    finally:
-        gc.enable()
+    gc.enable()
     return world
 
 

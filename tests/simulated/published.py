@@ -1,8 +1,8 @@
 """Histories of published versions: samples that days are added to, and checkpoints of a run with its supervisors."""
 
 import tempfile
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,11 +13,11 @@ from featurestore.published.paths import FarPath
 from featurestore.published.versions import VERSIONS, PublishedFiles, expire, open_published, publish, write_part
 from featurestore.storage.storage import Storage
 from pipeline.samples.publish import MARK, replaced_files
-from tests.simulated.history import History
+from tests.simulated.history import Entry, History
 from tests.simulated.world import Client, seconds
 from trainer import supervise
 from trainer.runs.folder import finished, step_name, step_of
-from trainer.runs.saving import KEEP_REMOVED_S, CheckpointPlace, WrittenPart
+from trainer.runs.saving import DAMAGED, KEEP_REMOVED_S, CheckpointPlace, WrittenPart
 
 
 class PublishedHistory(History):
@@ -25,36 +25,30 @@ class PublishedHistory(History):
 
     LOG = VERSIONS
 
-    def named(self, version: int) -> dict[str, str]:
-        """Return the paths of a version's files by their names."""
-        return {name: each["path"] for name, each in self.logs[VERSIONS][version - 1].content["files"].items()}
-
-    def files(self, version: int) -> list[str]:
+    def files_of(self, content: dict[str, Any]) -> list[str]:
         """Return the paths of a version's files."""
-        return list(self.named(version).values())
+        return list(_named(content).values())
 
     def kept(self) -> set[int]:
         """Return the versions that a reader may have."""
         since_s = self.world.now_s - self.SPAN_S
-        return {version for version, each in enumerate(self.logs[VERSIONS], start=1) if each.end_s > since_s}
+        return {version for version, each in enumerate(self.log, start=1) if each.end_s > since_s}
 
     def read(self, storage: Storage, pause: str) -> None:
         """Open the newest version, and read all of its files a while later."""
-        newest, opened = self.newest, open_published(storage.url)
+        self.begin(seconds(pause))
+        newest, opened = len(self.log), open_published(storage.url)
         if not isinstance(opened, PublishedFiles):
             return
         version = opened.published.version
         self.world.expect(version >= newest, f"the newest version was {newest}, not {version}")
         self.world.sleep(seconds(pause))
-        for name, path in self.named(version).items():
-            try:
-                self.world.expect(opened.read_bytes(name) == self.first[path], f"{name} is another file")
-            except FileNotFoundError:
-                self.world.expect(path not in self.needed(), f"version {version} lacks {name}")
+        for name, path in _named(self.log[version - 1].content).items() if self.log[version - 1].is_whole else ():
+            is_same = opened.read_bytes(name) == self.store.first[f"{self.PLACE}/{path}"].data
+            self.world.expect(is_same, f"{name} is another file")
 
     def finish(self) -> None:
         """Look at all that is there at the end."""
-        super().finish()
         self.read(self.opened(), "0s")
 
 
@@ -68,13 +62,13 @@ class SampleHistory(PublishedHistory):
         """Publish the first samples."""
         self.whole(self.opened())
 
-    def whole(self, storage: Storage, pause: str = "0s") -> None:
-        """Publish samples that are made of nothing before, perhaps so late that an expiry has taken their files."""
+    def whole(self, storage: Storage) -> None:
+        """Publish samples that are made of nothing before."""
         number = next(self.unique)
-        files = {name: write_part(storage, name, f"{name} of {number}".encode()) for name in (MARK, "train/whole")}
-        self.world.sleep(seconds(pause))
-        made = publish(storage, files)
-        self.acknowledged.append((VERSIONS, made.version, "publication", made.publication))
+        made = publish(
+            storage, {name: write_part(storage, name, f"{name} {number}".encode()) for name in (MARK, "train/whole")}
+        )
+        self.acknowledge(VERSIONS, made.version, publication=made.publication)
 
     def add(self, storage: Storage) -> None:
         """Add a day to the samples."""
@@ -88,146 +82,114 @@ class SampleHistory(PublishedHistory):
             (new.folder / MARK).write_text(f"with {day}")
             for name in before.list("train"):
                 new.keep(f"train/{name}", f"train/{name}")
-        is_there = any(day in self.named(version) for version in range(1, self.newest + 1))
+        is_there = any(day in _named(each.content) for each in self.log)
         self.world.expect(is_there, "a day that was added was never published")
 
     def expire(self, storage: Storage) -> None:
         """Remove old versions."""
         expire(storage, self.SPAN_S)
 
-    def created(self, content: dict[str, Any]) -> None:
+    def created(self, entry: Entry) -> None:
         """See that a version to which a day was added keeps all days before."""
-        after, before = self.named(self.newest), self.named(self.newest - 1) if self.newest > 1 else {}
+        super().created(entry)
+        before, after = (_named(each.content) for each in self.log[-2:]) if len(self.log) > 1 else ({}, {})
         is_added = any(name.startswith("train/day-") for name in after.keys() - before.keys())
         lost = [name for name, path in before.items() if name != MARK and after.get(name) != path]
         self.world.expect(not (is_added and lost), f"a day was added, and {lost} lost")
 
 
 RUN = FarPath("sim://w/run")
-CLAIMS = "w/.run.supervised/"
 LEASE_S = supervise.LEASE_S
-
-
-@dataclass(eq=False)
-class Trainer:
-    """A process that trains, perhaps as it holds the run; when it began to ask, to hold it, and what it writes now."""
-
-    client: Client
-    began_s: float
-    claimed_s: float = float("inf")
-    writes_s: float = 0.0
-    holds: bool = False
-    is_told_to_stop: bool = False
-
-    def is_at_work(self) -> bool:
-        """Tell whether it believes that the run is its own."""
-        return self.holds and not self.is_told_to_stop and not self.client.is_killed
 
 
 class RunHistory(PublishedHistory):
     """A run: supervisors that hold it one after another, and their trainings, which publish checkpoints."""
 
     PLACE, SPAN_S = "w/run/checkpoints", KEEP_REMOVED_S
+    MOST_S = 400.0
+    """From the first part of a checkpoint to its publication."""
 
     def prepare(self, patch: pytest.MonkeyPatch) -> None:
-        """Let supervisors see simulated threads, processes and machines."""
-        self.trainers: dict[bytes, Trainer] = {}
-        self.writers: list[Trainer] = []
-        self.saved: list[tuple[int, str]] = []
-        """Acknowledged checkpoints: the step, and the path of its rows."""
-        self.gone: set[str] = set()
-        """Files of checkpoints of which one was removed as it waited too long for the version that names it."""
-        world = self.world
+        """Let supervisors see simulated processes and machines, and do the work of their threads themselves."""
+        self.holders: dict[str, tuple[Client, float]] = {}
+        """Who believes that the run is its own, and since when."""
+        self.ends_s: dict[str, float] = {}
+        self.renewals: dict[str, Callable[[], None]] = {}
+        """By supervisor, up to when it holds the run, and the work of its thread."""
         system = SimpleNamespace(
-            getpid=lambda: 1_000_000_000 + world.current.process,  # which no process of this machine has
-            uname=lambda: SimpleNamespace(nodename=world.current.main.name),
-            kill=lambda process, signal: setattr(self.mine, "is_told_to_stop", True),
+            getpid=lambda: 1_000_000_000 + self.world.current.process,  # which no process of this machine has
+            uname=lambda: SimpleNamespace(nodename=self.world.current.name),
+            kill=lambda process, signal: self.holders.pop(supervise._me(), None),
         )
         patch.setattr(supervise, "os", system)
-        patch.setattr(supervise, "threading", SimpleNamespace(Event=world.event, Thread=world.thread))
+        event = SimpleNamespace(wait=self.is_at_end, set=lambda: None)
+        patch.setattr(supervise, "threading", SimpleNamespace(Event=lambda: event, Thread=self.renewing))
 
-    @property
-    def mine(self) -> Trainer:
-        """What is known of the process that runs; it is known from when it is first asked for."""
-        fresh = Trainer(self.world.current.main, self.world.now_s)
-        return self.trainers.setdefault(supervise._me().encode(), fresh)
+    def renewing(self, target: Callable[[], None], daemon: bool) -> SimpleNamespace:
+        """Take the work of a supervisor's thread."""
+        return SimpleNamespace(start=lambda: self.renewals.update({supervise._me(): target}), join=lambda: None)
 
-    def supervise(self, storage: Storage, num_steps: str, pause: str) -> None:
-        """Hold the run, and train."""
-        mine = self.mine
+    def is_at_end(self, for_s: float) -> bool:
+        """Wait, and tell whether the time of a supervisor is over."""
+        self.world.sleep(for_s)
+        return self.world.now_s > self.ends_s[supervise._me()]
+
+    def supervise(self, storage: Storage, pause: str) -> None:
+        """Hold the run for some time."""
+        began_s, me = self.world.now_s, supervise._me()
+        self.ends_s[me] = began_s + seconds(pause)
         with supervise.claimed(RUN, LEASE_S):
-            self.expect_alone(mine)
-            mine.holds = True
+            self.world.expect(not self.holding(began_s - LEASE_S), f"{me} takes the run, which another one holds")
+            self.holders[me] = self.world.current, self.world.now_s
             try:
-                self.train(storage, num_steps, pause)
+                self.renewals[me]()
             finally:
-                mine.holds = False
+                self.holders.pop(me, None)
 
     def train(self, storage: Storage, num_steps: str, pause: str) -> None:
-        """Claim the checkpoints, and write some; who supervises nothing is a rank that its supervisor left behind."""
-        mine, place = self.mine, CheckpointPlace(RUN)
-        mine.writes_s = self.world.now_s
+        """Claim the checkpoints, and write some."""
+        place = CheckpointPlace(RUN)
         place.claim()
         first = max((each.step for each in finished(RUN)), default=0) + 1
         for step in range(first, first + int(num_steps)):
             self.world.sleep(seconds(pause))
-            if mine.is_told_to_stop:
-                return
-            mine.writes_s = self.world.now_s
+            self.begin()
             with suppress(StorageError):  # of one checkpoint: the training continues
                 rows = write_part(storage, f"{step_name(step)}-rows", f"rows of {step}".encode())
                 place.commit(step, {"rows": WrittenPart("0" * 32, rows)}, f"state of {step}".encode(), 2, None)
                 made = place._newest_known()
-                self.acknowledged.append((VERSIONS, made.version, "publication", made.publication))
-                is_named = rows.path in self.files(made.version)
+                self.acknowledge(VERSIONS, made.version, publication=made.publication)
+                is_named = rows.path in self.log[made.version - 1].files
                 self.world.expect(is_named, f"checkpoint {step} was acknowledged, and version {made.version} lacks it")
-                self.world.expect(rows.path not in self.gone, f"checkpoint {step} was acknowledged without its rows")
-                self.saved += [(step, rows.path)] if self.is_there(rows.path) else []
+
+    def holding(self, awake_s: float) -> list[float]:
+        """Return from when on each holds the run who has been awake since a time."""
+        return [at_s for client, at_s in self.holders.values() if client.disturbed_s < awake_s]
 
     def watch(self, verb: str, path: str, data: bytes | None) -> None:
-        """See that nobody takes a run whose holder is at work, and nobody continues after another one took it."""
+        """See that whoever was followed by another one stops soon after it is awake again."""
         super().watch(verb, path, data)
-        if not path.startswith(CLAIMS) or data not in self.trainers:
-            return
-        writer, now_s = self.trainers[data], self.world.now_s
-        others = [each for each in self.trainers.values() if each is not writer and each.is_at_work()]
-        if verb == "create":
-            writer.claimed_s = now_s
-            if not any(other > path for other in self.store.objects if other.startswith(f"{CLAIMS}0")):
-                self.expect_alone(writer)  # else it looks again, and gives up
-        elif path in self.store.objects:
-            there = self.store.objects[path].data
-            self.world.expect(there in (data, b""), f"{data!r} renews a claim that is {there!r}'s: two hold the run")
-            later_s = [each.claimed_s for each in others if writer.claimed_s < each.claimed_s < now_s]
-            is_told = later_s and now_s - max(later_s[0], writer.client.disturbed_s) > LEASE_S
-            self.world.expect(not is_told, f"{data!r} continues, though another one took the run long ago")
+        since_s = self.world.now_s - LEASE_S
+        self.world.expect(sum(at_s < since_s for at_s in self.holding(since_s)) < 2, "two hold the run at once")
 
-    def expect_alone(self, trainer: Trainer) -> None:
-        """See that no other one is at work who was awake since before this one looked at the claims."""
-        others = [each for each in self.trainers.values() if each is not trainer and each.is_at_work()]
-        awake = [each for each in others if each.client.disturbed_s < trainer.began_s - LEASE_S]
-        self.world.expect(not awake, f"{trainer.client.name} takes the run, which another one holds")
-
-    def created(self, content: dict[str, Any]) -> None:
+    def created(self, entry: Entry) -> None:
         """See that whoever was followed by another publishes nothing more, and that the newest checkpoint stays."""
-        writer, files = self.mine, self.named(self.newest)
-        is_followed = writer in self.writers and writer is not self.writers[-1]
+        super().created(entry)
+        *before, by = [each.by for each in self.log]
+        is_followed = by in before and by != before[-1]
         self.world.expect(not is_followed, "a training publishes though another one has claimed the run")
-        self.writers.append(writer)
-        lacking = {_step(name) for name, path in files.items() if not self.is_there(path)}
-        gone = {path for name, path in files.items() if _step(name) in lacking}
-        is_late = self.world.now_s - writer.writes_s > self.SPAN_S
-        self.world.expect(is_late or not gone, f"a version is published without {gone}")
-        self.gone |= gone
-        first = min((_step(name) for name in files), default=0)
-        lost = [step for step, path in self.saved[-1:] if step >= first and path not in files.values()]
-        self.world.expect(not lost, f"the newest checkpoint, {lost}, is lost")
+        files = _named(entry.content)
+        for last in [each for each in self.log[:-1] if each.is_acknowledged][-1:]:
+            newest = max(map(_step, _named(last.content)))
+            is_kept = f"{step_name(newest)}/rows" in files or newest < min(map(_step, files), default=0)
+            self.world.expect(is_kept, f"the newest checkpoint, {newest}, is lost")
 
-    def needed(self) -> set[str]:
-        """Return the paths that have to stay as they are now."""
-        return super().needed() - self.gone
+
+def _named(content: dict[str, Any]) -> dict[str, str]:
+    """Return the paths of a version's files by their names."""
+    return {name: each["path"] for name, each in content["files"].items()}
 
 
 def _step(name: str) -> int:
     """Return the step of the checkpoint that a file is of."""
-    return step_of(name.partition("/")[0])
+    return step_of(name.removeprefix(DAMAGED).partition("/")[0])

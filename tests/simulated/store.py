@@ -15,11 +15,9 @@ from featurestore.log import CHANNELS, LOG, manifest_path
 from featurestore.published.versions import last_move
 from featurestore.upkeep import compaction, expiry, history, purge, verify
 from featurestore.upkeep.repair import repair
-from tests.simulated.history import History
-from tests.simulated.world import seconds
+from tests.simulated.history import Entry, History
+from tests.simulated.world import Stored, seconds
 
-URIS = {image: f"u{place}" for place, image in enumerate("abcd")}
-KEYS = {image: key_of_uri(uri) for image, uri in URIS.items()}
 PURGED = "a"
 Rows = dict[int, tuple[str, float]]
 """By key, its uri and the number of the put."""
@@ -40,11 +38,12 @@ class StoreHistory(History):
 
     def prepare(self, patch: pytest.MonkeyPatch) -> None:
         """Make the store, with two commits."""
-        self.rows, self.paths = [Rows()], [frozenset[str]()]
+        self.rows = [Rows()]
         """By version."""
         self.pins: dict[str, int] = {}
-        self.read_now: list[int] = []
-        self.has_purged = False
+        self.opened_s: list[tuple[int, float]] = []
+        """Snapshots that were opened to be read, and when."""
+        self.damaged: set[int] = set()
         store = FeatureStore.create(f"sim://{self.PLACE}", INFO)
         for images in ("a", "ab"):
             self.put(store, images)
@@ -55,16 +54,10 @@ class StoreHistory(History):
 
     def put(self, store: FeatureStore, images: str) -> None:
         """Put rows of images, with `!` under other uris: that is refused unless the key has none at that time."""
-        rows, name = self._to_put(images)
-        self._acknowledge(store.put(rows, name), name)
-
-    def late(self, store: FeatureStore, images: str) -> None:
-        """Put rows so late that an expiry may have removed their files, which refuses the commit."""
-        rows, name = self._to_put(images)
-        entries = store.write(rows)
-        self.world.sleep(2 * self.SPAN_S)
-        self.may_be_corrupt = True
-        self._acknowledge(store.commit(entries, name), name)
+        number, uris = next(self.unique), _uris(images)
+        features = np.full((len(uris), INFO.dim), number, np.float32)
+        name = f"put {images} {number}"
+        self._acknowledge(store.put(FeatureRows.of(list(uris.values()), features, keys=list(uris)), name), name)
 
     def delete(self, store: FeatureStore, images: str) -> None:
         """Delete rows."""
@@ -78,18 +71,18 @@ class StoreHistory(History):
 
     def compact(self, store: FeatureStore, shards: str) -> None:
         """Compact shards."""
-        before = self.newest
+        before = len(self.log)
         try:
             compaction.compact(store, force=True, shards=[int(shard) for shard in shards])
         except errors.CommitConflictError:
             for shard in shards:
-                first, *later = [{f for f in each if f.startswith(f"data/000{shard}")} for each in self.paths[before:]]
-                is_left = len(first) > 1 and all(first <= each <= later[-1] for each in later)
+                of = [{f for f in each.files if f.startswith(f"data/000{shard}")} for each in self.log[before - 1 :]]
+                is_left = len(of[0]) > 1 and all(of[0] <= each <= of[-1] for each in of)
                 self.world.expect(not is_left, f"a compaction gives up, though nobody has replaced files of {shard}")
 
     def expire(self, store: FeatureStore, keep_last: str) -> None:
         """Remove what nobody keeps."""
-        self.world.current.patience_s += 2 * self.SPAN_S  # it sees to that itself
+        self.begin(-2 * self.SPAN_S)  # it sees to its time itself
         expiry.expire(store, keep_last=int(keep_last), keep_days=0, grace_days=1)
 
     def pin(self, store: FeatureStore, back: str) -> None:
@@ -109,152 +102,113 @@ class StoreHistory(History):
         after = (last.number if last else 0) if when == "if" else None
         made = history.move_channel(store, channel, self.before(back), after=after)
         self.world.expect(after in (None, made.number - 1), f"channel {channel} was moved meanwhile, and again")
-        self.acknowledged.append((f"{CHANNELS}/{channel}", made.number, "nonce", made.nonce))
+        self.acknowledge(f"{CHANNELS}/{channel}", made.number, nonce=made.nonce)
 
     def read(self, store: FeatureStore, choice: str, pause: str) -> None:
         """Open a snapshot, and read it a while later."""
-        self.world.current.patience_s -= 0.7 * self.SPAN_S
+        self.begin(0.7 * self.SPAN_S)
         name = min(self.pins, default="newest") if choice == "pinned" else choice
-        newest, has_channel = self.newest, bool(self.logs[f"{CHANNELS}/{name}"])
-        try:
-            snapshot = store.snapshot({"newest": None, **self.pins}.get(name, name))
-        except (errors.ChannelError, errors.SnapshotNotFoundError) as error:
-            is_kept = (has_channel or name in self.pins) and not self.damaged
-            self.world.expect(not is_kept, f"{name} cannot be opened: {error}")
+        if name not in ("newest", *self.pins) and f"{CHANNELS}/{name}" not in self.logs:
             return
+        newest, snapshot = len(self.log), store.snapshot({"newest": None, **self.pins}.get(name, name))
         is_late = name == "newest" and snapshot.version < newest
         self.world.expect(not is_late, f"the newest was {newest}, not {snapshot.version}")
-        self.read_now.append(snapshot.version)
-        try:
-            self.world.sleep(seconds(pause))
-            self.check(snapshot)
-        finally:
-            self.read_now.remove(snapshot.version)
+        self.opened_s.append((snapshot.version, self.world.now_s))
+        self.world.sleep(seconds(pause))
+        self.check(snapshot)
 
     def purge(self, store: FeatureStore) -> None:
-        """Purge the rows of an image."""
-        self.has_purged = self.may_be_corrupt = True
-        there, num_before = set(self.store.objects), len(self.creators)
-        pins = {name: version for name, version in self.pins.items() if KEYS[PURGED] in self.rows[version]}
+        """Purge the rows of an image, which nobody writes meanwhile."""
+        there, num_before = set(self.store.objects), len(self.log)
         try:
-            report = purge.purge(store, purge.Images.of_uris([URIS[PURGED]]))
+            images = purge.Images.of_uris(list(_uris(PURGED).values()))
+            report = purge.purge(store, images, writer_hours=self.SPAN_S / 3_600)
         except errors.CommitConflictError:
-            others = [each for each in self.creators[num_before:] if each is not self.world.current]
+            others = [each for each in self.log[num_before:] if each.by[0] != self.world.current.name]
             self.world.expect(len(others) >= 3, "a purge gives up, though nobody is in its way")
             return
-        kept = [name for name, version in pins.items() if self.pins.get(name) == version]
-        self.world.expect(not kept, f"rows were purged that {kept} keep")
         if report.is_complete:
-            known = [v for v in range(1, self.newest + 1) if manifest_path(v) not in self.strays]
-            in_log = [v for v in known if self.is_there(manifest_path(v))]
-            paths = {f"{self.PLACE}/{path}" for v in in_log for path in self.paths[v]}
-            left = [path for path in there | paths if path in self.store.objects and self._has_purged_row(path)]
-            self.world.expect(not left, f"{left} have purged rows")
-            lost = paths - self.store.objects.keys()
-            self.world.expect(not lost, f"{lost} are in the log, and gone")
+            there |= {f"{self.PLACE}/{path}" for path in self.needed()}
+            for path in there & self.store.objects.keys():
+                stored = self.store.objects[path]
+                if stored.data.startswith(b"PAR1") and stored is self.store.first[path]:  # not written late, since then
+                    keys = pq.read_table(pa.BufferReader(stored.data))["key"].to_pylist()
+                    self.world.expect(not _uris(PURGED).keys() & {*keys}, f"{path} has purged rows")
 
     def mend(self, store: FeatureStore) -> None:
-        """Damage the newest manifest on its disk, unless it is the last good one, and repair the store."""
-        if not any(self.is_there(manifest_path(version)) for version in range(1, self.newest)):
-            return
-        self.damaged.add(self.newest)
-        self.may_be_corrupt = True
-        stored = self.store.objects[f"{self.PLACE}/{manifest_path(self.newest)}"]
-        stored.data = stored.data[:90]
+        """Damage the newest manifest on its disk, and repair the store."""
+        self.damaged.add(len(self.log))
+        path = f"{self.PLACE}/{manifest_path(len(self.log))}"
+        self.store.objects[path] = Stored(self.store.objects[path].data[:90], self.world.now_s)
         self.world.sleep(1.0)
         repair(store)
 
     def finish(self) -> None:
         """Look at all that is there at the end."""
-        super().finish()
         store = self.opened()
         if self.damaged:
             repair(store)
-        self.world.expect(store.snapshot().version == self.newest, f"the newest is not {self.newest}")
+        newest = store.snapshot().version
+        self.world.expect(newest == len(self.log), f"the newest is {newest}, and not {len(self.log)}")
         for version in self.kept():
             self.check(store.snapshot(version))
-        excused = "order" if any(path.startswith(f"{LOG}/") for path in self.strays) else ""
-        found = verify.verify(store).problems
-        problems = [each for each in found if each.kind != excused and set(each.versions) & self.kept()]
+        found = verify.verify(store).problems  # order: a number that had expired was given again
+        problems = [each for each in found if each.kind != "order" and set(each.versions) & self.kept()]
         self.world.expect(not problems, f"verify finds {problems}")
 
     def before(self, back: str) -> int:
         """Return the version that is so many before the newest."""
-        return max(1, self.newest - int(back))
+        return max(1, len(self.log) - int(back))
 
-    def files(self, version: int) -> frozenset[str]:
+    def files_of(self, content: dict[str, Any]) -> set[str]:
         """Return the paths of a snapshot's data files."""
-        return self.paths[version]
+        return {file["path"] for files in content["shards"].values() for file in files}
 
     def kept(self) -> set[int]:
         """Return the newest version, and those of pins and channels."""
         moves = [log[-1].content["version"] for folder, log in self.logs.items() if folder.startswith(CHANNELS) and log]
-        return {self.newest, *self.pins.values(), *moves} - self.damaged
+        return {len(self.log), *self.pins.values(), *moves} - self.damaged
 
-    def held(self) -> list[int]:
-        """Return the versions that are read, where no purge takes their files."""
-        return [] if self.has_purged else self.read_now
+    def needed(self) -> set[str]:
+        """Return the paths that have to stay, also those of snapshots that are read, unless a purge takes these."""
+        since_s = self.world.now_s - 0.8 * self.SPAN_S
+        read = [version for version, at_s in self.opened_s if at_s > since_s and "purge" not in self.plan]
+        return super().needed().union(*(self.log[version - 1].files for version in read))
 
     def check(self, snapshot: Snapshot) -> None:
         """Compare the rows of a snapshot with those that its commit had."""
         version = snapshot.version
-        is_same = snapshot.manifest.commit_id == self.logs[LOG][version - 1].content["commit_id"]
+        is_same = snapshot.manifest.commit_id == self.log[version - 1].content["commit_id"]
         self.world.expect(is_same, f"snapshot {version} is another commit")
-        try:
-            columns = snapshot.to_arrow(["key", "uri", "feature"]).to_pydict()
-        except errors.CorruptFileError as error:
-            is_needed = version in (*self.kept(), *self.held())
-            self.world.expect(not is_needed, f"snapshot {version} cannot be read: {error}")
-            return
+        columns = snapshot.to_arrow(["key", "uri", "feature"]).to_pydict()
         found = {key: (uri, feature[0]) for key, uri, feature in zip(*columns.values(), strict=True)}
         self.world.expect(found == self.rows[version], f"snapshot {version} has {found}, not {self.rows[version]}")
 
-    def created(self, content: dict[str, Any]) -> None:
-        """Note the files of a commit, and the rows after it."""
-        self.paths.append(frozenset(file["path"] for files in content["shards"].values() for file in files))
-        self.rows.append(self._after(content, self.rows[-1]))
-
-    def _of_commit(self, commit_id: str) -> Rows:
-        """Return the rows of a commit; a repair may find a stray to be the newest that is good."""
-        for version, each in enumerate(self.logs[LOG], start=1):
-            if each.content["commit_id"] == commit_id:
-                return self.rows[version]
-        (stray,) = [each for each in self.strays.values() if each.get("commit_id") == commit_id]
-        return self._after(stray, self._of_commit(stray["parent"]))
-
-    def _after(self, content: dict[str, Any], before: Rows) -> Rows:
-        """Return the rows after a commit that was made on others."""
-        name, *words = content["operation"].split()
+    def created(self, entry: Entry) -> None:
+        """Note the rows after a commit."""
+        super().created(entry)
+        name, *words = entry.content["operation"].split()
         if name == "restore":
-            return self.rows[int(words[0])]
-        if name == "repair":
-            return self._of_commit(content["parent"])
-        rows = dict(before)
-        images = words[0] if name in ("put", "delete") else PURGED if name == "purge" else ""
-        for key, uri in _uris(images).items():
-            old = rows.pop(key, None)
-            if name == "put":
-                self.world.expect(old is None or old[0] == uri, f"{uri} and {old} have one key by {name}")
-                rows[key] = (uri, float(words[1]))
-        return rows
-
-    def _to_put(self, images: str) -> tuple[FeatureRows, str]:
-        """Make the rows of a put, and name it."""
-        number, uris = next(self.unique), _uris(images)
-        features = np.full((len(uris), INFO.dim), number, np.float32)
-        return FeatureRows.of(list(uris.values()), features, keys=list(uris)), f"put {images} {number}"
+            rows = self.rows[int(words[0])]
+        elif name == "repair":
+            ids = [each.content["commit_id"] for each in self.log]
+            rows = self.rows[ids.index(entry.content["parent"]) + 1]
+        else:
+            rows = dict(self.rows[-1])
+            images = words[0] if name in ("put", "delete") else PURGED if name == "purge" else ""
+            for key, uri in _uris(images).items():
+                old = rows.pop(key, None)
+                if name == "put":
+                    self.world.expect(old is None or old[0] == uri, f"{uri} and {old} have one key by {name}")
+                    rows[key] = (uri, float(words[1]))
+        self.rows.append(rows)
 
     def _acknowledge(self, snapshot: Snapshot, operation: str) -> None:
-        there = snapshot.manifest.operation
-        self.world.expect(there == operation, f"{operation} was acknowledged as {snapshot.version}, which is {there}")
-        self.acknowledged.append((LOG, snapshot.version, "commit_id", snapshot.manifest.commit_id))
-
-    def _has_purged_row(self, path: str) -> bool:
-        data = self.store.objects[path].data
-        return data[:4] == b"PAR1" and KEYS[PURGED] in pq.read_table(pa.BufferReader(data))["key"].to_pylist()
+        self.acknowledge(LOG, snapshot.version, commit_id=snapshot.manifest.commit_id, operation=operation)
 
 
 def _uris(images: str) -> dict[int, str]:
     """Return the uris of images by their keys; with `!` these are other ones."""
     other = "other-" if images.endswith("!") else ""
-    return {KEYS[image]: other + URIS[image] for image in images.rstrip("!")}
+    uris = [f"{image}23" for image in images.rstrip("!")]
+    return {key_of_uri(uri): other + uri for uri in uris}

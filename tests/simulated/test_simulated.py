@@ -2,8 +2,8 @@
 
 import pytest
 
-from tests.simulated.planted import BUGS, Bug
-from tests.simulated.play import KINDS, kind_of, plan_of, play, shortened
+from tests.planted import Bug
+from tests.simulated.play import BUGS, KINDS, kind_of, plan_of, play, shortened
 
 pytestmark = pytest.mark.long
 

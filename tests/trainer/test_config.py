@@ -19,12 +19,11 @@ from trainer.config import (
 )
 from trainer.errors import ConfigError
 
-PRESET = Path(__file__).parents[2] / "trainer/presets/dicm.yaml"
 ITEMS = ExactTableConfig(kind="exact", max_rows=1 << 20)
 
 
-def test_the_preset_is_the_default_configuration() -> None:
-    assert load_config(PRESET) == load_config() == Config()
+def test_without_settings_it_is_the_default_configuration() -> None:
+    assert load_config() == Config()
 
 
 def test_set_wins_over_file_and_file_over_defaults(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from tests.cli import invoke
 from trainer.errors import SchemaError
 from trainer.schema import DEFAULT_SCHEMA, Schema, load_schema
 from trainer.schema.__main__ import app
-from trainer.schema.fields import schema_text, settings_text, table_rows
+from trainer.schema.fields import IDS_LR_ALONE, schema_text, settings_text, table_rows
 from trainer.schema.suggest import match_columns
 
 OWN = """
@@ -358,7 +358,7 @@ def test_a_written_schema_reads_as_it_was(tmp_path):
     (tmp_path / "a.yaml").write_text(schema_text(schema, ["a: #b"], {"ad_item": "c: d"}))
     assert load_schema(tmp_path / "a.yaml") == schema
     assert settings_text("s", "s/schema.yaml", schema, {"a": 1}) == (
-        "# Over the default preset: crossmedia train --config s/settings.yaml\n\ndata:\n"
+        "# Over the defaults: crossmedia train --config s/settings.yaml\n\ndata:\n"
         "  samples: ./  # the folder of this file\n  schema_file: ./schema.yaml\n\n"
         "model:\n  tables:  # a row for each id, as it comes; "
         "max_rows: twice the ids of these samples or more\n    a: {kind: exact, max_rows: 1}\n"
@@ -370,4 +370,6 @@ def test_settings_take_the_images_that_the_schema_has(images):
     kept = {"none": (), "both": ("ad", "user"), "behavior": ("user",)}.get(images, ("ad",))
     fields = [field for field in load_schema().fields if field.kind != "content" or field.side in kept]
     text = settings_text("s", "f", Schema(fields=tuple(fields)), {})
-    assert (f"  images: {images}  #" in text) == (images != "both") and text.count("images") == (images != "both")
+    read = yaml.safe_load(text)
+    assert read["model"].get("images", "both") == images
+    assert read.get("optim") == ({"ids_lr": IDS_LR_ALONE} if images == "none" else None)

@@ -229,7 +229,7 @@ def table_shapes(fields: tuple[Field, ...], config: ModelConfig) -> list[TableSh
 
 
 def check_tables(schema: Schema, config: ModelConfig) -> None:
-    """Raise ConfigError for rows of an ID table that no field of the schema has, and that the preset does not name."""
+    """Raise ConfigError for rows of an ID table that no field of the schema has, and that the defaults do not name."""
     of_fields = {field.table_name for field in schema.fields if field.is_id}
     unknown = config.tables.keys() - of_fields - ModelConfig().tables.keys()
     if unknown:

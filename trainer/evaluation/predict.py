@@ -38,19 +38,17 @@ from trainer.evaluation.bootstrap import Metrics, measure, probability
 from trainer.runs.export import output_at, parquet_file
 from trainer.runs.saved import EvaluatedRun, RunSource, open_source, read_run
 from trainer.samples import columns
-from trainer.samples.index import RowGroup, SampleIndex, known_ads, read_row_group, read_row_groups, read_values
+from trainer.samples.index import RowGroup, SampleIndex, known_ads, read_row_group, read_values
 from trainer.samples.reader import Batch
 from trainer.samples.survey import IdDictionary, texts_of_ids
 from trainer.schema import Field, Schema
 from trainer.schema.profile import is_pandas
 from trainer.stages import ReadAhead
 
-NEVER = np.iinfo(np.int64).max
-
 
 @dataclass(frozen=True)
 class Impressions:
-    """N test impressions in the order of the files; columns that the schema or the samples lack are None."""
+    """N test impressions; columns that the schema lacks, or that nobody has asked for, are None."""
 
     label_N: Float32Array
     user_N: Int64Array
@@ -60,58 +58,60 @@ class Impressions:
     """Key of the ad image: the first content field of side ad."""
     history_N: Int64Array | None = None
     """Behaviours of the user: values of the first content field of side user, else of the first list of IDs."""
-    time_s_N: Int64Array | None = None
-    """Time of the impression's group, in seconds since 1970."""
     by: Mapping[str, Int64Array] = field(default_factory=dict)
     """Further columns to cut by, as they were asked for."""
 
 
 @dataclass(frozen=True)
 class SeenInTraining:
-    """Statistics of `ad_A` and `image_I` in the training samples.
-
-    Of an ad: its impressions, and the time of the first (NEVER where there is none, or no time). Of an image: whether
-    training met it, shown or in a history.
-    """
+    """How many impressions ads `ad_A` have in training, and whether it met images `image_I`, shown or in a history."""
 
     ad_A: Int64Array
     impressions_A: Int64Array
-    first_s_A: Int64Array
     image_I: Int64Array
     met_I: BoolArray
 
 
-def read_impressions(comm: Comm, index: SampleIndex, schema: Schema, by: Sequence[str] = ()) -> Impressions:
-    """Read the impressions of a split, the same on every rank; each rank reads its share of the files.
+def gathered(
+    comm: Comm,
+    predicted: Iterable[tuple[Batch, Float64Array]],
+    schema: Schema,
+    *,
+    cuts: bool = False,
+    by: Sequence[str] = (),
+) -> tuple[Float64Array, Impressions]:
+    """Gather logits (N,) and what they are of, from rank to rank, the same on every rank.
 
-    `by`: fields to cut by; see `fields_by`. Raises DataError or SchemaError on all ranks together.
+    `predicted`: this rank's batches, each with its logits. `cuts`: with images and histories; `by`: fields to cut by,
+    see `fields_by`. Raises SchemaError, and TrainerError where a logit is not finite.
     """
-    image, history, ad = ad_image_field(schema), _history_field(schema), _ad_field(schema)
+    image, history = (ad_image_field(schema), _history_field(schema)) if cuts else (None, None)
     further = fields_by(schema, by)
-    wanted = [field.column_name for field in (ad, image, history, *further.values()) if field]
-    rules = _rules(schema, {*wanted, schema.group})
-    share = np.array_split(np.arange(len(index.row_groups)), comm.size)[comm.rank]
-    parts: list[columns.DecodedGroups] = []
-    times: list[Int64Array | None] = []
-    with comm.agreed():
-        for groups, time_s_G in _read(index, [index.row_groups[each] for each in share], schema, rules):
-            parts.append(groups)
-            times.append(None if time_s_G is None else _of_samples(groups, time_s_G))
-
-    def gathered(name: str, values: Iterable[Int64Array]) -> Int64Array:
-        own = np.concatenate([np.empty(0, np.int64), *values]).astype(np.int64)
-        whole: Int64Array = comm.allgather(torch.from_numpy(own), name=f"impressions.{name}").numpy()
-        return whole
-
-    has_time = all(comm.allgather_object(all(each is not None for each in times)))
-    return Impressions(
-        label_N=gathered("label", (part.columns[schema.label].values for part in parts)).astype(np.float32),
-        user_N=gathered("user", (_of_samples(part, part.columns[schema.group].values) for part in parts)),
-        ad_N=gathered("ad", (part.columns[ad.column_name].values for part in parts)),
-        image_N=gathered("image", (part.columns[image.column_name].values for part in parts)) if image else None,
-        history_N=gathered("history", (_lengths(part, history.column_name) for part in parts)) if history else None,
-        time_s_N=gathered("time", (each for each in times if each is not None)) if has_time else None,
-        by={name: gathered(f"by.{name}", (_of_field(part, each) for part in parts)) for name, each in further.items()},
+    names = ["user", "ad", *(["image"] if image else []), *(["history"] if history else []), *further]
+    real, whole = [np.empty((0, 2))], [np.empty((0, len(names)), np.int64)]
+    for batch, logit_B in predicted:
+        columns_B = [batch.group_id_B, batch.fields[schema.new_ad_field].values_N]
+        columns_B += [batch.fields[image.name].values_N] if image else []
+        columns_B += [batch.fields[history.name].lengths_M[batch.group_of_sample_B]] if history else []
+        for each in further.values():
+            values_M = batch.fields[each.name].values_N
+            columns_B.append(values_M[batch.group_of_sample_B] if each.side == "user" else values_M)
+        real.append(np.stack([logit_B.astype(np.float64), batch.label_B], axis=1))
+        whole.append(np.stack(columns_B, axis=1).astype(np.int64))
+    real_N2 = comm.allgather(torch.from_numpy(np.concatenate(real)), "scores").numpy()
+    whole_KN = comm.allgather(torch.from_numpy(np.concatenate(whole)), "impressions").numpy().T.copy()
+    if not np.isfinite(real_N2).all():
+        raise TrainerError(
+            "the model's predictions are not finite numbers; try a lower optim.lr, or an earlier checkpoint"
+        )
+    found = dict(zip(names, whole_KN, strict=True))
+    return real_N2[:, 0].copy(), Impressions(
+        label_N=real_N2[:, 1].astype(np.float32),
+        user_N=whole_KN[0],
+        ad_N=whole_KN[1],
+        image_N=found.get("image") if image else None,
+        history_N=found.get("history") if history else None,
+        by=dict(zip(further, whole_KN[len(names) - len(further) :], strict=True)),
     )
 
 
@@ -134,32 +134,21 @@ def seen_in_training(comm: Comm, index: SampleIndex, schema: Schema, impressions
 
     Raises DataError or SchemaError on all ranks together.
     """
-    ad_A = np.unique(impressions.ad_N)
+    ad_A, image = np.unique(impressions.ad_N), ad_image_field(schema)
     image_I = np.unique(impressions.image_N) if impressions.image_N is not None else np.empty(0, np.int64)
-    own = SeenInTraining(
-        ad_A, np.zeros(len(ad_A), np.int64), np.full(len(ad_A), NEVER), image_I, np.zeros(len(image_I), np.bool_)
-    )
-    with comm.agreed():
-        _count(own, index, index.row_groups[comm.rank :: comm.size], schema)
-    counts = torch.from_numpy(np.concatenate([own.impressions_A, own.met_I.astype(np.int64)]))
-    total = comm.allreduce_sum_(counts, "seen").numpy()
-    first_PA = comm.allgather(torch.from_numpy(own.first_s_A[None]), "first_seen").numpy()
-    return SeenInTraining(ad_A, total[: len(ad_A)], first_PA.min(axis=0), image_I, total[len(ad_A) :] > 0)
-
-
-def _count(seen: SeenInTraining, index: SampleIndex, row_groups: Sequence[RowGroup], schema: Schema) -> None:
-    """Adds what these row groups hold to `seen`."""
-    image, ad_column = ad_image_field(schema), _ad_field(schema).column_name
+    shown_A, met_I = np.zeros(len(ad_A), np.int64), np.zeros(len(image_I), np.int64)
     of_store = {f.column_name for f in schema.of_kind("content") if image and f.store_name == image.store_name}
-    rules = _rules(schema, {ad_column, *of_store})
-    for groups, time_s_G in _read(index, row_groups, schema, rules):
-        at_N, is_in_N = places(seen.ad_A, groups.columns[ad_column].values)
-        seen.impressions_A[:] += np.bincount(at_N[is_in_N], minlength=len(seen.ad_A))
-        if time_s_G is not None:
-            np.minimum.at(seen.first_s_A, at_N[is_in_N], _of_samples(groups, time_s_G)[is_in_N])
-        for column in of_store:
-            at_K, is_in_K = places(seen.image_I, groups.columns[column].values)
-            seen.met_I[at_K[is_in_K]] = True
+    rules = columns.rules_of(schema)
+    wanted = {name: rules[name] for name in {schema.new_ad_column, *of_store}}
+    with comm.agreed():
+        for values in read_values(index, index.row_groups[comm.rank :: comm.size], wanted):
+            at_N, is_in_N = places(ad_A, values[schema.new_ad_column])
+            shown_A += np.bincount(at_N[is_in_N], minlength=len(ad_A))
+            for column in of_store:
+                at_K, is_in_K = places(image_I, values[column])
+                met_I[at_K[is_in_K]] = 1
+    total = comm.allreduce_sum_(torch.from_numpy(np.concatenate([shown_A, met_I])), "seen").numpy()
+    return SeenInTraining(ad_A, total[: len(ad_A)], image_I, total[len(ad_A) :] > 0)
 
 
 def ad_image_field(schema: Schema) -> Field | None:
@@ -167,34 +156,9 @@ def ad_image_field(schema: Schema) -> Field | None:
     return next(schema.of_kind("content", side="ad"), None)
 
 
-def _ad_field(schema: Schema) -> Field:
-    return next(field for field in schema.fields if field.name == schema.new_ad_field)
-
-
 def _history_field(schema: Schema) -> Field | None:
     contents = schema.of_kind("content", side="user")
     return next(contents, None) or next(schema.of_kind("multi_id", side="user"), None)
-
-
-def _rules(schema: Schema, wanted: set[str]) -> dict[str, columns.Rule]:
-    return {name: rule for name, rule in columns.rules_of(schema).items() if name in wanted | {schema.label}}
-
-
-def _of_samples(groups: columns.DecodedGroups, values_G: Int64Array) -> Int64Array:
-    """A group's value for each of its samples."""
-    return np.repeat(values_G, np.diff(groups.sample_offsets))
-
-
-def _of_field(groups: columns.DecodedGroups, field: Field) -> Int64Array:
-    values = groups.columns[field.column_name].values
-    return _of_samples(groups, values) if field.side == "user" else values
-
-
-def _lengths(groups: columns.DecodedGroups, column: str) -> Int64Array:
-    """The length of a user-side list, for each sample."""
-    offsets = groups.columns[column].offsets
-    assert offsets is not None
-    return _of_samples(groups, np.diff(offsets))
 
 
 def places(sorted_A: Int64Array, values_N: Int64Array) -> tuple[Int64Array, BoolArray]:
@@ -203,26 +167,6 @@ def places(sorted_A: Int64Array, values_N: Int64Array) -> tuple[Int64Array, Bool
         return np.zeros(len(values_N), np.int64), np.zeros(len(values_N), np.bool_)
     at_N = np.minimum(np.searchsorted(sorted_A, values_N), len(sorted_A) - 1)
     return at_N, sorted_A[at_N] == values_N
-
-
-def _read(
-    index: SampleIndex, row_groups: Sequence[RowGroup], schema: Schema, rules: dict[str, columns.Rule]
-) -> Iterator[tuple[columns.DecodedGroups, Int64Array | None]]:
-    """Yield these columns of each row group, and the time of each group (G,) where the samples have it."""
-    for row_group, table in read_row_groups(index.storage, row_groups, [*columns.source_columns(rules), schema.time]):
-        file, time_s_G = index.storage.full(row_group.file), None
-        if schema.time in table.column_names:
-            time_s_G = _times(table.column(schema.time), schema.time, file, row_group.first_row)
-        yield columns.decode(table, rules, schema.label, file, row_group.first_row), time_s_G
-
-
-def _times(column: Any, name: str, file: str, first_row: int) -> Int64Array:
-    """Compute the time of each group, (G,). Raises SchemaError, and DataError where one is null."""
-    if column.null_count:
-        row = first_row + int(column.is_null().to_numpy().argmax())
-        raise DataError(f"{file}, row {row}: column {name} is null; correct it, or leave the row out")
-    seconds: Int64Array = seconds_of(column, name, file).to_numpy()
-    return seconds
 
 
 def seconds_of(column: Any, name: str, file: str) -> Any:
@@ -237,8 +181,6 @@ def seconds_of(column: Any, name: str, file: str) -> Any:
     )
 
 
-DAY_S = 86_400
-AGE_DAYS = (1, 3, 7, 14)
 AD_IMPRESSIONS = (1, 10, 30, 100, 300, 1000)
 HISTORY = (1, 6, 11, 21, 51)
 MOST_VALUES = 20
@@ -256,33 +198,20 @@ class Slicing:
 
 
 def slicings(impressions: Impressions, seen: SeenInTraining, has_feature_I: BoolArray | None) -> list[Slicing]:
-    """Cut by ad age, impressions of the ad in training, history length, and image: those that the schema has.
+    """Cut by impressions of the ad in training, history length, and image: those that the schema has.
 
     `has_feature_I`: which of `seen.image_I` have one; None where the model reads no store.
     """
-    ad_N = np.searchsorted(seen.ad_A, impressions.ad_N)
-    shown_N = seen.impressions_A[ad_N]
-    found = [
-        _by_age(shown_N, seen.first_s_A[ad_N], impressions.time_s_N),
-        Slicing(
-            "ad_impressions",
-            "impressions of the ad in training",
-            _range_names(AD_IMPRESSIONS),
-            _bins(shown_N, AD_IMPRESSIONS),
-        ),
-    ]
+    shown_N = seen.impressions_A[np.searchsorted(seen.ad_A, impressions.ad_N)]
+    found = [_ranges("ad_impressions", "impressions of the ad in training", shown_N, AD_IMPRESSIONS)]
     if impressions.history_N is not None:
-        lengths_N = impressions.history_N
-        found.append(
-            Slicing("history", "length of the user's history", _range_names(HISTORY), _bins(lengths_N, HISTORY))
-        )
+        found.append(_ranges("history", "length of the user's history", impressions.history_N, HISTORY))
     if impressions.image_N is not None:
         image_N = np.searchsorted(seen.image_I, impressions.image_N)
         slice_N = np.where(seen.met_I[image_N], 0, 1)
         if has_feature_I is not None:
             slice_N = np.where(has_feature_I[image_N], slice_N, 2)
-        names = ("known", "new", "missing")
-        found.append(Slicing("image", "image of the ad", names, slice_N))
+        found.append(Slicing("image", "image of the ad", ("known", "new", "missing"), slice_N))
     return found
 
 
@@ -303,28 +232,12 @@ def slicings_by(impressions: Impressions, texts: Mapping[int, str]) -> list[Slic
     return found
 
 
-def _by_age(shown_N: Int64Array, first_s_N: Int64Array, time_s_N: Int64Array | None) -> Slicing:
-    """New: never in training. Else by the days since the ad's first training impression, where times are known."""
-    name, title = "ad_age", "age of the ad"
-    is_new_N = shown_N == 0
-    if time_s_N is None or (first_s_N[~is_new_N] == NEVER).any():
-        return Slicing(name, title, ("new", "in training"), np.where(is_new_N, 0, 1))
-    # An impression from before the ad's first one in training (samples of an earlier day) counts as the first day.
-    days_N = (time_s_N - np.where(is_new_N, time_s_N, first_s_N)) // DAY_S
-    names = ("new", "under 1 day", *(f"{each} days" for each in _range_names(AGE_DAYS)[1:]))
-    return Slicing(name, title, names, np.where(is_new_N, 0, 1 + _bins(days_N, AGE_DAYS)))
-
-
-def _bins(values_N: Int64Array, edges: Sequence[int]) -> Int64Array:
-    """0 below the first edge, 1 from there to below the second, and so on."""
-    return np.searchsorted(edges, values_N, side="right").astype(np.int64)
-
-
-def _range_names(edges: Sequence[int]) -> tuple[str, ...]:
-    """Names of the bins between whole `edges`, the first of which is 1: 0, 1 to 9, …, 1,000 or more."""
+def _ranges(name: str, title: str, values_N: Int64Array, edges: Sequence[int]) -> Slicing:
+    """Cut between whole `edges`, the first of which is 1: 0, 1 to 9, …, 1,000 or more."""
     ends = [following - 1 for following in edges[1:]]
     inner = [f"{low:,} to {high:,}" if low < high else f"{low:,}" for low, high in zip(edges, ends, strict=False)]
-    return ("0", *inner, f"{edges[-1]:,} or more")
+    slice_N = np.searchsorted(edges, values_N, side="right").astype(np.int64)
+    return Slicing(name, title, ("0", *inner, f"{edges[-1]:,} or more"), slice_N)
 
 
 @dataclass(frozen=True)
@@ -355,30 +268,33 @@ def predict_run(
     comm = comm or SoloComm()
     source = RunSource(run_path(folder), checkpoint, samples, store, store_version)
     with contextlib.closing(open_source(source, comm)) as opened:
-        impressions = read_impressions(comm, opened.test, opened.schema)
-        logit_N = predict(opened)
+        logit_N, impressions = predict(opened)
         missing = opened.saved.notes_on_missing(opened.missing_lookups())
         is_new_ad_N = ~places(known_ads(comm, opened.train, opened.schema), impressions.ad_N)[1]
         return Predictions(logit_N, impressions, (*opened.notes, *missing), is_new_ad_N)
 
 
-def predict(opened: EvaluatedRun) -> Float64Array:
-    """Predict logits of all test impressions (N,), the same on every rank; all call it. Raises TrainerError."""
-    engine = opened.engine
+def predict(opened: EvaluatedRun, by: Sequence[str] = ()) -> tuple[Float64Array, Impressions]:
+    """Predict logits of all test impressions (N,), in the order of the files, and tell what these are.
+
+    The same on every rank; all call it. `by`: further fields to cut by. Raises TrainerError, SchemaError.
+    """
+    logit_N, impressions = gathered(opened.comm, _predicted(opened), opened.schema, cuts=True, by=by)
+    if len(logit_N) != opened.test.num_samples:
+        raise TrainerError(f"{len(logit_N):,} of {opened.test.num_samples:,} test impressions were predicted")
+    return logit_N, impressions
+
+
+def _predicted(opened: EvaluatedRun) -> Iterator[tuple[Batch, Float64Array]]:
     with contextlib.closing(ReadAhead(opened.reader.batches())) as ahead:
-        own = np.concatenate([np.empty(0), *(engine.predict(each) for each in engine.prepared(ahead, "eval"))])
-    logit_N: Float64Array = opened.comm.allgather(torch.from_numpy(own), "logits").numpy()
-    if len(logit_N) != opened.test.num_samples or not np.isfinite(logit_N).all():
-        raise TrainerError("the model's predictions are not finite numbers; try an earlier checkpoint")
-    return logit_N
+        for each in opened.engine.prepared(ahead, "eval"):
+            yield each.batch, opened.engine.predict(each)
 
 
 def measure_test(opened: EvaluatedRun) -> Metrics:
     """Measure all test impressions as `evaluate`, the same on every rank; all call it. Raises TrainerError."""
-    with contextlib.closing(ReadAhead(opened.reader.batches())) as ahead:
-        predicted = ((each.batch, opened.engine.predict(each)) for each in opened.engine.prepared(ahead, "eval"))
-        known = known_ads(opened.comm, opened.train, opened.schema)
-        return evaluate(opened.comm, predicted, known, opened.schema.new_ad_field)
+    known = known_ads(opened.comm, opened.train, opened.schema)
+    return evaluate(opened.comm, _predicted(opened), known, opened.schema)
 
 
 def slicings_of(opened: EvaluatedRun, impressions: Impressions) -> list[Slicing]:
@@ -402,7 +318,7 @@ def has_feature(opened: EvaluatedRun, store: str, key_I: Int64Array) -> BoolArra
 
 
 def evaluate(
-    comm: Comm, predicted: Iterable[tuple[Batch, Float64Array]], known_ads: Int64Array, new_ad_field: str
+    comm: Comm, predicted: Iterable[tuple[Batch, Float64Array]], known_ads: Int64Array, schema: Schema
 ) -> Metrics:
     """Measure all test impressions, and under `new_ad_…` those whose ad is in no training sample.
 
@@ -410,21 +326,12 @@ def evaluate(
     Every rank predicts its part and calls this, rank 0 measures the whole. Raises TrainerError where a prediction is
     not finite.
     """
-    parts = []
-    for batch, logit_B in predicted:
-        is_new_B = ~places(known_ads, batch.fields[new_ad_field].values_N)[1]
-        parts.append((logit_B, batch.label_B, batch.group_id_B, is_new_B))
-    logit_N, label_N, user_N, new_N = (np.concatenate(column) for column in zip(*parts, strict=True))
-    real_N2 = comm.allgather(
-        torch.from_numpy(np.stack([logit_N.astype(np.float64), label_N], axis=1)), "scores"
-    ).numpy()
-    whole_N2 = comm.allgather(torch.from_numpy(np.stack([user_N, new_N.astype(np.int64)], axis=1)), "users").numpy()
-    if not np.isfinite(real_N2).all():
-        raise TrainerError("the model's predictions are not finite numbers; try a lower optim.lr")
+    logit_N, found = gathered(comm, predicted, schema)
     metrics: Metrics = {}
     if comm.rank == 0:
-        for prefix, chosen in {"": slice(None), "new_ad_": whole_N2[:, 1] == 1}.items():
-            metrics |= measure(real_N2[chosen, 0], real_N2[chosen, 1], whole_N2[chosen, 0], prefix)
+        label_N, is_new_N = found.label_N.astype(np.float64), ~places(known_ads, found.ad_N)[1]
+        for prefix, chosen in {"": np.ones_like(is_new_N), "new_ad_": is_new_N}.items():
+            metrics |= measure(logit_N[chosen], label_N[chosen], found.user_N[chosen], prefix)
     return comm.broadcast_object(metrics)
 
 
@@ -463,7 +370,7 @@ def score_run(source: RunSource, out: str, comm: Comm) -> Written | None:
                 dictionaries = opened.saved.dictionaries(opened.test.storage)
                 texts = written_ids(opened.test, opened.schema, dictionaries)
                 file = stack.enter_context(open_scores(out, opened.test, opened.schema, about, texts))
-        logit_N = predict(opened)
+        logit_N, _ = predict(opened)
         notes = opened.saved.notes_on_missing(opened.missing_lookups())
         if file is None:
             return None

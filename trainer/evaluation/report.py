@@ -19,7 +19,7 @@ from featurestore.text import count_text
 from trainer.comm import Comm
 from trainer.errors import TrainerError
 from trainer.evaluation import bootstrap
-from trainer.evaluation.predict import predict, predict_run, read_impressions, slicings_of
+from trainer.evaluation.predict import predict, predict_run, slicings_of
 from trainer.runs.saved import TEST, EvaluatedRun, RunSource, open_source
 
 METRIC_TITLES = {"logloss": "log loss", "auc": "AUC", "gauc": "GAUC", "calibration": "predicted / clicked"}
@@ -45,9 +45,8 @@ def evaluate_run(
     with contextlib.closing(open_source(source, comm)) as opened:
         count = f"{opened.test.num_samples:,} impressions, {count_text(comm.size, 'rank')}"
         output.print_line(console, f"{opened.saved.checkpoint}: {count}")
-        impressions = read_impressions(comm, opened.test, opened.schema, by)
+        logit_N, impressions = predict(opened, by)
         cuts = slicings_of(opened, impressions)
-        logit_N = predict(opened)
         about = _about(opened, resamples)
     if comm.rank != 0:
         return None

@@ -17,12 +17,11 @@ nothing), the sum is
 Y depends on t and T alone. `Drift` keeps, for each t, its values at the Chebyshev nodes of [0, 1], to which a step adds
 one term, and the polynomial through them. So a row's move is one polynomial of a few degrees, however long it was away.
 
-Error: that of the polynomial, relative to the move, whatever m, v and eps. Its degree is chosen so that the error is at
-most 2e-6 in float32 and 1e-13 in float64 where it is largest, in the very first steps; after 30 steps it is below
-rounding (tests/trainer/ids/test_optimizers.py). Terms with beta1^(s-t) below 2^-30 or 2^-60 are left out.
+Error: that of the polynomial, relative to the move, whatever m, v and eps. Its degree is such that the error is at most
+2e-6 in float32 and 1e-13 in float64 where it is largest, in the very first steps; after 30 steps it is below rounding
+(tests/trainer/ids/test_optimizers.py). Terms with beta1^(s-t) below 2^-30 or 2^-60 are left out.
 """
 
-import itertools
 import math
 from array import array
 from collections.abc import Sequence
@@ -34,17 +33,10 @@ from torch import Tensor
 
 from featurestore.keys import Float64Array
 from featurestore.lookup.ondevice import on_device
-from trainer.errors import ConfigError
+from trainer.optim import BETA1, BETA2
 
-TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-13}
-
-_MOST_DEGREES = 40
-
+DEGREE = {torch.float32: 7, torch.float64: 21}
 _NEGLIGIBLE = {torch.float32: 2.0**-30, torch.float64: 2.0**-60}
-
-_LONGEST_WINDOW = 20_000
-
-_STEP_COUNTS = (1, 2, 5, 20, 100, 1000, 20_000)  # where errors are looked at
 
 
 class Drift:
@@ -53,12 +45,12 @@ class Drift:
     Memory: degree + 2 numbers a step. A step costs a few operations on the steps of the last `window`.
     """
 
-    def __init__(self, beta1: float, beta2: float, eps: float, dtype: torch.dtype, device: torch.device | str) -> None:
-        """Raises ConfigError for betas with which moves are not found exactly."""
-        self._eps = eps
-        self.window, self.degree = window_of(beta1, dtype), degree_of(beta1, beta2, dtype)
-        self._node_N = _nodes(self.degree)
-        self._powers = _Powers(beta1, beta2, self.window)
+    def __init__(self, eps: float, dtype: torch.dtype, device: torch.device | str) -> None:
+        self._eps, self.degree = eps, DEGREE[dtype]
+        self.window = math.ceil(math.log(_NEGLIGIBLE[dtype]) / math.log(BETA1))
+        """Steps after which a momentum has shrunk to nothing."""
+        self._node_N = nodes(self.degree)
+        self._powers = Powers(self.window)
         self._table = torch.empty(1024, self.degree + 2, dtype=dtype, device=device)  # polynomial, lowest first; c
         self._begin()
 
@@ -96,7 +88,7 @@ class Drift:
             weight_W, c_W = self._powers.terms(step, count)
             values_WN, centre_W = self._values_WN[first:last], self._centre_W[first:last]
             values_WN += (rate * weight_W)[:, None] / (1 + (c_W / centre_W - 1)[:, None] * self._node_N)
-            self._table[step - count : step, :-1].copy_(on_device(_polynomials(values_WN), self._table.device))
+            self._table[step - count : step, :-1].copy_(on_device(polynomials(values_WN), self._table.device))
         if last == len(self._values_WN):
             kept = self.window - 1
             self._values_WN[:kept], self._centre_W[:kept] = (
@@ -120,82 +112,41 @@ class Drift:
         return torch.addcdiv(weight_QV, sum_QV.mul_(momentum_QV), deviation_QV, value=-1)
 
 
-def window_of(beta1: float, dtype: torch.dtype) -> int:
-    """Find after how many steps beta1 has shrunk a momentum to nothing. Raises ConfigError where they are too many."""
-    window = 1 if beta1 == 0 else math.ceil(math.log(_NEGLIGIBLE[dtype]) / math.log(beta1))
-    if window > _LONGEST_WINDOW:
-        raise ConfigError(f"optim.beta1={beta1}: with optim.ids=adam it should be at most 0.998; lower it")
-    return window
-
-
-class _Powers:
+class Powers:
     """Powers of the betas for rows touched `window` steps before to one step before."""
 
-    def __init__(self, beta1: float, beta2: float, window: int) -> None:
-        self._beta1, self._beta2 = beta1, beta2
+    def __init__(self, window: int) -> None:
         self._missed_W = np.arange(window, 0, -1, dtype=np.float64)
-        self._momentum_W: Float64Array = np.power(beta1, self._missed_W)
-        self._variance_W: Float64Array = np.power(beta2, self._missed_W)
+        self._momentum_W: Float64Array = np.power(BETA1, self._missed_W)
+        self._variance_W: Float64Array = np.power(BETA2, self._missed_W)
 
     def terms(self, step: int, count: int) -> tuple[Float64Array, Float64Array]:
-        """w_s / lr_s and c_s in step `step`, of rows touched `count` steps before to one step before."""
-        weight_W: Float64Array = self._momentum_W[-count:] / (1 - self._beta1**step)
-        c_W: Float64Array = np.sqrt(self._variance_W[-count:] / (1 - self._beta2**step))
+        """Compute w_s / lr_s and c_s in step `step`, of rows touched `count` steps before to one step before."""
+        weight_W: Float64Array = self._momentum_W[-count:] / (1 - BETA1**step)
+        c_W: Float64Array = np.sqrt(self._variance_W[-count:] / (1 - BETA2**step))
         return weight_W, c_W
 
     def coming(self, step: int) -> tuple[Float64Array, Float64Array]:
-        """w_s / lr_s and c_s of rows touched in step `step`, in the steps that follow, the last one first."""
+        """Compute w_s / lr_s and c_s of rows touched in step `step`, in the steps that follow, the last one first."""
         step_W = step + self._missed_W
-        weight_W: Float64Array = self._momentum_W / (1 - np.power(self._beta1, step_W))
-        c_W: Float64Array = np.sqrt(self._variance_W / (1 - np.power(self._beta2, step_W)))
+        weight_W: Float64Array = self._momentum_W / (1 - np.power(BETA1, step_W))
+        c_W: Float64Array = np.sqrt(self._variance_W / (1 - np.power(BETA2, step_W)))
         return weight_W, c_W
 
     def centre(self, step: int) -> float:
         """Compute the c of a step: the harmonic mean of all c_s that follow, each as heavy as its term."""
         weight_W, c_W = self.coming(step)
-        total = float(weight_W.sum())
-        return total / float((weight_W / c_W).sum()) if total else 1.0
+        return float(weight_W.sum()) / float((weight_W / c_W).sum())
 
 
-def polynomial_error(beta1: float, beta2: float, dtype: torch.dtype, degree: int, step: int, missed: int) -> float:
-    """Find the largest error of the polynomial, relative to Y(q), of a row that missed `missed` steps after `step`."""
-    powers = _Powers(beta1, beta2, window_of(beta1, dtype))
-    weight_W, c_W = (each[-missed:] for each in powers.coming(step))
-    spread_W = c_W / powers.centre(step) - 1
-
-    def values(node_N: Float64Array) -> Float64Array:
-        return np.asarray(weight_W @ (1 / (1 + spread_W[:, None] * node_N)))
-
-    place_N = np.linspace(-1, 1, 101)
-    exact_N = values((1 + place_N) / 2)
-    found_N = np.polynomial.polynomial.polyval(place_N, _polynomials(values(_nodes(degree))))
-    return float(np.abs(found_N / exact_N - 1).max())
-
-
-@cache
-def degree_of(beta1: float, beta2: float, dtype: torch.dtype) -> int:
-    """Find the smallest degree with which no error is above TOLERANCE. Raises ConfigError where there is none."""
-    if beta1 == 0:
-        return 1  # without momentum nothing moves
-    with np.errstate(all="ignore"):
-        for degree in range(3, _MOST_DEGREES):
-            cases = itertools.product(_STEP_COUNTS, _STEP_COUNTS)
-            if all(polynomial_error(beta1, beta2, dtype, degree, *case) <= TOLERANCE[dtype] for case in cases):
-                return degree
-    raise ConfigError(
-        f"optim.beta1={beta1} and optim.beta2={beta2}: with optim.ids=adam the moves of rows between two steps that "
-        "touch them would not be exact; take betas nearer to 0.9 and 0.999, or optim.ids=rowwise_adagrad"
-    )
-
-
-def _nodes(degree: int) -> Float64Array:
-    """Chebyshev's, in [0, 1]."""
+def nodes(degree: int) -> Float64Array:
+    """Return Chebyshev's nodes in [0, 1]."""
     count = degree + 1
     return np.asarray((1 + np.cos(np.pi * (np.arange(count) + 0.5) / count)) / 2)
 
 
-def _polynomials(values_WN: Float64Array) -> Float64Array:
-    """Coefficients of powers of 2 q - 1, lowest first, of the polynomials through `values_WN` at the nodes.
+def polynomials(values_WN: Float64Array) -> Float64Array:
+    """Compute coefficients of powers of 2 q - 1, lowest first, of the polynomials through `values_WN` at the nodes.
 
     By way of Chebyshev's polynomials: their high coefficients are small before powers make them large, and cancel.
     """

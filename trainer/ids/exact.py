@@ -12,7 +12,8 @@ brought to it, step by step, and neither on the number of ranks nor on the order
 
 Memory is asked for at once for as many rows as there may be, and the system hands it out when it is first written to.
 So a table grows without being copied; what is done again when a shard's part of the map has become too small is that
-part alone.
+part alone. A row's *place* is row x slots + slot: shards fill evenly, so rows in use lie side by side, and what was
+never used takes no memory, though the system hands out pages of 2 MB.
 
 Ids are counted by a count-min sketch with conservative update (Cormode and Muthukrishnan, "An improved data stream
 summary", 2005; Estan and Varghese, "New directions in traffic measurement and accounting", 2002): each id has two
@@ -108,6 +109,7 @@ class ExactTable(IdTable):
     def __init__(self, shape: ExactShape, rank: int, num_ranks: int, **others: Any) -> None:
         num_slots = len(owned_shards(shape.num_shards, rank, num_ranks))
         self.map = RowMap(num_slots, shape.rows_per_shard)
+        self._num_slots = num_slots
         self.filter = CountingFilter(num_slots, shape.counters_per_shard) if shape.counters_per_shard else None
         self.last_use: NDArray[np.int32] = np.zeros(num_slots * shape.rows_per_shard, np.int32)
         """The day on which each place was last used in training, in days since 1970-01-01."""
@@ -139,7 +141,7 @@ class ExactTable(IdTable):
         place_Q = self.map.places(request.slot_Q, request.hash_Q, request.ids_Q)
         if is_training:
             place_Q = self._use(request, place_Q)
-        cold_Q = place_Q % self.shape.rows_per_shard == 0
+        cold_Q = place_Q < self._num_slots
         if is_training:
             self.counts.served += len(place_Q)
             self.counts.cold += int(cold_Q.sum())
@@ -182,7 +184,7 @@ class ExactTable(IdTable):
         """Notes the use of the ids in a training step, counts those without a row and gives rows to some; the places of
         all then. Rows that the step uses are marked before, so that none of them makes room."""
         self._clock_S += 1
-        is_cold_Q = place_Q % self.shape.rows_per_shard == 0
+        is_cold_Q = place_Q < self._num_slots
         self._mark(request.slot_Q, place_Q, np.flatnonzero(~is_cold_Q))
         waiting_M, evicted = np.flatnonzero(is_cold_Q), self.counts.evicted
         if len(waiting_M):
@@ -201,7 +203,7 @@ class ExactTable(IdTable):
 
     def _admit(self, slot_M: Int64Array, hash_M: UInt64Array, ids_M: Int64Array) -> Int64Array:
         """Counts ids that have no row, and gives rows to those that have occurred often enough; the places of all."""
-        place_M = slot_M * self.shape.rows_per_shard
+        place_M = slot_M.copy()
         wanting_M = np.arange(len(ids_M))
         if self.filter:
             wanting_M = np.flatnonzero(self.filter.add(slot_M, hash_M) >= self.shape.rules.admit_after)
@@ -210,7 +212,7 @@ class ExactTable(IdTable):
         if self.shape.rules.when_full == "evict":
             self._make_room(slot_M[wanting_M])
         place_M[wanting_M] = self.map.insert(slot_M[wanting_M], hash_M[wanting_M], ids_M[wanting_M])
-        new_M = wanting_M[place_M[wanting_M] % self.shape.rows_per_shard != 0]
+        new_M = wanting_M[place_M[wanting_M] >= self._num_slots]
         self.counts.refused += len(wanting_M) - len(new_M)
         first_MV = first_vectors(self.shape, hash_M[new_M], self._seed, self._scale)
         self.rows.weight.index_copy_(
@@ -263,12 +265,11 @@ class ExactTable(IdTable):
 
     def _of_slot(self, slot: int) -> IdRows:
         """A view of a shard's rows in use, the cold row first."""
-        return self.rows.narrow(slot * self.shape.rows_per_shard, 1 + int(self.map.used_S[slot]))
+        return self.rows.every(self._num_slots, slot, 1 + int(self.map.used_S[slot]))
 
     def _of_rows(self, each: NDArray[np.int32], slot: int) -> NDArray[np.int32]:
         """A view of what an array by place has of a shard's rows in use, the cold row first."""
-        start = slot * self.shape.rows_per_shard
-        return each[start : start + 1 + int(self.map.used_S[slot])]
+        return each[slot :: self._num_slots][: 1 + int(self.map.used_S[slot])]
 
     def _kept_of(self, slot: int) -> dict[str, Tensor]:
         counts = self.filter.counts_SC[slot] if self.filter else np.empty(0, np.uint8)
@@ -322,11 +323,11 @@ class RowMap:
     """The rows of ids in `num_slots` shards of `rows_per_shard` rows each, row 0 included."""
 
     def __init__(self, num_slots: int, rows_per_shard: int) -> None:
-        self.rows_per_shard = rows_per_shard
+        self.num_slots, self.rows_per_shard = num_slots, rows_per_shard
         self.used_S: Int64Array = np.zeros(num_slots, np.int64)
         """Rows in use, without row 0: they are 1 .. used."""
         self.id_of_place: Int64Array = np.zeros(num_slots * rows_per_shard, np.int64)
-        """The id of the row at slot x rows_per_shard + row."""
+        """The id of the row at row x num_slots + slot."""
         self._span = _entries_for(rows_per_shard - 1)
         self._first_S = np.arange(num_slots, dtype=np.int64) * self._span
         self._mask_S = np.full(num_slots, min(self._span, _FIRST_ENTRIES) - 1, np.int64)
@@ -335,20 +336,19 @@ class RowMap:
         """The row that each entry of the open addressing leads to; 0: empty."""
 
     def places(self, slot_N: Int64Array, hash_N: UInt64Array, ids_N: Int64Array) -> Int64Array:
-        """Find the place slot x rows_per_shard + row of each id, (N,); row 0 of its shard where it has none.
+        """Find the place row x num_slots + slot of each id, (N,); row 0 of its shard where it has none.
 
         `hash_N`: splitmix64 of the ids.
         """
         first_N, mask_N = self._first_S[slot_N], self._mask_S[slot_N]
-        base_N: Int64Array = slot_N * self.rows_per_shard
         at_N = (hash_N & mask_N.view(np.uint64)).view(np.int64)
         row_N = self.row_of_entry[first_N + at_N].astype(np.int64)
-        found_N: Int64Array = base_N + row_N
+        found_N: Int64Array = row_N * self.num_slots + slot_N
         open_N = np.flatnonzero((row_N != 0) & (self.id_of_place[found_N] != ids_N))
         while len(open_N):  # the entry is another id's: the next one
             at_N[open_N] = (at_N[open_N] + 1) & mask_N[open_N]
             row_M = self.row_of_entry[first_N[open_N] + at_N[open_N]]
-            place_M = base_N[open_N] + row_M
+            place_M = row_M.astype(np.int64) * self.num_slots + slot_N[open_N]
             found_N[open_N] = place_M
             open_N = open_N[(row_M != 0) & (self.id_of_place[place_M] != ids_N[open_N])]
         return found_N
@@ -363,7 +363,7 @@ class RowMap:
         row_M[row_M >= self.rows_per_shard] = 0
         row_N = np.empty_like(row_M)
         row_N[order_N] = row_M
-        place_N = slot_N * self.rows_per_shard + row_N
+        place_N = row_N * self.num_slots + slot_N
         fits_N = row_N != 0
         self.id_of_place[place_N[fits_N]] = ids_N[fits_N]
         self.used_S = np.minimum(self.used_S + count_S, self.rows_per_shard - 1)
@@ -377,10 +377,10 @@ class RowMap:
         So 1 .. used are in use again. Returns which rows those are, (M,), and their new numbers, (M,), both ascending.
         The shard's part of the map is made again: remove many rows at once.
         """
-        used, start = int(self.used_S[slot]) - len(gone_K), slot * self.rows_per_shard
+        used, ids_N = int(self.used_S[slot]) - len(gone_K), self._ids(slot)
         last_K = np.arange(used + 1, used + 1 + len(gone_K))
         from_M, to_M = np.setdiff1d(last_K, gone_K, assume_unique=True), gone_K[gone_K <= used]
-        self.id_of_place[start + to_M] = self.id_of_place[start + from_M]
+        ids_N[to_M] = ids_N[from_M]
         self.used_S[slot] = used
         self._enter_again(np.array([slot]))
         return from_M, to_M
@@ -388,16 +388,18 @@ class RowMap:
     def set_ids(self, slot: int, ids_N: Int64Array) -> None:
         """Make `ids_N` the ids of rows 1, 2, .. of a shard, in the place of those that were there."""
         assert len(ids_N) < self.rows_per_shard
-        start = slot * self.rows_per_shard + 1
-        self.id_of_place[start : start + len(ids_N)] = ids_N
+        self._ids(slot)[1 : 1 + len(ids_N)] = ids_N
         self.used_S[slot] = len(ids_N)
         self._mask_S[slot] = min(self._span, max(_FIRST_ENTRIES, _entries_for(len(ids_N)))) - 1
         self._enter_again(np.array([slot]))
 
     def ids_of(self, slot: int) -> Int64Array:
         """Return the ids of rows 1, 2, .. of a shard."""
-        start = slot * self.rows_per_shard + 1
-        return self.id_of_place[start : start + int(self.used_S[slot])]
+        return self._ids(slot)[1 : 1 + int(self.used_S[slot])]
+
+    def _ids(self, slot: int) -> Int64Array:
+        """A view of the ids of rows 0, 1, .. of a shard."""
+        return self.id_of_place[slot :: self.num_slots]
 
     def _grow(self) -> None:
         """Doubles the parts of the map that are too full, a quarter to half; called before new rows are entered.

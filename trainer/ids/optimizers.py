@@ -14,7 +14,7 @@ from trainer.config import IdOptimizer, OptimConfig
 from trainer.errors import CheckpointError
 from trainer.ids.drift import Drift
 from trainer.ids.shards import IdRows, StatePart
-from trainer.optim import Rates
+from trainer.optim import BETA1, BETA2, Rates
 
 SHARED_STATE = "ids/"
 """How names of what a checkpoint has of the optimiser beside the rows begin."""
@@ -70,24 +70,23 @@ class Adam(RowOptimizer):
     mark, lags = "last_step", True
 
     def __init__(self, config: OptimConfig, dtype: torch.dtype, device: torch.device | str) -> None:
-        """Raises ConfigError for betas that do not fit the type."""
         super().__init__(config, dtype, device)
-        self._drift = Drift(config.beta1, config.beta2, config.eps, dtype, device)
+        self._drift = Drift(config.eps, dtype, device)
 
     def current(self, rows: IdRows) -> Tensor:
         parts = rows.parts
         return self._drift.moved(rows.weight, parts["momentum"], parts["variance"], parts["last_step"])
 
     def _move(self, rows: IdRows, weight_QV: Tensor, gradient_QV: Tensor, rates: Rates) -> Tensor:
-        config, number, parts = self._config, self._drift.num_steps + 1, rows.parts
+        eps, number, parts = self._config.eps, self._drift.num_steps + 1, rows.parts
         steps_Q = (number - parts["last_step"]).double()
-        momentum_QV = parts["momentum"].mul_(_power(config.beta1, steps_Q, weight_QV.dtype))
-        momentum_QV.add_(gradient_QV, alpha=1 - config.beta1)
-        variance_QV = parts["variance"].mul_(_power(config.beta2, steps_Q, weight_QV.dtype))
-        variance_QV.addcmul_(gradient_QV, gradient_QV, value=1 - config.beta2)
+        momentum_QV = parts["momentum"].mul_(_power(BETA1, steps_Q, weight_QV.dtype))
+        momentum_QV.add_(gradient_QV, alpha=1 - BETA1)
+        variance_QV = parts["variance"].mul_(_power(BETA2, steps_Q, weight_QV.dtype))
+        variance_QV.addcmul_(gradient_QV, gradient_QV, value=1 - BETA2)
         parts["last_step"].fill_(number)
-        deviation_QV = variance_QV.contiguous().sqrt().mul_(1 / math.sqrt(1 - config.beta2**number)).add_(config.eps)
-        return torch.addcdiv(weight_QV, momentum_QV, deviation_QV, value=-rates.ids_lr / (1 - config.beta1**number))
+        deviation_QV = variance_QV.contiguous().sqrt().mul_(1 / math.sqrt(1 - BETA2**number)).add_(eps)
+        return torch.addcdiv(weight_QV, momentum_QV, deviation_QV, value=-rates.ids_lr / (1 - BETA1**number))
 
     def end_step(self, rates: Rates) -> None:
         self._drift.add_step(rates.ids_lr)
@@ -103,7 +102,7 @@ class Adam(RowOptimizer):
 
 def _power(beta: float, steps_Q: Tensor, dtype: torch.dtype) -> Tensor:
     """beta^steps (Q, 1), by float64's exp, which is quick; a base rounded to float32 would tell after some steps."""
-    return torch.exp(steps_Q * (math.log(beta) if beta else -math.inf)).to(dtype).unsqueeze(1)
+    return torch.exp(steps_Q * math.log(beta)).to(dtype).unsqueeze(1)
 
 
 class RowwiseAdagrad(RowOptimizer):
@@ -121,7 +120,7 @@ _OPTIMIZERS: Mapping[IdOptimizer, type[RowOptimizer]] = {"adam": Adam, "rowwise_
 
 
 def row_optimizer(config: OptimConfig, dtype: torch.dtype, device: torch.device | str = "cpu") -> RowOptimizer:
-    """Make the optimiser of ID rows that `optim` names. Raises ConfigError where it cannot have these settings."""
+    """Make the optimiser of ID rows that `optim` names."""
     return _OPTIMIZERS[config.ids](config, dtype, device)
 
 

@@ -78,6 +78,10 @@ class IdRows:
         """View neighbouring rows."""
         return IdRows(self.block_NW.narrow(0, first, count), self.width, self.state)
 
+    def every(self, step: int, first: int, count: int) -> "IdRows":
+        """View rows first, first + step, .., `count` in all."""
+        return IdRows(self.block_NW[first::step][:count], self.width, self.state)
+
     def take(self, rows_Q: Tensor) -> "IdRows":
         """Copy chosen rows."""
         return IdRows(self.block_NW.index_select(0, rows_Q), self.width, self.state)
@@ -137,8 +141,8 @@ class TableShape:
         if self.direct:
             return ids_N % self.num_shards, ids_N // self.num_shards
         hash_N = keys.splitmix64(ids_N)
-        low_bits_N = hash_N & np.uint64(0xFFFFFFFF)
-        row_N = (low_bits_N % np.uint64(self.rows_per_shard)).astype(np.int64)
+        low_bits_N = hash_N.astype(np.uint32)  # divided in a third of the time of 64 bits
+        row_N = (low_bits_N % np.uint32(self.rows_per_shard)).astype(np.int64)
         return keys.shard_of_hash(hash_N, self.num_shards), row_N
 
     def shards_of(self, ids_N: keys.Int64Array) -> keys.Int64Array:

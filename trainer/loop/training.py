@@ -249,7 +249,7 @@ class Training:
                     logits.append(self._engine.predict(each))
                     yield each.batch, logits[-1]
 
-            metrics = evaluate(run.comm, predicted(), run.known_ads, run.schema.new_ad_field)
+            metrics = evaluate(run.comm, predicted(), run.known_ads, run.schema)
         return metrics, np.concatenate(logits)
 
     def _epoch(self, epoch: int) -> None:

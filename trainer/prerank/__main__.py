@@ -1,18 +1,17 @@
-"""crossmedia index: make an index of ads of a run with two towers, measure it, and ask it."""
+"""crossmedia index: make an index of ads of a run with two towers, and search it."""
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from featurestore.console import commandline, files, output
+from featurestore.console import commandline, output
 from featurestore.published.paths import run_path
 from featurestore.spec import IndexKind
 from featurestore.storage.storage import Storage
-from trainer.cli import StoreVersion, WhichCheckpoint, counts_of
+from trainer.cli import StoreVersion, WhichCheckpoint
 from trainer.prerank import MIN_RECALL
 
 if TYPE_CHECKING:
@@ -23,19 +22,12 @@ INDEX = "data/ad-index"
 _BATCH_SIZE = 8192  # ads whose vectors are computed at once
 MOST_FOUND = 1_000_000  # ads of one search: a search keeps them all in memory
 
-Run = Annotated[str, typer.Option(help="Folder or address of a run with model.base=two_tower.")]
-Index = Annotated[str, typer.Option(help="Folder or address of the index, from crossmedia index build.")]
-Samples = Annotated[
-    str | None,
-    typer.Option(help="Other samples: their test/ is taken.", show_default="those of the run, of its test days"),
-]
-
 app = commandline.CommandApp(report=True, rich_markup_mode="markdown", no_args_is_help=True)
 
 
 @app.callback()
 def main() -> None:
-    """Make an index of ads of a run with two towers, measure it, and search it."""
+    """Make an index of ads of a run with two towers, and search it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,55 +169,27 @@ def _vectors(trained: "TrainedRun", options: BuildOptions) -> "tuple[Ads, Vector
         return chosen, ad_vectors(trained, chosen, _BATCH_SIZE, progress)
 
 
-@app.command(
-    "eval", epilog="Examples:\n\n    crossmedia index eval --run data/runs/towers --k 10,100,1000 --json figures.json"
-)
-def evaluate_index(
-    run: Run,
-    index: Index = INDEX,
-    k: Annotated[Any, typer.Option(parser=counts_of, metavar="K,K", help="Candidates of a search.")] = "10,100",
-    queries: Annotated[int, typer.Option(min=1, help="Users to search for, at most.")] = 1000,
-    samples: Samples = None,
-    checkpoint: WhichCheckpoint = None,
-    out: files.JsonOption = None,
-) -> None:
-    """Measure the recall of the index against exact search, and the time of a search.
-
-    The GAUC of the run itself is in its report, and of other samples in that of `crossmedia evaluate`.
-    """
-    if k[-1] > MOST_FOUND:
-        raise typer.BadParameter(f"{k[-1]} is more than {MOST_FOUND:,}, the most of a search", param_hint="--k")
-    from trainer.prerank.adindex import search_figures, users_of_tests
-
-    with _opened(run, index, checkpoint, samples) as (trained, ads):
-        users_KW = users_of_tests(trained, samples, queries).vectors_KW
-        notes = trained.saved.notes_on_missing(trained.missing_lookups())
-        report = {
-            "run": str(trained.saved.folder),
-            "checkpoint": trained.saved.checkpoint.name,
-            "store_version": trained.store_version,
-            "index": {"version": ads.version, **ads.state.model_dump(include={"kind", "dim", "num_ads", "num_unused"})},
-            "search": search_figures(ads, users_KW, k),
-            "notes": [*notes, *([ads.warning] if ads.warning else [])],
-        }
-    _show(report)
-    files.write_json_option(out, report)
-
-
 @app.command(epilog="Example: `crossmedia index search --run data/runs/towers --user 17 --k 5`")
 def search(
-    run: Run,
+    run: Annotated[str, typer.Option(help="Folder or address of a run with model.base=two_tower.")],
     user: Annotated[str, typer.Option(help="A user of the test samples, as the samples have it: a number or a text.")],
-    index: Index = INDEX,
+    index: Annotated[str, typer.Option(help="Folder or address of the index, from crossmedia index build.")] = INDEX,
     k: Annotated[int, typer.Option(min=1, max=MOST_FOUND, help="Ads to find.")] = 10,
-    samples: Samples = None,
+    samples: Annotated[
+        str | None,
+        typer.Option(help="Other samples: their test/ is taken.", show_default="those of the run, of its test days"),
+    ] = None,
     checkpoint: WhichCheckpoint = None,
 ) -> None:
     """Find the ads that suit a user best, as the user was in their last test sample."""
-    from trainer.prerank.adindex import candidates
+    from trainer.comm import SoloComm
+    from trainer.prerank.adindex import AdIndex, candidates, origin_of
+    from trainer.runs.saved import open_trained
     from trainer.samples.survey import IdDictionary
 
-    with _opened(run, index, checkpoint, samples) as (trained, ads):
+    with contextlib.closing(open_trained(run_path(run), SoloComm(), which=checkpoint, samples=samples)) as trained:
+        ads = AdIndex.open(index)
+        ads.check_origin(origin_of(trained))
         found = candidates(trained, ads, samples, user, k)
         notes = trained.saved.notes_on_missing(trained.missing_lookups())
     names = [ads.state.origin.key_column]
@@ -235,43 +199,6 @@ def search(
         names.append("text")
         rows = [(key, texts.get(int(key), ""), value) for key, value in rows]
     output.print_rows([*names, "inner product"], rows, numbers=["inner product"])
-    _print_notes(notes)
-
-
-@contextlib.contextmanager
-def _opened(
-    run: str, index: str, checkpoint: str | None, samples: str | None
-) -> "Iterator[tuple[TrainedRun, AdIndex]]":
-    """Open a run, and an index of its ads. Raises TrainerError, FeatureStoreError."""
-    from trainer.comm import SoloComm
-    from trainer.prerank.adindex import AdIndex, origin_of
-    from trainer.runs.saved import open_trained
-
-    with contextlib.closing(open_trained(run_path(run), SoloComm(), which=checkpoint, samples=samples)) as trained:
-        ads = AdIndex.open(index)
-        ads.check_origin(origin_of(trained))
-        yield trained, ads
-
-
-def _show(report: Mapping[str, Any]) -> None:
-    index, figures = report["index"], report["search"]
-    output.print_summary(
-        f"{report['run']}, {report['checkpoint']}: {index['num_ads']:,} ads under {index['kind']}, "
-        f"{figures['queries']:,} searches on one thread"
-    )
-    rows = [(f"recall@{count}", f"{recall:.4f}") for count, recall in figures["recall"].items()]
-    output.print_rows(["measure", "value"], rows, numbers=["value"])
-    exact, mine = figures["exact"], figures["index"]
-    kinds = (index["kind"], "exact")
-    output.print_rows(
-        [f"search for {max(figures['recall'])}", *kinds],
-        [(name.replace("_", " "), output.figure(mine[name]), output.figure(exact[name])) for name in mine],
-        numbers=kinds,
-    )
-    _print_notes(report["notes"])
-
-
-def _print_notes(notes: Sequence[str]) -> None:
     for note in notes:
         output.print_summary(f"note: {note}")
 

@@ -17,7 +17,6 @@ samples, G groups, U unique keys.
 """
 
 import contextlib
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,7 +29,7 @@ from pydantic import Field as Setting
 
 from featurestore.errors import CorruptFileError
 from featurestore.format.datafile import digest_of, read_verified
-from featurestore.index import VectorIndex, use_threads
+from featurestore.index import VectorIndex
 from featurestore.keys import Float32Array, Int64Array, id_of_text
 from featurestore.published import versions
 from featurestore.snapshot import SnapshotId
@@ -53,7 +52,7 @@ from trainer.samples.columns import (
     source_columns,
 )
 from trainer.samples.index import RowGroup, open_index, read_row_group, row_groups_of_table
-from trainer.samples.reader import Batch, Jagged, SampleReader, inputs_of
+from trainer.samples.reader import Batch, Jagged, inputs_of
 from trainer.schema import Field, Schema
 
 Keys = Int64Array
@@ -80,9 +79,9 @@ class Queries:
     source: QuerySource
 
 
-def sample_of(vectors_NW: Vectors, source: QuerySource, most: int = NUM_QUERIES) -> Queries:
-    """Draw at most `most` of these vectors by a fixed seed."""
-    chosen_K = np.random.default_rng(0).permutation(len(vectors_NW))[:most]
+def sample_of(vectors_NW: Vectors, source: QuerySource) -> Queries:
+    """Draw at most `NUM_QUERIES` of these vectors by a fixed seed."""
+    chosen_K = np.random.default_rng(0).permutation(len(vectors_NW))[:NUM_QUERIES]
     return Queries(np.ascontiguousarray(vectors_NW[np.sort(chosen_K)]), source)
 
 
@@ -390,35 +389,7 @@ def from_parquet(data: bytes, width: int, path: str) -> tuple[Keys, Vectors]:
     return table[KEY].to_numpy(), vector.flatten().to_numpy().reshape(-1, width)
 
 
-def search_figures(ads: AdIndex, queries_KW: Vectors, counts: Sequence[int]) -> dict[str, Any]:
-    """Measure recall and time of searches for these users; K >= 1.
-
-    `recall`: by number of candidates, the share of the best ads that the index finds. Times are of the largest of
-    `counts`, of `index` and `exact`, a flat index over the exported vectors: of searches one by one, on one thread.
-    """
-    exact = VectorIndex.build("flat", *ads.vectors())
-    use_threads(1)
-    most = max(counts)
-    return {
-        "queries": len(queries_KW),
-        "effort": ads.index.effort,
-        "recall": {count: recall_at(ads.index, exact, queries_KW, count) for count in sorted(set(counts))},
-        "index": _timed(ads.index, queries_KW, most),
-        "exact": _timed(exact, queries_KW, most),
-    }
-
-
-def _timed(index: VectorIndex, queries_KW: Vectors, count: int) -> dict[str, float]:
-    seconds = []
-    for query_W in queries_KW:
-        start = time.perf_counter()
-        index.search(query_W[None], count)
-        seconds.append(time.perf_counter() - start)
-    percentiles = {f"p{each}_ms": float(np.percentile(seconds, each)) * 1e3 for each in (50, 99)}
-    return {"queries_per_s": len(seconds) / sum(seconds), **percentiles}
-
-
-_GROUPS_PER_QUERY = 4  # a user has several
+_LOOKED_AT = 4 * NUM_QUERIES  # groups: a user has several
 
 
 @dataclass(frozen=True)
@@ -583,20 +554,6 @@ def user_vectors(trained: TrainedRun, batches: Iterator[Batch]) -> Iterator[tupl
         yield batch, finite(users_GW.astype(np.float32))
 
 
-def reader_of_tests(trained: TrainedRun, samples: str | None) -> SampleReader:
-    """Open the test impressions of `samples`, else of the run. Raises DataError, SchemaError."""
-    index = open_test(trained.comm, trained.config, trained.schema, samples)
-    return test_reader(trained.config, trained.comm, index, trained.schema)
-
-
-def users_of_tests(trained: TrainedRun, samples: str | None, most: int) -> Queries:
-    """Compute vectors of at most `most` users of the first test impressions of `samples`, else of the run.
-
-    Raises DataError, SchemaError."""
-    users_KW = _first_users(trained, reader_of_tests(trained, samples), _GROUPS_PER_QUERY * most)
-    return sample_of(users_KW, "users", most)
-
-
 def user_queries(trained: TrainedRun) -> Queries | None:
     """Compute user vectors from the run's own samples, of the test days if there are any, to measure an index.
 
@@ -608,8 +565,13 @@ def user_queries(trained: TrainedRun) -> Queries | None:
             with contextlib.suppress(DataError, SchemaError):
                 index = open_index(trained.comm, data.samples, split, trained.schema, days)
                 reader = test_reader(trained.config, trained.comm, index, trained.schema)
-                if len(users_KW := _first_users(trained, reader, _GROUPS_PER_QUERY * NUM_QUERIES)):
-                    return sample_of(users_KW, "users")
+                parts, found = [np.empty((0, towers(trained).width), np.float32)], 0
+                for _, users_GW in user_vectors(trained, reader.batches()):
+                    parts.append(users_GW)
+                    if (found := found + len(users_GW)) >= _LOOKED_AT:
+                        break
+                if found:
+                    return sample_of(np.concatenate(parts)[:_LOOKED_AT], "users")
     return None
 
 
@@ -621,8 +583,8 @@ def candidates(
     `user`: a number or a text, as the samples have it. Raises DataError where no test sample is of that user.
     """
     last: Batch | None = None
-    number = id_of_text(user)
-    for batch in reader_of_tests(trained, samples).batches():
+    number, tests = id_of_text(user), open_test(trained.comm, trained.config, trained.schema, samples)
+    for batch in test_reader(trained.config, trained.comm, tests, trained.schema).batches():
         if (batch.group_id_B == number).any():
             last = batch
     if last is None:
@@ -632,13 +594,3 @@ def candidates(
     group = last.group_of_sample_B[last.group_id_B == number][-1]
     keys_1C, score_1C = ads.index.search(vectors_GW[group : group + 1], count)
     return [(int(key), float(value)) for key, value in zip(keys_1C[0], score_1C[0], strict=True) if np.isfinite(value)]
-
-
-def _first_users(trained: TrainedRun, reader: SampleReader, wanted: int) -> Vectors:
-    """Vectors of the first `wanted` groups, or of all."""
-    parts = [np.empty((0, towers(trained).width), np.float32)]
-    for _, users_GW in user_vectors(trained, reader.batches()):
-        parts.append(users_GW)
-        if sum(map(len, parts)) >= wanted:
-            break
-    return np.concatenate(parts)[:wanted]

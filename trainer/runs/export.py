@@ -1,11 +1,9 @@
-"""Files of a run's vectors, out of a checkpoint: the visual vectors of all images of a snapshot, and the rows of ids.
+"""The visual vectors of all images of a snapshot, as a run's E makes them, in a file; and files that appear when whole.
 
 No engine, no samples and no partition of a store are opened. Images are read shard by shard, in the memory of the
-largest data file; of an ID table no more than a shard is in memory. Who looks ids up in the file does as the trainer
-does: an id that is not in it has the cold row of its shard, `shard_of(id, num_shards)` (docs/CHOICES.md). A file gets
-its name when it is whole; what was there stays until then.
+largest data file.
 
-Letters of shapes: K rows of a block, D feature width, V visual width, N ids of a shard.
+Letters of shapes: K rows of a block, D feature width, V visual width.
 """
 
 import contextlib
@@ -29,22 +27,17 @@ from featurestore.published.versions import VersionName
 from featurestore.snapshot import VECTORS_OF, Snapshot, SnapshotId
 from featurestore.storage.storage import Storage, cached_property, file_at
 from trainer.comm import SoloComm
-from trainer.config import ExactTableConfig
 from trainer.engine.machine import share_machine
 from trainer.engine.wiring import image_model, widths_of_stores
 from trainer.errors import ConfigError, DataError
-from trainer.ids.exact import IDS, LAST_USE
-from trainer.ids.shards import WEIGHT, check_names
+from trainer.ids.shards import check_names
 from trainer.models.layers import used_fields
-from trainer.runs.checkpoint import read_dense, read_rows
+from trainer.runs.checkpoint import read_dense
 from trainer.runs.saved import SavedRun, finite, read_run
 
 VECTOR = "vector"
-ROWS_OF = "id_rows"
-"""Name of the metadata that say what the rows are of."""
-_PARTS = (IDS, LAST_USE, WEIGHT)
 # Also rows of a row group. E takes .3 to .6 of the time an image that it takes in the store's blocks of 256.
-_BATCH_ROWS = 4096
+BATCH_ROWS = 4096
 
 Progress = Callable[[int, int], None]
 
@@ -104,7 +97,7 @@ class ImageNetwork:
                 keys.append(block.keys_K)
                 uris += uris_of_shard.take(block.place_K).to_pylist()
                 features.append(block.features_KD.copy())
-                if len(uris) >= _BATCH_ROWS:
+                if len(uris) >= BATCH_ROWS:
                     yield self._table(np.concatenate(keys), uris, np.concatenate(features))
                     keys, uris, features = [], [], []
         if uris:
@@ -112,11 +105,15 @@ class ImageNetwork:
 
     def _table(self, keys_K: Int64Array, uris: list[Any], features_KD: AnyArray) -> pa.Table:
         """Compute the vectors of some images; features are in the store's dtype."""
-        with torch.inference_mode():
-            features = as_tensor(features_KD).to(self.model.mean_D.device)
-            visual_KV = finite(self.model(features).float().cpu().numpy())
+        visual_KV = visual_vectors(self.model, features_KD)
         columns: list[Any] = [pa.array(keys_K), pa.array(uris, pa.string()), _lists(visual_KV)]
         return pa.Table.from_arrays(columns, [KEY, URI, VECTOR])
+
+
+def visual_vectors(model: EmbeddingModel, features_KD: AnyArray) -> Float32Array:
+    """Compute the visual vectors (K, V) of features in a store's dtype. Raises TrainerError if one is not finite."""
+    with torch.inference_mode():
+        return finite(model(as_tensor(features_KD).to(model.mean_D.device)).float().cpu().numpy())
 
 
 def open_network(
@@ -178,76 +175,6 @@ def _chosen(folder: RunPath, stores: list[str], asked: str | None) -> str:
         return asked or stores[0]
     wrong = "" if asked is None else f"--network {asked}: "
     raise ConfigError(f"{wrong}{folder} has the networks {', '.join(stores)}; choose one by --network")
-
-
-@dataclass(frozen=True)
-class SavedTable:
-    """An exact ID table of a run, as one of its checkpoints has it."""
-
-    saved: SavedRun
-    name: str
-
-    @property
-    def num_shards(self) -> int:
-        """Shards of every table of the run."""
-        return self.saved.config.model.table_shards
-
-    def describe(self) -> dict[str, Any]:
-        """Say what its rows are of."""
-        return {**self.saved.named(), "table": self.name, "num_shards": self.num_shards}
-
-    def shards(self) -> Iterator[pa.Table]:
-        """Read columns id, shard, last_use and vector of each shard; first its cold row, whose id is null.
-
-        Raises CheckpointError, and TrainerError for a number that is not finite.
-        """
-        parts = [f"{self.name}/{shard:04d}/{part}" for shard in range(self.num_shards) for part in _PARTS]
-        rows = read_rows(self.saved.checkpoint, self.saved.state, parts, self.saved.config.data.cache_dir)
-        for shard in range(self.num_shards):
-            ids_N, last_use_N, vectors_NV = (rows[f"{self.name}/{shard:04d}/{part}"].numpy() for part in _PARTS)
-            yield _table_of(shard, ids_N, last_use_N, finite(vectors_NV.astype(np.float32)))
-
-
-def open_table(folder: RunPath, name: str, which: str | None = None) -> SavedTable:
-    """Find an exact table of the run in `folder`, as the checkpoint `which` has it (see `find_checkpoint`).
-
-    Raises ConfigError, CheckpointError.
-    """
-    saved = read_run(folder, which)
-    exact = [table for table, settings in saved.config.model.tables.items() if isinstance(settings, ExactTableConfig)]
-    if not exact:
-        raise ConfigError(f"{folder} has no exact ID table (model.tables.NAME={{kind: exact, ...}}); name another run")
-    if name not in exact:
-        raise ConfigError(f"--table {name}: {folder} has the exact ID tables {', '.join(exact)}")
-    return SavedTable(saved, name)
-
-
-def export_table(table: SavedTable, out: str, progress: Progress = lambda done, total: None) -> int:
-    """Write all rows to `out`, NAME.parquet, and report shards done and all of them; returns how many ids there are.
-
-    Raises TrainerError, FeatureStoreError.
-    """
-    count, (storage, name) = 0, output_at(out)
-    described = {ROWS_OF: json.dumps(table.describe())}
-    with contextlib.ExitStack() as opened:
-        write: Callable[[pa.Table], None] | None = None
-        for number, rows in enumerate(table.shards(), 1):
-            write = write or opened.enter_context(parquet_file(storage, name, rows.schema.with_metadata(described)))
-            write(rows)
-            count += len(rows) - 1
-            progress(number, table.num_shards)
-    return count
-
-
-def _table_of(shard: int, ids_N: Any, last_use_N: Any, vectors_NV: Any) -> pa.Table:
-    no_id: Any = pa.array([None], pa.int64())
-    columns: dict[str, Any] = {
-        "id": pa.concat_arrays([no_id, pa.array(ids_N)]),
-        "shard": pa.array(np.full(len(vectors_NV), shard, np.int32)),
-        "last_use": pa.array(last_use_N, pa.int32()).cast(pa.date32()),
-        VECTOR: _lists(vectors_NV),
-    }
-    return pa.table(columns)
 
 
 def _lists(vectors_NV: Float32Array) -> Any:

@@ -611,6 +611,17 @@ def sample_groups(table: pa.Table, schema: Schema) -> pa.Table:
     return groups.append_column(schema.label, labels)
 
 
+def plain(table: pa.Table) -> pa.Table:
+    """Decode dictionary-encoded columns, so that Python's values fit the table's types."""
+    return table.cast(pa.schema([pa.field(each.name, _plain(each.type)) for each in table.schema]))
+
+
+def _plain(kind: Any) -> pa.DataType:
+    if pa.types.is_dictionary(kind):
+        return _plain(kind.value_type)
+    return pa.list_(_plain(kind.value_type)) if is_list(kind) else kind
+
+
 def _known(kind: Any) -> pa.DataType:
     """Return a column's type; of one without a value, such as empty lists alone, it is that of IDs."""
     if is_list(kind):

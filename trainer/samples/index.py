@@ -304,15 +304,6 @@ def shares_by_rank(lengths_S: Sequence[int], num_ranks: int) -> list[list[Share]
     return [sorted(own) for own in shares]
 
 
-def decode_shares(lengths_S: Sequence[int], num_ranks: int) -> list[float]:
-    """Compute for each rank the samples that it decodes over those that it has; 1 where it has none."""
-    found = []
-    for own in shares_by_rank(lengths_S, num_ranks):
-        has = sum(share.end - share.begin for share in own)
-        found.append(sum(share.length for share in own) / has if has else 1.0)
-    return found
-
-
 class Piece(NamedTuple):
     """Part of a batch: of the groups in memory the rows `group_G`, of each its samples `begin_G` to before `end_G`."""
 

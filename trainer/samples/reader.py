@@ -115,10 +115,6 @@ class SampleReader:
         """Batches of an epoch, the same on every rank."""
         return -(-self.num_samples // self._batch_size)
 
-    def decode_shares(self, num_ranks: int) -> list[float]:
-        """Compute for each of `num_ranks` ranks the samples of an epoch that it decodes over those that it has."""
-        return sample_index.decode_shares([stream.num_samples for stream in self._streams(epoch=0)], num_ranks)
-
     def batches(self, epoch: int = 0, first_step: int = 0) -> Iterator[Batch]:
         """Read this rank's batches from `first_step` of the epoch on; a batch may be without samples.
 

@@ -407,7 +407,7 @@ def _names_listed(storage: Storage, keys_U: Int64Array) -> Iterator[tuple[int, s
 
 
 def schema_beside(samples: Storage, schema_file: str | None) -> Schema:
-    """Load a schema: of this file, else the one next to the samples, else the preset. Raises SchemaError."""
+    """Load a schema: of this file, else the one next to the samples, else the packaged one. Raises SchemaError."""
     own = samples.full(SCHEMA_FILE) if SCHEMA_FILE in samples.list() else None
     return load_schema(schema_file or own)
 

@@ -212,7 +212,7 @@ class Schema(BaseModel):
     group: str = "user"
     """Column whose value groups samples for GAUC."""
     time: str = "timestamp"
-    """Column with a group's time, in seconds since 1970 or as a timestamp; only evaluation reads it, if it is there."""
+    """Column with a group's time, in seconds since 1970 or as a timestamp; files of scores have it, if it is there."""
     new_ad_field: str = "ad_item"
     """Ad-side field: an impression is of a new ad when its value was never in training."""
 
@@ -365,17 +365,20 @@ def schema_text(schema: Schema, header: Iterable[str] = (), comments: Mapping[st
 
 
 _IMAGES_OF_SIDES = {(): "none", ("ad",): "ad", ("user",): "behavior"}
+IDS_LR_ALONE = 0.02
+"""`optim.ids_lr` of samples without images. With images the preset's: rows that move faster take what images would
+say (docs/CHOICES.md)."""
 
 
 def settings_text(samples: str, schema_file: str, schema: Schema, tables: Mapping[str, int]) -> str:
-    """Write settings for `crossmedia train --config`: where samples and schema are, the images there are, ID tables.
+    """Write settings for `crossmedia train --config`: where samples and schema are, images, ID tables and their rate.
 
     On a disk they name their own folder, so that they hold wherever that is. `tables`: by name the most rows of each.
     They are exact: in hashed ones ids that share a row cost GAUC.
     """
     settings_file = f"{schema_file.removesuffix(SCHEMA_FILE)}{SETTINGS_FILE}"
     images = _IMAGES_OF_SIDES.get(tuple(sorted({field.side for field in schema.of_kind("content")})))
-    lines = [f"# Over the default preset: crossmedia train --config {settings_file}", "", "data:"]
+    lines = [f"# Over the defaults: crossmedia train --config {settings_file}", "", "data:"]
     places = {"samples": samples, "schema_file": schema_file} if "://" in samples else _HERE
     note = "" if "://" in samples else "  # the folder of this file"
     lines += [
@@ -388,6 +391,8 @@ def settings_text(samples: str, schema_file: str, schema: Schema, tables: Mappin
         "  tables:  # a row for each id, as it comes; max_rows: twice the ids of these samples or more",
         *(f"    {line}" for line in table_lines(tables)),
     ]
+    if images == "none":
+        lines += ["", "optim:", f"  {yaml_line('ids_lr', IDS_LR_ALONE)}  # without images ID rows may move faster"]
     return "\n".join(lines) + "\n"
 
 

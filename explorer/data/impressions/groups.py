@@ -133,6 +133,7 @@ class GroupColumns:
 
     def read(self, number: int) -> "SampleGroup":
         """Read group `number`. Raises NotHereError, DataError."""
+        from trainer.samples.columns import plain
         from trainer.samples.index import read_row_group
 
         index = self.opened.index
@@ -287,19 +288,6 @@ def with_looks(batch: "Batch", other: "Batch", fields: Sequence[str]) -> "Batch"
     """Replace the pictures of a batch's ads by those of another batch, keeping the IDs."""
     looks = {name: other.fields[name] for name in fields}
     return replace(batch, fields={**batch.fields, **looks})
-
-
-def plain(table: pa.Table) -> pa.Table:
-    """Decode dictionary-encoded columns, so that Python's values fit the table's types."""
-    return table.cast(pa.schema([pa.field(each.name, _plain(each.type)) for each in table.schema]))
-
-
-def _plain(kind: pa.DataType) -> pa.DataType:
-    if pa.types.is_dictionary(kind):
-        return _plain(kind.value_type)
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
-        return pa.list_(_plain(kind.value_type))
-    return kind
 
 
 def _is_text(kind: pa.DataType) -> bool:

@@ -14,7 +14,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from explorer.data.impressions.explained import Score
-from explorer.data.impressions.groups import GroupColumns, plain
+from explorer.data.impressions.groups import GroupColumns
 from explorer.data.impressions.open_runs import Logits, OpenedRun
 from featurestore.keys import Int64Array, key_of_uri
 
@@ -194,6 +194,7 @@ class _Collected:
 
     def add(self, row_group: "RowGroup", rows: NDArray[np.int64], first: int, most: int) -> None:
         """Score groups of a row group, whose first one is number `first` of all, until there are `most` impressions."""
+        from trainer.samples.columns import plain
         from trainer.samples.index import read_row_group
 
         opened, storage = self.columns.opened, self.columns.opened.index.storage

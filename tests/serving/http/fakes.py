@@ -12,8 +12,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx2
@@ -28,7 +28,7 @@ from serving.http.app import Scoring
 from serving.http.live import BundleSource
 from serving.http.workers import serve
 from serving.network import Steps, run_steps
-from serving.scoring.decode import RequestTable, decode
+from serving.scoring.decode import decode
 from serving.scoring.request import RequestColumns, Scored
 from serving.scoring.sent import SentTable, Sizes, sent_table
 from serving.settings import ServerSettings
@@ -59,33 +59,30 @@ class FakeModel:
         return load_schema().fields
 
     @property
-    def vectors_time_s(self) -> Mapping[str, float]:
-        return {store: time.time() - 60 for store in self.identity.vectors}
+    def vectors(self) -> Mapping[str, Any]:
+        return {store: SimpleNamespace(time_s=time.time() - 60) for store in self.identity.vectors}
 
-    def decode(self, sent: SentTable, sizes: Sizes) -> Steps[RequestTable]:
-        """Convert what was sent; columns that were not are missed by nobody, but for `ad_item`."""
+    def score(self, table: pa.Table) -> list[Scored]:
+        sent = run_steps(sent_table(self.inputs, table))
+        return run_steps(self.steps(sent, sent.sizes(self.inputs)))
+
+    def steps(self, sent: SentTable, sizes: Sizes) -> Steps[list[Scored]]:
+        """Score what was sent; columns that were not are missed by nobody, but for `ad_item`."""
         fields = [field for field in self.fields if field.column_name in {*sent.columns, "ad_item"}]
-        return decode(RequestColumns(load_schema(), fields), sent, sizes)
+        scored: list[Scored] = []
+        for piece in map(sent.piece, sizes.pieces()):
+            batch, _ = yield from decode(RequestColumns(load_schema(), fields), piece)
+            scored += self._scores(batch.fields["ad_item"].values_N, piece.counts_G)
+            yield
+        return scored
 
-    def score(self, table: RequestTable | pa.Table) -> list[Scored]:
+    def _scores(self, items: Any, counts_G: Any) -> list[Scored]:
         assert not self.closed
-        if isinstance(table, pa.Table):
-            sent = run_steps(sent_table(self.inputs, table))
-            table = run_steps(self.decode(sent, sent.sizes(self.inputs)))
-        items = table.columns["ad_item"].values
         if self.slow_item is None or self.slow_item in items:
             if self.begun is not None:
                 Path(self.begun).touch()
             time.sleep(self.score_s)
-        ends = np.append(0, np.cumsum(table.sizes.candidates_G))
-        return [self._scored(items[start:end]) for start, end in pairwise(ends)]
-
-    def steps(self, table: RequestTable) -> Steps[list[Scored]]:
-        scored: list[Scored] = []
-        for piece in table.sizes.pieces():
-            scored += self.score(table.piece(self.inputs.rules, piece))
-            yield
-        return scored
+        return [self._scored(part) for part in np.split(items, np.cumsum(counts_G)[:-1])] if len(counts_G) else []
 
     def sample(self) -> pa.Table | None:
         return None
@@ -137,10 +134,7 @@ BASE = "http://scorer"
 
 def scoring_of(source: BundleSource, tokens: list[str] | None = None, **settings: Any) -> Scoring:
     """The parts of a server with these settings."""
-    failures: list[Exception] = []
-    scoring = Scoring(ServerSettings(model="-", name="ctr", **settings), source, failures.append, tokens=tokens)
-    scoring.failures = failures
-    return scoring
+    return Scoring(ServerSettings(model="-", name="ctr", **settings), source, tokens=tokens)
 
 
 @asynccontextmanager

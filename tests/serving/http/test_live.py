@@ -125,10 +125,10 @@ def test_the_first_model_has_to_load(tmp_path: Path) -> None:
     async def run() -> None:
         scoring = scoring_of(FakeSource(state))
         async with client_of(scoring, wait=False) as client:
-            while not scoring.failures:
+            while scoring.failure is None:
                 await asyncio.sleep(0.01)
             assert (await client.get("/v2/health/ready")).status_code == 503
-        assert "network.pt2" in str(scoring.failures[0])
+        assert "network.pt2" in str(scoring.failure)
 
     asyncio.run(run())
 

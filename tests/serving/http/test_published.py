@@ -255,8 +255,8 @@ def test_newer_vectors_keep_the_network_and_the_rows(published: Published, tmp_p
     assert newest == BundleIdentity(1, {"images": first.identity.vectors["images"] + 1})
     second = source.open(newest, first)
     assert second.identity == newest
-    assert second.bundle.network is first.bundle.network
-    assert second.bundle.ids is first.bundle.ids
+    assert second.network is first.network
+    assert second.ids is first.ids
     first.close()
     assert np.isfinite(second.score([Request(**one_image(NEW_IMAGE))])[0].logits_C).all()
 

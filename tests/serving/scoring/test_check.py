@@ -142,7 +142,7 @@ def test_options_that_do_not_go_together(model: Exported) -> None:
 def scoring(model: Exported, tmp_path: Path) -> Scoring:
     """What a server does, for a thread of this process."""
     settings = ServerSettings(model=model.url, name="ctr", cache_dir=tmp_path / "cache")
-    return Scoring(settings, BundleSource(settings), pytest.fail)
+    return Scoring(settings, BundleSource(settings))
 
 
 @contextlib.contextmanager
@@ -150,6 +150,7 @@ def answering(scoring: Scoring, **tls: object) -> Iterator[str]:
     """Serve it until its model is ready, and longer; gives its address."""
     with in_thread(scoring.app(), **tls) as url:
         while not scoring.live.is_ready:
+            assert scoring.failure is None
             time.sleep(0.01)
         yield url
 
@@ -174,7 +175,7 @@ def test_a_request_too_large_for_a_transform_is_422_in_each_form(variants: Varia
         writer.write_table(row.set_column(row.column_names.index("ad_shape"), "ad_shape", shape))
     columns = poisoned["user"] | poisoned["candidates"]
     tensors = [each for name, value in columns.items() for each in tensors_of(name, value, rules[name])]
-    scoring = Scoring(settings, BundleSource(settings), pytest.fail)
+    scoring = Scoring(settings, BundleSource(settings))
     with answering(scoring) as url, httpx2.Client(base_url=url) as client:
         assert client.post("/v1/score", json=good).status_code == 200
         for path, content, kind in (

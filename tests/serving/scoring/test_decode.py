@@ -16,7 +16,7 @@ from serving.network import run_steps
 from serving.scoring.decode import all_integers, decode, whole_array
 from serving.scoring.request import Request
 from serving.scoring.sent import UnusableValueError, joined, sent_requests
-from tests.serving.scoring.wide import COLUMNS, SCHEMA, decoded, groups, request_of, table_of
+from tests.serving.scoring.wide import COLUMNS, SCHEMA, decoded, groups, request_of, sent_of, table_of
 from trainer.samples.columns import decode as decode_file
 from trainer.samples.columns import rules_of
 from trainer.samples.index import Piece
@@ -68,11 +68,12 @@ def test_requests_are_decoded_as_training_decodes_files(
     expected = of_training(table)
     requests = [request_of(row, scene_in_context=scene_in_context) for row in rows]
     for body in (requests, table.drop_columns(["label"]), table):
-        assert_same(decoded(body).batch(COLUMNS), expected)
+        assert_same(decoded(body).batch, expected)
     together = joined([run_steps(sent_requests(COLUMNS, [each])) for each in requests])
-    assert_same(run_steps(decode(COLUMNS, together, together.sizes(COLUMNS))).batch(COLUMNS), expected)
-    whole, last = decoded(table), slice(len(rows) - 1, len(rows))
-    assert_same(whole.piece(COLUMNS.rules, last).batch(COLUMNS), decoded(requests[last]).batch(COLUMNS))
+    assert_same(run_steps(decode(COLUMNS, together)).batch, expected)
+    last = slice(len(rows) - 1, len(rows))
+    for body in (table, requests):
+        assert_same(run_steps(decode(COLUMNS, sent_of(body).piece(last))).batch, decoded(requests[last]).batch)
 
 
 def test_numbers_of_binary_tensors_and_of_tables_are_whole_and_fit() -> None:
@@ -144,7 +145,6 @@ def refusal(*requests: Request) -> str:
         (C, "ad_item", [2**63, 5], "[0] is 9223372036854775808, beyond 64 bits"),
         (C, "ad_item", [-(2**63) - 1, "a"], "[0] is -9223372036854775809, beyond 64 bits"),
         (C, "ad_item", [5, {"a": [1]}], '[1] is {"a": [1]},'),
-        (C, "ad_item", ["\ud800", "a"], '[0] is "\\ud800", a text that is not Unicode'),
         (C, "ad_item", [5], " has 1 entries, but there are 2 candidates"),
         (C, "ad_shops", [[1], 7], "[1] is 7,"),
         (C, "ad_shops", [[1], [2, [3]]], "[1][1] is [3],"),
@@ -156,7 +156,6 @@ def refusal(*requests: Request) -> str:
         (C, "ad_price", [1, None], "[1] is null, and has to be a number; give its field fill"),
         (C, "ad_price", [1, "2"], '[1] is "2",'),
         (C, "ad_shape", [[1, 2], [3]], "[1] has 1 entries, but the schema says width=2"),
-        (X, "ad_scene", "\udfff", ' is "\\udfff", a text that is not Unicode'),
         (X, "ad_scene", [], " is [],"),
         (X, "ad_scene", 2**63, " is 9223372036854775808, beyond 64 bits"),
         (U, "user", ["anna"], ' is ["anna"],'),
@@ -205,17 +204,17 @@ def test_which_of_several_requests_is_named(place: int, change: tuple[str, str, 
 
 
 def test_a_number_that_its_transform_makes_infinite_is_named_in_every_piece() -> None:
-    whole = decoded([request(), request((U, "user_size", -3.3e38)), request((U, "user_size", 3.4e38))])
-    assert whole.piece(COLUMNS.rules, slice(0, 1)).batch(COLUMNS).num_samples == 2
+    whole = sent_of([request(), request((U, "user_size", -3.3e38)), request((U, "user_size", 3.4e38))])
+    assert run_steps(decode(COLUMNS, whole.piece(slice(0, 1)))).batch.num_samples == 2
     for piece, said in ((slice(0, 3), 1), (slice(1, 3), 1), (slice(2, 3), 2)):
         with pytest.raises(NotFiniteError, match=rf"^requests\[{said}\]: user.user_size has"):
-            whole.piece(COLUMNS.rules, piece).batch(COLUMNS)
+            run_steps(decode(COLUMNS, whole.piece(piece)))
 
 
 def test_roles_are_ignored_wherever_they_are() -> None:
-    expected = decoded([request()]).batch(COLUMNS)
+    expected = decoded([request()]).batch
     with_roles = request((C, "label", [0, 1]), (U, "timestamp", 7), (X, "label", None))
-    found = decoded([with_roles]).batch(COLUMNS)
+    found = decoded([with_roles]).batch
     np.testing.assert_array_equal(found.fields["ad_item"].values_N, expected.fields["ad_item"].values_N)
 
 
@@ -223,7 +222,7 @@ def test_null_images_are_missing_and_have_key_zero() -> None:
     found = decoded([request(), request((U, "behavior_image", ["a.jpg", 7, 8]))])
     nulls = {name: np.flatnonzero(mask).tolist() for name, mask in found.nulls.items()}
     assert nulls == {"behavior_image": [2], "ad_image": [1, 3]}
-    assert found.batch(COLUMNS).fields["ad_image"].values_N[[1, 3]].tolist() == [0, 0]
+    assert found.batch.fields["ad_image"].values_N[[1, 3]].tolist() == [0, 0]
 
 
 def test_null_images_of_tables_are_missing_too() -> None:
@@ -234,17 +233,16 @@ def test_null_images_of_tables_are_missing_too() -> None:
     assert found.nulls.keys() == expected.nulls.keys() == {"behavior_image", "ad_image"}
     for name, mask in found.nulls.items():
         np.testing.assert_array_equal(mask, expected.nulls[name])
-    images, wanted = (each.batch(COLUMNS).fields["ad_image"].values_N for each in (found, expected))
+    images, wanted = (each.batch.fields["ad_image"].values_N for each in (found, expected))
     np.testing.assert_array_equal(images, wanted)
 
 
 @pytest.mark.parametrize("candidates", [{}, {"ad_item": []}, {name: [] for name in ADS}])
 def test_no_candidates_are_no_error(candidates: dict[str, Any]) -> None:
     empty = Request(user=parts()[U], candidates=candidates)
-    found = decoded([empty, request(), empty])
-    assert found.sizes.candidates_G.tolist() == [0, 2, 0]
-    assert found.batch(COLUMNS).group_of_sample_B.tolist() == [1, 1]
-    assert decoded([empty]).batch(COLUMNS).num_samples == 0
+    assert sent_of([empty, request(), empty]).counts_G.tolist() == [0, 2, 0]
+    assert decoded([empty, request(), empty]).batch.group_of_sample_B.tolist() == [1, 1]
+    assert decoded([empty]).batch.num_samples == 0
 
 
 def test_what_is_in_context_is_as_if_each_candidate_had_it() -> None:
@@ -252,12 +250,11 @@ def test_what_is_in_context_is_as_if_each_candidate_had_it() -> None:
     in_context = request((C, "ad_shops", ...), (C, "ad_shop_weights", ...), (X, "ad_shops", [1, 2]))
     in_context = replace(in_context, context={**in_context.context, "ad_shop_weights": [0.5, 2]})
     in_candidates = request((C, "ad_shops", [[1, 2]] * 2), (C, "ad_shop_weights", [[0.5, 2]] * 2))
-    found, expected = decoded([request(), in_context]), decoded([request(), in_candidates])
-    for name, column in expected.columns.items():
-        np.testing.assert_array_equal(found.columns[name].values, column.values)
-        for one, other in zip(found.columns[name].levels, column.levels, strict=True):
-            np.testing.assert_array_equal(one, other)
-    assert found.sizes.values_G[1] == expected.sizes.values_G[1] - 4
+    found, expected = sent_of([request(), in_context]), sent_of([request(), in_candidates])
+    assert_same(run_steps(decode(COLUMNS, found)).batch, run_steps(decode(COLUMNS, expected)).batch)
+    last = slice(1, 2)
+    assert_same(run_steps(decode(COLUMNS, found.piece(last))).batch, decoded([in_candidates]).batch)
+    assert found.sizes(COLUMNS).values_G[1] == expected.sizes(COLUMNS).values_G[1] - 4
     wrong = replace(in_context, context={**in_context.context, "ad_shops": [1, 1.5]})
     assert refusal(request(), wrong).startswith("requests[1]: context.ad_shops[1] is 1.5")
 
@@ -289,7 +286,7 @@ ANYTHING = st.recursive(
     | st.booleans()
     | st.integers()
     | st.floats()
-    | st.text(st.characters(exclude_categories=()), max_size=4)
+    | st.text(max_size=4)
     | st.sampled_from([2**63, -(2**63) - 1, 1e308, "0", ""]),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=2), inner, max_size=2),
     max_leaves=6,
@@ -319,7 +316,7 @@ def check_anything(data: st.DataObject) -> None:
         value = data.draw(ANYTHING | st.lists(ANYTHING, min_size=2, max_size=2))
         columns[column] = value
     try:
-        batch = decoded([Request(**each) for each in made]).batch(COLUMNS)
+        batch = decoded([Request(**each) for each in made]).batch
     except RequestError as failure:
         str(failure).encode()
         return

@@ -17,8 +17,7 @@ import pytest
 
 from featurestore.spec import MissingPolicy
 from serving.bundle import export as exporting
-from serving.bundle import rows
-from serving.bundle.rows import VectorTable
+from serving.bundle.rows import BundleIdRows, VectorTable
 from serving.errors import NotFiniteError, RequestError
 from serving.network import Steps
 from serving.network.served import NetworkInputs, ServedNetwork
@@ -28,7 +27,8 @@ from tests.serving.scoring.variants import GONE, VARIANTS, Exported, export
 from trainer.config import BaseNet, ModelConfig, Pooling
 from trainer.evaluation.predict import predict_run
 from trainer.models.nets import build_model
-from trainer.runs.export import open_table
+from trainer.runs.checkpoint import read_rows
+from trainer.runs.saved import read_run
 
 pytestmark = pytest.mark.long
 
@@ -121,7 +121,9 @@ def test_missing_images_are_told(opened: Opened) -> None:
 
 def test_unknown_ids_are_those_without_a_row(variants: Variants, opened: Opened) -> None:
     model = variants("exact")
-    has_row = {each for shard in open_table(model.run, "item").shards() for each in shard["id"].to_pylist()}
+    saved = read_run(model.run)
+    names = [f"item/{shard:04d}/ids" for shard in range(saved.config.model.table_shards)]
+    has_row = {each for ids in read_rows(saved.checkpoint, saved.state, names).values() for each in ids.tolist()}
     scorer, requests = opened("exact")
     found = 0
     for request, scored in zip(requests, scorer.score(requests), strict=True):
@@ -207,11 +209,11 @@ def test_probabilities() -> None:
     np.testing.assert_allclose(scored.probabilities(), [0.5, 1, 0], atol=1e-30)
 
 
-def test_the_comparison_notices_another_hash(
+def test_the_comparison_notices_other_rows_of_ids(
     variants: Variants, opened: Opened, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = rows.splitmix64
-    monkeypatch.setattr(rows, "splitmix64", lambda keys_N: right(np.asarray(keys_N) + 1))
+    right = BundleIdRows.find
+    monkeypatch.setattr(BundleIdRows, "find", lambda ids, tables, ids_N, *more: right(ids, tables, ids_N + 1, *more))
     assert worst_difference(variants("mlp_concat").run, *opened("mlp_concat")) > 1e-3
 
 

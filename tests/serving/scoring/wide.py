@@ -7,9 +7,9 @@ import pyarrow as pa
 from hypothesis import strategies as st
 
 from serving.network import run_steps
-from serving.scoring.decode import RequestTable, decode
+from serving.scoring.decode import Decoded, decode
 from serving.scoring.request import Request, RequestColumns
-from serving.scoring.sent import sent_requests, sent_table
+from serving.scoring.sent import SentTable, sent_requests, sent_table
 from trainer.schema import Field, Schema
 
 GROUPS = "user"
@@ -114,7 +114,11 @@ def request_of(row: Mapping[str, Any], *, scene_in_context: bool) -> Request:
 COLUMNS = RequestColumns(SCHEMA, SCHEMA.fields)
 
 
-def decoded(body: Sequence[Request] | pa.Table) -> RequestTable:
+def sent_of(body: Sequence[Request] | pa.Table) -> SentTable:
+    """Lay out requests, or the table of a sample file."""
+    return run_steps(sent_table(COLUMNS, body) if isinstance(body, pa.Table) else sent_requests(COLUMNS, body))
+
+
+def decoded(body: Sequence[Request] | pa.Table) -> Decoded:
     """Convert requests, or the table of a sample file."""
-    sent = run_steps(sent_table(COLUMNS, body) if isinstance(body, pa.Table) else sent_requests(COLUMNS, body))
-    return run_steps(decode(COLUMNS, sent, sent.sizes(COLUMNS)))
+    return run_steps(decode(COLUMNS, sent_of(body)))

@@ -11,6 +11,7 @@ from worlds import Sample
 from featurestore.keys import shard_of, splitmix64
 from trainer.config import OptimConfig
 from trainer.ids.exact import ExactShape, first_vectors
+from trainer.optim import BETA1, BETA2
 
 
 class PlainRows:
@@ -34,7 +35,7 @@ class PlainRows:
 
     def dense_adam(self) -> torch.optim.Adam:
         """torch's own, of the whole table."""
-        return torch.optim.Adam([self.weight], betas=(self.optim.beta1, self.optim.beta2), eps=self.optim.eps)
+        return torch.optim.Adam([self.weight], betas=(BETA1, BETA2), eps=self.optim.eps)
 
     def move(self, row: int, to: int) -> None:
         """Puts a row's weights and state at another place."""

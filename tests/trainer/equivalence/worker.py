@@ -19,7 +19,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from packing import packed, unpacked
-from scenarios import OPTIM, SCENARIOS, SCHEMA_OF_LEARNED, SEED, Scenario, has_other_ways, runs_of
+from scenarios import SCENARIOS, SCHEMA_OF_LEARNED, SEED, Scenario, has_other_ways, runs_of
 from worlds import batch_of, batch_of_file, make_store, slice_of_rank, steps
 
 from featurestore import FeatureStore
@@ -30,6 +30,7 @@ from trainer.config import Config, RunConfig, TrainConfig
 from trainer.engine.engine import Engine
 from trainer.errors import DataError
 from trainer.models.ctr import CtrModel
+from trainer.optim import BETA1
 from trainer.samples.index import open_index
 from trainer.samples.reader import Batch
 from trainer.samples.survey import measure
@@ -158,7 +159,7 @@ def first_gradients(comm: Comm, engine: Engine) -> dict[str, torch.Tensor]:
         shards = {}
         momentum = {n: v for n, v in table.export_shards().items() if n.endswith("/momentum")}
         for part in comm.allgather_object(packed(momentum)):
-            shards |= {n: v / (1 - OPTIM.beta1) for n, v in unpacked(part).items()}
+            shards |= {n: v / (1 - BETA1) for n, v in unpacked(part).items()}
         if shards:
             gradients[name] = torch.cat([shards[n] for n in sorted(shards)])
     return gradients

@@ -30,7 +30,6 @@ def predictions(world: int, *noises: tuple[int, float]) -> list[Predictions]:
         ad_N=random.integers(0, 40, USERS * EACH),
         image_N=None,
         history_N=None,
-        time_s_N=None,
     )
     return [
         Predictions(truth_N + np.random.default_rng([world, seed]).normal(size=len(truth_N)) * scale, impressions)

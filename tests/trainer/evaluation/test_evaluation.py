@@ -95,7 +95,7 @@ class TestReport:
         assert (whole["impressions"], whole["clicks"]) == (trained["impressions"], trained["clicks"])
         for name in ("logloss", "auc", "gauc"):
             assert whole["metrics"][name]["value"] == alike(name, trained[name], within=1e-6)
-        new = report["sliced_by"]["ad_age"]["slices"]["new"]
+        new = report["sliced_by"]["ad_impressions"]["slices"]["0"]
         assert new["impressions"] == trained["new_ad_impressions"]
         assert new["metrics"]["auc"]["value"] == alike("auc", trained["new_ad_auc"])
         assert (report["checkpoint"], report["missing"]) == ("step-00000024", "zeros")
@@ -110,7 +110,7 @@ class TestReport:
 
     def test_slices_hold_every_impression_once(self, evaluated: Path) -> None:
         report = report_of(evaluated)
-        assert set(report["sliced_by"]) == {"ad_age", "ad_impressions", "history", "image"}
+        assert set(report["sliced_by"]) == {"ad_impressions", "history", "image"}
         for sliced in report["sliced_by"].values():
             assert sum(each["impressions"] for each in sliced["slices"].values()) == report["whole"]["impressions"]
             assert sum(each["clicks"] for each in sliced["slices"].values()) == report["whole"]["clicks"]

@@ -215,12 +215,12 @@ class Owned:
         return shard_of(ids, SHARDS), splitmix64(ids), ids
 
     def rows(self, ids: Int64Array) -> list[int]:
-        return (self.map.places(*self.of(ids)) % self.map.rows_per_shard).tolist()
+        return (self.map.places(*self.of(ids)) // SHARDS).tolist()
 
     def learn(self, ids: Int64Array) -> None:
         """As a step does: different ids, and of them those without a row."""
         slot, hashes, ids = self.of(np.unique(ids))
-        new = self.map.places(slot, hashes, ids) % self.map.rows_per_shard == 0
+        new = self.map.places(slot, hashes, ids) < SHARDS
         self.map.insert(slot[new], hashes[new], ids[new])
 
 

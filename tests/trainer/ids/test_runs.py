@@ -1,6 +1,5 @@
 """Runs with each optimiser of ID rows and with exact tables: resumed, evaluated, begun with, exported, refused."""
 
-import json
 import shutil
 from collections.abc import Callable
 from datetime import date
@@ -14,17 +13,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from jobs.export_embeddings import app
-from tests.cli import invoke
 from tests.trainer.checkpoints import tensors_of
 from tests.trainer.conftest import Places
-from tests.trainer.ids.exact_tables import vectors_of
 from tests.trainer.whole_runs import assert_same, report_of, run_alone
 from trainer.comm import SoloComm
 from trainer.config import IdOptimizer, load_config
 from trainer.daily import follow
 from trainer.errors import CheckpointError, ConfigError
-from trainer.ids.exact import ExactTable
 from trainer.runs.checkpoint import read_state
 from trainer.runs.folder import find_checkpoint
 from trainer.runs.open import open_run
@@ -92,7 +87,7 @@ class TestAnotherOptimizer:
         trained("a", optim__ids="adam", train__max_steps=3)
         for settings, message in (
             ({"optim__ids": "rowwise_adagrad"}, r"optim\.ids is 'rowwise_adagrad' here, 'adam' in the checkpoint"),
-            ({"optim__ids": "adam", "optim__beta1": 0.8}, r"optim\.beta1 is 0\.8 here, 0\.9 in the checkpoint"),
+            ({"optim__ids": "adam", "optim__eps": 1e-6}, r"optim\.eps is 1e-06 here, 1e-08 in the checkpoint"),
         ):
             with pytest.raises(CheckpointError, match=message):
                 trained("a", run__resume="latest", **settings)
@@ -223,38 +218,3 @@ def test_days_have_to_be_known(exact: Train, places: Places, tmp_path: Path) -> 
     tables = TABLES.replace("max_rows: 20", "max_rows: 20, expire_days: 3")
     with pytest.raises(ConfigError, match=r"model\.tables\.image\.expire_days=3 counts the days .* leave it out"):
         exact("undated", data__samples=samples, model__tables=tables)
-
-
-def test_the_export_has_what_the_engine_looks_up(exact: Train, tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"optim__ids": "adam", "data__global_batch_size": 128}
-    run, out = exact("exported", **settings), tmp_path / "items.parquet"
-    assert "40, in 4 shards" in invoke(app, "--run", run, "--table", "item", "--out", out, code=0).output
-    rows = pq.read_table(out)
-    about = json.loads(rows.schema.metadata[b"id_rows"])
-    assert (about["table"], about["num_shards"]) == ("item", 4)
-    assert set(rows["last_use"].to_pylist()) == {date(2026, 1, 3)}
-    opened = open_trained(run, SoloComm())
-    table = opened.engine.tables["item"]
-    assert isinstance(table, ExactTable)
-    asked = np.unique([*range(60), *(each for each in rows["id"].to_pylist() if each is not None)])
-    with torch.no_grad():
-        request = table.serve(asked, "eval")
-        found = vectors_of(table, request)[torch.from_numpy(request.inverse_R)].numpy()
-    opened.close()
-    of_id = dict(zip(zip(rows["shard"].to_pylist(), rows["id"].to_pylist(), strict=True), rows["vector"], strict=True))
-    for each, vector in zip(asked.tolist(), found, strict=True):
-        shard = int(table.shape.shards_of(np.array([each]))[0])
-        assert np.array_equal(np.array(of_id.get((shard, each), of_id[shard, None]).as_py(), np.float32), vector)
-
-
-@pytest.mark.parametrize(
-    ("options", "code", "said"),
-    [
-        (["--table", "user"], 2, "--table user: {run} has the exact ID tables item, image"),
-        (["--table", "item", "--out", "x.csv"], 2, ".parquet"),
-    ],
-)
-def test_mistakes(exact: Train, options: list[str], code: int, said: str) -> None:
-    run = exact("mistaken", train__max_steps=1)
-    done = invoke(app, "--run", run, *options, code=code)
-    assert said.format(run=run) in " ".join(done.output.replace("│", " ").split())

@@ -97,7 +97,7 @@ def _logits(run: Path, *, pictures_count: bool) -> np.ndarray:
     """Predict with or without pictures of new ads, whatever the run has decided."""
     with _opened(run) as (opened, new_ads):
         new_ads.decide(pictures_count=pictures_count)
-        return predict(opened)
+        return predict(opened)[0]
 
 
 def _distance(logit_N: np.ndarray, label_N: np.ndarray) -> float:

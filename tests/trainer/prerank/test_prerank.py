@@ -1,8 +1,7 @@
 """A two-tower run from training on two ranks to an index of ads, additions to it, and a search."""
 
 import contextlib
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +25,14 @@ from trainer.prerank.adindex import (
     ad_vectors,
     ads_of_samples,
     origin_of,
-    reader_of_tests,
-    search_figures,
+    recall_at,
     towers,
+    user_queries,
     user_vectors,
-    users_of_tests,
 )
-from trainer.runs.saved import TrainedRun, open_trained
+from trainer.runs import open as opening
+from trainer.runs.saved import TrainedRun, open_test, open_trained
+from trainer.samples.reader import Batch
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +71,12 @@ def build_index(trained: TrainedRun, places: Places) -> str:
     return url
 
 
+def impressions_of(trained: TrainedRun, samples: str | None) -> Iterator[Batch]:
+    """The test impressions of these samples, else of the run."""
+    index = open_test(trained.comm, trained.config, trained.schema, samples)
+    return opening.test_reader(trained.config, trained.comm, index, trained.schema).batches()
+
+
 def test_without_context_inner_product_and_bias_are_the_logit(run: Path, index: str, places: Places) -> None:
     ads, samples = AdIndex.open(index), str(places.folder / "samples")
     vector_of = dict(zip(*(part.tolist() for part in ads.vectors()), strict=True))
@@ -79,7 +85,7 @@ def test_without_context_inner_product_and_bias_are_the_logit(run: Path, index: 
     assert context is not None
     with torch.no_grad():
         context.weight.zero_()
-    for batch, users in user_vectors(plain, reader_of_tests(plain, samples).batches()):
+    for batch, users in user_vectors(plain, impressions_of(plain, samples)):
         exported = np.array([vector_of[ad] for ad in batch.fields["ad_item"].values_N.tolist()])
         product = (users[batch.group_of_sample_B] * exported).sum(axis=1)
         logit = plain.engine.predict(plain.engine.prepare(batch))
@@ -96,52 +102,26 @@ def test_vectors_do_not_depend_on_the_batch(trained: TrainedRun, index: str, pla
     assert len(np.unique(whole.round(6), axis=0)) == len(whole)
 
 
-def test_eval(run: Path, index: str, tmp_path: Path) -> None:
-    options = ("eval", "--run", run, "--index", index, "--k", "3,10", "--queries", 50)
-    done = invoke(app, *options, "--json", tmp_path / "one.json", code=0)
-    report = json.loads((tmp_path / "one.json").read_text())
-    assert report["search"]["recall"] == {"3": 1.0, "10": 1.0}
-    assert report["index"]["num_ads"] == len(AdIndex.open(index).vectors()[0]) > 40
-    timing = report["search"]["index"]
-    assert 0 < timing["p50_ms"] <= timing["p99_ms"]
-    assert timing["queries_per_s"] > 0
-    assert report["search"]["queries"] == 50
-    assert "recall@10" in done.stdout
-
-
-def test_users_are_drawn_from_the_first_groups(trained: TrainedRun) -> None:
-    every = users_of_tests(trained, None, 10_000).vectors_KW
-    few = users_of_tests(trained, None, 7).vectors_KW
-    assert len(few) == 7
-    assert (few[:, None] == every[: 4 * 7]).all(axis=2).any(axis=1).all()
-
-
 def test_recall_is_the_share_of_the_best_that_an_index_finds(index: str) -> None:
-    ads = AdIndex.open(index)
-    keys, vectors = ads.vectors()
-    half = np.arange(len(keys)) % 2 == 0
-    ads.index = VectorIndex.build("flat", keys[half], vectors[half])  # as if it had lost the others
+    keys, vectors = AdIndex.open(index).vectors()
+    half, exact = np.arange(len(keys)) % 2 == 0, VectorIndex.build("flat", keys, vectors)
+    of_half = VectorIndex.build("flat", keys[half], vectors[half])  # as if it had lost the others
     queries = np.random.default_rng(0).normal(size=(40, vectors.shape[1])).astype(np.float32)
-    figures = search_figures(ads, queries, [5, 20])
     for count in (5, 20):
         best = np.argsort(-(queries @ vectors.T), axis=1)[:, :count]
-        assert figures["recall"][count] == pytest.approx(half[best].mean())
-        assert 0.2 < figures["recall"][count] < 0.8
-    assert figures["queries"] == 40
+        assert recall_at(of_half, exact, queries, count) == pytest.approx(half[best].mean())
+        assert 0.2 < half[best].mean() < 0.8
 
 
 def test_ads_of_equal_vectors_are_no_misses(index: str) -> None:
-    ads = AdIndex.open(index)
-    keys, vectors = ads.vectors()
-    vectors = np.ones_like(vectors)
-    ads.vectors = lambda: (keys, vectors)  # type: ignore[method-assign]
-    ads.index = VectorIndex.build("flat", keys[::-1].copy(), vectors)
-    assert search_figures(ads, np.ones((4, vectors.shape[1]), np.float32), [5])["recall"] == {5: 1.0}
+    keys, vectors = AdIndex.open(index).vectors()
+    forth, back = (VectorIndex.build("flat", each.copy(), np.ones_like(vectors)) for each in (keys, keys[::-1]))
+    assert recall_at(back, forth, np.ones((4, vectors.shape[1]), np.float32), 5) == 1.0
 
 
 def test_search_for_a_user(run: Path, index: str, trained: TrainedRun, places: Places) -> None:
     user, vector = 0, None
-    for batch, users in user_vectors(trained, reader_of_tests(trained, str(places.folder / "samples")).batches()):
+    for batch, users in user_vectors(trained, impressions_of(trained, str(places.folder / "samples"))):
         for sample in np.flatnonzero(batch.group_id_B == user):
             vector = users[batch.group_of_sample_B[sample]]
     keys, vectors = AdIndex.open(index).vectors()
@@ -171,31 +151,26 @@ class TestDays:
         with contextlib.closing(open_trained(run, SoloComm())) as trained:
             return run, build_index(trained, places)
 
-    def scores(self, run: Path, index: str, *options: object) -> dict[str, Any]:
-        done = invoke(
-            app, "eval", "--run", run, "--index", index, "--k", 3, "--json", run / "figures.json", *options, code=0
-        )
-        figures: dict[str, Any] = json.loads((run / "figures.json").read_text())
-        assert all(f"note: {note}" in done.stdout for note in figures["notes"])
-        return figures
-
     def test_users_are_of_its_own_test_days(self, days: Places) -> None:
-        run, index = self.trained_on(days, "2026-01-02", "[2026-01-03,2026-01-04]")
-        figures = self.scores(run, index)
-        assert (figures["search"]["recall"], figures["notes"]) == ({"3": 1.0}, [])
+        run, _ = self.trained_on(days, "2026-01-02", "[2026-01-03,2026-01-04]")
+        with contextlib.closing(open_trained(run, SoloComm())) as trained:
+            drawn = user_queries(trained)
+            every = [users for _, users in user_vectors(trained, impressions_of(trained, None))]
+        assert drawn is not None and drawn.source == "users"
+        assert np.array_equal(np.unique(drawn.vectors_KW, axis=0), np.unique(np.concatenate(every), axis=0))
 
     def test_the_newest_day_has_none_to_be_evaluated_on_and_takes_others(
         self, days: Places, write_samples: Callable[..., Any], tmp_path: Path
     ) -> None:
         run, index = self.trained_on(days, "2026-01-04", "[]")
-        for command in (("eval",), ("search", "--user", 1)):
-            done = invoke(app, *command, "--run", run, "--index", index, code=2)
-            assert "no test samples of its own" in done.stderr
-        write_samples(tmp_path / "tomorrow" / "test", [30], seed=70, items=60)
-        figures = self.scores(run, index, "--samples", tmp_path / "tomorrow")
-        assert figures["search"]["queries"] == 30
-        assert len(figures["notes"]) == 1  # items 50 to 59 have no feature
-        assert "its model has never met an image without a feature" in figures["notes"][0]
+        command = ("search", "--run", run, "--index", index, "--user")
+        assert "no test samples of its own" in invoke(app, *command, 1, code=2).stderr
+        tomorrow = tmp_path / "tomorrow" / "test"
+        write_samples(tomorrow, [30], seed=70, items=60)
+        user = pq.read_table(next(tomorrow.glob("*.parquet")))["user"][0].as_py()
+        done = invoke(app, *command, user, "--samples", tmp_path / "tomorrow", code=0)
+        # Items 50 to 59 have no feature.
+        assert "note: " in done.stdout and "its model has never met an image without a feature" in done.stdout
 
 
 @pytest.fixture

@@ -27,7 +27,6 @@ from trainer.hosts import (
     environments,
     parse_hosts,
     reach_of_all,
-    read_hosts,
 )
 from trainer.launch import By
 from trainer.supervise import (
@@ -51,39 +50,27 @@ TRAIN = ["python", "-m", "trainer.main"]
 
 
 def test_hosts_in_every_form() -> None:
-    lines = ["a:4", " me@b.example:2 ", "", "# those of the annex", "c slots=3  # old", "d"]
-    found = [(each.host, each.count) for each in parse_hosts(lines, "--hosts")]
-    assert found == [("a", 4), ("me@b.example", 2), ("c", 3), ("d", 1)]
+    found = [(each.host, each.count) for each in parse_hosts("a:4, me@b.example:2 ,d")]
+    assert found == [("a", 4), ("me@b.example", 2), ("d", 1)]
+    assert SuperviseOptions(command=[], max_np=3).read_hosts() == [HostSlots("localhost", 3)]
+    with pytest.raises(ConfigError, match="--hosts a:4,b:4 says where"):
+        SuperviseOptions(command=[]).read_hosts()
 
 
 @pytest.mark.parametrize(
-    ("lines", "message"),
+    ("text", "message"),
     [
-        (["a:0"], "--hosts: 'a:0' is not a host; write it as name:slots, as a:4"),
-        (["a:b:1"], "'a:b:1' is not a host"),
-        (["-oProxyCommand=x"], "is not a host"),
-        (["-x:1"], "is not a host"),
-        (["a:1", "a:2"], "host a is there twice"),
-        (["# nothing"], "names no host"),
+        ("a:0", "--hosts: 'a:0' is not a host; write it as name:slots, as a:4"),
+        ("a:b:1", "'a:b:1' is not a host"),
+        ("-oProxyCommand=x", "is not a host"),
+        ("-x:1", "is not a host"),
+        ("a:1,a:2", "host a is there twice"),
+        ("", "is not a host"),
     ],
 )
-def test_hosts_that_are_none(lines: list[str], message: str) -> None:
+def test_hosts_that_are_none(text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        parse_hosts(lines, "--hosts")
-
-
-def test_where_hosts_come_from(tmp_path: Path) -> None:
-    assert read_hosts(None, None, 3) == [HostSlots("localhost", 3)]
-    assert read_hosts("a:1,b:2", None, None) == [HostSlots("a", 1), HostSlots("b", 2)]
-    file = tmp_path / "hosts"
-    file.write_text("a:1\n")
-    assert read_hosts(None, file, None) == [HostSlots("a", 1)]
-    with pytest.raises(ConfigError, match="cannot be read"):
-        read_hosts(None, tmp_path / "nowhere", None)
-    with pytest.raises(ConfigError, match="give one of"):
-        read_hosts("a:1", file, None)
-    with pytest.raises(ConfigError, match="--hosts a:4,b:4 says where"):
-        read_hosts(None, None, None)
+        parse_hosts(text)
 
 
 def test_the_agent_of_another_host_is_started_by_ssh() -> None:
@@ -267,8 +254,8 @@ def end(rank: int = 3, host: str = "b", code: int | None = -9, **more: object) -
     return RankEnd(rank=rank, host=host, code=code, **more)  # type: ignore[arg-type]
 
 
-def past(*ends: RankEnd, before: int = 0, after: int = 0, asked: bool = False) -> Past:
-    return Past(step_before=before, step_after=after, ends=ends or (end(),), asked=asked)
+def past(*ends: RankEnd, before: int = 0, after: int = 0) -> Past:
+    return Past(step_before=before, step_after=after, ends=ends or (end(),))
 
 
 @pytest.mark.parametrize(
@@ -294,13 +281,12 @@ def test_pauses_grow_without_progress_alone() -> None:
     stuck = [past()] * 6
     assert [back_off_s(stuck[:count], 5) for count in range(7)] == [0, 5, 10, 20, 40, 60, 60]
     assert back_off_s([*stuck, past(before=10, after=20)], 5) == 0
-    assert back_off_s([past(asked=True)], 5) == 0, "it was stopped to take more hosts in"
 
 
 def test_restarts_without_a_newer_checkpoint_are_counted() -> None:
     assert fruitless([past()] * 4) == 4
     assert fruitless([*[past()] * 4, past(before=5, after=6)]) == 0
-    assert fruitless([past(after=1), past(), past(asked=True), past()]) == 2
+    assert fruitless([past(after=1), past(), past()]) == 2
 
 
 @pytest.mark.parametrize(
@@ -346,9 +332,8 @@ def test_what_happened_is_said_in_one_line() -> None:
     assert past_text(quiet) == (
         "rank 3 on b ended with exit code 1; rank 0 on a ended with exit code 1 (error: the disk is full)"
     )
-    assert past_text(past(end(code=130), asked=True)) == "stopped after a checkpoint, to continue with more hosts"
-    assert start_text(1250, [A, C], 7, 8) == "7 of 8 slots left; resuming at step 1,250 on 6 ranks (a:4, c:2)"
-    assert start_text(0, [HostSlots("a", 1)], 1, 1) == "1 of 1 slots left; starting at the first step on 1 rank (a:1)"
+    assert start_text(1250, [A, C], 8) == "6 of 8 slots left; resuming at step 1,250 on 6 ranks (a:4, c:2)"
+    assert start_text(0, [HostSlots("a", 1)], 1) == "1 of 1 slots left; starting at the first step on 1 rank (a:1)"
 
 
 @pytest.mark.parametrize(

@@ -138,10 +138,10 @@ def test_ads_are_named_as_the_logs_name_them(kind: str, trained: Trained, runs: 
 @of_kinds("lr", "contents", "id_proxy", "images_none", "exact")
 def test_without_images_is_an_evaluation_with_all_images_hidden(kind: str, trained: Trained, runs: TrainedRuns) -> None:
     opened_run = open_source(RunSource(trained(kind)), SoloComm())
-    usual = predict(opened_run)
+    usual, _ = predict(opened_run)
     for service in opened_run.engine.services.values():
         service.partition.hide(True)
-    expected = predict(opened_run)
+    expected, _ = predict(opened_run)
     opened_run.close()
     with runs.use(kind) as opened:
         listed = score_first(opened)

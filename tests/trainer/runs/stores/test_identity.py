@@ -122,7 +122,6 @@ class TestRebuilt:
             (evaluate_app, run, "--bootstrap", 0, "--store", features),
             (export_app, "--run", run, "--out", tmp_path / "visual.parquet"),
             (prerank_app, "build", "--run", run, "--out", index),
-            (prerank_app, "eval", "--run", run, "--index", index),
             (prerank_app, "search", "--run", run, "--index", index, "--user", 3),
         ):
             said = invoke(app, *words, code=1).output

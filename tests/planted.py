@@ -1,17 +1,15 @@
-"""Bugs that are planted, one at a time, to see that histories find them: each takes a guard of a protocol out.
+"""Bugs that are planted, one at a time, to see that histories or inputs find them: each takes a guard out.
 
-planted.toml has them. A bug is a text of one function that becomes another one: the function's code is compiled again,
-so that whoever has the function by any name has the bug.
+A bug is a text of one function that becomes another one: the function's code is compiled again, so that whoever has the
+function by any name has the bug.
 """
 
 import contextlib
 import inspect
 import pkgutil
 import textwrap
-import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from types import CodeType, FunctionType
 
 import pytest
@@ -19,7 +17,7 @@ import pytest
 
 @dataclass(frozen=True)
 class Bug:
-    """A guard, the kind of histories that reach it, where it stands, and the text with what takes its place."""
+    """A guard, the kind of histories, or the parser, that reaches it, its place, and the text with what takes it."""
 
     guard: str
     kind: str
@@ -54,6 +52,3 @@ def _compiled(source: str, function: FunctionType) -> CodeType:
     for name in path:
         code = next(each for each in code.co_consts if isinstance(each, CodeType) and each.co_name == name)
     return code
-
-
-BUGS = [Bug(**each) for each in tomllib.loads(Path(__file__).with_suffix(".toml").read_text())["bug"]]
