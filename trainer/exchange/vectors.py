@@ -40,6 +40,10 @@ class HostLengths:
     group_of_sample_B: Int64Array
     """The row of the field that each sample looks at."""
 
+    def num_values(self, at_most: int) -> int:
+        """Count the values of all rows, of each the first `at_most`."""
+        return int(np.minimum(self.lengths_M, at_most).sum())
+
     def num_pairs(self) -> int:
         """Count the values that all samples look at."""
         return int(self.lengths_M[self.group_of_sample_B].sum())

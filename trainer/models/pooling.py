@@ -302,14 +302,28 @@ class ConcatPooling(GroupPooling):
         self.length = config.pooling_length
 
     def per_group(self, behaviors: FieldVectors) -> Tensor:
-        """Look up the values of each place of each group, so that no size depends on the lengths."""
         lengths_G = lengths_of(behaviors.lengths_M)
+        num_groups = lengths_G.shape[0]
+        if torch.compiler.is_exporting():
+            return self._by_place(behaviors, lengths_G).view(num_groups, self.width)
+        kept_G = lengths_G.clamp_max(self.length)
+        num_kept = None if behaviors.on_host is None else behaviors.on_host.num_values(self.length)
+        groups_G = torch.arange(num_groups, device=kept_G.device)
+        group_K = torch.repeat_interleave(groups_G, kept_G, output_size=num_kept)
+        place_K = torch.arange(len(group_K), device=kept_G.device) - (kept_G.cumsum(0) - kept_G)[group_K]
+        value_K = (lengths_G.cumsum(0) - lengths_G)[group_K] + place_K
+        rows_KV = take_rows(behaviors.vectors_UV, behaviors.index_N.index_select(0, value_K))
+        padded = rows_KV.new_zeros(num_groups * self.length, rows_KV.shape[1])
+        return padded.index_copy(0, group_K * self.length + place_K, rows_KV).view(num_groups, self.width)
+
+    def _by_place(self, behaviors: FieldVectors, lengths_G: Tensor) -> Tensor:
+        """Look up the values of each position of each group, (G, L, V), so that no size depends on the lengths."""
         place_L = torch.arange(self.length, device=lengths_G.device)
+        is_there_GL = place_L < lengths_G.unsqueeze(1)
         next_GL = (lengths_G.cumsum(0) - lengths_G).unsqueeze(1) + place_L + 1
-        next_GL = next_GL.masked_fill(place_L >= lengths_G.unsqueeze(1), 0)
         rows_NV = take_rows(behaviors.vectors_UV, behaviors.index_N)
         rows_behind_zero = torch.cat([rows_NV.new_zeros(1, rows_NV.shape[1]), rows_NV])
-        return rows_behind_zero.index_select(0, next_GL.flatten()).view(lengths_G.shape[0], self.width)
+        return rows_behind_zero.index_select(0, next_GL.masked_fill(~is_there_GL, 0).flatten())
 
 
 AGGREGATORS: Mapping[Pooling, type[Aggregator]] = {
