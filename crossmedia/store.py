@@ -7,9 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featurestore import FeatureStore, Snapshot
-from featurestore.errors import MissingKeysError
 from featurestore.keys import keys_of_images
-from featurestore.snapshot import missing_message
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -42,12 +40,7 @@ class Store(Snapshot):
         """Read the feature of an image, (D,), or of several, (U, D). Raises MissingKeysError."""
         is_one = isinstance(images, str | int | np.integer)
         asked_U = [images] if is_one else images
-        stored_UD, found_U = self.find(keys_of_images(asked_U))
-        if not found_U.all():
-            missing = [asked_U[place] for place in np.flatnonzero(~found_U)]
-            where = f"snapshot {self.version} of {self.storage.url}"
-            raise MissingKeysError(missing_message(missing, where, "image"))
-        values_UD = self.codec.decode(stored_UD)
+        values_UD = self.codec.decode(self.get(keys_of_images(asked_U), asked_U))
         feature: NDArray[np.float32] = values_UD[0] if is_one else values_UD
         return feature
 

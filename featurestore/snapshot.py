@@ -94,12 +94,15 @@ class Snapshot(Shown):
             features_UD[here_U], found_U[here_U] = self.shard_reader(int(shard)).features(keys_U[here_U])
         return features_UD, found_U
 
-    def get(self, keys: Sequence[int] | Int64Array) -> AnyArray:
-        """Read features of keys that all have one, as `find` does. Raises MissingKeysError."""
-        keys_U = np.asarray(keys, dtype=np.int64)
-        features_UD, found_U = self.find(keys_U)
+    def get(self, keys: Sequence[int] | Int64Array, images: Sequence[object] | None = None) -> AnyArray:
+        """Read features of keys that all have one, as `find` does. Raises MissingKeysError.
+
+        `images`: names of the images, which the error then has in place of keys."""
+        features_UD, found_U = self.find(np.asarray(keys, dtype=np.int64))
         if not found_U.all():
-            raise MissingKeysError(missing_message(keys_U[~found_U], f"snapshot {self.version} of {self.storage.url}"))
+            asked_U, what = (keys, "key") if images is None else (images, "image")
+            missing, where = [asked_U[place] for place in np.flatnonzero(~found_U)], f"snapshot {self.version}"
+            raise MissingKeysError(missing_message(missing, f"{where} of {self.storage.url}", what))
         return features_UD
 
     def to_arrow(self, columns: Sequence[str] | None = None, decode: bool = True) -> pa.Table:

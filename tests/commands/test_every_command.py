@@ -25,7 +25,7 @@ from tests.commands.lines import LINES
 
 HEAVY = ("dask", "distributed", "faiss", "matplotlib", "pandas", "pyarrow", "s3fs", "scipy", "sklearn", "torch")
 """Libraries that take longest to import; a help needs none of them."""
-WITHOUT_PLACES = {"benchmarks.quality", "crossmedia.demo", "trainer.launch"}
+WITHOUT_PLACES = {"benchmarks.quality", "crossmedia.demo", "trainer.launch", "trainer.supervise"}
 """Commands that read no folder themselves: they draw what they need, or hand their options to other commands."""
 WRITERS = {
     *(f"benchmarks.{name}" for name in ("gpu", "growth", "serve", "store", "train", "workload")),

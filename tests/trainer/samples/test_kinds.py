@@ -15,7 +15,8 @@ from tests.trainer.conftest import Places, make_places
 from tests.trainer.samples.reading import rewrite
 from tests.trainer.whole_runs import run_alone
 from trainer.comm import SoloComm
-from trainer.prerank.adindex import ad_vectors, ads_of_samples, ads_of_table, reader_of_tests, towers, user_vectors
+from trainer.prerank.adindex import ad_vectors, ads_of_samples, ads_of_table, towers, user_vectors
+from trainer.runs import open as opening
 from trainer.runs.saved import open_trained
 from trainer.samples.index import open_index
 from trainer.samples.reader import SampleReader
@@ -150,7 +151,9 @@ def test_an_ads_vector_is_the_same_from_samples_and_from_a_table(kinds: Places, 
         assert model.context is not None
         with torch.no_grad():
             model.context.weight.zero_()
-        for batch, users in user_vectors(trained, reader_of_tests(trained, samples).batches()):
+        index = open_index(trained.comm, samples, "test", trained.schema)
+        reader = opening.test_reader(trained.config, trained.comm, index, trained.schema)
+        for batch, users in user_vectors(trained, reader.batches()):
             vectors = np.array([vector_of[ad] for ad in batch.fields["ad_item"].values_N.tolist()])
             product = (users[batch.group_of_sample_B] * vectors).sum(axis=1) + float(model.bias.detach())
             logit = trained.engine.predict(trained.engine.prepare(batch))
