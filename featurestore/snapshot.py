@@ -101,7 +101,7 @@ class Snapshot(Shown):
         features_UD, found_U = self.find(np.asarray(keys, dtype=np.int64))
         if not found_U.all():
             asked_U, what = (keys, "key") if images is None else (images, "image")
-            missing, where = [asked_U[place] for place in np.flatnonzero(~found_U)], f"snapshot {self.version}"
+            missing, where = [asked_U[place] for place in np.flatnonzero(~found_U).tolist()], f"snapshot {self.version}"
             raise MissingKeysError(missing_message(missing, f"{where} of {self.storage.url}", what))
         return features_UD
 
