@@ -109,7 +109,6 @@ class ExactTable(IdTable):
     def __init__(self, shape: ExactShape, rank: int, num_ranks: int, **others: Any) -> None:
         num_slots = len(owned_shards(shape.num_shards, rank, num_ranks))
         self.map = RowMap(num_slots, shape.rows_per_shard)
-        self._num_slots = num_slots
         self.filter = CountingFilter(num_slots, shape.counters_per_shard) if shape.counters_per_shard else None
         self.last_use: NDArray[np.int32] = np.zeros(num_slots * shape.rows_per_shard, np.int32)
         """The day on which each place was last used in training, in days since 1970-01-01."""
@@ -141,7 +140,7 @@ class ExactTable(IdTable):
         place_Q = self.map.places(request.slot_Q, request.hash_Q, request.ids_Q)
         if is_training:
             place_Q = self._use(request, place_Q)
-        cold_Q = place_Q < self._num_slots
+        cold_Q = place_Q < self.map.num_slots
         if is_training:
             self.counts.served += len(place_Q)
             self.counts.cold += int(cold_Q.sum())
@@ -184,7 +183,7 @@ class ExactTable(IdTable):
         """Notes the use of the ids in a training step, counts those without a row and gives rows to some; the places of
         all then. Rows that the step uses are marked before, so that none of them makes room."""
         self._clock_S += 1
-        is_cold_Q = place_Q < self._num_slots
+        is_cold_Q = place_Q < self.map.num_slots
         self._mark(request.slot_Q, place_Q, np.flatnonzero(~is_cold_Q))
         waiting_M, evicted = np.flatnonzero(is_cold_Q), self.counts.evicted
         if len(waiting_M):
@@ -212,7 +211,7 @@ class ExactTable(IdTable):
         if self.shape.rules.when_full == "evict":
             self._make_room(slot_M[wanting_M])
         place_M[wanting_M] = self.map.insert(slot_M[wanting_M], hash_M[wanting_M], ids_M[wanting_M])
-        new_M = wanting_M[place_M[wanting_M] >= self._num_slots]
+        new_M = wanting_M[place_M[wanting_M] >= self.map.num_slots]
         self.counts.refused += len(wanting_M) - len(new_M)
         first_MV = first_vectors(self.shape, hash_M[new_M], self._seed, self._scale)
         self.rows.weight.index_copy_(
@@ -265,11 +264,11 @@ class ExactTable(IdTable):
 
     def _of_slot(self, slot: int) -> IdRows:
         """A view of a shard's rows in use, the cold row first."""
-        return self.rows.every(self._num_slots, slot, 1 + int(self.map.used_S[slot]))
+        return self.rows.every(self.map.num_slots, slot, 1 + int(self.map.used_S[slot]))
 
     def _of_rows(self, each: NDArray[np.int32], slot: int) -> NDArray[np.int32]:
         """A view of what an array by place has of a shard's rows in use, the cold row first."""
-        return each[slot :: self._num_slots][: 1 + int(self.map.used_S[slot])]
+        return each[slot :: self.map.num_slots][: 1 + int(self.map.used_S[slot])]
 
     def _kept_of(self, slot: int) -> dict[str, Tensor]:
         counts = self.filter.counts_SC[slot] if self.filter else np.empty(0, np.uint8)
