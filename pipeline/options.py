@@ -50,7 +50,7 @@ ChannelOption = Annotated[
     ),
 ]
 PartOption = Annotated[
-    int, typer.Option(min=1, max=65536, help="Images per task; what is in flight is repeated after a kill.")
+    int, typer.Option(min=1, max=65536, help="About as many images a task; what is in flight is repeated after a kill.")
 ]
 
 

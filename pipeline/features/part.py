@@ -29,7 +29,6 @@ from featurestore.spec import ExtractorSpec, Int8Spec
 from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
 from pipeline.errors import BackboneError, BadImageError, WeightsError
-from pipeline.features.diff import ImageCopy
 from pipeline.images.decode import Pixels, Preset, prepare
 from pipeline.images.source import ImageRef, read_image
 from pipeline.store_run import BadRow
@@ -55,6 +54,7 @@ class PartSettings:
     backbone: str  # MODEL:LAYER
     weights: str
     extractor: ExtractorSpec
+    version: int  # of the snapshot that copies are of
     batch_size: int
     workers_per_host: dict[str, int] = field(default_factory=dict)
 
@@ -67,17 +67,12 @@ class PartReport:
     num_computed: int  # images that went through the network
     num_duplicates: int  # rows copied from an image of equal bytes
     bad: tuple[BadRow, ...] = ()
-    images: tuple[tuple[int, str], ...] = ()  # key and source tag of each image, bad ones too: in the file alone
 
     @classmethod
     def load(cls, store: str, run_id: str, part: str) -> "PartReport":
         """Load the report of a staged part."""
         fields = parse_json(Storage(store, keep_inside=True).read_bytes(_report_path(run_id, part)))
-        lists = {
-            "bad": tuple(BadRow(*bad) for bad in fields["bad"]),
-            "images": tuple((key, tag) for key, tag in fields["images"]),
-        }
-        return cls(**{**fields, **lists})
+        return cls(**{**fields, "bad": tuple(BadRow(*bad) for bad in fields["bad"])})
 
     def save(self, store: str, run_id: str, part: str) -> None:
         """Write the report; before the rows, since these make the part complete."""
@@ -93,18 +88,38 @@ class LoadedImage(NamedTuple):
     bad: str | None
 
 
-def extract_part(
+def stage_part(
     settings: PartSettings,
     part: str,
     refs: Sequence[ImageRef],
+    source_keys: Sequence[int] | None = None,
     decode_threads: int | None = None,
     deadly: Collection[int] = (),
 ) -> PartReport:
-    """Stage the features of `refs` as `part` of the run. Bad images are reported, not raised.
+    """Stage the features of `refs` as `part` of the run: computed, or copied from the rows of `source_keys`.
 
-    The keys in `deadly` bring down their decoder's process: they are reported, not touched. Raises WeightsError when
-    this worker's network is another than the run's, StorageError.
+    Bad images are reported, not raised. The keys in `deadly` bring down their decoder's process: they are reported, not
+    touched. Raises WeightsError when this worker's network is another than the run's, MissingKeysError where a source
+    is not in the snapshot, StorageError.
     """
+    store = FeatureStore.open(settings.store)
+    if source_keys is None:
+        safe = [ref for ref in refs if ref.key not in deadly]
+        report, rows = _computed(settings, store, safe, decode_threads)
+        report = replace(
+            report, bad=(*report.bad, *(BadRow(ref.key, ref.uri, DEADLY) for ref in refs if ref.key in deadly))
+        )
+    else:
+        rows = _copied(store.snapshot(settings.version), refs, np.array(source_keys, np.int64))
+        report = PartReport(len(refs), 0, 0)
+    report.save(settings.store, settings.run_id, part)
+    store.stage_part(settings.run_id, part, rows)
+    return report
+
+
+def _computed(
+    settings: PartSettings, store: FeatureStore, refs: Sequence[ImageRef], decode_threads: int | None
+) -> tuple[PartReport, FeatureRows]:
     import torch
 
     from pipeline.network.backbone import backbone
@@ -113,28 +128,12 @@ def extract_part(
     if network.spec != settings.extractor:
         raise WeightsError(f"weights {settings.weights}: other values on this worker than on the first one")
     torch.set_num_threads(torch_threads(settings.workers_per_host))
-    store = FeatureStore.open(settings.store)
     rows = _PartRows(settings.batch_size, network, store)
     num_threads = decode_threads or max(LEAST_DECODE_THREADS, len(os.sched_getaffinity(0)))
-    safe = [ref for ref in refs if ref.key not in deadly]
-    for image in in_order(_Loader(network.preset).load, safe, num_threads, 2 * max(rows.batch_size, num_threads)):
+    for image in in_order(_Loader(network.preset).load, refs, num_threads, 2 * max(rows.batch_size, num_threads)):
         rows.add(image)
     rows.finish()
-    bad = (*rows.bad, *(BadRow(ref.key, ref.uri, DEADLY) for ref in refs if ref.key in deadly))
-    report = PartReport(len(rows.done), rows.num_computed, rows.num_duplicates, bad)
-    replace(report, images=tuple((ref.key, ref.source_tag) for ref in refs)).save(settings.store, settings.run_id, part)
-    store.stage_part(settings.run_id, part, rows.features())
-    return report
-
-
-def without_unread(report: PartReport) -> PartReport:
-    """Leave out of the report the images whose bytes were not seen; its part has no rows of them."""
-    unread = {image.key for image in report.bad if not image.was_read}
-    return replace(
-        report,
-        bad=tuple(image for image in report.bad if image.was_read),
-        images=tuple(image for image in report.images if image[0] not in unread),
-    )
+    return PartReport(len(rows.done), rows.num_computed, rows.num_duplicates, tuple(rows.bad)), rows.features()
 
 
 def digest_images(refs: Sequence[ImageRef]) -> list[bytes]:
@@ -298,26 +297,23 @@ def _report_path(run_id: str, part: str) -> str:
 _DESCRIPTION = ["key", "content_digest", "width", "height"]
 
 
-def copy_part(store: FeatureStore, run_id: str, part: str, version: int, copies: Sequence[ImageCopy]) -> None:
-    """Stage a row for each of `copies` as `part` of the run: its own key, uri and tag, all else from its source.
+def _copied(snapshot: Snapshot, refs: Sequence[ImageRef], source_key_K: Int64Array) -> FeatureRows:
+    """Make a row for each of `refs`: its own key, uri and tag, all else from its source.
 
-    Reads the row groups around the sources in snapshot `version`. Raises MissingKeysError where a source is not in it.
+    Reads the row groups around the sources. Raises MissingKeysError.
     """
-    snapshot = store.snapshot(version)
-    sources_K = np.array([copy.source_key for copy in copies], np.int64)
-    features_KD = snapshot.get(sources_K)
-    described = _described(snapshot, sources_K)
+    features_KD = snapshot.get(source_key_K)
+    described = _described(snapshot, source_key_K)
     digests: list[Any] = described["content_digest"].to_pylist()
-    rows = FeatureRows.of(
-        [copy.ref.uri for copy in copies],
+    return FeatureRows.of(
+        [ref.uri for ref in refs],
         features_KD,
-        keys=np.array([copy.ref.key for copy in copies], np.int64),
+        keys=np.array([ref.key for ref in refs], np.int64),
         content_digests=digests,
-        source_tags=[copy.ref.source_tag for copy in copies],
+        source_tags=[ref.source_tag for ref in refs],
         widths=described["width"].to_numpy(),
         heights=described["height"].to_numpy(),
     )
-    store.stage_part(run_id, part, rows)
 
 
 def _described(snapshot: Snapshot, keys_K: Int64Array) -> pa.Table:
