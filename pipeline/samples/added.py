@@ -29,11 +29,11 @@ from featurestore.parsing import parse_json
 from featurestore.published.versions import open_published
 from featurestore.spec import FileName, differing
 from featurestore.storage.storage import Storage
-from pipeline.cluster.tasks import num_threads, run_all
+from pipeline.cluster.tasks import run_all
 from pipeline.errors import SampleError, SampleOptionError
 from pipeline.options import SampleOptions
 from pipeline.samples import build, groups
-from pipeline.samples.logs import BEHAVIORS, IMPRESSIONS, MICROSECONDS, WantedRows, users_of
+from pipeline.samples.logs import BEHAVIORS, IMPRESSIONS, MICROSECONDS, LogPiece, WantedRows, users_of
 from pipeline.samples.publish import MARK, QUARANTINE_FILE, SPLITS, NewFiles, replaced_files
 from trainer.schema.fields import IDS_FILE, IMAGES_FILE
 
@@ -45,22 +45,11 @@ _FOREVER = 1 << 62
 
 @dataclasses.dataclass(frozen=True)
 class DayGroups:
-    """Groups of some days and of those around them; `days` are to be written.
-
-    Of days before the first that is asked for, groups of users who have none of that day are as they were.
-    """
+    """Groups of some days and of those around them; `days` are to be written."""
 
     grouped: list[groups.GroupedBucket]
     shuffled: list[groups.ShuffledPiece]
     days: set[int]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Samples:
-    """The samples that are there: their place, and the files of each day."""
-
-    storage: Storage
-    files_of_day: Mapping[int, Sequence[str]]
 
 
 class _NothingMissingError(Exception):
@@ -99,10 +88,7 @@ def _add_days(options: SampleOptions, client: Client) -> dict[str, Any]:
         folder, scratch = new.folder, new.folder / build.SHUFFLE_FOLDER
         is_since = isinstance(asked, int)
         wanted = _missing_days(tables, asked, there) if isinstance(asked, int) else asked
-        if (
-            not wanted
-            or not (made := _made_groups(client, tables, scratch, wanted, _Samples(before, there), is_since)).days
-        ):
+        if not wanted or not (made := _made_groups(client, tables, scratch, wanted, set(there), is_since)).days:
             raise _NothingMissingError
         groups_of_hour: Counter[int] = Counter()
         for part in made.grouped:
@@ -220,20 +206,16 @@ def _missing_days(tables: build.LogTables, since: int, known: Iterable[int]) -> 
 
 
 def _made_groups(
-    client: Client, tables: build.LogTables, scratch: Path, asked: set[int], samples: _Samples, may_lack: bool
+    client: Client, tables: build.LogTables, scratch: Path, asked: set[int], known: set[int], may_lack: bool
 ) -> DayGroups:
-    """Make the groups of all days that have to be written, from as little of the logs as will do.
-
-    From the first of the days on they are those of all users; before it, those of users whose groups may continue in it
-    are made, and the others taken from the samples.
-    """
-    known, first = set(samples.files_of_day), min(asked)
+    """Make the groups of all days that have to be written, from as little of the logs as will do."""
+    first = min(asked)
     low, high = first - 1, max(asked) + 2  # groups may continue over midnight
     reach_us = build.rules_of(tables.options, tables.layouts[IMPRESSIONS]).reach_us
     while True:
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir()
-        grouped, taken, shuffled = _grouped(client, tables, scratch, (low, first, high), samples)
+        grouped, shuffled = _grouped(client, tables, scratch, (low, first, high))
         latest: dict[int, int] = {}
         for part in grouped:
             for day, moment in part.latest_of_day.items():
@@ -253,63 +235,50 @@ def _made_groups(
         elif min(lengthened, default=low) < low:
             low -= 1
         else:
-            return DayGroups([*grouped, *taken], shuffled, days)
+            return DayGroups(grouped, shuffled, days)
 
 
 def _grouped(
-    client: Client, tables: build.LogTables, scratch: Path, span: tuple[int, int, int], samples: _Samples
-) -> tuple[list[groups.GroupedBucket], list[groups.GroupedBucket], list[groups.ShuffledPiece]]:
-    """Make the groups of a span of days; return them, the groups that are kept, and what became of the logs.
+    client: Client, tables: build.LogTables, scratch: Path, span: tuple[int, int, int]
+) -> tuple[list[groups.GroupedBucket], list[groups.ShuffledPiece]]:
+    """Make the groups of a span of days; return them, and what became of the logs.
 
-    Made are those of the impressions from day `first` to before day `high` of a span (low, first, high), and, of users
-    that have rows so early on day `first` that they may be of sessions, or clicks on impressions, of the day before,
-    those from day `low` on, and what reaches into it. Kept are those that the
-    samples have of the other users on days from `low` to before `first`."""
+    Those of the impressions from day `first` to before day `high` of a span (low, first, high); and, where some of them
+    are so early on day `first` that they may be of sessions, or clicks on impressions, of the day before, those from
+    day `low` on, and what reaches into it. Behaviours are of the users of these alone.
+    """
     options, (low, first, high) = tables.options, span
     rules = build.rules_of(options, tables.layouts[IMPRESSIONS])
-    impressions = tables.pieces(IMPRESSIONS, WantedRows(first * groups.DAY, high * groups.DAY))
+    impressions, users = list[LogPiece](), list[npt.NDArray[np.int64]]()
+    for begin_us, end_us in (
+        (first * groups.DAY, high * groups.DAY),
+        (low * groups.DAY - rules.reach_us, first * groups.DAY),
+    ):
+        pieces = tables.pieces(IMPRESSIONS, WantedRows(begin_us, end_us))
+        calls = [(piece, begin_us + rules.reach_us, build.latest_of(options)) for piece in pieces]
+        if sum(piece.num_rows for piece in pieces) <= build.BUCKET_ROWS:  # here, before the cluster has heard of it
+            found = [users_of(*call) for call in calls]
+        else:
+            found = run_all(client, "find users", users_of, calls, build.FEWER_ROWS)
+        impressions += pieces
+        users += [each for each, _ in found]
+        if not any(is_early for _, is_early in found):
+            break
     if not impressions:
-        return [], [], []
-    history = WantedRows(
-        low * groups.DAY - rules.window_s * MICROSECONDS, high * groups.DAY
-    )  # groups before `low` are not written
+        return [], []
+    path = scratch / "users.npy"
+    np.save(path, np.unique(np.concatenate(users)))
+    history = WantedRows(low * groups.DAY - rules.window_s * MICROSECONDS, high * groups.DAY)
     behaviors = tables.pieces(BEHAVIORS, history) or tables.pieces(BEHAVIORS)[:1]
+    of_users = dataclasses.replace(history, users_path=str(path.absolute()))
+    behaviors = [dataclasses.replace(piece, wanted=of_users) for piece in behaviors]
     buckets = build.num_buckets(options.partitions, impressions, client)
     if options.partitions is None:  # few of the behaviours are of these users, but all may be
         buckets = max(buckets, sum(piece.num_rows for piece in behaviors) // (4 * build.BUCKET_ROWS))
-    early_us = first * groups.DAY + rules.reach_us
-    calls = [(piece, early_us, build.latest_of(options)) for piece in impressions]
-    if sum(piece.num_rows for piece in impressions) <= build.BUCKET_ROWS:  # here, before the cluster has heard of it
-        found = [users_of(*call) for call in calls]
-    else:
-        found = run_all(client, "find users", users_of, calls, build.FEWER_ROWS)
-    users = _save_users(scratch / "users.npy", [each for each, _ in found])
-    early_users = _save_users(scratch / "early.npy", [early for _, early in found])
-    is_early = any(len(early) for _, early in found)
-    wanted = WantedRows(low * groups.DAY - rules.reach_us, first * groups.DAY, early_users)
-    before = tables.pieces(IMPRESSIONS, wanted) if is_early else []
-    of_users = dataclasses.replace(history, users_path=users)
-    behaviors = [dataclasses.replace(piece, wanted=of_users) for piece in behaviors]
-    # Of a day, and of its users alone, scratch is small: it is quicker as it is.
-    read = build.shuffle(client, [*impressions, *before, *behaviors], scratch, buckets, options, compress=False)
+    read = build.shuffle(client, [*impressions, *behaviors], scratch, buckets, options)
     shown, done = read[IMPRESSIONS], read[BEHAVIORS]
-    layout = impressions[0].layout
-    schema = groups.columns_of_groups(layout, behaviors[0].layout, rules)
-    parts = num_threads(client)
-    taken = [
-        (samples.storage, file, (part, parts), early_users, schema, str(scratch.absolute()))
-        for day in range(low, first)
-        if before
-        for file in samples.files_of_day.get(day, [])
-        for part in range(parts)
-    ]
-    grouped = build.group(client, (len(shown), len(done)), scratch, buckets, options, layout, taken, compress=False)
-    return grouped[:buckets], grouped[buckets:], [*shown, *done]
-
-
-def _save_users(path: Path, users: Sequence[npt.NDArray[np.int64]]) -> str:
-    np.save(path, np.unique(np.concatenate(users)))
-    return str(path.absolute())
+    grouped = build.group(client, (len(shown), len(done)), scratch, buckets, options, impressions[0].layout)
+    return grouped, [*shown, *done]
 
 
 def _check_same_columns(new: NewFiles, plans: Sequence[groups.FilePlan]) -> None:

@@ -22,7 +22,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from featurestore.errors import StorageError
 from featurestore.keys import NO_IMAGE, splitmix64
 from featurestore.storage.storage import Storage
 from pipeline.errors import SampleError
@@ -240,7 +239,7 @@ class ShuffledPiece:
 
 
 def shuffle_piece(
-    piece: LogPiece, index: int, folder: str, num_buckets: int, min_dwell_s: float, latest_s: int, compress: bool
+    piece: LogPiece, index: int, folder: str, num_buckets: int, min_dwell_s: float, latest_s: int
 ) -> ShuffledPiece:
     """Read one piece and write its good rows by bucket, and the bad ones to a file. Raises SampleError."""
     rows = read_piece(piece, latest_s)
@@ -251,7 +250,7 @@ def shuffle_piece(
         num_short = int(np.count_nonzero(~is_long_N))
         columns = {name: values_N[is_long_N] for name, values_N in columns.items()}
     path = _path(folder, piece.log, index)
-    write_batches(path, _buckets(columns, num_buckets), compress)
+    write_batches(path, _buckets(columns, num_buckets))
     quarantine_path = None
     if rows.bad_reason:
         quarantine_path = path.with_suffix(".bad")
@@ -259,7 +258,7 @@ def shuffle_piece(
             {"log": piece.log, "file": piece.path, "row": row, "reason": reason}
             for row, reason in zip(rows.bad_row.tolist(), rows.bad_reason, strict=True)
         ]
-        write_batches(quarantine_path, [pa.RecordBatch.from_pylist(bad, schema=QUARANTINE)], compress)
+        write_batches(quarantine_path, [pa.RecordBatch.from_pylist(bad, schema=QUARANTINE)])
     return ShuffledPiece(
         rows.num_rows,
         num_short,
@@ -267,8 +266,8 @@ def shuffle_piece(
         None if quarantine_path is None else str(quarantine_path),
         rows.examples,
         int(np.count_nonzero((columns["image"] == NO_IMAGE) & (columns.get("label", 0) != CLICK))),
-        _write_names(path.with_suffix(".names"), rows.names, compress),
-        _write_names(path.with_suffix(".texts"), _table_of_texts(rows.texts), compress),
+        _write_names(path.with_suffix(".names"), rows.names),
+        _write_names(path.with_suffix(".texts"), _table_of_texts(rows.texts)),
         rows.num_lacking,
         rows.other_events,
     )
@@ -291,14 +290,14 @@ def write_quarantine(path: Path, parts: Sequence[ShuffledPiece]) -> None:
                 writer.write_batch(read_batch(part.quarantine_path, 0))
 
 
-def _write_names(path: Path, names: pa.Table, compress: bool) -> str | None:
+def _write_names(path: Path, names: pa.Table) -> str | None:
     if not len(names):
         return None
     bucket_N = _name_bucket(names.column(0).to_numpy())
     names = names.take(np.argsort(bucket_N, kind="stable")).combine_chunks()
     edges = np.searchsorted(np.sort(bucket_N), np.arange(_NAME_BUCKETS + 1)).tolist()
     batches = names.to_batches()[0]
-    write_batches(path, [batches.slice(low, high - low) for low, high in itertools.pairwise(edges)], compress)
+    write_batches(path, [batches.slice(low, high - low) for low, high in itertools.pairwise(edges)])
     return str(path)
 
 
@@ -365,15 +364,12 @@ def _buckets(columns: Columns, num_buckets: int) -> Iterable[pa.RecordBatch]:
     return [table.slice(low, high - low) for low, high in itertools.pairwise(edges.tolist())]
 
 
-def write_batches(path: Path, batches: Iterable[pa.RecordBatch], compress: bool) -> None:
-    """Write one Arrow file of `batches` (at least one), named only once it is whole: a task may run twice.
-
-    `compress` by LZ4: half the bytes, for an eighth more of the time that all of a day takes.
-    """
+def write_batches(path: Path, batches: Iterable[pa.RecordBatch]) -> None:
+    """Write one Arrow file of `batches` (at least one), named only once it is whole: a task may run twice."""
     iterator = iter(batches)
     first = next(iterator)
     temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
-    options = pa.ipc.IpcWriteOptions(compression="lz4" if compress else None, use_threads=False)
+    options = pa.ipc.IpcWriteOptions(compression="lz4", use_threads=False)
     with pa.OSFile(str(temporary), "wb") as file, pa.ipc.new_file(file, first.schema, options=options) as writer:
         writer.write_batch(first)
         for batch in iterator:
@@ -427,7 +423,6 @@ def group_bucket(
     rules: GroupRules,
     user_columns: Sequence[str],
     ad_columns: Sequence[str] = (),
-    compress: bool = True,
 ) -> GroupedBucket:
     """Make the groups of one bucket of users from the shuffled logs in `folder`, and write them there by hour.
 
@@ -438,7 +433,7 @@ def group_bucket(
     groups = make_groups(impressions, read_bucket(folder, BEHAVIORS, num_pieces[1], bucket), rules)
     table = table_of_groups(groups, user_columns, ad_columns).sort_by(SORT)
     path = Path(folder, f"groups-{bucket:06d}.arrow")
-    groups_of_hour = _write_hours(path, table, compress)
+    groups_of_hour = _write_hours(path, table)
     counts = groups.counts + Counter(
         users=len(np.unique(groups.impressions["user"])),
         impressions=len(groups.impressions["user"]),
@@ -456,38 +451,7 @@ def no_rows(layout: TableLayout) -> Columns:
     return {name: values for name, values in columns.items() if name != "dwell_s"}
 
 
-def columns_of_groups(impressions: TableLayout, behaviors: TableLayout, rules: GroupRules) -> pa.Schema:
-    """Describe what `group_bucket` writes of logs that are read so."""
-    empty = make_groups(no_rows(impressions), no_rows(behaviors), rules)
-    return table_of_groups(empty, impressions.user_columns, impressions.ad_columns).schema
-
-
-def take_groups(
-    before: Storage, name: str, share: tuple[int, int], users_path: str, schema: pa.Schema, folder: str
-) -> GroupedBucket:
-    """Write the groups of one file of samples to `folder` by hour, but those of the users in a .npy file.
-
-    `share`: which of how many parts of its row groups. `schema`: the columns of `group_bucket`, which they have to
-    have. Raises SampleError.
-    """
-    part, parts = share
-    try:
-        with pq.ParquetFile(before.open_input(name), page_checksum_verification=True) as file:
-            count = file.num_row_groups
-            mine = range(part * count // parts, (part + 1) * count // parts)
-            table = file.read_row_groups(list(mine), use_threads=False)
-        table = table.replace_schema_metadata(None).select(schema.names).cast(schema)
-    except (pa.ArrowException, KeyError, OSError, StorageError) as error:
-        raise SampleError(
-            f"{before.full(name)} cannot be read, or does not have the columns of the new days: {error}; make all days"
-            " anew"
-        ) from error
-    is_gone = pc.is_in(table.column("user"), value_set=pa.array(np.load(users_path)))
-    path = Path(folder, f"others-{Path(name).stem}-{part}.arrow")
-    return GroupedBucket(str(path), _write_hours(path, table.filter(pc.invert(is_gone)), compress=False))
-
-
-def _write_hours(path: Path, table: pa.Table, compress: bool) -> dict[int, int]:
+def _write_hours(path: Path, table: pa.Table) -> dict[int, int]:
     """Write sorted groups with a batch for each hour; return the size of each hour's batch, in their order."""
     hour_G = table.column("timestamp").to_numpy() // HOUR_S
     hours, starts = np.unique(hour_G, return_index=True)
@@ -495,7 +459,7 @@ def _write_hours(path: Path, table: pa.Table, compress: bool) -> dict[int, int]:
     batches = [
         table.slice(start, size).combine_chunks().to_batches()[0] for start, size in zip(starts, sizes, strict=True)
     ]
-    write_batches(path, batches or [pa.RecordBatch.from_pylist([], schema=table.schema)], compress)
+    write_batches(path, batches or [pa.RecordBatch.from_pylist([], schema=table.schema)])
     return dict(zip(hours.tolist(), sizes.tolist(), strict=True))
 
 

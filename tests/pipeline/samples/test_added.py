@@ -77,7 +77,6 @@ def test_a_day_after_the_other_gives_the_bytes_of_a_rebuild(
 ) -> None:
     """Sessions go on over midnights, some for days; at the end, late rows of one day. Four of the 48 are not slow."""
     rng = random.Random(seed)
-    monkeypatch.setattr("pipeline.samples.added.num_threads", lambda client: rng.choice([1, 3]))
     monkeypatch.setattr("pipeline.samples.groups.ROW_GROUP_SIZE", 2)  # so that a file has several
     impressions, behaviors = random_logs(rng)
     behaviors += [done(9 * DAY_S + 20_000, user=99, image=7)]
@@ -165,8 +164,8 @@ class TestAddDays:
     def test_only_the_window_is_read(
         self, made: SampleOptions, client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Row groups before it are not, of the day before only users who are there at midnight, and of the behaviours
-        only those of the day's users."""
+        """Row groups before it are not, the day before only where rows are soon after midnight, and of the behaviours
+        only those of the users of these days."""
         read: dict[str, set[int]] = {IMPRESSIONS: set(), BEHAVIORS: set()}
         users: dict[str, set[int]] = {IMPRESSIONS: set(), BEHAVIORS: set()}
         from pipeline.samples import groups
@@ -194,7 +193,7 @@ class TestAddDays:
             each.clear()
         assert add_days(options, client)["days"] == ["2026-01-03", "2026-01-04"]  # a session goes on
         assert read == {IMPRESSIONS: {first + 2, first + 3}, BEHAVIORS: {first}}
-        assert users == {IMPRESSIONS: {1, 3}, BEHAVIORS: {1}}
+        assert users == {IMPRESSIONS: {0, 1, 2, 3, 4}, BEHAVIORS: {1, 2}}
 
     def test_a_group_of_the_day_before_has_all_of_its_window(
         self, options: SampleOptions, client: Client, tmp_path: Path
