@@ -26,8 +26,8 @@ from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
 from featurestore.upkeep.history import move_channel
 from pipeline import store_run
-from pipeline.cluster.tasks import END_S, Killed, run_alone, run_tasks
-from pipeline.errors import BackboneError, ClusterError, StoreRunError
+from pipeline.cluster.tasks import END_S, Killed, run_all, run_alone, run_tasks
+from pipeline.errors import BackboneError, StoreRunError
 from pipeline.features import diff
 from pipeline.features import part as parts
 from pipeline.images.source import ImageTable, Listing, list_images
@@ -227,9 +227,8 @@ def describe_network(client: Client, backbone_name: str, weights: str, precision
     """
     if precision == "auto":
         precision = _settled_dtype(client)
-    spec: ExtractorSpec | Killed = run_alone(client, _spec_of, backbone_name, weights, precision)
-    if isinstance(spec, Killed):
-        raise ClusterError("building the network brings the workers down: is there memory for 1 GB more in each?")
+    call, advice = (backbone_name, weights, precision), "give each worker 1 GB more"
+    spec: ExtractorSpec = run_all(client, "building the network", _spec_of, [call], advice)[0]
     return spec
 
 
@@ -322,9 +321,8 @@ def _precision_for(
     if options.precision != "int8":
         return options.precision
     refs = images.refs(np.argsort(splitmix64(images.keys()))[:CALIBRATION_IMAGES])
-    int8: Int8Spec | Killed = run_alone(client, parts.calibrate, options.backbone, weights, refs)
-    if isinstance(int8, Killed):
-        raise ClusterError("calibrating int8 brings the workers down: more memory, or another precision, may help")
+    call, advice = (options.backbone, weights, refs), "give each worker more, or take another --precision"
+    int8: Int8Spec = run_all(client, "calibrating int8", parts.calibrate, [call], advice)[0]
     if not int8.mean_cosine >= options.least_cosine:
         raise BackboneError(
             f"int8 keeps too little of {options.backbone}: its features have a cosine of {int8.mean_cosine:.4f} with"
@@ -361,9 +359,10 @@ def digest_all(client: Client, images: ImageTable, index_K: Int64Array) -> diff.
     return digest_K
 
 
-def workers_per_host(client: Client) -> dict[str, int]:
-    """Count the workers that share each host's cores."""
-    return dict(Counter(parts.host_of(address) for address in client.scheduler_info(n_workers=-1)["workers"]))
+def workers_per_host(client: Client) -> int:
+    """Count the workers that share a host's cores, of the host that has most of them."""
+    hosts = Counter(address.rpartition(":")[0] for address in client.scheduler_info(n_workers=-1)["workers"])
+    return max(hosts.values(), default=1)
 
 
 class ImageRun(store_run.StoreRun):
