@@ -20,7 +20,7 @@ from featurestore.parsing import parse_json
 from featurestore.published.paths import RunPath, read_file, run_path, write_json_file
 from trainer.cli import MoreSettings, Settings, SettingsFile
 from trainer.config import Config, differences, load_config, load_saved, refuse_given, save_config
-from trainer.errors import CheckpointError, ConfigError, DataNotFoundError, OtherRunError, TrainerError
+from trainer.errors import CheckpointError, ConfigError, DataNotFoundError, TakenOverError, TrainerError
 from trainer.main import on_ranks, train
 from trainer.runs.folder import DAYS_FILE, finished, report_of
 
@@ -283,8 +283,9 @@ def follow(
             else:
                 continue
         except (CheckpointError, AnotherStoreError) as failure:
-            kind = OtherRunError if isinstance(failure, OtherRunError) else CheckpointError
-            raise kind(f"{failure}\nTo train {day.name} again, remove {day.folder}") from failure
+            if not isinstance(failure, TakenOverError):
+                failure.add_note(f"To train {day.name} again, remove {day.folder}")
+            raise
         comm.on_rank_0(lambda: write(folder))
     comm.on_rank_0(lambda: _end(folder))
 

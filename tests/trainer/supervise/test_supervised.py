@@ -92,8 +92,6 @@ def test_a_rank_hangs_a_host_is_lost_and_a_signal_ends_all(tmp_path: Path) -> No
 
     process = run.start()
     wait_for(0, 1)
-    second = Supervised(tmp_path, settings, starts=7)
-    assert f"{run.run} is supervised already, by process {process.pid} on " in second.end(second.start(), 2)
     kill(run.processes(process, worker)[1], signal.SIGSTOP)
     (tmp_path / "late").touch()
     wait_for(1, 1)
