@@ -76,21 +76,6 @@ def test_vectors_that_share_a_direction(kind: IndexKind, count: int, dim: int, s
         np.testing.assert_array_equal(mine, theirs)
 
 
-def test_a_lifted_graph_has_the_same_scores() -> None:
-    ads, users = two_towers(2_000, 64, 2, norms=0)
-    keys, scale = np.arange(2_000), np.linalg.norm(ads, axis=1).max() * np.linalg.norm(users, axis=1).max()
-    index = VectorIndex.build("hnsw", keys, ads, lifted=True)
-    for each in (index, VectorIndex.load(index.save())):
-        assert (each.kind, each.dim) == ("hnsw", 64)
-        found, scores = each.search(users, 10)
-        assert recall(found, best(keys, ads, users, 10)) >= 0.95
-        products = np.einsum("kd,kcd->kc", users.astype(np.float64), ads[found].astype(np.float64))
-        np.testing.assert_allclose(scores, products, atol=1e-6 * scale)
-        assert (np.diff(scores) <= 0).all()
-    few, scores = VectorIndex.build("hnsw", np.arange(3), ads[:3], lifted=True).search(users, 10)
-    assert few.shape == (200, 3) and np.isfinite(scores).all()
-
-
 def test_more_effort_finds_more() -> None:
     vectors = np.random.default_rng(0).normal(size=(3_000, DIM)).astype(np.float32)  # without clusters: hard
     queries = np.random.default_rng(1).normal(size=(50, DIM)).astype(np.float32)

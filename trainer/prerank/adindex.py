@@ -93,23 +93,6 @@ def recall_at(index: VectorIndex, exact: VectorIndex, queries_KW: Vectors, count
     return float((found_KC >= last_K1 - _TIE * np.abs(last_K1)).mean())
 
 
-def best_index(
-    kind: IndexKind, keys_N: Keys, vectors_NW: Vectors, exact: VectorIndex, queries: Queries, limit: float
-) -> tuple[VectorIndex, float]:
-    """Build an index of these ads whose recall@COUNT is `limit`, or as near as it gets; returns that recall too.
-
-    Where hnsw is below it, its graph in the other space is tried too, and the better one taken: which of the two finds
-    more depends on the vectors.
-    """
-    index = VectorIndex.build(kind, keys_N, vectors_NW)
-    recall = reach(index, exact, queries, 0)
-    if kind == "hnsw" and recall < limit:
-        lifted = VectorIndex.build(kind, keys_N, vectors_NW, lifted=True)
-        if reach(lifted, exact, queries, 0) > recall:
-            index = lifted
-    return index, reach(index, exact, queries, limit)
-
-
 def reach(index: VectorIndex, exact: VectorIndex, queries: Queries, limit: float) -> float:
     """Measure recall@COUNT of the index, whose effort is doubled while that is below `limit` and more effort helps."""
     recall = recall_at(index, exact, queries.vectors_KW, COUNT)
@@ -315,10 +298,10 @@ def _publish(
     origin: IndexOrigin,
 ) -> AdIndex:
     """Build the index, publish it as the version after `after`, and remove what no reader needs any more."""
-    index, recall = VectorIndex.build("flat", *ads), 1.0
+    index, recall = VectorIndex.build(kind, *ads), 1.0
     queries = None if kind == "flat" else queries or sample_of(ads[1], "ads")
     if queries:
-        index, recall = best_index(kind, *ads, index, queries, min_recall)
+        recall = reach(index, VectorIndex.build("flat", *ads), queries, min_recall)
     storage = Storage(url)
     contents = {STRUCTURE: index.save(), ADS: to_parquet(*ads)}
     state = IndexState(

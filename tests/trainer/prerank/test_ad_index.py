@@ -12,9 +12,8 @@ from featurestore.index import VectorIndex
 from featurestore.published.versions import open_published, publish, write_part
 from featurestore.storage.storage import Storage
 from tests.faulty import Fault, opened_faulty
-from tests.featurestore.test_index import two_towers
 from trainer.errors import AdIndexError, AdIndexNotFoundError
-from trainer.prerank.adindex import AdIndex, IndexOrigin, Queries, reach
+from trainer.prerank.adindex import AdIndex, IndexOrigin, Queries
 
 WIDTH = 4
 ORIGIN = IndexOrigin(run="a", checkpoint="step-1", checkpoint_digest="d1", key_column="ad_item", bias=0.5)
@@ -226,16 +225,6 @@ class TestRecall:
         assert ads.index.effort and plain.effort and ads.index.effort > plain.effort
         assert ads.state.recall == 1
         assert AdIndex.open(str(tmp_path)).index.effort == ads.index.effort
-
-    @pytest.mark.long
-    def test_of_two_graphs_the_better_one_is_kept(self, tmp_path: Path) -> None:
-        """The plain one of vectors of very unequal lengths."""
-        numbers, users = two_towers(8_000, 32, shared=4, norms=0.8)
-        keys, queries = np.arange(8_000), Queries(users, "users")
-        lifted, exact = VectorIndex.build("hnsw", keys, numbers, lifted=True), VectorIndex.build("flat", keys, numbers)
-        assert reach(lifted, exact, queries, 0) < 0.8
-        ads = AdIndex.build(str(tmp_path), "hnsw", keys, numbers, ORIGIN, queries, min_recall=1.0)
-        assert ads.state.recall > 0.98
 
     def test_a_change_measures_it_again_with_the_limit_of_the_index(self, tmp_path: Path) -> None:
         AdIndex.build(str(tmp_path), "hnsw", np.arange(2_000), vectors(2_000), ORIGIN, self.queries(), min_recall=0.9)
