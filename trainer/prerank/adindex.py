@@ -68,18 +68,10 @@ _TIE = 1e-5
 _SAME = 1e-5
 
 
-@dataclass(frozen=True)
-class Queries:
-    """Queries to measure an index: vectors of users, or, without users, of some of its own ads."""
-
-    vectors_KW: Vectors
-    source: QuerySource
-
-
-def sample_of(vectors_NW: Vectors, source: QuerySource) -> Queries:
+def sample_of(vectors_NW: Vectors) -> Vectors:
     """Draw at most `NUM_QUERIES` of these vectors by a fixed seed."""
     chosen_K = np.random.default_rng(0).permutation(len(vectors_NW))[:NUM_QUERIES]
-    return Queries(np.ascontiguousarray(vectors_NW[np.sort(chosen_K)]), source)
+    return np.ascontiguousarray(vectors_NW[np.sort(chosen_K)])
 
 
 def recall_at(index: VectorIndex, exact: VectorIndex, queries_KW: Vectors, count: int) -> float:
@@ -93,12 +85,12 @@ def recall_at(index: VectorIndex, exact: VectorIndex, queries_KW: Vectors, count
     return float((found_KC >= last_K1 - _TIE * np.abs(last_K1)).mean())
 
 
-def reach(index: VectorIndex, exact: VectorIndex, queries: Queries, limit: float) -> float:
+def reach(index: VectorIndex, exact: VectorIndex, queries_KW: Vectors, limit: float) -> float:
     """Measure recall@COUNT of the index, whose effort is doubled while that is below `limit` and more effort helps."""
-    recall = recall_at(index, exact, queries.vectors_KW, COUNT)
+    recall = recall_at(index, exact, queries_KW, COUNT)
     while recall < limit and index.effort and index.largest_effort and index.effort < index.largest_effort:
         index.effort = min(2 * index.effort, index.largest_effort)
-        recall = recall_at(index, exact, queries.vectors_KW, COUNT)
+        recall = recall_at(index, exact, queries_KW, COUNT)
     return recall
 
 
@@ -161,17 +153,17 @@ class AdIndex:
         keys_N: Keys,
         vectors_NW: Vectors,
         origin: IndexOrigin,
-        queries: Queries | None = None,
+        users_KW: Vectors | None = None,
         min_recall: float = MIN_RECALL,
     ) -> "AdIndex":
         """Build a new index at `url`, as the version after the one that is there.
 
-        Of hnsw the recall is measured with `queries`, without them with some of the ads, and the effort of a search is
-        raised until it is `min_recall`; `warning` says where it never is. Raises InvalidRowsError for vectors that
-        make no index, AdIndexError for a place with other files, CommitConflictError where another build published
+        Of hnsw the recall is measured with vectors of users, without them with some of the ads, and the effort of a
+        search is raised until it is `min_recall`; `warning` says where it never is. Raises InvalidRowsError for vectors
+        that make no index, AdIndexError for a place with other files, CommitConflictError where another build published
         meanwhile, StorageError.
         """
-        return _publish(url, _replaceable_version(url), kind, (keys_N, vectors_NW), queries, min_recall, origin)
+        return _publish(url, _replaceable_version(url), kind, (keys_N, vectors_NW), users_KW, min_recall, origin)
 
     @classmethod
     def open(cls, url: str) -> "AdIndex":
@@ -220,19 +212,21 @@ class AdIndex:
 
     def vectors(self) -> tuple[Keys, Vectors]:
         """Read keys, ascending, and vectors of all ads, (N,) and (N, W). Raises CorruptFileError."""
-        return from_parquet(_read(self._files, self.state, ADS), self.state.dim, self._files.full(ADS))
+        table = pq.read_table(pa.BufferReader(_read(self._files, self.state, ADS)))
+        vector: Any = table[VECTOR].combine_chunks()
+        return table[KEY].to_numpy(), vector.flatten().to_numpy().reshape(-1, self.state.dim)
 
     def update(
         self,
         keys_N: Keys,
         vectors_NW: Vectors,
         origin: IndexOrigin,
-        queries: Queries | None = None,
+        users_KW: Vectors | None = None,
         max_gone: float | None = None,
     ) -> tuple["AdIndex", AdChanges]:
         """Build the next version, with these ads too, of the same kind and limit; none where nothing is new.
 
-        `queries`: see `build`. `max_gone`: these are all ads, so the others are removed, unless that is a larger share
+        `users_KW`: see `build`. `max_gone`: these are all ads, so the others are removed, unless that is a larger share
         of the index: a table may be cut short. Raises AdIndexError, CommitConflictError, InvalidRowsError,
         StorageError.
         """
@@ -261,7 +255,7 @@ class AdIndex:
         vectors = np.concatenate([old_KW[kept_K], vectors_NW[~same_N]])
         state = self.state
         return _publish(
-            self._files.url, self.version, state.kind, (keys, vectors), queries, state.min_recall, origin
+            self._files.url, self.version, state.kind, (keys, vectors), users_KW, state.min_recall, origin
         ), changes
 
 
@@ -293,15 +287,17 @@ def _publish(
     after: int,
     kind: IndexKind,
     ads: tuple[Keys, Vectors],
-    queries: Queries | None,
+    users_KW: Vectors | None,
     min_recall: float,
     origin: IndexOrigin,
 ) -> AdIndex:
     """Build the index, publish it as the version after `after`, and remove what no reader needs any more."""
     index, recall = VectorIndex.build(kind, *ads), 1.0
-    queries = None if kind == "flat" else queries or sample_of(ads[1], "ads")
-    if queries:
-        recall = reach(index, VectorIndex.build("flat", *ads), queries, min_recall)
+    source: QuerySource | None = None
+    if kind != "flat":
+        source = "ads" if users_KW is None else "users"
+        queries_KW = sample_of(ads[1]) if users_KW is None else users_KW
+        recall = reach(index, VectorIndex.build("flat", *ads), queries_KW, min_recall)
     storage = Storage(url)
     contents = {STRUCTURE: index.save(), ADS: to_parquet(*ads)}
     state = IndexState(
@@ -311,7 +307,7 @@ def _publish(
         recall=recall,
         min_recall=min_recall,
         origin=origin,
-        queries=queries.source if queries else None,
+        queries=source,
         sha256={name: digest_of(data, "sha256") for name, data in contents.items()},
     )
     contents[STATE] = seal(state)
@@ -333,15 +329,6 @@ def to_parquet(keys_N: Keys, vectors_NW: Vectors) -> bytes:
     table = pa.table({KEY: pa.array(keys_N[order_N]), VECTOR: vector})
     pq.write_table(table, sink, compression="lz4", write_page_checksum=True)
     return sink.getvalue().to_pybytes()
-
-
-def from_parquet(data: bytes, width: int, path: str) -> tuple[Keys, Vectors]:
-    """Read what `to_parquet` wrote: keys (N,) and vectors (N, W). Raises CorruptFileError."""
-    table = pq.read_table(pa.BufferReader(data))
-    vector: Any = table[VECTOR].combine_chunks()
-    if vector.type.list_size != width:
-        raise CorruptFileError(f"{path} has vectors of {vector.type.list_size} numbers, not {width}")
-    return table[KEY].to_numpy(), vector.flatten().to_numpy().reshape(-1, width)
 
 
 _LOOKED_AT = 4 * NUM_QUERIES  # groups: a user has several
@@ -509,7 +496,7 @@ def user_vectors(trained: TrainedRun, batches: Iterator[Batch]) -> Iterator[tupl
         yield batch, finite(users_GW.astype(np.float32))
 
 
-def user_queries(trained: TrainedRun) -> Queries | None:
+def user_queries(trained: TrainedRun) -> Vectors | None:
     """Compute user vectors from the run's own samples, of the test days if there are any, to measure an index.
 
     None where the samples are gone or empty.
@@ -526,7 +513,7 @@ def user_queries(trained: TrainedRun) -> Queries | None:
                     if (found := found + len(users_GW)) >= _LOOKED_AT:
                         break
                 if found:
-                    return sample_of(np.concatenate(parts)[:_LOOKED_AT], "users")
+                    return sample_of(np.concatenate(parts)[:_LOOKED_AT])
     return None
 
 

@@ -13,7 +13,7 @@ from featurestore.published.versions import open_published, publish, write_part
 from featurestore.storage.storage import Storage
 from tests.faulty import Fault, opened_faulty
 from trainer.errors import AdIndexError, AdIndexNotFoundError
-from trainer.prerank.adindex import AdIndex, IndexOrigin, Queries
+from trainer.prerank.adindex import AdIndex, IndexOrigin
 
 WIDTH = 4
 ORIGIN = IndexOrigin(run="a", checkpoint="step-1", checkpoint_digest="d1", key_column="ad_item", bias=0.5)
@@ -199,12 +199,11 @@ def test_a_sync_that_would_remove_most_is_refused(url: str) -> None:
 class TestRecall:
     """Of approximate indexes: measured whenever a version is written."""
 
-    def queries(self) -> Queries:
-        return Queries(vectors(50, seed=3), "users")
+    USERS = vectors(50, seed=3)
 
     def test_it_is_kept_and_reached(self, tmp_path: Path) -> None:
         keys = np.arange(3_000)
-        AdIndex.build(str(tmp_path), "hnsw", keys, vectors(3_000), ORIGIN, self.queries())
+        AdIndex.build(str(tmp_path), "hnsw", keys, vectors(3_000), ORIGIN, self.USERS)
         ads = AdIndex.open(str(tmp_path))
         assert ads.state.queries == "users"
         assert ads.warning is None
@@ -219,16 +218,14 @@ class TestRecall:
         numbers = np.random.default_rng(0).normal(size=(4_000, 48)).astype(np.float32)  # hard: no kinds at all
         users = np.random.default_rng(1).normal(size=(50, 48)).astype(np.float32)
         plain = VectorIndex.build("hnsw", np.arange(4_000), numbers)
-        ads = AdIndex.build(
-            str(tmp_path), "hnsw", np.arange(4_000), numbers, ORIGIN, Queries(users, "users"), min_recall=1.0
-        )
+        ads = AdIndex.build(str(tmp_path), "hnsw", np.arange(4_000), numbers, ORIGIN, users, min_recall=1.0)
         assert ads.index.effort and plain.effort and ads.index.effort > plain.effort
         assert ads.state.recall == 1
         assert AdIndex.open(str(tmp_path)).index.effort == ads.index.effort
 
     def test_a_change_measures_it_again_with_the_limit_of_the_index(self, tmp_path: Path) -> None:
-        AdIndex.build(str(tmp_path), "hnsw", np.arange(2_000), vectors(2_000), ORIGIN, self.queries(), min_recall=0.9)
-        ads, _ = AdIndex.open(str(tmp_path)).update(np.array([5_000]), vectors(1, seed=4), ORIGIN, self.queries())
+        AdIndex.build(str(tmp_path), "hnsw", np.arange(2_000), vectors(2_000), ORIGIN, self.USERS, min_recall=0.9)
+        ads, _ = AdIndex.open(str(tmp_path)).update(np.array([5_000]), vectors(1, seed=4), ORIGIN, self.USERS)
         assert (ads.state.kind, ads.state.queries, ads.state.min_recall) == ("hnsw", "users", 0.9)
         assert ads.state.recall >= 0.9
 
