@@ -91,7 +91,7 @@ EVENTS: dict[str, Any] = {
     "csv": {"delimiter": ";", "encoding": "latin-1", "decimal": ","},
 }
 EMPTY = Moments.empty(8)
-TENSORS_FILE = save({"model.a": torch.arange(6.0).reshape(2, 3), "rows": torch.arange(4)})
+TENSORS_FILE = save({"model.a": torch.arange(6.0).reshape(2, 3), "item/0000/weight": torch.arange(4)})
 YAML_S = 4.0  # PyYAML takes 22 us a byte
 BASE = Path(tempfile.mkdtemp(prefix="fuzz-"))
 atexit.register(lambda pid=os.getpid(): pid == os.getpid() and shutil.rmtree(BASE, ignore_errors=True))
@@ -172,7 +172,7 @@ def _read_samples(data: bytes) -> None:
 
 def _state() -> bytes:
     commit = {"url": "s", "version": 1, "store_id": "0" * 32, "commit_id": "0" * 32}
-    files = dict.fromkeys(("dense.safetensors", "rows-0.safetensors"), xxhash.xxh3_128_hexdigest(TENSORS_FILE))
+    files = dict.fromkeys(("dense.safetensors", "rows-0-of-1.safetensors"), xxhash.xxh3_128_hexdigest(TENSORS_FILE))
     origin = Origin(data={"a": 1}, train={"seed": 0}, model={}, stores={}, optim={})
     position = {"step": 1, "epoch": 0, "step_in_epoch": 1, "num_ranks": 1}
     values = position | {"origin": origin, "stores": {"images": commit}, "history": [{"loss": 0.5}], "files": files}
@@ -181,12 +181,12 @@ def _state() -> bytes:
 
 def _read_checkpoint(data: bytes) -> None:
     file = _written("step-00000001/state.json", data)
-    for name in ("dense", "rows-0"):
+    for name in ("dense", "rows-0-of-1"):
         (file.parent / f"{name}.safetensors").write_bytes(TENSORS_FILE)
     checkpoint = Checkpoint(file.parent.parent, file.parent.name, Storage(file.parent.parent))  # type: ignore[arg-type]
     state = read_state(checkpoint)
     read_dense(checkpoint, state, prefix="model.")
-    read_rows(checkpoint, state, ["rows"])
+    read_rows(checkpoint, state, ["item/0000/weight"])
 
 
 def _read_moments(data: bytes) -> None:

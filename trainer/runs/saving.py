@@ -48,7 +48,7 @@ from featurestore.storage.storage import Storage, digest_of
 from trainer.comm import Comm
 from trainer.engine.machine import free_bytes
 from trainer.errors import CheckpointError, TakenOverError
-from trainer.runs.checkpoint import DENSE, CheckpointState, Loadable, Trained, agreed, load, read_state
+from trainer.runs.checkpoint import DENSE, ROWS, CheckpointState, Loadable, Trained, agreed, load, read_state
 from trainer.runs.folder import STATE, Checkpoint, checkpoints_of, in_the_way, step_name, step_of
 
 _FAILURES = (OSError, StorageError, SafetensorError, MemoryError)
@@ -435,7 +435,7 @@ class Checkpointer:
                 if self._place.has(step):
                     return {}, _THERE
                 content[DENSE] = trained.dense_state()
-            content[f"rows-{self._comm.rank:05}-of-{self._comm.size:05}.safetensors"] = trained.shard_state()
+            content[ROWS.format(rank=self._comm.rank, ranks=self._comm.size)] = trained.shard_state()
         except Exception as failure:
             return {}, _text(failure)
         return content, ""
