@@ -197,7 +197,8 @@ class Day:
             "warm_start": str(before) if before else base.run.warm_start,
             "warm_parts": "all",
         }
-        data = {"train_days": list(self.train_days), "test_days": [self.test_day] if self.test_day else []}
+        data: dict[str, Any] = {"train_days": list(self.train_days), "validation_days": 0}
+        data["test_days"] = [self.test_day] if self.test_day else []
         if run["warm_start"] is None:
             return base.changed(run=run, data=data)
         rates = {"lr": LATER_LR * base.optim.lr, "ids_lr": LATER_IDS_LR * base.optim.alpha}

@@ -106,6 +106,13 @@ def train(config: Config, comm: "Comm") -> "RunPath":
                 f"step {run.engine.num_steps} of {total_steps(run)}"
             )
             _say_beginning(run, removed, progress)
+            held = run.config.data.validation_days if config.data.validation_days is None else 0
+            if isinstance(held, list):
+                days = f"{held[0]} to {held[-1]}" if held[1:] else held[0]
+                progress.say(
+                    f"held out, to choose the best of {config.train.epochs} epochs: {days}; data.validation_days=0 "
+                    "trains on all days"
+                )
             training = Training(run, progress, signals)
             training.fit()
             figures = summary.gather(comm, training.totals, run.engine.stages)
@@ -114,7 +121,31 @@ def train(config: Config, comm: "Comm") -> "RunPath":
                 _end_events(run, progress)
                 summary.write_report(run.folder / "report.json", report)
                 summary.show(progress.console, report)
+                if isinstance(held, list):
+                    progress.say(f"to train on the days held out as well: {_next_command(run, held)}")
         return run.folder
+
+
+_LAST_RATES = 0.3
+"""Times the rates, for days that are trained on after the others: see docs/RESULTS.md, real logs."""
+
+
+def _next_command(run: "Run", days: list[str]) -> str:
+    """Write the command that trains on the days held out, as often as the best epoch says, at lower rates."""
+    optim, train = run.config.optim, run.train_reader
+    epochs = -(-(run.engine.num_steps - run.engine.first_step) // train.steps_per_epoch)
+    given = {
+        "run.name": f"{run.folder.name}-all",
+        "run.warm_start": run.folder,
+        "run.warm_parts": "all",
+        "data.train_days": f"[{','.join(days)}]",
+        "data.validation_days": 0,
+        "train.epochs": epochs,
+        "optim.lr": f"{_LAST_RATES * optim.lr:g}",
+        "optim.ids_lr": f"{_LAST_RATES * optim.alpha:g}",
+    }
+    words = " ".join(f"{name}={value}" for name, value in given.items())
+    return f"crossmedia train --config {run.folder / 'config.yaml'} {words}"
 
 
 def _say_beginning(run: "Run", removed: "list[Checkpoint]", progress: "ProgressLog") -> None:

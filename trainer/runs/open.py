@@ -24,7 +24,7 @@ from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
 from featurestore.text import count_text
 from trainer.comm import Comm
-from trainer.config import Config, differences, save_config, settings_that_decide
+from trainer.config import Config, TrainConfig, differences, save_config, settings_that_decide
 from trainer.engine.engine import Engine
 from trainer.engine.machine import keep_freed_memory, share_machine, with_compute_dtype
 from trainer.engine.wiring import check_tables
@@ -40,6 +40,8 @@ from trainer.samples.reader import Batch, BatchPosition, SampleReader, Span
 from trainer.schema import DEFAULT_STORE, Schema, load_schema
 from trainer.schema.fields import IDS_FILE, SCHEMA_FILE
 
+_LEAST_DAYS = 4
+"""Training days of which some are held out where nothing is said."""
 _INSTEAD = {"learned": 'get a trained "no image" vector', "zeros": "are zeros"}
 
 
@@ -347,7 +349,8 @@ def _open_run(
     device = share_machine(config, comm)
     dtype = recorded.model.get("compute_dtype") if recorded else None
     config = config.model_copy(update={"model": with_compute_dtype(config.model, comm, device, dtype)})
-    config = comm.on_rank_0(lambda: with_validation(config, samples))
+    held = recorded.data.get("validation_days") if recorded else None
+    config = comm.on_rank_0(lambda: with_validation(config, samples, held))
     train = open_index(comm, samples, "train", schema, config.data.train_days)
     test = open_index(comm, samples, "test", schema, config.data.test_days)
     choose = partial(snapshot_of, resumed=at)
@@ -392,17 +395,19 @@ def _open_run(
     )
 
 
-def with_validation(config: Config, samples: Storage) -> Config:
+def with_validation(config: Config, samples: Storage, recorded: list[str] | int | None = None) -> Config:
     """Name the days that are trained on, and those that choose the best epoch, where there are any.
 
-    Raises ConfigError where no day would be left to train on.
+    `recorded`: those of the checkpoint that is resumed. Raises ConfigError where no day would be left to train on.
     """
-    held: int | list[str] = config.data.validation_days
-    if not held:
-        return config.changed(data={"validation_days": 0})
+    held = recorded if config.data.validation_days is None else config.data.validation_days
     days = config.data.train_days or [
         day for day, files in files_by_day(samples).items() if any(file.startswith("train/") for file in files)
     ]
+    if held is None:
+        held = _num_held_out(config.train, len(days))
+    if not held:
+        return config.changed(data={"validation_days": 0})
     held = sorted(days)[-held:] if isinstance(held, int) else held
     kept = sorted(set(days) - set(held))
     if not kept:
@@ -411,6 +416,14 @@ def with_validation(config: Config, samples: Storage) -> Config:
             f"{samples.url} to train on; give fewer, or 0"
         )
     return config.changed(data={"train_days": kept, "validation_days": held})
+
+
+def _num_held_out(train: TrainConfig, num_days: int) -> int:
+    """Choose how many days choose the best epoch: which one that is differs by log, and many epochs may overfit."""
+    is_length_set = train.max_steps is not None or train.eval_every is not None
+    if train.epochs <= TrainConfig().epochs or is_length_set or num_days < _LEAST_DAYS:
+        return 0
+    return max(1, num_days // 10)
 
 
 def _validation_reader(config: Config, comm: Comm, samples: Storage, schema: Schema) -> SampleReader | None:
