@@ -350,13 +350,13 @@ def texts_of(table: pa.Table, column: str, rule: Rule, file: str, first_row: int
 
 def concatenate(parts: Sequence[DecodedGroups]) -> DecodedGroups:
     """Join the groups of all parts, in their order."""
-    columns = {
-        column: ColumnRows(
-            np.concatenate([part.columns[column].values for part in parts]),
-            None if first.offsets is None else _joined([_present(part.columns[column].offsets) for part in parts]),
+    columns = {}
+    for column in parts[0].columns:
+        rows = [part.columns[column] for part in parts]
+        offsets = [each.offsets for each in rows if each.offsets is not None]
+        columns[column] = ColumnRows(
+            np.concatenate([each.values for each in rows]), _joined(offsets) if offsets else None
         )
-        for column, first in parts[0].columns.items()
-    }
     return DecodedGroups(columns, _joined([part.sample_offsets for part in parts]))
 
 
@@ -508,11 +508,6 @@ def _joined(offsets: Sequence[Int64Array]) -> Int64Array:
     return np.concatenate([[0], np.cumsum(np.concatenate([np.diff(part) for part in offsets]))]).astype(np.int64)
 
 
-def _present(offsets: Int64Array | None) -> Int64Array:
-    assert offsets is not None
-    return offsets
-
-
 SPLITS = ("train", "test")
 ResultT = TypeVar("ResultT")
 _NAME = re.compile(r"day=(\d{4}-\d{2}-\d{2})(?!\d)")
@@ -589,7 +584,8 @@ def groups_of_rows(table: pa.Table, depths: Mapping[str, int]) -> pa.Table:
     Of a table with an impression in each row, the columns of its ad lack the list of ads: they get lists of one.
     """
     table = table.select([name for name in table.column_names if name in depths])
-    table = table.cast(pa.schema([pa.field(each.name, _known(each.type)) for each in table.schema]))
+    # Values of a column without any, such as empty lists alone, have the type of IDs.
+    table = _recast(table, lambda kind: pa.int64() if pa.types.is_null(kind) else kind)
     offsets = pa.array(np.arange(table.num_rows + 1), pa.int32())
     for place, field in enumerate(table.schema):
         if inner_type(field.type)[1] == depths[field.name] - 1:
@@ -613,17 +609,13 @@ def sample_groups(table: pa.Table, schema: Schema) -> pa.Table:
 
 def plain(table: pa.Table) -> pa.Table:
     """Decode dictionary-encoded columns, so that Python's values fit the table's types."""
-    return table.cast(pa.schema([pa.field(each.name, _plain(each.type)) for each in table.schema]))
+    return _recast(table, lambda kind: kind.value_type if pa.types.is_dictionary(kind) else kind)
 
 
-def _plain(kind: Any) -> pa.DataType:
-    if pa.types.is_dictionary(kind):
-        return _plain(kind.value_type)
-    return pa.list_(_plain(kind.value_type)) if is_list(kind) else kind
+def _recast(table: pa.Table, change: Callable[[Any], pa.DataType]) -> pa.Table:
+    """Cast a table to other types of the values within its lists."""
 
+    def recast(kind: Any) -> pa.DataType:
+        return pa.list_(recast(kind.value_type)) if is_list(kind) else change(kind)
 
-def _known(kind: Any) -> pa.DataType:
-    """Return a column's type; of one without a value, such as empty lists alone, it is that of IDs."""
-    if is_list(kind):
-        return pa.list_(_known(kind.value_type))
-    return pa.int64() if pa.types.is_null(kind) else kind
+    return table.cast(pa.schema([pa.field(each.name, recast(each.type)) for each in table.schema]))
