@@ -32,7 +32,7 @@ from pipeline.samples import groups, logs
 from pipeline.samples.mapping import TableLayout, load_mapping
 from pipeline.samples.publish import MARK, QUARANTINE_FILE, replaced_files
 from trainer.schema import lakes
-from trainer.schema.fields import SCHEMA_FILE, SETTINGS_FILE, DistinctCount, settings_text
+from trainer.schema.fields import SCHEMA_FILE, SETTINGS_FILE, DistinctCount, days_of_file, settings_text
 from trainer.schema.suggest import OF_LOG, inspect_samples, render_schema
 
 Part = TypeVar("Part")
@@ -432,8 +432,8 @@ def _split(written: Sequence[groups.WrittenFile], split: str) -> dict[str, Any]:
 
 
 def count_files(groups_of_file: Mapping[str, int]) -> dict[str, Any]:
-    """Count days and groups of some files of samples, whose names begin with their days."""
-    days = sorted({name[4:14] for name in groups_of_file})
+    """Count days and groups of some files of samples, whose names have their days."""
+    days = sorted({day for name in groups_of_file for day in days_of_file(name)})
     return {
         "first_day": days[0] if days else None,
         "last_day": days[-1] if days else None,
