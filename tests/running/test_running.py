@@ -64,7 +64,7 @@ def test_processes_of_tests_have_no_pandas_and_tests_have() -> None:
         (command_of(2, "-m", "trainer.main"), "horovodrun.py"),
         ([b"/venv/bin/dask-submit", "-n", "1"], "dask-submit"),
         ([Path("/venv/bin/weed"), "mini"], "weed"),
-        (["python", "jobs/import_xdl.py", "samples"], "import_xdl.py"),
+        (["python", "jobs/import_xdl.py"], "import_xdl.py"),
         (["python", "jobs/score.py"], None),
         (["python", "-m", "trainer.main", "horovodrun"], None),
         ("uname -p", None),

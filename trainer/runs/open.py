@@ -34,7 +34,7 @@ from trainer.runs import checkpoint as checkpoints
 from trainer.runs.folder import TENSORBOARD, Checkpoint, check_folder, finished, in_the_way, naming_run_dir
 from trainer.runs.saving import CheckpointPlace
 from trainer.samples import survey
-from trainer.samples.columns import files_by_day, newest_day, rules_of, sample_files
+from trainer.samples.columns import files_by_day, rules_of, sample_files
 from trainer.samples.index import SampleIndex, known_ads, open_index, streams_of
 from trainer.samples.reader import Batch, BatchPosition, SampleReader, Span
 from trainer.schema import DEFAULT_STORE, Schema, load_schema
@@ -371,7 +371,7 @@ def _open_run(
             raise
     elif warm:
         checkpoints.begin_with(comm, warm, origin, engine, config.data.cache_dir)
-    engine.begin_day(newest_day(each.file for each in train.row_groups))
+    engine.begin_day(train.newest_day)
     return Run(
         config=config,
         comm=comm,

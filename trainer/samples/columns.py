@@ -8,11 +8,9 @@ Nothing here loops over rows in Python. A value that cannot be used is named wit
 
 import contextlib
 import json
-import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from dataclasses import field as dataclass_field
-from datetime import date
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -22,7 +20,7 @@ from featurestore.keys import AnyArray, Float32Array, Float64Array, Int64Array, 
 from featurestore.storage.storage import Storage
 from trainer.errors import DataError, DataNotFoundError, OverflowingValueError, SchemaError
 from trainer.schema import Field, Schema, Side
-from trainer.schema.fields import LOGARITHMIC, STANDARDIZED
+from trainer.schema.fields import LOGARITHMIC, STANDARDIZED, days_of_file
 from trainer.schema.profile import inner_type, is_list
 
 TextKind = Literal["id", "uri"]
@@ -510,7 +508,6 @@ def _joined(offsets: Sequence[Int64Array]) -> Int64Array:
 
 SPLITS = ("train", "test")
 ResultT = TypeVar("ResultT")
-_NAME = re.compile(r"day=(\d{4}-\d{2}-\d{2})(?!\d)")
 
 
 def sample_files(storage: Storage, split: str) -> list[str]:
@@ -519,11 +516,11 @@ def sample_files(storage: Storage, split: str) -> list[str]:
 
 
 def files_by_day(storage: Storage) -> dict[str, list[str]]:
-    """List the files of each day, written 2026-01-31, by the beginning of their names, day=; days ascending."""
+    """List the files of each day, written 2026-01-31, by their names; days ascending. Days of a month may share one."""
     found: dict[str, list[str]] = {}
     for file in [each for split in SPLITS for each in sample_files(storage, split)]:
-        if match := _NAME.match(name_of(file)):
-            found.setdefault(match[1], []).append(file)
+        for day in days_of_file(name_of(file)):
+            found.setdefault(day, []).append(file)
     return dict(sorted(found.items()))
 
 
@@ -536,14 +533,7 @@ def files_of(storage: Storage, days: Sequence[str]) -> list[str]:
             f"{storage.url} has no samples of {', '.join(lacking)}: its files are {known}; "
             "change data.train_days or data.test_days, or write the samples with: crossmedia samples"
         )
-    return [file for day in sorted(set(days)) for file in by_day[day]]
-
-
-def newest_day(files: Iterable[str]) -> date | None:
-    """Find the last day in the names of the files; None if one has no day, or there are no files."""
-    found = [_NAME.match(name_of(file)) for file in files]
-    days = [date.fromisoformat(match[1]) for match in found if match]
-    return max(days) if days and len(days) == len(found) else None
+    return list(dict.fromkeys(file for day in sorted(set(days)) for file in by_day[day]))
 
 
 def name_of(file: str) -> str:
