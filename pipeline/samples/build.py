@@ -335,11 +335,13 @@ def write(
     client: Client, grouped: Sequence[groups.GroupedBucket], plans: Sequence[groups.FilePlan], folder: Path
 ) -> list[groups.WrittenFile]:
     """Write the planned files of samples below `folder`."""
-    batch_of_hour = {part.path: {hour: n for n, hour in enumerate(part.groups_of_hour)} for part in grouped}
+    batch_of_hour = {part.path: groups.batch_of_hours(part.groups_of_hour) for part in grouped}
     calls, sizes = [], []
     for plan in plans:
         hours = set(plan.hours)
-        found = {path: [batches[hour] for hour in hours & batches.keys()] for path, batches in batch_of_hour.items()}
+        found = {
+            path: sorted({batches[hour] for hour in hours & batches.keys()}) for path, batches in batch_of_hour.items()
+        }
         calls.append((plan, {path: batches for path, batches in found.items() if batches}, str(folder.absolute())))
         sizes.append(sum(part.groups_of_hour.get(hour, 0) for part in grouped for hour in hours))
     tasks = [(groups.write_file, some) for some in _together(calls, sizes, num_threads(client), LEAST_BUCKET_ROWS)]

@@ -395,6 +395,7 @@ HOURS_PER_DAY = 24
 ROW_GROUP_SIZE = 2_048
 MANY_DAYS = 100
 """With more of them, those of a month may share a file: thousands of small ones take longer than their rows."""
+BATCH_ROWS = 256
 FORMAT = "crossmedia samples 1"
 SORT: list[tuple[str, Literal["ascending", "descending"]]] = [
     ("timestamp", "ascending"),
@@ -406,11 +407,11 @@ AD_LISTS = ("item", "image", "category", "scene")
 
 @dataclass(frozen=True)
 class GroupedBucket:
-    """The groups of one bucket in a file with a batch for each hour, and counts of those that were made here."""
+    """The groups of one bucket in a file of batches by `batch_of_hours`, and counts of those that were made here."""
 
     path: str
     groups_of_hour: dict[int, int]
-    """By hour since 1970, in the order of the batches."""
+    """By hour since 1970, in the order of the file."""
     counts: Counter[str] = field(default_factory=Counter)
     """Those of `LogGroups`, and users, distinct impressions, references (behaviours in groups) and without (groups
     without behaviours)."""
@@ -454,15 +455,31 @@ def no_rows(layout: TableLayout) -> Columns:
 
 
 def _write_hours(path: Path, table: pa.Table) -> dict[int, int]:
-    """Write sorted groups with a batch for each hour; return the size of each hour's batch, in their order."""
-    hour_G = table.column("timestamp").to_numpy() // HOUR_S
-    hours, starts = np.unique(hour_G, return_index=True)
-    sizes = np.diff(starts, append=len(hour_G))
+    """Write sorted groups in the batches of `batch_of_hours`; return the number of each hour, in their order."""
+    hours, sizes = np.unique(table.column("timestamp").to_numpy() // HOUR_S, return_counts=True)
+    groups_of_hour = dict(zip(hours.tolist(), sizes.tolist(), strict=True))
+    is_first = np.diff(np.array([*batch_of_hours(groups_of_hour).values()], np.int64), prepend=-1) > 0
+    edges = [*(np.cumsum(sizes) - sizes)[is_first].tolist(), len(table)]
     batches = [
-        table.slice(start, size).combine_chunks().to_batches()[0] for start, size in zip(starts, sizes, strict=True)
+        table.slice(start, end - start).combine_chunks().to_batches()[0] for start, end in itertools.pairwise(edges)
     ]
     write_batches(path, batches or [pa.RecordBatch.from_pylist([], schema=table.schema)])
-    return dict(zip(hours.tolist(), sizes.tolist(), strict=True))
+    return groups_of_hour
+
+
+def batch_of_hours(groups_of_hour: Mapping[int, int]) -> dict[int, int]:
+    """Number the batch that each hour is in: neighbours share one until it would have more than BATCH_ROWS groups.
+
+    A file of days with a few groups each would have a batch for every hour of years: a read of one reads their list.
+    """
+    found: dict[int, int] = {}
+    number, room = -1, 0
+    for hour, count in groups_of_hour.items():
+        if number < 0 or count > room:
+            number, room = number + 1, BATCH_ROWS
+        found[hour] = number
+        room -= count
+    return found
 
 
 def _latest_of_day(groups: LogGroups) -> dict[int, int]:
@@ -577,9 +594,14 @@ def name_of_day(day: int) -> str:
 
 
 def write_file(plan: FilePlan, parts: Mapping[str, Sequence[int]], folder: str) -> WrittenFile:
-    """Write one file of samples from batches of the files of group_bucket, sorted by time, user and session."""
+    """Write one file of samples from batches of the files of group_bucket, sorted by time, user and session.
+
+    The batches have all of its hours, and maybe more.
+    """
     batches = [batch for path, indices in parts.items() for batch in read_batches(path, indices)]
-    table = pa.Table.from_batches(batches).combine_chunks().sort_by(SORT)
+    table = pa.Table.from_batches(batches)
+    is_here_G = np.isin(table.column("timestamp").to_numpy() // HOUR_S, plan.hours)
+    table = table.filter(pa.array(is_here_G)).combine_chunks().sort_by(SORT)
     table = table.replace_schema_metadata({"format": FORMAT})
     days = [table.filter(pc.equal(table["day"], pa.scalar(day))) for day in plan.days] if plan.days[1:] else [table]
     write_groups(days, Path(folder, plan.split, plan.name))
