@@ -159,10 +159,6 @@ def _read_shard(data: bytes) -> None:
         list(file.blocks(["key", "feature"]))
 
 
-def _read_statistics(data: bytes) -> None:
-    Moments.from_bytes(data, 3, "f")
-
-
 def _read_samples(data: bytes) -> None:
     folder, rules = _written("train/day=2026-01-01.parquet", data).parent.parent, rules_of(SCHEMA)
     index = open_index(SoloComm(), Storage(folder), "train", SCHEMA)
@@ -215,9 +211,14 @@ def _tensor_body() -> bytes:
 
 
 def _read_body(body: Body) -> None:
+    """Read a body; one that is taken is a batch of even columns."""
     sent = run_steps(body.decode(COLUMNS, Budget()))
     sent.sizes(COLUMNS).check(Budget())
-    run_steps(decode_body(COLUMNS, sent))
+    batch = run_steps(decode_body(COLUMNS, sent)).batch
+    for field in SCHEMA.of_kind("id", "multi_id", "content"):
+        jagged = batch.fields[field.name]
+        assert len(jagged.lengths_M) == (batch.num_samples if field.side == "ad" else len(sent.counts_G))
+        assert jagged.lengths_M.sum() == len(jagged.values_N)
 
 
 def _read_tensors(data: bytes) -> None:

@@ -18,6 +18,7 @@ from featurestore.errors import (
     StoreNotFoundError,
 )
 from featurestore.keys import HashIndex, shard_of_hash, splitmix64
+from tests.featurestore.test_keys import inverse_splitmix64
 
 
 @pytest.mark.long
@@ -78,17 +79,7 @@ def test_a_lookup_never_gives_a_wrong_row(store: FeatureStore, cache: Path, make
 
 def key_of_hash(hash_: int) -> int:
     """The key whose splitmix64 is `hash_` (mod 2**64), as a signed number."""
-    mask = 2**64 - 1
-
-    def unshift(x: int, bits: int) -> int:
-        result = x
-        for _ in range(64 // bits + 1):
-            result = x ^ (result >> bits)
-        return result & mask
-
-    value = unshift(hash_ & mask, 31) * pow(0x94D049BB133111EB, -1, 2**64) & mask
-    value = unshift(value, 27) * pow(0xBF58476D1CE4E5B9, -1, 2**64) & mask
-    value = (unshift(value, 30) - 0x9E3779B97F4A7C15) & mask
+    value = inverse_splitmix64(hash_ % 2**64)
     return value - 2**64 if value >= 2**63 else value
 
 

@@ -2,20 +2,17 @@
 
 import os
 import shutil
-import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from featurestore import FeatureStore, StoreInfo, log
 from featurestore.errors import CorruptFileError, SnapshotNotFoundError
-from featurestore.spec import ReductionSpec, seal
-from featurestore.storage.storage import Storage
+from featurestore.spec import ReductionSpec
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.expiry import ExpireReport, expire, kept_versions
-from featurestore.upkeep.history import Pin, pin
+from featurestore.upkeep.history import pin
 from featurestore.upkeep.repair import repair
 from tests.featurestore.staged import build_shard, run
 from tests.featurestore.upkeep.damaged import needs
@@ -111,17 +108,6 @@ class TestTwoSteps:
         assert files_of(merged, "data") == needed
         assert files_of(merged, "expired") == set()
         assert merged.snapshot().num_rows == 40
-
-
-def test_this_machines_clock_does_not_matter(merged: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nor that of a writer: ages are differences of two times of the storage."""
-    everything, now = files_of(merged), time.time()
-    for years in (-10, 10):
-        moved = SimpleNamespace(time=lambda years=years: now + years * 365 * DAY_S, monotonic=time.monotonic)
-        for module in ("commit", "log", "upkeep.expiry"):  # Dask's loop in this process keeps its own
-            monkeypatch.setattr(f"featurestore.{module}.time", moved)
-        assert expire(merged, keep_last=1).num_files == 0
-    assert files_of(merged) == everything
 
 
 class TestWhatDeadWritersLeft:
@@ -220,15 +206,6 @@ class TestDamage:
         report = expire_to(merged, 2)
         assert report.num_damaged == 0 and alone and needs(held) & files_of(merged) == needs(held) - alone
 
-    def test_a_commit_of_a_writer_that_slept_and_died_goes(self, merged: FeatureStore) -> None:
-        """It stands under a version whose true manifest has expired."""
-        expire_to(merged, 1)
-        true = log.read(merged.storage, 2, log.EXPIRED)
-        merged.storage.write_bytes(log.manifest_path(2), seal(true.model_copy(update={"commit_id": "1a7e" * 8})))
-        expire_to(merged, 1)
-        assert log.versions(merged.storage) == [4]
-        assert log.read(merged.storage, 2, log.EXPIRED) == true
-
 
 class TestLate:
     def test_nothing_happens_after_half_the_grace(self, merged: FeatureStore, make_rows) -> None:
@@ -238,37 +215,6 @@ class TestLate:
         assert (report.kept, report.expired, report.num_files, report.is_complete) == ((1, 2, 3, 4), (), 0, False)
         assert merged.staged_parts("dead") == ["p"]
         assert expire_to(merged, 1).expired == (1, 2, 3)
-
-    def test_it_stops_between_two_deletions(
-        self, merged: FeatureStore, make_rows, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        for part in ("a", "b", "c"):
-            merged.stage_part("dead", part, make_rows(3, merged.info))
-        age(merged, 8)
-        monkeypatch.setattr("featurestore.upkeep.expiry._DELETED_AT_ONCE", 1)
-        start_s, calls = time.monotonic(), []
-
-        def slow(done: int, total: int) -> None:
-            calls.append((done, total))  # expiry's clock alone: Dask's loop in this process would sleep for days
-            later = SimpleNamespace(monotonic=lambda: start_s + 3.6 * DAY_S)
-            monkeypatch.setattr("featurestore.upkeep.expiry.time", later)
-
-        report = expire_to(merged, 10, progress=slow)
-        assert (calls, report.num_files, report.is_complete) == ([(1, 3)], 1, False)
-        assert len(merged.staged_parts("dead")) == 2
-
-    def test_copies_that_a_killed_run_left(self, merged: FeatureStore) -> None:
-        """That of a snapshot that leaves gets its grace from now on, that of one that stays goes."""
-        for version in (2, 4):
-            path = log.manifest_path(version)
-            merged.storage.write_bytes(log.manifest_path(version, log.EXPIRED), merged.storage.read_bytes(path))
-        age(merged, 3)
-        expire_to(merged, 10)
-        assert log.versions(merged.storage, log.EXPIRED) == [2, 4], "another run may be at work"
-        age(merged, 5)
-        report = expire_to(merged, 1)
-        assert log.versions(merged.storage, log.EXPIRED) == [1, 2, 3]
-        assert report.num_files == 0 and report.num_waiting > 0
 
 
 class TestCommand:
@@ -296,22 +242,3 @@ class TestCommand:
     def test_one_that_was_too_slow_says_so(self, merged: FeatureStore) -> None:
         result = run("expire", merged.url, "--grace-days", 1e-12)
         assert "run it again" in result.stderr and result.exit_code == 1
-
-
-def test_a_copy_that_another_expiry_takes_away_is_made_again(
-    store: FeatureStore, make_rows, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One that saw a pin, which has been withdrawn since, because it saw the copy."""
-    reader = store.put(make_rows(9, store.info, seed=1))
-    store.put(make_rows(9, store.info, seed=2))
-    compact(store, force=True)
-    age(store, 8)
-
-    def without_pins(storage: Storage) -> list[Pin]:
-        storage.delete(log.manifest_path(1, log.EXPIRED))
-        return []
-
-    monkeypatch.setattr("featurestore.upkeep.history.read_pins", without_pins)
-    expire_to(store, 1)
-    assert log.versions(store.storage, log.EXPIRED) == [1, 2]
-    assert needs(reader) <= files_of(store)
