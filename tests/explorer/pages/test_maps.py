@@ -52,6 +52,7 @@ def test_the_map_is_polled_until_it_is_there(pages: TestClient, monkeypatch: pyt
         return make_map(*args)
 
     monkeypatch.setattr("explorer.pages.maps.make_map", later)
+    monkeypatch.setattr("explorer.html.site._POLL_S", 0.5)
     html = pages.get("/map", params={"run": "both"}).text
     assert "The map is being made" in html
     part = unescape(re.search(r'hx-get="(/map[^"]*)"', html)[1])  # type: ignore[index]

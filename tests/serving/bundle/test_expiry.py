@@ -105,17 +105,6 @@ def test_the_last_ones_and_those_of_the_last_days_stay(
     assert versions.there == there
 
 
-def test_what_killed_exports_left_goes_after_a_day(versions: Versions) -> None:
-    for name, days in (("dead", 2.0), ("young", 0.5)):
-        folder = versions.folder / BUNDLES / (name[0] * 32)
-        folder.mkdir()
-        (folder / "network.pt2").write_bytes(b"123")
-        versions.age(folder, days)
-    report = versions.expire(keep_last=4, grace_days=0)
-    assert (report.expired, report.num_leftovers, report.num_bytes) == ((), 1, 3)
-    assert {path.name[0] for path in (versions.folder / BUNDLES).iterdir() if len(set(path.name)) == 1} == {"y"}
-
-
 @pytest.mark.parametrize(
     "bundle_id", ["../../victim", "../victim", "", ".", "..", "/", "a" * 32 + "/../../victim", "A" * 32]
 )
@@ -174,39 +163,6 @@ def test_a_version_that_is_chosen_meanwhile_stays(versions: Versions, monkeypatc
     assert report[0].expired == (2, 3)
     assert log.version_in_use(versions.storage) == 1
     assert versions.there == [1, 4]
-
-
-def test_an_expiry_puts_back_what_was_chosen_after_it_looked(
-    versions: Versions, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = log.choices
-
-    def overtaken(storage: Storage, after: int = 0) -> list[log.Choice]:
-        found = real(storage, after)
-        monkeypatch.setattr(log, "choices", real)
-        log.use(storage, 1)
-        return found
-
-    monkeypatch.setattr(log, "choices", overtaken)
-    assert versions.expire().expired == (2, 3)
-    assert versions.there == [1, 4]
-    assert log.version_in_use(versions.storage) == 1
-
-
-def test_a_choice_of_what_has_just_gone_is_undone(versions: Versions, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The expiry has looked for choices for the last time when `use` writes its own."""
-    real = log.read_version
-
-    def overtaken(storage: Storage, version: int | None = None) -> object:
-        found = real(storage, version)
-        monkeypatch.setattr(log, "read_version", real)
-        versions.expire()
-        return found
-
-    monkeypatch.setattr(log, "read_version", overtaken)
-    with pytest.raises(BundleNotFoundError, match=r"version 1 of .* removed by an expiry, or was at this moment"):
-        log.use(versions.storage, 1)
-    assert log.version_in_use(versions.storage) == 4
 
 
 def test_what_is_chosen_while_an_expiry_marks_it_is_there_all_along(
