@@ -5,7 +5,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from starlette.testclient import TestClient
 
+from explorer.html.site import Site
+from explorer.server import application
 from tests.explorer.serving import serving
 from tests.explorer.world import World, complete, make_shop
 from tests.running.shared import made_once, own_cache, shared_folder
@@ -30,6 +33,13 @@ def world(shop: World) -> World:
     """The same with samples, runs and a bundle, for tests that only read them. Takes ten seconds, once a test run."""
     made_once(shop.folder, "world", lambda: complete(shop))
     return shop
+
+
+@pytest.fixture(scope="module")
+def pages(world: World) -> Iterator[TestClient]:
+    """The pages of the whole shop, in this process; what one test has computed the next one finds."""
+    with TestClient(application(Site(world.places()))) as client:
+        yield client
 
 
 @pytest.fixture

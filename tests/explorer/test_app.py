@@ -74,6 +74,44 @@ def test_no_such_page_and_no_such_file(client: TestClient) -> None:
     assert client.post("/").status_code == 405
 
 
+@pytest.mark.parametrize(
+    ("address", "status"),
+    [
+        ("/runs/nothing", 404),
+        ("/runs/..%2F..%2Fetc", 404),
+        ("/runs/both/nothing", 404),
+        ("/runs/compare?run=both", 400),
+        ("/runs/compare", 400),
+        ("/runs/compare?run=both&run=nothing", 404),
+        ("/runs/compare?run=1&run=2&run=3&run=4&run=5&run=6&run=7", 400),
+        ("/runs?page=x", 400),
+        ("/runs?page=99", 200),
+        ("/map?run=nothing", 404),
+        ("/map?colour=x", 400),
+        (f"/map/points/{24 * '0'}.parquet", 404),
+        ("/map/points/%2e%2e%2fimages.parquet", 404),
+        ("/map?run=a%2Fb", 404),
+        ("/impressions/both/80?wait=why", 404),
+        ("/impressions/both/-1?wait=why", 400),
+        ("/impressions/both/" + "9" * 5000, 404),
+        ("/impressions/both/0?ad=99&wait=why", 404),
+        ("/impressions/both/0?ad=x&wait=why", 400),
+        ("/impressions/nobody/0?wait=why", 404),
+        ("/impressions/nobody/0", 404),
+        ("/impressions/..%2F..%2Fboth/0?wait=why", 404),
+        ("/impressions/%3Cscript%3E/0?wait=why", 404),
+        ("/impressions?run=%3Cscript%3Ealert(1)%3C/script%3E", 404),
+        ("/impressions?order=worst", 400),
+        ("/impressions/both/0?wait=why&picture=99999999999999999999999", 400),
+    ],
+)
+def test_addresses_that_do_not_work(pages: TestClient, address: str, status: int) -> None:
+    answer = pages.get(address)
+    assert answer.status_code == status
+    assert 'role="alert"' in answer.text or status != 400
+    assert "<script>alert" not in answer.text
+
+
 def test_every_answer_keeps_scripts_of_others_out(client: TestClient) -> None:
     for path in ("/", "/nope", "/picture?uri=x", "/static/style.css"):
         policy = client.get(path).headers["content-security-policy"]

@@ -53,6 +53,7 @@ from tests.fuzz.mutate import (
     Form,
     parquet_of,
     stream_of,
+    tensors_of,
 )
 from tests.serving.scoring.wide import COLUMNS, SCHEMA, table_of
 from trainer.comm.comm import SoloComm
@@ -198,16 +199,8 @@ def _requests() -> list[bytes]:
 
 
 def _tensor_body() -> bytes:
-    """Write a body of tensors after the length of its JSON; those of whole numbers are binary."""
-    tensors, binary = [], b""
-    for name, rule in COLUMNS.sources.items():
-        array = np.array(GROUP[name] if rule.depth else [GROUP[name] or 0.5])
-        kind = "BYTES" if array.dtype.kind == "U" else "FP32" if rule.is_real else "INT64"
-        given = {"parameters": {"binary_data_size": array.nbytes}} if kind == "INT64" else {"data": array.tolist()}
-        tensors.append({"name": name, "datatype": kind, "shape": list(array.shape)} | given)
-        binary += array.tobytes() if kind == "INT64" else b""
-    text = json.dumps({"id": "1", "inputs": tensors, "outputs": [{"name": "score"}]}).encode()
-    return b"%d\n" % len(text) + text + binary
+    values = {name: 0.5 if GROUP[name] is None else GROUP[name] for name in COLUMNS.sources}
+    return tensors_of(values, id="1", outputs=[{"name": "score"}])
 
 
 def _read_body(body: Body) -> None:

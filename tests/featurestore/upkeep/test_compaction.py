@@ -9,13 +9,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from featurestore import FeatureRows, FeatureStore, StoreInfo, shard_of
-from featurestore.errors import CorruptFileError
+from featurestore.errors import CommitConflictError, CorruptFileError
 from featurestore.snapshot import Snapshot
 from featurestore.spec import FileEntry
 from featurestore.upkeep.compaction import MAX_DELTAS, compact, merged_blocks, needs_compaction
 from tests.faulty import faulty
 from tests.featurestore.staged import metadata_of, run
-from tests.featurestore.upkeep.damaged import spoil
+from tests.featurestore.upkeep.damaged import needs, spoil
 
 pytestmark = pytest.mark.long
 
@@ -44,6 +44,10 @@ def assert_same(old: Snapshot, new: Snapshot) -> None:
     assert mine.count == theirs.count
     np.testing.assert_allclose(mine.mean_D, theirs.mean_D, rtol=1e-6, atol=1e-7)
     np.testing.assert_allclose(mine.std_D, theirs.std_D, rtol=1e-6)
+
+
+def data_files(store: FeatureStore) -> set[str]:
+    return {entry.path for entry in store.storage.entries("data")}
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -139,6 +143,22 @@ class TestBesideOthers:
         shard = int(shard_of(rows.keys_N[:1], 8)[0])
         live = store.snapshot().read_shard(shard)
         assert live.uris[live.keys_N.tolist().index(rows.keys_N[0])] == "other"
+
+    def test_another_compaction_was_first(self, filled: FeatureStore) -> None:
+        before = filled.snapshot()
+        with pytest.raises(CommitConflictError, match="read the newest snapshot and retry"):
+            compact(filled, progress=when_built(lambda: compact(filled)))
+        assert filled.snapshot().version == 5
+        assert_same(before, filled.snapshot())
+        assert data_files(filled) == needs(before) | needs(filled.snapshot()), "files of the loser stay"
+
+    def test_of_two_that_share_some_shards_each_does_its_part(self, filled: FeatureStore) -> None:
+        before = filled.snapshot()
+        report = compact(filled, progress=when_built(lambda: compact(filled, shards=[1, 2])))
+        assert (report.version, report.shards, report.lost) == (6, (0, 3, 4, 5, 6, 7), (1, 2))
+        assert filled.snapshot().manifest.num_files == 8
+        assert_same(before, filled.snapshot())
+        assert data_files(filled) == needs(before) | needs(filled.snapshot()), "files of the loser stay"
 
 
 def test_a_flipped_bit_never_gets_into_the_new_file(filled: FeatureStore) -> None:

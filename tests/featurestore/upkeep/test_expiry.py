@@ -2,7 +2,9 @@
 
 import os
 import shutil
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,9 +12,10 @@ import pytest
 from featurestore import FeatureStore, StoreInfo, log
 from featurestore.errors import CorruptFileError, SnapshotNotFoundError
 from featurestore.spec import ReductionSpec
+from featurestore.storage.storage import Storage
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.expiry import ExpireReport, expire, kept_versions
-from featurestore.upkeep.history import pin
+from featurestore.upkeep.history import Pin, pin
 from featurestore.upkeep.repair import repair
 from tests.featurestore.staged import build_shard, run
 from tests.featurestore.upkeep.damaged import needs
@@ -216,6 +219,37 @@ class TestLate:
         assert merged.staged_parts("dead") == ["p"]
         assert expire_to(merged, 1).expired == (1, 2, 3)
 
+    def test_it_stops_between_two_deletions(
+        self, merged: FeatureStore, make_rows, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for part in ("a", "b", "c"):
+            merged.stage_part("dead", part, make_rows(3, merged.info))
+        age(merged, 8)
+        monkeypatch.setattr("featurestore.upkeep.expiry._DELETED_AT_ONCE", 1)
+        start_s, calls = time.monotonic(), []
+
+        def slow(done: int, total: int) -> None:
+            calls.append((done, total))  # expiry's clock alone: Dask's loop in this process would sleep for days
+            later = SimpleNamespace(monotonic=lambda: start_s + 3.6 * DAY_S)
+            monkeypatch.setattr("featurestore.upkeep.expiry.time", later)
+
+        report = expire_to(merged, 10, progress=slow)
+        assert (calls, report.num_files, report.is_complete) == ([(1, 3)], 1, False)
+        assert len(merged.staged_parts("dead")) == 2
+
+    def test_copies_that_a_killed_run_left(self, merged: FeatureStore) -> None:
+        """That of a snapshot that leaves gets its grace from now on, that of one that stays goes."""
+        for version in (2, 4):
+            path = log.manifest_path(version)
+            merged.storage.write_bytes(log.manifest_path(version, log.EXPIRED), merged.storage.read_bytes(path))
+        age(merged, 3)
+        expire_to(merged, 10)
+        assert log.versions(merged.storage, log.EXPIRED) == [2, 4], "another run may be at work"
+        age(merged, 5)
+        report = expire_to(merged, 1)
+        assert log.versions(merged.storage, log.EXPIRED) == [1, 2, 3]
+        assert report.num_files == 0 and report.num_waiting > 0
+
 
 class TestCommand:
     def test_it_says_what_it_did(self, merged: FeatureStore, make_rows) -> None:
@@ -242,3 +276,22 @@ class TestCommand:
     def test_one_that_was_too_slow_says_so(self, merged: FeatureStore) -> None:
         result = run("expire", merged.url, "--grace-days", 1e-12)
         assert "run it again" in result.stderr and result.exit_code == 1
+
+
+def test_a_copy_that_another_expiry_takes_away_is_made_again(
+    store: FeatureStore, make_rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that saw a pin, which has been withdrawn since, because it saw the copy."""
+    reader = store.put(make_rows(9, store.info, seed=1))
+    store.put(make_rows(9, store.info, seed=2))
+    compact(store, force=True)
+    age(store, 8)
+
+    def without_pins(storage: Storage) -> list[Pin]:
+        storage.delete(log.manifest_path(1, log.EXPIRED))
+        return []
+
+    monkeypatch.setattr("featurestore.upkeep.history.read_pins", without_pins)
+    expire_to(store, 1)
+    assert log.versions(store.storage, log.EXPIRED) == [1, 2]
+    assert needs(reader) <= files_of(store)

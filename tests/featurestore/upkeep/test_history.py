@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from featurestore import FeatureRows, FeatureStore, log
-from featurestore.errors import CorruptFileError, PinError, SnapshotNotFoundError
-from featurestore.upkeep.history import diff, pin, read_pins, unpin
+from featurestore.errors import CorruptFileError, PinError, SnapshotNotFoundError, StorageError
+from featurestore.upkeep.expiry import expire
+from featurestore.upkeep.history import diff, move_channel, pin, read_pins, restore, unpin
 from featurestore.upkeep.history import log as log_of
-from tests.faulty import faulty, made_but_lost
+from tests.faulty import faulty, made_but_lost, preceded_by
 from tests.featurestore.staged import run
 
 T0 = 1_800_000_000.0
@@ -79,6 +80,36 @@ class TestDiff:
         assert len({path.split("/")[1] for path in opened if path.startswith("data/")}) == 1
 
 
+def test_a_restore_is_refused_whose_snapshot_expires_while_others_are_first(timed: FeatureStore, make_rows) -> None:
+    def others_are_first() -> None:
+        timed.put(make_rows(1, timed.info, first=5))
+        expire(timed, keep_last=1, keep_days=0)
+
+    with pytest.raises(SnapshotNotFoundError, match="3 has expired"):
+        restore(faulty(timed, create_exclusive=preceded_by(others_are_first)), 3)
+
+
+@pytest.mark.parametrize("kept_by", ["nothing", "a pin", "a channel"])
+def test_a_writer_that_slept_for_weeks(nine: FeatureStore, make_rows, kept_by: str) -> None:
+    """Even the copies are gone. Where no name keeps any, its version would have been the first to go."""
+
+    def others() -> None:
+        for first in (20, 30, 40):
+            nine.put(make_rows(1, nine.info, first=first), "others")
+        if kept_by != "nothing":
+            pin(nine, "other") if kept_by == "a pin" else move_channel(nine, "other", 12)
+        expire(nine, keep_last=1, keep_days=0)
+        nine.storage.delete(log.EXPIRED)
+
+    slow, mine = faulty(nine, create_exclusive=preceded_by(others)), make_rows(1, nine.info, first=50)
+    if kept_by != "nothing":
+        with pytest.raises(StorageError, match=r"cannot find out whether .*10\.json is in the log"):
+            slow.put(mine)
+    else:
+        assert slow.put(mine).version == 13
+        assert log.versions(nine.storage) == [12, 13]
+
+
 class TestCommands:
     def test_log_is_a_table(self, timed: FeatureStore) -> None:
         pin(timed, "keep-it", 8)
@@ -134,6 +165,13 @@ class TestPins:
 
     def test_a_lost_answer_is_looked_up(self, nine: FeatureStore) -> None:
         assert pin(faulty(nine, create_exclusive=made_but_lost), "a", 4).version == 4
+
+
+def test_a_pin_that_sees_the_copy_of_an_expiry_is_refused_and_not_left(nine: FeatureStore) -> None:
+    nine.storage.write_bytes(log.manifest_path(4, log.EXPIRED), nine.storage.read_bytes(log.manifest_path(4)))
+    with pytest.raises(SnapshotNotFoundError, match="expiring just now"):
+        pin(nine, "late", 4)
+    assert read_pins(nine.storage) == []
 
 
 def test_a_damaged_pin_is_named(nine: FeatureStore) -> None:

@@ -9,13 +9,16 @@ import numpy as np
 import pytest
 
 from featurestore import FeaturePartition, FeatureRows, FeatureStore, QuarantineRow, StoreInfo, key_of_uri, log
+from featurestore.commit import Commit
 from featurestore.errors import CorruptFileError, KeyFileError, PinError, SnapshotNotFoundError
+from featurestore.upkeep import purge as purge_module
 from featurestore.upkeep.compaction import compact
-from featurestore.upkeep.history import move_channel, pin, read_pins, unpin
+from featurestore.upkeep.expiry import move_aside
+from featurestore.upkeep.history import move_channel, pin, read_pins, restore, unpin
 from featurestore.upkeep.purge import Images, PurgeReport, find_traces, read_images
 from featurestore.upkeep.purge import purge as purge_store
 from featurestore.upkeep.verify import verify
-from tests.faulty import Fault, FaultyStorage
+from tests.faulty import Fault, FaultyStorage, faulty
 from tests.featurestore.staged import run
 from tests.featurestore.upkeep.damaged import GONE, IMAGES, contents, without
 
@@ -75,6 +78,35 @@ class TestOnEveryPlace:
 
 
 class TestOthers:
+    def test_a_writer_in_between_is_seen(
+        self, filled: FeatureStore, monkeypatch: pytest.MonkeyPatch, make_rows: Callable[..., FeatureRows]
+    ) -> None:
+        """One that brings the rows back while the first snapshot is made, and one that restores an old snapshot."""
+        others = [lambda: filled.put(make_rows(20, filled.info, seed=11)), lambda: restore(filled, 2)]
+
+        def disturbed(**fields: Any) -> Commit:
+            if others:
+                others.pop()()
+            return Commit(**fields)
+
+        monkeypatch.setattr(purge_module, "Commit", disturbed)
+        report = purge(filled)
+        assert report.is_complete and others == []
+        assert set(contents(filled)).isdisjoint(GONE) and verify(filled).problems == []
+        assert len(contents(filled)) == 78
+
+    def test_snapshots_that_an_expiry_takes_away_meanwhile_are_passed_over(self, filled: FeatureStore) -> None:
+        others = [lambda: move_aside(filled, [1]), lambda: None, lambda: move_aside(filled, [2])]
+
+        def listed(call: Fault, path: str = "") -> Any:
+            names = call(path)
+            if path == log.LOG and others:
+                others.pop(0)()
+            return names
+
+        assert purge(faulty(filled, list=listed)).is_complete and others == []
+        assert log.versions(filled.storage) == [6]
+
     def test_files_of_a_writer_at_work_stay_and_the_proof_says_so(self, filled: FeatureStore) -> None:
         report = purge_store(filled, IMAGES, writer_hours=1.0)
         assert not report.is_complete and report.version == 6

@@ -105,6 +105,17 @@ def test_the_last_ones_and_those_of_the_last_days_stay(
     assert versions.there == there
 
 
+def test_what_killed_exports_left_goes_after_a_day(versions: Versions) -> None:
+    for name, days in (("dead", 2.0), ("young", 0.5)):
+        folder = versions.folder / BUNDLES / (name[0] * 32)
+        folder.mkdir()
+        (folder / "network.pt2").write_bytes(b"123")
+        versions.age(folder, days)
+    report = versions.expire(keep_last=4, grace_days=0)
+    assert (report.expired, report.num_leftovers, report.num_bytes) == ((), 1, 3)
+    assert {path.name[0] for path in (versions.folder / BUNDLES).iterdir() if len(set(path.name)) == 1} == {"y"}
+
+
 @pytest.mark.parametrize(
     "bundle_id", ["../../victim", "../victim", "", ".", "..", "/", "a" * 32 + "/../../victim", "A" * 32]
 )
