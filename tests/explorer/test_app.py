@@ -47,17 +47,17 @@ class FailingPages(PageKind):
 
 
 @pytest.fixture
-def client(monkeypatch: pytest.MonkeyPatch) -> Iterator[TestClient]:
+def failing(monkeypatch: pytest.MonkeyPatch) -> Iterator[TestClient]:
     monkeypatch.setattr(app_module, "KINDS", (*app_module.KINDS, FailingPages))
     with TestClient(application(Site(Places(images="x"))), raise_server_exceptions=False) as client:
         yield client
 
 
 @pytest.mark.parametrize("kind", ERRORS)
-def test_errors_are_pages(client: TestClient, kind: str) -> None:
+def test_errors_are_pages(failing: TestClient, kind: str) -> None:
     if kind != "bug":  # starlette raises a bug again after its page, which only the test's client keeps silent
-        assert TestClient(client.app).get(f"/fail/{kind}").status_code == ERRORS[kind][1]
-    answer = client.get(f"/fail/{kind}")
+        assert TestClient(failing.app).get(f"/fail/{kind}").status_code == ERRORS[kind][1]
+    answer = failing.get(f"/fail/{kind}")
     error, status = ERRORS[kind]
     assert answer.status_code == status
     assert "<h1>" in answer.text and 'href="/"' in answer.text
@@ -66,12 +66,12 @@ def test_errors_are_pages(client: TestClient, kind: str) -> None:
     assert "Content-Security-Policy" in answer.headers
 
 
-def test_no_such_page_and_no_such_file(client: TestClient) -> None:
+def test_no_such_page_and_no_such_file(failing: TestClient) -> None:
     for path in ("/nope", "/static/nope", "/static/..%2f..%2fsetup.cfg", "/static/%2e%2e/__init__.py"):
-        answer = client.get(path)
+        answer = failing.get(path)
         assert answer.status_code == 404, path
         assert "<h1>Not found</h1>" in answer.text
-    assert client.post("/").status_code == 405
+    assert failing.post("/").status_code == 405
 
 
 @pytest.mark.parametrize(
@@ -112,17 +112,17 @@ def test_addresses_that_do_not_work(pages: TestClient, address: str, status: int
     assert "<script>alert" not in answer.text
 
 
-def test_every_answer_keeps_scripts_of_others_out(client: TestClient) -> None:
+def test_every_answer_keeps_scripts_of_others_out(failing: TestClient) -> None:
     for path in ("/", "/nope", "/picture?uri=x", "/static/style.css"):
-        policy = client.get(path).headers["content-security-policy"]
+        policy = failing.get(path).headers["content-security-policy"]
         assert "default-src 'none'" in policy
         assert "script-src 'self'" in policy
         assert "eval" not in policy
 
 
-def test_the_files_of_pages_are_there(client: TestClient) -> None:
+def test_the_files_of_pages_are_there(failing: TestClient) -> None:
     for name in ("style.css", "htmx.min.js", "charts.js", "plotly.min.js"):
-        assert len(client.get(f"/static/{name}").content) > 100, name
+        assert len(failing.get(f"/static/{name}").content) > 100, name
 
 
 def test_the_kinds_are_closed_when_the_server_ends(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
