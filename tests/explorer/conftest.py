@@ -1,6 +1,6 @@
 """The explorer's small shop, made once per session; see world.py for what is in it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,12 +46,6 @@ def pages(world: World) -> Iterator[TestClient]:
 def changing_world(world: World, tmp_path: Path) -> World:
     """A copy that a test may change."""
     return world.copy(tmp_path / "world")
-
-
-@pytest.fixture
-def own_shop(client: "Client", tmp_path: Path) -> Callable[[], World]:
-    """Makes pictures and a store anew, for each call."""
-    return lambda: make_shop(tmp_path / "shop", client)
 
 
 @pytest.fixture(scope="session")
