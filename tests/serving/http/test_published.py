@@ -184,7 +184,8 @@ def test_what_the_first_page_says_to_try_works_in_a_shell(server: ServerProcess)
 def test_the_client_of_one_file_gets_the_scores_of_the_server(server: ServerProcess, published: Published) -> None:
     import runpy
 
-    scorer = runpy.run_path(str(PAGE.parents[1] / "deploy" / "client" / "crossmedia_client.py"))["Scorer"](server.url)
+    client = runpy.run_path(str(PAGE.parents[1] / "deploy" / "client" / "crossmedia_client.py"))
+    scorer = client["Scorer"](server.url, timeout_s=60)  # of a busy machine
     assert scorer.is_ready()
     requests = requests_of(published)
     expected = httpx2.post(f"{server.url}/v1/score", json=requests).json()["answers"]
