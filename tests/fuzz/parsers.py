@@ -53,6 +53,7 @@ from tests.fuzz.mutate import (
     Form,
     parquet_of,
     stream_of,
+    tensors_of,
 )
 from tests.serving.scoring.wide import COLUMNS, SCHEMA, table_of
 from trainer.comm.comm import SoloComm
@@ -159,10 +160,6 @@ def _read_shard(data: bytes) -> None:
         list(file.blocks(["key", "feature"]))
 
 
-def _read_statistics(data: bytes) -> None:
-    Moments.from_bytes(data, 3, "f")
-
-
 def _read_samples(data: bytes) -> None:
     folder, rules = _written("train/day=2026-01-01.parquet", data).parent.parent, rules_of(SCHEMA)
     index = open_index(SoloComm(), Storage(folder), "train", SCHEMA)
@@ -202,22 +199,19 @@ def _requests() -> list[bytes]:
 
 
 def _tensor_body() -> bytes:
-    """Write a body of tensors after the length of its JSON; those of whole numbers are binary."""
-    tensors, binary = [], b""
-    for name, rule in COLUMNS.sources.items():
-        array = np.array(GROUP[name] if rule.depth else [GROUP[name] or 0.5])
-        kind = "BYTES" if array.dtype.kind == "U" else "FP32" if rule.is_real else "INT64"
-        given = {"parameters": {"binary_data_size": array.nbytes}} if kind == "INT64" else {"data": array.tolist()}
-        tensors.append({"name": name, "datatype": kind, "shape": list(array.shape)} | given)
-        binary += array.tobytes() if kind == "INT64" else b""
-    text = json.dumps({"id": "1", "inputs": tensors, "outputs": [{"name": "score"}]}).encode()
-    return b"%d\n" % len(text) + text + binary
+    values = {name: 0.5 if GROUP[name] is None else GROUP[name] for name in COLUMNS.sources}
+    return tensors_of(values, id="1", outputs=[{"name": "score"}])
 
 
 def _read_body(body: Body) -> None:
+    """Read a body; one that is taken is a batch of even columns."""
     sent = run_steps(body.decode(COLUMNS, Budget()))
     sent.sizes(COLUMNS).check(Budget())
-    run_steps(decode_body(COLUMNS, sent))
+    batch = run_steps(decode_body(COLUMNS, sent)).batch
+    for field in SCHEMA.of_kind("id", "multi_id", "content"):
+        jagged = batch.fields[field.name]
+        assert len(jagged.lengths_M) == (batch.num_samples if field.side == "ad" else len(sent.counts_G))
+        assert jagged.lengths_M.sum() == len(jagged.values_N)
 
 
 def _read_tensors(data: bytes) -> None:
