@@ -3,16 +3,17 @@
 A day's groups are those that begin on it, so they depend on a few other days alone: behaviours of the window before it,
 the last impressions of the day before (a session that continues over midnight is of that day), and the next day, where
 sessions continue. The other way round, a new day may lengthen groups of the day before; that one is made anew then too.
-Each file of a day is, byte for byte, what building all samples anew would write.
+Each file of a day is, byte for byte, what building all samples anew would write; but a day that is made leaves the file
+that it has shared with others of its month, and a day that is added shares none.
 """
 
 import contextlib
 import dataclasses
-import re
+import itertools
 import shutil
 import time
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,9 +36,8 @@ from pipeline.options import SampleOptions
 from pipeline.samples import build, groups
 from pipeline.samples.logs import BEHAVIORS, IMPRESSIONS, MICROSECONDS, LogPiece, WantedRows, users_of
 from pipeline.samples.publish import MARK, QUARANTINE_FILE, SPLITS, NewFiles, replaced_files
-from trainer.schema.fields import IDS_FILE, IMAGES_FILE
+from trainer.schema.fields import IDS_FILE, IMAGES_FILE, days_of_file
 
-_FILE = re.compile(r"day=(\d{4}-\d{2}-\d{2})-\d{3,}\.parquet")
 _FREE = ("logs", "samples", "partitions", "days", "since", "scratch", "keep_days")
 """Options that may differ from those of the samples."""
 _FOREVER = 1 << 62
@@ -96,16 +96,13 @@ def _add_days(options: SampleOptions, client: Client) -> dict[str, Any]:
                 {h: n for h, n in part.groups_of_hour.items() if h // groups.HOURS_PER_DAY in made.days}
             )
         kept = {day: files for day, files in there.items() if day not in made.days}
-        groups_of_file = {_name(file): known[_name(file)] for files in kept.values() for file in files}
-        of_kept = {day: sum(groups_of_file[_name(file)] for file in files) for day, files in kept.items()}
+        of_kept = {day: sum(_groups_of(before, file, day, known) for file in files) for day, files in kept.items()}
         first_test_day = build.find_test_day(options, build.days_of(groups_of_hour) | of_kept)
         plans = groups.plan_files(groups_of_hour, first_test_day, options.groups_per_file)
         build.check_train([*(plan.split for plan in plans), *(groups.split_of(day, first_test_day) for day in kept)])
         for split in SPLITS:
             (folder / split).mkdir()
-        for day, files in kept.items():
-            for file in files:
-                new.keep(f"{groups.split_of(day, first_test_day)}/{_name(file)}", file)
+        groups_of_file = _keep_files(new, kept, known, first_test_day)
         written = build.write(client, made.grouped, plans, folder)
         _check_same_columns(new, plans)
         _keep_the_rest(new, made.shuffled)
@@ -178,16 +175,64 @@ def _name(file: str) -> str:
     return file.rpartition("/")[2]
 
 
+def _days_in(file: str) -> dict[int, int]:
+    """Return the days in a file of samples, and the row group of each where there are several."""
+    return {build.day_of(day, "day"): number for number, day in enumerate(days_of_file(_name(file)))}
+
+
 def _files_by_day(before: Storage, known: Collection[str]) -> dict[int, list[str]]:
     """List the files of each day. Raises SampleOptionError for one that is not among the `known` names."""
     found: dict[int, list[str]] = {}
     for file in [f"{split}/{name}" for split in SPLITS for name in before.list(split)]:
-        match = _FILE.fullmatch(_name(file))
-        if match is None or _name(file) not in known:
+        days = _days_in(file) if _name(file) in known else {}
+        if not days:
             raise SampleOptionError(
                 f"{before.full(file)} is not of the samples that crossmedia samples made there; make all samples anew"
             )
-        found.setdefault(build.day_of(match[1], "day"), []).append(file)
+        for day in days:
+            found.setdefault(day, []).append(file)
+    return found
+
+
+@contextlib.contextmanager
+def _opened(before: Storage, file: str) -> Iterator[pq.ParquetFile]:
+    try:
+        with before.open_input(file) as opened, pq.ParquetFile(opened, page_checksum_verification=True) as parquet:
+            yield parquet
+    except (pa.ArrowException, OSError, StorageError) as error:
+        raise SampleError(f"{before.full(file)}: cannot be read: {error}") from error
+
+
+def _groups_of(before: Storage, file: str, day: int, known: Mapping[str, int]) -> int:
+    """Count the groups that a file has of a day. Raises SampleError."""
+    days = _days_in(file)
+    if len(days) == 1:
+        return known[_name(file)]
+    with _opened(before, file) as parquet:
+        return int(parquet.metadata.row_group(days[day]).num_rows)
+
+
+def _keep_files(
+    new: NewFiles, kept: Mapping[int, Sequence[str]], known: Mapping[str, int], first_test_day: int
+) -> dict[str, int]:
+    """Take over the files of the days that stay as they are, and return how many groups each has.
+
+    Of a file that such a day shares with one that is made, or is of the other split, it gets a copy of its own. Raises
+    SampleError.
+    """
+    found: dict[str, int] = {}
+    for file in dict.fromkeys(itertools.chain.from_iterable(kept.values())):
+        days = _days_in(file)
+        split_of = {day: groups.split_of(day, first_test_day) for day in days}
+        if days.keys() <= kept.keys() and len(splits := set(split_of.values())) == 1:
+            new.keep(f"{splits.pop()}/{_name(file)}", file)
+            found[_name(file)] = known[_name(file)]
+            continue
+        with _opened(new.before, file) as parquet:
+            for day in days.keys() & kept.keys():
+                table, plan = parquet.read_row_group(days[day]), groups.FilePlan((groups.name_of_day(day),), 0, "", ())
+                groups.write_groups([table], new.folder / split_of[day] / plan.name)
+                found[plan.name] = len(table)
     return found
 
 
@@ -285,11 +330,8 @@ def _check_same_columns(new: NewFiles, plans: Sequence[groups.FilePlan]) -> None
     if plans and new.kept:
         file = next(iter(new.kept.values()))
         made = pq.read_schema(new.folder / plans[0].split / plans[0].name)
-        try:
-            with new.before.open_input(file) as opened:
-                old = pq.read_schema(opened)
-        except (pa.ArrowException, OSError, StorageError) as error:
-            raise SampleError(f"{new.before.full(file)}: cannot be read: {error}") from error
+        with _opened(new.before, file) as parquet:
+            old = parquet.schema_arrow
         if not made.equals(old):
             raise SampleError(
                 f"the columns of the new days ({', '.join(made.names)}) are not those of {new.before.full(file)} "

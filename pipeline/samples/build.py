@@ -32,7 +32,7 @@ from pipeline.samples import groups, logs
 from pipeline.samples.mapping import TableLayout, load_mapping
 from pipeline.samples.publish import MARK, QUARANTINE_FILE, replaced_files
 from trainer.schema import lakes
-from trainer.schema.fields import SCHEMA_FILE, SETTINGS_FILE, DistinctCount, settings_text
+from trainer.schema.fields import SCHEMA_FILE, SETTINGS_FILE, DistinctCount, days_of_file, settings_text
 from trainer.schema.suggest import OF_LOG, inspect_samples, render_schema
 
 Part = TypeVar("Part")
@@ -330,11 +330,13 @@ def write(
     client: Client, grouped: Sequence[groups.GroupedBucket], plans: Sequence[groups.FilePlan], folder: Path
 ) -> list[groups.WrittenFile]:
     """Write the planned files of samples below `folder`."""
-    batch_of_hour = {part.path: {hour: n for n, hour in enumerate(part.groups_of_hour)} for part in grouped}
+    batch_of_hour = {part.path: groups.batch_of_hours(part.groups_of_hour) for part in grouped}
     calls, sizes = [], []
     for plan in plans:
         hours = set(plan.hours)
-        found = {path: [batches[hour] for hour in hours & batches.keys()] for path, batches in batch_of_hour.items()}
+        found = {
+            path: sorted({batches[hour] for hour in hours & batches.keys()}) for path, batches in batch_of_hour.items()
+        }
         calls.append((plan, {path: batches for path, batches in found.items() if batches}, str(folder.absolute())))
         sizes.append(sum(part.groups_of_hour.get(hour, 0) for part in grouped for hour in hours))
     tasks = [(groups.write_file, some) for some in _together(calls, sizes, num_threads(client), LEAST_BUCKET_ROWS)]
@@ -427,8 +429,8 @@ def _split(written: Sequence[groups.WrittenFile], split: str) -> dict[str, Any]:
 
 
 def count_files(groups_of_file: Mapping[str, int]) -> dict[str, Any]:
-    """Count days and groups of some files of samples, whose names begin with their days."""
-    days = sorted({name[4:14] for name in groups_of_file})
+    """Count days and groups of some files of samples, whose names have their days."""
+    days = sorted({day for name in groups_of_file for day in days_of_file(name)})
     return {
         "first_day": days[0] if days else None,
         "last_day": days[-1] if days else None,

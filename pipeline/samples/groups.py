@@ -37,7 +37,7 @@ from pipeline.samples.logs import (
     read_piece,
 )
 from pipeline.samples.mapping import CLICKED_AT, TableLayout, two_texts
-from trainer.schema.fields import IDS_FILE, IMAGES_FILE, DistinctCount
+from trainer.schema.fields import IDS_FILE, IMAGES_FILE, DistinctCount, file_of_month
 from trainer.schema.profile import is_list
 
 Int64Array = npt.NDArray[np.int64]
@@ -379,6 +379,9 @@ def read_batches(path: str, indices: Sequence[int]) -> list[pa.RecordBatch]:
 HOUR_S = 3_600
 HOURS_PER_DAY = 24
 ROW_GROUP_SIZE = 2_048
+MANY_DAYS = 100
+"""With more of them, those of a month may share a file: thousands of small ones take longer than their rows."""
+BATCH_ROWS = 256
 FORMAT = "crossmedia samples 1"
 SORT: list[tuple[str, Literal["ascending", "descending"]]] = [
     ("timestamp", "ascending"),
@@ -390,11 +393,11 @@ AD_LISTS = ("item", "image", "category", "scene")
 
 @dataclass(frozen=True)
 class GroupedBucket:
-    """The groups of one bucket in a file with a batch for each hour, and counts of those that were made here."""
+    """The groups of one bucket in a file of batches by `batch_of_hours`, and counts of those that were made here."""
 
     path: str
     groups_of_hour: dict[int, int]
-    """By hour since 1970, in the order of the batches."""
+    """By hour since 1970, in the order of the file."""
     counts: Counter[str] = field(default_factory=Counter)
     """Those of `LogGroups`, and users, distinct impressions, references (behaviours in groups) and without (groups
     without behaviours)."""
@@ -438,15 +441,31 @@ def no_rows(layout: TableLayout) -> Columns:
 
 
 def _write_hours(path: Path, table: pa.Table) -> dict[int, int]:
-    """Write sorted groups with a batch for each hour; return the size of each hour's batch, in their order."""
-    hour_G = table.column("timestamp").to_numpy() // HOUR_S
-    hours, starts = np.unique(hour_G, return_index=True)
-    sizes = np.diff(starts, append=len(hour_G))
+    """Write sorted groups in the batches of `batch_of_hours`; return the number of each hour, in their order."""
+    hours, sizes = np.unique(table.column("timestamp").to_numpy() // HOUR_S, return_counts=True)
+    groups_of_hour = dict(zip(hours.tolist(), sizes.tolist(), strict=True))
+    is_first = np.diff(np.array([*batch_of_hours(groups_of_hour).values()], np.int64), prepend=-1) > 0
+    edges = [*(np.cumsum(sizes) - sizes)[is_first].tolist(), len(table)]
     batches = [
-        table.slice(start, size).combine_chunks().to_batches()[0] for start, size in zip(starts, sizes, strict=True)
+        table.slice(start, end - start).combine_chunks().to_batches()[0] for start, end in itertools.pairwise(edges)
     ]
     write_batches(path, batches or [pa.RecordBatch.from_pylist([], schema=table.schema)])
-    return dict(zip(hours.tolist(), sizes.tolist(), strict=True))
+    return groups_of_hour
+
+
+def batch_of_hours(groups_of_hour: Mapping[int, int]) -> dict[int, int]:
+    """Number the batch that each hour is in: neighbours share one until it would have more than BATCH_ROWS groups.
+
+    A file of days with a few groups each would have a batch for every hour of years: a read of one reads their list.
+    """
+    found: dict[int, int] = {}
+    number, room = -1, 0
+    for hour, count in groups_of_hour.items():
+        if number < 0 or count > room:
+            number, room = number + 1, BATCH_ROWS
+        found[hour] = number
+        room -= count
+    return found
 
 
 def _latest_of_day(groups: LogGroups) -> dict[int, int]:
@@ -486,16 +505,16 @@ def _values(values_N: npt.NDArray[Any]) -> Any:
 
 @dataclass(frozen=True)
 class FilePlan:
-    """A file of samples to write: its day, its number in it, its hours."""
+    """A file of samples to write: its day, or the days of a month that share it, and their hours."""
 
-    day: str  # as 2026-01-31
-    number: int  # of the file in the day
+    days: tuple[str, ...]  # as 2026-01-31
+    number: int  # of the file in its day, where it has one
     split: str
     hours: tuple[int, ...]  # since 1970
 
     @property
     def name(self) -> str:
-        return f"day={self.day}-{self.number:03d}.parquet"
+        return file_of_month(self.days) if self.days[1:] else f"day={self.days[0]}-{self.number:03d}.parquet"
 
 
 @dataclass(frozen=True)
@@ -513,7 +532,7 @@ class WrittenFile:
 def plan_files(groups_of_hour: Mapping[int, int], first_test_day: int, groups_per_file: int) -> list[FilePlan]:
     """Plan files by day, a long day in several of whole hours; those from `first_test_day` on are for testing.
 
-    The plan hangs on the hours' counts alone, so not on the number of buckets.
+    Of more than MANY_DAYS days some share one. The plan hangs on the hours' counts alone, not on the number of buckets.
     """
     days: dict[int, list[list[int]]] = {}
     room = 0
@@ -524,11 +543,30 @@ def plan_files(groups_of_hour: Mapping[int, int], first_test_day: int, groups_pe
             room = groups_per_file
         files[-1].append(hour)
         room -= groups_of_hour[hour]
-    return [
-        FilePlan(name_of_day(day), number, split_of(day, first_test_day), tuple(hours))
+    plans = [
+        FilePlan((name_of_day(day),), number, split_of(day, first_test_day), tuple(hours))
         for day, files in days.items()
         for number, hours in enumerate(files)
     ]
+    return plans if len(days) <= MANY_DAYS else _by_month(plans, groups_of_hour)
+
+
+def _by_month(plans: Sequence[FilePlan], groups_of_hour: Mapping[int, int]) -> list[FilePlan]:
+    """Let the days for training of a month share a file where a row group has room for all of them.
+
+    Days for testing have one each, as they move to train/ one by one.
+    """
+    months: dict[tuple[str, str], list[FilePlan]] = {}
+    for plan in plans:
+        months.setdefault((plan.split, plan.days[0][:7]), []).append(plan)
+    found: list[FilePlan] = []
+    for (split, _), files in months.items():
+        days, hours = dict.fromkeys(plan.days[0] for plan in files), [hour for plan in files for hour in plan.hours]
+        if split == "train" and len(days) > 1 and sum(map(groups_of_hour.__getitem__, hours)) <= ROW_GROUP_SIZE:
+            found.append(FilePlan(tuple(days), 0, split, tuple(hours)))
+        else:
+            found += files
+    return found
 
 
 def split_of(day: int, first_test_day: int) -> str:
@@ -542,19 +580,26 @@ def name_of_day(day: int) -> str:
 
 
 def write_file(plan: FilePlan, parts: Mapping[str, Sequence[int]], folder: str) -> WrittenFile:
-    """Write one file of samples from batches of the files of group_bucket, sorted by time, user and session."""
+    """Write one file of samples from batches of the files of group_bucket, sorted by time, user and session.
+
+    The batches have all of its hours, and maybe more.
+    """
     batches = [batch for path, indices in parts.items() for batch in read_batches(path, indices)]
-    table = pa.Table.from_batches(batches).combine_chunks().sort_by(SORT)
+    table = pa.Table.from_batches(batches)
+    is_here_G = np.isin(table.column("timestamp").to_numpy() // HOUR_S, plan.hours)
+    table = table.filter(pa.array(is_here_G)).combine_chunks().sort_by(SORT)
     table = table.replace_schema_metadata({"format": FORMAT})
-    pq.write_table(
-        table,
-        Path(folder, plan.split, plan.name),
-        row_group_size=ROW_GROUP_SIZE,
-        compression="zstd",
-        write_page_checksum=True,
-    )
+    days = [table.filter(pc.equal(table["day"], pa.scalar(day))) for day in plan.days] if plan.days[1:] else [table]
+    write_groups(days, Path(folder, plan.split, plan.name))
     clicks = pc.list_flatten(table.column("label")).to_numpy()
     return WrittenFile(plan, len(table), len(clicks), int(clicks.sum()), _ids(table))
+
+
+def write_groups(days: Sequence[pa.Table], path: Path) -> None:
+    """Write a file of samples, each table in row groups of its own."""
+    with pq.ParquetWriter(path, days[0].schema, compression="zstd", write_page_checksum=True) as writer:
+        for table in days:
+            writer.write_table(table, row_group_size=ROW_GROUP_SIZE)
 
 
 def _ids(table: pa.Table) -> dict[str, DistinctCount]:
