@@ -26,10 +26,9 @@ def main(options: ExtractOptions) -> None:
     """
     from pipeline.cluster.tasks import connect
     from pipeline.features.refresh import extract
-    from pipeline.network import check_weights_name
-    from pipeline.network.backbone import feature_dim
+    from pipeline.network.backbone import check_network
 
-    feature_dim(options.backbone, check_weights_name(options.weights))  # before a cluster starts
+    check_network(options.backbone, options.weights)
     # One process with all cores for the network: copies of the network would share the same cores.
     with connect(workers=1, threads_per_worker=1) as client:
         summary = extract(options, client)

@@ -29,7 +29,7 @@ from featurestore.keys import Float32Array
 from featurestore.spec import ExtractorSpec
 from pipeline.errors import BackboneError, WeightsError
 from pipeline.images.decode import Preset
-from pipeline.network import Precision
+from pipeline.network import Precision, check_weights_name
 from pipeline.network.compute import Compute, compute_of, normalised, rounded
 
 NUM_NEAR = 5  # names in a message
@@ -290,6 +290,17 @@ def _cached_backbone(name: str, weights: str, precision: Precision) -> Backbone:
 
 NORMS = (nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)
 DENSENET_NAME = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)")  # a dot that torchvision has since dropped
+
+
+def check_network(name: str, weights: str) -> None:
+    """Check, before a cluster starts, that the network exists and that a file of weights fits it.
+
+    Raises BackboneError, WeightsError.
+    """
+    checked = check_weights_name(weights)
+    feature_dim(name, checked)
+    if not checked.startswith(("imagenet", "random:")):
+        load_weights(network_of(name, checked), checked)
 
 
 def load_weights(network: Network, weights: str) -> dict[str, torch.Tensor]:
