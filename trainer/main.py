@@ -82,6 +82,7 @@ def train(config: Config, comm: "Comm") -> "RunPath":
     from trainer.loop import summary
     from trainer.loop.tracking import tracker_of
     from trainer.loop.training import StopSignals, Training, total_steps
+    from trainer.runs.folder import TENSORBOARD
     from trainer.runs.open import claim_folder, open_run
 
     started = time.time()
@@ -95,7 +96,7 @@ def train(config: Config, comm: "Comm") -> "RunPath":
         removed = claim_folder(run)
         hardware = summary.hardware_of(comm, run.device, run.config.model.compute_dtype)
         tracker = tracker_of(run) if root else None
-        place = run.events.path if root else None
+        place = run.folder / TENSORBOARD if root else None
         with summary.ProgressLog(place, run.engine.num_steps, total_steps(run), tracker) as progress:
             readers = f"{run.train_reader.num_samples:,} training and {run.test_reader.num_samples:,} test samples"
             if run.validation_reader is not None:
@@ -166,11 +167,11 @@ def _say_beginning(run: "Run", removed: "list[Checkpoint]", progress: "ProgressL
 
 
 def _end_events(run: "Run", progress: "ProgressLog") -> None:
-    """Copy TensorBoard's files to the run's address. Where that fails, it is reported: the report matters more."""
+    """Put TensorBoard's file to the run's address. Where that fails, it is reported: the report matters more."""
     try:
-        run.events.end()
-    except (OSError, StorageError) as failure:
-        progress.say(f"warning: not all of TensorBoard's files came to {run.folder}: {failure}")
+        progress.flush()
+    except StorageError as failure:
+        progress.say(f"warning: not all of TensorBoard's figures came to {run.folder}: {failure}")
 
 
 def _is_finished(run: "Run") -> bool:

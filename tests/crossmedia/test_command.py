@@ -118,7 +118,7 @@ def test_an_error_is_one_line_from_any_folder(tmp_path: Path) -> None:
 
 
 def test_numbers_of_commands_are_checked(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert called(monkeypatch, "import-xdl", "random", "--out", "new", "--seed", "9" * 20) == 2
+    assert called(monkeypatch, "demo-data", "--out", "new", "--seed", "9" * 20) == 2
     assert "is beyond 64 bits" in capsys.readouterr().err
 
 

@@ -343,12 +343,7 @@ def log_loss(logit_N: Float64Array, label_N: Float64Array) -> float | None:
 
 def auc(score_N: Float64Array, label_N: Float64Array) -> float | None:
     """Compute the area under the ROC curve; None with one class only."""
-    return grouped_auc(score_N, label_N, np.zeros(len(label_N), np.int64))
-
-
-def grouped_auc(score_N: Float64Array, label_N: Float64Array, group_N: Int64Array) -> float | None:
-    """Compute GAUC; None when no group has both classes."""
-    return auc_of_groups(score_N, label_N, group_N).mean
+    return auc_of_groups(score_N, label_N, np.zeros(len(label_N), np.int64)).mean
 
 
 @dataclass(frozen=True)

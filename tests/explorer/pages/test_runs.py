@@ -34,12 +34,6 @@ HOSTILE = [
 
 
 @pytest.fixture
-def pages(world: World) -> Iterator[TestClient]:
-    with TestClient(application(Site(world.places()))) as client:
-        yield client
-
-
-@pytest.fixture
 def changing(changing_world: World) -> Iterator[TestClient]:
     with TestClient(application(Site(changing_world.places()))) as client:
         yield client
@@ -251,24 +245,6 @@ def test_hostile_names_are_only_text(own_runs: tuple[TestClient, Path], name: st
     assert "crossmedia evaluate" in one
     if "`" in name:
         assert "&#39;" in one.partition("crossmedia evaluate")[2].partition("</code>")[0]  # quoted
-
-
-@pytest.mark.parametrize(
-    ("address", "status"),
-    [
-        ("/runs/nothing", 404),
-        ("/runs/..%2F..%2Fetc", 404),
-        ("/runs/both/nothing", 404),
-        ("/runs/compare?run=both", 400),
-        ("/runs/compare", 400),
-        ("/runs/compare?run=both&run=nothing", 404),
-        ("/runs/compare?run=1&run=2&run=3&run=4&run=5&run=6&run=7", 400),
-        ("/runs?page=x", 400),
-        ("/runs?page=99", 200),
-    ],
-)
-def test_addresses_that_do_not_work(pages: TestClient, address: str, status: int) -> None:
-    page(pages, address, status)
 
 
 def test_a_published_model_is_shown_until_it_goes_away(world: World, tmp_path: Path) -> None:
