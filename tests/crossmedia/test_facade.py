@@ -115,6 +115,7 @@ def test_a_run_is_trained_and_found_again(run: cm.Run, places: Places) -> None:
     assert run.config.model.images == "both" and run.report["global_step"] == 3
     assert 0 < run.metrics["auc"] < 1 and f"auc={run.metrics['auc']:.4f}" in repr(run)
     assert "<th>auc</th>" in run._repr_html_()
+    assert run.metrics["gauc_users"] < bootstrap.LEAST_USERS_SHOWN and "gauc" not in repr(run)
     assert cm.open_run(run.folder).metrics == run.metrics
     with pytest.raises(ConfigError, match="not a run's folder"):
         cm.Run("nowhere")
