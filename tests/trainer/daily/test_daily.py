@@ -26,6 +26,7 @@ from trainer.config import Config, load_config, save_config
 from trainer.daily import app, plan, run_of_days
 from trainer.daily import follow as follow_days
 from trainer.errors import CheckpointError, ConfigError, DataError
+from trainer.evaluation.bootstrap import LEAST_USERS_SHOWN
 from trainer.main import train
 from trainer.runs.checkpoint import read_state
 from trainer.runs.folder import find_checkpoint
@@ -318,6 +319,9 @@ def test_command(days: Places) -> None:
     options = ["--first-day", DAYS[0], "--last-day", DAYS[1]]
     result = invoke(app, *options, "--set", *settings, code=0)
     assert "2026-01-02" in result.stdout and "days.json" in result.stdout
+    table = result.stdout[result.stdout.rindex("new ad gauc") :]
+    for row in table_of(days.folder / "runs" / "c"):  # a GAUC of a few users is written, and not printed
+        assert row["gauc"] is None or (f"{row['gauc']:.4f}" in table) == (row["gauc_users"] >= LEAST_USERS_SHOWN)
     second = load_config(days.folder / "runs" / "c" / DAYS[1] / "config.yaml")
     assert (second.data.train_days, second.run.warm_start, second.train.epochs) == (DAYS[:2], None, 1)
     # It is the run that trainer.main trains on these days.
