@@ -106,7 +106,10 @@ def test_a_name_of_any_length_is_not_compared_with_all_others() -> None:
         ("data.train_days=[2026-01-02]; data.test_days=[2026-01-02]", "share 2026-01-02"),
         ("model.images=behavior; model.pooling=multi_query", "it queries with the ad image and with the ad's IDs; set"),
         ("model.image_dropout=0.1; model.id_init_std=0.01", "configuration: model.image_dropout=0.1 takes an ad for"),
-        ("train.early_stopping=2", "train.early_stopping counts evaluations; set data.validation_days"),
+        (
+            "train.early_stopping=2; data.validation_days=0",
+            "train.early_stopping counts evaluations; leave data.valida",
+        ),
         ("train.early_stopping=2; train.eval_every=5; data.test_days=[]", "needs samples to evaluate on"),
     ],
 )

@@ -1,6 +1,7 @@
 """Early stopping: when it stops, what the run ends with, and that an interrupted run ends with the same."""
 
 import contextlib
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -288,6 +289,8 @@ def test_days_are_named_once(places: Places) -> None:
     assert of("data.validation_days=[2026-01-03]", f"data.train_days=[{','.join(KEPT)}]") == last
     with pytest.raises(ConfigError, match="validation_days=3 leaves none of the 3 training days of"):
         of("data.validation_days=3")
+    with pytest.raises(ConfigError, match=r"1 \(for train.early_stopping\) leaves none of the 1 training days"):
+        of("train.early_stopping=1", f"data.train_days=[{KEPT[0]}]")
     # What a checkpoint has recorded counts where nothing is said.
     assert of(recorded=["2026-01-03"]) == last and of("train.epochs=9", recorded=0) == (None, 0)
     assert of("data.validation_days=0", recorded=["2026-01-03"]) == (None, 0)
@@ -298,17 +301,18 @@ def test_a_run_that_chose_its_epoch_ends_with_the_command_that_trains_on_the_day
     places: Places, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("trainer.runs.open._LEAST_DAYS", 3)  # what the samples have
+    folder = tmp_path / "my runs"  # the command says as one word what is one
     with _scored(0.5, 0.7, 0.6):
-        run_alone(places, run__dir=tmp_path, run__name="a", train__epochs=3)
+        run_alone(places, run__dir=folder, run__name="a", train__epochs=3, run__resume="auto")
     output = " ".join(capsys.readouterr().out.split())
     assert "held out, to choose the best of 3 epochs: 2026-01-03; data.validation_days=0 trains on all days" in output
-    command, option, file, *words = output.partition("as well: ")[2].split()[1:]
+    command, option, file, *words = shlex.split(output.partition("as well: ")[2])[1:]
     assert (command, option) == ("train", "--config")
     after = load_config(Path(file), words)
     assert (after.run.name, after.run.warm_parts, after.train.epochs) == ("a-all", "all", 2)
     assert (after.data.train_days, after.optim.lr) == (["2026-01-03"], 0.3 * load_config(Path(file)).optim.lr)
     train(after, SoloComm())
-    assert report_of(tmp_path / "a-all")["warm_start"].startswith(f"{tmp_path / 'a'}/checkpoints/")
+    assert report_of(folder / "a-all")["warm_start"].startswith(f"{folder / 'a'}/checkpoints/")
 
 
 @pytest.mark.parametrize(
@@ -322,6 +326,8 @@ def test_a_run_that_chose_its_epoch_ends_with_the_command_that_trains_on_the_day
         pytest.param(["train.epochs=4", "train.max_steps=9"], 40, 0, id="steps are counted"),
         pytest.param(["train.epochs=4", "train.eval_every=9"], 40, 0, id="test samples are looked at"),
         pytest.param(["train.epochs=4", "data.validation_days=0"], 40, 0, id="as is said"),
+        pytest.param(["train.early_stopping=1", "train.max_steps=9"], 3, 1, id="early stopping"),
+        pytest.param(["train.early_stopping=1", "train.eval_every=9"], 40, 0, id="early stopping by test samples"),
     ],
 )
 def test_more_epochs_than_two_hold_days_out(settings: list[str], num_days: int, held: int, tmp_path: Path) -> None:
