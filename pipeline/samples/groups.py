@@ -24,19 +24,18 @@ import pyarrow.parquet as pq
 
 from featurestore.keys import NO_IMAGE, splitmix64
 from featurestore.storage.storage import Storage
-from pipeline.errors import SampleError
 from pipeline.samples.logs import (
     BEHAVIORS,
     CLICK,
     IMPRESSIONS,
     MICROSECONDS,
     NAMES,
-    TEXTS,
     Columns,
     LogPiece,
     read_piece,
 )
 from pipeline.samples.mapping import CLICKED_AT, TableLayout, two_texts
+from trainer.samples.columns import BUCKETS, TEXTS, by_bucket, merged_names, table_of_texts, write_buckets
 from trainer.schema.fields import IDS_FILE, IMAGES_FILE, DistinctCount, file_of_month
 from trainer.schema.profile import is_list
 
@@ -219,7 +218,6 @@ _QUARANTINE_TYPES: dict[str, pa.DataType] = {
     "reason": pa.string(),
 }
 QUARANTINE = pa.schema(_QUARANTINE_TYPES)
-_NAME_BUCKETS = 256
 
 
 @dataclass(frozen=True)
@@ -267,7 +265,7 @@ def shuffle_piece(
         rows.examples,
         int(np.count_nonzero((columns["image"] == NO_IMAGE) & (columns.get("label", 0) != CLICK))),
         _write_names(path.with_suffix(".names"), rows.names),
-        _write_names(path.with_suffix(".texts"), _table_of_texts(rows.texts)),
+        _write_names(path.with_suffix(".texts"), table_of_texts(rows.texts)),
         rows.num_lacking,
         rows.other_events,
     )
@@ -293,23 +291,8 @@ def write_quarantine(path: Path, parts: Sequence[ShuffledPiece]) -> None:
 def _write_names(path: Path, names: pa.Table) -> str | None:
     if not len(names):
         return None
-    bucket_N = _name_bucket(names.column(0).to_numpy())
-    names = names.take(np.argsort(bucket_N, kind="stable")).combine_chunks()
-    edges = np.searchsorted(np.sort(bucket_N), np.arange(_NAME_BUCKETS + 1)).tolist()
-    batches = names.to_batches()[0]
-    write_batches(path, [batches.slice(low, high - low) for low, high in itertools.pairwise(edges)])
+    write_batches(path, by_bucket(names.combine_chunks().to_batches()[0]))
     return str(path)
-
-
-def _name_bucket(keys_N: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Return the top bits of each key, as a number from 0 on: all keys of one are below those of the next."""
-    bucket_N: npt.NDArray[np.int64] = (keys_N >> 56) + _NAME_BUCKETS // 2
-    return bucket_N
-
-
-def _table_of_texts(texts: Mapping[int, str]) -> pa.Table:
-    columns: list[Any] = [pa.array(texts, pa.int64()), pa.array(texts.values(), pa.string())]
-    return pa.Table.from_arrays(columns, schema=TEXTS)
 
 
 def write_names(folder: Path, parts: Sequence[ShuffledPiece], before: Storage | None = None) -> None:
@@ -325,7 +308,6 @@ def write_names(folder: Path, parts: Sequence[ShuffledPiece], before: Storage | 
 
 
 def _merge_names(path: Path, paths: Sequence[str], schema: pa.Schema, before: Storage | None) -> None:
-    key, name = schema.names
     with contextlib.ExitStack() as opened:
         old = None
         if before is not None:
@@ -334,17 +316,13 @@ def _merge_names(path: Path, paths: Sequence[str], schema: pa.Schema, before: St
                 old = opened.enter_context(pq.ParquetFile(file, page_checksum_verification=True))
         if not paths and old is None:
             return
-        writer = opened.enter_context(pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True))
-        for bucket in range(_NAME_BUCKETS):
+
+        def of_bucket(bucket: int) -> list[pa.Table]:
             known = [] if old is None else [old.read_row_group(bucket).cast(schema)]
-            names = pa.concat_tables([*known, *(pa.Table.from_batches([read_batch(each, bucket)]) for each in paths)])
-            found = names.group_by(key).aggregate([(name, "min"), (name, "max")]).sort_by(key)
-            first, last = found.column(f"{name}_min"), found.column(f"{name}_max")
-            if schema is TEXTS and (of_two := found.filter(pc.not_equal(first, last)).to_pylist()):
-                raise SampleError(two_texts(*(of_two[0][each] for each in (key, f"{name}_min", f"{name}_max"))))
-            writer.write_table(
-                pa.Table.from_arrays([found.column(key), first], schema=schema), row_group_size=max(1, len(found))
-            )
+            return [*known, *(pa.Table.from_batches([read_batch(each, bucket)]) for each in paths)]
+
+        error = None if schema is NAMES else two_texts
+        write_buckets(path, schema, (merged_names(of_bucket(bucket), error) for bucket in range(BUCKETS)))
 
 
 def _path(folder: str, log: str, index: int) -> Path:

@@ -287,7 +287,7 @@ def test_hours_of_a_few_groups_share_a_batch_and_each_file_has_its_own(tmp_path:
     columns = {"timestamp": hours * 3_600, "user": np.arange(2_000), "session": np.zeros(2_000, np.int64)}
     table = pa.table({**columns, "label": pa.array([[n % 2] for n in range(2_000)])})
     path = str(tmp_path / "groups.arrow")
-    groups_of_hour = _write_hours(Path(path), table, compress=True)
+    groups_of_hour = _write_hours(Path(path), table)
     number = batch_of_hours(groups_of_hour)
     assert sum(groups_of_hour.values()) == 2_000 and len(set(number.values())) < len(number) / 5
     (tmp_path / "train").mkdir()
@@ -298,4 +298,4 @@ def test_hours_of_a_few_groups_share_a_batch_and_each_file_has_its_own(tmp_path:
         found.append(pq.read_table(tmp_path / "train" / plan.name, partitioning=None))
         assert written.num_groups == len(found[-1]) == sum(groups_of_hour[hour] for hour in plan.hours)
     assert pa.concat_tables(found).equals(table)
-    assert _write_hours(Path(path), table.slice(0, 0), compress=True) == {}
+    assert _write_hours(Path(path), table.slice(0, 0)) == {}
