@@ -273,7 +273,7 @@ def shuffle_piece(
 
 def read_bucket(folder: str, log: str, num_pieces: int, bucket: int) -> Columns:
     """Read all rows of a bucket from the pieces 0 to `num_pieces` of a log, in no order."""
-    batches = [read_batch(str(_path(folder, log, index)), bucket) for index in range(num_pieces)]
+    batches = [read_batches(str(_path(folder, log, index)), [bucket])[0] for index in range(num_pieces)]
     return {
         name: np.concatenate([batch.column(name).to_numpy(zero_copy_only=False) for batch in batches])
         for name in batches[0].schema.names
@@ -285,7 +285,7 @@ def write_quarantine(path: Path, parts: Sequence[ShuffledPiece]) -> None:
     with pq.ParquetWriter(path, QUARANTINE) as writer:
         for part in parts:
             if part.quarantine_path is not None:
-                writer.write_batch(read_batch(part.quarantine_path, 0))
+                writer.write_batch(read_batches(part.quarantine_path, [0])[0])
 
 
 def _write_names(path: Path, names: pa.Table) -> str | None:
@@ -319,7 +319,7 @@ def _merge_names(path: Path, paths: Sequence[str], schema: pa.Schema, before: St
 
         def of_bucket(bucket: int) -> list[pa.Table]:
             known = [] if old is None else [old.read_row_group(bucket).cast(schema)]
-            return [*known, *(pa.Table.from_batches([read_batch(each, bucket)]) for each in paths)]
+            return [*known, *(pa.Table.from_batches(read_batches(each, [bucket])) for each in paths)]
 
         error = None if schema is NAMES else two_texts
         write_buckets(path, schema, (merged_names(of_bucket(bucket), error) for bucket in range(BUCKETS)))
@@ -329,17 +329,20 @@ def _path(folder: str, log: str, index: int) -> Path:
     return Path(folder, f"{log}-{index:06d}.arrow")
 
 
-def _buckets(columns: Columns, num_buckets: int) -> Iterable[pa.RecordBatch]:
-    bucket_N = splitmix64(columns["user"]) % np.uint64(num_buckets)
+def _buckets(columns: Columns, num_buckets: int) -> list[pa.RecordBatch]:
+    arrays = {
+        name: pa.array(values_N, pa.binary() if values_N.dtype == np.object_ else None)
+        for name, values_N in columns.items()
+    }
+    bucket_N = (splitmix64(columns["user"]) % np.uint64(num_buckets)).astype(np.int64)
+    return _in_buckets(pa.record_batch(arrays), bucket_N, num_buckets)
+
+
+def _in_buckets(batch: pa.RecordBatch, bucket_N: Int64Array, num_buckets: int) -> list[pa.RecordBatch]:
+    """Cut rows by bucket, in their order."""
     order_N = np.argsort(bucket_N, kind="stable")
-    table = pa.record_batch(
-        {
-            name: pa.array(values_N[order_N], pa.binary() if values_N.dtype == np.object_ else None)
-            for name, values_N in columns.items()
-        }
-    )
-    edges = np.searchsorted(bucket_N[order_N], np.arange(num_buckets + 1, dtype=np.uint64))
-    return [table.slice(low, high - low) for low, high in itertools.pairwise(edges.tolist())]
+    batch, edges = batch.take(order_N), np.searchsorted(bucket_N[order_N], np.arange(num_buckets + 1))
+    return [batch.slice(low, high - low) for low, high in itertools.pairwise(edges.tolist())]
 
 
 def write_batches(path: Path, batches: Iterable[pa.RecordBatch]) -> None:
@@ -353,12 +356,6 @@ def write_batches(path: Path, batches: Iterable[pa.RecordBatch]) -> None:
         for batch in iterator:
             writer.write_batch(batch)
     temporary.replace(path)
-
-
-def read_batch(path: str, index: int) -> pa.RecordBatch:
-    """Read batch `index` of a file of write_batches, without reading the others."""
-    (batch,) = read_batches(path, [index])
-    return batch
 
 
 def read_batches(path: str, indices: Sequence[int]) -> list[pa.RecordBatch]:

@@ -210,13 +210,13 @@ def digest_of(key):
     return xxhash.xxh3_128_digest(str(key).encode())
 
 
-def answers(client, function, calls, end_s=0):
+def answers(client, function, calls):
     """The tasks as workers would do them, of images whose digest is that of their key."""
     for place, call in enumerate(calls):
         if function is digest_images:
             yield place, [digest_of(ref.key) for ref in call[0]]
         else:
-            yield place, PartReport(len(call[2]), len(call[2]), 0)
+            yield place, PartReport(num_rows=len(call[2]), num_computed=len(call[2]))
 
 
 @pytest.fixture(params=[0, 98])
@@ -244,8 +244,9 @@ def large_store(request, tmp_path):
 def test_no_object_is_held_for_an_image(large_store, monkeypatch):
     monkeypatch.setattr("pipeline.images.source.BATCH_ROWS", BATCH_ROWS)
     monkeypatch.setattr(staged_run, "run_tasks", answers)
+    monkeypatch.setattr(staged_run, "describe_network", lambda *_: large_store.info.extractor)
     snapshot = large_store.snapshot()
-    settings = PartSettings(large_store.url, "run", "", "", large_store.info.extractor, snapshot.version, 1)
+    settings = PartSettings(large_store.url, "run", "", "", large_store.info.extractor, snapshot.version, 1, 64)
     in_arrow = pa.total_allocated_bytes()
     tracemalloc.start()
     try:
@@ -255,8 +256,8 @@ def test_no_object_is_held_for_an_image(large_store, monkeypatch):
             for number, name in enumerate(names)
         )
         plan = refresh.make_plan(None, images, compare(images, snapshot), snapshot)
-        run = staged_run.ImageRun(None, large_store, settings, snapshot, [], 64)
-        reports = run.stage(images, plan, lambda: None)
+        run = staged_run.ImageRun(None, large_store, settings, snapshot)
+        reports = run.stage(images, plan)
         _, peak_bytes = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()

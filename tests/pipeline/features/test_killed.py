@@ -39,7 +39,7 @@ def slow(*args, decode=parts.prepare):
 parts.prepare = slow
 """
 
-pytestmark = [pytest.mark.long(18), pytest.mark.filterwarnings("ignore:weights random")]
+pytestmark = pytest.mark.long(18)
 
 
 @pytest.fixture

@@ -28,8 +28,6 @@ from tests.pipeline.features.conftest import (
 )
 from tests.pipeline.network.tiny import TINY
 
-pytestmark = pytest.mark.filterwarnings("ignore:weights random")
-
 
 def test_the_store_becomes_what_an_extraction_of_the_images_would_give(make, run, write, computed, tmp_path):
     folder = write(a=1, b=2, c=3, d=4, e=5, f=6)
