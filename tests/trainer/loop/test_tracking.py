@@ -122,9 +122,11 @@ def mlflow(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
 
 @pytest.mark.long
 def test_mlflow_has_settings_figures_and_addresses_also_of_a_run_that_is_continued(
-    places: Places, tmp_path: Path, mlflow: ModuleType
+    places: Places, tmp_path: Path, mlflow: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(places.folder)
     named = {"run__name": "tracked", "run__dir": tmp_path / "runs", "run__tracking": "mlflow"}
+    named |= {"data__samples": "samples", "data__store": "features"}
     run = run_alone(places, **named, **STEPS | {"train__max_steps": 4})
     run_alone(places, **named, **STEPS, run__resume="latest")
     client = mlflow.MlflowClient()
@@ -132,7 +134,7 @@ def test_mlflow_has_settings_figures_and_addresses_also_of_a_run_that_is_continu
     assert (tracked.info.run_name, tracked.info.status) == ("tracked", "FINISHED")
     params = tracked.data.params
     assert params["model.images"] == "both" and params["read.folder"] == str(run)
-    assert params["data.samples"] == str(places.folder / "samples")
+    assert params["data.samples"] == "samples" and params["read.samples"] == str(places.folder / "samples")
     assert params["read.stores.images.url"] == str(places.folder / "features")
     assert params["read.stores.images.version"] == "1" and params["read.samples_digest"]
     drawn = drawn_scalars(run / "tensorboard")
