@@ -10,9 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from typer.testing import Result
 
-from featurestore import to_bits
 from featurestore.errors import AnotherStoreError, CommitConflictError
 from featurestore.format.rows import FeatureRows
 from featurestore.published.versions import find_channel, last_move
@@ -212,16 +210,6 @@ class TestWithTheOldOneGone:
         assert json.loads(kept)["accepted"][0]["figures"]["forced"] == "the same pictures"
 
 
-NONE = bytes(16)
-
-
-def put(folder: Path, info: StoreInfo, keys: np.ndarray, features_KD: np.ndarray, digests: list[bytes]) -> FeatureStore:
-    store = FeatureStore.create(folder, info)
-    bits = to_bits(features_KD, info.dtype)
-    store.put(FeatureRows.of([f"item/{key}" for key in keys], bits, keys=keys, content_digests=digests))
-    return store
-
-
 def trained(places: Places, name: str, **changes: Any) -> Path:
     settings = {"train__max_steps": 30, "model__compute_dtype": "float32", **changes}
     run_alone(places, run__name=name, **settings)
@@ -309,10 +297,6 @@ def store(lost: Places) -> FeatureStore:
     return store
 
 
-def run(*words: object) -> Result:
-    return invoke(app, *words)
-
-
 @pytest.fixture
 def check(lost: Places, store: FeatureStore) -> Check:
     """Limits that let pass all but scores that are worse."""
@@ -350,21 +334,21 @@ def test_the_command_promotes_what_is_as_good_and_holds_what_is_not(
     first = store.snapshot("stable").version
     command = (lost.folder / "runs/a", store.url, "--promote", "stable", "--version", "candidate")
     move_channel(store, "candidate", first + 1)
-    good = run(*command)
+    good = invoke(app, *command)
     assert good.exit_code == 0, good.output
     assert f"stable points to snapshot {first + 1}" in good.output
     assert store.snapshot("stable").version == first + 1
     assert find_channel(store.storage, "stable").reason.startswith("promoted (coverage 1, gauc 0")
-    assert "already: nothing to do" in run(*command).output
+    assert "already: nothing to do" in invoke(app, *command).output
     move_channel(store, "candidate", first + 2)
     file = tmp_path / "found.json"
-    bad = run(*command, "--json", file)
+    bad = invoke(app, *command, "--json", file)
     written = json.loads(file.read_text())
     failed = [each["gate"] for each in written["gates"] if not each["holds"]]
     assert bad.exit_code == 1 and set() < set(failed) <= {"gauc", "logloss"}, written
     assert f"error: gate {failed[0]}: " in bad.output and f"stable stays at snapshot {first + 1}" in bad.output
     assert store.snapshot("stable").version == first + 1 and not written["holds"]
-    forced = run(*command, "--force", "a new camera")
+    forced = invoke(app, *command, "--force", "a new camera")
     assert forced.exit_code == 0 and f"stable points to snapshot {first + 2}, by --force" in forced.output
     assert find_channel(store.storage, "stable").reason.startswith("forced: a new camera (")
 
@@ -406,5 +390,3 @@ def test_what_tells_nothing_is_refused(lost: Places, store: FeatureStore, tmp_pa
     other.put(store.snapshot("stable").read_shard(0))
     with pytest.raises(AnotherStoreError):
         Check(lost.folder / "runs/a", other.url, GateLimits()).promote(1, "stable", None)
-    result = run(lost.folder / "runs/a", store.url, "--accept", "--promote", "stable")
-    assert result.exit_code == 2 and "not both" in result.output

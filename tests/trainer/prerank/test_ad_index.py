@@ -99,17 +99,20 @@ def test_nothing_new_makes_no_version(url: str) -> None:
     assert names(Path(url)) == before
 
 
-def test_vectors_of_another_checkpoint_are_refused(url: str) -> None:
-    other = ORIGIN.model_copy(update={"checkpoint": "step-2", "checkpoint_digest": "d2"})
-    with pytest.raises(AdIndexError, match="has vectors of checkpoint step-1 of run a, and not of step-2 of run a"):
-        AdIndex.open(url).update(KEYS, vectors(4), other)
-    assert AdIndex.open(url).version == 1
-
-
-@pytest.mark.parametrize("wrong", [vectors(4)[:, :3], np.full((4, WIDTH), np.inf, np.float32)])
-def test_vectors_that_do_not_fit_are_refused(url: str, wrong: np.ndarray) -> None:
-    with pytest.raises(InvalidRowsError):
-        AdIndex.open(url).update(KEYS, wrong, ORIGIN)
+@pytest.mark.parametrize(
+    ("vectors_NW", "changes", "error", "told"),
+    [
+        (vectors(4), {"checkpoint": "step-2", "checkpoint_digest": "d2"}, AdIndexError, "step-1 of run a, and not of"),
+        (vectors(4)[:, :3], {}, InvalidRowsError, ""),
+        (np.full((4, WIDTH), np.inf, np.float32), {}, InvalidRowsError, ""),
+    ],
+    ids=["of another checkpoint", "narrow", "infinite"],
+)
+def test_vectors_that_do_not_belong_there_are_refused(
+    url: str, vectors_NW: np.ndarray, changes: dict[str, str], error: type[Exception], told: str
+) -> None:
+    with pytest.raises(error, match=told):
+        AdIndex.open(url).update(KEYS, vectors_NW, ORIGIN.model_copy(update=changes))
     assert AdIndex.open(url).version == 1
 
 
