@@ -259,7 +259,11 @@ OTHERS = [
     ("benchmarks.tables {tables} --config {list}", 2, "mapping"),
     ("benchmarks.tables {tables} --table nosuch", 2, "nosuch"),
     ("benchmarks.tables {tables} --set data.samples={missing} --dir {new}", 2, "{missing}"),
-    ("benchmarks.tables {tables} --table prerank --dir {empty} --set data.samples={samples}", 1, "{empty}"),
+    (
+        "benchmarks.tables {tables} --table prerank --dir {empty} --set data.samples={samples} --set model.images=none",
+        1,
+        "{empty}",
+    ),
     ("benchmarks.serve --dir {empty}", 1, "{empty}"),
     ("benchmarks.soak explorer --demo {missing} --dir {new}", 2, "{missing}"),
     ("benchmarks.workload --out {empty}", 1, "{empty}"),

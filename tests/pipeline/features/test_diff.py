@@ -131,13 +131,6 @@ def test_each_image_goes_one_way(store):
     assert made.stored_keys.tolist() == [3, 4]
 
 
-def test_equal_images_stand_in_one_part():
-    images = table(*(ref(key) for key in range(8)))
-    near = digest(1)[:8] + b"other   "  # begins as the digest of 1 and 6
-    known = {1: digest(1), 6: digest(1), 2: digest(3), 3: digest(3), 4: near}
-    assert keys(images, parts_of(images, 2, known)) == [[0, 1, 6], [2, 3], [4, 5], [7]]
-
-
 def test_parts_are_as_groups_by_a_dict_would_have_them(monkeypatch):
     monkeypatch.setattr(plan, "MAX_GROUP_PARTS", 2)
     draw = np.random.default_rng(0)

@@ -208,7 +208,8 @@ def _scored(*gaucs: float) -> Iterator[list[int]]:
         yield measured
 
 
-VALIDATED = {"data__validation_days": 1, "train__epochs": 3, "train__checkpoint_every": 2}
+FEW_STEPS = {"data__global_batch_size": 96}
+VALIDATED = {"data__validation_days": 1, "train__epochs": 3, "train__checkpoint_every": 2, **FEW_STEPS}
 KEPT = ["2026-01-01", "2026-01-02"]
 
 
@@ -222,7 +223,7 @@ def validated(places: Places, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_ends_with_the_best_epoch_on_days_that_it_is_not_trained_on(
     places: Places, validated: Path, tmp_path: Path
 ) -> None:
-    plain = run_alone(places, run__name="two", run__dir=tmp_path, data__train_days=f"[{','.join(KEPT)}]")
+    plain = run_alone(places, run__name="two", run__dir=tmp_path, data__train_days=f"[{','.join(KEPT)}]", **FEW_STEPS)
     assert_same(validated, plain, metrics=True)
     report, steps = report_of(validated), report_of(plain)["global_step"]
     assert (report["global_step"], [entry["step"] for entry in report["history"]]) == (
