@@ -18,7 +18,9 @@ from tests.trainer.ids.exact_tables import (
     STEPS,
     assert_same,
     day_of,
+    have_rows,
     ids_of,
+    ids_of_shard,
     move,
     shape_of,
     state_of,
@@ -39,7 +41,6 @@ RULES: list[dict[str, Any]] = [
     {"admit_after": 3},
     {"max_rows": 40},
     {"max_rows": 40, "when_full": "refuse"},
-    {"max_rows": 40, "admit_after": 2},
     {"expire_days": 1},
     {"admit_after": 3, "expire_days": 2},
     {"max_rows": 120, "expire_days": 1},
@@ -115,7 +116,7 @@ def test_it_is_as_one_id_at_a_time_for_any_ranks_and_resumed(
     assert sum(table.tally()["used_rows"] for table in tables) == len(plain.ids.place_of)
     assert {name: tally[name] for name in ("served", "cold")} == dict(plain.tally)
     assert (tally["evicted"], tally["expired"]) == (plain.ids.evicted, plain.ids.expired)
-    assert (tally["refused"] > 0) == ("when_full" in rules)
+    assert (tally["refused"] > 0) == ("max_rows" in rules and tally["cold"] > 0)
     assert tally["evicted"] > 40 or rules != {"max_rows": 40}
     assert tally["expired"] > 5 or "expire_days" not in rules
 
@@ -164,6 +165,18 @@ def test_rows_asked_for_long_before_their_step_are_the_same(max_rows: int, steps
         (vectors_of(ahead, request)[torch.from_numpy(request.inverse_R)] * weight_R).sum().backward()
         move(ahead)
     assert_same(state_of(ahead), state_of(one))
+
+
+def test_ids_that_wait_for_their_admission_take_no_ones_room() -> None:
+    rows = 32  # of a shard: two make room at once
+    table, ids = table_of(shape_of(rows * SHARDS, admit_after=2)), ids_of_shard(3, rows + 1)
+    for each in ids[:rows]:
+        train(table, [each])
+        train(table, [each])
+    train(table, ids[rows:])
+    assert table.counts.evicted == 0
+    train(table, ids[rows:])
+    assert table.counts.evicted == 2 and have_rows(table, ids) == {*ids[2:]}
 
 
 def test_the_longest_unused_are_chosen_as_sorting_all_would() -> None:
