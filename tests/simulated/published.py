@@ -1,9 +1,7 @@
-"""Histories of published versions: samples that days are added to, and checkpoints of a run with its supervisors."""
+"""Histories of published versions: samples that days are added to, and checkpoints of a run."""
 
 import tempfile
-from collections.abc import Callable
 from contextlib import suppress
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,8 +12,7 @@ from featurestore.published.versions import VERSIONS, PublishedFiles, expire, op
 from featurestore.storage.storage import Storage
 from pipeline.samples.publish import MARK, replaced_files
 from tests.simulated.history import Entry, History
-from tests.simulated.world import Client, seconds
-from trainer import supervise
+from tests.simulated.world import seconds
 from trainer.runs.folder import finished, step_name, step_of
 from trainer.runs.saving import DAMAGED, KEEP_REMOVED_S, CheckpointPlace, WrittenPart
 
@@ -99,52 +96,14 @@ class SampleHistory(PublishedHistory):
 
 
 RUN = FarPath("sim://w/run")
-LEASE_S = supervise.LEASE_S
 
 
 class RunHistory(PublishedHistory):
-    """A run: supervisors that hold it one after another, and their trainings, which publish checkpoints."""
+    """A run: trainings that take it over one after another, and publish checkpoints."""
 
     PLACE, SPAN_S = "w/run/checkpoints", KEEP_REMOVED_S
     MOST_S = 400.0
     """From the first part of a checkpoint to its publication."""
-
-    def prepare(self, patch: pytest.MonkeyPatch) -> None:
-        """Let supervisors see simulated processes and machines, and do the work of their threads themselves."""
-        self.holders: dict[str, tuple[Client, float]] = {}
-        """Who believes that the run is its own, and since when."""
-        self.ends_s: dict[str, float] = {}
-        self.renewals: dict[str, Callable[[], None]] = {}
-        """By supervisor, up to when it holds the run, and the work of its thread."""
-        system = SimpleNamespace(
-            getpid=lambda: 1_000_000_000 + self.world.current.process,  # which no process of this machine has
-            uname=lambda: SimpleNamespace(nodename=self.world.current.name),
-            kill=lambda process, signal: self.holders.pop(supervise._me(), None),
-        )
-        patch.setattr(supervise, "os", system)
-        event = SimpleNamespace(wait=self.is_at_end, set=lambda: None)
-        patch.setattr(supervise, "threading", SimpleNamespace(Event=lambda: event, Thread=self.renewing))
-
-    def renewing(self, target: Callable[[], None], daemon: bool) -> SimpleNamespace:
-        """Take the work of a supervisor's thread."""
-        return SimpleNamespace(start=lambda: self.renewals.update({supervise._me(): target}), join=lambda: None)
-
-    def is_at_end(self, for_s: float) -> bool:
-        """Wait, and tell whether the time of a supervisor is over."""
-        self.world.sleep(for_s)
-        return self.world.now_s > self.ends_s[supervise._me()]
-
-    def supervise(self, storage: Storage, pause: str) -> None:
-        """Hold the run for some time."""
-        began_s, me = self.world.now_s, supervise._me()
-        self.ends_s[me] = began_s + seconds(pause)
-        with supervise.claimed(RUN, LEASE_S):
-            self.world.expect(not self.holding(began_s - LEASE_S), f"{me} takes the run, which another one holds")
-            self.holders[me] = self.world.current, self.world.now_s
-            try:
-                self.renewals[me]()
-            finally:
-                self.holders.pop(me, None)
 
     def train(self, storage: Storage, num_steps: str, pause: str) -> None:
         """Claim the checkpoints, and write some."""
@@ -161,16 +120,6 @@ class RunHistory(PublishedHistory):
                 self.acknowledge(VERSIONS, made.version, publication=made.publication)
                 is_named = rows.path in self.log[made.version - 1].files
                 self.world.expect(is_named, f"checkpoint {step} was acknowledged, and version {made.version} lacks it")
-
-    def holding(self, awake_s: float) -> list[float]:
-        """Return from when on each holds the run who has been awake since a time."""
-        return [at_s for client, at_s in self.holders.values() if client.disturbed_s < awake_s]
-
-    def watch(self, verb: str, path: str, data: bytes | None) -> None:
-        """See that whoever was followed by another one stops soon after it is awake again."""
-        super().watch(verb, path, data)
-        since_s = self.world.now_s - LEASE_S
-        self.world.expect(sum(at_s < since_s for at_s in self.holding(since_s)) < 2, "two hold the run at once")
 
     def created(self, entry: Entry) -> None:
         """See that whoever was followed by another publishes nothing more, and that the newest checkpoint stays."""

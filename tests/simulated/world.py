@@ -24,7 +24,7 @@ from featurestore.storage import remote, safety, storage
 
 MOST_REQUESTS = 60_000
 UNITS_S = {"s": 1.0, "h": 3_600.0, "d": 86_400.0}
-_DECIDES = re.compile(r"/(log|expired|pins|channels|versions|use|\.run\.supervised)(/|$)")
+_DECIDES = re.compile(r"/(log|expired|pins|channels|versions|use)(/|$)")
 _AWAY, _PAUSES = "0s 0s 20s 70s 90s 110s 600s", "0.5s 20s 90s 1000s 5h 15h 2d"
 FAULTS = {
     "stalled": (1, True, _PAUSES),  # the client waits before it
@@ -63,8 +63,6 @@ class Client:
     patience_s: float = float("inf")
     """Up to when requests may stall or come late: what it does now has to end before a time that the product names."""
     away_s: float = 0.0
-    disturbed_s: float = 0.0
-    """Up to when a fault was at work."""
     num_failed: int = 0
     aims: tuple[str, ...] = ()
     """Faults, for how long, at which request; each waits until those before it have had theirs."""
@@ -118,7 +116,6 @@ class World:
         kind, for_s = self._befalling(me, verb, path)
         times, is_answered, _ = FAULTS.get(kind, (1, True, ""))
         until_s = self.now_s + for_s
-        me.disturbed_s = max(me.disturbed_s, until_s if kind else 0.0)
         me.num_failed += not is_answered
         self.sleep(for_s if kind in ("stalled", ASLEEP) else 0.0)
         self.now_s += 0.02
@@ -234,15 +231,13 @@ class ObjectStore:
     def find(self, path: str, detail: bool) -> list[str]:
         """List the paths of a file, or below a folder; now and then in two requests, each for half of them.
 
-        So clients do that list page by page; what is written between the two may be missed, as POSIX allows. The few
-        claims of a run come in one page."""
+        So clients do that list page by page; what is written between the two may be missed, as POSIX allows."""
 
         def names() -> dict[str, float]:
             return {each: of.mtime_s for each, of in self.objects.items() if f"{each}/".startswith(f"{path}/")}
 
         found, listed_s = self._world.request("list", path, names), self._world.now_s
-        has_pages = self._world.current is not self._world.calm and not path.endswith(".supervised")
-        if has_pages and self._random.random() < self._lagging:
+        if self._world.current is not self._world.calm and self._random.random() < self._lagging:
             before_s = listed_s if self._misses_new else float("inf")
             later = {each for each, at_s in self._world.request("list", path, names).items() if at_s <= before_s}
             found = {each for each in {*found, *later} if each in (found if zlib.crc32(each.encode()) & 1 else later)}
