@@ -169,14 +169,14 @@ def test_rows_asked_for_long_before_their_step_are_the_same(max_rows: int, steps
 
 def test_ids_that_wait_for_their_admission_take_no_ones_room() -> None:
     rows = 32  # of a shard: two make room at once
-    table, ids = table_of(shape_of(rows * SHARDS, admit_after=2)), ids_of_shard(3, rows + 1)
+    table, ids = table_of(shape_of(rows * SHARDS, admit_after=2)), ids_of_shard(3, rows + 3)
     for each in ids[:rows]:
         train(table, [each])
         train(table, [each])
-    train(table, ids[rows:])
+    train(table, ids[rows : rows + 1])
     assert table.counts.evicted == 0
     train(table, ids[rows:])
-    assert table.counts.evicted == 2 and have_rows(table, ids) == {*ids[2:]}
+    assert table.counts.evicted == 2 and have_rows(table, ids) == {*ids[2 : rows + 1]}
 
 
 def test_the_longest_unused_are_chosen_as_sorting_all_would() -> None:
