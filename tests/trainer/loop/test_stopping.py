@@ -12,7 +12,7 @@ import pytest
 from featurestore.storage.storage import Storage
 from tests.trainer.checkpoints import steps_of
 from tests.trainer.conftest import Places
-from tests.trainer.whole_runs import assert_same, report_of, run_alone
+from tests.trainer.whole_runs import assert_same, interrupted_after, report_of, run_alone
 from trainer.comm import SoloComm
 from trainer.config import load_config
 from trainer.engine.engine import Engine
@@ -66,8 +66,7 @@ class TestDecision:
 def _scripted() -> Iterator[list[int]]:
     """Let evaluations find the GAUC of the script, within the block; gives the steps that were evaluated."""
     steps: list[int] = []
-    counted = Engine.train_step
-    now = {"step": 0}
+    counted, now = Engine.train_step, {"step": 0}
 
     def train_step(engine: Engine, prepared: Any) -> Any:
         result = counted(engine, prepared)
@@ -128,20 +127,11 @@ def test_the_best_parameters_are_there_where_no_other_checkpoint_is_due(
 
 @pytest.mark.long
 def test_an_interrupted_run_ends_with_the_same(
-    places: Places, whole: Path, tmp_path: Path, scripted: list[int], monkeypatch: pytest.MonkeyPatch
+    places: Places, whole: Path, tmp_path: Path, scripted: list[int]
 ) -> None:
     """Killed after its best step, which a later start has to know."""
-    step = Engine.train_step
-
-    def killed(engine: Engine, prepared: Any) -> Any:
-        if engine.num_steps == 9:
-            raise KeyboardInterrupt
-        return step(engine, prepared)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Engine, "train_step", killed)
-        with pytest.raises(KeyboardInterrupt):
-            _run(places, "halves", tmp_path)
+    with interrupted_after(9):
+        _run(places, "halves", tmp_path)
     assert read_state(find_checkpoint(tmp_path / "halves")).step == 9
     halves = _run(places, "halves", tmp_path, run__resume="latest")
     assert_same(halves, whole, metrics=True)
@@ -221,7 +211,8 @@ def _scored(*gaucs: float) -> Iterator[list[int]]:
         yield measured
 
 
-VALIDATED = {"data__validation_days": 1, "train__epochs": 3, "train__checkpoint_every": 2}
+FEW_STEPS = {"data__global_batch_size": 96}
+VALIDATED = {"data__validation_days": 1, "train__epochs": 3, "train__checkpoint_every": 2, **FEW_STEPS}
 KEPT = ["2026-01-01", "2026-01-02"]
 
 
@@ -235,7 +226,7 @@ def validated(places: Places, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_ends_with_the_best_epoch_on_days_that_it_is_not_trained_on(
     places: Places, validated: Path, tmp_path: Path
 ) -> None:
-    plain = run_alone(places, run__name="two", run__dir=tmp_path, data__train_days=f"[{','.join(KEPT)}]")
+    plain = run_alone(places, run__name="two", run__dir=tmp_path, data__train_days=f"[{','.join(KEPT)}]", **FEW_STEPS)
     assert_same(validated, plain, metrics=True)
     report, steps = report_of(validated), report_of(plain)["global_step"]
     assert (report["global_step"], [entry["step"] for entry in report["history"]]) == (
@@ -250,23 +241,12 @@ def test_a_run_ends_with_the_best_epoch_on_days_that_it_is_not_trained_on(
 
 
 @pytest.mark.long
-def test_an_interrupted_run_chooses_the_same_epoch(
-    places: Places, validated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_run_chooses_the_same_epoch(places: Places, validated: Path, tmp_path: Path) -> None:
     """Killed in the last epoch, after the best one."""
-    step, last = Engine.train_step, report_of(validated)["history"][-1]["step"] - 1
-
-    def killed(engine: Engine, prepared: Any) -> Any:
-        if engine.num_steps == last:
-            raise KeyboardInterrupt
-        return step(engine, prepared)
-
     changes = {"run__name": "halves", "run__dir": tmp_path, **VALIDATED}
     with _scored(0.5, 0.7, 0.6) as measured:
-        with monkeypatch.context() as patched:
-            patched.setattr(Engine, "train_step", killed)
-            with pytest.raises(KeyboardInterrupt):
-                run_alone(places, **changes)
+        with interrupted_after(report_of(validated)["history"][-1]["step"] - 1):
+            run_alone(places, **changes)
         halves = run_alone(places, run__resume="latest", **changes)
         assert_same(halves, validated, metrics=True)
         assert report_of(halves)["history"] == report_of(validated)["history"]
