@@ -24,32 +24,38 @@ def history_of(seed: int, clients: Clients | None = None, schedule: int = 0) -> 
 
     `clients`: what they do in the place of what is the seed's; `schedule`: another order of requests."""
     draw, (turn, is_drawn) = random.Random(f"plan {seed}"), divmod(seed, 2)
-    times, number = divmod(turn, len(SCENES))
-    kind, scene = (KINDS[turn % len(KINDS)], []) if is_drawn else SCENES[number]
-    is_calm = not is_drawn and (times % 3 == 0 or ASLEEP in str(scene))
-    drawn = _drawn(kind, draw)
-    beside = drawn if is_drawn else drawn[: draw.choice([0, 1])]
-    is_alone = is_calm or (scene and re.search("purge|mend", str([scene, beside])))
-    own = scene if is_alone else [*scene, *beside]
+    if is_drawn:
+        kind = KINDS[turn % len(KINDS)]
+        own, is_calm = _drawn(kind, draw), False
+    else:
+        times, number = divmod(turn, len(SCENES))
+        kind, scene = SCENES[number]
+        is_calm = times % 3 == 0 or ASLEEP in str(scene)
+        both = [*scene, *_drawn(kind, draw)[: draw.choice([0, 1])]]
+        own = scene if is_calm or re.search("purge|mend", str(both)) else both
     return kind(World(seed + schedule * 1_000_003, is_calm), own if clients is None else clients)
 
 
 def first_failed(seeds: range, kind: str) -> str:
     """Return the first seed of this kind of histories that fails, and why; empty where none does."""
-    histories = ((seed, history_of(seed)) for seed in seeds)
-    failures = (f"seed {seed}: {each.play().world.failure}" for seed, each in histories if type(each).__name__ == kind)
-    return next((each for each in failures if not each.endswith(": ")), "")
+    for seed in seeds:
+        history = history_of(seed)
+        if type(history).__name__ == kind and history.play().world.failure:
+            return f"seed {seed}: {history.world.failure}"
+    return ""
 
 
 def shortened(seed: int, failed: History) -> History:
     """Leave out steps, and what befalls them, one after another, as long as the history of the seed still fails."""
     for client, steps in enumerate(failed.clients):
         for place, step in enumerate(steps):
-            for left in ([], [step.partition(" | ")[0]]):
+            words, *aims = step.split(" | ")
+            for left in ([], [words]) if aims else ([],):
                 fewer = [*steps[:place], *left, *steps[place + 1 :]]
                 clients = [*failed.clients[:client], fewer, *failed.clients[client + 1 :]]
-                for schedule in range(SCHEDULES if clients != failed.clients else 0):
-                    if (shorter := history_of(seed, clients, schedule).play()).world.failure:
+                for schedule in range(SCHEDULES):
+                    shorter = history_of(seed, clients, schedule).play()
+                    if shorter.world.failure:
                         return shortened(seed, shorter)
     return failed
 
