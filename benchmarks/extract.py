@@ -152,7 +152,7 @@ def torch_seconds(locations: Sequence[str], batch_size: int, precision: "AutoDTy
     from pipeline.network.compute import normalised
 
     compute, preset = torch_network(precision), preset_of(DEFAULT_BACKBONE, WEIGHTS)
-    torch.set_num_threads(torch_threads({}))
+    torch.set_num_threads(torch_threads(1))
     batches = [
         normalised(
             np.stack([prepare(read_image(place), preset).pixels_HWC for place in locations[i : i + batch_size]]), preset

@@ -11,7 +11,7 @@ import faiss as _typed_faiss
 import numpy as np
 
 from featurestore.errors import CorruptFileError, InvalidRowsError
-from featurestore.keys import AnyArray, Float32Array, Float64Array, Int64Array
+from featurestore.keys import AnyArray, Float32Array, Int64Array
 from featurestore.spec import IndexKind
 
 faiss: Any = _typed_faiss  # its stubs lack some of the classes
@@ -43,59 +43,41 @@ class VectorIndex:
 
     Under hnsw the vectors lie less their mean c. <q, x - c> is <q, x> less a number that all vectors share, so the
     order stays; but vectors that share a direction, as those of two towers do, spread round the origin again, and links
-    lead to the best ones. Scores are <q, x> as ever. The graph can also be of the space of one more dimension in which
-    all vectors are equally long and the nearest have the largest inner product (`lifted`; Bachrach et al. 2014,
-    "Speeding Up the Xbox Recommender System"): on some vectors it finds much more then; on others, as of very unequal
-    lengths, or added ones that are longer than all before, much less: measure.
+    lead to the best ones. Scores are <q, x> as ever.
 
-    `add` appends: nothing is linked again. `remove` marks. The earlier vector of a key that comes again, and
-    that of a removed key, stay where they are, and searches pass over them; `num_unused` counts those, and only a new
-    index is without them. Where they lie between the query and its best keys, hnsw finds less: measure.
+    An index does not change; of other vectors another one is built.
     """
 
-    def __init__(self, index: Any, centre_D: Vectors, radius: float, removed_M: Int64Array) -> None:
+    def __init__(self, index: Any, centre_D: Vectors) -> None:
         """`index`: a faiss.IndexIDMap over one of the two; `build` and `load` make it.
 
-        `centre_D` is what the vectors lie less, `radius` the length of the longest of those that it was built of, and
-        `removed_M` are the places of vectors whose key was removed.
+        `centre_D` is what the vectors lie less.
         """
         self._index, self._base = index, faiss.downcast_index(index.index)
         self.kind: IndexKind = next(kind for kind, each in _CLASSES.items() if isinstance(self._base, each))
         self.dim = len(centre_D)
-        self._centre_D, self._radius, self._removed_M = centre_D, radius, removed_M
-        self._is_lifted = self._base.d > self.dim
-        self._find_live()
+        self._centre_D = centre_D
+        self._keys_N: Int64Array = faiss.vector_to_array(index.id_map).astype(np.int64, copy=True)
 
     @classmethod
-    def build(cls, kind: IndexKind, keys_N: Int64Array, vectors_ND: Vectors, lifted: bool = False) -> Self:
-        """Build an index of vectors; of a key that comes twice the last one counts. Order N log N for hnsw, else N.
+    def build(cls, kind: IndexKind, keys_N: Int64Array, vectors_ND: Vectors) -> Self:
+        """Build an index of vectors. Order N log N for hnsw, else N.
 
-        `lifted` is for hnsw. Raises InvalidRowsError where there is no vector, and as `add`.
+        Raises InvalidRowsError where there is no vector, for another number of keys, for a key that comes twice, and
+        for numbers that are not finite.
         """
-        if vectors_ND.ndim != 2 or 0 in vectors_ND.shape:
-            raise InvalidRowsError(
-                f"vectors of shape {vectors_ND.shape} make no index; give (N, D) with at least one row and one number"
-            )
-        keys_N, vectors_ND = _checked(keys_N, vectors_ND, vectors_ND.shape[1])
+        keys_N, vectors_ND = _checked(keys_N, vectors_ND)
         centre_D = np.zeros(vectors_ND.shape[1], np.float32)
         if kind != "flat":
             centre_D = vectors_ND.mean(axis=0, dtype=np.float64).astype(np.float32)
-        radius = float(np.sqrt(_squares(vectors_ND - centre_D).max()))
-        index = cls(
-            faiss.IndexIDMap(_empty(kind, vectors_ND.shape[1], lifted)), centre_D, radius, np.empty(0, np.int64)
-        )
-        index.add(keys_N, vectors_ND)
-        return index
+        index = faiss.IndexIDMap(_empty(kind, len(centre_D)))
+        index.add_with_ids(vectors_ND - centre_D, keys_N)
+        return cls(index, centre_D)
 
     @property
     def num_keys(self) -> int:
         """Number of keys that a search can find."""
-        return self._num_keys
-
-    @property
-    def num_unused(self) -> int:
-        """Vectors that belong to no key any more."""
-        return len(self._keys_N) - self.num_keys
+        return len(self._keys_N)
 
     @property
     def effort(self) -> int | None:
@@ -112,28 +94,7 @@ class VectorIndex:
         """More than this helps no more; None for flat."""
         return _LARGEST_EFFORT if self.kind == "hnsw" else None
 
-    def add(self, keys_N: Int64Array, vectors_ND: Vectors) -> None:
-        """Add new keys, and new vectors of keys that are there; none at all is fine.
-
-        Raises InvalidRowsError for vectors of another width, another number of keys, and numbers that are not finite.
-        """
-        keys_N, vectors_ND = _checked(keys_N, vectors_ND, self.dim)
-        self._index.add_with_ids(self._stored(vectors_ND), keys_N)
-        self._find_live()
-
-    def remove(self, keys_N: Int64Array) -> int:
-        """Hide these keys from every search until they are added again. Returns how many were there.
-
-        Raises InvalidRowsError where no key would be left.
-        """
-        places_M = self._live_M[np.isin(self._keys_N[self._live_M], keys_N)]
-        if len(places_M) == self.num_keys:
-            raise InvalidRowsError(f"all {self.num_keys:,} keys of the index would be removed; leave one")
-        self._removed_M = np.concatenate([self._removed_M, places_M])
-        self._find_live()
-        return len(places_M)
-
-    def search(self, queries_KD: Vectors, count: int, effort: int | None = None) -> tuple[Int64Array, Vectors]:
+    def search(self, queries_KD: Vectors, count: int) -> tuple[Int64Array, Vectors]:
         """Find keys and inner products of the `count` largest for each query, largest first: (K, C), (K, C).
 
         C is `count`, or `num_keys` where that is less. An approximate index may find fewer for a query: the rest has
@@ -145,25 +106,20 @@ class VectorIndex:
             raise InvalidRowsError(f"count={count}: a search is for at least one key")
         found = min(count, self.num_keys)
         queries_KD = np.ascontiguousarray(queries_KD, np.float32)
-        asked_KD, length_K1 = self._asked(queries_KD)
-        score_KC, place_KC = self._base.search(asked_KD, found, params=self._parameters(effort))
-        if self._base.metric_type == faiss.METRIC_L2:
-            score_KC, place_KC = self._by_product(asked_KD, place_KC)
+        score_KC, place_KC = self._base.search(queries_KD, found)
         here_KC = place_KC >= 0
         if self.kind != "flat":
             shift_K1 = (queries_KD.astype(np.float64) @ self._centre_D)[:, None]
-            score_KC = (score_KC * length_K1 + shift_K1).astype(np.float32)
+            score_KC = (score_KC + shift_K1).astype(np.float32)
         return np.where(here_KC, self._keys_N[place_KC], 0), np.where(here_KC, score_KC, NOT_FOUND)
 
     def save(self) -> bytes:
         """Return the bytes of a NumPy archive (.npz): `index`, faiss's file of an IndexIDMap, and what __init__ says.
 
-        Another program that searches `index` by faiss alone gets the right order, of removed keys too, with scores
-        less <q, centre>; to the queries of a lifted hnsw it appends a zero, and gets distances.
+        Another program that searches `index` by faiss alone gets the right order, with scores less <q, centre>.
         """
         file = io.BytesIO()
-        index, radius = faiss.serialize_index(self._index), np.float64(self._radius)
-        np.savez(file, index=index, centre=self._centre_D, radius=radius, removed=self._removed_M)
+        np.savez(file, index=faiss.serialize_index(self._index), centre=self._centre_D)
         return file.getvalue()
 
     @classmethod
@@ -174,84 +130,31 @@ class VectorIndex:
         """
         try:
             with np.load(io.BytesIO(data), allow_pickle=False) as file:
-                index = faiss.deserialize_index(file["index"])
-                return cls(index, file["centre"], float(file["radius"]), file["removed"])
+                return cls(faiss.deserialize_index(file["index"]), file["centre"])
         except _NO_INDEX as failure:
             raise CorruptFileError(f"not an index that this code wrote: {failure}") from failure
 
-    def _find_live(self) -> None:
-        """Find the last vector of each key: that is its vector, unless it was removed."""
-        self._keys_N: Int64Array = faiss.vector_to_array(self._index.id_map).astype(np.int64, copy=True)
-        last_first, live_N = len(self._keys_N) - 1, np.zeros(len(self._keys_N), np.bool_)
-        live_N[last_first - np.unique(self._keys_N[::-1], return_index=True)[1]] = True
-        live_N[self._removed_M] = False
-        self._live_M = np.flatnonzero(live_N)
-        self._num_keys, self._live_bits = len(self._live_M), np.packbits(live_N, bitorder="little")
 
-    def _stored(self, vectors_ND: Vectors) -> Vectors:
-        """Return the vectors as faiss has them."""
-        if self.kind == "flat":
-            return vectors_ND
-        centred_ND = vectors_ND - self._centre_D
-        if not self._is_lifted:
-            return centred_ND
-        # A later vector may be longer than `radius`: it may be found less well then, but its score is right.
-        rest_N1 = np.sqrt(np.maximum(self._radius**2 - _squares(centred_ND), 0))[:, None]
-        return np.hstack([centred_ND, rest_N1.astype(np.float32)])
-
-    def _asked(self, queries_KD: Vectors) -> tuple[Vectors, Float64Array]:
-        """Return the queries as faiss has them, and what its scores are multiplied with, (K, 1).
-
-        To a lifted hnsw all are as long as its vectors: which are nearest depends on it.
-        """
-        if not self._is_lifted:
-            return queries_KD, np.ones((len(queries_KD), 1))
-        length_K1 = np.sqrt(_squares(queries_KD))[:, None] / (self._radius or 1)
-        length_K1[length_K1 == 0] = 1
-        scaled_KD = (queries_KD / length_K1).astype(np.float32)
-        return np.hstack([scaled_KD, np.zeros((len(queries_KD), 1), np.float32)]), length_K1
-
-    def _by_product(self, asked_KD: Vectors, place_KC: Int64Array) -> tuple[Vectors, Int64Array]:
-        """Return inner products of the found vectors with the queries, largest first, and their places.
-
-        Of distances the last bits would be lost."""
-        found_KCD = self._base.reconstruct_batch(place_KC.clip(min=0).ravel()).reshape(*place_KC.shape, -1)
-        score_KC = np.einsum("kd,kcd->kc", asked_KD, found_KCD, dtype=np.float64)
-        score_KC[place_KC < 0] = NOT_FOUND
-        order_KC = np.argsort(-score_KC, axis=1, kind="stable")
-        return np.take_along_axis(score_KC, order_KC, 1), np.take_along_axis(place_KC, order_KC, 1)
-
-    def _parameters(self, effort: int | None) -> Any:
-        chosen: dict[str, Any] = {}
-        if self.num_unused:
-            chosen["sel"] = faiss.IDSelectorBitmap(self._live_bits)
-        if effort := effort or self.effort:  # its candidates are unused vectors too
-            candidates = effort * len(self._keys_N) // self.num_keys
-            return faiss.SearchParametersHNSW(efSearch=candidates, **chosen)
-        return faiss.SearchParameters(**chosen)
-
-
-def _empty(kind: IndexKind, dim: int, lifted: bool) -> Any:
+def _empty(kind: IndexKind, dim: int) -> Any:
     if kind == "flat":
         return faiss.IndexFlatIP(dim)
-    base = faiss.IndexHNSWFlat(dim + lifted, _LINKS, faiss.METRIC_L2 if lifted else faiss.METRIC_INNER_PRODUCT)
+    base = faiss.IndexHNSWFlat(dim, _LINKS, faiss.METRIC_INNER_PRODUCT)
     base.hnsw.efConstruction, base.hnsw.efSearch = _BUILD_EFFORT, _SEARCH_EFFORT
     return base
 
 
-def _squares(vectors_ND: Vectors) -> Float64Array:
-    """Return the squared length of each vector, (N,)."""
-    return np.asarray(np.einsum("nd,nd->n", vectors_ND, vectors_ND, dtype=np.float64))
-
-
-def _checked(keys_N: Int64Array, vectors_ND: Vectors, dim: int) -> tuple[Int64Array, Vectors]:
+def _checked(keys_N: Int64Array, vectors_ND: Vectors) -> tuple[Int64Array, Vectors]:
     """Return keys and vectors as faiss takes them. Raises InvalidRowsError."""
-    if vectors_ND.ndim != 2 or vectors_ND.shape[1] != dim:
-        raise InvalidRowsError(f"vectors of shape {vectors_ND.shape} do not fit an index of width {dim}")
+    if vectors_ND.ndim != 2 or 0 in vectors_ND.shape:
+        raise InvalidRowsError(
+            f"vectors of shape {vectors_ND.shape} make no index; give (N, D) with at least one row and one number"
+        )
     if keys_N.shape != (len(vectors_ND),) or keys_N.dtype != np.int64:
         raise InvalidRowsError(
             f"keys {keys_N.dtype}{keys_N.shape}: each of {len(vectors_ND)} vectors needs an int64 key"
         )
+    if len(np.unique(keys_N)) < len(keys_N):
+        raise InvalidRowsError("a key comes twice; give one vector of each")
     vectors_ND = np.ascontiguousarray(vectors_ND, np.float32)
     if (wrong := np.flatnonzero(~np.isfinite(vectors_ND).all(axis=1))).size:
         raise InvalidRowsError(f"the vector of key {keys_N[wrong[0]]} has numbers that are not finite")

@@ -46,11 +46,6 @@ def staged_parts(storage: Storage, run_id: str) -> list[str]:
     return [name.removesuffix(_SUFFIX) for name in names if name.endswith(_SUFFIX)]
 
 
-def discard_part(storage: Storage, run_id: str, part: str) -> None:
-    """Remove one part of a run."""
-    storage.delete(_part_path(run_id, part))
-
-
 def discard(storage: Storage, run_id: str) -> None:
     """Remove all parts of a run."""
     storage.delete(f"{STAGING}/{_checked(run_id)}")

@@ -137,10 +137,6 @@ class FeatureStore:
         """List the names of the run's complete parts, sorted."""
         return staging.staged_parts(self.storage, run_id)
 
-    def discard_part(self, run_id: str, part: str) -> None:
-        """Remove one of the run's parts."""
-        staging.discard_part(self.storage, run_id, part)
-
     def discard_staging(self, run_id: str) -> None:
         """Remove the run's parts."""
         staging.discard(self.storage, run_id)

@@ -28,11 +28,12 @@ def main(options: ExtractOptions) -> None:
     """
     from pipeline.cluster.tasks import connect
     from pipeline.features.refresh import extract
-    from pipeline.network.backbone import UntrainedWeightsWarning, check_network
+    from pipeline.network import check_weights_name
+    from pipeline.network.backbone import UntrainedWeightsWarning, feature_dim
 
     if options.weights.startswith("random:"):
         output.print_warning(f"the weights {options.weights} are NOT pretrained")
-    check_network(options.backbone, options.weights)
+    feature_dim(options.backbone, check_weights_name(options.weights))  # before a cluster starts
     # One process with all cores for the network: copies of the network would share the same cores.
     with warnings.catch_warnings(), connect(workers=1, threads_per_worker=1) as client:
         warnings.simplefilter("ignore", UntrainedWeightsWarning)  # said above

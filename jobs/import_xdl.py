@@ -1,31 +1,24 @@
-"""Import text samples of XDL's example, or draw random data like the example's, text samples and binary images."""
+"""Import text samples in the format of XDL's example as sample groups."""
 
 from typing import Any
 
 from featurestore.console import commandline, output
-from pipeline.options import XdlOptions, XdlRandomOptions, takes_on_cluster
+from pipeline.options import XdlOptions, takes_on_cluster
 
 EXAMPLES = """Examples:
 
 \b
-crossmedia import-xdl random --out data/xdl
-crossmedia import --from data/xdl/imgs --store data/features-xdl
-crossmedia import-xdl samples --from data/xdl/data.txt --samples data/samples-xdl --label-threshold 0.5
+crossmedia import --from imgs --store data/features-xdl
+crossmedia import-xdl --from data.txt --samples data/samples-xdl --label-threshold 0.5
 """
 
-app = commandline.CommandApp(
-    report=True,
-    no_args_is_help=True,
-    rich_markup_mode="rich",
-    epilog=EXAMPLES,
-    help="Import text samples of XDL's example, or draw such data at random; import_features reads its binary images.",
-)
+app = commandline.CommandApp(report=True, rich_markup_mode="rich")
 
 
-@app.command()
+@app.command(epilog=EXAMPLES)
 @takes_on_cluster(XdlOptions)
-def samples(options: XdlOptions) -> None:
-    """Import text samples as sample groups, with a schema and settings for the trainer.
+def main(options: XdlOptions) -> None:
+    """Import text samples in the format of XDL's example as sample groups, with a schema and settings for the trainer.
 
     Neighbouring lines with equal group key and user part are one group. Bad lines are counted and kept, with number and
     reason, in SAMPLES/quarantine.parquet.
@@ -36,20 +29,6 @@ def samples(options: XdlOptions) -> None:
     with connect() as client:
         summary = import_samples(options, client)
     output.print_summary(summary_text(summary))
-
-
-@app.command()
-@commandline.takes(XdlRandomOptions)
-def random(options: XdlRandomOptions) -> None:
-    """Draw random data as the example's randtxt and randimg do, in their sizes (64 MB)."""
-    from pipeline.xdl import IMAGE_FOLDER, TEXT_FILE, draw
-
-    with output.progress_bar("drawing images", options.num_images) as bar:
-        draw(options, bar.advance)
-    output.print_summary(
-        f"samples      {options.num_lines:,} lines: {options.out / TEXT_FILE}\n"
-        f"images       {options.num_images:,} of {options.dim:,} numbers: {options.out / IMAGE_FOLDER}"
-    )
 
 
 def summary_text(summary: dict[str, Any]) -> str:

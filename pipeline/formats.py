@@ -7,8 +7,9 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -108,31 +109,14 @@ def pack(slices: "Iterable[VectorSlice]", rows: int) -> "list[tuple[VectorSlice,
     return [*packed, tuple(current)] if current else packed
 
 
-def gathered(blocks: Iterable[VectorBlock], rows: int) -> Iterator[VectorBlock]:
-    """Join the rows in blocks of at least `rows`, but for the last; one block where there are no rows."""
-    waiting: list[VectorBlock] = []
-    num_blocks = 0
-    for block in blocks:
-        waiting.append(block)
-        if sum(map(len, waiting)) >= rows:
-            yield _joined(waiting)
-            waiting = []
-            num_blocks += 1
-    if waiting or not num_blocks:
-        yield _joined(waiting)
-
-
-def _joined(blocks: list[VectorBlock]) -> VectorBlock:
-    if len(blocks) == 1:
-        return blocks[0]
-    if not blocks:
-        return VectorBlock(np.empty(0, np.int64), [], np.empty((0, 0), np.float32))
-    return VectorBlock(
-        np.concatenate([block.keys_N for block in blocks]),
-        [uri for block in blocks for uri in block.uris],
-        np.concatenate([block.vectors_ND for block in blocks]),
-        tuple(bad for block in blocks for bad in block.bad),
-    )
+def read_slices(slices: "Sequence[VectorSlice]", rows: int) -> Iterator[VectorBlock]:
+    """Read slices that were packed together: as one block, or one slice in blocks of `rows` rows."""
+    blocks = chain.from_iterable(piece.read(rows) for piece in slices)
+    if len(slices) == 1:
+        yield from blocks
+        return
+    keys_N, uris, vectors_ND, bad = zip(*(vars(block).values() for block in blocks), strict=True)
+    yield VectorBlock(np.concatenate(keys_N), [*chain(*uris)], np.concatenate(vectors_ND), tuple(chain(*bad)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,7 +174,9 @@ def plan_matrix(address: str, keys_address: str) -> VectorSource:
     path = entries[0].path
     with storage.open_input(path) as file:
         try:
-            shape, is_fortran, dtype = _read_header(file)
+            if (version := np.lib.format.read_magic(file)) != (1, 0):
+                raise ValueError(f"format {version} is for arrays of records")
+            shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(file)
         except (ValueError, SyntaxError) as error:
             raise VectorImportError(f"{address} is no .npy file: {error}") from error
         offset = file.tell()
@@ -242,15 +228,6 @@ def _names_of_rows(address: str) -> tuple[Int64Array | list[str], str]:
 def _single(values_ND: AnyArray) -> Float32Array:
     with np.errstate(over="ignore"):  # infinite then, and refused
         return values_ND.astype(np.float32)
-
-
-def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    version = np.lib.format.read_magic(file)
-    if version == (1, 0):
-        return np.lib.format.read_array_header_1_0(file)
-    if version == (2, 0):
-        return np.lib.format.read_array_header_2_0(file)
-    raise ValueError(f"format {version} is for arrays of records")
 
 
 FOOTER_THREADS = 16  # waiting for answers, not computing

@@ -14,7 +14,6 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,6 @@ import numpy.typing as npt
 import xxhash
 from distributed import Client
 
-from featurestore.console.output import progress_bar
 from featurestore.format.codec import read_npy
 from featurestore.format.rows import FeatureRows
 from featurestore.keys import AnyArray, BoolArray, Int64Array
@@ -31,9 +29,9 @@ from featurestore.spec import ExtractorSpec
 from featurestore.staging import STAGING
 from featurestore.store import FeatureStore
 from pipeline import store_run
-from pipeline.cluster.tasks import Killed, run_alone, run_tasks
+from pipeline.cluster.tasks import run_all
 from pipeline.errors import VectorImportError
-from pipeline.formats import VectorBlock, VectorSlice, VectorSource, block_rows, gathered, pack
+from pipeline.formats import VectorBlock, VectorSlice, VectorSource, block_rows, pack, read_slices
 from pipeline.options import ImportOptions
 
 NEW, CHANGED, UNCHANGED = 0, 1, 2
@@ -77,7 +75,7 @@ def stage_unit(
     parts: list[str] = []
     bad: list[store_run.BadRow] = []
     indexes, num_rows = [np.empty(0, INDEX_DTYPE)], 0
-    for block in gathered(chain.from_iterable(piece.read(rows) for piece in slices), rows):
+    for block in read_slices(slices, rows):
         num_rows += len(block) + len(block.bad)
         bad += block.bad
         if not len(block):
@@ -307,19 +305,7 @@ class ImportRun(store_run.StoreRun):
         return np.concatenate([np.empty(0, INDEX_DTYPE), *indexes])
 
     def _stage(self, units: dict[str, tuple[VectorSlice, ...]], contested: Sequence[int]) -> dict[str, UnitReport]:
-        names = list(units)
-        version = self.snapshot.version
-        calls = [(self.store, version, self.run_id, name, units[name], self._rows, contested) for name in names]
-        num_rows = sum(piece.num_rows for slices in units.values() for piece in slices)
-        reports: dict[str, UnitReport] = {}
-        with progress_bar("reading again" if len(contested) else "reading", num_rows) as bar:
-            for place, report in run_tasks(self.client, stage_unit, calls):
-                done = run_alone(self.client, stage_unit, *calls[place]) if isinstance(report, Killed) else report
-                if isinstance(done, Killed):
-                    raise VectorImportError(
-                        f"reading {units[names[place]][0].path} brings the workers down: give them more memory, or set"
-                        " a smaller --part-size"
-                    )
-                reports[names[place]] = done
-                bar.advance(done.num_rows)
-        return reports
+        of_all = self.store, self.snapshot.version, self.run_id
+        calls = [(*of_all, name, slices, self._rows, contested) for name, slices in units.items()]
+        title, advice = "reading again" if contested else "reading", "give workers more, or set a smaller --part-size"
+        return dict(zip(units, run_all(self.client, title, stage_unit, calls, advice), strict=True))

@@ -50,7 +50,7 @@ ChannelOption = Annotated[
     ),
 ]
 PartOption = Annotated[
-    int, typer.Option(min=1, max=65536, help="Images per task; what is in flight is repeated after a kill.")
+    int, typer.Option(min=1, max=65536, help="About as many images a task; what is in flight is repeated after a kill.")
 ]
 
 
@@ -288,17 +288,6 @@ class XdlOptions:
         0.1
     )
     label_threshold: Annotated[float | None, typer.Option(help="Labels from here on are clicks.")] = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class XdlRandomOptions:
-    """Sizes of random data as XDL's example draws it; the defaults are the example's."""
-
-    out: Annotated[Path, typer.Option(help="Folder to write: data.txt and imgs/.", callback=on_this_machine)]
-    num_lines: Annotated[int, typer.Option("--lines", min=1, help="Text samples.")] = 1024
-    num_images: Annotated[int, typer.Option("--images", min=1, help="Images.")] = 4096
-    dim: Annotated[int, typer.Option(min=1, max=MAX_DIM, help="Numbers of an image.")] = XDL_DIM
-    seed: Annotated[int, typer.Option(min=0, help="Equal seeds give equal bytes.")] = 0
 
 
 @dataclass(frozen=True, kw_only=True)

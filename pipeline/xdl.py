@@ -1,4 +1,4 @@
-"""XDL's example formats: the import of text samples as sample groups, and random data like the example's.
+"""The import of text samples in the format of XDL's example as sample groups.
 
 A line is `skey|gkey|user part|ad part|label|ts`, a part `name@value,value;name@value`. A value is `id:weight`, or a
 plain number: an id of weight 1 in the user part, which XDL takes for sparse, and a number of a dense field in the ad
@@ -12,7 +12,7 @@ import math
 import shutil
 import uuid
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby, islice
 from pathlib import Path
@@ -27,19 +27,17 @@ from featurestore.console.files import write_json
 from featurestore.keys import key_of_uri, splitmix64
 from featurestore.storage.storage import Storage
 from pipeline.cluster.tasks import run_all
-from pipeline.errors import SampleError, SampleOptionError
-from pipeline.formats import NUM_FILES, find_files, record_dtype
-from pipeline.options import XdlOptions, XdlRandomOptions
+from pipeline.errors import SampleError
+from pipeline.formats import find_files
+from pipeline.options import XdlOptions
 from pipeline.samples.build import bad_reasons, write_suggested
 from pipeline.samples.groups import FORMAT, ROW_GROUP_SIZE
 from pipeline.samples.publish import MARK, QUARANTINE_FILE, SPLITS, replaced_files
 from trainer.schema.suggest import IMAGE_NAME, WEIGHT_SUFFIX
 
 RESERVED = ("user", "label", "gkey", "timestamp")
-TEXT_FILE, IMAGE_FOLDER = "data.txt", "imgs"
 _TYPES: dict[str, pa.DataType] = {"file": pa.string(), "line": pa.int64(), "reason": pa.string(), "text": pa.binary()}
 QUARANTINE = pa.schema(_TYPES)
-NUM_IDS = 1024  # in random data, those of images too
 SMALLER = "give them more memory, or cut the files"  # a file is a task
 
 PartName = Literal["user", "ad"]
@@ -378,36 +376,3 @@ def _summary(options: XdlOptions, fields: Sequence[XdlField], written: Sequence[
         **{split: {name: counts[split][name] for name in ("groups", "samples", "clicks")} for split in SPLITS},
         "fields": [asdict(each) for each in fields],
     }
-
-
-def draw(options: XdlRandomOptions, advance: Callable[[int], None]) -> None:
-    """Draw data.txt and imgs/data.0 to data.1023 in the new folder `options.out`.
-
-    By default as large as the example's (alibaba/x-deeplearning, CrossMedia, randtxt.py and randimg.py). Equal options
-    give equal bytes. Raises SampleOptionError where the folder has files.
-    """
-    if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
-        raise SampleOptionError(f"{options.out} is a file, or has files: name a new folder")
-    images = options.out / IMAGE_FOLDER
-    images.mkdir(parents=True)
-    (options.out / TEXT_FILE).write_text("".join(f"{line}\n" for line in draw_lines(options)))
-    random = np.random.default_rng([options.seed, 1])
-    for key in range(1, options.num_images + 1):
-        record = np.array([(key, random.normal(size=options.dim))], record_dtype(options.dim))
-        with (images / f"data.{key % NUM_FILES}").open("ab") as file:
-            file.write(record.tobytes())
-        advance(1)
-
-
-def draw_lines(options: XdlRandomOptions) -> Iterator[str]:
-    """Draw the text samples: weighted ids of the user, numbers of the ad, images of both, a label between 0 and 1."""
-    random = np.random.default_rng([options.seed, 0])
-
-    def sparse(most: int) -> str:
-        ids = random.integers(1, min(NUM_IDS, options.num_images) + 1, random.integers(1, most + 1))
-        return ",".join(f"{number}:{random.random():f}" for number in ids)
-
-    for number in range(options.num_lines):
-        user = [f"user{field}@{sparse(4)}" for field in range(4)] + [f"user_img@{sparse(31)}"]
-        ad = [f"ad{field}@{random.random():f}" for field in range(4)] + [f"ad_img@{sparse(1)}"]
-        yield f"skey{number}|gkey{number}|{';'.join(user)}|{';'.join(ad)}|{random.random():f}|1543622400"

@@ -23,7 +23,7 @@ Examples:
 
     crossmedia compat data/runs/both data/features --accept
 
-    crossmedia compat data/runs/both data/features --version candidate --promote stable
+    crossmedia compat data/runs/both data/features --version candidate
 
 Exit codes: 0 all gates hold, or --force was given; 1 a gate fails; 2 wrong options.
 """
@@ -46,10 +46,6 @@ class CompatOptions(GateLimits):
     accept: Annotated[
         bool, typer.Option("--accept", help="Let RUN's commands use STORE instead of the store that it was trained on.")
     ] = False
-    promote: Annotated[
-        str | None,
-        typer.Option(metavar="CHANNEL", help="Compare with the snapshot of this channel instead, and move it."),
-    ] = None
     force: Annotated[
         str | None, typer.Option(metavar="REASON", help="Reason to ignore failed gates; it is recorded.")
     ] = None
@@ -65,23 +61,17 @@ def main(options: CompatOptions) -> None:
     """Compare a snapshot with the one that a run was trained on: network, coverage, and the run's scores.
 
     A store that was deleted and computed again may be as good as before, but runs that were trained on the old one
-    refuse it: with --accept, RUN may use the new one, if all gates hold. With --promote, a channel of the store moves
-    to the snapshot, if all gates hold.
+    refuse it: with --accept, RUN may use the new one, if all gates hold.
     """
     from featurestore.published.paths import run_path
     from trainer.gates import Check
 
-    if options.accept and options.promote is not None:
-        raise typer.BadParameter("give --accept or --promote, not both", param_hint="--promote")
     which, samples, name = options.checkpoint, options.samples, options.name
     check = Check(run_path(options.run), options.store, options, which=which, samples=samples, name=name)
     candidate = check.store.snapshot(options.version)
-    if options.promote is not None:
-        found, outcome = check.promote(options.version, options.promote, options.force)
-    else:
-        found = check.compare(candidate)
-        outcome = "not compatible" if found.failures else "compatible"
+    found = check.compare(candidate)
     _print(check, candidate, found)
+    outcome = "not compatible" if found.failures else "compatible"
     if options.accept:
         outcome = f"accepted: {check.accept(candidate, found, options.force)}"
     output.print_summary(outcome)

@@ -360,9 +360,12 @@ class DataConfig(Section):
     """Train on the files day=DAY*.parquet of these days, as [2026-01-01], in train/ or test/; null: all of train/."""
     test_days: Training[list[Day] | None] = None
     """Evaluate on these days; []: no evaluation; null: all of test/."""
-    validation_days: Positions[Annotated[Annotated[int, Field(ge=0)] | list[Day], BeforeValidator(_one_day)]] = 0
+    validation_days: Positions[Annotated[Annotated[int, Field(ge=0)] | list[Day] | None, BeforeValidator(_one_day)]] = (
+        None
+    )
     """Do not train on this number of the last training days, or on these days: evaluate on them after each epoch, and
-    end with the best one, by GAUC."""
+    end with the best one, by GAUC. null: 0 for train.epochs of 1 or 2; for more, a tenth of four days or more, unless
+    train.max_steps or train.eval_every is set. On resume, null means the days that the checkpoint has recorded."""
     store: Nothing[Place] = "data/features"
     """Feature store, from crossmedia extract."""
     store_version: Nothing[Version | None] = None

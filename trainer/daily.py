@@ -20,9 +20,9 @@ from featurestore.parsing import parse_json
 from featurestore.published.paths import RunPath, read_file, run_path, write_json_file
 from trainer.cli import MoreSettings, Settings, SettingsFile
 from trainer.config import Config, differences, load_config, load_saved, refuse_given, save_config
-from trainer.errors import CheckpointError, ConfigError, DataNotFoundError, OtherRunError, TrainerError
+from trainer.errors import CheckpointError, ConfigError, DataNotFoundError, TakenOverError, TrainerError
 from trainer.main import on_ranks, train
-from trainer.runs.folder import DAYS_FILE, finished, report_of
+from trainer.runs.folder import DAYS_FILE, TENSORBOARD, finished, report_of
 
 if TYPE_CHECKING:
     from trainer.comm import Comm
@@ -197,7 +197,8 @@ class Day:
             "warm_start": str(before) if before else base.run.warm_start,
             "warm_parts": "all",
         }
-        data = {"train_days": list(self.train_days), "test_days": [self.test_day] if self.test_day else []}
+        data: dict[str, Any] = {"train_days": list(self.train_days), "validation_days": 0}
+        data["test_days"] = [self.test_day] if self.test_day else []
         if run["warm_start"] is None:
             return base.changed(run=run, data=data)
         rates = {"lr": LATER_LR * base.optim.lr, "ids_lr": LATER_IDS_LR * base.optim.alpha}
@@ -283,8 +284,9 @@ def follow(
             else:
                 continue
         except (CheckpointError, AnotherStoreError) as failure:
-            kind = OtherRunError if isinstance(failure, OtherRunError) else CheckpointError
-            raise kind(f"{failure}\nTo train {day.name} again, remove {day.folder}") from failure
+            if not isinstance(failure, TakenOverError):
+                failure.add_note(f"To train {day.name} again, remove {day.folder}")
+            raise
         comm.on_rank_0(lambda: write(folder))
     comm.on_rank_0(lambda: _end(folder))
 
@@ -315,20 +317,21 @@ def evaluate_trained(day: Day, report: Mapping[str, Any], comm: "Comm") -> None:
     """
     from trainer.evaluation.predict import measure_test
     from trainer.loop.summary import ProgressLog, write_report
-    from trainer.runs.open import EventsFolder
     from trainer.runs.saved import RunSource, open_source
 
     comm.on_rank_0(partial(_set_test_day, day))
     step = report["global_step"]
-    with contextlib.closing(open_source(RunSource(day.folder), comm)) as opened:
-        events = comm.on_rank_0(lambda: EventsFolder(day.folder, opened.config.data.cache_dir))
-        with ProgressLog(events.path if comm.rank == 0 else None, step, step) as progress:
-            progress.say(f"{day.folder}: {opened.test.num_samples:,} test samples of {day.test_day}, trained before")
-            metrics = measure_test(opened)
-            progress.metrics(step, metrics)
-            missing = opened.missing_by_store()
-            for note in (*opened.notes, *opened.saved.notes_on_missing(sum(missing.values()))):
-                progress.say(note)
+    place = day.folder / TENSORBOARD if comm.rank == 0 else None
+    with (
+        contextlib.closing(open_source(RunSource(day.folder), comm)) as opened,
+        ProgressLog(place, step, step) as progress,
+    ):
+        progress.say(f"{day.folder}: {opened.test.num_samples:,} test samples of {day.test_day}, trained before")
+        metrics = measure_test(opened)
+        progress.metrics(step, metrics)
+        missing = opened.missing_by_store()
+        for note in (*opened.notes, *opened.saved.notes_on_missing(sum(missing.values()))):
+            progress.say(note)
     missing = {name: count + missing[name] for name, count in report["missing_by_store"].items()}
     added = {
         "metrics": metrics,
@@ -337,7 +340,7 @@ def evaluate_trained(day: Day, report: Mapping[str, Any], comm: "Comm") -> None:
         "missing_lookups": sum(missing.values()),
         "samples_changed": opened.samples_changed,
     }
-    comm.on_rank_0(events.copy)
+    comm.on_rank_0(progress.flush)
     comm.on_rank_0(lambda: write_report(day.folder / "report.json", {**report, **added}))
 
 

@@ -9,7 +9,8 @@ TrainerError
 ├── CheckpointError   a checkpoint is damaged, or of another run
 │   ├── CheckpointNotFoundError  no such checkpoint
 │   ├── DamagedCheckpointError   its files are not those that were written
-│   └── OtherRunError            a checkpoint of another run, or of other settings
+│   ├── OtherRunError            a checkpoint of another run, or of other settings
+│   └── TakenOverError           another start of the run writes its checkpoints now
 ├── AdIndexError      an index of ads is of another checkpoint, or its place has other files
 │   └── AdIndexNotFoundError     no index of ads at the address
 ├── RemoteRankError   another rank failed; kind and text are those of its error
@@ -85,6 +86,12 @@ class DamagedCheckpointError(CheckpointError):
 
 class OtherRunError(CheckpointError):
     """The checkpoint belongs to another run: its settings, samples or features differ."""
+
+    exit_code = USAGE
+
+
+class TakenOverError(CheckpointError):
+    """Another start of the run has begun since, and continues it: this one must not be started again."""
 
     exit_code = USAGE
 

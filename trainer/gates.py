@@ -22,10 +22,9 @@ from featurestore.errors import FeatureStoreError, SnapshotNotFoundError, UserEr
 from featurestore.format.rows import FeatureRows
 from featurestore.keys import Int64Array, shard_of
 from featurestore.published.paths import RunPath
-from featurestore.published.versions import VersionName, check_channel_name, last_move
+from featurestore.published.versions import VersionName
 from featurestore.snapshot import Snapshot, SnapshotId
 from featurestore.store import FeatureStore
-from featurestore.upkeep.history import move_channel
 from trainer.cli import GateLimits
 from trainer.comm import Comm, SoloComm
 from trainer.errors import CheckpointError, ConfigError, DataNotFoundError, TrainerError
@@ -33,7 +32,7 @@ from trainer.evaluation.bootstrap import LEVEL, Difference, compare, log_loss
 from trainer.evaluation.predict import Predictions, gathered
 from trainer.models.layers import used_fields
 from trainer.runs import checkpoint
-from trainer.runs.open import StorePlace, check_identity, other_features
+from trainer.runs.open import StorePlace, other_features
 from trainer.runs.saved import TEST, SavedRun, open_at, open_test, read_run
 from trainer.samples.index import SampleIndex, open_index
 from trainer.samples.reader import Batch, SampleReader
@@ -288,12 +287,28 @@ class Check:
         """
         if candidate.manifest.commit_id == self.recorded.commit_id:
             return Comparison()
+        if differences := other_features(candidate.info, self.saved.state, self.place.name):
+            text = "; ".join(differences) + ": its E makes nothing of these"
+            return Comparison(gates=[GateResult(gate=NETWORK, holds=False, text=text)])
+        try:
+            index = open_test(self._comm, self.saved.config, self.saved.schema, self._samples)
+        except TrainerError as failure:
+            return Comparison(gates=[GateResult(gate="scores", holds=False, text=f"{failure}")])
         before = None
         for url in (self.recorded.url, self.store.url):
             with contextlib.suppress(FeatureStoreError):
                 snapshot = FeatureStore.open(url).snapshot(self.recorded.version)
                 before = snapshot if snapshot.manifest.commit_id == self.recorded.commit_id else before
-        return self._compare(candidate, before, against_reported=before is None)
+        # Only of all impressions can the log loss be compared with what the run reported.
+        most = max(index.num_samples, 1) if before is None else MOST_IMPRESSIONS
+        others = {place.name: self._other_store(place) for place in self.saved.places if place is not self.place}
+
+        def scored(snapshot: Snapshot) -> Scores:
+            return score(self.saved, {**others, self.place.name: snapshot}, index, self._comm, most)
+
+        new, old = scored(candidate), None if before is None else scored(before)
+        change = _against_reported(self.saved, new) if old is None else compare_scores(new, old)
+        return Comparison(change, [self._coverage(new, old), *score_gates(change, self._limits)])
 
     def accept(self, candidate: Snapshot, found: Comparison, force: str | None) -> str:
         """Let the run's commands use the candidate's store instead of the one that it was trained on.
@@ -310,55 +325,6 @@ class Check:
         if file is None:
             return "nothing to accept: it would not be refused"
         return f"no other store any more: {file}" if self.recorded.is_same(chosen) else f"kept in {file}"
-
-    def promote(self, source: VersionName | None, channel: str, force: str | None) -> tuple[Comparison, str]:
-        """Move a channel of the store to snapshot `source` if the gates hold against the one that it points to now.
-
-        `force`, a reason, moves it whatever they say. Returns what they found, and where the channel points. Raises
-        ChannelError, AnotherStoreError where the run was not trained on the store, so that its scores tell nothing, and
-        CommitConflictError where another writer moved the channel meanwhile: then it stays where that one put it.
-        """
-        move = last_move(self.store.storage, check_channel_name(channel))
-        candidate, version = self.store.snapshot(source), None if move is None else move.version
-        if move is not None and move.commit_id == candidate.manifest.commit_id:
-            return Comparison(), f"{channel} points to snapshot {version} already: nothing to do"
-        check_identity(self.place, candidate, self.saved.checkpoint, self.saved.state)
-        stable = None if version is None else self.store.snapshot(channel)
-        found = self._compare(candidate, stable, against_reported=False)
-        if found.failures and force is None:
-            stays = "is not there, and is not made" if version is None else f"stays at snapshot {version}"
-            return found, f"{channel} {stays}"
-        why = "promoted" if force is None else f"forced: {force}"
-        values = ", ".join(f"{each.gate} {each.value:.4g}" for each in found.gates if each.value is not None)
-        move_channel(self.store, channel, candidate.version, f"{why} ({values})", after=move.number if move else 0)
-        return found, f"{channel} points to snapshot {candidate.version}{', by --force' if found.failures else ''}"
-
-    def _compare(self, candidate: Snapshot, before: Snapshot | None, *, against_reported: bool) -> Comparison:
-        found = Comparison()
-        if differences := other_features(candidate.info, self.saved.state, self.place.name):
-            text = "; ".join(differences) + ": its E makes nothing of these"
-            found.gates = [GateResult(gate=NETWORK, holds=False, text=text)]
-            return found
-        try:
-            index = open_test(self._comm, self.saved.config, self.saved.schema, self._samples)
-        except TrainerError as failure:
-            found.gates.append(GateResult(gate="scores", holds=False, text=f"{failure}"))
-            return found
-        # Only of all impressions can the log loss be compared with what the run reported.
-        most = max(index.num_samples, 1) if against_reported else MOST_IMPRESSIONS
-        others = {place.name: self._other_store(place) for place in self.saved.places if place is not self.place}
-
-        def scored(snapshot: Snapshot) -> Scores:
-            return score(self.saved, {**others, self.place.name: snapshot}, index, self._comm, most)
-
-        new, old = scored(candidate), None if before is None else scored(before)
-        if old is not None:
-            found.scores = compare_scores(new, old)
-        elif against_reported:
-            found.scores = _against_reported(self.saved, new)
-        found.gates.append(self._coverage(new, old))
-        found.gates += score_gates(found.scores, self._limits) if found.scores else []
-        return found
 
     def _coverage(self, new: Scores, old: Scores | None) -> GateResult:
         """Measure the share of the impressions' images that have a row; of a run that stops without one, no fewer."""

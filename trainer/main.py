@@ -82,6 +82,7 @@ def train(config: Config, comm: "Comm") -> "RunPath":
     from trainer.loop import summary
     from trainer.loop.tracking import tracker_of
     from trainer.loop.training import StopSignals, Training, total_steps
+    from trainer.runs.folder import TENSORBOARD
     from trainer.runs.open import claim_folder, open_run
 
     started = time.time()
@@ -95,7 +96,7 @@ def train(config: Config, comm: "Comm") -> "RunPath":
         removed = claim_folder(run)
         hardware = summary.hardware_of(comm, run.device, run.config.model.compute_dtype)
         tracker = tracker_of(run) if root else None
-        place = run.events.path if root else None
+        place = run.folder / TENSORBOARD if root else None
         with summary.ProgressLog(place, run.engine.num_steps, total_steps(run), tracker) as progress:
             readers = f"{run.train_reader.num_samples:,} training and {run.test_reader.num_samples:,} test samples"
             if run.validation_reader is not None:
@@ -105,6 +106,13 @@ def train(config: Config, comm: "Comm") -> "RunPath":
                 f"step {run.engine.num_steps} of {total_steps(run)}"
             )
             _say_beginning(run, removed, progress)
+            held = run.config.data.validation_days if config.data.validation_days is None else 0
+            if isinstance(held, list):
+                days = f"{held[0]} to {held[-1]}" if held[1:] else held[0]
+                progress.say(
+                    f"held out, to choose the best of {config.train.epochs} epochs: {days}; data.validation_days=0 "
+                    "trains on all days"
+                )
             training = Training(run, progress, signals)
             training.fit()
             figures = summary.gather(comm, training.totals, run.engine.stages)
@@ -113,7 +121,31 @@ def train(config: Config, comm: "Comm") -> "RunPath":
                 _end_events(run, progress)
                 summary.write_report(run.folder / "report.json", report)
                 summary.show(progress.console, report)
+                if isinstance(held, list):
+                    progress.say(f"to train on the days held out as well: {_next_command(run, held)}")
         return run.folder
+
+
+_LAST_RATES = 0.3
+"""Times the rates, for days that are trained on after the others: see docs/RESULTS.md, real logs."""
+
+
+def _next_command(run: "Run", days: list[str]) -> str:
+    """Write the command that trains on the days held out, as often as the best epoch says, at lower rates."""
+    optim, train = run.config.optim, run.train_reader
+    epochs = -(-(run.engine.num_steps - run.engine.first_step) // train.steps_per_epoch)
+    given = {
+        "run.name": f"{run.folder.name}-all",
+        "run.warm_start": run.folder,
+        "run.warm_parts": "all",
+        "data.train_days": f"[{','.join(days)}]",
+        "data.validation_days": 0,
+        "train.epochs": epochs,
+        "optim.lr": f"{_LAST_RATES * optim.lr:g}",
+        "optim.ids_lr": f"{_LAST_RATES * optim.alpha:g}",
+    }
+    words = " ".join(f"{name}={value}" for name, value in given.items())
+    return f"crossmedia train --config {run.folder / 'config.yaml'} {words}"
 
 
 def _say_beginning(run: "Run", removed: "list[Checkpoint]", progress: "ProgressLog") -> None:
@@ -135,11 +167,11 @@ def _say_beginning(run: "Run", removed: "list[Checkpoint]", progress: "ProgressL
 
 
 def _end_events(run: "Run", progress: "ProgressLog") -> None:
-    """Copy TensorBoard's files to the run's address. Where that fails, it is reported: the report matters more."""
+    """Put TensorBoard's file to the run's address. Where that fails, it is reported: the report matters more."""
     try:
-        run.events.end()
-    except (OSError, StorageError) as failure:
-        progress.say(f"warning: not all of TensorBoard's files came to {run.folder}: {failure}")
+        progress.flush()
+    except StorageError as failure:
+        progress.say(f"warning: not all of TensorBoard's figures came to {run.folder}: {failure}")
 
 
 def _is_finished(run: "Run") -> bool:

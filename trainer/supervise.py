@@ -9,13 +9,12 @@ import contextlib
 import itertools
 import os
 import queue
-import re
 import shlex
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, TextIO
@@ -23,10 +22,9 @@ from typing import Annotated, Any, TextIO
 import typer
 from typer.main import get_command
 
-from featurestore.console.commandline import OK, STOPPED, CommandApp, run_app, say_error, takes
-from featurestore.errors import FAILED, USAGE, StorageError, UserError
+from featurestore.console.commandline import OK, STOPPED, CommandApp, run_app, takes
+from featurestore.errors import FAILED, USAGE, UserError
 from featurestore.published.paths import RunPath, run_path
-from featurestore.storage.storage import Storage
 from featurestore.text import count_text, printable
 from trainer.config import Config, load_config
 from trainer.errors import ConfigError
@@ -343,81 +341,6 @@ def _newest_step(run: RunPath) -> int:
     return found[-1].step if found else 0
 
 
-LEASE_S = 60.0
-"""Seconds without a renewal after which a supervisor on another machine counts as gone."""
-
-
-@contextlib.contextmanager
-def claimed(run: RunPath, lease_s: float = LEASE_S) -> Iterator[None]:
-    """Hold the claim of the highest number next to the run's folder: renewed in a thread, and given back at the end.
-
-    It is left there, empty: were its number given again, a process that was away would take it for its own claim.
-    That of a process of this machine ends with it. SIGTERM comes to this process where another supervisor has taken
-    the run over. Raises ConfigError where another one has it, StorageError.
-    """
-    folder = run.parent / f".{run.name}.supervised"
-    storage, ended = Storage(str(folder)), threading.Event()
-    claims = storage.list()
-    if claims and (holder := _holder(storage, claims[-1], lease_s)):
-        raise _held(run, f"{holder}, or was until less than {lease_s:g} s ago")
-    mine = f"{int(claims[-1]) + 1 if claims else 1:020}"
-    if not storage.create_exclusive(mine, _me().encode()):
-        raise _held(run, "one that began at the same moment")
-    if storage.list()[-1:] != [mine]:  # the number was free again, as this process was away after it had looked
-        storage.delete(mine)
-        raise _held(run, "one that began meanwhile")
-
-    def renew() -> None:
-        while not ended.wait(lease_s / 4):
-            with contextlib.suppress(OSError, StorageError):  # the store is away: nobody else can take the run either
-                if (newest := storage.list()[-1:]) != [mine]:
-                    other = storage.read_bytes(newest[0]).decode(errors="replace") if newest else ""
-                    say_error(
-                        f"the run is supervised by {printable(other) or 'another one'} now: this supervisor stops"
-                    )
-                    os.kill(os.getpid(), signal.SIGTERM)
-                    return
-                storage.write_bytes(mine, _me().encode())
-
-    renewing = threading.Thread(target=renew, daemon=True)
-    renewing.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        renewing.join()
-        with contextlib.suppress(OSError, StorageError):  # a full disk, say: the claim ends with this process, or later
-            is_newest = storage.list()[-1:] == [mine]
-            if is_newest:
-                storage.write_bytes(mine, b"")
-            storage.delete_files([*claims, *([] if is_newest else [mine])])
-
-
-def _holder(storage: Storage, claim: str, lease_s: float) -> str | None:
-    """Return who holds a claim; None if it was given back, has expired, or its process here has ended."""
-    with contextlib.suppress(FileNotFoundError):
-        holder = printable(storage.read_bytes(claim).decode(errors="replace")[:200])
-        if holder and storage.now() - storage.entry(claim).mtime_s < lease_s and not _is_gone(holder):
-            return holder
-    return None
-
-
-def _me() -> str:
-    return f"process {os.getpid()} on {os.uname().nodename}"
-
-
-def _is_gone(holder: str) -> bool:
-    """Return whether the holder was a process of this machine that has ended, perhaps with this one's number."""
-    match = re.fullmatch(r"process (\d{1,10}) on (.+)", holder)
-    if match is None or match[2] != os.uname().nodename:
-        return False
-    return holder == _me() or not Path(f"/proc/{match[1]}").exists()
-
-
-def _held(run: RunPath, holder: str) -> ConfigError:
-    return ConfigError(f"{run} is supervised already, by {holder}; end that first")
-
-
 @dataclass
 class Supervisor:
     """The supervision of one run; `past`: the generations that are over.
@@ -674,7 +597,7 @@ def main(options: SuperviseOptions) -> None:
     """Train a run on several hosts, and start it again by itself when a rank or a host is lost."""
     options.check()
     train = parse_command(options.command)
-    with claimed(train.folder), contextlib.closing(Printer()) as printer:
+    with contextlib.closing(Printer()) as printer:
         raise typer.Exit(asyncio.run(Supervisor(options, train, printer).run()))
 
 

@@ -1,12 +1,12 @@
-"""Samples in which training has never or seldom seen a share of the items.
+"""Samples in which training has never seen a share of the items.
 
-Where items are held out, they are shown in the test rows, and stand in histories there, as new items do in life: half
+The items are shown in the test rows, and stand in histories there, as new items do in life: half
 of them in the test split, by which a run may decide something (model.image_dropout), the others in a second one,
 JUDGED, by which it is measured.
 """
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -57,27 +57,6 @@ def hold_out(samples: Path, out: Path, share: float, seed: int = 0) -> None:
         _write(file, out / "train", is_known_N, ~sampled(_items(file, "behavior_item"), share, seed))
 
 
-def make_rare(samples: Path, out: Path, share: float, most: int, seed: int = 0) -> None:
-    """Hold out as `hold_out` does, but keep 1 to `most` training impressions of each chosen item, drawn by `seed`.
-
-    test/ has impressions of these items alone.
-    """
-    random = np.random.default_rng(seed)
-    files = _files(samples, "train")
-    shown = [_items(file, "ad_item") for file in files]
-    item_N = np.concatenate(shown)
-    is_kept_N = ~sampled(item_N, share, seed)
-    rare = np.unique(item_N[~is_kept_N])
-    for item in rare:
-        is_kept_N[random.permutation(np.flatnonzero(item_N == item))[: random.integers(1, most + 1)]] = True
-    ends = np.cumsum([len(each) for each in shown])
-    for file, kept_N in zip(files, np.split(is_kept_N, ends[:-1]), strict=True):
-        _write(file, out / "train", kept_N, ~sampled(_items(file, "behavior_item"), share, seed))
-    for file in _files(samples, "test"):
-        seen_N = _items(file, "behavior_item")
-        _write(file, out / "test", np.isin(_items(file, "ad_item"), rare), np.ones(len(seen_N), bool))
-
-
 def _files(samples: Path, split: str) -> list[Path]:
     return sorted((samples / split).glob("*.parquet"))
 
@@ -118,67 +97,43 @@ def _with(table: pa.Table, columns: Sequence[str], is_kept_N: Kept, first: int) 
     return table, first + int(ends[-1])
 
 
-SHARE, EPOCHS, RARE = 0.2, 2, 10
-METRICS = {"cold": "judged_auc", "rare": "auc"}
-"""Of the items held out, and of those with 1 to RARE training impressions."""
+SHARE, EPOCHS = 0.2, 2
+METRIC = "judged_auc"
 _DIGITS = 16
 
 
 def cold_section(bench: Bench) -> list[Section]:
-    """Measure the AUC of items held out, and of seldom seen ones, with images and with IDs alone.
-
-    Ours, Embedding&MLP.
-    """
+    """Measure the AUC of items held out with images and with IDs alone; of ours, Embedding&MLP."""
     data = [each for each in bench.data if each.store]
-    task = bench.progress.add_task("items held out", total=2 * len(METRICS) * len(data) * len(bench.seeds))
+    task = bench.progress.add_task("items held out", total=2 * len(data) * len(bench.seeds))
     figures: dict[str, Figure] = {}
     grid: dict[str, dict[str, Figure]] = {}
-    gains: dict[str, list[float]] = {}
+    gains: list[float] = []
+    key = "cold_auc_images_minus_ids"
     for each in data:
-        aucs: dict[tuple[str, str], list[float]] = {}
-        for (case, name), spec in specs(bench, each).items():
+        aucs: dict[str, list[float]] = {}
+        for name, spec in specs(bench, each).items():
             for seed in bench.seeds:
-                bench.progress.update(task, description=f"{each.name}, {case} items, {name}")
-                last = curve_of(replace(spec, seed=seed), bench.folder)[-1]
-                aucs.setdefault((case, name), []).append(float(last[METRICS[case]]))
+                bench.progress.update(task, description=f"{each.name}, {name}")
+                aucs.setdefault(name, []).append(float(curve_of(replace(spec, seed=seed), bench.folder)[-1][METRIC]))
                 bench.progress.advance(task)
-        for (case, name), found in aucs.items():
-            grid.setdefault(f"{case}_auc_{each.name}", {})[name] = seed_mean(found).mean
-            if name != "ids":
-                gain = seed_mean([a - b for a, b in zip(found, aucs[case, "ids"], strict=True)])
-                key = f"{case}_auc_{name}_minus_ids"
-                gains.setdefault(key, []).append(gain.mean)
-                figures |= {f"{key}_{each.name}": gain.mean, f"{key}_{each.name}_half_width": gain.half_width}
-    worst: dict[str, Figure] = {key: min(found) for key, found in gains.items()}
-    return [Section("items held out, or seldom seen: AUC with images minus IDs only", worst | figures, grid)]
+        grid[f"cold_auc_{each.name}"] = {name: seed_mean(found).mean for name, found in aucs.items()}
+        gain = seed_mean([a - b for a, b in zip(aucs["images"], aucs["ids"], strict=True)])
+        gains.append(gain.mean)
+        figures |= {f"{key}_{each.name}": gain.mean, f"{key}_{each.name}_half_width": gain.half_width}
+    worst: dict[str, Figure] = {key: min(gains)} if gains else {}
+    return [Section("items held out: AUC with images minus IDs only", worst | figures, grid)]
 
 
-def specs(bench: Bench, data: DataSet) -> Mapping[tuple[str, str], Spec]:
-    """List the runs of a data set by case and name; make their samples unless they are there."""
+def specs(bench: Bench, data: DataSet) -> Mapping[str, Spec]:
+    """List the runs of a data set by name; make their samples unless they are there."""
     index = open_index(SoloComm(), data.samples, "train", load_schema())  # other samples may have had this name
     folder = bench.folder / "held-out" / f"{data.name}-{index.layout_digest[:_DIGITS]}"
-    made = _made(Path(data.samples), folder)
+    if not folder.exists():
+        part = folder.with_suffix(".part")  # what is there under its own name is whole
+        shutil.rmtree(part, ignore_errors=True)
+        hold_out(Path(data.samples), part, SHARE)
+        part.rename(folder)
     spec = replace(bench.spec(data, "ours", "dnn", images=False), epochs=EPOCHS)
-    cold, rare = (replace(spec, samples=str(made[case])) for case in METRICS)
-    cold = replace(cold, judged=str(made["cold"] / JUDGED))
-    return {
-        ("cold", "ids"): cold,
-        ("cold", "images"): replace(cold, store=data.store),
-        ("rare", "ids"): rare,
-        ("rare", "images"): replace(rare, store=data.store),
-    }
-
-
-def _made(samples: Path, folder: Path) -> Mapping[str, Path]:
-    """Each is written under another name first: what is there is whole."""
-    makers: Mapping[str, Callable[[Path], None]] = {
-        "cold": lambda out: hold_out(samples, out, SHARE),
-        "rare": lambda out: make_rare(samples, out, SHARE, RARE),
-    }
-    for name, make in makers.items():
-        if not (folder / name).exists():
-            part = folder / f"{name}.part"
-            shutil.rmtree(part, ignore_errors=True)
-            make(part)
-            part.rename(folder / name)
-    return {name: folder / name for name in makers}
+    ids = replace(spec, samples=str(folder), judged=str(folder / JUDGED))
+    return {"ids": ids, "images": replace(ids, store=data.store)}

@@ -77,20 +77,6 @@ class Runner:
         self._make(planned)
         return self._comm.on_rank_0(lambda: _metrics_of(planned.folder))
 
-    def store_figures(self, planned: Planned) -> dict[str, Figure]:
-        """Say what the run's feature store has."""
-        data = planned.config.data
-
-        def look() -> dict[str, Figure]:
-            snapshot = FeatureStore.open(data.store).snapshot(data.store_version)
-            return {
-                "numbers": snapshot.info.dim,
-                "dtype": snapshot.info.dtype,
-                "bytes": snapshot.manifest.file_bytes,
-            }
-
-        return self._comm.on_rank_0(look)
-
     def _make(self, planned: Planned) -> None:
         from trainer.main import train
 
@@ -204,27 +190,18 @@ def make_sections(tables: Mapping[str, Table], seeds: Sequence[int], runner: Run
     sections = []
     for name, rows in planned.items():
         metrics: dict[str, list[Mapping[str, float]]] = {}
-        stores: dict[str, Mapping[str, Figure]] = {}
         for row, runs in rows:
             for seed, run in zip(seeds, runs, strict=True):
                 metrics.setdefault(row, []).append(runner.metrics(run))
                 print_line(console, f"{name}: {row}, seed {seed}: GAUC {metrics[row][-1]['gauc']:.4f}")
-            if any("data.store" in variant.settings for variant in tables[name].variants.values()):
-                stores[row] = runner.store_figures(runs[0])
-        sections.append(section_of(name, tables[name], metrics, stores))
+        sections.append(section_of(name, tables[name], metrics))
     return sections
 
 
-def section_of(
-    name: str,
-    table: Table,
-    metrics: Mapping[str, Sequence[Mapping[str, float]]],
-    stores: Mapping[str, Mapping[str, Figure]] | None = None,
-) -> Section:
+def section_of(name: str, table: Table, metrics: Mapping[str, Sequence[Mapping[str, float]]]) -> Section:
     """Make a table from the metrics of each variant, one mapping for each seed in the same order.
 
-    `gauc_95` and `gain_95` are half the widths of 95 % intervals; `p` is of the paired t test, corrected for the
-    table's rows; `stores` are further columns.
+    `gauc_95` and `gain_95` are half the widths of 95 % intervals; `p` is of the paired t test, corrected for its rows.
     """
     gauc = {row: [run["gauc"] for run in runs] for row, runs in metrics.items()}
     gains = {
@@ -246,6 +223,5 @@ def section_of(
                 cells[metric] = seed_mean([run[metric] for run in runs]).mean
         if (paper := table.variants[row].paper_gauc) is not None:
             cells["paper_gauc"] = paper
-        cells |= (stores or {}).get(row, {})
     num_seeds = len(next(iter(gauc.values())))
     return Section(f"{table.title} ({name}); {num_seeds} seed{'s' * (num_seeds > 1)}", grid=grid, prefix=f"{name}_")

@@ -17,8 +17,9 @@ import typer
 from rich.progress import BarColumn, TimeElapsedColumn
 
 from benchmarks.process import RunFailedError
+from benchmarks.quality.runs import fuxictr_python
 from benchmarks.report import JsonPath, Section, write_sections
-from benchmarks.train.sections import COMPACT, FUXICTR, VARIANTS, Bench, fuxictr_python, measure
+from benchmarks.train.sections import COMPACT, FUXICTR, VARIANTS, Bench, measure
 from benchmarks.train.small import BATCHES, KINDS, small_section
 from benchmarks.workload import Knobs, make
 from featurestore.console.commandline import CommandApp, run_app

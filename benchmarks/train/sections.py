@@ -4,7 +4,6 @@ import json
 import shutil
 import statistics
 import sys
-import sysconfig
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +13,7 @@ from typing import Any
 from rich.progress import Progress
 
 from benchmarks.process import run_to_end
+from benchmarks.quality.runs import fuxictr_python
 from benchmarks.report import Figure, Section
 from benchmarks.timing import in_turns
 from benchmarks.workload import Workload
@@ -192,11 +192,6 @@ class Bench:
         if (python := fuxictr_python()).exists():
             runs |= {name: partial(one.peer, name, few, self.settings, python=str(python)) for name in FUXICTR}
         return runs
-
-
-def fuxictr_python() -> Path:
-    """Find the interpreter of the environment that tools/install_for.sh makes for FuxiCTR."""
-    return Path(sys.prefix) / "fuxictr" / "bin" / f"python{sysconfig.get_python_version()}"
 
 
 def measure(bench: Bench, only: Sequence[str]) -> list[Section]:

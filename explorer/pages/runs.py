@@ -41,6 +41,9 @@ _MOST_LOOKED_AT = 200
 """Number of runs that are searched for those that differ only in their images."""
 _WORTH = "What the images are worth"
 _TEST_CURVES = ("gauc", "auc", "logloss", "new_ad_auc")
+_CHANGED, _NAME, _STATE = "changed", "name", "state"
+_REPORTED = {"steps": "global_step", "took": "wall_s"}
+"""Columns of the list of runs to sort by, and where a report has them."""
 
 
 class RunPages(PageKind):
@@ -78,9 +81,11 @@ class RunPages(PageKind):
         self._curves.close()
 
     def overview(self, request: Request) -> Response:
-        """Show the runs, last changed first, with the settings in which they differ."""
-        names = run_names(self.site.places)
+        """Show the runs, last changed first or sorted by a column, with the settings in which they differ."""
+        names, by = run_names(self.site.places), request.query_params.get("sort") or _CHANGED
         paging = Paging.of(request, len(names), _PER_PAGE)
+        if by != _CHANGED:
+            names = [run.name for run in in_order(read_runs(self.site.places, names), by)]
         runs = read_runs(self.site.places, names[paging.first : paging.first + _PER_PAGE])
         rows = [row for row in differing(runs) if row.is_figure][:_MOST_COLUMNS] if runs else []
         return self.site.page(
@@ -93,6 +98,7 @@ class RunPages(PageKind):
             metrics=METRICS,
             titles=TITLES,
             paging=paging,
+            sort=by,
             group=[run.name for run in next(iter(image_groups(runs)), [])],
         )
 
@@ -228,6 +234,34 @@ class Live:
     def stages(self, run: RunFacts) -> tuple[StageTime, ...]:
         """Return the stages of a finished run's report, else those of the last logged step."""
         return stages_of_report(run.report) or (self.curves[run.name].stages if run.name in self.curves else ())
+
+
+def in_order(runs: Sequence[RunFacts], by: str) -> list[RunFacts]:
+    """Sort runs by a column of their list: the best metric first, other numbers from the largest on, texts by letter.
+
+    Runs without a value come last; equal ones stay in their order. `by` may be a setting that one of them has. Raises
+    ExplorerError for any other word.
+    """
+    fixed = (_NAME, *METRICS, _STATE, *_REPORTED)
+    if by not in fixed and not any(by in run.settings for run in runs):
+        raise ExplorerError(f"sort {by[:40]!r} is not one of {', '.join((_CHANGED, *fixed))}, and no setting of a run")
+
+    def value(run: RunFacts) -> Any:
+        if by in (_NAME, _STATE):
+            return getattr(run, by)
+        if by in METRICS:
+            return run.metrics.get(by)
+        return run.report.get(_REPORTED[by]) if by in _REPORTED else run.settings.get(by)
+
+    def place(run: RunFacts) -> tuple[int, float, str]:
+        found = value(run)
+        if found is None:
+            return 2, 0.0, ""
+        if isinstance(found, int | float):
+            return 0, found if by == "logloss" else -found, ""
+        return 1, 0.0, comparing.text_of(found)
+
+    return sorted(runs, key=place)
 
 
 def _again(folder: str, name: str, images: str) -> str:

@@ -135,17 +135,15 @@ def _wait_for_end(client: Client, keys: Set[Key], end_s: float) -> None:
     """Return when cancelled tasks neither run nor wait on any worker, or after `end_s`; a lost scheduler has none."""
     last_s = time.monotonic() + end_s
     with contextlib.suppress(OSError):
-        while not keys.isdisjoint(itertools.chain(*client.processing().values())) and time.monotonic() < last_s:
-            time.sleep(0.01)  # the scheduler has not heard of it yet; then it sends none of them to a worker any more
-        client.run(_ended, keys, max(0.0, last_s - time.monotonic()), on_error="ignore")
+        while time.monotonic() < last_s and (
+            not keys.isdisjoint(itertools.chain(*client.processing().values()))  # the scheduler has not heard of it yet
+            or any(client.run(_has_any, keys, on_error="ignore").values())
+        ):
+            time.sleep(0.01)
 
 
-async def _ended(keys: Set[Key], end_s: float, dask_worker: Worker) -> None:
-    """Return when this worker has none of the tasks any more, or after `end_s`."""
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(end_s):
-            while not keys.isdisjoint(dask_worker.state.tasks):
-                await asyncio.sleep(0.01)
+def _has_any(keys: Set[Key], dask_worker: Worker) -> bool:
+    return not keys.isdisjoint(dask_worker.state.tasks)
 
 
 def _attempt(packed: bytes) -> Any:

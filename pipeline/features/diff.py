@@ -21,7 +21,7 @@ from featurestore.format.datafile import digest_column
 from featurestore.format.shard import take_rows
 from featurestore.keys import AnyArray, BoolArray, Int64Array, shard_of_hash, splitmix64
 from featurestore.snapshot import Snapshot
-from pipeline.images.source import ImageRef, ImageTable
+from pipeline.images.source import ImageTable
 from pipeline.store_run import run_id_of
 
 MAX_GROUP_PARTS = 16  # copies of one image in a part: at most the room of 16 parts; more are computed again
@@ -36,13 +36,7 @@ class ImagePart(NamedTuple):
 
     name: str
     index_K: Int64Array
-
-
-class ImageCopy(NamedTuple):
-    """An image whose feature the store has already, under its own key or another."""
-
-    ref: ImageRef
-    source_key: int
+    source_key_K: Int64Array | None = None  # where the store has their features: the keys that it has them under
 
 
 class ImageCopies(NamedTuple):
@@ -50,17 +44,6 @@ class ImageCopies(NamedTuple):
 
     index_K: Int64Array
     source_key_K: Int64Array
-
-    def of(self, images: ImageTable) -> list[ImageCopy]:
-        """Make the copies, for the task that does them."""
-        return list(map(ImageCopy, images.refs(self.index_K), self.source_key_K.tolist()))
-
-
-class CopyPart(NamedTuple):
-    """Copies that one task makes; named like a `ImagePart`."""
-
-    name: str
-    copies: ImageCopies
 
 
 @dataclass(frozen=True)
@@ -170,14 +153,22 @@ def equal_candidates(size_K: Int64Array) -> BoolArray:
 
 
 def make_parts(images: ImageTable, index_C: Int64Array, digest_C: DigestArray, part_size: int) -> list[ImagePart]:
-    """Make parts of about `part_size` images in the order of `index_C`; images of equal digest are in one part."""
+    """Make parts of `part_size` to twice as many images in the order of `index_C`; equal images are in one part.
+
+    A part ends before an image whose hash says so, where there is one: then it has the same images, and so its name,
+    in another listing that differs elsewhere.
+    """
     order_C, ends = _grouped(digest_C, MAX_GROUP_PARTS * part_size)
     ordered_C = index_C[order_C]
+    hash_K = splitmix64(images.keys()[ordered_C[ends[:-1]]])
+    marked = np.append(ends[:-1][hash_K % np.uint64(part_size) == 0], len(ordered_C))
     parts, start = list[ImagePart](), 0
     while start < len(ordered_C):
-        place = int(np.searchsorted(ends, start + part_size))
-        end = int(ends[min(place, len(ends) - 1)])
-        parts.append(_part(images, ordered_C[start:end]))
+        end = int(marked[np.searchsorted(marked[:-1], start + part_size)])
+        if end > start + 2 * part_size:
+            end = int(ends[np.searchsorted(ends[:-1], start + 2 * part_size)])
+        index_K = ordered_C[start:end]
+        parts.append(ImagePart(run_id_of(_named(images, index_K)), index_K))
         start = end
     return parts
 
@@ -199,18 +190,14 @@ def _grouped(digest_C: DigestArray, most: int) -> tuple[Int64Array, Int64Array]:
     return order_C, np.sort(np.concatenate([ends, *inner]))
 
 
-def make_copy_parts(images: ImageTable, copies: ImageCopies, part_size: int, prefix: str) -> list[CopyPart]:
-    """Make parts of `part_size` copies, those of one shard together, so that few tasks read the same shard.
-
-    Their names begin with `prefix`.
-    """
+def make_copy_parts(images: ImageTable, copies: ImageCopies, part_size: int) -> list[ImagePart]:
+    """Make parts of `part_size` copies, those of one shard together, so that few tasks read the same shard."""
     order_K = np.argsort(splitmix64(copies.source_key_K), kind="stable")
     parts = []
     for start in range(0, len(order_K), part_size):
-        chosen = ImageCopies(*(column[order_K[start : start + part_size]] for column in copies))
-        names = zip(_named(images, chosen.index_K), chosen.source_key_K.tolist(), strict=True)
-        name = run_id_of([(*named, source_key) for named, source_key in names])
-        parts.append(CopyPart(f"{prefix}-{name}", chosen))
+        index_K, source_key_K = (column[order_K[start : start + part_size]] for column in copies)
+        named = [*_named(images, index_K), source_key_K.tolist()]
+        parts.append(ImagePart(run_id_of(named), index_K, source_key_K))
     return parts
 
 
@@ -222,10 +209,6 @@ def _is_repeated(values_K: AnyArray) -> BoolArray:
     is_below_K = place_K < len(repeated)
     is_below_K[is_below_K] = repeated[place_K[is_below_K]] == values_K[is_below_K]
     return is_below_K
-
-
-def _part(images: ImageTable, index_K: Int64Array) -> ImagePart:
-    return ImagePart(run_id_of(_named(images, index_K)), index_K)
 
 
 def _named(images: ImageTable, index_K: Int64Array) -> list[tuple[Any, ...]]:

@@ -11,14 +11,13 @@ import threading
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import xxhash
-from distributed import get_worker
 
 from featurestore.format.rows import FeatureRows
 from featurestore.format.shard import take_rows
@@ -29,7 +28,6 @@ from featurestore.spec import ExtractorSpec, Int8Spec
 from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
 from pipeline.errors import BackboneError, BadImageError, WeightsError
-from pipeline.features.diff import ImageCopy
 from pipeline.images.decode import Pixels, Preset, prepare
 from pipeline.images.source import ImageRef, read_image
 from pipeline.store_run import BadRow
@@ -55,8 +53,9 @@ class PartSettings:
     backbone: str  # MODEL:LAYER
     weights: str
     extractor: ExtractorSpec
+    version: int  # of the snapshot that copies are of
     batch_size: int
-    workers_per_host: dict[str, int] = field(default_factory=dict)
+    workers_per_host: int = 1  # at most
 
 
 @dataclass(frozen=True)
@@ -67,17 +66,12 @@ class PartReport:
     num_computed: int  # images that went through the network
     num_duplicates: int  # rows copied from an image of equal bytes
     bad: tuple[BadRow, ...] = ()
-    images: tuple[tuple[int, str], ...] = ()  # key and source tag of each image, bad ones too: in the file alone
 
     @classmethod
     def load(cls, store: str, run_id: str, part: str) -> "PartReport":
         """Load the report of a staged part."""
         fields = parse_json(Storage(store, keep_inside=True).read_bytes(_report_path(run_id, part)))
-        lists = {
-            "bad": tuple(BadRow(*bad) for bad in fields["bad"]),
-            "images": tuple((key, tag) for key, tag in fields["images"]),
-        }
-        return cls(**{**fields, **lists})
+        return cls(**{**fields, "bad": tuple(BadRow(*bad) for bad in fields["bad"])})
 
     def save(self, store: str, run_id: str, part: str) -> None:
         """Write the report; before the rows, since these make the part complete."""
@@ -93,18 +87,78 @@ class LoadedImage(NamedTuple):
     bad: str | None
 
 
-def extract_part(
+def stage_part(
     settings: PartSettings,
     part: str,
     refs: Sequence[ImageRef],
+    source_keys: Sequence[int] | None = None,
     decode_threads: int | None = None,
     deadly: Collection[int] = (),
 ) -> PartReport:
-    """Stage the features of `refs` as `part` of the run. Bad images are reported, not raised.
+    """Stage the features of `refs` as `part` of the run: computed, or copied from the rows of `source_keys`.
 
-    The keys in `deadly` bring down their decoder's process: they are reported, not touched. Raises WeightsError when
-    this worker's network is another than the run's, StorageError.
+    Bad images are reported, not raised. The keys in `deadly` bring down their decoder's process: they are reported, not
+    touched. Raises WeightsError when this worker's network is another than the run's, MissingKeysError where a source
+    is not in the snapshot, StorageError.
     """
+    store = FeatureStore.open(settings.store)
+    if source_keys is None:
+        safe = [ref for ref in refs if ref.key not in deadly]
+        report, rows = _computed(settings, store, safe, decode_threads)
+        report = replace(
+            report, bad=(*report.bad, *(BadRow(ref.key, ref.uri, DEADLY) for ref in refs if ref.key in deadly))
+        )
+    else:
+        rows = _copied(store.snapshot(settings.version), refs, np.array(source_keys, np.int64))
+        report = PartReport(len(refs), 0, 0)
+    report.save(settings.store, settings.run_id, part)
+    store.stage_part(settings.run_id, part, rows)
+    return report
+
+
+def _computed(
+    settings: PartSettings, store: FeatureStore, refs: Sequence[ImageRef], decode_threads: int | None
+) -> tuple[PartReport, FeatureRows]:
+    """Read and decode images in threads, run the network on those of different bytes, and make a row of each."""
+    network = _network(settings)
+    images: list[tuple[ImageRef, bytes, str | None]] = []  # with digest, and why there are no pixels
+    found: dict[bytes, tuple[AnyArray, int, int]] = {}  # by digest: the feature's bits, width and height
+    faults: dict[bytes, str] = {}
+    num_threads = decode_threads or max(LEAST_DECODE_THREADS, len(os.sched_getaffinity(0)))
+    ahead = 2 * max(settings.batch_size, num_threads)
+
+    def decoded() -> Iterator[tuple[bytes, Pixels]]:
+        for image in in_order(_Loader(network.preset).load, refs, num_threads, ahead):
+            images.append((image.ref, image.digest, image.bad))
+            if image.bad is not None:
+                faults[image.digest] = image.bad
+            elif image.pixels is not None:
+                yield image.digest, image.pixels
+
+    waiting, num_computed = decoded(), 0
+    while batch := list(islice(waiting, settings.batch_size)):
+        num_computed += len(batch)
+        values_BD = store.project(network.features(np.stack([pixels.pixels_HWC for _, pixels in batch])))
+        bits_BD, storable_B = store.codec.encode_storable(values_BD)
+        for (digest, pixels), bits_D, is_storable in zip(batch, bits_BD, storable_B, strict=True):
+            if is_storable:
+                found[digest] = (bits_D, pixels.width, pixels.height)
+            else:
+                faults[digest] = f"a feature is not finite in {store.info.dtype}"
+    bad = tuple(
+        BadRow(ref.key, ref.uri, reason or faults[digest], digest != b"")
+        for ref, digest, reason in images
+        if digest not in found
+    )
+    good = [(ref, digest) for ref, digest, _ in images if digest in found]
+    bits, widths, heights = zip(*(found[digest] for _, digest in good), strict=True) if good else ((), (), ())
+    features_KD = np.stack(bits) if bits else np.zeros((0, store.info.dim), store.info.storage_dtype)
+    rows = _rows([ref for ref, _ in good], features_KD, [digest for _, digest in good], widths, heights)
+    return PartReport(len(good), num_computed, len(good) - len(found), bad), rows
+
+
+def _network(settings: PartSettings) -> "Backbone":
+    """Build the network of the run, with this worker's share of its host's cores."""
     import torch
 
     from pipeline.network.backbone import backbone
@@ -113,27 +167,20 @@ def extract_part(
     if network.spec != settings.extractor:
         raise WeightsError(f"weights {settings.weights}: other values on this worker than on the first one")
     torch.set_num_threads(torch_threads(settings.workers_per_host))
-    store = FeatureStore.open(settings.store)
-    rows = _PartRows(settings.batch_size, network, store)
-    num_threads = decode_threads or max(LEAST_DECODE_THREADS, len(os.sched_getaffinity(0)))
-    safe = [ref for ref in refs if ref.key not in deadly]
-    for image in in_order(_Loader(network.preset).load, safe, num_threads, 2 * max(rows.batch_size, num_threads)):
-        rows.add(image)
-    rows.finish()
-    bad = (*rows.bad, *(BadRow(ref.key, ref.uri, DEADLY) for ref in refs if ref.key in deadly))
-    report = PartReport(len(rows.done), rows.num_computed, rows.num_duplicates, bad)
-    replace(report, images=tuple((ref.key, ref.source_tag) for ref in refs)).save(settings.store, settings.run_id, part)
-    store.stage_part(settings.run_id, part, rows.features())
-    return report
+    return network
 
 
-def without_unread(report: PartReport) -> PartReport:
-    """Leave out of the report the images whose bytes were not seen; its part has no rows of them."""
-    unread = {image.key for image in report.bad if not image.was_read}
-    return replace(
-        report,
-        bad=tuple(image for image in report.bad if image.was_read),
-        images=tuple(image for image in report.images if image[0] not in unread),
+def _rows(
+    refs: Sequence[ImageRef], features_KD: AnyArray, digests: list[Any], widths: Any, heights: Any
+) -> FeatureRows:
+    return FeatureRows.of(
+        [ref.uri for ref in refs],
+        features_KD,
+        keys=np.array([ref.key for ref in refs], np.int64),
+        content_digests=digests,
+        source_tags=[ref.source_tag for ref in refs],
+        widths=widths,
+        heights=heights,
     )
 
 
@@ -173,15 +220,9 @@ def calibrate(backbone_name: str, weights: str, refs: Sequence[ImageRef]) -> Int
     return calibrated(layers, normalised(np.stack(good), network.preset))
 
 
-def torch_threads(workers_per_host: dict[str, int]) -> int:
-    """Give this process's share of its host's cores; all of them when it is the only worker there."""
-    num_workers = workers_per_host.get(host_of(get_worker().address), 1)
-    return max(1, len(os.sched_getaffinity(0)) // num_workers)
-
-
-def host_of(address: str) -> str:
-    """Give the host in a worker's address, tcp://HOST:PORT."""
-    return address.rpartition("://")[2].rpartition(":")[0]
+def torch_threads(workers_per_host: int) -> int:
+    """Give a process's share of its host's cores, of so many processes there."""
+    return max(1, len(os.sched_getaffinity(0)) // workers_per_host)
 
 
 def in_order(
@@ -221,76 +262,6 @@ class _Loader:
             return LoadedImage(ref, digest, None, str(error))
 
 
-class _PartRows:
-    """Gathers images to batches, and the rows that come of them."""
-
-    def __init__(self, batch_size: int, network: "Backbone", store: FeatureStore) -> None:
-        self.batch_size = batch_size
-        self._network = network
-        self._store = store
-        self._batch: list[tuple[LoadedImage, Pixels]] = []
-        self._duplicates: list[LoadedImage] = []
-        self._bad_digests: dict[bytes, str] = {}
-        self.done: list[tuple[LoadedImage, Pixels, AnyArray]] = []  # with the feature's bits
-        self.bad: list[BadRow] = []
-        self.num_computed = 0
-        self.num_duplicates = 0
-
-    def add(self, image: LoadedImage) -> None:
-        """Take the next image; the network runs when a batch is full."""
-        if image.bad is not None:
-            self._reject(image, image.bad)
-        elif image.pixels is None:
-            self._duplicates.append(image)
-        else:
-            self._batch.append((image, image.pixels))
-            if len(self._batch) == self.batch_size:
-                self._compute()
-
-    def finish(self) -> None:
-        """Compute the last batch, and make the rows of duplicates."""
-        if self._batch:
-            self._compute()
-        by_digest = {image.digest: (pixels, bits_D) for image, pixels, bits_D in self.done}
-        for image in self._duplicates:
-            if image.digest in by_digest:
-                self.done.append((image, *by_digest[image.digest]))
-                self.num_duplicates += 1
-            else:
-                self._reject(image, self._bad_digests[image.digest])
-
-    def features(self) -> FeatureRows:
-        """Make the rows to stage, duplicates included."""
-        info = self._store.info
-        refs = [image.ref for image, _, _ in self.done]
-        bits = [bits_D for _, _, bits_D in self.done]
-        return FeatureRows.of(
-            [ref.uri for ref in refs],
-            np.stack(bits) if bits else np.zeros((0, info.dim), info.storage_dtype),
-            keys=np.array([ref.key for ref in refs], np.int64),
-            content_digests=[image.digest for image, _, _ in self.done],
-            source_tags=[ref.source_tag for ref in refs],
-            widths=[pixels.width for _, pixels, _ in self.done],
-            heights=[pixels.height for _, pixels, _ in self.done],
-        )
-
-    def _compute(self) -> None:
-        batch, self._batch = self._batch, []
-        self.num_computed += len(batch)
-        pixels_BHWC = np.stack([pixels.pixels_HWC for _, pixels in batch])
-        values_BD = self._store.project(self._network.features(pixels_BHWC))
-        bits_BD, storable_B = self._store.codec.encode_storable(values_BD)
-        for (image, pixels), bits_D, is_storable in zip(batch, bits_BD, storable_B, strict=True):
-            if is_storable:
-                self.done.append((image, pixels, bits_D))
-            else:
-                self._reject(image, f"a feature is not finite in {self._store.info.dtype}")
-
-    def _reject(self, image: LoadedImage, reason: str) -> None:
-        self.bad.append(BadRow(image.ref.key, image.ref.uri, reason, image.digest != b""))
-        self._bad_digests[image.digest] = reason
-
-
 def _report_path(run_id: str, part: str) -> str:
     return f"staging/{run_id}/{part}.json"
 
@@ -298,26 +269,15 @@ def _report_path(run_id: str, part: str) -> str:
 _DESCRIPTION = ["key", "content_digest", "width", "height"]
 
 
-def copy_part(store: FeatureStore, run_id: str, part: str, version: int, copies: Sequence[ImageCopy]) -> None:
-    """Stage a row for each of `copies` as `part` of the run: its own key, uri and tag, all else from its source.
+def _copied(snapshot: Snapshot, refs: Sequence[ImageRef], source_key_K: Int64Array) -> FeatureRows:
+    """Make a row for each of `refs`: its own key, uri and tag, all else from its source.
 
-    Reads the row groups around the sources in snapshot `version`. Raises MissingKeysError where a source is not in it.
+    Reads the row groups around the sources. Raises MissingKeysError.
     """
-    snapshot = store.snapshot(version)
-    sources_K = np.array([copy.source_key for copy in copies], np.int64)
-    features_KD = snapshot.get(sources_K)
-    described = _described(snapshot, sources_K)
+    features_KD = snapshot.get(source_key_K)
+    described = _described(snapshot, source_key_K)
     digests: list[Any] = described["content_digest"].to_pylist()
-    rows = FeatureRows.of(
-        [copy.ref.uri for copy in copies],
-        features_KD,
-        keys=np.array([copy.ref.key for copy in copies], np.int64),
-        content_digests=digests,
-        source_tags=[copy.ref.source_tag for copy in copies],
-        widths=described["width"].to_numpy(),
-        heights=described["height"].to_numpy(),
-    )
-    store.stage_part(run_id, part, rows)
+    return _rows(refs, features_KD, digests, described["width"].to_numpy(), described["height"].to_numpy())
 
 
 def _described(snapshot: Snapshot, keys_K: Int64Array) -> pa.Table:

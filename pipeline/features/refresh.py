@@ -4,6 +4,7 @@ A killed run continues when the same command runs again: its parts are staged in
 store, the images' address and the size of parts, and a part counts as long as its images are the same.
 """
 
+import contextlib
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ from distributed import Client
 
 from featurestore.console.output import progress_bar
 from featurestore.errors import SpecMismatchError, StoreNotFoundError
-from featurestore.keys import BoolArray, Int64Array, splitmix64
+from featurestore.keys import Int64Array, splitmix64
 from featurestore.lookup import AutoDType, dtype_of_environment, dtype_of_machine
 from featurestore.published.versions import check_channel_name
 from featurestore.snapshot import Snapshot
@@ -25,8 +26,8 @@ from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
 from featurestore.upkeep.history import move_channel
 from pipeline import store_run
-from pipeline.cluster.tasks import END_S, Killed, run_alone, run_tasks
-from pipeline.errors import BackboneError, ClusterError, StoreRunError
+from pipeline.cluster.tasks import END_S, Killed, run_all, run_alone, run_tasks
+from pipeline.errors import BackboneError, StoreRunError
 from pipeline.features import diff
 from pipeline.features import part as parts
 from pipeline.images.source import ImageTable, Listing, list_images
@@ -121,10 +122,9 @@ def bring_up_to_date(
     gone = comparison.gone_keys[:0] if options.keep_missing else comparison.gone_keys
     _check_gone(options, len(gone), comparison, f"are not in {options.images}")
     plan = make_plan(client, images, comparison, snapshot)
-    settings = _settings(options, client, store)
+    settings = _settings(options, client, store, snapshot)
     run = ImageRun(client, store, settings, snapshot, quarantined, options.part_size)
-    reports = run.compute(images, plan.compute_C, plan.digest_C, lambda: _check_network(client, store, settings))
-    run.copy(images, plan.copies)
+    reports = run.stage(images, plan, lambda: _check_network(client, store, settings))
     bad = tuple(sorted((image for report in reports for image in report.bad), key=lambda image: image.uri))
     unusable = np.array([image.key for image in bad if image.was_read], np.int64)
     removed = np.concatenate([gone, unusable[np.isin(unusable, plan.stored_keys)]])
@@ -199,7 +199,7 @@ def _network_of(info: StoreInfo) -> NetworkName:
     return info.network or NetworkName(backbone=f"{model}:{info.extractor.layer}", weights="imagenet")
 
 
-def _settings(options: RefreshOptions, client: Client, store: FeatureStore) -> parts.PartSettings:
+def _settings(options: RefreshOptions, client: Client, store: FeatureStore, snapshot: Snapshot) -> parts.PartSettings:
     assert options.weights
     return parts.PartSettings(
         store=store.url,
@@ -207,6 +207,7 @@ def _settings(options: RefreshOptions, client: Client, store: FeatureStore) -> p
         backbone=_network_of(store.info).backbone,
         weights=options.weights,
         extractor=store.info.extractor,
+        version=snapshot.version,
         batch_size=options.batch_size,
         workers_per_host=workers_per_host(client),
     )
@@ -226,9 +227,8 @@ def describe_network(client: Client, backbone_name: str, weights: str, precision
     """
     if precision == "auto":
         precision = _settled_dtype(client)
-    spec: ExtractorSpec | Killed = run_alone(client, _spec_of, backbone_name, weights, precision)
-    if isinstance(spec, Killed):
-        raise ClusterError("building the network brings the workers down: is there memory for 1 GB more in each?")
+    call, advice = (backbone_name, weights, precision), "give each worker 1 GB more"
+    spec: ExtractorSpec = run_all(client, "building the network", _spec_of, [call], advice)[0]
     return spec
 
 
@@ -321,9 +321,8 @@ def _precision_for(
     if options.precision != "int8":
         return options.precision
     refs = images.refs(np.argsort(splitmix64(images.keys()))[:CALIBRATION_IMAGES])
-    int8: Int8Spec | Killed = run_alone(client, parts.calibrate, options.backbone, weights, refs)
-    if isinstance(int8, Killed):
-        raise ClusterError("calibrating int8 brings the workers down: more memory, or another precision, may help")
+    call, advice = (options.backbone, weights, refs), "give each worker more, or take another --precision"
+    int8: Int8Spec = run_all(client, "calibrating int8", parts.calibrate, [call], advice)[0]
     if not int8.mean_cosine >= options.least_cosine:
         raise BackboneError(
             f"int8 keeps too little of {options.backbone}: its features have a cosine of {int8.mean_cosine:.4f} with"
@@ -344,7 +343,6 @@ def _compact(url: str) -> FeatureStore:
 
 DIGESTS_PER_TASK = 1024
 REPORT_THREADS = 8
-COPIES = "copies"  # parts of this name have no report
 
 
 def digest_all(client: Client, images: ImageTable, index_K: Int64Array) -> diff.DigestArray:
@@ -361,9 +359,10 @@ def digest_all(client: Client, images: ImageTable, index_K: Int64Array) -> diff.
     return digest_K
 
 
-def workers_per_host(client: Client) -> dict[str, int]:
-    """Count the workers that share each host's cores."""
-    return dict(Counter(parts.host_of(address) for address in client.scheduler_info(n_workers=-1)["workers"]))
+def workers_per_host(client: Client) -> int:
+    """Count the workers that share a host's cores, of the host that has most of them."""
+    hosts = Counter(address.rpartition(":")[0] for address in client.scheduler_info(n_workers=-1)["workers"])
+    return max(hosts.values(), default=1)
 
 
 class ImageRun(store_run.StoreRun):
@@ -381,116 +380,64 @@ class ImageRun(store_run.StoreRun):
         super().__init__(client, store, settings.run_id, snapshot, quarantined)
         self._settings = settings
         self._part_size = part_size
-        self.num_resumed = 0  # images in parts that were staged before
+        self.num_resumed = 0  # images to compute in parts that were staged before
 
-    def compute(
-        self, images: ImageTable, index_C: Int64Array, digest_C: diff.DigestArray, before: Callable[[], None]
-    ) -> list[parts.PartReport]:
-        """Stage parts with all images at `index_C` and return their reports; `before` is called if any is left to do.
+    def stage(self, images: ImageTable, plan: diff.ListingPlan, before: Callable[[], None]) -> list[parts.PartReport]:
+        """Stage parts with all images to compute and to copy; return their reports.
 
-        The refs of a part are made when it is submitted, so that a few parts at a time take memory.
+        `before` is called if any is left to compute. The refs of a part are made when it is submitted, so that a few
+        parts at a time take memory.
         """
-        reports, is_left_C = self._taken_over(images, index_C)
-        num_covered = len(index_C) - int(np.count_nonzero(is_left_C))
-        self.num_resumed += num_covered
-        waiting = diff.make_parts(images, index_C[is_left_C], digest_C[is_left_C], self._part_size)
-        if waiting:
+        computed = diff.make_parts(images, plan.compute_C, plan.digest_C, self._part_size)
+        everything = [*computed, *diff.make_copy_parts(images, plan.copies, self._part_size)]
+        reports = self._staged_reports(everything)
+        self.num_resumed = sum(len(part.index_K) for part in computed if part.name in reports)
+        waiting = [part for part in everything if part.name not in reports]
+        if any(part.source_key_K is None for part in waiting):
             before()
+        total = sum(len(part.index_K) for part in everything)
         suspects = []
-        with progress_bar("extracting", len(index_C), num_covered) as bar:
-            calls = ((self._settings, part.name, images.refs(part.index_K)) for part in waiting)
-            for place, report in run_tasks(self.client, parts.extract_part, calls, end_s=END_S):
+        with progress_bar("extracting", total, total - sum(len(part.index_K) for part in waiting)) as bar:
+            for place, report in run_tasks(
+                self.client, parts.stage_part, (self._call(images, part) for part in waiting), end_s=END_S
+            ):
                 if isinstance(report, Killed):
                     suspects.append(waiting[place])
                     continue
-                reports.append(report)
+                reports[waiting[place].name] = report
                 bar.advance(len(waiting[place].index_K))
             for part in suspects:
-                reports.append(self._compute_suspect(images, part))
+                reports[part.name] = self._stage_suspect(images, part)
                 bar.advance(len(part.index_K))
-        self.parts += [part.name for part in waiting]
-        self.num_rows += sum(report.num_rows for report in reports)
-        return reports
+        self.parts += reports
+        self.num_rows += sum(report.num_rows for report in reports.values())
+        return list(reports.values())
 
-    def copy(self, images: ImageTable, copies: diff.ImageCopies) -> None:
-        """Stage rows of images whose bytes the snapshot has."""
-        copied = diff.make_copy_parts(images, copies, self._part_size, COPIES)
-        self.parts += [part.name for part in copied]
-        self.num_rows += len(copies.index_K)
-        waiting = [part for part in copied if part.name not in self.staged]
-        calls = (
-            (self.store, self.run_id, part.name, self.snapshot.version, part.copies.of(images)) for part in waiting
-        )
-        with progress_bar("copying", sum(len(part.copies.index_K) for part in waiting)) as bar:
-            for place, done in run_tasks(self.client, parts.copy_part, calls, end_s=END_S):
-                if isinstance(done, Killed):
-                    raise StoreRunError("copying rows brings the workers down: try a smaller --part-size")
-                bar.advance(len(waiting[place].copies.index_K))
+    def _call(self, images: ImageTable, part: diff.ImagePart) -> tuple[Any, ...]:
+        source_keys = None if part.source_key_K is None else part.source_key_K.tolist()
+        return self._settings, part.name, images.refs(part.index_K), source_keys
 
-    def _taken_over(self, images: ImageTable, index_C: Int64Array) -> tuple[list[parts.PartReport], BoolArray]:
-        """Load the reports of staged parts whose images are all at `index_C`, unchanged; return also which are in none.
-
-        So the parts outlive a listing that has changed since, but for those with an image that did. Images that could
-        not be read are left to do, as that may have been for a moment: the reports are without them.
-        """
-        names = [name for name in sorted(self.staged) if not name.startswith((COPIES, store_run.TOMBSTONES))]
-        reports = list[parts.PartReport]()
-        if not names:
-            return reports, np.ones(len(index_C), np.bool_)
-        unclaimed = _Unclaimed(images, index_C)
+    def _staged_reports(self, everything: Sequence[diff.ImagePart]) -> dict[str, parts.PartReport]:
+        """Load the reports of the parts that an earlier run staged."""
+        names = [part.name for part in everything if part.name in self.staged]
         loaded = parts.in_order(self._load_report, names, REPORT_THREADS, 2 * REPORT_THREADS)
-        for name, report in zip(names, loaded, strict=True):
-            if report is None:
-                continue
-            if not report.images:  # a new part may have its name, and writes its report before its rows
-                self.store.discard_part(self.run_id, name)
-            elif unclaimed.claim(report.images):
-                reports.append(replace(report, images=()))
-                self.parts.append(name)
-        return reports, unclaimed.is_left_C
+        return {name: report for name, report in zip(names, loaded, strict=True) if report is not None}
 
     def _load_report(self, part: str) -> parts.PartReport | None:
-        try:
-            return parts.without_unread(parts.PartReport.load(self.store.url, self.run_id, part))
-        except FileNotFoundError:  # expiry removes what was staged long ago
-            return None
+        with contextlib.suppress(FileNotFoundError):  # expiry removes what was staged long ago
+            return parts.PartReport.load(self.store.url, self.run_id, part)
+        return None
 
-    def _compute_suspect(self, images: ImageTable, part: diff.ImagePart) -> parts.PartReport:
-        """Compute a part during which workers died, alone, without images that bring a worker down by themselves."""
-        refs = images.refs(part.index_K)
+    def _stage_suspect(self, images: ImageTable, part: diff.ImagePart) -> parts.PartReport:
+        """Stage a part during which workers died, alone, without images that bring a worker down by themselves."""
+        call = self._call(images, part)
+        refs = call[2] if part.source_key_K is None else []
         tried = {ref.key: run_alone(self.client, parts.try_image, self._settings, ref) for ref in refs}
         deadly = {key for key, result in tried.items() if isinstance(result, Killed)}
-        report: parts.PartReport | Killed = run_alone(
-            self.client, parts.extract_part, self._settings, part.name, refs, 1, deadly
-        )
+        report: parts.PartReport | Killed = run_alone(self.client, parts.stage_part, *call, 1, deadly)
         if isinstance(report, Killed):
             raise StoreRunError(
-                f"workers die while they compute {refs[0].uri} and {len(refs) - 1} more images, though each"
-                " can be decoded: give workers more memory, or set a smaller --batch-size"
+                f"workers die while they work on {call[2][0].uri} and {len(call[2]) - 1} more images, though each"
+                " can be decoded: give workers more memory, or set a smaller --batch-size or --part-size"
             )
         return report
-
-
-class _Unclaimed:
-    """Images to compute that no staged part has, (C,): `is_left_C`."""
-
-    def __init__(self, images: ImageTable, index_C: Int64Array) -> None:
-        self._images, self._index_C = images, index_C
-        keys_C = images.keys()[index_C]
-        self._order_C = np.argsort(keys_C)
-        self._sorted_C = keys_C[self._order_C]
-        self.is_left_C = np.ones(len(index_C), np.bool_)
-
-    def claim(self, part: Sequence[tuple[int, str]]) -> bool:
-        """Take the images of a part, by key and source tag, if all of them are left; return whether they were."""
-        keys_K = np.array([key for key, _ in part], np.int64)
-        place_K = np.searchsorted(self._sorted_C, keys_K)
-        is_here = place_K.max() < len(self._sorted_C) and np.array_equal(self._sorted_C[place_K], keys_K)
-        if not is_here or not self.is_left_C[self._order_C[place_K]].all():
-            return False
-        place_K = self._order_C[place_K]
-        tags = self._images.take(self._index_C[place_K], "source_tag")["source_tag"]
-        if tags.to_pylist() != [tag for _, tag in part]:
-            return False
-        self.is_left_C[place_K] = False
-        return True

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path, PurePath
-from typing import Any, NamedTuple, cast, overload
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import pyarrow as pa
@@ -56,7 +56,7 @@ class ImageRef(NamedTuple):
     size_bytes: int  # -1 where unknown
 
 
-class ImageTable(Sequence[ImageRef]):
+class ImageTable:
     """Images in the order of a listing, each key once. An `ImageRef` is made when it is asked for, and not kept.
 
     The file has no name, so that it is gone with the process. It is in the folder for temporary files (TMPDIR).
@@ -86,15 +86,7 @@ class ImageTable(Sequence[ImageRef]):
 
     def __iter__(self) -> Iterator[ImageRef]:
         for start in range(0, self._length, BATCH_ROWS):
-            yield from self[start : start + BATCH_ROWS]
-
-    @overload
-    def __getitem__(self, place: int) -> ImageRef: ...
-    @overload
-    def __getitem__(self, place: slice) -> list[ImageRef]: ...
-    def __getitem__(self, place: int | slice) -> ImageRef | list[ImageRef]:
-        chosen = range(self._length)[place]
-        return self.refs(np.array([chosen]))[0] if isinstance(chosen, int) else self.refs(np.array(chosen, np.int64))
+            yield from self.refs(np.arange(start, min(start + BATCH_ROWS, self._length)))
 
     def refs(self, index_K: Int64Array) -> list[ImageRef]:
         """Make the refs of the images at `index_K`."""
@@ -216,10 +208,10 @@ def list_images(address: str) -> Listing:
         storage, folder = _folder_at(address)
         return _list_folder(_remote_files(storage, folder), storage.full(folder), address)
     with _disk_errors(address):
-        found = _stat(storage.url)
-    if found is None:
+        is_there, is_folder = Path(storage.url).exists(), Path(storage.url).is_dir()
+    if not is_there:
         raise SourceNotFoundError(f"there is no folder {address}: give the folder (or table) of your images")
-    if stat.S_ISDIR(found.st_mode):
+    if is_folder:
         return _list_folder(_local_files(storage.url, address), storage.url, address)
     if is_table:
         return _list_table(storage.url)
@@ -355,13 +347,6 @@ def _target_of(entry: "os.DirEntry[str]") -> os.stat_result | None:
         return None
     except OSError:  # a link that leads nowhere, or in a circle
         return None
-
-
-def _stat(path: str) -> os.stat_result | None:
-    """Look at what is at a path; None where nothing is."""
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        return Path(path).stat()
-    return None
 
 
 @contextlib.contextmanager

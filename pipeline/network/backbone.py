@@ -12,7 +12,6 @@ import math
 import re
 import threading
 import warnings
-import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +30,7 @@ from featurestore.keys import Float32Array
 from featurestore.spec import ExtractorSpec
 from pipeline.errors import BackboneError, WeightsError
 from pipeline.images.decode import Preset
-from pipeline.network import Precision, check_weights_name
+from pipeline.network import Precision
 from pipeline.network.compute import Compute, compute_of, normalised, rounded
 
 NUM_NEAR = 5  # names in a message
@@ -298,17 +297,6 @@ class UntrainedWeightsWarning(UserWarning):
     """The weights are random: features distinguish images, but know nothing of what is in them."""
 
 
-def check_network(backbone: str, weights: str) -> None:
-    """Check that the network exists, and that a file of weights has its names and shapes; reads no values.
-
-    For a job, before it starts a cluster. Raises BackboneError, WeightsError.
-    """
-    checked = check_weights_name(weights)
-    feature_dim(backbone, checked)
-    if not checked.startswith(("imagenet", "random:")):
-        _check_fit(_from_file(Path(checked), values=False), network_of(backbone, checked), weights)
-
-
 def warn_if_untrained(weights: str) -> None:
     """Give an UntrainedWeightsWarning for random:SEED."""
     if weights.startswith("random:"):
@@ -351,11 +339,9 @@ def _downloaded(network: Network) -> object:
         ) from error
 
 
-def _from_file(path: Path, *, values: bool = True) -> object:
+def _from_file(path: Path) -> object:
     try:
-        if values:
-            return torch.load(path, map_location="cpu", weights_only=True)
-        return torch.load(path, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(path))
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle and torch each have their own errors for a file that is none of theirs
         # torch's own texts are essays, and say how to load a file unsafely
         reason = str(error) if isinstance(error, OSError) else type(error).__name__
@@ -365,32 +351,24 @@ def _from_file(path: Path, *, values: bool = True) -> object:
         ) from error
 
 
-def _check_fit(loaded: object, network: Network, where: str) -> dict[str, torch.Tensor]:
-    """Pick the tensors of the network's layers. Raises WeightsError unless all are there in their shapes."""
+def _fitting(loaded: object, network: Network, where: str) -> dict[str, torch.Tensor]:
+    """Pick the tensors up to the layer from a state dict of this part or of the whole model. Raises WeightsError."""
     if not isinstance(loaded, Mapping) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
         raise WeightsError(f"weights {where}: not a state dict, which maps names to tensors")
-    found: dict[str, Any] = {DENSENET_NAME.sub(r"\1\2", name): tensor for name, tensor in loaded.items()}
+    found: dict[str, Any] = {DENSENET_NAME.sub(r"\1\2", name): tensor.detach() for name, tensor in loaded.items()}
     expected = network.tensors()
     missing = [name for name in expected if name not in found]
     if missing:
         model = network.model
         raise WeightsError(f"weights {where}: not those of torchvision's {model}, without {', '.join(missing[:3])}")
-    for name, like in expected.items():
-        if found[name].shape != like.shape:
-            shape = tuple(found[name].shape)
-            raise WeightsError(f"weights {where}: {name} has shape {shape}, not {tuple(like.shape)}")
-    return {name: found[name] for name in expected}
-
-
-def _fitting(loaded: object, network: Network, where: str) -> dict[str, torch.Tensor]:
-    """Pick the tensors up to the layer from a state dict of this part or of the whole model. Raises WeightsError."""
     state = {}
-    for name, found in _check_fit(loaded, network, where).items():
-        tensor = found.detach()
-        if tensor.is_floating_point():
-            tensor = tensor.float()
-            if not tensor.isfinite().all():
-                raise WeightsError(f"weights {where}: {name} holds NaN or infinity")
+    for name, like in expected.items():
+        tensor = found[name].float() if found[name].is_floating_point() else found[name]
+        if tensor.shape != like.shape:
+            shape = tuple(tensor.shape)
+            raise WeightsError(f"weights {where}: {name} has shape {shape}, not {tuple(like.shape)}")
+        if not tensor.isfinite().all():
+            raise WeightsError(f"weights {where}: {name} holds NaN or infinity")
         state[name] = tensor
     return state
 

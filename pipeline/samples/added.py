@@ -3,16 +3,17 @@
 A day's groups are those that begin on it, so they depend on a few other days alone: behaviours of the window before it,
 the last impressions of the day before (a session that continues over midnight is of that day), and the next day, where
 sessions continue. The other way round, a new day may lengthen groups of the day before; that one is made anew then too.
-Each file of a day is, byte for byte, what building all samples anew would write.
+Each file of a day is, byte for byte, what building all samples anew would write; but a day that is made leaves the file
+that it has shared with others of its month, and a day that is added shares none.
 """
 
 import contextlib
 import dataclasses
-import re
+import itertools
 import shutil
 import time
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,15 +30,14 @@ from featurestore.parsing import parse_json
 from featurestore.published.versions import open_published
 from featurestore.spec import FileName, differing
 from featurestore.storage.storage import Storage
-from pipeline.cluster.tasks import num_threads, run_all
+from pipeline.cluster.tasks import run_all
 from pipeline.errors import SampleError, SampleOptionError
 from pipeline.options import SampleOptions
 from pipeline.samples import build, groups
-from pipeline.samples.logs import BEHAVIORS, IMPRESSIONS, MICROSECONDS, WantedRows, users_of
+from pipeline.samples.logs import BEHAVIORS, IMPRESSIONS, MICROSECONDS, LogPiece, WantedRows, users_of
 from pipeline.samples.publish import MARK, QUARANTINE_FILE, SPLITS, NewFiles, replaced_files
-from trainer.schema.fields import IDS_FILE, IMAGES_FILE
+from trainer.schema.fields import IDS_FILE, IMAGES_FILE, days_of_file
 
-_FILE = re.compile(r"day=(\d{4}-\d{2}-\d{2})-\d{3,}\.parquet")
 _FREE = ("logs", "samples", "partitions", "days", "since", "scratch", "keep_days")
 """Options that may differ from those of the samples."""
 _FOREVER = 1 << 62
@@ -45,22 +45,11 @@ _FOREVER = 1 << 62
 
 @dataclasses.dataclass(frozen=True)
 class DayGroups:
-    """Groups of some days and of those around them; `days` are to be written.
-
-    Of days before the first that is asked for, groups of users who have none of that day are as they were.
-    """
+    """Groups of some days and of those around them; `days` are to be written."""
 
     grouped: list[groups.GroupedBucket]
     shuffled: list[groups.ShuffledPiece]
     days: set[int]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Samples:
-    """The samples that are there: their place, and the files of each day."""
-
-    storage: Storage
-    files_of_day: Mapping[int, Sequence[str]]
 
 
 class _NothingMissingError(Exception):
@@ -99,10 +88,7 @@ def _add_days(options: SampleOptions, client: Client) -> dict[str, Any]:
         folder, scratch = new.folder, new.folder / build.SHUFFLE_FOLDER
         is_since = isinstance(asked, int)
         wanted = _missing_days(tables, asked, there) if isinstance(asked, int) else asked
-        if (
-            not wanted
-            or not (made := _made_groups(client, tables, scratch, wanted, _Samples(before, there), is_since)).days
-        ):
+        if not wanted or not (made := _made_groups(client, tables, scratch, wanted, set(there), is_since)).days:
             raise _NothingMissingError
         groups_of_hour: Counter[int] = Counter()
         for part in made.grouped:
@@ -110,16 +96,13 @@ def _add_days(options: SampleOptions, client: Client) -> dict[str, Any]:
                 {h: n for h, n in part.groups_of_hour.items() if h // groups.HOURS_PER_DAY in made.days}
             )
         kept = {day: files for day, files in there.items() if day not in made.days}
-        groups_of_file = {_name(file): known[_name(file)] for files in kept.values() for file in files}
-        of_kept = {day: sum(groups_of_file[_name(file)] for file in files) for day, files in kept.items()}
+        of_kept = {day: sum(_groups_of(before, file, day, known) for file in files) for day, files in kept.items()}
         first_test_day = build.find_test_day(options, build.days_of(groups_of_hour) | of_kept)
         plans = groups.plan_files(groups_of_hour, first_test_day, options.groups_per_file)
         build.check_train([*(plan.split for plan in plans), *(groups.split_of(day, first_test_day) for day in kept)])
         for split in SPLITS:
             (folder / split).mkdir()
-        for day, files in kept.items():
-            for file in files:
-                new.keep(f"{groups.split_of(day, first_test_day)}/{_name(file)}", file)
+        groups_of_file = _keep_files(new, kept, known, first_test_day)
         written = build.write(client, made.grouped, plans, folder)
         _check_same_columns(new, plans)
         _keep_the_rest(new, made.shuffled)
@@ -192,16 +175,64 @@ def _name(file: str) -> str:
     return file.rpartition("/")[2]
 
 
+def _days_in(file: str) -> dict[int, int]:
+    """Return the days in a file of samples, and the row group of each where there are several."""
+    return {build.day_of(day, "day"): number for number, day in enumerate(days_of_file(_name(file)))}
+
+
 def _files_by_day(before: Storage, known: Collection[str]) -> dict[int, list[str]]:
     """List the files of each day. Raises SampleOptionError for one that is not among the `known` names."""
     found: dict[int, list[str]] = {}
     for file in [f"{split}/{name}" for split in SPLITS for name in before.list(split)]:
-        match = _FILE.fullmatch(_name(file))
-        if match is None or _name(file) not in known:
+        days = _days_in(file) if _name(file) in known else {}
+        if not days:
             raise SampleOptionError(
                 f"{before.full(file)} is not of the samples that crossmedia samples made there; make all samples anew"
             )
-        found.setdefault(build.day_of(match[1], "day"), []).append(file)
+        for day in days:
+            found.setdefault(day, []).append(file)
+    return found
+
+
+@contextlib.contextmanager
+def _opened(before: Storage, file: str) -> Iterator[pq.ParquetFile]:
+    try:
+        with before.open_input(file) as opened, pq.ParquetFile(opened, page_checksum_verification=True) as parquet:
+            yield parquet
+    except (pa.ArrowException, OSError, StorageError) as error:
+        raise SampleError(f"{before.full(file)}: cannot be read: {error}") from error
+
+
+def _groups_of(before: Storage, file: str, day: int, known: Mapping[str, int]) -> int:
+    """Count the groups that a file has of a day. Raises SampleError."""
+    days = _days_in(file)
+    if len(days) == 1:
+        return known[_name(file)]
+    with _opened(before, file) as parquet:
+        return int(parquet.metadata.row_group(days[day]).num_rows)
+
+
+def _keep_files(
+    new: NewFiles, kept: Mapping[int, Sequence[str]], known: Mapping[str, int], first_test_day: int
+) -> dict[str, int]:
+    """Take over the files of the days that stay as they are, and return how many groups each has.
+
+    Of a file that such a day shares with one that is made, or is of the other split, it gets a copy of its own. Raises
+    SampleError.
+    """
+    found: dict[str, int] = {}
+    for file in dict.fromkeys(itertools.chain.from_iterable(kept.values())):
+        days = _days_in(file)
+        split_of = {day: groups.split_of(day, first_test_day) for day in days}
+        if days.keys() <= kept.keys() and len(splits := set(split_of.values())) == 1:
+            new.keep(f"{splits.pop()}/{_name(file)}", file)
+            found[_name(file)] = known[_name(file)]
+            continue
+        with _opened(new.before, file) as parquet:
+            for day in days.keys() & kept.keys():
+                table, plan = parquet.read_row_group(days[day]), groups.FilePlan((groups.name_of_day(day),), 0, "", ())
+                groups.write_groups([table], new.folder / split_of[day] / plan.name)
+                found[plan.name] = len(table)
     return found
 
 
@@ -220,20 +251,16 @@ def _missing_days(tables: build.LogTables, since: int, known: Iterable[int]) -> 
 
 
 def _made_groups(
-    client: Client, tables: build.LogTables, scratch: Path, asked: set[int], samples: _Samples, may_lack: bool
+    client: Client, tables: build.LogTables, scratch: Path, asked: set[int], known: set[int], may_lack: bool
 ) -> DayGroups:
-    """Make the groups of all days that have to be written, from as little of the logs as will do.
-
-    From the first of the days on they are those of all users; before it, those of users whose groups may continue in it
-    are made, and the others taken from the samples.
-    """
-    known, first = set(samples.files_of_day), min(asked)
+    """Make the groups of all days that have to be written, from as little of the logs as will do."""
+    first = min(asked)
     low, high = first - 1, max(asked) + 2  # groups may continue over midnight
     reach_us = build.rules_of(tables.options, tables.layouts[IMPRESSIONS]).reach_us
     while True:
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir()
-        grouped, taken, shuffled = _grouped(client, tables, scratch, (low, first, high), samples)
+        grouped, shuffled = _grouped(client, tables, scratch, (low, first, high))
         latest: dict[int, int] = {}
         for part in grouped:
             for day, moment in part.latest_of_day.items():
@@ -253,74 +280,58 @@ def _made_groups(
         elif min(lengthened, default=low) < low:
             low -= 1
         else:
-            return DayGroups([*grouped, *taken], shuffled, days)
+            return DayGroups(grouped, shuffled, days)
 
 
 def _grouped(
-    client: Client, tables: build.LogTables, scratch: Path, span: tuple[int, int, int], samples: _Samples
-) -> tuple[list[groups.GroupedBucket], list[groups.GroupedBucket], list[groups.ShuffledPiece]]:
-    """Make the groups of a span of days; return them, the groups that are kept, and what became of the logs.
+    client: Client, tables: build.LogTables, scratch: Path, span: tuple[int, int, int]
+) -> tuple[list[groups.GroupedBucket], list[groups.ShuffledPiece]]:
+    """Make the groups of a span of days; return them, and what became of the logs.
 
-    Made are those of the impressions from day `first` to before day `high` of a span (low, first, high), and, of users
-    that have rows so early on day `first` that they may be of sessions, or clicks on impressions, of the day before,
-    those from day `low` on, and what reaches into it. Kept are those that the
-    samples have of the other users on days from `low` to before `first`."""
+    Those of the impressions from day `first` to before day `high` of a span (low, first, high); and, where some of them
+    are so early on day `first` that they may be of sessions, or clicks on impressions, of the day before, those from
+    day `low` on, and what reaches into it. Behaviours are of the users of these alone.
+    """
     options, (low, first, high) = tables.options, span
     rules = build.rules_of(options, tables.layouts[IMPRESSIONS])
-    impressions = tables.pieces(IMPRESSIONS, WantedRows(first * groups.DAY, high * groups.DAY))
+    impressions, users = list[LogPiece](), list[npt.NDArray[np.int64]]()
+    for begin_us, end_us in (
+        (first * groups.DAY, high * groups.DAY),
+        (low * groups.DAY - rules.reach_us, first * groups.DAY),
+    ):
+        pieces = tables.pieces(IMPRESSIONS, WantedRows(begin_us, end_us))
+        calls = [(piece, begin_us + rules.reach_us, build.latest_of(options)) for piece in pieces]
+        if sum(piece.num_rows for piece in pieces) <= build.BUCKET_ROWS:  # here, before the cluster has heard of it
+            found = [users_of(*call) for call in calls]
+        else:
+            found = run_all(client, "find users", users_of, calls, build.FEWER_ROWS)
+        impressions += pieces
+        users += [each for each, _ in found]
+        if not any(is_early for _, is_early in found):
+            break
     if not impressions:
-        return [], [], []
-    history = WantedRows(
-        low * groups.DAY - rules.window_s * MICROSECONDS, high * groups.DAY
-    )  # groups before `low` are not written
+        return [], []
+    path = scratch / "users.npy"
+    np.save(path, np.unique(np.concatenate(users)))
+    history = WantedRows(low * groups.DAY - rules.window_s * MICROSECONDS, high * groups.DAY)
     behaviors = tables.pieces(BEHAVIORS, history) or tables.pieces(BEHAVIORS)[:1]
+    of_users = dataclasses.replace(history, users_path=str(path.absolute()))
+    behaviors = [dataclasses.replace(piece, wanted=of_users) for piece in behaviors]
     buckets = build.num_buckets(options.partitions, impressions, client)
     if options.partitions is None:  # few of the behaviours are of these users, but all may be
         buckets = max(buckets, sum(piece.num_rows for piece in behaviors) // (4 * build.BUCKET_ROWS))
-    early_us = first * groups.DAY + rules.reach_us
-    calls = [(piece, early_us, build.latest_of(options)) for piece in impressions]
-    if sum(piece.num_rows for piece in impressions) <= build.BUCKET_ROWS:  # here, before the cluster has heard of it
-        found = [users_of(*call) for call in calls]
-    else:
-        found = run_all(client, "find users", users_of, calls, build.FEWER_ROWS)
-    users = _save_users(scratch / "users.npy", [each for each, _ in found])
-    early_users = _save_users(scratch / "early.npy", [early for _, early in found])
-    is_early = any(len(early) for _, early in found)
-    wanted = WantedRows(low * groups.DAY - rules.reach_us, first * groups.DAY, early_users)
-    before = tables.pieces(IMPRESSIONS, wanted) if is_early else []
-    of_users = dataclasses.replace(history, users_path=users)
-    behaviors = [dataclasses.replace(piece, wanted=of_users) for piece in behaviors]
-    # Of a day, and of its users alone, scratch is small: it is quicker as it is.
-    read = build.shuffle(client, [*impressions, *before, *behaviors], scratch, buckets, options, compress=False)
+    read = build.shuffle(client, [*impressions, *behaviors], scratch, buckets, options)
     shown, done = read[IMPRESSIONS], read[BEHAVIORS]
-    layout = impressions[0].layout
-    schema = groups.columns_of_groups(layout, behaviors[0].layout, rules)
-    parts = num_threads(client)
-    taken = [
-        (samples.storage, file, (part, parts), early_users, schema, str(scratch.absolute()))
-        for day in range(low, first)
-        if before
-        for file in samples.files_of_day.get(day, [])
-        for part in range(parts)
-    ]
-    grouped = build.group(client, (len(shown), len(done)), scratch, buckets, options, layout, taken, compress=False)
-    return grouped[:buckets], grouped[buckets:], [*shown, *done]
-
-
-def _save_users(path: Path, users: Sequence[npt.NDArray[np.int64]]) -> str:
-    np.save(path, np.unique(np.concatenate(users)))
-    return str(path.absolute())
+    grouped = build.group(client, (len(shown), len(done)), scratch, buckets, options, impressions[0].layout)
+    return grouped, [*shown, *done]
 
 
 def _check_same_columns(new: NewFiles, plans: Sequence[groups.FilePlan]) -> None:
     if plans and new.kept:
         file = next(iter(new.kept.values()))
         made = pq.read_schema(new.folder / plans[0].split / plans[0].name)
-        try:
-            with new.before.open_input(file) as opened:
-                old = pq.read_schema(opened)
-        except (pa.ArrowException, OSError, StorageError) as error:
-            raise SampleError(f"{new.before.full(file)}: cannot be read: {error}") from error
+        with _opened(new.before, file) as parquet:
+            old = parquet.schema_arrow
         if not made.equals(old):
             raise SampleError(
                 f"the columns of the new days ({', '.join(made.names)}) are not those of {new.before.full(file)} "

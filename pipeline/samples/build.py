@@ -32,7 +32,7 @@ from pipeline.samples import groups, logs
 from pipeline.samples.mapping import TableLayout, load_mapping
 from pipeline.samples.publish import MARK, QUARANTINE_FILE, replaced_files
 from trainer.schema import lakes
-from trainer.schema.fields import SCHEMA_FILE, SETTINGS_FILE, DistinctCount, settings_text
+from trainer.schema.fields import SCHEMA_FILE, SETTINGS_FILE, DistinctCount, days_of_file, settings_text
 from trainer.schema.suggest import OF_LOG, inspect_samples, render_schema
 
 Part = TypeVar("Part")
@@ -213,7 +213,6 @@ def shuffle(
     scratch: Path,
     num_buckets: int,
     options: SampleOptions,
-    compress: bool = True,
 ) -> dict[str, list[groups.ShuffledPiece]]:
     """Write the rows of logs by bucket of users into `scratch`; return each log's pieces, in their order."""
     folder, threads, latest_s = str(scratch.absolute()), num_threads(client), latest_of(options)
@@ -223,8 +222,7 @@ def shuffle(
     for of_log in of_logs.values():
         sizes = [piece.num_rows for piece in of_log]
         calls = [
-            (piece, index, folder, num_buckets, options.min_dwell_s, latest_s, compress)
-            for index, piece in enumerate(of_log)
+            (piece, index, folder, num_buckets, options.min_dwell_s, latest_s) for index, piece in enumerate(of_log)
         ]
         tasks += [(groups.shuffle_piece, some) for some in _together(calls, sizes, threads, logs.PIECE_ROWS)]
     done = itertools.chain.from_iterable(run_all(client, "read logs", _in_turn, tasks, FEWER_ROWS))
@@ -264,17 +262,13 @@ def group(
     num_buckets: int,
     options: SampleOptions,
     layout: TableLayout,
-    taken: Sequence[tuple[Any, ...]] = (),
-    compress: bool = True,
 ) -> list[groups.GroupedBucket]:
-    """Make the groups of every bucket, and meanwhile take others, which come last: the calls of `take_groups`."""
+    """Make the groups of every bucket."""
     folder, rules = str(scratch.absolute()), rules_of(options, layout)
     calls = [
-        (bucket, folder, num_pieces, rules, layout.user_columns, layout.ad_columns, compress)
-        for bucket in range(num_buckets)
+        (bucket, folder, num_pieces, rules, layout.user_columns, layout.ad_columns) for bucket in range(num_buckets)
     ]
-    tasks = [(groups.group_bucket, [call]) for call in calls] + [(groups.take_groups, [call]) for call in taken]
-    return list(itertools.chain.from_iterable(run_all(client, "make groups", _in_turn, tasks, FEWER_ROWS)))
+    return run_all(client, "make groups", groups.group_bucket, calls, FEWER_ROWS)
 
 
 def rules_of(options: SampleOptions, impressions: TableLayout | None) -> groups.GroupRules:
@@ -341,11 +335,13 @@ def write(
     client: Client, grouped: Sequence[groups.GroupedBucket], plans: Sequence[groups.FilePlan], folder: Path
 ) -> list[groups.WrittenFile]:
     """Write the planned files of samples below `folder`."""
-    batch_of_hour = {part.path: {hour: n for n, hour in enumerate(part.groups_of_hour)} for part in grouped}
+    batch_of_hour = {part.path: groups.batch_of_hours(part.groups_of_hour) for part in grouped}
     calls, sizes = [], []
     for plan in plans:
         hours = set(plan.hours)
-        found = {path: [batches[hour] for hour in hours & batches.keys()] for path, batches in batch_of_hour.items()}
+        found = {
+            path: sorted({batches[hour] for hour in hours & batches.keys()}) for path, batches in batch_of_hour.items()
+        }
         calls.append((plan, {path: batches for path, batches in found.items() if batches}, str(folder.absolute())))
         sizes.append(sum(part.groups_of_hour.get(hour, 0) for part in grouped for hour in hours))
     tasks = [(groups.write_file, some) for some in _together(calls, sizes, num_threads(client), LEAST_BUCKET_ROWS)]
@@ -438,8 +434,8 @@ def _split(written: Sequence[groups.WrittenFile], split: str) -> dict[str, Any]:
 
 
 def count_files(groups_of_file: Mapping[str, int]) -> dict[str, Any]:
-    """Count days and groups of some files of samples, whose names begin with their days."""
-    days = sorted({name[4:14] for name in groups_of_file})
+    """Count days and groups of some files of samples, whose names have their days."""
+    days = sorted({day for name in groups_of_file for day in days_of_file(name)})
     return {
         "first_day": days[0] if days else None,
         "last_day": days[-1] if days else None,

@@ -22,7 +22,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from featurestore.errors import StorageError
 from featurestore.keys import NO_IMAGE, splitmix64
 from featurestore.storage.storage import Storage
 from pipeline.errors import SampleError
@@ -38,7 +37,7 @@ from pipeline.samples.logs import (
     read_piece,
 )
 from pipeline.samples.mapping import CLICKED_AT, TableLayout, two_texts
-from trainer.schema.fields import IDS_FILE, IMAGES_FILE, DistinctCount
+from trainer.schema.fields import IDS_FILE, IMAGES_FILE, DistinctCount, file_of_month
 from trainer.schema.profile import is_list
 
 Int64Array = npt.NDArray[np.int64]
@@ -240,7 +239,7 @@ class ShuffledPiece:
 
 
 def shuffle_piece(
-    piece: LogPiece, index: int, folder: str, num_buckets: int, min_dwell_s: float, latest_s: int, compress: bool
+    piece: LogPiece, index: int, folder: str, num_buckets: int, min_dwell_s: float, latest_s: int
 ) -> ShuffledPiece:
     """Read one piece and write its good rows by bucket, and the bad ones to a file. Raises SampleError."""
     rows = read_piece(piece, latest_s)
@@ -251,7 +250,7 @@ def shuffle_piece(
         num_short = int(np.count_nonzero(~is_long_N))
         columns = {name: values_N[is_long_N] for name, values_N in columns.items()}
     path = _path(folder, piece.log, index)
-    write_batches(path, _buckets(columns, num_buckets), compress)
+    write_batches(path, _buckets(columns, num_buckets))
     quarantine_path = None
     if rows.bad_reason:
         quarantine_path = path.with_suffix(".bad")
@@ -259,7 +258,7 @@ def shuffle_piece(
             {"log": piece.log, "file": piece.path, "row": row, "reason": reason}
             for row, reason in zip(rows.bad_row.tolist(), rows.bad_reason, strict=True)
         ]
-        write_batches(quarantine_path, [pa.RecordBatch.from_pylist(bad, schema=QUARANTINE)], compress)
+        write_batches(quarantine_path, [pa.RecordBatch.from_pylist(bad, schema=QUARANTINE)])
     return ShuffledPiece(
         rows.num_rows,
         num_short,
@@ -267,8 +266,8 @@ def shuffle_piece(
         None if quarantine_path is None else str(quarantine_path),
         rows.examples,
         int(np.count_nonzero((columns["image"] == NO_IMAGE) & (columns.get("label", 0) != CLICK))),
-        _write_names(path.with_suffix(".names"), rows.names, compress),
-        _write_names(path.with_suffix(".texts"), _table_of_texts(rows.texts), compress),
+        _write_names(path.with_suffix(".names"), rows.names),
+        _write_names(path.with_suffix(".texts"), _table_of_texts(rows.texts)),
         rows.num_lacking,
         rows.other_events,
     )
@@ -291,14 +290,14 @@ def write_quarantine(path: Path, parts: Sequence[ShuffledPiece]) -> None:
                 writer.write_batch(read_batch(part.quarantine_path, 0))
 
 
-def _write_names(path: Path, names: pa.Table, compress: bool) -> str | None:
+def _write_names(path: Path, names: pa.Table) -> str | None:
     if not len(names):
         return None
     bucket_N = _name_bucket(names.column(0).to_numpy())
     names = names.take(np.argsort(bucket_N, kind="stable")).combine_chunks()
     edges = np.searchsorted(np.sort(bucket_N), np.arange(_NAME_BUCKETS + 1)).tolist()
     batches = names.to_batches()[0]
-    write_batches(path, [batches.slice(low, high - low) for low, high in itertools.pairwise(edges)], compress)
+    write_batches(path, [batches.slice(low, high - low) for low, high in itertools.pairwise(edges)])
     return str(path)
 
 
@@ -365,15 +364,12 @@ def _buckets(columns: Columns, num_buckets: int) -> Iterable[pa.RecordBatch]:
     return [table.slice(low, high - low) for low, high in itertools.pairwise(edges.tolist())]
 
 
-def write_batches(path: Path, batches: Iterable[pa.RecordBatch], compress: bool) -> None:
-    """Write one Arrow file of `batches` (at least one), named only once it is whole: a task may run twice.
-
-    `compress` by LZ4: half the bytes, for an eighth more of the time that all of a day takes.
-    """
+def write_batches(path: Path, batches: Iterable[pa.RecordBatch]) -> None:
+    """Write one Arrow file of `batches` (at least one), named only once it is whole: a task may run twice."""
     iterator = iter(batches)
     first = next(iterator)
     temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
-    options = pa.ipc.IpcWriteOptions(compression="lz4" if compress else None, use_threads=False)
+    options = pa.ipc.IpcWriteOptions(compression="lz4", use_threads=False)
     with pa.OSFile(str(temporary), "wb") as file, pa.ipc.new_file(file, first.schema, options=options) as writer:
         writer.write_batch(first)
         for batch in iterator:
@@ -397,6 +393,9 @@ def read_batches(path: str, indices: Sequence[int]) -> list[pa.RecordBatch]:
 HOUR_S = 3_600
 HOURS_PER_DAY = 24
 ROW_GROUP_SIZE = 2_048
+MANY_DAYS = 100
+"""With more of them, those of a month may share a file: thousands of small ones take longer than their rows."""
+BATCH_ROWS = 256
 FORMAT = "crossmedia samples 1"
 SORT: list[tuple[str, Literal["ascending", "descending"]]] = [
     ("timestamp", "ascending"),
@@ -408,11 +407,11 @@ AD_LISTS = ("item", "image", "category", "scene")
 
 @dataclass(frozen=True)
 class GroupedBucket:
-    """The groups of one bucket in a file with a batch for each hour, and counts of those that were made here."""
+    """The groups of one bucket in a file of batches by `batch_of_hours`, and counts of those that were made here."""
 
     path: str
     groups_of_hour: dict[int, int]
-    """By hour since 1970, in the order of the batches."""
+    """By hour since 1970, in the order of the file."""
     counts: Counter[str] = field(default_factory=Counter)
     """Those of `LogGroups`, and users, distinct impressions, references (behaviours in groups) and without (groups
     without behaviours)."""
@@ -427,7 +426,6 @@ def group_bucket(
     rules: GroupRules,
     user_columns: Sequence[str],
     ad_columns: Sequence[str] = (),
-    compress: bool = True,
 ) -> GroupedBucket:
     """Make the groups of one bucket of users from the shuffled logs in `folder`, and write them there by hour.
 
@@ -438,7 +436,7 @@ def group_bucket(
     groups = make_groups(impressions, read_bucket(folder, BEHAVIORS, num_pieces[1], bucket), rules)
     table = table_of_groups(groups, user_columns, ad_columns).sort_by(SORT)
     path = Path(folder, f"groups-{bucket:06d}.arrow")
-    groups_of_hour = _write_hours(path, table, compress)
+    groups_of_hour = _write_hours(path, table)
     counts = groups.counts + Counter(
         users=len(np.unique(groups.impressions["user"])),
         impressions=len(groups.impressions["user"]),
@@ -456,47 +454,32 @@ def no_rows(layout: TableLayout) -> Columns:
     return {name: values for name, values in columns.items() if name != "dwell_s"}
 
 
-def columns_of_groups(impressions: TableLayout, behaviors: TableLayout, rules: GroupRules) -> pa.Schema:
-    """Describe what `group_bucket` writes of logs that are read so."""
-    empty = make_groups(no_rows(impressions), no_rows(behaviors), rules)
-    return table_of_groups(empty, impressions.user_columns, impressions.ad_columns).schema
-
-
-def take_groups(
-    before: Storage, name: str, share: tuple[int, int], users_path: str, schema: pa.Schema, folder: str
-) -> GroupedBucket:
-    """Write the groups of one file of samples to `folder` by hour, but those of the users in a .npy file.
-
-    `share`: which of how many parts of its row groups. `schema`: the columns of `group_bucket`, which they have to
-    have. Raises SampleError.
-    """
-    part, parts = share
-    try:
-        with pq.ParquetFile(before.open_input(name), page_checksum_verification=True) as file:
-            count = file.num_row_groups
-            mine = range(part * count // parts, (part + 1) * count // parts)
-            table = file.read_row_groups(list(mine), use_threads=False)
-        table = table.replace_schema_metadata(None).select(schema.names).cast(schema)
-    except (pa.ArrowException, KeyError, OSError, StorageError) as error:
-        raise SampleError(
-            f"{before.full(name)} cannot be read, or does not have the columns of the new days: {error}; make all days"
-            " anew"
-        ) from error
-    is_gone = pc.is_in(table.column("user"), value_set=pa.array(np.load(users_path)))
-    path = Path(folder, f"others-{Path(name).stem}-{part}.arrow")
-    return GroupedBucket(str(path), _write_hours(path, table.filter(pc.invert(is_gone)), compress=False))
-
-
-def _write_hours(path: Path, table: pa.Table, compress: bool) -> dict[int, int]:
-    """Write sorted groups with a batch for each hour; return the size of each hour's batch, in their order."""
-    hour_G = table.column("timestamp").to_numpy() // HOUR_S
-    hours, starts = np.unique(hour_G, return_index=True)
-    sizes = np.diff(starts, append=len(hour_G))
+def _write_hours(path: Path, table: pa.Table) -> dict[int, int]:
+    """Write sorted groups in the batches of `batch_of_hours`; return the number of each hour, in their order."""
+    hours, sizes = np.unique(table.column("timestamp").to_numpy() // HOUR_S, return_counts=True)
+    groups_of_hour = dict(zip(hours.tolist(), sizes.tolist(), strict=True))
+    is_first = np.diff(np.array([*batch_of_hours(groups_of_hour).values()], np.int64), prepend=-1) > 0
+    edges = [*(np.cumsum(sizes) - sizes)[is_first].tolist(), len(table)]
     batches = [
-        table.slice(start, size).combine_chunks().to_batches()[0] for start, size in zip(starts, sizes, strict=True)
+        table.slice(start, end - start).combine_chunks().to_batches()[0] for start, end in itertools.pairwise(edges)
     ]
-    write_batches(path, batches or [pa.RecordBatch.from_pylist([], schema=table.schema)], compress)
-    return dict(zip(hours.tolist(), sizes.tolist(), strict=True))
+    write_batches(path, batches or [pa.RecordBatch.from_pylist([], schema=table.schema)])
+    return groups_of_hour
+
+
+def batch_of_hours(groups_of_hour: Mapping[int, int]) -> dict[int, int]:
+    """Number the batch that each hour is in: neighbours share one until it would have more than BATCH_ROWS groups.
+
+    A file of days with a few groups each would have a batch for every hour of years: a read of one reads their list.
+    """
+    found: dict[int, int] = {}
+    number, room = -1, 0
+    for hour, count in groups_of_hour.items():
+        if number < 0 or count > room:
+            number, room = number + 1, BATCH_ROWS
+        found[hour] = number
+        room -= count
+    return found
 
 
 def _latest_of_day(groups: LogGroups) -> dict[int, int]:
@@ -536,16 +519,16 @@ def _values(values_N: npt.NDArray[Any]) -> Any:
 
 @dataclass(frozen=True)
 class FilePlan:
-    """A file of samples to write: its day, its number in it, its hours."""
+    """A file of samples to write: its day, or the days of a month that share it, and their hours."""
 
-    day: str  # as 2026-01-31
-    number: int  # of the file in the day
+    days: tuple[str, ...]  # as 2026-01-31
+    number: int  # of the file in its day, where it has one
     split: str
     hours: tuple[int, ...]  # since 1970
 
     @property
     def name(self) -> str:
-        return f"day={self.day}-{self.number:03d}.parquet"
+        return file_of_month(self.days) if self.days[1:] else f"day={self.days[0]}-{self.number:03d}.parquet"
 
 
 @dataclass(frozen=True)
@@ -563,7 +546,7 @@ class WrittenFile:
 def plan_files(groups_of_hour: Mapping[int, int], first_test_day: int, groups_per_file: int) -> list[FilePlan]:
     """Plan files by day, a long day in several of whole hours; those from `first_test_day` on are for testing.
 
-    The plan hangs on the hours' counts alone, so not on the number of buckets.
+    Of more than MANY_DAYS days some share one. The plan hangs on the hours' counts alone, not on the number of buckets.
     """
     days: dict[int, list[list[int]]] = {}
     room = 0
@@ -574,11 +557,30 @@ def plan_files(groups_of_hour: Mapping[int, int], first_test_day: int, groups_pe
             room = groups_per_file
         files[-1].append(hour)
         room -= groups_of_hour[hour]
-    return [
-        FilePlan(name_of_day(day), number, split_of(day, first_test_day), tuple(hours))
+    plans = [
+        FilePlan((name_of_day(day),), number, split_of(day, first_test_day), tuple(hours))
         for day, files in days.items()
         for number, hours in enumerate(files)
     ]
+    return plans if len(days) <= MANY_DAYS else _by_month(plans, groups_of_hour)
+
+
+def _by_month(plans: Sequence[FilePlan], groups_of_hour: Mapping[int, int]) -> list[FilePlan]:
+    """Let the days for training of a month share a file where a row group has room for all of them.
+
+    Days for testing have one each, as they move to train/ one by one.
+    """
+    months: dict[tuple[str, str], list[FilePlan]] = {}
+    for plan in plans:
+        months.setdefault((plan.split, plan.days[0][:7]), []).append(plan)
+    found: list[FilePlan] = []
+    for (split, _), files in months.items():
+        days, hours = dict.fromkeys(plan.days[0] for plan in files), [hour for plan in files for hour in plan.hours]
+        if split == "train" and len(days) > 1 and sum(map(groups_of_hour.__getitem__, hours)) <= ROW_GROUP_SIZE:
+            found.append(FilePlan(tuple(days), 0, split, tuple(hours)))
+        else:
+            found += files
+    return found
 
 
 def split_of(day: int, first_test_day: int) -> str:
@@ -592,19 +594,26 @@ def name_of_day(day: int) -> str:
 
 
 def write_file(plan: FilePlan, parts: Mapping[str, Sequence[int]], folder: str) -> WrittenFile:
-    """Write one file of samples from batches of the files of group_bucket, sorted by time, user and session."""
+    """Write one file of samples from batches of the files of group_bucket, sorted by time, user and session.
+
+    The batches have all of its hours, and maybe more.
+    """
     batches = [batch for path, indices in parts.items() for batch in read_batches(path, indices)]
-    table = pa.Table.from_batches(batches).combine_chunks().sort_by(SORT)
+    table = pa.Table.from_batches(batches)
+    is_here_G = np.isin(table.column("timestamp").to_numpy() // HOUR_S, plan.hours)
+    table = table.filter(pa.array(is_here_G)).combine_chunks().sort_by(SORT)
     table = table.replace_schema_metadata({"format": FORMAT})
-    pq.write_table(
-        table,
-        Path(folder, plan.split, plan.name),
-        row_group_size=ROW_GROUP_SIZE,
-        compression="zstd",
-        write_page_checksum=True,
-    )
+    days = [table.filter(pc.equal(table["day"], pa.scalar(day))) for day in plan.days] if plan.days[1:] else [table]
+    write_groups(days, Path(folder, plan.split, plan.name))
     clicks = pc.list_flatten(table.column("label")).to_numpy()
     return WrittenFile(plan, len(table), len(clicks), int(clicks.sum()), _ids(table))
+
+
+def write_groups(days: Sequence[pa.Table], path: Path) -> None:
+    """Write a file of samples, each table in row groups of its own."""
+    with pq.ParquetWriter(path, days[0].schema, compression="zstd", write_page_checksum=True) as writer:
+        for table in days:
+            writer.write_table(table, row_group_size=ROW_GROUP_SIZE)
 
 
 def _ids(table: pa.Table) -> dict[str, DistinctCount]:

@@ -542,11 +542,11 @@ def _read_row_groups(storage: Storage, piece: LogPiece, names: list[str]) -> pa.
             raise SampleError(f"{storage.full(piece.path)}: cannot be read: {error}") from error
 
 
-def users_of(piece: LogPiece, early_us: int, latest_s: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Read only the users of a piece; return the distinct ones, sorted, and those who have rows before `early_us`."""
+def users_of(piece: LogPiece, early_us: int, latest_s: int) -> tuple[npt.NDArray[np.int64], bool]:
+    """Read only users and times of a piece; return its users, sorted, and whether a row is before `early_us`."""
     kinds = {name: kind for name, kind in piece.layout.kinds.items() if name in ("timestamp", "user", mapping.EVENT)}
     good = read_piece(replace(piece, layout=replace(piece.layout, kinds=kinds, joins=())), latest_s).good
-    return np.unique(good["user"]), np.unique(good["user"][good["timestamp"] < early_us])
+    return np.unique(good["user"]), bool((good["timestamp"] < early_us).any())
 
 
 def _column(

@@ -19,7 +19,7 @@ from benchmarks.quality import compare, heldout
 from benchmarks.quality.__main__ import app
 from benchmarks.quality.compare import Bench
 from benchmarks.quality.data import DataSet, parse
-from benchmarks.quality.heldout import JUDGED, hold_out, make_rare, sampled
+from benchmarks.quality.heldout import JUDGED, hold_out, sampled
 from benchmarks.quality.rows import Layout, Rows, Vocabulary, read, vocabularies
 from benchmarks.quality.runs import Spec, fuxictr_python
 from featurestore.format.rows import FeatureRows
@@ -297,32 +297,15 @@ def _values(folder: Path, column: str) -> list[int]:
     return [value for row in pq.read_table(folder, columns=[column]).to_pylist() for value in row[column]]
 
 
-def test_rare_items_keep_a_few_impressions_and_are_alone_in_the_test(place: Path, tmp_path: Path) -> None:
-    make_rare(place / "samples", tmp_path / "out", 0.3, most=3)
-    rare = set(np.arange(ITEMS)[sampled(np.arange(ITEMS), 0.3, 0)].tolist())
-    kept, before = (Counter(_values(at / "train", "ad_item")) for at in (tmp_path / "out", place / "samples"))
-    assert set(kept) == set(before) and len({kept[item] for item in rare}) > 1
-    assert all(1 <= kept[item] <= 3 if item in rare else kept[item] == before[item] for item in before)
-    assert set(_values(tmp_path / "out/train", "behavior_item")) & rare == set()
-    expected = [
-        {**row, **{name: [row[name][n] for n in chosen] for name in (*AD_LISTS, "label")}}
-        for row in pq.read_table(place / "samples/test").to_pylist()
-        if (chosen := [n for n, item in enumerate(row["ad_item"]) if item in rare])
-    ]
-    assert pq.read_table(tmp_path / "out/test").to_pylist() == expected
-
-
 @pytest.mark.slow
 def test_the_section_of_held_out_items(place: Path, tmp_path: Path) -> None:
     arguments = ["--data", f"small={place}/samples:{place}/features", "--only", "cold", "--seeds", "2"]
     arguments += ["--batch-size", "64", "--dir", str(tmp_path / "kept"), "--json", str(tmp_path / "cold.json")]
     invoke(app, *arguments, code=0)
     found = json.loads((tmp_path / "cold.json").read_text())
-    for case in ("cold", "rare"):
-        assert found[f"{case}_auc_images_minus_ids"] == pytest.approx(
-            found[f"{case}_auc_small_images"] - found[f"{case}_auc_small_ids"]
-        )
-    assert len(list((tmp_path / "kept/figures").iterdir())) == 8
+    gain = found["cold_auc_small_images"] - found["cold_auc_small_ids"]
+    assert found["cold_auc_images_minus_ids"] == pytest.approx(gain)
+    assert len(list((tmp_path / "kept/figures").iterdir())) == 4
 
 
 def test_other_samples_of_the_same_name_are_held_out_anew(place: Path, tmp_path: Path) -> None:
@@ -331,7 +314,7 @@ def test_other_samples_of_the_same_name_are_held_out_anew(place: Path, tmp_path:
     next(iter(sorted((shorter / "train").iterdir()))).unlink()
     bench = Bench([], tmp_path / "kept", ["dnn"], range(1), 1, False, Progress())
     made = [
-        heldout.specs(bench, DataSet("small", str(samples), None, 64))["cold", "ids"].samples
+        heldout.specs(bench, DataSet("small", str(samples), None, 64))["ids"].samples
         for samples in (place / "samples", shorter, place / "samples")
     ]
     assert made[0] == made[2] != made[1]

@@ -16,7 +16,6 @@ from benchmarks.tables.runs import Planned, Runner, section_of
 from benchmarks.tables.variants import Table, Variant, load_tables
 from featurestore.format.rows import FeatureRows
 from featurestore.store import FeatureStore
-from featurestore.upkeep.remake import remake
 from tests.cli import invoke
 from tests.pages import check_page
 from tests.trainer.conftest import Places, make_places
@@ -106,19 +105,6 @@ class TestCommand:
         again = call(*words, out=tmp_path, settings=slower)
         assert again.exit_code == 0 and reports(tmp_path) == made
         assert json.loads(file.read_text()) == found
-
-    def test_stores_are_compared_with_what_they_have(self, tmp_path: Path) -> None:
-        places, file, json_file = make_places(tmp_path), tmp_path / "t.yaml", tmp_path / "t.json"
-        store = FeatureStore.open(tmp_path / "features")
-        remake(store, str(tmp_path / "compact"), dims=4, dtype="float16")
-        variants = {name: {"settings": {"data.store": str(tmp_path / name)}} for name in ("features", "compact")}
-        file.write_text(json.dumps({"tables": {"stores": {"title": "t", "variants": variants}}}))
-        settings = places.settings(train__max_steps=2)
-        done = call(file, "--seeds", 1, "--json", json_file, out=tmp_path / "out", settings=settings)
-        assert done.exit_code == 0, done.output
-        found = json.loads(json_file.read_text())
-        assert found["stores_features_bytes"] == store.snapshot().manifest.file_bytes
-        assert (found["stores_compact_numbers"], found["stores_compact_dtype"]) == (4, "float16")
 
 
 @pytest.mark.long

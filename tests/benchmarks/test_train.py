@@ -7,6 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 from rich.progress import Progress
 
+from benchmarks.quality.runs import fuxictr_python
 from benchmarks.train.__main__ import app, check_fuxictr
 from benchmarks.train.sections import (
     FUXICTR,
@@ -14,7 +15,6 @@ from benchmarks.train.sections import (
     DifferentLossesError,
     Outcome,
     check_losses,
-    fuxictr_python,
 )
 from benchmarks.train.small import Cell, ratios
 from benchmarks.workload import Knobs, WorkloadError, make

@@ -29,7 +29,6 @@ WITHOUT_PLACES = {"benchmarks.quality", "crossmedia.demo", "trainer.launch", "tr
 """Commands that read no folder themselves: they draw what they need, or hand their options to other commands."""
 WRITERS = {
     *(f"benchmarks.{name}" for name in ("gpu", "growth", "serve", "store", "train", "workload")),
-    "jobs/import_xdl random",
     "featurestore check-backend",
 }
 """Commands whose one folder is made where it is not there."""

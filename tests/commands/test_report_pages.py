@@ -124,7 +124,6 @@ JOBS = [
     "jobs/export_embeddings --run {run} --out {new}.parquet",
     "trainer.prerank build --run {towers} --samples {samples} --out {new}",
     "jobs/make_demo_data --out {new} --items 20 --users 10 --days 2",
-    "jobs/import_xdl random --out {new} --lines 20 --images 20 --dim 4",
 ]
 
 

@@ -96,22 +96,6 @@ def test_a_misspelt_field_is_found(where: tuple[str, str, str], path: list[Any],
         check(manifest)
 
 
-def test_fields_that_we_do_not_use_are_known() -> None:
-    """The schemas are whole, those of the operators too."""
-    job, monitor = find("train-mpi", "MPIJob", "train"), find("serving", "ServiceMonitor", "scorer")
-    service = find(*KSERVE)
-    service["spec"]["predictor"]["logger"] = {"mode": "all", "url": "http://log"}
-    job["spec"]["runPolicy"]["schedulingPolicy"] = {"queue": "night", "minAvailable": 2}
-    monitor["spec"]["endpoints"][0] |= {"honorLabels": True, "scrapeTimeout": "1m30s"}
-    for manifest in (job, monitor, service):
-        check(manifest)
-    job["spec"]["runPolicy"]["schedulingPolicy"]["minAvailable"] = "two"
-    monitor["spec"]["endpoints"][0]["scrapeTimeout"] = "90 seconds"
-    for manifest in (job, monitor):
-        with pytest.raises(jsonschema.ValidationError):
-            check(manifest)
-
-
 @pytest.mark.parametrize("name", OVERLAYS)
 def test_pods_have_no_rights_and_a_read_only_root_and_fill_no_disk_of_a_node(name: str) -> None:
     found = list(containers(name))

@@ -1,11 +1,14 @@
 """The explorer's small shop, made once per session; see world.py for what is in it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from starlette.testclient import TestClient
 
+from explorer.html.site import Site
+from explorer.server import application
 from tests.explorer.serving import serving
 from tests.explorer.world import World, complete, make_shop
 from tests.running.shared import made_once, own_cache, shared_folder
@@ -32,16 +35,17 @@ def world(shop: World) -> World:
     return shop
 
 
+@pytest.fixture(scope="module")
+def pages(world: World) -> Iterator[TestClient]:
+    """The pages of the whole shop, in this process; what one test has computed the next one finds."""
+    with TestClient(application(Site(world.places()))) as client:
+        yield client
+
+
 @pytest.fixture
 def changing_world(world: World, tmp_path: Path) -> World:
     """A copy that a test may change."""
     return world.copy(tmp_path / "world")
-
-
-@pytest.fixture
-def own_shop(client: "Client", tmp_path: Path) -> Callable[[], World]:
-    """Makes pictures and a store anew, for each call."""
-    return lambda: make_shop(tmp_path / "shop", client)
 
 
 @pytest.fixture(scope="session")

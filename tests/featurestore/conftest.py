@@ -46,6 +46,14 @@ def store(tmp_path: Path, info: StoreInfo) -> FeatureStore:
 
 
 @pytest.fixture
+def rows(store: FeatureStore, make_rows: MakeRows) -> FeatureRows:
+    """200 rows, which are in the store."""
+    made = make_rows(200, store.info)
+    store.put(made)
+    return made
+
+
+@pytest.fixture
 def cache(tmp_path: Path) -> Path:
     """A cache folder of the test's own."""
     return tmp_path / "cache"

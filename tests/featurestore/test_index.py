@@ -1,4 +1,4 @@
-"""Indexes of vectors: recall, adding without a rebuild, the same answers after save and load, and what is refused."""
+"""Indexes of vectors: recall, the same answers after save and load, and what is refused."""
 
 from typing import get_args
 
@@ -76,99 +76,18 @@ def test_vectors_that_share_a_direction(kind: IndexKind, count: int, dim: int, s
         np.testing.assert_array_equal(mine, theirs)
 
 
-def test_a_lifted_graph_has_the_same_scores_and_can_be_changed() -> None:
-    ads, users = two_towers(2_000, 64, 2, norms=0)
-    keys, scale = np.arange(2_000), np.linalg.norm(ads, axis=1).max() * np.linalg.norm(users, axis=1).max()
-    index = VectorIndex.build("hnsw", keys, ads, lifted=True)
-    gone, more = np.arange(500), np.arange(2_000, 2_020)
-    everything = np.concatenate([ads, (ads[:20] + ads[500:520]) / 2])
-    for _ in range(2):
-        for each in (index, VectorIndex.load(index.save())):
-            assert (each.kind, each.dim) == ("hnsw", 64)
-            found, scores = each.search(users, 10)
-            kept = np.setdiff1d(keys, gone) if each.num_unused else keys
-            assert recall(found, best(kept, everything[kept], users, 10)) >= 0.95
-            products = np.einsum("kd,kcd->kc", users.astype(np.float64), everything[found].astype(np.float64))
-            np.testing.assert_allclose(scores, products, atol=1e-6 * scale)
-            assert (np.diff(scores) <= 0).all()
-        index.remove(gone)
-        index.add(more, everything[more])
-        keys = np.arange(2_020)
-    few, scores = VectorIndex.build("hnsw", np.arange(3), ads[:3], lifted=True).search(users, 10)
-    assert few.shape == (200, 3) and np.isfinite(scores).all()
-
-
-@kinds
-def test_a_later_vector_may_be_longer_than_all_before(kind: IndexKind) -> None:
-    ads, users = two_towers(2_000, 16, 1)
-    index = VectorIndex.build(kind, np.arange(2_000), ads)
-    longer = 50 * users[:20]
-    index.add(np.arange(2_000, 2_020), longer)
-    found, scores = index.search(users, 10)
-    everything = np.concatenate([ads, longer])
-    assert recall(found, best(np.arange(2_020), everything, users, 10)) >= (1 if kind == "flat" else 0.95)
-    products = np.einsum("kd,kcd->kc", users.astype(np.float64), everything[found].astype(np.float64))
-    np.testing.assert_allclose(scores, products, rtol=1e-5, atol=1e-3)
-
-
-@kinds
-def test_removed_keys_are_never_found(kind: IndexKind) -> None:
-    ads, users = two_towers(4_000, 16, 1)
-    keys = np.arange(4_000) - 2_000
-    index = VectorIndex.build(kind, keys, ads)
-    gone = np.random.default_rng(0).permutation(keys)[:2_000]
-    assert index.remove(np.concatenate([gone, [9_999]])) == 2_000
-    assert index.remove(gone[:5]) == 0
-    kept = np.setdiff1d(keys, gone)
-    for each in (index, VectorIndex.load(index.save())):
-        assert (each.num_keys, each.num_unused) == (2_000, 2_000)
-        found, scores = each.search(users, 10)
-        assert not np.isin(found, gone).any()
-        assert np.isfinite(scores).all()
-        assert recall(found, best(kept, ads[kept + 2_000], users, 10)) >= (1 if kind == "flat" else 0.95)
-    # One that comes back is there with its new vector, and the others stay away.
-    index.add(gone[:1], 10 * users[:1])
-    assert index.search(users[:1], 1)[0] == gone[:1]
-    assert (index.num_keys, index.num_unused) == (2_001, 2_000)
-    with pytest.raises(InvalidRowsError, match=r"all 2,001 keys of the index would be removed"):
-        index.remove(keys)
-    assert index.num_keys == 2_001
-
-
 def test_more_effort_finds_more() -> None:
     vectors = np.random.default_rng(0).normal(size=(3_000, DIM)).astype(np.float32)  # without clusters: hard
     queries = np.random.default_rng(1).normal(size=(50, DIM)).astype(np.float32)
     index = VectorIndex.build("hnsw", KEYS, vectors)
     expected = best(KEYS, vectors, queries, 50)
-    little, much = (recall(index.search(queries, 50, effort)[0], expected) for effort in (1, 3_000))
-    assert little < 0.9
-    assert much > 0.99
-    assert little < recall(index.search(queries, 50)[0], expected)
     assert index.effort and index.largest_effort and index.effort < index.largest_effort
-    index.effort = index.effort + 3
-    assert VectorIndex.load(index.save()).effort == index.effort
-
-
-@kinds
-def test_added_vectors_are_found_and_replaced_ones_are_not(kind: IndexKind) -> None:
-    vectors, queries = clustered(2_000), clustered(40, seed=1)
-    index = VectorIndex.build(kind, KEYS[:2_000], vectors)
-    # 500 new keys, and new vectors for the first 300.
-    keys = np.concatenate([KEYS[2_000:2_500], KEYS[:300]])
-    more = clustered(800, seed=2)
-    index.add(keys, more)
-    assert (index.num_keys, index.num_unused) == (2_500, 300)
-    now = dict(zip(KEYS[:2_000].tolist(), vectors, strict=True)) | dict(zip(keys.tolist(), more, strict=True))
-    found, scores = index.search(queries, 20)
-    assert all(len(set(row)) == 20 for row in found.tolist())
-    products = [[now[int(key)] @ query for key in row] for row, query in zip(found, queries, strict=True)]
-    np.testing.assert_allclose(scores, products, rtol=1e-4)  # of the new vectors, never of those replaced
-    expected = best(np.array(list(now)), np.stack(list(now.values())), queries, 20)
-    reached = recall(found, expected)
-    assert reached == 1 if kind == "flat" else reached > 0.95
-    again = VectorIndex.load(index.save())
-    assert (again.num_keys, again.num_unused) == (2_500, 300)
-    np.testing.assert_array_equal(again.search(queries, 20)[0], found)
+    found = []
+    for effort in (1, index.effort, 3_000):
+        index.effort = effort
+        found.append(recall(index.search(queries, 50)[0], expected))
+    assert found[0] < 0.9 and found[0] < found[1] and found[2] > 0.99
+    assert VectorIndex.load(index.save()).effort == 3_000
 
 
 @kinds
@@ -181,22 +100,13 @@ def test_few_vectors(kind: IndexKind, count: int) -> None:
     assert recall(keys, best(KEYS[:count], vectors, vectors, count)) == 1
 
 
-@kinds
-def test_a_key_that_comes_twice_has_its_last_vector(kind: IndexKind) -> None:
-    vectors = np.eye(2, DIM, dtype=np.float32)
-    index = VectorIndex.build(kind, np.array([7, 7]), vectors)
-    assert (index.num_keys, index.num_unused) == (1, 1)
-    keys, scores = index.search(vectors, 5)
-    assert keys.tolist() == [[7], [7]]
-    np.testing.assert_allclose(scores, [[0], [1]], atol=1e-6)
-
-
 def test_what_an_approximate_index_does_not_find_is_marked() -> None:
     """No link of the graph leads from one of two clouds, far from each other, to the other one."""
     draw = np.random.default_rng(0)
     clouds = np.concatenate([draw.normal(size=(2_000, DIM)), draw.normal(size=(2_000, DIM)) + 1_000 * np.eye(1, DIM)])
     index = VectorIndex.build("hnsw", np.arange(1, 4_001), clouds.astype(np.float32))
-    keys, scores = index.search(clustered(1, seed=1), 4_000, effort=1)
+    index.effort = 1
+    keys, scores = index.search(clustered(1, seed=1), 4_000)
     missing = scores == NOT_FOUND
     assert 0 < missing.sum() < 4_000
     assert (keys[missing] == 0).all()
@@ -208,21 +118,20 @@ def test_what_is_refused(kind: IndexKind) -> None:
     with pytest.raises(InvalidRowsError, match=r"shape \(0, 16\) make no index"):
         VectorIndex.build(kind, KEYS[:0], clustered(0))
     index = VectorIndex.build(kind, KEYS[:50], vectors)
-    with pytest.raises(InvalidRowsError, match=r"shape \(50, 15\) do not fit an index of width 16"):
-        index.add(KEYS[:50], vectors[:, :15])
     with pytest.raises(InvalidRowsError, match=r"queries of shape \(50, 15\) do not fit an index of width 16"):
         index.search(vectors[:, :15], 3)
     with pytest.raises(InvalidRowsError, match="each of 50 vectors needs an int64 key"):
-        index.add(KEYS[:49], vectors)
+        VectorIndex.build(kind, KEYS[:49], vectors)
     with pytest.raises(InvalidRowsError, match="each of 50 vectors needs an int64 key"):
-        index.add(np.arange(50, dtype=np.float64), vectors)
+        VectorIndex.build(kind, np.arange(50, dtype=np.float64), vectors)
+    with pytest.raises(InvalidRowsError, match="a key comes twice"):
+        VectorIndex.build(kind, KEYS[:50] // 2**60, vectors)
     with pytest.raises(InvalidRowsError, match="count=0"):
         index.search(vectors, 0)
     wrong = vectors.copy()
     wrong[3, 4] = np.nan
     with pytest.raises(InvalidRowsError, match=f"the vector of key {KEYS[3]} has numbers that are not finite"):
-        index.add(KEYS[:50], wrong)
-    assert index.num_keys == 50
+        VectorIndex.build(kind, KEYS[:50], wrong)
 
 
 @kinds

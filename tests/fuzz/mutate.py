@@ -14,10 +14,11 @@ import json
 import random
 import re
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
@@ -131,6 +132,19 @@ def stream_of(table: pa.Table) -> bytes:
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
     return sink.getvalue()
+
+
+def tensors_of(columns: Mapping[str, Any], **more: Any) -> bytes:
+    """Write columns as a body of tensors after the length of its JSON; those of whole numbers are binary."""
+    tensors, binary = [], b""
+    for name, value in columns.items():
+        array = np.array(value if isinstance(value, list) else [value])
+        kind = {"U": "BYTES", "f": "FP32"}.get(array.dtype.kind, "INT64")
+        given = {"parameters": {"binary_data_size": array.nbytes}} if kind == "INT64" else {"data": array.tolist()}
+        tensors.append({"name": name, "datatype": kind, "shape": list(array.shape)} | given)
+        binary += array.tobytes() if kind == "INT64" else b""
+    text = json.dumps({"inputs": tensors, **more}).encode()
+    return b"%d\n" % len(text) + text + binary
 
 
 def parquet_of(table: pa.Table) -> bytes:

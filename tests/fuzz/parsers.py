@@ -53,6 +53,7 @@ from tests.fuzz.mutate import (
     Form,
     parquet_of,
     stream_of,
+    tensors_of,
 )
 from tests.serving.scoring.wide import COLUMNS, SCHEMA, table_of
 from trainer.comm.comm import SoloComm
@@ -91,7 +92,7 @@ EVENTS: dict[str, Any] = {
     "csv": {"delimiter": ";", "encoding": "latin-1", "decimal": ","},
 }
 EMPTY = Moments.empty(8)
-TENSORS_FILE = save({"model.a": torch.arange(6.0).reshape(2, 3), "rows": torch.arange(4)})
+TENSORS_FILE = save({"model.a": torch.arange(6.0).reshape(2, 3), "item/0000/weight": torch.arange(4)})
 YAML_S = 4.0  # PyYAML takes 22 us a byte
 BASE = Path(tempfile.mkdtemp(prefix="fuzz-"))
 atexit.register(lambda pid=os.getpid(): pid == os.getpid() and shutil.rmtree(BASE, ignore_errors=True))
@@ -159,10 +160,6 @@ def _read_shard(data: bytes) -> None:
         list(file.blocks(["key", "feature"]))
 
 
-def _read_statistics(data: bytes) -> None:
-    Moments.from_bytes(data, 3, "f")
-
-
 def _read_samples(data: bytes) -> None:
     folder, rules = _written("train/day=2026-01-01.parquet", data).parent.parent, rules_of(SCHEMA)
     index = open_index(SoloComm(), Storage(folder), "train", SCHEMA)
@@ -172,7 +169,7 @@ def _read_samples(data: bytes) -> None:
 
 def _state() -> bytes:
     commit = {"url": "s", "version": 1, "store_id": "0" * 32, "commit_id": "0" * 32}
-    files = dict.fromkeys(("dense.safetensors", "rows-0.safetensors"), xxhash.xxh3_128_hexdigest(TENSORS_FILE))
+    files = dict.fromkeys(("dense.safetensors", "rows-0-of-1.safetensors"), xxhash.xxh3_128_hexdigest(TENSORS_FILE))
     origin = Origin(data={"a": 1}, train={"seed": 0}, model={}, stores={}, optim={})
     position = {"step": 1, "epoch": 0, "step_in_epoch": 1, "num_ranks": 1}
     values = position | {"origin": origin, "stores": {"images": commit}, "history": [{"loss": 0.5}], "files": files}
@@ -181,12 +178,12 @@ def _state() -> bytes:
 
 def _read_checkpoint(data: bytes) -> None:
     file = _written("step-00000001/state.json", data)
-    for name in ("dense", "rows-0"):
+    for name in ("dense", "rows-0-of-1"):
         (file.parent / f"{name}.safetensors").write_bytes(TENSORS_FILE)
     checkpoint = Checkpoint(file.parent.parent, file.parent.name, Storage(file.parent.parent))  # type: ignore[arg-type]
     state = read_state(checkpoint)
     read_dense(checkpoint, state, prefix="model.")
-    read_rows(checkpoint, state, ["rows"])
+    read_rows(checkpoint, state, ["item/0000/weight"])
 
 
 def _read_moments(data: bytes) -> None:
@@ -202,22 +199,19 @@ def _requests() -> list[bytes]:
 
 
 def _tensor_body() -> bytes:
-    """Write a body of tensors after the length of its JSON; those of whole numbers are binary."""
-    tensors, binary = [], b""
-    for name, rule in COLUMNS.sources.items():
-        array = np.array(GROUP[name] if rule.depth else [GROUP[name] or 0.5])
-        kind = "BYTES" if array.dtype.kind == "U" else "FP32" if rule.is_real else "INT64"
-        given = {"parameters": {"binary_data_size": array.nbytes}} if kind == "INT64" else {"data": array.tolist()}
-        tensors.append({"name": name, "datatype": kind, "shape": list(array.shape)} | given)
-        binary += array.tobytes() if kind == "INT64" else b""
-    text = json.dumps({"id": "1", "inputs": tensors, "outputs": [{"name": "score"}]}).encode()
-    return b"%d\n" % len(text) + text + binary
+    values = {name: 0.5 if GROUP[name] is None else GROUP[name] for name in COLUMNS.sources}
+    return tensors_of(values, id="1", outputs=[{"name": "score"}])
 
 
 def _read_body(body: Body) -> None:
+    """Read a body; one that is taken is a batch of even columns."""
     sent = run_steps(body.decode(COLUMNS, Budget()))
     sent.sizes(COLUMNS).check(Budget())
-    run_steps(decode_body(COLUMNS, sent))
+    batch = run_steps(decode_body(COLUMNS, sent)).batch
+    for field in SCHEMA.of_kind("id", "multi_id", "content"):
+        jagged = batch.fields[field.name]
+        assert len(jagged.lengths_M) == (batch.num_samples if field.side == "ad" else len(sent.counts_G))
+        assert jagged.lengths_M.sum() == len(jagged.values_N)
 
 
 def _read_tensors(data: bytes) -> None:

@@ -1,4 +1,4 @@
-"""XDL's formats through the job: lines come in as they are, bad ones are reported, the random example trains."""
+"""XDL's formats through the job: lines come in as they are, bad ones are reported, random data trains."""
 
 import contextlib
 import json
@@ -13,8 +13,8 @@ from featurestore.published.versions import open_published
 from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
 from jobs import import_features, import_xdl
-from pipeline.options import XdlRandomOptions
-from pipeline.xdl import draw_lines, parse_line, split_of
+from pipeline.formats import record_dtype
+from pipeline.xdl import split_of
 from tests.cli import invoke
 from trainer.comm import SoloComm
 from trainer.config import load_config
@@ -56,12 +56,26 @@ def lines(tmp_path):
     return write
 
 
+def draw(count, num_images):
+    """Draw lines as XDL's example does: weighted ids of the user, numbers of the ad, images of both, a label."""
+    random = np.random.default_rng(0)
+
+    def sparse(most):
+        ids = random.integers(1, num_images + 1, random.integers(1, most + 1))
+        return ",".join(f"{number}:{random.random():f}" for number in ids)
+
+    for number in range(count):
+        user = [f"user{field}@{sparse(4)}" for field in range(4)] + [f"user_img@{sparse(31)}"]
+        ad = [f"ad{field}@{random.random():f}" for field in range(4)] + [f"ad_img@{sparse(1)}"]
+        yield f"skey{number}|gkey{number}|{';'.join(user)}|{';'.join(ad)}|{random.random():f}|1543622400"
+
+
 def rows(folder: Path, split="train"):
     return [row for path in sorted(folder.glob(f"{split}/*.parquet")) for row in pq.read_table(path).to_pylist()]
 
 
 def test_neighbouring_lines_of_a_group_become_one_row(job, lines, tmp_path):
-    text = job("samples", "--from", lines(LINES), "--samples", tmp_path / "s", "--test-share", 0)
+    text = job("--from", lines(LINES), "--samples", tmp_path / "s", "--test-share", 0)
     assert "lines 5 quarantined 0 train 5 samples in 4 groups, 3 clicks" in text
     found = rows(tmp_path / "s")
     assert [row["gkey"] for row in found] == ["g0", "g1", "g0", "g0"]  # the last has another user part
@@ -79,16 +93,15 @@ def test_neighbouring_lines_of_a_group_become_one_row(job, lines, tmp_path):
     assert fields["price"].width == 2
 
 
-def test_random_lines_are_imported_as_they_are(job, tmp_path):
+def test_random_lines_are_imported_as_they_are(job, lines, tmp_path):
     """Ids, weights, numbers, labels and groups, from the text as it was drawn."""
-    job("random", "--out", tmp_path / "x", "--lines", 40, "--images", 30, "--dim", 2)
-    source, samples = tmp_path / "x/data.txt", tmp_path / "s"
-    job("samples", "--from", source, "--samples", samples, "--label-threshold", 0.5, "--test-share", 0.3)
+    source, samples = lines(draw(40, 30)), tmp_path / "s"
+    job("--from", source, "--samples", samples, "--label-threshold", 0.5, "--test-share", 0.3)
     found = {row["gkey"]: row for split in ("train", "test") for row in rows(samples, split)}
     assert len(rows(samples)) > 5 and len(rows(samples, "test")) > 5
-    lines = source.read_text().splitlines()
-    assert len(found) == len(lines) == 40
-    for line in lines:
+    drawn = source.read_text().splitlines()
+    assert len(found) == len(drawn) == 40
+    for line in drawn:
         _, gkey, user, ad, label, ts = line.split("|")
         row = found[gkey]
         assert (row["user"], row["timestamp"]) == (key_of_uri(gkey), int(ts))
@@ -127,7 +140,7 @@ def test_bad_lines_are_kept_with_number_and_reason(job, lines, tmp_path):
     good = [*LINES, LINES[0].replace("price@0.5,2;", "")]
     path = lines([*good, *bad])
     path.write_bytes(path.read_bytes() + b"\xff|g\n")
-    text = job("samples", "--from", path, "--samples", tmp_path / "s", "--test-share", 0)
+    text = job("--from", path, "--samples", tmp_path / "s", "--test-share", 0)
     assert f"lines {len(good) + len(bad) + 1} quarantined {len(bad) + 1}" in text
     kept = pq.read_table(tmp_path / "s/quarantine.parquet").to_pylist()
     expected = [*bad.items(), (None, "no UTF-8")]
@@ -141,7 +154,7 @@ def test_bad_lines_are_kept_with_number_and_reason(job, lines, tmp_path):
 
 def test_nothing_is_written_where_no_line_is_good(job, lines, tmp_path):
     bad = [line.replace("|1|", "|2|").replace("|0|", "|3|") for line in LINES[:2]]
-    text = job("samples", "--from", lines(bad), "--samples", tmp_path / "s", code=1)
+    text = job("--from", lines(bad), "--samples", tmp_path / "s", code=1)
     assert "left to train on, of 2 (label is not 0 or 1; --label-threshold makes it so: 2)" in text
     assert not (tmp_path / "s").exists()
 
@@ -150,9 +163,9 @@ def test_an_ad_needs_one_id(job, lines, tmp_path):
     plain = [f"s|g{n}|tags@1,{n}|price@{n % 2};brand@{n}:1,3:1;NAME@{n}:1|{n}|{n}" for n in (0, 1)]
     args = ["--samples", tmp_path / "s", "--test-share", 0]
     some = [line.replace("NAME@1:1", "NAME@1:1,2:1") for line in plain]
-    text = job("samples", "--from", lines([line.replace("NAME", "pair") for line in some]), *args, code=2)
+    text = job("--from", lines([line.replace("NAME", "pair") for line in some]), *args, code=2)
     assert f"{tmp_path / 's'}: no column has one id for each impression, by which new ads are known" in text
-    text = job("samples", "--from", lines([line.replace("NAME", "ad_pic") for line in [*plain, *some]]), *args)
+    text = job("--from", lines([line.replace("NAME", "ad_pic") for line in [*plain, *some]]), *args)
     assert "quarantined 1 (ad_pic has not one id: 1)" in text
     kinds = {field.name: field.kind for field in load_schema(tmp_path / "s/schema.yaml").fields}
     assert (kinds["ad_pic"], kinds["ad_pic_id"], kinds["brand"], kinds["price"]) == (
@@ -165,7 +178,7 @@ def test_an_ad_needs_one_id(job, lines, tmp_path):
 
 def test_equal_names_in_both_parts_and_reserved_ones_get_columns_of_their_own(job, lines, tmp_path):
     path = lines(["s|g|x@1:1;label@2:1|x@3:1;ad_img@4:1|1|5"])
-    job("samples", "--from", path, "--samples", tmp_path / "s", "--test-share", 0)
+    job("--from", path, "--samples", tmp_path / "s", "--test-share", 0)
     (row,) = rows(tmp_path / "s")
     assert (row["user_x"], row["ad_x"], row["user_label"], row["label"]) == (1, [3], 2, [1])
 
@@ -173,7 +186,7 @@ def test_equal_names_in_both_parts_and_reserved_ones_get_columns_of_their_own(jo
 def test_samples_at_an_address_are_those_of_a_disk(job, lines, s3_url, tmp_path):
     lines(LINES[:2], "day/b.txt"), lines([*LINES[2:], "a line that is none"], "day/a.txt")
     for place in (tmp_path / "s", f"{s3_url}/samples"):
-        job("samples", "--from", tmp_path / "day", "--samples", place, "--test-share", 0.3)
+        job("--from", tmp_path / "day", "--samples", place, "--test-share", 0.3)
     here, there = Storage(tmp_path / "s"), open_published(f"{s3_url}/samples")
     names = sorted(each.path for each in here.entries() if each.path.endswith(".parquet"))
     assert names[0] == "quarantine.parquet" and "train/part-00001.parquet" in names
@@ -186,30 +199,20 @@ def test_a_share_of_the_groups_is_for_testing():
     assert shares == [0, pytest.approx(0.3, abs=0.05), 1]
 
 
-def test_random_data_is_that_of_the_example():
-    text = list(draw_lines(XdlRandomOptions(out=Path())))
-    assert len(text) == 1024
-    assert list(draw_lines(XdlRandomOptions(out=Path()))) == text
-    assert list(draw_lines(XdlRandomOptions(out=Path(), seed=1))) != text
-    drawn = [parse_line(line.encode()).parts for line in text]
-    lengths = {len(parts["user"]["user_img"]) for parts in drawn}
-    assert (min(lengths), max(lengths)) == (1, 31)
-    ids = [int(token.partition(":")[0]) for parts in drawn for token in parts["user"]["user0"]]
-    assert (min(ids) < 10, max(ids) > 1015, max(ids) <= 1024) == (True, True, True)
-    assert list(drawn[0]["ad"]) == ["ad0", "ad1", "ad2", "ad3", "ad_img"]
-
-
-def test_random_data_trains(job, tmp_path):
+def test_random_data_trains(job, lines, tmp_path):
     """The example from end to end, in a small size."""
-    job("random", "--out", tmp_path / "x", "--lines", 120, "--images", 50, "--dim", 16)
-    job("--from", tmp_path / "x/imgs", "--store", tmp_path / "features", "--dim", 16, app=import_features.app)
+    vectors_ND = np.random.default_rng(1).normal(size=(50, 16)).astype(np.float32)
+    (tmp_path / "imgs").mkdir()
+    for key, vector_D in enumerate(vectors_ND, 1):
+        record = np.array([(key, vector_D)], record_dtype(16))
+        (tmp_path / "imgs" / f"data.{key}").write_bytes(record.tobytes())
+    job("--from", tmp_path / "imgs", "--store", tmp_path / "features", "--dim", 16, app=import_features.app)
     store = FeatureStore.open(tmp_path / "features")
     assert store.snapshot().keys().tolist() == list(range(1, 51))
-    record = (tmp_path / "x/imgs/data.7").read_bytes()
     (vector_D,) = store.codec.decode(store.snapshot().get([7]))
-    np.testing.assert_allclose(vector_D, np.frombuffer(record[8:], "<f4"), rtol=2**-8)
+    np.testing.assert_allclose(vector_D, vectors_ND[6], rtol=2**-8)
     args = ["--samples", tmp_path / "samples", "--label-threshold", 0.5]
-    job("samples", "--from", tmp_path / "x/data.txt", *args)
+    job("--from", lines(draw(120, 50)), *args)
     settings = [
         f"data.store={tmp_path / 'features'}", f"data.cache_dir={tmp_path / 'cache'}", "data.global_batch_size=32",
         f"run.dir={tmp_path / 'runs'}", "run.name=xdl", "run.threads=1", "train.max_steps=3", "model.embed_hidden=[8]",
@@ -224,5 +227,5 @@ def test_random_data_trains(job, tmp_path):
 
 
 def test_mistakes_are_one_message(job, lines, tmp_path):
-    assert "not one line of the form" in job("samples", "--from", lines(["x"]), "--samples", tmp_path / "s", code=1)
-    assert "only empty files" in job("samples", "--from", lines([]), "--samples", tmp_path / "s", code=1)
+    assert "not one line of the form" in job("--from", lines(["x"]), "--samples", tmp_path / "s", code=1)
+    assert "only empty files" in job("--from", lines([]), "--samples", tmp_path / "s", code=1)

@@ -242,8 +242,8 @@ def test_a_run_that_failed_goes_on_where_it_was(job, tmp_path, vectors_ND, monke
     arguments = (tmp_path / "a.npy", "--keys", tmp_path / "keys.npy", "--part-size", 10, "--dtype", "float32")
     monkeypatch.setattr("pipeline.formats.block_rows", lambda dim: 10)
     read = []
-    whole = import_vectors.gathered
-    monkeypatch.setattr(import_vectors, "gathered", lambda blocks, rows: (read.append(rows), whole(blocks, rows))[1])
+    whole = import_vectors.read_slices
+    monkeypatch.setattr(import_vectors, "read_slices", lambda some, rows: (read.append(rows), whole(some, rows))[1])
     with monkeypatch.context() as broken:
         broken.setattr(FeatureStore, "commit", lambda *args, **kwargs: (_ for _ in ()).throw(OSError("disk full")))
         with pytest.raises(AssertionError):

@@ -9,9 +9,8 @@ from threading import Barrier
 
 import pytest
 
-from tests.ranks import ROOT, command_of
-from tests.running.guard import service_of
-from tests.running.shared import made_once, shared_folder
+from tests.ranks import ROOT
+from tests.running.shared import made_once
 
 CONFTEST = """
 from tests.running.guard import Guard
@@ -57,23 +56,6 @@ def test_processes_of_tests_have_no_pandas_and_tests_have() -> None:
     assert done.stderr.endswith("ModuleNotFoundError: No module named 'pandas'\n")
 
 
-@pytest.mark.parametrize(
-    ("command", "service"),
-    [
-        (["/venv/bin/python", "/venv/bin/horovodrun", "-np", "2"], "horovodrun"),
-        (command_of(2, "-m", "trainer.main"), "horovodrun.py"),
-        ([b"/venv/bin/dask-submit", "-n", "1"], "dask-submit"),
-        ([Path("/venv/bin/weed"), "mini"], "weed"),
-        (["python", "jobs/import_xdl.py", "samples"], "import_xdl.py"),
-        (["python", "jobs/score.py"], None),
-        (["python", "-m", "trainer.main", "horovodrun"], None),
-        ("uname -p", None),
-    ],
-)
-def test_services_by_their_command_line(command: list[str] | str, service: str | None) -> None:
-    assert service_of(command) == service
-
-
 def test_one_makes_it_and_all_others_wait(tmp_path: Path) -> None:
     made: list[int] = []
     together = Barrier(4)
@@ -97,16 +79,3 @@ def test_what_fails_is_tried_again(tmp_path: Path) -> None:
     made_once(tmp_path / "shared", "other", lambda: made.append("other"))
     made_once(tmp_path / "shared", "it", lambda: made.append("again"))
     assert made == ["it", "other"]
-
-
-@pytest.mark.parametrize("worker", [None, "gw1"])
-def test_workers_have_one_folder_beside_their_own(
-    worker: str | None, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
-    own = tmp_path / "popen-gw1"
-    own.mkdir()
-    monkeypatch.setattr(tmp_path_factory, "getbasetemp", lambda: own)
-    if worker:
-        monkeypatch.setenv("PYTEST_XDIST_WORKER", worker)
-    assert shared_folder(tmp_path_factory, "it").parent == (tmp_path if worker else own)

@@ -1,4 +1,4 @@
-"""Histories of published versions: samples by day, checkpoints of a run with its supervisors, and models.
+"""Histories of published versions: samples by day, checkpoints of a run, and models.
 
 Samples have days that are added to them; models have choices of a version, and scorers that switch at work.
 """
@@ -23,10 +23,9 @@ from serving.bundle.manifest import BUNDLES, USE, BundleManifest, Choice
 from serving.errors import NotFiniteError
 from serving.http.live import BundleSource, LiveModel
 from tests.simulated.history import Entry, History
-from tests.simulated.world import Client, Clients, World, seconds
+from tests.simulated.world import seconds
 from trainer.runs.folder import finished, step_name
 from trainer.runs.saving import DAMAGED, CheckpointPlace, WrittenPart
-from trainer.supervise import LEASE_S, claimed
 
 
 class PublishedHistory(History):
@@ -82,23 +81,7 @@ RUN = FarPath("sim://w/run")
 
 
 class RunHistory(PublishedHistory):
-    """A run: supervisors that hold it one after another, and their trainings, which publish checkpoints."""
-
-    def __init__(self, world: World, clients: Clients) -> None:
-        super().__init__(world, clients)
-        self.holders: dict[Client, float] = {}
-        """Who believes that the run is its own, and since when."""
-
-    def supervise(self, storage: Storage, pause: str) -> None:
-        """Hold the run for some time: its claim is renewed until it is given back."""
-        began_s, me = self.world.now_s, self.world.current
-        me.end_s = began_s + seconds(pause)
-        try:
-            with claimed(RUN, LEASE_S), self.world.failing():
-                assert not self.holding(began_s - LEASE_S), f"{me.name} takes the run, which another one holds"
-                self.holders[me] = self.world.now_s
-        finally:
-            self.holders.pop(me, None)
+    """A run: trainings that take it over one after another, and publish checkpoints."""
 
     def train(self, storage: Storage, num_steps: str, pause: str) -> None:
         """Claim the checkpoints, and write some."""
@@ -113,17 +96,6 @@ class RunHistory(PublishedHistory):
                 place.commit(step, {"rows": WrittenPart("0" * 32, rows)}, f"state of {step}".encode(), 2, None)
                 made = self.acknowledge(place._newest_known())
                 assert rows.path in made.named.values(), f"checkpoint {step} was acknowledged, and its version lacks it"
-
-    def holding(self, awake_s: float) -> list[float]:
-        """Return from when on each holds the run who has been awake since a time, and has not been told to end."""
-        alive = {client: at_s for client, at_s in self.holders.items() if client.end_s > self.world.now_s}
-        return [at_s for client, at_s in alive.items() if client.disturbed_s < awake_s]
-
-    def watch(self, verb: str, path: str, data: bytes | None) -> None:
-        """See that whoever was followed by another one stops soon after it is awake again."""
-        super().watch(verb, path, data)
-        since_s = self.world.now_s - LEASE_S
-        assert sum(at_s < since_s for at_s in self.holding(since_s)) < 2, "two hold the run at once"
 
     def created(self, entry: Entry) -> None:
         """See that whoever was followed by another publishes nothing more, and that the newest checkpoint stays."""

@@ -31,7 +31,7 @@ BEGIN_S, MOST_REQUESTS = 1.7e9, 60_000
 UNITS_S = {"s": 1.0, "h": 3_600.0, "d": 86_400.0}
 Clients = list[list[str]]
 """By client, its steps."""
-_DECIDES = re.compile(r"/(log|expired|pins|channels|versions|use|\.run\.supervised)(/|$)")
+_DECIDES = re.compile(r"/(log|expired|pins|channels|versions|use)(/|$)")
 
 
 def seconds(text: str) -> float:
@@ -54,13 +54,9 @@ class Client:
     patience_s: float = float("inf")
     """Up to when requests may stall or come late: what it does now has to end before a time that the product names."""
     away_s: float = 0.0
-    disturbed_s: float = 0.0
-    """Up to when a fault was at work."""
     num_failed: int = 0
     aims: Sequence[str] = ()
     """Faults, for how long, at which request; each waits until those before it have had theirs."""
-    end_s: float = 0.0
-    """When its process is told to end, if that waits for it."""
     greenlet: Any = None
 
 
@@ -95,16 +91,13 @@ class World:
             self._clients = [each for each in self._clients if not each.greenlet.dead]
         self.current = self.calm
 
-    def sleep(self, for_s: float) -> bool:
-        """Let the running client wait, and others go on; tell whether its process is to end by now.
-
-        Raises Killed where the history has ended."""
+    def sleep(self, for_s: float) -> None:
+        """Let the running client wait, and others go on. Raises Killed where the history has ended by then."""
         self.current.wake_s = self.now_s + for_s
         if not self.failure and (for_s > 0 or self.random.random() < self._switching):
             self._hub.switch()
         if self.failure:
             raise Killed
-        return self.now_s > self.current.end_s
 
     def request(self, verb: str, path: str, effect: Callable[[], Any]) -> Any:
         """Let others go on, then do a request, or what a fault makes of it."""
@@ -114,7 +107,6 @@ class World:
         kind, for_s = self._befalling(me, verb, path)
         times, is_answered, _ = FAULTS.get(kind, (1, True, ()))
         until_s = self.now_s + for_s
-        me.disturbed_s = max(me.disturbed_s, until_s if kind else 0.0)
         me.num_failed += not is_answered
         self.sleep(for_s if kind in ("stalled", ASLEEP) else 0.0)
         self.now_s += 0.02
@@ -222,15 +214,14 @@ class ObjectStore:
     def find(self, path: str, detail: bool) -> list[str]:
         """List the paths of a file, or below a folder; now and then in two requests, each for half of them.
 
-        So clients do that list page by page; what is written between the two may be missed, as POSIX allows. The few
-        claims of a run come in one page."""
+        So clients do that list page by page; what is written between the two may be missed, as POSIX allows."""
 
         def names() -> dict[str, float]:
             return {each: of.mtime_s for each, of in self.objects.items() if f"{each}/".startswith(f"{path}/")}
 
         world = self._world
         found, listed_s = world.request("list", path, names), world.now_s
-        if not path.endswith(".supervised") and world.random.random() < world.lag_rate:
+        if world.random.random() < world.lag_rate:
             before_s = world.random.choice([listed_s, float("inf")])
             later = {each for each, at_s in world.request("list", path, names).items() if at_s <= before_s}
             found = {each for each in {*found, *later} if each in (found if zlib.crc32(each.encode()) & 1 else later)}
@@ -255,7 +246,7 @@ class ObjectStore:
 
 @contextlib.contextmanager
 def simulated(world: World, objects: ObjectStore) -> Iterator[None]:
-    """Let the product see this world: the object store at sim://, clocks, draws, processes; threads run in turn."""
+    """Let the product see this world: the object store at sim://, clocks and draws; threads work at once."""
     pool = contextlib.nullcontext(SimpleNamespace(map=map))
     seen: dict[str, Any] = {
         "featurestore.storage.remote._client": lambda protocol, place: objects,
@@ -263,15 +254,6 @@ def simulated(world: World, objects: ObjectStore) -> Iterator[None]:
         "featurestore.storage.remote.ThreadPoolExecutor": lambda threads: pool,
         "featurestore.storage.storage.ThreadPoolExecutor": lambda threads: pool,
         "serving.http.live.asyncio.to_thread": AsyncMock(side_effect=lambda work, *given: work(*given)),
-        "trainer.supervise.threading": SimpleNamespace(
-            Event=lambda: SimpleNamespace(wait=world.sleep, set=lambda: None),
-            Thread=lambda target, daemon: SimpleNamespace(start=lambda: None, join=target),
-        ),
-        "trainer.supervise.os": SimpleNamespace(
-            getpid=lambda: 1_000_000_000 + world.current.process,  # which no process of this machine has
-            uname=lambda: SimpleNamespace(nodename=world.current.name),
-            kill=lambda process, signal: setattr(world.current, "end_s", world.now_s),
-        ),
         "uuid.uuid4": lambda: uuid.UUID(int=random.getrandbits(128), version=4),
         "time.time": lambda: world.now_s + world.current.skew_s,
         "time.monotonic": lambda: world.now_s,

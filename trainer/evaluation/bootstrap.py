@@ -41,7 +41,8 @@ SHOWN_FIRST = ("auc", "gauc", "logloss", "calibration")
 NUM_BINS = 10
 LEAST_PER_BIN = 100
 LEAST_USERS = 10
-LEAST_USERS_OF_SLICE = 30
+LEAST_USERS_SHOWN = 30
+"""Of fewer, an evaluation gives no metric: neither of a slice nor of all impressions."""
 LEVEL = 0.95
 _BLOCK_ELEMENTS = 1 << 20
 _LEAST_DEFINED = 0.5
@@ -49,7 +50,7 @@ _LEAST_DEFINED = 0.5
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value and the ends of its interval; None if it is not defined (no impression, or one class only)."""
+    """A value and the ends of its interval; None if it is not defined (no impression, one class, too few users)."""
 
     value: float | None
     low: float | None
@@ -276,15 +277,15 @@ def measure_all(
 
     sliced_by = {each.name: SlicedBy(each.title, {}) for each in slicings}
     for (slicing, name, _), sums, replicates in zip(chosen, slices, of_slices, strict=True):
-        sliced_by[slicing.name].slices[name] = _measured(sums, replicates, LEAST_USERS_OF_SLICE)
+        sliced_by[slicing.name].slices[name] = _measured(sums, replicates)
     return Evaluation(_measured(whole, of_whole), sliced_by, _bins(whole, of_whole))
 
 
-def _measured(sums: MetricSums, replicates: Replicates, least_users: int = 0) -> Measured:
-    """Describe impressions; a metric that fewer than `least_users` contribute to is not defined."""
+def _measured(sums: MetricSums, replicates: Replicates) -> Measured:
+    """Describe impressions; a metric that fewer than LEAST_USERS_SHOWN contribute to is not defined."""
     metrics = {
         name: interval(replicates.value_M[at], replicates.draws_RM[:, at], users=sums.users_M[at])
-        if sums.users_M[at] >= least_users
+        if sums.users_M[at] >= LEAST_USERS_SHOWN
         else Estimate(None, None, None)
         for at, name in enumerate(METRICS)
     }
@@ -324,9 +325,9 @@ def measure(logit_N: Float64Array, label_N: Float64Array, group_N: Int64Array, p
 
 
 def shown(metrics: Mapping[str, float | int | None], name: str) -> float | int | None:
-    """Return a metric as it is printed: None for a GAUC of fewer than LEAST_USERS_OF_SLICE users."""
+    """Return a metric as it is printed: None for a GAUC of fewer than LEAST_USERS_SHOWN users."""
     users = metrics.get(f"{name}_users")
-    return None if users is not None and users < LEAST_USERS_OF_SLICE else metrics.get(name)
+    return None if users is not None and users < LEAST_USERS_SHOWN else metrics.get(name)
 
 
 def log_loss(logit_N: Float64Array, label_N: Float64Array) -> float | None:
@@ -342,12 +343,7 @@ def log_loss(logit_N: Float64Array, label_N: Float64Array) -> float | None:
 
 def auc(score_N: Float64Array, label_N: Float64Array) -> float | None:
     """Compute the area under the ROC curve; None with one class only."""
-    return grouped_auc(score_N, label_N, np.zeros(len(label_N), np.int64))
-
-
-def grouped_auc(score_N: Float64Array, label_N: Float64Array, group_N: Int64Array) -> float | None:
-    """Compute GAUC; None when no group has both classes."""
-    return auc_of_groups(score_N, label_N, group_N).mean
+    return auc_of_groups(score_N, label_N, np.zeros(len(label_N), np.int64)).mean
 
 
 @dataclass(frozen=True)
@@ -397,6 +393,8 @@ class Difference(Estimate):
     ours: float | None
     baseline: float | None
     p_value: float | None
+    users: int | None = None
+    """How many users contribute to it; None if unknown."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -489,7 +487,7 @@ def _difference(name: str, ours: float, baseline: float, draws_R: Float64Array, 
     as_far = np.abs(defined_R - value) >= abs(value) - 1e-12
     p_value = float((1 + as_far.sum()) / (1 + len(defined_R))) if estimate.low is not None else None
     mine, theirs = (None if np.isnan(each) else float(each) for each in (ours, baseline))
-    return Difference(**asdict(estimate), metric=name, ours=mine, baseline=theirs, p_value=p_value)
+    return Difference(**asdict(estimate), metric=name, ours=mine, baseline=theirs, p_value=p_value, users=users)
 
 
 def check_same_impressions(predictions: Sequence["Predictions"], names: Sequence[str]) -> None:

@@ -183,6 +183,8 @@ def seconds_of(column: Any, name: str, file: str) -> Any:
 
 AD_IMPRESSIONS = (1, 10, 30, 100, 300, 1000)
 HISTORY = (1, 6, 11, 21, 51)
+NO_ID = -1
+"""In samples, the id of a row whose log has none."""
 MOST_VALUES = 20
 """Of a column to cut by: those of most impressions."""
 
@@ -226,7 +228,8 @@ def slicings_by(impressions: Impressions, texts: Mapping[int, str]) -> list[Slic
         order_U = np.lexsort([values_U, -counts_U])
         rank_U = np.empty(len(order_U), np.int64)
         rank_U[order_U] = np.minimum(np.arange(len(order_U)), MOST_VALUES)
-        shown = [texts.get(each, str(each)) for each in values_U[order_U[:MOST_VALUES]].tolist()]
+        most = values_U[order_U[:MOST_VALUES]].tolist()
+        shown = [texts.get(each, "(none)" if each == NO_ID else str(each)) for each in most]
         others = [f"{len(order_U) - MOST_VALUES:,} others"] if len(order_U) > MOST_VALUES else []
         found.append(Slicing(f"by {name}", name, (*shown, *others), rank_U[place_N]))
     return found

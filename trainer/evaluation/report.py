@@ -19,7 +19,7 @@ from featurestore.text import count_text
 from trainer.comm import Comm
 from trainer.errors import TrainerError
 from trainer.evaluation import bootstrap
-from trainer.evaluation.predict import predict, predict_run, slicings_of
+from trainer.evaluation.predict import Impressions, predict, predict_run, slicings_of
 from trainer.runs.saved import TEST, EvaluatedRun, RunSource, open_source
 
 METRIC_TITLES = {"logloss": "log loss", "auc": "AUC", "gauc": "GAUC", "calibration": "predicted / clicked"}
@@ -50,6 +50,7 @@ def evaluate_run(
         about = _about(opened, resamples)
     if comm.rank != 0:
         return None
+    about["notes"] += _few(impressions)
     figures = replace(bootstrap.measure_all(logit_N, impressions, cuts, resamples), notes=tuple(about["notes"]))
     out = out or source.folder / "evaluation"
     write_report(out, "report.json", {**about, **asdict(figures)}, json_file, reliability(figures.reliability))
@@ -79,11 +80,13 @@ def compare_runs(
     title = f"{source.folder} against {against}, {len(ours.logit_N):,} impressions"
     table = Table("", "run", "against", "difference", f"{bootstrap.LEVEL:.0%} interval", "p", title=title)
     for name, each in titled.items():
-        values = (number(value) for value in (each.ours, each.baseline, each.value))
-        p_value = "-" if each.p_value is None else f"{each.p_value:.3g}"
-        table.add_row(name, *values, range_of(each), p_value)
+        is_shown = each.users is None or each.users >= bootstrap.LEAST_USERS_SHOWN
+        values = (number(value if is_shown else None) for value in (each.ours, each.baseline, each.value))
+        p_value = "-" if each.p_value is None or not is_shown else f"{each.p_value:.3g}"
+        table.add_row(name, *values, range_of(each) if is_shown else "-", p_value)
     output.print_table(console, table)
     notes = [f"{folder}: {note}" for folder, run in ((source.folder, ours), (against, baseline)) for note in run.notes]
+    notes += _few(ours.impressions)
     count = f"{new_ads.impressions:,} impressions are" if new_ads.impressions != 1 else "1 impression is"
     output.print_line(console, f"{count} of new ads, which neither run was trained on")
     for note in notes:
@@ -141,6 +144,13 @@ def _about(opened: EvaluatedRun, resamples: int) -> dict[str, Any]:
         "missing_lookups": num_missing,
         "notes": [*opened.notes, *opened.saved.notes_on_missing(num_missing)],
     }
+
+
+def _few(impressions: Impressions) -> list[str]:
+    """Say why no metric is given, if the test samples have too few users."""
+    users, least = len(np.unique(impressions.user_N)), bootstrap.LEAST_USERS_SHOWN
+    text = f"the test samples have {count_text(users, 'user')}; metrics are given of {least} users or more"
+    return [text] if users < least else []
 
 
 def write_report(

@@ -12,7 +12,6 @@ import socket
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -25,7 +24,7 @@ from torch.utils.tensorboard.summary import scalar
 
 from featurestore.console.output import figure, print_table, print_warning, progress_bars, text_column, text_console
 from featurestore.errors import StorageError
-from featurestore.published.paths import RunPath, write_json_file
+from featurestore.published.paths import FarPath, RunPath, write_json_file
 from featurestore.text import count_text
 from trainer.comm import Comm
 from trainer.engine import engine, machine, wiring
@@ -41,13 +40,13 @@ _LINE_EVERY_S = 5.0
 
 
 class ProgressLog:
-    """Rank 0's log of a run of `total` steps; `folder` is for TensorBoard's files. Without it it does nothing.
+    """Rank 0's log of a run of `total` steps; `folder` is for TensorBoard's file. Without it it does nothing.
 
     `tracker`: gets the same figures.
     """
 
     def __init__(
-        self, folder: Path | None, first_step: int, total: int, tracker: "TrackerThread | None" = None
+        self, folder: RunPath | None, first_step: int, total: int, tracker: "TrackerThread | None" = None
     ) -> None:
         self.console = text_console(quiet=folder is None)
         self._total = total
@@ -105,6 +104,11 @@ class ProgressLog:
             except OSError as failure:
                 self._warn("events", f"figures for TensorBoard cannot be written: {failure}; the training continues")
 
+    def flush(self) -> None:
+        """Put TensorBoard's file to its address, if it is for one. Raises StorageError."""
+        if self._events:
+            self._events.flush()
+
     def say(self, text: str) -> None:
         """Print one line; training continues where it cannot be written, as on a full disk."""
         try:
@@ -126,10 +130,11 @@ _numbers = itertools.count()
 class EventsFile:
     """One file of scalars in a folder, which is made with the first of them; by name it comes after earlier ones.
 
-    TensorBoard hides what earlier files have of `first_step` and later ones.
+    TensorBoard hides what earlier files have of `first_step` and later ones. For an address the file is kept in memory,
+    and put there by `flush`.
     """
 
-    def __init__(self, folder: Path, first_step: int) -> None:
+    def __init__(self, folder: RunPath, first_step: int) -> None:
         now_s = time.time()
         of_process = f"{os.getpid()}.{next(_numbers):06}"  # a process may begin two within a second
         self._path = folder / f"events.out.tfevents.{now_s:010.0f}.{socket.gethostname()}.{of_process}"
@@ -138,7 +143,8 @@ class EventsFile:
             Event(wall_time=now_s, file_version="brain.Event:2"),
             Event(wall_time=now_s, step=first_step, session_log=start),
         ]
-        self._size_bytes = 0  # of whole records
+        self._held = bytearray()
+        self._size_bytes = 0  # of whole records that are there
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
         """Append the values of a step, all or none. Raises OSError."""
@@ -147,12 +153,23 @@ class EventsFile:
             Event(wall_time=now_s, step=step, summary=scalar(name, value))  # type: ignore[no-untyped-call]
             for name, value in values.items()
         ]
-        data = _records(events if self._size_bytes else [*self._head, *events])
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("ab") as file:
-            file.truncate(self._size_bytes)  # a full disk has left half a record
-            file.write(data)
-        self._size_bytes += len(data)
+        data = _records([*self._head, *events])
+        if isinstance(self._path, FarPath):
+            self._held += data
+        else:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("ab") as file:
+                file.truncate(self._size_bytes)  # a full disk has left half a record
+                file.write(data)
+            self._size_bytes += len(data)
+        self._head = []
+
+    def flush(self) -> None:
+        """Put what is held to the address, where it is not there yet. Raises StorageError."""
+        if isinstance(self._path, FarPath) and len(self._held) > self._size_bytes:
+            data = bytes(self._held)
+            self._path.write_bytes(data)
+            self._size_bytes = len(data)
 
 
 def _records(events: Iterable[Event]) -> bytes:

@@ -178,7 +178,7 @@ class Training:
         """Of the ids since the run, or its resumption, began; known after each epoch."""
         self._warned: set[str] = set()
         train = run.config.train
-        self._saves = Checkpointer(run.comm, run.place, train.checkpoint_every_s, run.events.copy)
+        self._saves = Checkpointer(run.comm, run.place, train.checkpoint_every_s, progress.flush)
         self.checkpoints = {"written": 0, "failed": 0}
         """Since the run, or its resumption, began."""
         self._failed_in_a_row = 0

@@ -50,7 +50,7 @@ class BuildOptions:
     kind: Annotated[
         IndexKind | None, typer.Option("--index", help="flat is exact; hnsw is faster.", show_default="flat")
     ] = None
-    add: Annotated[bool, typer.Option("--add", help="Add to the existing index, without rebuilding it.")] = False
+    add: Annotated[bool, typer.Option("--add", help="Keep the ads of the existing index.")] = False
     sync: Annotated[
         str | None,
         typer.Option(metavar="TABLE", help="A table of all live ads, as --ads: add the new, remove those not in it."),
@@ -100,12 +100,12 @@ def build(options: BuildOptions) -> None:
             known.check_origin(origin)  # before the work
         chosen, vectors_NW = _vectors(trained, options)
         num_missing = trained.missing_lookups()  # before lookups of users' images are counted too
+        kind = known.state.kind if known else options.kind or "flat"
+        queries = user_queries(trained) if kind == "hnsw" else None
         if known:
             max_gone = options.max_gone if options.sync else None
-            index, changes = known.update(chosen.keys_N, vectors_NW, origin, max_gone)
+            index, changes = known.update(chosen.keys_N, vectors_NW, origin, queries, max_gone)
         else:
-            kind = options.kind or "flat"
-            queries = user_queries(trained) if kind == "hnsw" else None
             min_recall = MIN_RECALL if options.min_recall is None else options.min_recall
             index = AdIndex.build(options.out, kind, chosen.keys_N, vectors_NW, origin, queries, min_recall)
             changes = AdChanges(num_new=len(chosen.keys_N))
@@ -130,10 +130,6 @@ def summary_text(index: "AdIndex", changes: "AdChanges") -> list[str]:
     state, ads = index.state, f"{changes.num_new:,} new, {changes.num_replaced:,} changed"
     ads += f", {changes.num_unchanged:,} unchanged, {changes.num_removed:,} removed"
     structure = f"{state.kind}, {state.num_ads:,} ads, {state.dim} numbers each, inner product"
-    if changes.is_rebuilt:
-        structure += "; rebuilt, as many unused vectors lower its recall"
-    elif state.num_unused:
-        structure += f"; {state.num_unused:,} unused vectors, removed by the next build"
     recall = "exact"
     if state.queries:
         recall = f"{state.recall:.4f} for vectors of {state.queries}, effort {index.index.effort}"

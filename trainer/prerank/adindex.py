@@ -7,12 +7,11 @@ Each version of the address (see `featurestore.published`) has these files:
     index.json        what it was made of, its recall, and the sha256 of the others
     index.npz         the structure of faiss, by featurestore.index
     ads.parquet       key, vector (a list of float32, of one width)
-    queries.parquet   vectors that recall is measured with; not with flat, which is exact
 
 For a tower, ads are sample groups with one ad each and nothing else, so the engine takes them as it takes samples. For
 runs opened by one rank.
 
-Letters of shapes: N ads or rows, R removed ads, K queries, C candidates found of each, W width of the vectors, B
+Letters of shapes: N ads or rows, K queries, C candidates found of each, W width of the vectors, B
 samples, G groups, U unique keys.
 """
 
@@ -59,7 +58,7 @@ Keys = Int64Array
 Vectors = Float32Array
 QuerySource = Literal["users", "ads"]
 
-STATE, STRUCTURE, ADS, QUERIES = "index.json", "index.npz", "ads.parquet", "queries.parquet"
+STATE, STRUCTURE, ADS = "index.json", "index.npz", "ads.parquet"
 KEEP_REPLACED_S = 3600.0  # how long readers may use a version after another one took its place
 COUNT = 10  # candidates of a query whose recall is measured when an index is written
 NUM_QUERIES = 500
@@ -67,22 +66,12 @@ NUM_QUERIES = 500
 _TIE = 1e-5
 # The composition of a batch moves the last bits of a vector; smaller differences count as equal.
 _SAME = 1e-5
-_MAX_UNUSED = 0.25
-_NONE: Keys = np.empty(0, np.int64)
 
 
-@dataclass(frozen=True)
-class Queries:
-    """Queries to measure an index: vectors of users, or, without users, of some of its own ads."""
-
-    vectors_KW: Vectors
-    source: QuerySource
-
-
-def sample_of(vectors_NW: Vectors, source: QuerySource) -> Queries:
+def sample_of(vectors_NW: Vectors) -> Vectors:
     """Draw at most `NUM_QUERIES` of these vectors by a fixed seed."""
     chosen_K = np.random.default_rng(0).permutation(len(vectors_NW))[:NUM_QUERIES]
-    return Queries(np.ascontiguousarray(vectors_NW[np.sort(chosen_K)]), source)
+    return np.ascontiguousarray(vectors_NW[np.sort(chosen_K)])
 
 
 def recall_at(index: VectorIndex, exact: VectorIndex, queries_KW: Vectors, count: int) -> float:
@@ -96,29 +85,12 @@ def recall_at(index: VectorIndex, exact: VectorIndex, queries_KW: Vectors, count
     return float((found_KC >= last_K1 - _TIE * np.abs(last_K1)).mean())
 
 
-def best_index(
-    kind: IndexKind, keys_N: Keys, vectors_NW: Vectors, exact: VectorIndex, queries: Queries, limit: float
-) -> tuple[VectorIndex, float]:
-    """Build an index of these ads whose recall@COUNT is `limit`, or as near as it gets; returns that recall too.
-
-    Where hnsw is below it, its graph in the other space is tried too, and the better one taken: which of the two finds
-    more depends on the vectors.
-    """
-    index = VectorIndex.build(kind, keys_N, vectors_NW)
-    recall = reach(index, exact, queries, 0)
-    if kind == "hnsw" and recall < limit:
-        lifted = VectorIndex.build(kind, keys_N, vectors_NW, lifted=True)
-        if reach(lifted, exact, queries, 0) > recall:
-            index = lifted
-    return index, reach(index, exact, queries, limit)
-
-
-def reach(index: VectorIndex, exact: VectorIndex, queries: Queries, limit: float) -> float:
+def reach(index: VectorIndex, exact: VectorIndex, queries_KW: Vectors, limit: float) -> float:
     """Measure recall@COUNT of the index, whose effort is doubled while that is below `limit` and more effort helps."""
-    recall = recall_at(index, exact, queries.vectors_KW, COUNT)
+    recall = recall_at(index, exact, queries_KW, COUNT)
     while recall < limit and index.effort and index.largest_effort and index.effort < index.largest_effort:
         index.effort = min(2 * index.effort, index.largest_effort)
-        recall = recall_at(index, exact, queries.vectors_KW, COUNT)
+        recall = recall_at(index, exact, queries_KW, COUNT)
     return recall
 
 
@@ -143,8 +115,6 @@ class IndexState(Sealed):
     metric: Literal["inner_product"] = "inner_product"
     dim: int
     num_ads: int
-    num_unused: int
-    """Number of vectors of removed or changed ads, which searches skip."""
     recall: float
     """Recall@10 against exact search, of a search with the index's own effort."""
     min_recall: float
@@ -160,14 +130,12 @@ class AdChanges:
     """The numbers of ads that a new version added, changed, left and removed.
 
     They are ads that were not there, that got another vector, that had the same one already, and that are gone.
-    `is_rebuilt`: the structure was rebuilt for it.
     """
 
     num_new: int = 0
     num_replaced: int = 0
     num_unchanged: int = 0
     num_removed: int = 0
-    is_rebuilt: bool = False
 
 
 class AdIndex:
@@ -185,22 +153,17 @@ class AdIndex:
         keys_N: Keys,
         vectors_NW: Vectors,
         origin: IndexOrigin,
-        queries: Queries | None = None,
+        users_KW: Vectors | None = None,
         min_recall: float = MIN_RECALL,
     ) -> "AdIndex":
         """Build a new index at `url`, as the version after the one that is there.
 
-        Of hnsw the recall is measured with `queries`, without them with some of the ads, and the effort of a search is
-        raised until it is `min_recall`; `warning` says where it never is. Raises InvalidRowsError for vectors that
-        make no index, AdIndexError for a place with other files, CommitConflictError where another build published
+        Of hnsw the recall is measured with vectors of users, without them with some of the ads, and the effort of a
+        search is raised until it is `min_recall`; `warning` says where it never is. Raises InvalidRowsError for vectors
+        that make no index, AdIndexError for a place with other files, CommitConflictError where another build published
         meanwhile, StorageError.
         """
-        after = _replaceable_version(url)
-        index, recall = VectorIndex.build("flat", keys_N, vectors_NW), 1.0
-        queries = None if kind == "flat" else queries or sample_of(vectors_NW, "ads")
-        if queries:
-            index, recall = best_index(kind, keys_N, vectors_NW, index, queries, min_recall)
-        return _publish(url, after, index, (keys_N, vectors_NW), queries, recall, min_recall, origin)
+        return _publish(url, _replaceable_version(url), kind, (keys_N, vectors_NW), users_KW, min_recall, origin)
 
     @classmethod
     def open(cls, url: str) -> "AdIndex":
@@ -249,65 +212,51 @@ class AdIndex:
 
     def vectors(self) -> tuple[Keys, Vectors]:
         """Read keys, ascending, and vectors of all ads, (N,) and (N, W). Raises CorruptFileError."""
-        return self._rows_of(ADS)
+        table = pq.read_table(pa.BufferReader(_read(self._files, self.state, ADS)))
+        vector: Any = table[VECTOR].combine_chunks()
+        return table[KEY].to_numpy(), vector.flatten().to_numpy().reshape(-1, self.state.dim)
 
     def update(
-        self, keys_N: Keys, vectors_NW: Vectors, origin: IndexOrigin, max_gone: float | None = None
+        self,
+        keys_N: Keys,
+        vectors_NW: Vectors,
+        origin: IndexOrigin,
+        users_KW: Vectors | None = None,
+        max_gone: float | None = None,
     ) -> tuple["AdIndex", AdChanges]:
-        """Write the next version, with these ads too; only vectors that are new or differ are appended.
+        """Build the next version, with these ads too, of the same kind and limit; none where nothing is new.
 
-        `max_gone`: these are all ads, so the others are removed, unless that is a larger share of the index: a table
-        may be cut short. Nothing is rebuilt, unless recall would be below the limit, or more than a quarter of the
-        vectors unused. This object must not be used any more. Raises AdIndexError, CommitConflictError,
-        InvalidRowsError, StorageError.
+        `users_KW`: see `build`. `max_gone`: these are all ads, so the others are removed, unless that is a larger share
+        of the index: a table may be cut short. Raises AdIndexError, CommitConflictError, InvalidRowsError,
+        StorageError.
         """
         self.check_origin(origin)
         known_K, old_KW = self.vectors()
-        gone_R = _NONE if max_gone is None else np.setdiff1d(known_K, keys_N)
-        if max_gone is not None and len(gone_R) > max_gone * len(known_K):
+        is_left_K = np.isin(known_K, keys_N)
+        num_gone = 0 if max_gone is None else int((~is_left_K).sum())
+        if max_gone is not None and num_gone > max_gone * len(known_K):
             raise AdIndexError(
-                f"{len(gone_R):,} of the {len(known_K):,} ads in {self._files.url} are not in the table, more than a "
+                f"{num_gone:,} of the {len(known_K):,} ads in {self._files.url} are not in the table, more than a "
                 f"share of {max_gone:g}: is --sync right? --max-gone 1 lets them go"
             )
         place_N = np.searchsorted(known_K, keys_N).clip(max=len(known_K) - 1)
         is_known_N = known_K[place_N] == keys_N
-        if vectors_NW.shape[1:] == old_KW.shape[1:]:
-            same_N = is_known_N & np.isclose(old_KW[place_N], vectors_NW, rtol=_SAME, atol=_SAME).all(axis=1)
-        else:
-            same_N = np.zeros(len(keys_N), np.bool_)  # the index refuses them
-        new_N, new_NW = keys_N[~same_N], vectors_NW[~same_N]
+        same_N = is_known_N & np.isclose(old_KW[place_N], vectors_NW, rtol=_SAME, atol=_SAME).all(axis=1)
         changes = AdChanges(
             num_new=int((~is_known_N).sum()),
             num_replaced=int((is_known_N & ~same_N).sum()),
             num_unchanged=int(same_N.sum()),
-            num_removed=len(gone_R),
+            num_removed=num_gone,
         )
-        if not len(new_N) and not len(gone_R):
+        if same_N.all() and not num_gone:
             return self, changes
-        self.index.add(new_N, new_NW)
-        self.index.remove(gone_R)
-        kept_K = ~np.isin(known_K, np.concatenate([new_N, gone_R]))
-        ads = np.concatenate([known_K[kept_K], new_N]), np.concatenate([old_KW[kept_K], new_NW])
-        index, queries, recall = self._kept_or_rebuilt(ads)
-        changes = replace(changes, is_rebuilt=index is not self.index)
-        min_recall = self.state.min_recall
-        return _publish(self._files.url, self.version, index, ads, queries, recall, min_recall, origin), changes
-
-    def _kept_or_rebuilt(self, ads: tuple[Keys, Vectors]) -> tuple[VectorIndex, Queries | None, float]:
-        """Return this structure, or a new one if its recall has become bad, with the queries and the recall."""
-        index, exact, limit = self.index, VectorIndex.build("flat", *ads), self.state.min_recall
-        has_many_unused = index.num_unused > _MAX_UNUSED * (index.num_unused + index.num_keys)
-        if self.state.queries is None:  # flat
-            return exact if has_many_unused else index, None, 1.0
-        queries = Queries(self._rows_of(QUERIES)[1], self.state.queries)
-        is_worse = reach(index, exact, queries, 0) < limit <= self.state.recall
-        if is_worse or has_many_unused:
-            index, recall = best_index(self.state.kind, *ads, exact, queries, limit)
-            return index, queries, recall
-        return index, queries, reach(index, exact, queries, limit)
-
-    def _rows_of(self, name: str) -> tuple[Keys, Vectors]:
-        return from_parquet(_read(self._files, self.state, name), self.state.dim, self._files.full(name))
+        kept_K = np.isin(known_K, keys_N[same_N]) | (~is_left_K if max_gone is None else False)
+        keys = np.concatenate([known_K[kept_K], keys_N[~same_N]])
+        vectors = np.concatenate([old_KW[kept_K], vectors_NW[~same_N]])
+        state = self.state
+        return _publish(
+            self._files.url, self.version, state.kind, (keys, vectors), users_KW, state.min_recall, origin
+        ), changes
 
 
 def _replaceable_version(url: str) -> int:
@@ -336,27 +285,29 @@ def _read(files: Storage, state: IndexState, name: str) -> bytes:
 def _publish(
     url: str,
     after: int,
-    index: VectorIndex,
+    kind: IndexKind,
     ads: tuple[Keys, Vectors],
-    queries: Queries | None,
-    recall: float,
+    users_KW: Vectors | None,
     min_recall: float,
     origin: IndexOrigin,
 ) -> AdIndex:
-    """Write all files, then publish them as the version after `after`; remove what no reader needs any more."""
+    """Build the index, publish it as the version after `after`, and remove what no reader needs any more."""
+    index, recall = VectorIndex.build(kind, *ads), 1.0
+    source: QuerySource | None = None
+    if kind != "flat":
+        source = "ads" if users_KW is None else "users"
+        queries_KW = sample_of(ads[1]) if users_KW is None else users_KW
+        recall = reach(index, VectorIndex.build("flat", *ads), queries_KW, min_recall)
     storage = Storage(url)
     contents = {STRUCTURE: index.save(), ADS: to_parquet(*ads)}
-    if queries:
-        contents[QUERIES] = to_parquet(np.arange(len(queries.vectors_KW)), queries.vectors_KW)
     state = IndexState(
         kind=index.kind,
         dim=index.dim,
         num_ads=index.num_keys,
-        num_unused=index.num_unused,
         recall=recall,
         min_recall=min_recall,
         origin=origin,
-        queries=queries.source if queries else None,
+        queries=source,
         sha256={name: digest_of(data, "sha256") for name, data in contents.items()},
     )
     contents[STATE] = seal(state)
@@ -378,15 +329,6 @@ def to_parquet(keys_N: Keys, vectors_NW: Vectors) -> bytes:
     table = pa.table({KEY: pa.array(keys_N[order_N]), VECTOR: vector})
     pq.write_table(table, sink, compression="lz4", write_page_checksum=True)
     return sink.getvalue().to_pybytes()
-
-
-def from_parquet(data: bytes, width: int, path: str) -> tuple[Keys, Vectors]:
-    """Read what `to_parquet` wrote: keys (N,) and vectors (N, W). Raises CorruptFileError."""
-    table = pq.read_table(pa.BufferReader(data))
-    vector: Any = table[VECTOR].combine_chunks()
-    if vector.type.list_size != width:
-        raise CorruptFileError(f"{path} has vectors of {vector.type.list_size} numbers, not {width}")
-    return table[KEY].to_numpy(), vector.flatten().to_numpy().reshape(-1, width)
 
 
 _LOOKED_AT = 4 * NUM_QUERIES  # groups: a user has several
@@ -554,7 +496,7 @@ def user_vectors(trained: TrainedRun, batches: Iterator[Batch]) -> Iterator[tupl
         yield batch, finite(users_GW.astype(np.float32))
 
 
-def user_queries(trained: TrainedRun) -> Queries | None:
+def user_queries(trained: TrainedRun) -> Vectors | None:
     """Compute user vectors from the run's own samples, of the test days if there are any, to measure an index.
 
     None where the samples are gone or empty.
@@ -571,7 +513,7 @@ def user_queries(trained: TrainedRun) -> Queries | None:
                     if (found := found + len(users_GW)) >= _LOOKED_AT:
                         break
                 if found:
-                    return sample_of(np.concatenate(parts)[:_LOOKED_AT], "users")
+                    return sample_of(np.concatenate(parts)[:_LOOKED_AT])
     return None
 
 

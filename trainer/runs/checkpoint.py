@@ -18,6 +18,7 @@ shrink for ever.
 """
 
 import os
+import re
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -33,14 +34,14 @@ from torch import Tensor
 
 from featurestore.errors import CorruptFileError, FormatVersionError, StorageError
 from featurestore.lookup.cache import RUNS, default_cache_dir
-from featurestore.parsing import first_mistake, parse_json
+from featurestore.parsing import first_mistake
 from featurestore.published.paths import RunPath, read_file, run_path, write_file
 from featurestore.snapshot import SnapshotId
 from featurestore.spec import FileName, Sealed, unseal
 from featurestore.storage.local import claim
 from trainer import errors
 from trainer.comm import Comm
-from trainer.config import SAMPLES_DIGEST, Config, Decision, Difference, Section, WarmParts, differences
+from trainer.config import SAMPLES_DIGEST, Config, Decision, Difference, RunConfig, Section, WarmParts, differences
 from trainer.engine.engine import Engine
 from trainer.engine.wiring import NO_IMAGES
 from trainer.ids.shards import check_names
@@ -50,9 +51,10 @@ from trainer.samples.reader import BatchPosition
 TO_RESUME: tuple[Decision, ...] = ("training", "nothing")
 TO_READ: tuple[Decision, ...] = ("positions", *TO_RESUME)
 """What may differ from a checkpoint that a run continues from, and from one that is evaluated or exported."""
-DENSE = "dense.safetensors"
+DENSE, ROWS = "dense.safetensors", "rows-{rank:05}-of-{ranks:05}.safetensors"
+"""Rank `rank` of those that wrote a checkpoint owned the shards `rank`, `rank` + `ranks`, and so on of each table."""
 _BLOCK_BYTES = 8 << 20
-_MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+_ROWS = re.compile(r"rows-(?P<rank>\d+)-of-(?P<ranks>\d+)\.safetensors")
 
 
 class Loadable(Protocol):
@@ -206,21 +208,18 @@ def read_dense(
 def read_rows(
     checkpoint: Checkpoint, state: CheckpointState, names: Iterable[str], cache_dir: str | None = None
 ) -> dict[str, Tensor]:
-    """Read the named tensors of ID rows, whichever rank wrote them, out of the files that have one, as `read_dense`.
+    """Read the named tensors, <table>/<shard>/<part>, out of the files of the ranks that owned them, as `read_dense`.
 
     Raises CheckpointError where one is lacking."""
     wanted, found = set(names), dict[str, Tensor]()
-    rows = sorted(set(state.files) - {DENSE})
+    shards = {int(name.rsplit("/", 2)[1]) for name in wanted}
     with _saying(f"cannot read {checkpoint}"):
-        chosen = [name for name in rows if wanted & _names_in(checkpoint, name)]
-        for name in chosen:
-            with local_copy(checkpoint, name, state.files[name], cache_dir) as file:
-                found |= {each: values for each, values in _mapped(file).items() if each in wanted}
-        lacking = sorted(wanted - found.keys())
-        for name in sorted({*rows} - {*chosen}) if lacking else ():
-            with local_copy(checkpoint, name, state.files[name], cache_dir):
-                pass  # a damaged header may have other names; of a whole one, what is lacking does not fit
-    if lacking:
+        for name in sorted(state.files):
+            written = _ROWS.fullmatch(name)
+            if written and any(shard % int(written["ranks"]) == int(written["rank"]) for shard in shards):
+                with local_copy(checkpoint, name, state.files[name], cache_dir) as file:
+                    found |= {each: values for each, values in _mapped(file).items() if each in wanted}
+    if lacking := sorted(wanted - found.keys()):
         raise errors.CheckpointError(
             f"{checkpoint} lacks {lacking[0]} and {len(lacking) - 1} more; was it written with other model.tables, "
             "model.table_shards or optim.ids?"
@@ -286,18 +285,6 @@ def _saying(what: str) -> Iterator[None]:
         yield
     except (OSError, SafetensorError, StorageError) as failure:
         raise errors.CheckpointError(f"{what}: {failure}") from failure
-
-
-def _names_in(checkpoint: Checkpoint, name: str) -> set[str]:
-    """The names of the tensors in a file, from its header alone."""
-    try:
-        with checkpoint.open_input(name) as file:
-            size_bytes = int.from_bytes(file.read(8), "little")
-            return set(parse_json(file.read(min(size_bytes, _MAX_HEADER_BYTES))))
-    except FileNotFoundError as failure:
-        raise errors.DamagedCheckpointError(f"{checkpoint}/{name} is missing") from failure
-    except (ValueError, TypeError) as failure:
-        raise errors.DamagedCheckpointError(f"{checkpoint}/{name} is damaged: its header cannot be read") from failure
 
 
 def _mapped(local: Path) -> dict[str, Tensor]:
@@ -440,13 +427,18 @@ class WarmStart:
     parts: WarmParts
 
 
-def find_warm_start(run: str, parts: WarmParts) -> WarmStart:
-    """Read the checkpoint that run.warm_start names: a run's folder means its newest one. Raises CheckpointError."""
+def find_warm_start(run: RunConfig) -> WarmStart | None:
+    """Read the checkpoint that run.warm_start names, if it does: a run's folder means its newest one.
+
+    Raises CheckpointError."""
+    if run.warm_start is None:
+        return None
+    place = run_path(run.warm_start)
     try:
-        found = checkpoint_at(run_path(run)) or find_checkpoint(run_path(run))
+        found = checkpoint_at(place) or find_checkpoint(place)
     except errors.CheckpointNotFoundError as failure:
-        raise errors.CheckpointNotFoundError(f"run.warm_start={run}: {failure}") from failure
-    return WarmStart(found, read_state(found), parts)
+        raise errors.CheckpointNotFoundError(f"run.warm_start={run.warm_start}: {failure}") from failure
+    return WarmStart(found, read_state(found), run.warm_parts)
 
 
 def begin_with(comm: Comm, warm: WarmStart, origin: Origin, trained: Engine, cache_dir: str | None = None) -> None:

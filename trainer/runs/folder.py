@@ -16,6 +16,8 @@ from trainer.config import Config, RunConfig
 from trainer.errors import CheckpointNotFoundError, ConfigError, TrainerError
 
 STATE = "state.json"
+TENSORBOARD = "tensorboard"
+"""The folder of a run that has TensorBoard's files."""
 DAYS_FILE = "daily.json"
 """File of the settings that the runs of a daily training share; their folders are next to it."""
 _NAME = re.compile(r"step-\d{8,}")

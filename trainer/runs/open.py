@@ -8,17 +8,15 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 
 from featurestore.errors import AnotherStoreError, FeatureStoreError, MissingKeysError, StoreNotFoundError
 from featurestore.format.statistics import FeatureStatistics
 from featurestore.keys import Int64Array
 from featurestore.lookup.partition import FeaturePartition
-from featurestore.published.paths import FarPath, RunPath, remove_all, run_path
+from featurestore.published.paths import RunPath, remove_all, run_path
 from featurestore.published.versions import VersionName, open_published
 from featurestore.snapshot import Snapshot, SnapshotId
 from featurestore.spec import StoreInfo
@@ -26,22 +24,24 @@ from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
 from featurestore.text import count_text
 from trainer.comm import Comm
-from trainer.config import Config, differences, save_config, settings_that_decide
+from trainer.config import Config, TrainConfig, differences, save_config, settings_that_decide
 from trainer.engine.engine import Engine
 from trainer.engine.machine import keep_freed_memory, share_machine, with_compute_dtype
 from trainer.engine.wiring import check_tables
 from trainer.errors import CheckpointError, ConfigError, DataError, DataNotFoundError
 from trainer.models.layers import used_fields
 from trainer.runs import checkpoint as checkpoints
-from trainer.runs.folder import Checkpoint, check_folder, finished, in_the_way, naming_run_dir
+from trainer.runs.folder import TENSORBOARD, Checkpoint, check_folder, finished, in_the_way, naming_run_dir
 from trainer.runs.saving import CheckpointPlace
 from trainer.samples import survey
-from trainer.samples.columns import files_by_day, newest_day, rules_of, sample_files
+from trainer.samples.columns import files_by_day, rules_of, sample_files
 from trainer.samples.index import SampleIndex, known_ads, open_index, streams_of
 from trainer.samples.reader import Batch, BatchPosition, SampleReader, Span
-from trainer.schema import DEFAULT_STORE, Field, Schema, load_schema
+from trainer.schema import DEFAULT_STORE, Schema, load_schema
 from trainer.schema.fields import IDS_FILE, SCHEMA_FILE
 
+_LEAST_DAYS = 4
+"""Training days of which some are held out where nothing is said."""
 _INSTEAD = {"learned": 'get a trained "no image" vector', "zeros": "are zeros"}
 
 
@@ -241,11 +241,6 @@ def _list_command(config: Config, place: StorePlace) -> str:
     return f"crossmedia schema missing {config.data.samples} {place.url}{options}"
 
 
-def _fields_of(config: Config, schema: Schema, place: StorePlace) -> list[Field]:
-    fields = used_fields(schema, config.model)
-    return [field for field in fields if field.kind == "content" and field.store_name == place.name]
-
-
 def _counted(
     config: Config,
     comm: Comm,
@@ -255,7 +250,8 @@ def _counted(
     indexes: Sequence[SampleIndex],
 ) -> survey.LackingImages:
     """Count what one store lacks, or remember it."""
-    fields = _fields_of(config, schema, place)
+    used = used_fields(schema, config.model)
+    fields = [field for field in used if field.kind == "content" and field.store_name == place.name]
     digests = [survey.samples_digest(comm, each, config.data.cache_dir) for each in indexes]
     columns = sorted({(field.column_name, field.side) for field in fields})
     known = survey.measured_once(
@@ -267,10 +263,6 @@ def _counted(
         lambda: asdict(survey.lacking(comm, indexes, schema, fields, partition)),
     )
     return survey.LackingImages(**known)
-
-
-TENSORBOARD = "tensorboard"
-"""The folder of a run that has TensorBoard's files."""
 
 
 @dataclass(kw_only=True)
@@ -332,45 +324,6 @@ class Run(OpenRun):
         """Where the run's checkpoints are published."""
         return CheckpointPlace(self.folder)
 
-    @cached_property
-    def events(self) -> "EventsFolder":
-        """Where TensorBoard's files are written."""
-        return EventsFolder(self.folder, self.config.data.cache_dir)
-
-
-class EventsFolder:
-    """A run's TensorBoard files on this machine: in the run's own folder, or in the cache folder for one at an address.
-
-    What goes wrong with the copies at the address is a StorageError.
-    """
-
-    def __init__(self, run: RunPath, cache_dir: str | None) -> None:
-        self._run = run
-        self._copied: dict[str, int] = {}
-        if isinstance(run, FarPath):
-            folder = checkpoints.cache_folder(cache_dir) / f"{run.name}-{xxhash.xxh3_64_hexdigest(run.url.encode())}"
-            folder.mkdir(exist_ok=True)
-            self.path: Path = folder / TENSORBOARD
-        else:
-            self.path = run / TENSORBOARD
-
-    def copy(self) -> None:
-        """Copy files that are new, or have grown, to the run's address; does nothing for a run on a disk."""
-        if not isinstance(self._run, FarPath):
-            return
-        storage = Storage(self._run.url)
-        for file in sorted(each for each in self.path.rglob("*") if each.is_file()):
-            name, data = f"{TENSORBOARD}/{file.relative_to(self.path)}", file.read_bytes()
-            if self._copied.get(name) != len(data):
-                storage.write_bytes(name, data)
-                self._copied[name] = len(data)
-
-    def end(self) -> None:
-        """Copy for the last time, and remove what was copied from the cache folder."""
-        self.copy()
-        if isinstance(self._run, FarPath):
-            remove_all(self.path.parent)
-
 
 def open_run(config: Config, comm: Comm) -> Run:
     """Open everything but the folder's content, which `claim_folder` writes. Raises TrainerError, FeatureStoreError."""
@@ -390,12 +343,14 @@ def _open_run(
     comm.on_all(lambda: check_folder(config, folder, at[0] if at else None, damaged))
     samples = comm.on_rank_0(lambda: open_samples(config, places))
     recorded = at[1].origin if at else None
-    warm = None if at else comm.on_all(lambda: _checked_warm_start(config, schema))
+    comm.on_all(lambda: check_tables(schema, config.model))
+    warm = None if at else comm.on_all(lambda: checkpoints.find_warm_start(config.run))
     keep_freed_memory()
     device = share_machine(config, comm)
     dtype = recorded.model.get("compute_dtype") if recorded else None
     config = config.model_copy(update={"model": with_compute_dtype(config.model, comm, device, dtype)})
-    config = comm.on_rank_0(lambda: with_validation(config, samples))
+    held = recorded.data.get("validation_days") if recorded else None
+    config = comm.on_rank_0(lambda: with_validation(config, samples, held))
     train = open_index(comm, samples, "train", schema, config.data.train_days)
     test = open_index(comm, samples, "test", schema, config.data.test_days)
     choose = partial(snapshot_of, resumed=at)
@@ -416,7 +371,7 @@ def _open_run(
             raise
     elif warm:
         checkpoints.begin_with(comm, warm, origin, engine, config.data.cache_dir)
-    engine.begin_day(newest_day(each.file for each in train.row_groups))
+    engine.begin_day(train.newest_day)
     return Run(
         config=config,
         comm=comm,
@@ -440,17 +395,19 @@ def _open_run(
     )
 
 
-def with_validation(config: Config, samples: Storage) -> Config:
+def with_validation(config: Config, samples: Storage, recorded: list[str] | int | None = None) -> Config:
     """Name the days that are trained on, and those that choose the best epoch, where there are any.
 
-    Raises ConfigError where no day would be left to train on.
+    `recorded`: those of the checkpoint that is resumed. Raises ConfigError where no day would be left to train on.
     """
-    held: int | list[str] = config.data.validation_days
-    if not held:
-        return config.changed(data={"validation_days": 0})
+    held = recorded if config.data.validation_days is None else config.data.validation_days
     days = config.data.train_days or [
         day for day, files in files_by_day(samples).items() if any(file.startswith("train/") for file in files)
     ]
+    if held is None:
+        held = _num_held_out(config.train, len(days))
+    if not held:
+        return config.changed(data={"validation_days": 0})
     held = sorted(days)[-held:] if isinstance(held, int) else held
     kept = sorted(set(days) - set(held))
     if not kept:
@@ -459,6 +416,14 @@ def with_validation(config: Config, samples: Storage) -> Config:
             f"{samples.url} to train on; give fewer, or 0"
         )
     return config.changed(data={"train_days": kept, "validation_days": held})
+
+
+def _num_held_out(train: TrainConfig, num_days: int) -> int:
+    """Choose how many days choose the best epoch: which one that is differs by log, and many epochs may overfit."""
+    is_length_set = train.max_steps is not None or train.eval_every is not None
+    if train.epochs <= TrainConfig().epochs or is_length_set or num_days < _LEAST_DAYS:
+        return 0
+    return max(1, num_days // 10)
 
 
 def _validation_reader(config: Config, comm: Comm, samples: Storage, schema: Schema) -> SampleReader | None:
@@ -537,11 +502,6 @@ def open_samples(config: Config, places: list[StorePlace]) -> Storage:
             problems[-1] += "; without images and logs of your own, draw some first: crossmedia demo-data"
         raise DataNotFoundError("\n".join(problems))
     return samples
-
-
-def _checked_warm_start(config: Config, schema: Schema) -> checkpoints.WarmStart | None:
-    check_tables(schema, config.model)
-    return checkpoints.find_warm_start(config.run.warm_start, config.run.warm_parts) if config.run.warm_start else None
 
 
 def _origin(
@@ -670,7 +630,6 @@ def _overwrite(run: Run) -> list[Checkpoint]:
     run.place.remove(removed)
     if not finished(run.folder):
         remove_all(run.folder / TENSORBOARD)
-        remove_all(run.events.path)
         (run.folder / checkpoints.ACCEPTED_FILE).unlink(missing_ok=True)
     return removed
 

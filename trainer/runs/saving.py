@@ -47,8 +47,8 @@ from featurestore.spec import seal
 from featurestore.storage.storage import Storage, digest_of
 from trainer.comm import Comm
 from trainer.engine.machine import free_bytes
-from trainer.errors import CheckpointError
-from trainer.runs.checkpoint import DENSE, CheckpointState, Loadable, Trained, agreed, load, read_state
+from trainer.errors import CheckpointError, TakenOverError
+from trainer.runs.checkpoint import DENSE, ROWS, CheckpointState, Loadable, Trained, agreed, load, read_state
 from trainer.runs.folder import STATE, Checkpoint, checkpoints_of, in_the_way, step_name, step_of
 
 _FAILURES = (OSError, StorageError, SafetensorError, MemoryError)
@@ -207,7 +207,7 @@ class CheckpointPlace:
     def commit(self, step: int, parts: Mapping[str, WrittenPart], state: bytes, keep: int, best: int | None) -> None:
         """Publish a checkpoint of these parts, and remove all but the newest `keep` and that of step `best`.
 
-        One that somebody has removed a file of is not named any more. Raises StorageError, and CheckpointError where
+        One that somebody has removed a file of is not named any more. Raises StorageError, and TakenOverError where
         another start of the run has taken over."""
         stem = step_name(step)
         added = {STATE: versions.write_part(self._storage, f"{stem}-{STATE}", state)}
@@ -220,7 +220,7 @@ class CheckpointPlace:
         self._expire()
 
     def remove(self, checkpoints: Sequence[Checkpoint]) -> None:
-        """Remove checkpoints, all of them at once. Raises StorageError, CheckpointError."""
+        """Remove checkpoints, all of them at once. Raises StorageError, TakenOverError."""
         if not checkpoints:
             return
         gone = {each.name for each in checkpoints}
@@ -231,7 +231,7 @@ class CheckpointPlace:
         """Become the one that writes here, and put these damaged checkpoints aside.
 
         They are kept under names that nothing takes for a checkpoint (`DAMAGED` before theirs), in the place of those
-        kept so before. Raises StorageError, CheckpointError.
+        kept so before. Raises StorageError, TakenOverError.
         """
         self._known = None
         files = self._newest_known().files
@@ -273,7 +273,7 @@ class CheckpointPlace:
         return self._known
 
     def _publish(self, files: Mapping[str, versions.PublishedFile]) -> None:
-        """Publish the next version after the one that is known. Raises StorageError, CheckpointError."""
+        """Publish the next version after the one that is known. Raises StorageError, TakenOverError."""
         publication = uuid.uuid4().hex
         self._tried.add(publication)
         known = self._newest_known()
@@ -292,9 +292,9 @@ class CheckpointPlace:
         if gone := versions.missing(self._storage, files.values()):  # since `publish` looked, as this run was away
             raise StorageError(f"{self._storage.full(gone[0])} was removed before its checkpoint was published")
 
-    def _taken_over(self, by: versions.PublishedVersion) -> CheckpointError:
+    def _taken_over(self, by: versions.PublishedVersion) -> TakenOverError:
         writer = f", {by.writer}" if by.writer else ""
-        return CheckpointError(
+        return TakenOverError(
             f"{checkpoints_of(self.run)} is written to by another start of this run{writer}: that one continues, and "
             "this one ends; start one alone, or choose another run.name"
         )
@@ -313,7 +313,8 @@ class _Progress:
     """Whether it still writes its parts or, rank 0 alone, publishes the checkpoint."""
     parts: dict[str, WrittenPart] = field(default_factory=dict)
     error: str = ""
-    is_fatal: bool = False
+    fatal: type[CheckpointError] | None = None
+    """What it raises on all ranks where the run may not continue after the error."""
     clock_s: float = 0.0
     """Since the last checkpoint was begun."""
     step_s: float = 0.0
@@ -434,7 +435,7 @@ class Checkpointer:
                 if self._place.has(step):
                     return {}, _THERE
                 content[DENSE] = trained.dense_state()
-            content[f"rows-{self._comm.rank:05}-of-{self._comm.size:05}.safetensors"] = trained.shard_state()
+            content[ROWS.format(rank=self._comm.rank, ranks=self._comm.size)] = trained.shard_state()
         except Exception as failure:
             return {}, _text(failure)
         return content, ""
@@ -466,7 +467,9 @@ class Checkpointer:
         try:
             yield
         except Exception as failure:
-            progress.error, progress.is_fatal = _text(failure), not isinstance(failure, _FAILURES)
+            progress.error = _text(failure)
+            if not isinstance(failure, _FAILURES):
+                progress.fatal = type(failure) if isinstance(failure, CheckpointError) else CheckpointError
         progress.is_busy = False  # last, as the step's thread looks at it
 
     def _settled(self, everyone: list[_Progress]) -> Outcome | None:
@@ -474,8 +477,9 @@ class Checkpointer:
         step = self._step
         if step is None or any(each.is_busy for each in everyone):
             return None
-        if fatal := next((each.error for each in everyone if each.is_fatal), None):
-            raise CheckpointError(fatal)
+        for each in everyone:
+            if each.fatal is not None:
+                raise each.fatal(each.error)
         failed = [(rank, each.error) for rank, each in enumerate(everyone) if each.error]
         if failed or self._is_publishing:
             self._place.end(failed=not self._is_publishing)

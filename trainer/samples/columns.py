@@ -8,11 +8,9 @@ Nothing here loops over rows in Python. A value that cannot be used is named wit
 
 import contextlib
 import json
-import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from dataclasses import field as dataclass_field
-from datetime import date
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -22,7 +20,7 @@ from featurestore.keys import AnyArray, Float32Array, Float64Array, Int64Array, 
 from featurestore.storage.storage import Storage
 from trainer.errors import DataError, DataNotFoundError, OverflowingValueError, SchemaError
 from trainer.schema import Field, Schema, Side
-from trainer.schema.fields import LOGARITHMIC, STANDARDIZED
+from trainer.schema.fields import LOGARITHMIC, STANDARDIZED, days_of_file
 from trainer.schema.profile import inner_type, is_list
 
 TextKind = Literal["id", "uri"]
@@ -350,13 +348,13 @@ def texts_of(table: pa.Table, column: str, rule: Rule, file: str, first_row: int
 
 def concatenate(parts: Sequence[DecodedGroups]) -> DecodedGroups:
     """Join the groups of all parts, in their order."""
-    columns = {
-        column: ColumnRows(
-            np.concatenate([part.columns[column].values for part in parts]),
-            None if first.offsets is None else _joined([_present(part.columns[column].offsets) for part in parts]),
+    columns = {}
+    for column in parts[0].columns:
+        rows = [part.columns[column] for part in parts]
+        offsets = [each.offsets for each in rows if each.offsets is not None]
+        columns[column] = ColumnRows(
+            np.concatenate([each.values for each in rows]), _joined(offsets) if offsets else None
         )
-        for column, first in parts[0].columns.items()
-    }
     return DecodedGroups(columns, _joined([part.sample_offsets for part in parts]))
 
 
@@ -508,14 +506,8 @@ def _joined(offsets: Sequence[Int64Array]) -> Int64Array:
     return np.concatenate([[0], np.cumsum(np.concatenate([np.diff(part) for part in offsets]))]).astype(np.int64)
 
 
-def _present(offsets: Int64Array | None) -> Int64Array:
-    assert offsets is not None
-    return offsets
-
-
 SPLITS = ("train", "test")
 ResultT = TypeVar("ResultT")
-_NAME = re.compile(r"day=(\d{4}-\d{2}-\d{2})(?!\d)")
 
 
 def sample_files(storage: Storage, split: str) -> list[str]:
@@ -524,11 +516,11 @@ def sample_files(storage: Storage, split: str) -> list[str]:
 
 
 def files_by_day(storage: Storage) -> dict[str, list[str]]:
-    """List the files of each day, written 2026-01-31, by the beginning of their names, day=; days ascending."""
+    """List the files of each day, written 2026-01-31, by their names; days ascending. Days of a month may share one."""
     found: dict[str, list[str]] = {}
     for file in [each for split in SPLITS for each in sample_files(storage, split)]:
-        if match := _NAME.match(name_of(file)):
-            found.setdefault(match[1], []).append(file)
+        for day in days_of_file(name_of(file)):
+            found.setdefault(day, []).append(file)
     return dict(sorted(found.items()))
 
 
@@ -541,14 +533,7 @@ def files_of(storage: Storage, days: Sequence[str]) -> list[str]:
             f"{storage.url} has no samples of {', '.join(lacking)}: its files are {known}; "
             "change data.train_days or data.test_days, or write the samples with: crossmedia samples"
         )
-    return [file for day in sorted(set(days)) for file in by_day[day]]
-
-
-def newest_day(files: Iterable[str]) -> date | None:
-    """Find the last day in the names of the files; None if one has no day, or there are no files."""
-    found = [_NAME.match(name_of(file)) for file in files]
-    days = [date.fromisoformat(match[1]) for match in found if match]
-    return max(days) if days and len(days) == len(found) else None
+    return list(dict.fromkeys(file for day in sorted(set(days)) for file in by_day[day]))
 
 
 def name_of(file: str) -> str:
@@ -589,7 +574,8 @@ def groups_of_rows(table: pa.Table, depths: Mapping[str, int]) -> pa.Table:
     Of a table with an impression in each row, the columns of its ad lack the list of ads: they get lists of one.
     """
     table = table.select([name for name in table.column_names if name in depths])
-    table = table.cast(pa.schema([pa.field(each.name, _known(each.type)) for each in table.schema]))
+    # Values of a column without any, such as empty lists alone, have the type of IDs.
+    table = _recast(table, lambda kind: pa.int64() if pa.types.is_null(kind) else kind)
     offsets = pa.array(np.arange(table.num_rows + 1), pa.int32())
     for place, field in enumerate(table.schema):
         if inner_type(field.type)[1] == depths[field.name] - 1:
@@ -613,17 +599,13 @@ def sample_groups(table: pa.Table, schema: Schema) -> pa.Table:
 
 def plain(table: pa.Table) -> pa.Table:
     """Decode dictionary-encoded columns, so that Python's values fit the table's types."""
-    return table.cast(pa.schema([pa.field(each.name, _plain(each.type)) for each in table.schema]))
+    return _recast(table, lambda kind: kind.value_type if pa.types.is_dictionary(kind) else kind)
 
 
-def _plain(kind: Any) -> pa.DataType:
-    if pa.types.is_dictionary(kind):
-        return _plain(kind.value_type)
-    return pa.list_(_plain(kind.value_type)) if is_list(kind) else kind
+def _recast(table: pa.Table, change: Callable[[Any], pa.DataType]) -> pa.Table:
+    """Cast a table to other types of the values within its lists."""
 
+    def recast(kind: Any) -> pa.DataType:
+        return pa.list_(recast(kind.value_type)) if is_list(kind) else change(kind)
 
-def _known(kind: Any) -> pa.DataType:
-    """Return a column's type; of one without a value, such as empty lists alone, it is that of IDs."""
-    if is_list(kind):
-        return pa.list_(_known(kind.value_type))
-    return pa.int64() if pa.types.is_null(kind) else kind
+    return table.cast(pa.schema([pa.field(each.name, recast(each.type)) for each in table.schema]))

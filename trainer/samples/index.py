@@ -13,6 +13,7 @@ import heapq
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import date
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -28,6 +29,7 @@ from trainer.config import DataConfig
 from trainer.errors import DataError, DataNotFoundError
 from trainer.samples import columns
 from trainer.schema import Schema
+from trainer.schema.fields import days_of_file
 
 if TYPE_CHECKING:
     from trainer.comm import Comm
@@ -43,10 +45,16 @@ class RowGroup:
     num_groups: int
     num_samples: int
 
+    @property
+    def day(self) -> str | None:
+        """The day of its samples, by the file's name; None where that names none."""
+        days = days_of_file(columns.name_of(self.file))
+        return next(iter(days[self.number :] if len(days) > 1 else days), None)
+
 
 @dataclass(frozen=True)
 class SampleIndex:
-    """The row groups of one split, or of some days, in the order of file names."""
+    """The row groups of one split, or of some days, in the order of the days in their files' names, and of the names."""
 
     storage: Storage
     row_groups: tuple[RowGroup, ...]
@@ -62,6 +70,12 @@ class SampleIndex:
     @property
     def num_groups(self) -> int:
         return sum(each.num_groups for each in self.row_groups)
+
+    @property
+    def newest_day(self) -> date | None:
+        """The last day of the samples; None if some are of no day, or there are none."""
+        days = {each.day for each in self.row_groups}
+        return None if None in days else max((date.fromisoformat(day) for day in days if day), default=None)
 
     @property
     def layout_digest(self) -> str:
@@ -88,7 +102,10 @@ def open_index(
         files = columns.sample_files(storage, split) if days is None else columns.files_of(storage, days)
         own = [(file, _read_footer(storage, file, rules, schema.label)) for file in files[comm.rank :: comm.size]]
     parts = dict(part for share in comm.allgather_object(own) for part in share)
-    row_groups = tuple(group for file in sorted(parts, key=columns.name_of) for group in parts[file][0])
+    in_order = sorted(parts, key=lambda file: (days_of_file(columns.name_of(file))[:1], columns.name_of(file)))
+    found = (group for file in in_order for group in parts[file][0])
+    wanted = set(days or ())
+    row_groups = tuple(group for group in found if days is None or group.day in wanted)
     texts = frozenset(column for _, of_file in parts.values() for column in of_file)
     index = SampleIndex(storage, row_groups, by_day=days is not None, text_columns=texts)
     if index.num_samples == 0 and days != []:

@@ -447,7 +447,7 @@ def list_missing(samples: str, store: str, schema_file: str | None = None, name:
 
 
 TEXTS_HELD = 500_000
-_BUCKET_BITS = 8
+_BUCKETS = 256
 _FIELDS: list[Any] = [pa.field("id", pa.int64(), nullable=False), pa.field("text", pa.string(), nullable=False)]
 _SCHEMA = pa.schema(_FIELDS)
 
@@ -561,52 +561,44 @@ def _check_one(number: int, first: str, second: str) -> None:
 
 def _buckets(ids_N: Int64Array) -> Int64Array:
     """The row group of each ID: its top bits, as a number from 0 on, so that all of one are below those of the next."""
-    return (ids_N >> (64 - _BUCKET_BITS)) + (1 << (_BUCKET_BITS - 1))
+    return (ids_N >> 56) + _BUCKETS // 2
 
 
 def write_part(path: Path, held: Mapping[int, str]) -> None:
-    """Write the texts of some IDs as a file of its own, in the form of ids.parquet.
+    """Write the texts of some IDs as a file of its own, in the form of ids.parquet. Raises OSError."""
+    columns: list[Any] = [pa.array(held, pa.int64()), pa.array(held.values(), pa.string())]
+    table = pa.Table.from_arrays(columns, schema=_SCHEMA).sort_by("id")
+    ends = np.searchsorted(_buckets(table["id"].to_numpy()), np.arange(_BUCKETS + 1)).tolist()
+    _write(path, (table.slice(start, end - start) for start, end in itertools.pairwise(ends)))
 
-    Within a row group they are in the order of `held`. Raises OSError.
-    """
-    ids_N = np.fromiter(held.keys(), np.int64, len(held))
-    columns: list[Any] = [pa.array(ids_N), pa.array(list(held.values()), pa.string())]
-    table = pa.Table.from_arrays(columns, schema=_SCHEMA)
-    bucket_N = _buckets(ids_N)
-    order = np.argsort(bucket_N, kind="stable")
-    ends = np.searchsorted(bucket_N[order], np.arange((1 << _BUCKET_BITS) + 1))
-    with _writer(path) as writer:
-        for start, end in itertools.pairwise(ends):
-            _write_bucket(writer, table.take(order[start:end]))
+
+def _write(path: Path, buckets: Iterable[pa.Table]) -> None:
+    """Write a row group of each bucket."""
+    with pq.ParquetWriter(path, _SCHEMA, compression="zstd", write_page_checksum=True) as writer:
+        for table in buckets:
+            writer.write_table(table, row_group_size=max(1, len(table)))
 
 
 def _merge(parts: list[RunPath], folder: RunPath) -> None:
     """Merge the parts into `folder`/ids.parquet, which is there when it is complete."""
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(_opened(part)) for part in sorted(parts, key=str)]
-        local = stack.enter_context(written_locally(folder))
-        writer = stack.enter_context(_writer(stack.enter_context(replaced_file(local / IDS_FILE))))
-        for bucket in range(1 << _BUCKET_BITS):
-            table = pa.concat_tables([file.read_row_group(bucket) for file in files]).sort_by("id")
-            ids_N, texts = table["id"].to_numpy(), cast("Any", table["text"])
-            again_K = np.flatnonzero(ids_N[1:] == ids_N[:-1]) + 1
-            differing_K = pc.not_equal(texts.take(again_K - 1), texts.take(again_K)).to_numpy()
-            for place in again_K[differing_K].tolist():
-                _check_one(int(ids_N[place]), texts[place - 1].as_py(), texts[place].as_py())
-            _write_bucket(writer, table.take(np.setdiff1d(np.arange(len(ids_N)), again_K)))
+        path = stack.enter_context(replaced_file(stack.enter_context(written_locally(folder)) / IDS_FILE))
+        _write(path, (_merged([file.read_row_group(bucket) for file in files]) for bucket in range(_BUCKETS)))
+
+
+def _merged(tables: Sequence[pa.Table]) -> pa.Table:
+    """Merge entries of one bucket, ascending by ID. Raises DataError where two texts have one."""
+    found = pa.concat_tables(tables).group_by("id").aggregate([("text", "min"), ("text", "max")]).sort_by("id")
+    first, last = found["text_min"], found["text_max"]
+    for each in found.filter(pc.not_equal(first, last)).slice(0, 1).to_pylist():
+        _check_one(each["id"], each["text_min"], each["text_max"])
+    return pa.Table.from_arrays([found["id"], first], schema=_SCHEMA)
 
 
 def _entries(table: pa.Table) -> list[tuple[int, str]]:
     ids, texts = (cast("list[Any]", table[name].to_pylist()) for name in ("id", "text"))
     return list(zip(ids, texts, strict=True))
-
-
-def _writer(path: Path) -> pq.ParquetWriter:
-    return pq.ParquetWriter(path, _SCHEMA, compression="zstd", write_page_checksum=True)
-
-
-def _write_bucket(writer: Any, table: pa.Table) -> None:
-    writer.write_table(table, row_group_size=max(1, len(table)))
 
 
 def _opened(path: RunPath) -> pq.ParquetFile:
@@ -615,6 +607,6 @@ def _opened(path: RunPath) -> pq.ParquetFile:
         file = pq.ParquetFile(source, page_checksum_verification=True)
     except (pa.ArrowException, OSError, StorageError) as failure:
         raise DataError(f"{path} is not a readable Parquet file: {str(failure).strip()}") from failure
-    if file.num_row_groups != 1 << _BUCKET_BITS or not file.schema_arrow.equals(_SCHEMA):
+    if file.num_row_groups != _BUCKETS or not file.schema_arrow.equals(_SCHEMA):
         raise DataError(f"{path} is not a dictionary of IDs: make the samples, or the run, again")
     return file

@@ -1,7 +1,8 @@
 """The schema: fields of samples, and how their numbers are transformed."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import field as dataclass_field
 from functools import lru_cache
@@ -283,6 +284,27 @@ IMAGES_FILE = "images.parquet"
 """Next to samples: key and uri of each image that the logs name, in 256 row groups by the top bits of the key."""
 IDS_FILE = "ids.parquet"
 """Next to samples, and in a run's folder: id and text of each ID that is a hash, in 256 row groups by its top bits."""
+
+_DAY_FILE = re.compile(r"day=(\d{4}-\d{2}-\d{2})(?!\d)")
+_MONTH_FILE = re.compile(r"days=(\d{4}-\d{2})-([0-9a-f]{8})\.parquet")
+
+
+def file_of_month(days: Sequence[str]) -> str:
+    """Name the file that days of one month share, as days=2026-01-00000005.parquet the first and the third of January.
+
+    The digits have a bit for each day; in the file each of them has a row group, in their order.
+    """
+    return f"days={days[0][:7]}-{sum(1 << (int(day[8:]) - 1) for day in days):08x}.parquet"
+
+
+def days_of_file(name: str) -> list[str]:
+    """List the days of which a file of samples is, ascending, by its name: day=2026-01-31..., or `file_of_month`."""
+    if match := _DAY_FILE.match(name):
+        return [match[1]]
+    if match := _MONTH_FILE.fullmatch(name):
+        return [f"{match[1]}-{bit + 1:02d}" for bit in range(31) if int(match[2], 16) >> bit & 1]
+    return []
+
 
 SMALLEST_TABLE, LARGEST_TABLE = 4_096, 1 << 24
 """Of `table_rows`: in 4,096 rows no shard of 64 is full while the others are empty; 16.8 million rows of 12 numbers,

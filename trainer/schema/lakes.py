@@ -3,8 +3,7 @@
 Their files also hold rows that were removed, so the package of each kind reads them: deltalake, pyiceberg, pylance.
 """
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
@@ -29,15 +28,6 @@ _METADATA = ".metadata.json"
 FILE = "rows.parquet"
 SUMMARY_FILE, TABLES = "summary.json", "tables"
 """What samples say of the tables that they were made of."""
-
-
-@dataclass(frozen=True)
-class LakeRows:
-    """The rows of one version of a table."""
-
-    version: str
-    schema: pa.Schema
-    batches: Iterable[pa.RecordBatch]
 
 
 def kind_of(storage: Storage, place: str = "") -> Kind | None:
@@ -71,17 +61,17 @@ def copy_rows(storage: Storage, place: str, kind: Kind, folder: Path, most_rows:
         raise DataError(f"{address} is a table of {kind}, which needs a package: pip install {package}") from error
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        rows = _READERS[kind](reader, storage, place)
+        version, rows = _READERS[kind](reader, storage, place)
         with pq.ParquetWriter(folder / FILE, rows.schema, compression="zstd") as writer:
             written = 0
-            for batch in rows.batches:
+            for batch in rows:
                 writer.write_batch(batch)
                 written += batch.num_rows
                 if most_rows is not None and written > most_rows:
                     break
     except Exception as error:  # theirs have no common class
         raise DataError(f"{address}, a table of {kind}, cannot be read: {str(error).strip()}") from error
-    return rows.version
+    return version
 
 
 def below(storage: Storage) -> dict[str, Kind]:
@@ -111,24 +101,26 @@ def versions_of(samples: Storage) -> dict[str, str]:
     return found if isinstance(found, dict) else {}
 
 
+LakeRows = tuple[str, pa.RecordBatchReader]
+"""The version of a table, and its rows."""
+
+
 def _delta(module: Any, storage: Storage, place: str) -> LakeRows:
     table = module.DeltaTable(storage.full(place))
-    rows = table.to_pyarrow_dataset().scanner().to_reader()
-    return LakeRows(f"version {table.version()}", rows.schema, rows)
+    return f"version {table.version()}", table.to_pyarrow_dataset().scanner().to_reader()
 
 
 def _iceberg(module: Any, storage: Storage, place: str) -> LakeRows:
     """Read the snapshot of the newest metadata, as a catalog that writes them one after the other does."""
     newest = max(_metadata_files(storage, place), key=lambda path: (storage.entry(path).mtime_s, path))
     table = module.StaticTable.from_metadata(storage.full(newest))
-    rows = table.scan().to_arrow_batch_reader()
-    return LakeRows(f"snapshot {getattr(table.current_snapshot(), 'snapshot_id', None)}", rows.schema, rows)
+    snapshot = getattr(table.current_snapshot(), "snapshot_id", None)
+    return f"snapshot {snapshot}", table.scan().to_arrow_batch_reader()
 
 
 def _lance(module: Any, storage: Storage, place: str) -> LakeRows:
     table = module.dataset(storage.full(place))
-    rows = table.scanner().to_reader()
-    return LakeRows(f"version {table.version}", rows.schema, rows)
+    return f"version {table.version}", table.scanner().to_reader()
 
 
 _READERS = {"Delta": _delta, "Iceberg": _iceberg, "Lance": _lance}

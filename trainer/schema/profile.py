@@ -20,6 +20,7 @@ from trainer.schema.fields import DistinctCount
 
 CSV_SUFFIXES = (".csv", ".tsv")
 SUFFIXES = (".parquet", *CSV_SUFFIXES)
+_ROWS_TOGETHER = 65_536
 Content = Literal["integer", "real", "text", "time", "other"]
 READ_TYPES: Mapping[Content, pa.DataType] = {"integer": pa.int64(), "real": pa.float64(), "text": pa.large_string()}
 
@@ -160,7 +161,7 @@ def _csv_blocks(file: Any, most_rows: int) -> Iterator[pa.Table]:
 
 def look(storage: Storage, paths: list[str], label: str | None, most_rows: int) -> TableProfile:
     """Profile the columns of these files, which have equal names, up to `most_rows` rows. Raises DataError."""
-    found = TableProfile()
+    found, waiting = TableProfile(), list[pa.Table]()
     for path in paths:
         if found.rows >= most_rows:
             found.complete = False
@@ -169,15 +170,27 @@ def look(storage: Storage, paths: list[str], label: str | None, most_rows: int) 
             if twice := sorted(name for name, count in Counter(table.column_names).items() if count > 1):
                 raise DataError(f"{storage.full(path)}: column {twice[0]} is in it twice; rename one of them")
             found.rows += len(table)
-            lengths = None
-            if label is not None and label in table.column_names and is_list(table.schema.field(label).type):
-                lengths = pc.list_value_length(table.column(label).combine_chunks())
-            for name in table.column_names:
-                array: Any = table.column(name).combine_chunks()
-                kind, depth = inner_type(array.type)
-                column = found.columns.setdefault(name, Column(name, str(array.type), content_of(kind), depth))
-                column.add(array, lengths)
+            is_next = not waiting or waiting[0].schema.equals(table.schema)
+            if not is_next or sum(map(len, waiting)) + len(table) > _ROWS_TOGETHER:
+                _add(found, waiting, label)
+                waiting = []
+            waiting.append(table)
+    _add(found, waiting, label)
     return found
+
+
+def _add(found: TableProfile, tables: list[pa.Table], label: str | None) -> None:
+    """Take in tables of equal columns, which are put together: many small files cost what their rows do."""
+    if not tables:
+        return
+    table, lengths = pa.concat_tables(tables), None
+    if label is not None and label in table.column_names and is_list(table.schema.field(label).type):
+        lengths = pc.list_value_length(table.column(label).combine_chunks())
+    for name in table.column_names:
+        array: Any = table.column(name).combine_chunks()
+        kind, depth = inner_type(array.type)
+        column = found.columns.setdefault(name, Column(name, str(array.type), content_of(kind), depth))
+        column.add(array, lengths)
 
 
 def inner_type(kind: pa.DataType) -> tuple[pa.DataType, int]:

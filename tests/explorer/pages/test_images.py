@@ -128,6 +128,7 @@ def test_visual_vectors_are_computed_beside_the_page_one_run_at_a_time(everythin
     assert "computes the visual vectors of both (3 of 28)" in page.text
     assert "exactly, among all 28 images." in page.text  # neighbours by features are there
     (part_of,) = page.live
+    monkeypatch.setattr("explorer.html.site._POLL_S", 0.05)
     other = everything.client.get(path, params={"wait": "spaces", "run": "both-longer"})
     assert "waits for other work to end" in Reading(other.text).text
     assert asked == ["both"]

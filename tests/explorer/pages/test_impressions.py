@@ -3,7 +3,6 @@
 import html
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -29,12 +28,6 @@ from trainer.evaluation.predict import score_run
 from trainer.runs.saved import RunSource
 
 pytestmark = pytest.mark.long
-
-
-@pytest.fixture(scope="module")
-def pages(world: World) -> Iterator[TestClient]:
-    with TestClient(application(Site(world.places())), raise_server_exceptions=True) as client:
-        yield client
 
 
 def scores_of(run: Path, out: Path) -> dict[tuple[int, int], float]:
@@ -185,30 +178,6 @@ def test_what_cannot_be_sent(
     answer = pages.post(f"/impressions/{run}/3/sent", data={"ad": ad}, files={"picture": ("x.jpg", sent)})
     assert answer.status_code == status
     assert 'role="alert"' in answer.text
-
-
-@pytest.mark.parametrize(
-    ("address", "status"),
-    [
-        ("/impressions/both/80?wait=why", 404),
-        ("/impressions/both/-1?wait=why", 400),
-        ("/impressions/both/" + "9" * 5000, 404),
-        ("/impressions/both/0?ad=99&wait=why", 404),
-        ("/impressions/both/0?ad=x&wait=why", 400),
-        ("/impressions/nobody/0?wait=why", 404),
-        ("/impressions/nobody/0", 404),
-        ("/impressions/..%2F..%2Fboth/0?wait=why", 404),
-        ("/impressions/%3Cscript%3E/0?wait=why", 404),
-        ("/impressions?run=%3Cscript%3Ealert(1)%3C/script%3E", 404),
-        ("/impressions?order=worst", 400),
-        ("/impressions/both/0?wait=why&picture=99999999999999999999999", 400),
-    ],
-)
-def test_what_is_not_there(pages: TestClient, address: str, status: int) -> None:
-    answer = pages.get(address)
-    assert answer.status_code == status
-    assert 'role="alert"' in answer.text or status == 404
-    assert "<script>alert" not in answer.text
 
 
 def test_a_part_tells_what_went_wrong_as_htmx_shows_it(pages: TestClient) -> None:

@@ -4,7 +4,6 @@ import io
 import json
 import re
 import threading
-from collections.abc import Iterator
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -31,12 +30,6 @@ from trainer.runs.saved import read_run
 from trainer.schema import DEFAULT_SCHEMA
 
 
-@pytest.fixture
-def pages(world: World) -> Iterator[TestClient]:
-    with TestClient(application(Site(world.places()))) as client:
-        yield client
-
-
 def read(pages: TestClient, address: str) -> str:
     """Ask for a map until it is there, or says why there is none."""
     while "hx-get" in (text := pages.get(address, params=None).text):
@@ -44,7 +37,7 @@ def read(pages: TestClient, address: str) -> str:
     return text
 
 
-def test_the_map_is_polled_until_it_is_there(pages: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_map_is_polled_until_it_is_there(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     go = threading.Event()
 
     def later(*args: Any) -> Any:
@@ -52,17 +45,19 @@ def test_the_map_is_polled_until_it_is_there(pages: TestClient, monkeypatch: pyt
         return make_map(*args)
 
     monkeypatch.setattr("explorer.pages.maps.make_map", later)
-    html = pages.get("/map", params={"run": "both"}).text
-    assert "The map is being made" in html
-    part = unescape(re.search(r'hx-get="(/map[^"]*)"', html)[1])  # type: ignore[index]
-    waiting = pages.get(part).text
-    assert "mapgrid" not in waiting
-    assert part in unescape(waiting)
-    go.set()
-    whole = read(pages, part)
-    assert "two principal components" in whole
-    assert whole.count("<li style=") == len(re.findall(r'<a href="/images/-?\d+"><img ', whole)) > 3
-    assert "hx-get" not in pages.get("/map?run=both").text
+    monkeypatch.setattr("explorer.html.site._POLL_S", 0.5)
+    with TestClient(application(Site(world.places()))) as pages:
+        html = pages.get("/map", params={"run": "both"}).text
+        assert "The map is being made" in html
+        part = unescape(re.search(r'hx-get="(/map[^"]*)"', html)[1])  # type: ignore[index]
+        waiting = pages.get(part).text
+        assert "mapgrid" not in waiting
+        assert part in unescape(waiting)
+        go.set()
+        whole = read(pages, part)
+        assert "two principal components" in whole
+        assert whole.count("<li style=") == len(re.findall(r'<a href="/images/-?\d+"><img ', whole)) > 3
+        assert "hx-get" not in pages.get("/map?run=both").text
 
 
 POINTS = r'href="(/map/points/[^"]*)" download="([^"]*)"'
@@ -133,20 +128,6 @@ def test_a_run_is_chosen_that_sees_images(pages: TestClient) -> None:
     blind = read(pages, "/map?run=ids-only&wait=map")
     assert "has no E for images, so no map; choose another run" in blind
     assert "--" not in blind.partition("<main")[2]
-
-
-@pytest.mark.parametrize(
-    ("address", "status"),
-    [
-        ("/map?run=nothing", 404),
-        ("/map?colour=x", 400),
-        (f"/map/points/{24 * '0'}.parquet", 404),
-        ("/map/points/%2e%2e%2fimages.parquet", 404),
-        ("/map?run=a%2Fb", 404),
-    ],
-)
-def test_addresses_that_do_not_work(pages: TestClient, address: str, status: int) -> None:
-    assert pages.get(address).status_code == status
 
 
 def test_runs_without_images(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from starlette.testclient import TestClient
 
+from explorer.data.runs.folders import read_runs
 from explorer.errors import ExplorerError
 from explorer.html.site import Site
 from explorer.places import Places
@@ -30,12 +31,6 @@ HOSTILE = [
     "$(touch x);`y`",
     "compare",
 ]
-
-
-@pytest.fixture
-def pages(world: World) -> Iterator[TestClient]:
-    with TestClient(application(Site(world.places()))) as client:
-        yield client
 
 
 @pytest.fixture
@@ -89,10 +84,26 @@ def test_the_list_has_every_run_with_settings_that_differ(pages: TestClient) -> 
     html = page(pages, "/runs").replace("<wbr>", "")
     for name in ("both", "both-longer", "ids-only"):
         assert f'href="/runs/{name}"' in html
-    assert '<th scope="col">model.images</th>' in html
-    assert '<th scope="col">train.max_steps</th>' in html
-    assert html.index(">GAUC</th>") < html.index(">model.images</th>")  # a telephone shows the first columns alone
+    assert ">model.images</a></th>" in html and ">train.max_steps</a></th>" in html
+    assert html.index(">GAUC</a></th>") < html.index(">model.images</a></th>")  # a telephone shows the first ones alone
     assert 'href="/worth"' in html
+
+
+def test_the_list_is_sorted_by_any_of_its_columns(pages: TestClient, world: World) -> None:
+    listed = page(pages, "/runs")
+    columns = [unescape(each) for each in re.findall(r'<a href="(/runs\?sort=[^"]+)">', listed)]
+    assert len(columns) > 8 and "/runs?sort=gauc" in columns and "/runs?sort=changed" not in columns
+    row = re.compile(r'<th scope="row"><a href="/runs/([^"]+)"')
+    names = {address: row.findall(page(pages, address)) for address in columns}
+    assert len({tuple(sorted(each)) for each in names.values()}) == 1  # each has every run
+    facts = read_runs(world.places(), names["/runs?sort=name"])
+    assert [run.name for run in facts] == sorted(run.name for run in facts)
+    for metric, sign in {"auc": -1, "logloss": 1}.items():
+        known = [run for run in facts if run.metrics.get(metric) is not None]
+        best_first = [run.name for run in sorted(known, key=lambda run: sign * (run.metrics[metric] or 0.0))]
+        assert names[f"/runs?sort={metric}"][: len(known)] == best_first
+    assert 'aria-sort="descending">AUC</th>' in page(pages, "/runs?sort=auc")
+    assert "no setting of a run" in page(pages, "/runs?sort=nosuch", 400)
 
 
 def test_one_run_has_curves_stages_evaluation_and_settings(pages: TestClient) -> None:
@@ -234,24 +245,6 @@ def test_hostile_names_are_only_text(own_runs: tuple[TestClient, Path], name: st
     assert "crossmedia evaluate" in one
     if "`" in name:
         assert "&#39;" in one.partition("crossmedia evaluate")[2].partition("</code>")[0]  # quoted
-
-
-@pytest.mark.parametrize(
-    ("address", "status"),
-    [
-        ("/runs/nothing", 404),
-        ("/runs/..%2F..%2Fetc", 404),
-        ("/runs/both/nothing", 404),
-        ("/runs/compare?run=both", 400),
-        ("/runs/compare", 400),
-        ("/runs/compare?run=both&run=nothing", 404),
-        ("/runs/compare?run=1&run=2&run=3&run=4&run=5&run=6&run=7", 400),
-        ("/runs?page=x", 400),
-        ("/runs?page=99", 200),
-    ],
-)
-def test_addresses_that_do_not_work(pages: TestClient, address: str, status: int) -> None:
-    page(pages, address, status)
 
 
 def test_a_published_model_is_shown_until_it_goes_away(world: World, tmp_path: Path) -> None:

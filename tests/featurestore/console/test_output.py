@@ -1,8 +1,6 @@
 """Tables, progress and report pages: no number is cut, a bar goes with the work, and a page is inert and whole."""
 
-import io
 import os
-import re
 import threading
 import time
 from pathlib import Path
@@ -25,52 +23,6 @@ from featurestore.console.page import ReportPage, current_page, recorded, save_p
 from featurestore.errors import USAGE, OutputPlaceError, UserError
 from featurestore.text import printable
 from tests.pages import ReadPage, check_page
-
-NUMBERS = ["1,234,567,890", "0.123456", "0.6260 to 0.6279", "2,048 (+0.0123)"]
-
-
-def table_of(title: str = "") -> Table:
-    table = Table("a name of several words", title=title)
-    for heading in ("impressions", "log loss", "95 % interval", "gain over the first"):
-        table.add_column(heading, justify="right")
-    for name in ("all of the impressions together", "data/runs/[bold]a[/x]"):
-        table.add_row(name, *NUMBERS)
-    return table
-
-
-def printed(monkeypatch: pytest.MonkeyPatch, columns: int | None, title: str = "") -> list[str]:
-    """Lines on a terminal of so many columns; None: in a pipe."""
-    monkeypatch.delenv("COLUMNS", raising=False)
-    monkeypatch.setenv("TERM", "xterm")
-    for name in ("FORCE_COLOR", "TTY_COMPATIBLE"):
-        monkeypatch.delenv(name, raising=False)
-    if columns is not None:
-        monkeypatch.setenv("COLUMNS", str(columns))
-        monkeypatch.setenv("TTY_COMPATIBLE", "1")
-    console = text_console()
-    console.file = io.StringIO()
-    print_table(console, table_of(title))
-    return re.sub(r"\x1b\[[0-9;]*m", "" if columns is not None else r"\g<0>", console.file.getvalue()).splitlines()
-
-
-def test_in_a_pipe_a_row_is_a_line_however_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    title = "data/a/very/long/folder/" + "x" * 200
-    lines = printed(monkeypatch, None, title)
-    assert lines[0] == title
-    for name in ("all of the impressions together", "data/runs/[bold]a[/x]"):
-        (line,) = [each for each in lines if name in each]
-        assert all(number in line for number in NUMBERS)
-    assert len({len(line) for line in lines[1:]}) == 1, "the frame is as wide as the rows"
-    assert not any("\x1b" in line or "…" in line for line in lines)
-
-
-@pytest.mark.parametrize("columns", [130, 100, 30])
-def test_a_narrow_terminal_cuts_no_number(monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
-    lines = printed(monkeypatch, columns)
-    for number in NUMBERS:
-        assert sum(number in line for line in lines) == 2, number
-    assert not any("…" in line for line in lines)
-    assert all(len(line) <= columns for line in lines) == (columns >= 100)
 
 
 def shown(capsys: pytest.CaptureFixture[str], until: str) -> str:

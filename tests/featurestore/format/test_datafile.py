@@ -18,7 +18,6 @@ from featurestore.errors import CorruptFileError
 from featurestore.format.codec import Basis, BasisOrigin, write_basis
 from featurestore.format.datafile import DataFile, encode, table_of
 from featurestore.log import manifest_path
-from featurestore.spec import Manifest, unseal
 from featurestore.storage.storage import Storage
 from featurestore.upkeep.expiry import expire
 from featurestore.upkeep.history import pin
@@ -316,17 +315,3 @@ def test_a_file_replaced_by_an_older_one_is_found(full: FeatureStore, tmp_path: 
         full.snapshot()
     log.write_bytes(whole)
     assert any(problem.kind == "manifest" and problem.path.endswith(log.name) for problem in found)
-
-
-@pytest.mark.parametrize(
-    ("data", "words"),
-    [
-        (b"{}", "format_version is missing in it"),
-        (b'{"format_version": 1}', "digest is missing in it"),
-        (b"[]", "it is not a JSON object"),
-        (b"7", "it is not a JSON object"),
-    ],
-)
-def test_a_manifest_that_is_something_else_is_told_in_words(data: bytes, words: str) -> None:
-    with pytest.raises(CorruptFileError, match=f"^log/1.json is damaged: {words}$"):
-        unseal(data, Manifest, "log/1.json")

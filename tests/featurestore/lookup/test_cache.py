@@ -327,13 +327,6 @@ IS_ROOT = os.geteuid() == 0
 
 
 @pytest.fixture
-def rows(store: FeatureStore, make_rows) -> FeatureRows:
-    made: FeatureRows = make_rows(200, store.info)
-    store.put(made)
-    return made
-
-
-@pytest.fixture
 def give_away(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
     """Give a file or folder to another user; where this one may not, it only looks so."""
     if IS_ROOT:

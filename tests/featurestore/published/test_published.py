@@ -1,15 +1,11 @@
-"""Versions of files on a real S3 server: readers of one version, writers at once, death at every write, expiry."""
+"""Versions of files on a real S3 server: readers of one version, and expiry; races are in tests/simulated."""
 
-import contextlib
 import pickle
-import signal
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from featurestore.errors import CommitConflictError, StorageError
+from featurestore.errors import StorageError
 from featurestore.published.versions import (
     PublishedFile,
     PublishedFiles,
@@ -21,8 +17,7 @@ from featurestore.published.versions import (
 )
 from featurestore.storage.local import StorageEntry
 from featurestore.storage.storage import Storage
-from tests.faulty import FaultyStorage, opened_faulty, preceded_by
-from tests.fuse import Fuse, small_process
+from tests.faulty import FaultyStorage, preceded_by
 
 
 @pytest.fixture
@@ -104,63 +99,10 @@ class TestReading:
         assert content(newest(storage)) == {"train/day=1.parquet": "one"}
 
 
-class TestWriters:
-    def test_of_many_at_once_one_publishes_after_a_version(
-        self, storage: Storage, first: PublishedFiles, tmp_path: Path
-    ) -> None:
-        parts = [uploaded(storage, tmp_path, {"train/day=1.parquet": str(number)}) for number in range(6)]
-
-        def attempt(files: dict[str, PublishedFile]) -> bool:
-            try:
-                publish(storage, files, after=first.published.version)
-            except CommitConflictError:
-                return False
-            return True
-
-        with ThreadPoolExecutor(6) as pool:
-            won = list(pool.map(attempt, parts))
-        assert sum(won) == 1
-        assert content(newest(storage)) == {"train/day=1.parquet": str(won.index(True))}
-
-    def test_a_file_that_is_gone_is_never_published(
-        self, storage: Storage, first: PublishedFiles, tmp_path: Path
-    ) -> None:
-        files = uploaded(storage, tmp_path, {"train/day=1.parquet": "new"})
-        storage.delete_files([files["train/day=1.parquet"].path])
-        with pytest.raises(CommitConflictError, match="was removed before it was published"):
-            publish(storage, files)
-        assert content(newest(storage)) == FIRST
-
-
-def publish_until(fuse: Fuse, url: str, before: PublishedFiles, folder: Path) -> None:
-    fuse.watch_s3()
-    publish_second(Storage(url), before, folder)
-
-
-def test_killed_at_any_request_it_is_published_or_not(storage: Storage, first: PublishedFiles, tmp_path: Path) -> None:
-    """And the same again publishes it, where it was not."""
-    before, at, killed = first, 1, 0
-    while True:
-        process = small_process(publish_until, Fuse(at, tmp_path / "trace"), storage.url, before, tmp_path)
-        process.start()
-        process.join()
-        now = newest(storage)
-        is_new = now.published.version > before.published.version
-        assert content(now) == (SECOND if is_new else content(before))
-        if process.exitcode == 0:
-            break
-        assert process.exitcode == -signal.SIGKILL
-        killed += 1
-        if is_new:  # back to the first one, for the next death
-            publish(storage, first.published.files)
-            before = newest(storage)
-        at += 1
-    assert is_new and killed >= 8  # before and after two puts, listings and the reading back
-
-
-def make_older(patch: pytest.MonkeyPatch, ages: dict[str, float]) -> None:
-    """As if the files whose path has one of these texts were older by its seconds."""
-    entries = Storage.entries
+@pytest.fixture
+def aged(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """By how many seconds files are older, by a part of their path; the others are new."""
+    entries, ages = Storage.entries, dict[str, float]()
 
     def older(storage: Storage, path: str = "", recursive: bool = True) -> list[StorageEntry]:
         return [
@@ -168,123 +110,49 @@ def make_older(patch: pytest.MonkeyPatch, ages: dict[str, float]) -> None:
             for each in entries(storage, path, recursive)
         ]
 
-    patch.setattr(Storage, "entries", older)
+    monkeypatch.setattr(Storage, "entries", older)
+    return ages
 
 
-def expire_until(fuse: Fuse, url: str, ages: dict[str, float]) -> None:
-    fuse.watch_s3({"delete_object", "delete_objects"})
-    with pytest.MonkeyPatch.context() as patch:
-        make_older(patch, ages)
-        expire(Storage(url), 7 * 86_400)
+def test_versions_replaced_long_ago_go_with_their_files(
+    storage: Storage, first: PublishedFiles, tmp_path: Path, aged: dict[str, float]
+) -> None:
+    publish_second(storage, first, tmp_path)
+    second = newest(storage)
+    orphan = upload(storage, tmp_path / "one", "train/day=9.parquet").path  # of a writer that was killed
+    storage.write_bytes("files/notes.txt", b"of a person")
+    storage.write_bytes("train/day=0.parquet", b"plain")
+    publish(storage, uploaded(storage, tmp_path, {"train/day=7.parquet": "seven"}))
+    third = newest(storage)
+    aged |= {"files/": 3 * 86_400, "versions/": 3 * 86_400}
+    assert expire(storage, 7 * 86_400) == []
+    assert content(first) == FIRST and content(second) == SECOND
+    aged["0000001.json"] = aged["0000002.json"] = 86_400 * 9  # the first one was replaced long ago by the second
+    removed = expire(storage, 7 * 86_400)
+    assert removed == ["versions/00000000000000000001.json"]
+    aged["files/"] = 9 * 86_400
+    assert expire(storage, 7 * 86_400) == [orphan]
+    assert content(second) == SECOND
+    aged["0000003.json"] = 86_400 * 9
+    assert len(expire(storage, 7 * 86_400)) == 1 + len(SECOND)
+    assert content(newest(storage)) == content(third) == {"train/day=7.parquet": "seven"}
+    assert storage.read_bytes("files/notes.txt") == b"of a person"
+    assert storage.read_bytes("train/day=0.parquet") == b"plain"
 
 
-class TestExpire:
-    @pytest.fixture
-    def aged(self, monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
-        """Ages, in seconds, of paths that begin so; the others are new."""
-        ages: dict[str, float] = {}
-        make_older(monkeypatch, ages)
-        return ages
+def test_a_file_of_versions_that_an_expiry_does_not_know_stays(tmp_path: Path) -> None:
+    """Its process was suspended, while others published two versions and removed all before them."""
+    place = Storage(tmp_path / "place")
+    publish(place, {"a": write_part(place, "a", b"a")})
 
-    def test_versions_replaced_long_ago_go_with_their_files(
-        self, storage: Storage, first: PublishedFiles, tmp_path: Path, aged: dict[str, float]
-    ) -> None:
-        publish_second(storage, first, tmp_path)
-        second = newest(storage)
-        orphan = upload(storage, tmp_path / "one", "train/day=9.parquet").path  # of a writer that was killed
-        storage.write_bytes("files/notes.txt", b"of a person")
-        storage.write_bytes("train/day=0.parquet", b"plain")
-        publish(storage, uploaded(storage, tmp_path, {"train/day=7.parquet": "seven"}))
-        third = newest(storage)
-        aged |= {"files/": 3 * 86_400, "versions/": 3 * 86_400}
-        assert expire(storage, 7 * 86_400) == []
-        assert content(first) == FIRST and content(second) == SECOND
-        aged["0000001.json"] = aged["0000002.json"] = 86_400 * 9  # the first one was replaced long ago by the second
-        removed = expire(storage, 7 * 86_400)
-        assert removed == ["versions/00000000000000000001.json"]
-        aged["files/"] = 9 * 86_400
-        assert expire(storage, 7 * 86_400) == [orphan]
-        assert content(second) == SECOND
-        aged["0000003.json"] = 86_400 * 9
-        assert len(expire(storage, 7 * 86_400)) == 1 + len(SECOND)
-        assert content(newest(storage)) == content(third) == {"train/day=7.parquet": "seven"}
-        assert storage.read_bytes("files/notes.txt") == b"of a person"
-        assert storage.read_bytes("train/day=0.parquet") == b"plain"
+    def others() -> None:
+        kept = dict(newest(place).published.files)
+        for name in "bc":
+            kept[name] = write_part(place, name, name.encode())
+            publish(place, kept)
+        expire(place, -1)
 
-    def test_files_of_a_writer_at_work_stay(self, storage: Storage, first: PublishedFiles, tmp_path: Path) -> None:
-        files = uploaded(storage, tmp_path, {"train/day=1.parquet": "new"})
-        assert expire(storage, 86_400) == []
-        publish(storage, files)
-        assert content(newest(storage)) == {"train/day=1.parquet": "new"}
-
-    @pytest.mark.parametrize("step", [2, pytest.param(1, marks=pytest.mark.slow)])
-    def test_killed_at_any_request_it_ends_the_next_time(
-        self, storage: Storage, first: PublishedFiles, tmp_path: Path, aged: dict[str, float], step: int
-    ) -> None:
-        """Before each second thing that is asked, which is after the first; before and after each in the slow."""
-        publish_second(storage, first, tmp_path)
-        publish(storage, uploaded(storage, tmp_path, {"train/day=7.parquet": "seven"}))
-        aged |= {"files/": 9 * 86_400, "versions/": 9 * 86_400}
-
-        for at in range(1, 60, step):
-            process = small_process(expire_until, Fuse(at, tmp_path / "trace"), storage.url, aged)
-            process.start()
-            process.join()
-            assert content(newest(storage)) == {"train/day=7.parquet": "seven"}
-            if process.exitcode == 0:
-                break
-        assert at > 3
-        with contextlib.suppress(FileNotFoundError):
-            assert len(storage.entries("files")) == 1
-
-
-class TestWhoeverWasAway:
-    """Processes that were suspended, while others published and removed old versions."""
-
-    @pytest.fixture
-    def place(self, tmp_path: Path) -> Storage:
-        return Storage(tmp_path / "place")
-
-    @pytest.fixture
-    def others(self, place: Storage) -> Callable[[], None]:
-        """Publish two versions, and remove all before them."""
-
-        def work() -> None:
-            kept = dict(newest(place).published.files)
-            for name in "bc":
-                kept[name] = write_part(place, name, name.encode())
-                publish(place, kept)
-            expire(place, -1)
-
-        publish(place, {"a": write_part(place, "a", b"a")})
-        return work
-
-    @pytest.mark.parametrize("after", [1, None])
-    def test_nothing_is_published_in_a_number_that_became_free(
-        self, place: Storage, others: Callable[[], None], after: int | None
-    ) -> None:
-        """Nor in the next one: the number may have been this process's own, and its files are going."""
-        before = newest(place).published.files
-        away = FaultyStorage(place, {"create_exclusive": preceded_by(others)})
-        with pytest.raises(CommitConflictError, match="had been removed as this process was away"):
-            publish(away, before, after)
-        assert newest(place).published.version == 3
-        assert publish(place, before).version == 4 and newest(place).list() == ["a"]
-
-    def test_a_file_of_versions_that_an_expiry_does_not_know_stays(
-        self, place: Storage, others: Callable[[], None]
-    ) -> None:
-        away = FaultyStorage(place, {"read_bytes": preceded_by(others)})
-        assert not any(path.startswith("files/") for path in expire(away, -1))
-        found = newest(place)
-        assert [found.read_bytes(name) for name in found.list()] == [b"a", b"b", b"c"]
-
-    def test_a_version_that_went_before_it_was_read_is_looked_for_again(
-        self, place: Storage, others: Callable[[], None], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        def go_once() -> None:
-            monkeypatch.undo()
-            others()
-
-        opened_faulty(monkeypatch, {"read_bytes": preceded_by(go_once)}, "featurestore.published.versions")
-        assert newest(place).list() == ["a", "b", "c"]
+    away = FaultyStorage(place, {"read_bytes": preceded_by(others)})
+    assert not any(path.startswith("files/") for path in expire(away, -1))
+    found = newest(place)
+    assert [found.read_bytes(name) for name in found.list()] == [b"a", b"b", b"c"]

@@ -53,7 +53,7 @@ def test_safe_places_pass_the_short_check_and_stay_clean(safe_url: str) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("place", ["disk", "seaweedfs"])
+@pytest.mark.parametrize("place", ["disk", pytest.param("seaweedfs", marks=pytest.mark.slow)])
 def test_writers_race_and_the_command_says_what_it_could_not_disprove(
     place: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:

@@ -302,28 +302,6 @@ def test_a_commit_that_meets_a_fault_is_made_exactly_once(
     assert s3_store.snapshot().num_rows == 5
 
 
-@pytest.mark.parametrize("fault", [Fault.LOSE_ANSWER, Fault.SERVER_ERROR_AFTER_WORK])
-def test_a_lost_answer_is_found_though_others_went_on(
-    s3_store: FeatureStore, proxy: Proxy, make_rows, fault: Fault
-) -> None:
-    """The writer cannot even read its manifest back until another commit stands after it."""
-    lost = threading.Event()
-
-    def rule(request: Request) -> Fault | None:
-        if is_commit(request) and not lost.is_set():
-            lost.set()
-            return fault
-        if lost.is_set() and request.method == "GET" and request.path.endswith("1.json"):
-            proxy.rule = lambda request: None
-            FeatureStore.open(s3_store.url).put(make_rows(1, s3_store.info, first=9), "rival")
-            return Fault.CUT
-        return None
-
-    proxy.rule = rule
-    assert s3_store.put(make_rows(1, s3_store.info), "mine").version == 1
-    assert operations(s3_store) == ["mine", "rival"]
-
-
 def test_a_year_of_work_with_many_requests_failing(
     s3_store: FeatureStore, proxy: Proxy, make_rows, tmp_path: Path
 ) -> None:

@@ -1,49 +1,22 @@
 """Channels: set, moved by several writers, kept by expire, looked up wherever a snapshot is chosen, on disk and S3."""
 
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from featurestore import FeaturePartition, FeatureStore, StoreInfo, errors, log
+from featurestore import FeaturePartition, FeatureStore, errors, log
 from featurestore.flight.server import OpenSnapshots
-from featurestore.published.versions import last_move, read_channels, read_moves, version_name
-from featurestore.storage.storage import Storage
+from featurestore.published.versions import read_moves, version_name
 from featurestore.upkeep.expiry import expire
 from featurestore.upkeep.history import log as log_of_store
 from featurestore.upkeep.history import move_channel, read_pins, remove_channel
 from featurestore.upkeep.repair import repair
 from featurestore.upkeep.verify import verify
-from tests.faulty import faulty, made_but_lost, preceded_by
+from tests.faulty import faulty, made_but_lost
 from tests.featurestore.staged import run
 
 pytestmark = pytest.mark.long
-
-
-class TestOnEveryPlace:
-    """Of any order of moves `StoreMachine` knows what has to come of it."""
-
-    @pytest.fixture
-    def filled(self, place_url: str, info: StoreInfo, make_rows) -> FeatureStore:
-        store = FeatureStore.create(place_url, info)
-        for version in range(1, 5):
-            store.put(make_rows(1, info, seed=version))
-        return store
-
-    def test_writers_at_the_same_time_lose_no_move(self, filled: FeatureStore) -> None:
-        with ThreadPoolExecutor(4) as pool:
-            made = list(pool.map(lambda version: move_channel(filled, "stable", version).number, [1, 2, 3, 4] * 2))
-        assert sorted(made) == list(range(1, 9)) and read_pins(filled.storage) == []
-        assert filled.snapshot("stable").version == read_moves(filled.storage, "stable")[-1].version
-
-    def test_of_two_writers_that_saw_the_same_one_is_refused(self, filled: FeatureStore) -> None:
-        seen = move_channel(filled, "stable", 1, after=0).number
-        other = FeatureStore.open(filled.url)
-        move_channel(other, "stable", 3, after=seen)
-        with pytest.raises(errors.CommitConflictError, match="number 2 by now, and not 1"):
-            move_channel(filled, "stable", 2, after=seen)
-        assert filled.snapshot("stable").version == 3 and read_pins(filled.storage) == []
 
 
 class TestWriters:
@@ -51,45 +24,12 @@ class TestWriters:
         assert move_channel(faulty(nine, create_exclusive=made_but_lost), "stable", 4).version == 4
         assert len(read_moves(nine.storage, "stable")) == 1
 
-    def test_an_expiry_just_before_is_seen(self, nine: FeatureStore) -> None:
-        late = faulty(nine, create_exclusive=preceded_by(lambda: expire(nine, keep_last=1, keep_days=0)))
-        with pytest.raises(errors.SnapshotNotFoundError, match="expiring just now"):
-            move_channel(late, "stable", 4)
-        with pytest.raises(errors.ChannelError):
-            nine.snapshot("stable")
-
-    def test_an_expiry_that_looks_while_a_channel_is_moved_keeps_its_snapshot(
-        self, nine: FeatureStore, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        """After the pins were read, and before the channels are: the guard is gone, and the channel points there."""
-        read = read_channels
-
-        def moved_meanwhile(storage: Storage) -> list:
-            if last_move(storage, "stable") is None:
-                move_channel(nine, "stable", 4)
-            return read(storage)
-
-        monkeypatch.setattr("featurestore.published.versions.read_channels", moved_meanwhile)
-        expire(nine, keep_last=1, keep_days=0)
-        assert log.versions(nine.storage) == [4, 9] and nine.snapshot("stable").version == 4
-
-    def test_a_writer_killed_before_the_move_leaves_a_pin_and_the_channel_where_it_was(
-        self, nine: FeatureStore, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        move_channel(nine, "stable", 2)
-
-        class Killed(BaseException):
-            pass
-
-        def die(*arguments: object) -> None:
-            raise Killed
-
-        monkeypatch.setattr("featurestore.published.versions.add_move", die)
-        monkeypatch.setattr("featurestore.upkeep.history.unpin", die)
-        with pytest.raises(Killed):
-            move_channel(nine, "stable", 5)
-        assert nine.snapshot("stable").version == 2
-        assert [pin.version for pin in read_pins(nine.storage)] == [5]
+    def test_of_two_that_saw_the_same_one_is_refused(self, nine: FeatureStore) -> None:
+        seen = move_channel(nine, "stable", 1, after=0).number
+        move_channel(nine, "stable", 3, after=seen)
+        with pytest.raises(errors.CommitConflictError, match="number 2 by now, and not 1"):
+            move_channel(nine, "stable", 2, after=seen)
+        assert nine.snapshot("stable").version == 3 and read_pins(nine.storage) == []
 
 
 class TestNames:

@@ -13,9 +13,8 @@ from featurestore.errors import CommitConflictError, CorruptFileError
 from featurestore.snapshot import Snapshot
 from featurestore.spec import FileEntry
 from featurestore.upkeep.compaction import MAX_DELTAS, compact, merged_blocks, needs_compaction
-from featurestore.upkeep.history import restore
 from tests.faulty import faulty
-from tests.featurestore.staged import build_shard, metadata_of, run
+from tests.featurestore.staged import metadata_of, run
 from tests.featurestore.upkeep.damaged import needs, spoil
 
 pytestmark = pytest.mark.long
@@ -130,23 +129,6 @@ def when_built(work: Callable[[], object], num_shards: int = 8) -> Callable[[int
 
 
 class TestBesideOthers:
-    def test_what_is_put_and_deleted_meanwhile_stays(self, filled: FeatureStore, make_rows) -> None:
-        fresh = make_rows(60, filled.info, seed=9, first=50)
-        gone = make_rows(10, filled.info).keys_N
-
-        def meanwhile() -> None:
-            filled.put(fresh)
-            filled.delete(gone)
-
-        before = set(filled.snapshot().keys().tolist())
-        report = compact(filled, progress=when_built(meanwhile))
-        snapshot = filled.snapshot()
-        assert report.version == snapshot.version == 7 and report.lost == ()
-        assert all(files[0].kind == "base" and len(files) > 1 for files in snapshot.manifest.shards.values())
-        assert set(snapshot.keys().tolist()) == (before | set(fresh.keys_N.tolist())) - set(gone.tolist())
-        assert np.array_equal(snapshot.get(fresh.keys_N), fresh.features_ND)
-        assert_same(filled.snapshot(6), snapshot)
-
     def test_a_key_that_gets_another_uri_meanwhile_is_no_collision(self, store: FeatureStore, make_rows) -> None:
         rows = make_rows(40, store.info)
         store.put(rows)
@@ -177,19 +159,6 @@ class TestBesideOthers:
         assert filled.snapshot().manifest.num_files == 8
         assert_same(before, filled.snapshot())
         assert data_files(filled) == needs(before) | needs(filled.snapshot()), "files of the loser stay"
-
-    def test_a_restore_meanwhile_wins(self, filled: FeatureStore) -> None:
-        with pytest.raises(CommitConflictError):
-            compact(filled, progress=when_built(lambda: restore(filled, 1)))
-        assert filled.snapshot().version == 5
-        assert_same(filled.snapshot(1), filled.snapshot())
-
-    def test_a_put_that_was_built_before_comes_on_top(self, filled: FeatureStore, make_rows) -> None:
-        rows = make_rows(80, filled.info, seed=8)
-        filled.stage_part("run", "p", rows)
-        entries = {s: e for s in range(8) if (e := build_shard(filled, "run", s, ["p"]))}
-        compact(filled)
-        assert np.array_equal(filled.commit(entries, "extract").get(rows.keys_N), rows.features_ND)
 
 
 def test_a_flipped_bit_never_gets_into_the_new_file(filled: FeatureStore) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from featurestore import FeatureStore, StoreInfo, log
 from featurestore.errors import CorruptFileError, SnapshotNotFoundError
-from featurestore.spec import ReductionSpec, seal
+from featurestore.spec import ReductionSpec
 from featurestore.storage.storage import Storage
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.expiry import ExpireReport, expire, kept_versions
@@ -113,17 +113,6 @@ class TestTwoSteps:
         assert merged.snapshot().num_rows == 40
 
 
-def test_this_machines_clock_does_not_matter(merged: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nor that of a writer: ages are differences of two times of the storage."""
-    everything, now = files_of(merged), time.time()
-    for years in (-10, 10):
-        moved = SimpleNamespace(time=lambda years=years: now + years * 365 * DAY_S, monotonic=time.monotonic)
-        for module in ("commit", "log", "upkeep.expiry"):  # Dask's loop in this process keeps its own
-            monkeypatch.setattr(f"featurestore.{module}.time", moved)
-        assert expire(merged, keep_last=1).num_files == 0
-    assert files_of(merged) == everything
-
-
 class TestWhatDeadWritersLeft:
     def test_it_goes_after_the_grace_and_not_before(self, merged: FeatureStore, make_rows) -> None:
         named = files_of(merged)
@@ -219,15 +208,6 @@ class TestDamage:
         age(merged, 0.2)
         report = expire_to(merged, 2)
         assert report.num_damaged == 0 and alone and needs(held) & files_of(merged) == needs(held) - alone
-
-    def test_a_commit_of_a_writer_that_slept_and_died_goes(self, merged: FeatureStore) -> None:
-        """It stands under a version whose true manifest has expired."""
-        expire_to(merged, 1)
-        true = log.read(merged.storage, 2, log.EXPIRED)
-        merged.storage.write_bytes(log.manifest_path(2), seal(true.model_copy(update={"commit_id": "1a7e" * 8})))
-        expire_to(merged, 1)
-        assert log.versions(merged.storage) == [4]
-        assert log.read(merged.storage, 2, log.EXPIRED) == true
 
 
 class TestLate:

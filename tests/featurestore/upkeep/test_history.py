@@ -9,7 +9,6 @@ import pytest
 
 from featurestore import FeatureRows, FeatureStore, log
 from featurestore.errors import CorruptFileError, PinError, SnapshotNotFoundError, StorageError
-from featurestore.storage.storage import Storage
 from featurestore.upkeep.expiry import expire
 from featurestore.upkeep.history import diff, move_channel, pin, read_pins, restore, unpin
 from featurestore.upkeep.history import log as log_of
@@ -17,10 +16,6 @@ from tests.faulty import faulty, made_but_lost, preceded_by
 from tests.featurestore.staged import run
 
 T0 = 1_800_000_000.0
-
-
-def expire_all_but_the_newest(store: FeatureStore) -> None:
-    expire(store, keep_last=1, keep_days=0)
 
 
 @pytest.fixture
@@ -75,17 +70,6 @@ class TestDiff:
         assert diff(store, 1, 3).changed.uris == ["images/1.jpg"]
         assert diff(store, 1, 3).changed.keys_N.tolist() == rows.keys_N[1:2].tolist()
 
-    def test_many_rows_are_compared_in_pieces(
-        self, store: FeatureStore, make_rows, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr("featurestore.format.datafile.ROW_GROUP_BYTES", 3 * store.info.row_bytes)
-        rows = make_rows(200, store.info)
-        store.put(rows)
-        features_ND = rows.features_ND.copy()
-        features_ND[::7, 5] ^= 1
-        store.put(FeatureRows(**{**rows.__dict__, "features_ND": features_ND}))
-        assert sorted(diff(store, 1, 2).changed.uris) == sorted(rows.uris[::7])
-
     def test_shards_with_the_same_files_are_not_read(self, store: FeatureStore, make_rows) -> None:
         store.put(make_rows(100, store.info))
         store.put(make_rows(["images/3.jpg"], store.info, seed=2))
@@ -96,18 +80,34 @@ class TestDiff:
         assert len({path.split("/")[1] for path in opened if path.startswith("data/")}) == 1
 
 
-class TestRestore:
-    def test_a_snapshot_that_expires_while_others_are_first_is_refused(self, timed: FeatureStore, make_rows) -> None:
-        def others_are_first() -> None:
-            timed.put(make_rows(1, timed.info, first=5))
-            expire_all_but_the_newest(timed)
+def test_a_restore_is_refused_whose_snapshot_expires_while_others_are_first(timed: FeatureStore, make_rows) -> None:
+    def others_are_first() -> None:
+        timed.put(make_rows(1, timed.info, first=5))
+        expire(timed, keep_last=1, keep_days=0)
 
-        with pytest.raises(SnapshotNotFoundError, match="3 has expired"):
-            restore(faulty(timed, create_exclusive=preceded_by(others_are_first)), 3)
+    with pytest.raises(SnapshotNotFoundError, match="3 has expired"):
+        restore(faulty(timed, create_exclusive=preceded_by(others_are_first)), 3)
 
 
-def store_versions(store: FeatureStore, folder: str = log.LOG) -> list[int]:
-    return log.versions(store.storage, folder)
+@pytest.mark.parametrize("kept_by", ["nothing", "a pin", "a channel"])
+def test_a_writer_that_slept_for_weeks(nine: FeatureStore, make_rows, kept_by: str) -> None:
+    """Even the copies are gone. Where no name keeps any, its version would have been the first to go."""
+
+    def others() -> None:
+        for first in (20, 30, 40):
+            nine.put(make_rows(1, nine.info, first=first), "others")
+        if kept_by != "nothing":
+            pin(nine, "other") if kept_by == "a pin" else move_channel(nine, "other", 12)
+        expire(nine, keep_last=1, keep_days=0)
+        nine.storage.delete(log.EXPIRED)
+
+    slow, mine = faulty(nine, create_exclusive=preceded_by(others)), make_rows(1, nine.info, first=50)
+    if kept_by != "nothing":
+        with pytest.raises(StorageError, match=r"cannot find out whether .*10\.json is in the log"):
+            slow.put(mine)
+    else:
+        assert slow.put(mine).version == 13
+        assert log.versions(nine.storage) == [12, 13]
 
 
 class TestCommands:
@@ -166,40 +166,12 @@ class TestPins:
     def test_a_lost_answer_is_looked_up(self, nine: FeatureStore) -> None:
         assert pin(faulty(nine, create_exclusive=made_but_lost), "a", 4).version == 4
 
-    def test_a_pin_that_comes_after_the_copy_is_refused(
-        self, nine: FeatureStore, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        """`expire` reads the pins after it has copied: in between, the pin must see the copy."""
-        refused = []
 
-        def pin_in_between(storage: Storage) -> list:
-            if log.versions(storage, log.EXPIRED) and not refused:
-                with pytest.raises(SnapshotNotFoundError, match="expiring just now"):
-                    pin(nine, "late", 4)
-                refused.append(True)
-            return read_pins(storage)
-
-        monkeypatch.setattr("featurestore.upkeep.history.read_pins", pin_in_between)
-        expire_all_but_the_newest(nine)
-        assert refused and store_versions(nine) == [9] and read_pins(nine.storage) == []
-
-    def test_a_pin_that_comes_before_the_copy_keeps_its_snapshot(
-        self, nine: FeatureStore, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        calls = []
-
-        def pin_right_after(storage: Storage) -> list:
-            found = read_pins(storage)
-            if not calls:
-                calls.append(pin(nine, "early", 4))
-            return found
-
-        monkeypatch.setattr("featurestore.upkeep.history.read_pins", pin_right_after)
-        expire_all_but_the_newest(nine)
-        assert store_versions(nine) == [4, 9]
-        assert store_versions(nine, log.EXPIRED) == list(range(1, 9)), (
-            "that of 4 too, as another expiry may be about to remove it"
-        )
+def test_a_pin_that_sees_the_copy_of_an_expiry_is_refused_and_not_left(nine: FeatureStore) -> None:
+    nine.storage.write_bytes(log.manifest_path(4, log.EXPIRED), nine.storage.read_bytes(log.manifest_path(4)))
+    with pytest.raises(SnapshotNotFoundError, match="expiring just now"):
+        pin(nine, "late", 4)
+    assert read_pins(nine.storage) == []
 
 
 def test_a_damaged_pin_is_named(nine: FeatureStore) -> None:
@@ -210,49 +182,3 @@ def test_a_damaged_pin_is_named(nine: FeatureStore) -> None:
         read_pins(nine.storage)
     unpin(nine, "a")
     assert read_pins(nine.storage) == []
-
-
-class TestALogOutOfWhichManifestsGo:
-    def test_the_newest_is_listed_again_when_it_went_meanwhile(self, nine: FeatureStore, make_rows) -> None:
-        def goes_meanwhile() -> None:
-            nine.put(make_rows(1, nine.info, first=3))
-            expire_all_but_the_newest(nine)
-
-        assert faulty(nine, read_bytes=preceded_by(goes_meanwhile)).snapshot().version == 10
-
-    def test_a_writer_that_slept_does_not_commit_into_the_past(self, nine: FeatureStore, make_rows) -> None:
-        """Between its reading of snapshot 9 and its creation of 10 others commit 10, 11 and 12, and 10 and 11 go."""
-
-        def others() -> None:
-            for first in (20, 30, 40):
-                nine.put(make_rows(1, nine.info, first=first), "others")
-            expire_all_but_the_newest(nine)
-
-        mine = make_rows(1, nine.info, first=50)
-        assert faulty(nine, create_exclusive=preceded_by(others)).put(mine, "mine").version == 13
-        assert store_versions(nine) == [12, 13]
-        snapshot = nine.snapshot()
-        assert np.array_equal(snapshot.get(mine.keys_N), mine.features_ND)
-        assert snapshot.num_rows == 5
-
-    @pytest.mark.parametrize("kept_by", ["nothing", "a pin", "a channel"])
-    def test_a_writer_that_slept_for_weeks(self, nine: FeatureStore, make_rows, kept_by: str) -> None:
-        """Even the copies are gone. Where no name keeps any, its version would have been the first to go."""
-
-        def others() -> None:
-            for first in (20, 30, 40):
-                nine.put(make_rows(1, nine.info, first=first), "others")
-            if kept_by == "a pin":
-                pin(nine, "other")
-            elif kept_by == "a channel":
-                move_channel(nine, "other", 12)
-            expire_all_but_the_newest(nine)
-            nine.storage.delete(log.EXPIRED)
-
-        slow = faulty(nine, create_exclusive=preceded_by(others))
-        if kept_by != "nothing":
-            with pytest.raises(StorageError, match=r"cannot find out whether .*10\.json is in the log"):
-                slow.put(make_rows(1, nine.info, first=50), "mine")
-        else:
-            assert slow.put(make_rows(1, nine.info, first=50), "mine").version == 13
-            assert store_versions(nine) == [12, 13]

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from featurestore import FeaturePartition, FeatureStore, QuarantineRow, StoreInfo, shard_of
+from featurestore import FeaturePartition, FeatureStore, QuarantineRow, shard_of
 from featurestore.errors import CommitConflictError, CorruptFileError, StorageError
 from featurestore.log import EXPIRED, manifest_path, versions
 from featurestore.spec import FileEntry
@@ -101,15 +101,6 @@ def test_a_dry_run_changes_nothing(filled: FeatureStore) -> None:
     done = repair(filled)
     assert done.actions == report.actions and done.version == 4
     assert verify(filled).problems == [] and filled.snapshot(4).manifest.operation == "repair"
-
-
-def test_rows_that_others_append_meanwhile_stay(filled: FeatureStore, make_rows) -> None:
-    base = files_of(filled)[0]
-    spoil(filled, base.path)
-    rows = make_rows(10, filled.info, first=1000)
-    assert repair(faulty(filled, create_exclusive=preceded_by(lambda: filled.put(rows)))).version == 5
-    assert set(rows.keys_N.tolist()) <= set(everything(filled)) and base not in files_of(filled)
-    assert verify(filled).problems == []
 
 
 def test_a_commit_that_a_repair_took_as_the_newest_good_one_stays(filled: FeatureStore, make_rows) -> None:
@@ -235,18 +226,6 @@ def test_small_files_move_away_and_pins_are_left_to_a_person(filled: FeatureStor
     assert verify(filled).problems == [] and len(filled.storage.list("expired")) == 1
 
 
-def test_an_object_store_is_repaired_too(memory_url: str, info: StoreInfo, make_rows, tmp_path: Path) -> None:
-    store = FeatureStore.create(memory_url, info)
-    store.put(make_rows(100, info))
-    before, base = everything(store), files_of(store)[0]
-    data = bytearray(store.storage.read_bytes(base.path))
-    data[len(data) // 2] ^= 1
-    store.storage.write_bytes(base.path, bytes(data))
-    repair(store)
-    assert everything(store) == {key: row for key, row in before.items() if shard_of([key], 8)[0] != SHARD}
-    check_whole(store, tmp_path)
-
-
 def test_the_command_prints_what_it_does(filled: FeatureStore) -> None:
     assert "nothing to repair" in run("repair", filled.url).output
     spoil(filled, files_of(filled)[0].path)
@@ -271,19 +250,6 @@ def test_a_damaged_newest_manifest_gives_way_to_the_one_before(filled: FeatureSt
     check_whole(filled, tmp_path)
     filled.put(make_rows(1, filled.info, first=5000))
     assert filled.snapshot().version == 5 and verify(filled).problems == []
-
-
-def test_readers_never_find_a_damaged_newest_manifest_gone(
-    filled: FeatureStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The good one is committed before the damaged one moves: a writer in between would take its number."""
-    spoil(filled, manifest_path(3))
-    seen: list[int] = []
-    monkeypatch.setattr(
-        "featurestore.upkeep.repair._put_aside", lambda storage, path: seen.append(filled.snapshot().version)
-    )
-    repair(filled)
-    assert seen == [4]
 
 
 def test_a_damaged_old_manifest_moves_away(filled: FeatureStore) -> None:

@@ -203,7 +203,7 @@ JOBS = {
     "refresh_features": ["--images", "x", "--store", "x"],
     "build_samples": ["--logs", "x", "--samples", "x"],
     "import_features": ["--from", "x.npy", "--keys", "keys.npy", "--store", "x"],
-    "import_xdl": ["samples", "--from", "x", "--samples", "x"],
+    "import_xdl": ["--from", "x", "--samples", "x"],
 }
 
 

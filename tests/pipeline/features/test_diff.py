@@ -1,6 +1,7 @@
 """What a run plans: new, changed, moved and equal images beside those stored, in bounded memory."""
 
 import tracemalloc
+from itertools import chain
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +17,6 @@ from pipeline.features import refresh as staged_run
 from pipeline.features.diff import (
     DIGEST_DTYPE,
     ImageCopies,
-    ImageCopy,
     compare,
     equal_candidates,
     find_digests,
@@ -129,7 +129,7 @@ def test_each_image_goes_one_way(store):
     made = planned(images, store, known, {digest(9): 9})
     assert made.num_unchanged == 1
     assert made.num_touched == 1
-    assert made.copies.of(images) == [ImageCopy(images[1], 2), ImageCopy(images[4], 9)]
+    assert (made.copies.index_K.tolist(), made.copies.source_key_K.tolist()) == ([1, 4], [2, 9])
     assert images.keys()[made.compute_C].tolist() == [3, 4, 21, 22]
     assert made.digest_C.tolist() == [each.rstrip(b"\0") for each in (digest(33), b"", digest(21), b"")]
     assert made.stored_keys.tolist() == [3, 4]
@@ -139,10 +139,10 @@ def test_equal_images_stand_in_one_part():
     images = table(*(ref(key) for key in range(8)))
     near = digest(1)[:8] + b"other   "  # begins as the digest of 1 and 6
     known = {1: digest(1), 6: digest(1), 2: digest(3), 3: digest(3), 4: near}
-    assert keys(images, parts_of(images, 2, known)) == [[0, 1, 6], [2, 3], [4, 5], [7]]
+    assert keys(images, parts_of(images, 1, known)) == [[0], [1, 6], [2, 3], [4], [5], [7]]
 
 
-def test_parts_are_as_groups_by_a_dict_would_have_them(monkeypatch):
+def test_parts_are_of_groups_as_a_dict_would_have_them(monkeypatch):
     monkeypatch.setattr(plan, "MAX_GROUP_PARTS", 2)
     draw = np.random.default_rng(0)
     for count, num_digests, part_size in ((0, 1, 4), (1, 1, 4), (300, 40, 1), (300, 7, 4), (300, 300, 16), (50, 1, 3)):
@@ -152,11 +152,23 @@ def test_parts_are_as_groups_by_a_dict_would_have_them(monkeypatch):
         for key in range(count):
             groups.setdefault(known.get(key, key), []).append(key)
         most = 2 * part_size
-        expected = [[]]
-        for chunk in (group[at : at + most] for group in groups.values() for at in range(0, len(group), most)):
-            expected += [[]] if len(expected[-1]) >= part_size else []
-            expected[-1] += chunk
-        assert keys(images, parts_of(images, part_size, known)) == [part for part in expected if part]
+        chunks = [group[at : at + most] for group in groups.values() for at in range(0, len(group), most)]
+        found = keys(images, parts_of(images, part_size, known))
+        assert [*chain(*found)] == [*chain(*chunks)]
+        ends = np.cumsum([len(part) for part in found]).tolist()
+        assert set(ends) <= {0, *np.cumsum([len(chunk) for chunk in chunks]).tolist()}, "no chunk is in two parts"
+        assert all(part_size <= len(part) < 2 * part_size + most for part in found[:-1])
+
+
+@pytest.mark.parametrize("place", [0, 1000, 2500])
+def test_parts_stay_where_images_come_or_go_elsewhere(place):
+    numbers = list(range(3000))
+    before, after = (
+        {part.name for part in parts_of(table(*map(ref, each)), 50)}
+        for each in (numbers, [*numbers[:place], 9_999, *numbers[place + 5 :]])
+    )
+    assert 30 < len(before) <= 60
+    assert len(before & after) > 0.8 * len(before)
 
 
 def test_the_name_of_a_part_changes_with_its_images():
@@ -168,14 +180,12 @@ def test_the_name_of_a_part_changes_with_its_images():
 def test_copies_of_neighbours_stand_in_one_part():
     images = table(*(ref(key) for key in range(6)))
     copies = ImageCopies(np.arange(6), np.arange(6) % 3)
-    parts = make_copy_parts(images, copies, 2, "copies")
-    assert sorted(part.copies.source_key_K.tolist() for part in parts) == [[0, 0], [1, 1], [2, 2]]
+    parts = make_copy_parts(images, copies, 2)
+    assert sorted(part.source_key_K.tolist() for part in parts) == [[0, 0], [1, 1], [2, 2]]
     assert len({part.name for part in parts}) == 3
-    assert all(image.source_key == image.ref.key % 3 for part in parts for image in part.copies.of(images))
-    one = next(part for part in parts if 0 in part.copies.source_key_K)
-    assert one.name == f"copies-{run_id_of([(0, 'tag', 0), (3, 'tag', 0)])}"
+    assert all(part.source_key_K.tolist() == (part.index_K % 3).tolist() for part in parts)
     backward = ImageCopies(np.arange(6)[::-1], (np.arange(6) % 3)[::-1])
-    names = [make_copy_parts(images, each, 6, "copies")[0].name for each in (backward, copies)]
+    names = [make_copy_parts(images, each, 6)[0].name for each in (backward, copies)]
     assert names[0] != names[1]
 
 
@@ -234,8 +244,8 @@ def large_store(request, tmp_path):
 def test_no_object_is_held_for_an_image(large_store, monkeypatch):
     monkeypatch.setattr("pipeline.images.source.BATCH_ROWS", BATCH_ROWS)
     monkeypatch.setattr(staged_run, "run_tasks", answers)
-    settings = PartSettings(large_store.url, "run", "", "", large_store.info.extractor, 1)
     snapshot = large_store.snapshot()
+    settings = PartSettings(large_store.url, "run", "", "", large_store.info.extractor, snapshot.version, 1)
     in_arrow = pa.total_allocated_bytes()
     tracemalloc.start()
     try:
@@ -246,14 +256,14 @@ def test_no_object_is_held_for_an_image(large_store, monkeypatch):
         )
         plan = refresh.make_plan(None, images, compare(images, snapshot), snapshot)
         run = staged_run.ImageRun(None, large_store, settings, snapshot, [], 64)
-        reports = run.compute(images, plan.compute_C, plan.digest_C, lambda: None)
-        run.copy(images, plan.copies)
+        reports = run.stage(images, plan, lambda: None)
         _, peak_bytes = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
     num_stored = len(snapshot.keys())
     assert len(images) == COUNT
     assert plan.num_unchanged == num_stored - plan.num_touched
-    assert sum(report.num_rows for report in reports) == len(plan.compute_C) == COUNT - num_stored
+    assert sum(report.num_rows for report in reports) == len(plan.compute_C) + plan.num_touched
+    assert len(plan.compute_C) == COUNT - num_stored
     assert peak_bytes / COUNT < MOST_BYTES_PER_IMAGE
     assert pa.total_allocated_bytes() - in_arrow < 8 * COUNT

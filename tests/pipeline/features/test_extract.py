@@ -13,12 +13,13 @@ from featurestore.errors import SpecMismatchError, StoreNotFoundError
 from featurestore.format.rows import to_float32
 from featurestore.keys import key_of_uri
 from featurestore.lookup import VARIABLE
+from featurestore.spec import StoreInfo
 from featurestore.store import FeatureStore
 from featurestore.upkeep.remake import remake
 from featurestore.upkeep.verify import verify
 from jobs import extract_features
 from pipeline.errors import BackboneError, SourceError, StoreRunError, WeightsError
-from pipeline.features.part import PartSettings, extract_part
+from pipeline.features.part import PartSettings, stage_part
 from pipeline.features.refresh import describe_network
 from pipeline.network import compute
 from pipeline.network.backbone import Backbone, _cached_backbone, backbone, load_weights, network_of
@@ -198,7 +199,7 @@ def test_parts_of_a_run_that_failed_are_not_computed_again(make, mixed, photos, 
     assert sum(computed) == 6
     summary = make(mixed, part_size=4)
     assert sum(computed) == 6
-    assert summary.num_resumed == summary.num_images - 1  # gone.jpg is looked for again
+    assert summary.num_resumed == summary.num_images
     assert len(summary.bad) == 6  # the staged reports remember the others
     assert FeatureStore.open(tmp_path / "features").snapshot().num_rows == 6
     assert not list((tmp_path / "features/staging").glob("*/*"))
@@ -234,17 +235,12 @@ def test_features_of_another_network_or_dtype_are_refused(make, photos):
 
 
 def test_a_worker_with_other_weights_than_the_first_one_stages_nothing(tmp_path):
-    settings = PartSettings(
-        store=str(tmp_path),
-        run_id="run",
-        backbone=TINY,
-        weights="random:0",
-        extractor=backbone(TINY, "random:1", "float32").spec,
-        batch_size=2,
-    )
+    extractor = backbone(TINY, "random:1", "float32").spec
+    store = FeatureStore.create(tmp_path, StoreInfo(dim=12, extractor=extractor))
+    settings = PartSettings(store.url, "run", TINY, "random:0", extractor, version=0, batch_size=2)
     with pytest.raises(WeightsError, match="weights random:0: other values on this worker than on the first one"):
-        extract_part(settings, "part", [])
-    assert list(tmp_path.iterdir()) == []
+        stage_part(settings, "part", [])
+    assert store.staged_parts("run") == []
 
 
 def test_mistakes_in_options_are_refused_before_any_work(make, photos, tmp_path):

@@ -15,7 +15,7 @@ from pipeline.errors import BackboneError, WeightsError
 from pipeline.images.decode import prepare
 from pipeline.network import DEFAULT_BACKBONE, check_weights_name, compute
 from pipeline.network import backbone as weights_module
-from pipeline.network.backbone import Backbone, check_network, feature_dim, load_weights, network_of, weights_digest
+from pipeline.network.backbone import Backbone, feature_dim, load_weights, network_of, weights_digest
 
 pytestmark = pytest.mark.long  # they make whole networks
 
@@ -231,7 +231,6 @@ def test_a_file_with_the_whole_network_is_accepted(state, tmp_path):
     behind = {"classifier.0.weight": torch.zeros(1024, 576), "classifier.3.bias": torch.zeros(1000)}
     half = {name: tensor.bfloat16() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
     torch.save(half | behind, tmp_path / "whole.pth")
-    check_network(SMALL, str(tmp_path / "whole.pth"))
     loaded = load_weights(network_of(SMALL, "random:0"), str(tmp_path / "whole.pth"))
     assert list(loaded) == list(state)
     assert all(torch.equal(loaded[name], half[name].to(state[name].dtype)) for name in half)
@@ -258,8 +257,6 @@ def test_files_that_do_not_fit_are_refused(state, tmp_path):
         torch.save(content, tmp_path / "weights.pth")
         with pytest.raises(WeightsError, match=message):
             load_weights(network, str(tmp_path / "weights.pth"))
-        with pytest.raises(WeightsError, match=message):
-            check_network(SMALL, str(tmp_path / "weights.pth"))
     (tmp_path / "text.pth").write_text("no weights")
     (tmp_path / "empty.pth").touch()
     (tmp_path / "torn.pth").write_bytes(b"PK\x03\x04torn")
@@ -267,8 +264,6 @@ def test_files_that_do_not_fit_are_refused(state, tmp_path):
         message = rf"not a state dict that torch can load safely \({kind}\); one is written by torch.save\(model.sta"
         with pytest.raises(WeightsError, match=message):
             load_weights(network, str(tmp_path / name))
-        with pytest.raises(WeightsError, match=message):
-            check_network(SMALL, str(tmp_path / name))
 
 
 def test_weights_with_nan_are_refused(state, monkeypatch):

@@ -5,9 +5,12 @@ import itertools
 import json
 import random
 import threading
+from collections.abc import Iterable, Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from distributed import Client
@@ -36,9 +39,10 @@ from tests.pipeline.samples.rows import (
 from trainer.comm import SoloComm
 from trainer.errors import DataError
 from trainer.runs.open import PartReader
-from trainer.samples.index import SampleIndex, open_index
+from trainer.samples.index import SampleIndex, open_index, read_row_groups
 from trainer.samples.survey import samples_digest
 from trainer.schema import Schema, load_schema
+from trainer.schema.fields import days_of_file, file_of_month
 
 FIRST = "2026-01-"
 
@@ -77,7 +81,6 @@ def test_a_day_after_the_other_gives_the_bytes_of_a_rebuild(
 ) -> None:
     """Sessions go on over midnights, some for days; at the end, late rows of one day. Four of the 48 are not slow."""
     rng = random.Random(seed)
-    monkeypatch.setattr("pipeline.samples.added.num_threads", lambda client: rng.choice([1, 3]))
     monkeypatch.setattr("pipeline.samples.groups.ROW_GROUP_SIZE", 2)  # so that a file has several
     impressions, behaviors = random_logs(rng)
     behaviors += [done(9 * DAY_S + 20_000, user=99, image=7)]
@@ -165,8 +168,8 @@ class TestAddDays:
     def test_only_the_window_is_read(
         self, made: SampleOptions, client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Row groups before it are not, of the day before only users who are there at midnight, and of the behaviours
-        only those of the day's users."""
+        """Row groups before it are not, the day before only where rows are soon after midnight, and of the behaviours
+        only those of the users of these days."""
         read: dict[str, set[int]] = {IMPRESSIONS: set(), BEHAVIORS: set()}
         users: dict[str, set[int]] = {IMPRESSIONS: set(), BEHAVIORS: set()}
         from pipeline.samples import groups
@@ -194,7 +197,7 @@ class TestAddDays:
             each.clear()
         assert add_days(options, client)["days"] == ["2026-01-03", "2026-01-04"]  # a session goes on
         assert read == {IMPRESSIONS: {first + 2, first + 3}, BEHAVIORS: {first}}
-        assert users == {IMPRESSIONS: {1, 3}, BEHAVIORS: {1}}
+        assert users == {IMPRESSIONS: {0, 1, 2, 3, 4}, BEHAVIORS: {1, 2}}
 
     def test_a_group_of_the_day_before_has_all_of_its_window(
         self, options: SampleOptions, client: Client, tmp_path: Path
@@ -325,3 +328,100 @@ class TestAddDays:
                 (tmp_path / "summary.json").write_text(json.dumps(summary))
             with pytest.raises(SampleOptionError, match="has no samples that crossmedia samples made"):
                 add_days(SampleOptions(samples=str(tmp_path), days="2026-01-04"), client)
+
+
+def rows_of(samples: str, days: Sequence[str]) -> list[Row]:
+    """Read the groups of some days, as a training on them does."""
+    index = open_index(SoloComm(), samples, "train", load_schema(), days)
+    tables = [part for _, part in read_row_groups(index.storage, index.row_groups, ["timestamp", "user", "ad_item"])]
+    return pa.concat_tables(tables).to_pylist()
+
+
+class TestDaysThatShareAFile:
+    """Days 24 to 34, of two months; the last one is for testing."""
+
+    DAYS = tuple(f"2026-01-{day}" for day in range(25, 32)) + tuple(f"2026-02-0{day}" for day in range(1, 5))
+    ALONE = "day=2026-02-04-000.parquet"
+
+    @pytest.fixture
+    def shared(
+        self, options: SampleOptions, client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> SampleOptions:
+        monkeypatch.setattr("pipeline.samples.groups.MANY_DAYS", 9)
+        self._write(tmp_path, range(24, 35))
+        build_samples(dataclasses.replace(options, test_days=1), client)
+        return options
+
+    @staticmethod
+    def _write(folder: Path, days: Iterable[int], **changes: Any) -> None:
+        rows = [shown(day * DAY_S + 9_000 + user, user=user, **changes) for day in days for user in range(day % 3 + 1)]
+        write(folder / "logs", [table(rows)], [table([done(day * DAY_S, user=1) for day in range(24, 34)])])
+
+    def _files(self, options: SampleOptions, split: str = "train") -> list[str]:
+        return sorted(path.name for path in Path(options.samples, split).iterdir())
+
+    def test_a_day_is_read_as_from_a_file_of_its_own(
+        self, shared: SampleOptions, client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("pipeline.samples.groups.MANY_DAYS", 100)
+        alone = dataclasses.replace(shared, samples=str(tmp_path / "alone"), test_days=1)
+        build_samples(alone, client)
+        assert self._files(shared) == ["days=2026-01-7f000000.parquet", "days=2026-02-00000007.parquet"]
+        assert self._files(shared, "test") == [self.ALONE] and len(self._files(alone)) == 10
+        for days in [*([day] for day in self.DAYS), self.DAYS[3:9], self.DAYS]:
+            assert rows_of(shared.samples, days) == rows_of(alone.samples, days) != []
+        counts = [json.loads(Path(each.samples, "summary.json").read_text())["train"] for each in (shared, alone)]
+        assert [each.pop("files") for each in counts] == [2, 10] and counts[0] == counts[1]
+        index = open_index(SoloComm(), shared.samples, "train", load_schema(), self.DAYS[:4])
+        assert index.newest_day == date(2026, 1, 28)
+
+    def test_a_day_that_is_made_leaves_the_others(self, shared: SampleOptions, client: Client, tmp_path: Path) -> None:
+        before, inodes = rows_of(shared.samples, self.DAYS), self._inodes(shared)
+        self._write(tmp_path, range(24, 35), item=2)
+        add_days(SampleOptions(samples=shared.samples, days=self.DAYS[2]), client)
+        files = [f"day={day}-000.parquet" for day in self.DAYS[:7]]
+        assert self._files(shared) == [*files, "days=2026-02-00000007.parquet"]
+        assert self._inodes(shared)["days=2026-02-00000007.parquet"] == inodes["days=2026-02-00000007.parquet"]
+        after = rows_of(shared.samples, self.DAYS)
+        made = {row["timestamp"] for row in rows_of(shared.samples, self.DAYS[2:3])}
+        assert [row for row in after if row not in before] == [row for row in after if row["timestamp"] in made] != []
+        recorded = json.loads(Path(shared.samples, "summary.json").read_text())
+        assert (recorded["train"]["days"], recorded["train"]["groups"]) == (10, len(after) - recorded["test"]["groups"])
+
+    def test_a_day_that_is_added_is_alone(self, shared: SampleOptions, client: Client, tmp_path: Path) -> None:
+        inodes = self._inodes(shared)
+        self._write(tmp_path, range(24, 36))
+        assert add_days(SampleOptions(samples=shared.samples, since="2026-01-25"), client)["days"] == ["2026-02-05"]
+        assert self._files(shared, "test") == ["day=2026-02-05-000.parquet"]
+        assert self._inodes(shared).items() >= inodes.items() and self.ALONE in self._files(shared)
+
+    def test_days_that_become_test_days_leave_the_others(
+        self, shared: SampleOptions, client: Client, tmp_path: Path, options: SampleOptions
+    ) -> None:
+        by_share = dataclasses.replace(
+            options, samples=str(tmp_path / "share"), test_days=SampleOptions.test_days, test_share=0.1
+        )
+        build_samples(by_share, client)
+        before = rows_of(by_share.samples, self.DAYS[1:])
+        assert self._files(by_share)[-1] == "days=2026-02-00000003.parquet" and len(self._files(by_share, "test")) == 2
+        rows = [shown(24 * DAY_S + 9_000, user=user) for user in range(1, 31)]
+        write(tmp_path / "logs", [table(rows)], [table([done(0)])])
+        add_days(SampleOptions(samples=by_share.samples, days=self.DAYS[0]), client)
+        assert len(self._files(by_share, "test")) == 3
+        assert rows_of(by_share.samples, self.DAYS[1:]) == before
+
+    def test_a_damaged_file_is_named(self, shared: SampleOptions, client: Client) -> None:
+        Path(shared.samples, "train/days=2026-01-7f000000.parquet").write_bytes(b"PAR1")
+        with pytest.raises(SampleError, match=r"days=2026-01-7f000000\.parquet: cannot be read"):
+            add_days(SampleOptions(samples=shared.samples, days=self.DAYS[2]), client)
+
+    @staticmethod
+    def _inodes(options: SampleOptions) -> dict[str, int]:
+        return {path.name: path.stat().st_ino for path in Path(options.samples).glob("*/*.parquet")}
+
+
+@pytest.mark.parametrize("days", [["2026-01-01"], ["2026-01-31"], ["2024-02-01", "2024-02-29"]])
+def test_names_of_files_have_their_days(days: list[str]) -> None:
+    assert days_of_file(file_of_month(days)) == days
+    assert days_of_file(f"day={days[0]}-003.parquet") == days_of_file(f"day={days[0]}.parquet") == days[:1]
+    assert days_of_file("part-0.parquet") == days_of_file("day=2026-01-011.parquet") == []

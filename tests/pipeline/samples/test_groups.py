@@ -16,6 +16,7 @@ from pipeline.errors import SampleError, SampleOptionError
 from pipeline.options import SampleOptions
 from pipeline.samples import logs as pieces_module
 from pipeline.samples.build import build_samples
+from pipeline.samples.groups import _write_hours, batch_of_hours, plan_files, write_file
 from pipeline.samples.logs import WantedRows
 from pipeline.samples.mapping import parse_times, unit_of
 from tests.pipeline.samples.rows import (
@@ -277,3 +278,24 @@ def test_rows_of_some_users_are_found_exactly(tmp_path: Path, ids: str) -> None:
     wanted_N = WantedRows(20, 60, str(tmp_path / "users.npy")).of(time_N, user_N)
     assert (wanted_N == (time_N >= 20) & (time_N < 60) & np.isin(user_N, users_U)).all()
     assert 500 < wanted_N.sum() < 4_000
+
+
+def test_hours_of_a_few_groups_share_a_batch_and_each_file_has_its_own(tmp_path: Path) -> None:
+    """A day's files are the same however the hours lie in batches."""
+    assert batch_of_hours({0: 100, 1: 100, 2: 100, 5: 300, 6: 1}) == {0: 0, 1: 0, 2: 1, 5: 2, 6: 3}
+    hours = np.sort(np.random.default_rng(0).integers(-9, 60, 2_000))
+    columns = {"timestamp": hours * 3_600, "user": np.arange(2_000), "session": np.zeros(2_000, np.int64)}
+    table = pa.table({**columns, "label": pa.array([[n % 2] for n in range(2_000)])})
+    path = str(tmp_path / "groups.arrow")
+    groups_of_hour = _write_hours(Path(path), table, compress=True)
+    number = batch_of_hours(groups_of_hour)
+    assert sum(groups_of_hour.values()) == 2_000 and len(set(number.values())) < len(number) / 5
+    (tmp_path / "train").mkdir()
+    found = []
+    for plan in plan_files(groups_of_hour, 9, 70):
+        batches = sorted({number[hour] for hour in plan.hours})
+        written = write_file(plan, {path: batches}, str(tmp_path))
+        found.append(pq.read_table(tmp_path / "train" / plan.name, partitioning=None))
+        assert written.num_groups == len(found[-1]) == sum(groups_of_hour[hour] for hour in plan.hours)
+    assert pa.concat_tables(found).equals(table)
+    assert _write_hours(Path(path), table.slice(0, 0), compress=True) == {}

@@ -155,6 +155,22 @@ def test_nothing_goes_where_a_manifest_is_damaged(versions: Versions) -> None:
     assert len(list((versions.folder / BUNDLES).iterdir())) == 4
 
 
+def test_a_choice_of_what_has_just_gone_is_undone(versions: Versions, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The expiry has looked for choices for the last time when `use` writes its own."""
+    real = log.read_version
+
+    def overtaken(storage: Storage, version: int | None = None) -> object:
+        found = real(storage, version)
+        monkeypatch.setattr(log, "read_version", real)
+        versions.expire()
+        return found
+
+    monkeypatch.setattr(log, "read_version", overtaken)
+    with pytest.raises(BundleNotFoundError, match=r"version 1 of .* removed by an expiry, or was at this moment"):
+        log.use(versions.storage, 1)
+    assert log.version_in_use(versions.storage) == 4
+
+
 def test_a_version_that_is_chosen_meanwhile_stays(versions: Versions, monkeypatch: pytest.MonkeyPatch) -> None:
     """`use` has written its choice, and looks whether the version is there, when its manifest has just gone."""
     real = log.known_versions
@@ -174,39 +190,6 @@ def test_a_version_that_is_chosen_meanwhile_stays(versions: Versions, monkeypatc
     assert report[0].expired == (2, 3)
     assert log.version_in_use(versions.storage) == 1
     assert versions.there == [1, 4]
-
-
-def test_an_expiry_puts_back_what_was_chosen_after_it_looked(
-    versions: Versions, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = log.choices
-
-    def overtaken(storage: Storage, after: int = 0) -> list[log.Choice]:
-        found = real(storage, after)
-        monkeypatch.setattr(log, "choices", real)
-        log.use(storage, 1)
-        return found
-
-    monkeypatch.setattr(log, "choices", overtaken)
-    assert versions.expire().expired == (2, 3)
-    assert versions.there == [1, 4]
-    assert log.version_in_use(versions.storage) == 1
-
-
-def test_a_choice_of_what_has_just_gone_is_undone(versions: Versions, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The expiry has looked for choices for the last time when `use` writes its own."""
-    real = log.read_version
-
-    def overtaken(storage: Storage, version: int | None = None) -> object:
-        found = real(storage, version)
-        monkeypatch.setattr(log, "read_version", real)
-        versions.expire()
-        return found
-
-    monkeypatch.setattr(log, "read_version", overtaken)
-    with pytest.raises(BundleNotFoundError, match=r"version 1 of .* removed by an expiry, or was at this moment"):
-        log.use(versions.storage, 1)
-    assert log.version_in_use(versions.storage) == 4
 
 
 def test_what_is_chosen_while_an_expiry_marks_it_is_there_all_along(

@@ -12,13 +12,11 @@ from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
 from featurestore.upkeep.verify import verify
 from serving.bundle import log
-from serving.bundle.files import find_damage
 from serving.bundle.log import remove_leftovers
 from serving.bundle.manifest import BUNDLES
 from serving.bundle.open import Bundle
 from tests.fuse import FORK, Fuse
 from tests.serving.bundle.conftest import export
-from tests.serving.bundle.test_expiry import Versions
 from tests.serving.bundle.test_publish import World
 from tests.serving.scoring.variants import Exported
 
@@ -89,30 +87,6 @@ def test_a_killed_export_shows_all_of_a_version_or_nothing(
         }
         assert left == named
     assert seen == {(1, 1), (2, 1), (2, 2)}
-
-
-@pytest.mark.parametrize("step", [pytest.param(10, marks=pytest.mark.long), pytest.param(1, marks=pytest.mark.slow)])
-def test_a_killed_expiry_leaves_whole_versions_and_the_next_one_continues(
-    exported: Callable[[str], Exported], tmp_path: Path, step: int
-) -> None:
-    versions, kept = Versions(exported("plain"), tmp_path), tmp_path / "kept"
-    shutil.copytree(versions.folder, kept)
-
-    def renew() -> None:
-        shutil.rmtree(versions.folder)
-        shutil.copytree(kept, versions.folder)
-
-    seen = set()
-    for _ in deaths(versions.expire, str(versions.folder), tmp_path / "trace", step, renew):
-        known = log.known_versions(versions.storage)
-        assert log.version_in_use(versions.storage) == known[-1] == 4
-        assert not [
-            bad for each in known for bad in find_damage(versions.storage, log.read_version(versions.storage, each))
-        ]
-        seen.add(len(known))
-        versions.expire()
-        assert versions.there == [4]
-    assert seen == {1, 2, 3, 4}
 
 
 @EVERY

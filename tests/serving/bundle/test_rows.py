@@ -1,4 +1,4 @@
-"""An open bundle has what the trainer reads: ID rows and visual vectors, for every kind of run."""
+"""An open bundle has the ID rows that the trainer reads, for every kind of run."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -7,7 +7,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 
 from serving.bundle.open import Bundle
 from tests.serving.scoring.variants import Exported
@@ -18,11 +17,10 @@ from trainer.ids.exact import ExactTable
 from trainer.runs.saved import TrainedRun, open_trained
 
 IDS = np.r_[np.arange(-5, 70), 1_000:1_060, 2**62]
-KEYS = np.arange(995, 1_055)
 
 
 OTHERS = ("lr", "images_none", "contents", "din_inputs", "exact")
-"""E in float64, no E, several with trained vectors of missing images, many tables, and exact ones."""
+"""E in float64, no E, several E, many tables, and exact ones; visual vectors: test_offline_equals_online.py."""
 
 
 @pytest.fixture(scope="module", params=["plain", *(pytest.param(name, marks=pytest.mark.long) for name in OTHERS)])
@@ -100,27 +98,3 @@ def test_rows_of_several_tables_are_found_at_once(pair: tuple[Bundle, TrainedRun
     each = [bundle.ids.find([name], some, np.array([len(some)])) for name, some in zip(tables, ids, strict=True)]
     np.testing.assert_array_equal(rows, np.concatenate([one for one, _ in each]))
     np.testing.assert_array_equal(known, np.concatenate([one for _, one in each]))
-
-
-def test_visual_vectors_are_those_of_the_run(pair: tuple[Bundle, TrainedRun]) -> None:
-    bundle, trained = pair
-    assert set(bundle.vectors) == set(trained.engine.services)
-    for store, service in trained.engine.services.items():
-        table = bundle.vectors[store]
-        rows, missing = table.lookup(KEYS)
-        assert missing.sum() == KEYS.size - service.partition.num_rows
-        with torch.no_grad():
-            wanted = service.embed(service.gather(KEYS)).numpy()
-        np.testing.assert_allclose(rows, wanted, rtol=1e-6, atol=1e-7)
-        instead = 0 if service.no_image is None else service.no_image.detach().numpy()
-        assert (rows[missing] == np.float32(instead)).all()
-        assert (table.no_image_V == np.float32(instead)).all()
-        is_learned = store == "images" and trained.config.data.missing == "learned"
-        assert (table.no_image_V != 0).any() == is_learned
-
-
-def test_schema_and_model_are_those_of_the_run(pair: tuple[Bundle, TrainedRun]) -> None:
-    bundle, trained = pair
-    assert bundle.schema == trained.schema
-    assert bundle.model == trained.config.model
-    assert bundle.fields == trained.engine.fields

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -96,31 +95,6 @@ def test_a_run_is_found_from_any_folder_and_is_no_model(
     assert export(tmp_path / "model", Path(made.run.name)).run == str(made.run)
     with pytest.raises(BundleNotFoundError, match="is a run, not a published model; publish it with"):
         log.read_version(Storage(made.run))
-
-
-def test_two_exports_at_once_both_get_a_version(url: str, made: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
-    numbers = log.versions
-    raced: list[int] = []
-
-    def overtaken(storage: Storage, folder: str) -> list[int]:
-        found = numbers(storage, folder)
-        if folder == log.LOG and not raced and found == [1]:
-            raced.append(1)
-            raced.append(export(url, made.run).version)
-        return found
-
-    monkeypatch.setattr("serving.bundle.export.remove_leftovers", lambda storage: None)
-    monkeypatch.setattr("featurestore.published.versions.versions", overtaken)
-    manifest = export(url, made.run)
-    assert raced == [1, 2]
-    assert manifest.version == 3
-    assert log.version_in_use(Storage(url)) == 3
-
-
-def test_many_choices_at_once_are_all_kept(url: str) -> None:
-    with ThreadPoolExecutor(8) as pool:
-        made = list(pool.map(lambda _: log.use(Storage(url), 1), range(16)))
-    assert sorted(each.choice for each in made) == list(range(2, 18))
 
 
 def files_of(url: str) -> list[Path]:

@@ -1,15 +1,19 @@
-"""A bundle of a small trained run, with a second version and newer vectors to switch to."""
+"""A bundle with a second version and newer vectors to switch to; and the server of a fake model, without sockets."""
 
 import shutil
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx2
 import numpy as np
 import pytest
 
 from featurestore.format.rows import FeatureRows
 from featurestore.store import FeatureStore
+from serving.http.app import Scoring
 from tests.running.shared import made_once, shared_folder
+from tests.serving.http.fakes import SLOW, FakeSource, client_of, scoring_of, write_state
 from tests.serving.scoring.variants import export, exported, shared_places, trained
 
 NEW_IMAGE = 1_050
@@ -71,3 +75,25 @@ def published_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def bundle(published_once: Path) -> Published:
     """The bundle itself, for tests that only read it."""
     return Published(published_once)
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    """Tests that are coroutines run in asyncio's own loop."""
+    return "asyncio"
+
+
+@pytest.fixture
+def scoring(request: pytest.FixtureRequest, tmp_path: Path) -> Scoring:
+    """The parts of a server with version 3 of a fake model; the mark `scorer` has settings of both."""
+    mark = request.node.get_closest_marker("scorer")
+    settings = dict(mark.kwargs) if mark else {}
+    slow = {name: settings.pop(name) for name in SLOW if name in settings}
+    return scoring_of(FakeSource(write_state(tmp_path, version=3, vectors={"images": 7}, **slow)), **settings)
+
+
+@pytest.fixture
+async def client(scoring: Scoring) -> AsyncIterator[httpx2.AsyncClient]:
+    """A client of that server without sockets, once its model is loaded."""
+    async with client_of(scoring) as client:
+        yield client

@@ -8,7 +8,7 @@ import asyncio
 import json
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -148,20 +148,6 @@ async def client_of(scoring: Scoring, wait: bool = True) -> AsyncIterator[httpx2
         while wait and not scoring.live.is_ready:
             await asyncio.sleep(0.005)
         yield client
-
-
-def run_with(
-    folder: Path, test: Callable[[httpx2.AsyncClient, Scoring], Awaitable[None]], version: int = 3, **settings: Any
-) -> None:
-    """Run an asynchronous test against a fake model."""
-    state = write_state(folder, version=version, vectors={"images": 7})
-
-    async def run() -> None:
-        scoring = scoring_of(FakeSource(state), **settings)
-        async with client_of(scoring) as client:
-            await test(client, scoring)
-
-    asyncio.run(run())
 
 
 def main() -> int:

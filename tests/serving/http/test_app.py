@@ -17,8 +17,10 @@ from serving.bundle.log import BundleIdentity
 from serving.http.app import Scoring
 from serving.http.codec import ARROW
 from serving.scoring.request import RequestColumns
-from tests.serving.http.fakes import FakeModel, FakeSource, client_of, run_with, scoring_of, write_state
+from tests.serving.http.fakes import FakeModel, FakeSource, client_of, scoring_of, write_state
 from trainer.schema import load_schema
+
+pytestmark = pytest.mark.anyio
 
 TOKEN = "0123456789abcdef0123"
 ONE = {"user": {"user": 1, "behavior_item": [4, 5]}, "candidates": {"ad_item": [1, 2, 2000]}}
@@ -49,54 +51,44 @@ async def figures(client: httpx2.AsyncClient) -> dict[str, float]:
     return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if line[0] != "#"}
 
 
-def test_one_request_is_answered_by_one_object(tmp_path: Path) -> None:
-    async def test(client: httpx2.AsyncClient, scoring: Scoring) -> None:
-        answer = (await client.post("/v1/score", json=ONE)).json()
-        assert answer["scores"] == pytest.approx(chances(1, 2, 2000), abs=1e-6)
-        assert answer["unknown"] == {"ad_item": [2]}
-        assert answer["missing"] == {}
-        assert (answer["version"], answer["vectors"]) == (3, {"images": 7})
-        assert "logits" not in answer
-        answer = (await client.post("/v1/score?logits=true", json=ONE)).json()
-        assert answer["logits"] == pytest.approx(logits(1, 2, 2000), abs=1e-6)
-        assert "logits" not in (await client.post("/v1/score?logits=false", json=ONE)).json()
-        for words in ("logits=1", "logit=true", "logits=true&user=1"):
-            refused = await client.post(f"/v1/score?{words}", json=ONE)
-            assert (refused.status_code, refused.json()["error"].startswith(f"?{words} is not a ")) == (400, True)
-
-    run_with(tmp_path, test)
+async def test_one_request_is_answered_by_one_object(client: httpx2.AsyncClient) -> None:
+    answer = (await client.post("/v1/score", json=ONE)).json()
+    assert answer["scores"] == pytest.approx(chances(1, 2, 2000), abs=1e-6)
+    assert answer["unknown"] == {"ad_item": [2]}
+    assert answer["missing"] == {}
+    assert (answer["version"], answer["vectors"]) == (3, {"images": 7})
+    assert "logits" not in answer
+    answer = (await client.post("/v1/score?logits=true", json=ONE)).json()
+    assert answer["logits"] == pytest.approx(logits(1, 2, 2000), abs=1e-6)
+    assert "logits" not in (await client.post("/v1/score?logits=false", json=ONE)).json()
+    for words in ("logits=1", "logit=true", "logits=true&user=1"):
+        refused = await client.post(f"/v1/score?{words}", json=ONE)
+        assert (refused.status_code, refused.json()["error"].startswith(f"?{words} is not a ")) == (400, True)
 
 
 @pytest.mark.parametrize("form", ["list", "object"])
-def test_several_requests_are_answered_in_their_order(tmp_path: Path, form: str) -> None:
+async def test_several_requests_are_answered_in_their_order(client: httpx2.AsyncClient, form: str) -> None:
     scene = {"context": {"ad_scene": 1}}
     requests = [ONE | scene, ONE | {"candidates": {"ad_item": []}}, ONE | scene | {"candidates": {"ad_item": [7]}}]
-
-    async def test(client: httpx2.AsyncClient, scoring: Scoring) -> None:
-        body = requests if form == "list" else {"requests": requests}
-        answer = (await client.post("/v1/score", json=body)).json()
-        assert [len(each["scores"]) for each in answer["answers"]] == [3, 0, 1]
-        assert answer["answers"][2]["scores"] == pytest.approx(chances(7))
-        assert answer["version"] == 3
-        assert (await client.post("/v1/score", json=[])).json()["answers"] == []
-
-    run_with(tmp_path, test)
+    body = requests if form == "list" else {"requests": requests}
+    answer = (await client.post("/v1/score", json=body)).json()
+    assert [len(each["scores"]) for each in answer["answers"]] == [3, 0, 1]
+    assert answer["answers"][2]["scores"] == pytest.approx(chances(7))
+    assert answer["version"] == 3
+    assert (await client.post("/v1/score", json=[])).json()["answers"] == []
 
 
-def test_arrow_comes_back_as_arrow(tmp_path: Path) -> None:
-    async def test(client: httpx2.AsyncClient, scoring: Scoring) -> None:
-        content = stream_of(table_of([1, 2000], [], [5]))
-        answer = await client.post("/v1/score", content=content, headers={"content-type": ARROW})
-        assert answer.headers["content-type"] == ARROW
-        table = pa.ipc.open_stream(answer.content).read_all()
-        assert table.schema.metadata == {b"version": b"3", b"vectors.images": b"7"}
-        assert [len(row) for row in table.column("score").to_pylist()] == [2, 0, 1]
-        assert table.column("logit").to_pylist()[0] == pytest.approx(logits(1, 2000))
-        assert table.column("unknown").to_pylist() == [[("ad_item", [1])], [], []]
-        empty = await client.post("/v1/score", content=stream_of(table_of()), headers={"content-type": ARROW})
-        assert pa.ipc.open_stream(empty.content).read_all().num_rows == 0
-
-    run_with(tmp_path, test)
+async def test_arrow_comes_back_as_arrow(client: httpx2.AsyncClient) -> None:
+    content = stream_of(table_of([1, 2000], [], [5]))
+    answer = await client.post("/v1/score", content=content, headers={"content-type": ARROW})
+    assert answer.headers["content-type"] == ARROW
+    table = pa.ipc.open_stream(answer.content).read_all()
+    assert table.schema.metadata == {b"version": b"3", b"vectors.images": b"7"}
+    assert [len(row) for row in table.column("score").to_pylist()] == [2, 0, 1]
+    assert table.column("logit").to_pylist()[0] == pytest.approx(logits(1, 2000))
+    assert table.column("unknown").to_pylist() == [[("ad_item", [1])], [], []]
+    empty = await client.post("/v1/score", content=stream_of(table_of()), headers={"content-type": ARROW})
+    assert pa.ipc.open_stream(empty.content).read_all().num_rows == 0
 
 
 @pytest.mark.parametrize(
@@ -120,14 +112,11 @@ def test_arrow_comes_back_as_arrow(tmp_path: Path) -> None:
         (b'{"candidates": {"ad_item": [99999999999999999999]}}', "ad_item[0] is 1e+20"),
     ],
 )  # fmt: skip
-def test_bad_bodies_get_400_that_names_what_is_wrong(tmp_path: Path, body: bytes, words: str) -> None:
-    async def test(client: httpx2.AsyncClient, scoring: Scoring) -> None:
-        answer = await client.post("/v1/score", content=body, headers={"content-type": "application/json"})
-        assert answer.status_code == 400
-        assert words in answer.json()["error"]
-        assert answer.json()["status"] == 400
-
-    run_with(tmp_path, test)
+async def test_bad_bodies_get_400_that_names_what_is_wrong(client: httpx2.AsyncClient, body: bytes, words: str) -> None:
+    answer = await client.post("/v1/score", content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == 400
+    assert words in answer.json()["error"]
+    assert answer.json()["status"] == 400
 
 
 BOMB = pa.table({"user": [1], "ad_item": [[0] * 1_000_000]})
@@ -145,51 +134,43 @@ LISTS = pa.table({"ad_item": pa.array([["a"]], pa.list_(pa.dictionary(pa.int8(),
         (stream_of(TEXTS), 200, ""),
     ],
 )
-def test_streams_that_are_damaged_or_may_grow_without_limit_get_400(
-    tmp_path: Path, content: bytes, status: int, said: str
+async def test_streams_that_are_damaged_or_may_grow_without_limit_get_400(
+    client: httpx2.AsyncClient, content: bytes, status: int, said: str
 ) -> None:
-    async def test(client: httpx2.AsyncClient, scoring: Scoring) -> None:
-        answer = await client.post("/v1/score", content=content, headers={"content-type": ARROW})
-        assert answer.status_code == status
-        if status == 400:
-            assert "Arrow" in answer.json()["error"]
-            assert said in answer.json()["error"]
-
-    run_with(tmp_path, test)
+    answer = await client.post("/v1/score", content=content, headers={"content-type": ARROW})
+    assert answer.status_code == status
+    if status == 400:
+        assert "Arrow" in answer.json()["error"]
+        assert said in answer.json()["error"]
 
 
-def test_wrong_addresses_methods_and_types_are_told(tmp_path: Path) -> None:
-    async def test(client: httpx2.AsyncClient, scoring: Scoring) -> None:
-        for answer, status, words in (
-            (await client.get("/nothing"), 404, "GET / lists"),
-            (await client.get("/v1/score"), 405, "POST"),
-            (await client.delete("/"), 405, "GET"),
-            (await client.post("/v1/score", content=b"a=1"), 200, None),
-            (await client.post("/v1/score", data={"a": "1"}), 415, "application/json"),
-            (await client.post("/v1/score", json=ONE, headers={"content-encoding": "gzip"}), 415, "uncompressed"),
-        ):
-            if words is None:
-                assert answer.status_code == 400  # no Content-Type counts as JSON
-            else:
-                assert answer.status_code == status
-                assert words in answer.json()["error"]
-        assert (await client.get("/")).json()["name"] == "ctr"
-
-    run_with(tmp_path, test)
+async def test_wrong_addresses_methods_and_types_are_told(client: httpx2.AsyncClient) -> None:
+    for answer, status, words in (
+        (await client.get("/nothing"), 404, "GET / lists"),
+        (await client.get("/v1/score"), 405, "POST"),
+        (await client.delete("/"), 405, "GET"),
+        (await client.post("/v1/score", content=b"a=1"), 200, None),
+        (await client.post("/v1/score", data={"a": "1"}), 415, "application/json"),
+        (await client.post("/v1/score", json=ONE, headers={"content-encoding": "gzip"}), 415, "uncompressed"),
+    ):
+        if words is None:
+            assert answer.status_code == 400  # no Content-Type counts as JSON
+        else:
+            assert answer.status_code == status
+            assert words in answer.json()["error"]
+    assert (await client.get("/")).json()["name"] == "ctr"
 
 
-def test_too_large_bodies_get_413_before_they_are_read(tmp_path: Path) -> None:
+@pytest.mark.scorer(max_candidates=10, max_body_mb=0.005)
+async def test_too_large_bodies_get_413_before_they_are_read(client: httpx2.AsyncClient) -> None:
     async def endless() -> Any:
         for _ in range(1_000_000):
             yield b" " * 1_000
 
-    async def test(client: httpx2.AsyncClient, scoring: Scoring) -> None:
-        for content in (b" " * 5_001, endless()):
-            answer = await client.post("/v1/score", content=content)
-            assert (answer.status_code, answer.headers["connection"]) == (413, "close")
-        assert (await client.post("/v1/score", json={"candidates": {"ad_item": [1] * 10}})).is_success
-
-    run_with(tmp_path, test, max_candidates=10, max_body_mb=0.005)
+    for content in (b" " * 5_001, endless()):
+        answer = await client.post("/v1/score", content=content)
+        assert (answer.status_code, answer.headers["connection"]) == (413, "close")
+    assert (await client.post("/v1/score", json={"candidates": {"ad_item": [1] * 10}})).is_success
 
 
 def empty_lists(rows: int, width: int) -> bytes:
@@ -239,158 +220,134 @@ TENSOR = {"name": "ad_item", "datatype": "INT64"}
         (batches(table_of([1]), 257), "257 messages; this server takes at most 256: write the stream with fewer"),
     ],
 )  # fmt: skip
-def test_what_is_over_the_budget_gets_413_with_its_size_and_the_limit(tmp_path: Path, content: Any, what: str) -> None:
-    async def test(client: httpx2.AsyncClient, scoring: Scoring) -> None:
-        path = "/v2/models/ctr/infer" if isinstance(content, dict) and "inputs" in content else "/v1/score"
-        body = content if isinstance(content, bytes) else orjson.dumps(content)
-        kind = ARROW if body.startswith(b"\xff") else "application/json"
-        answer = await client.post(path, content=body, headers={"content-type": kind})
-        assert answer.status_code == 413, answer.text
-        assert what in answer.json()["error"]
-
-    run_with(tmp_path, test, **FEW)
-
-
-def test_texts_do_not_count_for_values(tmp_path: Path) -> None:
-    async def test(client: httpx2.AsyncClient, scoring: Scoring) -> None:
-        for text in ("[{,:" * 50, '\\"[[[' * 50, "\\" * 51 + "[" * 50):
-            body = {"user": {"user": text}, "candidates": {"ad_item": [1]}}
-            assert (await client.post("/v1/score", json=body)).status_code == 200
-
-    run_with(tmp_path, test, **FEW)
+@pytest.mark.scorer(**FEW)
+async def test_what_is_over_the_budget_gets_413_with_its_size_and_the_limit(
+    client: httpx2.AsyncClient, content: Any, what: str
+) -> None:
+    path = "/v2/models/ctr/infer" if isinstance(content, dict) and "inputs" in content else "/v1/score"
+    body = content if isinstance(content, bytes) else orjson.dumps(content)
+    kind = ARROW if body.startswith(b"\xff") else "application/json"
+    answer = await client.post(path, content=body, headers={"content-type": kind})
+    assert answer.status_code == 413, answer.text
+    assert what in answer.json()["error"]
 
 
-def test_after_all_answers_nothing_is_predicted_to_wait(tmp_path: Path) -> None:
-    async def test(client: httpx2.AsyncClient, scoring: Scoring) -> None:
-        answers = await asyncio.gather(*(client.post("/v1/score", json=ONE) for _ in range(20)))
-        assert {answer.status_code for answer in answers} == {200}
-        assert scoring.queue.predicted_wait_s == 0
-
-    run_with(tmp_path, test, max_wait_ms=1_000)
+@pytest.mark.scorer(**FEW)
+async def test_texts_do_not_count_for_values(client: httpx2.AsyncClient) -> None:
+    for text in ("[{,:" * 50, '\\"[[[' * 50, "\\" * 51 + "[" * 50):
+        body = {"user": {"user": text}, "candidates": {"ad_item": [1]}}
+        assert (await client.post("/v1/score", json=body)).status_code == 200
 
 
-def test_the_predicted_wait_counts_pairs_and_not_bytes(tmp_path: Path) -> None:
+@pytest.mark.scorer(max_wait_ms=1000)
+async def test_after_all_answers_nothing_is_predicted_to_wait(client: httpx2.AsyncClient, scoring: Scoring) -> None:
+    answers = await asyncio.gather(*(client.post("/v1/score", json=ONE) for _ in range(20)))
+    assert {answer.status_code for answer in answers} == {200}
+    assert scoring.queue.predicted_wait_s == 0
+
+
+async def test_the_predicted_wait_counts_pairs_and_not_bytes(client: httpx2.AsyncClient, scoring: Scoring) -> None:
     few, many = ({"user": {"behavior_item": [1] * 10}, "candidates": {"ad_item": [1] * count}} for count in (1, 1_000))
     waits = []
-
-    async def test(client: httpx2.AsyncClient, scoring: Scoring) -> None:
-        for body, text in ((few, "x" * 10_000), (many, "")):
-            body["user"]["user"] = text
-            asked = asyncio.ensure_future(client.post("/v1/score", json=body))
-            while not scoring.queue._waiting:  # until it is decoded
-                await asyncio.sleep(0)
-            waits.append(scoring.queue.predicted_wait_s / scoring.queue.seconds_per_cost)
-            assert (await asked).status_code == 200
-
-    run_with(tmp_path, test)
+    for body, text in ((few, "x" * 10_000), (many, "")):
+        body["user"]["user"] = text
+        asked = asyncio.ensure_future(client.post("/v1/score", json=body))
+        while not scoring.queue._waiting:  # until it is decoded
+            await asyncio.sleep(0)
+        waits.append(scoring.queue.predicted_wait_s / scoring.queue.seconds_per_cost)
+        assert (await asked).status_code == 200
     assert waits[1] > 10 * waits[0]
 
 
-def test_while_a_body_is_scored_others_are_answered_and_it_keeps_its_model(tmp_path: Path) -> None:
+async def test_while_a_body_is_scored_others_are_answered_and_it_keeps_its_model(tmp_path: Path) -> None:
     """Each piece takes longer than others wait; the model is switched between two of them."""
     body = [{"candidates": {"ad_item": [0]}}] * 200
     state = write_state(tmp_path, version=1, score_s=0.02)
-
-    async def run() -> None:
-        source = FakeSource(state)
-        scoring = scoring_of(source, poll_s=100)
-        async with client_of(scoring) as client:
-            asked = asyncio.ensure_future(client.post("/v1/score?logits=true", json=body))
-            while scoring.live._held is None:  # until its first piece is scored
-                await asyncio.sleep(0)
-            health, waiting = 0, asyncio.ensure_future(client.post("/v1/score", json=ONE))
-            while not scoring.queue._waiting:  # until the old model's columns have been found in it
-                await asyncio.sleep(0)
-            scoring.live._use(source.open(BundleIdentity(2, {}), None))
-            schema = load_schema()
-            fields = [field for field in schema.fields if field.column_name != "behavior_item"]
-            scoring.live.model.inputs = RequestColumns(schema.model_copy(update={"fields": fields}), fields)
-            while not asked.done():
-                health += (await client.get("/v2/health/live")).status_code == 200
-                await asyncio.sleep(0)
-            answer = asked.result().json()
-            assert answer["version"] == 1 and {each["logits"][0] for each in answer["answers"]} == {1.0}
-            assert health >= 3  # a piece has 64 requests
-            assert 'user."behavior_item" is not a column of the model' in (await waiting).json()["error"]
-            answer = await client.post("/v1/score", json={"candidates": ONE["candidates"]})
-            assert answer.json()["version"] == 2
-            assert [model.closed for model in source.opened] == [True, False]
-
-    asyncio.run(run())
+    source = FakeSource(state)
+    scoring = scoring_of(source, poll_s=100)
+    async with client_of(scoring) as client:
+        asked = asyncio.ensure_future(client.post("/v1/score?logits=true", json=body))
+        while scoring.live._held is None:  # until its first piece is scored
+            await asyncio.sleep(0)
+        health, waiting = 0, asyncio.ensure_future(client.post("/v1/score", json=ONE))
+        while not scoring.queue._waiting:  # until the old model's columns have been found in it
+            await asyncio.sleep(0)
+        scoring.live._use(source.open(BundleIdentity(2, {}), None))
+        schema = load_schema()
+        fields = [field for field in schema.fields if field.column_name != "behavior_item"]
+        scoring.live.model.inputs = RequestColumns(schema.model_copy(update={"fields": fields}), fields)
+        while not asked.done():
+            health += (await client.get("/v2/health/live")).status_code == 200
+            await asyncio.sleep(0)
+        answer = asked.result().json()
+        assert answer["version"] == 1 and {each["logits"][0] for each in answer["answers"]} == {1.0}
+        assert health >= 3  # a piece has 64 requests
+        assert 'user."behavior_item" is not a column of the model' in (await waiting).json()["error"]
+        answer = await client.post("/v1/score", json={"candidates": ONE["candidates"]})
+        assert answer.json()["version"] == 2
+        assert [model.closed for model in source.opened] == [True, False]
 
 
-def test_a_token_is_asked_for_except_by_health_checks(tmp_path: Path) -> None:
-    async def test(client: httpx2.AsyncClient, scoring: Scoring) -> None:
-        for path in ("/v2/health/live", "/v2/health/ready"):
-            assert (await client.get(path)).status_code == 200
-        for headers in (
-            {},
-            {"authorization": "Bearer wrong"},
-            {"authorization": f"Basic {TOKEN}"},
-            {"authorization": TOKEN},
-        ):
-            for path in ("/", "/v2", "/metrics"):
-                answer = await client.get(path, headers=headers)
-                assert answer.status_code == 401
-                assert answer.headers["www-authenticate"] == "Bearer"
-            assert (await client.post("/v1/score", json=ONE, headers=headers)).status_code == 401
-        for token in (TOKEN, "another-token-of-the-file"):
-            headers = {"authorization": f"Bearer {token}"}
-            assert (await client.post("/v1/score", json=ONE, headers=headers)).status_code == 200
-
-    run_with(tmp_path, test, tokens=[TOKEN, "another-token-of-the-file"])
+@pytest.mark.scorer(tokens=[TOKEN, "another-token-of-the-file"])
+async def test_a_token_is_asked_for_except_by_health_checks(client: httpx2.AsyncClient) -> None:
+    for path in ("/v2/health/live", "/v2/health/ready"):
+        assert (await client.get(path)).status_code == 200
+    for headers in (
+        {},
+        {"authorization": "Bearer wrong"},
+        {"authorization": f"Basic {TOKEN}"},
+        {"authorization": TOKEN},
+    ):
+        for path in ("/", "/v2", "/metrics"):
+            answer = await client.get(path, headers=headers)
+            assert answer.status_code == 401
+            assert answer.headers["www-authenticate"] == "Bearer"
+        assert (await client.post("/v1/score", json=ONE, headers=headers)).status_code == 401
+    for token in (TOKEN, "another-token-of-the-file"):
+        headers = {"authorization": f"Bearer {token}"}
+        assert (await client.post("/v1/score", json=ONE, headers=headers)).status_code == 200
 
 
-def test_overload_is_refused_before_latency_collapses(tmp_path: Path) -> None:
-    state = write_state(tmp_path, version=3, score_s=0.02)
-
-    async def run() -> None:
-        scoring = scoring_of(FakeSource(state), max_wait_ms=100)
-        async with client_of(scoring) as client:
-            scoring.queue.seconds_per_cost = 0.02 / 1_044
-            answers = await asyncio.gather(*(client.post("/v1/score", json=ONE) for _ in range(60)))
-            codes = [answer.status_code for answer in answers]
-            assert set(codes) == {200, 503}
-            assert 4 <= codes.count(200) <= 12  # those that 100 ms have room for
-            refused = next(answer for answer in answers if answer.status_code == 503)
-            assert int(refused.headers["retry-after"]) >= 1
-            assert "busy" in refused.json()["error"]
-            assert (await client.post("/v1/score", json=ONE)).status_code == 200
-            found = await figures(client)
-            assert found['serving_requests_total{code="503",route="/v1/score"}'] == codes.count(503)
-
-    asyncio.run(run())
+@pytest.mark.scorer(score_s=0.02, max_wait_ms=100)
+async def test_overload_is_refused_before_latency_collapses(client: httpx2.AsyncClient, scoring: Scoring) -> None:
+    scoring.queue.seconds_per_cost = 0.02 / 1_044
+    answers = await asyncio.gather(*(client.post("/v1/score", json=ONE) for _ in range(60)))
+    codes = [answer.status_code for answer in answers]
+    assert set(codes) == {200, 503}
+    assert 4 <= codes.count(200) <= 12  # those that 100 ms have room for
+    refused = next(answer for answer in answers if answer.status_code == 503)
+    assert int(refused.headers["retry-after"]) >= 1
+    assert "busy" in refused.json()["error"]
+    assert (await client.post("/v1/score", json=ONE)).status_code == 200
+    found = await figures(client)
+    assert found['serving_requests_total{code="503",route="/v1/score"}'] == codes.count(503)
 
 
-def test_too_many_large_bodies_that_wait_to_be_decoded_are_refused(tmp_path: Path) -> None:
+@pytest.mark.scorer(max_body_mb=0.005)
+async def test_too_many_large_bodies_that_wait_to_be_decoded_are_refused(
+    client: httpx2.AsyncClient, scoring: Scoring
+) -> None:
     """Four of the largest size may wait, 20,000 bytes."""
     body = orjson.dumps(ONE)
     body += b" " * (4_500 - len(body))
-
-    async def test(client: httpx2.AsyncClient, scoring: Scoring) -> None:
-        async with scoring.queue._decoding:
-            answers = [asyncio.create_task(client.post("/v1/score", content=body)) for _ in range(6)]
-            while sum(answer.done() for answer in answers) < 2:
-                await asyncio.sleep(0.005)
-        codes = [(await answer).status_code for answer in answers]
-        assert sorted(codes) == [200] * 4 + [503] * 2
-        refused = answers[codes.index(503)].result()
-        assert "too many large bodies" in refused.json()["error"]
-        assert int(refused.headers["retry-after"]) >= 1
-
-    run_with(tmp_path, test, max_body_mb=0.005)
+    async with scoring.queue._decoding:
+        answers = [asyncio.create_task(client.post("/v1/score", content=body)) for _ in range(6)]
+        while sum(answer.done() for answer in answers) < 2:
+            await asyncio.sleep(0.005)
+    codes = [(await answer).status_code for answer in answers]
+    assert sorted(codes) == [200] * 4 + [503] * 2
+    refused = answers[codes.index(503)].result()
+    assert "too many large bodies" in refused.json()["error"]
+    assert int(refused.headers["retry-after"]) >= 1
 
 
-def test_one_wrong_body_does_not_spoil_those_that_are_scored_with_it(tmp_path: Path) -> None:
-    async def test(client: httpx2.AsyncClient, scoring: Scoring) -> None:
-        wrong = {"candidates": {"ad_item": [None]}}
-        answers = await asyncio.gather(*(client.post("/v1/score", json=body) for body in [ONE, wrong, ONE, wrong] * 5))
-        assert [answer.status_code for answer in answers] == [200, 400, 200, 400] * 5
-
-    run_with(tmp_path, test)
+async def test_one_wrong_body_does_not_spoil_those_that_are_scored_with_it(client: httpx2.AsyncClient) -> None:
+    wrong = {"candidates": {"ad_item": [None]}}
+    answers = await asyncio.gather(*(client.post("/v1/score", json=body) for body in [ONE, wrong, ONE, wrong] * 5))
+    assert [answer.status_code for answer in answers] == [200, 400, 200, 400] * 5
 
 
-def test_before_the_model_is_loaded_the_server_is_live_but_not_ready(tmp_path: Path) -> None:
+async def test_before_the_model_is_loaded_the_server_is_live_but_not_ready(tmp_path: Path) -> None:
     go = threading.Event()
 
     class HeldUp(FakeSource):
@@ -398,137 +355,120 @@ def test_before_the_model_is_loaded_the_server_is_live_but_not_ready(tmp_path: P
             assert go.wait(60)
             return super().open(identity, current)
 
-    async def run() -> None:
-        scoring = scoring_of(HeldUp(write_state(tmp_path, version=3)))
-        async with client_of(scoring, wait=False) as client:
-            assert (await client.get("/v2/health/live")).status_code == 200
-            assert (await client.get("/v2/health/ready")).status_code == 503
-            assert (await client.get("/v2/models/ctr/ready")).status_code == 503
-            assert (await client.get("/v2/models/ctr")).status_code == 503
-            answer = await client.post("/v1/score", json=ONE)
-            assert answer.status_code == 503
-            assert answer.headers["retry-after"] == "1"
-            go.set()
-            while (await client.get("/v2/health/ready")).status_code != 200:
-                await asyncio.sleep(0.02)
-            assert (await client.post("/v1/score", json=ONE)).status_code == 200
-
-    asyncio.run(run())
+    scoring = scoring_of(HeldUp(write_state(tmp_path, version=3)))
+    async with client_of(scoring, wait=False) as client:
+        assert (await client.get("/v2/health/live")).status_code == 200
+        assert (await client.get("/v2/health/ready")).status_code == 503
+        assert (await client.get("/v2/models/ctr/ready")).status_code == 503
+        assert (await client.get("/v2/models/ctr")).status_code == 503
+        answer = await client.post("/v1/score", json=ONE)
+        assert answer.status_code == 503
+        assert answer.headers["retry-after"] == "1"
+        go.set()
+        while (await client.get("/v2/health/ready")).status_code != 200:
+            await asyncio.sleep(0.02)
+        assert (await client.post("/v1/score", json=ONE)).status_code == 200
 
 
-def test_figures_count_requests_candidates_and_what_was_unknown(tmp_path: Path) -> None:
-    async def test(client: httpx2.AsyncClient, scoring: Scoring) -> None:
-        before = await figures(client)
-        assert before["serving_model_version"] == 3
-        assert before['serving_vectors_snapshot{store="images"}'] == 7
-        assert 55 < before['serving_vectors_age_seconds{store="images"}'] < 90
-        for _ in range(3):
-            await client.post("/v1/score", json=ONE)
-        await client.post("/v1/score", content=stream_of(table_of([1, 2])), headers={"content-type": ARROW})
-        await client.post("/v1/score", content=b"{")
-        found = await figures(client)
-        assert found['serving_requests_total{code="200",route="/v1/score"}'] == 4
-        assert found['serving_requests_total{code="400",route="/v1/score"}'] == 1
-        assert found["serving_candidates_total"] == 11
-        assert found['serving_unknown_total{field="ad_item"}'] == 3
-        assert found['serving_values_total{field="ad_item"}'] == 11
-        assert found['serving_values_total{field="behavior_item"}'] == 6
-        for stage in ("read", "wait", "parse", "score", "encode"):
-            assert found[f'serving_stage_seconds_count{{stage="{stage}"}}'] == 4
-
-    run_with(tmp_path, test)
+async def test_figures_count_requests_candidates_and_what_was_unknown(client: httpx2.AsyncClient) -> None:
+    before = await figures(client)
+    assert before["serving_model_version"] == 3
+    assert before['serving_vectors_snapshot{store="images"}'] == 7
+    assert 55 < before['serving_vectors_age_seconds{store="images"}'] < 90
+    for _ in range(3):
+        await client.post("/v1/score", json=ONE)
+    await client.post("/v1/score", content=stream_of(table_of([1, 2])), headers={"content-type": ARROW})
+    await client.post("/v1/score", content=b"{")
+    found = await figures(client)
+    assert found['serving_requests_total{code="200",route="/v1/score"}'] == 4
+    assert found['serving_requests_total{code="400",route="/v1/score"}'] == 1
+    assert found["serving_candidates_total"] == 11
+    assert found['serving_unknown_total{field="ad_item"}'] == 3
+    assert found['serving_values_total{field="ad_item"}'] == 11
+    assert found['serving_values_total{field="behavior_item"}'] == 6
+    for stage in ("read", "wait", "parse", "score", "encode"):
+        assert found[f'serving_stage_seconds_count{{stage="{stage}"}}'] == 4
 
 
-def test_what_users_send_is_never_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+async def test_what_users_send_is_never_logged(scoring: Scoring, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
     caplog.set_level(logging.DEBUG, logger="serving")  # whatever commands that ran in this process have set
     body = {"user": {"user": "secret-name"}, "candidates": {"ad_item": [1, 2]}}
-
-    async def test(client: httpx2.AsyncClient, scoring: Scoring) -> None:
+    async with client_of(scoring) as client:
         for value in (body, {"users": "secret-name"}, {"candidates": {"ad_item": ["secret-name", None]}}):
             await client.post("/v1/score?logits=true", json=value)
         await client.get("/secret-name")
-
-    run_with(tmp_path, test)
     # (httpx2 logs its own requests in this process)
     logged = "\n".join(record.getMessage() for record in caplog.records if not record.name.startswith("httpx2"))
     assert "loaded version 3" in logged
     assert "secret-name" not in logged
 
 
-def test_a_bug_is_500_and_its_message_stays_out_of_the_log(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+async def test_a_bug_is_500_and_its_message_stays_out_of_the_log(
+    client: httpx2.AsyncClient, scoring: Scoring, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def test(client: httpx2.AsyncClient, scoring: Scoring) -> None:
-        def broken(*body: object) -> None:
-            raise ValueError("-".join(["secret", "name"]))
+    def broken(*body: object) -> None:
+        raise ValueError("-".join(["secret", "name"]))
 
-        monkeypatch.setattr(scoring.live.model, "_scores", broken)
-        answer = await client.post("/v1/score", json=ONE)
-        assert answer.status_code == 500
-        assert "secret-name" not in answer.text
-        monkeypatch.undo()
-        assert (await client.post("/v1/score", json=ONE)).status_code == 200
-
-    run_with(tmp_path, test)
+    monkeypatch.setattr(scoring.live.model, "_scores", broken)
+    answer = await client.post("/v1/score", json=ONE)
+    assert answer.status_code == 500
+    assert "secret-name" not in answer.text
+    monkeypatch.undo()
+    assert (await client.post("/v1/score", json=ONE)).status_code == 200
     assert "ValueError" in caplog.text
     assert "secret-name" not in caplog.text
 
 
-def test_the_first_page_has_an_example_that_is_scored_as_it_is(tmp_path: Path) -> None:
-    async def test(client: httpx2.AsyncClient, scoring: Scoring) -> None:
-        about = (await client.get("/")).json()
-        example = (await client.get("/v1/example")).json()
-        assert about["example"] == example
-        assert {*example["user"], *example["candidates"]} == {*scoring.live.model.inputs.sources}
-        answer = await client.post("/v1/score", json=example)
-        assert answer.status_code == 200, answer.text
-        assert len(answer.json()["scores"]) == len(example["candidates"]["ad_item"]) == 3
-        assert about["try"].startswith("curl -s ") and '"' not in about["try"] and "$TOKEN" not in about["try"]
-
-    run_with(tmp_path, test)
-
-
-def test_openapi_describes_all_addresses_and_what_a_request_takes(tmp_path: Path) -> None:
-    async def test(client: httpx2.AsyncClient, scoring: Scoring) -> None:
-        found = (await client.get("/openapi.json")).json()
-        assert found["openapi"] == "3.1.0"
-        routes = {(method, path) for path, methods in found["paths"].items() for method in methods}
-        assert routes == {(method.lower(), path) for method, path, _ in scoring._routes}
-        assert all(each["summary"] for methods in found["paths"].values() for each in methods.values())
-
-        def check(value: Any, schema: Any) -> None:
-            jsonschema.validate(value, {**schema, "components": found["components"]})
-
-        post = found["paths"]["/v1/score"]["post"]
-        body = post["requestBody"]["content"]["application/json"]
-        answered = post["responses"]["200"]["content"]["application/json"]["schema"]
-        example = body["example"]
-        for sent in (example, [example], {"requests": [example] * 2}):
-            check(sent, body["schema"])
-            check((await client.post("/v1/score", json=sent)).json(), answered)
-        unseen = {**example, "candidates": {**example["candidates"], "ad_image": [None, "bag/1.jpg", 5]}}
-        check(unseen, body["schema"])
-        for wrong in ({}, {"user": {}, "candidates": {}}, {**example, "candidates": {"ad_item": [1.5]}}):
-            with pytest.raises(jsonschema.ValidationError):
-                check(wrong, body["schema"])
-
-    run_with(tmp_path, test)
+async def test_the_first_page_has_an_example_that_is_scored_as_it_is(
+    client: httpx2.AsyncClient, scoring: Scoring
+) -> None:
+    about = (await client.get("/")).json()
+    example = (await client.get("/v1/example")).json()
+    assert about["example"] == example
+    assert {*example["user"], *example["candidates"]} == {*scoring.live.model.inputs.sources}
+    answer = await client.post("/v1/score", json=example)
+    assert answer.status_code == 200, answer.text
+    assert len(answer.json()["scores"]) == len(example["candidates"]["ad_item"]) == 3
+    assert about["try"].startswith("curl -s ") and '"' not in about["try"] and "$TOKEN" not in about["try"]
 
 
-def test_scores_have_a_histogram(tmp_path: Path) -> None:
-    async def test(client: httpx2.AsyncClient, scoring: Scoring) -> None:
-        items = [*range(-9_000, 3_000, 250)]
-        nobody = ONE | {"candidates": {"ad_item": []}}
-        await client.post("/v1/score", json=[ONE | {"candidates": {"ad_item": items}}, nobody])
-        expected = np.array(chances(*items))
-        found = await figures(client)
-        assert found["serving_scores_count"] == len(items)
-        assert found["serving_scores_sum"] == pytest.approx(expected.sum(), rel=1e-5)
-        bounds = {each.split('"')[1]: count for each, count in found.items() if each.startswith("serving_scores_b")}
-        assert len(bounds) == 18 and bounds["+Inf"] == len(items)
-        for bound, count in bounds.items():
-            assert count == (expected <= float(bound)).sum(), bound
-        assert 0 < bounds["0.05"] < bounds["0.3"] < bounds["0.9"]
+async def test_openapi_describes_all_addresses_and_what_a_request_takes(
+    client: httpx2.AsyncClient, scoring: Scoring
+) -> None:
+    found = (await client.get("/openapi.json")).json()
+    assert found["openapi"] == "3.1.0"
+    routes = {(method, path) for path, methods in found["paths"].items() for method in methods}
+    assert routes == {(method.lower(), path) for method, path, _ in scoring._routes}
+    assert all(each["summary"] for methods in found["paths"].values() for each in methods.values())
 
-    run_with(tmp_path, test)
+    def check(value: Any, schema: Any) -> None:
+        jsonschema.validate(value, {**schema, "components": found["components"]})
+
+    post = found["paths"]["/v1/score"]["post"]
+    body = post["requestBody"]["content"]["application/json"]
+    answered = post["responses"]["200"]["content"]["application/json"]["schema"]
+    example = body["example"]
+    for sent in (example, [example], {"requests": [example] * 2}):
+        check(sent, body["schema"])
+        check((await client.post("/v1/score", json=sent)).json(), answered)
+    unseen = {**example, "candidates": {**example["candidates"], "ad_image": [None, "bag/1.jpg", 5]}}
+    check(unseen, body["schema"])
+    for wrong in ({}, {"user": {}, "candidates": {}}, {**example, "candidates": {"ad_item": [1.5]}}):
+        with pytest.raises(jsonschema.ValidationError):
+            check(wrong, body["schema"])
+
+
+async def test_scores_have_a_histogram(client: httpx2.AsyncClient) -> None:
+    items = [*range(-9_000, 3_000, 250)]
+    nobody = ONE | {"candidates": {"ad_item": []}}
+    await client.post("/v1/score", json=[ONE | {"candidates": {"ad_item": items}}, nobody])
+    expected = np.array(chances(*items))
+    found = await figures(client)
+    assert found["serving_scores_count"] == len(items)
+    assert found["serving_scores_sum"] == pytest.approx(expected.sum(), rel=1e-5)
+    bounds = {each.split('"')[1]: count for each, count in found.items() if each.startswith("serving_scores_b")}
+    assert len(bounds) == 18 and bounds["+Inf"] == len(items)
+    for bound, count in bounds.items():
+        assert count == (expected <= float(bound)).sum(), bound
+    assert 0 < bounds["0.05"] < bounds["0.3"] < bounds["0.9"]

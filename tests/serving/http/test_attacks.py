@@ -219,17 +219,3 @@ def test_a_thousand_connections_at_once_keep_nobody_from_the_health_port(attacke
         with attacked.healthy(attacked.health_port):
             attacked.server.process.send_signal(signal.SIGCONT)
             time.sleep(2)
-
-
-@pytest.mark.parametrize("rows", [0, 1])
-def test_a_table_with_wrong_columns_gets_400_whether_it_has_rows_or_not(attacked: Attacked, rows: int) -> None:
-    good = pa.ipc.open_stream(table(3, 2, 1)).read_all().slice(0, rows)
-    for wrong, status in (
-        (good, 200),
-        (good.append_column("behavior_item", good["behavior_item"]), 400),
-        (good.append_column("ad_item", good["ad_item"]), 400),
-        (good.append_column("ad_itme", good["ad_item"]), 400),
-        (good.drop_columns(["ad_item"]), 400),
-        (good.set_column(0, "user", pa.array([1.5] * rows, pa.float64())), 400),
-    ):
-        assert attacked.longest_ms("/v1/score", stream_of(wrong), ARROW)[0] == status

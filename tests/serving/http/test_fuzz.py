@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import psutil
 import pyarrow.parquet as pq
 import pytest
@@ -25,7 +24,7 @@ from serving.http.live import BundleSource
 from serving.http.openapi import example_of
 from serving.scoring.scorer import Scorer
 from serving.settings import ServerSettings
-from tests.fuzz.mutate import JSON, STREAM, TENSORS, mutated, stream_of
+from tests.fuzz.mutate import JSON, STREAM, TENSORS, mutated, stream_of, tensors_of
 from tests.serving.http.conftest import Published
 from tests.serving.http.fakes import scoring_of
 
@@ -47,29 +46,17 @@ def bodies(model: Scorer, samples: Path, count: int) -> Iterator[FuzzBody]:
     ads = {name: values * 70 for name, values in example["candidates"].items()}
     requests = [example, [example, example], {"requests": [example | {"candidates": ads}]}]
     texts = [json.dumps(each).encode() for each in requests]
+    tensors = [tensors_of({**example["user"], **example["candidates"]})]
     stream = stream_of(pq.read_table(samples, columns=list(model.inputs.sources)).slice(0, 2))
     for number in range(count):
         draw = random.Random(number)
         if number % 3 == 0:
             yield FuzzBody("/v1/score", {"content-type": JSON_TYPE}, mutated(draw, texts, JSON))
         elif number % 3 == 1:
-            length, _, content = mutated(draw, [tensors(example)], TENSORS).partition(b"\n")
+            length, _, content = mutated(draw, tensors, TENSORS).partition(b"\n")
             yield FuzzBody("/v2/models/ctr/infer", {HEADER: length.decode("latin-1")}, content)
         else:
             yield FuzzBody("/v1/score", {"content-type": ARROW}, mutated(draw, [stream], STREAM))
-
-
-def tensors(example: dict[str, Any]) -> bytes:
-    """Write a request as tensors after a line with the length of their JSON; every second one is binary."""
-    inputs, binary = [], b""
-    for place, (name, value) in enumerate({**example["user"], **example["candidates"]}.items()):
-        array = np.array(value)
-        given: dict[str, Any] = {"data": array.ravel().tolist()}
-        if place % 2:
-            given, binary = {"parameters": {"binary_data_size": array.nbytes}}, binary + array.tobytes()
-        inputs.append({"name": name, "datatype": "INT64", "shape": list(array.shape) or [1]} | given)
-    text = json.dumps({"inputs": inputs}).encode()
-    return b"%d\n" % len(text) + text + binary
 
 
 async def answer_of(app: Any, body: FuzzBody) -> tuple[int, bytes]:

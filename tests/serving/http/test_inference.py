@@ -2,7 +2,6 @@
 
 import struct
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,13 +11,14 @@ import orjson
 import pytest
 
 from serving.errors import RequestError
-from serving.http.app import Scoring
 from serving.http.inference import Tensor, metadata, sent_tensors, split_body, tensors_of
 from serving.network import run_steps
 from serving.settings import Budget
-from tests.serving.http.fakes import run_with, write_state
+from tests.serving.http.fakes import write_state
 from tests.serving.http.processes import ServerProcess, fake_server
 from trainer.samples.columns import Rule
+
+pytestmark = pytest.mark.anyio
 
 COLUMNS = {
     "user": Rule("user", 0, "integer", text="id"),
@@ -186,57 +186,51 @@ LARGE = {"name": "ad_item", "datatype": "UINT64", "shape": [1], "data": [2**63]}
 USER = {"name": "user", "datatype": "INT64", "shape": [1], "data": [1]}
 
 
-def test_inference_by_json(tmp_path: Path) -> None:
-    async def test(client: httpx2.AsyncClient, scoring: Scoring) -> None:
-        answer = (await client.post("/v2/models/ctr/infer", json=infer_body(id="q1"))).json()
-        assert (answer["model_name"], answer["model_version"], answer["id"]) == ("ctr", "3", "q1")
-        assert answer["parameters"] == {"vectors.images": 7}
-        outputs = {each["name"]: each for each in answer["outputs"]}
-        assert outputs["logit"]["data"] == pytest.approx([3.001, 3.002, 5.0])
-        assert outputs["unknown"] == {"name": "unknown", "datatype": "INT32", "shape": [3], "data": [0, 0, 1]}
-        asked = [{"name": "score", "parameters": {"binary_data": True}}, {"name": "missing"}]
-        binary = await client.post("/v2/models/ctr/versions/3/infer", json=infer_body(outputs=asked))
-        length = int(binary.headers["inference-header-content-length"])
-        outputs = orjson.loads(binary.content[:length])["outputs"]
-        assert outputs[0] == {"name": "score", "datatype": "FP32", "shape": [3], "parameters": {"binary_data_size": 12}}
-        assert outputs[1]["data"] == [0, 0, 0]
-        assert np.frombuffer(binary.content[length:], "<f4") == pytest.approx([0.95262, 0.95266, 0.99331], abs=1e-5)
-
-    run_with(tmp_path, test)
+async def test_inference_by_json(client: httpx2.AsyncClient) -> None:
+    answer = (await client.post("/v2/models/ctr/infer", json=infer_body(id="q1"))).json()
+    assert (answer["model_name"], answer["model_version"], answer["id"]) == ("ctr", "3", "q1")
+    assert answer["parameters"] == {"vectors.images": 7}
+    outputs = {each["name"]: each for each in answer["outputs"]}
+    assert outputs["logit"]["data"] == pytest.approx([3.001, 3.002, 5.0])
+    assert outputs["unknown"] == {"name": "unknown", "datatype": "INT32", "shape": [3], "data": [0, 0, 1]}
+    asked = [{"name": "score", "parameters": {"binary_data": True}}, {"name": "missing"}]
+    binary = await client.post("/v2/models/ctr/versions/3/infer", json=infer_body(outputs=asked))
+    length = int(binary.headers["inference-header-content-length"])
+    outputs = orjson.loads(binary.content[:length])["outputs"]
+    assert outputs[0] == {"name": "score", "datatype": "FP32", "shape": [3], "parameters": {"binary_data_size": 12}}
+    assert outputs[1]["data"] == [0, 0, 0]
+    assert np.frombuffer(binary.content[length:], "<f4") == pytest.approx([0.95262, 0.95266, 0.99331], abs=1e-5)
 
 
-def test_mistakes_of_inference_are_told(tmp_path: Path) -> None:
-    async def test(client: httpx2.AsyncClient, scoring: Scoring) -> None:
-        for path, body, status, words in (
-            ("/v2/models/other/infer", infer_body(), 404, "ctr"),
-            ("/v2/models/ctr/versions/9/infer", infer_body(), 404, "but 3"),
-            ("/v2/models/ctr/infer", [], 400, "no inputs"),
-            ("/v2/models/ctr/infer", {"inputs": [3]}, 400, "object with name"),
-            ("/v2/models/ctr/infer", {"inputs": infer_body()["inputs"] * 2}, 400, "twice"),
-            ("/v2/models/ctr/infer", infer_body(outputs=[{"name": "x"}]), 400, "score"),
-            ("/v2/models/ctr/infer", infer_body(outputs=[{"name": ["score"]}]), 400, "score"),
-            ("/v2/models/ctr/infer", infer_body(outputs=[{"name": {}}]), 400, "score"),
-            ("/v2/models/ctr/infer", infer_body(outputs=3), 400, "outputs"),
-            ("/v2/models/ctr/infer", infer_body(id=3), 400, "id"),
-            (
-                "/v2/models/ctr/infer",
-                {"inputs": [FLOATS]},
-                400,
-                "input ad_item[0] is 1.5, and has to be a whole number",
-            ),
-            ("/v2/models/ctr/infer", {"inputs": [USER]}, 400, "input ad_item is missing, expected a list with"),
-            (
-                "/v2/models/ctr/infer",
-                {"inputs": [LARGE]},
-                400,
-                "input ad_item[0] is 9223372036854775808, bey",
-            ),
-        ):
-            answer = await client.post(path, json=body)
-            assert answer.status_code == status
-            assert words in answer.json()["error"]
-
-    run_with(tmp_path, test)
+async def test_mistakes_of_inference_are_told(client: httpx2.AsyncClient) -> None:
+    for path, body, status, words in (
+        ("/v2/models/other/infer", infer_body(), 404, "ctr"),
+        ("/v2/models/ctr/versions/9/infer", infer_body(), 404, "but 3"),
+        ("/v2/models/ctr/infer", [], 400, "no inputs"),
+        ("/v2/models/ctr/infer", {"inputs": [3]}, 400, "object with name"),
+        ("/v2/models/ctr/infer", {"inputs": infer_body()["inputs"] * 2}, 400, "twice"),
+        ("/v2/models/ctr/infer", infer_body(outputs=[{"name": "x"}]), 400, "score"),
+        ("/v2/models/ctr/infer", infer_body(outputs=[{"name": ["score"]}]), 400, "score"),
+        ("/v2/models/ctr/infer", infer_body(outputs=[{"name": {}}]), 400, "score"),
+        ("/v2/models/ctr/infer", infer_body(outputs=3), 400, "outputs"),
+        ("/v2/models/ctr/infer", infer_body(id=3), 400, "id"),
+        (
+            "/v2/models/ctr/infer",
+            {"inputs": [FLOATS]},
+            400,
+            "input ad_item[0] is 1.5, and has to be a whole number",
+        ),
+        ("/v2/models/ctr/infer", {"inputs": [USER]}, 400, "input ad_item is missing, expected a list with"),
+        (
+            "/v2/models/ctr/infer",
+            {"inputs": [LARGE]},
+            400,
+            "input ad_item[0] is 9223372036854775808, bey",
+        ),
+    ):
+        answer = await client.post(path, json=body)
+        assert answer.status_code == status
+        assert words in answer.json()["error"]
 
 
 @pytest.fixture(scope="module")

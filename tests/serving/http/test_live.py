@@ -17,6 +17,8 @@ from serving.http.metrics import ServingMetrics
 from serving.scoring.request import Scored
 from tests.serving.http.fakes import FakeModel, FakeSource, client_of, scoring_of, write_state
 
+pytestmark = pytest.mark.anyio
+
 
 def value_of(metrics: ServingMetrics, line: str) -> float:
     found = [text for text in metrics.text().decode().splitlines() if text.startswith(f"{line} ")]
@@ -27,32 +29,29 @@ def live_of(folder: Path, **state: object) -> LiveModel:
     return LiveModel(FakeSource(write_state(folder, **state)), ServingMetrics(), poll_s=0.01)
 
 
-def test_a_newer_version_and_newer_vectors_are_switched_to_and_the_old_one_is_closed(tmp_path: Path) -> None:
-    async def run() -> None:
-        live = live_of(tmp_path, version=1, vectors={"images": 5})
-        with pytest.raises(RefusedError):
-            _ = live.model
-        await live.start()
-        first = live.model
-        await live.poll_once()
-        assert live.model is first
-        write_state(tmp_path, version=1, vectors={"images": 6})
-        await live.poll_once()
-        second = live.model
-        assert second.identity == BundleIdentity(1, {"images": 6})
-        assert (first.closed, second.closed) == (True, False)
-        write_state(tmp_path, version=2, vectors={"images": 1})
-        await live.poll_once()
-        assert live.model.identity.version == 2
-        write_state(tmp_path, version=1, vectors={"images": 6})  # a rollback is a switch like any other
-        await live.poll_once()
-        assert live.model.identity.version == 1
-        assert value_of(live.metrics, 'serving_switches_total{result="switched"}') == 3
-        assert value_of(live.metrics, "serving_model_version") == 1
-        live.close()
-        assert not live.is_ready
-
-    asyncio.run(run())
+async def test_a_newer_version_and_newer_vectors_are_switched_to_and_the_old_one_is_closed(tmp_path: Path) -> None:
+    live = live_of(tmp_path, version=1, vectors={"images": 5})
+    with pytest.raises(RefusedError):
+        _ = live.model
+    await live.start()
+    first = live.model
+    await live.poll_once()
+    assert live.model is first
+    write_state(tmp_path, version=1, vectors={"images": 6})
+    await live.poll_once()
+    second = live.model
+    assert second.identity == BundleIdentity(1, {"images": 6})
+    assert (first.closed, second.closed) == (True, False)
+    write_state(tmp_path, version=2, vectors={"images": 1})
+    await live.poll_once()
+    assert live.model.identity.version == 2
+    write_state(tmp_path, version=1, vectors={"images": 6})  # a rollback is a switch like any other
+    await live.poll_once()
+    assert live.model.identity.version == 1
+    assert value_of(live.metrics, 'serving_switches_total{result="switched"}') == 3
+    assert value_of(live.metrics, "serving_model_version") == 1
+    live.close()
+    assert not live.is_ready
 
 
 @pytest.fixture
@@ -64,73 +63,60 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return clock
 
 
-def test_a_broken_version_is_refused_logged_and_counted_and_the_old_one_stays(
+async def test_a_broken_version_is_refused_logged_and_counted_and_the_old_one_stays(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, clock: SimpleNamespace
 ) -> None:
-    async def run() -> None:
-        live = live_of(tmp_path, version=1)
-        await live.start()
-        write_state(tmp_path, version=2, broken=True)
-        for _ in range(5):
-            await live.poll_once()  # tried again after a pause only
-        assert live.model.identity.version == 1
-        assert value_of(live.metrics, 'serving_switches_total{result="refused"}') == 1
-        write_state(tmp_path, version=2)
-        clock.now_s = live.poll_s
-        await live.poll_once()
-        assert live.model.identity.version == 2
-
-    asyncio.run(run())
+    live = live_of(tmp_path, version=1)
+    await live.start()
+    write_state(tmp_path, version=2, broken=True)
+    for _ in range(5):
+        await live.poll_once()  # tried again after a pause only
+    assert live.model.identity.version == 1
+    assert value_of(live.metrics, 'serving_switches_total{result="refused"}') == 1
+    write_state(tmp_path, version=2)
+    clock.now_s = live.poll_s
+    await live.poll_once()
+    assert live.model.identity.version == 2
     assert "refused version 2, still serving version 1" in caplog.text
     assert "network.pt2" in caplog.text
 
 
-def test_pauses_between_tries_of_a_broken_version_grow(tmp_path: Path, clock: SimpleNamespace) -> None:
-    async def run() -> None:
-        live = live_of(tmp_path, version=1)
-        await live.start()
-        write_state(tmp_path, version=2, broken=True)
-        for _ in range(1000):
-            await live.poll_once()
-            clock.now_s += live.poll_s
-        assert 8 <= value_of(live.metrics, 'serving_switches_total{result="refused"}') <= 12
-
-    asyncio.run(run())
+async def test_pauses_between_tries_of_a_broken_version_grow(tmp_path: Path, clock: SimpleNamespace) -> None:
+    live = live_of(tmp_path, version=1)
+    await live.start()
+    write_state(tmp_path, version=2, broken=True)
+    for _ in range(1000):
+        await live.poll_once()
+        clock.now_s += live.poll_s
+    assert 8 <= value_of(live.metrics, 'serving_switches_total{result="refused"}') <= 12
 
 
-def test_a_place_that_cannot_be_read_is_told_once_and_tried_again(
+async def test_a_place_that_cannot_be_read_is_told_once_and_tried_again(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async def run() -> None:
-        live = live_of(tmp_path, version=1)
-        await live.start()
-        (tmp_path / "fake.json").unlink()
-        for _ in range(3):
-            await live.poll_once()
-        assert live.model.identity.version == 1
-        write_state(tmp_path, version=2)
+    live = live_of(tmp_path, version=1)
+    await live.start()
+    (tmp_path / "fake.json").unlink()
+    for _ in range(3):
         await live.poll_once()
-        assert live.model.identity.version == 2
-
-    asyncio.run(run())
+    assert live.model.identity.version == 1
+    write_state(tmp_path, version=2)
+    await live.poll_once()
+    assert live.model.identity.version == 2
     assert caplog.text.count("cannot look for a newer model") == 1
 
 
-def test_the_first_model_has_to_load(tmp_path: Path) -> None:
+async def test_the_first_model_has_to_load(tmp_path: Path) -> None:
     live = live_of(tmp_path, version=1, broken=True)
     with pytest.raises(BrokenBundleError):
-        asyncio.run(live.start())
+        await live.start()
     state = write_state(tmp_path, version=1, broken=True)
-
-    async def run() -> None:
-        scoring = scoring_of(FakeSource(state))
-        async with client_of(scoring, wait=False) as client:
-            while scoring.failure is None:
-                await asyncio.sleep(0.01)
-            assert (await client.get("/v2/health/ready")).status_code == 503
-        assert "network.pt2" in str(scoring.failure)
-
-    asyncio.run(run())
+    scoring = scoring_of(FakeSource(state))
+    async with client_of(scoring, wait=False) as client:
+        while scoring.failure is None:
+            await asyncio.sleep(0.01)
+        assert (await client.get("/v2/health/ready")).status_code == 503
+    assert "network.pt2" in str(scoring.failure)
 
 
 class Counting(FakeModel):
@@ -166,18 +152,15 @@ def test_a_model_whose_sample_has_no_finite_scores_is_refused() -> None:
             warm_up(model)
 
 
-def test_a_model_that_fails_its_warm_up_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_model_that_fails_its_warm_up_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = FakeSource(write_state(tmp_path, version=1))
     live = LiveModel(source, ServingMetrics(), poll_s=0.01)
 
     def fails(model: object) -> int:
         raise MemoryError
 
-    async def run() -> None:
-        await live.start()
-        monkeypatch.setattr("serving.http.live.warm_up", fails)
-        write_state(tmp_path, version=2)
-        await live.poll_once()
-
-    asyncio.run(run())
+    await live.start()
+    monkeypatch.setattr("serving.http.live.warm_up", fails)
+    write_state(tmp_path, version=2)
+    await live.poll_once()
     assert [model.closed for model in source.opened] == [False, True]

@@ -1,14 +1,13 @@
 """The matrix: a bundle's scores are the trainer's own logits, for every kind of model, inputs and missing images.
 
-And what a scorer says beside scores; requests with nothing known or nothing in them; and what the matrix notices: in
-one file, as another one would open the same scorers anew.
+And what a scorer says beside scores, and requests with nothing known or nothing in them: in one file, as another one
+would open the same scorers again. What the matrix notices: tools/breaks.toml.
 """
 
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
@@ -16,17 +15,14 @@ import pyarrow as pa
 import pytest
 
 from featurestore.spec import MissingPolicy
-from serving.bundle import export as exporting
-from serving.bundle.rows import BundleIdRows, VectorTable
 from serving.errors import NotFiniteError, RequestError
 from serving.network import Steps
 from serving.network.served import NetworkInputs, ServedNetwork
 from serving.scoring.request import Request, Scored
 from serving.scoring.scorer import Scorer
-from tests.serving.scoring.variants import GONE, VARIANTS, Exported, export
+from tests.serving.scoring.variants import GONE, VARIANTS, Exported
 from trainer.config import BaseNet, ModelConfig, Pooling
 from trainer.evaluation.predict import predict_run
-from trainer.models.nets import build_model
 from trainer.runs.checkpoint import read_rows
 from trainer.runs.saved import read_run
 
@@ -207,47 +203,3 @@ def test_a_request_whose_logits_are_not_finite_is_refused_by_name(
 def test_probabilities() -> None:
     scored = Scored(logits_C=np.array([0, 100, -100], np.float32), unknown={}, missing={})
     np.testing.assert_allclose(scored.probabilities(), [0.5, 1, 0], atol=1e-30)
-
-
-def test_the_comparison_notices_other_rows_of_ids(
-    variants: Variants, opened: Opened, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    right = BundleIdRows.find
-    monkeypatch.setattr(BundleIdRows, "find", lambda ids, tables, ids_N, *more: right(ids, tables, ids_N + 1, *more))
-    assert worst_difference(variants("mlp_concat").run, *opened("mlp_concat")) > 1e-3
-
-
-def test_the_comparison_notices_another_policy(
-    variants: Variants, opened: Opened, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    right = VectorTable.lookup
-
-    def zeros(self: VectorTable, keys_N: Any) -> Any:
-        rows_ND, missing_N = right(self, keys_N)
-        rows_ND[missing_N] = 0
-        return rows_ND, missing_N
-
-    monkeypatch.setattr(VectorTable, "lookup", zeros)
-    assert worst_difference(variants("contents").run, *opened("contents")) > 1e-4
-
-
-def test_the_comparison_notices_another_pooling(
-    variants: Variants, opened: Opened, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    model = variants("mlp_concat")
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            exporting,
-            "build_model",
-            lambda schema, config: build_model(schema, config.model_copy(update={"multi_hot": "mean"})),
-        )
-        export(model.run, str(tmp_path / "model"))
-    right, requests = opened("mlp_concat")
-    with contextlib.closing(Scorer.open(str(tmp_path / "model"))) as scorer:
-        assert worst_difference(model.run, scorer, requests) > 1e-3
-    assert worst_difference(model.run, right, requests) < 1e-5
-
-
-def worst_difference(run: Path, scorer: Scorer, requests: list[Request]) -> float:
-    """The largest difference of a logit from the trainer's."""
-    return float(np.abs(logits_of(scorer.score(requests)) - predict_run(run).logit_N).max())

@@ -1,4 +1,4 @@
-"""crossmedia compat: what it tells of other stores and of other runs, and --promote."""
+"""crossmedia compat: what it tells of other stores, and the gate of a model that would take another one's place."""
 
 import json
 import shutil
@@ -10,15 +10,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from typer.testing import Result
 
 from featurestore import to_bits
-from featurestore.errors import AnotherStoreError, CommitConflictError
+from featurestore.errors import AnotherStoreError
 from featurestore.format.rows import FeatureRows
-from featurestore.published.versions import find_channel, last_move
 from featurestore.spec import StoreInfo
 from featurestore.store import FeatureStore
-from featurestore.upkeep.history import move_channel
 from tests.cli import invoke
 from tests.trainer.conftest import Places, make_places
 from tests.trainer.whole_runs import run_alone
@@ -300,17 +297,12 @@ def test_runs_of_two_stores_are_compared_each_on_its_own(models: Places, tmp_pat
 
 @pytest.fixture
 def store(lost: Places) -> FeatureStore:
-    """Stable at the snapshot of the training; snapshot 2 adds rows, snapshot 3 deals the features anew."""
+    """Snapshot 1 is that of the training; snapshot 2 adds rows, snapshot 3 deals the features anew."""
     store = FeatureStore.open(lost.folder / "features")
     features_ND = store.snapshot().get(KEYS)
     store.put(FeatureRows.of(["more/1", "more/2"], features_ND[:2]))
     store.put(FeatureRows.of(URIS, permuted(features_ND), keys=KEYS))
-    move_channel(store, "stable", 1)
     return store
-
-
-def run(*words: object) -> Result:
-    return invoke(app, *words)
 
 
 @pytest.fixture
@@ -330,9 +322,8 @@ def test_the_difference_is_that_of_two_evaluations(
         return compare(ours, baseline, **options)
 
     monkeypatch.setattr("trainer.gates.compare", noted)
-    newest = store.snapshot("stable").version + 2
-    found, _ = check.promote(newest, "stable", None)
-    whole = [predict_run(check.saved.folder, store=store.url, store_version=version) for version in (newest, "stable")]
+    found = check.compare(store.snapshot(3))
+    whole = [predict_run(check.saved.folder, store=store.url, store_version=version) for version in (3, 1)]
     for mine, expected in zip(scored, whole, strict=True):
         np.testing.assert_allclose(mine.logit_N, expected.logit_N, atol=1e-5)
         assert (mine.impressions.label_N == expected.impressions.label_N).all()
@@ -344,67 +335,7 @@ def test_the_difference_is_that_of_two_evaluations(
     assert found.scores.mean_logit_change == pytest.approx(moved)
 
 
-def test_the_command_promotes_what_is_as_good_and_holds_what_is_not(
-    lost: Places, store: FeatureStore, tmp_path: Path
-) -> None:
-    first = store.snapshot("stable").version
-    command = (lost.folder / "runs/a", store.url, "--promote", "stable", "--version", "candidate")
-    move_channel(store, "candidate", first + 1)
-    good = run(*command)
-    assert good.exit_code == 0, good.output
-    assert f"stable points to snapshot {first + 1}" in good.output
-    assert store.snapshot("stable").version == first + 1
-    assert find_channel(store.storage, "stable").reason.startswith("promoted (coverage 1, gauc 0")
-    assert "already: nothing to do" in run(*command).output
-    move_channel(store, "candidate", first + 2)
-    file = tmp_path / "found.json"
-    bad = run(*command, "--json", file)
-    written = json.loads(file.read_text())
-    failed = [each["gate"] for each in written["gates"] if not each["holds"]]
-    assert bad.exit_code == 1 and set() < set(failed) <= {"gauc", "logloss"}, written
-    assert f"error: gate {failed[0]}: " in bad.output and f"stable stays at snapshot {first + 1}" in bad.output
-    assert store.snapshot("stable").version == first + 1 and not written["holds"]
-    forced = run(*command, "--force", "a new camera")
-    assert forced.exit_code == 0 and f"stable points to snapshot {first + 2}, by --force" in forced.output
-    assert find_channel(store.storage, "stable").reason.startswith("forced: a new camera (")
-
-
-def test_images_of_the_impressions_have_to_have_a_row(store: FeatureStore, check: Check) -> None:
-    gone = store.snapshot("stable").keys()[:10]
-    found, _ = check.promote(store.delete(gone).version, "stable", None)
-    coverage = next(each for each in found.gates if each.gate == "coverage")
-    assert (coverage.value, coverage.holds) == (pytest.approx(0.8), False)
-
-
-def test_a_first_promotion_has_nothing_to_compare_with(store: FeatureStore, check: Check) -> None:
-    found, said = check.promote("stable", "first", None)
-    assert [each.gate for each in found.gates] == ["coverage"] and said.startswith("first points to")
-
-
-def test_a_channel_that_was_moved_meanwhile_stays_where_the_other_put_it(
-    store: FeatureStore, check: Check, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first = store.snapshot("stable").version
-
-    def meanwhile(*_: Any) -> list[Any]:
-        move_channel(store, "stable", first + 2)
-        return []
-
-    monkeypatch.setattr("trainer.gates.score_gates", meanwhile)
-    with pytest.raises(CommitConflictError, match="another writer was first"):
-        check.promote(first + 1, "stable", None)
-    move = last_move(store.storage, "stable")
-    assert move is not None and move.version == first + 2
-
-
-def test_what_tells_nothing_is_refused(lost: Places, store: FeatureStore, tmp_path: Path) -> None:
-    without = {"run__name": "none", "train__max_steps": 1, "model__images": "none"}
-    run_alone(lost, **without)
+def test_a_run_without_images_is_refused(lost: Places) -> None:
+    run_alone(lost, run__name="none", train__max_steps=1, model__images="none")
     with pytest.raises(ConfigError, match=r"model\.images=none"):
-        Check(lost.folder / "runs/none", store.url, GateLimits())
-    other = FeatureStore.create(tmp_path / "other", store.info.kind)
-    other.put(store.snapshot("stable").read_shard(0))
-    with pytest.raises(AnotherStoreError):
-        Check(lost.folder / "runs/a", other.url, GateLimits()).promote(1, "stable", None)
-    result = run(lost.folder / "runs/a", store.url, "--accept", "--promote", "stable")
-    assert result.exit_code == 2 and "not both" in result.output
+        Check(lost.folder / "runs/none", lost.folder / "features", GateLimits())

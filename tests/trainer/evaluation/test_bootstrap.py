@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from trainer.evaluation.bootstrap import (
-    LEAST_USERS_OF_SLICE,
+    LEAST_USERS_SHOWN,
     METRICS,
     Estimate,
     MetricSums,
@@ -169,7 +169,7 @@ def test_a_measurement_is_that_of_the_sample_itself() -> None:
 
 def test_a_gauc_of_a_few_users_is_not_shown() -> None:
     logit_N, label_N, user_N = np.array([0.1, 0.2] * 40), np.array([0.0, 1.0] * 40), np.arange(80) // 2
-    for users, is_shown in ((LEAST_USERS_OF_SLICE - 1, False), (LEAST_USERS_OF_SLICE, True)):
+    for users, is_shown in ((LEAST_USERS_SHOWN - 1, False), (LEAST_USERS_SHOWN, True)):
         found = measure(logit_N[: 2 * users], label_N[: 2 * users], user_N[: 2 * users], "new_ad_")
         assert found["new_ad_gauc"] == 1
         assert shown(found, "new_ad_gauc") == (1 if is_shown else None)

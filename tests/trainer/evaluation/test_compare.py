@@ -12,7 +12,7 @@ from tests.pages import check_page
 from trainer.comm import SoloComm
 from trainer.errors import DataError
 from trainer.evaluation import report
-from trainer.evaluation.bootstrap import auc, compare, compare_new_ads, draws, grouped_auc, probability
+from trainer.evaluation.bootstrap import auc, auc_of_groups, compare, compare_new_ads, draws, probability
 from trainer.evaluation.predict import Impressions, Predictions
 from trainer.evaluation.report import compare_runs, number, range_of
 from trainer.runs.saved import RunSource
@@ -42,7 +42,7 @@ def test_values_are_those_of_each_side() -> None:
     found, back = (compare(*sides, resamples=200) for sides in (([good], [bad]), ([bad], [good])))
     label_N, user_N = good.impressions.label_N.astype(np.float64), good.impressions.user_N
     assert found["auc"].ours == pytest.approx(auc(good.logit_N, label_N))
-    assert found["gauc"].baseline == pytest.approx(grouped_auc(bad.logit_N, label_N, user_N))
+    assert found["gauc"].baseline == pytest.approx(auc_of_groups(bad.logit_N, label_N, user_N).mean)
     for each in found.values():
         assert each.value == pytest.approx(each.ours - each.baseline)
         assert 0 < each.low < each.value < each.high

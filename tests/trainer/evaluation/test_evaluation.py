@@ -1,6 +1,7 @@
 """crossmedia evaluate on tiny runs: what it writes, other samples and stores, two ranks."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -56,7 +57,7 @@ def of_tests(run: Path, column: str) -> list[Any]:
 def few_users_count() -> Iterator[None]:
     """Measure slices of this file's few users too."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(bootstrap, "LEAST_USERS_OF_SLICE", 1)
+        patched.setattr(bootstrap, "LEAST_USERS_SHOWN", 1)
         yield
 
 
@@ -121,7 +122,7 @@ class TestReport:
     def test_slices_by_a_column_are_named_as_the_logs_name_its_values(
         self, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(bootstrap, "LEAST_USERS_OF_SLICE", 30)
+        monkeypatch.setattr(bootstrap, "LEAST_USERS_SHOWN", 30)
         categories = set(np.concatenate(of_tests(run, "ad_category")).tolist())
         named = {int(number): f"shelf {number}" for number in sorted(categories)[1:]}
         write_part(run / "ids.parquet", named)
@@ -137,6 +138,17 @@ class TestReport:
         assert len(users) > 21 and f"{len(users) - 20} others" in by["by user"]["slices"]
         first = next(iter(by["by user"]["slices"].values()))
         assert first["users"] == 1 and all(each["value"] is None for each in first["metrics"].values())
+
+    def test_no_metric_of_a_few_users_is_given(
+        self, run: Path, ids_only: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(bootstrap, "LEAST_USERS_SHOWN", 1_000)
+        said = evaluate(run, "--bootstrap", 20, "--out", tmp_path)
+        said += evaluate(run, "--against", ids_only, "--bootstrap", 20, "--out", tmp_path)
+        assert said.count("; metrics are given of 1000 users or more") == 2
+        assert not re.search(r"\d\.\d{3}", said.replace(str(tmp_path), ""))
+        metrics = report_of(tmp_path)["whole"]["metrics"]
+        assert all(each == {"value": None, "low": None, "high": None} for each in metrics.values())
 
     def test_a_column_to_cut_by_has_one_id_a_row(self, run: Path) -> None:
         for name in ("behavior_item", "nothing"):
@@ -273,7 +285,7 @@ def test_a_page_that_cannot_be_written_is_refused_by_all_ranks(
 def test_two_ranks_equal_one(
     run: Path, tmp_path: Path, two_ranks_of_each: StandingRanks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bootstrap, "LEAST_USERS_OF_SLICE", 30)  # as in the ranks
+    monkeypatch.setattr(bootstrap, "LEAST_USERS_SHOWN", 30)  # as in the ranks
     options = (str(run), "--bootstrap", "50", "--out")
     assert " impressions, 1 rank\n" in invoke(app, *options, tmp_path / "one", code=0).stdout
     text = two_ranks_of_each.run("-m", "trainer.evaluate", *options, tmp_path / "two", "--html", tmp_path / "page.html")

@@ -18,6 +18,7 @@ from trainer.evaluation.predict import (
     seconds_of,
     seen_in_training,
     slicings,
+    slicings_by,
 )
 from trainer.samples.index import open_index
 from trainer.samples.reader import SampleReader
@@ -102,6 +103,12 @@ def test_limits_of_the_ranges() -> None:
     assert ",".join(names_of(by_history)) == (
         "0,1 to 5,1 to 5,6 to 10,6 to 10,11 to 20,11 to 20,21 to 50,21 to 50,51 or more,51 or more"
     )
+
+
+def test_a_slice_without_an_id_is_named_so() -> None:
+    label_N, id_N = np.zeros(3, np.float32), np.array([-1, 7, -1])
+    by = slicings_by(Impressions(label_N, id_N, id_N, by={"maker": id_N}), {})
+    assert names_of(by[0]) == ["(none)", "7", "(none)"]
 
 
 @pytest.mark.parametrize("unit", ["s", "ms", "us", "ns"])

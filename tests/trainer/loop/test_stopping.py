@@ -12,12 +12,14 @@ from featurestore.storage.storage import Storage
 from tests.trainer.checkpoints import steps_of
 from tests.trainer.conftest import Places
 from tests.trainer.whole_runs import assert_same, report_of, run_alone
+from trainer.comm import SoloComm
 from trainer.config import load_config
 from trainer.engine.engine import Engine
 from trainer.errors import ConfigError, TrainerError
 from trainer.evaluation import predict
 from trainer.loop import training as train_module
 from trainer.loop.training import StoppedError, best_step, has_ended, has_finished, metrics_of, num_plateaus
+from trainer.main import train
 from trainer.runs.checkpoint import read_state
 from trainer.runs.folder import find_checkpoint
 from trainer.runs.open import with_validation
@@ -275,13 +277,58 @@ def test_an_interrupted_run_chooses_the_same_epoch(
 def test_days_are_named_once(places: Places) -> None:
     samples = Storage(str(places.folder / "samples"))
 
-    def of(*settings: str) -> tuple[Any, Any]:
-        data = with_validation(load_config(settings=list(settings)), samples).data
+    def of(*settings: str, recorded: Any = None) -> tuple[Any, Any]:
+        data = with_validation(load_config(settings=list(settings)), samples, recorded).data
         return data.train_days, data.validation_days
 
+    last = (KEPT, ["2026-01-03"])
     assert of() == (None, 0) and of("data.validation_days=[]") == (None, 0)
-    assert of("data.validation_days=1") == (KEPT, ["2026-01-03"])
+    assert of("data.validation_days=1") == last
     assert of("data.validation_days=1", f"data.train_days=[{','.join(KEPT)}]") == (KEPT[:1], KEPT[1:])
-    assert of("data.validation_days=[2026-01-03]", f"data.train_days=[{','.join(KEPT)}]") == (KEPT, ["2026-01-03"])
+    assert of("data.validation_days=[2026-01-03]", f"data.train_days=[{','.join(KEPT)}]") == last
     with pytest.raises(ConfigError, match="validation_days=3 leaves none of the 3 training days of"):
         of("data.validation_days=3")
+    # What a checkpoint has recorded counts where nothing is said.
+    assert of(recorded=["2026-01-03"]) == last and of("train.epochs=9", recorded=0) == (None, 0)
+    assert of("data.validation_days=0", recorded=["2026-01-03"]) == (None, 0)
+
+
+@pytest.mark.long
+def test_a_run_that_chose_its_epoch_ends_with_the_command_that_trains_on_the_days_held_out(
+    places: Places, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainer.runs.open._LEAST_DAYS", 3)  # what the samples have
+    with _scored(0.5, 0.7, 0.6):
+        run_alone(places, run__dir=tmp_path, run__name="a", train__epochs=3)
+    output = " ".join(capsys.readouterr().out.split())
+    assert "held out, to choose the best of 3 epochs: 2026-01-03; data.validation_days=0 trains on all days" in output
+    command, option, file, *words = output.partition("as well: ")[2].split()[1:]
+    assert (command, option) == ("train", "--config")
+    after = load_config(Path(file), words)
+    assert (after.run.name, after.run.warm_parts, after.train.epochs) == ("a-all", "all", 2)
+    assert (after.data.train_days, after.optim.lr) == (["2026-01-03"], 0.3 * load_config(Path(file)).optim.lr)
+    train(after, SoloComm())
+    assert report_of(tmp_path / "a-all")["warm_start"].startswith(f"{tmp_path / 'a'}/checkpoints/")
+
+
+@pytest.mark.parametrize(
+    ("settings", "num_days", "held"),
+    [
+        pytest.param([], 40, 0, id="preset"),
+        pytest.param(["train.epochs=3"], 3, 0, id="three days are too few"),
+        pytest.param(["train.epochs=3"], 4, 1, id="four days"),
+        pytest.param(["train.epochs=4"], 19, 1, id="nineteen days"),
+        pytest.param(["train.epochs=4"], 40, 4, id="a tenth"),
+        pytest.param(["train.epochs=4", "train.max_steps=9"], 40, 0, id="steps are counted"),
+        pytest.param(["train.epochs=4", "train.eval_every=9"], 40, 0, id="test samples are looked at"),
+        pytest.param(["train.epochs=4", "data.validation_days=0"], 40, 0, id="as is said"),
+    ],
+)
+def test_more_epochs_than_two_hold_days_out(settings: list[str], num_days: int, held: int, tmp_path: Path) -> None:
+    days = [f"2026-01-{day:02d}" if day < 32 else f"2026-02-{day - 31:02d}" for day in range(1, num_days + 1)]
+    (tmp_path / "train").mkdir()
+    for day in days:
+        (tmp_path / "train" / f"day={day}.parquet").touch()
+    data = with_validation(load_config(settings=settings), Storage(str(tmp_path))).data
+    assert data.validation_days == (days[-held:] if held else 0)
+    assert data.train_days == (days[:-held] if held else None)

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load
 from safetensors.torch import save as save_tensors
 
-from featurestore.errors import StorageError
+from featurestore.errors import USAGE, StorageError
 from featurestore.published.paths import FarPath, RunPath, run_path
 from featurestore.published.versions import PublishedFile
 from featurestore.storage.storage import Storage
@@ -27,7 +27,7 @@ from tests.trainer.runs import saved
 from tests.trainer.runs.saved import SHARDS, Trained, on_ranks, origin_of, state_at
 from tests.trainer.whole_runs import run_alone
 from trainer.comm import Comm, SoloComm
-from trainer.errors import CheckpointError, ConfigError, DamagedCheckpointError, RemoteRankError
+from trainer.errors import CheckpointError, ConfigError, DamagedCheckpointError, RemoteRankError, TakenOverError
 from trainer.runs import checkpoint
 from trainer.runs.folder import Checkpoint, find_checkpoint, finished
 from trainer.runs.saved import open_trained, read_run
@@ -350,7 +350,7 @@ def test_a_rank_that_cannot_give_its_state_fails_it_on_all(tmp_path: Path, kind:
 def test_a_run_that_another_start_took_over_ends(tmp_path: Path) -> None:
     class Taken(CheckpointPlace):
         def commit(self, *given: Any) -> Any:
-            raise CheckpointError("another start of this run continues")
+            raise TakenOverError("another start of this run continues")
 
     def work(comm: Comm) -> None:
         saves = Checkpointer(comm, Taken(tmp_path), None, nothing)
@@ -358,8 +358,9 @@ def test_a_run_that_another_start_took_over_ends(tmp_path: Path) -> None:
         saves.wait()
 
     raised = on_ranks(2, work)
-    assert [type(each) for each in raised] == [CheckpointError] * 2
+    assert [type(each) for each in raised] == [TakenOverError] * 2
     assert {str(each) for each in raised} == {"another start of this run continues"}
+    assert raised[0].exit_code == USAGE, "a supervisor does not start it again"
 
 
 def test_without_memory_for_a_copy_it_is_written_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -494,11 +495,11 @@ class TestTwoWriters:
         first.claim()
         save(first, 50, 1.0)
         second.claim()
-        with pytest.raises(CheckpointError, match=r"written to by another start of this run, .*start one alone"):
+        with pytest.raises(TakenOverError, match=r"written to by another start of this run, .*start one alone"):
             save(first, 60, 1.0)
         assert steps(run) == [50]
         save(second, 60, 2.0)
-        with pytest.raises(CheckpointError, match="another start"):
+        with pytest.raises(TakenOverError, match="another start"):
             save(first, 70, 1.0)
         assert steps(run) == [50, 60] and values(finished(run)[-1]) == {2.0}
 
@@ -507,7 +508,7 @@ class TestTwoWriters:
         for place in (first, second):
             assert not place.has(50)
         first.remove([first.at(50)])
-        with pytest.raises(CheckpointError, match="another start"):
+        with pytest.raises(TakenOverError, match="another start"):
             second.remove([second.at(50)])
 
 
@@ -538,7 +539,7 @@ def test_a_checkpoint_whose_answer_was_lost_counts_unless_another_start_came_aft
             save(place, 70, 3.0)
             assert values(finished(folder)[-1]) == {3.0} and steps(folder)[-1] == 70
     CheckpointPlace(folder).claim()
-    with pytest.raises(CheckpointError, match="another start"):
+    with pytest.raises(TakenOverError):
         save(place, 90, 3.0)
 
 

@@ -1,20 +1,13 @@
 """What a person gives to trainer.supervise: hosts, and a command whose run can be found and gone on with"""
 
 import asyncio
-import os
-import signal
 import socket
 import sys
-import time
-import uuid
 from pathlib import Path
 from unittest import mock
 
 import pytest
 
-from featurestore.errors import StorageError
-from featurestore.published.paths import run_path
-from featurestore.storage.storage import Storage
 from tests.trainer.runs import saved
 from trainer.comm import SoloComm
 from trainer.errors import ConfigError
@@ -36,7 +29,6 @@ from trainer.supervise import (
     SuperviseOptions,
     Supervisor,
     back_off_s,
-    claimed,
     exit_code,
     fruitless,
     inherited,
@@ -129,67 +121,6 @@ def test_days_are_found_and_their_steps_counted_together(tmp_path: Path) -> None
 def test_commands_that_cannot_be_supervised(words: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parse_command(words)
-
-
-def test_a_run_whose_place_cannot_be_written_is_named(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(StorageError, match="file is a file: a folder is needed here"), claimed(tmp_path / "file" / "a"):
-        pass
-
-
-@pytest.mark.parametrize("place", ["disk", pytest.param("object store", marks=pytest.mark.services)])
-def test_one_supervisor_for_a_run(
-    place: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    url = str(tmp_path) if place == "disk" else request.getfixturevalue("s3_url")
-    run = run_path(f"{url}/runs/a")
-    claims, elsewhere = Storage(f"{url}/runs/.a.supervised"), b"process 1 on another-machine"
-    first, second = (f"{number:020}" for number in (1, 2))
-    with claimed(run):
-        assert claims.list() == [first]
-        with claimed(run_path(f"{url}/runs/b")):
-            pass
-    assert claims.list() == [first] and claims.read_bytes(first) == b"", "it is given back"
-    claims.write_bytes(first, elsewhere)
-    with pytest.raises(ConfigError, match="a is supervised already, by process 1 on another-machine"), claimed(run):
-        pass
-    time.sleep(2.5)  # S3 has whole seconds
-    with claimed(run, lease_s=0.5):
-        assert b"another-machine" not in claims.read_bytes(second)
-    gone = f"process 4194305 on {os.uname().nodename}"  # a number that no process has
-    claims.write_bytes(second, gone.encode())
-    with monkeypatch.context() as patch:
-        patch.setattr(Storage, "create_exclusive", lambda *_: False)
-        with pytest.raises(ConfigError, match="by one that began at the same moment"), claimed(run):
-            pass
-    with monkeypatch.context() as patch:  # it looked, was away, and takes a number that is free again
-        patch.setattr(Storage, "list", lambda self, *_: (patch.undo(), [])[1])
-        claims.delete(first)
-        with pytest.raises(ConfigError, match="by one that began meanwhile"), claimed(run):
-            pass
-    assert claims.list() == [second]
-    ended: list[int] = []
-    monkeypatch.setattr(os, "kill", lambda _, number: ended.append(number))
-    with claimed(run, lease_s=4):
-        claims.write_bytes(f"{4:020}", elsewhere)
-        until_s = time.monotonic() + 60
-        while not ended and time.monotonic() < until_s:
-            time.sleep(0.2)
-    assert ended == [signal.SIGTERM], "it was taken over"
-    assert claims.list() == [f"{4:020}"] and claims.read_bytes(f"{4:020}") == elsewhere
-
-
-def test_whoever_was_away_stops_though_the_run_was_given_back_and_taken_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    run, ended = run_path(f"memory://{uuid.uuid4().hex}/runs/a"), list[int]()
-    monkeypatch.setattr(os, "kill", lambda _, number: ended.append(number))
-    with claimed(run, lease_s=1):
-        with claimed(run):  # as another one: a process of this number that holds the run is taken for an earlier one
-            pass
-        with claimed(run):
-            until_s = time.monotonic() + 60
-            while not ended and time.monotonic() < until_s:
-                time.sleep(0.05)
-            assert ended == [signal.SIGTERM]
 
 
 def test_addresses_by_which_hosts_reach_each_other() -> None:

@@ -18,6 +18,7 @@ from tests.trainer.runs import saved
 from tests.trainer.runs.resumed.legs import Killed, Leg, assert_no_step_or_sample_is_lost
 from tests.trainer.supervise.supervised import QUICK, TIMEOUT_S, TWO_HOSTS, Supervised, kill
 from trainer.comm import SoloComm
+from trainer.runs.saving import CheckpointPlace
 
 Settings = Callable[..., list[str]]
 STEPS = 80
@@ -64,6 +65,17 @@ def test_the_supervisor_and_a_rank_are_lost(settings_of: Settings, tmp_path: Pat
     assert_no_step_or_sample_is_lost(legs, whole, STEPS)
 
 
+@pytest.mark.slow
+def test_a_run_that_another_start_has_taken_over_is_left_to_it(settings_of: Settings, tmp_path: Path) -> None:
+    """Were the ranks started again, the two starts would take the run from each other for ever."""
+    run = Supervised(tmp_path, settings_of(tmp_path, STEPS, 10))
+    process = run.start(PAUSE_S="0.1")
+    run.wait_for_step(process, 10)
+    CheckpointPlace(run.run).claim()  # as a start elsewhere does
+    said = run.end(process, 2).strip()
+    assert "is written to by another start of this run" in said and said.endswith("; not started again")
+
+
 STAND_IN = """
 import os, signal, sys, time
 from pathlib import Path
@@ -92,8 +104,6 @@ def test_a_rank_hangs_a_host_is_lost_and_a_signal_ends_all(tmp_path: Path) -> No
 
     process = run.start()
     wait_for(0, 1)
-    second = Supervised(tmp_path, settings, starts=7)
-    assert f"{run.run} is supervised already, by process {process.pid} on " in second.end(second.start(), 2)
     kill(run.processes(process, worker)[1], signal.SIGSTOP)
     (tmp_path / "late").touch()
     wait_for(1, 1)

@@ -12,7 +12,7 @@ from explorer.data.runs.folders import RunFacts, open_run, read_facts, read_runs
 from explorer.errors import NotHereError
 from explorer.places import Places
 from tests.explorer.world import World
-from trainer.evaluation.bootstrap import LEAST_USERS_OF_SLICE
+from trainer.evaluation.bootstrap import LEAST_USERS_SHOWN
 from trainer.runs.folder import DAYS_FILE, finished
 
 
@@ -36,7 +36,7 @@ def test_a_finished_run_has_its_metrics_settings_and_checkpoints(runs: Path) -> 
     assert (found.state, found.images, found.problems) == ("finished", "both", ())
     metrics = found.report["metrics"]
     assert found.metrics["auc"] == metrics["auc"]
-    assert metrics["gauc"] and metrics["gauc_users"] < LEAST_USERS_OF_SLICE  # of so few users it is not shown
+    assert metrics["gauc"] and metrics["gauc_users"] < LEAST_USERS_SHOWN  # of so few users it is not shown
     assert found.metrics["gauc"] is None
     assert found.settings["train.max_steps"] == 12
     assert found.settings["data.missing"] == "zeros"

@@ -325,21 +325,6 @@ def run_machine(dies_at: Kill | None, examples: int, steps: int, url: str = "") 
         )
 
 
-def test_files_of_a_writer_that_died_before_the_first_commit_stay(dies_at: Kill) -> None:
-    machine = StoreMachine(dies_at)
-    machine.make(log2=1, ranks=1, dtype="float32")
-    for at in range(1, 61):
-        machine.put_and_die(["u0", "u1"], at)
-        if machine.files("data/"):
-            break
-    assert machine.kept == {0} and machine.files("data/")
-    machine.expire_late(1)
-    machine.put(["u0"])
-    machine.expire_late(1)
-    machine.snapshots_hold_what_the_dict_held()
-    machine.teardown()
-
-
 def test_what_a_pin_or_a_channel_names_stays_whole(memory_url: str) -> None:
     machine = StoreMachine(None, memory_url)
     machine.make(log2=1, ranks=1, dtype="bfloat16")

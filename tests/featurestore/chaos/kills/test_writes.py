@@ -1,14 +1,14 @@
 """What is done to a store dies before, within or after a write: no wrong row is seen, and the next run completes it.
 
-Here the calls of a storage die; test_machine.py lets processes die in the middle of what they write.
+Here the calls of a storage die. In test_machine.py processes die in the middle of what they write, and in
+tests/simulated those that put, delete, compact, restore, expire and purge beside others.
 """
 
 import functools
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,18 +16,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from featurestore import FeatureStore, QuarantineRow, StoreInfo, key_of_uri, keys_of_uris
-from featurestore.errors import FeatureStoreError, SnapshotNotFoundError
+from featurestore import FeatureStore, QuarantineRow, StoreInfo, key_of_uri
 from featurestore.log import EXPIRED, manifest_path, versions
-from featurestore.storage.storage import Storage, in_threads
-from featurestore.upkeep.compaction import compact
+from featurestore.storage.storage import Storage
 from featurestore.upkeep.expiry import expire
-from featurestore.upkeep.history import move_channel, pin, restore
+from featurestore.upkeep.history import move_channel
 from featurestore.upkeep.purge import find_traces, purge
 from featurestore.upkeep.remake import remake
 from featurestore.upkeep.repair import repair
 from featurestore.upkeep.verify import verify
-from tests.featurestore.staged import build_shard
 from tests.featurestore.upkeep import damaged
 
 pytestmark = pytest.mark.long
@@ -40,11 +37,10 @@ class Killed(BaseException):
 
 
 @contextmanager
-def dying(at: int, after: bool = False, rival: Callable[[], object] | None = None) -> Iterator[list[str]]:
+def dying(at: int, after: bool = False) -> Iterator[list[str]]:
     """Let all storages die at a write, before it or right after it; of files deleted together half are gone then.
 
-    With a `rival` nobody dies, and it does its work right before the write. Gives the writes that were begun. At 0
-    nothing happens.
+    Gives the writes that were begun. At 0 nothing happens.
     """
     begun: list[str] = []
 
@@ -52,10 +48,8 @@ def dying(at: int, after: bool = False, rival: Callable[[], object] | None = Non
         def method(storage: Storage, where: Any, *rest: Any) -> Any:
             paths = [where] if isinstance(where, str) else list(where)
             begun.append(f"{name} {min(paths, default='')}")
-            is_now = len(begun) == at
-            if rival is not None and is_now:
-                rival()
-            elif rival is None and 0 < at <= len(begun):
+            if 0 < at <= len(begun):
+                is_now = len(begun) == at
                 if is_now and name == "delete_files":
                     call(storage, paths[: len(paths) // 2])
                 elif is_now and after and name != "open_output":
@@ -82,12 +76,6 @@ def days_later(days: float) -> Iterator[None]:
         yield
 
 
-def age(store: FeatureStore, days: float) -> None:
-    """Let time pass: every file is so much older."""
-    for path in Path(store.url).rglob("*"):
-        os.utime(path, (path.stat().st_atime, path.stat().st_mtime - days * DAY_S))
-
-
 @dataclass(frozen=True)
 class Work:
     """What is done to a store, and what has to hold: right after a death, and after the next run."""
@@ -98,49 +86,14 @@ class Work:
     check_done: Callable[[FeatureStore, FeatureStore], object]  # the first and the last of them
 
 
-def paths_of(store: FeatureStore) -> set[str]:
-    """All files but the probes of the storage's clock."""
-    return {entry.path for entry in store.storage.entries() if ".tmp-" not in entry.path}
-
-
-def with_old_snapshots(store: FeatureStore, make_rows: Any) -> None:
-    """1 and 2 have expired, 3 to 5 are to leave and 6, 7 to stay; a writer has died."""
-    store.put(make_rows(12, store.info, seed=1))
-    store.put(make_rows(4, store.info, seed=2))
-    compact(store, force=True)
-    expire(store, keep_last=1, keep_days=0)
-    store.stage_part("dead", "p", make_rows(3, store.info))
-    build_shard(store, "dead", 0, ["p"])
-    store.storage.write_bytes("data/0000/.tmp-1", b"x")
-    store.put(make_rows(4, store.info, seed=4))
-    age(store, 8)
-    store.put(make_rows(4, store.info, seed=5))
-    compact(store, force=True)
-    store.put(make_rows(4, store.info, seed=7))
-
-
 @functools.cache
 def kept(store: FeatureStore, which: int | str | None = None) -> dict[str, bytes]:
     """Read the contents of a store that nobody changes any more: once for all deaths."""
     return damaged.contents(store, which)
 
 
-def readers_go_on(dead: FeatureStore, before: FeatureStore, calm: FeatureStore) -> None:
-    for version in versions(before.storage):
-        assert damaged.needs(before.snapshot(version)) <= paths_of(dead), f"version {version}"
-    assert damaged.contents(dead) == kept(before)
-
-
-def same_files(done: FeatureStore, calm: FeatureStore) -> None:
-    assert paths_of(done) == paths_of(calm) and damaged.contents(done) == kept(calm)
-
-
 NEWER = ["images/1.jpg", "images/4.jpg", "more.jpg"]
 """Some of them are in the store, or were."""
-
-
-def put_them(store: FeatureStore, make_rows: Any) -> None:
-    store.put(make_rows(NEWER, store.info, seed=9))
 
 
 def extract_them(store: FeatureStore, make_rows: Any) -> None:
@@ -165,7 +118,8 @@ def same_rows(done: FeatureStore, calm: FeatureStore) -> None:
         expire(done, keep_last=1, keep_days=0)
         expire(done, keep_last=1, keep_days=0)
     named = {entry.path for entry in done.snapshot().manifest.entries}
-    assert {path for path in paths_of(done) if path.endswith(".parquet")} == named, "what the dead one left stays"
+    left = {entry.path for entry in done.storage.entries() if entry.path.endswith(".parquet")}
+    assert left == named, "what the dead one left stays"
 
 
 def with_images_to_take_down(store: FeatureStore, make_rows: Any) -> None:
@@ -253,17 +207,7 @@ def same_new_store(done: FeatureStore, calm: FeatureStore) -> None:
 
 
 WORKS = {
-    "put": Work(with_rows, put_them, all_or_nothing, same_rows),
-    "delete": Work(with_rows, lambda store, make_rows: store.delete(keys_of_uris(NEWER)), all_or_nothing, same_rows),
     "extract": Work(with_rows, extract_them, all_or_nothing, same_rows),
-    "compact": Work(with_rows, lambda store, make_rows: compact(store, force=True), all_or_nothing, same_rows),
-    "restore": Work(with_rows, lambda store, make_rows: restore(store, 1), all_or_nothing, same_rows),
-    "expire": Work(
-        with_old_snapshots,
-        lambda store, make_rows: expire(store, keep_last=2, keep_days=0),
-        readers_go_on,
-        same_files,
-    ),
     "purge": Work(with_images_to_take_down, take_down, all_or_none_are_gone, none_is_left),
     "purge of young files": Work(
         with_young_images_to_take_down, take_young_ones_down, all_or_none_are_gone, none_is_left
@@ -287,7 +231,7 @@ EVERY = pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest
 
 
 @EVERY
-@pytest.mark.parametrize("work", WORKS)
+@pytest.mark.parametrize("work", [pytest.param(each, marks=[pytest.mark.slow] * ("purge" in each)) for each in WORKS])
 def test_on_a_disk(work: str, every: bool, tmp_path: Path, info: StoreInfo, make_rows: Any) -> None:
     """Before the first and the last write of each kind and some of the others, or before each, and after the last."""
     url = tmp_path / "before"
@@ -323,103 +267,6 @@ def check_death(
     except AssertionError as error:
         error.add_note(f"killed at write {at} of {begun}")
         raise
-
-
-@pytest.mark.services
-@EVERY
-@pytest.mark.parametrize("work", ["purge", *(pytest.param(each, marks=pytest.mark.slow) for each in ("put", "remake"))])
-def test_on_s3(work: str, every: bool, s3_url: str, info: StoreInfo, make_rows: Any) -> None:
-    """At the last write of each name, or at each. A purge writes data, commits, and deletes."""
-    before = FeatureStore.create(f"{s3_url}/before", info.model_copy(update={"num_shards": 1}))
-    WORKS[work].prepare(before, make_rows)
-    files = {each.path: before.storage.read_bytes(each.path) for each in before.storage.entries()}
-
-    def copied(name: str) -> FeatureStore:
-        to = Storage(f"{s3_url}/{name}")
-        list(in_threads(lambda path: to.write_bytes(path, files[path]), files, 8))
-        return FeatureStore.open(to.url)
-
-    calm = copied("calm")
-    with dying(0) as whole:
-        WORKS[work].work(calm, make_rows)
-    last_of_kind = {each.partition(" ")[0]: place for place, each in enumerate(whole, 1)}
-    for at in range(1, len(whole) + 1) if every else sorted(last_of_kind.values()):
-        check_death(WORKS[work], copied(f"{at}"), before, calm, at, False, make_rows)
-
-
-RIVALS: dict[str, Callable[[FeatureStore, Any], object]] = {
-    "put": lambda store, make_rows: store.put(make_rows(9, store.info, seed=9)),
-    "restore": lambda store, make_rows: restore(store, 6),
-    "compact": lambda store, make_rows: compact(store, force=True),
-    "expire": lambda store, make_rows: expire(store, keep_last=1, keep_days=0),
-    "pin": lambda store, make_rows: pin_if_possible(store, 4),
-}
-
-
-def pin_if_possible(store: FeatureStore, version: int) -> None:
-    """And if the pin is made, its snapshot must be there ever after: see the check of its files."""
-    with suppress(SnapshotNotFoundError):
-        pin(store, "rival", version)
-        assert version in versions(store.storage)
-
-
-@pytest.mark.parametrize("rival", RIVALS)
-def test_others_may_do_anything_while_an_expiry_is_at_work(
-    rival: str, tmp_path: Path, info: StoreInfo, make_rows: Any
-) -> None:
-    """Before each third of its writes; readers of all snapshots that there were find all of their files."""
-    before = FeatureStore.create(tmp_path / "before", info.model_copy(update={"num_shards": 2}))
-    with_old_snapshots(before, make_rows)
-    for at in range(1, 100, 3):
-        store = FeatureStore.open(shutil.copytree(before.url, tmp_path / f"{at}"))
-        with dying(at, rival=lambda store=store: RIVALS[rival](store, make_rows)) as begun:
-            WORKS["expire"].work(store, make_rows)
-        if len(begun) < at:
-            break
-        for snapshot in [*(before.snapshot(version) for version in range(3, 8)), store.snapshot()]:
-            assert damaged.needs(snapshot) <= paths_of(store), f"write {at}: version {snapshot.version}"
-        assert store.snapshot().version == (7 if rival in ("expire", "pin") else 8)
-        assert all(store.snapshot(version).num_rows == 12 for version in versions(store.storage))
-    assert at > 9
-
-
-def much_happens(store: FeatureStore, make_rows: Any, days: float) -> None:
-    """Others write, compact and expire: nothing of the store of before is needed by the newest snapshot."""
-    for seed in range(3):
-        store.put(make_rows(20, store.info, seed=seed, first=200))
-    store.delete(make_rows(5, store.info, first=20).keys_N)
-    compact(store, force=True)
-    store.put(make_rows(1, store.info, first=300))
-    with days_later(days):
-        for _ in range(2):
-            expire(store, keep_last=1, keep_days=0)
-
-
-@pytest.mark.parametrize(("work", "days"), [("put", 6), ("extract", 8)])
-def test_a_writer_pauses_before_any_write(
-    work: str, days: int, tmp_path: Path, info: StoreInfo, make_rows: Any
-) -> None:
-    """For less than the grace time it commits; after more it does so, or says why not; and it breaks nothing."""
-    before = FeatureStore.create(tmp_path / "before", info.model_copy(update={"num_shards": 2}))
-    with_rows(before, make_rows)
-    age(before, 30)
-    calm = FeatureStore.open(shutil.copytree(before.url, tmp_path / "calm"))
-    much_happens(calm, make_rows, days)
-    rows = make_rows(NEWER, info, seed=9)
-    mine = {uri: rows.features_ND[n].tobytes() for n, uri in enumerate(rows.uris)}
-    for at in range(1, 100):
-        store, is_done = FeatureStore.open(shutil.copytree(before.url, tmp_path / f"{at}")), False
-        with dying(at, rival=lambda store=store: much_happens(store, make_rows, days)) as begun:
-            try:
-                WORKS[work].work(store, make_rows)
-                is_done = True
-            except FeatureStoreError:
-                assert days > 7
-        if len(begun) < at:
-            break
-        assert damaged.contents(store) == (kept(calm) | mine if is_done else kept(calm)), f"write {at}"
-        assert verify(store).problems == []
-    assert at > 3
 
 
 def test_a_remake_is_of_the_newest_snapshot_when_it_starts_again(

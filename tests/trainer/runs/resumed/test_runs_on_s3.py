@@ -19,7 +19,7 @@ from tests.trainer.checkpoints import steps_of, tensors_of
 from tests.trainer.conftest import Places
 from tests.trainer.whole_runs import alike, assert_same, run_alone
 from trainer.engine.engine import Engine
-from trainer.errors import CheckpointError, ConfigError
+from trainer.errors import CheckpointError, ConfigError, TakenOverError
 from trainer.evaluation.predict import predict_run
 from trainer.loop import training
 from trainer.runs.saving import CheckpointPlace
@@ -138,7 +138,7 @@ def test_a_second_start_ends_the_first(
         return step(engine, prepared)
 
     monkeypatch.setattr(Engine, "train_step", taken_over)
-    with pytest.raises(CheckpointError, match="written to by another start of this run"):
+    with pytest.raises(TakenOverError, match="written to by another start of this run"):
         run_on(s3_url)
     there = steps_of(run_path(s3_url) / "a")
     assert there[0] == 2 and 6 not in there
