@@ -21,6 +21,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
@@ -67,7 +68,7 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         if images is None:
             draw_images(Path(folder), limit)
-        locations = [ref.location for ref in list_images(images or folder).images[:limit]]
+        locations = [ref.location for ref in islice(list_images(images or folder).images, limit)]
         sections = compare(locations, rounds, batch_size)
     write_sections(sections, json_file)
 

@@ -54,7 +54,7 @@ class RowGroup:
 
 @dataclass(frozen=True)
 class SampleIndex:
-    """The row groups of one split, or of some days, in the order of the days in their files' names, and of the names."""
+    """The row groups of one split, or of some days, in the order of the days in files' names, and of the names."""
 
     storage: Storage
     row_groups: tuple[RowGroup, ...]
