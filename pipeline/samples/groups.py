@@ -35,8 +35,8 @@ from pipeline.samples.logs import (
     read_piece,
 )
 from pipeline.samples.mapping import CLICKED_AT, TableLayout, two_texts
-from trainer.samples.columns import BUCKETS, TEXTS, by_bucket, merged_names, table_of_texts, write_buckets
 from trainer.schema.fields import IDS_FILE, IMAGES_FILE, DistinctCount, file_of_month
+from trainer.schema.names import BUCKETS, TEXTS, by_bucket, merged_names, table_of_texts, write_buckets
 from trainer.schema.profile import is_list
 
 Int64Array = npt.NDArray[np.int64]

@@ -51,25 +51,11 @@ from featurestore.storage.storage import Storage, digest_of, settled_tags
 from featurestore.store import FeatureStore
 from trainer.comm import Comm, SoloComm
 from trainer.errors import DataError, SchemaError
-from trainer.samples.columns import (
-    BUCKETS,
-    SPLITS,
-    TEXTS,
-    Rule,
-    before_scaling,
-    buckets_of,
-    by_bucket,
-    filled,
-    in_either_split,
-    merged_names,
-    rules_of,
-    sample_files,
-    table_of_texts,
-    write_buckets,
-)
+from trainer.samples.columns import SPLITS, Rule, before_scaling, filled, in_either_split, rules_of, sample_files
 from trainer.samples.index import RowGroup, SampleIndex, open_index, read_texts, read_values
 from trainer.schema import DEFAULT_STORE, Field, Schema, load_schema
 from trainer.schema.fields import IDS_FILE, IMAGES_FILE, SCHEMA_FILE, STANDARDIZED
+from trainer.schema.names import BUCKETS, TEXTS, buckets_of, by_bucket, merged_names, table_of_texts, write_buckets
 
 if TYPE_CHECKING:
     from featurestore.lookup.partition import FeaturePartition

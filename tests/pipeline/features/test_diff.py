@@ -235,8 +235,8 @@ def large_store(request, tmp_path):
 @pytest.mark.long
 def test_no_object_is_held_for_an_image(large_store, monkeypatch):
     monkeypatch.setattr("pipeline.images.source.BATCH_ROWS", BATCH_ROWS)
-    monkeypatch.setattr(staged_run, "run_tasks", answers)
-    monkeypatch.setattr(staged_run, "describe_network", lambda *_: large_store.info.extractor)
+    monkeypatch.setattr(refresh, "run_tasks", answers)
+    monkeypatch.setattr(refresh, "describe_network", lambda *_: large_store.info.extractor)
     snapshot = large_store.snapshot()
     settings = PartSettings(large_store.url, "run", "", "", large_store.info.extractor, snapshot.version, 1, 64)
     in_arrow = pa.total_allocated_bytes()
@@ -248,7 +248,7 @@ def test_no_object_is_held_for_an_image(large_store, monkeypatch):
             for number, name in enumerate(names)
         )
         plan = refresh.make_plan(None, images, compare(images, snapshot), snapshot)
-        run = staged_run.ImageRun(None, large_store, settings, snapshot)
+        run = refresh.ImageRun(None, large_store, settings, snapshot)
         reports = run.stage(images, plan)
         _, peak_bytes = tracemalloc.get_traced_memory()
     finally:
