@@ -151,8 +151,8 @@ def remake(
 
     Says how large the relative error is, and how many nearest neighbours stay. With `--dims` the new store is
     compact: each row becomes its coordinates along the principal components of all rows. The basis is a file of the new
-    store; extract_features.py --reduce OUT makes rows by it, and refresh_features.py knows it. OUT is made at the end:
-    after an interruption the same command starts again.
+    store, by which extract_features.py and refresh_features.py make further rows. OUT is made at the end: after an
+    interruption the same command starts again.
     """
     from featurestore.upkeep.remake import remake as remake_store
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.trainer.conftest import Places
-from tests.trainer.whole_runs import assert_same, drawn_scalars, report_of, run_alone
+from tests.trainer.whole_runs import assert_same, drawn_scalars, interrupted_after, report_of, run_alone
 from trainer.loop import tracking
 from trainer.loop.tracking import TrackerThread, WandbRun
 
@@ -147,26 +147,9 @@ def test_mlflow_has_settings_figures_and_addresses_also_of_a_run_that_is_continu
 
 
 @pytest.mark.long
-def test_a_run_that_fails_is_told_as_failed(
-    places: Places, tmp_path: Path, mlflow: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def broken(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("trainer.engine.engine.Engine.train_step", broken)
-    with pytest.raises(KeyboardInterrupt):
+def test_a_run_that_fails_is_told_as_failed(places: Places, tmp_path: Path, mlflow: ModuleType) -> None:
+    with interrupted_after(0):
         run_alone(places, run__name="broken", run__dir=tmp_path / "runs", run__tracking="mlflow", **STEPS)
     client = mlflow.MlflowClient()
     (tracked,) = client.search_runs([client.get_experiment_by_name("shop").experiment_id])
     assert tracked.info.status == "FAILED"
-
-
-@pytest.mark.long
-def test_a_server_that_is_away_ends_no_run(
-    places: Places, tmp_path: Path, mlflow: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    mlflow.set_tracking_uri("http://127.0.0.1:9")
-    run = run_alone(places, run__name="away", run__dir=tmp_path / "runs", run__tracking="mlflow", **STEPS)
-    assert report_of(run)["global_step"] == 6
-    assert capsys.readouterr().err.count("warning: run.tracking=mlflow") == 1
