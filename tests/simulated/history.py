@@ -102,10 +102,10 @@ class History:
 
     def acknowledge(self, made: Sealed) -> Entry:
         """See that what the product said that it made for this step is there once, and has all that it needs."""
-        me, data = self.world.current, seal(made)
-        found = [each for log in self.logs.values() for each in log if each.data == data]
-        is_mine = [(each.by, each.is_whole) for each in found] == [((me.name, me.process), True)]
-        assert is_mine, f"{made} was acknowledged, and {found} found"
+        data, by = seal(made), (self.world.current.name, self.world.current.process)  # who expires it makes a copy
+        found = [each for log in self.logs.values() for each in log if (each.data, each.by) == (data, by)]
+        is_there = [each.is_whole for each in found] == [True]
+        assert is_there, f"what was acknowledged is there {len(found)} times, or lacks files: {made}"
         found[0].is_acknowledged = True
         gone = [path for path in self.needed() if not self.is_there(path)]
         assert not gone, f"{made} was acknowledged, and {gone} has gone"
