@@ -66,7 +66,7 @@ SET = (
     "--set data.samples=samples --set data.cache_dir=cache --set data.global_batch_size=128 --set run.name"
 )
 LATER = (
-    f"{ON_DASK}/refresh_features.py --images images --store features {NETWORK}",
+    f"{ON_DASK}/refresh_features.py --images images --store features --weights random:1",
     "python -m featurestore remake features compact --dims 8",
     f"{ON_DASK}/build_samples.py --logs logs --samples samples --behavior-age",
     f"python -m trainer.main {SET}=one --set data.store=features",

@@ -170,7 +170,7 @@ def show_remade(report: "RemakeReport") -> None:
     for dtype_name in (report.source_dtype, report.dtype):
         table.add_column(dtype_name, justify="right")
     table.add_row("numbers of a row", f"{report.source_dim:,}", f"{report.dim:,}")
-    table.add_row("bytes of a row", "1", f"{report.row_bytes_share:.4f}")
+    table.add_row("bytes of a row, as a share", "1", f"{report.row_bytes_share:.4f}")
     table.add_row("rows", f"{report.num_rows:,}", f"{report.num_rows:,}")
     table.add_row("bytes", f"{report.source_bytes:,}", f"{report.bytes:,}")
     if report.variance_kept is not None:

@@ -24,20 +24,19 @@ import pyarrow.parquet as pq
 
 from featurestore.keys import NO_IMAGE, splitmix64
 from featurestore.storage.storage import Storage
-from pipeline.errors import SampleError
 from pipeline.samples.logs import (
     BEHAVIORS,
     CLICK,
     IMPRESSIONS,
     MICROSECONDS,
     NAMES,
-    TEXTS,
     Columns,
     LogPiece,
     read_piece,
 )
 from pipeline.samples.mapping import CLICKED_AT, TableLayout, two_texts
 from trainer.schema.fields import IDS_FILE, IMAGES_FILE, DistinctCount, file_of_month
+from trainer.schema.names import BUCKETS, TEXTS, by_bucket, merged_names, table_of_texts, write_buckets
 from trainer.schema.profile import is_list
 
 Int64Array = npt.NDArray[np.int64]
@@ -219,7 +218,6 @@ _QUARANTINE_TYPES: dict[str, pa.DataType] = {
     "reason": pa.string(),
 }
 QUARANTINE = pa.schema(_QUARANTINE_TYPES)
-_NAME_BUCKETS = 256
 
 
 @dataclass(frozen=True)
@@ -259,7 +257,6 @@ def shuffle_piece(
             for row, reason in zip(rows.bad_row.tolist(), rows.bad_reason, strict=True)
         ]
         write_batches(quarantine_path, [pa.RecordBatch.from_pylist(bad, schema=QUARANTINE)])
-    texts: list[Any] = [pa.array(rows.texts, pa.int64()), pa.array(rows.texts.values(), pa.string())]
     return ShuffledPiece(
         rows.num_rows,
         num_short,
@@ -268,7 +265,7 @@ def shuffle_piece(
         rows.examples,
         int(np.count_nonzero((columns["image"] == NO_IMAGE) & (columns.get("label", 0) != CLICK))),
         _write_names(path.with_suffix(".names"), rows.names),
-        _write_names(path.with_suffix(".texts"), pa.Table.from_arrays(texts, schema=TEXTS)),
+        _write_names(path.with_suffix(".texts"), table_of_texts(rows.texts)),
         rows.num_lacking,
         rows.other_events,
     )
@@ -294,10 +291,7 @@ def write_quarantine(path: Path, parts: Sequence[ShuffledPiece]) -> None:
 def _write_names(path: Path, names: pa.Table) -> str | None:
     if not len(names):
         return None
-    batch = names.combine_chunks().to_batches()[0]
-    # By the top bits of each key: all keys of a bucket are below those of the next.
-    bucket_N = (names.column(0).to_numpy() >> 56) + _NAME_BUCKETS // 2
-    write_batches(path, _in_buckets(batch, bucket_N, _NAME_BUCKETS))
+    write_batches(path, by_bucket(names.combine_chunks().to_batches()[0]))
     return str(path)
 
 
@@ -314,7 +308,6 @@ def write_names(folder: Path, parts: Sequence[ShuffledPiece], before: Storage | 
 
 
 def _merge_names(path: Path, paths: Sequence[str], schema: pa.Schema, before: Storage | None) -> None:
-    key, name = schema.names
     with contextlib.ExitStack() as opened:
         old = None
         if before is not None:
@@ -323,17 +316,13 @@ def _merge_names(path: Path, paths: Sequence[str], schema: pa.Schema, before: St
                 old = opened.enter_context(pq.ParquetFile(file, page_checksum_verification=True))
         if not paths and old is None:
             return
-        writer = opened.enter_context(pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True))
-        for bucket in range(_NAME_BUCKETS):
+
+        def of_bucket(bucket: int) -> list[pa.Table]:
             known = [] if old is None else [old.read_row_group(bucket).cast(schema)]
-            names = pa.concat_tables([*known, *(pa.Table.from_batches(read_batches(each, [bucket])) for each in paths)])
-            found = names.group_by(key).aggregate([(name, "min"), (name, "max")]).sort_by(key)
-            first, last = found.column(f"{name}_min"), found.column(f"{name}_max")
-            if schema is TEXTS and (of_two := found.filter(pc.not_equal(first, last)).to_pylist()):
-                raise SampleError(two_texts(*(of_two[0][each] for each in (key, f"{name}_min", f"{name}_max"))))
-            writer.write_table(
-                pa.Table.from_arrays([found.column(key), first], schema=schema), row_group_size=max(1, len(found))
-            )
+            return [*known, *(pa.Table.from_batches(read_batches(each, [bucket])) for each in paths)]
+
+        error = None if schema is NAMES else two_texts
+        write_buckets(path, schema, (merged_names(of_bucket(bucket), error) for bucket in range(BUCKETS)))
 
 
 def _path(folder: str, log: str, index: int) -> Path:

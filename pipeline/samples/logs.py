@@ -395,8 +395,6 @@ def _fits(found: pa.DataType, kind: str, takes_text: bool) -> bool:
 Columns = dict[str, npt.NDArray[Any]]
 
 NAMES = pa.schema({"key": pa.int64(), "uri": pa.string()})  # type: ignore[arg-type]
-_OF_TEXTS: list[Any] = [pa.field("id", pa.int64(), nullable=False), pa.field("text", pa.string(), nullable=False)]
-TEXTS = pa.schema(_OF_TEXTS)
 _SHOWN = 60  # characters of a bad value
 
 

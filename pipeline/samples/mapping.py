@@ -363,15 +363,15 @@ def parse_ids(column: Any, texts: dict[int, str] | None = None) -> Parsed:
     def parse(text: str) -> int:
         number = id_of_text(text)
         if texts is not None and str(number) != text and texts.setdefault(number, text) != text:
-            raise SampleError(two_texts(number, texts[number], text))
+            raise two_texts(number, texts[number], text)
         return number
 
     return _each(column, parse, np.int64)
 
 
-def two_texts(number: int, first: str, second: str) -> str:
-    """Say that two texts have one id."""
-    return f"id {number} is that of two texts of the logs, {first!r} and {second!r}: rename one"
+def two_texts(number: int, first: str, second: str) -> SampleError:
+    """Return the error that two texts have one id."""
+    return SampleError(f"id {number} is that of two texts of the logs, {first!r} and {second!r}: rename one")
 
 
 def parse_id_lists(column: Any, texts: dict[int, str] | None = None) -> npt.NDArray[np.object_]:

@@ -1,6 +1,5 @@
 """Vectors from elsewhere: every format gives its rows, bad ones are kept aside, and only what changed is written."""
 
-import contextlib
 import shutil
 
 import numpy as np
@@ -17,22 +16,19 @@ from featurestore.upkeep.remake import remake
 from jobs import import_features
 from pipeline import formats, import_vectors
 from pipeline.import_vectors import extractor_of
-from tests.cli import invoke
+from tests.cli import said
 from tests.featurestore.staged import metadata_of
 
 DIM = 6
 
 
 @pytest.fixture
-def job(client, tmp_path, monkeypatch):
+def job(connected, tmp_path):
     """Runs the job on the tests' cluster into tmp_path/features."""
-    monkeypatch.setattr("pipeline.cluster.tasks.connect", lambda **kwargs: contextlib.nullcontext(client))
 
     def run(source, *args, code=0, store=None):
-        settings = ["--from", str(source), "--store", str(store or tmp_path / "features"), *map(str, args)]
-        result = invoke(import_features.app, *settings, code=code)
-        assert code == 0 or isinstance(result.exception, SystemExit)
-        return " ".join(result.output.split())
+        settings = ["--from", source, "--store", store or tmp_path / "features", *args]
+        return said(import_features.app, *settings, code=code)
 
     return run
 

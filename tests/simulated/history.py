@@ -5,19 +5,20 @@ A step is a text: after which time, what, and what befalls its requests, one aft
     5s put bc | stalled 60s create .*/log/ | lost 90s delete .*/log/
 """
 
+import contextlib
+import gc
 import itertools
 import json
 from collections import defaultdict
-from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any, ClassVar
-
-import pytest
+from typing import Any, Self
 
 from featurestore.errors import CorruptFileError, UserError
 from featurestore.log import manifest_path, version_of
+from featurestore.spec import Sealed, seal
 from featurestore.storage.storage import Storage
-from tests.simulated.world import ASLEEP, Killed, ObjectStore, World, seconds
+from serving.bundle.manifest import BUNDLES
+from tests.simulated.world import ASLEEP, STEPS, Clients, Killed, ObjectStore, World, seconds, simulated
 
 IDS = ("nonce", "publication", "bundle_id", "commit_id")
 """Fields by the first of which the content of a numbered file is like no other's."""
@@ -27,125 +28,139 @@ IDS = ("nonce", "publication", "bundle_id", "commit_id")
 class Entry:
     """A numbered file as it was created, and by which client and process."""
 
+    data: bytes
     content: dict[str, Any]
     by: tuple[str, int]
-    files: frozenset[str] = frozenset()
-    """What a version needs; nothing where a writer was away for so long that some of it was gone before."""
-    is_whole: bool = True
+    named: dict[str, str]
+    """The paths of the files that it needs, by their names."""
+    is_whole: bool
+    """Whether they were there; else a writer was away for so long that some had gone before."""
     end_s: float = float("inf")
     """Up to when it was the newest."""
+    opened_s: float = float("-inf")
+    """When it was opened last by who reads it, and may do so for most of the time that removed files are kept for."""
     is_acknowledged: bool = False
 
 
 class History:
     """One history: the product at work, and what is known of it. A step is a method, its words are the arguments."""
 
-    PLACE: ClassVar[str]
-    LOG: ClassVar[str]
-    """The folder of its versions."""
-    SPAN_S: ClassVar[float]
-    """How long what is removed is kept for those who still use it."""
-    MOST_S: ClassVar[float]
-    """Time that a step, or what it says of itself, may take."""
-
-    def __init__(self, world: World, plan: str) -> None:
-        """`plan`: all steps, as some of them are allowed to harm others."""
-        self.world, self.plan, self.store = world, plan, ObjectStore(world, self.watch)
+    def __init__(self, world: World, clients: Clients) -> None:
+        self.world, self.clients, self.store = world, clients, ObjectStore(world, self.watch)
+        self.plan = str(clients)
+        """All steps, as some of them are allowed to harm others."""
+        self.known = STEPS[type(self).__name__]
+        self.place, self.folder = self.known["place"], self.known["folder"]
+        self.span_s, self.most_s, self.kept_s = (seconds(self.known[name]) for name in ("span", "most", "kept"))
         self.logs: dict[str, list[Entry]] = defaultdict(list)
         """By folder, what was created as its numbers 1, 2, … What counts is the order in which that was done."""
+        self.log = self.logs[self.folder]
+        """The versions."""
         self.unique = itertools.count(1)
 
-    def prepare(self, patch: pytest.MonkeyPatch) -> None:
-        """Make what clients find, and replace what the product knows of its process and machine."""
-
-    def finish(self) -> None:
-        """Look at all that is there at the end."""
-
-    def opened(self) -> Any:
-        """Open what steps work on."""
-        return Storage(f"sim://{self.PLACE}")
-
-    @property
-    def log(self) -> list[Entry]:
-        """The versions, of which the first is 1."""
-        return self.logs[self.LOG]
-
-    def files_of(self, content: dict[str, Any]) -> Collection[str]:
-        """Return the paths of the files that a version needs."""
-        raise NotImplementedError
-
-    def kept(self) -> set[int]:
-        """Return the versions that have to stay."""
-        return {len(self.log)}
-
-    def needed(self) -> set[str]:
-        """Return the paths that have to stay: versions that are kept, and the files of all that are there."""
-        there = [v for v in range(1, len(self.log) + 1) if self.is_there(manifest_path(v, self.LOG))]
-        manifests = {manifest_path(version, self.LOG) for version in self.kept()}
-        return manifests.union(*(self.log[version - 1].files for version in there))
-
-    def created(self, entry: Entry) -> None:
-        """See that the newest version, when it is created, has its files, unless a writer has slept for too long."""
-        files = frozenset(self.files_of(entry.content))
-        entry.is_whole = all(map(self.is_there, files))
-        self.world.expect(entry.is_whole or ASLEEP in self.plan, f"version {len(self.log)} is made without its files")
-        entry.files = files if entry.is_whole else frozenset()
-
-    def acknowledge(self, folder: str, number: int, **fields: str) -> None:
-        """See that a numbered file, of which the product said that it made it, has these fields, and what it needs."""
-        entry = self.logs[folder][number - 1]
-        is_same = entry.is_whole and fields.items() <= entry.content.items()
-        self.world.expect(is_same, f"{folder} {number} was acknowledged to have {fields}, and is {entry}")
-        entry.is_acknowledged = True
-        gone = [path for path in self.needed() if not self.is_there(path)]
-        self.world.expect(not gone, f"{folder} {number} was acknowledged, and {gone} has gone")
+    def play(self) -> Self:
+        """Let clients perform their steps, in a world whose `failure` says why the history failed."""
+        gc.disable()  # what it would collect may have requests to make
+        with contextlib.suppress(Killed), self.world.failing(), simulated(self.world, self.store):
+            for step in self.known["begins"]:
+                self.perform(step)
+            self.world.play(self.clients, self.perform)
+            for step in self.known["ends"]:
+                self.perform(step)
+        gc.enable()
+        return self
 
     def perform(self, step: str) -> None:
-        """Do a step, as a process of its own.
+        """Do a step, as a process of its own; what it returns the product said that it made.
 
         Beside purges and repairs it may fail. Else a reader fails only where a request of its own has, and nothing is
         corrupt but for who sleeps too long."""
-        world, me = self.world, self.world.current
+        me = self.world.current
         words, *aims = step.split(" | ")
         pause, name, *arguments = words.split()
-        me.process, num_failed = me.process + 1, me.num_failed
+        me.process, me.num_failed = me.process + 1, 0
         try:
-            world.sleep(seconds(pause))
-            me.aims = tuple(aims)
+            self.world.sleep(seconds(pause))
+            me.aims = aims
             self.begin()
-            getattr(self, name)(self.opened(), *arguments)
+            if made := getattr(self, name)(self.opened(), *arguments):
+                self.acknowledge(made)
         except Killed:
             pass
         except UserError as error:
-            is_harmed, is_late = "purge" in self.plan or "mend" in self.plan, ASLEEP in self.plan
-            is_excused = is_late or not isinstance(error, CorruptFileError)
-            may_fail = me.num_failed > num_failed if name == "read" else is_excused
-            world.expect(is_harmed or may_fail, f"{step} fails without a reason: {error}")
+            is_harmed, is_corrupt = "purge" in self.plan or "mend" in self.plan, isinstance(error, CorruptFileError)
+            may_fail = me.num_failed > 0 if name == "read" else not is_corrupt or ASLEEP in self.plan
+            assert (is_harmed or may_fail) and me is not self.world.calm, f"{step} fails without a reason: {error}"
+
+    def opened(self) -> Any:
+        """Open what steps work on."""
+        return Storage(f"sim://{self.place}")
 
     def begin(self, for_s: float = 0.0) -> None:
         """Give the running client the time, beside that which it waits by itself, to end what it begins now."""
-        self.world.current.patience_s = self.world.now_s + self.MOST_S - for_s
+        self.world.current.patience_s = self.world.now_s + self.most_s - for_s
+
+    def acknowledge(self, made: Sealed) -> Entry:
+        """See that what the product said that it made for this step is there once, and has all that it needs."""
+        data, by = seal(made), (self.world.current.name, self.world.current.process)  # who expires it makes a copy
+        found = [each for log in self.logs.values() for each in log if (each.data, each.by) == (data, by)]
+        is_there = [each.is_whole for each in found] == [True]
+        assert is_there, f"what was acknowledged is there {len(found)} times, or lacks files: {made}"
+        found[0].is_acknowledged = True
+        gone = [path for path in self.needed() if not self.is_there(path)]
+        assert not gone, f"{made} was acknowledged, and {gone} has gone"
+        return found[0]
 
     def watch(self, verb: str, path: str, data: bytes | None) -> None:
-        """See that nothing changes that has to stay, and no numbered file is replaced, or made twice; note new ones."""
-        world, path = self.world, path.removeprefix(f"{self.PLACE}/")
+        """See that nothing changes that has to stay, and no numbered file is replaced, or made twice; note new ones.
+
+        Those have their files, unless a writer has slept for too long."""
+        path = path.removeprefix(f"{self.place}/")
         folder, _, name = path.rpartition("/")
         number, log = version_of(name), self.logs[folder]
-        if self.is_there(path) and data != self.store.objects[f"{self.PLACE}/{path}"].data:
+        if self.is_there(path) and data != self.store.objects[f"{self.place}/{path}"].data:
             is_free = path not in self.needed() and (data is None or number is None)
-            world.expect(is_free, f"{verb} of {path}, which has to stay as it is")
+            assert is_free, f"{verb} of {path}, which has to stay as it is"
         if data is not None and number == len(log) + 1:
-            content = json.loads(data)
-            known_by = next((name for name in IDS if name in content), "")
+            content, me = json.loads(data), self.world.current
+            known_by = next(name for name in IDS if name in content)
             is_new = all(each.content[known_by] != content[known_by] for each in log) or "mend" in self.plan
-            world.expect(is_new, f"what {path} has is there twice: {content}")
+            assert is_new, f"what {path} has is there twice: {content}"
+            named = _named(content)
+            is_whole = all(map(self.is_there, named.values()))
+            assert is_whole or ASLEEP in self.plan, f"{path} is made without its files"
             for before in log[-1:]:
-                before.end_s = world.now_s
-            log.append(Entry(content, (world.current.name, world.current.process)))
-            if folder == self.LOG:
+                before.end_s = self.world.now_s
+            log.append(Entry(data, content, (me.name, me.process), named, is_whole))
+            if folder == self.folder:
                 self.created(log[-1])
+
+    def created(self, entry: Entry) -> None:
+        """Look at a new version."""
+
+    def kept(self) -> set[int]:
+        """Return the versions that have to stay: the newest, and those that were it of late."""
+        since_s = self.world.now_s - self.kept_s
+        return {version for version, each in enumerate(self.log, start=1) if each.end_s > since_s}
+
+    def needed(self) -> set[str]:
+        """Return the paths that have to stay: versions that are kept, and files of all that are there, or are read."""
+        paths = {manifest_path(version, self.folder): each for version, each in enumerate(self.log, start=1)}
+        since_s = self.world.now_s - 0.8 * self.span_s
+        used = [each for path, each in paths.items() if self.is_there(path) or each.opened_s > since_s]
+        kept = {manifest_path(version, self.folder) for version in self.kept()}
+        return kept.union(*(each.named.values() for each in used if each.is_whole))
 
     def is_there(self, path: str) -> bool:
         """Tell whether an object is there as it was first written."""
-        place = f"{self.PLACE}/{path}"
+        place = f"{self.place}/{path}"
         return place in self.store.objects and self.store.objects[place] is self.store.first[place]
+
+
+def _named(content: dict[str, Any]) -> dict[str, str]:
+    """Return the paths of the files that a numbered file names, by their names."""
+    if "shards" in content:
+        return {each["path"]: each["path"] for files in content["shards"].values() for each in files}
+    if "bundle_id" in content:
+        return {each["name"]: f"{BUNDLES}/{content['bundle_id']}/{each['name']}" for each in content["files"]}
+    return {name: each["path"] for name, each in content.get("files", {}).items()}

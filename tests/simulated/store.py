@@ -3,71 +3,56 @@
 Each commit names what it does, so the rows after it are known. Images are a to d; the first two are in shard 0.
 """
 
-from typing import Any
-
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import pytest
 
-from featurestore import ExtractorSpec, FeatureRows, FeatureStore, Snapshot, StoreInfo, errors, key_of_uri
-from featurestore.log import CHANNELS, LOG, manifest_path
-from featurestore.published.versions import last_move
+from featurestore import FeatureRows, FeatureStore, Snapshot, StoreInfo, errors, key_of_uri
+from featurestore.log import CHANNELS, manifest_path
+from featurestore.published.versions import ChannelMove, last_move
+from featurestore.spec import Manifest, seal
 from featurestore.upkeep import compaction, expiry, history, purge, verify
 from featurestore.upkeep.repair import repair
 from tests.simulated.history import Entry, History
-from tests.simulated.world import Stored, seconds
+from tests.simulated.world import STEPS, Clients, Stored, World, seconds
 
 PURGED = "a"
 Rows = dict[int, tuple[str, float]]
 """By key, its uri and the number of the put."""
-INFO = StoreInfo(
-    dim=2,
-    num_shards=2,
-    dtype="float32",
-    extractor=ExtractorSpec(backbone="b", layer="l", weights_digest="w", preprocessing="p", compute_dtype="float32"),
-)
+INFO = StoreInfo(**STEPS["StoreHistory"]["info"])
 
 
 class StoreHistory(History):
     """A store, and what is known of it."""
 
-    PLACE, LOG = "w/store", LOG
-    SPAN_S, MOST_S = seconds("1d"), seconds("0.9d")
-    """From the first file of a commit to its end, and from the opening of a snapshot to its last row."""
-
-    def prepare(self, patch: pytest.MonkeyPatch) -> None:
-        """Make the store, with two commits."""
+    def __init__(self, world: World, clients: Clients) -> None:
+        super().__init__(world, clients)
         self.rows = [Rows()]
         """By version."""
         self.pins: dict[str, int] = {}
-        self.opened_s: list[tuple[int, float]] = []
-        """Snapshots that were opened to be read, and when."""
         self.damaged: set[int] = set()
-        store = FeatureStore.create(f"sim://{self.PLACE}", INFO)
-        for images in ("a", "ab"):
-            self.put(store, images)
 
     def opened(self) -> FeatureStore:
-        """Open the store."""
-        return FeatureStore.open(f"sim://{self.PLACE}")
+        """Open the store; the first time it is made."""
+        return FeatureStore.open_or_create(f"sim://{self.place}", INFO)
 
-    def put(self, store: FeatureStore, images: str) -> None:
+    def put(self, store: FeatureStore, images: str) -> Manifest:
         """Put rows of images, with `!` under other uris: that is refused unless the key has none at that time."""
         number, uris = next(self.unique), _uris(images)
         features = np.full((len(uris), INFO.dim), number, np.float32)
-        name = f"put {images} {number}"
-        self._acknowledge(store.put(FeatureRows.of(list(uris.values()), features, keys=list(uris)), name), name)
+        rows = FeatureRows.of(list(uris.values()), features, keys=list(uris))
+        return store.put(rows, f"put {images} {number}").manifest
 
-    def delete(self, store: FeatureStore, images: str) -> None:
+    def delete(self, store: FeatureStore, images: str) -> Manifest:
         """Delete rows."""
-        name = f"delete {images}"
-        self._acknowledge(store.delete(list(_uris(images)), name), name)
+        return store.delete(list(_uris(images)), f"delete {images}").manifest
 
-    def restore(self, store: FeatureStore, back: str) -> None:
+    def restore(self, store: FeatureStore, back: str) -> Manifest:
         """Commit an older snapshot again."""
         version = self.before(back)
-        self._acknowledge(history.restore(store, version), f"restore {version}")
+        made = history.restore(store, version).manifest
+        assert made.operation == f"restore {version}", f"{version} was to be restored, and {made.operation} is done"
+        return made
 
     def compact(self, store: FeatureStore, shards: str) -> None:
         """Compact shards."""
@@ -76,13 +61,13 @@ class StoreHistory(History):
             compaction.compact(store, force=True, shards=[int(shard) for shard in shards])
         except errors.CommitConflictError:
             for shard in shards:
-                of = [{f for f in each.files if f.startswith(f"data/000{shard}")} for each in self.log[before - 1 :]]
+                of = [{name for name in each.named if f"data/000{shard}" in name} for each in self.log[before - 1 :]]
                 is_left = len(of[0]) > 1 and all(of[0] <= each <= of[-1] for each in of)
-                self.world.expect(not is_left, f"a compaction gives up, though nobody has replaced files of {shard}")
+                assert not is_left, f"a compaction gives up, though nobody has replaced files of {shard}"
 
     def expire(self, store: FeatureStore, keep_last: str) -> None:
         """Remove what nobody keeps."""
-        self.begin(-2 * self.SPAN_S)  # it sees to its time itself
+        self.begin(-2 * self.span_s)  # it sees to its time itself
         expiry.expire(store, keep_last=int(keep_last), keep_days=0, grace_days=1)
 
     def pin(self, store: FeatureStore, back: str) -> None:
@@ -96,24 +81,24 @@ class StoreHistory(History):
             del self.pins[name]
             history.unpin(store, name)
 
-    def move(self, store: FeatureStore, channel: str, back: str, when: str) -> None:
+    def move(self, store: FeatureStore, channel: str, back: str, when: str) -> ChannelMove:
         """Move a channel, perhaps only if nobody did meanwhile."""
         last = last_move(store.storage, channel)
         after = (last.number if last else 0) if when == "if" else None
         made = history.move_channel(store, channel, self.before(back), after=after)
-        self.world.expect(after in (None, made.number - 1), f"channel {channel} was moved meanwhile, and again")
-        self.acknowledge(f"{CHANNELS}/{channel}", made.number, nonce=made.nonce)
+        assert after in (None, made.number - 1), f"channel {channel} was moved meanwhile, and again"
+        return made
 
     def read(self, store: FeatureStore, choice: str, pause: str) -> None:
         """Open a snapshot, and read it a while later."""
-        self.begin(0.7 * self.SPAN_S)
+        self.begin(0.7 * self.span_s)
         name = min(self.pins, default="newest") if choice == "pinned" else choice
         if name not in ("newest", *self.pins) and f"{CHANNELS}/{name}" not in self.logs:
             return
         newest, snapshot = len(self.log), store.snapshot({"newest": None, **self.pins}.get(name, name))
-        is_late = name == "newest" and snapshot.version < newest
-        self.world.expect(not is_late, f"the newest was {newest}, not {snapshot.version}")
-        self.opened_s.append((snapshot.version, self.world.now_s))
+        assert name != "newest" or snapshot.version >= newest, f"the newest was {newest}, not {snapshot.version}"
+        if "purge" not in self.plan:  # that takes files from readers
+            self.log[snapshot.version - 1].opened_s = self.world.now_s
         self.world.sleep(seconds(pause))
         self.check(snapshot)
 
@@ -122,71 +107,58 @@ class StoreHistory(History):
         there, num_before = set(self.store.objects), len(self.log)
         try:
             images = purge.Images.of_uris(list(_uris(PURGED).values()))
-            report = purge.purge(store, images, writer_hours=self.SPAN_S / 3_600)
+            report = purge.purge(store, images, writer_hours=self.span_s / 3_600)
         except errors.CommitConflictError:
             others = [each for each in self.log[num_before:] if each.by[0] != self.world.current.name]
-            self.world.expect(len(others) >= 3, "a purge gives up, though nobody is in its way")
+            assert len(others) >= 3, "a purge gives up, though nobody is in its way"
             return
         if report.is_complete:
-            there |= {f"{self.PLACE}/{path}" for path in self.needed()}
+            there |= {f"{self.place}/{path}" for path in self.needed()}
             for path in there & self.store.objects.keys():
                 stored = self.store.objects[path]
                 if stored.data.startswith(b"PAR1") and stored is self.store.first[path]:  # not written late, since then
                     keys = pq.read_table(pa.BufferReader(stored.data))["key"].to_pylist()
-                    self.world.expect(not _uris(PURGED).keys() & {*keys}, f"{path} has purged rows")
+                    assert not _uris(PURGED).keys() & {*keys}, f"{path} has purged rows"
 
     def mend(self, store: FeatureStore) -> None:
         """Damage the newest manifest on its disk, and repair the store."""
         self.damaged.add(len(self.log))
-        path = f"{self.PLACE}/{manifest_path(len(self.log))}"
+        path = f"{self.place}/{manifest_path(len(self.log))}"
         self.store.objects[path] = Stored(self.store.objects[path].data[:90], self.world.now_s)
         self.world.sleep(1.0)
         repair(store)
 
-    def finish(self) -> None:
-        """Look at all that is there at the end."""
-        store = self.opened()
+    def look(self, store: FeatureStore) -> None:
+        """Look at all that is there."""
         if self.damaged:
             repair(store)
         newest = store.snapshot().version
-        self.world.expect(newest == len(self.log), f"the newest is {newest}, and not {len(self.log)}")
+        assert newest == len(self.log), f"the newest is {newest}, and not {len(self.log)}"
         for version in self.kept():
             self.check(store.snapshot(version))
         found = verify.verify(store).problems  # order: a number that had expired was given again
         problems = [each for each in found if each.kind != "order" and set(each.versions) & self.kept()]
-        self.world.expect(not problems, f"verify finds {problems}")
+        assert not problems, f"verify finds {problems}"
 
     def before(self, back: str) -> int:
         """Return the version that is so many before the newest."""
         return max(1, len(self.log) - int(back))
 
-    def files_of(self, content: dict[str, Any]) -> set[str]:
-        """Return the paths of a snapshot's data files."""
-        return {file["path"] for files in content["shards"].values() for file in files}
-
     def kept(self) -> set[int]:
         """Return the newest version, and those of pins and channels."""
         moves = [log[-1].content["version"] for folder, log in self.logs.items() if folder.startswith(CHANNELS) and log]
-        return {len(self.log), *self.pins.values(), *moves} - self.damaged
-
-    def needed(self) -> set[str]:
-        """Return the paths that have to stay, also those of snapshots that are read, unless a purge takes these."""
-        since_s = self.world.now_s - 0.8 * self.SPAN_S
-        read = [version for version, at_s in self.opened_s if at_s > since_s and "purge" not in self.plan]
-        return super().needed().union(*(self.log[version - 1].files for version in read))
+        return super().kept().union(self.pins.values(), moves) - self.damaged
 
     def check(self, snapshot: Snapshot) -> None:
         """Compare the rows of a snapshot with those that its commit had."""
         version = snapshot.version
-        is_same = snapshot.manifest.commit_id == self.log[version - 1].content["commit_id"]
-        self.world.expect(is_same, f"snapshot {version} is another commit")
+        assert seal(snapshot.manifest) == self.log[version - 1].data, f"snapshot {version} is another commit"
         columns = snapshot.to_arrow(["key", "uri", "feature"]).to_pydict()
         found = {key: (uri, feature[0]) for key, uri, feature in zip(*columns.values(), strict=True)}
-        self.world.expect(found == self.rows[version], f"snapshot {version} has {found}, not {self.rows[version]}")
+        assert found == self.rows[version], f"snapshot {version} has {found}, not {self.rows[version]}"
 
     def created(self, entry: Entry) -> None:
         """Note the rows after a commit."""
-        super().created(entry)
         name, *words = entry.content["operation"].split()
         if name == "restore":
             rows = self.rows[int(words[0])]
@@ -199,12 +171,9 @@ class StoreHistory(History):
             for key, uri in _uris(images).items():
                 old = rows.pop(key, None)
                 if name == "put":
-                    self.world.expect(old is None or old[0] == uri, f"{uri} and {old} have one key by {name}")
+                    assert old is None or old[0] == uri, f"{uri} and {old} have one key by {name}"
                     rows[key] = (uri, float(words[1]))
         self.rows.append(rows)
-
-    def _acknowledge(self, snapshot: Snapshot, operation: str) -> None:
-        self.acknowledge(LOG, snapshot.version, commit_id=snapshot.manifest.commit_id, operation=operation)
 
 
 def _uris(images: str) -> dict[int, str]:

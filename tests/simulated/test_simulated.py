@@ -3,15 +3,15 @@
 import pytest
 
 from tests.planted import Bug
-from tests.simulated.play import BUGS, KINDS, kind_of, plan_of, play, shortened
+from tests.simulated.play import BUGS, history_of, shortened
 
 pytestmark = pytest.mark.long
 
 
-@pytest.mark.parametrize("seed", range(len(KINDS)))
+@pytest.mark.parametrize("seed", range(1, 12, 2))
 def test_the_same_seed_gives_the_same_history(seed: int) -> None:
-    one, other = play(seed), play(seed)
-    assert one.failure is None and one.faults.total() > 10
+    one, other = history_of(seed).play().world, history_of(seed).play().world
+    assert not one.failure and one.faults.total() > 10
     assert one.trace == other.trace
 
 
@@ -24,7 +24,7 @@ def test_a_planted_bug_has_its_place(bug: Bug) -> None:
 def test_a_planted_bug_is_found_and_its_history_is_made_shorter() -> None:
     bug = next(each for each in BUGS if each.guard.startswith("what others put behind"))
     with bug.planted():
-        seed = next(seed for seed in range(200) if kind_of(seed).__name__ == bug.kind and play(seed).failure)
-        plan, world = shortened(seed, plan_of(seed)[0])
-    assert world.failure is not None and 0 < sum(map(len, plan)) <= 3
-    assert play(seed).failure is None
+        seed = next(seed for seed in range(200) if history_of(seed).play().world.failure)
+        shortest = shortened(seed, history_of(seed).play())
+    assert shortest.world.failure and 0 < sum(map(len, shortest.clients)) <= 3
+    assert not history_of(seed).play().world.failure
