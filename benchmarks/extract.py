@@ -19,7 +19,6 @@ import importlib.util
 import statistics
 import tempfile
 import time
-import warnings
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
@@ -88,15 +87,13 @@ def compare(locations: Sequence[str], rounds: int, batch_size: int) -> list[Sect
     """Measure all sides over the images at `locations`. Raises PipelineError, FeatureStoreError."""
     from featurestore.lookup import dtype_of_machine
     from pipeline.cluster.tasks import connect, run_alone
-    from pipeline.network.backbone import UntrainedWeightsWarning
 
     quickest = dtype_of_machine()
     precisions: list[PrecisionName] = [quickest]
     if importlib.util.find_spec("openvino"):
         precisions.append("int8")
     spent: dict[str, list[Seconds]] = {side: [] for side in (TORCH, *precisions)}
-    with warnings.catch_warnings(), contextlib.ExitStack() as stack:
-        warnings.simplefilter("ignore", UntrainedWeightsWarning)
+    with contextlib.ExitStack() as stack:
         clients = {side: stack.enter_context(connect(workers=1, threads_per_worker=1)) for side in spent}
         run_alone(clients[TORCH], torch_seconds, locations[:batch_size], batch_size, quickest)
         infos: dict[str, StoreInfo] = {

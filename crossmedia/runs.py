@@ -13,7 +13,7 @@ from featurestore.text import Shown
 from pipeline.samples.requests import with_behaviors
 from trainer.cli import joined_ranks
 from trainer.config import Config, load_config
-from trainer.evaluation.bootstrap import Evaluation
+from trainer.evaluation.bootstrap import Evaluation, shown
 from trainer.evaluation.predict import score_rows, scores_of
 from trainer.evaluation.report import evaluate_run
 from trainer.main import train as train_run
@@ -146,7 +146,8 @@ class Run(Shown):
         return load_model(str(url), made.version)
 
     def _about(self) -> tuple[str, dict[str, Any]]:
-        return str(self.folder), {name: value for name, value in self.metrics.items() if isinstance(value, float)}
+        given = {name: shown(self.metrics, name) for name in self.metrics}
+        return str(self.folder), {name: value for name, value in given.items() if isinstance(value, float)}
 
 
 def _warn(notes: Sequence[str]) -> None:

@@ -1,7 +1,5 @@
 """Compute the feature of every image once, into the feature store."""
 
-import warnings
-
 from featurestore.console import commandline, output
 from pipeline.options import ExtractOptions, takes_on_cluster
 
@@ -12,7 +10,7 @@ crossmedia extract --images photos --weights imagenet
 crossmedia extract --images s3://shop/photos --store s3://shop/features -n 4
 crossmedia extract --images catalogue.parquet --weights random:0
 crossmedia extract --backbone resnet50:avgpool --store data/features-resnet50
-crossmedia extract --images all-photos --reduce data/features-256 --store data/features-all-256
+crossmedia extract --images all-photos --store data/features-256
 """
 
 app = commandline.CommandApp(report=True, rich_markup_mode="rich", stopped=commandline.CONTINUES)
@@ -29,14 +27,11 @@ def main(options: ExtractOptions) -> None:
     from pipeline.cluster.tasks import connect
     from pipeline.features.refresh import extract
     from pipeline.network import check_weights_name
-    from pipeline.network.backbone import UntrainedWeightsWarning, feature_dim
+    from pipeline.network.backbone import feature_dim
 
-    if options.weights.startswith("random:"):
-        output.print_warning(f"the weights {options.weights} are NOT pretrained")
     feature_dim(options.backbone, check_weights_name(options.weights))  # before a cluster starts
     # One process with all cores for the network: copies of the network would share the same cores.
-    with warnings.catch_warnings(), connect(workers=1, threads_per_worker=1) as client:
-        warnings.simplefilter("ignore", UntrainedWeightsWarning)  # said above
+    with connect(workers=1, threads_per_worker=1) as client:
         summary = extract(options, client)
     output.print_summary(str(summary))
 

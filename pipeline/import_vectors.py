@@ -10,11 +10,9 @@ A killed run continues when the same command runs again on the same files and st
 
 import functools
 import io
-import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -22,9 +20,9 @@ import xxhash
 from distributed import Client
 
 from featurestore.format.codec import read_npy
+from featurestore.format.datafile import digest_column
 from featurestore.format.rows import FeatureRows
-from featurestore.keys import AnyArray, BoolArray, Int64Array
-from featurestore.parsing import parse_json
+from featurestore.keys import Int64Array
 from featurestore.spec import ExtractorSpec
 from featurestore.staging import STAGING
 from featurestore.store import FeatureStore
@@ -36,25 +34,15 @@ from pipeline.options import ImportOptions
 
 NEW, CHANGED, UNCHANGED = 0, 1, 2
 INDEX_DTYPE = np.dtype([("key", "<i8"), ("low", "<u8"), ("high", "<u8"), ("state", "u1")])
-CONTESTED = "several rows with different numbers under one key"
-_REPORT, _INDEX = ".json", ".index.npy"
 
 IndexArray = npt.NDArray[np.void]
 
 
-@dataclass(frozen=True)
-class UnitReport:
-    """The outcome for the rows of a unit; its file is written last, and makes the unit complete."""
+@dataclass(frozen=True, kw_only=True)
+class UnitReport(store_run.StagedReport):
+    """The outcome for the rows of a unit, bad ones included; its file is written last, and makes the unit complete."""
 
-    parts: tuple[str, ...]
-    num_rows: int  # bad ones included
-    bad: tuple[store_run.BadRow, ...]
-
-    @classmethod
-    def load(cls, store: FeatureStore, run_id: str, unit: str) -> "UnitReport":
-        """Load the report of a complete unit."""
-        fields = parse_json(store.storage.read_bytes(_path(run_id, unit, _REPORT)))
-        return cls(tuple(fields["parts"]), fields["num_rows"], tuple(store_run.BadRow(*bad) for bad in fields["bad"]))
+    parts: Sequence[str]
 
 
 def stage_unit(
@@ -64,12 +52,10 @@ def stage_unit(
     unit: str,
     slices: Sequence[VectorSlice],
     rows: int,
-    contested: Sequence[int] = (),
 ) -> UnitReport:
     """Stage what `slices` have that snapshot `version` has not, in parts of about `rows` rows.
 
-    Rows with `contested` keys are bad, but are in the index, where they are found again. Raises
-    VectorImportError, StorageError.
+    Raises VectorImportError, StorageError.
     """
     stored = stored_index(store, version)
     parts: list[str] = []
@@ -81,27 +67,23 @@ def stage_unit(
         if not len(block):
             continue
         bits_ND, storable_N = store.codec.encode_storable(store.project(block.vectors_ND))
-        bad += _bad_rows(block, ~storable_N, f"not finite in {store.info.dtype}")
-        index_N = _index(block, stored)
+        bad += [
+            store_run.BadRow(int(block.keys_N[row]), block.uris[row], f"not finite in {store.info.dtype}")
+            for row in np.flatnonzero(~storable_N)
+        ]
+        index_N, digests = _index(block, stored)
         indexes.append(index_N[storable_N])
-        contested_N = storable_N & np.isin(block.keys_N, np.array(contested, np.int64))
-        bad += _bad_rows(block, contested_N, CONTESTED)
-        staged_N = np.flatnonzero(storable_N & ~contested_N & (index_N["state"] != UNCHANGED))
+        staged_N = np.flatnonzero(storable_N & (index_N["state"] != UNCHANGED))
         if len(staged_N):
             parts.append(f"{unit}-{len(parts):04d}")
-            store.stage_part(run_id, parts[-1], _rows(block, bits_ND, index_N).take(staged_N))
+            staged = FeatureRows.of(block.uris, bits_ND, keys=block.keys_N, content_digests=digests).take(staged_N)
+            store.stage_part(run_id, parts[-1], staged)
     buffer = io.BytesIO()
     np.save(buffer, np.concatenate(indexes))
-    store.storage.write_bytes(_path(run_id, unit, _INDEX), buffer.getvalue())
-    report = UnitReport(tuple(parts), num_rows, tuple(bad))
-    store.storage.write_bytes(_path(run_id, unit, _REPORT), json.dumps(asdict(report)).encode())
+    store.storage.write_bytes(_index_path(run_id, unit), buffer.getvalue())
+    report = UnitReport(parts=parts, num_rows=num_rows, bad=tuple(bad))
+    report.save(store, run_id, unit)
     return report
-
-
-def load_index(store: FeatureStore, run_id: str, unit: str) -> IndexArray:
-    """Load keys, digests and states of the good rows of a complete unit, in their order."""
-    index: IndexArray = read_npy(store.storage.read_bytes(_path(run_id, unit, _INDEX)))
-    return index
 
 
 def stored_index(store: FeatureStore, version: int) -> IndexArray:
@@ -112,25 +94,20 @@ def stored_index(store: FeatureStore, version: int) -> IndexArray:
 
 @functools.lru_cache(maxsize=1)
 def _stored_index(url: str, version: int, store_id: str, commit_id: str) -> IndexArray:
-    snapshot = FeatureStore.open(url).snapshot(version)
-    indexes = [np.empty(0, INDEX_DTYPE)]
-    for shard in sorted(snapshot.manifest.shards):
-        table = snapshot.shard_reader(shard).read(["key", "content_digest"])
-        digests: Any = table["content_digest"].combine_chunks()
-        values = np.frombuffer(digests.buffers()[1], "<u8", 2 * len(table), 16 * digests.offset).reshape(-1, 2)
-        index = np.zeros(len(table), INDEX_DTYPE)
-        index["key"], index["low"], index["high"] = table["key"].to_numpy(), values[:, 0], values[:, 1]
-        indexes.append(index)
-    whole = np.concatenate(indexes)
-    return whole[np.argsort(whole["key"])]
+    table = FeatureStore.open(url).snapshot(version).to_arrow(["key", "content_digest"])
+    values = digest_column(table).view("<u8").reshape(-1, 2)
+    index = np.zeros(len(table), INDEX_DTYPE)
+    index["key"], index["low"], index["high"] = table["key"].to_numpy(), values[:, 0], values[:, 1]
+    return index[np.argsort(index["key"])]
 
 
-def _index(block: VectorBlock, stored: IndexArray) -> IndexArray:
+def _index(block: VectorBlock, stored: IndexArray) -> tuple[IndexArray, list[bytes]]:
+    """Compare rows with those of the store; give their digests too."""
     index_N = np.zeros(len(block), INDEX_DTYPE)
     index_N["key"] = block.keys_N
     vectors_ND = np.ascontiguousarray(block.vectors_ND, "<f4")
-    digests = b"".join(xxhash.xxh3_128_digest(vector_D.data) for vector_D in vectors_ND)
-    values = np.frombuffer(digests, "<u8").reshape(-1, 2)
+    digests = [xxhash.xxh3_128_digest(vector_D.data) for vector_D in vectors_ND]
+    values = np.frombuffer(b"".join(digests), "<u8").reshape(-1, 2)
     index_N["low"], index_N["high"] = values[:, 0], values[:, 1]
     place_N = np.searchsorted(stored["key"], block.keys_N)
     if len(stored):
@@ -138,26 +115,11 @@ def _index(block: VectorBlock, stored: IndexArray) -> IndexArray:
         is_stored_N = found["key"] == block.keys_N
         is_same_N = is_stored_N & (found["low"] == index_N["low"]) & (found["high"] == index_N["high"])
         index_N["state"] = np.where(is_same_N, UNCHANGED, np.where(is_stored_N, CHANGED, NEW))
-    return index_N
+    return index_N, digests
 
 
-def _bad_rows(block: VectorBlock, is_bad_N: BoolArray, reason: str) -> list[store_run.BadRow]:
-    return [store_run.BadRow(int(block.keys_N[row]), block.uris[row], reason) for row in np.flatnonzero(is_bad_N)]
-
-
-def _rows(block: VectorBlock, bits_ND: AnyArray, index_N: IndexArray) -> FeatureRows:
-    digests: Int64Array = np.stack([index_N["low"], index_N["high"]], axis=1)
-    data = np.ascontiguousarray(digests, "<u8").tobytes()
-    return FeatureRows.of(
-        block.uris,
-        bits_ND,
-        keys=block.keys_N,
-        content_digests=[data[16 * row : 16 * row + 16] for row in range(len(block))],
-    )
-
-
-def _path(run_id: str, unit: str, suffix: str) -> str:
-    return f"{STAGING}/{run_id}/{unit}{suffix}"
+def _index_path(run_id: str, unit: str) -> str:
+    return f"{STAGING}/{run_id}/{unit}.index.npy"
 
 
 BACKBONE = "imported"
@@ -201,25 +163,26 @@ class ImportSummary:
 def import_vectors(source: VectorSource, options: ImportOptions, client: Client) -> ImportSummary:
     """Add and replace rows; at most one commit, and none when nothing has changed. Other rows of the store stay.
 
-    A key that comes with different numbers, a row that is not finite, and all else that a format finds wrong goes to
-    the quarantine; what the store has under such a key stays. Needs 25 bytes of memory for each row of the source here,
-    and of the store in every worker. Raises VectorImportError, StoreRunError, SpecMismatchError, KeyCollisionError,
-    ClusterError and the errors of storage; what was staged by then stays for the next run.
+    A row that is not finite, and all else that a format finds wrong, goes to the quarantine; what the store has under
+    such a key stays. Needs 25 bytes of memory for each row of the source here, and of the store in every worker. Raises
+    VectorImportError, also where a key comes with different numbers, StoreRunError, SpecMismatchError,
+    KeyCollisionError, ClusterError and the errors of storage; what was staged by then stays for the next run.
     """
     start_s = time.monotonic()
     store_run.wait_for_worker(client)
     run = ImportRun(client, _open_store(source, options), source, options)
     reports = run.stage()
-    index = run.index()
-    contested = contested_keys(index)
-    if len(contested):
-        reports |= run.stage_again(contested)
+    good = run.index()
+    if len(contested := contested_keys(good)):
+        run.store.discard_staging(run.run_id)
+        raise VectorImportError(
+            f"{len(contested):,} keys have several rows with different numbers, {contested[0]} first: leave one of each"
+        )
     num_rows = sum(report.num_rows for report in reports.values())
     bad = tuple(row for report in reports.values() for row in report.bad)
     if len(bad) == num_rows:
         reasons = f": {store_run.describe_bad(bad)}" if bad else ""
         raise VectorImportError(f"none of the {num_rows:,} rows can be used{reasons}")
-    good = index[~np.isin(index["key"], contested)]
     run.parts = [part for report in reports.values() for part in report.parts]
     run.num_rows = int(np.count_nonzero(good["state"] != UNCHANGED))
     keys, first = np.unique(good["key"], return_index=True)
@@ -281,31 +244,24 @@ class ImportRun(store_run.StoreRun):
         snapshot = store.snapshot()
         commit_id = snapshot.manifest.commit_id
         run_id = store_run.run_id_of("import", store.info.digest, source.fingerprint, source.dim, self._rows, commit_id)
-        super().__init__(client, store, run_id, snapshot, store.quarantine_rows())
+        super().__init__(client, store, run_id, snapshot)
         self.num_resumed = 0  # rows
 
     def stage(self) -> dict[str, UnitReport]:
         """Stage all units that an earlier run did not; return the reports of all."""
         names = self.store.storage.list(f"{STAGING}/{self.run_id}")
-        complete = [unit for unit in self._units if f"{unit}{_REPORT}" in names]
+        complete = [unit for unit in self._units if f"{unit}{store_run.REPORT}" in names]
         reports = {unit: UnitReport.load(self.store, self.run_id, unit) for unit in complete}
         self.num_resumed = sum(report.num_rows for report in reports.values())
-        reports |= self._stage({unit: it for unit, it in self._units.items() if unit not in reports}, ())
+        left = {unit: slices for unit, slices in self._units.items() if unit not in reports}
+        of_all = self.store, self.snapshot.version, self.run_id
+        calls = [(*of_all, unit, slices, self._rows) for unit, slices in left.items()]
+        advice = "give workers more, or set a smaller --part-size"
+        reports |= zip(left, run_all(self.client, "reading", stage_unit, calls, advice), strict=True)
         return {unit: reports[unit] for unit in self._units}
-
-    def stage_again(self, contested: Int64Array) -> dict[str, UnitReport]:
-        """Stage the units that hold contested keys again, without these; return their reports."""
-        indexes = {unit: load_index(self.store, self.run_id, unit)["key"] for unit in self._units}
-        units = {unit: self._units[unit] for unit, keys in indexes.items() if np.isin(keys, contested).any()}
-        return self._stage(units, contested.tolist())
 
     def index(self) -> IndexArray:
         """Load the rows of all units, in their order."""
-        indexes = [load_index(self.store, self.run_id, unit) for unit in self._units]
+        paths = [_index_path(self.run_id, unit) for unit in self._units]
+        indexes = [read_npy(self.store.storage.read_bytes(path)) for path in paths]
         return np.concatenate([np.empty(0, INDEX_DTYPE), *indexes])
-
-    def _stage(self, units: dict[str, tuple[VectorSlice, ...]], contested: Sequence[int]) -> dict[str, UnitReport]:
-        of_all = self.store, self.snapshot.version, self.run_id
-        calls = [(*of_all, name, slices, self._rows, contested) for name, slices in units.items()]
-        title, advice = "reading again" if contested else "reading", "give workers more, or set a smaller --part-size"
-        return dict(zip(units, run_all(self.client, title, stage_unit, calls, advice), strict=True))

@@ -1,5 +1,6 @@
 """The options of jobs, each said once: its name, its default, its limits and its help; a command gets one object."""
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,8 +22,7 @@ DEFAULT_IMAGES, DEFAULT_STORE, DEFAULT_SAMPLES = "data/images", "data/features",
 DEFAULT_MAX_GONE = 0.5
 LONGEST_DAYS = 36_500
 MOST_BEHAVIORS = 1_000_000
-XDL_DIM = 4096
-"""Numbers of an image in the files of XDL's example."""
+XDL_DIM = 4096  # numbers of an image in the files of XDL's example
 MAX_DIM = 1 << 20
 """Most numbers of a vector that an option may name."""
 
@@ -56,37 +56,32 @@ PartOption = Annotated[
 
 def takes_on_cluster(kind: Callable[..., Options]) -> Callable[[Callable[[Options], None]], Callable[..., None]]:
     """Make a command as `takes` does, with options that name a Dask cluster, which the function then finds."""
-    of_cluster = {str(each.name): each for each in submit.params if each.name in _OF_CLUSTER}
-    hints = {name: _as_typer(option) for name, option in of_cluster.items()}
+    of_cluster = {
+        str(each.name): each for each in submit.params if isinstance(each, click.Option) and each.name in _OF_CLUSTER
+    }
+    parameters = []
+    for name, each in of_cluster.items():  # dask-submit checks their texts later
+        about = typer.Option(*each.opts, metavar=each.metavar, help=each.help, rich_help_panel="Dask cluster")
+        hint = Annotated[str | None, about]
+        parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=hint))
 
     def decorate(function: Callable[[Options], None]) -> Callable[..., None]:
         command = takes(kind)(function)
 
+        @functools.wraps(command)
         def on_cluster(**values: Any) -> None:
             given = {option: values.pop(name) for name, option in of_cluster.items()}
             words = [word for option, value in given.items() if value is not None for word in (option.opts[-1], value)]
             with _cluster(words):
                 command(**values)
 
-        parameters = [
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=hint)
-            for name, hint in hints.items()
-        ]
-        on_cluster.__name__, on_cluster.__doc__ = command.__name__, command.__doc__
-        on_cluster.__annotations__ = command.__annotations__ | hints
+        on_cluster.__annotations__ = command.__annotations__ | {each.name: each.annotation for each in parameters}
         on_cluster.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
             [*inspect.signature(command).parameters.values(), *parameters]
         )
         return on_cluster
 
     return decorate
-
-
-def _as_typer(option: click.Parameter) -> Any:
-    """Make an option of a command of one of dask-submit, which checks its text later."""
-    assert isinstance(option, click.Option)
-    about = typer.Option(*option.opts, metavar=option.metavar, help=option.help, rich_help_panel="Dask cluster")
-    return Annotated[str | None, about]
 
 
 @contextmanager
@@ -139,13 +134,6 @@ class ExtractOptions:
     part_size: PartOption = 256
     num_shards: NumShardsOption = None
     name: NameOption = None
-    reduce: Annotated[
-        str | None,
-        typer.Option(
-            metavar="STORE",
-            help="Make a compact store, with the basis and in the dtype of this one (crossmedia store remake --dims).",
-        ),
-    ] = None
     channel: ChannelOption = None
 
 

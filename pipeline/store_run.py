@@ -7,27 +7,27 @@ import json
 import time
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import xxhash
 from distributed import Client
 
 from featurestore.errors import SpecMismatchError, StoreNotFoundError
-from featurestore.format.codec import Basis, reduction_of, write_basis
 from featurestore.format.rows import FeatureRows
 from featurestore.keys import Int64Array, key_of_uri, splitmix64
+from featurestore.parsing import parse_json
 from featurestore.snapshot import Snapshot
-from featurestore.spec import FileEntry, StoreInfo, differing
+from featurestore.spec import FileEntry, StoreInfo
 from featurestore.staging import STAGING, QuarantineRow
-from featurestore.storage.safety import refuse_unsafe
-from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
 from pipeline.cluster.tasks import num_threads, run_all, wait_for_workers
 
 WORKERS_TIMEOUT_S = 60.0
 SHARD_TASK_BYTES = 512 << 20  # staged for the shards of one task, which holds them: a task opens each part
 SHARD_MEMORY_SHARE = 4  # a task's rows may take this part of its thread's memory; building copies a shard at a time
+REPORT = ".json"  # how names of reports end
 TOMBSTONES = "tombstones"  # parts of this name have no report
 TOMBSTONES_PER_PART = 4096  # their blank features are held in memory
 
@@ -47,6 +47,24 @@ class BadRow(NamedTuple):
         return cls(key_of_uri(uri), uri, reason)
 
 
+@dataclass(frozen=True, kw_only=True)
+class StagedReport:
+    """The outcome for rows that one task staged; kept with them, so that a resumed run knows it."""
+
+    num_rows: int
+    bad: tuple[BadRow, ...] = ()
+
+    @classmethod
+    def load(cls, store: FeatureStore, run_id: str, name: str) -> Self:
+        """Load the report of what has this name in the run."""
+        fields = parse_json(store.storage.read_bytes(f"{STAGING}/{run_id}/{name}{REPORT}"))
+        return cls(**{**fields, "bad": tuple(BadRow(*bad) for bad in fields["bad"])})
+
+    def save(self, store: FeatureStore, run_id: str, name: str) -> None:
+        """Write the report."""
+        store.storage.write_bytes(f"{STAGING}/{run_id}/{name}{REPORT}", json.dumps(asdict(self)).encode())
+
+
 def find_store(url: str) -> FeatureStore | None:
     """Open the store at `url`; None where there is none."""
     try:
@@ -55,46 +73,25 @@ def find_store(url: str) -> FeatureStore | None:
         return None
 
 
-def open_or_make(url: str, asked: Mapping[str, Any], compact: FeatureStore | None = None, **new: Any) -> FeatureStore:
-    """Open the store at `url`, or make it when it is new: by the basis of a `compact` one, where that is given.
+def open_or_make(url: str, asked: Mapping[str, Any], **new: Any) -> FeatureStore:
+    """Open the store at `url`, or make it when it is new.
 
     `asked` are fields of StoreInfo that the store must have, None: as it has them; its `dim` is that of the rows before
     a compact store reduces them. A new one gets those of `new` too. Raises SpecMismatchError when the store differs.
     """
     given = {name: value for name, value in asked.items() if value is not None}
-    store, basis = find_store(url), None if compact is None else compact.basis
-    if compact is not None and basis is not None:
-        _check_basis(basis, given)
-        given |= {"dim": basis.dim, "reduction": reduction_of(basis)}
-        if store is None:
-            given.setdefault("dtype", compact.info.dtype)
-    elif store is not None and store.info.reduction is not None:
+    store = find_store(url)
+    if store is None:
+        return FeatureStore.open_or_create(url, StoreInfo.model_validate(given | new))
+    if store.info.reduction is not None:
         if given["dim"] != store.info.full_dim:
             raise SpecMismatchError(
                 f"the store at {store.url} is compact: it takes rows of {store.info.full_dim:,} numbers and keeps"
                 f" {store.info.dim:,} components of each; these rows have {given['dim']:,} numbers"
             )
         given["dim"] = store.info.dim
-    if store is None:
-        if basis is not None:
-            storage = Storage(url, keep_inside=True)
-            refuse_unsafe(storage)
-            write_basis(storage, basis)
-        return FeatureStore.open_or_create(url, StoreInfo.model_validate(given | new))
     store.info.model_copy(update=given).check_same(store.info, f"the store at {store.url}")
     return store
-
-
-def _check_basis(basis: Basis, given: Mapping[str, Any]) -> None:
-    """Raise SpecMismatchError where the basis is of other rows than those to come."""
-    made, wanted = basis.origin.extractor, given["extractor"]
-    if basis.full_dim != given["dim"] or made != wanted:
-        found = differing(made.model_dump(), wanted.model_dump())
-        of = "; ".join(f"{name} {its!r}, here {mine!r}" for name, its, mine in found)
-        raise SpecMismatchError(
-            f"the basis was made of {basis.full_dim:,} numbers of another network; these rows have {given['dim']:,}"
-            f"{': ' + of if of else ''}; reduce a store of the same network"
-        )
 
 
 def wait_for_worker(client: Client) -> None:
@@ -114,15 +111,13 @@ class StoreRun:
     parts that an earlier run of the same id left, `parts` those that the commit will hold.
     """
 
-    def __init__(
-        self, client: Client, store: FeatureStore, run_id: str, snapshot: Snapshot, quarantined: Sequence[QuarantineRow]
-    ):
+    def __init__(self, client: Client, store: FeatureStore, run_id: str, snapshot: Snapshot):
         self.client = client
         self.store = store
         self.run_id = run_id
         self.snapshot = snapshot
         self.staged = frozenset(store.staged_parts(run_id))
-        self.quarantined = quarantined
+        self.quarantined = store.quarantine_rows()
         self.parts: list[str] = []
         self.num_rows = 0  # in `parts`, which may be empty
 

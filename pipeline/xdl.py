@@ -155,23 +155,15 @@ Seen = Counter[tuple[Key, int, bool, bool]]
 """Good lines by field, number of its values, whether these are id:weight, and whether some weight is not 1."""
 
 
-@dataclass(frozen=True)
-class TextFile:
-    """One file of lines."""
-
-    url: str
-    path: str
-
-    def lines(self) -> Iterator[bytes]:
-        """Read the lines."""
-        with Storage(self.url).open_input(self.path) as file:
-            yield from file
+def _lines(url: str, path: str) -> Iterator[bytes]:
+    with Storage(url).open_input(path) as file:
+        yield from file
 
 
-def scan_file(file: TextFile) -> tuple[int, Seen]:
+def scan_file(url: str, path: str) -> tuple[int, Seen]:
     """Count the good lines of a file, and those of each field in the order in which the fields come."""
     num_lines, seen = 0, Seen()
-    for data in file.lines():
+    for data in _lines(url, path):
         with contextlib.suppress(BadLineError):  # reported when the file is read again
             line = parse_line(data)
             num_lines += 1
@@ -279,12 +271,12 @@ class WrittenGroups:
 
 
 def write_file(
-    file: TextFile, number: int, fields: Sequence[XdlField], options: XdlOptions, folder: str
+    url: str, path: str, number: int, fields: Sequence[XdlField], options: XdlOptions, folder: str
 ) -> WrittenGroups:
     """Write the groups of one file as SPLIT/part-NUMBER.parquet, where there are any."""
     result, schema = WrittenGroups(), schema_of(fields)
     user, ad = ([name for each in fields if each.part == part for name in each.columns] for part in ("user", "ad"))
-    samples = _read(file, fields, options.label_threshold, result)
+    samples = _read(url, path, fields, options.label_threshold, result)
     groups = (list(group) for _, group in groupby(samples, lambda sample: [sample[name] for name in ("gkey", *user)]))
     scratch = Path(folder, f".part-{number}-{uuid.uuid4().hex}")  # a task may run twice
     scratch.mkdir()
@@ -318,15 +310,15 @@ def split_of(gkey: str, test_share: float) -> str:
 
 
 def _read(
-    file: TextFile, fields: Sequence[XdlField], threshold: float | None, result: WrittenGroups
+    url: str, path: str, fields: Sequence[XdlField], threshold: float | None, result: WrittenGroups
 ) -> Iterator[Sample]:
-    for data in file.lines():
+    for data in _lines(url, path):
         result.num_lines += 1
         try:
             yield read_sample(parse_line(data), fields, threshold)
         except BadLineError as error:
             result.bad.append(
-                {"file": file.path, "line": result.num_lines, "reason": str(error), "text": data.rstrip(b"\r\n")}
+                {"file": path, "line": result.num_lines, "reason": str(error), "text": data.rstrip(b"\r\n")}
             )
 
 
@@ -338,20 +330,22 @@ def import_samples(options: XdlOptions, client: Client) -> dict[str, Any]:
     field of the ad has one id in each line.
     """
     storage, entries = find_files(options.source, what="samples")
-    files = [TextFile(storage.url, path) for path in sorted(entry.path for entry in entries if entry.size_bytes)]
-    if not files:
+    paths = sorted(entry.path for entry in entries if entry.size_bytes)
+    if not paths:
         raise SampleError(f"{options.source}: only empty files")
     with replaced_files(options.samples) as new:
         for name in SPLITS:
             (new.folder / name).mkdir()
         num_lines, seen = 0, Seen()
-        for count, found in run_all(client, "looking through lines", scan_file, [(file,) for file in files], SMALLER):
+        places = [(storage.url, path) for path in paths]
+        for count, found in run_all(client, "looking through lines", scan_file, places, SMALLER):
             num_lines += count
             seen.update(found)
         if not num_lines:
             raise SampleError(f"{options.source}: not one line of the form skey|gkey|user part|ad part|label|ts")
         fields = decide(num_lines, seen)
-        calls = [(file, number, fields, options, str(new.folder.absolute())) for number, file in enumerate(files)]
+        folder = str(new.folder.absolute())
+        calls = [(storage.url, path, number, fields, options, folder) for number, path in enumerate(paths)]
         written = run_all(client, "writing samples", write_file, calls, SMALLER)
         summary = _summary(options, fields, written)
         if not summary["train"]["samples"]:

@@ -8,4 +8,10 @@ def invoke(app: typer.Typer, *words: object, code: int | None = None) -> Result:
     """Call an app in this process; it has to end with `code`, where one is given."""
     result = CliRunner().invoke(app, [str(word) for word in words])
     assert code is None or result.exit_code == code, result.output
+    assert not code or isinstance(result.exception, SystemExit), "no traceback"
     return result
+
+
+def said(app: typer.Typer, *words: object, code: int = 0) -> str:
+    """Call an app as `invoke` does; return all that it prints, in one line and without frames."""
+    return " ".join(invoke(app, *words, code=code).output.replace("│", " ").split())

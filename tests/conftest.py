@@ -1,5 +1,6 @@
 """Settings and fixtures that all tests share: the type of the matrix products, ranks and S3 servers."""
 
+import contextlib
 import gc
 import os
 import signal
@@ -157,6 +158,12 @@ def client() -> Iterator["Client"]:
     ):
         patch.setattr("pipeline.features.part.torch_threads", lambda workers_per_host: 1)
         yield client
+
+
+@pytest.fixture
+def connected(client: "Client", monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let jobs that ask for a cluster get that client's."""
+    monkeypatch.setattr("pipeline.cluster.tasks.connect", lambda **_: contextlib.nullcontext(client))
 
 
 @pytest.fixture(scope="session")

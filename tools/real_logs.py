@@ -34,8 +34,8 @@ EXAMPLES = """Examples:
 
 \b
 python tools/real_logs.py movielens ml-100k --out logs/ml
-python tools/real_logs.py checkins nyc --out logs/nyc --days 40
-crossmedia samples --logs logs/ml --mapping logs/ml/mapping.yaml --samples logs/ml/samples --window-days 300
+python tools/real_logs.py checkins nyc --out logs/nyc --days 40 --newest 170000
+crossmedia samples --logs logs/ml --mapping logs/ml/mapping.yaml --samples ml/samples --window-days 300
 python -m benchmarks.quality --logs logs/ml --logs logs/frappe
 """
 
@@ -241,6 +241,7 @@ def main(
     folder: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Where its files are.")],
     out: Annotated[Path, typer.Option(help="Folder for impressions/, behaviors/ and mapping.yaml.")],
     days: Annotated[int | None, typer.Option(help="Spread the events evenly over this many days.", min=3)] = None,
+    newest: Annotated[int | None, typer.Option(help="Keep the newest impressions only, so many.", min=1)] = None,
 ) -> None:
     """Write impression and behaviour logs of a real log, and their mapping."""
     import pyarrow as pa
@@ -250,13 +251,15 @@ def main(
     try:
         events = KINDS[kind.value](folder)
         events = spread(events, days) if days else events
-        for name, table in zip(("impressions", "behaviors"), tables := tables_of(events), strict=True):
+        shown, liked = tables_of(events)
+        shown = shown.sort_by("timestamp").slice(max(0, len(shown) - newest)) if newest else shown
+        for name, table in (("impressions", shown), ("behaviors", liked)):
             (out / name).mkdir(parents=True, exist_ok=True)
             pq.write_table(table, out / name / f"{name}.parquet")
         (out / "mapping.yaml").write_text(yaml.safe_dump(mapping_of(events), sort_keys=False))
     except (OSError, KeyError, ValueError, pa.ArrowException) as failure:
         raise UserError(f"{folder} does not hold the files of a {kind.value} log: {failure}") from failure
-    typer.echo(f"{len(tables[0]):,} impressions and {len(tables[1]):,} behaviours in {out}")
+    typer.echo(f"{len(shown):,} impressions and {len(liked):,} behaviours in {out}")
 
 
 app = CommandApp(rich_markup_mode="rich")

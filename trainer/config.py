@@ -364,8 +364,9 @@ class DataConfig(Section):
         None
     )
     """Do not train on this number of the last training days, or on these days: evaluate on them after each epoch, and
-    end with the best one, by GAUC. null: 0 for train.epochs of 1 or 2; for more, a tenth of four days or more, unless
-    train.max_steps or train.eval_every is set. On resume, null means the days that the checkpoint has recorded."""
+    end with the best one, by GAUC. null: a tenth of the days, one at least, where train.epochs is 3 or more and there
+    are four days or more, or with train.early_stopping; else 0, also with train.max_steps or train.eval_every. On
+    resume, null means the days that the checkpoint has recorded."""
     store: Nothing[Place] = "data/features"
     """Feature store, from crossmedia extract."""
     store_version: Nothing[Version | None] = None
@@ -397,8 +398,8 @@ class TrainConfig(Section):
     """Length of the run, and how often it logs, evaluates and writes a checkpoint."""
 
     epochs: Training[Count] = 2
-    """Passes over the training samples; 2 as in the paper. On the demo a third one overfits with images; with IDs
-    alone the best epoch is mostly 3 or 4."""
+    """Passes over the training samples; 2 as in the paper. 3 or more hold days out to choose the best one: see
+    data.validation_days."""
     max_steps: Training[Count | None] = None
     """Stop after this many steps in all; null: after all epochs."""
     seed: Positions[Annotated[int, Field(ge=0, lt=2**63)]] = 0
@@ -482,13 +483,13 @@ class Config(Section):
             )
         if self.run.name is None and (resume in ("latest", "auto") or resume.isdecimal()):
             raise ValueError(f"run.resume={resume} needs the run's name; add run.name=NAME")
-        if self.train.early_stopping and not self.data.validation_days:
-            if self.train.eval_every is None:
-                raise ValueError(
-                    "train.early_stopping counts evaluations; set data.validation_days=1 or train.eval_every=STEPS too"
-                )
-            if self.data.test_days == []:
-                raise ValueError("train.early_stopping needs samples to evaluate on; data.test_days=[] names none")
+        stops, every, held = self.train.early_stopping, self.train.eval_every, self.data.validation_days
+        if stops and every is None and held in (0, []):
+            raise ValueError(
+                "train.early_stopping counts evaluations; leave data.validation_days out or set train.eval_every=STEPS"
+            )
+        if stops and every and not held and self.data.test_days == []:
+            raise ValueError("train.early_stopping needs samples to evaluate on; data.test_days=[] names none")
         if both := set(self.data.train_days or []) & set(self.data.test_days or []):
             raise ValueError(f"data.train_days and data.test_days share {', '.join(sorted(both))}; a day is for one")
         return self

@@ -21,6 +21,7 @@ from featurestore.published.paths import RunPath, read_file, run_path, write_jso
 from trainer.cli import MoreSettings, Settings, SettingsFile
 from trainer.config import Config, differences, load_config, load_saved, refuse_given, save_config
 from trainer.errors import CheckpointError, ConfigError, DataNotFoundError, TakenOverError, TrainerError
+from trainer.evaluation.bootstrap import shown
 from trainer.main import on_ranks, train
 from trainer.runs.folder import DAYS_FILE, TENSORBOARD, finished, report_of
 
@@ -87,7 +88,7 @@ def show(folder: RunPath) -> None:
     for row in found:
         before = run_path(row["warm_start"]).name if row["warm_start"] else None
         cells = [row["day"], before, row["store_version"], row["steps"], row["test_day"]]
-        lines.append([_text(cell) for cell in [*cells, *(row[name] for name in _METRICS)]])
+        lines.append([_text(cell) for cell in [*cells, *(shown(row, name) for name in _METRICS)]])
     output.print_line(console, str(folder), style="bold")
     output.print_rows(names, lines, numbers=names)
     for row in found:
@@ -108,7 +109,7 @@ def _row(run: RunPath, report: Mapping[str, Any]) -> dict[str, Any]:
         **{name: first_store.get(name) or None for name in ("store_id", "commit_id")},
         "samples_changed": report.get("samples_changed", False),
         "test_day": config.data.test_days[0] if config.data.test_days and report["metrics"] else None,
-        **{name: report["metrics"].get(name) for name in _METRICS},
+        **{name: report["metrics"].get(name) for name in (*_METRICS, "gauc_users", "new_ad_gauc_users")},
     }
 
 

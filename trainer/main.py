@@ -6,6 +6,7 @@
 
 import contextlib
 import functools
+import shlex
 import time
 from collections.abc import Callable
 from functools import partial
@@ -136,6 +137,8 @@ def _next_command(run: "Run", days: list[str]) -> str:
     epochs = -(-(run.engine.num_steps - run.engine.first_step) // train.steps_per_epoch)
     given = {
         "run.name": f"{run.folder.name}-all",
+        "run.resume": "null",
+        "run.overwrite": "false",
         "run.warm_start": run.folder,
         "run.warm_parts": "all",
         "data.train_days": f"[{','.join(days)}]",
@@ -144,8 +147,8 @@ def _next_command(run: "Run", days: list[str]) -> str:
         "optim.lr": f"{_LAST_RATES * optim.lr:g}",
         "optim.ids_lr": f"{_LAST_RATES * optim.alpha:g}",
     }
-    words = " ".join(f"{name}={value}" for name, value in given.items())
-    return f"crossmedia train --config {run.folder / 'config.yaml'} {words}"
+    words = [f"{name}={value}" for name, value in given.items()]
+    return shlex.join(["crossmedia", "train", "--config", str(run.folder / "config.yaml"), *words])
 
 
 def _say_beginning(run: "Run", removed: "list[Checkpoint]", progress: "ProgressLog") -> None:

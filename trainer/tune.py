@@ -28,7 +28,7 @@ from trainer.runs.folder import report_of
 if TYPE_CHECKING:
     from trainer.comm import Comm
 
-GRID: Mapping[str, Sequence[Any]] = {"optim.lr": (0.001, 0.002), "optim.ids_lr": (0.012, 0.03)}
+GRID: Mapping[str, Sequence[Any]] = {"optim.lr": (0.001, 0.002), "optim.ids_lr": (0.012, 0.02)}
 """What is tried, each with each, where nothing is said: the rates that differ most by log (docs/CHOICES.md)."""
 _CHOSEN = ("run.resume", "run.overwrite", "train.early_stopping", "train.eval_every")
 """Settings that each run of the grid has its own of."""
@@ -46,11 +46,11 @@ Examples:
 
     crossmedia tune --set data.validation_days=3 --set model.base=dcn
 
-Each point of the grid is one run below RUN.DIR/RUN.NAME (data/runs/tune), which holds out the last training day, or
-those of data.validation_days, and stops after the first epoch that is no better there. tune.json has all figures, and
-settings.yaml the best point with its number of epochs, to train on all days with. One seed decides: a difference of
-.002 may be chance. Start it again after a kill, or with a larger grid: finished runs are not made again. Exit codes are
-those of crossmedia train.
+Each point of the grid is one run below RUN.DIR/RUN.NAME (data/runs/tune), which holds out a tenth of the training
+days, one at least, or those of data.validation_days, and stops after the first epoch that is no better there. tune.json
+has all figures, and settings.yaml the best point with its number of epochs, to train on all days with. One seed
+decides: a difference of .002 may be chance, and one of .02 on some hundred impressions. Start it again after a kill,
+or with a larger grid or --epochs: finished runs are not made again. Exit codes are those of crossmedia train.
 """
 
 app = commandline.CommandApp(rich_markup_mode="markdown")
@@ -73,7 +73,7 @@ class Trial:
         report = report_of(self.folder) or {}
         history = report["history"]
         epoch = 1 + [entry["step"] for entry in history].index(report["global_step"])
-        figures = {name: history[epoch - 1][name] for name in _METRICS}
+        figures = {name: history[epoch - 1][name] for name in (*_METRICS, "impressions")}
         return {"values": dict(self.values), "epoch": epoch, **figures, "run": str(self.folder)}
 
 
@@ -138,7 +138,7 @@ def _trial(file: RunPath | None, given: Sequence[str], values: Mapping[str, Any]
     chosen = load_config(file, [*given, *(f"{name}={json.dumps(value)}" for name, value in values.items())])
     words = ",".join(f"{name}={value}" for name, value in values.items())
     held_out = chosen.changed(
-        data={"validation_days": chosen.data.validation_days or 1, "test_days": []},
+        data={"validation_days": chosen.data.validation_days or None, "test_days": []},
         train={"epochs": epochs, "eval_every": None, "early_stopping": 1, "keep_checkpoints": 1},
         optim={"plateau_gamma": 1.0},  # as in the training on all days, which has no evaluation to go by
         run={"dir": str(root), "name": re.sub(r"[^A-Za-z0-9._]+", "-", words).strip("-"), "resume": "auto"},
@@ -189,7 +189,7 @@ def best_settings(trial: Trial, epochs: int) -> dict[str, dict[str, Any]]:
 
 def _show(rows: Sequence[Mapping[str, Any]], best: int, folder: RunPath) -> None:
     console = output.text_console()
-    table = Table(title=f"{folder}: the best epoch of each on the days held out")
+    table = Table(title=f"{folder}: the best epoch of each on {rows[0]['impressions']:,} impressions held out")
     for name in (*rows[0]["values"], "epoch", *_METRICS.values()):
         table.add_column(name, justify="right")
     for number, row in enumerate(rows):

@@ -151,8 +151,8 @@ def remake(
 
     Says how large the relative error is, and how many nearest neighbours stay. With `--dims` the new store is
     compact: each row becomes its coordinates along the principal components of all rows. The basis is a file of the new
-    store; extract_features.py --reduce OUT makes rows by it, and refresh_features.py knows it. OUT is made at the end:
-    after an interruption the same command starts again.
+    store, by which extract_features.py and refresh_features.py make further rows. OUT is made at the end: after an
+    interruption the same command starts again.
     """
     from featurestore.upkeep.remake import remake as remake_store
 
@@ -170,7 +170,7 @@ def show_remade(report: "RemakeReport") -> None:
     for dtype_name in (report.source_dtype, report.dtype):
         table.add_column(dtype_name, justify="right")
     table.add_row("numbers of a row", f"{report.source_dim:,}", f"{report.dim:,}")
-    table.add_row("bytes of a row", "1", f"{report.row_bytes_share:.4f}")
+    table.add_row("bytes of a row, as a share", "1", f"{report.row_bytes_share:.4f}")
     table.add_row("rows", f"{report.num_rows:,}", f"{report.num_rows:,}")
     table.add_row("bytes", f"{report.source_bytes:,}", f"{report.bytes:,}")
     if report.variance_kept is not None:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from featurestore.store import FeatureStore
     from featurestore.upkeep.compaction import CompactReport
     from featurestore.upkeep.expiry import ExpireReport
-    from featurestore.upkeep.history import LogEntry, NamedRows
+    from featurestore.upkeep.history import LogEntry
 
 app = commandline.CommandApp()
 
@@ -72,7 +72,8 @@ def diff(
         found = diff_snapshots(open_store(url), before, after, progress)
     if keys:
         for sign, rows in (("+", found.added), ("~", found.changed), ("-", found.removed)):
-            _print_rows(sign, rows)
+            for key, uri in zip(rows.keys_N.tolist(), rows.uris, strict=True):
+                sys.stdout.write(f"{sign} {key} {uri}\n")
     counts = f"{len(found.added):,} added, {len(found.changed):,} changed, {len(found.removed):,} removed"
     output.print_summary(f"snapshot {before} to {after}: {counts}")
 
@@ -193,11 +194,6 @@ def _log_row(entry: "LogEntry") -> Sequence[str]:
         manifest.writer,
         *names,
     )
-
-
-def _print_rows(sign: str, rows: "NamedRows") -> None:
-    for key, uri in zip(rows.keys_N.tolist(), rows.uris, strict=True):
-        sys.stdout.write(f"{sign} {key} {uri}\n")
 
 
 def _compact_text(report: "CompactReport", dry_run: bool) -> str:

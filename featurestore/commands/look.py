@@ -24,9 +24,11 @@ app = commandline.CommandApp()
 def info(url: Url, version: Version = None) -> None:
     """Show the contents of a store."""
     from featurestore.log import utc_text
+    from featurestore.published.versions import read_channels
 
     store = open_store(url)
     snapshot = store.snapshot(version)
+    channels = ", ".join(f"{move.channel} at {move.version}" for move in read_channels(store.storage))
     manifest = snapshot.manifest
     extractor = store.info.extractor.model_dump(exclude={"int8"}) | {"compute_dtype": store.info.extractor.precision}
     lines = {
@@ -41,7 +43,7 @@ def info(url: Url, version: Version = None) -> None:
         "files": f"{manifest.num_files:,}",
         "bytes": f"{manifest.file_bytes:,}",
         "quarantined": f"{len(store.quarantine_rows()):,}",
-        **_channel_lines(store),
+        **({"channels": channels} if channels else {}),
         **_basis_lines(store),
         **{f"extractor {name}": value for name, value in extractor.items()},
     }
@@ -90,13 +92,6 @@ def quarantine(url: Url) -> None:
         [(str(row.key), row.uri, utc_text(row.time_s), row.reason) for row in rows],
         numbers=["key"],
     )
-
-
-def _channel_lines(store: "FeatureStore") -> dict[str, str]:
-    from featurestore.published.versions import read_channels
-
-    moves = read_channels(store.storage)
-    return {"channels": ", ".join(f"{move.channel} at {move.version}" for move in moves)} if moves else {}
 
 
 def _basis_lines(store: "FeatureStore") -> dict[str, str]:

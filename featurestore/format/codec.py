@@ -181,18 +181,14 @@ def basis_of(info: StoreInfo, storage: Storage) -> Basis | None:
     return basis
 
 
-def reduction_of(basis: Basis) -> ReductionSpec:
-    """Return the identity of this basis for a store's spec: equal for equal numbers and origins."""
-    sha256 = digest_of(basis.to_bytes(), "sha256")
-    return ReductionSpec(path=f"{BASES}/{sha256}.safetensors", sha256=sha256, full_dim=basis.full_dim)
-
-
 def write_basis(storage: Storage, basis: Basis) -> ReductionSpec:
     """Keep a basis in a file named by its digest, for a store that is made next; the same one again changes nothing."""
-    spec = reduction_of(basis)
-    storage.write_bytes(spec.path, basis.to_bytes())
-    read_verified(storage, spec.path, "sha256", spec.sha256)
-    return spec
+    data = basis.to_bytes()
+    sha256 = digest_of(data, "sha256")
+    path = f"{BASES}/{sha256}.safetensors"
+    storage.write_bytes(path, data)
+    read_verified(storage, path, "sha256", sha256)
+    return ReductionSpec(path=path, sha256=sha256, full_dim=basis.full_dim)
 
 
 def file_metadata(data: bytes) -> dict[str, str]:

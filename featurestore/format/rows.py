@@ -50,11 +50,13 @@ class FeatureRows:
         """Make live rows from plain values; keys default to those of the uris, everything else to empty."""
         count = len(uris)
         digests = content_digests if content_digests is not None else [_NO_DIGEST] * count
+        if wrong := [digest for digest in digests if len(digest) != 16]:
+            raise InvalidRowsError(f"a content digest has {len(wrong[0])} bytes instead of 16")
         return cls(
             keys_N=keys_of_uris(uris) if keys is None else np.asarray(keys, dtype=np.int64),
             uris=list(uris),
             features_ND=features_ND,
-            content_digest_N=digest_array(digests),
+            content_digest_N=np.frombuffer(b"".join(digests), DIGEST_DTYPE),
             source_tag=list(source_tags) if source_tags is not None else [""] * count,
             width_N=np.zeros(count, np.int32) if widths is None else np.asarray(widths, np.int32),
             height_N=np.zeros(count, np.int32) if heights is None else np.asarray(heights, np.int32),
@@ -101,14 +103,6 @@ class FeatureRows:
             )
         live_M = np.flatnonzero(~self.deleted_N)
         check_collisions(self.keys_N[live_M], [self.uris[i] for i in live_M])
-
-
-def digest_array(digests: Sequence[bytes]) -> npt.NDArray[np.void]:
-    """Make an (N,) array of 16-byte digests that keeps trailing zero bytes."""
-    wrong = [digest for digest in digests if len(digest) != 16]
-    if wrong:
-        raise InvalidRowsError(f"a content digest has {len(wrong[0])} bytes instead of 16")
-    return np.frombuffer(b"".join(digests), dtype=DIGEST_DTYPE)
 
 
 def check_collisions(keys_N: Int64Array, uris: Sequence[str]) -> None:

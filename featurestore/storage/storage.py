@@ -9,8 +9,10 @@ import io
 import os
 import time
 import uuid
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any, Generic, Self, TypeVar, overload
 
@@ -339,17 +341,28 @@ def settled_tags(entries: Iterable[StorageEntry]) -> dict[str, str]:
 
 
 def in_threads(
-    work: Callable[[ItemT], ResultT], items: Collection[ItemT], threads: int, progress: Progress | None = None
+    work: Callable[[ItemT], ResultT],
+    items: Collection[ItemT],
+    threads: int,
+    progress: Progress | None = None,
+    ahead: int | None = None,
 ) -> Iterator[ResultT]:
     """Yield the result of `work` for each of `items`, in their order; `progress` is called after each.
 
-    All items wait in a queue, and results until they are asked for. An error of one ends it: what waits is not begun.
+    At most `ahead` items, by default all, wait to be begun or asked for. An error of one ends it: the others stay.
     """
+    waiting = iter(items)
     with ThreadPoolExecutor(threads) as pool:
-        for done, result in enumerate(pool.map(work, items), start=1):
-            yield result
-            if progress is not None:
-                progress(done, len(items))
+        running = deque(pool.submit(work, item) for item in islice(waiting, ahead))
+        try:
+            for done in range(1, len(items) + 1):
+                result = running.popleft().result()
+                running.extend(pool.submit(work, item) for item in islice(waiting, 1))
+                yield result
+                if progress is not None:
+                    progress(done, len(items))
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 class cached_property(Generic[ResultT]):  # noqa: N801 - it takes the place of functools'

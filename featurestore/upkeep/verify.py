@@ -256,11 +256,13 @@ def _shard_problems(
     keys: dict[FileId, FileKeys] = {}
     for file_id, each in wanted.items():
         versions = tuple(each.versions)
+        is_newest = newest in versions
+        way_out = _repair(store.url, "drops its rows into the refresh list") if is_newest else _old(store.url, versions)
         messages, found = check_file(store.storage, store.info, shard, each.entry, memory)
         if found is not None:
             keys[file_id] = found
         for message in messages:
-            yield Problem("data", each.entry.path, message, _way_out(store.url, versions, newest), versions)
+            yield Problem("data", each.entry.path, message, way_out, versions)
         try:
             read_moments(store.storage, each.entry)
         except CorruptFileError as error:
@@ -292,12 +294,6 @@ def _longest(chains: set[tuple[FileId, ...]]) -> list[tuple[FileId, ...]]:
         for chain, following in zip(ordered, [*ordered[1:], ()], strict=True)
         if chain and following[: len(chain)] != chain
     ]
-
-
-def _way_out(url: str, versions: Sequence[int], newest: int) -> str:
-    if newest in versions:
-        return _repair(url, "drops its rows into the refresh list")
-    return _old(url, versions)
 
 
 def _old(url: str, versions: Sequence[int]) -> str:

@@ -39,7 +39,7 @@ from pipeline import errors
 
 IN_FLIGHT_PER_THREAD = 3  # enough that no worker waits for the client
 SENT_TOGETHER = 16  # in one message of the client, whose size is that of their arguments
-END_S = 60.0  # that `run_all` waits at most for tasks that are running when one has failed; each takes seconds
+END_S = 60.0  # at most, for tasks that are running when one has failed; each takes seconds
 RETRIES = 1  # of a task that raised: a full disk stays full, a lost connection comes back
 MISTAKES = (errors.PipelineError, KeyCollisionError, InvalidRowsError)  # of a person, or of the data: never tried again
 
@@ -57,20 +57,16 @@ class Killed:
 
 
 def run_tasks(
-    client: Client,
-    function: Callable[..., Any],
-    calls: Iterable[tuple[Any, ...]],
-    in_flight: int | None = None,
-    end_s: float = 0,
+    client: Client, function: Callable[..., Any], calls: Iterable[tuple[Any, ...]]
 ) -> Generator[tuple[int, Any], None, None]:
     """Run `function(*call)` for each call on the cluster; yield (place of the call, result or Killed) as they finish.
 
-    At most `in_flight` are taken from `calls` and with the scheduler at once (default: 3 per thread of the cluster);
-    the first ones go there together, which takes half of the time that one after the other does. The error of a task
-    is raised here and the others are cancelled; those that are running have `end_s` seconds to end before. A task
-    that was running on a lost worker starts again on another one.
+    At most 3 per thread of the cluster are taken from `calls` and with the scheduler at once; the first ones go there
+    together, which takes half of the time that one after the other does. The error of a task is raised here once
+    nothing of the others runs any more, or after END_S: a folder that they write to can go. A task that was running on
+    a lost worker starts again on another one.
     """
-    waiting = iter(enumerate(calls))
+    end_s, waiting = END_S, iter(enumerate(calls))
     running: dict[Key, tuple[int, Future[Any]]] = {}
     finished = as_completed()
 
@@ -84,7 +80,7 @@ def run_tasks(
             finished.update(futures)
 
     try:
-        start(in_flight or IN_FLIGHT_PER_THREAD * num_threads(client))
+        start(IN_FLIGHT_PER_THREAD * num_threads(client))
         for future in finished:
             index, _ = running.pop(future.key)
             result = _result(future)
@@ -104,11 +100,10 @@ def run_all(
 ) -> list[Any]:
     """Return `function(*call)` of each call, in their order, with a bar called `title`.
 
-    When one fails, nothing of the others runs any more once the error is here: a folder that they write to can go.
     Raises as `run_tasks`; ClusterError with `advice` where workers die again and again.
     """
     results: list[Any] = [None] * len(calls)
-    finished = run_tasks(client, function, calls, end_s=END_S)
+    finished = run_tasks(client, function, calls)
     with progress_bar(title, len(calls)) as bar, contextlib.closing(finished):
         for place, result in finished:
             if isinstance(result, Killed):
@@ -123,7 +118,7 @@ def run_all(
 
 def run_alone(client: Client, function: Callable[..., Any], *call: Any) -> Any:
     """Run one call while nothing else runs; return its result, or Killed, which is proof now."""
-    return next(run_tasks(client, function, [call], in_flight=1))[1]
+    return next(run_tasks(client, function, [call]))[1]
 
 
 def num_threads(client: Client) -> int:
@@ -381,8 +376,7 @@ def local_cluster(
 SAFE_PROTOCOLS = ("tls", "wss", "inproc")  # encrypted, or inside this process
 INSECURE_KEY = "crossmedia.insecure-scheduler"  # of Dask's configuration
 INSECURE_VARIABLE = "DASK_CROSSMEDIA__INSECURE_SCHEDULER"  # the same as an environment variable
-OUR_PACKAGES = ("featurestore", "pipeline")
-IMPORT_OURS = "\n".join(f"import {package}" for package in OUR_PACKAGES)
+IMPORT_OURS = "import featurestore, pipeline"
 
 
 def check_address(address: str, insecure: bool = False) -> None:

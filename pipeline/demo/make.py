@@ -64,7 +64,14 @@ def make_demo(
         if found is None:
             _refuse_foreign(options.out)
         elif found["parameters"] != wanted:
-            _refuse_other(options, found["parameters"], wanted)
+            if not options.force:
+                there = found["parameters"]
+                names = sorted(name for name in there | wanted if there.get(name) != wanted.get(name))
+                differing = ", ".join(f"{name}: {there.get(name)} there, {wanted.get(name)} wanted" for name in names)
+                raise DemoError(
+                    f"{options.out} has a demo made with other options ({differing}): "
+                    "give --force to replace it, or another --out"
+                )
             _remove_own(options.out)
         options.out.mkdir(parents=True, exist_ok=True)
         write_json(options.out / DEMO_FILE, {"complete": False, "parameters": wanted})
@@ -117,16 +124,6 @@ def _refuse_foreign(out: Path) -> None:
     for folder in (out / "images", out / "logs"):
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise DemoError(f"{folder} is in the way, and was not made by this job: move it, or give another --out")
-
-
-def _refuse_other(options: DemoOptions, found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    if not options.force:
-        names = sorted(name for name in found | wanted if found.get(name) != wanted.get(name))
-        differing = ", ".join(f"{name}: {found.get(name)} there, {wanted.get(name)} wanted" for name in names)
-        raise DemoError(
-            f"{options.out} has a demo made with other options ({differing}): "
-            "give --force to replace it, or another --out"
-        )
 
 
 def _own_images(out: Path) -> list[Path]:

@@ -5,15 +5,12 @@ neither decoded nor computed again: their row is a copy under its own key. torch
 job that sends parts, and a worker that compares images, do without.
 """
 
-import json
 import os
-import threading
-from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -22,15 +19,14 @@ import xxhash
 from featurestore.format.rows import FeatureRows
 from featurestore.format.shard import take_rows
 from featurestore.keys import AnyArray, Int64Array, shard_of, splitmix64
-from featurestore.parsing import parse_json
 from featurestore.snapshot import Snapshot
 from featurestore.spec import ExtractorSpec, Int8Spec
-from featurestore.storage.storage import Storage
+from featurestore.storage.storage import in_threads
 from featurestore.store import FeatureStore
 from pipeline.errors import BackboneError, BadImageError, WeightsError
 from pipeline.images.decode import Pixels, Preset, prepare
 from pipeline.images.source import ImageRef, read_image
-from pipeline.store_run import BadRow
+from pipeline.store_run import BadRow, StagedReport
 
 if TYPE_CHECKING:
     from pipeline.network.backbone import Backbone
@@ -39,9 +35,6 @@ if TYPE_CHECKING:
 DEADLY = "brings down the process that decodes it"
 DIGEST_THREADS = 8  # reading and hashing; both wait more than they compute
 LEAST_DECODE_THREADS = 4  # reading is waiting
-
-ItemT = TypeVar("ItemT")
-ResultT = TypeVar("ResultT")
 
 
 @dataclass(frozen=True)
@@ -55,27 +48,16 @@ class PartSettings:
     extractor: ExtractorSpec
     version: int  # of the snapshot that copies are of
     batch_size: int
+    part_size: int  # images, at least
     workers_per_host: int = 1  # at most
 
 
-@dataclass(frozen=True)
-class PartReport:
-    """The outcome for each image of a part; kept with the staged rows, so that a resumed run knows it."""
+@dataclass(frozen=True, kw_only=True)
+class PartReport(StagedReport):
+    """The outcome for each image of a part; written before the rows, since these make the part complete."""
 
-    num_rows: int
-    num_computed: int  # images that went through the network
-    num_duplicates: int  # rows copied from an image of equal bytes
-    bad: tuple[BadRow, ...] = ()
-
-    @classmethod
-    def load(cls, store: str, run_id: str, part: str) -> "PartReport":
-        """Load the report of a staged part."""
-        fields = parse_json(Storage(store, keep_inside=True).read_bytes(_report_path(run_id, part)))
-        return cls(**{**fields, "bad": tuple(BadRow(*bad) for bad in fields["bad"])})
-
-    def save(self, store: str, run_id: str, part: str) -> None:
-        """Write the report; before the rows, since these make the part complete."""
-        Storage(store, keep_inside=True).write_bytes(_report_path(run_id, part), json.dumps(asdict(self)).encode())
+    num_computed: int = 0  # images that went through the network
+    num_duplicates: int = 0  # rows copied from an image of equal bytes
 
 
 class LoadedImage(NamedTuple):
@@ -110,8 +92,8 @@ def stage_part(
         )
     else:
         rows = _copied(store.snapshot(settings.version), refs, np.array(source_keys, np.int64))
-        report = PartReport(len(refs), 0, 0)
-    report.save(settings.store, settings.run_id, part)
+        report = PartReport(num_rows=len(refs))
+    report.save(store, settings.run_id, part)
     store.stage_part(settings.run_id, part, rows)
     return report
 
@@ -128,7 +110,7 @@ def _computed(
     ahead = 2 * max(settings.batch_size, num_threads)
 
     def decoded() -> Iterator[tuple[bytes, Pixels]]:
-        for image in in_order(_Loader(network.preset).load, refs, num_threads, ahead):
+        for image in in_threads(partial(_load, network.preset, {}), refs, num_threads, ahead=ahead):
             images.append((image.ref, image.digest, image.bad))
             if image.bad is not None:
                 faults[image.digest] = image.bad
@@ -154,7 +136,8 @@ def _computed(
     bits, widths, heights = zip(*(found[digest] for _, digest in good), strict=True) if good else ((), (), ())
     features_KD = np.stack(bits) if bits else np.zeros((0, store.info.dim), store.info.storage_dtype)
     rows = _rows([ref for ref, _ in good], features_KD, [digest for _, digest in good], widths, heights)
-    return PartReport(len(good), num_computed, len(good) - len(found), bad), rows
+    report = PartReport(num_rows=len(good), num_computed=num_computed, num_duplicates=len(good) - len(found), bad=bad)
+    return report, rows
 
 
 def _network(settings: PartSettings) -> "Backbone":
@@ -193,14 +176,14 @@ def digest_images(refs: Sequence[ImageRef]) -> list[bytes]:
         except BadImageError:
             return b""
 
-    return list(in_order(digest, refs, DIGEST_THREADS, 2 * DIGEST_THREADS))
+    return list(in_threads(digest, refs, DIGEST_THREADS))
 
 
 def try_image(settings: PartSettings, ref: ImageRef) -> None:
     """Read and decode one image and forget it: done alone, it shows whether this image brings a worker down."""
     from pipeline.network.backbone import preset_of
 
-    _Loader(preset_of(settings.backbone, settings.weights)).load(ref)
+    _load(preset_of(settings.backbone, settings.weights), {}, ref)
 
 
 def calibrate(backbone_name: str, weights: str, refs: Sequence[ImageRef]) -> Int8Spec:
@@ -212,7 +195,7 @@ def calibrate(backbone_name: str, weights: str, refs: Sequence[ImageRef]) -> Int
     from pipeline.network.compute import calibrated, normalised
 
     network = network_of(backbone_name, weights)
-    loaded = in_order(_Loader(network.preset).load, refs, LEAST_DECODE_THREADS, 2 * LEAST_DECODE_THREADS)
+    loaded = in_threads(partial(_load, network.preset, {}), refs, LEAST_DECODE_THREADS)
     good = [image.pixels.pixels_HWC for image in loaded if image.pixels is not None]
     if len(good) < 2:
         raise BackboneError(f"int8 is calibrated on 2 images or more, and {len(good)} of {len(refs)} can be used")
@@ -225,45 +208,16 @@ def torch_threads(workers_per_host: int) -> int:
     return max(1, len(os.sched_getaffinity(0)) // workers_per_host)
 
 
-def in_order(
-    function: Callable[[ItemT], ResultT], items: Iterable[ItemT], num_threads: int, ahead: int
-) -> Iterator[ResultT]:
-    """Compute `function` of each item, in their order, in threads at most `ahead` items before it is asked for."""
-    waiting = iter(items)
-    with ThreadPoolExecutor(num_threads) as pool:
-        running: deque[Future[ResultT]] = deque(pool.submit(function, item) for item in islice(waiting, ahead))
-        try:
-            while running:
-                result = running.popleft().result()
-                running.extend(pool.submit(function, item) for item in islice(waiting, 1))
-                yield result
-        finally:
-            for future in running:
-                future.cancel()
-
-
-class _Loader:
-    """Reads and decodes in threads; the first of equal bytes is decoded, the others are not."""
-
-    def __init__(self, preset: Preset) -> None:
-        self._preset = preset
-        self._first: dict[bytes, int] = {}
-        self._lock = threading.Lock()
-
-    def load(self, ref: ImageRef) -> LoadedImage:
-        digest = b""
-        try:
-            data = read_image(ref.location)
-            digest = xxhash.xxh3_128_digest(data)
-            with self._lock:
-                is_first = self._first.setdefault(digest, ref.key) == ref.key
-            return LoadedImage(ref, digest, prepare(data, self._preset) if is_first else None, None)
-        except BadImageError as error:
-            return LoadedImage(ref, digest, None, str(error))
-
-
-def _report_path(run_id: str, part: str) -> str:
-    return f"staging/{run_id}/{part}.json"
+def _load(preset: Preset, first: dict[bytes, int], ref: ImageRef) -> LoadedImage:
+    """Read and decode an image; not one whose bytes are in `first`, by their digest, under another key."""
+    digest = b""
+    try:
+        data = read_image(ref.location)
+        digest = xxhash.xxh3_128_digest(data)
+        is_first = first.setdefault(digest, ref.key) == ref.key  # atomic, for threads
+        return LoadedImage(ref, digest, prepare(data, preset) if is_first else None, None)
+    except BadImageError as error:
+        return LoadedImage(ref, digest, None, str(error))
 
 
 _DESCRIPTION = ["key", "content_digest", "width", "height"]

@@ -7,26 +7,25 @@ store, the images' address and the size of parts, and a part counts as long as i
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from distributed import Client
 
-from featurestore.console.output import progress_bar
+from featurestore.console.output import print_warning, progress_bar
 from featurestore.errors import SpecMismatchError, StoreNotFoundError
 from featurestore.keys import Int64Array, splitmix64
 from featurestore.lookup import AutoDType, dtype_of_environment, dtype_of_machine
 from featurestore.published.versions import check_channel_name
 from featurestore.snapshot import Snapshot
 from featurestore.spec import ExtractorSpec, Int8Spec, NetworkName, StoreInfo
-from featurestore.staging import QuarantineRow
-from featurestore.storage.storage import Storage
+from featurestore.storage.storage import Storage, in_threads
 from featurestore.store import FeatureStore
 from featurestore.upkeep.history import move_channel
 from pipeline import store_run
-from pipeline.cluster.tasks import END_S, Killed, run_all, run_alone, run_tasks
+from pipeline.cluster.tasks import Killed, run_all, run_alone, run_tasks
 from pipeline.errors import BackboneError, StoreRunError
 from pipeline.features import diff
 from pipeline.features import part as parts
@@ -117,14 +116,14 @@ def bring_up_to_date(
     options: RefreshOptions, client: Client, store: FeatureStore, listing: Listing, operation: str, start_s: float
 ) -> RefreshSummary:
     """Do all that follows the listing, for `refresh` and `extract`. `start_s` is of `time.monotonic`."""
-    images, snapshot, quarantined = listing.images, store.snapshot(), store.quarantine_rows()
+    images, snapshot = listing.images, store.snapshot()
     comparison = diff.compare(images, snapshot)
     gone = comparison.gone_keys[:0] if options.keep_missing else comparison.gone_keys
     _check_gone(options, len(gone), comparison, f"are not in {options.images}")
     plan = make_plan(client, images, comparison, snapshot)
     settings = _settings(options, client, store, snapshot)
-    run = ImageRun(client, store, settings, snapshot, quarantined, options.part_size)
-    reports = run.stage(images, plan, lambda: _check_network(client, store, settings))
+    run = ImageRun(client, store, settings, snapshot)
+    reports = run.stage(images, plan)
     bad = tuple(sorted((image for report in reports for image in report.bad), key=lambda image: image.uri))
     unusable = np.array([image.key for image in bad if image.was_read], np.int64)
     removed = np.concatenate([gone, unusable[np.isin(unusable, plan.stored_keys)]])
@@ -139,8 +138,8 @@ def bring_up_to_date(
         raise
     keys_N = images.keys()
     resolved = run.recovered(keys_N, bad)
-    is_listed = np.isin(np.array([row.key for row in quarantined], np.int64), keys_N)
-    rows = zip(quarantined, is_listed, strict=True)
+    is_listed = np.isin(np.array([row.key for row in run.quarantined], np.int64), keys_N)
+    rows = zip(run.quarantined, is_listed, strict=True)
     unlisted = [row for row, is_here in rows if not is_here and not options.keep_missing]
     version = run.commit(operation, len(bad), [*resolved, *unlisted])
     if options.channel is not None:
@@ -209,14 +208,9 @@ def _settings(options: RefreshOptions, client: Client, store: FeatureStore, snap
         extractor=store.info.extractor,
         version=snapshot.version,
         batch_size=options.batch_size,
+        part_size=options.part_size,
         workers_per_host=workers_per_host(client),
     )
-
-
-def _check_network(client: Client, store: FeatureStore, settings: parts.PartSettings) -> None:
-    """Raise SpecMismatchError, naming what differs, unless the workers build the store's own network."""
-    spec = describe_network(client, settings.backbone, settings.weights, settings.extractor.precision)
-    store.info.model_copy(update={"extractor": spec}).check_same(store.info, f"the store at {store.url}")
 
 
 def describe_network(client: Client, backbone_name: str, weights: str, precision: Precision) -> ExtractorSpec:
@@ -262,23 +256,20 @@ def extract(options: ExtractOptions, client: Client) -> RefreshSummary:
     """Do as `pipeline.features.refresh.refresh`, but make a new store, and keep the rows of other images.
 
     Raises SourceError, BackboneError, WeightsError, SpecMismatchError, StoreRunError, ClusterError and the errors of
-    storage; what was staged by then stays for the next run. A compact store is made by the basis of `options.reduce`,
-    and keeps its own basis without the option. Random weights give an UntrainedWeightsWarning.
+    storage; what was staged by then stays for the next run. A compact store keeps its basis. Prints a warning of random
+    weights.
     """
-    from pipeline.network.backbone import (
-        feature_dim,
-        warn_if_untrained,  # loads Torch, which a refresh does not need
-    )
+    from pipeline.network.backbone import feature_dim  # loads Torch, which a refresh does not need
 
     start_s = time.monotonic()
     if options.channel is not None:
         check_channel_name(options.channel)
     weights = check_weights_name(options.weights)
-    warn_if_untrained(weights)
-    compact = None if options.reduce is None else _compact(options.reduce)
+    if weights.startswith("random:"):
+        print_warning(f"the weights {weights} are NOT pretrained")
     listing = list_images(options.images)
     store_run.wait_for_worker(client)
-    known = store_run.find_store(options.store) or compact
+    known = store_run.find_store(options.store)
     precision = _precision_for(options, client, weights, listing.images, known)
     spec = describe_network(client, options.backbone, weights, precision)
     asked = {
@@ -289,7 +280,7 @@ def extract(options: ExtractOptions, client: Client) -> RefreshSummary:
         "extractor": spec,
     }
     network = NetworkName(backbone=options.backbone, weights=weights)
-    store = store_run.open_or_make(options.store, asked, compact, network=network)
+    store = store_run.open_or_make(options.store, asked, network=network)
     refreshed = RefreshOptions(
         images=options.images,
         store=options.store,
@@ -331,16 +322,6 @@ def _precision_for(
     return int8
 
 
-def _compact(url: str) -> FeatureStore:
-    """Open a compact store. Raises SpecMismatchError where it is another one."""
-    store = FeatureStore.open(url)
-    if store.basis is None:
-        raise SpecMismatchError(
-            f"{store.url} is not compact: crossmedia store remake --dims makes a compact store of it"
-        )
-    return store
-
-
 DIGESTS_PER_TASK = 1024
 REPORT_THREADS = 8
 
@@ -368,39 +349,31 @@ def workers_per_host(client: Client) -> int:
 class ImageRun(store_run.StoreRun):
     """A StoreRun of images."""
 
-    def __init__(
-        self,
-        client: Client,
-        store: FeatureStore,
-        settings: parts.PartSettings,
-        snapshot: Snapshot,
-        quarantined: Sequence[QuarantineRow],
-        part_size: int,
-    ):
-        super().__init__(client, store, settings.run_id, snapshot, quarantined)
+    def __init__(self, client: Client, store: FeatureStore, settings: parts.PartSettings, snapshot: Snapshot):
+        super().__init__(client, store, settings.run_id, snapshot)
         self._settings = settings
-        self._part_size = part_size
         self.num_resumed = 0  # images to compute in parts that were staged before
 
-    def stage(self, images: ImageTable, plan: diff.ListingPlan, before: Callable[[], None]) -> list[parts.PartReport]:
+    def stage(self, images: ImageTable, plan: diff.ListingPlan) -> list[parts.PartReport]:
         """Stage parts with all images to compute and to copy; return their reports.
 
-        `before` is called if any is left to compute. The refs of a part are made when it is submitted, so that a few
-        parts at a time take memory.
+        The refs of a part are made when it is submitted, so that a few parts at a time take memory. Raises
+        SpecMismatchError, if any is left to compute, where the workers do not build the store's own network.
         """
-        computed = diff.make_parts(images, plan.compute_C, plan.digest_C, self._part_size)
-        everything = [*computed, *diff.make_copy_parts(images, plan.copies, self._part_size)]
+        computed = diff.make_parts(images, plan.compute_C, plan.digest_C, self._settings.part_size)
+        everything = [*computed, *diff.make_copy_parts(images, plan.copies, self._settings.part_size)]
         reports = self._staged_reports(everything)
         self.num_resumed = sum(len(part.index_K) for part in computed if part.name in reports)
         waiting = [part for part in everything if part.name not in reports]
         if any(part.source_key_K is None for part in waiting):
-            before()
+            settings, info = self._settings, self.store.info
+            spec = describe_network(self.client, settings.backbone, settings.weights, settings.extractor.precision)
+            info.model_copy(update={"extractor": spec}).check_same(info, f"the store at {self.store.url}")
         total = sum(len(part.index_K) for part in everything)
         suspects = []
         with progress_bar("extracting", total, total - sum(len(part.index_K) for part in waiting)) as bar:
-            for place, report in run_tasks(
-                self.client, parts.stage_part, (self._call(images, part) for part in waiting), end_s=END_S
-            ):
+            calls = (self._call(images, part) for part in waiting)
+            for place, report in run_tasks(self.client, parts.stage_part, calls):
                 if isinstance(report, Killed):
                     suspects.append(waiting[place])
                     continue
@@ -420,12 +393,12 @@ class ImageRun(store_run.StoreRun):
     def _staged_reports(self, everything: Sequence[diff.ImagePart]) -> dict[str, parts.PartReport]:
         """Load the reports of the parts that an earlier run staged."""
         names = [part.name for part in everything if part.name in self.staged]
-        loaded = parts.in_order(self._load_report, names, REPORT_THREADS, 2 * REPORT_THREADS)
+        loaded = in_threads(self._load_report, names, REPORT_THREADS)
         return {name: report for name, report in zip(names, loaded, strict=True) if report is not None}
 
     def _load_report(self, part: str) -> parts.PartReport | None:
         with contextlib.suppress(FileNotFoundError):  # expiry removes what was staged long ago
-            return parts.PartReport.load(self.store.url, self.run_id, part)
+            return parts.PartReport.load(self.store, self.run_id, part)
         return None
 
     def _stage_suspect(self, images: ImageTable, part: diff.ImagePart) -> parts.PartReport:

@@ -29,7 +29,6 @@ from featurestore.errors import FeatureStoreError, KeyCollisionError
 from featurestore.format.datafile import is_text
 from featurestore.format.shard import take_rows
 from featurestore.keys import AnyArray, BoolArray, Int64Array, key_of_uri
-from featurestore.storage.local import StorageEntry
 from featurestore.storage.remote import HTTP_PROTOCOLS, S3_PROTOCOLS, protocol_and_path
 from featurestore.storage.storage import Storage, file_at
 from featurestore.text import CsvTextError, long_rows, one_line, refusal
@@ -205,7 +204,8 @@ def list_images(address: str) -> Listing:
     if not storage.is_local:
         if is_table:
             return _list_table(address)
-        storage, folder = _folder_at(address)
+        on_s3 = protocol_and_path(address)[0] in S3_PROTOCOLS
+        storage, folder = _place_of(address.rstrip("/")) if on_s3 else (storage, "")
         return _list_folder(_remote_files(storage, folder), storage.full(folder), address)
     with _disk_errors(address):
         is_there, is_folder = Path(storage.url).exists(), Path(storage.url).is_dir()
@@ -238,12 +238,6 @@ def read_image(location: str, most_bytes: int | None = None) -> bytes:
         raise BadImageError(str(error)) from error
 
 
-def _folder_at(address: str) -> tuple[Storage, str]:
-    """Split the address of a folder of an object store as `_place_of` does that of a file."""
-    on_s3 = protocol_and_path(address)[0] in S3_PROTOCOLS
-    return _place_of(address.rstrip("/")) if on_s3 else (Storage(address), "")
-
-
 def _place_of(address: str) -> tuple[Storage, str]:
     """Split the address of a file into a place and the path there.
 
@@ -257,13 +251,8 @@ def _place_of(address: str) -> tuple[Storage, str]:
     return Storage(f"{protocol}://{place}"), key
 
 
-class FoundFile(NamedTuple):
-    """A file below a folder; without tag and size where it cannot be looked at: reading it will say why."""
-
-    uri: str  # path relative to the folder; empty where it is not a regular file
-    location: str
-    source_tag: str = ""
-    size_bytes: int = -1
+FoundFile = tuple[str, str, str, int]
+"""A file below a folder as an ImageRef without key; the uri is empty where it is not a regular file."""
 
 
 def _list_folder(files: Iterable[FoundFile], folder: str, address: str) -> Listing:
@@ -272,8 +261,8 @@ def _list_folder(files: Iterable[FoundFile], folder: str, address: str) -> Listi
     def images() -> Iterator[ImageRef]:
         nonlocal num_ignored
         for file in files:
-            if _is_image(file.uri):
-                yield ImageRef(key_of_uri(file.uri), *file)
+            if _is_image(file[0]):
+                yield ImageRef(key_of_uri(file[0]), *file)
             else:
                 num_ignored += 1
 
@@ -287,7 +276,7 @@ def _list_folder(files: Iterable[FoundFile], folder: str, address: str) -> Listi
 def _remote_files(storage: Storage, folder: str) -> Iterator[FoundFile]:
     for entry in storage.iter_entries(folder):
         uri = entry.path.removeprefix(folder).lstrip("/")
-        yield FoundFile(uri, storage.full(entry.path), _tag(entry), entry.size_bytes)
+        yield uri, storage.full(entry.path), _tag(entry.size_bytes, entry.mtime_s, entry.tag), entry.size_bytes
 
 
 def _local_files(root: str, address: str) -> Iterator[FoundFile]:
@@ -296,12 +285,12 @@ def _local_files(root: str, address: str) -> Iterator[FoundFile]:
             # A name that is not UTF-8 is listed as it is shown; reading finds no such file.
             location = os.fsencode(path).decode(errors="backslashreplace")
             uri = location.removeprefix(root).lstrip("/")
-            if found is None:
-                yield FoundFile(uri, location)
+            if found is None:  # it cannot be looked at: reading it will say why
+                yield uri, location, "", -1
             elif stat.S_ISREG(found.st_mode):
-                yield FoundFile(uri, location, _size_and_time(found.st_size, found.st_mtime), found.st_size)
+                yield uri, location, _tag(found.st_size, found.st_mtime), found.st_size
             else:
-                yield FoundFile("", location)
+                yield "", location, "", -1
 
 
 def _is_image(uri: str) -> bool:
@@ -428,15 +417,9 @@ def _look_at(location: str) -> tuple[str, int]:
     except (FeatureStoreError, FileNotFoundError):
         return "", -1
     # The tag of a disk is another one for a copy of the file.
-    tag = _size_and_time(entry.size_bytes, entry.mtime_s) if storage.is_local else _tag(entry)
-    return tag, entry.size_bytes
+    return _tag(entry.size_bytes, entry.mtime_s, "" if storage.is_local else entry.tag), entry.size_bytes
 
 
-def _tag(entry: StorageEntry) -> str:
-    """Give what changes when a file of an object store does: its etag, where it has one."""
-    return entry.tag or _size_and_time(entry.size_bytes, entry.mtime_s)
-
-
-def _size_and_time(size_bytes: int, mtime_s: float) -> str:
-    """Make the tag of a file that has no etag: it changes when the file does."""
-    return f"{size_bytes}-{mtime_s}"
+def _tag(size_bytes: int, mtime_s: float, etag: str = "") -> str:
+    """Give what changes when a file does: its etag, where it has one, else size and time."""
+    return etag or f"{size_bytes}-{mtime_s}"

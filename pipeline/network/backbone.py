@@ -11,7 +11,6 @@ import functools
 import math
 import re
 import threading
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -291,17 +290,6 @@ def _cached_backbone(name: str, weights: str, precision: Precision) -> Backbone:
 
 NORMS = (nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)
 DENSENET_NAME = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)")  # a dot that torchvision has since dropped
-
-
-class UntrainedWeightsWarning(UserWarning):
-    """The weights are random: features distinguish images, but know nothing of what is in them."""
-
-
-def warn_if_untrained(weights: str) -> None:
-    """Give an UntrainedWeightsWarning for random:SEED."""
-    if weights.startswith("random:"):
-        message = "are NOT pretrained: features distinguish images, but know nothing of what is in them"
-        warnings.warn(f"weights {weights} {message}", UntrainedWeightsWarning, stacklevel=3)
 
 
 def load_weights(network: Network, weights: str) -> dict[str, torch.Tensor]:

@@ -127,7 +127,8 @@ class LogTables:
         if pieces:  # what was found in the first file is not looked for again, nor for behaviours of the same times
             found, done = pieces[0].layout, self.layouts[logs.BEHAVIORS]
             self.layouts[log] = found
-            if log == logs.IMPRESSIONS and done.time_column == found.time_column:
+            times = [(layout.files, layout.names.get("timestamp")) for layout in (found, done)]
+            if log == logs.IMPRESSIONS and times[0] == times[1]:
                 self.layouts[logs.BEHAVIORS] = dataclasses.replace(
                     done, found_style=found.found_style, time_unit=found.time_unit
                 )
@@ -164,7 +165,9 @@ def open_tables(options: SampleOptions, joined: str | None = None) -> Iterator[L
     if not kinds:
         yield LogTables(options, {log: _joined(layout, others.url, "", ()) for log, layout in layouts.items()})
         return
-    with tempfile.TemporaryDirectory(dir=_room(options), prefix=".crossmedia-tables-") as room:
+    parent = Path(options.samples).absolute().parent  # which all workers see
+    is_there = "://" not in options.samples and parent.is_dir()
+    with tempfile.TemporaryDirectory(prefix=".crossmedia-tables-", dir=parent if is_there else options.scratch) as room:
         copied = {
             place: f"{kind}, {lakes.copy_rows(wanted[place], place, kind, Path(room, place))}"
             for place, kind in kinds.items()
@@ -179,14 +182,6 @@ def _joined(layout: TableLayout, url: str, room: str, copied: Collection[str]) -
     """Say where the joined tables lie: at `url`, or copied in `room`."""
     joins = (dataclasses.replace(join, url=room if join.layout.files in copied else url) for join in layout.joins)
     return dataclasses.replace(layout, joins=tuple(joins))
-
-
-def _room(options: SampleOptions) -> str | None:
-    """Find a folder that all workers see; None for one of this machine."""
-    parent = Path(options.samples).absolute().parent
-    if "://" in options.samples or not parent.is_dir():
-        return options.scratch
-    return str(parent)
 
 
 def _no_rows(place: str, shown: Sequence[groups.ShuffledPiece]) -> SampleError:

@@ -24,20 +24,19 @@ import pyarrow.parquet as pq
 
 from featurestore.keys import NO_IMAGE, splitmix64
 from featurestore.storage.storage import Storage
-from pipeline.errors import SampleError
 from pipeline.samples.logs import (
     BEHAVIORS,
     CLICK,
     IMPRESSIONS,
     MICROSECONDS,
     NAMES,
-    TEXTS,
     Columns,
     LogPiece,
     read_piece,
 )
 from pipeline.samples.mapping import CLICKED_AT, TableLayout, two_texts
 from trainer.schema.fields import IDS_FILE, IMAGES_FILE, DistinctCount, file_of_month
+from trainer.schema.names import BUCKETS, TEXTS, by_bucket, merged_names, table_of_texts, write_buckets
 from trainer.schema.profile import is_list
 
 Int64Array = npt.NDArray[np.int64]
@@ -219,7 +218,6 @@ _QUARANTINE_TYPES: dict[str, pa.DataType] = {
     "reason": pa.string(),
 }
 QUARANTINE = pa.schema(_QUARANTINE_TYPES)
-_NAME_BUCKETS = 256
 
 
 @dataclass(frozen=True)
@@ -267,7 +265,7 @@ def shuffle_piece(
         rows.examples,
         int(np.count_nonzero((columns["image"] == NO_IMAGE) & (columns.get("label", 0) != CLICK))),
         _write_names(path.with_suffix(".names"), rows.names),
-        _write_names(path.with_suffix(".texts"), _table_of_texts(rows.texts)),
+        _write_names(path.with_suffix(".texts"), table_of_texts(rows.texts)),
         rows.num_lacking,
         rows.other_events,
     )
@@ -275,7 +273,7 @@ def shuffle_piece(
 
 def read_bucket(folder: str, log: str, num_pieces: int, bucket: int) -> Columns:
     """Read all rows of a bucket from the pieces 0 to `num_pieces` of a log, in no order."""
-    batches = [read_batch(str(_path(folder, log, index)), bucket) for index in range(num_pieces)]
+    batches = [read_batches(str(_path(folder, log, index)), [bucket])[0] for index in range(num_pieces)]
     return {
         name: np.concatenate([batch.column(name).to_numpy(zero_copy_only=False) for batch in batches])
         for name in batches[0].schema.names
@@ -287,29 +285,14 @@ def write_quarantine(path: Path, parts: Sequence[ShuffledPiece]) -> None:
     with pq.ParquetWriter(path, QUARANTINE) as writer:
         for part in parts:
             if part.quarantine_path is not None:
-                writer.write_batch(read_batch(part.quarantine_path, 0))
+                writer.write_batch(read_batches(part.quarantine_path, [0])[0])
 
 
 def _write_names(path: Path, names: pa.Table) -> str | None:
     if not len(names):
         return None
-    bucket_N = _name_bucket(names.column(0).to_numpy())
-    names = names.take(np.argsort(bucket_N, kind="stable")).combine_chunks()
-    edges = np.searchsorted(np.sort(bucket_N), np.arange(_NAME_BUCKETS + 1)).tolist()
-    batches = names.to_batches()[0]
-    write_batches(path, [batches.slice(low, high - low) for low, high in itertools.pairwise(edges)])
+    write_batches(path, by_bucket(names.combine_chunks().to_batches()[0]))
     return str(path)
-
-
-def _name_bucket(keys_N: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Return the top bits of each key, as a number from 0 on: all keys of one are below those of the next."""
-    bucket_N: npt.NDArray[np.int64] = (keys_N >> 56) + _NAME_BUCKETS // 2
-    return bucket_N
-
-
-def _table_of_texts(texts: Mapping[int, str]) -> pa.Table:
-    columns: list[Any] = [pa.array(texts, pa.int64()), pa.array(texts.values(), pa.string())]
-    return pa.Table.from_arrays(columns, schema=TEXTS)
 
 
 def write_names(folder: Path, parts: Sequence[ShuffledPiece], before: Storage | None = None) -> None:
@@ -325,7 +308,6 @@ def write_names(folder: Path, parts: Sequence[ShuffledPiece], before: Storage | 
 
 
 def _merge_names(path: Path, paths: Sequence[str], schema: pa.Schema, before: Storage | None) -> None:
-    key, name = schema.names
     with contextlib.ExitStack() as opened:
         old = None
         if before is not None:
@@ -334,34 +316,33 @@ def _merge_names(path: Path, paths: Sequence[str], schema: pa.Schema, before: St
                 old = opened.enter_context(pq.ParquetFile(file, page_checksum_verification=True))
         if not paths and old is None:
             return
-        writer = opened.enter_context(pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True))
-        for bucket in range(_NAME_BUCKETS):
+
+        def of_bucket(bucket: int) -> list[pa.Table]:
             known = [] if old is None else [old.read_row_group(bucket).cast(schema)]
-            names = pa.concat_tables([*known, *(pa.Table.from_batches([read_batch(each, bucket)]) for each in paths)])
-            found = names.group_by(key).aggregate([(name, "min"), (name, "max")]).sort_by(key)
-            first, last = found.column(f"{name}_min"), found.column(f"{name}_max")
-            if schema is TEXTS and (of_two := found.filter(pc.not_equal(first, last)).to_pylist()):
-                raise SampleError(two_texts(*(of_two[0][each] for each in (key, f"{name}_min", f"{name}_max"))))
-            writer.write_table(
-                pa.Table.from_arrays([found.column(key), first], schema=schema), row_group_size=max(1, len(found))
-            )
+            return [*known, *(pa.Table.from_batches(read_batches(each, [bucket])) for each in paths)]
+
+        error = None if schema is NAMES else two_texts
+        write_buckets(path, schema, (merged_names(of_bucket(bucket), error) for bucket in range(BUCKETS)))
 
 
 def _path(folder: str, log: str, index: int) -> Path:
     return Path(folder, f"{log}-{index:06d}.arrow")
 
 
-def _buckets(columns: Columns, num_buckets: int) -> Iterable[pa.RecordBatch]:
-    bucket_N = splitmix64(columns["user"]) % np.uint64(num_buckets)
+def _buckets(columns: Columns, num_buckets: int) -> list[pa.RecordBatch]:
+    arrays = {
+        name: pa.array(values_N, pa.binary() if values_N.dtype == np.object_ else None)
+        for name, values_N in columns.items()
+    }
+    bucket_N = (splitmix64(columns["user"]) % np.uint64(num_buckets)).astype(np.int64)
+    return _in_buckets(pa.record_batch(arrays), bucket_N, num_buckets)
+
+
+def _in_buckets(batch: pa.RecordBatch, bucket_N: Int64Array, num_buckets: int) -> list[pa.RecordBatch]:
+    """Cut rows by bucket, in their order."""
     order_N = np.argsort(bucket_N, kind="stable")
-    table = pa.record_batch(
-        {
-            name: pa.array(values_N[order_N], pa.binary() if values_N.dtype == np.object_ else None)
-            for name, values_N in columns.items()
-        }
-    )
-    edges = np.searchsorted(bucket_N[order_N], np.arange(num_buckets + 1, dtype=np.uint64))
-    return [table.slice(low, high - low) for low, high in itertools.pairwise(edges.tolist())]
+    batch, edges = batch.take(order_N), np.searchsorted(bucket_N[order_N], np.arange(num_buckets + 1))
+    return [batch.slice(low, high - low) for low, high in itertools.pairwise(edges.tolist())]
 
 
 def write_batches(path: Path, batches: Iterable[pa.RecordBatch]) -> None:
@@ -375,12 +356,6 @@ def write_batches(path: Path, batches: Iterable[pa.RecordBatch]) -> None:
         for batch in iterator:
             writer.write_batch(batch)
     temporary.replace(path)
-
-
-def read_batch(path: str, index: int) -> pa.RecordBatch:
-    """Read batch `index` of a file of write_batches, without reading the others."""
-    (batch,) = read_batches(path, [index])
-    return batch
 
 
 def read_batches(path: str, indices: Sequence[int]) -> list[pa.RecordBatch]:

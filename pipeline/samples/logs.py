@@ -111,7 +111,7 @@ def find_pieces(url: str, log: str, layout: mapping.TableLayout, wanted: WantedR
         layout = _with_user_columns(storage, files[0], layout)
     if layout.time_unit is None or (files[0].endswith(CSV_SUFFIXES) and layout.found_style is None):
         layout = _settled(storage, files[0], log, layout)
-    if any(not join.is_settled for join in layout.joins):
+    if any(join.layout.kinds.keys() == {mapping.KEY} for join in layout.joins):  # nothing is taken from it yet
         layout = _with_joins(storage, files[0], layout)
     pieces = [piece for path in files for piece in _pieces(storage, LogPiece(log, url, path, (), 0, 0, layout, wanted))]
     if not pieces and wanted is None:
@@ -139,12 +139,6 @@ def documented_layout(log: str) -> mapping.TableLayout:
         files=log,
         names={name: name for name in OF_LOG[log]},
         kinds={name: mapping.kind_of(name) for name in OF_LOG[log]},
-        constants={},
-        user_columns=(),
-        ad_columns=(),
-        csv=mapping.CsvSettings(),
-        time_unit=None,
-        time_format=None,
         takes_text=False,
     )
 
@@ -320,12 +314,8 @@ def _cut(file: pq.ParquetFile, empty: LogPiece) -> list[LogPiece]:
     """Cut a file whose columns are right into pieces of about PIECE_ROWS rows, in whole row groups."""
     _check_columns(file.schema_arrow, empty)
     groups = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
-    if empty.wanted is None:
-        times: list[tuple[int, int] | None] = [None] * len(groups)
-        wanted = [True] * len(groups)
-    else:
-        times = [_times(file, group, empty) for group in range(len(groups))]
-        wanted = [empty.wanted.may_have(each) for each in times]
+    times = [_times(file, group, empty) if empty.wanted else None for group in range(len(groups))]
+    wanted = [empty.wanted is None or empty.wanted.may_have(each) for each in times]
     pieces: list[LogPiece] = []
     held: list[int] = []
     for group in range(len(groups)):
@@ -405,8 +395,6 @@ def _fits(found: pa.DataType, kind: str, takes_text: bool) -> bool:
 Columns = dict[str, npt.NDArray[Any]]
 
 NAMES = pa.schema({"key": pa.int64(), "uri": pa.string()})  # type: ignore[arg-type]
-_OF_TEXTS: list[Any] = [pa.field("id", pa.int64(), nullable=False), pa.field("text", pa.string(), nullable=False)]
-TEXTS = pa.schema(_OF_TEXTS)
 _SHOWN = 60  # characters of a bad value
 
 
@@ -530,16 +518,13 @@ def _read_table(piece: LogPiece) -> mapping.CsvRows:
     storage = Storage(piece.url)
     if piece.is_csv:
         return mapping.read_csv(storage, piece.path, names, piece.layout.style)
-    return mapping.CsvRows(_read_row_groups(storage, piece, names), {}, {})
-
-
-def _read_row_groups(storage: Storage, piece: LogPiece, names: list[str]) -> pa.Table:
     encoded = [piece.layout.names[mapping.IMAGE]] if mapping.IMAGE in piece.layout.names else []
     with open_parquet(storage, piece.path, encoded=encoded) as file:
         try:
-            return file.read_row_groups(list(piece.row_groups), columns=names, use_threads=False)
+            table = file.read_row_groups(list(piece.row_groups), columns=names, use_threads=False)
         except (pa.ArrowException, OSError) as error:
             raise SampleError(f"{storage.full(piece.path)}: cannot be read: {error}") from error
+    return mapping.CsvRows(table, {}, {})
 
 
 def users_of(piece: LogPiece, early_us: int, latest_s: int) -> tuple[npt.NDArray[np.int64], bool]:
@@ -620,7 +605,8 @@ def _images(column: Any, where: str) -> tuple[npt.NDArray[np.int64], pa.Table]:
     used_U = np.flatnonzero(is_used_M[:-1] & (pc.binary_length(uris).to_numpy(zero_copy_only=False) > 0))
     texts = uris.take(pa.array(used_U))
     keys_M = np.full(len(uris) + 1, NO_IMAGE)
-    keys_M[used_U] = _keys_of(texts)
+    as_bytes = pa.large_binary() if pa.types.is_large_string(texts.type) else pa.binary()
+    keys_M[used_U] = keys_of_bytes(texts.cast(as_bytes).to_pylist())
     return keys_M[place_N], pa.Table.from_arrays([pa.array(keys_M[used_U]), texts.cast(pa.string())], schema=NAMES)
 
 
@@ -669,10 +655,3 @@ def _times_us(column: Any, latest_s: int, whole: str) -> tuple[npt.NDArray[np.in
         value_N = np.where(is_early_N | is_late_N, 0, value_N)
     time_N = value_N // 1_000 if unit == "ns" else value_N * (MICROSECONDS // mapping.PER_SECOND[unit])
     return time_N, {"is before 1970": is_early_N, "is in the future": is_late_N}
-
-
-def _keys_of(uris: Any) -> npt.NDArray[np.int64]:
-    """Hash each uri of an Arrow array, as it lies there."""
-    return keys_of_bytes(
-        uris.cast(pa.large_binary() if pa.types.is_large_string(uris.type) else pa.binary()).to_pylist()
-    )

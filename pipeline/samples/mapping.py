@@ -58,6 +58,26 @@ def kind_of(name: str) -> str:
     return KINDS.get(name, "id")
 
 
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def _delimiter(value: str) -> str:
+    if len(value) != 1 or not value.isascii() or not (value.isprintable() or value == "\t") or value == '"':
+        raise ValueError(f'{value!r} is not one ASCII character, other than " and line breaks')
+    return value
+
+
+class CsvSettings(_Section):
+    """How CSV files are written; the first line names the columns. What is not given is found in the first file."""
+
+    delimiter: Annotated[str, AfterValidator(_delimiter)] | None = None
+    encoding: str | None = None
+    """As utf-8, latin-1 or cp1252."""
+    decimal: Literal[".", ","] | None = None
+    """Between a whole number and its fraction."""
+
+
 @dataclass(frozen=True)
 class TableLayout:
     """The files of one log: how they name and type what is needed; pickles to workers."""
@@ -65,13 +85,13 @@ class TableLayout:
     files: str  # below the logs' folder: a file, or a folder of them
     names: dict[str, str]  # the files' name of each of our columns
     kinds: dict[str, str]  # see pipeline.samples.logs
-    constants: dict[str, float]  # columns that the files do not have
-    user_columns: tuple[str, ...]
-    ad_columns: tuple[str, ...]
-    csv: "CsvSettings"
-    time_unit: TimeUnit | None
+    constants: Mapping[str, float] = field(default_factory=dict)  # columns that the files do not have
+    user_columns: tuple[str, ...] = ()
+    ad_columns: tuple[str, ...] = ()
+    csv: CsvSettings = field(default_factory=CsvSettings)
+    time_unit: TimeUnit | None = None
     """Of whole numbers; None: found in the first file."""
-    time_format: str | None
+    time_format: str | None = None
     found_style: CsvStyle | None = None
     takes_text: bool = True
     """Whether values of all kinds may be text as well."""
@@ -90,11 +110,6 @@ class TableLayout:
         """Print nothing of what is found, in joined tables neither."""
         joins = tuple(replace(join, layout=join.layout.silent()) for join in self.joins)
         return replace(self, is_told=False, joins=joins)
-
-    @property
-    def time_column(self) -> tuple[str, str | None]:
-        """The files and their column of times."""
-        return self.files, self.names.get("timestamp")
 
     @property
     def unit(self) -> TimeUnit:
@@ -133,7 +148,7 @@ class TableLayout:
         """Read every row, with label 0 where that is a later row."""
         is_labelled = self.where is not None and bool(self.where.clicked)
         kinds = {name: kind for name, kind in self.kinds.items() if name != EVENT}
-        constants = self.constants | ({"label": 0} if is_labelled else {})
+        constants = {**self.constants, **({"label": 0} if is_labelled else {})}
         return replace(self, kinds=kinds, constants=constants, where=None)
 
     @property
@@ -156,15 +171,6 @@ class Join:
     """Its files, KEY, and the columns that are taken for the log: none until the log's first file was looked at."""
     url: str | None = None  # of the folder that has the files; None: that of the logs
     path: str | None = None  # of a file with its rows for the workers; see pipeline.samples.logs
-
-    @property
-    def is_settled(self) -> bool:
-        """Whether columns are taken from it."""
-        return self.layout.kinds.keys() != {KEY}
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class ExtraColumn(_Section):
@@ -235,22 +241,6 @@ class MappedTable(_Section):
     ad: Extras = {}
     where: EventRows | None = None
     """Which rows, of a table that has others too."""
-
-
-def _delimiter(value: str) -> str:
-    if len(value) != 1 or not value.isascii() or not (value.isprintable() or value == "\t") or value == '"':
-        raise ValueError(f'{value!r} is not one ASCII character, other than " and line breaks')
-    return value
-
-
-class CsvSettings(_Section):
-    """How CSV files are written; the first line names the columns. What is not given is found in the first file."""
-
-    delimiter: Annotated[str, AfterValidator(_delimiter)] | None = None
-    encoding: str | None = None
-    """As utf-8, latin-1 or cp1252."""
-    decimal: Literal[".", ","] | None = None
-    """Between a whole number and its fraction."""
 
 
 def _time_format(value: str) -> str:
@@ -328,7 +318,7 @@ class LogMapping(_Section):
         """Describe the joined tables, from which no column is taken yet."""
         for by, table in self.join.items():
             names, kinds = {KEY: table.column or by}, {KEY: "id"}
-            yield Join(by, TableLayout(table.files, names, kinds, {}, (), (), self.csv, "s", None))
+            yield Join(by, TableLayout(table.files, names, kinds, csv=self.csv, time_unit="s"))
 
     def _clicks(self) -> MappedTable:
         """Describe the behaviours where they are impressions, or events: with the ad's columns of one id each."""
@@ -373,15 +363,15 @@ def parse_ids(column: Any, texts: dict[int, str] | None = None) -> Parsed:
     def parse(text: str) -> int:
         number = id_of_text(text)
         if texts is not None and str(number) != text and texts.setdefault(number, text) != text:
-            raise SampleError(two_texts(number, texts[number], text))
+            raise two_texts(number, texts[number], text)
         return number
 
     return _each(column, parse, np.int64)
 
 
-def two_texts(number: int, first: str, second: str) -> str:
-    """Say that two texts have one id."""
-    return f"id {number} is that of two texts of the logs, {first!r} and {second!r}: rename one"
+def two_texts(number: int, first: str, second: str) -> SampleError:
+    """Return the error that two texts have one id."""
+    return SampleError(f"id {number} is that of two texts of the logs, {first!r} and {second!r}: rename one")
 
 
 def parse_id_lists(column: Any, texts: dict[int, str] | None = None) -> npt.NDArray[np.object_]:

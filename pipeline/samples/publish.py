@@ -51,24 +51,23 @@ def replaced_files(
     scratch: str | None = None,
     keep_days: float = KEEP_DAYS,
 ) -> Iterator[NewFiles]:
-    """Give a folder whose files, with those that are kept, take the place of all at `target` when the block ends.
+    """Give an empty folder whose files, with those that are kept, take the place of all at `target` after the block.
 
-    On a disk that is `replaced_folder`. At another address they become its next version (see featurestore.published):
-    the folder is in `scratch` then, and each file is uploaded, which holds `_UPLOADS` of them in memory; versions that
-    were replaced more than `keep_days` ago go. Files next to the splits are put at the address as well, for people.
-    `before`: the files that the new ones were made from. Raises what `replaced_folder` does, StorageError, and
-    CommitConflictError where another command has replaced these by the end of the block.
+    On a disk it lies next to `target`, and takes its place in one step. At another address the files become its next
+    version (see featurestore.published): the folder is in `scratch` then, and each file is uploaded, which holds
+    `_UPLOADS` of them in memory; versions that were replaced more than `keep_days` ago go. Files next to the splits are
+    put at the address as well, for people. What killed runs left goes, and so does the folder when the block raises.
+    `before`: the files that the new ones were made from.
+
+    Raises SampleOptionError where `target` names no folder or holds something else, or the place that the program runs
+    in or one of `spared` (by options) would go with it; SampleError in place of an OSError, the block's too: a full
+    disk, a place that cannot be written; StorageError; CommitConflictError where another command has replaced `before`
+    by the end of the block.
     """
     place = Storage(target) if target.strip() else None
     if place is None or place.is_local:
-        with replaced_folder(place.url if place and "://" in target else target, spared) as folder:
-            new = NewFiles(folder, before or Storage(target))
-            folder_before = _inode(new.before)
+        with _next_to(place.url if place and "://" in target else target, before, spared or {}) as new:
             yield new
-            for name, name_before in new.kept.items():
-                _link(Path(new.before.url, name_before), folder / name)
-            if before is not None and _inode(before) != folder_before:
-                raise CommitConflictError(f"{target} was replaced by another command meanwhile; run it again")
         return
     new_before = before or versions.open_published(target)
     of_a_killed_build = {versions.FILES, versions.VERSIONS}
@@ -83,6 +82,27 @@ def replaced_files(
     except OSError as error:
         raise SampleError(f"cannot make the samples for {target}: {error or type(error).__name__}") from error
     versions.expire(place, keep_days * _DAY_S)
+
+
+@contextlib.contextmanager
+def _next_to(name: str, before: Storage | None, spared: Mapping[str, str]) -> Iterator[NewFiles]:
+    _check_named(name, spared)
+    target = Path(name)
+    try:
+        _check_replaceable(target)
+        with _building(target.parent, f".{target.name}.building-") as folder:
+            new = NewFiles(folder, before or Storage(target))
+            folder_before = _inode(new.before)
+            yield new
+            for kept, kept_before in new.kept.items():
+                _link(Path(new.before.url, kept_before), folder / kept)
+            if before is not None and _inode(before) != folder_before:
+                raise CommitConflictError(f"{target} was replaced by another command meanwhile; run it again")
+            (folder / LOCK).unlink()
+            _check_replaceable(target)
+            _swap(folder, target)
+    except OSError as error:
+        raise SampleError(f"cannot make the samples in {target}: {error or type(error).__name__}") from error
 
 
 def _inode(folder: Storage) -> int | None:
@@ -117,28 +137,6 @@ def _version(before: Storage) -> versions.PublishedVersion:
     if isinstance(before, versions.PublishedFiles):
         return before.published
     return versions.PublishedVersion(version=0, publication="", writer="", time_s=0.0, files={})
-
-
-@contextlib.contextmanager
-def replaced_folder(target: str | Path, spared: Mapping[str, str] | None = None) -> Iterator[Path]:
-    """Give an empty folder next to `target` that takes its place when the block ends, and goes when it raises.
-
-    The block writes samples into it. What killed runs left next to `target` goes as well. Raises
-    SampleError in place of an OSError, the block's too: a full disk, a place that cannot be written. Raises
-    SampleOptionError where `target` names no folder, or is there and holds something else, or the place that the
-    program runs in or one of `spared` (by options) would go with it.
-    """
-    _check_named(str(target), spared or {})
-    target = Path(target)
-    try:
-        _check_replaceable(target)
-        with _building(target.parent, f".{target.name}.building-") as building:
-            yield building
-            (building / LOCK).unlink()
-            _check_replaceable(target)
-            _swap(building, target)
-    except OSError as error:
-        raise SampleError(f"cannot make the samples in {target}: {error or type(error).__name__}") from error
 
 
 @contextlib.contextmanager

@@ -98,7 +98,7 @@ def parsed(words: list[str]) -> None:
 
 def test_the_examples_of_a_help_are_not_wrapped(tmp_path: Path) -> None:
     done = started("extract", "--help", folder=tmp_path)
-    line = "  crossmedia extract --images all-photos --reduce data/features-256 --store data/features-all-256"
+    line = "  crossmedia extract --images s3://shop/photos --store s3://shop/features -n 4"
     assert line in done.stdout.splitlines()
 
 

@@ -3,6 +3,7 @@
 import json
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -27,6 +28,7 @@ from tests.commands.calls import ROOT
 from tests.ranks import StandingRanks
 from tests.trainer.conftest import Places, make_places, nothing_drawn
 from trainer.errors import ConfigError, DataError
+from trainer.evaluation import bootstrap
 from trainer.evaluation.predict import predict_run
 from trainer.schema.profile import table_of
 
@@ -113,6 +115,7 @@ def test_a_run_is_trained_and_found_again(run: cm.Run, places: Places) -> None:
     assert run.config.model.images == "both" and run.report["global_step"] == 3
     assert 0 < run.metrics["auc"] < 1 and f"auc={run.metrics['auc']:.4f}" in repr(run)
     assert "<th>auc</th>" in run._repr_html_()
+    assert run.metrics["gauc_users"] < bootstrap.LEAST_USERS_SHOWN and "gauc" not in repr(run)
     assert cm.open_run(run.folder).metrics == run.metrics
     with pytest.raises(ConfigError, match="not a run's folder"):
         cm.Run("nowhere")
@@ -130,9 +133,13 @@ def test_a_run_has_a_vector_of_each_image(run: cm.Run, places: Places) -> None:
 
 
 def test_an_evaluation_has_a_row_for_each_slice(
-    run: cm.Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: cm.Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     capsys.readouterr()
+    with nothing_drawn(), pytest.warns(UserWarning, match="metrics are given of 30 users or more"):
+        few = run.evaluate(resamples=10, out=tmp_path / "evaluation")
+    assert {each["auc"] for each in few.rows()} == {None} and not re.search(r"\d\.\d", few._repr_html_())
+    monkeypatch.setattr(bootstrap, "LEAST_USERS_SHOWN", 1)
     with nothing_drawn():
         found = run.evaluate(resamples=10, out=tmp_path / "evaluation")
     assert capsys.readouterr().out == ""
@@ -156,6 +163,17 @@ def test_scores_are_those_of_the_run_model_and_kind_of_rows(
         np.testing.assert_allclose(scored["probability"].to_numpy(), 1 / (1 + np.exp(-wanted)), atol=1e-5)
     assert version_in_use(Storage(model.scorer.storage.url)) == 1
     assert "run=" in repr(model) and "<table>" in model._repr_html_() and model.version == 1
+
+
+def test_rows_are_scored_where_the_training_samples_are_gone(
+    run: cm.Run, impressions: pa.Table, places: Places, tmp_path: Path
+) -> None:
+    shutil.copytree(str(run.folder), tmp_path / "copy")
+    config = tmp_path / "copy" / "config.yaml"
+    config.write_text(config.read_text().replace(str(places.folder / "samples"), str(tmp_path / "gone")))
+    copy = cm.open_run(tmp_path / "copy")
+    assert copy.config.data.samples == str(tmp_path / "gone")
+    assert copy.score(impressions).equals(run.score(impressions))
 
 
 def test_tables_of_all_kinds(run: cm.Run, impressions: pa.Table) -> None:

@@ -5,7 +5,6 @@ Everything is made by the project's own jobs, in seconds and once per session; a
 """
 
 import shutil
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -124,7 +123,6 @@ def _extract(world: World, client: "Client") -> None:
     from featurestore.store import FeatureStore
     from featurestore.upkeep.compaction import compact
     from pipeline.features.refresh import extract, refresh
-    from pipeline.network.backbone import UntrainedWeightsWarning
     from pipeline.options import ExtractOptions, RefreshOptions
 
     images = world.images
@@ -142,9 +140,7 @@ def _extract(world: World, client: "Client") -> None:
         precision="float32",
         num_shards=4,
     )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UntrainedWeightsWarning)
-        extract(options, client)
+    extract(options, client)
 
     draw(images, CHANGED, 101)
     (images / REMOVED).unlink()

@@ -126,10 +126,10 @@ def _as_text(array: Any) -> Any:
     return array.view(pa.string()) if pa.types.is_binary(array.type) else array
 
 
-def stream_of(table: pa.Table) -> bytes:
-    """Write a table as an Arrow stream."""
+def stream_of(table: pa.Table, **options: Any) -> bytes:
+    """Write a table as an Arrow stream, with options of IpcWriteOptions."""
     sink = io.BytesIO()
-    with pa.ipc.new_stream(sink, table.schema) as writer:
+    with pa.ipc.new_stream(sink, table.schema, options=pa.ipc.IpcWriteOptions(**options)) as writer:
         writer.write_table(table)
     return sink.getvalue()
 

@@ -1,6 +1,7 @@
 """The export as a person types it: E's own numbers of every image, files that are whole or absent, and mistakes."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,12 @@ import torch
 from featurestore import FeatureRows, FeatureStore
 from featurestore.upkeep.remake import remake
 from jobs.export_embeddings import app
-from tests.cli import invoke
+from tests.cli import invoke, said
 from tests.trainer.conftest import Places, make_places
 from tests.trainer.whole_runs import run_alone
 from trainer.comm import SoloComm
 from trainer.runs import export
-from trainer.runs.saved import open_trained
+from trainer.runs.saved import open_trained, read_run
 from trainer.schema import DEFAULT_SCHEMA
 
 pytestmark = pytest.mark.long  # they train whole runs
@@ -34,10 +35,7 @@ def done(*options: object) -> str:
     return invoke(app, *options, code=0).stdout
 
 
-def failed(*options: object, code: int = 1) -> str:
-    result = invoke(app, *options, code=code)
-    assert isinstance(result.exception, SystemExit)
-    return " ".join(result.stderr.replace("│", " ").split())
+failed = partial(said, app, code=2)
 
 
 @pytest.fixture(scope="module")
@@ -97,27 +95,14 @@ def test_every_image_gets_what_e_makes_of_it(run: Path, places: Places, tmp_path
     assert (uris[1_000], uris[1_003], uris[NEW]) == ("item/0", "item/3", "new")
     assert "images       49, 12 numbers each" in text
     assert f"features     snapshot 3 of {places.folder / 'features'}" in text
-
-
-def test_the_file_says_of_what_it_is(run: Path, places: Places, tmp_path: Path) -> None:
-    out = tmp_path / "visual.parquet"
-    done("--run", run, "--out", out)
-    file = pq.ParquetFile(out)
-    assert str(file.schema_arrow.field("vector").type) == "fixed_size_list<element: float>[12]"
-    about = json.loads(file.schema_arrow.metadata[b"visual_vectors"])
-    trained = open_trained(run, SoloComm())
-    trained.close()
+    schema, store = pq.read_schema(out), FeatureStore.open(places.folder / "features")
+    assert str(schema.field("vector").type) == "fixed_size_list<element: float>[12]"
+    about = json.loads(schema.metadata[b"visual_vectors"])
+    assert about.pop("checkpoint_digest") == read_run(run).digest
     assert about == {
-        "run": str(run),
-        "checkpoint": "step-00000002",
-        "checkpoint_digest": trained.saved.digest,
-        "network": "images",
-        "dim": 12,
-        "store": str(places.folder / "features"),
-        "snapshot": 3,
-        "store_id": FeatureStore.open(places.folder / "features").info.store_id,
-        "commit_id": FeatureStore.open(places.folder / "features").snapshot().manifest.commit_id,
-    }
+        "run": str(run), "checkpoint": "step-00000002", "network": "images", "dim": 12, "store": store.url,
+        "snapshot": 3, "store_id": store.info.store_id, "commit_id": store.snapshot().manifest.commit_id,
+    }  # fmt: skip
 
 
 def test_another_snapshot_and_another_e(run: Path, places: Places, tmp_path: Path) -> None:
@@ -161,13 +146,13 @@ def test_a_failure_leaves_what_was_there(run: Path, tmp_path: Path, monkeypatch:
         raise export.DataError("it broke")
 
     monkeypatch.setattr(export.ImageNetwork, "tables", broken)
-    assert "error: it broke" in failed("--run", run, "--out", out)
+    assert "error: it broke" in failed("--run", run, "--out", out, code=1)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_without_a_run_it_is_the_newest_one(places: Places, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert "data/runs has no run with a checkpoint; train one" in failed(code=2)
+    assert "data/runs has no run with a checkpoint; train one" in failed()
     for folder, name in (("data/runs/daily", "2026-01-02"), ("data/runs", "older"), ("data/runs", "newer")):
         run = train_run(places, name, train__max_steps=1, run__dir=folder)
     assert "run          data/runs/newer, step-00000001" in done()
@@ -179,15 +164,13 @@ def test_without_a_run_it_is_the_newest_one(places: Places, tmp_path: Path, monk
 class TestMistakes:
     def test_runs(self, places: Places, run: Path, tmp_path: Path) -> None:
         out = tmp_path / "v.parquet"
-        assert "is not a run's folder" in failed("--run", tmp_path, "--out", out, code=2)
-        assert "; it holds the runs " in failed("--run", run.parent, "--out", out, code=2)
         none = places.folder / "runs" / "none"
-        assert "has model.images=none: it has no E for images" in failed("--run", none, "--out", out, code=2)
-        assert "has step-00000002, and RUN" in failed("--run", run, "--checkpoint", 7, "--out", out, code=2)
+        assert "has model.images=none: it has no E for images" in failed("--run", none, "--out", out)
+        assert "has step-00000002, and RUN" in failed("--run", run, "--checkpoint", 7, "--out", out)
         assert not out.exists()
 
     def test_networks(self, places: Places, run: Path, tmp_path: Path) -> None:
         two = ["--run", places.folder / "runs" / "two", "--out", tmp_path / "v.parquet"]
         has = "has the networks images, ads; choose one by --network"
-        assert has in failed(*two, code=2) and "--network text: " in failed(*two, "--network", "text", code=2)
-        assert "has the networks images;" in failed("--run", run, "--network", "text", "--out", two[-1], code=2)
+        assert has in failed(*two) and "--network text: " in failed(*two, "--network", "text")
+        assert "has the networks images;" in failed("--run", run, "--network", "text", "--out", two[-1])

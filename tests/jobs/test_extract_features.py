@@ -13,47 +13,23 @@ from jobs import extract_features
 from pipeline.errors import PipelineError
 from pipeline.features.refresh import RefreshSummary
 from pipeline.store_run import BadRow
-from tests.cli import invoke
+from tests.cli import said
 
 JOB = Path(extract_features.__file__)
 
 
-def refused(app, code, text, *args):
-    result = invoke(app, *args, code=code)
-    assert text in " ".join(result.stderr.split())
-    assert isinstance(result.exception, SystemExit)  # no traceback
-    assert not result.stdout
-
-
 def test_weights_are_looked_at_before_a_cluster_starts(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "text.pth").write_text("no weights")
     monkeypatch.setattr("pipeline.cluster.tasks.connect", None)
-    message = "text.pth: not a state dict that torch can load safely (UnpicklingError); one is"
-    refused(extract_features.app, 2, message, "--weights", "text.pth")
+    assert "neither imagenet, random:SEED, nor a file" in said(extract_features.app, "--weights", "text.pth", code=2)
 
 
 def test_the_summary_names_what_was_bad():
     bad = (BadRow(1, "a.jpg", "empty file"), BadRow(2, "b.jpg", "no such file"), BadRow(3, "c.jpg", "empty file"))
-    counts = RefreshSummary(
-        num_images=13,
-        num_ignored=1,
-        num_new=2,
-        num_changed=1,
-        num_touched=1,
-        num_unchanged=6,
-        num_gone=5,
-        num_kept=2,
-        num_resolved=1,
-        num_computed=3,
-        num_duplicates=4,
-        num_resumed=2,
-        bad=bad,
-        seconds=2.0,
-        store="/features",
-        snapshot=7,
-        precision="float32",
-    )
+    numbers = {"num_images": 13, "num_ignored": 1, "num_new": 2, "num_changed": 1, "num_touched": 1, "num_gone": 5}
+    numbers |= {"num_unchanged": 6, "num_kept": 2, "num_resolved": 1, "num_computed": 3, "num_duplicates": 4}
+    numbers |= {"num_resumed": 2, "seconds": 2.0, "snapshot": 7}
+    counts = RefreshSummary(**numbers, bad=bad, store="/features", precision="float32")
     for part in (
         "images       13 (1 other files ignored)", "new          2", "changed      1", "touched      1 (",
         "unchanged    6",

@@ -1,6 +1,5 @@
 """XDL's formats through the job: lines come in as they are, bad ones are reported, random data trains."""
 
-import contextlib
 import json
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from featurestore.store import FeatureStore
 from jobs import import_features, import_xdl
 from pipeline.formats import record_dtype
 from pipeline.xdl import split_of
-from tests.cli import invoke
+from tests.cli import said
 from trainer.comm import SoloComm
 from trainer.config import load_config
 from trainer.main import train
@@ -31,16 +30,9 @@ LINES = [
 
 
 @pytest.fixture
-def job(client, monkeypatch):
+def job(connected):
     """Runs a command of the job on the tests' cluster; its output in one line."""
-    monkeypatch.setattr("pipeline.cluster.tasks.connect", lambda **kwargs: contextlib.nullcontext(client))
-
-    def run(*args, code=0, app=import_xdl.app):
-        result = invoke(app, *args, code=code)
-        assert code == 0 or isinstance(result.exception, SystemExit)
-        return " ".join(result.output.split())
-
-    return run
+    return lambda *args, code=0, app=import_xdl.app: said(app, *args, code=code)
 
 
 @pytest.fixture

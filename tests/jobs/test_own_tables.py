@@ -1,6 +1,5 @@
 """A person's own tables, from a look at them to a trained model: inspect, mapping, samples, schema, check, train."""
 
-import contextlib
 import json
 import math
 from pathlib import Path
@@ -10,7 +9,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from typer.testing import CliRunner
 
 from featurestore.format.rows import FeatureRows
 from featurestore.keys import NO_IMAGE, id_of_text, key_of_uri
@@ -19,6 +17,7 @@ from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
 from jobs import build_samples
 from pipeline.samples import mapping
+from tests.cli import invoke, said
 from trainer.comm import SoloComm
 from trainer.config import load_config
 from trainer.main import train
@@ -61,18 +60,14 @@ def place(tmp_path):
 
 
 @pytest.fixture
-def job(client, monkeypatch, place):
+def job(connected, place):
     """Runs build_samples on the tests' cluster with a mapping."""
-    monkeypatch.setattr("pipeline.cluster.tasks.connect", lambda **kwargs: contextlib.nullcontext(client))
 
     def run(columns=MAPPING, *args, code=0):
         path = place / "mapping.yaml"
         path.write_text(columns if isinstance(columns, str) else yaml.safe_dump(columns))
         options = ["--logs", place / "logs", "--samples", place / "samples", "--mapping", path, "--test-days", 0, *args]
-        result = CliRunner().invoke(build_samples.app, [str(option) for option in options])
-        assert result.exit_code == code, result.output
-        assert code == 0 or isinstance(result.exception, SystemExit)
-        return " ".join(result.output.split())
+        return said(build_samples.app, *options, code=code)
 
     return run
 
@@ -94,9 +89,7 @@ def changed(**changes):
 
 
 def inspect(*args, code=0):
-    result = CliRunner().invoke(schema_command.app, [str(arg) for arg in args])
-    assert result.exit_code == code, result.output
-    return result.output
+    return invoke(schema_command.app, *args, code=code).output
 
 
 def test_csv_tables_become_samples(job, place):
@@ -489,29 +482,6 @@ def test_from_raw_tables_to_a_trained_model(job, place):
     assert np.isfinite(report["metrics"]["logloss"])
     tables = report["tables"].values()
     assert all(table["kind"] == "exact" and table["cold"] == table["evicted"] == 0 for table in tables)
-
-
-def test_columns_of_a_table_of_products_become_samples_as_a_look_suggests(job, place):
-    draw_tables(place)
-    from pyarrow import csv
-
-    shown = csv.read_csv(place / "raw/shown/a.csv")
-    done = pq.read_table(place / "raw/done/a.parquet")
-    of_items = ["img_url", "cate", "price"]
-    items = shown.select(["adgroup_id", *of_items]).group_by(["adgroup_id", *of_items]).aggregate([])
-    csv.write_csv(items.slice(1).rename_columns(["goods", *of_items]), place / "raw/products.csv")
-    csv.write_csv(shown.drop_columns(of_items), place / "raw/shown/a.csv")
-    pq.write_table(done.drop_columns(of_items[:2]), place / "raw/done/a.parquet")
-    text = inspect("inspect", place / "raw")
-    assert yaml.safe_load(text)["join"] == {"item": {"files": "products.csv", "column": "goods"}}
-    said = job(text, "--logs", place / "raw", "--test-days", 1)
-    assert "rows without their item in its table" in said
-    assert "fit the schema" in inspect("check", place / "samples/schema.yaml", place / "samples")
-    ads = [ad for row in rows(place) for ad in zip(row["ad_item"], row["ad_image"], row["ad_category"], strict=True)]
-    lacking = items["adgroup_id"][0].as_py()
-    assert set(ads) == {
-        (n, key_of_uri(f"{n}.jpg"), n % 3) if n != lacking else (n, NO_IMAGE, -1) for n in range(NUM_ITEMS)
-    }
 
 
 def test_tables_have_rows_for_the_ids_of_all_samples(job, place, monkeypatch):

@@ -1,6 +1,5 @@
 """Vectors from elsewhere: every format gives its rows, bad ones are kept aside, and only what changed is written."""
 
-import contextlib
 import shutil
 
 import numpy as np
@@ -17,22 +16,19 @@ from featurestore.upkeep.remake import remake
 from jobs import import_features
 from pipeline import formats, import_vectors
 from pipeline.import_vectors import extractor_of
-from tests.cli import invoke
+from tests.cli import said
 from tests.featurestore.staged import metadata_of
 
 DIM = 6
 
 
 @pytest.fixture
-def job(client, tmp_path, monkeypatch):
+def job(connected, tmp_path):
     """Runs the job on the tests' cluster into tmp_path/features."""
-    monkeypatch.setattr("pipeline.cluster.tasks.connect", lambda **kwargs: contextlib.nullcontext(client))
 
     def run(source, *args, code=0, store=None):
-        settings = ["--from", str(source), "--store", str(store or tmp_path / "features"), *map(str, args)]
-        result = invoke(import_features.app, *settings, code=code)
-        assert code == 0 or isinstance(result.exception, SystemExit)
-        return " ".join(result.output.split())
+        settings = ["--from", source, "--store", store or tmp_path / "features", *args]
+        return said(import_features.app, *settings, code=code)
 
     return run
 
@@ -219,26 +215,24 @@ def test_running_again_changes_what_has_changed(job, tmp_path, vectors_ND):
     np.testing.assert_array_equal(stored(path, [*range(40), 77])[:40], vectors_ND)
 
 
-def test_a_key_with_two_vectors_is_quarantined_and_keeps_what_the_store_had(job, tmp_path, vectors_ND):
+def test_a_key_with_two_vectors_is_refused(job, tmp_path, vectors_ND):
     path = tmp_path / "features"
     write_xdl(tmp_path / "xdl", range(10), vectors_ND[:10])
     job(tmp_path / "xdl", "--dim", DIM, "--dtype", "float32")
     # 3 comes as it is and changed, 50 twice and differently, 51 twice and equal; the two of a key in different units.
     np.save(tmp_path / "next.npy", vectors_ND[[3, 20, 21, 22, 23, 24, 21, 25]])
     np.save(tmp_path / "keys.npy", [3, 50, 51, 52, 3, 50, 51, 53])
-    text = job(tmp_path / "next.npy", "--keys", tmp_path / "keys.npy", "--part-size", 4)
-    assert "rows 8 new 3 changed 0 unchanged 0 duplicates 1" in text
-    assert "quarantined 4: 4 several rows with different numbers under one key (key:3, key:50, key:3, …)" in text
-    assert FeatureStore.open(path).snapshot().keys().tolist() == [*range(10), 51, 52, 53]
+    arguments = (tmp_path / "next.npy", "--keys", tmp_path / "keys.npy", "--part-size", 4)
+    assert "2 keys have several rows with different numbers, 3 first: leave one of each" in job(*arguments, code=1)
+    assert FeatureStore.open(path).snapshot().version == 1
+    np.save(tmp_path / "keys.npy", [3, 50, 51, 52, 54, 55, 51, 53])
+    assert "rows 8 new 6 changed 0 unchanged 1 duplicates 1" in job(*arguments)
     np.testing.assert_array_equal(stored(path, [3, 51, 52, 53]), vectors_ND[[3, 21, 22, 25]])
-    assert {row.key for row in FeatureStore.open(path).quarantine_rows()} == {3, 50}
 
 
-@pytest.mark.parametrize("contested", [False, True])
-def test_a_run_that_failed_goes_on_where_it_was(job, tmp_path, vectors_ND, monkeypatch, contested):
-    keys = [*range(39), 0 if contested else 39]
+def test_a_run_that_failed_goes_on_where_it_was(job, tmp_path, vectors_ND, monkeypatch):
     np.save(tmp_path / "a.npy", vectors_ND)
-    np.save(tmp_path / "keys.npy", keys)
+    np.save(tmp_path / "keys.npy", range(40))
     arguments = (tmp_path / "a.npy", "--keys", tmp_path / "keys.npy", "--part-size", 10, "--dtype", "float32")
     monkeypatch.setattr("pipeline.formats.block_rows", lambda dim: 10)
     read = []
@@ -248,13 +242,11 @@ def test_a_run_that_failed_goes_on_where_it_was(job, tmp_path, vectors_ND, monke
         broken.setattr(FeatureStore, "commit", lambda *args, **kwargs: (_ for _ in ()).throw(OSError("disk full")))
         with pytest.raises(AssertionError):
             job(*arguments)
-    assert len(read) == (6 if contested else 4)  # the first and the last unit again, without the contested key
+    assert len(read) == 4
     text = job(*arguments)
-    assert len(read) == (8 if contested else 4)
+    assert len(read) == 4
     assert "resumed 40" in text
-    expected = [*range(1, 39)] if contested else [*range(40)]
-    assert FeatureStore.open(tmp_path / "features").snapshot().keys().tolist() == expected
-    np.testing.assert_array_equal(stored(tmp_path / "features", expected), vectors_ND[expected])
+    np.testing.assert_array_equal(stored(tmp_path / "features", [*range(40)]), vectors_ND)
     assert not list((tmp_path / "features/staging").glob("*/*"))
 
 

@@ -14,11 +14,11 @@ import httpx2
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import trustme
 from PIL import Image
 
 from tests.commands.calls import call
 from tests.ranks import HOROVODRUN, ROOT, environment
+from tests.security.certificates import Certificate
 from tests.security.test_listening import started
 from tests.trainer.conftest import Places
 
@@ -183,19 +183,13 @@ class TestTokensAndKeys:
     def files(work: Work) -> dict[str, Path]:
         """Files with planted contents, which are not looked through."""
         folder = work.folder / "planted"
-        folder.mkdir()
-        issued = trustme.CA().issue_cert("127.0.0.1")
-        contents = {
-            "tokens": f"{TOKEN}\n".encode(),
-            "short": f"{SHORT_TOKEN}\n".encode(),
-            "cert": b"".join(each.bytes() for each in issued.cert_chain_pems),
-            "key": issued.private_key_pem.bytes(),
-        }
-        for name, content in contents.items():
-            (folder / name).write_bytes(content)
-            (folder / name).chmod(0o600)
-        (folder / "half").write_bytes(contents["key"][: len(contents["key"]) // 2])
-        return {path.name: path for path in folder.iterdir()}
+        key = Certificate(folder).key.read_bytes()
+        for name, content in {"tokens": TOKEN, "short": SHORT_TOKEN}.items():
+            (folder / name).write_text(f"{content}\n")
+        (folder / "half").write_bytes(key[: len(key) // 2])
+        for path in folder.iterdir():
+            path.chmod(0o600)
+        return {path.stem: path for path in folder.iterdir()}
 
     def test_of_a_scorer_that_answers(self, work: Work, model: Path, files: dict[str, Path]) -> None:
         """Right and wrong tokens, a body that is none, figures, and the end: nothing of them is in log or figures."""

@@ -113,19 +113,31 @@ def make_places(folder: Path) -> Places:
     return Places(folder)
 
 
+def make_days(folder: Path) -> Places:
+    """The same with the third day before the last in train/, and the fourth in test/, as trainer.daily takes them."""
+    places, test = make_places(folder), folder / "samples" / "test"
+    (test / "day=2026-01-01.parquet").rename(test / "day=2026-01-04.parquet")
+    return places
+
+
+def drawn_store(folder: Path, features_ND: np.ndarray, first_key: int = 0, **info: Any) -> FeatureStore:
+    """A store of features of the keys from the first one on, whose uris are item/0, item/1 and so on."""
+    spec = ExtractorSpec(
+        backbone="drawn", layer="none", weights_digest="0", preprocessing="none", compute_dtype="float32"
+    )
+    own = {"num_shards": 4, "dim": features_ND.shape[1], "dtype": "float32", "extractor": spec, **info}
+    store, uris = FeatureStore.create(folder, StoreInfo(**own)), [f"item/{n}" for n in range(len(features_ND))]
+    store.put(FeatureRows.of(uris, features_ND.astype(np.float32), keys=first_key + np.arange(len(uris))))
+    return store
+
+
 @functools.cache
 def _made_once() -> "TemporaryDirectory[str]":
     made = TemporaryDirectory(prefix="places-")
     folder = Path(made.name)
     _write_samples(folder / "samples" / "train", [90, 60, 50])
     _write_samples(folder / "samples" / "test", [60], seed=90, items=50)
-    extractor = ExtractorSpec(
-        backbone="drawn", layer="none", weights_digest="0", preprocessing="none", compute_dtype="float32"
-    )
-    info = StoreInfo(num_shards=4, dim=16, dtype="float32", extractor=extractor)
-    store = FeatureStore.create(folder / "features", info)
-    features_ND = np.random.default_rng(5).normal(size=(50, 16)).astype(np.float32)
-    store.put(FeatureRows.of([f"item/{n}" for n in range(50)], features_ND, keys=np.arange(1_000, 1_050)))
+    drawn_store(folder / "features", np.random.default_rng(5).normal(size=(50, 16)), first_key=1_000)
     return made
 
 

@@ -1,5 +1,6 @@
 """The configuration: what overrides what, what is refused and how that reads, and how two records differ."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,7 @@ def test_a_name_of_any_length_is_not_compared_with_all_others() -> None:
         ("data.train_days=[monday]", "data.train_days.0='monday'"),
         ("data.train_days=[]", "data.train_days=[]: List should have at least 1 item"),
         ("model.id_dropout=1", "model.id_dropout=1: it should be less than 1"),
+        ("data.store_version=../x", "not the name of a channel"),
         ("run.warm_parts=half", "run.warm_parts='half': it should be 'partial' or 'all'"),
         *(
             (f"run.name=x; run.overwrite=true; run.resume={resume}", "run.overwrite=true removes it; set one of them")
@@ -106,7 +108,10 @@ def test_a_name_of_any_length_is_not_compared_with_all_others() -> None:
         ("data.train_days=[2026-01-02]; data.test_days=[2026-01-02]", "share 2026-01-02"),
         ("model.images=behavior; model.pooling=multi_query", "it queries with the ad image and with the ad's IDs; set"),
         ("model.image_dropout=0.1; model.id_init_std=0.01", "configuration: model.image_dropout=0.1 takes an ad for"),
-        ("train.early_stopping=2", "train.early_stopping counts evaluations; set data.validation_days"),
+        (
+            "train.early_stopping=2; data.validation_days=0",
+            "train.early_stopping counts evaluations; leave data.valida",
+        ),
         ("train.early_stopping=2; train.eval_every=5; data.test_days=[]", "needs samples to evaluate on"),
     ],
 )
@@ -146,29 +151,21 @@ def test_all_mistakes_are_told_at_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("text", "message", "load"),
     [
-        ("- a\n- b\n", "has to be a mapping of sections, as data and model, found list"),
-        ("train: [", "not a readable YAML"),
-        ("train: 3\n", "train=3 has to be a mapping"),
+        ("- a\n- b\n", "has to be a mapping of sections, as data and model, found list", load_config),
+        ("train: [", "not a readable YAML", load_config),
+        ("train: 3\n", "train=3 has to be a mapping", load_config),
+        ("a: &a [1]\nb: *a\n", "it has aliases", load_saved),
+        ("\n", "a mapping of sections, as data and model, found NoneType", load_saved),
+        (None, "there is no such file", load_config),
     ],
 )
-def test_broken_files_are_named(tmp_path: Path, text: str, message: str) -> None:
-    file = tmp_path / "own.yaml"
-    file.write_text(text)
+def test_broken_files_are_named(tmp_path: Path, text: str | None, message: str, load: Callable[..., Config]) -> None:
+    if text is not None:
+        (tmp_path / "own.yaml").write_text(text)
     with pytest.raises(ConfigError, match=message):
-        load_config(file)
-    with pytest.raises(ConfigError, match="there is no such file"):
-        load_config(tmp_path / "absent.yaml")
-
-
-def test_a_saved_file_has_no_aliases_and_is_not_empty(tmp_path: Path) -> None:
-    file = tmp_path / "config.yaml"
-    nothing = "a mapping of sections, as data and model, found NoneType"
-    for text, message in (("a: &a [1]\nb: *a\n", "it has aliases"), ("\n", nothing)):
-        file.write_text(text)
-        with pytest.raises(ConfigError, match=message):
-            load_saved(file)
+        load(tmp_path / "own.yaml")
 
 
 def _record(*settings: str) -> dict[str, Any]:

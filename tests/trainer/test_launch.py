@@ -1,18 +1,19 @@
-"""Commands on ranks: a rank's place in a Slurm job, and pages that rank 0 alone checks and writes."""
+"""Commands on ranks: a rank's place in a Slurm job, how one ends where work fails, and pages that rank 0 writes."""
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from typer import Exit
 
 from featurestore.console.output import print_line, text_console
 from featurestore.console.page import ReportPage, recorded
 from tests.pages import ReadPage
 from trainer.cli import run_on_ranks
-from trainer.comm import SoloComm
-from trainer.errors import ConfigError
+from trainer.comm import Comm, SoloComm
+from trainer.errors import ConfigError, DataError
 from trainer.launch import By, interface_towards, ranks_of_nodes, variables_of
 
 RANKS = [2, 3, 1]
@@ -109,3 +110,21 @@ def test_a_wrong_place_ends_the_command_before_its_work(
     with pytest.raises(Exit), recorded(ReportPage(tmp_path / "missing" / "page.html", "T", [])):
         raise Exit(run_on_ranks(lambda comm: done.append(comm.rank)))
     assert done == [] and capsys.readouterr().err.startswith("error: cannot write --html")
+
+
+TEXT = "train/a.parquet, row group 0 is damaged; write the file again"
+
+
+def test_the_report_of_torchrun_ends_with_the_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(_: Comm) -> None:
+        raise DataError(TEXT)
+
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    assert run_on_ranks(fails) == 1
+    assert capsys.readouterr().err == f"error: {TEXT}\n"
+    failure = ProcessFailure(local_rank=0, pid=7, exitcode=1, error_file=str(tmp_path / "error.json"))
+    *_, last, end = str(ChildFailedError("crossmedia", {0: failure})).splitlines()
+    assert last.endswith(f"traceback : error: {TEXT}")
+    assert set(end) == {"="}

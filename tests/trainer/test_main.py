@@ -41,7 +41,6 @@ from tests.trainer.checkpoints import steps_of, tensors_of
 from tests.trainer.conftest import Places, make_places
 from tests.trainer.standing_ranks import run as run_here
 from tests.trainer.whole_runs import all_alike, assert_same, drawn_scalars, report_of, run_alone
-from trainer.config import load_config
 from trainer.engine.engine import Engine
 from trainer.errors import CheckpointError, DataError, TrainerError
 from trainer.ids.exact import num_ids
@@ -127,15 +126,6 @@ class TestCommandLine:
         result = invoke(schema_app, "missing", samples, features)
         assert f"2 images of {samples} have no feature in {features}" in result.stdout
 
-    @pytest.mark.services
-    def test_a_failed_job_of_horovodrun_ends_in_a_line(self) -> None:
-        words = command_of(2, "-c", "raise SystemExit('error: why')")
-        done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=120, check=False)
-        assert done.returncode == 1 and "error: why" in done.stderr and "Traceback" not in done.stderr
-        assert done.stderr.splitlines()[-1].startswith(
-            "Horovod detected that one or more processes exited with non-zero"
-        )
-
     def test_empty_places_name_the_jobs(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(tmp_path)
         result = invoke(app, code=2)
@@ -143,15 +133,6 @@ class TestCommandLine:
         assert "crossmedia samples --samples data/samples" in result.stderr
         assert "crossmedia demo-data" in result.stderr and result.stderr.count("\n") == 2  # a line for each
         assert list(tmp_path.iterdir()) == []
-
-    def test_several_settings_may_follow_one_set(self, places: Places) -> None:
-        result = invoke(app, "--set", *places.settings(run__name="cli", train__max_steps=1), code=0)
-        assert "step 1/1" in result.stdout
-        report = report_of(places.folder / "runs" / "cli")
-        assert report["steps"] == 1
-        items = report["tables"]["item"]  # 40 at most, in 64 rows
-        warning = f"warning: table item: about {items['share']:.0%} of its ids share one of its 64 rows "
-        assert items["share"] > 0.25 and " ".join(result.stdout.split()).count(warning) == 1
 
 
 @pytest.fixture(scope="module")
@@ -212,16 +193,6 @@ class TestTwoRanks:
             "an image is computed once, whoever asks"
         )
         assert report["bytes_sent_per_step"] > 0
-
-    def test_checkpoint_loads_at_one_rank(self, job: tuple[Places, dict[str, list[str]]]) -> None:
-        places, _ = job
-        full = places.folder / "runs" / "full"
-        path = find_checkpoint(full)
-        assert read_state(path).num_ranks == 2
-        changes = {**SHARED, "run__resume": path, "train__max_steps": 16}
-        run = run_alone(places, run__name="at-one-rank", **changes)
-        assert_same(run, full)
-        assert report_of(run)["metrics"] == all_alike(report_of(full)["metrics"], within=1e-6)
 
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
@@ -413,20 +384,6 @@ class TestAlone:
             step, share = curves[f"tables/{name}/share"][-1]
             assert (step, share) == (16, pytest.approx(report["tables"][name]["share"], rel=1e-6))
 
-    def test_files(self, alone: Path, places: Places) -> None:
-        changes = {"run__name": "alone", "train__max_steps": 16, **SHARED}
-        assert load_config(alone / "config.yaml") == load_config(settings=places.settings(**changes))
-        assert list((alone / "tensorboard").glob("events*"))
-        assert steps_of(alone) == [16]
-
-    def test_resumption_is_exact(self, alone: Path, places: Places) -> None:
-        changes = {"run__name": "alone-halves", **SHARED}
-        run_alone(places, train__max_steps=13, **changes)
-        run = run_alone(places, train__max_steps=16, run__resume="latest", train__eval_every=5, **changes)
-        assert_same(run, alone)
-        assert [entry["step"] for entry in report_of(run)["history"]] == [12, 13, 15, 16]  # an epoch has 12 steps
-        assert report_of(run)["steps"] == 3
-
     def test_a_vector_for_missing_images_is_harmless_where_none_is_missing(self, places: Places) -> None:
         settings = {"train__max_steps": 3, "train__checkpoint_every": 2, "model__compute_dtype": "float64"}
         of = {
@@ -470,12 +427,6 @@ class TestRefusals:
         with pytest.raises(DataError, match=r"has no test samples; make them with: crossmedia samples"):
             run_alone(places, run__name="x", data__samples=tmp_path)
         assert not (places.folder / "runs" / "x").exists(), "nothing is written before all is open"
-
-    @pytest.mark.parametrize("below", [".", "deeper/runs"])
-    def test_run_dir_that_is_a_file(self, places: Places, tmp_path: Path, below: str) -> None:
-        (tmp_path / "file").touch()
-        with pytest.raises(TrainerError, match=r"run\.dir=.*file is not a folder that this user can write to"):
-            run_alone(places, run__name="x", run__dir=tmp_path / "file" / below)
 
 
 @pytest.fixture(scope="module")

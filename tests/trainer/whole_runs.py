@@ -1,7 +1,8 @@
 """Whole runs of one rank in this process, and what they left behind."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from tests.trainer.checkpoints import tensors_of
 from tests.trainer.conftest import Places
 from trainer.comm import SoloComm
 from trainer.config import load_config
+from trainer.engine.engine import Engine, PreparedBatch, StepResult
 from trainer.main import train
 
 
@@ -22,6 +24,21 @@ def run_alone(places: Places, **changes: Any) -> Path:
     config = load_config(settings=places.settings(**changes))
     train(config, SoloComm())
     return Path(config.run.dir) / str(config.run.name)
+
+
+@contextmanager
+def interrupted_after(steps: int) -> Iterator[None]:
+    """The run in the block is interrupted in the place of its next step after so many."""
+    step = Engine.train_step
+
+    def interrupted(engine: Engine, prepared: PreparedBatch) -> StepResult:
+        if engine.num_steps == steps:
+            raise KeyboardInterrupt
+        return step(engine, prepared)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Engine, "train_step", interrupted)
+        yield
 
 
 def assert_same(found: RunPath, expected: RunPath, *, metrics: bool = False) -> None:

@@ -120,7 +120,7 @@ class Evaluation:
         return f"{type(self).__name__}({self.whole.impressions:,} impressions, {slices} slices)"
 
     def _repr_html_(self) -> str:
-        return str(self.table.to_html(float_format="{:.4f}".format))
+        return str(self.table.to_html(float_format="{:.4f}".format, na_rep="-"))
 
 
 def interval(value: float, draws_R: Float64Array, *, users: int) -> Estimate:

@@ -17,7 +17,7 @@ import contextlib
 import json
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from trainer.comm import Comm, SoloComm
 from trainer.errors import DataError, SchemaError, TrainerError
 from trainer.evaluation.bootstrap import Metrics, measure, probability
 from trainer.runs.export import output_at, parquet_file
-from trainer.runs.saved import EvaluatedRun, RunSource, open_source, read_run
+from trainer.runs.saved import EvaluatedRun, PredictingRun, RunSource, open_predicting, open_source, read_run
 from trainer.samples import columns
 from trainer.samples.index import RowGroup, SampleIndex, known_ads, read_row_group, read_values
 from trainer.samples.reader import Batch
@@ -277,7 +277,7 @@ def predict_run(
         return Predictions(logit_N, impressions, (*opened.notes, *missing), is_new_ad_N)
 
 
-def predict(opened: EvaluatedRun, by: Sequence[str] = ()) -> tuple[Float64Array, Impressions]:
+def predict(opened: PredictingRun, by: Sequence[str] = ()) -> tuple[Float64Array, Impressions]:
     """Predict logits of all test impressions (N,), in the order of the files, and tell what these are.
 
     The same on every rank; all call it. `by`: further fields to cut by. Raises TrainerError, SchemaError.
@@ -288,7 +288,7 @@ def predict(opened: EvaluatedRun, by: Sequence[str] = ()) -> tuple[Float64Array,
     return logit_N, impressions
 
 
-def _predicted(opened: EvaluatedRun) -> Iterator[tuple[Batch, Float64Array]]:
+def _predicted(opened: PredictingRun) -> Iterator[tuple[Batch, Float64Array]]:
     with contextlib.closing(ReadAhead(opened.reader.batches())) as ahead:
         for each in opened.engine.prepared(ahead, "eval"):
             yield each.batch, opened.engine.predict(each)
@@ -392,21 +392,17 @@ def score_rows(source: RunSource, rows: pa.Table) -> tuple[list[Float64Array], t
     groups = columns.sample_groups(rows, read_run(source.folder, source.checkpoint).schema)
     if not len(groups):
         return [], ()
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as place, contextlib.ExitStack() as opened:
         folder = Path(place, "test")
         folder.mkdir()
         file = folder / "rows.parquet"
         pq.write_table(groups, file)
         with naming(str(file), "the table"):
-            predictions = predict_run(
-                source.folder,
-                checkpoint=source.checkpoint,
-                samples=place,
-                store=source.store,
-                store_version=source.store_version,
-            )
+            run = opened.enter_context(contextlib.closing(open_predicting(replace(source, samples=place), SoloComm())))
+            logit_N, _ = predict(run)
+            notes = (*run.notes, *run.saved.notes_on_missing(run.missing_lookups()))
     ends_G = np.cumsum([len(each) for each in groups[groups.column_names[-1]]])
-    return np.split(predictions.logit_N, ends_G[:-1]), predictions.notes
+    return np.split(logit_N, ends_G[:-1]), notes
 
 
 def scores_of(data: Any, logits: Sequence[NDArray[Any]]) -> Any:

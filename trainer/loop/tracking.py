@@ -19,6 +19,7 @@ from featurestore.console.output import print_warning
 from featurestore.parsing import parse_json
 from featurestore.published.paths import read_file, write_json_file
 from featurestore.spec import flat
+from featurestore.storage.storage import Storage
 from featurestore.text import one_line
 from trainer.config import Tracking
 from trainer.runs.open import Run, resumed_folder
@@ -154,9 +155,15 @@ def tracker_of(run: Run) -> TrackerThread | None:
 
 
 def params_of(run: Run) -> dict[str, str]:
-    """List all settings of a run, and where its samples and stores are, with digest and snapshot."""
-    stores = {name: store.model_dump(mode="json") for name, store in run.stores.items()}
-    read = {"folder": str(run.folder), "samples_digest": run.origin.data["samples_digest"], "stores": stores}
+    """List all settings of a run, and where its samples and stores are, with digest and snapshot.
+
+    A tracker is looked at from anywhere: below `read` are whole addresses, also where those of the settings are short.
+    """
+    places = {"folder": Storage(str(run.folder)).url, "samples": Storage(run.config.data.samples).url}
+    stores = {
+        name: {**store.model_dump(mode="json"), "url": Storage(store.url).url} for name, store in run.stores.items()
+    }
+    read = {**places, "samples_digest": run.origin.data["samples_digest"], "stores": stores}
     return {name: str(value) for name, value in flat({**run.config.model_dump(mode="json"), "read": read})}
 
 

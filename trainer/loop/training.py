@@ -46,8 +46,8 @@ def best_step(history: History) -> int | None:
         if entry["gauc"] is None:
             raise TrainerError(
                 f"the best epoch goes by GAUC, which the evaluation after step {entry['step']} has not: no user "
-                "of its samples has both a click and an impression without; give more of them, or leave out "
-                "train.early_stopping and data.validation_days"
+                "of its samples has both a click and an impression without; hold out more days "
+                "(data.validation_days=2), or none, without train.early_stopping"
             )
     best = max(history, key=lambda entry: (entry["gauc"], -entry["step"]), default=None)
     return None if best is None else int(best["step"])

@@ -411,19 +411,23 @@ def with_validation(config: Config, samples: Storage, recorded: list[str] | int 
     held = sorted(days)[-held:] if isinstance(held, int) else held
     kept = sorted(set(days) - set(held))
     if not kept:
+        chosen = config.data.validation_days or f"{len(held)} (for train.early_stopping)"
         raise ConfigError(
-            f"data.validation_days={config.data.validation_days} leaves none of the {len(days)} training days of "
-            f"{samples.url} to train on; give fewer, or 0"
+            f"data.validation_days={chosen} leaves none of the {len(days)} training days of {samples.url} to train on; "
+            "give fewer, or train.eval_every=STEPS"
         )
     return config.changed(data={"train_days": kept, "validation_days": held})
 
 
 def _num_held_out(train: TrainConfig, num_days: int) -> int:
-    """Choose how many days choose the best epoch: which one that is differs by log, and many epochs may overfit."""
-    is_length_set = train.max_steps is not None or train.eval_every is not None
-    if train.epochs <= TrainConfig().epochs or is_length_set or num_days < _LEAST_DAYS:
+    """Choose how many days choose the best epoch: which one that is differs by log, and many epochs may overfit.
+
+    A tenth, but one at least where the training may stop early; by default, none of fewer than _LEAST_DAYS days.
+    """
+    if train.eval_every is not None:
         return 0
-    return max(1, num_days // 10)
+    is_asked = train.epochs > TrainConfig().epochs and train.max_steps is None and num_days >= _LEAST_DAYS
+    return max(1, num_days // 10) if is_asked or train.early_stopping is not None else 0
 
 
 def _validation_reader(config: Config, comm: Comm, samples: Storage, schema: Schema) -> SampleReader | None:

@@ -244,17 +244,23 @@ class RunSource:
 
 
 @dataclass(kw_only=True)
-class EvaluatedRun(TrainedRun):
-    """A run's engine, and the samples to predict and those of training, on the ranks of its `comm`; close it."""
+class PredictingRun(TrainedRun):
+    """A run's engine, and the samples to predict, on the ranks of its `comm`; close it."""
 
-    train: SampleIndex
     test: SampleIndex
     reader: SampleReader
     """Of `test`."""
-    samples_changed: bool
-    """Whether the training samples are not, or no longer, those of the checkpoint."""
     notes: list[str]
     """What a reader of the figures should know."""
+
+
+@dataclass(kw_only=True)
+class EvaluatedRun(PredictingRun):
+    """A run that predicts, and its training samples."""
+
+    train: SampleIndex
+    samples_changed: bool
+    """Whether the training samples are not, or no longer, those of the checkpoint."""
 
 
 def open_source(source: RunSource, comm: Comm) -> EvaluatedRun:
@@ -288,6 +294,21 @@ def open_source(source: RunSource, comm: Comm) -> EvaluatedRun:
         reader=opening.test_reader(config, comm, test, schema),
         samples_changed=changed,
         notes=_notes(source, saved, opened.stores, changed),
+    )
+
+
+def open_predicting(source: RunSource, comm: Comm) -> PredictingRun:
+    """Open a run as `open_source` does, to predict the samples that `source` names: those of training may be gone."""
+    saved = comm.on_rank_0(partial(read_run, source.folder, source.checkpoint, source.samples))
+    config = comm.on_all(lambda: _config_of(source, saved))
+    schema, places = comm.on_all(lambda: (saved.schema, opening.store_places(config, saved.schema)))
+    test = open_test(comm, config, schema, source.samples)
+    opened = open_at(saved, config, comm, places, saved.trained_on)
+    return PredictingRun(
+        **vars(opened),
+        test=test,
+        reader=opening.test_reader(config, comm, test, schema),
+        notes=_notes(source, saved, opened.stores, samples_changed=False),
     )
 
 

@@ -23,7 +23,6 @@ Samples that were made of logs have such a file next to them, of the texts of th
 """
 
 import contextlib
-import itertools
 import json
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -56,6 +55,7 @@ from trainer.samples.columns import SPLITS, Rule, before_scaling, filled, in_eit
 from trainer.samples.index import RowGroup, SampleIndex, open_index, read_texts, read_values
 from trainer.schema import DEFAULT_STORE, Field, Schema, load_schema
 from trainer.schema.fields import IDS_FILE, IMAGES_FILE, SCHEMA_FILE, STANDARDIZED
+from trainer.schema.names import BUCKETS, TEXTS, buckets_of, by_bucket, merged_names, table_of_texts, write_buckets
 
 if TYPE_CHECKING:
     from featurestore.lookup.partition import FeaturePartition
@@ -447,9 +447,6 @@ def list_missing(samples: str, store: str, schema_file: str | None = None, name:
 
 
 TEXTS_HELD = 500_000
-_BUCKETS = 256
-_FIELDS: list[Any] = [pa.field("id", pa.int64(), nullable=False), pa.field("text", pa.string(), nullable=False)]
-_SCHEMA = pa.schema(_FIELDS)
 
 
 def write_dictionary(
@@ -512,7 +509,7 @@ class IdDictionary:
         wanted_U = np.array(sorted(each for each in set(ids) if -(2**63) <= each < 2**63), np.int64)
         found: dict[int, str] = {}
         with _opened(self.path) as file:
-            for bucket in np.unique(_buckets(wanted_U)).tolist():
+            for bucket in np.unique(buckets_of(wanted_U)).tolist():
                 table = file.read_row_group(bucket)
                 table = table.take(np.flatnonzero(np.isin(table["id"].to_numpy(), wanted_U)))
                 found |= _entries(table)
@@ -546,37 +543,21 @@ def _collected(
     held: dict[int, str] = {}
     for encoded in read_texts(index, row_groups, rules):
         for number, text in zip(encoded.ids_U.tolist(), encoded.texts_U, strict=True):
-            if str(number) != text:
-                _check_one(number, held.setdefault(number, text), text)
+            if str(number) != text and (first := held.setdefault(number, text)) != text:
+                raise _two_texts(number, first, text)
         if len(held) >= TEXTS_HELD:
             yield held
             held = {}
     yield held
 
 
-def _check_one(number: int, first: str, second: str) -> None:
-    if first != second:
-        raise DataError(f"id {number} is that of two texts of the samples, {first!r} and {second!r}: rename one")
-
-
-def _buckets(ids_N: Int64Array) -> Int64Array:
-    """The row group of each ID: its top bits, as a number from 0 on, so that all of one are below those of the next."""
-    return (ids_N >> 56) + _BUCKETS // 2
+def _two_texts(number: int, first: str, second: str) -> DataError:
+    return DataError(f"id {number} is that of two texts of the samples, {first!r} and {second!r}: rename one")
 
 
 def write_part(path: Path, held: Mapping[int, str]) -> None:
     """Write the texts of some IDs as a file of its own, in the form of ids.parquet. Raises OSError."""
-    columns: list[Any] = [pa.array(held, pa.int64()), pa.array(held.values(), pa.string())]
-    table = pa.Table.from_arrays(columns, schema=_SCHEMA).sort_by("id")
-    ends = np.searchsorted(_buckets(table["id"].to_numpy()), np.arange(_BUCKETS + 1)).tolist()
-    _write(path, (table.slice(start, end - start) for start, end in itertools.pairwise(ends)))
-
-
-def _write(path: Path, buckets: Iterable[pa.Table]) -> None:
-    """Write a row group of each bucket."""
-    with pq.ParquetWriter(path, _SCHEMA, compression="zstd", write_page_checksum=True) as writer:
-        for table in buckets:
-            writer.write_table(table, row_group_size=max(1, len(table)))
+    write_buckets(path, TEXTS, by_bucket(table_of_texts(held)))
 
 
 def _merge(parts: list[RunPath], folder: RunPath) -> None:
@@ -584,16 +565,8 @@ def _merge(parts: list[RunPath], folder: RunPath) -> None:
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(_opened(part)) for part in sorted(parts, key=str)]
         path = stack.enter_context(replaced_file(stack.enter_context(written_locally(folder)) / IDS_FILE))
-        _write(path, (_merged([file.read_row_group(bucket) for file in files]) for bucket in range(_BUCKETS)))
-
-
-def _merged(tables: Sequence[pa.Table]) -> pa.Table:
-    """Merge entries of one bucket, ascending by ID. Raises DataError where two texts have one."""
-    found = pa.concat_tables(tables).group_by("id").aggregate([("text", "min"), ("text", "max")]).sort_by("id")
-    first, last = found["text_min"], found["text_max"]
-    for each in found.filter(pc.not_equal(first, last)).slice(0, 1).to_pylist():
-        _check_one(each["id"], each["text_min"], each["text_max"])
-    return pa.Table.from_arrays([found["id"], first], schema=_SCHEMA)
+        of_buckets = ([file.read_row_group(bucket) for file in files] for bucket in range(BUCKETS))
+        write_buckets(path, TEXTS, (merged_names(tables, _two_texts) for tables in of_buckets))
 
 
 def _entries(table: pa.Table) -> list[tuple[int, str]]:
@@ -607,6 +580,6 @@ def _opened(path: RunPath) -> pq.ParquetFile:
         file = pq.ParquetFile(source, page_checksum_verification=True)
     except (pa.ArrowException, OSError, StorageError) as failure:
         raise DataError(f"{path} is not a readable Parquet file: {str(failure).strip()}") from failure
-    if file.num_row_groups != _BUCKETS or not file.schema_arrow.equals(_SCHEMA):
+    if file.num_row_groups != BUCKETS or not file.schema_arrow.equals(TEXTS):
         raise DataError(f"{path} is not a dictionary of IDs: make the samples, or the run, again")
     return file

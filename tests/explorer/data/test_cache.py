@@ -1,9 +1,9 @@
 """Cached values: computed once for all who ask, let go when there is no room, and never an error."""
 
 import os
-import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow as pa
@@ -21,14 +21,9 @@ def test_a_value_is_computed_once_however_many_ask_at_the_same_time():
         time.sleep(0.05)
         return object()
 
-    found = []
-    threads = [threading.Thread(target=lambda: found.append(kept.get("one", slow))) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(calls) == 1
-    assert len({*map(id, found)}) == 1
+    with ThreadPoolExecutor(8) as pool:
+        found = [*pool.map(lambda _: kept.get("one", slow), range(8))]
+    assert len(calls) == len({*map(id, found)}) == 1
 
 
 def test_what_was_unused_for_longest_goes_first():
@@ -105,18 +100,15 @@ def test_a_table_is_made_once_and_again_where_its_file_is_damaged(tables: TableC
 
 
 def test_threads_that_ask_for_a_table_make_it_once(tables: TableCache) -> None:
-    calls, found = [], []
+    calls = []
 
     def slow() -> Iterator[pa.Table]:
         calls.append(1)
         time.sleep(0.05)
         yield from parts(1)
 
-    threads = [threading.Thread(target=lambda: found.append(values_of(tables.get("a", slow)))) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as pool:
+        found = [*pool.map(lambda _: values_of(tables.get("a", slow)), range(4))]
     assert (len(calls), found) == (1, [[1]] * 4)
 
 

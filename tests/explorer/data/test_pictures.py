@@ -5,6 +5,7 @@ import itertools
 import os
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import fsspec
 import pytest
@@ -166,11 +167,8 @@ def test_few_pictures_are_made_at_once_however_many_are_asked_for(folder, monkey
     for number in range(12):
         draw(folder, f"{number}.jpg", number)
     pictures = Pictures(str(folder))
-    threads = [threading.Thread(target=pictures.get, args=(f"{number % 12}.jpg", 96)) for number in range(36)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(36) as pool:
+        list(pool.map(lambda number: pictures.get(f"{number % 12}.jpg", 96), range(36)))
     assert max(most) == module.AT_ONCE
     assert 12 <= len(most) <= 12 * module.AT_ONCE
 

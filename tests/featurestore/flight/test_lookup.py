@@ -1,7 +1,7 @@
 """The bits that come over the wire are those of a partition: every dtype, any keys."""
 
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -105,18 +105,13 @@ def test_two_clients_in_two_threads_each(info: StoreInfo, serve: Serve, tmp_path
     keys_U = any_keys()
     with FeaturePartition.load(store, cache_dir=tmp_path / "cache", missing="zeros") as partition:
         expected = partition.lookup(keys_U).features_UD.tobytes()
-    same = []
-    with connect(server.address, missing="zeros") as one, connect(server.address, missing="zeros") as two:
-
-        def ask(client: FeatureClient) -> None:
-            same.extend(client.lookup(keys_U).features_UD.tobytes() == expected for _ in range(10))
-
-        threads = [threading.Thread(target=ask, args=[client]) for client in (one, one, two, two)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    assert same == [True] * 40
+    with (
+        connect(server.address, missing="zeros") as one,
+        connect(server.address, missing="zeros") as two,
+        ThreadPoolExecutor(4) as pool,
+    ):
+        found = pool.map(lambda client: client.lookup(keys_U).features_UD.tobytes(), [one, two] * 20)
+        assert [*found] == [expected] * 40
 
 
 @pytest.mark.long

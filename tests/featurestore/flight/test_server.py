@@ -3,11 +3,11 @@
 import threading
 import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-import trustme
 from pyarrow import flight
 
 from featurestore import FeaturePartition, FeatureStore, StoreInfo, connect, errors, keys_of_uris
@@ -15,23 +15,10 @@ from featurestore.commands.look import read_tls
 from featurestore.flight.server import OpenSnapshots, follow
 from tests.featurestore.conftest import MakeRows
 from tests.featurestore.flight.conftest import Serve
+from tests.security.certificates import Certificate
 
 TOKEN, OTHER = "0123456789abcdef-first", "0123456789abcdef-second"
 KEYS = keys_of_uris([f"images/{i}.jpg" for i in range(20)])
-
-
-class Certificates:
-    """An authority, and the files of a server's certificate."""
-
-    def __init__(self, folder: Path, *names: str, expired: bool = False) -> None:
-        folder.mkdir()
-        authority = trustme.CA()
-        until = datetime.now(UTC) - timedelta(days=1) if expired else None
-        issued = authority.issue_cert(*names, not_before=datetime(2020, 1, 1, tzinfo=UTC), not_after=until)
-        self.ca, self.cert, self.key = folder / "ca.pem", folder / "server.pem", folder / "server.key"
-        authority.cert_pem.write_to_path(self.ca)
-        self.key.write_bytes(issued.private_key_pem.bytes())
-        self.cert.write_bytes(b"".join(each.bytes() for each in issued.cert_chain_pems))
 
 
 @pytest.fixture
@@ -65,7 +52,7 @@ def test_tokens(serve: Serve, filled: FeatureStore, tmp_path: Path) -> None:
 @pytest.mark.long
 def test_tls(serve: Serve, filled: FeatureStore, tmp_path: Path) -> None:
     """The right authority is trusted; another one, and a name that the certificate has not, are refused and named."""
-    good, other = Certificates(tmp_path / "good", "localhost"), Certificates(tmp_path / "other", "localhost")
+    good, other = Certificate(tmp_path / "good", "localhost"), Certificate(tmp_path / "other", "localhost")
     server = serve(filled, "--host", "localhost", "--tls-cert", good.cert, "--tls-key", good.key)
     assert server.address == f"grpc+tls://localhost:{server.port}"
     with connect(server.address, ca=good.ca) as client:
@@ -95,14 +82,14 @@ def test_tls_to_a_server_without(serve: Serve, filled: FeatureStore) -> None:
 
 @pytest.mark.long
 def test_an_expired_certificate(serve: Serve, filled: FeatureStore, tmp_path: Path) -> None:
-    old = Certificates(tmp_path / "old", "127.0.0.1", expired=True)
+    old = Certificate(tmp_path / "old", not_after=datetime.now(UTC) - timedelta(days=1))
     server = serve(filled, "--tls-cert", old.cert, "--tls-key", old.key)
     with pytest.raises(errors.AccessError, match="expired"):
         connect(server.address, ca=old.ca)
 
 
 def test_certificate_and_key_must_fit(tmp_path: Path) -> None:
-    one, two = Certificates(tmp_path / "one", "localhost"), Certificates(tmp_path / "two", "localhost")
+    one, two = Certificate(tmp_path / "one", "localhost"), Certificate(tmp_path / "two", "localhost")
     assert read_tls(one.cert, one.key)[0].startswith("-----BEGIN")
     for cert, key in ((one.cert, two.key), (one.key, one.cert), (one.cert, tmp_path / "nosuch")):
         with pytest.raises(errors.FeatureStoreError, match="not a pair in PEM"):
@@ -187,13 +174,9 @@ def test_a_snapshot_that_cannot_be_opened_is_tried_again(
 
 def test_many_threads_open_one_snapshot_once(filled_store: FeatureStore, tmp_path: Path, loads: list[int]) -> None:
     snapshots = opened(filled_store, tmp_path)
-    found: list[int] = []
-    threads = [threading.Thread(target=lambda: found.append(rows_of(snapshots, 4))) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert loads == [5, 4] and found == [40] * 8
+    with ThreadPoolExecutor(8) as pool:
+        assert [*pool.map(lambda _: rows_of(snapshots, 4), range(8))] == [40] * 8
+    assert loads == [5, 4]
 
 
 def test_following_reports_each_thing_once(

@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from featurestore import FeaturePartition, FeatureRows, FeatureStore, StoreInfo
+from featurestore import FeaturePartition, FeatureRows, FeatureStore, StoreInfo, shard_of
 from featurestore.errors import CorruptFileError, StorageError
 from featurestore.format.datafile import DataFile, FileMemory
+from featurestore.keys import keys_of_uris
 from featurestore.lookup.cache import default_cache_dir, open_or_build, prune
 
 DAY_S = 24 * 3600
@@ -66,16 +67,13 @@ print(peak() - before, file=sys.stdout)
 
 
 @pytest.mark.long
-def test_a_shard_of_many_deltas_is_built_in_the_memory_of_one_file(tmp_path: Path, info: StoreInfo, make_rows) -> None:
+def test_a_shard_of_many_deltas_is_built_in_the_memory_of_one_file(tmp_path: Path, info: StoreInfo) -> None:
     """Peak of the resident memory of another process; the first shard, a tiny one, warms it up."""
     big = info.model_copy(update={"dim": 4096, "num_shards": 2})
     store = FeatureStore.create(tmp_path / "store", big)
-    candidates = make_rows(4000, replace_dim(big, 1)).uris
-    first = FeatureRows.of(candidates, np.zeros((4000, 1), np.uint16))
-    from featurestore import shard_of
-
-    in_shard = [uri for uri, shard in zip(first.uris, shard_of(first.keys_N, 2), strict=True) if shard == 1]
-    other = next(uri for uri, shard in zip(first.uris, shard_of(first.keys_N, 2), strict=True) if shard == 0)
+    drawn = [f"{number}.jpg" for number in range(4000)]
+    shard_N = shard_of(keys_of_uris(drawn), 2)
+    other, in_shard = drawn[shard_N.argmin()], [uri for uri, shard in zip(drawn, shard_N, strict=True) if shard == 1]
     rng = np.random.default_rng(0)
     store.put(FeatureRows.of([other], np.ones((1, 4096), np.uint16)))
     for part in range(12):
@@ -84,19 +82,10 @@ def test_a_shard_of_many_deltas_is_built_in_the_memory_of_one_file(tmp_path: Pat
     files = store.snapshot().manifest.files(1)
     largest, total = max(entry.bytes for entry in files), sum(entry.bytes for entry in files)
     assert total > 8 * largest
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE, store.url, str(tmp_path), str(1 << 20)],
-        capture_output=True,
-        check=True,
-        text=True,
-    )
-    assert int(done.stdout) * 1024 < largest + (28 << 20) < total / 2, (
-        f"{done.stdout} kB for {largest} of {total} bytes"
-    )
-
-
-def replace_dim(info: StoreInfo, dim: int) -> StoreInfo:
-    return info.model_copy(update={"dim": dim})
+    command = [sys.executable, "-c", MEASURE, store.url, str(tmp_path), str(1 << 20)]
+    done = subprocess.run(command, capture_output=True, check=True, text=True)
+    peak = int(done.stdout) * 1024
+    assert peak < largest + (28 << 20) < total / 2, f"{peak} for {largest} of {total} bytes"
 
 
 def test_threads_together_stay_below_the_limit(tmp_path: Path, info: StoreInfo, make_rows, cache: Path) -> None:
@@ -157,24 +146,17 @@ def test_a_full_disk_gives_the_memory_back_to_the_other_threads(
 ) -> None:
     for seed in range(1 if plain else 2):
         store.put(make_rows(50, store.info, seed=seed))
-    shared: list[FileMemory] = []
-
-    def make_memory(limit_bytes: int) -> FileMemory:
-        shared.append(FileMemory(limit_bytes))
-        return shared[-1]
+    lent: list[FileMemory] = []
 
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("featurestore.lookup.cache.FileMemory", make_memory)
-    if plain:
-        monkeypatch.setattr("featurestore.lookup.cache.append_rows", full)
-    else:
-        monkeypatch.setattr(os, "pwrite", full)
+    monkeypatch.setattr("featurestore.lookup.cache.FileMemory", lambda limit: lent.append(FileMemory(limit)) or lent[0])
+    monkeypatch.setattr("featurestore.lookup.cache.append_rows" if plain else "os.pwrite", full)
     with pytest.raises(StorageError, match="No space left") as caught:
         open_or_build([store.snapshot().shard_reader(3)], cache, threads=1)
     assert caught.value.__cause__ is not None  # as in a thread whose error waits to be raised
-    assert can_borrow(shared[0], shared[0].limit_bytes)
+    assert can_borrow(lent[0], lent[0].limit_bytes)
 
 
 @pytest.mark.long

@@ -273,7 +273,7 @@ def test_the_command_says_what_is_kept(source: FeatureStore, tmp_path: Path) -> 
     shown = {name.strip(): [cell.strip() for cell in cells] for name, cells in table.items()}
     report = read_report(Storage(tmp_path / "new"))
     assert report is not None
-    assert shown["numbers of a row"] == ["40", "8"] and shown["bytes of a row"] == ["1", "0.1000"]
+    assert shown["numbers of a row"] == ["40", "8"] and shown["bytes of a row, as a share"] == ["1", "0.1000"]
     assert shown["rows"] == ["570", "570"] and shown["bytes"] == [f"{report.source_bytes:,}", f"{report.bytes:,}"]
     assert shown["variance kept"] == ["", f"{report.variance_kept:.4%}"]
     assert shown["relative error, mean"] == ["", f"{report.accuracy.relative_error_mean:.6f}"]

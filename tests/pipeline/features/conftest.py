@@ -32,10 +32,10 @@ def write(tmp_path, draw, encode):
 def make(client, tmp_path):
     """Extracts the images into a new store."""
 
-    def make(images, store="features", **options):
+    def make(images, store="features", cluster=client, **options):
         settings = {"backbone": TINY, "dtype": "float32", "precision": "float32", "num_shards": 4}
         settings |= {"weights": "random:0"} | options
-        return extract(ExtractOptions(images=str(images), store=str(tmp_path / store), **settings), client)
+        return extract(ExtractOptions(images=str(images), store=str(tmp_path / store), **settings), cluster)
 
     return make
 
@@ -43,8 +43,8 @@ def make(client, tmp_path):
 @pytest.fixture
 def run(client, tmp_path):
     """Refreshes the store."""
-    return lambda images, **options: refresh(
-        RefreshOptions(images=str(images), store=str(tmp_path / "features"), **options), client
+    return lambda images, cluster=client, **options: refresh(
+        RefreshOptions(images=str(images), store=str(tmp_path / "features"), **options), cluster
     )
 
 

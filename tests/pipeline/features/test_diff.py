@@ -8,12 +8,11 @@ import pyarrow as pa
 import pytest
 import xxhash
 
-from featurestore import ExtractorSpec, FeatureRows, FeatureStore, StoreInfo
+from featurestore import FeatureRows, FeatureStore, StoreInfo
 from featurestore.errors import KeyCollisionError
 from featurestore.keys import key_of_uri, keys_of_uris
 from pipeline.features import diff as plan
 from pipeline.features import refresh
-from pipeline.features import refresh as staged_run
 from pipeline.features.diff import (
     DIGEST_DTYPE,
     ImageCopies,
@@ -28,6 +27,7 @@ from pipeline.features.diff import (
 )
 from pipeline.features.part import PartReport, PartSettings, digest_images
 from pipeline.images.source import ImageRef, ImageTable
+from pipeline.import_vectors import extractor_of
 
 
 def ref(key, size_bytes=10, tag="tag"):
@@ -69,12 +69,8 @@ def parts_of(images, part_size, known=None):
 @pytest.fixture
 def store(tmp_path):
     """Ten images, key k of digest(k); 3 and 4 were replaced since, 5 was removed."""
-    extractor = ExtractorSpec(
-        backbone="none", layer="none", weights_digest="0", preprocessing="none", compute_dtype="float32"
-    )
-    store = FeatureStore.create(
-        tmp_path / "features", StoreInfo(dim=2, num_shards=4, dtype="float32", extractor=extractor)
-    )
+    info = StoreInfo(dim=2, num_shards=4, dtype="float32", extractor=extractor_of("elsewhere"))
+    store = FeatureStore.create(tmp_path / "features", info)
 
     def put(numbers, tag="tag"):
         rows = FeatureRows.of(
@@ -210,24 +206,20 @@ def digest_of(key):
     return xxhash.xxh3_128_digest(str(key).encode())
 
 
-def answers(client, function, calls, end_s=0):
+def answers(client, function, calls):
     """The tasks as workers would do them, of images whose digest is that of their key."""
     for place, call in enumerate(calls):
         if function is digest_images:
             yield place, [digest_of(ref.key) for ref in call[0]]
         else:
-            yield place, PartReport(len(call[2]), len(call[2]), 0)
+            yield place, PartReport(num_rows=len(call[2]), num_computed=len(call[2]))
 
 
 @pytest.fixture(params=[0, 98])
 def large_store(request, tmp_path):
-    """A large_store that has so many of a hundred of the images."""
-    extractor = ExtractorSpec(
-        backbone="none", layer="none", weights_digest="0", preprocessing="none", compute_dtype="float32"
-    )
-    large_store = FeatureStore.create(
-        tmp_path / "features", StoreInfo(dim=1, num_shards=16, dtype="float32", extractor=extractor)
-    )
+    """A store that has so many of a hundred of the images."""
+    info = StoreInfo(dim=1, num_shards=16, dtype="float32", extractor=extractor_of("elsewhere"))
+    large_store = FeatureStore.create(tmp_path / "features", info)
     numbers = [number for number in range(COUNT) if number % 100 < request.param]
     if numbers:
         keys = keys_of_uris([uri_of(number) for number in numbers])
@@ -243,9 +235,10 @@ def large_store(request, tmp_path):
 @pytest.mark.long
 def test_no_object_is_held_for_an_image(large_store, monkeypatch):
     monkeypatch.setattr("pipeline.images.source.BATCH_ROWS", BATCH_ROWS)
-    monkeypatch.setattr(staged_run, "run_tasks", answers)
+    monkeypatch.setattr(refresh, "run_tasks", answers)
+    monkeypatch.setattr(refresh, "describe_network", lambda *_: large_store.info.extractor)
     snapshot = large_store.snapshot()
-    settings = PartSettings(large_store.url, "run", "", "", large_store.info.extractor, snapshot.version, 1)
+    settings = PartSettings(large_store.url, "run", "", "", large_store.info.extractor, snapshot.version, 1, 64)
     in_arrow = pa.total_allocated_bytes()
     tracemalloc.start()
     try:
@@ -255,8 +248,8 @@ def test_no_object_is_held_for_an_image(large_store, monkeypatch):
             for number, name in enumerate(names)
         )
         plan = refresh.make_plan(None, images, compare(images, snapshot), snapshot)
-        run = staged_run.ImageRun(None, large_store, settings, snapshot, [], 64)
-        reports = run.stage(images, plan, lambda: None)
+        run = refresh.ImageRun(None, large_store, settings, snapshot)
+        reports = run.stage(images, plan)
         _, peak_bytes = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()

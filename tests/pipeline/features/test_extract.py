@@ -1,6 +1,5 @@
 """Images to rows: equal to torchvision's forward for any network, nothing computed twice, compact stores."""
 
-import contextlib
 import shutil
 import time
 
@@ -9,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from featurestore.errors import SpecMismatchError, StoreNotFoundError
+from featurestore.errors import SpecMismatchError
 from featurestore.format.rows import to_float32
 from featurestore.keys import key_of_uri
 from featurestore.lookup import VARIABLE
@@ -23,12 +22,10 @@ from pipeline.features.part import PartSettings, stage_part
 from pipeline.features.refresh import describe_network
 from pipeline.network import compute
 from pipeline.network.backbone import Backbone, _cached_backbone, backbone, load_weights, network_of
-from tests.cli import invoke
+from tests.cli import said
 from tests.featurestore.staged import metadata_of
 from tests.pipeline.features.conftest import change_everything, counts, rows_of
 from tests.pipeline.network.tiny import TINY, Tiny, Tiny_Weights
-
-pytestmark = pytest.mark.filterwarnings("ignore:weights random")
 
 
 @pytest.fixture
@@ -237,7 +234,7 @@ def test_features_of_another_network_or_dtype_are_refused(make, photos):
 def test_a_worker_with_other_weights_than_the_first_one_stages_nothing(tmp_path):
     extractor = backbone(TINY, "random:1", "float32").spec
     store = FeatureStore.create(tmp_path, StoreInfo(dim=12, extractor=extractor))
-    settings = PartSettings(store.url, "run", TINY, "random:0", extractor, version=0, batch_size=2)
+    settings = PartSettings(store.url, "run", TINY, "random:0", extractor, version=0, batch_size=2, part_size=2)
     with pytest.raises(WeightsError, match="weights random:0: other values on this worker than on the first one"):
         stage_part(settings, "part", [])
     assert store.staged_parts("run") == []
@@ -249,24 +246,11 @@ def test_mistakes_in_options_are_refused_before_any_work(make, photos, tmp_path)
     assert not (tmp_path / "features").exists()
 
 
-@pytest.fixture
-def job(client, tmp_path, monkeypatch):
-    """Runs the job on the tests' cluster, into a store beside the images."""
-    monkeypatch.setattr("pipeline.cluster.tasks.connect", lambda **kwargs: contextlib.nullcontext(client))
-
-    def run_job(images, *args, store="features", code=0):
-        settings = ["--images", str(images), "--store", str(tmp_path / store), "--precision", "float32"]
-        result = invoke(extract_features.app, *settings, "--weights", "random:3", *args, code=code)
-        return result.output
-
-    return run_job
-
-
-def test_a_wrong_name_is_a_usage_error_before_a_cluster_starts(job, photos, monkeypatch):
+def test_a_wrong_name_is_a_usage_error_before_a_cluster_starts(photos, tmp_path, monkeypatch):
     monkeypatch.setattr("pipeline.cluster.tasks.connect", None)
-    text = " ".join(job(photos, "--backbone", "resnet18:avgpol", code=2).split())
+    settings = ["--images", photos, "--store", tmp_path / "features", "--weights", "random:3"]
+    text = said(extract_features.app, *settings, "--backbone", "resnet18:avgpol", code=2)
     assert "error: backbone 'resnet18:avgpol': resnet18 has no layer 'avgpol'; near: avgpool" in text
-    assert "resnet18:avgpool (512)" in text
 
 
 DIMS = 4
@@ -291,32 +275,25 @@ def numbers(path):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_extraction_makes_the_rows_that_reduce_makes(make, folder, full, tmp_path, dtype):
+def test_extraction_into_a_compact_store_makes_the_rows_that_remake_makes(make, write, folder, full, tmp_path, dtype):
     remake(full, tmp_path / "small", dims=DIMS, dtype=dtype)
-    summary = make(folder, "direct", reduce=str(tmp_path / "small"), dtype=None)
-    small, direct = (FeatureStore.open(tmp_path / name) for name in ("small", "direct"))
-    assert summary.num_new == summary.num_computed == 7 and direct.snapshot().num_rows == 7
-    assert direct.info.reduction == small.info.reduction and direct.info.dtype == dtype and direct.info.dim == DIMS
-    assert verify(direct).problems == []
-    made, expected = numbers(tmp_path / "direct"), numbers(tmp_path / "small")
+    write(later=40, and_later=41)
+    summary = make(folder, "small", dtype=None)
+    assert summary.num_new == summary.num_computed == 2
+    make(folder, "full")
+    small = FeatureStore.open(tmp_path / "small")
+    assert verify(small).problems == [] and small.snapshot().num_rows == 9
+    made, expected = numbers(tmp_path / "small"), small.project(numbers(tmp_path / "full"))
     step = np.abs(expected) * (2**-7 if dtype == "bfloat16" else 1e-6)
     assert (np.abs(made - expected) <= step + 1e-6 * np.abs(expected).max()).all() and np.ptp(expected) > 0
 
 
-def test_stores_whose_basis_does_not_fit_are_named(make, folder, full, tmp_path):
+def test_rows_of_another_network_are_refused_by_a_compact_store(make, folder, full, tmp_path):
     remake(full, tmp_path / "small", dims=DIMS)
-    small = str(tmp_path / "small")
-    for wrong, error, match in (
-        (str(tmp_path / "full"), SpecMismatchError, "is not compact"),
-        (str(tmp_path / "none"), StoreNotFoundError, "no store at"),
-    ):
-        with pytest.raises(error, match=match):
-            make(folder, "more", reduce=wrong)
-    with pytest.raises(SpecMismatchError, match=r"of another network; these rows have 512: backbone .*tiny"):
-        make(folder, "more", reduce=small, backbone="resnet18:avgpool")
-    with pytest.raises(SpecMismatchError, match=r"of another network; these rows have 12: weights_digest "):
-        make(folder, "more", reduce=small, weights="random:1")
-    assert not (tmp_path / "more").exists()
+    with pytest.raises(SpecMismatchError, match=r"takes rows of 12 numbers .*; these rows have 512 numbers"):
+        make(folder, "small", dtype=None, backbone="resnet18:avgpool")
+    with pytest.raises(SpecMismatchError, match="weights_digest"):
+        make(folder, "small", dtype=None, weights="random:1")
 
 
 def test_a_compact_store_is_refreshed_by_its_own_basis(make, run, write, folder, full, computed, tmp_path):
@@ -325,11 +302,11 @@ def test_a_compact_store_is_refreshed_by_its_own_basis(make, run, write, folder,
     before = sum(computed)
     summary = run(folder)
     assert counts(summary) == (4, 1, 1, 3, 2, 1, 0, 3) and sum(computed) - before == 2
-    make(folder, "anew", reduce=str(tmp_path / "features"))
+    make(folder, "anew")
     assert {uri: row[:-1] for uri, row in rows_of(tmp_path / "features").items()} == {
         uri: row[:-1] for uri, row in rows_of(tmp_path / "anew").items()
     }
-    np.testing.assert_allclose(numbers(tmp_path / "features"), numbers(tmp_path / "anew"), rtol=1e-5, atol=1e-5)
-    write(later=40)
-    assert make(folder, "features").num_computed == 1, "an extraction into it needs no --reduce either"
-    assert verify(FeatureStore.open(tmp_path / "features")).problems == []
+    store = FeatureStore.open(tmp_path / "features")
+    expected = store.project(numbers(tmp_path / "anew"))
+    np.testing.assert_allclose(numbers(tmp_path / "features"), expected, rtol=1e-5, atol=1e-5)
+    assert verify(store).problems == []

@@ -22,10 +22,7 @@ from distributed.utils import get_mp_context
 from featurestore.store import FeatureStore
 from pipeline.cluster.tasks import WORKER_CONFIG
 from pipeline.features import part as parts
-from pipeline.features.refresh import extract, refresh
-from pipeline.options import ExtractOptions, RefreshOptions
 from tests.featurestore.staged import metadata_of
-from tests.pipeline.network.tiny import TINY
 
 BIN, JOBS = Path(sys.executable).parent, Path(__file__).parents[3] / "jobs"
 KNOWN_TO_ALL = "alexnet:flatten"
@@ -39,42 +36,16 @@ def slow(*args, decode=parts.prepare):
 parts.prepare = slow
 """
 
-pytestmark = [pytest.mark.long(18), pytest.mark.filterwarnings("ignore:weights random")]
+pytestmark = pytest.mark.long(18)
 
 
 @pytest.fixture
-def write(tmp_path, draw, encode):
+def draw_some(write):
     """Draws pictures of these numbers into the folder of images."""
-    folder = tmp_path / "images"
-    folder.mkdir()
-
-    def write(numbers, seed=0):
-        for number in numbers:
-            (folder / f"{number:02d}.jpg").write_bytes(encode(draw(number + seed)))
-        return folder
-
-    return write
+    return lambda numbers, seed=0: write(**{f"{number:02d}": number + seed for number in numbers})
 
 
-@pytest.fixture
-def make(client, tmp_path):
-    """Extracts the images into a new store, in this process, where nobody dies."""
-
-    def make(images, store="features", cluster=client, backbone=TINY):
-        options = ExtractOptions(
-            images=str(images),
-            store=str(tmp_path / store),
-            weights="random:0",
-            dtype="float32",
-            precision="float32",
-            batch_size=2,
-            part_size=2,
-            num_shards=4,
-            backbone=backbone,
-        )
-        return extract(options, cluster)
-
-    return make
+PARTS = {"batch_size": 2, "part_size": 2}
 
 
 def assert_same_rows(store, calm):
@@ -116,10 +87,10 @@ def kill(process):
     process.wait()
 
 
-def test_a_killed_job_goes_on_with_the_parts_that_it_had(client, make, write, tmp_path):
-    folder, store = write(range(4)), tmp_path / "features"
-    make(folder, backbone=KNOWN_TO_ALL)
-    write(range(2, 22), seed=50)
+def test_a_killed_job_goes_on_with_the_parts_that_it_had(make, run, draw_some, tmp_path):
+    folder, store = draw_some(range(4)), tmp_path / "features"
+    make(folder, backbone=KNOWN_TO_ALL, **PARTS)
+    draw_some(range(2, 22), seed=50)
     slow = tmp_path / "slow.py"
     slow.write_text(SLOW_DECODER)
     job = start(
@@ -140,11 +111,11 @@ def test_a_killed_job_goes_on_with_the_parts_that_it_had(client, make, write, tm
     assert 2 <= num_staged < 20
     assert FeatureStore.open(store).snapshot().version == 1
 
-    write(range(22, 23))  # the listing may change meanwhile
-    summary = refresh(RefreshOptions(images=str(folder), store=str(store), batch_size=2, part_size=1), client)
+    draw_some([22])  # the listing may change meanwhile
+    summary = run(folder, batch_size=2, part_size=1)
     assert (summary.num_new, summary.num_changed, summary.num_unchanged) == (19, 2, 2)
     assert (summary.num_resumed, summary.num_computed, summary.snapshot) == (num_staged, 21, 2)
-    make(folder, "calm", backbone=KNOWN_TO_ALL)
+    make(folder, "calm", backbone=KNOWN_TO_ALL, **PARTS)
     assert_same_rows(store, tmp_path / "calm")
     assert not staged_parts(store)
 
@@ -192,9 +163,9 @@ def preloaded(*modules):
         context.set_forkserver_preload(before)
 
 
-def test_whichever_workers_die_only_the_image_that_kills_each_time_is_blamed(make, write, tmp_path):
-    folder, store = write(range(1, 9)), tmp_path / "features"
-    make(folder, "calm")
+def test_whichever_workers_die_only_the_image_that_kills_each_time_is_blamed(make, run, draw_some, tmp_path):
+    folder, store = draw_some(range(1, 9)), tmp_path / "features"
+    make(folder, "calm", **PARTS)
     (tmp_path / "once").mkdir()
     crash = Crash(tmp_path / "once")
     crash.mark(folder / "05.jpg")
@@ -208,19 +179,19 @@ def test_whichever_workers_die_only_the_image_that_kills_each_time_is_blamed(mak
         Client(cluster) as workers,
     ):
         workers.register_plugin(crash)
-        assert make(folder, cluster=workers).bad == ()
+        assert make(folder, cluster=workers, **PARTS).bad == ()
         assert not list(crash.once.iterdir())
         assert_same_rows(store, tmp_path / "calm")
 
-        write(range(2, 6), seed=50)
+        draw_some(range(2, 6), seed=50)
         (folder / "06.jpg").write_bytes(b"deadly and changed")
         cluster.scheduler.allowed_failures = 0  # whoever is near is suspected
-        summary = refresh(RefreshOptions(images=str(folder), store=str(store), batch_size=2, part_size=3), workers)
+        summary = run(folder, workers, batch_size=2, part_size=3)
     blame = "brings down the process that decodes it"
     assert [bad[1:3] for bad in summary.bad] == [("06.jpg", blame)]
     assert (summary.num_changed, summary.num_unchanged, summary.num_gone) == (4, 3, 0)
     (folder / "06.jpg").unlink()
-    make(folder, "calm_too")
+    make(folder, "calm_too", **PARTS)
     assert_same_rows(store, tmp_path / "calm_too")
 
 
@@ -243,10 +214,10 @@ def worker_here(file, monkeypatch):
     assert not thread.is_alive(), "it outlives its scheduler"
 
 
-def test_a_killed_scheduler_ends_the_job_and_the_next_one_goes_on(client, make, write, tmp_path, monkeypatch):
-    folder, store = write(range(4)), tmp_path / "features"
-    make(folder)
-    write(range(2, 14), seed=50)
+def test_a_killed_scheduler_ends_the_job_and_the_next_one_goes_on(make, run, draw_some, tmp_path, monkeypatch):
+    folder, store = draw_some(range(4)), tmp_path / "features"
+    make(folder, **PARTS)
+    draw_some(range(2, 14), seed=50)
     (folder / "00.jpg").unlink()
     file = tmp_path / "scheduler.json"
     scheduler = start(
@@ -274,8 +245,8 @@ def test_a_killed_scheduler_ends_the_job_and_the_next_one_goes_on(client, make, 
     assert 2 <= num_staged < 12
     assert FeatureStore.open(store).snapshot().version == 1
 
-    summary = refresh(RefreshOptions(images=str(folder), store=str(store), batch_size=2, part_size=1), client)
+    summary = run(folder, batch_size=2, part_size=1)
     assert (summary.num_new, summary.num_changed, summary.num_unchanged, summary.num_gone) == (10, 2, 1, 1)
     assert (summary.num_resumed, summary.bad, summary.snapshot) == (num_staged, (), 2)
-    make(folder, "calm")
+    make(folder, "calm", **PARTS)
     assert_same_rows(store, tmp_path / "calm")

@@ -28,8 +28,6 @@ from tests.pipeline.features.conftest import (
 )
 from tests.pipeline.network.tiny import TINY
 
-pytestmark = pytest.mark.filterwarnings("ignore:weights random")
-
 
 def test_the_store_becomes_what_an_extraction_of_the_images_would_give(make, run, write, computed, tmp_path):
     folder = write(a=1, b=2, c=3, d=4, e=5, f=6)
@@ -98,17 +96,18 @@ def test_bad_images_lose_their_feature_and_come_back(make, run, write, encode, d
     assert set(rows_of(tmp_path / "features")) == {"a.jpg", "b.jpg", "c.jpg"}
 
 
+def unreachable(location):
+    """In the place of `read_image`, for a.jpg."""
+    if location.endswith("a.jpg"):
+        raise BadImageError("cannot be read: no route to host")
+    return read_image(location)
+
+
 def test_changed_images_that_cannot_be_read_keep_their_feature(make, run, write, monkeypatch, tmp_path):
     folder = write(a=1, b=2)
     make(folder)
     before = rows_of(tmp_path / "features")
     write(a=10)
-
-    def unreachable(location):
-        if location.endswith("a.jpg"):
-            raise BadImageError("cannot be read: no route to host")
-        return read_image(location)
-
     with monkeypatch.context() as network:
         network.setattr("pipeline.features.part.read_image", unreachable)
         summary = run(folder)
@@ -199,16 +198,8 @@ def test_images_and_store_on_s3_by_their_etags(client, make, write, s3_url, tmp_
     photos = Storage(f"{s3_url}/photos")
     for path in folder.iterdir():
         photos.write_bytes(path.name, path.read_bytes())
-    extracted = ExtractOptions(
-        images=f"{s3_url}/photos",
-        store=f"{s3_url}/features",
-        weights="random:0",
-        dtype="float32",
-        precision="float32",
-        num_shards=4,
-        backbone=TINY,
-    )
-    extract(extracted, client)
+    own = {"weights": "random:0", "dtype": "float32", "precision": "float32", "num_shards": 4, "backbone": TINY}
+    extract(ExtractOptions(images=f"{s3_url}/photos", store=f"{s3_url}/features", **own), client)
     options = RefreshOptions(images=f"{s3_url}/photos", store=f"{s3_url}/features")
     write(b=20, d=4)
     for name in ("a.jpg", "b.jpg", "d.jpg"):  # a is written again, the same: etags do not mind
@@ -225,21 +216,17 @@ def test_images_and_store_on_s3_by_their_etags(client, make, write, s3_url, tmp_
     assert remote == local
 
 
+def lost(self, *args, **kwargs):
+    """In the place of a commit."""
+    raise StorageError("the power went out")
+
+
 def test_a_run_that_goes_on_keeps_images_that_could_not_be_read_for_the_next_one(
     make, run, write, monkeypatch, computed, tmp_path
 ):
     folder = write(a=1, b=2, c=3, d=4)
     make(folder)
     write(a=10, b=20, c=30)
-
-    def unreachable(location):
-        if location.endswith("a.jpg"):
-            raise BadImageError("cannot be read: no route to host")
-        return read_image(location)
-
-    def lost(self, *args, **kwargs):
-        raise StorageError("the power went out")
-
     done = sum(computed)
     with monkeypatch.context() as trouble:
         trouble.setattr("pipeline.features.part.read_image", unreachable)
@@ -259,10 +246,6 @@ def test_a_part_counts_while_each_of_its_images_is_as_it_was(
     folder = write(a=1, b=2, c=3, d=4, e=5)
     make(folder)
     write(a=10, b=20, c=30, d=40)
-
-    def lost(self, *args, **kwargs):
-        raise StorageError("the power went out")
-
     with monkeypatch.context() as trouble:
         trouble.setattr(FeatureStore, "commit", lost)
         with pytest.raises(StorageError, match="the power went out"):

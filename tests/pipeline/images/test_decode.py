@@ -50,33 +50,34 @@ def test_a_photograph_gets_the_pixels_of_torchvisions_own_transform(photos):
         np.testing.assert_allclose(pixels_HWC, back_HWC, atol=1e-3)
 
 
-def test_grey_and_one_bit(encode):
-    assert_close(colour(encode(Image.new("L", (300, 300), 90))), (90, 90, 90))
-    assert colour(encode(Image.new("1", (300, 300), 1), "PNG")) == WHITE
+def see_through():
+    """A palette of one colour, which is transparent."""
+    image = Image.new("P", (300, 300), 0)
+    image.putpalette([255, 0, 0])
+    return image
 
 
-def test_sixteen_bit_grey_is_scaled_not_clipped(encode):
-    grey = Image.fromarray(np.full((260, 260), 0x8000, np.uint16))
-    assert colour(encode(grey, "PNG")) == (128, 128, 128)
+PALETTE = Image.new("RGB", (300, 300), BLUE).convert("P", palette=Image.Palette.ADAPTIVE)
+COLOURS = {
+    "grey": (Image.new("L", (300, 300), 90), "JPEG", {}, (90, 90, 90), 2),
+    "one bit": (Image.new("1", (300, 300), 1), "PNG", {}, WHITE, 0),
+    "sixteen bits, scaled and not clipped": (
+        Image.fromarray(np.full((260, 260), 0x8000, np.uint16)), "PNG", {}, (128, 128, 128), 0,
+    ),
+    "cmyk": (Image.new("CMYK", (300, 300), (0, 255, 255, 0)), "JPEG", {"quality": 95}, RED, 6),
+    "palette": (PALETTE, "PNG", {}, BLUE, 0),
+    "palette of a GIF": (PALETTE, "GIF", {}, BLUE, 0),
+    "transparent, on white": (Image.new("RGBA", (300, 300), (*RED, 0)), "PNG", {}, WHITE, 0),
+    "half transparent": (Image.new("RGBA", (300, 300), (*RED, 128)), "PNG", {}, (255, 127, 127), 2),
+    "transparent grey": (Image.new("LA", (300, 300), (0, 0)), "PNG", {}, WHITE, 0),
+    "transparent palette": (see_through(), "PNG", {"transparency": 0}, WHITE, 0),
+}  # fmt: skip
 
 
-def test_cmyk(encode):
-    assert_close(colour(encode(Image.new("CMYK", (300, 300), (0, 255, 255, 0)), quality=95)), RED, 6)
-
-
-def test_palette(encode):
-    palette = Image.new("RGB", (300, 300), BLUE).convert("P", palette=Image.Palette.ADAPTIVE)
-    assert colour(encode(palette, "PNG")) == BLUE
-    assert colour(encode(palette, "GIF")) == BLUE
-
-
-def test_transparent_pixels_lie_on_white(encode):
-    assert colour(encode(Image.new("RGBA", (300, 300), (*RED, 0)), "PNG")) == WHITE
-    assert_close(colour(encode(Image.new("RGBA", (300, 300), (*RED, 128)), "PNG")), (255, 127, 127))
-    assert colour(encode(Image.new("LA", (300, 300), (0, 0)), "PNG")) == WHITE
-    see_through = Image.new("P", (300, 300), 0)
-    see_through.putpalette([255, 0, 0])
-    assert colour(encode(see_through, "PNG", transparency=0)) == WHITE
+@pytest.mark.parametrize("name", COLOURS)
+def test_images_of_any_mode_have_their_colour(encode, name):
+    image, kind, options, expected, tolerance = COLOURS[name]
+    assert_close(colour(encode(image, kind, **options)), expected, tolerance)
 
 
 def test_exif_orientation_turns_the_image_and_its_size(encode):

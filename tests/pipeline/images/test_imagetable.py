@@ -1,7 +1,5 @@
 """The mapped columns of a listing against plain lists: order, places, repeated rows, collisions, a full disk."""
 
-import resource
-
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -10,6 +8,7 @@ from featurestore.errors import KeyCollisionError
 from pipeline.errors import SourceError
 from pipeline.images import source
 from pipeline.images.source import ImageRef, ImageTable
+from tests.faulty import full_from
 
 
 @pytest.fixture(autouse=True)
@@ -80,11 +79,7 @@ def test_the_columns_are_not_in_memory():
 def test_a_full_disk_is_told_with_the_way_out(monkeypatch, tmp_path):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr(source, "BATCH_ROWS", 4096)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
-    try:
-        with pytest.raises(SourceError, match=rf"cannot keep the listing in {tmp_path}: File too large; set TMPDIR"):
-            ImageTable.of(ref(number) for number in range(20_000))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    told = rf"cannot keep the listing in {tmp_path}: File too large; set TMPDIR"
+    with full_from(100_000), pytest.raises(SourceError, match=told):
+        ImageTable.of(ref(number) for number in range(20_000))
     assert not list(tmp_path.iterdir())

@@ -61,13 +61,19 @@ def bytes_at(url: str) -> dict[str, bytes]:
     return {each.path: storage.read_bytes(each.path) for each in storage.entries() if each.path.endswith(".parquet")}
 
 
-SOME = [*((seed, 2 * (seed % 2), "disk") for seed in range(3)), (0, 2, "s3")]
-REST = [case for case in itertools.product(range(12), (0, 2), ("disk", "s3")) if case not in SOME]
+FOR_TESTING: dict[str, dict[str, Any]] = {
+    "0": {"test_days": 0},
+    "2": {"test_days": 2},
+    "from": {"test_days": 1, "test_from": "2026-01-12"},
+    "share": {"test_days": 1, "test_share": 0.3},
+}
+SOME = [(0, "0", "disk"), (1, "from", "disk"), (2, "share", "disk"), (0, "2", "s3")]
+REST = [case for case in itertools.product(range(12), ("0", "2"), ("disk", "s3")) if case not in SOME]
 
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    ("seed", "test_days", "place"), [*SOME, *(pytest.param(*case, marks=pytest.mark.slow) for case in REST)]
+    ("seed", "for_testing", "place"), [*SOME, *(pytest.param(*case, marks=pytest.mark.slow) for case in REST)]
 )
 def test_a_day_after_the_other_gives_the_bytes_of_a_rebuild(
     options: SampleOptions,
@@ -76,10 +82,10 @@ def test_a_day_after_the_other_gives_the_bytes_of_a_rebuild(
     monkeypatch: pytest.MonkeyPatch,
     request: pytest.FixtureRequest,
     seed: int,
-    test_days: int,
+    for_testing: str,
     place: str,
 ) -> None:
-    """Sessions go on over midnights, some for days; at the end, late rows of one day. Four of the 48 are not slow."""
+    """Sessions go on over midnights, some for days; at the end, late rows of one day. Most cases are slow."""
     rng = random.Random(seed)
     monkeypatch.setattr("pipeline.samples.groups.ROW_GROUP_SIZE", 2)  # so that a file has several
     impressions, behaviors = random_logs(rng)
@@ -91,7 +97,7 @@ def test_a_day_after_the_other_gives_the_bytes_of_a_rebuild(
     days = sorted({day_of(row) for row in impressions})
     late = [row for row in impressions if day_of(row) == days[-3]][:2]
     early = [row for row in impressions if row not in late]
-    options = dataclasses.replace(options, test_days=test_days, window_days=3, partitions=rng.choice([1, 4]))
+    options = dataclasses.replace(options, window_days=3, partitions=rng.choice([1, 4]), **FOR_TESTING[for_testing])
     if place == "s3":
         url, scratch = request.getfixturevalue("s3_url"), tmp_path / "scratch"
         options = dataclasses.replace(options, samples=url, scratch=str(scratch))
@@ -146,24 +152,6 @@ class TestAddDays:
         assert {name: after[name] for name in before} == before
         test = [path.name for path in Path(made.samples, "test").iterdir()]
         assert test == ["day=2026-01-05-000.parquet"]
-
-    @pytest.mark.parametrize(
-        ("way", "days"),
-        [({"test_from": "2026-01-04"}, (1, 2)), ({"test_share": 0.5}, (2, 3)), ({"test_share": 0.2}, (1, 1))],
-    )
-    def test_days_for_testing_are_those_of_a_rebuild(
-        self, options: SampleOptions, client: Client, tmp_path: Path, way: dict[str, Any], days: tuple[int, int]
-    ) -> None:
-        """Before and after a fifth day."""
-        rows = [shown(day * DAY_S + 9_000 + user, user=user) for day in range(5) for user in range(5)]
-        write(tmp_path / "logs", [table([row for row in rows if day_of(row) < 4])], [table([done(0)])])
-        options = dataclasses.replace(options, test_days=1, **way)
-        assert build_samples(options, client)["test"]["days"] == days[0]
-        write(tmp_path / "logs", [table(rows)], [table([done(0)])])
-        add_days(SampleOptions(samples=options.samples, since=FIRST + "05"), client)
-        assert len(list(Path(options.samples, "test").iterdir())) == days[1]
-        build_samples(dataclasses.replace(options, samples=str(tmp_path / "anew")), client)
-        assert all_bytes(options.samples) == all_bytes(str(tmp_path / "anew"))
 
     def test_only_the_window_is_read(
         self, made: SampleOptions, client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

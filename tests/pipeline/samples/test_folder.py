@@ -14,7 +14,7 @@ from pipeline.errors import SampleError, SampleOptionError
 from pipeline.samples import build as build_module
 from pipeline.samples import logs as pieces_module
 from pipeline.samples.build import build_samples
-from pipeline.samples.publish import replaced_folder
+from pipeline.samples.publish import replaced_files
 from tests.pipeline.samples.rows import (
     DAY_S,
     all_bytes,
@@ -129,7 +129,7 @@ def test_a_summary_alone_is_no_sign_of_samples(tmp_path: Path) -> None:
     (tmp_path / "made").mkdir()
     (tmp_path / "made/summary.json").write_text("of something else")
     lacks = pytest.raises(SampleOptionError, match=r"no samples \(it has no train\).*would be replaced")
-    with lacks, replaced_folder(tmp_path / "made"):
+    with lacks, replaced_files(str(tmp_path / "made")):
         pass
 
 
@@ -138,12 +138,12 @@ def test_remains_of_a_killed_run_go_and_a_running_one_stays(tmp_path):
     killed = tmp_path / ".samples.building-1"
     killed.mkdir()
     (killed / ".lock").touch()
-    with replaced_folder(target) as running:
+    with replaced_files(str(target)) as running:
         assert not killed.exists()
-        with replaced_folder(target) as other:
-            assert running.exists()
-            (other / "summary.json").write_text("other")
-            (other / "train").mkdir()
-        (running / "summary.json").write_text("running")
+        with replaced_files(str(target)) as other:
+            assert running.folder.exists()
+            (other.folder / "summary.json").write_text("other")
+            (other.folder / "train").mkdir()
+        (running.folder / "summary.json").write_text("running")
     assert (target / "summary.json").read_text() == "running"
     assert [path.name for path in tmp_path.iterdir()] == ["samples"]

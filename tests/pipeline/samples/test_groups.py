@@ -61,19 +61,6 @@ def test_session_over_midnight_is_one_group_of_its_first_day(build):
     assert [(row["day"], len(row["label"])) for row in rows] == [("2026-01-01", 2)]
 
 
-def test_click_wins_among_repeated_impressions(build):
-    rows, summary = build([shown(100, label=0), shown(100, label=1), shown(100, label=0)], [done(0), done(0)])
-    assert [row["label"] for row in rows] == [[1]]
-    assert summary["impressions"]["duplicates"] == 2
-    assert summary["behaviors"]["duplicates"] == 1
-
-
-def test_strings_become_the_stores_keys(build):
-    (row,), _ = build([shown(100)], [done(0)])
-    assert row["ad_image"] == [key_of_uri("5.jpg")]
-    assert row["behavior_image"] == [key_of_uri("6.jpg")]
-
-
 def test_user_columns_are_kept_and_an_unknown_value_is_minus_one(build):
     impressions = [shown(100, user_age=3, city=7), shown(200, user=2, user_age=None, city=8)]
     rows, _ = build(impressions, [done(0)])
@@ -174,8 +161,8 @@ def test_columns_of_other_encodings(options, client, tmp_path):
     assert read(options.samples)[0]["behavior_image"] == [key_of_uri("6.jpg")]
 
 
-SEEDS = (0, 1, 3, 5, 9, 10, 14, 15)
-"""They draw each number of partitions and of behaviours at least twice, and each window four times."""
+SEEDS = (1, 2, 3, 5, 10, 11)
+"""They draw each number of partitions and of behaviours twice, and each window."""
 
 # The reference
 
@@ -287,7 +274,7 @@ def test_hours_of_a_few_groups_share_a_batch_and_each_file_has_its_own(tmp_path:
     columns = {"timestamp": hours * 3_600, "user": np.arange(2_000), "session": np.zeros(2_000, np.int64)}
     table = pa.table({**columns, "label": pa.array([[n % 2] for n in range(2_000)])})
     path = str(tmp_path / "groups.arrow")
-    groups_of_hour = _write_hours(Path(path), table, compress=True)
+    groups_of_hour = _write_hours(Path(path), table)
     number = batch_of_hours(groups_of_hour)
     assert sum(groups_of_hour.values()) == 2_000 and len(set(number.values())) < len(number) / 5
     (tmp_path / "train").mkdir()
@@ -298,4 +285,4 @@ def test_hours_of_a_few_groups_share_a_batch_and_each_file_has_its_own(tmp_path:
         found.append(pq.read_table(tmp_path / "train" / plan.name, partitioning=None))
         assert written.num_groups == len(found[-1]) == sum(groups_of_hour[hour] for hour in plan.hours)
     assert pa.concat_tables(found).equals(table)
-    assert _write_hours(Path(path), table.slice(0, 0), compress=True) == {}
+    assert _write_hours(Path(path), table.slice(0, 0)) == {}

@@ -81,12 +81,6 @@ class TestAddDays:
         assert [each.group_id_B.tolist() for each in old.batches()] == expected
         assert reader().num_samples == old.num_samples + 5
 
-    def test_since_with_nothing_missing_publishes_nothing(self, there: SampleOptions, client: Client) -> None:
-        add_days(dataclasses.replace(there, **FIFTH), client)
-        listed = Storage(there.samples).entries()
-        assert add_days(dataclasses.replace(there, since="2026-01-02"), client)["days"] == []
-        assert Storage(there.samples).entries() == listed
-
     def test_samples_that_were_copied_there_are_added_to(
         self, there: SampleOptions, client: Client, options: SampleOptions, s3_url: str
     ) -> None:

@@ -17,6 +17,7 @@ from serving.bundle.log import BundleIdentity
 from serving.http.app import Scoring
 from serving.http.codec import ARROW
 from serving.scoring.request import RequestColumns
+from tests.fuzz.mutate import stream_of
 from tests.serving.http.fakes import FakeModel, FakeSource, client_of, scoring_of, write_state
 from trainer.schema import load_schema
 
@@ -37,13 +38,6 @@ def chances(*items: int, version: int = 3) -> list[float]:
 def table_of(*items: list[int]) -> pa.Table:
     users = pa.array(range(len(items)), pa.int64())
     return pa.table({"user": users, "ad_item": pa.array(items, pa.list_(pa.int64()))})
-
-
-def stream_of(table: pa.Table, **options: Any) -> bytes:
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema, options=pa.ipc.IpcWriteOptions(**options)) as writer:
-        writer.write_table(table)
-    return sink.getvalue().to_pybytes()
 
 
 async def figures(client: httpx2.AsyncClient) -> dict[str, float]:

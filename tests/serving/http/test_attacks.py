@@ -22,9 +22,9 @@ import pyarrow as pa
 import pytest
 
 from serving.http.codec import ARROW, JSON
+from tests.fuzz.mutate import stream_of
 from tests.serving.http.conftest import Published
 from tests.serving.http.processes import ServerProcess, ended, post_head
-from tests.serving.http.test_app import stream_of
 from trainer.launch import free_port
 
 pytestmark = [pytest.mark.services, pytest.mark.long]

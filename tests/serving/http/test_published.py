@@ -27,9 +27,9 @@ from serving.http.live import BundleSource
 from serving.scoring.request import Request
 from serving.scoring.scorer import Scorer
 from serving.settings import ServerSettings
+from tests.fuzz.mutate import stream_of
 from tests.serving.http.conftest import NEW_IMAGE, Published
 from tests.serving.http.processes import ServerProcess, ended
-from tests.serving.http.test_app import stream_of
 
 PAGE = Path(__file__).parents[3] / "docs" / "SERVE.md"
 pytestmark = [pytest.mark.services, pytest.mark.long]

@@ -6,34 +6,19 @@ from pathlib import Path
 
 import httpx2
 import pytest
-import trustme
 from cryptography.hazmat.primitives import serialization
 
 from serving.errors import ServerSettingsError
 from serving.http.access import check_files
 from serving.settings import ServerSettings
+from tests.security.certificates import Certificate
 from tests.serving.http.fakes import write_state
 from tests.serving.http.processes import fake_server
 
 
-class Pair:
-    """A certificate and its key in PEM files, and a context of a client that trusts their authority."""
-
-    def __init__(self, folder: Path, **options: object) -> None:
-        authority = trustme.CA()
-        issued = authority.issue_cert("127.0.0.1", "localhost", **options)
-        self.cert, self.key = folder / "tls.crt", folder / "tls.key"
-        issued.private_key_pem.write_to_path(self.key)
-        self.cert.write_bytes(b"".join(blob.bytes() for blob in issued.cert_chain_pems))
-        self.client = ssl.create_default_context()
-        authority.configure_trust(self.client)
-        self.both = folder / "both.pem"
-        self.both.write_bytes(self.key.read_bytes() + self.cert.read_bytes())
-
-
 @pytest.fixture
-def pair(tmp_path: Path) -> Pair:
-    return Pair(tmp_path)
+def pair(tmp_path: Path) -> Certificate:
+    return Certificate(tmp_path)
 
 
 def check(**settings: object) -> None:
@@ -41,7 +26,7 @@ def check(**settings: object) -> None:
 
 
 @pytest.mark.services
-def test_tls_with_a_token(tmp_path: Path, pair: Pair) -> None:
+def test_tls_with_a_token(tmp_path: Path, pair: Certificate) -> None:
     tokens = tmp_path / "tokens"
     tokens.write_text("# tokens\n0123456789abcdef0123\n")
     tokens.chmod(0o600)
@@ -62,7 +47,7 @@ def test_tls_with_a_token(tmp_path: Path, pair: Pair) -> None:
 
 
 @pytest.mark.services
-def test_tls_connections_do_not_outlive_the_read_timeout(tmp_path: Path, pair: Pair) -> None:
+def test_tls_connections_do_not_outlive_the_read_timeout(tmp_path: Path, pair: Certificate) -> None:
     """Nothing is sent, or half a greeting, or a body that no route reads."""
     settings = {"tls_cert": str(pair.cert), "tls_key": str(pair.key), "read_timeout_s": 1.0}
     with fake_server(write_state(tmp_path, version=3), tmp_path, verify=pair.client, **settings) as server:
@@ -78,7 +63,7 @@ def test_tls_connections_do_not_outlive_the_read_timeout(tmp_path: Path, pair: P
 
 @pytest.mark.services
 @pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 2])
-def test_renewed_certificates_and_tokens_are_read_again(tmp_path: Path, pair: Pair, workers: int) -> None:
+def test_renewed_certificates_and_tokens_are_read_again(tmp_path: Path, pair: Certificate, workers: int) -> None:
     """Without a restart: the new authority's certificate, and the new token alone; wrong files leave the old ones."""
     tokens = tmp_path / "tokens"
     tokens.write_text("0123456789abcdef0123\n")
@@ -96,8 +81,7 @@ def test_renewed_certificates_and_tokens_are_read_again(tmp_path: Path, pair: Pa
 
         server.wait_for("loaded version 3", workers)  # each has read its files by then
         assert status("0123456789abcdef0123", pair.client) == 200
-        (tmp_path / "other").mkdir()
-        other = Pair(tmp_path / "other")
+        other = Certificate(tmp_path / "other")
         other.cert.replace(pair.cert)
         server.wait_for("the previous certificate and tokens stay in use: --tls-cert", count=workers)
         assert status("0123456789abcdef0123", pair.client) == 200
@@ -115,7 +99,7 @@ def test_renewed_certificates_and_tokens_are_read_again(tmp_path: Path, pair: Pa
 @pytest.mark.services
 def test_an_expired_certificate_warns_and_clients_refuse_it(tmp_path: Path) -> None:
     yesterday = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=1)
-    pair = Pair(tmp_path, not_after=yesterday)
+    pair = Certificate(tmp_path, not_after=yesterday)
     with fake_server(
         write_state(tmp_path, version=3), tmp_path, verify=False, tls_cert=str(pair.cert), tls_key=str(pair.key)
     ) as server:
@@ -130,23 +114,16 @@ def test_certificates_that_are_not_valid_yet_or_end_soon_warn(tmp_path: Path, ca
         ("later", {"not_before": now + datetime.timedelta(days=2)}, "is not valid before"),
         ("soon", {"not_after": now + datetime.timedelta(days=3)}, "expires in 2 days"),
     ):
-        folder = tmp_path / name
-        folder.mkdir()
-        pair = Pair(folder, **options)
+        pair = Certificate(tmp_path / name, **options)
         check(tls_cert=pair.cert, tls_key=pair.key)
         assert words in caplog.text
         caplog.clear()
-    folder = tmp_path / "sound"
-    folder.mkdir()
-    pair = Pair(folder)
-    check(tls_cert=pair.both)
+    check(tls_cert=Certificate(tmp_path / "sound").both)
     assert caplog.text == ""
 
 
-def test_wrong_files_of_a_certificate_are_one_line_each(tmp_path: Path, pair: Pair) -> None:
-    other_folder = tmp_path / "other"
-    other_folder.mkdir()
-    other = Pair(other_folder)
+def test_wrong_files_of_a_certificate_are_one_line_each(tmp_path: Path, pair: Certificate) -> None:
+    other = Certificate(tmp_path / "other")
     empty, locked = tmp_path / "empty", tmp_path / "locked"
     empty.touch()
     key = serialization.load_pem_private_key(pair.key.read_bytes(), None)

@@ -15,7 +15,6 @@ import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import trustme
 from typer.testing import Result
 
 from featurestore import FeatureStore
@@ -28,6 +27,7 @@ from serving.scoring.scorer import Scorer
 from serving.settings import ServerSettings
 from tests.cli import invoke
 from tests.explorer.serving import in_thread
+from tests.security.certificates import Certificate
 from tests.serving.scoring.variants import Exported, export, train_run
 from trainer.evaluation.predict import predict_run
 from trainer.samples.columns import Rule
@@ -210,12 +210,9 @@ def test_a_server_equals_the_run(model: Exported, scoring: Scoring) -> None:
 
 @pytest.mark.services
 def test_a_server_is_known_by_its_certificate(model: Exported, scoring: Scoring, tmp_path: Path) -> None:
-    authority = trustme.CA()
-    pem, ca = tmp_path / "tls.pem", tmp_path / "ca.pem"
-    authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(pem)
-    authority.cert_pem.write_to_path(ca)
-    with answering(scoring, ssl_certfile=pem) as url:
-        known = check(model.url, "--url", url, "--ca", ca)
+    own = Certificate(tmp_path)
+    with answering(scoring, ssl_certfile=own.both) as url:
+        known = check(model.url, "--url", url, "--ca", own.ca)
         assert known.exit_code == 0, known.output
         unknown = check(model.url, "--url", url)
         assert unknown.exit_code == 1 and "its certificate is refused" in unknown.stderr

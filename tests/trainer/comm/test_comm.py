@@ -93,26 +93,16 @@ class TestConnect:
     @pytest.mark.parametrize(
         ("found", "told"),
         [
-            ({"HOROVOD_RANK": "0"}, "HOROVOD_RANK is set, but not HOROVOD_SIZE, HOROVOD_LOCAL_RANK, "),
-            (
-                {"HOROVOD_RANK": "0", "HOROVOD_SIZE": "2"},
-                "HOROVOD_RANK, HOROVOD_SIZE is set, but not HOROVOD_LOCAL_RANK, HOROVOD_LOCAL_SIZE, "
-                "HOROVOD_CROSS_RANK, HOROVOD_CROSS_SIZE, HOROVOD_GLOO_RENDEZVOUS_ADDR, "
-                "HOROVOD_GLOO_RENDEZVOUS_PORT: start all ranks by horovodrun or ",
-            ),
-            ({"RANK": "0"}, "RANK is set, but not WORLD_SIZE, MASTER_ADDR, MASTER_PORT: start all ranks by "),
+            ({"HOROVOD_RANK": "0", "HOROVOD_SIZE": "2"}, "HOROVOD_RANK, HOROVOD_SIZE is .* not HOROVOD_LOCAL_RANK, "),
+            ({"RANK": "0"}, "RANK is set, but not WORLD_SIZE, MASTER_ADDR, MASTER_PORT: "),
             ({"TORCHELASTIC_RUN_ID": "none"}, "TORCHELASTIC_RUN_ID is set, but not RANK, WORLD_SIZE, MASTER_ADDR"),
-            (
-                {**TORCHRUN, "TORCHELASTIC_RUN_ID": "none", **HOROVODRUN},
-                "horovodrun and torchrun both started this process",
-            ),
+            ({**TORCHRUN, "TORCHELASTIC_RUN_ID": "none", **HOROVODRUN}, "horovodrun and torchrun both started this"),
         ],
     )
     def test_half_of_it_is_one_line(self, monkeypatch: pytest.MonkeyPatch, found: dict[str, str], told: str) -> None:
         set_all(monkeypatch, found)
-        with pytest.raises(ConfigError) as error:
+        with pytest.raises(ConfigError, match=rf"^{told}[^\n]*$"):
             connect()
-        assert str(error.value).startswith(told) and "\n" not in str(error.value)
 
     def test_horovodrun_without_horovod_names_both_ways_out(self, monkeypatch: pytest.MonkeyPatch) -> None:
         set_all(monkeypatch, HOROVODRUN)
@@ -280,12 +270,24 @@ def torch_waits(ranks: Ranks) -> str:
     return ranks.said_by(torch_variables(Place([2], 0, 0), "127.0.0.1", free_port(), None), *TRAIN, code=1)
 
 
-WAITS: dict[str, Callable[[Ranks], str]] = {
-    "horovod hangs": horovod_hangs,
-    "horovod nobody": horovod_nobody,
-    "torch refused": partial(torch_nobody, local=1, address="127.0.0.1"),
-    "torch unknown": partial(torch_nobody, local=0, address="no-such-host.invalid"),
-    "torch waits": torch_waits,
+STORE = "did not reach the other ranks at MASTER_ADDR:MASTER_PORT="
+WAITS: dict[str, tuple[Callable[[Ranks], str], str]] = {
+    # Gloo would end this one after 30 s by SIGABRT, with a stack of C++.
+    "horovod hangs": (horovod_hangs, "LateRankError rank 1 .* than run.deadline_s=3 .*; not there: rank 0. See"),
+    "horovod nobody": (
+        horovod_nobody,
+        "error: rank 1 .* within run.deadline_s=3, at HOROVOD_GLOO_REND.*=127.0.0.1:PORT: .*Connection refused>$",
+    ),
+    # The deadline of the settings: the name of a host, as its rank, may come later.
+    "torch refused": (
+        partial(torch_nobody, local=1, address="127.0.0.1"),
+        f"error: rank 1 {STORE}127.0.0.1:PORT within run.deadline_s=3: .*Connection refused$",
+    ),
+    "torch unknown": (
+        partial(torch_nobody, local=0, address="no-such-host.invalid"),
+        f"error: rank 0 {STORE}no-such-host.invalid:PORT within run.deadline_s=3: .* service not known$",
+    ),
+    "torch waits": (torch_waits, ".* has taken more than run.deadline_s=3 on rank 0; not there: rank 1. See"),
 }
 
 
@@ -298,48 +300,13 @@ def ranks(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
 def said_after_waiting(ranks: Ranks) -> Iterator[Callable[[str], str]]:
     """What a rank of `WAITS` says at its end; all of them wait at once."""
     with ThreadPoolExecutor(len(WAITS)) as threads:
-        saying = {name: threads.submit(wait, ranks) for name, wait in WAITS.items()}
+        saying = {name: threads.submit(wait, ranks) for name, (wait, _) in WAITS.items()}
         yield lambda name: saying[name].result()
 
 
-def test_horovod_a_rank_that_hangs_before_they_connect_is_named(said_after_waiting: Callable[[str], str]) -> None:
-    """Gloo would end this one after 30 s by SIGABRT, with a stack of C++."""
-    wanted = (
-        "LateRankError rank 1 has waited more than run.deadline_s=3 for the others to start; not there: rank 0. See"
-    )
-    assert said_after_waiting("horovod hangs").startswith(wanted)
-
-
-def test_horovod_nobody_at_the_rendezvous_is_one_line(said_after_waiting: Callable[[str], str]) -> None:
-    said = said_after_waiting("horovod nobody")
-    assert said.startswith(
-        "error: rank 1 did not reach the process that started the ranks within run.deadline_s=3, at HOROVOD_GLOO_REND"
-    )
-    assert "=127.0.0.1:PORT: " in said and said.endswith("Connection refused>")
-
-
-@pytest.mark.parametrize(
-    ("name", "rank", "address", "trouble"),
-    [
-        ("torch refused", 1, "127.0.0.1", "Connection refused"),
-        ("torch unknown", 0, "no-such-host.invalid", " service not known"),
-    ],
-)
-def test_torch_nobody_at_the_masters_address_is_one_line(
-    name: str, rank: int, address: str, trouble: str, said_after_waiting: Callable[[str], str]
-) -> None:
-    """It takes the deadline of the settings: the name of a host, as its rank, may come later."""
-    said = said_after_waiting(name)
-    assert said.startswith(
-        f"error: rank {rank} did not reach the other ranks at MASTER_ADDR:MASTER_PORT={address}:PORT within "
-        "run.deadline_s=3: "
-    )
-    assert said.endswith(trouble)
-
-
-def test_torch_ranks_that_do_not_come_are_named(said_after_waiting: Callable[[str], str]) -> None:
-    said = said_after_waiting("torch waits")
-    assert "has taken more than run.deadline_s=3 on rank 0; not there: rank 1. See" in said
+@pytest.mark.parametrize("name", WAITS)
+def test_who_is_not_there_is_named_by_one_line(name: str, said_after_waiting: Callable[[str], str]) -> None:
+    assert re.match(WAITS[name][1], said := said_after_waiting(name)), said
 
 
 def test_horovod_a_rank_that_dies_after_they_connected_is_one_line(ranks: Ranks) -> None:

@@ -11,7 +11,6 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from featurestore import to_bits
 from featurestore.errors import AnotherStoreError
 from featurestore.format.rows import FeatureRows
 from featurestore.spec import StoreInfo
@@ -207,16 +206,6 @@ class TestWithTheOldOneGone:
         compat(lost, features, "--accept", "--force", "the same pictures")
         kept = (lost.folder / "runs" / "a" / "accepted-stores.json").read_text()
         assert json.loads(kept)["accepted"][0]["figures"]["forced"] == "the same pictures"
-
-
-NONE = bytes(16)
-
-
-def put(folder: Path, info: StoreInfo, keys: np.ndarray, features_KD: np.ndarray, digests: list[bytes]) -> FeatureStore:
-    store = FeatureStore.create(folder, info)
-    bits = to_bits(features_KD, info.dtype)
-    store.put(FeatureRows.of([f"item/{key}" for key in keys], bits, keys=keys, content_digests=digests))
-    return store
 
 
 def trained(places: Places, name: str, **changes: Any) -> Path:

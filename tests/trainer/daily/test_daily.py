@@ -19,13 +19,14 @@ from featurestore.store import FeatureStore
 from tests.cli import invoke
 from tests.ranks import StandingRanks
 from tests.trainer.checkpoints import tensors_of
-from tests.trainer.conftest import Places, make_places
+from tests.trainer.conftest import Places, make_days
 from tests.trainer.whole_runs import alike, assert_same, report_of
 from trainer.comm import SoloComm
 from trainer.config import Config, load_config, save_config
 from trainer.daily import app, plan, run_of_days
 from trainer.daily import follow as follow_days
 from trainer.errors import CheckpointError, ConfigError, DataError
+from trainer.evaluation.bootstrap import LEAST_USERS_SHOWN
 from trainer.main import train
 from trainer.runs.checkpoint import read_state
 from trainer.runs.folder import find_checkpoint
@@ -39,17 +40,9 @@ follow = partial(follow_days, continues=True)
 EXACT = {"model__compute_dtype": "float32"}  # of runs whose numbers are compared between numbers of ranks
 
 
-def make_days(places: Places) -> Places:
-    """Three days in train/, the fourth in test/."""
-    (places.folder / "samples" / "test" / f"day={DAYS[0]}.parquet").rename(
-        places.folder / "samples" / "test" / f"day={DAYS[3]}.parquet"
-    )
-    return places
-
-
 @pytest.fixture
 def days(tmp_path: Path) -> Places:
-    return make_days(make_places(tmp_path))
+    return make_days(tmp_path)
 
 
 def config_of(places: Places, **changes: Any) -> Config:
@@ -102,7 +95,7 @@ def test_plan(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def followed(tmp_path_factory: pytest.TempPathFactory) -> Places:
     """Days that a run named `whole` has followed to the end."""
-    places = make_days(make_places(tmp_path_factory.mktemp("followed")))
+    places = make_days(tmp_path_factory.mktemp("followed"))
     follow(config_of(places, run__name="whole", train__checkpoint_every=2), SoloComm(), first=DAYS[0])
     return places
 
@@ -318,6 +311,9 @@ def test_command(days: Places) -> None:
     options = ["--first-day", DAYS[0], "--last-day", DAYS[1]]
     result = invoke(app, *options, "--set", *settings, code=0)
     assert "2026-01-02" in result.stdout and "days.json" in result.stdout
+    table = result.stdout[result.stdout.rindex("new ad gauc") :]
+    for row in table_of(days.folder / "runs" / "c"):  # a GAUC of a few users is written, and not printed
+        assert row["gauc"] is None or (f"{row['gauc']:.4f}" in table) == (row["gauc_users"] >= LEAST_USERS_SHOWN)
     second = load_config(days.folder / "runs" / "c" / DAYS[1] / "config.yaml")
     assert (second.data.train_days, second.run.warm_start, second.train.epochs) == (DAYS[:2], None, 1)
     # It is the run that trainer.main trains on these days.
@@ -332,7 +328,7 @@ def test_command(days: Places) -> None:
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory, two_ranks: StandingRanks) -> tuple[Places, dict[str, Any]]:
     """What the two ranks of days.py saw."""
-    places = make_days(make_places(tmp_path_factory.mktemp("job")))
+    places = make_days(tmp_path_factory.mktemp("job"))
     out = places.folder / "seen.json"
     two_ranks.run(WORKER, out, *places.settings(train__epochs=1, **EXACT))
     return places, json.loads(out.read_text())
@@ -377,22 +373,10 @@ class TestTwoRanks:
         assert history[-1][0] == best[0] + 8 < 9 * 12, "the learning rate is too high to get better for long"
         assert report["global_step"] == best[0] == read_state(find_checkpoint(early)).step
 
-    def test_warm_start_of_one_rank_from_two(self, job: tuple[Places, dict[str, Any]]) -> None:
-        places, _ = job
-        run = places.folder / "runs" / "days" / DAYS[2]
-        settings = places.settings(run__warm_start=run, run__warm_parts="all")
-        opened = open_run(load_config(settings=settings), SoloComm())
-        opened.close()
-        expected = tensors_of(run)
-        state = opened.engine.dense_state() | opened.engine.shard_state()
-        weights = [name for name in expected if "/" not in name or name.endswith("/weight")]
-        assert len([name for name in weights if name.startswith("item/")]) == 4
-        assert all(torch.equal(state[name], expected[name]) for name in weights if name != "num_steps")
-
 
 def test_days_on_s3_are_those_of_a_disk(tmp_path: Path, s3_url: str, capsys: pytest.CaptureFixture[str]) -> None:
     """A second start finds all done."""
-    places = make_days(make_places(tmp_path))
+    places = make_days(tmp_path)
     far, near = run_path(f"{s3_url}/runs/d"), tmp_path / "runs" / "d"
     for folder in (far, near, far):
         capsys.readouterr()

@@ -1,39 +1,21 @@
 """The engine alone: what it refuses, what it reports, and that its state is all there is to resume."""
 
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from featurestore import ExtractorSpec, FeatureRows, FeatureStore, StoreInfo
 from featurestore.lookup import VARIABLE
 from featurestore.lookup.partition import FeaturePartition
+from tests.trainer.conftest import drawn_store
 from trainer.comm import SoloComm
 from trainer.config import Config, ModelConfig, OptimConfig, TrainConfig
 from trainer.engine import machine
 from trainer.engine.engine import Engine
-from trainer.errors import CheckpointError, ConfigError, DataError
+from trainer.errors import CheckpointError, ConfigError
 from trainer.samples.reader import Batch, Jagged
 from trainer.schema import Field, Schema
-
-DIM = 8
-"""Of `drawn_store`."""
-
-
-def drawn_store(folder: Path) -> FeatureStore:
-    """Drawn features of the keys 0 to 19, in four shards."""
-    spec = ExtractorSpec(
-        backbone="drawn", layer="none", weights_digest="0", preprocessing="none", compute_dtype="float32"
-    )
-    info = StoreInfo(num_shards=4, name="images", dim=DIM, dtype="float32", extractor=spec)
-    store = FeatureStore.create(str(folder / "store"), info)
-    values = np.random.default_rng(0).normal(size=(20, DIM)).astype(np.float32)
-    store.put(FeatureRows.of([str(k) for k in range(20)], values, keys=np.arange(20)))
-    return store
-
 
 SCHEMA = Schema(
     fields=(
@@ -54,7 +36,8 @@ class OtherDigest(SoloComm):
 @pytest.fixture(scope="module")
 def partition(tmp_path_factory: pytest.TempPathFactory) -> FeaturePartition:
     folder = tmp_path_factory.mktemp("step")
-    return FeaturePartition.load(drawn_store(folder), cache_dir=folder / "cache")
+    store = drawn_store(folder / "store", np.random.default_rng(0).normal(size=(20, 8)))
+    return FeaturePartition.load(store, cache_dir=folder / "cache")
 
 
 def engine_of(
@@ -147,27 +130,6 @@ def test_a_rank_alone_computes_the_bits_of_the_way_by_owners(partition: FeatureP
     assert train(alone, range(4)) == train(by_owners, range(4))
     states = [engine.dense_state() | engine.shard_state() for engine in (alone, by_owners)]
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
-
-
-def test_result_counts_keys(partition: FeaturePartition) -> None:
-    engine, batch = engine_of(partition), batch_of(0)
-    prepared = engine.prepare(batch)
-    asked = sum(len(each.keys_U) for each in prepared.request.asked_S)
-    result = engine.train_step(prepared)
-    images = np.concatenate([batch.fields["behavior_image"].values_N, batch.fields["ad_image"].values_N])
-    assert result.num_samples == 6
-    assert asked == len(np.unique(images)) + len(np.unique(batch.fields["ad_item"].values_N))
-
-
-def test_an_error_instead_of_a_batch_is_raised(partition: FeaturePartition) -> None:
-    def failing() -> Iterator[Batch]:
-        yield batch_of(0)
-        raise DataError("label=7")
-
-    prepared = engine_of(partition).prepared(failing())
-    next(prepared)
-    with pytest.raises(DataError, match="label=7"):
-        next(prepared)
 
 
 def test_what_does_not_fit_is_named(partition: FeaturePartition) -> None:

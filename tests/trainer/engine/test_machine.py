@@ -1,21 +1,20 @@
 """What a rank takes of its machine: threads, device, memory; and what a run says of its hardware."""
 
 import gc
-import json
 import re
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
 
 import pytest
 import torch
 
 from featurestore.lookup import VARIABLE, dtype_of_machine
 from tests.cli import invoke
+from tests.ranks import Forks
 from tests.running import spared
 from tests.trainer.conftest import Places
+from tests.trainer.whole_runs import report_of
 from trainer.comm import SoloComm
 from trainer.comm.horovod import WITHOUT_NCCL
 from trainer.config import Device, OptimConfig, load_config
@@ -163,18 +162,13 @@ class TestDevice:
         assert taken == [torch.device("cuda", number) for number in (0, 1, 0)]
 
 
-def report_of(places: Places, name: str) -> dict[str, Any]:
-    report: dict[str, Any] = json.loads((places.folder / "runs" / name / "report.json").read_text())
-    return report
-
-
 def test_one_process_has_no_collectives(places: Places, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(VARIABLE)  # the processor decides
     dtype = dtype_of_machine("cpu")
     settings = places.settings(run__name="solo", train__max_steps=1, run__device="cpu")
     result = invoke(app, "--set", *settings, code=0)
     assert f", one process on cpu, no collectives, compute_dtype {dtype}, step 0 of 1" in result.stdout.splitlines()[0]
-    report = report_of(places, "solo")
+    report = report_of(places.folder / "runs" / "solo")
     assert (report["devices"], report["collectives"], report["compute_dtype"]) == (["cpu"], None, dtype)
     assert f"compute_dtype: {dtype}\n" in (places.folder / "runs" / "solo" / "config.yaml").read_text()
 
@@ -183,14 +177,9 @@ def test_gpus_are_named_with_their_model(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
     solo = hardware_of(SoloComm(), torch.device("cuda", 0), "bfloat16")
     assert hardware_text(solo, 1) == "one process on cuda:0 (NVIDIA H100), no collectives, compute_dtype bfloat16"
-    several = solo | {
-        "devices": [f"cuda:{rank} (NVIDIA H100)" for rank in (0, 1, 0, 1)],
-        "collectives": "NCCL by Horovod",
-    }
-    assert (
-        hardware_text(several, 4)
-        == "4 ranks on cuda:0 (NVIDIA H100), cuda:1 (NVIDIA H100), collectives: NCCL by Horovod, compute_dtype bfloat16"
-    )
+    several = solo | {"devices": [f"cuda:{rank}" for rank in (0, 1, 0, 1)], "collectives": "NCCL by Horovod"}
+    said = "4 ranks on cuda:0, cuda:1, collectives: NCCL by Horovod, compute_dtype bfloat16"
+    assert hardware_text(several, 4) == said
 
 
 @pytest.fixture
@@ -214,11 +203,11 @@ def test_objects_are_frozen_for_the_block_alone() -> None:
     assert gc.get_freeze_count() == 0
 
 
-@pytest.mark.long
-def test_freed_blocks_are_used_again() -> None:
+def test_freed_blocks_are_used_again(forks: Forks, tmp_path: Path) -> None:
     """In a process of its own: in this one, other threads and tests cut pieces from the blocks that were freed."""
-    done = subprocess.run([sys.executable, "-c", _PAGE_FAULTS], capture_output=True, text=True, check=True)
-    faults = min(int(line) for line in done.stdout.splitlines())
+    (tmp_path / "faults.py").write_text(_PAGE_FAULTS)
+    forks.run(1, tmp_path / "log.txt", tmp_path / "faults.py")
+    faults = min(int(line) for line in (tmp_path / "log.txt").read_text().splitlines())
     assert faults < 5_000  # of 39,000 pages: by default glibc keeps 40 MB of these 160
 
 

@@ -1,9 +1,9 @@
 """Small worlds on which a run of P ranks has to equal one process: fields and settings. Their data is in worlds.py."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-from trainer.config import ExactTableConfig, IdOptimizer, ModelConfig, OptimConfig, Pooling
+from trainer.config import ExactTableConfig, ModelConfig, OptimConfig
 from trainer.samples.survey import fill_in
 from trainer.schema import Field, Schema
 
@@ -252,22 +252,6 @@ SCENARIOS = {
     "weights_din_ids_only": Scenario({"base": "din", "images": "none"}, weighted=True, most_ranks=2),
     "weights_two_towers_ids_only": Scenario({"base": "two_tower", "images": "none"}, weighted=True, most_ranks=2),
     "two_towers_ids_only": Scenario({"base": "two_tower", "images": "none", "tower_width": 3}),
-}
-
-_POOLINGS = {scenario.model.get("pooling", ModelConfig().pooling) for scenario in SCENARIOS.values()}
-_OPTIMIZERS = {scenario.optim.ids for scenario in SCENARIOS.values()}
-SCENARIOS |= {
-    # An aggregator or an optimiser that is not above has a plain scenario.
-    **{
-        name: Scenario({"pooling": name}, biased=True, deal="starve", most_ranks=2)
-        for name in get_args(Pooling)
-        if name not in _POOLINGS
-    },
-    **{
-        name: Scenario({"images": "none"}, optimizers={"ids": name}, deal="starve", most_ranks=2)
-        for name in get_args(IdOptimizer)
-        if name not in _OPTIMIZERS
-    },
 }
 
 

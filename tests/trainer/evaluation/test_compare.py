@@ -146,10 +146,3 @@ def test_other_impressions_are_refused() -> None:
         compare([one], [other])
     with pytest.raises(ValueError, match="one run at least"):
         compare([], [one])
-
-
-def test_one_class_is_not_defined() -> None:
-    (one,) = predictions(0, (1, 0.5))
-    passes = dataclasses.replace(one.impressions, label_N=np.zeros(USERS * EACH, np.float32))
-    found = compare(*[[dataclasses.replace(one, impressions=passes)]] * 2, resamples=20)["auc"]
-    assert (found.ours, found.value, found.low, found.p_value) == (None, None, None, None)

@@ -12,18 +12,16 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from featurestore.snapshot import SnapshotId
 from featurestore.store import FeatureStore
 from tests.cli import invoke
 from tests.pages import check_page
 from tests.ranks import StandingRanks
 from tests.trainer.conftest import Places, make_places
-from tests.trainer.whole_runs import alike, run_alone
+from tests.trainer.whole_runs import alike, report_of, run_alone
 from trainer.config import load_saved
 from trainer.evaluate import app
 from trainer.evaluation import bootstrap
 from trainer.evaluation.bootstrap import METRICS
-from trainer.evaluation.predict import predict_run
 from trainer.evaluation.report import METRIC_TITLES, number
 from trainer.runs.folder import find_checkpoint
 from trainer.samples.survey import write_part
@@ -40,11 +38,6 @@ def evaluate(run: Path, *options: Any, code: int = 0) -> str:
     """What the command says; on stdout where it ends well, else on stderr."""
     result = invoke(app, run, *options, code=code)
     return result.stdout if code == 0 else result.stderr
-
-
-def report_of(folder: Path) -> dict[str, Any]:
-    report: dict[str, Any] = json.loads((folder / "report.json").read_text())
-    return report
 
 
 def of_tests(run: Path, column: str) -> list[Any]:
@@ -181,26 +174,7 @@ class TestReport:
         assert set(report["sliced_by"]["image"]["slices"]) == {"known", "new"}
 
 
-def test_images_that_are_not_in_the_store_are_told_to_a_run_that_never_met_one(places: Places, tmp_path: Path) -> None:
-    run = train_run(places, "refused-missing", train__max_steps=1)
-    shutil.copytree(places.folder / "features", tmp_path / "features")
-    FeatureStore.open(tmp_path / "features").delete(range(1_000, 1_020))
-    evaluate(run, "--bootstrap", 0, "--store", tmp_path / "features", "--out", tmp_path / "b")
-    assert any(
-        "its model has never met an image without a feature" in note for note in report_of(tmp_path / "b")["notes"]
-    )
-
-
 class TestOtherPlaces:
-    def test_samples_of_another_day(self, run: Path, write_samples: Callable[..., Any], tmp_path: Path) -> None:
-        write_samples(tmp_path / "day" / "test", [30, 10], seed=70, items=50)
-        evaluate(run, "--samples", tmp_path / "day", "--bootstrap", 0, "--out", tmp_path / "out")
-        report = report_of(tmp_path / "out")
-        assert report["whole"]["impressions"] == len(predict_run(run, samples=str(tmp_path / "day")).logit_N)
-        assert report["whole"]["impressions"] != report_of(run)["metrics"]["impressions"]
-        assert report["samples"] == str(tmp_path / "day" / "test")
-        assert report["notes"] == []
-
     def test_places_that_change_after_the_training(self, write_samples: Callable[..., Any], tmp_path: Path) -> None:
         places, day = make_places(tmp_path / "places"), tmp_path / "day"
         run, samples = train_run(places, "a", train__max_steps=3), places.folder / "samples"
@@ -227,33 +201,6 @@ class TestOtherPlaces:
         assert "is no feature store" in evaluate(run, "--samples", moved, code=2)
         assert "--store" in evaluate(run, "--samples", moved, "--store", tmp_path / "nothing", code=2)
         assert not (run / "evaluation").exists()
-
-    def test_newer_snapshot_is_told(self, run: Path, own: Places, tmp_path: Path) -> None:
-        shutil.copytree(own.folder / "features", tmp_path / "features")
-        FeatureStore.open(tmp_path / "features").delete([1_002])
-        evaluate(run, "--bootstrap", 0, "--store", tmp_path / "features", "--out", tmp_path / "out")
-        report = report_of(tmp_path / "out")
-        snapshot = SnapshotId.of(FeatureStore.open(tmp_path / "features").snapshot())
-        assert snapshot.version == 3 and report["stores"] == {"images": snapshot.model_dump()}
-        assert "snapshot 3" in report["notes"][0]
-        assert "trained on snapshot 2" in report["notes"][0]
-
-
-class TestRefusals:
-    def test_no_checkpoint(self, run: Path, tmp_path: Path) -> None:
-        shutil.copy(run / "config.yaml", tmp_path)
-        said = evaluate(tmp_path, code=2)
-        assert "has no checkpoint" in said
-        assert f"crossmedia train --config {tmp_path / 'config.yaml'}" in said
-
-    def test_no_test_day_yet(self, own: Places) -> None:
-        days = {"data__train_days": "[2026-01-03]", "data__test_days": "[]"}
-        run = train_run(own, "newest", train__max_steps=2, data__missing="zeros", **days)
-        assert "no test samples of its own (data.test_days=[]); name some by --samples" in evaluate(run, code=2)
-
-    def test_out_that_is_a_file(self, run: Path, tmp_path: Path) -> None:
-        (tmp_path / "file").touch()
-        assert "choose another by --out" in evaluate(run, "--bootstrap", 0, "--out", tmp_path / "file", code=1)
 
 
 class TestAgainst:

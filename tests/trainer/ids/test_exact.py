@@ -32,13 +32,10 @@ from tests.trainer.ids.exact_tables import (
 )
 from trainer.config import IdOptimizer
 from trainer.errors import CheckpointError
-from trainer.ids.exact import CountingFilter, ExactShape, ExactTable, RowMap, counters_for, longest_unused
+from trainer.ids.exact import CountingFilter, ExactShape, RowMap, counters_for, longest_unused
 from trainer.ids.shards import TableShape, owned_bytes
 
 sys.path.append(str(Path(__file__).parents[1] / "equivalence"))  # the reference's modules find each other there
-
-ROWS = 32  # of a shard: two make room at once
-IDS = ids_of_shard(3, ROWS + 20)
 RULES: list[dict[str, Any]] = [
     {},
     {"admit_after": 3},
@@ -78,8 +75,14 @@ class Plain:
         }
 
 
-@pytest.mark.parametrize("optimizer", IdOptimizer.__args__)
-@pytest.mark.parametrize("legs", [(1, 1), (3, 11, 2)], ids=["one rank", "other ranks"])
+ONE_RANK, OTHER_RANKS = (1, 1), (3, 11, 2)
+
+
+@pytest.mark.parametrize(
+    ("legs", "optimizer"),
+    [(ONE_RANK, "rowwise_adagrad"), *((OTHER_RANKS, each) for each in IdOptimizer.__args__)],
+    ids=lambda each: {ONE_RANK: "one rank", OTHER_RANKS: "other ranks"}.get(each, each),
+)
 @pytest.mark.parametrize("rules", RULES, ids="+".join)
 def test_it_is_as_one_id_at_a_time_for_any_ranks_and_resumed(
     rules: dict[str, Any], legs: tuple[int, ...], optimizer: IdOptimizer
@@ -164,20 +167,16 @@ def test_rows_asked_for_long_before_their_step_are_the_same(max_rows: int, steps
     assert_same(state_of(ahead), state_of(one))
 
 
-def filled(order: list[int], **rules: int) -> ExactTable:
-    """A table whose shard 3 is full; an id a step."""
-    table = table_of(shape_of(ROWS * SHARDS, **rules))
-    for each in order:
-        train(table, [each])
-    return table
-
-
 def test_ids_that_wait_for_their_admission_take_no_ones_room() -> None:
-    table = filled([each for each in IDS[:ROWS] for _ in range(2)], admit_after=2)
-    train(table, [IDS[ROWS]])
+    rows = 32  # of a shard: two make room at once
+    table, ids = table_of(shape_of(rows * SHARDS, admit_after=2)), ids_of_shard(3, rows + 3)
+    for each in ids[:rows]:
+        train(table, [each])
+        train(table, [each])
+    train(table, ids[rows : rows + 1])
     assert table.counts.evicted == 0
-    train(table, [IDS[ROWS]])
-    assert table.counts.evicted == 2 and have_rows(table, IDS) == {*IDS[2 : ROWS + 1]}
+    train(table, ids[rows:])
+    assert table.counts.evicted == 2 and have_rows(table, ids) == {*ids[2 : rows + 1]}
 
 
 def test_the_longest_unused_are_chosen_as_sorting_all_would() -> None:
@@ -224,32 +223,20 @@ class Owned:
         self.map.insert(slot[new], hashes[new], ids[new])
 
 
-@pytest.mark.parametrize("rows_per_shard", [2, 5, 40, 2000])
+@pytest.mark.parametrize("rows_per_shard", [2, 5, 60, 2000])
 def test_rows_are_those_of_lists(rows_per_shard: int) -> None:
-    """Of each shard the ids in the order in which they came, one at a time, as long as there is room."""
+    """Of each shard the ids in the order in which they came, as long as there is room; some go, many times over, and
+    the last ones take their numbers."""
     draw, owned = np.random.default_rng(900), Owned(rows_per_shard)
-    batches = [draw.integers(-900, 900, 300) * 7919 for _ in range(12)]
     ids_of: list[list[int]] = [[] for _ in range(SHARDS)]
-    for batch in map(np.unique, batches):
+    seen_ids = np.array([0, 2**63 - 1, -(2**63)])
+    for number in range(30):
+        batch = np.unique(draw.integers(-300 - 30 * number, 300 + 30 * number, 300)) * 7919
         owned.learn(batch)
         for each, shard in zip(batch.tolist(), shard_of(batch, SHARDS).tolist(), strict=True):
             if each not in ids_of[shard] and len(ids_of[shard]) < rows_per_shard - 1:
                 ids_of[shard].append(each)
-    assert [owned.map.ids_of(shard).tolist() for shard in range(SHARDS)] == ids_of
-    every = np.unique(np.concatenate([*batches, np.array([0, 2**63 - 1, -(2**63)])]))
-    row_of = {each: row for ids in ids_of for row, each in enumerate(ids, 1)}
-    assert owned.rows(every) == [row_of.get(each, 0) for each in every.tolist()]
-
-
-def test_rows_are_removed_and_the_last_ones_take_their_numbers() -> None:
-    """Against lists, many times over."""
-    draw, owned = np.random.default_rng(5), Owned(60)
-    ids_of: list[list[int]] = [[] for _ in range(SHARDS)]
-    for number in range(40):
-        new = np.arange(number * 100, number * 100 + 100)
-        owned.learn(new)
-        for slot, ids in enumerate(ids_of):
-            ids.extend(new[shard_of(new, SHARDS) == slot][: 59 - len(ids)].tolist())
+        for slot, ids in enumerate(ids_of if number % 3 == 2 else []):
             gone = np.sort(draw.choice(len(ids), int(draw.integers(0, len(ids) + 1)), replace=False)) + 1
             from_M, to_M = owned.map.remove(slot, gone)
             end = len(ids) - len(gone)
@@ -258,10 +245,10 @@ def test_rows_are_removed_and_the_last_ones_take_their_numbers() -> None:
             for row, to in zip(from_M.tolist(), to_M.tolist(), strict=True):
                 ids[to - 1] = ids[row - 1]
             del ids[end:]
-            assert owned.map.ids_of(slot).tolist() == ids
-        every = np.arange(number * 100 + 100)
+        assert [owned.map.ids_of(shard).tolist() for shard in range(SHARDS)] == ids_of
+        seen_ids = np.union1d(seen_ids, batch)
         row_of = {each: row for ids in ids_of for row, each in enumerate(ids, 1)}
-        assert owned.rows(every) == [row_of.get(each, 0) for each in every.tolist()]
+        assert owned.rows(seen_ids) == [row_of.get(each, 0) for each in seen_ids.tolist()]
 
 
 def add(counts: CountingFilter, ids: np.ndarray) -> np.ndarray:

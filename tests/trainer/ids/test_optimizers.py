@@ -120,20 +120,6 @@ class TestAdam:
                 table.step(rows_Q, gradient_QV)
         assert all(torch.equal(part, unread.rows.parts[name]) for name, part in read.rows.parts.items())
 
-    def test_goes_on_from_its_shared_state(self) -> None:
-        through, second = Table(ids="adam"), Table(ids="adam")
-        steps = drawn_steps(0)
-        for each in steps[:200]:
-            through.step(*each)
-        for name, part in through.rows.parts.items():
-            second.rows.parts[name].copy_(part)
-        second.optimizer.load_shared_state(through.optimizer.shared_state())
-        second.num_steps = 200
-        for each in steps[200:]:
-            through.step(*each)
-            second.step(*each)
-            assert torch.equal(through.now(), second.now())
-
 
 class TestPlainForms:
     """Optimisers that leave rows alone which a step does not touch, against loops over touched rows."""

@@ -124,45 +124,46 @@ def table_of(run: Path, name: str) -> dict[str, Any]:
     return figures
 
 
-def test_resumed_it_ends_with_the_same_bits(exact: Train) -> None:
-    """With a step prepared ahead when the checkpoint is written: its ids are not counted twice."""
-    settings: dict[str, Any] = {"optim__ids": "adam", "data__global_batch_size": 64, "train__max_steps": 6}
-    through = exact("through", **settings)
-    stopped = exact("stopped", **{**settings, "train__max_steps": 4}, train__checkpoint_every=3)
-    third = stopped / "checkpoints" / "step-00000003"
-    assert_same(exact("again", **settings, run__resume=third), through)
+PREPARED: dict[str, Any] = {"optim__ids": "adam", "data__global_batch_size": 64}
+EVICTED: dict[str, Any] = {"optim__ids": "rowwise_adagrad", "model__tables": EVICTING, "data__global_batch_size": 8}
 
 
-def test_figures(exact: Train, capsys: pytest.CaptureFixture[str]) -> None:
-    run = exact("figures")
+@pytest.mark.parametrize(
+    ("settings", "steps"), [(PREPARED, (3, 4, 6)), (EVICTED, (10, 10, 25))], ids=["prepared ahead", "evictions"]
+)
+def test_resumed_exact_tables_end_with_the_same_bits(
+    exact: Train, settings: dict[str, Any], steps: tuple[int, int, int]
+) -> None:
+    """With a step prepared ahead when the checkpoint is written: its ids are not counted twice; after evictions."""
+    at, stop, end = steps
+    through = exact("through", **settings, train__max_steps=end)
+    stopped = exact("stopped", **settings, train__max_steps=stop, train__checkpoint_every=at)
+    if settings is EVICTED:
+        assert table_of(through, "image")["evicted"] > table_of(stopped, "image")["evicted"] > 4
+    resume = stopped / "checkpoints" / f"step-{at:08}"
+    assert_same(exact("again", **settings, train__max_steps=end, run__resume=resume), through)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({}, " times an id stayed at the cold row"),
+        ({**EVICTED, "train__max_steps": 30}, " rows made room for other ids, so few are trained"),
+    ],
+    ids=["refusing", "evicting"],
+)
+def test_figures(exact: Train, settings: dict[str, Any], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """In the report, and a warning of the table in which few ids have rows."""
+    run = exact("figures", **settings)
     items, images = table_of(run, "item"), table_of(run, "image")
-    assert items["used_rows"] == len(ids_of(run, "item")) == 40 and items["rows"] == 80
-    assert 0 < items["cold"] < items["served"] and items["refused"] == 0
-    assert images["used_rows"] < 40 and images["refused"] == images["cold"] > 0
+    if settings:
+        assert images["evicted"] > images["rows"] == 20
+    else:
+        assert items["used_rows"] == len(ids_of(run, "item")) == 40 and items["rows"] == 80
+        assert 0 < items["cold"] < items["served"] and items["refused"] == 0
+        assert images["used_rows"] < 40 and images["refused"] == images["cold"] > 0
     said = " ".join(capsys.readouterr().out.split())
-    assert said.count("warning: table image: ") == said.count(" times an id stayed at the cold row") == 1
-
-
-def test_rows_that_make_room_are_told(exact: Train, capsys: pytest.CaptureFixture[str]) -> None:
-    """In the figures, and in a warning where they are more than there are rows."""
-    settings: dict[str, Any] = {"model__tables": EVICTING, "data__global_batch_size": 8, "train__max_steps": 30}
-    images = table_of(exact("evicting", **settings), "image")
-    assert images["evicted"] > images["rows"] == 20
-    said = " ".join(capsys.readouterr().out.split())
-    assert said.count("warning: table image: ") == said.count(" rows made room for other ids, so few are trained") == 1
-
-
-def test_resumed_after_evictions_it_ends_with_the_same_bits(exact: Train) -> None:
-    settings: dict[str, Any] = {
-        "optim__ids": "rowwise_adagrad",
-        "model__tables": EVICTING,
-        "data__global_batch_size": 8,
-    }
-    through = exact("through", **settings, train__max_steps=25)
-    stopped = exact("stopped", **settings, train__max_steps=10, train__checkpoint_every=10)
-    assert table_of(through, "image")["evicted"] > table_of(stopped, "image")["evicted"] > 4
-    again = exact("stopped", **settings, train__max_steps=25, run__resume="latest")
-    assert_same(again, through)
+    assert said.count("warning: table image: ") == said.count(told) == 1
 
 
 @pytest.mark.parametrize("parts", ["all", "partial"])

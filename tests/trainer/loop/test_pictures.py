@@ -10,12 +10,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from featurestore.format.rows import FeatureRows
-from featurestore.spec import ExtractorSpec, StoreInfo
-from featurestore.store import FeatureStore
 from tests.ranks import StandingRanks
 from tests.trainer.checkpoints import tensors_of
-from tests.trainer.conftest import Places, sample_table
+from tests.trainer.conftest import Places, drawn_store, sample_table
 from tests.trainer.whole_runs import alike, all_alike, report_of, run_alone
 from trainer.comm import SoloComm
 from trainer.config import ModelConfig
@@ -61,13 +58,8 @@ def made(tmp_path_factory: pytest.TempPathFactory, write_samples: Callable[..., 
     folder = tmp_path_factory.mktemp("pictures")
     write_samples(folder / "samples" / "train", [200, 200], row_group=50, items=KNOWN)
     write_samples(folder / "samples" / "test", [900], row_group=300, seed=90, items=ITEMS)
-    extractor = ExtractorSpec(
-        backbone="drawn", layer="none", weights_digest="0", preprocessing="none", compute_dtype="float32"
-    )
     for name, new_ones in {"right": 1.0, "wrong": -1.0}.items():
-        store = FeatureStore.create(folder / name, StoreInfo(num_shards=4, dim=DIM, extractor=extractor))
-        keys = np.arange(1_000, 1_000 + ITEMS)
-        store.put(FeatureRows.of([str(key) for key in keys], _features(new_ones), keys=keys))
+        drawn_store(folder / name, _features(new_ones), first_key=1_000, dtype="bfloat16")
     return Places(folder)
 
 

@@ -1,6 +1,7 @@
 """Early stopping: when it stops, what the run ends with, and that an interrupted run ends with the same."""
 
 import contextlib
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 from featurestore.storage.storage import Storage
 from tests.trainer.checkpoints import steps_of
 from tests.trainer.conftest import Places
-from tests.trainer.whole_runs import assert_same, report_of, run_alone
+from tests.trainer.whole_runs import assert_same, interrupted_after, report_of, run_alone
 from trainer.comm import SoloComm
 from trainer.config import load_config
 from trainer.engine.engine import Engine
@@ -65,8 +66,7 @@ class TestDecision:
 def _scripted() -> Iterator[list[int]]:
     """Let evaluations find the GAUC of the script, within the block; gives the steps that were evaluated."""
     steps: list[int] = []
-    counted = Engine.train_step
-    now = {"step": 0}
+    counted, now = Engine.train_step, {"step": 0}
 
     def train_step(engine: Engine, prepared: Any) -> Any:
         result = counted(engine, prepared)
@@ -127,20 +127,11 @@ def test_the_best_parameters_are_there_where_no_other_checkpoint_is_due(
 
 @pytest.mark.long
 def test_an_interrupted_run_ends_with_the_same(
-    places: Places, whole: Path, tmp_path: Path, scripted: list[int], monkeypatch: pytest.MonkeyPatch
+    places: Places, whole: Path, tmp_path: Path, scripted: list[int]
 ) -> None:
     """Killed after its best step, which a later start has to know."""
-    step = Engine.train_step
-
-    def killed(engine: Engine, prepared: Any) -> Any:
-        if engine.num_steps == 9:
-            raise KeyboardInterrupt
-        return step(engine, prepared)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Engine, "train_step", killed)
-        with pytest.raises(KeyboardInterrupt):
-            _run(places, "halves", tmp_path)
+    with interrupted_after(9):
+        _run(places, "halves", tmp_path)
     assert read_state(find_checkpoint(tmp_path / "halves")).step == 9
     halves = _run(places, "halves", tmp_path, run__resume="latest")
     assert_same(halves, whole, metrics=True)
@@ -220,7 +211,8 @@ def _scored(*gaucs: float) -> Iterator[list[int]]:
         yield measured
 
 
-VALIDATED = {"data__validation_days": 1, "train__epochs": 3, "train__checkpoint_every": 2}
+FEW_STEPS = {"data__global_batch_size": 96}
+VALIDATED = {"data__validation_days": 1, "train__epochs": 3, "train__checkpoint_every": 2, **FEW_STEPS}
 KEPT = ["2026-01-01", "2026-01-02"]
 
 
@@ -234,7 +226,7 @@ def validated(places: Places, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_ends_with_the_best_epoch_on_days_that_it_is_not_trained_on(
     places: Places, validated: Path, tmp_path: Path
 ) -> None:
-    plain = run_alone(places, run__name="two", run__dir=tmp_path, data__train_days=f"[{','.join(KEPT)}]")
+    plain = run_alone(places, run__name="two", run__dir=tmp_path, data__train_days=f"[{','.join(KEPT)}]", **FEW_STEPS)
     assert_same(validated, plain, metrics=True)
     report, steps = report_of(validated), report_of(plain)["global_step"]
     assert (report["global_step"], [entry["step"] for entry in report["history"]]) == (
@@ -249,23 +241,12 @@ def test_a_run_ends_with_the_best_epoch_on_days_that_it_is_not_trained_on(
 
 
 @pytest.mark.long
-def test_an_interrupted_run_chooses_the_same_epoch(
-    places: Places, validated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_run_chooses_the_same_epoch(places: Places, validated: Path, tmp_path: Path) -> None:
     """Killed in the last epoch, after the best one."""
-    step, last = Engine.train_step, report_of(validated)["history"][-1]["step"] - 1
-
-    def killed(engine: Engine, prepared: Any) -> Any:
-        if engine.num_steps == last:
-            raise KeyboardInterrupt
-        return step(engine, prepared)
-
     changes = {"run__name": "halves", "run__dir": tmp_path, **VALIDATED}
     with _scored(0.5, 0.7, 0.6) as measured:
-        with monkeypatch.context() as patched:
-            patched.setattr(Engine, "train_step", killed)
-            with pytest.raises(KeyboardInterrupt):
-                run_alone(places, **changes)
+        with interrupted_after(report_of(validated)["history"][-1]["step"] - 1):
+            run_alone(places, **changes)
         halves = run_alone(places, run__resume="latest", **changes)
         assert_same(halves, validated, metrics=True)
         assert report_of(halves)["history"] == report_of(validated)["history"]
@@ -288,6 +269,8 @@ def test_days_are_named_once(places: Places) -> None:
     assert of("data.validation_days=[2026-01-03]", f"data.train_days=[{','.join(KEPT)}]") == last
     with pytest.raises(ConfigError, match="validation_days=3 leaves none of the 3 training days of"):
         of("data.validation_days=3")
+    with pytest.raises(ConfigError, match=r"1 \(for train.early_stopping\) leaves none of the 1 training days"):
+        of("train.early_stopping=1", f"data.train_days=[{KEPT[0]}]")
     # What a checkpoint has recorded counts where nothing is said.
     assert of(recorded=["2026-01-03"]) == last and of("train.epochs=9", recorded=0) == (None, 0)
     assert of("data.validation_days=0", recorded=["2026-01-03"]) == (None, 0)
@@ -298,17 +281,18 @@ def test_a_run_that_chose_its_epoch_ends_with_the_command_that_trains_on_the_day
     places: Places, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("trainer.runs.open._LEAST_DAYS", 3)  # what the samples have
+    folder = tmp_path / "my runs"  # the command says as one word what is one
     with _scored(0.5, 0.7, 0.6):
-        run_alone(places, run__dir=tmp_path, run__name="a", train__epochs=3)
+        run_alone(places, run__dir=folder, run__name="a", train__epochs=3, run__resume="auto")
     output = " ".join(capsys.readouterr().out.split())
     assert "held out, to choose the best of 3 epochs: 2026-01-03; data.validation_days=0 trains on all days" in output
-    command, option, file, *words = output.partition("as well: ")[2].split()[1:]
+    command, option, file, *words = shlex.split(output.partition("as well: ")[2])[1:]
     assert (command, option) == ("train", "--config")
     after = load_config(Path(file), words)
     assert (after.run.name, after.run.warm_parts, after.train.epochs) == ("a-all", "all", 2)
     assert (after.data.train_days, after.optim.lr) == (["2026-01-03"], 0.3 * load_config(Path(file)).optim.lr)
     train(after, SoloComm())
-    assert report_of(tmp_path / "a-all")["warm_start"].startswith(f"{tmp_path / 'a'}/checkpoints/")
+    assert report_of(folder / "a-all")["warm_start"].startswith(f"{folder / 'a'}/checkpoints/")
 
 
 @pytest.mark.parametrize(
@@ -322,6 +306,8 @@ def test_a_run_that_chose_its_epoch_ends_with_the_command_that_trains_on_the_day
         pytest.param(["train.epochs=4", "train.max_steps=9"], 40, 0, id="steps are counted"),
         pytest.param(["train.epochs=4", "train.eval_every=9"], 40, 0, id="test samples are looked at"),
         pytest.param(["train.epochs=4", "data.validation_days=0"], 40, 0, id="as is said"),
+        pytest.param(["train.early_stopping=1", "train.max_steps=9"], 3, 1, id="early stopping"),
+        pytest.param(["train.early_stopping=1", "train.eval_every=9"], 40, 0, id="early stopping by test samples"),
     ],
 )
 def test_more_epochs_than_two_hold_days_out(settings: list[str], num_days: int, held: int, tmp_path: Path) -> None:

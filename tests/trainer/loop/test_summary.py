@@ -1,14 +1,11 @@
 """What a run tells: progress and TensorBoard's file, also on a full disk, and the figures of its report."""
 
 import io
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from featurestore.console.output import figure
-from tests.commands.calls import call
 from tests.faulty import full_from
 from tests.trainer.whole_runs import drawn_scalars
 from trainer.comm import SoloComm
@@ -65,18 +62,6 @@ def test_one_warning_for_all_that_cannot_be_written(tmp_path: Path, capsys: pyte
         "warning: figures for TensorBoard",
         "warning: output",
     ]
-
-
-@pytest.mark.long
-def test_a_run_without_a_place_for_figures_is_trained_to_its_end(places: Any, tmp_path: Path) -> None:
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "tensorboard").touch()
-    changes = {"train__max_steps": 3, "train__log_every": 1}
-    settings = places.settings(run__dir=tmp_path, run__name="a", **changes)
-    called = call(["trainer.main", *(f"--set={each}" for each in settings)])
-    assert (called.code, called.trace) == (0, ""), called.err
-    assert called.err.count("warning: figures") == 1, called.err
-    assert json.loads((tmp_path / "a" / "report.json").read_text())["global_step"] == 3
 
 
 STEP = StepResult(loss=0.5, num_samples=100, learning_rate=0.1)

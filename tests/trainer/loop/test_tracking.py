@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.trainer.conftest import Places
-from tests.trainer.whole_runs import assert_same, drawn_scalars, report_of, run_alone
+from tests.trainer.whole_runs import assert_same, drawn_scalars, interrupted_after, report_of, run_alone
 from trainer.loop import tracking
 from trainer.loop.tracking import TrackerThread, WandbRun
 
@@ -122,9 +122,11 @@ def mlflow(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
 
 @pytest.mark.long
 def test_mlflow_has_settings_figures_and_addresses_also_of_a_run_that_is_continued(
-    places: Places, tmp_path: Path, mlflow: ModuleType
+    places: Places, tmp_path: Path, mlflow: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(places.folder)
     named = {"run__name": "tracked", "run__dir": tmp_path / "runs", "run__tracking": "mlflow"}
+    named |= {"data__samples": "samples", "data__store": "features"}
     run = run_alone(places, **named, **STEPS | {"train__max_steps": 4})
     run_alone(places, **named, **STEPS, run__resume="latest")
     client = mlflow.MlflowClient()
@@ -132,7 +134,7 @@ def test_mlflow_has_settings_figures_and_addresses_also_of_a_run_that_is_continu
     assert (tracked.info.run_name, tracked.info.status) == ("tracked", "FINISHED")
     params = tracked.data.params
     assert params["model.images"] == "both" and params["read.folder"] == str(run)
-    assert params["data.samples"] == str(places.folder / "samples")
+    assert params["data.samples"] == "samples" and params["read.samples"] == str(places.folder / "samples")
     assert params["read.stores.images.url"] == str(places.folder / "features")
     assert params["read.stores.images.version"] == "1" and params["read.samples_digest"]
     drawn = drawn_scalars(run / "tensorboard")
@@ -145,26 +147,9 @@ def test_mlflow_has_settings_figures_and_addresses_also_of_a_run_that_is_continu
 
 
 @pytest.mark.long
-def test_a_run_that_fails_is_told_as_failed(
-    places: Places, tmp_path: Path, mlflow: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def broken(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("trainer.engine.engine.Engine.train_step", broken)
-    with pytest.raises(KeyboardInterrupt):
+def test_a_run_that_fails_is_told_as_failed(places: Places, tmp_path: Path, mlflow: ModuleType) -> None:
+    with interrupted_after(0):
         run_alone(places, run__name="broken", run__dir=tmp_path / "runs", run__tracking="mlflow", **STEPS)
     client = mlflow.MlflowClient()
     (tracked,) = client.search_runs([client.get_experiment_by_name("shop").experiment_id])
     assert tracked.info.status == "FAILED"
-
-
-@pytest.mark.long
-def test_a_server_that_is_away_ends_no_run(
-    places: Places, tmp_path: Path, mlflow: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    mlflow.set_tracking_uri("http://127.0.0.1:9")
-    run = run_alone(places, run__name="away", run__dir=tmp_path / "runs", run__tracking="mlflow", **STEPS)
-    assert report_of(run)["global_step"] == 6
-    assert capsys.readouterr().err.count("warning: run.tracking=mlflow") == 1

@@ -9,8 +9,6 @@ import torch
 from trainer.config import ModelConfig
 from trainer.exchange.vectors import take_rows
 from trainer.models.layers import (
-    HiddenLayers,
-    Mlp,
     PlacedDropout,
     StepPlace,
     expand_rows,
@@ -84,23 +82,6 @@ class TestDropout:
         assert not torch.equal(usual(ones), PlacedDropout(0.5, replace(place, **other), layer=1)(ones))
         assert not torch.equal(usual(ones), PlacedDropout(0.5, place, layer=2)(ones))
         assert torch.equal(usual(ones), PlacedDropout(0.5, replace(place), layer=1)(ones))
-
-
-def names_of(**settings: object) -> set[str]:
-    return set(build_model(TWO_IDS, ModelConfig.model_validate({"images": "none", **settings})).state_dict())
-
-
-def test_names_of_parameters_are_the_same_with_any_setting() -> None:
-    usual, prelu = names_of(), names_of(activation="prelu")
-    assert names_of(dropout=0.2) == usual
-    assert usual < prelu == names_of(activation="prelu", dropout=0.2)
-
-
-def test_order_of_the_layers() -> None:
-    config = ModelConfig(activation="relu", dropout=0.1)
-    mlp = Mlp([5, 4, 3, 1], HiddenLayers(config, StepPlace()))
-    kinds = [type(layer).__name__ for layer in mlp]
-    assert kinds == [*["Linear", "ReLU", "PlacedDropout"] * 2, "Linear"]
 
 
 def test_starts() -> None:

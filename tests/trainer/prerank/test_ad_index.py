@@ -215,10 +215,10 @@ class TestRecall:
 
     def test_more_effort_is_taken_where_it_is_too_low(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("featurestore.index._SEARCH_EFFORT", 10)
-        numbers = np.random.default_rng(0).normal(size=(4_000, 48)).astype(np.float32)  # hard: no kinds at all
-        users = np.random.default_rng(1).normal(size=(50, 48)).astype(np.float32)
-        plain = VectorIndex.build("hnsw", np.arange(4_000), numbers)
-        ads = AdIndex.build(str(tmp_path), "hnsw", np.arange(4_000), numbers, ORIGIN, users, min_recall=1.0)
+        numbers = np.random.default_rng(0).normal(size=(1_000, 32)).astype(np.float32)  # hard: no kinds at all
+        users = np.random.default_rng(1).normal(size=(50, 32)).astype(np.float32)
+        plain = VectorIndex.build("hnsw", np.arange(1_000), numbers)
+        ads = AdIndex.build(str(tmp_path), "hnsw", np.arange(1_000), numbers, ORIGIN, users, min_recall=1.0)
         assert ads.index.effort and plain.effort and ads.index.effort > plain.effort
         assert ads.state.recall == 1
         assert AdIndex.open(str(tmp_path)).index.effort == ads.index.effort

@@ -16,7 +16,7 @@ from featurestore import FeatureRows, FeatureStore
 from featurestore.index import VectorIndex
 from tests.cli import invoke
 from tests.ranks import StandingRanks
-from tests.trainer.conftest import Places, make_places
+from tests.trainer.conftest import Places, make_days, make_places
 from tests.trainer.whole_runs import run_alone
 from trainer.comm import SoloComm
 from trainer.prerank.__main__ import app
@@ -137,11 +137,7 @@ class TestDays:
 
     @pytest.fixture
     def days(self, tmp_path: Path) -> Places:
-        """Three days in train/, the fourth in test/."""
-        places = make_places(tmp_path)
-        test = places.folder / "samples" / "test"
-        (test / "day=2026-01-01.parquet").rename(test / "day=2026-01-04.parquet")
-        return places
+        return make_days(tmp_path)
 
     def trained_on(self, places: Places, day: str, test_days: str) -> tuple[Path, str]:
         """A run on one day, and an index of it."""
@@ -271,11 +267,8 @@ def test_a_sync_leaves_the_ads_of_the_table(folder: Path, out: str, tmp_path: Pa
     (found, *_), _ = AdIndex.open(out).index.search(np.ones((3, 6), np.float32), 20)
     assert set(found.tolist()) == set(range(4, 24))
     cut = ads_table([4, 5], tmp_path / "cut.parquet")
-    result = job(folder, "--out", out, "--sync", cut, code=1)
-    assert "18 of the 20 ads" in result.stderr and "--max-gone 1 lets them go" in result.stderr
-    assert set(by_key(out)) == set(range(4, 24))
+    assert "--max-gone 1 lets them go" in job(folder, "--out", out, "--sync", cut, code=1).stderr
     assert "2 unchanged, 18 removed" in done(folder, "--out", out, "--sync", cut, "--max-gone", 1)
-    assert set(by_key(out)) == {4, 5}
 
 
 def test_a_low_recall_is_one_line_on_stderr(folder: Path, out: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -332,18 +325,3 @@ def test_one_row(folder: Path, out: str, tmp_path: Path) -> None:
     for kind in ("flat", "hnsw"):
         text = done(folder, "--out", f"{out}-{kind}", "--index", kind, "--ads", ads_table([7], tmp_path / "ad.parquet"))
         assert f"{kind}, 1 ads" in text
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--ads", "a.parquet", "--samples", "b"], "give one of --ads and --samples"),
-        (["--sync", "a.parquet", "--add"], "--sync does not go with --add; leave --add out"),
-        (["--sync", "a.parquet", "--ads", "b.parquet"], "--sync does not go with --ads; leave --ads out"),
-        (["--add", "--index", "flat"], "--add keeps the kind and the limit of the index; leave --index out"),
-        (["--index", "annoy"], "'annoy' is not one of"),
-    ],
-)
-def test_options_that_do_not_go_together(options: list[str], message: str, folder: Path) -> None:
-    result = job(folder, *options, code=2)
-    assert message in " ".join(result.stderr.replace("│", " ").split())

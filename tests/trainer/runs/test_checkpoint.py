@@ -127,38 +127,20 @@ def test_damaged_state_is_named(tmp_path: Path) -> None:
     path = save(tmp_path)
     file = Path(path.path("state.json"))
     content = file.read_text()
-    for damaged in (
-        content[:-20],
-        content.replace('"step": 50', '"step": 51'),
-        "[]",
-        "{}",
-        content.replace("{", "", 1),
+    state, part = checkpoint.read_state(path), WrittenPart("0", PublishedFile(path="files/x", size_bytes=1))
+    outside = ("../x", "/etc/passwd", "..", ".", "", "a/b", "a\\b", "a\0", "a" * 300)
+    changed = (content[:-20], content.replace('"step": 50', '"step": 51'), "[]", "{}", content.replace("{", "", 1))
+    for damaged, problem in (
+        *((each.encode(), "") for each in changed),
+        *((state_bytes(state, {name: part}), ": files") for name in outside),
+        (state_bytes(state, {"rows-00000-of-00001.safetensors": part}), r": dense\.safetensors is not among"),
     ):
-        file.write_text(damaged)
-        with pytest.raises(CheckpointError, match=r"state\.json is damaged"):
+        file.write_bytes(damaged)
+        with pytest.raises(DamagedCheckpointError, match=rf"state\.json is damaged{problem}"):
             checkpoint.read_state(path)
-    file.write_text(content)
-    newer = checkpoint.read_state(path).model_copy(update={"format_version": 99})
-    file.write_bytes(state_bytes(newer, {}))
+    file.write_bytes(state_bytes(state.model_copy(update={"format_version": 99}), {}))
     with pytest.raises(CheckpointError, match="has format 99"):
         checkpoint.read_state(path)
-
-
-def test_a_state_that_does_not_name_the_dense_file_is_damaged(tmp_path: Path) -> None:
-    path = save(tmp_path)
-    state, part = checkpoint.read_state(path), WrittenPart("0", PublishedFile(path="files/x", size_bytes=1))
-    Path(path.path("state.json")).write_bytes(state_bytes(state, {"rows-00000-of-00001.safetensors": part}))
-    with pytest.raises(DamagedCheckpointError, match=r"state\.json is damaged: dense\.safetensors is not among"):
-        checkpoint.read_state(path)
-
-
-def test_no_file_outside_of_its_folder_is_one_of_a_checkpoint(tmp_path: Path) -> None:
-    path = save(tmp_path)
-    state, part = checkpoint.read_state(path), WrittenPart("0", PublishedFile(path="files/x", size_bytes=1))
-    for name in ("../x", "/etc/passwd", "..", ".", "", "a/b", "a\\b", "a\0", "a" * 300):
-        Path(path.path("state.json")).write_bytes(state_bytes(state, {name: part}))
-        with pytest.raises(DamagedCheckpointError, match=r"state\.json is damaged: files"):
-            checkpoint.read_state(path)
 
 
 def test_what_a_name_means(run: RunPath) -> None:

@@ -91,9 +91,6 @@ def test_options_of_the_command(own: Places, before: Path) -> None:
     warm = [f"run.warm_start={before}", "run.warm_parts=all"]
     result = invoke(main.app, *warm, "--set", *settings, code=0)
     assert f"warm start from {before}/checkpoints/step-00000006: all" in result.stdout
-    result = invoke(main.app, warm[0], "run.warm_parts=most")
-    assert (result.exit_code, result.stdout) == (2, "")
-    assert "run.warm_parts='most': it should be 'partial' or 'all'" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from featurestore.storage.storage import Storage
 from tests.faulty import FaultyStorage
 from tests.trainer.samples.reading import SCHEMA, expected_rows, reader_of, rows_of, serials_of
 from trainer.comm import SoloComm
@@ -142,16 +141,6 @@ def test_files_that_change_during_a_run_are_noticed(tmp_path: Path, write_sample
     write_samples(tmp_path / "train", [30], seed=1)
     with pytest.raises(DataError, match=r"day=2026-01-01\.parquet has changed since the run began"):
         list(reader.batches())
-
-
-def test_samples_are_read_through_the_store_s_door(samples: tuple[Path, list[pa.Table]]) -> None:
-    folder, _ = samples
-    storage = Storage("memory://trainer-samples")
-    for file in (folder / "train").iterdir():
-        storage.write_bytes(f"train/{file.name}", file.read_bytes())
-    index = open_index(SoloComm(), storage.url, "train", SCHEMA)
-    batches = SampleReader(index, SCHEMA, batch_size=16, seed=3, window=50).batches()
-    assert [rows_of(batch) for batch in batches] == [rows_of(batch) for batch in reader_of(folder).batches()]
 
 
 def test_days_are_found_in_either_split(tmp_path: Path, write_samples: Write) -> None:

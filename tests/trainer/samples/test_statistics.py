@@ -11,7 +11,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.cli import invoke
-from tests.ranks import StandingRanks
 from tests.trainer.conftest import make_places
 from tests.trainer.runs.saved import on_ranks
 from trainer.comm import SoloComm
@@ -250,18 +249,14 @@ def fields_of(run: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def run(numbered: Any, two_ranks: StandingRanks) -> Path:
-    """Trained by two ranks."""
-    two_ranks.run("-m", "trainer.main", "--set", *settings_of(numbered, "two"))
+def run(numbered: Any) -> Path:
+    train(configured(numbered, "two"), SoloComm())
     return Path(numbered.folder) / "runs/two"
 
 
-def test_two_ranks_find_the_bits_of_one(run: Path, numbered: Any, tmp_path: Path) -> None:
-    train(configured(numbered, "one", data__cache_dir=tmp_path), SoloComm())
-    found, alone = fields_of(run), fields_of(run.parent / "one")
-    assert found == alone
+def test_a_run_keeps_them_in_its_checkpoint(run: Path) -> None:
+    found, report = fields_of(run), json.loads((run / "report.json").read_text())
     assert {name for name, values in found.items() if values.keys() & set(FOUND)} == {field.name for field in NUMBERS}
-    report = json.loads((run / "report.json").read_text())
     assert np.isfinite(report["metrics"]["logloss"])
     assert not {"ad_price_bucket", "ad_rating"} & set(report["tables"])  # nothing shares a row there
 

@@ -314,8 +314,7 @@ def test_a_run_that_goes_on_from_another_folder_takes_its_texts(run: Path, wordy
 
 
 def said(*arguments: object, code: int = 0) -> str:
-    result = invoke(app, *arguments, code=code)
-    return result.output
+    return invoke(app, *arguments, code=code).output
 
 
 @pytest.mark.long

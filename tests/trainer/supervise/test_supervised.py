@@ -12,8 +12,8 @@ import pytest
 
 from tests.ranks import StandingRanks
 from tests.trainer.checkpoints import damage
-from tests.trainer.conftest import make_places
-from tests.trainer.daily.test_daily import DAYS, assert_same_days, make_days
+from tests.trainer.conftest import make_days
+from tests.trainer.daily.test_daily import DAYS, assert_same_days
 from tests.trainer.runs import saved
 from tests.trainer.runs.resumed.legs import Killed, Leg, assert_no_step_or_sample_is_lost
 from tests.trainer.supervise.supervised import QUICK, TIMEOUT_S, TWO_HOSTS, Supervised, kill
@@ -205,7 +205,7 @@ class SupervisedDays(Supervised):
 
 @pytest.mark.slow
 def test_a_kill_in_the_second_day_changes_nothing(two_ranks: StandingRanks, tmp_path: Path) -> None:
-    places = make_days(make_places(tmp_path / "places"))
+    places = make_days(tmp_path / "places")
     steps = {"train__epochs": 3, "train__checkpoint_every": 4, "train__checkpoint_beside": False}
     run = SupervisedDays(tmp_path, places.settings(run__dir=tmp_path, **steps))
     process = run.start()

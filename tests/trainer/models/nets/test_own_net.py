@@ -10,7 +10,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-import yaml
 from starlette.testclient import TestClient
 
 from explorer.html.site import Site
@@ -23,7 +22,7 @@ from tests.serving.scoring.variants import export
 from tests.trainer.checkpoints import tensors_of
 from tests.trainer.conftest import Places as SamplePlaces
 from tests.trainer.whole_runs import run_alone
-from trainer.config import ModelConfig
+from trainer.config import ModelConfig, load_config
 from trainer.errors import CheckpointError, ConfigError, TrainerError
 from trainer.evaluate import app as evaluate
 from trainer.evaluation.predict import predict_run
@@ -52,20 +51,9 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def own(places: SamplePlaces, package: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twelve steps of one rank."""
-    return run_alone(places, run__dir=tmp_path_factory.mktemp("own"), train__checkpoint_every=5, **SHARED)
-
-
-def test_two_ranks_equal_one(
-    own: Path, package: Path, places: SamplePlaces, tmp_path: Path, two_ranks: StandingRanks
-) -> None:
-    script = package / "train.py"  # beside the package, which its ranks can import then
-    script.write_text("from trainer.main import app\n\napp()\n")
-    two_ranks.run(script, "--set", *places.settings(run__dir=tmp_path, **SHARED))
-    mine, theirs = tensors_of(own), tensors_of(tmp_path / "own")
-    assert any("model.wide" in name for name in mine) and mine.keys() == theirs.keys()
-    for name, value in mine.items():
-        torch.testing.assert_close(theirs[name], value, rtol=0, atol=1e-9)
-    assert yaml.safe_load((tmp_path / "own" / "config.yaml").read_text())["model"]["base"] == BASE
+    run = run_alone(places, run__dir=tmp_path_factory.mktemp("own"), train__checkpoint_every=5, **SHARED)
+    assert load_config(run / "config.yaml").model.base == BASE and any("model.wide" in name for name in tensors_of(run))
+    return run
 
 
 def test_resumed_is_undisturbed_and_another_net_is_refused(own: Path, places: SamplePlaces, tmp_path: Path) -> None:

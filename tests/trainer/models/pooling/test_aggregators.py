@@ -13,7 +13,6 @@ from trainer.models.nets import noted_weights
 from trainer.models.pooling import (
     AGGREGATORS,
     Aggregator,
-    BehaviorAttention,
     PairWeights,
 )
 
@@ -76,26 +75,6 @@ class TestAggregators:
             return [pooled, vectors.grad, *(parameter.grad for parameter in pool.parameters())]
 
         assert all(torch.equal(one, other) for one, other in zip(run(), run(), strict=True))
-
-    def test_it_says_how_it_weighs(self, pooling: str) -> None:
-        assert AGGREGATORS[pooling].weighing.startswith("The aggregator ")
-
-
-@pytest.fixture
-def attention() -> BehaviorAttention:
-    torch.manual_seed(0)
-    return BehaviorAttention(5, 5, 4, layers()).double()
-
-
-class TestBehaviorAttention:
-    @pytest.mark.parametrize("groups", [[], [[], []]], ids=["no group", "no behaviour"])
-    def test_nothing_to_attend_to(self, attention: BehaviorAttention, groups: list[list[int]]) -> None:
-        vectors, query = values(4, 5), values(len(groups), 5)
-        summed = attention([field_of(groups, vectors)], torch.arange(len(groups)), query)
-        assert summed.shape == (len(groups), 5)
-        assert not summed.any()
-        summed.sum().backward()
-        assert all(parameter.grad is not None for parameter in attention.parameters())
 
 
 SAMPLES = torch.tensor(GROUP_OF_SAMPLE)

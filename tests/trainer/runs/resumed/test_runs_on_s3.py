@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -17,10 +16,9 @@ from tests.commands.calls import call
 from tests.servers import environment_of, new_bucket, seaweedfs
 from tests.trainer.checkpoints import steps_of, tensors_of
 from tests.trainer.conftest import Places
-from tests.trainer.whole_runs import alike, assert_same, run_alone
+from tests.trainer.whole_runs import assert_same, run_alone
 from trainer.engine.engine import Engine
 from trainer.errors import CheckpointError, ConfigError, TakenOverError
-from trainer.evaluation.predict import predict_run
 from trainer.loop import training
 from trainer.runs.saving import CheckpointPlace
 
@@ -75,15 +73,6 @@ class TestReaders:
             each.name for each in (near / "evaluation").iterdir()
         }
 
-    def test_evaluate_against_another(self, far_and_near: tuple[FarPath, Path], tmp_path: Path) -> None:
-        far, near = far_and_near
-        out = far.parent / "compared"
-        called("trainer.evaluate", near, "--against", far, "--bootstrap", 5, "--out", out)
-        found = json.loads((out / "comparison.json").read_bytes())
-        assert found["differences"]["auc"]["value"] == alike("auc", 0.0) and found["against"] == str(far)
-        mine, theirs = (predict_run(run).logit_N for run in (near, far))
-        np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-7)
-
     def test_score_and_export(self, far_and_near: tuple[FarPath, Path], tmp_path: Path) -> None:
         for name, words in (("scores", ["jobs/score"]), ("vectors", ["jobs/export_embeddings"])):
             tables = []
@@ -107,12 +96,6 @@ class TestReaders:
             warm = {"run__warm_start": run, "run__warm_parts": "all", "train__max_steps": 2}
             ends.append(run_alone(places, run__dir=tmp_path, run__name=name, **warm))
         assert_same(*ends, metrics=True)
-
-    def test_a_folder_that_is_no_run(self, far_and_near: tuple[FarPath, Path]) -> None:
-        done = call(["trainer.evaluate", str(far_and_near[0].parent)])
-        assert (
-            done.code == 2 and "is not a run's folder: there is no config.yaml in it; it holds the runs a" in done.err
-        )
 
 
 def test_a_run_that_is_there_is_refused_or_replaced(run_on: Callable[..., RunPath], s3_url: str) -> None:

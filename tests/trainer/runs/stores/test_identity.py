@@ -20,7 +20,7 @@ from featurestore.upkeep.repair import repair
 from jobs.export_embeddings import app as export_app
 from tests.cli import invoke
 from tests.ranks import StandingRanks
-from tests.trainer.conftest import Places, make_places
+from tests.trainer.conftest import Places, make_days, make_places
 from trainer.comm import SoloComm
 from trainer.config import load_config
 from trainer.daily import follow
@@ -239,9 +239,7 @@ class TestTheSame:
 
 
 def test_days_have_one_store(tmp_path: Path) -> None:
-    places = make_places(tmp_path)
-    test = tmp_path / "samples" / "test"
-    (test / "day=2026-01-01.parquet").rename(test / "day=2026-01-04.parquet")
+    places = make_days(tmp_path)
     config = load_config(settings=places.settings(run__name="d", train__max_steps=2))
     follow(config, SoloComm(), first="2026-01-01", last="2026-01-02", continues=True)
     store = FeatureStore.open(tmp_path / "features")
