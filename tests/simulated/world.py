@@ -14,6 +14,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -247,12 +248,14 @@ class ObjectStore:
 @contextlib.contextmanager
 def simulated(world: World, objects: ObjectStore) -> Iterator[None]:
     """Let the product see this world: the object store at sim://, clocks and draws; threads work at once."""
-    pool = contextlib.nullcontext(SimpleNamespace(map=map))
+    pool = SimpleNamespace(
+        map=map, submit=lambda work, item: SimpleNamespace(result=partial(work, item)), shutdown=lambda **options: None
+    )
     seen: dict[str, Any] = {
         "featurestore.storage.remote._client": lambda protocol, place: objects,
         "featurestore.storage.safety.check_backend": lambda *place, **options: SimpleNamespace(problems=()),
-        "featurestore.storage.remote.ThreadPoolExecutor": lambda threads: pool,
-        "featurestore.storage.storage.ThreadPoolExecutor": lambda threads: pool,
+        "featurestore.storage.remote.ThreadPoolExecutor": lambda threads: contextlib.nullcontext(pool),
+        "featurestore.storage.storage.ThreadPoolExecutor": lambda threads: contextlib.nullcontext(pool),
         "serving.http.live.asyncio.to_thread": AsyncMock(side_effect=lambda work, *given: work(*given)),
         "uuid.uuid4": lambda: uuid.UUID(int=random.getrandbits(128), version=4),
         "time.time": lambda: world.now_s + world.current.skew_s,
