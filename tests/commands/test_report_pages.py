@@ -11,7 +11,7 @@ from featurestore.console.page import ReportPage, recorded
 from tests.commands.calls import COMMANDS, call, words_of
 from tests.commands.test_every_command import LEAVES, least_words
 from tests.pages import ReadPage, check_page
-from trainer.evaluation.bootstrap import Estimate
+from trainer.evaluation.bootstrap import LEAST_USERS_SHOWN, Estimate
 from trainer.evaluation.report import METRIC_TITLES, number, range_of
 
 WITH_PAGES = sorted(
@@ -66,7 +66,9 @@ def test_an_evaluation_has_the_figures_of_its_json(names: dict[str, object], tmp
     assert call(words_of(against, places)).code == 0
     read, found = written(tmp_path / "page.html"), json.loads((tmp_path / "file.json").read_text())
     for name, each in found["differences"].items():
-        assert read.value(METRIC_TITLES[name])[:3] == [number(each[key]) for key in ("ours", "baseline", "value")]
+        is_shown = each["users"] is None or each["users"] >= LEAST_USERS_SHOWN
+        values = [number(each[key] if is_shown else None) for key in ("ours", "baseline", "value")]
+        assert read.value(METRIC_TITLES[name])[:3] == values
 
 
 def test_an_evaluation_that_fails_writes_no_page(names: dict[str, object], tmp_path: Path) -> None:

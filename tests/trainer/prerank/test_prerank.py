@@ -152,8 +152,8 @@ class TestDays:
         with contextlib.closing(open_trained(run, SoloComm())) as trained:
             drawn = user_queries(trained)
             every = [users for _, users in user_vectors(trained, impressions_of(trained, None))]
-        assert drawn is not None and drawn.source == "users"
-        assert np.array_equal(np.unique(drawn.vectors_KW, axis=0), np.unique(np.concatenate(every), axis=0))
+        assert drawn is not None
+        assert np.array_equal(np.unique(drawn, axis=0), np.unique(np.concatenate(every), axis=0))
 
     def test_the_newest_day_has_none_to_be_evaluated_on_and_takes_others(
         self, days: Places, write_samples: Callable[..., Any], tmp_path: Path
