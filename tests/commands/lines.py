@@ -166,7 +166,6 @@ TRAINER = [
     ("trainer.schema check {deepyaml} {samples}", 2, "too deep"),
     ("trainer.launch -- true", 2, "this is not a Slurm job"),
     ("trainer.supervise --max-np 1 -- python -m trainer.main data.smaples=x", 2, "did you mean data.samples?"),
-    ("trainer.supervise --max-np 1 -- python -m trainer.main run.name=a run.dir={empty}", 2, "{empty}"),
     ("trainer.supervise --min-np 3 --hosts a:1,b:1 -- python -m trainer.main", 2, "has 2 slots"),
 ]
 

@@ -174,7 +174,7 @@ def check_folder(config: Config, run: RunPath, resumed: Checkpoint | None, damag
         others = in_the_way(run, resumed, damaged) if writable else []
         taken = bool(others) or (resume is None and (run / "report.json").is_file())
     if not writable:
-        raise TrainerError(
+        raise ConfigError(
             f"run.dir={config.run.dir}: {there} is not a folder that this user can write to; choose another"
         )
     if not taken or config.run.overwrite:

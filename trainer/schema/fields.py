@@ -414,7 +414,8 @@ def settings_text(samples: str, schema_file: str, schema: Schema, tables: Mappin
         *(f"    {line}" for line in table_lines(tables)),
     ]
     if images == "none":
-        lines += ["", "optim:", f"  {yaml_line('ids_lr', IDS_LR_ALONE)}  # without images ID rows may move faster; 0.012 for model.base=din"]
+        why = "without images ID rows may move faster; 0.012 for model.base=din"
+        lines += ["", "optim:", f"  {yaml_line('ids_lr', IDS_LR_ALONE)}  # {why}"]
     return "\n".join(lines) + "\n"
 
 
