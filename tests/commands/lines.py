@@ -146,7 +146,7 @@ TRAINER = [
     ("trainer.daily --config {unknown}", 2, "data.smaples is unknown; did you mean data.samples?"),
     ("trainer.daily --first-day 2026-02-02 --last-day 2026-02-01 data.samples={samples}", 2, ""),
     ("trainer.daily data.samples={missing} --set run.dir={new}", 2, "{missing}"),
-    ("trainer.daily data.samples={samples} --set run.dir={empty}", 2, "{empty}"),
+    ("trainer.daily data.samples={samples} --set run.dir={empty}", 1, "{empty}"),
     ("trainer.tune --config {unknown}", 2, "data.smaples is unknown; did you mean data.samples?"),
     ("trainer.tune --set data.samples={missing} --set run.dir={new} --set model.images=none", 2, "{missing}"),
     ("trainer.tune --grid optim.lr=[high]", 2, "optim.lr"),
