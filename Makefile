@@ -116,7 +116,7 @@ lint: $(FOR_TESTS) ## Check style, types, import rules, first lines and sizes of
 	$(BIN)/python tools/breaks.py --check
 	$(BIN)/python -m tools.settings --check
 
-breaks: $(FOR_TESTS) ## Plant 60 small faults in a copy, one at a time, and see that the tests notice each; BREAKS_ARGS="--only 3,7"
+breaks: $(FOR_TESTS) ## Plant small faults in a copy, one at a time, and see that the tests notice each; BREAKS_ARGS="--only 3,7"
 	$(ON_PATH) $(BIN)/python -m tools.breaks $(BREAKS_ARGS)
 
 simulate: $(FOR_TESTS) ## Play 1,000 simulated histories of the store's protocols; SEEDS=10000 FIRST=1000 plays others

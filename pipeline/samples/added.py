@@ -96,7 +96,7 @@ def _add_days(options: SampleOptions, client: Client) -> dict[str, Any]:
                 {h: n for h, n in part.groups_of_hour.items() if h // groups.HOURS_PER_DAY in made.days}
             )
         kept = {day: files for day, files in there.items() if day not in made.days}
-        of_kept = {day: sum(_groups_of(before, file, day, known) for file in files) for day, files in kept.items()}
+        of_kept = _groups_of_days(before, kept, known)
         first_test_day = build.find_test_day(options, build.days_of(groups_of_hour) | of_kept)
         plans = groups.plan_files(groups_of_hour, first_test_day, options.groups_per_file)
         build.check_train([*(plan.split for plan in plans), *(groups.split_of(day, first_test_day) for day in kept)])
@@ -203,13 +203,17 @@ def _opened(before: Storage, file: str) -> Iterator[pq.ParquetFile]:
         raise SampleError(f"{before.full(file)}: cannot be read: {error}") from error
 
 
-def _groups_of(before: Storage, file: str, day: int, known: Mapping[str, int]) -> int:
-    """Count the groups that a file has of a day. Raises SampleError."""
-    days = _days_in(file)
-    if len(days) == 1:
-        return known[_name(file)]
-    with _opened(before, file) as parquet:
-        return int(parquet.metadata.row_group(days[day]).num_rows)
+def _groups_of_days(before: Storage, kept: Mapping[int, Sequence[str]], known: Mapping[str, int]) -> dict[int, int]:
+    """Count the groups of the days that stay; a file that some share is opened once. Raises SampleError."""
+    found: Counter[int] = Counter()
+    for file in dict.fromkeys(itertools.chain.from_iterable(kept.values())):
+        days = _days_in(file)
+        if len(days) == 1:
+            found[next(iter(days))] += known[_name(file)]
+            continue
+        with _opened(before, file) as parquet:
+            found.update({day: parquet.metadata.row_group(number).num_rows for day, number in days.items()})
+    return {day: found[day] for day in kept}
 
 
 def _keep_files(

@@ -399,16 +399,20 @@ def with_validation(config: Config, samples: Storage, recorded: list[str] | int 
     """Name the days that are trained on, and those that choose the best epoch, where there are any.
 
     `recorded`: those of the checkpoint that is resumed. Raises ConfigError where no day would be left to train on.
+    Lists the samples only where days may be held out.
     """
     held = recorded if config.data.validation_days is None else config.data.validation_days
+    is_chosen = held is None and _chooses_epochs(config.train)
+    if not held and not is_chosen:
+        return config.changed(data={"validation_days": 0})
     days = config.data.train_days or [
         day for day, files in files_by_day(samples).items() if any(file.startswith("train/") for file in files)
     ]
-    if held is None:
-        held = _num_held_out(config.train, len(days))
-    if not held:
-        return config.changed(data={"validation_days": 0})
-    held = sorted(days)[-held:] if isinstance(held, int) else held
+    if is_chosen:  # a tenth, but one at least; none of few days, unless the training may stop early
+        if len(days) < _LEAST_DAYS and config.train.early_stopping is None:
+            return config.changed(data={"validation_days": 0})
+        held = max(1, len(days) // 10)
+    held = sorted(days)[-held:] if isinstance(held, int) else held or []
     kept = sorted(set(days) - set(held))
     if not kept:
         chosen = config.data.validation_days or f"{len(held)} (for train.early_stopping)"
@@ -419,15 +423,10 @@ def with_validation(config: Config, samples: Storage, recorded: list[str] | int 
     return config.changed(data={"train_days": kept, "validation_days": held})
 
 
-def _num_held_out(train: TrainConfig, num_days: int) -> int:
-    """Choose how many days choose the best epoch: which one that is differs by log, and many epochs may overfit.
-
-    A tenth, but one at least where the training may stop early; by default, none of fewer than _LEAST_DAYS days.
-    """
-    if train.eval_every is not None:
-        return 0
-    is_asked = train.epochs > TrainConfig().epochs and train.max_steps is None and num_days >= _LEAST_DAYS
-    return max(1, num_days // 10) if is_asked or train.early_stopping is not None else 0
+def _chooses_epochs(train: TrainConfig) -> bool:
+    """Whether held-out days choose the best epoch where none are named: which it is differs by log."""
+    is_long = train.epochs > TrainConfig().epochs and train.max_steps is None
+    return train.eval_every is None and (is_long or train.early_stopping is not None)
 
 
 def _validation_reader(config: Config, comm: Comm, samples: Storage, schema: Schema) -> SampleReader | None:

@@ -262,6 +262,8 @@ def test_days_are_named_once(places: Places) -> None:
         data = with_validation(load_config(settings=list(settings)), samples, recorded).data
         return data.train_days, data.validation_days
 
+    nowhere: Any = None  # by default nothing is listed
+    assert with_validation(load_config(), nowhere).data.validation_days == 0
     last = (KEPT, ["2026-01-03"])
     assert of() == (None, 0) and of("data.validation_days=[]") == (None, 0)
     assert of("data.validation_days=1") == last
