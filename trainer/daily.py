@@ -36,6 +36,8 @@ _CHOSEN = ("run.resume", "run.overwrite", "run.warm_parts", "data.train_days", "
 """What each day has its own of."""
 TABLE_FILE = "days.json"
 _METRICS = ("impressions", "logloss", "auc", "gauc", "new_ad_auc", "new_ad_gauc")
+_COUNTS = ("users", "gauc_users", "new_ad_users", "new_ad_gauc_users")
+"""Users of the metrics: those of few users are not printed."""
 
 
 def runs(folder: RunPath) -> list[RunPath]:
@@ -109,7 +111,7 @@ def _row(run: RunPath, report: Mapping[str, Any]) -> dict[str, Any]:
         **{name: first_store.get(name) or None for name in ("store_id", "commit_id")},
         "samples_changed": report.get("samples_changed", False),
         "test_day": config.data.test_days[0] if config.data.test_days and report["metrics"] else None,
-        **{name: report["metrics"].get(name) for name in (*_METRICS, "gauc_users", "new_ad_gauc_users")},
+        **{name: report["metrics"].get(name) for name in (*_METRICS, *_COUNTS)},
     }
 
 

@@ -308,13 +308,14 @@ Metrics = dict[str, float | int | None]
 def measure(logit_N: Float64Array, label_N: Float64Array, group_N: Int64Array, prefix: str = "") -> Metrics:
     """Measure N impressions, by the names of the metrics with `prefix` before each. Order N log N.
 
-    `group_N`: the user of each. `gauc_users`: those with both classes, which GAUC is made of, and `gauc_impressions`
-    theirs.
+    `group_N`: the user of each, `users` their number. `gauc_users`: those with both classes, which GAUC is made of, and
+    `gauc_impressions` theirs.
     """
     groups = auc_of_groups(logit_N, label_N, group_N)
     metrics: Metrics = {
         "impressions": len(label_N),
         "clicks": int(label_N.sum()),
+        "users": len(np.unique(group_N)),
         "logloss": log_loss(logit_N, label_N),
         "auc": auc(logit_N, label_N),
         "gauc": groups.mean,
@@ -325,8 +326,10 @@ def measure(logit_N: Float64Array, label_N: Float64Array, group_N: Int64Array, p
 
 
 def shown(metrics: Mapping[str, float | int | None], name: str) -> float | int | None:
-    """Return a metric as it is printed: None for a GAUC of fewer than LEAST_USERS_SHOWN users."""
-    users = metrics.get(f"{name}_users")
+    """Return a metric as it is printed: None where fewer than LEAST_USERS_SHOWN users contribute to it."""
+    *which, kind = name.rpartition("new_ad_")
+    counted_by = {"logloss": "users", "auc": "users", "gauc": "gauc_users"}.get(kind)
+    users = metrics.get("".join([*which, counted_by])) if counted_by else None
     return None if users is not None and users < LEAST_USERS_SHOWN else metrics.get(name)
 
 

@@ -312,8 +312,9 @@ def test_command(days: Places) -> None:
     result = invoke(app, *options, "--set", *settings, code=0)
     assert "2026-01-02" in result.stdout and "days.json" in result.stdout
     table = result.stdout[result.stdout.rindex("new ad gauc") :]
-    for row in table_of(days.folder / "runs" / "c"):  # a GAUC of a few users is written, and not printed
-        assert row["gauc"] is None or (f"{row['gauc']:.4f}" in table) == (row["gauc_users"] >= LEAST_USERS_SHOWN)
+    for row in table_of(days.folder / "runs" / "c"):  # a metric of a few users is written, and not printed
+        for name, users in (("gauc", "gauc_users"), ("auc", "users"), ("new_ad_auc", "new_ad_users")):
+            assert row[name] is None or (f"{row[name]:.4f}" in table) == (row[users] >= LEAST_USERS_SHOWN)
     second = load_config(days.folder / "runs" / "c" / DAYS[1] / "config.yaml")
     assert (second.data.train_days, second.run.warm_start, second.train.epochs) == (DAYS[:2], None, 1)
     # It is the run that trainer.main trains on these days.

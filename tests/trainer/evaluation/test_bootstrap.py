@@ -167,13 +167,17 @@ def test_a_measurement_is_that_of_the_sample_itself() -> None:
         assert found["gauc_users"] == len(both)
 
 
-def test_a_gauc_of_a_few_users_is_not_shown() -> None:
+@pytest.mark.parametrize("prefix", ["", "new_ad_"])
+def test_a_metric_of_a_few_users_is_not_shown(prefix: str) -> None:
     logit_N, label_N, user_N = np.array([0.1, 0.2] * 40), np.array([0.0, 1.0] * 40), np.arange(80) // 2
     for users, is_shown in ((LEAST_USERS_SHOWN - 1, False), (LEAST_USERS_SHOWN, True)):
-        found = measure(logit_N[: 2 * users], label_N[: 2 * users], user_N[: 2 * users], "new_ad_")
-        assert found["new_ad_gauc"] == 1
-        assert shown(found, "new_ad_gauc") == (1 if is_shown else None)
-        assert shown(found, "new_ad_auc") == 1
+        found = measure(logit_N[: 2 * users], label_N[: 2 * users], user_N[: 2 * users], prefix)
+        for name in ("logloss", "auc", "gauc"):
+            assert found[prefix + name] is not None
+            assert shown(found, prefix + name) == (found[prefix + name] if is_shown else None)
+        assert shown(found, f"{prefix}impressions") == 2 * users
+    without_clicks = measure(logit_N, label_N * (user_N < LEAST_USERS_SHOWN - 1), user_N, prefix)
+    assert shown(without_clicks, f"{prefix}auc") and shown(without_clicks, f"{prefix}gauc") is None
 
 
 def test_log_loss_of_sure_and_wrong_is_not_capped() -> None:
@@ -185,7 +189,7 @@ def test_one_class_or_nothing_is_none() -> None:
     assert (clicks["auc"], clicks["gauc"], clicks["gauc_impressions"]) == (None, None, 0)
     nothing = measure(np.zeros(0), np.zeros(0), np.zeros(0, np.int64), "new_ad_")
     assert nothing == {f"new_ad_{name}": None for name in ("logloss", "auc", "gauc")} | {
-        f"new_ad_{name}": 0 for name in ("impressions", "clicks", "gauc_impressions", "gauc_users")
+        f"new_ad_{name}": 0 for name in ("impressions", "clicks", "users", "gauc_impressions", "gauc_users")
     }
 
 
