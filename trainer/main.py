@@ -73,10 +73,11 @@ def on_ranks(load: Callable[[], Config], work: Callable[[Config, "Comm"], object
     return run_on_ranks(lambda comm: work(load(), comm), deadline_s)
 
 
-def train(config: Config, comm: "Comm") -> "RunPath":
+def train(config: Config, comm: "Comm", *, advises: bool = True) -> "RunPath":
     """Train one run from opening to report, and return its folder; every rank calls it.
 
-    Of a run that is continued and finished already, nothing is written again.
+    Of a run that is continued and finished already, nothing is written again. `advises`: whether a run that holds days
+    out prints the command that trains on them too.
     Raises TrainerError, FeatureStoreError.
     """
     from featurestore.console.output import text_console
@@ -122,7 +123,7 @@ def train(config: Config, comm: "Comm") -> "RunPath":
                 _end_events(run, progress)
                 summary.write_report(run.folder / "report.json", report)
                 summary.show(progress.console, report)
-                if isinstance(held, list):
+                if isinstance(held, list) and advises:
                     progress.say(f"to train on the days held out as well: {_next_command(run, held)}")
         return run.folder
 

@@ -155,7 +155,7 @@ def tune(trials: Sequence[Trial], comm: "Comm") -> None:
     for number, trial in enumerate(trials, 1):
         values = " ".join(f"{name}={value}" for name, value in trial.values.items())
         console.print(f"{number} of {len(trials)}: {values}", style="bold")
-        train(trial.held_out, comm)
+        train(trial.held_out, comm, advises=False)
     comm.on_rank_0(lambda: _end(trials))
 
 

@@ -126,6 +126,20 @@ class TestCommandLine:
         result = invoke(schema_app, "missing", samples, features)
         assert f"2 images of {samples} have no feature in {features}" in result.stdout
 
+    def test_impressions_that_name_no_image_are_counted(self, tmp_path: Path) -> None:
+        """Where the store has all images that are named, it lacks none."""
+        places = make_places(tmp_path)
+        file = tmp_path / "samples" / "train" / "day=2026-01-02.parquet"
+        table = pq.read_table(file, partitioning=None)
+        images = table["ad_image"].to_pylist()
+        images[0][0] = NO_IMAGE
+        pq.write_table(table.set_column(table.column_names.index("ad_image"), "ad_image", pa.array(images)), file)
+        settings = ["--set", *places.settings(train__max_steps=1)]
+        said = invoke(app, *settings, code=0).stdout
+        assert "the samples name no image in 1 of " in said and " impressions, 0 behaviours: they get a trained" in said
+        result = invoke(app, *settings, "data.missing=error", "run.name=error", code=1)
+        assert "data.missing=learned" in result.stderr and "add them" not in result.stderr
+
     def test_empty_places_name_the_jobs(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(tmp_path)
         result = invoke(app, code=2)
@@ -245,7 +259,7 @@ def test_a_launchers_job_is_that_of_one_rank(
 ) -> None:
     """The README's command by its launchers, from losses to checkpoint; other tests start ranks by themselves."""
     assert f"\nhorovodrun -np 2 {STEP_6}\n" in README
-    name = launcher.split(maxsplit=1)[0] + str(num_ranks)
+    name = f"{launcher.split(maxsplit=1)[0]}{num_ranks}{'-standing' if standing else ''}"
     by_module = STEP_6.replace("crossmedia", "-m crossmedia").replace("=both", f"={name}")
     words = [*launcher.split(), *by_module.split(), *QUICK]
     where = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"

@@ -109,6 +109,7 @@ def test_two_ranks_find_what_one_finds(
     settings = places.settings(**SHARED | {"run__dir": tmp_path})
     out = two_ranks.run("-m", "trainer.tune", "--epochs", "3", "--grid", "optim.lr=[0.01]", *settings)
     assert out.count("1 of 1: optim.lr=0.01") == 1 and out.count(SETTINGS_FILE) == 1
+    assert out.count("held out, to choose") == 1 and "to train on the days held out" not in out, "the settings do"
     (row,) = json.loads((tmp_path / "tune" / TABLE_FILE).read_text())
     figures = ("epoch", "gauc", "auc", "logloss")
     assert {name: row[name] for name in figures} == all_alike({name: rows[0][name] for name in figures})

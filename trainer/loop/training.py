@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from featurestore.keys import Float64Array
+from featurestore.text import count_text
 from trainer.comm import Comm
 from trainer.engine.engine import PreparedBatch
 from trainer.engine.machine import objects_frozen
@@ -366,7 +367,7 @@ class Training:
         epoch = -(-step // self._run.train_reader.steps_per_epoch)
         self._progress.say(
             f"stopped early after step {step} of {total}, in epoch {epoch} of {self._config.train.epochs}: "
-            f"{self._patience} evaluations were no better than that of step {best}, "
+            f"no better in {count_text(self._patience or 0, 'evaluation')} than at step {best}, "
             f"GAUC {metrics_of(self._run.history, best)['gauc']:.4f} (train.early_stopping)"
         )
 

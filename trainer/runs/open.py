@@ -215,8 +215,9 @@ def lacking_images(
         if not found.impressions and not found.behaviors:
             continue
         if config.data.missing == "error":
+            add = f"add them: {place.make_it()}; " if found.images else ""
             raise MissingKeysError(
-                f"{_described(found, place)}; list them: {_list_command(config, place)}; add them: {place.make_it()}; "
+                f"{_described(found, place)}; list them: {_list_command(config, place)}; {add}"
                 'or set data.missing=learned, for a trained "no image" vector'
             )
         lines.append(
@@ -228,6 +229,8 @@ def lacking_images(
 
 def _described(found: survey.LackingImages, place: StorePlace) -> str:
     share = f"{found.impressions:,} of {found.of:,} impressions, {found.behaviors:,} behaviours"
+    if not found.images:
+        return f"the samples name no image in {share}"
     without = f", {found.without:,} of the impressions without any image" if found.without else ""
     return f"{place.url} lacks {count_text(found.images, 'image')} that the samples name ({share}{without})"
 

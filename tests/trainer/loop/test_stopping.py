@@ -121,7 +121,7 @@ def test_the_best_parameters_are_there_where_no_other_checkpoint_is_due(
     seldom = _run(places, "seldom", tmp_path, checkpoint_every="null", train__checkpoint_every_s="null")
     said = " ".join(capsys.readouterr().out.split())
     assert "stopped early after step 10 of" in said
-    assert "2 evaluations were no better than that of step 6, GAUC 0.7000 (train.early_stopping)" in said
+    assert "no better in 2 evaluations than at step 6, GAUC 0.7000 (train.early_stopping)" in said
     assert_same(seldom, whole)
 
 
