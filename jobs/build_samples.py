@@ -3,6 +3,7 @@
 from typing import Any
 
 from featurestore.console import commandline, output
+from featurestore.text import count_text
 from pipeline.options import SampleOptions, takes_on_cluster
 
 EXAMPLES = """Examples:
@@ -75,7 +76,8 @@ def _further(log: dict[str, Any]) -> str:
     texts = []
     if clicks := log.get("clicks"):
         texts.append(f"{clicks:,} clicks, {log['clicks_without_impression']:,} of them without an impression before")
-    texts += [f"{count:,} rows without their {by} in its table" for by, count in log["lacking"].items() if count]
+    lacking = {by: count_text(count, "row") for by, count in log["lacking"].items() if count}
+    texts += [f"{rows} whose {by} is not in its table" for by, rows in lacking.items()]
     if others := log["other_events"]:
         texts.append(f"other events: {', '.join(f'{count:,} {name}' for name, count in others.items())}")
     return "".join(f"; {text}" for text in texts)

@@ -207,7 +207,7 @@ def test_mistakes_are_one_message(places, tmp_path):
     assert "there is no such file" in called("check", tmp_path / "no.yaml", samples, code=2)
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs/a.csv").write_text("user,label\n")
-    assert "1 files and not one row" in called("inspect", tmp_path / "logs", code=1)
+    assert "1 file and not one row" in called("inspect", tmp_path / "logs", code=1)
     for name, more in (("a", ""), ("b", ",more")):
         (tmp_path / f"logs/{name}.csv").write_text(f"user,label{more}\n1,0{more}\n")
     assert "more than one table of a kind: a.csv (impressions), b.csv (impressions)" in called(
@@ -306,7 +306,9 @@ def test_tables_of_products_and_users_are_joined_by_the_ids_of_the_log(tmp_path)
 def test_a_table_of_events_is_known_by_the_words_of_a_column(tmp_path):
     events = ["view", "view", "click", "purchase"]
     folder = shop_of(tmp_path / "logs", event_type=events, gift=[0, 1, 0, 1])
-    found = yaml.safe_load(called("inspect", folder))
+    text = called("inspect", folder)
+    assert "# not used: purchase; they are clicks too if clicked lists them" in text
+    found = yaml.safe_load(text)
     assert found["impressions"]["where"] == {"column": "event_type", "value": "view", "clicked": "click"}
     assert "label" not in found["impressions"]["columns"] and found["behaviors"] == "clicks"
     shown = found["impressions"]
@@ -314,6 +316,7 @@ def test_a_table_of_events_is_known_by_the_words_of_a_column(tmp_path):
     folder = shop_of(tmp_path / "bought", event=["Product View", "add_to_cart", "transaction", "pause"])
     where = yaml.safe_load(called("inspect", folder))["impressions"]["where"]
     assert where == {"column": "event", "value": "Product View", "clicked": ["add_to_cart", "transaction"]}
+    assert "# not used: pause;" in called("inspect", folder)
     folder = shop_of(tmp_path / "labelled", event=events, clicked=[0, 1, 0, 1])
     assert "where" not in yaml.safe_load(called("inspect", folder))["impressions"]
 

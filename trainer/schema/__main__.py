@@ -81,7 +81,7 @@ def _inspected(data: str, out: Path | None, label: str | None, group: str, rows:
     if found:
         lakes.copy_beside(storage, {each or str(name): kind for each, kind in found.items()}, room, rows)
         storage = open_published(str(room))
-    logs = inspect_logs(storage, rows, name, label)
+    logs = inspect_logs(storage, rows, name, label, folder)
     return render_mapping(logs, data, folder, "mapping.yaml" if out is None else str(out))
 
 

@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from featurestore.storage.storage import Storage
+from featurestore.text import count_text
 from trainer.errors import DataError, DataNotFoundError, SchemaError
 from trainer.schema.fields import (
     LOG2,
@@ -95,23 +96,27 @@ class Log:
     others: tuple[str, ...] = ()  # tables next to it that are no logs and join none
     joins: tuple[JoinedTable, ...] = ()
     where: Mapping[str, Any] | None = None  # of a table of events: which rows, and which label them
+    other_events: tuple[str, ...] = ()  # values of its column that are neither
 
 
-def inspect_logs(storage: Storage, most_rows: int, file: str | None = None, label: str | None = None) -> list[Log]:
+def inspect_logs(
+    storage: Storage, most_rows: int, file: str | None = None, label: str | None = None, named: str | None = None
+) -> list[Log]:
     """Profile the tables below a place, or one file: one with a label is impressions, the other behaviours.
 
     `label`: the column of labels; by default that with a name for it or, if no table has one, the only column of 0 and
-    1. Raises DataError.
+    1. `named`: what errors call the place, by default its address. Raises DataError.
     """
+    named = named or storage.url
     folders: dict[str, list[str]] = {}
     for path in data_files(storage) if file is None else data_files(storage, file) or [file]:
         folders.setdefault(path.partition("/")[0], []).append(path)
     if not folders:
-        raise DataNotFoundError(f"{storage.url}: no .parquet, .csv or .tsv files")
+        raise DataNotFoundError(f"{named}: no .parquet, .csv or .tsv files")
     tables = {place: look(storage, paths, None, most_rows) for place, paths in folders.items()}
     if empty := next((place for place, table in tables.items() if not table.rows), None):
-        raise DataError(f"{storage.full(empty)}: {len(folders[empty])} files and not one row")
-    labels, guessed = _labels_of(storage, tables, label)
+        raise DataError(f"{named}/{empty}: {count_text(len(folders[empty]), 'file')} and not one row")
+    labels, guessed = _labels_of(named, tables, label)
     events = {place: where for place, table in tables.items() if (where := _events_of(table))}
     if labels and not guessed:
         events = {}
@@ -133,14 +138,14 @@ def inspect_logs(storage: Storage, most_rows: int, file: str | None = None, labe
     if len(set(names)) < len(names):
         places = ", ".join(f"{log.files} ({log.name})" for log in logs)
         raise DataError(
-            f"{storage.url}: more than one table of a kind: {places}; impressions are known by their label, a column "
+            f"{named}: more than one table of a kind: {places}; impressions are known by their label, a column "
             f"of {LABELS} called {LABEL_NAMES}, else the only column of 0 and 1. Put the files of each table into a "
             "folder of its own, or name the column of labels by --label"
         )
     return sorted(logs, key=lambda log: log.name != "impressions")
 
 
-def _labels_of(storage: Storage, tables: Mapping[str, TableProfile], label: str | None) -> tuple[dict[str, str], str]:
+def _labels_of(named: str, tables: Mapping[str, TableProfile], label: str | None) -> tuple[dict[str, str], str]:
     """Find the column of labels of each table that has one, and what to say of one that is guessed.
 
     Raises DataError where no table has the `label` that is asked for.
@@ -154,7 +159,7 @@ def _labels_of(storage: Storage, tables: Mapping[str, TableProfile], label: str 
     labels = {place: min(names, key=lambda name: "like" in name.lower()) for place, names in found.items() if names}
     if label and not labels:
         there = "; ".join(f"{place}: {', '.join(table.columns)}" for place, table in tables.items())
-        raise DataError(f"{storage.url}: --label {label} is not a column of {LABELS} there; columns of {there}")
+        raise DataError(f"{named}: --label {label} is not a column of {LABELS} there; columns of {there}")
     likely = {place: flat[0].name for place, flat in columns.items() if len(flat) == 1 and flat[0].num_different == 2}
     if labels or len(likely) != 1:
         return labels, ""
@@ -187,6 +192,10 @@ def _events_of(table: TableProfile) -> dict[str, Any] | None:
 
 def _one_or_all(values: list[str]) -> Any:
     return values[0] if len(values) == 1 else values
+
+
+def _all(values: str | list[str]) -> list[str]:
+    return [values] if isinstance(values, str) else values
 
 
 def _join_of(place: str, table: TableProfile, logs: Sequence[Log]) -> JoinedTable | None:
@@ -233,10 +242,11 @@ def _with_joins(log: Log, joins: Sequence[JoinedTable]) -> Log:
     return dataclasses.replace(log, joins=tuple(joins))
 
 
-def write_logs(tables: Any, folder: Path) -> tuple[Path, Path]:
+def write_logs(tables: Any, folder: Path, label: str | None = None) -> tuple[Path, Path]:
     """Write a table, or several by name, as the Parquet files of `folder`; return it and the path of their mapping.
 
-    They take the place of those before. The mapping is guessed where it is not there yet. Raises DataError.
+    They take the place of those before. The mapping is guessed where it is not there yet, `label` is the column of
+    labels in it. Raises DataError.
     """
     made = {name: table_of(each) for name, each in (tables if isinstance(tables, Mapping) else {"log": tables}).items()}
     folder.mkdir(parents=True, exist_ok=True)
@@ -246,7 +256,10 @@ def write_logs(tables: Any, folder: Path) -> tuple[Path, Path]:
         pq.write_table(table, folder / f"{name}.parquet")
     mapping = folder / "mapping.yaml"
     if not mapping.exists():
-        found = inspect_logs(Storage(folder), MOST_ROWS)
+        found = inspect_logs(Storage(folder), MOST_ROWS, label=label)
+        if found[0].name != "impressions":
+            there = "; ".join(f"{log.files}: {', '.join(log.table.columns)}" for log in found)
+            raise DataError(f"no column is known as the label of impressions, so name it by label; columns of {there}")
         mapping.write_text(render_mapping(found, str(folder), str(folder), str(mapping)), encoding="utf-8")
     return folder, mapping
 
@@ -282,6 +295,8 @@ def render_mapping(logs: list[Log], where: str, folder: str, file: str) -> str:
         ]
         if log.where is not None:
             lines.append(f"  {yaml_line('where', log.where)}  # within_s: 1800, from one of these to its click")
+        if log.other_events:
+            lines.append(f"  # not used: {', '.join(log.other_events)}; they are clicks too if clicked lists them")
         lines += ["  columns:", *_columns(log)]
         if log.name == "impressions":
             for side in ("user", "ad"):
@@ -351,7 +366,10 @@ def _log(
     where: Mapping[str, Any] | None,
 ) -> Log:
     log = "behaviors" if label is None and where is None else "impressions"
+    other_events: tuple[str, ...] = ()
     if where is not None:
+        values = table.columns[where["column"]].examples(MOST_EVENTS)
+        other_events = tuple(each for each in values if each not in (*_all(where["value"]), *_all(where["clicked"])))
         table = dataclasses.replace(table, columns={k: v for k, v in table.columns.items() if k != where["column"]})
     ours = _match(table, log, label)
     of_user = set()
@@ -359,7 +377,7 @@ def _log(
         first = next(iter(read_tables(storage, paths[0], USER_ROWS)))
         of_user = _of_user(first, ours["user"], {*table.columns} - set(ours.values()))
     formats = _time_formats(table.columns[ours["timestamp"]]) if "timestamp" in ours else []
-    return Log(log, place, table, ours, frozenset(of_user), tuple(formats), where=where)
+    return Log(log, place, table, ours, frozenset(of_user), tuple(formats), where=where, other_events=other_events)
 
 
 def _time_formats(column: Column) -> list[str]:

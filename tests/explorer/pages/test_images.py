@@ -14,6 +14,7 @@ from explorer.html.site import Site
 from explorer.pages import images as pages
 from explorer.server import application
 from featurestore import FeatureStore, key_of_uri
+from featurestore.text import count_text
 from featurestore.upkeep.remake import remake
 from tests.explorer.serving import Reader, Reading, site_of
 from tests.explorer.stores import make_store, rows, storied
@@ -284,7 +285,7 @@ def test_an_image_has_its_category_impressions_and_ctr(everything, reader, world
     text = everything.read(f"/images/{key}").text
     clicks = sum(label for label, _ in shown)
     assert f"Category {shown[-1][1]} Impressions as an ad {len(shown)} in the test samples" in text
-    assert f"CTR {clicks / len(shown):.4f}: {clicks} clicks" in text
+    assert f"CTR {clicks / len(shown):.4f}: {count_text(clicks, 'click')}" in text
     assert "Price" not in text  # the samples have none
     assert "Impressions as an ad 0 in the test samples" in reader.read(f"/images/{key}").text
 

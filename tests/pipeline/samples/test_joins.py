@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from featurestore.keys import NO_IMAGE, key_of_uri
+from jobs.build_samples import summary_text
 from pipeline.errors import SampleError, SampleOptionError
 from pipeline.options import SampleOptions
 from pipeline.samples.added import add_days
@@ -87,6 +88,8 @@ def test_columns_of_items_and_users_are_those_of_their_tables(tables: Shop, caps
     assert summary["impressions"]["lacking"] == {"item": 2, "user": 2} and summary["behaviors"]["lacking"] == {
         "item": 1
     }
+    said = summary_text(summary)
+    assert "; 2 rows whose item is not in its table" in said and "; 1 row whose item is not in its table" in said
     assert summary["impressions"]["kept"] == 5 and summary["impressions"]["without_image"] == 3
     named = pq.read_table(tables.folder / "samples/images.parquet").to_pylist()
     assert {row["uri"] for row in named} == {"5.jpg", "7.jpg"}

@@ -143,6 +143,10 @@ def test_a_first_mapping_names_the_tables(lake: Shop, shop: Shop) -> None:
         assert mapping["impressions"]["files"] == "shown" and "--logs " + str(shop.folder / "logs") + " " in text
         assert {each["files"] for each in mapping.get("join", {}).values()} <= {*tables, "more.csv"}
     lake.build(mapping)
+    said = invoke(schema_command.app, "inspect", shop.folder / "logs", "--label", "no", code=1).stderr
+    assert said.startswith(f"error: {shop.folder}/logs: --label no is not a column"), (
+        "the folder of copies is not named"
+    )
 
 
 def test_without_its_package_a_table_is_named(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
