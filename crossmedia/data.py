@@ -35,13 +35,15 @@ def extract(images: str | Path, store: str | Path = "data/features", **options: 
     return open_store(store)
 
 
-def build_samples(logs: Any, samples: str | Path = "data/samples", **options: Any) -> dict[str, Any]:
+def build_samples(
+    logs: Any, samples: str | Path = "data/samples", *, label: str | None = None, **options: Any
+) -> dict[str, Any]:
     """Make the trainer's input of logs, as `crossmedia samples`, and return the counts of summary.json.
 
     `logs`: their folder or address; or a DataFrame of pandas or an Arrow table, or several by name, as {"shown": ...,
     "products": ...}: these are written to the folder SAMPLES-logs as Parquet. Without the option `mapping`, the
-    mapping.yaml there counts, which is guessed where it is not there yet: read and correct it. `options`: those of the
-    command, as window_days=7, test_days=2. It runs where `extract` does. Raises UserError.
+    mapping.yaml there counts, which is guessed where it is not there yet (`label`: the column of clicks): read and
+    correct it. `options`: the command's, as window_days=7, test_days=2. It runs where `extract` does. Raises UserError.
     """
     from pipeline.cluster.tasks import connect
     from pipeline.options import SampleOptions
@@ -49,7 +51,7 @@ def build_samples(logs: Any, samples: str | Path = "data/samples", **options: An
     from trainer.schema.suggest import write_logs
 
     if not isinstance(logs, str | Path):
-        logs, mapping = write_logs(logs, Path(f"{samples}-logs"))
+        logs, mapping = write_logs(logs, Path(f"{samples}-logs"), label)
         options = {"mapping": str(mapping)} | options
     with connect() as client:
         return build_samples(SampleOptions(logs=str(logs), samples=str(samples), **options), client)

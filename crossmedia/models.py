@@ -32,7 +32,7 @@ class Model(Shown, AbstractContextManager["Model"]):
         """Score rows: logit and probability of each.
 
         They have the columns of the samples, an impression each or, with lists of ads, a request each; see
-        `with_behaviors` for a raw log. Raises RequestError.
+        `with_behaviors` for a raw log. Raises RequestError, DataError.
         """
         table = groups_of_rows(table_of(rows), {name: rule.depth for name, rule in self.scorer.inputs.sources.items()})
         return scores_of(rows, [each.logits_C for each in self.scorer.score(table)])

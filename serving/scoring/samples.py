@@ -137,6 +137,10 @@ class RemoteScorer:
                 return answer
         except urllib.error.HTTPError as failure:
             said = failure.read(2_000).decode(errors="replace")
+            with contextlib.suppress(
+                ValueError, KeyError, TypeError
+            ):  # what is no answer of a scorer is shown as it is
+                said = parse_json(said)["error"]
             raise ServingError(f"{self.url} answers {failure.code}: {one_line(said)}") from None
         except (OSError, ValueError) as failure:
             if isinstance(why := getattr(failure, "reason", None), ssl.SSLCertVerificationError):
@@ -144,7 +148,7 @@ class RemoteScorer:
                     f"{self.url}: its certificate is refused, {why.verify_message}; name those to trust by --ca"
                 ) from None
             raise ServingError(
-                f"{self.url} does not answer: {one_line(failure)}; is that the server's --url?"
+                f"{self.url} does not answer: {one_line(failure)}; is that where the server listens?"
             ) from None
 
 

@@ -113,9 +113,13 @@ def test_a_uri_is_hashed(tmp_path: Path, places: Places) -> None:
 
 def test_a_run_is_trained_and_found_again(run: cm.Run, places: Places) -> None:
     assert run.config.model.images == "both" and run.report["global_step"] == 3
-    assert 0 < run.metrics["auc"] < 1 and f"auc={run.metrics['auc']:.4f}" in repr(run)
-    assert "<th>auc</th>" in run._repr_html_()
-    assert run.metrics["gauc_users"] < bootstrap.LEAST_USERS_SHOWN and "gauc" not in repr(run)
+    assert 0 < run.metrics["auc"] < 1 and run.metrics["users"] < bootstrap.LEAST_USERS_SHOWN
+    assert "auc" not in repr(run), "of so few users no metric is shown"
+    report = run.report
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cm.Run, "report", {**report, "metrics": {**run.metrics, "users": bootstrap.LEAST_USERS_SHOWN}})
+        assert f" auc={run.metrics['auc']:.4f}" in repr(run) and "gauc" not in repr(run)
+        assert "<th>auc</th>" in run._repr_html_()
     assert cm.open_run(run.folder).metrics == run.metrics
     with pytest.raises(ConfigError, match="not a run's folder"):
         cm.Run("nowhere")
@@ -197,8 +201,10 @@ def test_tables_of_all_kinds(run: cm.Run, impressions: pa.Table) -> None:
         run.score({"user": [1], "ad_item": [1, 2]})
     with pytest.raises(UserError, match=r"the table.*is missing"):
         run.score(impressions.drop_columns(["ad_item"]))
-    with pytest.raises(DataError, match="no column of an ad"):
+    with pytest.raises(DataError, match=r"lack 7 of 8 columns: behavior_item, .* makes such rows of a raw log"):
         run.score({"user": [1]})
+    with pytest.raises(DataError, match="no column of an ad"):
+        run.score(impressions.select([name for name in impressions.column_names if not name.startswith("ad_")]))
 
 
 def test_a_data_frame_keeps_its_index(run: cm.Run, model: cm.Model, impressions: pa.Table, groups: pa.Table) -> None:
@@ -226,6 +232,10 @@ def test_samples_are_made_of_tables(tmp_path: Path) -> None:
     made = cm.build_samples({"shown": pa.table(log).slice(0, 6)}, tmp_path / "samples")
     assert made["impressions"]["kept"] == 6
     assert [each.name for each in mapping.parent.glob("*.parquet")] == ["shown.parquet"]
+    odd = pa.table({"bought" if name == "clicked" else name: each for name, each in log.items()} | {"gift": [0, 1] * 4})
+    with pytest.raises(DataError, match=r"name it by label; columns of log\.parquet: ts, user_id, sku, bought, gift"):
+        cm.build_samples(odd, tmp_path / "odd")
+    assert cm.build_samples(odd, tmp_path / "odd", label="bought")["impressions"]["kept"] == 8
 
 
 @pytest.mark.services
@@ -240,6 +250,12 @@ def test_a_server_gives_the_scores_of_its_model(model: cm.Model, impressions: pa
         assert client.score(impressions).equals(model.score(impressions))
         assert client.score(groups).equals(model.score(groups))
         assert repr(client) == f"Client('http://127.0.0.1:{port}')"
+        for scorer in (model, client):
+            with pytest.raises(DataError, match=r"crossmedia\.with_behaviors makes such rows of a raw log"):
+                scorer.score({"user_id": [1], "sku": [2]})
+        with pytest.raises(UserError, match=r"answers 400: .*ad_item") as refused:
+            client.score(impressions.drop_columns(["ad_item"]))
+        assert "{" not in str(refused.value), "the server's sentence, and no JSON"
     with pytest.raises(UserError, match="does not answer"):
         client.score(groups)
 

@@ -571,8 +571,15 @@ def _arrow_type(rule: Rule) -> pa.DataType:
 def groups_of_rows(table: pa.Table, depths: Mapping[str, int]) -> pa.Table:
     """Make groups of rows: the columns of `depths`, with so many lists around their values; others are left out.
 
-    Of a table with an impression in each row, the columns of its ad lack the list of ads: they get lists of one.
+    Of a table with an impression in each row, the columns of its ad lack the list of ads: they get lists of one. Raises
+    DataError where more than half of the columns are missing, as those of a raw log are.
     """
+    missing = [name for name in depths if name not in table.column_names]
+    if 2 * len(missing) > len(depths):
+        raise DataError(
+            f"the rows lack {len(missing)} of {len(depths)} columns: {', '.join(missing)}; crossmedia.with_behaviors "
+            "makes such rows of a raw log and its behaviours"
+        )
     table = table.select([name for name in table.column_names if name in depths])
     # Values of a column without any, such as empty lists alone, have the type of IDs.
     table = _recast(table, lambda kind: pa.int64() if pa.types.is_null(kind) else kind)
