@@ -153,10 +153,18 @@ def _next_command(run: "Run", days: list[str]) -> str:
 
 
 def _say_beginning(run: "Run", removed: "list[Checkpoint]", progress: "ProgressLog") -> None:
-    """Report which images are lacking, and what the run begins with: checkpoints left out or removed, a warm start."""
+    """Report what is not used, which images are lacking, checkpoints left out or removed, and a warm start."""
+    from featurestore.published.paths import run_path
     from trainer.runs.folder import checkpoints_of
     from trainer.runs.saving import DAMAGED
+    from trainer.schema.fields import SCHEMA_FILE, SETTINGS_FILE
 
+    samples, root = run_path(run.config.data.samples), run.comm.rank == 0
+    if root and run.config.data.schema_file is None and (samples / SCHEMA_FILE).is_file():
+        progress.say(
+            f"warning: the fields are the preset's, not those of {samples / SCHEMA_FILE}: "
+            f"crossmedia train --config {samples / SETTINGS_FILE} takes these"
+        )
     for line in run.lacked:
         progress.say(line)
     for each in run.passed_over:

@@ -81,7 +81,7 @@ class RefreshSummary:
             f"duplicates   {self.num_duplicates:,} (feature copied from equal bytes)",
             f"computed     {self.num_computed:,} ({self.num_resumed:,} images staged by an earlier run)",
             f"precision    {self.precision}",
-            f"time         {self.seconds:.1f} s, {self.images_per_s:.1f} images/s",
+            f"time         {self.seconds:.1f} s{f', {speed:.1f} images/s' if (speed := self.images_per_s) else ''}",
             f"store        {self.store}, snapshot {self.snapshot}",
         ]
         if self.channel:

@@ -1,5 +1,6 @@
 """The jobs that extract and refresh as a person types them: what they print, exit codes, errors."""
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -38,6 +39,7 @@ def test_the_summary_names_what_was_bad():
         "/features, snapshot 7", "precision    float32",
     ):  # fmt: skip
         assert part in str(counts)
+    assert "time         2.0 s\n" in str(dataclasses.replace(counts, num_images=7)), "no image was worked on"
 
 
 @pytest.mark.services

@@ -140,6 +140,16 @@ class TestCommandLine:
         result = invoke(app, *settings, "data.missing=error", "run.name=error", code=1)
         assert "data.missing=learned" in result.stderr and "add them" not in result.stderr
 
+    def test_a_schema_of_the_samples_that_is_not_used_is_named(self, tmp_path: Path) -> None:
+        places, samples = make_places(tmp_path), tmp_path / "samples"
+        settings = ["--set", *places.settings(train__max_steps=1)]
+        assert "preset's" not in invoke(app, *settings, "run.name=without", code=0).stdout
+        write_suggested(samples, str(samples))
+        said = invoke(app, *settings, "run.name=preset", code=0).stdout
+        assert f"the fields are the preset's, not those of {samples}/schema.yaml: crossmedia train --config " in said
+        config = ["--config", samples / "settings.yaml"]
+        assert "preset's" not in invoke(app, *config, *settings, "run.name=own", code=0).stdout
+
     def test_empty_places_name_the_jobs(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(tmp_path)
         result = invoke(app, code=2)
