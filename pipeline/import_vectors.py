@@ -27,9 +27,9 @@ from featurestore.spec import ExtractorSpec
 from featurestore.staging import STAGING
 from featurestore.store import FeatureStore
 from pipeline import store_run
-from pipeline.cluster.tasks import run_all
+from pipeline.cluster.tasks import neighbours, run_all
 from pipeline.errors import VectorImportError
-from pipeline.formats import VectorBlock, VectorSlice, VectorSource, block_rows, pack, read_slices
+from pipeline.formats import VectorBlock, VectorSlice, VectorSource, block_rows, read_slices
 from pipeline.options import ImportOptions
 
 NEW, CHANGED, UNCHANGED = 0, 1, 2
@@ -240,7 +240,8 @@ class ImportRun(store_run.StoreRun):
 
     def __init__(self, client: Client, store: FeatureStore, source: VectorSource, options: ImportOptions) -> None:
         self._rows = options.part_size or block_rows(source.dim)
-        self._units = {f"{number:06d}": slices for number, slices in enumerate(pack(source.slices, self._rows))}
+        units = neighbours(source.slices, [piece.num_rows for piece in source.slices], self._rows)
+        self._units = {f"{number:06d}": slices for number, slices in enumerate(units)}
         snapshot = store.snapshot()
         commit_id = snapshot.manifest.commit_id
         run_id = store_run.run_id_of("import", store.info.digest, source.fingerprint, source.dim, self._rows, commit_id)
