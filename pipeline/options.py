@@ -19,12 +19,8 @@ from pipeline.network import DEFAULT_BACKBONE, PrecisionName
 Options = TypeVar("Options")
 
 DEFAULT_IMAGES, DEFAULT_STORE, DEFAULT_SAMPLES = "data/images", "data/features", "data/samples"
-DEFAULT_MAX_GONE = 0.5
 LONGEST_DAYS = 36_500
-MOST_BEHAVIORS = 1_000_000
 XDL_DIM = 4096  # numbers of an image in the files of XDL's example
-MAX_DIM = 1 << 20
-"""Most numbers of a vector that an option may name."""
 
 _OF_CLUSTER = ("scheduler", "scheduler_file", "workers", "threads_per_worker", "memory_limit")
 """Options of dask-submit that its jobs have as well."""
@@ -154,7 +150,7 @@ class RefreshOptions:
     ] = False
     max_gone: Annotated[
         float, typer.Option(min=0, max=1, help="Refuse when more than this share of the store would vanish.")
-    ] = DEFAULT_MAX_GONE
+    ] = 0.5
     channel: ChannelOption = None
 
 
@@ -177,7 +173,7 @@ class ImportOptions:
     dim: Annotated[
         int | None,
         typer.Option(
-            min=1, max=MAX_DIM, help="Numbers per vector, for XDL and for lists.", show_default=f"{XDL_DIM} for XDL"
+            min=1, max=1 << 20, help="Numbers per vector, for XDL and for lists.", show_default=f"{XDL_DIM} for XDL"
         ),
     ] = None
     feature_column: Annotated[str | None, typer.Option(help="Of Parquet.", show_default="the only one")] = None
@@ -206,7 +202,7 @@ class SampleOptions:
     min_dwell_s: Annotated[
         float, typer.Option(min=0, max=LONGEST_DAYS * 86_400, help="Seconds that a behaviour has to last.")
     ] = 5
-    max_behaviors: Annotated[int, typer.Option(min=1, max=MOST_BEHAVIORS, help="The newest of a group.")] = 50
+    max_behaviors: Annotated[int, typer.Option(min=1, max=1_000_000, help="The newest of a group.")] = 50
     test_days: Annotated[int, typer.Option(min=0, max=LONGEST_DAYS, help="Last days, for testing.")] = 1
     test_from: Annotated[
         str | None, typer.Option(help="First day for testing, as 2026-03-20, in place of --test-days.")

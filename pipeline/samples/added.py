@@ -229,7 +229,7 @@ def _keep_files(
         days = _days_in(file)
         split_of = {day: groups.split_of(day, first_test_day) for day in days}
         if days.keys() <= kept.keys() and len(splits := set(split_of.values())) == 1:
-            new.keep(f"{splits.pop()}/{_name(file)}", file)
+            new.kept[f"{splits.pop()}/{_name(file)}"] = file
             found[_name(file)] = known[_name(file)]
             continue
         with _opened(new.before, file) as parquet:
@@ -350,7 +350,7 @@ def _keep_the_rest(new: NewFiles, shuffled: Sequence[groups.ShuffledPiece]) -> N
         rewritten.add(QUARANTINE_FILE)
     for file in new.before.entries(recursive=False):
         if file.path not in rewritten and not file.path.startswith("."):
-            new.keep(file.path, file.path)
+            new.kept[file.path] = file.path
     groups.write_names(new.folder, shuffled, new.before)
     if QUARANTINE_FILE in new.kept:
         return

@@ -35,11 +35,7 @@ class NewFiles:
     folder: Path
     before: Storage
     kept: dict[str, str] = field(default_factory=dict)
-    """By their names from now on, their names in `before`."""
-
-    def keep(self, name: str, name_before: str) -> None:
-        """Take a file over as it is: its bytes are neither read nor written."""
-        self.kept[name] = name_before
+    """By their names from now on, their names in `before`: their bytes are neither read nor written."""
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ import pytest
 
 from featurestore.format.rows import FeatureRows, to_bits
 from featurestore.keys import key_of_uri
+from featurestore.snapshot import SnapshotId
 from featurestore.spec import StoreInfo
 from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
@@ -341,5 +342,5 @@ def test_a_store_made_anew_at_the_same_address_is_indexed_anew(tmp_path):
     for keys in ([1], [2, 3, 4]):
         store = FeatureStore.create(tmp_path / "features", info)
         store.put(FeatureRows.of([str(key) for key in keys], np.ones((len(keys), 1), np.float32), keys=keys))
-        assert import_vectors.stored_index(store, 1)["key"].tolist() == keys
+        assert import_vectors.stored_index(SnapshotId.of(store.snapshot(1)))["key"].tolist() == keys
         shutil.rmtree(tmp_path / "features")
