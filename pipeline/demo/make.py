@@ -112,9 +112,8 @@ def _read_demo(out: Path) -> dict[str, Any] | None:
 def _is_whole(options: DemoOptions, found: dict[str, Any]) -> bool:
     if not found.get("complete") or options.images is not None:  # photographs may have changed
         return False
-    if not all(path.is_file() for path in log_files(options.out, options.days).values()):
-        return False
-    return len(_own_images(options.out)) == options.num_items
+    logs = log_files(options.out, options.days).values()
+    return all(path.is_file() for path in logs) and len(_own_images(options.out)) == options.num_items
 
 
 def _refuse_foreign(out: Path) -> None:

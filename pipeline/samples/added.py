@@ -90,11 +90,8 @@ def _add_days(options: SampleOptions, client: Client) -> dict[str, Any]:
         wanted = _missing_days(tables, asked, there) if isinstance(asked, int) else asked
         if not wanted or not (made := _made_groups(client, tables, scratch, wanted, set(there), is_since)).days:
             raise _NothingMissingError
-        groups_of_hour: Counter[int] = Counter()
-        for part in made.grouped:
-            groups_of_hour.update(
-                {h: n for h, n in part.groups_of_hour.items() if h // groups.HOURS_PER_DAY in made.days}
-            )
+        counted = sum((Counter(part.groups_of_hour) for part in made.grouped), Counter[int]())
+        groups_of_hour = {hour: n for hour, n in counted.items() if hour // groups.HOURS_PER_DAY in made.days}
         kept = {day: files for day, files in there.items() if day not in made.days}
         of_kept = _groups_of_days(before, kept, known)
         first_test_day = build.find_test_day(options, build.days_of(groups_of_hour) | of_kept)

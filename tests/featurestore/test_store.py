@@ -434,7 +434,7 @@ def test_what_another_adds_meanwhile_stays(storage):
 
 def test_rows_are_not_lost_when_it_stops_half_way(storage):
     with pytest.raises(errors.StorageError):
-        staging.resolve(FaultyStorage(storage, {"delete": fails("the power went out")}), [row(1, 2.0)])
+        staging.resolve(FaultyStorage(storage, {"delete_files": fails("the power went out")}), [row(1, 2.0)])
     assert {found.key for found in staging.read(storage)} == {1, 2, 3}
 
 

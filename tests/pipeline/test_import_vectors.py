@@ -121,6 +121,14 @@ def test_bad_rows_of_parquet_are_quarantined_one_by_one(job, tmp_path):
     assert len(store.quarantine_rows()) == 4
 
 
+def test_slices_of_parquet_know_where_they_begin(tmp_path, monkeypatch):
+    table = pa.table({"key": range(8), "feature": pa.array([[1.0, 2.0]] * 8)})
+    pq.write_table(table, tmp_path / "rows.parquet", row_group_size=2)
+    monkeypatch.setattr(formats, "BLOCK_BYTES", 4 * 4 * 2)  # four rows of two numbers
+    slices = formats.plan_parquet(str(tmp_path / "rows.parquet"), None, None).slices
+    assert [(each.groups, each.first_row, each.num_rows) for each in slices] == [((0, 1), 0, 4), ((2, 3), 4, 4)]
+
+
 def test_npy_with_keys_and_with_ids(job, tmp_path, vectors_ND):
     np.save(tmp_path / "video.npy", vectors_ND.astype(np.float16))
     np.save(tmp_path / "keys.npy", np.arange(100, 140))
