@@ -3,7 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -68,7 +68,7 @@ def takes_on_cluster(kind: Callable[..., Options]) -> Callable[[Callable[[Option
         def on_cluster(**values: Any) -> None:
             given = {option: values.pop(name) for name, option in of_cluster.items()}
             words = [word for option, value in given.items() if value is not None for word in (option.opts[-1], value)]
-            with _cluster(words):
+            with _cluster(words) if words else nullcontext():
                 command(**values)
 
         on_cluster.__annotations__ = command.__annotations__ | {each.name: each.annotation for each in parameters}
@@ -82,10 +82,7 @@ def takes_on_cluster(kind: Callable[..., Options]) -> Callable[[Callable[[Option
 
 @contextmanager
 def _cluster(words: list[str]) -> Iterator[None]:
-    """Prepare the cluster of these options, where there are some. Raises BadParameter, ClusterError."""
-    if not words:
-        yield
-        return
+    """Prepare the cluster of these options. Raises BadParameter, ClusterError."""
     try:
         with cluster_of_job(words):
             yield
