@@ -14,8 +14,6 @@ from pydantic import BaseModel, ConfigDict
 from featurestore import log
 from featurestore.errors import AnotherStoreError, MissingKeysError
 from featurestore.format.codec import Codec
-from featurestore.format.datafile import rows_of, schema_of
-from featurestore.format.rows import FeatureRows
 from featurestore.format.shard import ShardReader, live_batches, live_schema
 from featurestore.format.statistics import FeatureStatistics, Moments
 from featurestore.keys import AnyArray, BoolArray, Int64Array, shard_of
@@ -59,11 +57,6 @@ class Snapshot(Shown):
     def shard_reader(self, shard: int) -> ShardReader:
         """Return the merged view of one shard."""
         return ShardReader(self.storage, self.info, shard, self.manifest.files(shard))
-
-    def read_shard(self, shard: int) -> FeatureRows:
-        """Read the live rows of one shard in the order of splitmix64, without tombstones."""
-        reader = self.shard_reader(shard)
-        return rows_of(reader.read() if reader.entries else schema_of(self.info).empty_table(), self.info)
 
     def keys(self) -> Int64Array:
         """Read the keys of all live rows, ascending (M,)."""

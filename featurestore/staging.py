@@ -151,9 +151,7 @@ def resolve(storage: Storage, rows: Sequence[QuarantineRow]) -> None:
     resolved = {row.key: row.time_s for row in rows}
     names, known = _read(storage)
     left = add(storage, [row for row in known if row.key not in resolved or row.time_s > resolved[row.key]])
-    for name in names:
-        if name != left:
-            storage.delete(f"{QUARANTINE}/{name}")
+    storage.delete_files(f"{QUARANTINE}/{name}" for name in names if name != left)
 
 
 def _read(storage: Storage) -> tuple[list[str], list[QuarantineRow]]:

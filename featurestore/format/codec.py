@@ -40,7 +40,7 @@ class Codec:
         """
         bits_ND, storable_N = self.encode_storable(values_ND)
         if not storable_N.all():
-            raise InvalidRowsError(f"{self._not_storable(storable_N)} row {np.flatnonzero(~storable_N)[0]}")
+            raise InvalidRowsError(f"row {np.flatnonzero(~storable_N)[0]} is not finite in {self.dtype}")
         return bits_ND
 
     def encode_storable(self, values_ND: npt.NDArray[np.floating[Any]]) -> tuple[AnyArray, BoolArray]:
@@ -51,25 +51,16 @@ class Codec:
     def encode_rows(self, rows: FeatureRows) -> FeatureRows:
         """Return `rows` with their features encoded, where they are of another float type than the store's own.
 
-        Raises InvalidRowsError naming the key.
+        Never raises: `FeatureRows.validate` finds what the store cannot hold.
         """
         features_ND = rows.features_ND
         if features_ND.dtype.kind != "f" or features_ND.dtype == STORAGE_DTYPES[self.dtype] or features_ND.ndim != 2:
             return rows  # encoded already, or `validate` names the mistake
-        bits_ND, storable_N = self.encode_storable(features_ND)
-        if not storable_N.all() and len(storable_N) == len(rows):
-            first = int(np.flatnonzero(~storable_N)[0])
-            where = f"key {rows.keys_N[first]} ({rows.uris[first]!r})"
-            raise InvalidRowsError(f"{self._not_storable(storable_N)} {where}")
-        return replace(rows, features_ND=bits_ND)
+        return replace(rows, features_ND=to_bits(features_ND, self.dtype))
 
     def decode(self, bits_ND: AnyArray) -> Float32Array:
         """Return the numbers behind stored ones, float32 (N, D); exact."""
         return to_float32(bits_ND, self.dtype)
-
-    def _not_storable(self, storable_N: BoolArray) -> str:
-        count = int(np.count_nonzero(~storable_N))
-        return f"{count} of {len(storable_N)} features are not finite in {self.dtype}; the first is that of"
 
 
 _ABOUT = "origin"  # the one key of the file's metadata: safetensors writes several in any order

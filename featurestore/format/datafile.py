@@ -134,20 +134,6 @@ def live_table(metadata: pa.Table, features_MD: AnyArray, info: StoreInfo) -> pa
     return pa.Table.from_arrays(columns, schema=schema_of(info))
 
 
-def rows_of(table: pa.Table, info: StoreInfo) -> FeatureRows:
-    """Return the rows of a table that has every column."""
-    return FeatureRows(
-        keys_N=numpy_column(table, KEY),
-        uris=text_column(table, URI),
-        features_ND=matrix_of(table, info),
-        content_digest_N=digest_column(table),
-        source_tag=text_column(table, "source_tag"),
-        width_N=numpy_column(table, "width"),
-        height_N=numpy_column(table, "height"),
-        deleted_N=numpy_column(table, DELETED),
-    )
-
-
 def numpy_column(table: pa.Table, name: str) -> AnyArray:
     """Return a column of numbers or booleans as one array."""
     return np.asarray(_one_chunk(table, name).to_numpy(zero_copy_only=False))

@@ -98,8 +98,8 @@ class FeatureRows:
         if not finite_N.all():
             first = int(np.flatnonzero(~finite_N)[0])
             raise InvalidRowsError(
-                f"{count - int(finite_N.sum())} of {count} features are not finite; the first is that of"
-                f" key {self.keys_N[first]} ({self.uris[first]!r})"
+                f"{count - int(finite_N.sum())} of {count} features are not finite in {info.dtype}; the first is that"
+                f" of key {self.keys_N[first]} ({self.uris[first]!r})"
             )
         live_M = np.flatnonzero(~self.deleted_N)
         check_collisions(self.keys_N[live_M], [self.uris[i] for i in live_M])

@@ -35,25 +35,17 @@ class FeatureStatistics:
     std_D: Float32Array
 
 
-def inverse_std(std_D: npt.ArrayLike) -> Float64Array:
-    """Return the factors of centred dimensions, (D,): 1 / std.
-
-    Deviations below a tenth of their mean are raised to it. It is 1 for dimensions that never change in a store where
-    none does."""
-    std = np.asarray(std_D, dtype=np.float64)
-    floor = _LEAST_RELATIVE_STD * float(std.mean()) if len(std) else 0.0
-    return np.asarray(1.0 / np.maximum(std, floor if floor > 0 else 1.0))
-
-
 def input_scale(std_D: npt.ArrayLike, scaling: Scaling) -> Float64Array:
-    """Return what E multiplies centred dimensions by, (D,): each by its `inverse_std`, or all by one number in common.
+    """Return what E multiplies centred dimensions by, (D,): each by 1 / std, or all by one number in common.
 
-    The one number gives the dimensions a variance of 1 in the mean. So those that vary little stay small, which suits
-    components, of which the last are mostly noise; 1 where nothing varies.
+    Of "each", deviations below a tenth of their mean are raised to it. The one number gives the dimensions a variance
+    of 1 in the mean. So those that vary little stay small, which suits components, of which the last are mostly noise.
+    It is 1 where nothing varies.
     """
-    if scaling == "each":
-        return inverse_std(std_D)
     std = np.asarray(std_D, dtype=np.float64)
+    if scaling == "each":
+        floor = _LEAST_RELATIVE_STD * float(std.mean()) if len(std) else 0.0
+        return np.asarray(1.0 / np.maximum(std, floor if floor > 0 else 1.0))
     mean_square = float(np.mean(std**2)) if len(std) else 0.0
     return np.full(len(std), 1.0 / np.sqrt(mean_square) if mean_square > 0 else 1.0)
 

@@ -59,16 +59,10 @@ class RefreshSummary:
     precision: str  # in which the store's network multiplies
     channel: str | None = None  # points to it from now on
 
-    @property
-    def images_per_s(self) -> float:
-        """New, changed and bad images a second that this run itself worked on."""
-        return max(0, self.num_images - self.num_unchanged - self.num_touched - self.num_resumed) / max(
-            self.seconds, 1e-9
-        )
-
     def __str__(self) -> str:
         """Give the lines that a job prints."""
         kept = f" ({self.num_kept:,} not listed, kept)" if self.num_kept else ""
+        num_worked_on = max(0, self.num_images - self.num_unchanged - self.num_touched - self.num_resumed)
         lines = [
             f"images       {self.num_images:,} ({self.num_ignored:,} other files ignored)",
             f"new          {self.num_new:,}",
@@ -81,7 +75,7 @@ class RefreshSummary:
             f"duplicates   {self.num_duplicates:,} (feature copied from equal bytes)",
             f"computed     {self.num_computed:,} ({self.num_resumed:,} images staged by an earlier run)",
             f"precision    {self.precision}",
-            f"time         {self.seconds:.1f} s, {self.images_per_s:.1f} images/s",
+            f"time         {self.seconds:.1f} s, {num_worked_on / max(self.seconds, 1e-9):.1f} images/s",
             f"store        {self.store}, snapshot {self.snapshot}",
         ]
         if self.channel:

@@ -78,7 +78,9 @@ def by_torch(layers: nn.Module, precision: str) -> Compute:
 
 def by_openvino(layers: nn.Module, height_width: tuple[int, int], precision: str) -> Compute:
     """Let OpenVINO compile the layers for this processor, and for as many threads as torch has here now."""
-    openvino = _openvino()
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type] # it tells its maker of each import
+    import openvino
+
     filled_BCHW = np.zeros((BATCH, 3, *height_width), np.float32)
     with torch.no_grad():
         model = openvino.convert_model(layers, example_input=torch.zeros(2, 3, *height_width))
@@ -99,14 +101,6 @@ def by_openvino(layers: nn.Module, height_width: tuple[int, int], precision: str
         return np.concatenate(parts_BD)
 
     return compute
-
-
-def _openvino() -> Any:
-    """Import OpenVINO, but not the package by which it tells its maker of each import."""
-    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
-    import openvino
-
-    return openvino
 
 
 def _device() -> torch.device:

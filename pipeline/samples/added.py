@@ -90,11 +90,8 @@ def _add_days(options: SampleOptions, client: Client) -> dict[str, Any]:
         wanted = _missing_days(tables, asked, there) if isinstance(asked, int) else asked
         if not wanted or not (made := _made_groups(client, tables, scratch, wanted, set(there), is_since)).days:
             raise _NothingMissingError
-        groups_of_hour: Counter[int] = Counter()
-        for part in made.grouped:
-            groups_of_hour.update(
-                {h: n for h, n in part.groups_of_hour.items() if h // groups.HOURS_PER_DAY in made.days}
-            )
+        counted = sum((Counter(part.groups_of_hour) for part in made.grouped), Counter[int]())
+        groups_of_hour = {hour: n for hour, n in counted.items() if hour // groups.HOURS_PER_DAY in made.days}
         kept = {day: files for day, files in there.items() if day not in made.days}
         of_kept = _groups_of_days(before, kept, known)
         first_test_day = build.find_test_day(options, build.days_of(groups_of_hour) | of_kept)
@@ -229,7 +226,7 @@ def _keep_files(
         days = _days_in(file)
         split_of = {day: groups.split_of(day, first_test_day) for day in days}
         if days.keys() <= kept.keys() and len(splits := set(split_of.values())) == 1:
-            new.keep(f"{splits.pop()}/{_name(file)}", file)
+            new.kept[f"{splits.pop()}/{_name(file)}"] = file
             found[_name(file)] = known[_name(file)]
             continue
         with _opened(new.before, file) as parquet:
@@ -350,7 +347,7 @@ def _keep_the_rest(new: NewFiles, shuffled: Sequence[groups.ShuffledPiece]) -> N
         rewritten.add(QUARANTINE_FILE)
     for file in new.before.entries(recursive=False):
         if file.path not in rewritten and not file.path.startswith("."):
-            new.keep(file.path, file.path)
+            new.kept[file.path] = file.path
     groups.write_names(new.folder, shuffled, new.before)
     if QUARANTINE_FILE in new.kept:
         return

@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 
 from featurestore.keys import NO_IMAGE, splitmix64
 from featurestore.storage.storage import Storage
+from pipeline.cluster.tasks import neighbours
 from pipeline.samples.logs import (
     BEHAVIORS,
     CLICK,
@@ -36,7 +37,7 @@ from pipeline.samples.logs import (
 )
 from pipeline.samples.mapping import CLICKED_AT, TableLayout, two_texts
 from trainer.schema.fields import IDS_FILE, IMAGES_FILE, DistinctCount, file_of_month
-from trainer.schema.names import BUCKETS, TEXTS, by_bucket, merged_names, table_of_texts, write_buckets
+from trainer.schema.names import BUCKETS, TEXTS, by_bucket, in_buckets, merged_names, table_of_texts, write_buckets
 from trainer.schema.profile import is_list
 
 Int64Array = npt.NDArray[np.int64]
@@ -335,14 +336,7 @@ def _buckets(columns: Columns, num_buckets: int) -> list[pa.RecordBatch]:
         for name, values_N in columns.items()
     }
     bucket_N = (splitmix64(columns["user"]) % np.uint64(num_buckets)).astype(np.int64)
-    return _in_buckets(pa.record_batch(arrays), bucket_N, num_buckets)
-
-
-def _in_buckets(batch: pa.RecordBatch, bucket_N: Int64Array, num_buckets: int) -> list[pa.RecordBatch]:
-    """Cut rows by bucket, in their order."""
-    order_N = np.argsort(bucket_N, kind="stable")
-    batch, edges = batch.take(order_N), np.searchsorted(bucket_N[order_N], np.arange(num_buckets + 1))
-    return [batch.slice(low, high - low) for low, high in itertools.pairwise(edges.tolist())]
+    return in_buckets(pa.record_batch(arrays), bucket_N, num_buckets)
 
 
 def write_batches(path: Path, batches: Iterable[pa.RecordBatch]) -> None:
@@ -447,14 +441,8 @@ def batch_of_hours(groups_of_hour: Mapping[int, int]) -> dict[int, int]:
 
     A file of days with a few groups each would have a batch for every hour of years: a read of one reads their list.
     """
-    found: dict[int, int] = {}
-    number, room = -1, 0
-    for hour, count in groups_of_hour.items():
-        if number < 0 or count > room:
-            number, room = number + 1, BATCH_ROWS
-        found[hour] = number
-        room -= count
-    return found
+    batches = neighbours(groups_of_hour, groups_of_hour.values(), BATCH_ROWS)
+    return {hour: number for number, hours in enumerate(batches) for hour in hours}
 
 
 def _latest_of_day(groups: LogGroups) -> dict[int, int]:
@@ -523,19 +511,13 @@ def plan_files(groups_of_hour: Mapping[int, int], first_test_day: int, groups_pe
 
     Of more than MANY_DAYS days some share one. The plan hangs on the hours' counts alone, not on the number of buckets.
     """
-    days: dict[int, list[list[int]]] = {}
-    room = 0
+    days: dict[int, list[int]] = {}
     for hour in sorted(groups_of_hour):
-        files = days.setdefault(hour // HOURS_PER_DAY, [])
-        if not files or groups_of_hour[hour] > room:
-            files.append([])
-            room = groups_per_file
-        files[-1].append(hour)
-        room -= groups_of_hour[hour]
+        days.setdefault(hour // HOURS_PER_DAY, []).append(hour)
     plans = [
-        FilePlan((name_of_day(day),), number, split_of(day, first_test_day), tuple(hours))
-        for day, files in days.items()
-        for number, hours in enumerate(files)
+        FilePlan((name_of_day(day),), number, split_of(day, first_test_day), tuple(some))
+        for day, hours in days.items()
+        for number, some in enumerate(neighbours(hours, map(groups_of_hour.__getitem__, hours), groups_per_file))
     ]
     return plans if len(days) <= MANY_DAYS else _by_month(plans, groups_of_hour)
 

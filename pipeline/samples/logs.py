@@ -138,7 +138,7 @@ def documented_layout(log: str) -> mapping.TableLayout:
     return mapping.TableLayout(
         files=log,
         names={name: name for name in OF_LOG[log]},
-        kinds={name: mapping.kind_of(name) for name in OF_LOG[log]},
+        kinds={name: mapping.KINDS.get(name, "id") for name in OF_LOG[log]},
         takes_text=False,
     )
 

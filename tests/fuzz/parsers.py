@@ -21,7 +21,7 @@ from PIL import Image, ImageOps
 from safetensors.torch import save
 
 from featurestore.errors import CorruptFileError, FeatureStoreError
-from featurestore.format.datafile import open_entry, rows_of
+from featurestore.format.datafile import open_entry
 from featurestore.format.rows import FeatureRows
 from featurestore.format.statistics import Moments
 from featurestore.parsing import format_yaml
@@ -39,6 +39,7 @@ from serving.http.inference import TensorBody
 from serving.network import run_steps
 from serving.scoring.decode import decode as decode_body
 from serving.settings import Budget
+from tests.featurestore.shardrows import rows_of
 from tests.fuzz.mutate import (
     BYTES,
     JSON,

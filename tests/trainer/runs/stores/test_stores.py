@@ -17,6 +17,7 @@ from featurestore.upkeep.history import move_channel
 from featurestore.upkeep.remake import remake
 from jobs.export_embeddings import app as export_app
 from tests.cli import invoke
+from tests.featurestore.shardrows import read_shard
 from tests.trainer.conftest import Places, drawn_store, make_places
 from tests.trainer.whole_runs import run_alone as run_here
 from trainer.comm import SoloComm
@@ -162,7 +163,7 @@ def places(tmp_path: Path) -> Places:
     places = make_places(tmp_path)
     store = FeatureStore.open(tmp_path / "features")
     move_channel(store, "stable", store.snapshot().version)
-    rows = [store.snapshot().read_shard(shard) for shard in range(store.info.num_shards)]
+    rows = [read_shard(store.snapshot(), shard) for shard in range(store.info.num_shards)]
     store.delete([int(key) for each in rows for key in each.keys_N[:1]])
     return places
 
