@@ -23,10 +23,9 @@ from featurestore.format.codec import read_npy
 from featurestore.format.datafile import digest_column
 from featurestore.format.rows import FeatureRows
 from featurestore.keys import Int64Array
-from featurestore.snapshot import SnapshotId
 from featurestore.spec import ExtractorSpec
 from featurestore.staging import STAGING
-from featurestore.store import FeatureStore
+from featurestore.store import FeatureStore, SnapshotId
 from pipeline import store_run
 from pipeline.cluster.tasks import neighbours, run_all
 from pipeline.errors import VectorImportError

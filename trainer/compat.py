@@ -11,7 +11,7 @@ from featurestore.errors import FAILED
 from trainer.cli import GateLimits, WhichCheckpoint
 
 if TYPE_CHECKING:
-    from featurestore.snapshot import Snapshot
+    from featurestore.store import Snapshot
     from trainer.gates import Check, Comparison
 
 EXAMPLES = """

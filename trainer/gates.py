@@ -23,8 +23,7 @@ from featurestore.format.rows import FeatureRows
 from featurestore.keys import Int64Array, shard_of
 from featurestore.published.paths import RunPath
 from featurestore.published.versions import VersionName
-from featurestore.snapshot import Snapshot, SnapshotId
-from featurestore.store import FeatureStore
+from featurestore.store import FeatureStore, Snapshot, SnapshotId
 from trainer.cli import GateLimits
 from trainer.comm import Comm, SoloComm
 from trainer.errors import CheckpointError, ConfigError, DataNotFoundError, TrainerError

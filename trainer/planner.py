@@ -22,7 +22,7 @@ from featurestore.keys import Int64Array, owned_shards, owner_of, shard_of
 from featurestore.lookup.embedding import EmbeddingModel
 from featurestore.lookup.rowfiles import physical_memory_bytes
 from featurestore.published.paths import RunPath
-from featurestore.snapshot import Snapshot
+from featurestore.store import Snapshot
 from featurestore.text import count_text
 from trainer.comm import SoloComm
 from trainer.engine.wiring import table_shapes, widths_of_stores

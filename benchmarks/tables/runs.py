@@ -18,9 +18,8 @@ from benchmarks.seeds import holm, p_value, seed_mean
 from benchmarks.tables.variants import Table, Variant
 from featurestore.console.output import print_line, text_console
 from featurestore.published.versions import open_published
-from featurestore.snapshot import SnapshotId
 from featurestore.spec import flat
-from featurestore.store import FeatureStore
+from featurestore.store import FeatureStore, SnapshotId
 from trainer.comm import Comm
 from trainer.config import Config, load_config, read_mapping, settings_that_decide
 from trainer.errors import DataError, DataNotFoundError, TrainerError

@@ -28,9 +28,8 @@ from featurestore.errors import UserError
 from featurestore.format.datafile import KEY
 from featurestore.keys import Int64Array
 from featurestore.published.paths import RunPath
-from featurestore.snapshot import Snapshot
 from featurestore.spec import StoreInfo
-from featurestore.store import FeatureStore
+from featurestore.store import FeatureStore, Snapshot
 from trainer.runs.folder import finished
 
 if TYPE_CHECKING:

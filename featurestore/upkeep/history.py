@@ -17,15 +17,13 @@ import pyarrow.compute as pc
 from pydantic import Field
 
 from featurestore import log as manifests
-from featurestore.commit import Commit, Shards
 from featurestore.errors import CorruptFileError, PinError, SnapshotNotFoundError
 from featurestore.format import datafile
 from featurestore.keys import BoolArray, Int64Array
 from featurestore.published import versions
-from featurestore.snapshot import Snapshot
 from featurestore.spec import LAST_SECOND, FileEntry, Manifest, Sealed, Version, create_sealed, read_sealed
 from featurestore.storage.storage import Progress, Storage, in_threads
-from featurestore.store import FeatureStore
+from featurestore.store import Commit, FeatureStore, Shards, Snapshot
 
 _THREADS = 4
 _COMPARED = [name for name in datafile.METADATA_COLUMNS if name not in ("key", "source_tag")]  # which a touch changes

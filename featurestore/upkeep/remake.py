@@ -19,7 +19,6 @@ from scipy import linalg
 from threadpoolctl import threadpool_limits
 
 from featurestore import log, staging
-from featurestore.commit import Commit
 from featurestore.errors import DimsError, InvalidRowsError, StoreExistsError, StoreNotFoundError
 from featurestore.format.codec import Basis, BasisOrigin, Codec, write_basis
 from featurestore.format.datafile import URI, live_table, matrix_of
@@ -27,11 +26,10 @@ from featurestore.format.shard import ShardReader, write_shard_file
 from featurestore.index import nearest
 from featurestore.keys import AnyArray, Float32Array, Float64Array, Int64Array
 from featurestore.published.versions import VersionName
-from featurestore.snapshot import Snapshot
 from featurestore.spec import FileEntry, Frozen, OptionalId, Sealed, StoreInfo, read_sealed, seal
 from featurestore.storage.safety import refuse_unsafe
 from featurestore.storage.storage import Progress, Storage, in_threads
-from featurestore.store import FeatureStore
+from featurestore.store import Commit, FeatureStore, Snapshot
 from featurestore.text import DType
 from featurestore.upkeep.compaction import merged_blocks
 

@@ -25,7 +25,6 @@ import numpy as np
 import pyarrow as pa
 
 from featurestore import log
-from featurestore.commit import Commit
 from featurestore.errors import CorruptFileError, StorageError
 from featurestore.format.datafile import DELETED, KEY, URI, DataFile, info_in, read_verified, table_of, text_column
 from featurestore.format.rows import FeatureRows
@@ -34,7 +33,7 @@ from featurestore.keys import Int64Array, shard_of_hash, splitmix64
 from featurestore.spec import FileEntry, Manifest, StoreInfo, create_sealed, seal
 from featurestore.staging import QuarantineRow
 from featurestore.storage.storage import Progress, Storage
-from featurestore.store import INFO_PATH, FeatureStore
+from featurestore.store import INFO_PATH, Commit, FeatureStore
 from featurestore.upkeep import DAMAGED, DATA
 from featurestore.upkeep.verify import NOTE_PREFIX, DamageNote, FileKeys, Problem, verify
 

@@ -20,7 +20,7 @@ from featurestore.errors import KeyCollisionError
 from featurestore.format.datafile import digest_column
 from featurestore.format.shard import take_rows
 from featurestore.keys import AnyArray, BoolArray, Int64Array, shard_of_hash, splitmix64
-from featurestore.snapshot import Snapshot
+from featurestore.store import Snapshot
 from pipeline.images.source import ImageTable
 from pipeline.store_run import run_id_of
 

@@ -19,10 +19,9 @@ import xxhash
 from featurestore.format.rows import FeatureRows
 from featurestore.format.shard import take_rows
 from featurestore.keys import AnyArray, Int64Array, shard_of, splitmix64
-from featurestore.snapshot import Snapshot
 from featurestore.spec import ExtractorSpec, Int8Spec
 from featurestore.storage.storage import in_threads
-from featurestore.store import FeatureStore
+from featurestore.store import FeatureStore, Snapshot
 from pipeline.errors import BackboneError, BadImageError, WeightsError
 from pipeline.images.decode import Pixels, Preset, prepare
 from pipeline.images.source import ImageRef, read_image

@@ -19,10 +19,9 @@ from featurestore.errors import SpecMismatchError, StoreNotFoundError
 from featurestore.keys import Int64Array, splitmix64
 from featurestore.lookup import AutoDType, dtype_of_environment, dtype_of_machine
 from featurestore.published.versions import check_channel_name
-from featurestore.snapshot import Snapshot
 from featurestore.spec import ExtractorSpec, Int8Spec, NetworkName, StoreInfo
 from featurestore.storage.storage import Storage, in_threads
-from featurestore.store import FeatureStore
+from featurestore.store import FeatureStore, Snapshot
 from featurestore.upkeep.history import move_channel
 from pipeline import store_run
 from pipeline.cluster.tasks import Killed, run_all, run_alone, run_tasks

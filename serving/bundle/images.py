@@ -29,10 +29,9 @@ from featurestore.format.shard import ShardReader
 from featurestore.keys import Int64Array
 from featurestore.lookup.embedding import EmbeddingModel
 from featurestore.published.versions import VersionName
-from featurestore.snapshot import Snapshot, SnapshotId
 from featurestore.spec import ExtractorSpec, FileEntry, StoreInfo
 from featurestore.storage.storage import Progress
-from featurestore.store import FeatureStore
+from featurestore.store import FeatureStore, Snapshot, SnapshotId
 from serving.bundle.manifest import IMAGES, VECTORS, Missing, VectorsOf
 from serving.bundle.open import ModelVersion
 from serving.bundle.rows import Float32

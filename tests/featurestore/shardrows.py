@@ -13,8 +13,8 @@ from featurestore.format.datafile import (
     text_column,
 )
 from featurestore.format.rows import FeatureRows
-from featurestore.snapshot import Snapshot
 from featurestore.spec import StoreInfo
+from featurestore.store import Snapshot
 
 
 def rows_of(table: pa.Table, info: StoreInfo) -> FeatureRows:

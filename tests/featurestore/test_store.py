@@ -17,9 +17,9 @@ import pytest
 from featurestore import FeatureRows, FeatureStore, QuarantineRow, StoreInfo, errors, log, shard_of, staging
 from featurestore.format.datafile import schema_of
 from featurestore.log import manifest_path, version_of, versions
-from featurestore.snapshot import SnapshotId
 from featurestore.spec import MAX_VERSION, Manifest, seal
 from featurestore.storage.storage import Storage
+from featurestore.store import SnapshotId
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.expiry import expire
 from featurestore.upkeep.history import restore

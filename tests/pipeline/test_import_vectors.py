@@ -9,10 +9,9 @@ import pytest
 
 from featurestore.format.rows import FeatureRows, to_bits
 from featurestore.keys import key_of_uri
-from featurestore.snapshot import SnapshotId
 from featurestore.spec import StoreInfo
 from featurestore.storage.storage import Storage
-from featurestore.store import FeatureStore
+from featurestore.store import FeatureStore, SnapshotId
 from featurestore.upkeep.remake import remake
 from jobs import import_features
 from pipeline import formats, import_vectors

@@ -31,9 +31,9 @@ from featurestore.format.datafile import digest_of, read_verified
 from featurestore.index import VectorIndex
 from featurestore.keys import Float32Array, Int64Array, id_of_text
 from featurestore.published import versions
-from featurestore.snapshot import SnapshotId
 from featurestore.spec import Frozen, IndexKind, Sealed, read_sealed, seal
 from featurestore.storage.storage import Storage, file_at
+from featurestore.store import SnapshotId
 from trainer.comm import SoloComm
 from trainer.errors import AdIndexError, AdIndexNotFoundError, ConfigError, DataError, DataNotFoundError, SchemaError
 from trainer.models.nets import TwoTower

@@ -36,9 +36,9 @@ from featurestore.errors import CorruptFileError, FormatVersionError, StorageErr
 from featurestore.lookup.cache import RUNS, default_cache_dir
 from featurestore.parsing import first_mistake
 from featurestore.published.paths import RunPath, read_file, run_path, write_file
-from featurestore.snapshot import SnapshotId
 from featurestore.spec import FileName, Sealed, unseal
 from featurestore.storage.local import claim
+from featurestore.store import SnapshotId
 from trainer import errors
 from trainer.comm import Comm
 from trainer.config import SAMPLES_DIGEST, Config, Decision, Difference, RunConfig, Section, WarmParts, differences

@@ -24,8 +24,8 @@ from featurestore.lookup.embedding import EmbeddingModel
 from featurestore.lookup.ondevice import as_tensor
 from featurestore.published.paths import RunPath
 from featurestore.published.versions import VersionName
-from featurestore.snapshot import VECTORS_OF, Snapshot, SnapshotId
 from featurestore.storage.storage import Storage, cached_property, file_at
+from featurestore.store import VECTORS_OF, Snapshot, SnapshotId
 from trainer.comm import SoloComm
 from trainer.engine.machine import share_machine
 from trainer.engine.wiring import image_model, widths_of_stores

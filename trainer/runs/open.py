@@ -18,10 +18,9 @@ from featurestore.keys import Int64Array
 from featurestore.lookup.partition import FeaturePartition
 from featurestore.published.paths import RunPath, remove_all, run_path
 from featurestore.published.versions import VersionName, open_published
-from featurestore.snapshot import Snapshot, SnapshotId
 from featurestore.spec import StoreInfo
 from featurestore.storage.storage import Storage
-from featurestore.store import FeatureStore
+from featurestore.store import FeatureStore, Snapshot, SnapshotId
 from featurestore.text import count_text
 from trainer.comm import Comm
 from trainer.config import Config, TrainConfig, differences, save_config, settings_that_decide

@@ -17,10 +17,9 @@ from featurestore.errors import FeatureStoreError
 from featurestore.keys import Float32Array
 from featurestore.published.paths import RunPath
 from featurestore.published.versions import VersionName, open_published
-from featurestore.snapshot import Snapshot, SnapshotId
 from featurestore.spec import MissingPolicy
 from featurestore.storage.storage import Storage, cached_property
-from featurestore.store import FeatureStore
+from featurestore.store import FeatureStore, Snapshot, SnapshotId
 from trainer.comm import Comm
 from trainer.config import Config, Device, load_saved
 from trainer.engine.engine import Engine

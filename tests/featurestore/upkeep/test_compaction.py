@@ -10,8 +10,8 @@ import pytest
 
 from featurestore import FeatureRows, FeatureStore, StoreInfo, shard_of
 from featurestore.errors import CommitConflictError, CorruptFileError
-from featurestore.snapshot import Snapshot
 from featurestore.spec import FileEntry
+from featurestore.store import Snapshot
 from featurestore.upkeep.compaction import MAX_DELTAS, compact, merged_blocks, needs_compaction
 from tests.faulty import faulty
 from tests.featurestore.shardrows import read_shard

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from featurestore import FeaturePartition, FeatureRows, FeatureStore, QuarantineRow, StoreInfo, key_of_uri, log
-from featurestore.commit import Commit
 from featurestore.errors import CorruptFileError, KeyFileError, PinError, SnapshotNotFoundError
+from featurestore.store import Commit
 from featurestore.upkeep import purge as purge_module
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.expiry import move_aside

@@ -12,8 +12,7 @@ import pytest
 
 from featurestore.errors import AnotherStoreError
 from featurestore.format.rows import FeatureRows
-from featurestore.snapshot import SnapshotId
-from featurestore.store import FeatureStore
+from featurestore.store import FeatureStore, SnapshotId
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.history import restore
 from featurestore.upkeep.repair import repair

@@ -10,9 +10,8 @@ import pytest
 
 from featurestore.errors import AnotherStoreError
 from featurestore.format.rows import FeatureRows
-from featurestore.snapshot import SnapshotId
 from featurestore.spec import ExtractorSpec, Int8Spec, StoreInfo
-from featurestore.store import FeatureStore
+from featurestore.store import FeatureStore, SnapshotId
 from featurestore.upkeep.history import move_channel
 from featurestore.upkeep.remake import remake
 from jobs.export_embeddings import app as export_app
