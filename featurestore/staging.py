@@ -14,8 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from featurestore.errors import CorruptFileError, InvalidRowsError
-from featurestore.format.datafile import KEY, DataFile, digest_of, encode, numpy_column, table_of
-from featurestore.format.rows import FeatureRows
+from featurestore.format.datafile import KEY, DataFile, FeatureRows, digest_of, encode, numpy_column, table_of
 from featurestore.format.shard import newest_rows, take_rows
 from featurestore.keys import shard_of
 from featurestore.spec import StoreInfo, check_file_name

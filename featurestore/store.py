@@ -29,11 +29,18 @@ from featurestore.errors import (
     StoreExistsError,
     StoreNotFoundError,
 )
-from featurestore.format.codec import Basis, Codec, basis_of
-from featurestore.format.datafile import DELETED, KEY, URI, numpy_column, open_entry, text_column
-from featurestore.format.rows import FeatureRows, check_collisions
+from featurestore.format.codec import Basis, Codec, FeatureStatistics, Moments, basis_of
+from featurestore.format.datafile import (
+    DELETED,
+    KEY,
+    URI,
+    FeatureRows,
+    check_collisions,
+    numpy_column,
+    open_entry,
+    text_column,
+)
 from featurestore.format.shard import ShardReader, live_batches, live_schema, newest_rows, take_rows, write_shard_file
-from featurestore.format.statistics import FeatureStatistics, Moments
 from featurestore.keys import AnyArray, BoolArray, Int64Array, shard_of
 from featurestore.published.versions import VersionName, find_channel
 from featurestore.spec import (
@@ -56,6 +63,7 @@ VECTORS_OF = "visual_vectors"  # in the metadata of exported vectors (Parquet): 
 _THREADS = 4
 _SHOWN = 8  # digits of an id in a message
 ResultT = TypeVar("ResultT")
+Shards = Mapping[int, Sequence[FileEntry]]  # files of each shard, oldest first
 
 
 class Snapshot(Shown):
@@ -231,9 +239,6 @@ class SnapshotId(BaseModel):
                 f"{what} belongs to {self.described()}. This is {found.described()}: another store of the same kind, "
                 f"whose features may differ; {way_out}"
             )
-
-
-Shards = Mapping[int, Sequence[FileEntry]]  # files of each shard, oldest first
 
 
 @dataclass(kw_only=True)

@@ -20,8 +20,7 @@ import xxhash
 from distributed import Client
 
 from featurestore.format.codec import read_npy
-from featurestore.format.datafile import digest_column
-from featurestore.format.rows import FeatureRows
+from featurestore.format.datafile import FeatureRows, digest_column
 from featurestore.keys import Int64Array
 from featurestore.spec import ExtractorSpec
 from featurestore.staging import STAGING

@@ -15,7 +15,7 @@ import xxhash
 from distributed import Client
 
 from featurestore.errors import SpecMismatchError, StoreNotFoundError
-from featurestore.format.rows import FeatureRows
+from featurestore.format.datafile import FeatureRows
 from featurestore.keys import Int64Array, key_of_uri, splitmix64
 from featurestore.parsing import parse_json
 from featurestore.spec import FileEntry, StoreInfo

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from featurestore.errors import FeatureStoreError, SnapshotNotFoundError, UserError
-from featurestore.format.rows import FeatureRows
+from featurestore.format.datafile import FeatureRows
 from featurestore.keys import Int64Array, shard_of
 from featurestore.published.paths import RunPath
 from featurestore.published.versions import VersionName

@@ -15,10 +15,8 @@ import xxhash
 
 from featurestore.errors import CorruptFileError, InvalidRowsError
 from featurestore.format import datafile
-from featurestore.format.codec import Codec
-from featurestore.format.datafile import DELETED, FEATURE, KEY, URI
-from featurestore.format.rows import check_collisions
-from featurestore.format.statistics import Moments
+from featurestore.format.codec import Codec, Moments
+from featurestore.format.datafile import DELETED, FEATURE, KEY, URI, check_collisions
 from featurestore.keys import AnyArray, BoolArray, Int64Array, shard_of_hash, splitmix64
 from featurestore.spec import FileEntry, FileKind, StoreInfo
 from featurestore.storage.storage import Storage, cached_property, digest_of

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from featurestore.format.statistics import Scaling, input_scale
+from featurestore.format.codec import Scaling, input_scale
 from featurestore.keys import BoolArray, Float32Array, Int64Array
 from featurestore.lookup import ComputeDType
 from featurestore.lookup.ondevice import BLOCK_ROWS, Copies, Gathered, HeldRows, PReLU, as_array, as_tensor, on_device

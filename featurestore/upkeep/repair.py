@@ -26,8 +26,17 @@ import pyarrow as pa
 
 from featurestore import log
 from featurestore.errors import CorruptFileError, StorageError
-from featurestore.format.datafile import DELETED, KEY, URI, DataFile, info_in, read_verified, table_of, text_column
-from featurestore.format.rows import FeatureRows
+from featurestore.format.datafile import (
+    DELETED,
+    KEY,
+    URI,
+    DataFile,
+    FeatureRows,
+    info_in,
+    read_verified,
+    table_of,
+    text_column,
+)
 from featurestore.format.shard import ShardReader, newest_rows, write_shard_file
 from featurestore.keys import Int64Array, shard_of_hash, splitmix64
 from featurestore.spec import FileEntry, Manifest, StoreInfo, create_sealed, seal

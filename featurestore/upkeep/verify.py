@@ -20,7 +20,7 @@ from featurestore import log, staging
 from featurestore.errors import CorruptFileError, SnapshotNotFoundError, StoreNotFoundError
 from featurestore.format import datafile
 from featurestore.format.codec import BASES, basis_of
-from featurestore.format.rows import finite_rows
+from featurestore.format.datafile import finite_rows
 from featurestore.format.shard import read_moments
 from featurestore.keys import BoolArray, Int64Array, keys_of_uris, shard_of_hash, splitmix64
 from featurestore.published.versions import is_channel_name, last_move

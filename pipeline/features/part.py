@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-from featurestore.format.rows import FeatureRows
+from featurestore.format.datafile import FeatureRows
 from featurestore.format.shard import take_rows
 from featurestore.keys import AnyArray, Int64Array, shard_of, splitmix64
 from featurestore.spec import ExtractorSpec, Int8Spec

@@ -23,8 +23,7 @@ from torch import Tensor
 
 from featurestore.errors import CommitConflictError, SnapshotNotFoundError, SpecMismatchError
 from featurestore.format import datafile
-from featurestore.format.datafile import FEATURE, KEY, URI
-from featurestore.format.rows import FeatureRows
+from featurestore.format.datafile import FEATURE, KEY, URI, FeatureRows
 from featurestore.format.shard import ShardReader
 from featurestore.keys import Int64Array
 from featurestore.lookup.embedding import EmbeddingModel

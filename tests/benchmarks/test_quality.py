@@ -22,7 +22,7 @@ from benchmarks.quality.data import DataSet, parse
 from benchmarks.quality.heldout import JUDGED, hold_out, sampled
 from benchmarks.quality.rows import Layout, Rows, Vocabulary, read, vocabularies
 from benchmarks.quality.runs import Spec, fuxictr_python
-from featurestore.format.rows import FeatureRows
+from featurestore.format.datafile import FeatureRows
 from featurestore.keys import keys_of_uris
 from featurestore.spec import ExtractorSpec, StoreInfo
 from featurestore.store import FeatureStore

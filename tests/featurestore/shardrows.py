@@ -6,13 +6,13 @@ from featurestore.format.datafile import (
     DELETED,
     KEY,
     URI,
+    FeatureRows,
     digest_column,
     matrix_of,
     numpy_column,
     schema_of,
     text_column,
 )
-from featurestore.format.rows import FeatureRows
 from featurestore.spec import StoreInfo
 from featurestore.store import Snapshot
 

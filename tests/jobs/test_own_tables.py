@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from featurestore.format.rows import FeatureRows
+from featurestore.format.datafile import FeatureRows
 from featurestore.keys import NO_IMAGE, id_of_text, key_of_uri
 from featurestore.spec import ExtractorSpec, StoreInfo
 from featurestore.storage.storage import Storage

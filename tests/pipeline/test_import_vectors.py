@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from featurestore.format.rows import FeatureRows, to_bits
+from featurestore.format.datafile import FeatureRows, to_bits
 from featurestore.keys import key_of_uri
 from featurestore.spec import StoreInfo
 from featurestore.storage.storage import Storage

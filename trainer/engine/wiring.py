@@ -7,7 +7,7 @@ from datetime import date
 import torch
 from torch import Tensor, nn
 
-from featurestore.format.statistics import FeatureStatistics
+from featurestore.format.codec import FeatureStatistics
 from featurestore.keys import Int64Array, owner_of, shard_of
 from featurestore.lookup.embedding import EmbeddingModel, EmbeddingService
 from featurestore.lookup.ondevice import Gathered, held_bytes

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from featurestore.errors import AnotherStoreError, FeatureStoreError, MissingKeysError, StoreNotFoundError
-from featurestore.format.statistics import FeatureStatistics
+from featurestore.format.codec import FeatureStatistics
 from featurestore.keys import Int64Array
 from featurestore.lookup.partition import FeaturePartition
 from featurestore.published.paths import RunPath, remove_all, run_path

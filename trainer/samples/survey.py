@@ -41,7 +41,7 @@ import xxhash
 from featurestore.console.files import replaced_file
 from featurestore.console.output import text_console
 from featurestore.errors import StorageError
-from featurestore.format.statistics import Moments
+from featurestore.format.codec import Moments
 from featurestore.keys import NO_IMAGE, AnyArray, Float64Array, Int64Array, owner_of, shard_of
 from featurestore.lookup.cache import SAMPLES, default_cache_dir
 from featurestore.published.paths import FarPath, RunPath, open_file, remove_all, run_path, written_locally

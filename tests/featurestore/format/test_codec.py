@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 
 from featurestore import Codec, FeatureRows, FeatureStore, StoreInfo, keys_of_uris, to_bits, to_float32
 from featurestore.errors import CorruptFileError, InvalidRowsError, KeyCollisionError
-from featurestore.format.codec import read_npy
-from featurestore.format.statistics import Moments
+from featurestore.format.codec import Moments, read_npy
 from featurestore.index import nearest
 from featurestore.text import DType
 from tests.featurestore.conftest import MakeRows

@@ -8,7 +8,7 @@ import torch
 
 from featurestore import ExtractorSpec, FeatureRows, FeatureStore, StoreInfo
 from featurestore.errors import FeatureStoreError, MissingKeysError
-from featurestore.format.statistics import Scaling
+from featurestore.format.codec import Scaling
 from featurestore.lookup import dtype_of_machine, dtype_of_processor, embedding, ondevice
 from featurestore.lookup.embedding import EmbeddingModel, EmbeddingService
 from featurestore.lookup.ondevice import HeldRows, PReLU, as_tensor, held_bytes

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from featurestore.errors import SpecMismatchError
-from featurestore.format.rows import to_float32
+from featurestore.format.datafile import to_float32
 from featurestore.keys import key_of_uri
 from featurestore.lookup import VARIABLE
 from featurestore.spec import StoreInfo

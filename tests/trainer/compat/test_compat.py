@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from featurestore.errors import AnotherStoreError
-from featurestore.format.rows import FeatureRows
+from featurestore.format.datafile import FeatureRows
 from featurestore.spec import StoreInfo
 from featurestore.store import FeatureStore
 from tests.cli import invoke

@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from featurestore.format.rows import FeatureRows
+from featurestore.format.datafile import FeatureRows
 from featurestore.spec import StoreInfo
 from featurestore.store import FeatureStore
 from tests.cli import invoke

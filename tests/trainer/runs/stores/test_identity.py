@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from featurestore.errors import AnotherStoreError
-from featurestore.format.rows import FeatureRows
+from featurestore.format.datafile import FeatureRows
 from featurestore.store import FeatureStore, SnapshotId
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.history import restore

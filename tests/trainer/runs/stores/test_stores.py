@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from featurestore.errors import AnotherStoreError
-from featurestore.format.rows import FeatureRows
+from featurestore.format.datafile import FeatureRows
 from featurestore.spec import ExtractorSpec, Int8Spec, StoreInfo
 from featurestore.store import FeatureStore, SnapshotId
 from featurestore.upkeep.history import move_channel
