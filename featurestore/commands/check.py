@@ -85,7 +85,7 @@ def repair(url: Url, dry_run: DryRun = False) -> None:
 
     Exit code 1 when something is left that only a backup or you can repair.
     """
-    from featurestore.upkeep.repair import repair as repair_store
+    from featurestore.upkeep.verify import repair as repair_store
 
     with progress_bar("files") as progress:
         report = repair_store(url, dry_run, progress)

@@ -23,8 +23,7 @@ from featurestore.store import SnapshotId
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.expiry import expire
 from featurestore.upkeep.history import restore
-from featurestore.upkeep.repair import repair
-from featurestore.upkeep.verify import verify
+from featurestore.upkeep.verify import repair, verify
 from tests.faulty import Fault, FaultyStorage, fails, faulty, made_but_lost, opened_faulty
 from tests.featurestore.shardrows import read_shard
 from tests.featurestore.staged import build_shard, metadata_of

@@ -12,7 +12,7 @@ from featurestore.log import CHANNELS, manifest_path
 from featurestore.published.versions import ChannelMove
 from featurestore.spec import Manifest, seal
 from featurestore.upkeep import compaction, expiry, history, purge, verify
-from featurestore.upkeep.repair import repair
+from featurestore.upkeep.verify import repair
 from tests.simulated.history import Entry, History
 from tests.simulated.world import Clients, Stored, World, seconds
 

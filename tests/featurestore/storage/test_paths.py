@@ -22,8 +22,7 @@ from featurestore.storage.storage import Storage
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.expiry import expire
 from featurestore.upkeep.history import pin, unpin
-from featurestore.upkeep.repair import repair
-from featurestore.upkeep.verify import noted_paths, verify
+from featurestore.upkeep.verify import noted_paths, repair, verify
 from tests.cli import invoke
 from tests.featurestore.shardrows import read_shard
 

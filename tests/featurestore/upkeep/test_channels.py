@@ -11,8 +11,7 @@ from featurestore.published.versions import read_moves, version_name
 from featurestore.upkeep.expiry import expire
 from featurestore.upkeep.history import log as log_of_store
 from featurestore.upkeep.history import move_channel, remove_channel
-from featurestore.upkeep.repair import repair
-from featurestore.upkeep.verify import verify
+from featurestore.upkeep.verify import repair, verify
 from tests.faulty import faulty, made_but_lost
 from tests.featurestore.staged import run
 

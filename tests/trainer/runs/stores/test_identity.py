@@ -15,7 +15,7 @@ from featurestore.format.datafile import FeatureRows
 from featurestore.store import FeatureStore, SnapshotId
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.history import restore
-from featurestore.upkeep.repair import repair
+from featurestore.upkeep.verify import repair
 from jobs.export_embeddings import app as export_app
 from tests.cli import invoke
 from tests.ranks import StandingRanks
