@@ -190,8 +190,7 @@ def calibrate(backbone_name: str, weights: str, refs: Sequence[ImageRef]) -> Int
 
     Raises BackboneError where there are not two of them, WeightsError.
     """
-    from pipeline.network.backbone import load_weights, network_of
-    from pipeline.network.compute import calibrated, normalised
+    from pipeline.network.backbone import calibrated, load_weights, network_of, normalised
 
     network = network_of(backbone_name, weights)
     loaded = in_threads(partial(_load, network.preset, {}), refs, LEAST_DECODE_THREADS)

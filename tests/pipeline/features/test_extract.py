@@ -20,7 +20,7 @@ from jobs import extract_features
 from pipeline.errors import BackboneError, SourceError, StoreRunError, WeightsError
 from pipeline.features.part import PartSettings, stage_part
 from pipeline.features.refresh import describe_network
-from pipeline.network import compute
+from pipeline.network import backbone as compute
 from pipeline.network.backbone import Backbone, _cached_backbone, backbone, load_weights, network_of
 from tests.cli import said
 from tests.featurestore.staged import metadata_of
