@@ -1,10 +1,10 @@
-"""Frozen backbones: any torchvision classifier up to a named layer, its weights, what identifies and what computes them.
+"""Frozen backbones: torchvision classifiers up to a named layer, their weights, what identifies and what computes them.
 
 A network's name is MODEL:LAYER. A layer is named as `torchvision.models.feature_extraction` names it: the path of its
 module, or of the operation (`flatten`, `layer4.1.add`); the path of a block means the last operation in it.
 
-It is computed by torch on a GPU, and on a processor by OpenVINO where it is installed, else by torch. Both take the same
-layers and multiply in the same precision, so their features differ by rounding alone.
+It is computed by torch on a GPU, and on a processor by OpenVINO where it is installed, else by torch. Both take the
+same layers and multiply in the same precision, so their features differ by rounding alone.
 
 In int8 convolutions, linear layers and pools take inputs and weights of 8 bits. Those that take pixels and depthwise
 convolutions stay in floating point: they lose most and gain least. With them efficientnet-lite2 kept a cosine of .974
