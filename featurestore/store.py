@@ -14,7 +14,6 @@ from functools import cache
 from typing import Any, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict
 
@@ -41,7 +40,7 @@ from featurestore.format.datafile import (
     text_column,
 )
 from featurestore.format.shard import ShardReader, live_batches, live_schema, newest_rows, take_rows, write_shard_file
-from featurestore.keys import AnyArray, BoolArray, Int64Array, shard_of
+from featurestore.keys import AnyArray, BoolArray, FloatArray, Int64Array, shard_of
 from featurestore.published.versions import VersionName, find_channel
 from featurestore.spec import (
     FileEntry,
@@ -377,7 +376,7 @@ class FeatureStore:
         """Return the basis of a compact store's rows, or None for other stores. Raises CorruptFileError."""
         return basis_of(self.info, self.storage)
 
-    def project(self, values_ND: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.floating[Any]]:
+    def project(self, values_ND: FloatArray) -> FloatArray:
         """Convert full rows (N, full_dim) to the store's form: unchanged, or their coordinates if it is compact.
 
         Numbers, not encoded yet. Raises InvalidRowsError for another width.

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -133,7 +132,7 @@ class RecordSlice:
                     raise VectorImportError(f"{self.path} has become shorter while it was read: try again")
                 yield self._block(first, np.frombuffer(data, self.record))
 
-    def _block(self, first: int, records_N: npt.NDArray[Any]) -> VectorBlock:
+    def _block(self, first: int, records_N: AnyArray) -> VectorBlock:
         raise NotImplementedError
 
 
@@ -143,7 +142,7 @@ class MatrixSlice(RecordSlice):
 
     names: Int64Array | list[str]
 
-    def _block(self, first: int, records_N: npt.NDArray[Any]) -> VectorBlock:
+    def _block(self, first: int, records_N: AnyArray) -> VectorBlock:
         names, vectors_ND = self.names[first : first + len(records_N)], _single(records_N)
         if not isinstance(names, list):
             return VectorBlock(names, list(map(uri_of_key, names.tolist())), vectors_ND)
@@ -372,7 +371,7 @@ class XdlSlice(RecordSlice):
 
     number: int
 
-    def _block(self, first: int, records_N: npt.NDArray[Any]) -> VectorBlock:
+    def _block(self, first: int, records_N: AnyArray) -> VectorBlock:
         keys_N = records_N["key"].astype(np.int64)
         fits_N = (keys_N & (NUM_FILES - 1)) == self.number
         bad = tuple(BadRow(key, uri_of_key(key), WRONG_FILE) for key in keys_N[~fits_N].tolist())

@@ -15,13 +15,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import xxhash
 from distributed import Client
 
 from featurestore.format.codec import read_npy
 from featurestore.format.datafile import FeatureRows, digest_column
-from featurestore.keys import Int64Array
+from featurestore.keys import AnyArray, Int64Array
 from featurestore.spec import ExtractorSpec
 from featurestore.staging import STAGING
 from featurestore.store import FeatureStore, SnapshotId
@@ -34,7 +33,7 @@ from pipeline.options import ImportOptions
 NEW, CHANGED, UNCHANGED = 0, 1, 2
 INDEX_DTYPE = np.dtype([("key", "<i8"), ("low", "<u8"), ("high", "<u8"), ("state", "u1")])
 
-IndexArray = npt.NDArray[np.void]
+IndexArray = AnyArray
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ import io
 import threading
 import tokenize
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,7 @@ from safetensors import numpy as tensors
 
 from featurestore.errors import CorruptFileError, InvalidRowsError
 from featurestore.format.datafile import FeatureRows, digest_of, finite_rows, read_verified, to_bits, to_float32
-from featurestore.keys import AnyArray, BoolArray, Float32Array, Float64Array
+from featurestore.keys import AnyArray, BoolArray, Float32Array, Float64Array, FloatArray
 from featurestore.parsing import first_mistake, parse_json
 from featurestore.spec import STORAGE_DTYPES, ExtractorSpec, Frozen, OptionalId, ReductionSpec, StoreInfo
 from featurestore.storage.storage import Storage
@@ -39,7 +39,7 @@ class Codec:
 
     dtype: DType
 
-    def encode(self, values_ND: npt.NDArray[np.floating[Any]]) -> AnyArray:
+    def encode(self, values_ND: FloatArray) -> AnyArray:
         """Return `values_ND` as the store keeps them, (N, D) in its storage dtype; right for every dtype.
 
         Raises InvalidRowsError where the store cannot hold a row; `encode_storable` says which it can.
@@ -49,7 +49,7 @@ class Codec:
             raise InvalidRowsError(f"row {np.flatnonzero(~storable_N)[0]} is not finite in {self.dtype}")
         return bits_ND
 
-    def encode_storable(self, values_ND: npt.NDArray[np.floating[Any]]) -> tuple[AnyArray, BoolArray]:
+    def encode_storable(self, values_ND: FloatArray) -> tuple[AnyArray, BoolArray]:
         """Encode, and return which rows the store can hold, (N,): those finite before and after. Never raises."""
         bits_ND = to_bits(values_ND, self.dtype)
         return bits_ND, finite_rows(bits_ND, self.dtype)
@@ -110,7 +110,7 @@ class Basis:
         total = self.origin.total_variance
         return min(1.0, float(self.spectrum_K.sum()) / total) if total else 1.0
 
-    def project(self, values_ND: npt.NDArray[np.floating[Any]]) -> Float32Array:
+    def project(self, values_ND: FloatArray) -> Float32Array:
         """Return the coordinates (N, K) of full rows (N, D): of their distance from the mean along each component.
 
         Computed in float64, rounded once. Numbers that are not finite give such coordinates. Raises InvalidRowsError
@@ -124,7 +124,7 @@ class Basis:
                 out_NK[start : start + _BLOCK_ROWS] = centred @ self.components_KD.T
         return out_NK
 
-    def restored(self, coordinates_NK: npt.NDArray[np.floating[Any]]) -> Float32Array:
+    def restored(self, coordinates_NK: FloatArray) -> Float32Array:
         """Return the full rows (N, D) that coordinates (N, K) describe: nothing is left of other directions."""
         self._check_width(coordinates_NK, self.dim)
         rows_ND = coordinates_NK.astype(np.float64) @ self.components_KD + self.mean_D

@@ -28,7 +28,7 @@ from featurestore.errors import (
     KeyCollisionError,
     SpecMismatchError,
 )
-from featurestore.keys import AnyArray, BoolArray, Float32Array, Int64Array, keys_of_uris
+from featurestore.keys import AnyArray, BoolArray, Float32Array, FloatArray, Int32Array, Int64Array, keys_of_uris
 from featurestore.spec import STORAGE_DTYPES, FileEntry, StoreInfo
 from featurestore.storage.storage import Storage
 from featurestore.text import DType
@@ -56,10 +56,10 @@ class FeatureRows:
     keys_N: Int64Array
     uris: list[str]
     features_ND: AnyArray
-    content_digest_N: npt.NDArray[np.void]  # 16 bytes each: xxh3-128 of the image's bytes
+    content_digest_N: AnyArray  # 16 bytes each: xxh3-128 of the image's bytes
     source_tag: list[str]  # etag, or size and time of the source
-    width_N: npt.NDArray[np.int32]
-    height_N: npt.NDArray[np.int32]
+    width_N: Int32Array
+    height_N: Int32Array
     deleted_N: BoolArray
 
     @classmethod
@@ -142,7 +142,7 @@ def check_collisions(keys_N: Int64Array, uris: Sequence[str]) -> None:
             raise KeyCollisionError(f"key {sorted_N[place]} belongs to two uris, {first!r} and {second!r}: rename one")
 
 
-def to_bits(values: npt.NDArray[np.floating[Any]], dtype: DType) -> AnyArray:
+def to_bits(values: FloatArray, dtype: DType) -> AnyArray:
     """Return `values` as a store of `dtype` keeps them: for bfloat16 its bits as uint16, rounded to nearest even."""
     if dtype != "bfloat16":
         with np.errstate(over="ignore"):  # an overflow becomes inf, which validate refuses
@@ -279,7 +279,7 @@ def text_column(table: pa.Table, name: str) -> list[str]:
     return texts
 
 
-def digest_column(table: pa.Table) -> npt.NDArray[np.void]:
+def digest_column(table: pa.Table) -> AnyArray:
     """Return the digests of the images' bytes, 16 bytes each."""
     return np.frombuffer(_fixed_buffer(table, "content_digest"), dtype=DIGEST_DTYPE)
 

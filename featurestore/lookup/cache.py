@@ -33,7 +33,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import xxhash
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -41,7 +40,7 @@ from featurestore.errors import CorruptFileError, StorageError
 from featurestore.format.codec import read_npy
 from featurestore.format.datafile import FileMemory
 from featurestore.format.shard import RowBlock, ShardReader
-from featurestore.keys import Int64Array, UInt64Array, shard_of_hash, splitmix64
+from featurestore.keys import AnyArray, Int64Array, UInt64Array, shard_of_hash, splitmix64
 from featurestore.storage.local import TEMPORARY, claim, is_private, open_private, open_regular
 from featurestore.storage.storage import Progress, in_threads
 
@@ -114,7 +113,7 @@ def open_or_build(
     return cached
 
 
-def append_rows(file: io.FileIO, rows_MD: npt.NDArray[np.generic]) -> None:
+def append_rows(file: io.FileIO, rows_MD: AnyArray) -> None:
     """Write rows at the end of an unbuffered file."""
     if rows_MD.size == 0:
         return

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 from scipy import linalg
 from threadpoolctl import threadpool_limits
@@ -24,7 +23,7 @@ from featurestore.format.codec import Basis, BasisOrigin, Codec, write_basis
 from featurestore.format.datafile import URI, live_table, matrix_of
 from featurestore.format.shard import ShardReader, write_shard_file
 from featurestore.index import nearest
-from featurestore.keys import AnyArray, Float32Array, Float64Array, Int64Array
+from featurestore.keys import AnyArray, Float32Array, Float64Array, FloatArray, Int64Array
 from featurestore.published.versions import VersionName
 from featurestore.spec import FileEntry, Frozen, OptionalId, Sealed, StoreInfo, read_sealed, seal
 from featurestore.storage.safety import refuse_unsafe
@@ -345,7 +344,7 @@ class CoMoments:
         self._panels = list(itertools.combinations_with_replacement(columns, 2))
         self._pool = pool
 
-    def add(self, values_ND: npt.NDArray[np.floating]) -> None:
+    def add(self, values_ND: FloatArray) -> None:
         """Merge a block of rows."""
         if not len(values_ND):
             return

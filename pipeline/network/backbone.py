@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import xxhash
 from torch import nn
@@ -38,7 +37,7 @@ from torchvision import models
 from torchvision.models import feature_extraction
 from torchvision.transforms import functional
 
-from featurestore.keys import Float32Array
+from featurestore.keys import Float32Array, UInt8Array
 from featurestore.spec import ExtractorSpec, Int8Spec
 from pipeline.errors import BackboneError, WeightsError
 from pipeline.images.decode import Preset
@@ -69,7 +68,7 @@ NORMS = (nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)
 DENSENET_NAME = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)")  # a dot that torchvision has since dropped
 
 
-def normalised(pixels_BHWC: npt.NDArray[np.uint8], preset: Preset) -> torch.Tensor:
+def normalised(pixels_BHWC: UInt8Array, preset: Preset) -> torch.Tensor:
     """Scale pixels to what a network takes, (B, C, H, W) float32, by torchvision; on the GPU where there is one."""
     pixels_BCHW = torch.from_numpy(pixels_BHWC).to(_device()).permute(0, 3, 1, 2)
     scaled = functional.convert_image_dtype(pixels_BCHW, torch.float32)
@@ -442,7 +441,7 @@ class Backbone:
         self._layers: nn.Module = network.filled(state)
         self._lock = threading.Lock()  # one batch at a time: each uses all of the process's torch threads
 
-    def features(self, pixels_BHWC: npt.NDArray[np.uint8]) -> Float32Array:
+    def features(self, pixels_BHWC: UInt8Array) -> Float32Array:
         """Compute features (B, D) of images that `pipeline.images.decode.prepare` made for this network's preset."""
         with self._lock:
             return self._compute(normalised(pixels_BHWC, self.preset))

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 from distributed import Client
@@ -26,6 +25,7 @@ from pydantic import BaseModel, NonNegativeInt, StringConstraints
 
 from featurestore.console.files import write_json
 from featurestore.errors import StorageError
+from featurestore.keys import Int64Array
 from featurestore.parsing import parse_json
 from featurestore.published.versions import open_published
 from featurestore.spec import FileName, differing
@@ -295,7 +295,7 @@ def _grouped(
     """
     options, (low, first, high) = tables.options, span
     rules = build.rules_of(options, tables.layouts[IMPRESSIONS])
-    impressions, users = list[LogPiece](), list[npt.NDArray[np.int64]]()
+    impressions, users = list[LogPiece](), list[Int64Array]()
     for begin_us, end_us in (
         (first * groups.DAY, high * groups.DAY),
         (low * groups.DAY - rules.reach_us, first * groups.DAY),

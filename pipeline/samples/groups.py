@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from featurestore.keys import NO_IMAGE, splitmix64
+from featurestore.keys import NO_IMAGE, AnyArray, Int64Array, splitmix64
 from featurestore.storage.storage import Storage
 from pipeline.cluster.tasks import neighbours
 from pipeline.samples.logs import (
@@ -39,8 +38,6 @@ from pipeline.samples.mapping import CLICKED_AT, TableLayout, two_texts
 from trainer.schema.fields import IDS_FILE, IMAGES_FILE, DistinctCount, file_of_month
 from trainer.schema.names import BUCKETS, TEXTS, by_bucket, in_buckets, merged_names, table_of_texts, write_buckets
 from trainer.schema.profile import is_list
-
-Int64Array = npt.NDArray[np.int64]
 
 DAY = 86_400 * MICROSECONDS
 BEHAVIOR_ORDER = ("user", "timestamp", "item", "image", "category")
@@ -466,13 +463,13 @@ def table_of_groups(groups: LogGroups, user_columns: Sequence[str], ad_columns: 
     return pa.table(columns)
 
 
-def _lists(values_N: npt.NDArray[Any], sizes_G: npt.NDArray[np.int64]) -> Any:
+def _lists(values_N: AnyArray, sizes_G: Int64Array) -> Any:
     """Make lists of the given sizes, one per group, as an Arrow array."""
     offsets: Any = pa.array(np.concatenate([[0], np.cumsum(sizes_G)]), pa.int32())
     return pa.ListArray.from_arrays(offsets, _values(values_N))
 
 
-def _values(values_N: npt.NDArray[Any]) -> Any:
+def _values(values_N: AnyArray) -> Any:
     """Make an Arrow array of a column; of lists of ids, see `parse_id_lists`, an array of lists."""
     if values_N.dtype != np.object_:
         return pa.array(values_N)

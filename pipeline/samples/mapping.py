@@ -21,7 +21,7 @@ from pyarrow import csv
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from featurestore.errors import StorageError
-from featurestore.keys import NO_IMAGE, id_of_text
+from featurestore.keys import NO_IMAGE, AnyArray, BoolArray, id_of_text
 from featurestore.parsing import mistakes, parse_yaml
 from featurestore.storage.local import read_text
 from featurestore.storage.storage import Storage
@@ -344,7 +344,7 @@ _NUMBER = re.compile(r"(0|-?[1-9]\d{0,18})(\.\d{1,9})?")
 _LABELS = {"0": 0.0, "1": 1.0, "true": 1.0, "false": 0.0, "yes": 1.0, "no": 0.0}
 PER_SECOND = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
 
-Parsed = tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]  # values, and which could not be read; nulls are 0 and fine
+Parsed = tuple[AnyArray, BoolArray]  # values, and which could not be read; nulls are 0 and fine
 
 
 def parse_ids(column: Any, texts: dict[int, str] | None = None) -> Parsed:
@@ -367,7 +367,7 @@ def two_texts(number: int, first: str, second: str) -> SampleError:
     return SampleError(f"id {number} is that of two texts of the logs, {first!r} and {second!r}: rename one")
 
 
-def parse_id_lists(column: Any, texts: dict[int, str] | None = None) -> npt.NDArray[np.object_]:
+def parse_id_lists(column: Any, texts: dict[int, str] | None = None) -> AnyArray:
     """Parse a column of lists of whole numbers or texts: the ids of each row as the bytes of int64 numbers.
 
     In these, rows are selected and sorted like any others. Null and a list without ids are empty; nulls and empty texts
