@@ -14,16 +14,11 @@ if TYPE_CHECKING:
     from featurestore.snapshot import Snapshot
     from trainer.gates import Check, Comparison
 
-EXAMPLES = """
-Examples:
-
-    crossmedia compat data/runs/both data/features
-
-    crossmedia compat data/runs/both s3://bucket/features --checkpoint 1000 --version 7 --json compat.json
-
-    crossmedia compat data/runs/both data/features --accept
-
-    crossmedia compat data/runs/both data/features --version candidate
+EXAMPLES = """Examples:
+  crossmedia compat data/runs/both data/features
+  crossmedia compat data/runs/both s3://bucket/features --checkpoint 1000 --version 7 --json compat.json
+  crossmedia compat data/runs/both data/features --accept
+  crossmedia compat data/runs/both data/features --version candidate
 
 Exit codes: 0 all gates hold, or --force was given; 1 a gate fails; 2 wrong options.
 """

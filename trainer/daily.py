@@ -119,16 +119,11 @@ def _text(value: str | int | float | None) -> str:
     return f"{value:.4f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
 
 
-EXAMPLES = """
-Examples:
-
-    crossmedia daily
-
-    horovodrun -np 8 crossmedia daily data.samples=data/samples run.name=daily
-
-    horovodrun -np 8 crossmedia daily --first-day 2026-01-18
-
-    horovodrun -np 8 crossmedia daily --continue --set run.warm_start=data/runs/both
+EXAMPLES = """Examples:
+  crossmedia daily
+  horovodrun -np 8 crossmedia daily data.samples=data/samples run.name=daily
+  horovodrun -np 8 crossmedia daily --first-day 2026-01-18
+  horovodrun -np 8 crossmedia daily --continue --set run.warm_start=data/runs/both
 
 Every day is one run, RUN.DIR/RUN.NAME/DAY (data/runs/daily/2026-01-31), which trains on all days up to its own, as
 trainer.main does. The first one is that of the newest day that has a next one. With --continue each later run takes all

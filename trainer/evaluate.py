@@ -16,20 +16,13 @@ from trainer.cli import WhichCheckpoint, run_on_ranks
 if TYPE_CHECKING:
     from trainer.comm import Comm
 
-EXAMPLES = """
-Examples:
-
-    crossmedia evaluate data/runs/both
-
-    horovodrun -np 4 crossmedia evaluate data/runs/both --html evaluation.html
-
-    crossmedia evaluate data/runs/both --samples data/tomorrow --store data/features --out /tmp/tomorrow
-
-    crossmedia evaluate data/runs/both --checkpoint 1000 --bootstrap 0 --json figures.json
-
-    crossmedia evaluate data/runs/both --by category --by user_city
-
-    crossmedia evaluate data/runs/both --against data/runs/ids-only
+EXAMPLES = """Examples:
+  crossmedia evaluate data/runs/both
+  horovodrun -np 4 crossmedia evaluate data/runs/both --html evaluation.html
+  crossmedia evaluate data/runs/both --samples data/tomorrow --store data/features --out /tmp/tomorrow
+  crossmedia evaluate data/runs/both --checkpoint 1000 --bootstrap 0 --json figures.json
+  crossmedia evaluate data/runs/both --by category --by user_city
+  crossmedia evaluate data/runs/both --against data/runs/ids-only
 
 Relative places in the run's config.yaml are looked for where this is started. Exit codes: 0 done, 1 failed, 2 wrong
 settings.

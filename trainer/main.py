@@ -27,20 +27,13 @@ if TYPE_CHECKING:
     from trainer.runs.folder import Checkpoint
     from trainer.runs.open import Run
 
-EXAMPLES = """
-Examples:
-
-    crossmedia train
-
-    horovodrun -np 8 crossmedia train --set data.global_batch_size=60000
-
-    horovodrun -np 2 crossmedia train --set model.images=none --set run.name=ids-only
-
-    torchrun --standalone --nproc-per-node 2 -m crossmedia train --set run.name=without-horovod
-
-    horovodrun -np 2 crossmedia train --config own.yaml --set run.name=a --set run.resume=latest
-
-    horovodrun -np 2 crossmedia train run.warm_start=data/runs/yesterday
+EXAMPLES = """Examples:
+  crossmedia train
+  horovodrun -np 8 crossmedia train --set data.global_batch_size=60000
+  horovodrun -np 2 crossmedia train --set model.images=none --set run.name=ids-only
+  torchrun --standalone --nproc-per-node 2 -m crossmedia train --set run.name=without-horovod
+  horovodrun -np 2 crossmedia train --config own.yaml --set run.name=a --set run.resume=latest
+  horovodrun -np 2 crossmedia train run.warm_start=data/runs/yesterday
 
 Without settings it trains on data/samples and data/features, and writes to data/runs. All settings:
 docs/SETTINGS.md. Exit codes: 0 done, 1 failed, 2 wrong settings, 130 stopped by a

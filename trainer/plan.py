@@ -8,12 +8,9 @@ import typer
 from featurestore.console import commandline, files, output
 from trainer.cli import WhichRun, counts_of
 
-EXAMPLES = """
-Examples:
-
-    crossmedia plan --ranks 2,4,8
-
-    crossmedia plan --run data/runs/short --ranks 8,20,40 --global-batch-size 60000 --json plan.json
+EXAMPLES = """Examples:
+  crossmedia plan --ranks 2,4,8
+  crossmedia plan --run data/runs/short --ranks 8,20,40 --global-batch-size 60000 --json plan.json
 
 Speeds are those of the run, which may be a short one (train.max_steps=50) on one machine; all machines are taken to be
 like it, with as many ranks on each. Exit codes: 0 done, 1 failed, 2 wrong settings.

@@ -35,16 +35,11 @@ _CHOSEN = ("run.resume", "run.overwrite", "train.early_stopping", "train.eval_ev
 NAME = "tune"
 TABLE_FILE, SETTINGS_FILE = "tune.json", "settings.yaml"
 _METRICS = {"gauc": "GAUC", "auc": "AUC", "logloss": "log loss"}
-EXAMPLES = """
-Examples:
-
-    crossmedia tune --config data/samples/settings.yaml
-
-    horovodrun -np 8 crossmedia tune --epochs 8 --set run.name=tune-images
-
-    crossmedia tune --grid optim.ids_lr=[0.003,0.006,0.02] --grid model.dropout=[0,0.2]
-
-    crossmedia tune --set data.validation_days=3 --set model.base=dcn
+EXAMPLES = """Examples:
+  crossmedia tune --config data/samples/settings.yaml
+  horovodrun -np 8 crossmedia tune --epochs 8 --set run.name=tune-images
+  crossmedia tune --grid optim.ids_lr=[0.003,0.006,0.02] --grid model.dropout=[0,0.2]
+  crossmedia tune --set data.validation_days=3 --set model.base=dcn
 
 Each point of the grid is one run below RUN.DIR/RUN.NAME (data/runs/tune), which holds out a tenth of the training
 days, one at least, or those of data.validation_days, and stops after the first epoch that is no better there. tune.json
