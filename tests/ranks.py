@@ -81,7 +81,7 @@ class Forks:
     def start(self, num_ranks: int, log: Path, *arguments: object) -> "Job":
         """Begin with `python ARGUMENTS` on ranks that find each other as supervised ones do."""
         stack, by = ExitStack(), By.TORCH if isinstance(num_ranks, TorchRanks) else By.HOROVOD
-        reach = {"localhost": Reach(LOOPBACK, LOOPBACK, "lo")}
+        reach = {"localhost": Reach(LOOPBACK, LOOPBACK)}
         each = stack.enter_context(environments(by, {"localhost": int(num_ranks)}, reach))
         job = self.start_with([{**PATIENT, **variables} for variables in each], log, *arguments)
         return replace(job, meeting=stack)

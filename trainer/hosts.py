@@ -103,13 +103,12 @@ class Link:
 
     async def close(self) -> None:
         """End the agent and its ranks; return when it is gone or unreachable."""
-        self.keeper.cancel()
-        if self._process is not None and self._process.stdin is not None and self._process.returncode is None:
+        if self.hello is not None and self._process is not None and self._process.stdin is not None:
             self._process.stdin.close()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(5):
                     await self._process.wait()
-        self.drop("closed")
+        self.keeper.cancel()
         await asyncio.gather(self.keeper, return_exceptions=True)
 
     def send(self, what: dict[str, Any]) -> None:
@@ -194,7 +193,6 @@ class Reach:
 
     own: str
     head: str
-    interface: str | None
 
 
 def reach_of_all(links: Sequence[Link]) -> dict[str, Reach]:
@@ -202,14 +200,10 @@ def reach_of_all(links: Sequence[Link]) -> dict[str, Reach]:
 
     Other hosts reach this machine by the address from which it has reached one of them.
     """
-    ssh = {each.host: each.hello.get("ssh") for each in links if each.hello and not each.is_here}
+    ssh = {each.host: None if each.is_here else each.hello.get("ssh") for each in links if each.hello}
     head = next((both.split()[0] for both in ssh.values() if both), LOOPBACK)
-    found = {}
-    for each in links:
-        if each.hello:
-            client, _, own, _ = (ssh.get(each.host) or f"{head} 0 {head} 0").split()
-            found[each.host] = Reach(own, client, each.hello["interfaces"].get(own))
-    return found
+    ends = {host: (both or f"{head} 0 {head} 0").split() for host, both in ssh.items()}
+    return {host: Reach(own, client) for host, (client, _, own, _) in ends.items()}
 
 
 @contextlib.contextmanager
@@ -218,19 +212,10 @@ def environments(by: By, slots: Slots, reach: Mapping[str, Reach]) -> Iterator[l
     if sum(slots.values()) == 1:
         yield [{}]
         return
-    heads = {each.head for each in reach.values()}
+    heads, first = {each.head for each in reach.values()}, reach[next(iter(slots))].own
     with meeting(by, slots, heads.pop() if len(heads) == 1 else "") as port:
-        first = reach[next(iter(slots))].own
         yield [
-            variables_of(
-                by,
-                slots,
-                host,
-                local,
-                address=first if by == By.TORCH else reach[host].head,
-                port=port,
-                interface=reach[host].interface,
-            )
+            variables_of(by, slots, host, local, first if by == By.TORCH else reach[host].head, port)
             for host, count in slots.items()
             for local in range(count)
         ]

@@ -17,14 +17,11 @@ from enum import StrEnum
 from types import FrameType
 from typing import Annotated, Any
 
-import psutil
 import typer
 
 from featurestore.console.commandline import CommandApp, run_app
 from featurestore.errors import FAILED
 from trainer.errors import ConfigError
-
-_DISCARD = 9
 
 
 class By(StrEnum):
@@ -62,12 +59,10 @@ def meeting(by: By, slots: Slots, address: str = "") -> Iterator[int]:
         server.server_close()
 
 
-def variables_of(
-    by: By, slots: Slots, host: str, local: int, *, address: str, port: int, interface: str | None = None
-) -> Variables:
+def variables_of(by: By, slots: Slots, host: str, local: int, address: str, port: int) -> Variables:
     """Return what horovodrun or torchrun sets for rank number `local` of `host`; all meet on `port` of `address`.
 
-    `interface`: the one between the hosts; None leaves it to Gloo and NCCL.
+    But for the interface between the hosts, which trainer.comm finds: it leads to that address.
     """
     names, counts = list(slots), list(slots.values())
     node = names.index(host)
@@ -81,14 +76,12 @@ def variables_of(
             "GROUP_RANK": node,
             "MASTER_ADDR": address,
             "MASTER_PORT": port,
-            "GLOO_SOCKET_IFNAME": interface,
-            "NCCL_SOCKET_IFNAME": interface,
         }
     else:
         from horovod.runner.gloo_run import create_run_env_vars, create_slot_env_vars
 
-        found = create_slot_env_vars(_assigned(slots)[rank]) | create_run_env_vars(address, [interface or ""], port)
-    return {name: str(value) for name, value in found.items() if value not in ("", None)}
+        found = create_slot_env_vars(_assigned(slots)[rank]) | create_run_env_vars(address, [""], port)
+    return {name: str(value) for name, value in found.items() if value != ""}
 
 
 def _assigned(slots: Slots) -> list[Any]:
@@ -118,19 +111,6 @@ def free_port() -> int:
     with socket.socket() as bound:
         bound.bind(("", 0))
         return int(bound.getsockname()[1])
-
-
-def interface_towards(address: str) -> str:
-    """Name the network interface by which this host reaches an address: eth0, or lo for one of its own.
-
-    Without that, Gloo takes the address of the host's name, which on many systems is a loopback one.
-    """
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((address, _DISCARD))  # nothing is sent: the kernel chooses the way
-        own = probe.getsockname()[0]
-    return next(
-        (name for name, found in psutil.net_if_addrs().items() if own in [each.address for each in found]), "lo"
-    )
 
 
 EXAMPLES = """Examples, as lines of a batch script:
@@ -208,8 +188,7 @@ def _run_step(words: list[str]) -> tuple[int, set[int]]:
 def variables_in_job(by: By, slurm: Mapping[str, str], port: int) -> Variables:
     """Return the variables of this rank of a Slurm job; all meet on `port` of srun's node."""
     head, node, local = slurm["SLURM_LAUNCH_NODE_IPADDR"], slurm["SLURM_NODEID"], int(slurm["SLURM_LOCALID"])
-    slots, interface = slots_of_job(slurm), interface_towards(head)
-    return variables_of(by, slots, node, local, address=head, port=port, interface=interface)
+    return variables_of(by, slots_of_job(slurm), node, local, head, port)
 
 
 def _become(by: str, port: str, *command: str) -> None:

@@ -70,7 +70,7 @@ def test_remote_error_survives_pickling() -> None:
 
 TORCHRUN = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
 TWO = {"localhost": 2}
-HOROVODRUN = variables_of(By.HOROVOD, TWO, "localhost", 0, address="127.0.0.1", port=29500)
+HOROVODRUN = variables_of(By.HOROVOD, TWO, "localhost", 0, "127.0.0.1", 29500)
 ALL = (*TORCHRUN, "TORCHELASTIC_RUN_ID", *HOROVODRUN)
 
 
@@ -246,8 +246,7 @@ class Ranks:
 def ranks_of_horovod() -> Iterator[list[Variables]]:
     """The variables of two ranks of this machine, which find Horovod's rendezvous."""
     with meeting(By.HOROVOD, TWO, "127.0.0.1") as port:
-        at = {"address": "127.0.0.1", "port": port, "interface": "lo"}
-        yield [variables_of(By.HOROVOD, TWO, "localhost", local, **at) for local in (0, 1)]
+        yield [variables_of(By.HOROVOD, TWO, "localhost", local, "127.0.0.1", port) for local in (0, 1)]
 
 
 def horovod_hangs(ranks: Ranks) -> str:
@@ -256,21 +255,21 @@ def horovod_hangs(ranks: Ranks) -> str:
 
 
 def horovod_nobody(ranks: Ranks) -> str:
-    nobody = variables_of(By.HOROVOD, TWO, "localhost", 1, address="127.0.0.1", port=free_port(), interface="lo")
+    nobody = variables_of(By.HOROVOD, TWO, "localhost", 1, "127.0.0.1", free_port())
     said = ranks.said_by(nobody, *TRAIN, code=1)
     return said.replace(nobody["HOROVOD_GLOO_RENDEZVOUS_PORT"], "PORT")
 
 
 def torch_nobody(ranks: Ranks, local: int, address: str) -> str:
     port, start_s = free_port(), time.monotonic()
-    place = variables_of(By.TORCH, {"a": 1, "b": 1}, "ab"[local], 0, address=address, port=port)
+    place = variables_of(By.TORCH, {"a": 1, "b": 1}, "ab"[local], 0, address, port)
     said = ranks.said_by(place, *TRAIN, code=1)
     assert time.monotonic() - start_s > 3
     return said.replace(str(port), "PORT")
 
 
 def torch_waits(ranks: Ranks) -> str:
-    place = variables_of(By.TORCH, TWO, "localhost", 0, address="127.0.0.1", port=free_port())
+    place = variables_of(By.TORCH, TWO, "localhost", 0, "127.0.0.1", free_port())
     return ranks.said_by(place, *TRAIN, code=1)
 
 
