@@ -94,10 +94,6 @@ class Past:
     step_after: int
     ends: tuple[RankEnd, ...]
 
-    @property
-    def made_progress(self) -> bool:
-        return self.step_after > self.step_before
-
 
 def place(available: Slots, min_ranks: int, max_ranks: int) -> Slots | None:
     """Fill the hosts in order, each up to its slots; None if they have fewer than `min_ranks`.
@@ -113,7 +109,7 @@ def place(available: Slots, min_ranks: int, max_ranks: int) -> Slots | None:
 
 def fruitless(past: Sequence[Past]) -> int:
     """Count the last generations, which made no progress."""
-    return sum(1 for _ in itertools.takewhile(lambda each: not each.made_progress, reversed(past)))
+    return sum(1 for _ in itertools.takewhile(lambda each: each.step_after <= each.step_before, reversed(past)))
 
 
 def exit_code(last: Past, asked_to_stop: bool) -> int | None:
@@ -132,7 +128,7 @@ def exit_code(last: Past, asked_to_stop: bool) -> int | None:
 def back_off_s(past: Sequence[Past], base_s: float) -> float:
     """Return how long to wait before the next start: nothing after progress, else twice as long each time."""
     count = fruitless(past)
-    return 0.0 if count == 0 else min(MOST_BACKOFF_S, base_s * 2 ** (count - 1))
+    return min(MOST_BACKOFF_S, base_s * 2 ** (count - 1)) if count else 0.0
 
 
 def end_text(end: RankEnd) -> str:
@@ -143,13 +139,10 @@ def end_text(end: RankEnd) -> str:
     if end.was_killed:
         return f"{who} did not end by itself and was killed"
     if end.code < 0:
+        name = f", {signal.Signals(-end.code).name}" if -end.code in set(signal.Signals) else ""
         why = f": {end.error}" if end.code == -signal.SIGABRT and end.error else ""
-        return f"{who} died (signal {-end.code}{_name(-end.code)}{why})"
+        return f"{who} died (signal {-end.code}{name}{why})"
     return f"{who} ended with exit code {end.code}" + (f" ({end.error})" if end.error else "")
-
-
-def _name(number: int) -> str:
-    return f", {signal.Signals(number).name}" if number in set(signal.Signals) else ""
 
 
 def past_text(past: Past) -> str:
