@@ -180,8 +180,7 @@ def gate_model(
 
 
 def _snapshots(saved: SavedRun, first: VersionName | None) -> dict[str, Snapshot]:
-    versions = [first, *([None] * len(saved.places))]
-    return {place.name: saved.snapshot(place, version) for place, version in zip(saved.places, versions, strict=False)}
+    return {place.name: saved.snapshot(place, None if number else first) for number, place in enumerate(saved.places)}
 
 
 def _drawn_batches(saved: SavedRun, index: SampleIndex, most: int) -> list[Batch]:
@@ -196,11 +195,8 @@ def _drawn_batches(saved: SavedRun, index: SampleIndex, most: int) -> list[Batch
 
 def _keys_of(saved: SavedRun, store: str, batches: Sequence[Batch]) -> Int64Array:
     """Return all keys of the store's content fields in the batches, ascending."""
-    names = [
-        each.name
-        for each in used_fields(saved.schema, saved.config.model)
-        if each.kind == "content" and each.store_name == store
-    ]
+    used = used_fields(saved.schema, saved.config.model)
+    names = [each.name for each in used if each.kind == "content" and each.store_name == store]
     values = [batch.fields[name].values_N for name in names for batch in batches]
     return np.unique(np.concatenate([np.empty(0, np.int64), *values]))
 
@@ -225,7 +221,7 @@ NETWORK = "network"
 
 
 class Check:
-    """A run, one of its stores, and its test impressions. `store`: the store's address; `name`: its name in the run.
+    """A run and its test impressions, or those of other `samples`, and a snapshot for its store of this name.
 
     Other stores of the run are read where training read them. For one rank. Raises ConfigError for a run without images
     or a wrong name of a store, and TrainerError, FeatureStoreError.
@@ -233,47 +229,35 @@ class Check:
 
     def __init__(
         self,
-        folder: RunPath,
-        store: str,
+        saved: SavedRun,
+        candidate: Snapshot,
         limits: GateLimits,
-        *,
-        which: str | None = None,
-        samples: str | None = None,
         name: str | None = None,
+        samples: str | None = None,
     ) -> None:
-        self.saved = read_run(folder, which, samples)
-        self.place = _place(self.saved, name)
-        self.recorded = checkpoint.read_recorded(self.saved.checkpoint).stores[self.place.name]
-        self.store = FeatureStore.open(store)
+        self.saved, self.candidate, self.place = saved, candidate, _place(saved, name)
+        self.recorded = checkpoint.read_recorded(saved.checkpoint).stores[self.place.name]
         self._limits, self._samples, self._comm = limits, samples, SoloComm()
 
-    def lines(self, candidate: Snapshot) -> list[str]:
-        """Describe the run and the snapshots."""
-        return [
-            f"run          {self.saved.folder}, {self.saved.checkpoint.name}",
-            f"trained on   {self.recorded.described()}",
-            f"found        {SnapshotId.of(candidate).described()}",
-        ]
-
-    def report(self, candidate: Snapshot, found: Comparison) -> dict[str, Any]:
+    def report(self, found: Comparison) -> dict[str, Any]:
         """Return inputs and findings, ready for JSON."""
         return {
             "run": str(self.saved.folder),
             "checkpoint": self.saved.checkpoint.name,
             "store_name": self.place.name,
             "recorded": self.recorded.model_dump(),
-            "found": SnapshotId.of(candidate).model_dump(),
+            "found": SnapshotId.of(self.candidate).model_dump(),
             **found.report(),
         }
 
-    def compare(self, candidate: Snapshot) -> Comparison:
-        """Compare `candidate` with the snapshot that the run was trained on, which is searched at both addresses.
+    def compare(self) -> Comparison:
+        """Compare the candidate with the snapshot that the run was trained on, which is searched at both addresses.
 
         If that snapshot is gone, compares log loss with the run's report.
         """
-        if candidate.manifest.commit_id == self.recorded.commit_id:
+        if self.candidate.manifest.commit_id == self.recorded.commit_id:
             return Comparison()
-        if differences := other_features(candidate.info, self.saved.state, self.place.name):
+        if differences := other_features(self.candidate.info, self.saved.state, self.place.name):
             text = "; ".join(differences) + ": its E makes nothing of these"
             return Comparison(gates=[GateResult(gate=NETWORK, holds=False, text=text)])
         try:
@@ -281,7 +265,7 @@ class Check:
         except TrainerError as failure:
             return Comparison(gates=[GateResult(gate="scores", holds=False, text=f"{failure}")])
         before = None
-        for url in (self.recorded.url, self.store.url):
+        for url in (self.recorded.url, self.candidate.storage.url):
             with contextlib.suppress(FeatureStoreError):
                 snapshot = FeatureStore.open(url).snapshot(self.recorded.version)
                 before = snapshot if snapshot.manifest.commit_id == self.recorded.commit_id else before
@@ -292,7 +276,7 @@ class Check:
         def scored(snapshot: Snapshot) -> Scores:
             return score(self.saved, {**others, self.place.name: snapshot}, index, self._comm, most)
 
-        new, old = scored(candidate), None if before is None else scored(before)
+        new, old = scored(self.candidate), None if before is None else scored(before)
         if old is None:
             found = _against_reported(self.saved, new, self._limits)
         else:
@@ -300,7 +284,7 @@ class Check:
         found.gates.insert(0, self._coverage(new, old))
         return found
 
-    def accept(self, candidate: Snapshot, found: Comparison, force: str | None) -> str:
+    def accept(self, found: Comparison, force: str | None) -> str:
         """Let the run's commands use the candidate's store instead of the one that it was trained on.
 
         Returns a description of the change. Raises TrainerError if a gate fails and no `force`, a reason, is given, or
@@ -308,7 +292,7 @@ class Check:
         """
         if found.failures and (force is None or found.gates[0].gate == NETWORK):
             raise TrainerError(f"not accepted: {found.failures[0]}")
-        path, name, chosen = self.saved.checkpoint, self.place.name, SnapshotId.of(candidate)
+        path, name, chosen = self.saved.checkpoint, self.place.name, SnapshotId.of(self.candidate)
         figures = {**found.report(), "forced": force}
         entry = checkpoint.AcceptedStore(name=name, recorded=self.recorded, accepted=chosen, figures=figures)
         file = checkpoint.accept(path, entry)

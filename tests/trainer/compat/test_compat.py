@@ -295,7 +295,7 @@ def store(lost: Places) -> FeatureStore:
 @pytest.fixture
 def check(lost: Places, store: FeatureStore) -> Check:
     """Limits that let pass all but scores that are worse."""
-    return Check(lost.folder / "runs/a", store.url, GateLimits())
+    return Check(read_run(lost.folder / "runs/a"), store.snapshot(3), GateLimits())
 
 
 def test_the_difference_is_that_of_two_evaluations(
@@ -309,7 +309,7 @@ def test_the_difference_is_that_of_two_evaluations(
         return compare(ours, baseline, **options)
 
     monkeypatch.setattr("trainer.gates.compare", noted)
-    found = check.compare(store.snapshot(3))
+    found = check.compare()
     whole = [predict_run(check.saved.folder, store=store.url, store_version=version) for version in (3, 1)]
     for mine, expected in zip(scored, whole, strict=True):
         np.testing.assert_allclose(mine.logit_N, expected.logit_N, atol=1e-5)
@@ -324,4 +324,4 @@ def test_the_difference_is_that_of_two_evaluations(
 def test_a_run_without_images_is_refused(lost: Places) -> None:
     run_alone(lost, run__name="none", train__max_steps=1, model__images="none")
     with pytest.raises(ConfigError, match=r"model\.images=none"):
-        Check(lost.folder / "runs/none", lost.folder / "features", GateLimits())
+        Check(read_run(lost.folder / "runs/none"), FeatureStore.open(lost.folder / "features").snapshot(), GateLimits())
