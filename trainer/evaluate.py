@@ -5,13 +5,12 @@
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from featurestore.commands import WHICH, read_version_name
 from featurestore.console import commandline, files
-from trainer.cli import WhichCheckpoint, run_on_ranks
+from trainer.cli import StoreVersion, WhichCheckpoint, run_on_ranks
 
 if TYPE_CHECKING:
     from trainer.comm import Comm
@@ -42,12 +41,7 @@ def main(
         str | None,
         typer.Option(help="Where the run's store is, at its newest snapshot. By default the snapshot trained on."),
     ] = None,
-    store_version: Annotated[
-        Any,
-        typer.Option(
-            parser=read_version_name, metavar=WHICH, help="With --store: another snapshot of it than the newest."
-        ),
-    ] = None,
+    store_version: StoreVersion = None,
     bootstrap: Annotated[
         int, typer.Option(min=0, max=1_000_000, help="Resamples of users for the intervals; 0: none.")
     ] = 1000,
