@@ -89,10 +89,6 @@ class Stages:
         named_s = sum(series[-1] for stage, series in self._seconds.items() if stage not in others)
         self.add(_REST, max(0.0, seconds - named_s))
 
-    def begin(self, stage: Stage) -> "StageSequence":
-        """Begin a stage that ends where the next one begins, perhaps in another function."""
-        return StageSequence(self, stage)
-
     def last_ms(self) -> dict[Stage, float]:
         """Return the milliseconds of each stage's newest run."""
         return {stage: 1e3 * seconds[-1] for stage, seconds in self._seconds.items()}
@@ -106,7 +102,7 @@ class Stages:
 
 
 class StageSequence:
-    """Stages one after the other; `switch` ends one and begins the next, None ends the last."""
+    """Stages one after the other, perhaps in several functions; `switch` ends one and begins the next, if any."""
 
     def __init__(self, stages: Stages, stage: Stage) -> None:
         self._stages = stages
