@@ -295,6 +295,7 @@ class Supervisor:
     """
 
     options: SuperviseOptions
+    slots: Slots
     command: TrainCommand
     printer: Printer
     past: list[Past] = field(default_factory=list)
@@ -303,15 +304,14 @@ class Supervisor:
 
     async def run(self) -> int:
         """Train to the end; returns the exit code. Raises UserError where the hosts or checkpoints cannot be read."""
-        self._slots = self.options.read_hosts()
-        self._most = min(sum(self._slots.values()), self.options.max_np or sys.maxsize)
+        self._most = min(sum(self.slots.values()), self.options.max_np or sys.maxsize)
         self._news: asyncio.Queue[News] = asyncio.Queue()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is signal.SIG_IGN:  # nohup
                 continue
             asyncio.get_running_loop().add_signal_handler(number, self.on_signal)
         ssh = shlex.split(self.options.ssh)
-        self._links = {host: Link(host, ssh, self.options.lease_s, self._news) for host in self._slots}
+        self._links = {host: Link(host, ssh, self.options.lease_s, self._news) for host in self.slots}
         try:
             return await self._generations()
         finally:
@@ -377,7 +377,7 @@ class Supervisor:
         while (waited_s := time.monotonic() - start_s) < self.options.wait_for_hosts_s and not self.stop.is_set():
             self._drain()
             is_quiet = not any(link.may_have_ranks for link in self._links.values())
-            available = {host: slots for host, slots in self._slots.items() if self._links[host].hello is not None}
+            available = {host: slots for host, slots in self.slots.items() if self._links[host].hello is not None}
             if is_quiet and (chosen := place(available, self.options.min_np, self._most)):
                 settled_s = min(settled_s, waited_s + _SETTLE_S)
                 if waited_s >= settled_s or sum(chosen.values()) == self._most:
@@ -526,9 +526,9 @@ def inherited(environment: Mapping[str, str]) -> Variables:
 @takes(SuperviseOptions)
 def main(options: SuperviseOptions) -> None:
     """Train a run on several hosts, and start it again by itself when a rank or a host is lost."""
-    train = parse_command(options.command)
+    slots, train = options.read_hosts(), parse_command(options.command)
     with contextlib.closing(Printer()) as printer:
-        raise typer.Exit(asyncio.run(Supervisor(options, train, printer).run()))
+        raise typer.Exit(asyncio.run(Supervisor(options, slots, train, printer).run()))
 
 
 if __name__ == "__main__":

@@ -156,7 +156,7 @@ def test_variables_of_ranks() -> None:
 def test_a_stop_is_announced_and_a_second_one_is_at_once() -> None:
     said: list[str] = []
     printer = mock.Mock(say=said.append)
-    supervisor = Supervisor(SuperviseOptions(command=[]), mock.Mock(), printer)
+    supervisor = Supervisor(SuperviseOptions(command=[]), {}, mock.Mock(), printer)
     supervisor.on_signal()
     (first,) = said
     assert "write a checkpoint, for 300 s (--stop-grace-s); a second signal ends them at once" in first
