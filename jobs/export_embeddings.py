@@ -9,11 +9,9 @@ from featurestore.console import commandline, files, output
 from trainer.cli import StoreVersion, WhichCheckpoint, WhichRun
 
 EXAMPLES = """Examples:
-
-\b
-crossmedia export
-crossmedia export --run data/runs/both --out visual.parquet
-crossmedia export --run data/runs/titles --network titles --checkpoint 1000 --out titles.parquet
+  crossmedia export
+  crossmedia export --run data/runs/both --out visual.parquet
+  crossmedia export --run data/runs/titles --network titles --checkpoint 1000 --out titles.parquet
 
 Exit codes: 0 done, 1 failed, 2 wrong options.
 """

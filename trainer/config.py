@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from types import UnionType
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -55,17 +55,11 @@ DECISIONS: Mapping[Decision, str] = {
 """The kind of a setting, which is part of its type; `trainer.config.differences` compares runs by it."""
 
 
-class Decides(NamedTuple):
-    """The kind of a setting, in its type."""
-
-    what: Decision
-
-
-Positions = Annotated[Value, Decides("positions")]
-Parameters = Annotated[Value, Decides("parameters")]
-Rows = Annotated[Value, Decides("rows")]
-Training = Annotated[Value, Decides("training")]
-Nothing = Annotated[Value, Decides("nothing")]
+Positions = Annotated[Value, "positions"]
+Parameters = Annotated[Value, "parameters"]
+Rows = Annotated[Value, "rows"]
+Training = Annotated[Value, "training"]
+Nothing = Annotated[Value, "nothing"]
 
 
 class Section(BaseModel):
@@ -76,7 +70,7 @@ class Section(BaseModel):
 
 def decision_of(field: FieldInfo) -> Decision:
     """Return the kind of the setting of this field. Raises StopIteration if its type has none."""
-    return next(each.what for each in field.metadata if isinstance(each, Decides))
+    return next(kind for kind in DECISIONS if kind in field.metadata)
 
 
 LONGEST_NAME = 200
@@ -138,8 +132,6 @@ def _model_inside(annotation: Any) -> type[BaseModel] | None:
 
 
 BaseNet = Literal["lr", "mlp", "din", "dcn", "finalmlp", "two_tower"]
-OwnNet = str
-"""A net of the user's own: the dotted path of its class, as mypackage.MyNet."""
 Activation = Literal["relu", "prelu"]
 SeenImages = Literal["none", "ad", "behavior", "both"]
 Pooling = Literal["concat", "max", "sum", "mean", "attentive", "multi_query"]
@@ -189,7 +181,7 @@ TableConfig = Annotated[
 class ModelConfig(Section):
     """The DICM: base net, which images, how they are pooled, the widths, the rows of each ID table."""
 
-    base: Parameters[BaseNet | OwnNet] = "mlp"
+    base: Parameters[BaseNet | str] = "mlp"
     """The net above the inputs: lr, mlp (Embedding&MLP), din, dcn (DCN-v2), finalmlp, two_tower (for pre-ranking), or
     the dotted path of a class of your own, as mypackage.MyNet (docs/CODE.md)."""
     images: Parameters[SeenImages] = "both"
@@ -339,16 +331,11 @@ def _without_password(value: str) -> str:
 Place = Annotated[str, Field(min_length=1), AfterValidator(_without_password)]
 
 
-def _calendar_day(value: str) -> str:
-    date.fromisoformat(value)
-    return value
-
-
 def _one_day(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
-Day = Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$"), AfterValidator(_calendar_day)]
+Day = Annotated[str, AfterValidator(lambda value: date.fromisoformat(value).isoformat())]
 
 
 class DataConfig(Section):
@@ -593,8 +580,6 @@ _DECISIONS: dict[str, Decision] = {
     },
     SAMPLES_DIGEST: "positions",
 }
-OF_IMAGES = ("pooling", "pooling_length", "image_products", "visual_width", "embed_hidden", "id_proxy", "image_dropout")
-"""Settings of the model that one without images does not use."""
 
 
 @dataclass(frozen=True)

@@ -5,31 +5,23 @@
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from featurestore.commands import WHICH, read_version_name
 from featurestore.console import commandline, files
-from trainer.cli import WhichCheckpoint, run_on_ranks
+from trainer.cli import StoreVersion, WhichCheckpoint, run_on_ranks
 
 if TYPE_CHECKING:
     from trainer.comm import Comm
 
-EXAMPLES = """
-Examples:
-
-    crossmedia evaluate data/runs/both
-
-    horovodrun -np 4 crossmedia evaluate data/runs/both --html evaluation.html
-
-    crossmedia evaluate data/runs/both --samples data/tomorrow --store data/features --out /tmp/tomorrow
-
-    crossmedia evaluate data/runs/both --checkpoint 1000 --bootstrap 0 --json figures.json
-
-    crossmedia evaluate data/runs/both --by category --by user_city
-
-    crossmedia evaluate data/runs/both --against data/runs/ids-only
+EXAMPLES = """Examples:
+  crossmedia evaluate data/runs/both
+  horovodrun -np 4 crossmedia evaluate data/runs/both --html evaluation.html
+  crossmedia evaluate data/runs/both --samples data/tomorrow --store data/features --out /tmp/tomorrow
+  crossmedia evaluate data/runs/both --checkpoint 1000 --bootstrap 0 --json figures.json
+  crossmedia evaluate data/runs/both --by category --by user_city
+  crossmedia evaluate data/runs/both --against data/runs/ids-only
 
 Relative places in the run's config.yaml are looked for where this is started. Exit codes: 0 done, 1 failed, 2 wrong
 settings.
@@ -49,12 +41,7 @@ def main(
         str | None,
         typer.Option(help="Where the run's store is, at its newest snapshot. By default the snapshot trained on."),
     ] = None,
-    store_version: Annotated[
-        Any,
-        typer.Option(
-            parser=read_version_name, metavar=WHICH, help="With --store: another snapshot of it than the newest."
-        ),
-    ] = None,
+    store_version: StoreVersion = None,
     bootstrap: Annotated[
         int, typer.Option(min=0, max=1_000_000, help="Resamples of users for the intervals; 0: none.")
     ] = 1000,

@@ -11,35 +11,22 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trainer.errors import ConfigError
-from trainer.launch import By, Place, Variables, free_port, horovod_rendezvous, horovod_variables, torch_variables
+from trainer.launch import By, Slots, Variables, meeting, variables_of
 
 AGENT = Path(__file__).with_name("agent.py")
 CONNECT_S = 10
 _HOST = re.compile(r"(?P<name>[\w.@-]+)(?::(?P<count>\d+))?")
 
 
-@dataclass(frozen=True)
-class HostSlots:
-    """A host, and how many ranks it may have."""
-
-    host: str
-    count: int
-
-
-def count_slots(hosts: Iterable[HostSlots]) -> int:
-    """Return the slots of all hosts together."""
-    return sum(each.count for each in hosts)
-
-
-def parse_hosts(text: str) -> list[HostSlots]:
+def parse_hosts(text: str) -> Slots:
     """Read hosts written as a:4,b:4; one without a number has one slot. Raises ConfigError."""
-    found: dict[str, HostSlots] = {}
+    found: dict[str, int] = {}
     for each in map(str.strip, text.split(",")):
         match = _HOST.fullmatch(each)
         count = int(match["count"] or 1) if match else 0
@@ -47,8 +34,8 @@ def parse_hosts(text: str) -> list[HostSlots]:
             raise ConfigError(f"--hosts: '{each}' is not a host; write it as name:slots, as a:4")
         if match["name"] in found:
             raise ConfigError(f"--hosts: host {match['name']} is there twice; add its slots")
-        found[match["name"]] = HostSlots(match["name"], count)
-    return list(found.values())
+        found[match["name"]] = count
+    return found
 
 
 def is_here(host: str) -> bool:
@@ -86,7 +73,7 @@ class News:
 
 
 class Link:
-    """One host. `hello`: what its agent said first; None while the host cannot be used."""
+    """One host, connected to until it is closed. `hello`: what its agent said first; None while it cannot be used."""
 
     def __init__(self, host: str, ssh: Sequence[str], lease_s: float, news: "asyncio.Queue[News]") -> None:
         self.host, self.is_here = host, is_here(host)
@@ -98,8 +85,9 @@ class Link:
         self._process: asyncio.subprocess.Process | None = None
         self._leased_until = 0.0
         """Time, by this machine's clock, until which ranks may be alive on an unreachable host."""
+        self.keeper = asyncio.create_task(self._keep())
 
-    async def keep(self) -> None:
+    async def _keep(self) -> None:
         """Connect for ever, again whenever the connection is lost, with growing pauses."""
         pause_s = _FIRST_PAUSE_S
         while True:
@@ -115,12 +103,13 @@ class Link:
 
     async def close(self) -> None:
         """End the agent and its ranks; return when it is gone or unreachable."""
-        if self._process is not None and self._process.stdin is not None and self._process.returncode is None:
+        if self.hello is not None and self._process is not None and self._process.stdin is not None:
             self._process.stdin.close()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(5):
                     await self._process.wait()
-        self.drop("closed")
+        self.keeper.cancel()
+        await asyncio.gather(self.keeper, return_exceptions=True)
 
     def send(self, what: dict[str, Any]) -> None:
         """Ask the agent for something; a lost one hears nothing."""
@@ -204,7 +193,6 @@ class Reach:
 
     own: str
     head: str
-    interface: str | None
 
 
 def reach_of_all(links: Sequence[Link]) -> dict[str, Reach]:
@@ -212,31 +200,22 @@ def reach_of_all(links: Sequence[Link]) -> dict[str, Reach]:
 
     Other hosts reach this machine by the address from which it has reached one of them.
     """
-    ssh = {each.host: each.hello.get("ssh") for each in links if each.hello and not each.is_here}
+    ssh = {each.host: None if each.is_here else each.hello.get("ssh") for each in links if each.hello}
     head = next((both.split()[0] for both in ssh.values() if both), LOOPBACK)
-    found = {}
-    for each in links:
-        if each.hello:
-            client, _, own, _ = (ssh.get(each.host) or f"{head} 0 {head} 0").split()
-            found[each.host] = Reach(own, client, each.hello["interfaces"].get(own))
-    return found
+    ends = {host: (both or f"{head} 0 {head} 0").split() for host, both in ssh.items()}
+    return {host: Reach(own, client) for host, (client, _, own, _) in ends.items()}
 
 
 @contextlib.contextmanager
-def environments(by: By, hosts: Sequence[HostSlots], reach: Mapping[str, Reach]) -> Iterator[list[Variables]]:
+def environments(by: By, slots: Slots, reach: Mapping[str, Reach]) -> Iterator[list[Variables]]:
     """Yield the variables of each rank; what they meet at is there until the block ends. One rank alone needs none."""
-    counts = [each.count for each in hosts]
-    places = [Place(counts, node, local) for node, count in enumerate(counts) for local in range(count)]
-    at = [reach[each.host] for each in hosts]
-    if len(places) == 1:
+    if sum(slots.values()) == 1:
         yield [{}]
-    elif by == By.TORCH:
-        port = free_port()
-        yield [torch_variables(each, at[0].own, port, at[each.node].interface) for each in places]
-    else:
-        names, heads = [each.host for each in hosts], {each.head for each in reach.values()}
-        with horovod_rendezvous(names, counts, heads.pop() if len(heads) == 1 else "") as port:
-            yield [
-                horovod_variables(each, names[each.node], at[each.node].head, port, at[each.node].interface)
-                for each in places
-            ]
+        return
+    heads, first = {each.head for each in reach.values()}, reach[next(iter(slots))].own
+    with meeting(by, slots, heads.pop() if len(heads) == 1 else "") as port:
+        yield [
+            variables_of(by, slots, host, local, first if by == By.TORCH else reach[host].head, port)
+            for host, count in slots.items()
+            for local in range(count)
+        ]

@@ -11,42 +11,85 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from enum import StrEnum
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, Any
 
-import psutil
 import typer
 
 from featurestore.console.commandline import CommandApp, run_app
 from featurestore.errors import FAILED
 from trainer.errors import ConfigError
 
-_DISCARD = 9
+
+class By(StrEnum):
+    """What carries the collectives."""
+
+    HOROVOD = "horovod"
+    TORCH = "torch"
+
+
+Slots = Mapping[str, int]
+"""Hosts by name, and how many ranks each has or may have. Ranks count from host to host."""
+Variables = dict[str, str]
 
 
 @contextmanager
-def horovod_rendezvous(hosts: Sequence[str], ranks: Sequence[int], address: str = "") -> Iterator[int]:
-    """Serve Horovod's rendezvous at `address` ("": this whole host), `ranks[n]` ranks on `hosts[n]`; yield the port.
+def meeting(by: By, slots: Slots, address: str = "") -> Iterator[int]:
+    """Yield the port at which ranks meet: rank 0 will listen there, by torch, or Horovod's rendezvous does here.
 
-    It is Horovod's own server: a key-value store over HTTP, without encryption or password. Ranks reach it by
-    HOROVOD_GLOO_RENDEZVOUS_ADDR and _PORT, and name their host, HOROVOD_HOSTNAME, as it is named here.
+    That is Horovod's own server, which listens at `address` ("": this whole host): a key-value store over HTTP, without
+    encryption or password.
     """
-    from horovod.runner.common.util.hosts import HostInfo, get_host_assignments
+    if by == By.TORCH:
+        yield free_port()
+        return
     from horovod.runner.http.http_server import RendezvousHandler, RendezvousHTTPServer
 
     server = RendezvousHTTPServer((address, 0), RendezvousHandler, 0)
     server.daemon_threads = True
-    server.init(get_host_assignments([HostInfo(*each) for each in zip(hosts, ranks, strict=True)], 1))
+    server.init(_assigned(slots))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield int(server.server_address[1])
     finally:
         server.shutdown()
         server.server_close()
+
+
+def variables_of(by: By, slots: Slots, host: str, local: int, address: str, port: int) -> Variables:
+    """Return what horovodrun or torchrun sets for rank number `local` of `host`; all meet on `port` of `address`.
+
+    But for the interface between the hosts, which trainer.comm finds: it leads to that address.
+    """
+    names, counts = list(slots), list(slots.values())
+    node = names.index(host)
+    rank = sum(counts[:node]) + local
+    if by == By.TORCH:
+        found: dict[str, object] = {
+            "RANK": rank,
+            "WORLD_SIZE": sum(counts),
+            "LOCAL_RANK": local,
+            "LOCAL_WORLD_SIZE": counts[node],
+            "GROUP_RANK": node,
+            "MASTER_ADDR": address,
+            "MASTER_PORT": port,
+        }
+    else:
+        from horovod.runner.gloo_run import create_run_env_vars, create_slot_env_vars
+
+        found = create_slot_env_vars(_assigned(slots)[rank]) | create_run_env_vars(address, [""], port)
+    return {name: str(value) for name, value in found.items() if value != ""}
+
+
+def _assigned(slots: Slots) -> list[Any]:
+    """Give Horovod's description of each rank."""
+    from horovod.runner.common.util.hosts import HostInfo, get_host_assignments
+
+    ranks: list[Any] = get_host_assignments([HostInfo(*each) for each in slots.items()], 1)
+    return ranks
 
 
 @contextmanager
@@ -70,92 +113,9 @@ def free_port() -> int:
         return int(bound.getsockname()[1])
 
 
-Variables = dict[str, str]
-
-
-class By(StrEnum):
-    """What carries the collectives."""
-
-    HOROVOD = "horovod"
-    TORCH = "torch"
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a rank is among all: number `local` of those on host number `node`. Ranks count from host to host."""
-
-    ranks_of_node: Sequence[int]
-    node: int
-    local: int
-
-    @property
-    def rank(self) -> int:
-        return sum(self.ranks_of_node[: self.node]) + self.local
-
-    @property
-    def size(self) -> int:
-        return sum(self.ranks_of_node)
-
-
-def horovod_variables(place: Place, host: str, address: str, port: int, interface: str | None) -> Variables:
-    """Return what horovodrun sets for a rank of `host`, which finds the rendezvous at `address` and `port`.
-
-    `cross` counts the ranks of the same local number. `interface`: the one between the hosts; None leaves it to Gloo.
-    """
-    peers = [node for node, count in enumerate(place.ranks_of_node) if count > place.local]
-    return {
-        "HOROVOD_RANK": str(place.rank),
-        "HOROVOD_SIZE": str(place.size),
-        "HOROVOD_LOCAL_RANK": str(place.local),
-        "HOROVOD_LOCAL_SIZE": str(place.ranks_of_node[place.node]),
-        "HOROVOD_CROSS_RANK": str(peers.index(place.node)),
-        "HOROVOD_CROSS_SIZE": str(len(peers)),
-        "HOROVOD_HOSTNAME": host,
-        "HOROVOD_CONTROLLER": "gloo",
-        "HOROVOD_CPU_OPERATIONS": "gloo",
-        "HOROVOD_GLOO_RENDEZVOUS_ADDR": address,
-        "HOROVOD_GLOO_RENDEZVOUS_PORT": str(port),
-        **_named(interface, "HOROVOD_GLOO_IFACE"),
-    }
-
-
-def torch_variables(place: Place, address: str, port: int, interface: str | None) -> Variables:
-    """Return what torchrun sets for a rank; rank 0 listens on `port` of `address`. `interface`: as for Horovod."""
-    return {
-        "RANK": str(place.rank),
-        "WORLD_SIZE": str(place.size),
-        "LOCAL_RANK": str(place.local),
-        "LOCAL_WORLD_SIZE": str(place.ranks_of_node[place.node]),
-        "GROUP_RANK": str(place.node),
-        "MASTER_ADDR": address,
-        "MASTER_PORT": str(port),
-        **_named(interface, "GLOO_SOCKET_IFNAME"),
-    }
-
-
-def _named(interface: str | None, variable: str) -> Variables:
-    return {} if interface is None else {variable: interface, "NCCL_SOCKET_IFNAME": interface}
-
-
-def interface_towards(address: str) -> str:
-    """Name the network interface by which this host reaches an address: eth0, or lo for one of its own.
-
-    Without that, Gloo takes the address of the host's name, which on many systems is a loopback one.
-    """
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((address, _DISCARD))  # nothing is sent: the kernel chooses the way
-        own = probe.getsockname()[0]
-    return next(
-        (name for name, found in psutil.net_if_addrs().items() if own in [each.address for each in found]), "lo"
-    )
-
-
-EXAMPLES = """
-Examples, as lines of a batch script:
-
-    crossmedia slurm -- crossmedia train --config run.yaml --set run.name=both --set run.resume=auto
-
-    crossmedia slurm --by torch -- crossmedia train
+EXAMPLES = """Examples, as lines of a batch script:
+  crossmedia slurm -- crossmedia train --config run.yaml --set run.name=both --set run.resume=auto
+  crossmedia slurm --by torch -- crossmedia train
 
 The job's --nodes and --ntasks-per-node are the ranks. Exit codes: the ranks' own; 1 where one has failed and srun has
 ended the others; 2 for a mistake in the command line, or outside a Slurm job.
@@ -179,14 +139,14 @@ def main(
     SIGTERM is passed to the ranks, which write a checkpoint and end. SIGUSR1 does the same: by it Slurm can say that
     the time of the job is nearly over (sbatch --signal=B:USR1@120).
     """
-    counts = ranks_of_nodes(os.environ)
+    slots = slots_of_job(os.environ)
     if by == By.TORCH and os.environ.get("SLURM_NODEID") != "0":
         raise ConfigError("with --by torch, rank 0 is where the others meet: run this in a batch script (sbatch)")
-    options = [f"--nodes={len(counts)}", f"--ntasks={sum(counts)}", "--distribution=block", "--kill-on-bad-exit=1"]
+    ranks = sum(slots.values())
+    options = [f"--nodes={len(slots)}", f"--ntasks={ranks}", "--distribution=block", "--kill-on-bad-exit=1"]
     if cores := os.environ.get("SLURM_CPUS_PER_TASK"):  # srun does not take it from the job
         options.append(f"--cpus-per-task={cores}")
-    nodes = [str(node) for node in range(len(counts))]
-    with nullcontext(free_port()) if by == By.TORCH else horovod_rendezvous(nodes, counts) as port:
+    with meeting(by, slots) as port:
         rank = [sys.executable, "-m", "trainer.launch", _AS_RANK, by.value, str(port)]
         code, signals = _run_step(["srun", *options, *rank, *command])
     if requeue and signal.SIGUSR1 in signals:
@@ -194,15 +154,15 @@ def main(
     raise typer.Exit(code)
 
 
-def ranks_of_nodes(slurm: Mapping[str, str]) -> list[int]:
-    """Return the number of ranks of each node of the job; Slurm writes 2, 2, 2, 1 as 2(x3),1. Raises ConfigError."""
+def slots_of_job(slurm: Mapping[str, str]) -> Slots:
+    """Return the ranks of the job's nodes by number; Slurm writes 2, 2, 2, 1 as 2(x3),1. Raises ConfigError."""
     if "SLURM_JOB_ID" not in slurm:
         raise ConfigError("this is not a Slurm job: SLURM_JOB_ID is not set; sbatch deploy/slurm/train.sbatch is one")
     parts = [re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", each) for each in slurm.get("SLURM_TASKS_PER_NODE", "").split(",")]
     counts = [int(part[1]) for part in parts if part for _ in range(int(part[2] or 1))]
     if None in parts:
         raise ConfigError("the job does not say how many ranks a node has; add --ntasks-per-node=N to sbatch")
-    return counts
+    return {str(node): count for node, count in enumerate(counts)}
 
 
 def _run_step(words: list[str]) -> tuple[int, set[int]]:
@@ -225,20 +185,16 @@ def _run_step(words: list[str]) -> tuple[int, set[int]]:
     return (code if code >= 0 else 128 - code), signals
 
 
-def variables_of(by: By, slurm: Mapping[str, str], port: int) -> Variables:
-    """Return the variables of Horovod's or torch's launcher for this rank; all meet on `port` of srun's node."""
-    head, node = slurm["SLURM_LAUNCH_NODE_IPADDR"], slurm["SLURM_NODEID"]
-    place = Place(ranks_of_nodes(slurm), int(node), int(slurm["SLURM_LOCALID"]))
-    interface = interface_towards(head)
-    if by == By.TORCH:
-        return torch_variables(place, head, port, interface)
-    return horovod_variables(place, node, head, port, interface)
+def variables_in_job(by: By, slurm: Mapping[str, str], port: int) -> Variables:
+    """Return the variables of this rank of a Slurm job; all meet on `port` of srun's node."""
+    head, node, local = slurm["SLURM_LAUNCH_NODE_IPADDR"], slurm["SLURM_NODEID"], int(slurm["SLURM_LOCALID"])
+    return variables_of(by, slots_of_job(slurm), node, local, head, port)
 
 
 def _become(by: str, port: str, *command: str) -> None:
     """Replace this process by the command of a rank, with the rank's variables."""
     try:
-        os.execvpe(command[0], command, {**os.environ, **variables_of(By(by), os.environ, int(port))})
+        os.execvpe(command[0], command, {**os.environ, **variables_in_job(By(by), os.environ, int(port))})
     except OSError as error:
         sys.exit(f"error: {command[0]} cannot be run on {os.environ['SLURMD_NODENAME']}: {error.strerror}")
 

@@ -8,16 +8,19 @@ import contextlib
 import functools
 import itertools
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 
 from trainer.comm.comm import DEADLINE_S, Board, Comm, check_splits, loss
 from trainer.errors import ConfigError, LateRankError, LostRankError
 
+_DISCARD = 9
 _CYCLE_TIME = "2"
 """Milliseconds between two looks at what is to be done; each talks to the other ranks, and takes the processor from the
 step: two ranks of one core are a fifth faster with this than with 0.3, a small collective takes one or two ms more. The
@@ -36,6 +39,10 @@ class HorovodComm(Comm):
     def __init__(self, deadline_s: float = DEADLINE_S) -> None:
         super().__init__(deadline_s)
         os.environ.setdefault("HOROVOD_CYCLE_TIME", _CYCLE_TIME)
+        if address := _place()[0]:
+            for variable in ("HOROVOD_GLOO_IFACE", "NCCL_SOCKET_IFNAME"):  # horovodrun sets both
+                with contextlib.suppress(OSError):  # `meet` says what is out of reach
+                    os.environ.setdefault(variable, interface_towards(address))
         try:
             import horovod.torch as hvd
             from horovod.common.exceptions import HorovodInternalError
@@ -106,6 +113,19 @@ class HorovodComm(Comm):
 
 _ADDRESS = ("HOROVOD_GLOO_RENDEZVOUS_ADDR", "HOROVOD_GLOO_RENDEZVOUS_PORT")
 _times = itertools.count()  # several Comms of one process come one after the other
+
+
+def interface_towards(address: str) -> str:
+    """Name the network interface by which this host reaches an address: eth0, or lo for one of its own.
+
+    Without that, Gloo takes the address of the host's name, which on many systems is a loopback one.
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((address, _DISCARD))  # nothing is sent: the kernel chooses the way
+        own = probe.getsockname()[0]
+    return next(
+        (name for name, found in psutil.net_if_addrs().items() if own in [each.address for each in found]), "lo"
+    )
 
 
 def meet(board: Board, rank: int, size: int, deadline_s: float) -> None:

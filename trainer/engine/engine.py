@@ -14,7 +14,7 @@ from trainer.exchange.exchange import KeyRequest
 from trainer.exchange.vectors import FieldVectors, HostLengths
 from trainer.optim import Rates, rates_at
 from trainer.samples.reader import Batch
-from trainer.stages import Kind
+from trainer.stages import Kind, StageSequence
 
 # Fields, dense values and the group of each sample in; as trainer.models.ctr.CtrModel.forward.
 NetworkPart = Callable[[Mapping[str, FieldVectors], Mapping[str, Tensor], Tensor], Tensor]
@@ -75,7 +75,7 @@ class Engine(EngineParts):
         label_B = self._on_device(batch.label_B, self._dtype)
         loss = functional.binary_cross_entropy_with_logits(logit_B, label_B, reduction="sum") / batch.global_samples
         self._dense.note(loss, request.failures)
-        request.backward = self.stages.begin("worker backward")
+        request.backward = StageSequence(self.stages, "worker backward")
         loss.backward()  # type: ignore[no-untyped-call]
         request.backward.switch(None)
         self._dense.start_reduction()

@@ -105,9 +105,12 @@ class ProgressLog:
                 self._warn("events", f"figures for TensorBoard cannot be written: {failure}; the training continues")
 
     def flush(self) -> None:
-        """Put TensorBoard's file to its address, if it is for one. Raises StorageError."""
+        """Put TensorBoard's file to its address, if it is for one. Where that fails, it is reported."""
         if self._events:
-            self._events.flush()
+            try:
+                self._events.flush()
+            except StorageError as failure:
+                self._warn("flush", f"not all of TensorBoard's figures came to the run's folder: {failure}")
 
     def say(self, text: str) -> None:
         """Print one line; training continues where it cannot be written, as on a full disk."""

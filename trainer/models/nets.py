@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from trainer.config import BaseNet, ModelConfig, OwnNet
+from trainer.config import BaseNet, ModelConfig
 from trainer.errors import ConfigError, DataError
 from trainer.exchange.vectors import FieldVectors, take_rows
 from trainer.models.ctr import CtrModel, Dense, Dicm, Fields
@@ -300,7 +300,7 @@ def _width(fields: Sequence[Field], config: ModelConfig) -> int:
     return sum(width_of(field, config) for field in fields)
 
 
-_BASE_NETS: dict[BaseNet | OwnNet, type[CtrModel]] = {
+_BASE_NETS: dict[BaseNet | str, type[CtrModel]] = {
     "lr": Lr,
     "mlp": Dicm,
     "din": Din,

@@ -35,7 +35,7 @@ from featurestore.spec import Frozen, IndexKind, Sealed, read_sealed, seal
 from featurestore.storage.storage import Storage, file_at
 from featurestore.store import SnapshotId
 from trainer.comm import SoloComm
-from trainer.errors import AdIndexError, AdIndexNotFoundError, ConfigError, DataError, DataNotFoundError, SchemaError
+from trainer.errors import AdIndexError, ConfigError, DataError, DataNotFoundError, SchemaError
 from trainer.models.nets import TwoTower
 from trainer.prerank import MIN_RECALL
 from trainer.runs.open import test_reader
@@ -167,10 +167,10 @@ class AdIndex:
 
     @classmethod
     def open(cls, url: str) -> "AdIndex":
-        """Open the newest version at `url`. Raises AdIndexError, CorruptFileError, StorageError."""
+        """Open the newest version at `url`. Raises DataNotFoundError, CorruptFileError, StorageError."""
         files = versions.open_published(url)
         if not isinstance(files, versions.PublishedFiles) or STATE not in files.list():
-            raise AdIndexNotFoundError(
+            raise DataNotFoundError(
                 f"{url} is not an index of ads; make one with: crossmedia index build --run RUN --out {url}"
             )
         try:

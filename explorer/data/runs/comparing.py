@@ -20,7 +20,7 @@ from featurestore.errors import StorageError, UserError
 from featurestore.parsing import first_mistake, parse_json
 from featurestore.published.paths import RunPath, read_file
 from featurestore.text import one_line
-from trainer.config import OF_IMAGES, settings_that_decide
+from trainer.config import settings_that_decide
 from trainer.evaluation.bootstrap import Evaluation
 
 if TYPE_CHECKING:
@@ -34,7 +34,10 @@ SAMPLES = "data.samples"
 _STORES = ("data.store", "data.stores", "data.store_version", "data.store_versions")
 """Settings for the lookup of images; a finished run that reads a store has recorded its snapshot."""
 COMPUTE_DTYPE = "model.compute_dtype"
-WITHOUT_IMAGES_IDLE = {"data.missing", COMPUTE_DTYPE, *map("model.{}".format, OF_IMAGES)}
+_OF_IMAGES = (
+    "pooling", "pooling_length", "image_products", "visual_width", "embed_hidden", "id_proxy", "image_dropout"
+)  # fmt: skip
+WITHOUT_IMAGES_IDLE = {"data.missing", COMPUTE_DTYPE, *map("model.{}".format, _OF_IMAGES)}
 """Settings that a run without images does not use, unless all of it computes in float64."""
 _MISSING = object()
 

@@ -12,7 +12,7 @@ from featurestore.index import VectorIndex
 from featurestore.published.versions import open_published, publish, write_part
 from featurestore.storage.storage import Storage
 from tests.faulty import Fault, opened_faulty
-from trainer.errors import AdIndexError, AdIndexNotFoundError
+from trainer.errors import AdIndexError, DataNotFoundError
 from trainer.prerank.adindex import AdIndex, IndexOrigin
 
 WIDTH = 4
@@ -86,7 +86,7 @@ def test_a_place_with_other_files_is_refused(tmp_path: Path, name: str) -> None:
     before = open_published(tmp_path).list()
     with pytest.raises(AdIndexError, match=r"has files that are not of an index of ads \((train|samples\.txt)\)"):
         AdIndex.build(str(tmp_path), "flat", KEYS, vectors(4), ORIGIN)
-    with pytest.raises(AdIndexNotFoundError):
+    with pytest.raises(DataNotFoundError):
         AdIndex.open(str(tmp_path))
     assert open_published(tmp_path).list() == before
 
