@@ -78,7 +78,7 @@ def main(options: CompatOptions) -> None:
 
 def _print(check: "Check", found: "Comparison") -> None:
     """Print the compared snapshots, the gates, and a line for each gate that fails."""
-    from featurestore.snapshot import SnapshotId
+    from featurestore.store import SnapshotId
 
     output.print_summary(
         f"run          {check.saved.folder}, {check.saved.checkpoint.name}\n"
