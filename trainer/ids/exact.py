@@ -24,7 +24,7 @@ count is never too low, and it is too high where both counters belong to others 
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import date
 from typing import Any
 
@@ -85,22 +85,6 @@ class ExactRequest(RowRequest):
     """Of each id its place among the rows that `settle` has returned."""
 
 
-@dataclass
-class ExactCounts:
-    """Counts of what happened on this rank since the run, or its resumption, began.
-
-    `served`: unique ids of training steps, summed over steps; `cold`: those of them that got the cold row; `refused`:
-    those that got it because their shard was full. `evicted`: rows that made room for others; `expired`: rows that were
-    let go at the beginning of a day.
-    """
-
-    served: int = 0
-    cold: int = 0
-    refused: int = 0
-    evicted: int = 0
-    expired: int = 0
-
-
 class ExactTable(IdTable):
     """The shards of one exact table that this rank owns."""
 
@@ -118,7 +102,13 @@ class ExactTable(IdTable):
         """Training steps that a shard has been through, those of the runs before included that a warm start took."""
         self._faded_S = np.zeros(num_slots, np.int32)
         """The day on which a shard's counts were last halved, or first counted."""
-        self.counts, self._day = ExactCounts(), 0
+        self.counts, self._day = Counter[str](), 0
+        """What happened on this rank since the run, or its resumption, began.
+
+        served: unique ids of training steps, summed over steps; cold: those of them that got the cold row; refused:
+        those that got it because their shard was full. evicted: rows that made room for others; expired: rows that were
+        let go at the beginning of a day.
+        """
         super().__init__(shape, rank, num_ranks, **others)
 
     def serve(self, ids_R: Int64Array, kind: str = "step") -> ExactRequest:
@@ -142,8 +132,8 @@ class ExactTable(IdTable):
             place_Q = self._use(request, place_Q)
         cold_Q = place_Q < self.map.num_slots
         if is_training:
-            self.counts.served += len(place_Q)
-            self.counts.cold += int(cold_Q.sum())
+            self.counts["served"] += len(place_Q)
+            self.counts["cold"] += int(cold_Q.sum())
         rows_U, request.inverse_Q = _once(place_Q, cold_Q)
         return self._on_device(rows_U)
 
@@ -152,7 +142,7 @@ class ExactTable(IdTable):
         return rows_UV if len(rows_UV) == request.num_unique else take_rows(rows_UV, self._on_device(request.inverse_Q))
 
     def tally(self) -> dict[str, int]:
-        return {"used_rows": int(self.map.used_S.sum()), **asdict(self.counts)}
+        return {"used_rows": int(self.map.used_S.sum()), **self.counts}
 
     def begin_day(self, date_: date | None) -> None:
         """Use rows on this day from now on, and free those that were last used more than `expire_days` before.
@@ -185,13 +175,13 @@ class ExactTable(IdTable):
         self._clock_S += 1
         is_cold_Q = place_Q < self.map.num_slots
         self._mark(request.slot_Q, place_Q, np.flatnonzero(~is_cold_Q))
-        waiting_M, evicted = np.flatnonzero(is_cold_Q), self.counts.evicted
+        waiting_M, evicted = np.flatnonzero(is_cold_Q), self.counts["evicted"]
         if len(waiting_M):
             place_Q[waiting_M] = self._admit(
                 request.slot_Q[waiting_M], request.hash_Q[waiting_M], request.ids_Q[waiting_M]
             )
             self._mark(request.slot_Q, place_Q, waiting_M)
-        if self.counts.evicted != evicted:  # the rows that are left may have moved
+        if self.counts["evicted"] != evicted:  # the rows that are left may have moved
             return self.map.places(request.slot_Q, request.hash_Q, request.ids_Q)
         return place_Q
 
@@ -212,7 +202,7 @@ class ExactTable(IdTable):
             self._make_room(slot_M[wanting_M])
         place_M[wanting_M] = self.map.insert(slot_M[wanting_M], hash_M[wanting_M], ids_M[wanting_M])
         new_M = wanting_M[place_M[wanting_M] >= self.map.num_slots]
-        self.counts.refused += len(wanting_M) - len(new_M)
+        self.counts["refused"] += len(wanting_M) - len(new_M)
         first_MV = first_vectors(self.shape, hash_M[new_M], self._seed, self._scale)
         self.rows.weight.index_copy_(
             0, self._on_device(place_M[new_M]), self._on_device(first_MV).to(self.rows.weight.dtype)
@@ -228,13 +218,13 @@ class ExactTable(IdTable):
             wanted = max(int(lacking_S[slot]), math.ceil(_AT_ONCE * capacity))
             used_at = self._of_rows(self.used_at, slot)[1:]
             gone = longest_unused(used_at, self.map.ids_of(slot), wanted, int(self._clock_S[slot]))
-            self.counts.evicted += len(gone)
+            self.counts["evicted"] += len(gone)
             self._let_go(slot, 1 + gone)
 
     def _expire(self, slot: int, before: int) -> None:
         """Remove a shard's rows that were last used before that day."""
         gone = np.flatnonzero(self._of_rows(self.last_use, slot)[1:] < before)
-        self.counts.expired += len(gone)
+        self.counts["expired"] += len(gone)
         self._let_go(slot, 1 + gone)
 
     def _let_go(self, slot: int, gone_K: Int64Array) -> None:
@@ -264,7 +254,8 @@ class ExactTable(IdTable):
 
     def _of_slot(self, slot: int) -> IdRows:
         """A view of a shard's rows in use, the cold row first."""
-        return self.rows.every(self.map.num_slots, slot, 1 + int(self.map.used_S[slot]))
+        slots = self.map.num_slots
+        return self.rows[slot : slots * (1 + int(self.map.used_S[slot])) : slots]
 
     def _of_rows(self, each: NDArray[np.int32], slot: int) -> NDArray[np.int32]:
         """A view of what an array by place has of a shard's rows in use, the cold row first."""
@@ -282,11 +273,7 @@ class ExactTable(IdTable):
         }
 
     def _fill(self) -> None:
-        """First values of the rows in use; a cold row's are zeros."""
-        for slot in range(len(self.shards)):
-            ids_N = self.map.ids_of(slot)
-            first_NV = first_vectors(self.shape, splitmix64(ids_N), self._seed, self._scale)
-            self._of_slot(slot).weight[1:].copy_(torch.from_numpy(first_NV))
+        """Do nothing: no row is in use yet, and a cold row begins with zeros."""
 
     def _on_device(self, places: NDArray[Any]) -> Tensor:
         return on_device(places, self.rows.weight.device)
