@@ -43,7 +43,7 @@ from trainer.models.layers import used_fields
 from trainer.runs.export import BATCH_ROWS, load_part, visual_vectors
 from trainer.runs.open import StorePlace
 from trainer.runs.saved import SavedRun
-from trainer.schema import Field
+from trainer.schema.fields import Field
 
 ROUNDING = 1e-6
 """By how much a vector may differ that E computes again: the order of its sums depends on the images beside it."""

@@ -21,7 +21,7 @@ from featurestore.lookup.ondevice import PReLU, on_device
 from trainer.config import ModelConfig
 from trainer.errors import ConfigError
 from trainer.exchange.vectors import EvenLengths, FieldVectors, Lengths, sum_in_order, take_rows
-from trainer.schema import Field, Schema, Side
+from trainer.schema.fields import Field, Schema, Side
 
 _SIDES: dict[str, frozenset[Side]] = {
     "none": frozenset(),

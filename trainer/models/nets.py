@@ -20,7 +20,7 @@ from trainer.models.ctr import CtrModel, Dense, Dicm, Fields
 from trainer.models.layers import Mlp, used_fields, value_rows, width_of
 from trainer.models.pooling import Aggregator, BehaviorAttention, PairWeights, sum_pool
 from trainer.samples.reader import Batch
-from trainer.schema import Field, Schema, Side
+from trainer.schema.fields import Field, Schema, Side
 
 
 class CrossNetwork(nn.Module):

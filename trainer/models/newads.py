@@ -30,7 +30,7 @@ from trainer.errors import ConfigError
 from trainer.exchange.vectors import FieldVectors, take_rows
 from trainer.models.layers import expand_rows, lengths_of, random_words, segment_max, value_rows, width_of
 from trainer.samples.reader import Batch
-from trainer.schema import Field, Schema
+from trainer.schema.fields import Field, Schema
 
 HIDDEN = 32
 """Units of the net's hidden layer."""

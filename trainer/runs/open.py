@@ -37,8 +37,7 @@ from trainer.samples import survey
 from trainer.samples.columns import files_by_day, rules_of, sample_files
 from trainer.samples.index import SampleIndex, known_ads, open_index, streams_of
 from trainer.samples.reader import Batch, BatchPosition, SampleReader, Span
-from trainer.schema import DEFAULT_STORE, Schema, load_schema
-from trainer.schema.fields import IDS_FILE, SCHEMA_FILE
+from trainer.schema.fields import DEFAULT_STORE, IDS_FILE, SCHEMA_FILE, Schema, load_schema
 
 _LEAST_DAYS = 4
 """Training days of which some are held out where nothing is said."""

@@ -19,8 +19,7 @@ import pyarrow as pa
 from featurestore.keys import AnyArray, Float32Array, Float64Array, Int64Array, ids_of_texts, keys_of_uris
 from featurestore.storage.storage import Storage
 from trainer.errors import DataError, DataNotFoundError, OverflowingValueError, SchemaError
-from trainer.schema import Field, Schema, Side
-from trainer.schema.fields import LOGARITHMIC, STANDARDIZED, days_of_file
+from trainer.schema.fields import LOGARITHMIC, STANDARDIZED, Field, Schema, Side, days_of_file
 from trainer.schema.profile import inner_type, is_list
 
 TextKind = Literal["id", "uri"]

@@ -25,7 +25,7 @@ from featurestore.keys import Float32Array, Int64Array
 from trainer.errors import DataError
 from trainer.samples import columns
 from trainer.samples import index as sample_index
-from trainer.schema import Field, Schema
+from trainer.schema.fields import Field, Schema
 
 
 @dataclass(frozen=True)

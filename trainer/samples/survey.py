@@ -53,8 +53,16 @@ from trainer.comm import Comm, SoloComm
 from trainer.errors import DataError, SchemaError
 from trainer.samples.columns import SPLITS, Rule, before_scaling, filled, in_either_split, rules_of, sample_files
 from trainer.samples.index import RowGroup, SampleIndex, open_index, read_texts, read_values
-from trainer.schema import DEFAULT_STORE, Field, Schema, load_schema
-from trainer.schema.fields import IDS_FILE, IMAGES_FILE, SCHEMA_FILE, STANDARDIZED
+from trainer.schema.fields import (
+    DEFAULT_STORE,
+    IDS_FILE,
+    IMAGES_FILE,
+    SCHEMA_FILE,
+    STANDARDIZED,
+    Field,
+    Schema,
+    load_schema,
+)
 from trainer.schema.names import BUCKETS, TEXTS, buckets_of, by_bucket, merged_names, table_of_texts, write_buckets
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from trainer.runs.saved import TrainedRun
     from trainer.samples.index import SampleIndex
     from trainer.samples.reader import Batch
-    from trainer.schema import Schema
+    from trainer.schema.fields import Schema
 
 
 Logits = NDArray[np.float64]

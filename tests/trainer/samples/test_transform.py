@@ -10,7 +10,7 @@ from trainer.config import ModelConfig
 from trainer.engine.wiring import table_shapes
 from trainer.errors import ConfigError, OverflowingValueError
 from trainer.samples.columns import bucket_ids, dense_values
-from trainer.schema import Field
+from trainer.schema.fields import Field
 
 NAN = float("nan")
 
