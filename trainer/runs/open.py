@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from featurestore.console.memory import keep_freed_memory
 from featurestore.errors import AnotherStoreError, FeatureStoreError, MissingKeysError, StoreNotFoundError
 from featurestore.format.statistics import FeatureStatistics
 from featurestore.keys import Int64Array
@@ -26,7 +27,7 @@ from featurestore.text import count_text
 from trainer.comm import Comm
 from trainer.config import Config, TrainConfig, differences, save_config, settings_that_decide
 from trainer.engine.engine import Engine
-from trainer.engine.machine import keep_freed_memory, share_machine, with_compute_dtype
+from trainer.engine.machine import share_machine, with_compute_dtype
 from trainer.engine.wiring import check_tables
 from trainer.errors import CheckpointError, ConfigError, DataError, DataNotFoundError
 from trainer.models.layers import used_fields
