@@ -277,18 +277,8 @@ def in_time(question: Callable[[], Answer], patience_s: float) -> Answer:
     return answer.result(patience_s)
 
 
-_HOROVOD = (
-    "HOROVOD_RANK",
-    "HOROVOD_SIZE",
-    "HOROVOD_LOCAL_RANK",
-    "HOROVOD_LOCAL_SIZE",
-    "HOROVOD_CROSS_RANK",
-    "HOROVOD_CROSS_SIZE",
-    "HOROVOD_GLOO_RENDEZVOUS_ADDR",
-    "HOROVOD_GLOO_RENDEZVOUS_PORT",
-)
+_HOROVOD = ("HOROVOD_RANK", "HOROVOD_SIZE", "HOROVOD_GLOO_RENDEZVOUS_ADDR", "HOROVOD_GLOO_RENDEZVOUS_PORT")
 _TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_WAY_OUT = "start all ranks by horovodrun or torchrun, or unset {found} for one rank alone"
 
 
 def connect(deadline_s: float = DEADLINE_S) -> Comm:
@@ -300,15 +290,21 @@ def connect(deadline_s: float = DEADLINE_S) -> Comm:
     from trainer.comm.distributed import TorchComm  # both are built upon this module
     from trainer.comm.horovod import HorovodComm
 
-    by_horovod = _complete(_HOROVOD, signs=_HOROVOD[:2])
-    by_torchrun = _complete(_TORCHRUN, signs=("RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID"))
-    if by_horovod and by_torchrun and "TORCHELASTIC_RUN_ID" in os.environ:
-        raise ConfigError("horovodrun and torchrun both started this process; start one of them, not one in the other")
-    if by_horovod:
+    if _has_set(_HOROVOD):
         return HorovodComm(deadline_s)
-    if by_torchrun:
-        return TorchComm(deadline_s)
-    return SoloComm(deadline_s)
+    return TorchComm(deadline_s) if _has_set(_TORCHRUN) else SoloComm(deadline_s)
+
+
+def _has_set(names: tuple[str, ...]) -> bool:
+    """Return whether a launcher has set its variables; one of the first two says that it did."""
+    missing = [name for name in names if name not in os.environ]
+    if missing and not {*names[:2]} <= {*missing}:
+        found = ", ".join(name for name in names if name not in missing)
+        raise ConfigError(
+            f"{found} is set, but not {', '.join(missing)}: start all ranks by horovodrun or torchrun, or unset it for "
+            "one rank alone"
+        )
+    return not missing
 
 
 def launcher_of(ranks: int) -> list[str]:
@@ -325,15 +321,3 @@ def launcher_of(ranks: int) -> list[str]:
         torchrun = ["env", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1", sys.executable, "-m", "torch.distributed.run"]
         return [*torchrun, *meeting, "--nproc-per-node", str(ranks)]
     return [horovodrun, "--gloo", "-np", str(ranks), sys.executable]
-
-
-def _complete(names: tuple[str, ...], signs: tuple[str, ...]) -> bool:
-    """Return whether a launcher set its variables; one of `signs` says that it did."""
-    found, missing = ([name for name in names if (name in os.environ) == is_set] for is_set in (True, False))
-    if not any(sign in os.environ for sign in signs):
-        return False
-    if missing:
-        raise ConfigError(
-            f"{', '.join(found) or signs[-1]} is set, but not {', '.join(missing)}: " + _WAY_OUT.format(found="it")
-        )
-    return True

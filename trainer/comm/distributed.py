@@ -44,6 +44,8 @@ _CONNECT = timedelta(seconds=120)
 """Seconds for ranks to connect once all have arrived."""
 _FOREVER = timedelta(days=365)
 """A group's own timeout, which would close its connections; ours is `Comm.deadline_s`."""
+_TRY_S = 5.0
+"""How long a try to reach the store may take; the next one begins at once."""
 _LEAVE_S = 5.0
 """How long the rank that holds the store waits for the others to leave."""
 _times = itertools.count()
@@ -172,15 +174,20 @@ class Lanes:
 @functools.cache  # this process connects again: its own store still listens
 def _store_at(host: str, port: int, rank: int, size: int, *, holds: bool, patience_s: float) -> Store:
     """Connect to the store of all ranks, or hold it: among ranks of one host where these alone reach it."""
-    listener = None
+    from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
+
+    listener, patience = None, timedelta(seconds=patience_s)
+    # The name of a host may be known later than its ranks start; the last try's error is raised.
+    retried = Retrying(
+        retry=retry_if_exception_type(OSError), stop=stop_after_delay(patience), wait=wait_fixed(0.05), reraise=True
+    )
     if holds:
-        _wait_for(lambda _: socket.getaddrinfo(host, port), patience_s)
+        retried(socket.getaddrinfo, host, port)
         address = listening_address(host, is_one_host=_is_one_host(size))
         listener = socket.create_server((address, port)).detach()
         host = address or "127.0.0.1"  # whatever MASTER_ADDR may lead to, its own store is here
     else:  # torch's own client says on several screens that nothing listens
-        _wait_for(lambda left_s: socket.create_connection((host, port), timeout=left_s).close(), patience_s)
-    patience = timedelta(seconds=patience_s)
+        retried(lambda: socket.create_connection((host, port), timeout=min(patience_s, _TRY_S)).close())
     return dist.TCPStore(  # type: ignore[attr-defined]
         host, port, size, holds, patience, wait_for_workers=False, master_listen_fd=listener
     )
@@ -200,23 +207,6 @@ def listening_address(master: str, *, is_one_host: bool) -> str:
         bound.bind((str(ipaddress.IPv4Address(master)), 0))
         return master
     return ""
-
-
-def _wait_for(reach: Callable[[float], object], patience_s: float) -> None:
-    """Retry a connection, as the name of a host may be known later than its ranks start.
-
-    Raises the last try's OSError after `patience_s`.
-    """
-    end_s = time.monotonic() + patience_s
-    while True:
-        try:
-            reach(max(0.1, end_s - time.monotonic()))
-        except OSError:
-            if time.monotonic() > end_s:
-                raise
-            time.sleep(0.05)
-        else:
-            return
 
 
 def own_address(master: str, *, is_one_host: bool) -> str:

@@ -113,15 +113,17 @@ def meet(board: Board, rank: int, size: int, deadline_s: float) -> None:
 
     Raises LostRankError if the store is out of reach, LateRankError if ranks do not arrive, after `deadline_s`.
     """
-    here, end_s, pause_s, number = f"here.{rank}", time.monotonic() + deadline_s, 1e-3, 0
-    awaited = [f"here.{each}" for each in range(size)] if rank == 0 else ["all"]
+    here, end_s, pause_s, number = f"{rank}.start", time.monotonic() + deadline_s, 1e-3, 0  # as `lateness` asks for
+    awaited = [f"{each}.start" for each in range(size)] if rank == 0 else ["all"]
     trouble = board.put(here, "here")
     while number < len(awaited):
         if trouble is None and board.get(awaited[number]) is not None:
             number += 1
             continue
         if time.monotonic() > end_s:
-            raise _absence(board, rank, size, deadline_s) if trouble is None else _no_store(rank, deadline_s, trouble)
+            if trouble is not None:
+                raise _no_store(rank, deadline_s, trouble)
+            raise LateRankError(board.lateness("start", size, deadline_s))
         time.sleep(pause_s)
         pause_s = min(1.5 * pause_s, 0.1)
         board.is_silent = False  # it is asked again, as its process may have been stopped for a while
@@ -129,15 +131,6 @@ def meet(board: Board, rank: int, size: int, deadline_s: float) -> None:
             trouble = board.put(here, "here")
     if rank == 0:
         board.put("all", "here")
-
-
-def _absence(board: Board, rank: int, size: int, deadline_s: float) -> LateRankError:
-    late = [each for each in range(size) if board.get(f"here.{each}") is None]  # none: rank 0 has not said so
-    return LateRankError(
-        f"rank {rank} has waited more than run.deadline_s={deadline_s:g} for the others to start; not there: "
-        f"{', '.join(f'rank {each}' for each in late or [0])}. See what that rank is doing (py-spy dump), or raise "
-        "run.deadline_s, and start again"
-    )
 
 
 def _no_store(rank: int, deadline_s: float, trouble: str) -> LostRankError:
