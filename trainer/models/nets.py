@@ -3,11 +3,8 @@
 Letters of shapes as in trainer/models/ctr.py; of two towers, W is the width of both.
 """
 
-import contextlib
 import importlib
-from collections.abc import Collection, Iterator, Sequence
-from functools import partial
-from typing import Any
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
@@ -18,7 +15,7 @@ from trainer.errors import ConfigError, DataError
 from trainer.exchange.vectors import FieldVectors, take_rows
 from trainer.models.ctr import CtrModel, Dense, Dicm, Fields
 from trainer.models.layers import Mlp, used_fields, value_rows, width_of
-from trainer.models.pooling import Aggregator, BehaviorAttention, PairWeights, sum_pool
+from trainer.models.pooling import BehaviorAttention, sum_pool
 from trainer.samples.reader import Batch
 from trainer.schema.fields import Field, Schema, Side
 
@@ -350,27 +347,3 @@ def _start_by_xavier(module: nn.Module) -> None:
         nn.init.xavier_normal_(module.weight)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-
-
-@contextlib.contextmanager
-def noted_weights(model: CtrModel) -> Iterator[dict[str, PairWeights]]:
-    """Note the weights that a model's aggregators give to behaviours: of each field, those of the newest pass.
-
-    Fields whose aggregator has no weights (sum, mean, max, concat) have no entry. Costs a second pass of the
-    aggregators.
-    """
-    found: dict[str, PairWeights] = {}
-
-    def note(name: str, aggregator: nn.Module, arguments: tuple[Any, ...]) -> None:
-        assert isinstance(aggregator, Aggregator)
-        with torch.no_grad():
-            weights = aggregator.weights(*arguments)
-        if weights is not None:
-            found[name] = weights
-
-    hooks = [each.register_forward_pre_hook(partial(note, name)) for name, each in model.aggregators.items()]
-    try:
-        yield found
-    finally:
-        for hook in hooks:
-            hook.remove()
