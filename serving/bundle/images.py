@@ -26,7 +26,7 @@ from featurestore.format import datafile
 from featurestore.format.datafile import FEATURE, KEY, URI
 from featurestore.format.rows import FeatureRows
 from featurestore.format.shard import ShardReader
-from featurestore.keys import Int64Array
+from featurestore.keys import Int64Array, power_of_two
 from featurestore.lookup.embedding import EmbeddingModel
 from featurestore.published.versions import VersionName
 from featurestore.snapshot import Snapshot, SnapshotId
@@ -127,7 +127,7 @@ def folder_of(store: str) -> str:
 
 def _num_shards(size_bytes: int, most: int) -> int:
     """Return the smallest power of two that keeps shards small enough, at most the features' number of shards."""
-    return min(most, 1 << max(0, -(-size_bytes // _SHARD_BYTES) - 1).bit_length())
+    return min(most, power_of_two(max(1, -(-size_bytes // _SHARD_BYTES))))
 
 
 class ImageRows(NamedTuple):

@@ -11,9 +11,9 @@ and each row has the step in which it was last used. So all that a shard holds d
 brought to it, step by step, and neither on the number of ranks nor on the order of the ids within a step.
 
 Memory is asked for at once for as many rows as there may be, and the system hands it out when it is first written to.
-So a table grows without being copied; what is done again when a shard's part of the map has become too small is that
-part alone. A row's *place* is row x slots + slot: shards fill evenly, so rows in use lie side by side, and what was
-never used takes no memory, though the system hands out pages of 2 MB.
+So a table grows without being copied. A row's *place* is row x slots + slot: shards fill evenly, so rows in use lie
+side by side, and what was never used takes no memory, though the system hands out pages of 2 MB. The map from ids to
+rows is spread over all of its memory, 8 to 16 bytes for each row that there may be.
 
 Ids are counted by a count-min sketch with conservative update (Cormode and Muthukrishnan, "An improved data stream
 summary", 2005; Estan and Varghese, "New directions in traffic measurement and accounting", 2002): each id has two
@@ -33,7 +33,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from featurestore.keys import BoolArray, Int64Array, UInt64Array, owned_shards, shard_of_hash, splitmix64, stream_start
+from featurestore.keys import (
+    BoolArray,
+    Int64Array,
+    UInt64Array,
+    owned_shards,
+    power_of_two,
+    shard_of_hash,
+    splitmix64,
+    stream_start,
+)
 from featurestore.lookup.ondevice import on_device
 from trainer.comm import Comm
 from trainer.config import ExactTableConfig
@@ -61,7 +70,7 @@ class ExactShape(TableShape):
     @property
     def counters_per_shard(self) -> int:
         """Counters of a shard's filter; none where ids are admitted at first sight."""
-        return counters_for(self.rows_per_shard - 1) if self.rules.admit_after > 1 else 0
+        return power_of_two(_COUNTERS_A_ROW * (self.rows_per_shard - 1)) if self.rules.admit_after > 1 else 0
 
     @property
     def setting(self) -> str:
@@ -69,7 +78,7 @@ class ExactShape(TableShape):
 
     @property
     def index_bytes(self) -> int:
-        of_map = 8 * self.rows_per_shard + 4 * _entries_for(self.rows_per_shard - 1)
+        of_map = 8 * self.rows_per_shard + 4 * power_of_two(_ENTRIES_A_ROW * (self.rows_per_shard - 1))
         return of_map + 2 * 4 * self.rows_per_shard + self.counters_per_shard
 
 
@@ -301,7 +310,6 @@ def _once(place_Q: Int64Array, cold_Q: BoolArray) -> tuple[Int64Array, Int64Arra
     return np.concatenate([place_Q[~cold_Q], cold_U]), inverse_Q
 
 
-_FIRST_ENTRIES = 64
 _ENTRIES_A_ROW = 2  # at least
 
 
@@ -314,25 +322,21 @@ class RowMap:
         """Rows in use, without row 0: they are 1 .. used."""
         self.id_of_place: Int64Array = np.zeros(num_slots * rows_per_shard, np.int64)
         """The id of the row at row x num_slots + slot."""
-        self._span = _entries_for(rows_per_shard - 1)
-        self._first_S = np.arange(num_slots, dtype=np.int64) * self._span
-        self._mask_S = np.full(num_slots, min(self._span, _FIRST_ENTRIES) - 1, np.int64)
-        self._entries_a_row_S = _ENTRIES_A_ROW * 2.0 ** (np.arange(num_slots) / max(num_slots, 1))
+        self._span = power_of_two(_ENTRIES_A_ROW * (rows_per_shard - 1))
         self.row_of_entry: NDArray[np.int32] = np.zeros(num_slots * self._span, np.int32)
-        """The row that each entry of the open addressing leads to; 0: empty."""
+        """The row that each entry of the open addressing leads to, `_span` entries a shard; 0: empty."""
 
     def places(self, slot_N: Int64Array, hash_N: UInt64Array, ids_N: Int64Array) -> Int64Array:
         """Find the place row x num_slots + slot of each id, (N,); row 0 of its shard where it has none.
 
         `hash_N`: splitmix64 of the ids.
         """
-        first_N, mask_N = self._first_S[slot_N], self._mask_S[slot_N]
-        at_N = (hash_N & mask_N.view(np.uint64)).view(np.int64)
+        first_N, at_N = slot_N * self._span, self._first_entry(hash_N)
         row_N = self.row_of_entry[first_N + at_N].astype(np.int64)
         found_N: Int64Array = row_N * self.num_slots + slot_N
         open_N = np.flatnonzero((row_N != 0) & (self.id_of_place[found_N] != ids_N))
         while len(open_N):  # the entry is another id's: the next one
-            at_N[open_N] = (at_N[open_N] + 1) & mask_N[open_N]
+            at_N[open_N] = (at_N[open_N] + 1) & (self._span - 1)
             row_M = self.row_of_entry[first_N[open_N] + at_N[open_N]]
             place_M = row_M.astype(np.int64) * self.num_slots + slot_N[open_N]
             found_N[open_N] = place_M
@@ -353,7 +357,6 @@ class RowMap:
         fits_N = row_N != 0
         self.id_of_place[place_N[fits_N]] = ids_N[fits_N]
         self.used_S = np.minimum(self.used_S + count_S, self.rows_per_shard - 1)
-        self._grow()
         self._enter(slot_N[fits_N], hash_N[fits_N], row_N[fits_N])
         return place_N
 
@@ -368,7 +371,7 @@ class RowMap:
         from_M, to_M = np.setdiff1d(last_K, gone_K, assume_unique=True), gone_K[gone_K <= used]
         ids_N[to_M] = ids_N[from_M]
         self.used_S[slot] = used
-        self._enter_again(np.array([slot]))
+        self._enter_again(slot)
         return from_M, to_M
 
     def set_ids(self, slot: int, ids_N: Int64Array) -> None:
@@ -376,8 +379,7 @@ class RowMap:
         assert len(ids_N) < self.rows_per_shard
         self._ids(slot)[1 : 1 + len(ids_N)] = ids_N
         self.used_S[slot] = len(ids_N)
-        self._mask_S[slot] = min(self._span, max(_FIRST_ENTRIES, _entries_for(len(ids_N)))) - 1
-        self._enter_again(np.array([slot]))
+        self._enter_again(slot)
 
     def ids_of(self, slot: int) -> Int64Array:
         """Return the ids of rows 1, 2, .. of a shard."""
@@ -387,38 +389,20 @@ class RowMap:
         """A view of the ids of rows 0, 1, .. of a shard."""
         return self.id_of_place[slot :: self.num_slots]
 
-    def _grow(self) -> None:
-        """Doubles the parts of the map that are too full, a quarter to half; called before new rows are entered.
+    def _first_entry(self, hash_N: UInt64Array) -> Int64Array:
+        """The entry of its shard where the search for an id begins: its hash has chosen the shard by its top bits."""
+        return (hash_N & np.uint64(self._span - 1)).view(np.int64)
 
-        Each shard has a limit of its own, so that shards that fill evenly do not all grow in one step.
-        """
-        grown_S = np.zeros(len(self.used_S), np.bool_)
-        while (small_S := self._too_full()).any():
-            self._mask_S[small_S] = 2 * self._mask_S[small_S] + 1
-            grown_S |= small_S
-        if grown_S.any():
-            self._enter_again(np.flatnonzero(grown_S))
-
-    def _too_full(self) -> BoolArray:
-        entries_S = self._mask_S + 1
-        return (self.used_S * self._entries_a_row_S > entries_S) & (entries_S < self._span)
-
-    def _enter_again(self, slots: Int64Array) -> None:
-        """Empties the shards' parts of the map and enters all their rows."""
-        for slot in slots:
-            start = self._first_S[slot]
-            self.row_of_entry[start : start + self._mask_S[slot] + 1] = 0
-            ids_N = self.ids_of(int(slot))
-            if not len(ids_N):
-                continue
-            row_N = np.arange(1, len(ids_N) + 1)
-            self._enter(np.full(len(ids_N), slot), splitmix64(ids_N), row_N)
+    def _enter_again(self, slot: int) -> None:
+        """Empties a shard's part of the map and enters all its rows."""
+        self.row_of_entry[slot * self._span : (slot + 1) * self._span] = 0
+        ids_N = self.ids_of(slot)
+        self._enter(np.full(len(ids_N), slot), splitmix64(ids_N), np.arange(1, len(ids_N) + 1))
 
     def _enter(self, slot_N: Int64Array, hash_N: UInt64Array, row_N: Int64Array) -> None:
         """Writes rows into the first empty entries from their hash on. Of rows that want one entry the last one to be
         written gets it, and the others look further; a row that is in already stays."""
-        first_N, mask_N = self._first_S[slot_N], self._mask_S[slot_N]
-        at_N = (hash_N & mask_N.view(np.uint64)).view(np.int64)
+        first_N, at_N = slot_N * self._span, self._first_entry(hash_N)
         entries, open_N = self.row_of_entry, np.arange(len(row_N))
         while len(open_N):
             entry_M = first_N[open_N] + at_N[open_N]
@@ -426,18 +410,13 @@ class RowMap:
             is_empty_M = entries[entry_M] == 0
             entries[entry_M[is_empty_M]] = row_M[is_empty_M]
             open_N = open_N[entries[entry_M] != row_M]
-            at_N[open_N] = (at_N[open_N] + 1) & mask_N[open_N]
-
-
-def _entries_for(rows: int) -> int:
-    """A power of two, at least twice the rows."""
-    return 1 << max(1, (_ENTRIES_A_ROW * rows - 1).bit_length())
+            at_N[open_N] = (at_N[open_N] + 1) & (self._span - 1)
 
 
 Counts = NDArray[np.uint8]
 
 MOST_COUNT = 255
-_COUNTERS_A_ROW = 8
+_COUNTERS_A_ROW = 8  # at least
 _SALT = np.uint64(0xD1B54A32D192ED03)
 
 
@@ -468,11 +447,6 @@ class CountingFilter:
         first_N, last = slot_N * num_counters, np.uint64(num_counters - 1)
         one_N, other_N = ((each & last).view(np.int64) for each in (bits_N, bits_N >> np.uint64(32)))
         return first_N + one_N, first_N + other_N
-
-
-def counters_for(rows: int) -> int:
-    """Return how many counters a shard of this number of rows has: a power of two, at least eight for each row."""
-    return 1 << (_COUNTERS_A_ROW * rows - 1).bit_length()
 
 
 _AT_ONCE = 1 / 16

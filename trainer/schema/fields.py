@@ -15,7 +15,7 @@ import pydantic
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, PositiveInt, model_validator
 
-from featurestore.keys import UInt64Array, splitmix64
+from featurestore.keys import UInt64Array, power_of_two, splitmix64
 from trainer.config import near_match, read_mapping, validated
 from trainer.errors import SchemaError
 
@@ -319,8 +319,7 @@ def table_rows(num_distinct: int) -> int:
 
     Rows take memory as they come, so many of them cost nothing; `LARGEST_TABLE` is a bound for very many ids.
     """
-    rows = 1 << (ROWS_PER_ID * max(1, num_distinct) - 1).bit_length()
-    return min(max(SMALLEST_TABLE, rows), LARGEST_TABLE)
+    return min(max(SMALLEST_TABLE, power_of_two(ROWS_PER_ID * max(1, num_distinct))), LARGEST_TABLE)
 
 
 _KEPT = 4096

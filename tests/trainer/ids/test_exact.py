@@ -32,7 +32,7 @@ from tests.trainer.ids.exact_tables import (
 )
 from trainer.config import IdOptimizer
 from trainer.errors import CheckpointError
-from trainer.ids.exact import CountingFilter, ExactShape, RowMap, counters_for, longest_unused
+from trainer.ids.exact import CountingFilter, ExactShape, RowMap, longest_unused
 from trainer.ids.shards import TableShape, owned_bytes
 
 sys.path.append(str(Path(__file__).parents[1] / "equivalence"))  # the reference's modules find each other there
@@ -263,7 +263,7 @@ def test_a_count_is_never_too_low_and_seldom_too_high() -> None:
     """As many ids wait as the table has rows."""
     draw, truth = np.random.default_rng(0), Counter[int]()
     rows = 4096
-    counts = CountingFilter(SHARDS, counters_for(rows // SHARDS))
+    counts = CountingFilter(SHARDS, 8 * rows // SHARDS)
     for _ in range(30):
         ids = np.unique(np.minimum(draw.zipf(1.3, 400), rows))
         add(counts, ids)
