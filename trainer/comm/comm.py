@@ -57,19 +57,36 @@ class Comm(ABC):
         self.is_stuck = False
         """Whether a collective was abandoned: then the ranks can only be left by ending the process."""
 
-    @abstractmethod
     def alltoall(self, rows_N: Tensor, splits_P: Tensor, name: str) -> tuple[Tensor, Tensor]:
-        """Send the first `splits_P[0]` rows to rank 0, and so on.
+        """Send the first `splits_P[0]` rows to rank 0, and so on; int32 splits, which cut all rows.
 
         Returns the rows received, in the order of the ranks that sent them, and their counts (P,) int32.
         """
+        if splits_P.dtype != torch.int32 or int(splits_P.sum()) != len(rows_N):
+            raise ValueError(f"{name}: splits {splits_P.tolist()} ({splits_P.dtype}) do not cut {len(rows_N)} rows")
+        received, counts_P = self._alltoall(rows_N, splits_P, name)
+        row_bytes = rows_N.element_size() * math.prod(rows_N.shape[1:])
+        sent, got = (int(each_P.sum() - each_P[self.rank]) for each_P in (splits_P, counts_P))
+        self._count(name, row_bytes * sent, row_bytes * got)
+        return received, counts_P
 
     @abstractmethod
-    def start_allreduce_sum_(self, values: Tensor, name: str) -> Callable[[], None]:
+    def _alltoall(self, rows_N: Tensor, splits_P: Tensor, name: str) -> tuple[Tensor, Tensor]:
+        """Do what `alltoall` says."""
+
+    def start_allreduce_sum_(self, values: Tensor, name: str) -> Callable[[], object]:
         """Begin to sum `values` over all ranks, in place; the result has the same bits on every rank.
 
         The values must not be used until the returned function, which waits for the end, has returned.
         """
+        # What a ring sends and receives: every element twice, but for the part that a rank reduces itself.
+        ring_bytes = 2 * values.nbytes * (self.size - 1) // self.size
+        self._count(name, ring_bytes, ring_bytes)
+        return self._start_allreduce_sum_(values, name)
+
+    @abstractmethod
+    def _start_allreduce_sum_(self, values: Tensor, name: str) -> Callable[[], object]:
+        """Do what `start_allreduce_sum_` says."""
 
     def allreduce_sum_(self, values: Tensor, name: str) -> Tensor:
         """Sum `values` over all ranks, in place; return them."""
@@ -135,27 +152,11 @@ class Comm(ABC):
         rows, counts_P = self.alltoall(copies, torch.full((self.size,), len(rows_N), dtype=torch.int32), name=name)
         return list(torch.split(rows.to(rows_N.device), counts_P.tolist()))
 
-    def _count_alltoall(self, rows_N: Tensor, sent_P: Tensor, received_P: Tensor, name: str) -> None:
-        """Count the rows sent to and received from other ranks."""
-        row_bytes = rows_N.element_size() * math.prod(rows_N.shape[1:])
-        sent, received = (int(counts_P.sum() - counts_P[self.rank]) for counts_P in (sent_P, received_P))
-        self._count(name, row_bytes * sent, row_bytes * received)
-
-    def _count_allreduce(self, values: Tensor, name: str) -> None:
-        """Count what a ring sends and receives: every element twice, but for the part that a rank reduces itself."""
-        ring_bytes = 2 * values.nbytes * (self.size - 1) // self.size
-        self._count(name, ring_bytes, ring_bytes)
-
     def _count(self, name: str, sent: int, received: int) -> None:
-        traffic = self.traffic.setdefault(name, Traffic())
-        traffic.sent += sent
-        traffic.received += received
-
-
-def check_splits(rows_N: Tensor, splits_P: Tensor, name: str) -> None:
-    """Raise ValueError unless the splits of an alltoall are int32 and cut all rows."""
-    if splits_P.dtype != torch.int32 or int(splits_P.sum()) != len(rows_N):
-        raise ValueError(f"{name}: splits {splits_P.tolist()} ({splits_P.dtype}) do not cut {len(rows_N)} rows")
+        if self.size > 1:
+            traffic = self.traffic.setdefault(name, Traffic())
+            traffic.sent += sent
+            traffic.received += received
 
 
 def _pickled(value: object) -> Tensor:
@@ -176,11 +177,11 @@ class SoloComm(Comm):
         super().__init__(deadline_s)
         self.rank, self.size, self.moves_cuda_tensors = 0, 1, True
 
-    def alltoall(self, rows_N: Tensor, splits_P: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    def _alltoall(self, rows_N: Tensor, splits_P: Tensor, name: str) -> tuple[Tensor, Tensor]:
         return rows_N, splits_P
 
-    def start_allreduce_sum_(self, values: Tensor, name: str) -> Callable[[], None]:
-        return _nothing
+    def _start_allreduce_sum_(self, values: Tensor, name: str) -> Callable[[], object]:
+        return lambda: None
 
     def allgather_object(self, value: Object, name: str = "objects") -> list[Object]:
         return [value]
@@ -193,10 +194,6 @@ class SoloComm(Comm):
 
     def close(self) -> None:
         pass
-
-
-def _nothing() -> None:
-    """End a collective of one rank."""
 
 
 _GRACE_S = 2.0

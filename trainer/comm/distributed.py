@@ -33,7 +33,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from trainer.comm.comm import DEADLINE_S, Board, Comm, check_splits, in_time, loss
+from trainer.comm.comm import DEADLINE_S, Board, Comm, in_time, loss
 from trainer.errors import ConfigError, LateRankError, LostRankError
 
 Carrier = Literal["gloo", "nccl"]
@@ -287,8 +287,7 @@ class TorchComm(Comm):
         """Of each name that threads of their own begin with: the first one."""
         self.moves_cuda_tensors = has_gpu_for_each(self._lanes.ranks)
 
-    def alltoall(self, rows_N: Tensor, splits_P: Tensor, name: str) -> tuple[Tensor, Tensor]:
-        check_splits(rows_N, splits_P, name)
+    def _alltoall(self, rows_N: Tensor, splits_P: Tensor, name: str) -> tuple[Tensor, Tensor]:
         key = f"alltoall.{name}"
         lane = self._lane_of(key)
         counts_P = self._tell(lane, splits_P, key)
@@ -297,18 +296,12 @@ class TorchComm(Comm):
         row_bytes = rows_N.element_size() * math.prod(rows_N.shape[1:])
         sizes = [[row_bytes * rows for rows in each.tolist()] for each in (counts_P, splits_P)]
         self._wait(key, carrier.alltoall_base(_bytes(received), _bytes(rows_N), *sizes, dist.AllToAllOptions()))
-        self._count_alltoall(rows_N, splits_P, counts_P, name)
         return received, counts_P
 
-    def start_allreduce_sum_(self, values: Tensor, name: str) -> Callable[[], None]:
+    def _start_allreduce_sum_(self, values: Tensor, name: str) -> Callable[[], object]:
         key = f"allreduce.{name}"
         begun = self._beside(key, lambda: self._allreduce(values, key))
-
-        def finish() -> None:
-            self._wait(key, begun.result())
-            self._count_allreduce(values, name)
-
-        return finish
+        return lambda: self._wait(key, begun.result())
 
     def carrier(self, device: torch.device) -> str | None:
         carrier = "NCCL" if device.type == "cuda" and self.moves_cuda_tensors else "Gloo"

@@ -5,17 +5,17 @@ first wait for each other, with their own deadline.
 """
 
 import contextlib
-import functools
 import itertools
 import os
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from trainer.comm.comm import DEADLINE_S, Board, Comm, check_splits, loss
+from trainer.comm.comm import DEADLINE_S, Board, Comm, loss
 from trainer.errors import ConfigError, LateRankError, LostRankError
 
 _CYCLE_TIME = "2"
@@ -49,29 +49,22 @@ class HorovodComm(Comm):
         self._internal_error: type[Exception] = HorovodInternalError
         rank, scope = int(os.environ["HOROVOD_RANK"]), f"comm.{next(_times)}"
         where = f"the store at {':'.join(_ADDRESS)}"
-        self._board = Board(rank, functools.partial(_put, scope), functools.partial(_get, scope), where)
+        self._board = Board(rank, partial(_put, scope), partial(_get, scope), where)
         meet(self._board, rank, int(os.environ["HOROVOD_SIZE"]), deadline_s)
         hvd.init()
         self.rank, self.size = hvd.rank(), hvd.size()
         self.moves_cuda_tensors = bool(hvd.nccl_built())
 
-    def alltoall(self, rows_N: Tensor, splits_P: Tensor, name: str) -> tuple[Tensor, Tensor]:
-        check_splits(rows_N, splits_P, name)
+    def _alltoall(self, rows_N: Tensor, splits_P: Tensor, name: str) -> tuple[Tensor, Tensor]:
         with self._named(name):
             handle = self._hvd.alltoall_async(rows_N.contiguous(), splits_P, name=f"alltoall.{name}")
         received, counts_P = self._wait(handle, name)
-        self._count_alltoall(rows_N, splits_P, counts_P, name)
         return received, counts_P
 
-    def start_allreduce_sum_(self, values: Tensor, name: str) -> Callable[[], None]:
+    def _start_allreduce_sum_(self, values: Tensor, name: str) -> Callable[[], object]:
         with self._named(name):
             handle = self._hvd.allreduce_async_(values, op=self._hvd.Sum, name=f"allreduce.{name}")
-
-        def finish() -> None:
-            self._wait(handle, name)
-            self._count_allreduce(values, name)
-
-        return finish
+        return partial(self._wait, handle, name)
 
     def carrier(self, device: torch.device) -> str | None:
         if device.type == "cuda" and self.moves_cuda_tensors:

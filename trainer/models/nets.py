@@ -17,7 +17,7 @@ from trainer.models.ctr import CtrModel, Dense, Dicm, Fields
 from trainer.models.layers import Mlp, used_fields, value_rows, width_of
 from trainer.models.pooling import BehaviorAttention, sum_pool
 from trainer.samples.reader import Batch
-from trainer.schema.fields import Field, Schema, Side
+from trainer.schema.fields import Field, Schema
 
 
 class CrossNetwork(nn.Module):
@@ -167,7 +167,7 @@ class FinalMlp(CtrModel):
         super().__init__(schema, config)
         self.user_gates, self.ad_gates = (
             FeatureGates(width, self.input_width) if width else None
-            for width in (self._side_width("user", config), self._side_width("ad", config))
+            for width in (_width(self._of(side, "id", "multi_id", "dense"), config) for side in ("user", "ad"))
         )
         widths = [self.input_width, *config.mlp]
         self.user_mlp, self.ad_mlp = (Mlp(widths, self.hidden, activated=True) for _ in range(2))
@@ -182,11 +182,6 @@ class FinalMlp(CtrModel):
             of_ad_BW = input_BW * self.ad_gates(torch.cat(ad, dim=1))
         logit_B: Tensor = self.fusion(self.user_mlp(of_user_BW), self.ad_mlp(of_ad_BW))
         return logit_B
-
-    def _side_width(self, side: Side, config: ModelConfig) -> int:
-        """Count the numbers of a row of `of_side`."""
-        fields = self._of(side, "id", "multi_id", "dense")
-        return sum(width_of(field, config) for field in fields if field.name not in self._elsewhere)
 
 
 class Lr(CtrModel):
@@ -293,7 +288,7 @@ class TwoTower(CtrModel):
 
 
 def _width(fields: Sequence[Field], config: ModelConfig) -> int:
-    """Count the numbers that `_inputs` makes of a row."""
+    """Count the numbers of a row of these fields, side by side."""
     return sum(width_of(field, config) for field in fields)
 
 
