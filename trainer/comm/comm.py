@@ -207,14 +207,14 @@ _AFTER_A_LOSS = "start again, with run.resume=latest and the run's name where it
 class Board:
     """The key-value store of the launcher, which all ranks reach, and where late ranks post in what they wait.
 
-    `read` returns None for a missing key; a store that is lost is as one without keys. A rank may wait in two
-    collectives at once: that of its step, and that of the thread ahead.
+    `read` returns None for a missing key; a store that is lost is as one without keys. `where`: its address. A rank may
+    wait in two collectives at once: that of its step, and that of the thread ahead.
     """
 
     def __init__(
         self, rank: int, write: Callable[[str, str], object], read: Callable[[str], str | None], where: str
     ) -> None:
-        self._rank, self._write, self._read, self._where = rank, write, read, where
+        self._rank, self._write, self._read, self.where = rank, write, read, where
         self.is_silent = False
         """Whether the store has not answered in time; then it is not asked again."""
 
@@ -244,11 +244,12 @@ class Board:
         late = [rank for rank in range(size) if rank != self._rank and self.get(f"{rank}.{name}") is None]
         where = {rank: self.get(str(rank)) for rank in late}
         ranks = ", ".join(f"rank {rank}" + (f" (in {at})" if at else "") for rank, at in where.items())
+        silence = f"; the store at {self.where}, where ranks say where they are, does not answer"
         return (
             f"collective {name} has taken more than run.deadline_s={deadline_s:g} on rank {self._rank}; "
             f"not there: {ranks or 'nobody is missing, so look at the network'}. See what that rank is doing "
             "(pip install py-spy; py-spy dump), or raise run.deadline_s; start again with run.resume=latest"
-            + (f"; {self._where}, where ranks say where they are, does not answer" if self.is_silent else "")
+            + (silence if self.is_silent else "")
         )
 
 

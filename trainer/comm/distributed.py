@@ -79,7 +79,7 @@ class Meeting:
         def read(key: str) -> str | None:
             return store.get(key).decode() if store.check([key]) else None
 
-        return Board(self.rank, store.set, read, "the store at MASTER_ADDR:MASTER_PORT")
+        return Board(self.rank, store.set, read, "MASTER_ADDR:MASTER_PORT")
 
     @classmethod
     def of_environment(cls, patience_s: float) -> "Meeting":

@@ -39,6 +39,7 @@ class HorovodComm(Comm):
         try:
             import horovod.torch as hvd
             from horovod.common.exceptions import HorovodInternalError
+            from horovod.runner.http.http_client import put_data_into_kvstore, read_data_from_kvstore
         except ImportError as error:
             raise ConfigError(
                 f"horovodrun started this process, but its Python cannot import Horovod ({error}): make install builds "
@@ -48,8 +49,9 @@ class HorovodComm(Comm):
         self._hvd: Any = hvd
         self._internal_error: type[Exception] = HorovodInternalError
         rank, scope = int(os.environ["HOROVOD_RANK"]), f"comm.{next(_times)}"
-        where = f"the store at {':'.join(_ADDRESS)}"
-        self._board = Board(rank, partial(_put, scope), partial(_get, scope), where)
+        address = [os.environ[name] for name in _ADDRESS]
+        write, read = (partial(each, *address, scope) for each in (put_data_into_kvstore, read_data_from_kvstore))
+        self._board = Board(rank, write, read, f"{':'.join(_ADDRESS)}={':'.join(address)}")
         meet(self._board, rank, int(os.environ["HOROVOD_SIZE"]), deadline_s)
         hvd.init()
         self.rank, self.size = hvd.rank(), hvd.size()
@@ -115,7 +117,10 @@ def meet(board: Board, rank: int, size: int, deadline_s: float) -> None:
             continue
         if time.monotonic() > end_s:
             if trouble is not None:
-                raise _no_store(rank, deadline_s, trouble)
+                raise LostRankError(
+                    f"rank {rank} did not reach the process that started the ranks within run.deadline_s="
+                    f"{deadline_s:g}, at {board.where}: {trouble}"
+                )
             raise LateRankError(board.lateness("start", size, deadline_s))
         time.sleep(pause_s)
         pause_s = min(1.5 * pause_s, 0.1)
@@ -124,26 +129,3 @@ def meet(board: Board, rank: int, size: int, deadline_s: float) -> None:
             trouble = board.put(here, "here")
     if rank == 0:
         board.put("all", "here")
-
-
-def _no_store(rank: int, deadline_s: float, trouble: str) -> LostRankError:
-    return LostRankError(
-        f"rank {rank} did not reach the process that started the ranks within run.deadline_s={deadline_s:g}, at "
-        f"{':'.join(_ADDRESS)}={':'.join(_place())}: {trouble}"
-    )
-
-
-def _put(scope: str, key: str, value: str) -> None:
-    from horovod.runner.http.http_client import put_data_into_kvstore
-
-    put_data_into_kvstore(*_place(), scope, key, value)
-
-
-def _get(scope: str, key: str) -> str:
-    from horovod.runner.http.http_client import read_data_from_kvstore
-
-    return str(read_data_from_kvstore(*_place(), scope, key))
-
-
-def _place() -> list[str]:
-    return [os.environ.get(name, "") for name in _ADDRESS]
