@@ -41,8 +41,9 @@ def share_machine(config: Config, comm: Comm) -> torch.device:
     """
     place = RankPlace(socket.gethostname(), frozenset(os.sched_getaffinity(0)), torch.cuda.is_available())
     places = comm.allgather_object(place, name="places")
-    check_threads(config.run.threads, min(len(each.cores) for each in places))
-    threads = config.run.threads or threads_of(comm.rank, places)
+    threads, cores = config.run.threads or threads_of(comm.rank, places), min(len(each.cores) for each in places)
+    if threads > _MOST_THREADS * cores:  # the C libraries would just crash
+        raise ConfigError(f"run.threads={threads}: a rank may run on {cores} cores; by default each takes its share")
     torch.set_num_threads(threads)
     pa.set_cpu_count(threads)
     without_cuda = None if comm.moves_cuda_tensors else comm.without_cuda
@@ -55,12 +56,6 @@ def share_machine(config: Config, comm: Comm) -> torch.device:
     device = torch.device("cuda", here.index(comm.rank) % torch.cuda.device_count())
     torch.cuda.set_device(device)  # NCCL, and code that names no device, would use the first GPU
     return device
-
-
-def check_threads(threads: int | None, cores: int) -> None:
-    """Raise ConfigError for more threads than a rank can use on `cores` cores: the C libraries would just crash."""
-    if threads is not None and threads > _MOST_THREADS * cores:
-        raise ConfigError(f"run.threads={threads}: a rank may run on {cores} cores; by default each takes its share")
 
 
 def threads_of(rank: int, places: Sequence[RankPlace]) -> int:
@@ -191,17 +186,15 @@ def with_compute_dtype(config: ModelConfig, comm: Comm, device: torch.device, re
     """
     if config.compute_dtype != "auto":
         return config
-    settled = recorded or comm.on_rank_0(_named_dtype) or _agreed_dtype(comm, device)
+
+    def named() -> AutoDType | None:
+        try:
+            return dtype_of_environment()
+        except ValueError as failure:
+            raise ConfigError(str(failure)) from failure
+
+    settled = recorded or comm.on_rank_0(named)
+    if settled is None:
+        of_ranks = comm.allgather_object(dtype_of_machine(device.type), name="compute dtypes")
+        settled = "bfloat16" if set(of_ranks) == {"bfloat16"} else "float32"
     return config.model_copy(update={"compute_dtype": settled})
-
-
-def _named_dtype() -> AutoDType | None:
-    try:
-        return dtype_of_environment()
-    except ValueError as failure:
-        raise ConfigError(str(failure)) from failure
-
-
-def _agreed_dtype(comm: Comm, device: torch.device) -> AutoDType:
-    of_ranks = comm.allgather_object(dtype_of_machine(device.type), name="compute dtypes")
-    return "bfloat16" if set(of_ranks) == {"bfloat16"} else "float32"

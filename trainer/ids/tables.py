@@ -138,16 +138,6 @@ class IdTable:
             self._of_slot(slot).weight.copy_(torch.from_numpy(first))
 
 
-@dataclass(frozen=True)
-class TakenRows:
-    """Copies of the rows that one step of training reads and moves, and what it has read of them."""
-
-    rows_Q: Tensor
-    rows: IdRows
-    weight_QV: Tensor
-    """An autograd leaf, whose gradients gather in its `.grad`."""
-
-
 class IdSource:
     """All tables of one width on this rank: the source of their vectors."""
 
@@ -157,7 +147,8 @@ class IdSource:
         self.key_sources: dict[str, IdTable] = {}
         self.num_taken = 0
         """Rows that tables have taken."""
-        self._taken: TakenRows | None = None
+        self._taken: tuple[Tensor, IdRows, Tensor] | None = None
+        """Of a step of training its rows, copies of them, and the weights read: a leaf, whose `.grad` is the step's."""
 
     def vectors(self, requests: Sequence[RowRequest]) -> list[Tensor]:
         """Return the vectors (Q, V) of each table's ids as they are now, with autograd attached."""
@@ -167,13 +158,16 @@ class IdSource:
         rows = self.rows.take(rows_Q)
         weight_QV = self.optimizer.current(rows).contiguous()
         if torch.is_grad_enabled():
-            self._taken = TakenRows(rows_Q, rows, weight_QV.requires_grad_())
+            self._taken = (rows_Q, rows, weight_QV.requires_grad_())
         read = torch.split(weight_QV, [len(place_U) for place_U in places])
         return [table.of_ids(request, rows_UV) for (table, request), rows_UV in zip(served, read, strict=True)]
 
     def move(self, rates: Rates) -> None:
         """Step the optimiser on the rows last read in training, if there are gradients; and on no others."""
         taken, self._taken = self._taken, None
-        if taken is not None and len(taken.rows_Q) and taken.weight_QV.grad is not None:
-            self.optimizer.step(taken.rows, taken.weight_QV.detach(), taken.weight_QV.grad, rates)
-            self.rows.put(taken.rows_Q, taken.rows)
+        if taken is None:
+            return
+        rows_Q, rows, weight_QV = taken
+        if len(rows_Q) and weight_QV.grad is not None:
+            self.optimizer.step(rows, weight_QV.detach(), weight_QV.grad, rates)
+            self.rows.put(rows_Q, rows)

@@ -27,10 +27,6 @@ LOG2_BOUNDARIES = tuple(float(1 << power) for power in range(31))
 """1, 2, 4, .. 2**30: in seconds the last one is 34 years."""
 
 
-def _no_text(value: object) -> object:
-    return None if value == "none" else value
-
-
 def _ascending(values: object) -> object:
     if isinstance(values, list | tuple):
         numbers = [value for value in values if isinstance(value, int | float) and math.isfinite(value)]
@@ -39,7 +35,6 @@ def _ascending(values: object) -> object:
     return values
 
 
-OptionalTransform = Annotated[Transform | None, BeforeValidator(_no_text)]
 Finite = Annotated[float, pydantic.Field(allow_inf_nan=False)]
 Numbers = tuple[Finite, ...]
 Positive = tuple[Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)], ...]
@@ -92,9 +87,9 @@ class Field(BaseModel):
     A mean divides by the sum of their absolute values."""
     columns: tuple[str, ...] | None = None
     """ID kinds: columns of the field's side whose values are crossed into one ID; lists are crossed value by value."""
-    transform: OptionalTransform = None
+    transform: Transform | None = None
     """Kind dense: standardize: minus the mean, over the standard deviation; log1p: sign(x) log(1 + |x|);
-    log_standardize: the one after the other; none."""
+    log_standardize: the one after the other."""
     buckets: Buckets | None = None
     """ID kinds: the column has real numbers, and a number's bucket is its ID. A number of buckets, equally full in the
     training samples; or log2: below 1, to 2, to 4, to 8, and so on."""
@@ -400,11 +395,10 @@ def settings_text(samples: str, schema_file: str, schema: Schema, tables: Mappin
     settings_file = f"{schema_file.removesuffix(SCHEMA_FILE)}{SETTINGS_FILE}"
     images = _IMAGES_OF_SIDES.get(tuple(sorted({field.side for field in schema.of_kind("content")})))
     lines = [f"# Over the defaults: crossmedia train --config {settings_file}", "", "data:"]
-    places = {"samples": samples, "schema_file": schema_file} if "://" in samples else _HERE
-    note = "" if "://" in samples else "  # the folder of this file"
+    is_far = "://" in samples
     lines += [
-        f"  {yaml_line('samples', places['samples'])}{note}",
-        f"  {yaml_line('schema_file', places['schema_file'])}",
+        f"  {yaml_line('samples', samples if is_far else './')}" + ("" if is_far else "  # the folder of this file"),
+        f"  {yaml_line('schema_file', schema_file if is_far else f'./{SCHEMA_FILE}')}",
     ]
     lines += ["", "model:"]
     lines += [f"  {yaml_line('images', images)}  # the samples have no others"] if images else []
@@ -416,9 +410,6 @@ def settings_text(samples: str, schema_file: str, schema: Schema, tables: Mappin
         why = "without images ID rows may move faster; 0.012 for model.base=din"
         lines += ["", "optim:", f"  {yaml_line('ids_lr', IDS_LR_ALONE)}  # {why}"]
     return "\n".join(lines) + "\n"
-
-
-_HERE = {"samples": "./", "schema_file": f"./{SCHEMA_FILE}"}
 
 
 def table_lines(tables: Mapping[str, int]) -> list[str]:

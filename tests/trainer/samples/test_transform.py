@@ -27,7 +27,6 @@ def log1p(x: float) -> float:
     ("field", "formula"),
     [
         (dense(), lambda x: x),
-        (dense(transform="none"), lambda x: x),
         (dense(transform="standardize", mean=[3.5], std=[0.7]), lambda x: (x - 3.5) / 0.7),
         (dense(transform="log1p"), log1p),
         (dense(transform="log_standardize", mean=[1.25], std=[2.0]), lambda x: (log1p(x) - 1.25) / 2),
