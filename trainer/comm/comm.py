@@ -98,13 +98,13 @@ class Comm(ABC):
         return torch.cat(self._gathered(rows_N, name))
 
     def allgather_object(self, value: Object, name: str = "objects") -> list[Object]:
-        """Return one value from each rank, in the order of ranks."""
-        return [cast("Object", _unpickled(data_N)) for data_N in self._gathered(_pickled(value), name)]
+        """Return one value from each rank, in the order of ranks: of the same program, so it may be unpickled."""
+        data_N = torch.from_numpy(np.frombuffer(pickle.dumps(value), np.uint8).copy())
+        return [pickle.loads(each_N.numpy().tobytes()) for each_N in self._gathered(data_N, name)]
 
     def broadcast_object(self, value: Object, root: int = 0) -> Object:
         """Return the value of rank `root`."""
-        data_N = _pickled(value) if self.rank == root else torch.empty(0, dtype=torch.uint8)
-        return cast("Object", _unpickled(self._gathered(data_N, "broadcast")[root]))
+        return cast("Object", self.allgather_object(value if self.rank == root else None, "broadcast")[root])
 
     @abstractmethod
     def carrier(self, device: torch.device) -> str | None:
@@ -159,17 +159,6 @@ class Comm(ABC):
             traffic.received += received
 
 
-def _pickled(value: object) -> Tensor:
-    """Serialize a value to bytes (N,) uint8, for the same program on another rank."""
-    return torch.from_numpy(np.frombuffer(pickle.dumps(value), np.uint8).copy())
-
-
-def _unpickled(data_N: Tensor) -> object:
-    """Deserialize a value that `_pickled` has just sent from another rank; never use it on files."""
-    value: object = pickle.loads(data_N.numpy().tobytes())
-    return value
-
-
 class SoloComm(Comm):
     """One rank alone: every collective returns what it was given."""
 
@@ -185,9 +174,6 @@ class SoloComm(Comm):
 
     def allgather_object(self, value: Object, name: str = "objects") -> list[Object]:
         return [value]
-
-    def broadcast_object(self, value: Object, root: int = 0) -> Object:
-        return value
 
     def carrier(self, device: torch.device) -> str | None:
         return None

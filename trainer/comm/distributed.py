@@ -289,7 +289,7 @@ class TorchComm(Comm):
 
     def _alltoall(self, rows_N: Tensor, splits_P: Tensor, name: str) -> tuple[Tensor, Tensor]:
         key = f"alltoall.{name}"
-        lane = self._lane_of(key)
+        lane = self._lanes.of("gloo", _MAIN if threading.get_ident() == self._thread else key)  # its thread waits
         counts_P = self._tell(lane, splits_P, key)
         received = rows_N.new_empty((int(counts_P.sum()), *rows_N.shape[1:]))
         carrier = self._lanes.of("nccl", key) if rows_N.is_cuda else lane
@@ -337,10 +337,6 @@ class TorchComm(Comm):
         with_thread.shutdown(wait=False)
         return begun
 
-    def _lane_of(self, key: str) -> ProcessGroup:
-        """Return the lane of a collective for which its thread waits."""
-        return self._lanes.of("gloo", _MAIN if threading.get_ident() == self._thread else key)
-
     def _tell(self, lane: ProcessGroup, counts_P: Tensor, key: str) -> Tensor:
         """Send each rank a number; return the received ones (P,) int32.
 
@@ -360,19 +356,14 @@ class TorchComm(Comm):
         end_s = time.monotonic() + self.deadline_s
         try:
             while not work.is_completed():
-                self._look(work, end_s - time.monotonic())
+                with contextlib.suppress(RuntimeError):  # not yet; or its error, which the next wait raises again
+                    work.wait(timedelta(seconds=max(1e-3, min(_LOOK_S, end_s - time.monotonic()))))
                 if time.monotonic() > end_s and not work.is_completed():
                     self._give_up(key)
             work.wait()
         except RuntimeError as error:
             self._abandon()
             raise LostRankError(loss(self.rank, _name_of(key))) from error
-
-    @staticmethod
-    def _look(work: dist.Work, left_s: float) -> None:
-        """Wait a little for the end of a collective."""
-        with contextlib.suppress(RuntimeError):  # not yet; or its error, which the next wait raises again
-            work.wait(timedelta(seconds=max(1e-3, min(_LOOK_S, left_s))))
 
     def _give_up(self, key: str) -> NoReturn:
         self._abandon()

@@ -173,7 +173,9 @@ class ExactTable(IdTable):
         if days is None:
             return
         for slot in range(len(self.shards)):
-            self._expire(slot, day - days)
+            gone = np.flatnonzero(self._of_rows(self.last_use, slot)[1:] < day - days)
+            self.counts["expired"] += len(gone)
+            self._let_go(slot, 1 + gone)
             if self.filter and day - self._faded_S[slot] >= days:
                 self.filter.counts_SC[slot] >>= 1
                 self._faded_S[slot] = day
@@ -229,12 +231,6 @@ class ExactTable(IdTable):
             gone = longest_unused(used_at, self.map.ids_of(slot), wanted, int(self._clock_S[slot]))
             self.counts["evicted"] += len(gone)
             self._let_go(slot, 1 + gone)
-
-    def _expire(self, slot: int, before: int) -> None:
-        """Remove a shard's rows that were last used before that day."""
-        gone = np.flatnonzero(self._of_rows(self.last_use, slot)[1:] < before)
-        self.counts["expired"] += len(gone)
-        self._let_go(slot, 1 + gone)
 
     def _let_go(self, slot: int, gone_K: Int64Array) -> None:
         """Free these rows of a shard, ascending; the last rows move to their positions, and leave zeros behind."""

@@ -304,8 +304,6 @@ def _statistics(field: Field, part: NumberSums) -> dict[str, Any]:
 
 _HELD = 1 << 20  # uses that wait to be merged
 
-Uses = Int64Array
-
 
 @dataclass(frozen=True)
 class LackingImages:
@@ -321,25 +319,24 @@ class LackingImages:
     of: int
 
 
-def merged_uses(parts: Sequence[Uses]) -> Uses:
+def merged_uses(parts: Sequence[Int64Array]) -> Int64Array:
     """Sum the uses of equal keys."""
     rows = np.concatenate([np.empty((0, 3), np.int64), *parts])
-    rows = rows[np.argsort(rows[:, 0], kind="stable")]
-    starts_U = np.flatnonzero(np.diff(rows[:, 0], prepend=rows[0, 0] - 1) if len(rows) else rows[:, 0])
-    counts_U2 = np.add.reduceat(rows[:, 1:], starts_U) if len(rows) else rows[:, 1:]
-    return np.column_stack([rows[starts_U, 0], counts_U2])
+    keys_U, inverse_N = np.unique(rows[:, 0], return_inverse=True)
+    counts = [np.bincount(inverse_N, rows[:, side], len(keys_U)).astype(np.int64) for side in (1, 2)]
+    return np.column_stack([keys_U, *counts])
 
 
 def uses_of(
     index: SampleIndex, row_groups: Iterable[RowGroup], rules: dict[str, Rule], fields: Sequence[Field]
-) -> Uses:
+) -> Int64Array:
     """Count the uses of the images of these content fields.
 
     Reads their columns alone, one row group after the other, and holds 24 bytes for each distinct image, twice while
     they are merged. Raises DataError.
     """
     sides = {field.column_name: field.side for field in fields}
-    total, waiting, count = merged_uses([]), list[Uses](), 0
+    total, waiting, count = merged_uses([]), list[Int64Array](), 0
     for values in read_values(index, row_groups, {column: rules[column] for column in sides}):
         for column, side in sides.items():
             keys_U, counts_U = np.unique(values[column], return_counts=True)

@@ -209,16 +209,14 @@ def _join_of(place: str, table: TableProfile, logs: Sequence[Log]) -> JoinedTabl
         return None
     *_, by, name = max(found)
     columns = {each.name: each for each in table.columns.values() if each.name != name}
+    is_image = re.compile(SYNONYMS["image"], re.IGNORECASE).fullmatch
     unused = tuple(
         each.name
         for each in columns.values()
-        if each.content in ("integer", "text") and each.num_different == table.rows > 1 and not _is_image(each)
+        if each.content in ("integer", "text") and each.num_different == table.rows > 1
+        if not (is_image(each.name) or _has_image_names(each))
     )
     return JoinedTable(by, place, name, {key: each for key, each in columns.items() if key not in unused}, unused)
-
-
-def _is_image(column: Column) -> bool:
-    return bool(re.fullmatch(SYNONYMS["image"], column.name, re.IGNORECASE)) or _has_image_names(column)
 
 
 def _with_joins(log: Log, joins: Sequence[JoinedTable]) -> Log:
