@@ -13,7 +13,7 @@ from featurestore.lookup.embedding import EmbeddingModel, EmbeddingService
 from featurestore.lookup.ondevice import Gathered, held_bytes
 from featurestore.lookup.partition import FeaturePartition
 from trainer.comm import Comm
-from trainer.config import Config, ExactTableConfig, ModelConfig, near_match
+from trainer.config import Config, ExactTableConfig, ModelConfig, TableConfig, near_match
 from trainer.engine.machine import check_memory, check_same, holds_features, with_compute_dtype
 from trainer.errors import CheckpointError, ConfigError
 from trainer.exchange.exchange import Exchange, VectorSource
@@ -224,11 +224,7 @@ def table_shapes(fields: tuple[Field, ...], config: ModelConfig) -> list[TableSh
             raise ConfigError(
                 f"field {field.name} needs table {name}, which has no number of rows; set model.tables.{name}"
             )
-        table, width, num_shards = config.tables[name], layers.width_of(field, config), config.table_shards
-        if isinstance(table, ExactTableConfig):
-            shapes[name] = ExactShape(name, width, table.max_rows, num_shards, rules=table)
-        else:
-            shapes[name] = TableShape(name, width, table, num_shards)
+        shapes[name] = shape_of(name, layers.width_of(field, config), config.tables[name], config.table_shards)
     return list(shapes.values())
 
 
@@ -254,6 +250,13 @@ def _table_of_buckets(name: str, users: list[Field], config: ModelConfig) -> Tab
         raise ConfigError(f"model.tables.{name}: the table has a row for each bucket of {users[0].name}; leave it out")
     rows = max(field.num_buckets for field in users)
     return TableShape(name, layers.width_of(users[0], config), rows, config.table_shards, direct=True)
+
+
+def shape_of(name: str, width: int, table: TableConfig, num_shards: int) -> TableShape:
+    """Return the shape of an ID table with these settings."""
+    if isinstance(table, ExactTableConfig):
+        return ExactShape(name, width, table.max_rows, num_shards, rules=table)
+    return TableShape(name, width, table, num_shards)
 
 
 def widths_of_stores(fields: tuple[Field, ...], config: ModelConfig) -> dict[str, int]:

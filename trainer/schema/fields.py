@@ -116,8 +116,11 @@ class Field(BaseModel):
                     f"field {self.name}: {setting}={value} is for kind{'s' * (len(kinds) > 1)} {' and '.join(kinds)}, "
                     f"not {self.kind}"
                 )
-        if self.columns is not None:
-            self._check_columns(self.columns)
+        columns = list(self.columns or ())
+        if columns and self.column is not None:
+            raise ValueError(f"field {self.name}: it has column={self.column} and columns={columns}; give one")
+        if self.columns is not None and len(set(columns)) < max(len(columns), 2):
+            raise ValueError(f"field {self.name}: columns={columns} has to name two columns or more, each once")
         self._check_numbers()
         if self.context and (self.side == "user" or self.kind == "content"):
             raise ValueError(
@@ -125,12 +128,6 @@ class Field(BaseModel):
                 f"not for {self.kind} of side {self.side}"
             )
         return self
-
-    def _check_columns(self, columns: tuple[str, ...]) -> None:
-        if self.column is not None:
-            raise ValueError(f"field {self.name}: it has column={self.column} and columns={list(columns)}; give one")
-        if len(set(columns)) < max(len(columns), 2):
-            raise ValueError(f"field {self.name}: columns={list(columns)} has to name two columns or more, each once")
 
     def _check_numbers(self) -> None:
         name, width = f"field {self.name}", self.width or 1

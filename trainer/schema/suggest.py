@@ -90,7 +90,6 @@ class Log:
     table: TableProfile
     ours: Mapping[str, str]  # our columns, by their names in the files
     of_user: frozenset[str]  # further columns that are the same in all rows of a user
-    time_formats: tuple[str, ...]  # lines of the mapping
     guessed: str = ""  # what to say of a label that its name does not tell
     others: tuple[str, ...] = ()  # tables next to it that are no logs and join none
     joins: tuple[JoinedTable, ...] = ()
@@ -265,7 +264,8 @@ def render_mapping(logs: list[Log], where: str, folder: str, file: str) -> str:
     ]
     if logs[0].name == "behaviors":
         lines.append("# There is no table of impressions here: no column is known as their label; name it by --label.")
-    if formats := {line.partition("  #")[0]: line for log in reversed(logs) for line in log.time_formats}:
+    times = [log.table.columns[log.ours["timestamp"]] for log in reversed(logs) if "timestamp" in log.ours]
+    if formats := {line.partition("  #")[0]: line for each in times for line in _time_formats(each)}:
         lines += ["", *formats.values()]
     if logs[0].joins:
         lines += ["", "join:  # columns that a log lacks are taken from these tables, by its items or users"]
@@ -356,8 +356,7 @@ def _log(
     if log == "impressions" and "user" in ours:
         first = next(iter(read_tables(storage, paths[0], USER_ROWS)))
         of_user = _of_user(first, ours["user"], {*table.columns} - set(ours.values()))
-    formats = _time_formats(table.columns[ours["timestamp"]]) if "timestamp" in ours else []
-    return Log(log, place, table, ours, frozenset(of_user), tuple(formats), where=where)
+    return Log(log, place, table, ours, frozenset(of_user), where=where)
 
 
 def _time_formats(column: Column) -> list[str]:
