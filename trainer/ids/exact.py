@@ -111,7 +111,7 @@ class ExactTable(IdTable):
         """Training steps that a shard has been through, those of the runs before included that a warm start took."""
         self._faded_S = np.zeros(num_slots, np.int32)
         """The day on which a shard's counts were last halved, or first counted."""
-        self.counts, self._day = Counter[str](), 0
+        self.counts, self._day = dict.fromkeys(("served", "cold", "refused", "evicted", "expired"), 0), 0
         """What happened on this rank since the run, or its resumption, began.
 
         served: unique ids of training steps, summed over steps; cold: those of them that got the cold row; refused:
