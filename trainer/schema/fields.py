@@ -5,7 +5,6 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import field as dataclass_field
-from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -250,10 +249,7 @@ class Schema(BaseModel):
 
 def load_schema(path: Path | str | None = None) -> Schema:
     """Read the schema in a YAML file, by default the packaged one. Raises SchemaError naming the file and the field."""
-    return _read(path) if path else _packaged()
-
-
-def _read(path: Path | str) -> Schema:
+    path = path or DEFAULT_SCHEMA
     values = read_mapping(path, "data.schema_file=", SchemaError, "a mapping with the name fields")
     schema = validated(Schema, values, str(path), SchemaError)
     ad_ids = [field.name for field in schema.of_kind("id", side="ad") if not field.is_bucketed]
@@ -263,11 +259,6 @@ def _read(path: Path | str) -> Schema:
             f"{path}: new_ad_field={schema.new_ad_field} has to be a field of side ad and kind id; {near}"
         )
     return schema
-
-
-@lru_cache(1)
-def _packaged() -> Schema:
-    return _read(DEFAULT_SCHEMA)
 
 
 SCHEMA_FILE, SETTINGS_FILE = "schema.yaml", "settings.yaml"

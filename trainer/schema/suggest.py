@@ -26,7 +26,7 @@ from trainer.schema.fields import (
     table_rows,
     yaml_line,
 )
-from trainer.schema.profile import READ_TYPES, Column, Content, TableProfile, data_files, look, read_tables, table_of
+from trainer.schema.profile import READ_TYPES, Column, TableProfile, data_files, look, read_tables, table_of
 
 IMAGE_WORDS = "image|img|picture|pic|photo|cover|poster|thumbnail|bild|foto"
 # What people call our columns; the first that fits wins.
@@ -527,11 +527,10 @@ def inspect_samples(
         table.columns[name].counted = count
     for name in table.columns.keys() & set(may_lack):
         table.columns[name].may_lack = True
-    roles: tuple[tuple[str, int, str, tuple[Content, ...]], ...] = (
-        (label, 1, "a list of 0 and 1 in each group", ("integer",)),
-        (group, 0, "one whole number or text a group", ("integer", "text")),
-    )
-    for name, depth, what, contents in roles:
+    for name, depth, what, contents in (
+        (label, 1, "a list of 0 and 1 in each group", {"integer"}),
+        (group, 0, "one whole number or text a group", {"integer", "text"}),
+    ):
         column = table.columns.get(name)
         if column is None or column.depth != depth or column.content not in contents:
             found = f"is {column.type}" if column else f"is not among {', '.join(table.columns)}"
