@@ -124,6 +124,11 @@ def owned_shards(num_shards: int, rank: int, num_ranks: int) -> list[int]:
     return list(range(rank, num_shards, num_ranks))
 
 
+def power_of_two(least: int) -> int:
+    """Return the smallest power of two that is `least` or more."""
+    return 1 << (least - 1).bit_length()
+
+
 def stream_start(name: str) -> np.uint64:
     """Return the start of a stream of random numbers: number n of it is the splitmix64 of the start plus n."""
     return np.uint64(key_of_uri(name) & 0xFFFFFFFFFFFFFFFF)

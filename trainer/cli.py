@@ -82,8 +82,8 @@ def run_on_ranks(work: Callable[["Comm"], object], deadline_s: float | None = No
     The ranks wait up to `deadline_s` for each other. Only rank 0 prints the error, and fills the page of the command.
     Errors other than ours propagate, after the ranks were left.
     """
+    from featurestore.console.memory import keep_freed_memory
     from trainer.comm import connect
-    from trainer.engine.machine import keep_freed_memory
 
     keep_freed_memory()
     try:

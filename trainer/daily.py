@@ -378,7 +378,7 @@ def _check_stores(before: RunPath, base: Config) -> None:
     from featurestore.store import FeatureStore
     from trainer.runs.checkpoint import read_state
     from trainer.runs.open import check_identity, missing_places, store_places
-    from trainer.schema import load_schema
+    from trainer.schema.fields import load_schema
 
     schema = load_schema(base.data.schema_file)
     places, checkpoints = store_places(base, schema), finished(before)

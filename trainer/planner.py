@@ -33,7 +33,7 @@ from trainer.runs.open import train_reader
 from trainer.runs.saved import TRAIN, SavedRun, read_run
 from trainer.samples.index import open_index
 from trainer.samples.reader import Batch
-from trainer.schema import Field
+from trainer.schema.fields import Field
 from trainer.stages import AHEAD, WAIT
 
 KEY_BYTES = 8

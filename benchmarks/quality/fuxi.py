@@ -32,7 +32,7 @@ from benchmarks.quality.rows import PADDING, Layout, Rows, Vocabulary, read, voc
 from benchmarks.quality.runs import Spec
 from featurestore import FeatureStore
 from trainer.evaluation.bootstrap import measure
-from trainer.schema import Field, load_schema
+from trainer.schema.fields import Field, load_schema
 
 _PLAIN = {"optimizer": "adam", "loss": "binary_crossentropy", "task": "binary_classification", "metrics": ["AUC"]}
 Tensors = tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], torch.Tensor]

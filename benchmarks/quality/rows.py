@@ -16,7 +16,7 @@ from trainer.errors import SchemaError
 from trainer.models.nets import paired_fields
 from trainer.samples.index import open_index
 from trainer.samples.reader import Batch, Jagged, SampleReader
-from trainer.schema import Field, Schema
+from trainer.schema.fields import Field, Schema
 
 PADDING = 0
 Int = NDArray[np.int64]

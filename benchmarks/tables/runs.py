@@ -28,7 +28,7 @@ from trainer.runs.open import StorePlace, missing_places, store_places
 from trainer.samples.columns import files_by_day
 from trainer.samples.index import open_index
 from trainer.samples.survey import samples_digest
-from trainer.schema import Schema, load_schema
+from trainer.schema.fields import Schema, load_schema
 
 METRICS = ("gauc", "auc", "new_ad_auc", "new_ad_gauc", "logloss")
 _DIGITS = 10

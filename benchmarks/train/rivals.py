@@ -30,7 +30,7 @@ from trainer.optim import DenseOptimizer, rates_at
 from trainer.runs.open import Run
 from trainer.samples.columns import ranges
 from trainer.samples.reader import Batch, Jagged
-from trainer.schema import Field
+from trainer.schema.fields import Field
 from trainer.stages import ReadAhead
 
 Images = Mapping[str, FieldVectors]

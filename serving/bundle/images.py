@@ -25,7 +25,7 @@ from featurestore.errors import CommitConflictError, SnapshotNotFoundError, Spec
 from featurestore.format import datafile
 from featurestore.format.datafile import FEATURE, KEY, URI, FeatureRows
 from featurestore.format.shard import ShardReader
-from featurestore.keys import Int64Array
+from featurestore.keys import Int64Array, power_of_two
 from featurestore.lookup.embedding import EmbeddingModel
 from featurestore.published.versions import VersionName
 from featurestore.spec import ExtractorSpec, FileEntry, StoreInfo
@@ -41,7 +41,7 @@ from trainer.models.layers import used_fields
 from trainer.runs.export import BATCH_ROWS, load_part, visual_vectors
 from trainer.runs.open import StorePlace
 from trainer.runs.saved import SavedRun
-from trainer.schema import Field
+from trainer.schema.fields import Field
 
 ROUNDING = 1e-6
 """By how much a vector may differ that E computes again: the order of its sums depends on the images beside it."""
@@ -125,7 +125,7 @@ def folder_of(store: str) -> str:
 
 def _num_shards(size_bytes: int, most: int) -> int:
     """Return the smallest power of two that keeps shards small enough, at most the features' number of shards."""
-    return min(most, 1 << max(0, -(-size_bytes // _SHARD_BYTES) - 1).bit_length())
+    return min(most, power_of_two(max(1, -(-size_bytes // _SHARD_BYTES))))
 
 
 class ImageRows(NamedTuple):

@@ -30,7 +30,7 @@ from tests.cli import invoke
 from tests.running.spared import WITHOUT_PANDAS
 from trainer.config import load_config
 from trainer.errors import DataError
-from trainer.schema import load_schema
+from trainer.schema.fields import load_schema
 
 ITEMS, USERS = 30, 40
 AD_LISTS = ("ad_item", "ad_image", "ad_category", "ad_scene")

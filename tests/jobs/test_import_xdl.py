@@ -18,7 +18,7 @@ from tests.cli import said
 from trainer.comm import SoloComm
 from trainer.config import load_config
 from trainer.main import train
-from trainer.schema import load_schema
+from trainer.schema.fields import load_schema
 
 LINES = [
     "s0|g0|age@3;item@5:1,6:2.5;user_img@7:1,8:1|price@0.5,2;brand@9:1;ad_img@1:1|1|100",

@@ -23,7 +23,7 @@ from trainer.config import load_config
 from trainer.main import train
 from trainer.samples.survey import IdDictionary
 from trainer.schema import __main__ as schema_command
-from trainer.schema import load_schema
+from trainer.schema.fields import load_schema
 
 NUM_ITEMS = 12
 MAPPING = {

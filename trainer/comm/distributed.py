@@ -33,7 +33,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from trainer.comm.comm import DEADLINE_S, Board, Comm, check_splits, in_time, loss
+from trainer.comm.comm import DEADLINE_S, Board, Comm, in_time, loss
 from trainer.errors import ConfigError, LateRankError, LostRankError
 
 Carrier = Literal["gloo", "nccl"]
@@ -44,6 +44,8 @@ _CONNECT = timedelta(seconds=120)
 """Seconds for ranks to connect once all have arrived."""
 _FOREVER = timedelta(days=365)
 """A group's own timeout, which would close its connections; ours is `Comm.deadline_s`."""
+_TRY_S = 5.0
+"""How long a try to reach the store may take; the next one begins at once."""
 _LEAVE_S = 5.0
 """How long the rank that holds the store waits for the others to leave."""
 _times = itertools.count()
@@ -77,7 +79,7 @@ class Meeting:
         def read(key: str) -> str | None:
             return store.get(key).decode() if store.check([key]) else None
 
-        return Board(self.rank, store.set, read, "the store at MASTER_ADDR:MASTER_PORT")
+        return Board(self.rank, store.set, read, "MASTER_ADDR:MASTER_PORT")
 
     @classmethod
     def of_environment(cls, patience_s: float) -> "Meeting":
@@ -172,15 +174,20 @@ class Lanes:
 @functools.cache  # this process connects again: its own store still listens
 def _store_at(host: str, port: int, rank: int, size: int, *, holds: bool, patience_s: float) -> Store:
     """Connect to the store of all ranks, or hold it: among ranks of one host where these alone reach it."""
-    listener = None
+    from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
+
+    listener, patience = None, timedelta(seconds=patience_s)
+    # The name of a host may be known later than its ranks start; the last try's error is raised.
+    retried = Retrying(
+        retry=retry_if_exception_type(OSError), stop=stop_after_delay(patience), wait=wait_fixed(0.05), reraise=True
+    )
     if holds:
-        _wait_for(lambda _: socket.getaddrinfo(host, port), patience_s)
+        retried(socket.getaddrinfo, host, port)
         address = listening_address(host, is_one_host=_is_one_host(size))
         listener = socket.create_server((address, port)).detach()
         host = address or "127.0.0.1"  # whatever MASTER_ADDR may lead to, its own store is here
     else:  # torch's own client says on several screens that nothing listens
-        _wait_for(lambda left_s: socket.create_connection((host, port), timeout=left_s).close(), patience_s)
-    patience = timedelta(seconds=patience_s)
+        retried(lambda: socket.create_connection((host, port), timeout=min(patience_s, _TRY_S)).close())
     return dist.TCPStore(  # type: ignore[attr-defined]
         host, port, size, holds, patience, wait_for_workers=False, master_listen_fd=listener
     )
@@ -200,23 +207,6 @@ def listening_address(master: str, *, is_one_host: bool) -> str:
         bound.bind((str(ipaddress.IPv4Address(master)), 0))
         return master
     return ""
-
-
-def _wait_for(reach: Callable[[float], object], patience_s: float) -> None:
-    """Retry a connection, as the name of a host may be known later than its ranks start.
-
-    Raises the last try's OSError after `patience_s`.
-    """
-    end_s = time.monotonic() + patience_s
-    while True:
-        try:
-            reach(max(0.1, end_s - time.monotonic()))
-        except OSError:
-            if time.monotonic() > end_s:
-                raise
-            time.sleep(0.05)
-        else:
-            return
 
 
 def own_address(master: str, *, is_one_host: bool) -> str:
@@ -297,28 +287,21 @@ class TorchComm(Comm):
         """Of each name that threads of their own begin with: the first one."""
         self.moves_cuda_tensors = has_gpu_for_each(self._lanes.ranks)
 
-    def alltoall(self, rows_N: Tensor, splits_P: Tensor, name: str) -> tuple[Tensor, Tensor]:
-        check_splits(rows_N, splits_P, name)
+    def _alltoall(self, rows_N: Tensor, splits_P: Tensor, name: str) -> tuple[Tensor, Tensor]:
         key = f"alltoall.{name}"
-        lane = self._lane_of(key)
+        lane = self._lanes.of("gloo", _MAIN if threading.get_ident() == self._thread else key)  # its thread waits
         counts_P = self._tell(lane, splits_P, key)
         received = rows_N.new_empty((int(counts_P.sum()), *rows_N.shape[1:]))
         carrier = self._lanes.of("nccl", key) if rows_N.is_cuda else lane
         row_bytes = rows_N.element_size() * math.prod(rows_N.shape[1:])
         sizes = [[row_bytes * rows for rows in each.tolist()] for each in (counts_P, splits_P)]
         self._wait(key, carrier.alltoall_base(_bytes(received), _bytes(rows_N), *sizes, dist.AllToAllOptions()))
-        self._count_alltoall(rows_N, splits_P, counts_P, name)
         return received, counts_P
 
-    def start_allreduce_sum_(self, values: Tensor, name: str) -> Callable[[], None]:
+    def _start_allreduce_sum_(self, values: Tensor, name: str) -> Callable[[], object]:
         key = f"allreduce.{name}"
         begun = self._beside(key, lambda: self._allreduce(values, key))
-
-        def finish() -> None:
-            self._wait(key, begun.result())
-            self._count_allreduce(values, name)
-
-        return finish
+        return lambda: self._wait(key, begun.result())
 
     def carrier(self, device: torch.device) -> str | None:
         carrier = "NCCL" if device.type == "cuda" and self.moves_cuda_tensors else "Gloo"
@@ -354,10 +337,6 @@ class TorchComm(Comm):
         with_thread.shutdown(wait=False)
         return begun
 
-    def _lane_of(self, key: str) -> ProcessGroup:
-        """Return the lane of a collective for which its thread waits."""
-        return self._lanes.of("gloo", _MAIN if threading.get_ident() == self._thread else key)
-
     def _tell(self, lane: ProcessGroup, counts_P: Tensor, key: str) -> Tensor:
         """Send each rank a number; return the received ones (P,) int32.
 
@@ -377,19 +356,14 @@ class TorchComm(Comm):
         end_s = time.monotonic() + self.deadline_s
         try:
             while not work.is_completed():
-                self._look(work, end_s - time.monotonic())
+                with contextlib.suppress(RuntimeError):  # not yet; or its error, which the next wait raises again
+                    work.wait(timedelta(seconds=max(1e-3, min(_LOOK_S, end_s - time.monotonic()))))
                 if time.monotonic() > end_s and not work.is_completed():
                     self._give_up(key)
             work.wait()
         except RuntimeError as error:
             self._abandon()
             raise LostRankError(loss(self.rank, _name_of(key))) from error
-
-    @staticmethod
-    def _look(work: dist.Work, left_s: float) -> None:
-        """Wait a little for the end of a collective."""
-        with contextlib.suppress(RuntimeError):  # not yet; or its error, which the next wait raises again
-            work.wait(timedelta(seconds=max(1e-3, min(_LOOK_S, left_s))))
 
     def _give_up(self, key: str) -> NoReturn:
         self._abandon()

@@ -5,19 +5,19 @@ first wait for each other, with their own deadline.
 """
 
 import contextlib
-import functools
 import itertools
 import os
 import socket
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import psutil
 import torch
 from torch import Tensor
 
-from trainer.comm.comm import DEADLINE_S, Board, Comm, check_splits, loss
+from trainer.comm.comm import DEADLINE_S, Board, Comm, loss
 from trainer.errors import ConfigError, LateRankError, LostRankError
 
 _DISCARD = 9
@@ -46,6 +46,7 @@ class HorovodComm(Comm):
         try:
             import horovod.torch as hvd
             from horovod.common.exceptions import HorovodInternalError
+            from horovod.runner.http.http_client import put_data_into_kvstore, read_data_from_kvstore
         except ImportError as error:
             raise ConfigError(
                 f"horovodrun started this process, but its Python cannot import Horovod ({error}): make install builds "
@@ -55,30 +56,24 @@ class HorovodComm(Comm):
         self._hvd: Any = hvd
         self._internal_error: type[Exception] = HorovodInternalError
         rank, scope = int(os.environ["HOROVOD_RANK"]), f"comm.{next(_times)}"
-        where = f"the store at {':'.join(_ADDRESS)}"
-        self._board = Board(rank, functools.partial(_put, scope), functools.partial(_get, scope), where)
+        address = [os.environ[name] for name in _ADDRESS]
+        write, read = (partial(each, *address, scope) for each in (put_data_into_kvstore, read_data_from_kvstore))
+        self._board = Board(rank, write, read, f"{':'.join(_ADDRESS)}={':'.join(address)}")
         meet(self._board, rank, int(os.environ["HOROVOD_SIZE"]), deadline_s)
         hvd.init()
         self.rank, self.size = hvd.rank(), hvd.size()
         self.moves_cuda_tensors = bool(hvd.nccl_built())
 
-    def alltoall(self, rows_N: Tensor, splits_P: Tensor, name: str) -> tuple[Tensor, Tensor]:
-        check_splits(rows_N, splits_P, name)
+    def _alltoall(self, rows_N: Tensor, splits_P: Tensor, name: str) -> tuple[Tensor, Tensor]:
         with self._named(name):
             handle = self._hvd.alltoall_async(rows_N.contiguous(), splits_P, name=f"alltoall.{name}")
         received, counts_P = self._wait(handle, name)
-        self._count_alltoall(rows_N, splits_P, counts_P, name)
         return received, counts_P
 
-    def start_allreduce_sum_(self, values: Tensor, name: str) -> Callable[[], None]:
+    def _start_allreduce_sum_(self, values: Tensor, name: str) -> Callable[[], object]:
         with self._named(name):
             handle = self._hvd.allreduce_async_(values, op=self._hvd.Sum, name=f"allreduce.{name}")
-
-        def finish() -> None:
-            self._wait(handle, name)
-            self._count_allreduce(values, name)
-
-        return finish
+        return partial(self._wait, handle, name)
 
     def carrier(self, device: torch.device) -> str | None:
         if device.type == "cuda" and self.moves_cuda_tensors:
@@ -133,15 +128,20 @@ def meet(board: Board, rank: int, size: int, deadline_s: float) -> None:
 
     Raises LostRankError if the store is out of reach, LateRankError if ranks do not arrive, after `deadline_s`.
     """
-    here, end_s, pause_s, number = f"here.{rank}", time.monotonic() + deadline_s, 1e-3, 0
-    awaited = [f"here.{each}" for each in range(size)] if rank == 0 else ["all"]
+    here, end_s, pause_s, number = f"{rank}.start", time.monotonic() + deadline_s, 1e-3, 0  # as `lateness` asks for
+    awaited = [f"{each}.start" for each in range(size)] if rank == 0 else ["all"]
     trouble = board.put(here, "here")
     while number < len(awaited):
         if trouble is None and board.get(awaited[number]) is not None:
             number += 1
             continue
         if time.monotonic() > end_s:
-            raise _absence(board, rank, size, deadline_s) if trouble is None else _no_store(rank, deadline_s, trouble)
+            if trouble is not None:
+                raise LostRankError(
+                    f"rank {rank} did not reach the process that started the ranks within run.deadline_s="
+                    f"{deadline_s:g}, at {board.where}: {trouble}"
+                )
+            raise LateRankError(board.lateness("start", size, deadline_s))
         time.sleep(pause_s)
         pause_s = min(1.5 * pause_s, 0.1)
         board.is_silent = False  # it is asked again, as its process may have been stopped for a while
@@ -149,35 +149,3 @@ def meet(board: Board, rank: int, size: int, deadline_s: float) -> None:
             trouble = board.put(here, "here")
     if rank == 0:
         board.put("all", "here")
-
-
-def _absence(board: Board, rank: int, size: int, deadline_s: float) -> LateRankError:
-    late = [each for each in range(size) if board.get(f"here.{each}") is None]  # none: rank 0 has not said so
-    return LateRankError(
-        f"rank {rank} has waited more than run.deadline_s={deadline_s:g} for the others to start; not there: "
-        f"{', '.join(f'rank {each}' for each in late or [0])}. See what that rank is doing (py-spy dump), or raise "
-        "run.deadline_s, and start again"
-    )
-
-
-def _no_store(rank: int, deadline_s: float, trouble: str) -> LostRankError:
-    return LostRankError(
-        f"rank {rank} did not reach the process that started the ranks within run.deadline_s={deadline_s:g}, at "
-        f"{':'.join(_ADDRESS)}={':'.join(_place())}: {trouble}"
-    )
-
-
-def _put(scope: str, key: str, value: str) -> None:
-    from horovod.runner.http.http_client import put_data_into_kvstore
-
-    put_data_into_kvstore(*_place(), scope, key, value)
-
-
-def _get(scope: str, key: str) -> str:
-    from horovod.runner.http.http_client import read_data_from_kvstore
-
-    return str(read_data_from_kvstore(*_place(), scope, key))
-
-
-def _place() -> list[str]:
-    return [os.environ.get(name, "") for name in _ADDRESS]

@@ -24,7 +24,7 @@ from trainer.ids.shards import IdRows, TableShape, check_names, owned_rows
 from trainer.ids.tables import IdSource, IdTable
 from trainer.models import layers, nets, newads
 from trainer.optim import DenseOptimizer
-from trainer.schema import Field, Schema
+from trainer.schema.fields import Field, Schema
 from trainer.stages import Kind, Stages
 
 NO_IMAGES = ".no_image"

@@ -41,7 +41,7 @@ from trainer.samples import columns
 from trainer.samples.index import RowGroup, SampleIndex, known_ads, read_row_group, read_values
 from trainer.samples.reader import Batch
 from trainer.samples.survey import IdDictionary, texts_of_ids
-from trainer.schema import Field, Schema
+from trainer.schema.fields import Field, Schema
 from trainer.schema.profile import is_pandas
 from trainer.stages import ReadAhead
 

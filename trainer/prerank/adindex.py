@@ -52,7 +52,7 @@ from trainer.samples.columns import (
 )
 from trainer.samples.index import RowGroup, open_index, read_row_group, row_groups_of_table
 from trainer.samples.reader import Batch, Jagged, inputs_of
-from trainer.schema import Field, Schema
+from trainer.schema.fields import Field, Schema
 
 Keys = Int64Array
 Vectors = Float32Array

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from featurestore.console.memory import keep_freed_memory
 from featurestore.errors import AnotherStoreError, FeatureStoreError, MissingKeysError, StoreNotFoundError
 from featurestore.format.codec import FeatureStatistics
 from featurestore.keys import Int64Array
@@ -25,7 +26,7 @@ from featurestore.text import count_text
 from trainer.comm import Comm
 from trainer.config import Config, TrainConfig, differences, save_config, settings_that_decide
 from trainer.engine.engine import Engine
-from trainer.engine.machine import keep_freed_memory, share_machine, with_compute_dtype
+from trainer.engine.machine import share_machine, with_compute_dtype
 from trainer.engine.wiring import check_tables
 from trainer.errors import CheckpointError, ConfigError, DataError, DataNotFoundError
 from trainer.models.layers import used_fields
@@ -36,8 +37,7 @@ from trainer.samples import survey
 from trainer.samples.columns import files_by_day, rules_of, sample_files
 from trainer.samples.index import SampleIndex, known_ads, open_index, streams_of
 from trainer.samples.reader import Batch, BatchPosition, SampleReader, Span
-from trainer.schema import DEFAULT_STORE, Schema, load_schema
-from trainer.schema.fields import IDS_FILE, SCHEMA_FILE
+from trainer.schema.fields import DEFAULT_STORE, IDS_FILE, SCHEMA_FILE, Schema, load_schema
 
 _LEAST_DAYS = 4
 """Training days of which some are held out where nothing is said."""

@@ -32,7 +32,7 @@ from trainer.samples.columns import sample_files
 from trainer.samples.index import SampleIndex, open_index
 from trainer.samples.reader import SampleReader
 from trainer.samples.survey import IdDictionary, fill_in, samples_digest, texts_of_ids
-from trainer.schema import Schema, load_schema
+from trainer.schema.fields import Schema, load_schema
 
 Vectors = Float32Array
 TRAIN, TEST = "train", "test"

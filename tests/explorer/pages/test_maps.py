@@ -27,7 +27,7 @@ from tests.trainer.conftest import Places as Settings
 from tests.trainer.whole_runs import run_alone
 from trainer.runs.export import network_widths
 from trainer.runs.saved import read_run
-from trainer.schema import DEFAULT_SCHEMA
+from trainer.schema.fields import DEFAULT_SCHEMA
 
 
 def read(pages: TestClient, address: str) -> str:

@@ -24,8 +24,7 @@ from trainer.comm import SoloComm
 from trainer.samples.columns import files_by_day
 from trainer.samples.index import open_index
 from trainer.samples.reader import SampleReader
-from trainer.schema import load_schema
-from trainer.schema.fields import SETTINGS_FILE
+from trainer.schema.fields import SETTINGS_FILE, load_schema
 
 
 def version_at(url: str) -> PublishedFiles:

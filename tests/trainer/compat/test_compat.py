@@ -28,7 +28,7 @@ from trainer.evaluation.predict import Predictions, predict_run
 from trainer.gates import Check, gate_model
 from trainer.main import train
 from trainer.runs.saved import RunSource, read_run
-from trainer.schema import DEFAULT_SCHEMA
+from trainer.schema.fields import DEFAULT_SCHEMA
 
 pytestmark = pytest.mark.long  # they train whole runs
 

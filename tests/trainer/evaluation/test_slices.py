@@ -22,7 +22,7 @@ from trainer.evaluation.predict import (
 )
 from trainer.samples.index import open_index
 from trainer.samples.reader import SampleReader
-from trainer.schema import load_schema
+from trainer.schema.fields import load_schema
 
 Tables = dict[str, list[pa.Table]]
 

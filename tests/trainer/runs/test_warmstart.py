@@ -23,7 +23,7 @@ from trainer.loop.training import total_steps
 from trainer.runs.checkpoint import DENSE, CheckpointState, Origin, WarmStart, begin_with
 from trainer.runs.folder import find_checkpoint
 from trainer.runs.open import Run, open_run
-from trainer.schema import DEFAULT_SCHEMA
+from trainer.schema.fields import DEFAULT_SCHEMA
 
 pytestmark = pytest.mark.long  # they train whole runs
 State = dict[str, torch.Tensor]

@@ -31,7 +31,7 @@ from trainer.runs import checkpoint
 from trainer.runs.folder import find_checkpoint
 from trainer.runs.open import open_partition, store_places
 from trainer.runs.saved import open_trained
-from trainer.schema import load_schema
+from trainer.schema.fields import load_schema
 
 pytestmark = [pytest.mark.long, pytest.mark.usefixtures("undrawn")]  # they train whole runs
 

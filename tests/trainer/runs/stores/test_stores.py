@@ -29,7 +29,7 @@ from trainer.runs import checkpoint
 from trainer.runs.checkpoint import read_state
 from trainer.runs.folder import find_checkpoint
 from trainer.runs.open import kind_of_features, store_places
-from trainer.schema import Schema, load_schema
+from trainer.schema.fields import Schema, load_schema
 
 SCHEMA = """
 fields:
