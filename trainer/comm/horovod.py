@@ -39,7 +39,7 @@ class HorovodComm(Comm):
     def __init__(self, deadline_s: float = DEADLINE_S) -> None:
         super().__init__(deadline_s)
         os.environ.setdefault("HOROVOD_CYCLE_TIME", _CYCLE_TIME)
-        if address := _place()[0]:
+        if address := os.environ.get(_ADDRESS[0]):
             for variable in ("HOROVOD_GLOO_IFACE", "NCCL_SOCKET_IFNAME"):  # horovodrun sets both
                 with contextlib.suppress(OSError):  # `meet` says what is out of reach
                     os.environ.setdefault(variable, interface_towards(address))
