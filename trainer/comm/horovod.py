@@ -39,10 +39,10 @@ class HorovodComm(Comm):
     def __init__(self, deadline_s: float = DEADLINE_S) -> None:
         super().__init__(deadline_s)
         os.environ.setdefault("HOROVOD_CYCLE_TIME", _CYCLE_TIME)
-        if address := os.environ.get(_ADDRESS[0]):
+        if server := os.environ.get(_ADDRESS[0]):
             for variable in ("HOROVOD_GLOO_IFACE", "NCCL_SOCKET_IFNAME"):  # horovodrun sets both
                 with contextlib.suppress(OSError):  # `meet` says what is out of reach
-                    os.environ.setdefault(variable, interface_towards(address))
+                    os.environ.setdefault(variable, interface_towards(server))
         try:
             import horovod.torch as hvd
             from horovod.common.exceptions import HorovodInternalError
