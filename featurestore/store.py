@@ -17,28 +17,9 @@ import numpy as np
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict
 
-from featurestore import log, staging
-from featurestore.errors import (
-    AnotherStoreError,
-    CommitConflictError,
-    CorruptFileError,
-    InvalidRowsError,
-    MissingKeysError,
-    SnapshotNotFoundError,
-    StoreExistsError,
-    StoreNotFoundError,
-)
+from featurestore import errors, log, staging
+from featurestore.format import datafile
 from featurestore.format.codec import Basis, Codec, FeatureStatistics, Moments, basis_of
-from featurestore.format.datafile import (
-    DELETED,
-    KEY,
-    URI,
-    FeatureRows,
-    check_collisions,
-    numpy_column,
-    open_entry,
-    text_column,
-)
 from featurestore.format.shard import ShardReader, live_batches, live_schema, newest_rows, take_rows, write_shard_file
 from featurestore.keys import AnyArray, BoolArray, FloatArray, Int64Array, shard_of
 from featurestore.published.versions import VersionName, find_channel
@@ -133,7 +114,7 @@ class Snapshot(Shown):
         if not found_U.all():
             asked_U, what = (keys, "key") if images is None else (images, "image")
             missing, where = [asked_U[place] for place in np.flatnonzero(~found_U).tolist()], f"snapshot {self.version}"
-            raise MissingKeysError(missing_message(missing, f"{where} of {self.storage.url}", what))
+            raise errors.MissingKeysError(missing_message(missing, f"{where} of {self.storage.url}", what))
         return features_UD
 
     def to_arrow(self, columns: Sequence[str] | None = None, decode: bool = True) -> pa.Table:
@@ -234,7 +215,7 @@ class SnapshotId(BaseModel):
         `what` (a checkpoint, an index) has rows of this one. A store that was copied, restored, compacted or repaired
         is the same."""
         if not self.is_same(found):
-            raise AnotherStoreError(
+            raise errors.AnotherStoreError(
                 f"{what} belongs to {self.described()}. This is {found.described()}: another store of the same kind, "
                 f"whose features may differ; {way_out}"
             )
@@ -270,16 +251,16 @@ class Commit:
         """Raise CorruptFileError, InvalidRowsError or SpecMismatchError where a new file is not what its entry says."""
         for shard, entry in ((shard, entry) for shard, entries in self.entries.items() for entry in entries):
             if not 0 <= shard < self.info.num_shards or not entry.path.startswith(f"data/{shard:04d}/"):
-                raise InvalidRowsError(f"{entry.path} is not a file of shard {shard} of {self.info.num_shards}")
+                raise errors.InvalidRowsError(f"{entry.path} is not a file of shard {shard} of {self.info.num_shards}")
             try:
                 size_bytes = self.storage.size(entry.path)
             except FileNotFoundError as error:
-                raise CorruptFileError(
+                raise errors.CorruptFileError(
                     f"{self.storage.full(entry.path)} is missing: `expire` removes files that no snapshot names once"
                     " they are older than its grace time; build it again"
                 ) from error
             if entry.info_digest != self.info.digest or size_bytes != entry.bytes:
-                with open_entry(self.storage, self.info, entry):
+                with datafile.open_entry(self.storage, self.info, entry):
                     pass  # names what differs
 
     def onto(self, parent: Manifest) -> Shards:
@@ -289,7 +270,9 @@ class Commit:
         one has given a key another uri.
         """
         if self.only_after is not None and parent.version != self.only_after:
-            raise CommitConflictError(f"{self.storage.url} has snapshot {parent.version}, and not {self.only_after}")
+            raise errors.CommitConflictError(
+                f"{self.storage.url} has snapshot {parent.version}, and not {self.only_after}"
+            )
         self._check_uris(parent)
         changed = {
             shard: _files_after(parent.files(shard), self.entries.get(shard, ()), self.replaces.get(shard, ()))
@@ -325,16 +308,16 @@ class Commit:
             known = self._compared[shard] if shard in self._compared else self._manifest(entry.based_on).files(shard)
             added = files[len(known) :] if files[: len(known)] == known else files  # all, where some were replaced
             if added:
-                with open_entry(self.storage, self.info, entry) as file:
-                    keys_N, uris = live_uris(file.read([KEY, URI, DELETED]))
+                with datafile.open_entry(self.storage, self.info, entry) as file:
+                    keys_N, uris = live_uris(file.read([datafile.KEY, datafile.URI, datafile.DELETED]))
                 ShardReader(self.storage, self.info, shard, added).check_uris(keys_N, uris)
             self._compared[shard] = files
 
 
 def live_uris(table: pa.Table) -> tuple[Int64Array, list[str]]:
     """Return key and uri of each row that is not a tombstone."""
-    live = table.select([KEY, URI]).filter(pa.array(~numpy_column(table, DELETED)))
-    return numpy_column(live, KEY), text_column(live, URI)
+    live = table.select([datafile.KEY, datafile.URI]).filter(pa.array(~datafile.numpy_column(table, datafile.DELETED)))
+    return datafile.numpy_column(live, datafile.KEY), datafile.text_column(live, datafile.URI)
 
 
 def _files_after(
@@ -344,7 +327,7 @@ def _files_after(
     start = paths.index(gone[0]) if gone and gone[0] in paths else len(paths)
     may_be_behind = not gone or (new and all(file.kind == "delta" for file in new))
     if paths[start : start + len(gone)] != gone or not (start == 0 or may_be_behind):
-        raise CommitConflictError(
+        raise errors.CommitConflictError(
             f"another writer has replaced or removed {', '.join(gone)} meanwhile: read the newest snapshot and retry"
         )
     files = [*older[:start], *new, *older[start + len(gone) :]]
@@ -391,11 +374,11 @@ class FeatureStore:
         """
         storage = Storage(url, keep_inside=True)
         if INFO_PATH in storage.list():
-            raise StoreExistsError(f"{storage.url} is a store already")
+            raise errors.StoreExistsError(f"{storage.url} is a store already")
         refuse_unsafe(storage)
         mine = info.model_copy(update={"store_id": uuid.uuid4().hex})
         if create_sealed(storage, INFO_PATH, mine).store_id != mine.store_id:
-            raise StoreExistsError(f"{storage.url} is a store already")
+            raise errors.StoreExistsError(f"{storage.url} is a store already")
         return cls(storage, mine)
 
     @classmethod
@@ -406,15 +389,15 @@ class FeatureStore:
             return cls(storage, read_sealed(storage, INFO_PATH, StoreInfo))
         except FileNotFoundError:
             storage.check_bucket()
-            raise StoreNotFoundError(f"no store at {storage.url}: {INFO_PATH} is not there") from None
+            raise errors.StoreNotFoundError(f"no store at {storage.url}: {INFO_PATH} is not there") from None
 
     @classmethod
     def open_or_create(cls, url: str | os.PathLike[str], info: StoreInfo) -> "FeatureStore":
         """Open the store, made first where none is there. Raises SpecMismatchError where it differs from `info`."""
         try:
             store = cls.open(url)
-        except StoreNotFoundError:
-            with contextlib.suppress(StoreExistsError):  # another was first: the check below decides
+        except errors.StoreNotFoundError:
+            with contextlib.suppress(errors.StoreExistsError):  # another was first: the check below decides
                 return cls.create(url, info)
             store = cls.open(url)
         info.check_same(store.info, f"the store at {store.url}")
@@ -430,7 +413,7 @@ class FeatureStore:
         if isinstance(version, str):
             return self._of_channel(version)
         if version is not None and version < 0:
-            raise SnapshotNotFoundError(f"{version} is not a version: they count from 0, the empty store")
+            raise errors.SnapshotNotFoundError(f"{version} is not a version: they count from 0, the empty store")
         return Snapshot(self.storage, self.info, log.read_manifest(self.storage, version))
 
     def _of_channel(self, name: str) -> Snapshot:
@@ -438,18 +421,18 @@ class FeatureStore:
         assert move.version is not None, "a channel that is found points to a snapshot"
         try:
             manifest = log.read_manifest(self.storage, move.version)
-        except SnapshotNotFoundError:  # the channel was moved, and its snapshot removed, during the lookup
+        except errors.SnapshotNotFoundError:  # the channel was moved, and its snapshot removed, during the lookup
             move = find_channel(self.storage, name)
             manifest = log.read_manifest(self.storage, move.version)
         if manifest.commit_id != move.commit_id:
-            raise AnotherStoreError(
+            raise errors.AnotherStoreError(
                 f"channel {name} of {self.url} points to snapshot {move.version} of commit {move.commit_id[:8]}, and"
                 f" snapshot {move.version} is commit {manifest.commit_id[:8]} here: the store was put back from a"
                 f" backup, or made again; set the channel again: crossmedia store channel {self.url} {name} N"
             )
         return Snapshot(self.storage, self.info, manifest)
 
-    def stage_part(self, run_id: str, part: str, rows: FeatureRows) -> None:
+    def stage_part(self, run_id: str, part: str, rows: datafile.FeatureRows) -> None:
         """Keep `rows` as one part of a run, until shards are built.
 
         All of them or none; the same part again replaces it. Features may be float32, in a store of any dtype.
@@ -478,7 +461,7 @@ class FeatureStore:
         snapshot = self.snapshot()
         return {shard: self._build(shard, table, snapshot, kind) for shard, table in tables.items()}
 
-    def put(self, rows: FeatureRows, operation: str = "put") -> Snapshot:
+    def put(self, rows: datafile.FeatureRows, operation: str = "put") -> Snapshot:
         """Add or replace rows; one commit. Features may be float32, in a store of any dtype.
 
         Raises InvalidRowsError, KeyCollisionError.
@@ -487,9 +470,9 @@ class FeatureStore:
 
     def delete(self, keys: Sequence[int] | Int64Array, operation: str = "delete") -> Snapshot:
         """Remove keys, by tombstones; unknown keys are not an error."""
-        return self.commit(self.write(FeatureRows.tombstones(keys, self.info)), operation)
+        return self.commit(self.write(datafile.FeatureRows.tombstones(keys, self.info)), operation)
 
-    def write(self, rows: FeatureRows) -> dict[int, FileEntry]:
+    def write(self, rows: datafile.FeatureRows) -> dict[int, FileEntry]:
         """Write rows, tombstones among them too, as a new file for each shard; invisible until a commit names them.
 
         Features may be float32, in a store of any dtype. Raises InvalidRowsError, KeyCollisionError.
@@ -543,7 +526,7 @@ class FeatureStore:
 
     def _build(self, shard: int, table: pa.Table, snapshot: Snapshot, kind: FileKind) -> FileEntry:
         keys_N, uris = live_uris(table)
-        check_collisions(keys_N, uris)
+        datafile.check_collisions(keys_N, uris)
         snapshot.shard_reader(shard).check_uris(keys_N, uris)
-        newest = take_rows(table, newest_rows(numpy_column(table, KEY)))
+        newest = take_rows(table, newest_rows(datafile.numpy_column(table, datafile.KEY)))
         return write_shard_file(self.storage, self.info, shard, [newest], kind, snapshot.version)

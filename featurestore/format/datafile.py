@@ -21,13 +21,7 @@ import pyarrow.parquet as pq
 import xxhash
 from pydantic import ValidationError
 
-from featurestore.errors import (
-    CorruptFileError,
-    FeatureStoreError,
-    InvalidRowsError,
-    KeyCollisionError,
-    SpecMismatchError,
-)
+from featurestore import errors
 from featurestore.keys import AnyArray, BoolArray, Float32Array, FloatArray, Int32Array, Int64Array, keys_of_uris
 from featurestore.spec import STORAGE_DTYPES, FileEntry, StoreInfo
 from featurestore.storage.storage import Storage
@@ -78,7 +72,7 @@ class FeatureRows:
         count = len(uris)
         digests = content_digests if content_digests is not None else [_NO_DIGEST] * count
         if wrong := [digest for digest in digests if len(digest) != 16]:
-            raise InvalidRowsError(f"a content digest has {len(wrong[0])} bytes instead of 16")
+            raise errors.InvalidRowsError(f"a content digest has {len(wrong[0])} bytes instead of 16")
         return cls(
             keys_N=keys_of_uris(uris) if keys is None else np.asarray(keys, dtype=np.int64),
             uris=list(uris),
@@ -111,20 +105,20 @@ class FeatureRows:
         count = len(self.keys_N)
         lengths = {name: len(value) for name, value in self.__dict__.items()}
         if set(lengths.values()) != {count}:
-            raise InvalidRowsError(f"columns of different lengths: {lengths}")
+            raise errors.InvalidRowsError(f"columns of different lengths: {lengths}")
         if self.features_ND.shape != (count, info.dim):
-            raise InvalidRowsError(
+            raise errors.InvalidRowsError(
                 f"features have shape {self.features_ND.shape}, the store wants ({count}, {info.dim})"
             )
         if self.features_ND.dtype != info.storage_dtype:
-            raise InvalidRowsError(
+            raise errors.InvalidRowsError(
                 f"features are {self.features_ND.dtype}, the store holds {info.dtype}"
                 f" ({info.storage_dtype} in numpy): convert them by the encode of the store's codec"
             )
         finite_N = finite_rows(self.features_ND, info.dtype)
         if not finite_N.all():
             first = int(np.flatnonzero(~finite_N)[0])
-            raise InvalidRowsError(
+            raise errors.InvalidRowsError(
                 f"{count - int(finite_N.sum())} of {count} features are not finite in {info.dtype}; the first is that"
                 f" of key {self.keys_N[first]} ({self.uris[first]!r})"
             )
@@ -139,7 +133,9 @@ def check_collisions(keys_N: Int64Array, uris: Sequence[str]) -> None:
     for place in np.flatnonzero(sorted_N[1:] == sorted_N[:-1]):
         first, second = uris[order_N[place]], uris[order_N[place + 1]]
         if first != second:
-            raise KeyCollisionError(f"key {sorted_N[place]} belongs to two uris, {first!r} and {second!r}: rename one")
+            raise errors.KeyCollisionError(
+                f"key {sorted_N[place]} belongs to two uris, {first!r} and {second!r}: rename one"
+            )
 
 
 def to_bits(values: FloatArray, dtype: DType) -> AnyArray:
@@ -341,10 +337,10 @@ class DataFile:
             schema = self._parquet.schema_arrow
             found = _parsed((schema.metadata or {})[_INFO])
         if self.group_starts[-1] != self.num_rows:  # the one number of the footer that Arrow believes unseen
-            raise CorruptFileError(f"{path} is damaged: its row groups have not {self.num_rows} rows together")
+            raise errors.CorruptFileError(f"{path} is damaged: its row groups have not {self.num_rows} rows together")
         info.check_same(found, path)
         if not schema.equals(schema_of(info)):
-            raise CorruptFileError(f"{path} has the columns {schema.names} or other types than a store writes")
+            raise errors.CorruptFileError(f"{path} has the columns {schema.names} or other types than a store writes")
 
     @property
     def num_rows(self) -> int:
@@ -384,14 +380,14 @@ class DataFile:
     def _translated(self) -> Iterator[None]:
         try:
             yield
-        except FeatureStoreError:
+        except errors.FeatureStoreError:
             raise
         except MemoryError as error:
             if self._digest_checked:  # a good file must not be taken for a damaged one: a repair would drop it
                 raise
-            raise CorruptFileError(f"{self.path} is damaged: {error}") from error
+            raise errors.CorruptFileError(f"{self.path} is damaged: {error}") from error
         except (pa.ArrowException, OSError, UnicodeDecodeError, ValidationError, KeyError) as error:
-            raise CorruptFileError(f"{self.path} is damaged: {error}") from error
+            raise errors.CorruptFileError(f"{self.path} is damaged: {error}") from error
 
 
 @contextlib.contextmanager
@@ -425,18 +421,18 @@ def open_entry(
             else:  # one request instead of one for each piece; on a disk Arrow's reader threads cost more than the rest
                 source = stack.enter_context(pa.BufferReader(storage.read_bytes(entry.path)))
         except FileNotFoundError as error:
-            raise CorruptFileError(f"{path} is missing") from error
+            raise errors.CorruptFileError(f"{path} is missing") from error
         source.seek(0, io.SEEK_END)
         _check_size(path, source.tell(), entry)
         source.seek(0)
         try:
             file = DataFile(source, info, path, check, streaming)
-        except SpecMismatchError as error:
+        except errors.SpecMismatchError as error:
             if entry.info_digest != info.digest:
                 raise
-            raise CorruptFileError(f"{path} is damaged: {error}") from error
+            raise errors.CorruptFileError(f"{path} is damaged: {error}") from error
         if file.num_rows != entry.rows:
-            raise CorruptFileError(f"{path} has {file.num_rows} rows instead of {entry.rows}")
+            raise errors.CorruptFileError(f"{path} has {file.num_rows} rows instead of {entry.rows}")
         yield file
 
 
@@ -449,12 +445,12 @@ def _read_verified_into(storage: Storage, entry: FileEntry, check: Digest, view:
     path = storage.full(entry.path)
     _check_size(path, storage.read_into(entry.path, view), entry)
     if digest_of(view, check) != getattr(entry, check):
-        raise CorruptFileError(damaged_message(path, check))
+        raise errors.CorruptFileError(damaged_message(path, check))
 
 
 def _check_size(path: str, size_bytes: int, entry: FileEntry) -> None:
     if size_bytes != entry.bytes:
-        raise CorruptFileError(f"{path} has {size_bytes} bytes instead of {entry.bytes}")
+        raise errors.CorruptFileError(f"{path} has {size_bytes} bytes instead of {entry.bytes}")
 
 
 def info_in(data: bytes, path: str) -> StoreInfo:
@@ -464,14 +460,14 @@ def info_in(data: bytes, path: str) -> StoreInfo:
         kind = StoreInfo.model_validate_json(metadata[_INFO])
         return StoreInfo.model_validate(kind.model_dump() | {"store_id": metadata[_STORE_ID].decode()})
     except (pa.ArrowException, OSError, UnicodeDecodeError, ValidationError, KeyError) as error:
-        raise CorruptFileError(f"{path} is damaged: {error}") from error
+        raise errors.CorruptFileError(f"{path} is damaged: {error}") from error
 
 
 def read_verified(storage: Storage, path: str, algorithm: Digest, expected: str) -> bytes:
     """Read a whole small file whose digest is known. Raises CorruptFileError where it differs, FileNotFoundError."""
     data = storage.read_bytes(path)
     if digest_of(data, algorithm) != expected:
-        raise CorruptFileError(damaged_message(storage.full(path), algorithm))
+        raise errors.CorruptFileError(damaged_message(storage.full(path), algorithm))
     return data
 
 

@@ -36,18 +36,6 @@ from featurestore import log, staging
 from featurestore.errors import CorruptFileError, SnapshotNotFoundError, StorageError, StoreNotFoundError
 from featurestore.format import datafile
 from featurestore.format.codec import BASES, basis_of
-from featurestore.format.datafile import (
-    DELETED,
-    KEY,
-    URI,
-    DataFile,
-    FeatureRows,
-    finite_rows,
-    info_in,
-    read_verified,
-    table_of,
-    text_column,
-)
 from featurestore.format.shard import ShardReader, newest_rows, read_moments, write_shard_file
 from featurestore.keys import BoolArray, Int64Array, keys_of_uris, shard_of_hash, splitmix64
 from featurestore.published.versions import is_channel_name, last_move
@@ -390,7 +378,9 @@ def check_file(
     try:
         with datafile.open_entry(storage, info, entry, "sha256", memory) as file:
             for block in file.blocks(datafile.schema_of(info).names):
-                num_infinite += int(np.count_nonzero(~finite_rows(datafile.matrix_of(block, info), info.dtype)))
+                num_infinite += int(
+                    np.count_nonzero(~datafile.finite_rows(datafile.matrix_of(block, info), info.dtype))
+                )
                 blocks.append(FileKeys.of(block))
     except CorruptFileError as error:
         return [str(error)], None
@@ -592,8 +582,8 @@ class _RepairPlan:
 
     def _tombstones(self, shard: int, keys_N: Int64Array) -> FileEntry:
         storage, info = self._store.storage, self._store.info
-        rows = FeatureRows.tombstones(keys_N[newest_rows(keys_N)], info)
-        return write_shard_file(storage, info, shard, [table_of(rows, info)], "delta", 0)
+        rows = datafile.FeatureRows.tombstones(keys_N[newest_rows(keys_N)], info)
+        return write_shard_file(storage, info, shard, [datafile.table_of(rows, info)], "delta", 0)
 
 
 def _note(storage: Storage, path: str, reason: str) -> None:
@@ -708,7 +698,9 @@ def _recommit(storage: Storage, good: Manifest, version: int, operation: str, dr
 def _info_of_a_file(storage: Storage, manifest: Manifest) -> tuple[str, StoreInfo] | None:
     for entry in manifest.entries:
         with contextlib.suppress(FileNotFoundError, CorruptFileError):
-            info = info_in(read_verified(storage, entry.path, "sha256", entry.sha256), storage.full(entry.path))
+            info = datafile.info_in(
+                datafile.read_verified(storage, entry.path, "sha256", entry.sha256), storage.full(entry.path)
+            )
             if info.digest == entry.info_digest:
                 return entry.path, info
     return None
@@ -725,14 +717,14 @@ def readable_keys(storage: Storage, info: StoreInfo, shard: int, entry: FileEntr
         if storage.size(entry.path) != entry.bytes:
             return FileKeys.concatenate([]), []
         with storage.open_input(entry.path) as source:
-            file = DataFile(source, info, storage.full(entry.path))
+            file = datafile.DataFile(source, info, storage.full(entry.path))
             if file.num_rows != entry.rows:
                 return FileKeys.concatenate([]), []
             for group in range(len(file.group_starts) - 1):
                 table = _readable_group(file, group)
                 if table is not None:
                     found.append(FileKeys.of(table))
-                    uris += text_column(table, URI)
+                    uris += datafile.text_column(table, datafile.URI)
     except (CorruptFileError, StorageError, FileNotFoundError):
         pass  # all data read before is good
     keys = FileKeys.concatenate(found)
@@ -741,19 +733,19 @@ def readable_keys(storage: Storage, info: StoreInfo, shard: int, entry: FileEntr
     return keys, uris
 
 
-def _readable_group(file: DataFile, group: int) -> pa.Table | None:
+def _readable_group(file: datafile.DataFile, group: int) -> pa.Table | None:
     try:
-        table = file.read([KEY], [group])
+        table = file.read([datafile.KEY], [group])
     except CorruptFileError:
         return None
     columns: dict[str, Any] = {
-        URI: pa.array([""] * len(table), pa.string()),
-        DELETED: pa.array(np.zeros(len(table), np.bool_)),
+        datafile.URI: pa.array([""] * len(table), pa.string()),
+        datafile.DELETED: pa.array(np.zeros(len(table), np.bool_)),
     }
     for name in columns:
         try:
             columns[name] = file.read([name], [group])[name]
         except CorruptFileError:
             continue
-    columns[KEY] = table[KEY]
+    columns[datafile.KEY] = table[datafile.KEY]
     return pa.table(columns)
