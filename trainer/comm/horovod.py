@@ -55,7 +55,7 @@ class HorovodComm(Comm):
 
         self._hvd: Any = hvd
         self._internal_error: type[Exception] = HorovodInternalError
-        rank, scope = int(os.environ["HOROVOD_RANK"]), f"comm.{next(_times)}"
+        rank, scope = int(os.environ["HOROVOD_RANK"]), f"comm.{next(_meetings)}"
         address = [os.environ[name] for name in _ADDRESS]
         write, read = (partial(each, *address, scope) for each in (put_data_into_kvstore, read_data_from_kvstore))
         self._board = Board(rank, write, read, f"{':'.join(_ADDRESS)}={':'.join(address)}")
@@ -107,7 +107,7 @@ class HorovodComm(Comm):
 
 
 _ADDRESS = ("HOROVOD_GLOO_RENDEZVOUS_ADDR", "HOROVOD_GLOO_RENDEZVOUS_PORT")
-_times = itertools.count()  # several Comms of one process come one after the other
+_meetings = itertools.count()  # several Comms of one process come one after the other
 
 
 def interface_towards(address: str) -> str:
