@@ -13,7 +13,7 @@ from featurestore.console.page import ReportPage, recorded
 from tests.pages import ReadPage
 from trainer.cli import run_on_ranks
 from trainer.comm import Comm, SoloComm
-from trainer.comm.horovod import interface_towards
+from trainer.comm.distributed import interface_towards
 from trainer.errors import ConfigError, DataError
 from trainer.launch import By, slots_of_job, variables_in_job
 

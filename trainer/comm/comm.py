@@ -271,8 +271,7 @@ def connect(deadline_s: float = DEADLINE_S) -> Comm:
     Raises ConfigError where the environment tells half of it, or Horovod is not installed, LostRankError where ranks
     have not come within `deadline_s`.
     """
-    from trainer.comm.distributed import TorchComm  # both are built upon this module
-    from trainer.comm.horovod import HorovodComm
+    from trainer.comm.distributed import HorovodComm, TorchComm  # which are built upon this module
 
     if _has_set(_HOROVOD):
         return HorovodComm(deadline_s)

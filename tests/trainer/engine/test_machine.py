@@ -16,7 +16,7 @@ from tests.running import spared
 from tests.trainer.conftest import Places
 from tests.trainer.whole_runs import report_of
 from trainer.comm import SoloComm
-from trainer.comm.horovod import WITHOUT_NCCL
+from trainer.comm.distributed import WITHOUT_NCCL
 from trainer.config import Device, OptimConfig, load_config
 from trainer.engine import machine
 from trainer.engine.machine import (
