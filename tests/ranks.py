@@ -16,8 +16,7 @@ from pathlib import Path
 
 import psutil
 
-from trainer.hosts import LOOPBACK, Reach, environments
-from trainer.launch import By
+from trainer.launch import LOOPBACK, By, Reach, environments
 
 HOROVODRUN, TORCHRUN = (str(Path(sys.executable).with_name(name)) for name in ("horovodrun", "torchrun"))
 TIMEOUT_S = 200

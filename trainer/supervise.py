@@ -29,8 +29,7 @@ from trainer.config import load_config
 from trainer.daily import app as daily_app
 from trainer.daily import day_folders, folder_of
 from trainer.errors import ConfigError
-from trainer.hosts import Link, News, environments, parse_hosts, reach_of_all
-from trainer.launch import By, Slots, Variables
+from trainer.launch import By, Link, News, Slots, Variables, environments, parse_hosts, reach_of_all
 from trainer.main import app as train_app
 from trainer.runs.folder import finished
 

@@ -1,8 +1,8 @@
 """Collectives over torch.distributed, in lanes that do not wait for each other, and over Horovod.
 
-Ranks of torch.distributed meet at torchrun's store of keys. They wait there, in sight of their deadline, until all have come to a lane;
-connecting then takes no time worth a deadline. Each lane asks the store over a connection of its own: a client answers
-one question after the other, and the lane that another thread makes may be what a lane's ranks wait for.
+Ranks of torch.distributed meet at torchrun's store of keys. They wait there, in sight of their deadline, until all have
+come to a lane; connecting then takes no time worth a deadline. Each lane asks the store over a connection of its own: a
+client answers one question after the other, and the lane that another thread makes may be what a lane's ranks wait for.
 
 A process group takes its collectives in one order on every rank. Ours have an order among those of one name alone: the
 sum of a gradient begins when backward has made it, beside collectives of the thread ahead. So groups are lanes. What

@@ -11,8 +11,9 @@ import pytest
 from tests.trainer.runs import saved
 from trainer.comm import SoloComm
 from trainer.errors import ConfigError
-from trainer.hosts import (
+from trainer.launch import (
     AGENT,
+    By,
     News,
     Reach,
     agent_command,
@@ -20,7 +21,6 @@ from trainer.hosts import (
     parse_hosts,
     reach_of_all,
 )
-from trainer.launch import By
 from trainer.supervise import (
     Generation,
     Past,

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from trainer.hosts import AGENT, Link, News
+from trainer.launch import AGENT, Link, News
 
 pytestmark = pytest.mark.services
 
