@@ -17,23 +17,13 @@ import numpy as np
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict
 
-from featurestore import errors, log, staging
+from featurestore import errors, log, spec, staging
 from featurestore.format import datafile
 from featurestore.format.codec import Basis, Codec, FeatureStatistics, Moments, basis_of
 from featurestore.format.shard import ShardReader, live_batches, live_schema, newest_rows, take_rows, write_shard_file
 from featurestore.keys import AnyArray, BoolArray, FloatArray, Int64Array, shard_of
 from featurestore.published.versions import VersionName, find_channel
-from featurestore.spec import (
-    FileEntry,
-    FileKind,
-    Manifest,
-    OptionalId,
-    RandomId,
-    SourceSnapshot,
-    StoreInfo,
-    create_sealed,
-    read_sealed,
-)
+from featurestore.spec import FileEntry, Manifest, SourceSnapshot, StoreInfo
 from featurestore.storage.safety import refuse_unsafe
 from featurestore.storage.storage import Storage, cached_property, in_threads
 from featurestore.text import Shown
@@ -165,8 +155,8 @@ class SnapshotId(BaseModel):
 
     url: str
     version: int
-    store_id: RandomId
-    commit_id: OptionalId  # empty of an empty store, which has no commit
+    store_id: spec.RandomId
+    commit_id: spec.OptionalId  # empty of an empty store, which has no commit
 
     @classmethod
     def of(cls, snapshot: Snapshot) -> "SnapshotId":
@@ -377,7 +367,7 @@ class FeatureStore:
             raise errors.StoreExistsError(f"{storage.url} is a store already")
         refuse_unsafe(storage)
         mine = info.model_copy(update={"store_id": uuid.uuid4().hex})
-        if create_sealed(storage, INFO_PATH, mine).store_id != mine.store_id:
+        if spec.create_sealed(storage, INFO_PATH, mine).store_id != mine.store_id:
             raise errors.StoreExistsError(f"{storage.url} is a store already")
         return cls(storage, mine)
 
@@ -386,7 +376,7 @@ class FeatureStore:
         """Open a store. Raises StoreNotFoundError, FormatVersionError, CorruptFileError."""
         storage = Storage(url, keep_inside=True)
         try:
-            return cls(storage, read_sealed(storage, INFO_PATH, StoreInfo))
+            return cls(storage, spec.read_sealed(storage, INFO_PATH, StoreInfo))
         except FileNotFoundError:
             storage.check_bucket()
             raise errors.StoreNotFoundError(f"no store at {storage.url}: {INFO_PATH} is not there") from None
@@ -448,7 +438,7 @@ class FeatureStore:
         staging.discard(self.storage, run_id)
 
     def build_shards(
-        self, run_id: str, shards: range, parts: Sequence[str], kind: FileKind = "delta"
+        self, run_id: str, shards: range, parts: Sequence[str], kind: spec.FileKind = "delta"
     ) -> dict[int, FileEntry]:
         """Build a data file of each of some neighbouring shards, of its rows in `parts`.
 
@@ -524,7 +514,7 @@ class FeatureStore:
         """Take `rows` out of quarantine: their images are good now, or are none any more."""
         staging.resolve(self.storage, rows)
 
-    def _build(self, shard: int, table: pa.Table, snapshot: Snapshot, kind: FileKind) -> FileEntry:
+    def _build(self, shard: int, table: pa.Table, snapshot: Snapshot, kind: spec.FileKind) -> FileEntry:
         keys_N, uris = live_uris(table)
         datafile.check_collisions(keys_N, uris)
         snapshot.shard_reader(shard).check_uris(keys_N, uris)

@@ -33,16 +33,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from featurestore.keys import (
-    BoolArray,
-    Int64Array,
-    UInt64Array,
-    owned_shards,
-    power_of_two,
-    shard_of_hash,
-    splitmix64,
-    stream_start,
-)
+from featurestore import keys
+from featurestore.keys import BoolArray, Int64Array, UInt64Array
 from featurestore.lookup.ondevice import on_device
 from trainer.comm import Comm
 from trainer.config import ExactTableConfig
@@ -70,7 +62,7 @@ class ExactShape(TableShape):
     @property
     def counters_per_shard(self) -> int:
         """Counters of a shard's filter; none where ids are admitted at first sight."""
-        return power_of_two(_COUNTERS_A_ROW * (self.rows_per_shard - 1)) if self.rules.admit_after > 1 else 0
+        return keys.power_of_two(_COUNTERS_A_ROW * (self.rows_per_shard - 1)) if self.rules.admit_after > 1 else 0
 
     @property
     def setting(self) -> str:
@@ -78,7 +70,7 @@ class ExactShape(TableShape):
 
     @property
     def index_bytes(self) -> int:
-        of_map = 8 * self.rows_per_shard + 4 * power_of_two(_ENTRIES_A_ROW * (self.rows_per_shard - 1))
+        of_map = 8 * self.rows_per_shard + 4 * keys.power_of_two(_ENTRIES_A_ROW * (self.rows_per_shard - 1))
         return of_map + 2 * 4 * self.rows_per_shard + self.counters_per_shard
 
 
@@ -100,7 +92,7 @@ class ExactTable(IdTable):
     shape: ExactShape
 
     def __init__(self, shape: ExactShape, rank: int, num_ranks: int, **others: Any) -> None:
-        num_slots = len(owned_shards(shape.num_shards, rank, num_ranks))
+        num_slots = len(keys.owned_shards(shape.num_shards, rank, num_ranks))
         self.map = RowMap(num_slots, shape.rows_per_shard)
         self.filter = CountingFilter(num_slots, shape.counters_per_shard) if shape.counters_per_shard else None
         self.last_use: NDArray[np.int32] = np.zeros(num_slots * shape.rows_per_shard, np.int32)
@@ -123,8 +115,8 @@ class ExactTable(IdTable):
     def serve(self, ids_R: Int64Array, kind: str = "step") -> ExactRequest:
         """Find the unique ids, their hashes and slots, ahead of the steps; `settle` finds their rows in the step."""
         ids_Q, inverse_R = unique(ids_R)
-        hash_Q = splitmix64(ids_Q)
-        slot_Q = self._slot_of_shard[shard_of_hash(hash_Q, self.shape.num_shards)]
+        hash_Q = keys.splitmix64(ids_Q)
+        slot_Q = self._slot_of_shard[keys.shard_of_hash(hash_Q, self.shape.num_shards)]
         assert (slot_Q >= 0).all(), f"table {self.shape.name}: asked for rows that another rank owns"
         none = torch.empty(0, dtype=torch.int64)
         return ExactRequest(none, inverse_R, len(ids_Q), ids_Q, hash_Q, slot_Q, kind == "step")
@@ -289,7 +281,7 @@ def first_vectors(shape: TableShape, hash_N: UInt64Array, seed: int, scale: floa
 
     As those of hashed rows they are uniform with mean 0 and standard deviation `scale`, and by counter; here from
     (seed, table, id)."""
-    start_N = splitmix64((hash_N ^ stream_start(f"{seed}/{shape.name}")).view(np.int64))
+    start_N = keys.splitmix64((hash_N ^ keys.stream_start(f"{seed}/{shape.name}")).view(np.int64))
     counter_NV: UInt64Array = start_N[:, None] + np.arange(shape.width, dtype=np.uint64)[None, :]
     return uniform(counter_NV.reshape(-1), scale).reshape(-1, shape.width)
 
@@ -318,7 +310,7 @@ class RowMap:
         """Rows in use, without row 0: they are 1 .. used."""
         self.id_of_place: Int64Array = np.zeros(num_slots * rows_per_shard, np.int64)
         """The id of the row at row x num_slots + slot."""
-        self._span = power_of_two(_ENTRIES_A_ROW * (rows_per_shard - 1))
+        self._span = keys.power_of_two(_ENTRIES_A_ROW * (rows_per_shard - 1))
         self.row_of_entry: NDArray[np.int32] = np.zeros(num_slots * self._span, np.int32)
         """The row that each entry of the open addressing leads to, `_span` entries a shard; 0: empty."""
 
@@ -393,7 +385,7 @@ class RowMap:
         """Empties a shard's part of the map and enters all its rows."""
         self.row_of_entry[slot * self._span : (slot + 1) * self._span] = 0
         ids_N = self.ids_of(slot)
-        self._enter(np.full(len(ids_N), slot), splitmix64(ids_N), np.arange(1, len(ids_N) + 1))
+        self._enter(np.full(len(ids_N), slot), keys.splitmix64(ids_N), np.arange(1, len(ids_N) + 1))
 
     def _enter(self, slot_N: Int64Array, hash_N: UInt64Array, row_N: Int64Array) -> None:
         """Writes rows into the first empty entries from their hash on. Of rows that want one entry the last one to be
@@ -439,7 +431,7 @@ class CountingFilter:
     def _places(self, slot_N: Int64Array, hash_N: UInt64Array) -> tuple[Int64Array, Int64Array]:
         """Two counters of each id, by 64 bits of their own: the hash itself has chosen the shard."""
         num_counters = self.counts_SC.shape[1]
-        bits_N = splitmix64((hash_N ^ _SALT).view(np.int64))
+        bits_N = keys.splitmix64((hash_N ^ _SALT).view(np.int64))
         first_N, last = slot_N * num_counters, np.uint64(num_counters - 1)
         one_N, other_N = ((each & last).view(np.int64) for each in (bits_N, bits_N >> np.uint64(32)))
         return first_N + one_N, first_N + other_N
