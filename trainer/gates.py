@@ -106,7 +106,7 @@ def score(
 
 def compare_scores(new: Scores, old: Scores) -> ScoreChange:
     """Compare two pairs. Raises DataError if they did not score the same impressions."""
-    differences = compare([new.predictions], [old.predictions], metrics=("gauc", "logloss"))
+    differences = compare(new.predictions, old.predictions, metrics=("gauc", "logloss"))
     change_N = np.abs(new.predictions.logit_N - old.predictions.logit_N)
     mean = float(change_N.mean()) if len(change_N) else None
     return ScoreChange(num_impressions=len(change_N), differences=[*differences.values()], mean_logit_change=mean)

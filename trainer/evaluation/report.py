@@ -70,13 +70,14 @@ def compare_runs(
     console, places = output.text_console(quiet=comm.rank != 0), source.places
     ours = predict_run(source.folder, comm, checkpoint=source.checkpoint, **places)
     baseline = predict_run(against, comm, **places)
-    bootstrap.check_same_impressions([ours, baseline], [str(source.folder), str(against)])
+    bootstrap.check_same_impressions(ours, baseline, (str(source.folder), str(against)))
     if comm.rank != 0:
         return
-    found = bootstrap.compare([ours], [baseline], resamples=resamples)
-    new_ads = bootstrap.compare_new_ads([ours], [baseline], resamples=resamples)
+    found, is_new_N = bootstrap.compare(ours, baseline, resamples=resamples), bootstrap.new_to_both(ours, baseline)
+    num_new = int(is_new_N.sum())
+    of_new = bootstrap.compare(ours, baseline, resamples=resamples, only_N=is_new_N) if num_new else {}
     titled = {METRIC_TITLES[name]: each for name, each in found.items()}
-    titled |= {f"{METRIC_TITLES[name]}, new ads": each for name, each in new_ads.differences.items()}
+    titled |= {f"{METRIC_TITLES[name]}, new ads": each for name, each in of_new.items()}
     title = f"{source.folder} against {against}, {len(ours.logit_N):,} impressions"
     table = Table("", "run", "against", "difference", f"{bootstrap.LEVEL:.0%} interval", "p", title=title)
     for name, each in titled.items():
@@ -87,7 +88,7 @@ def compare_runs(
     output.print_table(console, table)
     notes = [f"{folder}: {note}" for folder, run in ((source.folder, ours), (against, baseline)) for note in run.notes]
     notes += _few(ours.impressions)
-    count = f"{new_ads.impressions:,} impressions are" if new_ads.impressions != 1 else "1 impression is"
+    count = f"{num_new:,} impressions are" if num_new != 1 else "1 impression is"
     output.print_line(console, f"{count} of new ads, which neither run was trained on")
     for note in notes:
         output.print_line(console, f"note: {note}")
@@ -97,7 +98,7 @@ def compare_runs(
         "impressions": len(ours.logit_N),
         "bootstrap": {"resamples": resamples, "level": bootstrap.LEVEL},
         "differences": {name: asdict(each) for name, each in found.items()},
-        "new_ads": asdict(new_ads),
+        "new_ads": {"impressions": num_new, "differences": {name: asdict(each) for name, each in of_new.items()}},
         "notes": notes,
     }
     folder = out or source.folder / "evaluation"

@@ -306,8 +306,8 @@ def test_the_difference_is_that_of_two_evaluations(
     """Logits are compared, which are continuous: a GAUC moves by a whole pair where two of them change places."""
     scored: list[Predictions] = []
 
-    def noted(ours: list[Predictions], baseline: list[Predictions], **options: Any) -> Any:
-        scored.extend([*ours, *baseline])
+    def noted(ours: Predictions, baseline: Predictions, **options: Any) -> Any:
+        scored.extend([ours, baseline])
         return compare(ours, baseline, **options)
 
     monkeypatch.setattr("trainer.gates.compare", noted)
@@ -318,7 +318,7 @@ def test_the_difference_is_that_of_two_evaluations(
         assert (mine.impressions.label_N == expected.impressions.label_N).all()
         assert (mine.impressions.user_N == expected.impressions.user_N).all()
     assert found.scores is not None
-    assert found.scores.differences[0] == compare(scored[:1], scored[1:], metrics=("gauc",))["gauc"]
+    assert found.scores.differences[0] == compare(*scored, metrics=("gauc",))["gauc"]
     assert np.abs(scored[0].logit_N - scored[1].logit_N).max() > 1e-2
     moved = np.abs(scored[0].logit_N - scored[1].logit_N).mean()
     assert found.scores.mean_logit_change == pytest.approx(moved)
