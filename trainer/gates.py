@@ -93,9 +93,9 @@ def score(
         small = {
             name: _small_store(Path(folder) / name, snapshots[name], keys_U).snapshot() for name, keys_U in keys.items()
         }
-        config = saved.config.changed(data={"cache_dir": f"{folder}/cache"})
+        scored = replace(saved, config=saved.config.changed(data={"cache_dir": f"{folder}/cache"}))
         places = [replace(place, url=small[place.name].storage.url) for place in saved.places]
-        with contextlib.closing(open_at(saved, config, comm, places, lambda place: small[place.name])) as opened:
+        with contextlib.closing(open_at(scored, comm, places, lambda place: small[place.name])) as opened:
             engine = opened.engine
             predicted = ((batch, engine.predict(engine.prepare(batch, "eval"))) for batch in batches)
             predictions = Predictions(*gathered(comm, predicted, saved.schema))

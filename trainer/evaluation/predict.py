@@ -360,7 +360,7 @@ def score_run(source: RunSource, out: str, comm: Comm) -> Written | None:
     returns what it has written. Raises TrainerError, FeatureStoreError.
     """
     with contextlib.ExitStack() as stack:
-        opened = stack.enter_context(contextlib.closing(open_source(source, comm)))
+        opened = stack.enter_context(contextlib.closing(open_predicting(source, comm)))
         about = {
             **opened.saved.named(),
             "samples": opened.test.storage.url,

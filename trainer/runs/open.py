@@ -277,9 +277,9 @@ class OpenRun:
     stores: dict[str, SnapshotId]
 
     @property
-    def partition(self) -> FeaturePartition | None:
-        """The rows of the first store, that of data.store where the model has it; None where it sees no content."""
-        return next(iter(self.partitions.values()), None)
+    def store_version(self) -> int | None:
+        """The snapshot of the first store, that of data.store where the model has it; None without content."""
+        return next((partition.snapshot_version for partition in self.partitions.values()), None)
 
     def missing_by_store(self) -> dict[str, int]:
         """Count the lookups, of all ranks, of images without a feature, hidden ones too; every rank calls it."""
