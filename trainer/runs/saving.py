@@ -37,21 +37,20 @@ from typing import IO, NamedTuple
 
 import torch
 import xxhash
-from safetensors import SafetensorError
 from torch import Tensor
 
 from featurestore.errors import CommitConflictError, StorageError
 from featurestore.published import versions
 from featurestore.published.paths import RunPath
 from featurestore.spec import seal
-from featurestore.storage.storage import Storage, digest_of
+from featurestore.storage.storage import Storage
 from trainer.comm import Comm
 from trainer.engine.machine import free_bytes
 from trainer.errors import CheckpointError, TakenOverError
 from trainer.runs.checkpoint import DENSE, ROWS, CheckpointState, Loadable, Trained, agreed, load, read_state
 from trainer.runs.folder import STATE, Checkpoint, checkpoints_of, in_the_way, step_name, step_of
 
-_FAILURES = (OSError, StorageError, SafetensorError, MemoryError)
+_FAILURES = (OSError, StorageError, MemoryError)
 _WAIT_S = 0.01
 _PATIENCE_S = 5.0
 _THERE = "it is there"
@@ -73,50 +72,21 @@ _NAMES = {
 _ALIGNMENT = 8
 
 
-class PackedTensors:
-    """The bytes of one safetensors file. Packing as many bytes again takes the same memory.
+def write_tensors(file: IO[bytes], tensors: Mapping[str, Tensor]) -> tuple[str, int]:
+    """Write a safetensors file of the tensors, on whichever device; returns the xxh3-128 and the number of its bytes.
 
-    Library calls that write such files copy all tensors first, and again into the file's bytes; this copies each tensor
-    once, to its place, at the speed of memory.
+    No more than one tensor is copied at a time, where library calls want all of them in one piece. Raises OSError.
     """
-
-    def __init__(self) -> None:
-        self.data = bytearray()
-        """The file's bytes, until the next `pack`."""
-
-    def pack(self, tensors: Mapping[str, Tensor]) -> "PackedTensors":
-        """Copy the tensors, on whichever device; afterwards they may change. Raises MemoryError."""
-        beginning, ordered = _laid_out(tensors)
-        start = len(beginning)
-        if len(self.data) != (size := start + packed_bytes(tensors)):
-            self.data = bytearray()  # gone before the new one is made
-            self.data = bytearray(size)
-        self.data[:start] = beginning
-        for tensor in ordered:
-            if tensor.numel():
-                target = torch.frombuffer(self.data, dtype=tensor.dtype, count=tensor.numel(), offset=start)
-                target.view(tensor.shape).copy_(tensor.detach())
-            start += tensor.nbytes
-        return self
+    digest, size_bytes = xxhash.xxh3_128(), 0
+    for block in _blocks(tensors):
+        file.write(block)
+        digest.update(block)
+        size_bytes += len(block)
+    return digest.hexdigest(), size_bytes
 
 
-def packed_bytes(tensors: Mapping[str, Tensor]) -> int:
-    """Return about how many bytes the tensors take when they are packed."""
-    return sum(tensor.nbytes for tensor in tensors.values())
-
-
-def write_tensors(file: IO[bytes], tensors: Mapping[str, Tensor]) -> None:
-    """Write the bytes that `PackedTensors` would hold. No more than one tensor is copied at a time. Raises OSError."""
-    beginning, ordered = _laid_out(tensors)
-    file.write(beginning)
-    for tensor in ordered:
-        if tensor.numel():
-            copied = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())
-            file.write(copied.view(-1).view(torch.uint8).numpy().data)
-
-
-def _laid_out(tensors: Mapping[str, Tensor]) -> tuple[bytes, list[Tensor]]:
-    """Return what comes before the numbers, the header's length and the header in JSON, and the tensors in order."""
+def _blocks(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+    """Yield the header's length and the header in JSON, then the numbers of each tensor."""
     header: dict[str, dict[str, object]] = {}
     offset = 0
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
@@ -126,7 +96,30 @@ def _laid_out(tensors: Mapping[str, Tensor]) -> tuple[bytes, list[Tensor]]:
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
-    return len(text).to_bytes(8, "little") + text, [tensor for _, tensor in ordered]
+    yield len(text).to_bytes(8, "little") + text
+    for _, tensor in ordered:
+        values_N = tensor.detach().cpu().contiguous().as_strided((tensor.numel(),), (1,))
+        yield values_N.view(torch.uint8).numpy().data
+
+
+def copied(tensors: Mapping[str, Tensor], earlier: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copy tensors to this machine's memory; afterwards they may change. Each takes the memory of that of its name.
+
+    `earlier`: copies that are needed no more, which is emptied; what has another shape or type takes new memory. Raises
+    RuntimeError where there is none."""
+    copies = {}
+    for name, tensor in tensors.items():
+        copy = earlier.pop(name, None)
+        if copy is None or (copy.shape, copy.dtype) != (tensor.shape, tensor.dtype):
+            del copy  # before the new one is made
+            copy = torch.empty(tensor.shape, dtype=tensor.dtype)
+        copies[name] = copy.copy_(tensor.detach())
+    earlier.clear()
+    return copies
+
+
+def _size_bytes(tensors: Mapping[str, Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 DAMAGED = "damaged-"
@@ -145,7 +138,6 @@ class WrittenPart:
     file: versions.PublishedFile
 
 
-Content = Mapping[str, Tensor] | PackedTensors
 _NONE = versions.PublishedVersion(version=0, publication="", writer="", time_s=0.0, files={})
 
 
@@ -164,6 +156,11 @@ class CheckpointPlace:
         self._tried: set[str] = set()
         """Publications of this run; of some it may not know whether they were made, as an answer may be lost."""
 
+    @property
+    def is_local(self) -> bool:
+        """Whether the files are on a disk."""
+        return self._storage.is_local
+
     def has(self, step: int) -> bool:
         """Tell whether the checkpoint of that step is there, whole."""
         return f"{step_name(step)}/{STATE}" in self._newest_known().files
@@ -176,24 +173,14 @@ class CheckpointPlace:
         """Give the checkpoint of a step, which is there."""
         return Checkpoint(self.run, step_name(step), versions.PublishedFiles(self._storage.url, self._newest_known()))
 
-    def write(self, step: int, name: str, content: Content) -> WrittenPart:
-        """Write one part, where nobody sees it yet. Raises StorageError.
-
-        On a disk, tensors go there one by one, without a copy of all, and the digest is of what it gives back."""
-        name = f"{step_name(step)}-{name}"
-        if not self._storage.is_local:
-            packed = content if isinstance(content, PackedTensors) else PackedTensors().pack(content)
-            file = versions.write_part(self._storage, name, packed.data)
-            return WrittenPart(xxhash.xxh3_128_hexdigest(packed.data), file)
-        path = versions.part_path(name)
-        self._written.append(path)
+    def write(self, step: int, name: str, content: Mapping[str, Tensor]) -> WrittenPart:
+        """Write one part, where nobody sees it yet; an object store gets it in one piece. Raises StorageError."""
+        path = versions.part_path(f"{step_name(step)}-{name}")
+        if self.is_local:
+            self._written.append(path)
         with self._storage.open_output(path) as output:
-            if isinstance(content, PackedTensors):
-                output.write(content.data)
-            else:
-                write_tensors(output, content)
-        size_bytes = self._storage.size(path)
-        return WrittenPart(digest_of(self._storage, path), versions.PublishedFile(path=path, size_bytes=size_bytes))
+            digest, size_bytes = write_tensors(output, content)
+        return WrittenPart(digest, versions.PublishedFile(path=path, size_bytes=size_bytes))
 
     def end(self, *, failed: bool) -> None:
         """End a checkpoint on this rank: where it `failed` before all parts were written, a disk gets their room back.
@@ -255,7 +242,7 @@ class CheckpointPlace:
 
     def _expire(self) -> None:
         """Remove what no version names; only after a version of this run, as parts of others may be among that."""
-        if self._storage.is_local:
+        if self.is_local:
             versions.expire(self._storage, KEEP_REMOVED_S, files_at_once=True)
         elif time.monotonic() >= self._next_expiry_s:
             versions.expire(self._storage, KEEP_REMOVED_S)
@@ -339,7 +326,7 @@ class Checkpointer:
     ) -> None:
         self._comm, self._place, self._every_s = comm, place, every_s
         self._before_publishing = before_publishing
-        self._rows, self._dense = PackedTensors(), PackedTensors()
+        self._copies: dict[str, dict[str, Tensor]] = {}  # by part, of the checkpoint before
         self._mine = _Progress()
         self._step: int | None = None  # of the checkpoint that is written
         self._is_publishing = False  # all of its parts are written
@@ -381,8 +368,8 @@ class Checkpointer:
         """
         self._begun_s, step = time.monotonic(), state.step
         content, error = self._prepared(step, trained)
-        needed = sum(packed_bytes(each) for each in content.values())
-        held = len(self._rows.data) + len(self._dense.data)
+        needed, held = (sum(map(_size_bytes, each.values())) for each in (content, self._copies))
+        needed *= 1 if self._place.is_local else 2  # the file's bytes are held, too
         said = _Ready(error, socket.gethostname(), max(0, needed - held), free_bytes())
         everyone = self._comm.allgather_object(said, name="checkpoint.begin")
         if failed := next((each for each in everyone if each.error), None):
@@ -443,15 +430,14 @@ class Checkpointer:
     def _with_copies(self, step: int, content: Mapping[str, Mapping[str, Tensor]]) -> Callable[[], None]:
         """Copies now; returns what is left to do. Where there is no memory after all, it says so when ranks look."""
         try:
-            copies = {
-                name: (self._dense if name == DENSE else self._rows).pack(tensors) for name, tensors in content.items()
-            }
-        except MemoryError as failure:
+            for name, tensors in content.items():
+                self._copies[name] = copied(tensors, self._copies.get(name, {}))
+        except RuntimeError as failure:
             self._mine = _Progress(error=_text(failure))
             return lambda: None
-        return lambda: self._write(step, copies)
+        return lambda: self._write(step, self._copies)
 
-    def _write(self, step: int, content: Mapping[str, Mapping[str, Tensor] | PackedTensors]) -> None:
+    def _write(self, step: int, content: Mapping[str, Mapping[str, Tensor]]) -> None:
         with self._noted():
             self._mine.parts = {name: self._place.write(step, name, each) for name, each in content.items()}
 
