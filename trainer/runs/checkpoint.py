@@ -20,12 +20,12 @@ shrink for ever.
 import os
 import re
 import tempfile
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import xxhash
 from pydantic import ValidationError
@@ -55,21 +55,6 @@ DENSE, ROWS = "dense.safetensors", "rows-{rank:05}-of-{ranks:05}.safetensors"
 """Rank `rank` of those that wrote a checkpoint owned the shards `rank`, `rank` + `ranks`, and so on of each table."""
 _BLOCK_BYTES = 8 << 20
 _ROWS = re.compile(r"rows-(?P<rank>\d+)-of-(?P<ranks>\d+)\.safetensors")
-
-
-class Loadable(Protocol):
-    """What a checkpoint is loaded into."""
-
-    def load_dense_state(self, state: Mapping[str, Tensor]) -> None: ...
-    def shard_names(self) -> list[str]: ...
-    def load_shard_state(self, state: Mapping[str, Tensor]) -> None: ...
-
-
-class Trained(Loadable, Protocol):
-    """What of the engine a checkpoint holds."""
-
-    def dense_state(self) -> dict[str, Tensor]: ...
-    def shard_state(self) -> dict[str, Tensor]: ...
 
 
 class Origin(Section):
@@ -182,9 +167,9 @@ def read_recorded(checkpoint: Checkpoint) -> CheckpointState:
 
 
 def load(
-    comm: Comm, checkpoint: Checkpoint, state: CheckpointState, trained: Loadable, cache_dir: str | None = None
+    comm: Comm, checkpoint: Checkpoint, state: CheckpointState, trained: Engine, cache_dir: str | None = None
 ) -> None:
-    """Put the checkpoint into `trained`; each rank reads the shards that it owns now, whichever rank wrote them.
+    """Put the checkpoint into the engine; each rank reads the shards that it owns now, whichever rank wrote them.
 
     A rank verifies and reads the files that have a shard of it; from an object store it copies one at a time to
     `cache_dir`. Raises CheckpointError on all ranks, naming the file, where one is missing, damaged

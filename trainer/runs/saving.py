@@ -45,9 +45,10 @@ from featurestore.published.paths import RunPath
 from featurestore.spec import seal
 from featurestore.storage.storage import Storage
 from trainer.comm import Comm
+from trainer.engine.engine import Engine
 from trainer.engine.machine import free_bytes
 from trainer.errors import CheckpointError, TakenOverError
-from trainer.runs.checkpoint import DENSE, ROWS, CheckpointState, Loadable, Trained, agreed, load, read_state
+from trainer.runs.checkpoint import DENSE, ROWS, CheckpointState, agreed, load, read_state
 from trainer.runs.folder import STATE, Checkpoint, checkpoints_of, in_the_way, step_name, step_of
 
 _FAILURES = (OSError, StorageError, MemoryError)
@@ -348,7 +349,7 @@ class Checkpointer:
         wanted = self.is_writing or self._every_s is not None
         return wanted and step >= self._next_look
 
-    def save(self, trained: Trained, state: CheckpointState, keep: int, best: int | None) -> str:
+    def save(self, trained: Engine, state: CheckpointState, keep: int, best: int | None) -> str:
         """Write a checkpoint without copies, unless it is there already, wait for its end, and return its address.
 
         Nothing may be under way. Raises CheckpointError on all ranks where one cannot write.
@@ -359,7 +360,7 @@ class Checkpointer:
         return self._place.address(state.step)
 
     def begin(
-        self, trained: Trained, state: CheckpointState, keep: int, best: int | None, *, beside: bool = True
+        self, trained: Engine, state: CheckpointState, keep: int, best: int | None, *, beside: bool = True
     ) -> Outcome | None:
         """Begin to write a checkpoint, unless it is there already. Nothing may be under way.
 
@@ -414,7 +415,7 @@ class Checkpointer:
         elif self._thread is not None:
             self._thread.join(_PATIENCE_S)
 
-    def _prepared(self, step: int, trained: Trained) -> tuple[dict[str, Mapping[str, Tensor]], str]:
+    def _prepared(self, step: int, trained: Engine) -> tuple[dict[str, Mapping[str, Tensor]], str]:
         """Returns what is to be written, or why that failed: the other ranks wait for it."""
         content: dict[str, Mapping[str, Tensor]] = {}
         try:
@@ -530,9 +531,7 @@ def _in_thread(work: Callable[[], None]) -> threading.Thread:
     return thread
 
 
-def end_with(
-    comm: Comm, into: CheckpointPlace, step: int, trained: Loadable, cache_dir: str | None = None
-) -> Checkpoint:
+def end_with(comm: Comm, into: CheckpointPlace, step: int, trained: Engine, cache_dir: str | None = None) -> Checkpoint:
     """Put the checkpoint of `step` into `trained` and remove those of later steps, so that it is the latest one."""
     checkpoint = comm.on_rank_0(partial(into.at, step))
     load(comm, checkpoint, read_state(checkpoint), trained, cache_dir)
