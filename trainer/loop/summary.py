@@ -340,13 +340,7 @@ def show(console: Console, report: Mapping[str, Any]) -> None:
     for name in columns.values():
         table.add_column(name, justify="right")
     for name, title in {"impressions": "impressions", "logloss": "log loss", "auc": "AUC", "gauc": "GAUC"}.items():
-        table.add_row(title, *(_text(shown(metrics, f"{which}{name}")) for which in columns))
+        table.add_row(title, *(figure(shown(metrics, f"{which}{name}")) for which in columns))
     if metrics:
         print_table(console, table)
-    console.print(f"{_text(report['samples_per_s'])} samples/s; all figures in {report['folder']}/report.json")
-
-
-def _text(value: float | int | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}" if abs(value) < 100 else f"{value:,.0f}"
+    console.print(f"{figure(report['samples_per_s'])} samples/s; all figures in {report['folder']}/report.json")
