@@ -4,13 +4,12 @@
 """
 
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from featurestore.commands import WHICH, read_version_name
-from featurestore.console import commandline, files
+from featurestore.console import commandline
 from trainer.cli import WhichCheckpoint, run_on_ranks
 
 if TYPE_CHECKING:
@@ -25,7 +24,7 @@ Examples:
 
     crossmedia evaluate data/runs/both --samples data/tomorrow --store data/features --out /tmp/tomorrow
 
-    crossmedia evaluate data/runs/both --checkpoint 1000 --bootstrap 0 --json figures.json
+    crossmedia evaluate data/runs/both --checkpoint 1000 --bootstrap 0
 
     crossmedia evaluate data/runs/both --by category --by user_city
 
@@ -71,7 +70,6 @@ def main(
         ),
     ] = None,
     out: Annotated[str | None, typer.Option(help="Folder or address of the report; by default RUN/evaluation.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file as well.")] = None,
 ) -> None:
     """Evaluate a run: log loss, AUC, GAUC and calibration with intervals, whole and by slices, plotted."""
 
@@ -81,8 +79,6 @@ def main(
         raise typer.BadParameter("a comparison has no slices; leave out --by, or --against", param_hint="--by")
 
     def work(comm: "Comm") -> None:
-        if json_file is not None:  # before the work, which may take hours
-            comm.on_rank_0(partial(files.check_place, json_file, "--json"))
         # Torch and matplotlib take seconds to load: not for --help.
         from featurestore.published.paths import check_bucket, run_path
         from trainer.evaluation.report import compare_runs, evaluate_run
@@ -94,9 +90,9 @@ def main(
             comm.on_rank_0(partial(check_bucket, to))
         if against is not None:
             other = run_path(against)
-            compare_runs(source, other, comm, resamples=bootstrap, out=to, json_file=json_file)
+            compare_runs(source, other, comm, resamples=bootstrap, out=to)
             return
-        evaluate_run(source, comm, resamples=bootstrap, by=by or (), out=to, json_file=json_file)
+        evaluate_run(source, comm, resamples=bootstrap, by=by or (), out=to)
 
     raise typer.Exit(run_on_ranks(work))
 

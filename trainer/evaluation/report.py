@@ -3,7 +3,6 @@
 import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,13 +32,12 @@ def evaluate_run(
     resamples: int = 1000,
     by: Sequence[str] = (),
     out: RunPath | None = None,
-    json_file: Path | None = None,
     quiet: bool = False,
 ) -> bootstrap.Evaluation | None:
     """Evaluate a run and write the report; every rank calls it, rank 0 measures, writes and returns the figures.
 
-    `by`: fields of one id to cut by as well. The report goes to `out`, by default RUN/evaluation, and to `json_file`;
-    unless `quiet` it is printed. Raises TrainerError or FeatureStoreError.
+    `by`: fields of one id to cut by as well. The report goes to `out`, by default RUN/evaluation; unless `quiet` it is
+    printed. Raises TrainerError or FeatureStoreError.
     """
     console = output.text_console(quiet=quiet or comm.rank != 0)
     with contextlib.closing(open_source(source, comm)) as opened:
@@ -53,19 +51,17 @@ def evaluate_run(
     about["notes"] += _few(impressions)
     figures = replace(bootstrap.measure_all(logit_N, impressions, cuts, resamples), notes=tuple(about["notes"]))
     out = out or source.folder / "evaluation"
-    write_report(out, "report.json", {**about, **asdict(figures)}, json_file, reliability(figures.reliability))
+    write_report(out, "report.json", {**about, **asdict(figures)}, reliability(figures.reliability))
     show(console, about, figures, out)
     return figures
 
 
-def compare_runs(
-    source: RunSource, against: RunPath, comm: Comm, *, resamples: int, out: RunPath | None, json_file: Path | None
-) -> None:
+def compare_runs(source: RunSource, against: RunPath, comm: Comm, *, resamples: int, out: RunPath | None) -> None:
     """Compare a run with the newest checkpoint of the run in folder `against`; print and write the differences.
 
     All impressions together, and those of new ads by themselves. The samples and the store that `source` names are
-    those of both. They are written to comparison.json in `out`, by default RUN/evaluation, and to `json_file`. Every
-    rank calls it. Raises TrainerError, FeatureStoreError; DataError where the test samples of the two differ.
+    those of both. They are written to comparison.json in `out`, by default RUN/evaluation. Every rank calls it. Raises
+    TrainerError, FeatureStoreError; DataError where the test samples of the two differ.
     """
     console, places = output.text_console(quiet=comm.rank != 0), source.places
     ours = predict_run(source.folder, comm, checkpoint=source.checkpoint, **places)
@@ -102,7 +98,7 @@ def compare_runs(
         "notes": notes,
     }
     folder = out or source.folder / "evaluation"
-    write_report(folder, "comparison.json", written, json_file)
+    write_report(folder, "comparison.json", written)
     output.print_line(console, f"written to {folder / 'comparison.json'}")
 
 
@@ -154,10 +150,8 @@ def _few(impressions: Impressions) -> list[str]:
     return [text] if users < least else []
 
 
-def write_report(
-    folder: RunPath, name: str, values: Mapping[str, Any], also: Path | None, plot: Figure | None = None
-) -> None:
-    """Write `values` as JSON to file `name` of a folder, and to `also`; save the plot, for the command's page too.
+def write_report(folder: RunPath, name: str, values: Mapping[str, Any], plot: Figure | None = None) -> None:
+    """Write `values` as JSON to file `name` of a folder, and save the plot, for the command's page too.
 
     Raises TrainerError where the disk refuses.
     """
@@ -165,8 +159,7 @@ def write_report(
         with written_locally(folder) as local:
             if plot is not None:
                 page.save_plot(plot, local / "reliability.png")
-            for file in (local / name, *([also] if also else [])):
-                files.write_json(file, values)
+            files.write_json(local / name, values)
     except (OSError, StorageError) as failure:
         raise TrainerError(f"cannot write {name} to {folder}: {failure}; choose another by --out") from failure
 

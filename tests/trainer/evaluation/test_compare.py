@@ -103,14 +103,13 @@ def test_the_command_shows_new_ads_in_its_table_its_json_and_its_page(
 ) -> None:
     runs = dict(zip("ab", (new_from(each, first_new) for each in predictions(0, (1, 0.2), (2, 2.0))), strict=True))
     monkeypatch.setattr(report, "predict_run", lambda folder, comm, **places: runs[folder.name])
-    file = tmp_path / "figures.json"
     with recorded(ReportPage(tmp_path / "page.html", "T", [])):
         source = RunSource(tmp_path / "a", None)
-        compare_runs(source, tmp_path / "b", SoloComm(), resamples=50, out=tmp_path, json_file=file)
+        compare_runs(source, tmp_path / "b", SoloComm(), resamples=50, out=tmp_path)
     said, read = capsys.readouterr().out, check_page((tmp_path / "page.html").read_text())
     is_new_N = runs["a"].impressions.ad_N >= first_new
     expected = compare(*runs.values(), resamples=50, only_N=is_new_N) if is_new_N.any() else {}
-    found = json.loads(file.read_text())["new_ads"]
+    found = json.loads((tmp_path / "comparison.json").read_text())["new_ads"]
     assert found["impressions"] == is_new_N.sum()
     assert found["differences"] == {name: dataclasses.asdict(each) for name, each in expected.items()}
     assert f"{is_new_N.sum():,} impressions are of new ads" in said
