@@ -15,7 +15,7 @@ from trainer.cli import StoreVersion, WhichCheckpoint
 from trainer.prerank import MIN_RECALL
 
 if TYPE_CHECKING:
-    from trainer.prerank.adindex import AdChanges, AdIndex, Ads, Vectors
+    from trainer.prerank.adindex import AdIndex, Ads, Changes, Vectors
     from trainer.runs.saved import TrainedRun
 
 INDEX = "data/ad-index"
@@ -84,7 +84,7 @@ def build(options: BuildOptions) -> None:
     is measured with users of the run's samples; the search effort is raised until --min-recall is reached.
     """
     from trainer.comm import SoloComm
-    from trainer.prerank.adindex import AdChanges, AdIndex, origin_of, user_queries
+    from trainer.prerank.adindex import AdIndex, origin_of, user_queries
     from trainer.runs.folder import run_or_newest
     from trainer.runs.saved import open_trained
 
@@ -108,7 +108,7 @@ def build(options: BuildOptions) -> None:
         else:
             min_recall = MIN_RECALL if options.min_recall is None else options.min_recall
             index = AdIndex.build(options.out, kind, chosen.keys_N, vectors_NW, origin, queries, min_recall)
-            changes = AdChanges(num_new=len(chosen.keys_N))
+            changes = {"new": len(chosen.keys_N)}
     features = f"snapshot {trained.store_version}" if trained.store_version else "none: a run without images"
     if num_missing:
         features += f"; {num_missing:,} lookups of images that have none"
@@ -125,10 +125,9 @@ def build(options: BuildOptions) -> None:
         output.print_warning(index.warning)
 
 
-def summary_text(index: "AdIndex", changes: "AdChanges") -> list[str]:
+def summary_text(index: "AdIndex", changes: "Changes") -> list[str]:
     """Write what is printed of the index and its ads."""
-    state, ads = index.state, f"{changes.num_new:,} new, {changes.num_replaced:,} changed"
-    ads += f", {changes.num_unchanged:,} unchanged, {changes.num_removed:,} removed"
+    state, ads = index.state, ", ".join(f"{count:,} {what}" for what, count in changes.items())
     structure = f"{state.kind}, {state.num_ads:,} ads, {state.dim} numbers each, inner product"
     recall = "exact"
     if state.queries:

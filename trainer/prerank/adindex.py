@@ -36,6 +36,7 @@ from featurestore.spec import Frozen, IndexKind, Sealed, read_sealed, seal
 from featurestore.storage.storage import Storage, file_at
 from trainer.comm import SoloComm
 from trainer.errors import AdIndexError, AdIndexNotFoundError, ConfigError, DataError, DataNotFoundError, SchemaError
+from trainer.evaluation.predict import places
 from trainer.models.nets import TwoTower
 from trainer.prerank import MIN_RECALL
 from trainer.runs.open import test_reader
@@ -125,17 +126,8 @@ class IndexState(Sealed):
     """Of the other files, by name."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class AdChanges:
-    """The numbers of ads that a new version added, changed, left and removed.
-
-    They are ads that were not there, that got another vector, that had the same one already, and that are gone.
-    """
-
-    num_new: int = 0
-    num_replaced: int = 0
-    num_unchanged: int = 0
-    num_removed: int = 0
+Changes = dict[str, int]
+"""The numbers of ads that are new in a version, changed (another vector), unchanged, and removed."""
 
 
 class AdIndex:
@@ -155,15 +147,39 @@ class AdIndex:
         origin: IndexOrigin,
         users_KW: Vectors | None = None,
         min_recall: float = MIN_RECALL,
+        after: int | None = None,
     ) -> "AdIndex":
-        """Build a new index at `url`, as the version after the one that is there.
+        """Build an index at `url`, as the version after `after`, by default the one that is there.
 
-        Of hnsw the recall is measured with vectors of users, without them with some of the ads, and the effort of a
-        search is raised until it is `min_recall`; `warning` says where it never is. Raises InvalidRowsError for vectors
-        that make no index, AdIndexError for a place with other files, CommitConflictError where another build published
-        meanwhile, StorageError.
+        What no reader needs any more is removed. Of hnsw the recall is measured with vectors of users, without them
+        with some of the ads, and the effort of a search is raised until it is `min_recall`; `warning` says where it
+        never is. Raises InvalidRowsError for vectors that make no index, AdIndexError for a place with other files,
+        CommitConflictError where another build published meanwhile, StorageError.
         """
-        return _publish(url, _replaceable_version(url), kind, (keys_N, vectors_NW), users_KW, min_recall, origin)
+        after = _replaceable_version(url) if after is None else after
+        index, recall = VectorIndex.build(kind, keys_N, vectors_NW), 1.0
+        source: QuerySource | None = None
+        if kind != "flat":
+            source = "ads" if users_KW is None else "users"
+            queries_KW = sample_of(vectors_NW) if users_KW is None else users_KW
+            recall = reach(index, VectorIndex.build("flat", keys_N, vectors_NW), queries_KW, min_recall)
+        storage = Storage(url)
+        contents = {STRUCTURE: index.save(), ADS: to_parquet(keys_N, vectors_NW)}
+        state = IndexState(
+            kind=index.kind,
+            dim=index.dim,
+            num_ads=index.num_keys,
+            recall=recall,
+            min_recall=min_recall,
+            origin=origin,
+            queries=source,
+            sha256={name: digest_of(data, "sha256") for name, data in contents.items()},
+        )
+        contents[STATE] = seal(state)
+        files = {name: versions.write_part(storage, name, data) for name, data in contents.items()}
+        published = versions.publish(storage, files, after)
+        versions.expire(storage, KEEP_REPLACED_S)
+        return cls(versions.PublishedFiles(storage.url, published), state, index)
 
     @classmethod
     def open(cls, url: str) -> "AdIndex":
@@ -223,7 +239,7 @@ class AdIndex:
         origin: IndexOrigin,
         users_KW: Vectors | None = None,
         max_gone: float | None = None,
-    ) -> tuple["AdIndex", AdChanges]:
+    ) -> tuple["AdIndex", Changes]:
         """Build the next version, with these ads too, of the same kind and limit; none where nothing is new.
 
         `users_KW`: see `build`. `max_gone`: these are all ads, so the others are removed, unless that is a larger share
@@ -231,32 +247,29 @@ class AdIndex:
         StorageError.
         """
         self.check_origin(origin)
-        known_K, old_KW = self.vectors()
-        is_left_K = np.isin(known_K, keys_N)
-        num_gone = 0 if max_gone is None else int((~is_left_K).sum())
+        (known_K, old_KW), state = self.vectors(), self.state
+        gone_K = ~np.isin(known_K, keys_N)
+        num_gone = 0 if max_gone is None else int(gone_K.sum())
         if max_gone is not None and num_gone > max_gone * len(known_K):
             raise AdIndexError(
                 f"{num_gone:,} of the {len(known_K):,} ads in {self._files.url} are not in the table, more than a "
                 f"share of {max_gone:g}: is --sync right? --max-gone 1 lets them go"
             )
-        place_N = np.searchsorted(known_K, keys_N).clip(max=len(known_K) - 1)
-        is_known_N = known_K[place_N] == keys_N
+        place_N, is_known_N = places(known_K, keys_N)
         same_N = is_known_N & np.isclose(old_KW[place_N], vectors_NW, rtol=_SAME, atol=_SAME).all(axis=1)
-        changes = AdChanges(
-            num_new=int((~is_known_N).sum()),
-            num_replaced=int((is_known_N & ~same_N).sum()),
-            num_unchanged=int(same_N.sum()),
-            num_removed=num_gone,
-        )
+        changes = {
+            "new": int((~is_known_N).sum()),
+            "changed": int((is_known_N & ~same_N).sum()),
+            "unchanged": int(same_N.sum()),
+            "removed": num_gone,
+        }
         if same_N.all() and not num_gone:
             return self, changes
-        kept_K = np.isin(known_K, keys_N[same_N]) | (~is_left_K if max_gone is None else False)
-        keys = np.concatenate([known_K[kept_K], keys_N[~same_N]])
-        vectors = np.concatenate([old_KW[kept_K], vectors_NW[~same_N]])
-        state = self.state
-        return _publish(
-            self._files.url, self.version, state.kind, (keys, vectors), users_KW, state.min_recall, origin
-        ), changes
+        kept_K = gone_K if max_gone is None else np.zeros_like(gone_K)
+        mine_NW = np.where(same_N[:, None], old_KW[place_N], vectors_NW)  # to the last bit
+        keys, vectors = np.concatenate([known_K[kept_K], keys_N]), np.concatenate([old_KW[kept_K], mine_NW])
+        url, users, limit = self._files.url, users_KW, state.min_recall
+        return AdIndex.build(url, state.kind, keys, vectors, origin, users, limit, self.version), changes
 
 
 def _replaceable_version(url: str) -> int:
@@ -280,41 +293,6 @@ def _read(files: Storage, state: IndexState, name: str) -> bytes:
         return read_verified(files, name, "sha256", state.sha256.get(name, ""))
     except FileNotFoundError as failure:
         raise CorruptFileError(f"{files.full(name)} is missing") from failure
-
-
-def _publish(
-    url: str,
-    after: int,
-    kind: IndexKind,
-    ads: tuple[Keys, Vectors],
-    users_KW: Vectors | None,
-    min_recall: float,
-    origin: IndexOrigin,
-) -> AdIndex:
-    """Build the index, publish it as the version after `after`, and remove what no reader needs any more."""
-    index, recall = VectorIndex.build(kind, *ads), 1.0
-    source: QuerySource | None = None
-    if kind != "flat":
-        source = "ads" if users_KW is None else "users"
-        queries_KW = sample_of(ads[1]) if users_KW is None else users_KW
-        recall = reach(index, VectorIndex.build("flat", *ads), queries_KW, min_recall)
-    storage = Storage(url)
-    contents = {STRUCTURE: index.save(), ADS: to_parquet(*ads)}
-    state = IndexState(
-        kind=index.kind,
-        dim=index.dim,
-        num_ads=index.num_keys,
-        recall=recall,
-        min_recall=min_recall,
-        origin=origin,
-        queries=source,
-        sha256={name: digest_of(data, "sha256") for name, data in contents.items()},
-    )
-    contents[STATE] = seal(state)
-    files = {name: versions.write_part(storage, name, data) for name, data in contents.items()}
-    published = versions.publish(storage, files, after)
-    versions.expire(storage, KEEP_REPLACED_S)
-    return AdIndex(versions.PublishedFiles(storage.url, published), state, index)
 
 
 KEY, VECTOR = "key", "vector"
