@@ -35,7 +35,7 @@ from featurestore.published.versions import VersionName
 from trainer.comm import Comm, SoloComm
 from trainer.errors import DataError, SchemaError, TrainerError
 from trainer.evaluation.bootstrap import Metrics, measure, probability
-from trainer.runs.export import output_at, parquet_file
+from trainer.runs.export import parquet_file
 from trainer.runs.saved import EvaluatedRun, PredictingRun, RunSource, open_predicting, open_source, read_run
 from trainer.samples import columns
 from trainer.samples.index import RowGroup, SampleIndex, known_ads, read_row_group, read_values
@@ -303,21 +303,15 @@ def measure_test(opened: EvaluatedRun) -> Metrics:
 def slicings_of(opened: EvaluatedRun, impressions: Impressions) -> list[Slicing]:
     """Cut the test impressions of a run, see `slicings`; the same on every rank, all call it."""
     seen = seen_in_training(opened.comm, opened.train, opened.schema, impressions)
-    image = ad_image_field(opened.schema)
-    found = slicings(impressions, seen, has_feature(opened, image.store_name, seen.image_I) if image else None)
+    image, has_feature_I = ad_image_field(opened.schema), None
+    service = opened.engine.services.get(image.store_name) if image else None
+    if service is not None:  # else the model reads no store of them
+        held_I = torch.from_numpy(service.partition.contains(seen.image_I).astype(np.int64))
+        has_feature_I = opened.comm.allreduce_sum_(held_I, "has_feature").numpy() > 0
+    found = slicings(impressions, seen, has_feature_I)
     ids = {number for values_N in impressions.by.values() for number in np.unique(values_N).tolist()}
     texts = opened.comm.on_rank_0(lambda: opened.saved.texts_of(ids, opened.test.storage)) if ids else {}
     return found + slicings_by(impressions, texts)
-
-
-def has_feature(opened: EvaluatedRun, store: str, key_I: Int64Array) -> BoolArray | None:
-    """Find which keys have a feature in the store that a field names, (I,); None where the model does not read it."""
-    service = opened.engine.services.get(store)
-    if service is None:
-        return None
-    held_I = torch.from_numpy(service.partition.contains(key_I).astype(np.int64))
-    found: BoolArray = opened.comm.allreduce_sum_(held_I, "has_feature").numpy() > 0
-    return found
 
 
 def evaluate(
@@ -533,6 +527,5 @@ def open_scores(
         "place": pa.int32(),
     }
     fields: list[Any] = [pa.field(name, kind, nullable=name == "time") for name, kind in kinds.items()]
-    storage, name = output_at(out)
-    with parquet_file(storage, name, pa.schema(fields, metadata={SCORES_OF: json.dumps(about)})) as write:
+    with parquet_file(out, pa.schema(fields, metadata={SCORES_OF: json.dumps(about)})) as write:
         yield ScoreFile(write, index, schema, about, texts)

@@ -25,7 +25,7 @@ from featurestore.lookup.ondevice import as_tensor
 from featurestore.published.paths import RunPath
 from featurestore.published.versions import VersionName
 from featurestore.snapshot import VECTORS_OF, Snapshot, SnapshotId
-from featurestore.storage.storage import Storage, cached_property, file_at
+from featurestore.storage.storage import cached_property, file_at
 from trainer.comm import SoloComm
 from trainer.engine.machine import share_machine
 from trainer.engine.wiring import image_model, widths_of_stores
@@ -159,8 +159,8 @@ def export_vectors(network: ImageNetwork, out: str, progress: Progress = lambda 
 
     On an object store the file is put in one piece, out of memory. Raises TrainerError, FeatureStoreError.
     """
-    done, (storage, name) = 0, output_at(out)
-    with parquet_file(storage, name, network.schema()) as write:
+    done = 0
+    with parquet_file(out, network.schema()) as write:
         for table in network.tables():
             write(table)
             done += len(table)
@@ -182,18 +182,13 @@ def _lists(vectors_NV: Float32Array) -> Any:
     return pa.FixedSizeListArray.from_arrays(pa.array(vectors_NV.reshape(-1)), vectors_NV.shape[1])
 
 
-def output_at(address: str) -> tuple[Storage, str]:
-    """Split the address of a file as `file_at`, and check before the work that its object store is there.
+@contextlib.contextmanager
+def parquet_file(address: str, schema: pa.Schema) -> Iterator[Callable[[pa.Table], None]]:
+    """Give what adds rows to the Parquet file at an address, which gets its name at the end of the block.
 
-    Raises AddressError, BucketNotFoundError, StorageError."""
+    Raises, before the block if there is no such object store, AddressError, BucketNotFoundError, StorageError."""
     storage, name = file_at(address)
     storage.check_bucket()
-    return storage, name
-
-
-@contextlib.contextmanager
-def parquet_file(storage: Storage, name: str, schema: pa.Schema) -> Iterator[Callable[[pa.Table], None]]:
-    """Give what adds rows to a Parquet file, which gets its name at the end of the block."""
     with (
         storage.open_output(name) as output,
         pq.ParquetWriter(output, schema, compression="lz4", write_page_checksum=True) as writer,
