@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import xxhash
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -308,8 +308,11 @@ def continued(
         except (errors.DamagedCheckpointError, errors.RemoteRankError) as failure:
             if isinstance(failure, errors.RemoteRankError) and failure.kind != errors.DamagedCheckpointError.__name__:
                 raise
-            newest = newest or failure
-            passed_over = [*passed_over, PassedOver(checkpoint, _what(comm, failure))]
+            newest, text = (
+                newest or failure,
+                failure.text if isinstance(failure, errors.RemoteRankError) else str(failure),
+            )
+            passed_over = [*passed_over, PassedOver(checkpoint, text.removesuffix(errors.TAKE_ANOTHER))]
     if newest is not None:
         raise newest
     return open_at(None, [])
@@ -323,12 +326,6 @@ def _to_try(config: Config, folder: RunPath) -> list[Checkpoint]:
     if found or resume in (None, "auto"):
         return found
     return [find_checkpoint(folder, resume, "run.resume=")]
-
-
-def _what(comm: Comm, failure: errors.DamagedCheckpointError | errors.RemoteRankError) -> str:
-    """Return what is damaged, as the first rank says that found it. Every rank calls it."""
-    own = failure.what if isinstance(failure, errors.DamagedCheckpointError) else ""
-    return next(filter(None, comm.allgather_object(own, name="damage")))
 
 
 ACCEPTED_FILE = "accepted-stores.json"
@@ -358,8 +355,7 @@ class AcceptedStore(Section):
         return self.accepted.store_id != record.store_id or record.commit_id == self.recorded.commit_id
 
 
-class _AcceptedStores(Section):
-    accepted: list[AcceptedStore]
+_ACCEPTED = TypeAdapter(list[AcceptedStore])
 
 
 def accept(checkpoint: Checkpoint, store: AcceptedStore) -> RunPath | None:
@@ -374,9 +370,8 @@ def accept(checkpoint: Checkpoint, store: AcceptedStore) -> RunPath | None:
     is_back = store.recorded.is_same(store.accepted)
     if is_back and len(others) == len(before):
         return None
-    after = _AcceptedStores(accepted=others if is_back else [*others, store])
     try:
-        write_file(file, after.model_dump_json(indent=1) + "\n")
+        write_file(file, _ACCEPTED.dump_json(others if is_back else [*others, store], indent=1) + b"\n")
     except (OSError, StorageError) as failure:
         raise errors.CheckpointError(f"{file} cannot be written: {failure}") from failure
     return file
@@ -384,7 +379,7 @@ def accept(checkpoint: Checkpoint, store: AcceptedStore) -> RunPath | None:
 
 def _read_accepted(file: RunPath) -> list[AcceptedStore]:
     try:
-        return _AcceptedStores.model_validate_json(read_file(file)).accepted
+        return _ACCEPTED.validate_json(read_file(file))
     except FileNotFoundError:
         return []
     except (OSError, StorageError, ValidationError) as failure:
