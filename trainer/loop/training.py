@@ -308,7 +308,7 @@ class Training:
                 self._save()
         due = self._look_at_saves()
         if self._is_due(self._config.train.checkpoint_every) or due:
-            self._begin_save()
+            self._save(beside=self._config.train.checkpoint_beside)
 
     def _look_at_saves(self) -> bool:
         """See how far a checkpoint is that is written during the training; return whether one is due by the clock."""
@@ -319,17 +319,6 @@ class Training:
             outcome, due = self._saves.look(step)
         self._note_outcome(outcome)
         return due
-
-    def _begin_save(self) -> None:
-        """Begin to write a checkpoint during the training, after the end of the one before; or write it, where the
-        settings say so."""
-        if not self._config.train.checkpoint_beside:
-            self._save()
-            return
-        with self.totals.timed("checkpoint"):
-            self._note_outcome(self._saves.wait())
-            keep = self._config.train.keep_checkpoints
-            self._note_outcome(self._saves.begin(self._engine, self._state(), keep, self._best()))
 
     def _note_outcome(self, outcome: Outcome | None) -> None:
         """Count a checkpoint that has ended, and say so where it failed. Raises CheckpointError where too many did."""
@@ -421,14 +410,19 @@ class Training:
                 raise StoppedError(f"{self._signals.received} received")
             yield batch
 
-    def _save(self) -> str:
-        """Write a checkpoint, and wait for it. Raises CheckpointError."""
-        keep = self._config.train.keep_checkpoints
+    def _save(self, *, beside: bool = False) -> str:
+        """Write a checkpoint after the end of the one before, and wait for it unless it is written `beside` training.
+
+        Returns its address. Raises CheckpointError."""
+        given = self._engine, self._state(), self._config.train.keep_checkpoints, self._best()
         with self.totals.timed("checkpoint"):
             self._note_outcome(self._saves.wait())
-            address = self._saves.save(self._engine, self._state(), keep, self._best())
-        self._note_outcome(Outcome(self._engine.num_steps, ""))
-        return address
+            if beside:
+                self._note_outcome(self._saves.begin(*given))
+            else:
+                self._saves.save(*given)
+                self._note_outcome(Outcome(self._engine.num_steps, ""))
+        return self._run.place.address(self._engine.num_steps)
 
     def _state(self) -> CheckpointState:
         run = self._run
