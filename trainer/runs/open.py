@@ -214,22 +214,17 @@ def lacking_images(
         found = _counted(config, comm, schema, place, partitions[place.name], indexes)
         if not found.impressions and not found.behaviors:
             continue
-        if config.data.missing == "error":
+        share = f"{found.impressions:,} of {found.of:,} impressions, {found.behaviors:,} behaviours"
+        share += f", {found.without:,} of the impressions without any image" if found.without else ""
+        lacks = f"{place.url} lacks {count_text(found.images, 'image')} that the samples name ({share})"
+        missing, listed = config.data.missing, f"list them: {_list_command(config, place)}"
+        if missing == "error":
             raise MissingKeysError(
-                f"{_described(found, place)}; list them: {_list_command(config, place)}; add them: {place.make_it()}; "
-                'or set data.missing=learned, for a trained "no image" vector'
+                f"{lacks}; {listed}; add them: {place.make_it()}; or set data.missing=learned, for a trained "
+                '"no image" vector'
             )
-        lines.append(
-            f"{_described(found, place)}: they {_INSTEAD[config.data.missing]} (data.missing={config.data.missing}); "
-            f"list them: {_list_command(config, place)}"
-        )
+        lines.append(f"{lacks}: they {_INSTEAD[missing]} (data.missing={missing}); {listed}")
     return lines
-
-
-def _described(found: survey.LackingImages, place: StorePlace) -> str:
-    share = f"{found.impressions:,} of {found.of:,} impressions, {found.behaviors:,} behaviours"
-    without = f", {found.without:,} of the impressions without any image" if found.without else ""
-    return f"{place.url} lacks {count_text(found.images, 'image')} that the samples name ({share}{without})"
 
 
 def _list_command(config: Config, place: StorePlace) -> str:
@@ -339,8 +334,7 @@ def _open_run(
     """Open the run at this checkpoint, or at its first step."""
     schema = load_schema(config.data.schema_file)
     places = store_places(config, schema)
-    damaged = [each.checkpoint for each in passed]
-    comm.on_all(lambda: check_folder(config, folder, at[0] if at else None, damaged))
+    comm.on_all(lambda: check_folder(config, folder, at[0] if at else None, [each.checkpoint for each in passed]))
     samples = comm.on_rank_0(lambda: open_samples(config, places))
     recorded = at[1].origin if at else None
     comm.on_all(lambda: check_tables(schema, config.model))
@@ -353,8 +347,7 @@ def _open_run(
     config = comm.on_rank_0(lambda: with_validation(config, samples, held))
     train = open_index(comm, samples, "train", schema, config.data.train_days)
     test = open_index(comm, samples, "test", schema, config.data.test_days)
-    choose = partial(snapshot_of, resumed=at)
-    partitions, statistics = open_stores(config, comm, places, choose, measured=not at)
+    partitions, statistics = open_stores(config, comm, places, partial(snapshot_of, resumed=at), measured=not at)
     digest = survey.samples_digest(comm, train, config.data.cache_dir)
     schema = _with_statistics(config, comm, schema, train, digest, recorded, warm)
     reader = train_reader(config, train, schema, comm.rank, comm.size)
@@ -372,6 +365,8 @@ def _open_run(
     elif warm:
         checkpoints.begin_with(comm, warm, origin, engine, config.data.cache_dir)
     engine.begin_day(train.newest_day)
+    position = at[1].position if at else BatchPosition(0, 0)
+    engine.first_step = engine.num_steps - (position.epoch * reader.steps_per_epoch + position.step)  # of earlier runs
     return Run(
         config=config,
         comm=comm,
@@ -386,7 +381,7 @@ def _open_run(
         validation_reader=_validation_reader(config, comm, samples, schema),
         known_ads=known_ads(comm, train, schema),
         origin=origin,
-        position=_begin(engine, reader, at),
+        position=position,
         history=at[1].history if at else [],
         resumed=at[0] if at else None,
         passed_over=passed,
@@ -434,13 +429,6 @@ def _validation_reader(config: Config, comm: Comm, samples: Storage, schema: Sch
     if not isinstance(days, list):
         return None
     return test_reader(config, comm, open_index(comm, samples, "train", schema, days), schema)
-
-
-def _begin(engine: Engine, reader: SampleReader, resumed: checkpoints.Resumed | None) -> BatchPosition:
-    """Return the batch that comes next, and tell the engine which of its steps were those of an earlier run."""
-    position = resumed[1].position if resumed else BatchPosition(0, 0)
-    engine.first_step = engine.num_steps - (position.epoch * reader.steps_per_epoch + position.step)
-    return position
 
 
 def open_stores(
