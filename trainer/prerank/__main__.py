@@ -15,7 +15,7 @@ from trainer.cli import StoreVersion, WhichCheckpoint
 from trainer.prerank import MIN_RECALL
 
 if TYPE_CHECKING:
-    from trainer.prerank.adindex import AdIndex, Ads, Changes, Vectors
+    from trainer.prerank.adindex import Ads, Vectors
     from trainer.runs.saved import TrainedRun
 
 INDEX = "data/ad-index"
@@ -112,10 +112,14 @@ def build(options: BuildOptions) -> None:
     features = f"snapshot {trained.store_version}" if trained.store_version else "none: a run without images"
     if num_missing:
         features += f"; {num_missing:,} lookups of images that have none"
+    state, ads = index.state, ", ".join(f"{count:,} {what}" for what, count in changes.items())
+    measured = f"{state.recall:.4f} for vectors of {state.queries}, effort {index.index.effort}"
     lines = [
         f"run          {trained.saved.folder}, {trained.saved.checkpoint.name}",
         f"features     {features}",
-        *summary_text(index, changes),
+        f"ads          {ads}",
+        f"index        {state.kind}, {state.num_ads:,} ads, {state.dim} numbers each, inner product",
+        f"recall@10    {measured if state.queries else 'exact'}",
         f"time         {time.monotonic() - start:.1f} s",
         f"written to   {options.out}, version {index.version}",
         *(f"note         {note}" for note in trained.saved.notes_on_missing(num_missing)),
@@ -123,16 +127,6 @@ def build(options: BuildOptions) -> None:
     output.print_summary("\n".join(lines))
     if index.warning:
         output.print_warning(index.warning)
-
-
-def summary_text(index: "AdIndex", changes: "Changes") -> list[str]:
-    """Write what is printed of the index and its ads."""
-    state, ads = index.state, ", ".join(f"{count:,} {what}" for what, count in changes.items())
-    structure = f"{state.kind}, {state.num_ads:,} ads, {state.dim} numbers each, inner product"
-    recall = "exact"
-    if state.queries:
-        recall = f"{state.recall:.4f} for vectors of {state.queries}, effort {index.index.effort}"
-    return [f"ads          {ads}", f"index        {structure}", f"recall@10    {recall}"]
 
 
 def _check_options(options: BuildOptions) -> None:

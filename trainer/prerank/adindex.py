@@ -39,6 +39,7 @@ from trainer.errors import AdIndexError, AdIndexNotFoundError, ConfigError, Data
 from trainer.evaluation.predict import places
 from trainer.models.nets import TwoTower
 from trainer.prerank import MIN_RECALL
+from trainer.runs.export import vector_lists
 from trainer.runs.open import test_reader
 from trainer.runs.saved import TEST, TRAIN, TrainedRun, finite, open_test
 from trainer.samples.columns import (
@@ -113,7 +114,6 @@ class IndexState(Sealed):
     """The content of index.json, which describes a version of an index of ads."""
 
     kind: IndexKind
-    metric: Literal["inner_product"] = "inner_product"
     dim: int
     num_ads: int
     recall: float
@@ -301,10 +301,9 @@ KEY, VECTOR = "key", "vector"
 def to_parquet(keys_N: Keys, vectors_NW: Vectors) -> bytes:
     """Write columns key, ascending, and vector, lists of one width of float32."""
     order_N = np.argsort(keys_N)
-    numbers = pa.array(vectors_NW[order_N].astype(np.float32).reshape(-1))
-    vector: Any = pa.FixedSizeListArray.from_arrays(numbers, vectors_NW.shape[1])
     sink = pa.BufferOutputStream()
-    table = pa.table({KEY: pa.array(keys_N[order_N]), VECTOR: vector})
+    vectors = vector_lists(vectors_NW[order_N].astype(np.float32))
+    table = pa.table({KEY: pa.array(keys_N[order_N]), VECTOR: vectors})
     pq.write_table(table, sink, compression="lz4", write_page_checksum=True)
     return sink.getvalue().to_pybytes()
 

@@ -61,11 +61,6 @@ class ImageNetwork:
         load_part(model, read_dense(saved.checkpoint, saved.state, config.data.cache_dir, part))
         return model.to(share_machine(config, SoloComm()))
 
-    @property
-    def num_images(self) -> int:
-        """Live rows of the snapshot."""
-        return self.snapshot.num_rows
-
     def describe(self) -> dict[str, Any]:
         """Say what its vectors are of."""
         return {
@@ -106,7 +101,7 @@ class ImageNetwork:
     def _table(self, keys_K: Int64Array, uris: list[Any], features_KD: AnyArray) -> pa.Table:
         """Compute the vectors of some images; features are in the store's dtype."""
         visual_KV = visual_vectors(self.model, features_KD)
-        columns: list[Any] = [pa.array(keys_K), pa.array(uris, pa.string()), _lists(visual_KV)]
+        columns: list[Any] = [pa.array(keys_K), pa.array(uris, pa.string()), vector_lists(visual_KV)]
         return pa.Table.from_arrays(columns, [KEY, URI, VECTOR])
 
 
@@ -164,7 +159,7 @@ def export_vectors(network: ImageNetwork, out: str, progress: Progress = lambda 
         for table in network.tables():
             write(table)
             done += len(table)
-            progress(done, network.num_images)
+            progress(done, network.snapshot.num_rows)
 
 
 def _chosen(folder: RunPath, stores: list[str], asked: str | None) -> str:
@@ -177,7 +172,7 @@ def _chosen(folder: RunPath, stores: list[str], asked: str | None) -> str:
     raise ConfigError(f"{wrong}{folder} has the networks {', '.join(stores)}; choose one by --network")
 
 
-def _lists(vectors_NV: Float32Array) -> Any:
+def vector_lists(vectors_NV: Float32Array) -> Any:
     """Turn the rows of a matrix into lists of one width."""
     return pa.FixedSizeListArray.from_arrays(pa.array(vectors_NV.reshape(-1)), vectors_NV.shape[1])
 

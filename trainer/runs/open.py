@@ -6,7 +6,7 @@ Every rank calls the same functions; what can go wrong on one of them is agreed 
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from typing import Any
 
@@ -36,7 +36,7 @@ from trainer.runs.saving import CheckpointPlace
 from trainer.samples import survey
 from trainer.samples.columns import files_by_day, rules_of, sample_files
 from trainer.samples.index import SampleIndex, known_ads, open_index, streams_of
-from trainer.samples.reader import Batch, BatchPosition, SampleReader, Span
+from trainer.samples.reader import BatchPosition, SampleReader, Span
 from trainer.schema import DEFAULT_STORE, Schema, load_schema
 from trainer.schema.fields import IDS_FILE, SCHEMA_FILE
 
@@ -47,13 +47,12 @@ _INSTEAD = {"learned": 'get a trained "no image" vector', "zeros": "are zeros"}
 
 @dataclass(frozen=True)
 class StorePlace:
-    """Where a store is, the snapshot that is asked for, and the settings that say so."""
+    """Where a store is, the snapshot that is asked for, and the setting that says so."""
 
     name: str
     url: str
     version: VersionName | None
     setting: str
-    version_setting: str
 
     def make_it(self) -> str:
         """Name the command that fills it."""
@@ -88,12 +87,8 @@ def store_places(config: Config, schema: Schema) -> list[StorePlace]:
                 f"{', '.join(sorted(known)) or 'none'}; give a field store: {name}, or leave the setting out"
             )
     data = config.data
-    places = [StorePlace(name, data.store, data.store_version, "data.store", "data.store_version") for name in here]
-    return places + [
-        StorePlace(
-            name, data.stores[name], data.store_versions.get(name), f"data.stores.{name}", f"data.store_versions.{name}"
-        )
-        for name in elsewhere
+    return [StorePlace(name, data.store, data.store_version, "data.store") for name in here] + [
+        StorePlace(name, data.stores[name], data.store_versions.get(name), f"data.stores.{name}") for name in elsewhere
     ]
 
 
@@ -115,20 +110,19 @@ def snapshot_of(place: StorePlace, resumed: checkpoints.Resumed | None) -> Snaps
 
     Raises AnotherStoreError where it is not of the store that the checkpoint was trained on.
     """
-    checkpoint, state = resumed or (None, None)
-    recorded = state.version_of(place.name) if state and not isinstance(place.version, int) else None
+    recorded = resumed[1].version_of(place.name) if resumed and not isinstance(place.version, int) else None
     store = FeatureStore.open(place.url)
     try:
         snapshot = store.snapshot(place.version if recorded is None else recorded)
     except FeatureStoreError as failure:
         if recorded is None:
             raise
-        check_identity(place, store.snapshot(), checkpoint, state)
+        check_identity(place, store.snapshot(), resumed)
         raise CheckpointError(
             f"the checkpoint was trained on snapshot {recorded} of {place.url}: {failure}; "
-            f"{place.version_setting}=N continues with another one"
+            f"{place.setting.replace('store', 'store_version', 1)}=N continues with another one"
         ) from failure
-    check_identity(place, snapshot, checkpoint, state)
+    check_identity(place, snapshot, resumed)
     if snapshot.num_rows == 0:
         raise DataError(
             f"{place.setting}={place.url} has no features in snapshot {snapshot.version}; "
@@ -137,15 +131,16 @@ def snapshot_of(place: StorePlace, resumed: checkpoints.Resumed | None) -> Snaps
     return snapshot
 
 
-def check_identity(
-    place: StorePlace, snapshot: Snapshot, checkpoint: Checkpoint | None, state: checkpoints.CheckpointState | None
-) -> None:
+def check_identity(place: StorePlace, snapshot: Snapshot, resumed: checkpoints.Resumed | None) -> None:
     """Raise AnotherStoreError where the snapshot is not of the store that the checkpoint was trained on.
 
     Features of another kind are found by Origin.check_store, which has better words.
     """
-    recorded = state.stores.get(place.name) if state else None
-    if checkpoint is None or state is None or recorded is None or other_features(snapshot.info, state, place.name):
+    if resumed is None:
+        return
+    checkpoint, state = resumed
+    recorded = state.stores.get(place.name)
+    if recorded is None or other_features(snapshot.info, state, place.name):
         return
     name = "" if place.setting == "data.store" else f" --name {place.name}"
     recorded.check(
@@ -539,17 +534,13 @@ def test_reader(config: Config, comm: Comm, index: SampleIndex, schema: Schema) 
 class PartReader(SampleReader):
     """One contiguous part of a split for each rank, cut into equally many batches, in the files' order.
 
-    Evaluation needs no order, so a rank decodes its own part alone. Parts are no parts of one global batch, and their
-    samples have no places in it.
+    Evaluation needs no order, so a rank decodes its own part alone. Parts are no parts of one global batch: places of
+    their samples are those in the part.
     """
 
     @property
     def steps_per_epoch(self) -> int:
         return -(-max(len(self._part(rank)) for rank in range(self._num_ranks)) // self._part_size)
-
-    def batches(self, epoch: int = 0, first_step: int = 0) -> Iterator[Batch]:
-        for batch in super().batches(epoch, first_step):
-            yield replace(batch, place_B=None)
 
     def _steps(self, lengths_S: Sequence[int]) -> Iterator[tuple[list[Span], int]]:
         """Yield this rank's part of each step, and the samples of all ranks' parts."""

@@ -96,7 +96,7 @@ class SavedRun:
                 f"{self.checkpoint} was trained on features of another kind than {place.url} has now: "
                 f"{'; '.join(differing)}; take a store of the former kind"
             )
-        opening.check_identity(place, snapshot, self.checkpoint, self.state)
+        opening.check_identity(place, snapshot, (self.checkpoint, self.state))
         return snapshot
 
     def trained_on(self, place: opening.StorePlace) -> Snapshot:
@@ -334,18 +334,14 @@ def _notes(source: RunSource, saved: SavedRun, stores: Mapping[str, SnapshotId])
     if source.store is not None and all(record.url != source.store for record in stores.values()):
         notes.append(f"the model reads nothing from data.store: --store {source.store} is not used")
     recorded = checkpoints.read_recorded(saved.checkpoint).stores
-    for name, record in saved.state.stores.items():
-        if record != recorded[name]:
-            trained_on = recorded[name].described()
-            notes.append(
-                f"store {name}: the run was trained on {trained_on}; {record.described()} was accepted in its place"
-            )
     for name, record in stores.items():
-        if record.version != saved.state.version_of(name):
-            notes.append(
-                f"store {name} is at snapshot {record.version} ({record.url}); the run was trained on snapshot "
-                f"{saved.state.version_of(name)}"
-            )
+        trained_on, accepted = recorded[name], saved.state.stores[name]
+        if accepted != trained_on:
+            trained, instead = trained_on.described(), accepted.described()
+            notes.append(f"store {name}: the run was trained on {trained}; {instead} was accepted in its place")
+        if record.version != accepted.version:
+            now = f"store {name} is at snapshot {record.version} ({record.url})"
+            notes.append(f"{now}; the run was trained on snapshot {accepted.version}")
     return notes
 
 
