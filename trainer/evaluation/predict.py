@@ -33,7 +33,7 @@ from featurestore.keys import BoolArray, Float32Array, Float64Array, Int64Array
 from featurestore.published.paths import RunPath, run_path
 from featurestore.published.versions import VersionName
 from trainer.comm import Comm, SoloComm
-from trainer.errors import DataError, SchemaError, TrainerError
+from trainer.errors import SchemaError, TrainerError
 from trainer.evaluation.bootstrap import Metrics, measure, probability
 from trainer.runs.export import parquet_file
 from trainer.runs.saved import EvaluatedRun, PredictingRun, RunSource, open_predicting, open_source, read_run
@@ -73,21 +73,17 @@ class SeenInTraining:
 
 
 def gathered(
-    comm: Comm,
-    predicted: Iterable[tuple[Batch, Float64Array]],
-    schema: Schema,
-    *,
-    cuts: bool = False,
-    by: Sequence[str] = (),
+    comm: Comm, predicted: Iterable[tuple[Batch, Float64Array]], schema: Schema, by: Sequence[str] | None = None
 ) -> tuple[Float64Array, Impressions]:
     """Gather logits (N,) and what they are of, from rank to rank, the same on every rank.
 
-    `predicted`: this rank's batches, each with its logits. `cuts`: with images and histories; `by`: fields to cut by,
-    see `fields_by`. Raises SchemaError, and TrainerError where a logit is not finite.
+    `predicted`: this rank's batches, each with its logits. `by`: fields to cut by besides images and histories, see
+    `fields_by`; None: nothing is cut. Raises SchemaError, and TrainerError where a logit is not finite.
     """
-    image, history = (ad_image_field(schema), _history_field(schema)) if cuts else (None, None)
-    further = fields_by(schema, by)
-    names = ["user", "ad", *(["image"] if image else []), *(["history"] if history else []), *further]
+    image, history = (None, None) if by is None else (ad_image_field(schema), _history_field(schema))
+    further = fields_by(schema, by or ())
+    names = ["user", "ad", *(["image"] if image else []), *(["history"] if history else [])]
+    names += [f"by {name}" for name in further]
     real, whole = [np.empty((0, 2))], [np.empty((0, len(names)), np.int64)]
     for batch, logit_B in predicted:
         columns_B = [batch.group_id_B, batch.fields[schema.new_ad_field].values_N]
@@ -107,11 +103,11 @@ def gathered(
     found = dict(zip(names, whole_KN, strict=True))
     return real_N2[:, 0].copy(), Impressions(
         label_N=real_N2[:, 1].astype(np.float32),
-        user_N=whole_KN[0],
-        ad_N=whole_KN[1],
-        image_N=found.get("image") if image else None,
-        history_N=found.get("history") if history else None,
-        by=dict(zip(further, whole_KN[len(names) - len(further) :], strict=True)),
+        user_N=found["user"],
+        ad_N=found["ad"],
+        image_N=found.get("image"),
+        history_N=found.get("history"),
+        by={name: found[f"by {name}"] for name in further},
     )
 
 
@@ -282,7 +278,7 @@ def predict(opened: PredictingRun, by: Sequence[str] = ()) -> tuple[Float64Array
 
     The same on every rank; all call it. `by`: further fields to cut by. Raises TrainerError, SchemaError.
     """
-    logit_N, impressions = gathered(opened.comm, _predicted(opened), opened.schema, cuts=True, by=by)
+    logit_N, impressions = gathered(opened.comm, _predicted(opened), opened.schema, by)
     if len(logit_N) != opened.test.num_samples:
         raise TrainerError(f"{len(logit_N):,} of {opened.test.num_samples:,} test impressions were predicted")
     return logit_N, impressions
@@ -434,59 +430,49 @@ def written_ids(index: SampleIndex, schema: Schema, dictionaries: Sequence[IdDic
     return found
 
 
+@dataclass
 class ScoreFile:
     """A file of scores that is being written; see `open_scores`."""
 
-    def __init__(
-        self,
-        write: Callable[[pa.Table], None],
-        index: SampleIndex,
-        schema: Schema,
-        about: Mapping[str, Any],
-        texts: IdTexts,
-    ) -> None:
-        self._write, self._index, self._schema, self._about, self._texts = write, index, schema, about, texts
-        wanted = {schema.label, schema.group, schema.new_ad_column}
-        self._rules = {name: rule for name, rule in columns.rules_of(schema).items() if name in wanted}
-        self._sums = np.zeros(3)  # of impressions, labels and probabilities
+    write: Callable[[pa.Table], None]
+    index: SampleIndex
+    schema: Schema
+    about: Mapping[str, Any]
+    texts: IdTexts
+    _sums: Float64Array = field(default_factory=lambda: np.zeros(3))
+    """Of impressions, labels and probabilities."""
 
     def add(self, row_group: RowGroup, logit_B: Float64Array) -> None:
-        """Write the impressions of a row group, whose logits these are; all are added in the order of the index.
+        """Write the impressions of a row group, whose logits these are, finite; all are added in the index's order.
 
         Raises DataError, SchemaError.
         """
-        if not np.isfinite(logit_B).all():
-            impression = int((~np.isfinite(logit_B)).argmax())
-            file = self._index.storage.full(row_group.file)
-            where = f"{file}, impression {impression} of the row group from row {row_group.first_row}"
-            raise DataError(f"{where}: its logit is {logit_B[impression]}; correct its values, or leave it out")
         table = self._rows(row_group, logit_B.astype(np.float64))
-        self._write(table)
-        sums = [len(table), *(table[name].to_numpy().sum(dtype=np.float64) for name in ("label", "probability"))]
-        self._sums += sums
+        self.write(table)
+        self._sums += [len(table), *(table[each].to_numpy().sum(dtype=np.float64) for each in ("label", "probability"))]
 
     def written(self, notes: tuple[str, ...] = ()) -> Written:
         """Return the summary of all added rows."""
         count, labels, probabilities = self._sums.tolist()
-        return Written(self._about, round(count), labels / count, probabilities / count, notes)
+        return Written(self.about, round(count), labels / count, probabilities / count, notes)
 
     def _rows(self, row_group: RowGroup, logit_B: Float64Array) -> pa.Table:
-        storage, schema = self._index.storage, self._schema
-        table = read_row_group(storage, row_group, [*columns.source_columns(self._rules), schema.time])
-        full = storage.full(row_group.file)
-        groups = columns.decode(table, self._rules, schema.label, full, row_group.first_row)
+        storage, schema, full = self.index.storage, self.schema, self.index.storage.full(row_group.file)
+        wanted = {schema.label, schema.group, schema.new_ad_column}
+        rules = {name: rule for name, rule in columns.rules_of(schema).items() if name in wanted}
+        table = read_row_group(storage, row_group, [*columns.source_columns(rules), schema.time])
+        groups = columns.decode(table, rules, schema.label, full, row_group.first_row)
         counts_G = np.diff(groups.sample_offsets)
         group_B = np.repeat(np.arange(len(counts_G)), counts_G)
 
         def written(column: str) -> Any:
             """Return a column's values as the logs have them."""
-            if column in self._texts:
-                texts = self._texts[column]
+            if texts := self.texts.get(column):
                 ids = groups.columns[column].values.tolist()
                 return pa.array([texts.get(each, str(each)) for each in ids], pa.string())
-            if column not in self._index.text_columns:
+            if column not in self.index.text_columns:
                 return pa.array(groups.columns[column].values)
-            encoded = columns.texts_of(table, column, self._rules[column], full, row_group.first_row)
+            encoded = columns.texts_of(table, column, rules[column], full, row_group.first_row)
             return pa.array(encoded.texts_U, pa.string()).take(encoded.index_N)
 
         time_G: Any = pa.nulls(len(counts_G), pa.int64())

@@ -194,8 +194,6 @@ class AdIndex:
         except FileNotFoundError as failure:
             raise CorruptFileError(f"{files.full(STATE)} is missing") from failure
         index = VectorIndex.load(_read(files, state, STRUCTURE))
-        if (index.kind, index.dim, index.num_keys) != (state.kind, state.dim, state.num_ads):
-            raise CorruptFileError(f"{files.full(STRUCTURE)} is not the index that its version describes")
         return cls(files, state, index)
 
     @property

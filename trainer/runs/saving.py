@@ -467,20 +467,18 @@ class Checkpointer:
         for each in everyone:
             if each.fatal is not None:
                 raise each.fatal(each.error)
-        failed = [(rank, each.error) for rank, each in enumerate(everyone) if each.error]
+        rank = "rank {}: ".format if self._comm.size > 1 else lambda _: ""
+        failed = [f"{rank(place)}{each.error}" for place, each in enumerate(everyone) if each.error]
         if failed or self._is_publishing:
             self._place.end(failed=not self._is_publishing)
             self._step, self._mine, self._is_publishing = None, _Progress(), False
-            return Outcome(step, self._named(*failed[0]) if failed else "")
+            return Outcome(step, failed[0] if failed else "")
         self._is_publishing = True
         if self._comm.rank == 0:
             self._mine.is_busy = True
             parts = {name: part for each in everyone for name, part in each.parts.items()}
             self._thread = _in_thread(lambda: self._publish(parts))
         return None
-
-    def _named(self, rank: int, error: str) -> str:
-        return f"rank {rank}: {error}" if self._comm.size > 1 else error
 
     def _schedule(self, step: int, of_rank_0: _Progress) -> bool:
         """Choose the step after which all look again, by the clock of rank 0; return whether a checkpoint is due."""
