@@ -36,6 +36,7 @@ from trainer.comm import Comm, SoloComm
 from trainer.errors import SchemaError, TrainerError
 from trainer.evaluation.bootstrap import Metrics, measure, probability
 from trainer.runs.export import parquet_file
+from trainer.runs.open import test_reader
 from trainer.runs.saved import EvaluatedRun, PredictingRun, RunSource, open_predicting, open_source, read_run
 from trainer.samples import columns
 from trainer.samples.index import RowGroup, SampleIndex, known_ads, read_row_group, read_values
@@ -264,8 +265,11 @@ def predict_run(
 
     One rank where no `comm` is given, else on all of its ranks, the same on each.
     """
-    comm = comm or SoloComm()
-    source = RunSource(run_path(folder), checkpoint, samples, store, store_version)
+    return predict_source(RunSource(run_path(folder), checkpoint, samples, store, store_version), comm or SoloComm())
+
+
+def predict_source(source: RunSource, comm: Comm) -> Predictions:
+    """Predict as `predict_run`; every rank calls it."""
     with contextlib.closing(open_source(source, comm)) as opened:
         logit_N, impressions = predict(opened)
         missing = opened.saved.notes_on_missing(opened.missing_lookups())
@@ -285,7 +289,8 @@ def predict(opened: PredictingRun, by: Sequence[str] = ()) -> tuple[Float64Array
 
 
 def _predicted(opened: PredictingRun) -> Iterator[tuple[Batch, Float64Array]]:
-    with contextlib.closing(ReadAhead(opened.reader.batches())) as ahead:
+    reader = test_reader(opened.config, opened.comm, opened.test, opened.schema)
+    with contextlib.closing(ReadAhead(reader.batches())) as ahead:
         for each in opened.engine.prepared(ahead, "eval"):
             yield each.batch, opened.engine.predict(each)
 

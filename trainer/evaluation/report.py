@@ -18,7 +18,7 @@ from featurestore.text import count_text
 from trainer.comm import Comm
 from trainer.errors import TrainerError
 from trainer.evaluation import bootstrap
-from trainer.evaluation.predict import Impressions, predict, predict_run, slicings_of
+from trainer.evaluation.predict import Impressions, predict, predict_source, slicings_of
 from trainer.runs.saved import TEST, EvaluatedRun, RunSource, open_source
 
 METRIC_TITLES = {"logloss": "log loss", "auc": "AUC", "gauc": "GAUC", "calibration": "predicted / clicked"}
@@ -63,9 +63,8 @@ def compare_runs(source: RunSource, against: RunPath, comm: Comm, *, resamples: 
     those of both. They are written to comparison.json in `out`, by default RUN/evaluation. Every rank calls it. Raises
     TrainerError, FeatureStoreError; DataError where the test samples of the two differ.
     """
-    console, places = output.text_console(quiet=comm.rank != 0), source.places
-    ours = predict_run(source.folder, comm, checkpoint=source.checkpoint, **places)
-    baseline = predict_run(against, comm, **places)
+    console, ours = output.text_console(quiet=comm.rank != 0), predict_source(source, comm)
+    baseline = predict_source(replace(source, folder=against, checkpoint=None), comm)
     bootstrap.check_same_impressions(ours, baseline, (str(source.folder), str(against)))
     if comm.rank != 0:
         return

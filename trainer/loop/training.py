@@ -414,19 +414,8 @@ class Training:
         """Write a checkpoint after the end of the one before, and wait for it unless it is written `beside` training.
 
         Returns its address. Raises CheckpointError."""
-        given = self._engine, self._state(), self._config.train.keep_checkpoints, self._best()
-        with self.totals.timed("checkpoint"):
-            self._note_outcome(self._saves.wait())
-            if beside:
-                self._note_outcome(self._saves.begin(*given))
-            else:
-                self._saves.save(*given)
-                self._note_outcome(Outcome(self._engine.num_steps, ""))
-        return self._run.place.address(self._engine.num_steps)
-
-    def _state(self) -> CheckpointState:
         run = self._run
-        return CheckpointState(
+        state = CheckpointState(
             step=self._engine.num_steps,
             epoch=run.position.epoch,
             step_in_epoch=run.position.step,
@@ -436,6 +425,15 @@ class Training:
             history=[*run.history],
             files={},
         )
+        given = self._engine, state, self._config.train.keep_checkpoints, self._best()
+        with self.totals.timed("checkpoint"):
+            self._note_outcome(self._saves.wait())
+            if beside:
+                self._note_outcome(self._saves.begin(*given))
+            else:
+                self._saves.save(*given)
+                self._note_outcome(Outcome(state.step, ""))
+        return run.place.address(state.step)
 
 
 def total_steps(run: Run) -> int:

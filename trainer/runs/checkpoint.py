@@ -17,7 +17,6 @@ But a run of the next day on the same settings is better with all of it (`all`):
 shrink for ever.
 """
 
-import os
 import re
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -226,8 +225,10 @@ def local_copy(checkpoint: Checkpoint, file: str, digest: str, cache_dir: str | 
         except FileNotFoundError as failure:
             raise errors.DamagedCheckpointError(f"{checkpoint}/{file} is missing") from failure
         if not checkpoint.files.is_local:
-            folder = cache_folder(cache_dir)
-            copy = opened.enter_context(tempfile.NamedTemporaryFile(dir=folder, prefix=".tmp-", suffix=f"-{file}"))
+            folder = Path(cache_dir or default_cache_dir())
+            for each in (folder, copies := folder / RUNS):
+                claim(each)
+            copy = opened.enter_context(tempfile.NamedTemporaryFile(dir=copies, prefix=".tmp-", suffix=f"-{file}"))
         while block := content.read(_BLOCK_BYTES):
             found.update(block)
             if copy is not None:
@@ -239,14 +240,6 @@ def local_copy(checkpoint: Checkpoint, file: str, digest: str, cache_dir: str | 
         if copy is not None:
             copy.flush()
         yield Path(checkpoint.path(file) if copy is None else copy.name)
-
-
-def cache_folder(cache_dir: str | os.PathLike[str] | None) -> Path:
-    """Return the folder of this machine for copies of runs' files: that of `data.cache_dir`, or the usual one."""
-    folder = Path(cache_dir or default_cache_dir())
-    claim(folder)
-    claim(folder / RUNS)
-    return folder / RUNS
 
 
 @contextmanager

@@ -129,7 +129,12 @@ def open_network(
     if store is not None:
         saved = replace(saved, config=saved.config.changed(data={"store": store}))
     widths = network_widths(saved)
-    at = _chosen(folder, list(widths), network)
+    if not widths:
+        raise ConfigError(f"{folder} has model.images=none: it has no E for images; name another run by --run")
+    at = next(iter(widths)) if network is None and len(widths) == 1 else network
+    if at not in widths:
+        wrong = "" if network is None else f"--network {network}: "
+        raise ConfigError(f"{wrong}{folder} has the networks {', '.join(widths)}; choose one by --network")
     place = next(place for place in saved.places if place.name == at)
     snapshot = saved.snapshot(place, store_version)
     if snapshot.num_rows == 0:
@@ -160,16 +165,6 @@ def export_vectors(network: ImageNetwork, out: str, progress: Progress = lambda 
             write(table)
             done += len(table)
             progress(done, network.snapshot.num_rows)
-
-
-def _chosen(folder: RunPath, stores: list[str], asked: str | None) -> str:
-    """Find the store whose E is asked for."""
-    if not stores:
-        raise ConfigError(f"{folder} has model.images=none: it has no E for images; name another run by --run")
-    if asked in stores or (asked is None and len(stores) == 1):
-        return asked or stores[0]
-    wrong = "" if asked is None else f"--network {asked}: "
-    raise ConfigError(f"{wrong}{folder} has the networks {', '.join(stores)}; choose one by --network")
 
 
 def vector_lists(vectors_NV: Float32Array) -> Any:

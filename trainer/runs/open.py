@@ -391,15 +391,16 @@ def with_validation(config: Config, samples: Storage, recorded: list[str] | int 
     `recorded`: those of the checkpoint that is resumed. Raises ConfigError where no day would be left to train on.
     Lists the samples only where days may be held out.
     """
-    held = recorded if config.data.validation_days is None else config.data.validation_days
-    is_chosen = held is None and _chooses_epochs(config.train)
+    held, train = recorded if config.data.validation_days is None else config.data.validation_days, config.train
+    is_long = train.early_stopping is not None or (train.epochs > TrainConfig().epochs and train.max_steps is None)
+    is_chosen = held is None and train.eval_every is None and is_long  # which epoch is best differs by log
     if not held and not is_chosen:
         return config.changed(data={"validation_days": 0})
     days = config.data.train_days or [
         day for day, files in files_by_day(samples).items() if any(file.startswith("train/") for file in files)
     ]
     if is_chosen:  # a tenth, but one at least; none of few days, unless the training may stop early
-        if len(days) < _LEAST_DAYS and config.train.early_stopping is None:
+        if len(days) < _LEAST_DAYS and train.early_stopping is None:
             return config.changed(data={"validation_days": 0})
         held = max(1, len(days) // 10)
     held = sorted(days)[-held:] if isinstance(held, int) else held or []
@@ -411,12 +412,6 @@ def with_validation(config: Config, samples: Storage, recorded: list[str] | int 
             "give fewer, or train.eval_every=STEPS"
         )
     return config.changed(data={"train_days": kept, "validation_days": held})
-
-
-def _chooses_epochs(train: TrainConfig) -> bool:
-    """Whether held-out days choose the best epoch where none are named: which it is differs by log."""
-    is_long = train.epochs > TrainConfig().epochs and train.max_steps is None
-    return train.eval_every is None and (is_long or train.early_stopping is not None)
 
 
 def _validation_reader(config: Config, comm: Comm, samples: Storage, schema: Schema) -> SampleReader | None:

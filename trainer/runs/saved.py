@@ -31,7 +31,6 @@ from trainer.runs import open as opening
 from trainer.runs.folder import STATE, Checkpoint, find_checkpoint, report_of
 from trainer.samples.columns import sample_files
 from trainer.samples.index import SampleIndex, open_index
-from trainer.samples.reader import SampleReader
 from trainer.samples.survey import IdDictionary, fill_in, samples_digest, texts_of_ids
 from trainer.schema import Schema, load_schema
 
@@ -230,19 +229,12 @@ class RunSource:
     store: str | None = None
     store_version: VersionName | None = None
 
-    @property
-    def places(self) -> dict[str, Any]:
-        """Samples and store, which another run may be opened with too."""
-        return {"samples": self.samples, "store": self.store, "store_version": self.store_version}
-
 
 @dataclass(kw_only=True)
 class PredictingRun(TrainedRun):
     """A run's engine, and the samples to predict, on the ranks of its `comm`; close it."""
 
     test: SampleIndex
-    reader: SampleReader
-    """Of `test`."""
     notes: list[str]
     """What a reader of the figures should know."""
 
@@ -306,12 +298,7 @@ def _saved(source: RunSource, comm: Comm) -> SavedRun:
 def _predicting(source: RunSource, saved: SavedRun, comm: Comm) -> PredictingRun:
     test = open_test(comm, saved.config, saved.schema, source.samples)
     opened = open_at(saved, comm, saved.places, saved.trained_on)
-    return PredictingRun(
-        **vars(opened),
-        test=test,
-        reader=opening.test_reader(saved.config, comm, test, saved.schema),
-        notes=_notes(source, saved, opened.stores),
-    )
+    return PredictingRun(**vars(opened), test=test, notes=_notes(source, saved, opened.stores))
 
 
 def _config_of(source: RunSource, saved: SavedRun) -> Config:

@@ -102,7 +102,7 @@ def test_the_command_shows_new_ads_in_its_table_its_json_and_its_page(
     first_new: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     runs = dict(zip("ab", (new_from(each, first_new) for each in predictions(0, (1, 0.2), (2, 2.0))), strict=True))
-    monkeypatch.setattr(report, "predict_run", lambda folder, comm, **places: runs[folder.name])
+    monkeypatch.setattr(report, "predict_source", lambda source, comm: runs[source.folder.name])
     with recorded(ReportPage(tmp_path / "page.html", "T", [])):
         source = RunSource(tmp_path / "a", None)
         compare_runs(source, tmp_path / "b", SoloComm(), resamples=50, out=tmp_path)
