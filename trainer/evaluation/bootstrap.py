@@ -33,9 +33,7 @@ if TYPE_CHECKING:
     from trainer.evaluation.predict import Impressions, Predictions, Slicing
 
 
-METRICS = ("logloss", "auc", "gauc", "calibration")
-SHOWN_FIRST = ("auc", "gauc", "logloss", "calibration")
-"""The order of the metrics in a table of which pandas shows the first and the last columns."""
+METRICS = ("auc", "gauc", "logloss", "calibration")
 NUM_BINS = 10
 LEAST_PER_BIN = 100
 LEAST_USERS = 10
@@ -66,8 +64,8 @@ class Measured:
 
     def row(self) -> dict[str, Any]:
         """Return the figures by name; `auc_low` and `auc_high` are the ends of the interval of `auc`."""
-        row: dict[str, Any] = {name: self.metrics[name].value for name in SHOWN_FIRST}
-        for name in SHOWN_FIRST:
+        row: dict[str, Any] = {name: self.metrics[name].value for name in METRICS}
+        for name in METRICS:
             row |= {f"{name}_low": self.metrics[name].low, f"{name}_high": self.metrics[name].high}
         return row | {"clicks": self.clicks, "users": self.users, "impressions": self.impressions}
 
@@ -165,7 +163,7 @@ class MetricSums:
         self._sums_VC = np.column_stack([loss_V, *ranked_2V, count_VK, predicted_VK, clicked_VK])
         self._auc = _WeightedAuc(logit_N, label_N, user_N)
         self.num_impressions, self.num_clicks, self.num_users = len(label_N), int(label_N.sum()), num_users
-        self.users_M = (num_users, num_users, len(groups.group_G), num_users)
+        self.users_M = (num_users, len(groups.group_G), num_users, num_users)
         """How many users contribute to each of the METRICS."""
         self.count_K, self.users_K = count_VK.sum(axis=0), (count_VK > 0).sum(axis=0)
         """Impressions of each bin, and the users that they are of."""
@@ -180,9 +178,9 @@ class MetricSums:
         count_BK, predicted_BK, clicked_BK = np.split(sums_BC[:, 3:], 3, axis=1)
         count_B = count_BK.sum(axis=1)
         metrics = [
-            ratio(loss_B, count_B),
             self._auc.at(weight_BU),
             ratio(gauc_B, ranked_B),
+            ratio(loss_B, count_B),
             ratio(predicted_BK.sum(axis=1), clicked_BK.sum(axis=1)),
         ]
         return np.column_stack([*metrics, ratio(predicted_BK, count_BK), ratio(clicked_BK, count_BK)])
