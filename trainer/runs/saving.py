@@ -483,15 +483,11 @@ class Checkpointer:
     def _schedule(self, step: int, of_rank_0: _Progress) -> bool:
         """Choose the step after which all look again, by the clock of rank 0; return whether a checkpoint is due."""
         step_s = max(of_rank_0.step_s, 1e-6)
-        if self._step is not None:
-            self._next_look = step + max(1, min(step - self._step, int(_LOOK_EVERY_S / step_s)))
-            return False
-        if self._every_s is None:
-            return False
-        left_s = self._every_s - of_rank_0.clock_s
+        left_s = 0.0 if self._every_s is None else self._every_s - of_rank_0.clock_s
         # Half of what is left: so many looks a minute as it has powers of two of a step, and a slower step is noticed.
-        self._next_look = step + max(1, int(left_s / step_s / 2))
-        return left_s < step_s / 2
+        wait_s = _LOOK_EVERY_S if self.is_writing else left_s / 2
+        self._next_look = step + max(1, int(wait_s / step_s))
+        return self._every_s is not None and not self.is_writing and left_s < step_s / 2
 
 
 def state_bytes(state: CheckpointState, parts: Mapping[str, WrittenPart]) -> bytes:
