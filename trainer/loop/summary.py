@@ -10,7 +10,7 @@ import itertools
 import os
 import socket
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -153,7 +153,11 @@ class EventsFile:
             Event(wall_time=now_s, step=step, summary=scalar(name, value))  # type: ignore[no-untyped-call]
             for name, value in values.items()
         ]
-        data = _records([*self._head, *events])
+        buffer = io.BytesIO()
+        records = RecordWriter(buffer)
+        for event in (*self._head, *events):
+            records.write(event.SerializeToString())
+        data = buffer.getvalue()
         if isinstance(self._path, FarPath):
             self._held += data
         else:
@@ -170,14 +174,6 @@ class EventsFile:
             data = bytes(self._held)
             self._path.write_bytes(data)
             self._size_bytes = len(data)
-
-
-def _records(events: Iterable[Event]) -> bytes:
-    buffer = io.BytesIO()
-    records = RecordWriter(buffer)
-    for event in events:
-        records.write(event.SerializeToString())
-    return buffer.getvalue()
 
 
 Phase = Literal["wait", "compute", "evaluate", "checkpoint"]

@@ -204,9 +204,16 @@ def lacking_images(
     All samples are counted, once for each snapshot: the cache folder of rank 0's machine keeps the counts. Raises, on
     all ranks together, DataError, and MissingKeysError where data.missing=error.
     """
-    lines = []
+    lines, cache = [], config.data.cache_dir
+    digests = [survey.samples_digest(comm, each, cache) for each in indexes] if places else []
     for place in places:
-        found = _counted(config, comm, schema, place, partitions[place.name], indexes)
+        partition, used = partitions[place.name], used_fields(schema, config.model)
+        fields = [field for field in used if field.kind == "content" and field.store_name == place.name]
+        columns = sorted({(field.column_name, field.side) for field in fields})
+        asked = [digests, columns, partition.snapshot_id.commit_id]
+        count = partial(survey.lacking, comm, indexes, schema, fields, partition)
+        known = survey.measured_once(comm, indexes[0], "lacking", asked, cache, lambda: asdict(count()))  # noqa: B023
+        found = survey.LackingImages(**known)
         if not found.impressions and not found.behaviors:
             continue
         share = f"{found.impressions:,} of {found.of:,} impressions, {found.behaviors:,} behaviours"
@@ -229,30 +236,6 @@ def _list_command(config: Config, place: StorePlace) -> str:
     options = "" if is_usual else f" --schema {schema}"
     options += "" if place.name == DEFAULT_STORE else f" --name {place.name}"
     return f"crossmedia schema missing {config.data.samples} {place.url}{options}"
-
-
-def _counted(
-    config: Config,
-    comm: Comm,
-    schema: Schema,
-    place: StorePlace,
-    partition: FeaturePartition,
-    indexes: Sequence[SampleIndex],
-) -> survey.LackingImages:
-    """Count what one store lacks, or remember it."""
-    used = used_fields(schema, config.model)
-    fields = [field for field in used if field.kind == "content" and field.store_name == place.name]
-    digests = [survey.samples_digest(comm, each, config.data.cache_dir) for each in indexes]
-    columns = sorted({(field.column_name, field.side) for field in fields})
-    known = survey.measured_once(
-        comm,
-        indexes[0],
-        "lacking",
-        [digests, columns, partition.snapshot_id.commit_id],
-        config.data.cache_dir,
-        lambda: asdict(survey.lacking(comm, indexes, schema, fields, partition)),
-    )
-    return survey.LackingImages(**known)
 
 
 @dataclass(kw_only=True)
@@ -459,10 +442,10 @@ def _with_statistics(
     They are those of the checkpoint that the run continues from or begins with, as its layers have learned numbers on
     that scale; else those of the training samples.
     """
-    if recorded is not None:  # what is not there differs from the checkpoint, and is refused
-        return survey.fill_in(schema, recorded.model.get("fields", {}))
-    if warm is not None:
-        schema = survey.fill_in(schema, warm.state.origin.model.get("fields", {}))
+    if earlier := recorded or (warm.state.origin if warm else None):
+        schema = survey.fill_in(schema, earlier.model.get("fields", {}))
+    if recorded:  # what is not there differs from the checkpoint, and is refused
+        return schema
     return survey.with_statistics(comm, train, schema, samples, config.data.cache_dir)
 
 
@@ -563,7 +546,11 @@ def claim_folder(run: Run) -> list[Checkpoint]:
     def claim() -> list[Checkpoint]:
         with naming_run_dir(run.config):
             run.place.claim([each.checkpoint for each in run.passed_over])
-            _check_still_free(run)
+            if not run.config.run.overwrite and in_the_way(run.folder, run.resumed):  # since this one looked
+                raise CheckpointError(  # no mistake in the settings: a supervisor starts it again, from that checkpoint
+                    f"{run.folder} has a new checkpoint, of another start of this run: start one alone, with "
+                    "run.resume=latest"
+                )
             removed = _overwrite(run) if run.config.run.overwrite else []
             run.folder.mkdir(parents=True, exist_ok=True)
             if resumed_folder(run) != run.folder:
@@ -609,13 +596,3 @@ def _overwrite(run: Run) -> list[Checkpoint]:
         remove_all(run.folder / TENSORBOARD)
         (run.folder / checkpoints.ACCEPTED_FILE).unlink(missing_ok=True)
     return removed
-
-
-def _check_still_free(run: Run) -> None:
-    """Raise CheckpointError where another start of the run has published a checkpoint since this one looked.
-
-    That is not a mistake in the settings: a supervisor starts the run again, which continues from that checkpoint."""
-    if not run.config.run.overwrite and in_the_way(run.folder, run.resumed):
-        raise CheckpointError(
-            f"{run.folder} has a new checkpoint, of another start of this run: start one alone, with run.resume=latest"
-        )

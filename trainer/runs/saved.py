@@ -185,13 +185,9 @@ def open_trained(
     data, run = {} if store is None else {"store": store}, {} if device is None else {"device": device}
     saved = replace(saved, config=saved.config.changed(data=data, run=run))
     places = comm.on_all(lambda: saved.places)
-
-    def chosen(place: opening.StorePlace) -> Snapshot:
-        if as_trained:
-            return saved.trained_on(place)
-        return saved.snapshot(place, store_version if place is places[0] else None)
-
-    return open_at(saved, comm, places, chosen)
+    if as_trained:
+        return open_at(saved, comm, places, saved.trained_on)
+    return open_at(saved, comm, places, lambda each: saved.snapshot(each, store_version if each is places[0] else None))
 
 
 def open_at(saved: SavedRun, comm: Comm, places: list[opening.StorePlace], choose: opening.Choose) -> TrainedRun:
@@ -284,11 +280,21 @@ def open_predicting(source: RunSource, comm: Comm) -> PredictingRun:
 
 
 def _saved(source: RunSource, comm: Comm) -> SavedRun:
-    """Read the run with the places of `source`, as rank 0 finds them. Raises as `open_predicting`."""
+    """Read the run with the places of `source`, whose store is at one snapshot, as rank 0 finds them.
+
+    Raises as `open_predicting`."""
 
     def read() -> SavedRun:
-        saved = read_run(source.folder, source.checkpoint, source.samples)
-        return replace(saved, config=_config_of(source, saved))
+        saved, data = read_run(source.folder, source.checkpoint, source.samples), dict[str, Any]()
+        if source.samples is not None:
+            data["test_days"] = []  # the run's own test samples are not needed
+        if source.store is not None and saved.config.model.images != "none":
+            try:
+                version = FeatureStore.open(source.store).snapshot(source.store_version).version
+            except FeatureStoreError as failure:
+                raise ConfigError(f"--store {source.store}: {failure}") from failure
+            data |= {"store": source.store, "store_version": version}
+        return replace(saved, config=saved.config.changed(data=data))
 
     saved = comm.on_rank_0(read)
     comm.on_all(lambda: saved.places)  # reads the schema, too
@@ -299,20 +305,6 @@ def _predicting(source: RunSource, saved: SavedRun, comm: Comm) -> PredictingRun
     test = open_test(comm, saved.config, saved.schema, source.samples)
     opened = open_at(saved, comm, saved.places, saved.trained_on)
     return PredictingRun(**vars(opened), test=test, notes=_notes(source, saved, opened.stores))
-
-
-def _config_of(source: RunSource, saved: SavedRun) -> Config:
-    """The run's configuration with the places of `source`, whose store is at one snapshot. Raises ConfigError."""
-    data: dict[str, Any] = {}
-    if source.samples is not None:
-        data["test_days"] = []  # the run's own test samples are not needed
-    if source.store is not None and saved.config.model.images != "none":
-        try:
-            version = FeatureStore.open(source.store).snapshot(source.store_version).version
-        except FeatureStoreError as failure:
-            raise ConfigError(f"--store {source.store}: {failure}") from failure
-        data |= {"store": source.store, "store_version": version}
-    return saved.config.changed(data=data)
 
 
 def _notes(source: RunSource, saved: SavedRun, stores: Mapping[str, SnapshotId]) -> list[str]:
