@@ -283,8 +283,7 @@ def predict(opened: PredictingRun, by: Sequence[str] = ()) -> tuple[Float64Array
     The same on every rank; all call it. `by`: further fields to cut by. Raises TrainerError, SchemaError.
     """
     logit_N, impressions = gathered(opened.comm, _predicted(opened), opened.schema, by)
-    if len(logit_N) != opened.test.num_samples:
-        raise TrainerError(f"{len(logit_N):,} of {opened.test.num_samples:,} test impressions were predicted")
+    assert len(logit_N) == opened.test.num_samples
     return logit_N, impressions
 
 

@@ -306,19 +306,14 @@ class Training:
             self.evaluate()
             if self._best() == self._engine.num_steps:
                 self._save()
-        due = self._look_at_saves()
-        if self._is_due(self._config.train.checkpoint_every) or due:
+        due, step = self._is_due(self._config.train.checkpoint_every), self._engine.num_steps
+        if self._saves.looks_after(step):
+            with self.totals.timed("checkpoint"):
+                outcome, by_the_clock = self._saves.look(step)
+            self._note_outcome(outcome)
+            due = due or by_the_clock
+        if due:
             self._save(beside=self._config.train.checkpoint_beside)
-
-    def _look_at_saves(self) -> bool:
-        """See how far a checkpoint is that is written during the training; return whether one is due by the clock."""
-        step = self._engine.num_steps
-        if not self._saves.looks_after(step):
-            return False
-        with self.totals.timed("checkpoint"):
-            outcome, due = self._saves.look(step)
-        self._note_outcome(outcome)
-        return due
 
     def _note_outcome(self, outcome: Outcome | None) -> None:
         """Count a checkpoint that has ended, and say so where it failed. Raises CheckpointError where too many did."""

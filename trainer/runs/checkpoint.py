@@ -174,7 +174,7 @@ def load(
     `cache_dir`. Raises CheckpointError on all ranks, naming the file, where one is missing, damaged
     (DamagedCheckpointError) or does not fit.
     """
-    with agreed(comm, f"cannot read {checkpoint}"):
+    with comm.agreed(), saying(f"cannot read {checkpoint}"):
         trained.load_dense_state(read_dense(checkpoint, state, cache_dir))
         trained.load_shard_state(read_rows(checkpoint, state, trained.shard_names(), cache_dir))
 
@@ -185,7 +185,7 @@ def read_dense(
     """Read what is the same on every rank: the tensors whose names begin with `prefix`, without it.
 
     They are mapped into memory, which takes what is looked at. Raises CheckpointError."""
-    with _saying(f"cannot read {checkpoint}"), local_copy(checkpoint, DENSE, state.files[DENSE], cache_dir) as file:
+    with saying(f"cannot read {checkpoint}"), local_copy(checkpoint, DENSE, state.files[DENSE], cache_dir) as file:
         return {name.removeprefix(prefix): each for name, each in _mapped(file).items() if name.startswith(prefix)}
 
 
@@ -197,7 +197,7 @@ def read_rows(
     Raises CheckpointError where one is lacking."""
     wanted, found = set(names), dict[str, Tensor]()
     shards = {int(name.rsplit("/", 2)[1]) for name in wanted}
-    with _saying(f"cannot read {checkpoint}"):
+    with saying(f"cannot read {checkpoint}"):
         for name in sorted(state.files):
             written = _ROWS.fullmatch(name)
             if written and any(shard % int(written["ranks"]) == int(written["rank"]) for shard in shards):
@@ -242,13 +242,6 @@ def local_copy(checkpoint: Checkpoint, file: str, digest: str, cache_dir: str | 
         yield Path(checkpoint.path(file) if copy is None else copy.name)
 
 
-@contextmanager
-def agreed(comm: Comm, what: str) -> Iterator[None]:
-    """Run the block on every rank and then raise on all if one failed: CheckpointError, disk errors translated."""
-    with comm.agreed(), _saying(what):
-        yield
-
-
 def _text(difference: Difference) -> str:
     text = difference.text("in the checkpoint")
     if difference.name == SAMPLES_DIGEST:
@@ -257,7 +250,7 @@ def _text(difference: Difference) -> str:
 
 
 @contextmanager
-def _saying(what: str) -> Iterator[None]:
+def saying(what: str) -> Iterator[None]:
     """Turn an error of the disk, the object store or a file's format into a CheckpointError that says what failed."""
     try:
         yield
@@ -431,7 +424,7 @@ def begin_with(comm: Comm, warm: WarmStart, origin: Origin, trained: Engine, cac
     if warm.parts == "all":
         load(comm, warm.checkpoint, warm.state, trained, cache_dir)
         return
-    with agreed(comm, f"cannot read {warm.checkpoint}"):
+    with comm.agreed(), saying(f"cannot read {warm.checkpoint}"):
         mine, theirs = trained.dense_state(), read_dense(warm.checkpoint, warm.state, cache_dir)
         idle = {_DECIDED} - (mine.keys() & theirs.keys())
         idle |= {name for name in mine.keys() ^ theirs.keys() if NO_IMAGES in name}

@@ -204,7 +204,9 @@ def lacking_images(
     All samples are counted, once for each snapshot: the cache folder of rank 0's machine keeps the counts. Raises, on
     all ranks together, DataError, and MissingKeysError where data.missing=error.
     """
-    lines, cache = [], config.data.cache_dir
+    lines, cache, listing = [], config.data.cache_dir, f"crossmedia schema missing {config.data.samples}"
+    own = config.data.schema_file
+    options = f" --schema {own}" if own not in (None, f"{config.data.samples.rstrip('/')}/{SCHEMA_FILE}") else ""
     digests = [survey.samples_digest(comm, each, cache) for each in indexes] if places else []
     for place in places:
         partition, used = partitions[place.name], used_fields(schema, config.model)
@@ -219,7 +221,8 @@ def lacking_images(
         share = f"{found.impressions:,} of {found.of:,} impressions, {found.behaviors:,} behaviours"
         share += f", {found.without:,} of the impressions without any image" if found.without else ""
         lacks = f"{place.url} lacks {count_text(found.images, 'image')} that the samples name ({share})"
-        missing, listed = config.data.missing, f"list them: {_list_command(config, place)}"
+        named = "" if place.name == DEFAULT_STORE else f" --name {place.name}"
+        missing, listed = config.data.missing, f"list them: {listing} {place.url}{options}{named}"
         if missing == "error":
             raise MissingKeysError(
                 f"{lacks}; {listed}; add them: {place.make_it()}; or set data.missing=learned, for a trained "
@@ -227,15 +230,6 @@ def lacking_images(
             )
         lines.append(f"{lacks}: they {_INSTEAD[missing]} (data.missing={missing}); {listed}")
     return lines
-
-
-def _list_command(config: Config, place: StorePlace) -> str:
-    """Name the command that lists them."""
-    schema = config.data.schema_file
-    is_usual = schema is None or schema == f"{config.data.samples.rstrip('/')}/{SCHEMA_FILE}"
-    options = "" if is_usual else f" --schema {schema}"
-    options += "" if place.name == DEFAULT_STORE else f" --name {place.name}"
-    return f"crossmedia schema missing {config.data.samples} {place.url}{options}"
 
 
 @dataclass(kw_only=True)
@@ -546,12 +540,18 @@ def claim_folder(run: Run) -> list[Checkpoint]:
     def claim() -> list[Checkpoint]:
         with naming_run_dir(run.config):
             run.place.claim([each.checkpoint for each in run.passed_over])
-            if not run.config.run.overwrite and in_the_way(run.folder, run.resumed):  # since this one looked
+            removed = in_the_way(run.folder, run.resumed)
+            if removed and not run.config.run.overwrite:  # since this one looked
                 raise CheckpointError(  # no mistake in the settings: a supervisor starts it again, from that checkpoint
                     f"{run.folder} has a new checkpoint, of another start of this run: start one alone, with "
                     "run.resume=latest"
                 )
-            removed = _overwrite(run) if run.config.run.overwrite else []
+            if run.config.run.overwrite:
+                (run.folder / "report.json").unlink(missing_ok=True)
+                run.place.remove(removed)
+                if not finished(run.folder):
+                    remove_all(run.folder / TENSORBOARD)
+                    (run.folder / checkpoints.ACCEPTED_FILE).unlink(missing_ok=True)
             run.folder.mkdir(parents=True, exist_ok=True)
             if resumed_folder(run) != run.folder:
                 (run.folder / IDS_FILE).unlink(missing_ok=True)  # of a run that this one does not continue
@@ -585,14 +585,3 @@ def resumed_folder(run: Run) -> RunPath | None:
     if run.resumed is None:
         return None
     return run.folder if run.resumed.is_of(run.folder) else run.resumed.run
-
-
-def _overwrite(run: Run) -> list[Checkpoint]:
-    """Remove what this run does not continue of the one in its folder; returns the checkpoints among that."""
-    removed = in_the_way(run.folder, run.resumed)
-    (run.folder / "report.json").unlink(missing_ok=True)
-    run.place.remove(removed)
-    if not finished(run.folder):
-        remove_all(run.folder / TENSORBOARD)
-        (run.folder / checkpoints.ACCEPTED_FILE).unlink(missing_ok=True)
-    return removed

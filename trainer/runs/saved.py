@@ -157,7 +157,8 @@ def read_run(folder: RunPath, which: str | None = None, samples: str | None = No
     config = load_saved(file)
     found = find_checkpoint(folder, which)
     data: dict[str, Any] = {"missing": "zeros" if config.data.missing == "error" else config.data.missing}
-    if samples and not _has_training_samples(config):
+    splits, own = (TRAIN, TEST) if config.data.train_days else (TRAIN,), config.data.samples  # a day may be in either
+    if samples and not any(sample_files(open_published(own), split) for split in splits):
         data["samples"] = samples
     asked = config.changed(data=data)
     return SavedRun(folder, asked, found, checkpoints.read_state(found), config.data.missing)
@@ -340,8 +341,3 @@ def finite(vectors_NW: Vectors) -> Vectors:
     if not np.isfinite(vectors_NW).all():
         raise TrainerError("the run's vectors are not finite numbers; its training went wrong, try a lower optim.lr")
     return vectors_NW
-
-
-def _has_training_samples(config: Config) -> bool:
-    splits = (TRAIN, TEST) if config.data.train_days else (TRAIN,)  # a day's file may be in either
-    return any(sample_files(open_published(config.data.samples), split) for split in splits)

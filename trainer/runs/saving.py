@@ -48,7 +48,7 @@ from trainer.comm import Comm
 from trainer.engine.engine import Engine
 from trainer.engine.machine import free_bytes
 from trainer.errors import CheckpointError, TakenOverError
-from trainer.runs.checkpoint import DENSE, ROWS, CheckpointState, agreed, load, read_state
+from trainer.runs.checkpoint import DENSE, ROWS, CheckpointState, load, read_state, saying
 from trainer.runs.folder import STATE, Checkpoint, checkpoints_of, in_the_way, step_name, step_of
 
 _FAILURES = (OSError, StorageError, MemoryError)
@@ -117,10 +117,6 @@ def copied(tensors: Mapping[str, Tensor], earlier: dict[str, Tensor]) -> dict[st
         copies[name] = copy.copy_(tensor.detach())
     earlier.clear()
     return copies
-
-
-def _size_bytes(tensors: Mapping[str, Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 DAMAGED = "damaged-"
@@ -369,7 +365,8 @@ class Checkpointer:
         """
         self._begun_s, step = time.monotonic(), state.step
         content, error = self._prepared(step, trained)
-        needed, held = (sum(map(_size_bytes, each.values())) for each in (content, self._copies))
+        parts = content, self._copies
+        needed, held = (sum(values.nbytes for part in each.values() for values in part.values()) for each in parts)
         needed *= 1 if self._place.is_local else 2  # the file's bytes are held, too
         said = _Ready(error, socket.gethostname(), max(0, needed - held), free_bytes())
         everyone = self._comm.allgather_object(said, name="checkpoint.begin")
@@ -529,7 +526,7 @@ def end_with(comm: Comm, into: CheckpointPlace, step: int, trained: Engine, cach
     """Put the checkpoint of `step` into `trained` and remove those of later steps, so that it is the latest one."""
     checkpoint = comm.on_rank_0(partial(into.at, step))
     load(comm, checkpoint, read_state(checkpoint), trained, cache_dir)
-    with agreed(comm, f"cannot remove the checkpoints after {checkpoint}"):
+    with comm.agreed(), saying(f"cannot remove the checkpoints after {checkpoint}"):
         if comm.rank == 0:
             into.remove(in_the_way(into.run, checkpoint))
     return checkpoint
