@@ -36,7 +36,7 @@ ON_PATH := PATH="$(abspath $(BIN)):$$PATH"
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-features test-fast test test-slow test-cluster test-versions test-browser screenshots lint breaks simulate simulate-bugs fuzz format docs tree bench gpu-check reference clean
+.PHONY: help install demo demo-features test-fast test test-slow test-cluster test-versions test-browser screenshots lint breaks simulate simulate-bugs fuzz fuzz-guided format docs tree bench gpu-check reference clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -127,6 +127,10 @@ simulate-bugs: $(FOR_TESTS) ## Plant bugs in those protocols, one at a time, and
 
 fuzz: $(FOR_TESTS) ## Run each parser on 2,000 damaged inputs; EXAMPLES=50000 FIRST=1 runs others
 	$(BIN)/python -m tests.fuzz play --examples $(or $(EXAMPLES),2000) --first $(or $(FIRST),0)
+
+fuzz-guided: $(FOR_TESTS) ## The same with inputs that coverage chooses (libFuzzer by atheris, which it installs); EXAMPLES, FIRST
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "atheris>=3"
+	$(BIN)/python -m tests.fuzz guided --examples $(or $(EXAMPLES),2000) --first $(or $(FIRST),0)
 
 format: $(FOR_TESTS) ## Rewrite the sources in the project's style
 	$(BIN)/ruff check --fix .

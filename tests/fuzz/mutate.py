@@ -126,6 +126,12 @@ def _as_text(array: Any) -> Any:
     return array.view(pa.string()) if pa.types.is_binary(array.type) else array
 
 
+def _values(table: pa.Table) -> Any:
+    """Return the columns of a table. Raises ArrowInvalid where its buffers do not fit, as to read them would crash."""
+    table.validate(full=True)
+    return table.to_pydict()
+
+
 def stream_of(table: pa.Table, **options: Any) -> bytes:
     """Write a table as an Arrow stream, with options of IpcWriteOptions."""
     sink = io.BytesIO()
@@ -195,11 +201,11 @@ NPY, SHARD = Form(_npy, _with_header), Form(_names, _with_names)
 JSON, YAML, TENSORS = Form(json.loads), Form(yaml.safe_load), Form(_before_binary, _with_binary)
 SEALED = Form(_unsealed, lambda text, _: sealed(text.encode("utf-8", "surrogatepass")), sealed)
 STREAM = Form(
-    lambda data: pa.ipc.open_stream(data).read_all().to_pydict(),
+    lambda data: _values(pa.ipc.open_stream(data).read_all()),
     lambda text, whole: stream_of(_table(text, pa.ipc.open_stream(whole).schema)),
 )
 PARQUET = Form(
-    lambda data: pq.read_table(pa.BufferReader(data)).to_pydict(),
+    lambda data: _values(pq.read_table(pa.BufferReader(data))),
     lambda text, whole: parquet_of(_table(text, pq.read_schema(pa.BufferReader(whole)))),
 )
 

@@ -20,9 +20,6 @@ from featurestore.storage.storage import Storage
 from serving.bundle.manifest import BUNDLES
 from tests.simulated.world import ASLEEP, STEPS, Clients, Killed, ObjectStore, World, seconds, simulated
 
-IDS = ("nonce", "publication", "bundle_id", "commit_id")
-"""Fields by the first of which the content of a numbered file is like no other's."""
-
 
 @dataclass
 class Entry:
@@ -123,7 +120,7 @@ class History:
             assert is_free, f"{verb} of {path}, which has to stay as it is"
         if data is not None and number == len(log) + 1:
             content, me = json.loads(data), self.world.current
-            known_by = next(name for name in IDS if name in content)
+            known_by = next(name for name in ("nonce", "publication", "bundle_id", "commit_id") if name in content)
             is_new = all(each.content[known_by] != content[known_by] for each in log) or "mend" in self.plan
             assert is_new, f"what {path} has is there twice: {content}"
             named = _named(content)
@@ -159,8 +156,8 @@ class History:
 
 def _named(content: dict[str, Any]) -> dict[str, str]:
     """Return the paths of the files that a numbered file names, by their names."""
-    if "shards" in content:
-        return {each["path"]: each["path"] for files in content["shards"].values() for each in files}
     if "bundle_id" in content:
         return {each["name"]: f"{BUNDLES}/{content['bundle_id']}/{each['name']}" for each in content["files"]}
-    return {name: each["path"] for name, each in content.get("files", {}).items()}
+    in_shards = itertools.chain(*content.get("shards", {}).values())
+    files = content.get("files", {each["path"]: each for each in in_shards})
+    return {name: each["path"] for name, each in files.items()}

@@ -6,7 +6,6 @@ Samples have days that are added to them; models have choices of a version, and 
 import uuid
 from contextlib import suppress
 from tempfile import TemporaryDirectory
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
 
@@ -77,17 +76,15 @@ class SampleHistory(PublishedHistory):
         assert not (is_added and lost), f"a day was added, and {lost} lost"
 
 
-RUN = FarPath("sim://w/run")
-
-
 class RunHistory(PublishedHistory):
     """A run: trainings that take it over one after another, and publish checkpoints."""
 
     def train(self, storage: Storage, num_steps: str, pause: str) -> None:
         """Claim the checkpoints, and write some."""
-        place = CheckpointPlace(RUN)
+        run = FarPath(storage.url).parent
+        place = CheckpointPlace(run)
         place.claim()
-        first = max((each.step for each in finished(RUN)), default=0) + 1
+        first = max((each.step for each in finished(run)), default=0) + 1
         for step in range(first, first + int(num_steps)):
             self.world.sleep(seconds(pause))
             self.begin()
@@ -132,7 +129,7 @@ class ModelHistory(History):
 
     def serve(self, storage: Storage, num_polls: str, pause: str) -> None:
         """Serve the version in use; score two bodies, and between the pieces of each look for another version."""
-        source = BundleSource(SimpleNamespace(model=storage.url, cache_dir=None))
+        source = BundleSource(MagicMock(model=storage.url, cache_dir=None))
         source.open = self._open
         model = LiveModel(source, MagicMock(), 30.0)
         list(model.start().__await__())  # to its end, as nothing in it waits

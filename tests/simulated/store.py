@@ -14,12 +14,9 @@ from featurestore.spec import Manifest, seal
 from featurestore.upkeep import compaction, expiry, history, purge, verify
 from featurestore.upkeep.repair import repair
 from tests.simulated.history import Entry, History
-from tests.simulated.world import STEPS, Clients, Stored, World, seconds
+from tests.simulated.world import Clients, Stored, World, seconds
 
 PURGED = "a"
-Rows = dict[int, tuple[str, float]]
-"""By key, its uri and the number of the put."""
-INFO = StoreInfo(**STEPS["StoreHistory"]["info"])
 
 
 class StoreHistory(History):
@@ -27,19 +24,19 @@ class StoreHistory(History):
 
     def __init__(self, world: World, clients: Clients) -> None:
         super().__init__(world, clients)
-        self.rows = [Rows()]
-        """By version."""
-        self.pins: dict[str, int] = {}
+        self.rows: list[dict[int, tuple[str, float]]] = [{}]
+        """By version and key, its uri and the number of the put."""
+        self.info, self.pins = StoreInfo(**self.known["info"]), dict[str, int]()
         self.damaged: set[int] = set()
 
     def opened(self) -> FeatureStore:
         """Open the store; the first time it is made."""
-        return FeatureStore.open_or_create(f"sim://{self.place}", INFO)
+        return FeatureStore.open_or_create(f"sim://{self.place}", self.info)
 
     def put(self, store: FeatureStore, images: str) -> Manifest:
         """Put rows of images, with `!` under other uris: that is refused unless the key has none at that time."""
         number, uris = next(self.unique), _uris(images)
-        features = np.full((len(uris), INFO.dim), number, np.float32)
+        features = np.full((len(uris), self.info.dim), number, np.float32)
         rows = FeatureRows.of(list(uris.values()), features, keys=list(uris))
         return store.put(rows, f"put {images} {number}").manifest
 

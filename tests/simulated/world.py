@@ -14,7 +14,6 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,18 +25,14 @@ from greenlet import getcurrent, greenlet
 STEPS: dict[str, Any] = tomllib.loads(Path(__file__).with_name("steps.toml").read_text())
 FAULTS = STEPS.pop("faults")
 """What may befall a request: how often it is done before its answer, whether that comes, and how long it lasts."""
-ASLEEP = "asleep"
-"""A fault of the steps alone: a client is stalled for longer than the product allows."""
+ASLEEP = "asleep"  # a fault of the steps alone: a client is stalled for longer than the product allows
 BEGIN_S, MOST_REQUESTS = 1.7e9, 60_000
-UNITS_S = {"s": 1.0, "h": 3_600.0, "d": 86_400.0}
-Clients = list[list[str]]
-"""By client, its steps."""
-_DECIDES = re.compile(r"/(log|expired|pins|channels|versions|use)(/|$)")
+Clients = list[list[str]]  # by client, its steps
 
 
 def seconds(text: str) -> float:
     """Read a time, e.g. 1.5d."""
-    return float(text[:-1]) * UNITS_S[text[-1]]
+    return float(text[:-1]) * {"s": 1.0, "h": 3_600.0, "d": 86_400.0}[text[-1]]
 
 
 class Killed(BaseException):
@@ -69,8 +64,7 @@ class World:
         self.random, self.now_s, self._hub = random.Random(seed), BEGIN_S, getcurrent()
         self._clients: list[Client] = []
         self.calm = self.current = Client("calm")
-        self.failure = ""
-        """Why the history has failed."""
+        self.failure = ""  # why the history has failed
         self.trace: list[str] = []
         self.faults: Counter[str] = Counter()
         self._switching = self.random.choice([0.15, 0.5, 0.9])
@@ -83,7 +77,8 @@ class World:
         """Let clients perform their steps, to the end of all and of what is late, or to the first failure."""
         for number, steps in enumerate(clients):
             skew_s = self.random.choice([0.0, 45.0, seconds("-2d"), seconds("9d")])
-            self._begin(Client(f"c{number}", skew_s), lambda steps=steps: [perform(each) for each in steps])
+            work = greenlet(lambda steps=steps: [perform(each) for each in steps], self._hub)
+            self._clients.append(Client(f"c{number}", skew_s, greenlet=work))
         while self._clients:
             self.now_s = max(self.now_s, min(each.wake_s for each in self._clients))
             self.current = self.random.choice([each for each in self._clients if each.wake_s <= self.now_s])
@@ -116,7 +111,8 @@ class World:
         if kind == "killed":
             raise Killed
         if kind == "late":
-            self._begin(Client(me.name, process=me.process, wake_s=until_s), lambda: self._land(path, effect))
+            landing = greenlet(lambda: self._land(path, effect), self._hub)
+            self._clients.append(Client(me.name, process=me.process, wake_s=until_s, greenlet=landing))
         elif not is_answered:
             me.away_s = max(me.away_s, until_s)
         for _ in range(times):
@@ -134,10 +130,6 @@ class World:
             self.failure = self.failure or f"{type(error).__name__}: {error}"
             raise Killed from error
 
-    def _begin(self, client: Client, work: Callable[[], object]) -> None:
-        client.greenlet = greenlet(work, self._hub)
-        self._clients.append(client)
-
     def _befalling(self, me: Client, verb: str, path: str) -> tuple[str, float]:
         """Return what befalls a request, and for how long: by the steps or drawn, mostly where protocols decide."""
         for_most_s = max(0.0, me.patience_s - self.now_s)
@@ -148,7 +140,8 @@ class World:
                 return kind, seconds(duration) if kind == ASLEEP else min(seconds(duration), for_most_s)
         if self.now_s < me.away_s:
             return "cut", 0.0
-        weight = 1 if not _DECIDES.search(path) else 8 if verb == "create" else 3
+        decides = re.search(r"/(log|expired|pins|channels|versions|use)(/|$)", path)
+        weight = 1 if not decides else 8 if verb == "create" else 3
         draw = self.random.random() / weight
         if draw >= self._fault_rate + self._stall_rate:
             return "", 0.0
@@ -249,7 +242,7 @@ class ObjectStore:
 def simulated(world: World, objects: ObjectStore) -> Iterator[None]:
     """Let the product see this world: the object store at sim://, clocks and draws; threads work at once."""
     pool = SimpleNamespace(
-        map=map, submit=lambda work, item: SimpleNamespace(result=partial(work, item)), shutdown=lambda **options: None
+        map=map, submit=lambda work, item: SimpleNamespace(result=lambda: work(item)), shutdown=lambda **options: None
     )
     seen: dict[str, Any] = {
         "featurestore.storage.remote._client": lambda protocol, place: objects,
