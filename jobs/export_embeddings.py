@@ -46,7 +46,7 @@ def main(
     output.print_summary(
         f"run          {about['run']}, {about['checkpoint']}, network {about['network']}\n"
         f"features     snapshot {about['snapshot']} of {about['store']}\n"
-        f"images       {opened.num_images:,}, {about['dim']} numbers each\n"
+        f"images       {opened.snapshot.num_rows:,}, {about['dim']} numbers each\n"
         f"time         {time.monotonic() - start:.1f} s\n"
         f"written to   {out}"
     )

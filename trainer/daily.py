@@ -384,9 +384,9 @@ def _check_stores(before: RunPath, base: Config) -> None:
     places, checkpoints = store_places(base, schema), finished(before)
     if not checkpoints or missing_places(places):
         return  # reported when the run is opened
-    state = read_state(checkpoints[-1])
+    before_it = checkpoints[-1], read_state(checkpoints[-1])
     for place in places:
-        check_identity(place, FeatureStore.open(place.url).snapshot(place.version), checkpoints[-1], state)
+        check_identity(place, FeatureStore.open(place.url).snapshot(place.version), before_it)
 
 
 if __name__ == "__main__":

@@ -72,15 +72,14 @@ class CheckpointNotFoundError(CheckpointError):
     exit_code = USAGE
 
 
-class DamagedCheckpointError(CheckpointError):
-    """A file of a checkpoint is missing or damaged; `what` names the file and the damage."""
+TAKE_ANOTHER = "; take another checkpoint"
 
-    def __init__(self, what: str) -> None:
-        super().__init__(what)
-        self.what = what
+
+class DamagedCheckpointError(CheckpointError):
+    """A file of a checkpoint is missing or damaged, as its text says."""
 
     def __str__(self) -> str:
-        return f"{self.what}; take another checkpoint"
+        return f"{super().__str__()}{TAKE_ANOTHER}"
 
 
 class OtherRunError(CheckpointError):

@@ -4,12 +4,11 @@
 """
 
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from featurestore.console import commandline, files
+from featurestore.console import commandline
 from trainer.cli import StoreVersion, WhichCheckpoint, run_on_ranks
 
 if TYPE_CHECKING:
@@ -19,7 +18,7 @@ EXAMPLES = """Examples:
   crossmedia evaluate data/runs/both
   horovodrun -np 4 crossmedia evaluate data/runs/both --html evaluation.html
   crossmedia evaluate data/runs/both --samples data/tomorrow --store data/features --out /tmp/tomorrow
-  crossmedia evaluate data/runs/both --checkpoint 1000 --bootstrap 0 --json figures.json
+  crossmedia evaluate data/runs/both --checkpoint 1000 --bootstrap 0
   crossmedia evaluate data/runs/both --by category --by user_city
   crossmedia evaluate data/runs/both --against data/runs/ids-only
 
@@ -58,7 +57,6 @@ def main(
         ),
     ] = None,
     out: Annotated[str | None, typer.Option(help="Folder or address of the report; by default RUN/evaluation.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file as well.")] = None,
 ) -> None:
     """Evaluate a run: log loss, AUC, GAUC and calibration with intervals, whole and by slices, plotted."""
 
@@ -68,8 +66,6 @@ def main(
         raise typer.BadParameter("a comparison has no slices; leave out --by, or --against", param_hint="--by")
 
     def work(comm: "Comm") -> None:
-        if json_file is not None:  # before the work, which may take hours
-            comm.on_rank_0(partial(files.check_place, json_file, "--json"))
         # Torch and matplotlib take seconds to load: not for --help.
         from featurestore.published.paths import check_bucket, run_path
         from trainer.evaluation.report import compare_runs, evaluate_run
@@ -81,9 +77,9 @@ def main(
             comm.on_rank_0(partial(check_bucket, to))
         if against is not None:
             other = run_path(against)
-            compare_runs(source, other, comm, resamples=bootstrap, out=to, json_file=json_file)
+            compare_runs(source, other, comm, resamples=bootstrap, out=to)
             return
-        evaluate_run(source, comm, resamples=bootstrap, by=by or (), out=to, json_file=json_file)
+        evaluate_run(source, comm, resamples=bootstrap, by=by or (), out=to)
 
     raise typer.Exit(run_on_ranks(work))
 

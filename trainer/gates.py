@@ -102,9 +102,9 @@ def score(
         small = {
             name: _small_store(Path(folder) / name, snapshots[name], keys_U).snapshot() for name, keys_U in keys.items()
         }
-        config = saved.config.changed(data={"cache_dir": f"{folder}/cache"})
+        scored = replace(saved, config=saved.config.changed(data={"cache_dir": f"{folder}/cache"}))
         places = [replace(place, url=small[place.name].storage.url) for place in saved.places]
-        with contextlib.closing(open_at(saved, config, comm, places, lambda place: small[place.name])) as opened:
+        with contextlib.closing(open_at(scored, comm, places, lambda place: small[place.name])) as opened:
             engine = opened.engine
             predicted = ((batch, engine.predict(engine.prepare(batch, "eval"))) for batch in batches)
             predictions = Predictions(*gathered(comm, predicted, saved.schema))
@@ -115,7 +115,7 @@ def score(
 
 def compare_scores(new: Scores, old: Scores, limits: GateLimits) -> Comparison:
     """Compare two pairs. Raises DataError if they did not score the same impressions."""
-    differences = compare([new.predictions], [old.predictions], metrics=("gauc", "logloss"))
+    differences = compare(new.predictions, old.predictions, metrics=("gauc", "logloss"))
     change_N = np.abs(new.predictions.logit_N - old.predictions.logit_N)
     mean = float(change_N.mean()) if len(change_N) else None
     return _comparison([*differences.values()], len(change_N), mean, limits)

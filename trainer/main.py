@@ -209,7 +209,7 @@ def _report(run: "Run", training: "Training", measured: dict[str, Any]) -> dict[
         "history": run.history,
         "warm_start": str(run.warm_start.checkpoint) if run.warm_start else None,
         "logs": run.comm.on_rank_0(lambda: versions_of(run.train_reader.index.storage)),
-        "store_version": run.partition.snapshot_version if run.partition else None,
+        "store_version": run.store_version,
         "stores": {name: store.model_dump() for name, store in run.stores.items()},
     }
 

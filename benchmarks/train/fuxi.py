@@ -29,10 +29,10 @@ class FuxiCtr:
     ahead = True
 
     def __init__(self, run: Run, grouped: bool) -> None:
-        assert run.partition is not None
+        (partition,) = run.partitions.values()
         self._grouped, self._fields = grouped, run.engine.fields
-        self._keys = FeatureStore.open(run.config.data.store).snapshot(run.partition.snapshot_version).keys()
-        self._layer = pretrained_layer(run.partition, self._keys, run.config.model.visual_width)
+        self._keys = FeatureStore.open(run.config.data.store).snapshot(partition.snapshot_version).keys()
+        self._layer = pretrained_layer(partition, self._keys, run.config.model.visual_width)
         self.model = Model(run, self._layer)
         self._batches = self.model.batches()
 

@@ -191,10 +191,9 @@ class StoreInServer:
     ahead = True
 
     def __init__(self, run: Run) -> None:
-        assert run.partition is not None
-        (self._service,) = run.engine.services.values()
+        (self._service,), (partition,) = run.engine.services.values(), run.partitions.values()
         self.model = Model(run, self._service)
-        self._partition: FeaturePartition = run.partition
+        self._partition: FeaturePartition = partition
         self._comm = run.comm
         self._batches = self.model.batches()
         self._network = network = self._service.model

@@ -102,7 +102,7 @@ def visual_vectors(
         for table in found.tables():
             done += len(table)
             yield table.cast(schema)
-            progress(done, found.num_images)
+            progress(done, found.snapshot.num_rows)
 
     commit = found.snapshot.info.store_id, found.snapshot.manifest.commit_id, found.snapshot.version
     digest = digest_of([found.saved.digest, found.store, *commit])

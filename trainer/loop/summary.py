@@ -10,7 +10,7 @@ import itertools
 import os
 import socket
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -156,7 +156,11 @@ class EventsFile:
             Event(wall_time=now_s, step=step, summary=scalar(name, value))  # type: ignore[no-untyped-call]
             for name, value in values.items()
         ]
-        data = _records([*self._head, *events])
+        buffer = io.BytesIO()
+        records = RecordWriter(buffer)
+        for event in (*self._head, *events):
+            records.write(event.SerializeToString())
+        data = buffer.getvalue()
         if isinstance(self._path, FarPath):
             self._held += data
         else:
@@ -173,14 +177,6 @@ class EventsFile:
             data = bytes(self._held)
             self._path.write_bytes(data)
             self._size_bytes = len(data)
-
-
-def _records(events: Iterable[Event]) -> bytes:
-    buffer = io.BytesIO()
-    records = RecordWriter(buffer)
-    for event in events:
-        records.write(event.SerializeToString())
-    return buffer.getvalue()
 
 
 Phase = Literal["wait", "compute", "evaluate", "checkpoint"]
@@ -343,13 +339,7 @@ def show(console: Console, report: Mapping[str, Any]) -> None:
     for name in columns.values():
         table.add_column(name, justify="right")
     for name, title in {"impressions": "impressions", "logloss": "log loss", "auc": "AUC", "gauc": "GAUC"}.items():
-        table.add_row(title, *(_text(shown(metrics, f"{which}{name}")) for which in columns))
+        table.add_row(title, *(figure(shown(metrics, f"{which}{name}")) for which in columns))
     if metrics:
         print_table(console, table)
-    console.print(f"{_text(report['samples_per_s'])} samples/s; all figures in {report['folder']}/report.json")
-
-
-def _text(value: float | int | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}" if abs(value) < 100 else f"{value:,.0f}"
+    console.print(f"{figure(report['samples_per_s'])} samples/s; all figures in {report['folder']}/report.json")

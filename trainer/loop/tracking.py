@@ -31,45 +31,30 @@ FILE = "tracking.json"
 """In a run's folder: its id in each tracker, by which a run that is continued is found again."""
 _END_S = 60.0
 """Longest wait, at the end of a run, for figures that a tracker has not taken yet."""
-_MOST_PARAMS, _LONGEST, _LONGEST_WHY = 100, 500, 200
+_LONGEST, _LONGEST_WHY = 500, 200
 
 
 class MlflowRun:
     """A run in MLflow, of the experiment MLFLOW_EXPERIMENT_NAME."""
 
     def __init__(self, name: str, params: Mapping[str, str], earlier: str | None) -> None:
-        from mlflow import MlflowClient
+        import mlflow
 
-        self._client = client = MlflowClient()
         if earlier is None:
-            experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
-            found = client.get_experiment_by_name(experiment)
-            place = client.create_experiment(experiment) if found is None else found.experiment_id
-            run = client.create_run(place, run_name=name)
-        else:
-            run = client.get_run(earlier)
-            client.update_run(earlier, status="RUNNING")
+            mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT))
+        self._mlflow, run = mlflow, mlflow.start_run(run_id=earlier, run_name=None if earlier else name)
         self.id: str = run.info.run_id
-        self._log_params({each: value for each, value in params.items() if each not in run.data.params})
-
-    def _log_params(self, params: Mapping[str, str]) -> None:
-        """Log parameters, which MLflow never lets change."""
-        from mlflow.entities import Param
-
-        every = [Param(_plain(name), value[:_LONGEST]) for name, value in params.items()]
-        for start in range(0, len(every), _MOST_PARAMS):
-            self._client.log_batch(self.id, params=every[start : start + _MOST_PARAMS])
+        plain = {_plain(each): value[:_LONGEST] for each, value in params.items()}
+        mlflow.log_params({each: value for each, value in plain.items() if each not in run.data.params})  # never change
 
     def add(self, step: int, values: Values, time_s: float) -> None:
         """Log the values as metrics."""
-        from mlflow.entities import Metric
-
-        found = [Metric(_plain(name), value, round(time_s * 1000), step) for name, value in values.items()]
-        self._client.log_batch(self.id, metrics=found)
+        plain = {_plain(name): value for name, value in values.items()}
+        self._mlflow.log_metrics(plain, step=step, timestamp=round(time_s * 1000))
 
     def end(self, failed: bool) -> None:
         """Set the run's status."""
-        self._client.set_terminated(self.id, "FAILED" if failed else "FINISHED")
+        self._mlflow.end_run("FAILED" if failed else "FINISHED")
 
 
 class WandbRun:

@@ -24,7 +24,7 @@ from featurestore.lookup.embedding import EmbeddingModel
 from featurestore.lookup.ondevice import as_tensor
 from featurestore.published.paths import RunPath
 from featurestore.published.versions import VersionName
-from featurestore.storage.storage import Storage, cached_property, file_at
+from featurestore.storage.storage import cached_property, file_at
 from featurestore.store import VECTORS_OF, Snapshot, SnapshotId
 from trainer.comm import SoloComm
 from trainer.engine.machine import share_machine
@@ -60,11 +60,6 @@ class ImageNetwork:
         part = f"stores.{self.store}.model."
         load_part(model, read_dense(saved.checkpoint, saved.state, config.data.cache_dir, part))
         return model.to(share_machine(config, SoloComm()))
-
-    @property
-    def num_images(self) -> int:
-        """Live rows of the snapshot."""
-        return self.snapshot.num_rows
 
     def describe(self) -> dict[str, Any]:
         """Say what its vectors are of."""
@@ -106,7 +101,7 @@ class ImageNetwork:
     def _table(self, keys_K: Int64Array, uris: list[Any], features_KD: AnyArray) -> pa.Table:
         """Compute the vectors of some images; features are in the store's dtype."""
         visual_KV = visual_vectors(self.model, features_KD)
-        columns: list[Any] = [pa.array(keys_K), pa.array(uris, pa.string()), _lists(visual_KV)]
+        columns: list[Any] = [pa.array(keys_K), pa.array(uris, pa.string()), vector_lists(visual_KV)]
         return pa.Table.from_arrays(columns, [KEY, URI, VECTOR])
 
 
@@ -134,7 +129,12 @@ def open_network(
     if store is not None:
         saved = replace(saved, config=saved.config.changed(data={"store": store}))
     widths = network_widths(saved)
-    at = _chosen(folder, list(widths), network)
+    if not widths:
+        raise ConfigError(f"{folder} has model.images=none: it has no E for images; name another run by --run")
+    at = next(iter(widths)) if network is None and len(widths) == 1 else network
+    if at not in widths:
+        wrong = "" if network is None else f"--network {network}: "
+        raise ConfigError(f"{wrong}{folder} has the networks {', '.join(widths)}; choose one by --network")
     place = next(place for place in saved.places if place.name == at)
     snapshot = saved.snapshot(place, store_version)
     if snapshot.num_rows == 0:
@@ -159,41 +159,26 @@ def export_vectors(network: ImageNetwork, out: str, progress: Progress = lambda 
 
     On an object store the file is put in one piece, out of memory. Raises TrainerError, FeatureStoreError.
     """
-    done, (storage, name) = 0, output_at(out)
-    with parquet_file(storage, name, network.schema()) as write:
+    done = 0
+    with parquet_file(out, network.schema()) as write:
         for table in network.tables():
             write(table)
             done += len(table)
-            progress(done, network.num_images)
+            progress(done, network.snapshot.num_rows)
 
 
-def _chosen(folder: RunPath, stores: list[str], asked: str | None) -> str:
-    """Find the store whose E is asked for."""
-    if not stores:
-        raise ConfigError(f"{folder} has model.images=none: it has no E for images; name another run by --run")
-    if asked in stores or (asked is None and len(stores) == 1):
-        return asked or stores[0]
-    wrong = "" if asked is None else f"--network {asked}: "
-    raise ConfigError(f"{wrong}{folder} has the networks {', '.join(stores)}; choose one by --network")
-
-
-def _lists(vectors_NV: Float32Array) -> Any:
+def vector_lists(vectors_NV: Float32Array) -> Any:
     """Turn the rows of a matrix into lists of one width."""
     return pa.FixedSizeListArray.from_arrays(pa.array(vectors_NV.reshape(-1)), vectors_NV.shape[1])
 
 
-def output_at(address: str) -> tuple[Storage, str]:
-    """Split the address of a file as `file_at`, and check before the work that its object store is there.
+@contextlib.contextmanager
+def parquet_file(address: str, schema: pa.Schema) -> Iterator[Callable[[pa.Table], None]]:
+    """Give what adds rows to the Parquet file at an address, which gets its name at the end of the block.
 
-    Raises AddressError, BucketNotFoundError, StorageError."""
+    Raises, before the block if there is no such object store, AddressError, BucketNotFoundError, StorageError."""
     storage, name = file_at(address)
     storage.check_bucket()
-    return storage, name
-
-
-@contextlib.contextmanager
-def parquet_file(storage: Storage, name: str, schema: pa.Schema) -> Iterator[Callable[[pa.Table], None]]:
-    """Give what adds rows to a Parquet file, which gets its name at the end of the block."""
     with (
         storage.open_output(name) as output,
         pq.ParquetWriter(output, schema, compression="lz4", write_page_checksum=True) as writer,

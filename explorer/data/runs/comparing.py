@@ -413,8 +413,10 @@ def compare_runs(places: Places, names: Sequence[str], task: Task[Any]) -> RunsC
 
 def _differences(ours: "Predictions", baseline: "Predictions", resamples: int) -> "Mapping[str, compared.Difference]":
     """Compare two runs in all metrics of a page; new ads use the same resamples of users."""
-    from trainer.evaluation.bootstrap import compare, compare_new_ads
+    from trainer.evaluation.bootstrap import compare, new_to_both
 
-    found = compare([ours], [baseline], metrics=COMPARED, resamples=resamples)
-    new_ads = compare_new_ads([ours], [baseline], metrics=("auc",), resamples=resamples)
-    return found | ({NEW_ADS: new_ads.differences["auc"]} if new_ads.differences else {})
+    found, is_new_N = compare(ours, baseline, metrics=COMPARED, resamples=resamples), new_to_both(ours, baseline)
+    if is_new_N.any():
+        of_new = compare(ours, baseline, metrics=("auc",), resamples=resamples, only_N=is_new_N)
+        found[NEW_ADS] = of_new["auc"]
+    return found

@@ -204,7 +204,7 @@ class TestWithTheOldOneGone:
         compat(lost, features, "--accept", code=1)
         compat(lost, features, "--accept", "--force", "the same pictures")
         kept = (lost.folder / "runs" / "a" / "accepted-stores.json").read_text()
-        assert json.loads(kept)["accepted"][0]["figures"]["forced"] == "the same pictures"
+        assert json.loads(kept)[0]["figures"]["forced"] == "the same pictures"
 
 
 def trained(places: Places, name: str, **changes: Any) -> Path:
@@ -304,8 +304,8 @@ def test_the_difference_is_that_of_two_evaluations(
     """Logits are compared, which are continuous: a GAUC moves by a whole pair where two of them change places."""
     scored: list[Predictions] = []
 
-    def noted(ours: list[Predictions], baseline: list[Predictions], **options: Any) -> Any:
-        scored.extend([*ours, *baseline])
+    def noted(ours: Predictions, baseline: Predictions, **options: Any) -> Any:
+        scored.extend([ours, baseline])
         return compare(ours, baseline, **options)
 
     monkeypatch.setattr("trainer.gates.compare", noted)
@@ -315,7 +315,7 @@ def test_the_difference_is_that_of_two_evaluations(
         np.testing.assert_allclose(mine.logit_N, expected.logit_N, atol=1e-5)
         assert (mine.impressions.label_N == expected.impressions.label_N).all()
         assert (mine.impressions.user_N == expected.impressions.user_N).all()
-    assert found.differences[0] == compare(scored[:1], scored[1:], metrics=("gauc",))["gauc"]
+    assert found.differences[0] == compare(*scored, metrics=("gauc",))["gauc"]
     assert np.abs(scored[0].logit_N - scored[1].logit_N).max() > 1e-2
     moved = np.abs(scored[0].logit_N - scored[1].logit_N).mean()
     assert found.mean_logit_change == pytest.approx(moved)

@@ -209,7 +209,7 @@ def test_a_newer_snapshot_of_the_same_kind_is_fine(tmp_path: Path) -> None:
     FeatureStore.open(tmp_path / "features").put(more)
     old = state_of(opened(places, run__name="a", run__resume="latest"))
     new = opened(places, run__warm_start=run)
-    assert new.partition is not None and new.partition.snapshot_version == 2
+    assert new.store_version == 2
     state = state_of(new)
     # E and the standardisation that it was trained with belong together.
     stores = [name for name in old if name.startswith("stores.")]
