@@ -194,12 +194,9 @@ class DecodedGroups:
 
 def no_groups(rules: Mapping[str, Rule]) -> DecodedGroups:
     """Return what decoding makes of a table without rows."""
-    none_1 = np.zeros(1, np.int64)
-    columns = {}
-    for name, rule in rules.items():
-        has_lists = rule.depth > (rule.side == "ad")
-        columns[name] = ColumnRows(np.empty(0, np.float32 if rule.is_real else np.int64), none_1 if has_lists else None)
-    return DecodedGroups(columns, none_1)
+    types = {name: np.float32 if rule.is_real else np.int64 for name, rule in rules.items()}
+    columns = {name: ColumnRows(np.empty(0, dtype), offsets=None) for name, dtype in types.items()}
+    return DecodedGroups(columns, np.zeros(1, np.int64))
 
 
 def ranges(starts_M: Int64Array, lengths_M: Int64Array) -> Int64Array:
