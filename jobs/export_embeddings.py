@@ -34,8 +34,8 @@ def main(
     The Parquet file has the columns key, uri and vector (a list of float32), and says in its metadata (visual_vectors)
     of which run, checkpoint, store and snapshot they are.
     """
-    from trainer.runs.export import export_vectors, open_network
     from trainer.runs.folder import run_or_newest
+    from trainer.runs.saved import export_vectors, open_network
 
     start = time.monotonic()
     files.check_ending(out, "--out", ".parquet")

@@ -70,7 +70,7 @@ def train(config: Config, comm: "Comm") -> "RunPath":
     """
     from featurestore.console.output import text_console
     from trainer.loop import summary
-    from trainer.loop.tracking import tracker_of
+    from trainer.loop.summary import tracker_of
     from trainer.loop.training import StopSignals, Training, total_steps
     from trainer.runs.folder import TENSORBOARD
     from trainer.runs.open import claim_folder, open_run

@@ -93,7 +93,7 @@ def visual_vectors(
     `store_version`: by default the newest. Cost: about 10 s for 100,000 images on a core, or some milliseconds from the
     cache. Raises TrainerError (a run without images or without a checkpoint), FeatureStoreError.
     """
-    from trainer.runs.export import open_network
+    from trainer.runs.saved import open_network
 
     found = open_network(run, network=network, store_version=store_version, store=store)
 
@@ -145,7 +145,7 @@ def embed(places: Places, run: str, snapshot: Snapshot, features_ND: npt.NDArray
     import torch
 
     from featurestore.lookup.ondevice import as_tensor
-    from trainer.runs.export import open_network
+    from trainer.runs.saved import open_network
 
     model = open_network(places.run(run), store_version=snapshot.version, store=places.store).model
     with torch.inference_mode():

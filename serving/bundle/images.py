@@ -38,9 +38,8 @@ from serving.errors import BrokenBundleError, ServingError
 from trainer.config import ModelConfig
 from trainer.engine.wiring import image_model, widths_of_stores
 from trainer.models.layers import used_fields
-from trainer.runs.export import BATCH_ROWS, load_part, visual_vectors
 from trainer.runs.open import StorePlace
-from trainer.runs.saved import SavedRun
+from trainer.runs.saved import BATCH_ROWS, SavedRun, load_part, visual_vectors
 from trainer.schema.fields import Field
 
 ROUNDING = 1e-6

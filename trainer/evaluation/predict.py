@@ -35,9 +35,16 @@ from featurestore.published.versions import VersionName
 from trainer.comm import Comm, SoloComm
 from trainer.errors import SchemaError, TrainerError
 from trainer.evaluation.bootstrap import Metrics, measure, probability
-from trainer.runs.export import parquet_file
 from trainer.runs.open import test_reader
-from trainer.runs.saved import EvaluatedRun, PredictingRun, RunSource, open_predicting, open_source, read_run
+from trainer.runs.saved import (
+    EvaluatedRun,
+    PredictingRun,
+    RunSource,
+    open_predicting,
+    open_source,
+    parquet_file,
+    read_run,
+)
 from trainer.samples import columns
 from trainer.samples.index import RowGroup, SampleIndex, known_ads, read_row_group, read_values
 from trainer.samples.reader import Batch

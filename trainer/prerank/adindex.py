@@ -39,9 +39,8 @@ from trainer.errors import AdIndexError, ConfigError, DataError, DataNotFoundErr
 from trainer.evaluation.predict import places
 from trainer.models.nets import TwoTower
 from trainer.prerank import MIN_RECALL
-from trainer.runs.export import vector_lists
 from trainer.runs.open import test_reader
-from trainer.runs.saved import TEST, TRAIN, TrainedRun, finite, open_test
+from trainer.runs.saved import TEST, TRAIN, TrainedRun, finite, open_test, vector_lists
 from trainer.samples.columns import (
     ColumnRows,
     DecodedGroups,

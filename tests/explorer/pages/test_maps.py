@@ -25,8 +25,7 @@ from featurestore import FeatureRows, FeatureStore
 from tests.explorer.world import World
 from tests.trainer.conftest import Places as Settings
 from tests.trainer.whole_runs import run_alone
-from trainer.runs.export import network_widths
-from trainer.runs.saved import read_run
+from trainer.runs.saved import network_widths, read_run
 from trainer.schema.fields import DEFAULT_SCHEMA
 
 
