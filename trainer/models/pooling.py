@@ -17,15 +17,8 @@ from torch import Tensor, nn
 from trainer.config import ModelConfig, Pooling
 from trainer.errors import ConfigError
 from trainer.exchange.vectors import EvenLengths, FieldVectors, pool_rows, take_rows
-from trainer.models.layers import (
-    HiddenLayers,
-    expand_rows,
-    lengths_of,
-    segment_max,
-    segment_softmax,
-    segment_sum,
-    value_rows,
-)
+from trainer.models import layers as parts
+from trainer.models.layers import HiddenLayers, expand_rows, lengths_of, segment_max, segment_sum, value_rows
 
 
 @dataclass(frozen=True)
@@ -167,7 +160,7 @@ class AttentivePooling(Aggregator):
 
     def _weights(self, key_NV: Tensor, lengths_B: Tensor, queries: Sequence[Tensor]) -> Iterator[Tensor]:
         for unit, query_BW in zip(self.channels, queries, strict=True):
-            yield segment_softmax(unit(key_NV, query_BW, lengths_B), lengths_B)
+            yield parts.segment_softmax(unit(key_NV, query_BW, lengths_B), lengths_B)
 
 
 class MultiQueryPooling(AttentivePooling):

@@ -41,16 +41,8 @@ from trainer.models.nets import TwoTower
 from trainer.prerank import MIN_RECALL
 from trainer.runs.open import test_reader
 from trainer.runs.saved import TEST, TRAIN, TrainedRun, finite, open_test, vector_lists
-from trainer.samples.columns import (
-    ColumnRows,
-    DecodedGroups,
-    Rule,
-    concatenate,
-    decode,
-    decode_unlabelled,
-    rules_of,
-    source_columns,
-)
+from trainer.samples import columns as sample_columns
+from trainer.samples.columns import ColumnRows, DecodedGroups, Rule, concatenate, decode, rules_of, source_columns
 from trainer.samples.index import RowGroup, open_index, read_row_group, row_groups_of_table
 from trainer.samples.reader import Batch, Jagged, inputs_of
 from trainer.schema.fields import Field, Schema
@@ -348,7 +340,7 @@ def ads_of_table(address: str, schema: Schema, fields: Sequence[Field]) -> Ads:
     for name in names:
         for group in row_groups_of_table(storage, name, rules):
             table = read_row_group(storage, group, list(source_columns(rules)))
-            parts.append(decode_unlabelled(table, rules, storage.full(name), group.first_row))
+            parts.append(sample_columns.decode_unlabelled(table, rules, storage.full(name), group.first_row))
     if not parts:
         raise DataNotFoundError(f"--ads {address}: there is no *.parquet file with a row in it; give a table of ads")
     column = schema.new_ad_column

@@ -52,16 +52,8 @@ from trainer.comm import Comm, SoloComm
 from trainer.errors import DataError, SchemaError
 from trainer.samples.columns import SPLITS, Rule, before_scaling, filled, in_either_split, rules_of, sample_files
 from trainer.samples.index import RowGroup, SampleIndex, open_index, read_texts, read_values
-from trainer.schema.fields import (
-    DEFAULT_STORE,
-    IDS_FILE,
-    IMAGES_FILE,
-    SCHEMA_FILE,
-    STANDARDIZED,
-    Field,
-    Schema,
-    load_schema,
-)
+from trainer.schema import fields as schema_fields
+from trainer.schema.fields import DEFAULT_STORE, IDS_FILE, IMAGES_FILE, SCHEMA_FILE, Field, Schema, load_schema
 from trainer.schema.names import BUCKETS, TEXTS, buckets_of, by_bucket, merged_names, table_of_texts, write_buckets
 
 if TYPE_CHECKING:
@@ -296,7 +288,7 @@ def _statistics(field: Field, part: NumberSums) -> dict[str, Any]:
         return found | {"boundaries": list(quantile_boundaries(part, field.buckets))}
     if field.mean is None:
         found["mean"] = [float(moments.mean_D[0]) for moments in part.moments_W]
-    if field.std is None and field.transform in STANDARDIZED:
+    if field.std is None and field.transform in schema_fields.STANDARDIZED:
         std_W = np.array([np.sqrt(moments.m2_D[0] / moments.count) for moments in part.moments_W])
         found["std"] = np.where(part.smallest_W < part.largest_W, std_W, 1.0).tolist()
     return found

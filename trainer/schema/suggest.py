@@ -15,17 +15,8 @@ import pyarrow.parquet as pq
 
 from featurestore.storage.storage import Storage
 from trainer.errors import DataError, DataNotFoundError, SchemaError
-from trainer.schema.fields import (
-    LOG2,
-    DistinctCount,
-    Field,
-    Schema,
-    Side,
-    schema_text,
-    table_lines,
-    table_rows,
-    yaml_line,
-)
+from trainer.schema import fields as schema_fields
+from trainer.schema.fields import DistinctCount, Field, Schema, Side, schema_text, table_lines, table_rows, yaml_line
 from trainer.schema.profile import READ_TYPES, Column, TableProfile, data_files, look, read_tables, table_of
 
 IMAGE_WORDS = "image|img|picture|pic|photo|cover|poster|thumbnail|bild|foto"
@@ -619,7 +610,7 @@ def _add_ids(made: Suggestion, column: Column, side: Side) -> None:
     values["weights"] = _weights_of(column, made.table)
     if name == AGES and kind == "multi_id":
         beside = next((each.name for each in made.fields if each.name == "behavior_item" and each.kind == kind), None)
-        made.add(column, **values | {"table": None, "buckets": LOG2, "beside": beside})
+        made.add(column, **values | {"table": None, "buckets": schema_fields.LOG2, "beside": beside})
         return
     has_images = IMAGE_NAME.search(name) is not None and column.content != "real"
     if has_images and kind == ("id" if side == "ad" else "multi_id"):
