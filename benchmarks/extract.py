@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from featurestore.lookup import AutoDType
     from featurestore.spec import StoreInfo
-    from pipeline.network.compute import Compute
+    from pipeline.network.backbone import Compute
 
 WEIGHTS = "random:0"  # the speed does not depend on the values
 TORCH = "torch"
@@ -146,8 +146,7 @@ def torch_seconds(locations: Sequence[str], batch_size: int, precision: "AutoDTy
     from pipeline.features.part import torch_threads
     from pipeline.images.decode import prepare
     from pipeline.images.source import read_image
-    from pipeline.network.backbone import preset_of
-    from pipeline.network.compute import normalised
+    from pipeline.network.backbone import normalised, preset_of
 
     compute, preset = torch_network(precision), preset_of(DEFAULT_BACKBONE, WEIGHTS)
     torch.set_num_threads(torch_threads(1))
@@ -166,8 +165,7 @@ def torch_seconds(locations: Sequence[str], batch_size: int, precision: "AutoDTy
 @functools.cache
 def torch_network(precision: "AutoDType") -> "Compute":
     """Build torch's network once for a worker."""
-    from pipeline.network.backbone import load_weights, network_of
-    from pipeline.network.compute import by_torch
+    from pipeline.network.backbone import by_torch, load_weights, network_of
 
     network = network_of(DEFAULT_BACKBONE, WEIGHTS)
     return by_torch(network.filled(load_weights(network, WEIGHTS)), precision)

@@ -1,5 +1,6 @@
 """One way to show and keep the figures of a benchmark run."""
 
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -55,17 +56,19 @@ class Section:
         return shown
 
 
+def this_run(**sizes: Figure) -> Section:
+    """Make the section of a run's own sizes, and of the cores that it may use."""
+    return Section("this run", {**sizes, "cores": len(os.sched_getaffinity(0))})
+
+
 def _writable(path: Path | None) -> Path | None:
-    """Before the work, so that its figures are not lost at the end."""
+    """Before the work, so that its figures are not lost at the end. Ranks do it at once."""
     if path is not None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=path.parent):
-                pass
+            tempfile.TemporaryFile(dir=path.parent).close()
         except OSError as error:
             raise UserError(f"cannot write --json {path}: {error}") from error
-        if path.is_dir():
-            raise UserError(f"cannot write --json {path}: it is a folder")
     return path
 
 
@@ -81,5 +84,4 @@ def write_sections(sections: Sequence[Section], path: Path | None = None) -> Non
             print_table(console, table)
     if path is not None:
         figures = {name: value for section in sections for name, value in section.flat().items()}
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, figures)

@@ -11,14 +11,7 @@ from rich.progress import Progress
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds of every timed round of each variant.
-
-    Two ways to make one figure of them. The median fits work that is short and does the same in each round, such as
-    lookups. For work of seconds that allocates much memory take the fastest round: what disturbs it (other processes, a
-    host that first has to find the pages of a virtual machine) only ever adds time, as the documentation of `timeit`
-    says of its own repeats. And it does not add to both sides alike: a page costs a build of 6 us a row as much as one
-    of 27 us a row, so a ratio of medians says how disturbed the run was, the ratio of fastest rounds how fast the code.
-    """
+    """Seconds of every timed round of each variant."""
 
     seconds: Mapping[str, list[float]]
 
@@ -26,17 +19,9 @@ class Timings:
         """Return the median of the rounds of one variant."""
         return statistics.median(self.seconds[name])
 
-    def fastest(self, name: str) -> float:
-        """Return the fastest round of one variant."""
-        return min(self.seconds[name])
-
     def speedup(self, name: str, over: str) -> float:
         """Compute how many times as fast `name` is as `over`, by medians."""
         return self.median(over) / self.median(name)
-
-    def fastest_speedup(self, name: str, over: str) -> float:
-        """Compute how many times as fast `name` is as `over`, by fastest rounds."""
-        return self.fastest(over) / self.fastest(name)
 
 
 def in_turns(names: Iterable[str], rounds: int) -> Iterator[tuple[int, str]]:

@@ -88,16 +88,11 @@ GROUPS: dict[str, dict[str, Entry]] = {
     },
 }
 ENTRIES = {name: entry for group in GROUPS.values() for name, entry in group.items()}
-EXAMPLES = """
-Examples:
-
-    crossmedia demo
-
-    crossmedia extract --images photos --store data/features -n 4
-
-    horovodrun -np 8 crossmedia train --config data/samples/settings.yaml
-
-    crossmedia serve data/models/ctr --port 8080
+EXAMPLES = """Examples:
+  crossmedia demo
+  crossmedia extract --images photos --store data/features -n 4
+  horovodrun -np 8 crossmedia train --config data/samples/settings.yaml
+  crossmedia serve data/models/ctr --port 8080
 
 Each command has a --help with examples. Option --install-completion: the shell completes commands and options from then
 on. In Python: import crossmedia as cm.

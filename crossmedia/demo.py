@@ -38,14 +38,10 @@ ITEMS = 1000
 """Clothes that are drawn, fewer than `crossmedia demo-data` draws: each takes the network a tenth of a second."""
 PAGES = 150
 """Files of the exported pages at most."""
-EXAMPLES = """
-Examples:
-
-    crossmedia demo
-
-    crossmedia demo --small --dir /tmp/demo
-
-    crossmedia demo --images ~/photos --labels ~/photos.csv --dir data/demo-photos
+EXAMPLES = """Examples:
+  crossmedia demo
+  crossmedia demo --small --dir /tmp/demo
+  crossmedia demo --images ~/photos --labels ~/photos.csv --dir data/demo-photos
 """
 
 console = text_console()

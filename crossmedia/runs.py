@@ -17,9 +17,8 @@ from trainer.evaluation.bootstrap import Evaluation, shown
 from trainer.evaluation.predict import score_rows, scores_of
 from trainer.evaluation.report import evaluate_run
 from trainer.main import train as train_run
-from trainer.runs.export import open_network
 from trainer.runs.folder import report_of, run_or_newest
-from trainer.runs.saved import RunSource, SavedRun, read_run
+from trainer.runs.saved import RunSource, SavedRun, open_network, read_run
 from trainer.schema.fields import SETTINGS_FILE
 from trainer.schema.profile import table_of
 

@@ -9,16 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from featurestore.flight.client import FeatureClient, connect
-    from featurestore.format.codec import Codec
-    from featurestore.format.rows import FeatureRows, to_bits, to_float32
-    from featurestore.format.statistics import FeatureStatistics
+    from featurestore.format.codec import Codec, FeatureStatistics
+    from featurestore.format.datafile import FeatureRows, to_bits, to_float32
     from featurestore.keys import key_of_uri, keys_of_uris, owner_of, shard_of
     from featurestore.lookup.hashedrows import Lookup
     from featurestore.lookup.partition import FeaturePartition
-    from featurestore.snapshot import Snapshot
     from featurestore.spec import ExtractorSpec, StoreInfo
     from featurestore.staging import QuarantineRow
-    from featurestore.store import FeatureStore
+    from featurestore.store import FeatureStore, Snapshot
 
 __all__ = [
     "Codec",
@@ -42,8 +40,7 @@ __all__ = [
 ]
 
 _MODULES = (
-    "format.codec", "format.rows", "format.statistics", "keys", "lookup.hashedrows", "lookup.partition", "snapshot",
-    "spec", "staging", "store",
+    "format.codec", "format.datafile", "keys", "lookup.hashedrows", "lookup.partition", "spec", "staging", "store",
 )  # fmt: skip
 _CLIENT, _OF_CLIENT = "flight.client", ("FeatureClient", "connect")  # nobody else needs to load Arrow Flight
 

@@ -15,6 +15,9 @@ from featurestore.errors import ImageNameError
 
 Int64Array = npt.NDArray[np.int64]
 UInt64Array = npt.NDArray[np.uint64]
+Int32Array = npt.NDArray[np.int32]
+UInt8Array = npt.NDArray[np.uint8]
+FloatArray = npt.NDArray[np.floating[Any]]
 Float32Array = npt.NDArray[np.float32]
 Float64Array = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]
@@ -119,6 +122,11 @@ def owner_of(shards_N: npt.ArrayLike, num_ranks: int) -> Int64Array:
 def owned_shards(num_shards: int, rank: int, num_ranks: int) -> list[int]:
     """List the shards that `rank` serves, ascending; empty where there are more ranks than shards."""
     return list(range(rank, num_shards, num_ranks))
+
+
+def power_of_two(least: int) -> int:
+    """Return the smallest power of two that is `least` or more."""
+    return 1 << (least - 1).bit_length()
 
 
 def stream_start(name: str) -> np.uint64:

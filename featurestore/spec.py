@@ -226,7 +226,7 @@ class FileEntry(Frozen):
 
 
 class SourceSnapshot(Frozen):
-    """A snapshot of another store, by its ids (`featurestore.snapshot`), of whose rows a snapshot's own are made."""
+    """A snapshot of another store, by its ids (`featurestore.store`), of whose rows a snapshot's own are made."""
 
     url: str
     version: Version

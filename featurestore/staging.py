@@ -14,8 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from featurestore.errors import CorruptFileError, InvalidRowsError
-from featurestore.format.datafile import KEY, DataFile, digest_of, encode, numpy_column, table_of
-from featurestore.format.rows import FeatureRows
+from featurestore.format.datafile import KEY, DataFile, FeatureRows, digest_of, encode, numpy_column, table_of
 from featurestore.format.shard import newest_rows, take_rows
 from featurestore.keys import shard_of
 from featurestore.spec import StoreInfo, check_file_name
@@ -151,9 +150,7 @@ def resolve(storage: Storage, rows: Sequence[QuarantineRow]) -> None:
     resolved = {row.key: row.time_s for row in rows}
     names, known = _read(storage)
     left = add(storage, [row for row in known if row.key not in resolved or row.time_s > resolved[row.key]])
-    for name in names:
-        if name != left:
-            storage.delete(f"{QUARANTINE}/{name}")
+    storage.delete_files(f"{QUARANTINE}/{name}" for name in names if name != left)
 
 
 def _read(storage: Storage) -> tuple[list[str], list[QuarantineRow]]:

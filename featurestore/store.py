@@ -1,31 +1,327 @@
-"""The store: open, write, commit."""
+"""A store: its published states, what a commit does, and how it is opened and written.
+
+A snapshot holds its manifest, so later commits never change what it reads. Its identity is kept by all that is made of
+its rows, and compared with a store before they are used.
+"""
 
 import contextlib
 import os
+import time
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
+from pydantic import BaseModel, ConfigDict
 
-from featurestore import log, staging
-from featurestore.commit import Commit, Shards, live_uris
-from featurestore.errors import AnotherStoreError, SnapshotNotFoundError, StoreExistsError, StoreNotFoundError
-from featurestore.format.codec import Basis, Codec, basis_of
-from featurestore.format.datafile import KEY, numpy_column
-from featurestore.format.rows import FeatureRows, check_collisions
-from featurestore.format.shard import newest_rows, take_rows, write_shard_file
-from featurestore.keys import Int64Array
+from featurestore import errors, log, spec, staging
+from featurestore.format import datafile
+from featurestore.format.codec import Basis, Codec, FeatureStatistics, Moments, basis_of
+from featurestore.format.shard import ShardReader, live_batches, live_schema, newest_rows, take_rows, write_shard_file
+from featurestore.keys import AnyArray, BoolArray, FloatArray, Int64Array, shard_of
 from featurestore.published.versions import VersionName, find_channel
-from featurestore.snapshot import Snapshot
-from featurestore.spec import FileEntry, FileKind, SourceSnapshot, StoreInfo, create_sealed, read_sealed
+from featurestore.spec import FileEntry, Manifest, SourceSnapshot, StoreInfo
 from featurestore.storage.safety import refuse_unsafe
 from featurestore.storage.storage import Storage, cached_property, in_threads
+from featurestore.text import Shown
 
 INFO_PATH = "store.json"
+VECTORS_OF = "visual_vectors"  # in the metadata of exported vectors (Parquet): the snapshot of their features, as JSON
 _THREADS = 4
+_SHOWN = 8  # digits of an id in a message
+ResultT = TypeVar("ResultT")
+Shards = Mapping[int, Sequence[FileEntry]]  # files of each shard, oldest first
+
+
+class Snapshot(Shown):
+    """The rows of a store as of one commit. Letters of shapes: M live rows, U keys asked, D feature width."""
+
+    def __init__(self, storage: Storage, info: StoreInfo, manifest: Manifest) -> None:
+        self.storage = storage
+        self.info = info
+        self.manifest = manifest
+
+    @property
+    def version(self) -> int:
+        """Number of the commit; 0 is the empty store."""
+        return self.manifest.version
+
+    @property
+    def codec(self) -> Codec:
+        """The codec between stored features and float32."""
+        return Codec(self.info.dtype)
+
+    @cached_property
+    def num_rows(self) -> int:
+        """Live rows. Reads the keys of shards that have delta files."""
+        return sum(self._each_shard(lambda reader: reader.num_rows))
+
+    def _about(self) -> tuple[str, dict[str, Any]]:
+        values = {"version": self.version, "file_rows": self.manifest.file_rows, "operation": self.manifest.operation}
+        return self.storage.url, {**values, "dim": self.info.dim, "dtype": self.info.dtype}
+
+    def shard_reader(self, shard: int) -> ShardReader:
+        """Return the merged view of one shard."""
+        return ShardReader(self.storage, self.info, shard, self.manifest.files(shard))
+
+    def keys(self) -> Int64Array:
+        """Read the keys of all live rows, ascending (M,)."""
+        return np.sort(np.concatenate([np.empty(0, np.int64), *self._each_shard(lambda reader: reader.keys())]))
+
+    def contains(self, keys: Sequence[int] | Int64Array) -> BoolArray:
+        """Return which of the keys have a feature, (U,); reads the keys of their shards, one shard at a time."""
+        keys_U = np.asarray(keys, dtype=np.int64)
+        shard_U = shard_of(keys_U, self.info.num_shards)
+        found_U = np.zeros(len(keys_U), np.bool_)
+        for shard in np.unique(shard_U).tolist():
+            here_U = shard_U == shard
+            found_U[here_U] = np.isin(keys_U[here_U], self.shard_reader(shard).keys())
+        return found_U
+
+    def find(self, keys: Sequence[int] | Int64Array) -> tuple[AnyArray, BoolArray]:
+        """Read features in the order asked, (U, D), and which of the keys have one (U,); the others get zeros.
+
+        Features are as they are stored: `codec.decode` makes them float32. For a few keys; `FeaturePartition` is made
+        for many.
+        """
+        keys_U = np.asarray(keys, dtype=np.int64)
+        shard_U = shard_of(keys_U, self.info.num_shards)
+        features_UD = np.zeros((len(keys_U), self.info.dim), self.info.storage_dtype)
+        found_U = np.zeros(len(keys_U), np.bool_)
+        for shard in np.unique(shard_U):
+            here_U = shard_U == shard
+            features_UD[here_U], found_U[here_U] = self.shard_reader(int(shard)).features(keys_U[here_U])
+        return features_UD, found_U
+
+    def get(self, keys: Sequence[int] | Int64Array, images: Sequence[object] | None = None) -> AnyArray:
+        """Read features of keys that all have one, as `find` does. Raises MissingKeysError.
+
+        `images`: names of the images, which the error then has in place of keys."""
+        features_UD, found_U = self.find(np.asarray(keys, dtype=np.int64))
+        if not found_U.all():
+            asked_U, what = (keys, "key") if images is None else (images, "image")
+            missing, where = [asked_U[place] for place in np.flatnonzero(~found_U).tolist()], f"snapshot {self.version}"
+            raise errors.MissingKeysError(missing_message(missing, f"{where} of {self.storage.url}", what))
+        return features_UD
+
+    def to_arrow(self, columns: Sequence[str] | None = None, decode: bool = True) -> pa.Table:
+        """Read all live rows, or columns of them, as one table.
+
+        The columns are key, uri, content_digest, source_tag, width, height, feature. `decode` makes the features
+        fixed-size lists of float32; else they are bytes as stored. The newest row of each key is there, tombstones are
+        not; shard by shard. Raises ValueError for an unknown column, CorruptFileError.
+        """
+        schema = live_schema(self.info, columns, decode)
+        codec = self.codec
+        batches = self._each_shard(lambda reader: list(live_batches(reader, codec, columns, decode)))
+        return pa.Table.from_batches([batch for shard in batches for batch in shard], schema)
+
+    def arrow_reader(self, columns: Sequence[str] | None = None, decode: bool = True) -> pa.RecordBatchReader:
+        """Stream what `to_arrow` reads, a few megabytes at a time."""
+        schema, readers = live_schema(self.info, columns, decode), map(self.shard_reader, sorted(self.manifest.shards))
+        batches = (batch for reader in readers for batch in live_batches(reader, self.codec, columns, decode))
+        return pa.RecordBatchReader.from_batches(schema, batches)
+
+    def statistics(self) -> FeatureStatistics:
+        """Compute mean and standard deviation of each dimension over the live rows.
+
+        From the files' own statistics; small files, and shards with delta files, are read.
+        """
+        moments = Moments.empty(self.info.dim)
+        for part in self._each_shard(lambda reader: reader.moments()):
+            moments = moments.merged(part)
+        return moments.statistics()
+
+    def _each_shard(self, work: Callable[[ShardReader], ResultT]) -> list[ResultT]:
+        """Do `work` on every shard that has files, in the order of shards."""
+        readers = [self.shard_reader(shard) for shard in sorted(self.manifest.shards)]
+        return list(in_threads(work, readers, _THREADS))
+
+
+def missing_message(keys: Sequence[object] | Int64Array, where: str, what: str = "key") -> str:
+    """Format up to five of the missing keys, or names of images, and how many there are."""
+    shown = ", ".join(str(key) for key in keys[:5])
+    have = f"{what} has" if len(keys) == 1 else f"{what}s have"
+    return f"{len(keys)} {have} no feature in {where}: {shown}{', …' if len(keys) > 5 else ''}"
+
+
+class SnapshotId(BaseModel):
+    """Store and commit of a snapshot, by random ids: a store that was made again has others, also at the same place."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    url: str
+    version: int
+    store_id: spec.RandomId
+    commit_id: spec.OptionalId  # empty of an empty store, which has no commit
+
+    @classmethod
+    def of(cls, snapshot: Snapshot) -> "SnapshotId":
+        """Return the id of an open snapshot."""
+        return cls(
+            url=snapshot.storage.url,
+            version=snapshot.version,
+            store_id=snapshot.info.store_id,
+            commit_id=snapshot.manifest.commit_id,
+        )
+
+    @classmethod
+    def of_source(cls, source: SourceSnapshot) -> "SnapshotId":
+        """Return the id of the snapshot that another store's rows are made of."""
+        return cls(**source.model_dump())
+
+    def as_source(self) -> SourceSnapshot:
+        """Return the record of this snapshot for a store whose rows are computed from it."""
+        return SourceSnapshot(**self.model_dump())
+
+    def named(self) -> dict[str, Any]:
+        """Return the fields of a report: store, snapshot, store_id, commit_id."""
+        return {"store": self.url, "snapshot": self.version, "store_id": self.store_id, "commit_id": self.commit_id}
+
+    def described(self) -> str:
+        """Format for a message: `snapshot 3 (commit 0a1b2c3d) of store 4e5f6a7b at URL`."""
+        commit = self.commit_id[:_SHOWN] or "none"
+        return f"snapshot {self.version} (commit {commit}) of store {self.store_id[:_SHOWN]} at {self.url}"
+
+    def is_same(self, found: "SnapshotId") -> bool:
+        """Return whether `found` is this snapshot or another one of its store.
+
+        Equal numbers must be one commit. Other numbers must be of one store: of one id, or, where store.json was made
+        again, with this commit in the log of `found`. Reads a small file for the latter; raises FeatureStoreError.
+        """
+        if self.commit_id and self.version == found.version:
+            return self.commit_id == found.commit_id
+        if self.store_id == found.store_id:
+            return True
+        kept = log.find(Storage(found.url), self.version)
+        return kept is not None and kept.commit_id == self.commit_id
+
+    def check(self, found: "SnapshotId", what: str, way_out: str) -> None:
+        """Raise AnotherStoreError where `found` is of another store.
+
+        `what` (a checkpoint, an index) has rows of this one. A store that was copied, restored, compacted or repaired
+        is the same."""
+        if not self.is_same(found):
+            raise errors.AnotherStoreError(
+                f"{what} belongs to {self.described()}. This is {found.described()}: another store of the same kind, "
+                f"whose features may differ; {way_out}"
+            )
+
+
+@dataclass(kw_only=True)
+class Commit:
+    """New files of some shards: behind the files that are there, or in the place of those that it `replaces`.
+
+    Replaced files must all be there still, side by side. Unless only deltas take their place, they must be the oldest
+    of their shard: what they delete must not be older than they are. What others added behind them stays.
+    """
+
+    storage: Storage
+    info: StoreInfo
+    operation: str
+    entries: Shards = field(default_factory=dict)
+    replaces: Shards = field(default_factory=dict)
+    only_after: int | None = None  # the one version that it may follow; None: any
+    num_quarantined: int = 0
+    mirrors: SourceSnapshot | None = None  # None: what the rows mirrored before
+    commit_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    def __post_init__(self) -> None:
+        self._manifest = cache(lambda version: log.find(self.storage, version) or log.EMPTY)
+        self._compared: dict[int, tuple[FileEntry, ...]] = {}  # files that a shard's entries agree with, after a race
+
+    def publish(self) -> Snapshot:
+        """Commit, all files or none. Raises CommitConflictError, KeyCollisionError, StorageError."""
+        return Snapshot(self.storage, self.info, log.append(self.storage, self))
+
+    def check_files(self) -> None:
+        """Raise CorruptFileError, InvalidRowsError or SpecMismatchError where a new file is not what its entry says."""
+        for shard, entry in ((shard, entry) for shard, entries in self.entries.items() for entry in entries):
+            if not 0 <= shard < self.info.num_shards or not entry.path.startswith(f"data/{shard:04d}/"):
+                raise errors.InvalidRowsError(f"{entry.path} is not a file of shard {shard} of {self.info.num_shards}")
+            try:
+                size_bytes = self.storage.size(entry.path)
+            except FileNotFoundError as error:
+                raise errors.CorruptFileError(
+                    f"{self.storage.full(entry.path)} is missing: `expire` removes files that no snapshot names once"
+                    " they are older than its grace time; build it again"
+                ) from error
+            if entry.info_digest != self.info.digest or size_bytes != entry.bytes:
+                with datafile.open_entry(self.storage, self.info, entry):
+                    pass  # names what differs
+
+    def onto(self, parent: Manifest) -> Shards:
+        """Return the files of each shard after this commit on `parent`.
+
+        Raises CommitConflictError where another writer has replaced what this commit is about, KeyCollisionError where
+        one has given a key another uri.
+        """
+        if self.only_after is not None and parent.version != self.only_after:
+            raise errors.CommitConflictError(
+                f"{self.storage.url} has snapshot {parent.version}, and not {self.only_after}"
+            )
+        self._check_uris(parent)
+        changed = {
+            shard: _files_after(parent.files(shard), self.entries.get(shard, ()), self.replaces.get(shard, ()))
+            for shard in {*self.entries, *self.replaces}
+        }
+        return {**parent.shards, **changed}
+
+    def manifest_after(self, parent: Manifest) -> Manifest:
+        """Return the manifest that this commit makes of `parent`. Raises what `onto` raises."""
+        shards = {shard: tuple(files) for shard, files in sorted(self.onto(parent).items()) if files}
+        files = [file for each in shards.values() for file in each]
+        return Manifest(
+            version=parent.version + 1,
+            parent=parent.commit_id or None,
+            commit_id=self.commit_id,
+            writer=log.writer_name(),
+            time_s=max(time.time(), parent.time_s),  # never backwards, whatever the clocks of the writers say
+            operation=self.operation,
+            num_quarantined=self.num_quarantined,
+            num_files=len(files),
+            file_rows=sum(file.rows for file in files),
+            file_bytes=sum(file.bytes for file in files),
+            shards=shards,
+            mirrors=self.mirrors or parent.mirrors,
+        )
+
+    def _check_uris(self, parent: Manifest) -> None:
+        """Compare new files with those that other writers have added since they were built, or since the last race."""
+        for shard, entry in ((shard, entry) for shard, entries in self.entries.items() for entry in entries):
+            if self.replaces.get(shard) or entry.based_on == parent.version:
+                continue
+            files = parent.files(shard)
+            known = self._compared[shard] if shard in self._compared else self._manifest(entry.based_on).files(shard)
+            added = files[len(known) :] if files[: len(known)] == known else files  # all, where some were replaced
+            if added:
+                with datafile.open_entry(self.storage, self.info, entry) as file:
+                    keys_N, uris = live_uris(file.read([datafile.KEY, datafile.URI, datafile.DELETED]))
+                ShardReader(self.storage, self.info, shard, added).check_uris(keys_N, uris)
+            self._compared[shard] = files
+
+
+def live_uris(table: pa.Table) -> tuple[Int64Array, list[str]]:
+    """Return key and uri of each row that is not a tombstone."""
+    live = table.select([datafile.KEY, datafile.URI]).filter(pa.array(~datafile.numpy_column(table, datafile.DELETED)))
+    return datafile.numpy_column(live, datafile.KEY), datafile.text_column(live, datafile.URI)
+
+
+def _files_after(
+    older: Sequence[FileEntry], new: Sequence[FileEntry], replaced: Sequence[FileEntry]
+) -> Sequence[FileEntry]:
+    paths, gone = [file.path for file in older], [file.path for file in replaced]
+    start = paths.index(gone[0]) if gone and gone[0] in paths else len(paths)
+    may_be_behind = not gone or (new and all(file.kind == "delta" for file in new))
+    if paths[start : start + len(gone)] != gone or not (start == 0 or may_be_behind):
+        raise errors.CommitConflictError(
+            f"another writer has replaced or removed {', '.join(gone)} meanwhile: read the newest snapshot and retry"
+        )
+    files = [*older[:start], *new, *older[start + len(gone) :]]
+    return [file.model_copy(update={"kind": "delta" if place else "base"}) for place, file in enumerate(files)]
 
 
 class FeatureStore:
@@ -53,7 +349,7 @@ class FeatureStore:
         """Return the basis of a compact store's rows, or None for other stores. Raises CorruptFileError."""
         return basis_of(self.info, self.storage)
 
-    def project(self, values_ND: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.floating[Any]]:
+    def project(self, values_ND: FloatArray) -> FloatArray:
         """Convert full rows (N, full_dim) to the store's form: unchanged, or their coordinates if it is compact.
 
         Numbers, not encoded yet. Raises InvalidRowsError for another width.
@@ -68,11 +364,11 @@ class FeatureStore:
         """
         storage = Storage(url, keep_inside=True)
         if INFO_PATH in storage.list():
-            raise StoreExistsError(f"{storage.url} is a store already")
+            raise errors.StoreExistsError(f"{storage.url} is a store already")
         refuse_unsafe(storage)
         mine = info.model_copy(update={"store_id": uuid.uuid4().hex})
-        if create_sealed(storage, INFO_PATH, mine).store_id != mine.store_id:
-            raise StoreExistsError(f"{storage.url} is a store already")
+        if spec.create_sealed(storage, INFO_PATH, mine).store_id != mine.store_id:
+            raise errors.StoreExistsError(f"{storage.url} is a store already")
         return cls(storage, mine)
 
     @classmethod
@@ -80,18 +376,18 @@ class FeatureStore:
         """Open a store. Raises StoreNotFoundError, FormatVersionError, CorruptFileError."""
         storage = Storage(url, keep_inside=True)
         try:
-            return cls(storage, read_sealed(storage, INFO_PATH, StoreInfo))
+            return cls(storage, spec.read_sealed(storage, INFO_PATH, StoreInfo))
         except FileNotFoundError:
             storage.check_bucket()
-            raise StoreNotFoundError(f"no store at {storage.url}: {INFO_PATH} is not there") from None
+            raise errors.StoreNotFoundError(f"no store at {storage.url}: {INFO_PATH} is not there") from None
 
     @classmethod
     def open_or_create(cls, url: str | os.PathLike[str], info: StoreInfo) -> "FeatureStore":
         """Open the store, made first where none is there. Raises SpecMismatchError where it differs from `info`."""
         try:
             store = cls.open(url)
-        except StoreNotFoundError:
-            with contextlib.suppress(StoreExistsError):  # another was first: the check below decides
+        except errors.StoreNotFoundError:
+            with contextlib.suppress(errors.StoreExistsError):  # another was first: the check below decides
                 return cls.create(url, info)
             store = cls.open(url)
         info.check_same(store.info, f"the store at {store.url}")
@@ -107,7 +403,7 @@ class FeatureStore:
         if isinstance(version, str):
             return self._of_channel(version)
         if version is not None and version < 0:
-            raise SnapshotNotFoundError(f"{version} is not a version: they count from 0, the empty store")
+            raise errors.SnapshotNotFoundError(f"{version} is not a version: they count from 0, the empty store")
         return Snapshot(self.storage, self.info, log.read_manifest(self.storage, version))
 
     def _of_channel(self, name: str) -> Snapshot:
@@ -115,18 +411,18 @@ class FeatureStore:
         assert move.version is not None, "a channel that is found points to a snapshot"
         try:
             manifest = log.read_manifest(self.storage, move.version)
-        except SnapshotNotFoundError:  # the channel was moved, and its snapshot removed, during the lookup
+        except errors.SnapshotNotFoundError:  # the channel was moved, and its snapshot removed, during the lookup
             move = find_channel(self.storage, name)
             manifest = log.read_manifest(self.storage, move.version)
         if manifest.commit_id != move.commit_id:
-            raise AnotherStoreError(
+            raise errors.AnotherStoreError(
                 f"channel {name} of {self.url} points to snapshot {move.version} of commit {move.commit_id[:8]}, and"
                 f" snapshot {move.version} is commit {manifest.commit_id[:8]} here: the store was put back from a"
                 f" backup, or made again; set the channel again: crossmedia store channel {self.url} {name} N"
             )
         return Snapshot(self.storage, self.info, manifest)
 
-    def stage_part(self, run_id: str, part: str, rows: FeatureRows) -> None:
+    def stage_part(self, run_id: str, part: str, rows: datafile.FeatureRows) -> None:
         """Keep `rows` as one part of a run, until shards are built.
 
         All of them or none; the same part again replaces it. Features may be float32, in a store of any dtype.
@@ -142,7 +438,7 @@ class FeatureStore:
         staging.discard(self.storage, run_id)
 
     def build_shards(
-        self, run_id: str, shards: range, parts: Sequence[str], kind: FileKind = "delta"
+        self, run_id: str, shards: range, parts: Sequence[str], kind: spec.FileKind = "delta"
     ) -> dict[int, FileEntry]:
         """Build a data file of each of some neighbouring shards, of its rows in `parts`.
 
@@ -155,7 +451,7 @@ class FeatureStore:
         snapshot = self.snapshot()
         return {shard: self._build(shard, table, snapshot, kind) for shard, table in tables.items()}
 
-    def put(self, rows: FeatureRows, operation: str = "put") -> Snapshot:
+    def put(self, rows: datafile.FeatureRows, operation: str = "put") -> Snapshot:
         """Add or replace rows; one commit. Features may be float32, in a store of any dtype.
 
         Raises InvalidRowsError, KeyCollisionError.
@@ -164,9 +460,9 @@ class FeatureStore:
 
     def delete(self, keys: Sequence[int] | Int64Array, operation: str = "delete") -> Snapshot:
         """Remove keys, by tombstones; unknown keys are not an error."""
-        return self.commit(self.write(FeatureRows.tombstones(keys, self.info)), operation)
+        return self.commit(self.write(datafile.FeatureRows.tombstones(keys, self.info)), operation)
 
-    def write(self, rows: FeatureRows) -> dict[int, FileEntry]:
+    def write(self, rows: datafile.FeatureRows) -> dict[int, FileEntry]:
         """Write rows, tombstones among them too, as a new file for each shard; invisible until a commit names them.
 
         Features may be float32, in a store of any dtype. Raises InvalidRowsError, KeyCollisionError.
@@ -218,9 +514,9 @@ class FeatureStore:
         """Take `rows` out of quarantine: their images are good now, or are none any more."""
         staging.resolve(self.storage, rows)
 
-    def _build(self, shard: int, table: pa.Table, snapshot: Snapshot, kind: FileKind) -> FileEntry:
+    def _build(self, shard: int, table: pa.Table, snapshot: Snapshot, kind: spec.FileKind) -> FileEntry:
         keys_N, uris = live_uris(table)
-        check_collisions(keys_N, uris)
+        datafile.check_collisions(keys_N, uris)
         snapshot.shard_reader(shard).check_uris(keys_N, uris)
-        newest = take_rows(table, newest_rows(numpy_column(table, KEY)))
+        newest = take_rows(table, newest_rows(datafile.numpy_column(table, datafile.KEY)))
         return write_shard_file(self.storage, self.info, shard, [newest], kind, snapshot.version)

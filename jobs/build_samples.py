@@ -7,14 +7,12 @@ from featurestore.text import count_text
 from pipeline.options import SampleOptions, takes_on_cluster
 
 EXAMPLES = """Examples:
-
-\b
-crossmedia samples --logs logs --samples samples
-crossmedia samples --window-days 7 --min-dwell-s 10 --max-behaviors 100 --test-days 2
-crossmedia samples --logs mylogs --mapping mapping.yaml --samples samples
-crossmedia samples --samples samples --days 2026-03-20
-crossmedia samples --samples samples --since 2026-03-01
-crossmedia samples --logs s3://shop/logs --samples /shared/samples -n 8 --threads-per-worker 1
+  crossmedia samples --logs logs --samples samples
+  crossmedia samples --window-days 7 --min-dwell-s 10 --max-behaviors 100 --test-days 2
+  crossmedia samples --logs mylogs --mapping mapping.yaml --samples samples
+  crossmedia samples --samples samples --days 2026-03-20
+  crossmedia samples --samples samples --since 2026-03-01
+  crossmedia samples --logs s3://shop/logs --samples /shared/samples -n 8 --threads-per-worker 1
 """
 
 app = commandline.CommandApp(report=True, rich_markup_mode="rich")

@@ -9,11 +9,9 @@ from featurestore.console import commandline, files, output
 from trainer.cli import StoreVersion, WhichCheckpoint, WhichRun
 
 EXAMPLES = """Examples:
-
-\b
-crossmedia export
-crossmedia export --run data/runs/both --out visual.parquet
-crossmedia export --run data/runs/titles --network titles --checkpoint 1000 --out titles.parquet
+  crossmedia export
+  crossmedia export --run data/runs/both --out visual.parquet
+  crossmedia export --run data/runs/titles --network titles --checkpoint 1000 --out titles.parquet
 
 Exit codes: 0 done, 1 failed, 2 wrong options.
 """
@@ -36,8 +34,8 @@ def main(
     The Parquet file has the columns key, uri and vector (a list of float32), and says in its metadata (visual_vectors)
     of which run, checkpoint, store and snapshot they are.
     """
-    from trainer.runs.export import export_vectors, open_network
     from trainer.runs.folder import run_or_newest
+    from trainer.runs.saved import export_vectors, open_network
 
     start = time.monotonic()
     files.check_ending(out, "--out", ".parquet")
@@ -48,7 +46,7 @@ def main(
     output.print_summary(
         f"run          {about['run']}, {about['checkpoint']}, network {about['network']}\n"
         f"features     snapshot {about['snapshot']} of {about['store']}\n"
-        f"images       {opened.num_images:,}, {about['dim']} numbers each\n"
+        f"images       {opened.snapshot.num_rows:,}, {about['dim']} numbers each\n"
         f"time         {time.monotonic() - start:.1f} s\n"
         f"written to   {out}"
     )

@@ -19,13 +19,11 @@ if TYPE_CHECKING:
     from trainer.gates import GateResult
 
 EXAMPLES = """Examples:
-
-\b
-crossmedia publish
-crossmedia publish --run data/runs/both --out data/models/ctr
-crossmedia publish --run data/runs/daily
-crossmedia publish --run data/runs/both --out s3://shop/models/ctr --compile
-crossmedia publish --run data/runs/both --checkpoint 1000 --no-use
+  crossmedia publish
+  crossmedia publish --run data/runs/both --out data/models/ctr
+  crossmedia publish --run data/runs/daily
+  crossmedia publish --run data/runs/both --out s3://shop/models/ctr --compile
+  crossmedia publish --run data/runs/both --checkpoint 1000 --no-use
 
 Exit codes: 0 done, 1 failed, 2 wrong options, 3 published but not put in use, as it is worse than the model in use.
 """
@@ -128,14 +126,16 @@ def put_in_use(out: str, new: "BundleManifest", options: "ExportOptions") -> lis
     from featurestore.published.paths import run_path
     from featurestore.storage.storage import Storage
     from serving.bundle import log
-    from trainer.gates import RunInUse, gate_model
+    from trainer.gates import gate_model
+    from trainer.runs.saved import RunSource
 
     storage = Storage(out)
     found: list[GateResult] = []
     if log.version_in_use(storage) is not None:
         old = log.read_version(storage)
-        in_use = RunInUse(folder=run_path(old.run), checkpoint=old.checkpoint, digest=old.checkpoint_digest)
-        found = gate_model(options.run, new.checkpoint, in_use, store_version=options.store_version)
+        in_use = RunSource(run_path(old.run), old.checkpoint)
+        version = options.store_version
+        found = gate_model(options.run, new.checkpoint, in_use, old.checkpoint_digest, store_version=version)
     if all(each.holds for each in found):
         log.use(storage, new.version)
     return found

@@ -4,13 +4,11 @@ from featurestore.console import commandline, output
 from pipeline.options import ExtractOptions, takes_on_cluster
 
 EXAMPLES = """Examples:
-
-\b
-crossmedia extract --images photos --weights imagenet
-crossmedia extract --images s3://shop/photos --store s3://shop/features -n 4
-crossmedia extract --images catalogue.parquet --weights random:0
-crossmedia extract --backbone resnet50:avgpool --store data/features-resnet50
-crossmedia extract --images all-photos --store data/features-256
+  crossmedia extract --images photos --weights imagenet
+  crossmedia extract --images s3://shop/photos --store s3://shop/features -n 4
+  crossmedia extract --images catalogue.parquet --weights random:0
+  crossmedia extract --backbone resnet50:avgpool --store data/features-resnet50
+  crossmedia extract --images all-photos --store data/features-256
 """
 
 app = commandline.CommandApp(report=True, rich_markup_mode="rich", stopped=commandline.CONTINUES)

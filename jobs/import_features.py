@@ -11,12 +11,10 @@ if TYPE_CHECKING:
     from pipeline.formats import VectorSource
 
 EXAMPLES = """Examples:
-
-\b
-crossmedia import --from images.npy --keys ids.txt --source "our image encoder, v3"
-crossmedia import --from text.parquet --store data/features-text --name text --source "e5-base, titles"
-crossmedia import --from video.npy --keys video-ids.txt --store s3://shop/features-video --name video
-crossmedia import --from xdl-images --store data/features --dim 4096 -n 4
+  crossmedia import --from images.npy --keys ids.txt --source "our image encoder, v3"
+  crossmedia import --from text.parquet --store data/features-text --name text --source "e5-base, titles"
+  crossmedia import --from video.npy --keys video-ids.txt --store s3://shop/features-video --name video
+  crossmedia import --from xdl-images --store data/features --dim 4096 -n 4
 """
 
 app = commandline.CommandApp(report=True, rich_markup_mode="rich", stopped=commandline.CONTINUES)

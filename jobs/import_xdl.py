@@ -6,10 +6,8 @@ from featurestore.console import commandline, output
 from pipeline.options import XdlOptions, takes_on_cluster
 
 EXAMPLES = """Examples:
-
-\b
-crossmedia import --from imgs --store data/features-xdl
-crossmedia import-xdl --from data.txt --samples data/samples-xdl --label-threshold 0.5
+  crossmedia import --from imgs --store data/features-xdl
+  crossmedia import-xdl --from data.txt --samples data/samples-xdl --label-threshold 0.5
 """
 
 app = commandline.CommandApp(report=True, rich_markup_mode="rich")

@@ -11,11 +11,9 @@ if TYPE_CHECKING:
     from pipeline.demo.make import DemoSummary
 
 EXAMPLES = """Examples:
-
-\b
-crossmedia demo-data
-crossmedia demo-data --small --out /tmp/demo --seed 7
-crossmedia demo-data --images photos --labels photos.csv --out data/demo-photos
+  crossmedia demo-data
+  crossmedia demo-data --small --out /tmp/demo --seed 7
+  crossmedia demo-data --images photos --labels photos.csv --out data/demo-photos
 """
 app = commandline.CommandApp(report=True, rich_markup_mode="rich")
 

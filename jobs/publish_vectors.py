@@ -17,13 +17,11 @@ if TYPE_CHECKING:
     from serving.bundle.open import ModelVersion
 
 EXAMPLES = """Examples:
-
-\b
-crossmedia publish-vectors
-crossmedia publish-vectors --model s3://shop/models/ctr
-crossmedia publish-vectors --model data/models/ctr --store s3://shop/features
-crossmedia publish-vectors --model data/models/ctr --store images=s3://shop/features --store titles=data/titles
-crossmedia publish-vectors --model data/models/ctr --store-version stable
+  crossmedia publish-vectors
+  crossmedia publish-vectors --model s3://shop/models/ctr
+  crossmedia publish-vectors --model data/models/ctr --store s3://shop/features
+  crossmedia publish-vectors --model data/models/ctr --store images=s3://shop/features --store titles=data/titles
+  crossmedia publish-vectors --model data/models/ctr --store-version stable
 
 Exit codes: 0 done, also where there was nothing to do, 1 failed, 2 wrong options.
 """

@@ -4,11 +4,9 @@ from featurestore.console import commandline, output
 from pipeline.options import RefreshOptions, takes_on_cluster
 
 EXAMPLES = """Examples:
-
-\b
-crossmedia refresh --images s3://shop/photos --store s3://shop/features
-crossmedia refresh --images photos --store data/features --channel candidate
-crossmedia refresh --images half-of-them --store data/features --keep-missing
+  crossmedia refresh --images s3://shop/photos --store s3://shop/features
+  crossmedia refresh --images photos --store data/features --channel candidate
+  crossmedia refresh --images half-of-them --store data/features --keep-missing
 """
 
 app = commandline.CommandApp(report=True, rich_markup_mode="rich", stopped=commandline.CONTINUES)

@@ -14,12 +14,10 @@ if TYPE_CHECKING:
     from trainer.evaluation.predict import Written
 
 EXAMPLES = """Examples:
-
-\b
-crossmedia score
-crossmedia score --run data/runs/both --samples data/tomorrow --out s3://shop/scores.parquet
-horovodrun -np 4 crossmedia score --run data/runs/both
-crossmedia score --model data/models/ctr --samples data/tomorrow
+  crossmedia score
+  crossmedia score --run data/runs/both --samples data/tomorrow --out s3://shop/scores.parquet
+  horovodrun -np 4 crossmedia score --run data/runs/both
+  crossmedia score --model data/models/ctr --samples data/tomorrow
 
 Exit codes: 0 done, 1 failed, 2 wrong options.
 """

@@ -6,13 +6,13 @@ Letters of shapes: N rows of a block, D feature width.
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -22,6 +22,7 @@ from featurestore.format.datafile import is_text
 from featurestore.keys import AnyArray, Float32Array, Int64Array, key_of_uri, keys_of_uris
 from featurestore.storage.local import StorageEntry
 from featurestore.storage.storage import Storage, file_at
+from pipeline.cluster.tasks import neighbours
 from pipeline.errors import VectorImportError, VectorsNotFoundError
 from pipeline.options import XDL_DIM
 from pipeline.store_run import BadRow
@@ -95,20 +96,6 @@ def _cuts(num_rows: int, dim: int) -> Iterator[tuple[int, int]]:
     return ((start, min(start + rows, num_rows)) for start in range(0, num_rows, rows))
 
 
-def pack(slices: "Iterable[VectorSlice]", rows: int) -> "list[tuple[VectorSlice, ...]]":
-    """Group slices one after the other, about `rows` rows each."""
-    packed: list[tuple[VectorSlice, ...]] = []
-    current: list[VectorSlice] = []
-    count = 0
-    for piece in slices:
-        if current and count + piece.num_rows > rows:
-            packed.append(tuple(current))
-            current, count = [], 0
-        current.append(piece)
-        count += piece.num_rows
-    return [*packed, tuple(current)] if current else packed
-
-
 def read_slices(slices: "Sequence[VectorSlice]", rows: int) -> Iterator[VectorBlock]:
     """Read slices that were packed together: as one block, or one slice in blocks of `rows` rows."""
     blocks = chain.from_iterable(piece.read(rows) for piece in slices)
@@ -145,7 +132,7 @@ class RecordSlice:
                     raise VectorImportError(f"{self.path} has become shorter while it was read: try again")
                 yield self._block(first, np.frombuffer(data, self.record))
 
-    def _block(self, first: int, records_N: npt.NDArray[Any]) -> VectorBlock:
+    def _block(self, first: int, records_N: AnyArray) -> VectorBlock:
         raise NotImplementedError
 
 
@@ -155,7 +142,7 @@ class MatrixSlice(RecordSlice):
 
     names: Int64Array | list[str]
 
-    def _block(self, first: int, records_N: npt.NDArray[Any]) -> VectorBlock:
+    def _block(self, first: int, records_N: AnyArray) -> VectorBlock:
         names, vectors_ND = self.names[first : first + len(records_N)], _single(records_N)
         if not isinstance(names, list):
             return VectorBlock(names, list(map(uri_of_key, names.tolist())), vectors_ND)
@@ -191,19 +178,8 @@ def plan_matrix(address: str, keys_address: str) -> VectorSource:
     names, fingerprint = _names_of_rows(keys_address)
     if len(names) != num_rows:
         raise VectorImportError(f"{keys_address} has {len(names):,} keys and {address} {num_rows:,} rows")
-    record = np.dtype((dtype, (dim,)))
-    slices: list[VectorSlice] = [
-        MatrixSlice(
-            url=storage.url,
-            path=path,
-            record=record,
-            offset=offset,
-            start=start,
-            stop=stop,
-            names=names[start:stop],
-        )
-        for start, stop in _cuts(num_rows, dim)
-    ]
+    rows_of = partial(MatrixSlice, url=storage.url, path=path, record=np.dtype((dtype, (dim,))), offset=offset)
+    slices = (rows_of(start=start, stop=stop, names=names[start:stop]) for start, stop in _cuts(num_rows, dim))
     return VectorSource(dim, tuple(slices), f"{fingerprint_of(storage, entries)} {fingerprint}")
 
 
@@ -320,14 +296,11 @@ def _footer(storage: Storage, path: str) -> tuple[pa.Schema, list[int]]:
 
 def _slices(url: str, path: str, columns: ParquetColumns, counts: list[int], dim: int) -> "list[VectorSlice]":
     slices: list[VectorSlice] = []
-    groups: list[int] = []
-    first, rows = 0, 0
-    for group, count in enumerate(counts):
-        groups.append(group)
-        rows += count
-        if rows >= block_rows(dim) or group == len(counts) - 1:
-            slices.append(ParquetSlice(url, path, columns, tuple(groups), first, rows, dim))
-            groups, first, rows = [], first + rows, 0
+    first = 0
+    for groups in neighbours(range(len(counts)), counts, block_rows(dim)):
+        rows = sum(counts[group] for group in groups)
+        slices.append(ParquetSlice(url, path, columns, tuple(groups), first, rows, dim))
+        first += rows
     return slices
 
 
@@ -389,7 +362,6 @@ def _stored_type(kind: Any) -> Any:
 
 NUM_FILES = 1024
 NAME = re.compile(r"(?:.*/)?data\.(\d{1,4})")
-PROBED_FILES, PROBED_RECORDS = 8, 9
 WRONG_FILE = "key in the wrong file"
 
 
@@ -399,7 +371,7 @@ class XdlSlice(RecordSlice):
 
     number: int
 
-    def _block(self, first: int, records_N: npt.NDArray[Any]) -> VectorBlock:
+    def _block(self, first: int, records_N: AnyArray) -> VectorBlock:
         keys_N = records_N["key"].astype(np.int64)
         fits_N = (keys_N & (NUM_FILES - 1)) == self.number
         bad = tuple(BadRow(key, uri_of_key(key), WRONG_FILE) for key in keys_N[~fits_N].tolist())
@@ -446,23 +418,7 @@ def plan_xdl(address: str, dim: int | None) -> VectorSource:
         )
     if not slices:
         raise VectorImportError(f"all {len(used)} files of {address} are empty")
-    _probe([piece for piece in slices if piece.start == 0][:PROBED_FILES], dim)
     return VectorSource(dim, tuple(slices), fingerprint_of(storage, used))
-
-
-def _probe(slices: Sequence[XdlSlice], dim: int) -> None:
-    """Raise VectorImportError where many of the first records, but for the very first, are not of their files.
-
-    Before a store is made, whose width is for ever.
-    """
-    probes = [replace(piece, start=1, stop=max(1, min(piece.stop, PROBED_RECORDS))) for piece in slices]
-    blocks = [block for probe in probes for block in probe.read(PROBED_RECORDS)]
-    num_good, num_bad = (sum(map(len, lists)) for lists in (blocks, [block.bad for block in blocks]))
-    if num_bad > 1 and 2 * num_bad > num_good:
-        raise VectorImportError(
-            f"{num_bad} of the first {num_good + num_bad} keys are in the wrong file (key k belongs in data.(k mod"
-            f" {NUM_FILES})): is --dim {dim} right?"
-        )
 
 
 VectorSlice = RecordSlice | ParquetSlice

@@ -15,27 +15,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import xxhash
 from distributed import Client
 
 from featurestore.format.codec import read_npy
-from featurestore.format.datafile import digest_column
-from featurestore.format.rows import FeatureRows
-from featurestore.keys import Int64Array
+from featurestore.format.datafile import FeatureRows, digest_column
+from featurestore.keys import AnyArray, Int64Array
 from featurestore.spec import ExtractorSpec
 from featurestore.staging import STAGING
-from featurestore.store import FeatureStore
+from featurestore.store import FeatureStore, SnapshotId
 from pipeline import store_run
-from pipeline.cluster.tasks import run_all
+from pipeline.cluster.tasks import neighbours, run_all
 from pipeline.errors import VectorImportError
-from pipeline.formats import VectorBlock, VectorSlice, VectorSource, block_rows, pack, read_slices
+from pipeline.formats import VectorBlock, VectorSlice, VectorSource, block_rows, read_slices
 from pipeline.options import ImportOptions
 
 NEW, CHANGED, UNCHANGED = 0, 1, 2
 INDEX_DTYPE = np.dtype([("key", "<i8"), ("low", "<u8"), ("high", "<u8"), ("state", "u1")])
 
-IndexArray = npt.NDArray[np.void]
+IndexArray = AnyArray
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +55,7 @@ def stage_unit(
 
     Raises VectorImportError, StorageError.
     """
-    stored = stored_index(store, version)
+    stored = stored_index(SnapshotId.of(store.snapshot(version)))
     parts: list[str] = []
     bad: list[store_run.BadRow] = []
     indexes, num_rows = [np.empty(0, INDEX_DTYPE)], 0
@@ -86,15 +84,10 @@ def stage_unit(
     return report
 
 
-def stored_index(store: FeatureStore, version: int) -> IndexArray:
-    """Load keys and digests of the rows of a snapshot, by key; 25 bytes a row, kept until another is asked for."""
-    commit_id = store.snapshot(version).manifest.commit_id  # another one in a store made anew at the same address
-    return _stored_index(store.url, version, store.info.store_id, commit_id)
-
-
 @functools.lru_cache(maxsize=1)
-def _stored_index(url: str, version: int, store_id: str, commit_id: str) -> IndexArray:
-    table = FeatureStore.open(url).snapshot(version).to_arrow(["key", "content_digest"])
+def stored_index(snapshot: SnapshotId) -> IndexArray:
+    """Load keys and digests of the rows of a snapshot, by key; 25 bytes a row, kept until another is asked for."""
+    table = FeatureStore.open(snapshot.url).snapshot(snapshot.version).to_arrow(["key", "content_digest"])
     values = digest_column(table).view("<u8").reshape(-1, 2)
     index = np.zeros(len(table), INDEX_DTYPE)
     index["key"], index["low"], index["high"] = table["key"].to_numpy(), values[:, 0], values[:, 1]
@@ -240,7 +233,8 @@ class ImportRun(store_run.StoreRun):
 
     def __init__(self, client: Client, store: FeatureStore, source: VectorSource, options: ImportOptions) -> None:
         self._rows = options.part_size or block_rows(source.dim)
-        self._units = {f"{number:06d}": slices for number, slices in enumerate(pack(source.slices, self._rows))}
+        units = neighbours(source.slices, [piece.num_rows for piece in source.slices], self._rows)
+        self._units = {f"{number:06d}": slices for number, slices in enumerate(units)}
         snapshot = store.snapshot()
         commit_id = snapshot.manifest.commit_id
         run_id = store_run.run_id_of("import", store.info.digest, source.fingerprint, source.dim, self._rows, commit_id)

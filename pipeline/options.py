@@ -3,7 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -19,12 +19,8 @@ from pipeline.network import DEFAULT_BACKBONE, PrecisionName
 Options = TypeVar("Options")
 
 DEFAULT_IMAGES, DEFAULT_STORE, DEFAULT_SAMPLES = "data/images", "data/features", "data/samples"
-DEFAULT_MAX_GONE = 0.5
 LONGEST_DAYS = 36_500
-MOST_BEHAVIORS = 1_000_000
 XDL_DIM = 4096  # numbers of an image in the files of XDL's example
-MAX_DIM = 1 << 20
-"""Most numbers of a vector that an option may name."""
 
 _OF_CLUSTER = ("scheduler", "scheduler_file", "workers", "threads_per_worker", "memory_limit")
 """Options of dask-submit that its jobs have as well."""
@@ -72,7 +68,7 @@ def takes_on_cluster(kind: Callable[..., Options]) -> Callable[[Callable[[Option
         def on_cluster(**values: Any) -> None:
             given = {option: values.pop(name) for name, option in of_cluster.items()}
             words = [word for option, value in given.items() if value is not None for word in (option.opts[-1], value)]
-            with _cluster(words):
+            with _cluster(words) if words else nullcontext():
                 command(**values)
 
         on_cluster.__annotations__ = command.__annotations__ | {each.name: each.annotation for each in parameters}
@@ -86,10 +82,7 @@ def takes_on_cluster(kind: Callable[..., Options]) -> Callable[[Callable[[Option
 
 @contextmanager
 def _cluster(words: list[str]) -> Iterator[None]:
-    """Prepare the cluster of these options, where there are some. Raises BadParameter, ClusterError."""
-    if not words:
-        yield
-        return
+    """Prepare the cluster of these options. Raises BadParameter, ClusterError."""
     try:
         with cluster_of_job(words):
             yield
@@ -154,7 +147,7 @@ class RefreshOptions:
     ] = False
     max_gone: Annotated[
         float, typer.Option(min=0, max=1, help="Refuse when more than this share of the store would vanish.")
-    ] = DEFAULT_MAX_GONE
+    ] = 0.5
     channel: ChannelOption = None
 
 
@@ -177,7 +170,7 @@ class ImportOptions:
     dim: Annotated[
         int | None,
         typer.Option(
-            min=1, max=MAX_DIM, help="Numbers per vector, for XDL and for lists.", show_default=f"{XDL_DIM} for XDL"
+            min=1, max=1 << 20, help="Numbers per vector, for XDL and for lists.", show_default=f"{XDL_DIM} for XDL"
         ),
     ] = None
     feature_column: Annotated[str | None, typer.Option(help="Of Parquet.", show_default="the only one")] = None
@@ -206,7 +199,7 @@ class SampleOptions:
     min_dwell_s: Annotated[
         float, typer.Option(min=0, max=LONGEST_DAYS * 86_400, help="Seconds that a behaviour has to last.")
     ] = 5
-    max_behaviors: Annotated[int, typer.Option(min=1, max=MOST_BEHAVIORS, help="The newest of a group.")] = 50
+    max_behaviors: Annotated[int, typer.Option(min=1, max=1_000_000, help="The newest of a group.")] = 50
     test_days: Annotated[int, typer.Option(min=0, max=LONGEST_DAYS, help="Last days, for testing.")] = 1
     test_from: Annotated[
         str | None, typer.Option(help="First day for testing, as 2026-03-20, in place of --test-days.")

@@ -15,13 +15,12 @@ import xxhash
 from distributed import Client
 
 from featurestore.errors import SpecMismatchError, StoreNotFoundError
-from featurestore.format.rows import FeatureRows
+from featurestore.format.datafile import FeatureRows
 from featurestore.keys import Int64Array, key_of_uri, splitmix64
 from featurestore.parsing import parse_json
-from featurestore.snapshot import Snapshot
 from featurestore.spec import FileEntry, StoreInfo
 from featurestore.staging import STAGING, QuarantineRow
-from featurestore.store import FeatureStore
+from featurestore.store import FeatureStore, Snapshot
 from pipeline.cluster.tasks import num_threads, run_all, wait_for_workers
 
 WORKERS_TIMEOUT_S = 60.0

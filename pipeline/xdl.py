@@ -283,20 +283,17 @@ def write_file(
     writers: dict[str, pq.ParquetWriter] = {}
     try:
         with contextlib.ExitStack() as stack:
+            for split in SPLITS:
+                writer = pq.ParquetWriter(scratch / split, schema, compression="zstd", write_page_checksum=True)
+                writers[split] = stack.enter_context(writer)
             while batch := list(islice(groups, ROW_GROUP_SIZE)):
-                of_split: dict[str, list[list[Sample]]] = {}
-                for group in batch:
-                    split = split_of(group[0]["gkey"], options.test_share)
-                    of_split.setdefault(split, []).append(group)
-                for split, here in of_split.items():
-                    if split not in writers:
-                        place = scratch / split
-                        writer = pq.ParquetWriter(place, schema, compression="zstd", write_page_checksum=True)
-                        writers[split] = stack.enter_context(writer)
-                    writers[split].write_table(pa.Table.from_pylist([row_of(group, ad) for group in here], schema))
+                for split in SPLITS:
+                    here = [group for group in batch if split_of(group[0]["gkey"], options.test_share) == split]
+                    if here:
+                        writers[split].write_table(pa.Table.from_pylist([row_of(group, ad) for group in here], schema))
                     labels = [sample["label"] for group in here for sample in group]
                     result.counts[split].update(groups=len(here), samples=len(labels), clicks=sum(labels))
-        for split in writers:
+        for split in [split for split in SPLITS if result.counts[split]["groups"]]:
             (scratch / split).replace(Path(folder, split, f"part-{number:05d}.parquet"))
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -16,8 +16,7 @@ from pathlib import Path
 
 import psutil
 
-from trainer.hosts import LOOPBACK, HostSlots, Reach, environments
-from trainer.launch import By
+from trainer.launch import LOOPBACK, By, Reach, environments
 
 HOROVODRUN, TORCHRUN = (str(Path(sys.executable).with_name(name)) for name in ("horovodrun", "torchrun"))
 TIMEOUT_S = 200
@@ -81,8 +80,8 @@ class Forks:
     def start(self, num_ranks: int, log: Path, *arguments: object) -> "Job":
         """Begin with `python ARGUMENTS` on ranks that find each other as supervised ones do."""
         stack, by = ExitStack(), By.TORCH if isinstance(num_ranks, TorchRanks) else By.HOROVOD
-        reach = {"localhost": Reach(LOOPBACK, LOOPBACK, "lo")}
-        each = stack.enter_context(environments(by, [HostSlots("localhost", int(num_ranks))], reach))
+        reach = {"localhost": Reach(LOOPBACK, LOOPBACK)}
+        each = stack.enter_context(environments(by, {"localhost": int(num_ranks)}, reach))
         job = self.start_with([{**PATIENT, **variables} for variables in each], log, *arguments)
         return replace(job, meeting=stack)
 

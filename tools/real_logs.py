@@ -31,12 +31,10 @@ CHECKINS_START_S = 1_333_238_400
 SPREAD_START_S = 1_499_990_400
 BEHAVIOR = ("timestamp", "user", "item", "image", "category")
 EXAMPLES = """Examples:
-
-\b
-python tools/real_logs.py movielens ml-100k --out logs/ml
-python tools/real_logs.py checkins nyc --out logs/nyc --days 40 --newest 170000
-crossmedia samples --logs logs/ml --mapping logs/ml/mapping.yaml --samples ml/samples --window-days 300
-python -m benchmarks.quality --logs logs/ml --logs logs/frappe
+  python tools/real_logs.py movielens ml-100k --out logs/ml
+  python tools/real_logs.py checkins nyc --out logs/nyc --days 40 --newest 170000
+  crossmedia samples --logs logs/ml --mapping logs/ml/mapping.yaml --samples ml/samples --window-days 300
+  python -m benchmarks.quality --logs logs/ml --logs logs/frappe
 """
 
 Int = NDArray[np.int64]

@@ -72,7 +72,7 @@ LATER = (
     f"python -m trainer.main {SET}=one --set data.store=features",
     f"{TWO_RANKS} -m trainer.main {SET}=two --set data.store=compact --set model.base=din --set model.id_dropout=0.2 "
     "--set 'model.tables.item={kind: exact, max_rows: 100, admit_after: 2}' --set data.missing=zeros",
-    "python -m trainer.evaluate runs/one --json evaluation.json",
+    "python -m trainer.evaluate runs/one --out evaluation",
     "python jobs/export_model.py --run runs/one --out models/ctr",
     "python jobs/score.py --model models/ctr --samples samples --out scores.parquet",
 )
@@ -157,7 +157,7 @@ def world(folder: Path) -> dict[str, Entries]:
     images[12].unlink()
     for line in LATER:
         run(line, folder)
-    figures = {"evaluation": four_digits((folder / "evaluation.json").read_text())}
+    figures = {"evaluation": four_digits((folder / "evaluation" / "report.json").read_text())}
     for name in ("one", "two"):
         figures[name] = four_digits((folder / f"runs/{name}/report.json").read_text())["metrics"]
     return {"files": files_of(folder), "figures": {name: dict(leaves(each, folder)) for name, each in figures.items()}}

@@ -33,9 +33,6 @@ class Agent:
     """Ranks of this host. Threads read their output; the main thread starts them, as they die with it."""
 
     def __init__(self, lease_s: float) -> None:
-        import psutil  # which is not there for --as-rank: Python is started without packages
-
-        self._interfaces = {each.address: name for name, all_of in psutil.net_if_addrs().items() for each in all_of}
         self._lease_s = lease_s
         self._leased_until = time.monotonic() + lease_s
         self._answers = os.dup(1)
@@ -47,7 +44,7 @@ class Agent:
         """Execute the supervisor's commands until it is gone."""
         for task in (self._beat, self._watch_lease):
             threading.Thread(target=task, daemon=True).start()
-        self._answer({"is": "here", "interfaces": self._interfaces, "ssh": os.environ.get("SSH_CONNECTION")})
+        self._answer({"is": "here", "ssh": os.environ.get("SSH_CONNECTION")})
         for line in sys.stdin:
             asked = json.loads(line)
             if asked["do"] == "beat":

@@ -25,18 +25,10 @@ from featurestore.errors import FAILED, UserError
 from trainer.errors import LostRankError
 
 if TYPE_CHECKING:
-    from featurestore.published.versions import VersionName
     from trainer.comm import Comm
 
 # A launcher ends the other ranks when the first one fails: rank 0 needs time to print the reason.
 _GRACE_S = 1.0
-
-
-def _committed(text: str) -> "VersionName":
-    version = read_version_name(text)
-    if isinstance(version, int) and version < 1:
-        raise typer.BadParameter(f"{text} is not a committed snapshot: their numbers start at 1")
-    return version
 
 
 def counts_of(text: str) -> tuple[int, ...]:
@@ -64,7 +56,7 @@ WhichCheckpoint = Annotated[
 StoreVersion = Annotated[
     Any,  # a VersionName: typer knows no unions
     typer.Option(
-        parser=_committed,
+        parser=read_version_name,
         metavar=WHICH,
         help="Snapshot of the (first) feature store, or a channel of it.",
         show_default="the newest",
@@ -90,8 +82,8 @@ def run_on_ranks(work: Callable[["Comm"], object], deadline_s: float | None = No
     The ranks wait up to `deadline_s` for each other. Only rank 0 prints the error, and fills the page of the command.
     Errors other than ours propagate, after the ranks were left.
     """
+    from featurestore.console.memory import keep_freed_memory
     from trainer.comm import connect
-    from trainer.engine.machine import keep_freed_memory
 
     keep_freed_memory()
     try:

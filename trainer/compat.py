@@ -11,19 +11,13 @@ from featurestore.errors import FAILED
 from trainer.cli import GateLimits, WhichCheckpoint
 
 if TYPE_CHECKING:
-    from featurestore.snapshot import Snapshot
     from trainer.gates import Check, Comparison
 
-EXAMPLES = """
-Examples:
-
-    crossmedia compat data/runs/both data/features
-
-    crossmedia compat data/runs/both s3://bucket/features --checkpoint 1000 --version 7 --json compat.json
-
-    crossmedia compat data/runs/both data/features --accept
-
-    crossmedia compat data/runs/both data/features --version candidate
+EXAMPLES = """Examples:
+  crossmedia compat data/runs/both data/features
+  crossmedia compat data/runs/both s3://bucket/features --checkpoint 1000 --version 7 --json compat.json
+  crossmedia compat data/runs/both data/features --accept
+  crossmedia compat data/runs/both data/features --version candidate
 
 Exit codes: 0 all gates hold, or --force was given; 1 a gate fails; 2 wrong options.
 """
@@ -64,33 +58,35 @@ def main(options: CompatOptions) -> None:
     refuse it: with --accept, RUN may use the new one, if all gates hold.
     """
     from featurestore.published.paths import run_path
+    from featurestore.store import FeatureStore
     from trainer.gates import Check
+    from trainer.runs.saved import read_run
 
-    which, samples, name = options.checkpoint, options.samples, options.name
-    check = Check(run_path(options.run), options.store, options, which=which, samples=samples, name=name)
-    candidate = check.store.snapshot(options.version)
-    found = check.compare(candidate)
-    _print(check, candidate, found)
+    saved = read_run(run_path(options.run), options.checkpoint, options.samples)
+    candidate = FeatureStore.open(options.store).snapshot(options.version)
+    check = Check(saved, candidate, options, options.name, options.samples)
+    found = check.compare()
+    _print(check, found)
     outcome = "not compatible" if found.failures else "compatible"
     if options.accept:
-        outcome = f"accepted: {check.accept(candidate, found, options.force)}"
+        outcome = f"accepted: {check.accept(found, options.force)}"
     output.print_summary(outcome)
-    files.write_json_option(options.json_file, check.report(candidate, found) | {"outcome": outcome})
+    files.write_json_option(options.json_file, check.report(found) | {"outcome": outcome})
     if found.failures and options.force is None:
         raise typer.Exit(FAILED)
 
 
-def _print(check: "Check", candidate: "Snapshot", found: "Comparison") -> None:
+def _print(check: "Check", found: "Comparison") -> None:
     """Print the compared snapshots, the gates, and a line for each gate that fails."""
-    output.print_summary("\n".join(check.lines(candidate)))
+    from featurestore.store import SnapshotId
+
+    output.print_summary(
+        f"run          {check.saved.folder}, {check.saved.checkpoint.name}\n"
+        f"trained on   {check.recorded.described()}\n"
+        f"found        {SnapshotId.of(check.candidate).described()}"
+    )
     rows = [
-        [
-            each.gate,
-            "" if each.value is None else f"{each.value:.4g}",
-            f"{each.limit:g}",
-            "holds" if each.holds else "FAILS",
-            each.text,
-        ]
+        [each.gate, output.figure(each.value), f"{each.limit:g}", "holds" if each.holds else "FAILS", each.text]
         for each in found.gates
     ]
     if rows:

@@ -13,21 +13,10 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from types import UnionType
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+import pydantic
+from pydantic import BaseModel, Field
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
@@ -55,28 +44,24 @@ DECISIONS: Mapping[Decision, str] = {
 """The kind of a setting, which is part of its type; `trainer.config.differences` compares runs by it."""
 
 
-class Decides(NamedTuple):
-    """The kind of a setting, in its type."""
-
-    what: Decision
-
-
-Positions = Annotated[Value, Decides("positions")]
-Parameters = Annotated[Value, Decides("parameters")]
-Rows = Annotated[Value, Decides("rows")]
-Training = Annotated[Value, Decides("training")]
-Nothing = Annotated[Value, Decides("nothing")]
+Positions = Annotated[Value, "positions"]
+Parameters = Annotated[Value, "parameters"]
+Rows = Annotated[Value, "rows"]
+Training = Annotated[Value, "training"]
+Nothing = Annotated[Value, "nothing"]
 
 
 class Section(BaseModel):
     """A part of a configuration: immutable, no unknown names, no silent conversion of a string to a number."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
+    model_config = pydantic.ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=()
+    )
 
 
 def decision_of(field: FieldInfo) -> Decision:
     """Return the kind of the setting of this field. Raises StopIteration if its type has none."""
-    return next(each.what for each in field.metadata if isinstance(each, Decides))
+    return next(kind for kind in DECISIONS if kind in field.metadata)
 
 
 LONGEST_NAME = 200
@@ -98,7 +83,7 @@ def validated(model: type[Model], values: Mapping[str, Any], source: str, error:
     """
     try:
         return model.model_validate(values)
-    except ValidationError as failure:
+    except pydantic.ValidationError as failure:
         lines = [_explain(model, details) for details in failure.errors(include_url=False)]
         raise error("\n".join(f"{source}: {line}" for line in lines)) from failure
 
@@ -138,8 +123,6 @@ def _model_inside(annotation: Any) -> type[BaseModel] | None:
 
 
 BaseNet = Literal["lr", "mlp", "din", "dcn", "finalmlp", "two_tower"]
-OwnNet = str
-"""A net of the user's own: the dotted path of its class, as mypackage.MyNet."""
 Activation = Literal["relu", "prelu"]
 SeenImages = Literal["none", "ad", "behavior", "both"]
 Pooling = Literal["concat", "max", "sum", "mean", "attentive", "multi_query"]
@@ -177,8 +160,8 @@ def _kind_of_table(value: Any) -> str | None:
 
 
 TableConfig = Annotated[
-    Annotated[TableRows, Tag(f"{KIND}rows")] | Annotated[ExactTableConfig, Tag(f"{KIND}exact")],
-    Discriminator(
+    Annotated[TableRows, pydantic.Tag(f"{KIND}rows")] | Annotated[ExactTableConfig, pydantic.Tag(f"{KIND}exact")],
+    pydantic.Discriminator(
         _kind_of_table,
         custom_error_type="kind_of_table",
         custom_error_message="it should be a number of rows, or {kind: exact, max_rows: NUMBER}",
@@ -189,7 +172,7 @@ TableConfig = Annotated[
 class ModelConfig(Section):
     """The DICM: base net, which images, how they are pooled, the widths, the rows of each ID table."""
 
-    base: Parameters[BaseNet | OwnNet] = "mlp"
+    base: Parameters[BaseNet | str] = "mlp"
     """The net above the inputs: lr, mlp (Embedding&MLP), din, dcn (DCN-v2), finalmlp, two_tower (for pre-ranking), or
     the dotted path of a class of your own, as mypackage.MyNet (docs/CODE.md)."""
     images: Parameters[SeenImages] = "both"
@@ -247,7 +230,7 @@ class ModelConfig(Section):
     """Each ID table by name: a row for each id, as {kind: exact, max_rows: 2000000, admit_after: 3, expire_days: 30};
     or a number of rows into which ids are hashed, rounded up to fill every shard (docs/CHOICES.md)."""
 
-    @field_validator("base", mode="before")
+    @pydantic.field_validator("base", mode="before")
     @classmethod
     def _names_a_net(cls, value: Any) -> Any:
         ours = get_args(BaseNet)
@@ -257,9 +240,9 @@ class ModelConfig(Section):
             f"it should be {', '.join(map(repr, ours))}, or the dotted path of a class of your own, as mypackage.MyNet"
         )
 
-    @field_validator("pooling")
+    @pydantic.field_validator("pooling")
     @classmethod
-    def _queries_there(cls, value: str, info: ValidationInfo) -> str:
+    def _queries_there(cls, value: str, info: pydantic.ValidationInfo) -> str:
         if value == "multi_query" and info.data.get("images") == "behavior":
             raise ValueError(
                 "it queries with the ad image and with the ad's IDs; set model.images=both, "
@@ -267,7 +250,7 @@ class ModelConfig(Section):
             )
         return value
 
-    @model_validator(mode="after")
+    @pydantic.model_validator(mode="after")
     def _new_ads_are_distinct(self) -> "ModelConfig":
         if self.image_dropout and self.id_init_std > LARGEST_UNTRAINED:
             raise ValueError(
@@ -277,7 +260,7 @@ class ModelConfig(Section):
             )
         return self
 
-    @field_validator("table_shards")
+    @pydantic.field_validator("table_shards")
     @classmethod
     def _power_of_two(cls, value: int) -> int:
         if value & (value - 1):
@@ -327,7 +310,7 @@ def _version(value: Any) -> int | str:
     return int(value)
 
 
-Version = Annotated[int | str, BeforeValidator(_version)]
+Version = Annotated[int | str, pydantic.BeforeValidator(_version)]
 
 
 def _without_password(value: str) -> str:
@@ -336,19 +319,14 @@ def _without_password(value: str) -> str:
     return value
 
 
-Place = Annotated[str, Field(min_length=1), AfterValidator(_without_password)]
-
-
-def _calendar_day(value: str) -> str:
-    date.fromisoformat(value)
-    return value
+Place = Annotated[str, Field(min_length=1), pydantic.AfterValidator(_without_password)]
 
 
 def _one_day(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
-Day = Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$"), AfterValidator(_calendar_day)]
+Day = Annotated[str, pydantic.AfterValidator(lambda value: date.fromisoformat(value).isoformat())]
 
 
 class DataConfig(Section):
@@ -360,9 +338,9 @@ class DataConfig(Section):
     """Train on the files day=DAY*.parquet of these days, as [2026-01-01], in train/ or test/; null: all of train/."""
     test_days: Training[list[Day] | None] = None
     """Evaluate on these days; []: no evaluation; null: all of test/."""
-    validation_days: Positions[Annotated[Annotated[int, Field(ge=0)] | list[Day] | None, BeforeValidator(_one_day)]] = (
-        None
-    )
+    validation_days: Positions[
+        Annotated[Annotated[int, Field(ge=0)] | list[Day] | None, pydantic.BeforeValidator(_one_day)]
+    ] = None
     """Do not train on this number of the last training days, or on these days: evaluate on them after each epoch, and
     end with the best one, by GAUC. null: a tenth of the days, one at least, where train.epochs is 3 or more and there
     are four days or more, or with train.early_stopping; else 0, also with train.max_steps or train.eval_every. On
@@ -453,7 +431,7 @@ class RunConfig(Section):
     deadline_s: Nothing[Annotated[float, Field(gt=0)]] = 600
     """Seconds; a collective that takes longer ends the run and names the rank that did not come."""
 
-    @field_validator("resume", mode="before")
+    @pydantic.field_validator("resume", mode="before")
     @classmethod
     def _step(cls, value: Any) -> Any:
         return str(value) if type(value) is int else value
@@ -473,7 +451,7 @@ class Config(Section):
         updated = {name: getattr(self, name).model_copy(update=values) for name, values in sections.items()}
         return self.model_copy(update=updated)
 
-    @model_validator(mode="after")
+    @pydantic.model_validator(mode="after")
     def _consistent(self) -> "Config":
         resume = self.run.resume or ""
         if resume in ("latest", "auto") and self.run.overwrite:
@@ -593,8 +571,6 @@ _DECISIONS: dict[str, Decision] = {
     },
     SAMPLES_DIGEST: "positions",
 }
-OF_IMAGES = ("pooling", "pooling_length", "image_products", "visual_width", "embed_hidden", "id_proxy", "image_dropout")
-"""Settings of the model that one without images does not use."""
 
 
 @dataclass(frozen=True)

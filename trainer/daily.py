@@ -32,17 +32,19 @@ if TYPE_CHECKING:
 DAY = re.compile(r"\d{4}-\d{2}-\d{2}")
 _SAME_PLACES = {"data.samples", "data.schema_file", "data.store", "data.stores"}
 """What all days of a table read; which snapshots of the stores, is chosen day by day."""
-_CHOSEN = ("run.resume", "run.overwrite", "run.warm_parts", "data.train_days", "data.test_days", "data.validation_days")
-"""What each day has its own of."""
+_CHOSEN = ("run.resume", "run.overwrite", "run.warm_parts", "data.train_days", "data.test_days", "data.validation_days",
+           "train.early_stopping")  # fmt: skip
+"""What each day has its own of; a day is trained before the next one is there, so it cannot stop early."""
 TABLE_FILE = "days.json"
 _METRICS = ("impressions", "logloss", "auc", "gauc", "new_ad_auc", "new_ad_gauc")
 _COUNTS = ("users", "gauc_users", "new_ad_users", "new_ad_gauc_users")
 """Users of the metrics: those of few users are not printed."""
 
 
-def runs(folder: RunPath) -> list[RunPath]:
-    """List the folders of the days that were trained to the end, oldest first."""
-    return [each for each in day_folders(folder) if report_of(each) is not None]
+def trained_days(folder: RunPath) -> dict[RunPath, dict[str, Any]]:
+    """Read the reports of the days that were trained to the end, by their folders, oldest first."""
+    found = {each: report_of(each) for each in day_folders(folder)}
+    return {each: report for each, report in found.items() if report is not None}
 
 
 def day_folders(folder: RunPath) -> list[RunPath]:
@@ -58,7 +60,7 @@ def run_of_days(folder: RunPath) -> RunPath:
     """
     if not (folder / DAYS_FILE).is_file():
         return folder
-    evaluated = [run for run in runs(folder) if (report_of(run) or {})["metrics"]]
+    evaluated = [run for run, report in trained_days(folder).items() if report["metrics"]]
     if not evaluated:
         raise ConfigError(
             f"no day of {folder} is evaluated yet; wait for the samples of the next day, or name a run, {folder}/DAY"
@@ -66,34 +68,33 @@ def run_of_days(folder: RunPath) -> RunPath:
     return evaluated[-1]
 
 
-def rows(folder: RunPath) -> list[dict[str, Any]]:
-    """List the trained days, oldest first; the metrics of a day that is not evaluated yet are None.
+def write(folder: RunPath) -> list[dict[str, Any]]:
+    """Write `folder`/days.json, replaced as a whole, and return its rows: the trained days, oldest first.
 
-    `samples_changed`: between training and evaluation; this only affects the metrics of new ads.
+    The metrics of a day that is not evaluated yet are None. `samples_changed`: between training and evaluation; this
+    only affects the metrics of new ads. Raises TrainerError where the disk refuses.
     """
-    return [_row(run, report_of(run) or {}) for run in runs(folder)]
-
-
-def write(folder: RunPath) -> None:
-    """Write `folder`/days.json, replaced as a whole. Raises TrainerError where the disk refuses."""
+    found = [_row(run, report) for run, report in trained_days(folder).items()]
     try:
-        write_json_file(folder / TABLE_FILE, rows(folder))
+        write_json_file(folder / TABLE_FILE, found)
     except (OSError, StorageError) as failure:
         raise TrainerError(f"cannot write the table of days to {folder}: {failure}") from failure
+    return found
 
 
-def show(folder: RunPath) -> None:
+def show(folder: RunPath, rows: Sequence[Mapping[str, Any]]) -> None:
     """Print the table."""
-    console, found = output.text_console(), rows(folder)
+    console = output.text_console()
     names = [each.replace("_", " ") for each in ("day", "from", "snapshot", "steps", "test day", *_METRICS)]
     lines = []
-    for row in found:
+    for row in rows:
         before = run_path(row["warm_start"]).name if row["warm_start"] else None
         cells = [row["day"], before, row["store_version"], row["steps"], row["test_day"]]
-        lines.append([_text(cell) for cell in [*cells, *(shown(row, name) for name in _METRICS)]])
+        cells += [f"{each:.4f}" if isinstance(each := shown(row, name), float) else each for name in _METRICS]
+        lines.append([*map(output.figure, cells)])
     output.print_line(console, str(folder), style="bold")
     output.print_rows(names, lines, numbers=names)
-    for row in found:
+    for row in rows:
         if row["samples_changed"]:
             console.print(f"{row['day']}: its training samples had changed before it was evaluated")
     console.print(f"written to {folder / TABLE_FILE}")
@@ -115,22 +116,11 @@ def _row(run: RunPath, report: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _text(value: str | int | float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.4f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
-
-
-EXAMPLES = """
-Examples:
-
-    crossmedia daily
-
-    horovodrun -np 8 crossmedia daily data.samples=data/samples run.name=daily
-
-    horovodrun -np 8 crossmedia daily --first-day 2026-01-18
-
-    horovodrun -np 8 crossmedia daily --continue --set run.warm_start=data/runs/both
+EXAMPLES = """Examples:
+  crossmedia daily
+  horovodrun -np 8 crossmedia daily data.samples=data/samples run.name=daily
+  horovodrun -np 8 crossmedia daily --first-day 2026-01-18
+  horovodrun -np 8 crossmedia daily --continue --set run.warm_start=data/runs/both
 
 Every day is one run, RUN.DIR/RUN.NAME/DAY (data/runs/daily/2026-01-31), which trains on all days up to its own, as
 trainer.main does. The first one is that of the newest day that has a next one. With --continue each later run takes all
@@ -143,9 +133,6 @@ marked samples_changed. Exit codes are those of trainer.main.
 
 LATER_LR, LATER_IDS_LR = 0.3, 0.15
 """Of optim.lr and optim.ids_lr: the rates of a run that continues another one (docs/RESULTS.md)."""
-CONTINUES = False
-"""Whether later runs continue the run before, where nothing is said."""
-
 app = commandline.CommandApp(rich_markup_mode="markdown")
 
 
@@ -170,7 +157,7 @@ def main(
             help="Go once through each new day, from all that the run before has learned: cheaper, and a little worse "
             "in GAUC. Else each run trains on all days up to its own.",
         ),
-    ] = CONTINUES,
+    ] = False,
     file: SettingsFile = None,
     settings: Settings = None,
     more: MoreSettings = None,
@@ -192,11 +179,10 @@ class Day:
 
     def config(self, base: Config, before: RunPath | None) -> Config:
         """Make the settings of the run, which continues what the one in folder `before` has learned, or its own."""
-        resume = "latest" if finished(self.folder) else None
         run: dict[str, Any] = {
             "dir": str(self.folder.parent),
             "name": self.name,
-            "resume": resume,
+            "resume": "auto",
             "warm_start": str(before) if before else base.run.warm_start,
             "warm_parts": "all",
         }
@@ -215,7 +201,7 @@ def plan(
     last: str | None = None,
     *,
     warm: bool = False,
-    continues: bool = CONTINUES,
+    continues: bool = False,
 ) -> list[Day]:
     """Plan the runs of `days`, ascending, up to `last`; those that `folder` has train on what they have begun with.
 
@@ -253,7 +239,7 @@ def folder_of(base: Config) -> RunPath:
 
 
 def follow(
-    base: Config, comm: "Comm", first: str | None = None, last: str | None = None, *, continues: bool = CONTINUES
+    base: Config, comm: "Comm", first: str | None = None, last: str | None = None, *, continues: bool = False
 ) -> None:
     """Train all days that are not done yet, one after the other, and write the table. Every rank calls it.
 
@@ -264,7 +250,7 @@ def follow(
     folder = folder_of(base)
 
     def opened() -> list[Day]:
-        _check_base(base)
+        refuse_given(base, _CHOSEN, "trainer.daily chooses it for each day")
         _claim(folder, base)
         days = _days_of(base.data.samples)
         warm = base.run.warm_start is not None
@@ -291,13 +277,8 @@ def follow(
                 failure.add_note(f"To train {day.name} again, remove {day.folder}")
             raise
         comm.on_rank_0(lambda: write(folder))
-    comm.on_rank_0(lambda: _end(folder))
-
-
-def _end(folder: RunPath) -> None:
-    """Write the table once more, as a start that was killed after its last day has not, and print it."""
-    write(folder)
-    show(folder)
+    # Once more, as a start that was killed after its last day has not written it.
+    comm.on_rank_0(lambda: show(folder, write(folder)))
 
 
 def _work_on(day: Day, base: Config, *, continues: bool) -> tuple[Config | None, dict[str, Any] | None]:
@@ -305,7 +286,7 @@ def _work_on(day: Day, base: Config, *, continues: bool) -> tuple[Config | None,
     report = report_of(day.folder)
     if report is not None:
         return None, None if report["metrics"] or day.test_day is None else report
-    earlier = [each for each in runs(day.folder.parent) if each.name < day.name]
+    earlier = [each for each in trained_days(day.folder.parent) if each.name < day.name]
     before = earlier[-1] if earlier else None  # even if its samples were removed
     if before:
         _check_stores(before, base)
@@ -343,7 +324,7 @@ def evaluate_trained(day: Day, report: Mapping[str, Any], comm: "Comm") -> None:
         "missing_lookups": sum(missing.values()),
         "samples_changed": opened.samples_changed,
     }
-    comm.on_rank_0(progress.flush)
+    progress.flush()
     comm.on_rank_0(lambda: write_report(day.folder / "report.json", {**report, **added}))
 
 
@@ -354,16 +335,6 @@ def _set_test_day(day: Day) -> None:
         save_config(load_saved(file).changed(data={"test_days": [day.test_day]}), file)
     except (OSError, StorageError) as failure:
         raise TrainerError(f"{file} cannot be written: {failure}") from failure
-
-
-def _check_base(base: Config) -> None:
-    """Raise ConfigError for settings that the days' runs cannot share."""
-    refuse_given(base, _CHOSEN, "trainer.daily chooses it for each day")
-    if base.train.early_stopping is not None:
-        raise ConfigError(
-            f"train.early_stopping={base.train.early_stopping}: a day is trained before the next one's samples "
-            "exist, so it cannot stop early; leave it out and choose train.epochs"
-        )
 
 
 def _days_of(samples: str) -> list[str]:
@@ -409,15 +380,15 @@ def _check_stores(before: RunPath, base: Config) -> None:
     from featurestore.store import FeatureStore
     from trainer.runs.checkpoint import read_state
     from trainer.runs.open import check_identity, missing_places, store_places
-    from trainer.schema import load_schema
+    from trainer.schema.fields import load_schema
 
     schema = load_schema(base.data.schema_file)
     places, checkpoints = store_places(base, schema), finished(before)
     if not checkpoints or missing_places(places):
         return  # reported when the run is opened
-    state = read_state(checkpoints[-1])
+    before_it = checkpoints[-1], read_state(checkpoints[-1])
     for place in places:
-        check_identity(place, FeatureStore.open(place.url).snapshot(place.version), checkpoints[-1], state)
+        check_identity(place, FeatureStore.open(place.url).snapshot(place.version), before_it)
 
 
 if __name__ == "__main__":

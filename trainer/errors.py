@@ -4,7 +4,7 @@ TrainerError
 ├── ConfigError       a setting is unknown, out of range, or does not fit another
 ├── SchemaError       the schema of the samples contradicts itself or the model
 ├── DataError         a sample file or a value in it cannot be used
-│   ├── DataNotFoundError        no such samples or table, or nothing in it
+│   ├── DataNotFoundError        no such samples, table or index of ads, or nothing in it
 │   └── OverflowingValueError    a number that its field's transform makes infinite
 ├── CheckpointError   a checkpoint is damaged, or of another run
 │   ├── CheckpointNotFoundError  no such checkpoint
@@ -12,7 +12,6 @@ TrainerError
 │   ├── OtherRunError            a checkpoint of another run, or of other settings
 │   └── TakenOverError           another start of the run writes its checkpoints now
 ├── AdIndexError      an index of ads is of another checkpoint, or its place has other files
-│   └── AdIndexNotFoundError     no index of ads at the address
 ├── RemoteRankError   another rank failed; kind and text are those of its error
 └── LostRankError     another rank is gone, or out of reach
     └── LateRankError another rank has not come to a collective in time
@@ -42,7 +41,7 @@ class DataError(TrainerError):
 
 
 class DataNotFoundError(DataError):
-    """The samples or the table do not exist."""
+    """The samples, the table or the index of ads do not exist."""
 
     exit_code = USAGE
 
@@ -73,15 +72,14 @@ class CheckpointNotFoundError(CheckpointError):
     exit_code = USAGE
 
 
-class DamagedCheckpointError(CheckpointError):
-    """A file of a checkpoint is missing or damaged; `what` names the file and the damage."""
+TAKE_ANOTHER = "; take another checkpoint"
 
-    def __init__(self, what: str) -> None:
-        super().__init__(what)
-        self.what = what
+
+class DamagedCheckpointError(CheckpointError):
+    """A file of a checkpoint is missing or damaged, as its text says."""
 
     def __str__(self) -> str:
-        return f"{self.what}; take another checkpoint"
+        return f"{super().__str__()}{TAKE_ANOTHER}"
 
 
 class OtherRunError(CheckpointError):
@@ -98,12 +96,6 @@ class TakenOverError(CheckpointError):
 
 class AdIndexError(TrainerError):
     """An index of ads has vectors of another checkpoint, or its folder has other files."""
-
-
-class AdIndexNotFoundError(AdIndexError):
-    """The address has no index of ads."""
-
-    exit_code = USAGE
 
 
 class RemoteRankError(TrainerError):

@@ -4,32 +4,23 @@
 """
 
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from featurestore.commands import WHICH, read_version_name
-from featurestore.console import commandline, files
-from trainer.cli import WhichCheckpoint, run_on_ranks
+from featurestore.console import commandline
+from trainer.cli import StoreVersion, WhichCheckpoint, run_on_ranks
 
 if TYPE_CHECKING:
     from trainer.comm import Comm
 
-EXAMPLES = """
-Examples:
-
-    crossmedia evaluate data/runs/both
-
-    horovodrun -np 4 crossmedia evaluate data/runs/both --html evaluation.html
-
-    crossmedia evaluate data/runs/both --samples data/tomorrow --store data/features --out /tmp/tomorrow
-
-    crossmedia evaluate data/runs/both --checkpoint 1000 --bootstrap 0 --json figures.json
-
-    crossmedia evaluate data/runs/both --by category --by user_city
-
-    crossmedia evaluate data/runs/both --against data/runs/ids-only
+EXAMPLES = """Examples:
+  crossmedia evaluate data/runs/both
+  horovodrun -np 4 crossmedia evaluate data/runs/both --html evaluation.html
+  crossmedia evaluate data/runs/both --samples data/tomorrow --store data/features --out /tmp/tomorrow
+  crossmedia evaluate data/runs/both --checkpoint 1000 --bootstrap 0
+  crossmedia evaluate data/runs/both --by category --by user_city
+  crossmedia evaluate data/runs/both --against data/runs/ids-only
 
 Relative places in the run's config.yaml are looked for where this is started. Exit codes: 0 done, 1 failed, 2 wrong
 settings.
@@ -49,12 +40,7 @@ def main(
         str | None,
         typer.Option(help="Where the run's store is, at its newest snapshot. By default the snapshot trained on."),
     ] = None,
-    store_version: Annotated[
-        Any,
-        typer.Option(
-            parser=read_version_name, metavar=WHICH, help="With --store: another snapshot of it than the newest."
-        ),
-    ] = None,
+    store_version: StoreVersion = None,
     bootstrap: Annotated[
         int, typer.Option(min=0, max=1_000_000, help="Resamples of users for the intervals; 0: none.")
     ] = 1000,
@@ -71,7 +57,6 @@ def main(
         ),
     ] = None,
     out: Annotated[str | None, typer.Option(help="Folder or address of the report; by default RUN/evaluation.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file as well.")] = None,
 ) -> None:
     """Evaluate a run: log loss, AUC, GAUC and calibration with intervals, whole and by slices, plotted."""
 
@@ -81,8 +66,6 @@ def main(
         raise typer.BadParameter("a comparison has no slices; leave out --by, or --against", param_hint="--by")
 
     def work(comm: "Comm") -> None:
-        if json_file is not None:  # before the work, which may take hours
-            comm.on_rank_0(partial(files.check_place, json_file, "--json"))
         # Torch and matplotlib take seconds to load: not for --help.
         from featurestore.published.paths import check_bucket, run_path
         from trainer.evaluation.report import compare_runs, evaluate_run
@@ -94,9 +77,9 @@ def main(
             comm.on_rank_0(partial(check_bucket, to))
         if against is not None:
             other = run_path(against)
-            compare_runs(source, other, comm, resamples=bootstrap, out=to, json_file=json_file)
+            compare_runs(source, other, comm, resamples=bootstrap, out=to)
             return
-        evaluate_run(source, comm, resamples=bootstrap, by=by or (), out=to, json_file=json_file)
+        evaluate_run(source, comm, resamples=bootstrap, by=by or (), out=to)
 
     raise typer.Exit(run_on_ranks(work))
 

@@ -19,12 +19,11 @@ from typing import Any
 import numpy as np
 
 from featurestore.errors import FeatureStoreError, SnapshotNotFoundError, UserError
-from featurestore.format.rows import FeatureRows
+from featurestore.format.datafile import FeatureRows
 from featurestore.keys import Int64Array, shard_of
 from featurestore.published.paths import RunPath
 from featurestore.published.versions import VersionName
-from featurestore.snapshot import Snapshot, SnapshotId
-from featurestore.store import FeatureStore
+from featurestore.store import FeatureStore, Snapshot, SnapshotId
 from trainer.cli import GateLimits
 from trainer.comm import Comm, SoloComm
 from trainer.errors import CheckpointError, ConfigError, DataNotFoundError, TrainerError
@@ -33,7 +32,7 @@ from trainer.evaluation.predict import Predictions, gathered
 from trainer.models.layers import used_fields
 from trainer.runs import checkpoint
 from trainer.runs.open import StorePlace, other_features
-from trainer.runs.saved import TEST, SavedRun, open_at, open_test, read_run
+from trainer.runs.saved import TEST, RunSource, SavedRun, open_at, open_test, read_run
 from trainer.samples.index import SampleIndex, open_index
 from trainer.samples.reader import Batch, SampleReader
 
@@ -68,16 +67,26 @@ class Scores:
     num_missing: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class ScoreChange:
-    """Differences of GAUC and log loss, new less old.
+@dataclass(kw_only=True)
+class Comparison:
+    """Differences of GAUC and log loss, new less old, and what the gates find; empty if there was nothing to compare.
 
     Against what the run reported, only that of log loss, without an interval: a GAUC moves by whole pairs.
     """
 
-    num_impressions: int
-    differences: list[Difference]
-    mean_logit_change: float | None
+    num_impressions: int = 0
+    differences: list[Difference] = field(default_factory=list)
+    mean_logit_change: float | None = None
+    gates: list[GateResult] = field(default_factory=list)
+
+    @property
+    def failures(self) -> list[str]:
+        """One line for each gate that fails."""
+        return [each.failure for each in self.gates if not each.holds]
+
+    def report(self) -> dict[str, Any]:
+        """Return all of it, ready for JSON."""
+        return {**asdict(self), "holds": not self.failures}
 
 
 def score(
@@ -93,9 +102,9 @@ def score(
         small = {
             name: _small_store(Path(folder) / name, snapshots[name], keys_U).snapshot() for name, keys_U in keys.items()
         }
-        config = saved.config.changed(data={"cache_dir": f"{folder}/cache"})
+        scored = replace(saved, config=saved.config.changed(data={"cache_dir": f"{folder}/cache"}))
         places = [replace(place, url=small[place.name].storage.url) for place in saved.places]
-        with contextlib.closing(open_at(saved, config, comm, places, lambda place: small[place.name])) as opened:
+        with contextlib.closing(open_at(scored, comm, places, lambda place: small[place.name])) as opened:
             engine = opened.engine
             predicted = ((batch, engine.predict(engine.prepare(batch, "eval"))) for batch in batches)
             predictions = Predictions(*gathered(comm, predicted, saved.schema))
@@ -104,20 +113,20 @@ def score(
     return Scores(predictions, images, images - num_rows)
 
 
-def compare_scores(new: Scores, old: Scores) -> ScoreChange:
+def compare_scores(new: Scores, old: Scores, limits: GateLimits) -> Comparison:
     """Compare two pairs. Raises DataError if they did not score the same impressions."""
-    differences = compare([new.predictions], [old.predictions], metrics=("gauc", "logloss"))
+    differences = compare(new.predictions, old.predictions, metrics=("gauc", "logloss"))
     change_N = np.abs(new.predictions.logit_N - old.predictions.logit_N)
     mean = float(change_N.mean()) if len(change_N) else None
-    return ScoreChange(num_impressions=len(change_N), differences=[*differences.values()], mean_logit_change=mean)
+    return _comparison([*differences.values()], len(change_N), mean, limits)
 
 
-def score_gates(change: ScoreChange, limits: GateLimits) -> list[GateResult]:
-    """Compare each difference with its limit; an unknown difference fails."""
-    is_paired, where = change.mean_logit_change is not None, f"{change.num_impressions:,} impressions"
-    if is_paired:
-        where = f"{where}, whose logits move by {change.mean_logit_change:.1e} on average"
-    return [_gate(each, limits, is_paired, where) for each in change.differences]
+def _comparison(differences: list[Difference], count: int, mean: float | None, limits: GateLimits) -> Comparison:
+    """Compare each difference with its limit; an unknown one fails. `mean`: change of logits, None if unknown."""
+    where = f"{count:,} impressions"
+    where += "" if mean is None else f", whose logits move by {mean:.1e} on average"
+    gates = [_gate(each, limits, mean is not None, where) for each in differences]
+    return Comparison(num_impressions=count, differences=differences, mean_logit_change=mean, gates=gates)
 
 
 def _gate(found: Difference, limits: GateLimits, is_paired: bool, where: str) -> GateResult:
@@ -136,49 +145,41 @@ def _gate(found: Difference, limits: GateLimits, is_paired: bool, where: str) ->
     return GateResult(gate=gate, value=found.value, limit=limit, holds=holds, text=text)
 
 
-@dataclass(frozen=True, kw_only=True)
-class RunInUse:
-    """The run whose model is in use: its folder, the checkpoint that was published and its digest."""
-
-    folder: RunPath
-    checkpoint: str
-    digest: str
-
-
 def gate_model(
-    folder: RunPath, checkpoint: str | None, in_use: RunInUse, *, store_version: VersionName | None = None
+    folder: RunPath,
+    checkpoint: str | None,
+    in_use: RunSource,
+    digest: str,
+    *,
+    store_version: VersionName | None = None,
 ) -> list[GateResult]:
     """Compare the run in `folder` with the one in use on its evaluation rows; if that is impossible, the gate fails.
 
-    Each is scored with the newest features of its stores; `store_version`: the snapshot of the new run's first store.
-    For one rank.
+    `digest`: that of the checkpoint in use when it was published. Each is scored with the newest features of its
+    stores; `store_version`: the snapshot of the new run's first store. For one rank.
     """
     try:
-        return _compared(read_run(folder, checkpoint), in_use, store_version, SoloComm())
+        ours, comm = read_run(folder, checkpoint), SoloComm()
+        if ours.digest == digest:
+            return [GateResult(gate="comparison", value=0, holds=True, text="it is the checkpoint that is in use")]
+        theirs = read_run(in_use.folder, in_use.checkpoint)
+        if theirs.digest != digest:
+            raise CheckpointError(f"{theirs.checkpoint} has been trained again since it was published")
+        if ours.config.data.test_days == []:
+            raise DataNotFoundError(
+                f"{folder} has no evaluation rows yet; name an earlier day's run, or wait for the next day's samples"
+            )
+        rows = open_test(comm, ours.config, ours.schema, None)
+        same = open_index(comm, ours.config.data.samples, TEST, theirs.schema, ours.config.data.test_days)
+        new = score(ours, _snapshots(ours, store_version), rows, comm)
+        return compare_scores(new, score(theirs, _snapshots(theirs, None), same, comm), GateLimits()).gates
     except UserError as failure:
         text = f"it cannot be compared with the model in use: {failure}"
         return [GateResult(gate="comparison", holds=False, text=text)]
 
 
-def _compared(ours: SavedRun, in_use: RunInUse, store_version: VersionName | None, comm: Comm) -> list[GateResult]:
-    if ours.digest == in_use.digest:
-        return [GateResult(gate="comparison", value=0, holds=True, text="it is the checkpoint that is in use")]
-    theirs = read_run(in_use.folder, in_use.checkpoint)
-    if theirs.digest != in_use.digest:
-        raise CheckpointError(f"{theirs.checkpoint} has been trained again since it was published")
-    if ours.config.data.test_days == []:
-        raise DataNotFoundError(
-            f"{ours.folder} has no evaluation rows yet; name an earlier day's run, or wait for the next day's samples"
-        )
-    rows = open_test(comm, ours.config, ours.schema, None)
-    same = open_index(comm, ours.config.data.samples, TEST, theirs.schema, ours.config.data.test_days)
-    new = score(ours, _snapshots(ours, store_version), rows, comm)
-    return score_gates(compare_scores(new, score(theirs, _snapshots(theirs, None), same, comm)), GateLimits())
-
-
 def _snapshots(saved: SavedRun, first: VersionName | None) -> dict[str, Snapshot]:
-    versions = [first, *([None] * len(saved.places))]
-    return {place.name: saved.snapshot(place, version) for place, version in zip(saved.places, versions, strict=False)}
+    return {place.name: saved.snapshot(place, None if number else first) for number, place in enumerate(saved.places)}
 
 
 def _drawn_batches(saved: SavedRun, index: SampleIndex, most: int) -> list[Batch]:
@@ -193,11 +194,8 @@ def _drawn_batches(saved: SavedRun, index: SampleIndex, most: int) -> list[Batch
 
 def _keys_of(saved: SavedRun, store: str, batches: Sequence[Batch]) -> Int64Array:
     """Return all keys of the store's content fields in the batches, ascending."""
-    names = [
-        each.name
-        for each in used_fields(saved.schema, saved.config.model)
-        if each.kind == "content" and each.store_name == store
-    ]
+    used = used_fields(saved.schema, saved.config.model)
+    names = [each.name for each in used if each.kind == "content" and each.store_name == store]
     values = [batch.fields[name].values_N for name in names for batch in batches]
     return np.unique(np.concatenate([np.empty(0, np.int64), *values]))
 
@@ -221,25 +219,8 @@ NETWORK = "network"
 """The gate that --force cannot overrule: the run's E was trained on features of another kind."""
 
 
-@dataclass
-class Comparison:
-    """The difference that another snapshot makes, None if there was nothing to compare, and the gates' findings."""
-
-    scores: ScoreChange | None = None
-    gates: list[GateResult] = field(default_factory=list)
-
-    @property
-    def failures(self) -> list[str]:
-        """One line for each gate that fails."""
-        return [each.failure for each in self.gates if not each.holds]
-
-    def report(self) -> dict[str, Any]:
-        """Return all of it, ready for JSON."""
-        return {**asdict(self), "holds": not self.failures}
-
-
 class Check:
-    """A run, one of its stores, and its test impressions. `store`: the store's address; `name`: its name in the run.
+    """A run and its test impressions, or those of other `samples`, and a snapshot for its store of this name.
 
     Other stores of the run are read where training read them. For one rank. Raises ConfigError for a run without images
     or a wrong name of a store, and TrainerError, FeatureStoreError.
@@ -247,47 +228,35 @@ class Check:
 
     def __init__(
         self,
-        folder: RunPath,
-        store: str,
+        saved: SavedRun,
+        candidate: Snapshot,
         limits: GateLimits,
-        *,
-        which: str | None = None,
-        samples: str | None = None,
         name: str | None = None,
+        samples: str | None = None,
     ) -> None:
-        self.saved = read_run(folder, which, samples)
-        self.place = _place(self.saved, name)
-        self.recorded = checkpoint.read_recorded(self.saved.checkpoint).stores[self.place.name]
-        self.store = FeatureStore.open(store)
+        self.saved, self.candidate, self.place = saved, candidate, _place(saved, name)
+        self.recorded = checkpoint.read_recorded(saved.checkpoint).stores[self.place.name]
         self._limits, self._samples, self._comm = limits, samples, SoloComm()
 
-    def lines(self, candidate: Snapshot) -> list[str]:
-        """Describe the run and the snapshots."""
-        return [
-            f"run          {self.saved.folder}, {self.saved.checkpoint.name}",
-            f"trained on   {self.recorded.described()}",
-            f"found        {SnapshotId.of(candidate).described()}",
-        ]
-
-    def report(self, candidate: Snapshot, found: Comparison) -> dict[str, Any]:
+    def report(self, found: Comparison) -> dict[str, Any]:
         """Return inputs and findings, ready for JSON."""
         return {
             "run": str(self.saved.folder),
             "checkpoint": self.saved.checkpoint.name,
             "store_name": self.place.name,
             "recorded": self.recorded.model_dump(),
-            "found": SnapshotId.of(candidate).model_dump(),
+            "found": SnapshotId.of(self.candidate).model_dump(),
             **found.report(),
         }
 
-    def compare(self, candidate: Snapshot) -> Comparison:
-        """Compare `candidate` with the snapshot that the run was trained on, which is searched at both addresses.
+    def compare(self) -> Comparison:
+        """Compare the candidate with the snapshot that the run was trained on, which is searched at both addresses.
 
         If that snapshot is gone, compares log loss with the run's report.
         """
-        if candidate.manifest.commit_id == self.recorded.commit_id:
+        if self.candidate.manifest.commit_id == self.recorded.commit_id:
             return Comparison()
-        if differences := other_features(candidate.info, self.saved.state, self.place.name):
+        if differences := other_features(self.candidate.info, self.saved.state, self.place.name):
             text = "; ".join(differences) + ": its E makes nothing of these"
             return Comparison(gates=[GateResult(gate=NETWORK, holds=False, text=text)])
         try:
@@ -295,7 +264,7 @@ class Check:
         except TrainerError as failure:
             return Comparison(gates=[GateResult(gate="scores", holds=False, text=f"{failure}")])
         before = None
-        for url in (self.recorded.url, self.store.url):
+        for url in (self.recorded.url, self.candidate.storage.url):
             with contextlib.suppress(FeatureStoreError):
                 snapshot = FeatureStore.open(url).snapshot(self.recorded.version)
                 before = snapshot if snapshot.manifest.commit_id == self.recorded.commit_id else before
@@ -306,11 +275,15 @@ class Check:
         def scored(snapshot: Snapshot) -> Scores:
             return score(self.saved, {**others, self.place.name: snapshot}, index, self._comm, most)
 
-        new, old = scored(candidate), None if before is None else scored(before)
-        change = _against_reported(self.saved, new) if old is None else compare_scores(new, old)
-        return Comparison(change, [self._coverage(new, old), *score_gates(change, self._limits)])
+        new, old = scored(self.candidate), None if before is None else scored(before)
+        if old is None:
+            found = _against_reported(self.saved, new, self._limits)
+        else:
+            found = compare_scores(new, old, self._limits)
+        found.gates.insert(0, self._coverage(new, old))
+        return found
 
-    def accept(self, candidate: Snapshot, found: Comparison, force: str | None) -> str:
+    def accept(self, found: Comparison, force: str | None) -> str:
         """Let the run's commands use the candidate's store instead of the one that it was trained on.
 
         Returns a description of the change. Raises TrainerError if a gate fails and no `force`, a reason, is given, or
@@ -318,7 +291,7 @@ class Check:
         """
         if found.failures and (force is None or found.gates[0].gate == NETWORK):
             raise TrainerError(f"not accepted: {found.failures[0]}")
-        path, name, chosen = self.saved.checkpoint, self.place.name, SnapshotId.of(candidate)
+        path, name, chosen = self.saved.checkpoint, self.place.name, SnapshotId.of(self.candidate)
         figures = {**found.report(), "forced": force}
         entry = checkpoint.AcceptedStore(name=name, recorded=self.recorded, accepted=chosen, figures=figures)
         file = checkpoint.accept(path, entry)
@@ -353,13 +326,12 @@ def _place(saved: SavedRun, name: str | None) -> StorePlace:
     return places[name] if name is not None else next(iter(places.values()))
 
 
-def _against_reported(saved: SavedRun, new: Scores) -> ScoreChange:
+def _against_reported(saved: SavedRun, new: Scores, limits: GateLimits) -> Comparison:
     """Compare with what the run found at the checkpoint's step, where that was on as many test impressions."""
-    entries: list[Mapping[str, Any]] = [each for each in saved.state.history if each["step"] == saved.state.step]
-    count = len(new.predictions.logit_N)
-    is_known = bool(entries) and entries[-1].get("impressions") == count
+    count, step = len(new.predictions.logit_N), saved.state.step
+    same = [each for each in saved.state.history if each["step"] == step and each.get("impressions") == count]
+    before: float | None = same[-1]["logloss"] if same else None
     ours = log_loss(new.predictions.logit_N, new.predictions.impressions.label_N.astype(np.float64))
-    before: float | None = entries[-1]["logloss"] if is_known else None
     value = None if ours is None or before is None else ours - before
     found = Difference(metric="logloss", value=value, low=None, high=None, ours=ours, baseline=before, p_value=None)
-    return ScoreChange(num_impressions=count, differences=[found], mean_logit_change=None)
+    return _comparison([found], count, None, limits)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from featurestore.console.commandline import CommandApp, run_app
-from featurestore.errors import StorageError, UserError
+from featurestore.errors import UserError
 from trainer.cli import MoreSettings, Settings, SettingsFile, run_on_ranks
 from trainer.config import Config, differences, load_config, load_saved
 
@@ -27,20 +27,13 @@ if TYPE_CHECKING:
     from trainer.runs.folder import Checkpoint
     from trainer.runs.open import Run
 
-EXAMPLES = """
-Examples:
-
-    crossmedia train
-
-    horovodrun -np 8 crossmedia train --set data.global_batch_size=60000
-
-    horovodrun -np 2 crossmedia train --set model.images=none --set run.name=ids-only
-
-    torchrun --standalone --nproc-per-node 2 -m crossmedia train --set run.name=without-horovod
-
-    horovodrun -np 2 crossmedia train --config own.yaml --set run.name=a --set run.resume=latest
-
-    horovodrun -np 2 crossmedia train run.warm_start=data/runs/yesterday
+EXAMPLES = """Examples:
+  crossmedia train
+  horovodrun -np 8 crossmedia train --set data.global_batch_size=60000
+  horovodrun -np 2 crossmedia train --set model.images=none --set run.name=ids-only
+  torchrun --standalone --nproc-per-node 2 -m crossmedia train --set run.name=without-horovod
+  horovodrun -np 2 crossmedia train --config own.yaml --set run.name=a --set run.resume=latest
+  horovodrun -np 2 crossmedia train run.warm_start=data/runs/yesterday
 
 Without settings it trains on data/samples and data/features, and writes to data/runs. All settings:
 docs/SETTINGS.md. Exit codes: 0 done, 1 failed, 2 wrong settings, 130 stopped by a
@@ -54,11 +47,7 @@ _OF_A_START = ("run.dir", "run.name", "run.resume", "run.overwrite")
 
 
 @app.command(epilog=EXAMPLES)
-def main(
-    file: SettingsFile = None,
-    settings: Settings = None,
-    more: MoreSettings = None,
-) -> None:
+def main(file: SettingsFile = None, settings: Settings = None, more: MoreSettings = None) -> None:
     """Train DICM on sample groups and stored image features, and evaluate it on the test samples."""
     raise typer.Exit(on_ranks(partial(load_config, file, [*(settings or []), *(more or [])]), train))
 
@@ -82,7 +71,7 @@ def train(config: Config, comm: "Comm", *, advises: bool = True) -> "RunPath":
     """
     from featurestore.console.output import text_console
     from trainer.loop import summary
-    from trainer.loop.tracking import tracker_of
+    from trainer.loop.summary import tracker_of
     from trainer.loop.training import StopSignals, Training, total_steps
     from trainer.runs.folder import TENSORBOARD
     from trainer.runs.open import claim_folder, open_run
@@ -120,7 +109,7 @@ def train(config: Config, comm: "Comm", *, advises: bool = True) -> "RunPath":
             figures = summary.gather(comm, training.totals, run.engine.stages)
             report = _report(run, training, {**hardware, **figures, "wall_s": time.time() - started})
             if root:
-                _end_events(run, progress)
+                progress.flush()
                 summary.write_report(run.folder / "report.json", report)
                 summary.show(progress.console, report)
                 if isinstance(held, list) and advises:
@@ -178,14 +167,6 @@ def _say_beginning(run: "Run", removed: "list[Checkpoint]", progress: "ProgressL
         progress.say(f"warm start from {run.warm_start.checkpoint}: {run.warm_start.parts}")
 
 
-def _end_events(run: "Run", progress: "ProgressLog") -> None:
-    """Put TensorBoard's file to the run's address. Where that fails, it is reported: the report matters more."""
-    try:
-        progress.flush()
-    except StorageError as failure:
-        progress.say(f"warning: not all of TensorBoard's figures came to {run.folder}: {failure}")
-
-
 def _is_finished(run: "Run") -> bool:
     """Return whether an earlier start has finished the run and written its report, which is then kept."""
     from trainer.loop.training import has_finished, total_steps
@@ -237,7 +218,7 @@ def _report(run: "Run", training: "Training", measured: dict[str, Any]) -> dict[
         "history": run.history,
         "warm_start": str(run.warm_start.checkpoint) if run.warm_start else None,
         "logs": run.comm.on_rank_0(lambda: versions_of(run.train_reader.index.storage)),
-        "store_version": run.partition.snapshot_version if run.partition else None,
+        "store_version": run.store_version,
         "stores": {name: store.model_dump() for name, store in run.stores.items()},
     }
 

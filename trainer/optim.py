@@ -132,7 +132,7 @@ class _Reduction:
     def __init__(self, comm: Comm, name: str, values: Tensor, parameters: Sequence[nn.Parameter], last: bool) -> None:
         self._comm, self._name, self._values, self._count = comm, name, values, len(parameters)
         self._waiting = 0
-        self._finish: Callable[[], None] | None = None
+        self._finish: Callable[[], object] | None = None
         self._is_done = False
         if not last and comm.size > 1:  # backward ends with the last part
             for parameter in parameters:

@@ -13,16 +13,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.filesize import decimal
-from rich.table import Table
 
-from featurestore.console.output import print_line, print_table
+from featurestore.console.output import print_line, print_rows, text_console
 from featurestore.keys import Int64Array, owned_shards, owner_of, shard_of
 from featurestore.lookup.embedding import EmbeddingModel
 from featurestore.lookup.rowfiles import physical_memory_bytes
 from featurestore.published.paths import RunPath
-from featurestore.snapshot import Snapshot
+from featurestore.store import Snapshot
 from featurestore.text import count_text
 from trainer.comm import SoloComm
 from trainer.engine.wiring import table_shapes, widths_of_stores
@@ -35,7 +33,7 @@ from trainer.runs.open import train_reader
 from trainer.runs.saved import TRAIN, SavedRun, read_run
 from trainer.samples.index import open_index
 from trainer.samples.reader import Batch
-from trainer.schema import Field
+from trainer.schema.fields import Field
 from trainer.stages import AHEAD, WAIT
 
 KEY_BYTES = 8
@@ -44,6 +42,8 @@ _OF_IMAGES = ("embed images", "embed backward")
 _COLLECTIVES = ("exchange vectors", "exchange gradients", "wait for the loss", "reduce gradients")
 _CALLS = 3
 """Collectives that a step waits for: those of vectors, of their gradients, and of dense gradients."""
+LATENCY_S = 5e-5
+"""Additional seconds of a message between machines."""
 MOST_OF_MEMORY = 0.8
 """Share of a machine's memory for its ranks."""
 LEAST_EFFICIENCY = 0.5
@@ -62,8 +62,6 @@ class Speed:
     """All else of a step, per sample of a rank."""
     call_s: float
     """Of a collective between the ranks of one machine."""
-    latency_s: float
-    """Additional seconds per message to another rank if there are several machines."""
     link_bytes_per_s: float
     """Of a machine, each way; its ranks share it."""
     ranks_per_machine: int
@@ -78,7 +76,7 @@ class Speed:
         if ranks in (1, local):
             return self.call_s if ranks > 1 else 0.0
         away = bytes_out * (ranks - local) / (ranks - 1)
-        return self.call_s + messages * self.latency_s + away * local / self.link_bytes_per_s
+        return self.call_s + messages * LATENCY_S + away * local / self.link_bytes_per_s
 
 
 @dataclass(frozen=True)
@@ -250,7 +248,7 @@ def keys_of(batch: Batch, fields: Sequence[str], rank: int, ranks: int) -> Int64
     return np.concatenate(found)
 
 
-def open_planner(folder: RunPath, batch_size: int | None, *, link_bytes_per_s: float, latency_s: float) -> Planner:
+def open_planner(folder: RunPath, batch_size: int | None, link_bytes_per_s: float) -> Planner:
     """Open what is planned for a trained run, with a batch of its samples, by default as large as its own.
 
     Images are those of the snapshots that it was trained on. Raises TrainerError, FeatureStoreError.
@@ -272,11 +270,11 @@ def open_planner(folder: RunPath, batch_size: int | None, *, link_bytes_per_s: f
         snapshots={place.name: saved.trained_on(place) for place in saved.places},
         batch=next(train_reader(config, index, saved.schema).batches()),
         samples=index.num_samples,
-        speed=speed_of(report, link_bytes_per_s=link_bytes_per_s, latency_s=latency_s),
+        speed=speed_of(report, link_bytes_per_s),
     )
 
 
-def speed_of(report: Mapping[str, Any], *, link_bytes_per_s: float, latency_s: float) -> Speed:
+def speed_of(report: Mapping[str, Any], link_bytes_per_s: float) -> Speed:
     """Share the steps of a run on one machine out among images, samples and collectives, as its stages say."""
     ranks, stages = report["num_ranks"], {name: each["median_ms"] for name, each in report["stages"].items()}
     own = {name: ms for name, ms in stages.items() if name not in AHEAD and name != WAIT}
@@ -288,7 +286,6 @@ def speed_of(report: Mapping[str, Any], *, link_bytes_per_s: float, latency_s: f
         image_s=images_s / max(1.0, report["images_per_step"] / ranks),
         sample_s=(second * sum(own.values()) - images_s - calls_s) / (samples / ranks),
         call_s=calls_s / _CALLS,
-        latency_s=latency_s,
         link_bytes_per_s=link_bytes_per_s,
         ranks_per_machine=ranks,
     )
@@ -316,17 +313,15 @@ def recommend(rows: Sequence[RankPlan], memory_bytes: int) -> tuple[int | None, 
     )
 
 
-def show(plan: TrainingPlan, console: Console) -> None:
+def show(plan: TrainingPlan) -> None:
     """Print the rows, then the recommendation."""
-    print_line(console, plan.title, style="bold")
-    table = Table()
-    for column in ("ranks", "images", "memory of a rank", "sent in a step", "ms a step", "samples/s", "min an epoch"):
-        table.add_column(column, justify="right")
-    table.add_column("efficiency", justify="right")
+    names = ["ranks", "images", "memory of a rank", "sent in a step", "ms a step", "samples/s", "min an epoch"]
+    names, lines = [*names, "efficiency"], []
     for row in plan.rows:
         sizes = (decimal(round(each), precision=2) for each in (row.rank_bytes, row.bytes_sent))
         times = (f"{1e3 * row.step_s:,.1f}", f"{row.samples_per_s:,.0f}", f"{row.epoch_s / 60:,.1f}")
-        style = "bold" if row.ranks == plan.recommended_ranks else None
-        table.add_row(str(row.ranks), f"{row.images:,}", *sizes, *times, f"{row.efficiency:.0%}", style=style)
-    print_table(console, table)
-    print_line(console, plan.advice)
+        lines.append([str(row.ranks), f"{row.images:,}", *sizes, *times, f"{row.efficiency:.0%}"])
+    best = next((number for number, row in enumerate(plan.rows) if row.ranks == plan.recommended_ranks), None)
+    print_line(text_console(), plan.title, style="bold")
+    print_rows(names, lines, numbers=names, bold=best)
+    print_line(text_console(), plan.advice)

@@ -1,8 +1,7 @@
 """The stages of a step: the threads that run some of them ahead, and how long each takes.
 
-Each is timed on the thread that runs it, and named in a profiler's trace. numpy, Arrow and Horovod let go of the
-interpreter for most of what runs ahead. Where the threads of the step leave no core free, it runs while the step waits
-for other ranks.
+Each is timed on the thread that runs it. numpy, Arrow and Horovod let go of the interpreter for most of what runs
+ahead. Where the threads of the step leave no core free, it runs while the step waits for other ranks.
 """
 
 import contextlib
@@ -14,12 +13,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
 from functools import partial
 from typing import Literal, TypeVar, get_args
-
-import torch
-from torch.profiler import record_function
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -70,10 +65,9 @@ class Stages:
 
     @contextlib.contextmanager
     def timed(self, stage: Stage, kind: Kind = "step") -> Iterator[None]:
-        """Time the block as one run of the stage; in an evaluation it only gets its name in the trace."""
+        """Time the block as one run of the stage, unless it is of an evaluation."""
         start_s = time.perf_counter()
-        with _named(stage):
-            yield
+        yield
         if kind == "step":
             self.add(stage, time.perf_counter() - start_s)
 
@@ -95,10 +89,6 @@ class Stages:
         named_s = sum(series[-1] for stage, series in self._seconds.items() if stage not in others)
         self.add(_REST, max(0.0, seconds - named_s))
 
-    def begin(self, stage: Stage) -> "StageSequence":
-        """Begin a stage that ends where the next one begins, perhaps in another function."""
-        return StageSequence(self, stage)
-
     def last_ms(self) -> dict[Stage, float]:
         """Return the milliseconds of each stage's newest run."""
         return {stage: 1e3 * seconds[-1] for stage, seconds in self._seconds.items()}
@@ -112,29 +102,19 @@ class Stages:
 
 
 class StageSequence:
-    """Stages one after the other; `switch` ends one and begins the next, None ends the last."""
+    """Stages one after the other, perhaps in several functions; `switch` ends one and begins the next, if any."""
 
     def __init__(self, stages: Stages, stage: Stage) -> None:
         self._stages = stages
-        self._running: tuple[Stage, float, AbstractContextManager[object]] | None = None
-        self.switch(stage)
+        self._running: Stage | None = stage
+        self._start_s = time.perf_counter()
 
     def switch(self, stage: Stage | None) -> None:
         """End the running stage and begin `stage`."""
+        now_s = time.perf_counter()
         if self._running is not None:
-            name, start_s, record = self._running
-            record.__exit__(None, None, None)
-            self._stages.add(name, time.perf_counter() - start_s)
-            self._running = None
-        if stage is not None:
-            self._running = (stage, time.perf_counter(), _named(stage))
-            self._running[2].__enter__()
-
-
-def _named(stage: Stage) -> AbstractContextManager[object]:
-    """Name what runs inside in a profiler's trace; without a profiler that would take 7 us, a dozen times a step."""
-    is_profiled = torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
-    return record_function(stage) if is_profiled else contextlib.nullcontext()
+            self._stages.add(self._running, now_s - self._start_s)
+        self._running, self._start_s = stage, now_s
 
 
 class ReadAhead(Iterator[Item]):

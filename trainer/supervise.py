@@ -8,13 +8,12 @@ import asyncio
 import contextlib
 import itertools
 import os
-import queue
 import shlex
 import signal
 import sys
-import threading
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, TextIO
@@ -26,23 +25,19 @@ from featurestore.console.commandline import OK, STOPPED, CommandApp, run_app, t
 from featurestore.errors import FAILED, USAGE, UserError
 from featurestore.published.paths import RunPath, run_path
 from featurestore.text import count_text, printable
-from trainer.config import Config, load_config
+from trainer.config import load_config
+from trainer.daily import app as daily_app
+from trainer.daily import day_folders, folder_of
 from trainer.errors import ConfigError
-from trainer.hosts import HostSlots, Link, News, count_slots, environments, parse_hosts, reach_of_all
-from trainer.launch import By, Variables
+from trainer.launch import By, Link, News, Slots, Variables, environments, parse_hosts, reach_of_all
 from trainer.main import app as train_app
 from trainer.runs.folder import finished
 
-EXAMPLES = """
-Examples:
-
-    crossmedia supervise --max-np 2 -- crossmedia train --set run.name=a
-
-    crossmedia supervise --min-np 2 --max-np 8 --hosts a:4,b:4 -- crossmedia train --set run.name=a
-
-    crossmedia supervise --hosts a:4,b:4 --ssh 'ssh -p 2222' -- crossmedia train --set run.name=a
-
-    crossmedia supervise --max-np 2 -- crossmedia daily data.samples=data/samples
+EXAMPLES = """Examples:
+  crossmedia supervise --max-np 2 -- crossmedia train --set run.name=a
+  crossmedia supervise --min-np 2 --max-np 8 --hosts a:4,b:4 -- crossmedia train --set run.name=a
+  crossmedia supervise --hosts a:4,b:4 --ssh 'ssh -p 2222' -- crossmedia train --set run.name=a
+  crossmedia supervise --max-np 2 -- crossmedia daily data.samples=data/samples
 
 Each start is a generation: all ranks, on the hosts that answer. If a rank dies, fails or hangs (run.deadline_s), or a
 host is lost, the others are ended, and the next generation continues from the newest checkpoint, with as many ranks as
@@ -53,13 +48,12 @@ Exit codes: 0 done, 1 given up, 2 wrong settings (never started again), 130 stop
 app = CommandApp(rich_markup_mode="markdown")
 
 NUMBER = "SUPERVISE_GENERATION"
-DEATH_GRACE_S, FAILURE_GRACE_S, END_GRACE_S = 3.0, 5.0, 60.0
-"""How long other ranks may live on after one has died, has failed (others may have more to say), has ended well."""
+FAILURE_GRACE_S, END_GRACE_S = 5.0, 60.0
+"""How long other ranks may live on after one has died or failed (others may have more to say), or has ended well."""
 _SETTLE_S = 3.0
 """After enough hosts are there, for the others to come too."""
 _KILL_S = 20.0
 """Seconds after SIGKILL until a host that has not reported the end of its ranks is given up."""
-_LAST_LINES_S = 10.0
 _OWN = ("SSH_", "XDG_", "DBUS_", "HOME", "HOSTNAME", "LOGNAME", "OLDPWD", "PWD", "SHELL", "SHLVL", "TMPDIR", "USER")
 """Variables, or beginnings of them, that are a host's own."""
 _ERROR = "error: "
@@ -80,13 +74,15 @@ class RankEnd:
     """Whether the supervisor sent SIGKILL, as the rank did not end by itself."""
 
     @property
-    def gave_up(self) -> bool:
-        """Whether the rank ended itself, maybe because of another one.
+    def blame(self) -> int:
+        """Return 0 if it died or is out of reach, 1 if it hung, 2 if it ended itself, maybe because of another one.
 
         SIGABRT is a program's own: C++ sends it to itself for an error that nobody takes, as Gloo's of a rank that does
         not come while they connect.
         """
-        return self.code is not None and (self.code > 0 or self.code == -signal.SIGABRT)
+        if self.code is not None and (self.code > 0 or self.code == -signal.SIGABRT):
+            return 2
+        return int(self.was_killed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,40 +93,22 @@ class Past:
     step_after: int
     ends: tuple[RankEnd, ...]
 
-    @property
-    def made_progress(self) -> bool:
-        return self.step_after > self.step_before
 
-    @property
-    def first(self) -> RankEnd | None:
-        """The first end that was neither a good one nor a stop."""
-        return next((end for end in self.ends if end.code not in (OK, STOPPED)), None)
-
-    @property
-    def culprit(self) -> RankEnd | None:
-        """The rank whose end, or hanging, ended the others: one that waited in vain for another says so and fails."""
-        first = self.first
-        stuck = next((end for end in self.ends if end.was_killed), None)
-        return stuck if stuck and first and first.gave_up else first
-
-
-def place(available: Sequence[HostSlots], min_ranks: int, max_ranks: int) -> tuple[HostSlots, ...] | None:
+def place(available: Slots, min_ranks: int, max_ranks: int) -> Slots | None:
     """Fill the hosts in order, each up to its slots; None if they have fewer than `min_ranks`.
 
     Nothing of a run has to be divisible by the number of ranks.
     """
-    chosen: list[HostSlots] = []
-    left = max_ranks
-    for each in available:
-        if take := min(each.count, left):
-            chosen.append(HostSlots(each.host, take))
-            left -= take
-    return tuple(chosen) if max_ranks - left >= min_ranks else None
+    chosen: dict[str, int] = {}
+    for host, count in available.items():
+        if take := min(count, max_ranks - sum(chosen.values())):
+            chosen[host] = take
+    return chosen if sum(chosen.values()) >= min_ranks else None
 
 
 def fruitless(past: Sequence[Past]) -> int:
     """Count the last generations, which made no progress."""
-    return sum(1 for _ in itertools.takewhile(lambda each: not each.made_progress, reversed(past)))
+    return sum(1 for _ in itertools.takewhile(lambda each: each.step_after <= each.step_before, reversed(past)))
 
 
 def exit_code(last: Past, asked_to_stop: bool) -> int | None:
@@ -149,7 +127,7 @@ def exit_code(last: Past, asked_to_stop: bool) -> int | None:
 def back_off_s(past: Sequence[Past], base_s: float) -> float:
     """Return how long to wait before the next start: nothing after progress, else twice as long each time."""
     count = fruitless(past)
-    return 0.0 if count == 0 else min(MOST_BACKOFF_S, base_s * 2 ** (count - 1))
+    return min(MOST_BACKOFF_S, base_s * 2 ** (count - 1)) if count else 0.0
 
 
 def end_text(end: RankEnd) -> str:
@@ -160,30 +138,26 @@ def end_text(end: RankEnd) -> str:
     if end.was_killed:
         return f"{who} did not end by itself and was killed"
     if end.code < 0:
-        why = f": {end.error}" if end.gave_up and end.error else ""
-        return f"{who} died (signal {-end.code}{_name(-end.code)}{why})"
+        name = f", {signal.Signals(-end.code).name}" if -end.code in set(signal.Signals) else ""
+        why = f": {end.error}" if end.code == -signal.SIGABRT and end.error else ""
+        return f"{who} died (signal {-end.code}{name}{why})"
     return f"{who} ended with exit code {end.code}" + (f" ({end.error})" if end.error else "")
 
 
-def _name(number: int) -> str:
-    return f", {signal.Signals(number).name}" if number in set(signal.Signals) else ""
-
-
 def past_text(past: Past) -> str:
-    """Explain the end of a generation: the first failure, and the report of another rank, if any."""
-    ends = [past.culprit or past.ends[0]]
-    if past.first and past.first is not past.culprit:
-        ends.append(past.first)
-    if (ends[0].code or 0) > 0 and not any(each.error for each in ends):  # rank 0 has the word, and may end later
-        ends += [each for each in past.ends if each.error and each.error.startswith(_ERROR)][:1]
-    return "; ".join(map(end_text, ends))
+    """Explain the end of a generation: by the rank to blame, and by what another one says if that cannot say why."""
+    bad = [end for end in past.ends if end.code not in (OK, STOPPED)] or past.ends
+    first, *others = sorted(bad, key=lambda end: end.blame)
+    says_why = first.blame == 0 or (first.error and not first.was_killed)
+    said = [] if says_why else [end for end in others if end.error][:1]
+    return "; ".join(map(end_text, [first, *said]))
 
 
-def start_text(step: int, hosts: Sequence[HostSlots], slots: int) -> str:
+def start_text(step: int, ranks: Slots, slots: int) -> str:
     """Describe the start of the next generation, on some of all slots."""
-    where = ", ".join(f"{each.host}:{each.count}" for each in hosts)
+    where = ", ".join(f"{host}:{count}" for host, count in ranks.items())
     begin = f"resuming at step {step:,}" if step else "starting at the first step"
-    count = count_slots(hosts)
+    count = sum(ranks.values())
     return f"{count} of {slots} slots left; {begin} on {count_text(count, 'rank')} ({where})"
 
 
@@ -191,29 +165,19 @@ class Printer:
     """Prints in a thread: a terminal that has been stopped must not keep the supervisor from its hosts."""
 
     def __init__(self) -> None:
-        self._lines: queue.SimpleQueue[tuple[TextIO, str] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._print, daemon=True)
-        self._thread.start()
+        self._thread = ThreadPoolExecutor(1)
 
     def line(self, stream: TextIO, text: str) -> None:
-        """Print a line, soon."""
-        self._lines.put((stream, f"{text}\n"))
+        """Print a line, soon; it is lost where nobody reads any more."""
+        self._thread.submit(print, text, file=stream, flush=True)
 
     def say(self, text: str) -> None:
         """Print a line of the supervisor's own."""
         self.line(sys.stderr, f"supervise: {printable(text)}")
 
     def close(self) -> None:
-        """Wait until all is printed, but not for ever."""
-        self._lines.put(None)
-        self._thread.join(_LAST_LINES_S)
-
-    def _print(self) -> None:
-        while (line := self._lines.get()) is not None:
-            stream, text = line
-            with contextlib.suppress(OSError):  # nobody reads any more
-                stream.write(text)
-                stream.flush()
+        """Wait until all is printed."""
+        self._thread.shutdown()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,23 +211,20 @@ class SuperviseOptions:
         float, typer.Option(min=1, help="A host that does not hear from here for so long ends its ranks itself.")
     ] = 20
 
-    def read_hosts(self) -> list[HostSlots]:
-        """Read where ranks may run. Raises ConfigError."""
+    def read_hosts(self) -> Slots:
+        """Read where ranks may run. Raises ConfigError, also where there never can be enough slots."""
         if self.hosts is None and self.max_np is None:
             raise ConfigError("--hosts a:4,b:4 says where ranks may run, or --max-np how many run on this machine")
-        return parse_hosts(self.hosts or f"localhost:{self.max_np}")
-
-    def check(self) -> None:
-        """Raise ConfigError where there never can be enough slots."""
+        hosts = parse_hosts(self.hosts or f"localhost:{self.max_np}")
         if self.max_np is not None and self.max_np < self.min_np:
             raise ConfigError(f"--max-np {self.max_np} is less than --min-np {self.min_np}")
-        slots = count_slots(self.read_hosts())
-        if slots < self.min_np:
+        if (slots := sum(hosts.values())) < self.min_np:
             raise ConfigError(f"--min-np {self.min_np}: --hosts {self.hosts} has {slots} slots")
+        return hosts
 
 
-_MAIN, _DAILY = "trainer.main", "trainer.daily"
-_PROGRAM, _COMMANDS = "crossmedia", {"train": _MAIN, "daily": _DAILY}
+_PROGRAM = "crossmedia"
+_MODULES = {"train": "trainer.main", "daily": "trainer.daily"}
 _EXAMPLE = f"{_PROGRAM} train --set run.name=NAME"
 
 
@@ -278,11 +239,8 @@ class TrainCommand:
 
     def newest_step(self) -> int:
         """Return the step of the run's newest checkpoint, 0 where it has none; of days, the sum over all days."""
-        if not self.is_daily:
-            return _newest_step(self.folder)
-        from trainer.daily import day_folders
-
-        return sum(_newest_step(day) for day in day_folders(self.folder))
+        runs = day_folders(self.folder) if self.is_daily else [self.folder]
+        return sum(checkpoints[-1].step for run in runs if (checkpoints := finished(run)))
 
     def start(self) -> list[str]:
         """Return the command line that begins the run or, where it has a checkpoint, continues it.
@@ -298,13 +256,12 @@ class TrainCommand:
 
 def parse_command(words: Sequence[str]) -> TrainCommand:
     """Find out which run a command trains. Raises ConfigError where its settings are wrong, or not ours to restart."""
-    module, arguments = _module_and_arguments(words)
-    if module == _DAILY:
-        from trainer.daily import app as daily
-        from trainer.daily import folder_of
-
-        return TrainCommand(tuple(words), folder_of(_config_of(daily, module, arguments)), is_daily=True)
-    run = _config_of(train_app, module, arguments).run
+    name, arguments = _name_and_arguments(words)
+    given = get_command(daily_app if name == "daily" else train_app).make_context(name, arguments).params
+    config = load_config(given["file"], [*(given["settings"] or []), *(given["more"] or [])])
+    if name == "daily":
+        return TrainCommand(tuple(words), folder_of(config), is_daily=True)
+    run = config.run
     if run.name is None:
         raise ConfigError("run.name is not set, so a second start would not find the run; add --set run.name=NAME")
     if run.overwrite or run.resume not in (None, "latest", "auto"):
@@ -314,31 +271,19 @@ def parse_command(words: Sequence[str]) -> TrainCommand:
     return TrainCommand(tuple(words), run_path(run.dir) / run.name)
 
 
-def _module_and_arguments(words: Sequence[str]) -> tuple[str, Sequence[str]]:
-    """Return the module, that of a script being trainer.main, and what follows it."""
-    for place, word in enumerate(words):
+def _name_and_arguments(words: Sequence[str]) -> tuple[str, list[str]]:
+    """Return which command it is, a script being train, and what follows it."""
+    for place, (before, word) in enumerate(zip(["", *words], words, strict=False)):
         if Path(word).name in ("horovodrun", "torchrun"):
             raise ConfigError(f"{word} is not needed: the supervisor starts the ranks; write -- {_EXAMPLE}")
+        for name, module in _MODULES.items():
+            if (before, word) == ("-m", module) or (Path(before).name, word) == (_PROGRAM, name):
+                return name, [*words[place + 1 :]]
         if word.endswith(".py"):
-            return _MAIN, words[place + 1 :]
-        if word in (_MAIN, _DAILY) and words[place - 1] == "-m":
-            return word, words[place + 1 :]
-        if Path(word).name == _PROGRAM and (module := _COMMANDS.get("".join(words[place + 1 : place + 2]))):
-            return module, words[place + 2 :]
+            return "train", [*words[place + 1 :]]
     raise ConfigError(
-        f"'{' '.join(words)}' is not {' or '.join(f'{_PROGRAM} {each}' for each in _COMMANDS)}; write -- {_EXAMPLE}"
+        f"'{' '.join(words)}' is not {' or '.join(f'{_PROGRAM} {each}' for each in _MODULES)}; write -- {_EXAMPLE}"
     )
-
-
-def _config_of(command: CommandApp, module: str, arguments: Sequence[str]) -> Config:
-    """Load the settings that the command is given. Raises ConfigError."""
-    given = get_command(command).make_context(module, list(arguments)).params
-    return load_config(given["file"], [*(given["settings"] or []), *(given["more"] or [])])
-
-
-def _newest_step(run: RunPath) -> int:
-    found = finished(run)
-    return found[-1].step if found else 0
 
 
 @dataclass
@@ -349,6 +294,7 @@ class Supervisor:
     """
 
     options: SuperviseOptions
+    slots: Slots
     command: TrainCommand
     printer: Printer
     past: list[Past] = field(default_factory=list)
@@ -357,21 +303,19 @@ class Supervisor:
 
     async def run(self) -> int:
         """Train to the end; returns the exit code. Raises UserError where the hosts or checkpoints cannot be read."""
+        self._most = min(sum(self.slots.values()), self.options.max_np or sys.maxsize)
         self._news: asyncio.Queue[News] = asyncio.Queue()
-        self._links: dict[str, Link] = {}
-        self._keepers: dict[str, asyncio.Task[None]] = {}
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is signal.SIG_IGN:  # nohup
                 continue
             asyncio.get_running_loop().add_signal_handler(number, self.on_signal)
-        self._hosts_named = self.options.read_hosts()
-        for each in self._hosts_named:
-            link = Link(each.host, shlex.split(self.options.ssh), self.options.lease_s, self._news)
-            self._links[each.host], self._keepers[each.host] = link, asyncio.create_task(link.keep())
+        ssh = shlex.split(self.options.ssh)
+        self._links = {host: Link(host, ssh, self.options.lease_s, self._news) for host in self.slots}
         try:
             return await self._generations()
         finally:
-            await self._close_links()
+            for link in self._links.values():
+                await link.close()
 
     def on_signal(self) -> None:
         """Let the training stop after a checkpoint or, by a second signal, at once."""
@@ -392,7 +336,7 @@ class Supervisor:
                 return self._without_hosts()
             step = await self._newest_step()  # an earlier supervisor's ranks may have written one meanwhile
             self._drain()
-            if any(self._links[each.host].hello is None for each in hosts):
+            if any(self._links[host].hello is None for host in hosts):
                 continue  # lost while the checkpoints were examined
             self.printer.say(start_text(step, hosts, self._most))
             if any(link.hello is None for link in self._links.values()):
@@ -414,9 +358,9 @@ class Supervisor:
                 self.printer.say(f"starting again in {pause_s:.0f} s")
             await self._pause(pause_s)
 
-    async def _generation(self, hosts: Sequence[HostSlots], step: int) -> Past:
+    async def _generation(self, hosts: Slots, step: int) -> Past:
         """Run one generation to its end."""
-        links = {each.host: self._links[each.host] for each in hosts}
+        links = {host: self._links[host] for host in hosts}
         generation = Generation(hosts, links, self._news, self.printer)
         with environments(self.options.by, hosts, reach_of_all(list(links.values()))) as variables:
             generation.start(self.command.start(), variables, len(self.past))
@@ -426,16 +370,16 @@ class Supervisor:
                     generation.stop(0 if self.stops_at_once else self.options.stop_grace_s)
         return Past(step_before=step, step_after=await self._newest_step(), ends=tuple(generation.ends))
 
-    async def _hosts(self) -> tuple[HostSlots, ...] | None:
+    async def _hosts(self) -> Slots | None:
         """Wait until enough hosts are available; None if a user stopped the wait, or it took too long."""
         start_s, settled_s, is_reported = time.monotonic(), float("inf"), False
         while (waited_s := time.monotonic() - start_s) < self.options.wait_for_hosts_s and not self.stop.is_set():
             self._drain()
             is_quiet = not any(link.may_have_ranks for link in self._links.values())
-            available = [each for each in self._hosts_named if self._links[each.host].hello is not None]
+            available = {host: slots for host, slots in self.slots.items() if self._links[host].hello is not None}
             if is_quiet and (chosen := place(available, self.options.min_np, self._most)):
                 settled_s = min(settled_s, waited_s + _SETTLE_S)
-                if waited_s >= settled_s or count_slots(chosen) == self._most:
+                if waited_s >= settled_s or sum(chosen.values()) == self._most:
                     return chosen
             elif is_quiet and not is_reported and waited_s > _SETTLE_S:
                 is_reported = True
@@ -453,21 +397,9 @@ class Supervisor:
         )
         return FAILED
 
-    @property
-    def _most(self) -> int:
-        """Ranks that there may be."""
-        return min(count_slots(self._hosts_named), self.options.max_np or sys.maxsize)
-
     def _troubles(self) -> str:
         away = [link for link in self._links.values() if link.hello is None]
         return "; ".join(f"{link.host}: {link.trouble or 'no answer yet'}" for link in away)
-
-    async def _close_links(self) -> None:
-        for keeper in self._keepers.values():
-            keeper.cancel()
-        for link in self._links.values():
-            await link.close()
-        await asyncio.gather(*self._keepers.values(), return_exceptions=True)
 
     def _drain(self) -> None:
         """Forget what hosts said between two generations; what counts then is which of them are there."""
@@ -505,10 +437,8 @@ class Supervisor:
 class Generation:
     """Ranks of one start. `ends`: how they ended, in that order."""
 
-    def __init__(
-        self, hosts: Sequence[HostSlots], links: Mapping[str, Link], news: "asyncio.Queue[News]", printer: Printer
-    ) -> None:
-        self._host_of = dict(enumerate(each.host for each in hosts for _ in range(each.count)))
+    def __init__(self, hosts: Slots, links: Mapping[str, Link], news: "asyncio.Queue[News]", printer: Printer) -> None:
+        self._host_of = dict(enumerate(host for host, count in hosts.items() for _ in range(count)))
         self._links, self._news, self._printer = links, news, printer
         self._alive = set(self._host_of)
         self._killed: set[int] = set()
@@ -560,7 +490,7 @@ class Generation:
         self._alive.discard(rank)
         end = RankEnd(rank=rank, host=self._host_of[rank], code=code, error=error, was_killed=rank in self._killed)
         self.ends.append(end)
-        grace_s = END_GRACE_S if code in (OK, STOPPED) else FAILURE_GRACE_S if end.gave_up else DEATH_GRACE_S
+        grace_s = END_GRACE_S if code in (OK, STOPPED) else FAILURE_GRACE_S
         self._kill_at = min(self._kill_at, time.monotonic() + grace_s)
 
     def _kill(self) -> None:
@@ -595,10 +525,9 @@ def inherited(environment: Mapping[str, str]) -> Variables:
 @takes(SuperviseOptions)
 def main(options: SuperviseOptions) -> None:
     """Train a run on several hosts, and start it again by itself when a rank or a host is lost."""
-    options.check()
-    train = parse_command(options.command)
+    slots, train = options.read_hosts(), parse_command(options.command)
     with contextlib.closing(Printer()) as printer:
-        raise typer.Exit(asyncio.run(Supervisor(options, train, printer).run()))
+        raise typer.Exit(asyncio.run(Supervisor(options, slots, train, printer).run()))
 
 
 if __name__ == "__main__":

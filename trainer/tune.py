@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
 from featurestore.console import commandline, output
 from featurestore.errors import StorageError
@@ -35,16 +34,11 @@ _CHOSEN = ("run.resume", "run.overwrite", "train.early_stopping", "train.eval_ev
 NAME = "tune"
 TABLE_FILE, SETTINGS_FILE = "tune.json", "settings.yaml"
 _METRICS = {"gauc": "GAUC", "auc": "AUC", "logloss": "log loss"}
-EXAMPLES = """
-Examples:
-
-    crossmedia tune --config data/samples/settings.yaml
-
-    horovodrun -np 8 crossmedia tune --epochs 8 --set run.name=tune-images
-
-    crossmedia tune --grid optim.ids_lr=[0.003,0.006,0.02] --grid model.dropout=[0,0.2]
-
-    crossmedia tune --set data.validation_days=3 --set model.base=dcn
+EXAMPLES = """Examples:
+  crossmedia tune --config data/samples/settings.yaml
+  horovodrun -np 8 crossmedia tune --epochs 8 --set run.name=tune-images
+  crossmedia tune --grid optim.ids_lr=[0.003,0.006,0.02] --grid model.dropout=[0,0.2]
+  crossmedia tune --set data.validation_days=3 --set model.base=dcn
 
 Each point of the grid is one run below RUN.DIR/RUN.NAME (data/runs/tune), which holds out a tenth of the training
 days, one at least, or those of data.validation_days, and stops after the first epoch that is no better there. tune.json
@@ -188,15 +182,13 @@ def best_settings(trial: Trial, epochs: int) -> dict[str, dict[str, Any]]:
 
 
 def _show(rows: Sequence[Mapping[str, Any]], best: int, folder: RunPath) -> None:
-    console = output.text_console()
-    table = Table(title=f"{folder}: the best epoch of each on {rows[0]['impressions']:,} impressions held out")
-    for name in (*rows[0]["values"], "epoch", *_METRICS.values()):
-        table.add_column(name, justify="right")
-    for number, row in enumerate(rows):
-        figures = [f"{row[name]:.4f}" for name in _METRICS]
-        style = "bold" if number == best else None
-        table.add_row(*map(str, row["values"].values()), str(row["epoch"]), *figures, style=style)
-    output.print_table(console, table)
+    console, names = output.text_console(), [*rows[0]["values"], "epoch", *_METRICS.values()]
+    title = f"{folder}: the best epoch of each on {rows[0]['impressions']:,} impressions held out"
+    output.print_line(console, title, style="bold")
+    lines = [
+        [*map(str, [*row["values"].values(), row["epoch"]]), *(f"{row[name]:.4f}" for name in _METRICS)] for row in rows
+    ]
+    output.print_rows(names, lines, numbers=names, bold=best)
     console.print(
         f"written to {folder / TABLE_FILE}; train on all days with the best:\n"
         f"$ crossmedia train --config {folder / SETTINGS_FILE}",

@@ -7,18 +7,16 @@ One process trains on the paper-shaped workload, with full features and with com
 holds, or which the host sends in each step.
 """
 
-import os
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import BarColumn, TimeElapsedColumn
 
-from benchmarks.report import JsonPath, Section, write_sections
+from benchmarks.report import JsonPath, this_run, write_sections
 from benchmarks.workload import Knobs, make
 from featurestore.console.commandline import CommandApp, run_app
-from featurestore.console.output import progress_bars, text_column
+from featurestore.console.output import progress_bars
 
 app = CommandApp(report=True, failures=(OSError,))
 
@@ -45,13 +43,12 @@ def main(
     from benchmarks.gpu.measure import check_device, measure
 
     check_device(device.value)
-    columns = text_column(), BarColumn(), TimeElapsedColumn()
     knobs = Knobs(images=images, dim=dim, samples_per_rank=samples_per_rank)
-    with progress_bars(*columns) as progress:
+    with progress_bars() as progress:
         workload = make(folder, knobs, progress)
         section = measure(workload, dims, device.value, steps, progress)
-    run = {"images": images, "dim": dim, "dims": dims, "samples_per_rank": samples_per_rank, "steps": steps}
-    write_sections([section, Section("this run", {**run, "cores": len(os.sched_getaffinity(0))})], json_path)
+    run = this_run(images=images, dim=dim, dims=dims, samples_per_rank=samples_per_rank, steps=steps)
+    write_sections([section, run], json_path)
 
 
 if __name__ == "__main__":

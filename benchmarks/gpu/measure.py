@@ -119,7 +119,7 @@ def bytes_to_device(run: Run, prepared: PreparedBatch) -> dict[str, int]:
     (service,) = run.engine.services.values()
     num_images = sum(each.num_unique for each in served if isinstance(each, ContentRequest))
     features = num_images * (_PLACE_BYTES if service.holds_rows else service.partition.info.row_bytes)
-    places: list[Tensor] = [each for field in request.fields.values() for each in (field.index_N, field.lengths_M)]
+    places: list[Tensor] = [each for places_of_field in request.fields.values() for each in places_of_field]
     places += [rows for plan in request.plans for rows in (plan.reply_rows, plan.status_rows_P)]
     places += [each.rows_Q for each in served if isinstance(each, RowRequest)]
     arrays: list[NDArray[Any]] = [

@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.progress import BarColumn, TimeElapsedColumn
 
 from benchmarks.report import Figure, JsonPath, Section, write_sections
 from featurestore.console.commandline import CommandApp, run_app
-from featurestore.console.output import progress_bars, text_column
+from featurestore.console.output import progress_bars
 
 if TYPE_CHECKING:
     from benchmarks.growth.stages import Stage
@@ -49,7 +48,7 @@ def main(
     if samples_alone:
         sizes.setdefault(samples_alone, True)
     found: dict[str, dict[int, Stage]] = {}
-    with progress_bars(text_column(), BarColumn(), TimeElapsedColumn()) as progress:
+    with progress_bars() as progress:
         task = progress.add_task("draw", total=None)
         for size, alone in sizes.items():
             place = Place(Shop(size, dims), folder / str(size))

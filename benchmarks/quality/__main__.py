@@ -21,15 +21,13 @@ from featurestore.console.commandline import CommandApp, run_app
 from featurestore.console.output import progress_bars, text_column
 
 EXAMPLES = """Examples:
-
-\b
-python -m benchmarks.quality --small --json data/bench/quality.json
-python -m benchmarks.quality --photos PHOTOS --labels PHOTOS.csv
-python -m benchmarks.quality --users 8000 --only images --net dnn
-python -m benchmarks.quality --data ml=data/ml/samples --batch-size 512 --only ids --net dnn
-python -m benchmarks.quality --data photos=photos/samples:photos/features --only images --seeds 1 --no-tune
-python -m benchmarks.quality --only ids --set model.multi_hot=sum
-python -m benchmarks.quality --logs logs/frappe --logs logs/journey --seeds 5
+  python -m benchmarks.quality --small --json data/bench/quality.json
+  python -m benchmarks.quality --photos PHOTOS --labels PHOTOS.csv
+  python -m benchmarks.quality --users 8000 --only images --net dnn
+  python -m benchmarks.quality --data ml=data/ml/samples --batch-size 512 --only ids --net dnn
+  python -m benchmarks.quality --data photos=photos/samples:photos/features --only images --seeds 1 --no-tune
+  python -m benchmarks.quality --only ids --set model.multi_hot=sum
+  python -m benchmarks.quality --logs logs/frappe --logs logs/journey --seeds 5
 
 A run that has ended is not made again: its figures are kept in DIR/figures.
 """

@@ -28,11 +28,11 @@ from model_zoo.LongCTR.DIN.DIN import DIN
 from model_zoo.LongCTR.FinalMLP.FinalMLP import FinalMLP
 from numpy.typing import NDArray
 
-from benchmarks.quality.rows import PADDING, Layout, Rows, Vocabulary, read, vocabularies
+from benchmarks.quality.rows import PADDING, Layout, Rows, Vocabulary, read, vocabularies, write_pretrained
 from benchmarks.quality.runs import Spec
 from featurestore import FeatureStore
 from trainer.evaluation.bootstrap import measure
-from trainer.schema import Field, load_schema
+from trainer.schema.fields import Field, load_schema
 
 _PLAIN = {"optimizer": "adam", "loss": "binary_crossentropy", "task": "binary_classification", "metrics": ["AUC"]}
 Tensors = tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], torch.Tensor]
@@ -173,19 +173,15 @@ def _pretrained(known: Vocabulary, folder: Path) -> dict[str, Any]:
 
 
 def write_features(store: str, name: str, folder: Path) -> Vocabulary:
-    """Write all features of a store, standardised, into the files that FuxiCTR reads pretrained embeddings from."""
+    """Write all features of a store, standardised, as `write_pretrained`; return their vocabulary."""
     snapshot = FeatureStore.open(store).snapshot()
     keys_N = snapshot.keys()
     values_ND = snapshot.codec.decode(snapshot.get(keys_N)).astype(np.float32)
     deviation_D = values_ND.std(0)
     values_ND -= values_ND.mean(0)
     values_ND /= np.where(deviation_D > 0, deviation_D, 1)
-    np.savez(folder / "features.npz", key=keys_N, value=values_ND)
-    vocabulary = Vocabulary(keys_N)
-    numbers = {str(key): 1 + place for place, key in enumerate(keys_N.tolist())}
-    # FuxiCTR looks at the second entry to learn the type of the keys.
-    (folder / "feature_vocab.json").write_text(json.dumps({name: numbers, "label": {}}))
-    return vocabulary
+    write_pretrained(folder, name, keys_N, values_ND)
+    return Vocabulary(keys_N)
 
 
 def _project_once(layer: PretrainedEmbedding) -> None:

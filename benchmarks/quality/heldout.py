@@ -25,7 +25,7 @@ from benchmarks.seeds import seed_mean
 from featurestore.keys import splitmix64
 from trainer.comm import SoloComm
 from trainer.samples.index import open_index
-from trainer.schema import load_schema
+from trainer.schema.fields import load_schema
 
 Kept = NDArray[np.bool_]
 JUDGED = "judged"

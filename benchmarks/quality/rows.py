@@ -3,8 +3,10 @@
 Letters of shapes as in trainer/samples/reader.py; L is the longest history.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +16,7 @@ from trainer.errors import SchemaError
 from trainer.models.nets import paired_fields
 from trainer.samples.index import open_index
 from trainer.samples.reader import Batch, Jagged, SampleReader
-from trainer.schema import Field, Schema
+from trainer.schema.fields import Field, Schema
 
 PADDING = 0
 Int = NDArray[np.int64]
@@ -79,6 +81,14 @@ def vocabularies(batch: Batch, fields: Sequence[Field]) -> dict[str, Vocabulary]
     for field in fields:
         values.setdefault(field.table_name, []).append(batch.fields[field.name].values_N)
     return {table: Vocabulary.of(each) for table, each in values.items()}
+
+
+def write_pretrained(folder: Path, name: str, keys_N: Int, values_ND: NDArray[np.float32]) -> None:
+    """Write vectors as FuxiCTR reads pretrained embeddings: features.npz, and the number of each key, from 1 on."""
+    np.savez(folder / "features.npz", key=keys_N, value=values_ND)
+    numbers = {str(key): 1 + place for place, key in enumerate(keys_N.tolist())}
+    # FuxiCTR looks at the second entry to learn the type of the keys.
+    (folder / "feature_vocab.json").write_text(json.dumps({name: numbers, "label": {}}))
 
 
 def padded(jagged: Jagged) -> Int:

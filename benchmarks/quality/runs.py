@@ -28,8 +28,7 @@ from trainer.loop.summary import ProgressLog
 from trainer.loop.training import StopSignals, Training, total_steps
 from trainer.runs.open import claim_folder, open_run
 from trainer.samples.index import open_index
-from trainer.schema import load_schema
-from trainer.schema.fields import IDS_LR_ALONE
+from trainer.schema.fields import IDS_LR_ALONE, load_schema
 
 Side = Literal["ours", "fuxictr"]
 Epoch = Mapping[str, Any]

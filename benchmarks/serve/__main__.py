@@ -7,13 +7,12 @@ machine. The server has the first core, the client the others; a user has 33 beh
 http_p99_ms_200 6, images_vs_none 1.05, vs_fastapi_eager_rps 2.
 """
 
-import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from benchmarks.report import JsonPath, Section, write_sections
+from benchmarks.report import JsonPath, this_run, write_sections
 from benchmarks.workload import Knobs, make
 from featurestore.console.commandline import CommandApp, run_app
 from featurestore.console.output import progress_bars
@@ -48,8 +47,7 @@ def main(
         progress.update(task, description="requests")
         sections = measure_speed(world, requests, rounds)
         progress.advance(task)
-    run = {"images": images, "dim": dim, "requests": requests, "rounds": rounds}
-    write_sections([*sections, Section("this run", {**run, "cores": len(os.sched_getaffinity(0))})], json_path)
+    write_sections([*sections, this_run(images=images, dim=dim, requests=requests, rounds=rounds)], json_path)
 
 
 if __name__ == "__main__":

@@ -8,62 +8,41 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 Float64 = NDArray[np.float64]
+_HEAD = b"POST /v1/score HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: "
 
 
 class Connection:
-    """A connection that stays open; it sends bodies to one path."""
+    """A connection that stays open; it sends bodies to be scored."""
 
-    def __init__(self, port: int, path: str = "/v1/score") -> None:
-        self._port = port
-        self._open()
-        self._head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: "
+    def __init__(self, port: int) -> None:
+        self._socket = socket.create_connection(("127.0.0.1", port), timeout=60)
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.close = self._socket.close
 
-    def post(self, body: bytes) -> tuple[int, bytes]:
-        """Send a body; return the status and the body of the answer. Raises OSError.
-
-        A connection that the server closed while nothing was sent is opened again, as all clients do.
-        """
-        message = f"{self._head}{len(body)}\r\n\r\n".encode() + body
-        try:
-            self._socket.sendall(message)
-            received = bytearray(self._some())
-        except ConnectionError:
-            self._socket.close()
-            self._open()
-            self._socket.sendall(message)
-            received = bytearray(self._some())
+    def post(self, body: bytes) -> int:
+        """Send a body, and read the whole answer; return its status. Raises OSError."""
+        self._socket.sendall(_HEAD + f"{len(body)}\r\n\r\n".encode() + body)
+        received = bytearray()
         while (end := received.find(b"\r\n\r\n")) < 0:
             received += self._some()
         head = bytes(received[:end]).decode("latin-1").lower()
-        length = int(head.partition("content-length:")[2].partition("\r\n")[0])
-        answer = received[end + 4 :]
-        while len(answer) < length:
-            answer += self._some()
-        return int(head[9:12]), bytes(answer)
-
-    def _open(self) -> None:
-        self._socket = socket.create_connection(("127.0.0.1", self._port), timeout=60)
-        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        whole = end + 4 + int(head.partition("content-length:")[2].partition("\r\n")[0])
+        while len(received) < whole:
+            received += self._some()
+        return int(head[9:12])
 
     def _some(self) -> bytes:
         data = self._socket.recv(1 << 18)
         if not data:
             raise ConnectionError("the server closed the connection")
         return data
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._socket.close()
 
 
 @dataclass(frozen=True)
@@ -101,14 +80,14 @@ def as_many_as_it_can(port: int, bodies: Sequence[bytes], count: int, connection
     begin = time.perf_counter()
 
     def work() -> None:
-        with Connection(port) as connection:
+        with closing(Connection(port)) as connection:
             while True:
                 with lock:
                     number = next(numbers, None)
                 if number is None:
                     return
                 start = time.perf_counter()
-                status, _ = connection.post(bodies[number % len(bodies)])
+                status = connection.post(bodies[number % len(bodies)])
                 latency_s[number] = time.perf_counter() - start
                 with lock:
                     statuses[status] += 1

@@ -18,7 +18,7 @@ from featurestore.console.commandline import CommandApp, run_app
 from trainer.comm import SoloComm
 from trainer.exchange.vectors import FieldVectors
 from trainer.runs.saved import open_trained
-from trainer.schema import Field
+from trainer.schema.fields import Field
 
 if TYPE_CHECKING:
     from fastapi import FastAPI

@@ -17,7 +17,7 @@ import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from featurestore.format.rows import FeatureRows
+from featurestore.format.datafile import FeatureRows
 from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
 from featurestore.upkeep.compaction import compact

@@ -45,7 +45,6 @@ class Bench:
     num_rows: int
     num_keys: int
     rounds: int
-    threads: int
     progress: Progress
     seed: int
     changed: dict[int, int] = field(default_factory=dict)  # row that a delta replaced: the row whose feature it has now
@@ -67,7 +66,7 @@ class Bench:
             keys.append(rows.keys_N)
         parts = store.staged_parts("bench")
         shards = range(info.num_shards)
-        with ThreadPoolExecutor(cores()) as pool:
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
             built = pool.map(lambda shard: store.build_shards("bench", range(shard, shard + 1), parts), shards)
             shown = self.progress.track(built, total=len(shards), description="build shards")
             entries = {shard: entry for each in shown for shard, entry in each.items()}
@@ -100,11 +99,6 @@ class Bench:
 def uris_of(rows: Any) -> list[str]:
     """Name rows by their numbers."""
     return [f"{row}.jpg" for row in rows]
-
-
-def cores() -> int:
-    """Count the cores that this process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 def check_equal(found: Matrix, expected: Matrix, who: str) -> None:

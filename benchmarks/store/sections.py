@@ -1,16 +1,8 @@
-"""The store against all others: lookups with everything in memory, and builds of the cache.
+"""The store against all others: lookups with everything in memory, each as its users would have it and at its fastest.
 
 Lookups are of random keys, new ones for each run, in one thread, so that no variant finds the rows of another in the
 processor's cache. The store and numpy.take are timed once into new memory and once into a buffer, and their ratio is
-the lower of the two; the others are timed into a buffer alone. Ratios are of medians; `*_fastest` is of the fastest
-rounds: where the two differ much, other processes had the cores.
-
-Cache builds all make the same files, from a warm page cache, in as many threads; the plain ones from Parquet files with
-the same rows, compression, row groups and batches. The store checks a digest of each file and makes one of the rows,
-the plain ones check page checksums. "plain" has a list column of the features' bits in uint16. Ratios are of fastest
-rounds (see `benchmarks.timing.Timings`), those of medians beside them as `*_median`.
-
-Everything that the store's lookups are compared with, each as its users would have it and at its fastest.
+the lower of the two; the others are timed into a buffer alone. Ratios are of medians.
 
 All find rows by keys, but for Lance, which takes row numbers and leaves the way from key to row to its user. All write
 into a given buffer, in the order asked, in one thread.
@@ -20,9 +12,7 @@ into a given buffer, in the order asked, in one thread.
 """
 
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -32,17 +22,13 @@ import lance
 import lmdb
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from rich.progress import Progress
 
 from benchmarks.report import Figure, Section
-from benchmarks.store.data import DIM, NUM_DELTAS, Bench, Held, Indices, Matrix, check_equal
+from benchmarks.store.data import NUM_DELTAS, Bench, Held, Indices, Matrix, check_equal
 from benchmarks.timing import Timings, interleaved
-from featurestore import FeaturePartition, FeatureRows
-from featurestore.format.datafile import ROW_GROUP_BYTES
-from featurestore.lookup.cache import append_rows, open_or_build
+from featurestore import FeaturePartition
 
-_BATCH_ROWS = 256
 _LANCE_ROWS = 8192
 
 
@@ -172,18 +158,19 @@ _COLUMNS = {  # what is timed, and what the JSON calls it
     "LMDB": "lmdb_out",
     "Lance": "lance_take",
 }
-_ROW_BYTES = DIM * 2
-_BATCH_BYTES = 2 << 20  # as the store reads: larger ones are slower for lists too
 
 
 def warm_figures(bench: Bench, held: Held, peers: Mapping[str, Peer], cache: Path) -> Section:
-    """Measure all ways."""
+    """Measure all ways, and how long a partition takes to open whose cache is there."""
     timings = _timed(bench, held, StorePeer(held, cache), lambda index_U: index_U, peers, "lookups")
+    opened = interleaved(
+        {"open": lambda: StorePeer(held, cache).close()}, max(5, bench.rounds // 6), bench.progress, "warm opening"
+    )
     figures: dict[str, Figure] = {
-        "lookup_vs_numpy_take": _vs_numpy(timings.speedup),
-        "lookup_vs_numpy_take_fastest": _vs_numpy(timings.fastest_speedup),
+        "lookup_vs_numpy_take": _vs_numpy(timings),
         "lookup_vs_lmdb": timings.speedup("store into buffer", over="LMDB"),
         "lookup_vs_lance": timings.speedup("store into buffer", over="Lance"),
+        "warm_open_s": opened.median("open"),
     }
     grid = {name: {"rows_per_s": bench.num_keys / timings.median(timed)} for timed, name in _COLUMNS.items()}
     return Section(f"lookups of {bench.num_keys:,} random keys, warm", figures, grid)
@@ -193,10 +180,8 @@ def delta_figures(bench: Bench, held: Held, newest: Held, cache: Path) -> Sectio
     """Measure the snapshot with deltas over the same rows."""
     title = f"lookups over {NUM_DELTAS} deltas"
     timings = _timed(bench, held, StorePeer(newest, cache), bench.sources_of, {}, title)
-    key = f"lookup_vs_numpy_take_{NUM_DELTAS}_deltas"
     figures = {
-        key: _vs_numpy(timings.speedup),
-        f"{key}_fastest": _vs_numpy(timings.fastest_speedup),
+        f"lookup_vs_numpy_take_{NUM_DELTAS}_deltas": _vs_numpy(timings),
         f"lookup_{NUM_DELTAS}_deltas_rows_per_s": bench.num_keys / timings.median("store into buffer"),
     }
     return Section(f"lookups, warm, {NUM_DELTAS} delta commits of 1 % over the store", figures)
@@ -238,105 +223,6 @@ def _timed(
     return timings
 
 
-def _vs_numpy(speedup: Callable[[str, str], float]) -> float:
-    return min(speedup("store", "numpy.take"), speedup("store into buffer", "numpy.take into buffer"))
-
-
-def cache_figures(bench: Bench, held: Held, newest: Held) -> Section:
-    """Measure builds of the cache without and with deltas, and its opening when it is there."""
-    shards = held.store.info.num_shards
-    scratch = bench.folder / "scratch"
-    plain = _plain_store(bench, held)
-    variants: dict[str, Callable[[], object]] = {
-        "store": partial(_build, bench, held, scratch),
-        "store_10_deltas": partial(_build, bench, newest, scratch),
-        "plain": partial(cache_from_plain, plain, scratch, shards, bench.threads),
-    }
-
-    def begin() -> None:
-        shutil.rmtree(scratch, ignore_errors=True)
-        os.sync()  # or the writes of what came before slow down those of what comes next
-        touch_memory(bench.num_rows * _ROW_BYTES * 3 // 2)
-
-    built = interleaved(variants, max(3, bench.rounds // 5), bench.progress, "cache builds", begin)
-    begin()
-    _build(bench, held, scratch)
-
-    def load() -> None:
-        FeaturePartition.load(held.store, cache_dir=scratch, version=held.version).close()
-
-    opened = interleaved({"load": load}, max(5, bench.rounds // 6), bench.progress, "warm opening")
-    for path in (scratch, plain):
-        shutil.rmtree(path)
-    figures = {
-        "warm_open_s": opened.median("load"),
-        "cache_build_vs_list_column": built.fastest_speedup("store", over="plain"),
-        "cache_build_vs_list_column_median": built.speedup("store", over="plain"),
-    }
-    return Section("cache builds", figures, _speeds(built, bench.num_rows), prefix="cache_build_")
-
-
-def write_plain_file(path: Path, rows: FeatureRows) -> None:
-    """Write what a user of pyarrow would: keys, and features in a list column."""
-    values = pa.array(np.ascontiguousarray(rows.features_ND).reshape(-1))
-    feature: Any = pa.FixedSizeListArray.from_arrays(values, DIM)
-    pq.write_table(
-        pa.table({"key": pa.array(rows.keys_N), "feature": feature}),
-        path,
-        row_group_size=ROW_GROUP_BYTES // _ROW_BYTES,
-        compression="lz4",
-        use_dictionary=False,
-        write_page_checksum=True,
-    )
-
-
-def cache_from_plain(source: Path, target: Path, num_shards: int, threads: int) -> None:
-    """Build what `FeaturePartition.load` builds, from the files of `write_plain_file`."""
-    target.mkdir(exist_ok=True)
-
-    def build(shard: int) -> None:
-        keys = []
-        file = pq.ParquetFile(source / f"{shard}.parquet", page_checksum_verification=True)
-        with file, (target / f"{shard}.rows.bin").open("xb", buffering=0) as rows:
-            for batch in file.iter_batches(_BATCH_BYTES // _ROW_BYTES, use_threads=False):
-                column: Any = batch["feature"]
-                append_rows(rows, column.flatten().to_numpy())
-                keys.append(batch["key"].to_numpy())
-        np.save(target / f"{shard}.keys.npy", np.concatenate(keys))
-
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(build, range(num_shards)))
-
-
-def touch_memory(size_bytes: int) -> None:
-    """Have free memory at hand for the files to come.
-
-    A virtual machine gives freed memory back to its host, and who writes next waits for it: that cost up to four times
-    the rest of a build, and hit the variants at random.
-    """
-    np.ones(size_bytes // 8)
-
-
-def _plain_store(bench: Bench, held: Held) -> Path:
-    folder = bench.folder / "plain"
-    folder.mkdir()
-    snapshot = held.store.snapshot(held.version)
-    for shard in bench.progress.track(range(held.store.info.num_shards), description="write plain files"):
-        write_plain_file(folder / f"{shard}.parquet", snapshot.read_shard(shard))
-    return folder
-
-
-def _build(bench: Bench, held: Held, folder: Path) -> None:
-    snapshot = held.store.snapshot(held.version)
-    readers = [snapshot.shard_reader(shard) for shard in range(held.store.info.num_shards)]
-    open_or_build(readers, folder, bench.threads)
-
-
-def _speeds(timings: Timings, num_rows: int) -> dict[str, dict[str, Figure]]:
-    return {
-        name: {
-            "rows_per_s": num_rows / timings.fastest(name),
-            "rows_per_s_median": num_rows / timings.median(name),
-        }
-        for name in timings.seconds
-    }
+def _vs_numpy(timings: Timings) -> float:
+    pairs = (("store", "numpy.take"), ("store into buffer", "numpy.take into buffer"))
+    return min(timings.speedup(store, over=numpy) for store, numpy in pairs)

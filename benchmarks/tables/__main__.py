@@ -18,12 +18,9 @@ from trainer.main import on_ranks
 if TYPE_CHECKING:
     from trainer.comm import Comm
 
-EXAMPLES = """
-Examples:
-
-    python -m benchmarks.tables benchmarks/tables/paper.yaml --table images --table prerank --config my.yaml
-
-    horovodrun -np 2 python -m benchmarks.tables benchmarks/tables/beyond.yaml --table stores
+EXAMPLES = """Examples:
+  python -m benchmarks.tables benchmarks/tables/paper.yaml --table images --table prerank --config my.yaml
+  horovodrun -np 2 python -m benchmarks.tables benchmarks/tables/beyond.yaml --table stores
 
 A run is found again by its settings, samples and stores' snapshots: an interrupted call continues from the last
 checkpoint of the run that it was in (train.checkpoint_every), and tables share the runs that they have in common.

@@ -18,9 +18,8 @@ from benchmarks.seeds import holm, p_value, seed_mean
 from benchmarks.tables.variants import Table, Variant
 from featurestore.console.output import print_line, text_console
 from featurestore.published.versions import open_published
-from featurestore.snapshot import SnapshotId
 from featurestore.spec import flat
-from featurestore.store import FeatureStore
+from featurestore.store import FeatureStore, SnapshotId
 from trainer.comm import Comm
 from trainer.config import Config, load_config, read_mapping, settings_that_decide
 from trainer.errors import DataError, DataNotFoundError, TrainerError
@@ -29,7 +28,7 @@ from trainer.runs.open import StorePlace, missing_places, store_places
 from trainer.samples.columns import files_by_day
 from trainer.samples.index import open_index
 from trainer.samples.survey import samples_digest
-from trainer.schema import Schema, load_schema
+from trainer.schema.fields import Schema, load_schema
 
 METRICS = ("gauc", "auc", "new_ad_auc", "new_ad_gauc", "logloss")
 _DIGITS = 10

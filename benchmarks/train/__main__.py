@@ -7,27 +7,24 @@ under horovodrun), and ratios are of the medians of interleaved rounds of one ru
 "compact" measures rows of fewer numbers. `--small` measures batches of 512 and 2,048 against FuxiCTR, on the demo.
 """
 
-import os
 import sys
 import tempfile
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.progress import BarColumn, TimeElapsedColumn
 
 from benchmarks.process import RunFailedError
 from benchmarks.quality.runs import fuxictr_python
-from benchmarks.report import JsonPath, Section, write_sections
+from benchmarks.report import JsonPath, this_run, write_sections
 from benchmarks.train.sections import COMPACT, FUXICTR, VARIANTS, Bench, measure
 from benchmarks.train.small import BATCHES, KINDS, small_section
 from benchmarks.workload import Knobs, make
 from featurestore.console.commandline import CommandApp, run_app
-from featurestore.console.output import progress_bars, text_column
+from featurestore.console.output import progress_bars
 
 app = CommandApp(report=True, failures=(OSError,))
 NAMES = (*VARIANTS, COMPACT)
-_QUIET_SPREAD = 1.5
 
 
 def known(names: list[str]) -> list[str]:
@@ -46,12 +43,6 @@ def check_fuxictr(chosen: list[str]) -> None:
         raise RunFailedError(f"{', '.join(asked)}: {missing}")
     if not chosen:
         print(f"note: {missing}; its figures are left out", file=sys.stderr)
-
-
-def spread(sections: list[Section]) -> float:
-    """Compute the fastest over the slowest round of the variant in which they differ most."""
-    cells = [each for section in sections for each in section.grid.values() if "slowest" in each]
-    return max((float(each["fastest"] or 0) / float(each["slowest"] or 1) for each in cells), default=1.0)
 
 
 @app.command()
@@ -81,33 +72,17 @@ def main(
     """Measure the trainer against its own matrix products and against other ways to bring images into the model."""
     chosen = known(only or [])
     check_fuxictr([FUXICTR[0]] if small else chosen)
-    columns = text_column(), BarColumn(), TimeElapsedColumn()
-    if small:
-        with tempfile.TemporaryDirectory(prefix="train-bench-") as scratch, progress_bars(*columns) as progress:
-            section = small_section(
-                demo, Path(scratch), [kind] if kind else KINDS, [batch] if batch else BATCHES, rounds, progress
-            )
-        write_sections([section], json_path)
-        return
-    knobs = Knobs(images=images, dim=dim, samples_per_rank=samples_per_rank, seed=seed)
-    with (
-        tempfile.TemporaryDirectory(prefix="train-bench-") as scratch,
-        progress_bars(*columns) as progress,
-    ):
-        workload = make(folder, knobs, progress)
-        bench = Bench(workload, Path(scratch), rounds, steps, dims, settings or [], progress)
-        sections = measure(bench, chosen)
-    if (worst := spread(sections)) > _QUIET_SPREAD:
-        print(f"warning: one round was {worst:.1f} times as fast as another: this machine was busy", file=sys.stderr)
-    run = {
-        "images": images,
-        "dim": dim,
-        "dims": dims,
-        "samples_per_rank": samples_per_rank,
-        "steps": steps,
-        "rounds": rounds,
-    }
-    write_sections([*sections, Section("this run", {**run, "cores": len(os.sched_getaffinity(0))})], json_path)
+    with tempfile.TemporaryDirectory(prefix="train-bench-") as scratch, progress_bars() as progress:
+        if small:
+            kinds, batches = [kind] if kind else KINDS, [batch] if batch else BATCHES
+            sections = [small_section(demo, Path(scratch), kinds, batches, rounds, progress)]
+        else:
+            knobs = Knobs(images=images, dim=dim, samples_per_rank=samples_per_rank, seed=seed)
+            workload = make(folder, knobs, progress)
+            sections = measure(Bench(workload, Path(scratch), rounds, steps, dims, settings or [], progress), chosen)
+            sizes: dict[str, int] = {"images": images, "dim": dim, "dims": dims, "samples_per_rank": samples_per_rank}
+            sections.append(this_run(**sizes, steps=steps, rounds=rounds))
+    write_sections(sections, json_path)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ store in float32, frozen, and one linear layer from their width to the visual wi
 shapes as in trainer/samples/reader.py.
 """
 
-import json
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 from fuxictr.pytorch.layers.embeddings.pretrained_embedding import PretrainedEmbedding
 
+from benchmarks.quality.rows import write_pretrained
 from benchmarks.train.rivals import Images, Model, occurrences, per_sample
 from featurestore import FeatureStore, to_float32
 from featurestore.keys import Int64Array
@@ -29,10 +29,10 @@ class FuxiCtr:
     ahead = True
 
     def __init__(self, run: Run, grouped: bool) -> None:
-        assert run.partition is not None
+        (partition,) = run.partitions.values()
         self._grouped, self._fields = grouped, run.engine.fields
-        self._keys = FeatureStore.open(run.config.data.store).snapshot(run.partition.snapshot_version).keys()
-        self._layer = pretrained_layer(run.partition, self._keys, run.config.model.visual_width)
+        self._keys = FeatureStore.open(run.config.data.store).snapshot(partition.snapshot_version).keys()
+        self._layer = pretrained_layer(partition, self._keys, run.config.model.visual_width)
         self.model = Model(run, self._layer)
         self._batches = self.model.batches()
 
@@ -63,14 +63,11 @@ class FuxiCtr:
 
 def pretrained_layer(partition: FeaturePartition, keys_N: Int64Array, width: int) -> torch.nn.Module:
     """Make FuxiCTR's layer of the features of `keys_N` at 1, 2, …; 0 is its padding and N + 1 what it does not know."""
-    places = {str(key): 1 + place for place, key in enumerate(keys_N.tolist())}
+    values_ND = to_float32(partition.lookup(keys_N).features_UD, partition.info.dtype)
     with tempfile.TemporaryDirectory() as folder:
-        features, vocabulary = Path(folder) / "features.npz", Path(folder) / "vocabulary.json"
-        np.savez(features, key=keys_N, value=to_float32(partition.lookup(keys_N).features_UD, partition.info.dtype))
-        # It looks at the second entry to learn the type of the keys.
-        vocabulary.write_text(json.dumps({"image": places, "label": {}}))
+        write_pretrained(Path(folder), "image", keys_N, values_ND)
         specification = {"vocab_size": len(keys_N) + 2, "oov_idx": len(keys_N) + 1, "freeze_emb": True}
         layer: torch.nn.Module = PretrainedEmbedding(
-            "image", specification, str(features), str(vocabulary), width, partition.dim
+            "image", specification, f"{folder}/features.npz", f"{folder}/feature_vocab.json", width, partition.dim
         )
     return layer

@@ -30,7 +30,7 @@ from trainer.optim import DenseOptimizer, rates_at
 from trainer.runs.open import Run
 from trainer.samples.columns import ranges
 from trainer.samples.reader import Batch, Jagged
-from trainer.schema import Field
+from trainer.schema.fields import Field
 from trainer.stages import ReadAhead
 
 Images = Mapping[str, FieldVectors]
@@ -64,6 +64,19 @@ class Model:
         logit_B = self.net(vectors, {}, torch.from_numpy(batch.group_of_sample_B))
         label_B = torch.from_numpy(batch.label_B)
         return functional.binary_cross_entropy_with_logits(logit_B, label_B, reduction="sum") / batch.global_samples
+
+    def unique_keys(self, batch: Batch) -> tuple[Int64Array, Int64Array]:
+        """Return the different images of the content fields, (U,), and the place of each of their N values, (N,)."""
+        return unique(np.concatenate([batch.fields[field.name].values_N for field in self.content]))
+
+    def images(self, batch: Batch, visual_UV: Tensor, index_N: Tensor) -> Images:
+        """Make the content fields, whose values, one field after the other, are rows `index_N` of `visual_UV`."""
+        fields = {field.name: batch.fields[field.name] for field in self.content}
+        places = torch.split(index_N, [len(jagged.values_N) for jagged in fields.values()])
+        return {
+            name: FieldVectors(visual_UV, place_N, torch.from_numpy(jagged.lengths_M.astype(np.int64)))
+            for (name, jagged), place_N in zip(fields.items(), places, strict=True)
+        }
 
     def request(self, batch: Batch) -> KeyRequest:
         """Exchange the keys of the ID fields; needs no weights, so it may run a step ahead in a thread."""
@@ -126,7 +139,6 @@ class Compute:
         self.model = Model(run, self._service)
         self._batches = self.model.batches()
         self._memory = torch.empty(0, self._service.partition.dim, dtype=self._service.model.compute_dtype)
-        self._names = [field.name for field in self.model.content]
 
     def prepare(self) -> Batch:
         """Prepare the trainer's next batch."""
@@ -134,9 +146,8 @@ class Compute:
 
     def step(self, batch: Batch) -> tuple[float, float]:
         """Return the loss, and the seconds of E's and the worker model's forward and backward."""
-        keys_U, inverse_N = unique(np.concatenate([batch.fields[name].values_N for name in self._names]))
+        keys_U, inverse_N = self.model.unique_keys(batch)
         features_UD = as_tensor(self._service.partition.lookup(keys_U).features_UD)
-        index_N = torch.from_numpy(inverse_N)
         request = self.model.request(batch)
         ids = self.model.ids.vectors(request)
         rows = {id(field.vectors_UV): field.vectors_UV for field in ids.values()}
@@ -145,14 +156,10 @@ class Compute:
             name: FieldVectors(leaves[id(field.vectors_UV)], field.index_N, field.lengths_M)
             for name, field in ids.items()
         }
-        lengths = {name: torch.from_numpy(batch.fields[name].lengths_M.astype(np.int64)) for name in self._names}
-        counts = [len(batch.fields[name].values_N) for name in self._names]
         self.model.zero_grad()
         start = time.perf_counter()
         visual_UV = self._service.embed(Gathered(self._numbers(features_UD), None))
-        for name, place_N in zip(self._names, torch.split(index_N, counts), strict=True):
-            vectors[name] = FieldVectors(visual_UV, place_N, lengths[name])
-        loss = self.model.loss(batch, vectors)
+        loss = self.model.loss(batch, {**vectors, **self.model.images(batch, visual_UV, torch.from_numpy(inverse_N))})
         self.model.note(loss)
         loss.backward()  # type: ignore[no-untyped-call]
         seconds = time.perf_counter() - start
@@ -164,8 +171,7 @@ class Compute:
         """Return what E's first product takes, in memory that is used again; the features themselves if of its type."""
         if features_UD.dtype == self._memory.dtype:
             return features_UD
-        if len(self._memory) < len(features_UD):
-            self._memory = self._memory.new_empty(len(features_UD) * 9 // 8, features_UD.shape[1])
+        self._memory = _with_room(self._memory, len(features_UD))
         return self._service.model.numbers(features_UD, out=self._memory[: len(features_UD)])
 
 
@@ -185,10 +191,9 @@ class StoreInServer:
     ahead = True
 
     def __init__(self, run: Run) -> None:
-        assert run.partition is not None
-        (self._service,) = run.engine.services.values()
+        (self._service,), (partition,) = run.engine.services.values(), run.partitions.values()
         self.model = Model(run, self._service)
-        self._partition: FeaturePartition = run.partition
+        self._partition: FeaturePartition = partition
         self._comm = run.comm
         self._batches = self.model.batches()
         self._network = network = self._service.model
@@ -207,16 +212,14 @@ class StoreInServer:
 
     def _fetch(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """What E takes of the different images of the batch, (U, D), and the row of each of N values among them."""
-        keys_N = np.concatenate([batch.fields[field.name].values_N for field in self.model.content])
-        keys_U, inverse_N = unique(keys_N)
+        keys_U, inverse_N = self.model.unique_keys(batch)
         owner_U = owner_of(shard_of(keys_U, self._partition.info.num_shards), self._comm.size)
         asked = bucketize_by_owner(keys_U, inverse_N, owner_U, self._comm.size)
         keys_R, counts_P = self._comm.alltoall(
             torch.from_numpy(asked.keys_U), _splits(asked.send_counts_P), name="raw.keys"
         )
         self._memory.reverse()
-        if len(self._memory[0]) < len(keys_U):
-            self._memory[0] = torch.empty(len(keys_U) * 9 // 8, self._partition.dim, dtype=self._network.compute_dtype)
+        self._memory[0] = _with_room(self._memory[0], len(keys_U))
         numbers_UD = self._memory[0][: len(keys_U)]
         if len(self._looked_up) < len(keys_R):
             self._looked_up = np.empty((len(keys_R) * 9 // 8, self._partition.dim), self._looked_up.dtype)
@@ -228,12 +231,12 @@ class StoreInServer:
 
     def _images(self, fetched: Fetched) -> Images:
         visual_UV = self._service.embed(Gathered(fetched.numbers_UD, None))
-        fields = [(field.name, fetched.batch.fields[field.name]) for field in self.model.content]
-        places = torch.split(fetched.index_N, [len(jagged.values_N) for _, jagged in fields])
-        return {
-            name: FieldVectors(visual_UV, index_N, torch.from_numpy(jagged.lengths_M.astype(np.int64)))
-            for (name, jagged), index_N in zip(fields, places, strict=True)
-        }
+        return self.model.images(fetched.batch, visual_UV, fetched.index_N)
+
+
+def _with_room(memory: Tensor, num_rows: int) -> Tensor:
+    """Return memory for that many rows: this one, or a larger one in its place."""
+    return memory if len(memory) >= num_rows else memory.new_empty(num_rows * 9 // 8, memory.shape[1])
 
 
 def _splits(counts_P: Int64Array) -> Tensor:

@@ -17,7 +17,7 @@ from benchmarks.report import Figure, Section
 from benchmarks.timing import in_turns
 from trainer.comm import SoloComm
 from trainer.samples.index import open_index
-from trainer.schema import load_schema
+from trainer.schema.fields import load_schema
 
 KINDS, BATCHES = ("ids", "images"), (512, 2048)
 _NETS = ("dnn", "din")

@@ -27,7 +27,7 @@ from featurestore.text import one_line
 if TYPE_CHECKING:
     from trainer.runs.saved import SavedRun
     from trainer.samples.index import SampleIndex
-    from trainer.schema import Schema
+    from trainer.schema.fields import Schema
 
 MOST_IMPRESSIONS = 2_000_000
 """Most impressions to read; of more, row groups are left out evenly."""

@@ -25,9 +25,8 @@ from explorer.data.snapshots import name_of, newest_at
 from featurestore import log
 from featurestore.format.datafile import KEY, URI
 from featurestore.keys import Int64Array
-from featurestore.snapshot import Snapshot
 from featurestore.storage.storage import in_threads
-from featurestore.store import FeatureStore
+from featurestore.store import FeatureStore, Snapshot
 
 Sort = Literal["uri", "new", "impressions", "ctr", "low_ctr", "price"]
 SORTS: dict[Sort, str] = {

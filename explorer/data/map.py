@@ -57,8 +57,7 @@ def make_map(places: Places, run: str, task: Task[Any], network: str | None = No
     store if there are many. Missing samples are mentioned in the notes. Raises ExplorerError if the run has no such E,
     and the errors of visual vectors.
     """
-    from trainer.runs.export import network_widths
-    from trainer.runs.saved import read_run
+    from trainer.runs.saved import network_widths, read_run
 
     doing = f"computes the visual vectors of {run}"
     task.tell(doing)

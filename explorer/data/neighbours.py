@@ -17,8 +17,8 @@ import numpy.typing as npt
 from explorer.data.background import Task
 from explorer.data.snapshots import NamedImage, named
 from featurestore.keys import Int64Array
-from featurestore.snapshot import Snapshot
 from featurestore.storage.storage import in_threads
+from featurestore.store import Snapshot
 
 READ_BYTES = 16 << 30
 """Most bytes of features read for one answer: some seconds a core. Of a larger store, random shards are read."""

@@ -16,10 +16,9 @@ from featurestore import log
 from featurestore.errors import ChannelError, CorruptFileError, SnapshotNotFoundError
 from featurestore.keys import Int64Array, shard_of
 from featurestore.published.versions import VersionName, read_channels
-from featurestore.snapshot import Snapshot
 from featurestore.spec import Manifest
 from featurestore.storage.storage import in_threads
-from featurestore.store import FeatureStore
+from featurestore.store import FeatureStore, Snapshot
 from featurestore.upkeep.history import SnapshotDiff, diff_shard, read_pins
 
 _READERS = 4

@@ -28,9 +28,8 @@ from featurestore.errors import UserError
 from featurestore.format.datafile import KEY
 from featurestore.keys import Int64Array
 from featurestore.published.paths import RunPath
-from featurestore.snapshot import Snapshot
 from featurestore.spec import StoreInfo
-from featurestore.store import FeatureStore
+from featurestore.store import FeatureStore, Snapshot
 from trainer.runs.folder import finished
 
 if TYPE_CHECKING:
@@ -94,7 +93,7 @@ def visual_vectors(
     `store_version`: by default the newest. Cost: about 10 s for 100,000 images on a core, or some milliseconds from the
     cache. Raises TrainerError (a run without images or without a checkpoint), FeatureStoreError.
     """
-    from trainer.runs.export import open_network
+    from trainer.runs.saved import open_network
 
     found = open_network(run, network=network, store_version=store_version, store=store)
 
@@ -103,7 +102,7 @@ def visual_vectors(
         for table in found.tables():
             done += len(table)
             yield table.cast(schema)
-            progress(done, found.num_images)
+            progress(done, found.snapshot.num_rows)
 
     commit = found.snapshot.info.store_id, found.snapshot.manifest.commit_id, found.snapshot.version
     digest = digest_of([found.saved.digest, found.store, *commit])
@@ -146,7 +145,7 @@ def embed(places: Places, run: str, snapshot: Snapshot, features_ND: npt.NDArray
     import torch
 
     from featurestore.lookup.ondevice import as_tensor
-    from trainer.runs.export import open_network
+    from trainer.runs.saved import open_network
 
     model = open_network(places.run(run), store_version=snapshot.version, store=places.store).model
     with torch.inference_mode():

@@ -33,8 +33,7 @@ from explorer.errors import ExplorerError, NotHereError, tried
 from explorer.html.query import Paging, choice, read_upload, whole_in
 from explorer.html.query import snapshot as asked_snapshot
 from explorer.html.site import NavItem, PageKind, Question, Site
-from featurestore.snapshot import Snapshot
-from featurestore.store import FeatureStore
+from featurestore.store import FeatureStore, Snapshot
 
 PER_PAGE = 48
 NUM_NEIGHBOURS = 12

@@ -26,9 +26,8 @@ from explorer.html.query import snapshot as asked_snapshot
 from explorer.html.site import NavItem, PageKind, Question, Site
 from featurestore import log
 from featurestore.errors import UserError
-from featurestore.snapshot import Snapshot
 from featurestore.staging import QUARANTINE
-from featurestore.store import FeatureStore
+from featurestore.store import FeatureStore, Snapshot
 from featurestore.text import one_line
 
 PER_PAGE, SNAPSHOTS_PER_PAGE = 48, 40

@@ -2,21 +2,18 @@
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
+from featurestore import upkeep
 from featurestore.commands import WHICH, DryRun, Url, Version, open_store, read_version_name
 from featurestore.console.commandline import CommandApp
 from featurestore.console.output import print_problem, print_summary, print_table, progress_bar, text_console
 from featurestore.errors import FAILED, UnsafeBackendError
 from featurestore.storage.storage import Storage
 from featurestore.text import DType, count_text, printable, ranges_text
-
-if TYPE_CHECKING:
-    from featurestore.upkeep.purge import AbsenceReport, Images, PurgeReport
-    from featurestore.upkeep.remake import RemakeReport
 
 NOT_TRIED = 3  # exit code of a check that found nothing out
 _MOST_NAMED = 10
@@ -55,12 +52,11 @@ def verify(
         _prove_absent(url, absent)
         return
     from featurestore.published.versions import find_channel
-    from featurestore.upkeep.verify import verify as verify_store
 
     if isinstance(version, str):
         version = find_channel(Storage(url, keep_inside=True), version).version
     with progress_bar("files") as progress:
-        report = verify_store(url, version, progress)
+        report = upkeep.verify.verify(url, version, progress)
     for problem in report.problems:
         print_problem(f"broken: {problem}")
     for problem in report.known:
@@ -71,11 +67,9 @@ def verify(
 
 
 def _prove_absent(url: str, file: Path) -> None:
-    from featurestore.upkeep.purge import find_traces, read_images
-
-    images, store = read_images(file), open_store(url)
+    images, store = upkeep.purge.read_images(file), open_store(url)
     with progress_bar("files") as progress:
-        report = find_traces(store.storage, images, progress)
+        report = upkeep.purge.find_traces(store.storage, images, progress)
     show_absence(report, images, store.url)
 
 
@@ -85,10 +79,8 @@ def repair(url: Url, dry_run: DryRun = False) -> None:
 
     Exit code 1 when something is left that only a backup or you can repair.
     """
-    from featurestore.upkeep.repair import repair as repair_store
-
     with progress_bar("files") as progress:
-        report = repair_store(url, dry_run, progress)
+        report = upkeep.verify.repair(url, dry_run, progress)
     for action in report.actions:
         print_summary(f"{'would ' if dry_run else ''}{action}")
     for problem in report.left:
@@ -154,17 +146,15 @@ def remake(
     store, by which extract_features.py and refresh_features.py make further rows. OUT is made at the end: after an
     interruption the same command starts again.
     """
-    from featurestore.upkeep.remake import remake as remake_store
-
     store = open_store(source)
     with progress_bar("shards" if dims is None else "shards, each twice") as progress:
-        report = remake_store(store, out, dims=dims, dtype=dtype, version=version, progress=progress)
+        report = upkeep.remake.remake(store, out, dims=dims, dtype=dtype, version=version, progress=progress)
     show_remade(report)
     if dims is not None:
         print_summary(f"next: crossmedia train --set data.store={out}")
 
 
-def show_remade(report: "RemakeReport") -> None:
+def show_remade(report: "upkeep.remake.RemakeReport") -> None:
     """Print what the two stores have, and what the rows keep."""
     table = Table("")
     for dtype_name in (report.source_dtype, report.dtype):
@@ -211,17 +201,16 @@ def purge(
     are cleaned too. Let no writer be at work. Exit code 1 where a trace is left: run it again. Caches of readers and
     what was made of the rows are elsewhere: docs/OPERATE.md.
     """
-    from featurestore.upkeep.purge import purge as purge_store
-    from featurestore.upkeep.purge import read_images
-
     if keys is not None and uris is None:
-        images = read_images(keys, "key")
+        images = upkeep.purge.read_images(keys, "key")
     elif uris is not None and keys is None:
-        images = read_images(uris, "uri")
+        images = upkeep.purge.read_images(uris, "uri")
     else:
         raise typer.BadParameter("give one of them", param_hint="--keys, --uris")
     with progress_bar("files") as progress:
-        report = purge_store(open_store(url), images, writer_hours=writer_hours, dry_run=dry_run, progress=progress)
+        report = upkeep.purge.purge(
+            open_store(url), images, writer_hours=writer_hours, dry_run=dry_run, progress=progress
+        )
     print_summary("\n".join(_purge_lines(report, images, dry_run)))
     for path in report.young:
         print_problem(f"left: {path} belongs to no snapshot, and a writer may be at work on it: run it again later")
@@ -229,7 +218,7 @@ def purge(
         show_absence(report.proof, images, url)
 
 
-def show_absence(report: "AbsenceReport", images: "Images", url: str) -> None:
+def show_absence(report: "upkeep.purge.AbsenceReport", images: "upkeep.purge.Images", url: str) -> None:
     """Print a proof, or what speaks against it. Raises typer.Exit with 1 then."""
     for trace in report.traces:
         print_problem(f"error: {trace.text}")
@@ -242,7 +231,7 @@ def show_absence(report: "AbsenceReport", images: "Images", url: str) -> None:
     raise typer.Exit(FAILED)
 
 
-def _purge_lines(report: "PurgeReport", images: "Images", dry_run: bool) -> list[str]:
+def _purge_lines(report: "upkeep.purge.PurgeReport", images: "upkeep.purge.Images", dry_run: bool) -> list[str]:
     would = "would be " if dry_run else ""
     lines = [f"images       {images.described}; {count_text(report.num_rows, 'row')} in all files, old ones too"]
     if report.without_rows:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.filesize import decimal as bytes_text
 
+from featurestore import upkeep
 from featurestore.commands import WHICH, DryRun, Url, open_store, read_version_name
 from featurestore.console import commandline, output
 from featurestore.text import count_text, ranges_text
@@ -15,18 +16,12 @@ from featurestore.upkeep import GRACE_DAYS, KEEP_DAYS, KEEP_LAST
 if TYPE_CHECKING:
     from featurestore.published.versions import ChannelMove
     from featurestore.store import FeatureStore
-    from featurestore.upkeep.compaction import CompactReport
-    from featurestore.upkeep.expiry import ExpireReport
-    from featurestore.upkeep.history import LogEntry
-
 app = commandline.CommandApp()
 
 
 def _pin_name(name: str) -> str:
-    from featurestore.upkeep.history import PIN_NAME_RULE, is_pin_name
-
-    if not is_pin_name(name):
-        raise typer.BadParameter(PIN_NAME_RULE.format(name=name))
+    if not upkeep.history.is_pin_name(name):
+        raise typer.BadParameter(upkeep.history.PIN_NAME_RULE.format(name=name))
     return name
 
 
@@ -44,9 +39,7 @@ def log(
     last: Annotated[int | None, typer.Option("--last", "-n", min=1, help="How many to list; all by default.")] = None,
 ) -> None:
     """List the snapshots that can be opened, newest first. Files, rows and bytes are those that each one needs."""
-    from featurestore.upkeep.history import log as log_of_store
-
-    entries = log_of_store(open_store(url), last)
+    entries = upkeep.history.log(open_store(url), last)
     if not entries:
         output.print_summary("no snapshot yet: nothing was committed")
         return
@@ -66,10 +59,8 @@ def diff(
     keys: Annotated[bool, typer.Option("--keys", help="Print key and uri of each: + came, ~ changed, - went.")] = False,
 ) -> None:
     """Count the images that were added, changed and removed from one snapshot to another."""
-    from featurestore.upkeep.history import diff as diff_snapshots
-
     with output.progress_bar("shards") as progress:
-        found = diff_snapshots(open_store(url), before, after, progress)
+        found = upkeep.history.diff(open_store(url), before, after, progress)
     if keys:
         for sign, rows in (("+", found.added), ("~", found.changed), ("-", found.removed)):
             for key, uri in zip(rows.keys_N.tolist(), rows.uris, strict=True):
@@ -81,11 +72,9 @@ def diff(
 @app.command(epilog="Example: `crossmedia store restore data/features 12`")
 def restore(url: Url, version: Annotated[Any, _snapshot("A kept snapshot.")]) -> None:
     """Commit a new snapshot with the rows of snapshot N. What was committed since stays in the log."""
-    from featurestore.upkeep.history import restore as restore_snapshot
-
     store = open_store(url)
     old = store.snapshot(version).version
-    snapshot = restore_snapshot(store, old)
+    snapshot = upkeep.history.restore(store, old)
     output.print_summary(f"snapshot {snapshot.version} holds what snapshot {old} holds")
 
 
@@ -102,18 +91,14 @@ def pin(
     ] = None,
 ) -> None:
     """Keep a snapshot, whatever the options of `expire`, until it is unpinned."""
-    from featurestore.upkeep.history import pin as pin_snapshot
-
-    made = pin_snapshot(open_store(url), name, version)
+    made = upkeep.history.pin(open_store(url), name, version)
     output.print_summary(f"{name} keeps snapshot {made.version}")
 
 
 @app.command(epilog="Example: `crossmedia store unpin data/features before-migration`")
 def unpin(url: Url, name: PinName) -> None:
     """Remove a pin. The next `expire` decides about its snapshot."""
-    from featurestore.upkeep.history import unpin as unpin_snapshot
-
-    unpin_snapshot(open_store(url), name)
+    upkeep.history.unpin(open_store(url), name)
     output.print_summary(f"{name} is not a pin any more")
 
 
@@ -131,10 +116,8 @@ def compact(
 
     The rows stay exactly the same. Readers and writers may continue meanwhile.
     """
-    from featurestore.upkeep.compaction import compact as compact_store
-
     with output.progress_bar("shards") as progress:
-        report = compact_store(open_store(url), force=force, dry_run=dry_run, progress=progress)
+        report = upkeep.compaction.compact(open_store(url), force=force, dry_run=dry_run, progress=progress)
     output.print_summary(_compact_text(report, dry_run))
 
 
@@ -161,10 +144,8 @@ def expire(
     Files of writers that died are deleted too. The grace time must be longer than your longest job. The newest snapshot
     stays. Exit code 1 when it had to stop before the end.
     """
-    from featurestore.upkeep.expiry import expire as expire_store
-
     with output.progress_bar("files") as progress:
-        report = expire_store(
+        report = upkeep.expiry.expire(
             open_store(url),
             keep_last=keep_last,
             keep_days=keep_days,
@@ -178,7 +159,7 @@ def expire(
         raise typer.Exit(1)
 
 
-def _log_row(entry: "LogEntry") -> Sequence[str]:
+def _log_row(entry: "upkeep.history.LogEntry") -> Sequence[str]:
     from featurestore.log import utc_text
 
     manifest, names = entry.manifest, (", ".join(entry.pins), ", ".join(entry.channels))
@@ -196,7 +177,7 @@ def _log_row(entry: "LogEntry") -> Sequence[str]:
     )
 
 
-def _compact_text(report: "CompactReport", dry_run: bool) -> str:
+def _compact_text(report: "upkeep.compaction.CompactReport", dry_run: bool) -> str:
     if not report.shards:
         return f"nothing to compact in snapshot {report.version}"
     shards = count_text(len(report.shards), "shard")
@@ -208,7 +189,7 @@ def _compact_text(report: "CompactReport", dry_run: bool) -> str:
     return f"snapshot {report.version}: {shards} of {before} became {after}{lost}"
 
 
-def _expire_text(report: "ExpireReport", dry_run: bool) -> str:
+def _expire_text(report: "upkeep.expiry.ExpireReport", dry_run: bool) -> str:
     keep, expire, delete = ("would keep", "would expire", "would delete") if dry_run else ("kept", "expired", "deleted")
     expired = f": {ranges_text(report.expired)}" if report.expired else ""
     runs = f", among them the staged parts of dead runs: {', '.join(report.runs)}" if report.runs else ""
@@ -251,13 +232,12 @@ def channel(
     The snapshot of a channel is kept by `expire`.
     """
     from featurestore.published.versions import find_channel, read_channels, read_moves
-    from featurestore.upkeep.history import move_channel, remove_channel
 
     store = open_store(url)
     if remove:
         if name is None or version is not None:
             raise typer.BadParameter("it takes a NAME and no snapshot", param_hint="--remove")
-        removed = remove_channel(store, name)
+        removed = upkeep.history.remove_channel(store, name)
         output.print_summary(f"{removed.channel} is not a channel any more")
     elif name is None:
         moves = read_channels(store.storage)
@@ -270,7 +250,7 @@ def channel(
         moves = read_moves(store.storage, name)[::-1]
         _print_moves(store, moves, ("move", "snapshot", "moved", "commit", "rows in files", "why", "writer"))
     else:
-        made = move_channel(store, name, version)
+        made = upkeep.history.move_channel(store, name, version)
         output.print_summary(f"{made.channel} points to snapshot {made.version}")
 
 

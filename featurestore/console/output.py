@@ -118,13 +118,15 @@ def print_warning(text: str) -> None:
     print_problem(f"warning: {text}")
 
 
-def print_rows(names: Sequence[str], rows: Iterable[Sequence[str]], numbers: Collection[str] = ()) -> None:
-    """Print a table of these columns on stdout; those of `numbers` are aligned on the right."""
+def print_rows(
+    names: Sequence[str], rows: Iterable[Sequence[str]], numbers: Collection[str] = (), *, bold: int | None = None
+) -> None:
+    """Print a table of these columns on stdout; those of `numbers` are aligned on the right. `bold`: a row, from 0."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in names:
         table.add_column(name, justify="right" if name in numbers else "left")
-    for row in rows:
-        table.add_row(*row)
+    for number, row in enumerate(rows):
+        table.add_row(*row, style="bold" if number == bold else None)
     print_table(text_console(), table)
 
 

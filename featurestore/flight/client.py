@@ -24,8 +24,8 @@ from featurestore.format.datafile import matrix_of, numpy_column
 from featurestore.keys import AnyArray, BoolArray, Int64Array
 from featurestore.lookup.hashedrows import Lookup
 from featurestore.lookup.rowfiles import output_for
-from featurestore.snapshot import missing_message
 from featurestore.spec import MissingPolicy
+from featurestore.store import missing_message
 
 _CALL_BYTES = 256 << 20  # of features in one call: each has its deadline
 _CALL_KEYS = 1 << 20

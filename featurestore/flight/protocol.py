@@ -14,8 +14,8 @@ from featurestore import errors
 from featurestore.format.datafile import FEATURE, KEY, schema_of
 from featurestore.keys import Int64Array
 from featurestore.parsing import first_mistake
-from featurestore.snapshot import SnapshotId
 from featurestore.spec import StoreInfo
+from featurestore.store import SnapshotId
 
 DESCRIBE = "snapshot"  # the action that describes a snapshot
 FOUND = "found"

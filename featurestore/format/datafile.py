@@ -1,4 +1,4 @@
-"""Data files: rows of features in Parquet, and their bytes without a copy.
+"""Rows of features in memory, and the data files that hold them: Parquet, whose bytes are read without a copy.
 
 The feature is one FIXED_LEN_BYTE_ARRAY column: an Arrow buffer of it is the matrix, and it reads many times faster than
 a list column. Every page has a checksum, and every read verifies it, except where the digest of the whole file has just
@@ -9,7 +9,8 @@ import contextlib
 import hashlib
 import io
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import IO, Any, Literal
 
@@ -20,11 +21,151 @@ import pyarrow.parquet as pq
 import xxhash
 from pydantic import ValidationError
 
-from featurestore.errors import CorruptFileError, FeatureStoreError, SpecMismatchError
-from featurestore.format.rows import DIGEST_DTYPE, FeatureRows
-from featurestore.keys import AnyArray
-from featurestore.spec import FileEntry, StoreInfo
+from featurestore import errors
+from featurestore.keys import AnyArray, BoolArray, Float32Array, FloatArray, Int32Array, Int64Array, keys_of_uris
+from featurestore.spec import STORAGE_DTYPES, FileEntry, StoreInfo
 from featurestore.storage.storage import Storage
+from featurestore.text import DType
+
+DIGEST_DTYPE = np.dtype("V16")
+_NO_DIGEST = bytes(16)
+KEY, URI, DELETED, FEATURE = "key", "uri", "deleted", "feature"
+METADATA_COLUMNS = [KEY, URI, "content_digest", "source_tag", "width", "height"]
+ROW_GROUP_BYTES = 8 << 20
+_SMALL_BYTES = 1 << 20
+BLOCK_BYTES = 2 << 20  # in the processor's cache when it is used, and one huge page when it is written to a file
+_METADATA_BYTES = 128  # of the other columns of a row, roughly
+Digest = Literal["sha256", "xxh3_128"]
+Check = Literal["size", "sha256", "xxh3_128"]
+_INFO, _STORE_ID = b"featurestore.info", b"featurestore.store_id"
+
+
+@dataclass(frozen=True)
+class FeatureRows:
+    """N rows of a store, features as it keeps them: bfloat16 as its bits in uint16.
+
+    `FeatureStore.put` and `stage_part` take features in float32 too, for a store of any dtype.
+    """
+
+    keys_N: Int64Array
+    uris: list[str]
+    features_ND: AnyArray
+    content_digest_N: AnyArray  # 16 bytes each: xxh3-128 of the image's bytes
+    source_tag: list[str]  # etag, or size and time of the source
+    width_N: Int32Array
+    height_N: Int32Array
+    deleted_N: BoolArray
+
+    @classmethod
+    def of(
+        cls,
+        uris: Sequence[str],
+        features_ND: AnyArray,
+        *,
+        keys: npt.ArrayLike | None = None,
+        content_digests: Sequence[bytes] | None = None,
+        source_tags: Iterable[str] | None = None,
+        widths: npt.ArrayLike | None = None,
+        heights: npt.ArrayLike | None = None,
+    ) -> "FeatureRows":
+        """Make live rows from plain values; keys default to those of the uris, everything else to empty."""
+        count = len(uris)
+        digests = content_digests if content_digests is not None else [_NO_DIGEST] * count
+        if wrong := [digest for digest in digests if len(digest) != 16]:
+            raise errors.InvalidRowsError(f"a content digest has {len(wrong[0])} bytes instead of 16")
+        return cls(
+            keys_N=keys_of_uris(uris) if keys is None else np.asarray(keys, dtype=np.int64),
+            uris=list(uris),
+            features_ND=features_ND,
+            content_digest_N=np.frombuffer(b"".join(digests), DIGEST_DTYPE),
+            source_tag=list(source_tags) if source_tags is not None else [""] * count,
+            width_N=np.zeros(count, np.int32) if widths is None else np.asarray(widths, np.int32),
+            height_N=np.zeros(count, np.int32) if heights is None else np.asarray(heights, np.int32),
+            deleted_N=np.zeros(count, np.bool_),
+        )
+
+    @classmethod
+    def tombstones(cls, keys: npt.ArrayLike, info: StoreInfo) -> "FeatureRows":
+        """Make rows that remove `keys` from the store."""
+        keys_N = np.asarray(keys, dtype=np.int64)
+        blank = cls.of([""] * len(keys_N), np.zeros((len(keys_N), info.dim), info.storage_dtype), keys=keys_N)
+        return cls(**{**blank.__dict__, "deleted_N": np.ones(len(keys_N), np.bool_)})
+
+    def __len__(self) -> int:
+        return len(self.keys_N)
+
+    def take(self, index_M: AnyArray) -> "FeatureRows":
+        """Return the rows at `index_M`, in that order."""
+        taken: dict[str, Any] = {name: getattr(self, name)[index_M] for name in self.__dict__ if name[-1].isupper()}
+        taken |= {name: [getattr(self, name)[i] for i in index_M] for name in ("uris", "source_tag")}
+        return FeatureRows(**taken)
+
+    def validate(self, info: StoreInfo) -> None:
+        """Raise InvalidRowsError unless a store of `info` may hold these rows; KeyCollisionError: two uris, one key."""
+        count = len(self.keys_N)
+        lengths = {name: len(value) for name, value in self.__dict__.items()}
+        if set(lengths.values()) != {count}:
+            raise errors.InvalidRowsError(f"columns of different lengths: {lengths}")
+        if self.features_ND.shape != (count, info.dim):
+            raise errors.InvalidRowsError(
+                f"features have shape {self.features_ND.shape}, the store wants ({count}, {info.dim})"
+            )
+        if self.features_ND.dtype != info.storage_dtype:
+            raise errors.InvalidRowsError(
+                f"features are {self.features_ND.dtype}, the store holds {info.dtype}"
+                f" ({info.storage_dtype} in numpy): convert them by the encode of the store's codec"
+            )
+        finite_N = finite_rows(self.features_ND, info.dtype)
+        if not finite_N.all():
+            first = int(np.flatnonzero(~finite_N)[0])
+            raise errors.InvalidRowsError(
+                f"{count - int(finite_N.sum())} of {count} features are not finite in {info.dtype}; the first is that"
+                f" of key {self.keys_N[first]} ({self.uris[first]!r})"
+            )
+        live_M = np.flatnonzero(~self.deleted_N)
+        check_collisions(self.keys_N[live_M], [self.uris[i] for i in live_M])
+
+
+def check_collisions(keys_N: Int64Array, uris: Sequence[str]) -> None:
+    """Raise KeyCollisionError where one key comes with two uris."""
+    order_N = np.argsort(keys_N, kind="stable")
+    sorted_N = keys_N[order_N]
+    for place in np.flatnonzero(sorted_N[1:] == sorted_N[:-1]):
+        first, second = uris[order_N[place]], uris[order_N[place + 1]]
+        if first != second:
+            raise errors.KeyCollisionError(
+                f"key {sorted_N[place]} belongs to two uris, {first!r} and {second!r}: rename one"
+            )
+
+
+def to_bits(values: FloatArray, dtype: DType) -> AnyArray:
+    """Return `values` as a store of `dtype` keeps them: for bfloat16 its bits as uint16, rounded to nearest even."""
+    if dtype != "bfloat16":
+        with np.errstate(over="ignore"):  # an overflow becomes inf, which validate refuses
+            return values.astype(STORAGE_DTYPES[dtype], copy=False)
+    single = np.ascontiguousarray(values, dtype=np.float32)
+    bits = single.view(np.uint32)
+    odd = (bits >> np.uint32(16)) & np.uint32(1)
+    rounded = ((bits + np.uint32(0x7FFF) + odd) >> np.uint32(16)).astype(np.uint16)
+    is_nan = np.isnan(single)
+    if is_nan.any():  # adding to the bits of a NaN may carry into the sign
+        rounded[is_nan] = 0x7FC0
+    return rounded
+
+
+def to_float32(bits: AnyArray, dtype: DType) -> Float32Array:
+    """Return the values behind `to_bits`, as float32; exact."""
+    if dtype != "bfloat16":
+        return bits.astype(np.float32, copy=False)
+    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+def finite_rows(features_ND: AnyArray, dtype: DType) -> BoolArray:
+    """Return which stored rows are free of NaN and infinity, (N,)."""
+    if dtype == "bfloat16":  # not finite: all bits of the exponent are set
+        exponent = np.uint16(0x7F80)
+        return np.asarray(((features_ND & exponent) != exponent).all(axis=1))
+    return np.asarray(np.isfinite(features_ND).all(axis=1))
 
 
 class FileMemory:
@@ -81,17 +222,6 @@ class FileMemory:
             self._held_bytes -= len(self._idle.pop())
 
 
-KEY, URI, DELETED, FEATURE = "key", "uri", "deleted", "feature"
-METADATA_COLUMNS = [KEY, URI, "content_digest", "source_tag", "width", "height"]
-ROW_GROUP_BYTES = 8 << 20
-_SMALL_BYTES = 1 << 20
-BLOCK_BYTES = 2 << 20  # in the processor's cache when it is used, and one huge page when it is written to a file
-_METADATA_BYTES = 128  # of the other columns of a row, roughly
-Digest = Literal["sha256", "xxh3_128"]
-Check = Literal["size", "sha256", "xxh3_128"]
-_INFO, _STORE_ID = b"featurestore.info", b"featurestore.store_id"
-
-
 @lru_cache(maxsize=64)
 def schema_of(info: StoreInfo) -> pa.Schema:
     """Return the columns of a data file; dtype and shape of the feature are in its field's metadata.
@@ -134,20 +264,6 @@ def live_table(metadata: pa.Table, features_MD: AnyArray, info: StoreInfo) -> pa
     return pa.Table.from_arrays(columns, schema=schema_of(info))
 
 
-def rows_of(table: pa.Table, info: StoreInfo) -> FeatureRows:
-    """Return the rows of a table that has every column."""
-    return FeatureRows(
-        keys_N=numpy_column(table, KEY),
-        uris=text_column(table, URI),
-        features_ND=matrix_of(table, info),
-        content_digest_N=digest_column(table),
-        source_tag=text_column(table, "source_tag"),
-        width_N=numpy_column(table, "width"),
-        height_N=numpy_column(table, "height"),
-        deleted_N=numpy_column(table, DELETED),
-    )
-
-
 def numpy_column(table: pa.Table, name: str) -> AnyArray:
     """Return a column of numbers or booleans as one array."""
     return np.asarray(_one_chunk(table, name).to_numpy(zero_copy_only=False))
@@ -159,7 +275,7 @@ def text_column(table: pa.Table, name: str) -> list[str]:
     return texts
 
 
-def digest_column(table: pa.Table) -> npt.NDArray[np.void]:
+def digest_column(table: pa.Table) -> AnyArray:
     """Return the digests of the images' bytes, 16 bytes each."""
     return np.frombuffer(_fixed_buffer(table, "content_digest"), dtype=DIGEST_DTYPE)
 
@@ -221,10 +337,10 @@ class DataFile:
             schema = self._parquet.schema_arrow
             found = _parsed((schema.metadata or {})[_INFO])
         if self.group_starts[-1] != self.num_rows:  # the one number of the footer that Arrow believes unseen
-            raise CorruptFileError(f"{path} is damaged: its row groups have not {self.num_rows} rows together")
+            raise errors.CorruptFileError(f"{path} is damaged: its row groups have not {self.num_rows} rows together")
         info.check_same(found, path)
         if not schema.equals(schema_of(info)):
-            raise CorruptFileError(f"{path} has the columns {schema.names} or other types than a store writes")
+            raise errors.CorruptFileError(f"{path} has the columns {schema.names} or other types than a store writes")
 
     @property
     def num_rows(self) -> int:
@@ -264,14 +380,14 @@ class DataFile:
     def _translated(self) -> Iterator[None]:
         try:
             yield
-        except FeatureStoreError:
+        except errors.FeatureStoreError:
             raise
         except MemoryError as error:
             if self._digest_checked:  # a good file must not be taken for a damaged one: a repair would drop it
                 raise
-            raise CorruptFileError(f"{self.path} is damaged: {error}") from error
+            raise errors.CorruptFileError(f"{self.path} is damaged: {error}") from error
         except (pa.ArrowException, OSError, UnicodeDecodeError, ValidationError, KeyError) as error:
-            raise CorruptFileError(f"{self.path} is damaged: {error}") from error
+            raise errors.CorruptFileError(f"{self.path} is damaged: {error}") from error
 
 
 @contextlib.contextmanager
@@ -305,18 +421,18 @@ def open_entry(
             else:  # one request instead of one for each piece; on a disk Arrow's reader threads cost more than the rest
                 source = stack.enter_context(pa.BufferReader(storage.read_bytes(entry.path)))
         except FileNotFoundError as error:
-            raise CorruptFileError(f"{path} is missing") from error
+            raise errors.CorruptFileError(f"{path} is missing") from error
         source.seek(0, io.SEEK_END)
         _check_size(path, source.tell(), entry)
         source.seek(0)
         try:
             file = DataFile(source, info, path, check, streaming)
-        except SpecMismatchError as error:
+        except errors.SpecMismatchError as error:
             if entry.info_digest != info.digest:
                 raise
-            raise CorruptFileError(f"{path} is damaged: {error}") from error
+            raise errors.CorruptFileError(f"{path} is damaged: {error}") from error
         if file.num_rows != entry.rows:
-            raise CorruptFileError(f"{path} has {file.num_rows} rows instead of {entry.rows}")
+            raise errors.CorruptFileError(f"{path} has {file.num_rows} rows instead of {entry.rows}")
         yield file
 
 
@@ -329,12 +445,12 @@ def _read_verified_into(storage: Storage, entry: FileEntry, check: Digest, view:
     path = storage.full(entry.path)
     _check_size(path, storage.read_into(entry.path, view), entry)
     if digest_of(view, check) != getattr(entry, check):
-        raise CorruptFileError(damaged_message(path, check))
+        raise errors.CorruptFileError(damaged_message(path, check))
 
 
 def _check_size(path: str, size_bytes: int, entry: FileEntry) -> None:
     if size_bytes != entry.bytes:
-        raise CorruptFileError(f"{path} has {size_bytes} bytes instead of {entry.bytes}")
+        raise errors.CorruptFileError(f"{path} has {size_bytes} bytes instead of {entry.bytes}")
 
 
 def info_in(data: bytes, path: str) -> StoreInfo:
@@ -344,14 +460,14 @@ def info_in(data: bytes, path: str) -> StoreInfo:
         kind = StoreInfo.model_validate_json(metadata[_INFO])
         return StoreInfo.model_validate(kind.model_dump() | {"store_id": metadata[_STORE_ID].decode()})
     except (pa.ArrowException, OSError, UnicodeDecodeError, ValidationError, KeyError) as error:
-        raise CorruptFileError(f"{path} is damaged: {error}") from error
+        raise errors.CorruptFileError(f"{path} is damaged: {error}") from error
 
 
 def read_verified(storage: Storage, path: str, algorithm: Digest, expected: str) -> bytes:
     """Read a whole small file whose digest is known. Raises CorruptFileError where it differs, FileNotFoundError."""
     data = storage.read_bytes(path)
     if digest_of(data, algorithm) != expected:
-        raise CorruptFileError(damaged_message(storage.full(path), algorithm))
+        raise errors.CorruptFileError(damaged_message(storage.full(path), algorithm))
     return data
 
 

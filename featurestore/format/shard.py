@@ -15,13 +15,11 @@ import xxhash
 
 from featurestore.errors import CorruptFileError, InvalidRowsError
 from featurestore.format import datafile
-from featurestore.format.codec import Codec
-from featurestore.format.datafile import DELETED, FEATURE, KEY, URI
-from featurestore.format.rows import check_collisions
-from featurestore.format.statistics import Moments
+from featurestore.format.codec import Codec, Moments
+from featurestore.format.datafile import DELETED, FEATURE, KEY, URI, check_collisions
 from featurestore.keys import AnyArray, BoolArray, Int64Array, shard_of_hash, splitmix64
 from featurestore.spec import FileEntry, FileKind, StoreInfo
-from featurestore.storage.storage import Storage, cached_property
+from featurestore.storage.storage import Storage, cached_property, digest_of
 
 
 def newest_rows(keys_N: Int64Array) -> Int64Array:
@@ -309,17 +307,14 @@ def write_shard_file(
 
 def check_digest(storage: Storage, path: str, size_bytes: int, algorithm: datafile.Digest, expected: str) -> None:
     """Read a file in pieces, and raise CorruptFileError if it is missing or damaged."""
-    digest = hashlib.sha256() if algorithm == "sha256" else xxhash.xxh3_128()
     try:
         if size_bytes <= _CHUNK_BYTES:  # one request
-            digest.update(storage.read_bytes(path))
+            found = datafile.digest_of(storage.read_bytes(path), algorithm)
         else:
-            with storage.open_input(path) as file:
-                while chunk := file.read(_CHUNK_BYTES):
-                    digest.update(chunk)
+            found = digest_of(storage, path, hashlib.sha256 if algorithm == "sha256" else xxhash.xxh3_128)
     except FileNotFoundError as error:
         raise CorruptFileError(f"{storage.full(path)} is missing") from error
-    if digest.hexdigest() != expected:
+    if found != expected:
         raise CorruptFileError(datafile.damaged_message(storage.full(path), algorithm))
 
 

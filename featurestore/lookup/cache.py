@@ -33,7 +33,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import xxhash
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -41,21 +40,19 @@ from featurestore.errors import CorruptFileError, StorageError
 from featurestore.format.codec import read_npy
 from featurestore.format.datafile import FileMemory
 from featurestore.format.shard import RowBlock, ShardReader
-from featurestore.keys import Int64Array, UInt64Array, shard_of_hash, splitmix64
-from featurestore.storage.local import claim, is_private, open_private, open_regular
+from featurestore.keys import AnyArray, Int64Array, UInt64Array, shard_of_hash, splitmix64
+from featurestore.storage.local import TEMPORARY, claim, is_private, open_private, open_regular
 from featurestore.storage.storage import Progress, in_threads
 
 SUFFIXES = (".keys.npy", ".rows.bin", ".json")
 SEAL = ".json"
 SAMPLES, RUNS = "samples", "runs"  # folders of the trainer
-TEMPORARY = ".tmp-"
 _DAY_S = 24 * 3600.0
 _UNUSED_S = 30 * _DAY_S
 _TOUCH_S = 3600.0
 _CACHE_FORMAT = 3
 STEM_DIGITS = 24  # of `made_from`, in a file's name
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-_CHUNK_BYTES = 1 << 20  # stays in the processor's cache
 _MEMORY_BYTES = 256 << 20
 _FILL_BYTES = 4 << 20
 
@@ -116,7 +113,7 @@ def open_or_build(
     return cached
 
 
-def append_rows(file: io.FileIO, rows_MD: npt.NDArray[np.generic]) -> None:
+def append_rows(file: io.FileIO, rows_MD: AnyArray) -> None:
     """Write rows at the end of an unbuffered file."""
     if rows_MD.size == 0:
         return
@@ -282,12 +279,8 @@ def _check_order(hash_M: UInt64Array, reader: ShardReader) -> None:
 
 def digest_of_file(path: Path) -> str:
     """Return the xxh3-128 of a file, hexadecimal. Raises OSError."""
-    digest = xxhash.xxh3_128()
-    chunk = memoryview(bytearray(_CHUNK_BYTES))
     with open_regular(path) as file:
-        while count := file.readinto(chunk):
-            digest.update(chunk[:count])
-    return digest.hexdigest()
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
 def current_boot() -> str:

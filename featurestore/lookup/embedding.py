@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from featurestore.format.statistics import Scaling, input_scale
+from featurestore.format.codec import Scaling, input_scale
 from featurestore.keys import BoolArray, Float32Array, Int64Array
 from featurestore.lookup import ComputeDType
 from featurestore.lookup.ondevice import BLOCK_ROWS, Copies, Gathered, HeldRows, PReLU, as_array, as_tensor, on_device
@@ -112,13 +112,9 @@ class EmbeddingService(nn.Module):
         self.gather = HeldRows(self.partition, self.device).gather  # type: ignore[method-assign]
         self.holds_rows = True
 
-    def fold_standardization_(self, mean_D: Float32Array, std_D: Float32Array, scaling: Scaling | None = None) -> None:
-        """Standardise features inside the first layer of the network.
-
-        None: the components of a compact store by one number in common, other features each by its own."""
-        if scaling is None:
-            scaling = "common" if self.partition.info.reduction is not None else "each"
-        self.model.fold_standardization_(mean_D, std_D, scaling)
+    def fold_standardization_(self, mean_D: Float32Array, std_D: Float32Array) -> None:
+        """Standardise the components of a compact store by one number in common, other features each by its own."""
+        self.model.fold_standardization_(mean_D, std_D, "each" if self.partition.info.reduction is None else "common")
 
     def gather(self, keys_Q: Int64Array) -> Gathered:
         """Look up the features of `keys_Q` in the order asked.

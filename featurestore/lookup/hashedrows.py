@@ -14,8 +14,8 @@ from featurestore.errors import FeatureStoreError, MissingKeysError
 from featurestore.keys import AnyArray, BoolArray, HashIndex, Int64Array, shard_of_hash, splitmix64
 from featurestore.lookup.cache import CachedShard
 from featurestore.lookup.rowfiles import RowFiles, output_for
-from featurestore.snapshot import Snapshot, SnapshotId, missing_message
 from featurestore.spec import MissingPolicy, StoreInfo
+from featurestore.store import Snapshot, SnapshotId, missing_message
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -108,13 +107,13 @@ def on_device(values: AnyArray, device: torch.device) -> Tensor:
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
-def as_tensor(features: NDArray[np.generic]) -> Tensor:
+def as_tensor(features: AnyArray) -> Tensor:
     """Return the same memory as a tensor; 16 unsigned bits are a bfloat16."""
     tensor = torch.from_numpy(features)
     return tensor.view(torch.bfloat16) if features.dtype == np.uint16 else tensor
 
 
-def as_array(features: Tensor) -> NDArray[np.generic]:
+def as_array(features: Tensor) -> AnyArray:
     """Return the same memory as an array: undoes `as_tensor`."""
     return features.view(torch.uint16).numpy() if features.dtype == torch.bfloat16 else features.numpy()
 

@@ -16,7 +16,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import IO, Annotated, NoReturn, TypeVar
+from typing import IO, Annotated, Any, NoReturn, TypeVar
 
 from pydantic import Field
 
@@ -98,23 +98,10 @@ class PublishedFiles(Storage):
     def open_input(self, path: str) -> IO[bytes]:
         return self._plain.open_input(self._place(path))
 
-    def create_exclusive(self, path: str, data: bytes) -> NoReturn:
-        raise self._refusal(path)
+    def _refuse(self, path: Any, *_: Any) -> NoReturn:
+        raise StorageError(f"{self.url}, {path}: version {self.published.version} is published and never changes")
 
-    def write_bytes(self, path: str, data: bytes | bytearray) -> NoReturn:
-        raise self._refusal(path)
-
-    def open_output(self, path: str) -> NoReturn:
-        raise self._refusal(path)
-
-    def delete(self, path: str) -> NoReturn:
-        raise self._refusal(path)
-
-    def delete_files(self, paths: Iterable[str]) -> NoReturn:
-        raise self._refusal("")
-
-    def _refusal(self, path: str) -> StorageError:
-        return StorageError(f"{self.full(path)}: version {self.published.version} is published and never changes")
+    create_exclusive = write_bytes = open_output = delete = delete_files = _refuse  # type: ignore[assignment]
 
     def _place(self, path: str) -> str:
         try:
@@ -180,7 +167,8 @@ def publish(
     or not. Raises CommitConflictError also for a file that is gone, StorageError: then it is not known whether it was
     published.
     """
-    _check_there(storage, files)
+    if gone := missing(storage, files.values()):
+        raise CommitConflictError(f"{storage.full(gone[0])} was removed before it was published; run it again")
     writer, now_s, nonce = writer_name(), time.time(), publication or uuid.uuid4().hex
     named = dict(sorted(files.items()))
 
@@ -240,11 +228,6 @@ def missing(storage: Storage, files: Iterable[PublishedFile]) -> list[str]:
     folders = {place.rpartition("/")[0] for place in places}
     found = {each.path for folder in folders for each in storage.entries(folder, recursive=False)}
     return sorted(places - found)
-
-
-def _check_there(storage: Storage, files: Mapping[str, PublishedFile]) -> None:
-    if gone := missing(storage, files.values()):
-        raise CommitConflictError(f"{storage.full(gone[0])} was removed before it was published; run it again")
 
 
 SealedT = TypeVar("SealedT", bound=spec.Sealed)
@@ -364,10 +347,8 @@ def find_channel(storage: Storage, name: str) -> ChannelMove:
     return move
 
 
-def add_move(
-    storage: Storage, name: str, version: int | None, commit_id: str, reason: str, after: int | None = None
-) -> ChannelMove:
-    """Move a channel; without a version, remove it. `after` as in `append_numbered`.
+def add_move(storage: Storage, name: str, version: int | None, commit_id: str, reason: str) -> ChannelMove:
+    """Move a channel; without a version, remove it.
 
     For `featurestore.upkeep.history`, which sees that the snapshot does not expire meanwhile.
     """
@@ -385,7 +366,7 @@ def add_move(
             nonce=nonce,
         )
 
-    return append_numbered(storage, _channel_folder(name), move_of, after)
+    return append_numbered(storage, _channel_folder(name), move_of)
 
 
 def _channel_folder(name: str) -> str:

@@ -325,13 +325,13 @@ def file_at(address: str) -> tuple[Storage, str]:
     return Storage(folder or slash or "."), name
 
 
-def digest_of(storage: Storage, path: str) -> str:
-    """Compute the xxh3-128 of the bytes of a file. Raises OSError, StorageError."""
-    digest = xxhash.xxh3_128()
+def digest_of(storage: Storage, path: str, algorithm: Callable[[], Any] = xxhash.xxh3_128) -> str:
+    """Compute a digest of the bytes of a file, in hexadecimal. Raises OSError, StorageError."""
+    digest = algorithm()
     with storage.open_input(path) as file:
         while block := file.read(_BLOCK_BYTES):
             digest.update(block)
-    return digest.hexdigest()
+    return str(digest.hexdigest())
 
 
 def settled_tags(entries: Iterable[StorageEntry]) -> dict[str, str]:

@@ -15,10 +15,9 @@ from featurestore.errors import CommitConflictError, CorruptFileError
 from featurestore.format.datafile import DataFile, open_entry, row_group_rows, schema_of
 from featurestore.format.shard import ShardReader, check_digest, take_rows, write_shard_file
 from featurestore.keys import Int64Array
-from featurestore.snapshot import Snapshot
 from featurestore.spec import FileEntry, StoreInfo
 from featurestore.storage.storage import Progress, in_threads
-from featurestore.store import FeatureStore
+from featurestore.store import FeatureStore, Snapshot
 
 MAX_DELTAS = 8
 MAX_DELTA_SHARE = 0.25  # of a shard's bytes

@@ -17,15 +17,13 @@ import pyarrow.compute as pc
 from pydantic import Field
 
 from featurestore import log as manifests
-from featurestore.commit import Commit, Shards
 from featurestore.errors import CorruptFileError, PinError, SnapshotNotFoundError
 from featurestore.format import datafile
 from featurestore.keys import BoolArray, Int64Array
 from featurestore.published import versions
-from featurestore.snapshot import Snapshot
 from featurestore.spec import LAST_SECOND, FileEntry, Manifest, Sealed, Version, create_sealed, read_sealed
 from featurestore.storage.storage import Progress, Storage, in_threads
-from featurestore.store import FeatureStore
+from featurestore.store import Commit, FeatureStore, Shards, Snapshot
 
 _THREADS = 4
 _COMPARED = [name for name in datafile.METADATA_COLUMNS if name not in ("key", "source_tag")]  # which a touch changes
@@ -302,13 +300,11 @@ def _is_there(storage: Storage, path: str) -> bool:
 
 
 def move_channel(
-    store: FeatureStore, name: str, version: versions.VersionName, reason: str = "set", after: int | None = None
+    store: FeatureStore, name: str, version: versions.VersionName, reason: str = "set"
 ) -> versions.ChannelMove:
     """Let a channel point to a snapshot, which `expire` keeps from then on; it is made where it is not there.
 
-    `after`: the number of the move that the caller saw as the newest, 0 for none: where another writer has moved the
-    channel since, CommitConflictError is raised, and nothing happens. Where it points there already, and no `after` is
-    given, nothing is written. Raises ChannelError, SnapshotNotFoundError where `expire` was first.
+    Raises ChannelError, SnapshotNotFoundError where `expire` was first.
     """
     versions.check_channel_name(name)
     snapshot = store.snapshot(version)
@@ -319,7 +315,7 @@ def move_channel(
     guard = f"moving-{name}-{uuid.uuid4().hex[:8]}"
     pin(store, guard, snapshot.version)
     try:
-        return versions.add_move(store.storage, name, snapshot.version, snapshot.manifest.commit_id, reason, after)
+        return versions.add_move(store.storage, name, snapshot.version, snapshot.manifest.commit_id, reason)
     finally:
         unpin(store, guard)
 

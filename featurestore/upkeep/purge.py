@@ -18,7 +18,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from featurestore import log, staging
-from featurestore.commit import Commit
 from featurestore.errors import CommitConflictError, CorruptFileError, KeyFileError, PinError
 from featurestore.format.datafile import DELETED, KEY, URI, numpy_column, open_entry, schema_of
 from featurestore.format.shard import check_digest, write_shard_file
@@ -27,7 +26,7 @@ from featurestore.published.versions import ChannelMove, read_channels
 from featurestore.spec import FileEntry, Manifest
 from featurestore.storage.local import TEMPORARY, read_text
 from featurestore.storage.storage import Progress, Storage, in_threads
-from featurestore.store import FeatureStore
+from featurestore.store import Commit, FeatureStore
 from featurestore.text import count_text
 from featurestore.upkeep import DAMAGED, DATA
 from featurestore.upkeep.expiry import move_aside

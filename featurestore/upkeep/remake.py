@@ -13,25 +13,22 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 from scipy import linalg
 from threadpoolctl import threadpool_limits
 
 from featurestore import log, staging
-from featurestore.commit import Commit
 from featurestore.errors import DimsError, InvalidRowsError, StoreExistsError, StoreNotFoundError
 from featurestore.format.codec import Basis, BasisOrigin, Codec, write_basis
 from featurestore.format.datafile import URI, live_table, matrix_of
 from featurestore.format.shard import ShardReader, write_shard_file
 from featurestore.index import nearest
-from featurestore.keys import AnyArray, Float32Array, Float64Array, Int64Array
+from featurestore.keys import AnyArray, Float32Array, Float64Array, FloatArray, Int64Array
 from featurestore.published.versions import VersionName
-from featurestore.snapshot import Snapshot
 from featurestore.spec import FileEntry, Frozen, OptionalId, Sealed, StoreInfo, read_sealed, seal
 from featurestore.storage.safety import refuse_unsafe
 from featurestore.storage.storage import Progress, Storage, in_threads
-from featurestore.store import FeatureStore
+from featurestore.store import Commit, FeatureStore, Snapshot
 from featurestore.text import DType
 from featurestore.upkeep.compaction import merged_blocks
 
@@ -347,7 +344,7 @@ class CoMoments:
         self._panels = list(itertools.combinations_with_replacement(columns, 2))
         self._pool = pool
 
-    def add(self, values_ND: npt.NDArray[np.floating]) -> None:
+    def add(self, values_ND: FloatArray) -> None:
         """Merge a block of rows."""
         if not len(values_ND):
             return

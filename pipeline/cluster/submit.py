@@ -17,8 +17,7 @@ from typing import Any
 
 import click
 
-EXAMPLES = """\b
-Examples:
+EXAMPLES = """Examples:
   dask-submit jobs/extract_features.py
   dask-submit -n 4 --threads-per-worker 1 crossmedia samples --logs data/logs
   dask-submit --scheduler tls://scheduler:8786 --wait-workers 8 crossmedia extract --images s3://shop/images

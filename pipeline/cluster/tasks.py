@@ -19,7 +19,7 @@ from concurrent.futures import CancelledError
 from importlib.machinery import ModuleSpec
 from multiprocessing import resource_tracker
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import dask
 import dask.system
@@ -38,10 +38,12 @@ from featurestore.errors import InvalidRowsError, KeyCollisionError, UserError
 from pipeline import errors
 
 IN_FLIGHT_PER_THREAD = 3  # enough that no worker waits for the client
-SENT_TOGETHER = 16  # in one message of the client, whose size is that of their arguments
 END_S = 60.0  # at most, for tasks that are running when one has failed; each takes seconds
 RETRIES = 1  # of a task that raised: a full disk stays full, a lost connection comes back
 MISTAKES = (errors.PipelineError, KeyCollisionError, InvalidRowsError)  # of a person, or of the data: never tried again
+
+
+Part = TypeVar("Part")
 
 
 class TaskError(Exception):
@@ -61,23 +63,20 @@ def run_tasks(
 ) -> Generator[tuple[int, Any], None, None]:
     """Run `function(*call)` for each call on the cluster; yield (place of the call, result or Killed) as they finish.
 
-    At most 3 per thread of the cluster are taken from `calls` and with the scheduler at once; the first ones go there
-    together, which takes half of the time that one after the other does. The error of a task is raised here once
-    nothing of the others runs any more, or after END_S: a folder that they write to can go. A task that was running on
-    a lost worker starts again on another one.
+    At most 3 per thread of the cluster are taken from `calls` and with the scheduler at once. The error of a task is
+    raised here once nothing of the others runs any more, or after END_S: a folder that they write to can go. A task
+    that was running on a lost worker starts again on another one.
     """
     end_s, waiting = END_S, iter(enumerate(calls))
     running: dict[Key, tuple[int, Future[Any]]] = {}
     finished = as_completed()
 
     def start(count: int) -> None:
-        first = itertools.islice(waiting, count)
-        while together := list(itertools.islice(first, SENT_TOGETHER)):
-            keys = [f"{function.__name__}-{uuid.uuid4().hex}" for _ in together]  # so the dashboard has its name
-            packed = [pickle.dumps((function, call)) for _, call in together]
-            futures = client.map(_attempt, packed, key=keys, retries=RETRIES, pure=False)
-            running.update({future.key: (index, future) for (index, _), future in zip(together, futures, strict=True)})
-            finished.update(futures)
+        for index, call in itertools.islice(waiting, count):
+            key = f"{function.__name__}-{uuid.uuid4().hex}"  # so the dashboard has its name
+            future = client.submit(_attempt, pickle.dumps((function, call)), key=key, retries=RETRIES, pure=False)
+            running[future.key] = index, future
+            finished.add(future)
 
     try:
         start(IN_FLIGHT_PER_THREAD * num_threads(client))
@@ -119,6 +118,19 @@ def run_all(
 def run_alone(client: Client, function: Callable[..., Any], *call: Any) -> Any:
     """Run one call while nothing else runs; return its result, or Killed, which is proof now."""
     return next(run_tasks(client, function, [call]))[1]
+
+
+def neighbours(parts: Iterable[Part], sizes: Iterable[int], most: int) -> list[list[Part]]:
+    """Put neighbouring parts together, up to `most` of their sizes; a larger part is by itself."""
+    together: list[list[Part]] = []
+    room = 0
+    for part, size in zip(parts, sizes, strict=True):
+        if not together or size > room:
+            together.append([])
+            room = most
+        together[-1].append(part)
+        room -= size
+    return together
 
 
 def num_threads(client: Client) -> int:
@@ -173,7 +185,6 @@ def _result(future: Future[Any]) -> Any:
 
 LOCAL_VARIABLE = "CROSSMEDIA_LOCAL_CLUSTER"  # JSON: the size of a local cluster, as `connect` takes it
 CONNECT_TIMEOUT_S = 10.0
-SEND_INTERVAL_S = 0.001
 # The worker's profiler asks for the frames of all threads many times a second. On Python 3.11 that can stop the whole
 # process for ever (python/cpython#106883: a garbage collection inside sys._current_frames waits for its own lock).
 # And Dask has workers give memory back at every 64 kB, and so the C library maps each larger array anew: samples took a
@@ -187,33 +198,26 @@ WORKER_CONFIG = {
 
 
 @contextlib.contextmanager
-def connect(
-    workers: int | None = None,
-    threads_per_worker: int | None = None,
-    memory_limit: str | int | None = None,
-    timeout_s: float = CONNECT_TIMEOUT_S,
-) -> Iterator[Client]:
+def connect(timeout_s: float = CONNECT_TIMEOUT_S, **size: Any) -> Iterator[Client]:
     """Open a client of the configured scheduler, else of a local cluster; all that was started is closed at the end.
 
     A scheduler is configured by DASK_SCHEDULER_ADDRESS (dask-submit sets it for its script), DASK_SCHEDULER_FILE,
-    or the same names in Dask's configuration; it stays running, and `workers`, `threads_per_worker` and
-    `memory_limit` do not count then. Sizes that were given to dask-submit, or as options of a job, come before all of
-    these. Raises ClusterError, before anything is sent, and in the block in place of what Dask raises when the
-    scheduler dies.
+    or the same names in Dask's configuration; it stays running, and `size`, as `local_cluster` takes it, does not count
+    then. Sizes that were given to dask-submit, or as options of a job, come before all of these. Raises ClusterError,
+    before anything is sent, and in the block in place of what Dask raises when the scheduler dies.
     """
     asked = os.environ.get(LOCAL_VARIABLE)
     address = None if asked else configured_address(timeout_s)
     if address is not None:
         check_address(address)
         with ended_by_sigterm(), _loss_named(), open_client(address, timeout_s) as client:
-            yield _prompt(client)
+            yield client
         return
-    size: dict[str, Any] = {"workers": workers, "threads_per_worker": threads_per_worker, "memory_limit": memory_limit}
     size |= json.loads(asked) if asked else {}
     with ended_by_sigterm(), _loss_named(), local_cluster(**size) as cluster, Client(cluster) as client:
         if asked:
             print_cluster(client)
-        yield _prompt(client)
+        yield client
 
 
 def print_cluster(client: Client) -> None:
@@ -223,13 +227,6 @@ def print_cluster(client: Client) -> None:
     threads = client.nthreads()
     size = f"workers {len(threads)}, threads {sum(threads.values())}"
     sys.stderr.write(f"note: scheduler {client.scheduler_info()['address']}, {size}\n")
-
-
-def _prompt(client: Client) -> Client:
-    """Send tasks at once: by default a client that has just forgotten those of one stage keeps the next for 10 ms."""
-    if client.scheduler_comm is not None:
-        client.scheduler_comm.interval = SEND_INTERVAL_S
-    return client
 
 
 @contextlib.contextmanager
@@ -357,7 +354,6 @@ def local_cluster(
     that share it. `threads_per_worker` is by default an equal part of the cores; `memory_limit` is per worker.
     """
     num_workers = workers or 1
-    limits = {} if memory_limit is None else {"memory_limit": memory_limit}
     with _main_not_repeated():  # also where a worker starts again
         with dask.config.set(WORKER_CONFIG), _interrupt_blocked():
             cluster = LocalCluster(
@@ -366,8 +362,8 @@ def local_cluster(
                 processes=True,
                 host="127.0.0.1",
                 dashboard_address="127.0.0.1:0",
+                memory_limit=memory_limit or "auto",
                 silence_logs=logging.ERROR,
-                **limits,
             )
         with cluster:
             yield cluster

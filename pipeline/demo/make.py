@@ -17,12 +17,10 @@ from featurestore.keys import Int64Array
 from featurestore.parsing import parse_json
 from featurestore.storage.local import read_regular
 from pipeline.demo.items import SHAPES, Garment, catalogue_of, draw_garment, measure_folder, plan_garments
-from pipeline.demo.world import DAY_S, HISTORY_DAYS, MIN_ITEMS, World, ceiling, simulate
+from pipeline.demo.world import DAY_S, HISTORY_DAYS, MIN_ITEMS, START_S, World, ceiling, simulate
 from pipeline.errors import DemoError
 from pipeline.options import DemoOptions
 
-FIRST_DAY = datetime.datetime(2026, 3, 1, tzinfo=datetime.UTC)
-START_S = int(FIRST_DAY.timestamp())
 FORMAT = 1  # raise it when equal options no longer give equal pictures and logs
 
 
@@ -78,7 +76,7 @@ def make_demo(
         if options.images is None:
             _draw(options.out, catalogue.uris, garments, drawn)
         doing("all; simulating users")
-        world = simulate(catalogue, options.num_users, options.days, options.seed, START_S)
+        world = simulate(catalogue, options.num_users, options.days, options.seed)
         write_logs(world, options.out)
         content = {"complete": True, "parameters": wanted, "images": str(images), **notes, **describe_truth(world)}
         write_json(options.out / DEMO_FILE, content)
@@ -114,9 +112,8 @@ def _read_demo(out: Path) -> dict[str, Any] | None:
 def _is_whole(options: DemoOptions, found: dict[str, Any]) -> bool:
     if not found.get("complete") or options.images is not None:  # photographs may have changed
         return False
-    if not all(path.is_file() for path in log_files(options.out, START_S, options.days)):
-        return False
-    return len(_own_images(options.out)) == options.num_items
+    logs = log_files(options.out, options.days).values()
+    return all(path.is_file() for path in logs) and len(_own_images(options.out)) == options.num_items
 
 
 def _refuse_foreign(out: Path) -> None:
@@ -160,30 +157,27 @@ DEMO_FILE = "demo.json"
 LOGS = ("impressions", "behaviors")
 
 
-def day_name(start_s: int, day: int) -> str:
+def day_name(day: int) -> str:
     """Give the ISO date of a day of the log (UTC)."""
-    moment = datetime.datetime.fromtimestamp(start_s + day * DAY_S, tz=datetime.UTC)
-    return moment.date().isoformat()
+    return f"{datetime.datetime.fromtimestamp(START_S + day * DAY_S, datetime.UTC):%Y-%m-%d}"
 
 
-def log_files(out: Path, start_s: int, num_days: int) -> list[Path]:
-    """List the files that `write_logs` writes: impressions of the days, behaviours of the history too."""
+def log_files(out: Path, num_days: int) -> dict[tuple[str, int], Path]:
+    """List the files that `write_logs` writes, by log and day: impressions, and behaviours of the history too."""
     first = {"impressions": 0, "behaviors": -HISTORY_DAYS}
-    return [
-        out / "logs" / log / f"day={day_name(start_s, day)}.parquet"
+    return {
+        (log, day): out / "logs" / log / f"day={day_name(day)}.parquet"
         for log in LOGS
         for day in range(first[log], num_days)
-    ]
+    }
 
 
 def write_logs(world: World, out: Path) -> None:
     """Write impressions and behaviours below `out`/logs in order of time; a day without rows is an empty file."""
     tables = {"impressions": impressions_table(world), "behaviors": behaviors_table(world)}
     time_of = {"impressions": world.shown.time_N, "behaviors": world.behaviors.time_N}
-    for path in log_files(out, world.start_s, world.num_days):
-        log, date = path.parent.name, path.stem.removeprefix("day=")
-        begin_s = int(datetime.datetime.fromisoformat(date).replace(tzinfo=datetime.UTC).timestamp())
-        first, last = np.searchsorted(time_of[log], [begin_s, begin_s + DAY_S])
+    for (log, day), path in log_files(out, world.num_days).items():
+        first, last = np.searchsorted(time_of[log], [START_S + day * DAY_S, START_S + (day + 1) * DAY_S])
         path.parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(tables[log].slice(int(first), int(last - first)), path)
 
@@ -221,8 +215,8 @@ def describe_truth(world: World) -> dict[str, Any]:
     last = world.shown.day_N == world.num_days - 1
     new_T = world.launch_day_I[world.shown.item_N[last]] == world.num_days - 1
     return {
-        "first_day": day_name(world.start_s, 0),
-        "test_day": day_name(world.start_s, world.num_days - 1),
+        "first_day": day_name(0),
+        "test_day": day_name(world.num_days - 1),
         "counts": {
             "items": world.catalogue.num_items,
             "categories": len(world.catalogue.category_names),

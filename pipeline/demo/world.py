@@ -145,14 +145,14 @@ class Clicks:
         return total_N
 
 
-def show_ads(people: People, launch_day_I: Int64Array, num_days: int, seed: int, start_s: int) -> ShownAds:
+def show_ads(people: People, launch_day_I: Int64Array, num_days: int, seed: int) -> ShownAds:
     """Draw the sessions of every day and the ads in them; 10 % of the last day's ads show items new on that day."""
     rng = np.random.default_rng([seed, 6])
     exposure_I = rng.normal(0, 0.7, size=len(launch_day_I))
     days: list[ShownAds] = []
     num_sessions = 0
     for day in range(num_days):
-        shown = _one_day(rng, people, launch_day_I, exposure_I, day, num_days, start_s, num_sessions)
+        shown = _one_day(rng, people, launch_day_I, exposure_I, day, num_days, num_sessions)
         num_sessions = int(shown.session_N.max(initial=num_sessions - 1)) + 1
         days.append(shown)
     columns = _joined(days)
@@ -183,7 +183,6 @@ def _one_day(
     exposure_I: Float64Array,
     day: int,
     num_days: int,
-    start_s: int,
     first_session: int,
 ) -> ShownAds:
     """Draw one day's ads; S sessions with up to A ads each, none twice in one session."""
@@ -192,7 +191,7 @@ def _one_day(
     rate_U = people.sessions_U * (TEST_DAY_TRAFFIC if last else 1.0) * (people.first_day_U <= day)
     user_S = np.repeat(np.arange(people.num_users), rng.poisson(rate_U))
     scene_S = rng.integers(1, NUM_SCENES + 1, size=len(user_S))
-    begin_S = start_s + day * DAY_S + rng.integers(7 * 3600, 23 * 3600, size=len(user_S))
+    begin_S = START_S + day * DAY_S + rng.integers(7 * 3600, 23 * 3600, size=len(user_S))
     item_SA = _pick(rng, exposure_I, np.flatnonzero(launch_day_I <= min(day, num_days - 2)), len(user_S))
     if last:
         new_SA = _pick(rng, exposure_I, np.flatnonzero(launch_day_I == day), len(user_S))
@@ -272,13 +271,7 @@ def match_of(catalogue: Catalogue, taste_UK: Float64Array) -> Float64Array:
 
 
 def browse(
-    catalogue: Catalogue,
-    people: People,
-    launch_day_I: Int64Array,
-    popularity_I: Float64Array,
-    num_days: int,
-    seed: int,
-    start_s: int,
+    catalogue: Catalogue, people: People, launch_day_I: Int64Array, popularity_I: Float64Array, num_days: int, seed: int
 ) -> Behaviors:
     """Draw the organic clicks of the history and of every day of the log, none on items new on the last day."""
     rng = np.random.default_rng([seed, 5])
@@ -291,7 +284,7 @@ def browse(
         share_N = rng.random(len(user_N))
         any_N = live_L[rng.integers(len(live_L), size=len(user_N))]
         accident_N = rng.random(len(user_N)) < ACCIDENT_SHARE
-        time_N = start_s + day * DAY_S + rng.integers(7 * 3600, DAY_S, size=len(user_N))
+        time_N = START_S + day * DAY_S + rng.integers(7 * 3600, DAY_S, size=len(user_N))
         dwell_s_N = _dwell_s(rng, accident_N)
 
         def choose() -> Behaviors:
@@ -328,6 +321,7 @@ def _columns_at(share_N: Float64Array, score_UL: Float64Array, user_N: Int64Arra
 
 HISTORY_DAYS = 14  # organic clicks before the first day of the log, so that its users have a past
 DAY_S = 86_400
+START_S = 1_772_323_200  # 2026-03-01, midnight in UTC: the first day of the log
 
 MIN_ITEMS = 20  # fewer make no session
 
@@ -382,24 +376,22 @@ class World:
     shown: ShownAds
     clicks: Clicks
     num_days: int
-    start_s: int
 
 
-def simulate(catalogue: Catalogue, num_users: int, num_days: int, seed: int, start_s: int) -> World:
-    """Simulate the whole world; `start_s` is midnight (UTC) of the first day of the log. Some seconds of numpy."""
+def simulate(catalogue: Catalogue, num_users: int, num_days: int, seed: int) -> World:
+    """Simulate the whole world. Some seconds of numpy."""
     people = make_people(catalogue, num_users, HISTORY_DAYS, num_days, seed)
     launch_day_I = launch_days(catalogue.num_items, num_days, seed)
     popularity_I = np.random.default_rng([seed, 3]).normal(size=catalogue.num_items)
-    shown = show_ads(people, launch_day_I, num_days, seed, start_s)
+    shown = show_ads(people, launch_day_I, num_days, seed)
     return World(
         catalogue=catalogue,
         people=people,
         launch_day_I=launch_day_I,
-        behaviors=browse(catalogue, people, launch_day_I, popularity_I, num_days, seed, start_s),
+        behaviors=browse(catalogue, people, launch_day_I, popularity_I, num_days, seed),
         shown=shown,
         clicks=click(catalogue, people, popularity_I, shown, seed),
         num_days=num_days,
-        start_s=start_s,
     )
 
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -20,7 +19,7 @@ from featurestore.errors import KeyCollisionError
 from featurestore.format.datafile import digest_column
 from featurestore.format.shard import take_rows
 from featurestore.keys import AnyArray, BoolArray, Int64Array, shard_of_hash, splitmix64
-from featurestore.snapshot import Snapshot
+from featurestore.store import Snapshot
 from pipeline.images.source import ImageTable
 from pipeline.store_run import run_id_of
 
@@ -28,7 +27,7 @@ MAX_GROUP_PARTS = 16  # copies of one image in a part: at most the room of 16 pa
 READ_THREADS = 4
 DIGEST_DTYPE = np.dtype("S16")  # unlike void it has an order
 
-DigestArray = npt.NDArray[np.bytes_]
+DigestArray = AnyArray
 
 
 class ImagePart(NamedTuple):

@@ -16,13 +16,12 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-from featurestore.format.rows import FeatureRows
+from featurestore.format.datafile import FeatureRows
 from featurestore.format.shard import take_rows
 from featurestore.keys import AnyArray, Int64Array, shard_of, splitmix64
-from featurestore.snapshot import Snapshot
 from featurestore.spec import ExtractorSpec, Int8Spec
 from featurestore.storage.storage import in_threads
-from featurestore.store import FeatureStore
+from featurestore.store import FeatureStore, Snapshot
 from pipeline.errors import BackboneError, BadImageError, WeightsError
 from pipeline.images.decode import Pixels, Preset, prepare
 from pipeline.images.source import ImageRef, read_image
@@ -191,8 +190,7 @@ def calibrate(backbone_name: str, weights: str, refs: Sequence[ImageRef]) -> Int
 
     Raises BackboneError where there are not two of them, WeightsError.
     """
-    from pipeline.network.backbone import load_weights, network_of
-    from pipeline.network.compute import calibrated, normalised
+    from pipeline.network.backbone import calibrated, load_weights, network_of, normalised
 
     network = network_of(backbone_name, weights)
     loaded = in_threads(partial(_load, network.preset, {}), refs, LEAST_DECODE_THREADS)

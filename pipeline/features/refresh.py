@@ -19,10 +19,9 @@ from featurestore.errors import SpecMismatchError, StoreNotFoundError
 from featurestore.keys import Int64Array, splitmix64
 from featurestore.lookup import AutoDType, dtype_of_environment, dtype_of_machine
 from featurestore.published.versions import check_channel_name
-from featurestore.snapshot import Snapshot
 from featurestore.spec import ExtractorSpec, Int8Spec, NetworkName, StoreInfo
 from featurestore.storage.storage import Storage, in_threads
-from featurestore.store import FeatureStore
+from featurestore.store import FeatureStore, Snapshot
 from featurestore.upkeep.history import move_channel
 from pipeline import store_run
 from pipeline.cluster.tasks import Killed, run_all, run_alone, run_tasks
@@ -59,16 +58,11 @@ class RefreshSummary:
     precision: str  # in which the store's network multiplies
     channel: str | None = None  # points to it from now on
 
-    @property
-    def images_per_s(self) -> float:
-        """New, changed and bad images a second that this run itself worked on."""
-        return max(0, self.num_images - self.num_unchanged - self.num_touched - self.num_resumed) / max(
-            self.seconds, 1e-9
-        )
-
     def __str__(self) -> str:
         """Give the lines that a job prints."""
         kept = f" ({self.num_kept:,} not listed, kept)" if self.num_kept else ""
+        num_worked_on = max(0, self.num_images - self.num_unchanged - self.num_touched - self.num_resumed)
+        speed = f", {num_worked_on / max(self.seconds, 1e-9):.1f} images/s" if num_worked_on else ""
         lines = [
             f"images       {self.num_images:,} ({self.num_ignored:,} other files ignored)",
             f"new          {self.num_new:,}",
@@ -81,7 +75,7 @@ class RefreshSummary:
             f"duplicates   {self.num_duplicates:,} (feature copied from equal bytes)",
             f"computed     {self.num_computed:,} ({self.num_resumed:,} images staged by an earlier run)",
             f"precision    {self.precision}",
-            f"time         {self.seconds:.1f} s{f', {speed:.1f} images/s' if (speed := self.images_per_s) else ''}",
+            f"time         {self.seconds:.1f} s{speed}",
             f"store        {self.store}, snapshot {self.snapshot}",
         ]
         if self.channel:

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 from PIL import ExifTags, Image, ImageOps, JpegImagePlugin, UnidentifiedImageError
 
+from featurestore.keys import UInt8Array
 from pipeline.errors import BadImageError
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class Preset:
 class Pixels:
     """An image ready for the network, and the size that it had."""
 
-    pixels_HWC: npt.NDArray[np.uint8]
+    pixels_HWC: UInt8Array
     width: int
     height: int
 

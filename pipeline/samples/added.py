@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 from distributed import Client
@@ -26,6 +25,7 @@ from pydantic import BaseModel, NonNegativeInt, StringConstraints
 
 from featurestore.console.files import write_json
 from featurestore.errors import StorageError
+from featurestore.keys import Int64Array
 from featurestore.parsing import parse_json
 from featurestore.published.versions import open_published
 from featurestore.spec import FileName, differing
@@ -90,11 +90,8 @@ def _add_days(options: SampleOptions, client: Client) -> dict[str, Any]:
         wanted = _missing_days(tables, asked, there) if isinstance(asked, int) else asked
         if not wanted or not (made := _made_groups(client, tables, scratch, wanted, set(there), is_since)).days:
             raise _NothingMissingError
-        groups_of_hour: Counter[int] = Counter()
-        for part in made.grouped:
-            groups_of_hour.update(
-                {h: n for h, n in part.groups_of_hour.items() if h // groups.HOURS_PER_DAY in made.days}
-            )
+        counted = sum((Counter(part.groups_of_hour) for part in made.grouped), Counter[int]())
+        groups_of_hour = {hour: n for hour, n in counted.items() if hour // groups.HOURS_PER_DAY in made.days}
         kept = {day: files for day, files in there.items() if day not in made.days}
         of_kept = _groups_of_days(before, kept, known)
         first_test_day = build.find_test_day(options, build.days_of(groups_of_hour) | of_kept)
@@ -229,7 +226,7 @@ def _keep_files(
         days = _days_in(file)
         split_of = {day: groups.split_of(day, first_test_day) for day in days}
         if days.keys() <= kept.keys() and len(splits := set(split_of.values())) == 1:
-            new.keep(f"{splits.pop()}/{_name(file)}", file)
+            new.kept[f"{splits.pop()}/{_name(file)}"] = file
             found[_name(file)] = known[_name(file)]
             continue
         with _opened(new.before, file) as parquet:
@@ -298,7 +295,7 @@ def _grouped(
     """
     options, (low, first, high) = tables.options, span
     rules = build.rules_of(options, tables.layouts[IMPRESSIONS])
-    impressions, users = list[LogPiece](), list[npt.NDArray[np.int64]]()
+    impressions, users = list[LogPiece](), list[Int64Array]()
     for begin_us, end_us in (
         (first * groups.DAY, high * groups.DAY),
         (low * groups.DAY - rules.reach_us, first * groups.DAY),
@@ -350,7 +347,7 @@ def _keep_the_rest(new: NewFiles, shuffled: Sequence[groups.ShuffledPiece]) -> N
         rewritten.add(QUARANTINE_FILE)
     for file in new.before.entries(recursive=False):
         if file.path not in rewritten and not file.path.startswith("."):
-            new.keep(file.path, file.path)
+            new.kept[file.path] = file.path
     groups.write_names(new.folder, shuffled, new.before)
     if QUARANTINE_FILE in new.kept:
         return

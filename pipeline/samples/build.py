@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from distributed import Client
 
@@ -25,7 +25,7 @@ from featurestore.console.files import write_json
 from featurestore.console.output import print_summary
 from featurestore.errors import naming
 from featurestore.storage.storage import Storage
-from pipeline.cluster.tasks import num_threads, run_all
+from pipeline.cluster.tasks import Part, neighbours, num_threads, run_all
 from pipeline.errors import SampleError, SampleOptionError
 from pipeline.options import SampleOptions
 from pipeline.samples import groups, logs
@@ -34,8 +34,6 @@ from pipeline.samples.publish import MARK, QUARANTINE_FILE, replaced_files
 from trainer.schema import lakes
 from trainer.schema.fields import SCHEMA_FILE, SETTINGS_FILE, DistinctCount, days_of_file, settings_text
 from trainer.schema.suggest import OF_LOG, inspect_samples, render_schema
-
-Part = TypeVar("Part")
 
 DAY_S = 86_400
 BUCKET_ROWS = 250_000  # of both logs; some hundred MB with long lists of behaviours
@@ -238,16 +236,7 @@ def _together(parts: Sequence[Part], sizes: Sequence[int], threads: int, most: i
     """Put neighbouring small parts into tasks, up to `most` rows: a task costs what tens of thousands of rows do.
 
     Every thread gets `TASKS_PER_THREAD` or so, if there are as many parts."""
-    most = min(most, sum(sizes) // (TASKS_PER_THREAD * threads))
-    tasks: list[list[Part]] = []
-    room = 0
-    for part, size in zip(parts, sizes, strict=True):
-        if not tasks or size > room:
-            tasks.append([])
-            room = most
-        tasks[-1].append(part)
-        room -= size
-    return tasks
+    return neighbours(parts, sizes, min(most, sum(sizes) // (TASKS_PER_THREAD * threads)))
 
 
 def group(

@@ -17,31 +17,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from featurestore.keys import NO_IMAGE, splitmix64
+from featurestore.keys import NO_IMAGE, AnyArray, Int64Array, splitmix64
 from featurestore.storage.storage import Storage
-from pipeline.samples.logs import (
-    BEHAVIORS,
-    CLICK,
-    IMPRESSIONS,
-    MICROSECONDS,
-    NAMES,
-    Columns,
-    LogPiece,
-    read_piece,
-)
+from pipeline.cluster.tasks import neighbours
+from pipeline.samples import logs
 from pipeline.samples.mapping import CLICKED_AT, TableLayout, two_texts
 from trainer.schema.fields import IDS_FILE, IMAGES_FILE, DistinctCount, file_of_month
-from trainer.schema.names import BUCKETS, TEXTS, by_bucket, merged_names, table_of_texts, write_buckets
+from trainer.schema.names import BUCKETS, TEXTS, by_bucket, in_buckets, merged_names, table_of_texts, write_buckets
 from trainer.schema.profile import is_list
 
-Int64Array = npt.NDArray[np.int64]
-
-DAY = 86_400 * MICROSECONDS
+DAY = 86_400 * logs.MICROSECONDS
 BEHAVIOR_ORDER = ("user", "timestamp", "item", "image", "category")
 IMPRESSION_ORDER = ("user", "session", "timestamp", "scene", "item", "image", "category")
 
@@ -60,15 +49,15 @@ class GroupRules:
     @property
     def reach_us(self) -> int:
         """How far rows of the next day may reach into a day: by a session, or a click."""
-        return round(max(self.midnight_pause_s, self.clicked_within_s) * MICROSECONDS)
+        return round(max(self.midnight_pause_s, self.clicked_within_s) * logs.MICROSECONDS)
 
 
 @dataclass(frozen=True)
 class LogGroups:
     """Groups in any order: `first_N` and `size_G` cut the impressions, `take_G` the behaviours."""
 
-    impressions: Columns  # sorted and distinct, (N,)
-    behaviors: Columns  # in groups, newest first, (K,); age: seconds before the group's first impression
+    impressions: logs.Columns  # sorted and distinct, (N,)
+    behaviors: logs.Columns  # in groups, newest first, (K,); age: seconds before the group's first impression
     start_G: Int64Array  # first impression of each group
     size_G: Int64Array  # impressions
     take_G: Int64Array  # behaviours
@@ -77,7 +66,7 @@ class LogGroups:
     without an impression before."""
 
 
-def make_groups(impressions: Columns, behaviors: Columns, rules: GroupRules) -> LogGroups:
+def make_groups(impressions: logs.Columns, behaviors: logs.Columns, rules: GroupRules) -> LogGroups:
     """Make groups of all impressions of some users, with those users' behaviours, all rows in any order.
 
     A group is a user's session on one day; one that continues over midnight without a pause longer than
@@ -85,7 +74,7 @@ def make_groups(impressions: Columns, behaviors: Columns, rules: GroupRules) -> 
     impression and at most `window_s` back, newest first, ties by larger item, image, category; at most
     `max_behaviors`. Rows that are equal (but for label and further columns) count once, as a click if one of them is.
     """
-    num_clicks = int(np.count_nonzero(impressions["label"] == CLICK))
+    num_clicks = int(np.count_nonzero(impressions["label"] == logs.CLICK))
     impressions, num_unmatched = label_impressions(impressions, rules.clicked_within_s)
     impressions = distinct_impressions(impressions)
     further = tuple(sorted(behaviors.keys() - {*BEHAVIOR_ORDER}))
@@ -94,20 +83,22 @@ def make_groups(impressions: Columns, behaviors: Columns, rules: GroupRules) -> 
     num_impressions = len(impressions["user"])
     size_G = np.diff(start_G, append=num_impressions)
     user_G, first_G = impressions["user"][start_G], impressions["timestamp"][start_G]
-    low_G = _count_before(behaviors["user"], behaviors["timestamp"], user_G, first_G - rules.window_s * MICROSECONDS)
+    low_G = _count_before(
+        behaviors["user"], behaviors["timestamp"], user_G, first_G - rules.window_s * logs.MICROSECONDS
+    )
     high_G = _count_before(behaviors["user"], behaviors["timestamp"], user_G, first_G)
     take_G = np.minimum(high_G - low_G, rules.max_behaviors)
     chosen_K = _descending_runs(high_G, take_G)
     num_behaviors = len(behaviors["user"])
     chosen = {name: behaviors[name][chosen_K] for name in ("item", "image", "category", *further)}
     if rules.behavior_age:
-        chosen["age"] = (np.repeat(first_G, take_G) - behaviors["timestamp"][chosen_K]) // MICROSECONDS
+        chosen["age"] = (np.repeat(first_G, take_G) - behaviors["timestamp"][chosen_K]) // logs.MICROSECONDS
     used = _count_covered(high_G - take_G, high_G, num_behaviors)
     counts = Counter(behaviors=num_behaviors, used=used, clicks=num_clicks, unmatched=num_unmatched)
     return LogGroups(impressions, chosen, start_G, size_G, take_G, counts)
 
 
-def label_impressions(rows: Columns, within_s: float) -> tuple[Columns, int]:
+def label_impressions(rows: logs.Columns, within_s: float) -> tuple[logs.Columns, int]:
     """Label impressions by the rows that are clicks alone, which go; count the clicks that label none.
 
     A click labels the newest impressions of its user and item at or before it, at most `within_s` before it. CLICKED_AT
@@ -117,7 +108,7 @@ def label_impressions(rows: Columns, within_s: float) -> tuple[Columns, int]:
         return rows, 0
     keys = ("user", "item", "timestamp")
     order_N = np.lexsort([rows["label"], *(rows[name] for name in reversed(keys))])  # clicks after what is shown then
-    is_click_N = rows["label"][order_N] == CLICK
+    is_click_N = rows["label"][order_N] == logs.CLICK
     # The moments of a user and an item that have impressions, from 0 on, and each row's newest: -1 before the first.
     is_new_N = np.ones(len(order_N), np.bool_)
     is_new_N[1:] = np.any([rows[name][order_N][1:] != rows[name][order_N][:-1] for name in keys], axis=0)
@@ -126,7 +117,7 @@ def label_impressions(rows: Columns, within_s: float) -> tuple[Columns, int]:
     clicks, newest_C = order_N[is_click_N], moment_N[is_click_N]
     of_C = first_M[np.maximum(newest_C, 0)] if len(first_M) else clicks
     waited_us_C = rows["timestamp"][clicks] - rows["timestamp"][of_C]
-    labels_C = (newest_C >= 0) & (waited_us_C <= within_s * MICROSECONDS)
+    labels_C = (newest_C >= 0) & (waited_us_C <= within_s * logs.MICROSECONDS)
     for name in ("user", "item"):
         labels_C &= rows[name][clicks] == rows[name][of_C]
     clicked_us_M = np.full(len(first_M), -1)
@@ -138,7 +129,7 @@ def label_impressions(rows: Columns, within_s: float) -> tuple[Columns, int]:
     return impressions, int(np.count_nonzero(~labels_C))
 
 
-def distinct_impressions(impressions: Columns) -> Columns:
+def distinct_impressions(impressions: logs.Columns) -> logs.Columns:
     """Sort impressions by user, session and time, and leave out repetitions.
 
     Of equal rows that differ in label or user columns the click stays, then the smallest user columns: any rule will do
@@ -147,7 +138,7 @@ def distinct_impressions(impressions: Columns) -> Columns:
     return _distinct(impressions | {"no_click": 1 - impressions["label"]}, IMPRESSION_ORDER, ("no_click", *profile))
 
 
-def _distinct(columns: Columns, order: tuple[str, ...], preference: tuple[str, ...]) -> Columns:
+def _distinct(columns: logs.Columns, order: tuple[str, ...], preference: tuple[str, ...]) -> logs.Columns:
     """Sort rows by `order`; of those equal in it, keep the first by `preference`."""
     sorted_N = _sorted(columns, order[: order.index("timestamp") + 1], (*order, *preference))
     columns = {name: values_N[sorted_N] for name, values_N in columns.items()}
@@ -158,7 +149,7 @@ def _distinct(columns: Columns, order: tuple[str, ...], preference: tuple[str, .
     return {name: values_N[is_new_N] for name, values_N in columns.items()}
 
 
-def _sorted(columns: Columns, first: tuple[str, ...], order: tuple[str, ...]) -> Int64Array:
+def _sorted(columns: logs.Columns, first: tuple[str, ...], order: tuple[str, ...]) -> Int64Array:
     """Sort rows by `order`, which begins with `first`; return their numbers, (N,).
 
     All are sorted by `first`, and only the few that are equal there by the others, which takes half of the time."""
@@ -172,14 +163,14 @@ def _sorted(columns: Columns, first: tuple[str, ...], order: tuple[str, ...]) ->
     return sorted_N
 
 
-def _group_starts(impressions: Columns, midnight_pause_s: int) -> Int64Array:
+def _group_starts(impressions: logs.Columns, midnight_pause_s: int) -> Int64Array:
     """Find the positions where a group starts in sorted impressions, (G,)."""
     time_N = impressions["timestamp"]
     is_start_N = np.zeros(len(time_N), dtype=bool)
     is_start_N[:1] = True
     for name in ("user", "session"):
         is_start_N[1:] |= np.diff(impressions[name]) != 0
-    has_paused_N = np.diff(time_N) > midnight_pause_s * MICROSECONDS
+    has_paused_N = np.diff(time_N) > midnight_pause_s * logs.MICROSECONDS
     is_start_N[1:] |= has_paused_N & (np.diff(time_N // DAY) != 0)
     start_G: Int64Array = np.flatnonzero(is_start_N)
     return start_G
@@ -237,13 +228,13 @@ class ShuffledPiece:
 
 
 def shuffle_piece(
-    piece: LogPiece, index: int, folder: str, num_buckets: int, min_dwell_s: float, latest_s: int
+    piece: logs.LogPiece, index: int, folder: str, num_buckets: int, min_dwell_s: float, latest_s: int
 ) -> ShuffledPiece:
     """Read one piece and write its good rows by bucket, and the bad ones to a file. Raises SampleError."""
-    rows = read_piece(piece, latest_s)
+    rows = logs.read_piece(piece, latest_s)
     columns = rows.good
     num_short = 0
-    if piece.log == BEHAVIORS:
+    if piece.log == logs.BEHAVIORS:
         is_long_N = columns.pop("dwell_s") >= min_dwell_s
         num_short = int(np.count_nonzero(~is_long_N))
         columns = {name: values_N[is_long_N] for name, values_N in columns.items()}
@@ -263,7 +254,7 @@ def shuffle_piece(
         Counter(rows.bad_reason),
         None if quarantine_path is None else str(quarantine_path),
         rows.examples,
-        int(np.count_nonzero((columns["image"] == NO_IMAGE) & (columns.get("label", 0) != CLICK))),
+        int(np.count_nonzero((columns["image"] == NO_IMAGE) & (columns.get("label", 0) != logs.CLICK))),
         _write_names(path.with_suffix(".names"), rows.names),
         _write_names(path.with_suffix(".texts"), table_of_texts(rows.texts)),
         rows.num_lacking,
@@ -271,7 +262,7 @@ def shuffle_piece(
     )
 
 
-def read_bucket(folder: str, log: str, num_pieces: int, bucket: int) -> Columns:
+def read_bucket(folder: str, log: str, num_pieces: int, bucket: int) -> logs.Columns:
     """Read all rows of a bucket from the pieces 0 to `num_pieces` of a log, in no order."""
     batches = [read_batches(str(_path(folder, log, index)), [bucket])[0] for index in range(num_pieces)]
     return {
@@ -302,7 +293,7 @@ def write_names(folder: Path, parts: Sequence[ShuffledPiece], before: Storage | 
     in memory are the names of one range. Raises SampleError for two texts of one id.
     """
     images = [part.names_path for part in parts if part.names_path is not None]
-    _merge_names(folder / IMAGES_FILE, images, NAMES, before)
+    _merge_names(folder / IMAGES_FILE, images, logs.NAMES, before)
     ids = [part.texts_path for part in parts if part.texts_path is not None]
     _merge_names(folder / IDS_FILE, ids, TEXTS, before)
 
@@ -321,7 +312,7 @@ def _merge_names(path: Path, paths: Sequence[str], schema: pa.Schema, before: St
             known = [] if old is None else [old.read_row_group(bucket).cast(schema)]
             return [*known, *(pa.Table.from_batches(read_batches(each, [bucket])) for each in paths)]
 
-        error = None if schema is NAMES else two_texts
+        error = None if schema is logs.NAMES else two_texts
         write_buckets(path, schema, (merged_names(of_bucket(bucket), error) for bucket in range(BUCKETS)))
 
 
@@ -329,20 +320,13 @@ def _path(folder: str, log: str, index: int) -> Path:
     return Path(folder, f"{log}-{index:06d}.arrow")
 
 
-def _buckets(columns: Columns, num_buckets: int) -> list[pa.RecordBatch]:
+def _buckets(columns: logs.Columns, num_buckets: int) -> list[pa.RecordBatch]:
     arrays = {
         name: pa.array(values_N, pa.binary() if values_N.dtype == np.object_ else None)
         for name, values_N in columns.items()
     }
     bucket_N = (splitmix64(columns["user"]) % np.uint64(num_buckets)).astype(np.int64)
-    return _in_buckets(pa.record_batch(arrays), bucket_N, num_buckets)
-
-
-def _in_buckets(batch: pa.RecordBatch, bucket_N: Int64Array, num_buckets: int) -> list[pa.RecordBatch]:
-    """Cut rows by bucket, in their order."""
-    order_N = np.argsort(bucket_N, kind="stable")
-    batch, edges = batch.take(order_N), np.searchsorted(bucket_N[order_N], np.arange(num_buckets + 1))
-    return [batch.slice(low, high - low) for low, high in itertools.pairwise(edges.tolist())]
+    return in_buckets(pa.record_batch(arrays), bucket_N, num_buckets)
 
 
 def write_batches(path: Path, batches: Iterable[pa.RecordBatch]) -> None:
@@ -407,8 +391,8 @@ def group_bucket(
     `num_pieces` is how many pieces the impressions and the behaviours have. `user_columns` are once in a group,
     `ad_columns` once for each impression, with `ad_` before their names.
     """
-    impressions = read_bucket(folder, IMPRESSIONS, num_pieces[0], bucket)
-    groups = make_groups(impressions, read_bucket(folder, BEHAVIORS, num_pieces[1], bucket), rules)
+    impressions = read_bucket(folder, logs.IMPRESSIONS, num_pieces[0], bucket)
+    groups = make_groups(impressions, read_bucket(folder, logs.BEHAVIORS, num_pieces[1], bucket), rules)
     table = table_of_groups(groups, user_columns, ad_columns).sort_by(SORT)
     path = Path(folder, f"groups-{bucket:06d}.arrow")
     groups_of_hour = _write_hours(path, table)
@@ -421,10 +405,10 @@ def group_bucket(
     return GroupedBucket(str(path), groups_of_hour, counts, _latest_of_day(groups))
 
 
-def no_rows(layout: TableLayout) -> Columns:
+def no_rows(layout: TableLayout) -> logs.Columns:
     """Make the columns of a log that is read so, without a row."""
     types = {"dense": np.float32, "profiles": np.object_}
-    columns: Columns = {name: np.empty(0, types.get(kind, np.int64)) for name, kind in layout.read_kinds.items()}
+    columns: logs.Columns = {name: np.empty(0, types.get(kind, np.int64)) for name, kind in layout.read_kinds.items()}
     columns |= {name: np.empty(0, np.int64) for name in layout.constants}
     return {name: values for name, values in columns.items() if name != "dwell_s"}
 
@@ -447,14 +431,8 @@ def batch_of_hours(groups_of_hour: Mapping[int, int]) -> dict[int, int]:
 
     A file of days with a few groups each would have a batch for every hour of years: a read of one reads their list.
     """
-    found: dict[int, int] = {}
-    number, room = -1, 0
-    for hour, count in groups_of_hour.items():
-        if number < 0 or count > room:
-            number, room = number + 1, BATCH_ROWS
-        found[hour] = number
-        room -= count
-    return found
+    batches = neighbours(groups_of_hour, groups_of_hour.values(), BATCH_ROWS)
+    return {hour: number for number, hours in enumerate(batches) for hour in hours}
 
 
 def _latest_of_day(groups: LogGroups) -> dict[int, int]:
@@ -469,7 +447,7 @@ def table_of_groups(groups: LogGroups, user_columns: Sequence[str], ad_columns: 
     """Make one row per group, in the order of the samples' columns; timestamp in seconds, day in UTC."""
     impressions, first_G = groups.impressions, groups.start_G
     columns: dict[str, Any] = {name: impressions[name][first_G] for name in ("user", "session")}
-    columns["timestamp"] = impressions["timestamp"][first_G] // MICROSECONDS
+    columns["timestamp"] = impressions["timestamp"][first_G] // logs.MICROSECONDS
     columns["day"] = pc.strftime(pa.array(columns["timestamp"]).cast(pa.timestamp("s")), format="%Y-%m-%d")
     columns |= {name: _values(impressions[name][first_G]) for name in user_columns}
     columns |= {f"behavior_{name}": _lists(groups.behaviors[name], groups.take_G) for name in groups.behaviors}
@@ -478,13 +456,13 @@ def table_of_groups(groups: LogGroups, user_columns: Sequence[str], ad_columns: 
     return pa.table(columns)
 
 
-def _lists(values_N: npt.NDArray[Any], sizes_G: npt.NDArray[np.int64]) -> Any:
+def _lists(values_N: AnyArray, sizes_G: Int64Array) -> Any:
     """Make lists of the given sizes, one per group, as an Arrow array."""
     offsets: Any = pa.array(np.concatenate([[0], np.cumsum(sizes_G)]), pa.int32())
     return pa.ListArray.from_arrays(offsets, _values(values_N))
 
 
-def _values(values_N: npt.NDArray[Any]) -> Any:
+def _values(values_N: AnyArray) -> Any:
     """Make an Arrow array of a column; of lists of ids, see `parse_id_lists`, an array of lists."""
     if values_N.dtype != np.object_:
         return pa.array(values_N)
@@ -523,19 +501,13 @@ def plan_files(groups_of_hour: Mapping[int, int], first_test_day: int, groups_pe
 
     Of more than MANY_DAYS days some share one. The plan hangs on the hours' counts alone, not on the number of buckets.
     """
-    days: dict[int, list[list[int]]] = {}
-    room = 0
+    days: dict[int, list[int]] = {}
     for hour in sorted(groups_of_hour):
-        files = days.setdefault(hour // HOURS_PER_DAY, [])
-        if not files or groups_of_hour[hour] > room:
-            files.append([])
-            room = groups_per_file
-        files[-1].append(hour)
-        room -= groups_of_hour[hour]
+        days.setdefault(hour // HOURS_PER_DAY, []).append(hour)
     plans = [
-        FilePlan((name_of_day(day),), number, split_of(day, first_test_day), tuple(hours))
-        for day, files in days.items()
-        for number, hours in enumerate(files)
+        FilePlan((name_of_day(day),), number, split_of(day, first_test_day), tuple(some))
+        for day, hours in days.items()
+        for number, some in enumerate(neighbours(hours, map(groups_of_hour.__getitem__, hours), groups_per_file))
     ]
     return plans if len(days) <= MANY_DAYS else _by_month(plans, groups_of_hour)
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -20,7 +19,7 @@ import pyarrow.parquet as pq
 from featurestore.console.output import print_summary
 from featurestore.errors import StorageError
 from featurestore.format.datafile import check_names, is_text
-from featurestore.keys import NO_IMAGE, keys_of_bytes
+from featurestore.keys import NO_IMAGE, AnyArray, BoolArray, Float64Array, Int64Array, keys_of_bytes
 from featurestore.storage.storage import Storage
 from featurestore.text import CsvStyle
 from pipeline.errors import SampleError, SampleOptionError
@@ -63,9 +62,9 @@ class WantedRows:
     high_us: int
     users_path: str | None = None
 
-    def of(self, time_N: npt.NDArray[np.int64], user_N: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    def of(self, time_N: Int64Array, user_N: Int64Array) -> BoolArray:
         """Return which of these rows are wanted, (N,)."""
-        wanted_N: npt.NDArray[np.bool_] = (time_N >= self.low_us) & (time_N < self.high_us)
+        wanted_N: BoolArray = (time_N >= self.low_us) & (time_N < self.high_us)
         if self.users_path is not None:
             (of_time,) = np.nonzero(wanted_N)
             is_in = pc.is_in(pa.array(user_N[of_time]), value_set=pa.array(np.load(self.users_path)))
@@ -138,7 +137,7 @@ def documented_layout(log: str) -> mapping.TableLayout:
     return mapping.TableLayout(
         files=log,
         names={name: name for name in OF_LOG[log]},
-        kinds={name: mapping.kind_of(name) for name in OF_LOG[log]},
+        kinds={name: mapping.KINDS.get(name, "id") for name in OF_LOG[log]},
         takes_text=False,
     )
 
@@ -249,7 +248,7 @@ def _encoded(column: Any) -> Any:
     return values.dictionary_encode() if is_text(values.type) else values
 
 
-def _looked_up(join: mapping.Join, id_N: npt.NDArray[np.int64]) -> tuple[pa.Table, int]:
+def _looked_up(join: mapping.Join, id_N: Int64Array) -> tuple[pa.Table, int]:
     """Return the rows of a joined table with these ids, nulls where it lacks one, (N,), and how many it lacks."""
     with pa.memory_map(join.path or "") as mapped:
         table = pa.ipc.open_file(mapped).read_all()
@@ -392,7 +391,7 @@ def _fits(found: pa.DataType, kind: str, takes_text: bool) -> bool:
     return whole or (kind == "event" and pa.types.is_boolean(found))
 
 
-Columns = dict[str, npt.NDArray[Any]]
+Columns = dict[str, AnyArray]
 
 NAMES = pa.schema({"key": pa.int64(), "uri": pa.string()})  # type: ignore[arg-type]
 _SHOWN = 60  # characters of a bad value
@@ -404,13 +403,13 @@ class LogRows:
 
     num_rows: int
     good: Columns  # timestamp in microseconds, image as key, all int64 but dwell_s and dense columns
-    bad_row: npt.NDArray[np.int64]  # in the file
+    bad_row: Int64Array  # in the file
     bad_reason: list[str]
     examples: dict[str, str]
     names: pa.Table  # NAMES of the images of all rows
     texts: Mapping[int, str]
     """The text of each id of these rows that is a hash, and those of joined tables."""
-    is_good_N: npt.NDArray[np.bool_]
+    is_good_N: BoolArray
     """Which rows that were read are good, but for torn ones."""
     num_lacking: Counter[str] = field(default_factory=Counter)
     """Good rows whose item (or user) a joined table lacks, by that."""
@@ -476,7 +475,7 @@ def read_piece(piece: LogPiece, latest_s: int) -> LogRows:
 
 def _chosen(
     read: mapping.CsvRows, piece: LogPiece, latest_s: int
-) -> tuple[pa.Table, npt.NDArray[np.int64], npt.NDArray[np.bool_], Counter[str]]:
+) -> tuple[pa.Table, Int64Array, BoolArray, Counter[str]]:
     """Choose the rows of a piece that are of its log, and wanted.
 
     Returns them, their numbers in the file, (N,), which are clicks alone, (N,), and counts of other events.
@@ -499,7 +498,7 @@ def _chosen(
     return table.filter(pa.array(kept_N)), row_N[kept_N], is_click_N[kept_N], others
 
 
-def _events(column: Any, where: mapping.EventRows) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_], Counter[str]]:
+def _events(column: Any, where: mapping.EventRows) -> tuple[BoolArray, BoolArray, Counter[str]]:
     """Return which rows of a table of events are read, (N,), which of them are clicks, and count the others."""
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
@@ -527,7 +526,7 @@ def _read_table(piece: LogPiece) -> mapping.CsvRows:
     return mapping.CsvRows(table, {}, {})
 
 
-def users_of(piece: LogPiece, early_us: int, latest_s: int) -> tuple[npt.NDArray[np.int64], bool]:
+def users_of(piece: LogPiece, early_us: int, latest_s: int) -> tuple[Int64Array, bool]:
     """Read only users and times of a piece; return its users, sorted, and whether a row is before `early_us`."""
     kinds = {name: kind for name, kind in piece.layout.kinds.items() if name in ("timestamp", "user", mapping.EVENT)}
     good = read_piece(replace(piece, layout=replace(piece.layout, kinds=kinds, joins=())), latest_s).good
@@ -542,7 +541,7 @@ def _column(
     texts: dict[int, str] | None = None,
     names: list[pa.Table] | None = None,
     where: str = "",
-) -> tuple[npt.NDArray[Any], "Faults"]:
+) -> tuple[AnyArray, "Faults"]:
     """Read one of our columns of a table as the file has them.
 
     `texts` gets the texts of its ids, `names` those of its images; `where` begins the message about these.
@@ -561,12 +560,12 @@ def _column(
     return _arrays(column, layout.kinds[name], latest_s, layout, texts)
 
 
-Faults = dict[str, npt.NDArray[np.bool_]]  # which rows have each fault
+Faults = dict[str, BoolArray]  # which rows have each fault
 
 
 def _arrays(
     column: Any, kind: str, latest_s: int, layout: mapping.TableLayout, texts: dict[int, str] | None = None
-) -> tuple[npt.NDArray[Any], Faults]:
+) -> tuple[AnyArray, Faults]:
     """Read the values of a chunked Arrow column, anything where they are bad, and their faults."""
     if kind == "time" and layout.time_format is not None and pa.types.is_integer(column.type):
         column = column.cast(pa.string())
@@ -585,7 +584,7 @@ def _arrays(
     return value_N, {} if kind == "profile" else null
 
 
-def _images(column: Any, where: str) -> tuple[npt.NDArray[np.int64], pa.Table]:
+def _images(column: Any, where: str) -> tuple[Int64Array, pa.Table]:
     """Read the key of each image, NO_IMAGE where it is null or has no name, and the names that rows have, each once."""
     is_encoded = pa.types.is_dictionary(column.type)
     if column.null_count == len(column):
@@ -612,7 +611,7 @@ def _images(column: Any, where: str) -> tuple[npt.NDArray[np.int64], pa.Table]:
 
 def _text_arrays(
     column: Any, kind: str, latest_s: int, layout: mapping.TableLayout, texts: dict[int, str] | None
-) -> tuple[npt.NDArray[Any], Faults]:
+) -> tuple[AnyArray, Faults]:
     """Read as `_arrays`, but text that has to be parsed first."""
     null_N = column.is_null().to_numpy()
     null = {"is null": null_N}
@@ -633,7 +632,7 @@ def _text_arrays(
     return value_N, null | {"is no number": wrong_N} | faults
 
 
-def _numbers(number_N: npt.NDArray[np.float64], kind: str) -> tuple[npt.NDArray[Any], Faults]:
+def _numbers(number_N: Float64Array, kind: str) -> tuple[AnyArray, Faults]:
     if kind == "label":
         is_click_N = number_N == 1
         return is_click_N.astype(np.int64), {"is not 0 or 1": ~is_click_N & (number_N != 0)}
@@ -644,7 +643,7 @@ def _numbers(number_N: npt.NDArray[np.float64], kind: str) -> tuple[npt.NDArray[
     return number_N, {"is not finite": ~np.isfinite(number_N), "is negative": number_N < 0}
 
 
-def _times_us(column: Any, latest_s: int, whole: str) -> tuple[npt.NDArray[np.int64], Faults]:
+def _times_us(column: Any, latest_s: int, whole: str) -> tuple[Int64Array, Faults]:
     """Convert times to microseconds since 1970; a whole number is one of unit `whole`.
 
     Nanoseconds are cut off, a timestamp without a time zone is in UTC."""

@@ -6,7 +6,7 @@ Rows that are torn or have swallowed others, and values that cannot be read, are
 import contextlib
 import itertools
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -21,7 +21,7 @@ from pyarrow import csv
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from featurestore.errors import StorageError
-from featurestore.keys import NO_IMAGE, id_of_text
+from featurestore.keys import NO_IMAGE, AnyArray, BoolArray, id_of_text
 from featurestore.parsing import mistakes, parse_yaml
 from featurestore.storage.local import read_text
 from featurestore.storage.storage import Storage
@@ -48,14 +48,9 @@ KEY = "join"  # the column of ids of a joined table
 CLICKED_AT = "clicked_at"  # of impressions whose label is a later row: the time of that
 # What a table without such a column has: one session a day, one scene, one category, visits that are long enough.
 DEFAULTS = {"session": 0, "scene": 0, "category": 0, "dwell_s": 1e9, IMAGE: NO_IMAGE}
-KINDS = {"timestamp": "time", "image": "image", "label": "label", "dwell_s": "seconds", EVENT: "event"}
+KINDS = {"timestamp": "time", "image": "image", "label": "label", "dwell_s": "seconds", EVENT: "event"}  # else id
 EXTRA_KINDS = {"id": "profile", "multi_id": "profiles", "dense": "dense"}
 TAKEN = ("day", "label", *REQUIRED["impressions"], *OPTIONAL["impressions"], "dwell_s", EVENT, KEY, CLICKED_AT)
-
-
-def kind_of(name: str) -> str:
-    """Give the kind of one of our columns; see WANTED of pipeline.samples.logs."""
-    return KINDS.get(name, "id")
 
 
 class _Section(BaseModel):
@@ -304,21 +299,19 @@ class LogMapping(_Section):
             if table.where.clicked:
                 del named["label"]
         names = {name: column for name, column in named.items() if column is not None}
-        kinds = {name: kind_of(name) for name in names}
+        kinds = {name: KINDS.get(name, "id") for name in names}
         names |= {name: extra.column or name for name, extra in extras.items()}
         kinds |= {name: EXTRA_KINDS[extra.kind] for name, extra in extras.items()}
         constants = {name: DEFAULTS[name] for name in (*OPTIONAL[log], IMAGE) if name not in names}
+        joins = tuple(
+            Join(by, TableLayout(each.files, {KEY: each.column or by}, {KEY: "id"}, csv=self.csv, time_unit="s"))
+            for by, each in self.join.items()
+        )  # no column is taken from them yet
         return TableLayout(
             table.files or log, names, kinds, constants, tuple(table.user), tuple(table.ad), self.csv, self.time_unit,
             self.time_format, separators={name: extra.split for name, extra in extras.items() if extra.split},
-            only_clicks=of_clicks and "label" in kinds, where=table.where, joins=tuple(self._joins()),
+            only_clicks=of_clicks and "label" in kinds, where=table.where, joins=joins,
         )  # fmt: skip
-
-    def _joins(self) -> Iterator[Join]:
-        """Describe the joined tables, from which no column is taken yet."""
-        for by, table in self.join.items():
-            names, kinds = {KEY: table.column or by}, {KEY: "id"}
-            yield Join(by, TableLayout(table.files, names, kinds, csv=self.csv, time_unit="s"))
 
     def _clicks(self) -> MappedTable:
         """Describe the behaviours where they are impressions, or events: with the ad's columns of one id each."""
@@ -351,7 +344,7 @@ _NUMBER = re.compile(r"(0|-?[1-9]\d{0,18})(\.\d{1,9})?")
 _LABELS = {"0": 0.0, "1": 1.0, "true": 1.0, "false": 0.0, "yes": 1.0, "no": 0.0}
 PER_SECOND = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
 
-Parsed = tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]  # values, and which could not be read; nulls are 0 and fine
+Parsed = tuple[AnyArray, BoolArray]  # values, and which could not be read; nulls are 0 and fine
 
 
 def parse_ids(column: Any, texts: dict[int, str] | None = None) -> Parsed:
@@ -374,7 +367,7 @@ def two_texts(number: int, first: str, second: str) -> SampleError:
     return SampleError(f"id {number} is that of two texts of the logs, {first!r} and {second!r}: rename one")
 
 
-def parse_id_lists(column: Any, texts: dict[int, str] | None = None) -> npt.NDArray[np.object_]:
+def parse_id_lists(column: Any, texts: dict[int, str] | None = None) -> AnyArray:
     """Parse a column of lists of whole numbers or texts: the ids of each row as the bytes of int64 numbers.
 
     In these, rows are selected and sorted like any others. Null and a list without ids are empty; nulls and empty texts

@@ -35,11 +35,7 @@ class NewFiles:
     folder: Path
     before: Storage
     kept: dict[str, str] = field(default_factory=dict)
-    """By their names from now on, their names in `before`."""
-
-    def keep(self, name: str, name_before: str) -> None:
-        """Take a file over as it is: its bytes are neither read nor written."""
-        self.kept[name] = name_before
+    """By their names from now on, their names in `before`: their bytes are neither read nor written."""
 
 
 @contextlib.contextmanager
@@ -120,8 +116,8 @@ def _publish(place: Storage, new: NewFiles, is_made_from_before: bool) -> None:
         )
         files = dict(zip(names, uploads, strict=True))
     files |= {name: _published(new.before, name_before) for name, name_before in new.kept.items()}
-    after = _version(new.before).version if is_made_from_before else None
-    versions.publish(place, files, after)
+    version_before = new.before.published.version if isinstance(new.before, versions.PublishedFiles) else 0
+    versions.publish(place, files, version_before if is_made_from_before else None)
     for name in names:
         if "/" not in name:
             place.write_bytes(name, (new.folder / name).read_bytes())
@@ -129,14 +125,9 @@ def _publish(place: Storage, new: NewFiles, is_made_from_before: bool) -> None:
 
 def _published(before: Storage, name: str) -> versions.PublishedFile:
     """Name a file that is there, of a version or of a plain folder."""
-    files = _version(before).files
-    return files[name] if files else versions.PublishedFile(path=name, size_bytes=before.size(name))
-
-
-def _version(before: Storage) -> versions.PublishedVersion:
     if isinstance(before, versions.PublishedFiles):
-        return before.published
-    return versions.PublishedVersion(version=0, publication="", writer="", time_s=0.0, files={})
+        return before.published.files[name]
+    return versions.PublishedFile(path=name, size_bytes=before.size(name))
 
 
 @contextlib.contextmanager

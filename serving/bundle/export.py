@@ -61,9 +61,8 @@ from trainer.ids.shards import WEIGHT, TableShape, initial_rows
 from trainer.models.layers import used_fields
 from trainer.models.nets import build_model
 from trainer.runs.checkpoint import read_dense, read_rows
-from trainer.runs.export import load_part
 from trainer.runs.folder import report_of
-from trainer.runs.saved import SavedRun, finite, open_test, read_run
+from trainer.runs.saved import SavedRun, finite, load_part, open_test, read_run
 from trainer.samples.columns import rules_of, source_columns
 from trainer.samples.index import read_row_group
 

@@ -11,11 +11,10 @@ from typing import Any, NamedTuple
 from featurestore.errors import CorruptFileError, FeatureStoreError, SnapshotNotFoundError, StorageError
 from featurestore.format.shard import HashedOutput, check_digest
 from featurestore.lookup.cache import default_cache_dir
-from featurestore.snapshot import Snapshot
 from featurestore.spec import FileEntry, SourceSnapshot, is_random_id
 from featurestore.storage.local import claim
 from featurestore.storage.storage import Storage
-from featurestore.store import FeatureStore
+from featurestore.store import FeatureStore, Snapshot
 from serving.bundle.manifest import BundleFile, BundleManifest, VectorsOf
 from serving.errors import BrokenBundleError
 

@@ -23,16 +23,14 @@ from torch import Tensor
 
 from featurestore.errors import CommitConflictError, SnapshotNotFoundError, SpecMismatchError
 from featurestore.format import datafile
-from featurestore.format.datafile import FEATURE, KEY, URI
-from featurestore.format.rows import FeatureRows
+from featurestore.format.datafile import FEATURE, KEY, URI, FeatureRows
 from featurestore.format.shard import ShardReader
-from featurestore.keys import Int64Array
+from featurestore.keys import Int64Array, power_of_two
 from featurestore.lookup.embedding import EmbeddingModel
 from featurestore.published.versions import VersionName
-from featurestore.snapshot import Snapshot, SnapshotId
 from featurestore.spec import ExtractorSpec, FileEntry, StoreInfo
 from featurestore.storage.storage import Progress
-from featurestore.store import FeatureStore
+from featurestore.store import FeatureStore, Snapshot, SnapshotId
 from serving.bundle.manifest import IMAGES, VECTORS, Missing, VectorsOf
 from serving.bundle.open import ModelVersion
 from serving.bundle.rows import Float32
@@ -40,10 +38,9 @@ from serving.errors import BrokenBundleError, ServingError
 from trainer.config import ModelConfig
 from trainer.engine.wiring import image_model, widths_of_stores
 from trainer.models.layers import used_fields
-from trainer.runs.export import BATCH_ROWS, load_part, visual_vectors
 from trainer.runs.open import StorePlace
-from trainer.runs.saved import SavedRun
-from trainer.schema import Field
+from trainer.runs.saved import BATCH_ROWS, SavedRun, load_part, visual_vectors
+from trainer.schema.fields import Field
 
 ROUNDING = 1e-6
 """By how much a vector may differ that E computes again: the order of its sums depends on the images beside it."""
@@ -127,7 +124,7 @@ def folder_of(store: str) -> str:
 
 def _num_shards(size_bytes: int, most: int) -> int:
     """Return the smallest power of two that keeps shards small enough, at most the features' number of shards."""
-    return min(most, 1 << max(0, -(-size_bytes // _SHARD_BYTES) - 1).bit_length())
+    return min(most, power_of_two(max(1, -(-size_bytes // _SHARD_BYTES))))
 
 
 class ImageRows(NamedTuple):

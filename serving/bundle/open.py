@@ -19,7 +19,7 @@ from serving.network.served import PORTABLE, ServedNetwork, compiled_name
 from trainer.config import ModelConfig
 from trainer.errors import TrainerError
 from trainer.models.layers import used_fields
-from trainer.schema import Field, Schema, load_schema
+from trainer.schema.fields import Field, Schema, load_schema
 
 ResultT = TypeVar("ResultT")
 

@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 from featurestore.errors import CorruptFileError
 from featurestore.keys import HashIndex, Int64Array, UInt64Array, shard_of_hash, splitmix64
 from featurestore.lookup.partition import FeaturePartition
-from featurestore.snapshot import Snapshot
-from featurestore.store import FeatureStore
+from featurestore.store import FeatureStore, Snapshot
 from serving.bundle.manifest import RowsFile, TableRows, VectorsOf
 from serving.errors import BrokenBundleError
 from trainer.ids.shards import TableShape

@@ -20,7 +20,7 @@ from serving.network import Steps
 from serving.scoring.request import Request, RequestColumns, Scored, short_repr
 from serving.scoring.sent import SentTable, check_table, sent_requests, sent_table
 from serving.settings import Budget
-from trainer.schema import Field
+from trainer.schema.fields import Field
 
 JSON, ARROW = "application/json", "application/vnd.apache.arrow.stream"
 _PARTS = ("user", "context", "candidates")

@@ -31,7 +31,7 @@ from prometheus_client import (
 from prometheus_client.multiprocess import MultiProcessCollector
 
 from serving.http.codec import Scores
-from trainer.schema import Field
+from trainer.schema.fields import Field
 
 if TYPE_CHECKING:
     from serving.scoring.scorer import Scorer

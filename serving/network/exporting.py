@@ -25,7 +25,7 @@ from serving.network.served import PORTABLE, SLOTS, Slots, compiled_name
 from trainer.config import ModelConfig
 from trainer.exchange.vectors import EvenLengths, FieldVectors, Lengths
 from trainer.models.ctr import CtrModel
-from trainer.schema import Field
+from trainer.schema.fields import Field
 
 # Example sizes, all different, as torch.export takes equal ones for the same dimension.
 _CANDIDATES = 13

@@ -39,7 +39,7 @@ from trainer.config import ModelConfig
 from trainer.models.ctr import CtrModel
 from trainer.models.layers import width_of
 from trainer.models.nets import Din
-from trainer.schema import Field
+from trainer.schema.fields import Field
 
 PORTABLE = "network.pt2"
 SLOTS = "slots.json"

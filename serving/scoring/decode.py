@@ -40,7 +40,7 @@ from trainer.samples.columns import (
     ranges,
 )
 from trainer.samples.reader import Batch, Jagged, inputs_of
-from trainer.schema import Field
+from trainer.schema.fields import Field
 
 Result = TypeVar("Result")
 CROSSED_CHUNK = 2_000

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from serving.errors import RequestError
 from trainer.config import near_match
 from trainer.samples.columns import Rule, aligned_columns, rules_of, source_columns
-from trainer.schema import Field, Schema, Side
+from trainer.schema.fields import Field, Schema, Side
 
 Places = NDArray[np.int64]
 _LOWEST = -700.0  # its probability is 0 in float32, and exp does not overflow yet

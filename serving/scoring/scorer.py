@@ -28,7 +28,7 @@ from trainer.errors import DataError
 from trainer.models.layers import width_of
 from trainer.models.nets import behaviors_of, check_equal_lists
 from trainer.samples.reader import Batch
-from trainer.schema import Field
+from trainer.schema.fields import Field
 
 _LOOKUP = 20_000
 """Images per lookup."""

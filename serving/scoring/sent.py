@@ -15,13 +15,14 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from featurestore.format.datafile import is_text
 from featurestore.keys import Int64Array
 from serving.errors import RequestError
 from serving.network import Steps
 from serving.scoring.request import Request, RequestColumns, expected, short_repr
 from serving.settings import Budget
 from trainer.errors import SchemaError
-from trainer.samples.columns import Rule, check_types, is_text, unwrapped
+from trainer.samples.columns import Rule, check_types, unwrapped
 
 Bool = NDArray[np.bool_]
 Label = Callable[[str, int], str]

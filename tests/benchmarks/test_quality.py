@@ -20,9 +20,9 @@ from benchmarks.quality.__main__ import app
 from benchmarks.quality.compare import Bench
 from benchmarks.quality.data import DataSet, parse
 from benchmarks.quality.heldout import JUDGED, hold_out, sampled
-from benchmarks.quality.rows import Layout, Rows, Vocabulary, read, vocabularies
+from benchmarks.quality.rows import Layout, Rows, Vocabulary, read, vocabularies, write_pretrained
 from benchmarks.quality.runs import Spec, fuxictr_python
-from featurestore.format.rows import FeatureRows
+from featurestore.format.datafile import FeatureRows
 from featurestore.keys import keys_of_uris
 from featurestore.spec import ExtractorSpec, StoreInfo
 from featurestore.store import FeatureStore
@@ -30,7 +30,7 @@ from tests.cli import invoke
 from tests.running.spared import WITHOUT_PANDAS
 from trainer.config import load_config
 from trainer.errors import DataError
-from trainer.schema import load_schema
+from trainer.schema.fields import load_schema
 
 ITEMS, USERS = 30, 40
 AD_LISTS = ("ad_item", "ad_image", "ad_category", "ad_scene")
@@ -234,6 +234,14 @@ class TestRows:
         known = Vocabulary.of([np.array([7, 3]), np.array([3])])
         assert known.numbers(np.array([3, 7, 5, 9])).tolist() == [1, 2, 3, 3]
         assert known.size == 4
+
+    def test_pretrained_features_have_the_numbers_of_a_vocabulary(self, tmp_path: Path) -> None:
+        keys = np.array([-3, 7])
+        write_pretrained(tmp_path, "ad_image", keys, np.eye(2, dtype=np.float32))
+        numbers = json.loads((tmp_path / "feature_vocab.json").read_text())["ad_image"]
+        assert [numbers[str(key)] for key in keys] == Vocabulary(keys).numbers(keys).tolist()
+        with np.load(tmp_path / "features.npz") as file:
+            assert file["key"].tolist() == keys.tolist() and file["value"].tolist() == [[1, 0], [0, 1]]
 
 
 def test_runs_on_different_rows_are_refused() -> None:

@@ -14,7 +14,7 @@ from click.testing import Result
 from benchmarks.tables.__main__ import app
 from benchmarks.tables.runs import Planned, Runner, section_of
 from benchmarks.tables.variants import Table, Variant, load_tables
-from featurestore.format.rows import FeatureRows
+from featurestore.format.datafile import FeatureRows
 from featurestore.store import FeatureStore
 from tests.cli import invoke
 from tests.pages import check_page

@@ -25,7 +25,7 @@ from tests.cli import invoke
 
 STAGES = ["samples", "store", "train", "evaluate", "export_vectors", "export_model"]
 HEADLINE = ["lookup_vs_numpy_take", "lookup_vs_numpy_take_10_deltas", "lookup_vs_lmdb", "lookup_vs_lance"]
-HEADLINE += ["warm_open_s", "cache_build_vs_list_column"]
+HEADLINE += ["warm_open_s"]
 OF_GPU = ["samples_per_s", "step_ms", "busy_share", "features_bytes", "places_bytes", "batch_bytes", "bytes_per_step"]
 OF_GPU += ["last_loss"]
 AT_S = np.arange(0, 3_000, 10.0)

@@ -20,7 +20,7 @@ from benchmarks.train.small import Cell, ratios
 from benchmarks.workload import Knobs, WorkloadError, make
 from featurestore import FeatureStore
 from tests.cli import invoke
-from trainer.schema import load_schema
+from trainer.schema.fields import load_schema
 
 TINY = ["--images", "200", "--dim", "16", "--samples-per-rank", "60", "--steps", "4", "--rounds", "1"]
 KNOBS = Knobs(images=200, dim=16, samples_per_rank=60)

@@ -48,11 +48,11 @@ def test_a_path_that_cannot_be_written_ends_the_command_before_its_work(
 
 
 def test_an_evaluation_has_the_figures_of_its_json(names: dict[str, object], tmp_path: Path) -> None:
-    places = {**names, "page": tmp_path / "page.html", "file": tmp_path / "file.json", "out": tmp_path / "out"}
-    line = "trainer.evaluate {run} --bootstrap 20 --out {out} --html {page} --json {file}"
+    places = {**names, "page": tmp_path / "page.html", "out": tmp_path / "out"}
+    line = "trainer.evaluate {run} --bootstrap 20 --out {out} --html {page}"
     called = call(words_of(line, places))
     assert (called.code, called.trace) == (0, ""), called.err
-    read, report = written(tmp_path / "page.html"), json.loads((tmp_path / "file.json").read_text())
+    read, report = written(tmp_path / "page.html"), json.loads((tmp_path / "out/report.json").read_text())
     for name, title in METRIC_TITLES.items():
         estimate = Estimate(**report["whole"]["metrics"][name])
         assert [title, number(estimate.value), range_of(estimate)] in read.rows
@@ -62,9 +62,9 @@ def test_an_evaluation_has_the_figures_of_its_json(names: dict[str, object], tmp
             assert [name, f"{each['impressions']:,}", *values] in read.rows
     assert len(read.plots) == 1 and read.plots[0].startswith("Reliability")
     assert str(names["run"]) in read.text and f"written to {tmp_path / 'out'}" in read.texts
-    against = "trainer.evaluate {run} --against {run} --bootstrap 20 --out {out} --html {page} --json {file}"
+    against = "trainer.evaluate {run} --against {run} --bootstrap 20 --out {out} --html {page}"
     assert call(words_of(against, places)).code == 0
-    read, found = written(tmp_path / "page.html"), json.loads((tmp_path / "file.json").read_text())
+    read, found = written(tmp_path / "page.html"), json.loads((tmp_path / "out/comparison.json").read_text())
     for name, each in found["differences"].items():
         is_shown = each["users"] is None or each["users"] >= LEAST_USERS_SHOWN
         values = [number(each[key] if is_shown else None) for key in ("ours", "baseline", "value")]

@@ -48,7 +48,7 @@ def of_days(folder: Path) -> list[str]:
     metrics = {name: 0.5 + at / 1000 for at, name in enumerate(("logloss", "auc", "gauc", "new_ad_auc", "new_ad_gauc"))}
     told = {"global_step": 1234567, "store_version": 19, "metrics": {"impressions": 7654321, **metrics}}
     (day / "report.json").write_text(json.dumps(told))
-    daytable.show(folder)
+    daytable.show(folder, daytable.write(folder))
     return ["1,234,567", "7,654,321", "2026-01-01", "2026-01-02", *(f"{value:.4f}" for value in metrics.values())]
 
 

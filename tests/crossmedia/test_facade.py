@@ -103,7 +103,7 @@ def test_features_by_uri_key_and_arrays(places: Places) -> None:
 
 
 def test_a_uri_is_hashed(tmp_path: Path, places: Places) -> None:
-    from featurestore.format.rows import FeatureRows
+    from featurestore.format.datafile import FeatureRows
 
     info = FeatureStore.open(places.folder / "features").info
     made = FeatureStore.create(tmp_path / "named", info)

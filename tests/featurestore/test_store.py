@@ -17,15 +17,15 @@ import pytest
 from featurestore import FeatureRows, FeatureStore, QuarantineRow, StoreInfo, errors, log, shard_of, staging
 from featurestore.format.datafile import schema_of
 from featurestore.log import manifest_path, version_of, versions
-from featurestore.snapshot import SnapshotId
 from featurestore.spec import MAX_VERSION, Manifest, seal
 from featurestore.storage.storage import Storage
+from featurestore.store import SnapshotId
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.expiry import expire
 from featurestore.upkeep.history import restore
-from featurestore.upkeep.repair import repair
-from featurestore.upkeep.verify import verify
+from featurestore.upkeep.verify import repair, verify
 from tests.faulty import Fault, FaultyStorage, fails, faulty, made_but_lost, opened_faulty
+from tests.featurestore.shardrows import read_shard
 from tests.featurestore.staged import build_shard, metadata_of
 
 
@@ -58,7 +58,7 @@ class TestOnEveryPlace:
         assert np.array_equal(snapshot.keys(), np.sort(rows.keys_N))
         seen = {}
         for shard in range(8):
-            part = snapshot.read_shard(shard)
+            part = read_shard(snapshot, shard)
             assert (shard_of(part.keys_N, 8) == shard).all()
             seen.update({key: (part, i) for i, key in enumerate(part.keys_N.tolist())})
         for i, key in enumerate(rows.keys_N.tolist()):
@@ -140,7 +140,7 @@ def test_an_empty_store_is_version_0(store: FeatureStore) -> None:
     assert (snapshot.version, snapshot.num_rows) == (0, 0)
     assert len(snapshot.keys()) == 0
     assert metadata_of(snapshot).num_rows == 0
-    assert len(snapshot.read_shard(0)) == 0
+    assert len(read_shard(snapshot, 0)) == 0
     assert snapshot.statistics().count == 0
     with pytest.raises(errors.SnapshotNotFoundError, match="no snapshot 3; the newest is 0"):
         store.snapshot(3)
@@ -433,7 +433,7 @@ def test_what_another_adds_meanwhile_stays(storage):
 
 def test_rows_are_not_lost_when_it_stops_half_way(storage):
     with pytest.raises(errors.StorageError):
-        staging.resolve(FaultyStorage(storage, {"delete": fails("the power went out")}), [row(1, 2.0)])
+        staging.resolve(FaultyStorage(storage, {"delete_files": fails("the power went out")}), [row(1, 2.0)])
     assert {found.key for found in staging.read(storage)} == {1, 2, 3}
 
 

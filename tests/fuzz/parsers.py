@@ -21,9 +21,8 @@ from PIL import Image, ImageOps
 from safetensors.torch import save
 
 from featurestore.errors import CorruptFileError, FeatureStoreError
-from featurestore.format.datafile import open_entry, rows_of
-from featurestore.format.rows import FeatureRows
-from featurestore.format.statistics import Moments
+from featurestore.format.codec import Moments
+from featurestore.format.datafile import FeatureRows, open_entry
 from featurestore.parsing import format_yaml
 from featurestore.spec import ExtractorSpec, Manifest, StoreInfo, seal
 from featurestore.storage.remote import leads_out
@@ -39,6 +38,7 @@ from serving.http.inference import TensorBody
 from serving.network import run_steps
 from serving.scoring.decode import decode as decode_body
 from serving.settings import Budget
+from tests.featurestore.shardrows import rows_of
 from tests.fuzz.mutate import (
     BYTES,
     JSON,

@@ -6,7 +6,7 @@ Each is a text of one function and the text that takes its place (tests/planted.
 from tests.planted import Bug
 
 SPEC, FILE, READ = "featurestore.spec", "featurestore.format.datafile", "featurestore.parsing"
-STATISTICS, NUMPY = "featurestore.format.statistics", "featurestore.format.codec"
+STATISTICS, NUMPY = "featurestore.format.codec", "featurestore.format.codec"
 INDEX, COLUMNS = "trainer.samples.index", "trainer.samples.columns"
 RUNS, CONFIG = "trainer.runs.checkpoint", "trainer.config"
 CODEC, TENSORS = "serving.http.codec", "serving.http.inference"

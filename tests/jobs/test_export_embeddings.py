@@ -17,9 +17,9 @@ from tests.cli import invoke, said
 from tests.trainer.conftest import Places, make_places
 from tests.trainer.whole_runs import run_alone
 from trainer.comm import SoloComm
-from trainer.runs import export
+from trainer.runs import saved as export
 from trainer.runs.saved import open_trained, read_run
-from trainer.schema import DEFAULT_SCHEMA
+from trainer.schema.fields import DEFAULT_SCHEMA
 
 pytestmark = pytest.mark.long  # they train whole runs
 

@@ -18,7 +18,7 @@ from tests.cli import said
 from trainer.comm import SoloComm
 from trainer.config import load_config
 from trainer.main import train
-from trainer.schema import load_schema
+from trainer.schema.fields import load_schema
 
 LINES = [
     "s0|g0|age@3;item@5:1,6:2.5;user_img@7:1,8:1|price@0.5,2;brand@9:1;ad_img@1:1|1|100",
@@ -70,6 +70,7 @@ def test_neighbouring_lines_of_a_group_become_one_row(job, lines, tmp_path):
     text = job("--from", lines(LINES), "--samples", tmp_path / "s", "--test-share", 0)
     assert "lines 5 quarantined 0 train 5 samples in 4 groups, 3 clicks" in text
     found = rows(tmp_path / "s")
+    assert not list((tmp_path / "s/test").iterdir()), "no file without a group"
     assert [row["gkey"] for row in found] == ["g0", "g1", "g0", "g0"]  # the last has another user part
     assert found[0] == {
         "user": key_of_uri("g0"), "gkey": "g0", "timestamp": 100, "age": 3, "item": [5, 6], "item_weight": [1, 2.5],

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from featurestore.format.rows import FeatureRows
+from featurestore.format.datafile import FeatureRows
 from featurestore.keys import NO_IMAGE, id_of_text, key_of_uri
 from featurestore.spec import ExtractorSpec, StoreInfo
 from featurestore.storage.storage import Storage
@@ -23,7 +23,7 @@ from trainer.config import load_config
 from trainer.main import train
 from trainer.samples.survey import IdDictionary
 from trainer.schema import __main__ as schema_command
-from trainer.schema import load_schema
+from trainer.schema.fields import load_schema
 
 NUM_ITEMS = 12
 MAPPING = {

@@ -69,6 +69,16 @@ def test_every_impression_has_its_score(places: Places, run: Path, tmp_path: Pat
     assert f"{len(scores):,} impressions" in text and f"written to   {tmp_path / 'scores.parquet'}" in text
 
 
+def test_it_needs_no_training_samples(places: Places, run: Path, tmp_path: Path) -> None:
+    train = places.folder / "samples" / "train"
+    away = train.rename(tmp_path / "train")
+    try:
+        done("--run", run, "--out", tmp_path / "scores.parquet")
+    finally:
+        away.rename(train)
+    assert len(pq.read_table(tmp_path / "scores.parquet")) == len(impressions(places.folder / "samples"))
+
+
 def test_two_ranks_write_the_same_rows(run: Path, tmp_path: Path, two_ranks_of_each: StandingRanks) -> None:
     done("--run", run, "--out", tmp_path / "one.parquet")
     assert " on 2 ranks" in two_ranks_of_each.run("-m", "jobs.score", "--run", run, "--out", tmp_path / "two.parquet")

@@ -61,7 +61,7 @@ class SampleHistory(PublishedHistory):
             (new.folder / day).write_text(day)
             (new.folder / MARK).write_text(f"with {day}")
             for name in before.list("train"):
-                new.keep(f"train/{name}", f"train/{name}")
+                new.kept[f"train/{name}"] = f"train/{name}"
         assert any(day in each.named for each in self.log), "a day that was added was never published"
 
     def expire(self, storage: Storage) -> None:

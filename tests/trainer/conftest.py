@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from featurestore.format.rows import FeatureRows
+from featurestore.format.datafile import FeatureRows
 from featurestore.published.paths import RunPath, run_path
 from featurestore.spec import ExtractorSpec, StoreInfo
 from featurestore.store import FeatureStore

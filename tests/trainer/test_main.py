@@ -48,6 +48,7 @@ from trainer.main import app
 from trainer.runs.checkpoint import read_state
 from trainer.runs.folder import find_checkpoint
 from trainer.schema.__main__ import app as schema_app
+from trainer.schema.names import by_bucket, write_buckets
 from trainer.stages import AHEAD, Stage
 
 WORKER = Path(__file__).parent / "main_worker.py"
@@ -81,7 +82,7 @@ class TestCommandLine:
         store.delete([1_000, 1_001])
         store.add_quarantine([QuarantineRow(1_001, "item/1", "truncated", 1.0)])
         named = pa.table({"key": pa.array([1_000, 1_007]), "uri": ["item/0", "item/7"]})
-        pq.write_table(named, samples / "images.parquet")
+        write_buckets(samples / "images.parquet", named.schema, by_bucket(named))
         file = samples / "train" / "day=2026-01-02.parquet"
         table = pq.read_table(file, partitioning=None)
         images = table["ad_image"].to_pylist()

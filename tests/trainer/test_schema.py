@@ -11,9 +11,16 @@ import yaml
 
 from tests.cli import invoke
 from trainer.errors import SchemaError
-from trainer.schema import DEFAULT_SCHEMA, Schema, load_schema
 from trainer.schema.__main__ import app
-from trainer.schema.fields import IDS_LR_ALONE, schema_text, settings_text, table_rows
+from trainer.schema.fields import (
+    DEFAULT_SCHEMA,
+    IDS_LR_ALONE,
+    Schema,
+    load_schema,
+    schema_text,
+    settings_text,
+    table_rows,
+)
 from trainer.schema.suggest import match_columns
 
 OWN = """

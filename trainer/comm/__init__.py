@@ -1,7 +1,6 @@
-"""Collectives between ranks: their interface, and one file for each implementation."""
+"""Collectives between ranks: their interface, and ranks of torch.distributed and of Horovod."""
 
 from trainer.comm.comm import Comm, SoloComm, Traffic, connect
-from trainer.comm.distributed import TorchComm
-from trainer.comm.horovod import HorovodComm
+from trainer.comm.distributed import HorovodComm, TorchComm
 
 __all__ = ["Comm", "HorovodComm", "SoloComm", "TorchComm", "Traffic", "connect"]

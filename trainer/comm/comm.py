@@ -57,19 +57,36 @@ class Comm(ABC):
         self.is_stuck = False
         """Whether a collective was abandoned: then the ranks can only be left by ending the process."""
 
-    @abstractmethod
     def alltoall(self, rows_N: Tensor, splits_P: Tensor, name: str) -> tuple[Tensor, Tensor]:
-        """Send the first `splits_P[0]` rows to rank 0, and so on.
+        """Send the first `splits_P[0]` rows to rank 0, and so on; int32 splits, which cut all rows.
 
         Returns the rows received, in the order of the ranks that sent them, and their counts (P,) int32.
         """
+        if splits_P.dtype != torch.int32 or int(splits_P.sum()) != len(rows_N):
+            raise ValueError(f"{name}: splits {splits_P.tolist()} ({splits_P.dtype}) do not cut {len(rows_N)} rows")
+        received, counts_P = self._alltoall(rows_N, splits_P, name)
+        row_bytes = rows_N.element_size() * math.prod(rows_N.shape[1:])
+        sent, got = (int(each_P.sum() - each_P[self.rank]) for each_P in (splits_P, counts_P))
+        self._count(name, row_bytes * sent, row_bytes * got)
+        return received, counts_P
 
     @abstractmethod
-    def start_allreduce_sum_(self, values: Tensor, name: str) -> Callable[[], None]:
+    def _alltoall(self, rows_N: Tensor, splits_P: Tensor, name: str) -> tuple[Tensor, Tensor]:
+        """Do what `alltoall` says."""
+
+    def start_allreduce_sum_(self, values: Tensor, name: str) -> Callable[[], object]:
         """Begin to sum `values` over all ranks, in place; the result has the same bits on every rank.
 
         The values must not be used until the returned function, which waits for the end, has returned.
         """
+        # What a ring sends and receives: every element twice, but for the part that a rank reduces itself.
+        ring_bytes = 2 * values.nbytes * (self.size - 1) // self.size
+        self._count(name, ring_bytes, ring_bytes)
+        return self._start_allreduce_sum_(values, name)
+
+    @abstractmethod
+    def _start_allreduce_sum_(self, values: Tensor, name: str) -> Callable[[], object]:
+        """Do what `start_allreduce_sum_` says."""
 
     def allreduce_sum_(self, values: Tensor, name: str) -> Tensor:
         """Sum `values` over all ranks, in place; return them."""
@@ -81,13 +98,13 @@ class Comm(ABC):
         return torch.cat(self._gathered(rows_N, name))
 
     def allgather_object(self, value: Object, name: str = "objects") -> list[Object]:
-        """Return one value from each rank, in the order of ranks."""
-        return [cast("Object", _unpickled(data_N)) for data_N in self._gathered(_pickled(value), name)]
+        """Return one value from each rank, in the order of ranks: of the same program, so it may be unpickled."""
+        data_N = torch.from_numpy(np.frombuffer(pickle.dumps(value), np.uint8).copy())
+        return [pickle.loads(each_N.numpy().tobytes()) for each_N in self._gathered(data_N, name)]
 
     def broadcast_object(self, value: Object, root: int = 0) -> Object:
         """Return the value of rank `root`."""
-        data_N = _pickled(value) if self.rank == root else torch.empty(0, dtype=torch.uint8)
-        return cast("Object", _unpickled(self._gathered(data_N, "broadcast")[root]))
+        return cast("Object", self.allgather_object(value if self.rank == root else None, "broadcast")[root])
 
     @abstractmethod
     def carrier(self, device: torch.device) -> str | None:
@@ -135,38 +152,11 @@ class Comm(ABC):
         rows, counts_P = self.alltoall(copies, torch.full((self.size,), len(rows_N), dtype=torch.int32), name=name)
         return list(torch.split(rows.to(rows_N.device), counts_P.tolist()))
 
-    def _count_alltoall(self, rows_N: Tensor, sent_P: Tensor, received_P: Tensor, name: str) -> None:
-        """Count the rows sent to and received from other ranks."""
-        row_bytes = rows_N.element_size() * math.prod(rows_N.shape[1:])
-        sent, received = (int(counts_P.sum() - counts_P[self.rank]) for counts_P in (sent_P, received_P))
-        self._count(name, row_bytes * sent, row_bytes * received)
-
-    def _count_allreduce(self, values: Tensor, name: str) -> None:
-        """Count what a ring sends and receives: every element twice, but for the part that a rank reduces itself."""
-        ring_bytes = 2 * values.nbytes * (self.size - 1) // self.size
-        self._count(name, ring_bytes, ring_bytes)
-
     def _count(self, name: str, sent: int, received: int) -> None:
-        traffic = self.traffic.setdefault(name, Traffic())
-        traffic.sent += sent
-        traffic.received += received
-
-
-def check_splits(rows_N: Tensor, splits_P: Tensor, name: str) -> None:
-    """Raise ValueError unless the splits of an alltoall are int32 and cut all rows."""
-    if splits_P.dtype != torch.int32 or int(splits_P.sum()) != len(rows_N):
-        raise ValueError(f"{name}: splits {splits_P.tolist()} ({splits_P.dtype}) do not cut {len(rows_N)} rows")
-
-
-def _pickled(value: object) -> Tensor:
-    """Serialize a value to bytes (N,) uint8, for the same program on another rank."""
-    return torch.from_numpy(np.frombuffer(pickle.dumps(value), np.uint8).copy())
-
-
-def _unpickled(data_N: Tensor) -> object:
-    """Deserialize a value that `_pickled` has just sent from another rank; never use it on files."""
-    value: object = pickle.loads(data_N.numpy().tobytes())
-    return value
+        if self.size > 1:
+            traffic = self.traffic.setdefault(name, Traffic())
+            traffic.sent += sent
+            traffic.received += received
 
 
 class SoloComm(Comm):
@@ -176,27 +166,20 @@ class SoloComm(Comm):
         super().__init__(deadline_s)
         self.rank, self.size, self.moves_cuda_tensors = 0, 1, True
 
-    def alltoall(self, rows_N: Tensor, splits_P: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    def _alltoall(self, rows_N: Tensor, splits_P: Tensor, name: str) -> tuple[Tensor, Tensor]:
         return rows_N, splits_P
 
-    def start_allreduce_sum_(self, values: Tensor, name: str) -> Callable[[], None]:
-        return _nothing
+    def _start_allreduce_sum_(self, values: Tensor, name: str) -> Callable[[], object]:
+        return lambda: None
 
     def allgather_object(self, value: Object, name: str = "objects") -> list[Object]:
         return [value]
-
-    def broadcast_object(self, value: Object, root: int = 0) -> Object:
-        return value
 
     def carrier(self, device: torch.device) -> str | None:
         return None
 
     def close(self) -> None:
         pass
-
-
-def _nothing() -> None:
-    """End a collective of one rank."""
 
 
 _GRACE_S = 2.0
@@ -210,14 +193,14 @@ _AFTER_A_LOSS = "start again, with run.resume=latest and the run's name where it
 class Board:
     """The key-value store of the launcher, which all ranks reach, and where late ranks post in what they wait.
 
-    `read` returns None for a missing key; a store that is lost is as one without keys. A rank may wait in two
-    collectives at once: that of its step, and that of the thread ahead.
+    `read` returns None for a missing key; a store that is lost is as one without keys. `where`: its address. A rank may
+    wait in two collectives at once: that of its step, and that of the thread ahead.
     """
 
     def __init__(
         self, rank: int, write: Callable[[str, str], object], read: Callable[[str], str | None], where: str
     ) -> None:
-        self._rank, self._write, self._read, self._where = rank, write, read, where
+        self._rank, self._write, self._read, self.where = rank, write, read, where
         self.is_silent = False
         """Whether the store has not answered in time; then it is not asked again."""
 
@@ -247,11 +230,12 @@ class Board:
         late = [rank for rank in range(size) if rank != self._rank and self.get(f"{rank}.{name}") is None]
         where = {rank: self.get(str(rank)) for rank in late}
         ranks = ", ".join(f"rank {rank}" + (f" (in {at})" if at else "") for rank, at in where.items())
+        silence = f"; the store at {self.where}, where ranks say where they are, does not answer"
         return (
             f"collective {name} has taken more than run.deadline_s={deadline_s:g} on rank {self._rank}; "
             f"not there: {ranks or 'nobody is missing, so look at the network'}. See what that rank is doing "
             "(pip install py-spy; py-spy dump), or raise run.deadline_s; start again with run.resume=latest"
-            + (f"; {self._where}, where ranks say where they are, does not answer" if self.is_silent else "")
+            + (silence if self.is_silent else "")
         )
 
 
@@ -277,18 +261,8 @@ def in_time(question: Callable[[], Answer], patience_s: float) -> Answer:
     return answer.result(patience_s)
 
 
-_HOROVOD = (
-    "HOROVOD_RANK",
-    "HOROVOD_SIZE",
-    "HOROVOD_LOCAL_RANK",
-    "HOROVOD_LOCAL_SIZE",
-    "HOROVOD_CROSS_RANK",
-    "HOROVOD_CROSS_SIZE",
-    "HOROVOD_GLOO_RENDEZVOUS_ADDR",
-    "HOROVOD_GLOO_RENDEZVOUS_PORT",
-)
+_HOROVOD = ("HOROVOD_RANK", "HOROVOD_SIZE", "HOROVOD_GLOO_RENDEZVOUS_ADDR", "HOROVOD_GLOO_RENDEZVOUS_PORT")
 _TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_WAY_OUT = "start all ranks by horovodrun or torchrun, or unset {found} for one rank alone"
 
 
 def connect(deadline_s: float = DEADLINE_S) -> Comm:
@@ -297,18 +271,23 @@ def connect(deadline_s: float = DEADLINE_S) -> Comm:
     Raises ConfigError where the environment tells half of it, or Horovod is not installed, LostRankError where ranks
     have not come within `deadline_s`.
     """
-    from trainer.comm.distributed import TorchComm  # both are built upon this module
-    from trainer.comm.horovod import HorovodComm
+    from trainer.comm.distributed import HorovodComm, TorchComm  # which are built upon this module
 
-    by_horovod = _complete(_HOROVOD, signs=_HOROVOD[:2])
-    by_torchrun = _complete(_TORCHRUN, signs=("RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID"))
-    if by_horovod and by_torchrun and "TORCHELASTIC_RUN_ID" in os.environ:
-        raise ConfigError("horovodrun and torchrun both started this process; start one of them, not one in the other")
-    if by_horovod:
+    if _has_set(_HOROVOD):
         return HorovodComm(deadline_s)
-    if by_torchrun:
-        return TorchComm(deadline_s)
-    return SoloComm(deadline_s)
+    return TorchComm(deadline_s) if _has_set(_TORCHRUN) else SoloComm(deadline_s)
+
+
+def _has_set(names: tuple[str, ...]) -> bool:
+    """Return whether a launcher has set its variables; one of the first two says that it did."""
+    missing = [name for name in names if name not in os.environ]
+    if missing and not {*names[:2]} <= {*missing}:
+        found = ", ".join(name for name in names if name not in missing)
+        raise ConfigError(
+            f"{found} is set, but not {', '.join(missing)}: start all ranks by horovodrun or torchrun, or unset it for "
+            "one rank alone"
+        )
+    return not missing
 
 
 def launcher_of(ranks: int) -> list[str]:
@@ -325,15 +304,3 @@ def launcher_of(ranks: int) -> list[str]:
         torchrun = ["env", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1", sys.executable, "-m", "torch.distributed.run"]
         return [*torchrun, *meeting, "--nproc-per-node", str(ranks)]
     return [horovodrun, "--gloo", "-np", str(ranks), sys.executable]
-
-
-def _complete(names: tuple[str, ...], signs: tuple[str, ...]) -> bool:
-    """Return whether a launcher set its variables; one of `signs` says that it did."""
-    found, missing = ([name for name in names if (name in os.environ) == is_set] for is_set in (True, False))
-    if not any(sign in os.environ for sign in signs):
-        return False
-    if missing:
-        raise ConfigError(
-            f"{', '.join(found) or signs[-1]} is set, but not {', '.join(missing)}: " + _WAY_OUT.format(found="it")
-        )
-    return True

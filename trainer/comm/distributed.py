@@ -1,13 +1,16 @@
-"""Collectives over torch.distributed, in lanes that do not wait for each other.
+"""Collectives over torch.distributed, in lanes that do not wait for each other, and over Horovod.
 
-Ranks meet at torchrun's store of keys. They wait there, in sight of their deadline, until all have come to a lane;
-connecting then takes no time worth a deadline. Each lane asks the store over a connection of its own: a client answers
-one question after the other, and the lane that another thread makes may be what a lane's ranks wait for.
+Ranks of torch.distributed meet at torchrun's store of keys. They wait there, in sight of their deadline, until all have
+come to a lane; connecting then takes no time worth a deadline. Each lane asks the store over a connection of its own: a
+client answers one question after the other, and the lane that another thread makes may be what a lane's ranks wait for.
 
 A process group takes its collectives in one order on every rank. Ours have an order among those of one name alone: the
 sum of a gradient begins when backward has made it, beside collectives of the thread ahead. So groups are lanes. What
 the thread that made the Comm waits for comes one after the other, and has one lane; every other collective has the
 lane of its name. No lane waits for another, whatever the order in which ranks come to them.
+
+Horovod connects its ranks by Gloo, which ends the process (SIGABRT) if one does not arrive within 30 s. So here they
+first wait for each other, with their own deadline.
 """
 
 import contextlib
@@ -22,18 +25,20 @@ import socket
 import threading
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import astuple, dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any, Literal, NoReturn, cast
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from trainer.comm.comm import DEADLINE_S, Board, Comm, check_splits, in_time, loss
+from trainer.comm.comm import DEADLINE_S, Board, Comm, in_time, loss
 from trainer.errors import ConfigError, LateRankError, LostRankError
 
 Carrier = Literal["gloo", "nccl"]
@@ -44,9 +49,25 @@ _CONNECT = timedelta(seconds=120)
 """Seconds for ranks to connect once all have arrived."""
 _FOREVER = timedelta(days=365)
 """A group's own timeout, which would close its connections; ours is `Comm.deadline_s`."""
+_TRY_S = 5.0
+"""How long a try to reach the store may take; the next one begins at once."""
 _LEAVE_S = 5.0
 """How long the rank that holds the store waits for the others to leave."""
 _times = itertools.count()
+_MAIN = "lane.start"
+_LOOK_S = 0.2
+"""Seconds between checks of the deadline and of signals during a wait, which ends at once with its collective."""
+_DISCARD = 9
+_CYCLE_TIME = "2"
+"""Milliseconds between two looks at what is to be done; each talks to the other ranks, and takes the processor from the
+step: two ranks of one core are a fifth faster with this than with 0.3, a small collective takes one or two ms more. The
+environment's own value wins."""
+WITHOUT_NCCL = (
+    "this Horovod was built without NCCL; start the ranks by torchrun, whose NCCL needs no build, "
+    "or build Horovod with it: HOROVOD_GPU_OPERATIONS=NCCL make install"
+)
+_ADDRESS = ("HOROVOD_GLOO_RENDEZVOUS_ADDR", "HOROVOD_GLOO_RENDEZVOUS_PORT")
+_meetings = itertools.count()  # several Comms of one process come one after the other
 
 
 @dataclass(frozen=True)
@@ -77,7 +98,7 @@ class Meeting:
         def read(key: str) -> str | None:
             return store.get(key).decode() if store.check([key]) else None
 
-        return Board(self.rank, store.set, read, "the store at MASTER_ADDR:MASTER_PORT")
+        return Board(self.rank, store.set, read, "MASTER_ADDR:MASTER_PORT")
 
     @classmethod
     def of_environment(cls, patience_s: float) -> "Meeting":
@@ -172,15 +193,20 @@ class Lanes:
 @functools.cache  # this process connects again: its own store still listens
 def _store_at(host: str, port: int, rank: int, size: int, *, holds: bool, patience_s: float) -> Store:
     """Connect to the store of all ranks, or hold it: among ranks of one host where these alone reach it."""
-    listener = None
+    from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
+
+    listener, patience = None, timedelta(seconds=patience_s)
+    # The name of a host may be known later than its ranks start; the last try's error is raised.
+    retried = Retrying(
+        retry=retry_if_exception_type(OSError), stop=stop_after_delay(patience), wait=wait_fixed(0.05), reraise=True
+    )
     if holds:
-        _wait_for(lambda _: socket.getaddrinfo(host, port), patience_s)
+        retried(socket.getaddrinfo, host, port)
         address = listening_address(host, is_one_host=_is_one_host(size))
         listener = socket.create_server((address, port)).detach()
         host = address or "127.0.0.1"  # whatever MASTER_ADDR may lead to, its own store is here
     else:  # torch's own client says on several screens that nothing listens
-        _wait_for(lambda left_s: socket.create_connection((host, port), timeout=left_s).close(), patience_s)
-    patience = timedelta(seconds=patience_s)
+        retried(lambda: socket.create_connection((host, port), timeout=min(patience_s, _TRY_S)).close())
     return dist.TCPStore(  # type: ignore[attr-defined]
         host, port, size, holds, patience, wait_for_workers=False, master_listen_fd=listener
     )
@@ -200,23 +226,6 @@ def listening_address(master: str, *, is_one_host: bool) -> str:
         bound.bind((str(ipaddress.IPv4Address(master)), 0))
         return master
     return ""
-
-
-def _wait_for(reach: Callable[[float], object], patience_s: float) -> None:
-    """Retry a connection, as the name of a host may be known later than its ranks start.
-
-    Raises the last try's OSError after `patience_s`.
-    """
-    end_s = time.monotonic() + patience_s
-    while True:
-        try:
-            reach(max(0.1, end_s - time.monotonic()))
-        except OSError:
-            if time.monotonic() > end_s:
-                raise
-            time.sleep(0.05)
-        else:
-            return
 
 
 def own_address(master: str, *, is_one_host: bool) -> str:
@@ -271,11 +280,6 @@ def _first_line(error: Exception) -> str:
     return str(error).partition("\n")[0]
 
 
-_MAIN = "lane.start"
-_LOOK_S = 0.2
-"""Seconds between checks of the deadline and of signals during a wait, which ends at once with its collective."""
-
-
 class TorchComm(Comm):
     """The ranks that `torchrun` started: Gloo, and NCCL for tensors of GPUs."""
 
@@ -297,28 +301,21 @@ class TorchComm(Comm):
         """Of each name that threads of their own begin with: the first one."""
         self.moves_cuda_tensors = has_gpu_for_each(self._lanes.ranks)
 
-    def alltoall(self, rows_N: Tensor, splits_P: Tensor, name: str) -> tuple[Tensor, Tensor]:
-        check_splits(rows_N, splits_P, name)
+    def _alltoall(self, rows_N: Tensor, splits_P: Tensor, name: str) -> tuple[Tensor, Tensor]:
         key = f"alltoall.{name}"
-        lane = self._lane_of(key)
+        lane = self._lanes.of("gloo", _MAIN if threading.get_ident() == self._thread else key)  # its thread waits
         counts_P = self._tell(lane, splits_P, key)
         received = rows_N.new_empty((int(counts_P.sum()), *rows_N.shape[1:]))
         carrier = self._lanes.of("nccl", key) if rows_N.is_cuda else lane
         row_bytes = rows_N.element_size() * math.prod(rows_N.shape[1:])
         sizes = [[row_bytes * rows for rows in each.tolist()] for each in (counts_P, splits_P)]
         self._wait(key, carrier.alltoall_base(_bytes(received), _bytes(rows_N), *sizes, dist.AllToAllOptions()))
-        self._count_alltoall(rows_N, splits_P, counts_P, name)
         return received, counts_P
 
-    def start_allreduce_sum_(self, values: Tensor, name: str) -> Callable[[], None]:
+    def _start_allreduce_sum_(self, values: Tensor, name: str) -> Callable[[], object]:
         key = f"allreduce.{name}"
         begun = self._beside(key, lambda: self._allreduce(values, key))
-
-        def finish() -> None:
-            self._wait(key, begun.result())
-            self._count_allreduce(values, name)
-
-        return finish
+        return lambda: self._wait(key, begun.result())
 
     def carrier(self, device: torch.device) -> str | None:
         carrier = "NCCL" if device.type == "cuda" and self.moves_cuda_tensors else "Gloo"
@@ -354,10 +351,6 @@ class TorchComm(Comm):
         with_thread.shutdown(wait=False)
         return begun
 
-    def _lane_of(self, key: str) -> ProcessGroup:
-        """Return the lane of a collective for which its thread waits."""
-        return self._lanes.of("gloo", _MAIN if threading.get_ident() == self._thread else key)
-
     def _tell(self, lane: ProcessGroup, counts_P: Tensor, key: str) -> Tensor:
         """Send each rank a number; return the received ones (P,) int32.
 
@@ -377,19 +370,14 @@ class TorchComm(Comm):
         end_s = time.monotonic() + self.deadline_s
         try:
             while not work.is_completed():
-                self._look(work, end_s - time.monotonic())
+                with contextlib.suppress(RuntimeError):  # not yet; or its error, which the next wait raises again
+                    work.wait(timedelta(seconds=max(1e-3, min(_LOOK_S, end_s - time.monotonic()))))
                 if time.monotonic() > end_s and not work.is_completed():
                     self._give_up(key)
             work.wait()
         except RuntimeError as error:
             self._abandon()
             raise LostRankError(loss(self.rank, _name_of(key))) from error
-
-    @staticmethod
-    def _look(work: dist.Work, left_s: float) -> None:
-        """Wait a little for the end of a collective."""
-        with contextlib.suppress(RuntimeError):  # not yet; or its error, which the next wait raises again
-            work.wait(timedelta(seconds=max(1e-3, min(_LOOK_S, left_s))))
 
     def _give_up(self, key: str) -> NoReturn:
         self._abandon()
@@ -410,3 +398,119 @@ def _bytes(values: Tensor) -> Tensor:
 def _name_of(key: str) -> str:
     """Return the name of a collective without its kind."""
     return key.partition(".")[2]
+
+
+class HorovodComm(Comm):
+    """The ranks that `horovodrun` started."""
+
+    without_cuda = WITHOUT_NCCL
+
+    def __init__(self, deadline_s: float = DEADLINE_S) -> None:
+        super().__init__(deadline_s)
+        os.environ.setdefault("HOROVOD_CYCLE_TIME", _CYCLE_TIME)
+        if server := os.environ.get(_ADDRESS[0]):
+            for variable in ("HOROVOD_GLOO_IFACE", "NCCL_SOCKET_IFNAME"):  # horovodrun sets both
+                with contextlib.suppress(OSError):  # `meet` says what is out of reach
+                    os.environ.setdefault(variable, interface_towards(server))
+        try:
+            import horovod.torch as hvd
+            from horovod.common.exceptions import HorovodInternalError
+            from horovod.runner.http.http_client import put_data_into_kvstore, read_data_from_kvstore
+        except ImportError as error:
+            raise ConfigError(
+                f"horovodrun started this process, but its Python cannot import Horovod ({error}): make install builds "
+                "it; without it, start the ranks by torchrun"
+            ) from error
+
+        self._hvd: Any = hvd
+        self._internal_error: type[Exception] = HorovodInternalError
+        rank, scope = int(os.environ["HOROVOD_RANK"]), f"comm.{next(_meetings)}"
+        address = [os.environ[name] for name in _ADDRESS]
+        write, read = (partial(each, *address, scope) for each in (put_data_into_kvstore, read_data_from_kvstore))
+        self._board = Board(rank, write, read, f"{':'.join(_ADDRESS)}={':'.join(address)}")
+        meet(self._board, rank, int(os.environ["HOROVOD_SIZE"]), deadline_s)
+        hvd.init()
+        self.rank, self.size = hvd.rank(), hvd.size()
+        self.moves_cuda_tensors = bool(hvd.nccl_built())
+
+    def _alltoall(self, rows_N: Tensor, splits_P: Tensor, name: str) -> tuple[Tensor, Tensor]:
+        with self._named(name):
+            handle = self._hvd.alltoall_async(rows_N.contiguous(), splits_P, name=f"alltoall.{name}")
+        received, counts_P = self._wait(handle, name)
+        return received, counts_P
+
+    def _start_allreduce_sum_(self, values: Tensor, name: str) -> Callable[[], object]:
+        with self._named(name):
+            handle = self._hvd.allreduce_async_(values, op=self._hvd.Sum, name=f"allreduce.{name}")
+        return partial(self._wait, handle, name)
+
+    def carrier(self, device: torch.device) -> str | None:
+        if device.type == "cuda" and self.moves_cuda_tensors:
+            return "NCCL by Horovod"
+        return "Gloo by Horovod" if self._hvd.gloo_enabled() else "MPI by Horovod"
+
+    def close(self) -> None:
+        # Horovod's end waits for all ranks: for ever, if one is stuck. The process ends without it then.
+        if not self.is_stuck:
+            self._hvd.shutdown()
+
+    def _wait(self, handle: int, name: str) -> Any:
+        """Return the result of the collective. Raises LostRankError, LateRankError."""
+        start_s, pause_s = time.monotonic(), 1e-4
+        with self._named(name):
+            while not self._hvd.poll(handle):
+                time.sleep(pause_s)
+                pause_s = min(1.2 * pause_s, 1e-3)
+                if time.monotonic() - start_s > self.deadline_s:
+                    self.is_stuck = True
+                    raise LateRankError(self._board.lateness(name, self.size, self.deadline_s))
+            return self._hvd.synchronize(handle)
+
+    @contextlib.contextmanager
+    def _named(self, name: str) -> Iterator[None]:
+        """Raise LostRankError if Horovod finds that another rank was lost, before or during a collective."""
+        try:
+            yield
+        except self._internal_error as error:
+            raise LostRankError(loss(self.rank, name)) from error
+
+
+def interface_towards(address: str) -> str:
+    """Name the network interface by which this host reaches an address: eth0, or lo for one of its own.
+
+    Without that, Gloo takes the address of the host's name, which on many systems is a loopback one.
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((address, _DISCARD))  # nothing is sent: the kernel chooses the way
+        own = probe.getsockname()[0]
+    return next(
+        (name for name, found in psutil.net_if_addrs().items() if own in [each.address for each in found]), "lo"
+    )
+
+
+def meet(board: Board, rank: int, size: int, deadline_s: float) -> None:
+    """Wait until all ranks have arrived here. Each reads one key, but rank 0 reads one of each rank.
+
+    Raises LostRankError if the store is out of reach, LateRankError if ranks do not arrive, after `deadline_s`.
+    """
+    here, end_s, pause_s, number = f"{rank}.start", time.monotonic() + deadline_s, 1e-3, 0  # as `lateness` asks for
+    awaited = [f"{each}.start" for each in range(size)] if rank == 0 else ["all"]
+    trouble = board.put(here, "here")
+    while number < len(awaited):
+        if trouble is None and board.get(awaited[number]) is not None:
+            number += 1
+            continue
+        if time.monotonic() > end_s:
+            if trouble is not None:
+                raise LostRankError(
+                    f"rank {rank} did not reach the process that started the ranks within run.deadline_s="
+                    f"{deadline_s:g}, at {board.where}: {trouble}"
+                )
+            raise LateRankError(board.lateness("start", size, deadline_s))
+        time.sleep(pause_s)
+        pause_s = min(1.5 * pause_s, 0.1)
+        board.is_silent = False  # it is asked again, as its process may have been stopped for a while
+        if trouble is not None:
+            trouble = board.put(here, "here")
+    if rank == 0:
+        board.put("all", "here")

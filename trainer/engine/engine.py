@@ -14,7 +14,7 @@ from trainer.exchange.exchange import KeyRequest
 from trainer.exchange.vectors import FieldVectors, HostLengths
 from trainer.optim import Rates, rates_at
 from trainer.samples.reader import Batch
-from trainer.stages import Kind
+from trainer.stages import Kind, StageSequence
 
 # Fields, dense values and the group of each sample in; as trainer.models.ctr.CtrModel.forward.
 NetworkPart = Callable[[Mapping[str, FieldVectors], Mapping[str, Tensor], Tensor], Tensor]
@@ -75,7 +75,7 @@ class Engine(EngineParts):
         label_B = self._on_device(batch.label_B, self._dtype)
         loss = functional.binary_cross_entropy_with_logits(logit_B, label_B, reduction="sum") / batch.global_samples
         self._dense.note(loss, request.failures)
-        request.backward = self.stages.begin("worker backward")
+        request.backward = StageSequence(self.stages, "worker backward")
         loss.backward()  # type: ignore[no-untyped-call]
         request.backward.switch(None)
         self._dense.start_reduction()
@@ -121,7 +121,8 @@ class Engine(EngineParts):
 
     def _outputs(self, prepared: PreparedBatch, network: NetworkPart, given: Mapping[str, FieldVectors]) -> Tensor:
         batch, place = prepared.batch, self.model.place
-        vectors, dense = self._vectors(prepared), self._dense_values(batch)
+        vectors, numbers = self._vectors(prepared), [each.name for each in self.fields if each.kind == "dense"]
+        dense = {name: self._on_device(batch.dense[name], self._dtype) for name in numbers}
         group_of_sample_B = self._on_device(batch.group_of_sample_B)
         with self.stages.timed("worker forward", prepared.request.kind):
             place.step, place.place_B = self.num_steps, batch.places
@@ -141,10 +142,6 @@ class Engine(EngineParts):
                 lengths_M = batch.fields[each.name].lengths_M
                 vectors[each.name].on_host = HostLengths(lengths_M, batch.group_of_sample_B)
         return vectors
-
-    def _dense_values(self, batch: Batch) -> dict[str, Tensor]:
-        dense = [each.name for each in self.fields if each.kind == "dense"]
-        return {name: self._on_device(batch.dense[name], self._dtype) for name in dense}
 
     def _on_device(self, values: AnyArray, dtype: torch.dtype | None = None) -> Tensor:
         return on_device(values, self._device).to(dtype=dtype)

@@ -1,7 +1,6 @@
 """The machine: threads, memory and number types of a rank."""
 
 import contextlib
-import ctypes
 import gc
 import hashlib
 import os
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import psutil
 import pyarrow as pa
 import torch
 from torch import Tensor
@@ -41,8 +41,9 @@ def share_machine(config: Config, comm: Comm) -> torch.device:
     """
     place = RankPlace(socket.gethostname(), frozenset(os.sched_getaffinity(0)), torch.cuda.is_available())
     places = comm.allgather_object(place, name="places")
-    check_threads(config.run.threads, min(len(each.cores) for each in places))
-    threads = config.run.threads or threads_of(comm.rank, places)
+    threads, cores = config.run.threads or threads_of(comm.rank, places), min(len(each.cores) for each in places)
+    if threads > _MOST_THREADS * cores:  # the C libraries would just crash
+        raise ConfigError(f"run.threads={threads}: a rank may run on {cores} cores; by default each takes its share")
     torch.set_num_threads(threads)
     pa.set_cpu_count(threads)
     without_cuda = None if comm.moves_cuda_tensors else comm.without_cuda
@@ -55,12 +56,6 @@ def share_machine(config: Config, comm: Comm) -> torch.device:
     device = torch.device("cuda", here.index(comm.rank) % torch.cuda.device_count())
     torch.cuda.set_device(device)  # NCCL, and code that names no device, would use the first GPU
     return device
-
-
-def check_threads(threads: int | None, cores: int) -> None:
-    """Raise ConfigError for more threads than a rank can use on `cores` cores: the C libraries would just crash."""
-    if threads is not None and threads > _MOST_THREADS * cores:
-        raise ConfigError(f"run.threads={threads}: a rank may run on {cores} cores; by default each takes its share")
 
 
 def threads_of(rank: int, places: Sequence[RankPlace]) -> int:
@@ -100,9 +95,9 @@ def check_memory(
     found = comm.allgather_object(mine, name="memory")
     for place in dict.fromkeys(where for where, _, _ in found):
         here = [(free, needs) for where, free, needs in found if where == place]
-        free = min((free for free, _ in here if free is not None), default=None)
+        free = min(free for free, _ in here)
         bytes_of_table = [sum(each) for each in zip(*(needs for _, needs in here), strict=True)]
-        if free is None or sum(bytes_of_table) <= free:
+        if sum(bytes_of_table) <= free:
             continue
         shape, needed = max(zip(shapes, bytes_of_table, strict=True), key=lambda pair: pair[1])
         raise ConfigError(
@@ -144,25 +139,13 @@ def check_same(comm: Comm, state: Mapping[str, Tensor]) -> None:
         )
 
 
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # numbers of mallopt(3)
-_LARGEST_KEPT = 32 << 20  # more glibc does not allow
-_KEPT_IN_ALL = 512 << 20
-_MEMINFO = Path("/proc/meminfo")
 _GROUP = Path("/proc/self/cgroup")
 _GROUPS = Path("/sys/fs/cgroup")
 
 
-def free_bytes() -> int | None:
-    """Return the memory that processes of this machine can still take, swap and the limits of a container included.
-
-    None where the system does not say.
-    """
-    known = []
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        lines = (line.split(":") for line in _MEMINFO.read_text().splitlines())
-        found = {name: int(value.split()[0]) << 10 for name, value in lines}
-        known.append(found["MemAvailable"] + found["SwapFree"])
-    return min([*known, *_limits()], default=None)
+def free_bytes() -> int:
+    """Return the memory that processes of this machine can still take, swap and the limits of a container included."""
+    return min([psutil.virtual_memory().available + psutil.swap_memory().free, *_limits()])
 
 
 def _limits() -> Iterator[int]:
@@ -173,19 +156,6 @@ def _limits() -> Iterator[int]:
             if folder.is_relative_to(_GROUPS):
                 with contextlib.suppress(OSError, ValueError):  # "max", or no such file
                     yield int((folder / "memory.max").read_text())
-
-
-def keep_freed_memory() -> None:
-    """Keep freed blocks of up to 32 MB, half a gigabyte in all, for the next allocation.
-
-    By default glibc returns large blocks at once, and in each step the kernel finds and clears the same pages again:
-    a tenth of the time of E's forward and backward. For a process that does nothing else: a server would keep what each
-    of its threads has freed. Nothing happens where the C library is another one.
-    """
-    libc = ctypes.CDLL(None)
-    with contextlib.suppress(AttributeError):
-        libc.mallopt(_MMAP_THRESHOLD, _LARGEST_KEPT)
-        libc.mallopt(_TRIM_THRESHOLD, _KEPT_IN_ALL)
 
 
 @contextlib.contextmanager
@@ -216,17 +186,15 @@ def with_compute_dtype(config: ModelConfig, comm: Comm, device: torch.device, re
     """
     if config.compute_dtype != "auto":
         return config
-    settled = recorded or comm.on_rank_0(_named_dtype) or _agreed_dtype(comm, device)
+
+    def named() -> AutoDType | None:
+        try:
+            return dtype_of_environment()
+        except ValueError as failure:
+            raise ConfigError(str(failure)) from failure
+
+    settled = recorded or comm.on_rank_0(named)
+    if settled is None:
+        of_ranks = comm.allgather_object(dtype_of_machine(device.type), name="compute dtypes")
+        settled = "bfloat16" if set(of_ranks) == {"bfloat16"} else "float32"
     return config.model_copy(update={"compute_dtype": settled})
-
-
-def _named_dtype() -> AutoDType | None:
-    try:
-        return dtype_of_environment()
-    except ValueError as failure:
-        raise ConfigError(str(failure)) from failure
-
-
-def _agreed_dtype(comm: Comm, device: torch.device) -> AutoDType:
-    of_ranks = comm.allgather_object(dtype_of_machine(device.type), name="compute dtypes")
-    return "bfloat16" if set(of_ranks) == {"bfloat16"} else "float32"

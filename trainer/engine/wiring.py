@@ -7,7 +7,7 @@ from datetime import date
 import torch
 from torch import Tensor, nn
 
-from featurestore.format.statistics import FeatureStatistics
+from featurestore.format.codec import FeatureStatistics
 from featurestore.keys import Int64Array, owner_of, shard_of
 from featurestore.lookup.embedding import EmbeddingModel, EmbeddingService
 from featurestore.lookup.ondevice import Gathered, held_bytes
@@ -24,7 +24,7 @@ from trainer.ids.shards import IdRows, TableShape, check_names, owned_rows
 from trainer.ids.tables import IdSource, IdTable
 from trainer.models import layers, nets, newads
 from trainer.optim import DenseOptimizer
-from trainer.schema import Field, Schema
+from trainer.schema.fields import Field, Schema
 from trainer.stages import Kind, Stages
 
 NO_IMAGES = ".no_image"

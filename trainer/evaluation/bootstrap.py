@@ -14,9 +14,7 @@ mid-ranks for ties. GAUC ("Image Matters", arXiv 1711.06505) = sum over users of
 / sum of impressions, users with one class left out. AUC is that with all impressions in one group, so one code serves.
 A metric that is not defined (no impression, or one class only) is None, JSON's null: never 0, 0.5 or NaN.
 
-Two models are compared on the same resamples, so what makes a day easy or hard for both cancels out. Where a side has
-several runs (seeds), its metric is their mean, and a resample draws runs as well as users: the interval covers both the
-users and the luck of training.
+Two models are compared on the same resamples, so what makes a day easy or hard for both cancels out.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,9 +33,7 @@ if TYPE_CHECKING:
     from trainer.evaluation.predict import Impressions, Predictions, Slicing
 
 
-METRICS = ("logloss", "auc", "gauc", "calibration")
-SHOWN_FIRST = ("auc", "gauc", "logloss", "calibration")
-"""The order of the metrics in a table of which pandas shows the first and the last columns."""
+METRICS = ("auc", "gauc", "logloss", "calibration")
 NUM_BINS = 10
 LEAST_PER_BIN = 100
 LEAST_USERS = 10
@@ -68,8 +64,8 @@ class Measured:
 
     def row(self) -> dict[str, Any]:
         """Return the figures by name; `auc_low` and `auc_high` are the ends of the interval of `auc`."""
-        row: dict[str, Any] = {name: self.metrics[name].value for name in SHOWN_FIRST}
-        for name in SHOWN_FIRST:
+        row: dict[str, Any] = {name: self.metrics[name].value for name in METRICS}
+        for name in METRICS:
             row |= {f"{name}_low": self.metrics[name].low, f"{name}_high": self.metrics[name].high}
         return row | {"clicks": self.clicks, "users": self.users, "impressions": self.impressions}
 
@@ -167,7 +163,7 @@ class MetricSums:
         self._sums_VC = np.column_stack([loss_V, *ranked_2V, count_VK, predicted_VK, clicked_VK])
         self._auc = _WeightedAuc(logit_N, label_N, user_N)
         self.num_impressions, self.num_clicks, self.num_users = len(label_N), int(label_N.sum()), num_users
-        self.users_M = (num_users, num_users, len(groups.group_G), num_users)
+        self.users_M = (num_users, len(groups.group_G), num_users, num_users)
         """How many users contribute to each of the METRICS."""
         self.count_K, self.users_K = count_VK.sum(axis=0), (count_VK > 0).sum(axis=0)
         """Impressions of each bin, and the users that they are of."""
@@ -182,9 +178,9 @@ class MetricSums:
         count_BK, predicted_BK, clicked_BK = np.split(sums_BC[:, 3:], 3, axis=1)
         count_B = count_BK.sum(axis=1)
         metrics = [
-            ratio(loss_B, count_B),
             self._auc.at(weight_BU),
             ratio(gauc_B, ranked_B),
+            ratio(loss_B, count_B),
             ratio(predicted_BK.sum(axis=1), clicked_BK.sum(axis=1)),
         ]
         return np.column_stack([*metrics, ratio(predicted_BK, count_BK), ratio(clicked_BK, count_BK)])
@@ -400,27 +396,16 @@ class Difference(Estimate):
     """How many users contribute to it; None if unknown."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class NewAdsCompared:
-    """The part of the impressions whose ad no compared run was trained on, and its differences; none where it is empty.
-
-    An ad that one of the runs knows from training is left out: that run would win by having seen it.
-    """
-
-    impressions: int
-    differences: dict[str, Difference]
-
-
 def compare(
-    ours: Sequence["Predictions"],
-    baseline: Sequence["Predictions"],
+    ours: "Predictions",
+    baseline: "Predictions",
     *,
     metrics: Sequence[str] = ("gauc", "auc"),
     resamples: int = 1000,
     seed: int = 0,
     only_N: BoolArray | None = None,
 ) -> dict[str, Difference]:
-    """Measure the paired difference of each metric between runs `ours` and `baseline`, one or more on each side.
+    """Measure the paired difference of each metric between two runs.
 
     `only_N`: which impressions to measure, by default all; resamples are of all users either way, so those of a slice
     are the ones of the whole.
@@ -429,57 +414,28 @@ def compare(
     bootstrap test with the null put at the centre (Hall and Wilson, Biometrics 1991); so never below 1 / (1 + R).
     Raises DataError where the runs did not predict the same impressions.
     """
-    if not ours or not baseline:
-        raise ValueError("each side needs the predictions of one run at least")
-    check_same_impressions([*ours, *baseline], [f"run {n}" for n in range(len(ours) + len(baseline))])
-    users_U, user_N = np.unique(ours[0].impressions.user_N, return_inverse=True)
-    label_N = ours[0].impressions.label_N.astype(np.float64)
+    check_same_impressions(ours, baseline)
+    users_U, user_N = np.unique(ours.impressions.user_N, return_inverse=True)
+    label_N = ours.impressions.label_N.astype(np.float64)
     chosen = slice(None) if only_N is None else only_N
-    sums = [MetricSums(each.logit_N[chosen], label_N[chosen], user_N[chosen]) for each in (*ours, *baseline)]
-    replicates = bootstrap(sums, len(users_U), resamples, seed)
-    value_TM = np.stack([each.value_M for each in replicates])
-    draws_TRM = np.stack([each.draws_RM for each in replicates])
-    sides = slice(0, len(ours)), slice(len(ours), None)
-    value_2M = np.stack([value_TM[side].mean(axis=0) for side in sides])
-    random = np.random.default_rng([seed, 1])
-    draws_RM = np.subtract(*(_mean_of_drawn(draws_TRM[side], random) for side in sides))
-    found = {}
+    sums = [MetricSums(each.logit_N[chosen], label_N[chosen], user_N[chosen]) for each in (ours, baseline)]
+    mine, theirs = bootstrap(sums, len(users_U), resamples, seed)
+    draws_RM = mine.draws_RM - theirs.draws_RM
+    found = dict[str, Difference]()
     for name in metrics:
-        column = METRICS.index(name)
-        values = value_2M[0, column], value_2M[1, column]
-        found[name] = _difference(name, *values, draws_RM[:, column], sums[0].users_M[column])
+        at = METRICS.index(name)
+        found[name] = _difference(name, mine.value_M[at], theirs.value_M[at], draws_RM[:, at], sums[0].users_M[at])
     return found
 
 
-def compare_new_ads(
-    ours: Sequence["Predictions"],
-    baseline: Sequence["Predictions"],
-    *,
-    metrics: Sequence[str] = ("gauc", "auc"),
-    resamples: int = 1000,
-    seed: int = 0,
-) -> NewAdsCompared:
-    """Compare as `compare` does, on the impressions of ads that no run of either side was trained on.
+def new_to_both(ours: "Predictions", baseline: "Predictions") -> BoolArray:
+    """Find the impressions whose ad neither run was trained on, (N,): one that knows it would win by having seen it.
 
-    The resamples of users are those of `compare` with the same seed. Raises as that does; no impression is new where a
-    run's predictions do not tell (`is_new_ad_N` is None).
+    None where a run's predictions do not tell (`is_new_ad_N` is None).
     """
-    check_same_impressions([*ours, *baseline], [f"run {n}" for n in range(len(ours) + len(baseline))])
-    is_new_N = np.ones(len(ours[0].logit_N), np.bool_)
-    for each in (*ours, *baseline):
-        is_new_N &= False if each.is_new_ad_N is None else each.is_new_ad_N
-    differences = {}
-    if is_new_N.any():
-        differences = compare(ours, baseline, metrics=metrics, resamples=resamples, seed=seed, only_N=is_new_N)
-    return NewAdsCompared(impressions=int(is_new_N.sum()), differences=differences)
-
-
-def _mean_of_drawn(draws_SRM: Float64Array, random: np.random.Generator) -> Float64Array:
-    """The mean over S runs drawn with replacement, for each resample, (R, M)."""
-    runs, resamples = draws_SRM.shape[:2]
-    drawn_RS = random.integers(runs, size=(resamples, runs))
-    means_RM: Float64Array = draws_SRM[drawn_RS, np.arange(resamples)[:, None]].mean(axis=1)
-    return means_RM
+    if ours.is_new_ad_N is None or baseline.is_new_ad_N is None:
+        return np.zeros(len(ours.logit_N), np.bool_)
+    return ours.is_new_ad_N & baseline.is_new_ad_N
 
 
 def _difference(name: str, ours: float, baseline: float, draws_R: Float64Array, users: int) -> Difference:
@@ -493,14 +449,13 @@ def _difference(name: str, ours: float, baseline: float, draws_R: Float64Array, 
     return Difference(**asdict(estimate), metric=name, ours=mine, baseline=theirs, p_value=p_value, users=users)
 
 
-def check_same_impressions(predictions: Sequence["Predictions"], names: Sequence[str]) -> None:
-    first = predictions[0].impressions
-    for run, other in zip(names, (each.impressions for each in predictions), strict=True):
-        same = len(first.label_N) == len(other.label_N) and all(
-            np.array_equal(getattr(first, name), getattr(other, name)) for name in ("label_N", "user_N", "ad_N")
+def check_same_impressions(
+    ours: "Predictions", baseline: "Predictions", names: tuple[str, str] = ("one run", "the other run")
+) -> None:
+    """Raise DataError where two runs, of these names, did not predict the same impressions."""
+    mine, theirs = ours.impressions, baseline.impressions
+    if not all(np.array_equal(getattr(mine, name), getattr(theirs, name)) for name in ("label_N", "user_N", "ad_N")):
+        raise DataError(
+            f"{names[1]} predicted other impressions ({len(theirs.label_N):,}) than {names[0]} "
+            f"({len(mine.label_N):,}); evaluate both on the same test samples, by --samples"
         )
-        if not same:
-            raise DataError(
-                f"{run} predicted other impressions ({len(other.label_N):,}) than {names[0]} "
-                f"({len(first.label_N):,}); evaluate both on the same test samples, by --samples"
-            )

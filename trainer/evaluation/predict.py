@@ -33,15 +33,23 @@ from featurestore.keys import BoolArray, Float32Array, Float64Array, Int64Array
 from featurestore.published.paths import RunPath, run_path
 from featurestore.published.versions import VersionName
 from trainer.comm import Comm, SoloComm
-from trainer.errors import DataError, SchemaError, TrainerError
+from trainer.errors import SchemaError, TrainerError
 from trainer.evaluation.bootstrap import Metrics, measure, probability
-from trainer.runs.export import output_at, parquet_file
-from trainer.runs.saved import EvaluatedRun, PredictingRun, RunSource, open_predicting, open_source, read_run
+from trainer.runs.open import test_reader
+from trainer.runs.saved import (
+    EvaluatedRun,
+    PredictingRun,
+    RunSource,
+    open_predicting,
+    open_source,
+    parquet_file,
+    read_run,
+)
 from trainer.samples import columns
 from trainer.samples.index import RowGroup, SampleIndex, known_ads, read_row_group, read_values
 from trainer.samples.reader import Batch
 from trainer.samples.survey import IdDictionary, texts_of_ids
-from trainer.schema import Field, Schema
+from trainer.schema.fields import Field, Schema
 from trainer.schema.profile import is_pandas
 from trainer.stages import ReadAhead
 
@@ -73,21 +81,17 @@ class SeenInTraining:
 
 
 def gathered(
-    comm: Comm,
-    predicted: Iterable[tuple[Batch, Float64Array]],
-    schema: Schema,
-    *,
-    cuts: bool = False,
-    by: Sequence[str] = (),
+    comm: Comm, predicted: Iterable[tuple[Batch, Float64Array]], schema: Schema, by: Sequence[str] | None = None
 ) -> tuple[Float64Array, Impressions]:
     """Gather logits (N,) and what they are of, from rank to rank, the same on every rank.
 
-    `predicted`: this rank's batches, each with its logits. `cuts`: with images and histories; `by`: fields to cut by,
-    see `fields_by`. Raises SchemaError, and TrainerError where a logit is not finite.
+    `predicted`: this rank's batches, each with its logits. `by`: fields to cut by besides images and histories, see
+    `fields_by`; None: nothing is cut. Raises SchemaError, and TrainerError where a logit is not finite.
     """
-    image, history = (ad_image_field(schema), _history_field(schema)) if cuts else (None, None)
-    further = fields_by(schema, by)
-    names = ["user", "ad", *(["image"] if image else []), *(["history"] if history else []), *further]
+    image, history = (None, None) if by is None else (ad_image_field(schema), _history_field(schema))
+    further = fields_by(schema, by or ())
+    names = ["user", "ad", *(["image"] if image else []), *(["history"] if history else [])]
+    names += [f"by {name}" for name in further]
     real, whole = [np.empty((0, 2))], [np.empty((0, len(names)), np.int64)]
     for batch, logit_B in predicted:
         columns_B = [batch.group_id_B, batch.fields[schema.new_ad_field].values_N]
@@ -107,11 +111,11 @@ def gathered(
     found = dict(zip(names, whole_KN, strict=True))
     return real_N2[:, 0].copy(), Impressions(
         label_N=real_N2[:, 1].astype(np.float32),
-        user_N=whole_KN[0],
-        ad_N=whole_KN[1],
-        image_N=found.get("image") if image else None,
-        history_N=found.get("history") if history else None,
-        by=dict(zip(further, whole_KN[len(names) - len(further) :], strict=True)),
+        user_N=found["user"],
+        ad_N=found["ad"],
+        image_N=found.get("image"),
+        history_N=found.get("history"),
+        by={name: found[f"by {name}"] for name in further},
     )
 
 
@@ -268,8 +272,11 @@ def predict_run(
 
     One rank where no `comm` is given, else on all of its ranks, the same on each.
     """
-    comm = comm or SoloComm()
-    source = RunSource(run_path(folder), checkpoint, samples, store, store_version)
+    return predict_source(RunSource(run_path(folder), checkpoint, samples, store, store_version), comm or SoloComm())
+
+
+def predict_source(source: RunSource, comm: Comm) -> Predictions:
+    """Predict as `predict_run`; every rank calls it."""
     with contextlib.closing(open_source(source, comm)) as opened:
         logit_N, impressions = predict(opened)
         missing = opened.saved.notes_on_missing(opened.missing_lookups())
@@ -282,14 +289,14 @@ def predict(opened: PredictingRun, by: Sequence[str] = ()) -> tuple[Float64Array
 
     The same on every rank; all call it. `by`: further fields to cut by. Raises TrainerError, SchemaError.
     """
-    logit_N, impressions = gathered(opened.comm, _predicted(opened), opened.schema, cuts=True, by=by)
-    if len(logit_N) != opened.test.num_samples:
-        raise TrainerError(f"{len(logit_N):,} of {opened.test.num_samples:,} test impressions were predicted")
+    logit_N, impressions = gathered(opened.comm, _predicted(opened), opened.schema, by)
+    assert len(logit_N) == opened.test.num_samples
     return logit_N, impressions
 
 
 def _predicted(opened: PredictingRun) -> Iterator[tuple[Batch, Float64Array]]:
-    with contextlib.closing(ReadAhead(opened.reader.batches())) as ahead:
+    reader = test_reader(opened.config, opened.comm, opened.test, opened.schema)
+    with contextlib.closing(ReadAhead(reader.batches())) as ahead:
         for each in opened.engine.prepared(ahead, "eval"):
             yield each.batch, opened.engine.predict(each)
 
@@ -303,21 +310,15 @@ def measure_test(opened: EvaluatedRun) -> Metrics:
 def slicings_of(opened: EvaluatedRun, impressions: Impressions) -> list[Slicing]:
     """Cut the test impressions of a run, see `slicings`; the same on every rank, all call it."""
     seen = seen_in_training(opened.comm, opened.train, opened.schema, impressions)
-    image = ad_image_field(opened.schema)
-    found = slicings(impressions, seen, has_feature(opened, image.store_name, seen.image_I) if image else None)
+    image, has_feature_I = ad_image_field(opened.schema), None
+    service = opened.engine.services.get(image.store_name) if image else None
+    if service is not None:  # else the model reads no store of them
+        held_I = torch.from_numpy(service.partition.contains(seen.image_I).astype(np.int64))
+        has_feature_I = opened.comm.allreduce_sum_(held_I, "has_feature").numpy() > 0
+    found = slicings(impressions, seen, has_feature_I)
     ids = {number for values_N in impressions.by.values() for number in np.unique(values_N).tolist()}
     texts = opened.comm.on_rank_0(lambda: opened.saved.texts_of(ids, opened.test.storage)) if ids else {}
     return found + slicings_by(impressions, texts)
-
-
-def has_feature(opened: EvaluatedRun, store: str, key_I: Int64Array) -> BoolArray | None:
-    """Find which keys have a feature in the store that a field names, (I,); None where the model does not read it."""
-    service = opened.engine.services.get(store)
-    if service is None:
-        return None
-    held_I = torch.from_numpy(service.partition.contains(key_I).astype(np.int64))
-    found: BoolArray = opened.comm.allreduce_sum_(held_I, "has_feature").numpy() > 0
-    return found
 
 
 def evaluate(
@@ -360,7 +361,7 @@ def score_run(source: RunSource, out: str, comm: Comm) -> Written | None:
     returns what it has written. Raises TrainerError, FeatureStoreError.
     """
     with contextlib.ExitStack() as stack:
-        opened = stack.enter_context(contextlib.closing(open_source(source, comm)))
+        opened = stack.enter_context(contextlib.closing(open_predicting(source, comm)))
         about = {
             **opened.saved.named(),
             "samples": opened.test.storage.url,
@@ -440,59 +441,49 @@ def written_ids(index: SampleIndex, schema: Schema, dictionaries: Sequence[IdDic
     return found
 
 
+@dataclass
 class ScoreFile:
     """A file of scores that is being written; see `open_scores`."""
 
-    def __init__(
-        self,
-        write: Callable[[pa.Table], None],
-        index: SampleIndex,
-        schema: Schema,
-        about: Mapping[str, Any],
-        texts: IdTexts,
-    ) -> None:
-        self._write, self._index, self._schema, self._about, self._texts = write, index, schema, about, texts
-        wanted = {schema.label, schema.group, schema.new_ad_column}
-        self._rules = {name: rule for name, rule in columns.rules_of(schema).items() if name in wanted}
-        self._sums = np.zeros(3)  # of impressions, labels and probabilities
+    write: Callable[[pa.Table], None]
+    index: SampleIndex
+    schema: Schema
+    about: Mapping[str, Any]
+    texts: IdTexts
+    _sums: Float64Array = field(default_factory=lambda: np.zeros(3))
+    """Of impressions, labels and probabilities."""
 
     def add(self, row_group: RowGroup, logit_B: Float64Array) -> None:
-        """Write the impressions of a row group, whose logits these are; all are added in the order of the index.
+        """Write the impressions of a row group, whose logits these are, finite; all are added in the index's order.
 
         Raises DataError, SchemaError.
         """
-        if not np.isfinite(logit_B).all():
-            impression = int((~np.isfinite(logit_B)).argmax())
-            file = self._index.storage.full(row_group.file)
-            where = f"{file}, impression {impression} of the row group from row {row_group.first_row}"
-            raise DataError(f"{where}: its logit is {logit_B[impression]}; correct its values, or leave it out")
         table = self._rows(row_group, logit_B.astype(np.float64))
-        self._write(table)
-        sums = [len(table), *(table[name].to_numpy().sum(dtype=np.float64) for name in ("label", "probability"))]
-        self._sums += sums
+        self.write(table)
+        self._sums += [len(table), *(table[each].to_numpy().sum(dtype=np.float64) for each in ("label", "probability"))]
 
     def written(self, notes: tuple[str, ...] = ()) -> Written:
         """Return the summary of all added rows."""
         count, labels, probabilities = self._sums.tolist()
-        return Written(self._about, round(count), labels / count, probabilities / count, notes)
+        return Written(self.about, round(count), labels / count, probabilities / count, notes)
 
     def _rows(self, row_group: RowGroup, logit_B: Float64Array) -> pa.Table:
-        storage, schema = self._index.storage, self._schema
-        table = read_row_group(storage, row_group, [*columns.source_columns(self._rules), schema.time])
-        full = storage.full(row_group.file)
-        groups = columns.decode(table, self._rules, schema.label, full, row_group.first_row)
+        storage, schema, full = self.index.storage, self.schema, self.index.storage.full(row_group.file)
+        wanted = {schema.label, schema.group, schema.new_ad_column}
+        rules = {name: rule for name, rule in columns.rules_of(schema).items() if name in wanted}
+        table = read_row_group(storage, row_group, [*columns.source_columns(rules), schema.time])
+        groups = columns.decode(table, rules, schema.label, full, row_group.first_row)
         counts_G = np.diff(groups.sample_offsets)
         group_B = np.repeat(np.arange(len(counts_G)), counts_G)
 
         def written(column: str) -> Any:
             """Return a column's values as the logs have them."""
-            if column in self._texts:
-                texts = self._texts[column]
+            if texts := self.texts.get(column):
                 ids = groups.columns[column].values.tolist()
                 return pa.array([texts.get(each, str(each)) for each in ids], pa.string())
-            if column not in self._index.text_columns:
+            if column not in self.index.text_columns:
                 return pa.array(groups.columns[column].values)
-            encoded = columns.texts_of(table, column, self._rules[column], full, row_group.first_row)
+            encoded = columns.texts_of(table, column, rules[column], full, row_group.first_row)
             return pa.array(encoded.texts_U, pa.string()).take(encoded.index_N)
 
         time_G: Any = pa.nulls(len(counts_G), pa.int64())
@@ -533,6 +524,5 @@ def open_scores(
         "place": pa.int32(),
     }
     fields: list[Any] = [pa.field(name, kind, nullable=name == "time") for name, kind in kinds.items()]
-    storage, name = output_at(out)
-    with parquet_file(storage, name, pa.schema(fields, metadata={SCORES_OF: json.dumps(about)})) as write:
+    with parquet_file(out, pa.schema(fields, metadata={SCORES_OF: json.dumps(about)})) as write:
         yield ScoreFile(write, index, schema, about, texts)

@@ -3,7 +3,6 @@
 import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from featurestore.text import count_text
 from trainer.comm import Comm
 from trainer.errors import TrainerError
 from trainer.evaluation import bootstrap
-from trainer.evaluation.predict import Impressions, predict, predict_run, slicings_of
+from trainer.evaluation.predict import Impressions, predict, predict_source, slicings_of
 from trainer.runs.saved import TEST, EvaluatedRun, RunSource, open_source
 
 METRIC_TITLES = {"logloss": "log loss", "auc": "AUC", "gauc": "GAUC", "calibration": "predicted / clicked"}
@@ -33,13 +32,12 @@ def evaluate_run(
     resamples: int = 1000,
     by: Sequence[str] = (),
     out: RunPath | None = None,
-    json_file: Path | None = None,
     quiet: bool = False,
 ) -> bootstrap.Evaluation | None:
     """Evaluate a run and write the report; every rank calls it, rank 0 measures, writes and returns the figures.
 
-    `by`: fields of one id to cut by as well. The report goes to `out`, by default RUN/evaluation, and to `json_file`;
-    unless `quiet` it is printed. Raises TrainerError or FeatureStoreError.
+    `by`: fields of one id to cut by as well. The report goes to `out`, by default RUN/evaluation; unless `quiet` it is
+    printed. Raises TrainerError or FeatureStoreError.
     """
     console = output.text_console(quiet=quiet or comm.rank != 0)
     with contextlib.closing(open_source(source, comm)) as opened:
@@ -53,30 +51,28 @@ def evaluate_run(
     about["notes"] += _few(impressions)
     figures = replace(bootstrap.measure_all(logit_N, impressions, cuts, resamples), notes=tuple(about["notes"]))
     out = out or source.folder / "evaluation"
-    write_report(out, "report.json", {**about, **asdict(figures)}, json_file, reliability(figures.reliability))
+    write_report(out, "report.json", {**about, **asdict(figures)}, reliability(figures.reliability))
     show(console, about, figures, out)
     return figures
 
 
-def compare_runs(
-    source: RunSource, against: RunPath, comm: Comm, *, resamples: int, out: RunPath | None, json_file: Path | None
-) -> None:
+def compare_runs(source: RunSource, against: RunPath, comm: Comm, *, resamples: int, out: RunPath | None) -> None:
     """Compare a run with the newest checkpoint of the run in folder `against`; print and write the differences.
 
     All impressions together, and those of new ads by themselves. The samples and the store that `source` names are
-    those of both. They are written to comparison.json in `out`, by default RUN/evaluation, and to `json_file`. Every
-    rank calls it. Raises TrainerError, FeatureStoreError; DataError where the test samples of the two differ.
+    those of both. They are written to comparison.json in `out`, by default RUN/evaluation. Every rank calls it. Raises
+    TrainerError, FeatureStoreError; DataError where the test samples of the two differ.
     """
-    console, places = output.text_console(quiet=comm.rank != 0), source.places
-    ours = predict_run(source.folder, comm, checkpoint=source.checkpoint, **places)
-    baseline = predict_run(against, comm, **places)
-    bootstrap.check_same_impressions([ours, baseline], [str(source.folder), str(against)])
+    console, ours = output.text_console(quiet=comm.rank != 0), predict_source(source, comm)
+    baseline = predict_source(replace(source, folder=against, checkpoint=None), comm)
+    bootstrap.check_same_impressions(ours, baseline, (str(source.folder), str(against)))
     if comm.rank != 0:
         return
-    found = bootstrap.compare([ours], [baseline], resamples=resamples)
-    new_ads = bootstrap.compare_new_ads([ours], [baseline], resamples=resamples)
+    found, is_new_N = bootstrap.compare(ours, baseline, resamples=resamples), bootstrap.new_to_both(ours, baseline)
+    num_new = int(is_new_N.sum())
+    of_new = bootstrap.compare(ours, baseline, resamples=resamples, only_N=is_new_N) if num_new else {}
     titled = {METRIC_TITLES[name]: each for name, each in found.items()}
-    titled |= {f"{METRIC_TITLES[name]}, new ads": each for name, each in new_ads.differences.items()}
+    titled |= {f"{METRIC_TITLES[name]}, new ads": each for name, each in of_new.items()}
     title = f"{source.folder} against {against}, {len(ours.logit_N):,} impressions"
     table = Table("", "run", "against", "difference", f"{bootstrap.LEVEL:.0%} interval", "p", title=title)
     for name, each in titled.items():
@@ -87,7 +83,7 @@ def compare_runs(
     output.print_table(console, table)
     notes = [f"{folder}: {note}" for folder, run in ((source.folder, ours), (against, baseline)) for note in run.notes]
     notes += _few(ours.impressions)
-    count = f"{new_ads.impressions:,} impressions are" if new_ads.impressions != 1 else "1 impression is"
+    count = f"{num_new:,} impressions are" if num_new != 1 else "1 impression is"
     output.print_line(console, f"{count} of new ads, which neither run was trained on")
     for note in notes:
         output.print_line(console, f"note: {note}")
@@ -97,11 +93,11 @@ def compare_runs(
         "impressions": len(ours.logit_N),
         "bootstrap": {"resamples": resamples, "level": bootstrap.LEVEL},
         "differences": {name: asdict(each) for name, each in found.items()},
-        "new_ads": asdict(new_ads),
+        "new_ads": {"impressions": num_new, "differences": {name: asdict(each) for name, each in of_new.items()}},
         "notes": notes,
     }
     folder = out or source.folder / "evaluation"
-    write_report(folder, "comparison.json", written, json_file)
+    write_report(folder, "comparison.json", written)
     output.print_line(console, f"written to {folder / 'comparison.json'}")
 
 
@@ -153,10 +149,8 @@ def _few(impressions: Impressions) -> list[str]:
     return [text] if users < least else []
 
 
-def write_report(
-    folder: RunPath, name: str, values: Mapping[str, Any], also: Path | None, plot: Figure | None = None
-) -> None:
-    """Write `values` as JSON to file `name` of a folder, and to `also`; save the plot, for the command's page too.
+def write_report(folder: RunPath, name: str, values: Mapping[str, Any], plot: Figure | None = None) -> None:
+    """Write `values` as JSON to file `name` of a folder, and save the plot, for the command's page too.
 
     Raises TrainerError where the disk refuses.
     """
@@ -164,8 +158,7 @@ def write_report(
         with written_locally(folder) as local:
             if plot is not None:
                 page.save_plot(plot, local / "reliability.png")
-            for file in (local / name, *([also] if also else [])):
-                files.write_json(file, values)
+            files.write_json(local / name, values)
     except (OSError, StorageError) as failure:
         raise TrainerError(f"cannot write {name} to {folder}: {failure}; choose another by --out") from failure
 

@@ -72,14 +72,6 @@ class WidthPlan:
     """Where each source's vectors lie in the answers, owner by owner."""
 
 
-@dataclass(frozen=True)
-class FieldPlaces:
-    """Of each value of a field its place among the unique keys that its source was asked for; lengths of its rows."""
-
-    index_N: Tensor
-    lengths_M: Tensor
-
-
 @dataclass
 class KeyRequest:
     """Keys asked for one batch, and what this rank serves of those that it received."""
@@ -87,7 +79,8 @@ class KeyRequest:
     asked_S: list[routing.Bucketized]
     served_S: list[Any]
     plans: list[WidthPlan]
-    fields: dict[str, FieldPlaces]
+    fields: dict[str, tuple[Tensor, Tensor]]
+    """Of each value of a field its place among the unique keys that its source was asked for; lengths of its rows."""
     kind: Kind
     """The first part of its collectives' names, so that one request of each kind may be under way at a time."""
     error: Exception | None = field(default=None)
@@ -181,7 +174,7 @@ class Exchange:
         with self._stages.timed("exchange vectors", request.kind):
             *vectors_S, request.failures = _Answers.apply(self._comm, request, *unique_S)  # type: ignore[no-untyped-call]
         return {
-            name: FieldVectors(vectors_UV, request.fields[name].index_N, request.fields[name].lengths_M)
+            name: FieldVectors(vectors_UV, *request.fields[name])
             for vectors_UV, names in zip(vectors_S, self._fields_S, strict=True)
             for name in names
         }
@@ -248,14 +241,14 @@ class Exchange:
             slices_SP,
         )
 
-    def _places_of(self, index_S: list[Int64Array], fields: Mapping[str, Jagged]) -> dict[str, FieldPlaces]:
-        places: dict[str, FieldPlaces] = {}
+    def _places_of(self, index_S: list[Int64Array], fields: Mapping[str, Jagged]) -> dict[str, tuple[Tensor, Tensor]]:
+        places = {}
         for index_of_all_N, names in zip(index_S, self._fields_S, strict=True):
             start = 0
             for name in names:
                 end = start + len(fields[name].values_N)
                 index_N, lengths_M = index_of_all_N[start:end], fields[name].lengths_M
-                places[name] = FieldPlaces(on_device(index_N, self._device), on_device(lengths_M, self._device))
+                places[name] = (on_device(index_N, self._device), on_device(lengths_M, self._device))
                 start = end
         return places
 

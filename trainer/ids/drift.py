@@ -63,9 +63,8 @@ class Drift:
         """Take the state before the first step."""
         self.rates = array("d")
         """The learning rate of each step."""
-        # Of the last `window` steps, oldest first, at the end of what is in use: values at the nodes, and c.
-        self._values_WN, self._centre_W = np.zeros((2 * self.window, self.degree + 1)), np.ones(2 * self.window)
-        self._end = 0
+        # Of the last `window` steps, oldest first: values at the nodes, and c.
+        self._values_WN, self._centre_W = np.zeros((0, self.degree + 1)), np.ones(0)
         self._table[:, :-1], self._table[:, -1] = 0, 1
 
     def resume(self, rates: Sequence[float]) -> None:
@@ -77,28 +76,19 @@ class Drift:
     def add_step(self, rate: float) -> None:
         """Add one more step of Adam, with this learning rate."""
         self.rates.append(rate)
-        step, count = self.num_steps, min(self.num_steps - 1, self.window)
+        step, count = self.num_steps, len(self._centre_W)
         if step + 1 > len(self._table):
             more = torch.zeros_like(self._table)
             more[:, -1] = 1
             self._table = torch.cat([self._table, more])
-        last = self._end
         if count:
-            first = last - count
             weight_W, c_W = self._powers.terms(step, count)
-            values_WN, centre_W = self._values_WN[first:last], self._centre_W[first:last]
-            values_WN += (rate * weight_W)[:, None] / (1 + (c_W / centre_W - 1)[:, None] * self._node_N)
-            self._table[step - count : step, :-1].copy_(on_device(polynomials(values_WN), self._table.device))
-        if last == len(self._values_WN):
-            kept = self.window - 1
-            self._values_WN[:kept], self._centre_W[:kept] = (
-                self._values_WN[last - kept :],
-                self._centre_W[last - kept :],
-            )
-            last = kept
-        self._values_WN[last], self._centre_W[last] = 0, self._powers.centre(step)
-        self._table[step, -1] = float(self._centre_W[last])
-        self._end = last + 1
+            self._values_WN += (rate * weight_W)[:, None] / (1 + (c_W / self._centre_W - 1)[:, None] * self._node_N)
+            self._table[step - count : step, :-1].copy_(on_device(polynomials(self._values_WN), self._table.device))
+        centre, kept = self._powers.centre(step), slice(max(0, count + 1 - self.window), None)
+        self._values_WN = np.vstack([self._values_WN[kept], np.zeros_like(self._node_N)])
+        self._centre_W = np.append(self._centre_W[kept], centre)
+        self._table[step, -1] = centre
 
     def moved(self, weight_QV: Tensor, momentum_QV: Tensor, variance_QV: Tensor, last_Q: Tensor) -> Tensor:
         """Compute today's weights of rows that step `last_Q` has left with these weights and moments."""

@@ -11,9 +11,9 @@ and each row has the step in which it was last used. So all that a shard holds d
 brought to it, step by step, and neither on the number of ranks nor on the order of the ids within a step.
 
 Memory is asked for at once for as many rows as there may be, and the system hands it out when it is first written to.
-So a table grows without being copied; what is done again when a shard's part of the map has become too small is that
-part alone. A row's *place* is row x slots + slot: shards fill evenly, so rows in use lie side by side, and what was
-never used takes no memory, though the system hands out pages of 2 MB.
+So a table grows without being copied. A row's *place* is row x slots + slot: shards fill evenly, so rows in use lie
+side by side, and what was never used takes no memory, though the system hands out pages of 2 MB. The map from ids to
+rows is spread over all of its memory, 8 to 16 bytes for each row that there may be.
 
 Ids are counted by a count-min sketch with conservative update (Cormode and Muthukrishnan, "An improved data stream
 summary", 2005; Estan and Varghese, "New directions in traffic measurement and accounting", 2002): each id has two
@@ -24,7 +24,7 @@ count is never too low, and it is too high where both counters belong to others 
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import date
 from typing import Any
 
@@ -33,7 +33,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from featurestore.keys import BoolArray, Int64Array, UInt64Array, owned_shards, shard_of_hash, splitmix64, stream_start
+from featurestore import keys
+from featurestore.keys import BoolArray, Int64Array, UInt64Array
 from featurestore.lookup.ondevice import on_device
 from trainer.comm import Comm
 from trainer.config import ExactTableConfig
@@ -61,7 +62,7 @@ class ExactShape(TableShape):
     @property
     def counters_per_shard(self) -> int:
         """Counters of a shard's filter; none where ids are admitted at first sight."""
-        return counters_for(self.rows_per_shard - 1) if self.rules.admit_after > 1 else 0
+        return keys.power_of_two(_COUNTERS_A_ROW * (self.rows_per_shard - 1)) if self.rules.admit_after > 1 else 0
 
     @property
     def setting(self) -> str:
@@ -69,7 +70,7 @@ class ExactShape(TableShape):
 
     @property
     def index_bytes(self) -> int:
-        of_map = 8 * self.rows_per_shard + 4 * _entries_for(self.rows_per_shard - 1)
+        of_map = 8 * self.rows_per_shard + 4 * keys.power_of_two(_ENTRIES_A_ROW * (self.rows_per_shard - 1))
         return of_map + 2 * 4 * self.rows_per_shard + self.counters_per_shard
 
 
@@ -85,29 +86,13 @@ class ExactRequest(RowRequest):
     """Of each id its place among the rows that `settle` has returned."""
 
 
-@dataclass
-class ExactCounts:
-    """Counts of what happened on this rank since the run, or its resumption, began.
-
-    `served`: unique ids of training steps, summed over steps; `cold`: those of them that got the cold row; `refused`:
-    those that got it because their shard was full. `evicted`: rows that made room for others; `expired`: rows that were
-    let go at the beginning of a day.
-    """
-
-    served: int = 0
-    cold: int = 0
-    refused: int = 0
-    evicted: int = 0
-    expired: int = 0
-
-
 class ExactTable(IdTable):
     """The shards of one exact table that this rank owns."""
 
     shape: ExactShape
 
     def __init__(self, shape: ExactShape, rank: int, num_ranks: int, **others: Any) -> None:
-        num_slots = len(owned_shards(shape.num_shards, rank, num_ranks))
+        num_slots = len(keys.owned_shards(shape.num_shards, rank, num_ranks))
         self.map = RowMap(num_slots, shape.rows_per_shard)
         self.filter = CountingFilter(num_slots, shape.counters_per_shard) if shape.counters_per_shard else None
         self.last_use: NDArray[np.int32] = np.zeros(num_slots * shape.rows_per_shard, np.int32)
@@ -118,14 +103,20 @@ class ExactTable(IdTable):
         """Training steps that a shard has been through, those of the runs before included that a warm start took."""
         self._faded_S = np.zeros(num_slots, np.int32)
         """The day on which a shard's counts were last halved, or first counted."""
-        self.counts, self._day = ExactCounts(), 0
+        self.counts, self._day = dict.fromkeys(("served", "cold", "refused", "evicted", "expired"), 0), 0
+        """What happened on this rank since the run, or its resumption, began.
+
+        served: unique ids of training steps, summed over steps; cold: those of them that got the cold row; refused:
+        those that got it because their shard was full. evicted: rows that made room for others; expired: rows that were
+        let go at the beginning of a day.
+        """
         super().__init__(shape, rank, num_ranks, **others)
 
     def serve(self, ids_R: Int64Array, kind: str = "step") -> ExactRequest:
         """Find the unique ids, their hashes and slots, ahead of the steps; `settle` finds their rows in the step."""
         ids_Q, inverse_R = unique(ids_R)
-        hash_Q = splitmix64(ids_Q)
-        slot_Q = self._slot_of_shard[shard_of_hash(hash_Q, self.shape.num_shards)]
+        hash_Q = keys.splitmix64(ids_Q)
+        slot_Q = self._slot_of_shard[keys.shard_of_hash(hash_Q, self.shape.num_shards)]
         assert (slot_Q >= 0).all(), f"table {self.shape.name}: asked for rows that another rank owns"
         none = torch.empty(0, dtype=torch.int64)
         return ExactRequest(none, inverse_R, len(ids_Q), ids_Q, hash_Q, slot_Q, kind == "step")
@@ -142,8 +133,8 @@ class ExactTable(IdTable):
             place_Q = self._use(request, place_Q)
         cold_Q = place_Q < self.map.num_slots
         if is_training:
-            self.counts.served += len(place_Q)
-            self.counts.cold += int(cold_Q.sum())
+            self.counts["served"] += len(place_Q)
+            self.counts["cold"] += int(cold_Q.sum())
         rows_U, request.inverse_Q = _once(place_Q, cold_Q)
         return self._on_device(rows_U)
 
@@ -152,7 +143,7 @@ class ExactTable(IdTable):
         return rows_UV if len(rows_UV) == request.num_unique else take_rows(rows_UV, self._on_device(request.inverse_Q))
 
     def tally(self) -> dict[str, int]:
-        return {"used_rows": int(self.map.used_S.sum()), **asdict(self.counts)}
+        return {"used_rows": int(self.map.used_S.sum()), **self.counts}
 
     def begin_day(self, date_: date | None) -> None:
         """Use rows on this day from now on, and free those that were last used more than `expire_days` before.
@@ -174,7 +165,9 @@ class ExactTable(IdTable):
         if days is None:
             return
         for slot in range(len(self.shards)):
-            self._expire(slot, day - days)
+            gone = np.flatnonzero(self._of_rows(self.last_use, slot)[1:] < day - days)
+            self.counts["expired"] += len(gone)
+            self._let_go(slot, 1 + gone)
             if self.filter and day - self._faded_S[slot] >= days:
                 self.filter.counts_SC[slot] >>= 1
                 self._faded_S[slot] = day
@@ -185,13 +178,13 @@ class ExactTable(IdTable):
         self._clock_S += 1
         is_cold_Q = place_Q < self.map.num_slots
         self._mark(request.slot_Q, place_Q, np.flatnonzero(~is_cold_Q))
-        waiting_M, evicted = np.flatnonzero(is_cold_Q), self.counts.evicted
+        waiting_M, evicted = np.flatnonzero(is_cold_Q), self.counts["evicted"]
         if len(waiting_M):
             place_Q[waiting_M] = self._admit(
                 request.slot_Q[waiting_M], request.hash_Q[waiting_M], request.ids_Q[waiting_M]
             )
             self._mark(request.slot_Q, place_Q, waiting_M)
-        if self.counts.evicted != evicted:  # the rows that are left may have moved
+        if self.counts["evicted"] != evicted:  # the rows that are left may have moved
             return self.map.places(request.slot_Q, request.hash_Q, request.ids_Q)
         return place_Q
 
@@ -212,7 +205,7 @@ class ExactTable(IdTable):
             self._make_room(slot_M[wanting_M])
         place_M[wanting_M] = self.map.insert(slot_M[wanting_M], hash_M[wanting_M], ids_M[wanting_M])
         new_M = wanting_M[place_M[wanting_M] >= self.map.num_slots]
-        self.counts.refused += len(wanting_M) - len(new_M)
+        self.counts["refused"] += len(wanting_M) - len(new_M)
         first_MV = first_vectors(self.shape, hash_M[new_M], self._seed, self._scale)
         self.rows.weight.index_copy_(
             0, self._on_device(place_M[new_M]), self._on_device(first_MV).to(self.rows.weight.dtype)
@@ -228,14 +221,8 @@ class ExactTable(IdTable):
             wanted = max(int(lacking_S[slot]), math.ceil(_AT_ONCE * capacity))
             used_at = self._of_rows(self.used_at, slot)[1:]
             gone = longest_unused(used_at, self.map.ids_of(slot), wanted, int(self._clock_S[slot]))
-            self.counts.evicted += len(gone)
+            self.counts["evicted"] += len(gone)
             self._let_go(slot, 1 + gone)
-
-    def _expire(self, slot: int, before: int) -> None:
-        """Remove a shard's rows that were last used before that day."""
-        gone = np.flatnonzero(self._of_rows(self.last_use, slot)[1:] < before)
-        self.counts.expired += len(gone)
-        self._let_go(slot, 1 + gone)
 
     def _let_go(self, slot: int, gone_K: Int64Array) -> None:
         """Free these rows of a shard, ascending; the last rows move to their positions, and leave zeros behind."""
@@ -264,7 +251,8 @@ class ExactTable(IdTable):
 
     def _of_slot(self, slot: int) -> IdRows:
         """A view of a shard's rows in use, the cold row first."""
-        return self.rows.every(self.map.num_slots, slot, 1 + int(self.map.used_S[slot]))
+        slots = self.map.num_slots
+        return self.rows[slot : slots * (1 + int(self.map.used_S[slot])) : slots]
 
     def _of_rows(self, each: NDArray[np.int32], slot: int) -> NDArray[np.int32]:
         """A view of what an array by place has of a shard's rows in use, the cold row first."""
@@ -282,11 +270,7 @@ class ExactTable(IdTable):
         }
 
     def _fill(self) -> None:
-        """First values of the rows in use; a cold row's are zeros."""
-        for slot in range(len(self.shards)):
-            ids_N = self.map.ids_of(slot)
-            first_NV = first_vectors(self.shape, splitmix64(ids_N), self._seed, self._scale)
-            self._of_slot(slot).weight[1:].copy_(torch.from_numpy(first_NV))
+        """Do nothing: no row is in use yet, and a cold row begins with zeros."""
 
     def _on_device(self, places: NDArray[Any]) -> Tensor:
         return on_device(places, self.rows.weight.device)
@@ -297,7 +281,7 @@ def first_vectors(shape: TableShape, hash_N: UInt64Array, seed: int, scale: floa
 
     As those of hashed rows they are uniform with mean 0 and standard deviation `scale`, and by counter; here from
     (seed, table, id)."""
-    start_N = splitmix64((hash_N ^ stream_start(f"{seed}/{shape.name}")).view(np.int64))
+    start_N = keys.splitmix64((hash_N ^ keys.stream_start(f"{seed}/{shape.name}")).view(np.int64))
     counter_NV: UInt64Array = start_N[:, None] + np.arange(shape.width, dtype=np.uint64)[None, :]
     return uniform(counter_NV.reshape(-1), scale).reshape(-1, shape.width)
 
@@ -314,7 +298,6 @@ def _once(place_Q: Int64Array, cold_Q: BoolArray) -> tuple[Int64Array, Int64Arra
     return np.concatenate([place_Q[~cold_Q], cold_U]), inverse_Q
 
 
-_FIRST_ENTRIES = 64
 _ENTRIES_A_ROW = 2  # at least
 
 
@@ -327,25 +310,21 @@ class RowMap:
         """Rows in use, without row 0: they are 1 .. used."""
         self.id_of_place: Int64Array = np.zeros(num_slots * rows_per_shard, np.int64)
         """The id of the row at row x num_slots + slot."""
-        self._span = _entries_for(rows_per_shard - 1)
-        self._first_S = np.arange(num_slots, dtype=np.int64) * self._span
-        self._mask_S = np.full(num_slots, min(self._span, _FIRST_ENTRIES) - 1, np.int64)
-        self._entries_a_row_S = _ENTRIES_A_ROW * 2.0 ** (np.arange(num_slots) / max(num_slots, 1))
+        self._span = keys.power_of_two(_ENTRIES_A_ROW * (rows_per_shard - 1))
         self.row_of_entry: NDArray[np.int32] = np.zeros(num_slots * self._span, np.int32)
-        """The row that each entry of the open addressing leads to; 0: empty."""
+        """The row that each entry of the open addressing leads to, `_span` entries a shard; 0: empty."""
 
     def places(self, slot_N: Int64Array, hash_N: UInt64Array, ids_N: Int64Array) -> Int64Array:
         """Find the place row x num_slots + slot of each id, (N,); row 0 of its shard where it has none.
 
         `hash_N`: splitmix64 of the ids.
         """
-        first_N, mask_N = self._first_S[slot_N], self._mask_S[slot_N]
-        at_N = (hash_N & mask_N.view(np.uint64)).view(np.int64)
+        first_N, at_N = slot_N * self._span, self._first_entry(hash_N)
         row_N = self.row_of_entry[first_N + at_N].astype(np.int64)
         found_N: Int64Array = row_N * self.num_slots + slot_N
         open_N = np.flatnonzero((row_N != 0) & (self.id_of_place[found_N] != ids_N))
         while len(open_N):  # the entry is another id's: the next one
-            at_N[open_N] = (at_N[open_N] + 1) & mask_N[open_N]
+            at_N[open_N] = (at_N[open_N] + 1) & (self._span - 1)
             row_M = self.row_of_entry[first_N[open_N] + at_N[open_N]]
             place_M = row_M.astype(np.int64) * self.num_slots + slot_N[open_N]
             found_N[open_N] = place_M
@@ -366,7 +345,6 @@ class RowMap:
         fits_N = row_N != 0
         self.id_of_place[place_N[fits_N]] = ids_N[fits_N]
         self.used_S = np.minimum(self.used_S + count_S, self.rows_per_shard - 1)
-        self._grow()
         self._enter(slot_N[fits_N], hash_N[fits_N], row_N[fits_N])
         return place_N
 
@@ -381,7 +359,7 @@ class RowMap:
         from_M, to_M = np.setdiff1d(last_K, gone_K, assume_unique=True), gone_K[gone_K <= used]
         ids_N[to_M] = ids_N[from_M]
         self.used_S[slot] = used
-        self._enter_again(np.array([slot]))
+        self._enter_again(slot)
         return from_M, to_M
 
     def set_ids(self, slot: int, ids_N: Int64Array) -> None:
@@ -389,8 +367,7 @@ class RowMap:
         assert len(ids_N) < self.rows_per_shard
         self._ids(slot)[1 : 1 + len(ids_N)] = ids_N
         self.used_S[slot] = len(ids_N)
-        self._mask_S[slot] = min(self._span, max(_FIRST_ENTRIES, _entries_for(len(ids_N)))) - 1
-        self._enter_again(np.array([slot]))
+        self._enter_again(slot)
 
     def ids_of(self, slot: int) -> Int64Array:
         """Return the ids of rows 1, 2, .. of a shard."""
@@ -400,38 +377,20 @@ class RowMap:
         """A view of the ids of rows 0, 1, .. of a shard."""
         return self.id_of_place[slot :: self.num_slots]
 
-    def _grow(self) -> None:
-        """Doubles the parts of the map that are too full, a quarter to half; called before new rows are entered.
+    def _first_entry(self, hash_N: UInt64Array) -> Int64Array:
+        """The entry of its shard where the search for an id begins: its hash has chosen the shard by its top bits."""
+        return (hash_N & np.uint64(self._span - 1)).view(np.int64)
 
-        Each shard has a limit of its own, so that shards that fill evenly do not all grow in one step.
-        """
-        grown_S = np.zeros(len(self.used_S), np.bool_)
-        while (small_S := self._too_full()).any():
-            self._mask_S[small_S] = 2 * self._mask_S[small_S] + 1
-            grown_S |= small_S
-        if grown_S.any():
-            self._enter_again(np.flatnonzero(grown_S))
-
-    def _too_full(self) -> BoolArray:
-        entries_S = self._mask_S + 1
-        return (self.used_S * self._entries_a_row_S > entries_S) & (entries_S < self._span)
-
-    def _enter_again(self, slots: Int64Array) -> None:
-        """Empties the shards' parts of the map and enters all their rows."""
-        for slot in slots:
-            start = self._first_S[slot]
-            self.row_of_entry[start : start + self._mask_S[slot] + 1] = 0
-            ids_N = self.ids_of(int(slot))
-            if not len(ids_N):
-                continue
-            row_N = np.arange(1, len(ids_N) + 1)
-            self._enter(np.full(len(ids_N), slot), splitmix64(ids_N), row_N)
+    def _enter_again(self, slot: int) -> None:
+        """Empties a shard's part of the map and enters all its rows."""
+        self.row_of_entry[slot * self._span : (slot + 1) * self._span] = 0
+        ids_N = self.ids_of(slot)
+        self._enter(np.full(len(ids_N), slot), keys.splitmix64(ids_N), np.arange(1, len(ids_N) + 1))
 
     def _enter(self, slot_N: Int64Array, hash_N: UInt64Array, row_N: Int64Array) -> None:
         """Writes rows into the first empty entries from their hash on. Of rows that want one entry the last one to be
         written gets it, and the others look further; a row that is in already stays."""
-        first_N, mask_N = self._first_S[slot_N], self._mask_S[slot_N]
-        at_N = (hash_N & mask_N.view(np.uint64)).view(np.int64)
+        first_N, at_N = slot_N * self._span, self._first_entry(hash_N)
         entries, open_N = self.row_of_entry, np.arange(len(row_N))
         while len(open_N):
             entry_M = first_N[open_N] + at_N[open_N]
@@ -439,18 +398,13 @@ class RowMap:
             is_empty_M = entries[entry_M] == 0
             entries[entry_M[is_empty_M]] = row_M[is_empty_M]
             open_N = open_N[entries[entry_M] != row_M]
-            at_N[open_N] = (at_N[open_N] + 1) & mask_N[open_N]
-
-
-def _entries_for(rows: int) -> int:
-    """A power of two, at least twice the rows."""
-    return 1 << max(1, (_ENTRIES_A_ROW * rows - 1).bit_length())
+            at_N[open_N] = (at_N[open_N] + 1) & (self._span - 1)
 
 
 Counts = NDArray[np.uint8]
 
 MOST_COUNT = 255
-_COUNTERS_A_ROW = 8
+_COUNTERS_A_ROW = 8  # at least
 _SALT = np.uint64(0xD1B54A32D192ED03)
 
 
@@ -477,15 +431,10 @@ class CountingFilter:
     def _places(self, slot_N: Int64Array, hash_N: UInt64Array) -> tuple[Int64Array, Int64Array]:
         """Two counters of each id, by 64 bits of their own: the hash itself has chosen the shard."""
         num_counters = self.counts_SC.shape[1]
-        bits_N = splitmix64((hash_N ^ _SALT).view(np.int64))
+        bits_N = keys.splitmix64((hash_N ^ _SALT).view(np.int64))
         first_N, last = slot_N * num_counters, np.uint64(num_counters - 1)
         one_N, other_N = ((each & last).view(np.int64) for each in (bits_N, bits_N >> np.uint64(32)))
         return first_N + one_N, first_N + other_N
-
-
-def counters_for(rows: int) -> int:
-    """Return how many counters a shard of this number of rows has: a power of two, at least eight for each row."""
-    return 1 << (_COUNTERS_A_ROW * rows - 1).bit_length()
 
 
 _AT_ONCE = 1 / 16

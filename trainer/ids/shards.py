@@ -1,4 +1,4 @@
-"""The rows of ID tables: how they lie in memory and in shards, their first values, and what a checkpoint has of them.
+"""The rows of ID tables: how they lie in memory and are divided into shards, and their first values.
 
 A row's place depends on the id and the table's shape alone, its initial value on (seed, table, shard, row,
 column): neither on the number of ranks.
@@ -6,7 +6,7 @@ column): neither on the number of ranks.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -14,9 +14,6 @@ from torch import Tensor
 
 from featurestore import keys
 from trainer.errors import CheckpointError
-
-if TYPE_CHECKING:
-    from trainer.ids.optimizers import RowOptimizer
 
 WEIGHT = "weight"
 
@@ -74,13 +71,9 @@ class IdRows:
         """(N, V); see `RowOptimizer.current` for what it is worth."""
         return self.parts[WEIGHT]
 
-    def narrow(self, first: int, count: int) -> "IdRows":
-        """View neighbouring rows."""
-        return IdRows(self.block_NW.narrow(0, first, count), self.width, self.state)
-
-    def every(self, step: int, first: int, count: int) -> "IdRows":
-        """View rows first, first + step, .., `count` in all."""
-        return IdRows(self.block_NW[first::step][:count], self.width, self.state)
+    def __getitem__(self, rows: slice) -> "IdRows":
+        """View some of the rows."""
+        return IdRows(self.block_NW[rows], self.width, self.state)
 
     def take(self, rows_Q: Tensor) -> "IdRows":
         """Copy chosen rows."""
@@ -99,10 +92,6 @@ def numbers_of(width: int, state: Sequence[StatePart]) -> int:
 def row_bytes(width: int, state: Sequence[StatePart], dtype: torch.dtype) -> int:
     """Compute the bytes of a row and of its optimiser's state."""
     return numbers_of(width, state) * dtype.itemsize
-
-
-LAST_WEIGHT = "last_weight"
-"""Name in a checkpoint of the weights as the last step that touched the row left them, where `weight` is newer."""
 
 
 @dataclass(frozen=True)
@@ -148,88 +137,6 @@ class TableShape:
     def shards_of(self, ids_N: keys.Int64Array) -> keys.Int64Array:
         """Find the shard of each id."""
         return ids_N % self.num_shards if self.direct else keys.shard_of(ids_N, self.num_shards)
-
-
-class TableShards:
-    """The rows of one table's shards that this rank owns; a rank beyond the number of shards owns none."""
-
-    def __init__(
-        self,
-        shape: TableShape,
-        rank: int,
-        num_ranks: int,
-        *,
-        seed: int,
-        scale: float,
-        optimizer: "RowOptimizer",
-        rows: IdRows,
-    ) -> None:
-        """`rows` are overwritten by first values."""
-        self.shape, self._num_ranks = shape, num_ranks
-        self._seed, self._scale, self.optimizer = seed, scale, optimizer
-        self.shards = keys.owned_shards(shape.num_shards, rank, num_ranks)
-        self._slot_of_shard = np.full(shape.num_shards, -1, dtype=np.int64)
-        self._slot_of_shard[self.shards] = np.arange(len(self.shards))
-        self.rows = rows
-        self._fill()
-
-    def names(self) -> list[str]:
-        """List names of the tensors that `import_shards` takes of a checkpoint: <table>/<shard>/<part>."""
-        return list(self._kept())
-
-    def export_shards(self) -> dict[str, Tensor]:
-        """Return weights as they are now, and state of the owned shards, <table>/<shard>/<part>.
-
-        They are to be written before the next step: views, but for weights that make up for steps that did not touch
-        them; then what is in memory is there too, as part last_weight.
-        """
-        exported = self._kept()
-        if self.optimizer.lags:
-            for slot, shard in enumerate(self.shards):
-                exported[self._name(shard, WEIGHT)] = self.optimizer.current(self._of_slot(slot))
-        return exported
-
-    def import_shards(self, state: Mapping[str, Tensor]) -> None:
-        """Take the owned shards out of `state`, which has all `names` and may have others. Raises CheckpointError."""
-        for slot, shard in enumerate(self.shards):
-            self._import(slot, {part: state[self._name(shard, part)] for part in self._kept_of(slot)})
-
-    def _import(self, slot: int, parts: Mapping[str, Tensor]) -> None:
-        """Make those parts the shard's. Raises CheckpointError."""
-        for part, mine in self._kept_of(slot).items():
-            theirs = parts[part]
-            if theirs.shape != mine.shape:
-                name = self._name(self.shards[slot], WEIGHT if part == LAST_WEIGHT else part)
-                raise CheckpointError(
-                    f"{name} has shape {tuple(theirs.shape)} in the checkpoint and "
-                    f"{tuple(mine.shape)} in this run; set model.tables.{self.shape.name}, the table's width and "
-                    "model.table_shards as they were"
-                )
-            mine.copy_(theirs)
-
-    def _name(self, shard: int, part: str) -> str:
-        return f"{self.shape.name}/{shard:04d}/{part}"
-
-    def _of_slot(self, slot: int) -> IdRows:
-        return self.rows.narrow(slot * self.shape.rows_per_shard, self.shape.rows_per_shard)
-
-    def _kept(self) -> dict[str, Tensor]:
-        """Views of what is in memory, by name in a checkpoint."""
-        return {
-            self._name(shard, part): values
-            for slot, shard in enumerate(self.shards)
-            for part, values in self._kept_of(slot).items()
-        }
-
-    def _kept_of(self, slot: int) -> dict[str, Tensor]:
-        """Views of what is in memory of a shard, by the last part of the name."""
-        parts = self._of_slot(slot).parts
-        return {LAST_WEIGHT if part == WEIGHT and self.optimizer.lags else part: parts[part] for part in parts}
-
-    def _fill(self) -> None:
-        for slot, shard in enumerate(self.shards):
-            first = initial_rows(self.shape, shard, self._seed, self._scale)
-            self._of_slot(slot).weight.copy_(torch.from_numpy(first))
 
 
 def owned_rows(shape: TableShape, rank: int, num_ranks: int) -> int:

@@ -4,18 +4,23 @@ The rows of all tables of one width lie in one piece of memory: a step reads the
 few operations on all rows instead of as many for each table.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from featurestore.keys import Int64Array, owner_of
+from featurestore.keys import Int64Array, owned_shards, owner_of
 from featurestore.lookup.ondevice import on_device
+from trainer.errors import CheckpointError
 from trainer.exchange.routing import unique_below
 from trainer.ids.optimizers import RowOptimizer
-from trainer.ids.shards import IdRows, TableShape, TableShards, owned_rows
+from trainer.ids.shards import WEIGHT, IdRows, TableShape, initial_rows, owned_rows
 from trainer.optim import Rates
+
+LAST_WEIGHT = "last_weight"
+"""Name in a checkpoint of the weights as the last step that touched the row left them, where `weight` is newer."""
 
 
 @dataclass
@@ -27,18 +32,23 @@ class RowRequest:
     num_unique: int
 
 
-class IdTable(TableShards):
+class IdTable:
     """The shards of one table that this rank owns; a rank beyond the number of shards owns none."""
 
     def __init__(
         self, shape: TableShape, rank: int, num_ranks: int, *, seed: int, scale: float, source: "IdSource"
     ) -> None:
-        """Use `build_tables`. The table takes the next free rows of `source`."""
-        self.source, self.first_row = source, source.num_taken
+        """Use `build_tables`. The table takes the next free rows of `source`, and gives them first values."""
+        self.shape, self._num_ranks, self.source = shape, num_ranks, source
+        self._seed, self._scale, self.optimizer = seed, scale, source.optimizer
+        self.shards = owned_shards(shape.num_shards, rank, num_ranks)
+        self._slot_of_shard = np.full(shape.num_shards, -1, dtype=np.int64)
+        self._slot_of_shard[self.shards] = np.arange(len(self.shards))
+        self.first_row = source.num_taken
         source.num_taken += owned_rows(shape, rank, num_ranks)
         source.key_sources[shape.name] = self
-        rows = source.rows.narrow(self.first_row, source.num_taken - self.first_row)
-        super().__init__(shape, rank, num_ranks, seed=seed, scale=scale, optimizer=source.optimizer, rows=rows)
+        self.rows = source.rows[self.first_row : source.num_taken]
+        self._fill()
 
     def owner_of(self, ids_U: Int64Array) -> Int64Array:
         """Find the rank that has the row of each id."""
@@ -68,15 +78,64 @@ class IdTable(TableShards):
         """Count the rows that training has touched; what ranks count adds up to the table's."""
         return {"used_rows": int(self.rows.parts[self.optimizer.mark].count_nonzero())}
 
+    def names(self) -> list[str]:
+        """List names of the tensors that `import_shards` takes of a checkpoint: <table>/<shard>/<part>."""
+        return list(self._kept())
 
-@dataclass(frozen=True)
-class TakenRows:
-    """Copies of the rows that one step of training reads and moves, and what it has read of them."""
+    def export_shards(self) -> dict[str, Tensor]:
+        """Return weights as they are now, and state of the owned shards, <table>/<shard>/<part>.
 
-    rows_Q: Tensor
-    rows: IdRows
-    weight_QV: Tensor
-    """An autograd leaf, whose gradients gather in its `.grad`."""
+        They are to be written before the next step: views, but for weights that make up for steps that did not touch
+        them; then what is in memory is there too, as part last_weight.
+        """
+        exported = self._kept()
+        if self.optimizer.lags:
+            for slot, shard in enumerate(self.shards):
+                exported[self._name(shard, WEIGHT)] = self.optimizer.current(self._of_slot(slot))
+        return exported
+
+    def import_shards(self, state: Mapping[str, Tensor]) -> None:
+        """Take the owned shards out of `state`, which has all `names` and may have others. Raises CheckpointError."""
+        for slot, shard in enumerate(self.shards):
+            self._import(slot, {part: state[self._name(shard, part)] for part in self._kept_of(slot)})
+
+    def _import(self, slot: int, parts: Mapping[str, Tensor]) -> None:
+        """Make those parts the shard's. Raises CheckpointError."""
+        for part, mine in self._kept_of(slot).items():
+            theirs = parts[part]
+            if theirs.shape != mine.shape:
+                name = self._name(self.shards[slot], WEIGHT if part == LAST_WEIGHT else part)
+                raise CheckpointError(
+                    f"{name} has shape {tuple(theirs.shape)} in the checkpoint and "
+                    f"{tuple(mine.shape)} in this run; set model.tables.{self.shape.name}, the table's width and "
+                    "model.table_shards as they were"
+                )
+            mine.copy_(theirs)
+
+    def _name(self, shard: int, part: str) -> str:
+        return f"{self.shape.name}/{shard:04d}/{part}"
+
+    def _of_slot(self, slot: int) -> IdRows:
+        first = slot * self.shape.rows_per_shard
+        return self.rows[first : first + self.shape.rows_per_shard]
+
+    def _kept(self) -> dict[str, Tensor]:
+        """Views of what is in memory, by name in a checkpoint."""
+        return {
+            self._name(shard, part): values
+            for slot, shard in enumerate(self.shards)
+            for part, values in self._kept_of(slot).items()
+        }
+
+    def _kept_of(self, slot: int) -> dict[str, Tensor]:
+        """Views of what is in memory of a shard, by the last part of the name."""
+        parts = self._of_slot(slot).parts
+        return {LAST_WEIGHT if part == WEIGHT and self.optimizer.lags else part: parts[part] for part in parts}
+
+    def _fill(self) -> None:
+        for slot, shard in enumerate(self.shards):
+            first = initial_rows(self.shape, shard, self._seed, self._scale)
+            self._of_slot(slot).weight.copy_(torch.from_numpy(first))
 
 
 class IdSource:
@@ -88,7 +147,8 @@ class IdSource:
         self.key_sources: dict[str, IdTable] = {}
         self.num_taken = 0
         """Rows that tables have taken."""
-        self._taken: TakenRows | None = None
+        self._taken: tuple[Tensor, IdRows, Tensor] | None = None
+        """Of a step of training its rows, copies of them, and the weights read: a leaf, whose `.grad` is the step's."""
 
     def vectors(self, requests: Sequence[RowRequest]) -> list[Tensor]:
         """Return the vectors (Q, V) of each table's ids as they are now, with autograd attached."""
@@ -98,13 +158,16 @@ class IdSource:
         rows = self.rows.take(rows_Q)
         weight_QV = self.optimizer.current(rows).contiguous()
         if torch.is_grad_enabled():
-            self._taken = TakenRows(rows_Q, rows, weight_QV.requires_grad_())
+            self._taken = (rows_Q, rows, weight_QV.requires_grad_())
         read = torch.split(weight_QV, [len(place_U) for place_U in places])
         return [table.of_ids(request, rows_UV) for (table, request), rows_UV in zip(served, read, strict=True)]
 
     def move(self, rates: Rates) -> None:
         """Step the optimiser on the rows last read in training, if there are gradients; and on no others."""
         taken, self._taken = self._taken, None
-        if taken is not None and len(taken.rows_Q) and taken.weight_QV.grad is not None:
-            self.optimizer.step(taken.rows, taken.weight_QV.detach(), taken.weight_QV.grad, rates)
-            self.rows.put(taken.rows_Q, taken.rows)
+        if taken is None:
+            return
+        rows_Q, rows, weight_QV = taken
+        if len(rows_Q) and weight_QV.grad is not None:
+            self.optimizer.step(rows, weight_QV.detach(), weight_QV.grad, rates)
+            self.rows.put(rows_Q, rows)

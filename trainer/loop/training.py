@@ -307,30 +307,14 @@ class Training:
             self.evaluate()
             if self._best() == self._engine.num_steps:
                 self._save()
-        due = self._look_at_saves()
-        if self._is_due(self._config.train.checkpoint_every) or due:
-            self._begin_save()
-
-    def _look_at_saves(self) -> bool:
-        """See how far a checkpoint is that is written during the training; return whether one is due by the clock."""
-        step = self._engine.num_steps
-        if not self._saves.looks_after(step):
-            return False
-        with self.totals.timed("checkpoint"):
-            outcome, due = self._saves.look(step)
-        self._note_outcome(outcome)
-        return due
-
-    def _begin_save(self) -> None:
-        """Begin to write a checkpoint during the training, after the end of the one before; or write it, where the
-        settings say so."""
-        if not self._config.train.checkpoint_beside:
-            self._save()
-            return
-        with self.totals.timed("checkpoint"):
-            self._note_outcome(self._saves.wait())
-            keep = self._config.train.keep_checkpoints
-            self._note_outcome(self._saves.begin(self._engine, self._state(), keep, self._best()))
+        due, step = self._is_due(self._config.train.checkpoint_every), self._engine.num_steps
+        if self._saves.looks_after(step):
+            with self.totals.timed("checkpoint"):
+                outcome, by_the_clock = self._saves.look(step)
+            self._note_outcome(outcome)
+            due = due or by_the_clock
+        if due:
+            self._save(beside=self._config.train.checkpoint_beside)
 
     def _note_outcome(self, outcome: Outcome | None) -> None:
         """Count a checkpoint that has ended, and say so where it failed. Raises CheckpointError where too many did."""
@@ -422,18 +406,12 @@ class Training:
                 raise StoppedError(f"{self._signals.received} received")
             yield batch
 
-    def _save(self) -> str:
-        """Write a checkpoint, and wait for it. Raises CheckpointError."""
-        keep = self._config.train.keep_checkpoints
-        with self.totals.timed("checkpoint"):
-            self._note_outcome(self._saves.wait())
-            address = self._saves.save(self._engine, self._state(), keep, self._best())
-        self._note_outcome(Outcome(self._engine.num_steps, ""))
-        return address
+    def _save(self, *, beside: bool = False) -> str:
+        """Write a checkpoint after the end of the one before, and wait for it unless it is written `beside` training.
 
-    def _state(self) -> CheckpointState:
+        Returns its address. Raises CheckpointError."""
         run = self._run
-        return CheckpointState(
+        state = CheckpointState(
             step=self._engine.num_steps,
             epoch=run.position.epoch,
             step_in_epoch=run.position.step,
@@ -443,6 +421,15 @@ class Training:
             history=[*run.history],
             files={},
         )
+        given = self._engine, state, self._config.train.keep_checkpoints, self._best()
+        with self.totals.timed("checkpoint"):
+            self._note_outcome(self._saves.wait())
+            if beside:
+                self._note_outcome(self._saves.begin(*given))
+            else:
+                self._saves.save(*given)
+                self._note_outcome(Outcome(state.step, ""))
+        return run.place.address(state.step)
 
 
 def total_steps(run: Run) -> int:

@@ -14,7 +14,7 @@ from trainer.models.layers import HiddenLayers, Mlp, StepPlace, used_fields, val
 from trainer.models.newads import build_id_proxy, build_new_ads
 from trainer.models.pooling import AGGREGATORS, mean_pool, queries_of, sum_pool
 from trainer.samples.reader import Batch
-from trainer.schema import Field, Schema, Side
+from trainer.schema.fields import Field, Schema, Side
 
 Fields = Mapping[str, FieldVectors]
 Dense = Mapping[str, Tensor]

@@ -21,7 +21,7 @@ from featurestore.lookup.ondevice import PReLU, on_device
 from trainer.config import ModelConfig
 from trainer.errors import ConfigError
 from trainer.exchange.vectors import EvenLengths, FieldVectors, Lengths, sum_in_order, take_rows
-from trainer.schema import Field, Schema, Side
+from trainer.schema.fields import Field, Schema, Side
 
 _SIDES: dict[str, frozenset[Side]] = {
     "none": frozenset(),
@@ -195,13 +195,10 @@ def segment_max(rows_N: Tensor, lengths_M: Lengths) -> Tensor:
 def segment_softmax(scores_N: Tensor, lengths_M: Tensor) -> Tensor:
     """Take the softmax of (N,) scores within each segment of the next `lengths_M[m]`."""
     num_values = scores_N.shape[0]
-    if torch.compiler.is_exporting():
-        exponential_N = (scores_N - expand_rows(segment_max(scores_N, lengths_M), lengths_M, num_values)).exp()
-    else:
-        if num_values == 0:
-            return scores_N
-        highest_M = _highest(scores_N.detach(), lengths_M)
-        exponential_N = (scores_N - torch.repeat_interleave(highest_M, lengths_M, output_size=num_values)).exp()
+    if num_values == 0:
+        return scores_N
+    highest_M = _highest(scores_N.detach(), lengths_M)
+    exponential_N = (scores_N - torch.repeat_interleave(highest_M, lengths_M, output_size=num_values)).exp()
     return exponential_N / expand_rows(segment_sum(exponential_N, lengths_M), lengths_M, num_values)
 
 

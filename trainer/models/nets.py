@@ -3,24 +3,21 @@
 Letters of shapes as in trainer/models/ctr.py; of two towers, W is the width of both.
 """
 
-import contextlib
 import importlib
-from collections.abc import Collection, Iterator, Sequence
-from functools import partial
-from typing import Any
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from trainer.config import BaseNet, ModelConfig, OwnNet
+from trainer.config import BaseNet, ModelConfig
 from trainer.errors import ConfigError, DataError
 from trainer.exchange.vectors import FieldVectors, take_rows
 from trainer.models.ctr import CtrModel, Dense, Dicm, Fields
 from trainer.models.layers import Mlp, used_fields, value_rows, width_of
-from trainer.models.pooling import Aggregator, BehaviorAttention, PairWeights, sum_pool
+from trainer.models.pooling import BehaviorAttention, sum_pool
 from trainer.samples.reader import Batch
-from trainer.schema import Field, Schema, Side
+from trainer.schema.fields import Field, Schema
 
 
 class CrossNetwork(nn.Module):
@@ -170,7 +167,7 @@ class FinalMlp(CtrModel):
         super().__init__(schema, config)
         self.user_gates, self.ad_gates = (
             FeatureGates(width, self.input_width) if width else None
-            for width in (self._side_width("user", config), self._side_width("ad", config))
+            for width in (_width(self._of(side, "id", "multi_id", "dense"), config) for side in ("user", "ad"))
         )
         widths = [self.input_width, *config.mlp]
         self.user_mlp, self.ad_mlp = (Mlp(widths, self.hidden, activated=True) for _ in range(2))
@@ -185,11 +182,6 @@ class FinalMlp(CtrModel):
             of_ad_BW = input_BW * self.ad_gates(torch.cat(ad, dim=1))
         logit_B: Tensor = self.fusion(self.user_mlp(of_user_BW), self.ad_mlp(of_ad_BW))
         return logit_B
-
-    def _side_width(self, side: Side, config: ModelConfig) -> int:
-        """Count the numbers of a row of `of_side`."""
-        fields = self._of(side, "id", "multi_id", "dense")
-        return sum(width_of(field, config) for field in fields if field.name not in self._elsewhere)
 
 
 class Lr(CtrModel):
@@ -296,11 +288,11 @@ class TwoTower(CtrModel):
 
 
 def _width(fields: Sequence[Field], config: ModelConfig) -> int:
-    """Count the numbers that `_inputs` makes of a row."""
+    """Count the numbers of a row of these fields, side by side."""
     return sum(width_of(field, config) for field in fields)
 
 
-_BASE_NETS: dict[BaseNet | OwnNet, type[CtrModel]] = {
+_BASE_NETS: dict[BaseNet | str, type[CtrModel]] = {
     "lr": Lr,
     "mlp": Dicm,
     "din": Din,
@@ -350,27 +342,3 @@ def _start_by_xavier(module: nn.Module) -> None:
         nn.init.xavier_normal_(module.weight)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-
-
-@contextlib.contextmanager
-def noted_weights(model: CtrModel) -> Iterator[dict[str, PairWeights]]:
-    """Note the weights that a model's aggregators give to behaviours: of each field, those of the newest pass.
-
-    Fields whose aggregator has no weights (sum, mean, max, concat) have no entry. Costs a second pass of the
-    aggregators.
-    """
-    found: dict[str, PairWeights] = {}
-
-    def note(name: str, aggregator: nn.Module, arguments: tuple[Any, ...]) -> None:
-        assert isinstance(aggregator, Aggregator)
-        with torch.no_grad():
-            weights = aggregator.weights(*arguments)
-        if weights is not None:
-            found[name] = weights
-
-    hooks = [each.register_forward_pre_hook(partial(note, name)) for name, each in model.aggregators.items()]
-    try:
-        yield found
-    finally:
-        for hook in hooks:
-            hook.remove()

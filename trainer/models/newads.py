@@ -30,7 +30,7 @@ from trainer.errors import ConfigError
 from trainer.exchange.vectors import FieldVectors, take_rows
 from trainer.models.layers import expand_rows, lengths_of, random_words, segment_max, value_rows, width_of
 from trainer.samples.reader import Batch
-from trainer.schema import Field, Schema
+from trainer.schema.fields import Field, Schema
 
 HIDDEN = 32
 """Units of the net's hidden layer."""
@@ -43,19 +43,17 @@ class IdDropout:
     """
 
     def __init__(self, schema: Schema, rate: float, seed: int, *, image_rate: float = 0.0) -> None:
-        self.rate, self._seed, self._image_rate = rate, seed, image_rate
-        self.fields = own_ids_of_ads(schema)
-        self._images = tuple(field.name for field in schema.of_kind("content", side="ad"))
+        self._seed = seed
+        images = tuple(field.name for field in schema.of_kind("content", side="ad"))
+        self._dropped = {"id_dropout": (rate, own_ids_of_ads(schema)), "image_dropout": (image_rate, images)}
 
     def __call__(self, vectors: Mapping[str, FieldVectors], batch: Batch, step: int) -> dict[str, FieldVectors]:
         """Replace the vectors of dropped samples by zeros that have no gradient, for training step `step`."""
         result = dict(vectors)
-        if self.rate:
-            dropped_B = dropped(self._seed, step, batch.places, self.rate)
-            result |= {name: _zeroed(result[name], dropped_B) for name in self.fields if name in result}
-        if self._image_rate:
-            dropped_B = dropped(self._seed, step, batch.places, self._image_rate, "image_dropout")
-            result |= {name: _zeroed(result[name], dropped_B) for name in self._images if name in result}
+        for what, (rate, fields) in self._dropped.items():
+            if rate:
+                dropped_B = dropped(self._seed, step, batch.places, rate, what)
+                result |= {name: _zeroed(result[name], dropped_B) for name in fields if name in result}
         return result
 
 

@@ -17,15 +17,8 @@ from torch import Tensor, nn
 from trainer.config import ModelConfig, Pooling
 from trainer.errors import ConfigError
 from trainer.exchange.vectors import EvenLengths, FieldVectors, pool_rows, take_rows
-from trainer.models.layers import (
-    HiddenLayers,
-    expand_rows,
-    lengths_of,
-    segment_max,
-    segment_softmax,
-    segment_sum,
-    value_rows,
-)
+from trainer.models import layers as parts
+from trainer.models.layers import HiddenLayers, expand_rows, lengths_of, segment_max, segment_sum, value_rows
 
 
 @dataclass(frozen=True)
@@ -167,7 +160,7 @@ class AttentivePooling(Aggregator):
 
     def _weights(self, key_NV: Tensor, lengths_B: Tensor, queries: Sequence[Tensor]) -> Iterator[Tensor]:
         for unit, query_BW in zip(self.channels, queries, strict=True):
-            yield segment_softmax(unit(key_NV, query_BW, lengths_B), lengths_B)
+            yield parts.segment_softmax(unit(key_NV, query_BW, lengths_B), lengths_B)
 
 
 class MultiQueryPooling(AttentivePooling):
@@ -302,10 +295,12 @@ class ConcatPooling(GroupPooling):
         self.length = config.pooling_length
 
     def per_group(self, behaviors: FieldVectors) -> Tensor:
-        lengths_G = lengths_of(behaviors.lengths_M)
+        lengths_G = behaviors.lengths_M
+        if isinstance(lengths_G, EvenLengths):  # of one user
+            rows_LV = take_rows(behaviors.vectors_UV, behaviors.index_N)
+            padded = torch.cat([rows_LV, rows_LV.new_zeros(self.length, rows_LV.shape[1])])
+            return padded[: self.length].reshape(1, self.width)
         num_groups = lengths_G.shape[0]
-        if torch.compiler.is_exporting():
-            return self._by_place(behaviors, lengths_G).view(num_groups, self.width)
         kept_G = lengths_G.clamp_max(self.length)
         num_kept = None if behaviors.on_host is None else behaviors.on_host.num_values(self.length)
         groups_G = torch.arange(num_groups, device=kept_G.device)
@@ -315,15 +310,6 @@ class ConcatPooling(GroupPooling):
         rows_KV = take_rows(behaviors.vectors_UV, behaviors.index_N.index_select(0, value_K))
         padded = rows_KV.new_zeros(num_groups * self.length, rows_KV.shape[1])
         return padded.index_copy(0, group_K * self.length + place_K, rows_KV).view(num_groups, self.width)
-
-    def _by_place(self, behaviors: FieldVectors, lengths_G: Tensor) -> Tensor:
-        """Look up the values of each position of each group, (G, L, V), so that no size depends on the lengths."""
-        place_L = torch.arange(self.length, device=lengths_G.device)
-        is_there_GL = place_L < lengths_G.unsqueeze(1)
-        next_GL = (lengths_G.cumsum(0) - lengths_G).unsqueeze(1) + place_L + 1
-        rows_NV = take_rows(behaviors.vectors_UV, behaviors.index_N)
-        rows_behind_zero = torch.cat([rows_NV.new_zeros(1, rows_NV.shape[1]), rows_NV])
-        return rows_behind_zero.index_select(0, next_GL.masked_fill(~is_there_GL, 0).flatten())
 
 
 AGGREGATORS: Mapping[Pooling, type[Aggregator]] = {

@@ -15,7 +15,7 @@ from trainer.cli import StoreVersion, WhichCheckpoint
 from trainer.prerank import MIN_RECALL
 
 if TYPE_CHECKING:
-    from trainer.prerank.adindex import AdChanges, AdIndex, Ads, Vectors
+    from trainer.prerank.adindex import Ads, Vectors
     from trainer.runs.saved import TrainedRun
 
 INDEX = "data/ad-index"
@@ -84,7 +84,7 @@ def build(options: BuildOptions) -> None:
     is measured with users of the run's samples; the search effort is raised until --min-recall is reached.
     """
     from trainer.comm import SoloComm
-    from trainer.prerank.adindex import AdChanges, AdIndex, origin_of, user_queries
+    from trainer.prerank.adindex import AdIndex, origin_of, user_queries
     from trainer.runs.folder import run_or_newest
     from trainer.runs.saved import open_trained
 
@@ -108,14 +108,18 @@ def build(options: BuildOptions) -> None:
         else:
             min_recall = MIN_RECALL if options.min_recall is None else options.min_recall
             index = AdIndex.build(options.out, kind, chosen.keys_N, vectors_NW, origin, queries, min_recall)
-            changes = AdChanges(num_new=len(chosen.keys_N))
+            changes = {"new": len(chosen.keys_N)}
     features = f"snapshot {trained.store_version}" if trained.store_version else "none: a run without images"
     if num_missing:
         features += f"; {num_missing:,} lookups of images that have none"
+    state, ads = index.state, ", ".join(f"{count:,} {what}" for what, count in changes.items())
+    measured = f"{state.recall:.4f} for vectors of {state.queries}, effort {index.index.effort}"
     lines = [
         f"run          {trained.saved.folder}, {trained.saved.checkpoint.name}",
         f"features     {features}",
-        *summary_text(index, changes),
+        f"ads          {ads}",
+        f"index        {state.kind}, {state.num_ads:,} ads, {state.dim} numbers each, inner product",
+        f"recall@10    {measured if state.queries else 'exact'}",
         f"time         {time.monotonic() - start:.1f} s",
         f"written to   {options.out}, version {index.version}",
         *(f"note         {note}" for note in trained.saved.notes_on_missing(num_missing)),
@@ -123,17 +127,6 @@ def build(options: BuildOptions) -> None:
     output.print_summary("\n".join(lines))
     if index.warning:
         output.print_warning(index.warning)
-
-
-def summary_text(index: "AdIndex", changes: "AdChanges") -> list[str]:
-    """Write what is printed of the index and its ads."""
-    state, ads = index.state, f"{changes.num_new:,} new, {changes.num_replaced:,} changed"
-    ads += f", {changes.num_unchanged:,} unchanged, {changes.num_removed:,} removed"
-    structure = f"{state.kind}, {state.num_ads:,} ads, {state.dim} numbers each, inner product"
-    recall = "exact"
-    if state.queries:
-        recall = f"{state.recall:.4f} for vectors of {state.queries}, effort {index.index.effort}"
-    return [f"ads          {ads}", f"index        {structure}", f"recall@10    {recall}"]
 
 
 def _check_options(options: BuildOptions) -> None:

@@ -31,28 +31,21 @@ from featurestore.format.datafile import digest_of, read_verified
 from featurestore.index import VectorIndex
 from featurestore.keys import Float32Array, Int64Array, id_of_text
 from featurestore.published import versions
-from featurestore.snapshot import SnapshotId
 from featurestore.spec import Frozen, IndexKind, Sealed, read_sealed, seal
 from featurestore.storage.storage import Storage, file_at
+from featurestore.store import SnapshotId
 from trainer.comm import SoloComm
-from trainer.errors import AdIndexError, AdIndexNotFoundError, ConfigError, DataError, DataNotFoundError, SchemaError
+from trainer.errors import AdIndexError, ConfigError, DataError, DataNotFoundError, SchemaError
+from trainer.evaluation.predict import places
 from trainer.models.nets import TwoTower
 from trainer.prerank import MIN_RECALL
 from trainer.runs.open import test_reader
-from trainer.runs.saved import TEST, TRAIN, TrainedRun, finite, open_test
-from trainer.samples.columns import (
-    ColumnRows,
-    DecodedGroups,
-    Rule,
-    concatenate,
-    decode,
-    decode_unlabelled,
-    rules_of,
-    source_columns,
-)
+from trainer.runs.saved import TEST, TRAIN, TrainedRun, finite, open_test, vector_lists
+from trainer.samples import columns as sample_columns
+from trainer.samples.columns import ColumnRows, DecodedGroups, Rule, concatenate, decode, rules_of, source_columns
 from trainer.samples.index import RowGroup, open_index, read_row_group, row_groups_of_table
 from trainer.samples.reader import Batch, Jagged, inputs_of
-from trainer.schema import Field, Schema
+from trainer.schema.fields import Field, Schema
 
 Keys = Int64Array
 Vectors = Float32Array
@@ -112,7 +105,6 @@ class IndexState(Sealed):
     """The content of index.json, which describes a version of an index of ads."""
 
     kind: IndexKind
-    metric: Literal["inner_product"] = "inner_product"
     dim: int
     num_ads: int
     recall: float
@@ -125,17 +117,8 @@ class IndexState(Sealed):
     """Of the other files, by name."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class AdChanges:
-    """The numbers of ads that a new version added, changed, left and removed.
-
-    They are ads that were not there, that got another vector, that had the same one already, and that are gone.
-    """
-
-    num_new: int = 0
-    num_replaced: int = 0
-    num_unchanged: int = 0
-    num_removed: int = 0
+Changes = dict[str, int]
+"""The numbers of ads that are new in a version, changed (another vector), unchanged, and removed."""
 
 
 class AdIndex:
@@ -155,22 +138,46 @@ class AdIndex:
         origin: IndexOrigin,
         users_KW: Vectors | None = None,
         min_recall: float = MIN_RECALL,
+        after: int | None = None,
     ) -> "AdIndex":
-        """Build a new index at `url`, as the version after the one that is there.
+        """Build an index at `url`, as the version after `after`, by default the one that is there.
 
-        Of hnsw the recall is measured with vectors of users, without them with some of the ads, and the effort of a
-        search is raised until it is `min_recall`; `warning` says where it never is. Raises InvalidRowsError for vectors
-        that make no index, AdIndexError for a place with other files, CommitConflictError where another build published
-        meanwhile, StorageError.
+        What no reader needs any more is removed. Of hnsw the recall is measured with vectors of users, without them
+        with some of the ads, and the effort of a search is raised until it is `min_recall`; `warning` says where it
+        never is. Raises InvalidRowsError for vectors that make no index, AdIndexError for a place with other files,
+        CommitConflictError where another build published meanwhile, StorageError.
         """
-        return _publish(url, _replaceable_version(url), kind, (keys_N, vectors_NW), users_KW, min_recall, origin)
+        after = _replaceable_version(url) if after is None else after
+        index, recall = VectorIndex.build(kind, keys_N, vectors_NW), 1.0
+        source: QuerySource | None = None
+        if kind != "flat":
+            source = "ads" if users_KW is None else "users"
+            queries_KW = sample_of(vectors_NW) if users_KW is None else users_KW
+            recall = reach(index, VectorIndex.build("flat", keys_N, vectors_NW), queries_KW, min_recall)
+        storage = Storage(url)
+        contents = {STRUCTURE: index.save(), ADS: to_parquet(keys_N, vectors_NW)}
+        state = IndexState(
+            kind=index.kind,
+            dim=index.dim,
+            num_ads=index.num_keys,
+            recall=recall,
+            min_recall=min_recall,
+            origin=origin,
+            queries=source,
+            sha256={name: digest_of(data, "sha256") for name, data in contents.items()},
+        )
+        contents[STATE] = seal(state)
+        files = {name: versions.write_part(storage, name, data) for name, data in contents.items()}
+        published = versions.publish(storage, files, after)
+        versions.expire(storage, KEEP_REPLACED_S)
+        return cls(versions.PublishedFiles(storage.url, published), state, index)
 
     @classmethod
     def open(cls, url: str) -> "AdIndex":
-        """Open the newest version at `url`. Raises AdIndexError, CorruptFileError, StorageError."""
+        """Open the newest version at `url`. Raises DataNotFoundError, CorruptFileError, StorageError."""
         files = versions.open_published(url)
         if not isinstance(files, versions.PublishedFiles) or STATE not in files.list():
-            raise AdIndexNotFoundError(
+            raise DataNotFoundError(
                 f"{url} is not an index of ads; make one with: crossmedia index build --run RUN --out {url}"
             )
         try:
@@ -178,8 +185,6 @@ class AdIndex:
         except FileNotFoundError as failure:
             raise CorruptFileError(f"{files.full(STATE)} is missing") from failure
         index = VectorIndex.load(_read(files, state, STRUCTURE))
-        if (index.kind, index.dim, index.num_keys) != (state.kind, state.dim, state.num_ads):
-            raise CorruptFileError(f"{files.full(STRUCTURE)} is not the index that its version describes")
         return cls(files, state, index)
 
     @property
@@ -223,7 +228,7 @@ class AdIndex:
         origin: IndexOrigin,
         users_KW: Vectors | None = None,
         max_gone: float | None = None,
-    ) -> tuple["AdIndex", AdChanges]:
+    ) -> tuple["AdIndex", Changes]:
         """Build the next version, with these ads too, of the same kind and limit; none where nothing is new.
 
         `users_KW`: see `build`. `max_gone`: these are all ads, so the others are removed, unless that is a larger share
@@ -231,32 +236,29 @@ class AdIndex:
         StorageError.
         """
         self.check_origin(origin)
-        known_K, old_KW = self.vectors()
-        is_left_K = np.isin(known_K, keys_N)
-        num_gone = 0 if max_gone is None else int((~is_left_K).sum())
+        (known_K, old_KW), state = self.vectors(), self.state
+        gone_K = ~np.isin(known_K, keys_N)
+        num_gone = 0 if max_gone is None else int(gone_K.sum())
         if max_gone is not None and num_gone > max_gone * len(known_K):
             raise AdIndexError(
                 f"{num_gone:,} of the {len(known_K):,} ads in {self._files.url} are not in the table, more than a "
                 f"share of {max_gone:g}: is --sync right? --max-gone 1 lets them go"
             )
-        place_N = np.searchsorted(known_K, keys_N).clip(max=len(known_K) - 1)
-        is_known_N = known_K[place_N] == keys_N
+        place_N, is_known_N = places(known_K, keys_N)
         same_N = is_known_N & np.isclose(old_KW[place_N], vectors_NW, rtol=_SAME, atol=_SAME).all(axis=1)
-        changes = AdChanges(
-            num_new=int((~is_known_N).sum()),
-            num_replaced=int((is_known_N & ~same_N).sum()),
-            num_unchanged=int(same_N.sum()),
-            num_removed=num_gone,
-        )
+        changes = {
+            "new": int((~is_known_N).sum()),
+            "changed": int((is_known_N & ~same_N).sum()),
+            "unchanged": int(same_N.sum()),
+            "removed": num_gone,
+        }
         if same_N.all() and not num_gone:
             return self, changes
-        kept_K = np.isin(known_K, keys_N[same_N]) | (~is_left_K if max_gone is None else False)
-        keys = np.concatenate([known_K[kept_K], keys_N[~same_N]])
-        vectors = np.concatenate([old_KW[kept_K], vectors_NW[~same_N]])
-        state = self.state
-        return _publish(
-            self._files.url, self.version, state.kind, (keys, vectors), users_KW, state.min_recall, origin
-        ), changes
+        kept_K = gone_K if max_gone is None else np.zeros_like(gone_K)
+        mine_NW = np.where(same_N[:, None], old_KW[place_N], vectors_NW)  # to the last bit
+        keys, vectors = np.concatenate([known_K[kept_K], keys_N]), np.concatenate([old_KW[kept_K], mine_NW])
+        url, users, limit = self._files.url, users_KW, state.min_recall
+        return AdIndex.build(url, state.kind, keys, vectors, origin, users, limit, self.version), changes
 
 
 def _replaceable_version(url: str) -> int:
@@ -282,51 +284,15 @@ def _read(files: Storage, state: IndexState, name: str) -> bytes:
         raise CorruptFileError(f"{files.full(name)} is missing") from failure
 
 
-def _publish(
-    url: str,
-    after: int,
-    kind: IndexKind,
-    ads: tuple[Keys, Vectors],
-    users_KW: Vectors | None,
-    min_recall: float,
-    origin: IndexOrigin,
-) -> AdIndex:
-    """Build the index, publish it as the version after `after`, and remove what no reader needs any more."""
-    index, recall = VectorIndex.build(kind, *ads), 1.0
-    source: QuerySource | None = None
-    if kind != "flat":
-        source = "ads" if users_KW is None else "users"
-        queries_KW = sample_of(ads[1]) if users_KW is None else users_KW
-        recall = reach(index, VectorIndex.build("flat", *ads), queries_KW, min_recall)
-    storage = Storage(url)
-    contents = {STRUCTURE: index.save(), ADS: to_parquet(*ads)}
-    state = IndexState(
-        kind=index.kind,
-        dim=index.dim,
-        num_ads=index.num_keys,
-        recall=recall,
-        min_recall=min_recall,
-        origin=origin,
-        queries=source,
-        sha256={name: digest_of(data, "sha256") for name, data in contents.items()},
-    )
-    contents[STATE] = seal(state)
-    files = {name: versions.write_part(storage, name, data) for name, data in contents.items()}
-    published = versions.publish(storage, files, after)
-    versions.expire(storage, KEEP_REPLACED_S)
-    return AdIndex(versions.PublishedFiles(storage.url, published), state, index)
-
-
 KEY, VECTOR = "key", "vector"
 
 
 def to_parquet(keys_N: Keys, vectors_NW: Vectors) -> bytes:
     """Write columns key, ascending, and vector, lists of one width of float32."""
     order_N = np.argsort(keys_N)
-    numbers = pa.array(vectors_NW[order_N].astype(np.float32).reshape(-1))
-    vector: Any = pa.FixedSizeListArray.from_arrays(numbers, vectors_NW.shape[1])
     sink = pa.BufferOutputStream()
-    table = pa.table({KEY: pa.array(keys_N[order_N]), VECTOR: vector})
+    vectors = vector_lists(vectors_NW[order_N].astype(np.float32))
+    table = pa.table({KEY: pa.array(keys_N[order_N]), VECTOR: vectors})
     pq.write_table(table, sink, compression="lz4", write_page_checksum=True)
     return sink.getvalue().to_pybytes()
 
@@ -374,7 +340,7 @@ def ads_of_table(address: str, schema: Schema, fields: Sequence[Field]) -> Ads:
     for name in names:
         for group in row_groups_of_table(storage, name, rules):
             table = read_row_group(storage, group, list(source_columns(rules)))
-            parts.append(decode_unlabelled(table, rules, storage.full(name), group.first_row))
+            parts.append(sample_columns.decode_unlabelled(table, rules, storage.full(name), group.first_row))
     if not parts:
         raise DataNotFoundError(f"--ads {address}: there is no *.parquet file with a row in it; give a table of ads")
     column = schema.new_ad_column

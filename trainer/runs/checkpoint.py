@@ -17,18 +17,17 @@ But a run of the next day on the same settings is better with all of it (`all`):
 shrink for ever.
 """
 
-import os
 import re
 import tempfile
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import xxhash
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -36,9 +35,9 @@ from featurestore.errors import CorruptFileError, FormatVersionError, StorageErr
 from featurestore.lookup.cache import RUNS, default_cache_dir
 from featurestore.parsing import first_mistake
 from featurestore.published.paths import RunPath, read_file, run_path, write_file
-from featurestore.snapshot import SnapshotId
 from featurestore.spec import FileName, Sealed, unseal
 from featurestore.storage.local import claim
+from featurestore.store import SnapshotId
 from trainer import errors
 from trainer.comm import Comm
 from trainer.config import SAMPLES_DIGEST, Config, Decision, Difference, RunConfig, Section, WarmParts, differences
@@ -55,21 +54,6 @@ DENSE, ROWS = "dense.safetensors", "rows-{rank:05}-of-{ranks:05}.safetensors"
 """Rank `rank` of those that wrote a checkpoint owned the shards `rank`, `rank` + `ranks`, and so on of each table."""
 _BLOCK_BYTES = 8 << 20
 _ROWS = re.compile(r"rows-(?P<rank>\d+)-of-(?P<ranks>\d+)\.safetensors")
-
-
-class Loadable(Protocol):
-    """What a checkpoint is loaded into."""
-
-    def load_dense_state(self, state: Mapping[str, Tensor]) -> None: ...
-    def shard_names(self) -> list[str]: ...
-    def load_shard_state(self, state: Mapping[str, Tensor]) -> None: ...
-
-
-class Trained(Loadable, Protocol):
-    """What of the engine a checkpoint holds."""
-
-    def dense_state(self) -> dict[str, Tensor]: ...
-    def shard_state(self) -> dict[str, Tensor]: ...
 
 
 class Origin(Section):
@@ -182,15 +166,15 @@ def read_recorded(checkpoint: Checkpoint) -> CheckpointState:
 
 
 def load(
-    comm: Comm, checkpoint: Checkpoint, state: CheckpointState, trained: Loadable, cache_dir: str | None = None
+    comm: Comm, checkpoint: Checkpoint, state: CheckpointState, trained: Engine, cache_dir: str | None = None
 ) -> None:
-    """Put the checkpoint into `trained`; each rank reads the shards that it owns now, whichever rank wrote them.
+    """Put the checkpoint into the engine; each rank reads the shards that it owns now, whichever rank wrote them.
 
     A rank verifies and reads the files that have a shard of it; from an object store it copies one at a time to
     `cache_dir`. Raises CheckpointError on all ranks, naming the file, where one is missing, damaged
     (DamagedCheckpointError) or does not fit.
     """
-    with agreed(comm, f"cannot read {checkpoint}"):
+    with comm.agreed(), saying(f"cannot read {checkpoint}"):
         trained.load_dense_state(read_dense(checkpoint, state, cache_dir))
         trained.load_shard_state(read_rows(checkpoint, state, trained.shard_names(), cache_dir))
 
@@ -201,7 +185,7 @@ def read_dense(
     """Read what is the same on every rank: the tensors whose names begin with `prefix`, without it.
 
     They are mapped into memory, which takes what is looked at. Raises CheckpointError."""
-    with _saying(f"cannot read {checkpoint}"), local_copy(checkpoint, DENSE, state.files[DENSE], cache_dir) as file:
+    with saying(f"cannot read {checkpoint}"), local_copy(checkpoint, DENSE, state.files[DENSE], cache_dir) as file:
         return {name.removeprefix(prefix): each for name, each in _mapped(file).items() if name.startswith(prefix)}
 
 
@@ -213,7 +197,7 @@ def read_rows(
     Raises CheckpointError where one is lacking."""
     wanted, found = set(names), dict[str, Tensor]()
     shards = {int(name.rsplit("/", 2)[1]) for name in wanted}
-    with _saying(f"cannot read {checkpoint}"):
+    with saying(f"cannot read {checkpoint}"):
         for name in sorted(state.files):
             written = _ROWS.fullmatch(name)
             if written and any(shard % int(written["ranks"]) == int(written["rank"]) for shard in shards):
@@ -241,8 +225,10 @@ def local_copy(checkpoint: Checkpoint, file: str, digest: str, cache_dir: str | 
         except FileNotFoundError as failure:
             raise errors.DamagedCheckpointError(f"{checkpoint}/{file} is missing") from failure
         if not checkpoint.files.is_local:
-            folder = cache_folder(cache_dir)
-            copy = opened.enter_context(tempfile.NamedTemporaryFile(dir=folder, prefix=".tmp-", suffix=f"-{file}"))
+            folder = Path(cache_dir or default_cache_dir())
+            for each in (folder, copies := folder / RUNS):
+                claim(each)
+            copy = opened.enter_context(tempfile.NamedTemporaryFile(dir=copies, prefix=".tmp-", suffix=f"-{file}"))
         while block := content.read(_BLOCK_BYTES):
             found.update(block)
             if copy is not None:
@@ -256,21 +242,6 @@ def local_copy(checkpoint: Checkpoint, file: str, digest: str, cache_dir: str | 
         yield Path(checkpoint.path(file) if copy is None else copy.name)
 
 
-def cache_folder(cache_dir: str | os.PathLike[str] | None) -> Path:
-    """Return the folder of this machine for copies of runs' files: that of `data.cache_dir`, or the usual one."""
-    folder = Path(cache_dir or default_cache_dir())
-    claim(folder)
-    claim(folder / RUNS)
-    return folder / RUNS
-
-
-@contextmanager
-def agreed(comm: Comm, what: str) -> Iterator[None]:
-    """Run the block on every rank and then raise on all if one failed: CheckpointError, disk errors translated."""
-    with comm.agreed(), _saying(what):
-        yield
-
-
 def _text(difference: Difference) -> str:
     text = difference.text("in the checkpoint")
     if difference.name == SAMPLES_DIGEST:
@@ -279,7 +250,7 @@ def _text(difference: Difference) -> str:
 
 
 @contextmanager
-def _saying(what: str) -> Iterator[None]:
+def saying(what: str) -> Iterator[None]:
     """Turn an error of the disk, the object store or a file's format into a CheckpointError that says what failed."""
     try:
         yield
@@ -323,8 +294,11 @@ def continued(
         except (errors.DamagedCheckpointError, errors.RemoteRankError) as failure:
             if isinstance(failure, errors.RemoteRankError) and failure.kind != errors.DamagedCheckpointError.__name__:
                 raise
-            newest = newest or failure
-            passed_over = [*passed_over, PassedOver(checkpoint, _what(comm, failure))]
+            newest, text = (
+                newest or failure,
+                failure.text if isinstance(failure, errors.RemoteRankError) else str(failure),
+            )
+            passed_over = [*passed_over, PassedOver(checkpoint, text.removesuffix(errors.TAKE_ANOTHER))]
     if newest is not None:
         raise newest
     return open_at(None, [])
@@ -338,12 +312,6 @@ def _to_try(config: Config, folder: RunPath) -> list[Checkpoint]:
     if found or resume in (None, "auto"):
         return found
     return [find_checkpoint(folder, resume, "run.resume=")]
-
-
-def _what(comm: Comm, failure: errors.DamagedCheckpointError | errors.RemoteRankError) -> str:
-    """Return what is damaged, as the first rank says that found it. Every rank calls it."""
-    own = failure.what if isinstance(failure, errors.DamagedCheckpointError) else ""
-    return next(filter(None, comm.allgather_object(own, name="damage")))
 
 
 ACCEPTED_FILE = "accepted-stores.json"
@@ -373,8 +341,7 @@ class AcceptedStore(Section):
         return self.accepted.store_id != record.store_id or record.commit_id == self.recorded.commit_id
 
 
-class _AcceptedStores(Section):
-    accepted: list[AcceptedStore]
+_ACCEPTED = TypeAdapter(list[AcceptedStore])
 
 
 def accept(checkpoint: Checkpoint, store: AcceptedStore) -> RunPath | None:
@@ -389,9 +356,8 @@ def accept(checkpoint: Checkpoint, store: AcceptedStore) -> RunPath | None:
     is_back = store.recorded.is_same(store.accepted)
     if is_back and len(others) == len(before):
         return None
-    after = _AcceptedStores(accepted=others if is_back else [*others, store])
     try:
-        write_file(file, after.model_dump_json(indent=1) + "\n")
+        write_file(file, _ACCEPTED.dump_json(others if is_back else [*others, store], indent=1) + b"\n")
     except (OSError, StorageError) as failure:
         raise errors.CheckpointError(f"{file} cannot be written: {failure}") from failure
     return file
@@ -399,7 +365,7 @@ def accept(checkpoint: Checkpoint, store: AcceptedStore) -> RunPath | None:
 
 def _read_accepted(file: RunPath) -> list[AcceptedStore]:
     try:
-        return _AcceptedStores.model_validate_json(read_file(file)).accepted
+        return _ACCEPTED.validate_json(read_file(file))
     except FileNotFoundError:
         return []
     except (OSError, StorageError, ValidationError) as failure:
@@ -458,7 +424,7 @@ def begin_with(comm: Comm, warm: WarmStart, origin: Origin, trained: Engine, cac
     if warm.parts == "all":
         load(comm, warm.checkpoint, warm.state, trained, cache_dir)
         return
-    with agreed(comm, f"cannot read {warm.checkpoint}"):
+    with comm.agreed(), saying(f"cannot read {warm.checkpoint}"):
         mine, theirs = trained.dense_state(), read_dense(warm.checkpoint, warm.state, cache_dir)
         idle = {_DECIDED} - (mine.keys() & theirs.keys())
         idle |= {name for name in mine.keys() ^ theirs.keys() if NO_IMAGES in name}

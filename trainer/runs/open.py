@@ -6,27 +6,27 @@ Every rank calls the same functions; what can go wrong on one of them is agreed 
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from typing import Any
 
 import torch
 
+from featurestore.console.memory import keep_freed_memory
 from featurestore.errors import AnotherStoreError, FeatureStoreError, MissingKeysError, StoreNotFoundError
-from featurestore.format.statistics import FeatureStatistics
+from featurestore.format.codec import FeatureStatistics
 from featurestore.keys import Int64Array
 from featurestore.lookup.partition import FeaturePartition
 from featurestore.published.paths import RunPath, remove_all, run_path
 from featurestore.published.versions import VersionName, open_published
-from featurestore.snapshot import Snapshot, SnapshotId
 from featurestore.spec import StoreInfo
 from featurestore.storage.storage import Storage
-from featurestore.store import FeatureStore
+from featurestore.store import FeatureStore, Snapshot, SnapshotId
 from featurestore.text import count_text
 from trainer.comm import Comm
 from trainer.config import Config, TrainConfig, differences, save_config, settings_that_decide
 from trainer.engine.engine import Engine
-from trainer.engine.machine import keep_freed_memory, share_machine, with_compute_dtype
+from trainer.engine.machine import share_machine, with_compute_dtype
 from trainer.engine.wiring import check_tables
 from trainer.errors import CheckpointError, ConfigError, DataError, DataNotFoundError
 from trainer.models.layers import used_fields
@@ -36,9 +36,8 @@ from trainer.runs.saving import CheckpointPlace
 from trainer.samples import survey
 from trainer.samples.columns import files_by_day, rules_of, sample_files
 from trainer.samples.index import SampleIndex, known_ads, open_index, streams_of
-from trainer.samples.reader import Batch, BatchPosition, SampleReader, Span
-from trainer.schema import DEFAULT_STORE, Schema, load_schema
-from trainer.schema.fields import IDS_FILE, SCHEMA_FILE
+from trainer.samples.reader import BatchPosition, SampleReader, Span
+from trainer.schema.fields import DEFAULT_STORE, IDS_FILE, SCHEMA_FILE, Schema, load_schema
 
 _LEAST_DAYS = 4
 """Training days of which some are held out where nothing is said."""
@@ -47,13 +46,12 @@ _INSTEAD = {"learned": 'get a trained "no image" vector', "zeros": "are zeros"}
 
 @dataclass(frozen=True)
 class StorePlace:
-    """Where a store is, the snapshot that is asked for, and the settings that say so."""
+    """Where a store is, the snapshot that is asked for, and the setting that says so."""
 
     name: str
     url: str
     version: VersionName | None
     setting: str
-    version_setting: str
 
     def make_it(self) -> str:
         """Name the command that fills it."""
@@ -88,12 +86,8 @@ def store_places(config: Config, schema: Schema) -> list[StorePlace]:
                 f"{', '.join(sorted(known)) or 'none'}; give a field store: {name}, or leave the setting out"
             )
     data = config.data
-    places = [StorePlace(name, data.store, data.store_version, "data.store", "data.store_version") for name in here]
-    return places + [
-        StorePlace(
-            name, data.stores[name], data.store_versions.get(name), f"data.stores.{name}", f"data.store_versions.{name}"
-        )
-        for name in elsewhere
+    return [StorePlace(name, data.store, data.store_version, "data.store") for name in here] + [
+        StorePlace(name, data.stores[name], data.store_versions.get(name), f"data.stores.{name}") for name in elsewhere
     ]
 
 
@@ -115,20 +109,19 @@ def snapshot_of(place: StorePlace, resumed: checkpoints.Resumed | None) -> Snaps
 
     Raises AnotherStoreError where it is not of the store that the checkpoint was trained on.
     """
-    checkpoint, state = resumed or (None, None)
-    recorded = state.version_of(place.name) if state and not isinstance(place.version, int) else None
+    recorded = resumed[1].version_of(place.name) if resumed and not isinstance(place.version, int) else None
     store = FeatureStore.open(place.url)
     try:
         snapshot = store.snapshot(place.version if recorded is None else recorded)
     except FeatureStoreError as failure:
         if recorded is None:
             raise
-        check_identity(place, store.snapshot(), checkpoint, state)
+        check_identity(place, store.snapshot(), resumed)
         raise CheckpointError(
             f"the checkpoint was trained on snapshot {recorded} of {place.url}: {failure}; "
-            f"{place.version_setting}=N continues with another one"
+            f"{place.setting.replace('store', 'store_version', 1)}=N continues with another one"
         ) from failure
-    check_identity(place, snapshot, checkpoint, state)
+    check_identity(place, snapshot, resumed)
     if snapshot.num_rows == 0:
         raise DataError(
             f"{place.setting}={place.url} has no features in snapshot {snapshot.version}; "
@@ -137,15 +130,16 @@ def snapshot_of(place: StorePlace, resumed: checkpoints.Resumed | None) -> Snaps
     return snapshot
 
 
-def check_identity(
-    place: StorePlace, snapshot: Snapshot, checkpoint: Checkpoint | None, state: checkpoints.CheckpointState | None
-) -> None:
+def check_identity(place: StorePlace, snapshot: Snapshot, resumed: checkpoints.Resumed | None) -> None:
     """Raise AnotherStoreError where the snapshot is not of the store that the checkpoint was trained on.
 
     Features of another kind are found by Origin.check_store, which has better words.
     """
-    recorded = state.stores.get(place.name) if state else None
-    if checkpoint is None or state is None or recorded is None or other_features(snapshot.info, state, place.name):
+    if resumed is None:
+        return
+    checkpoint, state = resumed
+    recorded = state.stores.get(place.name)
+    if recorded is None or other_features(snapshot.info, state, place.name):
         return
     name = "" if place.setting == "data.store" else f" --name {place.name}"
     recorded.check(
@@ -209,63 +203,33 @@ def lacking_images(
     All samples are counted, once for each snapshot: the cache folder of rank 0's machine keeps the counts. Raises, on
     all ranks together, DataError, and MissingKeysError where data.missing=error.
     """
-    lines = []
+    lines, cache, listing = [], config.data.cache_dir, f"crossmedia schema missing {config.data.samples}"
+    own = config.data.schema_file
+    options = f" --schema {own}" if own not in (None, f"{config.data.samples.rstrip('/')}/{SCHEMA_FILE}") else ""
+    digests = [survey.samples_digest(comm, each, cache) for each in indexes] if places else []
     for place in places:
-        found = _counted(config, comm, schema, place, partitions[place.name], indexes)
+        partition, used = partitions[place.name], used_fields(schema, config.model)
+        fields = [field for field in used if field.kind == "content" and field.store_name == place.name]
+        columns = sorted({(field.column_name, field.side) for field in fields})
+        asked = [digests, columns, partition.snapshot_id.commit_id]
+        count = partial(survey.lacking, comm, indexes, schema, fields, partition)
+        known = survey.measured_once(comm, indexes[0], "lacking", asked, cache, lambda: asdict(count()))  # noqa: B023
+        found = survey.LackingImages(**known)
         if not found.impressions and not found.behaviors:
             continue
-        if config.data.missing == "error":
+        share = f"{found.impressions:,} of {found.of:,} impressions, {found.behaviors:,} behaviours"
+        share += f", {found.without:,} of the impressions without any image" if found.images and found.without else ""
+        lacks = f"{place.url} lacks {count_text(found.images, 'image')} that the samples name ({share})"
+        lacks = lacks if found.images else f"the samples name no image in {share}"
+        named = "" if place.name == DEFAULT_STORE else f" --name {place.name}"
+        missing, listed = config.data.missing, f"list them: {listing} {place.url}{options}{named}"
+        if missing == "error":
             add = f"add them: {place.make_it()}; " if found.images else ""
             raise MissingKeysError(
-                f"{_described(found, place)}; list them: {_list_command(config, place)}; {add}"
-                'or set data.missing=learned, for a trained "no image" vector'
+                f'{lacks}; {listed}; {add}or set data.missing=learned, for a trained "no image" vector'
             )
-        lines.append(
-            f"{_described(found, place)}: they {_INSTEAD[config.data.missing]} (data.missing={config.data.missing}); "
-            f"list them: {_list_command(config, place)}"
-        )
+        lines.append(f"{lacks}: they {_INSTEAD[missing]} (data.missing={missing}); {listed}")
     return lines
-
-
-def _described(found: survey.LackingImages, place: StorePlace) -> str:
-    share = f"{found.impressions:,} of {found.of:,} impressions, {found.behaviors:,} behaviours"
-    if not found.images:
-        return f"the samples name no image in {share}"
-    without = f", {found.without:,} of the impressions without any image" if found.without else ""
-    return f"{place.url} lacks {count_text(found.images, 'image')} that the samples name ({share}{without})"
-
-
-def _list_command(config: Config, place: StorePlace) -> str:
-    """Name the command that lists them."""
-    schema = config.data.schema_file
-    is_usual = schema is None or schema == f"{config.data.samples.rstrip('/')}/{SCHEMA_FILE}"
-    options = "" if is_usual else f" --schema {schema}"
-    options += "" if place.name == DEFAULT_STORE else f" --name {place.name}"
-    return f"crossmedia schema missing {config.data.samples} {place.url}{options}"
-
-
-def _counted(
-    config: Config,
-    comm: Comm,
-    schema: Schema,
-    place: StorePlace,
-    partition: FeaturePartition,
-    indexes: Sequence[SampleIndex],
-) -> survey.LackingImages:
-    """Count what one store lacks, or remember it."""
-    used = used_fields(schema, config.model)
-    fields = [field for field in used if field.kind == "content" and field.store_name == place.name]
-    digests = [survey.samples_digest(comm, each, config.data.cache_dir) for each in indexes]
-    columns = sorted({(field.column_name, field.side) for field in fields})
-    known = survey.measured_once(
-        comm,
-        indexes[0],
-        "lacking",
-        [digests, columns, partition.snapshot_id.commit_id],
-        config.data.cache_dir,
-        lambda: asdict(survey.lacking(comm, indexes, schema, fields, partition)),
-    )
-    return survey.LackingImages(**known)
 
 
 @dataclass(kw_only=True)
@@ -280,9 +244,9 @@ class OpenRun:
     stores: dict[str, SnapshotId]
 
     @property
-    def partition(self) -> FeaturePartition | None:
-        """The rows of the first store, that of data.store where the model has it; None where it sees no content."""
-        return next(iter(self.partitions.values()), None)
+    def store_version(self) -> int | None:
+        """The snapshot of the first store, that of data.store where the model has it; None without content."""
+        return next((partition.snapshot_version for partition in self.partitions.values()), None)
 
     def missing_by_store(self) -> dict[str, int]:
         """Count the lookups, of all ranks, of images without a feature, hidden ones too; every rank calls it."""
@@ -342,8 +306,7 @@ def _open_run(
     """Open the run at this checkpoint, or at its first step."""
     schema = load_schema(config.data.schema_file)
     places = store_places(config, schema)
-    damaged = [each.checkpoint for each in passed]
-    comm.on_all(lambda: check_folder(config, folder, at[0] if at else None, damaged))
+    comm.on_all(lambda: check_folder(config, folder, at[0] if at else None, [each.checkpoint for each in passed]))
     samples = comm.on_rank_0(lambda: open_samples(config, places))
     recorded = at[1].origin if at else None
     comm.on_all(lambda: check_tables(schema, config.model))
@@ -356,8 +319,7 @@ def _open_run(
     config = comm.on_rank_0(lambda: with_validation(config, samples, held))
     train = open_index(comm, samples, "train", schema, config.data.train_days)
     test = open_index(comm, samples, "test", schema, config.data.test_days)
-    choose = partial(snapshot_of, resumed=at)
-    partitions, statistics = open_stores(config, comm, places, choose, measured=not at)
+    partitions, statistics = open_stores(config, comm, places, partial(snapshot_of, resumed=at), measured=not at)
     digest = survey.samples_digest(comm, train, config.data.cache_dir)
     schema = _with_statistics(config, comm, schema, train, digest, recorded, warm)
     reader = train_reader(config, train, schema, comm.rank, comm.size)
@@ -375,6 +337,8 @@ def _open_run(
     elif warm:
         checkpoints.begin_with(comm, warm, origin, engine, config.data.cache_dir)
     engine.begin_day(train.newest_day)
+    position = at[1].position if at else BatchPosition(0, 0)
+    engine.first_step = engine.num_steps - (position.epoch * reader.steps_per_epoch + position.step)  # of earlier runs
     return Run(
         config=config,
         comm=comm,
@@ -389,7 +353,7 @@ def _open_run(
         validation_reader=_validation_reader(config, comm, samples, schema),
         known_ads=known_ads(comm, train, schema),
         origin=origin,
-        position=_begin(engine, reader, at),
+        position=position,
         history=at[1].history if at else [],
         resumed=at[0] if at else None,
         passed_over=passed,
@@ -404,15 +368,16 @@ def with_validation(config: Config, samples: Storage, recorded: list[str] | int 
     `recorded`: those of the checkpoint that is resumed. Raises ConfigError where no day would be left to train on.
     Lists the samples only where days may be held out.
     """
-    held = recorded if config.data.validation_days is None else config.data.validation_days
-    is_chosen = held is None and _chooses_epochs(config.train)
+    held, train = recorded if config.data.validation_days is None else config.data.validation_days, config.train
+    is_long = train.early_stopping is not None or (train.epochs > TrainConfig().epochs and train.max_steps is None)
+    is_chosen = held is None and train.eval_every is None and is_long  # which epoch is best differs by log
     if not held and not is_chosen:
         return config.changed(data={"validation_days": 0})
     days = config.data.train_days or [
         day for day, files in files_by_day(samples).items() if any(file.startswith("train/") for file in files)
     ]
     if is_chosen:  # a tenth, but one at least; none of few days, unless the training may stop early
-        if len(days) < _LEAST_DAYS and config.train.early_stopping is None:
+        if len(days) < _LEAST_DAYS and train.early_stopping is None:
             return config.changed(data={"validation_days": 0})
         held = max(1, len(days) // 10)
     held = sorted(days)[-held:] if isinstance(held, int) else held or []
@@ -426,24 +391,11 @@ def with_validation(config: Config, samples: Storage, recorded: list[str] | int 
     return config.changed(data={"train_days": kept, "validation_days": held})
 
 
-def _chooses_epochs(train: TrainConfig) -> bool:
-    """Whether held-out days choose the best epoch where none are named: which it is differs by log."""
-    is_long = train.epochs > TrainConfig().epochs and train.max_steps is None
-    return train.eval_every is None and (is_long or train.early_stopping is not None)
-
-
 def _validation_reader(config: Config, comm: Comm, samples: Storage, schema: Schema) -> SampleReader | None:
     days = config.data.validation_days
     if not isinstance(days, list):
         return None
     return test_reader(config, comm, open_index(comm, samples, "train", schema, days), schema)
-
-
-def _begin(engine: Engine, reader: SampleReader, resumed: checkpoints.Resumed | None) -> BatchPosition:
-    """Return the batch that comes next, and tell the engine which of its steps were those of an earlier run."""
-    position = resumed[1].position if resumed else BatchPosition(0, 0)
-    engine.first_step = engine.num_steps - (position.epoch * reader.steps_per_epoch + position.step)
-    return position
 
 
 def open_stores(
@@ -484,10 +436,10 @@ def _with_statistics(
     They are those of the checkpoint that the run continues from or begins with, as its layers have learned numbers on
     that scale; else those of the training samples.
     """
-    if recorded is not None:  # what is not there differs from the checkpoint, and is refused
-        return survey.fill_in(schema, recorded.model.get("fields", {}))
-    if warm is not None:
-        schema = survey.fill_in(schema, warm.state.origin.model.get("fields", {}))
+    if earlier := recorded or (warm.state.origin if warm else None):
+        schema = survey.fill_in(schema, earlier.model.get("fields", {}))
+    if recorded:  # what is not there differs from the checkpoint, and is refused
+        return schema
     return survey.with_statistics(comm, train, schema, samples, config.data.cache_dir)
 
 
@@ -554,17 +506,13 @@ def test_reader(config: Config, comm: Comm, index: SampleIndex, schema: Schema) 
 class PartReader(SampleReader):
     """One contiguous part of a split for each rank, cut into equally many batches, in the files' order.
 
-    Evaluation needs no order, so a rank decodes its own part alone. Parts are no parts of one global batch, and their
-    samples have no places in it.
+    Evaluation needs no order, so a rank decodes its own part alone. Parts are no parts of one global batch: places of
+    their samples are those in the part.
     """
 
     @property
     def steps_per_epoch(self) -> int:
         return -(-max(len(self._part(rank)) for rank in range(self._num_ranks)) // self._part_size)
-
-    def batches(self, epoch: int = 0, first_step: int = 0) -> Iterator[Batch]:
-        for batch in super().batches(epoch, first_step):
-            yield replace(batch, place_B=None)
 
     def _steps(self, lengths_S: Sequence[int]) -> Iterator[tuple[list[Span], int]]:
         """Yield this rank's part of each step, and the samples of all ranks' parts."""
@@ -592,8 +540,18 @@ def claim_folder(run: Run) -> list[Checkpoint]:
     def claim() -> list[Checkpoint]:
         with naming_run_dir(run.config):
             run.place.claim([each.checkpoint for each in run.passed_over])
-            _check_still_free(run)
-            removed = _overwrite(run) if run.config.run.overwrite else []
+            removed = in_the_way(run.folder, run.resumed)
+            if removed and not run.config.run.overwrite:  # since this one looked
+                raise CheckpointError(  # no mistake in the settings: a supervisor starts it again, from that checkpoint
+                    f"{run.folder} has a new checkpoint, of another start of this run: start one alone, with "
+                    "run.resume=latest"
+                )
+            if run.config.run.overwrite:
+                (run.folder / "report.json").unlink(missing_ok=True)
+                run.place.remove(removed)
+                if not finished(run.folder):
+                    remove_all(run.folder / TENSORBOARD)
+                    (run.folder / checkpoints.ACCEPTED_FILE).unlink(missing_ok=True)
             run.folder.mkdir(parents=True, exist_ok=True)
             if resumed_folder(run) != run.folder:
                 (run.folder / IDS_FILE).unlink(missing_ok=True)  # of a run that this one does not continue
@@ -627,24 +585,3 @@ def resumed_folder(run: Run) -> RunPath | None:
     if run.resumed is None:
         return None
     return run.folder if run.resumed.is_of(run.folder) else run.resumed.run
-
-
-def _overwrite(run: Run) -> list[Checkpoint]:
-    """Remove what this run does not continue of the one in its folder; returns the checkpoints among that."""
-    removed = in_the_way(run.folder, run.resumed)
-    (run.folder / "report.json").unlink(missing_ok=True)
-    run.place.remove(removed)
-    if not finished(run.folder):
-        remove_all(run.folder / TENSORBOARD)
-        (run.folder / checkpoints.ACCEPTED_FILE).unlink(missing_ok=True)
-    return removed
-
-
-def _check_still_free(run: Run) -> None:
-    """Raise CheckpointError where another start of the run has published a checkpoint since this one looked.
-
-    That is not a mistake in the settings: a supervisor starts the run again, which continues from that checkpoint."""
-    if not run.config.run.overwrite and in_the_way(run.folder, run.resumed):
-        raise CheckpointError(
-            f"{run.folder} has a new checkpoint, of another start of this run: start one alone, with run.resume=latest"
-        )

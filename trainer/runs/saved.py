@@ -3,40 +3,59 @@
 Every command that looks at runs reads their folders by `read_run`, so a checkpoint is chosen, and an image without a
 feature treated, in one way; their engines are opened by `open_at`. `open_trained` opens no samples and looks images up
 in the newest snapshot; `open_source` opens the samples too, and looks images up where training did.
+
+The visual vectors of all images of a snapshot, as a run's E makes them, need no engine, no samples and no partition of
+a store: images are read shard by shard, in the memory of the largest data file.
+
+Letters of shapes: K rows of a block, D feature width, V visual width.
 """
 
+import contextlib
 import hashlib
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor, nn
 
 from featurestore.errors import FeatureStoreError
-from featurestore.keys import Float32Array
+from featurestore.format.datafile import KEY, URI
+from featurestore.keys import AnyArray, Float32Array, Int64Array
+from featurestore.lookup.embedding import EmbeddingModel
+from featurestore.lookup.ondevice import as_tensor
 from featurestore.published.paths import RunPath
 from featurestore.published.versions import VersionName, open_published
-from featurestore.snapshot import Snapshot, SnapshotId
 from featurestore.spec import MissingPolicy
-from featurestore.storage.storage import Storage, cached_property
-from featurestore.store import FeatureStore
-from trainer.comm import Comm
+from featurestore.storage.storage import Storage, cached_property, file_at
+from featurestore.store import VECTORS_OF, FeatureStore, Snapshot, SnapshotId
+from trainer.comm import Comm, SoloComm
 from trainer.config import Config, Device, load_saved
 from trainer.engine.engine import Engine
 from trainer.engine.machine import share_machine
+from trainer.engine.wiring import image_model, widths_of_stores
 from trainer.errors import CheckpointError, ConfigError, DataError, DataNotFoundError, TrainerError
+from trainer.ids.shards import check_names
+from trainer.models.layers import used_fields
 from trainer.runs import checkpoint as checkpoints
 from trainer.runs import open as opening
+from trainer.runs.checkpoint import read_dense
 from trainer.runs.folder import STATE, Checkpoint, find_checkpoint, report_of
 from trainer.samples.columns import sample_files
 from trainer.samples.index import SampleIndex, open_index
-from trainer.samples.reader import SampleReader
 from trainer.samples.survey import IdDictionary, fill_in, samples_digest, texts_of_ids
-from trainer.schema import Schema, load_schema
+from trainer.schema.fields import Schema, load_schema
 
 Vectors = Float32Array
 TRAIN, TEST = "train", "test"
+VECTOR = "vector"
+BATCH_ROWS = 4096
+Progress = Callable[[int, int], None]
 
 
 @dataclass
@@ -96,7 +115,7 @@ class SavedRun:
                 f"{self.checkpoint} was trained on features of another kind than {place.url} has now: "
                 f"{'; '.join(differing)}; take a store of the former kind"
             )
-        opening.check_identity(place, snapshot, self.checkpoint, self.state)
+        opening.check_identity(place, snapshot, (self.checkpoint, self.state))
         return snapshot
 
     def trained_on(self, place: opening.StorePlace) -> Snapshot:
@@ -142,11 +161,6 @@ class TrainedRun(opening.OpenRun):
         for source in self.engine.id_sources:
             source.key_sources.clear()
 
-    @property
-    def store_version(self) -> int | None:
-        """The snapshot that images are looked up in; None where the model has no images."""
-        return self.partition.snapshot_version if self.partition else None
-
 
 def read_run(folder: RunPath, which: str | None = None, samples: str | None = None) -> SavedRun:
     """Read the run in `folder`, with the checkpoint that `which` says; see `find_checkpoint`.
@@ -163,7 +177,8 @@ def read_run(folder: RunPath, which: str | None = None, samples: str | None = No
     config = load_saved(file)
     found = find_checkpoint(folder, which)
     data: dict[str, Any] = {"missing": "zeros" if config.data.missing == "error" else config.data.missing}
-    if samples and not _has_training_samples(config):
+    splits, own = (TRAIN, TEST) if config.data.train_days else (TRAIN,), config.data.samples  # a day may be in either
+    if samples and not any(sample_files(open_published(own), split) for split in splits):
         data["samples"] = samples
     asked = config.changed(data=data)
     return SavedRun(folder, asked, found, checkpoints.read_state(found), config.data.missing)
@@ -188,31 +203,25 @@ def open_trained(
     `device`: in the place of the run's run.device. Raises TrainerError, FeatureStoreError, on all ranks together.
     """
     saved = comm.on_rank_0(partial(read_run, folder, which, samples))
-    if store is not None:
-        saved.config = saved.config.changed(data={"store": store})
-    _, places = comm.on_all(lambda: (saved.schema, saved.places))
-    config = saved.config if device is None else saved.config.changed(run={"device": device})
-
-    def chosen(place: opening.StorePlace) -> Snapshot:
-        if as_trained:
-            return saved.trained_on(place)
-        return saved.snapshot(place, store_version if place is places[0] else None)
-
-    return open_at(saved, config, comm, places, chosen)
+    data, run = {} if store is None else {"store": store}, {} if device is None else {"device": device}
+    saved = replace(saved, config=saved.config.changed(data=data, run=run))
+    places = comm.on_all(lambda: saved.places)
+    if as_trained:
+        return open_at(saved, comm, places, saved.trained_on)
+    return open_at(saved, comm, places, lambda each: saved.snapshot(each, store_version if each is places[0] else None))
 
 
-def open_at(
-    saved: SavedRun, config: Config, comm: Comm, places: list[opening.StorePlace], choose: opening.Choose
-) -> TrainedRun:
+def open_at(saved: SavedRun, comm: Comm, places: list[opening.StorePlace], choose: opening.Choose) -> TrainedRun:
     """Open a run's engine, with its checkpoint and its rows of the snapshots that rank 0 chooses. Every rank calls it.
 
-    `config` and `places` are the run's, or have other places. Raises TrainerError, FeatureStoreError.
+    `places` are the run's, or have other addresses. Raises TrainerError, FeatureStoreError.
     """
+    config = saved.config
     comm.deadline_s = config.run.deadline_s
     device = share_machine(config, comm)
     partitions, _ = opening.open_stores(config, comm, places, choose, measured=False)
     engine = Engine(comm, saved.schema, partitions, config, device=device, reading=True)
-    checkpoints.load(comm, saved.checkpoint, saved.state, engine, saved.config.data.cache_dir)
+    checkpoints.load(comm, saved.checkpoint, saved.state, engine, config.data.cache_dir)
     return TrainedRun(
         saved=saved,
         config=config,
@@ -237,19 +246,12 @@ class RunSource:
     store: str | None = None
     store_version: VersionName | None = None
 
-    @property
-    def places(self) -> dict[str, Any]:
-        """Samples and store, which another run may be opened with too."""
-        return {"samples": self.samples, "store": self.store, "store_version": self.store_version}
-
 
 @dataclass(kw_only=True)
 class PredictingRun(TrainedRun):
     """A run's engine, and the samples to predict, on the ranks of its `comm`; close it."""
 
     test: SampleIndex
-    reader: SampleReader
-    """Of `test`."""
     notes: list[str]
     """What a reader of the figures should know."""
 
@@ -264,91 +266,82 @@ class EvaluatedRun(PredictingRun):
 
 
 def open_source(source: RunSource, comm: Comm) -> EvaluatedRun:
+    """Open a run as `open_predicting` does, and its training samples. Every rank calls it.
+
+    Raises DataError too for missing places, on all ranks together.
+    """
+    saved = _saved(source, comm)
+    try:
+        samples = comm.on_rank_0(lambda: opening.open_samples(saved.config, saved.places))
+    except DataError as failure:
+        failure.add_note(f"(places as in {source.folder / 'config.yaml'}; name others by --samples and --store)")
+        raise
+    data = saved.config.data
+    train = open_index(comm, samples, TRAIN, saved.schema, data.train_days)
+    changed = samples_digest(comm, train, data.cache_dir) != saved.state.origin.data["samples_digest"]
+    opened = _predicting(source, saved, comm)
+    if changed:
+        note = (
+            f"the training samples in {data.samples} are not, or no longer, those of the checkpoint: what is new, and "
+        )
+        opened.notes.insert(0, f"{note}what was seen how often, is counted in the samples that are there now")
+    return EvaluatedRun(**vars(opened), train=train, samples_changed=changed)
+
+
+def open_predicting(source: RunSource, comm: Comm) -> PredictingRun:
     """Open a run with its newest checkpoint, or another, on as many ranks as there are. Every rank calls it.
 
     Samples, stores and snapshots are those that the run was trained on; `store`, where that one is now, replaces
     data.store, at `store_version`, by default its newest snapshot. Image keys without a feature are treated as in
     training, and as zeros where they stopped it. Raises, on all ranks together, ConfigError for a folder that holds no
     run, CheckpointError where there is no checkpoint or the store holds other features than those of training,
-    DataError for missing places.
+    DataError.
     """
-    saved = comm.on_rank_0(partial(read_run, source.folder, source.checkpoint, source.samples))
-    config = comm.on_all(lambda: _config_of(source, saved))
-    schema, places = comm.on_all(lambda: (saved.schema, opening.store_places(config, saved.schema)))
-    try:
-        samples = comm.on_rank_0(lambda: opening.open_samples(config, places))
-    except DataError as failure:
-        failure.add_note(f"(places as in {source.folder / 'config.yaml'}; name others by --samples and --store)")
-        raise
-    train = open_index(comm, samples, TRAIN, schema, config.data.train_days)
-    if source.samples is not None or config.data.test_days == []:
-        test = open_test(comm, config, schema, source.samples)
-    else:
-        test = open_index(comm, samples, TEST, schema, config.data.test_days)
-    changed = samples_digest(comm, train, config.data.cache_dir) != saved.state.origin.data["samples_digest"]
-    opened = open_at(saved, config, comm, places, saved.trained_on)
-    return EvaluatedRun(
-        **vars(opened),
-        train=train,
-        test=test,
-        reader=opening.test_reader(config, comm, test, schema),
-        samples_changed=changed,
-        notes=_notes(source, saved, opened.stores, changed),
-    )
+    return _predicting(source, _saved(source, comm), comm)
 
 
-def open_predicting(source: RunSource, comm: Comm) -> PredictingRun:
-    """Open a run as `open_source` does, to predict the samples that `source` names: those of training may be gone."""
-    saved = comm.on_rank_0(partial(read_run, source.folder, source.checkpoint, source.samples))
-    config = comm.on_all(lambda: _config_of(source, saved))
-    schema, places = comm.on_all(lambda: (saved.schema, opening.store_places(config, saved.schema)))
-    test = open_test(comm, config, schema, source.samples)
-    opened = open_at(saved, config, comm, places, saved.trained_on)
-    return PredictingRun(
-        **vars(opened),
-        test=test,
-        reader=opening.test_reader(config, comm, test, schema),
-        notes=_notes(source, saved, opened.stores, samples_changed=False),
-    )
+def _saved(source: RunSource, comm: Comm) -> SavedRun:
+    """Read the run with the places of `source`, whose store is at one snapshot, as rank 0 finds them.
+
+    Raises as `open_predicting`."""
+
+    def read() -> SavedRun:
+        saved, data = read_run(source.folder, source.checkpoint, source.samples), dict[str, Any]()
+        if source.samples is not None:
+            data["test_days"] = []  # the run's own test samples are not needed
+        if source.store is not None and saved.config.model.images != "none":
+            try:
+                version = FeatureStore.open(source.store).snapshot(source.store_version).version
+            except FeatureStoreError as failure:
+                raise ConfigError(f"--store {source.store}: {failure}") from failure
+            data |= {"store": source.store, "store_version": version}
+        return replace(saved, config=saved.config.changed(data=data))
+
+    saved = comm.on_rank_0(read)
+    comm.on_all(lambda: saved.places)  # reads the schema, too
+    return saved
 
 
-def _config_of(source: RunSource, saved: SavedRun) -> Config:
-    """The run's configuration with the places of `source`, whose store is at one snapshot. Raises ConfigError."""
-    data: dict[str, Any] = {}
-    if source.samples is not None:
-        data["test_days"] = []  # the run's own test samples are not needed
-    if source.store is not None and saved.config.model.images != "none":
-        try:
-            version = FeatureStore.open(source.store).snapshot(source.store_version).version
-        except FeatureStoreError as failure:
-            raise ConfigError(f"--store {source.store}: {failure}") from failure
-        data |= {"store": source.store, "store_version": version}
-    return saved.config.changed(data=data)
+def _predicting(source: RunSource, saved: SavedRun, comm: Comm) -> PredictingRun:
+    test = open_test(comm, saved.config, saved.schema, source.samples)
+    opened = open_at(saved, comm, saved.places, saved.trained_on)
+    return PredictingRun(**vars(opened), test=test, notes=_notes(source, saved, opened.stores))
 
 
-def _notes(source: RunSource, saved: SavedRun, stores: Mapping[str, SnapshotId], samples_changed: bool) -> list[str]:
+def _notes(source: RunSource, saved: SavedRun, stores: Mapping[str, SnapshotId]) -> list[str]:
     """Say what a reader of the figures should know."""
     notes = []
     if source.store is not None and all(record.url != source.store for record in stores.values()):
         notes.append(f"the model reads nothing from data.store: --store {source.store} is not used")
-    if samples_changed:
-        notes.append(
-            f"the training samples in {saved.config.data.samples} are not, or no longer, those of the checkpoint: what "
-            "is new, and what was seen how often, is counted in the samples that are there now"
-        )
     recorded = checkpoints.read_recorded(saved.checkpoint).stores
-    for name, record in saved.state.stores.items():
-        if record != recorded[name]:
-            trained_on = recorded[name].described()
-            notes.append(
-                f"store {name}: the run was trained on {trained_on}; {record.described()} was accepted in its place"
-            )
     for name, record in stores.items():
-        if record.version != saved.state.version_of(name):
-            notes.append(
-                f"store {name} is at snapshot {record.version} ({record.url}); the run was trained on snapshot "
-                f"{saved.state.version_of(name)}"
-            )
+        trained_on, accepted = recorded[name], saved.state.stores[name]
+        if accepted != trained_on:
+            trained, instead = trained_on.described(), accepted.described()
+            notes.append(f"store {name}: the run was trained on {trained}; {instead} was accepted in its place")
+        if record.version != accepted.version:
+            now = f"store {name} is at snapshot {record.version} ({record.url})"
+            notes.append(f"{now}; the run was trained on snapshot {accepted.version}")
     return notes
 
 
@@ -370,6 +363,148 @@ def finite(vectors_NW: Vectors) -> Vectors:
     return vectors_NW
 
 
-def _has_training_samples(config: Config) -> bool:
-    splits = (TRAIN, TEST) if config.data.train_days else (TRAIN,)  # a day's file may be in either
-    return any(sample_files(open_published(config.data.samples), split) for split in splits)
+# Also rows of a row group. E takes .3 to .6 of the time an image that it takes in the store's blocks of 256.
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageNetwork:
+    """The E of a run for one store, and the images that it is to look at: what is exported of a store."""
+
+    saved: SavedRun
+    store: str
+    width: int
+    """Numbers of a visual vector."""
+    snapshot: Snapshot
+
+    @cached_property
+    def model(self) -> EmbeddingModel:
+        """E with its weights, which are read when they are first asked for. Raises CheckpointError."""
+        saved, config = self.saved, self.saved.config
+        model = image_model(self.snapshot.info.dim, self.width, config.model)
+        part = f"stores.{self.store}.model."
+        load_part(model, read_dense(saved.checkpoint, saved.state, config.data.cache_dir, part))
+        return model.to(share_machine(config, SoloComm()))
+
+    def describe(self) -> dict[str, Any]:
+        """Say what its vectors are of."""
+        return {
+            **self.saved.named(),
+            "network": self.store,
+            "dim": self.width,
+            **SnapshotId.of(self.snapshot).named(),
+        }
+
+    def schema(self) -> pa.Schema:
+        """Describe the columns of the file: key, uri and vector."""
+        fields: list[Any] = [
+            pa.field(KEY, pa.int64(), nullable=False),
+            pa.field(URI, pa.string(), nullable=False),
+            pa.field(VECTOR, pa.list_(pa.float32(), self.width), nullable=False),
+        ]
+        return pa.schema(fields, metadata={VECTORS_OF: json.dumps(self.describe())})
+
+    def tables(self) -> Iterator[pa.Table]:
+        """Compute key, uri and visual vector of all images, some thousands at a time.
+
+        Raises TrainerError for a number that is not finite.
+        """
+        keys, uris, features = list[Int64Array](), list[Any](), list[AnyArray]()
+        for shard in sorted(self.snapshot.manifest.shards):
+            reader = self.snapshot.shard_reader(shard)
+            uris_of_shard = reader.read([URI])[URI]
+            for block in reader.verified_blocks():
+                keys.append(block.keys_K)
+                uris += uris_of_shard.take(block.place_K).to_pylist()
+                features.append(block.features_KD.copy())
+                if len(uris) >= BATCH_ROWS:
+                    yield self._table(np.concatenate(keys), uris, np.concatenate(features))
+                    keys, uris, features = [], [], []
+        if uris:
+            yield self._table(np.concatenate(keys), uris, np.concatenate(features))
+
+    def _table(self, keys_K: Int64Array, uris: list[Any], features_KD: AnyArray) -> pa.Table:
+        """Compute the vectors of some images; features are in the store's dtype."""
+        visual_KV = visual_vectors(self.model, features_KD)
+        columns: list[Any] = [pa.array(keys_K), pa.array(uris, pa.string()), vector_lists(visual_KV)]
+        return pa.Table.from_arrays(columns, [KEY, URI, VECTOR])
+
+
+def visual_vectors(model: EmbeddingModel, features_KD: AnyArray) -> Float32Array:
+    """Compute the visual vectors (K, V) of features in a store's dtype. Raises TrainerError if one is not finite."""
+    with torch.inference_mode():
+        return finite(model(as_tensor(features_KD).to(model.mean_D.device)).float().cpu().numpy())
+
+
+def open_network(
+    folder: RunPath,
+    *,
+    which: str | None = None,
+    network: str | None = None,
+    store_version: VersionName | None = None,
+    store: str | None = None,
+) -> ImageNetwork:
+    """Find an E of the run in `folder`, as the checkpoint `which` has it (see `find_checkpoint`), and open a snapshot.
+
+    The snapshot is the newest one by default, whichever the run was trained on. `network`: which E, by its store's name
+    in the schema, where there are several. `store`: where data.store is now, if elsewhere. A few small files are read.
+    Raises ConfigError, CheckpointError, SchemaError, DataError, FeatureStoreError.
+    """
+    saved = read_run(folder, which)
+    if store is not None:
+        saved = replace(saved, config=saved.config.changed(data={"store": store}))
+    widths = network_widths(saved)
+    if not widths:
+        raise ConfigError(f"{folder} has model.images=none: it has no E for images; name another run by --run")
+    at = next(iter(widths)) if network is None and len(widths) == 1 else network
+    if at not in widths:
+        wrong = "" if network is None else f"--network {network}: "
+        raise ConfigError(f"{wrong}{folder} has the networks {', '.join(widths)}; choose one by --network")
+    place = next(place for place in saved.places if place.name == at)
+    snapshot = saved.snapshot(place, store_version)
+    if snapshot.num_rows == 0:
+        raise DataError(f"{place.url} has no features in snapshot {snapshot.version}; add them with: {place.make_it()}")
+    return ImageNetwork(saved=saved, store=at, width=widths[at], snapshot=snapshot)
+
+
+def network_widths(saved: SavedRun) -> dict[str, int]:
+    """List the networks E of a run, by store, with the width of their vectors. Raises as `open_network`."""
+    return widths_of_stores(used_fields(saved.schema, saved.config.model), saved.config.model)
+
+
+def load_part(part: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Fill a part of a run's networks, which gets the type of the checkpoint's numbers. Raises CheckpointError."""
+    check_names(part.state_dict(), state)
+    part.to(next((tensor.dtype for tensor in state.values() if tensor.is_floating_point()), torch.float32))
+    part.load_state_dict(dict(state))
+
+
+def export_vectors(network: ImageNetwork, out: str, progress: Progress = lambda done, total: None) -> None:
+    """Write the vectors of all images to `out`, NAME.parquet, and report images done and all of them.
+
+    On an object store the file is put in one piece, out of memory. Raises TrainerError, FeatureStoreError.
+    """
+    done = 0
+    with parquet_file(out, network.schema()) as write:
+        for table in network.tables():
+            write(table)
+            done += len(table)
+            progress(done, network.snapshot.num_rows)
+
+
+def vector_lists(vectors_NV: Float32Array) -> Any:
+    """Turn the rows of a matrix into lists of one width."""
+    return pa.FixedSizeListArray.from_arrays(pa.array(vectors_NV.reshape(-1)), vectors_NV.shape[1])
+
+
+@contextlib.contextmanager
+def parquet_file(address: str, schema: pa.Schema) -> Iterator[Callable[[pa.Table], None]]:
+    """Give what adds rows to the Parquet file at an address, which gets its name at the end of the block.
+
+    Raises, before the block if there is no such object store, AddressError, BucketNotFoundError, StorageError."""
+    storage, name = file_at(address)
+    storage.check_bucket()
+    with (
+        storage.open_output(name) as output,
+        pq.ParquetWriter(output, schema, compression="lz4", write_page_checksum=True) as writer,
+    ):
+        yield lambda table: writer.write_table(table.cast(schema))

@@ -37,21 +37,21 @@ from typing import IO, NamedTuple
 
 import torch
 import xxhash
-from safetensors import SafetensorError
 from torch import Tensor
 
 from featurestore.errors import CommitConflictError, StorageError
 from featurestore.published import versions
 from featurestore.published.paths import RunPath
 from featurestore.spec import seal
-from featurestore.storage.storage import Storage, digest_of
+from featurestore.storage.storage import Storage
 from trainer.comm import Comm
+from trainer.engine.engine import Engine
 from trainer.engine.machine import free_bytes
 from trainer.errors import CheckpointError, TakenOverError
-from trainer.runs.checkpoint import DENSE, ROWS, CheckpointState, Loadable, Trained, agreed, load, read_state
+from trainer.runs.checkpoint import DENSE, ROWS, CheckpointState, load, read_state, saying
 from trainer.runs.folder import STATE, Checkpoint, checkpoints_of, in_the_way, step_name, step_of
 
-_FAILURES = (OSError, StorageError, SafetensorError, MemoryError)
+_FAILURES = (OSError, StorageError, MemoryError)
 _WAIT_S = 0.01
 _PATIENCE_S = 5.0
 _THERE = "it is there"
@@ -73,50 +73,21 @@ _NAMES = {
 _ALIGNMENT = 8
 
 
-class PackedTensors:
-    """The bytes of one safetensors file. Packing as many bytes again takes the same memory.
+def write_tensors(file: IO[bytes], tensors: Mapping[str, Tensor]) -> tuple[str, int]:
+    """Write a safetensors file of the tensors, on whichever device; returns the xxh3-128 and the number of its bytes.
 
-    Library calls that write such files copy all tensors first, and again into the file's bytes; this copies each tensor
-    once, to its place, at the speed of memory.
+    No more than one tensor is copied at a time, where library calls want all of them in one piece. Raises OSError.
     """
-
-    def __init__(self) -> None:
-        self.data = bytearray()
-        """The file's bytes, until the next `pack`."""
-
-    def pack(self, tensors: Mapping[str, Tensor]) -> "PackedTensors":
-        """Copy the tensors, on whichever device; afterwards they may change. Raises MemoryError."""
-        beginning, ordered = _laid_out(tensors)
-        start = len(beginning)
-        if len(self.data) != (size := start + packed_bytes(tensors)):
-            self.data = bytearray()  # gone before the new one is made
-            self.data = bytearray(size)
-        self.data[:start] = beginning
-        for tensor in ordered:
-            if tensor.numel():
-                target = torch.frombuffer(self.data, dtype=tensor.dtype, count=tensor.numel(), offset=start)
-                target.view(tensor.shape).copy_(tensor.detach())
-            start += tensor.nbytes
-        return self
+    digest, size_bytes = xxhash.xxh3_128(), 0
+    for block in _blocks(tensors):
+        file.write(block)
+        digest.update(block)
+        size_bytes += len(block)
+    return digest.hexdigest(), size_bytes
 
 
-def packed_bytes(tensors: Mapping[str, Tensor]) -> int:
-    """Return about how many bytes the tensors take when they are packed."""
-    return sum(tensor.nbytes for tensor in tensors.values())
-
-
-def write_tensors(file: IO[bytes], tensors: Mapping[str, Tensor]) -> None:
-    """Write the bytes that `PackedTensors` would hold. No more than one tensor is copied at a time. Raises OSError."""
-    beginning, ordered = _laid_out(tensors)
-    file.write(beginning)
-    for tensor in ordered:
-        if tensor.numel():
-            copied = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())
-            file.write(copied.view(-1).view(torch.uint8).numpy().data)
-
-
-def _laid_out(tensors: Mapping[str, Tensor]) -> tuple[bytes, list[Tensor]]:
-    """Return what comes before the numbers, the header's length and the header in JSON, and the tensors in order."""
+def _blocks(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+    """Yield the header's length and the header in JSON, then the numbers of each tensor."""
     header: dict[str, dict[str, object]] = {}
     offset = 0
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
@@ -126,7 +97,26 @@ def _laid_out(tensors: Mapping[str, Tensor]) -> tuple[bytes, list[Tensor]]:
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
-    return len(text).to_bytes(8, "little") + text, [tensor for _, tensor in ordered]
+    yield len(text).to_bytes(8, "little") + text
+    for _, tensor in ordered:
+        values_N = tensor.detach().cpu().contiguous().as_strided((tensor.numel(),), (1,))
+        yield values_N.view(torch.uint8).numpy().data
+
+
+def copied(tensors: Mapping[str, Tensor], earlier: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copy tensors to this machine's memory; afterwards they may change. Each takes the memory of that of its name.
+
+    `earlier`: copies that are needed no more, which is emptied; what has another shape or type takes new memory. Raises
+    RuntimeError where there is none."""
+    copies = {}
+    for name, tensor in tensors.items():
+        copy = earlier.pop(name, None)
+        if copy is None or (copy.shape, copy.dtype) != (tensor.shape, tensor.dtype):
+            del copy  # before the new one is made
+            copy = torch.empty(tensor.shape, dtype=tensor.dtype)
+        copies[name] = copy.copy_(tensor.detach())
+    earlier.clear()
+    return copies
 
 
 DAMAGED = "damaged-"
@@ -145,7 +135,6 @@ class WrittenPart:
     file: versions.PublishedFile
 
 
-Content = Mapping[str, Tensor] | PackedTensors
 _NONE = versions.PublishedVersion(version=0, publication="", writer="", time_s=0.0, files={})
 
 
@@ -164,6 +153,11 @@ class CheckpointPlace:
         self._tried: set[str] = set()
         """Publications of this run; of some it may not know whether they were made, as an answer may be lost."""
 
+    @property
+    def is_local(self) -> bool:
+        """Whether the files are on a disk."""
+        return self._storage.is_local
+
     def has(self, step: int) -> bool:
         """Tell whether the checkpoint of that step is there, whole."""
         return f"{step_name(step)}/{STATE}" in self._newest_known().files
@@ -176,24 +170,14 @@ class CheckpointPlace:
         """Give the checkpoint of a step, which is there."""
         return Checkpoint(self.run, step_name(step), versions.PublishedFiles(self._storage.url, self._newest_known()))
 
-    def write(self, step: int, name: str, content: Content) -> WrittenPart:
-        """Write one part, where nobody sees it yet. Raises StorageError.
-
-        On a disk, tensors go there one by one, without a copy of all, and the digest is of what it gives back."""
-        name = f"{step_name(step)}-{name}"
-        if not self._storage.is_local:
-            packed = content if isinstance(content, PackedTensors) else PackedTensors().pack(content)
-            file = versions.write_part(self._storage, name, packed.data)
-            return WrittenPart(xxhash.xxh3_128_hexdigest(packed.data), file)
-        path = versions.part_path(name)
-        self._written.append(path)
+    def write(self, step: int, name: str, content: Mapping[str, Tensor]) -> WrittenPart:
+        """Write one part, where nobody sees it yet; an object store gets it in one piece. Raises StorageError."""
+        path = versions.part_path(f"{step_name(step)}-{name}")
+        if self.is_local:
+            self._written.append(path)
         with self._storage.open_output(path) as output:
-            if isinstance(content, PackedTensors):
-                output.write(content.data)
-            else:
-                write_tensors(output, content)
-        size_bytes = self._storage.size(path)
-        return WrittenPart(digest_of(self._storage, path), versions.PublishedFile(path=path, size_bytes=size_bytes))
+            digest, size_bytes = write_tensors(output, content)
+        return WrittenPart(digest, versions.PublishedFile(path=path, size_bytes=size_bytes))
 
     def end(self, *, failed: bool) -> None:
         """End a checkpoint on this rank: where it `failed` before all parts were written, a disk gets their room back.
@@ -255,7 +239,7 @@ class CheckpointPlace:
 
     def _expire(self) -> None:
         """Remove what no version names; only after a version of this run, as parts of others may be among that."""
-        if self._storage.is_local:
+        if self.is_local:
             versions.expire(self._storage, KEEP_REMOVED_S, files_at_once=True)
         elif time.monotonic() >= self._next_expiry_s:
             versions.expire(self._storage, KEEP_REMOVED_S)
@@ -339,7 +323,7 @@ class Checkpointer:
     ) -> None:
         self._comm, self._place, self._every_s = comm, place, every_s
         self._before_publishing = before_publishing
-        self._rows, self._dense = PackedTensors(), PackedTensors()
+        self._copies: dict[str, dict[str, Tensor]] = {}  # by part, of the checkpoint before
         self._mine = _Progress()
         self._step: int | None = None  # of the checkpoint that is written
         self._is_publishing = False  # all of its parts are written
@@ -361,7 +345,7 @@ class Checkpointer:
         wanted = self.is_writing or self._every_s is not None
         return wanted and step >= self._next_look
 
-    def save(self, trained: Trained, state: CheckpointState, keep: int, best: int | None) -> str:
+    def save(self, trained: Engine, state: CheckpointState, keep: int, best: int | None) -> str:
         """Write a checkpoint without copies, unless it is there already, wait for its end, and return its address.
 
         Nothing may be under way. Raises CheckpointError on all ranks where one cannot write.
@@ -372,7 +356,7 @@ class Checkpointer:
         return self._place.address(state.step)
 
     def begin(
-        self, trained: Trained, state: CheckpointState, keep: int, best: int | None, *, beside: bool = True
+        self, trained: Engine, state: CheckpointState, keep: int, best: int | None, *, beside: bool = True
     ) -> Outcome | None:
         """Begin to write a checkpoint, unless it is there already. Nothing may be under way.
 
@@ -381,8 +365,9 @@ class Checkpointer:
         """
         self._begun_s, step = time.monotonic(), state.step
         content, error = self._prepared(step, trained)
-        needed = sum(packed_bytes(each) for each in content.values())
-        held = len(self._rows.data) + len(self._dense.data)
+        parts = content, self._copies
+        needed, held = (sum(values.nbytes for part in each.values() for values in part.values()) for each in parts)
+        needed *= 1 if self._place.is_local else 2  # the file's bytes are held, too
         said = _Ready(error, socket.gethostname(), max(0, needed - held), free_bytes())
         everyone = self._comm.allgather_object(said, name="checkpoint.begin")
         if failed := next((each for each in everyone if each.error), None):
@@ -427,7 +412,7 @@ class Checkpointer:
         elif self._thread is not None:
             self._thread.join(_PATIENCE_S)
 
-    def _prepared(self, step: int, trained: Trained) -> tuple[dict[str, Mapping[str, Tensor]], str]:
+    def _prepared(self, step: int, trained: Engine) -> tuple[dict[str, Mapping[str, Tensor]], str]:
         """Returns what is to be written, or why that failed: the other ranks wait for it."""
         content: dict[str, Mapping[str, Tensor]] = {}
         try:
@@ -443,15 +428,14 @@ class Checkpointer:
     def _with_copies(self, step: int, content: Mapping[str, Mapping[str, Tensor]]) -> Callable[[], None]:
         """Copies now; returns what is left to do. Where there is no memory after all, it says so when ranks look."""
         try:
-            copies = {
-                name: (self._dense if name == DENSE else self._rows).pack(tensors) for name, tensors in content.items()
-            }
-        except MemoryError as failure:
+            for name, tensors in content.items():
+                self._copies[name] = copied(tensors, self._copies.get(name, {}))
+        except RuntimeError as failure:
             self._mine = _Progress(error=_text(failure))
             return lambda: None
-        return lambda: self._write(step, copies)
+        return lambda: self._write(step, self._copies)
 
-    def _write(self, step: int, content: Mapping[str, Mapping[str, Tensor] | PackedTensors]) -> None:
+    def _write(self, step: int, content: Mapping[str, Mapping[str, Tensor]]) -> None:
         with self._noted():
             self._mine.parts = {name: self._place.write(step, name, each) for name, each in content.items()}
 
@@ -480,11 +464,12 @@ class Checkpointer:
         for each in everyone:
             if each.fatal is not None:
                 raise each.fatal(each.error)
-        failed = [(rank, each.error) for rank, each in enumerate(everyone) if each.error]
+        rank = "rank {}: ".format if self._comm.size > 1 else lambda _: ""
+        failed = [f"{rank(place)}{each.error}" for place, each in enumerate(everyone) if each.error]
         if failed or self._is_publishing:
             self._place.end(failed=not self._is_publishing)
             self._step, self._mine, self._is_publishing = None, _Progress(), False
-            return Outcome(step, self._named(*failed[0]) if failed else "")
+            return Outcome(step, failed[0] if failed else "")
         self._is_publishing = True
         if self._comm.rank == 0:
             self._mine.is_busy = True
@@ -492,21 +477,14 @@ class Checkpointer:
             self._thread = _in_thread(lambda: self._publish(parts))
         return None
 
-    def _named(self, rank: int, error: str) -> str:
-        return f"rank {rank}: {error}" if self._comm.size > 1 else error
-
     def _schedule(self, step: int, of_rank_0: _Progress) -> bool:
         """Choose the step after which all look again, by the clock of rank 0; return whether a checkpoint is due."""
         step_s = max(of_rank_0.step_s, 1e-6)
-        if self._step is not None:
-            self._next_look = step + max(1, min(step - self._step, int(_LOOK_EVERY_S / step_s)))
-            return False
-        if self._every_s is None:
-            return False
-        left_s = self._every_s - of_rank_0.clock_s
+        left_s = 0.0 if self._every_s is None else self._every_s - of_rank_0.clock_s
         # Half of what is left: so many looks a minute as it has powers of two of a step, and a slower step is noticed.
-        self._next_look = step + max(1, int(left_s / step_s / 2))
-        return left_s < step_s / 2
+        wait_s = _LOOK_EVERY_S if self.is_writing else left_s / 2
+        self._next_look = step + max(1, int(wait_s / step_s))
+        return self._every_s is not None and not self.is_writing and left_s < step_s / 2
 
 
 def state_bytes(state: CheckpointState, parts: Mapping[str, WrittenPart]) -> bytes:
@@ -544,13 +522,11 @@ def _in_thread(work: Callable[[], None]) -> threading.Thread:
     return thread
 
 
-def end_with(
-    comm: Comm, into: CheckpointPlace, step: int, trained: Loadable, cache_dir: str | None = None
-) -> Checkpoint:
+def end_with(comm: Comm, into: CheckpointPlace, step: int, trained: Engine, cache_dir: str | None = None) -> Checkpoint:
     """Put the checkpoint of `step` into `trained` and remove those of later steps, so that it is the latest one."""
     checkpoint = comm.on_rank_0(partial(into.at, step))
     load(comm, checkpoint, read_state(checkpoint), trained, cache_dir)
-    with agreed(comm, f"cannot remove the checkpoints after {checkpoint}"):
+    with comm.agreed(), saying(f"cannot remove the checkpoints after {checkpoint}"):
         if comm.rank == 0:
             into.remove(in_the_way(into.run, checkpoint))
     return checkpoint

@@ -16,11 +16,11 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 import pyarrow as pa
 
+from featurestore.format.datafile import is_text
 from featurestore.keys import AnyArray, Float32Array, Float64Array, Int64Array, ids_of_texts, keys_of_uris
 from featurestore.storage.storage import Storage
 from trainer.errors import DataError, DataNotFoundError, OverflowingValueError, SchemaError
-from trainer.schema import Field, Schema, Side
-from trainer.schema.fields import LOGARITHMIC, STANDARDIZED, days_of_file
+from trainer.schema.fields import LOGARITHMIC, STANDARDIZED, Field, Schema, Side, days_of_file
 from trainer.schema.profile import inner_type, is_list
 
 TextKind = Literal["id", "uri"]
@@ -41,11 +41,6 @@ class Encoded:
         """The ID of each value, (N,)."""
         ids_N: Int64Array = self.ids_U[self.index_N]
         return ids_N
-
-
-def is_text(kind: pa.DataType | None) -> bool:
-    """Tell whether an Arrow type has strings, of any size of their offsets."""
-    return kind is not None and (pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
 def encode_texts(array: Any, kind: TextKind) -> Encoded:
@@ -197,6 +192,13 @@ class DecodedGroups:
         return int(self.sample_offsets[-1])
 
 
+def no_groups(rules: Mapping[str, Rule]) -> DecodedGroups:
+    """Return what decoding makes of a table without rows."""
+    types = {name: np.float32 if rule.is_real else np.int64 for name, rule in rules.items()}
+    columns = {name: ColumnRows(np.empty(0, dtype), offsets=None) for name, dtype in types.items()}
+    return DecodedGroups(columns, np.zeros(1, np.int64))
+
+
 def ranges(starts_M: Int64Array, lengths_M: Int64Array) -> Int64Array:
     """List start, start + 1, … start + length - 1 of each row, one after the other."""
     ends_M = np.cumsum(lengths_M)
@@ -248,7 +250,7 @@ def text_columns(found: pa.Schema, rules: Mapping[str, Rule]) -> set[str]:
     return {
         column
         for column, rule in rules.items()
-        if rule.crossed or (rule.text and is_text(_element(found.field(column).type, rule.depth)))
+        if rule.crossed or (rule.text and is_text(inner_type(found.field(column).type)[0]))
     }
 
 
@@ -405,27 +407,15 @@ def _rule(field: Field, uris: Collection[str]) -> Rule:
 
 
 def _fits(found: pa.DataType, rule: Rule) -> bool:
-    kind = _element(found, rule.depth)
-    if kind is None:
-        return False
+    kind, depth = inner_type(found)
     integer = pa.types.is_integer(kind) and kind != pa.uint64()
-    return integer or (rule.is_real and pa.types.is_floating(kind)) or (rule.text is not None and is_text(kind))
-
-
-def _element(found: pa.DataType, depth: int) -> pa.DataType | None:
-    """Return the type inside `depth` lists, for a dictionary that of its values; None if there are fewer lists."""
-    kind: Any = found
-    for _ in range(depth):
-        if not is_list(kind):
-            return None
-        kind = kind.value_type
-    element: pa.DataType = kind.value_type if pa.types.is_dictionary(kind) else kind
-    return element
+    fits = integer or (rule.is_real and pa.types.is_floating(kind)) or (rule.text is not None and is_text(kind))
+    return fits and depth == rule.depth
 
 
 def _flatten(table: pa.Table, name: str, rule: Rule, where: _Where) -> tuple[Values, tuple[Int64Array, ...]]:
     """Flat values and the offsets of each level of lists, outermost first. Raises DataError at a null or infinity."""
-    if rule.crossed or is_text(_element(table.schema.field(name).type, rule.depth)):
+    if rule.crossed or is_text(inner_type(table.schema.field(name).type)[0]):
         encoded, offsets = _encoded(table, name, rule, where)
         return encoded.ids, offsets
     array, offsets = _innermost(table, name, rule, where)
@@ -554,18 +544,6 @@ def in_either_split(read: Callable[[str], ResultT], file: str) -> ResultT:
             with contextlib.suppress(FileNotFoundError):
                 return read(f"{split}/{name_of(file)}")
         raise
-
-
-def empty_table(rules: Mapping[str, Rule]) -> pa.Table:
-    """Make a table without rows, with the columns that the rules are for."""
-    return pa.table({column: pa.array([], _arrow_type(rule)) for column, rule in source_columns(rules).items()})
-
-
-def _arrow_type(rule: Rule) -> pa.DataType:
-    kind: pa.DataType = pa.int64() if rule.number == "integer" else pa.float32()
-    for _ in range(rule.depth):
-        kind = pa.list_(kind)
-    return kind
 
 
 def groups_of_rows(table: pa.Table, depths: Mapping[str, int]) -> pa.Table:

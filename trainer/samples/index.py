@@ -28,8 +28,7 @@ from featurestore.storage.storage import Storage
 from trainer.config import DataConfig
 from trainer.errors import DataError, DataNotFoundError
 from trainer.samples import columns
-from trainer.schema import Schema
-from trainer.schema.fields import days_of_file
+from trainer.schema.fields import Schema, days_of_file
 
 if TYPE_CHECKING:
     from trainer.comm import Comm

@@ -25,7 +25,7 @@ from featurestore.keys import Float32Array, Int64Array
 from trainer.errors import DataError
 from trainer.samples import columns
 from trainer.samples import index as sample_index
-from trainer.schema import Field, Schema
+from trainer.schema.fields import Field, Schema
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,8 @@ class SampleReader:
         self.index, self._schema, self._rules = index, schema, columns.rules_of(schema)
         self._rank, self._num_ranks, self._batch_size = rank, num_ranks, batch_size
         self._seed, self._window = seed, window
+        none_G = np.empty(0, np.int64)
+        self._nothing = sample_index.Piece(columns.no_groups(self._rules), none_G, none_G, none_G)
         self.num_streams = max(1, min(streams, len(index.row_groups)))
         self.num_samples = index.num_samples
         self.num_decoded = 0
@@ -124,7 +126,7 @@ class SampleReader:
         steps = self._steps([stream.num_samples for stream in streams])
         for spans, global_samples in itertools.islice(steps, first_step, None):
             pieces = [piece for span in spans for piece in streams[span.stream].cut(span.positions)]
-            batch = assemble(self._schema, pieces or [_nothing(self._rules, self._schema.label)], global_samples)
+            batch = assemble(self._schema, pieces or [self._nothing], global_samples)
             yield replace(batch, place_B=_places(spans))
 
     def _streams(self, epoch: int) -> list[sample_index.Stream]:
@@ -200,12 +202,6 @@ def inputs_of(schema: Schema, taken: Callable[[Field, str], Jagged]) -> dict[str
         "dense": {f.name: columns.dense_values(f, taken(f, f.column_name).values_N) for f in schema.of_kind("dense")},
         "weights": {f.name: taken(f, f.weights).values_N for f in schema.fields if f.weights is not None},
     }
-
-
-def _nothing(rules: Mapping[str, columns.Rule], label: str) -> sample_index.Piece:
-    """Make a piece without groups, for a rank without data."""
-    none_G = np.empty(0, np.int64)
-    return sample_index.Piece(columns.decode(columns.empty_table(rules), rules, label, "", 0), none_G, none_G, none_G)
 
 
 def _places(spans: Sequence[Span]) -> Int64Array:

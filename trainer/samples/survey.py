@@ -34,14 +34,13 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xxhash
 
 from featurestore.console.files import replaced_file
 from featurestore.console.output import text_console
 from featurestore.errors import StorageError
-from featurestore.format.statistics import Moments
+from featurestore.format.codec import Moments
 from featurestore.keys import NO_IMAGE, AnyArray, Float64Array, Int64Array, owner_of, shard_of
 from featurestore.lookup.cache import SAMPLES, default_cache_dir
 from featurestore.published.paths import FarPath, RunPath, open_file, remove_all, run_path, written_locally
@@ -53,8 +52,8 @@ from trainer.comm import Comm, SoloComm
 from trainer.errors import DataError, SchemaError
 from trainer.samples.columns import SPLITS, Rule, before_scaling, filled, in_either_split, rules_of, sample_files
 from trainer.samples.index import RowGroup, SampleIndex, open_index, read_texts, read_values
-from trainer.schema import DEFAULT_STORE, Field, Schema, load_schema
-from trainer.schema.fields import IDS_FILE, IMAGES_FILE, SCHEMA_FILE, STANDARDIZED
+from trainer.schema import fields as schema_fields
+from trainer.schema.fields import DEFAULT_STORE, IDS_FILE, IMAGES_FILE, SCHEMA_FILE, Field, Schema, load_schema
 from trainer.schema.names import BUCKETS, TEXTS, buckets_of, by_bucket, merged_names, table_of_texts, write_buckets
 
 if TYPE_CHECKING:
@@ -289,15 +288,13 @@ def _statistics(field: Field, part: NumberSums) -> dict[str, Any]:
         return found | {"boundaries": list(quantile_boundaries(part, field.buckets))}
     if field.mean is None:
         found["mean"] = [float(moments.mean_D[0]) for moments in part.moments_W]
-    if field.std is None and field.transform in STANDARDIZED:
+    if field.std is None and field.transform in schema_fields.STANDARDIZED:
         std_W = np.array([np.sqrt(moments.m2_D[0] / moments.count) for moments in part.moments_W])
         found["std"] = np.where(part.smallest_W < part.largest_W, std_W, 1.0).tolist()
     return found
 
 
 _HELD = 1 << 20  # uses that wait to be merged
-
-Uses = Int64Array
 
 
 @dataclass(frozen=True)
@@ -314,25 +311,24 @@ class LackingImages:
     of: int
 
 
-def merged_uses(parts: Sequence[Uses]) -> Uses:
+def merged_uses(parts: Sequence[Int64Array]) -> Int64Array:
     """Sum the uses of equal keys."""
     rows = np.concatenate([np.empty((0, 3), np.int64), *parts])
-    rows = rows[np.argsort(rows[:, 0], kind="stable")]
-    starts_U = np.flatnonzero(np.diff(rows[:, 0], prepend=rows[0, 0] - 1) if len(rows) else rows[:, 0])
-    counts_U2 = np.add.reduceat(rows[:, 1:], starts_U) if len(rows) else rows[:, 1:]
-    return np.column_stack([rows[starts_U, 0], counts_U2])
+    keys_U, inverse_N = np.unique(rows[:, 0], return_inverse=True)
+    counts = [np.bincount(inverse_N, rows[:, side], len(keys_U)).astype(np.int64) for side in (1, 2)]
+    return np.column_stack([keys_U, *counts])
 
 
 def uses_of(
     index: SampleIndex, row_groups: Iterable[RowGroup], rules: dict[str, Rule], fields: Sequence[Field]
-) -> Uses:
+) -> Int64Array:
     """Count the uses of the images of these content fields.
 
     Reads their columns alone, one row group after the other, and holds 24 bytes for each distinct image, twice while
     they are merged. Raises DataError.
     """
     sides = {field.column_name: field.side for field in fields}
-    total, waiting, count = merged_uses([]), list[Uses](), 0
+    total, waiting, count = merged_uses([]), list[Int64Array](), 0
     for values in read_values(index, row_groups, {column: rules[column] for column in sides}):
         for column, side in sides.items():
             keys_U, counts_U = np.unique(values[column], return_counts=True)
@@ -376,7 +372,8 @@ def names_of(
 
     Images of samples that were made with keys have no name. Raises DataError.
     """
-    found = dict(_names_listed(indexes[0].storage, keys_U))
+    storage = indexes[0].storage
+    found = _named(run_path(storage.full(IMAGES_FILE)), keys_U.tolist()) if IMAGES_FILE in storage.list() else {}
     for index in indexes:
         columns = {field.column_name: rules[field.column_name] for field in fields}
         texts = {column: rule for column, rule in columns.items() if column in index.text_columns}
@@ -386,24 +383,6 @@ def names_of(
             for place in np.flatnonzero(np.isin(encoded.ids_U, keys_U)).tolist():
                 found[int(encoded.ids_U[place])] = encoded.texts_U[place]
     return found
-
-
-def _names_listed(storage: Storage, keys_U: Int64Array) -> Iterator[tuple[int, str]]:
-    """Read the names of these keys in images.parquet, where it is there, one row group after the other."""
-    if IMAGES_FILE not in storage.list():
-        return
-    wanted = pa.array(keys_U)
-    try:
-        with pq.ParquetFile(storage.open_input(IMAGES_FILE), page_checksum_verification=True) as file:
-            for number in range(file.num_row_groups):
-                table = file.read_row_group(number)
-                table = table.filter(pc.is_in(table.column("key"), value_set=wanted))
-                names: Any = table.column("uri").cast(pa.binary()).to_pylist()
-                texts = (name.decode(errors="replace") for name in names)
-                yield from zip(table.column("key").to_pylist(), texts, strict=True)
-    except (pa.ArrowException, KeyError, OSError, StorageError) as failure:
-        where = storage.full(IMAGES_FILE)
-        raise DataError(f"{where} cannot be read: {str(failure).strip()}; make the samples again") from failure
 
 
 def schema_beside(samples: Storage, schema_file: str | None) -> Schema:
@@ -506,14 +485,7 @@ class IdDictionary:
 
         Raises DataError.
         """
-        wanted_U = np.array(sorted(each for each in set(ids) if -(2**63) <= each < 2**63), np.int64)
-        found: dict[int, str] = {}
-        with _opened(self.path) as file:
-            for bucket in np.unique(buckets_of(wanted_U)).tolist():
-                table = file.read_row_group(bucket)
-                table = table.take(np.flatnonzero(np.isin(table["id"].to_numpy(), wanted_U)))
-                found |= _entries(table)
-        return found
+        return _named(self.path, ids)
 
     def first(self, count: int) -> tuple[list[tuple[int, str]], int]:
         """Read the first `count` entries, and how many there are in all. Raises DataError."""
@@ -569,9 +541,27 @@ def _merge(parts: list[RunPath], folder: RunPath) -> None:
         write_buckets(path, TEXTS, (merged_names(tables, _two_texts) for tables in of_buckets))
 
 
+def _named(path: RunPath, keys: Iterable[int]) -> dict[int, str]:
+    """Find the names of those of the keys that are in a file of names by key; reads the row groups that they are in.
+
+    Raises DataError.
+    """
+    wanted_U = np.array(sorted(each for each in set(keys) if -(2**63) <= each < 2**63), np.int64)
+    found: dict[int, str] = {}
+    try:
+        with _opened(path) as file:
+            for bucket in np.unique(buckets_of(wanted_U)).tolist():
+                table = file.read_row_group(bucket)
+                found |= _entries(table.take(np.flatnonzero(np.isin(table.column(0).to_numpy(), wanted_U))))
+    except (pa.ArrowException, OSError) as failure:
+        raise DataError(f"{path} is damaged: {str(failure).strip()}; make the samples, or the run, again") from failure
+    return found
+
+
 def _entries(table: pa.Table) -> list[tuple[int, str]]:
-    ids, texts = (cast("list[Any]", table[name].to_pylist()) for name in ("id", "text"))
-    return list(zip(ids, texts, strict=True))
+    names: Any = table.column(1).cast(pa.binary()).to_pylist()
+    keys = cast("list[int]", table.column(0).to_pylist())
+    return list(zip(keys, (name.decode(errors="replace") for name in names), strict=True))
 
 
 def _opened(path: RunPath) -> pq.ParquetFile:
@@ -580,6 +570,6 @@ def _opened(path: RunPath) -> pq.ParquetFile:
         file = pq.ParquetFile(source, page_checksum_verification=True)
     except (pa.ArrowException, OSError, StorageError) as failure:
         raise DataError(f"{path} is not a readable Parquet file: {str(failure).strip()}") from failure
-    if file.num_row_groups != BUCKETS or not file.schema_arrow.equals(TEXTS):
-        raise DataError(f"{path} is not a dictionary of IDs: make the samples, or the run, again")
+    if file.num_row_groups != BUCKETS or file.schema_arrow.types != TEXTS.types:
+        raise DataError(f"{path} is not a dictionary of IDs or images: make the samples, or the run, again")
     return file

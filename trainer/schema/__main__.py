@@ -14,8 +14,6 @@ from featurestore.published.paths import run_path
 from trainer.errors import DataNotFoundError, SchemaError, TrainerError
 
 if TYPE_CHECKING:
-    import pyarrow as pa
-
     from featurestore.storage.storage import Storage
 
 BATCH_SIZE = 8192
@@ -69,14 +67,18 @@ def _inspected(data: str, out: Path | None, label: str | None, group: str, rows:
     """Write a schema of samples, or a mapping of logs; rows of tables of Delta and so on are copied into `room`."""
     from featurestore.published.versions import open_published
     from trainer.schema import lakes
+    from trainer.schema.profile import SUFFIXES
     from trainer.schema.suggest import inspect_logs, inspect_samples, render_mapping, render_schema
 
-    place = open_published(data) if not is_table_file(data) else None
+    is_file = data.endswith(SUFFIXES) and ("://" in data or Path(data).is_file())
+    place = None if is_file else open_published(data)
     found = lakes.below(place) if place is not None else {}
     if place is not None and not found and are_samples(place, label or LABEL):
         schema, made = inspect_samples(place, label or LABEL, group, rows)
         return render_schema(schema, made, data)
-    folder, name = parent_of(data) if "" in found else place_of_table(data)
+    is_table = "" in found if found else place is None or is_one_table(place)
+    above, _, below = data.rpartition("/")
+    folder, name = (above or ("/" if data.startswith("/") else "."), below) if is_table else (data, None)
     storage = open_published(folder)
     if found:
         lakes.copy_beside(storage, {each or str(name): kind for each, kind in found.items()}, room, rows)
@@ -134,7 +136,9 @@ def missing(
     With the impressions and behaviours in train/ and test/ that name each, and why it has no feature: its reason in the
     store's quarantine, or that it was not extracted.
     """
-    from featurestore.console.files import check_ending
+    from pyarrow import csv
+
+    from featurestore.console.files import check_ending, replaced_file
     from trainer.samples.survey import list_missing
     from trainer.schema.fields import DEFAULT_STORE
 
@@ -142,7 +146,9 @@ def missing(
         check_ending(out, "--out", ".csv")
     table = list_missing(data, store, schema, name or DEFAULT_STORE)
     if out is not None:
-        _write_table(out, table)
+        with replaced_file(out) as part:
+            csv.write_csv(table, part)
+        print_summary(f"written      {out}: {len(table):,} images")
         return
     rows = [[str(value) or "–" for value in row.values()] for row in table.slice(0, SHOWN_IMAGES).to_pylist()]
     if rows:
@@ -195,34 +201,15 @@ def lookup(
             print_summary(f"{each}  {text}")
 
 
-def is_table_file(data: str) -> bool:
-    """Tell whether it is a table of one file, and not a folder or address of several."""
-    from trainer.schema.profile import SUFFIXES
-
-    return data.endswith(SUFFIXES) and ("://" in data or Path(data).is_file())
-
-
-def place_of_table(data: str) -> tuple[str, str | None]:
-    """Return the place of a table and its name: a file, or a folder of files with the same columns.
-
-    The name is None for a place of several tables.
-    """
-    from featurestore.storage.storage import Storage
+def is_one_table(storage: "Storage") -> bool:
+    """Tell whether a folder has several files of one table: with the same columns, and none in folders of their own."""
     from trainer.schema.profile import data_files, look
 
-    is_table = is_table_file(data)
-    if Path(data).is_dir():
-        files = data_files(Storage(data))
-        if len(files) > 1 and not any("/" in file for file in files):
-            first, last = (look(Storage(data), [file], None, 1).columns for file in (files[0], files[-1]))
-            is_table = [*first] == [*last]
-    return parent_of(data) if is_table else (data, None)
-
-
-def parent_of(data: str) -> tuple[str, str]:
-    """Cut a place into that of its folder, and its name there."""
-    folder, _, name = data.rpartition("/")
-    return folder or ("/" if data.startswith("/") else "."), name
+    files = data_files(storage) if storage.is_local else []
+    if len(files) < 2 or any("/" in file for file in files):
+        return False
+    first, last = ([*look(storage, [file], None, 1).columns] for file in (files[0], files[-1]))
+    return first == last
 
 
 def are_samples(storage: "Storage", label: str) -> bool:
@@ -246,16 +233,6 @@ def are_samples(storage: "Storage", label: str) -> bool:
     has_label = any(each.is_binary for each in columns.values())
     has_lists = any(each.depth and each.content in ("integer", "real") for each in columns.values())
     return has_lists and (files[0].startswith(("train/", "test/")) or not has_label)
-
-
-def _write_table(path: Path, table: "pa.Table") -> None:
-    from pyarrow import csv
-
-    from featurestore.console.files import replaced_file
-
-    with replaced_file(path) as part:
-        csv.write_csv(table, part)
-    print_summary(f"written      {path}: {len(table):,} images")
 
 
 def _write_new(path: Path, text: str) -> None:

@@ -5,7 +5,6 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import field as dataclass_field
-from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -15,7 +14,7 @@ import pydantic
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, PositiveInt, model_validator
 
-from featurestore.keys import UInt64Array, splitmix64
+from featurestore.keys import UInt64Array, power_of_two, splitmix64
 from trainer.config import near_match, read_mapping, validated
 from trainer.errors import SchemaError
 
@@ -27,10 +26,6 @@ LOG2_BOUNDARIES = tuple(float(1 << power) for power in range(31))
 """1, 2, 4, .. 2**30: in seconds the last one is 34 years."""
 
 
-def _no_text(value: object) -> object:
-    return None if value == "none" else value
-
-
 def _ascending(values: object) -> object:
     if isinstance(values, list | tuple):
         numbers = [value for value in values if isinstance(value, int | float) and math.isfinite(value)]
@@ -39,7 +34,6 @@ def _ascending(values: object) -> object:
     return values
 
 
-OptionalTransform = Annotated[Transform | None, BeforeValidator(_no_text)]
 Finite = Annotated[float, pydantic.Field(allow_inf_nan=False)]
 Numbers = tuple[Finite, ...]
 Positive = tuple[Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)], ...]
@@ -92,9 +86,9 @@ class Field(BaseModel):
     A mean divides by the sum of their absolute values."""
     columns: tuple[str, ...] | None = None
     """ID kinds: columns of the field's side whose values are crossed into one ID; lists are crossed value by value."""
-    transform: OptionalTransform = None
+    transform: Transform | None = None
     """Kind dense: standardize: minus the mean, over the standard deviation; log1p: sign(x) log(1 + |x|);
-    log_standardize: the one after the other; none."""
+    log_standardize: the one after the other."""
     buckets: Buckets | None = None
     """ID kinds: the column has real numbers, and a number's bucket is its ID. A number of buckets, equally full in the
     training samples; or log2: below 1, to 2, to 4, to 8, and so on."""
@@ -121,8 +115,11 @@ class Field(BaseModel):
                     f"field {self.name}: {setting}={value} is for kind{'s' * (len(kinds) > 1)} {' and '.join(kinds)}, "
                     f"not {self.kind}"
                 )
-        if self.columns is not None:
-            self._check_columns(self.columns)
+        columns = list(self.columns or ())
+        if columns and self.column is not None:
+            raise ValueError(f"field {self.name}: it has column={self.column} and columns={columns}; give one")
+        if self.columns is not None and len(set(columns)) < max(len(columns), 2):
+            raise ValueError(f"field {self.name}: columns={columns} has to name two columns or more, each once")
         self._check_numbers()
         if self.context and (self.side == "user" or self.kind == "content"):
             raise ValueError(
@@ -130,12 +127,6 @@ class Field(BaseModel):
                 f"not for {self.kind} of side {self.side}"
             )
         return self
-
-    def _check_columns(self, columns: tuple[str, ...]) -> None:
-        if self.column is not None:
-            raise ValueError(f"field {self.name}: it has column={self.column} and columns={list(columns)}; give one")
-        if len(set(columns)) < max(len(columns), 2):
-            raise ValueError(f"field {self.name}: columns={list(columns)} has to name two columns or more, each once")
 
     def _check_numbers(self) -> None:
         name, width = f"field {self.name}", self.width or 1
@@ -258,10 +249,7 @@ class Schema(BaseModel):
 
 def load_schema(path: Path | str | None = None) -> Schema:
     """Read the schema in a YAML file, by default the packaged one. Raises SchemaError naming the file and the field."""
-    return _read(path) if path else _packaged()
-
-
-def _read(path: Path | str) -> Schema:
+    path = path or DEFAULT_SCHEMA
     values = read_mapping(path, "data.schema_file=", SchemaError, "a mapping with the name fields")
     schema = validated(Schema, values, str(path), SchemaError)
     ad_ids = [field.name for field in schema.of_kind("id", side="ad") if not field.is_bucketed]
@@ -271,11 +259,6 @@ def _read(path: Path | str) -> Schema:
             f"{path}: new_ad_field={schema.new_ad_field} has to be a field of side ad and kind id; {near}"
         )
     return schema
-
-
-@lru_cache(1)
-def _packaged() -> Schema:
-    return _read(DEFAULT_SCHEMA)
 
 
 SCHEMA_FILE, SETTINGS_FILE = "schema.yaml", "settings.yaml"
@@ -319,8 +302,7 @@ def table_rows(num_distinct: int) -> int:
 
     Rows take memory as they come, so many of them cost nothing; `LARGEST_TABLE` is a bound for very many ids.
     """
-    rows = 1 << (ROWS_PER_ID * max(1, num_distinct) - 1).bit_length()
-    return min(max(SMALLEST_TABLE, rows), LARGEST_TABLE)
+    return min(max(SMALLEST_TABLE, power_of_two(ROWS_PER_ID * max(1, num_distinct))), LARGEST_TABLE)
 
 
 _KEPT = 4096
@@ -401,11 +383,10 @@ def settings_text(samples: str, schema_file: str, schema: Schema, tables: Mappin
     settings_file = f"{schema_file.removesuffix(SCHEMA_FILE)}{SETTINGS_FILE}"
     images = _IMAGES_OF_SIDES.get(tuple(sorted({field.side for field in schema.of_kind("content")})))
     lines = [f"# Over the defaults: crossmedia train --config {settings_file}", "", "data:"]
-    places = {"samples": samples, "schema_file": schema_file} if "://" in samples else _HERE
-    note = "" if "://" in samples else "  # the folder of this file"
+    is_far = "://" in samples
     lines += [
-        f"  {yaml_line('samples', places['samples'])}{note}",
-        f"  {yaml_line('schema_file', places['schema_file'])}",
+        f"  {yaml_line('samples', samples if is_far else './')}" + ("" if is_far else "  # the folder of this file"),
+        f"  {yaml_line('schema_file', schema_file if is_far else f'./{SCHEMA_FILE}')}",
     ]
     lines += ["", "model:"]
     lines += [f"  {yaml_line('images', images)}  # the samples have no others"] if images else []
@@ -417,9 +398,6 @@ def settings_text(samples: str, schema_file: str, schema: Schema, tables: Mappin
         why = "without images ID rows may move faster; 0.012 for model.base=din"
         lines += ["", "optim:", f"  {yaml_line('ids_lr', IDS_LR_ALONE)}  # {why}"]
     return "\n".join(lines) + "\n"
-
-
-_HERE = {"samples": "./", "schema_file": f"./{SCHEMA_FILE}"}
 
 
 def table_lines(tables: Mapping[str, int]) -> list[str]:

@@ -101,16 +101,13 @@ def versions_of(samples: Storage) -> dict[str, str]:
     return found if isinstance(found, dict) else {}
 
 
-LakeRows = tuple[str, pa.RecordBatchReader]
-"""The version of a table, and its rows."""
-
-
-def _delta(module: Any, storage: Storage, place: str) -> LakeRows:
+def _delta(module: Any, storage: Storage, place: str) -> tuple[str, pa.RecordBatchReader]:
+    """Return the version of a table, and its rows, as the functions of the other kinds do."""
     table = module.DeltaTable(storage.full(place))
     return f"version {table.version()}", table.to_pyarrow_dataset().scanner().to_reader()
 
 
-def _iceberg(module: Any, storage: Storage, place: str) -> LakeRows:
+def _iceberg(module: Any, storage: Storage, place: str) -> tuple[str, pa.RecordBatchReader]:
     """Read the snapshot of the newest metadata, as a catalog that writes them one after the other does."""
     newest = max(_metadata_files(storage, place), key=lambda path: (storage.entry(path).mtime_s, path))
     table = module.StaticTable.from_metadata(storage.full(newest))
@@ -118,7 +115,7 @@ def _iceberg(module: Any, storage: Storage, place: str) -> LakeRows:
     return f"snapshot {snapshot}", table.scan().to_arrow_batch_reader()
 
 
-def _lance(module: Any, storage: Storage, place: str) -> LakeRows:
+def _lance(module: Any, storage: Storage, place: str) -> tuple[str, pa.RecordBatchReader]:
     table = module.dataset(storage.full(place))
     return f"version {table.version}", table.scanner().to_reader()
 

@@ -33,9 +33,13 @@ def buckets_of(keys_N: Int64Array) -> Int64Array:
 
 def by_bucket(rows: Rows) -> list[Rows]:
     """Cut rows into those of each bucket of their first column, the key."""
-    bucket_N = buckets_of(rows.column(0).to_numpy())
+    return in_buckets(rows, buckets_of(rows.column(0).to_numpy()), BUCKETS)
+
+
+def in_buckets(rows: Rows, bucket_N: Int64Array, num_buckets: int) -> list[Rows]:
+    """Cut rows by bucket, in their order."""
     ordered: Rows = rows.take(np.argsort(bucket_N, kind="stable"))
-    ends: list[int] = np.cumsum(np.bincount(bucket_N, minlength=BUCKETS)).tolist()
+    ends: list[int] = np.cumsum(np.bincount(bucket_N, minlength=num_buckets)).tolist()
     return [ordered.slice(start, end - start) for start, end in itertools.pairwise([0, *ends])]
 
 

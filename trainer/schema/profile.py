@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from pyarrow import csv
 
 from featurestore.errors import StorageError
+from featurestore.format.datafile import is_text
 from featurestore.storage.storage import Storage
 from featurestore.text import STYLE_BYTES, CsvTextError, find_style, long_rows
 from trainer.errors import DataError
@@ -194,23 +195,21 @@ def _add(found: TableProfile, tables: list[pa.Table], label: str | None) -> None
 
 
 def inner_type(kind: pa.DataType) -> tuple[pa.DataType, int]:
-    """Return the type within all lists, and how many lists there are."""
+    """Return the type of the values within all lists, dictionary-encoded or not, and how many lists there are."""
     inner: Any = kind
     depth = 0
     while is_list(inner):
         inner, depth = inner.value_type, depth + 1
-    return inner, depth
+    return inner.value_type if pa.types.is_dictionary(inner) else inner, depth
 
 
 def content_of(kind: pa.DataType) -> Content:
-    """Say what numbers or texts a type has."""
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
+    """Say what numbers or texts a type within lists has."""
     if pa.types.is_boolean(kind) or pa.types.is_integer(kind):
         return "integer"
     if pa.types.is_floating(kind):
         return "real"
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+    if is_text(kind):
         return "text"
     return "time" if pa.types.is_temporal(kind) else "other"
 

@@ -16,18 +16,9 @@ import pyarrow.parquet as pq
 from featurestore.storage.storage import Storage
 from featurestore.text import count_text
 from trainer.errors import DataError, DataNotFoundError, SchemaError
-from trainer.schema.fields import (
-    LOG2,
-    DistinctCount,
-    Field,
-    Schema,
-    Side,
-    schema_text,
-    table_lines,
-    table_rows,
-    yaml_line,
-)
-from trainer.schema.profile import READ_TYPES, Column, Content, TableProfile, data_files, look, read_tables, table_of
+from trainer.schema import fields as schema_fields
+from trainer.schema.fields import DistinctCount, Field, Schema, Side, schema_text, table_lines, table_rows, yaml_line
+from trainer.schema.profile import READ_TYPES, Column, TableProfile, data_files, look, read_tables, table_of
 
 IMAGE_WORDS = "image|img|picture|pic|photo|cover|poster|thumbnail|bild|foto"
 # What people call our columns; the first that fits wins.
@@ -91,7 +82,6 @@ class Log:
     table: TableProfile
     ours: Mapping[str, str]  # our columns, by their names in the files
     of_user: frozenset[str]  # further columns that are the same in all rows of a user
-    time_formats: tuple[str, ...]  # lines of the mapping
     guessed: str = ""  # what to say of a label that its name does not tell
     others: tuple[str, ...] = ()  # tables next to it that are no logs and join none
     joins: tuple[JoinedTable, ...] = ()
@@ -218,16 +208,14 @@ def _join_of(place: str, table: TableProfile, logs: Sequence[Log]) -> JoinedTabl
         return None
     *_, by, name = max(found)
     columns = {each.name: each for each in table.columns.values() if each.name != name}
+    is_image = re.compile(SYNONYMS["image"], re.IGNORECASE).fullmatch
     unused = tuple(
         each.name
         for each in columns.values()
-        if each.content in ("integer", "text") and each.num_different == table.rows > 1 and not _is_image(each)
+        if each.content in ("integer", "text") and each.num_different == table.rows > 1
+        if not (is_image(each.name) or _has_image_names(each))
     )
     return JoinedTable(by, place, name, {key: each for key, each in columns.items() if key not in unused}, unused)
-
-
-def _is_image(column: Column) -> bool:
-    return bool(re.fullmatch(SYNONYMS["image"], column.name, re.IGNORECASE)) or _has_image_names(column)
 
 
 def _with_joins(log: Log, joins: Sequence[JoinedTable]) -> Log:
@@ -280,7 +268,8 @@ def render_mapping(logs: list[Log], where: str, folder: str, file: str) -> str:
     ]
     if logs[0].name == "behaviors":
         lines.append("# There is no table of impressions here: no column is known as their label; name it by --label.")
-    if formats := {line.partition("  #")[0]: line for log in reversed(logs) for line in log.time_formats}:
+    times = [log.table.columns[log.ours["timestamp"]] for log in reversed(logs) if "timestamp" in log.ours]
+    if formats := {line.partition("  #")[0]: line for each in times for line in _time_formats(each)}:
         lines += ["", *formats.values()]
     if logs[0].joins:
         lines += ["", "join:  # columns that a log lacks are taken from these tables, by its items or users"]
@@ -376,8 +365,7 @@ def _log(
     if log == "impressions" and "user" in ours:
         first = next(iter(read_tables(storage, paths[0], USER_ROWS)))
         of_user = _of_user(first, ours["user"], {*table.columns} - set(ours.values()))
-    formats = _time_formats(table.columns[ours["timestamp"]]) if "timestamp" in ours else []
-    return Log(log, place, table, ours, frozenset(of_user), tuple(formats), where=where, other_events=other_events)
+    return Log(log, place, table, ours, frozenset(of_user), where=where, other_events=other_events)
 
 
 def _time_formats(column: Column) -> list[str]:
@@ -548,11 +536,10 @@ def inspect_samples(
         table.columns[name].counted = count
     for name in table.columns.keys() & set(may_lack):
         table.columns[name].may_lack = True
-    roles: tuple[tuple[str, int, str, tuple[Content, ...]], ...] = (
-        (label, 1, "a list of 0 and 1 in each group", ("integer",)),
-        (group, 0, "one whole number or text a group", ("integer", "text")),
-    )
-    for name, depth, what, contents in roles:
+    for name, depth, what, contents in (
+        (label, 1, "a list of 0 and 1 in each group", {"integer"}),
+        (group, 0, "one whole number or text a group", {"integer", "text"}),
+    ):
         column = table.columns.get(name)
         if column is None or column.depth != depth or column.content not in contents:
             found = f"is {column.type}" if column else f"is not among {', '.join(table.columns)}"
@@ -641,7 +628,7 @@ def _add_ids(made: Suggestion, column: Column, side: Side) -> None:
     values["weights"] = _weights_of(column, made.table)
     if name == AGES and kind == "multi_id":
         beside = next((each.name for each in made.fields if each.name == "behavior_item" and each.kind == kind), None)
-        made.add(column, **values | {"table": None, "buckets": LOG2, "beside": beside})
+        made.add(column, **values | {"table": None, "buckets": schema_fields.LOG2, "beside": beside})
         return
     has_images = IMAGE_NAME.search(name) is not None and column.content != "real"
     if has_images and kind == ("id" if side == "ad" else "multi_id"):

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from trainer.samples.columns import DecodedGroups, Rule
     from trainer.samples.index import RowGroup, SampleIndex
     from trainer.samples.reader import Batch
-    from trainer.schema import Field
+    from trainer.schema.fields import Field
 
 Row = dict[str, Any]
 """One sample group as a Python dict."""

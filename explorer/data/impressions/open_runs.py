@@ -7,6 +7,7 @@ scores are equal. Memory of an open run: its ID tables and E; the features are m
 import contextlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from threading import RLock
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,11 +23,12 @@ from trainer.config import load_saved
 from trainer.errors import DataError
 
 if TYPE_CHECKING:
+    from trainer.models.ctr import CtrModel
     from trainer.models.pooling import PairWeights
     from trainer.runs.saved import TrainedRun
     from trainer.samples.index import SampleIndex
     from trainer.samples.reader import Batch
-    from trainer.schema import Schema
+    from trainer.schema.fields import Schema
 
 
 Logits = NDArray[np.float64]
@@ -98,8 +100,6 @@ class OpenedRun:
 
     def logits_and_weights(self, batch: "Batch") -> tuple[Logits, dict[str, "PairWeights"]]:
         """Predict a batch, and note how the model's aggregators weigh the behaviours of its samples, by field."""
-        from trainer.models.nets import noted_weights
-
         with noted_weights(self.trained.engine.model) as weights:
             logits_B = self.logits(batch)
         return logits_B, weights
@@ -108,6 +108,31 @@ class OpenedRun:
         """Release the stores' rows and the tables, also where a page that was shown still refers to this run."""
         self.trained.close()
         del self.trained.engine
+
+
+@contextlib.contextmanager
+def noted_weights(model: "CtrModel") -> Iterator[dict[str, "PairWeights"]]:
+    """Note the weights that a model's aggregators give to behaviours: of each field, those of the newest pass.
+
+    Fields whose aggregator has no weights (sum, mean, max, concat) have no entry. Costs a second pass of the
+    aggregators.
+    """
+    import torch
+
+    found: dict[str, PairWeights] = {}
+
+    def note(name: str, aggregator: Any, arguments: tuple[Any, ...]) -> None:
+        with torch.no_grad():
+            weights = aggregator.weights(*arguments)
+        if weights is not None:
+            found[name] = weights
+
+    hooks = [each.register_forward_pre_hook(partial(note, name)) for name, each in model.aggregators.items()]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 class TrainedRuns:

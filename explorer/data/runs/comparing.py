@@ -20,7 +20,7 @@ from featurestore.errors import StorageError, UserError
 from featurestore.parsing import first_mistake, parse_json
 from featurestore.published.paths import RunPath, read_file
 from featurestore.text import one_line
-from trainer.config import OF_IMAGES, settings_that_decide
+from trainer.config import settings_that_decide
 from trainer.evaluation.bootstrap import Evaluation
 
 if TYPE_CHECKING:
@@ -34,7 +34,10 @@ SAMPLES = "data.samples"
 _STORES = ("data.store", "data.stores", "data.store_version", "data.store_versions")
 """Settings for the lookup of images; a finished run that reads a store has recorded its snapshot."""
 COMPUTE_DTYPE = "model.compute_dtype"
-WITHOUT_IMAGES_IDLE = {"data.missing", COMPUTE_DTYPE, *map("model.{}".format, OF_IMAGES)}
+_OF_IMAGES = (
+    "pooling", "pooling_length", "image_products", "visual_width", "embed_hidden", "id_proxy", "image_dropout"
+)  # fmt: skip
+WITHOUT_IMAGES_IDLE = {"data.missing", COMPUTE_DTYPE, *map("model.{}".format, _OF_IMAGES)}
 """Settings that a run without images does not use, unless all of it computes in float64."""
 _MISSING = object()
 
@@ -410,8 +413,10 @@ def compare_runs(places: Places, names: Sequence[str], task: Task[Any]) -> RunsC
 
 def _differences(ours: "Predictions", baseline: "Predictions", resamples: int) -> "Mapping[str, compared.Difference]":
     """Compare two runs in all metrics of a page; new ads use the same resamples of users."""
-    from trainer.evaluation.bootstrap import compare, compare_new_ads
+    from trainer.evaluation.bootstrap import compare, new_to_both
 
-    found = compare([ours], [baseline], metrics=COMPARED, resamples=resamples)
-    new_ads = compare_new_ads([ours], [baseline], metrics=("auc",), resamples=resamples)
-    return found | ({NEW_ADS: new_ads.differences["auc"]} if new_ads.differences else {})
+    found, is_new_N = compare(ours, baseline, metrics=COMPARED, resamples=resamples), new_to_both(ours, baseline)
+    if is_new_N.any():
+        of_new = compare(ours, baseline, metrics=("auc",), resamples=resamples, only_N=is_new_N)
+        found[NEW_ADS] = of_new["auc"]
+    return found

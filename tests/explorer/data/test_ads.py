@@ -18,7 +18,7 @@ from trainer.comm import SoloComm
 from trainer.runs.saved import read_run
 from trainer.samples.index import open_index
 from trainer.samples.survey import write_part
-from trainer.schema import Schema, load_schema
+from trainer.schema.fields import Schema, load_schema
 
 
 @pytest.fixture(scope="module")

@@ -13,10 +13,10 @@ from explorer.data.visual import begin_vectors, image_runs, visual_vectors
 from explorer.places import Places
 from featurestore import FeatureRows, FeatureStore, key_of_uri
 from tests.explorer.world import UNKNOWN
-from trainer.runs import export
+from trainer.runs import saved as export
 from trainer.runs.checkpoint import read_state
-from trainer.runs.export import VECTOR, open_network
 from trainer.runs.folder import finished
+from trainer.runs.saved import VECTOR, open_network
 from trainer.runs.saving import CheckpointPlace, state_bytes
 
 

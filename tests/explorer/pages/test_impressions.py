@@ -15,7 +15,7 @@ from explorer.data.impressions.open_runs import OpenedRun
 from explorer.html.site import Site
 from explorer.places import Places
 from explorer.server import application
-from featurestore.format.rows import FeatureRows
+from featurestore.format.datafile import FeatureRows
 from featurestore.keys import key_of_uri
 from featurestore.store import FeatureStore
 from featurestore.upkeep.expiry import expire

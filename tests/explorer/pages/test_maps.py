@@ -25,9 +25,8 @@ from featurestore import FeatureRows, FeatureStore
 from tests.explorer.world import World
 from tests.trainer.conftest import Places as Settings
 from tests.trainer.whole_runs import run_alone
-from trainer.runs.export import network_widths
-from trainer.runs.saved import read_run
-from trainer.schema import DEFAULT_SCHEMA
+from trainer.runs.saved import network_widths, read_run
+from trainer.schema.fields import DEFAULT_SCHEMA
 
 
 def read(pages: TestClient, address: str) -> str:

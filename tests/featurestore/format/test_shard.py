@@ -11,10 +11,9 @@ import pytest
 
 from featurestore import FeatureStore, StoreInfo, to_bits
 from featurestore.errors import CorruptFileError, InvalidRowsError, KeyCollisionError
-from featurestore.format.datafile import matrix_of, open_entry
-from featurestore.format.rows import FeatureRows
+from featurestore.format.codec import Moments
+from featurestore.format.datafile import FeatureRows, matrix_of, open_entry
 from featurestore.format.shard import ShardReader, check_digest, read_moments, write_shard_file
-from featurestore.format.statistics import Moments
 from featurestore.keys import shard_of
 from featurestore.spec import FileEntry, Manifest, seal, unseal
 from featurestore.staging import sorted_table

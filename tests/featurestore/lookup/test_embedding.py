@@ -8,7 +8,7 @@ import torch
 
 from featurestore import ExtractorSpec, FeatureRows, FeatureStore, StoreInfo
 from featurestore.errors import FeatureStoreError, MissingKeysError
-from featurestore.format.statistics import Scaling
+from featurestore.format.codec import Scaling
 from featurestore.lookup import dtype_of_machine, dtype_of_processor, embedding, ondevice
 from featurestore.lookup.embedding import EmbeddingModel, EmbeddingService
 from featurestore.lookup.ondevice import HeldRows, PReLU, as_tensor, held_bytes
@@ -40,7 +40,9 @@ def partition_of(folder: Path, missing: str = "error", dtype: str = "bfloat16") 
 def _folded(service: EmbeddingService, store: Path, scaling: Scaling | None = None) -> np.ndarray:
     """What each dimension is multiplied by, where the deviations are those of the service's own store."""
     statistics = FeatureStore.open(store).snapshot().statistics()
-    service.fold_standardization_(statistics.mean_D, statistics.std_D, scaling)
+    service.fold_standardization_(statistics.mean_D, statistics.std_D)
+    if scaling is not None:
+        service.model.fold_standardization_(statistics.mean_D, statistics.std_D, scaling)
     return service.model.inverse_std_D.numpy()
 
 

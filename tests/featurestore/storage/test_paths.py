@@ -22,9 +22,9 @@ from featurestore.storage.storage import Storage
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.expiry import expire
 from featurestore.upkeep.history import pin, unpin
-from featurestore.upkeep.repair import repair
-from featurestore.upkeep.verify import noted_paths, verify
+from featurestore.upkeep.verify import noted_paths, repair, verify
 from tests.cli import invoke
+from tests.featurestore.shardrows import read_shard
 
 SHARD = 3
 OUTSIDE = [
@@ -152,7 +152,7 @@ def test_a_link_in_data_that_leads_out_is_damage(
         with pytest.raises(CorruptFileError, match="is a link that leads to"):
             FeaturePartition.load(filled, cache_dir=tmp_path / "cache")
         with pytest.raises(CorruptFileError, match="is a link that leads to"):
-            filled.snapshot().read_shard(SHARD)
+            read_shard(filled.snapshot(), SHARD)
         with pytest.raises(CorruptFileError, match="is a link that leads to"):
             compact(filled, force=True)
     problems = verify(filled).problems
@@ -239,7 +239,7 @@ def test_expire_removes_links_and_nothing_behind_them(filled: FeatureStore, outs
 def test_links_that_stay_inside_and_a_store_that_is_a_link_are_fine(
     filled: FeatureStore, tmp_path: Path, outside: Path, make_rows
 ) -> None:
-    held = filled.snapshot().read_shard(SHARD).features_ND
+    held = read_shard(filled.snapshot(), SHARD).features_ND
     entry, folder = entry_of(filled), Path(filled.url)
     (folder / "more").mkdir()
     shutil.move(folder / entry.path, folder / "more" / "x")
@@ -247,7 +247,7 @@ def test_links_that_stay_inside_and_a_store_that_is_a_link_are_fine(
     shutil.move(folder, outside / "store")
     folder.symlink_to(outside / "store")
     store = pickle.loads(pickle.dumps(FeatureStore.open(folder)))
-    np.testing.assert_array_equal(store.snapshot().read_shard(SHARD).features_ND, held)
+    np.testing.assert_array_equal(read_shard(store.snapshot(), SHARD).features_ND, held)
     store.put(make_rows(5, store.info, first=9000))
     assert verify(store).problems == []
 

@@ -9,6 +9,7 @@ from featurestore.log import EXPIRED, manifest_path
 from featurestore.spec import FileEntry
 from featurestore.upkeep.purge import Images
 from featurestore.upkeep.verify import verify
+from tests.featurestore.shardrows import read_shard
 
 SHARD = 3
 GONE = ["images/3.jpg", "images/17.jpg"]
@@ -35,14 +36,14 @@ def spoil(store: FeatureStore, path: str, place: int | None = None) -> None:
 def everything(store: FeatureStore, version: int | None = None) -> dict[int, bytes]:
     """Features by key."""
     snapshot = store.snapshot(version)
-    rows = [snapshot.read_shard(shard) for shard in range(store.info.num_shards)]
+    rows = [read_shard(snapshot, shard) for shard in range(store.info.num_shards)]
     return {int(key): row.tobytes() for each in rows for key, row in zip(each.keys_N, each.features_ND, strict=True)}
 
 
 def contents(store: FeatureStore, version: int | str | None = None) -> dict[str, bytes]:
     """Features by uri."""
     snapshot = store.snapshot(version)
-    rows = [snapshot.read_shard(shard) for shard in range(store.info.num_shards)]
+    rows = [read_shard(snapshot, shard) for shard in range(store.info.num_shards)]
     return {uri: each.features_ND[n].tobytes() for each in rows for n, uri in enumerate(each.uris)}
 
 

@@ -10,9 +10,8 @@ from featurestore.flight.server import OpenSnapshots
 from featurestore.published.versions import read_moves, version_name
 from featurestore.upkeep.expiry import expire
 from featurestore.upkeep.history import log as log_of_store
-from featurestore.upkeep.history import move_channel, read_pins, remove_channel
-from featurestore.upkeep.repair import repair
-from featurestore.upkeep.verify import verify
+from featurestore.upkeep.history import move_channel, remove_channel
+from featurestore.upkeep.verify import repair, verify
 from tests.faulty import faulty, made_but_lost
 from tests.featurestore.staged import run
 
@@ -23,13 +22,6 @@ class TestWriters:
     def test_a_lost_answer_is_looked_up(self, nine: FeatureStore) -> None:
         assert move_channel(faulty(nine, create_exclusive=made_but_lost), "stable", 4).version == 4
         assert len(read_moves(nine.storage, "stable")) == 1
-
-    def test_of_two_that_saw_the_same_one_is_refused(self, nine: FeatureStore) -> None:
-        seen = move_channel(nine, "stable", 1, after=0).number
-        move_channel(nine, "stable", 3, after=seen)
-        with pytest.raises(errors.CommitConflictError, match="number 2 by now, and not 1"):
-            move_channel(nine, "stable", 2, after=seen)
-        assert nine.snapshot("stable").version == 3 and read_pins(nine.storage) == []
 
 
 class TestNames:

@@ -10,10 +10,11 @@ import pytest
 
 from featurestore import FeatureRows, FeatureStore, StoreInfo, shard_of
 from featurestore.errors import CommitConflictError, CorruptFileError
-from featurestore.snapshot import Snapshot
 from featurestore.spec import FileEntry
+from featurestore.store import Snapshot
 from featurestore.upkeep.compaction import MAX_DELTAS, compact, merged_blocks, needs_compaction
 from tests.faulty import faulty
+from tests.featurestore.shardrows import read_shard
 from tests.featurestore.staged import metadata_of, run
 from tests.featurestore.upkeep.damaged import needs, spoil
 
@@ -141,7 +142,7 @@ class TestBesideOthers:
 
         compact(store, progress=when_built(meanwhile))
         shard = int(shard_of(rows.keys_N[:1], 8)[0])
-        live = store.snapshot().read_shard(shard)
+        live = read_shard(store.snapshot(), shard)
         assert live.uris[live.keys_N.tolist().index(rows.keys_N[0])] == "other"
 
     def test_another_compaction_was_first(self, filled: FeatureStore) -> None:

@@ -16,7 +16,7 @@ from featurestore.storage.storage import Storage
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.expiry import ExpireReport, expire, kept_versions
 from featurestore.upkeep.history import Pin, pin
-from featurestore.upkeep.repair import repair
+from featurestore.upkeep.verify import repair
 from tests.featurestore.staged import build_shard, run
 from tests.featurestore.upkeep.damaged import needs
 

@@ -23,7 +23,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     """Sets this machine's clock, in seconds after T0."""
 
     def set_to(seconds: float) -> None:
-        monkeypatch.setattr("featurestore.commit.time", SimpleNamespace(time=lambda: T0 + seconds))
+        monkeypatch.setattr("featurestore.store.time", SimpleNamespace(time=lambda: T0 + seconds))
 
     return set_to
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from featurestore import FeaturePartition, FeatureRows, FeatureStore, QuarantineRow, StoreInfo, key_of_uri, log
-from featurestore.commit import Commit
 from featurestore.errors import CorruptFileError, KeyFileError, PinError, SnapshotNotFoundError
+from featurestore.store import Commit
 from featurestore.upkeep import purge as purge_module
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.expiry import move_aside
@@ -19,6 +19,7 @@ from featurestore.upkeep.purge import Images, PurgeReport, find_traces, read_ima
 from featurestore.upkeep.purge import purge as purge_store
 from featurestore.upkeep.verify import verify
 from tests.faulty import Fault, FaultyStorage, faulty
+from tests.featurestore.shardrows import read_shard
 from tests.featurestore.staged import run
 from tests.featurestore.upkeep.damaged import GONE, IMAGES, contents, without
 
@@ -179,7 +180,7 @@ class TestRows:
     def test_statistics_are_those_of_the_rows_that_stay(self, store: FeatureStore, make_rows: Any) -> None:
         store.put(make_rows(2000, store.info))
         purge(store)
-        left = [store.snapshot().read_shard(shard).features_ND for shard in range(store.info.num_shards)]
+        left = [read_shard(store.snapshot(), shard).features_ND for shard in range(store.info.num_shards)]
         values = store.codec.decode(np.concatenate(left))
         assert store.snapshot().statistics().count == 1998
         np.testing.assert_allclose(store.snapshot().statistics().mean_D, values.mean(axis=0), atol=1e-6)

@@ -227,7 +227,7 @@ def test_mistakes_are_named(source: FeatureStore, tmp_path: Path, info: StoreInf
 
 
 def test_a_row_that_is_not_finite_is_refused(source: FeatureStore, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("featurestore.format.rows.finite_rows", lambda bits, dtype: np.ones(len(bits), np.bool_))
+    monkeypatch.setattr("featurestore.format.datafile.finite_rows", lambda bits, dtype: np.ones(len(bits), np.bool_))
     bad = rows_of(900, 1)
     bad.features_ND[0, 3] = np.nan
     source.put(bad)

@@ -14,8 +14,7 @@ from featurestore.spec import FileEntry
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.expiry import expire
 from featurestore.upkeep.history import pin, restore
-from featurestore.upkeep.repair import RepairReport, readable_keys, repair
-from featurestore.upkeep.verify import verify
+from featurestore.upkeep.verify import RepairReport, readable_keys, repair, verify
 from tests.faulty import Fault, faulty, preceded_by
 from tests.featurestore.staged import build_shard, run
 from tests.featurestore.upkeep.damaged import SHARD, check_whole, everything, files_of, leave_in_expired, spoil

@@ -27,8 +27,7 @@ from featurestore.upkeep import verify as verify_module
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.expiry import expire
 from featurestore.upkeep.history import pin
-from featurestore.upkeep.repair import repair
-from featurestore.upkeep.verify import verify
+from featurestore.upkeep.verify import repair, verify
 from tests.featurestore.staged import run
 from tests.featurestore.upkeep.damaged import spoil
 

@@ -22,7 +22,7 @@ from pipeline.demo.items import (
     plan_garments,
 )
 from pipeline.demo.make import FIRST_CATEGORY, FIRST_ITEM, FIRST_SESSION, FIRST_USER, log_files, write_logs
-from pipeline.demo.world import World, ceiling, match_of, simulate
+from pipeline.demo.world import START_S, World, ceiling, match_of, simulate
 from pipeline.errors import DemoError, SourceError
 from trainer.evaluation.bootstrap import auc
 
@@ -58,12 +58,11 @@ def test_the_colour_is_in_the_pixels(shape: str, hue_deg: float, strongest: int)
 
 
 DAYS = 19
-START_S = 1_772_323_200
 
 
 @pytest.fixture(scope="module")
 def world() -> World:
-    return simulate(catalogue_of(plan_garments(600, 0)), num_users=1200, num_days=DAYS, seed=0, start_s=START_S)
+    return simulate(catalogue_of(plan_garments(600, 0)), num_users=1200, num_days=DAYS, seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +136,7 @@ def test_who_cannot_see_stays_far_below_the_ceiling(world: World, last: np.ndarr
 
 def test_a_catalogue_without_variation_still_makes_a_world(world: World) -> None:
     flat = dataclasses.replace(world.catalogue, look_IK=np.zeros_like(world.catalogue.look_IK))
-    dull = simulate(flat, num_users=30, num_days=3, seed=0, start_s=START_S)
+    dull = simulate(flat, num_users=30, num_days=3, seed=0)
     assert np.isfinite(dull.clicks.logit(*truth.LOGIT_PARTS)).all()
     assert (dull.clicks.parts["match"] == 0).all()
 
@@ -226,14 +225,14 @@ LOG_DAYS = 4
 
 @pytest.fixture(scope="module")
 def logged_world() -> World:
-    return simulate(catalogue_of(plan_garments(40, 0)), num_users=50, num_days=LOG_DAYS, seed=0, start_s=START_S)
+    return simulate(catalogue_of(plan_garments(40, 0)), num_users=50, num_days=LOG_DAYS, seed=0)
 
 
 @pytest.fixture(scope="module")
 def logs(logged_world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("demo")
     write_logs(logged_world, out)
-    assert sorted((out / "logs").rglob("*.parquet")) == sorted(log_files(out, START_S, LOG_DAYS))
+    assert sorted((out / "logs").rglob("*.parquet")) == sorted(log_files(out, LOG_DAYS).values())
     return out / "logs"
 
 

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from featurestore.errors import SpecMismatchError
-from featurestore.format.rows import to_float32
+from featurestore.format.datafile import to_float32
 from featurestore.keys import key_of_uri
 from featurestore.lookup import VARIABLE
 from featurestore.spec import StoreInfo
@@ -20,7 +20,7 @@ from jobs import extract_features
 from pipeline.errors import BackboneError, SourceError, StoreRunError, WeightsError
 from pipeline.features.part import PartSettings, stage_part
 from pipeline.features.refresh import describe_network
-from pipeline.network import compute
+from pipeline.network import backbone as compute
 from pipeline.network.backbone import Backbone, _cached_backbone, backbone, load_weights, network_of
 from tests.cli import said
 from tests.featurestore.staged import metadata_of

@@ -10,8 +10,7 @@ from featurestore.errors import ChannelError, SpecMismatchError, StorageError, S
 from featurestore.published.versions import read_moves
 from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
-from featurestore.upkeep.repair import repair
-from featurestore.upkeep.verify import verify
+from featurestore.upkeep.verify import repair, verify
 from pipeline.errors import BadImageError, SourceError, StoreRunError
 from pipeline.features import refresh as refresh_module
 from pipeline.features.refresh import extract, refresh

@@ -13,7 +13,8 @@ from torchvision import models
 
 from pipeline.errors import BackboneError, WeightsError
 from pipeline.images.decode import prepare
-from pipeline.network import DEFAULT_BACKBONE, check_weights_name, compute
+from pipeline.network import DEFAULT_BACKBONE, check_weights_name
+from pipeline.network import backbone as compute
 from pipeline.network import backbone as weights_module
 from pipeline.network.backbone import Backbone, feature_dim, load_weights, network_of, weights_digest
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.network import compute
-from pipeline.network.compute import BATCH, by_openvino, by_torch, calibrated, can_compile, compute_of, rounded
+from pipeline.network import backbone as compute
+from pipeline.network.backbone import BATCH, by_openvino, by_torch, calibrated, can_compile, compute_of, rounded
 from tests.pipeline.network.test_int8 import network, pixels
 from tests.pipeline.network.tiny import SIDE
 

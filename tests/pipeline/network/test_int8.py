@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from pipeline.errors import BackboneError
-from pipeline.network.compute import calibrated, rounded
+from pipeline.network.backbone import calibrated, rounded
 from tests.pipeline.network.tiny import SIDE, Tiny
 
 

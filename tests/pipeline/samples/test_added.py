@@ -41,8 +41,7 @@ from trainer.errors import DataError
 from trainer.runs.open import PartReader
 from trainer.samples.index import SampleIndex, open_index, read_row_groups
 from trainer.samples.survey import samples_digest
-from trainer.schema import Schema, load_schema
-from trainer.schema.fields import days_of_file, file_of_month
+from trainer.schema.fields import Schema, days_of_file, file_of_month, load_schema
 
 FIRST = "2026-01-"
 

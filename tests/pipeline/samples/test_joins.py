@@ -17,7 +17,7 @@ from pipeline.samples.added import add_days
 from pipeline.samples.build import build_samples
 from pipeline.samples.requests import with_behaviors
 from tests.pipeline.samples.rows import DAY_S, START_S, Row, Shop, all_bytes, read
-from trainer.schema import load_schema
+from trainer.schema.fields import load_schema
 
 MAPPING: dict[str, Any] = {
     "impressions": {

@@ -24,8 +24,7 @@ from trainer.comm import SoloComm
 from trainer.samples.columns import files_by_day
 from trainer.samples.index import open_index
 from trainer.samples.reader import SampleReader
-from trainer.schema import load_schema
-from trainer.schema.fields import SETTINGS_FILE
+from trainer.schema.fields import SETTINGS_FILE, load_schema
 
 
 def version_at(url: str) -> PublishedFiles:
@@ -178,7 +177,7 @@ def test_killed_at_any_write_it_is_the_old_or_the_new_version(
         before = open_published(url)
         with replaced_files(url, before=before, scratch=str(scratch)) as new:
             for name in ("train/day=2026-01-01-000.parquet", "train/day=2026-01-02-000.parquet"):
-                new.keep(name, name)
+                new.kept[name] = name
             (new.folder / "test").mkdir()
             (new.folder / "test" / "day=2026-01-05-000.parquet").write_text(f"day {number}")
             (new.folder / MARK).write_text(f"summary {number}")

@@ -9,7 +9,7 @@ import httpx2
 import numpy as np
 import pytest
 
-from featurestore.format.rows import FeatureRows
+from featurestore.format.datafile import FeatureRows
 from featurestore.store import FeatureStore
 from serving.http.app import Scoring
 from tests.running.shared import made_once, shared_folder

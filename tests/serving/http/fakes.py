@@ -32,7 +32,7 @@ from serving.scoring.decode import decode
 from serving.scoring.request import RequestColumns, Scored
 from serving.scoring.sent import SentTable, Sizes, sent_table
 from serving.settings import ServerSettings
-from trainer.schema import Field, load_schema
+from trainer.schema.fields import Field, load_schema
 
 SLOW = ("score_s", "slow_item", "begun")
 

@@ -19,7 +19,7 @@ from serving.http.codec import ARROW
 from serving.scoring.request import RequestColumns
 from tests.fuzz.mutate import stream_of
 from tests.serving.http.fakes import FakeModel, FakeSource, client_of, scoring_of, write_state
-from trainer.schema import load_schema
+from trainer.schema.fields import load_schema
 
 pytestmark = pytest.mark.anyio
 

@@ -12,7 +12,7 @@ from trainer.exchange.vectors import FieldVectors
 from trainer.models.ctr import CtrModel
 from trainer.models.layers import width_of
 from trainer.models.nets import build_model
-from trainer.schema import Field, Schema
+from trainer.schema.fields import Field, Schema
 
 _PAIRED = ("behavior_item", "behavior_shop", "behavior_age")
 """What DIN takes value by value."""

@@ -24,7 +24,7 @@ from tests.trainer.conftest import Places, make_places
 from tests.trainer.samples.reading import rewrite
 from tests.trainer.whole_runs import run_alone
 from trainer.config import ModelConfig, Pooling
-from trainer.schema import DEFAULT_SCHEMA
+from trainer.schema.fields import DEFAULT_SCHEMA
 
 EXACT = "{kind: exact, max_rows: 24, admit_after: 2}"
 TABLES = "user: 64, item: 64, image: 64, category: 16, scene: 16"

@@ -10,7 +10,7 @@ from serving.network import run_steps
 from serving.scoring.decode import Decoded, decode
 from serving.scoring.request import Request, RequestColumns
 from serving.scoring.sent import SentTable, sent_requests, sent_table
-from trainer.schema import Field, Schema
+from trainer.schema.fields import Field, Schema
 
 GROUPS = "user"
 STANDARDIZED = {"transform": "standardize", "mean": [0.5], "std": [0.25]}

@@ -18,6 +18,7 @@ def connects() -> None:
     if os.environ["HOROVOD_RANK"] == "0" and "STOPS" in os.environ:
         os.kill(os.getpid(), signal.SIGSTOP)
     comm = connect(float(os.environ["PATIENCE_S"]))
+    assert os.environ["HOROVOD_GLOO_IFACE"] == "lo", "by which they reach the rendezvous; none was named"
     if comm.rank == 0:
         os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(2)

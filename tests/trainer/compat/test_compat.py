@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from featurestore.errors import AnotherStoreError
-from featurestore.format.rows import FeatureRows
+from featurestore.format.datafile import FeatureRows
 from featurestore.spec import StoreInfo
 from featurestore.store import FeatureStore
 from tests.cli import invoke
@@ -25,10 +25,10 @@ from trainer.config import load_config
 from trainer.errors import ConfigError
 from trainer.evaluation.bootstrap import compare
 from trainer.evaluation.predict import Predictions, predict_run
-from trainer.gates import Check, RunInUse, gate_model
+from trainer.gates import Check, gate_model
 from trainer.main import train
-from trainer.runs.saved import read_run
-from trainer.schema import DEFAULT_SCHEMA
+from trainer.runs.saved import RunSource, read_run
+from trainer.schema.fields import DEFAULT_SCHEMA
 
 pytestmark = pytest.mark.long  # they train whole runs
 
@@ -121,16 +121,15 @@ def test_another_snapshot_of_the_store(lost: Places) -> None:
     assert "49 of 50 images of the impressions have a feature, and the run has data.missing=error" in said
     said, found = compat(lost, lost.folder / "features", "--version", 2, "--accept")
     assert "nothing to accept" in said and failing(found) == []
-    assert [each["value"] for each in found["scores"]["differences"]] == [0, 0]
-    assert found["scores"]["mean_logit_change"] == 0
+    assert [each["value"] for each in found["differences"]] == [0, 0]
+    assert found["mean_logit_change"] == 0
 
 
 class TestWithBothThere:
     def test_computed_anew(self, places: Places, tmp_path: Path) -> None:
         other = make_store(tmp_path / "other", places.folder / "features", rounded, num_shards=16)
         said, found = compat(places, other)
-        scores = found["scores"]
-        assert 0 < scores["mean_logit_change"] < 1e-3 and scores["num_impressions"] == 210
+        assert 0 < found["mean_logit_change"] < 1e-3 and found["num_impressions"] == 210
         assert list(found["gates"]) == ["coverage", "gauc", "logloss"]
         assert abs(found["gates"]["logloss"]["value"]) < 1e-4
         assert said.endswith("compatible\n")
@@ -148,7 +147,7 @@ class TestWithBothThere:
         extractor = info.extractor.model_copy(update={"weights_digest": "1"})
         other = make_store(tmp_path / "other", places.folder / "features", extractor=extractor)
         said, found = compat(places, other, code=1)
-        assert failing(found) == ["network"] and found["scores"] is None
+        assert failing(found) == ["network"] and found["differences"] == []
         assert "extractor.weights_digest is '1' here, '0' in the checkpoint: its E makes nothing of these" in said
         said, _ = compat(places, other, "--accept", "--force", "I know better", code=1)
         assert "error: not accepted: gate network: " in said
@@ -160,7 +159,7 @@ def test_of_many_impressions_some_are_drawn_the_same_for_both(
     monkeypatch.setattr("trainer.gates.MOST_IMPRESSIONS", 100)
     other = make_store(tmp_path / "other", places.folder / "features")
     _, found = compat(places, other)
-    assert 0 < found["scores"]["num_impressions"] < 210 and found["scores"]["mean_logit_change"] == 0
+    assert 0 < found["num_impressions"] < 210 and found["mean_logit_change"] == 0
 
 
 class TestWithTheOldOneGone:
@@ -172,7 +171,7 @@ class TestWithTheOldOneGone:
         said, found = compat(lost, features)
         assert found["outcome"] == "compatible"
         reported = json.loads((lost.folder / "runs" / "a" / "report.json").read_text())["metrics"]
-        (difference,) = found["scores"]["differences"]
+        (difference,) = found["differences"]
         assert difference["baseline"] == reported["logloss"] == pytest.approx(difference["ours"], abs=1e-4)
         said, _ = compat(lost, features, "--accept")
         assert f"accepted: kept in {lost.folder / 'runs' / 'a' / 'accepted-stores.json'}" in said
@@ -205,7 +204,7 @@ class TestWithTheOldOneGone:
         compat(lost, features, "--accept", code=1)
         compat(lost, features, "--accept", "--force", "the same pictures")
         kept = (lost.folder / "runs" / "a" / "accepted-stores.json").read_text()
-        assert json.loads(kept)["accepted"][0]["figures"]["forced"] == "the same pictures"
+        assert json.loads(kept)[0]["figures"]["forced"] == "the same pictures"
 
 
 def trained(places: Places, name: str, **changes: Any) -> Path:
@@ -221,43 +220,42 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Places:
     return made
 
 
-def in_use(models: Places, name: str = "used") -> RunInUse:
+def in_use(models: Places, name: str = "used") -> tuple[RunSource, str]:
     saved = read_run(models.folder / "runs" / name)
-    return RunInUse(folder=saved.folder, checkpoint=saved.checkpoint.name, digest=saved.digest)
+    return RunSource(saved.folder, saved.checkpoint.name), saved.digest
 
 
-def why_not(run: Path, used: RunInUse) -> str:
-    (only,) = gate_model(run, None, used)
+def why_not(run: Path, used: tuple[RunSource, str]) -> str:
+    (only,) = gate_model(run, None, *used)
     assert not only.holds
     assert only.value is None
     return only.text
 
 
 def test_one_as_good_passes_and_a_worse_one_fails(models: Places) -> None:
-    other = gate_model(trained(models, "other", train__seed=1), None, in_use(models))
+    other = gate_model(trained(models, "other", train__seed=1), None, *in_use(models))
     assert all(each.holds for each in other), other
     bad = trained(models, "bad", optim__lr=1, optim__ids_lr=1, model__activation="prelu")
-    found = {each.gate: each for each in gate_model(bad, None, in_use(models))}
+    found = {each.gate: each for each in gate_model(bad, None, *in_use(models))}
     assert not found["logloss"].holds
     assert "on 210 impressions, whose logits move by" in found["logloss"].text
     # The other way round it is better, by as much.
-    back = {each.gate: each for each in gate_model(in_use(models).folder, None, in_use(models, "bad"))}
+    back = {each.gate: each for each in gate_model(in_use(models)[0].folder, None, *in_use(models, "bad"))}
     assert all(each.holds for each in back.values())
     assert back["logloss"].value == pytest.approx(-found["logloss"].value)
     assert back["gauc"].value == pytest.approx(-found["gauc"].value)
-    (only,) = gate_model(in_use(models).folder, None, in_use(models))
+    (only,) = gate_model(in_use(models)[0].folder, None, *in_use(models))
     assert only.holds and only.value == 0, "the checkpoint in use needs no comparison"
 
 
 def test_what_cannot_be_compared_does_not_pass(models: Places, tmp_path: Path) -> None:
     short = {"train__max_steps": 1}  # what these runs know is not looked at
     new = trained(models, "new", **short)
-    used = in_use(models)
-    assert "no config.yaml" in why_not(new, RunInUse(folder=tmp_path, checkpoint=used.checkpoint, digest=used.digest))
-    again = RunInUse(folder=used.folder, checkpoint=used.checkpoint, digest="0" * 64)
-    assert "has been trained again" in why_not(new, again)
+    used, digest = in_use(models)
+    assert "no config.yaml" in why_not(new, (RunSource(tmp_path, used.checkpoint), digest))
+    assert "has been trained again" in why_not(new, (used, "0" * 64))
     untested = trained(models, "untested", data__train_days="[2026-01-01]", data__test_days="[]", **short)
-    assert "no evaluation rows" in why_not(untested, used)
+    assert "no evaluation rows" in why_not(untested, (used, digest))
     values = yaml.safe_load(DEFAULT_SCHEMA.read_text())
     values["fields"].append({"name": "ad_serial", "side": "ad", "kind": "id", "table": "category"})
     schema = tmp_path / "schema.yaml"
@@ -278,10 +276,10 @@ def test_runs_of_two_stores_are_compared_each_on_its_own(models: Places, tmp_pat
     keys = snapshot.keys()
     store.put(FeatureRows.of([f"item/{n}" for n in range(len(keys))], snapshot.get(keys), keys=keys))
     new = trained(models, "elsewhere", data__store=tmp_path / "features")
-    equal = {each.gate: each.value for each in gate_model(new, None, in_use(models))}
+    equal = {each.gate: each.value for each in gate_model(new, None, *in_use(models))}
     assert equal == {"gauc": pytest.approx(0), "logloss": pytest.approx(0)}
     shutil.rmtree(tmp_path / "features")
-    assert "features" in why_not(in_use(models).folder, in_use(models, "elsewhere"))
+    assert "features" in why_not(in_use(models)[0].folder, in_use(models, "elsewhere"))
 
 
 @pytest.fixture
@@ -297,7 +295,7 @@ def store(lost: Places) -> FeatureStore:
 @pytest.fixture
 def check(lost: Places, store: FeatureStore) -> Check:
     """Limits that let pass all but scores that are worse."""
-    return Check(lost.folder / "runs/a", store.url, GateLimits())
+    return Check(read_run(lost.folder / "runs/a"), store.snapshot(3), GateLimits())
 
 
 def test_the_difference_is_that_of_two_evaluations(
@@ -306,25 +304,24 @@ def test_the_difference_is_that_of_two_evaluations(
     """Logits are compared, which are continuous: a GAUC moves by a whole pair where two of them change places."""
     scored: list[Predictions] = []
 
-    def noted(ours: list[Predictions], baseline: list[Predictions], **options: Any) -> Any:
-        scored.extend([*ours, *baseline])
+    def noted(ours: Predictions, baseline: Predictions, **options: Any) -> Any:
+        scored.extend([ours, baseline])
         return compare(ours, baseline, **options)
 
     monkeypatch.setattr("trainer.gates.compare", noted)
-    found = check.compare(store.snapshot(3))
+    found = check.compare()
     whole = [predict_run(check.saved.folder, store=store.url, store_version=version) for version in (3, 1)]
     for mine, expected in zip(scored, whole, strict=True):
         np.testing.assert_allclose(mine.logit_N, expected.logit_N, atol=1e-5)
         assert (mine.impressions.label_N == expected.impressions.label_N).all()
         assert (mine.impressions.user_N == expected.impressions.user_N).all()
-    assert found.scores is not None
-    assert found.scores.differences[0] == compare(scored[:1], scored[1:], metrics=("gauc",))["gauc"]
+    assert found.differences[0] == compare(*scored, metrics=("gauc",))["gauc"]
     assert np.abs(scored[0].logit_N - scored[1].logit_N).max() > 1e-2
     moved = np.abs(scored[0].logit_N - scored[1].logit_N).mean()
-    assert found.scores.mean_logit_change == pytest.approx(moved)
+    assert found.mean_logit_change == pytest.approx(moved)
 
 
 def test_a_run_without_images_is_refused(lost: Places) -> None:
     run_alone(lost, run__name="none", train__max_steps=1, model__images="none")
     with pytest.raises(ConfigError, match=r"model\.images=none"):
-        Check(lost.folder / "runs/none", lost.folder / "features", GateLimits())
+        Check(read_run(lost.folder / "runs/none"), FeatureStore.open(lost.folder / "features").snapshot(), GateLimits())

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from featurestore.format.rows import FeatureRows
+from featurestore.format.datafile import FeatureRows
 from featurestore.published.paths import run_path
 from featurestore.store import FeatureStore
 from tests.cli import invoke
@@ -229,7 +229,7 @@ def test_mistakes(days: Places) -> None:
     refused(ConfigError, r"run\.resume=latest: trainer\.daily chooses it", run__resume="latest")
     refused(ConfigError, "run.warm_parts=.*: trainer.daily chooses it", run__warm_parts="all")
     refused(ConfigError, "data.validation_days=1: trainer.daily chooses", data__validation_days=1)
-    refused(ConfigError, "early_stopping=2: a day is trained before", train__early_stopping=2, train__eval_every=5)
+    refused(ConfigError, "early_stopping=2: trainer.daily chooses it", train__early_stopping=2, train__eval_every=5)
     refused(DataError, r"has no file day=DAY\*\.parquet", data__samples=days.folder / "nothing")
     assert not (days.folder / "runs" / "m").exists() or not list((days.folder / "runs" / "m").glob("2026*"))
     with pytest.raises(ConfigError, match=r"choose none of 2026-01-01 to 2026-01-04"):

@@ -22,7 +22,7 @@ from trainer.comm import SoloComm
 from trainer.config import Config, ExactTableConfig, IdOptimizer, ModelConfig, OptimConfig, Pooling
 from trainer.engine.engine import Engine
 from trainer.samples.reader import Batch, Jagged
-from trainer.schema import Field, Schema
+from trainer.schema.fields import Field, Schema
 
 SAMPLES, GROUPS, STEPS = 12, 5, 3
 SCHEMA = Schema(

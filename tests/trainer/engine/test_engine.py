@@ -15,7 +15,7 @@ from trainer.engine import machine
 from trainer.engine.engine import Engine
 from trainer.errors import CheckpointError, ConfigError
 from trainer.samples.reader import Batch, Jagged
-from trainer.schema import Field, Schema
+from trainer.schema.fields import Field, Schema
 
 SCHEMA = Schema(
     fields=(

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from trainer.config import ExactTableConfig, ModelConfig, OptimConfig
 from trainer.samples.survey import fill_in
-from trainer.schema import Field, Schema
+from trainer.schema.fields import Field, Schema
 
 DIM, NUM_SHARDS, SEED = 16, 8, 7
 STEPS, MANY_STEPS = 3, 12

@@ -23,7 +23,7 @@ from scenarios import SCENARIOS, SCHEMA_OF_LEARNED, SEED, Scenario, has_other_wa
 from worlds import batch_of, batch_of_file, make_store, slice_of_rank, steps
 
 from featurestore import FeatureStore
-from featurestore.format.statistics import FeatureStatistics
+from featurestore.format.codec import FeatureStatistics
 from featurestore.lookup.partition import FeaturePartition
 from trainer.comm import Comm, connect
 from trainer.config import Config, RunConfig, TrainConfig

@@ -18,7 +18,7 @@ from featurestore.upkeep.remake import remake
 from trainer.samples.columns import bucket_ids, decode, dense_values, rules_of
 from trainer.samples.index import Piece
 from trainer.samples.reader import Batch, Jagged, assemble
-from trainer.schema import Schema
+from trainer.schema.fields import Schema
 
 
 def hashed(text: str) -> int:

@@ -49,7 +49,7 @@ def plain(logit_N: np.ndarray, label_N: np.ndarray, user_N: np.ndarray) -> list[
         if 0 < label_N[mine].sum() < mine.sum():
             weighted += mine.sum() * auroc(logit_N[mine], label_N[mine])
             counted += int(mine.sum())
-    values = [loss, auroc(logit_N, label_N), weighted / counted, p_N.sum() / label_N.sum()]
+    values = [auroc(logit_N, label_N), weighted / counted, loss, p_N.sum() / label_N.sum()]
     return [float(value) for value in values]
 
 
@@ -150,14 +150,14 @@ class TestInterval:
     def test_one_class_is_not_defined(self) -> None:
         clicks = MetricSums(np.zeros(30), np.ones(30), np.arange(30) // 2).at(np.ones((1, 15)))[0]
         passes = MetricSums(np.zeros(30), np.zeros(30), np.arange(30) // 2).at(np.ones((1, 15)))[0]
-        assert np.isnan(clicks[[1, 2]]).all()
-        assert np.isnan(passes[[1, 2, 3]]).all()
-        assert passes[0] == pytest.approx(np.log(2))
+        assert np.isnan(clicks[[0, 1]]).all()
+        assert np.isnan(passes[[0, 1, 3]]).all()
+        assert passes[2] == pytest.approx(np.log(2))
 
 
 def test_a_measurement_is_that_of_the_sample_itself() -> None:
     logit_N, label_N, user_N = scored()
-    loss, auc, gauc, *_ = plain(logit_N, label_N, user_N)
+    auc, gauc, loss, *_ = plain(logit_N, label_N, user_N)
     shuffled = np.random.default_rng(0).permutation(len(logit_N))
     for order in (slice(None), shuffled):
         found = measure(logit_N[order], label_N[order], user_N[order] * 7919 - 5)

@@ -12,12 +12,13 @@ from tests.pages import check_page
 from trainer.comm import SoloComm
 from trainer.errors import DataError
 from trainer.evaluation import report
-from trainer.evaluation.bootstrap import auc, auc_of_groups, compare, compare_new_ads, draws, probability
+from trainer.evaluation.bootstrap import auc, auc_of_groups, compare, draws, new_to_both, probability
 from trainer.evaluation.predict import Impressions, Predictions
 from trainer.evaluation.report import compare_runs, number, range_of
 from trainer.runs.saved import RunSource
 
 USERS, EACH = 120, 8
+FOUND = ("label_N", "user_N", "ad_N")
 
 
 def predictions(world: int, *noises: tuple[int, float]) -> list[Predictions]:
@@ -39,7 +40,7 @@ def predictions(world: int, *noises: tuple[int, float]) -> list[Predictions]:
 
 def test_values_are_those_of_each_side() -> None:
     good, bad = predictions(0, (1, 0.2), (2, 2.0))
-    found, back = (compare(*sides, resamples=200) for sides in (([good], [bad]), ([bad], [good])))
+    found, back = (compare(*sides, resamples=200) for sides in ((good, bad), (bad, good)))
     label_N, user_N = good.impressions.label_N.astype(np.float64), good.impressions.user_N
     assert found["auc"].ours == pytest.approx(auc(good.logit_N, label_N))
     assert found["gauc"].baseline == pytest.approx(auc_of_groups(bad.logit_N, label_N, user_N).mean)
@@ -53,14 +54,14 @@ def test_values_are_those_of_each_side() -> None:
 
 def test_equal_models_do_not_differ() -> None:
     (one,) = predictions(0, (1, 0.5))
-    found = compare([one], [dataclasses.replace(one, logit_N=one.logit_N * 3)], resamples=100)["gauc"]
+    found = compare(one, dataclasses.replace(one, logit_N=one.logit_N * 3), resamples=100)["gauc"]
     assert (found.value, found.low, found.high, found.p_value) == (0, 0, 0, 1)
 
 
 def test_pairing_makes_the_interval_narrow() -> None:
     one, two = predictions(0, (1, 0.5), (1, 0.55))
-    paired = compare([one], [two], resamples=400)["auc"]
-    ones = [compare([each], [dataclasses.replace(each, logit_N=np.zeros(USERS * EACH))])["auc"] for each in (one, two)]
+    paired = compare(one, two, resamples=400)["auc"]
+    ones = [compare(each, dataclasses.replace(each, logit_N=np.zeros(USERS * EACH)))["auc"] for each in (one, two)]
     # Against a constant (AUC 0.5 in every resample) the width is that of one model's own AUC.
     assert paired.high - paired.low < 0.3 * min(each.high - each.low for each in ones)
 
@@ -68,7 +69,7 @@ def test_pairing_makes_the_interval_narrow() -> None:
 def test_a_slice_is_measured_on_the_resamples_of_all_users() -> None:
     one, two = predictions(0, (1, 0.2), (2, 2.0))
     only_N = one.impressions.ad_N < 5
-    found = compare([one], [two], metrics=("auc",), resamples=50, seed=3, only_N=only_N)["auc"]
+    found = compare(one, two, metrics=("auc",), resamples=50, seed=3, only_N=only_N)["auc"]
     label_N, user_N = one.impressions.label_N[only_N].astype(np.float64), one.impressions.user_N[only_N]
     ours, baseline = (auc(each.logit_N[only_N], label_N) for each in (one, two))
     assert (found.ours, found.baseline) == pytest.approx((ours, baseline))
@@ -79,7 +80,7 @@ def test_a_slice_is_measured_on_the_resamples_of_all_users() -> None:
             label = one.impressions.label_N[at].astype(np.float64)
             drawn.append(auc(one.logit_N[at], label) - auc(two.logit_N[at], label))
     assert (found.low, found.high) == pytest.approx(np.quantile(drawn, [0.025, 0.975]))
-    nothing = compare([one], [two], resamples=20, only_N=only_N & False)["auc"]
+    nothing = compare(one, two, resamples=20, only_N=only_N & False)["auc"]
     assert (nothing.value, nothing.low) == (None, None)
 
 
@@ -90,13 +91,10 @@ def new_from(each: Predictions, ad: int) -> Predictions:
 
 def test_an_ad_is_new_where_no_run_was_trained_on_it() -> None:
     one, two = predictions(0, (1, 0.2), (2, 2.0))
-    found = compare_new_ads([new_from(one, 20)], [new_from(two, 30)], resamples=50, seed=3)
-    is_new_N = one.impressions.ad_N >= 30
-    assert found.impressions == is_new_N.sum() > 0
-    assert found.differences == compare([one], [two], resamples=50, seed=3, only_N=is_new_N)
+    assert (new_to_both(new_from(one, 20), new_from(two, 30)) == (one.impressions.ad_N >= 30)).all()
     for unknown in (two, new_from(two, 40)):  # nothing is known of its training, and it knows all
-        nothing = compare_new_ads([new_from(one, 20)], [unknown], resamples=50)
-        assert (nothing.impressions, nothing.differences) == (0, {})
+        assert not new_to_both(new_from(one, 20), unknown).any()
+        assert not new_to_both(unknown, new_from(one, 20)).any()
 
 
 @pytest.mark.parametrize("first_new", [30, 40])
@@ -104,18 +102,19 @@ def test_the_command_shows_new_ads_in_its_table_its_json_and_its_page(
     first_new: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     runs = dict(zip("ab", (new_from(each, first_new) for each in predictions(0, (1, 0.2), (2, 2.0))), strict=True))
-    monkeypatch.setattr(report, "predict_run", lambda folder, comm, **places: runs[folder.name])
-    file = tmp_path / "figures.json"
+    monkeypatch.setattr(report, "predict_source", lambda source, comm: runs[source.folder.name])
     with recorded(ReportPage(tmp_path / "page.html", "T", [])):
         source = RunSource(tmp_path / "a", None)
-        compare_runs(source, tmp_path / "b", SoloComm(), resamples=50, out=tmp_path, json_file=file)
+        compare_runs(source, tmp_path / "b", SoloComm(), resamples=50, out=tmp_path)
     said, read = capsys.readouterr().out, check_page((tmp_path / "page.html").read_text())
-    expected = compare_new_ads([runs["a"]], [runs["b"]], resamples=50)
-    found = json.loads(file.read_text())["new_ads"]
-    assert found == dataclasses.asdict(expected)
-    assert f"{expected.impressions:,} impressions are of new ads" in said
+    is_new_N = runs["a"].impressions.ad_N >= first_new
+    expected = compare(*runs.values(), resamples=50, only_N=is_new_N) if is_new_N.any() else {}
+    found = json.loads((tmp_path / "comparison.json").read_text())["new_ads"]
+    assert found["impressions"] == is_new_N.sum()
+    assert found["differences"] == {name: dataclasses.asdict(each) for name, each in expected.items()}
+    assert f"{is_new_N.sum():,} impressions are of new ads" in said
     assert len(found["differences"]) == (2 if first_new == 30 else 0) == said.count(", new ads ")
-    for title, each in zip(("GAUC", "AUC"), expected.differences.values(), strict=False):
+    for title, each in zip(("GAUC", "AUC"), expected.values(), strict=False):
         value, span = number(each.value), range_of(each)
         assert read.value(f"{title}, new ads")[2:4] == [value, span]
         assert value in said and span in said
@@ -124,25 +123,14 @@ def test_the_command_shows_new_ads_in_its_table_its_json_and_its_page(
 @pytest.mark.long
 def test_p_values_of_equally_good_models_are_seldom_small() -> None:
     pairs = [predictions(world, (1, 1.0), (2, 1.0)) for world in range(100)]
-    p_values = np.array([compare([one], [two], resamples=200)["gauc"].p_value for one, two in pairs])
+    p_values = np.array([compare(one, two, resamples=200)["gauc"].p_value for one, two in pairs])
     assert 0 < (p_values < 0.1).mean() < 0.2
     assert 0.3 < p_values.mean() < 0.7
 
 
-def test_several_runs_a_side_are_averaged_and_widen_the_interval() -> None:
-    runs = predictions(0, (1, 0.2), (2, 1.5), (3, 0.5), (4, 0.5))
-    alone = [compare([run], runs[2:3])["gauc"].ours for run in runs]
-    found = compare(runs[:2], runs[2:])["gauc"]
-    assert (found.ours, found.baseline) == pytest.approx((sum(alone[:2]) / 2, sum(alone[2:]) / 2))
-    # Runs of one side that are alike leave the users as the only reason for doubt.
-    alike = compare([runs[0]] * 2, [runs[2]] * 2)["gauc"]
-    assert alike == compare(runs[:1], runs[2:3])["gauc"]
-    assert found.high - found.low > 1.3 * (alike.high - alike.low)
-
-
 def test_other_impressions_are_refused() -> None:
     (one,), (other,) = predictions(0, (1, 0.5)), predictions(1, (1, 0.5))
-    with pytest.raises(DataError, match="run 1 predicted other impressions"):
-        compare([one], [other])
-    with pytest.raises(ValueError, match="one run at least"):
-        compare([], [one])
+    shorter = dataclasses.replace(one.impressions, **{name: getattr(one.impressions, name)[:-1] for name in FOUND})
+    for changed in (other.impressions, shorter):
+        with pytest.raises(DataError, match="the other run predicted other impressions"):
+            compare(one, Predictions(one.logit_N, changed))

@@ -22,7 +22,7 @@ from trainer.evaluation.predict import (
 )
 from trainer.samples.index import open_index
 from trainer.samples.reader import SampleReader
-from trainer.schema import load_schema
+from trainer.schema.fields import load_schema
 
 Tables = dict[str, list[pa.Table]]
 
@@ -38,7 +38,7 @@ def read(folder: Path) -> tuple[Impressions, SeenInTraining]:
     comm, schema = SoloComm(), load_schema()
     reader = SampleReader(open_index(comm, str(folder), "test", schema), schema, batch_size=16)
     predicted = ((batch, np.zeros(batch.num_samples)) for batch in reader.batches())
-    _, impressions = gathered(comm, predicted, schema, cuts=True)
+    _, impressions = gathered(comm, predicted, schema, by=())
     return impressions, seen_in_training(comm, open_index(comm, str(folder), "train", schema), schema, impressions)
 
 

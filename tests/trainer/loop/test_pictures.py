@@ -21,7 +21,7 @@ from trainer.evaluation.predict import predict, predict_run
 from trainer.loop.training import LEAST, checked
 from trainer.models.newads import NewAds
 from trainer.runs.saved import EvaluatedRun, RunSource, open_source
-from trainer.schema import Field
+from trainer.schema.fields import Field
 
 pytestmark = pytest.mark.long
 

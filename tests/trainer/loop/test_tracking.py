@@ -12,8 +12,8 @@ import pytest
 
 from tests.trainer.conftest import Places
 from tests.trainer.whole_runs import assert_same, drawn_scalars, interrupted_after, report_of, run_alone
-from trainer.loop import tracking
-from trainer.loop.tracking import TrackerThread, WandbRun
+from trainer.loop import summary as tracking
+from trainer.loop.summary import TrackerThread, WandbRun
 
 STEPS = {"train__max_steps": 6, "train__log_every": 2, "train__eval_every": 2}
 

@@ -17,7 +17,7 @@ from trainer.models.layers import (
     segment_sum,
 )
 from trainer.models.nets import build_model
-from trainer.schema import Field, Schema, load_schema
+from trainer.schema.fields import Field, Schema, load_schema
 
 LENGTHS = torch.tensor([2, 0, 3])
 

@@ -9,7 +9,7 @@ from trainer.errors import ConfigError
 from trainer.exchange.vectors import FieldVectors
 from trainer.models.nets import build_model
 from trainer.models.newads import NewAds, build_new_ads, dropped, own_ids_of_ads
-from trainer.schema import Field, Schema, load_schema
+from trainer.schema.fields import Field, Schema, load_schema
 
 ITEM = Field(name="ad_item", side="ad", kind="id", table="item")
 PICTURES = Field(name="ad_picture_ids", side="ad", kind="multi_id", table="image", column="ad_image")

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import xxhash
 from safetensors.torch import load
 from safetensors.torch import save as save_tensors
 
@@ -35,8 +36,8 @@ from trainer.runs.saving import (
     Checkpointer,
     CheckpointPlace,
     Outcome,
-    PackedTensors,
     WrittenPart,
+    copied,
     state_bytes,
     write_tensors,
 )
@@ -348,7 +349,7 @@ def test_a_run_that_another_start_took_over_ends(tmp_path: Path) -> None:
 def test_without_memory_for_a_copy_it_is_written_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trainer.runs.saving.free_bytes", lambda: 100)
     saves = Checkpointer(SoloComm(), CheckpointPlace(tmp_path), None, nothing)
-    monkeypatch.setattr(PackedTensors, "pack", None)
+    monkeypatch.setattr("trainer.runs.saving.copied", None)
     saves.begin(Trained(), state_at(50), 3, None)
     assert "step-00000050-dense.safetensors" in files_of(tmp_path)
     assert until_the_end(saves) == Outcome(50, "")
@@ -392,24 +393,41 @@ def test_one_is_due_by_the_clock_and_few_steps_look(
     assert looks <= (len(gaps_s) + 1) * most_looks
 
 
-def test_packed_tensors_are_a_safetensors_file() -> None:
-    packed, tensors = PackedTensors(), dict[str, torch.Tensor]()
+def test_written_tensors_are_a_safetensors_file() -> None:
+    """The tensors themselves, their copies, and copies that take the memory of these."""
+    tensors = dict[str, torch.Tensor]()
     for dtype in (torch.float64, torch.int64, torch.float32, torch.bfloat16, torch.int32, torch.uint8, torch.bool):
         tensors[f"some.{dtype}"] = torch.arange(15).reshape(3, 5).to(dtype)
     block = torch.arange(12.0).reshape(3, 4)
     tensors |= {"none": torch.zeros(0, 12), "one": torch.tensor(7), "turned": block.T}
     counts = block[:, 3:].view(torch.int32)[:, 0]  # as ID rows have them
     tensors |= {"columns": block[:, :2], "counts": counts, "count": counts[:1]}
-    for _ in range(2):  # the second time into the same memory
-        before = packed.data
-        found = load(bytes(packed.pack(tensors).data))
-        theirs = load(save_tensors({name: tensor.contiguous() for name, tensor in tensors.items()}))
+    theirs = load(save_tensors({name: tensor.contiguous() for name, tensor in tensors.items()}))
+    first = copied(tensors, {})
+    places = {name: copy.data_ptr() for name, copy in first.items()}
+    other = dict(first) | {"one": torch.zeros(2), "turned": first["turned"].double()}  # of another shape, and type
+    second = copied(tensors, other)
+    assert {name for name, copy in second.items() if copy.data_ptr() != places[name]} == {"one", "turned"} and not other
+    for each in (tensors, first, second):
+        digest, size_bytes = write_tensors(written := io.BytesIO(), each)
+        data = written.getvalue()
+        assert (digest, size_bytes) == (xxhash.xxh3_128_hexdigest(data), len(data))
+        found = load(data)
         assert found.keys() == theirs.keys()
         assert [name for name in theirs if not torch.equal(found[name], theirs[name])] == []
         assert [name for name in theirs if found[name].dtype != theirs[name].dtype] == []
-    assert packed.data is before
-    write_tensors(written := io.BytesIO(), tensors)
-    assert written.getvalue() == packed.data
+
+
+@pytest.mark.parametrize("run", ["disk", "s3"], indirect=True)
+def test_a_copy_counts_twice_where_a_part_goes_in_one_piece(run: RunPath, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained, noted = Trained(), []
+    monkeypatch.setattr("trainer.runs.saving._fits", lambda everyone: noted.append(everyone[0].needed_bytes) or True)
+    saves = Checkpointer(SoloComm(), CheckpointPlace(run), None, nothing)
+    for step in (50, 60):
+        saves.begin(trained, state_at(step), 3, None)
+        assert until_the_end(saves) == Outcome(step, "")
+    size_bytes = sum(each.nbytes for each in (*trained.dense.values(), *trained.rows.values()))
+    assert noted == ([size_bytes, 0] if isinstance(run, Path) else [2 * size_bytes, size_bytes])
 
 
 def test_rows_that_no_rank_wrote_are_named(tmp_path: Path) -> None:

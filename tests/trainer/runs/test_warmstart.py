@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from featurestore.format.rows import FeatureRows
+from featurestore.format.datafile import FeatureRows
 from featurestore.spec import StoreInfo
 from featurestore.store import FeatureStore
 from tests.cli import invoke
@@ -23,7 +23,7 @@ from trainer.loop.training import total_steps
 from trainer.runs.checkpoint import DENSE, CheckpointState, Origin, WarmStart, begin_with
 from trainer.runs.folder import find_checkpoint
 from trainer.runs.open import Run, open_run
-from trainer.schema import DEFAULT_SCHEMA
+from trainer.schema.fields import DEFAULT_SCHEMA
 
 pytestmark = pytest.mark.long  # they train whole runs
 State = dict[str, torch.Tensor]
@@ -209,7 +209,7 @@ def test_a_newer_snapshot_of_the_same_kind_is_fine(tmp_path: Path) -> None:
     FeatureStore.open(tmp_path / "features").put(more)
     old = state_of(opened(places, run__name="a", run__resume="latest"))
     new = opened(places, run__warm_start=run)
-    assert new.partition is not None and new.partition.snapshot_version == 2
+    assert new.store_version == 2
     state = state_of(new)
     # E and the standardisation that it was trained with belong together.
     stores = [name for name in old if name.startswith("stores.")]

@@ -12,7 +12,7 @@ import xxhash
 from trainer.comm import SoloComm
 from trainer.samples.index import open_index
 from trainer.samples.reader import Batch, SampleReader
-from trainer.schema import Field, Schema, load_schema
+from trainer.schema.fields import Field, Schema, load_schema
 
 SCHEMA = Schema(
     fields=(

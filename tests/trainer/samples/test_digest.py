@@ -19,7 +19,7 @@ from trainer.runs.open import open_run
 from trainer.samples import survey as content
 from trainer.samples.index import SampleIndex, open_index
 from trainer.samples.survey import samples_digest
-from trainer.schema import load_schema
+from trainer.schema.fields import load_schema
 
 OLD_S = 1_000_000_000
 FIRST = "day=2026-01-01.parquet"

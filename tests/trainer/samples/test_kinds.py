@@ -20,9 +20,8 @@ from trainer.runs import open as opening
 from trainer.runs.saved import open_trained
 from trainer.samples.index import open_index
 from trainer.samples.reader import SampleReader
-from trainer.schema import Field, Schema, load_schema
 from trainer.schema.__main__ import app as schema_app
-from trainer.schema.fields import schema_text
+from trainer.schema.fields import Field, Schema, load_schema, schema_text
 
 WEIGHTS = {"behavior_item": "behavior_item_weight", "ad_category": "ad_category_weight"}
 MORE = (

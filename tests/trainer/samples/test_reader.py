@@ -25,7 +25,7 @@ from trainer.runs.open import PartReader
 from trainer.samples.columns import rules_of
 from trainer.samples.index import known_ads, open_index
 from trainer.samples.reader import Batch, SampleReader
-from trainer.schema import Field, Schema
+from trainer.schema.fields import Field, Schema
 from trainer.stages import ReadAhead, prepare_ahead
 
 Write = Callable[..., list[pa.Table]]

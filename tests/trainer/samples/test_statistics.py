@@ -33,9 +33,8 @@ from trainer.samples.survey import (
     quantile_boundaries,
     with_statistics,
 )
-from trainer.schema import Field, Schema, load_schema
 from trainer.schema.__main__ import app as schema_app
-from trainer.schema.fields import schema_text
+from trainer.schema.fields import Field, Schema, load_schema, schema_text
 
 NUMBERS = (
     Field(name="income", side="user", kind="dense", transform="log_standardize", fill="mean"),

@@ -30,9 +30,8 @@ from trainer.samples.columns import rules_of
 from trainer.samples.index import known_ads, open_index
 from trainer.samples.reader import Batch, SampleReader
 from trainer.samples.survey import IdDictionary, write_dictionary
-from trainer.schema import Field, Schema, load_schema
 from trainer.schema.__main__ import app
-from trainer.schema.fields import IDS_FILE
+from trainer.schema.fields import IDS_FILE, Field, Schema, load_schema
 
 SCHEMA = load_schema()
 COLUMNS = ("user", "ad_item", "behavior_item", "ad_image", "behavior_image", "ad_scene")
@@ -135,7 +134,7 @@ def wordy(tmp_path_factory: pytest.TempPathFactory) -> Places:
     """Places whose samples have texts, and a schema that crosses two columns."""
     places = make_places(tmp_path_factory.mktemp("wordy"))
     rewrite(places.folder / "samples", partial(replaced, columns=OF_TEXTS, kind=pa.string(), value=written))
-    from trainer.schema import DEFAULT_SCHEMA
+    from trainer.schema.fields import DEFAULT_SCHEMA
 
     (places.folder / "schema.yaml").write_text(DEFAULT_SCHEMA.read_text() + CROSSED_FIELD)
     return places

@@ -10,7 +10,7 @@ from trainer.config import ModelConfig
 from trainer.engine.wiring import table_shapes
 from trainer.errors import ConfigError, OverflowingValueError
 from trainer.samples.columns import bucket_ids, dense_values
-from trainer.schema import Field
+from trainer.schema.fields import Field
 
 NAN = float("nan")
 
@@ -27,7 +27,6 @@ def log1p(x: float) -> float:
     ("field", "formula"),
     [
         (dense(), lambda x: x),
-        (dense(transform="none"), lambda x: x),
         (dense(transform="standardize", mean=[3.5], std=[0.7]), lambda x: (x - 3.5) / 0.7),
         (dense(transform="log1p"), log1p),
         (dense(transform="log_standardize", mean=[1.25], std=[2.0]), lambda x: (log1p(x) - 1.25) / 2),

@@ -15,7 +15,7 @@ from tests.ranks import ROOT, environment
 from tests.trainer.checkpoints import steps_of
 from tests.trainer.runs.resumed.legs import Leg, read_leg
 from tests.trainer.supervise.noting import NOTES
-from trainer.hosts import AGENT
+from trainer.launch import AGENT
 
 WORKER = Path(__file__).with_name("noting.py")
 TWO_HOSTS = ("--hosts", "localhost:1,127.0.0.1:1")

@@ -1,7 +1,6 @@
 """The agent of a host, what it starts and leaves, and the connection to it, by an ssh of the test's own."""
 
 import asyncio
-import contextlib
 import json
 import os
 import signal
@@ -16,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from trainer.hosts import AGENT, Link, News
+from trainer.launch import AGENT, Link, News
 
 pytestmark = pytest.mark.services
 
@@ -82,7 +81,6 @@ def test_it_passes_on_what_a_rank_prints_and_how_it_ends(agent: Agent, tmp_path:
         "import os, sys; print(os.environ['NUMBER'], os.environ['SHARED'], os.getcwd()); "
         "print('bad \\udcff', file=sys.stderr); sys.exit(7)"
     )
-    assert agent.hello["interfaces"]["127.0.0.1"] == "lo"
     command = [sys.executable, "-c", program]
     rank = {"rank": 5, "environment": {"NUMBER": "5"}}
     agent.ask(do="start", command=command, folder=str(tmp_path), environment={"SHARED": "x"}, ranks=[rank])
@@ -181,16 +179,12 @@ async def kept(ssh: list[str], until: Callable[[Link], bool], lease_s: float = 3
     """Keep a connection until something is so, then close it; returns why the host was out of reach, and all news."""
     news: asyncio.Queue[News] = asyncio.Queue()
     link = Link(HOST, ssh, lease_s, news)
-    keeper = asyncio.create_task(link.keep())
     end = time.monotonic() + TIMEOUT_S
     while not until(link):
-        assert time.monotonic() < end and not keeper.done(), link.trouble
+        assert time.monotonic() < end and not link.keeper.done(), link.trouble
         await asyncio.sleep(0.02)
     trouble, told = link.trouble, [news.get_nowait() for _ in range(news.qsize())]
-    keeper.cancel()
     await link.close()
-    with contextlib.suppress(asyncio.CancelledError):
-        await keeper
     return trouble, told
 
 
@@ -231,7 +225,6 @@ def test_an_agent_that_is_dropped_is_asyncios_to_wait_for(
     async def drop_what_has_ended() -> str:
         says = f"""echo $$ > {number}; echo '{{"is": "here"}}'; read -r line; exit 7"""
         link = Link(HOST, ssh(says), 30, asyncio.Queue())
-        keeper = asyncio.create_task(link.keep())
         while link.hello is None:
             await asyncio.sleep(0.02)
         link.send({})
@@ -240,7 +233,7 @@ def test_an_agent_that_is_dropped_is_asyncios_to_wait_for(
         dropped.set()
         while not link.trouble:
             await asyncio.sleep(0.02)
-        keeper.cancel()
+        link.keeper.cancel()
         return link.trouble
 
     assert asyncio.run(drop_what_has_ended()) == "its agent ended (7)"

@@ -39,7 +39,7 @@ from trainer.comm import SoloComm
 from trainer.evaluation.predict import predict, predict_run, score_run
 from trainer.runs.saved import RunSource, open_source
 from trainer.samples.survey import write_part
-from trainer.schema import DEFAULT_SCHEMA
+from trainer.schema.fields import DEFAULT_SCHEMA
 
 pytestmark = pytest.mark.long
 

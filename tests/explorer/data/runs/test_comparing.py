@@ -43,7 +43,7 @@ def test_they_are_those_of_the_trainer(places: Places, world: World) -> None:
     assert found.metrics == COMPARED
     assert [(each.run, each.metric) for each in found.verdicts] == [("both", "gauc"), ("both-longer", "gauc")]
     for run in ("both", "both-longer"):
-        expected = compare([predict_run(world.runs / run)], [baseline], metrics=("gauc", "auc", "logloss"))
+        expected = compare(predict_run(world.runs / run), baseline, metrics=("gauc", "auc", "logloss"))
         for each in found.of(run):
             other = expected[each.metric]
             for name in ("value", "low", "high"):
@@ -66,7 +66,7 @@ def test_new_ads_are_judged_by_themselves_where_neither_run_was_trained_on_them(
     monkeypatch.setattr(comparing, "predictions_of", newer)
     found = compare_runs(places, ["ids-only", "both"], Task())
     is_new_N = np.isin(runs["both"].impressions.ad_N, new[1:])
-    expected = compare([runs["both"]], [runs["ids-only"]], metrics=("auc",), only_N=is_new_N)["auc"]
+    expected = compare(runs["both"], runs["ids-only"], metrics=("auc",), only_N=is_new_N)["auc"]
     (of_new,) = found.in_metric(NEW_ADS)
     assert (of_new.value, of_new.low, of_new.high) == (expected.value, expected.low, expected.high)
     assert of_new.low is not None

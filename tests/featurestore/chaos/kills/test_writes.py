@@ -23,8 +23,7 @@ from featurestore.upkeep.expiry import expire
 from featurestore.upkeep.history import move_channel
 from featurestore.upkeep.purge import find_traces, purge
 from featurestore.upkeep.remake import remake
-from featurestore.upkeep.repair import repair
-from featurestore.upkeep.verify import verify
+from featurestore.upkeep.verify import repair, verify
 from tests.featurestore.upkeep import damaged
 
 pytestmark = pytest.mark.long

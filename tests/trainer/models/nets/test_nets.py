@@ -12,7 +12,7 @@ from trainer.exchange.vectors import FieldVectors
 from trainer.models.layers import used_fields, width_of
 from trainer.models.nets import Din, TwoTower, build_model
 from trainer.samples.reader import Batch, Jagged
-from trainer.schema import Field, Schema
+from trainer.schema.fields import Field, Schema
 
 SCHEMA = Schema(
     fields=(

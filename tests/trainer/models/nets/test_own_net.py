@@ -27,7 +27,7 @@ from trainer.errors import CheckpointError, ConfigError, TrainerError
 from trainer.evaluate import app as evaluate
 from trainer.evaluation.predict import predict_run
 from trainer.models.nets import build_model
-from trainer.schema import load_schema
+from trainer.schema.fields import load_schema
 
 ROOT = Path(__file__).parents[4]
 BASE = "mypackage.MyNet"

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from explorer.data.impressions.open_runs import noted_weights
 from trainer.config import ModelConfig, Pooling
 from trainer.exchange.vectors import FieldVectors
 from trainer.models.layers import HiddenLayers, StepPlace
-from trainer.models.nets import noted_weights
 from trainer.models.pooling import (
     AGGREGATORS,
     Aggregator,

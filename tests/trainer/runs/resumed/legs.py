@@ -15,7 +15,7 @@ import yaml
 from tests.ranks import Forks, StandingRanks, command_of, environment
 from tests.trainer.conftest import Places
 from tests.trainer.standing_ranks import run as run_here
-from trainer.schema import DEFAULT_SCHEMA
+from trainer.schema.fields import DEFAULT_SCHEMA
 
 WORKER = Path(__file__).parent / "mortal.py"
 TIMEOUT_S = 150

@@ -11,12 +11,11 @@ import numpy as np
 import pytest
 
 from featurestore.errors import AnotherStoreError
-from featurestore.format.rows import FeatureRows
-from featurestore.snapshot import SnapshotId
-from featurestore.store import FeatureStore
+from featurestore.format.datafile import FeatureRows
+from featurestore.store import FeatureStore, SnapshotId
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.history import restore
-from featurestore.upkeep.repair import repair
+from featurestore.upkeep.verify import repair
 from jobs.export_embeddings import app as export_app
 from tests.cli import invoke
 from tests.ranks import StandingRanks
@@ -32,7 +31,7 @@ from trainer.runs import checkpoint
 from trainer.runs.folder import find_checkpoint
 from trainer.runs.open import open_partition, store_places
 from trainer.runs.saved import open_trained
-from trainer.schema import load_schema
+from trainer.schema.fields import load_schema
 
 pytestmark = [pytest.mark.long, pytest.mark.usefixtures("undrawn")]  # they train whole runs
 
@@ -147,8 +146,9 @@ class TestRebuilt:
         entry = checkpoint.AcceptedStore(name="images", recorded=recorded, accepted=found, figures={})
         file = checkpoint.accept(path, entry)
         assert isinstance(file, Path)
-        invoke(evaluate_app, run, "--bootstrap", 0, "--json", tmp_path / "figures.json", code=0)
-        (note,) = (each for each in json.loads((tmp_path / "figures.json").read_text())["notes"] if "accepted" in each)
+        invoke(evaluate_app, run, "--bootstrap", 0, "--out", tmp_path / "figures", code=0)
+        report = json.loads((tmp_path / "figures/report.json").read_text())
+        (note,) = (each for each in report["notes"] if "accepted" in each)
         assert all(f"of store {each} at" in note for each in ids)
         resume(places)
         invoke(export_app, "--run", run, "--out", tmp_path / "visual.parquet", code=0)

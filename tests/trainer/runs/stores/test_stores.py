@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 from featurestore.errors import AnotherStoreError
-from featurestore.format.rows import FeatureRows
-from featurestore.snapshot import SnapshotId
+from featurestore.format.datafile import FeatureRows
 from featurestore.spec import ExtractorSpec, Int8Spec, StoreInfo
-from featurestore.store import FeatureStore
+from featurestore.store import FeatureStore, SnapshotId
 from featurestore.upkeep.history import move_channel
 from featurestore.upkeep.remake import remake
 from jobs.export_embeddings import app as export_app
 from tests.cli import invoke
+from tests.featurestore.shardrows import read_shard
 from tests.trainer.conftest import Places, drawn_store, make_places
 from tests.trainer.whole_runs import run_alone as run_here
 from trainer.comm import SoloComm
@@ -29,7 +29,7 @@ from trainer.runs import checkpoint
 from trainer.runs.checkpoint import read_state
 from trainer.runs.folder import find_checkpoint
 from trainer.runs.open import kind_of_features, store_places
-from trainer.schema import Schema, load_schema
+from trainer.schema.fields import Schema, load_schema
 
 SCHEMA = """
 fields:
@@ -162,7 +162,7 @@ def places(tmp_path: Path) -> Places:
     places = make_places(tmp_path)
     store = FeatureStore.open(tmp_path / "features")
     move_channel(store, "stable", store.snapshot().version)
-    rows = [store.snapshot().read_shard(shard) for shard in range(store.info.num_shards)]
+    rows = [read_shard(store.snapshot(), shard) for shard in range(store.info.num_shards)]
     store.delete([int(key) for each in rows for key in each.keys_N[:1]])
     return places
 
