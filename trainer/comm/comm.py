@@ -166,11 +166,13 @@ class SoloComm(Comm):
         super().__init__(deadline_s)
         self.rank, self.size, self.moves_cuda_tensors = 0, 1, True
 
-    def _alltoall(self, rows_N: Tensor, splits_P: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    def alltoall(self, rows_N: Tensor, splits_P: Tensor, name: str) -> tuple[Tensor, Tensor]:
         return rows_N, splits_P
 
-    def _start_allreduce_sum_(self, values: Tensor, name: str) -> Callable[[], object]:
+    def start_allreduce_sum_(self, values: Tensor, name: str) -> Callable[[], object]:
         return lambda: None
+
+    _alltoall, _start_allreduce_sum_ = alltoall, start_allreduce_sum_
 
     def allgather_object(self, value: Object, name: str = "objects") -> list[Object]:
         return [value]

@@ -159,9 +159,9 @@ class TestAddDays:
         only those of the users of these days."""
         read: dict[str, set[int]] = {IMPRESSIONS: set(), BEHAVIORS: set()}
         users: dict[str, set[int]] = {IMPRESSIONS: set(), BEHAVIORS: set()}
-        from pipeline.samples import groups
+        from pipeline.samples import logs
 
-        original = groups.read_piece
+        original = logs.read_piece
 
         def noted(piece: Any, latest_s: int) -> Any:
             rows = original(piece, latest_s)
@@ -169,7 +169,7 @@ class TestAddDays:
             users[piece.log] |= set(rows.good["user"].tolist())
             return rows
 
-        monkeypatch.setattr(groups, "read_piece", noted)
+        monkeypatch.setattr(logs, "read_piece", noted)
         options = SampleOptions(samples=made.samples, days="2026-01-04")
         assert add_days(options, client)["groups"] == 5
         first = START_S // DAY_S
@@ -239,7 +239,7 @@ class TestAddDays:
 
     def test_nothing_is_missing(self, made: SampleOptions, client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
         """Which the footers of the logs tell."""
-        monkeypatch.setattr("pipeline.samples.groups.read_piece", lambda *_: pytest.fail("a row was read"))
+        monkeypatch.setattr("pipeline.samples.logs.read_piece", lambda *_: pytest.fail("a row was read"))
         before = all_bytes(made.samples)
         assert add_days(SampleOptions(samples=made.samples, since="2026-01-02"), client)["days"] == []
         assert all_bytes(made.samples) == before
