@@ -56,6 +56,7 @@ def test_local_cluster_has_the_size_asked_for_and_leaves_no_process_when_the_job
         assert {worker["memory_limit"] for worker in info} == {1_000_000_000}
         assert client.scheduler.address.startswith("tcp://127.0.0.1:")
         assert client.dashboard_link.startswith("http://127.0.0.1:")
+        assert client.scheduler_comm.interval < 0.01  # by default tasks wait for 10 ms
         assert client.submit(sum, [1, 2]).result() == 3
         callbacks = client.run(lambda dask_worker: list(dask_worker.periodic_callbacks))
         assert all("profile" not in names and "heartbeat" in names for names in callbacks.values())
