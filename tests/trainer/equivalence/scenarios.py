@@ -1,9 +1,9 @@
 """Small worlds on which a run of P ranks has to equal one process: fields and settings. Their data is in worlds.py."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from trainer.config import ExactTableConfig, ModelConfig, OptimConfig
+from trainer.config import ExactTableConfig, IdOptimizer, ModelConfig, OptimConfig, Pooling
 from trainer.samples.survey import fill_in
 from trainer.schema.fields import Field, Schema
 
@@ -252,6 +252,16 @@ SCENARIOS = {
     "weights_din_ids_only": Scenario({"base": "din", "images": "none"}, weighted=True, most_ranks=2),
     "weights_two_towers_ids_only": Scenario({"base": "two_tower", "images": "none"}, weighted=True, most_ranks=2),
     "two_towers_ids_only": Scenario({"base": "two_tower", "images": "none", "tower_width": 3}),
+}
+SCENARIOS |= {  # an aggregator that is not above has a scenario of its own
+    pooling: Scenario({"pooling": pooling}, biased=True, deal="starve", most_ranks=2)
+    for pooling in get_args(Pooling)
+    if pooling not in {each.model.get("pooling", ModelConfig().pooling) for each in SCENARIOS.values()}
+}
+SCENARIOS |= {  # as has an optimiser of ID rows
+    ids: Scenario({"images": "none"}, optimizers={"ids": ids}, deal="starve", most_ranks=2)
+    for ids in get_args(IdOptimizer)
+    if ids not in {each.optim.ids for each in SCENARIOS.values()}
 }
 
 

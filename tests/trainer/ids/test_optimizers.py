@@ -1,8 +1,10 @@
 """Optimisers of ID rows: each against its plain form on the whole table, step by step; Adam against torch's own."""
 
 import itertools
+import sys
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -10,11 +12,14 @@ import torch
 from torch import Tensor
 
 from featurestore.keys import Float64Array
-from trainer.config import OptimConfig
+from trainer.config import IdOptimizer, OptimConfig
 from trainer.ids.drift import DEGREE, Drift, Powers, nodes, polynomials
 from trainer.ids.optimizers import row_optimizer, state_of
 from trainer.ids.shards import IdRows, row_bytes
 from trainer.optim import BETA1, BETA2, rates_at
+
+sys.path.append(str(Path(__file__).parents[1] / "equivalence"))  # the reference's modules find each other there
+from exact import PlainRows
 
 ROWS, WIDTH, STEPS = 30, 4, 300
 SCHEDULE = {"ids_lr": 0.02, "lr_gamma": 0.7, "lr_every": 40, "warmup_steps": 60}
@@ -121,38 +126,23 @@ class TestAdam:
         assert all(torch.equal(part, unread.rows.parts[name]) for name, part in read.rows.parts.items())
 
 
-class TestPlainForms:
-    """Optimisers that leave rows alone which a step does not touch, against loops over touched rows."""
-
-    def compare(self, table: Table, move: Callable[[Table, Tensor, Tensor], None], atol: float = 1e-12) -> None:
-        for rows_Q, gradient_QV in drawn_steps(0, 150):
-            table.step(rows_Q, gradient_QV)
-            with torch.no_grad():
-                move(table, rows_Q, gradient_QV)
-            torch.testing.assert_close(table.now(), table.dense.detach(), rtol=0, atol=atol)
-
-    def test_rowwise_adagrad_has_one_sum_a_row(self) -> None:
-        table, sums = Table(ids="rowwise_adagrad"), torch.zeros(ROWS, dtype=torch.float64)
-
-        def move(table: Table, rows_Q: Tensor, gradient_QV: Tensor) -> None:
-            lr = rates_at(table.config, table.num_steps - 1).ids_lr
-            for row, gradient_V in zip(rows_Q.tolist(), gradient_QV, strict=True):
-                sums[row] += (gradient_V**2).mean()
-                table.dense[row] -= lr * gradient_V / (sums[row].sqrt() + table.config.eps)
-
-        self.compare(table, move)
+@pytest.mark.parametrize("ids", [each for each in get_args(IdOptimizer) if each != "adam"])
+def test_it_is_its_plain_form(ids: Any) -> None:
+    """Optimisers that leave rows alone which a step does not touch, against a loop over touched rows."""
+    table = Table(ids=ids)
+    plain = PlainRows(table.dense, table.config)
+    for number, (rows_Q, gradient_QV) in enumerate(drawn_steps(0, 150)):
+        table.step(rows_Q, gradient_QV)
+        plain.step(rows_Q.tolist(), rates_at(table.config, number).ids_lr)
+        torch.testing.assert_close(table.now(), table.dense.detach(), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize(
-    ("ids", "numbers", "counts"),
-    [
-        ("adam", 3 * 12, 1),
-        ("rowwise_adagrad", 13, 0),
-    ],
-)
-def test_each_keeps_what_it_needs(ids: Any, numbers: int, counts: int) -> None:
+@pytest.mark.parametrize("ids", get_args(IdOptimizer))
+def test_each_keeps_what_its_plain_form_does(ids: Any) -> None:
     config = OptimConfig(ids=ids)
-    assert row_bytes(12, state_of(config), torch.float32) == 4 * (numbers + counts)
+    kept = PlainRows(torch.zeros(1, 12), config).state
+    numbers = sum(part.numel() for name, part in kept.items() if name != "last_weight")
+    assert row_bytes(12, state_of(config), torch.float32) == 4 * (12 + numbers)
     assert row_optimizer(config, torch.float32).state == state_of(config)
 
 
