@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import griffe
 import pytest
@@ -21,7 +21,7 @@ from tools import api
 from tools import commands as commands_page
 from tools.site import WRITTEN, targets_of
 from tools.site import text_of as made_text
-from trainer.config import load_config
+from trainer.config import BaseNet, IdOptimizer, Pooling, load_config
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -295,3 +295,8 @@ def test_every_public_name_of_the_store_is_on_the_page() -> None:
         assert {f"{package.__name__}.{name}" for name in package.__all__} <= named
     titles = re.findall(r"^### `(\w+)`", text_of("docs/API.md"), re.MULTILINE)
     assert titles == [name.rpartition(".")[2] for names in api.NAMES.values() for name in names]
+
+
+@pytest.mark.parametrize("choice", [*get_args(Pooling), *get_args(BaseNet), *get_args(IdOptimizer)])
+def test_each_choice_of_a_model_has_its_words(choice: str) -> None:
+    assert any(f"`{choice}`" in (ROOT / "docs" / name).read_text() for name in ("TRAIN.md", "CHOICES.md"))

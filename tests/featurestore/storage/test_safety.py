@@ -33,12 +33,6 @@ def no_known_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(spared, "KNOWN_KINDS", set())
 
 
-@pytest.fixture(params=["disk", "memory", "seaweedfs"])
-def safe_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    names = {"memory": "memory_url", "seaweedfs": "s3_url"}
-    return str(tmp_path) if request.param == "disk" else request.getfixturevalue(names[request.param])
-
-
 @pytest.fixture
 def careless(s3_endpoint: str) -> Iterator[Proxy]:
     """A real server behind a proxy that does to creates what a test says."""
@@ -46,8 +40,8 @@ def careless(s3_endpoint: str) -> Iterator[Proxy]:
         yield proxy
 
 
-def test_safe_places_pass_the_short_check_and_stay_clean(safe_url: str) -> None:
-    storage = Storage(safe_url)
+def test_safe_places_pass_the_short_check_and_stay_clean(place_url: str) -> None:
+    storage = Storage(place_url)
     refuse_unsafe(storage)
     assert storage.entries() == []
 
