@@ -55,7 +55,7 @@ def test_every_page_is_in_the_navigation_of_the_first(built: Path) -> None:
 
 def test_search_needs_no_server_and_knows_all_pages(built: Path) -> None:
     index = (built / "search.js").read_text()  # a script, as a page that is a file can read no JSON
-    assert all(word in index for word in ("splitmix64", "WHY.html", "try a lower optim.lr"))
+    assert all(word in index for word in ("SplitMix64", "WHY.html", "try a lower optim.lr"))
     assert (built / "assets" / "iframe-worker.js").is_file()
 
 
