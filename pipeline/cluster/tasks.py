@@ -71,7 +71,7 @@ def run_tasks(
     """
     end_s, waiting = END_S, iter(enumerate(calls))
     running: dict[Key, tuple[int, Future[Any]]] = {}
-    finished = as_completed()
+    finished = as_completed(loop=client.loop)  # by default that of the newest client of this process
 
     def start(count: int) -> None:
         first = itertools.islice(waiting, count)

@@ -6,6 +6,7 @@ request; nothing else is drawn, so the same seed gives the same history. Clients
 
 import contextlib
 import io
+import pkgutil
 import random
 import re
 import tomllib
@@ -15,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from threading import get_ident
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import AsyncMock
@@ -23,8 +25,7 @@ import pytest
 from greenlet import getcurrent, greenlet
 
 STEPS: dict[str, Any] = tomllib.loads(Path(__file__).with_name("steps.toml").read_text())
-FAULTS = STEPS.pop("faults")
-"""What may befall a request: how often it is done before its answer, whether that comes, and how long it lasts."""
+FAULTS = STEPS.pop("faults")  # how often a request is done before its answer, whether that comes, how long it lasts
 ASLEEP = "asleep"  # a fault of the steps alone: a client is stalled for longer than the product allows
 BEGIN_S, MOST_REQUESTS = 1.7e9, 60_000
 Clients = list[list[str]]  # by client, its steps
@@ -65,8 +66,7 @@ class World:
         self._clients: list[Client] = []
         self.calm = self.current = Client("calm")
         self.failure = ""  # why the history has failed
-        self.trace: list[str] = []
-        self.faults: Counter[str] = Counter()
+        self.trace, self.faults = list[str](), Counter[str]()
         self._switching = self.random.choice([0.15, 0.5, 0.9])
         self._fault_rate, self._stall_rate, self.lag_rate = (
             0.0 if is_calm else self.random.choice(rates) for rates in ([0, 0.005, 0.015], [0, 0.02, 0.05], [0, 0.3])
@@ -240,7 +240,11 @@ class ObjectStore:
 
 @contextlib.contextmanager
 def simulated(world: World, objects: ObjectStore) -> Iterator[None]:
-    """Let the product see this world: the object store at sim://, clocks and draws; threads work at once."""
+    """Let this thread see this world: the object store at sim://, clocks and draws; threads of it work at once."""
+
+    def here(ours: Callable[..., Any], theirs: Any, thread: int = get_ident()) -> Callable[..., Any]:
+        return lambda *given, **options: (ours if get_ident() == thread else theirs)(*given, **options)  # noqa: PLW0108
+
     pool = SimpleNamespace(
         map=map, submit=lambda work, item: SimpleNamespace(result=lambda: work(item)), shutdown=lambda **options: None
     )
@@ -257,6 +261,6 @@ def simulated(world: World, objects: ObjectStore) -> Iterator[None]:
     }
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(io.StringIO()):
         for name, value in seen.items():
-            patch.setattr(name, value)
+            patch.setattr(name, here(value, pkgutil.resolve_name(name)))
         random.seed(world.random.random())
         yield
