@@ -498,15 +498,14 @@ class _Ready(NamedTuple):
     error: str
     host: str
     needed_bytes: int
-    free_bytes: int | None
+    free_bytes: int
 
 
 def _fits(everyone: list[_Ready]) -> bool:
     """Whether the copies of all ranks of each machine take at most half of what is free there."""
     for host in {each.host for each in everyone}:
-        here = [(each.needed_bytes, each.free_bytes) for each in everyone if each.host == host]
-        free = min((free for _, free in here if free is not None), default=None)
-        if free is not None and sum(needed for needed, _ in here) > free // 2:
+        here = [each for each in everyone if each.host == host]
+        if sum(each.needed_bytes for each in here) > min(each.free_bytes for each in here) // 2:
             return False
     return True
 
