@@ -8,8 +8,7 @@ from unittest import mock
 
 import pytest
 
-from tests.trainer.runs import saved
-from trainer.comm import SoloComm
+from tests.trainer.runs.saved import save
 from trainer.errors import ConfigError
 from trainer.launch import (
     AGENT,
@@ -76,7 +75,7 @@ def test_the_run_of_a_command_is_found(tmp_path: Path) -> None:
     assert train.folder == tmp_path / "mine" and train.newest_step() == 0
     assert train.start() == [sys.executable, *TRAIN[1:], *settings, "--set", "run.resume=auto"]
     for step in (50, 100_000_000, 1250):
-        saved.save(SoloComm(), train.folder, saved.Trained(), saved.state_at(step), 3)
+        save(train.folder, step)
     assert train.newest_step() == 100_000_000
     own = parse_command(["python", "-u", "own.py", *settings])
     assert own.folder == train.folder
@@ -96,7 +95,7 @@ def test_days_are_found_and_their_steps_counted_together(tmp_path: Path) -> None
     assert front.folder == train.folder and front.is_daily
     seen = []
     for day, step in (("2026-01-01", 7), ("2026-01-02", 3), ("2026-01-02", 5), ("other", 99), ("2026-01-03", 1)):
-        saved.save(SoloComm(), train.folder / day, saved.Trained(), saved.state_at(step), 3)
+        save(train.folder / day, step)
         seen.append(train.newest_step())
     assert seen == [7, 10, 12, 12, 13]
 

@@ -14,10 +14,9 @@ from tests.ranks import StandingRanks
 from tests.trainer.checkpoints import damage
 from tests.trainer.conftest import make_days
 from tests.trainer.daily.test_daily import DAYS, assert_same_days
-from tests.trainer.runs import saved
+from tests.trainer.runs.saved import save
 from tests.trainer.runs.resumed.legs import Killed, Leg, assert_no_step_or_sample_is_lost
 from tests.trainer.supervise.supervised import QUICK, TIMEOUT_S, TWO_HOSTS, Supervised, kill
-from trainer.comm import SoloComm
 from trainer.runs.saving import CheckpointPlace
 
 Settings = Callable[..., list[str]]
@@ -157,7 +156,7 @@ def test_it_gives_up_where_nothing_helps(settings_of: Settings, tmp_path: Path) 
     options = ["--max-np", "1", "--max-restarts-without-progress", "1"]
     worker = tmp_path / "damaged.py"
     run = Supervised(tmp_path, settings_of(tmp_path, STEPS, 1000), options, worker)
-    saved.save(SoloComm(), run.run, saved.Trained(), saved.state_at(5), 3)
+    save(run.run, 5)
     damaged = run.run / "checkpoints" / "step-00000005" / "state.json"
     worker.write_text(f"import sys; sys.exit('error: {damaged} is damaged')")
     said = run.end(run.start(), 1)
