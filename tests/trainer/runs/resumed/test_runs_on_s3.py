@@ -81,8 +81,8 @@ class TestReaders:
     def test_warm_start(self, far_and_near: tuple[FarPath, Path], places: Places, tmp_path: Path) -> None:
         warm = {"run__dir": tmp_path, "run__warm_parts": "all", "train__max_steps": 2}
         far, near = far_and_near
-        of_far = run_alone(places, run__name="of far", run__warm_start=far, **warm)
-        assert_same(of_far, run_alone(places, run__name="of near", run__warm_start=near, **warm), metrics=True)
+        of_far = run_alone(places, run__name="of-far", run__warm_start=far, **warm)
+        assert_same(of_far, run_alone(places, run__name="of-near", run__warm_start=near, **warm), metrics=True)
 
 
 def test_a_run_that_is_there_is_refused_or_replaced(places: Places, s3_url: str) -> None:
