@@ -1,25 +1,24 @@
 """Day after day: what each day begins with and is evaluated on, the table, and going on after a stop at any point."""
 
 import json
-import sys
 from collections.abc import Callable
 from functools import partial
+from itertools import count
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 
-from featurestore.format.datafile import FeatureRows
 from featurestore.published.paths import run_path
 from featurestore.store import FeatureStore
 from tests.cli import invoke
 from tests.ranks import StandingRanks
 from tests.trainer.checkpoints import tensors_of
-from tests.trainer.conftest import Places, make_days
+from tests.trainer.conftest import Places, add_a_row, make_days
 from tests.trainer.whole_runs import alike, assert_same, report_of
 from trainer.comm import SoloComm
 from trainer.config import Config, load_config, save_config
@@ -103,12 +102,8 @@ def followed(tmp_path_factory: pytest.TempPathFactory) -> Places:
 def test_each_day_begins_with_the_day_before_and_is_evaluated_on_the_next(followed: Places) -> None:
     folder = followed.folder / "runs" / "whole"
     rows = table_of(folder)
-    assert [(row["day"], row["train_days"], row["test_day"]) for row in rows] == [
-        (DAYS[0], [DAYS[0]], DAYS[1]),
-        (DAYS[1], [DAYS[1]], DAYS[2]),
-        (DAYS[2], [DAYS[2]], DAYS[3]),
-        (DAYS[3], [DAYS[3]], None),
-    ]
+    days = [(day, [day], after) for day, after in zip(DAYS, [*DAYS[1:], None], strict=True)]
+    assert [(row["day"], row["train_days"], row["test_day"]) for row in rows] == days
     assert [row["warm_start"] for row in rows] == [None, *(str(folder / day) for day in DAYS[:3])]
     assert all(0 < row["gauc"] < 1 and row["impressions"] > 100 for row in rows[:3])
     assert rows[3]["gauc"] is rows[3]["impressions"] is None
@@ -127,22 +122,18 @@ def test_each_day_begins_with_the_day_before_and_is_evaluated_on_the_next(follow
 
 
 def test_another_day_is_evaluated_when_it_comes_and_trained_on_the_newest_snapshot(days: Places) -> None:
-    newest = days.folder / "samples" / "test" / f"day={DAYS[3]}.parquet"
-    kept = newest.read_bytes()
-    newest.unlink()
+    newest = days.folder / "samples/test" / f"day={DAYS[3]}.parquet"
+    to_come = newest.rename(days.folder / "to come")
     config = config_of(days, run__name="d", data__missing="zeros")
     follow(config, SoloComm(), first=DAYS[1])
     folder = days.folder / "runs" / "d"
     before = table_of(folder)
     assert [row["test_day"] for row in before] == [DAYS[2], None]
     ended = tensors_of(folder / DAYS[2])
-    store = FeatureStore.open(days.folder / "features")
-    store.put(FeatureRows.of(["more"], np.ones((1, 16), np.float32), keys=np.array([7])))
+    add_a_row(FeatureStore.open(days.folder / "features"))
     # Samples made anew: the day that was the newest one is a day of training now.
-    third = days.folder / "samples" / "train" / f"day={DAYS[2]}.parquet"
-    moved = days.folder / "samples" / "test" / third.name
-    third.rename(moved)
-    newest.write_bytes(kept)
+    (days.folder / "samples/train" / f"day={DAYS[2]}.parquet").rename(newest.with_name(f"day={DAYS[2]}.parquet"))
+    to_come.rename(newest)
     follow(config, SoloComm(), first=DAYS[1])
     after = table_of(folder)
     assert after[:1] == before[:1]
@@ -156,40 +147,39 @@ def test_another_day_is_evaluated_when_it_comes_and_trained_on_the_newest_snapsh
     assert table_of(folder) == after
 
 
-@pytest.mark.parametrize("point", ["claim", "step", "report", "table"])
-def test_killed_at_any_point_it_goes_on(followed: Places, monkeypatch: pytest.MonkeyPatch, point: str) -> None:
-    cut = config_of(followed, run__name=f"cut-{point}", train__checkpoint_every=2)
-    place = {
-        "claim": "trainer.runs.open.claim_folder",
-        "step": "trainer.engine.engine.Engine.train_step",
-        "report": "trainer.loop.summary.write_report",
-        "table": "trainer.daily.write",
-    }[point]
-    module, _, name = place.rpartition(".")
-    owner = sys.modules["trainer.engine.engine"].Engine if point == "step" else sys.modules[module]
-    work, calls = getattr(owner, name), [0]
+@pytest.mark.parametrize(
+    ("point", "call"),
+    [
+        ("trainer.runs.open.claim_folder", 2),
+        ("trainer.engine.engine.Engine.train_step", 8),
+        ("trainer.loop.summary.write_report", 2),
+        ("trainer.daily.write", 2),
+    ],
+)
+def test_killed_at_any_point_it_goes_on(
+    followed: Places, monkeypatch: pytest.MonkeyPatch, point: str, call: int
+) -> None:
+    name, days = f"cut-in-{point.rpartition('.')[2]}", DAYS[:2]
+    cut, work, calls = config_of(followed, run__name=name, train__checkpoint_every=2), resolve_name(point), count(1)
 
     def killed(*given: Any, **named: Any) -> Any:
-        calls[0] += 1
-        if calls[0] == 8 if point == "step" else calls[0] == 2:
+        if next(calls) == call:
             raise KeyboardInterrupt
         return work(*given, **named)
 
-    monkeypatch.setattr(owner, name, killed)
-    days = DAYS[:2]
+    monkeypatch.setattr(point, killed)
     with pytest.raises(KeyboardInterrupt):
         follow(cut, SoloComm(), first=DAYS[0], last=days[-1])
     follow(cut, SoloComm(), first=DAYS[0], last=days[-1])
-    assert_same_days(followed.folder / "runs" / f"cut-{point}", followed.folder / "runs" / "whole", days)
+    assert_same_days(followed.folder / "runs" / name, followed.folder / "runs/whole", days)
 
 
 def test_the_first_run_trains_on_all_days_and_later_ones_once_on_their_own(days: Places) -> None:
-    newest = days.folder / "samples" / "test" / f"day={DAYS[3]}.parquet"
-    kept = newest.read_bytes()
-    newest.unlink()
+    newest = days.folder / "samples/test" / f"day={DAYS[3]}.parquet"
+    to_come = newest.rename(days.folder / "to come")
     config = config_of(days, run__name="w", train__epochs=3)
     follow(config, SoloComm())
-    newest.write_bytes(kept)
+    to_come.rename(newest)
     for gone in DAYS[:2]:  # samples of days that were trained may go
         (days.folder / "samples" / "train" / f"day={gone}.parquet").unlink()
     follow(config, SoloComm())
@@ -256,14 +246,13 @@ def test_late_logs_of_a_trained_day_change_nothing_but_a_mark(
 ) -> None:
     samples = days.folder / "samples"
     newest, third = samples / "test" / f"day={DAYS[3]}.parquet", samples / "train" / f"day={DAYS[2]}.parquet"
-    kept = newest.read_bytes()
-    newest.unlink()
+    to_come = newest.rename(days.folder / "to come")
     third.rename(samples / "test" / third.name)  # a run's test split is never empty
     FeatureStore.open(days.folder / "features").delete([1_045, 1_046])  # images of the fourth day alone
     for name in ("late", "timely"):
         follow(config_of(days, run__name=name, data__missing="zeros"), SoloComm(), first=DAYS[1])
     (samples / "test" / third.name).rename(third)
-    newest.write_bytes(kept)
+    to_come.rename(newest)
     follow(config_of(days, run__name="timely", data__missing="zeros"), SoloComm(), first=DAYS[1])
     late, timely = (days.folder / "runs" / name for name in ("late", "timely"))
     ended, trained = tensors_of(late / DAYS[2]), report_of(late / DAYS[2])
@@ -289,21 +278,20 @@ def test_late_logs_of_a_trained_day_change_nothing_but_a_mark(
 
 
 def test_a_trained_day_without_its_checkpoints_or_samples_says_how_to_go_on(days: Places) -> None:
-    follow(config_of(days, run__name="d"), SoloComm(), last=DAYS[0])
-    run = days.folder / "runs" / "d" / DAYS[0]
+    config = config_of(days, run__name="d")
+    follow(config, SoloComm(), last=DAYS[0])
+    run = days.folder / "runs/d" / DAYS[0]
     report, checkpoints = report_of(run), days.folder / "checkpoints"
     (run / "report.json").write_text(json.dumps({**report, "metrics": {}}))
     (run / "checkpoints").rename(checkpoints)
     with pytest.raises(CheckpointError, match=r"no checkpoint in .*\nTo train 2026-01-01 again, remove"):
-        follow(config_of(days, run__name="d"), SoloComm(), last=DAYS[0])
+        follow(config, SoloComm(), last=DAYS[0])
     checkpoints.rename(run / "checkpoints")
     (run / "report.json").unlink()
     path = days.folder / "samples" / "train" / f"day={DAYS[0]}.parquet"
     pq.write_table(pq.read_table(path, partitioning=None).slice(1), path)
-    with pytest.raises(
-        CheckpointError, match=r"data\.samples_digest is .*\nTo train 2026-01-01 again, remove .*/d/2026"
-    ):
-        follow(config_of(days, run__name="d"), SoloComm(), last=DAYS[0])
+    with pytest.raises(CheckpointError, match=r"data\.samples_digest is .*\nTo train 2026-01-01 again, remove .*/d/2"):
+        follow(config, SoloComm(), last=DAYS[0])
 
 
 def test_command(days: Places) -> None:
@@ -336,20 +324,22 @@ def job(tmp_path_factory: pytest.TempPathFactory, two_ranks: StandingRanks) -> t
 
 
 class TestTwoRanks:
-    def test_a_stop_in_the_midst_of_days_changes_nothing(self, job: tuple[Places, dict[str, Any]]) -> None:
+    def test_a_stop_changes_nothing_and_days_are_evaluated_and_settings_refused_on_both(
+        self, job: tuple[Places, dict[str, Any]]
+    ) -> None:
         places, seen = job
         assert seen["days"] == ["done", "done"]
         assert seen["cut"] == [["StoppedError: SIGTERM received"] * 2, ["StoppedError: SIGTERM received"] * 2]
         assert seen["after the cut"] == ["done", "done"]
         assert_same_days(places.folder / "runs" / "cut", places.folder / "runs" / "days", DAYS[2:])
-
-    def test_a_day_is_evaluated_on_both_when_the_next_one_comes(self, job: tuple[Places, dict[str, Any]]) -> None:
-        places, seen = job
+        # A day is evaluated when the next one comes.
         assert seen["newest missing"] == seen["newest there, others late"] == ["done", "done"]
         rows, expected = (table_of(places.folder / "runs" / name) for name in ("late", "days"))
         assert [row["samples_changed"] for row in rows] == [True, False]
         for column in ("steps", "test_day", "impressions", "logloss", "auc", "gauc"):
             assert rows[0][column] == expected[0][column], column  # of the same bits
+        assert [text.partition(":")[0] for text in seen["other settings"]] == ["ConfigError", "RemoteRankError"]
+        assert all("optim.lr is 0.5 here, 0.01 there" in text for text in seen["other settings"])
 
     def test_equals_one_rank(self, job: tuple[Places, dict[str, Any]]) -> None:
         places, _ = job
@@ -358,11 +348,6 @@ class TestTwoRanks:
         for mine, theirs in zip(alone, two, strict=True):
             for column in ("steps", "impressions", "logloss", "auc", "gauc"):
                 assert mine[column] == alike(column, theirs[column], within=1e-3), column
-
-    def test_other_settings_are_refused_on_all(self, job: tuple[Places, dict[str, Any]]) -> None:
-        _, seen = job
-        assert [text.partition(":")[0] for text in seen["other settings"]] == ["ConfigError", "RemoteRankError"]
-        assert all("optim.lr is 0.5 here, 0.01 there" in text for text in seen["other settings"])
 
     def test_early_stopping_is_agreed_on(self, job: tuple[Places, dict[str, Any]]) -> None:
         places, seen = job

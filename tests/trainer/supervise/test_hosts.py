@@ -52,13 +52,15 @@ class Agent:
         self.process.stdin.write(json.dumps(what) + "\n")
         self.process.stdin.flush()
 
-    def start(self, *programs: str, folder: str = ".") -> list[psutil.Process]:
-        """Start `python -c PROGRAM` as a rank each; return those that are running once each has printed a line."""
-        ranks = [{"rank": rank, "environment": {"NUMBER": str(rank)}} for rank in range(len(programs))]
-        for rank, program in zip(ranks, programs, strict=True):
-            command = [sys.executable, "-c", program]
-            self.ask(do="start", command=command, folder=folder, environment={"SHARED": "x"}, ranks=[rank])
-            assert self.answer("line")["text"] == "here"
+    def begin(self, *command: str, folder: object = ".") -> None:
+        """Let it start a command as rank 5."""
+        rank = {"rank": 5, "environment": {"NUMBER": "5"}}
+        self.ask(do="start", command=command, folder=str(folder), environment={"SHARED": "x"}, ranks=[rank])
+
+    def start(self, program: str) -> list[psutil.Process]:
+        """Start `python -c PROGRAM` as a rank; return what is running once it has printed a line."""
+        self.begin(sys.executable, "-c", program)
+        assert self.answer("line")["text"] == "here"
         return psutil.Process(self.process.pid).children(recursive=True)
 
 
@@ -81,26 +83,23 @@ def test_it_passes_on_what_a_rank_prints_and_how_it_ends(agent: Agent, tmp_path:
         "import os, sys; print(os.environ['NUMBER'], os.environ['SHARED'], os.getcwd()); "
         "print('bad \\udcff', file=sys.stderr); sys.exit(7)"
     )
-    command = [sys.executable, "-c", program]
-    rank = {"rank": 5, "environment": {"NUMBER": "5"}}
-    agent.ask(do="start", command=command, folder=str(tmp_path), environment={"SHARED": "x"}, ranks=[rank])
+    agent.begin(sys.executable, "-c", program, folder=tmp_path)
     lines = {line["stream"]: line["text"] for line in (agent.answer("line"), agent.answer("line"))}
     assert lines == {"out": f"5 x {tmp_path}", "err": "bad \\udcff"}
     assert agent.answer("end") == {"is": "end", "rank": 5, "code": 7}
 
 
 def test_what_cannot_be_started_is_an_end(agent: Agent) -> None:
-    rank = {"rank": 0, "environment": {}}
-    agent.ask(do="start", command=["/no/such/program"], folder=".", environment={}, ranks=[rank])
+    agent.begin("/no/such/program")
     assert "error: /no/such/program cannot be started" in agent.answer("line")["text"]
     assert agent.answer("end")["code"] == 1
-    agent.ask(do="start", command=["true"], folder="/no/such/folder", environment={}, ranks=[rank])
+    agent.begin("true", folder="/no/such/folder")
     assert "/no/such/folder" in agent.answer("line")["text"]
     assert agent.answer("end")["code"] == 127
 
 
 def test_a_signal_reaches_all_ranks(agent: Agent) -> None:
-    agent.ask(do="start", command=["sleep", "1000"], folder=".", environment={}, ranks=[{"rank": 0, "environment": {}}])
+    agent.begin("sleep", "1000")
     agent.ask(do="signal", number=signal.SIGTERM)
     assert agent.answer("end")["code"] == -signal.SIGTERM
 
@@ -196,24 +195,19 @@ def test_a_shell_that_greets_is_no_agent(ssh: Callable[[str], list[str]]) -> Non
 
 
 def test_why_a_host_cannot_be_reached(ssh: Callable[[str], list[str]]) -> None:
+    def trouble_with(command: list[str]) -> tuple[str | None, list[News]]:
+        return asyncio.run(kept(command, lambda link: bool(link.trouble)))
+
     refused = ssh("echo 'some warning' >&2; echo 'far.invalid: No route to host' >&2; exit 255")
-    found = asyncio.run(kept(refused, lambda link: bool(link.trouble)))
-    assert found == ("far.invalid: No route to host", [])
-    silent = ssh("exec >&-; sleep 0.2; exit 7")
-    found = asyncio.run(kept(silent, lambda link: bool(link.trouble)))
-    assert found == ("its agent ended (7)", [])
-    found = asyncio.run(kept(["/no/such/ssh"], lambda link: bool(link.trouble)))
-    assert found == ("/no/such/ssh cannot be started: No such file or directory", [])
+    assert trouble_with(refused) == ("far.invalid: No route to host", [])
+    assert trouble_with(ssh("exec >&-; sleep 0.2; exit 7")) == ("its agent ended (7)", [])
+    assert trouble_with(["/no/such/ssh"]) == ("/no/such/ssh cannot be started: No such file or directory", [])
 
 
 def test_an_agent_that_is_dropped_is_asyncios_to_wait_for(
-    ssh: Callable[[str], list[str]],
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
+    ssh: Callable[[str], list[str]], tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else asyncio logs `Unknown child process pid`, and says exit code 255 of what ended otherwise."""
-
     wait, dropped, number = os.waitpid, threading.Event(), tmp_path / "number"
 
     def wait_later(process: int, options: int) -> tuple[int, int]:

@@ -17,6 +17,7 @@ from tests.trainer.daily.test_daily import DAYS, assert_same_days
 from tests.trainer.runs.saved import save
 from tests.trainer.runs.resumed.legs import Killed, Leg, assert_no_step_or_sample_is_lost
 from tests.trainer.supervise.supervised import QUICK, TIMEOUT_S, TWO_HOSTS, Supervised, kill
+from trainer.launch import AGENT
 from trainer.runs.saving import CheckpointPlace
 
 Settings = Callable[..., list[str]]
@@ -106,7 +107,7 @@ def test_a_rank_hangs_a_host_is_lost_and_a_signal_ends_all(tmp_path: Path) -> No
     kill(run.processes(process, worker)[1], signal.SIGSTOP)
     (tmp_path / "late").touch()
     wait_for(1, 1)
-    kill(run.agents(process)[1])
+    kill(run.processes(process, AGENT)[1])
     run.wait(process, lambda: any(tmp_path.glob("started-[2-9]-1")))
     process.send_signal(signal.SIGTERM)
     said = run.end(process, 130)
@@ -134,7 +135,7 @@ def test_a_rank_stops_and_the_same_command_goes_on_with_the_hosts_that_are_there
     run.options = TWO_HOSTS
     process = run.start(PAUSE_S="0.1")
     wait_for_leg(2)
-    kill(run.ranks(process)[1], signal.SIGSTOP)
+    kill(run.processes(process)[1], signal.SIGSTOP)
     wait_for_leg(3)
     process.send_signal(signal.SIGTERM)
     said = run.end(process, 130)
