@@ -3,7 +3,6 @@
 import gc
 import re
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,6 @@ import torch
 from featurestore.lookup import VARIABLE, dtype_of_machine
 from tests.cli import invoke
 from tests.ranks import Forks
-from tests.running import spared
 from tests.trainer.conftest import Places
 from tests.trainer.whole_runs import report_of
 from trainer.comm import SoloComm
@@ -159,25 +157,15 @@ def test_gpus_are_named_with_their_model(monkeypatch: pytest.MonkeyPatch) -> Non
     assert hardware_text(several, 4) == said
 
 
-@pytest.fixture
-def nothing_frozen(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Let go of what tests/conftest.py has frozen for all tests."""
-    monkeypatch.setattr(gc, "get_freeze_count", spared.count_frozen)
-    monkeypatch.setattr(gc, "collect", lambda: 0)  # to look at all that the tests hold takes a second
-    gc.disable()
-    gc.unfreeze()
-    yield
-    gc.freeze()
-    gc.enable()
-
-
-@pytest.mark.long
-@pytest.mark.usefixtures("nothing_frozen")
-def test_objects_are_frozen_for_the_block_alone() -> None:
+def test_objects_are_frozen_for_the_block_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = list[str]()
+    monkeypatch.setattr(gc, "get_freeze_count", lambda: 0)
+    for name in ("collect", "freeze", "unfreeze"):
+        monkeypatch.setattr(gc, name, lambda name=name: done.append(name))
     with pytest.raises(ZeroDivisionError), objects_frozen():
-        assert gc.get_freeze_count() > 0
+        assert done == ["collect", "freeze"]
         raise ZeroDivisionError
-    assert gc.get_freeze_count() == 0
+    assert done == ["collect", "freeze", "unfreeze"]
 
 
 def test_freed_blocks_are_used_again(forks: Forks, tmp_path: Path) -> None:

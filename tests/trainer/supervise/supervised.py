@@ -34,14 +34,15 @@ class Supervised:
     folder: Path
     settings: list[str]
     options: Sequence[str] = TWO_HOSTS
-    worker: Path = WORKER
+    program: Sequence[object] = (WORKER,)
+    name: str = "run"
     starts: int = 0
     seen: set[psutil.Process] = field(default_factory=set)
     """Every process that was ever looked at: none of them may be left."""
 
     @property
     def run(self) -> Path:
-        return self.folder / "run"
+        return self.folder / self.name
 
     @property
     def log(self) -> Path:
@@ -50,7 +51,7 @@ class Supervised:
     def command(self) -> list[str]:
         chosen = [word for setting in self.settings for word in ("--set", setting)]
         supervise = [sys.executable, "-m", "trainer.supervise", *QUICK, *self.options]
-        return [*supervise, "--", sys.executable, str(self.worker), *chosen]
+        return [*supervise, "--", sys.executable, *map(str, self.program), *chosen]
 
     def start(self, **variables: str) -> "subprocess.Popen[bytes]":
         """Start the supervisor; what it and the ranks print goes to `log`, what ranks do in steps to notes."""
