@@ -53,7 +53,7 @@ def partition(tmp_path_factory: pytest.TempPathFactory) -> FeaturePartition:
 
 
 def engine_of(
-    partition: FeaturePartition, comm: SoloComm | None = None, seed: int = 0, optim: OptimConfig = OPTIM, **model: object
+    partition: FeaturePartition, comm: Any = None, seed: int = 0, optim: OptimConfig = OPTIM, **model: object
 ) -> Engine:
     sizes = {"mlp": [6, 6], "embed_hidden": [6], "visual_width": 4, "id_width": 4, "attention_hidden": 4}
     settings = ModelConfig(**{"tables": TABLES, **sizes, "compute_dtype": "float32", **model})
@@ -214,7 +214,8 @@ def test_a_part_of_a_batch_counts_as_its_share_of_the_whole(partition: FeaturePa
         torch.testing.assert_close(gradients[1][name], gradient / 3)
 
 
-FETCHES = "_local_scalar_dense nonzero masked_select bincount _unique2 unique_dim equal is_nonzero".split()
+FETCHES = {"nonzero", "masked_select", "bincount", "_unique2", "unique_dim", "equal", "is_nonzero"}
+FETCHES |= {"_local_scalar_dense"}
 READS = ("item", "tolist", "__bool__", "__int__", "__float__", "__index__", "cpu")
 EXACT = [ExactTableConfig(kind="exact", max_rows=16, admit_after=2, when_full=each) for each in ("refuse", "evict")]
 CASES: dict[str, dict[str, Any]] = {

@@ -287,22 +287,6 @@ def test_a_rank_that_cannot_give_its_state_fails_it_on_all(tmp_path: Path, kind:
     assert steps_of(tmp_path) == []
 
 
-def test_a_run_that_another_start_took_over_ends(tmp_path: Path) -> None:
-    class Taken(CheckpointPlace):
-        def commit(self, *given: Any) -> Any:
-            raise TakenOverError("another start of this run continues")
-
-    def work(comm: Comm) -> None:
-        saves = Checkpointer(comm, Taken(tmp_path), None, nothing)
-        saves.begin(Trained(comm.rank, comm.size), state_at(50), 3, None)
-        saves.wait()
-
-    raised = on_ranks(2, work)
-    assert [type(each) for each in raised] == [TakenOverError] * 2
-    assert {str(each) for each in raised} == {"another start of this run continues"}
-    assert raised[0].exit_code == USAGE, "a supervisor does not start it again"
-
-
 def test_without_memory_for_a_copy_it_is_written_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trainer.runs.saving.free_bytes", lambda: 100)
     saves = Checkpointer(SoloComm(), CheckpointPlace(tmp_path), None, nothing)
@@ -433,27 +417,29 @@ def test_killed_at_every_write_there_is_the_old_one_or_the_new(run: RunPath, tmp
     assert not on_disk or len(files_of(run)) == 6, "of two checkpoints: state, dense, rows"
 
 
-class TestTwoWriters:
-    def test_the_one_that_began_last_goes_on(self, run: RunPath) -> None:
-        first, second = CheckpointPlace(run), CheckpointPlace(run)
-        first.claim()
-        save(first, 50, 1.0)
-        second.claim()
-        with pytest.raises(TakenOverError, match=r"written to by another start of this run, .*start one alone"):
-            save(first, 60, 1.0)
-        assert steps_of(run) == [50]
-        save(second, 60, 2.0)
-        with pytest.raises(TakenOverError, match="another start"):
-            save(first, 70, 1.0)
-        assert steps_of(run) == [50, 60] and values(finished(run)[-1]) == {2.0}
+def test_of_two_writers_the_one_that_began_last_goes_on_and_the_other_ends(run: RunPath) -> None:
+    first, second = CheckpointPlace(run), CheckpointPlace(run)
+    first.claim()
+    save(first, 50, 1.0)
+    second.claim()
+    refused = on_ranks(2, lambda comm: Checkpointer(comm, first, None, nothing).save(Trained(), state_at(60), 3, None))
+    for each in refused:
+        assert isinstance(each, TakenOverError) and each.exit_code == USAGE, "a supervisor does not start it again"
+        assert re.search("written to by another start of this run, .*start one alone", str(each))
+    assert steps_of(run) == [50]
+    save(second, 60, 2.0)
+    with pytest.raises(TakenOverError, match="another start"):
+        save(first, 70, 1.0)
+    assert steps_of(run) == [50, 60] and values(finished(run)[-1]) == {2.0}
 
-    def test_of_two_that_begin_at_once_one_is_refused(self, run: RunPath) -> None:
-        first, second = CheckpointPlace(run), CheckpointPlace(run)
-        for place in (first, second):
-            assert not place.has(50)
-        first.remove([first.at(50)])
-        with pytest.raises(TakenOverError, match="another start"):
-            second.remove([second.at(50)])
+
+def test_of_two_writers_that_begin_at_once_one_is_refused(run: RunPath) -> None:
+    first, second = CheckpointPlace(run), CheckpointPlace(run)
+    for place in (first, second):
+        assert not place.has(50)
+    first.remove([first.at(50)])
+    with pytest.raises(TakenOverError, match="another start"):
+        second.remove([second.at(50)])
 
 
 def faulty(folder: FarPath, now: Event, call: str, fault: Fault) -> CheckpointPlace:
@@ -513,24 +499,20 @@ def test_one_whose_file_goes_just_before_it_is_published_has_failed(folder: FarP
     assert steps_of(folder) == [50, 70] and values(finished(folder)[-1]) == {2.0}
 
 
-class TestReaders:
-    def test_a_removed_one_is_read_to_its_end(self, folder: FarPath) -> None:
-        place = CheckpointPlace(folder)
-        save(place, 50, 5.0)
-        held = find_checkpoint(folder)
-        for step in (60, 70, 80):
-            save(place, step, keep=1)
-        assert steps_of(folder) == [80]
-        assert values(held) == {5.0}
-
-    def test_after_the_grace_it_is_gone(self, folder: FarPath, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("trainer.runs.saving.KEEP_REMOVED_S", -5.0)
-        monkeypatch.setattr("trainer.runs.saving.EXPIRE_EVERY_S", 0.0)
-        place = CheckpointPlace(folder)
-        for step in (50, 60, 70):
-            save(place, step, keep=1)
-        assert len(files_of(folder)) == 3, "of one checkpoint: state, dense, rows"
-        assert values(finished(folder)[0]) == {1.0}
+def test_a_removed_one_is_read_to_its_end_and_after_the_grace_it_is_gone(
+    folder: FarPath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = CheckpointPlace(folder)
+    save(place, 50, 5.0)
+    held = find_checkpoint(folder)
+    for step in (60, 70, 80):
+        save(place, step, keep=1)
+    assert steps_of(folder) == [80]
+    assert values(held) == {5.0}
+    monkeypatch.setattr("trainer.runs.saving.KEEP_REMOVED_S", -5.0)
+    save(folder, 90, keep=1)
+    assert len(files_of(folder)) == 3, "of one checkpoint: state, dense, rows"
+    assert values(finished(folder)[0]) == {1.0}
 
 
 def test_the_newest_and_the_best_are_kept(run: RunPath) -> None:

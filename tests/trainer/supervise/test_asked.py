@@ -9,8 +9,8 @@ from unittest import mock
 import pytest
 
 from tests.trainer.runs.saved import save
-from trainer.errors import ConfigError
 from trainer import supervise
+from trainer.errors import ConfigError
 from trainer.launch import AGENT, By, News, Reach, agent_command, environments, parse_hosts, reach_of_all
 from trainer.supervise import Generation, Past, RankEnd, SuperviseOptions, Supervisor, parse_command, past_text
 
