@@ -159,7 +159,7 @@ def test_a_rank_alone_computes_the_bits_of_the_way_by_owners(partition: FeatureP
 
 
 def test_what_does_not_fit_is_named(partition: FeaturePartition) -> None:
-    with pytest.raises(ConfigError, match=r"field ad_item needs table item.*set model\.tables\.item"):
+    with pytest.raises(ConfigError, match=r"field behavior_item needs table item.*set model\.tables\.item"):
         engine_of(partition, tables={"user": 5, "place": 5, "items": 5})
     with pytest.raises(ConfigError, match="the ranks built different models"):
         engine_of(partition, comm=FirstOfTwo("digest", "another"))
