@@ -230,12 +230,16 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-class Waits(TorchDispatchMode):
-    """Notes operations that wait for a GPU, by the name of each."""
+class Noting:
+    """A mode of torch that notes in the block what it is looking for, by its name."""
 
     def __init__(self) -> None:
         super().__init__()
         self.found: list[str] = []
+
+
+class Waits(Noting, TorchDispatchMode):
+    """Notes operations that wait for a GPU."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -256,12 +260,8 @@ def _has_a_size_of_its_own(operation: str, name: str, args: tuple[Any, ...], kwa
     return False
 
 
-class AtomicAdds(TorchDispatchMode):
+class AtomicAdds(Noting, TorchDispatchMode):
     """Notes operations that would add several floating numbers to one place in any order on a GPU."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         name = str(func).removeprefix("aten.")
@@ -276,12 +276,8 @@ class AtomicAdds(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class Reads(TorchFunctionMode):
+class Reads(Noting, TorchFunctionMode):
     """Notes what Python reads of tensors, and copies that are waited for."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

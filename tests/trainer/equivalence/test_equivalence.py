@@ -110,6 +110,8 @@ def reference(results_of: Callable[[int], Results], forks: Forks, tmp_path_facto
 
 def test_every_choice_has_a_scenario_and_each_is_checked(reference: Results) -> None:
     assert sorted(reference) == sorted(ALL_RUNS)
+    full = [reference[f"exact_evicting{each}/float64"]["evicted"] for each in ("", "_rank_without_data")]
+    assert min(full[0]["user"], full[0]["item"], full[0]["image"], full[1]["user"], full[1]["image"]) >= 15, full
     models = [scenario.config("float64") for scenario in SCENARIOS.values()]
     assert {model.pooling for model in models} == {*get_args(Pooling)}
     assert {model.base for model in models} == {*get_args(BaseNet)}
@@ -120,7 +122,8 @@ def test_every_choice_has_a_scenario_and_each_is_checked(reference: Results) -> 
 def test_ranks_equal_one_process(
     num_ranks: int, run: str, results_of: Callable[[int], Results], reference: Results
 ) -> None:
-    """Losses, first gradients, parameters and optimisers after the last step, rows that expire, and the collectives."""
+    """Losses, first gradients, parameters and optimisers after the last step, rows that make room and expire, and the
+    collectives."""
     scenario, found, expected = SCENARIOS[run.partition("/")[0]], results_of(num_ranks)[run], reference[run]
     losses_P = torch.tensor(found["losses_P"], dtype=torch.float64)
     assert losses_P.shape == (num_ranks, scenario.steps) and (losses_P == losses_P[0]).all()
@@ -138,7 +141,7 @@ def test_ranks_equal_one_process(
     counts = [name for name in alone if name.endswith(OF_FILTERS)]
     assert all(torch.equal(found["trained"][name], alone[name]) for name in counts)
     assert bool(counts) == run.startswith("exact")
-    assert found["expired"] == expected["expired"]
+    assert (found["expired"], found["evicted"]) == (expected["expired"], expected["evicted"])
     assert (min(found["expired"].values(), default=0) >= 2) == (run == "exact/float64"), found["expired"]
     assert found["calls"] == {f"step.{each}": scenario.steps for each in _collectives(run.partition("/")[0], num_ranks)}
 
@@ -167,17 +170,6 @@ def test_both_communicators_give_the_same_bits(num_ranks: int, run: str, results
     assert by_torchrun["trained"].keys() == by_horovodrun["trained"].keys()
     mine, theirs = by_torchrun["trained"], by_horovodrun["trained"]
     assert [name for name, value in mine.items() if not torch.equal(value, theirs[name])] == []
-
-
-@pytest.mark.parametrize("num_ranks", RANKS)
-def test_rows_make_room_many_times(num_ranks: int, results_of: Callable[[int], Results], reference: Results) -> None:
-    for run, tables in {
-        "exact_evicting": ("user", "item", "image"),
-        "exact_evicting_rank_without_data": ("user", "image"),
-    }.items():
-        found, expected = (each[f"{run}/float64"]["evicted"] for each in (results_of(num_ranks), reference))
-        assert found == expected
-        assert all(found[table] >= 15 for table in tables), found
 
 
 @pytest.mark.parametrize("num_ranks", OTHER_WAYS_RANKS)

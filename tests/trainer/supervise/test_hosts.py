@@ -113,12 +113,6 @@ def test_sigkill_ends_a_rank_that_is_stopped_or_deaf(agent: Agent, number: int) 
     assert_gone(ranks)
 
 
-def test_ranks_die_with_the_agent(agent: Agent) -> None:
-    ranks = agent.start(LONG)
-    agent.process.kill()
-    assert_gone(ranks, within_s=5)
-
-
 def test_ranks_and_what_they_have_started_end_when_the_supervisor_is_gone(agent: Agent) -> None:
     ranks = agent.start(GRANDCHILD)
     assert len(ranks) == 2
@@ -127,11 +121,13 @@ def test_ranks_and_what_they_have_started_end_when_the_supervisor_is_gone(agent:
     assert_gone([*ranks, psutil.Process(agent.process.pid)])
 
 
-def test_a_second_generation_does_not_begin_beside_the_first(agent: Agent) -> None:
+def test_a_second_generation_does_not_begin_beside_the_first_and_dies_with_the_agent(agent: Agent) -> None:
     first = agent.start(LONG)
     second = agent.start(LONG)
     assert_gone(first)
     assert len(second) == 1 and second != first
+    agent.process.kill()
+    assert_gone(second, within_s=5)
 
 
 def test_without_beats_it_ends_after_its_lease() -> None:
@@ -157,7 +153,6 @@ def test_a_host_that_goes_down_leaves_its_ranks_the_time_for_a_checkpoint(agent:
 
 
 HOST = "me@far.invalid"
-RUN_LAST = 'for last; do :; done; exec sh -c "$last"'
 TIMEOUT_S = 30
 
 
@@ -174,34 +169,43 @@ def ssh(tmp_path: Path) -> Callable[[str], list[str]]:
     return make
 
 
-async def kept(ssh: list[str], until: Callable[[Link], bool], lease_s: float = 30) -> tuple[str | None, list[News]]:
+def kept(ssh: list[str], until: Callable[[Link], bool], lease_s: float = 30) -> tuple[str | None, list[News]]:
     """Keep a connection until something is so, then close it; returns why the host was out of reach, and all news."""
-    news: asyncio.Queue[News] = asyncio.Queue()
-    link = Link(HOST, ssh, lease_s, news)
-    end = time.monotonic() + TIMEOUT_S
-    while not until(link):
-        assert time.monotonic() < end and not link.keeper.done(), link.trouble
-        await asyncio.sleep(0.02)
-    trouble, told = link.trouble, [news.get_nowait() for _ in range(news.qsize())]
-    await link.close()
-    return trouble, told
+
+    async def keep() -> tuple[str | None, list[News]]:
+        news: asyncio.Queue[News] = asyncio.Queue()
+        link = Link(HOST, ssh, lease_s, news)
+        end = time.monotonic() + TIMEOUT_S
+        while not until(link):
+            assert time.monotonic() < end and not link.keeper.done(), link.trouble
+            await asyncio.sleep(0.02)
+        trouble, told = link.trouble, [news.get_nowait() for _ in range(news.qsize())]
+        await link.close()
+        return trouble, told
+
+    return asyncio.run(keep())
 
 
-def test_a_shell_that_greets_is_no_agent(ssh: Callable[[str], list[str]]) -> None:
+def test_a_lost_host_comes_back_and_a_shell_that_greets_is_no_agent(
+    ssh: Callable[[str], list[str]], tmp_path: Path
+) -> None:
+    once = f"[ -e {tmp_path}/once ] || {{ touch {tmp_path}/once; echo 'Connection closed' >&2; exit 255; }}"
     hello = "export SSH_CONNECTION='10.0.0.1 5000 10.0.0.2 22'; echo Welcome; echo '[1]'"
-    _, told = asyncio.run(kept(ssh(f"{hello}; {RUN_LAST}"), lambda link: not link.is_here and link.hello is not None))
-    assert [each.what["is"] for each in told] == ["here"]
+    greets = ssh(f'{once}; {hello}; for last; do :; done; exec sh -c "$last"')
+    _, told = kept(greets, lambda link: not link.is_here and link.hello is not None)
+    assert [each.what["is"] for each in told] == ["here"] and (tmp_path / "once").exists()
     assert told[0].what["ssh"] == "10.0.0.1 5000 10.0.0.2 22"
 
 
 def test_why_a_host_cannot_be_reached(ssh: Callable[[str], list[str]]) -> None:
-    def trouble_with(command: list[str]) -> tuple[str | None, list[News]]:
-        return asyncio.run(kept(command, lambda link: bool(link.trouble)))
+    def in_trouble(link: Link) -> bool:
+        return bool(link.trouble)
 
     refused = ssh("echo 'some warning' >&2; echo 'far.invalid: No route to host' >&2; exit 255")
-    assert trouble_with(refused) == ("far.invalid: No route to host", [])
-    assert trouble_with(ssh("exec >&-; sleep 0.2; exit 7")) == ("its agent ended (7)", [])
-    assert trouble_with(["/no/such/ssh"]) == ("/no/such/ssh cannot be started: No such file or directory", [])
+    assert kept(refused, in_trouble) == ("far.invalid: No route to host", [])
+    assert kept(ssh("exec >&-; sleep 0.2; exit 7"), in_trouble) == ("its agent ended (7)", [])
+    missing = "/no/such/ssh cannot be started: No such file or directory"
+    assert kept(["/no/such/ssh"], in_trouble) == (missing, [])
 
 
 def test_an_agent_that_is_dropped_is_asyncios_to_wait_for(
@@ -241,13 +245,7 @@ def test_a_host_that_says_nothing_any_more_is_lost_and_its_ranks_outlive_their_l
     tries = tmp_path / "tries"
     says = """echo '{"is": "here"}'; echo '{"is": "beat", "sent_s": 0}'"""
     silent = ssh(f"date +%s.%N >> {tries}; {says}; exec sleep 100")
-    _, told = asyncio.run(kept(silent, lambda _: tries.exists() and len(tries.read_text().split()) == 2, lease_s=4))
+    _, told = kept(silent, lambda _: tries.exists() and len(tries.read_text().split()) == 2, lease_s=4)
     assert [each.what for each in told][:2] == [{"is": "here"}, {"is": "lost", "why": "it has not answered in time"}]
     first, second = map(float, tries.read_text().split())
     assert second - first > 4, "a lease"
-
-
-def test_a_lost_host_comes_back(ssh: Callable[[str], list[str]], tmp_path: Path) -> None:
-    once = f"[ -e {tmp_path}/once ] || {{ touch {tmp_path}/once; echo 'Connection closed' >&2; exit 255; }}"
-    _, told = asyncio.run(kept(ssh(f"{once}; {RUN_LAST}"), lambda link: link.hello is not None))
-    assert [each.what["is"] for each in told] == ["here"] and (tmp_path / "once").exists()

@@ -170,14 +170,14 @@ def test_a_run_has_the_files_of_one_version(
         run.close()
         return run
 
+    def labels_of(run: Run) -> list[list[Any]]:
+        return [[each.label_B.tolist() for each in reader.batches()] for reader in (run.train_reader, run.test_reader)]
+
     on_disk = run_on(samples, "disk")
-    monkeypatch.setattr(open_module, "open_index", publishes_before_the_second)
-    run = run_on(s3_url, "s3")
-    monkeypatch.undo()
-    for mine, same in ((run.train_reader, on_disk.train_reader), (run.test_reader, on_disk.test_reader)):
-        assert mine.num_samples == same.num_samples
-        labels, expected = ([batch.label_B.tolist() for batch in reader.batches()] for reader in (mine, same))
-        assert labels == expected
+    with monkeypatch.context() as patched:
+        patched.setattr(open_module, "open_index", publishes_before_the_second)
+        run = run_on(s3_url, "s3")
+    assert labels_of(run) == labels_of(on_disk)
     assert run.origin.data["samples_digest"] == on_disk.origin.data["samples_digest"]  # a copy of samples is the same
     later = run_on(s3_url, "later")
     assert later.test_reader.num_samples > run.test_reader.num_samples

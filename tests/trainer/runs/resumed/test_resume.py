@@ -191,18 +191,14 @@ def test_one_command_line_begins_a_run_and_continues_it(runs: Runs) -> None:
 
 
 @pytest.mark.parametrize("resume", ["auto", "latest", 6])
-def test_a_finished_run_that_is_started_again_stays_as_it_is(
+def test_a_finished_run_that_is_started_again_stays_as_it_is_and_names_settings_that_it_does_not_use(
     runs: Runs, resume: str | int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = content(runs.folder / "a")
-    runs.train("a", run__resume=resume)
+    runs.train("a", run__resume=resume, train__log_every=3)
     assert content(runs.folder / "a") == before
-    assert f"{runs.folder / 'a'} is finished already: step 6 of 6" in " ".join(capsys.readouterr().out.split("\n"))
-
-
-def test_a_finished_run_names_settings_that_it_does_not_use(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
-    runs.train("a", run__resume="latest", train__log_every=3)
     said = " ".join(capsys.readouterr().out.split())
+    assert f"{runs.folder / 'a'} is finished already: step 6 of 6" in said
     assert "nothing to do, not used: train.log_every=3; a larger train.max_steps continues it" in said
 
 
