@@ -7,7 +7,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -157,20 +157,6 @@ def test_nccl_wants_a_gpu_for_each_rank_of_a_host() -> None:
     assert not has_gpu_for_each([RankAddress("a", None, 0)])
 
 
-@pytest.mark.services
-def test_a_stopped_rank_that_holds_the_store_is_named(forks: Forks, tmp_path: Path) -> None:
-    """As trainer.supervise starts ranks: what they say at the store cannot be heard then."""
-    place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
-    stopped, other = (forks.start_with([{**place, "RANK": rank}], tmp_path / rank, LONE, "stops") for rank in "01")
-    try:
-        codes, said = other.wait(100), (tmp_path / "1").read_text()
-    finally:
-        stopped.close()
-        other.close()
-    assert codes == [7]
-    assert "not there: rank 0. See" in said and "the store at MASTER_ADDR:MASTER_PORT" in said
-
-
 IMPATIENT, PATIENT = {"PATIENCE_S": "3"}, {"PATIENCE_S": "60"}
 TRAIN = ["-m", "trainer.main", "--set", "run.deadline_s=3"]
 LONE = Path(__file__).with_name("lone.py")
@@ -183,23 +169,28 @@ class Ranks:
     forks: Forks
     folder: Path
 
-    @contextmanager
-    def started(self, variables: Mapping[str, str], *arguments: object) -> Iterator[tuple[Job, Path]]:
-        """Start `python ARGUMENTS` as a rank with these variables, and kill it at the end."""
-        log = self.folder / f"{uuid.uuid4()}.txt"
-        job = self.forks.start_with([variables], log, *arguments)
-        try:
-            yield job, log
-        finally:
-            job.close()
+    def started(self, variables: Mapping[str, str], *arguments: object, log: str = "others") -> closing[Job]:
+        """Start `python ARGUMENTS` as a rank with these variables, and kill it at the end of a block."""
+        return closing(self.forks.start_with([variables], self.folder / log, *arguments))
 
     def said_by(self, variables: Variables, *arguments: object, code: int) -> str:
         """Run one rank to its end; return what it says, which is one line beside those of Horovod."""
-        with self.started(variables, *arguments) as (rank, log):
-            codes, said = rank.wait(100), log.read_text()
+        log = f"{uuid.uuid4()}.txt"
+        with self.started(variables, *arguments, log=log) as rank:
+            codes, said = rank.wait(100), (self.folder / log).read_text()
         assert codes == [code], said
         (line,) = [each for each in said.splitlines() if not each.startswith("[")]
         return line
+
+
+@pytest.mark.services
+def test_a_stopped_rank_that_holds_the_store_is_named(forks: Forks, tmp_path: Path) -> None:
+    """As trainer.supervise starts ranks: what they say at the store cannot be heard then."""
+    place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
+    ranks = Ranks(forks, tmp_path)
+    with ranks.started({**place, "RANK": "0"}, LONE, "stops"):
+        said = ranks.said_by({**place, "RANK": "1"}, LONE, "stops", code=7)
+    assert "not there: rank 0. See" in said and "the store at MASTER_ADDR:MASTER_PORT" in said
 
 
 @contextmanager

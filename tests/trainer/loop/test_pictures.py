@@ -129,57 +129,38 @@ def _gate(*, pictures_count: bool) -> NewAds:
     return gate
 
 
-def _checked(gate: NewAds, impressions: int, auc_of: dict[bool, float | None], telling: int) -> tuple[Any, list[str]]:
-    """The AUC that holds and what is said, where it depends on the pictures, as so many logits do beyond rounding."""
-    told = list[str]()
-
-    def measured() -> tuple[Metrics, np.ndarray]:
-        counts = gate.pictures_count
-        logit_N = counts * np.where(np.arange(LEAST) < telling, 1, 1e-7)
-        return {"new_ad_impressions": impressions, "new_ad_auc": auc_of[counts]}, logit_N
-
-    return checked(measured, gate, SoloComm(), told.append)["new_ad_auc"], told
+FEW = "new ads: 999 of 1,005 impressions are of ads without a trained ID row; 1,000 would show whether "
+FEW += "their pictures count; that stays unchanged"
+ENOUGH = "new ads: 1,000 of 1,005 impressions are of ads without a trained ID row; AUC {:.4f} with their pictures, "
+ENOUGH += "{:.4f} without; from here on they {}"
 
 
 @pytest.mark.parametrize("did_count", [True, False])
 @pytest.mark.parametrize(
-    ("impressions", "auc_of_own", "telling", "said"),
+    ("impressions", "telling", "own", "without", "do_count", "said"),
     [
-        pytest.param(LEAST - 1, 0.1, LEAST, "", id="few"),
-        pytest.param(LEAST, None, LEAST, "", id="one class"),
-        pytest.param(
-            LEAST + 5,
-            0.1,
-            LEAST - 1,
-            "new ads: 999 of 1,005 impressions are of ads without a trained ID row; 1,000 would show whether "
-            "their pictures count; that stays unchanged",
-            id="few without a row",
-        ),
+        pytest.param(LEAST - 1, LEAST, 0.1, 0.9, None, "", id="few"),
+        pytest.param(LEAST, LEAST, None, None, None, "", id="one class"),
+        pytest.param(LEAST + 5, LEAST - 1, 0.1, 0.9, None, FEW, id="few without a row"),
+        pytest.param(LEAST + 5, LEAST, 0.6, 0.5, True, ENOUGH, id="better with them"),
+        pytest.param(LEAST + 5, LEAST, 0.5, 0.6, False, ENOUGH, id="better without"),
+        pytest.param(LEAST + 5, LEAST, 0.5, 0.5, None, ENOUGH, id="equal"),
     ],
 )
-def test_few_new_ads_decide_nothing(
-    did_count: bool, impressions: int, auc_of_own: float | None, telling: int, said: str
+def test_the_better_of_two_evaluations_holds_where_enough_new_ads_tell(
+    did_count: bool, impressions: int, telling: int, own: float, without: float, do_count: bool | None, said: str
 ) -> None:
-    gate = _gate(pictures_count=did_count)
-    found = _checked(gate, impressions, {did_count: auc_of_own, not did_count: 0.9}, telling)
-    assert found == (auc_of_own, [said] if said else [])
-    assert gate.pictures_count == did_count
+    """Where so many logits depend on the pictures beyond rounding."""
+    gate, told = _gate(pictures_count=did_count), list[str]()
 
+    def measured() -> tuple[Metrics, np.ndarray]:
+        logit_N = gate.pictures_count * np.where(np.arange(LEAST) < telling, 1, 1e-7)
+        return {"new_ad_impressions": impressions, "new_ad_auc": own if gate.pictures_count else without}, logit_N
 
-@pytest.mark.parametrize("did_count", [True, False])
-@pytest.mark.parametrize(("own", "without", "do_count"), [(0.6, 0.5, True), (0.5, 0.6, False), (0.5, 0.5, None)])
-def test_the_better_of_two_evaluations_holds(
-    did_count: bool, own: float, without: float, do_count: bool | None
-) -> None:
-    """Of two that are equal, the earlier one."""
-    gate, expected = _gate(pictures_count=did_count), did_count if do_count is None else do_count
-    found, told = _checked(gate, LEAST + 5, {True: own, False: without}, LEAST)
-    assert found == max(own, without)
+    found, expected = checked(measured, gate, SoloComm(), told.append), did_count if do_count is None else do_count
+    assert found["new_ad_auc"] == (own if expected else without)
     assert gate.pictures_count == expected
-    assert told == [
-        f"new ads: 1,000 of 1,005 impressions are of ads without a trained ID row; AUC {own:.4f} with "
-        f"their pictures, {without:.4f} without; from here on they {'keep them' if expected else 'have none'}"
-    ]
+    assert told == ([said.format(own, without, "keep them" if expected else "have none")] if said else [])
 
 
 @pytest.mark.parametrize("did_count", [True, False])

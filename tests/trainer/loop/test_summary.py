@@ -6,7 +6,6 @@ import sys
 import threading
 import time
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -174,26 +173,30 @@ def test_a_tracker_that_is_not_installed_ends_no_run(
 
 
 @pytest.fixture
-def mlflow(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
-    """MLflow with a store of its own."""
+def mlflow(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """A client of MLflow with a store of its own."""
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "shop")
     tracker = importlib.import_module("mlflow")
     tracker.set_tracking_uri((tmp_path / "mlruns").as_uri())
-    return tracker
+    return tracker.MlflowClient()
+
+
+def only_run_of(client: Any) -> Any:
+    (run,) = client.search_runs([client.get_experiment_by_name("shop").experiment_id])
+    return run
 
 
 @pytest.mark.long
 def test_mlflow_has_settings_figures_and_addresses_also_of_a_run_that_is_continued(
-    places: Places, tmp_path: Path, mlflow: ModuleType, monkeypatch: pytest.MonkeyPatch
+    places: Places, tmp_path: Path, mlflow: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(places.folder)
     named = {"run__name": "tracked", "run__dir": tmp_path / "runs", "run__tracking": "mlflow"}
     named |= {"data__samples": "samples", "data__store": "features"}
     run = run_alone(places, **named, **STEPS | {"train__max_steps": 4})
     run_alone(places, **named, **STEPS, run__resume="latest")
-    client = mlflow.MlflowClient()
-    (tracked,) = client.search_runs([client.get_experiment_by_name("shop").experiment_id])
+    tracked = only_run_of(mlflow)
     assert (tracked.info.run_name, tracked.info.status) == ("tracked", "FINISHED")
     params = tracked.data.params
     assert params["model.images"] == "both" and params["read.folder"] == str(run)
@@ -202,7 +205,7 @@ def test_mlflow_has_settings_figures_and_addresses_also_of_a_run_that_is_continu
     assert params["read.stores.images.version"] == "1" and params["read.samples_digest"]
     drawn = drawn_scalars(run / "tensorboard")
     for name in ("train/loss", "test/gauc"):
-        curve = {each.step: each.value for each in client.get_metric_history(tracked.info.run_id, name)}
+        curve = {each.step: each.value for each in mlflow.get_metric_history(tracked.info.run_id, name)}
         shown = dict(drawn[name])  # TensorBoard hides the step at which a run is continued
         assert set(curve) == set(shown) | {4} and 6 in shown
         assert {step: curve[step] for step in shown} == pytest.approx(shown, rel=1e-6)
@@ -210,9 +213,7 @@ def test_mlflow_has_settings_figures_and_addresses_also_of_a_run_that_is_continu
 
 
 @pytest.mark.long
-def test_a_run_that_fails_is_told_as_failed(places: Places, tmp_path: Path, mlflow: ModuleType) -> None:
+def test_a_run_that_fails_is_told_as_failed(places: Places, tmp_path: Path, mlflow: Any) -> None:
     with interrupted_after(0):
         run_alone(places, run__name="broken", run__dir=tmp_path / "runs", run__tracking="mlflow", **STEPS)
-    client = mlflow.MlflowClient()
-    (tracked,) = client.search_runs([client.get_experiment_by_name("shop").experiment_id])
-    assert tracked.info.status == "FAILED"
+    assert only_run_of(mlflow).info.status == "FAILED"

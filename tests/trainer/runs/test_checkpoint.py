@@ -18,7 +18,7 @@ from safetensors.torch import load
 from safetensors.torch import save as save_tensors
 
 from featurestore.errors import USAGE, StorageError
-from featurestore.published.paths import FarPath, RunPath, run_path
+from featurestore.published.paths import RunPath, run_path
 from featurestore.published.versions import PublishedFile
 from featurestore.storage.storage import Storage
 from tests.faulty import Fault, FaultyStorage, fails, full_from, made_but_lost, while_set
@@ -171,11 +171,6 @@ def three_steps(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_alone(places, run__name="a", train__max_steps=3, train__checkpoint_every=1)
 
 
-def test_a_folder_of_runs_is_not_a_run(three_steps: Path) -> None:
-    with pytest.raises(ConfigError, match=r"is not a run's folder: .*; it holds the runs a"):
-        read_run(three_steps.parent)
-
-
 @pytest.mark.parametrize(
     ("trained_with", "opened_with"), [("error", "zeros"), ("zeros", "zeros"), ("learned", "learned")]
 )
@@ -193,7 +188,11 @@ def test_images_without_a_feature_stop_nothing(
     assert bool(read_run(copy).notes_on_missing(3)) == (trained_with == "error")
 
 
-def test_a_configuration_that_is_not_the_checkpoints_is_refused(three_steps: Path, tmp_path: Path) -> None:
+def test_a_folder_of_runs_and_a_configuration_that_is_not_the_checkpoints_are_refused(
+    three_steps: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=r"is not a run's folder: .*; it holds the runs a"):
+        read_run(three_steps.parent)
     copy = shutil.copytree(three_steps, tmp_path / "a")
     text = (copy / "config.yaml").read_text()
     (copy / "config.yaml").write_text(text.replace("visual_width: 12", "visual_width: 13"))
@@ -202,11 +201,10 @@ def test_a_configuration_that_is_not_the_checkpoints_is_refused(three_steps: Pat
 
 
 @pytest.fixture
-def folder(s3_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FarPath:
+def folder(s3_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunPath:
+    """A run on S3."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    found = run_path(f"{s3_url}/runs/a")
-    assert isinstance(found, FarPath)
-    return found
+    return run_path(f"{s3_url}/runs/a")
 
 
 def nothing() -> None:
@@ -373,7 +371,7 @@ def test_rows_that_no_rank_wrote_are_named(tmp_path: Path) -> None:
         checkpoint.read_rows(found, checkpoint.read_state(found), names)
 
 
-def test_a_rank_copies_only_the_parts_with_its_rows(folder: FarPath, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_copies_only_the_parts_with_its_rows(folder: RunPath, monkeypatch: pytest.MonkeyPatch) -> None:
     save(folder, size=2)
     noted = mock.Mock(wraps=checkpoint.local_copy)
     monkeypatch.setattr(checkpoint, "local_copy", noted)
@@ -442,13 +440,13 @@ def test_of_two_writers_that_begin_at_once_one_is_refused(run: RunPath) -> None:
         second.remove([second.at(50)])
 
 
-def faulty(folder: FarPath, now: Event, call: str, fault: Fault) -> CheckpointPlace:
+def faulty(folder: RunPath, now: Event, call: str, fault: Fault) -> CheckpointPlace:
     """A place on S3 whose calls of that name go wrong while the event is set."""
-    storage = Storage(f"{folder.url}/checkpoints")
+    storage = Storage(f"{folder}/checkpoints")
     return CheckpointPlace(folder, FaultyStorage(storage, {call: while_set(now, fault)}))
 
 
-def test_a_checkpoint_whose_answer_was_lost_counts_unless_another_start_came_after_it(folder: FarPath) -> None:
+def test_a_checkpoint_whose_answer_was_lost_counts_unless_another_start_came_after_it(folder: RunPath) -> None:
     lost = Event()
     place = faulty(folder, lost, "create_or_read", made_but_lost)
     save(place, 50, 1.0)
@@ -467,7 +465,7 @@ def test_a_checkpoint_whose_answer_was_lost_counts_unless_another_start_came_aft
 
 
 @pytest.mark.parametrize("call", ["write_bytes", "create_or_read"])
-def test_what_cannot_be_written_leaves_no_checkpoint(folder: FarPath, call: str) -> None:
+def test_what_cannot_be_written_leaves_no_checkpoint(folder: RunPath, call: str) -> None:
     away = Event()
     place = faulty(folder, away, call, fails("S3 is away"))
     save(place, 50)
@@ -480,13 +478,13 @@ def test_what_cannot_be_written_leaves_no_checkpoint(folder: FarPath, call: str)
     assert steps_of(folder) == [50, 70]
 
 
-def test_one_whose_file_goes_just_before_it_is_published_has_failed(folder: FarPath) -> None:
+def test_one_whose_file_goes_just_before_it_is_published_has_failed(folder: RunPath) -> None:
     """It looked for its files, was away for long, and an expiry took them for leftovers."""
     late = Event()
 
     def after_an_expiry(call: Fault, *given: Any) -> Any:
         late.clear()
-        storage = Storage(f"{folder.url}/checkpoints")
+        storage = Storage(f"{folder}/checkpoints")
         storage.delete_files([each.path for each in storage.entries("files") if "step-00000060-rows" in each.path])
         return call(*given)
 
@@ -500,7 +498,7 @@ def test_one_whose_file_goes_just_before_it_is_published_has_failed(folder: FarP
 
 
 def test_a_removed_one_is_read_to_its_end_and_after_the_grace_it_is_gone(
-    folder: FarPath, monkeypatch: pytest.MonkeyPatch
+    folder: RunPath, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place = CheckpointPlace(folder)
     save(place, 50, 5.0)
@@ -526,7 +524,7 @@ def test_the_newest_and_the_best_are_kept(run: RunPath) -> None:
     assert steps_of(run) == [10]
 
 
-def test_wrong_credentials_are_one_error(folder: FarPath, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_credentials_are_one_error(folder: RunPath, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "somebody")
     place = CheckpointPlace(folder)
     with pytest.raises(CheckpointError, match=r"cannot write s3://.*are the credentials right"):

@@ -307,7 +307,7 @@ class TestTheSame:
         with pytest.raises(AnotherStoreError, match=r"rank 0 found .*of store aaaaaaaa .*all machines need the same s"):
             open_partition(config, SoloComm(), place, elsewhere)
 
-    def test_restored_compacted_and_grown(self, places: Places) -> None:
+    def test_restored_compacted_grown_and_copied_to_another_address(self, places: Places, tmp_path: Path) -> None:
         store = FeatureStore.open(places.folder / "features")
         add_a_row(store)
         compact(store, force=True)
@@ -315,10 +315,8 @@ class TestTheSame:
         resume(places, data__store_version=store.snapshot().version)
         with contextlib.closing(open_trained(places.folder / "runs/a", SoloComm())) as opened:
             assert opened.store_version == 4
-
-    def test_copied_to_another_address(self, places: Places, tmp_path: Path) -> None:
         (places.folder / "features").rename(tmp_path / "copy")
-        resume(places, data__store=tmp_path / "copy")
+        resume(places, data__store=tmp_path / "copy", train__max_steps=4)
 
     @pytest.mark.parametrize("knows_its_id", [True, False])
     def test_repaired(self, places: Places, knows_its_id: bool) -> None:

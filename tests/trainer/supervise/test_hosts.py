@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +31,11 @@ class Agent:
     def __init__(self, lease_s: float = 60) -> None:
         pipe = subprocess.PIPE
         self.process = subprocess.Popen([sys.executable, str(AGENT), str(lease_s)], stdin=pipe, stdout=pipe, text=True)
-        self.hello = self.answer("here")
+        self.answer("here")
 
     def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        for pipe in (self.process.stdin, self.process.stdout):
-            assert pipe is not None
-            pipe.close()
+        with self.process:
+            self.process.kill()
 
     def answer(self, kind: str) -> dict[str, Any]:
         """The next answer of that kind; others are passed over."""
@@ -66,9 +64,8 @@ class Agent:
 
 @pytest.fixture
 def agent() -> Iterator[Agent]:
-    agent = Agent()
-    yield agent
-    agent.close()
+    with closing(Agent()) as agent:
+        yield agent
 
 
 def assert_gone(processes: list[psutil.Process], within_s: float = 10) -> None:
@@ -131,16 +128,13 @@ def test_a_second_generation_does_not_begin_beside_the_first_and_dies_with_the_a
 
 
 def test_without_beats_it_ends_after_its_lease() -> None:
-    agent = Agent(lease_s=2)
-    try:
+    with closing(Agent(lease_s=2)) as agent:
         ranks = agent.start(LONG)
         end = time.monotonic() + 3
         while time.monotonic() < end:
             agent.ask(do="beat", sent_s=agent.answer("beat")["sent_s"])
         assert all(each.is_running() for each in ranks), "it was answered in time"
         assert_gone([*ranks, psutil.Process(agent.process.pid)], within_s=5)
-    finally:
-        agent.close()
 
 
 def test_a_host_that_goes_down_leaves_its_ranks_the_time_for_a_checkpoint(agent: Agent) -> None:

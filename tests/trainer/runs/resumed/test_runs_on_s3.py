@@ -52,37 +52,32 @@ def test_a_run_on_s3_is_that_of_a_disk(far_and_near: tuple[FarPath, Path]) -> No
     assert not list(near.parents[1].glob("**/s3*"))
 
 
-class TestReaders:
-    @pytest.mark.usefixtures("undrawn")
-    def test_evaluate(self, far_and_near: tuple[FarPath, Path]) -> None:
-        for run in far_and_near:
-            called("trainer.evaluate", run, "--bootstrap", 5)
-        mine, theirs = (report_of(run / "evaluation") for run in far_and_near)
-        assert mine.keys() == theirs.keys()
-        assert {name for name in mine if mine[name] != theirs[name]} <= {"run", "checkpoint"}
-        written, expected = ({each.name for each in (run / "evaluation").iterdir()} for run in far_and_near)
-        assert written == expected
-
-    def test_scores_exports_and_compat(
-        self, far_and_near: tuple[FarPath, Path], places: Places, tmp_path: Path
-    ) -> None:
-        for command in ("jobs/score", "jobs/export_embeddings"):
-            tables = []
-            for number, run in enumerate(far_and_near):
-                out = tmp_path / f"{number}.parquet"
-                called(command, "--run", run, "--out", out)
-                tables.append(pq.read_table(out).replace_schema_metadata(None))
-                out.unlink()
-            assert tables[0].num_rows > 0 and tables[0].equals(tables[1])
-        called("jobs/export_model", "--run", far_and_near[0], "--out", tmp_path / "model", "--sample-groups", 0)
-        assert "at most" in called("serving", "check", tmp_path / "model")
-        assert "compatible" in called("trainer.compat", far_and_near[0], places.folder / "features")
-
-    def test_warm_start(self, far_and_near: tuple[FarPath, Path], places: Places, tmp_path: Path) -> None:
-        warm = {"run__dir": tmp_path, "run__warm_parts": "all", "train__max_steps": 2}
-        far, near = far_and_near
-        of_far = run_alone(places, run__name="of-far", run__warm_start=far, **warm)
-        assert_same(of_far, run_alone(places, run__name="of-near", run__warm_start=near, **warm), metrics=True)
+@pytest.mark.usefixtures("undrawn")
+def test_every_command_reads_it_as_one_of_a_disk(
+    far_and_near: tuple[FarPath, Path], places: Places, tmp_path: Path
+) -> None:
+    far, near = far_and_near
+    for run in far_and_near:
+        called("trainer.evaluate", run, "--bootstrap", 5)
+    mine, theirs = (report_of(run / "evaluation") for run in far_and_near)
+    assert mine.keys() == theirs.keys()
+    assert {name for name in mine if mine[name] != theirs[name]} <= {"run", "checkpoint"}
+    written, expected = ({each.name for each in (run / "evaluation").iterdir()} for run in far_and_near)
+    assert written == expected
+    for command in ("jobs/score", "jobs/export_embeddings"):
+        tables = []
+        for number, run in enumerate(far_and_near):
+            out = tmp_path / f"{number}.parquet"
+            called(command, "--run", run, "--out", out)
+            tables.append(pq.read_table(out).replace_schema_metadata(None))
+            out.unlink()
+        assert tables[0].num_rows > 0 and tables[0].equals(tables[1])
+    called("jobs/export_model", "--run", far, "--out", tmp_path / "model", "--sample-groups", 0)
+    assert "at most" in called("serving", "check", tmp_path / "model")
+    assert "compatible" in called("trainer.compat", far, places.folder / "features")
+    warm = {"run__dir": tmp_path, "run__warm_parts": "all", "train__max_steps": 2}
+    of_far = run_alone(places, run__name="of-far", run__warm_start=far, **warm)
+    assert_same(of_far, run_alone(places, run__name="of-near", run__warm_start=near, **warm), metrics=True)
 
 
 def test_a_run_that_is_there_is_refused_or_replaced(places: Places, s3_url: str) -> None:
