@@ -147,10 +147,9 @@ def test_a_signal_in_the_midst_of_an_evaluation_loses_none(
             raise StoppedError("SIGTERM received")
         return metrics
 
-    with monkeypatch.context() as patched:
+    with monkeypatch.context() as patched, pytest.raises(StoppedError):
         patched.setattr("trainer.loop.training.evaluate", stopped)
-        with pytest.raises(StoppedError):
-            _run(places, "halves", tmp_path)
+        _run(places, "halves", tmp_path)
     halves = _run(places, "halves", tmp_path, run__resume="latest")
     assert report_of(halves)["history"] == report_of(whole)["history"]
     assert_same(halves, whole, metrics=True)

@@ -42,8 +42,7 @@ def test_the_supervisor_and_a_rank_are_lost(settings_of: Settings, tmp_path: Pat
     kill(psutil.Process(process.pid))
     run.end(process, -signal.SIGKILL)
     assert max(run.legs()[-1].losses) < STEPS, "no rank continues without its supervisor"
-    step = run.newest_step()
-    rows = "rows-00001-of-00002.safetensors"
+    step, rows = run.newest_step(), "rows-00001-of-00002.safetensors"
     file = f"{run.run}/checkpoints/step-{step:08}/{rows}"
     damage(run.run, step, rows, "cut")
     run.options = (*TWO_HOSTS, "--by", "torch")

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -111,23 +112,16 @@ def test_a_checkpoint_of_another_run_replaces_all(runs: Runs, expected: Path) ->
     assert len(list((other / "tensorboard").iterdir())) == 1
 
 
-def test_killed_between_the_old_steps_and_the_new_ones(
-    runs: Runs, expected: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def killed(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr("trainer.runs.open.save_config", killed)
-        with pytest.raises(KeyboardInterrupt):
-            runs.branch("a", run__overwrite=True)
+def test_killed_between_the_old_steps_and_the_new_ones(runs: Runs, expected: Path) -> None:
+    with mock.patch("trainer.runs.open.save_config", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        runs.branch("a", run__overwrite=True)
     run = runs.folder / "a"
     assert steps_of(run) == [2]
     assert not (run / "report.json").exists(), "it told of the steps that are gone"
     assert_same(runs.train("a", run__resume="latest", optim__lr=0.5), expected, metrics=True)
 
 
-def test_killed_in_the_midst_of_a_removal(runs: Runs, expected: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_in_the_midst_of_a_removal(runs: Runs, expected: Path) -> None:
     delete_files = DiskFiles.delete_files
 
     def killed(files: DiskFiles, paths: Sequence[str]) -> None:
@@ -136,10 +130,8 @@ def test_killed_in_the_midst_of_a_removal(runs: Runs, expected: Path, monkeypatc
             raise KeyboardInterrupt
         delete_files(files, paths)
 
-    with monkeypatch.context() as patched:
-        patched.setattr(DiskFiles, "delete_files", killed)
-        with pytest.raises(KeyboardInterrupt):
-            runs.branch("a", run__overwrite=True)
+    with mock.patch.object(DiskFiles, "delete_files", killed), pytest.raises(KeyboardInterrupt):
+        runs.branch("a", run__overwrite=True)
     assert steps_of(runs.folder / "a") == [2], "they go together"
     run = runs.branch("a", run__overwrite=True)
     assert steps_of(run) == [2, 4, 6]
@@ -172,10 +164,8 @@ def test_an_evaluation_of_an_earlier_one_touches_nothing(runs: Runs) -> None:
 
 
 def test_a_plain_overwriting_that_cannot_remove_says_so(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(path: Path, target: Path) -> None:
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(Path, "hardlink_to", refuse)
+    refused = mock.Mock(side_effect=PermissionError(13, "Permission denied"))
+    monkeypatch.setattr(Path, "hardlink_to", refused)
     with pytest.raises(TrainerError, match=r"run\.dir=.* cannot be used: .*Permission denied"):
         runs.train("a", run__overwrite=True, optim__lr=0.5)
     assert steps_of(runs.folder / "a") == [2, 4, 6]
@@ -184,10 +174,7 @@ def test_a_plain_overwriting_that_cannot_remove_says_so(runs: Runs, monkeypatch:
 def test_one_command_line_begins_a_run_and_continues_it(runs: Runs) -> None:
     """As a launcher that starts a job again needs it: run.resume=auto."""
     runs.train("b", run__resume="auto", train__max_steps=4)
-    runs.train("b", run__resume="auto")
-    found, expected = (content_of(runs.step(name, 6)) for name in ("b", "a"))
-    trained = [name for name in expected if name.endswith(".safetensors")]
-    assert trained and {name: found[name] for name in trained} == {name: expected[name] for name in trained}
+    assert_same(runs.train("b", run__resume="auto"), runs.folder / "a", metrics=True)
 
 
 @pytest.mark.parametrize("resume", ["auto", "latest", 6])
