@@ -396,9 +396,9 @@ class FeatureStore:
     def snapshot(self, version: VersionName | None = None) -> Snapshot:
         """Open the newest snapshot, that of `version`, or that of a channel.
 
-        One or two small files are read, one more for a channel. Raises SnapshotNotFoundError, also where it has
-        expired; ChannelError, which names the channels that there are; AnotherStoreError where the channel's snapshot is
-        another commit by now.
+        One or two small files are read, one more for a channel. Raises SnapshotNotFoundError, also where it expired;
+        ChannelError, which names the channels that there are; AnotherStoreError where the channel's snapshot is another
+        commit by now.
         """
         if isinstance(version, str):
             return self._of_channel(version)
