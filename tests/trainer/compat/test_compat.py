@@ -31,7 +31,7 @@ pytestmark = pytest.mark.long  # they train whole runs
 
 KEYS = np.arange(1_000, 1_050)
 URIS = [f"item/{n}" for n in range(50)]
-LONG = {"run__name": "a", "model__compute_dtype": "float32", "data__missing": "error"}
+LONG: dict[str, Any] = {"run__name": "a", "model__compute_dtype": "float32", "data__missing": "error"}
 LONG |= {"train__max_steps": 150, "train__epochs": 20, "optim__lr": 0.02, "optim__ids_lr": 0.006}
 
 
