@@ -1,21 +1,18 @@
 """Impressions of a log as rows to score: the columns and the histories that samples have, in the log's order."""
 
-import json
 import random
 from pathlib import Path
-from typing import Any
 
-import pyarrow as pa
 import pytest
 
 from featurestore.errors import UserError
 from pipeline.errors import SampleError
 from pipeline.samples.requests import with_behaviors
-from tests.pipeline.samples.rows import DAY_S, done, random_logs, shown, table
+from tests.pipeline.samples.rows import Call, done, random_logs, shown, table
 
 
 @pytest.mark.services
-def test_each_impression_has_the_history_that_its_group_has(build: Any, tmp_path: Path) -> None:
+def test_each_impression_has_the_history_of_its_group_and_bad_rows_are_errors(build: Call, tmp_path: Path) -> None:
     """Where each impression is a session of its own, its row is that of the samples."""
     impressions, behaviors = random_logs(random.Random(3))
     impressions = [row | {"session": place} for place, row in enumerate(impressions[:60])]
@@ -26,32 +23,6 @@ def test_each_impression_has_the_history_that_its_group_has(build: Any, tmp_path
     assert [row["ad_item"] for row in rows] == [[row["item"]] for row in impressions]
     for row in rows:
         assert row | {"label": wanted[row["session"]]["label"]} == wanted[row["session"]]
-
-
-@pytest.mark.services
-def test_own_names_of_columns_are_those_of_the_mapping(
-    build: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    mapping = tmp_path / "mapping.yaml"
-    mapping.write_text("impressions: {columns: {user: person}}\nbehaviors: {columns: {user: person}}\n")
-    impressions, behaviors = [shown(100), shown(DAY_S)], [done(50)]
-
-    def named(rows: pa.Table) -> pa.Table:
-        times_ms = rows["timestamp"].cast(pa.timestamp("ms", "UTC")).cast(pa.int64())
-        rows = rows.set_column(rows.column_names.index("timestamp"), "timestamp", times_ms)
-        return rows.rename_columns(["person" if name == "user" else name for name in rows.column_names])
-
-    _, summary = build(impressions, behaviors)
-    options = summary["options"] | {"mapping": str(mapping)}
-    (tmp_path / "samples" / "summary.json").write_text(json.dumps(summary | {"options": options}))
-    capsys.readouterr()
-    rows = with_behaviors(named(table(impressions)), named(table(behaviors)), str(tmp_path / "samples"))
-    assert rows["behavior_item"].to_pylist() == [[6], [6]]
-    assert capsys.readouterr().out == ""  # how its own copy of the rows is written is nobody's business
-
-
-@pytest.mark.services
-def test_what_a_job_would_quarantine_is_an_error(build: Any, tmp_path: Path) -> None:
     build([shown(100)], [done(50)])
     samples = str(tmp_path / "samples")
     bad = table([shown(100), shown(200, user=None)])
