@@ -1,7 +1,15 @@
-"""Commands called in this process."""
+"""Commands called in this process, and programs called in others."""
+
+import subprocess
+from typing import Any
 
 import typer
 from typer.testing import CliRunner, Result
+
+
+def ran(*words: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run a program to its end; return its exit code and its output, as text."""
+    return subprocess.run(list(map(str, words)), capture_output=True, text=True, check=False, **options)
 
 
 def invoke(app: typer.Typer, *words: object, code: int | None = None) -> Result:

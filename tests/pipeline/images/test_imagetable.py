@@ -1,7 +1,6 @@
 """The mapped columns of a listing against plain lists: order, places, repeated rows, collisions, a full disk."""
 
 import numpy as np
-import pyarrow as pa
 import pytest
 
 from featurestore.errors import KeyCollisionError
@@ -37,14 +36,7 @@ def test_rows_are_sorted_by_uri_as_python_does():
     assert [*ImageTable.of(refs, by_uri=True)] == sorted(refs, key=lambda each: each.uri)
 
 
-def test_what_a_row_lacks_stays_away():
-    refs = [ref(1, source_tag="", size_bytes=-1), ref(2, location=""), ref(3, location="/x/3.jpg")]
-    table = ImageTable.of(refs, "file:///in/")
-    assert [*table] == refs
-    assert table.has_tag().tolist() == [False, True, True]
-
-
-def test_places_may_be_asked_in_any_order():
+def test_places_may_be_asked_in_any_order_and_what_a_row_lacks_stays_away():
     refs = [ref(number) for number in range(23)]
     table = ImageTable.of(refs)
     index = np.random.default_rng(0).integers(23, size=50)
@@ -53,27 +45,22 @@ def test_places_may_be_asked_in_any_order():
     assert found.column_names == ["size_bytes", "uri"]
     assert found["size_bytes"].to_pylist() == [10 * place for place in index]
     assert table.take(index[:0], "key").num_rows == 0 and table.refs(index[:0]) == []
+    refs = [ref(1, source_tag="", size_bytes=-1), ref(2, location=""), ref(3, location="/x/3.jpg")]
+    table = ImageTable.of(refs, "file:///in/")
+    assert [*table] == refs
+    assert table.has_tag().tolist() == [False, True, True]
 
 
-def test_the_first_of_equal_rows_stays():
+def test_the_first_of_equal_rows_stays_and_the_first_collision_is_told():
     order = [3, 1, 1, 3, 2, 0, 3, 5, 1, 4, 1]
     table = ImageTable.of(ref(number, size_bytes=place) for place, number in enumerate(order))
     assert [(each.key, each.size_bytes) for each in table] == [(3, 0), (1, 1), (2, 4), (0, 5), (5, 7), (4, 9)]
     assert len(ImageTable.of(ref(7) for _ in range(30))) == 1
-
-
-def test_the_first_collision_is_told():
     rows = [*(ref(number) for number in range(9)), *(ref(number) for number in range(5)), ref(3, "x"), ref(2, "y")]
     with pytest.raises(KeyCollisionError, match=r"key 3 belongs to two images, '3.jpg' and 'x': rename one"):
         ImageTable.of(rows)
     with pytest.raises(KeyCollisionError, match=r"key 1 belongs to two images, 'a' and 'b'"):
         ImageTable.of([ref(1, "b"), ref(1, "a")], by_uri=True)
-
-
-def test_the_columns_are_not_in_memory():
-    before = pa.total_allocated_bytes()
-    table = ImageTable.of((ref(number) for number in range(1000, 0, -1)), by_uri=True)
-    assert len(table) == 1000 and pa.total_allocated_bytes() == before
 
 
 def test_a_full_disk_is_told_with_the_way_out(monkeypatch, tmp_path):
