@@ -1,4 +1,4 @@
-"""What belongs into a sample group, rule by rule, and against a slow reference that goes row by row."""
+"""What belongs into a sample group, rule by rule, against a slow reference, and in rows to score."""
 
 import dataclasses
 import random
@@ -10,12 +10,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from featurestore.errors import UserError
 from featurestore.keys import key_of_uri
 from pipeline.errors import SampleError, SampleOptionError
 from pipeline.options import SampleOptions
 from pipeline.samples import logs as pieces_module
 from pipeline.samples.build import build_samples
 from pipeline.samples.mapping import parse_times, unit_of
+from pipeline.samples.requests import with_behaviors
 from tests.pipeline.samples.rows import (
     DAY_S,
     START_S,
@@ -211,3 +213,28 @@ def test_groups_are_those_of_the_reference(seed, options, client, tmp_path, monk
     assert summary["behaviors_in_groups"] == sum(len(row["behavior_item"]) for row in groups)
     labels = [label for row in groups for label in row["label"]]
     assert summary["train"]["positive_rate"] == pytest.approx(np.mean(labels))
+
+
+@pytest.mark.services
+def test_rows_to_score_have_the_history_of_their_group_and_bad_ones_are_errors(build, tmp_path):
+    """Where each impression is a session of its own, its row is that of the samples."""
+    impressions, behaviors = random_logs(random.Random(3))
+    impressions = [row | {"session": place} for place, row in enumerate(impressions[:60])]
+    samples, _ = build(impressions, behaviors, max_behaviors=4, window_days=5)
+    asked = table([{name: value for name, value in row.items() if name != "label"} for row in impressions])
+    rows = with_behaviors(asked, table(behaviors), str(tmp_path / "samples")).to_pylist()
+    wanted = {row["session"]: row for row in samples}
+    assert [row["ad_item"] for row in rows] == [[row["item"]] for row in impressions]
+    for row in rows:
+        assert row | {"label": wanted[row["session"]]["label"]} == wanted[row["session"]]
+    build([shown(100)], [done(50)])
+    samples = str(tmp_path / "samples")
+    bad = table([shown(100), shown(200, user=None)])
+    with pytest.raises(SampleError, match="row 1 of the impressions: user is null"):
+        with_behaviors(bad, table([done(50)]), samples)
+    none = table([done(50)]).slice(0, 0)
+    assert with_behaviors(table([shown(100)]), none, samples)["behavior_item"].to_pylist() == [[]]
+    short = table([done(50, dwell_s=1.0)])
+    assert with_behaviors(table([shown(100)]), short, samples)["behavior_item"].to_pylist() == [[]]
+    with pytest.raises(UserError, match="no samples that crossmedia samples made"):
+        with_behaviors(table([shown(100)]), none, str(tmp_path))
