@@ -20,6 +20,11 @@ def invoke(app: typer.Typer, *words: object, code: int | None = None) -> Result:
     return result
 
 
+def printed(app: typer.Typer, *words: object) -> str:
+    """Call an app, which has to end well; return what it prints to stdout."""
+    return invoke(app, *words, code=0).stdout
+
+
 def said(app: typer.Typer, *words: object, code: int = 0) -> str:
     """Call an app as `invoke` does; return all that it prints, in one line and without frames."""
     return " ".join(invoke(app, *words, code=code).output.replace("│", " ").split())
