@@ -226,9 +226,9 @@ class TestHorovod:
         shutil.rmtree(installed.folder / "cache" / self.NCCL)
         done = installed.build(HOROVOD_GPU_OPERATIONS="NCCL")
         assert done.returncode == 1
-        told = done.stderr.splitlines()
-        assert "error: 1" in told and len(told) < 20
-        assert told[-1] == "horovod did not build; all that the build said: cache/horovod-build.log"
+        lines = done.stderr.splitlines()
+        assert "error: 1" in lines and len(lines) < 20
+        assert lines[-1] == "horovod did not build; all that the build said: cache/horovod-build.log"
         assert "error: 5000" in (installed.folder / "cache" / "horovod-build.log").read_text()
         assert installed.wheels() == [self.CPU]
         assert installed.build().stdout == "horovod 0.28.1 is installed (CPU)\n"

@@ -13,6 +13,7 @@ from pipeline.errors import SampleError, SampleOptionError
 from pipeline.samples import build as build_module
 from pipeline.samples import logs as pieces_module
 from pipeline.samples.build import build_samples
+from pipeline.samples.groups import batch_of_hours
 from pipeline.samples.publish import replaced_files
 from tests.pipeline.samples.rows import DAY_S, all_bytes, done, in_pieces, random_logs, read, shown, table, write
 
@@ -40,6 +41,7 @@ def test_equal_logs_give_equal_bytes_whatever_cluster_and_partitions(options, cl
 
 
 def test_a_long_day_becomes_several_sorted_files_and_short_ones_few_tasks(build, tmp_path, monkeypatch):
+    assert batch_of_hours({0: 100, 1: 100, 2: 100, 5: 300, 6: 1}) == {0: 0, 1: 0, 2: 1, 5: 2, 6: 3}, "few share one"
     impressions = [shown(at_s, user=at_s, session=at_s) for at_s in range(0, DAY_S, 60)]
     rows, _ = build(impressions, [done(0)], groups_per_file=500, partitions=5)
     files = sorted(path.name for path in (tmp_path / "samples/train").iterdir())
