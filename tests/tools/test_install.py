@@ -47,7 +47,7 @@ esac
 
 @dataclass(frozen=True)
 class Place:
-    """A project of the scripts alone, with Pythons on its path."""
+    """A project of the scripts alone, with a Python 3.11 and others on its path."""
 
     folder: Path
 
@@ -55,11 +55,10 @@ class Place:
     def venv(self) -> Path:
         return self.folder / ".venv"
 
-    def python(self, name: str, version: str) -> Path:
+    def python(self, name: str, version: str) -> None:
         file = self.folder / "bin" / name
         file.write_text(FAKE_PYTHON.format(version=version, tag=TAG))
         file.chmod(file.stat().st_mode | stat.S_IXUSR)
-        return file
 
     def run(self, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
         env = {"PATH": str(self.folder / "bin"), "HOME": str(self.folder), **environment}
@@ -93,7 +92,9 @@ def place(tmp_path: Path) -> Place:
         (tmp_path / "cache" / build / "horovod-0.28.1-any.whl").touch()
     (tmp_path / ".cache").mkdir()
     (tmp_path / ".cache" / "crossmedia").symlink_to(tmp_path / "cache")
-    return Place(tmp_path)
+    made = Place(tmp_path)
+    made.python("python3", "3.11")
+    return made
 
 
 def version_of(place: Place) -> str:
@@ -134,14 +135,12 @@ class TestPython:
         ],
     )
     def test_a_wrong_wish_is_one_line(self, place: Place, asked: dict[str, str], told: str) -> None:
-        place.python("python3", "3.11")
         place.python("python3.10", "3.10")
         done = place.install(**asked)
         assert (done.returncode, done.stdout) == (1, "") and not place.venv.exists()
         assert done.stderr.startswith(told) and done.stderr.count("\n") == 1
 
     def test_an_environment_of_another_python_is_made_anew_and_another_folder_left_alone(self, place: Place) -> None:
-        place.python("python3", "3.11")
         place.python("python3.13", "3.13")
         place.venv.mkdir()
         (place.venv / "thesis.txt").touch()
@@ -172,7 +171,6 @@ def test_what_takes_long_is_told_as_it_goes_on_and_ends_as_its_command_does(plac
 
 
 def test_horovod_can_be_built_beside_other_work_and_releases_of_torch_be_named(place: Place) -> None:
-    place.python("python3", "3.11")
     torch = {"TORCH": "torch==2.13.0 torchvision==0.28.0"}
     assert place.run("tools/install.sh", ".venv", "packages", **torch).returncode == 0
     assert place.wheels() == [] and not (place.venv / ".installed").exists()
@@ -185,7 +183,6 @@ def test_horovod_can_be_built_beside_other_work_and_releases_of_torch_be_named(p
 
 @pytest.fixture
 def installed(place: Place) -> Place:
-    place.python("python3", "3.11")
     assert place.install().returncode == 0
     return place
 
@@ -265,7 +262,6 @@ class TestHorovod:
 
 
 def test_without_horovod_it_needs_no_compiler_and_stays_so_until_asked(place: Place) -> None:
-    place.python("python3", "3.11")
     (place.folder / "bin" / "c++").unlink()
     shutil.rmtree(place.folder / "cache")
     done = place.install(HOROVOD="no")
