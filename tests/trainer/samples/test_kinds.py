@@ -65,12 +65,7 @@ def with_every_kind(table: pa.Table) -> pa.Table:
         **{name: [row[name] for row in by_row] for name in by_row[0]},
     }
     for name, values in columns.items():
-        depth = 0 if name == "height" else 1 + (name in ("ad_first", "ad_second"))
-        depth += name.startswith("ad_words")
-        kind = pa.float64() if name == "height" or name.endswith(("weight", "price")) else pa.int64()
-        for _ in range(depth):
-            kind = pa.list_(kind)
-        table = table.append_column(name, pa.array(values, kind))
+        table = table.append_column(name, pa.array(values))
     return table
 
 
@@ -80,14 +75,11 @@ def kinds(tmp_path_factory: pytest.TempPathFactory) -> Places:
     places = make_places(tmp_path_factory.mktemp("kinds"))
     rewrite(places.folder / "samples", with_every_kind)
     (places.folder / "schema.yaml").write_text(schema_text(SCHEMA))
-    settings = {"train__max_steps": 8, "model__base": "two_tower", "model__tower_width": 6}
-    settings |= {
-        "model__activation": "prelu",
-        "model__compute_dtype": "float32",
-        "data__schema_file": places.folder / "schema.yaml",
-    }
-    tables = "{user: 64, item: 64, image: 64, category: 16, scene: 16, ad_words: 64, ad_pair: 64, ad_tags: 64}"
-    run_alone(places, run__name="towers", model__tables=tables, **settings)
+    run_alone(
+        places, run__name="towers", train__max_steps=8, data__schema_file=places.folder / "schema.yaml",
+        model__base="two_tower", model__tower_width=6, model__activation="prelu", model__compute_dtype="float32",
+        model__tables="{user: 64, item: 64, image: 64, category: 16, scene: 16, ad_pair: 64, ad_tags: 64, ad_words: 64}"
+    )  # fmt: skip
     return places
 
 
