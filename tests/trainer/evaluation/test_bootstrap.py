@@ -133,26 +133,15 @@ def test_intervals_over_users_hold_the_truth_as_often_as_they_say(
     assert at_least <= held / 60 <= at_most
 
 
-class TestInterval:
-    def test_is_the_middle_of_the_resamples(self) -> None:
-        draws_R = np.arange(1_001) / 1_000
-        assert interval(0.4, draws_R, users=50) == Estimate(0.4, pytest.approx(0.025), pytest.approx(0.975))
-
-    def test_needs_users_and_defined_resamples(self) -> None:
-        draws_R = np.linspace(0, 1, 100)
-        assert interval(0.4, draws_R, users=9) == Estimate(0.4, None, None)
-        assert interval(float("nan"), draws_R, users=50) == Estimate(None, None, None)
-        assert interval(0.4, np.empty(0), users=50) == Estimate(0.4, None, None)
-        half_R = np.where(np.arange(100) < 49, draws_R, np.nan)
-        assert interval(0.4, half_R, users=50) == Estimate(0.4, None, None)
-        assert interval(0.1, np.where(np.arange(100) < 50, draws_R, np.nan), users=50).low is not None
-
-    def test_one_class_is_not_defined(self) -> None:
-        clicks = MetricSums(np.zeros(30), np.ones(30), np.arange(30) // 2).at(np.ones((1, 15)))[0]
-        passes = MetricSums(np.zeros(30), np.zeros(30), np.arange(30) // 2).at(np.ones((1, 15)))[0]
-        assert np.isnan(clicks[[0, 1]]).all()
-        assert np.isnan(passes[[0, 1, 3]]).all()
-        assert passes[2] == pytest.approx(np.log(2))
+def test_an_interval_is_the_middle_of_the_resamples_where_there_are_users_and_defined_ones() -> None:
+    draws_R = np.arange(1_001) / 1_000
+    assert interval(0.4, draws_R, users=50) == Estimate(0.4, pytest.approx(0.025), pytest.approx(0.975))
+    assert interval(0.4, draws_R, users=9) == Estimate(0.4, None, None)
+    assert interval(float("nan"), draws_R, users=50) == Estimate(None, None, None)
+    assert interval(0.4, np.empty(0), users=50) == Estimate(0.4, None, None)
+    for defined, has_interval in ((500, False), (501, True)):
+        half_R = np.where(np.arange(1_001) < defined, draws_R, np.nan)
+        assert (interval(0.1, half_R, users=50).low is not None) == has_interval
 
 
 def test_a_measurement_is_that_of_the_sample_itself() -> None:
@@ -185,6 +174,11 @@ def test_log_loss_of_sure_and_wrong_is_not_capped() -> None:
 
 
 def test_one_class_or_nothing_is_none() -> None:
+    all_clicked, none_clicked = (
+        MetricSums(np.zeros(30), np.full(30, label), np.arange(30) // 2).at(np.ones((1, 15)))[0] for label in (1.0, 0.0)
+    )
+    assert np.isnan(all_clicked[[0, 1]]).all() and np.isnan(none_clicked[[0, 1, 3]]).all()
+    assert none_clicked[2] == pytest.approx(np.log(2))
     clicks = measure(np.array([0.1, 0.2]), np.ones(2), np.array([1, 1]))
     assert (clicks["auc"], clicks["gauc"], clicks["gauc_impressions"]) == (None, None, 0)
     nothing = measure(np.zeros(0), np.zeros(0), np.zeros(0, np.int64), "new_ad_")

@@ -5,7 +5,6 @@ What is told of test impressions and of training, against loops over the rows; s
 
 import dataclasses
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import pytest
 
 from featurestore.console.page import ReportPage, recorded
 from tests.pages import check_page
+from tests.trainer.conftest import write_samples
 from trainer.comm import SoloComm
 from trainer.errors import DataError, SchemaError
 from trainer.evaluation import report
@@ -48,8 +48,6 @@ def predictions(world: int, *noises: tuple[int, float]) -> list[Predictions]:
         label_N=(random.random(USERS * EACH) < probability(truth_N)).astype(np.float32),
         user_N=np.repeat(np.arange(USERS), EACH),
         ad_N=random.integers(0, 40, USERS * EACH),
-        image_N=None,
-        history_N=None,
     )
     return [
         Predictions(truth_N + np.random.default_rng([world, seed]).normal(size=len(truth_N)) * scale, impressions)
@@ -71,14 +69,10 @@ def test_values_are_those_of_each_side() -> None:
         assert each.p_value == other.p_value == pytest.approx(1 / 201)
 
 
-def test_equal_models_do_not_differ() -> None:
-    (one,) = predictions(0, (1, 0.5))
+def test_pairing_makes_the_interval_narrow_and_equal_models_do_not_differ() -> None:
+    one, two = predictions(0, (1, 0.5), (1, 0.55))
     found = compare(one, dataclasses.replace(one, logit_N=one.logit_N * 3), resamples=100)["gauc"]
     assert (found.value, found.low, found.high, found.p_value) == (0, 0, 0, 1)
-
-
-def test_pairing_makes_the_interval_narrow() -> None:
-    one, two = predictions(0, (1, 0.5), (1, 0.55))
     paired = compare(one, two, resamples=400)["auc"]
     ones = [compare(each, dataclasses.replace(each, logit_N=np.zeros(USERS * EACH)))["auc"] for each in (one, two)]
     # Against a constant (AUC 0.5 in every resample) the width is that of one model's own AUC.
@@ -155,24 +149,6 @@ def test_other_impressions_are_refused() -> None:
             compare(one, Predictions(one.logit_N, changed))
 
 
-Tables = dict[str, list[pa.Table]]
-
-
-@pytest.fixture
-def tables(write_samples: Callable[..., list[pa.Table]], tmp_path: Path) -> Tables:
-    """Three training files and a test file, of several row groups each."""
-    train = write_samples(tmp_path / "train", [6, 4, 20], items=30, row_group=7)
-    return {"train": train, "test": write_samples(tmp_path / "test", [40], seed=50, items=45, row_group=7)}
-
-
-def read(folder: Path) -> tuple[Impressions, SeenInTraining]:
-    comm, schema = SoloComm(), load_schema()
-    reader = SampleReader(open_index(comm, str(folder), "test", schema), schema, batch_size=16)
-    predicted = ((batch, np.zeros(batch.num_samples)) for batch in reader.batches())
-    _, impressions = gathered(comm, predicted, schema, by=())
-    return impressions, seen_in_training(comm, open_index(comm, str(folder), "train", schema), schema, impressions)
-
-
 def rows(tables: list[pa.Table]) -> list[dict[str, Any]]:
     """One dict for each impression, in order."""
     return [
@@ -187,9 +163,15 @@ def names_of(slicing: Slicing) -> list[str]:
     return [slicing.names[at] for at in slicing.slice_N]
 
 
-def test_impressions_and_training_equal_a_loop(tables: Tables, tmp_path: Path) -> None:
-    impressions, seen = read(tmp_path)
-    test, train = rows(tables["test"]), rows(tables["train"])
+def test_impressions_training_and_slices_equal_a_loop(tmp_path: Path) -> None:
+    """Of three training files and a test file, of several row groups each."""
+    train = rows(write_samples(tmp_path / "train", [6, 4, 20], items=30))
+    test = rows(write_samples(tmp_path / "test", [40], seed=50, items=45))
+    comm, schema = SoloComm(), load_schema()
+    reader = SampleReader(open_index(comm, str(tmp_path), "test", schema), schema, batch_size=16)
+    predicted = ((batch, np.zeros(batch.num_samples)) for batch in reader.batches())
+    _, impressions = gathered(comm, predicted, schema, by=())
+    seen = seen_in_training(comm, open_index(comm, str(tmp_path), "train", schema), schema, impressions)
     assert impressions.label_N.tolist() == [row["label"] for row in test]
     assert impressions.user_N.tolist() == [row["user"] for row in test]
     assert impressions.ad_N.tolist() == [row["ad"] for row in test]
@@ -200,32 +182,19 @@ def test_impressions_and_training_equal_a_loop(tables: Tables, tmp_path: Path) -
     met = {row["image"] for row in train} | {image for row in train for image in row["history"]}
     assert seen.met_I.tolist() == [image in met for image in seen.image_I]
     assert 0 < seen.met_I.sum() < len(seen.met_I)
-
-
-def test_slices_equal_a_loop(tables: Tables, tmp_path: Path) -> None:
-    impressions, seen = read(tmp_path)
-    has_feature_I = seen.image_I % 3 != 0
-    by_count, by_history, by_image = slicings(impressions, seen, has_feature_I)
+    by_count, by_history, by_image = slicings(impressions, seen, seen.image_I % 3 != 0)
     assert set(names_of(slicings(impressions, seen, None)[-1])) == {"known", "new"}, "without a store none is missing"
-    train = rows(tables["train"])
-    counts = [sum(row["ad"] == each["ad"] for row in train) for each in rows(tables["test"])]
-    met = {row["image"] for row in train} | {image for row in train for image in row["history"]}
+    counts = [sum(row["ad"] == each["ad"] for row in train) for each in test]
     assert names_of(by_count) == ["0" if n == 0 else "1 to 9" if n < 10 else "10 to 29" for n in counts]
-    lengths = [len(row["history"]) for row in rows(tables["test"])]
-    assert names_of(by_history) == ["0" if n == 0 else "1 to 5" for n in lengths]
-    images = [row["image"] for row in rows(tables["test"])]
+    assert names_of(by_history) == ["1 to 5" if row["history"] else "0" for row in test]
+    images = [row["image"] for row in test]
     assert names_of(by_image) == ["missing" if i % 3 == 0 else "known" if i in met else "new" for i in images]
 
 
 def test_limits_of_the_ranges() -> None:
     counts_A = np.array([0, 1, 9, 10, 29, 30, 100, 299, 300, 999, 1_000])
-    impressions = Impressions(
-        label_N=np.zeros(11, np.float32),
-        user_N=np.arange(11),
-        ad_N=np.arange(11),
-        image_N=None,
-        history_N=np.array([0, 1, 5, 6, 10, 11, 20, 21, 50, 51, 90]),
-    )
+    history_N = np.array([0, 1, 5, 6, 10, 11, 20, 21, 50, 51, 90])
+    impressions = Impressions(np.zeros(11, np.float32), np.arange(11), np.arange(11), history_N=history_N)
     seen = SeenInTraining(np.arange(11), counts_A, np.empty(0, np.int64), np.empty(0, np.bool_))
     by_count, by_history = slicings(impressions, seen, None)
     assert ",".join(names_of(by_count)) == (
@@ -234,9 +203,6 @@ def test_limits_of_the_ranges() -> None:
     assert ",".join(names_of(by_history)) == (
         "0,1 to 5,1 to 5,6 to 10,6 to 10,11 to 20,11 to 20,21 to 50,21 to 50,51 or more,51 or more"
     )
-
-
-def test_a_slice_without_an_id_is_named_so() -> None:
     label_N, id_N = np.zeros(3, np.float32), np.array([-1, 7, -1])
     by = slicings_by(Impressions(label_N, id_N, id_N, by={"maker": id_N}), {})
     assert names_of(by[0]) == ["(none)", "7", "(none)"]

@@ -2,7 +2,6 @@
 
 import sys
 from collections import Counter
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +31,8 @@ from tests.trainer.ids.exact_tables import (
 )
 from trainer.config import IdOptimizer
 from trainer.errors import CheckpointError
-from trainer.ids.exact import CountingFilter, ExactShape, RowMap, longest_unused
-from trainer.ids.shards import TableShape, owned_bytes
+from trainer.ids.exact import CountingFilter, ExactShape, RowMap
+from trainer.ids.shards import TableShape
 
 sys.path.append(str(Path(__file__).parents[1] / "equivalence"))  # the reference's modules find each other there
 RULES: list[dict[str, Any]] = [
@@ -141,17 +140,6 @@ def test_first_values_have_the_deviation_of_hashed_ones_and_are_others_by_seed()
     assert len(one.unique()) == one.numel() and not (one == other).any()
 
 
-def test_bytes_are_those_of_the_arrays() -> None:
-    shape = shape_of(1000, admit_after=3)
-    for rank in range(3):
-        table = table_of(shape, rank, 3)
-        assert table.filter is not None
-        index = [table.map.id_of_place, table.map.row_of_entry]
-        arrays = [*index, table.last_use, table.used_at, table.filter.counts_SC]
-        found_bytes = table.rows.block_NW.nbytes + sum(each.nbytes for each in arrays)
-        assert owned_bytes(shape, rank, 3, table.optimizer.state, torch.float64) == found_bytes
-
-
 @pytest.mark.parametrize("max_rows", [4000, 40])
 @pytest.mark.parametrize("steps_ahead", [1, len(STEPS)])
 def test_rows_asked_for_long_before_their_step_are_the_same(max_rows: int, steps_ahead: int) -> None:
@@ -179,87 +167,59 @@ def test_ids_that_wait_for_their_admission_take_no_ones_room() -> None:
     assert table.counts["evicted"] == 2 and have_rows(table, ids) == {*ids[2 : rows + 1]}
 
 
-def test_the_longest_unused_are_chosen_as_sorting_all_would() -> None:
-    draw = np.random.default_rng(0)
-    for _ in range(200):
-        count = int(draw.integers(1, 60))
-        used_at, ids = draw.integers(0, 9, count).astype(np.int32), draw.permutation(1000)[:count] - 500
-        most, now = int(draw.integers(1, 70)), int(draw.integers(1, 10))
-        order = [row for row in np.lexsort((ids, used_at)).tolist() if used_at[row] < now]
-        assert longest_unused(used_at, ids, most, now).tolist() == sorted(order[:most])
-
-
-def test_a_hashed_table_is_refused() -> None:
+def test_a_hashed_table_and_too_many_rows_are_refused() -> None:
     """What an exact one lacks in the checkpoint of a hashed one is noticed when it is read."""
-    hashed = tables_of(TableShape("item", 3, 50, SHARDS))
-    assert "item/0000/ids" in {*table_of().names()} - {*hashed["item"].names()}
+    hashed = tables_of(TableShape("item", 3, 50, SHARDS))["item"]
+    assert "item/0000/ids" in {*table_of().names()} - {*hashed.names()}
     with pytest.raises(CheckpointError, match=r"item/0000/weight has shape \(1, 3\).*\(7, 3\)"):
-        hashed["item"].import_shards(table_of().export_shards())
-
-
-def test_too_many_rows_are_refused() -> None:
+        hashed.import_shards(table_of().export_shards())
     table = table_of()
     train(table, np.arange(100))
     with pytest.raises(CheckpointError, match=r"of the checkpoint has \d+ rows, and this run room for 1; raise"):
         table_of(shape_of(max_rows=8)).import_shards(table.export_shards())
 
 
-class Owned:
-    """The map of a rank that owns all shards, asked with ids alone."""
-
-    def __init__(self, rows_per_shard: int) -> None:
-        self.map = RowMap(SHARDS, rows_per_shard)
-
-    def of(self, ids: Int64Array) -> tuple[Int64Array, np.ndarray, Int64Array]:
-        return shard_of(ids, SHARDS), splitmix64(ids), ids
-
-    def rows(self, ids: Int64Array) -> list[int]:
-        return (self.map.places(*self.of(ids)) // SHARDS).tolist()
-
-    def learn(self, ids: Int64Array) -> None:
-        """As a step does: different ids, and of them those without a row."""
-        slot, hashes, ids = self.of(np.unique(ids))
-        new = self.map.places(slot, hashes, ids) < SHARDS
-        self.map.insert(slot[new], hashes[new], ids[new])
+def learn(owned: RowMap, ids: Int64Array) -> None:
+    """As a step does: of different ids those without a row. All shards are this rank's."""
+    slot, hashes = shard_of(ids, SHARDS), splitmix64(ids)
+    new = owned.places(slot, hashes, ids) < SHARDS
+    owned.insert(slot[new], hashes[new], ids[new])
 
 
 @pytest.mark.parametrize("rows_per_shard", [2, 5, 60, 2000])
 def test_rows_are_those_of_lists(rows_per_shard: int) -> None:
     """Of each shard the ids in the order in which they came, as long as there is room; some go, many times over, and
     the last ones take their numbers."""
-    draw, owned = np.random.default_rng(900), Owned(rows_per_shard)
+    draw, owned = np.random.default_rng(900), RowMap(SHARDS, rows_per_shard)
     ids_of: list[list[int]] = [[] for _ in range(SHARDS)]
     seen_ids = np.array([0, 2**63 - 1, -(2**63)])
     for number in range(30):
         batch = np.unique(draw.integers(-300 - 30 * number, 300 + 30 * number, 300)) * 7919
-        owned.learn(batch)
+        learn(owned, batch)
         for each, shard in zip(batch.tolist(), shard_of(batch, SHARDS).tolist(), strict=True):
             if each not in ids_of[shard] and len(ids_of[shard]) < rows_per_shard - 1:
                 ids_of[shard].append(each)
         for slot, ids in enumerate(ids_of if number % 3 == 2 else []):
             gone = np.sort(draw.choice(len(ids), int(draw.integers(0, len(ids) + 1)), replace=False)) + 1
-            from_M, to_M = owned.map.remove(slot, gone)
+            from_M, to_M = owned.remove(slot, gone)
             end = len(ids) - len(gone)
             assert to_M.tolist() == [row for row in gone.tolist() if row <= end]
             assert from_M.tolist() == [row for row in range(end + 1, len(ids) + 1) if row not in gone]
             for row, to in zip(from_M.tolist(), to_M.tolist(), strict=True):
                 ids[to - 1] = ids[row - 1]
             del ids[end:]
-        assert [owned.map.ids_of(shard).tolist() for shard in range(SHARDS)] == ids_of
+        assert [owned.ids_of(shard).tolist() for shard in range(SHARDS)] == ids_of
         seen_ids = np.union1d(seen_ids, batch)
         row_of = {each: row for ids in ids_of for row, each in enumerate(ids, 1)}
-        assert owned.rows(seen_ids) == [row_of.get(each, 0) for each in seen_ids.tolist()]
+        places = owned.places(shard_of(seen_ids, SHARDS), splitmix64(seen_ids), seen_ids)
+        assert (places // SHARDS).tolist() == [row_of.get(each, 0) for each in seen_ids.tolist()]
 
 
 def add(counts: CountingFilter, ids: np.ndarray) -> np.ndarray:
     return counts.add(shard_of(ids, SHARDS), splitmix64(ids))
 
 
-def seen(counts: CountingFilter, ids: np.ndarray) -> np.ndarray:
-    return add(deepcopy(counts), ids) - 1
-
-
-def test_a_count_is_never_too_low_and_seldom_too_high() -> None:
+def test_a_count_is_never_too_low_seldom_too_high_and_ends_at_255() -> None:
     """As many ids wait as the table has rows."""
     draw, truth = np.random.default_rng(0), Counter[int]()
     rows = 4096
@@ -269,13 +229,9 @@ def test_a_count_is_never_too_low_and_seldom_too_high() -> None:
         add(counts, ids)
         truth.update(ids.tolist())
     ids = np.arange(1, rows)
-    over = seen(counts, ids).astype(int) - np.array([truth[each] for each in ids.tolist()])
+    over = add(counts, ids).astype(int) - 1 - np.array([truth[each] for each in ids.tolist()])
     assert over.min() == 0
     assert (over > 0).mean() < 0.05
-
-
-def test_counts_end_at_255() -> None:
-    counts, ids = CountingFilter(SHARDS, 64), np.array([5])
     for _ in range(300):
-        last = add(counts, ids)
+        last = add(counts, np.array([5]))
     assert last.tolist() == [255] and counts.counts_SC.max() == 255

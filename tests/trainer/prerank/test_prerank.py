@@ -1,7 +1,7 @@
 """A two-tower run from training on two ranks to an index of ads, additions to it, and a search."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,13 @@ from featurestore import FeatureRows, FeatureStore
 from featurestore.index import VectorIndex
 from tests.cli import invoke
 from tests.ranks import StandingRanks
-from tests.trainer.conftest import Places, make_days, make_places
+from tests.trainer.conftest import Places, make_days, make_places, write_samples
 from tests.trainer.whole_runs import run_alone
 from trainer.comm import SoloComm
 from trainer.prerank.__main__ import app
 from trainer.prerank.adindex import (
     AdIndex,
+    Ads,
     ad_vectors,
     ads_of_samples,
     origin_of,
@@ -34,14 +35,14 @@ from trainer.runs import open as opening
 from trainer.runs.saved import TrainedRun, open_test, open_trained
 from trainer.samples.reader import Batch
 
+TOWERS = {"model__base": "two_tower", "model__tower_width": 6}
+
 
 @pytest.fixture(scope="module")
 def run(places: Places, two_ranks: StandingRanks) -> Path:
     """Trained by two ranks."""
-    settings = places.settings(
-        model__base="two_tower", model__tower_width=6, run__name="towers", train__epochs=1, train__max_steps=15,
-        model__compute_dtype="float32",  # numbers of ranks and batches of other make-ups are compared
-    )  # fmt: skip
+    exact = {"model__compute_dtype": "float32"}  # numbers of ranks and batches of other make-ups are compared
+    settings = places.settings(run__name="towers", train__epochs=1, train__max_steps=15, **TOWERS, **exact)
     two_ranks.run("-m", "trainer.main", "--set", *settings)
     return Path(places.folder) / "runs" / "towers"
 
@@ -58,34 +59,35 @@ def trained(run: Path) -> TrainedRun:
     return open_trained(run, SoloComm())
 
 
+def ads_of(trained: TrainedRun) -> Ads:
+    return ads_of_samples(trained.config.data.samples, trained.schema, towers(trained).ad_fields)
+
+
+def build_index(trained: TrainedRun, places: Places) -> str:
+    ads, url = ads_of(trained), str(places.folder / "ad-index")
+    AdIndex.build(url, "flat", ads.keys_N, ad_vectors(trained, ads, batch_size=7), origin_of(trained))
+    return url
+
+
 @pytest.fixture(scope="module")
 def index(trained: TrainedRun, places: Places) -> str:
     """Its ads under a flat index."""
     return build_index(trained, places)
 
 
-def build_index(trained: TrainedRun, places: Places) -> str:
-    ads = ads_of_samples(str(places.folder / "samples"), trained.schema, towers(trained).ad_fields)
-    url = str(places.folder / "ad-index")
-    AdIndex.build(url, "flat", ads.keys_N, ad_vectors(trained, ads, batch_size=7), origin_of(trained))
-    return url
+def vectors_of_users(trained: TrainedRun) -> Iterator[tuple[Batch, Any]]:
+    """Those of the run's test impressions."""
+    index = open_test(trained.comm, trained.config, trained.schema, None)
+    return user_vectors(trained, opening.test_reader(trained.config, trained.comm, index, trained.schema).batches())
 
 
-def impressions_of(trained: TrainedRun, samples: str | None) -> Iterator[Batch]:
-    """The test impressions of these samples, else of the run."""
-    index = open_test(trained.comm, trained.config, trained.schema, samples)
-    return opening.test_reader(trained.config, trained.comm, index, trained.schema).batches()
-
-
-def test_without_context_inner_product_and_bias_are_the_logit(run: Path, index: str, places: Places) -> None:
-    ads, samples = AdIndex.open(index), str(places.folder / "samples")
-    vector_of = dict(zip(*(part.tolist() for part in ads.vectors()), strict=True))
-    plain = open_trained(run, SoloComm())
+def test_without_context_inner_product_and_bias_are_the_logit(run: Path, index: str) -> None:
+    ads, vector_of, plain = AdIndex.open(index), by_key(index), open_trained(run, SoloComm())
     context = towers(plain).context
     assert context is not None
     with torch.no_grad():
         context.weight.zero_()
-    for batch, users in user_vectors(plain, impressions_of(plain, samples)):
+    for batch, users in vectors_of_users(plain):
         exported = np.array([vector_of[ad] for ad in batch.fields["ad_item"].values_N.tolist()])
         product = (users[batch.group_of_sample_B] * exported).sum(axis=1)
         logit = plain.engine.predict(plain.engine.prepare(batch))
@@ -93,8 +95,8 @@ def test_without_context_inner_product_and_bias_are_the_logit(run: Path, index: 
     plain.close()
 
 
-def test_vectors_do_not_depend_on_the_batch(trained: TrainedRun, index: str, places: Places) -> None:
-    ads = ads_of_samples(str(places.folder / "samples"), trained.schema, towers(trained).ad_fields)
+def test_vectors_do_not_depend_on_the_batch(trained: TrainedRun, index: str) -> None:
+    ads = ads_of(trained)
     whole = ad_vectors(trained, ads, batch_size=10_000)
     keys, exported = AdIndex.open(index).vectors()
     np.testing.assert_allclose(exported, whole[np.argsort(ads.keys_N)], rtol=1e-4, atol=1e-6)
@@ -111,17 +113,14 @@ def test_recall_is_the_share_of_the_best_that_an_index_finds(index: str) -> None
         best = np.argsort(-(queries @ vectors.T), axis=1)[:, :count]
         assert recall_at(of_half, exact, queries, count) == pytest.approx(half[best].mean())
         assert 0.2 < half[best].mean() < 0.8
-
-
-def test_ads_of_equal_vectors_are_no_misses(index: str) -> None:
-    keys, vectors = AdIndex.open(index).vectors()
     forth, back = (VectorIndex.build("flat", each.copy(), np.ones_like(vectors)) for each in (keys, keys[::-1]))
-    assert recall_at(back, forth, np.ones((4, vectors.shape[1]), np.float32), 5) == 1.0
+    queries = np.ones((4, vectors.shape[1]), np.float32)
+    assert recall_at(back, forth, queries, 5) == 1.0, "ads of equal vectors are no misses"
 
 
-def test_search_for_a_user(run: Path, index: str, trained: TrainedRun, places: Places) -> None:
+def test_search_for_a_user(run: Path, index: str, trained: TrainedRun) -> None:
     user, vector = 0, None
-    for batch, users in user_vectors(trained, impressions_of(trained, str(places.folder / "samples"))):
+    for batch, users in vectors_of_users(trained):
         for sample in np.flatnonzero(batch.group_id_B == user):
             vector = users[batch.group_of_sample_B[sample]]
     keys, vectors = AdIndex.open(index).vectors()
@@ -132,41 +131,27 @@ def test_search_for_a_user(run: Path, index: str, trained: TrainedRun, places: P
     assert found == expected.tolist()
 
 
-class TestDays:
+def test_users_are_of_the_run_s_own_test_days_and_the_newest_day_takes_others(tmp_path: Path) -> None:
     """Runs on days, as trainer.daily makes them: a day's file may be in train/ or in test/."""
+    days = make_days(tmp_path)
 
-    @pytest.fixture
-    def days(self, tmp_path: Path) -> Places:
-        return make_days(tmp_path)
-
-    def trained_on(self, places: Places, day: str, test_days: str) -> tuple[Path, str]:
-        """A run on one day, and an index of it."""
+    def trained_on(day: str, test_days: str) -> TrainedRun:
         settings = {"data__train_days": f"[{day}]", "data__test_days": test_days, "run__name": day}
-        towers = {"model__base": "two_tower", "model__tower_width": 6, "train__max_steps": 3}
-        run = run_alone(places, **towers, **settings)
-        with contextlib.closing(open_trained(run, SoloComm())) as trained:
-            return run, build_index(trained, places)
+        return open_trained(run_alone(days, **TOWERS, train__max_steps=3, **settings), SoloComm())
 
-    def test_users_are_of_its_own_test_days(self, days: Places) -> None:
-        run, _ = self.trained_on(days, "2026-01-02", "[2026-01-03,2026-01-04]")
-        with contextlib.closing(open_trained(run, SoloComm())) as trained:
-            drawn = user_queries(trained)
-            every = [users for _, users in user_vectors(trained, impressions_of(trained, None))]
-        assert drawn is not None
-        assert np.array_equal(np.unique(drawn, axis=0), np.unique(np.concatenate(every), axis=0))
-
-    def test_the_newest_day_has_none_to_be_evaluated_on_and_takes_others(
-        self, days: Places, write_samples: Callable[..., Any], tmp_path: Path
-    ) -> None:
-        run, index = self.trained_on(days, "2026-01-04", "[]")
-        command = ("search", "--run", run, "--index", index, "--user")
-        assert "no test samples of its own" in invoke(app, *command, 1, code=2).stderr
-        tomorrow = tmp_path / "tomorrow" / "test"
-        write_samples(tomorrow, [30], seed=70, items=60)
-        user = pq.read_table(next(tomorrow.glob("*.parquet")))["user"][0].as_py()
-        done = invoke(app, *command, user, "--samples", tmp_path / "tomorrow", code=0)
-        # Items 50 to 59 have no feature.
-        assert "note: " in done.stdout and "its model has never met an image without a feature" in done.stdout
+    with contextlib.closing(trained_on("2026-01-02", "[2026-01-03,2026-01-04]")) as trained:
+        drawn = user_queries(trained)
+        every = [users for _, users in vectors_of_users(trained)]
+    assert drawn is not None
+    assert np.array_equal(np.unique(drawn, axis=0), np.unique(np.concatenate(every), axis=0))
+    with contextlib.closing(trained_on("2026-01-04", "[]")) as trained:
+        index = build_index(trained, days)
+    command = ("search", "--run", tmp_path / "runs" / "2026-01-04", "--index", index, "--user")
+    assert "no test samples of its own" in invoke(app, *command, 1, code=2).stderr
+    tomorrow = tmp_path / "tomorrow"
+    (table,) = write_samples(tomorrow / "test", [30], seed=70, items=60)  # items 50 to 59 have no feature
+    done = invoke(app, *command, table["user"][0].as_py(), "--samples", tomorrow, code=0)
+    assert "note: " in done.stdout and "its model has never met an image without a feature" in done.stdout
 
 
 @pytest.fixture
@@ -216,16 +201,14 @@ def test_the_ads_of_the_run_s_samples(kind: str, folder: Path, out: str) -> None
 
 def test_a_table_of_the_same_ads_gives_the_same_vectors(folder: Path, out: str, tmp_path: Path) -> None:
     done(folder, "--out", out, "--samples", folder / "samples")
-    tables = tmp_path / "tables"
-    tables.mkdir()
+    (tmp_path / "tables").mkdir()
     items = sorted(items_of(folder))
-    ads_table(items[:10], tables / "a.parquet")
-    ads_table(items[10:], tables / "b.parquet")
-    done(folder, "--out", f"{out}-2", "--ads", tables)
-    expected, found = by_key(out), by_key(f"{out}-2")
-    assert expected.keys() == found.keys()
-    for key, vector in expected.items():
-        np.testing.assert_allclose(found[key], vector, rtol=1e-4, atol=1e-6)
+    ads_table(items[:10], tmp_path / "tables" / "a.parquet")
+    ads_table(items[10:], tmp_path / "tables" / "b.parquet")
+    done(folder, "--out", f"{out}-2", "--ads", tmp_path / "tables")
+    (keys, expected), (same_keys, found) = (AdIndex.open(url).vectors() for url in (out, f"{out}-2"))
+    assert np.array_equal(keys, same_keys)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_an_ad_that_changed_is_taken_as_its_last_impression_has_it(folder: Path, out: str, tmp_path: Path) -> None:
@@ -245,7 +228,8 @@ def test_an_ad_that_changed_is_taken_as_its_last_impression_has_it(folder: Path,
     np.testing.assert_allclose(by_key(out)[5], by_key(f"{out}-2")[5], rtol=1e-4, atol=1e-6)
 
 
-def test_new_ads_are_added(folder: Path, out: str, tmp_path: Path) -> None:
+def test_a_sync_leaves_the_ads_of_the_table(folder: Path, out: str, tmp_path: Path) -> None:
+    """And new ads are added."""
     done(folder, "--out", out, "--ads", ads_table(list(range(20)), tmp_path / "a.parquet"), "--index", "hnsw")
     before = by_key(out)
     # 20 and 21 are new, 3 has another category and image now, 4 is as it was.
@@ -255,13 +239,9 @@ def test_new_ads_are_added(folder: Path, out: str, tmp_path: Path) -> None:
     after = by_key(out)
     assert set(after) == set(range(22)) and AdIndex.open(out).version == 2
     assert [key for key in before if not np.array_equal(before[key], after[key])] == [3]
-
-
-def test_a_sync_leaves_the_ads_of_the_table(folder: Path, out: str, tmp_path: Path) -> None:
-    done(folder, "--out", out, "--ads", ads_table(list(range(20)), tmp_path / "a.parquet"), "--index", "hnsw")
     live = ads_table(list(range(4, 24)), tmp_path / "live.parquet")
     text = done(folder, "--out", out, "--sync", live)
-    assert "ads          4 new, 0 changed, 16 unchanged, 4 removed" in text
+    assert "ads          2 new, 0 changed, 18 unchanged, 4 removed" in text
     assert "hnsw, 20 ads, 6 numbers each, inner product\n" in text
     assert set(by_key(out)) == set(range(4, 24))
     (found, *_), _ = AdIndex.open(out).index.search(np.ones((3, 6), np.float32), 20)
@@ -281,8 +261,7 @@ def test_a_low_recall_is_one_line_on_stderr(folder: Path, out: str, monkeypatch:
 
 def test_images_that_came_after_the_training_are_known(tmp_path: Path) -> None:
     places = make_places(tmp_path / "places")
-    towers = {"model__base": "two_tower", "model__tower_width": 6, "run__name": "towers"}
-    run_alone(places, **towers, train__max_steps=1)
+    run_alone(places, **TOWERS, run__name="towers", train__max_steps=1)
     rows = FeatureRows.of(["item/77"], np.ones((1, 16), np.float32), keys=np.array([1_077]))
     FeatureStore.open(places.folder / "features").put(rows)
     table, out = ads_table([77], tmp_path / "a.parquet"), tmp_path / "index"
@@ -310,18 +289,14 @@ def test_wrong_tables(
 ) -> None:
     changes = {name: value and pa.array(value) for name, value in changes.items()}
     result = job(folder, "--out", out, "--ads", ads_table([1, 2], tmp_path / "ads.parquet", **changes), code=code)
-    assert result.stderr.startswith("error: ")
-    assert message in result.stderr
+    assert result.stderr.startswith("error: ") and message in result.stderr
     assert not Path(out).exists()
 
 
-def test_a_table_without_rows_and_one_that_is_not_there(folder: Path, out: str, tmp_path: Path) -> None:
-    for table in (ads_table([], tmp_path / "ads.parquet"), tmp_path / "none.parquet", tmp_path / "nowhere"):
-        result = job(folder, "--out", out, "--ads", table, code=2)
-        assert "there is no *.parquet file with a row in it" in result.stderr
-
-
-def test_one_row(folder: Path, out: str, tmp_path: Path) -> None:
+def test_a_table_of_one_row_none_or_not_there(folder: Path, out: str, tmp_path: Path) -> None:
     for kind in ("flat", "hnsw"):
         text = done(folder, "--out", f"{out}-{kind}", "--index", kind, "--ads", ads_table([7], tmp_path / "ad.parquet"))
         assert f"{kind}, 1 ads" in text
+    for table in (ads_table([], tmp_path / "ads.parquet"), tmp_path / "none.parquet", tmp_path / "nowhere"):
+        result = job(folder, "--out", out, "--ads", table, code=2)
+        assert "there is no *.parquet file with a row in it" in result.stderr
