@@ -1,7 +1,6 @@
 """Exact ID tables for tests: made, trained by one step, looked into."""
 
-from collections.abc import Iterable, Sequence
-from datetime import date, timedelta
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -49,15 +48,6 @@ def ids_of_shard(shard: int, count: int) -> list[int]:
     return found
 
 
-def day_of(number: int) -> date:
-    return date(2026, 1, 1) + timedelta(days=number)
-
-
-def ids_of(table: ExactTable, ids: np.ndarray, rank: int) -> np.ndarray:
-    """What the other ranks would ask this one for."""
-    return ids[table.owner_of(ids) == rank]
-
-
 def train(table: IdTable, ids: Sequence[int] | np.ndarray) -> None:
     """One step in which the loss is the sum of each id's vector, times the id."""
     request = table.serve(np.asarray(ids, np.int64), "step")
@@ -78,17 +68,6 @@ def move(table: IdTable) -> None:
     """End a training step."""
     table.source.move(RATES)
     table.optimizer.end_step(RATES)
-
-
-def vector_of(table: ExactTable, each: int) -> Tensor:
-    """As in evaluation."""
-    with torch.no_grad():
-        return vectors_of(table, table.serve(np.array([each]), "eval"))[0]
-
-
-def have_rows(table: ExactTable, ids: Iterable[int]) -> set[int]:
-    known = {int(each) for slot in range(len(table.shards)) for each in table.map.ids_of(slot)}
-    return known & set(ids)
 
 
 def state_of(table: ExactTable) -> dict[str, Tensor]:

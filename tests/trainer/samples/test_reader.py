@@ -153,14 +153,11 @@ def test_days_are_found_in_either_split(tmp_path: Path) -> None:
         opened(["2026-01-01"])
 
 
-def test_one_column_read_two_ways_is_refused() -> None:
+def test_one_column_is_read_one_way_and_its_fields_have_all_a_fill_or_none() -> None:
     clash = Schema(fields=(*SCHEMA.fields, Field(name="items", side="user", kind="id", column="ad_item")))
     message = r"column ad_item: field items reads it as integer of side user, .*; change one of them in the schema"
     with pytest.raises(SchemaError, match=message):
         rules_of(clash)
-
-
-def test_fields_of_one_column_of_numbers_have_all_a_fill_or_none() -> None:
     buckets = Field(name="bucket", side="ad", kind="id", column="price", buckets=8)
     scaled = Field(name="price", side="ad", kind="dense", transform="log_standardize")
     filled = (buckets.model_copy(update={"fill": "bucket"}), scaled.model_copy(update={"fill": "mean"}))
