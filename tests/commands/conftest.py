@@ -67,7 +67,7 @@ def _files(folder: Path) -> dict[str, object]:
         found[f"garbage_{suffix}"] = shutil.copy(folder / "garbage", folder / f"garbage.{suffix}")
     folders = {"emptydir": folder / "emptydir", "there": folder / "[/x] there", "photos": folder / "photos"}
     for place in folders.values():
-        place.mkdir()
+        place.mkdir(parents=True)
     Image.new("RGB", (40, 40)).save(folder / "photos" / "a.jpg")
     np.save(folder / "matrix.npy", np.ones((3, 4), np.float32))
     torch.save({"other": torch.zeros(2)}, folder / "otherweights.pt")

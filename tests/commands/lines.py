@@ -251,7 +251,7 @@ OTHERS = [
     ("benchmarks.tables {deepyaml}", 2, "too deep"),
     ("benchmarks.tables {tables} --config {list}", 2, "mapping"),
     ("benchmarks.tables {tables} --table nosuch", 2, "nosuch"),
-    ("benchmarks.tables {tables} --dir {empty} --set data.samples={samples} --set model.images=none", 1, "{empty}"),
+    ("benchmarks.tables {tables} --dir {empty} --set data.samples={samples} --set data.store={store}", 1, "{empty}"),
     ("benchmarks.serve --dir {empty}", 1, "{empty}"),
     ("benchmarks.workload --out {empty}", 1, "{empty}"),
     ("benchmarks.workload --out {emptydir}/..", 1, "holds no workload"),

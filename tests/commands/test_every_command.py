@@ -217,20 +217,12 @@ def functions(app: CommandApp) -> Iterator[Any]:
         yield from functions(each.typer_instance)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(
-    ("line", "place"),
-    [
-        ("trainer.main", "trainer.main.load_config"),
-        ("trainer.daily", "trainer.daily.load_config"),
-        ("trainer.evaluate run", "trainer.evaluation.report.evaluate_run"),
-    ],
-)
-def test_ctrl_c_on_ranks(line: str, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_on_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(place, interrupt)
-    called = call(line.split())
+    monkeypatch.setattr("trainer.evaluation.report.evaluate_run", interrupt)
+    called = call(["trainer.evaluate", "run"])
     assert (called.code, called.trace, called.err) == (130, "", "stopped by Ctrl-C\n")
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from featurestore.keys import Int64Array, shard_of, splitmix64
+from featurestore.keys import shard_of, splitmix64
 from tests.trainer.ids.exact_tables import (
     OPTIM,
     SHARDS,
@@ -29,7 +29,7 @@ from tests.trainer.ids.exact_tables import (
 from trainer.comm import SoloComm
 from trainer.config import IdOptimizer
 from trainer.errors import CheckpointError
-from trainer.ids.exact import CountingFilter, ExactShape, RowMap, figures_of, gather_figures, warning_of
+from trainer.ids.exact import CountingFilter, ExactShape, figures_of, gather_figures, warning_of
 from trainer.ids.exact import num_ids as num_ids_of
 from trainer.ids.shards import TableShape, initial_rows, owned_bytes
 
@@ -177,42 +177,6 @@ def test_a_hashed_table_and_too_many_rows_are_refused() -> None:
     train(table, np.arange(100))
     with pytest.raises(CheckpointError, match=r"of the checkpoint has \d+ rows, and this run room for 1; raise"):
         table_of(shape_of(max_rows=8)).import_shards(table.export_shards())
-
-
-def learn(owned: RowMap, ids: Int64Array) -> None:
-    """As a step does: of different ids those without a row. All shards are this rank's."""
-    slot, hashes = shard_of(ids, SHARDS), splitmix64(ids)
-    new = owned.places(slot, hashes, ids) < SHARDS
-    owned.insert(slot[new], hashes[new], ids[new])
-
-
-@pytest.mark.parametrize("rows_per_shard", [2, 5, 60, 2000])
-def test_rows_are_those_of_lists(rows_per_shard: int) -> None:
-    """Of each shard the ids in the order in which they came, as long as there is room; some go, many times over, and
-    the last ones take their numbers."""
-    draw, owned = np.random.default_rng(900), RowMap(SHARDS, rows_per_shard)
-    ids_of: list[list[int]] = [[] for _ in range(SHARDS)]
-    seen_ids = np.array([0, 2**63 - 1, -(2**63)])
-    for number in range(30):
-        batch = np.unique(draw.integers(-300 - 30 * number, 300 + 30 * number, 300)) * 7919
-        learn(owned, batch)
-        for each, shard in zip(batch.tolist(), shard_of(batch, SHARDS).tolist(), strict=True):
-            if each not in ids_of[shard] and len(ids_of[shard]) < rows_per_shard - 1:
-                ids_of[shard].append(each)
-        for slot, ids in enumerate(ids_of if number % 3 == 2 else []):
-            gone = np.sort(draw.choice(len(ids), int(draw.integers(0, len(ids) + 1)), replace=False)) + 1
-            from_M, to_M = owned.remove(slot, gone)
-            end = len(ids) - len(gone)
-            assert to_M.tolist() == [row for row in gone.tolist() if row <= end]
-            assert from_M.tolist() == [row for row in range(end + 1, len(ids) + 1) if row not in gone]
-            for row, to in zip(from_M.tolist(), to_M.tolist(), strict=True):
-                ids[to - 1] = ids[row - 1]
-            del ids[end:]
-        assert [owned.ids_of(shard).tolist() for shard in range(SHARDS)] == ids_of
-        seen_ids = np.union1d(seen_ids, batch)
-        row_of = {each: row for ids in ids_of for row, each in enumerate(ids, 1)}
-        places = owned.places(shard_of(seen_ids, SHARDS), splitmix64(seen_ids), seen_ids)
-        assert (places // SHARDS).tolist() == [row_of.get(each, 0) for each in seen_ids.tolist()]
 
 
 def add(counts: CountingFilter, ids: np.ndarray) -> np.ndarray:
