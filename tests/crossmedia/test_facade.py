@@ -33,9 +33,6 @@ from trainer.evaluation import bootstrap
 from trainer.evaluation.predict import predict_run
 from trainer.schema.profile import table_of
 
-MOST_LINES = 400
-FACADE = ("__init__", "data", "models", "runs", "store")
-
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> Places:
@@ -77,9 +74,7 @@ def impressions(groups: pa.Table) -> pa.Table:
     return pa.Table.from_pylist(rows).append_column("banner", pa.array(["left"] * len(rows)))
 
 
-def test_the_facade_is_small_and_quick_to_import() -> None:
-    files = [ROOT / "crossmedia" / f"{name}.py" for name in FACADE]
-    assert sum(len(file.read_text().splitlines()) for file in files) <= MOST_LINES
+def test_the_facade_is_quick_to_import() -> None:
     code = "import sys, crossmedia; dir(crossmedia); sys.exit('torch' in sys.modules or 'pyarrow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
     assert sorted(dir(cm)) == sorted(cm.__all__) and all(getattr(cm, name) for name in cm.__all__)
