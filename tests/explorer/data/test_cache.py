@@ -13,17 +13,19 @@ from explorer.data import cache as module
 from explorer.data.cache import LruCache, TableCache, about_of, described
 
 
-def test_a_value_is_computed_once_however_many_ask_at_the_same_time():
+def test_a_value_is_computed_once_however_many_ask_at_the_same_time(tables: TableCache) -> None:
     kept, calls = LruCache(3), []
 
-    def slow():
+    def slow() -> Iterator[pa.Table]:
         calls.append(1)
         time.sleep(0.05)
-        return object()
+        yield from parts(1)
 
     with ThreadPoolExecutor(8) as pool:
-        found = [*pool.map(lambda _: kept.get("one", slow), range(8))]
-    assert len(calls) == len({*map(id, found)}) == 1
+        found = [*pool.map(lambda _: kept.get("one", lambda: [*slow()]), range(8))]
+        assert len(calls) == len({*map(id, found)}) == 1
+        found = [*pool.map(lambda _: values_of(tables.get("a", slow)), range(8))]
+    assert (len(calls), found) == (2, [[1]] * 8)
 
 
 def test_what_was_unused_for_longest_goes_first():
@@ -36,17 +38,10 @@ def test_what_was_unused_for_longest_goes_first():
 
 
 def test_an_error_is_not_kept():
-    kept, answers = LruCache(2), iter([ValueError("not yet"), "now"])
-
-    def make():
-        answer = next(answers)
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
-    with pytest.raises(ValueError, match="not yet"):
-        kept.get("one", make)
-    assert kept.get("one", make) == "now"
+    kept = LruCache(2)
+    with pytest.raises(KeyError, match="not yet"):
+        kept.get("one", lambda: {}["not yet"])
+    assert kept.get("one", lambda: "now") == "now"
 
 
 def test_locks_are_bounded_like_the_values():
@@ -57,21 +52,15 @@ def test_locks_are_bounded_like_the_values():
     assert not kept._gates
 
 
-def test_the_sizes_of_the_values_are_bounded():
+def test_the_sizes_of_the_values_are_bounded_but_the_newest_stays():
     cache: LruCache[bytes] = LruCache(10, len)
     for name, size in (("a", 4), ("b", 4), ("a", 5), ("c", 4)):
         cache.put(name, bytes(size))
-    assert [cache.peek(name) for name in "abc"] == [bytes(5), None, bytes(4)]
-    assert cache.size == 9
-
-
-def test_the_newest_value_stays_whatever_its_size():
-    cache: LruCache[bytes] = LruCache(10, len)
-    cache.put("a", bytes(4))
-    cache.put("b", bytes(40))
-    assert (cache.peek("a"), cache.peek("b"), cache.size) == (None, bytes(40), 40)
-    cache.put("c", bytes(3))
-    assert (cache.peek("b"), cache.peek("c"), cache.size) == (None, bytes(3), 3)
+    assert ([cache.peek(name) for name in "abc"], cache.size) == ([bytes(5), None, bytes(4)], 9)
+    cache.put("d", bytes(40))
+    assert ([cache.peek(name) for name in "acd"], cache.size) == ([None, None, bytes(40)], 40)
+    cache.put("e", bytes(3))
+    assert ([cache.peek(name) for name in "de"], cache.size) == ([None, bytes(3)], 3)
 
 
 @pytest.fixture(params=[".arrow", ".parquet"])
@@ -97,19 +86,6 @@ def test_a_table_is_made_once_and_again_where_its_file_is_damaged(tables: TableC
     tables.path("a").unlink()  # what is mapped stays
     tables.path("a").write_bytes(b"ARROW1PAR1")
     assert values_of(tables.get("a", lambda: parts(3))) == [3]
-
-
-def test_threads_that_ask_for_a_table_make_it_once(tables: TableCache) -> None:
-    calls = []
-
-    def slow() -> Iterator[pa.Table]:
-        calls.append(1)
-        time.sleep(0.05)
-        yield from parts(1)
-
-    with ThreadPoolExecutor(4) as pool:
-        found = [*pool.map(lambda _: values_of(tables.get("a", slow)), range(4))]
-    assert (len(calls), found) == (1, [[1]] * 4)
 
 
 def test_a_table_that_cannot_be_made_leaves_no_file(tables: TableCache) -> None:
