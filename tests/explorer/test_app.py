@@ -240,46 +240,46 @@ def tokens() -> list[str]:
 
 
 @pytest.fixture
-def client(tokens: list[str]) -> TestClient:
+def guarded(tokens: list[str]) -> TestClient:
     site = Site(Places(images="x"))
-    guarded = LoginGuard(application(site), site, tokens, secure=False)
-    return TestClient(HostGuard(guarded, names_of("127.0.0.1")), base_url="http://localhost", follow_redirects=False)
+    login = LoginGuard(application(site), site, tokens, secure=False)
+    return TestClient(HostGuard(login, names_of("127.0.0.1")), base_url="http://localhost", follow_redirects=False)
 
 
-def test_pages_lead_to_the_form_and_programs_get_401(client: TestClient) -> None:
-    page = client.get("/", headers=HTML)
+def test_pages_lead_to_the_form_and_programs_get_401(guarded: TestClient) -> None:
+    page = guarded.get("/", headers=HTML)
     assert (page.status_code, page.headers["location"]) == (303, "/login")
-    assert client.get("/picture?uri=a", headers={"Accept": "*/*"}).status_code == 401
-    assert client.get("/static/style.css").status_code == 200
+    assert guarded.get("/picture?uri=a", headers={"Accept": "*/*"}).status_code == 401
+    assert guarded.get("/static/style.css").status_code == 200
 
 
-def test_a_typed_token_opens_the_pages_by_a_cookie_that_scripts_and_other_sites_cannot_use(client: TestClient) -> None:
-    answer = client.post("/login", data={"token": f" {TOKEN} "})
+def test_a_typed_token_opens_the_pages_by_a_cookie_that_scripts_and_other_sites_cannot_use(guarded: TestClient) -> None:
+    answer = guarded.post("/login", data={"token": f" {TOKEN} "})
     assert (answer.status_code, answer.headers["location"]) == (303, "/")
     cookie = answer.headers["set-cookie"]
     assert "HttpOnly" in cookie and "SameSite=strict" in cookie
     assert TOKEN not in cookie
-    assert client.get("/", headers=HTML).status_code == 200
+    assert guarded.get("/", headers=HTML).status_code == 200
 
 
 @pytest.mark.parametrize("token", ["wrong", "a" * 2_000_000])
-def test_a_wrong_token_says_so(client: TestClient, token: str) -> None:
-    answer = client.post("/login", data={"token": token})
+def test_a_wrong_token_says_so(guarded: TestClient, token: str) -> None:
+    answer = guarded.post("/login", data={"token": token})
     assert answer.status_code == 401
     assert "not a token of the server" in answer.text
     assert "set-cookie" not in answer.headers
 
 
-def test_a_bearer_opens_the_pages_too(client: TestClient) -> None:
-    assert client.get("/", headers={"Authorization": f"Bearer {TOKEN}"}).status_code == 200
-    assert client.get("/", headers={"Authorization": f"Basic {TOKEN}"}).status_code == 401
+def test_a_bearer_opens_the_pages_too(guarded: TestClient) -> None:
+    assert guarded.get("/", headers={"Authorization": f"Bearer {TOKEN}"}).status_code == 200
+    assert guarded.get("/", headers={"Authorization": f"Basic {TOKEN}"}).status_code == 401
 
 
-def test_a_cookie_ends_with_its_token_and_with_the_server(client: TestClient, tokens: list[str]) -> None:
-    client.post("/login", data={"token": TOKEN})
-    kept = client.cookies[COOKIE]
+def test_a_cookie_ends_with_its_token_and_with_the_server(guarded: TestClient, tokens: list[str]) -> None:
+    guarded.post("/login", data={"token": TOKEN})
+    kept = guarded.cookies[COOKIE]
     tokens.remove(TOKEN)
-    assert client.get("/", headers=HTML).status_code == 303
+    assert guarded.get("/", headers=HTML).status_code == 303
     site = Site(Places(images="x"))
     another = TestClient(LoginGuard(application(site), site, [TOKEN], secure=True), follow_redirects=False)
     assert another.get("/", headers=HTML | {"Cookie": f"{COOKIE}={kept}"}).status_code == 303
@@ -293,13 +293,13 @@ def test_a_cookie_ends_with_its_token_and_with_the_server(client: TestClient, to
         *((host, 200) for host in ("localhost:8090", "127.0.0.1", "[::1]:8090", "LOCALHOST")),
     ],
 )
-def test_a_server_on_loopback_answers_to_its_own_names_alone(client: TestClient, host: str, status: int) -> None:
-    assert client.get("/", headers={"Host": host, "Authorization": f"Bearer {TOKEN}"}).status_code == status
+def test_a_server_on_loopback_answers_to_its_own_names_alone(guarded: TestClient, host: str, status: int) -> None:
+    assert guarded.get("/", headers={"Host": host, "Authorization": f"Bearer {TOKEN}"}).status_code == status
 
 
-def test_a_form_of_another_site_is_refused(client: TestClient) -> None:
+def test_a_form_of_another_site_is_refused(guarded: TestClient) -> None:
     for origin, status in (("http://evil.example", 403), ("null", 403), ("http://localhost", 303)):
-        answer = client.post("/login", data={"token": TOKEN}, headers={"Origin": origin})
+        answer = guarded.post("/login", data={"token": TOKEN}, headers={"Origin": origin})
         assert answer.status_code == status
 
 

@@ -35,34 +35,15 @@ def test_sizes_are_rounded_up_to_few(folder, asked, given):
     assert size_of(Pictures(str(folder)).get("large.jpg", asked)) == (given, given // 4)
 
 
-@pytest.mark.parametrize(
-    "uri",
-    [
-        "../outside.jpg",
-        "a/../../outside.jpg",
-        "/etc/passwd",
-        "link.jpg",
-        "linked/outside.jpg",
-        "file:///etc/passwd",
-        "a/1.jpg\0",
-        "\ud800.jpg",
-        "n" * 5000,
-        "a" + "/a" * 3000,
-        "..",
-        ".",
-        "a",
-        "",
-        "loop",
-        "pipe",
-        "~root/x.jpg",
-        "http://127.0.0.1/x.jpg",
-        "..\\outside.jpg",
-        "%2e%2e/outside.jpg",
-        "%252e%252e%252foutside.jpg",
-        "a/1.jpg/../../../outside.jpg",
-        "/proc/self/environ",
-    ],
-)
+OUTSIDE = [
+    "../outside.jpg", "a/../../outside.jpg", "a/1.jpg/../../../outside.jpg", "..\\outside.jpg", "%2e%2e/outside.jpg",
+    "%252e%252e%252foutside.jpg", "link.jpg", "linked/outside.jpg", "/etc/passwd", "/proc/self/environ",
+    "file:///etc/passwd", "http://127.0.0.1/x.jpg", "~root/x.jpg",
+]  # fmt: skip
+NO_PICTURE = ["a/1.jpg\0", "\ud800.jpg", "n" * 5000, "a" + "/a" * 3000, "..", ".", "a", "", "loop", "pipe"]
+
+
+@pytest.mark.parametrize("uri", OUTSIDE + NO_PICTURE)
 def test_nothing_but_a_picture_below_the_place_is_given(folder, tmp_path, uri):
     (folder / "link.jpg").symlink_to(tmp_path / "outside.jpg")
     (folder / "linked").symlink_to(tmp_path)

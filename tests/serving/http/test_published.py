@@ -36,24 +36,6 @@ ADS = ("ad_item", "ad_image", "ad_category", "ad_scene")
 USERS = ("user", "behavior_item", "behavior_image", "behavior_category")
 
 
-def start(published: Published, folder: Path, *options: str) -> ServerProcess:
-    words = [published.url, "--port", "0", "--poll-s", "0.1", "--cache-dir", str(folder / "cache"), *options]
-    server = ServerProcess([sys.executable, "-m", "serving", "serve", *words], folder)
-    server.wait_until_ready()
-    return server
-
-
-def table_of(published: Published) -> pa.Table:
-    return pq.read_table(published.samples).slice(0, 30)
-
-
-def requests_of(published: Published) -> list[dict[str, Any]]:
-    rows = table_of(published).to_pylist()
-    return [
-        {"user": {name: row[name] for name in USERS}, "candidates": {name: row[name] for name in ADS}} for row in rows
-    ]
-
-
 def one_image(key: int) -> dict[str, Any]:
     user = {"user": 1, "behavior_item": [], "behavior_image": [], "behavior_category": []}
     return {"user": user, "candidates": {"ad_item": [1], "ad_image": [key], "ad_category": [1], "ad_scene": [0]}}
@@ -69,7 +51,10 @@ def published(published_once: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(scope="module")
 def server(published: Published, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    with ended(start(published, tmp_path_factory.mktemp("published-server"))) as server:
+    folder = tmp_path_factory.mktemp("published-server")
+    words = [published.url, "--port", "0", "--poll-s", "0.1", "--cache-dir", str(folder / "cache")]
+    with ended(ServerProcess([sys.executable, "-m", "serving", "serve", *words], folder)) as server:
+        server.wait_until_ready()
         yield server
 
 
@@ -77,24 +62,19 @@ def wait_for_vectors(server: ServerProcess, snapshot: int) -> None:
     server.wait_until(lambda: server.client.get("/").json()["vectors"]["images"] == snapshot)
 
 
-@pytest.fixture(scope="module")
-def logits(bundle: Published) -> list[np.ndarray]:
-    scorer = Scorer.open(bundle.url)
-    return [each.logits_C for each in scorer.score([Request(**each) for each in requests_of(bundle)])]
-
-
-def test_json_and_arrow_have_the_scorers_scores(
-    server: ServerProcess, bundle: Published, logits: list[np.ndarray]
-) -> None:
-    together = server.client.post("/v1/score?logits=true", json=requests_of(bundle)).json()
-    content = stream_of(table_of(bundle).select([*USERS, *ADS, "label"]))
-    answer = server.client.post("/v1/score", content=content, headers={"content-type": ARROW})
+def test_json_and_arrow_have_the_scorers_scores(server: ServerProcess, bundle: Published) -> None:
+    table = pq.read_table(bundle.samples, columns=[*USERS, *ADS, "label"]).slice(0, 30)
+    sides = {"user": USERS, "candidates": ADS}
+    requests = [{side: {name: row[name] for name in sides[side]} for side in sides} for row in table.to_pylist()]
+    scored = Scorer.open(bundle.url).score([Request(**each) for each in requests])
+    together = server.client.post("/v1/score?logits=true", json=requests).json()["answers"]
+    answer = server.client.post("/v1/score", content=stream_of(table), headers={"content-type": ARROW})
     by_arrow: list[Any] = pa.ipc.open_stream(answer.content).read_all()["logit"].to_pylist()
-    for request, expected, answer, row in zip(requests_of(bundle), logits, together["answers"], by_arrow, strict=True):
+    for request, expected, answer, row in zip(requests, scored, together, by_arrow, strict=True):
         alone = server.client.post("/v1/score?logits=true", json=request).json()
         for found in (alone["logits"], answer["logits"], row):
-            np.testing.assert_allclose(found, expected, atol=1e-5)
-        np.testing.assert_allclose(alone["scores"], 1 / (1 + np.exp(-expected)), atol=1e-6)
+            np.testing.assert_allclose(found, expected.logits_C, atol=1e-5)
+        np.testing.assert_allclose(alone["scores"], expected.probabilities(), atol=1e-6)
         assert (alone["unknown"], alone["missing"]) == (answer["unknown"], answer["missing"])
 
 

@@ -258,14 +258,15 @@ PLAIN_ROW = {**ROW, "user": 1, "behavior_shop": [1, 2, 1], "behavior_image": [1,
 TableChange = Callable[[pa.Table], pa.Table]
 
 
+def with_column(name: str, values: Any) -> TableChange:
+    return lambda table: table.set_column(table.column_names.index(name), name, values)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.set_column(0, "user", pa.array([None], pa.int64())), "the table, row 0: column user is null"),
-        (
-            lambda t: t.set_column(t.column_names.index("ad_item"), "ad_item", pa.array([[1]])),
-            "has 2 entries, but there are 1 candidates",
-        ),
+        (with_column("user", pa.array([None], pa.int64())), "the table, row 0: column user is null"),
+        (with_column("ad_item", pa.array([[1]])), "has 2 entries, but there are 1 candidates"),
     ],
 )
 def test_wrong_rows_of_tables_are_named(change: TableChange, message: str) -> None:
@@ -281,10 +282,7 @@ def test_wrong_rows_of_tables_are_named(change: TableChange, message: str) -> No
         (lambda t: t.append_column("ad_prise", t["ad_price"]), 'column "ad_prise" is not a column of the model'),
         (lambda t: t.append_column("ad_item", t["ad_item"]), "ad_item"),
         (lambda t: t.append_column("behavior_item", t["behavior_item"]), "behavior_item"),
-        (
-            lambda t: t.set_column(0, "user", pa.array([1.5] * len(t), pa.float64())),
-            "column user is double, expected integer",
-        ),
+        (lambda t: with_column("user", t["user"].cast(pa.float64()))(t), "column user is double, expected integer"),
     ],
 )
 def test_wrong_columns_of_tables_are_named_with_rows_or_without(change: TableChange, message: str, rows: int) -> None:
