@@ -308,16 +308,3 @@ def test_a_damaged_feature_is_a_sentence_on_the_page(tmp_path):
     page = Reader(store=store.url).read(f"/images/{key_of_uri('a')}")
     assert "is damaged" in page.text
     assert "Nearest neighbours" in page.text
-
-
-def test_pages_follow_a_store_that_changes(tmp_path):
-    store = make_store(tmp_path / "store")
-    store.put(rows(["a", "b"], 1))
-    reader, key = Reader(store=store.url), key_of_uri("a")
-    first = reader.read(f"/images/{key}")
-    assert first.text.count("among all 2 images") == 1
-    store.put(rows(["c"], 2))
-    assert "among all 3 images" in reader.read(f"/images/{key}").text
-    assert "among all 2 images" in reader.read(f"/images/{key}", version=1).text
-    store.delete([key])
-    assert "neither in snapshot 3" in reader.read(f"/images/{key}", 404).text

@@ -21,14 +21,8 @@ from trainer.main import app as main
 from trainer.runs.folder import DAYS_FILE
 
 HOSTILE = [
-    "<script>alert(1)<",
-    "a b?c=d&e#f",
-    "'onclick='alert(1)",
-    "\u202egnp",
-    "{{ 7*7 }}",
-    "$(touch x);`y`",
-    "compare",
-]
+    "<script>alert(1)<", "a b?c=d&e#f", "'onclick='alert(1)", "\u202egnp", "{{ 7*7 }}", "$(touch x);`y`", "compare",
+]  # fmt: skip
 IMAGES_ALONE = re.compile(r"model\.images</th>\s*<td>none</td><td>both</td>")
 
 
@@ -239,11 +233,14 @@ def test_a_published_model_is_shown_until_it_goes_away(world: World, tmp_path: P
     assert "has no published model" in page(client, "/model", 400)
 
 
-def test_further_pairs_are_linked(changing: TestClient, changing_world: World) -> None:
-    for name in ("both", "ids-only"):
-        copy = shutil.copytree(changing_world.runs / name, changing_world.runs / f"{name}-7")
+def test_further_pairs_are_linked(own_runs: tuple[TestClient, Path]) -> None:
+    client, runs = own_runs
+    copies = [shutil.copytree(runs / name, runs / f"{name}-7") for name in ("both", "ids-only")]
+    for copy in copies:
         config = (copy / "config.yaml").read_text()
         (copy / "config.yaml").write_text(config.replace("  seed: 0", "  seed: 7"))
-    (link,) = re.findall(r'href="(/runs/compare[^"]*)"', page(changing, "/worth"))
+    (link,) = re.findall(r'href="(/runs/compare[^"]*)"', page(client, "/worth"))
     for each in (unescape(link), "/worth"):
-        assert IMAGES_ALONE.search(page(changing, each))
+        assert IMAGES_ALONE.search(page(client, each))
+    for copy in copies:
+        shutil.rmtree(copy)

@@ -49,14 +49,9 @@ def deaths(work: Callable[[], Any], root: str, trace: Path, step: int, renew: Ca
     assert die(0) == 0
     points = trace.read_text().splitlines()
     last = {name: place for place, name in enumerate(points)}
-    chosen = sorted({*last.values(), *range(0, len(points), step)})
-
-    def each() -> Iterator[str]:
-        for point in chosen:
-            assert die(point + 1) == -signal.SIGKILL
-            yield points[point]
-
-    return each()
+    for point in sorted({*last.values(), *range(0, len(points), step)}):
+        assert die(point + 1) == -signal.SIGKILL
+        yield points[point]
 
 
 @EVERY
