@@ -223,13 +223,14 @@ def test_null_images_are_missing_and_have_key_zero() -> None:
     nulls = {name: np.flatnonzero(mask).tolist() for name, mask in found.nulls.items()}
     assert nulls == {"behavior_image": [2], "ad_image": [1, 3]}
     assert found.batch.fields["ad_image"].values_N[[1, 3]].tolist() == [0, 0]
-    row = {**ROW, "behavior_image": ["a.jpg", "7", None]}
-    table = table_of([row], frozenset({"user", "behavior_shop", "behavior_image", "ad_image"}))
-    of_table, of_request = decoded(table), decoded([Request(**parts(scene=False))])
-    assert {name: mask.tolist() for name, mask in of_table.nulls.items()} == {
-        name: mask.tolist() for name, mask in of_request.nulls.items()
-    }
+    images = ["a.jpg", "7", None]
+    table = table_of(
+        [{**ROW, "behavior_image": images}], frozenset({"user", "behavior_shop", "behavior_image", "ad_image"})
+    )
+    of_table, of_request = decoded(table), decoded([request((U, "behavior_image", images))])
     assert_same(of_table.batch, of_request.batch)
+    for name in ("behavior_image", "ad_image"):
+        same(of_table.nulls[name], of_request.nulls[name], name)
 
 
 @pytest.mark.parametrize("candidates", [{}, {"ad_item": []}, {name: [] for name in ADS}])
