@@ -8,7 +8,7 @@ import asyncio
 import json
 import sys
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -32,7 +32,7 @@ from serving.scoring.decode import decode
 from serving.scoring.request import RequestColumns, Scored
 from serving.scoring.sent import SentTable, Sizes, sent_table
 from serving.settings import ServerSettings
-from trainer.schema.fields import load_schema
+from trainer.schema.fields import Field, load_schema
 
 SLOW = ("score_s", "slow_item", "begun")
 
@@ -54,6 +54,10 @@ class FakeModel:
         schema = load_schema()
         return RequestColumns(schema, schema.fields)
 
+    @cached_property
+    def fields(self) -> Sequence[Field]:
+        return load_schema().fields
+
     @property
     def vectors(self) -> Mapping[str, Any]:
         return {store: SimpleNamespace(time_s=time.time() - 60) for store in self.identity.vectors}
@@ -64,12 +68,10 @@ class FakeModel:
 
     def steps(self, sent: SentTable, sizes: Sizes) -> Steps[list[Scored]]:
         """Score what was sent; columns that were not are missed by nobody, but for `ad_item`."""
-        schema, scored = load_schema(), list[Scored]()
-        columns = RequestColumns(
-            schema, [each for each in schema.fields if each.column_name in {*sent.columns, "ad_item"}]
-        )
+        fields = [field for field in self.fields if field.column_name in {*sent.columns, "ad_item"}]
+        scored: list[Scored] = []
         for piece in map(sent.piece, sizes.pieces()):
-            batch, _ = yield from decode(columns, piece)
+            batch, _ = yield from decode(RequestColumns(load_schema(), fields), piece)
             scored += self._scores(batch.fields["ad_item"].values_N, piece.counts_G)
             yield
         return scored
