@@ -1,4 +1,4 @@
-"""Versions and the choice among them: numbered and immutable; damage is refused by name; which IDs are known."""
+"""Versions and the choice among them: numbered and immutable; damage is refused by name; ID rows are the trainer's."""
 
 import json
 import os
@@ -27,6 +27,7 @@ from tests.faulty import Fault, fails, opened_faulty
 from tests.serving.bundle.conftest import export, no_network
 from tests.serving.scoring.variants import Exported, Variants
 from tests.trainer.conftest import Places
+from tests.trainer.ids.exact_tables import vectors_of
 from trainer.comm import SoloComm
 from trainer.ids.exact import ExactTable
 from trainer.runs.folder import finished
@@ -269,8 +270,8 @@ def test_newer_vectors_are_opened_beside(url: str, tmp_path: Path) -> None:
 
 
 IDS = np.r_[np.arange(-5, 70), 1_000:1_060, 2**62]
-OTHERS = ("images_none", "din_inputs", "exact")
-"""Another optimiser of rows, many tables, and exact ones."""
+OTHERS = ("lr", "images_none", "din_inputs", "exact")
+"""E in float64, another optimiser of rows, many tables, and exact ones."""
 
 
 def trained_ids(places: Places, bundle: Bundle) -> dict[str, np.ndarray]:
@@ -286,6 +287,27 @@ def trained_ids(places: Places, bundle: Bundle) -> dict[str, np.ndarray]:
             if pa.types.is_integer(column.type):
                 found.setdefault(field.table_name, []).append(column.to_numpy())
     return {name: np.unique(np.concatenate(values)) for name, values in found.items()}
+
+
+@pytest.mark.parametrize("name", ["plain", *(pytest.param(name, marks=pytest.mark.long) for name in OTHERS)])
+def test_id_rows_are_those_that_the_trainer_reads(exported: Variants, name: str) -> None:
+    """Of each table alone, and of all of them at once."""
+    made, every = exported(name), {}
+    with closing(open_trained(made.run, SoloComm())) as trained, closing(Bundle.open(made.url)) as bundle:
+        assert {each.name for each in bundle.manifest.tables} == set(trained.engine.tables)
+        for of, table in trained.engine.tables.items():
+            ids = np.arange(table.shape.num_rows) if table.shape.direct else IDS[len(every) :]
+            request = table.serve(ids, "eval")
+            wanted = vectors_of(table, request).detach().numpy()[request.inverse_R]
+            rows, known = bundle.ids.find([of], ids, np.array([len(ids)]))
+            found = bundle.ids.gather(table.shape.width, rows)
+            assert found.dtype == np.float32 and len(np.unique(found, axis=0)) > 2
+            np.testing.assert_array_equal(found, wanted.astype(np.float32))
+            every[of] = ids, rows, known
+        ids, *alone = map(np.concatenate, zip(*every.values(), strict=True))
+        together = bundle.ids.find([*every], ids, np.array([len(each) for each, *_ in every.values()]))
+        for one, other in zip(alone, together, strict=True):
+            np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.parametrize("name", ["plain", *(pytest.param(name, marks=pytest.mark.long) for name in OTHERS)])
