@@ -163,6 +163,7 @@ def refusal(*requests: Request) -> str:
         (U, "behavior_item", None, " is null,"),
         (U, "behavior_item", "1,2,3", ' is "1,2,3",'),
         (U, "behavior_age", [1, 2], " has 2 entries, but behavior_item has 3 there: values"),
+        (U, "behavior_image", [1, 2], " has 2 entries, but behavior_item has 3 there: behaviours belong together"),
         (C, "ad_shops", [[1], 4], "[1] is 4,"),
         (C, "ad_shops", [[1], [[]]], "[1][0] is [],"),
     ],
