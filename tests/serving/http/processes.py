@@ -36,7 +36,7 @@ class ServerProcess:
     def log(self) -> str:
         return self._log.read_text()
 
-    def wait_until(self, holds: Callable[[], FoundT]) -> FoundT:
+    def wait_until(self, holds: Callable[[], FoundT | None]) -> FoundT:
         """Wait until something is so, as long as the process runs; gives what was found."""
         deadline = time.monotonic() + START_TIMEOUT_S
         while not (found := holds()):
