@@ -7,9 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 from starlette.testclient import TestClient
 
-from explorer.html.site import Site
-from explorer.server import application
-from tests.explorer.serving import serving
+from tests.explorer.serving import client_of, serving
 from tests.explorer.world import World, complete, make_shop
 from tests.running.shared import made_once, own_cache, shared_folder
 from tests.serving.http.processes import ServerProcess
@@ -38,7 +36,7 @@ def world(shop: World) -> World:
 @pytest.fixture(scope="module")
 def pages(world: World) -> Iterator[TestClient]:
     """The pages of the whole shop, in this process; what one test has computed the next one finds."""
-    with TestClient(application(Site(world.places()))) as client:
+    with client_of(world.places()) as client:
         yield client
 
 

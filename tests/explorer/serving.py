@@ -13,7 +13,6 @@ from typing import Any
 from urllib.parse import unquote_plus
 
 import uvicorn
-from starlette.applications import Starlette
 from starlette.testclient import TestClient
 from starlette.types import ASGIApp
 
@@ -113,20 +112,19 @@ class Reading(HTMLParser):
         return " ".join(" ".join(self.words).split())
 
     def uris(self) -> list[str]:
-        """The uris of the pictures."""
         return [unquote_plus(each.partition("uri=")[2]) for each in self.pictures]
 
 
-def site_of(**places: object) -> Starlette:
-    """Make the application of some places."""
-    return application(Site(Places(**{name: str(place) for name, place in places.items()})))
+def client_of(places: Places, **site: Any) -> TestClient:
+    """Make a client of the pages of some places, in this process; in a `with` block, one loop answers all requests."""
+    return TestClient(application(Site(places, **site)))
 
 
 class Reader:
-    """Asks an application for pages."""
+    """Asks for the pages of some places."""
 
     def __init__(self, **places: object) -> None:
-        self.client = TestClient(site_of(**places), raise_server_exceptions=False)
+        self.client = client_of(Places(**{name: str(place) for name, place in places.items()}))
 
     def read(self, path: str, status: int = 200, **params: object) -> Reading:
         """Ask for a page, and for each part that it would ask for by itself. Fails for another status."""
@@ -134,7 +132,5 @@ class Reader:
         assert answer.status_code == status, (answer.status_code, Reading(answer.text).text)
         found = Reading(answer.text)
         for part in found.live:
-            later = self.client.get(part)
-            assert later.status_code == 200, Reading(later.text).text
-            found = Reading(later.text)
+            found = self.read(part)
         return found

@@ -16,7 +16,6 @@ EXTRACTOR = ExtractorSpec(
 
 
 def make_store(folder: Path | str, dtype: str = "float32", num_shards: int = 4) -> FeatureStore:
-    """Make an empty store of DIM numbers."""
     return FeatureStore.create(folder, StoreInfo(dim=DIM, num_shards=num_shards, dtype=dtype, extractor=EXTRACTOR))
 
 

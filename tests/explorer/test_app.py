@@ -1,6 +1,7 @@
-"""Tests of the application: errors as pages, and the headers of every answer."""
+"""The application: errors as pages, headers, addresses and the files that stand for them, and who may look."""
 
 import configparser
+import json
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -15,11 +16,12 @@ from starlette.testclient import TestClient
 from explorer import __main__ as command
 from explorer import server as app_module
 from explorer.errors import ExplorerError, NotHereError
-from explorer.html.site import NavItem, PageKind, Site
+from explorer.html.query import Paging
+from explorer.html.site import LEFT_OUT, NavItem, PageKind, Site, address, file_of, relative, script_json
 from explorer.places import Places
-from explorer.server import application
+from explorer.server import COOKIE, HostGuard, LoginGuard, application, names_of
 from serving.http.limits import RefusedError
-from tests.explorer.serving import serving
+from tests.explorer.serving import client_of, serving
 from tests.serving.http.processes import ROOT
 
 ERRORS: dict[str, tuple[Exception, int]] = {
@@ -49,16 +51,16 @@ class FailingPages(PageKind):
 @pytest.fixture
 def failing(monkeypatch: pytest.MonkeyPatch) -> Iterator[TestClient]:
     monkeypatch.setattr(app_module, "KINDS", (*app_module.KINDS, FailingPages))
-    with TestClient(application(Site(Places(images="x"))), raise_server_exceptions=False) as client:
+    with TestClient(client_of(Places(images="x")).app, raise_server_exceptions=False) as client:
         yield client
 
 
 @pytest.mark.parametrize("kind", ERRORS)
 def test_errors_are_pages(failing: TestClient, kind: str) -> None:
-    if kind != "bug":  # starlette raises a bug again after its page, which only the test's client keeps silent
-        assert TestClient(failing.app).get(f"/fail/{kind}").status_code == ERRORS[kind][1]
-    answer = failing.get(f"/fail/{kind}")
     error, status = ERRORS[kind]
+    if kind != "bug":  # starlette raises a bug again after its page, which only the test's client keeps silent
+        assert TestClient(failing.app).get(f"/fail/{kind}").status_code == status
+    answer = failing.get(f"/fail/{kind}")
     assert answer.status_code == status
     assert "<h1>" in answer.text and 'href="/"' in answer.text
     assert "<b>that" not in answer.text
@@ -112,37 +114,32 @@ def test_addresses_that_do_not_work(pages: TestClient, address: str, status: int
     assert "<script>alert" not in answer.text
 
 
-def test_every_answer_keeps_scripts_of_others_out(failing: TestClient) -> None:
-    for path in ("/", "/nope", "/picture?uri=x", "/static/style.css"):
-        policy = failing.get(path).headers["content-security-policy"]
+def test_every_answer_keeps_scripts_of_others_out_and_own_files_are_there(failing: TestClient) -> None:
+    files = [f"/static/{name}" for name in ("style.css", "htmx.min.js", "charts.js", "plotly.min.js")]
+    for path in ("/", "/nope", "/picture?uri=x", *files):
+        answer = failing.get(path)
+        policy = answer.headers["content-security-policy"]
         assert "default-src 'none'" in policy
         assert "script-src 'self'" in policy
         assert "eval" not in policy
+        assert answer.status_code == (404 if path == "/nope" else 200) and len(answer.content) > 100
 
 
-def test_the_files_of_pages_are_there(failing: TestClient) -> None:
-    for name in ("style.css", "htmx.min.js", "charts.js", "plotly.min.js"):
-        assert len(failing.get(f"/static/{name}").content) > 100, name
-
-
-def test_the_kinds_are_closed_when_the_server_ends(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_kinds_are_closed_when_the_server_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(app_module, "KINDS", (FailingPages,))
     before = FailingPages.closed
-    with TestClient(application(Site(Places(images=str(tmp_path))))):
+    with client_of(Places(images="x")):
         assert FailingPages.closed == before
     assert FailingPages.closed == before + 1
 
 
 def test_the_first_page_has_the_questions_that_its_places_answer() -> None:
-    texts = [TestClient(application(Site(places))).get("/").text for places in (Places(store="x"), Places(runs="x"))]
-    for path, (with_store, with_runs) in {
-        "/store/arrived": (True, False),
-        "/store/broken": (True, False),
-        "/worth": (False, True),
-        "/impressions": (False, True),
-    }.items():
-        assert [f'href="{path}"' in text for text in texts] == [with_store, with_runs]
-    assert "--runs" in texts[0]
+    of_store, of_runs = (client_of(places).get("/").text for places in (Places(store="x"), Places(runs="x")))
+    for path in ("/store/arrived", "/store/broken"):
+        assert f'href="{path}"' in of_store and f'href="{path}"' not in of_runs
+    for path in ("/worth", "/impressions"):
+        assert f'href="{path}"' in of_runs and f'href="{path}"' not in of_store
+    assert "--runs" in of_store
 
 
 def test_packages_that_are_missing_are_named_and_are_those_of_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,3 +188,121 @@ def test_a_server_spares_memory_and_requests_have_the_limits_of_the_scorer(tmp_p
                 connection.sendall(head)
                 answer = b"".join(iter(lambda: connection.recv(1 << 16), b""))
                 assert answer.startswith(b"HTTP/1.1 " + code)
+
+
+HOSTILE = "</script><script>alert(1)</script>&\u2028"
+
+
+def test_json_in_a_script_cannot_end_it_and_is_the_same_json() -> None:
+    text = str(script_json({"name": HOSTILE}))
+    assert "<" not in text and ">" not in text and "&" not in text and "\u2028" not in text
+    assert json.loads(text) == {"name": HOSTILE}
+
+
+@pytest.mark.parametrize(
+    ("asked", "count", "paging"),
+    [("", 10, (1, 3, 0)), ("page=3", 10, (3, 3, 8)), ("page=99", 10, (3, 3, 8)), ("page=1", 0, (1, 1, 0))],
+)
+def test_pages_of_a_list(asked: str, count: int, paging: tuple[int, int, int]) -> None:
+    found = Paging.of(Request({"type": "http", "query_string": asked.encode()}), count, 4)
+    assert (found.page, found.num_pages, found.first) == paging
+
+
+def test_a_frozen_site_lists_each_address_once_and_no_more_than_its_limit() -> None:
+    site = Site(Places(images="x"), frozen=True, most_files=4)
+    site.text("/", "home.html", title="x")
+    assert site.linked == ["/", "/static/style.css"]
+    site.nav = [NavItem("A", "/a"), NavItem("A again", "/a"), NavItem("B", "/b")]
+    text = site.text("/", "home.html", title="x")
+    assert site.linked == ["/", "/static/style.css", "/a"]
+    assert LEFT_OUT in text
+
+
+def test_addresses_are_quoted_and_each_has_a_plain_file_of_its_own() -> None:
+    assert address("/store", {"b": 2, "a": "x y&z", "c": None}) == "/store?a=x+y%26z&b=2"
+    names = ["../../etc/passwd", HOSTILE, "a\"b'c&d", "\u202egpj.exe", "ü/ö.png", "x" * 5000, "a b\nc", "a/b", "a-b"]
+    files = [file_of(address("/picture", {"uri": uri, "size": size})) for uri in names for size in (96, 160)]
+    assert len(set(files)) == len(files)
+    assert all(file.startswith("pictures/") and file.endswith(".jpg") and file.isascii() for file in files)
+    assert all(len(file) < 100 and ".." not in file and file.count("/") == 1 for file in files)
+    assert relative("static/style.css", "pages/a.html") == "../static/style.css"
+    assert relative("pages/b.html", "pages/a.html") == "b.html"
+    assert relative("pages/b.html", "index.html") == "pages/b.html"
+
+
+TOKEN = "a-token-that-is-long-enough"
+HTML = {"Accept": "text/html"}
+
+
+@pytest.fixture
+def tokens() -> list[str]:
+    return ["another-token-of-the-file", TOKEN]
+
+
+@pytest.fixture
+def guarded(tokens: list[str]) -> TestClient:
+    site = Site(Places(images="x"))
+    login = LoginGuard(application(site), site, tokens, secure=False)
+    return TestClient(HostGuard(login, names_of("127.0.0.1")), base_url="http://localhost", follow_redirects=False)
+
+
+def test_pages_lead_to_the_form_and_programs_get_401(guarded: TestClient) -> None:
+    page = guarded.get("/", headers=HTML)
+    assert (page.status_code, page.headers["location"]) == (303, "/login")
+    assert guarded.get("/picture?uri=a", headers={"Accept": "*/*"}).status_code == 401
+    assert guarded.get("/static/style.css").status_code == 200
+
+
+def test_a_typed_token_opens_the_pages_by_a_cookie_that_scripts_and_other_sites_cannot_use(guarded: TestClient) -> None:
+    answer = guarded.post("/login", data={"token": f" {TOKEN} "})
+    assert (answer.status_code, answer.headers["location"]) == (303, "/")
+    cookie = answer.headers["set-cookie"]
+    assert "HttpOnly" in cookie and "SameSite=strict" in cookie
+    assert TOKEN not in cookie
+    assert guarded.get("/", headers=HTML).status_code == 200
+
+
+@pytest.mark.parametrize("token", ["wrong", "a" * 2_000_000])
+def test_a_wrong_token_says_so(guarded: TestClient, token: str) -> None:
+    answer = guarded.post("/login", data={"token": token})
+    assert answer.status_code == 401
+    assert "not a token of the server" in answer.text
+    assert "set-cookie" not in answer.headers
+
+
+def test_a_bearer_opens_the_pages_too(guarded: TestClient) -> None:
+    assert guarded.get("/", headers={"Authorization": f"Bearer {TOKEN}"}).status_code == 200
+    assert guarded.get("/", headers={"Authorization": f"Basic {TOKEN}"}).status_code == 401
+
+
+def test_a_cookie_ends_with_its_token_and_with_the_server(guarded: TestClient, tokens: list[str]) -> None:
+    guarded.post("/login", data={"token": TOKEN})
+    kept = guarded.cookies[COOKIE]
+    tokens.remove(TOKEN)
+    assert guarded.get("/", headers=HTML).status_code == 303
+    site = Site(Places(images="x"))
+    another = TestClient(LoginGuard(application(site), site, [TOKEN], secure=True), follow_redirects=False)
+    assert another.get("/", headers=HTML | {"Cookie": f"{COOKIE}={kept}"}).status_code == 303
+    assert "Secure" in another.post("/login", data={"token": TOKEN}).headers["set-cookie"]
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        *((host, 400) for host in ("evil.example", "localhost.evil.example", "", "127.0.0.1.nip.io:8090")),
+        *((host, 200) for host in ("localhost:8090", "127.0.0.1", "[::1]:8090", "LOCALHOST")),
+    ],
+)
+def test_a_server_on_loopback_answers_to_its_own_names_alone(guarded: TestClient, host: str, status: int) -> None:
+    assert guarded.get("/", headers={"Host": host, "Authorization": f"Bearer {TOKEN}"}).status_code == status
+
+
+def test_a_form_of_another_site_is_refused(guarded: TestClient) -> None:
+    for origin, status in (("http://evil.example", 403), ("null", 403), ("http://localhost", 303)):
+        answer = guarded.post("/login", data={"token": TOKEN}, headers={"Origin": origin})
+        assert answer.status_code == status
+
+
+def test_a_server_on_all_addresses_may_have_any_name() -> None:
+    assert names_of("0.0.0.0") is None
+    assert names_of("10.1.2.3") == ("10.1.2.3",)

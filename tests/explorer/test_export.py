@@ -18,6 +18,10 @@ from tests.faulty import full_from
 _LINK = re.compile(r'(?:href|src|action)="([^"]*)"')
 
 
+def _exported(places: Places, folder: Path, most_files: int = 10) -> ExportedPages:
+    return export(places, folder, most_files, lambda done, known: None)
+
+
 def _broken(folder: Path) -> list[str]:
     """List the links of all pages that lead to no file of the folder."""
     broken, whole = [], folder.resolve()
@@ -33,26 +37,20 @@ def _broken(folder: Path) -> list[str]:
     return broken
 
 
-def _silent(done: int, known: int) -> None:
-    pass
-
-
 @pytest.fixture(scope="module")
 def exported_world(world: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[ExportedPages, Path]:
     """The whole shop with its runs, up to a limit: what was done, and the folder. Made once, in ten seconds."""
     folder = tmp_path_factory.mktemp("world") / "pages"
-    return export(world.places(model=world.model), folder, 250, _silent), folder
+    return _exported(world.places(model=world.model), folder, 250), folder
 
 
 @pytest.fixture(scope="module")
 def exported_shop(shop: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[ExportedPages, Path]:
-    """All pages of pictures and a store, without runs."""
     folder = tmp_path_factory.mktemp("shop") / "pages"
-    return export(Places(store=str(shop.store), images=str(shop.images)), folder, 200, _silent), folder
+    return _exported(Places(store=str(shop.store), images=str(shop.images)), folder, 200), folder
 
 
 def _pages_of(folder: Path, kind: str = "") -> list[str]:
-    """The pages whose address begins so."""
     return [page.read_text() for page in (folder / "pages").glob(f"{kind}*.html")]
 
 
@@ -67,7 +65,7 @@ def test_every_link_leads_to_a_file(exported_world: tuple[ExportedPages, Path]) 
 
 
 def test_beyond_the_limit_links_lead_to_a_page_that_says_so(world: World, tmp_path: Path) -> None:
-    exported = export(world.places(model=world.model), tmp_path / "pages", 10, _silent)
+    exported = _exported(world.places(model=world.model), tmp_path / "pages")
     assert exported.num_files == 10
     assert exported.num_left_out > 10
     assert _broken(tmp_path / "pages") == []
@@ -104,27 +102,19 @@ def test_pages_have_what_needs_no_server(
     assert "Measured now on" in worth
 
 
-def test_an_export_replaces_an_export_and_nothing_else(shop: World, tmp_path: Path) -> None:
-    out = tmp_path / "pages"
-    places = Places(images=str(shop.images))
-    export(places, out, 10, _silent)
+def test_an_export_replaces_an_export_whole_and_nothing_else(shop: World, tmp_path: Path) -> None:
+    out, other, places = tmp_path / "pages", tmp_path / "other", Places(images=str(shop.images))
+    _exported(places, out)
     (out / "old.html").write_text("old")
-    export(places, out, 10, _silent)
+    _exported(places, out)
     assert not (out / "old.html").exists()
-    other = tmp_path / "other"
+    before = (out / "index.html").read_text()
+    with full_from(1_000), pytest.raises(ExplorerError, match="File too large"):
+        _exported(places, out)
+    assert (out / "index.html").read_text() == before
     other.mkdir()
     (other / "mine.txt").write_text("mine")
     with pytest.raises(ExplorerError, match="not an earlier export"):
-        export(places, other, 10, _silent)
+        _exported(places, other)
     assert (other / "mine.txt").read_text() == "mine"
-    assert [each.name for each in tmp_path.iterdir() if each.name.startswith(".")] == []
-
-
-def test_an_export_that_fails_leaves_the_earlier_one(shop: World, tmp_path: Path) -> None:
-    out = tmp_path / "pages"
-    export(Places(images=str(shop.images)), out, 10, _silent)
-    before = (out / "index.html").read_text()
-    with full_from(1_000), pytest.raises(ExplorerError, match="File too large"):
-        export(Places(images=str(shop.images)), out, 10, _silent)
-    assert (out / "index.html").read_text() == before
-    assert [each.name for each in tmp_path.iterdir()] == ["pages"]
+    assert {each.name for each in tmp_path.iterdir()} == {"pages", "other"}

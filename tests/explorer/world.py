@@ -1,11 +1,11 @@
 """A small shop for the explorer: pictures with hostile names, a store of five snapshots, samples, runs and a bundle.
 
 Everything is made by the project's own jobs, in seconds and once per session; a test that changes something takes
-`World.copy`. What happened to the pictures is told in `HISTORY`, so that tests can say what a page has to show.
+`World.copy`. The snapshots: the first pictures; some added, changed, removed and copied; three broken; the removed one
+comes back; all shards compacted, which changes no picture.
 """
 
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,71 +25,39 @@ if TYPE_CHECKING:
 NETWORK = "mobilenet_v3_small:avgpool"
 PLAIN = tuple(f"shoes/shoe-{number:02}.jpg" for number in range(12))
 HOSTILE = (
-    "<script>alert(1)<%2fscript>.png",
-    "<img src=x onerror=alert(2)>.png",
-    "\"quotes' & <b>.png",
-    "'onmouseover='alert(3)'.png",
-    "{{ 7 * 7 }} ${7*7} {% raw %}.png",
-    "..hidden..png",
-    "..%2F..%2Fetc%2Fpasswd.png",
-    "javascript:alert(4).png",
-    "a b  c?d=e#f;g+h.png",
-    "line\nbreak.png",
-    "\u202egnp.drow.png",
-    "\u05e9\u05dc\u05d5\u05dd \u0645\u0631\u062d\u0628\u0627.png",
-    "\u978b \U0001f45f.png",
-    f"long-{'w' * 240}.png",
-)
+    "<script>alert(1)<%2fscript>.png", "<img src=x onerror=alert(2)>.png", "\"quotes' & <b>.png",
+    "'onmouseover='alert(3)'.png", "{{ 7 * 7 }} ${7*7} {% raw %}.png", "..hidden..png", "..%2F..%2Fetc%2Fpasswd.png",
+    "javascript:alert(4).png", "a b  c?d=e#f;g+h.png", "line\nbreak.png", "\u202egnp.drow.png",
+    "\u05e9\u05dc\u05d5\u05dd \u0645\u0631\u062d\u0628\u0627.png", "\u978b \U0001f45f.png", f"long-{'w' * 240}.png",
+)  # fmt: skip
 """Names that a file system takes and a page has to show as they are: as text, and as an address of a picture."""
 COPIED, COPY = "shoes/shoe-03.jpg", "copies/the same shoe.jpg"
 CHANGED, REMOVED, ADDED = "shoes/shoe-01.jpg", "shoes/shoe-02.jpg", ("new/boot-0.jpg", "new/boot-1.jpg")
 BROKEN, NO_IMAGE, HOSTILE_BROKEN = "shoes/shoe-04.jpg", "text.jpg", "<b onclick=alert(5)>broken.png"
 UNKNOWN = "nobody/knows.jpg"
 """In the samples, and neither in the store nor on the disk."""
-HISTORY = {1: "extract", 2: "refresh", 3: "refresh", 4: "refresh", 5: "compact"}
-"""Version and operation: the first pictures; some added, changed, removed and copied; three broken; a second removed
-one comes back; all shards compacted, which changes no picture."""
-BROKEN_IN, BACK_IN = 3, 4
-"""The versions in which BROKEN lost its row, and REMOVED came back."""
+PLACES = ("store", "runs", "samples", "images")
 
 
-@dataclass(frozen=True)
 class World:
-    """The places that the explorer is started with. `runs` has `both` and `ids-only`, evaluated, and `both-longer`."""
+    """The places that the explorer is started with.
 
-    folder: Path
+    `runs` has `both` and `ids-only`, evaluated, and `both-longer`; `model` the bundle of `both`, version 1 in use.
+    """
 
-    @property
-    def images(self) -> Path:
-        return self.folder / "images"
-
-    @property
-    def store(self) -> Path:
-        return self.folder / "features"
-
-    @property
-    def samples(self) -> Path:
-        return self.folder / "samples"
-
-    @property
-    def runs(self) -> Path:
-        return self.folder / "runs"
-
-    @property
-    def model(self) -> Path:
-        """The bundle of the run `both`, version 1 in use."""
-        return self.folder / "models" / "ctr"
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.images, self.store = folder, folder / "images", folder / "features"
+        self.samples, self.runs, self.model = folder / "samples", folder / "runs", folder / "models" / "ctr"
 
     def places(self, **others: object) -> Places:
         """The places as the explorer has them, without the bundle; some of them others, or None."""
-        own = {name: getattr(self, name) for name in ("store", "runs", "samples", "images")}
+        own = {name: getattr(self, name) for name in PLACES}
         return Places(**{name: place and str(place) for name, place in (own | others).items()})
 
     def options(self, *, model: bool = False) -> list[str]:
         """The options of `python -m explorer` that name these places."""
-        places = {"store": self.store, "runs": self.runs, "samples": self.samples, "images": self.images}
-        named = places | ({"model": self.model} if model else {})
-        return [word for name, place in named.items() for word in (f"--{name}", str(place))]
+        names = (*PLACES, "model") if model else PLACES
+        return [word for name in names for word in (f"--{name}", str(getattr(self, name)))]
 
     def copy(self, folder: Path) -> "World":
         """Copy everything, for a test that changes it; runs and bundle name the store of the first world."""
@@ -106,41 +74,21 @@ def draw(folder: Path, name: str, seed: int) -> None:
 
 def make_shop(folder: Path, client: "Client") -> World:
     """Make the pictures and the store, in a second."""
-    world = World(folder)
-    _extract(world, client)
-    return world
-
-
-def complete(world: World) -> World:
-    """Add samples, three trained runs, and one of them published without its network, in some seconds."""
-    _write_samples(world)
-    _train(world)
-    _publish(world)
-    return world
-
-
-def _extract(world: World, client: "Client") -> None:
     from featurestore.store import FeatureStore
     from featurestore.upkeep.compaction import compact
     from pipeline.features.refresh import extract, refresh
     from pipeline.options import ExtractOptions, RefreshOptions
 
-    images = world.images
+    world = World(folder)
+    images, places = world.images, {"images": str(world.images), "store": str(world.store)}
 
     def bring_up_to_date() -> None:
-        refresh(RefreshOptions(images=str(images), store=str(world.store)), client)
+        refresh(RefreshOptions(**places), client)
 
     for seed, name in enumerate((*PLAIN, *HOSTILE)):
         draw(images, name, seed)
-    options = ExtractOptions(
-        images=str(images),
-        store=str(world.store),
-        backbone=NETWORK,
-        weights="random:0",
-        precision="float32",
-        num_shards=4,
-    )
-    extract(options, client)
+    options = {"backbone": NETWORK, "weights": "random:0", "precision": "float32", "num_shards": 4}
+    extract(ExtractOptions(**places, **options), client)
 
     draw(images, CHANGED, 101)
     (images / REMOVED).unlink()
@@ -159,6 +107,15 @@ def _extract(world: World, client: "Client") -> None:
     draw(images, REMOVED, 2)
     bring_up_to_date()
     compact(FeatureStore.open(world.store), force=True)
+    return world
+
+
+def complete(world: World) -> World:
+    """Add samples, three trained runs, and one of them published without its network, in some seconds."""
+    _write_samples(world)
+    _train(world)
+    _publish(world)
+    return world
 
 
 def _write_samples(world: World) -> None:

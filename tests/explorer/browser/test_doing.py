@@ -1,7 +1,5 @@
 """What a user does: searches, sends a picture, compares runs, asks for another picture of an ad; a run that trains."""
 
-from playwright.sync_api import Locator
-
 from featurestore.keys import key_of_uri
 from tests.explorer.browser.watching.chromium import NARROW, WIDE, too_wide, violations
 from tests.explorer.browser.watching.crawl import settle
@@ -31,13 +29,6 @@ def test_a_search_finds_by_a_part_of_a_uri_by_uri_and_by_key(explorer, tab):
         page.wait_for_url(f"**/images/{key_of_uri(COPY)}*")
 
 
-def _edges(shown: Locator) -> tuple[float, float]:
-    """Return the upper and the lower edge of an element, in pixels."""
-    box = shown.bounding_box()
-    assert box is not None
-    return box["y"], box["y"] + box["height"]
-
-
 def test_a_point_of_the_map_shows_its_picture_and_the_legend_hides_groups(explorer, tab):
     page = tab(f"{explorer.url}/map?run=both&q=shoe-05", width=1280)
     page.locator("#map .main-svg").first.wait_for(timeout=120_000)
@@ -48,8 +39,9 @@ def test_a_point_of_the_map_shows_its_picture_and_the_legend_hides_groups(explor
     ring.hover(force=True)
     page.locator("#map img.hovered").wait_for(state="visible")
     assert page.locator("#map img.hovered").evaluate("each => each.complete && each.naturalWidth > 0")
-    picture, label = page.locator("#map img.hovered"), page.locator("#map .hoverlayer .hovertext").first
-    (top, bottom), (label_top, label_bottom) = map(_edges, (picture, label))
+    both = page.locator("#map img.hovered"), page.locator("#map .hoverlayer .hovertext").first
+    picture, label = (each.bounding_box() for each in both)
+    top, bottom, label_top, label_bottom = (box["y"] + part for box in (picture, label) for part in (0, box["height"]))
     assert bottom <= label_top or label_bottom <= top  # the picture does not cover the name
     page.locator("#map .legendtoggle").first.click()
     while page.evaluate(shown) >= before:  # the test's own limit ends it; the page lets nothing evaluate in it

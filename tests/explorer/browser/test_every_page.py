@@ -11,11 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from featurestore.spec import ExtractorSpec, StoreInfo
-from featurestore.store import FeatureStore
 from tests.explorer.browser.watching.chromium import DESK, NARROW, WIDE, cut, too_wide, violations, watched
 from tests.explorer.browser.watching.crawl import Site, crawl, routes, settle
 from tests.explorer.serving import exported, pages_of
+from tests.explorer.stores import make_store
 from tests.explorer.world import World
 from tools.browser.screenshots import MOST_BYTES, SHOTS, WIDTH, small, taken
 from trainer.runs.folder import DAYS_FILE
@@ -36,7 +35,6 @@ FOCUSED = """() => {
     };
 }"""
 MOST_TABS = 400
-SPEC = ExtractorSpec(backbone="drawn", layer="none", weights_digest="0", preprocessing="none", compute_dtype="float32")
 
 
 @contextmanager
@@ -61,7 +59,7 @@ def export(folder: Path, world: World) -> Iterator[str]:
 @contextmanager
 def empty(folder: Path, world: World) -> Iterator[str]:
     """A store without a commit, and folders without anything."""
-    FeatureStore.create(folder / "store", StoreInfo(num_shards=4, dim=16, extractor=SPEC))
+    make_store(folder / "store")
     places = {name: folder / name for name in ("store", "runs", "samples", "images")}
     for place in places.values():
         place.mkdir(exist_ok=True)

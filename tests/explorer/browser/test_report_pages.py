@@ -11,7 +11,6 @@ from tests.explorer.browser.watching.chromium import NARROW, WIDE, too_wide, vio
 from tests.featurestore.console.test_output import HOSTILE, plot_of
 
 pytestmark = pytest.mark.xdist_group("report pages")  # they share a page that is made once
-LOOKS = [(WIDE, False), (WIDE, True), (NARROW, False), (NARROW, True)]
 
 
 @pytest.fixture(scope="module")
@@ -35,19 +34,16 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def look_at(path: Path, watch, width: int, dark: bool) -> None:
-    with watch(path.as_uri(), width=width, dark=dark, bypass_csp=True) as page:  # axe-core is a script in the page
-        page.goto(path.as_uri())
-        assert page.seen.asked == [path.as_uri()]
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("width", [WIDE, NARROW])
+def test_hostile_texts_are_inert(hostile: Path, width: int, dark: bool, watch) -> None:
+    with watch(hostile.as_uri(), width=width, dark=dark, bypass_csp=True) as page:  # axe-core is a script in the page
+        page.goto(hostile.as_uri())
+        assert page.seen.asked == [hostile.as_uri()]
         assert too_wide(page) == []
         assert violations(page) == ""
         assert page.evaluate("document.scripts.length + document.links.length + document.forms.length") == 0
         assert page.evaluate("[...document.images].every(each => each.naturalWidth > 0) && document.images.length > 0")
-
-
-@pytest.mark.parametrize(("width", "dark"), LOOKS)
-def test_hostile_texts_are_inert(hostile: Path, width: int, dark: bool, watch) -> None:
-    look_at(hostile, watch, width, dark)
 
 
 def test_a_wide_table_is_read_by_keyboard(hostile: Path, watch) -> None:

@@ -1,29 +1,130 @@
-"""Cached values: computed once for all who ask, let go when there is no room, and never an error."""
+"""Values that take long: computed once for all who ask, beside the server, and kept while there is room.
+
+An error is tried again only after a while; a damaged file is made again.
+"""
 
 import os
+import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pytest
 
+from explorer.data import background
 from explorer.data import cache as module
+from explorer.data.background import Background, Task
 from explorer.data.cache import LruCache, TableCache, about_of, described
 
 
-def test_a_value_is_computed_once_however_many_ask_at_the_same_time():
+def test_work_is_done_once_and_tells_how_far_it_is() -> None:
+    work, go, told = Background(), threading.Event(), threading.Event()
+    calls = []
+
+    def add(task: Task[int]) -> int:
+        calls.append(1)
+        task.tell("adds", 3, 7)
+        told.set()
+        assert go.wait(10)
+        return 42
+
+    first = work.task("sum", add)
+    assert told.wait(10)
+    assert (first.doing, first.done, first.total, first.is_ended) == ("adds", 3, 7, False)
+    assert work.task("sum", add) is first
+    go.set()
+    assert first.result() == 42
+    assert first.is_ended
+    assert work.task("sum", add).result() == 42
+    assert len(calls) == 1
+    assert work.task("another", add).result() == 42
+    work.close()
+
+
+def test_an_error_is_that_of_the_result_and_is_tried_again_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    work, calls = Background(), []
+
+    def fail(task: Task[int]) -> int:
+        calls.append(1)
+        raise ValueError("no")
+
+    for retry_s, expected in ((60.0, 1), (60.0, 1), (0.0, 2)):
+        monkeypatch.setattr(background, "_RETRY_S", retry_s)
+        time.sleep(0.01)
+        with pytest.raises(ValueError, match="no"):
+            work.task("fails", fail).result()
+        assert len(calls) == expected
+    work.close()
+
+
+def test_results_are_bounded_by_their_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(background, "KEPT_BYTES", 3_000_000 + 3 * background._LEAST_BYTES)
+    work, made = Background(), list[int]()
+
+    def make(task: Task[SimpleNamespace], number: int) -> SimpleNamespace:
+        made.append(number)
+        return SimpleNamespace(size_bytes=5_000_000 if number == 20 else 1_000_000)
+
+    for number in (*range(10), 9, 8, 7, 6, 20, 20):
+        work.task(str(number), partial(make, number=number)).result()
+        while work._running:
+            time.sleep(0.001)
+    assert made == [*range(10), 6, 20], "three have room; the newest stays, as its page asks for it again"
+    work.close()
+
+
+def test_closing_ends_what_looks_at_it() -> None:
+    work, begun = Background(), threading.Event()
+
+    def forever(task: Task[int]) -> int:
+        while True:
+            begun.set()
+            task.tell("turns")
+            time.sleep(0.001)
+
+    task = work.task("forever", forever)
+    waiting = work.task("never begun", forever)
+    assert begun.wait(10)
+    work.close()
+    assert isinstance(task.error, Exception)
+    assert not isinstance(task.error, CancelledError)
+    assert waiting.is_ended
+
+
+def test_what_is_to_be_alone_runs_one_at_a_time_and_holds_up_nothing_else() -> None:
+    work, go, at_once = Background(), threading.Event(), []
+
+    def alone(task: Task[int]) -> int:
+        at_once.append(1)
+        assert go.wait(10)
+        return at_once.pop()
+
+    several = [work.task(f"alone {number}", alone, alone=True) for number in range(3)]
+    assert not several[0].wait(0.05)
+    assert len(at_once) == 1
+    assert work.task("other", lambda task: 7).result() == 7
+    go.set()
+    assert [each.result() for each in several] == [1, 1, 1]
+    work.close()
+
+
+def test_a_value_is_computed_once_however_many_ask_at_the_same_time(tables: TableCache) -> None:
     kept, calls = LruCache(3), []
 
-    def slow():
+    def slow() -> Iterator[pa.Table]:
         calls.append(1)
         time.sleep(0.05)
-        return object()
+        yield from parts(1)
 
     with ThreadPoolExecutor(8) as pool:
-        found = [*pool.map(lambda _: kept.get("one", slow), range(8))]
-    assert len(calls) == len({*map(id, found)}) == 1
+        found = [*pool.map(lambda _: kept.get("one", lambda: [*slow()]), range(8))]
+        assert len(calls) == len({*map(id, found)}) == 1
+        found = [*pool.map(lambda _: values_of(tables.get("a", slow)), range(8))]
+    assert (len(calls), found) == (2, [[1]] * 8)
 
 
 def test_what_was_unused_for_longest_goes_first():
@@ -36,17 +137,10 @@ def test_what_was_unused_for_longest_goes_first():
 
 
 def test_an_error_is_not_kept():
-    kept, answers = LruCache(2), iter([ValueError("not yet"), "now"])
-
-    def make():
-        answer = next(answers)
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
-    with pytest.raises(ValueError, match="not yet"):
-        kept.get("one", make)
-    assert kept.get("one", make) == "now"
+    kept = LruCache(2)
+    with pytest.raises(KeyError, match="not yet"):
+        kept.get("one", lambda: {}["not yet"])
+    assert kept.get("one", lambda: "now") == "now"
 
 
 def test_locks_are_bounded_like_the_values():
@@ -57,21 +151,15 @@ def test_locks_are_bounded_like_the_values():
     assert not kept._gates
 
 
-def test_the_sizes_of_the_values_are_bounded():
+def test_the_sizes_of_the_values_are_bounded_but_the_newest_stays():
     cache: LruCache[bytes] = LruCache(10, len)
     for name, size in (("a", 4), ("b", 4), ("a", 5), ("c", 4)):
         cache.put(name, bytes(size))
-    assert [cache.peek(name) for name in "abc"] == [bytes(5), None, bytes(4)]
-    assert cache.size == 9
-
-
-def test_the_newest_value_stays_whatever_its_size():
-    cache: LruCache[bytes] = LruCache(10, len)
-    cache.put("a", bytes(4))
-    cache.put("b", bytes(40))
-    assert (cache.peek("a"), cache.peek("b"), cache.size) == (None, bytes(40), 40)
-    cache.put("c", bytes(3))
-    assert (cache.peek("b"), cache.peek("c"), cache.size) == (None, bytes(3), 3)
+    assert ([cache.peek(name) for name in "abc"], cache.size) == ([bytes(5), None, bytes(4)], 9)
+    cache.put("d", bytes(40))
+    assert ([cache.peek(name) for name in "acd"], cache.size) == ([None, None, bytes(40)], 40)
+    cache.put("e", bytes(3))
+    assert ([cache.peek(name) for name in "de"], cache.size) == ([None, bytes(3)], 3)
 
 
 @pytest.fixture(params=[".arrow", ".parquet"])
@@ -97,19 +185,6 @@ def test_a_table_is_made_once_and_again_where_its_file_is_damaged(tables: TableC
     tables.path("a").unlink()  # what is mapped stays
     tables.path("a").write_bytes(b"ARROW1PAR1")
     assert values_of(tables.get("a", lambda: parts(3))) == [3]
-
-
-def test_threads_that_ask_for_a_table_make_it_once(tables: TableCache) -> None:
-    calls = []
-
-    def slow() -> Iterator[pa.Table]:
-        calls.append(1)
-        time.sleep(0.05)
-        yield from parts(1)
-
-    with ThreadPoolExecutor(4) as pool:
-        found = [*pool.map(lambda _: values_of(tables.get("a", slow)), range(4))]
-    assert (len(calls), found) == (1, [[1]] * 4)
 
 
 def test_a_table_that_cannot_be_made_leaves_no_file(tables: TableCache) -> None:

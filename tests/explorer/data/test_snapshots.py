@@ -1,19 +1,12 @@
 """Snapshots: their images by key, uri and part, the timeline, and what came and went, against loops over all rows."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from explorer.data.snapshots import (
-    KINDS,
-    Changes,
-    Timeline,
-    find_key,
-    live_rows,
-    named,
-    newest_at,
-    open_snapshot,
-    version_before,
-)
+from explorer.data import snapshots
+from explorer.data.snapshots import KINDS, Changes, Timeline, find_key, live_rows, named, newest_at, open_snapshot
 from explorer.errors import NotHereError
 from featurestore import key_of_uri, log
 from featurestore.upkeep.compaction import compact
@@ -25,12 +18,6 @@ from tests.explorer.stores import ADDED, CHANGED, make_store, rows, storied
 @pytest.fixture
 def store(tmp_path):
     return storied(tmp_path / "store")
-
-
-@pytest.fixture(scope="module")
-def searched(tmp_path_factory):
-    """The newest snapshot of such a store, which no test changes."""
-    return storied(tmp_path_factory.mktemp("searched") / "store").snapshot()
 
 
 def plainly(store, old, new):
@@ -63,14 +50,11 @@ def test_pages_of_changes_hold_each_image_once_as_a_plain_comparison_finds_it(tm
     assert plainly(store, 1, 2) == {"added": {*ADDED}, "changed": {*CHANGED}, "removed": set()}
 
 
-def test_a_shard_with_the_same_files_is_not_looked_at(tmp_path):
-    store = make_store(tmp_path / "store", num_shards=8)
-    store.put(rows([f"{number}" for number in range(100)], 1))
-    store.put(rows(["0"], 2))
-    assert len(Changes().count(store.snapshot(1), store.snapshot(2)).shards) == 1
-
-
-def test_compaction_changes_no_image(store):
+def test_a_shard_with_the_same_files_is_not_looked_at_and_compaction_changes_no_image(store, tmp_path):
+    wide = make_store(tmp_path / "wide", num_shards=8)
+    wide.put(rows([f"{number}" for number in range(100)], 1))
+    wide.put(rows(["0"], 2))
+    assert len(Changes().count(wide.snapshot(1), wide.snapshot(2)).shards) == 1
     compact(store, force=True)
     counts = Changes().count(store.snapshot(4), store.snapshot(5))
     assert len(counts.shards) == 4
@@ -94,7 +78,7 @@ def test_an_expired_time_gives_the_nearest_that_is_kept_and_says_so(store):
     assert newest_at(store, times[0] - 1) == newest_at(store, times[1])
     assert (newest_at(store, times[0]).version, newest_at(store, times[0]).is_exact) == (3, False)
     assert (newest_at(store, times[2]).version, newest_at(store, times[2]).is_exact) == (3, True)
-    assert [version_before(store, version) for version in (1, 3, 4)] == [0, None, 3]
+    assert [snapshots.version_before(store, version) for version in (1, 3, 4)] == [0, None, 3]
     with pytest.raises(NotHereError, match="2 has expired"):
         open_snapshot(store, 2)
 
@@ -107,28 +91,16 @@ def test_images_are_counted_without_reading_where_that_is_exact(store):
     assert live_rows(store.snapshot()) == store.snapshot(4).num_rows == len(np.unique(store.snapshot(4).keys())) == 44
 
 
-def test_names_come_in_the_order_asked(searched):
-    keys = [key_of_uri(uri) for uri in ("b/1.jpg", "a/5.jpg", "nowhere", "a/11.jpg", "b/0.jpg")]
-    assert [image.uri for image in named(searched, keys)] == ["b/1.jpg", "a/5.jpg", "b/0.jpg"]
-
-
-def uris(snapshot):
-    return set(snapshot.to_arrow(["uri"])["uri"].to_pylist())
-
-
-def test_a_key_finds_its_image(store):
-    snapshot, key = store.snapshot(), key_of_uri("a/5.jpg")
+def test_a_key_finds_its_image_and_names_come_in_the_order_asked(store, tmp_path):
+    snapshot, key, gone = store.snapshot(), key_of_uri("a/5.jpg"), key_of_uri("a/11.jpg")
     assert find_key(snapshot, key) == (key, "a/5.jpg")
-    gone = key_of_uri("a/11.jpg")
     assert find_key(snapshot, gone) is find_key(snapshot, 2**63) is None
     assert find_key(store.snapshot(1), gone) == (gone, "a/11.jpg")
-
-
-def test_a_store_of_its_own_keys_is_searched_by_them(tmp_path):
-    store = make_store(tmp_path / "store")
-    made = rows(["photo.jpg"], 1)
-    store.put(type(made)(**{**made.__dict__, "keys_N": made.keys_N * 0 + 7}))
-    assert find_key(store.snapshot(), 7) == (7, "photo.jpg")
+    asked = [key_of_uri(uri) for uri in ("b/1.jpg", "a/5.jpg", "nowhere", "a/11.jpg", "b/0.jpg")]
+    assert [image.uri for image in named(snapshot, asked)] == ["b/1.jpg", "a/5.jpg", "b/0.jpg"]
+    own_keys = make_store(tmp_path / "own")
+    own_keys.put(replace(rows(["photo.jpg"], 1), keys_N=np.array([7])))
+    assert find_key(own_keys.snapshot(), 7) == (7, "photo.jpg")
 
 
 def test_lines_say_what_commits_wrote_and_who_points_to_them(store):
@@ -140,11 +112,12 @@ def test_lines_say_what_commits_wrote_and_who_points_to_them(store):
     move_channel(store, "candidate", 3)
     move_channel(store, "stable", 3, "promoted")
     lines = timeline.lines(store, [4, 3, 2, 1])
-    assert [line.version for line in lines] == [4, 3, 2, 1]
-    assert [line.operation for line in lines] == ["refresh", "delete", "refresh", "extract"]
-    assert [line.rows_written for line in lines] == [1, 0, 8, 40]
-    assert [line.rows_deleted for line in lines] == [0, 2, 0, 0]
-    assert [line.file_rows for line in lines] == [51, 50, 48, 40]
+    assert [(line.version, line.operation, line.rows_written, line.rows_deleted, line.file_rows) for line in lines] == [
+        (4, "refresh", 1, 0, 51),
+        (3, "delete", 0, 2, 50),
+        (2, "refresh", 8, 0, 48),
+        (1, "extract", 40, 0, 40),
+    ]
     assert [line.pins for line in lines] == [(), (), ("before",), ()]
     assert [line.channels for line in lines] == [(), ("candidate", "stable"), (), ()]
 
@@ -160,8 +133,7 @@ def test_a_damaged_manifest_is_a_line_and_an_expired_one_is_none(store, tmp_path
 
 
 def test_lines_are_quick_when_they_are_known_or_few(store):
-    timeline = Timeline()
-    assert timeline.is_quick(store, [1, 2, 3, 4], 4)
-    assert not timeline.is_quick(store, [1, 2, 3, 4], 4096)
+    timeline, versions = Timeline(), [1, 2, 3, 4]
+    assert timeline.is_quick(store, versions, 4) and not timeline.is_quick(store, versions, 4096)
     timeline.lines(store, [1, 2, 3])
-    assert timeline.is_quick(store, [1, 2, 3, 4], 4096)
+    assert timeline.is_quick(store, versions, 4096)

@@ -25,19 +25,19 @@ def _cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
-def by_key(found):
-    return dict(zip(found.table["key"].to_pylist(), found.table["vector"].to_pylist(), strict=True))
+def by_key(found, column="vector"):
+    return dict(zip(found.table["key"].to_pylist(), found.table[column].to_pylist(), strict=True))
 
 
 def test_they_are_what_the_export_has_and_are_computed_once(world, monkeypatch):
-    seen, expected, uris = [], {}, {}
+    seen = []
     found = visual_vectors(world.runs / "both", progress=lambda done, total: seen.append((done, total)))
-    for table in open_network(world.runs / "both").tables():
-        expected |= dict(zip(table["key"].to_pylist(), table[VECTOR].to_pylist(), strict=True))
-        uris |= dict(zip(table["key"].to_pylist(), table["uri"].to_pylist(), strict=True))
+    exported = pa.concat_tables(open_network(world.runs / "both").tables())
+    keys, uris = exported["key"].to_pylist(), exported["uri"].to_pylist()
+    expected = dict(zip(keys, exported[VECTOR].to_pylist(), strict=True))
     assert by_key(found) == expected
     assert seen[-1] == (len(expected), len(expected))
-    assert dict(zip(found.table["key"].to_pylist(), found.table["uri"].to_pylist(), strict=True)) == uris
+    assert by_key(found, "uri") == dict(zip(keys, uris, strict=True))
     before = pa.total_allocated_bytes()
     blocks = [dict(zip(keys_K.tolist(), vectors_KV.tolist(), strict=True)) for keys_K, vectors_KV in found.blocks()]
     assert {key: vector for block in blocks for key, vector in block.items()} == expected

@@ -1,22 +1,19 @@
 """The images' pages: search, browsing, an image over time, its neighbours, and a picture that is sent."""
 
 import re
+import tempfile
 import threading
 import time
-from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
-from starlette.testclient import TestClient
 
 from explorer.data import visual
-from explorer.html.site import Site
 from explorer.pages import images as pages
-from explorer.server import application
 from featurestore import FeatureStore, key_of_uri
 from featurestore.text import count_text
 from featurestore.upkeep.remake import remake
-from tests.explorer.serving import Reader, Reading, site_of
+from tests.explorer.serving import Reader, Reading, client_of
 from tests.explorer.stores import make_store, rows, storied
 from tests.explorer.world import ADDED, BROKEN, COPIED, COPY, HOSTILE, PLAIN, UNKNOWN
 
@@ -31,18 +28,12 @@ def everything(world):
     return Reader(store=world.store, images=world.images, runs=world.runs, samples=world.samples)
 
 
-def spaces_of(reader, path, **params):
-    """Read the neighbours of an image, as its page asks for them, until they are whole."""
-    while True:
-        answer = reader.client.get(path, params={"wait": "vectors", **params})
-        assert answer.status_code == 200
-        found = Reading(answer.text)
-        if not [each for each in found.live if "wait=vectors" in each]:
-            return found
-
-
 def of_space(page_text, title, following):
     return page_text.partition(title)[2].partition(following)[0]
+
+
+def picture(data):
+    return {"files": {"picture": ("p.jpg", data, "image/jpeg")}}
 
 
 def test_browsing_leads_to_every_image(reader, shop):
@@ -89,18 +80,16 @@ def test_a_broken_image_has_a_page_and_one_that_is_not_in_the_snapshot_has_none(
 
 def test_neighbours_by_features_and_visual_vectors(everything, reader):
     key = key_of_uri(COPIED)
-    page = spaces_of(everything, f"/images/{key}", run="both")
+    page = everything.read(f"/images/{key}", run="both")
     features = of_space(page.text, "exactly, among all 28 images.", "Visual vectors")
     assert features.split("1.000")[0].strip() == COPY  # the same bytes, the same feature
-    assert "the run both" in page.text
-    assert "only here" in page.text
-    assert "Where the lists differ is what the run learned" in page.text
+    for words in ("the run both", "both-longer", "only here", "Where the lists differ is what the run learned"):
+        assert words in page.text
+    assert "ids-only" not in page.text
     assert "/impressions?q=shoes%2Fshoe-03.jpg" in page.links
-    page = everything.read(f"/images/{key}")
-    assert "both-longer" in page.text and "ids-only" not in page.text
     for run in ("ids-only", "../both"):
         assert "no run" in everything.read(f"/images/{key}", 404, run=run).text
-    page = spaces_of(reader, f"/images/{key}")
+    page = reader.read(f"/images/{key}")
     assert "name the folder of runs by --runs" in page.text and "only here" not in page.text
     assert not [link for link in page.links if "impressions" in link]
 
@@ -133,16 +122,14 @@ def test_visual_vectors_are_computed_beside_the_page_one_run_at_a_time(everythin
     other = everything.client.get(path, params={"wait": "spaces", "run": "both-longer"})
     assert "waits for other work to end" in Reading(other.text).text
     assert asked == ["both"]
-    still = everything.client.get(part_of)
-    assert still.status_code == 200
-    assert "(3 of 28)" in still.text
+    assert "(3 of 28)" in everything.client.get(part_of).text
     monkeypatch.setattr(pages, "_PATIENCE_S", 0.05)
     sent = Reading(send(everything, (world.images / PLAIN[5]).read_bytes(), run="both").text)
     assert "computes the visual vectors of both (3 of 28)" in sent.text
     assert "Send the picture again when they are there" in sent.text
     go.set()
     assert 'hx-select="#spaces"' in answer.text
-    whole = spaces_of(everything, path, run="both")
+    whole = everything.read(path, run="both")
     assert "the run both" in whole.text
     assert whole.live == []
 
@@ -154,30 +141,27 @@ def test_an_export_waits_for_visual_vectors(world, slow):
         told.append(text)
         slow[1].set()
 
-    with TestClient(application(Site(world.places(), frozen=True, doing=doing))) as client:
+    with client_of(world.places(), frozen=True, doing=doing) as client:
         text = Reading(client.get(f"/images/{key_of_uri(COPIED)}").text).text
     assert "the run both" in text
     assert "computes the visual vectors of both (3 of 28)" in told
 
 
 def test_a_store_without_pictures_and_an_empty_one_have_the_pages(shop, tmp_path):
-    storied(tmp_path / "store")
-    reader = Reader(store=tmp_path / "store")
-    page = reader.read(f"/images/{key_of_uri('a/5.jpg')}")
-    assert page.pictures == []
+    reader = Reader(store=storied(tmp_path / "store").url)
+    assert reader.read(f"/images/{key_of_uri('a/5.jpg')}").pictures == []
     assert "a picture of yours cannot be compared" in reader.read("/images").text
     answer = send(reader, (shop.images / PLAIN[0]).read_bytes())
     assert answer.status_code == 400
     assert "does not say which network" in Reading(answer.text).text
-    make_store(tmp_path / "empty")
-    reader = Reader(store=tmp_path / "empty")
+    reader = Reader(store=make_store(tmp_path / "empty").url)
     assert "no images yet" in reader.read("/images").text
     assert "0 found" in reader.read("/images", q="x").text
     assert reader.read("/images/7", 404)
 
 
 def send(reader, data, **fields):
-    return reader.client.post("/images/like", files={"picture": ("p.jpg", data, "image/jpeg")}, data=fields)
+    return reader.client.post("/images/like", data=fields, **picture(data))
 
 
 def test_a_picture_that_is_sent_finds_its_own_image_first(everything, world):
@@ -205,24 +189,21 @@ def test_of_a_compact_store_a_picture_gets_the_coordinates_of_its_rows(shop, tmp
 
 
 @pytest.mark.parametrize(
-    ("data", "message"),
+    ("sent", "message"),
     [
-        (b"", "no picture was sent"),
-        (b"<script>alert(1)</script>", "not an image of a known format"),
-        (b"\xff\xd8\xff" + bytes(100), "cannot be decoded"),
-        (bytes(11_000_000), "more than 10 MB"),
+        (picture(b""), "no picture was sent"),
+        (picture(b"<script>alert(1)</script>"), "not an image of a known format"),
+        (picture(b"\xff\xd8\xff" + bytes(100)), "cannot be decoded"),
+        (picture(bytes(11_000_000)), "more than 10 MB"),
+        ({"data": {"picture": "x"}}, ""),
+        ({"content": b"x", "headers": {"content-type": "multipart/form-data"}}, ""),
     ],
+    ids=["nothing", "a script", "half a JPEG", "too large", "a text", "no form"],
 )
-def test_what_is_no_picture_or_too_large_is_refused(reader, data, message):
-    answer = send(reader, data)
+def test_what_is_no_picture_or_too_large_is_refused(reader, sent, message):
+    answer = reader.client.post("/images/like", **sent)
     assert answer.status_code == 400
     assert message in Reading(answer.text).text
-
-
-def test_forms_of_another_kind_and_who_asks_for_the_page_are_told(reader):
-    form = {"content": b"x", "headers": {"content-type": "multipart/form-data"}}
-    for sent in ({"data": {"picture": "x"}}, form):
-        assert reader.client.post("/images/like", **sent).status_code == 400
     assert "a picture has to be sent: choose one on the page Images" in reader.read("/images/like", 405).text
 
 
@@ -234,11 +215,8 @@ def test_images_are_filtered_and_sorted_over_all_shards(everything, reader):
     new = everything.read("/images", new="yes").uris()
     assert {*new} == {*ADDED, COPY}
     assert everything.read("/images", sort="new").uris()[: len(new)] == new
-    names = everything.read("/images").uris()
-    assert names == sorted(names)
-    shown = re.findall(r"CTR (0\.\d+) of (\d+)", everything.read("/images", sort="impressions").text)
-    counts = [int(count) for _, count in shown]
-    assert len(counts) > 10 and counts == sorted(counts, reverse=True)
+    shown = re.findall(r"CTR 0\.\d+ of (\d+)", everything.read("/images", sort="impressions").text)
+    assert len(shown) > 10 and shown == sorted(shown, key=int, reverse=True)
     assert "name runs by --runs" in reader.read("/images", sort="ctr").text
     for bad in ({"sort": "x"}, {"new": "perhaps"}):
         assert "is not one of" in everything.read("/images", 400, **bad).text
@@ -274,14 +252,10 @@ def test_the_list_is_polled_until_all_names_are_read(shop, monkeypatch):
 
 
 def test_an_image_has_its_category_impressions_and_ctr(everything, reader, world):
-    groups = pq.read_table(world.samples / "test", partitioning=None).to_pylist()
-    key = key_of_uri(COPIED)
-    shown = [
-        (label, category)
-        for group in groups
-        for image, label, category in zip(group["ad_image"], group["label"], group["ad_category"], strict=True)
-        if image == key
-    ]
+    key, shown = key_of_uri(COPIED), []
+    for group in pq.read_table(world.samples / "test", partitioning=None).to_pylist():
+        ads = zip(group["ad_image"], group["label"], group["ad_category"], strict=True)
+        shown += [(label, category) for image, label, category in ads if image == key]
     text = everything.read(f"/images/{key}").text
     clicks = sum(label for label, _ in shown)
     assert f"Category {shown[-1][1]} Impressions as an ad {len(shown)} in the test samples" in text
@@ -291,17 +265,12 @@ def test_an_image_has_its_category_impressions_and_ctr(everything, reader, world
 
 
 def test_nothing_of_a_picture_reaches_the_disk(reader, shop, monkeypatch):
-    import tempfile
-
-    def refused(*_, **__):
-        raise AssertionError("a file was made")
-
-    monkeypatch.setattr(tempfile.SpooledTemporaryFile, "rollover", refused)
+    monkeypatch.setattr(tempfile.SpooledTemporaryFile, "rollover", None)  # which makes the file
     data = (shop.images / PLAIN[0]).read_bytes()
     assert send(reader, data + bytes(3_000_000)).status_code == 200  # what follows a JPEG is not looked at
 
 
-def test_pictures_wait_for_each_other_and_after_a_while_for_none(shop, monkeypatch):
+def test_pictures_wait_for_each_other_and_after_a_while_for_none(reader, shop, monkeypatch):
     started, goes_on = threading.Event(), threading.Event()
     real = pages.feature_of_picture
 
@@ -312,9 +281,8 @@ def test_pictures_wait_for_each_other_and_after_a_while_for_none(shop, monkeypat
 
     monkeypatch.setattr(pages, "feature_of_picture", slow)
     data, answers = (shop.images / PLAIN[0]).read_bytes(), []
-    with TestClient(site_of(store=shop.store, images=shop.images)) as client:  # one loop for all requests
-        reader = SimpleNamespace(client=client)
-        several = [threading.Thread(target=lambda: answers.append(send(reader, data).status_code)) for _ in range(2)]
+    several = [threading.Thread(target=lambda: answers.append(send(reader, data).status_code)) for _ in range(2)]
+    with reader.client:  # one loop for all requests
         several[0].start()
         assert started.wait(20)
         with monkeypatch.context() as impatient:
@@ -337,19 +305,6 @@ def test_a_damaged_feature_is_a_sentence_on_the_page(tmp_path):
     data, feature = file.read_bytes(), store.snapshot().get([key_of_uri("a")]).tobytes()
     assert data.count(feature) == 1
     file.write_bytes(data.replace(feature, bytes(len(feature))))
-    page = spaces_of(Reader(store=store.url), f"/images/{key_of_uri('a')}")
+    page = Reader(store=store.url).read(f"/images/{key_of_uri('a')}")
     assert "is damaged" in page.text
     assert "Nearest neighbours" in page.text
-
-
-def test_pages_follow_a_store_that_changes(tmp_path):
-    store = make_store(tmp_path / "store")
-    store.put(rows(["a", "b"], 1))
-    reader, key = Reader(store=store.url), key_of_uri("a")
-    first = spaces_of(reader, f"/images/{key}")
-    assert first.text.count("among all 2 images") == 1
-    store.put(rows(["c"], 2))
-    assert "among all 3 images" in spaces_of(reader, f"/images/{key}").text
-    assert "among all 2 images" in spaces_of(reader, f"/images/{key}", version=1).text
-    store.delete([key])
-    assert "neither in snapshot 3" in reader.read(f"/images/{key}", 404).text

@@ -4,6 +4,7 @@ import html
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -12,13 +13,12 @@ from starlette.testclient import TestClient
 
 from explorer.data.impressions import impression_list
 from explorer.data.impressions.open_runs import OpenedRun
-from explorer.html.site import Site
 from explorer.places import Places
-from explorer.server import application
 from featurestore.format.datafile import FeatureRows
 from featurestore.keys import key_of_uri
 from featurestore.store import FeatureStore
 from featurestore.upkeep.expiry import expire
+from tests.explorer.serving import client_of
 from tests.explorer.world import HOSTILE, PLAIN, UNKNOWN, World
 from tests.trainer.conftest import Places as SamplePlaces
 from tests.trainer.conftest import make_places
@@ -30,26 +30,20 @@ from trainer.runs.saved import RunSource
 pytestmark = pytest.mark.long
 
 
-def scores_of(run: Path, out: Path) -> dict[tuple[int, int], float]:
-    score_run(RunSource(run), str(out), SoloComm())
-    table = pq.read_table(out)
-    places = zip(table["row"].to_pylist(), table["place"].to_pylist(), strict=True)
-    return dict(zip(places, table["probability"].to_pylist(), strict=True))
-
-
-def test_the_list_is_fetched_after_the_page_is_shown(world: World, tmp_path: Path) -> None:
-    with TestClient(application(Site(world.places()))) as client:
+def test_the_list_is_fetched_after_the_page_is_shown(world: World) -> None:
+    with client_of(world.places()) as client:
         shell = client.get("/impressions").text
         assert 'hx-get="/impressions?run=both&amp;wait=list"' in shell
         assert "Why " not in shell
         assert "Why " in client.get("/impressions?wait=list&run=both").text
         assert "Why " in client.get("/impressions").text  # it is known now
-        waited = client.get("/impressions?run=ids-only&wait=list").text
-        assert "IDs alone" in waited
+        assert "IDs alone" in client.get("/impressions?run=ids-only&wait=list").text
 
 
 def test_the_scores_shown_are_those_of_the_job(pages: TestClient, world: World, tmp_path: Path) -> None:
-    expected = scores_of(world.runs / "both", tmp_path / "scores.parquet")
+    score_run(RunSource(world.runs / "both"), str(tmp_path / "scores.parquet"), SoloComm())
+    columns = pq.read_table(tmp_path / "scores.parquet", columns=["row", "place", "probability"]).to_pydict().values()
+    expected = {(row, place): probability for row, place, probability in zip(*columns, strict=True)}
     text = pages.get("/impressions?wait=list&order=score").text
     shown = re.findall(r'href="/impressions/both/(\d+)\?ad=(\d+)".*?Why ([\d.]+) %\?', text, re.S)
     assert len(shown) == 24
@@ -73,10 +67,8 @@ def test_orders_and_filters(pages: TestClient, query: str) -> None:
     text = pages.get(f"/impressions?wait=list&{query}").text.partition('<div id="list">')[2]
     assert "Why " in text
     assert "This copy" not in text
-    if "clicked=yes" in query:
-        assert "not clicked" not in text
-    if "clicked=no" in query:
-        assert ">clicked<" not in text
+    assert "clicked=yes" not in query or "not clicked" not in text
+    assert "clicked=no" not in query or ">clicked<" not in text
 
 
 def test_a_search_finds_users_ads_and_pictures(pages: TestClient, world: World) -> None:
@@ -99,22 +91,26 @@ def own_of(page: str) -> str:
     return page.partition("Yours:")[2].partition("</li>")[0]
 
 
-@pytest.mark.parametrize("typed", [PLAIN[3], str(key_of_uri(PLAIN[3])), HOSTILE[0]])
-@pytest.mark.parametrize("run", ["both", "ids-only"])
-def test_another_picture_is_typed(pages: TestClient, run: str, typed: str) -> None:
-    text = pages.get(f"/impressions/{run}/3", params={"picture": typed, "wait": "why"}).text
-    assert re.search(r"[\d.]+ %", own_of(text))
-    assert "missing image" not in own_of(text)
-    assert "<script>alert" not in text
+def send(pages: TestClient, run: str, ad: str, data: bytes) -> Any:
+    """Send a picture for an ad of group 3."""
+    return pages.post(f"/impressions/{run}/3/sent", data={"ad": ad}, files={"picture": ("x.jpg", data)})
 
 
-@pytest.mark.parametrize("typed", [UNKNOWN, "5", "../../etc/passwd", "nope.jpg", "<script>alert(1)</script>"])
 @pytest.mark.parametrize("run", ["both", "ids-only"])
-def test_a_picture_that_is_nowhere_has_no_score(pages: TestClient, run: str, typed: str) -> None:
+@pytest.mark.parametrize(
+    ("typed", "is_known"),
+    [
+        *((each, True) for each in (PLAIN[3], str(key_of_uri(PLAIN[3])), HOSTILE[0])),
+        *((each, False) for each in (UNKNOWN, "5", "../../etc/passwd", "nope.jpg", "<script>alert(1)</script>")),
+    ],
+)
+def test_a_picture_is_typed(pages: TestClient, run: str, typed: str, is_known: bool) -> None:
+    """One of the store has a score, and others do not."""
     text = pages.get(f"/impressions/{run}/3", params={"picture": typed, "wait": "why"}).text
-    assert "no image of that name in the store" in text
-    assert own_of(text) == ""
-    assert html.escape(typed) in text
+    own = own_of(text)
+    assert (bool(re.search(r"[\d.]+ %", own)), own != "") == (is_known, is_known)
+    assert ("no image of that name in the store" in text) == (not is_known) and "missing image" not in own
+    assert html.escape(typed) in text or is_known
     assert "<script>alert" not in text
 
 
@@ -131,17 +127,15 @@ def test_sentences(pages: TestClient) -> None:
 
 def test_a_picture_is_sent(pages: TestClient, world: World) -> None:
     """The picture of an image of the store: the ad gets what it gets with the look of that image."""
-    uri = PLAIN[5]
-    data = (world.images / uri).read_bytes()
-    known = pages.get("/impressions/both/3", params={"picture": uri, "ad": 1, "wait": "why"}).text
-    expected = float(re.search(r"look alone ([\d.]+) %", own_of(known)).group(1))  # type: ignore[union-attr]
+    known = pages.get("/impressions/both/3", params={"picture": PLAIN[5], "ad": 1, "wait": "why"}).text
+    (expected,) = re.findall(r"look alone ([\d.]+) %", own_of(known))
     assert 'action="/impressions/both/3/sent"' in known
-    answer = pages.post("/impressions/both/3/sent", data={"ad": "1"}, files={"picture": ("x.jpg", data)})
+    answer = send(pages, "both", "1", (world.images / PLAIN[5]).read_bytes())
     assert answer.status_code == 200
-    found = float(re.search(r"With your picture the ad would get ([\d.]+) %", answer.text).group(1))  # type: ignore[union-attr]
-    assert found == pytest.approx(expected, abs=0.02)
+    (found,) = re.findall(r"With your picture the ad would get ([\d.]+) %", answer.text)
+    assert float(found) == pytest.approx(float(expected), abs=0.02)
     assert "data:image/jpeg;base64," in answer.text
-    assert re.search(r"Yours:</b> look alone ([\d.]+) %", answer.text).group(1) == f"{found:.2f}"  # type: ignore[union-attr]
+    assert re.findall(r"Yours:</b> look alone ([\d.]+) %", answer.text) == [found]
     assert "Without any picture it would get" in answer.text and "forecast" not in answer.text
 
 
@@ -154,28 +148,22 @@ def test_scores_without_images_of_a_run_that_has_not_met_any_are_not_called_a_fo
     assert "A score without images is not a forecast" in listed and "without images, not a forecast:" in listed
     group = pages.get("/impressions/both/3?ad=1&wait=why").text
     assert "every image missing (not a forecast)</th>" in group and "is not a forecast" in group
-    sent = {"picture": ("x.jpg", (world.images / PLAIN[5]).read_bytes())}
-    answer = pages.post("/impressions/both/3/sent", data={"ad": "1"}, files=sent).text
+    answer = send(pages, "both", "1", (world.images / PLAIN[5]).read_bytes()).text
     assert "is not a forecast" in answer and "Without any picture it would get" not in answer
 
 
 @pytest.mark.parametrize(
-    ("run", "ad", "data", "status"),
+    ("run", "ad", "is_picture", "status"),
     [
-        ("both", "0", b"no picture", 400),
-        ("both", "99", None, 404),
-        ("both", "x", None, 400),
-        ("ids-only", "0", None, 400),
-        ("nobody", "0", None, 404),
-        ("both", "0", b"", 400),
-        ("both", "0", b"x" * 11_000_000, 400),
+        ("both", "0", False, 400),
+        ("both", "99", True, 404),
+        ("both", "x", True, 400),
+        ("ids-only", "0", True, 400),
+        ("nobody", "0", True, 404),
     ],
 )
-def test_what_cannot_be_sent(
-    pages: TestClient, world: World, run: str, ad: str, data: bytes | None, status: int
-) -> None:
-    sent = (world.images / PLAIN[5]).read_bytes() if data is None else data
-    answer = pages.post(f"/impressions/{run}/3/sent", data={"ad": ad}, files={"picture": ("x.jpg", sent)})
+def test_what_cannot_be_sent(pages: TestClient, world: World, run: str, ad: str, is_picture: bool, status: int) -> None:
+    answer = send(pages, run, ad, (world.images / PLAIN[5]).read_bytes() if is_picture else b"no picture")
     assert answer.status_code == status
     assert 'role="alert"' in answer.text
 
@@ -189,14 +177,13 @@ def test_a_part_tells_what_went_wrong_as_htmx_shows_it(pages: TestClient) -> Non
 
 def test_no_runs_and_no_samples(world: World, tmp_path: Path) -> None:
     (tmp_path / "runs").mkdir()
-    with TestClient(application(Site(Places(runs=str(tmp_path / "runs"))))) as client:
-        answer = client.get("/impressions")
-        assert answer.status_code == 200
-        assert "has a checkpoint yet" in answer.text
-    with TestClient(application(Site(Places(store=str(world.store))))) as client:
-        assert client.get("/impressions").status_code == 404
-        assert "Impressions" not in client.get("/").text
-    with TestClient(application(Site(world.places(samples=tmp_path / "nothing")))) as client:
+    answer = client_of(Places(runs=str(tmp_path / "runs"))).get("/impressions")
+    assert answer.status_code == 200
+    assert "has a checkpoint yet" in answer.text
+    client = client_of(Places(store=str(world.store)))
+    assert client.get("/impressions").status_code == 404
+    assert "Impressions" not in client.get("/").text
+    with client_of(world.places(samples=tmp_path / "nothing")) as client:
         assert client.get("/impressions/both/0?wait=why").status_code == 400
         listed = client.get("/impressions?wait=list")
         assert listed.status_code == 200
@@ -213,15 +200,14 @@ def own_run(tmp_path: Path) -> SamplePlaces:
 
 def test_a_picture_newer_than_the_training_is_found_in_the_newest_snapshot_alone(own_run: SamplePlaces) -> None:
     """A copy of a picture that the training knew has the same look; once that snapshot has expired, pages say so."""
-    store = FeatureStore.open(own_run.folder / "features")
+    store, places = FeatureStore.open(own_run.folder / "features"), Places(runs=str(own_run.folder / "runs"))
     table = pq.read_table(own_run.folder / "samples" / "test" / "day=2026-01-01.parquet", partitioning=None)
     known = table["ad_image"][2].as_py()[0]
-    with TestClient(application(Site(Places(runs=str(own_run.folder / "runs"))))) as client:
+    with client_of(places) as client:
 
         def page_of(picture: object, **asked: str) -> str:
-            return client.get(
-                "/impressions/one/1", params={"picture": str(picture), "ad": 0, "wait": "why", **asked}
-            ).text
+            params = {"picture": str(picture), "ad": 0, "wait": "why", **asked}
+            return client.get("/impressions/one/1", params=params).text
 
         def look_of(page: str) -> str:
             assert "missing image" not in own_of(page)
@@ -233,7 +219,7 @@ def test_a_picture_newer_than_the_training_is_found_in_the_newest_snapshot_alone
         assert "no image of that name in the store" in page_of("new.jpg")
         assert look_of(page_of("new.jpg", snapshot="newest")) == look_of(page_of(known)) == before != ""
     expire(store, keep_last=1, keep_days=0, grace_days=0)
-    with TestClient(application(Site(Places(runs=str(own_run.folder / "runs"))))) as client:
+    with client_of(places) as client:
         answer = client.get("/impressions/one/0?wait=why")
         assert answer.status_code == 200
         assert "has expired" in answer.text
@@ -245,7 +231,7 @@ def test_a_picture_newer_than_the_training_is_found_in_the_newest_snapshot_alone
 
 def test_a_run_that_trains_on_and_samples_that_change(own_run: SamplePlaces) -> None:
     folder = own_run.folder
-    with TestClient(application(Site(Places(runs=str(folder / "runs"))))) as client:
+    with client_of(Places(runs=str(folder / "runs"))) as client:
         before = client.get("/impressions/one/1?wait=why").text
         run_alone(own_run, run__name="one", run__resume="latest", train__max_steps=9, data__missing="zeros")
         after = client.get("/impressions/one/1?wait=why").text
@@ -261,9 +247,7 @@ def test_a_run_that_trains_on_and_samples_that_change(own_run: SamplePlaces) -> 
         assert client.get("/impressions/one/1?wait=why").status_code == 404
 
 
-def test_only_some_impressions_are_scored_and_a_user_is_found_in_all(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_some_impressions_are_scored_but_all_are_searched(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     table = pq.read_table(world.samples / "test" / "day=2026-01-05.parquet", partitioning=None)
     users, labels = table["user"].to_pylist(), table["label"].to_pylist()
     num_first = len(labels[0]) + len(labels[1])
@@ -271,7 +255,7 @@ def test_only_some_impressions_are_scored_and_a_user_is_found_in_all(
     monkeypatch.setattr(impression_list.score_first, "__defaults__", (num_first,))
     others = {*table["ad_item"][0].as_py(), *table["ad_item"][1].as_py(), *users[:2]}
     user = next(each for each in reversed(users) if each not in others)
-    with TestClient(application(Site(world.places()))) as client:
+    with client_of(world.places()) as client:
         text = client.get("/impressions?wait=list").text
         assert f"{num_first} of {num_first} impressions scored" in text
         assert "the first of" in text

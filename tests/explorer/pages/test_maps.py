@@ -13,15 +13,12 @@ import pyarrow.parquet as pq
 import pytest
 from starlette.testclient import TestClient
 
-from explorer.data import map as maps
-from explorer.data.background import Task
 from explorer.data.map import make_map
-from explorer.html import charts
 from explorer.html.site import Site
-from explorer.pages.maps import MapPages
 from explorer.places import Places
 from explorer.server import application
 from featurestore import FeatureRows, FeatureStore
+from tests.explorer.serving import client_of
 from tests.explorer.world import World
 from tests.trainer.conftest import Places as Settings
 from tests.trainer.whole_runs import run_alone
@@ -45,7 +42,7 @@ def test_the_map_is_polled_until_it_is_there(world: World, monkeypatch: pytest.M
 
     monkeypatch.setattr("explorer.pages.maps.make_map", later)
     monkeypatch.setattr("explorer.html.site._POLL_S", 0.5)
-    with TestClient(application(Site(world.places()))) as pages:
+    with client_of(world.places()) as pages:
         html = pages.get("/map", params={"run": "both"}).text
         assert "The map is being made" in html
         part = unescape(re.search(r'hx-get="(/map[^"]*)"', html)[1])  # type: ignore[index]
@@ -63,7 +60,7 @@ POINTS = r'href="(/map/points/[^"]*)" download="([^"]*)"'
 
 
 def test_its_file_is_parquet_also_after_a_newer_snapshot(changing_world: World) -> None:
-    with TestClient(application(Site(changing_world.places()))) as pages:
+    with client_of(changing_world.places()) as pages:
         html = read(pages, "/map?run=both-longer&wait=map")
         link, name = re.search(POINTS, html).groups()  # type: ignore[union-attr]
         store = FeatureStore.open(changing_world.store)
@@ -82,56 +79,56 @@ def test_each_colour_is_drawn(pages: TestClient, colour: str) -> None:
     assert "onerror=alert" not in re.sub(r"<script type=.*?</script>|\"[^\"]*\"", "", html)
 
 
-def figure_of(html: str) -> dict[str, Any]:
-    """Read the figure of the map as the browser does."""
-    found = re.search(r'data-plot="map">(.*?)</script>', html, re.S)
-    assert found is not None
-    figure: dict[str, Any] = json.loads(found[1])
-    return figure
+def traces_of(html: str) -> list[dict[str, Any]]:
+    """Read the traces of the map's figure as the browser does."""
+    figure = json.loads(re.search(r'data-plot="map">(.*?)</script>', html, re.S)[1])  # type: ignore[index]
+    assert figure["layout"]["showlegend"] and figure["zoom"]
+    return figure["data"]
 
 
 def test_points_have_pages_and_pictures_groups_and_a_legend(pages: TestClient, world: World) -> None:
-    figure = figure_of(read(pages, "/map?run=both&colour=folder&wait=map"))
-    assert figure["layout"]["showlegend"] and figure["zoom"]
-    assert {"shoes", "new", "copies"} <= {trace["name"] for trace in figure["data"]}
-    links = [each for trace in figure["data"] for each in trace["customdata"]]
+    traces = traces_of(read(pages, "/map?run=both&colour=folder&wait=map"))
+    assert {"shoes", "new", "copies"} <= {trace["name"] for trace in traces}
+    links = [each for trace in traces for each in trace["customdata"]]
     assert len(links) == 28
     for page, picture in links:
         assert pages.get(page).status_code == 200
         assert pages.get(picture).headers["content-type"] == "image/jpeg"
-    names = {trace["name"] for trace in figure_of(read(pages, "/map?run=both&colour=category&wait=map"))["data"]}
+    names = {trace["name"] for trace in traces_of(read(pages, "/map?run=both&colour=category&wait=map"))}
     table = pq.read_table(world.samples / "test", partitioning=None)
     categories = {str(each) for row in table["ad_category"].to_pylist() for each in row}
     assert names - {"no category", "others"} <= categories and len(names) > 2
-    with TestClient(application(Site(world.places(), frozen=True))) as frozen:
-        traces = figure_of(frozen.get("/map").text)["data"]
+
+
+def test_points_lead_nowhere_in_an_export_and_without_their_store(world: World) -> None:
+    with client_of(world.places(), frozen=True) as frozen:
+        traces = traces_of(frozen.get("/map").text)
         assert all(each == [None, None] for trace in traces for each in trace["customdata"])
+    with client_of(world.places(store=None)) as pages:
+        html = read(pages, "/map?run=both&wait=map")
+        assert "mapgrid" in html and "/images/" not in html
 
 
 def test_a_search_rings_the_points_that_it_finds(pages: TestClient) -> None:
     html = read(pages, "/map?run=both&q=SHOE-0&wait=map")
-    (found,) = [trace for trace in figure_of(html)["data"] if trace["name"] == "found"]
+    (found,) = [trace for trace in traces_of(html) if trace["name"] == "found"]
     assert len(found["x"]) == 9 and all("shoe-0" in text for text in found["text"])
     assert '9 of all points have “SHOE-0” in their names: ringed <a href="#points">on the map</a>' in html
     before, _, after = html.partition("<h2>One image for each part of the map</h2>")
     assert before.count('<a href="/images/') == 9 and '<h2 id="points">' in after  # what is found comes first
     none = read(pages, "/map?run=both&q=nobody&wait=map")
     assert "0 of all points" in none
-    assert not [trace for trace in figure_of(none)["data"] if trace["name"] == "found"]
+    assert not [trace for trace in traces_of(none) if trace["name"] == "found"]
 
 
-def test_a_run_is_chosen_that_sees_images(pages: TestClient) -> None:
+def test_a_run_is_chosen_that_sees_images(pages: TestClient, tmp_path: Path) -> None:
     html = pages.get("/map").text
     assert 'aria-current="true">run both</a>' in html
     assert "run=ids-only" not in html
     blind = read(pages, "/map?run=ids-only&wait=map")
     assert "has no E for images, so no map; choose another run" in blind
     assert "--" not in blind.partition("<main")[2]
-
-
-def test_runs_without_images(tmp_path: Path) -> None:
-    with TestClient(application(Site(Places(runs=str(tmp_path))))) as pages:
-        assert "nothing to lay out" in pages.get("/map").text
+    assert "nothing to lay out" in client_of(Places(runs=str(tmp_path))).get("/map").text
 
 
 def test_of_several_contents_each_has_its_map(world: World, tmp_path: Path) -> None:
@@ -142,17 +139,14 @@ def test_of_several_contents_each_has_its_map(world: World, tmp_path: Path) -> N
     two |= {"train__max_steps": 1, "data__missing": "zeros"}
     run_alone(Settings(world.folder), run__name="two", run__dir=tmp_path / "runs", **two)
     places = world.places(runs=tmp_path / "runs")
-    with TestClient(application(Site(places))) as pages:
+    with client_of(places) as pages:
         html = read(pages, "/map?run=two&wait=map")
-        found = {
-            word: unescape(link)
-            for link, word in re.findall(r'<a href="([^"]*network[^"]*)"[^>]*>(images|ads)</a>', html)
-        }
-        assert sorted(found) == sorted(network_widths(read_run(tmp_path / "runs" / "two")))
+        links = re.findall(r'<a href="([^"]*network[^"]*)"[^>]*>(images|ads)</a>', html)
+        assert sorted(name for _, name in links) == sorted(network_widths(read_run(tmp_path / "runs" / "two")))
         assert html.count('aria-current="true">images<') == 1
         spots = []
-        for name, link in found.items():
-            html = read(pages, f"{link}&wait=map")
+        for link, name in links:
+            html = read(pages, f"{unescape(link)}&wait=map")
             assert f'aria-current="true">{name}</a>' in html
             file = re.search(POINTS, html)[1]  # type: ignore[index]
             spots.append(pq.read_table(io.BytesIO(pages.get(file).content))["x"].to_pylist())
@@ -162,17 +156,4 @@ def test_of_several_contents_each_has_its_map(world: World, tmp_path: Path) -> N
     frozen = Site(places, frozen=True)
     with TestClient(application(frozen)) as pages:
         assert "hx-" not in pages.get("/map").text
-    assert all(any(f"network={name}&" in each for each in frozen.linked) for name in found)
-
-
-def test_images_that_the_store_has_not_lead_nowhere(world: World) -> None:
-    places = world.places()
-    with TestClient(application(Site(places))) as pages:
-        assert 'href="/images/' in read(pages, "/map?run=both&wait=map")
-    site = Site(places)
-    links = MapPages(site)._links(has_pages=False)
-    shown = {"points": make_map(places, "both", Task()), "run": "both", "network": None, "colour": "folder"}
-    shown |= {"has_pages": False, "links": links, "query": "", "found": None, "problem": ""}
-    text = site.text("/map", "map/part.html", maps=charts, laid_out=maps, **shown)
-    assert "/images/" not in text
-    assert "mapgrid" in text
+    assert all(any(f"network={name}&" in each for each in frozen.linked) for _, name in links)

@@ -1,7 +1,6 @@
 """The variants of tests/serving/scoring/variants.py, each published once without its network."""
 
 import shutil
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from serving.bundle.files import WrittenFiles
 from serving.bundle.manifest import NETWORK, BundleManifest
 from tests.featurestore.storage.test_paths import sealed
 from tests.running.shared import made_once
-from tests.serving.scoring.variants import Exported, shared_places, trained
+from tests.serving.scoring.variants import Exported, Variants, shared_places, trained
 from trainer.runs.saved import SavedRun
 
 
@@ -26,7 +25,6 @@ def no_network(saved: SavedRun, files: WrittenFiles) -> None:
 
 
 def export(url: object, run: Path, **options: Any) -> BundleManifest:
-    """Export a run without its network."""
     return export_model(str(url), ExportOptions(run=run, **options), network=no_network).manifest
 
 
@@ -53,7 +51,7 @@ def forge(url: object, version: int, **fields: Any) -> None:
 
 
 @pytest.fixture(scope="session")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Exported]:
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Variants:
     """Gives a variant by its name; tests only read it."""
     places = shared_places(tmp_path_factory)
 

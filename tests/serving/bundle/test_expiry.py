@@ -3,7 +3,6 @@
 import os
 import shutil
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,13 +10,13 @@ import pytest
 from featurestore.storage.storage import Storage
 from serving.__main__ import app
 from serving.bundle import log
-from serving.bundle.log import BundleExpireReport, expire
+from serving.bundle.log import BundleExpireReport, expire, remove_leftovers
 from serving.bundle.manifest import BUNDLES
 from serving.bundle.open import Bundle
 from serving.errors import BrokenBundleError, BundleNotFoundError
 from tests.cli import invoke
 from tests.serving.bundle.conftest import forge, with_versions
-from tests.serving.scoring.variants import Exported
+from tests.serving.scoring.variants import Exported, Variants
 
 DAY_S = 24 * 3600
 
@@ -57,7 +56,7 @@ class Versions:
 
 
 @pytest.fixture
-def versions(exported: Callable[[str], Exported], tmp_path: Path) -> Versions:
+def versions(exported: Variants, tmp_path: Path) -> Versions:
     return Versions(exported("plain"), tmp_path)
 
 
@@ -105,15 +104,16 @@ def test_the_last_ones_and_those_of_the_last_days_stay(
     assert versions.there == there
 
 
-def test_what_killed_exports_left_goes_after_a_day(versions: Versions) -> None:
-    for name, days in (("dead", 2.0), ("young", 0.5)):
-        folder = versions.folder / BUNDLES / (name[0] * 32)
-        folder.mkdir()
-        (folder / "network.pt2").write_bytes(b"123")
-        versions.age(folder, days)
+def test_what_killed_exports_left_goes_after_a_day_and_what_others_put_there_stays(versions: Versions) -> None:
+    bundles = versions.folder / BUNDLES
+    for name, days in (("d" * 32, 2.0), ("e" * 32, 0.5), ("notes", 100)):
+        (bundles / name).mkdir()
+        (bundles / name / "network.pt2").write_bytes(b"123")
+        versions.age(bundles / name, days)
     report = versions.expire(keep_last=4, grace_days=0)
     assert (report.expired, report.num_leftovers, report.num_bytes) == ((), 1, 3)
-    assert {path.name[0] for path in (versions.folder / BUNDLES).iterdir() if len(set(path.name)) == 1} == {"y"}
+    kept = {manifest.bundle_id for manifest in versions.manifests}
+    assert {path.name for path in bundles.iterdir()} - kept == {"e" * 32, "notes"}
 
 
 @pytest.mark.parametrize(
@@ -139,20 +139,17 @@ def test_the_folder_of_a_version_that_stays_is_not_removed_for_another(versions:
     assert files_of(versions, versions.manifests[3].bundle_id)
 
 
-def test_what_others_put_next_to_bundles_stays(versions: Versions) -> None:
-    notes = versions.folder / BUNDLES / "notes" / "a.txt"
-    notes.parent.mkdir()
-    notes.write_bytes(b"1")
-    versions.age(notes.parent, 100)
-    assert versions.expire().num_leftovers == 0 and notes.exists()
-
-
 def test_nothing_goes_where_a_manifest_is_damaged(versions: Versions) -> None:
+    """No version, and no leftovers, which the manifest may name."""
+    dead = versions.folder / BUNDLES / ("d" * 32) / "ids-12.bin"
+    dead.parent.mkdir()
+    dead.write_bytes(b"half")
     path = versions.folder / "log" / f"{3:020}.json"
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(BrokenBundleError, match="damaged"):
-        versions.expire()
-    assert len(list((versions.folder / BUNDLES).iterdir())) == 4
+    for remove in (versions.expire, lambda: remove_leftovers(versions.storage, grace_s=-1)):
+        with pytest.raises(BrokenBundleError, match="damaged"):
+            remove()
+    assert len(list((versions.folder / BUNDLES).iterdir())) == 5
 
 
 def test_a_choice_of_what_has_just_gone_is_undone(versions: Versions, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,9 +189,7 @@ def test_a_version_that_is_chosen_meanwhile_stays(versions: Versions, monkeypatc
     assert versions.there == [1, 4]
 
 
-def test_what_is_chosen_while_an_expiry_marks_it_is_there_all_along(
-    versions: Versions, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_chosen_while_it_is_marked_never_goes(versions: Versions, monkeypatch: pytest.MonkeyPatch) -> None:
     """The choice is made and acknowledged just before the mark: killed at any moment, the expiry has taken nothing."""
     real, deleted = Storage.write_bytes, Storage.delete
 
@@ -213,9 +208,7 @@ def test_what_is_chosen_while_an_expiry_marks_it_is_there_all_along(
     assert log.version_in_use(versions.storage) == 1 and versions.there == [1, 4]
 
 
-def test_what_a_killed_expiry_has_marked_is_refused_for_a_day(
-    versions: Versions, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_a_killed_expiry_marked_is_refused_for_a_day(versions: Versions, monkeypatch: pytest.MonkeyPatch) -> None:
     def killed(self: Storage, path: str) -> None:
         raise KeyboardInterrupt
 

@@ -18,7 +18,7 @@ from serving.bundle.open import Bundle
 from tests.fuse import FORK, Fuse
 from tests.serving.bundle.conftest import export
 from tests.serving.bundle.test_publish import World
-from tests.serving.scoring.variants import Exported
+from tests.serving.scoring.variants import Variants
 
 pytestmark = pytest.mark.services
 EVERY = pytest.mark.parametrize(
@@ -49,19 +49,14 @@ def deaths(work: Callable[[], Any], root: str, trace: Path, step: int, renew: Ca
     assert die(0) == 0
     points = trace.read_text().splitlines()
     last = {name: place for place, name in enumerate(points)}
-    chosen = sorted({*last.values(), *range(0, len(points), step)})
-
-    def each() -> Iterator[str]:
-        for point in chosen:
-            assert die(point + 1) == -signal.SIGKILL
-            yield points[point]
-
-    return each()
+    for point in sorted({*last.values(), *range(0, len(points), step)}):
+        assert die(point + 1) == -signal.SIGKILL
+        yield points[point]
 
 
 @EVERY
 def test_a_killed_export_shows_all_of_a_version_or_nothing(
-    exported: Callable[[str], Exported], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+    exported: Variants, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
     made = exported("exact")
     url = str(tmp_path / "model")
@@ -90,9 +85,7 @@ def test_a_killed_export_shows_all_of_a_version_or_nothing(
 
 
 @EVERY
-def test_a_killed_publish_shows_all_of_it_or_nothing(
-    exported: Callable[[str], Exported], tmp_path: Path, step: int
-) -> None:
+def test_a_killed_publish_shows_all_of_it_or_nothing(exported: Variants, tmp_path: Path, step: int) -> None:
     (tmp_path / "world").mkdir()
     world = World(exported("plain"), tmp_path / "world")
     world.put(1_050, 1_051, 1_007)

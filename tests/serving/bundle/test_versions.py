@@ -1,13 +1,15 @@
-"""Versions and the choice among them: numbered, immutable, two writers at once; what is damaged is refused by name."""
+"""Versions and the choice among them: numbered and immutable; damage is refused by name; ID rows are the trainer's."""
 
 import json
 import os
 import shutil
-from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from featurestore.errors import StorageError
@@ -23,14 +25,17 @@ from serving.bundle.open import Bundle, ModelVersion
 from serving.errors import BrokenBundleError, BundleNotFoundError
 from tests.faulty import Fault, fails, opened_faulty
 from tests.serving.bundle.conftest import export, no_network
-from tests.serving.scoring.variants import Exported
+from tests.serving.scoring.variants import Exported, Variants
+from tests.trainer.conftest import Places
+from tests.trainer.ids.exact_tables import vectors_of
+from trainer.comm import SoloComm
+from trainer.ids.exact import ExactTable
 from trainer.runs.folder import finished
-
-DAY_S = 24 * 3600
+from trainer.runs.saved import open_trained
 
 
 @pytest.fixture
-def made(exported: Callable[[str], Exported]) -> Exported:
+def made(exported: Variants) -> Exported:
     return exported("plain")
 
 
@@ -60,13 +65,7 @@ def test_exports_are_numbered_and_use_goes_back_and_forth(url: str, made: Export
     assert [each.version for each in log.choices(storage)] == [1, 3, 1, 3]
 
 
-def test_what_is_not_there_is_named(url: str, tmp_path: Path) -> None:
-    with pytest.raises(BundleNotFoundError, match=r"no version 7; it has version 1"):
-        ModelVersion.open(url, 7)
-    with pytest.raises(BundleNotFoundError, match=r"has no version 7"):
-        log.use(Storage(url), 7)
-    with pytest.raises(BundleNotFoundError, match=r"make one with: crossmedia publish"):
-        ModelVersion.open(str(tmp_path / "nothing"))
+def test_a_model_without_a_choice_says_how_one_is_made(url: str) -> None:
     shutil.rmtree(f"{url}/use")
     with pytest.raises(BundleNotFoundError, match=r"no version of .* is in use; it has version 1: choose one"):
         ModelVersion.open(url)
@@ -143,8 +142,10 @@ def test_a_damaged_manifest_or_choice_is_refused(url: str, tmp_path: Path) -> No
         open_bundle(url, tmp_path, 2)
 
 
-def test_damaged_vectors_are_refused(url: str, tmp_path: Path) -> None:
-    vectors = next(Path(url, BUNDLES).rglob("vectors/images"))
+def test_damaged_vectors_and_a_store_of_them_that_was_made_anew_are_refused(
+    url: str, made: Exported, tmp_path: Path
+) -> None:
+    vectors = Path(url, made.manifest.folder, "vectors", "images")
     (data_file,) = vectors.glob("data/*/*.parquet")
     data = data_file.read_bytes()
     damaged = bytearray(data)
@@ -157,16 +158,11 @@ def test_damaged_vectors_are_refused(url: str, tmp_path: Path) -> None:
         open_bundle(url, tmp_path)
     data_file.write_bytes(data)
     open_bundle(url, tmp_path).close()
-    (vectors / "store.json").rename(vectors / "aside")
+    shutil.rmtree(vectors)
     with pytest.raises(BrokenBundleError, match=r"no store at .*vectors/images"):
         open_bundle(url, tmp_path)
-
-
-def test_a_vectors_store_that_was_made_anew_is_refused(url: str, made: Exported, tmp_path: Path) -> None:
     other = export(tmp_path / "other", made.run)
-    mine = Path(url, made.manifest.folder, "vectors", "images")
-    shutil.rmtree(mine)
-    shutil.copytree(tmp_path / "other" / other.folder / "vectors" / "images", mine)
+    shutil.copytree(tmp_path / "other" / other.folder / "vectors" / "images", vectors)
     with pytest.raises(BrokenBundleError, match="is not the vectors store that was exported"):
         open_bundle(url, tmp_path)
 
@@ -189,17 +185,6 @@ def test_leftovers_go_after_the_grace_time(url: str, made: Exported) -> None:
     assert log.known_versions(Storage(url)) == [1, 2]
 
 
-def test_nothing_is_removed_where_a_manifest_is_damaged(url: str) -> None:
-    dead = Path(url, BUNDLES, "0123456789abcdef0123456789abcdef")
-    dead.mkdir()
-    (dead / "ids-12.bin").write_bytes(b"half")
-    path = Path(url, "log", f"{1:020}.json")
-    path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(BrokenBundleError):
-        remove_leftovers(Storage(url), grace_s=-1)
-    assert dead.exists()
-
-
 def test_a_damaged_version_is_in_the_way_of_no_other(url: str, made: Exported, tmp_path: Path) -> None:
     path = Path(url, "log", f"{1:020}.json")
     path.write_bytes(path.read_bytes()[:-1])
@@ -209,24 +194,20 @@ def test_a_damaged_version_is_in_the_way_of_no_other(url: str, made: Exported, t
     open_bundle(url, tmp_path).close()
 
 
-def test_a_run_that_has_not_ended_is_told(url: str, made: Exported, tmp_path: Path) -> None:
-    run = tmp_path / "half"
-    shutil.copytree(made.run, run)
+def test_a_run_that_has_not_ended_is_told_and_metrics_may_be_no_numbers(
+    url: str, made: Exported, tmp_path: Path
+) -> None:
+    run = shutil.copytree(made.run, tmp_path / "half")
+    report = json.loads((run / "report.json").read_text())
     (run / "report.json").unlink()
     for each, told in ((made.run, False), (run, True)):
         exported = export_model(url, ExportOptions(run=each), network=no_network)
         assert any("the run has not ended" in note for note in exported.notes) == told
         assert "auc" in exported.manifest.metrics and "step" not in exported.manifest.metrics
-
-
-def test_metrics_that_are_no_numbers_are_published_once(url: str, made: Exported, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(made.run, run)
-    report = json.loads((run / "report.json").read_text())
     (run / "report.json").write_text(json.dumps(report | {"metrics": {"auc": float("nan")}}))
-    assert export(url, run).version == 2
-    assert log.known_versions(Storage(url)) == [1, 2]
-    assert log.read_version(Storage(url), 2).metrics == {"auc": None}
+    assert export(url, run).version == 4
+    assert log.known_versions(Storage(url)) == [1, 2, 3, 4], "each is published once"
+    assert log.read_version(Storage(url), 4).metrics == {"auc": None}
 
 
 @pytest.mark.parametrize("at", [1, 4, 6, 8, 9])
@@ -286,3 +267,64 @@ def test_newer_vectors_are_opened_beside(url: str, tmp_path: Path) -> None:
     bundle.close()
     assert newer.vectors["images"].lookup(keys)[1].tolist() == [True, False]
     newer.close()
+
+
+IDS = np.r_[np.arange(-5, 70), 1_000:1_060, 2**62]
+OTHERS = ("lr", "images_none", "din_inputs", "exact")
+"""E in float64, another optimiser of rows, many tables, and exact ones."""
+
+
+def trained_ids(places: Places, bundle: Bundle) -> dict[str, np.ndarray]:
+    """The ids that training samples have of each hashed table that is not of texts."""
+    files = sorted((places.folder / "samples" / "train").glob("*.parquet"))
+    samples = pa.concat_tables([pq.read_table(file) for file in files])
+    found: dict[str, list[np.ndarray]] = {}
+    for field in bundle.fields:
+        if field.is_id and not field.is_bucketed and not field.columns:
+            column: Any = samples[field.column_name].combine_chunks()
+            while not pa.types.is_integer(column.type) and not pa.types.is_string(column.type):
+                column = column.flatten()
+            if pa.types.is_integer(column.type):
+                found.setdefault(field.table_name, []).append(column.to_numpy())
+    return {name: np.unique(np.concatenate(values)) for name, values in found.items()}
+
+
+@pytest.mark.parametrize("name", ["plain", *(pytest.param(name, marks=pytest.mark.long) for name in OTHERS)])
+def test_id_rows_are_those_that_the_trainer_reads(exported: Variants, name: str) -> None:
+    """Of each table alone, and of all of them at once."""
+    made, every = exported(name), {}
+    with closing(open_trained(made.run, SoloComm())) as trained, closing(Bundle.open(made.url)) as bundle:
+        assert {each.name for each in bundle.manifest.tables} == set(trained.engine.tables)
+        for of, table in trained.engine.tables.items():
+            ids = np.arange(table.shape.num_rows) if table.shape.direct else IDS[len(every) :]
+            request = table.serve(ids, "eval")
+            wanted = vectors_of(table, request).detach().numpy()[request.inverse_R]
+            rows, known = bundle.ids.find([of], ids, np.array([len(ids)]))
+            found = bundle.ids.gather(table.shape.width, rows)
+            assert found.dtype == np.float32 and len(np.unique(found, axis=0)) > 2
+            np.testing.assert_array_equal(found, wanted.astype(np.float32))
+            every[of] = ids, rows, known
+        ids, *alone = map(np.concatenate, zip(*every.values(), strict=True))
+        together = bundle.ids.find([*every], ids, np.array([len(each) for each, *_ in every.values()]))
+        for one, other in zip(alone, together, strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("name", ["plain", *(pytest.param(name, marks=pytest.mark.long) for name in OTHERS)])
+def test_an_id_is_known_where_training_has_touched_its_row(exported: Variants, name: str) -> None:
+    made = exported(name)
+    with closing(open_trained(made.run, SoloComm())) as trained, closing(Bundle.open(made.url)) as bundle:
+        for of, ids_in_training in trained_ids(made.places, bundle).items():
+            table = trained.engine.tables[of]
+            rows, known = bundle.ids.find([of], IDS, np.array([len(IDS)]))
+            if isinstance(table, ExactTable):
+                own = np.concatenate([table.map.ids_of(slot) for slot in range(len(table.shards))])
+                np.testing.assert_array_equal(known, np.isin(IDS, own))
+                continue
+            touched = np.isin(rows, bundle.ids.find([of], ids_in_training, np.array([len(ids_in_training)]))[0])
+            assert 0 < touched.sum() < len(IDS)
+            if trained.config.optim.ids == "adam":
+                np.testing.assert_array_equal(known, touched)
+            else:  # a row whose gradients were all zero, as they often are with few small layers
+                assert not known[~touched].any()
+                assert known.sum() > 0.4 * touched.sum()

@@ -11,6 +11,8 @@ import pytest
 
 from featurestore.format.datafile import FeatureRows
 from featurestore.store import FeatureStore
+from serving.bundle.images import network_for, publish
+from serving.bundle.open import ModelVersion
 from serving.http.app import Scoring
 from tests.running.shared import made_once, shared_folder
 from tests.serving.http.fakes import SLOW, FakeSource, client_of, scoring_of, write_state
@@ -27,26 +29,14 @@ class Published:
 
     @property
     def url(self) -> str:
-        """Of the bundle."""
         return str(self.folder / "models" / "ctr")
 
     @property
     def samples(self) -> Path:
-        """A file of test samples."""
         return self.folder / "samples" / "test" / "day=2026-01-01.parquet"
-
-    def use(self, version: int) -> None:
-        """Put a version in use."""
-        from featurestore.storage.storage import Storage
-        from serving.bundle.log import use
-
-        use(Storage(self.url), version)
 
     def add_image(self, key: int = NEW_IMAGE, seed: int = 0) -> None:
         """Add an image to the feature store, or change one, and publish its vector."""
-        from serving.bundle.images import network_for, publish
-        from serving.bundle.open import ModelVersion
-
         features_1D = np.random.default_rng(seed).normal(size=(1, 16)).astype(np.float32)
         store = FeatureStore.open(self.folder / "features")
         store.put(FeatureRows.of([f"item/{key - 1_000}"], features_1D, keys=np.array([key])))
@@ -73,7 +63,6 @@ def published_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def bundle(published_once: Path) -> Published:
-    """The bundle itself, for tests that only read it."""
     return Published(published_once)
 
 

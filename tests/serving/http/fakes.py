@@ -151,7 +151,6 @@ async def client_of(scoring: Scoring, wait: bool = True) -> AsyncIterator[httpx2
 
 
 def main() -> int:
-    """Serve until a signal."""
     settings = {name: ast.literal_eval(value) for name, value in (word.split("=", 1) for word in sys.argv[2:])}
     paths = {name: Path(settings[name]) for name in ("tls_cert", "tls_key", "token_file") if name in settings}
     try:

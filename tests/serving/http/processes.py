@@ -8,13 +8,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx2
 
 ROOT = Path(__file__).parents[3]
+FoundT = TypeVar("FoundT")
 START_TIMEOUT_S = 120
 LISTENING = re.compile(r"(?:listening on|open) (https?)://([\w.:\[\]]+):(\d+)/? ")
 
@@ -27,55 +28,45 @@ class ServerProcess:
         search = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(command, stderr=log, stdout=log, env={**os.environ, "PYTHONPATH": search})
-        self.scheme, self.host, port = self._await(LISTENING)
+        self.scheme, self.host, port = self.wait_until(lambda: LISTENING.search(self.log())).groups()
         self.port = int(port)
         self.url = f"{self.scheme}://{self.host}:{self.port}"
         self.client = httpx2.Client(base_url=self.url, verify=verify, timeout=30)
 
     def log(self) -> str:
-        """What it has written so far."""
         return self._log.read_text()
 
-    def wait_until_ready(self) -> None:
-        """Wait until a model is warmed up."""
+    def wait_until(self, holds: Callable[[], FoundT | None]) -> FoundT:
+        """Wait until something is so, as long as the process runs; gives what was found."""
         deadline = time.monotonic() + START_TIMEOUT_S
-        while time.monotonic() < deadline:
-            with contextlib.suppress(httpx2.TransportError):
-                if self.client.get("/v2/health/ready").status_code == 200:
-                    return
+        while not (found := holds()):
             assert self.process.poll() is None, self.log()
-            time.sleep(0.05)
-        raise AssertionError(f"not ready: {self.log()}")
+            assert time.monotonic() < deadline, self.log()
+            time.sleep(0.02)
+        return found
+
+    def wait_until_ready(self) -> None:
+        self.wait_until(self._is_ready)
 
     def wait_for(self, words: str, count: int = 1) -> None:
         """Wait until the log has these words so many times."""
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while self.log().count(words) < count:
-            assert time.monotonic() < deadline, self.log()
-            assert self.process.poll() is None, self.log()
-            time.sleep(0.02)
+        self.wait_until(lambda: self.log().count(words) >= count)
 
     def stop(self, number: int = signal.SIGTERM) -> int:
-        """Send a signal and return the exit code."""
         self.process.send_signal(number)
         return self.process.wait(60)
 
     def connect(self) -> socket.socket:
-        """A raw connection."""
         return socket.create_connection((self.host, self.port), timeout=30)
 
     def memory_mb(self) -> float:
-        """Resident memory of the process."""
         pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
-    def _await(self, pattern: re.Pattern[str]) -> tuple[str, ...]:
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while not (match := pattern.search(self.log())):
-            assert self.process.poll() is None, self.log()
-            assert time.monotonic() < deadline, self.log()
-            time.sleep(0.02)
-        return match.groups()
+    def _is_ready(self) -> bool:
+        with contextlib.suppress(httpx2.TransportError):
+            return self.client.get("/v2/health/ready").status_code == 200
+        return False
 
 
 @contextlib.contextmanager

@@ -94,8 +94,6 @@ def attacked(bundle: Published, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 
 def columns(behaviors: int, candidates: int, texts: bool = False) -> dict[str, Any]:
-    """The columns of a request."""
-
     def ids(count: int) -> list[Any]:
         return [f"sku {number}" for number in range(count)] if texts else list(range(count))
 
@@ -104,15 +102,11 @@ def columns(behaviors: int, candidates: int, texts: bool = False) -> dict[str, A
 
 
 def request(*sizes: Any) -> dict[str, Any]:
-    """A request of a JSON body."""
-    of_side = {"user": {}, "candidates": {}}  # type: dict[str, dict[str, Any]]
-    for name, values in columns(*sizes).items():
-        of_side["candidates" if name.startswith("ad_") else "user"][name] = values
-    return of_side
+    user = columns(*sizes)
+    return {"candidates": {name: user.pop(name) for name in [*user] if name.startswith("ad_")}, "user": user}
 
 
 def table(behaviors: int, candidates: int, rows: int, texts: bool = False, **changes: Any) -> bytes:
-    """An Arrow body with these rows."""
     made: dict[str, Any] = {name: [value] * rows for name, value in columns(behaviors, candidates, texts).items()}
     return stream_of(pa.table(made | changes))
 

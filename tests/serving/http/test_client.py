@@ -71,9 +71,7 @@ def server() -> Iterator[str]:
         thread.join()
 
 
-def test_requests_are_sent_as_the_page_says_and_a_closed_connection_is_opened_again(
-    client: ModuleType, server: str
-) -> None:
+def test_requests_are_as_the_page_says_and_closed_connections_opened_again(client: ModuleType, server: str) -> None:
     scorer = client.Scorer(f"{server}/", token="secret")
     for number in range(5):
         answer = scorer.score({"user": number}, {"ad_item": [1, 2]}, context={"ad_scene": 1}, logits=number == 4)

@@ -7,12 +7,10 @@ import re
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx2
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -38,24 +36,6 @@ ADS = ("ad_item", "ad_image", "ad_category", "ad_scene")
 USERS = ("user", "behavior_item", "behavior_image", "behavior_category")
 
 
-def start(published: Published, folder: Path, *options: str) -> ServerProcess:
-    words = [published.url, "--port", "0", "--poll-s", "0.1", "--cache-dir", str(folder / "cache"), *options]
-    server = ServerProcess([sys.executable, "-m", "serving", "serve", *words], folder)
-    server.wait_until_ready()
-    return server
-
-
-def table_of(published: Published) -> pa.Table:
-    return pq.read_table(published.samples).slice(0, 30)
-
-
-def requests_of(published: Published) -> list[dict[str, Any]]:
-    rows = table_of(published).to_pylist()
-    return [
-        {"user": {name: row[name] for name in USERS}, "candidates": {name: row[name] for name in ADS}} for row in rows
-    ]
-
-
 def one_image(key: int) -> dict[str, Any]:
     user = {"user": 1, "behavior_item": [], "behavior_image": [], "behavior_category": []}
     return {"user": user, "candidates": {"ad_item": [1], "ad_image": [key], "ad_category": [1], "ad_scene": [0]}}
@@ -71,59 +51,53 @@ def published(published_once: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(scope="module")
 def server(published: Published, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    with ended(start(published, tmp_path_factory.mktemp("published-server"))) as server:
+    folder = tmp_path_factory.mktemp("published-server")
+    words = [published.url, "--port", "0", "--poll-s", "0.1", "--cache-dir", str(folder / "cache")]
+    with ended(ServerProcess([sys.executable, "-m", "serving", "serve", *words], folder)) as server:
+        server.wait_until_ready()
         yield server
 
 
-def wait_until(server: ServerProcess, holds: Callable[[dict[str, Any]], bool]) -> None:
-    """Wait until what the server says about itself is so."""
-    deadline = time.monotonic() + 100
-    while not holds(server.client.get("/").json()):
-        assert time.monotonic() < deadline, server.log()
-        time.sleep(0.05)
+def wait_for_vectors(server: ServerProcess, snapshot: int) -> None:
+    server.wait_until(lambda: server.client.get("/").json()["vectors"]["images"] == snapshot)
 
 
-@pytest.fixture(scope="module")
-def logits(bundle: Published) -> list[np.ndarray]:
-    scorer = Scorer.open(bundle.url)
-    return [each.logits_C for each in scorer.score([Request(**each) for each in requests_of(bundle)])]
-
-
-def test_json_and_arrow_have_the_scorers_scores(
-    server: ServerProcess, bundle: Published, logits: list[np.ndarray]
-) -> None:
-    together = server.client.post("/v1/score?logits=true", json=requests_of(bundle)).json()
-    content = stream_of(table_of(bundle).select([*USERS, *ADS, "label"]))
-    answer = server.client.post("/v1/score", content=content, headers={"content-type": ARROW})
+def test_json_and_arrow_have_the_scorers_scores(server: ServerProcess, bundle: Published) -> None:
+    table = pq.read_table(bundle.samples, columns=[*USERS, *ADS, "label"]).slice(0, 30)
+    sides = {"user": USERS, "candidates": ADS}
+    requests = [{side: {name: row[name] for name in sides[side]} for side in sides} for row in table.to_pylist()]
+    scored = Scorer.open(bundle.url).score([Request(**each) for each in requests])
+    together = server.client.post("/v1/score?logits=true", json=requests).json()["answers"]
+    answer = server.client.post("/v1/score", content=stream_of(table), headers={"content-type": ARROW})
     by_arrow: list[Any] = pa.ipc.open_stream(answer.content).read_all()["logit"].to_pylist()
-    for request, expected, answer, row in zip(requests_of(bundle), logits, together["answers"], by_arrow, strict=True):
+    for request, expected, answer, row in zip(requests, scored, together, by_arrow, strict=True):
         alone = server.client.post("/v1/score?logits=true", json=request).json()
         for found in (alone["logits"], answer["logits"], row):
-            np.testing.assert_allclose(found, expected, atol=1e-5)
-        np.testing.assert_allclose(alone["scores"], 1 / (1 + np.exp(-expected)), atol=1e-6)
+            np.testing.assert_allclose(found, expected.logits_C, atol=1e-5)
+        np.testing.assert_allclose(alone["scores"], expected.probabilities(), atol=1e-6)
         assert (alone["unknown"], alone["missing"]) == (answer["unknown"], answer["missing"])
 
 
-def test_a_new_image_is_scored_without_a_restart_and_old_vectors_expire(
-    server: ServerProcess, published: Published
-) -> None:
-    answer = server.client.post("/v1/score", json=one_image(NEW_IMAGE)).json()
-    assert answer["missing"] == {"ad_image": [0]}
-    before = answer["vectors"]["images"]
+def test_a_new_image_needs_no_restart_and_old_vectors_expire(server: ServerProcess, published: Published) -> None:
+    def answer(key: int = NEW_IMAGE) -> dict[str, Any]:
+        return server.client.post("/v1/score", json=one_image(key)).raise_for_status().json()
+
+    first = answer()
+    assert first["missing"] == {"ad_image": [0]}
+    before = first["vectors"]["images"]
     published.add_image()
-    wait_until(server, lambda state: state["vectors"]["images"] == before + 1)
-    later = server.client.post("/v1/score", json=one_image(NEW_IMAGE)).json()
-    assert later["missing"] == {}
-    assert later["scores"] != answer["scores"]
+    wait_for_vectors(server, before + 1)
+    later = answer()
+    assert later["missing"] == {} and later["scores"] != first["scores"]
     # What the scorer has open goes away below it: it scores on, and then takes the newest vectors.
     for seed in (1, 2):
         published.add_image(seed=seed)
     version = ModelVersion.open(published.url)
     (of,) = version.manifest.vectors
     expire(FeatureStore.open(version.vectors_url(of)), keep_last=1, keep_days=0, grace_days=0)
-    assert server.client.post("/v1/score", json=one_image(NEW_IMAGE)).status_code == 200
-    wait_until(server, lambda state: state["vectors"]["images"] == before + 3)
-    assert server.client.post("/v1/score", json=one_image(1_001)).json()["missing"] == {}
+    assert answer()
+    wait_for_vectors(server, before + 3)
+    assert answer(1_001)["missing"] == {}
 
 
 def blocks(language: str) -> list[str]:
@@ -134,14 +108,20 @@ def blocks(language: str) -> list[str]:
 def test_what_the_page_shows_works(
     server: ServerProcess, published: Published, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """And what the server's first page says to try, copied as it is."""
+
+    def in_shell(line: str) -> Any:
+        done = subprocess.run(["bash", "-c", line], cwd=tmp_path, capture_output=True, text=True, check=True)
+        return json.loads(done.stdout)
+
     request = json.loads(blocks("json")[0])
     expected = server.client.post("/v1/score", json=request).json()
     assert expected.keys() == json.loads(blocks("json")[1]).keys()
     assert expected["missing"] == {"behavior_image": [0], "ad_image": [2]}  # image 1003 is gone here
     (tmp_path / "request.json").write_text(json.dumps(request))
-    curl = blocks("sh")[0].replace("localhost:8080", f"{server.host}:{server.port}")
-    shell = subprocess.run(["bash", "-c", curl], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert json.loads(shell.stdout) == expected
+    assert in_shell(blocks("sh")[0].replace("localhost:8080", f"{server.host}:{server.port}")) == expected
+    (to_try,) = re.findall(r'"try":"([^"]*)"', server.client.get("/").text)
+    assert len(in_shell(to_try)["scores"]) == 3
     by_our_client, by_arrow, by_tensors = (
         code.replace("localhost:8080", f"{server.host}:{server.port}") for code in blocks("python")
     )
@@ -149,6 +129,9 @@ def test_what_the_page_shows_works(
     names: dict[str, Any] = {"request": request}
     exec(by_our_client, names)
     assert names["scores"] == expected["scores"]
+    scorer = names["scorer"]
+    assert scorer.is_ready() and scorer.score_many([request])[0]["scores"] == expected["scores"]
+    assert scorer.example() == server.client.get("/v1/example").json()
     names = {"samples": published.samples}
     exec(by_arrow, names)
     assert [len(scores) for scores in names["scores"]] == [len(each) for each in names["table"]["ad_item"].to_pylist()]
@@ -158,37 +141,12 @@ def test_what_the_page_shows_works(
 
 
 def test_newer_vectors_keep_the_network_and_the_rows(published: Published, tmp_path: Path) -> None:
-    published.use(1)
     source = BundleSource(ServerSettings(model=published.url, name="ctr", cache_dir=tmp_path))
     first = source.open(source.newest(), None)
     published.add_image(NEW_IMAGE + 1)
     newest = source.newest()
     assert newest == BundleIdentity(1, {"images": first.identity.vectors["images"] + 1})
     second = source.open(newest, first)
-    assert second.identity == newest
-    assert second.network is first.network
-    assert second.ids is first.ids
+    assert (second.identity, second.network, second.ids) == (newest, first.network, first.ids)
     first.close()
     assert np.isfinite(second.score([Request(**one_image(NEW_IMAGE))])[0].logits_C).all()
-
-
-def test_what_the_first_page_says_to_try_works_in_a_shell(server: ServerProcess) -> None:
-    """Copied as it is from the answer of the server."""
-    text = httpx2.get(f"{server.url}/").text
-    found = re.search(r'"try":"([^"]*)"', text)
-    assert found is not None
-    done = subprocess.run(["sh", "-c", found[1]], capture_output=True, text=True, check=False)
-    assert len(json.loads(done.stdout)["scores"]) == 3, done.stdout + done.stderr
-
-
-def test_the_client_of_one_file_gets_the_scores_of_the_server(server: ServerProcess, published: Published) -> None:
-    import runpy
-
-    client = runpy.run_path(str(PAGE.parents[1] / "deploy" / "client" / "crossmedia_client.py"))
-    scorer = client["Scorer"](server.url, timeout_s=60)  # of a busy machine
-    assert scorer.is_ready()
-    requests = requests_of(published)
-    expected = httpx2.post(f"{server.url}/v1/score", json=requests).json()["answers"]
-    assert [each["scores"] for each in scorer.score_many(requests)] == [each["scores"] for each in expected]
-    example = scorer.example()
-    assert len(scorer.score(example["user"], example["candidates"])["scores"]) == 3

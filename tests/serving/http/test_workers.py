@@ -1,5 +1,6 @@
 """Processes and signals: draining, a second signal, several workers, one that is killed, and starts that fail."""
 
+import contextlib
 import json
 import os
 import re
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx2
@@ -24,50 +25,34 @@ pytestmark = [pytest.mark.services, pytest.mark.long]
 
 ONE = {"candidates": {"ad_item": [1, 2]}}
 BODY = json.dumps(ONE).encode()
-
-
 PAUSE_S = 0.005
 """Between two requests of a thread: hundreds a second, and what they wait for gets the processor too."""
 
 
-class Load:
-    """Requests one after the other in threads, until the block ends; keeps what went wrong."""
+@contextlib.contextmanager
+def load(server: ServerProcess) -> Iterator[tuple[list[int], list[str]]]:
+    """Send requests one after the other in threads, until the block ends; gives the versions that answered, and what
+    went wrong."""
+    versions, failures, ended = list[int](), list[str](), threading.Event()
 
-    def __init__(self, server: ServerProcess, threads: int = 4) -> None:
-        self.answers: list[int] = []
-        self.failures: list[str] = []
-        self._server, self._ended = server, threading.Event()
-        self._threads = [threading.Thread(target=self._run) for _ in range(threads)]
-
-    def __enter__(self) -> "Load":
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._ended.set()
-        for thread in self._threads:
-            thread.join()
-
-    def _run(self) -> None:
-        with httpx2.Client(base_url=self._server.url, timeout=30) as client:
-            while not self._ended.wait(PAUSE_S):
+    def ask() -> None:
+        with httpx2.Client(base_url=server.url, timeout=30) as client:
+            while not ended.wait(PAUSE_S):
                 try:
                     answer = client.post("/v1/score", json=ONE)
-                except httpx2.TransportError as error:
-                    self.failures.append(repr(error))
-                    continue
-                self.answers.append(answer.json().get("version", -1))
-                if answer.status_code != 200:
-                    self.failures.append(answer.text)
+                    versions.append(answer.raise_for_status().json()["version"])
+                except httpx2.HTTPError as error:
+                    failures.append(repr(error))
 
-
-def wait_until(what: Callable[[], bool]) -> None:
-    """Wait until something is so."""
-    deadline = time.monotonic() + 60
-    while not what():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield versions, failures
+    finally:
+        ended.set()
+        for thread in threads:
+            thread.join()
 
 
 def workers_of(server: ServerProcess) -> list[psutil.Process]:
@@ -78,17 +63,13 @@ def test_sigterm_lets_what_has_begun_end_and_nothing_else_keep_the_server(tmp_pa
     """A request that runs, and one of a connection that is there, are answered; a connection that is idle is closed."""
     slow, begun = {"candidates": {"ad_item": [987]}}, tmp_path / "begun"
     state = write_state(tmp_path, version=3, score_s=0.5, slow_item=987, begun=str(begun))
-    with (
-        fake_server(state, tmp_path, drain_s=60) as server,
-        server.connect() as connection,
-        server.connect() as silent,
-    ):
+    with fake_server(state, tmp_path, drain_s=60) as server, server.connect() as connection, server.connect() as silent:
         client, answers = server.client, list[httpx2.Response]()
         ask = lambda: answers.append(httpx2.post(f"{server.url}/v1/score", json=slow, timeout=30))  # noqa: E731
         assert "connection" not in client.post("/v1/score", json=ONE).headers
         asking = threading.Thread(target=ask)
         asking.start()
-        wait_until(begun.exists)
+        server.wait_until(begun.exists)
         start_s = time.monotonic()
         os.kill(server.process.pid, signal.SIGTERM)
         ready = client.get("/v2/health/ready")
@@ -115,12 +96,12 @@ def connect_again_and_again(server: ServerProcess, answers: list[bytes], lost: l
             connection = server.connect()
         except OSError:
             return
-        with connection:
-            try:
+        try:
+            with connection:
                 connection.sendall(post_head(len(BODY)) + BODY)
                 answers.append(connection.recv(1 << 16)[:12])
-            except OSError as error:
-                lost.append(error)
+        except OSError as error:
+            lost.append(error)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -128,19 +109,16 @@ def test_no_request_of_a_client_that_reconnects_is_lost(tmp_path: Path, workers:
     """A connection that the kernel has begun gets its answer, also in the last moment; later ones are refused."""
     with fake_server(write_state(tmp_path, version=3), tmp_path, workers=workers) as server:
         answers, lost = list[bytes](), list[OSError]()
-        clients = [
-            threading.Thread(target=connect_again_and_again, args=(server, answers, lost), daemon=True)
-            for _ in range(8)
-        ]
+        of_all = (server, answers, lost)
+        clients = [threading.Thread(target=connect_again_and_again, args=of_all, daemon=True) for _ in range(8)]
         for client in clients:
             client.start()
-        wait_until(lambda: len(answers) >= len(clients))
+        server.wait_until(lambda: len(answers) >= len(clients))
         assert server.stop(signal.SIGTERM) == 0
         for client in clients:
             client.join(30)
             assert not client.is_alive()
-        assert set(answers) == {b"HTTP/1.1 200"}
-        assert not lost
+        assert (set(answers), lost) == ({b"HTTP/1.1 200"}, [])
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -172,26 +150,26 @@ def test_two_workers_share_a_port_and_one_that_is_killed_comes_back(tmp_path: Pa
     state = write_state(tmp_path, version=3)
     with fake_server(state, tmp_path, workers=2, poll_s=0.1) as server:
         server.wait_for("loaded version 3", 2)
-        with Load(server) as load:
+        with load(server) as (versions, failures):
             first, second = workers_of(server)
             os.kill(first.pid, signal.SIGKILL)
             server.wait_for("starting another")
-            count = len(load.answers)
+            count = len(versions)
             while server.log().count("loaded version 3") < 3:  # also after the new one has figures, and no model yet
                 assert "serving_model_version 3.0" in server.client.get("/metrics").text
                 assert server.process.poll() is None
                 time.sleep(0.02)
-            assert len(load.answers) > count  # the other one answered meanwhile
+            assert len(versions) > count  # the other one answered meanwhile
             assert second.is_running()
             write_state(tmp_path, version=4)
             server.wait_for("switched from version 3 to version 4", 2)
         # Connections of the killed worker broke, and with them at most the request that each had open.
-        assert len(load.failures) <= 4
-        assert all("disconnected" in each or "Read" in each or "Connect" in each for each in load.failures)
-        assert set(load.answers) == {3, 4}
+        assert len(failures) <= 4
+        assert all("disconnected" in each or "Read" in each or "Connect" in each for each in failures)
+        assert set(versions) == {3, 4}
         text = server.client.get("/metrics").text
         counted = float(re.findall("^serving_candidates_total (.*)", text, re.MULTILINE)[0])
-        assert len(load.answers) * 2 <= counted <= (len(load.answers) + 4) * 2
+        assert len(versions) * 2 <= counted <= (len(versions) + 4) * 2
         assert "serving_ready_workers 2.0" in text
         assert "serving_model_version 4.0" in text
         pids = [each.pid for each in workers_of(server)]

@@ -15,12 +15,12 @@ import pyarrow as pa
 import pytest
 
 from featurestore.spec import MissingPolicy
-from serving.errors import NotFiniteError, RequestError
+from serving.errors import NotFiniteError
 from serving.network import Steps
 from serving.network.served import NetworkInputs, ServedNetwork
 from serving.scoring.request import Request, Scored
 from serving.scoring.scorer import Scorer
-from tests.serving.scoring.variants import GONE, VARIANTS, Exported
+from tests.serving.scoring.variants import GONE, VARIANTS, Variants
 from trainer.config import BaseNet, ModelConfig, Pooling
 from trainer.evaluation.predict import predict_run
 from trainer.runs.checkpoint import read_rows
@@ -29,7 +29,6 @@ from trainer.runs.saved import read_run
 pytestmark = pytest.mark.long
 
 TOLERANCE = 1e-5
-Variants = Callable[[str], Exported]
 Opened = Callable[[str], tuple[Scorer, list[Request]]]
 NEVER_SEEN = 10**12
 
@@ -49,7 +48,6 @@ def opened(variants: Variants) -> Iterator[Opened]:
 
 
 def requests_of(table: Any, scorer: Scorer) -> list[Request]:
-    """A table's rows as requests."""
     sides = {name: rule.side for name, rule in scorer.inputs.sources.items()}
     return [
         Request(
@@ -164,13 +162,6 @@ def test_nothing_known_and_nothing_in_it(opened: Opened, name: str) -> None:
         assert places(one.unknown) == places(other.unknown)
     assert len(alone[1].logits_C) == 0 and len(alone[1].probabilities()) == 0
     assert scorer.score([]) == []
-
-
-def test_lists_that_belong_together_are_equally_long(opened: Opened) -> None:
-    scorer, requests = opened("din_inputs")
-    request = next(each for each in requests if len(each.user["behavior_item"]) > 1)
-    with pytest.raises(RequestError, match="there: behaviours belong together"):
-        scorer.score([changed(request, behavior_category=request.user["behavior_category"][1:])])
 
 
 def test_a_request_whose_logits_are_not_finite_is_refused_by_name(

@@ -95,8 +95,11 @@ class Exported:
 
     @property
     def table(self) -> pa.Table:
-        """The test samples."""
         return pq.read_table(self.test_file, partitioning=None)
+
+
+Variants = Callable[[str], Exported]
+"""Gives a variant by its name."""
 
 
 def placed(folder: Path) -> Places:

@@ -104,7 +104,6 @@ def table_of(rows: Sequence[Mapping[str, Any]], in_texts: frozenset[str]) -> pa.
 
 
 def request_of(row: Mapping[str, Any], *, scene_in_context: bool) -> Request:
-    """The request for a group."""
     ads = {name: values for name, values in row.items() if name.startswith("ad_")}
     context = {name: ads.pop(name)[0] for name in SCENE if scene_in_context}
     user = {name: values for name, values in row.items() if not name.startswith("ad_") and name != "label"}
@@ -115,10 +114,8 @@ COLUMNS = RequestColumns(SCHEMA, SCHEMA.fields)
 
 
 def sent_of(body: Sequence[Request] | pa.Table) -> SentTable:
-    """Lay out requests, or the table of a sample file."""
     return run_steps(sent_table(COLUMNS, body) if isinstance(body, pa.Table) else sent_requests(COLUMNS, body))
 
 
 def decoded(body: Sequence[Request] | pa.Table) -> Decoded:
-    """Convert requests, or the table of a sample file."""
     return run_steps(decode(COLUMNS, sent_of(body)))

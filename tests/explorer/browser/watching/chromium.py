@@ -95,7 +95,6 @@ def watched(browser: Browser, url: str, *, width: int = WIDE, dark: bool = False
 
 
 def origin_of(url: str) -> str:
-    """Give scheme, host and port of an address."""
     parts = urlsplit(url)
     return f"{parts.scheme}://{parts.netloc}"
 

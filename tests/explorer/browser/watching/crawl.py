@@ -42,7 +42,6 @@ class Site:
 
     @property
     def one_of_each(self) -> list[str]:
-        """A page of each kind."""
         return [urls[0] for urls in self.kinds.values() if urls]
 
 

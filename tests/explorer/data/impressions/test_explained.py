@@ -4,8 +4,8 @@ import gc
 import json
 import shutil
 import weakref
-from collections.abc import Callable, Iterator
-from functools import cache
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +16,18 @@ import pytest
 import yaml
 
 from explorer.data.impressions import explained
-from explorer.data.impressions.explained import (
-    Explanation,
-    explain,
-    on_missing,
-    sentence,
-    weighing,
-    with_other_pictures,
-)
+from explorer.data.impressions.explained import explain, on_missing, sentence, weighing, with_other_pictures
 from explorer.data.impressions.groups import PictureName
 from explorer.data.impressions.impression_list import score_first
-from explorer.data.impressions.open_runs import TrainedRuns
+from explorer.data.impressions.open_runs import OpenedRun, TrainedRuns
 from explorer.errors import ExplorerError, NotHereError
 from explorer.places import Places as ShownPlaces
 from featurestore.store import FeatureStore
 from tests.explorer.world import World
-from tests.serving.scoring.variants import GONE, TABLES, shared_places
+from tests.serving.scoring.variants import GONE, TABLES, VARIANTS, shared_places
 from tests.serving.scoring.variants import trained as trained_variant
 from tests.trainer.conftest import Places
+from tests.trainer.samples.reading import rewrite
 from tests.trainer.whole_runs import run_alone
 from trainer.comm import SoloComm
 from trainer.evaluation.predict import predict, predict_run, score_run
@@ -48,7 +42,6 @@ KINDS = ["lr", "din_inputs", "contents", "id_proxy", "exact", "images_none", "im
 """Every kind of columns, images and tables that the pages tell apart; of nets they know nothing."""
 OF_BEHAVIORS = ["behavior_item", "behavior_image", "behavior_category", "behavior_shop", "behavior_age"]
 TEST = Path("test/day=2026-01-01.parquet")
-Trained = Callable[[str], Path]
 GROUPS = (2, 7, 31)
 
 
@@ -57,30 +50,37 @@ def of_kinds(*kinds: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("kind", kinds, scope="module")
 
 
-@pytest.fixture(scope="session")
-def sample_places(tmp_path_factory: pytest.TempPathFactory) -> Places:
-    """Samples with a column of every kind, and two feature stores."""
-    return shared_places(tmp_path_factory)
+class Runs:
+    """Runs of tests/serving/scoring/variants.py, each trained when it is first asked for; the last two stay open."""
 
+    def __init__(self, places: Places) -> None:
+        self.places, self.folder = places, places.folder
+        (self.folder / "runs").mkdir(exist_ok=True)
+        self.opened = TrainedRuns(ShownPlaces(runs=str(self.folder / "runs"), store=str(self.folder / "features")))
+        self.samples = pq.read_table(self.folder / "samples" / TEST, partitioning=None)
 
-@pytest.fixture(scope="session")
-def trained(sample_places: Places) -> Trained:
-    """Trains a run of tests/serving/scoring/variants.py when it is first asked for; gives its folder."""
-    return cache(lambda name: trained_variant(sample_places, name))
+    def trained(self, kind: str) -> Path:
+        return trained_variant(self.places, kind) if kind in VARIANTS else self.folder / "runs" / kind
+
+    def use(self, kind: str) -> AbstractContextManager[OpenedRun]:
+        self.trained(kind)
+        return self.opened.use(kind)
+
+    def row(self, number: int) -> dict[str, Any]:
+        return self.samples.slice(number, 1).to_pylist()[0]
+
+    @property
+    def with_history(self) -> list[int]:
+        """Groups that have several behaviours."""
+        lengths = [len(each) for each in self.samples["behavior_item"].to_pylist()]
+        return [number for number, length in enumerate(lengths) if length >= 3][:2]
 
 
 @pytest.fixture(scope="module")
-def runs(sample_places: Places) -> Iterator[TrainedRuns]:
-    """The runs that have been trained so far, of which the last two stay open."""
-    folder = sample_places.folder
-    (folder / "runs").mkdir(exist_ok=True)
-    opened = TrainedRuns(ShownPlaces(runs=str(folder / "runs"), store=str(folder / "features")))
-    yield opened
-    opened.close()
-
-
-def rows_of(places: Places) -> pa.Table:
-    return pq.read_table(places.folder / "samples" / TEST, partitioning=None)
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
+    runs = Runs(shared_places(tmp_path_factory))
+    yield runs
+    runs.opened.close()
 
 
 def scored_with(run: Path, table: pa.Table, rows: list[dict[str, Any]], folder: Path) -> np.ndarray:
@@ -91,18 +91,10 @@ def scored_with(run: Path, table: pa.Table, rows: list[dict[str, Any]], folder: 
     return predict_run(run, samples=str(folder)).logit_N
 
 
-def with_history(places: Places) -> list[int]:
-    """Groups that have several behaviours."""
-    lengths = [len(each) for each in rows_of(places)["behavior_item"].to_pylist()]
-    return [number for number, length in enumerate(lengths) if length >= 3][:2]
-
-
 @of_kinds(*KINDS)
-def test_scores_are_those_of_the_job(
-    kind: str, trained: Trained, runs: TrainedRuns, sample_places: Places, tmp_path: Path
-) -> None:
-    run, out = trained(kind), tmp_path / "scores.parquet"
-    score_run(RunSource(run), str(out), SoloComm())
+def test_scores_are_those_of_the_job(kind: str, runs: Runs, tmp_path: Path) -> None:
+    out = tmp_path / "scores.parquet"
+    score_run(RunSource(runs.trained(kind)), str(out), SoloComm())
     expected = pq.read_table(out)
     with runs.use(kind) as opened:
         listed = score_first(opened)
@@ -112,32 +104,29 @@ def test_scores_are_those_of_the_job(
     assert listed.place_N.tolist() == expected["place"].to_pylist()
     np.testing.assert_allclose(listed.logit_N, expected["logit"].to_numpy(), atol=TOLERANCE)
     for number, explanation in zip(GROUPS, explanations, strict=True):
-        here = np.flatnonzero(listed.group_N == number)
-        found = [each.score.logit for each in explanation.candidates]
-        np.testing.assert_allclose(found, expected["logit"].to_numpy()[here], atol=TOLERANCE)
         assert explanation.group.place.row_of_file == number
-        assert [each.score.probability for each in explanation.candidates] == pytest.approx(
-            expected["probability"].to_numpy()[here].tolist(), abs=TOLERANCE
-        )
+        for name in ("logit", "probability"):
+            found = [getattr(each.score, name) for each in explanation.candidates]
+            np.testing.assert_allclose(found, expected[name].to_numpy()[listed.group_N == number], atol=TOLERANCE)
 
 
 @of_kinds("lr")
-def test_ads_are_named_as_the_logs_name_them(kind: str, trained: Trained, runs: TrainedRuns) -> None:
-    run = trained(kind)
+def test_ads_are_named_as_the_logs_name_them(kind: str, runs: Runs) -> None:
+    names = runs.trained(kind) / "ids.parquet"
     with runs.use(kind) as opened:
         ads = [each.ad for each in explain(opened, GROUPS[0]).candidates]
         assert ads[0].isdecimal()
-        write_part(run / "ids.parquet", {int(ads[0]): "SKU-10195", 13: "eva"})
+        write_part(names, {int(ads[0]): "SKU-10195", 13: "eva"})
         found = explain(opened, GROUPS[0])
         texts = opened.texts([13, "13", 14])
-        (run / "ids.parquet").unlink()
+        names.unlink()
     assert [each.ad for each in found.candidates] == ["SKU-10195" if each == ads[0] else each for each in ads]
     assert texts == ["eva", "13", "14"]
 
 
 @of_kinds("lr", "contents", "id_proxy", "images_none", "exact")
-def test_without_images_is_an_evaluation_with_all_images_hidden(kind: str, trained: Trained, runs: TrainedRuns) -> None:
-    opened_run = open_source(RunSource(trained(kind)), SoloComm())
+def test_without_images_is_an_evaluation_with_all_images_hidden(kind: str, runs: Runs) -> None:
+    opened_run = open_source(RunSource(runs.trained(kind)), SoloComm())
     usual, _ = predict(opened_run)
     for service in opened_run.engine.services.values():
         service.partition.hide(True)
@@ -155,36 +144,30 @@ def test_without_images_is_an_evaluation_with_all_images_hidden(kind: str, train
 
 
 @of_kinds(*KINDS)
-def test_a_behaviour_taken_away_is_a_user_without_it(
-    kind: str, trained: Trained, runs: TrainedRuns, sample_places: Places, tmp_path: Path
-) -> None:
-    run, table = trained(kind), rows_of(sample_places)
+def test_a_behaviour_taken_away_is_a_user_without_it(kind: str, runs: Runs, tmp_path: Path) -> None:
     changed, found = [], []
-    for number in with_history(sample_places):
+    for number in runs.with_history:
         with runs.use(kind) as opened:
             found += [each.without_it.logit for each in explain(opened, number, 0).behaviors]
-        row = table.slice(number, 1).to_pylist()[0]
+        row = runs.row(number)
         for place in range(len(row["behavior_item"])):
             shorter = {n: [v for k, v in enumerate(row[n]) if k != place] for n in OF_BEHAVIORS if n in row}
             changed.append(row | shorter)
-    logit_N = scored_with(run, table, changed, tmp_path / "changed")
+    logit_N = scored_with(runs.trained(kind), runs.samples, changed, tmp_path / "changed")
     first = np.cumsum([0, *(len(row["label"]) for row in changed)])[:-1]
     np.testing.assert_allclose(found, logit_N[first], atol=TOLERANCE)
 
 
 @of_kinds("lr", "din_inputs", "contents", "id_proxy", "exact", "images_behavior")
-def test_another_picture_is_samples_with_that_picture(
-    kind: str, trained: Trained, runs: TrainedRuns, sample_places: Places, tmp_path: Path
-) -> None:
-    run, table = trained(kind), rows_of(sample_places)
+def test_another_picture_is_samples_with_that_picture(kind: str, runs: Runs, tmp_path: Path) -> None:
     keys = [1_000, 1_017, 1_044, GONE[0], 77]
     with runs.use(kind) as opened:
         explanation = explain(opened, 5, 0)
         found = with_other_pictures(explanation.group, 0, [PictureName(key, None) for key in keys])
         assert with_other_pictures(explanation.group, 0, []) == []
-    row = table.slice(5, 1).to_pylist()[0]
+    row = runs.row(5)
     changed = [row | {"ad_image": [key, *row["ad_image"][1:]]} for key in keys]
-    logit_N = scored_with(run, table, changed, tmp_path / "changed")
+    logit_N = scored_with(runs.trained(kind), runs.samples, changed, tmp_path / "changed")
     np.testing.assert_allclose([each.score.logit for each in found], logit_N[:: len(row["label"])], atol=TOLERANCE)
     if kind != "images_behavior":
         has_all = kind == "exact"  # of the snapshot before some went
@@ -192,9 +175,7 @@ def test_another_picture_is_samples_with_that_picture(
     assert (found[0].look_alone is None) == (kind == "images_behavior")
 
 
-def test_pictures_alone_are_samples_whose_pictures_have_a_column_of_their_own(
-    runs: TrainedRuns, sample_places: Places, tmp_path: Path
-) -> None:
+def test_pictures_alone_are_samples_whose_pictures_have_a_column_of_their_own(runs: Runs, tmp_path: Path) -> None:
     """Two runs that learn the same: in one the IDs of images are in other columns than the images themselves."""
     values = yaml.safe_load(DEFAULT_SCHEMA.read_text())
     for field in values["fields"]:
@@ -202,13 +183,14 @@ def test_pictures_alone_are_samples_whose_pictures_have_a_column_of_their_own(
             field["column"] = {"user": "seen_look", "ad": "shown_look"}[field["side"]]
     schema, samples = tmp_path / "schema.yaml", tmp_path / "samples"
     schema.write_text(yaml.safe_dump(values))
-    shutil.copytree(sample_places.folder / "samples", samples)
-    for file in samples.glob("*/*.parquet"):
-        table = pq.read_table(file, partitioning=None)
+    shutil.copytree(runs.folder / "samples", samples)
+
+    def with_looks(table: pa.Table) -> pa.Table:
         for name, source in {"seen_look": "behavior_image", "shown_look": "ad_image"}.items():
             table = table.append_column(name, table[source])
-        size = pq.ParquetFile(file).metadata.row_group(0).num_rows  # which decides on the order of training
-        pq.write_table(table, file, row_group_size=size)
+        return table
+
+    rewrite(samples, with_looks)
     common: dict[str, Any] = {
         "train__max_steps": 12,
         "optim__lr": 0.02,
@@ -217,68 +199,59 @@ def test_pictures_alone_are_samples_whose_pictures_have_a_column_of_their_own(
         "model__tables": f"{{{TABLES}}}",
     }
     for name, own in {"together": {}, "apart": {"data__samples": samples, "data__schema_file": schema}}.items():
-        run_alone(sample_places, run__name=name, **common, **own)
-    number = with_history(sample_places)[0]
+        run_alone(runs.places, run__name=name, **common, **own)
+    number = runs.with_history[0]
     pictures = [PictureName(key, None) for key in (1_004, 1_011, 1_020, 1_033)]
     with runs.use("together") as opened:
         found = explain(opened, number, 0)
         others = with_other_pictures(found.group, 0, pictures)
-    table = pq.read_table(samples / TEST, partitioning=None)
+    table = with_looks(runs.samples)
     row = table.slice(number, 1).to_pylist()[0]
-    num, run = len(row["label"]), sample_places.folder / "runs" / "apart"
+
+    def expected(rows: list[dict[str, Any]]) -> np.ndarray:
+        return scored_with(runs.trained("apart"), table, rows, tmp_path / "changed")[:: len(row["label"])]
+
     shorter = [row | {"seen_look": [v for k, v in enumerate(row["seen_look"]) if k != place]} for place in range(3)]
-    expected = scored_with(run, table, shorter, tmp_path / "shorter")[::num]
     without = [each.without_picture.logit for each in found.behaviors[:3] if each.without_picture]
-    np.testing.assert_allclose(without, expected, atol=TOLERANCE)
+    np.testing.assert_allclose(without, expected(shorter), atol=TOLERANCE)
     looks = [row | {"shown_look": [each.key, *row["shown_look"][1:]]} for each in pictures]
-    expected = scored_with(run, table, looks, tmp_path / "looks")[::num]
     alone = [each.look_alone.logit for each in others if each.look_alone]
-    np.testing.assert_allclose(alone, expected, atol=TOLERANCE)
+    np.testing.assert_allclose(alone, expected(looks), atol=TOLERANCE)
     assert any(abs(each.score.logit - each.look_alone.logit) > 1e-6 for each in others if each.look_alone)
 
 
 @of_kinds("lr", "id_proxy", "finalmlp", "din_inputs", "images_behavior", "two_tower")
-def test_attention(kind: str, trained: Trained, runs: TrainedRuns, sample_places: Places) -> None:
-    trained(kind)
-    weighed = kind in ("id_proxy", "finalmlp", "images_behavior")
+def test_attention(kind: str, runs: Runs) -> None:
+    channels = {"finalmlp": 2, "id_proxy": 1, "images_behavior": 1}.get(kind, 0)
     with runs.use(kind) as opened:
         told = weighing(opened)
-        for number in with_history(sample_places):
+        for number in runs.with_history:
             found = explain(opened, number)
-            assert len(found.channels) == {"finalmlp": 2}.get(kind, int(weighed))
-            for channel in range(len(found.channels)):
-                weights = [each.weights[channel] for each in found.behaviors]
-                assert sum(weights) == pytest.approx(1, abs=1e-5)
-            if not weighed:
-                assert all(each.weights == () for each in found.behaviors)
-    assert ("has a weight" in told or "weigh the same" in told) == (not weighed)
+            assert len(found.channels) == channels
+            assert all(len(each.weights) == channels for each in found.behaviors)
+            sums = [sum(each.weights[channel] for each in found.behaviors) for channel in range(channels)]
+            assert sums == pytest.approx([1] * channels, abs=1e-5)
+    assert ("has a weight" in told or "weigh the same" in told) == (not channels)
 
 
-def test_the_sentence_says_what_the_table_has(
-    trained: Trained, runs: TrainedRuns, sample_places: Places, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    trained("finalmlp"), trained("images_none")
-    number = with_history(sample_places)[0]
+def test_the_sentence_says_what_the_table_has(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    number = runs.with_history[0]
     with runs.use("finalmlp") as opened, runs.use("images_none") as ids:
         found = explain(opened, number, 0, ids)
         plain = explain(ids, number, 0)
-        assert isinstance(found, Explanation)
         helped = found.helped_most or found.hurt_most
         assert helped is not None
-        names = {helped.picture.key: "shoes/red.jpg"}
-        said = sentence(found, names)
-        said_of_ids = sentence(plain, {})
-        met = json.loads((sample_places.folder / "runs/finalmlp/report.json").read_text())["missing_lookups"]
+        said, said_of_ids = sentence(found, {helped.picture.key: "shoes/red.jpg"}), sentence(plain, {})
+        met = json.loads((runs.folder / "runs/finalmlp/report.json").read_text())["missing_lookups"]
         assert met > 0 and f"met images without a feature {met:,} times" in on_missing(opened)
-    trained("exact")  # of a snapshot that has every image
-    with runs.use("exact") as strict:
+    with runs.use("exact") as strict:  # of a snapshot that has every image
         assert "without pictures is not known" in sentence(explain(strict, number, 0), {})
         assert "was not trained for missing images: it met none" in on_missing(strict)
         assert "is not a forecast" in on_missing(strict)
         monkeypatch.setattr(type(strict.trained.saved), "missing_met", property(lambda saved: 1))
         assert not strict.knows_missing and "it met 1, too few to learn from" in on_missing(strict)
-    assert f"{100 * found.chosen.score.probability:.2f} %" in said
-    assert f"{100 * found.chosen.without_images.probability:.2f} %" in said
+    for each in (found.chosen.score, found.chosen.without_images):
+        assert f"{100 * each.probability:.2f} %" in said
     assert f"rank {found.chosen.rank} of {len(found.candidates)}" in said
     assert "shoes/red.jpg" in said
     assert "uses only IDs" in said_of_ids
@@ -290,62 +263,47 @@ def test_the_sentence_says_what_the_table_has(
         assert found.effect(found.helped_most) == max(each for each in effects if each is not None)
 
 
+def check_sent(runs: Runs, opened: OpenedRun, key: int, number: int, ad: int, patch: pytest.MonkeyPatch) -> None:
+    """A picture that is sent, for which the network gives the feature of an image, gets what that image gets."""
+    store = FeatureStore.open(runs.folder / "features")
+    patch.setattr(explained, "feature_of_picture", lambda store, data: store.snapshot().get([key]))
+    group = explain(opened, number, ad).group
+    expected = with_other_pictures(group, ad, [PictureName(key, None)])[0].look_alone
+    assert expected is not None
+    found = explained.score_sent(group, ad, store, b"a picture")
+    assert found.logit == pytest.approx(expected.logit, abs=TOLERANCE)
+
+
 @of_kinds("lr", "two_tower", "id_proxy")
-def test_a_picture_that_is_sent_has_the_score_of_its_feature(
-    kind: str, trained: Trained, runs: TrainedRuns, sample_places: Places, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The network gives the feature that the store has of an image; all that follows is the run's own."""
-    trained(kind)
-    store, key = FeatureStore.open(sample_places.folder / "features"), 1_021
-    monkeypatch.setattr(explained, "feature_of_picture", lambda store, data: store.snapshot().get([key]))
+def test_a_sent_picture_has_the_score_of_its_feature(kind: str, runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     with runs.use(kind) as opened:
         for number in (5, 7):
-            group = explain(opened, number).group
-            expected = with_other_pictures(group, 0, [PictureName(key, None)])[0].look_alone
-            assert expected is not None
-            found = explained.score_sent(group, 0, store, b"a picture")
-            assert found.logit == pytest.approx(expected.logit, abs=TOLERANCE)
+            check_sent(runs, opened, 1_021, number, 0, monkeypatch)
 
 
-def test_a_picture_that_is_sent_for_a_new_ad(
-    runs: TrainedRuns, sample_places: Places, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_picture_that_is_sent_for_a_new_ad(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where pictures of new ads do not count (`model.image_dropout`), one that is sent does not either."""
     changes = {"model__image_dropout": 0.3, "model__id_dropout": 0.3, "data__missing": "zeros"}
     tables = "{user: 64, item: 65536, image: 65536, category: 16, scene: 16}"
-    run_alone(sample_places, run__name="new-ads", train__max_steps=40, optim__lr=0.05, model__tables=tables, **changes)
-    store, key = FeatureStore.open(sample_places.folder / "features"), 1_046  # of an item that training has not seen
-    monkeypatch.setattr(explained, "feature_of_picture", lambda store, data: store.snapshot().get([key]))
-    number, ad = next(
-        (number, items.index(item))
-        for number, items in enumerate(rows_of(sample_places)["ad_item"].to_pylist())
-        for item in items
-        if item >= 40
-    )
+    run_alone(runs.places, run__name="new-ads", train__max_steps=40, optim__lr=0.05, model__tables=tables, **changes)
+    groups = enumerate(runs.samples["ad_item"].to_pylist())
+    number, ad = next((number, items.index(item)) for number, items in groups for item in items if item >= 40)
     with runs.use("new-ads") as opened:
         new_ads = opened.trained.engine.model.new_ads
         assert new_ads is not None
         new_ads.decide(pictures_count=False)
-        group = explain(opened, number, ad).group
-        expected = with_other_pictures(group, ad, [PictureName(key, None)])[0].look_alone
-        assert expected is not None
-        found = explained.score_sent(group, ad, store, b"a picture")
-    assert found.logit == pytest.approx(expected.logit, abs=TOLERANCE)
+        check_sent(runs, opened, 1_046, number, ad, monkeypatch)  # of an item that training has not seen
 
 
 @pytest.mark.parametrize(
     ("kind", "store", "told"), [("images_none", "features", "sees no pictures"), ("lr", "texts", "another kind")]
 )
-def test_a_run_without_pictures_and_one_of_other_features_take_none(
-    kind: str, store: str, told: str, trained: Trained, runs: TrainedRuns, sample_places: Places
-) -> None:
-    trained(kind)
+def test_runs_without_pictures_or_of_other_features_take_none(kind: str, store: str, told: str, runs: Runs) -> None:
     with runs.use(kind) as opened, pytest.raises(ExplorerError, match=told):
-        explained.score_sent(explain(opened, 1).group, 0, FeatureStore.open(sample_places.folder / store), b"")
+        explained.score_sent(explain(opened, 1).group, 0, FeatureStore.open(runs.folder / store), b"")
 
 
-def test_what_is_not_there(trained: Trained, runs: TrainedRuns) -> None:
-    trained("lr")
+def test_what_is_not_there(runs: Runs) -> None:
     with runs.use("lr") as opened:
         for number, ad in ((60, None), (10**15, None), (0, 99)):
             with pytest.raises(NotHereError):

@@ -20,11 +20,18 @@ def test_curves_of_a_run_are_what_it_logged(world: World) -> None:
     assert {"embed images", "worker forward"} <= {each.name for each in found.stages} - ahead
 
 
+def logged(run: Path, first: int, *losses: float) -> EventsFile:
+    """Begin a file of a run, which has these losses from a step on."""
+    file = EventsFile(run / "tensorboard", first)
+    for step, loss in enumerate(losses, first):
+        file.add(step, {"train/loss": loss})
+    return file
+
+
 def test_they_are_read_on_and_half_a_record_waits(tmp_path: Path) -> None:
-    reader, file = CurveReader(), EventsFile(tmp_path / "tensorboard", 0)
+    reader = CurveReader()
     assert reader.read(tmp_path).loss.steps == ()
-    file.add(1, {"train/loss": 0.5})
-    file.add(2, {"train/loss": 0.4})
+    file = logged(tmp_path, 1, 0.5, 0.4)
     assert reader.read(tmp_path).loss.values == pytest.approx((0.5, 0.4))
     (path,) = (tmp_path / "tensorboard").iterdir()
     whole = path.read_bytes()
@@ -39,46 +46,45 @@ def test_they_are_read_on_and_half_a_record_waits(tmp_path: Path) -> None:
 
 def test_a_run_that_goes_on_in_a_new_file_forgets_the_steps_that_it_repeats(tmp_path: Path) -> None:
     reader = CurveReader()
-    for first, values in ((0, (0.9, 0.8, 0.7)), (2, (0.75, 0.65))):
-        file = EventsFile(tmp_path / "tensorboard", first)
-        for step, value in enumerate(values, first):
-            file.add(step, {"train/loss": value})
-        reader.read(tmp_path)
-    found = CurveReader().read(tmp_path).loss
+    for first, losses in ((0, (0.9, 0.8, 0.7)), (2, (0.75, 0.65))):
+        logged(tmp_path, first, *losses)
+        found = reader.read(tmp_path).loss
+    assert found == CurveReader().read(tmp_path).loss
     assert found.steps == (0, 1, 2, 3)
     assert found.values == pytest.approx((0.9, 0.8, 0.75, 0.65))
 
 
 def test_a_run_that_is_begun_anew_has_only_its_own_curves(tmp_path: Path) -> None:
     reader = CurveReader()
-    EventsFile(tmp_path / "tensorboard", 0).add(1, {"train/loss": 0.5})
+    logged(tmp_path, 1, 0.5)
     assert reader.read(tmp_path).loss.values == (0.5,)
     (old,) = (tmp_path / "tensorboard").iterdir()
     old.unlink()
     assert reader.read(tmp_path).loss.steps == ()
-    file = EventsFile(tmp_path / "tensorboard", 0)
-    file.add(1, {"train/loss": 0.25})
+    logged(tmp_path, 1, 0.25)
     assert reader.read(tmp_path).loss.values == (0.25,)
 
 
 def test_many_points_are_thinned_and_end_with_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(curves, "MOST_POINTS", 10)
-    file = EventsFile(tmp_path / "tensorboard", 0)
-    for step in range(1, 38):
-        file.add(step, {"train/loss": float(step)})
+    logged(tmp_path, 1, *map(float, range(1, 38)))
     found = CurveReader().read(tmp_path).loss
     assert len(found.steps) <= 11
     assert (found.steps[0], found.steps[-1], found.last) == (1, 37, 37.0)
 
 
-@pytest.mark.parametrize("stages", [None, [], {"read": None}, {"read": {"median_ms": "x"}}])
-def test_stages_that_are_not_there_are_none(stages: object) -> None:
-    assert stages_of_report({"stages": stages}) == ()
-
-
-def test_stages_of_a_report() -> None:
-    report = {"stages": {"read": {"median_ms": 2, "hidden": 0.9}, "rest": {"median_ms": 1.5, "hidden": None}}}
-    assert stages_of_report(report) == (StageTime("read", 2.0, True), StageTime("rest", 1.5, False))
+@pytest.mark.parametrize(
+    ("stages", "expected"),
+    [
+        *((each, ()) for each in (None, [], {"read": None}, {"read": {"median_ms": "x"}})),
+        (
+            {"read": {"median_ms": 2, "hidden": 0.9}, "rest": {"median_ms": 1.5, "hidden": None}},
+            (StageTime("read", 2.0, True), StageTime("rest", 1.5, False)),
+        ),
+    ],
+)
+def test_stages_of_a_report_where_they_are_there(stages: object, expected: tuple[StageTime, ...]) -> None:
+    assert stages_of_report({"stages": stages}) == expected
 
 
 def test_a_run_with_validation_days_has_the_curve_of_these(tmp_path):

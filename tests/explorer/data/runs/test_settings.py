@@ -12,6 +12,15 @@ def run(name: str, images: str, state: State = "finished", **more: Any) -> RunFa
     return RunFacts(name=name, state=state, settings=settings | more, report={})
 
 
+def grouped(*runs: RunFacts) -> list[list[str]]:
+    return [[each.name for each in group] for group in image_groups(list(runs))]
+
+
+def figures(*runs: RunFacts) -> list[str]:
+    """The settings in which runs differ, of those that change figures."""
+    return [row.name for row in differing(list(runs)) if row.is_figure]
+
+
 def test_those_that_change_figures_come_first_and_images_at_the_top() -> None:
     rows = differing([run("a", "none", **{"train.log_every": 1}), run("b", "both", **{"optim.lr": 0.01})])
     assert [(row.name, row.values, row.is_figure) for row in rows] == [
@@ -20,10 +29,7 @@ def test_those_that_change_figures_come_first_and_images_at_the_top() -> None:
         ("run.name", ("a", "b"), False),
         ("train.log_every", ("1", "–"), False),
     ]
-
-
-def test_a_seed_changes_figures() -> None:
-    assert differing([run("a", "none"), run("a", "none", **{"train.seed": 1})])[0].is_figure
+    assert figures(run("a", "none"), run("a", "none", **{"train.seed": 1})) == ["train.seed"]
 
 
 def test_groups_differ_in_their_images_alone() -> None:
@@ -36,29 +42,30 @@ def test_groups_differ_in_their_images_alone() -> None:
         run("going on", "behavior", state="running"),
         run("x", "none", **{"optim.lr": 0.5}),
     ]
-    assert [[each.name for each in group] for group in image_groups(runs)] == [["none", "ad", "both"], ["x", "other"]]
-    assert image_groups(runs[:1]) == []
+    assert grouped(*runs) == [["none", "ad", "both"], ["x", "other"]]
+    assert grouped(runs[0]) == []
 
 
 def test_settings_that_a_run_without_images_has_no_use_for_do_not_count_for_it() -> None:
     ids = run("ids", "none", **{"data.missing": "error", "model.pooling": "sum"})
     both = run("both", "both", **{"data.missing": "learned", "model.pooling": "attentive"})
     ad = run("ad", "ad", **{"data.missing": "zeros", "model.pooling": "attentive"})
-    assert [[each.name for each in group] for group in image_groups([ids, both])] == [["ids", "both"]]
-    assert [row.name for row in differing([ids, both]) if row.is_figure] == ["model.images"]
-    assert [[each.name for each in group] for group in image_groups([both, ad])] == []  # both see images
-    assert [row.name for row in differing([both, ad]) if row.is_figure] == ["model.images", "data.missing"]
+    assert (grouped(ids, both), figures(ids, both)) == ([["ids", "both"]], ["model.images"])
+    assert (grouped(both, ad), figures(both, ad)) == ([], ["model.images", "data.missing"])  # both see images
 
 
 def test_the_type_of_es_products_counts_for_runs_that_have_an_e() -> None:
     """But float64 is the type of all numbers."""
-    ids = run("ids", "none", **{"model.compute_dtype": "float32"})
-    both = run("both", "both", **{"model.compute_dtype": "bfloat16"})
-    assert [[each.name for each in group] for group in image_groups([ids, both])] == [["ids", "both"]]
-    assert [row.name for row in differing([ids, both]) if row.is_figure] == ["model.images"]
-    exact = run("ids", "none", **{"model.compute_dtype": "float64"})
-    assert image_groups([exact, both]) == []
-    assert [row.name for row in differing([exact, both]) if row.is_figure] == ["model.images", "model.compute_dtype"]
+    ids, both, exact = (
+        run(name, images, **{"model.compute_dtype": dtype})
+        for name, images, dtype in (
+            ("ids", "none", "float32"),
+            ("both", "both", "bfloat16"),
+            ("ids", "none", "float64"),
+        )
+    )
+    assert (grouped(ids, both), figures(ids, both)) == ([["ids", "both"]], ["model.images"])
+    assert (grouped(exact, both), figures(exact, both)) == ([], ["model.images", "model.compute_dtype"])
 
 
 def elsewhere(name: str, images: str, digest: str, commit: str | None) -> RunFacts:
@@ -70,29 +77,21 @@ def elsewhere(name: str, images: str, digest: str, commit: str | None) -> RunFac
 
 
 def test_what_runs_read_counts_and_not_where_it_was() -> None:
-    none, ad, both = (
-        elsewhere("n", "none", "d1", None),
-        elsewhere("a", "ad", "d1", "c1"),
-        elsewhere("b", "both", "d1", "c1"),
-    )
-    assert [[each.name for each in group] for group in image_groups([none, ad, both])] == [["n", "a", "b"]]
-    assert [row.name for row in differing([none, ad, both]) if row.is_figure] == ["model.images"]
-    assert snapshots([none, ad, both]) == []
+    runs = elsewhere("n", "none", "d1", None), elsewhere("a", "ad", "d1", "c1"), elsewhere("b", "both", "d1", "c1")
+    assert (grouped(*runs), figures(*runs), snapshots(list(runs))) == ([["n", "a", "b"]], ["model.images"], [])
 
 
 def test_other_samples_or_another_snapshot_are_no_difference_of_images() -> None:
     none, ad = elsewhere("n", "none", "d1", None), elsewhere("a", "ad", "d1", "c1")
     both, other = elsewhere("b", "both", "d1", "c2"), elsewhere("o", "behavior", "bytes:d2", "c1")
-    groups = image_groups([none, ad, both, other])
-    assert [[each.name for each in group] for group in groups] == [["n", "a"], ["n", "b"]]
+    assert grouped(none, ad, both, other) == [["n", "a"], ["n", "b"]]
     assert [(row.name, row.values) for row in snapshots([none, other])] == [("digest of the samples", ("d1", "d2"))]
 
 
 def test_addresses_count_where_nothing_was_recorded() -> None:
-    runs = [elsewhere("n", "none", "", None), elsewhere("a", "ad", "", None), elsewhere("b", "both", "d1", "c1")]
-    assert image_groups(runs) == []
-    figures = {row.name for row in differing(runs) if row.is_figure}
-    assert figures == {"model.images", "data.samples", "data.store", "data.stores.audio"}
+    runs = elsewhere("n", "none", "", None), elsewhere("a", "ad", "", None), elsewhere("b", "both", "d1", "c1")
+    assert grouped(*runs) == []
+    assert {*figures(*runs)} == {"model.images", "data.samples", "data.store", "data.stores.audio"}
 
 
 def test_values_are_written_as_files_have_them() -> None:
