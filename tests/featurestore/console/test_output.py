@@ -34,9 +34,7 @@ def shown(capsys: pytest.CaptureFixture[str], until: str) -> str:
     return err
 
 
-def test_a_log_gets_a_line_now_and_then_and_one_at_the_end(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_log_gets_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     with progress_bar("reading", 2000) as bar:
         bar.advance(2000)
     assert capsys.readouterr().err == ""  # quick work
@@ -63,9 +61,7 @@ def test_a_terminal_gets_a_bar_that_goes(monkeypatch: pytest.MonkeyPatch, capsys
     assert "reading" in err and "4/4" in err and err.endswith("\x1b[2K")
 
 
-def test_what_goes_on_is_told_beside_the_numbers(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_goes_on_is_told_too(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(output, "LINE_EVERY_S", 0.02)
     with progress_bar("pages") as bar:
         bar(1, 9)
@@ -127,9 +123,7 @@ def _shown(letter: str) -> str:
     return letter if letter.isprintable() else f"\\u{ord(letter):04x}" if ord(letter) > 255 else f"\\x{ord(letter):02x}"
 
 
-def test_blocks_come_in_the_order_in_which_they_were_printed(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_blocks_come_in_the_order_of_printing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     table = Table("name", title="A table")
     table.add_column("value", justify="right")
     table.add_row("a part", "")

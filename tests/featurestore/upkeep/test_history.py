@@ -13,6 +13,7 @@ from featurestore.upkeep.expiry import expire
 from featurestore.upkeep.history import diff, move_channel, pin, read_pins, restore, unpin
 from featurestore.upkeep.history import log as log_of
 from tests.faulty import faulty, made_but_lost, preceded_by
+from tests.featurestore.conftest import make_rows, put
 from tests.featurestore.staged import run
 
 T0 = 1_800_000_000.0
@@ -29,15 +30,15 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
 
 
 @pytest.fixture
-def timed(store: FeatureStore, make_rows, clock: Callable[[float], None]) -> FeatureStore:
+def timed(store: FeatureStore, clock: Callable[[float], None]) -> FeatureStore:
     """Versions 1 to 9, committed at 10 s, 20 s … 90 s."""
     for version in range(1, 10):
         clock(10 * version)
-        store.put(make_rows(1, store.info, seed=version))
+        put(store, 1, seed=version)
     return store
 
 
-def test_times_of_commits_never_run_backwards(timed: FeatureStore, make_rows, clock: Callable[[float], None]) -> None:
+def test_times_of_commits_never_run_backwards(timed: FeatureStore, clock: Callable[[float], None]) -> None:
     """Whatever the clocks of their writers say."""
     for seconds, expected in ((15, 90), (95, 95)):
         clock(seconds)
@@ -46,33 +47,31 @@ def test_times_of_commits_never_run_backwards(timed: FeatureStore, make_rows, cl
 
 class TestLog:
     def test_newest_first_with_pins(self, timed: FeatureStore) -> None:
+        """A damaged manifest does not hide the others."""
         pin(timed, "b", 8)
         pin(timed, "a", 8)
+        path = Path(timed.url) / log.manifest_path(4)
+        path.write_bytes(path.read_bytes().replace(b'"put"', b'"pit"'))
         entries = log_of(timed)
         assert [entry.version for entry in entries] == list(range(9, 0, -1))
         assert [entry.pins for entry in entries[:3]] == [(), ("a", "b"), ()]
         assert entries[2].manifest == timed.snapshot(7).manifest
+        assert [entry.version for entry in entries if entry.manifest is None] == [4]
         assert [entry.version for entry in log_of(timed, last=2)] == [9, 8]
-
-    def test_a_damaged_manifest_does_not_hide_the_others(self, timed: FeatureStore) -> None:
-        path = Path(timed.url) / log.manifest_path(4)
-        path.write_bytes(path.read_bytes().replace(b'"put"', b'"pit"'))
-        assert [entry.version for entry in log_of(timed) if entry.manifest is None] == [4]
 
 
 class TestDiff:
-    def test_a_touched_image_is_no_change_but_another_size_is(self, store: FeatureStore, make_rows) -> None:
-        rows = make_rows(3, store.info)
-        store.put(rows)
+    def test_a_touched_image_is_no_change_but_another_size_is(self, store: FeatureStore) -> None:
+        rows = put(store, 3)
         store.put(FeatureRows(**{**rows.__dict__, "source_tag": ["new"] * 3}))
         store.put(FeatureRows(**{**rows.__dict__, "width_N": rows.width_N + np.array([0, 1, 0], np.int32)}))
         assert len(diff(store, 1, 2).changed) == 0
         assert diff(store, 1, 3).changed.uris == ["images/1.jpg"]
         assert diff(store, 1, 3).changed.keys_N.tolist() == rows.keys_N[1:2].tolist()
 
-    def test_shards_with_the_same_files_are_not_read(self, store: FeatureStore, make_rows) -> None:
-        store.put(make_rows(100, store.info))
-        store.put(make_rows(["images/3.jpg"], store.info, seed=2))
+    def test_shards_with_the_same_files_are_not_read(self, store: FeatureStore) -> None:
+        put(store, 100)
+        put(store, ["images/3.jpg"], seed=2)
         opened = []
         noted = {name: lambda read, path: opened.append(path) or read(path) for name in ("open_input", "read_bytes")}
         noting = faulty(store, **noted)
@@ -80,9 +79,9 @@ class TestDiff:
         assert len({path.split("/")[1] for path in opened if path.startswith("data/")}) == 1
 
 
-def test_a_restore_is_refused_whose_snapshot_expires_while_others_are_first(timed: FeatureStore, make_rows) -> None:
+def test_a_restore_is_refused_whose_snapshot_expires_while_others_are_first(timed: FeatureStore) -> None:
     def others_are_first() -> None:
-        timed.put(make_rows(1, timed.info, first=5))
+        put(timed, 1, first=5)
         expire(timed, keep_last=1, keep_days=0)
 
     with pytest.raises(SnapshotNotFoundError, match="3 has expired"):
@@ -90,7 +89,7 @@ def test_a_restore_is_refused_whose_snapshot_expires_while_others_are_first(time
 
 
 @pytest.mark.parametrize("kept_by", ["nothing", "a pin", "a channel"])
-def test_a_writer_that_slept_for_weeks(nine: FeatureStore, make_rows, kept_by: str) -> None:
+def test_a_writer_that_slept_for_weeks(nine: FeatureStore, kept_by: str) -> None:
     """Even the copies are gone. Where no name keeps any, its version would have been the first to go."""
 
     def others() -> None:
@@ -111,7 +110,9 @@ def test_a_writer_that_slept_for_weeks(nine: FeatureStore, make_rows, kept_by: s
 
 
 class TestCommands:
-    def test_log_is_a_table(self, timed: FeatureStore) -> None:
+    def test_log_restore_pin_and_unpin(self, timed: FeatureStore, tmp_path: Path) -> None:
+        empty = FeatureStore.create(tmp_path / "empty", timed.info.kind)
+        assert run("log", empty.url).output == "no snapshot yet: nothing was committed\n"
         pin(timed, "keep-it", 8)
         result = run("log", timed.url, "--last", 2)
         lines = result.output.splitlines()
@@ -120,16 +121,15 @@ class TestCommands:
         assert lines[0].split() == names
         assert lines[1].split()[:5] == ["9", "2027-01-15", "08:01:30", "UTC", "put"]
         assert lines[2].rstrip().endswith("keep-it")
+        assert run("restore", timed.url, 4).output == "snapshot 10 holds what snapshot 4 holds\n"
+        assert run("pin", timed.url, "a").output == "a keeps snapshot 10\n"
+        assert run("unpin", timed.url, "a").output == "a is not a pin any more\n"
 
-    def test_log_of_an_empty_store(self, store: FeatureStore) -> None:
-        assert run("log", store.url).output == "no snapshot yet: nothing was committed\n"
-
-    def test_diff_counts_and_lists(self, store: FeatureStore, make_rows) -> None:
-        rows = make_rows(3, store.info, seed=1)
-        store.put(rows)
-        store.put(make_rows(1, store.info, seed=2))
+    def test_diff_counts_and_lists(self, store: FeatureStore) -> None:
+        rows = put(store, 3, seed=1)
+        put(store, 1, seed=2)
         store.delete(rows.keys_N[2:])
-        store.put(make_rows(1, store.info, first=9))
+        put(store, 1, first=9)
         assert run("diff", store.url, 1, 4).output == "snapshot 1 to 4: 1 added, 1 changed, 1 removed\n"
         lines = run("diff", store.url, 1, 4, "--keys").output.splitlines()
         assert [(line.split()[0], line.split()[2]) for line in lines[:3]] == [
@@ -139,15 +139,10 @@ class TestCommands:
         ]
         assert int(lines[1].split()[1]) == rows.keys_N[0]
 
-    def test_restore_pin_and_unpin(self, timed: FeatureStore) -> None:
-        assert run("restore", timed.url, 4).output == "snapshot 10 holds what snapshot 4 holds\n"
-        assert run("pin", timed.url, "a").output == "a keeps snapshot 10\n"
-        assert run("unpin", timed.url, "a").output == "a is not a pin any more\n"
-
 
 class TestPins:
-    def test_mistakes_are_named(self, nine: FeatureStore) -> None:
-        pin(nine, "a", 4)
+    def test_mistakes_and_damage_are_named(self, nine: FeatureStore, tmp_path: Path) -> None:
+        assert pin(faulty(nine, create_exclusive=made_but_lost), "a", 4).version == 4
         with pytest.raises(PinError, match="'a' keeps snapshot 4 already"):
             pin(nine, "a", 5)
         with pytest.raises(PinError, match="no pin 'b'; it has a"):
@@ -157,28 +152,18 @@ class TestPins:
                 pin(nine, name, 4)
         with pytest.raises(SnapshotNotFoundError, match="no snapshot 12"):
             pin(nine, "c", 12)
-        assert [made.name for made in read_pins(nine.storage)] == ["a"]
-
-    def test_an_empty_store_has_nothing_to_pin(self, store: FeatureStore) -> None:
         with pytest.raises(SnapshotNotFoundError, match="0 is the empty store"):
-            pin(store, "a")
+            pin(FeatureStore.create(tmp_path / "empty", nine.info.kind), "a")
+        assert [made.name for made in read_pins(nine.storage)] == ["a"]
+        path = Path(nine.url) / "pins" / "a.json"
+        path.write_bytes(path.read_bytes().replace(b'"version": 4', b'"version": 5'))
+        with pytest.raises(CorruptFileError, match=r"pins/a\.json is damaged.*unpin .* a, and pin"):
+            read_pins(nine.storage)
+        unpin(nine, "a")
+        assert read_pins(nine.storage) == []
 
-    def test_a_lost_answer_is_looked_up(self, nine: FeatureStore) -> None:
-        assert pin(faulty(nine, create_exclusive=made_but_lost), "a", 4).version == 4
-
-
-def test_a_pin_that_sees_the_copy_of_an_expiry_is_refused_and_not_left(nine: FeatureStore) -> None:
-    nine.storage.write_bytes(log.manifest_path(4, log.EXPIRED), nine.storage.read_bytes(log.manifest_path(4)))
-    with pytest.raises(SnapshotNotFoundError, match="expiring just now"):
-        pin(nine, "late", 4)
-    assert read_pins(nine.storage) == []
-
-
-def test_a_damaged_pin_is_named(nine: FeatureStore) -> None:
-    pin(nine, "a", 4)
-    path = Path(nine.url) / "pins" / "a.json"
-    path.write_bytes(path.read_bytes().replace(b'"version": 4', b'"version": 5'))
-    with pytest.raises(CorruptFileError, match=r"pins/a\.json is damaged.*unpin .* a, and pin"):
-        read_pins(nine.storage)
-    unpin(nine, "a")
-    assert read_pins(nine.storage) == []
+    def test_one_that_sees_the_copy_of_an_expiry_is_refused_and_not_left(self, nine: FeatureStore) -> None:
+        nine.storage.write_bytes(log.manifest_path(4, log.EXPIRED), nine.storage.read_bytes(log.manifest_path(4)))
+        with pytest.raises(SnapshotNotFoundError, match="expiring just now"):
+            pin(nine, "late", 4)
+        assert read_pins(nine.storage) == []

@@ -32,6 +32,7 @@ from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.remake import CoMoments, principal_components, read_report, remake, sample
 from featurestore.upkeep.verify import verify
 from tests.featurestore.staged import metadata_of, run
+from tests.featurestore.upkeep.damaged import spoil
 
 pytestmark = pytest.mark.long
 
@@ -226,15 +227,6 @@ def test_mistakes_are_named(source: FeatureStore, tmp_path: Path, info: StoreInf
         remake(FeatureStore.open(tmp_path / "plane2"), tmp_path / "plane1", dims=1)
 
 
-def test_a_row_that_is_not_finite_is_refused(source: FeatureStore, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("featurestore.format.datafile.finite_rows", lambda bits, dtype: np.ones(len(bits), np.bool_))
-    bad = rows_of(900, 1)
-    bad.features_ND[0, 3] = np.nan
-    source.put(bad)
-    with pytest.raises(InvalidRowsError, match=r"shard \d of .*source has numbers that are not finite"):
-        remake(source, tmp_path / "new", dims=8)
-
-
 def test_rows_of_two_bases_never_mix(source: FeatureStore, tmp_path: Path) -> None:
     remake(source, tmp_path / "a", dims=8)
     source.put(rows_of(2000, 40, seed=5))
@@ -383,28 +375,32 @@ def test_rows_put_before_the_end_are_not_overwritten(
         remake(source, tmp_path / "new", dtype="bfloat16")
 
 
-def test_what_cannot_be_remade_is_said(source: FeatureStore, tmp_path: Path, info: StoreInfo) -> None:
-    large = rows_of(3000, 1)
-    large.features_ND[0, 4] = 1e6
-    source.put(large)
+def test_what_cannot_be_remade_is_said(
+    source: FeatureStore, tmp_path: Path, info: StoreInfo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = rows_of(3000, 1)
+    bad.features_ND[0, 4] = 1e6
+    source.put(bad)
     with pytest.raises(InvalidRowsError, match=r"3000\.jpg and others have numbers that float16 cannot hold"):
         remake(source, tmp_path / "half", dtype="float16")
     empty = FeatureStore.create(tmp_path / "empty", info)
     report = remake(empty, tmp_path / "bits", dtype="float32")
     assert report.num_rows == 0 and report.accuracy.recall_at_10 is None and report.accuracy.relative_error_p99 is None
     entry = source.snapshot().manifest.files(2)[0]
-    data = bytearray(source.storage.read_bytes(entry.path))
-    data[len(data) // 2] ^= 4
-    source.storage.write_bytes(entry.path, bytes(data))
+    spoil(source, entry.path)
     with pytest.raises(CorruptFileError, match=re.escape(entry.path)):
         remake(source, tmp_path / "broken", dtype="bfloat16")
     with pytest.raises(StoreNotFoundError):
         FeatureStore.open(tmp_path / "broken")
+    spoil(source, entry.path)  # back
+    monkeypatch.setattr("featurestore.format.datafile.finite_rows", lambda bits, dtype: np.ones(len(bits), np.bool_))
+    bad.features_ND[0, 3] = np.nan
+    source.put(bad)
+    with pytest.raises(InvalidRowsError, match=r"shard \d of .*source has numbers that are not finite"):
+        remake(source, tmp_path / "new", dims=8)
 
 
-def test_an_unsafe_place_is_refused_before_anything_is_written(
-    source: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unsafe_place_is_refused(source: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(_: Storage) -> None:
         raise UnsafeBackendError("two were told that they were first")
 

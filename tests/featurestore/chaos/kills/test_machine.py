@@ -7,7 +7,7 @@ import contextlib
 import signal
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import get_args
@@ -28,19 +28,18 @@ from hypothesis.stateful import (
 from featurestore import ExtractorSpec, FeaturePartition, FeatureRows, FeatureStore, Snapshot, StoreInfo, key_of_uri
 from featurestore import log as manifests
 from featurestore.errors import CorruptFileError, SnapshotNotFoundError
-from featurestore.storage.storage import Storage
 from featurestore.text import DType
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.expiry import expire
 from featurestore.upkeep.history import diff, move_channel, pin, read_pins, remove_channel, restore, unpin
 from featurestore.upkeep.verify import verify
-from tests.featurestore.staged import build_shard, metadata_of
+from tests.featurestore.staged import metadata_of
+from tests.featurestore.upkeep.damaged import days_later
 from tests.fuse import Fuse, small_process
 
 URIS = st.lists(st.sampled_from([f"u{i}" for i in range(12)]), max_size=6)
-AGE_S = 30 * 86400.0
 Contents = dict[int, tuple[int, ...]]
-Kill = Callable[[int, Callable[[], None], str], bool]
+Kill = Callable[[int, Callable[[], None], str], None]
 
 
 def expire_soon(store: FeatureStore, keep_last: int) -> None:
@@ -111,20 +110,24 @@ class StoreMachine(RuleBasedStateMachine):
             self.learn(rows)
             self.store.stage_part(run, f"{number}", rows)
         names = self.store.staged_parts(run)
-        built = {s: build_shard(self.store, run, s, names) for s in range(self.store.info.num_shards)}
-        self.committed(self.store.commit({s: e for s, e in built.items() if e}, "extract").version)
+        built = self.store.build_shards(run, range(self.store.info.num_shards), names)
+        self.committed(self.store.commit(built, "extract").version)
         self.store.discard_staging(run)
 
     def writers_die(self) -> bool:
         return self.dies_at is not None
 
+    def work_and_die(self, at: int, work: Callable[[], None]) -> bool:
+        """Whether its commit was made before."""
+        assert self.dies_at is not None
+        self.dies_at(at, work, self.store.url)
+        return self.store.snapshot().version > max(self.past)
+
     @precondition(writers_die)
     @rule(uris=URIS, at=st.integers(1, 60))
     def put_and_die(self, uris: list[str], at: int) -> None:
         rows = self.rows(uris)
-        assert self.dies_at is not None
-        self.dies_at(at, partial(self.store.put, rows), self.store.url)
-        if self.store.snapshot().version > max(self.past):
+        if self.work_and_die(at, partial(self.store.put, rows)):
             self.learn(rows)
             self.committed(max(self.past) + 1)
 
@@ -140,9 +143,7 @@ class StoreMachine(RuleBasedStateMachine):
     @precondition(writers_die)
     @rule(at=st.integers(1, 60))
     def compact_and_die(self, at: int) -> None:
-        assert self.dies_at is not None
-        self.dies_at(at, partial(compact, self.store, force=True), self.store.url)
-        if self.store.snapshot().version > max(self.past):
+        if self.work_and_die(at, partial(compact, self.store, force=True)):
             self.committed(max(self.past) + 1)
 
     @rule(back=st.integers(0, 5))
@@ -194,16 +195,16 @@ class StoreMachine(RuleBasedStateMachine):
         """Nothing is old enough to be deleted, so whoever holds a snapshot is not disturbed."""
         if at is not None and self.dies_at is not None:
             self.dies_at(at, partial(expire_soon, self.store, keep_last), self.store.url)
-        self.expire(keep_last)
+        expire_soon(self.store, keep_last)
         self.forget(keep_last)
 
     @rule(keep_last=st.integers(1, 4))
     def expire_late(self, keep_last: int) -> None:
         """All is old: what no kept snapshot names is gone, whoever left it behind; without any the log may be lost."""
         before = self.files("data/")
-        with later(AGE_S):
-            self.expire(keep_last)
-            self.expire(keep_last)
+        with days_later(30):
+            expire_soon(self.store, keep_last)
+            expire_soon(self.store, keep_last)
         self.forget(keep_last)
         for snapshot in self.held:
             if snapshot.version not in self.kept:  # its files may be gone: an error, and never other rows
@@ -217,9 +218,6 @@ class StoreMachine(RuleBasedStateMachine):
     def files(self, folder: str) -> list[str]:
         paths = (entry.path for entry in self.store.storage.entries(""))
         return sorted(path for path in paths if path.startswith(folder) and path.endswith(".parquet"))
-
-    def expire(self, keep_last: int) -> None:
-        expire_soon(self.store, keep_last)
 
     def forget(self, keep_last: int) -> None:
         newest = sorted(self.past)[-keep_last:]
@@ -271,26 +269,15 @@ class StoreMachine(RuleBasedStateMachine):
                 mine = wanted[partition.owns(wanted)]
                 found = partition.lookup(mine)
                 assert partition.missing_count == int(found.missing_U.sum())
-                for key, row, missing in zip(mine.tolist(), found.features_UD, found.missing_U, strict=True):
-                    if missing:
-                        assert not row.any()
-                    else:
-                        served[key] = tuple(row.tolist())
+                assert not found.features_UD[found.missing_U].any()
+                there = zip(mine.tolist(), found.features_UD.tolist(), found.missing_U, strict=True)
+                served |= {key: tuple(row) for key, row, missing in there if not missing}
         assert served == self.model
 
     def teardown(self) -> None:
         if hasattr(self, "store"):
             assert verify(self.store).problems == []
         self.folder.cleanup()
-
-
-@contextlib.contextmanager
-def later(seconds: float) -> Iterator[None]:
-    """As if all that is in a store were older by that."""
-    now = Storage.now
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Storage, "now", lambda self: now(self) + seconds)
-        yield
 
 
 def watched(fuse: Fuse, root: str, work: Callable[[], None]) -> None:
@@ -300,15 +287,13 @@ def watched(fuse: Fuse, root: str, work: Callable[[], None]) -> None:
 
 @pytest.fixture
 def dies_at(tmp_path: Path) -> Kill:
-    """Do `work`, which can be pickled, in a process that dies at its n-th thing to do with files below a root: whether
-    it did."""
+    """Do `work`, which can be pickled, in a process that dies at its n-th thing to do with files below a root."""
 
-    def run(at: int, work: Callable[[], None], root: str) -> bool:
+    def run(at: int, work: Callable[[], None], root: str) -> None:
         process = small_process(watched, Fuse(at, tmp_path / "trace"), root, work)
         process.start()
         process.join()
         assert process.exitcode in (0, -signal.SIGKILL)
-        return process.exitcode != 0
 
     return run
 
