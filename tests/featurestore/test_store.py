@@ -183,6 +183,19 @@ def test_a_part_that_was_never_staged_is_named(store: FeatureStore) -> None:
         store.staged_parts("../data")
 
 
+def test_a_commit_whose_read_back_failed_is_made_once(store: FeatureStore) -> None:
+    times = iter([1])
+
+    def fails_once(read: Fault, path: str) -> bytes:
+        if path == manifest_path(1) and next(times, None):
+            store.put(make_rows(1, store.info, seed=9, first=5), "other")
+            raise errors.StorageError("timed out")
+        return read(path)
+
+    assert faulty(store, read_bytes=fails_once).put(make_rows(1, store.info), "mine").version == 1
+    assert [store.snapshot(version).manifest.operation for version in (1, 2)] == ["mine", "other"]
+
+
 def test_a_server_whose_creates_race_is_noticed_by_reading_back(store: FeatureStore) -> None:
     times = iter([1])
 

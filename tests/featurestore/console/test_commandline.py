@@ -201,3 +201,9 @@ def test_a_read_of_arrow_that_ends_late_does_not_abort_the_command(code: int) ->
     done = subprocess.run([sys.executable, "-c", LATE, str(code)], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (code, "")
     assert done.stdout.splitlines() == ["done", "in a thread", "at exit"]
+
+
+def test_importing_the_package_and_its_commands_is_quick_and_silent() -> None:
+    script = "import sys, featurestore.__main__; sys.exit(bool({'faiss', 'pyarrow', 'torch'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")

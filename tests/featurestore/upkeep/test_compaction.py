@@ -7,8 +7,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from featurestore import FeatureStore, StoreInfo, shard_of
-from featurestore.errors import CorruptFileError
+from featurestore import FeatureRows, FeatureStore, StoreInfo, shard_of
+from featurestore.errors import CommitConflictError, CorruptFileError
 from featurestore.spec import FileEntry
 from featurestore.store import Snapshot
 from featurestore.upkeep.compaction import compact, merged_blocks, needs_compaction
@@ -90,20 +90,39 @@ class TestWhatIsDue:
         assert len(filled.snapshot().manifest.files(3)) > 1
 
 
-def test_of_two_that_share_some_shards_each_does_its_part(filled: FeatureStore) -> None:
+@pytest.mark.parametrize("shards", [[1, 2], None], ids=["some", "all"])
+def test_of_two_that_share_shards_each_does_its_part(filled: FeatureStore, shards: list[int] | None) -> None:
     """Histories in tests/simulated have what else others may do meanwhile."""
     before = filled.snapshot()
 
     def other(done: int, total: int) -> None:
         if done == total:  # between the building of the last file and the commit
-            compact(filled, shards=[1, 2])
+            compact(filled, shards=shards)
 
-    report = compact(filled, progress=other)
-    assert (report.version, report.shards, report.lost) == (5, (0, 3, 4, 5, 6, 7), (1, 2))
+    if shards is None:
+        with pytest.raises(CommitConflictError, match="read the newest snapshot and retry"):
+            compact(filled, progress=other)
+    else:
+        report = compact(filled, progress=other)
+        assert (report.version, report.shards, report.lost) == (5, (0, 3, 4, 5, 6, 7), (1, 2))
     assert filled.snapshot().manifest.num_files == 8
     assert_same(before, filled.snapshot())
     data = {entry.path for entry in filled.storage.entries("data")}
     assert data == needs(before) | needs(filled.snapshot()), "files of the loser stay"
+
+
+def test_a_key_that_gets_another_uri_meanwhile_is_no_collision(filled: FeatureStore) -> None:
+    key = filled.snapshot().keys()[:1]
+    other = FeatureRows.of(["other"], np.zeros((1, 8), np.uint16), keys=key)
+
+    def meanwhile(done: int, total: int) -> None:
+        if done == total:
+            filled.delete(key)
+            filled.put(other)
+
+    compact(filled, progress=meanwhile)
+    shard = int(shard_of(key, 8)[0])
+    assert filled.snapshot().shard_reader(shard).uris(key)[1] == ["other"]
 
 
 def test_a_flipped_bit_never_gets_into_the_new_file(filled: FeatureStore) -> None:

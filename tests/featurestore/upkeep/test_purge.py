@@ -10,11 +10,12 @@ import pytest
 from featurestore import FeaturePartition, FeatureRows, FeatureStore, QuarantineRow, StoreInfo, key_of_uri, log
 from featurestore.errors import CorruptFileError, KeyFileError, PinError, SnapshotNotFoundError
 from featurestore.upkeep.compaction import compact
-from featurestore.upkeep.history import move_channel, pin, read_pins, unpin
+from featurestore.upkeep.expiry import move_aside
+from featurestore.upkeep.history import move_channel, pin, read_pins, restore, unpin
 from featurestore.upkeep.purge import Images, PurgeReport, find_traces, read_images
 from featurestore.upkeep.purge import purge as purge_store
 from featurestore.upkeep.verify import verify
-from tests.faulty import Fault, FaultyStorage
+from tests.faulty import Fault, FaultyStorage, faulty
 from tests.featurestore.conftest import make_rows, put
 from tests.featurestore.shardrows import read_shard
 from tests.featurestore.staged import run
@@ -69,6 +70,33 @@ def test_no_file_has_a_row_and_all_others_stay_on_every_place(place_url: str, in
     assert find_traces(takendown.storage, IMAGES).is_absent
     again = purge(takendown)
     assert again.is_complete and (again.version, again.num_rows, again.expired) == (None, 0, ())
+
+
+def test_writers_in_between_are_seen(filled: FeatureStore) -> None:
+    """One that restores an old snapshot, and one that brings the rows back, when new snapshots are to be made."""
+    others: list[Callable[[], object]] = [lambda: put(filled, 20, seed=11), lambda: restore(filled, 2)]
+
+    def created(create: Fault, path: str, data: bytes) -> Any:
+        if others:
+            others.pop()()
+        return create(path, data)
+
+    assert purge(faulty(filled, create_exclusive=created)).is_complete and others == []
+    assert set(contents(filled)).isdisjoint(GONE) and verify(filled).problems == []
+    assert len(contents(filled)) == 78
+
+
+def test_snapshots_that_an_expiry_takes_away_meanwhile_are_passed_over(filled: FeatureStore) -> None:
+    others = [lambda: move_aside(filled, [1]), lambda: None, lambda: move_aside(filled, [2])]
+
+    def listed(names: Fault, path: str = "") -> Any:
+        found = names(path)
+        if path == log.LOG and others:
+            others.pop(0)()
+        return found
+
+    assert purge(faulty(filled, list=listed)).is_complete and others == []
+    assert log.versions(filled.storage) == [6]
 
 
 def test_files_of_a_writer_at_work_stay_and_the_proof_says_so(filled: FeatureStore) -> None:
