@@ -29,6 +29,9 @@ SECRET, SESSION, PASSWORD = "plantedsecret0123456789ABCDEFabcdefghijk", "planted
 TOKEN, OTHER_TOKEN = "plantedtoken-0123456789abcdef", "plantedwrongtoken-0123456789"
 SHORT_TOKEN = "plantedshort"
 BIN = Path(sys.executable).parent
+RANKS = [HOROVODRUN, "--gloo", "-np", 2, sys.executable]
+SUPERVISOR = [sys.executable, "-m", "trainer.supervise", "--max-np", 2]
+SUPERVISOR += ["--max-restarts-without-progress", 0, "--", "python"]
 
 
 class Work:
@@ -94,12 +97,11 @@ REFUSED = "Access"  # AccessDenied, or "The AWS Access Key Id you provided ...",
 
 class TestKeysOfAnObjectStore:
     @pytest.mark.cluster
-    def test_a_training_that_finds_no_store(self, work: Work, places: Places) -> None:
-        """On two ranks, by horovodrun, which has the keys in its command lines; the run is local."""
+    @pytest.mark.parametrize("launcher", [RANKS, SUPERVISOR], ids=["ranks", "supervisor"])
+    def test_a_training_that_finds_no_store(self, launcher: list[object], work: Work, places: Places) -> None:
+        """The launcher has the keys in its command lines, the supervisor hands them to its agents; the run is local."""
         words = options(places, run__name="a", run__dir=work.folder / "runs", data__store="s3://bucket/features")
-        work.fails(
-            HOROVODRUN, "--gloo", "-np", 2, *python("-m", "trainer.main", *words), because="s3://bucket/features"
-        )
+        work.fails(*launcher, "-m", "trainer.main", *words, because="s3://bucket/features")
 
     def test_a_training_that_fails_on_the_way(self, work: Work, places: Places) -> None:
         """Run folder, configuration and logs are there when a rank cannot go on."""
@@ -111,13 +113,6 @@ class TestKeysOfAnObjectStore:
         words = options(places, run__name="b", run__dir=work.folder / "runs", data__samples=samples)
         work.fails_here("trainer.main", *words, because=bad.name)
         assert (work.folder / "runs" / "b" / "config.yaml").is_file()
-
-    @pytest.mark.cluster
-    def test_a_supervised_training(self, work: Work, places: Places) -> None:
-        """The supervisor hands its environment to its agents, and writes a report beside the run."""
-        words = options(places, run__name="e", run__dir=work.folder / "runs", data__store="s3://bucket/features")
-        supervise = python("-m", "trainer.supervise", "--max-np", 2, "--max-restarts-without-progress", 0, "--")
-        work.fails(*supervise, "python", "-m", "trainer.main", *words, because="s3://bucket/features")
 
     @pytest.mark.cluster
     def test_runs_on_an_object_store(self, work: Work, places: Places) -> None:
@@ -153,7 +148,7 @@ class TestPasswords:
         extract = python("jobs/extract_features.py", "--images", "s3://bucket/i", "--weights", "random:0")
         work.fails(*extract, "--store", work.folder / "store", because=told)
         words = options(places, run__name="d", run__dir="s3://bucket/runs")
-        work.fails(HOROVODRUN, "--gloo", "-np", 2, *python("-m", "trainer.main", *words), because=told)
+        work.fails(*RANKS, "-m", "trainer.main", *words, because=told)
 
     @pytest.mark.cluster
     def test_in_a_setting_or_an_option(self, work: Work) -> None:

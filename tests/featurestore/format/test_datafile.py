@@ -44,12 +44,11 @@ def unsealed(path: Path) -> dict[str, Any]:
 
 
 def numbers(data: bytes, dtype: str) -> list[float]:
-    if dtype == "float32":
-        return list(struct.unpack(f"<{len(data) // 4}f", data))
-    if dtype == "float16":
-        return list(struct.unpack(f"<{len(data) // 2}e", data))
-    halves = struct.unpack(f"<{len(data) // 2}H", data)
-    return list(struct.unpack(f"<{len(halves)}f", struct.pack(f"<{len(halves)}I", *(half << 16 for half in halves))))
+    if dtype == "bfloat16":
+        halves = struct.unpack(f"<{len(data) // 2}H", data)
+        data = struct.pack(f"<{len(halves)}I", *(half << 16 for half in halves))
+    form = {"bfloat16": "<f", "float16": "<e", "float32": "<f"}[dtype]
+    return [number for (number,) in struct.iter_unpack(form, data)]
 
 
 def read_store(folder: Path) -> dict[int, tuple[str, list[float]]]:

@@ -15,7 +15,7 @@ from featurestore.spec import ReductionSpec
 from featurestore.storage.storage import Storage
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.expiry import ExpireReport, expire, kept_versions
-from featurestore.upkeep.history import Pin, pin
+from featurestore.upkeep.history import Pin, move_channel, pin
 from featurestore.upkeep.verify import repair
 from tests.featurestore.conftest import make_rows, put
 from tests.featurestore.staged import run
@@ -93,7 +93,7 @@ class TestPolicy:
             expire(store, **{option: value})
 
 
-class TestTwoSteps:
+class TestSteps:
     def test_first_the_snapshots_then_their_files(self, merged: FeatureStore) -> None:
         age(merged, 100)
         needed = needs(merged.snapshot(4)) | needs(merged.snapshot(3))
@@ -112,6 +112,16 @@ class TestTwoSteps:
         assert files_of(merged, "data") == needed
         assert files_of(merged, "expired") == set()
         assert merged.snapshot().num_rows == 40
+
+    def test_what_a_pin_or_a_channel_names_stays_whole(self, merged: FeatureStore) -> None:
+        pin(merged, "a", 1)
+        move_channel(merged, "stable", 2)
+        kept = needs(merged.snapshot(1)) | needs(merged.snapshot(2)) | needs(merged.snapshot(4))
+        for _ in range(2):
+            age(merged, 8)
+            expire_to(merged, 1)
+        assert log.versions(merged.storage) == [1, 2, 4]
+        assert files_of(merged, "data") == kept
 
 
 class TestWhatDeadWritersLeft:

@@ -152,30 +152,6 @@ def test_rows_are_streamed(wide: FeatureStore, monkeypatch: pytest.MonkeyPatch) 
     assert in_numpy + max(in_arrow) - in_arrow[0] < 32e6
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_rows_are_coordinates_and_keep_what_is_known_of_them(source: FeatureStore, tmp_path: Path, dtype) -> None:
-    seen: list[tuple[int, int]] = []
-    report = remake(
-        source, tmp_path / "new", dims=8, dtype=dtype, progress=lambda done, total: seen.append((done, total))
-    )
-    new, (keys, values) = FeatureStore.open(tmp_path / "new"), full_rows(source)
-    assert seen[-1] == (16, 16) and sorted(seen) == seen and len(seen) == 16
-    assert new.info.dim == 8 and new.info.dtype == dtype and new.info.full_dim == DIM
-    assert new.info.extractor == source.info.extractor and new.info.num_shards == source.info.num_shards
-    basis = new.basis
-    assert basis is not None
-    projected = (values - basis.mean_D) @ basis.components_KD.T
-    assert np.array_equal(new.snapshot().get(keys), new.codec.encode(projected.astype(np.float32)))
-    assert metadata_of(new.snapshot()) == metadata_of(source.snapshot())
-    assert report.num_rows == len(keys) and report.source_dim == DIM and report.dim == 8 and verify(new).problems == []
-    assert report.row_bytes_share == 8 * np.dtype(new.info.storage_dtype).itemsize / (DIM * 4)
-    restored = basis.restored(new.codec.decode(new.snapshot().get(keys)))
-    left = ((values - restored).astype(np.float64) ** 2).sum() / ((values - basis.mean_D) ** 2).sum()
-    assert left == pytest.approx(1 - report.variance_kept, abs=1e-3) and report.variance_kept > 0.99
-    assert report.accuracy.relative_error_p99 is not None and report.accuracy.relative_error_p99 < 0.04
-    assert read_report(new.storage) == report == remake(source, tmp_path / "new", dims=8, dtype=dtype)
-
-
 def test_the_basis_is_what_the_page_of_the_format_says(source: FeatureStore, tmp_path: Path) -> None:
     """docs/FORMAT.md alone is enough to read it."""
     remake(source, tmp_path / "new", dims=8, dtype="float32")
@@ -275,22 +251,39 @@ def test_the_command_says_what_is_kept(source: FeatureStore, tmp_path: Path) -> 
     assert re.search(r"dim +8 of 40\n", info) and re.search(r"reduced from +snapshot 3 of store \w+, 570 rows", info)
 
 
+@pytest.mark.parametrize("dims", [None, 8])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-def test_every_live_row_is_there_in_one_snapshot(source: FeatureStore, tmp_path: Path, dtype: DType) -> None:
+def test_every_live_row_is_there_in_one_snapshot(
+    source: FeatureStore, tmp_path: Path, dtype: DType, dims: int | None
+) -> None:
+    """As it was, or as coordinates, with what is known of it."""
     source.add_quarantine([QuarantineRow(1, "bad.jpg", "truncated", 0.0)])
     seen: list[tuple[int, int]] = []
-    report = remake(source, tmp_path / "new", dtype=dtype, progress=lambda done, total: seen.append((done, total)))
-    new = FeatureStore.open(tmp_path / "new")
-    snapshot = new.snapshot()
+    report = remake(
+        source, tmp_path / "new", dims=dims, dtype=dtype, progress=lambda done, total: seen.append((done, total))
+    )
+    new, (keys, values) = FeatureStore.open(tmp_path / "new"), full_rows(source)
+    snapshot, steps = new.snapshot(), 16 if dims else 8
+    assert seen == [(number, steps) for number in range(1, steps + 1)]
     assert snapshot.version == 1 and report.num_rows == snapshot.num_rows == snapshot.manifest.file_rows == ROWS - 30
     assert all(len(files) == 1 and files[0].kind == "base" for files in snapshot.manifest.shards.values())
-    assert seen == [(n, 8) for n in range(1, 9)]
     assert metadata_of(snapshot).equals(metadata_of(source.snapshot()))
-    keys, values = full_rows(source)
-    assert np.array_equal(new.snapshot().get(keys), new.codec.encode(values))
-    same_kind = new.info.model_copy(update={"dtype": "float32"}).kind
-    assert same_kind == source.info.kind and new.quarantine_rows() == source.quarantine_rows()
-    assert verify(new).problems == []
+    assert new.quarantine_rows() == source.quarantine_rows() and verify(new).problems == []
+    assert (report.source_dim, report.dim, new.info.dim, new.info.dtype) == (DIM, dims or DIM, dims or DIM, dtype)
+    assert report.row_bytes_share == new.info.row_bytes / (DIM * 4)
+    if dims is None:
+        assert np.array_equal(snapshot.get(keys), new.codec.encode(values))
+        assert new.info.model_copy(update={"dtype": "float32"}).kind == source.info.kind
+        return
+    assert new.info.full_dim == DIM and new.basis is not None
+    assert new.info.extractor == source.info.extractor and new.info.num_shards == source.info.num_shards
+    projected = (values - new.basis.mean_D) @ new.basis.components_KD.T
+    assert np.array_equal(snapshot.get(keys), new.codec.encode(projected.astype(np.float32)))
+    restored = new.basis.restored(new.codec.decode(snapshot.get(keys)))
+    left = ((values - restored).astype(np.float64) ** 2).sum() / ((values - new.basis.mean_D) ** 2).sum()
+    assert left == pytest.approx(1 - report.variance_kept, abs=1e-3) and report.variance_kept > 0.99
+    assert report.accuracy.relative_error_p99 is not None and report.accuracy.relative_error_p99 < 0.04
+    assert read_report(new.storage) == report == remake(source, tmp_path / "new", dims=8, dtype=dtype)
 
 
 def test_the_report_measures_what_was_lost(source: FeatureStore, tmp_path: Path) -> None:

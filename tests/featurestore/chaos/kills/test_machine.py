@@ -1,9 +1,9 @@
-"""A random machine against a dict: every snapshot that is kept, and every one that is held, has what the dict had.
+"""A random machine against a dict: every snapshot that is kept has what the dict had.
 
 On a disk, where writers die too, in memory and on S3; for stores of every dtype, of one shard and of several.
+What pins, channels and readers hold: tests/simulated.
 """
 
-import contextlib
 import signal
 import tempfile
 import uuid
@@ -27,11 +27,11 @@ from hypothesis.stateful import (
 
 from featurestore import ExtractorSpec, FeaturePartition, FeatureRows, FeatureStore, Snapshot, StoreInfo, key_of_uri
 from featurestore import log as manifests
-from featurestore.errors import CorruptFileError, SnapshotNotFoundError
+from featurestore.errors import SnapshotNotFoundError
 from featurestore.text import DType
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.expiry import expire
-from featurestore.upkeep.history import diff, move_channel, pin, read_pins, remove_channel, restore, unpin
+from featurestore.upkeep.history import diff, restore
 from featurestore.upkeep.verify import verify
 from tests.featurestore.staged import metadata_of
 from tests.featurestore.upkeep.damaged import days_later
@@ -63,9 +63,6 @@ class StoreMachine(RuleBasedStateMachine):
         self.model: Contents = {}
         self.past: dict[int, Contents] = {0: {}}  # every snapshot ever
         self.kept = {0}
-        self.held: list[Snapshot] = []
-        self.pins: dict[str, int] = {}
-        self.channels: dict[str, int] = {}
         self.width_of: dict[tuple[int, ...], int] = {}  # of the image, by its feature
         self.staged = 0
         self.value = 0
@@ -156,27 +153,6 @@ class StoreMachine(RuleBasedStateMachine):
             with pytest.raises(SnapshotNotFoundError):
                 restore(self.store, version)
 
-    @rule(name=st.sampled_from("ab"))
-    def pin(self, name: str) -> None:
-        if name in self.pins:
-            unpin(self.store, name)
-            del self.pins[name]
-        elif max(self.past):
-            self.pins[name] = pin(self.store, name).version
-
-    @rule(name=st.sampled_from(["stable", "next"]), back=st.integers(0, 3) | st.none())
-    def move_channel(self, name: str, back: int | None) -> None:
-        version = 0 if back is None else max(self.past) - back
-        if version > 0 and version in self.kept:
-            move_channel(self.store, name, version)
-            self.channels[name] = version
-        elif name in self.channels:
-            remove_channel(self.store, name)
-            del self.channels[name]
-        assert {pin.name for pin in read_pins(self.store.storage)} == set(self.pins), "the guard of a move is gone"
-        for each, points_to in self.channels.items():
-            assert self.store.snapshot(each).version == points_to
-
     @rule(back=st.integers(0, 5), ahead=st.integers(0, 5))
     def diff(self, back: int, ahead: int) -> None:
         versions = sorted(self.kept)
@@ -186,17 +162,12 @@ class StoreMachine(RuleBasedStateMachine):
         assert set(found.removed.keys_N.tolist()) == set(old) - set(new)
         assert set(found.changed.keys_N.tolist()) == {key for key in set(old) & set(new) if old[key] != new[key]}
 
-    @rule()
-    def hold(self) -> None:
-        self.held = [*self.held[-2:], self.store.snapshot()]
-
     @rule(keep_last=st.integers(1, 4), at=st.none() | st.integers(1, 40))
     def expire_soon(self, keep_last: int, at: int | None) -> None:
-        """Nothing is old enough to be deleted, so whoever holds a snapshot is not disturbed."""
         if at is not None and self.dies_at is not None:
             self.dies_at(at, partial(expire_soon, self.store, keep_last), self.store.url)
         expire_soon(self.store, keep_last)
-        self.forget(keep_last)
+        self.kept &= {0, *sorted(self.past)[-keep_last:]}
 
     @rule(keep_last=st.integers(1, 4))
     def expire_late(self, keep_last: int) -> None:
@@ -205,12 +176,7 @@ class StoreMachine(RuleBasedStateMachine):
         with days_later(30):
             expire_soon(self.store, keep_last)
             expire_soon(self.store, keep_last)
-        self.forget(keep_last)
-        for snapshot in self.held:
-            if snapshot.version not in self.kept:  # its files may be gone: an error, and never other rows
-                with contextlib.suppress(CorruptFileError):
-                    self.check(snapshot)
-        self.held = [snapshot for snapshot in self.held if snapshot.version in self.kept]
+        self.kept &= {0, *sorted(self.past)[-keep_last:]}
         named = [e.path for v in self.kept for files in self.store.snapshot(v).manifest.shards.values() for e in files]
         assert self.files("staging/") == []
         assert self.files("data/") == (sorted(set(named)) if self.kept != {0} else before)
@@ -219,17 +185,12 @@ class StoreMachine(RuleBasedStateMachine):
         paths = (entry.path for entry in self.store.storage.entries(""))
         return sorted(path for path in paths if path.startswith(folder) and path.endswith(".parquet"))
 
-    def forget(self, keep_last: int) -> None:
-        newest = sorted(self.past)[-keep_last:]
-        named = {0, *self.pins.values(), *self.channels.values()}
-        self.kept = {version for version in self.kept if version in newest or version in named}
-
     @invariant()
     def snapshots_hold_what_the_dict_held(self) -> None:
         newest, oldest = max(self.kept), min(self.kept - {0}, default=0)
         assert self.store.snapshot().version == newest
-        for snapshot in [self.store.snapshot(newest), self.store.snapshot(oldest), *self.held]:
-            self.check(snapshot)
+        for version in (newest, oldest):
+            self.check(self.store.snapshot(version))
 
     def check(self, snapshot: Snapshot) -> None:
         contents = self.past[snapshot.version]
@@ -308,22 +269,6 @@ def run_machine(dies_at: Kill | None, examples: int, steps: int, url: str = "") 
                 max_examples=examples, stateful_step_count=steps, deadline=None, suppress_health_check=list(HealthCheck)
             ),
         )
-
-
-def test_what_a_pin_or_a_channel_names_stays_whole(memory_url: str) -> None:
-    machine = StoreMachine(None, memory_url)
-    machine.make(log2=1, ranks=1, dtype="bfloat16")
-    machine.put(["u0", "u1"])
-    machine.pin("a")
-    machine.put(["u1"])
-    machine.move_channel("stable", 0)
-    machine.delete(["u0"])
-    machine.compact(force=True)
-    machine.expire_late(1)
-    assert manifests.versions(machine.store.storage) == sorted(machine.kept - {0}) == [1, 2, 4]
-    for version in machine.kept:
-        machine.check(machine.store.snapshot(version))
-    machine.teardown()
 
 
 MANY = pytest.param(80, 25, marks=[pytest.mark.slow, pytest.mark.timeout(900)])
