@@ -124,27 +124,35 @@ def _shown(letter: str) -> str:
 
 
 def test_blocks_come_in_the_order_of_printing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    table = Table("name", title="A table")
-    table.add_column("value", justify="right")
-    table.add_row("a part", "")
-    table.add_row("one", "1,234", style="bold")
-    with recorded(page_of(tmp_path)):
+    """And the terminal is the same with a page."""
+
+    def printed() -> tuple[str, str]:
+        table = Table("name", title="A table")
+        table.add_column("value", justify="right")
+        table.add_row("a part", "")
+        table.add_row("one", "1,234", style="bold")
         print_line(text_console(), "first")
         print_table(text_console(), table)
         print_line(text_console(), "A heading", style="bold")
         print_line(text_console(), "- point one")
         print_line(text_console(), "- point two")
         print_summary("images       12\nlast words")
+        print_problem("warning: x")
         print_line(text_console(quiet=True), "of another rank")
         print_table(text_console(quiet=True), Table("of another rank"))
         text_console().print("progress")
-    told = capsys.readouterr().out
+        return capsys.readouterr()
+
+    without = printed()
+    with recorded(page_of(tmp_path)):
+        told = printed()
+    assert told == without and told[1] == "warning: x\n"
     read = check_page((tmp_path / "page.html").read_text(encoding="utf-8"))
     wanted = ["first", "A table", "name", "value", "a part", "one", "1,234", "A heading", "- point one", "- point two"]
-    wanted += ["images       12", "last words"]
+    wanted += ["images       12", "last words", "warning: x"]
     places = [read.printed.index(each) for each in wanted]
     assert places == sorted(places)
-    assert all(each in told for each in (*wanted, "progress"))
+    assert all(each in told[0] for each in (*wanted[:-1], "progress"))
     assert "another" not in read.printed and "progress" not in read.printed
     assert read.value("one") == ["1,234"] and '<span class="r1">A heading</span>' in read.text
 
@@ -203,18 +211,3 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     ReportPage(tmp_path / "new.html", "T", []).check_place()
     ReportPage(tmp_path / "file", "T", []).check_place()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "pipe"]
-
-
-def test_the_terminal_is_the_same_with_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def printed() -> tuple[str, str]:
-        table = Table("name", title="T")
-        table.add_row("one")
-        print_table(text_console(), table)
-        print_summary("images       12")
-        print_problem("warning: x")
-        return capsys.readouterr()
-
-    without = printed()
-    with recorded(page_of(tmp_path)):
-        assert printed() == without
-    assert without[1] == "warning: x\n"

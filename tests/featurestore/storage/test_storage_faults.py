@@ -285,23 +285,6 @@ def test_a_year_of_work_with_many_requests_failing(s3_store: FeatureStore, proxy
     assert len(s3_store.storage.list("log")) == 1
 
 
-@pytest.mark.parametrize("fault", [Fault.CUT_ANSWER, Fault.LOSE_ANSWER, Fault.SLOW_DOWN])
-def test_a_listing_that_meets_a_fault_is_whole(s3_store: FeatureStore, proxy: Proxy, fault: Fault) -> None:
-    """An empty one would be taken for an empty store, or for files that nobody needs."""
-    storage = s3_store.storage
-    for name in ("a", "b"):
-        storage.write_bytes(f"log/{name}", b"")
-    for look in (
-        lambda: storage.list("log"),
-        lambda: [entry.path.removeprefix("log/") for entry in storage.entries("log")],
-        lambda: [entry.path.removeprefix("log/") for entry in storage.entries("log", recursive=False)],
-    ):
-        proxy.faults.clear()
-        proxy.rule = first(2, fault, lambda request: request.method == "GET")
-        assert look() == ["a", "b"]
-        assert len(proxy.faults) == 2
-
-
 @pytest.mark.parametrize("fault", [Fault.CUT, Fault.SERVER_ERROR])
 def test_a_server_that_never_recovers_is_one_clear_error(
     s3_store: FeatureStore, proxy: Proxy, monkeypatch: pytest.MonkeyPatch, fault: Fault
@@ -326,17 +309,3 @@ def test_what_will_not_pass_is_not_tried_again(s3_store: FeatureStore, proxy: Pr
         with pytest.raises(StorageError, match=r"cannot read .*store\.json: .*signature.*[a-z]; are the cred"):
             FeatureStore.open(s3_store.url)
     assert len(requests) <= 2
-
-
-def test_an_answer_cut_in_the_middle_of_a_file_is_no_damage(
-    s3_store: FeatureStore, proxy: Proxy, tmp_path: Path
-) -> None:
-    rows = put(s3_store, 100)
-    for look in (
-        lambda: s3_store.snapshot().get(rows.keys_N),
-        lambda: FeaturePartition.load(s3_store.url, cache_dir=tmp_path / "c").lookup(rows.keys_N).features_UD,
-    ):
-        proxy.faults.clear()
-        proxy.rule = first(6, Fault.CUT_ANSWER, lambda request: ".parquet" in request.path)
-        assert np.array_equal(look(), rows.features_ND)
-        assert len(proxy.faults) == 6
