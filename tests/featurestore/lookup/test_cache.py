@@ -328,13 +328,17 @@ def flip(path: Path, place: int = 100) -> None:
 
 
 def test_folder_and_files_are_for_their_user_alone(store: FeatureStore, cache: Path, rows: FeatureRows) -> None:
+    """A folder that others may only read stays as it is."""
+    cache.mkdir()
+    cache.chmod(0o755)
     before = os.umask(0)
     try:
+        np.testing.assert_array_equal(served(store, cache, rows), rows.features_ND)
         served(store, cache / "below", rows)
     finally:
         os.umask(before)
-    assert mode_of(cache / "below") == 0o700
-    assert {mode_of(path) for path in (cache / "below").iterdir()} == {0o600}
+    assert (mode_of(cache), mode_of(cache / "below")) == (0o755, 0o700)
+    assert {mode_of(path) for path in [*cache.glob("shard*"), *(cache / "below").iterdir()]} == {0o600}
 
 
 @pytest.mark.parametrize(
@@ -379,13 +383,6 @@ def test_a_file_that_others_can_change_is_built_again(
         give_away(place)
     np.testing.assert_array_equal(served(store, cache, rows), rows.features_ND)
     assert not place.is_symlink() and (place.stat().st_ino != number or not IS_ROOT) and mode_of(place) == 0o600
-
-
-def test_a_folder_that_others_only_read_stays_as_it_is(store: FeatureStore, cache: Path, rows: FeatureRows) -> None:
-    cache.mkdir()
-    cache.chmod(0o755)
-    np.testing.assert_array_equal(served(store, cache, rows), rows.features_ND)
-    assert mode_of(cache) == 0o755 and mode_of(file_of(cache, ".rows.bin")) == 0o600
 
 
 def test_rows_that_were_changed_since_the_last_opening_are_built_again(

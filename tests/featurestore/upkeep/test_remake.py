@@ -31,6 +31,7 @@ from featurestore.upkeep import remake as module
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.remake import CoMoments, principal_components, read_report, remake, sample
 from featurestore.upkeep.verify import verify
+from tests.featurestore.conftest import put
 from tests.featurestore.staged import metadata_of, run
 from tests.featurestore.upkeep.damaged import spoil
 
@@ -112,29 +113,20 @@ def test_the_same_bits_at_any_number_of_threads_and_after_a_compaction(source: F
     assert np.array_equal(before.components_KD, after.components_KD) and np.array_equal(before.mean_D, after.mean_D)
 
 
-@pytest.fixture
-def wide(tmp_path: Path, info: StoreInfo) -> FeatureStore:
-    """40,000 rows of 320 numbers in four shards; such products BLAS would divide among threads."""
+def test_threads_of_blas_change_no_bit_and_rows_are_streamed(
+    tmp_path: Path, info: StoreInfo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 40,000 rows of 320 numbers, whose products BLAS would divide among threads, what is held is the matrix, the
+    keys and some blocks of 64 rows: not the 51 MB that all rows are."""
     kind = {"dim": 320, "dtype": "float32", "num_shards": 4}
-    store = FeatureStore.create(tmp_path / "wide", info.model_copy(update=kind))
-    values = np.random.default_rng(5).standard_normal((40_000, 320), np.float32)
-    store.put(FeatureRows.of([f"{i}" for i in range(len(values))], values))
-    return store
-
-
-def test_threads_of_blas_change_no_bit(wide: FeatureStore) -> None:
+    wide = FeatureStore.create(tmp_path / "wide", info.model_copy(update=kind))
+    put(wide, 40_000)
     with threadpool_limits(1, "blas"):
         alone = principal_components(wide.snapshot(), 12, threads=1)
     with threadpool_limits(2, "blas"):
         shared = principal_components(wide.snapshot(), 12, threads=2)
     assert alone.to_bytes() == shared.to_bytes()
-
-
-def test_rows_are_streamed(wide: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is held is the matrix, the keys and some blocks of 64 rows: not the 51 MB that all rows are."""
-    for name in ("upkeep.compaction", "format.datafile"):
-        monkeypatch.setattr(f"featurestore.{name}.row_group_rows", lambda *_: 64)
-    compact(wide, force=True)
+    monkeypatch.setattr("featurestore.upkeep.compaction.row_group_rows", lambda *_: 64)
     snapshot, add, in_arrow = wide.snapshot(), CoMoments.add, [pa.total_allocated_bytes()]
 
     def noted(moments: CoMoments, values_ND: np.ndarray) -> None:

@@ -1,4 +1,4 @@
-"""Rows over several lines, as Arrow reads them, and quotes that are not closed, with their lines."""
+"""Texts of people: rows of CSV over several lines, as Arrow reads them, open quotes, and YAML that PyYAML fails at."""
 
 import io
 import random
@@ -7,6 +7,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import csv
 
+from featurestore.parsing import parse_yaml
 from featurestore.text import MOST_BREAKS, CsvTextError, LongRow, long_rows
 
 
@@ -70,3 +71,22 @@ def test_as_many_rows_as_arrow_finds(seed: int) -> None:
         assert table.num_rows + len(torn) + inside == text.count("\n") - 1, text
         closed += 1
     assert closed > 100
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["!!bool x", "!!int ''", "!!float ''", "!!timestamp x", '"\\UFFFFFFFF"', ":".join(["1"] * 400) + ".5"],
+    ids=lambda text: text[:16],
+)
+def test_what_pyyaml_fails_at_is_a_mistake_of_the_text(text: str) -> None:
+    with pytest.raises(ValueError) as failure:
+        parse_yaml(f"a: {text}")
+    assert "\n" not in str(failure.value)
+
+
+def test_yaml_nested_too_deep_is_refused_before_it_is_looked_through() -> None:
+    for text in ("[" * 100 + "]" * 100, "- " * 100 + "a"):
+        parse_yaml(text)
+    for text in ("[" * 101 + "]" * 101, "a: " + "{a: " * 20_000, "- " * 101 + "a", "? " * 101 + "a", "- " * 20_000):
+        with pytest.raises(ValueError, match="nested too deep"):
+            parse_yaml(text)
