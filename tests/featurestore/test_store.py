@@ -204,9 +204,7 @@ def test_a_server_whose_creates_race_is_noticed_by_reading_back(store: FeatureSt
     assert store.snapshot().num_rows == 2
 
 
-def test_a_store_whose_answer_was_lost_is_made_once(
-    tmp_path: Path, info: StoreInfo, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_lost_answers_make_one_store(tmp_path: Path, info: StoreInfo, monkeypatch: pytest.MonkeyPatch) -> None:
     def lost(create: Fault, path: str, data: bytes) -> bool:
         return bool(made_but_lost(create, path, data) if path == "store.json" else create(path, data))
 
@@ -390,9 +388,7 @@ print(len(os.listdir("/proc/self/task")) - before)
     assert done.stdout == "0\n"
 
 
-def test_verify_calls_nothing_damaged_where_memory_is_lacking(
-    store: FeatureStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_lack_of_memory_is_no_damage_to_verify(store: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_args, **_options):
         raise pa.ArrowMemoryError("malloc of size 8388608 failed")
 

@@ -103,9 +103,7 @@ def by_torchrun() -> list[str]:
 
 
 @pytest.mark.parametrize("launcher", [lambda: [HOROVODRUN, "--gloo", "-np", "2", sys.executable], by_torchrun])
-def test_ranks_on_one_machine(
-    launcher: Callable[[], list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ranks_of_ours(launcher: Callable[[], list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The rendezvous of horovodrun among them: tools/build_horovod.sh binds it to one address."""
     monkeypatch.setenv("TMPDIR", str(tmp_path))  # torchrun leaves the file by which it found itself
     with started([*launcher(), __file__, tmp_path], tmp_path, all_ready(tmp_path, 2)) as ranks:

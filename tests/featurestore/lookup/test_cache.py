@@ -218,9 +218,7 @@ def test_leftovers_of_killed_builds_go_after_a_day(store: FeatureStore, cache: P
     assert names(cache) - before == {".tmp-new", "shard-0001-x-z.rows.bin", "mine.txt"}
 
 
-def test_a_file_that_another_rank_removes_does_not_keep_the_others(
-    cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_removed_by_another_rank_does_not_keep_the_others(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache.mkdir()
     for number in range(3):
         (cache / f".tmp-{number}").touch()
@@ -269,9 +267,7 @@ def test_a_read_only_cache_is_used_alone(store: FeatureStore, cache: Path, monke
     np.testing.assert_array_equal(served(store, cache, rows), rows.features_ND)
 
 
-def test_the_default_is_in_the_users_cache_folder(
-    store: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_default_is_a_users_folder(store: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A user without a home is told so."""
     monkeypatch.setenv("XDG_CACHE_HOME", os.fspath(tmp_path / "xdg"))
     put(store, 3)

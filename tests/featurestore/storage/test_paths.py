@@ -128,9 +128,7 @@ def test_store_json_and_notes_are_held_to_it_too(filled: FeatureStore, path: str
 
 
 @pytest.mark.parametrize("kind", ["file", "folder of a shard", "statistics"])
-def test_a_link_in_data_that_leads_out_is_damage(
-    filled: FeatureStore, outside: Path, tmp_path: Path, kind: str
-) -> None:
+def test_a_link_in_data_leading_out_is_damage(filled: FeatureStore, outside: Path, tmp_path: Path, kind: str) -> None:
     entry, folder = entry_of(filled), f"data/{SHARD:04d}"
     path = {"file": entry.path, "folder of a shard": folder, "statistics": str(entry.statistics_path)}[kind]
     link_out(filled, path, outside)
@@ -181,9 +179,7 @@ def test_pins_and_quarantine_files_behind_links_have_their_ways_out(filled: Feat
 
 
 @pytest.mark.parametrize("folder", ["log", "data", "quarantine", "pins", "damaged", "staging", "expired", "basis"])
-def test_a_folder_of_the_store_that_is_a_link_is_named_and_left_alone(
-    filled: FeatureStore, outside: Path, folder: str
-) -> None:
+def test_a_folder_that_is_a_link_is_named_and_left_alone(filled: FeatureStore, outside: Path, folder: str) -> None:
     filled.stage_part("run", "1", make_rows(5, filled.info))
     (Path(filled.url) / folder).mkdir(exist_ok=True)
     link_out(filled, folder, outside)
@@ -225,9 +221,7 @@ def test_expire_removes_links_and_nothing_behind_them(filled: FeatureStore, outs
     assert verify(filled).problems == []
 
 
-def test_links_that_stay_inside_and_a_store_that_is_a_link_are_fine(
-    filled: FeatureStore, tmp_path: Path, outside: Path
-) -> None:
+def test_links_inside_and_a_store_that_is_a_link_are_fine(filled: FeatureStore, tmp_path: Path, outside: Path) -> None:
     held = read_shard(filled.snapshot(), SHARD).features_ND
     entry, folder = entry_of(filled), Path(filled.url)
     (folder / "more").mkdir()

@@ -50,9 +50,7 @@ def test_safe_places_pass_the_short_check_and_stay_clean(place_url: str) -> None
 
 @pytest.mark.long
 @pytest.mark.parametrize("place", ["disk", pytest.param("seaweedfs", marks=pytest.mark.slow)])
-def test_writers_race_and_the_command_says_what_it_could_not_disprove(
-    place: str, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
+def test_writers_race_and_the_command_says_so(place: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     url = str(tmp_path / "new" / "place") if place == "disk" else request.getfixturevalue("s3_url")
     command = [sys.executable, "-m", "featurestore", "check-backend", url, "--writers", "3", "--rounds", "12"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -65,9 +63,7 @@ def test_writers_race_and_the_command_says_what_it_could_not_disprove(
 @pytest.mark.parametrize(
     ("fault", "reason"), [(Fault.DROP_CONDITION, IGNORED), (Fault.CHECK_THEN_PUT, SEVERAL)], ids=lambda x: str(x)[:20]
 )
-def test_a_server_whose_create_is_not_atomic_is_refused(
-    careless: Proxy, info: StoreInfo, fault: Fault, reason: str
-) -> None:
+def test_creates_that_race_are_refused(careless: Proxy, info: StoreInfo, fault: Fault, reason: str) -> None:
     url = new_bucket()
     careless.rule = lambda request: fault if request.is_create else None
     with pytest.raises(UnsafeBackendError, match="cannot hold a store") as caught:

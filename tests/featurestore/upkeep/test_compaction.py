@@ -139,9 +139,7 @@ def test_a_flipped_bit_never_gets_into_the_new_file(filled: FeatureStore) -> Non
     assert filled.snapshot().version == 3
 
 
-def test_a_file_is_read_and_written_as_its_rows_are_needed(
-    tmp_path: Path, info: StoreInfo, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_is_read_as_rows_are_needed(tmp_path: Path, info: StoreInfo, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not the whole of it before the first block is there: else memory would grow with the shard."""
     wide = info.model_copy(update={"num_shards": 1, "dim": 512})
     store = FeatureStore.create(tmp_path / "wide", wide)

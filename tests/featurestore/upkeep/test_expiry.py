@@ -175,9 +175,7 @@ class TestDamage:
         ],
         ids=["newest", "kept", "leaving", "all", "expired", "pin"],
     )
-    def test_nothing_changes_where_it_is_not_known_what_is_needed(
-        self, merged: FeatureStore, damaged: list[str]
-    ) -> None:
+    def test_nothing_changes_where_needs_are_not_known(self, merged: FeatureStore, damaged: list[str]) -> None:
         expire_to(merged, 3)
         pin(merged, "a", 3)
         for path in damaged:
@@ -273,9 +271,7 @@ class TestCommand:
         assert named == before - files_of(merged) and any(path.startswith("expired/") for path in named)
 
 
-def test_a_copy_that_another_expiry_takes_away_is_made_again(
-    merged: FeatureStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_copy_that_another_takes_away_is_made_again(merged: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that saw a pin, which has been withdrawn since, because it saw the copy."""
     needed = needs(merged.snapshot(1))
 

@@ -113,9 +113,7 @@ def test_the_same_bits_at_any_number_of_threads_and_after_a_compaction(source: F
     assert np.array_equal(before.components_KD, after.components_KD) and np.array_equal(before.mean_D, after.mean_D)
 
 
-def test_threads_of_blas_change_no_bit_and_rows_are_streamed(
-    tmp_path: Path, info: StoreInfo, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_are_streamed_with_the_same_bits(tmp_path: Path, info: StoreInfo, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 40,000 rows of 320 numbers, whose products BLAS would divide among threads, what is held is the matrix, the
     keys and some blocks of 64 rows: not the 51 MB that all rows are."""
     kind = {"dim": 320, "dtype": "float32", "num_shards": 4}
@@ -245,9 +243,7 @@ def test_the_command_says_what_is_kept(source: FeatureStore, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("dims", [None, 8])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-def test_every_live_row_is_there_in_one_snapshot(
-    source: FeatureStore, tmp_path: Path, dtype: DType, dims: int | None
-) -> None:
+def test_every_live_row_is_there(source: FeatureStore, tmp_path: Path, dtype: DType, dims: int | None) -> None:
     """As it was, or as coordinates, with what is known of it."""
     source.add_quarantine([QuarantineRow(1, "bad.jpg", "truncated", 0.0)])
     seen: list[tuple[int, int]] = []
@@ -339,9 +335,7 @@ def test_finished_is_finished_and_another_store_is_not_touched(source: FeatureSt
     assert remake(source, tmp_path / "first", dtype="bfloat16", version=1).num_rows == ROWS
 
 
-def test_rows_put_before_the_end_are_not_overwritten(
-    source: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_put_meanwhile_stay(source: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write = module.write_shard_file
 
     def others_put(storage: Storage, info: StoreInfo, shard: int, *arguments: Any) -> FileEntry:

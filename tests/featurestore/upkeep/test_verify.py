@@ -96,9 +96,7 @@ def test_files_that_expire_meanwhile_are_no_problem(filled: FeatureStore, monkey
 
 
 @pytest.mark.parametrize("name", ["a data file", "store.json", manifest_path(1), manifest_path(2)])
-def test_a_sector_that_cannot_be_read_is_damage_of_its_file(
-    filled: FeatureStore, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_an_unreadable_sector_is_damage(filled: FeatureStore, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """A person's own mistake is no damage: nothing may be moved away for it."""
     entry = entry_of(filled)
     place = Path(filled.url) / (entry.path if name == "a data file" else name)
@@ -152,9 +150,7 @@ def test_a_gap_is_no_problem_but_a_foreign_manifest_is(filled: FeatureStore) -> 
 
 
 @pytest.mark.parametrize(("name", "model"), [("store.json", StoreInfo), (manifest_path(2), Manifest)])
-def test_a_file_of_a_newer_program_asks_for_an_update_and_is_no_damage(
-    filled: FeatureStore, name: str, model: type[Sealed]
-) -> None:
+def test_a_file_of_a_newer_program_asks_for_an_update(filled: FeatureStore, name: str, model: type[Sealed]) -> None:
     path = Path(filled.url) / name
     path.write_bytes(seal(unseal(path.read_bytes(), model, "x").model_copy(update={"format_version": 2})))
     for look in (verify, repair):
@@ -210,9 +206,7 @@ def test_a_foreign_shard_and_values_that_are_not_finite_are_found(store: Feature
     assert any(f"{len(strange)} features that are not finite" in problem for problem in problems_of(store))
 
 
-def test_two_uris_of_one_key_are_found_and_a_new_one_after_a_delete_is_none(
-    store: FeatureStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_uris_of_one_key_without_a_delete_are_found(store: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = make_rows(1, store.info)
     other = FeatureRows.of(["other"], rows.features_ND, keys=rows.keys_N)
     store.put(rows)
