@@ -1,9 +1,10 @@
 """The log of manifests, in which a commit creates the next one.
 
 `expire` takes old manifests out of the log again, so that a name in it can become free. The newest manifest never goes:
-by that a writer that was away for a while, and created a version that once was another's, finds out (`_is_ours`).
+by that a writer that was away for a while, and created a version that once was another's, finds out (`is_ours`).
 """
 
+import contextlib
 import os
 import platform
 import random
@@ -80,14 +81,13 @@ def read_manifest(storage: Storage, version: int | None = None) -> Manifest:
         return EMPTY
     if version is None:
         return _newest(storage)
-    try:
-        return read(storage, version)
-    except FileNotFoundError:
-        known = versions(storage) or [0]
-        expired = f", the oldest kept {known[0]}: {version} has expired" if version < known[-1] else ""
-        raise SnapshotNotFoundError(
-            f"{storage.url} has no snapshot {version}; the newest is {known[-1]}{expired}"
-        ) from None
+    with contextlib.suppress(FileNotFoundError):
+        found = read(storage, version)
+        if not _is_stray(storage, found):
+            return found
+    known = versions(storage) or [0]
+    expired = f", the oldest kept {known[0]}: {version} has expired" if version < known[-1] else ""
+    raise SnapshotNotFoundError(f"{storage.url} has no snapshot {version}; the newest is {known[-1]}{expired}")
 
 
 class Appendable(Protocol):
@@ -112,13 +112,13 @@ def append(storage: Storage, commit: Appendable) -> Manifest:
         parent = read_manifest(storage)
         for version in sorted(unsure):
             found = find(storage, version)
-            if found is not None and _is_ours(storage, found, commit.commit_id):
+            if found is not None and is_ours(storage, found, commit.commit_id):
                 return found
         manifest = commit.manifest_after(parent)
         try:
             path = manifest_path(manifest.version)
             first = _checked(storage, path, manifest.version, create_sealed(storage, path, manifest))
-            if _is_ours(storage, first, commit.commit_id):
+            if is_ours(storage, first, commit.commit_id):
                 return first
         except StorageError:
             unsure.add(manifest.version)
@@ -147,6 +147,26 @@ def find(storage: Storage, version: int, folders: Sequence[str] = (LOG, EXPIRED)
     return None
 
 
+def is_ours(storage: Storage, found: Manifest, commit_id: str) -> bool:
+    """Return whether this is our commit, and the newest manifest comes after it or is it.
+
+    Not so where its version was free only because the commit that had it has expired, or was moved away as damaged: it
+    is taken away again. Raises StorageError where that cannot be found out.
+    """
+    if found.commit_id != commit_id:
+        return False
+    is_followed = _is_followed(storage, found)
+    if is_followed:
+        return True
+    # Snapshots go from the oldest on, except those kept by name: ours would have gone before its follower. A repair may
+    # have moved a damaged follower away, whose files are then those of ours.
+    if is_followed is None and any(map(storage.list, (PINS, CHANNELS, _DAMAGED))):
+        path = storage.full(manifest_path(found.version))
+        raise StorageError(f"cannot find out whether {path} is in the log: the manifest after it is gone")
+    storage.delete(manifest_path(found.version))
+    return False
+
+
 def utc_text(time_s: float) -> str:
     """Format seconds since 1970."""
     return f"{datetime.fromtimestamp(time_s, UTC):%Y-%m-%d %H:%M:%S} UTC"
@@ -169,22 +189,19 @@ def _checked(storage: Storage, path: str, version: int, manifest: Manifest) -> M
     return manifest
 
 
-def _is_ours(storage: Storage, found: Manifest, commit_id: str) -> bool:
-    """Return whether this is our commit, and the newest manifest comes after it or is it.
-
-    Not so where its version was free only because the commit that had it has expired: it is taken away again.
-    """
-    if found.commit_id != commit_id:
-        return False
+def _is_followed(storage: Storage, found: Manifest) -> bool | None:
+    """Return whether a manifest is the newest, or the parent of the next one; None where the next one is gone."""
     if versions(storage)[-1:] == [found.version]:
         return True
     follower = find(storage, found.version + 1)
-    if follower is not None and follower.parent == commit_id:
-        return True
-    # Snapshots go from the oldest on, except those kept by name: ours would have gone before its follower. A repair may
-    # have moved a damaged follower away, whose files are then those of ours.
-    if follower is None and any(storage.list(folder) for folder in (PINS, CHANNELS, _DAMAGED)):
-        path = storage.full(manifest_path(found.version))
-        raise StorageError(f"cannot find out whether {path} is in the log: the manifest after it is gone")
-    storage.delete(manifest_path(found.version))
+    return None if follower is None else follower.parent == found.commit_id
+
+
+def _is_stray(storage: Storage, found: Manifest) -> bool:
+    """Return whether a manifest landed when its version had expired: the next one comes after another.
+
+    Its writer takes it away, unless it was killed. Where the next one is damaged or gone, the manifest counts.
+    """
+    with contextlib.suppress(CorruptFileError):
+        return _is_followed(storage, found) is False
     return False

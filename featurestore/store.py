@@ -396,7 +396,7 @@ class FeatureStore:
     def snapshot(self, version: VersionName | None = None) -> Snapshot:
         """Open the newest snapshot, that of `version`, or that of a channel.
 
-        One small file is read, two for a channel. Raises SnapshotNotFoundError, also where it has expired;
+        One or two small files are read, one more for a channel. Raises SnapshotNotFoundError, also where it expired;
         ChannelError, which names the channels that there are; AnotherStoreError where the channel's snapshot is another
         commit by now.
         """

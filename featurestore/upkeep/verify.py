@@ -679,7 +679,7 @@ def _recommit(storage: Storage, good: Manifest, version: int, operation: str, dr
     """Commit the newest good manifest again as `version`, the number behind that of the newest, which is damaged.
 
     Readers and writers stop at a damaged newest manifest, and continue with this one. Where another repair was first,
-    its commit stays.
+    its commit stays; so does what came after that, where its number has become free meanwhile.
     """
     if not dry_run:
         again = good.model_copy(
@@ -692,7 +692,7 @@ def _recommit(storage: Storage, good: Manifest, version: int, operation: str, dr
                 "operation": operation,
             }
         )
-        create_sealed(storage, log.manifest_path(version), again)
+        log.is_ours(storage, create_sealed(storage, log.manifest_path(version), again), again.commit_id)
 
 
 def _info_of_a_file(storage: Storage, manifest: Manifest) -> tuple[str, StoreInfo] | None:

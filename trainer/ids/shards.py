@@ -126,17 +126,25 @@ class TableShape:
         return self.num_shards * self.rows_per_shard
 
     def place_of(self, ids_N: keys.Int64Array) -> tuple[keys.Int64Array, keys.Int64Array]:
-        """Find shard and row in the shard of each id. Top bits of the hash choose the shard, low bits the row."""
+        """Find shard and row in the shard of each id."""
         if self.direct:
             return ids_N % self.num_shards, ids_N // self.num_shards
-        hash_N = keys.splitmix64(ids_N)
-        low_bits_N = hash_N.astype(np.uint32)  # divided in a third of the time of 64 bits
-        row_N = (low_bits_N % np.uint32(self.rows_per_shard)).astype(np.int64)
-        return keys.shard_of_hash(hash_N, self.num_shards), row_N
+        return hashed_place(keys.splitmix64(ids_N), self.num_shards, self.rows_per_shard)
 
     def shards_of(self, ids_N: keys.Int64Array) -> keys.Int64Array:
         """Find the shard of each id."""
         return ids_N % self.num_shards if self.direct else keys.shard_of(ids_N, self.num_shards)
+
+
+def hashed_place(
+    hash_N: keys.UInt64Array, num_shards: int, rows_per_shard: int | keys.Int64Array
+) -> tuple[keys.Int64Array, keys.Int64Array]:
+    """Find shard and row in the shard of hashed ids: top bits choose the shard, low bits the row.
+
+    `rows_per_shard`: of their table, or of the table of each, (N,)."""
+    low_bits_N = hash_N.astype(np.uint32)  # divided in a third of the time of 64 bits
+    row_N = low_bits_N % np.asarray(rows_per_shard, np.uint32)
+    return keys.shard_of_hash(hash_N, num_shards), row_N.astype(np.int64)
 
 
 def owned_rows(shape: TableShape, rank: int, num_ranks: int) -> int:
