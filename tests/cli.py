@@ -1,7 +1,15 @@
-"""Commands called in this process."""
+"""Commands called in this process, and programs called in others."""
+
+import subprocess
+from typing import Any
 
 import typer
 from typer.testing import CliRunner, Result
+
+
+def ran(*words: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run a program to its end; return its exit code and its output, as text."""
+    return subprocess.run(list(map(str, words)), capture_output=True, text=True, check=False, **options)
 
 
 def invoke(app: typer.Typer, *words: object, code: int | None = None) -> Result:
@@ -10,6 +18,11 @@ def invoke(app: typer.Typer, *words: object, code: int | None = None) -> Result:
     assert code is None or result.exit_code == code, result.output
     assert not code or isinstance(result.exception, SystemExit), "no traceback"
     return result
+
+
+def printed(app: typer.Typer, *words: object) -> str:
+    """Call an app, which has to end well; return what it prints to stdout."""
+    return invoke(app, *words, code=0).stdout
 
 
 def said(app: typer.Typer, *words: object, code: int = 0) -> str:

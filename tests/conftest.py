@@ -32,17 +32,9 @@ if TYPE_CHECKING:
 check_each_kind_once()  # here: the conftest of a folder may import what takes the check from its module
 
 SERVICES = {
-    "forks",
-    "two_ranks",
-    "two_torch_ranks",
-    "two_ranks_of_each",
-    "results_of",
-    "client",
-    "cluster",
-    "s3_endpoint",
-    "dies_at",
-    "serve",
-}
+    "forks", "two_ranks", "two_torch_ranks", "two_ranks_of_each", "results_of", "client", "cluster", "s3_endpoint",
+    "dies_at", "serve",
+}  # fmt: skip
 """Fixtures that start ranks, a Dask cluster, a server or writers to be killed: their tests are marked `services`."""
 SERVERS = {"s3", "seaweedfs", "s3_url"}
 """Parameters of tests and fixtures that ask for a server."""
@@ -111,7 +103,6 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(scope="session")
 def forks() -> Iterator[Forks]:
-    """Forks ranks, as long as the tests."""
     with forks_of_ranks() as forks:
         yield forks
 

@@ -20,8 +20,6 @@ HOP_HEADERS = {"connection", "expect", "transfer-encoding", "content-length"}
 
 
 class Fault(Enum):
-    """What may happen to a request."""
-
     LOSE_ANSWER = auto()  # the work is done, and nobody hears of it
     CUT = auto()  # nothing is done
     CUT_ANSWER = auto()  # half of the answer comes
@@ -44,8 +42,6 @@ ANSWERS = {
 
 
 class Request(NamedTuple):
-    """What the client asked."""
-
     method: str
     path: str  # with the query
     headers: Mapping[str, str]  # names in lower case
@@ -58,8 +54,6 @@ class Request(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What the server said."""
-
     status: int
     headers: list[tuple[str, str]]
     body: bytes

@@ -95,7 +95,6 @@ class Forks:
         return Job(self, found, ExitStack())
 
     def ask(self, **asked: object) -> object:
-        """The answer to one line."""
         assert self._process.stdin is not None and self._process.stdout is not None
         with self._lock:
             print(json.dumps(asked), file=self._process.stdin, flush=True)
@@ -122,8 +121,6 @@ class Forks:
 
 @dataclass(frozen=True)
 class Job:
-    """Ranks that were forked."""
-
     forks: Forks
     ranks: list[int]
     meeting: ExitStack
@@ -142,7 +139,6 @@ class Job:
         return codes
 
     def close(self) -> None:
-        """End those that have not ended."""
         for rank, code in zip(self.ranks, self.codes(), strict=True):
             if code is None:
                 os.kill(rank, signal.SIGKILL)

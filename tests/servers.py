@@ -11,7 +11,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Iterator, Mapping
@@ -34,17 +33,21 @@ FILERS: dict[str, str] = {}
 class Server:
     """A program that serves S3, with its files and its log in a folder; keeps its address over restarts."""
 
-    def __init__(self, command: list[str | Path], endpoint: str, healthy: str, folder: Path) -> None:
+    def __init__(self, command: list[str | Path], endpoint: str, folder: Path) -> None:
         self.endpoint = endpoint
-        self._command, self._healthy, self._folder = command, healthy, folder
+        self._command, self._folder = command, folder
         self._process: subprocess.Popen[bytes] | None = None
 
-    def start(self, wait: bool = True) -> None:
+    def start(self) -> None:
         environment = {**os.environ, "GOMAXPROCS": "1"}  # Go's threads look for work: a fifth of a server's time
         with (self._folder / "log.txt").open("ab") as log:
-            self._process = subprocess.Popen(self._command, stdout=log, stderr=log, cwd=self._folder, env=environment)
-        if wait:
-            self._wait_until_healthy()
+            process = subprocess.Popen(self._command, stdout=log, stderr=log, cwd=self._folder, env=environment)
+        self._process, deadline = process, time.monotonic() + READY_TIMEOUT_S
+        while time.monotonic() < deadline and process.poll() is None:
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.endpoint}/healthz", timeout=1):
+                return
+            time.sleep(0.05)
+        pytest.fail(f"the server did not start: {(self._folder / 'log.txt').read_text(errors='replace')[-2000:]}")
 
     def kill(self) -> None:
         """SIGKILL: what it had not written to its files is lost."""
@@ -53,23 +56,13 @@ class Server:
             self._process.wait()
             self._process = None
 
-    def _wait_until_healthy(self) -> None:
-        deadline = time.monotonic() + READY_TIMEOUT_S
-        while time.monotonic() < deadline and self._process is not None and self._process.poll() is None:
-            try:
-                with urllib.request.urlopen(f"{self.endpoint}{self._healthy}", timeout=1):
-                    return
-            except (urllib.error.URLError, OSError):
-                time.sleep(0.05)
-        pytest.fail(f"the server did not start: {(self._folder / 'log.txt').read_text(errors='replace')[-2000:]}")
-
 
 def seaweedfs(folder: Path) -> Server:
     """The real server's binary; takes about a second to start."""
     s3, master, volume, filer = free_ports(4)
     endpoint = f"http://127.0.0.1:{s3}"
     FILERS[endpoint] = f"127.0.0.1:{filer}"
-    return Server(weed_command(folder, "127.0.0.1", s3, master, volume, filer), endpoint, "/healthz", folder)
+    return Server(weed_command(folder, "127.0.0.1", s3, master, volume, filer), endpoint, folder)
 
 
 def weed_command(folder: Path, address: str, s3: int, master: int, volume: int, filer: int) -> list[str | Path]:

@@ -1,20 +1,20 @@
 """benchmarks.quality in a small form: both sides learn the same rows, and every figure is kept for the next call."""
 
+import itertools
 import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from rich.progress import Progress
 
-import trainer
 from benchmarks.quality import compare, heldout
 from benchmarks.quality.__main__ import app
 from benchmarks.quality.compare import Bench
@@ -22,18 +22,14 @@ from benchmarks.quality.data import DataSet, parse
 from benchmarks.quality.heldout import JUDGED, hold_out, sampled
 from benchmarks.quality.rows import Layout, Rows, Vocabulary, read, vocabularies, write_pretrained
 from benchmarks.quality.runs import Spec, fuxictr_python
-from featurestore.format.datafile import FeatureRows
-from featurestore.keys import keys_of_uris
-from featurestore.spec import ExtractorSpec, StoreInfo
-from featurestore.store import FeatureStore
 from tests.cli import invoke
 from tests.running.spared import WITHOUT_PANDAS
+from tests.trainer.conftest import drawn_store, lists
 from trainer.config import load_config
 from trainer.errors import DataError
-from trainer.schema.fields import load_schema
+from trainer.schema.fields import DEFAULT_SCHEMA, load_schema
 
 ITEMS, USERS = 30, 40
-AD_LISTS = ("ad_item", "ad_image", "ad_category", "ad_scene")
 DAYS = ("2026-01-01", "2026-01-02", "2026-01-03")
 needs_fuxictr = pytest.mark.skipif(not fuxictr_python().exists(), reason="FuxiCTR is not installed here")
 
@@ -45,7 +41,7 @@ def with_pandas(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _lists(values: np.ndarray, sizes: np.ndarray) -> pa.ListArray:
-    return pa.ListArray.from_arrays(pa.array(np.r_[0, np.cumsum(sizes)], pa.int32()), pa.array(values))
+    return lists(values, np.r_[0, np.cumsum(sizes)])
 
 
 def _day(seed: int) -> pa.Table:
@@ -56,15 +52,14 @@ def _day(seed: int) -> pa.Table:
     item = random.integers(0, ITEMS, shown.sum())
     behavior = random.integers(0, ITEMS // 2, seen.sum()) * 2 + np.repeat(user % 2, seen)
     label = random.random(shown.sum()) < np.where(item % 2 == 0, 0.8 - 0.2 * np.repeat(user % 2, shown), 0.1)
-    keys = keys_of_uris([f"item-{number}" for number in range(ITEMS)])
     return pa.table(
         {
             "user": user,
             "behavior_item": _lists(behavior, seen),
-            "behavior_image": _lists(keys[behavior], seen),
+            "behavior_image": _lists(behavior + 1_000, seen),
             "behavior_category": _lists(behavior % 3, seen),
             "ad_item": _lists(item, shown),
-            "ad_image": _lists(keys[item], shown),
+            "ad_image": _lists(item + 1_000, shown),
             "ad_category": _lists(item % 3, shown),
             "ad_scene": _lists(random.integers(0, 3, shown.sum()), shown),
             "label": _lists(label.astype(np.int8), shown),
@@ -80,16 +75,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         split = folder / "samples" / ("test" if day == DAYS[-1] else "train")
         split.mkdir(parents=True, exist_ok=True)
         pq.write_table(_day(number), split / f"day={day}-000.parquet")
-    extractor = ExtractorSpec(
-        backbone="drawn", layer="none", weights_digest="0", preprocessing="none", compute_dtype="float32"
-    )
-    store = FeatureStore.create(
-        folder / "features", StoreInfo(num_shards=4, dim=8, dtype="float32", extractor=extractor)
-    )
-    features_ND = np.random.default_rng(5).normal(size=(ITEMS, 8)).astype(np.float32)
+    features_ND = np.random.default_rng(5).normal(size=(ITEMS, 8))
     features_ND[:, 0] += np.arange(ITEMS) % 2 * 3
-    uris = [f"item-{number}" for number in range(ITEMS)]
-    store.put(FeatureRows.of(uris, features_ND, keys=keys_of_uris(uris)))
+    drawn_store(folder / "features", features_ND, first_key=1_000)
     return folder
 
 
@@ -114,10 +102,8 @@ def test_both_sides_learn_and_figures_are_kept(place: Path) -> None:
             assert figures[f"{name}_s_per_epoch"] > 0
     assert figures["ids_tiny_dnn_ours_best"] > 0.6, "people click on even items"
     for goal in ("epoch1", "best"):
-        gains = [
-            figures[f"ids_tiny_{net}_ours_{goal}"] - figures[f"ids_tiny_{net}_fuxictr_{goal}"] for net in ("dnn", "din")
-        ]
-        assert figures[f"gauc_vs_fuxictr_{goal}"] == pytest.approx(np.mean(gains))
+        sides = [[figures[f"ids_tiny_{net}_{side}_{goal}"] for net in ("dnn", "din")] for side in ("ours", "fuxictr")]
+        assert figures[f"gauc_vs_fuxictr_{goal}"] == pytest.approx(np.mean(sides[0]) - np.mean(sides[1]))
     kept = {file: file.stat().st_mtime_ns for file in (place / "bench" / "figures").iterdir()}
     assert len(kept) == 4
     assert _call(place, *call) == figures
@@ -137,125 +123,99 @@ def test_with_images_and_tuned(place: Path) -> None:
     assert len(tuned) == sum(len(compare.grid_of(side)) for side in compare.SIDES)
 
 
-def _log(folder: Path) -> Path:
-    """Samples of a log with a schema of its own, in three days, which is what tools/real_logs.py and its job leave."""
-    shutil.copytree(folder / "samples", folder / "log" / "samples", dirs_exist_ok=True)
-    preset = Path(trainer.__file__).parent / "presets" / "schema.yaml"
-    shutil.copy(preset, folder / "log" / "samples" / "schema.yaml")
-    (folder / "log" / "samples" / "summary.json").write_text("{}")
-    return folder / "log"
+def test_days_are_cut_by_their_impressions(place: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Then of ten days with ten impressions each: the last is left out, the one before it is for validation."""
+    assert compare.cut_days(place / "samples") == ([DAYS[0]], [DAYS[1]], [DAYS[2]])
+    (tmp_path / "train").mkdir()
+    shutil.copy(place / "samples" / "train" / f"day={DAYS[0]}-000.parquet", tmp_path / "train")
+    with pytest.raises(DataError, match="has 1 days"):
+        compare.cut_days(tmp_path)
+    with pytest.raises(DataError, match="1 training days, and tuning needs 2"):
+        parse(f"one={tmp_path}", 1).tuning_days()
+    days = [f"2026-01-{day:02}" for day in range(1, 11)]
+    monkeypatch.setattr(compare, "files_by_day", lambda _: {day: [day] for day in days})
+    monkeypatch.setattr(compare, "_impressions", lambda _: 10)
+    assert compare.cut_days(place / "samples") == (days[:8], days[8:9], days[9:])
+    for rows, trained in ((3, days[7:8]), (25, days[6:8]), (1000, days[:8])):
+        assert compare.cut_days(place / "samples", rows)[0] == trained
 
 
-class TestRealLogs:
-    def test_days_are_cut_by_their_impressions(self, place: Path) -> None:
-        assert compare.cut_days(place / "samples") == ([DAYS[0]], [DAYS[1]], [DAYS[2]])
-        with pytest.raises(DataError, match="has 1 days"):
-            compare.cut_days(_days(place, DAYS[:1]))
-
-    def test_training_has_the_newest_days_with_so_many_impressions(
-        self, place: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        """Ten days of ten impressions each: the last is left out, the one before it is for validation."""
-        days = [f"2026-01-{day:02}" for day in range(1, 11)]
-        monkeypatch.setattr(compare, "files_by_day", lambda _: {day: [day] for day in days})
-        monkeypatch.setattr(compare, "_impressions", lambda _: 10)
-        assert compare.cut_days(place / "samples") == (days[:8], days[8:9], days[9:])
-        assert [compare.cut_days(place / "samples", rows)[0] for rows in (3, 25, 1000)] == [
-            days[7:8],
-            days[6:8],
-            days[:8],
-        ]
-
-    def test_the_best_epoch_is_that_of_the_validation_days(self) -> None:
-        curve = [{"gauc": gauc, "left_out_gauc": other} for gauc, other in ((0.6, 0.7), (0.8, 0.5), (0.7, 0.9))]
-        assert compare.of_goal(curve, "best", compare.METRIC) == 0.5
-        assert compare.of_goal(curve, "epoch1", compare.METRIC) == 0.7
-
-    def test_figures_by_log_and_net(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        epoch = {"gauc": 0.6, "left_out_gauc": 0.7}
-        better = {"gauc": 0.5, "left_out_gauc": 0.8}
-        found = {
-            (log, net, side): [[better if (log, net, side) == ("a", "dnn", "ours") else epoch] * 4]
-            for log in ("a", "b")
-            for net in ("dnn", "din")
-            for side in compare.SIDES
-        }
-        monkeypatch.setattr(compare, "curves", lambda *_, **__: found)
-        sections = compare.logs_section(Bench([], tmp_path, ["dnn", "din"], range(1), 4, True, Progress()))
-        figures = {name: value for section in sections for name, value in section.flat().items()}
-        for goal in ("epoch1", "epoch2", "epoch4", "best"):
-            assert figures[f"gauc_left_out_{goal}_a"] == pytest.approx(0.05)
-            assert figures[f"gauc_left_out_{goal}_worst"] == figures[f"gauc_left_out_{goal}_b"] == 0
-            assert figures[f"gauc_left_out_{goal}"] == figures[f"gauc_left_out_tuned_{goal}"] == pytest.approx(0.025)
-            assert figures[f"left_out_a_dnn_{goal}"] == pytest.approx(0.1)
-        assert figures["left_out_a_dnn_ours_best"] == 0.8
-
-    @pytest.mark.slow
-    @needs_fuxictr
-    def test_both_sides_are_measured_on_the_days_left_out(self, place: Path, tmp_path: Path) -> None:
-        words = ["--logs", str(_log(place)), "--net", "dnn", "--seeds", "1", "--epochs", "2", "--batch-size", "32"]
-        words += ["--dir", str(tmp_path / "bench"), "--json", str(tmp_path / "logs.json"), "--set", "optim.lr=0.01"]
-        invoke(app, *words, code=0)
-        figures = json.loads((tmp_path / "logs.json").read_text())
-        assert figures["left_out_log_dnn_ours_best"] > 0.6, "people click on even items"
-        assert figures["left_out_tuned_log_dnn_ours_best"] > 0.6
-        kept = [json.loads(file.read_text()) for file in (tmp_path / "bench" / "figures").iterdir()]
-        assert {tuple(each["spec"]["left_out_days"]) for each in kept} == {DAYS[2:]}
-        shown = {(each["curve"][0]["impressions"], each["curve"][0]["left_out_impressions"]) for each in kept}
-        assert len(shown) == 1, "both sides have the same rows"
+def test_figures_by_log_and_net(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The best epoch is that of the validation days."""
+    curve = [{"gauc": gauc, "left_out_gauc": other} for gauc, other in ((0.6, 0.7), (0.8, 0.5), (0.7, 0.9))]
+    assert compare.of_goal(curve, "best", compare.METRIC) == 0.5
+    assert compare.of_goal(curve, "epoch1", compare.METRIC) == 0.7
+    epoch, better = {"gauc": 0.6, "left_out_gauc": 0.7}, {"gauc": 0.5, "left_out_gauc": 0.8}
+    found = {side: [[epoch] * 4] for side in itertools.product("ab", ("dnn", "din"), compare.SIDES)}
+    found["a", "dnn", "ours"] = [[better] * 4]
+    monkeypatch.setattr(compare, "curves", lambda *_, **__: found)
+    sections = compare.logs_section(Bench([], tmp_path, ["dnn", "din"], range(1), 4, True, Progress()))
+    figures = {name: value for section in sections for name, value in section.flat().items()}
+    for goal in ("epoch1", "epoch2", "epoch4", "best"):
+        assert figures[f"gauc_left_out_{goal}_a"] == pytest.approx(0.05)
+        assert figures[f"gauc_left_out_{goal}_worst"] == figures[f"gauc_left_out_{goal}_b"] == 0
+        assert figures[f"gauc_left_out_{goal}"] == figures[f"gauc_left_out_tuned_{goal}"] == pytest.approx(0.025)
+        assert figures[f"left_out_a_dnn_{goal}"] == pytest.approx(0.1)
+    assert figures["left_out_a_dnn_ours_best"] == 0.8
 
 
-def _days(place: Path, chosen: Sequence[str]) -> Path:
-    out = place / f"only-{len(chosen)}" / "train"
-    out.mkdir(parents=True, exist_ok=True)
-    for day in chosen:
-        shutil.copy(place / "samples" / "train" / f"day={day}-000.parquet", out)
-    return out.parent
+@pytest.mark.slow
+@needs_fuxictr
+def test_both_sides_are_measured_on_the_days_left_out(place: Path, tmp_path: Path) -> None:
+    """Of a log with a schema of its own, which is what tools/real_logs.py and its job leave."""
+    samples = shutil.copytree(place / "samples", tmp_path / "log" / "samples")
+    shutil.copy(DEFAULT_SCHEMA, samples / "schema.yaml")
+    (samples / "summary.json").write_text("{}")
+    words = ["--logs", str(tmp_path / "log"), "--net", "dnn", "--seeds", "1", "--epochs", "2", "--batch-size", "32"]
+    words += ["--dir", str(tmp_path / "bench"), "--json", str(tmp_path / "logs.json"), "--set", "optim.lr=0.01"]
+    invoke(app, *words, code=0)
+    figures = json.loads((tmp_path / "logs.json").read_text())
+    assert figures["left_out_log_dnn_ours_best"] > 0.6, "people click on even items"
+    assert figures["left_out_tuned_log_dnn_ours_best"] > 0.6
+    kept = [json.loads(file.read_text()) for file in (tmp_path / "bench" / "figures").iterdir()]
+    assert {tuple(each["spec"]["left_out_days"]) for each in kept} == {DAYS[2:]}
+    shown = {(each["curve"][0]["impressions"], each["curve"][0]["left_out_impressions"]) for each in kept}
+    assert len(shown) == 1, "both sides have the same rows"
 
 
-class TestRows:
-    def test_are_those_of_the_samples(self, place: Path) -> None:
-        schema = load_schema(None)
-        layout = Layout.of(schema)
-        assert [ad.name for _, ad in layout.items] == ["ad_item", "ad_category", "ad_image_id"]
-        assert [field.name for field in layout.rest] == ["user", "ad_scene"]
-        batch = read(str(place / "samples"), "train", schema, None)
-        known = vocabularies(batch, [field for pair in layout.items for field in pair] + list(layout.rest))
-        rows = Rows.of(batch, layout, known)
-        table = pa.concat_tables([pq.read_table(file) for file in sorted((place / "samples/train").iterdir())])
-        item_N = table.column("ad_item").combine_chunks().flatten().to_numpy()
-        assert (known["item"].known_V[rows.ad_B["ad_item"] - 1] == item_N).all()
-        assert (rows.label_B == table.column("label").combine_chunks().flatten().to_numpy()).all()
-        last = table.column("behavior_item")[-1].as_py()
-        assert known["item"].known_V[rows.history_GL["ad_item"][rows.group_B[-1]][: len(last)] - 1].tolist() == last
-        assert (rows.history_GL["ad_item"][rows.group_B[-1]][len(last) :] == 0).all()
-
-    def test_ids_that_training_lacks_share_a_number(self) -> None:
-        known = Vocabulary.of([np.array([7, 3]), np.array([3])])
-        assert known.numbers(np.array([3, 7, 5, 9])).tolist() == [1, 2, 3, 3]
-        assert known.size == 4
-
-    def test_pretrained_features_have_the_numbers_of_a_vocabulary(self, tmp_path: Path) -> None:
-        keys = np.array([-3, 7])
-        write_pretrained(tmp_path, "ad_image", keys, np.eye(2, dtype=np.float32))
-        numbers = json.loads((tmp_path / "feature_vocab.json").read_text())["ad_image"]
-        assert [numbers[str(key)] for key in keys] == Vocabulary(keys).numbers(keys).tolist()
-        with np.load(tmp_path / "features.npz") as file:
-            assert file["key"].tolist() == keys.tolist() and file["value"].tolist() == [[1, 0], [0, 1]]
+def test_rows_are_those_of_the_samples(place: Path) -> None:
+    schema = load_schema(None)
+    layout = Layout.of(schema)
+    assert [ad.name for _, ad in layout.items] == ["ad_item", "ad_category", "ad_image_id"]
+    assert [field.name for field in layout.rest] == ["user", "ad_scene"]
+    batch = read(str(place / "samples"), "train", schema, None)
+    known = vocabularies(batch, [field for pair in layout.items for field in pair] + list(layout.rest))
+    rows = Rows.of(batch, layout, known)
+    table = pa.concat_tables([pq.read_table(file) for file in sorted((place / "samples/train").iterdir())])
+    item_N = table.column("ad_item").combine_chunks().flatten().to_numpy()
+    assert (known["item"].known_V[rows.ad_B["ad_item"] - 1] == item_N).all()
+    assert (rows.label_B == table.column("label").combine_chunks().flatten().to_numpy()).all()
+    last, history_L = table.column("behavior_item")[-1].as_py(), rows.history_GL["ad_item"][rows.group_B[-1]]
+    assert known["item"].known_V[history_L[: len(last)] - 1].tolist() == last
+    assert (history_L[len(last) :] == 0).all()
 
 
-def test_runs_on_different_rows_are_refused() -> None:
+def test_ids_that_training_lacks_share_a_number_and_pretrained_features_have_that_of_a_vocabulary(
+    tmp_path: Path,
+) -> None:
+    known = Vocabulary.of([np.array([7, 3]), np.array([3])])
+    assert known.numbers(np.array([3, 7, 5, 9])).tolist() == [1, 2, 3, 3]
+    assert known.size == 4
+    keys = np.array([-3, 7])
+    write_pretrained(tmp_path, "ad_image", keys, np.eye(2, dtype=np.float32))
+    numbers = json.loads((tmp_path / "feature_vocab.json").read_text())["ad_image"]
+    assert [numbers[str(key)] for key in keys] == Vocabulary(keys).numbers(keys).tolist()
+    with np.load(tmp_path / "features.npz") as file:
+        assert file["key"].tolist() == keys.tolist() and file["value"].tolist() == [[1, 0], [0, 1]]
+
+
+def test_different_rows_and_wrong_data_sets_are_refused() -> None:
     epoch = {"impressions": 3, "clicks": 1, "gauc_impressions": 3}
     with pytest.raises(AssertionError, match="measured different rows"):
         compare.check_same_rows({("a", "dnn", "ours"): [[epoch]], ("a", "dnn", "fuxictr"): [[{**epoch, "clicks": 2}]]})
-
-
-def test_wrong_data_sets(place: Path) -> None:
     for text in ("samples", "=samples", "a=", "a b=samples"):
         with pytest.raises(ValueError, match="is not NAME=SAMPLES"):
             parse(text, 1)
-    with pytest.raises(DataError, match="1 training days, and tuning needs 2"):
-        parse(f"one={_days(place, DAYS[:1])}", 1).tuning_days()
 
 
 def test_a_run_is_known_by_the_defaults_too(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,7 +241,6 @@ def test_held_out_items_are_nowhere_in_training(place: Path, tmp_path: Path) -> 
     hold_out(place / "samples", tmp_path / "out", 0.3)
     gone = set(np.arange(ITEMS)[sampled(np.arange(ITEMS), 0.3, 0)].tolist())
     assert 3 < len(gone) < 18
-    keys = dict(zip(range(ITEMS), keys_of_uris([f"item-{number}" for number in range(ITEMS)]).tolist(), strict=True))
     before = pq.read_table(place / "samples/train").to_pylist()
     after = {(row["user"], n): row for n, row in enumerate(pq.read_table(tmp_path / "out/train").to_pylist())}
     expected = []
@@ -293,16 +252,13 @@ def test_held_out_items_are_nowhere_in_training(place: Path, tmp_path: Path) -> 
             own |= {name: [row[name][n] for n in seen] for name in row if name.startswith("behavior_")}
             expected.append({**row, **own})
     assert list(after.values()) == expected
-    assert all(keys[item] == key for row in expected for item, key in zip(row["ad_item"], row["ad_image"], strict=True))
-    of_test = Counter(_values(place / "samples/test", "ad_item"))
-    asked, judged = (Counter(_values(tmp_path / "out" / at / "test", "ad_item")) for at in ("", JUDGED))
+    of_test, asked, judged = (
+        Counter(pc.list_flatten(pq.read_table(each / "test", columns=["ad_item"])["ad_item"]).to_pylist())
+        for each in (place / "samples", tmp_path / "out", tmp_path / "out" / JUDGED)
+    )
     assert asked & judged == Counter({item: n for item, n in of_test.items() if item not in gone})
     assert asked | judged == of_test
     assert gone & set(asked) and gone & set(judged)
-
-
-def _values(folder: Path, column: str) -> list[int]:
-    return [value for row in pq.read_table(folder, columns=[column]).to_pylist() for value in row[column]]
 
 
 @pytest.mark.slow
@@ -317,8 +273,7 @@ def test_the_section_of_held_out_items(place: Path, tmp_path: Path) -> None:
 
 
 def test_other_samples_of_the_same_name_are_held_out_anew(place: Path, tmp_path: Path) -> None:
-    shorter = tmp_path / "samples"
-    shutil.copytree(place / "samples", shorter)
+    shorter = shutil.copytree(place / "samples", tmp_path / "samples")
     next(iter(sorted((shorter / "train").iterdir()))).unlink()
     bench = Bench([], tmp_path / "kept", ["dnn"], range(1), 1, False, Progress())
     made = [

@@ -6,19 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from click.testing import Result
 
 from benchmarks.tables.__main__ import app
-from benchmarks.tables.runs import Planned, Runner, section_of
+from benchmarks.tables.runs import Runner, section_of
 from benchmarks.tables.variants import Table, Variant, load_tables
 from featurestore.format.datafile import FeatureRows
 from featurestore.store import FeatureStore
 from tests.cli import invoke
 from tests.pages import check_page
-from tests.trainer.conftest import Places, make_places
+from tests.trainer.conftest import change_column, make_places
+from tests.trainer.whole_runs import report_of
 from trainer.comm import SoloComm
 from trainer.config import load_config
 from trainer.errors import ConfigError
@@ -29,20 +28,9 @@ TWO = {"ids only": Variant(settings={"model.images": "none"}), "with images": Va
 TOWERS = Table(title="towers", settings={"model.base": "two_tower"}, variants=TWO)
 
 
-@pytest.fixture(scope="module")
-def places(tmp_path_factory: pytest.TempPathFactory) -> Places:
-    return make_places(tmp_path_factory.mktemp("places"))
-
-
 def call(*words: object, out: Path, settings: list[str]) -> Result:
     options = [word for setting in settings for word in ("--set", setting)]
     return invoke(app, *words, "--dir", out, *options)
-
-
-def plans(out: Path, places: Places, **changes: Any) -> list[Planned]:
-    """Of a run without images and of one with them."""
-    runner = Runner(out, None, tuple(places.settings(**changes)), SoloComm())
-    return [runner.plan(TOWERS, each, 0) for each in TWO.values()]
 
 
 def reports(folder: Path) -> dict[str, int]:
@@ -85,89 +73,84 @@ def test_a_wrong_file_is_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-class TestCommand:
-    def test_runs_are_made_once(self, places: Places, tmp_path: Path) -> None:
-        settings, page, file = places.settings(train__max_steps=3), tmp_path / "page.html", tmp_path / "file.json"
-        words = (PAPER, "--table", "prerank", "--table", "warmup", "--seeds", 2, "--json", file)
-        done = call(*words, "--html", page, out=tmp_path, settings=settings)
-        assert done.exit_code == 0, done.output
-        made, found = reports(tmp_path), json.loads(file.read_text())
-        assert len(made) == 2 * 2 + 2 * (1 + 2)
-        assert found["prerank_with images_paper_gauc"] == 0.6225 and found["warmup_partial_gauc_95"] is not None
-        gain = found["prerank_with images_gauc"] - found["prerank_ids only_gauc"]
-        assert found["prerank_with images_gain"] == pytest.approx(gain)
-        tested = [load_config(path / "config.yaml").data.test_days for path in (tmp_path / "runs").iterdir()]
-        assert len({each[0] for each in tested if each}) == 2  # the run before is tested a day earlier
-        read = check_page(page.read_text(encoding="utf-8"))
-        assert read.value("with images")[0] == f"{found['prerank_with images_gauc']:.4g}"
-        assert not any("step 0 of 3" in each for each in read.texts), "what the runs print is in their logs"
-        slower = [*settings, "train.checkpoint_every=2", "run.deadline_s=99"]
-        again = call(*words, out=tmp_path, settings=slower)
-        assert again.exit_code == 0 and reports(tmp_path) == made
-        assert json.loads(file.read_text()) == found
+def test_runs_are_made_once(tmp_path: Path) -> None:
+    settings = make_places(tmp_path / "places").settings(train__max_steps=3)
+    page, file = tmp_path / "page.html", tmp_path / "file.json"
+    words = (PAPER, "--table", "prerank", "--table", "warmup", "--seeds", 2, "--json", file)
+    done = call(*words, "--html", page, out=tmp_path, settings=settings)
+    assert done.exit_code == 0, done.output
+    made, found = reports(tmp_path), json.loads(file.read_text())
+    assert len(made) == 2 * 2 + 2 * (1 + 2)
+    assert found["prerank_with images_paper_gauc"] == 0.6225 and found["warmup_partial_gauc_95"] is not None
+    gain = found["prerank_with images_gauc"] - found["prerank_ids only_gauc"]
+    assert found["prerank_with images_gain"] == pytest.approx(gain)
+    tested = [load_config(path / "config.yaml").data.test_days for path in (tmp_path / "runs").iterdir()]
+    assert len({each[0] for each in tested if each}) == 2  # the run before is tested a day earlier
+    read = check_page(page.read_text(encoding="utf-8"))
+    assert read.value("with images")[0] == f"{found['prerank_with images_gauc']:.4g}"
+    assert not any("step 0 of 3" in each for each in read.texts), "what the runs print is in their logs"
+    slower = [*settings, "train.checkpoint_every=2", "run.deadline_s=99"]
+    again = call(*words, out=tmp_path, settings=slower)
+    assert again.exit_code == 0 and reports(tmp_path) == made
+    assert json.loads(file.read_text()) == found
+
+
+def put_another(store: FeatureStore) -> None:
+    store.put(FeatureRows.of(["new"], np.zeros((1, 16), np.float32), keys=np.array([2_000])))
 
 
 @pytest.mark.long
-class TestNames:
-    def test_other_samples_and_another_snapshot(self, tmp_path: Path) -> None:
-        places = make_places(tmp_path)
+def test_names_are_of_samples_snapshot_and_settings(tmp_path: Path) -> None:
+    places = make_places(tmp_path)
 
-        def names(**changes: Any) -> list[str]:
-            return [each.folder.name for each in plans(tmp_path / "out", places, **changes)]
+    def names(**changes: Any) -> list[str]:
+        """Of a run without images and of one with them."""
+        runner = Runner(tmp_path / "out", None, tuple(places.settings(**changes)), SoloComm())
+        return [runner.plan(TOWERS, each, 0).folder.name for each in TWO.values()]
 
-        before = names()
-        assert names() == before
-        assert names(train__seed=5) == before  # --seeds sets it
-        for change in ({"data__global_batch_size": 64}, {"run__warm_start": "elsewhere"}):
-            assert set(names(**change)).isdisjoint(before)
-        store = FeatureStore.open(tmp_path / "features")
-        store.put(FeatureRows.of(["new"], np.zeros((1, 16), np.float32), keys=np.array([2_000])))
-        new = names()
-        assert new[0] == before[0] and new[1] != before[1]
-        assert names(data__store_version=1)[1] == before[1]
-        shutil.rmtree(tmp_path / "features")
-        again = FeatureStore.create(tmp_path / "features", store.info)
-        again.put(FeatureRows.of(["new"], np.ones((1, 16), np.float32), keys=np.array([2_000])))
-        assert names(data__store_version=1)[1] != before[1]  # another store in its place
-        new = names()
-        file = tmp_path / "samples" / "test" / "day=2026-01-01.parquet"
-        table = pq.read_table(file, partitioning=None)
-        users = pa.array(np.arange(len(table)) * 10**9)
-        pq.write_table(table.set_column(table.schema.get_field_index("user"), "user", users), file, row_group_size=7)
-        other = names()
-        assert other[0] != new[0] and other[1] != new[1]  # as many samples, other bytes
-
-    def test_all_runs_of_a_call_learn_from_one_snapshot(self, tmp_path: Path) -> None:
-        places = make_places(tmp_path)
-        runner = Runner(tmp_path / "out", None, tuple(places.settings(train__max_steps=1)), SoloComm())
-        runs = [runner.plan(TOWERS, TWO["with images"], seed) for seed in (0, 1)]
-        store = FeatureStore.open(tmp_path / "features")
-        store.put(FeatureRows.of(["new"], np.zeros((1, 16), np.float32), keys=np.array([2_000])))
-        for run in runs:
-            runner.metrics(run)
-        assert [json.loads((run.folder / "report.json").read_text())["store_version"] for run in runs] == [1, 1]
+    before = names()
+    assert names() == before
+    assert names(train__seed=5) == before  # --seeds sets it
+    for change in ({"data__global_batch_size": 64}, {"run__warm_start": "elsewhere"}):
+        assert set(names(**change)).isdisjoint(before)
+    store = FeatureStore.open(tmp_path / "features")
+    put_another(store)
+    new = names()
+    assert new[0] == before[0] and new[1] != before[1]
+    assert names(data__store_version=1)[1] == before[1]
+    shutil.rmtree(tmp_path / "features")
+    put_another(FeatureStore.create(tmp_path / "features", store.info))
+    assert names(data__store_version=1)[1] != before[1]  # another store in its place
+    new = names()
+    file = tmp_path / "samples" / "test" / "day=2026-01-01.parquet"
+    change_column(file, "user", lambda users: [at * 10**9 for at, _ in enumerate(users)])
+    other = names()
+    assert other[0] != new[0] and other[1] != new[1]  # as many samples, other bytes
 
 
 @pytest.mark.long
-class TestWhatAVariantLacks:
-    """Told in one line, before the first run where it can be known by then."""
+def test_all_runs_of_a_call_learn_from_one_snapshot(tmp_path: Path) -> None:
+    places = make_places(tmp_path)
+    runner = Runner(tmp_path / "out", None, tuple(places.settings(train__max_steps=1)), SoloComm())
+    runs = [runner.plan(TOWERS, TWO["with images"], seed) for seed in (0, 1)]
+    put_another(FeatureStore.open(tmp_path / "features"))
+    for run in runs:
+        runner.metrics(run)
+    assert [report_of(run.folder)["store_version"] for run in runs] == [1, 1]
 
-    def test_days(self, tmp_path: Path) -> None:
-        places = make_places(tmp_path)
-        (tmp_path / "samples" / "train" / "day=2026-01-03.parquet").unlink()
-        done = call(PAPER, "--seeds", 1, out=tmp_path / "out", settings=places.settings(train__max_steps=1))
-        assert done.exit_code == 1 and "has 2 days of samples; warm-up" in done.output
-        assert not (tmp_path / "out").exists()
 
-    def test_clicks(self, tmp_path: Path) -> None:
-        places = make_places(tmp_path)
-        file = tmp_path / "samples" / "test" / "day=2026-01-01.parquet"
-        table = pq.read_table(file, partitioning=None)
-        labels = pa.array([[0] * len(each) for each in table.column("label").to_pylist()], pa.list_(pa.int8()))
-        table = table.set_column(table.schema.get_field_index("label"), "label", labels)
-        pq.write_table(table, file, row_group_size=7)
-        settings = places.settings(train__max_steps=1)
-        for _ in range(2):  # also of a run that is found again
-            done = call(PAPER, "--table", "images", "--seeds", 1, out=tmp_path / "out", settings=settings)
-            assert done.exit_code == 1 and "has no GAUC, which the tables compare" in done.output
-        assert len(reports(tmp_path / "out")) == 1
+@pytest.mark.long
+def test_days_and_clicks_that_a_variant_lacks_are_told(tmp_path: Path) -> None:
+    """In one line, before the first run where it can be known by then."""
+    places, out = make_places(tmp_path), tmp_path / "out"
+    settings = places.settings(train__max_steps=1)
+    file = tmp_path / "samples" / "test" / "day=2026-01-01.parquet"
+    change_column(file, "label", lambda rows: [[0] * len(row) for row in rows])
+    for _ in range(2):  # also of a run that is found again
+        done = call(PAPER, "--table", "images", "--seeds", 1, out=out, settings=settings)
+        assert done.exit_code == 1 and "has no GAUC, which the tables compare" in done.output
+    assert len(reports(out)) == 1
+    (tmp_path / "samples" / "train" / "day=2026-01-03.parquet").unlink()
+    done = call(PAPER, "--seeds", 1, out=tmp_path / "none", settings=settings)
+    assert done.exit_code == 1 and "has 2 days of samples; warm-up" in done.output
+    assert not (tmp_path / "none").exists()

@@ -1,4 +1,6 @@
-"""Benchmarks as `make bench` calls them, at a tiny size: figures are there and right; and what they count with."""
+"""Benchmarks as `make bench` calls them, at a tiny size: figures are there and right; and what they count with.
+
+Every way to train runs, and trains the same model."""
 
 import json
 import math
@@ -8,20 +10,30 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 import typer
+from rich.progress import Progress
 
 from benchmarks import extract
 from benchmarks.gpu.__main__ import app as gpu
 from benchmarks.growth.__main__ import app as growth
 from benchmarks.process import RunFailedError, run_to_end
+from benchmarks.quality.runs import fuxictr_python
 from benchmarks.seeds import holm, p_value, seed_mean
 from benchmarks.serve.__main__ import app as serve
 from benchmarks.serve.client import as_many_as_it_can, one_after_the_other
 from benchmarks.soak.measure import growth as slope_of
 from benchmarks.store.__main__ import app as store
+from benchmarks.train.__main__ import app as train
+from benchmarks.train.__main__ import check_fuxictr
+from benchmarks.train.sections import FUXICTR, VARIANTS, DifferentLossesError, Outcome, check_losses
+from benchmarks.train.small import Cell, ratios
+from benchmarks.workload import Knobs, WorkloadError, make
+from featurestore import FeatureStore
 from tests.cli import invoke
+from trainer.schema.fields import load_schema
 
 STAGES = ["samples", "store", "train", "evaluate", "export_vectors", "export_model"]
 HEADLINE = ["lookup_vs_numpy_take", "lookup_vs_numpy_take_10_deltas", "lookup_vs_lmdb", "lookup_vs_lance"]
@@ -142,29 +154,119 @@ def test_client() -> None:
         server.shutdown()
 
 
-def test_an_interval_is_students() -> None:
-    from scipy import stats  # a second's import, of two tests
+TINY = ["--images", "200", "--dim", "16", "--samples-per-rank", "60", "--steps", "4", "--rounds", "1"]
+KNOBS = Knobs(images=200, dim=16, samples_per_rank=60)
+
+
+@pytest.mark.slow
+def test_peers_train_the_same_model(tmp_path: Path) -> None:
+    names = [name for name in VARIANTS if name not in FUXICTR or fuxictr_python().exists()]
+    only = [word for name in names for word in ("--only", name)]
+    figures = figures_of(train, tmp_path, *TINY, *only, "--dir", str(tmp_path / "workload"))
+    assert all(figures[f"{name}_samples_per_s"] > 0 for name in names)
+    assert figures["step_vs_compute"] == figures["compute_samples_per_s"] / figures["ours_samples_per_s"]
+    assert figures["two_ranks_vs_one"] == figures["ours_2_ranks_samples_per_s"] / figures["ours_samples_per_s"]
+
+
+@pytest.mark.slow
+def test_compact_rows(tmp_path: Path) -> None:
+    compact = ["--only", "compact", "--dims", "4", "--dir", str(tmp_path / "workload")]
+    figures = figures_of(train, tmp_path, *TINY, *compact)
+    assert figures["compact_bytes_share"] == 8 / 32
+
+    def speed(name: str) -> float | None:
+        return figures.get(f"compact_rows_{name}_samples_per_s")
+
+    ours = figures["samples_per_s_compact"]
+    assert ours == speed("compact") == figures["compact_vs_full"] * speed("full") > 0
+    assert figures["step_vs_compute_compact"] == speed("compute") / ours > 0
+    for name, figure in (("fuxictr", "vs_fuxictr_compact"), ("fuxictr_grouped", "vs_fuxictr_compact_grouped")):
+        rival = speed(name)  # none where FuxiCTR could not be installed
+        assert figures[figure] == (rival and ours / rival)
+
+
+@pytest.mark.long
+def test_a_workload_is_made_once_and_anew_for_other_knobs(tmp_path: Path) -> None:
+    with Progress(disable=True) as progress:
+        made = make(tmp_path / "w", KNOBS, progress)
+        schema = load_schema(made.folder / "schema.yaml")
+        assert len(list(schema.of_kind("id", "multi_id"))) == 27
+        assert [field.side for field in schema.of_kind("content")] == ["user", "ad"]
+        groups = pq.read_table(made.samples / "train", columns=["behavior_image", "label"]).to_pylist()
+        assert {len(group["behavior_image"]) for group in groups} == {33}
+        assert sum(len(group["label"]) for group in groups) == 60 * KNOBS.steps
+        keys = set(made.keys.tolist())
+        assert {key for group in groups for key in group["behavior_image"]} <= keys
+        assert set(FeatureStore.open(str(made.store)).snapshot().keys().tolist()) == keys
+        file = next((made.samples / "train").iterdir())
+        before = file.stat().st_mtime_ns
+        make(tmp_path / "w", KNOBS, progress)
+        assert file.stat().st_mtime_ns == before
+        make(tmp_path / "w", Knobs(**{**vars(KNOBS), "seed": 1}), progress)
+        assert file.stat().st_mtime_ns > before
+        (tmp_path / "strange").mkdir()
+        (tmp_path / "strange" / "own.txt").touch()
+        with pytest.raises(WorkloadError, match="strange is not empty"):
+            make(tmp_path / "strange", KNOBS, progress)
+    assert (tmp_path / "strange" / "own.txt").exists()
+
+
+def test_figures_are_refused_where_losses_differ() -> None:
+    ours, same, other = (Outcome(1.0, losses, {}) for losses in ([0.7, 0.6], [0.7001, 0.6001], [0.7, 0.61]))
+    check_losses({"ours": [ours], "server": [same]}, ["ours", "server"])
+    with pytest.raises(DifferentLossesError, match="server and ours do not train the same model"):
+        check_losses({"ours": [ours], "server": [same, other]}, ["ours", "server"])
+    with pytest.raises(DifferentLossesError):
+        check_losses({"ours": [ours], "server": [Outcome(1.0, [float("nan")], {})]}, ["ours", "server"])
+
+
+def test_a_missing_fuxictr_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("benchmarks.train.__main__.fuxictr_python", lambda: tmp_path / "python")
+    for words in (
+        ["--only", "ours", "--only", "fuxictr", "--dir", tmp_path / "workload"],
+        ["--small", "--kind", "ids"],
+    ):
+        said = invoke(train, *words, code=1).stderr
+        assert said.startswith("error: fuxictr: FuxiCTR is not installed") and said.count("\n") == 1
+    check_fuxictr([])
+    assert capsys.readouterr().err.startswith("note: FuxiCTR is not installed")
+    check_fuxictr(["ours"])
+    (tmp_path / "python").touch()
+    check_fuxictr(["fuxictr"])
+    assert capsys.readouterr().err == ""
+
+
+def test_small_batches_are_compared_with_each_other_side_at_the_same_size() -> None:
+    speed = {
+        Cell("ids", net, batch, side): value
+        for net, batch, values in (("dnn", 512, (30.0, 60.0)), ("din", 512, (20.0, 10.0)), ("dnn", 2048, (90.0, 30.0)))
+        for side, value in zip(("ours", "fuxictr"), values, strict=True)
+    }
+    assert ratios(speed, {cell.name: value for cell, value in speed.items()}) == {
+        "ids_small_vs_fuxictr": 0.5,
+        "ids_small_vs_fuxictr_dnn": 0.5,
+        "ids_small_vs_fuxictr_din": 2.0,
+        "ids_small_vs_fuxictr_2048": 3.0,
+        "ids_small_vs_fuxictr_2048_dnn": 3.0,
+    }
+
+
+def test_an_interval_is_students_and_the_test_is_paired() -> None:
+    from scipy import stats  # a second's import
 
     values = [1.0, 2.0, 4.0]
     low, high = stats.t.interval(0.95, 2, loc=7 / 3, scale=stats.sem(values))
     found = seed_mean(values)
     assert found.half_width == pytest.approx((high - low) / 2) and found.mean == pytest.approx(7 / 3)
     assert seed_mean([1.0]).half_width is None
-
-
-def test_the_test_is_paired() -> None:
-    from scipy import stats
-
     base, ours = [0.60, 0.62, 0.61, 0.65], [0.61, 0.635, 0.62, 0.662]
-    found = p_value([a - b for a, b in zip(ours, base, strict=True)])
-    assert found == pytest.approx(float(stats.ttest_rel(ours, base).pvalue))
+    probability = p_value([a - b for a, b in zip(ours, base, strict=True)])
+    assert probability == pytest.approx(float(stats.ttest_rel(ours, base).pvalue))
     assert p_value([0.1]) is None and p_value([0.1, 0.1]) is None
-
-
-def test_p_values_are_corrected_for_their_number() -> None:
-    assert holm({"a": 0.01, "b": 0.04, "c": None, "d": 0.03}) == pytest.approx(
-        {"a": 0.03, "b": 0.06, "c": None, "d": 0.06}
-    )
+    corrected = {"a": 0.03, "b": 0.06, "c": None, "d": 0.06}
+    assert holm({"a": 0.01, "b": 0.04, "c": None, "d": 0.03}) == pytest.approx(corrected)
     assert holm({"a": 0.8, "b": 0.9}) == {"a": 1.0, "b": 1.0}
 
 
@@ -172,13 +274,7 @@ def test_growth_is_an_hour_s_and_its_interval_has_the_truth() -> None:
     noise = np.random.default_rng(0).normal(size=len(AT_S))
     slope, half = slope_of(list(AT_S), list(300 + 20 * AT_S / 3_600 + noise))
     assert abs(slope - 20) < half < 2
-
-
-@pytest.mark.parametrize("period_s", [30, 600])
-def test_what_swings_does_not_grow(period_s: float) -> None:
-    slope, half = slope_of(list(AT_S), list(300 + 5 * np.sin(2 * np.pi * AT_S / period_s)))
-    assert abs(slope) < half
-
-
-def test_what_stays_the_same_has_no_interval() -> None:
+    for period_s in (30, 600):  # what swings does not grow
+        slope, half = slope_of(list(AT_S), list(300 + 5 * np.sin(2 * np.pi * AT_S / period_s)))
+        assert abs(slope) < half
     assert slope_of(list(AT_S), [17.0] * len(AT_S)) == pytest.approx((0, 0), abs=1e-6)

@@ -6,10 +6,9 @@ the files of the folder into it; `list URL` prints the names of the files below 
 
 import os
 import sys
-import time
 from pathlib import Path
 
-from tests.cluster.hosts import READY_S, Host, Network, python_words
+from tests.cluster.hosts import Host, Network, python_words, wait_until
 from tests.servers import ACCESS_KEY, REGION, SECRET_KEY, client_of, free_ports, weed_command
 
 CREDENTIALS = f"[default]\naws_access_key_id = {ACCESS_KEY}\naws_secret_access_key = {SECRET_KEY}\n"
@@ -32,9 +31,8 @@ def serve_s3(net: Network, name: str) -> dict[str, str]:
     port, *others = free_ports(4)  # other networks may have the same: its parts meet by sockets in the machine's /tmp
     started = host.start(*weed_command(files, host.address, port, *others), log=log)
     endpoint = f"http://{name}:{port}"
-    end = time.monotonic() + READY_S
-    while host.run(*python_words("-c", LISTENING, f"{endpoint}/healthz"), check=False).returncode:
-        assert started.poll() is None and time.monotonic() < end, f"SeaweedFS on {name}: {log.read_text()[-2000:]}"
+    listening = python_words("-c", LISTENING, f"{endpoint}/healthz")
+    wait_until(lambda: not host.run(*listening, check=False).returncode, log.read_text, job=started)
     return {"AWS_ENDPOINT_URL": endpoint, "AWS_DEFAULT_REGION": REGION}
 
 
@@ -44,12 +42,10 @@ def upload(host: Host, folder: Path, url: str, s3: dict[str, str]) -> None:
 
 
 def names(host: Host, url: str, s3: dict[str, str]) -> list[str]:
-    """The names of all files below a url."""
     return host.run(*python_words(__file__, "list", url), env=s3).stdout.split()
 
 
 def read(host: Host, url: str, name: str, s3: dict[str, str]) -> str:
-    """The text of a file below a url."""
     return host.run(*python_words(__file__, "read", url, name), env=s3).stdout
 
 

@@ -2,13 +2,14 @@
 
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import trustme
 
-from tests.cluster.hosts import READY_S, Host, Network
+from tests.cluster import buckets
+from tests.cluster.conftest import BUCKET
+from tests.cluster.hosts import Host, Network, wait_until
+from tests.pipeline.conftest import draw_photo, encode_image
 
 DASK = Path(sys.executable).with_name("dask")
 DASK_SUBMIT = Path(sys.executable).with_name("dask-submit")
@@ -45,12 +46,18 @@ def write_slow(folder: Path) -> Path:
     return file
 
 
-def wait_for_work(folder: Path, count: int, is_running: Callable[[], bool], said: Callable[[], str]) -> None:
-    """Return once slow workers have begun with so many images or pieces; `folder` is that of `write_slow`."""
-    done, end = folder / "done.txt", time.monotonic() + 250
-    while not done.exists() or len(done.read_text().splitlines()) < count:
-        assert is_running() and time.monotonic() < end, said()
-        time.sleep(0.1)
+def num_begun(folder: Path) -> int:
+    """How many images or pieces slow workers have begun with; `folder` is that of `write_slow`."""
+    done = folder / "done.txt"
+    return len(done.read_text().splitlines()) if done.exists() else 0
+
+
+def upload_images(net: Network, name: str, folder: Path, s3: dict[str, str]) -> None:
+    """Draw images for an extraction, and copy them to S3 from a host."""
+    folder.mkdir()
+    for number in range(IMAGES):
+        (folder / f"{number:02}.jpg").write_bytes(encode_image(draw_photo(number)))
+    buckets.upload(net[name], folder, f"{BUCKET}/images", s3)
 
 
 class DaskHosts:
@@ -81,36 +88,28 @@ class DaskHosts:
         return {**found, "DASK_DISTRIBUTED__COMM__REQUIRE_ENCRYPTION": "True"}
 
     def open(self) -> None:
-        """Start scheduler and workers; they end with their hosts."""
+        """Start scheduler and workers, which end with their hosts, and wait until the scheduler listens."""
         self._start("head", "scheduler", "--protocol", "tls", "--host", "head", "--no-dashboard")
         for name in "ab":
             self.start_worker(name)
+        wait_until(lambda: self.net["client"].listens("head", 8786), self.log)
 
     def start_worker(self, name: str) -> None:
-        """Start the worker of a host."""
         slow = ["--preload", str(self.folder / "slow.py"), "--local-directory", "/mnt/dask"]
         self._start(name, "worker", self.address, "--nthreads", "1", "--no-nanny", "--no-dashboard", *slow)
 
-    def submit(self, *words: object, log: Path, workers: int = 2) -> "subprocess.Popen[bytes]":
-        """Start a job on the client's host."""
+    def submit(self, *words: object, log: Path) -> "subprocess.Popen[bytes]":
         (self.folder / "done.txt").unlink(missing_ok=True)
         client = self.net["client"]
-        options = ["--scheduler", self.address, "--wait-workers", workers, "--timeout", 90]
+        options = ["--scheduler", self.address, "--wait-workers", 2, "--timeout", 90]
         return client.start(DASK_SUBMIT, *options, *words, log=log, env={**self._env, **self.tls(client)})
 
     def wait_for_work(self, count: int, job: "subprocess.Popen[bytes]", log: Path) -> None:
         """Return once the workers have begun with so many images, or pieces of logs, of a job."""
-        wait_for_work(self.folder, count, lambda: job.poll() is None, lambda: log.read_text() + self.log())
+        wait_until(lambda: num_begun(self.folder) >= count, lambda: log.read_text() + self.log(), 250, job)
 
     def log(self) -> str:
-        """The ends of the logs of scheduler and workers."""
         return "\n".join(f"{file.name}: {file.read_text()[-3000:]}" for file in sorted(self.folder.glob("*.log")))
-
-    def wait_until_listening(self) -> None:
-        end = time.monotonic() + READY_S
-        while self.net["client"].run("bash", "-c", "</dev/tcp/head/8786", check=False).returncode:
-            assert time.monotonic() < end, self.log()
-            time.sleep(0.2)
 
     def _start(self, name: str, kind: str, *arguments: str) -> None:
         host = self.net[name]

@@ -7,15 +7,10 @@
         net.kill("b")                                     # a power cut: all that runs on b is gone
         net.revive("b")                                   # it is back, with its name and address, and an empty disk
 
-What a host is:
-
-- its own network (eth0 in 10.77.0.0/24, at 1 Gbit/s each way), joined to the others by a bridge in a namespace of its
-  own: the machine's own network is never touched, and cannot be reached from a host, nor the hosts from it;
-- its own host name and /etc/hosts, by which it finds the others;
-- its own processes: nobody sees those of other hosts, and they end together;
-- one core of the machine, in turn, for all that it runs;
-- /mnt, a disk in memory that this host alone sees; all other files are the machine's, so that the project is there;
-- sshd, with keys of its own, that lets root of every host in without a password, as horovodrun needs it.
+A host has a network of its own (eth0 in 10.77.0.0/24, 1 Gbit/s each way, on a bridge in a namespace: nothing else is
+reached from it, nor it from elsewhere), a name and /etc/hosts, processes that end together, a core that it may share
+with others, /mnt, a disk in memory, and sshd, that lets root of every host in without a password, as horovodrun needs
+it. All other files are the machine's, so that the project is there.
 
 It needs root, namespaces, `ip` and `tc`, and for ssh what tools/cluster_packages.sh fetches; `lacking()` says what of
 it this machine does not have. Nothing stays behind: a host is the tree of processes below one shell that waits on a
@@ -31,10 +26,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import psutil
+
+from tests.cli import ran
 
 ROOT = Path(__file__).parent.parent.parent
 PACKAGES = Path(os.environ.get("CLUSTER_PACKAGES") or ROOT / "data" / "cluster")
@@ -70,10 +67,7 @@ def lacking() -> str | None:
     missing = [name for name in PROGRAMS if shutil.which(name) is None]
     if missing:
         return f"the programs {', '.join(missing)}"
-    tried = subprocess.run(
-        ["unshare", *NAMESPACES, "--fork", "sh", "-c", "mount -t tmpfs disk /mnt && ip link add v type veth"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    tried = ran("unshare", *NAMESPACES, "--fork", "sh", "-c", "mount -t tmpfs disk /mnt && ip link add v type veth")
     return f"namespaces ({tried.stderr.strip()})" if tried.returncode else None
 
 
@@ -83,8 +77,6 @@ def lacking_packages(program: str = "sshd") -> str | None:
 
 
 class Host:
-    """One host; made by `network`."""
-
     def __init__(self, name: str, address: str, core: int, folder: Path) -> None:
         self.name, self.address, self.core = name, address, core
         self.mac = "02:77:" + ":".join(f"{int(part):02x}" for part in address.split(".")) if address else ""
@@ -100,10 +92,6 @@ class Host:
         """The number, on the machine, of the host's first process."""
         assert self._init is not None, f"host {self.name} is down"
         return self._init.pid
-
-    @property
-    def is_up(self) -> bool:
-        return self._init is not None
 
     def command(self, *words: object) -> list[str]:
         """The command line that runs `words` on this host, in the project's folder, when it is run on the machine.
@@ -127,12 +115,13 @@ class Host:
         self, *words: object, env: Mapping[str, str] | None = None, timeout_s: float = RUN_S, check: bool = True
     ) -> subprocess.CompletedProcess[str]:
         """Run a command to its end, with its output captured; fails with that output unless it ends with 0."""
-        done = subprocess.run(
-            self.command(*words), env=self.environment(env), stdin=subprocess.DEVNULL, capture_output=True, text=True,
-            timeout=timeout_s, check=False,
-        )  # fmt: skip
+        options = {"env": self.environment(env), "stdin": subprocess.DEVNULL, "timeout": timeout_s}
+        done = ran(*self.command(*words), **options)
         assert not check or done.returncode == 0, f"{words} on {self.name}: {done.stdout}\n{done.stderr}"
         return done
+
+    def listens(self, address: str, port: int) -> bool:
+        return self.run("bash", "-c", f"</dev/tcp/{address}/{port}", check=False).returncode == 0
 
     def start(self, *words: object, log: Path, env: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
         """Start a command whose output, of both kinds, is added to `log`.
@@ -167,10 +156,7 @@ class Host:
             self._init.send_signal(signal.SIGKILL)
         for started in self._started:  # one that was stopped with its command would never see that this is gone
             started.kill()
-        self._shell.wait(READY_S)  # it ends once the kernel has ended all processes of the host
-        for pipe in (self._shell.stdin, self._shell.stdout):
-            assert pipe is not None
-            pipe.close()
+        self._shell.communicate(timeout=READY_S)  # it ends once the kernel has ended all processes of the host
         self._init = self._shell = None
         self._started.clear()
 
@@ -231,26 +217,17 @@ class Network:
 
         Their ways to the other hosts stay open.
         """
-        with self.cut_off(one, other):
-            time.sleep(seconds)
-
-    @contextlib.contextmanager
-    def cut_off(self, one: str, other: str) -> Iterator[None]:
-        """Let nothing pass between two hosts during the block."""
         ways = [(self[one], self[other].address), (self[other], self[one].address)]
         for host, address in ways:  # frames for a card that no host has
             host.run("ip", "neigh", "replace", address, "lladdr", NOBODYS_MAC, "dev", "eth0", "nud", "permanent")
-        try:
-            yield
-        finally:
-            for host, address in ways:
-                if host.is_up:
-                    host.run("ip", "neigh", "del", address, "dev", "eth0", check=False)
+        time.sleep(seconds)
+        for host, address in ways:
+            host.run("ip", "neigh", "del", address, "dev", "eth0", check=False)
 
     def _on_switch(self, *words: str) -> None:
         """Run a command in the switch's network; numbers of processes in it are the machine's."""
         enter = ["nsenter", f"--target={self._switch.pid}", "--net"]
-        done = subprocess.run([*enter, *words], capture_output=True, text=True, check=False)
+        done = ran(*enter, *words)
         assert done.returncode == 0, f"{words}: {done.stderr}"
 
 
@@ -271,6 +248,20 @@ def network(folder: Path, names: Sequence[str], ssh: bool = True) -> Iterator[Ne
 def python_words(*arguments: object) -> list[str]:
     """The command `python ARGUMENTS` with the Python of this process."""
     return [sys.executable, *map(str, arguments)]
+
+
+def wait_until(
+    holds: Callable[[], object],
+    said: Callable[[], str],
+    timeout_s: float = READY_S,
+    job: "subprocess.Popen[bytes] | None" = None,
+    pause_s: float = 0.05,
+) -> None:
+    """Return once something holds; fail with what was said where the time is over, or `job` has ended before."""
+    end = time.monotonic() + timeout_s
+    while not holds():
+        assert (job is None or job.poll() is None) and time.monotonic() < end, said()
+        time.sleep(pause_s)
 
 
 def write_files(folder: Path, hosts: Sequence[Host], ssh: bool) -> None:
@@ -305,20 +296,13 @@ def _write_keys(folder: Path, hosts: Sequence[Host]) -> None:
 def _sshd_config(host: Host) -> str:
     helpers = PACKAGES / "usr" / "lib" / "openssh"  # sshd 9.8 and later is several programs
     paths = {"SshdSessionPath": helpers / "sshd-session", "SshdAuthPath": helpers / "sshd-auth"}
-    return "".join(
-        f"{line}\n"
-        for line in (
-            f"ListenAddress {host.address}",
-            f"HostKey {host.folder / 'sshd_key'}",
-            *(
-                "AuthorizedKeysFile .ssh/authorized_keys",
-                "PasswordAuthentication no",
-                "KbdInteractiveAuthentication no",
-            ),
-            *("StrictModes no", "PidFile none", "UsePAM no", "UseDNS no", "MaxStartups 100"),
-            *(f"{option} {path}" for option, path in paths.items() if path.exists()),
-        )
-    )
+    options = {
+        "ListenAddress": host.address, "HostKey": host.folder / "sshd_key",
+        "AuthorizedKeysFile": ".ssh/authorized_keys", "PasswordAuthentication": "no",
+        "KbdInteractiveAuthentication": "no", "StrictModes": "no", "PidFile": "none", "UsePAM": "no", "UseDNS": "no",
+        "MaxStartups": 100, **{option: path for option, path in paths.items() if path.exists()},
+    }  # fmt: skip
+    return "".join(f"{name} {value}\n" for name, value in options.items())
 
 
 def _of_packages() -> dict[str, str]:
@@ -330,11 +314,6 @@ def _of_packages() -> dict[str, str]:
 def _start_sshd(host: Host) -> None:
     """Start sshd on a host, which ends with it, and wait until it listens."""
     log = host.folder / "sshd.log"
-    started = host.start(
-        PACKAGES / "bin" / "sshd", "-D", "-e", "-f", host.folder / "sshd_config", log=log, env=_of_packages()
-    )
-    probe = f"</dev/tcp/{host.address}/22"
-    end = time.monotonic() + READY_S
-    while host.run("bash", "-c", probe, check=False).returncode:
-        assert started.poll() is None and time.monotonic() < end, f"sshd on {host.name}: {log.read_text()}"
-        time.sleep(0.05)
+    sshd = [PACKAGES / "bin" / "sshd", "-D", "-e", "-f", host.folder / "sshd_config"]
+    started = host.start(*sshd, log=log, env=_of_packages())
+    wait_until(lambda: host.listens(host.address, 22), log.read_text, job=started)

@@ -10,9 +10,8 @@ import pytest
 import trustme
 
 from tests.cluster import buckets
-from tests.cluster.dask_hosts import DASK_SUBMIT, EXTRACT, IMAGES, SAME_ROWS, DaskHosts
+from tests.cluster.dask_hosts import DASK_SUBMIT, EXTRACT, IMAGES, SAME_ROWS, DaskHosts, upload_images
 from tests.cluster.hosts import ROOT, Network, network, python_words
-from tests.pipeline.conftest import draw_photo, encode_image
 from tests.pipeline.samples.rows import all_bytes, random_logs, table, write
 
 JOBS = ROOT / "jobs"
@@ -33,7 +32,6 @@ def s3(net: Network) -> dict[str, str]:
 def dask(net: Network, s3: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> DaskHosts:
     hosts = DaskHosts(net, tmp_path_factory.mktemp("dask"), s3)
     hosts.open()
-    hosts.wait_until_listening()
     return hosts
 
 
@@ -42,11 +40,8 @@ def test_an_extraction_whose_workers_host_dies_has_the_rows_of_a_calm_one(
     dask: DaskHosts, s3: dict[str, str], tmp_path: Path
 ) -> None:
     """Images and store on S3; half of the images are computed when the power of a worker's host fails."""
-    images, log, head = tmp_path / "images", tmp_path / "log.txt", dask.net["head"]
-    images.mkdir()
-    for number in range(IMAGES):
-        (images / f"{number:02}.jpg").write_bytes(encode_image(draw_photo(number)))
-    buckets.upload(head, images, "s3://shop/images", s3)
+    log, head = tmp_path / "log.txt", dask.net["head"]
+    upload_images(dask.net, "head", tmp_path / "images", s3)
     extract = [JOBS / "extract_features.py", "--images", "s3://shop/images", *EXTRACT, "--num-shards", "4"]
     head.run(*python_words(*extract, "--store", "s3://shop/calm"), env=s3)
     job = dask.submit(*extract, "--store", "s3://shop/features", log=log)

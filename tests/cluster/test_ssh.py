@@ -3,25 +3,12 @@
 import time
 from pathlib import Path
 
-import pytest
-
-from tests.cluster.hosts import Network, python_words
-from tests.cluster.runs import RUNS, STEPS, Shop, open_shop, start_over_ssh
+from tests.cluster.conftest import RUNS, STEPS, Shop, start_over_ssh
+from tests.cluster.hosts import Network, python_words, wait_until
 from tests.servers import SECRET_KEY
 from tests.trainer.runs.resumed.legs import WORKER, Killed, Leg, assert_no_step_or_sample_is_lost
 
 DEADLINE_S = 15
-
-
-@pytest.fixture(scope="module")
-def shop(net: Network, tmp_path_factory: pytest.TempPathFactory) -> Shop:
-    return open_shop(net, tmp_path_factory.mktemp("shop"))
-
-
-@pytest.fixture(scope="module")
-def whole(shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> Leg:
-    """The run of two ranks on loopback."""
-    return shop.alone(tmp_path_factory.mktemp("alone"), 2)
 
 
 def test_two_hosts_train_as_two_ranks_of_one_machine(shop: Shop, whole: Leg, tmp_path: Path) -> None:
@@ -52,24 +39,19 @@ def test_two_hosts_train_by_torchrun_too(shop: Shop, whole: Leg, tmp_path: Path)
     for number, name in enumerate("ab"):
         place = f"--nnodes 2 --node-rank {number} --nproc-per-node 1 --master-addr a --master-port 29500".split()
         log = tmp_path / f"{name}.txt"
-        jobs[log] = shop.net[name].start(
-            *python_words("-m", "torch.distributed.run", *place, *worker), log=log, env=shop.s3
-        )
+        words = python_words("-m", "torch.distributed.run", *place, *worker)
+        jobs[log] = shop.net[name].start(*words, log=log, env=shop.s3)
     assert [job.wait(200) for job in jobs.values()] == [0, 0], "".join(log.read_text() for log in jobs)
     assert_no_step_or_sample_is_lost([run.seen(0, 2)], whole, STEPS)
 
 
-def test_a_host_that_loses_its_power_ends_the_run_by_its_deadline_and_it_is_resumed(
-    shop: Shop, whole: Leg, tmp_path: Path
-) -> None:
+def test_a_host_that_loses_its_power_ends_the_run_and_it_is_resumed(shop: Shop, whole: Leg, tmp_path: Path) -> None:
     """Nothing tells the peers: no connection ends. Then the host is back, and no step is lost."""
     log, run = tmp_path / "log.txt", Killed(tmp_path, [])
     settings = shop.settings_on_s3(f"{RUNS}/{tmp_path.name}", run__deadline_s=DEADLINE_S)
     job = start_over_ssh(shop, "a:1,b:1", run.notes(0), log, *settings, "run.resume=null")
-    end = time.monotonic() + 120
-    while len(_lines(run.notes(0) / "0-of-2.jsonl")) < 2 * 25:  # two lines a step
-        assert job.poll() is None and time.monotonic() < end, log.read_text()
-        time.sleep(0.01)
+    notes = run.notes(0) / "0-of-2.jsonl"  # two lines a step
+    wait_until(lambda: notes.exists() and notes.read_text().count("\n") >= 2 * 25, log.read_text, 120, job, 0.01)
     shop.net.kill("b")
     start_s = time.monotonic()
     assert job.wait(120) != 0
@@ -79,10 +61,6 @@ def test_a_host_that_loses_its_power_ends_the_run_by_its_deadline_and_it_is_resu
     job = start_over_ssh(shop, "a:1,b:1", run.notes(1), log, *settings, "run.resume=latest")
     assert job.wait(200) == 0, log.read_text()
     assert_no_step_or_sample_is_lost([run.seen(0, 2), run.seen(1, 2)], whole, STEPS)
-
-
-def _lines(file: Path) -> list[str]:
-    return file.read_text().splitlines() if file.exists() else []
 
 
 LISTENING = """

@@ -9,8 +9,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.cluster.hosts import Network
-from tests.cluster.runs import BUCKET, STEPS, Shop, open_shop
+from tests.cluster.conftest import BUCKET, STEPS, Shop
+from tests.cluster.hosts import wait_until
 from tests.trainer.runs.resumed.legs import Leg, assert_no_step_or_sample_is_lost
 from tests.trainer.supervise.noting import PAUSE_S
 from tests.trainer.supervise.supervised import WORKER, Supervised
@@ -18,11 +18,6 @@ from tests.trainer.supervise.supervised import WORKER, Supervised
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 LEASE_S = 10
 TIMEOUT_S = 280
-
-
-@pytest.fixture(scope="module")
-def shop(net: Network, tmp_path_factory: pytest.TempPathFactory) -> Shop:
-    return open_shop(net, tmp_path_factory.mktemp("shop"))
 
 
 @pytest.fixture(scope="module")
@@ -37,27 +32,24 @@ def start(shop: Shop, run: Supervised, pause_s: float = 1) -> "subprocess.Popen[
     return shop.net["a"].start(*run.command(), log=run.log, env=variables)
 
 
-def wait(job: "subprocess.Popen[bytes]", run: Supervised, until: Callable[[], bool]) -> None:
-    end = time.monotonic() + TIMEOUT_S
-    while not until():
-        assert job.poll() is None and time.monotonic() < end, run.log.read_text()
-        time.sleep(0.1)
+def wait(job: "subprocess.Popen[bytes]", run: Supervised, holds: Callable[[], object]) -> None:
+    wait_until(holds, run.log.read_text, TIMEOUT_S, job)
 
 
 def said_at_the_end(job: "subprocess.Popen[bytes]", run: Supervised) -> str:
     """What was printed, once the supervisor has ended with 0 and no rank is left on any host."""
     assert job.wait(TIMEOUT_S) == 0, run.log.read_text()
-    end = time.monotonic() + 30
     folder = next(setting for setting in run.settings if setting.startswith("run.dir="))
-    while any(folder in (each.info["cmdline"] or ()) for each in psutil.process_iter(["cmdline"])):
-        assert time.monotonic() < end, run.log.read_text()
-        time.sleep(0.1)
+
+    def is_alone() -> bool:
+        return not any(folder in (each.info["cmdline"] or ()) for each in psutil.process_iter(["cmdline"]))
+
+    wait_until(is_alone, run.log.read_text, 30)
     return run.log.read_text()
 
 
-def supervised(shop: Shop, folder: Path, *options: str) -> Supervised:
-    options = ("--hosts", "a:1,b:1", "--lease-s", str(LEASE_S), *options)
-    return Supervised(folder, shop.settings_on_s3(folder), options)
+def supervised(shop: Shop, folder: Path) -> Supervised:
+    return Supervised(folder, shop.settings_on_s3(folder), ("--hosts", "a:1,b:1", "--lease-s", str(LEASE_S)))
 
 
 def test_a_host_dies(shop: Shop, whole: Leg, tmp_path: Path) -> None:

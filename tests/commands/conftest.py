@@ -55,28 +55,24 @@ def _files(folder: Path) -> dict[str, object]:
         "garbage": bytes(range(256)) * 8,
         "list": b"- a\n- b\n",
         "deepyaml": b"a: " + b"[\n" * DEEP + b"]\n" * DEEP,
-        "deepjson": b"[" * DEEP + b"]" * DEEP,
         "utf16": "data: {samples: x}\n".encode("utf-16"),
-        "wrongshape": b"data: [1, 2]\n",
         "unknown": b"data: {smaples: x}\n",
         "badmapping": b"{impressions: {}, behaviors: {}, csv: {delimiter: 5}}\n",
         "script.py": b"print('hello')\n",
     }
     for name, content in contents.items():
         (folder / name).write_bytes(content)
-    (folder / "emptydir").mkdir()
-    (folder / "[/x] there").mkdir(parents=True)
-    for suffix in ("parquet", "npy", "csv"):
-        shutil.copy(folder / "garbage", folder / f"garbage.{suffix}")
     found: dict[str, object] = {name.removesuffix(".py"): folder / name for name in contents}
-    found |= {f"garbage_{suffix}": folder / f"garbage.{suffix}" for suffix in ("parquet", "npy", "csv")}
-    np.save(folder / "matrix.npy", np.ones((3, 4), np.float32))
-    found |= {"emptydir": folder / "emptydir", "there": folder / "[/x] there", "matrix": folder / "matrix.npy"}
-    torch.save({"other": torch.zeros(2)}, folder / "otherweights.pt")
-    found |= {"otherweights": folder / "otherweights.pt", "photos": folder / "photos"}
-    (folder / "photos").mkdir()
+    for suffix in ("parquet", "npy", "csv"):
+        found[f"garbage_{suffix}"] = shutil.copy(folder / "garbage", folder / f"garbage.{suffix}")
+    folders = {"emptydir": folder / "emptydir", "there": folder / "[/x] there", "photos": folder / "photos"}
+    for place in folders.values():
+        place.mkdir(parents=True)
     Image.new("RGB", (40, 40)).save(folder / "photos" / "a.jpg")
-    return found | _pipes(folder)
+    np.save(folder / "matrix.npy", np.ones((3, 4), np.float32))
+    torch.save({"other": torch.zeros(2)}, folder / "otherweights.pt")
+    found |= {"matrix": folder / "matrix.npy", "otherweights": folder / "otherweights.pt"}
+    return found | folders | _pipes(folder)
 
 
 def _pipes(folder: Path) -> dict[str, object]:

@@ -14,7 +14,6 @@ from distributed import Client
 from tests.commands.calls import ROOT, call, process_of, words_of
 from tests.commands.lines import LINES
 
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 PROGRESS = re.compile(r"━|: [\d,]+ of [\d,]+$")
 ON_A_CLUSTER = ("build_samples", "extract_features", "import_features", "import_xdl", "refresh_features")
 
@@ -29,26 +28,6 @@ def apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, request: pytest.Fixtu
         yield request.getfixturevalue("client")
 
     monkeypatch.setattr("pipeline.cluster.tasks.connect", same)
-
-
-def test_there_are_enough_of_them() -> None:
-    assert len(LINES) >= 200 and len({line for line, _, _ in LINES}) == len(LINES)
-
-
-PROCESSES = [
-    "featurestore get {store} 1000 --out {pipe}",
-    "dask-submit --memory-limit nan {script}",
-    "jobs/export_embeddings --run {run} --out .parquet",
-]
-"""One of each kind of program: a process of its own ends as a call within this one does."""
-
-
-RIGHT = [
-    ("featurestore info {store} --version 1", "snapshot"),
-    ("featurestore get {store} 1000 --out {new}.npy", ""),
-    ("trainer.compat {run} {store}", "compatible"),
-]
-"""Lines that end well, and a word of what they print; jobs that make their folders have tests of their own."""
 
 
 def parameters_of(line: str, code: int, text: str) -> ParameterSet:
@@ -76,20 +55,36 @@ def test_a_wrong_line_gets_one_message(
 
 
 @pytest.mark.services
-@pytest.mark.parametrize("line", PROCESSES)
+@pytest.mark.parametrize(
+    "line",
+    [
+        "featurestore get {store} 1000 --out {pipe}",
+        "dask-submit --memory-limit nan {script}",
+        "jobs/export_embeddings --run {run} --out .parquet",
+    ],
+)
 def test_a_process_ends_the_same_way(line: str, names: dict[str, object], tmp_path: Path) -> None:
+    """One of each kind of program: a process of its own ends as a call within this one does."""
     code, text = next((code, text) for each, code, text in LINES if each == line)
-    command = process_of(words_of(line, names))
+    command, environment = process_of(words_of(line, names)), {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=60, cwd=tmp_path, env=ENVIRONMENT, check=False
+        command, capture_output=True, text=True, timeout=60, cwd=tmp_path, env=environment, check=False
     )
     (told,) = done.stderr.splitlines()
     assert told.startswith("error: ") and text.format_map(names) in told
     assert (done.returncode, done.stdout) == (code, "")
 
 
-@pytest.mark.parametrize(("line", "text"), RIGHT)
+@pytest.mark.parametrize(
+    ("line", "text"),
+    [
+        ("featurestore info {store} --version 1", "snapshot"),
+        ("featurestore get {store} 1000 --out {new}.npy", ""),
+        ("trainer.compat {run} {store}", "compatible"),
+    ],
+)
 def test_what_looks_wrong_and_is_right(line: str, text: str, names: dict[str, object], tmp_path: Path) -> None:
+    """Jobs that make their folders have tests of their own."""
     called = call(words_of(line, names | {"new": tmp_path / "new"}))
     assert (called.code, called.trace) == (0, "") and "error" not in called.err
     assert text.format_map(names) in called.out

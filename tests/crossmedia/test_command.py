@@ -18,18 +18,16 @@ from crossmedia.command import ENTRIES, GROUPS, PROGRAM, load
 from featurestore.console.commandline import CommandGroup, command_of, end_of_help, help_blocks
 from tests.commands.calls import COMMANDS, ROOT
 
-LISTED = {
-    "demo", "extract", "refresh", "samples", "schema", "train", "evaluate", "daily", "tune",
-    "export", "publish", "score", "serve", "explore", "store", "index", "plan",
-}  # fmt: skip
 NOT_OF_THE_FRONT = {"pipeline.cluster.submit"}
 QUICK_S, BUSY = 0.6, 2  # other tests run beside this one: what takes 0.4 seconds alone may take twice as long
 
 
-def started(*words: str, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+def started(
+    *words: str, folder: Path, line: tuple[str, ...] = ("-m", PROGRAM), **variables: str
+) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "60", "NO_COLOR": "1", **variables}
-    line = [sys.executable, "-m", PROGRAM, *words]
-    return subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    words = (sys.executable, *line, *words)
+    return subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
 def called(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
@@ -44,12 +42,18 @@ def all_commands(found: Any) -> list[Any]:
     return [found, *(each for sub in getattr(found, "commands", {}).values() for each in all_commands(sub))]
 
 
-def test_the_help_has_eight_groups_and_all_commands(tmp_path: Path) -> None:
+def test_from_any_folder_the_help_has_eight_groups_and_all_commands_and_an_error_is_one_line(tmp_path: Path) -> None:
+    """The examples of a help are not wrapped."""
     done = started("--help", folder=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
-    assert len(GROUPS) == 8 and ENTRIES.keys() >= LISTED
+    assert len(GROUPS) == 8
     assert re.findall(r"^╭─ ([A-Z][\w -]+?) ─", done.stdout, re.MULTILINE) == ["Options", *GROUPS]
     assert re.findall(r"^│ ([a-z][\w-]*) ", done.stdout, re.MULTILINE) == list(ENTRIES)
+    line = "  crossmedia extract --images s3://shop/photos --store s3://shop/features -n 4"
+    assert line in started("extract", "--help", folder=tmp_path).stdout.splitlines()
+    done = started("store", "info", "missing", folder=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
 def test_every_command_of_users_is_in_it() -> None:
@@ -96,50 +100,34 @@ def parsed(words: list[str]) -> None:
         name, found, rest = found.resolve_command(context, [*context._protected_args, *context.args])
 
 
-def test_the_examples_of_a_help_are_not_wrapped(tmp_path: Path) -> None:
-    done = started("extract", "--help", folder=tmp_path)
-    line = "  crossmedia extract --images s3://shop/photos --store s3://shop/features -n 4"
-    assert line in done.stdout.splitlines()
-
-
-def test_a_mistyped_command_and_an_empty_argument(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["trian"], r"^error: No such command 'trian'\. Did you mean 'train'\? \(see crossmedia --help\)$"),
+        (["train", "--config", ""], "^error: the value of --config is empty: give it a value, or leave it out$"),
+        (["demo-data", "--out", "new", "--seed", "9" * 20], "--seed.*is beyond 64 bits"),
+        (["extract", "-n", "0"], "--workers.*0 is not in the range"),
+        (["extract", "--memory-limit", "1B"], "--memory-limit.*below 128 MiB"),
+        (["extract", "-n", "2", "--scheduler", "tcp://127.0.0.1:1"], "--scheduler.*exclude each other"),
+    ],
+)
+def test_a_wrong_line_is_one_message(
+    words: list[str], told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert called(monkeypatch, "trian") == 2
-    assert capsys.readouterr().err == "error: No such command 'trian'. Did you mean 'train'? (see crossmedia --help)\n"
-    assert called(monkeypatch, "train", "--config", "") == 2
-    assert capsys.readouterr().err == "error: the value of --config is empty: give it a value, or leave it out\n"
-
-
-def test_an_error_is_one_line_from_any_folder(tmp_path: Path) -> None:
-    done = started("store", "info", "missing", folder=tmp_path)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
-
-
-def test_numbers_of_commands_are_checked(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert called(monkeypatch, "demo-data", "--out", "new", "--seed", "9" * 20) == 2
-    assert "is beyond 64 bits" in capsys.readouterr().err
+    assert called(monkeypatch, *words) == 2
+    message = capsys.readouterr().err
+    assert re.search(told, message) and message.count("\n") == 1, message
 
 
 @pytest.mark.parametrize(
     ("words", "expected"),
-    [
-        ("tra", {"train"}),
-        ("store ver", {"verify"}),
-        ("index ", {"build", "search"}),
-        ("train --con", {"--config"}),
-    ],
+    [("tra", {"train"}), ("store ver", {"verify"}), ("index ", {"build", "search"}), ("train --con", {"--config"})],
 )
 def test_a_shell_completes_commands_and_options(words: str, expected: set[str], tmp_path: Path) -> None:
-    line = f"{PROGRAM} {words}"
-    number = len(line.split(" ")) - 1
-    variables = {"_CROSSMEDIA_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(number)}
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
+    typed = f"{PROGRAM} {words}"
+    variables = {"COMP_WORDS": typed, "COMP_CWORD": str(len(typed.split(" ")) - 1)}
     script = "import sys; sys.argv[0] = 'crossmedia'; from crossmedia.command import main; main()"
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-    )
+    done = started(folder=tmp_path, line=("-c", script), _CROSSMEDIA_COMPLETE="complete_bash", **variables)
     assert set(done.stdout.split()) == expected, done.stderr
 
 
@@ -172,34 +160,13 @@ def test_a_help_is_quick(tmp_path: Path) -> None:
 
 
 @pytest.mark.services
-def test_a_job_runs_on_a_local_cluster_of_its_own_options(tmp_path: Path) -> None:
+def test_a_job_runs_on_a_local_cluster_of_its_own_options_and_by_dask_submit(tmp_path: Path) -> None:
     """Its message comes from the function that dask-submit calls, and its own exit code is the command's."""
     done = started("samples", "-n", "1", "--threads-per-worker", "1", "--logs", "missing", folder=tmp_path)
     assert re.search(r"scheduler tcp://127\.0\.0\.1:\d+, workers 1, threads 1\n", done.stderr)
     assert done.returncode == 2 and re.search(r"^error: .*missing", done.stderr, re.MULTILINE)
-
-
-@pytest.mark.services
-def test_dask_submit_runs_the_command(tmp_path: Path) -> None:
-    line = [sys.executable, "-c", "from pipeline.cluster.submit import main; main()"]
-    words = ["-n", "1", PROGRAM, "samples", "--days", "yesterday"]  # which is refused before a cluster starts
+    line = ("-c", "from pipeline.cluster.submit import main; main()")
+    words = ("-n", "1", PROGRAM, "samples", "--days", "yesterday")  # which is refused before a cluster starts
     (tmp_path / PROGRAM).mkdir()
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([*line, *words], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    done = started(*words, folder=tmp_path, line=line)
     assert done.returncode == 2 and re.search(r"^error: .*yesterday", done.stderr, re.MULTILINE)
-
-
-@pytest.mark.parametrize(
-    ("words", "where", "text"),
-    [
-        (["-n", "0"], "--workers", "0 is not in the range"),
-        (["--memory-limit", "1B"], "--memory-limit", "below 128 MiB"),
-        (["-n", "2", "--scheduler", "tcp://127.0.0.1:1"], "--scheduler", "exclude each other"),
-    ],
-)
-def test_wrong_options_of_a_cluster(
-    words: list[str], where: str, text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert called(monkeypatch, "extract", *words) == 2
-    message = capsys.readouterr().err
-    assert where in message and text in message and message.count("\n") == 1

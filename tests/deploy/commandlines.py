@@ -13,15 +13,9 @@ from tests.commands.calls import COMMANDS
 from trainer.config import load_config
 
 SSHD_OPTIONS = {
-    "Port",
-    "HostKey",
-    "AuthorizedKeysFile",
-    "PidFile",
-    "StrictModes",
-    "PasswordAuthentication",
-    "KbdInteractiveAuthentication",
-    "AllowTcpForwarding",
-}
+    "Port", "HostKey", "AuthorizedKeysFile", "PidFile", "StrictModes", "PasswordAuthentication",
+    "KbdInteractiveAuthentication", "AllowTcpForwarding",
+}  # fmt: skip
 _VARIABLE = re.compile(r"\$\(([A-Z_]+)\)")
 
 

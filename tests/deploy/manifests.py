@@ -30,14 +30,12 @@ KUBERNETES = Path(__file__).parents[2] / "deploy" / "kubernetes"
 OVERLAYS = sorted(path.parent.name for path in KUBERNETES.glob("overlays/*/kustomization.yaml"))
 VERSION = "1.33"
 Manifest = dict[str, Any]
+Validator = jsonschema.Draft202012Validator
 ROLES = {"required": ["Launcher", "Worker"], "propertyNames": {"enum": ["Launcher", "Worker"]}}
 """Of an MPIJob: mpi-operator looks for these names, and its schema takes any."""
 MODES = {"enum": ["Serverless", "RawDeployment", "ModelMesh"]}
 ANNOTATIONS = {"properties": {"serving.kserve.io/deploymentMode": MODES}, "additionalProperties": False}
 """Of an InferenceService: no schema knows them."""
-
-
-Validator = jsonschema.Draft202012Validator
 Schema = dict[str, Any]
 
 

@@ -25,9 +25,14 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name, parse_wheel_filename
 from packaging.version import Version
 
+from tests.cli import ran
+
 ROOT = Path(__file__).parents[2]
 FILE = ROOT / "deploy" / "docker" / "Dockerfile"
+PINS = FILE.with_name("requirements.txt")
 STUBS = ("apt-get", "groupadd", "useradd")
+"""Programs that would change this machine."""
+NOT_PYTHON = shutil.ignore_patterns("__pycache__", "site-packages", "test", "share")
 _VARIABLE = re.compile(r"\$(?:\{(\w+)\}|(\w+))")
 _ABSOLUTE = re.compile(r"(?<![\w.$}/])/(?=(?:opt|build|var|etc|home)(?:/|\b))")
 """Paths of an image in a command or a variable."""
@@ -57,7 +62,10 @@ class Built:
         self._machine, self._replaced = machine, replaced
         self.stages: dict[str, Stage] = {}
         self.asked = folder / "asked.txt"
-        self._stubs()
+        (folder / "stubs").mkdir()
+        for name in STUBS:
+            (folder / "stubs" / name).write_text(f'#!/bin/sh\necho "{name} $*" >>{shlex.quote(str(self.asked))}\n')
+            (folder / "stubs" / name).chmod(0o755)
         self.final = self._build(target)
 
     def _build(self, target: str) -> Stage:
@@ -68,18 +76,19 @@ class Built:
             if kind == "FROM":
                 if name:
                     self._keep(name, stage)
-                    if name == target:
-                        return self._again(target)
+                if name == target:
+                    break
                 base, _, name = value.partition(" AS ")
-                stage = self._begin(base)
-                defaults = {}
+                stage, defaults = self._begin(base), {}
             elif kind == "ARG":
                 key, _, default = value.partition("=")
                 defaults[key] = default
             elif kind != "COMMENT":
                 self._step(kind, value, stage, defaults)
-        self._keep(name, stage)
-        return self._again(target)
+        else:
+            self._keep(name, stage)
+        self.stages[target].files.rename(self.root)
+        return self.stages[target]
 
     def _step(self, kind: str, value: str, stage: Stage, defaults: dict[str, str]) -> None:
         match kind:
@@ -115,7 +124,7 @@ class Built:
         self.root.mkdir()
         if base not in self.stages:
             if base != "scratch" and sys.base_prefix not in ("/usr", "/usr/local"):
-                shutil.copytree(sys.base_prefix, self.inside("/usr/local"), symlinks=True, ignore=_not_python)
+                shutil.copytree(sys.base_prefix, self.inside("/usr/local"), symlinks=True, ignore=NOT_PYTHON)
             return Stage(self.root)
         before = self.stages[base]
         shutil.copytree(before.files, self.root, symlinks=True, dirs_exist_ok=True)
@@ -125,11 +134,6 @@ class Built:
         stage.files = self._folder / f"stage-{name}"
         self.root.rename(stage.files)
         self.stages[name] = stage
-
-    def _again(self, target: str) -> Stage:
-        stage = self.stages[target]
-        stage.files.rename(self.root)
-        return stage
 
     def _copy(self, words: list[str], stage: Stage) -> None:
         source = ROOT
@@ -142,7 +146,9 @@ class Built:
             if source == ROOT:
                 assert name in _let_through(), f".dockerignore keeps {name} from Docker"
             if path.is_dir():
-                shutil.copytree(path, place, symlinks=True, dirs_exist_ok=True, ignore=_caches)
+                shutil.copytree(
+                    path, place, symlinks=True, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__")
+                )
             else:
                 into = place / path.name if target.endswith("/") else place
                 into.parent.mkdir(parents=True, exist_ok=True)
@@ -153,26 +159,11 @@ class Built:
             command = command.replace(word, other)
         environment = defaults | self.environment(stage) | self._machine
         environment["PATH"] = f"{self._folder / 'stubs'}:{environment['PATH']}"
-        done = subprocess.run(
-            ["/bin/sh", "-c", self._rewritten(command)],
-            cwd=self.inside(stage.workdir),
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        done = ran("/bin/sh", "-c", self._rewritten(command), cwd=self.inside(stage.workdir), env=environment)
         assert done.returncode == 0, f"RUN {command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
 
     def _rewritten(self, text: str) -> str:
         return _ABSOLUTE.sub(f"{self.root}/", text)
-
-    def _stubs(self) -> None:
-        """Programs that would change this machine."""
-        folder = self._folder / "stubs"
-        folder.mkdir()
-        for name in STUBS:
-            (folder / name).write_text(f'#!/bin/sh\necho "{name} $*" >>{shlex.quote(str(self.asked))}\n')
-            (folder / name).chmod(0o755)
 
 
 def _expanded(text: str, known: dict[str, str]) -> str:
@@ -186,35 +177,18 @@ def _let_through() -> list[str]:
     return [line[1:] for line in lines if line.startswith("!")]
 
 
-def _not_python(_: str, names: list[str]) -> set[str]:
-    return {"__pycache__", "site-packages", "test", "share"} & set(names)
-
-
-def _caches(_: str, names: list[str]) -> set[str]:
-    return {"__pycache__"} & set(names)
-
-
-PINS = FILE.with_name("requirements.txt")
-
-
-def test_hadolint_finds_nothing() -> None:
+def test_hadolint_finds_nothing_and_every_image_ends_as_a_user_without_rights() -> None:
     hadolint = Path(sys.executable).with_name("hadolint")
-    done = subprocess.run(
-        [hadolint, "--config", FILE.with_name("hadolint.yaml"), FILE], capture_output=True, text=True, check=False
-    )
+    done = ran(hadolint, "--config", FILE.with_name("hadolint.yaml"), FILE)
     assert done.returncode == 0, done.stdout
-
-
-def test_every_image_ends_as_a_user_without_rights() -> None:
     """Users and targets are those that the manifests name."""
-    user, users, name = "", {}, ""
+    users, name = {"": "0:0"}, ""
     for step in DockerfileParser(str(FILE)).structure:
         if step["instruction"] == "FROM":
             base, _, name = step["value"].partition(" AS ")
-            user = users.get(base, "0:0")
+            users[name] = users.get(base, "0:0")
         elif step["instruction"] == "USER":
-            user = step["value"]
-        users[name] = user
+            users[name] = step["value"]
     assert {target: users[target] for target in ("cpu", "mpi")} == {"cpu": "1000:1000", "mpi": "1000:1000"}
 
 
@@ -261,26 +235,20 @@ def torch_of(machine: dict[str, str], folder: Path) -> Path:
     return folder / "torch.txt"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def image() -> Iterator[Built]:
     """The target cpu, in a folder that every user may look into.
 
     pip finds packages as on this machine, and Horovod is built once per machine, as for `make install`.
     """
-    folder = Path(tempfile.mkdtemp(prefix="image-"))
-    folder.chmod(0o755)
     machine = {key: value for key, value in os.environ.items() if key.startswith(("PIP_", "SSL_", "http", "HTTP"))}
     wheels = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "crossmedia"
-    try:
-        yield Built(
-            folder,
-            "cpu",
-            machine
-            | {"HOME": str(folder), "PIP_CACHE_DIR": str(Path.home() / ".cache" / "pip"), "PIP_NO_CACHE_DIR": "0"},
-            {"/build/cache": str(wheels), "deploy/docker/torch.txt": str(torch_of(machine, folder))},
-        )
-    finally:
-        shutil.rmtree(folder)
+    with tempfile.TemporaryDirectory(prefix="image-") as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        ours = {"HOME": name, "PIP_CACHE_DIR": str(Path.home() / ".cache" / "pip"), "PIP_NO_CACHE_DIR": "0"}
+        replaced = {"/build/cache": str(wheels), "deploy/docker/torch.txt": str(torch_of(machine, folder))}
+        yield Built(folder, "cpu", machine | ours, replaced)
 
 
 def call(image: Built, *words: str, home: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -288,56 +256,38 @@ def call(image: Built, *words: str, home: Path | None = None) -> subprocess.Comp
     user = int(image.final.user.partition(":")[0])
     identity = {"user": user, "group": user, "extra_groups": []} if os.geteuid() == 0 else {}
     environment = image.environment(image.final) | ({"HOME": str(home), "TMPDIR": str(home)} if home else {})
-    return subprocess.run(
-        words,
-        cwd=image.inside(image.final.workdir),
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=250,
-        check=False,
-        **identity,  # type: ignore[call-overload]
-    )
+    return ran(*words, cwd=image.inside(image.final.workdir), env=environment, timeout=250, **identity)
 
 
 @pytest.mark.slow
 @pytest.mark.cluster
 @pytest.mark.timeout(1500)
-class TestSteps:
-    def test_the_image_starts(self, image: Built) -> None:
-        done = call(image, *image.final.command)
-        assert done.returncode == 0 and "serve" in done.stdout, done.stderr
-        asked = image.asked.read_text()
-        assert "apt-get install --yes --no-install-recommends g++ make" in asked
-        assert "useradd --uid 1000" in asked
-
-    def test_no_tool_of_the_build_and_no_cache_is_left(self, image: Built) -> None:
-        packages = call(
-            image, "python", "-c", "import importlib.metadata as m; print(*[d.name for d in m.distributions()])"
-        )
-        names = packages.stdout.split()
-        assert {"crossmedia", "horovod", "torch", "dask"} <= set(names)
-        assert not {"pip", "cmake", "wheel", "pytest", "mypy"} & set(names)
-        assert not list(image.inside("/opt").rglob("*.whl")) and not image.inside("/build").exists()
-
-    def test_two_ranks_train_as_its_user(self, image: Built) -> None:
-        """From drawn clothes to a trained run, by the commands of the manifests, and the root stays as it was."""
-        home = Path(tempfile.mkdtemp(prefix="home-"))
+def test_the_image_starts_without_tools_of_the_build_and_two_ranks_train_as_its_user(image: Built) -> None:
+    """From drawn clothes to a trained run, by the commands of the manifests, and the root stays as it was."""
+    done = call(image, *image.final.command)
+    assert done.returncode == 0 and "serve" in done.stdout, done.stderr
+    asked = image.asked.read_text()
+    assert "apt-get install --yes --no-install-recommends g++ make" in asked
+    assert "useradd --uid 1000" in asked
+    listing = "import importlib.metadata as m; print(*[d.name for d in m.distributions()])"
+    packages = set(call(image, "python", "-c", listing).stdout.split())
+    assert {"crossmedia", "horovod", "torch", "dask"} <= packages
+    assert not {"pip", "cmake", "wheel", "pytest", "mypy"} & packages
+    assert not list(image.inside("/opt").rglob("*.whl")) and not image.inside("/build").exists()
+    before = {path for path in image.root.rglob("*") if "__pycache__" not in path.parts}
+    with tempfile.TemporaryDirectory(prefix="home-") as name:
+        home = Path(name)
         os.chown(home, 1000 if os.geteuid() == 0 else -1, -1)
-        try:
-            before = {path for path in image.root.rglob("*") if "__pycache__" not in path.parts}
-            for line in (
-                "python -m jobs.make_demo_data --out {home}/demo --items 60 --users 40 --days 3",
-                "dask-submit -n 1 jobs/extract_features.py --images {home}/demo/images --store {home}/features"
-                " --backbone resnet18:avgpool --weights random:0",
-                "python -m jobs.build_samples --logs {home}/demo/logs --samples {home}/samples --scratch {home}",
-                "horovodrun --gloo -np 2 python -m trainer.main --set=data.samples={home}/samples"
-                " --set=data.store={home}/features --set=run.dir={home}/runs --set=run.name=a --set=train.max_steps=3"
-                " --set=data.global_batch_size=64",
-            ):
-                done = call(image, *line.format(home=home).split(), home=home)
-                assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
-            assert (home / "runs" / "a" / "report.json").is_file()
-            assert {path for path in image.root.rglob("*") if "__pycache__" not in path.parts} == before
-        finally:
-            shutil.rmtree(home)
+        for line in (
+            "python -m jobs.make_demo_data --out {home}/demo --items 60 --users 40 --days 3",
+            "dask-submit -n 1 jobs/extract_features.py --images {home}/demo/images --store {home}/features"
+            " --backbone resnet18:avgpool --weights random:0",
+            "python -m jobs.build_samples --logs {home}/demo/logs --samples {home}/samples --scratch {home}",
+            "horovodrun --gloo -np 2 python -m trainer.main --set=data.samples={home}/samples"
+            " --set=data.store={home}/features --set=run.dir={home}/runs --set=run.name=a --set=train.max_steps=3"
+            " --set=data.global_batch_size=64",
+        ):
+            done = call(image, *line.format(home=home).split(), home=home)
+            assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+        assert (home / "runs" / "a" / "report.json").is_file()
+    assert {path for path in image.root.rglob("*") if "__pycache__" not in path.parts} == before

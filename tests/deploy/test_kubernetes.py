@@ -19,6 +19,7 @@ INJECTED = {"JOB_COMPLETION_INDEX": "1", "DASK_WORKER_NAME": "worker-1"}
 """Variables that a Job and Dask's operator set."""
 FROM_OUTSIDE = ("/etc/mpi/", "/usr/sbin/", "/dev/null", "/secrets/ssh/", "/v2/")
 """Paths that an operator or the image brings."""
+MPI = ("train-mpi", "MPIJob", "train")
 KSERVE = ("kserve", "InferenceService", "ctr")
 
 
@@ -36,12 +37,8 @@ def containers(name: str) -> Iterator[tuple[str, Manifest, Manifest]]:
 
 
 def words_of(name: str, container: Manifest) -> list[str]:
-    return words_in(overlay(name), container)
-
-
-def words_in(manifests: list[Manifest], container: Manifest) -> list[str]:
     """Command and arguments with the variables that the container has."""
-    maps = {each["metadata"]["name"]: each["data"] for each in manifests if each["kind"] == "ConfigMap"}
+    maps = {each["metadata"]["name"]: each["data"] for each in overlay(name) if each["kind"] == "ConfigMap"}
     variables = dict(INJECTED)
     for source in container.get("envFrom", []):
         variables |= maps[source["configMapRef"]["name"]]
@@ -49,10 +46,12 @@ def words_in(manifests: list[Manifest], container: Manifest) -> list[str]:
     return expanded([*container["command"], *container["args"]], variables)
 
 
-def test_there_is_one_for_each_way() -> None:
+def test_there_is_one_for_each_way_and_kubernetes_and_the_operators_take_all() -> None:
     assert OVERLAYS == ["extract", "kserve", "operations", "serving", "train-mpi", "train-torchrun"]
-    kinds = {manifest["kind"] for name in OVERLAYS for manifest in overlay(name)}
-    assert kinds == {
+    manifests = [manifest for name in OVERLAYS for manifest in overlay(name)]
+    for manifest in manifests:
+        check(manifest)
+    assert {manifest["kind"] for manifest in manifests} == {
         "ConfigMap", "CronJob", "DaskJob", "Deployment", "HorizontalPodAutoscaler", "InferenceService", "Job", "MPIJob",
         "NetworkPolicy", "PodDisruptionBudget", "Service", "ServiceAccount", "ServiceMonitor",
     }  # fmt: skip
@@ -60,22 +59,12 @@ def test_there_is_one_for_each_way() -> None:
     assert names == {"refresh", "build-day", "daily", "upkeep", "verify"}
 
 
-@pytest.mark.parametrize("name", OVERLAYS)
-def test_kubernetes_and_the_operators_take_all(name: str) -> None:
-    for manifest in overlay(name):
-        check(manifest)
-
-
 @pytest.mark.parametrize(
     ("where", "path", "value"),
     [
         (("extract", "DaskJob", "extract"), ["spec", "cluster", "spec", "worker", "replica"], 8),
-        (("train-mpi", "MPIJob", "train"), ["spec", "mpiReplicaSpecs", "Workers"], {}),
-        (
-            ("train-mpi", "MPIJob", "train"),
-            ["spec", "mpiReplicaSpecs", "Worker", "template", "spec", "securityContext", "runAsRoot"],
-            False,
-        ),
+        (MPI, ["spec", "mpiReplicaSpecs", "Workers"], {}),
+        (MPI, ["spec", "mpiReplicaSpecs", "Worker", "template", "spec", "securityContext", "runAsRoot"], False),
         (("serving", "ServiceMonitor", "scorer"), ["spec", "endpoints", 0, "tlsConfig", "servername"], "scorer"),
         (("operations", "CronJob", "upkeep"), ["spec", "concurrency"], "Forbid"),
         (("train-torchrun", "NetworkPolicy", "crossmedia-closed"), ["spec", "egress", 0, "port"], 1),
@@ -97,7 +86,7 @@ def test_a_misspelt_field_is_found(where: tuple[str, str, str], path: list[Any],
 
 
 @pytest.mark.parametrize("name", OVERLAYS)
-def test_pods_have_no_rights_and_a_read_only_root_and_fill_no_disk_of_a_node(name: str) -> None:
+def test_pods_have_no_rights_a_read_only_root_and_secrets_by_name_and_fill_no_disk(name: str) -> None:
     found = list(containers(name))
     assert found
     for who, pod, container in found:
@@ -105,11 +94,8 @@ def test_pods_have_no_rights_and_a_read_only_root_and_fill_no_disk_of_a_node(nam
         assert spec["securityContext"]["runAsNonRoot"] and spec["securityContext"]["runAsUser"] == 1000, who
         assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}, who
         assert spec["serviceAccountName"] == "crossmedia" and not spec["automountServiceAccountToken"], who
-        assert container["securityContext"] == {
-            "allowPrivilegeEscalation": False,
-            "readOnlyRootFilesystem": True,
-            "capabilities": {"drop": ["ALL"]},
-        }, who
+        rights = {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]}}
+        assert container["securityContext"] == rights, who
         resources = container["resources"]
         assert set(resources["requests"]) >= {"cpu", "memory"}, who
         assert resources["limits"]["memory"] == resources["requests"]["memory"], who
@@ -122,12 +108,7 @@ def test_pods_have_no_rights_and_a_read_only_root_and_fill_no_disk_of_a_node(nam
         assert all(re.fullmatch(r"\d+Gi", size) for size in sizes), who
         asked, limit = (int(resources[part]["ephemeral-storage"][:-2]) for part in ("requests", "limits"))
         assert 0 < asked <= limit and limit > sum(int(size[:-2]) for size in sizes), who
-
-
-@pytest.mark.parametrize("name", OVERLAYS)
-def test_secrets_are_names(name: str) -> None:
-    """No object is a secret, and no variable is one or is made of one: horovodrun puts variables into command lines."""
-    for manifest in overlay(name):
+    for manifest in overlay(name):  # no variable is made of a secret: horovodrun puts variables into command lines
         assert manifest["kind"] != "Secret"
         for pod in pods(manifest):
             text = str(pod)
@@ -151,7 +132,7 @@ def test_the_programs_take_the_command_lines_and_what_listens_for_others_has_tls
 
 
 @pytest.mark.parametrize("name", OVERLAYS)
-def test_every_pod_is_closed_in(name: str) -> None:
+def test_every_pod_is_closed_in_and_nothing_goes_out_but_to_what_is_named(name: str) -> None:
     """Its labels are those of the policy that lets nobody in, and of the one that opens what its component needs."""
     policies = {each["metadata"]["name"]: each["spec"] for each in overlay(name) if each["kind"] == "NetworkPolicy"}
     closed = policies["crossmedia-closed"]
@@ -163,13 +144,7 @@ def test_every_pod_is_closed_in(name: str) -> None:
             component = pod["metadata"]["labels"]["app.kubernetes.io/component"]
             opened = [p for p in policies.values() if p["podSelector"]["matchLabels"].items() <= labels]
             assert len(opened) == (2 if component == "operations" else 3), component
-
-
-@pytest.mark.parametrize("name", OVERLAYS)
-def test_nothing_goes_out_but_to_what_is_named(name: str) -> None:
-    """Every rule names whom it lets out to; beyond the cluster that is a range of nobody until it is filled in."""
-    policies = [each["spec"] for each in overlay(name) if each["kind"] == "NetworkPolicy"]
-    rules = [rule for policy in policies for rule in policy.get("egress", [])]
+    rules = [rule for policy in policies.values() for rule in policy.get("egress", [])]
     assert rules and all(rule.get("to") for rule in rules)
     blocks = [(to["ipBlock"], rule["ports"]) for rule in rules for to in rule["to"] if "ipBlock" in to]
     assert blocks == [({"cidr": "192.0.2.0/24"}, [{"protocol": "TCP", "port": 443}])]
@@ -185,9 +160,7 @@ def test_the_ports_of_the_policies_are_those_of_the_programs() -> None:
         rules = find("extract", "NetworkPolicy", policy)["spec"]["ingress"]
         return {port["port"] for rule in rules for port in rule.get("ports", [])}
 
-    lines = {
-        c["command"][1]: parse(words_of("extract", c)) for _, _, c in containers("extract") if len(c["command"]) > 1
-    }
+    lines = {c["command"][1]: parse(words_of("extract", c)) for _, _, c in containers("extract") if c["command"][1:]}
     worker, scheduler = lines["worker"], lines["scheduler"]
     assert ports("crossmedia-dask") == {int(scheduler["port"]), int(worker["worker_port"]), int(worker["nanny_port"])}
     assert scheduler["protocol"] == "tls" and scheduler["dashboard_address"].startswith("127.0.0.1:")
@@ -222,17 +195,10 @@ def test_the_scorer_is_probed_without_a_token_and_drains(name: str) -> None:
 
 def test_the_scorer_is_found_and_kept() -> None:
     deployment = find("serving", "Deployment", "scorer")
-    pod = deployment["spec"]["template"]
-    labels = pod["metadata"]["labels"].items()
-    for kind, path in (
-        ("Service", ("selector",)),
-        ("PodDisruptionBudget", ("selector", "matchLabels")),
-        ("Deployment", ("selector", "matchLabels")),
-    ):
-        selector: Any = find("serving", kind, "scorer")["spec"]
-        for key in path:
-            selector = selector[key]
-        assert selector and selector.items() <= labels
+    labels = deployment["spec"]["template"]["metadata"]["labels"].items()
+    matching = [find("serving", kind, "scorer")["spec"]["selector"] for kind in ("PodDisruptionBudget", "Deployment")]
+    selectors = [find("serving", "Service", "scorer")["spec"]["selector"], *(each["matchLabels"] for each in matching)]
+    assert all(selector and selector.items() <= labels for selector in selectors)
     scaled = find("serving", "HorizontalPodAutoscaler", "scorer")["spec"]["scaleTargetRef"]
     assert scaled == {"apiVersion": deployment["apiVersion"], "kind": "Deployment", "name": "scorer"}
     assert "replicas" not in deployment["spec"]

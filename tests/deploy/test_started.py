@@ -91,13 +91,8 @@ def test_two_nodes_train_a_day(tmp_path: Path) -> None:
     (job,) = [each for each in overlay("train-torchrun") if each["kind"] == "Job"]
     (pod,) = pods(job)
     (container,) = pod["spec"]["containers"]
-    here = {
-        "NODES": "2",
-        "RANKS_PER_NODE": "1",
-        "SAMPLES": str(places.folder / "samples"),
-        "STORE": str(places.folder / "features"),
-        "RUNS": str(tmp_path / "runs"),
-    }
+    here = {"NODES": "2", "RANKS_PER_NODE": "1", "RUNS": str(tmp_path / "runs")}
+    here |= {"SAMPLES": str(places.folder / "samples"), "STORE": str(places.folder / "features")}
     (port,) = free_ports(1)
     small = [f"--set={each}" for each in places.settings() if not each.startswith(("data.s", "run.dir", "run.name"))]
     nodes = []
@@ -106,11 +101,8 @@ def test_two_nodes_train_a_day(tmp_path: Path) -> None:
         words = [word.replace("train-0.train", "127.0.0.1").replace("29500", str(port)) for word in words]
         words[0] = str(Path(sys.executable).with_name(words[0]))
         variables = environment() | {"GLOO_SOCKET_IFNAME": "lo"}
-        nodes.append(
-            subprocess.Popen(
-                [*words, *small], cwd=ROOT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-            )
-        )
+        output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        nodes.append(subprocess.Popen([*words, *small], cwd=ROOT, env=variables, **output))
     said = [node.communicate(timeout=250)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], "\n".join(said)
     table = json.loads((tmp_path / "runs" / "daily" / "days.json").read_text())

@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,11 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.build_samples import app
-from tests.cli import invoke
+from tests.cli import invoke, ran
 
-PROJECT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
-JOB = PROJECT / "jobs" / "build_samples.py"
+JOB = Path(__file__).parents[2] / "jobs" / "build_samples.py"
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("DASK_SCHEDULER")}
 DAY_S = 86_400
 
@@ -36,18 +34,12 @@ def place(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run(place: Path, *command: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        list(map(str, command)), cwd=place, env=ENVIRONMENT, capture_output=True, text=True, timeout=150, check=False
-    )
-
-
 @pytest.mark.services
 @pytest.mark.parametrize(
-    "runner", [[sys.executable], pytest.param([BIN / "dask-submit", "-n", 2], marks=pytest.mark.slow)]
+    "runner", [[sys.executable], pytest.param([BIN / "dask-submit", "-n", "2"], marks=pytest.mark.slow)]
 )
 def test_defaults_make_samples_of_both_splits(runner, place):
-    done = run(place, *runner, JOB)
+    done = ran(*runner, JOB, cwd=place, env=ENVIRONMENT, timeout=150)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     assert [path.name for path in (place / "data/samples/train").iterdir()] == ["day=1970-01-02-000.parquet"]
@@ -83,22 +75,15 @@ def test_options_reach_the_samples(inside, place):
     assert summary["options"]["partitions"] == 3
 
 
-@pytest.mark.parametrize("samples", ["file/samples", "/proc/samples"])
-def test_a_place_that_cannot_be_written_is_one_message(samples, inside, place):
-    (place / "file").write_text("mine")
-    assert inside("--samples", samples, code=1).startswith(f"error: cannot make the samples in {samples}: [Errno")
-
-
-@pytest.mark.parametrize("samples", [".", "..", "", " ", "/", "data/../.", "../{name}"])
-def test_a_folder_that_cannot_be_replaced_is_refused(samples, inside, place):
+def test_a_folder_that_cannot_be_replaced_is_refused(inside, place):
     for _ in range(2):  # the second time the folder counts as one of samples
-        line = inside("--samples", samples.format(name=place.name))
-        assert "is the folder that this command runs in, or one above it" in line or "is no name of a folder" in line
+        for samples in (".", "..", "", " ", "/", "data/../.", f"../{place.name}"):
+            line = inside("--samples", samples)
+            assert "is the folder that this command runs in, or one above" in line or "is no name of a folder" in line
         (place / "summary.json").touch()
-    assert (place / "data/logs/behaviors/day=1.parquet").is_file()
-
-
-def test_logs_in_the_samples_folder_stay(inside, place):
     (place / "data/summary.json").touch()
     assert "data would be replaced by the samples, with --logs data/logs in it" in inside("--samples", "data")
     assert (place / "data/logs/behaviors/day=1.parquet").is_file()
+    (place / "file").write_text("mine")
+    for samples in ("file/samples", "/proc/samples"):
+        assert inside("--samples", samples, code=1).startswith(f"error: cannot make the samples in {samples}: [Errno")

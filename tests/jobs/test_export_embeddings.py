@@ -13,7 +13,7 @@ import torch
 from featurestore import FeatureRows, FeatureStore
 from featurestore.upkeep.remake import remake
 from jobs.export_embeddings import app
-from tests.cli import invoke, said
+from tests.cli import printed, said
 from tests.trainer.conftest import Places, make_places
 from tests.trainer.whole_runs import run_alone
 from trainer.comm import SoloComm
@@ -22,20 +22,14 @@ from trainer.runs.saved import open_trained, read_run
 from trainer.schema.fields import DEFAULT_SCHEMA
 
 pytestmark = pytest.mark.long  # they train whole runs
-
 NEW = 1_077
+done = partial(printed, app)
+failed = partial(said, app, code=2)
 
 
 def train_run(places: Places, name: str, **changes: Any) -> Path:
     own = {"run__name": name, "train__max_steps": 2, "data__missing": "zeros", **changes}
     return run_alone(places, **own)
-
-
-def done(*options: object) -> str:
-    return invoke(app, *options, code=0).stdout
-
-
-failed = partial(said, app, code=2)
 
 
 @pytest.fixture(scope="module")
@@ -109,11 +103,10 @@ def test_another_snapshot_and_another_e(run: Path, places: Places, tmp_path: Pat
     done("--run", run, "--store-version", 1, "--out", tmp_path / "a.parquet")
     assert_same(read(tmp_path / "a.parquet"), expected(run, places, store_version=1))
     two = places.folder / "runs" / "two"
-    names = ("ads", "images")
-    for name in names:
+    for name in ("ads", "images"):
         done("--run", two, "--network", name, "--out", tmp_path / f"{name}.parquet")
         assert_same(read(tmp_path / f"{name}.parquet"), expected(two, places, name))
-    assert read(tmp_path / f"{names[0]}.parquet") != read(tmp_path / f"{names[1]}.parquet")
+    assert read(tmp_path / "ads.parquet") != read(tmp_path / "images.parquet")
 
 
 def test_components_of_a_compact_store_are_taken_as_the_run_took_them(places: Places, tmp_path: Path) -> None:
@@ -125,7 +118,7 @@ def test_components_of_a_compact_store_are_taken_as_the_run_took_them(places: Pl
     assert len(found) == 49 and len({tuple(vector) for vector in found.values()}) == 49
 
 
-def test_e_takes_many_blocks_at_once_and_not_all(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_e_takes_many_blocks_and_failures_leave_all(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every shard gives a block at least."""
     monkeypatch.setattr(export, "BATCH_ROWS", 25)
     done("--run", run, "--out", tmp_path / "v.parquet")
@@ -133,9 +126,6 @@ def test_e_takes_many_blocks_at_once_and_not_all(run: Path, tmp_path: Path, monk
     counts = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
     assert (sum(counts), len(counts)) == (49, 2)
     assert counts[0] >= 25
-
-
-def test_a_failure_leaves_what_was_there(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "v.parquet"
     done("--run", run, "--out", out, "--store-version", 1)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
@@ -161,16 +151,13 @@ def test_without_a_run_it_is_the_newest_one(places: Places, tmp_path: Path, monk
     assert "run          data/runs/daily/2026-01-03, step-00000001" in done()
 
 
-class TestMistakes:
-    def test_runs(self, places: Places, run: Path, tmp_path: Path) -> None:
-        out = tmp_path / "v.parquet"
-        none = places.folder / "runs" / "none"
-        assert "has model.images=none: it has no E for images" in failed("--run", none, "--out", out)
-        assert "has step-00000002, and RUN" in failed("--run", run, "--checkpoint", 7, "--out", out)
-        assert not out.exists()
-
-    def test_networks(self, places: Places, run: Path, tmp_path: Path) -> None:
-        two = ["--run", places.folder / "runs" / "two", "--out", tmp_path / "v.parquet"]
-        has = "has the networks images, ads; choose one by --network"
-        assert has in failed(*two) and "--network text: " in failed(*two, "--network", "text")
-        assert "has the networks images;" in failed("--run", run, "--network", "text", "--out", two[-1])
+def test_mistakes(places: Places, run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "v.parquet"
+    none = places.folder / "runs" / "none"
+    assert "has model.images=none: it has no E for images" in failed("--run", none, "--out", out)
+    assert "has step-00000002, and RUN" in failed("--run", run, "--checkpoint", 7, "--out", out)
+    assert not out.exists()
+    two = ["--run", places.folder / "runs" / "two", "--out", tmp_path / "v.parquet"]
+    has = "has the networks images, ads; choose one by --network"
+    assert has in failed(*two) and "--network text: " in failed(*two, "--network", "text")
+    assert "has the networks images;" in failed("--run", run, "--network", "text", "--out", two[-1])

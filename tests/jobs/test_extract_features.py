@@ -1,7 +1,6 @@
 """The jobs that extract and refresh as a person types them: what they print, exit codes, errors."""
 
 import dataclasses
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,15 +13,25 @@ from jobs import extract_features
 from pipeline.errors import PipelineError
 from pipeline.features.refresh import RefreshSummary
 from pipeline.store_run import BadRow
-from tests.cli import said
+from tests.cli import ran, said
 
 JOB = Path(extract_features.__file__)
 
 
-def test_weights_are_looked_at_before_a_cluster_starts(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--weights", "text.pth"], "neither imagenet, random:SEED, nor a file"),
+        (
+            ["--weights", "random:3", "--backbone", "resnet18:avgpol"],
+            "error: backbone 'resnet18:avgpol': resnet18 has no layer 'avgpol'; near: avgpool",
+        ),
+    ],
+)
+def test_a_wrong_network_is_a_usage_error_before_a_cluster_starts(words, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("pipeline.cluster.tasks.connect", None)
-    assert "neither imagenet, random:SEED, nor a file" in said(extract_features.app, "--weights", "text.pth", code=2)
+    assert message in said(extract_features.app, *words, code=2)
 
 
 def test_the_summary_names_what_was_bad():
@@ -52,8 +61,7 @@ def test_under_dask_submit_with_the_default_places(tmp_path):
         Image.fromarray(pixels).save(images / f"{number}.jpg")
     (images / "text.jpg").write_text("a text")
     network = ["--backbone", "squeezenet1_1:flatten", "--weights", "random:0"]  # small: it is sent to the worker
-    command = [Path(sys.executable).with_name("dask-submit"), "-n", "1", JOB, *network]
-    first = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    first = ran(Path(sys.executable).with_name("dask-submit"), "-n", 1, JOB, *network, cwd=tmp_path)
     assert first.returncode == 0, first.stderr
     assert "computed     3" in first.stdout
     assert "(text.jpg)" in first.stdout

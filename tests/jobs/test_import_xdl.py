@@ -1,7 +1,6 @@
 """XDL's formats through the job: lines come in as they are, bad ones are reported, random data trains."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -15,6 +14,7 @@ from jobs import import_features, import_xdl
 from pipeline.formats import record_dtype
 from pipeline.xdl import split_of
 from tests.cli import said
+from tests.pipeline.samples.rows import read
 from trainer.comm import SoloComm
 from trainer.config import load_config
 from trainer.main import train
@@ -62,14 +62,10 @@ def draw(count, num_images):
         yield f"skey{number}|gkey{number}|{';'.join(user)}|{';'.join(ad)}|{random.random():f}|1543622400"
 
 
-def rows(folder: Path, split="train"):
-    return [row for path in sorted(folder.glob(f"{split}/*.parquet")) for row in pq.read_table(path).to_pylist()]
-
-
-def test_neighbouring_lines_of_a_group_become_one_row(job, lines, tmp_path):
+def test_neighbouring_lines_of_a_group_become_one_row_with_columns_of_each_part(job, lines, tmp_path):
     text = job("--from", lines(LINES), "--samples", tmp_path / "s", "--test-share", 0)
     assert "lines 5 quarantined 0 train 5 samples in 4 groups, 3 clicks" in text
-    found = rows(tmp_path / "s")
+    found = read(tmp_path / "s", "train")
     assert not list((tmp_path / "s/test").iterdir()), "no file without a group"
     assert [row["gkey"] for row in found] == ["g0", "g1", "g0", "g0"]  # the last has another user part
     assert found[0] == {
@@ -84,14 +80,18 @@ def test_neighbouring_lines_of_a_group_become_one_row(job, lines, tmp_path):
         "ad_img": ("ad", "content"), "ad_img_id": ("ad", "id"),
     }  # fmt: skip
     assert fields["price"].width == 2
+    path = lines(["s|g|x@1:1;label@2:1|x@3:1;ad_img@4:1|1|5"])
+    job("--from", path, "--samples", tmp_path / "s", "--test-share", 0)
+    (row,) = read(tmp_path / "s", "train")
+    assert (row["user_x"], row["ad_x"], row["user_label"], row["label"]) == (1, [3], 2, [1])
 
 
 def test_random_lines_are_imported_as_they_are(job, lines, tmp_path):
     """Ids, weights, numbers, labels and groups, from the text as it was drawn."""
     source, samples = lines(draw(40, 30)), tmp_path / "s"
     job("--from", source, "--samples", samples, "--label-threshold", 0.5, "--test-share", 0.3)
-    found = {row["gkey"]: row for split in ("train", "test") for row in rows(samples, split)}
-    assert len(rows(samples)) > 5 and len(rows(samples, "test")) > 5
+    found = {row["gkey"]: row for split in ("train", "test") for row in read(samples, split)}
+    assert len(read(samples, "train")) > 5 and len(read(samples, "test")) > 5
     drawn = source.read_text().splitlines()
     assert len(found) == len(drawn) == 40
     for line in drawn:
@@ -112,6 +112,8 @@ def test_random_lines_are_imported_as_they_are(job, lines, tmp_path):
             assert not weight or row[f"{name}_weight"] == [float(np.float32(weight))]
     weights = {field.name: field.weights for field in load_schema(samples / "schema.yaml").fields}
     assert (weights["user0"], weights["ad_img_id"], weights["ad0"]) == ("user0_weight", "ad_img_weight", None)
+    shares = [sum(split_of(f"g{n}", share) == "test" for n in range(1000)) / 1000 for share in (0, 0.3, 1)]
+    assert shares == [0, pytest.approx(0.3, abs=0.05), 1]
 
 
 def test_bad_lines_are_kept_with_number_and_reason(job, lines, tmp_path):
@@ -137,22 +139,20 @@ def test_bad_lines_are_kept_with_number_and_reason(job, lines, tmp_path):
     assert f"lines {len(good) + len(bad) + 1} quarantined {len(bad) + 1}" in text
     kept = pq.read_table(tmp_path / "s/quarantine.parquet").to_pylist()
     expected = [*bad.items(), (None, "no UTF-8")]
-    assert [(row["file"], row["line"], row["reason"]) for row in kept] == [
-        ("data.txt", 1 + len(good) + number, reason) for number, (_, reason) in enumerate(expected)
-    ]
+    found = [(row["file"], row["line"], row["reason"]) for row in kept]
+    assert found == [("data.txt", number, reason) for number, (_, reason) in enumerate(expected, 1 + len(good))]
     assert [row["text"].decode() for row in kept[:-1]] == list(bad)
-    assert len(rows(tmp_path / "s")) == 5
-    assert rows(tmp_path / "s")[-1]["price"] == [[0.0, 0.0]]  # as in XDL
+    assert len(read(tmp_path / "s", "train")) == 5
+    assert read(tmp_path / "s", "train")[-1]["price"] == [[0.0, 0.0]]  # as in XDL
 
 
-def test_nothing_is_written_where_no_line_is_good(job, lines, tmp_path):
+def test_mistakes_are_one_message(job, lines, tmp_path):
     bad = [line.replace("|1|", "|2|").replace("|0|", "|3|") for line in LINES[:2]]
     text = job("--from", lines(bad), "--samples", tmp_path / "s", code=1)
     assert "left to train on, of 2 (label is not 0 or 1; --label-threshold makes it so: 2)" in text
     assert not (tmp_path / "s").exists()
-
-
-def test_an_ad_needs_one_id(job, lines, tmp_path):
+    assert "not one line of the form" in job("--from", lines(["x"]), "--samples", tmp_path / "s", code=1)
+    assert "only empty files" in job("--from", lines([]), "--samples", tmp_path / "s", code=1)
     plain = [f"s|g{n}|tags@1,{n}|price@{n % 2};brand@{n}:1,3:1;NAME@{n}:1|{n}|{n}" for n in (0, 1)]
     args = ["--samples", tmp_path / "s", "--test-share", 0]
     some = [line.replace("NAME@1:1", "NAME@1:1,2:1") for line in plain]
@@ -161,19 +161,8 @@ def test_an_ad_needs_one_id(job, lines, tmp_path):
     text = job("--from", lines([line.replace("NAME", "ad_pic") for line in [*plain, *some]]), *args)
     assert "quarantined 1 (ad_pic has not one id: 1)" in text
     kinds = {field.name: field.kind for field in load_schema(tmp_path / "s/schema.yaml").fields}
-    assert (kinds["ad_pic"], kinds["ad_pic_id"], kinds["brand"], kinds["price"]) == (
-        "content",
-        "id",
-        "multi_id",
-        "dense",
-    )
-
-
-def test_equal_names_in_both_parts_and_reserved_ones_get_columns_of_their_own(job, lines, tmp_path):
-    path = lines(["s|g|x@1:1;label@2:1|x@3:1;ad_img@4:1|1|5"])
-    job("--from", path, "--samples", tmp_path / "s", "--test-share", 0)
-    (row,) = rows(tmp_path / "s")
-    assert (row["user_x"], row["ad_x"], row["user_label"], row["label"]) == (1, [3], 2, [1])
+    found = [kinds[name] for name in ("ad_pic", "ad_pic_id", "brand", "price")]
+    assert found == ["content", "id", "multi_id", "dense"]
 
 
 def test_samples_at_an_address_are_those_of_a_disk(job, lines, s3_url, tmp_path):
@@ -184,12 +173,7 @@ def test_samples_at_an_address_are_those_of_a_disk(job, lines, s3_url, tmp_path)
     names = sorted(each.path for each in here.entries() if each.path.endswith(".parquet"))
     assert names[0] == "quarantine.parquet" and "train/part-00001.parquet" in names
     assert [name for name in names if there.read_bytes(name) != here.read_bytes(name)] == []
-    assert rows(tmp_path / "s")[-1]["gkey"] == "g0"  # files by name
-
-
-def test_a_share_of_the_groups_is_for_testing():
-    shares = [sum(split_of(f"g{n}", share) == "test" for n in range(1000)) / 1000 for share in (0, 0.3, 1)]
-    assert shares == [0, pytest.approx(0.3, abs=0.05), 1]
+    assert read(tmp_path / "s", "train")[-1]["gkey"] == "g0"  # files by name
 
 
 def test_random_data_trains(job, lines, tmp_path):
@@ -214,11 +198,6 @@ def test_random_data_trains(job, lines, tmp_path):
     train(load_config(tmp_path / "samples/settings.yaml", settings), SoloComm())
     report = json.loads((tmp_path / "runs/xdl/report.json").read_text())
     assert report["global_step"] == 3
-    assert report["metrics"]["impressions"] == sum(len(row["label"]) for row in rows(tmp_path / "samples", "test"))
+    assert report["metrics"]["impressions"] == sum(len(row["label"]) for row in read(tmp_path / "samples", "test"))
     assert np.isfinite(report["metrics"]["logloss"])
     assert {table["kind"] for table in report["tables"].values()} == {"exact"}
-
-
-def test_mistakes_are_one_message(job, lines, tmp_path):
-    assert "not one line of the form" in job("--from", lines(["x"]), "--samples", tmp_path / "s", code=1)
-    assert "only empty files" in job("--from", lines([]), "--samples", tmp_path / "s", code=1)

@@ -12,20 +12,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from typer.testing import Result
 
 from jobs.make_demo_data import app
 from pipeline.samples.logs import BEHAVIORS, IMPRESSIONS, documented_layout, find_pieces
 from tests.cli import invoke, said
 
 pytestmark = pytest.mark.long  # they draw whole data sets
-
 JOB = Path(__file__).parents[2] / "jobs" / "make_demo_data.py"
 TINY = ["--items", "40", "--users", "60", "--days", "5"]
 
 
-def _make(out: Path, *arguments: str) -> Result:
-    return invoke(app, "--out", out, *(arguments or TINY))
+def _make(out: Path, *arguments: str, code: int = 0) -> str:
+    return invoke(app, "--out", out, *(arguments or TINY), code=code).output
 
 
 def _digests(out: Path) -> dict[str, str]:
@@ -36,13 +34,11 @@ def _digests(out: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("demo")
-    result = _make(out)
-    assert result.exit_code == 0, result.output
+    _make(out := tmp_path_factory.mktemp("demo"))
     return out
 
 
-def test_the_logs_have_the_columns_that_the_samples_are_built_from(demo: Path) -> None:
+def test_logs_images_and_the_truth_fit_together(demo: Path) -> None:
     url = str(demo / "logs")
     shown, done = (find_pieces(url, log, documented_layout(log)) for log in (IMPRESSIONS, BEHAVIORS))
     assert shown[0].layout.user_columns == ("user_age", "user_gender")
@@ -51,9 +47,6 @@ def test_the_logs_have_the_columns_that_the_samples_are_built_from(demo: Path) -
     table = pq.read_table(demo / "logs" / "impressions")
     assert table.schema.field("timestamp").type == pa.timestamp("us", tz="UTC")
     assert set(table["label"].to_pylist()) == {0, 1}
-
-
-def test_the_images_of_the_logs_are_those_that_were_drawn(demo: Path) -> None:
     images = demo / "images"
     drawn = {path.relative_to(images).as_posix() for path in images.rglob("*.jpg")}
     assert len(drawn) == 40
@@ -62,9 +55,6 @@ def test_the_images_of_the_logs_are_those_that_were_drawn(demo: Path) -> None:
         assert set(table["image"].to_pylist()) <= drawn
         of_item = set(zip(table["item"].to_pylist(), table["image"].to_pylist(), strict=True))
         assert len(of_item) == len({item for item, _ in of_item}), "one picture per item"
-
-
-def test_the_truth_is_written_down(demo: Path) -> None:
     truth = json.loads((demo / "demo.json").read_text())
     impressions = pq.read_table(demo / "logs" / "impressions")
     counts = truth["counts"]
@@ -83,28 +73,27 @@ def test_equal_seeds_give_equal_bytes_in_any_process(demo: Path, tmp_path: Path,
 
 
 def test_a_second_run_changes_nothing_and_an_unfinished_demo_is_finished(demo: Path, tmp_path: Path) -> None:
-    assert _make(tmp_path).exit_code == 0
+    _make(tmp_path)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    assert "has this demo already, nothing to do" in _make(tmp_path).output
+    assert "has this demo already, nothing to do" in _make(tmp_path)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
     next((tmp_path / "images").rglob("*.jpg")).unlink()
-    assert _make(tmp_path).exit_code == 0
+    _make(tmp_path)
     assert _digests(tmp_path) == _digests(demo)
     written = json.loads((tmp_path / "demo.json").read_text())
     (tmp_path / "demo.json").write_text(json.dumps({"complete": False, "parameters": written["parameters"]}))
-    assert "nothing to do" not in _make(tmp_path).output
+    assert "nothing to do" not in _make(tmp_path)
     assert json.loads((tmp_path / "demo.json").read_text())["complete"]
 
 
 def test_another_demo_is_replaced_only_with_force_and_only_its_own_files(tmp_path: Path) -> None:
-    assert _make(tmp_path, *TINY, "--items", "60").exit_code == 0
+    _make(tmp_path, *TINY, "--items", "60")
     mine = tmp_path / "images" / "mine.jpg"
     mine.write_bytes(b"mine")
-    refused = _make(tmp_path)
-    assert refused.exit_code == 1
-    assert "items: 60 there, 40 wanted" in refused.output
-    assert "--force" in refused.output
-    assert _make(tmp_path, *TINY, "--force").exit_code == 0
+    refused = _make(tmp_path, code=1)
+    assert "items: 60 there, 40 wanted" in refused
+    assert "--force" in refused
+    _make(tmp_path, *TINY, "--force")
     assert len(list((tmp_path / "images").rglob("item-*.jpg"))) == 40
     assert mine.read_bytes() == b"mine"
 
@@ -114,9 +103,7 @@ def test_files_of_others_are_never_touched(tmp_path: Path, name: str) -> None:
     (tmp_path / name).parent.mkdir(parents=True)
     (tmp_path / name).write_bytes(b"mine")
     for arguments in ((), ("--force",)):
-        result = _make(tmp_path, *TINY, *arguments)
-        assert result.exit_code == 1
-        assert "was not made by this job" in result.output
+        assert "was not made by this job" in _make(tmp_path, *TINY, *arguments, code=1)
         assert _digests(tmp_path).keys() == {name}
 
 
@@ -130,24 +117,20 @@ def test_a_place_that_cannot_be_written_is_one_message(tmp_path: Path) -> None:
 def photos(tmp_path: Path) -> Path:
     folder = tmp_path / "photos"
     folder.mkdir()
-    rng = np.random.default_rng(0)
-    for index in range(40):
-        colour = tuple(int(level) for level in rng.integers(0, 256, size=3))
-        Image.new("RGB", (64, 64), colour).save(folder / f"photo-{index}.png")
+    for index, colour in enumerate(np.random.default_rng(0).integers(0, 256, size=(40, 3)).tolist()):
+        Image.new("RGB", (64, 64), tuple(colour)).save(folder / f"photo-{index}.png")
     (folder / "bad.jpg").write_text("no image")
     return folder
 
 
-def test_own_photographs_stay_where_they_are(photos: Path, tmp_path: Path) -> None:
+def test_own_photographs_stay_where_they_are_and_too_few_are_refused(photos: Path, tmp_path: Path) -> None:
     labels = tmp_path / "labels.csv"
     rows = [f"photo-{index},{'dress' if index % 2 else 'hat'}" for index in range(39)]
     labels.write_text("\n".join(["image,label", *rows]))
     out = tmp_path / "out"
     arguments = ["--images", str(photos), "--labels", str(labels), "--users", "60", "--days", "4"]
-    result = _make(out, *arguments)
-    assert result.exit_code == 0, result.output
+    flat = _make(out, *arguments).replace("\n", "")
     assert not (out / "images").exists()
-    flat = result.output.replace("\n", "")
     assert f"crossmedia extract --images {photos}" in flat
     assert "1 images left out" in flat
     uris = set(pq.read_table(out / "logs" / "behaviors")["image"].to_pylist())
@@ -156,14 +139,9 @@ def test_own_photographs_stay_where_they_are(photos: Path, tmp_path: Path) -> No
     assert (truth["counts"]["items"], truth["num_unlabelled"]) == (40, 1)
     assert truth["unreadable"].keys() == {"bad.jpg"}
     (photos / "photo-0.png").unlink()
-    assert _make(out, *arguments).exit_code == 0
+    _make(out, *arguments)
     assert json.loads((out / "demo.json").read_text())["counts"]["items"] == 39, "photographs are looked at each time"
-
-
-def test_too_few_photographs_are_refused(photos: Path, tmp_path: Path) -> None:
     for path in sorted(photos.glob("*.png"))[5:]:
         path.unlink()
-    result = _make(tmp_path / "out", "--images", str(photos))
-    assert result.exit_code == 1
-    assert "5 readable images" in result.output
-    assert not (tmp_path / "out").exists(), "nothing is left behind"
+    assert "5 readable images" in _make(tmp_path / "few", "--images", str(photos), code=1)
+    assert not (tmp_path / "few").exists(), "nothing is left behind"

@@ -5,7 +5,6 @@ import json
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -21,6 +20,7 @@ from serving.bundle.manifest import SAMPLE
 from serving.network.served import PORTABLE, compiled_name
 from serving.scoring.scorer import Scorer
 from tests.cli import invoke
+from tests.cli import printed as done
 from tests.pages import check_page
 from tests.serving.scoring.variants import VARIANTS, compiled, shared_places, train_run
 from tests.trainer.conftest import Places, make_places
@@ -33,10 +33,6 @@ from trainer.samples.reader import assemble
 pytestmark = pytest.mark.long
 
 
-def done(app: Any, *options: object) -> str:
-    return invoke(app, *options, code=0).stdout
-
-
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> Places:
     places = make_places(tmp_path_factory.mktemp("places"))
@@ -47,9 +43,8 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Places:
 
 def test_a_file_that_cannot_be_written_is_refused_before_anything_is_published(places: Places, tmp_path: Path) -> None:
     for option, file in (("--json", "foo://x"), ("--json", tmp_path), ("--html", "foo://x.html")):
-        result = invoke(
-            export_model.app, "--run", places.folder / "runs" / "both", "--out", tmp_path / "new", option, file
-        )
+        words = ("--run", places.folder / "runs" / "both", "--out", tmp_path / "new", option, file)
+        result = invoke(export_model.app, *words)
         assert result.exit_code and not (tmp_path / "new").exists()
 
 
@@ -66,19 +61,7 @@ def model(places: Places, text: str) -> str:
     return str(places.folder / "model")
 
 
-@pytest.fixture
-def same_network(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Exports of the run copy the network of the shared model, which would be written again as it is."""
-    (written,) = Path(model).glob(f"bundles/*/{PORTABLE}")
-
-    def copied(network: Any, config: Any, folder: Path, *, compiled: bool = False) -> list[Path]:
-        assert not compiled
-        return [Path(shutil.copy(written, folder))]
-
-    monkeypatch.setattr("serving.bundle.export.export_network", copied)
-
-
-def test_the_job_tells_what_it_published(places: Places, text: str) -> None:
+def test_the_job_tells_what_it_published_with_its_scores(places: Places, text: str, model: str, tmp_path: Path) -> None:
     assert "id rows      224 in 5 tables, 10,752 bytes" in text
     assert f"vectors      images: 50 images of snapshot 1 of {places.folder}/features, 12 numbers each" in text
     assert f"published    version 1 of {places.folder}/model, in use" in text
@@ -87,9 +70,6 @@ def test_the_job_tells_what_it_published(places: Places, text: str) -> None:
     assert {file["name"] for file in figures["files"]} >= {"network.pt2", "ids-12.bin", SAMPLE}
     page = check_page((places.folder / "export.html").read_text(encoding="utf-8"))
     assert all(line[13:].strip() == page.value(line[:13].strip())[0] for line in text.splitlines())
-
-
-def test_the_scores_of_the_sample_are_those_of_the_run(places: Places, model: str, tmp_path: Path) -> None:
     scorer = Scorer.open(model, cache_dir=tmp_path)
     sample = pq.read_table(scorer.files.path(SAMPLE))
     assert 0 < sample.num_rows <= 64
@@ -104,8 +84,13 @@ def test_the_scores_of_the_sample_are_those_of_the_run(places: Places, model: st
     np.testing.assert_allclose(found, wanted, atol=1e-5, rtol=0)
 
 
-@pytest.mark.usefixtures("same_network")
-def test_a_worse_model_is_published_and_not_put_in_use(places: Places, tmp_path: Path) -> None:
+def test_a_worse_model_is_published_and_not_put_in_use(
+    places: Places, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its network is copied from the shared model: it would be written again as it is."""
+    (written,) = Path(model).glob(f"bundles/*/{PORTABLE}")
+    export = "serving.bundle.export.export_network"
+    monkeypatch.setattr(export, lambda network, config, folder, **_: [Path(shutil.copy(written, folder))])
     out, json_file = tmp_path / "model", tmp_path / "export.json"
     good, bad = places.folder / "runs" / "ids", places.folder / "runs" / "bad"
     train_run(places, "bad", **VARIANTS["images_none"], optim__lr=1, optim__ids_lr=1, model__activation="prelu")
@@ -148,15 +133,16 @@ def test_compiled_code_of_this_machine_is_taken(
     np.testing.assert_allclose(*found, atol=1e-6)
 
 
-def test_a_publish_tells_what_moved(places: Places, model: str, tmp_path: Path) -> None:
+def test_a_publish_tells_what_moved_and_when_to_compact(
+    places: Places, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = FeatureStore.open(places.folder / "features")
     keys = np.array([1_050, 1_007, 1_008])
     features = np.random.default_rng(1).normal(size=(3, 16)).astype(np.float32)
     store.put(FeatureRows.of([f"item/{key - 1_000}" for key in keys], features, keys=keys))
     store.delete([1_049])
-    text = done(
-        publish_vectors.app, "--model", model, "--json", tmp_path / "publish.json", "--html", tmp_path / "p.html"
-    )
+    files = ("--json", tmp_path / "publish.json", "--html", tmp_path / "p.html")
+    text = done(publish_vectors.app, "--model", model, *files)
     assert "vectors      images: of snapshot 3 of the features\n" in text
     assert "images       since snapshot 1: 1 new, 2 changed, 1 gone\n" in text
     assert "published    4 rows, " in text
@@ -166,13 +152,7 @@ def test_a_publish_tells_what_moved(places: Places, model: str, tmp_path: Path) 
     assert page.value("images")[0].startswith("since snapshot 1: 1 new, 2 changed, 1 gone")
     again = done(publish_vectors.app, "--model", model)
     assert "vectors      images: of snapshot 3 of the features already, nothing to do\n" in again
-
-
-def test_after_many_publishes_the_vectors_want_to_be_compacted(
-    places: Places, model: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
     monkeypatch.setattr("featurestore.upkeep.compaction.MAX_DELTAS", 1)
-    store = FeatureStore.open(places.folder / "features")
 
     def publish(number: float) -> str:
         features = np.full((1, 16), number, np.float32)
@@ -183,14 +163,13 @@ def test_after_many_publishes_the_vectors_want_to_be_compacted(
     advice = re.search("next         crossmedia store compact (.*)", last)
     assert advice is not None
     compact(FeatureStore.open(advice[1]), force=True)
-    assert "featurestore compact" not in publish(3.5)
+    assert "store compact" not in publish(3.5)
 
 
 def test_a_model_without_images(places: Places, tmp_path: Path) -> None:
     out = tmp_path / "model"
-    text = done(
-        export_model.app, "--run", places.folder / "runs" / "ids", "--out", out, "--no-use", "--sample-groups", 0
-    )
+    run = places.folder / "runs" / "ids"
+    text = done(export_model.app, "--run", run, "--out", out, "--no-use", "--sample-groups", 0)
     assert "note         the bundle has no test samples, so a scorer does not judge it: none were asked" in text
     assert f"published    version 1 of {out}, not in use yet" in text
     assert "the model sees no images" in done(publish_vectors.app, "--model", out, "--version", 1)

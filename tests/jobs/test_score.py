@@ -1,8 +1,10 @@
 """Scores as a file: a row for each test impression that joins back, the trainer's own logits, and two ranks as one."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
@@ -10,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.score import app
-from tests.cli import invoke
+from tests.cli import invoke, printed
 from tests.ranks import StandingRanks
 from tests.trainer.conftest import Places, make_places
 from tests.trainer.samples.reading import replaced, written
@@ -19,8 +21,8 @@ from trainer.evaluation.predict import predict_run
 from trainer.samples.survey import write_part
 
 pytestmark = pytest.mark.long
-
 WORDY = ("user", "ad_item", "behavior_item")
+done = partial(printed, app)
 
 
 @pytest.fixture(scope="module")
@@ -40,10 +42,6 @@ def run(places: Places) -> Path:
     return places.folder / "runs" / "both"
 
 
-def done(*options: object) -> str:
-    return invoke(app, *options, code=0).stdout
-
-
 def impressions(folder: Path) -> list[dict[str, Any]]:
     """What the rows have to be, in plain loops over the files."""
     found = []
@@ -56,7 +54,12 @@ def impressions(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_every_impression_has_its_score(places: Places, run: Path, tmp_path: Path) -> None:
-    text = done("--run", run, "--out", tmp_path / "scores.parquet")
+    train = places.folder / "samples" / "train"
+    away = train.rename(tmp_path / "train")
+    try:  # training samples are not needed
+        text = done("--run", run, "--out", tmp_path / "scores.parquet")
+    finally:
+        away.rename(train)
     scores = pq.read_table(tmp_path / "scores.parquet")
     logit_N = scores["logit"].to_numpy()
     assert scores.drop_columns(["logit", "probability"]).to_pylist() == impressions(places.folder / "samples")
@@ -69,16 +72,6 @@ def test_every_impression_has_its_score(places: Places, run: Path, tmp_path: Pat
     assert f"{len(scores):,} impressions" in text and f"written to   {tmp_path / 'scores.parquet'}" in text
 
 
-def test_it_needs_no_training_samples(places: Places, run: Path, tmp_path: Path) -> None:
-    train = places.folder / "samples" / "train"
-    away = train.rename(tmp_path / "train")
-    try:
-        done("--run", run, "--out", tmp_path / "scores.parquet")
-    finally:
-        away.rename(train)
-    assert len(pq.read_table(tmp_path / "scores.parquet")) == len(impressions(places.folder / "samples"))
-
-
 def test_two_ranks_write_the_same_rows(run: Path, tmp_path: Path, two_ranks_of_each: StandingRanks) -> None:
     done("--run", run, "--out", tmp_path / "one.parquet")
     assert " on 2 ranks" in two_ranks_of_each.run("-m", "jobs.score", "--run", run, "--out", tmp_path / "two.parquet")
@@ -89,7 +82,7 @@ def test_two_ranks_write_the_same_rows(run: Path, tmp_path: Path, two_ranks_of_e
     np.testing.assert_allclose(two["logit"].to_numpy(), one["logit"].to_numpy(), rtol=0, atol=1e-6)
 
 
-def test_texts_stay_texts(run: Path, tmp_path: Path) -> None:
+def test_texts_stay_texts_and_those_of_ids_come_from_the_dictionary(run: Path, tmp_path: Path) -> None:
     """Where one file has texts, the numbers of the other are written as texts too."""
     places = make_places(tmp_path / "wordy")
     test = places.folder / "samples" / "test"
@@ -103,9 +96,6 @@ def test_texts_stay_texts(run: Path, tmp_path: Path) -> None:
     assert words["user"].to_pylist() == [f"user ü{user}" for user in numbers["user"].to_pylist()]
     assert words["ad"].to_pylist() == [f"item ü{ad}" for ad in numbers["ad"].to_pylist()]
     assert words["time"].null_count == half and numbers["time"].null_count == 0
-
-
-def test_texts_of_ids_come_from_the_dictionary_next_to_the_samples(run: Path, tmp_path: Path) -> None:
     places = make_places(tmp_path / "numbers")
     wanted = impressions(places.folder / "samples")
     users, ads = ({each[name] for each in wanted} for name in ("user", "ad"))
@@ -120,11 +110,7 @@ def test_texts_of_ids_come_from_the_dictionary_next_to_the_samples(run: Path, tm
 def test_a_failed_score_leaves_the_file_as_it_was(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done("--run", run, "--out", tmp_path / "scores.parquet")
     before = (tmp_path / "scores.parquet").read_bytes()
-
-    def fail(*_: object) -> None:
-        raise OSError("the disk is gone")
-
-    monkeypatch.setattr("trainer.evaluation.predict.ScoreFile.add", fail)
+    monkeypatch.setattr("trainer.evaluation.predict.ScoreFile.add", Mock(side_effect=OSError("the disk is gone")))
     invoke(app, "--run", run, "--out", tmp_path / "scores.parquet", code=1)
     assert (tmp_path / "scores.parquet").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["scores.parquet"]

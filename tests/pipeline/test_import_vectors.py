@@ -1,12 +1,15 @@
-"""Vectors from elsewhere: every format gives its rows, bad ones are kept aside, and only what changed is written."""
+"""Vectors from elsewhere: every format gives its rows, bad ones are kept aside, and tasks that build shards fit."""
 
 import shutil
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from featurestore.errors import InvalidRowsError
 from featurestore.format.datafile import FeatureRows, to_bits
 from featurestore.keys import key_of_uri
 from featurestore.spec import StoreInfo
@@ -14,9 +17,11 @@ from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore, SnapshotId
 from featurestore.upkeep.remake import remake
 from jobs import import_features
-from pipeline import formats, import_vectors
+from pipeline import formats, import_vectors, store_run
 from pipeline.import_vectors import extractor_of
+from pipeline.store_run import build_shards
 from tests.cli import said
+from tests.faulty import faulty
 from tests.featurestore.staged import metadata_of
 
 DIM = 6
@@ -48,6 +53,18 @@ def write_xdl(folder, keys, vectors_ND, number_of=lambda key: key % formats.NUM_
 def stored(path, keys):
     store = FeatureStore.open(path)
     return store.codec.decode(store.snapshot().get(list(keys)))
+
+
+@pytest.fixture
+def matrix(tmp_path):
+    """Writes vectors and their keys as .npy files; returns the words that import them."""
+
+    def save(vectors_ND, keys, name="a"):
+        np.save(tmp_path / f"{name}.npy", vectors_ND)
+        np.save(tmp_path / f"{name}-keys.npy", [*keys])
+        return tmp_path / f"{name}.npy", "--keys", tmp_path / f"{name}-keys.npy"
+
+    return save
 
 
 def uris(path):
@@ -120,12 +137,21 @@ def test_bad_rows_of_parquet_are_quarantined_one_by_one(job, tmp_path):
     assert len(store.quarantine_rows()) == 4
 
 
-def test_slices_of_parquet_know_where_they_begin(tmp_path, monkeypatch):
+def test_slices_know_where_they_begin_and_ids_meet_their_rows_in_each(tmp_path, vectors_ND, monkeypatch):
     table = pa.table({"key": range(8), "feature": pa.array([[1.0, 2.0]] * 8)})
     pq.write_table(table, tmp_path / "rows.parquet", row_group_size=2)
     monkeypatch.setattr(formats, "BLOCK_BYTES", 4 * 4 * 2)  # four rows of two numbers
     slices = formats.plan_parquet(str(tmp_path / "rows.parquet"), None, None).slices
     assert [(each.groups, each.first_row, each.num_rows) for each in slices] == [((0, 1), 0, 4), ((2, 3), 4, 4)]
+    monkeypatch.setattr(formats, "block_rows", lambda dim: 7)
+    np.save(tmp_path / "a.npy", vectors_ND)
+    for end in ("", "\n"):
+        (tmp_path / "ids").write_text("\n".join(f"é{n}" for n in range(40)) + end)
+        source = formats.plan_matrix(str(tmp_path / "a.npy"), str(tmp_path / "ids"))
+        blocks = [block for piece in source.slices for block in piece.read(3)]
+        assert [uri for block in blocks for uri in block.uris] == [f"é{n}" for n in range(40)]
+        np.testing.assert_array_equal(np.concatenate([block.vectors_ND for block in blocks]), vectors_ND)
+        assert max(map(len, blocks)) == 3
 
 
 def test_npy_with_keys_and_with_ids(job, tmp_path, vectors_ND):
@@ -142,19 +168,6 @@ def test_npy_with_keys_and_with_ids(job, tmp_path, vectors_ND):
     assert FeatureStore.open(other).info.num_shards == 2
 
 
-def test_ids_meet_their_rows_in_every_slice(tmp_path, vectors_ND, monkeypatch):
-
-    monkeypatch.setattr(formats, "block_rows", lambda dim: 7)
-    np.save(tmp_path / "a.npy", vectors_ND)
-    for end in ("", "\n"):
-        (tmp_path / "ids").write_text("\n".join(f"é{n}" for n in range(40)) + end)
-        source = formats.plan_matrix(str(tmp_path / "a.npy"), str(tmp_path / "ids"))
-        blocks = [block for piece in source.slices for block in piece.read(3)]
-        assert [uri for block in blocks for uri in block.uris] == [f"é{n}" for n in range(40)]
-        np.testing.assert_array_equal(np.concatenate([block.vectors_ND for block in blocks]), vectors_ND)
-        assert max(map(len, blocks)) == 3
-
-
 def test_xdl_files(job, tmp_path, vectors_ND):
     keys = np.random.default_rng(1).integers(-(1 << 62), 1 << 62, 40)
     write_xdl(tmp_path / "xdl", keys, vectors_ND)
@@ -168,6 +181,10 @@ def test_xdl_files(job, tmp_path, vectors_ND):
 
 def test_bad_records_of_xdl(job, tmp_path, vectors_ND):
     write_xdl(tmp_path / "xdl", range(40), vectors_ND)
+    text = job(tmp_path / "xdl", "--dim", DIM + 1, code=1)
+    assert "40 of 40 files, data.0 first, are not a number of records of 36 bytes" in text
+    assert "is --dim 7 right" in text
+    assert not (tmp_path / "features").exists()  # its width would be for ever
     write_xdl(tmp_path / "xdl", [2048 + 3], vectors_ND[:1], number_of=lambda key: 4)
     text = job(tmp_path / "xdl", "--dim", DIM)
     assert "rows 41 new 40" in text
@@ -178,14 +195,6 @@ def test_bad_records_of_xdl(job, tmp_path, vectors_ND):
     text = job(tmp_path / "xdl", "--dim", DIM, code=1)
     assert "1 of 40 files, data.7 first, are not a number of records of 32 bytes" in text
     assert "is --dim 6 right, and are the files whole?" in text
-
-
-def test_a_wrong_width_of_xdl_is_refused_not_quarantined(job, tmp_path, vectors_ND):
-    write_xdl(tmp_path / "xdl", range(40), vectors_ND)
-    text = job(tmp_path / "xdl", "--dim", DIM + 1, code=1)
-    assert "40 of 40 files, data.0 first, are not a number of records of 36 bytes" in text
-    assert "is --dim 7 right" in text
-    assert not (tmp_path / "features").exists()  # its width would be for ever
 
 
 def test_a_key_with_a_bad_row_stays_in_the_store_and_in_quarantine(job, tmp_path):
@@ -200,7 +209,7 @@ def test_a_key_with_a_bad_row_stays_in_the_store_and_in_quarantine(job, tmp_path
         assert [row.key for row in FeatureStore.open(store).quarantine_rows()] == [1, 2]
 
 
-def test_running_again_changes_what_has_changed(job, tmp_path, vectors_ND):
+def test_running_again_changes_what_has_changed(job, matrix, tmp_path, vectors_ND):
     path = tmp_path / "features"
     write_xdl(tmp_path / "xdl", range(40), vectors_ND)
     job(tmp_path / "xdl", "--dim", DIM, "--dtype", "float32")
@@ -209,9 +218,7 @@ def test_running_again_changes_what_has_changed(job, tmp_path, vectors_ND):
 
     vectors_ND[5] += 1
     vectors_ND[39] += 1
-    np.save(tmp_path / "next.npy", np.concatenate([vectors_ND[3:], vectors_ND[:1]]))
-    np.save(tmp_path / "keys.npy", [*range(3, 40), 77])
-    text = job(tmp_path / "next.npy", "--keys", tmp_path / "keys.npy")
+    text = job(*matrix(np.concatenate([vectors_ND[3:], vectors_ND[:1]]), [*range(3, 40), 77]))
     assert "rows 38 new 1 changed 2 unchanged 35 duplicates 0" in text
     snapshot = FeatureStore.open(path).snapshot()
     assert snapshot.version == 2
@@ -219,50 +226,44 @@ def test_running_again_changes_what_has_changed(job, tmp_path, vectors_ND):
     np.testing.assert_array_equal(stored(path, [*range(40), 77])[:40], vectors_ND)
 
 
-def test_a_key_with_two_vectors_is_refused(job, tmp_path, vectors_ND):
+def test_a_key_with_two_vectors_is_refused(job, matrix, tmp_path, vectors_ND):
     path = tmp_path / "features"
     write_xdl(tmp_path / "xdl", range(10), vectors_ND[:10])
     job(tmp_path / "xdl", "--dim", DIM, "--dtype", "float32")
     # 3 comes as it is and changed, 50 twice and differently, 51 twice and equal; the two of a key in different units.
-    np.save(tmp_path / "next.npy", vectors_ND[[3, 20, 21, 22, 23, 24, 21, 25]])
-    np.save(tmp_path / "keys.npy", [3, 50, 51, 52, 3, 50, 51, 53])
-    arguments = (tmp_path / "next.npy", "--keys", tmp_path / "keys.npy", "--part-size", 4)
-    assert "2 keys have several rows with different numbers, 3 first: leave one of each" in job(*arguments, code=1)
+    next_ND = vectors_ND[[3, 20, 21, 22, 23, 24, 21, 25]]
+    text = job(*matrix(next_ND, [3, 50, 51, 52, 3, 50, 51, 53]), "--part-size", 4, code=1)
+    assert "2 keys have several rows with different numbers, 3 first: leave one of each" in text
     assert FeatureStore.open(path).snapshot().version == 1
-    np.save(tmp_path / "keys.npy", [3, 50, 51, 52, 54, 55, 51, 53])
-    assert "rows 8 new 6 changed 0 unchanged 1 duplicates 1" in job(*arguments)
+    text = job(*matrix(next_ND, [3, 50, 51, 52, 54, 55, 51, 53]), "--part-size", 4)
+    assert "rows 8 new 6 changed 0 unchanged 1 duplicates 1" in text
     np.testing.assert_array_equal(stored(path, [3, 51, 52, 53]), vectors_ND[[3, 21, 22, 25]])
 
 
-def test_a_run_that_failed_goes_on_where_it_was(job, tmp_path, vectors_ND, monkeypatch):
-    np.save(tmp_path / "a.npy", vectors_ND)
-    np.save(tmp_path / "keys.npy", range(40))
-    arguments = (tmp_path / "a.npy", "--keys", tmp_path / "keys.npy", "--part-size", 10, "--dtype", "float32")
+def test_a_run_that_failed_goes_on_where_it_was(job, matrix, tmp_path, vectors_ND, monkeypatch):
+    arguments = (*matrix(vectors_ND, range(40)), "--part-size", 10, "--dtype", "float32")
     monkeypatch.setattr("pipeline.formats.block_rows", lambda dim: 10)
     read = []
     whole = import_vectors.read_slices
     monkeypatch.setattr(import_vectors, "read_slices", lambda some, rows: (read.append(rows), whole(some, rows))[1])
     with monkeypatch.context() as broken:
-        broken.setattr(FeatureStore, "commit", lambda *args, **kwargs: (_ for _ in ()).throw(OSError("disk full")))
+        broken.setattr(FeatureStore, "commit", Mock(side_effect=OSError("disk full")))
         with pytest.raises(AssertionError):
             job(*arguments)
     assert len(read) == 4
     text = job(*arguments)
     assert len(read) == 4
     assert "resumed 40" in text
-    np.testing.assert_array_equal(stored(tmp_path / "features", [*range(40)]), vectors_ND)
+    np.testing.assert_array_equal(stored(tmp_path / "features", range(40)), vectors_ND)
     assert not list((tmp_path / "features/staging").glob("*/*"))
 
 
-def test_other_vectors_are_refused(job, tmp_path, vectors_ND):
+def test_other_vectors_are_refused(job, matrix, tmp_path, vectors_ND):
     write_xdl(tmp_path / "xdl", range(10), vectors_ND[:10])
-    job(tmp_path / "xdl", "--dim", DIM, "--source", "first")
-    assert "extractor.layer is 'first' instead of 'second'" in job(
-        tmp_path / "xdl", "--dim", DIM, "--source", "second", code=1
-    )
-    np.save(tmp_path / "wide.npy", np.ones((2, 9), np.float32))
-    np.save(tmp_path / "keys.npy", [1, 2])
-    assert "dim is 6 instead of 9" in job(tmp_path / "wide.npy", "--keys", tmp_path / "keys.npy", code=1)
+    xdl = (tmp_path / "xdl", "--dim", DIM, "--source")
+    job(*xdl, "first")
+    assert "extractor.layer is 'first' instead of 'second'" in job(*xdl, "second", code=1)
+    assert "dim is 6 instead of 9" in job(*matrix(np.ones((2, 9), np.float32), [1, 2]), code=1)
     text = pa.table({"id": ["a", "b"], "uri": ["x", "y"], "feature": [[1.0] * DIM] * 2})
     pq.write_table(text, tmp_path / "a.parquet")
     job(tmp_path / "a.parquet")
@@ -270,22 +271,16 @@ def test_other_vectors_are_refused(job, tmp_path, vectors_ND):
     assert "belongs to two uris, 'x' and 'a'" in job(tmp_path / "b.parquet", code=1)
 
 
-def test_a_compact_store_takes_imports_of_full_vectors(job, tmp_path, vectors_ND):
-    np.save(tmp_path / "a.npy", vectors_ND)
-    np.save(tmp_path / "keys.npy", range(40))
-    arguments = (tmp_path / "a.npy", "--keys", tmp_path / "keys.npy")
-    job(*arguments, "--dtype", "float32")
-    remake(FeatureStore.open(tmp_path / "features"), tmp_path / "small", dims=3)
-    assert "unchanged 40" in job(*arguments, store=tmp_path / "small"), "digests are those of the full vectors"
+def test_a_compact_store_takes_imports_of_full_vectors(job, matrix, tmp_path, vectors_ND):
+    job(*matrix(vectors_ND, range(40)), "--dtype", "float32")
+    remake(FeatureStore.open(tmp_path / "features"), small := tmp_path / "small", dims=3)
+    text = job(*matrix(vectors_ND, range(40)), store=small)
+    assert "unchanged 40" in text, "digests are those of the full vectors"
     vectors_ND[0], vectors_ND[1, 0] = vectors_ND[30], np.nan
-    np.save(tmp_path / "a.npy", vectors_ND)
-    text = job(*arguments, store=tmp_path / "small")
+    text = job(*matrix(vectors_ND, range(40)), store=small)
     assert "changed 1 unchanged 38" in text and "1 not finite in float32 (key:1)" in text
-    made, expected = (stored(tmp_path / "small", [key]) for key in (0, 30))
-    np.testing.assert_allclose(made, expected, rtol=1e-6)
-    np.save(tmp_path / "narrow.npy", vectors_ND[:, :3])
-    text = job(tmp_path / "narrow.npy", "--keys", tmp_path / "keys.npy", store=tmp_path / "small", code=1)
-    assert "takes rows of" in text
+    np.testing.assert_allclose(stored(small, [0]), stored(small, [30]), rtol=1e-6)
+    assert "takes rows of" in job(*matrix(vectors_ND[:, :3], range(40)), store=small, code=1)
 
 
 def test_mistakes_are_one_message(job, tmp_path, vectors_ND):
@@ -351,3 +346,44 @@ def test_a_store_made_anew_at_the_same_address_is_indexed_anew(tmp_path):
         store.put(FeatureRows.of([str(key) for key in keys], np.ones((len(keys), 1), np.float32), keys=keys))
         assert import_vectors.stored_index(SnapshotId.of(store.snapshot(1)))["key"].tolist() == keys
         shutil.rmtree(tmp_path / "features")
+
+
+MB = 1 << 20
+
+
+@pytest.fixture
+def store(tmp_path):
+    return FeatureStore.create(tmp_path / "features", StoreInfo(num_shards=64, dim=2, extractor=extractor_of("x")))
+
+
+def cluster(*workers):
+    """A client of workers with (threads, MB of memory)."""
+    found = {str(place): {"nthreads": threads, "memory_limit": mb * MB} for place, (threads, mb) in enumerate(workers)}
+    return SimpleNamespace(
+        nthreads=lambda: {place: worker["nthreads"] for place, worker in found.items()},
+        scheduler_info=lambda n_workers: {"workers": found},
+    )
+
+
+@pytest.mark.parametrize(
+    ("workers", "num_tasks"),
+    [
+        ([(1, 16_384)], 3),  # of 512 MB
+        ([(1, 0)], 3),  # no limit is set
+        ([(4, 16_384), (4, 16_384)], 8),  # one for each thread
+        ([(2, 16_384), (2, 1024)], 9),  # of 128 MB, a quarter of half of the smaller worker
+        ([(1, 16)], 64),  # never less than a shard
+    ],
+)
+def test_tasks_that_build_shards_are_few_and_fit_into_memory(store, monkeypatch, workers, num_tasks):
+    calls = []
+    large = faulty(store, entries=lambda entries, path: [SimpleNamespace(size_bytes=512 * MB)] * 2)
+    monkeypatch.setattr(store_run, "run_all", lambda client, title, function, given, advice: calls.extend(given) or [])
+    assert build_shards(cluster(*workers), large, "run", ["part"]) == {}
+    assert len(calls) == num_tasks
+    assert [shard for _, _, shards, _ in calls for shard in shards] == list(range(64))
+
+
+def test_a_run_whose_parts_another_one_discarded_says_what_to_do(client, store):
+    with pytest.raises(InvalidRowsError, match=r"two runs of the same job .* Run one at a time; run this again"):
+        build_shards(client, store, "run", ["part"])

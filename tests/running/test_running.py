@@ -56,7 +56,7 @@ def test_processes_of_tests_have_no_pandas_and_tests_have() -> None:
     assert done.stderr.endswith("ModuleNotFoundError: No module named 'pandas'\n")
 
 
-def test_one_makes_it_and_all_others_wait(tmp_path: Path) -> None:
+def test_one_makes_it_all_others_wait_and_what_fails_is_tried_again(tmp_path: Path) -> None:
     made: list[int] = []
     together = Barrier(4)
 
@@ -69,13 +69,8 @@ def test_one_makes_it_and_all_others_wait(tmp_path: Path) -> None:
         seen = list(threads.map(want, range(4)))
     assert len(made) == 1
     assert seen == [made] * 4
-
-
-def test_what_fails_is_tried_again(tmp_path: Path) -> None:
-    made: list[str] = []
     with pytest.raises(ZeroDivisionError):
-        made_once(tmp_path / "shared", "it", lambda: 1 / 0)
-    made_once(tmp_path / "shared", "it", lambda: made.append("it"))
-    made_once(tmp_path / "shared", "other", lambda: made.append("other"))
-    made_once(tmp_path / "shared", "it", lambda: made.append("again"))
-    assert made == ["it", "other"]
+        made_once(tmp_path / "shared", "other", lambda: 1 / 0)
+    for name, number in (("other", 4), ("third", 5), ("other", 6)):
+        made_once(tmp_path / "shared", name, lambda number=number: made.append(number))
+    assert made[1:] == [4, 5]

@@ -41,7 +41,6 @@ tests = ["test_that_fails_anyway"]
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """A checkout of a package with one module and its tests."""
     files = {"shop/shelf.py": SHELF, "tests/shop/test_shelf.py": TESTS, "faults.toml": FAULTS}
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -69,20 +68,7 @@ def test_what_is_noticed_what_is_not_and_what_says_nothing(root: Path) -> None:
     assert (root / "shop/shelf.py").read_text() == SHELF
 
 
-def test_what_has_moved_is_found_and_what_is_gone_is_named(root: Path) -> None:
-    assert Checkout(root).problems(faults_of(root)) == []
-    (root / "shop/shelf.py").rename(root / "shop/furniture.py")
-    (root / "tests/shop/test_shelf.py").rename(root / "tests/shop/test_furniture.py")
-    problem = "2: test_shelf.py::TestShelf::test_many means no test"
-    assert Checkout(root).problems(faults_of(root)) == [problem]
-    (root / "shop/door.py").write_text("return")
-    assert Checkout(root).problems(faults_of(root)) == [
-        problem,
-        "3: shop has 2 times (shop/door.py, shop/furniture.py): return",
-    ]
-
-
-def test_the_table_has_a_line_for_each(root: Path) -> None:
+def test_the_table_has_a_line_for_each_and_what_has_moved_is_found(root: Path) -> None:
     faults = faults_of(root)[:2]
     results = [
         Result(number=1, status="noticed", by="tests/shop/test_shelf.py::TestShelf::test_many", seconds=1.25),
@@ -93,4 +79,14 @@ def test_the_table_has_a_line_for_each(root: Path) -> None:
         "1  shop     a shelf breaks                   test_many   1.2",
         "2  shop     there may be less than no books  GAP         30.0",
         "1 of 2 noticed",
+    ]
+    assert Checkout(root).problems(faults_of(root)) == []
+    (root / "shop/shelf.py").rename(root / "shop/furniture.py")
+    (root / "tests/shop/test_shelf.py").rename(root / "tests/shop/test_furniture.py")
+    problem = "2: test_shelf.py::TestShelf::test_many means no test"
+    assert Checkout(root).problems(faults_of(root)) == [problem]
+    (root / "shop/door.py").write_text("return")
+    assert Checkout(root).problems(faults_of(root)) == [
+        problem,
+        "3: shop has 2 times (shop/door.py, shop/furniture.py): return",
     ]

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.cli import ran
+
 pytestmark = pytest.mark.long
 ROOT = Path(__file__).parents[2]
 TAG = "torch2.13.0-cp311-x86_64"
@@ -45,7 +47,7 @@ esac
 
 @dataclass(frozen=True)
 class Place:
-    """A project of the scripts alone, with Pythons on its path."""
+    """A project of the scripts alone, with a Python 3.11 and others on its path."""
 
     folder: Path
 
@@ -53,18 +55,14 @@ class Place:
     def venv(self) -> Path:
         return self.folder / ".venv"
 
-    def python(self, name: str, version: str) -> Path:
-        """Makes a Python of that name and version."""
+    def python(self, name: str, version: str) -> None:
         file = self.folder / "bin" / name
         file.write_text(FAKE_PYTHON.format(version=version, tag=TAG))
         file.chmod(file.stat().st_mode | stat.S_IXUSR)
-        return file
 
     def run(self, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
         env = {"PATH": str(self.folder / "bin"), "HOME": str(self.folder), **environment}
-        return subprocess.run(
-            [*command], cwd=self.folder, env=env, capture_output=True, text=True, timeout=60, check=False
-        )
+        return ran(*command, cwd=self.folder, env=env, timeout=60)
 
     def install(self, **environment: str) -> subprocess.CompletedProcess[str]:
         return self.run("tools/install.sh", ".venv", **environment)
@@ -94,7 +92,9 @@ def place(tmp_path: Path) -> Place:
         (tmp_path / "cache" / build / "horovod-0.28.1-any.whl").touch()
     (tmp_path / ".cache").mkdir()
     (tmp_path / ".cache" / "crossmedia").symlink_to(tmp_path / "cache")
-    return Place(tmp_path)
+    made = Place(tmp_path)
+    made.python("python3", "3.11")
+    return made
 
 
 def version_of(place: Place) -> str:
@@ -110,21 +110,19 @@ class TestPython:
             ({"python3": "3.12", "python3.13": "3.13"}, "3.12"),
             ({"python3": "3.10", "python3.11": "3.11", "python3.13": "3.13"}, "3.13"),
             ({"python3": "3.14", "python3.11": "3.11"}, "3.11"),
+            ({"python3": "3.10"}, None),
         ],
     )
-    def test_default(self, place: Place, pythons: dict[str, str], expected: str) -> None:
+    def test_default(self, place: Place, pythons: dict[str, str], expected: str | None) -> None:
         for name, version in pythons.items():
             place.python(name, version)
         done = place.install()
-        assert done.returncode == 0, done.stderr
-        assert version_of(place) == expected
-
-    def test_none_that_fits_is_one_line(self, place: Place) -> None:
-        place.python("python3", "3.10")
-        done = place.install()
-        assert done.returncode == 1
-        assert done.stderr.startswith("No Python 3.11, 3.12 or 3.13 ") and done.stderr.count("\n") == 1
-        assert not place.venv.exists()
+        if expected:
+            assert done.returncode == 0, done.stderr
+            assert version_of(place) == expected
+        else:
+            assert done.returncode == 1 and not place.venv.exists()
+            assert done.stderr.startswith("No Python 3.11, 3.12 or 3.13 ") and done.stderr.count("\n") == 1
 
     @pytest.mark.parametrize(
         ("asked", "told"),
@@ -137,15 +135,20 @@ class TestPython:
         ],
     )
     def test_a_wrong_wish_is_one_line(self, place: Place, asked: dict[str, str], told: str) -> None:
-        place.python("python3", "3.11")
         place.python("python3.10", "3.10")
         done = place.install(**asked)
         assert (done.returncode, done.stdout) == (1, "") and not place.venv.exists()
         assert done.stderr.startswith(told) and done.stderr.count("\n") == 1
 
-    def test_an_environment_of_another_python_is_made_anew(self, place: Place) -> None:
-        place.python("python3", "3.11")
+    def test_an_environment_of_another_python_is_made_anew_and_another_folder_left_alone(self, place: Place) -> None:
         place.python("python3.13", "3.13")
+        place.venv.mkdir()
+        (place.venv / "thesis.txt").touch()
+        done = place.install()
+        assert done.returncode == 1
+        assert "no virtual environment" in done.stderr and done.stderr.count("\n") == 1
+        (place.venv / "thesis.txt").unlink()
+        place.venv.rmdir()
         assert place.install().returncode == 0
         (place.venv / "old").touch()
         assert ".venv is of Python" not in place.install(PYTHON="python3").stdout
@@ -154,15 +157,6 @@ class TestPython:
         assert version_of(place) == "3.13" and not (place.venv / "old").exists()
         place.install()
         assert version_of(place) == "3.13", "without PYTHON the environment stays what it is"
-
-    def test_a_folder_of_something_else_is_left_alone(self, place: Place) -> None:
-        place.python("python3", "3.11")
-        place.venv.mkdir()
-        (place.venv / "thesis.txt").touch()
-        done = place.install()
-        assert done.returncode == 1
-        assert "no virtual environment" in done.stderr and done.stderr.count("\n") == 1
-        assert (place.venv / "thesis.txt").exists()
 
 
 def test_what_takes_long_is_told_as_it_goes_on_and_ends_as_its_command_does(place: Place) -> None:
@@ -176,47 +170,42 @@ def test_what_takes_long_is_told_as_it_goes_on_and_ends_as_its_command_does(plac
     assert "unreachable" not in done.stdout
 
 
-def test_horovod_can_be_built_beside_other_work(place: Place) -> None:
-    place.python("python3", "3.11")
-    assert place.run("tools/install.sh", ".venv", "packages").returncode == 0
+def test_horovod_can_be_built_beside_other_work_and_releases_of_torch_be_named(place: Place) -> None:
+    torch = {"TORCH": "torch==2.13.0 torchvision==0.28.0"}
+    assert place.run("tools/install.sh", ".venv", "packages", **torch).returncode == 0
     assert place.wheels() == [] and not (place.venv / ".installed").exists()
     assert place.run("tools/install.sh", ".venv", "horovod").returncode == 0
     assert len(place.wheels()) == 1 and (place.venv / ".installed").exists()
-    assert (place.venv / "installs").read_text().count("\n") == 1, "the packages were installed once"
+    installs = (place.venv / "installs").read_text()
+    assert installs.count("\n") == 1, "the packages were installed once"
+    assert f"-e .[explorer,notebook] {torch['TORCH']}" in installs
 
 
 @pytest.fixture
 def installed(place: Place) -> Place:
-    place.python("python3", "3.11")
     assert place.install().returncode == 0
     return place
 
 
-class TestWhatTargetsAdd:
-    def add(self, place: Place, purpose: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        return place.run("tools/install_for.sh", ".venv", purpose, **environment)
-
-    @pytest.mark.parametrize("purpose", ["tests", "docs", "peers"])
-    def test_each_is_noted(self, installed: Place, purpose: str) -> None:
-        done = self.add(installed, purpose)
+def test_what_targets_add_is_noted_and_a_peer_that_cannot_be_installed_is_one_line(installed: Place) -> None:
+    for purpose in ("docs", "peers", "tests"):
+        done = installed.run("tools/install_for.sh", ".venv", purpose)
         assert (done.returncode, done.stdout.count("\n")) == (0, 1), done.stderr
         assert done.stdout.startswith("installing ")
         assert (installed.venv / f".for-{purpose}").exists()
         packages = (installed.venv / "installs").read_text()
         assert ("-e .[dev,bench,explorer]" in packages) is (purpose == "tests")
-
-    def test_a_peer_that_cannot_be_installed_is_one_line(self, installed: Place) -> None:
-        done = self.add(installed, "peers", NO_FUXICTR="1")
-        assert done.returncode == 0, done.stderr
-        assert "FuxiCTR could not be installed (.venv/fuxictr.log says why); the benchmarks leave it out" in done.stdout
-        assert "no wheel" in (installed.venv / "fuxictr.log").read_text()
-        assert not (installed.venv / "fuxictr").exists(), "where it is, benchmarks.quality takes it"
+    done = installed.run("tools/install_for.sh", ".venv", "peers", NO_FUXICTR="1")
+    assert done.returncode == 0, done.stderr
+    assert "FuxiCTR could not be installed (.venv/fuxictr.log says why); the benchmarks leave it out" in done.stdout
+    assert "no wheel" in (installed.venv / "fuxictr.log").read_text()
+    assert not (installed.venv / "fuxictr").exists(), "where it is, benchmarks.quality takes it"
 
 
 class TestHorovod:
     CPU, NCCL = f"horovod-0.28.1-{TAG}", f"horovod-0.28.1-{TAG}-NCCL"
 
-    def test_is_installed_once(self, installed: Place) -> None:
+    def test_is_installed_once_and_stays_where_another_is_unknown_or_does_not_build(self, installed: Place) -> None:
         assert installed.wheels() == [self.CPU]
         done = installed.build()
         assert (done.returncode, done.stdout) == (0, "horovod 0.28.1 is installed (CPU)\n")
@@ -226,8 +215,22 @@ class TestHorovod:
             assert file.read_text().count("HOROVOD_RENDEZVOUS_BIND") == 1, "its rendezvous listens at one address"
         ended = 'except RuntimeError as failure:\n        sys.exit(" ".join(str(failure).split()))\n'
         assert (runner / "launch.py").read_text().count(ended) == 1, "a failed job ends in a line, not in a traceback"
+        done = installed.build(HOROVOD_GPU_OPERATIONS="MPI")
+        told = "HOROVOD_GPU_OPERATIONS=MPI: it should be NCCL, or CPU for collectives by Gloo\n"
+        assert (done.returncode, done.stdout, done.stderr) == (1, "", told)
+        assert installed.wheels() == [self.CPU]
+        assert installed.build().stdout == "horovod 0.28.1 is installed (CPU)\n"
+        shutil.rmtree(installed.folder / "cache" / self.NCCL)
+        done = installed.build(HOROVOD_GPU_OPERATIONS="NCCL")
+        assert done.returncode == 1
+        lines = done.stderr.splitlines()
+        assert "error: 1" in lines and len(lines) < 20
+        assert lines[-1] == "horovod did not build; all that the build said: cache/horovod-build.log"
+        assert "error: 5000" in (installed.folder / "cache" / "horovod-build.log").read_text()
+        assert installed.wheels() == [self.CPU]
+        assert installed.build().stdout == "horovod 0.28.1 is installed (CPU)\n"
 
-    def test_nccl_replaces_what_is_installed(self, installed: Place) -> None:
+    def test_nccl_replaces_what_is_installed_and_it_can_be_taken_away(self, installed: Place) -> None:
         done = installed.build(HOROVOD_GPU_OPERATIONS="NCCL")
         assert (done.returncode, done.stdout) == (0, "horovod 0.28.1 is installed (NCCL)\n"), done.stderr
         assert installed.wheels() == [self.CPU, self.NCCL]
@@ -235,21 +238,18 @@ class TestHorovod:
         assert installed.wheels() == [self.CPU, self.NCCL]
         installed.build(HOROVOD_GPU_OPERATIONS="CPU")
         assert installed.wheels() == [self.CPU, self.NCCL, self.CPU]
-
-    def test_an_unknown_word_is_one_line_and_changes_nothing(self, installed: Place) -> None:
-        done = installed.build(HOROVOD_GPU_OPERATIONS="MPI")
-        told = "HOROVOD_GPU_OPERATIONS=MPI: it should be NCCL, or CPU for collectives by Gloo\n"
-        assert (done.returncode, done.stdout, done.stderr) == (1, "", told)
-        assert installed.wheels() == [self.CPU]
-        assert installed.build().stdout == "horovod 0.28.1 is installed (CPU)\n"
+        packages = installed.venv / "packages"
+        assert packages.read_text() == "horovod==0.28.1\n"
+        assert installed.install(HOROVOD="no").returncode == 0
+        assert not packages.exists()
+        assert installed.install(HOROVOD_GPU_OPERATIONS="CPU").returncode == 0
+        assert packages.read_text() == "horovod==0.28.1\n"
 
     @pytest.mark.parametrize(
         ("operations", "passed"),
         [("CPU", []), ("NCCL", ["HOROVOD_GPU_ALLREDUCE=NCCL", "HOROVOD_GPU_OPERATIONS=NCCL"])],
     )
-    def test_horovods_own_build_gets_what_was_asked_for(
-        self, installed: Place, operations: str, passed: list[str]
-    ) -> None:
+    def test_horovods_build_gets_what_was_asked_for(self, installed: Place, operations: str, passed: list[str]) -> None:
         """For the CPU none of its variables for GPUs, of which one alone would ask for a CUDA toolkit."""
         shutil.rmtree(installed.folder / "cache")
         (installed.venv / ".horovod").unlink()
@@ -260,39 +260,18 @@ class TestHorovod:
         assert sorted(line for line in got if line.startswith("HOROVOD_GPU")) == passed
         assert "HOROVOD_NCCL_HOME=/nccl" in got
 
-    def test_a_build_that_fails_is_told_and_leaves_what_is_there(self, installed: Place) -> None:
-        shutil.rmtree(installed.folder / "cache" / self.NCCL)
-        done = installed.build(HOROVOD_GPU_OPERATIONS="NCCL")
-        assert done.returncode == 1
-        told = done.stderr.splitlines()
-        assert "error: 1" in told and len(told) < 20
-        assert told[-1] == "horovod did not build; all that the build said: cache/horovod-build.log"
-        assert "error: 5000" in (installed.folder / "cache" / "horovod-build.log").read_text()
-        assert installed.wheels() == [self.CPU]
-        assert installed.build().stdout == "horovod 0.28.1 is installed (CPU)\n"
 
-
-class TestWithoutHorovod:
-    def test_needs_no_compiler_and_stays_without_until_it_is_asked_for(self, place: Place) -> None:
-        place.python("python3", "3.11")
-        (place.folder / "bin" / "c++").unlink()
-        shutil.rmtree(place.folder / "cache")
-        done = place.install(HOROVOD="no")
-        assert done.returncode == 0, done.stderr
-        assert "Horovod is left out: torchrun starts several ranks" in done.stdout
-        assert (place.venv / ".installed").read_text() == "PYTHON= HOROVOD_GPU_OPERATIONS= HOROVOD=no\n"
-        assert place.install().returncode == 0
-        assert place.wheels() == []
-        done = place.install(HOROVOD="yes")
-        assert done.returncode == 1 and "No C++ compiler" in done.stderr
-
-    def test_takes_an_installed_one_away(self, installed: Place) -> None:
-        packages = installed.venv / "packages"
-        assert packages.read_text() == "horovod==0.28.1\n"
-        assert installed.install(HOROVOD="no").returncode == 0
-        assert not packages.exists()
-        assert installed.install(HOROVOD_GPU_OPERATIONS="CPU").returncode == 0
-        assert packages.read_text() == "horovod==0.28.1\n"
+def test_without_horovod_it_needs_no_compiler_and_stays_so_until_asked(place: Place) -> None:
+    (place.folder / "bin" / "c++").unlink()
+    shutil.rmtree(place.folder / "cache")
+    done = place.install(HOROVOD="no")
+    assert done.returncode == 0, done.stderr
+    assert "Horovod is left out: torchrun starts several ranks" in done.stdout
+    assert (place.venv / ".installed").read_text() == "PYTHON= HOROVOD_GPU_OPERATIONS= HOROVOD=no\n"
+    assert place.install().returncode == 0
+    assert place.wheels() == []
+    done = place.install(HOROVOD="yes")
+    assert done.returncode == 1 and "No C++ compiler" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -305,9 +284,7 @@ class TestWithoutHorovod:
         ({"HOROVOD": "no"}, True),
     ],
 )
-def test_make_runs_the_script_where_something_else_was_asked_for(
-    tmp_path: Path, asked: dict[str, str], runs: bool
-) -> None:
+def test_make_runs_the_script_where_more_was_asked_for(tmp_path: Path, asked: dict[str, str], runs: bool) -> None:
     (tmp_path / ".packages").touch()
     (tmp_path / ".installed").write_text("PYTHON=python3.13 HOROVOD_GPU_OPERATIONS=\n")
     choices = ("PYTHON", "HOROVOD", "HOROVOD_GPU_OPERATIONS", "MAKEFLAGS")  # its own, where make runs the tests
@@ -319,7 +296,7 @@ def test_make_runs_the_script_where_something_else_was_asked_for(
         assert ("tools/install.sh" in done.stdout) is runs, done.stdout
 
 
-def test_the_newest_and_the_oldest_versions_have_environments_of_their_own(tmp_path: Path) -> None:
+def test_newest_and_oldest_versions_have_environments_and_pythons_are_the_same_everywhere(tmp_path: Path) -> None:
     command = ["make", "-n", "test-versions", f"VERSIONS_DIR={tmp_path}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     for name in ("newest", "oldest"):
@@ -328,15 +305,6 @@ def test_the_newest_and_the_oldest_versions_have_environments_of_their_own(tmp_p
     bounds = dict(re.findall(r"^    (torch\w*)>=(.*),", (ROOT / "setup.cfg").read_text(), re.MULTILINE))
     oldest = " ".join(f"{package}=={version}.0" for package, version in bounds.items())
     assert f'PYTHON=python3.11 TORCH="{oldest}"' in done.stdout
-
-
-def test_named_releases_of_torch_are_installed(place: Place) -> None:
-    place.python("python3", "3.11")
-    assert place.install(TORCH="torch==2.13.0 torchvision==0.28.0").returncode == 0
-    assert "-e .[explorer,notebook] torch==2.13.0 torchvision==0.28.0" in (place.venv / "installs").read_text()
-
-
-def test_the_range_of_pythons_is_the_same_everywhere() -> None:
     setup, script = (ROOT / "setup.cfg").read_text(), (ROOT / "tools" / "install.sh").read_text()
     versions = ["3.11", "3.12", "3.13"]
     assert [line.split()[-1] for line in setup.splitlines() if "Python :: 3." in line] == versions

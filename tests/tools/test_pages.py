@@ -29,27 +29,11 @@ NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 TRANSLATED = {"ValueError", "CsvTextError"}  # which become others before a user meets them
 MOST_FILES_OF_A_STEP, MOST_LINES_OF_A_STEP = 10, 1_800
 LETTERS = {"keys_U", "feature_QD", "timeout_s"}  # examples of names of arrays
-FOLDERS = "|".join(
-    (
-        "crossmedia",
-        "featurestore",
-        "pipeline",
-        "trainer",
-        "serving",
-        "explorer",
-        "jobs",
-        "benchmarks",
-        "deploy",
-        "tools",
-        "tests",
-        "docs",
-    )
-)
+FOLDERS = "crossmedia|featurestore|pipeline|trainer|serving|explorer|jobs|benchmarks|deploy|tools|tests|docs"
 
 
 @cache
 def text_of(page: str) -> str:
-    """The text of a page, also of one that is written when the site is built."""
     return made_text(ROOT, page)
 
 
@@ -105,11 +89,6 @@ def test_links_lead_to_a_page_and_a_section(name: str) -> None:
             assert not section or section in anchors(other), target
 
 
-@pytest.mark.parametrize(("name", "most_lines"), [("README.md", 150), ("docs/CODE.md", 230)])
-def test_pages_stay_short(name: str, most_lines: int) -> None:
-    assert len((ROOT / name).read_text().splitlines()) <= most_lines
-
-
 def test_the_page_of_the_code_has_the_layers_as_they_are() -> None:
     settings = configparser.ConfigParser()
     settings.read(ROOT / "setup.cfg")
@@ -121,7 +100,13 @@ def test_the_page_of_the_code_has_the_layers_as_they_are() -> None:
         assert rows[contract["containers"]].replace("\\", "").replace("`", "") == layers
 
 
-def test_classes_and_functions_of_the_walks_are_there() -> None:
+def test_the_walks_name_what_is_there_and_one_training_step_is_read_in_ten_files() -> None:
+    walk = (ROOT / "docs" / "CODE.md").read_text().partition("## Walk 1:")[2].partition("## Walk 2:")[0]
+    told = {name: int(lines) for name, lines in re.findall(r"^\| `([\w/]+\.py)` \| (\d+) \|", walk, re.MULTILINE)}
+    lines = {name: len((ROOT / name).read_text().splitlines()) for name in told}
+    assert 5 < len(told) <= MOST_FILES_OF_A_STEP
+    assert sum(lines.values()) <= MOST_LINES_OF_A_STEP
+    assert told == {name: pytest.approx(count, abs=10) for name, count in lines.items()}
     text = (ROOT / "docs" / "CODE.md").read_text()
     named = re.findall(r"`((?:_?[A-Z]\w*|[a-z]+_\w+|[A-Z]\w*\.\w+))`", text)
     files = [path for part in FOLDERS.split("|") for path in (ROOT / part).rglob("*.py")]
@@ -132,16 +117,9 @@ def test_classes_and_functions_of_the_walks_are_there() -> None:
     assert not [name for name in named if not known_names.issuperset(name.split("."))]
 
 
-def test_one_training_step_is_read_in_ten_files() -> None:
-    walk = (ROOT / "docs" / "CODE.md").read_text().partition("## Walk 1:")[2].partition("## Walk 2:")[0]
-    told = {name: int(lines) for name, lines in re.findall(r"^\| `([\w/]+\.py)` \| (\d+) \|", walk, re.MULTILINE)}
-    lines = {name: len((ROOT / name).read_text().splitlines()) for name in told}
-    assert 5 < len(told) <= MOST_FILES_OF_A_STEP
-    assert sum(lines.values()) <= MOST_LINES_OF_A_STEP
-    assert told == {name: pytest.approx(count, abs=10) for name, count in lines.items()}
-
-
-def test_the_readme_links_every_page() -> None:
+def test_pages_stay_short_and_the_readme_links_all() -> None:
+    for name, most_lines in (("README.md", 150), ("docs/CODE.md", 230)):
+        assert len((ROOT / name).read_text().splitlines()) <= most_lines, name
     links = set(re.findall(r"\]\((docs/\w+\.md)\)", (ROOT / "README.md").read_text()))
     assert links == {name for name in NAMES if name.startswith("docs/")}
 
@@ -209,45 +187,36 @@ def errors_with_texts(source: ast.AST) -> Iterator[tuple[str, str]]:
 def test_messages_of_the_page_of_errors_are_those_of_the_code() -> None:
     """Each is found in one text of the sources, its parts in their order; and its class is that of an error with it."""
     rows = re.findall(r"^\| (\".*?) \| (.*?) \| .+ \|$", (ROOT / "docs" / "TROUBLE.md").read_text(), re.MULTILINE)
-    quoted = [each for row, _ in rows for each in re.findall('"([^"]+)"', row)]
-    files = [
-        path
-        for part in ("featurestore", "trainer", "pipeline", "serving", "explorer", "jobs", "crossmedia")
-        for path in (ROOT / part).rglob("*.py")
-    ]
-    sources = [path.read_text() for path in files]
+    quoted = [(each, column) for row, column in rows for each in re.findall('"([^"]+)"', row)]
+    parts = ("featurestore", "trainer", "pipeline", "serving", "explorer", "jobs", "crossmedia")
+    sources = [path.read_text() for part in parts for path in (ROOT / part).rglob("*.py")]
     trees, code = list(map(ast.parse, sources)), "\n".join(sources)
     texts = list(dict.fromkeys(text for tree in trees for text in texts_of(tree)))
     raised = [each for tree in trees for each in errors_with_texts(tree)]
     assert len(quoted) > 50
-    for row, column in rows:
+    for each, column in quoted:
         classes = set(re.findall(r"`(\w+Error)`", column))
         assert not [name for name in classes if f"class {name}(" not in code]
-        for each in re.findall('"([^"]+)"', row):
-            parts = [re.escape(part.strip()) for part in each.split("…") if part.strip()]
-            pattern = re.compile(".*".join(parts), re.DOTALL)
-            assert any(pattern.search(text) for text in texts), each
-            found = {name for name, text in raised if pattern.search(text)} - TRANSLATED
-            assert not (classes and found) or classes & found, f"{each}: {column}, in the code {found}"
+        pattern = re.compile(".*".join(re.escape(part.strip()) for part in each.split("…") if part.strip()), re.DOTALL)
+        assert any(pattern.search(text) for text in texts), each
+        found = {name for name, text in raised if pattern.search(text)} - TRANSLATED
+        assert not (classes and found) or classes & found, f"{each}: {column}, in the code {found}"
 
 
-def test_tests_that_the_page_of_exactness_names_are_there() -> None:
-    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", (ROOT / "docs" / "WHY.md").read_text())
-    assert len(named) > 20
-    assert not [f"{file}::{name}" for file, name in named if f"def {name}(" not in (ROOT / file).read_text()]
-
-
-def test_the_page_of_exactness_says_which_of_its_tests_are_slow() -> None:
+def test_the_page_of_exactness_names_tests_that_are_there_and_says_which_are_slow() -> None:
     """By the marks of functions and modules; one value of a parameter that is slow leaves a test in `make test`."""
+    num_named = 0
     for row in (ROOT / "docs" / "WHY.md").read_text().splitlines():
         for file, name in re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", row):
+            num_named += 1
             source = (ROOT / file).read_text()
             marks = re.findall(r"^pytestmark = (.*)", source, re.MULTILINE)
-            for node in ast.walk(ast.parse(source)):
-                if isinstance(node, ast.FunctionDef) and node.name == name:
-                    marks += map(ast.unparse, node.decorator_list)
+            functions = [each for each in ast.walk(ast.parse(source)) if isinstance(each, ast.FunctionDef)]
+            (found,) = [each for each in functions if each.name == name]
+            marks += map(ast.unparse, found.decorator_list)
             is_slow = any("mark.slow" in mark and "parametrize" not in mark for mark in marks)
             assert is_slow == ("`make test-slow`" in row), row
+    assert num_named > 20
 
 
 SOURCE = '''

@@ -12,9 +12,8 @@ import pytest
 from tools import site
 
 pytestmark = [pytest.mark.long, pytest.mark.pages]
-
-ROOT = Path(__file__).parents[2]
 COUNTED = {"li", "table", "tr", "pre", "h1", "h2", "h3", "h4", "blockquote", "img", "strong", "em"}
+ROOT = Path(__file__).parents[2]
 
 
 class TagCounter(HTMLParser):
@@ -47,19 +46,13 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_every_page_is_in_the_navigation_of_the_first(built: Path) -> None:
+def test_all_pages_are_in_navigation_and_search_and_nothing_comes_from_the_network(built: Path) -> None:
     links = targets_of(built / "index.html", "a")
     names = {re.sub(r"\.md$", ".html", name) for name in site.pages_of(ROOT).values()}
     assert {name for name in names if name not in links and f"./{name}" not in links} <= {"index.html"}
-
-
-def test_search_needs_no_server_and_knows_all_pages(built: Path) -> None:
     index = (built / "search.js").read_text()  # a script, as a page that is a file can read no JSON
     assert all(word in index for word in ("SplitMix64", "WHY.html", "try a lower optim.lr"))
     assert (built / "assets" / "iframe-worker.js").is_file()
-
-
-def test_nothing_comes_from_the_network(built: Path) -> None:
     for path in built.rglob("*.html"):
         loaded = targets_of(path, "script|img|iframe|source")
         assert not [target for target in loaded if re.match(r"(https?:)?//", target)], path
@@ -101,14 +94,11 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return root
 
 
-def test_links_to_files_of_the_repository_lead_to_copies(small: Path, tmp_path: Path) -> None:
+def test_links_lead_to_copies_and_pages_and_navigation_have_to_agree(small: Path, tmp_path: Path) -> None:
     assert site.build(small, tmp_path / "out") == 4
     assert "files/setup.cfg.txt" in targets_of(tmp_path / "out" / "A.html", "a")
     assert (tmp_path / "out" / "files" / "setup.cfg.txt").read_text() == "[metadata]\n"
     assert "A.html#the-second-part" in targets_of(tmp_path / "out" / "index.html", "a")
-
-
-def test_pages_and_navigation_have_to_agree(small: Path, tmp_path: Path) -> None:
     (small / "docs" / "B.md").write_text("# B\n")
     with pytest.raises(site.SiteError, match=r"nav lacks B\.md"):
         site.build(small, tmp_path / "out")
@@ -126,15 +116,12 @@ def test_a_failed_build_is_one_exit_code_and_keeps_the_old_site(
     assert site.main() == 0
     assert "4 pages" in capsys.readouterr().out
     before = (out / "A.html").read_bytes()
-    (small / "docs" / "B.md").write_text("# B\n")
-    assert site.main() == 1
-    assert "nav lacks B.md" in capsys.readouterr().err
-    assert (out / "A.html").read_bytes() == before
-
-
-def test_a_folder_of_something_else_is_not_replaced(small: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("all that I have")
     with pytest.raises(site.SiteError, match="is not a site"):
         site.build(small, tmp_path / "mine")
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "all that I have"
+    (small / "docs" / "B.md").write_text("# B\n")
+    assert site.main() == 1
+    assert "nav lacks B.md" in capsys.readouterr().err
+    assert (out / "A.html").read_bytes() == before

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from featurestore import FeatureStore
+from tests.cli import ran
 from tools import tutorial
 
 NOTEBOOK = tutorial.ROOT / "docs" / "notebooks" / "pictures_to_score.py"
@@ -19,9 +20,7 @@ PICTURES = tutorial.ROOT / "docs" / "pictures"
 @pytest.mark.pages
 @pytest.mark.services
 @pytest.mark.timeout(900)
-def test_every_command_works(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_command_works(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """With few clicks, whose scores nobody needs; crossmedia is that of this checkout, whatever is installed."""
     program = tmp_path / "bin" / "crossmedia"
     program.parent.mkdir()
@@ -33,13 +32,10 @@ def test_every_command_works(
     assert (tmp_path / "data" / "tutorial" / "models" / "ctr").is_dir()
 
 
-def test_a_command_that_fails_ends_it(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_command_that_fails_ends_it_and_json_is_none(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(subprocess.CalledProcessError):
         tutorial.follow("```\necho before\nfalse\necho after\n```\n", tmp_path)
     assert "before" in (out := capfd.readouterr().out) and "after" not in out
-
-
-def test_blocks_of_other_languages_are_no_commands() -> None:
     page = "```\na\nb\n```\n\n```text\nprinted\n```\n\n```json\n{}\n```\n\n```\nc\n```\n"
     assert tutorial.blocks_of(page) == ["a\nb", "c"]
 
@@ -56,9 +52,7 @@ def test_pictures_are_small() -> None:
 @pytest.mark.pages
 @pytest.mark.long
 def test_marimo_finds_nothing_wrong() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "marimo", "check", "--strict", NOTEBOOK], capture_output=True, text=True, check=False
-    )
+    done = ran(sys.executable, "-m", "marimo", "check", "--strict", NOTEBOOK)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -67,14 +61,7 @@ def test_marimo_finds_nothing_wrong() -> None:
 @pytest.mark.timeout(600)
 def test_from_pictures_to_a_scored_request(tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": str(tutorial.ROOT)}
-    done = subprocess.run(
-        [sys.executable, NOTEBOOK, "--dir", tmp_path / "shop"],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = ran(sys.executable, NOTEBOOK, "--dir", tmp_path / "shop", cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     assert FeatureStore.open(tmp_path / "shop" / "features").snapshot().num_rows == 60
     (scores,) = re.findall(r"the last ad: (0\.\d+) with its own picture, (0\.\d+) with that of the best", done.stdout)

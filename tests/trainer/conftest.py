@@ -19,10 +19,8 @@ from featurestore.published.paths import RunPath, run_path
 from featurestore.spec import ExtractorSpec, StoreInfo
 from featurestore.store import FeatureStore
 
-SampleTable = Callable[..., pa.Table]
 
-
-def _lists(values: np.ndarray, offsets: np.ndarray) -> pa.ListArray:
+def lists(values: np.ndarray, offsets: np.ndarray) -> pa.ListArray:
     return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(values))
 
 
@@ -41,25 +39,21 @@ def sample_table(groups: int, seed: int = 0, *, items: int = 40, users: int = 25
             "user": random.integers(0, users, groups),
             "session": np.arange(groups),
             "timestamp": 1_700_000_000 + np.arange(groups),
-            "behavior_item": _lists(behavior_item, behavior_offsets),
-            "behavior_image": _lists(behavior_item + 1_000, behavior_offsets),
-            "behavior_category": _lists(behavior_item % 5, behavior_offsets),
-            "ad_item": _lists(ad_item, ad_offsets),
-            "ad_image": _lists(ad_item + 1_000, ad_offsets),
-            "ad_category": _lists(ad_item % 5, ad_offsets),
-            "ad_scene": _lists(random.integers(0, 3, ads.sum()), ad_offsets),
-            "ad_serial": _lists(np.arange(first_serial, first_serial + ads.sum()), ad_offsets),
-            "label": _lists(label, ad_offsets),
+            "behavior_item": lists(behavior_item, behavior_offsets),
+            "behavior_image": lists(behavior_item + 1_000, behavior_offsets),
+            "behavior_category": lists(behavior_item % 5, behavior_offsets),
+            "ad_item": lists(ad_item, ad_offsets),
+            "ad_image": lists(ad_item + 1_000, ad_offsets),
+            "ad_category": lists(ad_item % 5, ad_offsets),
+            "ad_scene": lists(random.integers(0, 3, ads.sum()), ad_offsets),
+            "ad_serial": lists(np.arange(first_serial, first_serial + ads.sum()), ad_offsets),
+            "label": lists(label, ad_offsets),
         }
     )
 
 
-@pytest.fixture(name="sample_table", scope="session")
-def _sample_table() -> SampleTable:
-    return sample_table
-
-
-def _write_samples(folder: Path, groups_of_file: list[int], row_group: int = 7, **options: Any) -> list[pa.Table]:
+def write_samples(folder: Path, groups_of_file: list[int], row_group: int = 7, **options: Any) -> list[pa.Table]:
+    """Write files of sample groups, one for each day, and return their tables."""
     folder.mkdir(parents=True)
     tables: list[pa.Table] = []
     serial, seed = options.pop("first_serial", 0), options.pop("seed", 0)
@@ -70,10 +64,22 @@ def _write_samples(folder: Path, groups_of_file: list[int], row_group: int = 7, 
     return tables
 
 
-@pytest.fixture(scope="session")
-def write_samples() -> Callable[..., list[pa.Table]]:
-    """Writes files of sample groups below a folder and returns their tables."""
-    return _write_samples
+@pytest.fixture(name="sample_table", scope="session")
+def _sample_table() -> Callable[..., pa.Table]:
+    return sample_table
+
+
+@pytest.fixture(name="write_samples", scope="session")
+def _write_samples() -> Callable[..., list[pa.Table]]:
+    return write_samples
+
+
+def change_column(file: Path, name: str, change: Callable[[list[Any]], list[Any]], kind: Any = None) -> None:
+    """Write a file of samples again with other values in a column, of its type unless `kind` is another one."""
+    table = pq.read_table(file, partitioning=None)
+    at = table.schema.get_field_index(name)
+    values = pa.array(change(table.column(at).to_pylist()), kind or table.schema.field(at).type)
+    pq.write_table(table.set_column(at, name, values), file, row_group_size=7)
 
 
 @dataclass(frozen=True)
@@ -135,8 +141,8 @@ def drawn_store(folder: Path, features_ND: np.ndarray, first_key: int = 0, **inf
 def _made_once() -> "TemporaryDirectory[str]":
     made = TemporaryDirectory(prefix="places-")
     folder = Path(made.name)
-    _write_samples(folder / "samples" / "train", [90, 60, 50])
-    _write_samples(folder / "samples" / "test", [60], seed=90, items=50)
+    write_samples(folder / "samples" / "train", [90, 60, 50])
+    write_samples(folder / "samples" / "test", [60], seed=90, items=50)
     drawn_store(folder / "features", np.random.default_rng(5).normal(size=(50, 16)), first_key=1_000)
     return made
 

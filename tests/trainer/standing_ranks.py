@@ -8,7 +8,6 @@ import contextlib
 import io
 import itertools
 import json
-import runpy
 import sys
 import time
 import traceback
@@ -18,6 +17,7 @@ from unittest import mock
 
 from featurestore.console import commandline
 from tests.running.spared import freeze_for_good
+from tests.trainer import forks
 from trainer import comm as comm_module
 from trainer.comm import connect
 
@@ -48,25 +48,16 @@ def run_all(folder: Path, rank: int) -> None:
 def run(arguments: list[str]) -> tuple[int, str]:
     """Exit code and output of `python ARGUMENTS`, which begin with `-m MODULE` or a script."""
     out, code = io.StringIO(), 0
-    is_module = arguments[0] == "-m"
-    own_words = mock.patch.object(sys, "argv", arguments[1:] if is_module else arguments)
-    beside = [] if is_module else [str(Path(arguments[0]).parent)]  # what a script imports
-    own_path = mock.patch.object(sys, "path", [*beside, *sys.path])
-    own_end = mock.patch.object(commandline, "end_process", sys.exit)
     with (
         warnings.catch_warnings(),
-        own_words,
-        own_path,
-        own_end,
+        mock.patch.object(sys, "argv", sys.argv),
+        mock.patch.object(sys, "path", [sys.path[0], *sys.path]),
+        mock.patch.object(commandline, "end_process", sys.exit),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(out),
     ):
-        warnings.filterwarnings("ignore", message=".* found in sys.modules", category=RuntimeWarning)  # of runpy
         try:
-            if is_module:
-                runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
-            else:
-                runpy.run_path(arguments[0], run_name="__main__")
+            forks.run(arguments)
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else int(end.code is not None)
             if isinstance(end.code, str):

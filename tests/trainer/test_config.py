@@ -23,10 +23,6 @@ from trainer.errors import ConfigError
 ITEMS = ExactTableConfig(kind="exact", max_rows=1 << 20)
 
 
-def test_without_settings_it_is_the_default_configuration() -> None:
-    assert load_config() == Config()
-
-
 def test_set_wins_over_file_and_file_over_defaults(tmp_path: Path) -> None:
     file = tmp_path / "own.yaml"
     file.write_text("train: {epochs: 5, seed: 7}\nmodel: {mlp: [10]}\n")
@@ -34,6 +30,9 @@ def test_set_wins_over_file_and_file_over_defaults(tmp_path: Path) -> None:
     assert (config.train.epochs, config.train.seed, config.model.mlp) == (3, 7, [10])
     assert (config.optim.lr, config.model.tables["user"], config.model.tables["item"]) == (0.01, 99, ITEMS)
     assert config.data == load_config().data
+    with pytest.raises(ConfigError) as caught:
+        load_config(file, ["train.epoch=1", "train.epochs=0", "model.images=all"])
+    assert len(str(caught.value).splitlines()) == 3, "all mistakes are told at once"
 
 
 @pytest.mark.parametrize(
@@ -58,6 +57,8 @@ def test_the_last_setting_wins(settings: list[str], added: dict[str, object]) ->
         ["model.embed_hidden=[8,4]", "run.name='1e5'", "data.missing=learned", "optim.lr=1e-5", "run.dir=\u00e4 #: x"],
         ["data.train_days=[2026-01-01]", "data.cache_dir=2026-01-01"],
         ["model.tables.item={kind: exact, max_rows: 9, admit_after: 3}"],
+        ["run.name=x", "run.overwrite=true", "run.resume=x/checkpoints/step-00000050"],
+        ["model.images=none", "model.pooling=multi_query"],
     ],
 )
 def test_saved_configuration_loads_as_the_same(tmp_path: Path, settings: list[str]) -> None:
@@ -123,31 +124,11 @@ def test_mistakes_are_named(setting: str, message: str) -> None:
     assert "visual_width" not in str(caught.value)
 
 
-def test_days_may_be_written_bare() -> None:
+def test_days_may_be_written_bare_and_early_stopping_counts_evaluations_on_validation_days_too() -> None:
     config = load_config(settings=["data.train_days=[2026-01-01,2026-01-02]", "data.test_days=[2026-01-03]"])
     assert (config.data.train_days, config.data.test_days) == (["2026-01-01", "2026-01-02"], ["2026-01-03"])
-
-
-def test_early_stopping_counts_evaluations_on_validation_days_too() -> None:
     assert load_config(settings=["train.early_stopping=2", "data.validation_days=1"]).train.early_stopping == 2
     assert load_config(settings=["data.validation_days=2026-03-18"]).data.validation_days == ["2026-03-18"]
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        ["run.name=x", "run.overwrite=true", "run.resume=x/checkpoints/step-00000050"],
-        ["model.images=none", "model.pooling=multi_query"],
-    ],
-)
-def test_settings_that_fit(settings: list[str]) -> None:
-    load_config(settings=settings)
-
-
-def test_all_mistakes_are_told_at_once() -> None:
-    with pytest.raises(ConfigError) as caught:
-        load_config(settings=["train.epoch=1", "train.epochs=0", "model.images=all"])
-    assert len(str(caught.value).splitlines()) == 3
 
 
 @pytest.mark.parametrize(
@@ -186,11 +167,8 @@ def test_a_difference_has_both_values_and_what_it_decides() -> None:
     assert text == "model.tables.item.max_rows is 9 here, 1048576 there"
     assert found["model.tables.item.max_rows"].setting == "model.tables"
     assert differences(_record(), _record()) == []
-
-
-def test_kinds_that_are_accepted_are_left_out() -> None:
-    found = differences(_record("optim.lr=0.5", "run.name=x", "train.seed=3"), _record(), ("training", "nothing"))
-    assert [each.name for each in found] == ["train.seed"]
+    accepted = differences(_record("optim.lr=0.5", "run.name=x", "train.seed=3"), _record(), ("training", "nothing"))
+    assert [each.name for each in accepted] == ["train.seed"]
 
 
 def test_what_is_not_a_setting_decides_on_parameters_but_for_the_samples() -> None:
@@ -202,9 +180,6 @@ def test_what_is_not_a_setting_decides_on_parameters_but_for_the_samples() -> No
         "model.label": "parameters",
         "store.dim": "parameters",
     }
-
-
-def test_settings_are_listed_by_what_they_decide() -> None:
     assert settings_that_decide("positions")["train"] == {"seed"}
     assert decides_of("model.tables.item.max_rows") == "rows"
 

@@ -117,19 +117,28 @@ def test_vectors_and_gradients_are_those_of_plain_lookups(num_ranks: int) -> Non
             assert each[name].rows.grad[not_own].count_nonzero() == 0
 
 
-class TestUnique:
-    @pytest.mark.parametrize("num_keys", [0, 1, 100, 20_000])
-    @pytest.mark.parametrize("num_different", [1, 70, 1 << 62])
-    def test_as_numpy(self, num_keys: int, num_different: int) -> None:
-        keys_N = np.random.default_rng(0).integers(-num_different, num_different, num_keys)
-        for asked_N in (keys_N, np.unique(keys_N), np.sort(keys_N)):
-            for mine, theirs in zip(unique(asked_N), np.unique(asked_N, return_inverse=True), strict=True):
-                assert mine.dtype == np.int64 and mine.tolist() == theirs.tolist()
+def assert_as_numpy(found: tuple[Int64Array, Int64Array], asked_N: Int64Array) -> None:
+    for mine, theirs in zip(found, np.unique(asked_N, return_inverse=True), strict=True):
+        assert mine.dtype == np.int64 and mine.tolist() == theirs.tolist()
 
-    @pytest.mark.parametrize("limit", [1, 128, 100_000, 1 << 40])
-    def test_below_a_limit(self, limit: int) -> None:
-        numbers_N = np.random.default_rng(0).integers(0, limit, 5000)
-        sorted_N = np.sort(numbers_N)
-        for asked_N in (numbers_N, sorted_N, numbers_N[:3], np.array([0, 0]), numbers_N[:0], np.array([limit - 1])):
-            for mine, theirs in zip(unique_below(asked_N, limit), np.unique(asked_N, return_inverse=True), strict=True):
-                assert mine.dtype == np.int64 and mine.tolist() == theirs.tolist()
+
+@pytest.mark.parametrize("num_keys", [0, 1, 100, 20_000])
+@pytest.mark.parametrize("num_different", [1, 70, 1 << 62])
+def test_as_numpy(num_keys: int, num_different: int) -> None:
+    keys_N = np.random.default_rng(0).integers(-num_different, num_different, num_keys)
+    for asked_N in (keys_N, np.unique(keys_N), np.sort(keys_N)):
+        assert_as_numpy(unique(asked_N), asked_N)
+
+
+@pytest.mark.parametrize("limit", [1, 128, 100_000, 1 << 40])
+def test_below_a_limit_as_numpy(limit: int) -> None:
+    numbers_N = np.random.default_rng(0).integers(0, limit, 5000)
+    for asked_N in (
+        numbers_N,
+        np.sort(numbers_N),
+        numbers_N[:3],
+        numbers_N[:0],
+        np.array([0, 0]),
+        np.array([limit - 1]),
+    ):
+        assert_as_numpy(unique_below(asked_N, limit), asked_N)

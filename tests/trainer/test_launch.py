@@ -66,9 +66,6 @@ def test_torch_has_the_places_that_torchrun_gives(rank: int, local: int, node: i
         "RANK": str(rank), "WORLD_SIZE": "6", "LOCAL_RANK": str(local), "LOCAL_WORLD_SIZE": str(RANKS[node]),
         "GROUP_RANK": str(node), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "4000",
     }  # fmt: skip
-
-
-def test_the_interface_is_the_one_on_the_way() -> None:
     assert interface_towards("127.0.0.1") == "lo"
 
 
@@ -93,40 +90,32 @@ def test_the_page_is_written_by_rank_0(rank: int, tmp_path: Path, monkeypatch: p
         assert "rank 0" in ReadPage.of(tmp_path / "page.html").texts
 
 
-def test_a_rank_on_another_machine_does_not_look_for_the_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    page = ReportPage(tmp_path / "missing" / "page.html", "T", [])
-    done: list[int] = []
-    monkeypatch.setattr("trainer.comm.connect", lambda *_: OneOfTwo(1))
-    with recorded(page):
-        assert run_on_ranks(lambda comm: done.append(comm.rank)) == 0
-    assert done == [1]
-
-
 def test_a_wrong_place_ends_the_command_before_its_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    done: list[int] = []
+    """A rank on another machine does not look for the folder."""
+    page, done = ReportPage(tmp_path / "missing" / "page.html", "T", []), list[int]()
+    monkeypatch.setattr("trainer.comm.connect", lambda *_: OneOfTwo(1))
+    with recorded(page):
+        assert run_on_ranks(lambda comm: done.append(comm.rank)) == 0
     monkeypatch.setattr("trainer.comm.connect", lambda *_: OneOfTwo(0))
-    with pytest.raises(Exit), recorded(ReportPage(tmp_path / "missing" / "page.html", "T", [])):
+    with pytest.raises(Exit), recorded(page):
         raise Exit(run_on_ranks(lambda comm: done.append(comm.rank)))
-    assert done == [] and capsys.readouterr().err.startswith("error: cannot write --html")
-
-
-TEXT = "train/a.parquet, row group 0 is damaged; write the file again"
+    assert done == [1] and capsys.readouterr().err.startswith("error: cannot write --html")
 
 
 def test_the_report_of_torchrun_ends_with_the_error(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fails(_: Comm) -> None:
-        raise DataError(TEXT)
+    text, file = "train/a.parquet, row group 0 is damaged; write the file again", str(tmp_path / "error.json")
 
-    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    def fails(_: Comm) -> None:
+        raise DataError(text)
+
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", file)
     assert run_on_ranks(fails) == 1
-    assert capsys.readouterr().err == f"error: {TEXT}\n"
-    failure = ProcessFailure(local_rank=0, pid=7, exitcode=1, error_file=str(tmp_path / "error.json"))
+    assert capsys.readouterr().err == f"error: {text}\n"
+    failure = ProcessFailure(local_rank=0, pid=7, exitcode=1, error_file=file)
     *_, last, end = str(ChildFailedError("crossmedia", {0: failure})).splitlines()
-    assert last.endswith(f"traceback : error: {TEXT}")
+    assert last.endswith(f"traceback : error: {text}")
     assert set(end) == {"="}

@@ -9,9 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import psutil
@@ -38,11 +36,10 @@ from tests.ranks import (
     standing_ranks,
 )
 from tests.trainer.checkpoints import steps_of, tensors_of
-from tests.trainer.conftest import Places, make_places
+from tests.trainer.conftest import Places, change_column, make_places
 from tests.trainer.standing_ranks import run as run_here
 from tests.trainer.whole_runs import all_alike, assert_same, drawn_scalars, report_of, run_alone
-from trainer.engine.engine import Engine
-from trainer.errors import CheckpointError, DataError, TrainerError
+from trainer.errors import CheckpointError, DataError
 from trainer.ids.exact import num_ids
 from trainer.main import app
 from trainer.runs.checkpoint import read_state
@@ -63,161 +60,127 @@ def alone(places: Places) -> Path:
     return run_alone(places, run__name="alone", train__max_steps=16, **SHARED)
 
 
-class TestCommandLine:
-    def test_a_run_without_a_name_is_continued_by_its_own_settings(self, tmp_path: Path) -> None:
-        places = make_places(tmp_path)
-        settings = [each for each in places.settings(train__max_steps=1) if not each.startswith("run.name=")]
-        invoke(app, *settings, code=0)
-        (folder,) = (tmp_path / "runs").iterdir()
-        more = ["--config", str(folder / "config.yaml"), "run.resume=latest", "train.max_steps=2"]
-        invoke(app, *more, code=0)
-        assert [*(tmp_path / "runs").iterdir()] == [folder] and report_of(folder)["global_step"] == 2
+def test_a_run_without_a_name_is_continued_by_its_own_settings(tmp_path: Path) -> None:
+    settings = make_places(tmp_path).settings(train__max_steps=1)
+    invoke(app, *settings, code=0)
+    (folder,) = (tmp_path / "runs").iterdir()
+    invoke(app, "--config", folder / "config.yaml", "run.resume=latest", "train.max_steps=2", code=0)
+    assert [*(tmp_path / "runs").iterdir()] == [folder] and report_of(folder)["global_step"] == 2
 
-    def test_images_that_the_store_lacks_are_counted_and_listed(
-        self, tmp_path: Path, two_ranks_of_each: StandingRanks
-    ) -> None:
-        places = make_places(tmp_path)
-        samples, features = tmp_path / "samples", tmp_path / "features"
-        store = FeatureStore.open(features)
-        store.delete([1_000, 1_001])
-        store.add_quarantine([QuarantineRow(1_001, "item/1", "truncated", 1.0)])
-        named = pa.table({"key": pa.array([1_000, 1_007]), "uri": ["item/0", "item/7"]})
-        write_buckets(samples / "images.parquet", named.schema, by_bucket(named))
-        file = samples / "train" / "day=2026-01-02.parquet"
-        table = pq.read_table(file, partitioning=None)
-        images = table["ad_image"].to_pylist()
-        images[0][0] = NO_IMAGE
-        table = table.set_column(table.schema.get_field_index("ad_image"), "ad_image", pa.array(images))
-        pq.write_table(table, file, row_group_size=7)
 
-        tables = [pq.read_table(each, partitioning=None) for each in sorted(samples.glob("t*/*.parquet"))]
-        of_ads, of_behaviors = (
-            np.concatenate([pc.list_flatten(each[name]).to_numpy() for each in tables])
-            for name in ("ad_image", "behavior_image")
-        )
-        uses = {
-            image: {"impressions": int((of_ads == key).sum()), "behaviors": int((of_behaviors == key).sum())}
-            for image, key in (("", NO_IMAGE), ("item/0", 1_000), ("item/1", 1_001))
-        }
-        found = [sum(use[name] for use in uses.values()) for name in ("impressions", "behaviors")]
-        said = (
-            f"{features} lacks 2 images that the samples name ({found[0]:,} of {len(of_ads):,} impressions, "
-            f"{found[1]:,} behaviours, 1 of the impressions without any image)"
-        )
-        listing = f"list them: crossmedia schema missing {samples} {features}"
-        settings = ["--set", *places.settings(train__max_steps=1, run__name="alone")]
-        result = invoke(app, *settings, code=0)
-        assert (
-            result.stdout.count(f'{said}: they get a trained "no image" vector (data.missing=learned); {listing}') == 1
-        )
-        more = ["run.name=two", f"data.cache_dir={tmp_path / 'other'}"]  # where nothing is remembered
-        (_, first), (_, second) = two_ranks_of_each.call("-m", "trainer.main", *settings, *more)
-        assert (first.count(said), second.count(said)) == (1, 0)
+def test_images_that_the_store_lacks_are_counted_and_listed(tmp_path: Path, two_ranks_of_each: StandingRanks) -> None:
+    places = make_places(tmp_path)
+    samples, features = tmp_path / "samples", tmp_path / "features"
+    settings = ["--set", *places.settings(train__max_steps=1, run__name="alone")]
+    file = samples / "train" / "day=2026-01-02.parquet"
+    change_column(file, "ad_image", lambda rows: [[NO_IMAGE, *rows[0][1:]], *rows[1:]])
+    said = invoke(app, *settings, code=0).stdout  # the store has all images that are named
+    assert "the samples name no image in 1 of " in said and " impressions, 0 behaviours: they get a trained" in said
+    result = invoke(app, *settings, "data.missing=error", "run.name=error", code=1)
+    assert "data.missing=learned" in result.stderr and "add them" not in result.stderr
 
-        result = invoke(app, *settings, "data.missing=error", "run.name=error")
-        assert (result.exit_code, len(result.stderr.splitlines())) == (1, 1)
-        assert result.stderr.startswith(f"error: {said}; {listing}")
-        assert f"--store {features}" in result.stderr and "data.missing=learned" in result.stderr
+    store = FeatureStore.open(features)
+    store.delete([1_000, 1_001])
+    store.add_quarantine([QuarantineRow(1_001, "item/1", "truncated", 1.0)])
+    named = pa.table({"key": pa.array([1_000, 1_007]), "uri": ["item/0", "item/7"]})
+    write_buckets(samples / "images.parquet", named.schema, by_bucket(named))
+    tables = [pq.read_table(each, partitioning=None) for each in sorted(samples.glob("t*/*.parquet"))]
+    of_ads, of_behaviors = (
+        np.concatenate([pc.list_flatten(each[name]).to_numpy() for each in tables])
+        for name in ("ad_image", "behavior_image")
+    )
+    uses = {
+        image: {"impressions": int((of_ads == key).sum()), "behaviors": int((of_behaviors == key).sum())}
+        for image, key in (("", NO_IMAGE), ("item/0", 1_000), ("item/1", 1_001))
+    }
+    found = [sum(use[name] for use in uses.values()) for name in ("impressions", "behaviors")]
+    said = (
+        f"{features} lacks 2 images that the samples name ({found[0]:,} of {len(of_ads):,} impressions, "
+        f"{found[1]:,} behaviours, 1 of the impressions without any image)"
+    )
+    listing = f"list them: crossmedia schema missing {samples} {features}"
+    result = invoke(app, *settings, "run.name=lacking", code=0)
+    assert result.stdout.count(f'{said}: they get a trained "no image" vector (data.missing=learned); {listing}') == 1
+    more = ["run.name=two", f"data.cache_dir={tmp_path / 'other'}"]  # where nothing is remembered
+    (_, first), (_, second) = two_ranks_of_each.call("-m", "trainer.main", *settings, *more)
+    assert (first.count(said), second.count(said)) == (1, 0)
+    result = invoke(app, *settings, "data.missing=error", "run.name=error", code=1)
+    assert result.stderr.startswith(f"error: {said}; {listing}") and len(result.stderr.splitlines()) == 1
+    assert f"--store {features}" in result.stderr and "data.missing=learned" in result.stderr
 
-        out = tmp_path / "missing.csv"
-        result = invoke(schema_app, "missing", samples, features, "--out", out, code=0)
-        why = {"": "the logs name no image", "item/0": "not in the store", "item/1": "quarantined: truncated"}
-        rows = [{"image": image, **use, "why": why[image]} for image, use in uses.items()]
-        assert csv.read_csv(out).to_pylist() == sorted(rows, key=lambda row: -row["impressions"])
-        result = invoke(schema_app, "missing", samples, features)
-        assert f"2 images of {samples} have no feature in {features}" in result.stdout
+    out = tmp_path / "missing.csv"
+    invoke(schema_app, "missing", samples, features, "--out", out, code=0)
+    why = {"": "the logs name no image", "item/0": "not in the store", "item/1": "quarantined: truncated"}
+    rows = [{"image": image, **use, "why": why[image]} for image, use in uses.items()]
+    assert csv.read_csv(out).to_pylist() == sorted(rows, key=lambda row: -row["impressions"])
+    result = invoke(schema_app, "missing", samples, features)
+    assert f"2 images of {samples} have no feature in {features}" in result.stdout
 
-    def test_impressions_that_name_no_image_are_counted(self, tmp_path: Path) -> None:
-        """Where the store has all images that are named, it lacks none."""
-        places = make_places(tmp_path)
-        file = tmp_path / "samples" / "train" / "day=2026-01-02.parquet"
-        table = pq.read_table(file, partitioning=None)
-        images = table["ad_image"].to_pylist()
-        images[0][0] = NO_IMAGE
-        pq.write_table(table.set_column(table.column_names.index("ad_image"), "ad_image", pa.array(images)), file)
-        settings = ["--set", *places.settings(train__max_steps=1)]
-        said = invoke(app, *settings, code=0).stdout
-        assert "the samples name no image in 1 of " in said and " impressions, 0 behaviours: they get a trained" in said
-        result = invoke(app, *settings, "data.missing=error", "run.name=error", code=1)
-        assert "data.missing=learned" in result.stderr and "add them" not in result.stderr
 
-    def test_a_schema_of_the_samples_that_is_not_used_is_named(self, tmp_path: Path) -> None:
-        places, samples = make_places(tmp_path), tmp_path / "samples"
-        settings = ["--set", *places.settings(train__max_steps=1)]
-        assert "preset's" not in invoke(app, *settings, "run.name=without", code=0).stdout
-        write_suggested(samples, str(samples))
-        said = invoke(app, *settings, "run.name=preset", code=0).stdout
-        assert f"the fields are the preset's, not those of {samples}/schema.yaml: crossmedia train --config " in said
-        config = ["--config", samples / "settings.yaml"]
-        assert "preset's" not in invoke(app, *config, *settings, "run.name=own", code=0).stdout
+def test_a_schema_of_the_samples_that_is_not_used_is_named(tmp_path: Path) -> None:
+    places, samples = make_places(tmp_path), tmp_path / "samples"
+    settings = ["--set", *places.settings(train__max_steps=1)]
+    assert "preset's" not in invoke(app, *settings, "run.name=without", code=0).stdout
+    write_suggested(samples, str(samples))
+    said = invoke(app, *settings, "run.name=preset", code=0).stdout
+    assert f"the fields are the preset's, not those of {samples}/schema.yaml: crossmedia train --config " in said
+    config = ["--config", samples / "settings.yaml"]
+    assert "preset's" not in invoke(app, *config, *settings, "run.name=own", code=0).stdout
 
-    def test_empty_places_name_the_jobs(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.chdir(tmp_path)
-        result = invoke(app, code=2)
-        assert "crossmedia extract --store data/features" in result.stderr
-        assert "crossmedia samples --samples data/samples" in result.stderr
-        assert "crossmedia demo-data" in result.stderr and result.stderr.count("\n") == 2  # a line for each
-        assert list(tmp_path.iterdir()) == []
+
+def test_empty_places_name_the_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = invoke(app, code=2)
+    assert "crossmedia extract --store data/features" in result.stderr
+    assert "crossmedia samples --samples data/samples" in result.stderr
+    assert "crossmedia demo-data" in result.stderr and result.stderr.count("\n") == 2  # a line for each
+    assert list(tmp_path.iterdir()) == []
+
+
+Job = tuple[Path, dict[str, list[str]]]
 
 
 @pytest.fixture(scope="module")
-def job(
-    tmp_path_factory: pytest.TempPathFactory, two_ranks_of_each: StandingRanks
-) -> tuple[Places, dict[str, list[str]]]:
-    """What each of two ranks saw of the runs of main_worker.py."""
+def job(tmp_path_factory: pytest.TempPathFactory, two_ranks_of_each: StandingRanks) -> Job:
+    """The folder of the runs of main_worker.py, and what each of two ranks saw of them."""
     places = make_places(tmp_path_factory.mktemp("job"))
-    shutil.copytree(places.folder / "samples", places.folder / "broken")
-    file = places.folder / "broken" / "test" / "day=2026-01-01.parquet"
-    table = pq.read_table(file, partitioning=None)
-    labels = table.column("label").to_pylist()
-    labels[-1][0] = 2
-    broken = table.set_column(table.schema.get_field_index("label"), "label", pa.array(labels, pa.list_(pa.int8())))
-    pq.write_table(broken, file, row_group_size=7)
+    broken = shutil.copytree(places.folder / "samples", places.folder / "broken")
+    file = broken / "test" / "day=2026-01-01.parquet"
+    change_column(file, "label", lambda rows: [*rows[:-1], [2, *rows[-1][1:]]])
     out = places.folder / "seen.json"
     two_ranks_of_each.run(WORKER, places.folder, out, *places.settings(**SHARED))
-    return places, json.loads(out.read_text())
+    return places.folder / "runs", json.loads(out.read_text())
 
 
-class TestTwoRanks:
-    def test_signal_to_one_rank_stops_all_and_resumption_is_exact(
-        self, job: tuple[Places, dict[str, list[str]]]
-    ) -> None:
-        places, seen = job
-        assert seen["full"] == ["done", "done"]
-        assert seen["stopped"] == ["StoppedError: SIGTERM received"] * 2
-        assert seen["after stopped"] == ["done", "done"]
-        assert_same(places.folder / "runs" / "stopped", places.folder / "runs" / "full")
-        steps = steps_of(places.folder / "runs" / "stopped")
-        # The step after the signal's may have been prepared already; then it is taken too.
-        assert steps in ([13, 16], [14, 16])
+def test_signal_to_one_rank_stops_all_and_resumption_is_exact(job: Job) -> None:
+    runs, seen = job
+    assert seen["full"] == ["done", "done"]
+    assert seen["stopped"] == ["StoppedError: SIGTERM received"] * 2
+    assert seen["after stopped"] == ["done", "done"]
+    assert_same(runs / "stopped", runs / "full")
+    # The step after the signal's may have been prepared already; then it is taken too.
+    assert steps_of(runs / "stopped") in ([13, 16], [14, 16])
 
-    def test_an_earlier_checkpoint_replaces_the_later_ones_where_asked_to(
-        self, job: tuple[Places, dict[str, list[str]]]
-    ) -> None:
-        places, seen = job
-        assert seen["branched"] == seen["branched, overwritten"] == ["done", "done"]
-        assert [text.split(":")[0] for text in seen["branched, refused"]] == ["ConfigError", "ConfigError"]
-        assert steps_of(places.folder / "runs" / "branched") == [2, 3]
 
-    def test_error_of_one_rank_is_known_to_all(self, job: tuple[Places, dict[str, list[str]]]) -> None:
-        _, seen = job
-        # The last test sample is in the part that rank 1 alone evaluates.
-        assert [text.split(":")[0] for text in seen["broken"]] == ["RemoteRankError", "DataError"]
-        assert all("test/day=2026-01-01.parquet, row 59: column label has 2" in text for text in seen["broken"])
-        assert all("crossmedia samples" in text for text in seen["empty"])
+def test_an_earlier_checkpoint_replaces_later_ones_where_asked_to_and_one_ranks_error_is_known_to_all(job: Job) -> None:
+    runs, seen = job
+    assert seen["branched"] == seen["branched, overwritten"] == ["done", "done"]
+    assert [text.split(":")[0] for text in seen["branched, refused"]] == ["ConfigError", "ConfigError"]
+    assert steps_of(runs / "branched") == [2, 3]
+    # The last test sample is in the part that rank 1 alone evaluates.
+    assert [text.split(":")[0] for text in seen["broken"]] == ["RemoteRankError", "DataError"]
+    assert all("test/day=2026-01-01.parquet, row 59: column label has 2" in text for text in seen["broken"])
+    assert all("crossmedia samples" in text for text in seen["empty"])
 
-    def test_equals_one_rank(self, job: tuple[Places, dict[str, list[str]]], alone: Path) -> None:
-        places, _ = job
-        two, one = (report_of(run)["metrics"] for run in (places.folder / "runs" / "full", alone))
-        assert two == all_alike(one, within=1e-9)
-        report = report_of(places.folder / "runs" / "full")
-        assert (report["num_ranks"], report["devices"]) == (2, ["cpu", "cpu"])
-        assert report["collectives"].startswith("Gloo by ")
-        assert report["samples"] == report_of(alone)["samples"]
-        assert report["images_per_step"] == report_of(alone)["images_per_step"], (
-            "an image is computed once, whoever asks"
-        )
-        assert report["bytes_sent_per_step"] > 0
+
+def test_equals_one_rank(job: Job, alone: Path) -> None:
+    two, one = report_of(job[0] / "full"), report_of(alone)
+    assert two["metrics"] == all_alike(one["metrics"], within=1e-9)
+    assert (two["num_ranks"], two["devices"]) == (2, ["cpu", "cpu"])
+    assert two["collectives"].startswith("Gloo by ")
+    assert two["samples"] == one["samples"]
+    assert two["images_per_step"] == one["images_per_step"], "an image is computed once, whoever asks"
+    assert two["bytes_sent_per_step"] > 0
 
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
@@ -225,32 +188,21 @@ STEP_6 = "crossmedia train --config data/samples/settings.yaml --set run.name=bo
 QUICK = ["data.global_batch_size=128", "train.epochs=1", "train.log_every=1", "model.compute_dtype=float64"]
 
 
-@dataclass(frozen=True)
-class Shop:
-    """A folder in which the README's commands run as they are: samples with their settings.yaml, and features."""
-
-    folder: Path
-
-    def words(self, name: str) -> list[str]:
-        """The README's step 6 by its module, as quick as 8 ranks need it and the same from every folder."""
-        data = self.folder / "data"
-        config = ["--config", str(data / "samples" / "settings.yaml"), "--set", f"run.name={name}"]
-        places = {"data.store": "features", "data.cache_dir": "cache", "run.dir": "runs"}
-        return ["-m", "trainer.main", *config, *QUICK, *(f"{key}={data / place}" for key, place in places.items())]
-
-    def run_of(self, name: str) -> Path:
-        return self.folder / "data" / "runs" / name
+def by_module(data: Path, name: str) -> list[str]:
+    """The README's step 6 by its module, as quick as 8 ranks need it and the same from every folder."""
+    config = ["--config", str(data / "samples" / "settings.yaml"), "--set", f"run.name={name}"]
+    places = {"data.store": "features", "data.cache_dir": "cache", "run.dir": "runs"}
+    return ["-m", "trainer.main", *config, *QUICK, *(f"{key}={data / place}" for key, place in places.items())]
 
 
 @pytest.fixture(scope="module")
-def shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
-    """Its run "alone" is that of one rank."""
-    shop = Shop(tmp_path_factory.mktemp("shop"))
-    make_places(shop.folder / "data")
-    samples = shop.folder / "data" / "samples"
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a shop, where the README's commands run as they are: samples with their settings.yaml, and features."""
+    places = make_places(tmp_path_factory.mktemp("shop") / "data")
+    samples = places.folder / "samples"
     write_suggested(samples, str(samples))
-    invoke(app, *shop.words("alone")[2:], code=0)
-    return shop
+    invoke(app, *by_module(places.folder, "alone")[2:], code=0)
+    return places.folder
 
 
 @pytest.mark.services
@@ -266,20 +218,20 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
     ],
 )
 def test_a_launchers_job_is_that_of_one_rank(
-    shop: Shop, launcher: str, num_ranks: int, standing: str | None, request: pytest.FixtureRequest
+    data: Path, launcher: str, num_ranks: int, standing: str | None, request: pytest.FixtureRequest
 ) -> None:
     """The README's command by its launchers, from losses to checkpoint; other tests start ranks by themselves."""
     assert f"\nhorovodrun -np 2 {STEP_6}\n" in README
     name = f"{launcher.split(maxsplit=1)[0]}{num_ranks}{'-standing' if standing else ''}"
-    by_module = STEP_6.replace("crossmedia", "-m crossmedia").replace("=both", f"={name}")
-    words = [*launcher.split(), *by_module.split(), *QUICK]
+    step_6 = STEP_6.replace("crossmedia", "-m crossmedia").replace("=both", f"={name}")
+    words = [*launcher.split(), *step_6.split(), *QUICK]
     where = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
-        words, cwd=shop.folder, capture_output=True, text=True, check=False, env=environment() | {"PATH": where},
+        words, cwd=data.parent, capture_output=True, text=True, check=False, env=environment() | {"PATH": where},
         timeout=2 * RANKS_TIMEOUT_S,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    found, alone = shop.run_of(name), shop.run_of("alone")
+    found, alone = data / "runs" / name, data / "runs" / "alone"
     report = report_of(found)
     assert (report["num_ranks"], report["steps"]) == (num_ranks, report_of(alone)["steps"])
     assert report["metrics"] == all_alike(report_of(alone)["metrics"], within=1e-9)
@@ -293,8 +245,8 @@ def test_a_launchers_job_is_that_of_one_rank(
         torch.testing.assert_close(mine[key], value, rtol=1e-9, atol=1e-9 * largest, msg=key)
     if standing:  # the ranks of the other tests
         ranks: StandingRanks = request.getfixturevalue(standing)
-        ranks.run(*shop.words(f"like-{name}"))
-        assert_same(found, shop.run_of(f"like-{name}"))
+        ranks.run(*by_module(data, f"like-{name}"))
+        assert_same(found, data / "runs" / f"like-{name}")
 
 
 @pytest.fixture
@@ -324,34 +276,34 @@ def endless(places: Places, tmp_path: Path, num_ranks: int) -> Iterator[subproce
     process.wait()
 
 
-class TestEnds:
-    @pytest.mark.services
-    @pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])  # 1: test_changing_ranks.py
-    @pytest.mark.parametrize(
-        ("num_ranks", "says"),
-        [
-            (2, "Process {} exit with status code"),
-            pytest.param(TorchRanks(2), "(local_rank: {})\n  exitcode  : -9 ", marks=pytest.mark.slow),
-        ],
-        ids=["horovodrun", "torchrun"],
-    )
-    def test_killed_rank_ends_the_job(self, endless: subprocess.Popen[str], victim: int, says: str) -> None:
-        ranks = ranks_of(endless, "-m", "trainer.main")
-        ranks[victim].send_signal(signal.SIGKILL)
-        start = time.monotonic()
-        output, _ = endless.communicate(timeout=60)
-        assert endless.returncode != 0
-        assert time.monotonic() - start < 30
-        assert says.format(victim) in output
-        assert f"error: rank {1 - victim} lost another rank" in output
-        assert "with run.resume=latest and the run's name where it has a checkpoint" in output
-        _, alive = psutil.wait_procs(ranks, timeout=10)
-        assert alive == []
+@pytest.mark.services
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])  # 1: test_changing_ranks.py
+@pytest.mark.parametrize(
+    ("num_ranks", "says"),
+    [
+        (2, "Process {} exit with status code"),
+        pytest.param(TorchRanks(2), "(local_rank: {})\n  exitcode  : -9 ", marks=pytest.mark.slow),
+    ],
+    ids=["horovodrun", "torchrun"],
+)
+def test_killed_rank_ends_the_job(endless: subprocess.Popen[str], victim: int, says: str) -> None:
+    ranks = ranks_of(endless, "-m", "trainer.main")
+    ranks[victim].send_signal(signal.SIGKILL)
+    start = time.monotonic()
+    output, _ = endless.communicate(timeout=60)
+    assert endless.returncode != 0
+    assert time.monotonic() - start < 30
+    assert says.format(victim) in output
+    assert f"error: rank {1 - victim} lost another rank" in output
+    assert "with run.resume=latest and the run's name where it has a checkpoint" in output
+    _, alive = psutil.wait_procs(ranks, timeout=10)
+    assert alive == []
 
-    def test_wrong_setting_is_told_once(self, two_ranks: StandingRanks) -> None:
-        (code, output), other = two_ranks.call("-m", "trainer.main", "--set", "train.epoch=1")
-        assert code == 2 and other == (2, "")
-        assert output == "error: configuration: train.epoch is unknown; did you mean train.epochs?\n"
+
+def test_wrong_setting_is_told_once(two_ranks: StandingRanks) -> None:
+    (code, output), other = two_ranks.call("-m", "trainer.main", "--set", "train.epoch=1")
+    assert code == 2 and other == (2, "")
+    assert output == "error: configuration: train.epoch is unknown; did you mean train.epochs?\n"
 
 
 @pytest.mark.long
@@ -380,78 +332,63 @@ def ads_of(folder: Path) -> np.ndarray:
 
 
 @pytest.mark.long
-class TestAlone:
-    def test_report(self, alone: Path, places: Places) -> None:
-        report = report_of(alone)
-        names = ("global_step", "steps", "num_ranks", "store_version", "devices", "collectives")
-        assert [report[name] for name in names] == [16, 16, 1, 1, ["cpu"], None]
-        metrics = report["metrics"]
-        assert 0.55 < metrics["auc"] < 1
-        assert 0.3 < metrics["logloss"] < 0.9
-        train_ads, test_ads = (ads_of(places.folder / "samples" / split) for split in ("train", "test"))
-        assert metrics["impressions"] == len(test_ads)
-        assert metrics["new_ad_impressions"] == (~np.isin(test_ads, train_ads)).sum() > 0
-        assert all(0 <= metrics[name] <= 1 for name in ("gauc", "new_ad_auc", "new_ad_gauc"))
-        assert 0 < report["unique_ratio"] < 1
-        assert report["bytes_sent_per_step"] == 0
-        assert report["samples_per_s"] > 0
-        assert report["history"][-1] == {"step": 16, **metrics}
-        assert set(report["seconds"]) == {"wait", "compute", "evaluate", "checkpoint"}
-        assert set(report["stages"]) == set(Stage.__args__) - {"exchange keys"}  # a rank alone has its own
-        assert all(row["median_ms"] >= 0 and row["share_of_step"] >= 0 for row in report["stages"].values())
-        of_steps = [row["share_of_step"] for name, row in report["stages"].items() if name not in AHEAD]
-        assert sum(of_steps) == pytest.approx(1)
-        met = set(train_ads.tolist())  # in the first epoch, all of them
-        items = report["tables"]["item"]
-        assert num_ids(64, items["used_rows"]) == pytest.approx(len(met), rel=0.3)
-        curves = drawn_scalars(alone / "tensorboard")
-        for name in ("user", "item", "image"):
-            step, share = curves[f"tables/{name}/share"][-1]
-            assert (step, share) == (16, pytest.approx(report["tables"][name]["share"], rel=1e-6))
-
-    def test_a_vector_for_missing_images_is_harmless_where_none_is_missing(self, places: Places) -> None:
-        settings = {"train__max_steps": 3, "train__checkpoint_every": 2, "model__compute_dtype": "float64"}
-        of = {
-            each: run_alone(places, run__name=f"missing-{each}", data__missing=each, **settings)
-            for each in ("learned", "zeros", "error")
-        }
-        learned, zeros = tensors_of(of["learned"]), tensors_of(of["zeros"])
-        added = learned.keys() - zeros.keys()
-        assert {name for name in added if not name.startswith("adam/")} == {"stores.images.no_image"}
-        assert not any(learned[name].any() for name in added if not name.endswith("/step"))
-        assert [name for name in zeros if not torch.equal(zeros[name], learned[name])] == []
-        assert_same(of["error"], of["zeros"])
-        # What was begun without one may go on with one, and be the beginning of a run with one; or the other way round.
-        onward = {**settings, "run__resume": of["error"] / "checkpoints" / "step-00000002", "run__overwrite": "true"}
-        resumed = tensors_of(run_alone(places, run__name="missing-error", data__missing="learned", **onward))
-        assert [name for name in zeros if not torch.equal(zeros[name], resumed[name])] == []
-        for before, after in (("zeros", "learned"), ("learned", "error")):
-            start = {"run__warm_start": of[before], "data__missing": after, "train__max_steps": 1}
-            run_alone(places, run__name=f"{after}-after-{before}", **start)
-        for policy in ("zeros", "error"):
-            with pytest.raises(CheckpointError, match=r'has a trained "no image" vector: .* data\.missing=learned'):
-                run_alone(places, run__name="missing-learned", data__missing=policy, run__resume="latest", **settings)
+def test_report(alone: Path, places: Places) -> None:
+    report = report_of(alone)
+    names = ("global_step", "steps", "num_ranks", "store_version", "devices", "collectives", "bytes_sent_per_step")
+    assert [report[name] for name in names] == [16, 16, 1, 1, ["cpu"], None, 0]
+    metrics = report["metrics"]
+    assert 0.55 < metrics["auc"] < 1
+    assert 0.3 < metrics["logloss"] < 0.9
+    train_ads, test_ads = (ads_of(places.folder / "samples" / split) for split in ("train", "test"))
+    assert metrics["impressions"] == len(test_ads)
+    assert metrics["new_ad_impressions"] == (~np.isin(test_ads, train_ads)).sum() > 0
+    assert all(0 <= metrics[name] <= 1 for name in ("gauc", "new_ad_auc", "new_ad_gauc"))
+    assert 0 < report["unique_ratio"] < 1 and report["samples_per_s"] > 0
+    assert report["history"][-1] == {"step": 16, **metrics}
+    assert set(report["seconds"]) == {"wait", "compute", "evaluate", "checkpoint"}
+    assert set(report["stages"]) == set(Stage.__args__) - {"exchange keys"}  # a rank alone has its own
+    assert all(row["median_ms"] >= 0 and row["share_of_step"] >= 0 for row in report["stages"].values())
+    of_steps = [row["share_of_step"] for name, row in report["stages"].items() if name not in AHEAD]
+    assert sum(of_steps) == pytest.approx(1)
+    met = set(train_ads.tolist())  # in the first epoch, all of them
+    assert num_ids(64, report["tables"]["item"]["used_rows"]) == pytest.approx(len(met), rel=0.3)
+    curves = drawn_scalars(alone / "tensorboard")
+    for name in ("user", "item", "image"):
+        step, share = curves[f"tables/{name}/share"][-1]
+        assert (step, share) == (16, pytest.approx(report["tables"][name]["share"], rel=1e-6))
 
 
 @pytest.mark.long
-class TestRefusals:
-    def test_loss_that_is_no_number(self, places: Places, monkeypatch: pytest.MonkeyPatch) -> None:
-        step = Engine.train_step
+def test_a_vector_for_missing_images_is_harmless_where_none_is_missing(places: Places) -> None:
+    settings = {"train__max_steps": 3, "train__checkpoint_every": 2, "model__compute_dtype": "float64"}
+    of = {
+        each: run_alone(places, run__name=f"missing-{each}", data__missing=each, **settings)
+        for each in ("learned", "zeros", "error")
+    }
+    learned, zeros = tensors_of(of["learned"]), tensors_of(of["zeros"])
+    added = learned.keys() - zeros.keys()
+    assert {name for name in added if not name.startswith("adam/")} == {"stores.images.no_image"}
+    assert not any(learned[name].any() for name in added if not name.endswith("/step"))
+    assert [name for name in zeros if not torch.equal(zeros[name], learned[name])] == []
+    assert_same(of["error"], of["zeros"])
+    # What was begun without one may go on with one, and be the beginning of a run with one; or the other way round.
+    onward = {**settings, "run__resume": of["error"] / "checkpoints" / "step-00000002", "run__overwrite": "true"}
+    resumed = tensors_of(run_alone(places, run__name="missing-error", data__missing="learned", **onward))
+    assert [name for name in zeros if not torch.equal(zeros[name], resumed[name])] == []
+    for before, after in (("zeros", "learned"), ("learned", "error")):
+        start = {"run__warm_start": of[before], "data__missing": after, "train__max_steps": 1}
+        run_alone(places, run__name=f"{after}-after-{before}", **start)
+    for policy in ("zeros", "error"):
+        with pytest.raises(CheckpointError, match=r'has a trained "no image" vector: .* data\.missing=learned'):
+            run_alone(places, run__name="missing-learned", data__missing=policy, run__resume="latest", **settings)
 
-        def diverged(engine: Engine, prepared: Any) -> Any:
-            result = step(engine, prepared)
-            object.__setattr__(result, "loss", float("nan"))
-            return result
 
-        monkeypatch.setattr(Engine, "train_step", diverged)
-        with pytest.raises(TrainerError, match=r"the loss of step 1 is nan; try a lower optim\.lr"):
-            run_alone(places, run__name="diverged")
-
-    def test_no_test_samples(self, places: Places, tmp_path: Path) -> None:
-        shutil.copytree(places.folder / "samples" / "train", tmp_path / "train")
-        with pytest.raises(DataError, match=r"has no test samples; make them with: crossmedia samples"):
-            run_alone(places, run__name="x", data__samples=tmp_path)
-        assert not (places.folder / "runs" / "x").exists(), "nothing is written before all is open"
+@pytest.mark.long
+def test_no_test_samples(places: Places, tmp_path: Path) -> None:
+    shutil.copytree(places.folder / "samples" / "train", tmp_path / "train")
+    with pytest.raises(DataError, match=r"has no test samples; make them with: crossmedia samples"):
+        run_alone(places, run__name="x", data__samples=tmp_path)
+    assert not (places.folder / "runs" / "x").exists(), "nothing is written before all is open"
 
 
 @pytest.fixture(scope="module")

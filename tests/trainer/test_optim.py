@@ -27,40 +27,25 @@ class DoublingComm(SoloComm):
         return lambda: values.mul_(2)
 
 
-def parameters() -> dict[str, nn.Parameter]:
-    return {"model.a": nn.Parameter(torch.ones(2, 3)), "stores.b": nn.Parameter(torch.ones(4))}
-
-
-def step(
-    optimizer: DenseOptimizer, comm: SoloComm | None = None, number: int = 0, config: OptimConfig | None = None
-) -> float:
+def step(optimizer: DenseOptimizer, comm: DoublingComm) -> float:
     optimizer.zero_grad()
-    loss = sum((p**2 * (number + 1)).sum() for p in optimizer.parameters.values())
+    loss = sum((p**2).sum() for p in optimizer.parameters.values())
     optimizer.note(loss)
-    if isinstance(comm, DoublingComm):
-        comm.is_backward = True
+    comm.is_backward = True
     loss.backward()
-    if isinstance(comm, DoublingComm):
-        comm.is_backward = False
+    comm.is_backward = False
     optimizer.start_reduction()
     summed, _ = optimizer.outcome()
     optimizer.finish_reduction()
-    optimizer.step(rates_at(config or OptimConfig(lr=0.1), number), number + 1)
+    optimizer.step(rates_at(OptimConfig(lr=0.1), 0), 1)
     return summed
 
 
-def test_rates_fall_every_so_many_steps() -> None:
-    config = OptimConfig(lr=0.1, lr_gamma=0.5, lr_every=10)
-    assert [rates_at(config, s).lr for s in (0, 9, 10, 29)] == [0.1, 0.1, 0.05, 0.025]
-
-
-def test_rates_fall_with_each_evaluation_that_is_no_better() -> None:
+def test_both_rates_fall_every_so_many_steps_and_evaluations_no_better_and_warm_up_evenly() -> None:
     config = OptimConfig(lr=0.1, ids_lr=0.4, lr_gamma=0.5, lr_every=10, plateau_gamma=0.2)
+    assert [rates_at(config, s).lr for s in (0, 9, 10, 29)] == [0.1, 0.1, 0.05, 0.025]
     rates = rates_at(config, 10, 2)
     assert (rates.lr, rates.ids_lr) == pytest.approx((0.1 * 0.5 * 0.04, 0.4 * 0.5 * 0.04))
-
-
-def test_both_rates_warm_up_evenly() -> None:
     config = OptimConfig(lr=0.1, ids_lr=0.4, warmup_steps=4, lr_gamma=0.5, lr_every=2)
     shares = [0.25, 0.5, 0.75 * 0.5, 0.5, 0.25]
     assert [rates_at(config, s).lr for s in range(5)] == pytest.approx([0.1 * share for share in shares])
@@ -69,11 +54,12 @@ def test_both_rates_warm_up_evenly() -> None:
 
 def test_gradients_and_loss_are_summed_part_by_part() -> None:
     comm = DoublingComm()
-    optimizer = DenseOptimizer(comm, parameters(), OptimConfig())
+    parameters = {"model.a": nn.Parameter(torch.ones(2, 3)), "stores.b": nn.Parameter(torch.ones(4))}
+    optimizer = DenseOptimizer(comm, parameters, OptimConfig())
     for _ in range(2):
         comm.calls.clear()
-        optimizer.parameters["model.a"].data.fill_(1)
-        optimizer.parameters["stores.b"].data.fill_(1)
+        for each in parameters.values():
+            each.data.fill_(1)
         loss = step(optimizer, comm)
         assert comm.calls == [("step.dense.model", True), ("step.dense.stores", False)]
         assert loss == 2 * 10

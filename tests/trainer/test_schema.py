@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from tests.cli import invoke
+from tests.trainer.conftest import change_column
 from trainer.errors import SchemaError
 from trainer.schema.__main__ import app
 from trainer.schema.fields import (
@@ -38,11 +39,7 @@ fields:
         ("side: user", "sied: user", "fields.0.sied is unknown; did you mean fields.0.side?"),
         ("kind: content", "kind: image", "fields.2.kind='image'"),
         ("fields:", "field:", "field is unknown; did you mean fields?"),
-        (
-            "new_ad_field: ad",
-            "new_ad_field: adx",
-            "has to be a field of side ad and kind id; did you mean ad?",
-        ),
+        ("new_ad_field: ad", "new_ad_field: adx", "has to be a field of side ad and kind id; did you mean ad?"),
         ("new_ad_field: ad", "new_ad_field: user", "new_ad_field=user has to be a field of side ad"),
         ("column: ad_number", "buckets: 4", "new_ad_field=ad has to be a field of side ad and kind id"),
         ("name: ad,", "name: user,", "field user is named twice"),
@@ -52,15 +49,19 @@ fields:
             "store: covers}\n  - {name: back, side: ad, kind: content, store: covers, width: 4}",
             "fields picture and back share store covers but have width=None and width=4; give both one width",
         ),
+        (OWN, "- a", "schema.yaml"),
+        (OWN, "fields: [", "schema.yaml"),
+        (OWN, "", "schema.yaml"),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, old: str, new: str, message: str) -> None:
     path = tmp_path / "schema.yaml"
+    with pytest.raises(SchemaError, match="there is no such file"):
+        load_schema(path)
     path.write_text(OWN.replace(old, new))
     with pytest.raises(SchemaError) as caught:
         load_schema(path)
-    assert message in str(caught.value)
-    assert str(path) in str(caught.value)
+    assert message in str(caught.value) and str(path) in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -106,16 +107,6 @@ def test_mistakes_of_a_field_are_named(tmp_path: Path, field: str, told: str) ->
     assert told in str(caught.value) and str(tmp_path / "schema.yaml") in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["- a", "fields: [", ""])
-def test_files_that_are_no_schema(tmp_path: Path, text: str) -> None:
-    path = tmp_path / "schema.yaml"
-    path.write_text(text)
-    with pytest.raises(SchemaError, match=r"schema\.yaml"):
-        load_schema(path)
-    with pytest.raises(SchemaError, match="there is no such file"):
-        load_schema(tmp_path / "absent.yaml")
-
-
 def called(*args, code=0):
     return invoke(app, *args, code=code).output
 
@@ -135,29 +126,14 @@ def test_a_schema_of_samples_is_the_packaged_one_without_the_ids_of_images(place
     text = (tmp_path / "schema.yaml").read_text()
     assert "#   item: {kind: exact, max_rows: 4096}\n" in text
     assert "#   session: int64, kept for people" in text
-    items = {
-        item
-        for path in places.folder.glob("samples/*/*")
-        for row in pq.read_table(path)["ad_item"].to_pylist()
-        for item in row
-    }
+    rows = pq.read_table(places.folder / "samples", columns=["ad_item"])["ad_item"].to_pylist()
+    items = {item for row in rows for item in row}
     assert f"ad_item, side: ad, kind: id, table: item}}  # list<element: int64>, {len(items)} different" in text
     assert "fit the schema" in called("check", tmp_path / "schema.yaml", places.folder / "samples")
-
-
-def test_bad_rows_beside_samples_are_no_samples(places, tmp_path):
-    samples = tmp_path / "samples"
-    shutil.copytree(places.folder / "samples", samples)
+    samples = shutil.copytree(places.folder / "samples", tmp_path / "samples")
     pq.write_table(pa.table({"log": ["impressions"], "file": ["a"], "row": [1]}), samples / "quarantine.parquet")
-    assert called("inspect", samples).replace(str(samples), "") == called("inspect", places.folder / "samples").replace(
-        str(places.folder / "samples"), ""
-    )
-
-
-def test_a_column_that_stands_twice_is_told(tmp_path):
-    (tmp_path / "logs").mkdir()
-    (tmp_path / "logs/a.csv").write_text("user,label,user\n1,0,1\n")
-    assert "a.csv: column user is in it twice; rename one of them" in called("inspect", tmp_path / "logs", code=1)
+    with_bad_rows = called("inspect", samples).replace(str(samples), str(places.folder / "samples"))
+    assert with_bad_rows == called("inspect", places.folder / "samples"), "bad rows beside samples are no samples"
 
 
 def test_sides_kinds_and_widths_come_from_the_values(tmp_path):
@@ -172,10 +148,8 @@ def test_sides_kinds_and_widths_come_from_the_values(tmp_path):
     pq.write_table(table, tmp_path / "train/a.parquet")
     text = called("inspect", tmp_path, "--label", "clicked")
     (tmp_path / "schema.yaml").write_text(text)
-    found = {
-        field.name: (field.side, field.kind, field.width) for field in load_schema(tmp_path / "schema.yaml").fields
-    }
-    assert found == {
+    fields = load_schema(tmp_path / "schema.yaml").fields
+    assert {field.name: (field.side, field.kind, field.width) for field in fields} == {
         "user": ("user", "id", None), "age": ("user", "dense", None), "vector": ("user", "dense", 2),
         "tags": ("user", "multi_id", None), "brand": ("ad", "id", None), "words": ("ad", "multi_id", None),
         "price": ("ad", "dense", None), "place": ("ad", "dense", 2), "name": ("user", "id", None),
@@ -186,23 +160,14 @@ def test_sides_kinds_and_widths_come_from_the_values(tmp_path):
 
 
 def test_check_says_what_does_not_fit(places, tmp_path):
-    wrong = tmp_path / "wrong.yaml"
-    text = DEFAULT_SCHEMA.read_text()
-    wrong.write_text(text.replace("ad_scene, side: ad", "ad_scen, side: ad"))
-    assert "column ad_scen is missing, expected list<integer>" in called(
-        "check", wrong, places.folder / "samples", code=2
-    )
-    samples = tmp_path / "samples"
-    for split in ("train", "test"):
-        (samples / split).mkdir(parents=True)
-        table = pq.read_table(places.folder / "samples/test/day=2026-01-01.parquet")
-        if split == "test":
-            labels = pa.array([[2] * len(row) for row in table["label"].to_pylist()], pa.list_(pa.int8()))
-            table = table.set_column(table.schema.get_field_index("label"), "label", labels)
-        pq.write_table(table, samples / split / "a.parquet")
+    samples, wrong = shutil.copytree(places.folder / "samples", tmp_path / "samples"), tmp_path / "wrong.yaml"
+    wrong.write_text(DEFAULT_SCHEMA.read_text().replace("ad_scene, side: ad", "ad_scen, side: ad"))
+    assert "column ad_scen is missing, expected list<integer>" in called("check", wrong, samples, code=2)
+    file = "test/day=2026-01-01.parquet"
+    change_column(samples / file, "label", lambda rows: [[2] * len(row) for row in rows])
     output = called("check", DEFAULT_SCHEMA, samples, code=1)
     assert "train  " in output
-    assert "test/a.parquet, row 0: column label has 2; a label is 0 or 1" in output
+    assert f"{file}, row 0: column label has 2; a label is 0 or 1" in output
 
 
 def test_mistakes_are_one_message(places, tmp_path):
@@ -213,13 +178,16 @@ def test_mistakes_are_one_message(places, tmp_path):
     assert "mine.yaml is there already" in called("inspect", samples, "--out", tmp_path / "mine.yaml", code=2)
     assert "there is no such file" in called("check", tmp_path / "no.yaml", samples, code=2)
     (tmp_path / "logs").mkdir()
-    (tmp_path / "logs/a.csv").write_text("user,label\n")
-    assert "1 file and not one row" in called("inspect", tmp_path / "logs", code=1)
-    for name, more in (("a", ""), ("b", ",more")):
-        (tmp_path / f"logs/{name}.csv").write_text(f"user,label{more}\n1,0{more}\n")
-    assert "more than one table of a kind: a.csv (impressions), b.csv (impressions)" in called(
-        "inspect", tmp_path / "logs", code=1
-    )
+    for text, told in (
+        ("user,label\n", "1 file and not one row"),
+        ("user,label,user\n1,0,1\n", "a.csv: column user is in it twice; rename one of them"),
+    ):
+        (tmp_path / "logs/a.csv").write_text(text)
+        assert told in called("inspect", tmp_path / "logs", code=1)
+    (tmp_path / "logs/a.csv").write_text("user,label\n1,0\n")
+    (tmp_path / "logs/b.csv").write_text("user,label,more\n1,0,more\n")
+    two_tables = "more than one table of a kind: a.csv (impressions), b.csv (impressions)"
+    assert two_tables in called("inspect", tmp_path / "logs", code=1)
     (tmp_path / "logs/a.parquet").write_bytes(b"no parquet")
     assert "a.parquet cannot be read" in called("inspect", tmp_path / "logs", code=1)
 
@@ -242,8 +210,8 @@ def test_times_images_labels_and_lists_are_known_by_their_values(tmp_path):
         "genres": ["Action|Comedy", "Drama", "Comedy|Drama", "Action|Drama|Kids", "Kids|Drama"] * (count // 5),
     }  # fmt: skip
     (tmp_path / "logs/shown").mkdir(parents=True)
-    pq.write_table(pa.table(shown), tmp_path / "logs/shown/a.parquet")
-    pq.write_table(pa.table(shown), tmp_path / "logs/shown/b.parquet")
+    for name in "ab":
+        pq.write_table(pa.table(shown), tmp_path / f"logs/shown/{name}.parquet")
     pq.write_table(pa.table({"sku": [1], "title": ["x"]}), tmp_path / "logs/products.parquet")
     columns = {"timestamp": "when", "user": "uid", "item": "movieId", "image": "motiv", "label": "gut"}
     for place in (tmp_path / "logs", tmp_path / "logs/shown"):
@@ -254,26 +222,22 @@ def test_times_images_labels_and_lists_are_known_by_their_values(tmp_path):
         assert "gut is the only column of 0 and 1 in shown, so it is taken for the label" in text
         assert f"crossmedia samples --logs {tmp_path / 'logs'} --mapping mapping.yaml" in text
     assert "# not used: products.parquet, which has no times or no users" in called("inspect", tmp_path / "logs")
-    assert "--label no is not a column of 0 and 1, or yes and no there" in called(
-        "inspect", tmp_path / "logs", "--label", "no", code=1
-    )
+    said = called("inspect", tmp_path / "logs", "--label", "no", code=1)
+    assert "--label no is not a column of 0 and 1, or yes and no there" in said
 
 
 def test_a_label_of_yes_and_no_is_known_by_its_name_alone_and_a_click_before_it(tmp_path):
     shown = {"ts": [0, 60, 120], "user": [1, 1, 2], "item": [3, 4, 3], "image": ["a.jpg"] * 3}
     said = ["yes", "no", "No"]
-    for more, label in (
-        ({"liked": said}, "liked"),
-        ({"liked": [0, 1, 1], "clicked": said}, "clicked"),
-        ({"member": said, "gut": [0, 1, 1]}, "gut"),
+    for more, label, options in (
+        ({"liked": said}, "liked", ()),
+        ({"liked": [0, 1, 1], "clicked": said}, "clicked", ()),
+        ({"member": said, "gut": [0, 1, 1]}, "gut", ()),
+        ({"member": said}, "member", ("--label", "member")),
     ):
         pq.write_table(pa.table(shown | more), tmp_path / "shown.parquet")
-        assert yaml.safe_load(called("inspect", tmp_path))["impressions"]["columns"]["label"] == label
-    pq.write_table(pa.table(shown | {"member": said}), tmp_path / "shown.parquet")
+        assert yaml.safe_load(called("inspect", tmp_path, *options))["impressions"]["columns"]["label"] == label
     assert "There is no table of impressions here" in called("inspect", tmp_path)
-    assert (
-        yaml.safe_load(called("inspect", tmp_path, "--label", "member"))["impressions"]["columns"]["label"] == "member"
-    )
     pq.write_table(pa.table(shown), tmp_path / "more.parquet")
     assert "called label, click, clicked, clk, is_click, liked, target or y" in called("inspect", tmp_path, code=1)
 
@@ -283,16 +247,13 @@ def shop_of(folder, **columns):
     count = 40
     shown = {"ts": [1_760_000_000 + at for at in range(count)], "user_id": [at % 8 for at in range(count)],
              "item": [str(at % 7) for at in range(count)]}  # fmt: skip
+    shown |= {name: values * (count // 4) for name, values in columns.items()}
+    users = {"id": range(8), "created_at": [1_700_000_000] * 8, "age": [1.5] * 8}
+    products = "".join(f"{n},thing {n},{n}.jpg,c,{n}.5,b{n % 2}\n" for n in range(9))
     folder.mkdir()
-    pq.write_table(
-        pa.table(shown | {name: values * (count // 4) for name, values in columns.items()}), folder / "log.parquet"
-    )
-    (folder / "products.csv").write_text(
-        "code,title,photo,cat,price,brand\n" + "".join(f"{n},thing {n},{n}.jpg,c,{n}.5,b{n % 2}\n" for n in range(9))
-    )
-    pq.write_table(
-        pa.table({"id": range(8), "created_at": [1_700_000_000] * 8, "age": [1.5] * 8}), folder / "users.parquet"
-    )
+    pq.write_table(pa.table(shown), folder / "log.parquet")
+    (folder / "products.csv").write_text("code,title,photo,cat,price,brand\n" + products)
+    pq.write_table(pa.table(users), folder / "users.parquet")
     return folder
 
 
@@ -328,14 +289,9 @@ def test_a_table_of_events_is_known_by_the_words_of_a_column(tmp_path):
     assert "where" not in yaml.safe_load(called("inspect", folder))["impressions"]
 
 
-@pytest.mark.parametrize(
-    ("num_distinct", "rows"), [(0, 4_096), (2_048, 4_096), (2_049, 8_192), (10**6, 1 << 21), (10**9, 1 << 24)]
-)
-def test_tables_have_room_for_twice_the_ids_up_to_a_bound(num_distinct, rows):
-    assert table_rows(num_distinct) == rows
-
-
-def test_a_table_has_rows_for_the_ids_of_all_its_fields(tmp_path, monkeypatch):
+def test_a_table_has_room_for_twice_the_ids_of_all_its_fields_up_to_a_bound(tmp_path, monkeypatch):
+    for num_distinct, rows in ((0, 4_096), (2_048, 4_096), (2_049, 8_192), (10**6, 1 << 21), (10**9, 1 << 24)):
+        assert table_rows(num_distinct) == rows
     monkeypatch.setattr("trainer.schema.fields.SMALLEST_TABLE", 1)
     columns = {"user": [1, 2], "behavior_item": [[3], [4, 5]], "ad_item": [[1], [2]], "label": [[1], [0]]}
     pq.write_table(pa.table(columns), tmp_path / "a.parquet")

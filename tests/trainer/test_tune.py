@@ -75,28 +75,19 @@ def test_each_point_is_measured_on_the_day_held_out(tuned: tuple[Places, list[An
     assert report_of(alone)["metrics"] == report_of(Path(rows[1]["run"]))["metrics"] == {}, "no test day is looked at"
 
 
-def test_the_best_is_written_for_a_training_on_all_days(tuned: tuple[Places, list[Any]]) -> None:
+def test_the_best_is_written_for_a_training_on_all_days_and_runs_of_other_settings_are_not_taken(
+    tuned: tuple[Places, list[Any]],
+) -> None:
     places, rows = tuned
-    best = max(rows, key=lambda row: row["gauc"])
-    written = load_config(places.folder / "runs/tune" / SETTINGS_FILE)
+    best, file = max(rows, key=lambda row: row["gauc"]), places.folder / "runs/tune" / SETTINGS_FILE
+    written = load_config(file)
     words = [f"{name}={json.dumps(value)}" for name, value in best["values"].items()]
     words += [f"train.epochs={best['epoch']}", "data.validation_days=0"]
-    given = load_config(None, [*places.settings(), *words, *_of("model", "train")])
+    given = load_config(None, [*places.settings(**SHARED), *words])
     differing = differences(written.model_dump(mode="json"), given.model_dump(mode="json"))
     assert [each.setting for each in differing if not each.setting.startswith("run.")] == []
-    assert (
-        best["values"]["optim.lr"]
-        == parse_yaml((places.folder / "runs/tune" / SETTINGS_FILE).read_text())["optim"]["lr"]
-    )
+    assert parse_yaml(file.read_text())["optim"]["lr"] == best["values"]["optim.lr"]
     assert written.run == load_config().run
-
-
-def _of(*sections: str) -> list[str]:
-    return [f"{name.replace('__', '.')}={value}" for name, value in SHARED.items() if name.startswith(sections)]
-
-
-def test_runs_of_other_settings_are_not_taken(tuned: tuple[Places, list[Any]]) -> None:
-    places, _ = tuned
     with pytest.raises(CheckpointError, match=r"train\.seed"):
         _tuned(places.settings(**SHARED, train__seed=5))
 

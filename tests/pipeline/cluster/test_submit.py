@@ -14,36 +14,26 @@ import pytest
 from distributed import Client
 
 import pipeline.cluster.submit
+from tests.cli import ran
 from tests.commands.calls import call
 
 pytestmark = pytest.mark.services
 slow = pytest.mark.slow
-
 BIN = Path(sys.executable).parent
-
 OURS = (
     "CROSSMEDIA_LOCAL_CLUSTER", "DASK_CROSSMEDIA__INSECURE_SCHEDULER", "DASK_SCHEDULER_ADDRESS", "DASK_SCHEDULER_FILE",
     "PYTHONUNBUFFERED",
 )  # fmt: skip
-
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in OURS}
 
 
-def start(*args: object, command: str = "dask-submit", **environment: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [str(BIN / command), *map(str, args)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=ENVIRONMENT | environment,
-        process_group=0,
-    )
+def start(*args: object) -> subprocess.Popen[str]:
+    command, pipe = [str(BIN / "dask-submit"), *map(str, args)], subprocess.PIPE
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=ENVIRONMENT, process_group=0)
 
 
 def submit(*args: object, command: str = "dask-submit", **environment: str) -> subprocess.CompletedProcess[str]:
-    process = start(*args, command=command, **environment)
-    out, err = process.communicate(timeout=150)
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+    return ran(BIN / command, *args, env=ENVIRONMENT | environment, timeout=150)
 
 
 @pytest.fixture
@@ -79,9 +69,8 @@ if __name__ == "__main__":
 @pytest.mark.parametrize(("command", "first"), [pytest.param("dask-submit", [], marks=slow), ("dask", ["submit"])])
 def test_script_runs_on_a_local_cluster_that_ends_with_it(command, first, script):
     args = ["--help", "-n", "9", "--", "", "--scheduler=x", "é ü"]
-    done = submit(
-        *first, "-n", 2, "--threads-per-worker", 3, "--memory-limit", "1GB", script(WHERE), *args, command=command
-    )
+    size = ["-n", 2, "--threads-per-worker", 3, "--memory-limit", "1GB"]
+    done = submit(*first, *size, script(WHERE), *args, command=command)
     assert done.returncode == 7, done.stderr
     told = json.loads(done.stdout)
     assert told["args"] == args
@@ -93,7 +82,7 @@ def test_script_runs_on_a_local_cluster_that_ends_with_it(command, first, script
 
 
 @pytest.mark.parametrize(
-    "by", [*(pytest.param(by, marks=slow) for by in ("option", "variable", "file")), "file variable"]
+    "by", [*(pytest.param(by, marks=slow) for by in ("option", "variable", "file")), "by variable"]
 )
 def test_running_scheduler_is_used_and_left_running(by, cluster, script, tmp_path):
     address, file = cluster.scheduler_address, tmp_path / "scheduler.json"
@@ -102,7 +91,7 @@ def test_running_scheduler_is_used_and_left_running(by, cluster, script, tmp_pat
         "option": (["--scheduler", address], {"DASK_SCHEDULER_ADDRESS": "tcp://127.0.0.1:9"}),
         "variable": ([], {"DASK_SCHEDULER_ADDRESS": address}),
         "file": (["--scheduler-file", file], {"DASK_SCHEDULER_ADDRESS": "tcp://127.0.0.1:9"}),
-        "file variable": ([], {"DASK_SCHEDULER_FILE": str(file)}),
+        "by variable": ([], {"DASK_SCHEDULER_FILE": str(file)}),
     }[by]
     done = submit(*options, "--wait-workers", 2, script(WHERE), **environment)
     assert done.returncode == 7, done.stderr
@@ -111,13 +100,14 @@ def test_running_scheduler_is_used_and_left_running(by, cluster, script, tmp_pat
         assert len(client.nthreads()) == 2
 
 
+@slow
 @pytest.mark.parametrize(
     ("body", "code"),
     [
-        pytest.param("", 0, marks=slow),
-        pytest.param("raise ValueError('no')", 1, marks=slow),
-        pytest.param("sys.exit(255)", 255, marks=slow),
-        pytest.param("os.kill(os.getpid(), signal.SIGKILL)", -signal.SIGKILL, marks=slow),
+        ("", 0),
+        ("raise ValueError('no')", 1),
+        ("sys.exit(255)", 255),
+        ("os.kill(os.getpid(), signal.SIGKILL)", -signal.SIGKILL),
     ],
 )
 def test_exit_code_is_the_scripts(body, code, cluster, script):
@@ -152,20 +142,14 @@ if __name__ == "__main__":
 """
 
 
-def test_sigterm_ends_a_script_that_does_not_handle_it_and_closes_its_cluster(script):
-    """Also as the first process of a container, where it would do nothing by itself."""
-    body = CAREFUL.replace("signal.signal(signal.SIGTERM, note)\n", "")
+@pytest.mark.parametrize(
+    ("number", "is_handled"),
+    [pytest.param(signal.SIGINT, True, marks=slow), (signal.SIGTERM, True), (signal.SIGTERM, False)],
+)
+def test_signal_reaches_the_script_once_and_the_cluster_outlives_it(number, is_handled, script):
+    """Not handled, it ends the script, also as a container's first process, where it would do nothing by itself."""
+    body = CAREFUL if is_handled else CAREFUL.replace("signal.signal(signal.SIGTERM, note)\n", "")
     process = start("-n", 1, script(body))
-    _, *workers = json.loads(process.stdout.readline())
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=30)
-    assert process.returncode == 128 + signal.SIGTERM, err
-    assert is_free_of(workers) and "Traceback" not in err
-
-
-@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=slow), signal.SIGTERM])
-def test_signal_reaches_the_script_once_and_the_cluster_outlives_it(number, script):
-    process = start("-n", 1, script(CAREFUL))
     pid, *workers = json.loads(process.stdout.readline())
     assert pid == process.pid, "the script takes the place of dask-submit"
     if number == signal.SIGINT:
@@ -173,10 +157,9 @@ def test_signal_reaches_the_script_once_and_the_cluster_outlives_it(number, scri
     else:
         process.send_signal(number)
     out, err = process.communicate(timeout=30)
-    assert json.loads(out) == {"received": [number], "sum": 3}, err
-    assert process.returncode == 5
-    assert is_free_of(workers)
-    assert "Traceback" not in err
+    assert not is_handled or json.loads(out) == {"received": [number], "sum": 3}, err
+    assert process.returncode == (5 if is_handled else 128 + number), err
+    assert is_free_of(workers) and "Traceback" not in err
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=slow)])
@@ -217,7 +200,7 @@ def refused(code, *args, body=""):
     return done.err
 
 
-def test_scheduler_beyond_loopback_needs_tls_or_insecure(script, monkeypatch):
+def test_schedulers_beyond_loopback_and_lacking_workers_are_refused(script, cluster, monkeypatch):
     body, beyond = script("print('ran')"), ("--scheduler", "tcp://192.0.2.1:8786")
     message = refused(2, *beyond, body=body)
     assert "tcp://192.0.2.1:8786" in message and "--insecure" in message
@@ -225,9 +208,6 @@ def test_scheduler_beyond_loopback_needs_tls_or_insecure(script, monkeypatch):
     assert "no Dask scheduler answers at tcp://192.0.2.1:8786" in message
     monkeypatch.setenv("DASK_SCHEDULER_ADDRESS", "192.0.2.1:8786")
     refused(2, body=body)
-
-
-def test_lacking_workers_are_counted(cluster, script):
     address = cluster.scheduler_address
     message = refused(1, "--scheduler", address, "--wait-workers", 5, "--timeout", 1, body=script("print('ran')"))
     assert f"2 of 5 workers are at {address} after" in message

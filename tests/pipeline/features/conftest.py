@@ -1,6 +1,5 @@
 """A store made of drawn images, its refresh, and what both say."""
 
-import json
 import os
 import shutil
 
@@ -16,13 +15,13 @@ from tests.pipeline.network.tiny import TINY
 
 @pytest.fixture
 def write(tmp_path, draw, encode):
-    """Draws pictures into the folder of images: write(name=seed)."""
+    """Draws pictures into the folder of images: write(name=seed); a text in place of a seed is written as it is."""
     folder = tmp_path / "images"
     folder.mkdir()
 
     def write(**seeds):
         for name, seed in seeds.items():
-            (folder / f"{name}.jpg").write_bytes(encode(draw(seed)))
+            (folder / f"{name}.jpg").write_bytes(seed.encode() if isinstance(seed, str) else encode(draw(seed)))
         return folder
 
     return write
@@ -38,6 +37,17 @@ def make(client, tmp_path):
         return extract(ExtractOptions(images=str(images), store=str(tmp_path / store), **settings), cluster)
 
     return make
+
+
+@pytest.fixture
+def made(write, make):
+    """Draws pictures into the folder of images, and extracts them into a new store."""
+
+    def made(**seeds):
+        make(folder := write(**seeds))
+        return folder
+
+    return made
 
 
 @pytest.fixture
@@ -77,29 +87,14 @@ def rows_of(store):
     return {row["uri"]: (*row.values(), bits.tobytes()) for row, bits in zip(table.to_pylist(), features, strict=True)}
 
 
-def files_of(folder):
-    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
-
-
-def num_staged(store):
-    """Images that went through the network for the parts that are staged."""
-    reports = [path for path in store.glob("staging/*/*.json") if path.with_suffix(".parquet").exists()]
-    return sum(json.loads(path.read_text())["num_computed"] for path in reports)
-
-
 def touch(path, seconds=100):
     os.utime(path, (path.stat().st_mtime - seconds,) * 2)
 
 
-def quarantine(tmp_path):
-    return {row.uri: row.reason for row in FeatureStore.open(tmp_path / "features").quarantine_rows()}
-
-
 def change_everything(folder, write):
     """Of six images a, b, c, d, e, f: one stays, one changes, one is touched, one moves, one is copied, one goes."""
-    write(b=20, new=30, new_too=30)
+    write(b=20, new=30, new_too=30, text="no image")
     touch(folder / "c.jpg")
     (folder / "d.jpg").rename(folder / "moved.jpg")
     shutil.copy(folder / "e.jpg", folder / "copy.jpg")
     (folder / "f.jpg").unlink()
-    (folder / "text.jpg").write_text("no image")

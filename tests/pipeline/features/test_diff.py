@@ -11,20 +11,7 @@ import xxhash
 from featurestore import FeatureRows, FeatureStore, StoreInfo
 from featurestore.errors import KeyCollisionError
 from featurestore.keys import key_of_uri, keys_of_uris
-from pipeline.features import diff as plan
-from pipeline.features import refresh
-from pipeline.features.diff import (
-    DIGEST_DTYPE,
-    ImageCopies,
-    compare,
-    equal_candidates,
-    find_digests,
-    make_copy_parts,
-    make_parts,
-    pending_images,
-    run_id_of,
-    split,
-)
+from pipeline.features import diff, refresh
 from pipeline.features.part import PartReport, PartSettings, digest_images
 from pipeline.images.source import ImageRef, ImageTable
 from pipeline.import_vectors import extractor_of
@@ -38,21 +25,6 @@ def table(*refs):
     return ImageTable.of(refs)
 
 
-def digests_of(images, known):
-    """The digests of all images, from those known by key."""
-    return np.array([known.get(key, b"") for key in images.keys().tolist()], DIGEST_DTYPE)
-
-
-def planned(images, store, known, stored):
-    """The plan from digests by key, and keys in the store by digest."""
-    found = compare(images, store.snapshot())
-    pending = pending_images(images, found)
-    digests = digests_of(images, known)[pending]
-    is_known = np.array([each.ljust(16, b"\0") in stored for each in digests.tolist()])
-    keys = np.array([stored.get(each.ljust(16, b"\0"), 0) for each in digests.tolist()], np.int64)
-    return split(images, found, pending, digests, is_known, keys)
-
-
 def digest(number):
     """16 bytes, some with zeros at the end."""
     return bytes([number % 251 + 1] * 8) + bytes(8) if number % 3 == 0 else number.to_bytes(16, "big")
@@ -62,8 +34,10 @@ def keys(images, parts):
     return [[ref.key for ref in images.refs(part.index_K)] for part in parts]
 
 
-def parts_of(images, part_size, known=None):
-    return make_parts(images, np.arange(len(images)), digests_of(images, known or {}), part_size)
+def parts_of(images, part_size, known=()):
+    """The parts of images whose digests are known by key, or are not."""
+    digests = [dict(known).get(key, b"") for key in images.keys().tolist()]
+    return diff.make_parts(images, np.arange(len(images)), np.array(digests, diff.DIGEST_DTYPE), part_size)
 
 
 @pytest.fixture
@@ -85,26 +59,13 @@ def store(tmp_path):
     return store
 
 
-def test_many_images_beside_a_store_as_a_dict_would_have_it(tmp_path, store):
-    numbers = np.random.default_rng(0).permutation(400)[:300].tolist()
-    rows = FeatureRows.of(
-        [f"{number}.jpg" for number in numbers], np.ones((300, 2), np.float32), keys=numbers, source_tags=["tag"] * 300
-    )
-    stored = {*store.put(rows).keys().tolist()}
-    images = table(*(ref(number, tag="tag" if number % 2 else "other") for number in range(200, 600)))
-    found = compare(images, store.snapshot())
-    assert found.is_stored_N.tolist() == [image.key in stored for image in images]
-    assert found.is_same_tag_N.tolist() == [image.key in stored and image.key % 2 == 1 for image in images]
-    assert set(found.gone_keys.tolist()) == stored - {image.key for image in images}
-
-
 def test_another_image_under_a_key_is_refused(store):
     with pytest.raises(KeyCollisionError, match=r"key 1 is '1.jpg' in the store and 'other.jpg'"):
-        compare(table(ref(2), ref(1)._replace(uri="other.jpg")), store.snapshot())
+        diff.compare(table(ref(2), ref(1)._replace(uri="other.jpg")), store.snapshot())
 
 
 def found_digests(store, asked):
-    is_found, keys = find_digests(store.snapshot(), np.array(asked, DIGEST_DTYPE))
+    is_found, keys = diff.find_digests(store.snapshot(), np.array(asked, diff.DIGEST_DTYPE))
     return {each: int(key) for each, is_here, key in zip(asked, is_found, keys, strict=True) if is_here}
 
 
@@ -118,28 +79,25 @@ def test_digests_are_found_under_their_smallest_key(store):
     assert found_digests(FeatureStore.create(f"{store.url}-empty", store.info), asked) == {}
 
 
-def test_each_image_goes_one_way(store):
-    changes = [ref(2, tag="touched"), ref(3, tag="changed"), ref(4, tag="unread")]
-    images = table(ref(1), *changes, ref(20), ref(21), ref(22))
-    known = {2: digest(2), 3: digest(33), 4: b"", 20: digest(9), 21: digest(21)}
-    made = planned(images, store, known, {digest(9): 9})
-    assert made.num_unchanged == 1
-    assert made.num_touched == 1
-    assert (made.copies.index_K.tolist(), made.copies.source_key_K.tolist()) == ([1, 4], [2, 9])
-    assert images.keys()[made.compute_C].tolist() == [3, 4, 21, 22]
-    assert made.digest_C.tolist() == [each.rstrip(b"\0") for each in (digest(33), b"", digest(21), b"")]
-    assert made.stored_keys.tolist() == [3, 4]
-
-
-def test_equal_images_stand_in_one_part():
+def test_equal_images_and_copies_of_neighbours_stand_in_one_part():
     images = table(*(ref(key) for key in range(8)))
     near = digest(1)[:8] + b"other   "  # begins as the digest of 1 and 6
     known = {1: digest(1), 6: digest(1), 2: digest(3), 3: digest(3), 4: near}
     assert keys(images, parts_of(images, 1, known)) == [[0], [1, 6], [2, 3], [4], [5], [7]]
+    images = table(*(ref(key) for key in range(6)))
+    copies = diff.ImageCopies(np.arange(6), np.arange(6) % 3)
+    parts = diff.make_copy_parts(images, copies, 2)
+    assert sorted(part.source_key_K.tolist() for part in parts) == [[0, 0], [1, 1], [2, 2]]
+    assert len({part.name for part in parts}) == 3
+    assert all(part.source_key_K.tolist() == (part.index_K % 3).tolist() for part in parts)
+    backward = diff.ImageCopies(np.arange(6)[::-1], (np.arange(6) % 3)[::-1])
+    names = [diff.make_copy_parts(images, each, 6)[0].name for each in (backward, copies)]
+    assert names[0] != names[1]
+    assert diff.equal_candidates(np.array([10, 20, 10, -1])).tolist() == [True, False, True, True]
 
 
 def test_parts_are_of_groups_as_a_dict_would_have_them(monkeypatch):
-    monkeypatch.setattr(plan, "MAX_GROUP_PARTS", 2)
+    monkeypatch.setattr(diff, "MAX_GROUP_PARTS", 2)
     draw = np.random.default_rng(0)
     for count, num_digests, part_size in ((0, 1, 4), (1, 1, 4), (300, 40, 1), (300, 7, 4), (300, 300, 16), (50, 1, 3)):
         images = table(*(ref(key) for key in range(count)))
@@ -170,23 +128,7 @@ def test_parts_stay_where_images_come_or_go_elsewhere(place):
 def test_the_name_of_a_part_changes_with_its_images():
     names = [parts_of(table(*refs), 9)[0].name for refs in ([ref(1)], [ref(1), ref(2)], [ref(1, tag="new")])]
     assert len(set(names)) == 3
-    assert names[1] == run_id_of([(1, "tag"), (2, "tag")]) == "54e5273c1bd19ad178087255d185cecd"
-
-
-def test_copies_of_neighbours_stand_in_one_part():
-    images = table(*(ref(key) for key in range(6)))
-    copies = ImageCopies(np.arange(6), np.arange(6) % 3)
-    parts = make_copy_parts(images, copies, 2)
-    assert sorted(part.source_key_K.tolist() for part in parts) == [[0, 0], [1, 1], [2, 2]]
-    assert len({part.name for part in parts}) == 3
-    assert all(part.source_key_K.tolist() == (part.index_K % 3).tolist() for part in parts)
-    backward = ImageCopies(np.arange(6)[::-1], (np.arange(6) % 3)[::-1])
-    names = [make_copy_parts(images, each, 6)[0].name for each in (backward, copies)]
-    assert names[0] != names[1]
-
-
-def test_only_images_of_equal_or_unknown_size_may_be_equal():
-    assert equal_candidates(np.array([10, 20, 10, -1])).tolist() == [True, False, True, True]
+    assert names[1] == diff.run_id_of([(1, "tag"), (2, "tag")]) == "54e5273c1bd19ad178087255d185cecd"
 
 
 COUNT = 20_000
@@ -247,7 +189,7 @@ def test_no_object_is_held_for_an_image(large_store, monkeypatch):
             ImageRef(key_of_uri(name), name, f"s3://photos/{name}", tag_of(number), 10_000 + number % 999)
             for number, name in enumerate(names)
         )
-        plan = refresh.make_plan(None, images, compare(images, snapshot), snapshot)
+        plan = refresh.make_plan(None, images, diff.compare(images, snapshot), snapshot)
         run = refresh.ImageRun(None, large_store, settings, snapshot)
         reports = run.stage(images, plan)
         _, peak_bytes = tracemalloc.get_traced_memory()

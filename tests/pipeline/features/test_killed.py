@@ -37,15 +37,13 @@ parts.prepare = slow
 """
 
 pytestmark = pytest.mark.long(18)
+PARTS = {"batch_size": 2, "part_size": 2}
 
 
 @pytest.fixture
 def draw_some(write):
     """Draws pictures of these numbers into the folder of images."""
     return lambda numbers, seed=0: write(**{f"{number:02d}": number + seed for number in numbers})
-
-
-PARTS = {"batch_size": 2, "part_size": 2}
 
 
 def assert_same_rows(store, calm):
@@ -58,15 +56,20 @@ def assert_same_rows(store, calm):
     np.testing.assert_allclose(features_ND, expected_ND, rtol=1e-3, atol=1e-5 * expected_ND.max())
 
 
-def wait_until(condition, timeout_s=120):
-    deadline = time.monotonic() + timeout_s
+def num_parts(store):
+    return len(list(store.glob("staging/*/*.parquet")))
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + 120
     while not condition():
         assert time.monotonic() < deadline, "nothing happened"
         time.sleep(0.02)
 
 
-def staged_parts(store):
-    return list(store.glob("staging/*/*.parquet"))
+def start_refresh(folder, store, **environment):
+    words = ["--images", folder, "--store", store, "--batch-size", "2", "--part-size", "1"]
+    return start(sys.executable, JOBS / "refresh_features.py", *words, **environment)
 
 
 def start(*command, **environment):
@@ -74,10 +77,6 @@ def start(*command, **environment):
         list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE", **environment}, process_group=0,
     )  # fmt: skip
-
-
-def has_torch(pid):
-    return any("libtorch" in each.path for each in psutil.Process(pid).memory_maps())
 
 
 def kill(process):
@@ -93,21 +92,20 @@ def test_a_killed_job_goes_on_with_the_parts_that_it_had(make, run, draw_some, t
     draw_some(range(2, 22), seed=50)
     slow = tmp_path / "slow.py"
     slow.write_text(SLOW_DECODER)
-    job = start(
-        sys.executable, JOBS / "refresh_features.py", "--images", folder, "--store", store,
-        "--batch-size", "2", "--part-size", "1", DASK_DISTRIBUTED__WORKER__PRELOAD=str(slow),
-    )  # fmt: skip
+    job = start_refresh(folder, store, DASK_DISTRIBUTED__WORKER__PRELOAD=str(slow))
     try:
-        wait_until(lambda: len(staged_parts(store)) >= 2 or job.poll() is not None)
+        wait_until(lambda: num_parts(store) >= 2 or job.poll() is not None)
         workers = psutil.Process(job.pid).children(recursive=True)
-        assert not has_torch(job.pid) and any(has_torch(each.pid) for each in workers), "Torch is of workers"
+        processes = [psutil.Process(job.pid), *workers]
+        with_torch = [any("libtorch" in each.path for each in one.memory_maps()) for one in processes]
+        assert not with_torch[0] and any(with_torch), "Torch is of workers"
     finally:
         job.kill()
         job.wait()
     _, alive = psutil.wait_procs(workers, timeout=60)
     kill(job)
     assert not alive
-    num_staged = len(staged_parts(store))
+    num_staged = num_parts(store)
     assert 2 <= num_staged < 20
     assert FeatureStore.open(store).snapshot().version == 1
 
@@ -117,7 +115,7 @@ def test_a_killed_job_goes_on_with_the_parts_that_it_had(make, run, draw_some, t
     assert (summary.num_resumed, summary.num_computed, summary.snapshot) == (num_staged, 21, 2)
     make(folder, "calm", backbone=KNOWN_TO_ALL, **PARTS)
     assert_same_rows(store, tmp_path / "calm")
-    assert not staged_parts(store)
+    assert not num_parts(store)
 
 
 class Crash(WorkerPlugin):
@@ -228,12 +226,9 @@ def test_a_killed_scheduler_ends_the_job_and_the_next_one_goes_on(make, run, dra
         wait_until(file.exists)
         stack.enter_context(worker_here(file, monkeypatch))
         stack.callback(kill, scheduler)
-        job = start(
-            sys.executable, JOBS / "refresh_features.py", "--images", folder, "--store", store,
-            "--batch-size", "2", "--part-size", "1", DASK_SCHEDULER_FILE=str(file),
-        )  # fmt: skip
+        job = start_refresh(folder, store, DASK_SCHEDULER_FILE=str(file))
         stack.callback(kill, job)
-        wait_until(lambda: len(staged_parts(store)) >= 2 or job.poll() is not None)
+        wait_until(lambda: num_parts(store) >= 2 or job.poll() is not None)
         with Client(scheduler_file=str(file), set_as_default=False) as looking:
             imported = looking.run_on_scheduler(lambda: list(__import__("sys").modules))
         assert "pipeline.cluster.tasks" in imported and "torch" not in imported, "Torch is of workers"
@@ -241,7 +236,7 @@ def test_a_killed_scheduler_ends_the_job_and_the_next_one_goes_on(make, run, dra
         out, err = job.communicate(timeout=100)
     assert (job.returncode, out) == (1, ""), err
     assert "error: the Dask scheduler was lost or restarted; run the same command again to continue" in err
-    num_staged = len(staged_parts(store))
+    num_staged = num_parts(store)
     assert 2 <= num_staged < 12
     assert FeatureStore.open(store).snapshot().version == 1
 

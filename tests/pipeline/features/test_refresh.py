@@ -1,5 +1,7 @@
 """Refresh: what changed is computed, what moved is copied, what vanished goes; also after trouble."""
 
+import contextlib
+import json
 import shutil
 from unittest.mock import Mock
 
@@ -16,21 +18,26 @@ from pipeline.features import refresh as refresh_module
 from pipeline.features.refresh import extract, refresh
 from pipeline.images.source import files_below, read_image
 from pipeline.options import ExtractOptions, RefreshOptions
-from tests.pipeline.features.conftest import (
-    change_everything,
-    counts,
-    files_of,
-    num_staged,
-    quarantine,
-    rows_of,
-    touch,
-)
+from tests.pipeline.features.conftest import change_everything, counts, rows_of, touch
 from tests.pipeline.network.tiny import TINY
 
 
-def test_the_store_becomes_what_an_extraction_of_the_images_would_give(make, run, write, computed, tmp_path):
-    folder = write(a=1, b=2, c=3, d=4, e=5, f=6)
-    make(folder)
+def files_of(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+def num_staged(store):
+    """Images that went through the network for the parts that are staged."""
+    reports = [path for path in store.glob("staging/*/*.json") if path.with_suffix(".parquet").exists()]
+    return sum(json.loads(path.read_text())["num_computed"] for path in reports)
+
+
+def quarantine(tmp_path):
+    return {row.uri: row.reason for row in FeatureStore.open(tmp_path / "features").quarantine_rows()}
+
+
+def test_the_store_becomes_what_an_extraction_of_the_images_would_give(made, make, run, write, computed, tmp_path):
+    folder = made(a=1, b=2, c=3, d=4, e=5, f=6)
     change_everything(folder, write)
     done = sum(computed)
     expected = (4, 1, 1, 2, 2, 1, 0, 3)
@@ -44,9 +51,8 @@ def test_the_store_becomes_what_an_extraction_of_the_images_would_give(make, run
     assert not list((tmp_path / "features/staging").glob("*/*"))
 
 
-def test_nothing_changed_is_no_commit_and_needs_no_network(make, run, write, monkeypatch, tmp_path):
-    folder = write(a=1, b=2)
-    make(folder)
+def test_nothing_changed_is_no_commit_and_needs_no_network(made, run, write, monkeypatch, tmp_path):
+    folder = made(a=1, b=2)
     monkeypatch.setattr(refresh_module, "describe_network", None)
     before = files_of(tmp_path / "features")
     assert counts(run(folder)) == (0, 0, 0, 2, 0, 0, 0, 0)
@@ -58,9 +64,8 @@ def test_nothing_changed_is_no_commit_and_needs_no_network(make, run, write, mon
     assert counts(run(folder)) == (0, 0, 0, 1, 0, 0, 0, 0)
 
 
-def test_a_refresh_goes_to_its_channel(make, run, write, tmp_path):
-    folder = write(a=1, b=2)
-    make(folder)
+def test_a_refresh_goes_to_its_channel(made, run, write, tmp_path):
+    folder = made(a=1, b=2)
     store = FeatureStore.open(tmp_path / "features")
     with pytest.raises(ChannelError, match="not the name of a channel"):
         run(folder, channel="19")
@@ -73,10 +78,8 @@ def test_a_refresh_goes_to_its_channel(make, run, write, tmp_path):
     assert [move.reason for move in read_moves(store.storage, "candidate")] == ["refresh", "refresh"]
 
 
-def test_bad_images_lose_their_feature_and_come_back(make, run, write, encode, draw, tmp_path):
-    folder = write(a=1, b=2, c=3)
-    (folder / "never.jpg").write_text("never an image")
-    make(folder)
+def test_bad_images_lose_their_feature_and_come_back(made, run, tmp_path):
+    folder = made(a=1, b=2, c=3, never="never an image")
     good = (folder / "a.jpg").read_bytes()
     (folder / "a.jpg").write_bytes(good[:300])
     first = run(folder)
@@ -102,9 +105,8 @@ def unreachable(location):
     return read_image(location)
 
 
-def test_changed_images_that_cannot_be_read_keep_their_feature(make, run, write, monkeypatch, tmp_path):
-    folder = write(a=1, b=2)
-    make(folder)
+def test_images_that_cannot_be_read_keep_their_feature_for_a_later_run(made, run, write, monkeypatch, tmp_path):
+    folder = made(a=1, b=2)
     before = rows_of(tmp_path / "features")
     write(a=10)
     with monkeypatch.context() as network:
@@ -116,24 +118,17 @@ def test_changed_images_that_cannot_be_read_keep_their_feature(make, run, write,
     assert counts(run(folder)) == (0, 1, 0, 1, 0, 0, 1, 0)
     assert rows_of(tmp_path / "features")["a.jpg"] != before["a.jpg"]
     assert quarantine(tmp_path) == {}
-
-
-def test_an_image_that_did_not_change_after_all_leaves_the_quarantine(make, run, write, monkeypatch, tmp_path):
-    folder = write(a=1, b=2)
-    make(folder)
     touch(folder / "a.jpg")
     with monkeypatch.context() as network:
         network.setattr("pipeline.features.part.read_image", Mock(side_effect=BadImageError("no answer")))
         assert counts(run(folder)) == (0, 0, 0, 1, 0, 1, 0, 0)
     touch(folder / "a.jpg", -100)
-    assert counts(run(folder)) == (0, 0, 0, 2, 0, 0, 1, 0)
+    assert counts(run(folder)) == (0, 0, 0, 2, 0, 0, 1, 0), "it did not change after all"
     assert quarantine(tmp_path) == {}
 
 
-def test_a_store_that_would_lose_most_of_its_rows_is_left_alone(make, run, write, tmp_path):
-    folder = write(a=1, b=2, c=3, d=4)
-    (folder / "old.jpg").write_text("a text")
-    make(folder)
+def test_a_store_that_would_lose_most_of_its_rows_is_left_alone(made, run, tmp_path):
+    folder = made(a=1, b=2, c=3, d=4, old="a text")
     for name in "abc":
         (folder / f"{name}.jpg").unlink()
     (folder / "old.jpg").unlink()
@@ -149,15 +144,13 @@ def test_a_store_that_would_lose_most_of_its_rows_is_left_alone(make, run, write
     assert quarantine(tmp_path) == {}
 
 
-def test_images_that_all_became_garbage_do_not_empty_the_store(make, run, write, tmp_path):
-    folder = write(a=1, b=2, c=3, d=4)
-    make(folder)
-    for name in "abc":
-        (folder / f"{name}.jpg").write_text(f"disk trouble {name}")
+def test_images_that_all_became_garbage_do_not_empty_the_store(made, run, write, tmp_path):
+    folder = made(a=1, b=2, c=3, d=4)
+    write(**{name: f"disk trouble {name}" for name in "abc"})
     with pytest.raises(StoreRunError, match=r"3 of the 4 rows in .* cannot be decoded any more"):
         run(folder)
     assert len(rows_of(tmp_path / "features")) == 4
-    (folder / "d.jpg").write_text("disk trouble d")
+    write(d="disk trouble d")
     with pytest.raises(StoreRunError, match="none of the 4 images can be used"):
         run(folder, max_gone=1.0)
     assert len(rows_of(tmp_path / "features")) == 4
@@ -180,13 +173,12 @@ def test_the_network_is_the_stores_own(make, run, write, tmp_path, client):
     assert run(folder, weights="random:0").num_new == 1
 
 
-def test_images_without_a_tag_are_compared_by_their_bytes(make, run, write, monkeypatch, tmp_path):
+def test_images_without_a_tag_are_compared_by_their_bytes(made, run, write, monkeypatch, tmp_path):
     def without_size_and_time(root):
         return [(path, None) for path, _ in files_below(root)]
 
     monkeypatch.setattr("pipeline.images.source.files_below", without_size_and_time)
-    folder = write(a=1, b=2)
-    make(folder)
+    folder = made(a=1, b=2)
     assert counts(run(folder)) == (0, 0, 0, 2, 0, 0, 0, 0)
     write(a=10)
     assert counts(run(folder)) == (0, 1, 0, 1, 0, 0, 0, 0)
@@ -220,11 +212,8 @@ def lost(self, *args, **kwargs):
     raise StorageError("the power went out")
 
 
-def test_a_run_that_goes_on_keeps_images_that_could_not_be_read_for_the_next_one(
-    make, run, write, monkeypatch, computed, tmp_path
-):
-    folder = write(a=1, b=2, c=3, d=4)
-    make(folder)
+def test_a_run_that_goes_on_leaves_unread_images_to_the_next_one(made, run, write, monkeypatch, computed, tmp_path):
+    folder = made(a=1, b=2, c=3, d=4)
     write(a=10, b=20, c=30)
     done = sum(computed)
     with monkeypatch.context() as trouble:
@@ -238,89 +227,63 @@ def test_a_run_that_goes_on_keeps_images_that_could_not_be_read_for_the_next_one
     assert len(rows_of(tmp_path / "features")) == 4
 
 
-@pytest.mark.parametrize(("change", "num_resumed"), [("none", 4), ("written", 3), ("gone", 3), ("all", 0)])
-def test_a_part_counts_while_each_of_its_images_is_as_it_was(
-    change, num_resumed, make, run, write, monkeypatch, computed, tmp_path
-):
-    folder = write(a=1, b=2, c=3, d=4, e=5)
-    make(folder)
+@pytest.mark.parametrize(("again", "gone", "num_resumed"), [("", "", 4), ("a", "", 3), ("", "d", 3), ("abcd", "", 0)])
+def test_a_part_counts_while_its_images_stay(again, gone, num_resumed, made, run, write, monkeypatch, computed):
+    folder = made(a=1, b=2, c=3, d=4, e=5)
     write(a=10, b=20, c=30, d=40)
     with monkeypatch.context() as trouble:
         trouble.setattr(FeatureStore, "commit", lost)
         with pytest.raises(StorageError, match="the power went out"):
             run(folder, part_size=1)
-    if change == "written":
-        write(a=11)
-        touch(folder / "a.jpg")
-    elif change == "gone":
-        (folder / "d.jpg").unlink()
-    elif change == "all":
-        for name in "abcd":
-            touch(folder / f"{name}.jpg")
+    for name in again:
+        touch(folder / f"{name}.jpg")
+    for name in gone:
+        (folder / f"{name}.jpg").unlink()
     done = sum(computed)
     summary = run(folder, part_size=1)
     assert (summary.num_resumed, summary.num_unchanged) == (num_resumed, 1)
-    assert (summary.num_changed, summary.num_gone) == ((3, 1) if change == "gone" else (4, 0))
+    assert (summary.num_changed, summary.num_gone) == ((3, 1) if gone else (4, 0))
     assert sum(computed) - done == summary.num_changed - num_resumed
 
 
-@pytest.fixture
-def failing_after(monkeypatch):
-    """Lets so many writes of the store and its parts succeed, and no later one."""
-
-    def failing_after(count):
-        left = [count]
-
-        def limited(function):
-            def write(self, *args, **kwargs):
-                left[0] -= 1
-                if left[0] < 0:
-                    raise StorageError("the power went out")
-                return function(self, *args, **kwargs)
-
-            return write
-
-        context = monkeypatch.context()
-        patch = context.__enter__()
-        for name in ("open_output", "create_exclusive", "delete"):
-            patch.setattr(Storage, name, limited(getattr(Storage, name)))
-        return context, left
-
-    return failing_after
-
-
 @pytest.mark.parametrize("step", [2, pytest.param(1, marks=pytest.mark.slow)])
-def test_stopped_at_any_write_it_goes_on_without_repeating_a_part(
-    step, make, run, write, computed, failing_after, tmp_path
-):
+def test_stopped_at_any_write_it_repeats_no_part(step, made, make, run, write, computed, monkeypatch, tmp_path):
     """At each second write, which meets each number of staged parts; at each of them in the slow."""
-    folder = write(a=1, b=2, c=3, d=4, e=5, f=6)
-    make(folder)
-    (tmp_path / "features").rename(tmp_path / "before")
+    folder, store = made(a=1, b=2, c=3, d=4, e=5, f=6), tmp_path / "features"
+    store.rename(tmp_path / "before")
     change_everything(folder, write)
     write(x=40, y=41, z=42)
     make(folder, "anew")
     expected = rows_of(tmp_path / "anew")
-    points, is_done, lefts = 0, False, set()
+    left, lefts, points, is_done = 0, set(), 0, False
+
+    def limited(function):
+        def write(self, *args, **kwargs):
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise StorageError("the power went out")
+            return function(self, *args, **kwargs)
+
+        return write
+
     while not is_done:
-        shutil.rmtree(tmp_path / "features", ignore_errors=True)
-        shutil.copytree(tmp_path / "before", tmp_path / "features")
-        context, left = failing_after(points)
-        try:
+        shutil.rmtree(store, ignore_errors=True)
+        shutil.copytree(tmp_path / "before", store)
+        left = points
+        with monkeypatch.context() as power, contextlib.suppress(StorageError):
+            for name in ("open_output", "create_exclusive", "delete"):
+                power.setattr(Storage, name, limited(getattr(Storage, name)))
             run(folder, part_size=1)
-            is_done = left[0] >= 0
-        except StorageError:
-            pass
-        finally:
-            context.__exit__(None, None, None)
-        is_committed = FeatureStore.open(tmp_path / "features").snapshot().version == 2
-        num_left = 0 if is_committed else 5 - num_staged(tmp_path / "features")
+            is_done = left >= 0
+        is_committed = FeatureStore.open(store).snapshot().version == 2
+        num_left = 0 if is_committed else 5 - num_staged(store)
         done = sum(computed)
         summary = run(folder, part_size=1)
-        assert rows_of(tmp_path / "features") == expected
+        assert rows_of(store) == expected
         assert set(quarantine(tmp_path)) == {"text.jpg"}
         assert summary.snapshot == 2
-        assert not list((tmp_path / "features/staging").glob("*/*"))
+        assert not list(store.glob("staging/*/*"))
         assert sum(computed) - done == num_left
         lefts.add(num_left)
         points += step
@@ -342,9 +305,8 @@ def test_after_a_repair_it_computes_what_was_lost(make, run, write, computed, tm
     files = store.snapshot().manifest.files(0)
     path = tmp_path / "features" / files[damaged].path
     group = pq.ParquetFile(path).metadata.row_group(0)
-    numbers = [
-        group.column(i) for i in range(group.num_columns) if group.column(i).path_in_schema.startswith("feature")
-    ]
+    columns = [group.column(i) for i in range(group.num_columns)]
+    numbers = [each for each in columns if each.path_in_schema.startswith("feature")]
     at, data = numbers[0].data_page_offset + numbers[0].total_compressed_size // 2, bytearray(path.read_bytes())
     data[at] ^= 1
     path.write_bytes(data)

@@ -1,4 +1,4 @@
-"""Folders, addresses and tables of images: keys, tags, order, mistakes, and files that are none."""
+"""Folders, addresses and tables of images: keys, tags, order, mistakes, files that are none; columns of the listing."""
 
 import contextlib
 import os
@@ -6,11 +6,13 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import fsspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -21,17 +23,26 @@ from featurestore.keys import key_of_uri
 from featurestore.storage import remote
 from featurestore.storage.storage import Storage
 from pipeline.errors import BadImageError, SourceError
-from pipeline.images.source import list_images, read_image
+from pipeline.images import source
+from pipeline.images.source import ImageRef, ImageTable, list_images, read_image
+from tests.faulty import full_from
 from tests.servers import fill
+
+NAMES = ["a/1.jpeg", "a/z.PNG", "b.jpg"]
 
 
 @pytest.fixture
 def folder(tmp_path):
-    for uri in ("b.jpg", "a/z.PNG", "a/1.jpeg", "notes.txt", "a/.DS_Store"):
+    for uri in (*NAMES, "notes.txt", "a/.DS_Store"):
         path = tmp_path / "images" / uri
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(uri.encode())
     return tmp_path / "images"
+
+
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch):
+    monkeypatch.setattr(source, "BATCH_ROWS", 4)
 
 
 def write_csv(folder, text):
@@ -40,24 +51,17 @@ def write_csv(folder, text):
     return str(path)
 
 
-def test_a_folder_gives_relative_uris_in_order_and_counts_the_rest(folder):
+def test_a_folder_gives_relative_uris_in_order_and_tags_that_change_with_the_file(folder, monkeypatch):
     listing = list_images(str(folder))
-    assert [ref.uri for ref in listing.images] == ["a/1.jpeg", "a/z.PNG", "b.jpg"]
-    assert [ref.key for ref in listing.images] == [key_of_uri(ref.uri) for ref in listing.images]
-    assert [read_image(ref.location) for ref in listing.images] == [b"a/1.jpeg", b"a/z.PNG", b"b.jpg"]
+    assert [ref.uri for ref in listing.images] == NAMES
+    assert [ref.key for ref in listing.images] == [*map(key_of_uri, NAMES)]
+    assert [read_image(ref.location) for ref in listing.images] == [name.encode() for name in NAMES]
     assert [ref.size_bytes for ref in listing.images] == [8, 7, 5]
     assert listing.num_ignored == 2
-
-
-def test_keys_do_not_depend_on_how_the_folder_is_written(folder, monkeypatch):
     monkeypatch.chdir(folder.parent)
-    expected = list_images(str(folder))
     for address in ("images", "images/", "./images", f"file://{folder}"):
-        listing = list_images(address)
-        assert ([*listing.images], listing.num_ignored) == ([*expected.images], expected.num_ignored)
-
-
-def test_the_tag_changes_with_the_file(folder):
+        same = list_images(address)
+        assert ([*same.images], same.num_ignored) == ([*listing.images], 2), "however the folder is written"
     before = list_images(str(folder)).images
     os.utime(folder / "b.jpg", (1, 1))
     (folder / "a/1.jpeg").write_bytes(b"longer than it was")
@@ -65,7 +69,7 @@ def test_the_tag_changes_with_the_file(folder):
     assert [a.source_tag == b.source_tag for a, b in zip(before, after, strict=True)] == [False, True, False]
 
 
-def test_a_folder_that_cannot_be_listed_is_an_error_and_not_an_empty_one(folder, monkeypatch):
+def test_a_folder_that_cannot_be_listed_is_an_error_on_any_file_system(folder, monkeypatch):
     deep = folder / "deeper" / "still"
     deep.mkdir(parents=True)
     (deep / "x.jpg").write_bytes(b"x")
@@ -80,10 +84,7 @@ def test_a_folder_that_cannot_be_listed_is_an_error_and_not_an_empty_one(folder,
     monkeypatch.setattr(os, "scandir", refused)
     with pytest.raises(SourceError, match=r"cannot list .*/still: Permission denied"):
         list_images(str(folder))
-
-
-def test_no_file_system_that_is_walked_folder_by_folder_hides_one(monkeypatch):
-    """The `find` of fsspec omits what it cannot list."""
+    # The `find` of fsspec omits what it cannot list.
 
     class Remote(AbstractFileSystem):
         protocol = "remote"
@@ -117,28 +118,30 @@ def test_no_images_is_a_clear_error(tmp_path):
         list_images("nosuch://bucket/images")
 
 
-def test_a_table_with_ids(folder):
+def test_a_table_with_ids_or_keys_of_which_each_has_one_address(folder):
     table = write_csv(folder, f"id,uri,other\n007,b.jpg,1\nshoe,a/z.PNG,2\nabs,{folder}/a/1.jpeg,3\n")
     listing = list_images(table)
     assert [ref.key for ref in listing.images] == [key_of_uri("007"), key_of_uri("shoe"), key_of_uri("abs")]
     assert [ref.uri for ref in listing.images] == ["b.jpg", "a/z.PNG", f"{folder}/a/1.jpeg"]
     assert [read_image(ref.location) for ref in listing.images] == [b"b.jpg", b"a/z.PNG", b"a/1.jpeg"]
     assert all(ref.source_tag for ref in listing.images)
-
-
-def test_a_table_with_keys_and_whole_addresses(folder):
     path = folder / "table.parquet"
     pq.write_table(pa.table({"key": pa.array([5, -6], pa.int32()), "uri": ["b.jpg", f"file://{folder}/a/z.PNG"]}), path)
     listing = list_images(f"file://{path}")
     assert [ref.key for ref in listing.images] == [5, -6]
     assert [read_image(ref.location) for ref in listing.images] == [b"b.jpg", b"a/z.PNG"]
+    listing = list_images(write_csv(folder, "key,uri\n1,b.jpg\n2,a/z.PNG\n1,b.jpg\n"))
+    assert [ref.key for ref in listing.images] == [1, 2]
+    assert listing.num_ignored == 1
+    with pytest.raises(KeyCollisionError, match=r"key 1 belongs to two images, 'b.jpg' and 'a/z.PNG'"):
+        list_images(write_csv(folder, "key,uri\n1,b.jpg\n1,a/z.PNG\n"))
 
 
 @pytest.mark.parametrize("column", ["key", "id", "uri"])
 def test_a_table_is_read_in_blocks(folder, monkeypatch, column):
-    monkeypatch.setattr("pipeline.images.source.BATCH_ROWS", 2)
-    uris = ["b.jpg", "a/z.PNG", "gone.jpg", "a/1.jpeg", "other.jpg"]
+    monkeypatch.setattr(source, "BATCH_ROWS", 2)
     (folder / "other.jpg").write_bytes(b"other")
+    uris = ["b.jpg", "a/z.PNG", "gone.jpg", "a/1.jpeg", "other.jpg"]
     names = {"key": [4, 3, 2, 1, 0], "id": ["v", "w", "x", "y", "z"], "uri": uris}[column]
     pq.write_table(pa.table({column: names, "uri": uris}), folder / "table.parquet")
     listing = list_images(str(folder / "table.parquet"))
@@ -147,37 +150,27 @@ def test_a_table_is_read_in_blocks(folder, monkeypatch, column):
     assert [ref.size_bytes for ref in listing.images] == [5, 7, -1, 8, 5]
 
 
-def test_repeated_rows_count_once_and_two_uris_of_a_key_are_refused(folder):
-    listing = list_images(write_csv(folder, "key,uri\n1,b.jpg\n2,a/z.PNG\n1,b.jpg\n"))
-    assert [ref.key for ref in listing.images] == [1, 2]
-    assert listing.num_ignored == 1
-    with pytest.raises(KeyCollisionError, match=r"key 1 belongs to two images, 'b.jpg' and 'a/z.PNG'"):
-        list_images(write_csv(folder, "key,uri\n1,b.jpg\n1,a/z.PNG\n"))
-
-
-def test_bad_tables_are_refused(folder):
-    with pytest.raises(SourceError, match="no column 'uri'"):
-        list_images(write_csv(folder, "key,path\n1,b.jpg\n"))
-    with pytest.raises(SourceError, match="has no rows"):
-        list_images(write_csv(folder, "key,uri\n"))
-    with pytest.raises(SourceError, match="cannot read the table"):
-        list_images(write_csv(folder, "key,uri\nseven,b.jpg\n"))
-    with pytest.raises(SourceError, match=r"table\.csv: line 2: a value that begins with the quote \" does not end"):
-        list_images(write_csv(folder, 'key,uri\n1,"b.jpg\n2,a/z.PNG\n'))
-    with pytest.raises(SourceError, match=r"line 3: a value in quotes has several lines, and no key or uri has"):
-        list_images(write_csv(folder, 'key,uri\n2,a/z.PNG\n1,"b.jpg\n3,"\n'))
-    path = folder / "table.parquet"
-    pq.write_table(pa.table({"key": ["1"], "uri": ["b.jpg"]}), path)
-    with pytest.raises(SourceError, match="column 'key' is string, not int64"):
-        list_images(str(path))
-    pq.write_table(pa.table({"id": [1], "uri": ["b.jpg"]}), path)
-    with pytest.raises(SourceError, match="column 'id' is int64, not string; use the name key for int64 keys"):
-        list_images(str(path))
-    pq.write_table(pa.table({"key": [1, None], "uri": ["b.jpg", "c.jpg"]}), path)
-    with pytest.raises(SourceError, match="column 'key' has 1 empty values"):
-        list_images(str(path))
-    path.write_bytes(path.read_bytes()[:50])
-    with pytest.raises(SourceError, match="cannot read the table"):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("key,path\n1,b.jpg\n", "no column 'uri'"),
+        ("key,uri\n", "has no rows"),
+        ("key,uri\nseven,b.jpg\n", "cannot read the table"),
+        ('key,uri\n1,"b.jpg\n2,a/z.PNG\n', r"table\.csv: line 2: a value that begins with the quote \" does not end"),
+        ('key,uri\n2,a/z.PNG\n1,"b.jpg\n3,"\n', r"line 3: a value in quotes has several lines, and no key or uri has"),
+        ({"key": ["1"], "uri": ["b.jpg"]}, "column 'key' is string, not int64"),
+        ({"id": [1], "uri": ["b.jpg"]}, "column 'id' is int64, not string; use the name key for int64 keys"),
+        ({"key": [1, None], "uri": ["b.jpg", "c.jpg"]}, "column 'key' has 1 empty values"),
+        (b"PAR1 and nothing more", "cannot read the table"),
+    ],
+)
+def test_bad_tables_are_refused(folder, content, message):
+    path = folder / ("table.csv" if isinstance(content, str) else "table.parquet")
+    if isinstance(content, dict):
+        pq.write_table(pa.table(content), path)
+    else:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(SourceError, match=message):
         list_images(str(path))
 
 
@@ -192,43 +185,38 @@ def test_what_cannot_be_read_is_a_bad_image(folder):
         read_image("nosuch://bucket/image.jpg")
 
 
-def test_the_first_bytes_of_an_object_are_read_whatever_its_size(s3_url):
-    files = fsspec.filesystem("s3")
-    for name, data in (("some", b"12345"), ("empty", b"")):
-        files.pipe_file(f"{s3_url}/{name}.jpg", data)
-        for most in (1, 3, 5, 100, 10_000_000):
-            assert read_image(f"{s3_url}/{name}.jpg", most) == data[:most]
-    with pytest.raises(BadImageError, match="no such file"):
-        read_image(f"{s3_url}/none.jpg", 3)
-
-
-def test_s3(s3_endpoint):
+def test_s3(s3_url):
     fs = fsspec.filesystem("s3", use_listings_cache=False)
-    fs.call_s3("create_bucket", Bucket="photos")
-    fs.pipe({"photos/in/b.jpg": b"bytes of b", "photos/in/deep/a.jpg": b"a", "photos/in/x.txt": b"x"})
-    listing = list_images("s3://photos/in")
+    place = f"{s3_url}/in"
+    fs.pipe({f"{place}/b.jpg": b"bytes of b", f"{place}/deep/a.jpg": b"a", f"{place}/x.txt": b"x"})
+    listing = list_images(place)
     assert [ref.uri for ref in listing.images] == ["b.jpg", "deep/a.jpg"]
     assert listing.num_ignored == 1
     requests = []
-    events = Storage("s3://photos")._remote.client.s3.meta.events
+    events = Storage(s3_url)._remote.client.s3.meta.events
     events.register("before-send.s3", lambda request, **_: requests.append(request.method), unique_id="counted")
     assert read_image(next(iter(listing.images)).location) == b"bytes of b"
     events.unregister("before-send.s3", unique_id="counted")
     assert requests == ["GET"]
-    fs.pipe("photos/in/b.jpg", b"other")
-    assert next(iter(list_images("s3://photos/in").images)).source_tag != next(iter(listing.images)).source_tag
-    with pytest.raises(BadImageError, match="no such file"):
-        read_image("s3://photos/in/none.jpg")
-    with pytest.raises(SourceError, match="no images in s3://photos/out"):
-        list_images("s3://photos/out")
+    fs.pipe(f"{place}/b.jpg", b"other")
+    assert next(iter(list_images(place).images)).source_tag != next(iter(listing.images)).source_tag
+    for name, data in (("some", b"12345"), ("empty", b"")):
+        fs.pipe_file(f"{s3_url}/{name}.jpg", data)
+        for most in (1, 3, 5, 100, 10_000_000):
+            assert read_image(f"{s3_url}/{name}.jpg", most) == data[:most], "the first bytes, whatever its size"
+    for most in ((), (3,)):
+        with pytest.raises(BadImageError, match="no such file"):
+            read_image(f"{place}/none.jpg", *most)
+    with pytest.raises(SourceError, match=f"no images in {s3_url}/out"):
+        list_images(f"{s3_url}/out")
 
 
-def test_s3_gives_more_than_one_page(s3_endpoint):
-    fs = fsspec.filesystem("s3", use_listings_cache=False)
-    fs.call_s3("create_bucket", Bucket="pages")
-    fill("pages", {f"in/{number % 7}/{number}.jpg": b"%d" % number for number in range(1030)})
-    fs.pipe({"pages/in//twice.jpg": b"two slashes", "pages/in/s3:/x.jpg": b"no address", "pages/inside.jpg": b""})
-    for address, folder in (("s3://pages/in/", "pages/in/"), ("s3://pages", "pages/")):
+def test_s3_gives_more_than_one_page(s3_url):
+    fs, bucket = fsspec.filesystem("s3", use_listings_cache=False), s3_url.removeprefix("s3://")
+    fill(bucket, {f"in/{number % 7}/{number}.jpg": b"%d" % number for number in range(1030)})
+    odd = {"in//twice.jpg": b"two slashes", "in/s3:/x.jpg": b"no address", "inside.jpg": b""}
+    fs.pipe({f"{bucket}/{name}": data for name, data in odd.items()})
+    for address, folder in ((f"{s3_url}/in/", f"{bucket}/in/"), (s3_url, f"{bucket}/")):
         listing, found = list_images(address), fs.find(folder, detail=True)
         uris = {path.removeprefix(folder).lstrip("/"): path for path in found}
         assert [ref.uri for ref in listing.images] == sorted(uris) and listing.num_ignored == 0
@@ -236,7 +224,7 @@ def test_s3_gives_more_than_one_page(s3_endpoint):
             entry = found[uris[ref.uri]]
             assert (ref.location, ref.size_bytes) == (f"s3://{entry['name']}", entry["size"])
             assert ref.source_tag == entry["ETag"].strip('"')
-    assert read_image("s3://pages/in//twice.jpg") == b"two slashes"
+    assert read_image(f"{s3_url}/in//twice.jpg") == b"two slashes"
     assert len(listing.images) == 1033
 
 
@@ -245,14 +233,10 @@ def web(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The address of a server of the folder, which answers 410 and 503 for images called so."""
 
     class Handler(SimpleHTTPRequestHandler):
-        def __init__(self, *args: Any) -> None:
-            super().__init__(*args, directory=str(folder))
-
         def send_head(self) -> Any:
-            for status in (410, 503):
-                if str(status) in self.path:
-                    self.send_error(status)
-                    return None
+            if status := next((each for each in (410, 503) if str(each) in self.path), None):
+                self.send_error(status)
+                return None
             return super().send_head()
 
         def log_message(self, *args: Any) -> None:
@@ -261,7 +245,7 @@ def web(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setattr(remote, "HTTP_PATIENCE_S", 0.3)
     monkeypatch.setattr(remote, "_clients", {})
     monkeypatch.setattr(remote, "_unreached_until_s", {})
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(folder))) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
@@ -279,14 +263,8 @@ def test_images_of_a_web_server(folder: Path, web: str) -> None:
     with pytest.raises(BadImageError, match="no such file"):
         read_image(missing.location)
     (folder / "b.jpg").write_bytes(b"another picture")
-    again = list_images(table).images
-    assert [old.source_tag == new.source_tag for old, new in zip(listing.images, again, strict=True)] == [
-        False, True, True,
-    ]  # fmt: skip
-
-
-@pytest.mark.services
-def test_what_a_web_server_refuses_is_a_bad_image(web: str) -> None:
+    tags = [[ref.source_tag for ref in each.images] for each in (listing, list_images(table))]
+    assert [old == new for old, new in zip(*tags, strict=True)] == [False, True, True]
     with pytest.raises(BadImageError, match="410") as refused:
         read_image(f"{web}/410.jpg")
     assert "tried" not in str(refused.value)
@@ -317,73 +295,110 @@ def test_web_servers_that_are_gone_cost_a_moment_each(folder: Path, web: str, an
         assert time.monotonic() - start_s < 20
 
 
-@pytest.fixture
-def strange(tmp_path: Path) -> Path:
-    """Two images, one of them in a strange below."""
-    for uri in ("a.jpg", "deep/b.jpg"):
-        path = tmp_path / "images" / uri
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(uri.encode())
-    return tmp_path / "images"
-
-
-def uris(strange: Path) -> list[str]:
-    return [ref.uri for ref in list_images(str(strange)).images]
-
-
 @pytest.mark.timeout(20)
-def test_pipes_sockets_and_devices_are_no_images(strange: Path) -> None:
-    os.mkfifo(strange / "pipe.jpg")
-    (strange / "link.jpg").symlink_to(strange / "pipe.jpg")
-    (strange / "null.png").symlink_to("/dev/zero")
+def test_pipes_sockets_and_devices_are_no_images_and_nobody_waits_for_them(folder: Path) -> None:
+    os.mkfifo(folder / "pipe.jpg")
+    (folder / "link.jpg").symlink_to(folder / "pipe.jpg")
+    (folder / "null.png").symlink_to("/dev/zero")
     with contextlib.closing(socket.socket(socket.AF_UNIX)) as server:
-        server.bind(str(strange / "socket.jpg"))
-        listing = list_images(str(strange))
-    assert [ref.uri for ref in listing.images] == ["a.jpg", "deep/b.jpg"] and listing.num_ignored == 4
-
-
-@pytest.mark.timeout(20)
-def test_a_table_that_names_a_pipe_waits_for_nobody(strange: Path) -> None:
-    os.mkfifo(strange / "pipe.jpg")
-    (strange / "table.csv").write_text("uri\na.jpg\npipe.jpg\n/dev/zero\n")
-    good, pipe, device = list_images(str(strange / "table.csv")).images
-    assert read_image(good.location) == b"a.jpg"
+        server.bind(str(folder / "socket.jpg"))
+        listing = list_images(str(folder))
+    assert [ref.uri for ref in listing.images] == NAMES and listing.num_ignored == 2 + 4
+    good, pipe, device = list_images(write_csv(folder, "uri\nb.jpg\npipe.jpg\n/dev/zero\n")).images
+    assert read_image(good.location) == b"b.jpg"
     for ref in (pipe, device):
         with pytest.raises(BadImageError, match="not a regular file"):
             read_image(ref.location)
 
 
 @pytest.mark.timeout(20)
-def test_links_in_a_circle_end(strange: Path) -> None:
-    (strange / "self.jpg").symlink_to("self.jpg")
-    (strange / "deep" / "up").symlink_to(strange)
-    (strange / "ping").symlink_to(strange / "pong")
-    (strange / "pong").symlink_to(strange / "ping")
+def test_links_in_a_circle_end(folder: Path) -> None:
+    (folder / "self.jpg").symlink_to("self.jpg")
+    (folder / "a" / "up").symlink_to(folder)
+    (folder / "ping").symlink_to(folder / "pong")
+    (folder / "pong").symlink_to(folder / "ping")
     for number in range(12):  # followed wherever they lead, these would be 12! paths
-        (strange / f"many{number}").mkdir()
+        (folder / f"many{number}").mkdir()
         for other in range(12):
-            (strange / f"many{number}" / f"to{other}").symlink_to(strange / f"many{other}")
-    listing = list_images(str(strange))
-    assert [ref.uri for ref in listing.images] == ["a.jpg", "deep/b.jpg", "self.jpg"]
+            (folder / f"many{number}" / f"to{other}").symlink_to(folder / f"many{other}")
+    listing = list_images(str(folder))
+    assert [ref.uri for ref in listing.images] == [*NAMES, "self.jpg"]
     with pytest.raises(BadImageError, match=r"cannot read .*/self\.jpg: Too many levels"):
-        read_image([*listing.images][2].location)
+        read_image([*listing.images][-1].location)
 
 
-def test_links_lead_to_files_and_folders_also_outside(strange: Path, tmp_path: Path) -> None:
+def test_links_lead_to_files_and_folders_also_outside(folder: Path, tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     (outside / "more").mkdir(parents=True)
     (outside / "c.jpg").write_bytes(b"c")
     (outside / "more" / "d.jpg").write_bytes(b"d")
-    (strange / "file.jpg").symlink_to(outside / "c.jpg")
-    (strange / "gone.jpg").symlink_to(outside / "gone.jpg")
-    (strange / "x").symlink_to(outside)
-    (strange / "y").symlink_to(outside)  # the same strange again
-    (strange / "z").symlink_to(strange / "deep")  # listed as itself
-    found = {ref.uri: ref for ref in list_images(str(strange)).images}
-    assert list(found) == ["a.jpg", "deep/b.jpg", "file.jpg", "gone.jpg", "x/c.jpg", "x/more/d.jpg"]
+    (folder / "file.jpg").symlink_to(outside / "c.jpg")
+    (folder / "gone.jpg").symlink_to(outside / "gone.jpg")
+    (folder / "x").symlink_to(outside)
+    (folder / "y").symlink_to(outside)  # the same folder again
+    (folder / "z").symlink_to(folder / "a")  # listed as itself
+    found = {ref.uri: ref for ref in list_images(str(folder)).images}
+    assert list(found) == [*NAMES, "file.jpg", "gone.jpg", "x/c.jpg", "x/more/d.jpg"]
     assert read_image(found["file.jpg"].location) == b"c" and read_image(found["x/more/d.jpg"].location) == b"d"
     with pytest.raises(BadImageError, match="no such file"):
         read_image(found["gone.jpg"].location)
-    before = found["file.jpg"].source_tag
     os.utime(outside / "c.jpg", (1, 1))
-    assert {ref.uri: ref for ref in list_images(str(strange)).images}["file.jpg"].source_tag != before
+    later = {ref.uri: ref for ref in list_images(str(folder)).images}
+    assert later["file.jpg"].source_tag != found["file.jpg"].source_tag
+
+
+def ref(number, uri=None, **fields):
+    uri = uri or f"{number}.jpg"
+    return ImageRef(number, uri, f"file:///in/{uri}", f"tag {number}", 10 * number)._replace(**fields)
+
+
+@pytest.mark.parametrize("count", [0, 1, 4, 5, 23])
+def test_rows_come_back_in_their_order(count):
+    refs = [ref(number) for number in np.random.default_rng(0).permutation(count).tolist()]
+    for base in ("file:///in/", "s3://elsewhere/"):
+        table = ImageTable.of(iter(refs), base)
+        assert [*table] == refs == table.refs(np.arange(count)) and len(table) == count
+        assert table.keys().tolist() == [each.key for each in refs]
+        assert table.sizes().tolist() == [each.size_bytes for each in refs]
+
+
+def test_rows_are_sorted_by_uri_as_python_does():
+    names = ["b", "a", "a/b", "a-b", "\U0001f600", "\ue000", "Z", "é", "", "aa", "a\0"]
+    refs = [ref(number, f"{name}.jpg") for number, name in enumerate(names)]
+    assert [*ImageTable.of(refs, by_uri=True)] == sorted(refs, key=lambda each: each.uri)
+
+
+def test_places_may_be_asked_in_any_order_and_what_a_row_lacks_stays_away():
+    refs = [ref(number) for number in range(23)]
+    table = ImageTable.of(refs)
+    index = np.random.default_rng(0).integers(23, size=50)
+    assert table.refs(index) == [refs[place] for place in index]
+    found = table.take(index, "size_bytes", "uri")
+    assert found.column_names == ["size_bytes", "uri"]
+    assert found["size_bytes"].to_pylist() == [10 * place for place in index]
+    assert table.take(index[:0], "key").num_rows == 0 and table.refs(index[:0]) == []
+    refs = [ref(1, source_tag="", size_bytes=-1), ref(2, location=""), ref(3, location="/x/3.jpg")]
+    table = ImageTable.of(refs, "file:///in/")
+    assert [*table] == refs
+    assert table.has_tag().tolist() == [False, True, True]
+
+
+def test_the_first_of_equal_rows_stays_and_the_first_collision_is_told():
+    order = [3, 1, 1, 3, 2, 0, 3, 5, 1, 4, 1]
+    table = ImageTable.of(ref(number, size_bytes=place) for place, number in enumerate(order))
+    assert [(each.key, each.size_bytes) for each in table] == [(3, 0), (1, 1), (2, 4), (0, 5), (5, 7), (4, 9)]
+    assert len(ImageTable.of(ref(7) for _ in range(30))) == 1
+    rows = [*(ref(number) for number in range(9)), *(ref(number) for number in range(5)), ref(3, "x"), ref(2, "y")]
+    with pytest.raises(KeyCollisionError, match=r"key 3 belongs to two images, '3.jpg' and 'x': rename one"):
+        ImageTable.of(rows)
+    with pytest.raises(KeyCollisionError, match=r"key 1 belongs to two images, 'a' and 'b'"):
+        ImageTable.of([ref(1, "b"), ref(1, "a")], by_uri=True)
+
+
+def test_a_full_disk_is_told_with_the_way_out(monkeypatch, tmp_path):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(source, "BATCH_ROWS", 4096)
+    told = rf"cannot keep the listing in {tmp_path}: File too large; set TMPDIR"
+    with full_from(100_000), pytest.raises(SourceError, match=told):
+        ImageTable.of(ref(number) for number in range(20_000))
+    assert not list(tmp_path.iterdir())

@@ -4,11 +4,13 @@ import os
 import pickle
 import threading
 import urllib.error
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 from torchvision import models
 
 from pipeline.errors import BackboneError, WeightsError
@@ -19,13 +21,9 @@ from pipeline.network import backbone as weights_module
 from pipeline.network.backbone import Backbone, feature_dim, load_weights, network_of, weights_digest
 
 pytestmark = pytest.mark.long  # they make whole networks
-
+SMALL_ONES = ["mnasnet0_5", "shufflenet_v2_x0_5", "squeezenet1_1"]
 SMALL = "mobilenet_v3_small:avgpool"
 TABLE = "features.1.0.attn.relative_position_bias_table"
-
-
-def vgg16():
-    return network_of(DEFAULT_BACKBONE, "random:0")
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +35,7 @@ def state():
 @pytest.fixture(scope="module")
 def drawn():
     """Weights of the default network with random:0, drawn once: there are 117 million."""
-    return load_weights(vgg16(), "random:0")
+    return load_weights(network_of(DEFAULT_BACKBONE, "random:0"), "random:0")
 
 
 @pytest.fixture
@@ -65,18 +63,6 @@ def torchvision_features(model, state, layers, images, **arguments):
     return layers(network.eval(), pixels_BCHW).numpy()
 
 
-def fc6(network, pixels_BCHW):
-    return network.classifier[:2](network.avgpool(network.features(pixels_BCHW)).flatten(1))
-
-
-def pooled(network, pixels_BCHW):
-    return network.avgpool(network.features(pixels_BCHW)).flatten(1)
-
-
-def whole(network, pixels_BCHW):
-    return network(pixels_BCHW)
-
-
 def class_token(network, pixels_BCHW):
     tokens = network._process_input(pixels_BCHW)
     return network.encoder(torch.cat([network.class_token.expand(len(tokens), -1, -1), tokens], 1))[:, 0]
@@ -92,23 +78,27 @@ def test_bfloat16_is_close(draw, default, drawn, monkeypatch):
     assert ((half_BD * single_BD).sum(1) / norms_B).min() > 0.999
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "layers", "arguments"),
     [
-        (DEFAULT_BACKBONE, fc6, {"init_weights": False}),
-        (SMALL, pooled, {}),
-        ("resnet18:fc", whole, {}),
+        (
+            DEFAULT_BACKBONE,
+            lambda network, pixels: network.classifier[:2](network.avgpool(network.features(pixels)).flatten(1)),
+            {"init_weights": False},
+        ),
+        (SMALL, lambda network, pixels: network.avgpool(network.features(pixels)).flatten(1), {}),
+        ("resnet18:fc", nn.Module.__call__, {}),
         pytest.param("vit_b_16:getitem_5", class_token, {}, marks=pytest.mark.slow),
-        ("inception_v3:fc", whole, {"transform_input": True, "init_weights": False}),
+        ("inception_v3:fc", nn.Module.__call__, {"transform_input": True, "init_weights": False}),
     ],
 )
 def test_features_are_those_of_torchvisions_own_forward(name, layers, arguments, photos, default, drawn, request):
     if name != SMALL:
         request.getfixturevalue("by_torch")
     paths = sorted(photos.iterdir())[:2]
-    single = default if name == DEFAULT_BACKBONE else Backbone(name, "random:0", "float32")
-    filled = drawn if name == DEFAULT_BACKBONE else load_weights(network_of(name, "random:0"), "random:0")
+    is_default = name == DEFAULT_BACKBONE
+    single = default if is_default else Backbone(name, "random:0", "float32")
+    filled = drawn if is_default else load_weights(network_of(name, "random:0"), "random:0")
     images = [Image.open(path).convert("RGB") for path in paths]
     expected_BD = torchvision_features(name.partition(":")[0], filled, layers, images, **arguments)
     pixels_BHWC = np.stack([prepare(path.read_bytes(), single.preset).pixels_HWC for path in paths])
@@ -131,7 +121,7 @@ def test_the_default_is_what_it_always_was(default):
     )
 
 
-def test_preprocessing_is_that_of_the_weights():
+def test_preprocessing_is_that_of_the_weights_and_a_block_stands_for_its_last_operation():
     first, second = (network_of("resnet50:avgpool", f"imagenet:IMAGENET1K_V{n}").preset for n in (1, 2))
     assert (first.resize, second.resize) == ((256,), (232,))
     assert network_of("resnet50:avgpool", "random:0").preset == second  # torchvision's default
@@ -141,30 +131,27 @@ def test_preprocessing_is_that_of_the_weights():
     assert large.preset.scaled_side == 4 * 384
     with pytest.raises(WeightsError, match="no such weights of resnet50, only imagenet:IMAGENET1K_V1, "):
         network_of("resnet50:avgpool", "imagenet:V2")
-
-
-@pytest.mark.long
-def test_a_name_that_is_none_lists_those_that_are_near():
-    for name, message in {
-        "resnet81:avgpool": "torchvision has no model 'resnet81'; near: resnet18,",
-        "resnet18:avgpol": r"resnet18 has no layer 'avgpol'; near: avgpool.*resnet18:avgpool \(512\)",
-        "resnet18": r"resnet18 is a model: name one of its layers too\. One vector .*resnet18:flatten \(512\)",
-        "resnet18:layer4": r"layer4.1.relu_1 gives \(512, 7, 7\) per image, not one vector.*resnet18:avgpool \(512\)",
-        "vit_b_16:encoder.ln": r"encoder.ln gives \(197, 768\) per image.*vit_b_16:getitem_5 \(768\)",
-        "vit_b_16:encoder.dim": "encoder.dim gives no tensor",
-        "": "torchvision has no model ''",
-    }.items():
-        with pytest.raises(BackboneError, match=message):
-            feature_dim(name, "random:0")
-
-
-def test_a_block_stands_for_the_last_operation_in_it():
     assert network_of("vit_b_16:heads", "random:0").layer == "heads.head"
-    with pytest.raises(BackboneError, match=r"no layer 'classifier\.1x'"):
-        network_of("vgg16:classifier.1x", "random:0")
 
 
-SMALL_ONES = ["mnasnet0_5", "shufflenet_v2_x0_5", "squeezenet1_1"]
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("resnet81:avgpool", "torchvision has no model 'resnet81'; near: resnet18,"),
+        ("resnet18:avgpol", r"resnet18 has no layer 'avgpol'; near: avgpool.*resnet18:avgpool \(512\)"),
+        ("resnet18", r"resnet18 is a model: name one of its layers too\. One vector .*resnet18:flatten \(512\)"),
+        ("resnet18:layer4", r"layer4.1.relu_1 gives \(512, 7, 7\) per image, not one.*resnet18:avgpool \(512\)"),
+        ("vit_b_16:encoder.ln", r"encoder.ln gives \(197, 768\) per image.*vit_b_16:getitem_5 \(768\)"),
+        ("vit_b_16:encoder.dim", "encoder.dim gives no tensor"),
+        ("vgg16:classifier.1x", r"no layer 'classifier\.1x'"),
+        ("", "torchvision has no model ''"),
+    ],
+)
+def test_a_name_that_is_none_lists_those_that_are_near(name, message):
+    with pytest.raises(BackboneError, match=message):
+        feature_dim(name, "random:0")
+
+
 REST = sorted({*models.list_models(module=models)} - {*SMALL_ONES})
 
 
@@ -179,38 +166,29 @@ def test_every_model_of_torchvision_can_be_cut(some):
 
 
 def test_other_threads_compute_while_a_network_is_cut():
-    network, ones, errors, done = torch.nn.Sequential(torch.nn.Linear(2, 2)), torch.ones(1, 2), [], threading.Event()
+    network, ones, done = nn.Sequential(nn.Linear(2, 2)), torch.ones(1, 2), threading.Event()
     expected = network(ones)
 
     def compute():
         while not done.is_set():
-            try:
-                assert torch.equal(network(ones), expected)
-            except Exception as error:
-                errors.append(error)
+            assert torch.equal(network(ones), expected)
 
-    thread = threading.Thread(target=compute)
-    thread.start()
-    try:
-        network_of("resnet18:avgpool", "random:0")
-    finally:
-        done.set()
-        thread.join()
-    assert not errors
+    with ThreadPoolExecutor(1) as thread:
+        computing = thread.submit(compute)
+        try:
+            network_of("resnet18:avgpool", "random:0")
+        finally:
+            done.set()
+        computing.result()
 
 
-def test_random_weights_are_seeded():
-    state, again, other = (
-        load_weights(network_of("resnet18:avgpool", f"random:{seed}"), f"random:{seed}") for seed in (0, 0, 1)
-    )
-    assert weights_digest(again) == weights_digest(state) != weights_digest(other)
-    spread = state["layer4.1.conv2.weight"].std().item()
+def test_random_weights_are_seeded_and_the_digest_is_of_names_and_values():
+    """Tables of positions, too, which torchvision draws; what others draw in this process stays as it would be."""
+    states = [load_weights(network_of("resnet18:avgpool", name), name) for name in ("random:0", "random:0", "random:1")]
+    first, again, other = map(weights_digest, states)
+    assert first == again != other
+    spread = states[0]["layer4.1.conv2.weight"].std().item()
     assert spread == pytest.approx((2 / (512 * 9)) ** 0.5, rel=0.01)  # He et al. 2015
-
-
-@pytest.mark.long
-def test_what_is_neither_weight_nor_norm_is_seeded_too():
-    """Tables of positions are drawn by torchvision; what others draw in this process stays as it would be."""
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
@@ -219,25 +197,19 @@ def test_what_is_neither_weight_nor_norm_is_seeded_too():
     assert torch.equal(torch.rand(3), expected)
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
-
-
-def test_the_digest_is_of_names_and_values():
     first = {"a": torch.ones(2), "b": torch.zeros(2)}
     assert weights_digest(first) == weights_digest({"b": torch.zeros(2), "a": torch.ones(2)})
     assert weights_digest(first) != weights_digest({"b": torch.ones(2), "a": torch.zeros(2)})
     assert weights_digest(first) != weights_digest({"a": torch.ones(2), "b": torch.zeros(1, 2)})
 
 
-def test_a_file_with_the_whole_network_is_accepted(state, tmp_path):
+def test_files_with_the_whole_network_or_names_of_old_densenets_are_accepted(state, tmp_path):
     behind = {"classifier.0.weight": torch.zeros(1024, 576), "classifier.3.bias": torch.zeros(1000)}
     half = {name: tensor.bfloat16() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
     torch.save(half | behind, tmp_path / "whole.pth")
     loaded = load_weights(network_of(SMALL, "random:0"), str(tmp_path / "whole.pth"))
     assert list(loaded) == list(state)
     assert all(torch.equal(loaded[name], half[name].to(state[name].dtype)) for name in half)
-
-
-def test_names_of_old_densenet_files_are_understood(tmp_path):
     network = network_of("densenet121:flatten", "random:0")
     state = load_weights(network, "random:0")
     old = {name.replace("norm1.", "norm.1.").replace("conv2.", "conv.2."): value for name, value in state.items()}
@@ -247,32 +219,23 @@ def test_names_of_old_densenet_files_are_understood(tmp_path):
 
 
 def test_files_that_do_not_fit_are_refused(state, tmp_path):
-    network = network_of(SMALL, "random:0")
+    network, file = network_of(SMALL, "random:0"), tmp_path / "weights.pth"
     small = {name: torch.zeros(tensor.shape if tensor.ndim == 1 else 1) for name, tensor in state.items()}
     files = {
         r"features.0.0.weight has shape \(1,\), not \(16, 3, 3, 3\)": small,
         "without features.0.0.weight, features.0.1.weight": {"conv1.weight": torch.zeros(2)},
         "not a state dict, which maps names to tensors": [torch.zeros(2)],
+        r"features.0.1.bias holds NaN": state | {"features.0.1.bias": torch.full((16,), torch.nan)},
     }
     for message, content in files.items():
-        torch.save(content, tmp_path / "weights.pth")
+        torch.save(content, file)
         with pytest.raises(WeightsError, match=message):
-            load_weights(network, str(tmp_path / "weights.pth"))
-    (tmp_path / "text.pth").write_text("no weights")
-    (tmp_path / "empty.pth").touch()
-    (tmp_path / "torn.pth").write_bytes(b"PK\x03\x04torn")
-    for name, kind in (("text.pth", "UnpicklingError"), ("empty.pth", "EOFError"), ("torn.pth", "RuntimeError")):
+            load_weights(network, str(file))
+    for data, kind in ((b"no weights", "UnpicklingError"), (b"", "EOFError"), (b"PK\x03\x04torn", "RuntimeError")):
+        file.write_bytes(data)
         message = rf"not a state dict that torch can load safely \({kind}\); one is written by torch.save\(model.sta"
         with pytest.raises(WeightsError, match=message):
-            load_weights(network, str(tmp_path / name))
-
-
-def test_weights_with_nan_are_refused(state, monkeypatch):
-    monkeypatch.setattr(
-        weights_module, "_from_file", lambda path: state | {"features.0.1.bias": torch.full((16,), torch.nan)}
-    )
-    with pytest.raises(WeightsError, match=r"features.0.1.bias holds NaN"):
-        load_weights(network_of(SMALL, "random:0"), "file.pth")
+            load_weights(network, str(file))
 
 
 class Payload:
@@ -289,28 +252,25 @@ class Payload:
 def test_a_pickle_is_not_run(tmp_path):
     (tmp_path / "evil.pth").write_bytes(pickle.dumps(Payload(tmp_path / "ran")))
     with pytest.raises(WeightsError, match="not a state dict that torch can load safely"):
-        load_weights(vgg16(), str(tmp_path / "evil.pth"))
+        load_weights(network_of(DEFAULT_BACKBONE, "random:0"), str(tmp_path / "evil.pth"))
     assert not (tmp_path / "ran").exists()
     pickle.loads((tmp_path / "evil.pth").read_bytes())
     assert (tmp_path / "ran").exists(), "it would have been seen"
 
 
-def test_no_network_is_a_clear_error_and_no_silent_fallback(monkeypatch):
+def test_names_of_weights_and_what_a_machine_without_network_says(tmp_path, monkeypatch):
+    (tmp_path / "mine.pth").write_bytes(b"")
+    monkeypatch.chdir(tmp_path)
+    for name in ("imagenet", "imagenet:IMAGENET1K_V2", "random:12"):
+        assert check_weights_name(name) == name
+    assert check_weights_name("mine.pth") == str(tmp_path / "mine.pth")
+    for name, message in (("random:x", "the seed"), ("random", "the seed"), ("other.pth", "neither imagenet")):
+        with pytest.raises(WeightsError, match=message):
+            check_weights_name(name)
+
     def refuse(self, *args, **kwargs):
         raise urllib.error.URLError("no route to host")
 
     monkeypatch.setattr("torchvision.models.VGG16_Weights.get_state_dict", refuse)
     with pytest.raises(WeightsError, match=r"no route to host.*https://.*--weights FILE.*--weights random:0"):
-        load_weights(vgg16(), "imagenet")
-
-
-def test_names_of_weights(tmp_path, monkeypatch):
-    (tmp_path / "mine.pth").write_bytes(b"")
-    monkeypatch.chdir(tmp_path)
-    assert check_weights_name("imagenet") == "imagenet"
-    assert check_weights_name("imagenet:IMAGENET1K_V2") == "imagenet:IMAGENET1K_V2"
-    assert check_weights_name("random:12") == "random:12"
-    assert check_weights_name("mine.pth") == str(tmp_path / "mine.pth")
-    for name, message in (("random:x", "the seed"), ("random", "the seed"), ("other.pth", "neither imagenet")):
-        with pytest.raises(WeightsError, match=message):
-            check_weights_name(name)
+        load_weights(network_of(DEFAULT_BACKBONE, "random:0"), "imagenet")

@@ -4,12 +4,14 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from distributed import Client
 
 from pipeline.options import SampleOptions
+from pipeline.samples.added import add_days
 from pipeline.samples.build import build_samples
-from tests.pipeline.samples.rows import Row, Shop, read, table, write
+from tests.pipeline.samples.rows import Call, Row, Shop, read, table, write
 
 
 @pytest.fixture
@@ -18,13 +20,32 @@ def options(tmp_path: Path) -> SampleOptions:
 
 
 @pytest.fixture
-def build(options: SampleOptions, client: Client, tmp_path: Path):
-    def run(impressions: list[Row], behaviors: list[Row], **changes: Any) -> tuple[list[Row], dict[str, Any]]:
-        write(tmp_path / "logs", [table(impressions)], [table(behaviors)])
+def log(tmp_path: Path) -> Call:
+    """Writes rows or tables as the logs; without behaviours, those that are there stay."""
+
+    def write_log(impressions: list[Row] | pa.Table, *behaviors: list[Row] | pa.Table) -> None:
+        made = [each if isinstance(each, pa.Table) else table(each) for each in (impressions, *behaviors)]
+        write(tmp_path / "logs", made[:1], made[1:])
+
+    return write_log
+
+
+@pytest.fixture
+def build(options: SampleOptions, client: Client, log: Call) -> Call:
+    """Makes samples of rows or tables; returns their rows and the summary."""
+
+    def run(impressions: Any, *behaviors: Any, **changes: Any) -> tuple[list[Row], dict[str, Any]]:
+        log(impressions, *behaviors)
         summary = build_samples(dataclasses.replace(options, **changes), client)
-        return read(tmp_path / "samples"), summary
+        return read(options.samples), summary
 
     return run
+
+
+@pytest.fixture
+def add(options: SampleOptions, client: Client) -> Call:
+    """Adds days of the logs to the samples."""
+    return lambda **changes: add_days(SampleOptions(**{"samples": options.samples} | changes), client)
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 import dataclasses
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +13,16 @@ from distributed import Client
 
 from featurestore.keys import key_of_uri
 from pipeline.options import SampleOptions
+from pipeline.samples.added import add_days
 from pipeline.samples.build import build_samples
 
 Row = dict[str, Any]
-
+Call = Callable[..., Any]
+"""Of fixtures that are called."""
 DAY_S = 86_400
-
 START_S = 1_767_225_600  # 2026-01-01, midnight in UTC
-
 IMPRESSION = {"user": 1, "session": 1, "scene": 0, "item": 5, "image": "5.jpg", "category": 2, "label": 0}
-
 BEHAVIOR = {"user": 1, "item": 6, "image": "6.jpg", "category": 2, "dwell_s": 30.0}
-
 INT_COLUMNS = ("user", "session", "scene", "item", "category", "user_age", "user_gender", "city")
 
 
@@ -36,6 +34,12 @@ def shown(at_s: float, **changes: Any) -> Row:
 def done(at_s: float, **changes: Any) -> Row:
     """A behaviour."""
     return {"timestamp": START_S + at_s} | BEHAVIOR | changes
+
+
+def users_of_days(days: int) -> tuple[list[Row], list[Row]]:
+    """Impressions of five users on each day, and behaviours of theirs hours before."""
+    impressions = [shown(day * DAY_S + 9_000 + user, user=user) for day in range(days) for user in range(5)]
+    return impressions, [done(day * DAY_S + user, user=user, item=day) for day in range(days) for user in range(5)]
 
 
 def table(rows: list[Row], seconds: bool = False) -> pa.Table:
@@ -108,14 +112,8 @@ def in_pieces(rng: random.Random, rows: list[Row]) -> list[pa.Table]:
     return [table(rows[:edge]), table(rows[edge:])]
 
 
-# The files
-
-
 def all_bytes(folder: str) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("*.parquet")}
-
-
-# Bad input
 
 
 def quarantine(folder: Path) -> list[tuple[str, int, str]]:
@@ -155,3 +153,7 @@ class Shop:
         self.map(mapping)
         summary = build_samples(dataclasses.replace(self.options, **changes), self.client)
         return read(self.folder / "samples"), summary
+
+    def add(self, **changes: Any) -> dict[str, Any]:
+        """Add days of the tables to the samples."""
+        return add_days(SampleOptions(samples=self.options.samples, **changes), self.client)

@@ -4,7 +4,6 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import dask
@@ -18,21 +17,10 @@ from pipeline.cluster.tasks import run_all
 from pipeline.errors import ClusterError, SampleError
 from pipeline.samples import logs as pieces_module
 from pipeline.samples.build import FEWER_ROWS, build_samples
-from tests.pipeline.samples.rows import (
-    DAY_S,
-    START_S,
-    behavior_items,
-    done,
-    quarantine,
-    read,
-    replaced,
-    shown,
-    table,
-    write,
-)
+from tests.pipeline.samples.rows import DAY_S, START_S, behavior_items, done, quarantine, replaced, shown, table, write
 
 
-def test_bad_rows_are_counted_and_kept_aside(options, client, tmp_path):
+def test_bad_rows_are_counted_and_kept_aside(build, tmp_path):
     changes = [
         {},
         *({name: None} for name in ("timestamp", "user", "session", "scene", "item", "image", "category", "label")),
@@ -42,10 +30,8 @@ def test_bad_rows_are_counted_and_kept_aside(options, client, tmp_path):
     impressions = [shown(100) | {"session": number} | change for number, change in enumerate(changes)]
     behavior_changes = [{}, {"dwell_s": float("nan")}, {"dwell_s": float("inf")}, {"dwell_s": -1.0}, {"dwell_s": None},
                         {"user": None}, {"timestamp": 10**10}]  # fmt: skip
-    behaviors = [done(0) | change for change in behavior_changes]
-    write(tmp_path / "logs", [table(impressions)], [table(behaviors)])
-    summary = build_samples(options, client)
-    kept = {row["session"]: row["ad_image"] for row in read(options.samples)}
+    rows, summary = build(impressions, [done(0) | change for change in behavior_changes])
+    kept = {row["session"]: row["ad_image"] for row in rows}
     assert kept == {0: [key_of_uri("5.jpg")], 6: [NO_IMAGE], 9: [NO_IMAGE]}  # an ad without an image is an ad
     named = ("timestamp", "user", "session", "scene", "item", "category", "label")
     reasons = [f"{name} is null" for name in named]
@@ -53,11 +39,9 @@ def test_bad_rows_are_counted_and_kept_aside(options, client, tmp_path):
     reasons += ["timestamp is before 1970", "timestamp is in the future", "user is null"]
     bad = ["dwell_s is not finite", "dwell_s is not finite", "dwell_s is negative", "dwell_s is null", "user is null",
            "timestamp is in the future"]  # fmt: skip
+    places = [1, 2, 3, 4, 5, 7, 8, *range(10, 15)]
     assert quarantine(tmp_path) == [
-        *(
-            ("impressions/day=00.parquet", row, reason)
-            for row, reason in zip([1, 2, 3, 4, 5, 7, 8, *range(10, 15)], reasons, strict=True)
-        ),
+        *(("impressions/day=00.parquet", row, reason) for row, reason in zip(places, reasons, strict=True)),
         *(("behaviors/day=00.parquet", row, reason) for row, reason in enumerate(bad, 1)),
     ]
     assert summary["impressions"]["quarantined"] == dict(Counter(reasons))
@@ -73,22 +57,21 @@ def test_row_numbers_in_quarantine_count_from_the_files_first_row(options, clien
     impressions = [shown(at_s, label=3 if at_s in (0, 15, 39) else 0) for at_s in range(40)]
     write(tmp_path / "logs", [table(impressions), table([shown(50, label=3), shown(51)])], [table([done(0)])])
     build_samples(options, client)
-    assert [(file[-7:], row) for file, row, _ in quarantine(tmp_path)] == [
-        ("parquet", 0), ("parquet", 15), ("parquet", 39), ("parquet", 0),
-    ]  # fmt: skip
+    found = [(Path(file).name, row) for file, row, _ in quarantine(tmp_path)]
+    assert found == [*(("day=00.parquet", row) for row in (0, 15, 39)), ("day=01.parquet", 0)]
 
 
 def test_row_from_the_future_does_not_become_the_test_day(build):
-    rows, summary = build([shown(0), shown(DAY_S), shown(0, timestamp=2 * 10**9)], [done(0)], test_days=1,
-                          latest_s=START_S + 9 * DAY_S)  # fmt: skip
+    limit = {"latest_s": START_S + 9 * DAY_S}
+    rows, summary = build([shown(0), shown(DAY_S), shown(0, timestamp=2 * 10**9)], [done(0)], test_days=1, **limit)
     assert summary["test"]["last_day"] == "2026-01-02"
     assert len(rows) == 2
-    _, summary = build([shown(0), shown(9 * DAY_S), shown(9 * DAY_S + 1)], [done(0)], latest_s=START_S + 9 * DAY_S)
+    _, summary = build([shown(0), shown(9 * DAY_S), shown(9 * DAY_S + 1)], [done(0)], **limit)
     assert summary["impressions"]["quarantined"] == {"timestamp is in the future": 1}  # the limit itself is not
 
 
 @pytest.mark.parametrize(
-    ("log", "name", "value", "kind"),
+    ("which", "name", "value", "kind"),
     [
         ("impressions", "user", "u1", "string"),
         ("impressions", "timestamp", "2026-01-01", "string"),
@@ -102,65 +85,56 @@ def test_row_from_the_future_does_not_become_the_test_day(build):
         ("behaviors", "image", True, "bool"),
     ],
 )
-def test_wrong_type_is_named_with_column_and_file(log, name, value, kind, options, client, tmp_path):
+def test_wrong_type_is_named_with_column_and_file(which, name, value, kind, build):
     tables = {"impressions": table([shown(0, user_age=1)]), "behaviors": table([done(0)])}
-    tables[log] = replaced(tables[log], name, pa.array([value]))
-    write(tmp_path / "logs", [tables["impressions"]], [tables["behaviors"]])
-    with pytest.raises(SampleError, match=rf"{log}/day=00.parquet: column '{name}' is {kind}.*, wanted is a"):
-        build_samples(options, client)
+    tables[which] = replaced(tables[which], name, pa.array([value]))
+    with pytest.raises(SampleError, match=rf"{which}/day=00.parquet: column '{name}' is {kind}.*, wanted is a"):
+        build(*tables.values())
 
 
-WRONG_LOGS: dict[str, Callable[[pa.Table], list[pa.Table]]] = {
-    "{log}/day=01.parquet: column 'user' is missing; there are timestamp": lambda log: [
-        log,
-        log.drop_columns(["user"]),
+@pytest.mark.parametrize(
+    ("message", "tables_of"),
+    [
+        (
+            "{log}/day=01.parquet: column 'user' is missing; there are timestamp",
+            lambda log: [log, log.drop_columns(["user"])],
+        ),
+        ("column 'user' is uint64", lambda log: [replaced(log, "user", pa.array([2**63], pa.uint64()))]),
+        ("column 'user' is there 2 times", lambda log: [log.append_column("user", log["user"])]),
+        ("logs/{log}: no .parquet files in it", lambda log: []),
+        ("logs/{log}: 1 files and not one row", lambda log: [log.slice(0, 0)]),
     ],
-    "column 'user' is uint64": lambda log: [replaced(log, "user", pa.array([2**63], pa.uint64()))],
-    "column 'user' is there 2 times": lambda log: [log.append_column("user", log["user"])],
-    "logs/{log}: no .parquet files in it": lambda log: [],
-    "logs/{log}: 1 files and not one row": lambda log: [log.slice(0, 0)],
-}
-
-
-@pytest.mark.parametrize("message", WRONG_LOGS)
+)
 @pytest.mark.parametrize("log", ["impressions", "behaviors"])
-def test_log_that_gives_no_samples_is_named(message, log, options, client, tmp_path):
+def test_log_that_gives_no_samples_is_named(message, tables_of, log, options, client, tmp_path):
     logs = {"impressions": [table([shown(0)])], "behaviors": [table([done(0)])]}
-    logs[log] = WRONG_LOGS[message](logs[log][0])
-    write(tmp_path / "logs", logs["impressions"], logs["behaviors"])
+    logs[log] = tables_of(logs[log][0])
+    write(tmp_path / "logs", *logs.values())
     with pytest.raises(SampleError, match=re.escape(message.format(log=log))):
         build_samples(options, client)
     assert not Path(options.samples).exists()
 
 
 @pytest.mark.parametrize("theirs", ["_delta_log/00000000000000000000.json", "metadata/v1.metadata.json"])
-def test_a_table_whose_files_have_removed_rows_is_refused(theirs, options, client, tmp_path):
-    write(tmp_path / "logs", [table([shown(0)])], [table([done(0)])])
-    (tmp_path / "logs/impressions" / theirs).parent.mkdir()
-    (tmp_path / "logs/impressions" / theirs).touch()
+def test_a_table_whose_files_have_removed_rows_is_refused(theirs, build, tmp_path):
+    place = tmp_path / "logs/impressions" / theirs
+    place.parent.mkdir(parents=True)
+    place.touch()
     with pytest.raises(SampleError, match="logs/impressions: a table of Delta or Iceberg"):
-        build_samples(options, client)
+        build([shown(0)], [done(0)])
 
 
-def test_log_of_bad_rows_alone_is_named(build):
+def test_logs_of_bad_rows_alone(build):
     with pytest.raises(SampleError, match=r"impressions: all 2 rows are bad \(label is not 0 or 1: 2, as 4\)"):
         build([shown(0, label=4), shown(1, label=5)], [done(0)])
-
-
-def test_log_of_bad_behaviors_alone_gives_empty_lists(build):
     rows, summary = build([shown(100)], [done(0, dwell_s=-1.0)])
     assert behavior_items(rows) == [[]]
     assert summary["behaviors"]["quarantined"] == {"dwell_s is negative": 1}
 
 
-def test_log_of_test_days_alone_is_refused(build):
-    with pytest.raises(SampleError, match=r"nothing is left to train on.*--test-days"):
-        build([shown(0), shown(DAY_S)], [done(0)], test_days=2)
-
-
 @pytest.mark.parametrize("damage", ["text", "cut", "flipped"])
-def test_damaged_file_is_named(damage, options, client, tmp_path):
-    write(tmp_path / "logs", [table([shown(0)])], [table([done(0)])])
+def test_damaged_file_is_named(damage, options, client, log, tmp_path):
+    log([shown(0)])
     path = tmp_path / "logs/behaviors/day=00.parquet"
     pq.write_table(table([done(at_s) for at_s in range(1000)]), path, write_page_checksum=True, compression="none")
     data = bytearray(path.read_bytes())

@@ -8,11 +8,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from distributed import Client
 
 from pipeline.errors import SampleError, SampleOptionError
-from pipeline.options import SampleOptions
-from pipeline.samples.added import add_days
 from pipeline.samples.build import build_samples
 from pipeline.samples.groups import label_impressions
 from pipeline.samples.logs import CLICK, MICROSECONDS
@@ -44,7 +41,7 @@ EVENTS = """ts,uid,sku,event,price
 """
 
 
-def test_an_impression_is_clicked_where_a_click_follows_it(shop: Shop) -> None:
+def test_clicks_label_impressions_and_are_behaviours_where_others_are_not(shop: Shop) -> None:
     shop.put("events.csv", EVENTS)
     found, summary = shop.build(MAPPING)
     ads = [(at["user"], item, label) for at in found for item, label in zip(at["ad_item"], at["label"], strict=True)]
@@ -56,9 +53,12 @@ def test_an_impression_is_clicked_where_a_click_follows_it(shop: Shop) -> None:
     assert [row[1:] for row in quarantine(shop.folder)] == [
         (10, "price is no number"), (11, "user is null"), (11, "user is null"),
     ]  # fmt: skip
-
-
-def test_clicks_are_the_behaviours_of_later_groups_and_may_be_others(shop: Shop) -> None:
+    shown = pa.table({"ts": [START_S + DAY_S] * 2, "uid": [1, 2], "sku": [5, 6], "price": [1.0, 2.0]})
+    done = pa.table({"ts": [START_S] * 2, "uid": [1, 1], "sku": [5, 6]})
+    rows = with_behaviors(shown, done, shop.options.samples).to_pylist()
+    assert [row["behavior_item"] for row in rows] == [[6, 5], []]
+    rows = with_behaviors(shown, done.append_column("event", pa.array(["view", "click"])), shop.options.samples)
+    assert rows.column("behavior_item").to_pylist() == [[6], []]
     later = f"{START_S + 3 * DAY_S},1,5,view,1\n"
     shop.put("events.csv", EVENTS + later)
     last = shop.build(MAPPING)[0][-1]
@@ -67,6 +67,9 @@ def test_clicks_are_the_behaviours_of_later_groups_and_may_be_others(shop: Shop)
     done = {"files": "events.csv", "columns": columns, "where": {"column": "event", "value": ["purchase", "view"]}}
     last = shop.build(MAPPING | {"behaviors": done})[0][-1]
     assert last["behavior_item"] == [9, 9, 5, 5]
+    done = {"files": "events.csv", "where": {"column": "event", "value": "view", "clicked": "click"}}
+    with pytest.raises(SampleOptionError, match=r"behaviors\.where\.clicked: only impressions have clicks"):
+        shop.build(MAPPING | {"behaviors": done})
 
 
 @pytest.mark.parametrize("kind", ["text", "dictionary", "whole", "boolean"])
@@ -109,12 +112,6 @@ def test_labels_are_those_of_plain_loops(seed: int) -> None:
     assert (table, unmatched) == labelled_plainly(rows, within_s * MICROSECONDS)
 
 
-def write_events(shop: Shop, rng: random.Random, rows: list[tuple[int, int, int, str]], until_s: float) -> None:
-    known = [row for row in rows if row[0] < until_s]
-    text = "".join(f"{START_S + at},{user},{item},{event}\n" for at, user, item, event in rng.sample(known, len(known)))
-    shop.put("events.csv", "ts,uid,sku,event\n" + text)
-
-
 @pytest.mark.parametrize("seed", range(4))
 def test_days_with_clicks_have_the_bytes_of_a_rebuild(shop: Shop, tmp_path: Path, seed: int) -> None:
     """Clicks come up to a day after what they label, so long after the pause of a session over midnight."""
@@ -127,42 +124,31 @@ def test_days_with_clicks_have_the_bytes_of_a_rebuild(shop: Shop, tmp_path: Path
         if rng.random() < 0.7:
             rows.append((max(at, 0) + rng.randrange(1, 2 * within_s), user, item, "click"))
     rows = [row for row in rows if row[0] < 8 * DAY_S]
+
+    def write_until(day: int) -> None:
+        known = [row for row in rows if row[0] < day * DAY_S]
+        lines = [f"{START_S + at},{user},{item},{event}\n" for at, user, item, event in rng.sample(known, len(known))]
+        shop.put("events.csv", "ts,uid,sku,event\n" + "".join(lines))
+
     shown = MAPPING["impressions"] | {"where": MAPPING["impressions"]["where"] | {"within_s": within_s}, "ad": {}}
-    write_events(shop, rng, rows, 2 * DAY_S)
+    write_until(2)
     shop.build(MAPPING | {"impressions": shown}, window_days=2, midnight_pause_s=600)
     for day in range(2, 8):
-        write_events(shop, rng, rows, (day + 1) * DAY_S)
-        add_days(SampleOptions(samples=shop.options.samples, since="2026-01-01"), shop.client)
+        write_until(day + 1)
+        shop.add(since="2026-01-01")
         if any(at // DAY_S == day and event == "view" for at, _, _, event in rows):
-            add_days(SampleOptions(samples=shop.options.samples, days=f"2026-01-{day + 1:02}"), shop.client)
+            shop.add(days=f"2026-01-{day + 1:02}")
     anew = dataclasses.replace(shop.options, samples=str(tmp_path / "anew"), window_days=2, midnight_pause_s=600)
     build_samples(anew, shop.client)
     assert all_bytes(shop.options.samples) == all_bytes(anew.samples)
     assert any(1 in row["label"] for row in read(anew.samples))
 
 
-def test_rows_to_score_are_all_impressions_and_events_that_tell_are_behaviours(shop: Shop) -> None:
-    shop.put("events.csv", EVENTS)
-    shop.build(MAPPING)
-    shown = pa.table({"ts": [START_S + DAY_S] * 2, "uid": [1, 2], "sku": [5, 6], "price": [1.0, 2.0]})
-    done = pa.table({"ts": [START_S] * 2, "uid": [1, 1], "sku": [5, 6]})
-    rows = with_behaviors(shown, done, shop.options.samples).to_pylist()
-    assert [row["behavior_item"] for row in rows] == [[6, 5], []]
-    rows = with_behaviors(shown, done.append_column("event", pa.array(["view", "click"])), shop.options.samples)
-    assert rows.column("behavior_item").to_pylist() == [[6], []]
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (
-            {"where": {"column": "event", "value": "shown", "clicked": "click"}},
-            "impressions: not one good row with a value of where; other events are view",
-        ),
-        (
-            {"where": {"column": "kind", "value": "view", "clicked": "click"}},
-            "events.csv: column 'kind' is missing; there are ts, uid, sku",
-        ),
+        ({"where": {"column": "event", "value": "shown", "clicked": "click"}}, "value of where; other events are view"),
+        ({"where": {"column": "kind", "value": "view", "clicked": "click"}}, "events.csv: column 'kind' is missing"),
         ({"ad": {"kind": {"kind": "dense", "column": "event"}}}, "; 7 rows are bad (kind is no number: 6, as 'view'"),
         ({"where": {"column": "event", "value": []}}, "impressions.where.value"),
         ({"where": {"column": "event", "value": "view", "clicked": "view"}}, "view is a value of rows and of clicks"),
@@ -182,22 +168,11 @@ def test_mistakes_are_told(shop: Shop, change: Any, message: str) -> None:
     assert message in str(told.value)
 
 
-def test_behaviours_have_no_clicks_of_their_own(shop: Shop) -> None:
-    done = {"files": "events.csv", "where": {"column": "event", "value": "view", "clicked": "click"}}
-    with pytest.raises(SampleOptionError, match=r"behaviors\.where\.clicked: only impressions have clicks"):
-        shop.build(MAPPING | {"behaviors": done})
-
-
-def test_days_are_added_where_clicks_of_labels_are_the_behaviours(client: Client, shop: Shop) -> None:
-    header, row = "ts,uid,sku,clicked\n", "{},1,5,1\n"
-    mapping = {
-        "impressions": {"files": "a.csv", "columns": {"timestamp": "ts", "user": "uid", "item": "sku", "image": None,
-                                                      "label": "clicked"}},
-        "behaviors": "clicks",
-    }  # fmt: skip
-    rows = [row.format(START_S + at) for at in (DAY_S - 1, DAY_S, 2 * DAY_S)]
-    shop.put("a.csv", header + rows[0])
-    shop.build(mapping)
-    shop.put("a.csv", header + "".join(rows))
-    add_days(SampleOptions(samples=shop.options.samples, since="2026-01-01"), client)
+def test_days_are_added_where_clicks_of_labels_are_the_behaviours(shop: Shop) -> None:
+    columns = MAPPING["impressions"]["columns"] | {"label": "clicked"}
+    rows = [f"{START_S + at},1,5,1\n" for at in (DAY_S - 1, DAY_S, 2 * DAY_S)]
+    shop.put("a.csv", "ts,uid,sku,clicked\n" + rows[0])
+    shop.build({"impressions": {"files": "a.csv", "columns": columns}, "behaviors": "clicks"})
+    shop.put("a.csv", "ts,uid,sku,clicked\n" + "".join(rows))
+    shop.add(since="2026-01-01")
     assert [row["behavior_item"] for row in read(shop.options.samples)] == [[], [5, 5]]

@@ -1,9 +1,8 @@
-"""What belongs into a sample group, rule by rule, and against a slow reference that goes row by row."""
+"""What belongs into a sample group, rule by rule, against a slow reference, and in rows to score."""
 
 import dataclasses
 import random
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,14 +10,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from featurestore.errors import UserError
 from featurestore.keys import key_of_uri
 from pipeline.errors import SampleError, SampleOptionError
 from pipeline.options import SampleOptions
 from pipeline.samples import logs as pieces_module
 from pipeline.samples.build import build_samples
-from pipeline.samples.groups import _write_hours, batch_of_hours, plan_files, write_file
-from pipeline.samples.logs import WantedRows
 from pipeline.samples.mapping import parse_times, unit_of
+from pipeline.samples.requests import with_behaviors
 from tests.pipeline.samples.rows import (
     DAY_S,
     START_S,
@@ -36,15 +35,12 @@ from tests.pipeline.samples.rows import (
 )
 
 
-def test_window_reaches_exactly_its_days_back(build):
+def test_window_reaches_exactly_its_days_back_and_ages_are_whole_seconds(build):
     first = 20 * DAY_S
     behaviors = [done(first - 14 * DAY_S, item=1), done(first - 14 * DAY_S - 0.000001, item=2)]
     assert behavior_items(build([shown(first)], behaviors)[0]) == [[1]]
     assert behavior_items(build([shown(first)], behaviors, window_days=14.1)[0]) == [[1, 2]]
     assert behavior_items(build([shown(first)], behaviors, window_days=13.9)[0]) == [[]]
-
-
-def test_ages_are_whole_seconds_before_the_groups_first_impression(build):
     first = 3 * DAY_S
     behaviors = [done(first - age, item=item) for item, age in enumerate([0.5, 60, 90.25, 2 * DAY_S])]
     shows = [shown(first), shown(first + 3600)]
@@ -61,11 +57,17 @@ def test_session_over_midnight_is_one_group_of_its_first_day(build):
     assert [(row["day"], len(row["label"])) for row in rows] == [("2026-01-01", 2)]
 
 
-def test_user_columns_are_kept_and_an_unknown_value_is_minus_one(build):
+def test_columns_of_users_and_of_other_encodings_are_kept_and_an_unknown_value_is_minus_one(build):
     impressions = [shown(100, user_age=3, city=7), shown(200, user=2, user_age=None, city=8)]
     rows, _ = build(impressions, [done(0)])
     assert [row["user_age"] for row in rows] == [3, -1]
     assert "city" not in rows[0]
+    impressions, behaviors = table([shown(100), shown(101)]), table([done(0)])
+    for name, kind in {"user": pa.int32(), "category": pa.uint8(), "image": pa.large_string()}.items():
+        impressions = replaced(impressions, name, impressions[name].cast(kind))
+    behaviors = replaced(behaviors, "image", behaviors["image"].dictionary_encode())
+    rows, _ = build(impressions, replaced(behaviors, "dwell_s", pa.array([30], pa.int32())))
+    assert rows[0]["behavior_image"] == [key_of_uri("6.jpg")]
 
 
 def test_last_days_are_for_testing(build, tmp_path):
@@ -105,6 +107,7 @@ def test_days_for_testing_are_named_or_counted_or_a_share_of_the_groups(build, t
         ({"test_from": "tomorrow"}, "--test-from tomorrow: write days as 2026-03-20"),
         ({"test_from": "2026-01-01"}, "all impressions are on days for testing: nothing is left to train on"),
         ({"test_share": 0.9}, "all impressions are on days for testing: nothing is left to train on"),
+        ({"test_days": 10}, r"nothing is left to train on.*--test-days"),
     ],
 )
 def test_days_for_testing_that_cannot_be(build, changes, message):
@@ -120,23 +123,20 @@ def test_options_of_days_for_testing_are_checked_before_the_logs_are_read(option
 
 
 @pytest.mark.parametrize("dtype", [pa.bool_(), pa.int8(), pa.int64(), pa.float32()])
-def test_labels_of_any_type_are_0_and_1(dtype, options, client, tmp_path):
+def test_labels_of_any_type_are_0_and_1(dtype, build, tmp_path):
     log = table([shown(100, label=1), shown(200, label=0)])
-    write(tmp_path / "logs", [replaced(log, "label", log["label"].cast(dtype))], [table([done(0)])])
-    build_samples(options, client)
+    build(replaced(log, "label", log["label"].cast(dtype)), [done(0)])
     samples = pq.read_table(next(tmp_path.glob("samples/train/*")))
     assert samples["label"].to_pylist() == [[1, 0]]
     assert samples.schema.field("label").type == pa.list_(pa.int8())
 
 
 @pytest.mark.parametrize("unit", ["s", "ms", "us", "ns", "seconds", "naive"])
-def test_time_in_any_unit(unit, options, client, tmp_path):
-    impressions, behaviors = table([shown(100)], seconds=unit == "seconds"), table([done(99), done(100)])
+def test_time_in_any_unit(unit, build):
+    impressions = table([shown(100)], seconds=unit == "seconds")
     kind = pa.timestamp("us") if unit == "naive" else pa.timestamp(unit, "UTC") if unit != "seconds" else pa.int64()
     impressions = replaced(impressions, "timestamp", impressions["timestamp"].cast(kind))
-    write(tmp_path / "logs", [impressions], [behaviors])
-    build_samples(options, client)
-    (row,) = read(options.samples)
+    ((row,), _) = build(impressions, [done(99), done(100)])
     assert (row["timestamp"], len(row["behavior_item"])) == (START_S + 100, 1)
 
 
@@ -149,22 +149,6 @@ def test_digits_are_a_time_of_the_given_format_and_only_otherwise_a_number():
     assert parse_times(pa.chunked_array([written]), "ns")[0].tolist() == [1767261610_000_000, 1767261610_123]
     assert unit_of(written[:1]) == "ns" and unit_of(["1767261610.25"]) == "s"
     assert parse_times(pa.chunked_array([["1767261610.25"]]), "s")[0].tolist() == [1767261610_250_000]
-
-
-def test_columns_of_other_encodings(options, client, tmp_path):
-    impressions, behaviors = table([shown(100), shown(101)]), table([done(0)])
-    for name, kind in {"user": pa.int32(), "category": pa.uint8(), "image": pa.large_string()}.items():
-        impressions = replaced(impressions, name, impressions[name].cast(kind))
-    behaviors = replaced(behaviors, "image", behaviors["image"].dictionary_encode())
-    write(tmp_path / "logs", [impressions], [replaced(behaviors, "dwell_s", pa.array([30], pa.int32()))])
-    build_samples(options, client)
-    assert read(options.samples)[0]["behavior_image"] == [key_of_uri("6.jpg")]
-
-
-SEEDS = (1, 2, 3, 5, 10, 11)
-"""They draw each number of partitions and of behaviours twice, and each window."""
-
-# The reference
 
 
 def reference(impressions: list[Row], behaviors: list[Row], options: SampleOptions) -> list[Row]:
@@ -185,11 +169,8 @@ def reference(impressions: list[Row], behaviors: list[Row], options: SampleOptio
             groups[-1].append(row)
         else:
             groups.append([row])
-    return sorted((sample(group, behaviors, options) for group in groups), key=sort_key)
-
-
-def sort_key(row: Row) -> tuple[int, int, int]:
-    return row["timestamp"], row["user"], row["session"]
+    samples = (sample(group, behaviors, options) for group in groups)
+    return sorted(samples, key=lambda row: (row["timestamp"], row["user"], row["session"]))
 
 
 def sample(group: list[Row], behaviors: list[Row], options: SampleOptions) -> Row:
@@ -201,40 +182,24 @@ def sample(group: list[Row], behaviors: list[Row], options: SampleOptions) -> Ro
         if row["user"] == first["user"] and low <= row["timestamp"] < high and row["dwell_s"] >= options.min_dwell_s
     }
     newest = sorted(history, reverse=True)[: options.max_behaviors]
-    return {
-        "user": first["user"],
-        "session": first["session"],
-        "timestamp": int(first["timestamp"]),
-        "day": datetime.fromtimestamp(first["timestamp"], UTC).strftime("%Y-%m-%d"),
-        "user_age": first["user_age"],
-        "behavior_item": [row[1] for row in newest],
-        "behavior_image": [row[2] for row in newest],
-        "behavior_category": [row[3] for row in newest],
-        "ad_item": [row["item"] for row in group],
-        "ad_image": [row["image"] for row in group],
-        "ad_category": [row["category"] for row in group],
-        "ad_scene": [row["scene"] for row in group],
-        "label": [row["label"] for row in group],
-    }
+    day = datetime.fromtimestamp(first["timestamp"], UTC).strftime("%Y-%m-%d")
+    made = {name: first[name] for name in ("user", "session", "user_age")} | {"timestamp": int(high), "day": day}
+    made |= {f"behavior_{name}": [row[n] for row in newest] for n, name in enumerate(("item", "image", "category"), 1)}
+    made |= {f"ad_{name}": [row[name] for row in group] for name in ("item", "image", "category", "scene")}
+    return made | {"label": [row["label"] for row in group]}
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("seed", [1, 2, 3, 5, 10, 11])  # each number of partitions and behaviours twice, each window
 def test_groups_are_those_of_the_reference(seed, options, client, tmp_path, monkeypatch):
     monkeypatch.setattr(pieces_module, "PIECE_ROWS", 20)  # several tasks per file
     rng = random.Random(seed)
     impressions, behaviors = random_logs(rng)
     write(tmp_path / "logs", in_pieces(rng, impressions), in_pieces(rng, behaviors))
-    options = dataclasses.replace(
-        options, partitions=rng.choice([1, 3, 8]), max_behaviors=rng.choice([1, 3, 50]), window_days=rng.choice([1, 14])
-    )
+    drawn = {"partitions": rng.choice([1, 3, 8]), "max_behaviors": rng.choice([1, 3, 50])}
+    options = dataclasses.replace(options, **drawn, window_days=rng.choice([1, 14]))
     summary = build_samples(options, client)
-    rows = read(options.samples, "train")
-    expected = reference(impressions, behaviors, options)
-    assert rows == expected  # and so in this order
-    check_counts(summary, impressions, behaviors, expected)
-
-
-def check_counts(summary: dict[str, Any], impressions: list[Row], behaviors: list[Row], groups: list[Row]) -> None:
+    groups = reference(impressions, behaviors, options)
+    assert read(options.samples, "train") == groups  # and so in this order
     log = summary["impressions"]
     assert log["rows"] == len(impressions)
     assert log["kept"] == sum(len(row["label"]) for row in groups) == summary["train"]["impressions"]
@@ -250,39 +215,26 @@ def check_counts(summary: dict[str, Any], impressions: list[Row], behaviors: lis
     assert summary["train"]["positive_rate"] == pytest.approx(np.mean(labels))
 
 
-@pytest.mark.parametrize("ids", ["near zero", "of all 64 bits", "with the same last bits"])
-def test_rows_of_some_users_are_found_exactly(tmp_path: Path, ids: str) -> None:
-    random = np.random.default_rng(3)
-    low, high, step = {
-        "near zero": (-500, 500, 1),
-        "of all 64 bits": (-(2**63), 2**63 - 1, 1),
-        "with the same last bits": (-400, 400, 2**40),
-    }[ids]
-    known_U = np.unique(random.integers(low, high, 300)) * step
-    users_U, user_N = known_U[::3], random.choice(known_U, 5_000)
-    time_N = random.integers(0, 100, len(user_N))
-    np.save(tmp_path / "users.npy", users_U)
-    wanted_N = WantedRows(20, 60, str(tmp_path / "users.npy")).of(time_N, user_N)
-    assert (wanted_N == (time_N >= 20) & (time_N < 60) & np.isin(user_N, users_U)).all()
-    assert 500 < wanted_N.sum() < 4_000
-
-
-def test_hours_of_a_few_groups_share_a_batch_and_each_file_has_its_own(tmp_path: Path) -> None:
-    """A day's files are the same however the hours lie in batches."""
-    assert batch_of_hours({0: 100, 1: 100, 2: 100, 5: 300, 6: 1}) == {0: 0, 1: 0, 2: 1, 5: 2, 6: 3}
-    hours = np.sort(np.random.default_rng(0).integers(-9, 60, 2_000))
-    columns = {"timestamp": hours * 3_600, "user": np.arange(2_000), "session": np.zeros(2_000, np.int64)}
-    table = pa.table({**columns, "label": pa.array([[n % 2] for n in range(2_000)])})
-    path = str(tmp_path / "groups.arrow")
-    groups_of_hour = _write_hours(Path(path), table)
-    number = batch_of_hours(groups_of_hour)
-    assert sum(groups_of_hour.values()) == 2_000 and len(set(number.values())) < len(number) / 5
-    (tmp_path / "train").mkdir()
-    found = []
-    for plan in plan_files(groups_of_hour, 9, 70):
-        batches = sorted({number[hour] for hour in plan.hours})
-        written = write_file(plan, {path: batches}, str(tmp_path))
-        found.append(pq.read_table(tmp_path / "train" / plan.name, partitioning=None))
-        assert written.num_groups == len(found[-1]) == sum(groups_of_hour[hour] for hour in plan.hours)
-    assert pa.concat_tables(found).equals(table)
-    assert _write_hours(Path(path), table.slice(0, 0)) == {}
+@pytest.mark.services
+def test_rows_to_score_have_the_history_of_their_group_and_bad_ones_are_errors(build, tmp_path):
+    """Where each impression is a session of its own, its row is that of the samples."""
+    impressions, behaviors = random_logs(random.Random(3))
+    impressions = [row | {"session": place} for place, row in enumerate(impressions[:60])]
+    samples, _ = build(impressions, behaviors, max_behaviors=4, window_days=5)
+    asked = table([{name: value for name, value in row.items() if name != "label"} for row in impressions])
+    rows = with_behaviors(asked, table(behaviors), str(tmp_path / "samples")).to_pylist()
+    wanted = {row["session"]: row for row in samples}
+    assert [row["ad_item"] for row in rows] == [[row["item"]] for row in impressions]
+    for row in rows:
+        assert row | {"label": wanted[row["session"]]["label"]} == wanted[row["session"]]
+    build([shown(100)], [done(50)])
+    samples = str(tmp_path / "samples")
+    bad = table([shown(100), shown(200, user=None)])
+    with pytest.raises(SampleError, match="row 1 of the impressions: user is null"):
+        with_behaviors(bad, table([done(50)]), samples)
+    none = table([done(50)]).slice(0, 0)
+    assert with_behaviors(table([shown(100)]), none, samples)["behavior_item"].to_pylist() == [[]]
+    short = table([done(50, dwell_s=1.0)])
+    assert with_behaviors(table([shown(100)]), short, samples)["behavior_item"].to_pylist() == [[]]
+    with pytest.raises(UserError, match="no samples that crossmedia samples made"):
+        with_behaviors(table([shown(100)]), none, str(tmp_path))

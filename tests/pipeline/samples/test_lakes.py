@@ -11,8 +11,6 @@ import pytest
 import yaml
 
 from featurestore.storage.storage import Storage
-from pipeline.options import SampleOptions
-from pipeline.samples.added import add_days
 from pipeline.samples.requests import with_behaviors
 from tests.cli import invoke
 from tests.pipeline.samples.rows import DAY_S, START_S, Shop, all_bytes, read
@@ -32,15 +30,10 @@ Write = Callable[[Path, list[pa.Table]], None]
 def shown(days: int) -> pa.Table:
     """Impressions of two users, some on each day."""
     rows = range(12 * days)
-    return pa.table(
-        {
-            "timestamp": pa.array([START_S + DAY_S * (n // 12) + 600 * (n % 12) for n in rows], pa.int64()),
-            "user": [f"user {n % 2}" for n in rows],
-            "item": ["ab"[n % 3 % 2] for n in rows],
-            "image": [f"{n % 3}.jpg" for n in rows],
-            "label": pa.array([int(n % 4 == 0) for n in rows], pa.int64()),
-        }
-    )
+    time_s = pa.array([START_S + DAY_S * (n // 12) + 600 * (n % 12) for n in rows], pa.int64())
+    label = pa.array([int(n % 4 == 0) for n in rows], pa.int64())
+    columns = {"timestamp": time_s, "user": [f"user {n % 2}" for n in rows], "item": ["ab"[n % 3 % 2] for n in rows]}
+    return pa.table(columns | {"image": [f"{n % 3}.jpg" for n in rows], "label": label})
 
 
 def write_lance(place: Path, versions: list[pa.Table]) -> None:
@@ -113,6 +106,8 @@ def test_samples_are_those_of_plain_files(lake: Shop, plain: Shop, request: pyte
     assert versions_of(Storage(lake.folder / "samples")) == summary["tables"]
     assert versions_of(Storage(plain.folder / "samples")) == {} == versions_of(Storage(plain.folder))
     assert not list(lake.folder.glob(".crossmedia-tables-*"))
+    rows = with_behaviors(shown(1), shown(1), str(lake.folder / "samples")).to_pylist()
+    assert len(rows) == 12 and {row["ad_price"][0] for row in rows} == {1.5, 2.5}
 
 
 def test_a_day_is_added_from_the_newest_version(lake: Shop, plain: Shop, request: pytest.FixtureRequest) -> None:
@@ -120,19 +115,13 @@ def test_a_day_is_added_from_the_newest_version(lake: Shop, plain: Shop, request
     _, before = lake.build(MAPPING)
     WRITERS[kind][0](lake.folder / "logs" / "shown", [shown(3)])
     plain.put("shown/a.parquet", shown(3))
-    add_days(SampleOptions(samples=str(lake.folder / "samples"), since="2026-01-01"), lake.client)
+    lake.add(since="2026-01-01")
     expected, _ = plain.build(MAPPING)
     assert read(lake.folder / "samples") == expected
     version = versions_of(Storage(lake.folder / "samples"))["shown"]
     assert version.startswith(f"{kind}, ") and version != before["tables"]["shown"]
     assert kind == "Iceberg" or version == f"{kind}, version {2 if kind == 'Delta' else 3}"
     assert all_bytes(lake.folder / "samples" / "train") == all_bytes(plain.folder / "samples" / "train")
-
-
-def test_rows_to_score_take_columns_of_a_joined_table(lake: Shop) -> None:
-    lake.build(MAPPING)
-    rows = with_behaviors(shown(1), shown(1), str(lake.folder / "samples")).to_pylist()
-    assert len(rows) == 12 and {row["ad_price"][0] for row in rows} == {1.5, 2.5}
 
 
 def test_a_first_mapping_names_the_tables(lake: Shop, shop: Shop) -> None:
@@ -144,9 +133,7 @@ def test_a_first_mapping_names_the_tables(lake: Shop, shop: Shop) -> None:
         assert {each["files"] for each in mapping.get("join", {}).values()} <= {*tables, "more.csv"}
     lake.build(mapping)
     said = invoke(schema_command.app, "inspect", shop.folder / "logs", "--label", "no", code=1).stderr
-    assert said.startswith(f"error: {shop.folder}/logs: --label no is not a column"), (
-        "the folder of copies is not named"
-    )
+    assert said.startswith(f"error: {shop.folder}/logs: --label no is not a column"), "as it is called, not as its copy"
 
 
 def test_without_its_package_a_table_is_named(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import signal
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,16 +14,17 @@ from featurestore.storage.storage import Storage
 from pipeline.errors import SampleError
 from pipeline.options import SampleOptions
 from pipeline.samples import publish as publish_module
-from pipeline.samples.added import add_days
 from pipeline.samples.build import build_samples
 from pipeline.samples.publish import MARK, replaced_files
 from tests.fuse import FORK, Fuse
-from tests.pipeline.samples.rows import DAY_S, done, shown, table, write
+from tests.pipeline.samples.rows import Call, done, shown, users_of_days
 from trainer.comm import SoloComm
 from trainer.samples.columns import files_by_day
 from trainer.samples.index import open_index
 from trainer.samples.reader import SampleReader
 from trainer.schema.fields import SETTINGS_FILE, load_schema
+
+FIFTH = "2026-01-05"
 
 
 def version_at(url: str) -> PublishedFiles:
@@ -34,28 +34,23 @@ def version_at(url: str) -> PublishedFiles:
 
 
 @pytest.fixture
-def there(options: SampleOptions, client: Client, tmp_path: Path, s3_url: str) -> SampleOptions:
-    """Samples of four days on S3, a user each, with behaviours of the day before; the log has a fifth day by now."""
-
-    def log(days: int) -> None:
-        impressions = [shown(day * DAY_S + 9_000 + user, user=user) for day in range(days) for user in range(5)]
-        behaviors = [done(day * DAY_S + user, user=user, item=day) for day in range(days) for user in range(5)]
-        write(tmp_path / "logs", [table(impressions)], [table(behaviors)])
-
-    log(4)
-    options = dataclasses.replace(options, samples=f"{s3_url}/samples", test_days=1, scratch=str(tmp_path / "scratch"))
-    build_samples(options, client)
-    log(5)
-    return SampleOptions(samples=options.samples, scratch=options.scratch)
+def there(build: Call, log: Call, tmp_path: Path, s3_url: str) -> SampleOptions:
+    """Samples of four days on S3; the log has a fifth day by now."""
+    made = SampleOptions(samples=f"{s3_url}/samples", scratch=str(tmp_path / "scratch"))
+    build(*users_of_days(4), samples=made.samples, scratch=made.scratch, test_days=1)
+    log(*users_of_days(5))
+    return made
 
 
-FIFTH = {"days": "2026-01-05"}
+@pytest.fixture
+def add_there(add: Call, there: SampleOptions) -> Call:
+    return lambda days=FIFTH: add(samples=there.samples, scratch=there.scratch, days=days)
 
 
 class TestAddDays:
-    def test_files_of_other_days_are_not_written_again(self, there: SampleOptions, client: Client) -> None:
+    def test_files_of_other_days_are_not_written_again(self, there: SampleOptions, add_there: Call) -> None:
         before = version_at(there.samples)
-        assert add_days(dataclasses.replace(there, **FIFTH), client)["days"] == ["2026-01-05"]
+        assert add_there()["days"] == [FIFTH]
         after = version_at(there.samples)
         assert (before.published.version, after.published.version) == (1, 2)
         places = {name.rpartition("/")[2]: file.path for name, file in before.published.files.items()}
@@ -64,7 +59,7 @@ class TestAddDays:
         assert all(path == places[name.rpartition("/")[2]] for name, path in list(moved.items())[1:])
         assert list(files_by_day(after)) == [f"2026-01-0{day}" for day in range(1, 6)]
 
-    def test_who_reads_goes_on_with_the_files_of_its_version(self, there: SampleOptions, client: Client) -> None:
+    def test_who_reads_goes_on_with_the_files_of_its_version(self, there: SampleOptions, add_there: Call) -> None:
         schema = load_schema()
 
         def reader() -> SampleReader:
@@ -75,84 +70,74 @@ class TestAddDays:
         expected = [batch.group_id_B.tolist() for batch in old.batches()]
         began = old.batches()
         first = next(began)
-        add_days(dataclasses.replace(there, days="2026-01-02,2026-01-05"), client)
+        add_there("2026-01-02,2026-01-05")
         assert [each.group_id_B.tolist() for each in [first, *began]] == expected
         assert [each.group_id_B.tolist() for each in old.batches()] == expected
         assert reader().num_samples == old.num_samples + 5
 
-    def test_samples_that_were_copied_there_are_added_to(
-        self, there: SampleOptions, client: Client, options: SampleOptions, s3_url: str
-    ) -> None:
+    @pytest.mark.usefixtures("there")
+    def test_copied_samples_are_added_to(self, client: Client, options: SampleOptions, add: Call, s3_url: str) -> None:
         """They lie in train/ and test/, without a version."""
         disk, copied = Path(options.samples), Storage(f"{s3_url}/copied")
         build_samples(dataclasses.replace(options, test_days=1), client)
         (disk / "test" / "day=2026-01-05-000.parquet").rename(disk / "old")
         for file in [*disk.glob("t*/*.parquet"), disk / MARK]:
             copied.write_bytes(str(file.relative_to(disk)), file.read_bytes())
-        add_days(SampleOptions(samples=copied.url, **FIFTH), client)
+        add(samples=copied.url, days=FIFTH)
         after = version_at(copied.url)
         assert after.full("train/day=2026-01-01-000.parquet") == copied.full("train/day=2026-01-01-000.parquet")
         assert after.read_bytes("test/day=2026-01-05-000.parquet") == (disk / "old").read_bytes()
 
-    @pytest.mark.parametrize("on_disk", [False, True])
-    def test_of_two_at_once_one_is_told_to_run_again(
-        self,
-        there: SampleOptions,
-        client: Client,
-        options: SampleOptions,
-        monkeypatch: pytest.MonkeyPatch,
-        on_disk: bool,
+    def test_one_of_two_is_told_to_rerun(
+        self, there: SampleOptions, build: Call, add: Call, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        if on_disk:
-            build_samples(options, client)
-            there = SampleOptions(samples=options.samples)
         from pipeline.samples import added
 
-        original, runs = added.build.write, []
+        build(*users_of_days(5))
+        for place in ({}, {"samples": there.samples, "scratch": there.scratch}):  # on the disk, and there
+            original, runs = added.build.write, []
 
-        def slow(*arguments):
-            runs.append(0)
-            if len(runs) == 1:  # the other one begins and ends meanwhile
-                add_days(dataclasses.replace(there, days="2026-01-03"), client)
-            return original(*arguments)
+            def slow(*arguments, runs=runs, place=place, original=original):
+                runs.append(0)
+                if len(runs) == 1:  # the other one begins and ends meanwhile
+                    add(days="2026-01-03", **place)
+                return original(*arguments)
 
-        monkeypatch.setattr(added.build, "write", slow)
-        with pytest.raises(CommitConflictError, match="run it again"):
-            add_days(dataclasses.replace(there, **FIFTH), client)
-        monkeypatch.undo()
-        add_days(dataclasses.replace(there, **FIFTH), client)
-        assert "2026-01-05" in files_by_day(open_published(there.samples))
+            monkeypatch.setattr(added.build, "write", slow)
+            with pytest.raises(CommitConflictError, match="run it again"):
+                add(days=FIFTH, **place)
+            monkeypatch.undo()
+            assert add(days=FIFTH, **place)["days"] == [FIFTH]
+        assert FIFTH in files_by_day(open_published(there.samples))
 
 
 class TestWhole:
     def test_a_whole_build_replaces_whatever_came_meanwhile(
-        self, there: SampleOptions, client: Client, options: SampleOptions, monkeypatch: pytest.MonkeyPatch
+        self, there: SampleOptions, build: Call, add_there: Call, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         original = publish_module.versions.publish
 
         def late(*arguments):
             monkeypatch.undo()
-            add_days(dataclasses.replace(there, **FIFTH), client)
+            add_there()
             return original(*arguments)
 
         monkeypatch.setattr(publish_module.versions, "publish", late)
-        build_samples(dataclasses.replace(options, samples=there.samples, test_days=3), client)
+        build(*users_of_days(5), samples=there.samples, test_days=3)
         after = version_at(there.samples)
         assert (after.published.version, len(after.list("test"))) == (3, 3)
 
-    def test_a_place_with_other_files_is_left_alone(self, options: SampleOptions, build: Callable, s3_url: str) -> None:
+    def test_other_files_are_left_alone_but_half_a_build(self, build: Call, tmp_path: Path, s3_url: str) -> None:
         Storage(s3_url).write_bytes("thesis.txt", b"years of work")
         with pytest.raises(SampleError, match="has files that are no samples"):
             build([shown(0)], [done(0)], samples=s3_url)
         assert Storage(s3_url).list() == ["thesis.txt"]
-
-    def test_what_a_killed_first_build_left_is_no_hindrance(self, build: Callable, tmp_path: Path, s3_url: str) -> None:
         (tmp_path / "one").write_text("half of a build")
-        upload(Storage(s3_url), tmp_path / "one", "train/day=2026-01-01-000.parquet")
-        build([shown(0)], [done(0)], samples=s3_url)
-        assert version_at(s3_url).list("train") == ["day=2026-01-01-000.parquet"]
+        upload(Storage(f"{s3_url}/new"), tmp_path / "one", "train/day=2026-01-01-000.parquet")
+        build([shown(0)], [done(0)], samples=f"{s3_url}/new")
+        assert version_at(f"{s3_url}/new").list("train") == ["day=2026-01-01-000.parquet"]
 
-    def test_schema_and_settings_lie_there_for_people(self, build: Callable, tmp_path: Path, s3_url: str) -> None:
+    def test_schema_and_settings_lie_there_for_people(self, build: Call, tmp_path: Path, s3_url: str) -> None:
         mapping = tmp_path / "mapping.yaml"
         mapping.write_text("impressions: {}\nbehaviors: {}\n")
         rows = [shown(at_s, user=at_s % 3, item=at_s % 7, image=f"{at_s % 7}.jpg") for at_s in range(60)]
@@ -162,9 +147,7 @@ class TestWhole:
         assert index.num_samples == 60
 
 
-def test_killed_at_any_write_it_is_the_old_or_the_new_version(
-    s3_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_killed_at_any_write_it_is_old_or_new(s3_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The files of one version, never half of another; what a killed run left in the scratch folder goes."""
     monkeypatch.setattr(publish_module, "_UPLOADS", 1)
     url, scratch = f"{s3_url}/samples", tmp_path / "scratch"

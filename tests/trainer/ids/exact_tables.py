@@ -1,8 +1,6 @@
 """Exact ID tables for tests: made, trained by one step, looked into."""
 
-from collections.abc import Iterable, Sequence
-from copy import deepcopy
-from datetime import date, timedelta
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -50,16 +48,7 @@ def ids_of_shard(shard: int, count: int) -> list[int]:
     return found
 
 
-def day_of(number: int) -> date:
-    return date(2026, 1, 1) + timedelta(days=number)
-
-
-def ids_of(table: ExactTable, ids: np.ndarray, rank: int) -> np.ndarray:
-    """What the other ranks would ask this one for."""
-    return ids[table.owner_of(ids) == rank]
-
-
-def train(table: ExactTable, ids: Sequence[int] | np.ndarray) -> None:
+def train(table: IdTable, ids: Sequence[int] | np.ndarray) -> None:
     """One step in which the loss is the sum of each id's vector, times the id."""
     request = table.serve(np.asarray(ids, np.int64), "step")
     vectors_QV = vectors_of(table, request)
@@ -75,28 +64,10 @@ def vectors_of(table: IdTable, request: RowRequest) -> Tensor:
     return table.source.vectors(requests)[tables.index(table)]
 
 
-def move(table: IdTable, rates: Rates = RATES) -> None:
+def move(table: IdTable) -> None:
     """End a training step."""
-    table.source.move(rates)
-    table.optimizer.end_step(rates)
-
-
-def vector_of(table: ExactTable, each: int) -> Tensor:
-    """As in evaluation."""
-    with torch.no_grad():
-        return vectors_of(table, table.serve(np.array([each]), "eval"))[0]
-
-
-def have_rows(table: ExactTable, ids: Iterable[int]) -> set[int]:
-    known = {int(each) for slot in range(len(table.shards)) for each in table.map.ids_of(slot)}
-    return known & set(ids)
-
-
-def counts_of(table: ExactTable, ids: list[int]) -> list[int]:
-    """What the filter has counted of each id."""
-    request = table.serve(np.array(ids), "eval")
-    assert table.filter is not None
-    return (deepcopy(table.filter).add(request.slot_Q, request.hash_Q) - 1).tolist()
+    table.source.move(RATES)
+    table.optimizer.end_step(RATES)
 
 
 def state_of(table: ExactTable) -> dict[str, Tensor]:

@@ -1,8 +1,8 @@
-"""Exact ID tables: who has a row, who shares the cold one, and that neither ranks nor the order of ids matter."""
+"""ID tables: who has a row, who shares the cold one, and that neither ranks nor the order of ids matter."""
 
 import sys
 from collections import Counter
-from copy import deepcopy
+from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from featurestore.keys import Int64Array, shard_of, splitmix64
+from featurestore.keys import shard_of, splitmix64
 from tests.trainer.ids.exact_tables import (
     OPTIM,
     SHARDS,
     STEPS,
     assert_same,
-    day_of,
-    have_rows,
-    ids_of,
     ids_of_shard,
     move,
     shape_of,
@@ -27,13 +24,14 @@ from tests.trainer.ids.exact_tables import (
     table_of,
     tables_of,
     train,
-    vector_of,
     vectors_of,
 )
+from trainer.comm import SoloComm
 from trainer.config import IdOptimizer
 from trainer.errors import CheckpointError
-from trainer.ids.exact import CountingFilter, ExactShape, RowMap, longest_unused
-from trainer.ids.shards import TableShape, owned_bytes
+from trainer.ids.exact import CountingFilter, ExactShape, figures_of, gather_figures, warning_of
+from trainer.ids.exact import num_ids as num_ids_of
+from trainer.ids.shards import TableShape, initial_rows, owned_bytes
 
 sys.path.append(str(Path(__file__).parents[1] / "equivalence"))  # the reference's modules find each other there
 RULES: list[dict[str, Any]] = [
@@ -100,12 +98,12 @@ def test_it_is_as_one_id_at_a_time_for_any_ranks_and_resumed(
             if step % 2 == 0:
                 plain.ids.begin_day(100 + step, plain.rows)
                 for table in (alone, *tables):
-                    table.begin_day(day_of(step))
+                    table.begin_day(date(2026, 1, 1) + timedelta(step))
             ids = draw.integers(6 * step, 6 * step + 60, 50) - 60
             plain.train(draw.permutation(ids))
             train(alone, ids)
             for rank, table in enumerate(tables):
-                train(table, ids_of(table, ids, rank))
+                train(table, ids[table.owner_of(ids) == rank])
         state = {name: part for table in tables for name, part in state_of(table).items()}
         shared = tables[0].optimizer.shared_state()
         for table in tables:
@@ -126,9 +124,9 @@ def test_evaluation_neither_counts_nor_admits_nor_uses() -> None:
     train(table, [5])
     before = state_of(table)
     for _ in range(3):
-        vector_of(table, 5)
         vectors_of(table, table.serve(np.array([5, 9, 13]), "eval"))  # with gradients, as if they were wanted
         with torch.no_grad():
+            vectors_of(table, table.serve(np.array([5]), "eval"))
             vectors_of(table, table.serve(np.array([5, 9]), "step"))
     assert_same(state_of(table), before)
     assert (table.counts["served"], table.counts["cold"]) == (1, 1)
@@ -139,17 +137,6 @@ def test_first_values_have_the_deviation_of_hashed_ones_and_are_others_by_seed()
     one, other = (vectors_of(table, table.serve(ids)).detach() for table in (table_of(shape), table_of(shape, seed=2)))
     assert abs(float(one.mean())) < 0.001 and float(one.std()) == pytest.approx(0.05, rel=0.02)
     assert len(one.unique()) == one.numel() and not (one == other).any()
-
-
-def test_bytes_are_those_of_the_arrays() -> None:
-    shape = shape_of(1000, admit_after=3)
-    for rank in range(3):
-        table = table_of(shape, rank, 3)
-        assert table.filter is not None
-        index = [table.map.id_of_place, table.map.row_of_entry]
-        arrays = [*index, table.last_use, table.used_at, table.filter.counts_SC]
-        found_bytes = table.rows.block_NW.nbytes + sum(each.nbytes for each in arrays)
-        assert owned_bytes(shape, rank, 3, table.optimizer.state, torch.float64) == found_bytes
 
 
 @pytest.mark.parametrize("max_rows", [4000, 40])
@@ -176,90 +163,27 @@ def test_ids_that_wait_for_their_admission_take_no_ones_room() -> None:
     train(table, ids[rows : rows + 1])
     assert table.counts["evicted"] == 0
     train(table, ids[rows:])
-    assert table.counts["evicted"] == 2 and have_rows(table, ids) == {*ids[2 : rows + 1]}
+    have_rows = {each for slot in range(len(table.shards)) for each in table.map.ids_of(slot).tolist()}
+    assert table.counts["evicted"] == 2 and have_rows == {*ids[2 : rows + 1]}
 
 
-def test_the_longest_unused_are_chosen_as_sorting_all_would() -> None:
-    draw = np.random.default_rng(0)
-    for _ in range(200):
-        count = int(draw.integers(1, 60))
-        used_at, ids = draw.integers(0, 9, count).astype(np.int32), draw.permutation(1000)[:count] - 500
-        most, now = int(draw.integers(1, 70)), int(draw.integers(1, 10))
-        order = [row for row in np.lexsort((ids, used_at)).tolist() if used_at[row] < now]
-        assert longest_unused(used_at, ids, most, now).tolist() == sorted(order[:most])
-
-
-def test_a_hashed_table_is_refused() -> None:
+def test_a_hashed_table_and_too_many_rows_are_refused() -> None:
     """What an exact one lacks in the checkpoint of a hashed one is noticed when it is read."""
-    hashed = tables_of(TableShape("item", 3, 50, SHARDS))
-    assert "item/0000/ids" in {*table_of().names()} - {*hashed["item"].names()}
+    hashed = tables_of(TableShape("item", 3, 50, SHARDS))["item"]
+    assert "item/0000/ids" in {*table_of().names()} - {*hashed.names()}
     with pytest.raises(CheckpointError, match=r"item/0000/weight has shape \(1, 3\).*\(7, 3\)"):
-        hashed["item"].import_shards(table_of().export_shards())
-
-
-def test_too_many_rows_are_refused() -> None:
+        hashed.import_shards(table_of().export_shards())
     table = table_of()
     train(table, np.arange(100))
     with pytest.raises(CheckpointError, match=r"of the checkpoint has \d+ rows, and this run room for 1; raise"):
         table_of(shape_of(max_rows=8)).import_shards(table.export_shards())
 
 
-class Owned:
-    """The map of a rank that owns all shards, asked with ids alone."""
-
-    def __init__(self, rows_per_shard: int) -> None:
-        self.map = RowMap(SHARDS, rows_per_shard)
-
-    def of(self, ids: Int64Array) -> tuple[Int64Array, np.ndarray, Int64Array]:
-        return shard_of(ids, SHARDS), splitmix64(ids), ids
-
-    def rows(self, ids: Int64Array) -> list[int]:
-        return (self.map.places(*self.of(ids)) // SHARDS).tolist()
-
-    def learn(self, ids: Int64Array) -> None:
-        """As a step does: different ids, and of them those without a row."""
-        slot, hashes, ids = self.of(np.unique(ids))
-        new = self.map.places(slot, hashes, ids) < SHARDS
-        self.map.insert(slot[new], hashes[new], ids[new])
-
-
-@pytest.mark.parametrize("rows_per_shard", [2, 5, 60, 2000])
-def test_rows_are_those_of_lists(rows_per_shard: int) -> None:
-    """Of each shard the ids in the order in which they came, as long as there is room; some go, many times over, and
-    the last ones take their numbers."""
-    draw, owned = np.random.default_rng(900), Owned(rows_per_shard)
-    ids_of: list[list[int]] = [[] for _ in range(SHARDS)]
-    seen_ids = np.array([0, 2**63 - 1, -(2**63)])
-    for number in range(30):
-        batch = np.unique(draw.integers(-300 - 30 * number, 300 + 30 * number, 300)) * 7919
-        owned.learn(batch)
-        for each, shard in zip(batch.tolist(), shard_of(batch, SHARDS).tolist(), strict=True):
-            if each not in ids_of[shard] and len(ids_of[shard]) < rows_per_shard - 1:
-                ids_of[shard].append(each)
-        for slot, ids in enumerate(ids_of if number % 3 == 2 else []):
-            gone = np.sort(draw.choice(len(ids), int(draw.integers(0, len(ids) + 1)), replace=False)) + 1
-            from_M, to_M = owned.map.remove(slot, gone)
-            end = len(ids) - len(gone)
-            assert to_M.tolist() == [row for row in gone.tolist() if row <= end]
-            assert from_M.tolist() == [row for row in range(end + 1, len(ids) + 1) if row not in gone]
-            for row, to in zip(from_M.tolist(), to_M.tolist(), strict=True):
-                ids[to - 1] = ids[row - 1]
-            del ids[end:]
-        assert [owned.map.ids_of(shard).tolist() for shard in range(SHARDS)] == ids_of
-        seen_ids = np.union1d(seen_ids, batch)
-        row_of = {each: row for ids in ids_of for row, each in enumerate(ids, 1)}
-        assert owned.rows(seen_ids) == [row_of.get(each, 0) for each in seen_ids.tolist()]
-
-
 def add(counts: CountingFilter, ids: np.ndarray) -> np.ndarray:
     return counts.add(shard_of(ids, SHARDS), splitmix64(ids))
 
 
-def seen(counts: CountingFilter, ids: np.ndarray) -> np.ndarray:
-    return add(deepcopy(counts), ids) - 1
-
-
-def test_a_count_is_never_too_low_and_seldom_too_high() -> None:
+def test_a_count_is_never_too_low_seldom_too_high_and_ends_at_255() -> None:
     """As many ids wait as the table has rows."""
     draw, truth = np.random.default_rng(0), Counter[int]()
     rows = 4096
@@ -269,13 +193,98 @@ def test_a_count_is_never_too_low_and_seldom_too_high() -> None:
         add(counts, ids)
         truth.update(ids.tolist())
     ids = np.arange(1, rows)
-    over = seen(counts, ids).astype(int) - np.array([truth[each] for each in ids.tolist()])
+    over = add(counts, ids).astype(int) - 1 - np.array([truth[each] for each in ids.tolist()])
     assert over.min() == 0
     assert (over > 0).mean() < 0.05
-
-
-def test_counts_end_at_255() -> None:
-    counts, ids = CountingFilter(SHARDS, 64), np.array([5])
     for _ in range(300):
-        last = add(counts, ids)
+        last = add(counts, np.array([5]))
     assert last.tolist() == [255] and counts.counts_SC.max() == 255
+
+
+SHAPE = TableShape("item", width=3, num_rows=50, num_shards=8)
+IDS = np.random.default_rng(0).integers(-(2**62), 2**62, 100_000)
+
+
+def test_ids_spread_over_shards_and_rows() -> None:
+    assert SHAPE.rows_per_shard == 7
+    assert TableShape("t", 3, num_rows=1, num_shards=8).rows_per_shard == 1
+    shape = TableShape("t", 1, num_rows=1 << 12, num_shards=64)
+    shard, row = shape.place_of(np.arange(100_000) * 64)  # equal low bits must not meet
+    counts = np.bincount(shard * shape.rows_per_shard + row, minlength=1 << 12)
+    assert 3 < counts.min() < counts.max() < 60  # Poisson around 24
+
+
+def test_first_values_have_the_deviation_and_differ_by_seed_table_and_shard() -> None:
+    rows = initial_rows(TableShape("t", 12, 64 * 1000, 64), shard=3, seed=0, scale=0.05)
+    assert abs(rows.mean()) < 0.002
+    assert rows.std() == pytest.approx(0.05, rel=0.02)
+    base = initial_rows(SHAPE, 0, 1, 1.0)
+    for shape, shard, seed in ((SHAPE, 1, 1), (SHAPE, 0, 2), (TableShape("image", 3, 50, 8), 0, 1)):
+        assert not np.isclose(base, initial_rows(shape, shard, seed, 1.0)).any()
+
+
+@pytest.mark.parametrize("rank", range(3))
+def test_bytes_are_those_of_the_arrays(rank: int) -> None:
+    hashed = tables_of(SHAPE, rank, 3)["item"]
+    assert owned_bytes(SHAPE, rank, 3, hashed.optimizer.state, torch.float64) == hashed.rows.block_NW.nbytes
+    shape = shape_of(1000, admit_after=3)
+    table = table_of(shape, rank, 3)
+    assert table.filter is not None
+    index = [table.map.id_of_place, table.map.row_of_entry]
+    arrays = [*index, table.last_use, table.used_at, table.filter.counts_SC, table.rows.block_NW]
+    found_bytes = sum(each.nbytes for each in arrays)
+    assert owned_bytes(shape, rank, 3, table.optimizer.state, torch.float64) == found_bytes
+
+
+class OneOfMany(SoloComm):
+    """Hands out what the ranks of `everyone` have to say."""
+
+    def __init__(self, everyone: list[object]) -> None:
+        self._everyone = everyone
+
+    def allgather_object(self, value: object, name: str = "objects") -> list:
+        return self._everyone
+
+
+def counted(rows: int, ids: np.ndarray) -> tuple[int, float]:
+    """Rows used and share of ids in shared rows, by counting."""
+    shape = TableShape("item", 2, rows, 64)
+    shard, row = shape.place_of(ids)
+    ids_of_row = np.unique(shard * shape.rows_per_shard + row, return_counts=True)[1]
+    return len(ids_of_row), float(ids_of_row[ids_of_row > 1].sum()) / len(ids)
+
+
+@pytest.mark.parametrize("ids", ["rowwise_adagrad", "adam"])
+@pytest.mark.parametrize("num_ranks", [1, 3])
+@pytest.mark.parametrize(("num_ids", "rows"), [(0, 10), (1, 64), (2, 64), (3_000, 1_000), (50_000, 200_000)])
+def test_rows_in_use_tell_ids_and_shares(num_ids: int, rows: int, num_ranks: int, ids: IdOptimizer) -> None:
+    shape, everyone = TableShape("item", 2, rows, 64), []
+    for rank in range(num_ranks):
+        table = tables_of(shape, rank, num_ranks, ids=ids)["item"]
+        for step_ids in np.array_split(IDS[:num_ids], 3):
+            train(table, step_ids[table.owner_of(step_ids) == rank])
+        vectors_of(table, table.serve(IDS[-100:][table.owner_of(IDS[-100:]) == rank], "eval"))  # notes nothing
+        everyone.append({"item": table.tally()})
+    found = gather_figures(OneOfMany(everyone), {"item": table})["item"]
+    if not num_ids:
+        assert found == {"kind": "hashed", "rows": shape.size, "used_rows": 0, "share": None}
+        assert warning_of("item", found) is None
+        return
+    used, share = counted(rows, IDS[:num_ids])
+    assert (found["rows"], found["used_rows"]) == (shape.size, used)
+    assert found["share"] == pytest.approx(share, abs=0.03)
+    assert num_ids_of(shape.size, used) == pytest.approx(num_ids, rel=0.1)
+
+
+def test_a_hundred_thousand_ids_in_the_presets_table_are_warned_of() -> None:
+    used, share = counted(65_536, IDS)
+    found = figures_of(TableShape("item", 2, 65_536, 64), {"used_rows": used})
+    warning = warning_of("item", found) or ""
+    assert share == pytest.approx(0.78, abs=0.02) and warning.startswith("table item: about 78% of its ids share")
+    assert warning.endswith(f"max_rows: {2 * num_ids_of(65_536, used)}}}")
+    assert num_ids_of(64, 64) > 64 * 4  # full: at least so many
+    for num_ids in (4095, 65_536):  # with four rows for each
+        used, _ = counted(4 * num_ids, IDS[:num_ids])
+        found = figures_of(TableShape("item", 2, 4 * num_ids, 64), {"used_rows": used})
+        assert found["share"] == pytest.approx(0.22, abs=0.02)
+        assert warning_of("item", found) is None

@@ -81,49 +81,41 @@ def torch_adam(table: Table) -> Callable[[], None]:
     return step
 
 
-class TestAdam:
-    @pytest.mark.long
-    @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
-    @pytest.mark.parametrize(
-        "settings",
-        [
-            {},
-            {"eps": 1e-3},
-            {"lr_gamma": 1.0, "warmup_steps": 0},
-        ],
-    )
-    def test_every_row_after_every_step_is_that_of_torch_on_the_whole_table(
-        self, seed: int, settings: dict[str, float]
-    ) -> None:
-        """All settings on one drawing of steps in `make test`, on another one in `make test-slow`."""
-        table = Table(ids="adam", **settings)
-        dense_step = torch_adam(table)
-        for rows_Q, gradient_QV in drawn_steps(seed):
+@pytest.mark.long
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("settings", [{}, {"eps": 1e-3}, {"lr_gamma": 1.0, "warmup_steps": 0}])
+def test_every_row_after_every_step_is_that_of_torch_on_the_whole_table(seed: int, settings: dict[str, float]) -> None:
+    """All settings on one drawing of steps in `make test`, on another one in `make test-slow`."""
+    table = Table(ids="adam", **settings)
+    dense_step = torch_adam(table)
+    for rows_Q, gradient_QV in drawn_steps(seed):
+        table.step(rows_Q, gradient_QV)
+        dense_step()
+        torch.testing.assert_close(table.now(), table.dense.detach(), rtol=0, atol=2e-13)
+
+
+@pytest.mark.long
+def test_float32_is_about_as_near_as_torch_in_float32() -> None:
+    table, exact = Table(torch.float32, ids="adam"), Table(ids="adam")
+    exact.rows.weight.copy_(table.rows.weight)
+    dense_step = torch_adam(table)
+    ours = theirs = 0.0
+    for rows_Q, gradient_QV in drawn_steps(0):
+        for each in (table, exact):
+            each.step(rows_Q, gradient_QV)
+        dense_step()
+        ours = max(ours, float((table.now() - exact.now()).abs().max()))
+        theirs = max(theirs, float((table.dense.detach() - exact.now()).abs().max()))
+    assert 0 < ours < 3 * theirs < 1e-5  # of moves that add up to about 1
+
+
+def test_reading_changes_nothing() -> None:
+    read, unread = Table(ids="adam"), Table(ids="adam")
+    for rows_Q, gradient_QV in drawn_steps(0, 50):
+        read.now()
+        for table in (read, unread):
             table.step(rows_Q, gradient_QV)
-            dense_step()
-            torch.testing.assert_close(table.now(), table.dense.detach(), rtol=0, atol=2e-13)
-
-    @pytest.mark.long
-    def test_float32_is_about_as_near_as_torch_in_float32(self) -> None:
-        table, exact = Table(torch.float32, ids="adam"), Table(ids="adam")
-        exact.rows.weight.copy_(table.rows.weight)
-        dense_step = torch_adam(table)
-        ours = theirs = 0.0
-        for rows_Q, gradient_QV in drawn_steps(0):
-            for each in (table, exact):
-                each.step(rows_Q, gradient_QV)
-            dense_step()
-            ours = max(ours, float((table.now() - exact.now()).abs().max()))
-            theirs = max(theirs, float((table.dense.detach() - exact.now()).abs().max()))
-        assert 0 < ours < 3 * theirs < 1e-5  # of moves that add up to about 1
-
-    def test_reading_changes_nothing(self) -> None:
-        read, unread = Table(ids="adam"), Table(ids="adam")
-        for rows_Q, gradient_QV in drawn_steps(0, 50):
-            read.now()
-            for table in (read, unread):
-                table.step(rows_Q, gradient_QV)
-        assert all(torch.equal(part, unread.rows.parts[name]) for name, part in read.rows.parts.items())
+    assert all(torch.equal(part, unread.rows.parts[name]) for name, part in read.rows.parts.items())
 
 
 @pytest.mark.parametrize("ids", [each for each in get_args(IdOptimizer) if each != "adam"])
@@ -147,7 +139,7 @@ def test_each_keeps_what_its_plain_form_does(ids: Any) -> None:
 
 
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-13}
-STEPS = (1, 2, 3, 7, 30, 300, 5_000, 100_000)
+COUNTS = (1, 2, 3, 7, 30, 300, 5_000, 100_000)
 
 
 def polynomial_error(dtype: torch.dtype, degree: int, step: int, missed: int) -> float:
@@ -166,14 +158,11 @@ def polynomial_error(dtype: torch.dtype, degree: int, step: int, missed: int) ->
 
 @pytest.mark.parametrize("dtype", DEGREE)
 def test_the_degree_is_what_the_tolerance_needs(dtype: torch.dtype) -> None:
-    cases = list(itertools.product(STEPS, STEPS))
+    """After thirty steps the error is below rounding."""
+    cases = list(itertools.product(COUNTS, COUNTS))
     assert max(polynomial_error(dtype, DEGREE[dtype], *case) for case in cases) <= 2 * TOLERANCE[dtype]
     assert max(polynomial_error(dtype, DEGREE[dtype] - 2, *case) for case in cases) > TOLERANCE[dtype]
-
-
-def test_after_thirty_steps_it_is_below_rounding() -> None:
-    degree = DEGREE[torch.float32]
-    assert max(polynomial_error(torch.float32, degree, step, 500) for step in STEPS if step >= 30) < 1e-9
+    assert max(polynomial_error(dtype, DEGREE[dtype], step, 500) for step in COUNTS if step >= 30) < 1e-9
 
 
 def plain(drift_rates: list[float], last: int, m: float, v: float, eps: float) -> float:
@@ -206,12 +195,9 @@ def test_a_move_is_the_sum_of_its_terms(drift: Drift, rates: list[float], last: 
     np.testing.assert_allclose(moved[0].numpy(), expected, rtol=1e-12, atol=0)
 
 
-def test_rows_of_no_step_stay(drift: Drift) -> None:
+def test_rows_of_no_step_stay_and_a_momentum_dies_out_within_the_window(drift: Drift) -> None:
     weight = torch.ones(1, 2).double()
     zero = torch.zeros_like(weight)
     assert torch.equal(drift.moved(weight, zero, zero, torch.zeros(1, dtype=torch.int32)), weight)
-
-
-def test_a_momentum_dies_out_within_the_window() -> None:
     window = Drift(1e-8, torch.float32, "cpu").window
     assert BETA1**window <= 2.0**-30 < BETA1 ** (window - 2)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tests.trainer.checkpoints import tensors_of
-from tests.trainer.conftest import Places
+from tests.trainer.conftest import Places, make_days
 from tests.trainer.whole_runs import assert_same, report_of, run_alone
 from trainer.comm import SoloComm
 from trainer.config import IdOptimizer, load_config
@@ -57,23 +57,14 @@ def whole(tensors: dict[str, Tensor], table: str, part: str) -> np.ndarray:
     return torch.cat([tensors[name] for name in names]).numpy()
 
 
-def test_a_checkpoint_has_the_weights_that_a_reader_gets(trained: Train, places: Places) -> None:
+def test_a_checkpoint_has_the_weights_that_a_reader_gets(trained: Train) -> None:
     """Also of rows that make up for steps which did not touch them; who only reads keeps no optimiser's state."""
     run = trained("a", optim__ids="adam", optim__ids_lr=0.05, train__max_steps=8)
     saved, reader = tensors_of(run), open_trained(run, SoloComm())
     lagging = whole(saved, "item/", "last_weight")
     assert not np.array_equal(whole(saved, "item/", "weight"), lagging)
     assert {name.rpartition("/")[2] for name in reader.engine.shard_names()} == {"weight"}
-    settings = places.settings(
-        run__dir=run.parent,
-        run__name="a",
-        run__resume="latest",
-        train__epochs=3,
-        optim__ids="adam",
-        optim__ids_lr=0.05,
-        model__compute_dtype="float32",
-    )
-    resumed = open_run(load_config(settings=settings), SoloComm())
+    resumed = open_run(load_config(run / "config.yaml", ["run.resume=latest"]), SoloComm())
     for engine in (reader.engine, resumed.engine):
         for name, value in engine.shard_state().items():
             assert torch.equal(value, saved[name]), name
@@ -82,22 +73,17 @@ def test_a_checkpoint_has_the_weights_that_a_reader_gets(trained: Train, places:
     reader.close()
 
 
-class TestAnotherOptimizer:
-    def test_is_refused_on_resume(self, trained: Train) -> None:
-        trained("a", optim__ids="adam", train__max_steps=3)
-        for settings, message in (
-            ({"optim__ids": "rowwise_adagrad"}, r"optim\.ids is 'rowwise_adagrad' here, 'adam' in the checkpoint"),
-            ({"optim__ids": "adam", "optim__eps": 1e-6}, r"optim\.eps is 1e-06 here, 1e-08 in the checkpoint"),
-        ):
-            with pytest.raises(CheckpointError, match=message):
-                trained("a", run__resume="latest", **settings)
-
-    def test_another_learning_rate_is_not(self, trained: Train) -> None:
-        """Rows make up for the steps before at the rates of then."""
-        trained("a", optim__ids="adam", optim__ids_lr=0.01, train__max_steps=4)
-        run = trained("a", optim__ids="adam", optim__ids_lr=1e-9, train__max_steps=5, run__resume="latest")
-        rates = tensors_of(run)["ids/learning_rates"]
-        assert rates.tolist() == [0.01] * 4 + [1e-9]
+def test_another_optimizer_is_refused_on_resume_and_another_learning_rate_is_not(trained: Train) -> None:
+    """Rows make up for the steps before at the rates of then."""
+    trained("a", optim__ids="adam", optim__ids_lr=0.01, train__max_steps=4)
+    for settings, message in (
+        ({"optim__ids": "rowwise_adagrad"}, r"optim\.ids is 'rowwise_adagrad' here, 'adam' in the checkpoint"),
+        ({"optim__ids": "adam", "optim__eps": 1e-6}, r"optim\.eps is 1e-06 here, 1e-08 in the checkpoint"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            trained("a", run__resume="latest", **settings)
+    run = trained("a", optim__ids="adam", optim__ids_lr=1e-9, train__max_steps=5, run__resume="latest")
+    assert tensors_of(run)["ids/learning_rates"].tolist() == [0.01] * 4 + [1e-9]
 
 
 TABLES = (
@@ -175,26 +161,16 @@ def test_a_warm_start_takes_ids_and_counts_or_leaves_them(exact: Train, parts: s
     assert ids_of(after, "item") == (ids_of(before, "item") if parts == "all" else set())
 
 
-def test_days_let_go_of_what_was_not_used(places: Places, tmp_path: Path) -> None:
+def test_days_let_go_of_what_was_not_used(tmp_path: Path) -> None:
     """Items of one day each, but for 5, which every day has; after a day without them they go."""
-    samples = tmp_path / "samples"
-    for split in ("train", "test"):
-        shutil.copytree(places.folder / "samples" / split, samples / split)
-    days = sorted((samples / "train").glob("*.parquet")) + sorted((samples / "test").glob("*.parquet"))
-    days[3].rename(samples / "train" / "day=2026-01-04.parquet")
+    places = make_days(tmp_path)
     tables = "{user: 64, item: {kind: exact, max_rows: 400, expire_days: 1}, image: 64, category: 16, scene: 16}"
     settings = places.settings(
-        data__samples=samples,
-        run__dir=tmp_path,
-        run__name="daily",
-        model__tables=tables,
-        model__images="none",
-        data__global_batch_size=64,
-        train__epochs=1,
+        run__name="daily", model__tables=tables, model__images="none", data__global_batch_size=64, train__epochs=1
     )
     follow(load_config(settings=settings), SoloComm(), first="2026-01-01", continues=True)
-    runs = sorted((tmp_path / "daily").glob("2026-*"))
-    seen = [items_of(samples / "train" / f"day={run.name}.parquet") for run in runs]
+    runs = sorted((tmp_path / "runs" / "daily").glob("2026-*"))
+    seen = [items_of(next((tmp_path / "samples").glob(f"t*/day={run.name}.parquet"))) for run in runs]
     have: dict[int, int] = {}
     for number, (run, items) in enumerate(zip(runs, seen, strict=True)):
         gone = {each for each, last in have.items() if number - last > 1}
@@ -213,8 +189,7 @@ def items_of(file: Path) -> set[int]:
 
 
 def test_days_have_to_be_known(exact: Train, places: Places, tmp_path: Path) -> None:
-    samples = tmp_path / "samples"
-    shutil.copytree(places.folder / "samples", samples)
+    samples = shutil.copytree(places.folder / "samples", tmp_path / "samples")
     (samples / "train" / "day=2026-01-02.parquet").rename(samples / "train" / "more.parquet")
     tables = TABLES.replace("max_rows: 20", "max_rows: 20, expire_days: 3")
     with pytest.raises(ConfigError, match=r"model\.tables\.image\.expire_days=3 counts the days .* leave it out"):

@@ -19,7 +19,8 @@ START = 1e-4
 
 
 def _config(**values: object) -> ModelConfig:
-    return ModelConfig(images="ad", image_dropout=0.1, id_init_std=START, **values)
+    tables = {"item": 9, "image": 9}
+    return ModelConfig(**{"images": "ad", "image_dropout": 0.1, "id_init_std": START, "tables": tables, **values})
 
 
 def _fields(items: list[float], pictures: list[list[float]]) -> dict[str, FieldVectors]:
@@ -46,20 +47,8 @@ def test_where_pictures_do_not_count_those_of_ads_without_a_trained_row_are_zero
         after = given.vectors_UV[given.index_N]
         assert torch.equal(after[~is_new], before[~is_new])
         torch.testing.assert_close(after[is_new], before[is_new] * counts)
-
-
-def test_training_sees_all_pictures_that_are_not_dropped() -> None:
-    fields = _fields([0.0, 1.0], [[0.0], [0.0]])
-    gate = NewAds([IMAGE], ("ad_item", "ad_picture_ids"), _config())
-    gate.decide(pictures_count=False)
-    assert torch.equal(gate.train()(fields)["ad_image"].vectors_UV, fields["ad_image"].vectors_UV)
-
-
-@pytest.mark.parametrize("values", [{"images": "none"}, {"image_dropout": 0.0}])
-def test_models_that_have_no_use_for_it_have_none(values: dict[str, object]) -> None:
-    config = _config(tables={"item": 9, "image": 9}).model_copy(update=values)
-    assert build_model(SCHEMA, config).new_ads is None
-    assert build_model(SCHEMA, _config(tables={"item": 9, "image": 9})).new_ads is not None
+    in_training = gate.train()(fields)["ad_image"].vectors_UV
+    assert torch.equal(in_training, fields["ad_image"].vectors_UV), "training sees all that are not dropped"
 
 
 def test_an_id_crossed_with_the_context_does_not_tell_a_new_ad() -> None:
@@ -74,45 +63,39 @@ def test_an_id_crossed_with_the_context_does_not_tell_a_new_ad() -> None:
     assert len(given["ad_image"].vectors_UV) == 2
 
 
-def test_rows_that_start_far_from_zero_cannot_tell_new_ads() -> None:
+def exact(admit_after: int) -> ExactTableConfig:
+    return ExactTableConfig(kind="exact", max_rows=9, admit_after=admit_after)
+
+
+def test_rows_that_start_far_from_zero_or_late_cannot_tell_new_ads() -> None:
     with pytest.raises(ConfigError, match=r"image_dropout=0.1 .* model.id_init_std=0.05 .* set it to 0.001 or less"):
         load_config(None, ["model.image_dropout=0.1", "model.id_init_std=0.05"])
+    with pytest.raises(ConfigError, match=r"=0.1 .* set model.tables.image.admit_after=1, or model.image_dropout=0"):
+        build_model(SCHEMA, _config(tables={"item": 9, "image": exact(2)}))
 
 
-def test_ids_that_wait_for_their_row_cannot_tell_new_ads() -> None:
-    def built(admit_after: int, **values: object) -> bool:
-        exact = ExactTableConfig(kind="exact", max_rows=9, admit_after=admit_after)
-        config = _config(tables={"item": 9, "image": exact}).model_copy(update=values)
-        return build_model(SCHEMA, config).new_ads is not None
-
-    with pytest.raises(
-        ConfigError, match=r"image_dropout=0.1 .* set model.tables.image.admit_after=1, or model.image_dropout=0"
-    ):
-        built(2)
-    assert built(1)
-    assert not built(2, image_dropout=0.0)
-    assert not built(2, images="none")
-
-
-DROPPING = Schema(
-    fields=(
-        Field(name="ad_item", side="ad", kind="id", table="item"),
-        Field(name="behavior_item", side="user", kind="multi_id", table="item"),
-        Field(name="ad_picture_ids", side="ad", kind="multi_id", table="image", column="ad_image"),
-        Field(name="ad_image", side="ad", kind="content"),
-        Field(name="ad_category", side="ad", kind="id"),
-    )
+@pytest.mark.parametrize(
+    ("admit_after", "values", "has"),
+    [(1, {}, True), (2, {"image_dropout": 0.0}, False), (2, {"images": "none"}, False)],
+    ids=["in use", "nothing dropped", "no images"],
 )
+def test_models_that_have_no_use_for_it_have_none(admit_after: int, values: dict[str, object], has: bool) -> None:
+    config = _config(tables={"item": 9, "image": exact(admit_after)}, **values)
+    assert (build_model(SCHEMA, config).new_ads is not None) == has
 
 
 def test_own_ids_are_those_that_are_new_with_a_new_ad() -> None:
     assert own_ids_of_ads(load_schema()) == ("ad_item", "ad_image_id")
-    assert own_ids_of_ads(DROPPING) == ("ad_item", "ad_picture_ids")
+    others = [
+        Field(name="behavior_item", side="user", kind="multi_id", table="item"),
+        Field(name="ad_category", side="ad", kind="id"),
+    ]
     crossed = [
         Field(name=f"ad_{name}_in_scene", side="ad", kind="id", columns=(f"ad_{name}", "ad_scene"))
         for name in ("item", "image", "category")
     ]
-    assert own_ids_of_ads(Schema(fields=(*DROPPING.fields, *crossed)))[2:] == ("ad_item_in_scene", "ad_image_in_scene")
+    own = own_ids_of_ads(Schema(fields=(*SCHEMA.fields, *others, *crossed)))
+    assert own == ("ad_item", "ad_picture_ids", "ad_item_in_scene", "ad_image_in_scene")
 
 
 def test_share_of_samples() -> None:
@@ -120,30 +103,28 @@ def test_share_of_samples() -> None:
     assert abs(drawn.mean() - 0.3) < 0.01
     assert abs(np.corrcoef(drawn[0], drawn[1])[0, 1]) < 0.1
     assert (drawn[0] != dropped(4, 0, np.arange(1000), 0.3)).any()
-    assert dropped(3, 0, np.arange(0), 0.3).shape == (0,)
-
-
-SCENE = Field(name="ad_scene_item", side="ad", kind="id", columns=("ad_item", "scene"), context=True)
-WITH_SCENE = Schema(fields=(ITEM, PICTURES, SCENE, IMAGE))
-
-
-def _proxy_config(**values: object) -> ModelConfig:
-    return ModelConfig(**{"images": "ad", "id_proxy": True, "id_width": 2, **values})
-
-
-@pytest.mark.parametrize("values", [{"images": "none"}, {"images": "behavior"}, {"id_proxy": False}])
-def test_there_is_none_without_pictures_of_ads_or_unasked(values: dict[str, object]) -> None:
-    images = Field(name="behavior_image", side="user", kind="content", width=3)
-    schema = Schema(fields=(*WITH_SCENE.fields, images))
-    assert build_model(schema, _proxy_config(pooling="mean", **values)).id_proxy is None
-
-
-def test_there_is_none_without_ids_of_ads() -> None:
-    schema = Schema(fields=(Field(name="user", side="user", kind="id"), IMAGE))
-    assert build_model(schema, _proxy_config()).id_proxy is None
 
 
 def test_ranks_drop_what_one_rank_drops() -> None:
     whole = dropped(3, 7, np.arange(100), 0.5)
     for places_B in (np.arange(33), np.arange(0), np.r_[40:60, 90:100, 3]):
         assert dropped(3, 7, places_B, 0.5).tolist() == whole[places_B].tolist()
+
+
+USER = Field(name="user", side="user", kind="id")
+BEHAVIOR = Field(name="behavior_image", side="user", kind="content", width=3)
+
+
+@pytest.mark.parametrize(
+    ("fields", "values"),
+    [
+        ((ITEM, PICTURES, IMAGE, BEHAVIOR), {"images": "none"}),
+        ((ITEM, PICTURES, IMAGE, BEHAVIOR), {"images": "behavior"}),
+        ((ITEM, PICTURES, IMAGE, BEHAVIOR), {"id_proxy": False}),
+        ((USER, IMAGE), {}),
+    ],
+    ids=["no images", "no images of ads", "unasked", "no ids of ads"],
+)
+def test_there_is_no_proxy_without_use(fields: tuple[Field, ...], values: dict[str, object]) -> None:
+    config = ModelConfig(**{"images": "ad", "id_proxy": True, "id_width": 2, "pooling": "mean", **values})
+    assert build_model(Schema(fields=fields), config).id_proxy is None

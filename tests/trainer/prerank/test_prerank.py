@@ -1,7 +1,10 @@
-"""A two-tower run from training on two ranks to an index of ads, additions to it, and a search."""
+"""A two-tower run from training on two ranks to an index of ads, additions to it, and a search.
+
+The index on disk: versions, additions, what is refused, and that nothing half written is ever seen.
+"""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +16,22 @@ import torch
 from typer.testing import Result
 
 from featurestore import FeatureRows, FeatureStore
+from featurestore.errors import CommitConflictError, CorruptFileError, InvalidRowsError
 from featurestore.index import VectorIndex
+from featurestore.published.versions import open_published, publish, write_part
+from featurestore.storage.storage import Storage
 from tests.cli import invoke
+from tests.faulty import Fault, opened_faulty
 from tests.ranks import StandingRanks
-from tests.trainer.conftest import Places, make_days, make_places
+from tests.trainer.conftest import Places, make_days, make_places, write_samples
 from tests.trainer.whole_runs import run_alone
 from trainer.comm import SoloComm
+from trainer.errors import AdIndexError, DataNotFoundError
 from trainer.prerank.__main__ import app
 from trainer.prerank.adindex import (
     AdIndex,
+    Ads,
+    IndexOrigin,
     ad_vectors,
     ads_of_samples,
     origin_of,
@@ -34,14 +44,14 @@ from trainer.runs import open as opening
 from trainer.runs.saved import TrainedRun, open_test, open_trained
 from trainer.samples.reader import Batch
 
+TOWERS = {"model__base": "two_tower", "model__tower_width": 6}
+
 
 @pytest.fixture(scope="module")
 def run(places: Places, two_ranks: StandingRanks) -> Path:
     """Trained by two ranks."""
-    settings = places.settings(
-        model__base="two_tower", model__tower_width=6, run__name="towers", train__epochs=1, train__max_steps=15,
-        model__compute_dtype="float32",  # numbers of ranks and batches of other make-ups are compared
-    )  # fmt: skip
+    exact = {"model__compute_dtype": "float32"}  # numbers of ranks and batches of other make-ups are compared
+    settings = places.settings(run__name="towers", train__epochs=1, train__max_steps=15, **TOWERS, **exact)
     two_ranks.run("-m", "trainer.main", "--set", *settings)
     return Path(places.folder) / "runs" / "towers"
 
@@ -58,34 +68,35 @@ def trained(run: Path) -> TrainedRun:
     return open_trained(run, SoloComm())
 
 
+def ads_of(trained: TrainedRun) -> Ads:
+    return ads_of_samples(trained.config.data.samples, trained.schema, towers(trained).ad_fields)
+
+
+def build_index(trained: TrainedRun, places: Places) -> str:
+    ads, url = ads_of(trained), str(places.folder / "ad-index")
+    AdIndex.build(url, "flat", ads.keys_N, ad_vectors(trained, ads, batch_size=7), origin_of(trained))
+    return url
+
+
 @pytest.fixture(scope="module")
 def index(trained: TrainedRun, places: Places) -> str:
     """Its ads under a flat index."""
     return build_index(trained, places)
 
 
-def build_index(trained: TrainedRun, places: Places) -> str:
-    ads = ads_of_samples(str(places.folder / "samples"), trained.schema, towers(trained).ad_fields)
-    url = str(places.folder / "ad-index")
-    AdIndex.build(url, "flat", ads.keys_N, ad_vectors(trained, ads, batch_size=7), origin_of(trained))
-    return url
+def vectors_of_users(trained: TrainedRun) -> Iterator[tuple[Batch, Any]]:
+    """Those of the run's test impressions."""
+    index = open_test(trained.comm, trained.config, trained.schema, None)
+    return user_vectors(trained, opening.test_reader(trained.config, trained.comm, index, trained.schema).batches())
 
 
-def impressions_of(trained: TrainedRun, samples: str | None) -> Iterator[Batch]:
-    """The test impressions of these samples, else of the run."""
-    index = open_test(trained.comm, trained.config, trained.schema, samples)
-    return opening.test_reader(trained.config, trained.comm, index, trained.schema).batches()
-
-
-def test_without_context_inner_product_and_bias_are_the_logit(run: Path, index: str, places: Places) -> None:
-    ads, samples = AdIndex.open(index), str(places.folder / "samples")
-    vector_of = dict(zip(*(part.tolist() for part in ads.vectors()), strict=True))
-    plain = open_trained(run, SoloComm())
+def test_without_context_inner_product_and_bias_are_the_logit(run: Path, index: str) -> None:
+    ads, vector_of, plain = AdIndex.open(index), by_key(index), open_trained(run, SoloComm())
     context = towers(plain).context
     assert context is not None
     with torch.no_grad():
         context.weight.zero_()
-    for batch, users in user_vectors(plain, impressions_of(plain, samples)):
+    for batch, users in vectors_of_users(plain):
         exported = np.array([vector_of[ad] for ad in batch.fields["ad_item"].values_N.tolist()])
         product = (users[batch.group_of_sample_B] * exported).sum(axis=1)
         logit = plain.engine.predict(plain.engine.prepare(batch))
@@ -93,8 +104,8 @@ def test_without_context_inner_product_and_bias_are_the_logit(run: Path, index: 
     plain.close()
 
 
-def test_vectors_do_not_depend_on_the_batch(trained: TrainedRun, index: str, places: Places) -> None:
-    ads = ads_of_samples(str(places.folder / "samples"), trained.schema, towers(trained).ad_fields)
+def test_vectors_do_not_depend_on_the_batch(trained: TrainedRun, index: str) -> None:
+    ads = ads_of(trained)
     whole = ad_vectors(trained, ads, batch_size=10_000)
     keys, exported = AdIndex.open(index).vectors()
     np.testing.assert_allclose(exported, whole[np.argsort(ads.keys_N)], rtol=1e-4, atol=1e-6)
@@ -111,17 +122,14 @@ def test_recall_is_the_share_of_the_best_that_an_index_finds(index: str) -> None
         best = np.argsort(-(queries @ vectors.T), axis=1)[:, :count]
         assert recall_at(of_half, exact, queries, count) == pytest.approx(half[best].mean())
         assert 0.2 < half[best].mean() < 0.8
-
-
-def test_ads_of_equal_vectors_are_no_misses(index: str) -> None:
-    keys, vectors = AdIndex.open(index).vectors()
     forth, back = (VectorIndex.build("flat", each.copy(), np.ones_like(vectors)) for each in (keys, keys[::-1]))
-    assert recall_at(back, forth, np.ones((4, vectors.shape[1]), np.float32), 5) == 1.0
+    queries = np.ones((4, vectors.shape[1]), np.float32)
+    assert recall_at(back, forth, queries, 5) == 1.0, "ads of equal vectors are no misses"
 
 
-def test_search_for_a_user(run: Path, index: str, trained: TrainedRun, places: Places) -> None:
+def test_search_for_a_user(run: Path, index: str, trained: TrainedRun) -> None:
     user, vector = 0, None
-    for batch, users in user_vectors(trained, impressions_of(trained, str(places.folder / "samples"))):
+    for batch, users in vectors_of_users(trained):
         for sample in np.flatnonzero(batch.group_id_B == user):
             vector = users[batch.group_of_sample_B[sample]]
     keys, vectors = AdIndex.open(index).vectors()
@@ -132,41 +140,27 @@ def test_search_for_a_user(run: Path, index: str, trained: TrainedRun, places: P
     assert found == expected.tolist()
 
 
-class TestDays:
+def test_users_are_of_the_run_s_own_test_days_and_the_newest_day_takes_others(tmp_path: Path) -> None:
     """Runs on days, as trainer.daily makes them: a day's file may be in train/ or in test/."""
+    days = make_days(tmp_path)
 
-    @pytest.fixture
-    def days(self, tmp_path: Path) -> Places:
-        return make_days(tmp_path)
-
-    def trained_on(self, places: Places, day: str, test_days: str) -> tuple[Path, str]:
-        """A run on one day, and an index of it."""
+    def trained_on(day: str, test_days: str) -> TrainedRun:
         settings = {"data__train_days": f"[{day}]", "data__test_days": test_days, "run__name": day}
-        towers = {"model__base": "two_tower", "model__tower_width": 6, "train__max_steps": 3}
-        run = run_alone(places, **towers, **settings)
-        with contextlib.closing(open_trained(run, SoloComm())) as trained:
-            return run, build_index(trained, places)
+        return open_trained(run_alone(days, **TOWERS, train__max_steps=3, **settings), SoloComm())
 
-    def test_users_are_of_its_own_test_days(self, days: Places) -> None:
-        run, _ = self.trained_on(days, "2026-01-02", "[2026-01-03,2026-01-04]")
-        with contextlib.closing(open_trained(run, SoloComm())) as trained:
-            drawn = user_queries(trained)
-            every = [users for _, users in user_vectors(trained, impressions_of(trained, None))]
-        assert drawn is not None
-        assert np.array_equal(np.unique(drawn, axis=0), np.unique(np.concatenate(every), axis=0))
-
-    def test_the_newest_day_has_none_to_be_evaluated_on_and_takes_others(
-        self, days: Places, write_samples: Callable[..., Any], tmp_path: Path
-    ) -> None:
-        run, index = self.trained_on(days, "2026-01-04", "[]")
-        command = ("search", "--run", run, "--index", index, "--user")
-        assert "no test samples of its own" in invoke(app, *command, 1, code=2).stderr
-        tomorrow = tmp_path / "tomorrow" / "test"
-        write_samples(tomorrow, [30], seed=70, items=60)
-        user = pq.read_table(next(tomorrow.glob("*.parquet")))["user"][0].as_py()
-        done = invoke(app, *command, user, "--samples", tmp_path / "tomorrow", code=0)
-        # Items 50 to 59 have no feature.
-        assert "note: " in done.stdout and "its model has never met an image without a feature" in done.stdout
+    with contextlib.closing(trained_on("2026-01-02", "[2026-01-03,2026-01-04]")) as trained:
+        drawn = user_queries(trained)
+        every = [users for _, users in vectors_of_users(trained)]
+    assert drawn is not None
+    assert np.array_equal(np.unique(drawn, axis=0), np.unique(np.concatenate(every), axis=0))
+    with contextlib.closing(trained_on("2026-01-04", "[]")) as trained:
+        index = build_index(trained, days)
+    command = ("search", "--run", tmp_path / "runs" / "2026-01-04", "--index", index, "--user")
+    assert "no test samples of its own" in invoke(app, *command, 1, code=2).stderr
+    tomorrow = tmp_path / "tomorrow"
+    (table,) = write_samples(tomorrow / "test", [30], seed=70, items=60)  # items 50 to 59 have no feature
+    done = invoke(app, *command, table["user"][0].as_py(), "--samples", tomorrow, code=0)
+    assert "note: " in done.stdout and "its model has never met an image without a feature" in done.stdout
 
 
 @pytest.fixture
@@ -216,16 +210,14 @@ def test_the_ads_of_the_run_s_samples(kind: str, folder: Path, out: str) -> None
 
 def test_a_table_of_the_same_ads_gives_the_same_vectors(folder: Path, out: str, tmp_path: Path) -> None:
     done(folder, "--out", out, "--samples", folder / "samples")
-    tables = tmp_path / "tables"
-    tables.mkdir()
+    (tmp_path / "tables").mkdir()
     items = sorted(items_of(folder))
-    ads_table(items[:10], tables / "a.parquet")
-    ads_table(items[10:], tables / "b.parquet")
-    done(folder, "--out", f"{out}-2", "--ads", tables)
-    expected, found = by_key(out), by_key(f"{out}-2")
-    assert expected.keys() == found.keys()
-    for key, vector in expected.items():
-        np.testing.assert_allclose(found[key], vector, rtol=1e-4, atol=1e-6)
+    ads_table(items[:10], tmp_path / "tables" / "a.parquet")
+    ads_table(items[10:], tmp_path / "tables" / "b.parquet")
+    done(folder, "--out", f"{out}-2", "--ads", tmp_path / "tables")
+    (keys, expected), (same_keys, found) = (AdIndex.open(url).vectors() for url in (out, f"{out}-2"))
+    assert np.array_equal(keys, same_keys)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_an_ad_that_changed_is_taken_as_its_last_impression_has_it(folder: Path, out: str, tmp_path: Path) -> None:
@@ -245,7 +237,8 @@ def test_an_ad_that_changed_is_taken_as_its_last_impression_has_it(folder: Path,
     np.testing.assert_allclose(by_key(out)[5], by_key(f"{out}-2")[5], rtol=1e-4, atol=1e-6)
 
 
-def test_new_ads_are_added(folder: Path, out: str, tmp_path: Path) -> None:
+def test_a_sync_leaves_the_ads_of_the_table(folder: Path, out: str, tmp_path: Path) -> None:
+    """And new ads are added."""
     done(folder, "--out", out, "--ads", ads_table(list(range(20)), tmp_path / "a.parquet"), "--index", "hnsw")
     before = by_key(out)
     # 20 and 21 are new, 3 has another category and image now, 4 is as it was.
@@ -255,13 +248,9 @@ def test_new_ads_are_added(folder: Path, out: str, tmp_path: Path) -> None:
     after = by_key(out)
     assert set(after) == set(range(22)) and AdIndex.open(out).version == 2
     assert [key for key in before if not np.array_equal(before[key], after[key])] == [3]
-
-
-def test_a_sync_leaves_the_ads_of_the_table(folder: Path, out: str, tmp_path: Path) -> None:
-    done(folder, "--out", out, "--ads", ads_table(list(range(20)), tmp_path / "a.parquet"), "--index", "hnsw")
     live = ads_table(list(range(4, 24)), tmp_path / "live.parquet")
     text = done(folder, "--out", out, "--sync", live)
-    assert "ads          4 new, 0 changed, 16 unchanged, 4 removed" in text
+    assert "ads          2 new, 0 changed, 18 unchanged, 4 removed" in text
     assert "hnsw, 20 ads, 6 numbers each, inner product\n" in text
     assert set(by_key(out)) == set(range(4, 24))
     (found, *_), _ = AdIndex.open(out).index.search(np.ones((3, 6), np.float32), 20)
@@ -281,8 +270,7 @@ def test_a_low_recall_is_one_line_on_stderr(folder: Path, out: str, monkeypatch:
 
 def test_images_that_came_after_the_training_are_known(tmp_path: Path) -> None:
     places = make_places(tmp_path / "places")
-    towers = {"model__base": "two_tower", "model__tower_width": 6, "run__name": "towers"}
-    run_alone(places, **towers, train__max_steps=1)
+    run_alone(places, **TOWERS, run__name="towers", train__max_steps=1)
     rows = FeatureRows.of(["item/77"], np.ones((1, 16), np.float32), keys=np.array([1_077]))
     FeatureStore.open(places.folder / "features").put(rows)
     table, out = ads_table([77], tmp_path / "a.parquet"), tmp_path / "index"
@@ -310,18 +298,207 @@ def test_wrong_tables(
 ) -> None:
     changes = {name: value and pa.array(value) for name, value in changes.items()}
     result = job(folder, "--out", out, "--ads", ads_table([1, 2], tmp_path / "ads.parquet", **changes), code=code)
-    assert result.stderr.startswith("error: ")
-    assert message in result.stderr
+    assert result.stderr.startswith("error: ") and message in result.stderr
     assert not Path(out).exists()
 
 
-def test_a_table_without_rows_and_one_that_is_not_there(folder: Path, out: str, tmp_path: Path) -> None:
+def test_a_table_of_one_row_none_or_not_there(folder: Path, out: str, tmp_path: Path) -> None:
+    for kind in ("flat", "hnsw"):
+        text = done(folder, "--out", f"{out}-{kind}", "--index", kind, "--ads", ads_table([7], tmp_path / "ad.parquet"))
+        assert f"{kind}, 1 ads" in text
     for table in (ads_table([], tmp_path / "ads.parquet"), tmp_path / "none.parquet", tmp_path / "nowhere"):
         result = job(folder, "--out", out, "--ads", table, code=2)
         assert "there is no *.parquet file with a row in it" in result.stderr
 
 
-def test_one_row(folder: Path, out: str, tmp_path: Path) -> None:
-    for kind in ("flat", "hnsw"):
-        text = done(folder, "--out", f"{out}-{kind}", "--index", kind, "--ads", ads_table([7], tmp_path / "ad.parquet"))
-        assert f"{kind}, 1 ads" in text
+WIDTH = 4
+ORIGIN = IndexOrigin(run="a", checkpoint="step-1", checkpoint_digest="d1", key_column="ad_item", bias=0.5)
+KEYS = np.array([7, -3, 9_000_000_000_000, 0])
+
+
+def vectors(count: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(count, WIDTH)).astype(np.float32)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    """Four ads under a flat index."""
+    AdIndex.build(str(tmp_path / "index"), "flat", KEYS, vectors(4), ORIGIN)
+    return str(tmp_path / "index")
+
+
+def test_what_is_written_is_read(url: str) -> None:
+    ads = AdIndex.open(url)
+    assert (ads.version, ads.state.num_ads, ads.state.dim, ads.state.kind) == (1, 4, WIDTH, "flat")
+    assert ads.state.origin == ORIGIN
+    keys, found = ads.vectors()
+    order = np.argsort(KEYS)
+    np.testing.assert_array_equal(keys, KEYS[order])
+    np.testing.assert_array_equal(found, vectors(4)[order])
+    best, scores = ads.index.search(vectors(1, seed=5), 1)
+    products = vectors(4) @ vectors(1, seed=5)[0]
+    assert best[0, 0] == KEYS[products.argmax()]
+    np.testing.assert_allclose(scores[0, 0], products.max(), rtol=1e-6)
+    table = pq.read_table(next(Path(url, "files").glob("ads-*.parquet")))  # as others can read them
+    assert table.column_names == ["key", "vector"]
+    assert table.schema.field("vector").type == pa.list_(pa.float32(), 4)
+    np.testing.assert_array_equal(table["key"].to_numpy(), KEYS[order])
+    np.testing.assert_array_equal(np.stack(table["vector"].to_numpy()), vectors(4)[order])
+
+
+def test_an_addition_has_new_changed_and_unchanged_ads(url: str) -> None:
+    changed = vectors(4)
+    changed[1] += 1
+    changed[2] += 1e-7  # the last bits of a sum in another order
+    keys = np.concatenate([KEYS, [55]])
+    ads, added = AdIndex.open(url).update(keys, np.concatenate([changed, vectors(1, seed=9)]), ORIGIN)
+    assert added == {"new": 1, "changed": 1, "unchanged": 3, "removed": 0}
+    assert (ads.version, ads.state.num_ads) == (2, 5)
+    again = AdIndex.open(url)
+    assert again.state == ads.state
+    found = dict(zip(again.vectors()[0].tolist(), again.vectors()[1], strict=True))
+    np.testing.assert_array_equal(found[-3], changed[1])
+    np.testing.assert_array_equal(found[KEYS[2]], vectors(4)[2])
+    np.testing.assert_array_equal(found[55], vectors(1, seed=9)[0])
+    assert again.index.search(10 * changed[1:2], 5)[0].shape == (1, 5)
+
+
+@pytest.mark.parametrize("name", ["versions", "samples.txt"])
+def test_a_place_with_other_files_is_refused(tmp_path: Path, name: str) -> None:
+    storage = Storage(tmp_path)
+    if name == "versions":
+        publish(storage, {"train/a.parquet": write_part(storage, "train/a.parquet", b"rows")})
+    else:
+        (tmp_path / name).write_text("rows")
+    before = open_published(tmp_path).list()
+    with pytest.raises(AdIndexError, match=r"has files that are not of an index of ads \((train|samples\.txt)\)"):
+        AdIndex.build(str(tmp_path), "flat", KEYS, vectors(4), ORIGIN)
+    with pytest.raises(DataNotFoundError):
+        AdIndex.open(str(tmp_path))
+    assert open_published(tmp_path).list() == before
+
+
+def test_nothing_new_and_what_is_refused_make_no_version(url: str) -> None:
+    before = names(Path(url))
+    ads, added = AdIndex.open(url).update(KEYS[:2], vectors(4)[:2], ORIGIN)
+    assert (added, ads.version) == ({"new": 0, "changed": 0, "unchanged": 2, "removed": 0}, 1)
+    other = ORIGIN.model_copy(update={"checkpoint": "step-2", "checkpoint_digest": "d2"})
+    with pytest.raises(AdIndexError, match="has vectors of checkpoint step-1 of run a, and not of step-2 of run a"):
+        AdIndex.open(url).update(KEYS, vectors(4), other)
+    with pytest.raises(InvalidRowsError):
+        AdIndex.open(url).update(KEYS, np.full((4, WIDTH), np.inf, np.float32), ORIGIN)
+    assert names(Path(url)) == before
+
+
+def test_a_build_takes_the_place_of_another_one_in_one_moment(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = AdIndex.open(url)
+    other = ORIGIN.model_copy(update={"checkpoint_digest": "d2"})
+    AdIndex.build(url, "hnsw", KEYS[:2], vectors(2, seed=1), other)
+    ads = AdIndex.open(url)
+    assert (ads.version, ads.state.kind, ads.state.num_ads) == (2, "hnsw", 2)
+    assert len(held.vectors()[0]) == 4  # a reader of the version before can go on
+    monkeypatch.setattr("trainer.prerank.adindex.KEEP_REPLACED_S", -1.0)
+    AdIndex.build(url, "flat", KEYS[:1], vectors(1), other)
+    assert AdIndex.open(url).version == 3
+    assert len(names(Path(url, "versions"))) == 1
+    assert len(names(Path(url, "files"))) == 3
+    with pytest.raises(CorruptFileError, match="is missing"):
+        held.vectors()
+
+
+def test_two_additions_at_once_do_not_lose_one(url: str) -> None:
+    first, second = AdIndex.open(url), AdIndex.open(url)
+    first.update(np.array([1]), vectors(1), ORIGIN)
+    with pytest.raises(CommitConflictError, match="has number 2 by now, and not 1; run it again"):
+        second.update(np.array([2]), vectors(1), ORIGIN)
+    assert (AdIndex.open(url).version, AdIndex.open(url).state.num_ads) == (2, 5)
+
+
+def test_what_a_killed_build_left_is_removed_by_a_later_one(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(call: Fault, path: str, data: bytes) -> bytes:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        opened_faulty(patch, {"create_or_read": killed}, "trainer.prerank.adindex")
+        with pytest.raises(KeyboardInterrupt):
+            AdIndex.build(url, "flat", KEYS, vectors(4, seed=2), ORIGIN)
+    assert len(names(Path(url, "files"))) == 6
+    np.testing.assert_array_equal(np.sort(AdIndex.open(url).vectors()[1], axis=0), np.sort(vectors(4), axis=0))
+    monkeypatch.setattr("trainer.prerank.adindex.KEEP_REPLACED_S", -1.0)
+    AdIndex.build(url, "flat", KEYS, vectors(4, seed=3), ORIGIN)
+    assert len(names(Path(url, "files"))) == 3
+
+
+@pytest.mark.parametrize("pattern", ["versions/*.json", "files/*.json", "files/*.npz", "files/*.parquet"])
+def test_damage_is_told(url: str, pattern: str) -> None:
+    file = next(Path(url).glob(pattern))
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(CorruptFileError, match=rf"{file.name} is damaged"):
+        AdIndex.open(url).vectors()
+
+
+def found_by(ads: AdIndex, count: int) -> set[int]:
+    return set(ads.index.search(vectors(20, seed=8), count)[0].ravel().tolist())
+
+
+def test_removed_ads_are_in_no_search_and_no_vectors(url: str) -> None:
+    ads, changes = AdIndex.open(url).update(KEYS[1:], vectors(4)[1:], ORIGIN, max_gone=0.5)
+    assert (changes["removed"], changes["unchanged"]) == (1, 3)
+    for each in (ads, AdIndex.open(url)):
+        assert (each.version, each.state.num_ads) == (2, 3)
+        assert each.vectors()[0].tolist() == [-3, 0, 9_000_000_000_000]
+        assert found_by(each, 4) == {-3, 0, 9_000_000_000_000}
+    ads, _ = AdIndex.open(url).update(np.array([7]), vectors(1, seed=9), ORIGIN)
+    assert dict(zip(*(part.tolist() for part in ads.vectors()), strict=True))[7] == vectors(1, seed=9)[0].tolist()
+    assert found_by(AdIndex.open(url), 4) == set(KEYS.tolist())
+
+
+def test_a_sync_adds_changes_and_removes_in_one_version_but_for_most(url: str) -> None:
+    table = vectors(4)
+    table[1] += 1
+    keys = np.array([7, -3, 55, 9_000_000_000_000])
+    ads, changes = AdIndex.open(url).update(keys, table, ORIGIN, max_gone=0.5)
+    assert changes == {"new": 1, "changed": 2, "unchanged": 1, "removed": 1}
+    assert ads.version == AdIndex.open(url).version == 2
+    found = dict(zip(*(part.tolist() for part in AdIndex.open(url).vectors()), strict=True))
+    assert found == dict(zip(keys.tolist(), table.tolist(), strict=True))
+    assert found_by(AdIndex.open(url), 9) == set(keys.tolist())
+    with pytest.raises(AdIndexError, match=r"3 of the 4 ads in .* are not in the table, more than a share of 0\.5"):
+        AdIndex.open(url).update(keys[:1], table[:1], ORIGIN, max_gone=0.5)
+    assert AdIndex.open(url).state.num_ads == 4
+    ads, changes = AdIndex.open(url).update(keys[:1], table[:1], ORIGIN, max_gone=1)
+    assert (changes["removed"], ads.state.num_ads, found_by(ads, 4)) == (3, 1, {7})
+
+
+def test_recall_is_kept_reached_and_measured_again_with_the_limit_of_the_index(tmp_path: Path) -> None:
+    """Of users; without them it is of ads."""
+    keys, numbers, users = np.arange(3_000), vectors(3_000), vectors(50, seed=3)
+    AdIndex.build(str(tmp_path), "hnsw", keys, numbers, ORIGIN, users, min_recall=0.9)
+    ads = AdIndex.open(str(tmp_path))
+    assert (ads.state.queries, ads.warning) == ("users", None)
+    exact = np.argsort(-(users @ numbers.T), axis=1)[:, :10]
+    found = ads.index.search(users, 10)[0]
+    share = np.mean([np.isin(e, f).mean() for e, f in zip(exact, found, strict=True)])
+    assert ads.state.recall == pytest.approx(share, abs=0.01)
+    assert ads.state.recall >= 0.95
+    ads, _ = ads.update(np.array([5_000]), vectors(1, seed=4), ORIGIN, users)
+    assert (ads.state.kind, ads.state.queries, ads.state.min_recall) == ("hnsw", "users", 0.9)
+    assert ads.state.recall >= 0.9
+    assert AdIndex.build(str(tmp_path), "hnsw", keys, numbers, ORIGIN).state.queries == "ads"
+
+
+def test_more_effort_is_taken_where_recall_is_too_low(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("featurestore.index._SEARCH_EFFORT", 10)
+    numbers = np.random.default_rng(0).normal(size=(1_000, 32)).astype(np.float32)  # hard: no kinds at all
+    users = np.random.default_rng(1).normal(size=(50, 32)).astype(np.float32)
+    plain = VectorIndex.build("hnsw", np.arange(1_000), numbers)
+    ads = AdIndex.build(str(tmp_path), "hnsw", np.arange(1_000), numbers, ORIGIN, users, min_recall=1.0)
+    assert ads.index.effort and plain.effort and ads.index.effort > plain.effort
+    assert ads.state.recall == 1
+    assert AdIndex.open(str(tmp_path)).index.effort == ads.index.effort

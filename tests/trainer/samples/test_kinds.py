@@ -1,6 +1,7 @@
-"""Columns of every kind: from samples to batches, schemas, runs and vectors of ads; and each mistake in them."""
+"""Columns of every kind: numbers and their transforms, from samples to batches, schemas, runs and vectors of ads."""
 
 import contextlib
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,13 @@ from tests.trainer.conftest import Places, make_places
 from tests.trainer.samples.reading import rewrite
 from tests.trainer.whole_runs import run_alone
 from trainer.comm import SoloComm
+from trainer.config import ModelConfig
+from trainer.engine.wiring import table_shapes
+from trainer.errors import ConfigError, OverflowingValueError
 from trainer.prerank.adindex import ad_vectors, ads_of_samples, ads_of_table, towers, user_vectors
 from trainer.runs import open as opening
 from trainer.runs.saved import open_trained
+from trainer.samples.columns import bucket_ids, dense_values
 from trainer.samples.index import open_index
 from trainer.samples.reader import SampleReader
 from trainer.schema.__main__ import app as schema_app
@@ -65,12 +70,7 @@ def with_every_kind(table: pa.Table) -> pa.Table:
         **{name: [row[name] for row in by_row] for name in by_row[0]},
     }
     for name, values in columns.items():
-        depth = 0 if name == "height" else 1 + (name in ("ad_first", "ad_second"))
-        depth += name.startswith("ad_words")
-        kind = pa.float64() if name == "height" or name.endswith(("weight", "price")) else pa.int64()
-        for _ in range(depth):
-            kind = pa.list_(kind)
-        table = table.append_column(name, pa.array(values, kind))
+        table = table.append_column(name, pa.array(values))
     return table
 
 
@@ -80,14 +80,11 @@ def kinds(tmp_path_factory: pytest.TempPathFactory) -> Places:
     places = make_places(tmp_path_factory.mktemp("kinds"))
     rewrite(places.folder / "samples", with_every_kind)
     (places.folder / "schema.yaml").write_text(schema_text(SCHEMA))
-    settings = {"train__max_steps": 8, "model__base": "two_tower", "model__tower_width": 6}
-    settings |= {
-        "model__activation": "prelu",
-        "model__compute_dtype": "float32",
-        "data__schema_file": places.folder / "schema.yaml",
-    }
-    tables = "{user: 64, item: 64, image: 64, category: 16, scene: 16, ad_words: 64, ad_pair: 64, ad_tags: 64}"
-    run_alone(places, run__name="towers", model__tables=tables, **settings)
+    run_alone(
+        places, run__name="towers", train__max_steps=8, data__schema_file=places.folder / "schema.yaml",
+        model__base="two_tower", model__tower_width=6, model__activation="prelu", model__compute_dtype="float32",
+        model__tables="{user: 64, item: 64, image: 64, category: 16, scene: 16, ad_pair: 64, ad_tags: 64, ad_words: 64}"
+    )  # fmt: skip
     return places
 
 
@@ -157,3 +154,90 @@ def test_an_ads_vector_is_the_same_from_samples_and_from_a_table(kinds: Places, 
             product = (users[batch.group_of_sample_B] * vectors).sum(axis=1) + float(model.bias.detach())
             logit = trained.engine.predict(trained.engine.prepare(batch))
             np.testing.assert_allclose(product, logit, rtol=1e-4, atol=1e-5)
+
+
+NAN = float("nan")
+
+
+def dense(**settings: Any) -> Field:
+    return Field(name="price", side="ad", kind="dense", **settings)
+
+
+def log1p(x: float) -> float:
+    return math.copysign(math.log1p(abs(x)), x)
+
+
+@pytest.mark.parametrize(
+    ("field", "formula"),
+    [
+        (dense(), lambda x: x),
+        (dense(transform="standardize", mean=[3.5], std=[0.7]), lambda x: (x - 3.5) / 0.7),
+        (dense(transform="log1p"), log1p),
+        (dense(transform="log_standardize", mean=[1.25], std=[2.0]), lambda x: (log1p(x) - 1.25) / 2),
+    ],
+)
+def test_formulas(field: Field, formula: Any) -> None:
+    values = np.array([-7.5, -1.0, 0.0, 0.3, 2.0, 1e6], np.float32)
+    found = dense_values(field, values)
+    assert found.dtype == np.float32
+    assert found.shape == (6, 1)
+    np.testing.assert_allclose(found[:, 0], [formula(float(x)) for x in values], rtol=1e-6)
+
+
+def test_each_number_of_a_row_has_its_own_scale_and_one_that_becomes_infinite_is_named() -> None:
+    field = dense(width=2, transform="standardize", mean=[1.0, -1.0], std=[2.0, 4.0], fill="mean")
+    found = dense_values(field, np.array([3.0, NAN, 1.0, 7.0], np.float32))
+    np.testing.assert_array_equal(found, [[1.0, 0.0], [0.0, 2.0]])
+    with pytest.raises(OverflowingValueError) as error:
+        dense_values(field.model_copy(update={"std": (1.0, 0.18)}), np.array([3.4e38, 1, 1, -3.4e38], np.float32))
+    assert (error.value.column, error.value.row, error.value.value) == ("price", 1, pytest.approx(-3.4e38))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        (dense(fill=2), 2.0),
+        (dense(fill="mean", mean=[5.0]), 5.0),
+        (dense(fill=-3.0, transform="log1p"), -math.log1p(3)),
+        (dense(fill="mean", transform="standardize", mean=[5.0], std=[2.0]), 0.0),
+        (dense(fill=7.0, transform="standardize", mean=[5.0], std=[2.0]), 1.0),
+    ],
+)
+def test_what_stands_in_for_a_missing_number(field: Field, value: float) -> None:
+    assert dense_values(field, np.array([NAN], np.float32))[0, 0] == pytest.approx(value)
+
+
+BOUNDED = Field(name="b", side="ad", kind="id", boundaries=[0, 10, 100], fill="bucket")
+NUMBERS = [-5.0, 0.0, 9.99, 10.0, 99.0, 100.0, 1e9, NAN]
+AGE = Field(name="age", side="user", kind="multi_id", buckets="log2", table="age")
+AGES = [-1, 0, 0.5, 1, 1.9, 2, 3, 4, 1023, 1024, 86_400, 2.0**30, 2.0**40]
+
+
+@pytest.mark.parametrize(
+    ("field", "numbers", "buckets", "ids"),
+    [
+        (BOUNDED, NUMBERS, 5, [0, 1, 1, 2, 2, 3, 3, 4]),
+        (BOUNDED.model_copy(update={"fill": 50.0}), [NAN], 5, [2]),
+        (Field(name="b", side="ad", kind="id", boundaries=[0.1, 0.7, 1.3]), [0.1, 0.7, 1.3], 5, [1, 2, 3]),
+        (AGE, AGES, 33, [0, 0, 0, 1, 1, 2, 2, 3, 10, 11, 17, 31, 31]),
+    ],
+    ids=["on a boundary", "filled", "rounded as the column is", "log2"],
+)
+def test_numbers_have_their_buckets(field: Field, numbers: list[float], buckets: int, ids: list[int]) -> None:
+    assert bucket_ids(field, np.array(numbers, np.float32)).tolist() == ids
+    assert field.num_buckets == buckets
+
+
+def test_every_bucket_has_a_row_of_its_own() -> None:
+    fields = (AGE, Field(name="ad_age", side="ad", kind="id", buckets=40, boundaries=[1, 2], table="age"))
+    (shape,) = table_shapes(fields, ModelConfig(table_shards=8, id_width=3))
+    shard, row = shape.place_of(np.arange(41))
+    assert len(set(zip(shard.tolist(), row.tolist(), strict=True))) == 41
+    assert (shape.num_rows, row.max() < shape.rows_per_shard) == (41, True)
+    assert len(set(shape.shards_of(np.arange(41)).tolist())) == 8
+    with pytest.raises(ConfigError, match=r"model\.tables\.age: the table has a row for each bucket of age"):
+        table_shapes(fields, ModelConfig(tables={"age": 64}))
+    item = Field(name="item", side="ad", kind="id", table="age")
+    for together in ((item, *fields), (*fields, item)):
+        with pytest.raises(ConfigError, match="field item shares table age with buckets"):
+            table_shapes(together, ModelConfig(tables={"age": 64}))

@@ -1,12 +1,13 @@
 """Batches: nothing lost or repeated for any number of ranks, the content of every field, and files that are refused."""
 
 import contextlib
+import itertools
 import os
 import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,26 +19,27 @@ import pytest
 import torch
 
 from tests.faulty import FaultyStorage
+from tests.trainer.conftest import sample_table, write_samples
 from tests.trainer.samples.reading import SCHEMA, expected_rows, reader_of, rows_of, serials_of
 from trainer.comm import SoloComm
 from trainer.errors import DataError, SchemaError
 from trainer.runs.open import PartReader
 from trainer.samples.columns import rules_of
-from trainer.samples.index import known_ads, open_index
-from trainer.samples.reader import Batch, SampleReader
+from trainer.samples.index import SampleIndex, known_ads, open_index
+from trainer.samples.reader import SampleReader
 from trainer.schema.fields import Field, Schema
 from trainer.stages import ReadAhead, prepare_ahead
 
-Write = Callable[..., list[pa.Table]]
+Samples = tuple[Path, list[pa.Table]]
 
 
 @pytest.fixture(scope="module")
-def samples(tmp_path_factory: pytest.TempPathFactory, write_samples: Write) -> tuple[Path, list[pa.Table]]:
+def samples(tmp_path_factory: pytest.TempPathFactory) -> Samples:
     folder = tmp_path_factory.mktemp("samples")
     return folder, write_samples(folder / "train", [30, 1, 22])
 
 
-def test_every_value_of_every_sample(samples: tuple[Path, list[pa.Table]]) -> None:
+def test_every_value_of_every_sample(samples: Samples) -> None:
     folder, tables = samples
     expected = expected_rows(tables)
     small = {"window": 1, "batch_size": 5}
@@ -49,9 +51,7 @@ def test_every_value_of_every_sample(samples: tuple[Path, list[pa.Table]]) -> No
 
 @pytest.mark.long
 @pytest.mark.parametrize("num_ranks", [1, 2, 5, 70])
-def test_evaluation_order_has_each_sample_once_and_reads_its_own_part(
-    samples: tuple[Path, list[pa.Table]], num_ranks: int
-) -> None:
+def test_evaluation_order_has_each_sample_once_and_reads_its_own_part(samples: Samples, num_ranks: int) -> None:
     folder, tables = samples
     readers = [reader_of(folder, rank, num_ranks, PartReader, seed=None, batch_size=32) for rank in range(num_ranks)]
     assert len({reader.steps_per_epoch for reader in readers}) == 1
@@ -63,7 +63,7 @@ def test_evaluation_order_has_each_sample_once_and_reads_its_own_part(
         assert {part.global_samples for part in parts} == {sum(part.num_samples for part in parts)}
 
 
-def test_order_depends_on_seed_and_epoch_alone(samples: tuple[Path, list[pa.Table]]) -> None:
+def test_order_depends_on_seed_and_epoch_alone(samples: Samples) -> None:
     folder, _ = samples
 
     def order(seed: int, epoch: int) -> list[int]:
@@ -80,16 +80,15 @@ def test_order_depends_on_seed_and_epoch_alone(samples: tuple[Path, list[pa.Tabl
     assert sessions[0] != sessions[1], "row groups are shuffled too, in each epoch otherwise"
 
 
-def test_ranks_without_samples_have_empty_fields(samples: tuple[Path, list[pa.Table]]) -> None:
+def test_ranks_without_samples_have_empty_fields(samples: Samples) -> None:
     batch = next(reader_of(samples[0], rank=0, num_ranks=4, batch_size=2).batches())
-    assert batch.num_samples == 0
-    assert batch.global_samples == 2
-    assert all(len(field.values_N) == len(field.lengths_M) == 0 for field in batch.fields.values())
-    assert {field.values_N.dtype for field in batch.fields.values()} == {np.dtype(np.int64)}
-    assert {field.lengths_M.dtype for field in batch.fields.values()} == {np.dtype(np.int64)}
+    assert (batch.num_samples, batch.global_samples) == (0, 2)
+    for field in batch.fields.values():
+        assert len(field.values_N) == len(field.lengths_M) == 0
+        assert field.values_N.dtype == field.lengths_M.dtype == np.int64
 
 
-def test_lists_of_their_own_may_have_any_length(tmp_path: Path, sample_table: Callable[..., pa.Table]) -> None:
+def test_lists_of_their_own_may_have_any_length(tmp_path: Path) -> None:
     table = sample_table(4).append_column("user_tags", pa.array([[1], [], [2, 3], [4] * 9]))
     table = table.append_column("behavior_words", pa.array([[1] * 7, [], [2, 3], [4]]))
     (tmp_path / "train").mkdir()
@@ -104,18 +103,12 @@ def test_no_samples_names_the_job(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="crossmedia samples"):
         open_index(SoloComm(), str(tmp_path), "train", SCHEMA)
     (tmp_path / "train").mkdir()
-    pq.write_table(sample_schema_only(), tmp_path / "train" / "a.parquet")
+    pq.write_table(sample_table(1).slice(0, 0), tmp_path / "train" / "a.parquet")
     with pytest.raises(DataError, match="crossmedia samples"):
         open_index(SoloComm(), str(tmp_path), "train", SCHEMA)
 
 
-def sample_schema_only() -> pa.Table:
-    names = {field.column_name: field for field in SCHEMA.fields} | {"label": None}
-    lists = {name: pa.array([], pa.list_(pa.int64())) for name in names}
-    return pa.table(lists | {name: pa.array([], pa.int64()) for name in ("user", "session")})
-
-
-def test_damaged_files_are_named(tmp_path: Path, write_samples: Write) -> None:
+def test_damaged_and_changed_files_are_named(tmp_path: Path) -> None:
     write_samples(tmp_path / "train", [30, 30])
     path = tmp_path / "train" / "day=2026-01-02.parquet"
     content = path.read_bytes()
@@ -123,57 +116,48 @@ def test_damaged_files_are_named(tmp_path: Path, write_samples: Write) -> None:
     path.write_bytes(content[:20] + bytes(400) + content[420:])
     with pytest.raises(DataError, match=r"day=2026-01-02\.parquet, row group \d+ is damaged"):
         list(reader.batches())
-    path.write_bytes(content[: len(content) // 2])
-    with pytest.raises(DataError, match=r"day=2026-01-02\.parquet is not a readable Parquet file"):
-        reader_of(tmp_path)
-    path.write_bytes(content.replace(b"session", b"sess\xffon"))
-    with pytest.raises(DataError, match=r"day=2026-01-02\.parquet is not a readable Parquet file"):
-        reader_of(tmp_path)
+    for unreadable in (content[: len(content) // 2], content.replace(b"session", b"sess\xffon")):
+        path.write_bytes(unreadable)
+        with pytest.raises(DataError, match=r"day=2026-01-02\.parquet is not a readable Parquet file"):
+            reader_of(tmp_path)
     path.unlink()
     with pytest.raises(DataError, match=r"day=2026-01-02\.parquet is gone"):
         list(reader.batches())
-
-
-def test_files_that_change_during_a_run_are_noticed(tmp_path: Path, write_samples: Write) -> None:
-    write_samples(tmp_path / "train", [30])
-    reader = reader_of(tmp_path)
     shutil.rmtree(tmp_path / "train")
-    write_samples(tmp_path / "train", [30], seed=1)
-    with pytest.raises(DataError, match=r"day=2026-01-01\.parquet has changed since the run began"):
+    write_samples(tmp_path / "train", [30, 30], seed=1)
+    with pytest.raises(DataError, match=r"day=2026-01-0\d\.parquet has changed since the run began"):
         list(reader.batches())
 
 
-def test_days_are_found_in_either_split(tmp_path: Path, write_samples: Write) -> None:
+def test_days_are_found_in_either_split(tmp_path: Path) -> None:
     tables = write_samples(tmp_path / "train", [10, 12, 14])
     (tmp_path / "test").mkdir()
     third = tmp_path / "train" / "day=2026-01-03.parquet"
-    alone = open_index(SoloComm(), str(tmp_path), "test", SCHEMA, ["2026-01-03"])
-    third.rename(tmp_path / "test" / "day=2026-01-03-000.parquet")
-    (tmp_path / "test" / "day=2026-01-03-000.parquet").rename(tmp_path / "test" / third.name)
-    index = open_index(SoloComm(), str(tmp_path), "train", SCHEMA, ["2026-01-03", "2026-01-01"])
+
+    def opened(days: list[str], split: str = "train") -> SampleIndex:
+        return open_index(SoloComm(), str(tmp_path), split, SCHEMA, days)
+
+    alone = opened(["2026-01-03"], "test")
+    third.rename(tmp_path / "test" / third.name)
+    index = opened(["2026-01-03", "2026-01-01"])
     reader = SampleReader(index, SCHEMA, batch_size=1_000)
     found = [serial for batch in reader.batches() for serial in serials_of(batch)]
-    expected = [s for t in (tables[0], tables[2]) for row in t["ad_serial"].to_pylist() for s in row]
-    assert found == expected
-    moved = open_index(SoloComm(), str(tmp_path), "train", SCHEMA, ["2026-01-03"])
-    assert moved.layout_digest == alone.layout_digest != index.layout_digest
-    assert open_index(SoloComm(), str(tmp_path), "train", SCHEMA, []).num_samples == 0
+    assert found == [s for t in (tables[0], tables[2]) for row in t["ad_serial"].to_pylist() for s in row]
+    assert opened(["2026-01-03"]).layout_digest == alone.layout_digest != index.layout_digest
+    assert opened([]).num_samples == 0
     with pytest.raises(DataError, match=r"no samples of 2026-01-09: its files are from 2026-01-01 to 2026-01-03"):
-        open_index(SoloComm(), str(tmp_path), "train", SCHEMA, ["2026-01-09"])
+        opened(["2026-01-09"])
     for number, file in enumerate(sorted(tmp_path.glob("*/*.parquet"))):
         file.rename(file.with_name(f"part-{number}.parquet"))
     with pytest.raises(DataError, match="its files are not named by day"):
-        open_index(SoloComm(), str(tmp_path), "train", SCHEMA, ["2026-01-01"])
+        opened(["2026-01-01"])
 
 
-def test_one_column_read_two_ways_is_refused() -> None:
+def test_one_column_is_read_one_way_and_its_fields_have_all_a_fill_or_none() -> None:
     clash = Schema(fields=(*SCHEMA.fields, Field(name="items", side="user", kind="id", column="ad_item")))
     message = r"column ad_item: field items reads it as integer of side user, .*; change one of them in the schema"
     with pytest.raises(SchemaError, match=message):
         rules_of(clash)
-
-
-def test_fields_of_one_column_of_numbers_have_all_a_fill_or_none() -> None:
     buckets = Field(name="bucket", side="ad", kind="id", column="price", buckets=8)
     scaled = Field(name="price", side="ad", kind="dense", transform="log_standardize")
     filled = (buckets.model_copy(update={"fill": "bucket"}), scaled.model_copy(update={"fill": "mean"}))
@@ -184,7 +168,7 @@ def test_fields_of_one_column_of_numbers_have_all_a_fill_or_none() -> None:
             rules_of(Schema(fields=(*SCHEMA.fields, *fields)))
 
 
-def test_known_ads(samples: tuple[Path, list[pa.Table]]) -> None:
+def test_known_ads(samples: Samples) -> None:
     """Each file is opened once, however many row groups it has: to read its footer takes longer than a column."""
     folder, tables = samples
     index = open_index(SoloComm(), str(folder), "train", SCHEMA)
@@ -197,7 +181,7 @@ def test_known_ads(samples: tuple[Path, list[pa.Table]]) -> None:
     assert len(opened) == len(tables) < len(index.row_groups)
 
 
-def test_known_ads_of_several_ranks_are_those_of_all(samples: tuple[Path, list[pa.Table]]) -> None:
+def test_known_ads_of_several_ranks_are_those_of_all(samples: Samples) -> None:
     """No row group is left out: each impression is an ad of its own here."""
     sent: list[torch.Tensor] = []
 
@@ -221,23 +205,17 @@ def test_known_ads_of_several_ranks_are_those_of_all(samples: tuple[Path, list[p
 
 
 @pytest.mark.parametrize("depth", [1, 3])
-def test_reading_ahead_keeps_order_and_hands_errors_on(samples: tuple[Path, list[pa.Table]], depth: int) -> None:
-    folder, _ = samples
-    plain = [serials_of(batch) for batch in reader_of(folder).batches()]
-
-    def failing() -> Iterator[Batch]:
-        yield from reader_of(folder).batches()
+def test_reading_ahead_keeps_order_hands_errors_on_and_ends_its_thread(depth: int) -> None:
+    def numbers() -> Iterator[int]:
+        yield from range(6)
         raise DataError("broken")
 
-    ahead = ReadAhead(failing(), depth)
-    assert [serials_of(next(ahead)) for _ in plain] == plain
+    before = threading.active_count()
+    ahead = ReadAhead(numbers(), depth)
+    assert [next(ahead) for _ in range(6)] == list(range(6))
     with pytest.raises(DataError, match="broken"):
         next(ahead)
-
-
-def test_reading_ahead_ends_its_thread(samples: tuple[Path, list[pa.Table]]) -> None:
-    before = threading.active_count()
-    ahead = ReadAhead(reader_of(samples[0], batch_size=1).batches(), 2)
+    ahead = ReadAhead(itertools.count(), depth)
     next(ahead)
     assert threading.active_count() == before + 1
     ahead.close()
@@ -255,35 +233,25 @@ def test_calls_are_one_ahead_in_one_thread() -> None:
         return len(begun)
 
     ahead = prepare_ahead(3, prepare)
-    go_on.release()
-    assert next(ahead)() == 1  # the second call has been handed to the thread, and waits there
-    go_on.release()
-    assert next(ahead)() == 2
-    go_on.release()
-    assert next(ahead)() == 3
+    for number in (1, 2, 3):
+        go_on.release()
+        assert next(ahead)() == number  # the next call has been handed to the thread, and waits there
     assert list(ahead) == []
     assert len(begun) == 3 and len(set(begun)) == 1
+    before = threading.active_count()
+    assert list(prepare_ahead(0, lambda: 1)) == []
+    assert threading.active_count() == before, "nothing to prepare begins nothing"
 
 
-def test_closing_waits_for_the_call_that_was_begun() -> None:
-    done: list[int] = []
-    with contextlib.closing(prepare_ahead(5, lambda: done.append(1))) as ahead:
-        next(ahead)()
-    assert len(done) == 2
-
-
-def test_an_error_comes_where_its_result_would() -> None:
-    numbers = iter([1, 2])
+def test_an_error_comes_where_its_result_would_and_closing_waits_for_the_call_that_was_begun() -> None:
+    numbers, done = iter([1, 2]), list[int]()
     with contextlib.closing(prepare_ahead(3, lambda: next(numbers))) as ahead:
         assert [next(ahead)(), next(ahead)()] == [1, 2]
         with pytest.raises(StopIteration):
             next(ahead)()
-
-
-def test_nothing_to_prepare_begins_nothing() -> None:
-    before = threading.active_count()
-    assert list(prepare_ahead(0, lambda: 1)) == []
-    assert threading.active_count() == before
+    with contextlib.closing(prepare_ahead(5, lambda: done.append(1))) as ahead:
+        next(ahead)()
+    assert len(done) == 2
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="threads have priorities of their own on Linux alone")

@@ -1,6 +1,9 @@
-"""Statistics of the training samples: equal to numpy's, the same bits for any ranks, kept with the run."""
+"""What is measured on all training samples, once: statistics, the same bits for any ranks, and digests."""
 
+import contextlib
 import json
+import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,8 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from featurestore.storage import storage
+from featurestore.storage.storage import Storage
 from tests.cli import invoke
-from tests.trainer.conftest import make_places
+from tests.trainer.conftest import change_column, make_places
 from tests.trainer.runs.saved import on_ranks
 from trainer.comm import SoloComm
 from trainer.config import Config, load_config
@@ -20,6 +25,7 @@ from trainer.evaluate import app as evaluate
 from trainer.main import train
 from trainer.runs import checkpoint
 from trainer.runs.folder import finished
+from trainer.runs.open import open_run
 from trainer.runs.saved import open_trained
 from trainer.samples import survey
 from trainer.samples.columns import rules_of
@@ -31,6 +37,7 @@ from trainer.samples.survey import (
     measure,
     part_of,
     quantile_boundaries,
+    samples_digest,
     with_statistics,
 )
 from trainer.schema.__main__ import app as schema_app
@@ -78,12 +85,9 @@ def numbered(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return places
 
 
-TRAIN = "train"
-
-
 @pytest.fixture(scope="module")
 def index(numbered: Any) -> SampleIndex:
-    return open_index(SoloComm(), str(numbered.folder / "samples"), TRAIN, SCHEMA)
+    return open_index(SoloComm(), str(numbered.folder / "samples"), "train", SCHEMA)
 
 
 @pytest.fixture(scope="module")
@@ -100,26 +104,19 @@ def columns(numbered: Any) -> dict[str, np.ndarray]:
     return {name: flat(name) for name in ("income", "place", "same", "ad_price", "ad_rating")}
 
 
-def by_name(schema: Schema) -> dict[str, Field]:
-    return {field.name: field for field in schema.fields}
-
-
-def test_equal_to_numpy_over_all_values(index: SampleIndex, columns: dict[str, np.ndarray]) -> None:
-    fields = by_name(fill_in(SCHEMA, measure(SoloComm(), index, SCHEMA)))
+def test_equal_to_numpy_over_all_values_and_buckets_equally_full(
+    index: SampleIndex, columns: dict[str, np.ndarray]
+) -> None:
+    schema = fill_in(SCHEMA, measure(SoloComm(), index, SCHEMA))
+    assert not fields_to_measure(schema)
+    fields = {field.name: field for field in schema.fields}
     income = np.log1p(columns["income"][~np.isnan(columns["income"])])
     assert len(income) < len(columns["income"])
-    np.testing.assert_allclose(
-        [*fields["income"].mean, *fields["income"].std], [income.mean(), income.std()], rtol=1e-12
-    )
     place = columns["place"].reshape(-1, 2)
-    np.testing.assert_allclose(fields["place"].mean, place.mean(axis=0), rtol=1e-12)
-    np.testing.assert_allclose(fields["place"].std, place.std(axis=0), rtol=1e-12)
+    for name, values in (("income", income[:, None]), ("place", place)):
+        np.testing.assert_allclose(fields[name].mean, values.mean(axis=0), rtol=1e-12)
+        np.testing.assert_allclose(fields[name].std, values.std(axis=0), rtol=1e-12)
     assert fields["same"].std == (1.0,)
-    assert not fields_to_measure(Schema(fields=tuple(fields.values())))
-
-
-def test_buckets_are_equally_full(index: SampleIndex, columns: dict[str, np.ndarray]) -> None:
-    fields = by_name(fill_in(SCHEMA, measure(SoloComm(), index, SCHEMA)))
     starts = np.array(fields["ad_price_bucket"].boundaries)
     values = np.sort(columns["ad_price"])
     expected = np.unique([values[len(values) * n // 8] for n in range(1, 8)])
@@ -160,62 +157,49 @@ def test_few_different_values_make_fewer_buckets(values: list[float], expected: 
     assert len(starts) <= len(expected) + 1
 
 
-def test_one_sample_and_constants_do_not_blow_up(tmp_path: Path) -> None:
-    (tmp_path / TRAIN).mkdir()
-    pq.write_table(pa.table({"user": [1], "x": [0.1], "label": [[1]], "ad": [[5]]}), tmp_path / TRAIN / "a.parquet")
-    fields = (
-        Field(name="ad", side="ad", kind="id"), Field(name="x", side="user", kind="dense", transform="standardize"),
-        Field(name="b", side="user", kind="id", column="x", buckets=4),
-    )  # fmt: skip
-    schema = Schema(fields=fields, new_ad_field="ad")
-    index = open_index(SoloComm(), str(tmp_path), TRAIN, schema)
-    x, b = fill_in(schema, measure(SoloComm(), index, schema)).fields[1:]
-    assert (x.mean, x.std, b.boundaries) == ((float(np.float32(0.1)),), (1.0,), ())
-
-
-def test_a_column_without_a_number_is_told(tmp_path: Path) -> None:
-    (tmp_path / TRAIN).mkdir()
-    table = pa.table({"user": [1], "x": pa.array([None], pa.float32()), "label": [[1]], "ad": [[5]]})
-    pq.write_table(table, tmp_path / TRAIN / "a.parquet")
+def test_one_sample_has_statistics_where_it_has_a_number(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
     ad = Field(name="ad", side="ad", kind="id")
-    lenient = Field(name="x", side="user", kind="dense", transform="standardize", fill="mean")
-    schema = Schema(fields=(ad, lenient), new_ad_field="ad")
-    index = open_index(SoloComm(), str(tmp_path), TRAIN, schema)
-    with pytest.raises(DataError, match="field x: column x has no number in the training samples"):
-        measure(SoloComm(), index, schema)
-    strict = Schema(fields=(ad, lenient.model_copy(update={"fill": None})), new_ad_field="ad")
+    x = Field(name="x", side="user", kind="dense", transform="standardize")
+    bucket = Field(name="b", side="user", kind="id", column="x", buckets=4)
+
+    def measured(value: float | None, *fields: Field) -> tuple[Field, ...]:
+        table = pa.table({"user": [1], "x": pa.array([value], pa.float32()), "label": [[1]], "ad": [[5]]})
+        pq.write_table(table, tmp_path / "train" / "a.parquet")
+        schema = Schema(fields=(ad, *fields), new_ad_field="ad")
+        return fill_in(
+            schema, measure(SoloComm(), open_index(SoloComm(), str(tmp_path), "train", schema), schema)
+        ).fields
+
+    _, found, buckets = measured(0.1, x, bucket)
+    assert (found.mean, found.std, buckets.boundaries) == ((float(np.float32(0.1)),), (1.0,), ())
     with pytest.raises(DataError, match=r"a\.parquet, row 0: column x is null"):
-        measure(SoloComm(), index, strict)
+        measured(None, x)
+    with pytest.raises(DataError, match="field x: column x has no number in the training samples"):
+        measured(None, x.model_copy(update={"fill": "mean"}))
 
 
-class TestRemembered:
-    def test_they_are_measured_once(self, index: SampleIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        calls = []
+def with_buckets(number: int) -> Schema:
+    """The schema with so many buckets of prices, which are eight."""
+    fields = tuple(f.model_copy(update={"buckets": number}) if f.buckets == 8 else f for f in SCHEMA.fields)
+    return SCHEMA.model_copy(update={"fields": fields})
 
-        def counted(*arguments: Any) -> Any:
-            calls.append(1)
-            return measure(*arguments)
 
-        monkeypatch.setattr(survey, "measure", counted)
-        first = with_statistics(SoloComm(), index, SCHEMA, "digest", str(tmp_path))
-        assert with_statistics(SoloComm(), index, SCHEMA, "digest", str(tmp_path)) == first
-        assert not fields_to_measure(first)
-        assert len(calls) == 1
-        with_statistics(SoloComm(), index, SCHEMA, "other samples", str(tmp_path))
-        more = SCHEMA.model_copy(
-            update={
-                "fields": tuple(f.model_copy(update={"buckets": 6}) if f.buckets == 8 else f for f in SCHEMA.fields)
-            }
-        )
-        with_statistics(SoloComm(), index, more, "digest", str(tmp_path))
-        assert len(calls) == 3
-        assert with_statistics(SoloComm(), index, first, "new", str(tmp_path)) is first
-        assert len(calls) == 3
+def test_they_are_measured_once(index: SampleIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    monkeypatch.setattr(survey, "measure", lambda *arguments: calls.append(1) or measure(*arguments))
 
-    def test_what_cannot_be_kept_is_measured_again(self, index: SampleIndex, tmp_path: Path) -> None:
-        (tmp_path / "cache").write_text("a file in the place of the folder")
-        found = with_statistics(SoloComm(), index, SCHEMA, "digest", str(tmp_path / "cache"))
-        assert not fields_to_measure(found)
+    def filled(schema: Schema, digest: str) -> Schema:
+        return with_statistics(SoloComm(), index, schema, digest, str(tmp_path))
+
+    first = filled(SCHEMA, "digest")
+    assert filled(SCHEMA, "digest") == first and not fields_to_measure(first)
+    assert len(calls) == 1
+    filled(SCHEMA, "other samples")
+    filled(with_buckets(6), "digest")
+    assert len(calls) == 3
+    assert filled(first, "new") is first
+    assert len(calls) == 3
 
 
 def test_only_what_was_declared_the_same_is_taken_over() -> None:
@@ -229,21 +213,14 @@ def test_only_what_was_declared_the_same_is_taken_over() -> None:
     assert fill_in(Schema(fields=(given,)), theirs).fields == (given,)
 
 
-def settings_of(places: Any, name: str, **changes: Any) -> list[str]:
-    schema = changes.pop("schema", places.folder / "schema.yaml")
-    common = {"model__base": "two_tower", "model__images": "none", "model__compute_dtype": "float32"}
-    common["train__max_steps"] = "8"
-    found: list[str] = places.settings(data__schema_file=schema, run__name=name, **common | changes)
-    return found
-
-
 def configured(places: Any, name: str, **changes: Any) -> Config:
-    return load_config(None, settings_of(places, name, **changes))
+    common = {"model__base": "two_tower", "model__images": "none", "model__compute_dtype": "float32"}
+    common |= {"train__max_steps": 8, "data__schema_file": places.folder / "schema.yaml"}
+    return load_config(None, places.settings(run__name=name, **common | changes))
 
 
 def fields_of(run: Path) -> dict[str, Any]:
-    path = finished(run)[-1]
-    fields: dict[str, Any] = checkpoint.read_state(path).origin.model["fields"]
+    fields: dict[str, Any] = checkpoint.read_state(finished(run)[-1]).origin.model["fields"]
     return fields
 
 
@@ -264,21 +241,17 @@ def test_it_goes_on_by_those_of_the_checkpoint(run: Path, numbered: Any) -> None
     train(configured(numbered, "two", run__resume="latest", train__max_steps=10), SoloComm())
     assert json.loads((run / "report.json").read_text())["global_step"] == 10
     other = run.parent / "schema-16.yaml"
-    fields = tuple(f.model_copy(update={"buckets": 16}) if f.buckets == 8 else f for f in SCHEMA.fields)
-    other.write_text(schema_text(SCHEMA.model_copy(update={"fields": fields})))
+    other.write_text(schema_text(with_buckets(16)))
+    resumed = configured(numbered, "two", run__resume="latest", train__max_steps=12, data__schema_file=other)
     with pytest.raises(CheckpointError, match=r"fields\.ad_price_bucket\.buckets is 16 here, 8 in the checkpoint"):
-        train(configured(numbered, "two", run__resume="latest", train__max_steps=12, schema=other), SoloComm())
+        train(resumed, SoloComm())
 
 
 def test_a_warm_start_takes_them_over(run: Path, numbered: Any, tmp_path: Path) -> None:
     """Its layers have learned the earlier run's scale, and the samples of another day have another one."""
-    samples = tmp_path / "samples"
-    for path in (numbered.folder / "samples").glob("*/*"):
-        table = pq.read_table(path, partitioning=None)
-        dearer = pa.array([[2 * price for price in row] for row in table["ad_price"].to_pylist()])
-        place = samples / path.parent.name
-        place.mkdir(parents=True, exist_ok=True)
-        pq.write_table(table.set_column(table.column_names.index("ad_price"), "ad_price", dearer), place / path.name)
+    samples = shutil.copytree(numbered.folder / "samples", tmp_path / "samples")
+    for path in samples.glob("*/*"):
+        change_column(path, "ad_price", lambda rows: [[2 * price for price in row] for row in rows])
     common = {"data__samples": samples, "run__dir": tmp_path / "runs", "run__warm_start": run}
     train(configured(numbered, "warm", **common), SoloComm())
     assert fields_of(tmp_path / "runs/warm") == fields_of(run)
@@ -294,18 +267,8 @@ def test_evaluation_takes_them_of_the_checkpoint(run: Path, numbered: Any, tmp_p
     for path in (numbered.folder / "samples/test").glob("*"):
         pq.write_table(pq.read_table(path, partitioning=None).slice(0, 20), samples / path.name)
     invoke(evaluate, run, "--samples", tmp_path / "samples", "--bootstrap", "20", code=0)
-    trained = open_trained(run, SoloComm())
-    assert trained.schema.fields == fields_with(run)
-    trained.close()
-
-
-def fields_with(run: Path) -> tuple[Any, ...]:
-    kept = fields_of(run)
-    names = ("mean", "std", "boundaries")
-    return tuple(
-        field.model_copy(update={name: tuple(kept[field.name][name]) for name in names if name in kept[field.name]})
-        for field in load_schema(run.parents[1] / "schema.yaml").fields
-    )
+    with contextlib.closing(open_trained(run, SoloComm())) as trained:
+        assert trained.schema.fields == fill_in(SCHEMA, fields_of(run)).fields
 
 
 def test_inspect_sees_numbers_that_are_missing(tmp_path: Path) -> None:
@@ -330,3 +293,126 @@ def test_inspect_sees_numbers_that_are_missing(tmp_path: Path) -> None:
     assert fields["ad_item"].weights is None
     bucket = Field(name="bucket", side="ad", kind="id", column="ad_price", buckets=16, fill="bucket")  # OWN_DATA
     assert rules_of(Schema(fields=(*fields.values(), bucket)))["ad_price"].may_miss
+
+
+OLD_S = 1_000_000_000
+FIRST = "day=2026-01-01.parquet"
+
+
+def turn_labels(file: Path) -> None:
+    """Every label the other way round, written as a person would: the metadata are copied, rows and groups stay."""
+    before = pq.ParquetFile(file).metadata
+    change_column(file, "label", lambda rows: [[1 - label for label in row] for row in rows])
+    after = pq.ParquetFile(file).metadata
+    assert (after.num_rows, after.num_row_groups) == (before.num_rows, before.num_row_groups)
+
+
+def test_a_resume_with_turned_labels_is_refused(tmp_path: Path) -> None:
+    mine = make_places(tmp_path)
+    settings = mine.settings(run__name="r", train__max_steps=3)
+    train(load_config(settings=settings), SoloComm())
+    again = [*settings, "run.resume=latest", "train.max_steps=4"]
+    open_run(load_config(settings=again), SoloComm()).close()
+    for file in (tmp_path / "samples" / "train").iterdir():
+        turn_labels(file)
+    with pytest.raises(CheckpointError, match=r"'\w+' here, '\w+' in .*: these are other training samples"):
+        train(load_config(settings=again), SoloComm())
+
+
+@pytest.fixture
+def samples(tmp_path: Path) -> Path:
+    """Samples of long ago."""
+    folder = make_places(tmp_path).folder / "samples"
+    for file in folder.glob("*/*.parquet"):
+        os.utime(file, (OLD_S, OLD_S))
+    return folder
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The files that were read, in order."""
+    files: list[str] = []
+    work = survey.digest_of
+    monkeypatch.setattr(survey, "digest_of", lambda storage, file: files.append(file) or work(storage, file))
+    return files
+
+
+def digest(samples: str | Path, memory: Path, split: str = "train", days: list[str] | None = None) -> str:
+    comm = SoloComm()
+    return samples_digest(comm, open_index(comm, str(samples), split, load_schema(), days), memory)
+
+
+def test_known_files_are_read_once_where_no_other_may_have_written(
+    samples: Path, read: list[str], tmp_path: Path
+) -> None:
+    """Whatever the umask: what this user keeps is for this user alone."""
+    before = os.umask(0)
+    try:
+        first = digest(samples, tmp_path / "c")
+    finally:
+        os.umask(before)
+    assert sorted(read) == [f"train/day=2026-01-0{day}.parquet" for day in (1, 2, 3)]
+    (kept,) = (tmp_path / "c" / "samples").iterdir()
+    assert [path.stat().st_mode & 0o777 for path in (tmp_path / "c", kept.parent, kept)] == [0o700, 0o700, 0o600]
+    for mode, again in ((0o600, 0), (0o660, 3)):
+        kept.chmod(mode)
+        del read[:]
+        assert digest(samples, tmp_path / "c") == first
+        assert len(read) == again
+    assert digest(samples, tmp_path / "other") == first
+
+
+def test_a_changed_file_is_read_though_its_size_and_time_are_the_old_ones(
+    samples: Path, read: list[str], tmp_path: Path
+) -> None:
+    first = digest(samples, tmp_path / "c")
+    file = samples / "train" / FIRST
+    data = bytearray(file.read_bytes())
+    data[len(data) // 4] ^= 1
+    file.write_bytes(data)
+    os.utime(file, (OLD_S, OLD_S))
+    del read[:]
+    assert digest(samples, tmp_path / "c") != first
+    assert read == [f"train/{FIRST}"]
+
+
+def test_a_file_of_this_moment_is_not_remembered(samples: Path, read: list[str], tmp_path: Path) -> None:
+    os.utime(samples / "train" / FIRST)
+    for _ in range(2):
+        digest(samples, tmp_path / "c")
+    assert read.count(f"train/{FIRST}") == 2 and len(read) == 4
+
+
+def test_a_place_that_cannot_remember_does_no_harm(samples: Path, tmp_path: Path) -> None:
+    first = digest(samples, tmp_path / "c")
+    (memory,) = (tmp_path / "c" / "samples").iterdir()
+    for text in ("", "[1]", '{"train/a": 1}', "\x00"):
+        memory.write_text(text)
+        assert digest(samples, tmp_path / "c") == first
+    (tmp_path / "file").touch()
+    assert digest(samples, tmp_path / "file") == first
+
+
+def test_days_are_known_wherever_they_are(samples: Path, tmp_path: Path) -> None:
+    days = ["2026-01-02", "2026-01-03"]
+    first = digest(samples, tmp_path / "c", days=days)
+    (samples / "train" / "day=2026-01-02.parquet").rename(samples / "test" / "day=2026-01-02.parquet")
+    assert digest(samples, tmp_path / "c", "test", days) == first
+
+
+def test_an_object_store_says_the_same_and_is_read_once(
+    samples: Path, read: list[str], tmp_path: Path, s3_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "_SETTLED_S", -60.0)
+    there = Storage(s3_url)
+    for file in samples.glob("*/*.parquet"):
+        there.write_bytes(f"{file.parent.name}/{file.name}", file.read_bytes())
+    expected = digest(samples, tmp_path / "c")
+    for number in (6, 6):
+        assert digest(s3_url, tmp_path / "c") == expected
+        assert len(read) == number
+    local = Path(shutil.copy(samples / "train" / FIRST, tmp_path))
+    turn_labels(local)
+    there.write_bytes(f"train/{FIRST}", local.read_bytes())
+    assert digest(s3_url, tmp_path / "c") != expected
+    assert len(read) == 7

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,12 @@ from featurestore.published.paths import FarPath, run_path
 from featurestore.storage.storage import Storage
 from pipeline.samples.mapping import parse_ids
 from tests.cli import invoke
-from tests.trainer.conftest import Places, make_places
+from tests.trainer.conftest import Places, make_places, sample_table
 from tests.trainer.runs.saved import on_ranks
 from tests.trainer.samples.reading import hashed, replaced, rewrite, written
+from tests.trainer.whole_runs import run_alone
 from trainer.comm import Comm, SoloComm
-from trainer.config import load_config
 from trainer.errors import DataError
-from trainer.main import train
 from trainer.runs.folder import find_checkpoint, finished
 from trainer.samples import columns, survey
 from trainer.samples.columns import rules_of
@@ -31,52 +30,43 @@ from trainer.samples.index import known_ads, open_index
 from trainer.samples.reader import Batch, SampleReader
 from trainer.samples.survey import IdDictionary, write_dictionary
 from trainer.schema.__main__ import app
-from trainer.schema.fields import IDS_FILE, Field, Schema, load_schema
+from trainer.schema.fields import DEFAULT_SCHEMA, IDS_FILE, Field, Schema, load_schema
 
 SCHEMA = load_schema()
 COLUMNS = ("user", "ad_item", "behavior_item", "ad_image", "behavior_image", "ad_scene")
 KINDS = [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())]
 
 
-def read(folder: Path, schema: Schema = SCHEMA, **options: Any) -> list[Batch]:
-    index = open_index(SoloComm(), str(folder), "train", schema)
-    return list(SampleReader(index, schema, **{"batch_size": 1000, **options}).batches())
-
-
-def one_file(folder: Path, table: pa.Table) -> Path:
+def read(folder: Path, table: pa.Table, schema: Schema = SCHEMA) -> Batch:
+    """All of a table as one batch."""
     (folder / "train").mkdir(parents=True)
     pq.write_table(table, folder / "train" / "a.parquet", row_group_size=4)
-    return folder
+    index = open_index(SoloComm(), str(folder), "train", schema)
+    (batch,) = SampleReader(index, schema, batch_size=1000, seed=None).batches()
+    return batch
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_texts_of_any_type_are_their_hash(kind: Any, tmp_path: Path, sample_table: Callable[..., pa.Table]) -> None:
-    numbers = sample_table(9)
-    (expected,) = read(
-        one_file(tmp_path / "numbers", replaced(numbers, COLUMNS, pa.int64(), lambda c, n: hashed(written(c, n))))
-    )
-    (found,) = read(one_file(tmp_path / "texts", replaced(numbers, COLUMNS, kind, written)))
+def test_texts_of_any_type_are_their_hash(kind: Any, tmp_path: Path) -> None:
+    numbers = replaced(sample_table(9), COLUMNS, pa.int64(), lambda column, n: hashed(written(column, n)))
+    expected = read(tmp_path / "numbers", numbers)
+    found = read(tmp_path / "texts", replaced(sample_table(9), COLUMNS, kind, written))
     for name, field in expected.fields.items():
         np.testing.assert_array_equal(found.fields[name].values_N, field.values_N, name)
         np.testing.assert_array_equal(found.fields[name].lengths_M, field.lengths_M, name)
     np.testing.assert_array_equal(found.group_id_B, expected.group_id_B)
 
 
-def test_build_samples_makes_the_same_ids(tmp_path: Path, sample_table: Callable[..., pa.Table]) -> None:
+def test_build_samples_makes_the_same_ids(tmp_path: Path) -> None:
+    """A uri is hashed also where it is a number."""
     texts = ["7", "-7", " 7 ", "07", "+7", "9223372036854775807", "9223372036854775808", "", "ü", "1٢", "nan"]
     table = sample_table(len(texts)).set_column(0, "user", pa.array(texts))
-    (batch,) = read(one_file(tmp_path, table), seed=None)
+    table = replaced(table, ("ad_image",), pa.string(), lambda column, number: str(number))
+    batch = read(tmp_path, table)
     found = batch.fields["user"].values_N.tolist()
     assert found == parse_ids(pa.chunked_array([texts]))[0].tolist()
-    assert found[:3] == [7, -7, 7]
-    assert found[3:5] == [hashed("07"), hashed("+7")]
-    assert found[5] == 2**63 - 1
-    assert found[6:] == [hashed(text) for text in texts[6:]]
-
-
-def test_a_uri_is_hashed_also_where_it_is_a_number(tmp_path: Path, sample_table: Callable[..., pa.Table]) -> None:
-    table = replaced(sample_table(3), ("ad_image",), pa.string(), lambda column, number: str(number))
-    (batch,) = read(one_file(tmp_path, table), seed=None)
+    assert found[:3] == [7, -7, 7] and found[5] == 2**63 - 1
+    assert found[3:5] + found[6:] == [hashed(text) for text in texts[3:5] + texts[6:]]
     keys = [key_of_uri(text) for row in table["ad_image"].to_pylist() for text in row]
     assert batch.fields["ad_image"].values_N.tolist() == batch.fields["ad_image_id"].values_N.tolist() == keys
 
@@ -91,9 +81,9 @@ CROSSED = Schema(
 
 
 @pytest.mark.parametrize("texts", [(), ("ad_item", "behavior_category"), ("ad_item", "ad_scene")])
-def test_crossed_columns(texts: tuple[str, ...], tmp_path: Path, sample_table: Callable[..., pa.Table]) -> None:
+def test_crossed_columns(texts: tuple[str, ...], tmp_path: Path) -> None:
     table = replaced(sample_table(9), texts, pa.string(), written)
-    (batch,) = read(one_file(tmp_path, table), CROSSED, seed=None)
+    batch = read(tmp_path, table, CROSSED)
 
     def pairs(first: str, second: str) -> list[int]:
         rows = zip(table[first].to_pylist(), table[second].to_pylist(), strict=True)
@@ -108,48 +98,43 @@ def test_crossed_columns(texts: tuple[str, ...], tmp_path: Path, sample_table: C
     assert found.tolist() == sorted(set(pairs("ad_item", "ad_scene")))
 
 
-def test_no_two_tuples_are_one_id(tmp_path: Path, sample_table: Callable[..., pa.Table]) -> None:
+def test_no_two_tuples_are_one_id(tmp_path: Path) -> None:
     first, second = ["a,b", "a", 'a","b', "1"], ["c", "b,c", "c", "1"]
     table = sample_table(4).append_column("first", pa.array(first)).append_column("second", pa.array(second))
     schema = Schema(fields=(Field(name="pair", side="user", kind="id", columns=("first", "second")),))
-    (batch,) = read(one_file(tmp_path, table), schema, seed=None)
     expected = ['["a,b","c"]', '["a","b,c"]', '["a\\",\\"b","c"]', "[1,1]"]
-    assert batch.fields["pair"].values_N.tolist() == [hashed(text) for text in expected]
+    assert read(tmp_path, table, schema).fields["pair"].values_N.tolist() == [hashed(text) for text in expected]
 
 
-def test_text_that_is_not_utf8_is_named(tmp_path: Path, sample_table: Callable[..., pa.Table]) -> None:
-    table = sample_table(3)
+def test_text_that_is_not_utf8_is_named(tmp_path: Path) -> None:
     users = pa.array([b"a", b"\xff", b"c"]).view(pa.string())
-    table = table.set_column(table.schema.get_field_index("user"), "user", users)
     with pytest.raises(DataError, match=r"a\.parquet: column user has text that is not UTF-8; write the file in UTF-8"):
-        read(one_file(tmp_path, table))
+        read(tmp_path, sample_table(3).set_column(0, "user", users))
 
 
 OF_TEXTS = ("user", "ad_item", "behavior_item", "ad_scene")
 CROSSED_FIELD = "  - {name: pair, side: ad, kind: id, table: item, columns: [ad_item, ad_category]}\n"
+as_texts = partial(replaced, columns=OF_TEXTS, kind=pa.string(), value=written)
+as_numbers = partial(replaced, columns=OF_TEXTS, kind=pa.int64(), value=lambda _, text: hashed(str(text)))
 
 
 @pytest.fixture(scope="module")
 def wordy(tmp_path_factory: pytest.TempPathFactory) -> Places:
     """Places whose samples have texts, and a schema that crosses two columns."""
     places = make_places(tmp_path_factory.mktemp("wordy"))
-    rewrite(places.folder / "samples", partial(replaced, columns=OF_TEXTS, kind=pa.string(), value=written))
-    from trainer.schema.fields import DEFAULT_SCHEMA
-
+    rewrite(places.folder / "samples", as_texts)
     (places.folder / "schema.yaml").write_text(DEFAULT_SCHEMA.read_text() + CROSSED_FIELD)
     return places
 
 
-def settings(places: Places, **changes: Any) -> list[str]:
-    schema = places.folder / "schema.yaml"
-    return list(places.settings(data__schema_file=schema, train__max_steps=2, **changes))
+def train_on(places: Places, **changes: Any) -> Path:
+    """A run of one rank."""
+    return run_alone(places, **{"data__schema_file": places.folder / "schema.yaml", "train__max_steps": 2, **changes})
 
 
 @pytest.fixture(scope="module")
 def run(wordy: Places) -> Path:
-    """A run of one rank on them."""
-    train(load_config(settings=settings(wordy, run__name="alone")), SoloComm())
-    return Path(wordy.folder) / "runs" / "alone"
+    return train_on(wordy, run__name="alone")
 
 
 def expected(places: Places) -> dict[int, str]:
@@ -166,12 +151,6 @@ def entries(folder: Path) -> dict[int, str]:
     ids = table["id"].to_pylist()
     assert ids == sorted(set(ids))
     return dict(zip(ids, table["text"].to_pylist(), strict=True))
-
-
-@pytest.mark.long
-def test_it_has_every_text_of_the_training_samples(run: Path, wordy: Places) -> None:
-    assert entries(run) == expected(wordy)
-    assert not list(run.glob(".ids-*"))
 
 
 @pytest.mark.long
@@ -194,9 +173,11 @@ def test_ranks_without_a_shared_disk_write_the_same_bytes_to_s3(run: Path, wordy
 
 
 @pytest.mark.long
-def test_little_memory_writes_the_same_bytes(
+def test_it_has_every_text_and_little_memory_writes_the_same_bytes(
     run: Path, wordy: Places, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    assert entries(run) == expected(wordy)
+    assert not list(run.glob(".ids-*"))
     monkeypatch.setattr(survey, "TEXTS_HELD", 60)
     parts = []
     write_part = survey.write_part
@@ -240,25 +221,15 @@ def test_a_run_that_goes_on_keeps_it_and_one_that_starts_afresh_does_not(run: Pa
     disk.parent.mkdir()
     (run / "checkpoints").rename(disk)
     (run / "checkpoints").symlink_to(disk)
-    more = [*settings(wordy, run__name="alone", run__resume=find_checkpoint(run)), "train.max_steps=3"]
-    train(load_config(settings=more), SoloComm())
+    train_on(wordy, run__name="alone", run__resume=find_checkpoint(run), train__max_steps=3)
     assert (run / IDS_FILE).stat().st_mtime_ns == before
     other = run.parent / "other"
     other.mkdir()
     shutil.copy(run / IDS_FILE, other / IDS_FILE)
-    plain = [*wordy.settings(run__name="other", train__max_steps=1, data__samples=wordy.folder / "numbers")]
-    shutil.copytree(wordy.folder / "samples", wordy.folder / "numbers")
-    rewrite(wordy.folder / "numbers", partial(as_numbers))
-    train(load_config(settings=plain), SoloComm())
+    numbers = shutil.copytree(wordy.folder / "samples", wordy.folder / "numbers")
+    rewrite(numbers, as_numbers)
+    run_alone(wordy, run__name="other", train__max_steps=1, data__samples=numbers)
     assert not (other / IDS_FILE).exists()
-
-
-def as_numbers(table: pa.Table) -> pa.Table:
-    for column in OF_TEXTS:
-        rows = table[column].to_pylist()
-        made = [[hashed(text) for text in row] if isinstance(row, list) else hashed(row) for row in rows]
-        table = table.set_column(table.schema.get_field_index(column), column, pa.array(made))
-    return table
 
 
 @pytest.mark.long
@@ -272,17 +243,15 @@ def test_a_run_that_takes_id_rows_takes_their_texts(run: Path, wordy: Places, tm
     shutil.copytree(run, wordy.folder / "runs" / "first")
     survey.write_part(wordy.folder / "runs" / "first" / IDS_FILE, held)
     for parts, has in (("all", True), ("partial", False)):
-        warm = settings(wordy, run__name=parts, run__warm_start=wordy.folder / "runs" / "first", run__warm_parts=parts)
-        train(load_config(settings=warm), SoloComm())
-        assert (hashed("gone") in entries(wordy.folder / "runs" / parts)) == has
+        warm = train_on(wordy, run__name=parts, run__warm_start=wordy.folder / "runs" / "first", run__warm_parts=parts)
+        assert (hashed("gone") in entries(warm)) == has
 
 
 @pytest.mark.long
 def test_a_run_takes_the_texts_next_to_its_samples(wordy: Places, tmp_path: Path) -> None:
     """Those of samples that were made of logs, whose files have the hashes alone."""
-    samples = tmp_path / "samples"
-    shutil.copytree(wordy.folder / "samples", samples)
-    rewrite(samples, partial(as_numbers))
+    samples = shutil.copytree(wordy.folder / "samples", tmp_path / "samples")
+    rewrite(samples, as_numbers)
     beside = {hashed("of the logs"): "of the logs", hashed(written("item", 3)): written("item", 3)}
     survey.write_part(samples / IDS_FILE, beside)
     assert written_to(tmp_path, wordy, samples=samples)
@@ -299,42 +268,31 @@ def test_a_run_takes_the_texts_next_to_its_samples(wordy: Places, tmp_path: Path
 @pytest.mark.long
 def test_a_run_that_goes_on_from_another_folder_takes_its_texts(run: Path, wordy: Places) -> None:
     """Also where a third run has left its own dictionary in the new folder; a warm start's texts stay through both."""
-    first = run.parent / "with-rows-of-before"
-    shutil.copytree(run, first)
+    first, second = (shutil.copytree(run, run.parent / name) for name in ("with-rows-of-before", "second"))
     gone = {hashed("gone"): "gone"}
     survey.write_part(first / IDS_FILE, gone | expected(wordy))
-    second = run.parent / "second"
-    shutil.copytree(run, second)
     survey.write_part(second / IDS_FILE, {hashed("of a third run"): "of a third run"})
-    checkpoint = finished(first)[0]
-    resumed = settings(wordy, run__name="second", run__resume=checkpoint, run__overwrite=True)
-    train(load_config(settings=[*resumed, "train.max_steps=4"]), SoloComm())
+    train_on(wordy, run__name="second", run__resume=finished(first)[0], run__overwrite=True, train__max_steps=4)
     assert entries(second) == gone | expected(wordy)
 
 
-def said(*arguments: object, code: int = 0) -> str:
-    return invoke(app, *arguments, code=code).output
-
-
 @pytest.mark.long
-def test_lookup_goes_both_ways(run: Path, wordy: Places) -> None:
+def test_lookup_goes_both_ways_and_names_a_missing_or_damaged_dictionary(
+    run: Path, wordy: Places, tmp_path: Path
+) -> None:
+    def said(*arguments: object, code: int = 0) -> str:
+        return invoke(app, "lookup", *arguments, code=code).output
+
     text = written("item", 3)
     pair = f'["{text}",3]'
-    output = said("lookup", run, hashed(text), text, hashed(pair), pair, "nothing", 17)
-    assert output.splitlines() == [
-        f"{hashed(text)}  {text}",
-        f"{hashed(text)}  {text}",
-        f"{hashed(pair)}  {pair}",
-        f"{hashed(pair)}  {pair}",
+    assert said(run, hashed(text), text, hashed(pair), pair, "nothing", 17).splitlines() == [
+        *[f"{hashed(text)}  {text}"] * 2,
+        *[f"{hashed(pair)}  {pair}"] * 2,
         f"{hashed('nothing')}  not in it as a text",
         "17  not in it as a text",
     ]
     first = sorted(expected(wordy).items())[:10]
-    assert said("lookup", run).splitlines()[1:] == [f"{number}  {text}" for number, text in first]
-
-
-@pytest.mark.long
-def test_a_missing_or_damaged_dictionary_is_named(run: Path, tmp_path: Path) -> None:
-    assert f"{tmp_path} has no ids.parquet" in said("lookup", tmp_path, 3, code=2)
+    assert said(run).splitlines()[1:] == [f"{number}  {text}" for number, text in first]
+    assert f"{tmp_path} has no ids.parquet" in said(tmp_path, 3, code=2)
     (tmp_path / IDS_FILE).write_bytes((run / IDS_FILE).read_bytes()[:500])
-    assert f"error: {tmp_path / IDS_FILE} is not a readable Parquet file" in said("lookup", tmp_path, 3, code=1)
+    assert f"error: {tmp_path / IDS_FILE} is not a readable Parquet file" in said(tmp_path, 3, code=1)

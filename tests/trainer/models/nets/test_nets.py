@@ -9,7 +9,7 @@ import torch
 from trainer.config import BaseNet, ModelConfig, Pooling, SeenImages
 from trainer.errors import ConfigError, DataError
 from trainer.exchange.vectors import FieldVectors
-from trainer.models.layers import used_fields, width_of
+from trainer.models.layers import width_of
 from trainer.models.nets import Din, TwoTower, build_model
 from trainer.samples.reader import Batch, Jagged
 from trainer.schema.fields import Field, Schema
@@ -87,10 +87,13 @@ class TestEveryBaseNet:
         fields, dense, group_of_sample = inputs_of(model, settings)
         before = model(fields, dense, group_of_sample)
         for name in fields:
-            moved = {**fields, name: FieldVectors(1 + fields[name].vectors_UV, *_places(fields[name]))}
-            assert not torch.equal(model(moved, dense, group_of_sample), before), name
+            assert not torch.equal(model({**fields, name: moved(fields[name])}, dense, group_of_sample), before), name
         for name in dense:
             assert not torch.equal(model(fields, {**dense, name: 1 + dense[name]}, group_of_sample), before), name
+
+
+def moved(field: FieldVectors) -> FieldVectors:
+    return FieldVectors(1 + field.vectors_UV, field.index_N, field.lengths_M)
 
 
 @pytest.mark.parametrize(
@@ -100,69 +103,48 @@ def test_no_products_where_nothing_is_to_multiply(settings: dict[str, str]) -> N
     assert not build_model(SCHEMA, config(**settings)).products
 
 
-class TestDin:
-    def test_pairs_fields_by_their_table(self) -> None:
-        model = build_model(SCHEMA, config(base="din", images="none"))
-        assert isinstance(model, Din)
-        assert model.attention.width == 4 + 3
-        assert model.input_width == IDS_AND_DENSE - (4 + 3), "attended fields are not summed as well"
-        assert model.mlp[0].in_features == IDS_AND_DENSE
-
-    def test_lists_of_unequal_length_are_refused(self) -> None:
-        model = build_model(SCHEMA, config(base="din", images="none"))
-        one = np.ones(3, np.int64)
-        lists = {"behavior_item": one * 2, "behavior_shop": np.array([2, 3, 2])}
-        fields = {name: Jagged(np.zeros(lengths.sum(), np.int64), lengths) for name, lengths in lists.items()}
-        batch = Batch(fields, {}, np.arange(3), np.zeros(3, np.float32), np.zeros(3, np.int64), 3)
-        message = "pairs behavior_item and behavior_shop value by value, but a user has 2 of the one and 3 of the other"
-        with pytest.raises(DataError, match=message):
-            model.check(batch)
-        build_model(SCHEMA, config(base="mlp")).check(batch)
-        fields["behavior_shop"] = fields["behavior_item"]
+def test_din_pairs_fields_by_their_table_and_refuses_lists_of_unequal_length() -> None:
+    model = build_model(SCHEMA, config(base="din", images="none"))
+    assert isinstance(model, Din)
+    assert model.attention.width == 4 + 3
+    assert model.input_width == IDS_AND_DENSE - (4 + 3), "attended fields are not summed as well"
+    assert model.mlp[0].in_features == IDS_AND_DENSE
+    lists = {"behavior_item": np.array([2, 2, 2]), "behavior_shop": np.array([2, 3, 2])}
+    fields = {name: Jagged(np.zeros(lengths.sum(), np.int64), lengths) for name, lengths in lists.items()}
+    batch = Batch(fields, {}, np.arange(3), np.zeros(3, np.float32), np.zeros(3, np.int64), 3)
+    message = "pairs behavior_item and behavior_shop value by value, but a user has 2 of the one and 3 of the other"
+    with pytest.raises(DataError, match=message):
         model.check(batch)
-
-    def test_nothing_to_pair(self) -> None:
-        schema = Schema(fields=(SCHEMA.fields[0], SCHEMA.fields[2]))
-        with pytest.raises(ConfigError, match=r"model\.base=din needs a multi_id field .* set model\.base=mlp"):
-            build_model(schema, config(base="din", images="none"))
+    build_model(SCHEMA, config(base="mlp")).check(batch)
+    fields["behavior_shop"] = fields["behavior_item"]
+    model.check(batch)
 
 
-class TestRefusals:
-    def test_images_without_a_content_field(self) -> None:
-        schema = Schema(fields=(Field(name="user", side="user", kind="id"),))
-        with pytest.raises(ConfigError, match=r"model\.images=ad needs a field of kind content on side ad"):
-            used_fields(schema, config(images="ad"))
-        assert len(used_fields(schema, config(images="none"))) == 1
-
-    def test_nothing_to_ask_with(self) -> None:
-        schema = Schema(fields=(Field(name="behavior_image", side="user", kind="content"),))
-        with pytest.raises(ConfigError, match=r"model\.pooling=attentive needs a field on side ad"):
-            build_model(schema, config(images="behavior"))
-        content = (*schema.fields, Field(name="ad_image", side="ad", kind="content"))
-        with pytest.raises(ConfigError, match=r"multi_query asks with the ad's IDs too.*model\.pooling=attentive"):
-            build_model(Schema(fields=content), config(pooling="multi_query"))
-
-    @pytest.mark.parametrize(
-        ("field", "message"),
-        [
-            ({"name": "cover", "store": "items"}, "field cover: store=items cannot name a part .* as my_items"),
-            ({"name": "cover", "store": "a.b"}, "store=a.b cannot name a part of the model; choose another, as my_a_b"),
-            ({"name": "keys"}, "field keys: name=keys cannot name a part of the model"),
-        ],
-    )
-    def test_names_that_no_part_of_a_model_can_have(self, field: dict[str, str], message: str) -> None:
-        schema = Schema(fields=(Field(side="ad", kind="content", **field),))
-        with pytest.raises(ConfigError, match=message):
-            build_model(schema, config(images="ad"))
-
-    def test_no_field_with_a_key(self) -> None:
-        schema = Schema(fields=(Field(name="price", side="ad", kind="dense"),))
-        with pytest.raises(ConfigError, match="no field of kind id, multi_id or content"):
-            used_fields(schema, config(images="none"))
+USER, BEHAVIORS = SCHEMA.fields[0], SCHEMA.fields[2]
+BEHAVIOR_IMAGE = Field(name="behavior_image", side="user", kind="content")
+AD_IMAGE = Field(name="ad_image", side="ad", kind="content")
 
 
-def _places(field: FieldVectors) -> tuple[torch.Tensor, torch.Tensor]:
-    return field.index_N, field.lengths_M
+def cover(**names: str) -> Field:
+    return Field(**{"side": "ad", "kind": "content", "name": "cover", **names})
+
+
+@pytest.mark.parametrize(
+    ("fields", "settings", "message"),
+    [
+        ([USER, BEHAVIORS], {"base": "din", "images": "none"}, r"=din needs a multi_id field .* set model\.base=mlp"),
+        ([USER], {"images": "ad"}, r"model\.images=ad needs a field of kind content on side ad"),
+        ([BEHAVIOR_IMAGE], {"images": "behavior"}, r"model\.pooling=attentive needs a field on side ad"),
+        ([BEHAVIOR_IMAGE, AD_IMAGE], {"pooling": "multi_query"}, r"the ad's IDs too.*model\.pooling=attentive"),
+        ([cover(store="items")], {"images": "ad"}, "field cover: store=items cannot name a part .* as my_items"),
+        ([cover(store="a.b")], {"images": "ad"}, "store=a.b cannot name a part of the model; .* as my_a_b"),
+        ([cover(name="keys")], {"images": "ad"}, "field keys: name=keys cannot name a part of the model"),
+        ([SCHEMA.fields[1]], {"images": "none"}, "no field of kind id, multi_id or content"),
+    ],
+)
+def test_refusals(fields: list[Field], settings: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_model(Schema(fields=tuple(fields)), config(**settings))
 
 
 CONTEXT = (
@@ -178,30 +160,28 @@ def towers(*fields: Field, **settings: object) -> tuple[TwoTower, ModelConfig]:
     return model, chosen
 
 
-class TestTwoTower:
-    def test_layers_that_need_a_row_for_each_sample_are_refused(self) -> None:
-        with pytest.raises(ConfigError, match=r"two_tower makes the user's vector once .*set model\.dropout=0"):
-            towers(*SCHEMA.fields, dropout=0.1)
+def test_context_adds_to_the_logit_of_two_towers_and_is_in_no_vector() -> None:
+    model, settings = towers(*SCHEMA.fields, *CONTEXT)
+    fields, dense, groups = inputs_of(model, settings)
+    before, ads = model(fields, dense, groups), model.ad_vectors(fields, dense)
+    fields["scene"], dense["hour"] = moved(fields["scene"]), dense["hour"] + 1
+    assert torch.equal(model.ad_vectors(fields, dense), ads)
+    assert not torch.isclose(model(fields, dense, groups), before).any()
+    assert model.context is not None and model.context.bias is None
 
-    def test_context_adds_to_the_logit_and_is_in_no_vector(self) -> None:
-        model, settings = towers(*SCHEMA.fields, *CONTEXT)
-        fields, dense, groups = inputs_of(model, settings)
-        before, ads = model(fields, dense, groups), model.ad_vectors(fields, dense)
-        fields["scene"] = FieldVectors(1 + fields["scene"].vectors_UV, *_places(fields["scene"]))
-        dense["hour"] = dense["hour"] + 1
-        assert torch.equal(model.ad_vectors(fields, dense), ads)
-        assert not torch.isclose(model(fields, dense, groups), before).any()
-        assert model.context is not None and model.context.bias is None
 
-    def test_the_inner_product_and_the_bias_are_all_there_is_without_context(self) -> None:
-        model, settings = towers(*SCHEMA.fields)
-        torch.nn.init.constant_(model.bias, 0.25)
-        fields, dense, groups = inputs_of(model, settings)
-        users, ads = model.user_vectors(fields, dense), model.ad_vectors(fields, dense)
-        products = torch.stack([users[group] @ ads[sample] for sample, group in enumerate(groups)])
-        torch.testing.assert_close(model(fields, dense, groups), products + 0.25)
+def test_the_inner_product_and_the_bias_are_all_there_is_without_context() -> None:
+    model, settings = towers(*SCHEMA.fields)
+    torch.nn.init.constant_(model.bias, 0.25)
+    fields, dense, groups = inputs_of(model, settings)
+    users, ads = model.user_vectors(fields, dense), model.ad_vectors(fields, dense)
+    products = torch.stack([users[group] @ ads[sample] for sample, group in enumerate(groups)])
+    torch.testing.assert_close(model(fields, dense, groups), products + 0.25)
 
-    @pytest.mark.parametrize(("side", "kept"), [("user", ("ad_item",)), ("ad", ("user", "scene"))])
-    def test_a_side_without_a_field_is_refused(self, side: str, kept: tuple[str, ...]) -> None:
-        with pytest.raises(ConfigError, match=rf"model\.base=two_tower needs a field of side {side}"):
-            towers(*(field for field in (*SCHEMA.fields, *CONTEXT) if field.name in kept), images="none")
+
+@pytest.mark.parametrize(("side", "kept"), [("user", ("ad_item",)), ("ad", ("user", "scene"))])
+def test_towers_without_a_field_or_with_a_row_for_each_sample_are_refused(side: str, kept: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError, match=rf"model\.base=two_tower needs a field of side {side}"):
+        towers(*(field for field in (*SCHEMA.fields, *CONTEXT) if field.name in kept), images="none")
+    with pytest.raises(ConfigError, match=r"two_tower makes the user's vector once .*set model\.dropout=0"):
+        towers(*SCHEMA.fields, dropout=0.1)

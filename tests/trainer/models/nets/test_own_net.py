@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import torch
 from starlette.testclient import TestClient
 
 from explorer.html.site import Site
@@ -21,7 +20,7 @@ from tests.ranks import StandingRanks
 from tests.serving.scoring.variants import export
 from tests.trainer.checkpoints import tensors_of
 from tests.trainer.conftest import Places as SamplePlaces
-from tests.trainer.whole_runs import run_alone
+from tests.trainer.whole_runs import assert_same, run_alone
 from trainer.config import ModelConfig, load_config
 from trainer.errors import CheckpointError, ConfigError, TrainerError
 from trainer.evaluate import app as evaluate
@@ -57,25 +56,15 @@ def own(places: SamplePlaces, package: Path, tmp_path_factory: pytest.TempPathFa
 
 
 def test_resumed_is_undisturbed_and_another_net_is_refused(own: Path, places: SamplePlaces, tmp_path: Path) -> None:
+    """A warm start takes every setting for one that the net reads."""
     begun = {**SHARED, "run__dir": tmp_path, "run__resume": own / "checkpoints" / "step-00000005"}
-    resumed = tensors_of(run_alone(places, **begun))
-    assert all(torch.equal(resumed[name], value) for name, value in tensors_of(own).items())
-    with pytest.raises(CheckpointError, match=r"model\.base is 'mlp' here, 'mypackage\.MyNet' in the"):
-        run_alone(places, **{**begun, "run__name": "other", "model__base": "mlp"})
-    with pytest.raises(CheckpointError, match=r"model\.base is 'mlp' here, 'mypackage\.MyNet' in the"):
-        run_alone(
-            places,
-            **{**SHARED, "run__dir": tmp_path, "run__name": "warm", "model__base": "mlp"}
-            | {"run__warm_start": own, "run__warm_parts": "all"},
-        )
-
-
-def test_a_warm_start_takes_every_setting_for_one_that_the_net_reads(
-    own: Path, places: SamplePlaces, tmp_path: Path
-) -> None:
-    other = {**SHARED, "run__dir": tmp_path, "run__warm_start": own, "run__warm_parts": "all"}
+    assert_same(run_alone(places, **begun), own)
+    warm = {**SHARED, "run__dir": tmp_path, "run__warm_start": own, "run__warm_parts": "all"}
+    for settings in (begun, warm):
+        with pytest.raises(CheckpointError, match=r"model\.base is 'mlp' here, 'mypackage\.MyNet' in the"):
+            run_alone(places, **{**settings, "run__name": "other", "model__base": "mlp"})
     with pytest.raises(CheckpointError, match=r"model\.tower_width is 16 here, 32 in the"):
-        run_alone(places, **other, model__tower_width=16)
+        run_alone(places, **{**warm, "run__name": "warm", "model__tower_width": 16})
 
 
 def test_exported_and_scored_without_the_package_as_evaluated(
@@ -148,7 +137,10 @@ def test_a_class_that_does_not_fit_is_one_line(path: str, says: str, wrong: None
 
 @pytest.mark.parametrize(
     ("name", "error", "says"),
-    [("Shape", ValueError, "must be the same as input size"), ("Nan", TrainerError, "the loss of step 1 is nan")],
+    [
+        ("Shape", ValueError, "must be the same as input size"),
+        ("Nan", TrainerError, r"the loss of step 1 is nan; try a lower optim\.lr"),
+    ],
 )
 def test_an_answer_that_does_not_fit_trains_nothing(
     name: str, error: type[Exception], says: str, wrong: None, places: SamplePlaces, tmp_path: Path
