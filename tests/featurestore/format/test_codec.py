@@ -141,7 +141,7 @@ def test_take_keeps_every_column(info: StoreInfo) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-def test_decoded_and_as_stored(dtype: str, info: StoreInfo, tmp_path: Path) -> None:
+def test_decoded_and_as_stored(dtype: DType, info: StoreInfo, tmp_path: Path) -> None:
     """Against `get`, after a key was replaced and another removed."""
     info = info.model_copy(update={"dtype": dtype})
     store = FeatureStore.create(tmp_path / "store", info)

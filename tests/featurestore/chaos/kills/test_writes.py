@@ -69,8 +69,8 @@ def dying(at: int, after: bool = False) -> Iterator[list[str]]:
 class Work:
     """What is done to a store, and what has to hold: right after a death, and after the next run."""
 
-    prepare: Callable[[FeatureStore, Any], object]
-    work: Callable[[FeatureStore, Any], object]
+    prepare: Callable[[FeatureStore], object]
+    work: Callable[[FeatureStore], object]
     check_dead: Callable[..., object]  # the dead one, one that nobody has touched, and one that nobody has disturbed
     check_done: Callable[[FeatureStore, FeatureStore], object]  # the first and the last of them
 
