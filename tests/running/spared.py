@@ -15,8 +15,6 @@ KNOWN_KINDS: set[str] = set()
 """Kinds of places where the short check has found nothing: the disk, and each server."""
 SELDOM_COLLECTED = (20_000, 20, 50)
 """In place of 700, 10 and 10 objects and rounds, by which the collector takes a sixteenth of the processor."""
-count_frozen = gc.get_freeze_count
-"""Python's own count of objects that the garbage collector passes over."""
 
 
 def freeze_for_good() -> None:

@@ -137,6 +137,11 @@ def drawn_store(folder: Path, features_ND: np.ndarray, first_key: int = 0, **inf
     return store
 
 
+def add_a_row(store: FeatureStore) -> None:
+    """Commit a feature that no sample names: the store has another snapshot."""
+    store.put(FeatureRows.of(["more"], np.ones((1, store.info.dim), np.float32), keys=[7]))
+
+
 @functools.cache
 def _made_once() -> "TemporaryDirectory[str]":
     made = TemporaryDirectory(prefix="places-")

@@ -7,10 +7,8 @@ PAUSE_S more, so that a test can do something in the midst of a run.
 import os
 from pathlib import Path
 
-rank = os.environ.get("HOROVOD_RANK", os.environ.get("RANK"))
-size = os.environ.get("HOROVOD_SIZE", os.environ.get("WORLD_SIZE"))
-if "NOTES" in os.environ and rank is not None and size is not None:
-    from tests.trainer.runs.resumed.notes import note_steps
+if "NOTES" in os.environ and {"HOROVOD_RANK", "RANK"} & os.environ.keys():
+    from tests.trainer.runs.resumed.mortal import note_steps
 
     leg = Path(os.environ["NOTES"]) / f"notes-{os.environ.get('SLURM_RESTART_COUNT', '0')}"
-    note_steps(leg, int(rank), int(size), pause_s=float(os.environ.get("PAUSE_S", "0")))
+    note_steps(leg, pause_s=float(os.environ.get("PAUSE_S", "0")))

@@ -8,6 +8,7 @@ import random
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -56,14 +57,13 @@ def check(comm: Comm) -> None:
     assert comm.broadcast_object(rank, root=1) == 1
 
     comm.agree(None)
+    error: Exception | None = None
     try:
         comm.agree(DataError("no samples") if rank == 1 else None)
-    except (DataError, RemoteRankError) as error:
-        expected = DataError if rank == 1 else RemoteRankError
-        assert type(error) is expected, error
-        assert rank == 1 or str(error) == "rank 1 failed: DataError: no samples"
-    else:
-        raise AssertionError("nobody raised")
+    except (DataError, RemoteRankError) as failure:
+        error = failure
+    assert isinstance(error, DataError if rank == 1 else RemoteRankError), error
+    assert rank == 1 or str(error) == "rank 1 failed: DataError: no samples"
     check_types(comm)
 
 
@@ -88,40 +88,30 @@ def come_in_any_order(comm: Comm) -> None:
     As in training: sums of gradients begin in the midst of exchanges, two threads ask for keys ahead, of training and
     of an evaluation, and the first one of a name is taken while others are under way.
     """
-    comm.deadline_s = 30.0
-    draw, ahead = random.Random(comm.rank), [Ahead(comm, "step", 1), Ahead(comm, "eval", 2)]
-    for round_ in range(MEETINGS):
-        names = draw.sample(["dense.a", "dense.b", "dense.c"], 3)
-        sums = {name: torch.tensor([float(ord(name[-1])), comm.rank, round_]) for name in names}
-        finish = {name: comm.start_allreduce_sum_(sums[name], name=name) for name in names[:2]}
-        check_exchange(comm, "step.vectors", round_)
-        finish |= {name: comm.start_allreduce_sum_(sums[name], name=name) for name in names[2:]}
-        for name in draw.sample(names, 3):
-            finish[name]()
-            expected = [comm.size * ord(name[-1]), comm.size * (comm.size - 1) / 2, comm.size * round_]
-            assert sums[name].tolist() == expected, (name, sums[name])
+    comm.deadline_s, draw = 30.0, random.Random(comm.rank)
+    with ThreadPoolExecutor(2) as pool:
+        ahead = [pool.submit(ask_ahead, comm, kind, seed) for kind, seed in (("step", 1), ("eval", 2))]
+        for round_ in range(MEETINGS):
+            names = draw.sample(["dense.a", "dense.b", "dense.c"], 3)
+            sums = {name: torch.tensor([float(ord(name[-1])), comm.rank, round_]) for name in names}
+            finish = {name: comm.start_allreduce_sum_(sums[name], name=name) for name in names[:2]}
+            check_exchange(comm, "step.vectors", round_)
+            finish |= {name: comm.start_allreduce_sum_(sums[name], name=name) for name in names[2:]}
+            for name in draw.sample(names, 3):
+                finish[name]()
+                expected = [comm.size * ord(name[-1]), comm.size * (comm.size - 1) / 2, comm.size * round_]
+                assert sums[name].tolist() == expected, (name, sums[name])
     for each in ahead:
-        each.join()
-        assert each.error is None, each.error
+        each.result()
 
 
-class Ahead(threading.Thread):
-    """Asks for keys, round after round, some time beside the step of other ranks."""
-
-    def __init__(self, comm: Comm, kind: str, seed: int) -> None:
-        super().__init__()
-        self._comm, self._kind, self._draw = comm, kind, random.Random(10 * comm.rank + seed)
-        self.error: Exception | None = None
-        self.start()
-
-    def run(self) -> None:
-        try:
-            for round_ in range(MEETINGS):
-                time.sleep(self._draw.uniform(0, 0.01))
-                check_exchange(self._comm, f"{self._kind}.keys", round_)
-                self._comm.agree(None, name=f"{self._kind}.keys.agree")
-        except Exception as error:
-            self.error = error
+def ask_ahead(comm: Comm, kind: str, seed: int) -> None:
+    """Ask for keys, round after round, some time beside the step of other ranks."""
+    draw = random.Random(10 * comm.rank + seed)
+    for round_ in range(MEETINGS):
+        time.sleep(draw.uniform(0, 0.01))
+        check_exchange(comm, f"{kind}.keys", round_)
+        comm.agree(None, name=f"{kind}.keys.agree")
 
 
 def check_exchange(comm: Comm, name: str, round_: int) -> None:

@@ -16,17 +16,14 @@ from featurestore.format.datafile import FeatureRows
 from featurestore.spec import StoreInfo
 from featurestore.store import FeatureStore
 from tests.cli import invoke
-from tests.trainer.conftest import Places, make_places
-from tests.trainer.whole_runs import run_alone
+from tests.trainer.conftest import Places, add_a_row, make_places
+from tests.trainer.whole_runs import report_of, run_alone
 from trainer.cli import GateLimits
-from trainer.comm import SoloComm
 from trainer.compat import app
-from trainer.config import load_config
 from trainer.errors import ConfigError
 from trainer.evaluation.bootstrap import compare
 from trainer.evaluation.predict import Predictions, predict_run
 from trainer.gates import Check, gate_model
-from trainer.main import train
 from trainer.runs.saved import RunSource, read_run
 from trainer.schema.fields import DEFAULT_SCHEMA
 
@@ -34,13 +31,15 @@ pytestmark = pytest.mark.long  # they train whole runs
 
 KEYS = np.arange(1_000, 1_050)
 URIS = [f"item/{n}" for n in range(50)]
+LONG: dict[str, Any] = {"run__name": "a", "model__compute_dtype": "float32", "data__missing": "error"}
+LONG |= {"train__max_steps": 150, "train__epochs": 20, "optim__lr": 0.02, "optim__ids_lr": 0.006}
 
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> Places:
     """A run, `a`, that knows some of its images by heart, in a folder of which there is a copy beside it."""
     made = make_places(tmp_path_factory.mktemp("compat") / "places")
-    train(load_config(settings=settings_of(made)), SoloComm())
+    run_alone(made, **LONG)
     shutil.copytree(made.folder, made.folder.with_name("copy"))
     return made
 
@@ -53,25 +52,7 @@ def lost(places: Places) -> Iterator[Places]:
     shutil.copytree(places.folder.with_name("copy"), places.folder)
 
 
-def settings_of(places: Places, **changes: Any) -> list[str]:
-    long = {
-        "run__name": "a",
-        "model__compute_dtype": "float32",
-        "data__missing": "error",
-        "train__max_steps": 150,
-        "train__epochs": 20,
-        "optim__lr": 0.02,
-        "optim__ids_lr": 0.006,
-    }
-    return list(places.settings(**{**long, **changes}))
-
-
-def make_store(
-    folder: Path,
-    like: Path,
-    change: Callable[[np.ndarray], np.ndarray] = np.copy,
-    **values: Any,
-) -> Path:
+def make_store(folder: Path, like: Path, change: Callable[[np.ndarray], np.ndarray] = np.copy, **values: Any) -> Path:
     """Another store of the same network; `change` makes its features of the old ones."""
     old = FeatureStore.open(like)
     features_ND = change(old.snapshot().get(KEYS))
@@ -113,7 +94,7 @@ def test_the_very_snapshot(places: Places) -> None:
 
 def test_another_snapshot_of_the_store(lost: Places) -> None:
     store = FeatureStore.open(lost.folder / "features")
-    store.put(FeatureRows.of(["more"], np.ones((1, 16), np.float32), keys=np.array([7])))
+    add_a_row(store)
     store.delete([1_049])
     said, found = compat(lost, lost.folder / "features", code=1)
     assert (found["outcome"], found["found"]["version"]) == ("not compatible", 3)
@@ -163,31 +144,23 @@ def test_of_many_impressions_some_are_drawn_the_same_for_both(
 
 
 class TestWithTheOldOneGone:
-    def test_computed_anew_and_accepted(self, lost: Places) -> None:
-        features = make_store(lost.folder / "features", lost.folder / "features", rounded)
-        again = load_config(settings=settings_of(lost, run__resume="latest", train__max_steps=151))
-        with pytest.raises(AnotherStoreError, match=r"crossmedia compat .*runs/a .*features$"):
-            train(again, SoloComm())
-        said, found = compat(lost, features)
-        assert found["outcome"] == "compatible"
-        reported = json.loads((lost.folder / "runs" / "a" / "report.json").read_text())["metrics"]
-        (difference,) = found["differences"]
-        assert difference["baseline"] == reported["logloss"] == pytest.approx(difference["ours"], abs=1e-4)
-        said, _ = compat(lost, features, "--accept")
-        assert f"accepted: kept in {lost.folder / 'runs' / 'a' / 'accepted-stores.json'}" in said
-        train(again, SoloComm())
-
-    def test_the_old_one_is_found_again(self, lost: Places, tmp_path: Path) -> None:
-        features, settings = lost.folder / "features", settings_of(lost, run__resume="latest", train__max_steps=151)
+    def test_computed_anew_and_accepted_until_the_old_one_is_found_again(self, lost: Places, tmp_path: Path) -> None:
+        features, run = lost.folder / "features", lost.folder / "runs/a"
+        again = LONG | {"run__resume": "latest", "train__max_steps": 151}
         shutil.copytree(features, tmp_path / "kept")
-        compat(lost, make_store(features, features, rounded), "--accept")
+        _, found = compat(lost, make_store(features, features, rounded))
+        assert found["outcome"] == "compatible"
+        (difference,) = found["differences"]
+        logloss = report_of(run)["metrics"]["logloss"]
+        assert difference["baseline"] == logloss == pytest.approx(difference["ours"], abs=1e-4)
+        assert f"accepted: kept in {run / 'accepted-stores.json'}" in compat(lost, features, "--accept")[0]
         shutil.rmtree(features)
         shutil.copytree(tmp_path / "kept", features)
-        with pytest.raises(AnotherStoreError):
-            train(load_config(settings=settings), SoloComm())
+        with pytest.raises(AnotherStoreError, match=r"crossmedia compat .*runs/a .*features$"):
+            run_alone(lost, **again)
         said, found = compat(lost, features, "--accept")
         assert found["gates"] == {} and "accepted: no other store any more" in said
-        train(load_config(settings=settings), SoloComm())
+        run_alone(lost, **again)
 
     def test_permuted(self, lost: Places) -> None:
         features = make_store(lost.folder / "features", lost.folder / "features", permuted)
@@ -208,9 +181,7 @@ class TestWithTheOldOneGone:
 
 
 def trained(places: Places, name: str, **changes: Any) -> Path:
-    settings = {"train__max_steps": 30, "model__compute_dtype": "float32", **changes}
-    run_alone(places, run__name=name, **settings)
-    return Path(places.folder / "runs" / name)
+    return run_alone(places, run__name=name, **{"train__max_steps": 30, "model__compute_dtype": "float32", **changes})
 
 
 @pytest.fixture(scope="module")
@@ -270,38 +241,23 @@ def test_what_cannot_be_compared_does_not_pass(models: Places, tmp_path: Path) -
 
 
 def test_runs_of_two_stores_are_compared_each_on_its_own(models: Places, tmp_path: Path) -> None:
-    old = FeatureStore.open(models.folder / "features")
-    store = FeatureStore.create(tmp_path / "features", old.info)
-    snapshot = old.snapshot()
-    keys = snapshot.keys()
-    store.put(FeatureRows.of([f"item/{n}" for n in range(len(keys))], snapshot.get(keys), keys=keys))
-    new = trained(models, "elsewhere", data__store=tmp_path / "features")
+    store = make_store(tmp_path / "features", models.folder / "features")
+    new = trained(models, "elsewhere", data__store=store)
     equal = {each.gate: each.value for each in gate_model(new, None, *in_use(models))}
     assert equal == {"gauc": pytest.approx(0), "logloss": pytest.approx(0)}
-    shutil.rmtree(tmp_path / "features")
+    shutil.rmtree(store)
     assert "features" in why_not(in_use(models)[0].folder, in_use(models, "elsewhere"))
 
 
-@pytest.fixture
-def store(lost: Places) -> FeatureStore:
-    """Snapshot 1 is that of the training; snapshot 2 adds rows, snapshot 3 deals the features anew."""
+def test_the_difference_is_that_of_two_evaluations(lost: Places, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits are compared, which are continuous: a GAUC moves by a whole pair where two of them change places.
+
+    Snapshot 1 is that of the training, snapshot 2 has another row, and snapshot 3 deals the features anew.
+    """
     store = FeatureStore.open(lost.folder / "features")
-    features_ND = store.snapshot().get(KEYS)
-    store.put(FeatureRows.of(["more/1", "more/2"], features_ND[:2]))
-    store.put(FeatureRows.of(URIS, permuted(features_ND), keys=KEYS))
-    return store
-
-
-@pytest.fixture
-def check(lost: Places, store: FeatureStore) -> Check:
-    """Limits that let pass all but scores that are worse."""
-    return Check(read_run(lost.folder / "runs/a"), store.snapshot(3), GateLimits())
-
-
-def test_the_difference_is_that_of_two_evaluations(
-    lost: Places, store: FeatureStore, check: Check, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Logits are compared, which are continuous: a GAUC moves by a whole pair where two of them change places."""
+    add_a_row(store)
+    store.put(FeatureRows.of(URIS, permuted(store.snapshot().get(KEYS)), keys=KEYS))
+    check = Check(read_run(lost.folder / "runs/a"), store.snapshot(3), GateLimits())
     scored: list[Predictions] = []
 
     def noted(ours: Predictions, baseline: Predictions, **options: Any) -> Any:

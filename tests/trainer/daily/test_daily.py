@@ -1,28 +1,26 @@
 """Day after day: what each day begins with and is evaluated on, the table, and going on after a stop at any point."""
 
 import json
-import sys
 from collections.abc import Callable
-from functools import partial
+from itertools import count
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 
-from featurestore.format.datafile import FeatureRows
 from featurestore.published.paths import run_path
 from featurestore.store import FeatureStore
 from tests.cli import invoke
 from tests.ranks import StandingRanks
 from tests.trainer.checkpoints import tensors_of
-from tests.trainer.conftest import Places, make_days
+from tests.trainer.conftest import Places, add_a_row, make_days
 from tests.trainer.whole_runs import alike, assert_same, report_of
 from trainer.comm import SoloComm
-from trainer.config import Config, load_config, save_config
+from trainer.config import load_config, save_config
 from trainer.daily import app, plan, run_of_days
 from trainer.daily import follow as follow_days
 from trainer.errors import CheckpointError, ConfigError, DataError
@@ -36,7 +34,6 @@ pytestmark = pytest.mark.long  # they train whole runs
 
 WORKER = Path(__file__).parent / "days.py"
 DAYS = [f"2026-01-0{n}" for n in range(1, 5)]
-follow = partial(follow_days, continues=True)
 EXACT = {"model__compute_dtype": "float32"}  # of runs whose numbers are compared between numbers of ranks
 
 
@@ -45,8 +42,12 @@ def days(tmp_path: Path) -> Places:
     return make_days(tmp_path)
 
 
-def config_of(places: Places, **changes: Any) -> Config:
-    return load_config(settings=places.settings(**{"train__epochs": 1, "data__global_batch_size": 64, **changes}))
+def follow(places: Places, name: str, first: str | None = None, last: str | None = None, **changes: Any) -> Path:
+    """Follow days by one epoch each; returns the folder of their runs."""
+    settings = {"run__name": name, "train__epochs": 1, "data__global_batch_size": 64, **changes}
+    config = load_config(settings=places.settings(**settings))
+    follow_days(config, SoloComm(), first, last, continues=True)
+    return Path(config.run.dir) / name
 
 
 def table_of(folder: Path) -> list[dict[str, Any]]:
@@ -96,19 +97,15 @@ def test_plan(tmp_path: Path) -> None:
 def followed(tmp_path_factory: pytest.TempPathFactory) -> Places:
     """Days that a run named `whole` has followed to the end."""
     places = make_days(tmp_path_factory.mktemp("followed"))
-    follow(config_of(places, run__name="whole", train__checkpoint_every=2), SoloComm(), first=DAYS[0])
+    follow(places, "whole", DAYS[0], train__checkpoint_every=2)
     return places
 
 
 def test_each_day_begins_with_the_day_before_and_is_evaluated_on_the_next(followed: Places) -> None:
-    folder = followed.folder / "runs" / "whole"
+    folder = followed.folder / "runs/whole"
     rows = table_of(folder)
-    assert [(row["day"], row["train_days"], row["test_day"]) for row in rows] == [
-        (DAYS[0], [DAYS[0]], DAYS[1]),
-        (DAYS[1], [DAYS[1]], DAYS[2]),
-        (DAYS[2], [DAYS[2]], DAYS[3]),
-        (DAYS[3], [DAYS[3]], None),
-    ]
+    days = [(day, [day], after) for day, after in zip(DAYS, [*DAYS[1:], None], strict=True)]
+    assert [(row["day"], row["train_days"], row["test_day"]) for row in rows] == days
     assert [row["warm_start"] for row in rows] == [None, *(str(folder / day) for day in DAYS[:3])]
     assert all(0 < row["gauc"] < 1 and row["impressions"] > 100 for row in rows[:3])
     assert rows[3]["gauc"] is rows[3]["impressions"] is None
@@ -126,74 +123,41 @@ def test_each_day_begins_with_the_day_before_and_is_evaluated_on_the_next(follow
         assert reader.num_samples == sum(len(each) for each in labels.to_pylist())
 
 
-def test_another_day_is_evaluated_when_it_comes_and_trained_on_the_newest_snapshot(days: Places) -> None:
-    newest = days.folder / "samples" / "test" / f"day={DAYS[3]}.parquet"
-    kept = newest.read_bytes()
-    newest.unlink()
-    config = config_of(days, run__name="d", data__missing="zeros")
-    follow(config, SoloComm(), first=DAYS[1])
-    folder = days.folder / "runs" / "d"
-    before = table_of(folder)
-    assert [row["test_day"] for row in before] == [DAYS[2], None]
-    ended = tensors_of(folder / DAYS[2])
-    store = FeatureStore.open(days.folder / "features")
-    store.put(FeatureRows.of(["more"], np.ones((1, 16), np.float32), keys=np.array([7])))
-    # Samples made anew: the day that was the newest one is a day of training now.
-    third = days.folder / "samples" / "train" / f"day={DAYS[2]}.parquet"
-    moved = days.folder / "samples" / "test" / third.name
-    third.rename(moved)
-    newest.write_bytes(kept)
-    follow(config, SoloComm(), first=DAYS[1])
-    after = table_of(folder)
-    assert after[:1] == before[:1]
-    assert [row["test_day"] for row in after] == [*DAYS[2:], None]
-    assert [row["store_version"] for row in after] == [1, 1, 2]
-    assert all(torch.equal(value, tensors_of(folder / DAYS[2])[name]) for name, value in ended.items())
-    assert [row["samples_changed"] for row in after] == [False] * 3
-    times = {path: path.stat().st_mtime_ns for path in folder.glob("*/report.json")}
-    follow(config, SoloComm(), first=DAYS[1])
-    assert times == {path: path.stat().st_mtime_ns for path in folder.glob("*/report.json")}
-    assert table_of(folder) == after
-
-
-@pytest.mark.parametrize("point", ["claim", "step", "report", "table"])
-def test_killed_at_any_point_it_goes_on(followed: Places, monkeypatch: pytest.MonkeyPatch, point: str) -> None:
-    cut = config_of(followed, run__name=f"cut-{point}", train__checkpoint_every=2)
-    place = {
-        "claim": "trainer.runs.open.claim_folder",
-        "step": "trainer.engine.engine.Engine.train_step",
-        "report": "trainer.loop.summary.write_report",
-        "table": "trainer.daily.write",
-    }[point]
-    module, _, name = place.rpartition(".")
-    owner = sys.modules["trainer.engine.engine"].Engine if point == "step" else sys.modules[module]
-    work, calls = getattr(owner, name), [0]
+@pytest.mark.parametrize(
+    ("point", "call"),
+    [
+        ("trainer.runs.open.claim_folder", 2),
+        ("trainer.engine.engine.Engine.train_step", 8),
+        ("trainer.loop.summary.write_report", 2),
+        ("trainer.daily.write", 2),
+    ],
+)
+def test_killed_at_any_point_it_goes_on(
+    followed: Places, monkeypatch: pytest.MonkeyPatch, point: str, call: int
+) -> None:
+    name, days = f"cut-in-{point.rpartition('.')[2]}", DAYS[:2]
+    work, calls = resolve_name(point), count(1)
 
     def killed(*given: Any, **named: Any) -> Any:
-        calls[0] += 1
-        if calls[0] == 8 if point == "step" else calls[0] == 2:
+        if next(calls) == call:
             raise KeyboardInterrupt
         return work(*given, **named)
 
-    monkeypatch.setattr(owner, name, killed)
-    days = DAYS[:2]
+    monkeypatch.setattr(point, killed)
     with pytest.raises(KeyboardInterrupt):
-        follow(cut, SoloComm(), first=DAYS[0], last=days[-1])
-    follow(cut, SoloComm(), first=DAYS[0], last=days[-1])
-    assert_same_days(followed.folder / "runs" / f"cut-{point}", followed.folder / "runs" / "whole", days)
+        follow(followed, name, *days, train__checkpoint_every=2)
+    folder = follow(followed, name, *days, train__checkpoint_every=2)
+    assert_same_days(folder, followed.folder / "runs/whole", days)
 
 
 def test_the_first_run_trains_on_all_days_and_later_ones_once_on_their_own(days: Places) -> None:
-    newest = days.folder / "samples" / "test" / f"day={DAYS[3]}.parquet"
-    kept = newest.read_bytes()
-    newest.unlink()
-    config = config_of(days, run__name="w", train__epochs=3)
-    follow(config, SoloComm())
-    newest.write_bytes(kept)
+    newest = days.folder / "samples/test" / f"day={DAYS[3]}.parquet"
+    to_come = newest.rename(days.folder / "to come")
+    follow(days, "w", train__epochs=3)
+    to_come.rename(newest)
     for gone in DAYS[:2]:  # samples of days that were trained may go
         (days.folder / "samples" / "train" / f"day={gone}.parquet").unlink()
-    follow(config, SoloComm())
-    folder = days.folder / "runs" / "w"
+    folder = follow(days, "w", train__epochs=3)
     rows = table_of(folder)
     assert [(row["day"], row["train_days"], row["test_day"]) for row in rows] == [
         (DAYS[1], DAYS[:2], DAYS[2]),
@@ -210,20 +174,19 @@ def test_the_first_run_trains_on_all_days_and_later_ones_once_on_their_own(days:
 
 
 def test_it_begins_with_another_run(followed: Places, tmp_path: Path) -> None:
-    run = followed.folder / "runs" / "whole" / DAYS[2]
-    config = config_of(followed, run__name="warm", run__dir=tmp_path, run__warm_start=run)
-    follow(config, SoloComm())
-    (row,) = table_of(tmp_path / "warm")
+    run = followed.folder / "runs/whole" / DAYS[2]
+    warm = follow(followed, "warm", run__dir=tmp_path, run__warm_start=run)
+    (row,) = table_of(warm)
     assert (row["train_days"], row["warm_start"]) == ([DAYS[3]], str(run))
-    assert_same(tmp_path / "warm" / DAYS[3], followed.folder / "runs" / "whole" / DAYS[3])
+    assert_same(warm / DAYS[3], followed.folder / "runs/whole" / DAYS[3])
     with pytest.raises(ConfigError, match=r"no day of .* is evaluated yet"):
-        run_of_days(tmp_path / "warm")
+        run_of_days(warm)
 
 
 def test_mistakes(days: Places) -> None:
     def refused(error: type[Exception], message: str, **changes: Any) -> None:
         with pytest.raises(error, match=message):
-            follow(config_of(days, run__name="m", **changes), SoloComm())
+            follow(days, "m", **changes)
 
     refused(ConfigError, r"data\.test_days=\['2026-01-02'\]: trainer\.daily chooses it", data__test_days=f"[{DAYS[1]}]")
     refused(ConfigError, r"run\.resume=latest: trainer\.daily chooses it", run__resume="latest")
@@ -231,9 +194,9 @@ def test_mistakes(days: Places) -> None:
     refused(ConfigError, "data.validation_days=1: trainer.daily chooses", data__validation_days=1)
     refused(ConfigError, "early_stopping=2: trainer.daily chooses it", train__early_stopping=2, train__eval_every=5)
     refused(DataError, r"has no file day=DAY\*\.parquet", data__samples=days.folder / "nothing")
-    assert not (days.folder / "runs" / "m").exists() or not list((days.folder / "runs" / "m").glob("2026*"))
+    assert not (days.folder / "runs/m").exists() or not list((days.folder / "runs/m").glob("2026*"))
     with pytest.raises(ConfigError, match=r"choose none of 2026-01-01 to 2026-01-04"):
-        follow(config_of(days, run__name="n"), SoloComm(), first="2027-01-01")
+        follow(days, "n", "2027-01-01")
 
 
 def test_settings_are_kept_when_a_day_has_begun_with_them(days: Places) -> None:
@@ -242,43 +205,50 @@ def test_settings_are_kept_when_a_day_has_begun_with_them(days: Places) -> None:
     (empty / f"day={DAYS[0]}.parquet").write_bytes(b"no parquet")
     for wrong in (days.folder / "sample", empty.parent):  # a typing error, and what is found no samples when it is read
         with pytest.raises(DataError):
-            follow(config_of(days, run__name="d", data__samples=wrong), SoloComm())
+            follow(days, "d", data__samples=wrong)
     with pytest.raises(DataError, match="is no feature store"):
-        follow(config_of(days, run__name="d", data__store=days.folder / "feature"), SoloComm())
-    follow(config_of(days, run__name="d"), SoloComm(), last=DAYS[0])
-    assert len(table_of(days.folder / "runs" / "d")) == 1
+        follow(days, "d", data__store=days.folder / "feature")
+    assert len(table_of(follow(days, "d", last=DAYS[0]))) == 1
     with pytest.raises(ConfigError, match=r"data\.samples is '.*/empty' here, '.*/samples' there"):
-        follow(config_of(days, run__name="d", data__samples=empty.parent), SoloComm())
+        follow(days, "d", data__samples=empty.parent)
 
 
-def test_late_logs_of_a_trained_day_change_nothing_but_a_mark(
+def test_another_day_is_evaluated_when_it_comes_and_late_logs_of_a_trained_day_change_nothing_but_a_mark(
     days: Places, sample_table: Callable[..., Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    samples = days.folder / "samples"
+    samples, store = days.folder / "samples", FeatureStore.open(days.folder / "features")
     newest, third = samples / "test" / f"day={DAYS[3]}.parquet", samples / "train" / f"day={DAYS[2]}.parquet"
-    kept = newest.read_bytes()
-    newest.unlink()
+    to_come = newest.rename(days.folder / "to come")
     third.rename(samples / "test" / third.name)  # a run's test split is never empty
-    FeatureStore.open(days.folder / "features").delete([1_045, 1_046])  # images of the fourth day alone
-    for name in ("late", "timely"):
-        follow(config_of(days, run__name=name, data__missing="zeros"), SoloComm(), first=DAYS[1])
+    store.delete([1_045, 1_046])  # images of the fourth day alone
+    late, timely = (follow(days, name, DAYS[1], data__missing="zeros") for name in ("late", "timely"))
+    before, ended, trained = table_of(timely), tensors_of(late / DAYS[2]), report_of(late / DAYS[2])
+    assert [row["test_day"] for row in before] == [DAYS[2], None]
+    # Samples made anew: the day that was the newest one is a day of training now.
     (samples / "test" / third.name).rename(third)
-    newest.write_bytes(kept)
-    follow(config_of(days, run__name="timely", data__missing="zeros"), SoloComm(), first=DAYS[1])
-    late, timely = (days.folder / "runs" / name for name in ("late", "timely"))
-    ended, trained = tensors_of(late / DAYS[2]), report_of(late / DAYS[2])
+    to_come.rename(newest)
+    add_a_row(store)
+    follow(days, "timely", DAYS[1], data__missing="zeros")
+    expected, times = table_of(timely), {path: path.stat().st_mtime_ns for path in timely.glob("*/report.json")}
+    assert expected[:1] == before[:1]
+    assert [row["test_day"] for row in expected] == [*DAYS[2:], None]
+    assert [row["store_version"] for row in expected] == [2, 2, 3]
+    assert [row["samples_changed"] for row in expected] == [False] * 3
+    assert all(torch.equal(value, tensors_of(timely / DAYS[2])[name]) for name, value in ended.items())
+    follow(days, "timely", DAYS[1], data__missing="zeros")
+    assert times == {path: path.stat().st_mtime_ns for path in timely.glob("*/report.json")}
+    assert table_of(timely) == expected
     day = pq.read_table(third, partitioning=None)
     more = sample_table(30, 7, items=50, first_serial=10_000)
     pq.write_table(pa.concat_tables([day, more.cast(day.schema)]), third, row_group_size=7)
     capsys.readouterr()
-    follow(config_of(days, run__name="late", data__missing="zeros"), SoloComm(), first=DAYS[1])
+    follow(days, "late", DAYS[1], data__missing="zeros")
     said = capsys.readouterr().out
     assert f"the training samples in {samples} are not, or no longer, those of the checkpoint" in said
     assert f"{DAYS[2]}: its training samples had changed before it was evaluated\n" in said
     assert all(torch.equal(value, tensors_of(late / DAYS[2])[name]) for name, value in ended.items())
-    rows, expected = table_of(late), table_of(timely)
+    rows = table_of(late)
     assert [row["samples_changed"] for row in rows] == [False, True, False]
-    assert not any(row["samples_changed"] for row in expected)
     for column in ("day", "train_days", "steps", "test_day", "impressions", "logloss", "auc", "gauc"):
         assert rows[1][column] == expected[1][column], column
     report = report_of(late / DAYS[2])
@@ -289,21 +259,18 @@ def test_late_logs_of_a_trained_day_change_nothing_but_a_mark(
 
 
 def test_a_trained_day_without_its_checkpoints_or_samples_says_how_to_go_on(days: Places) -> None:
-    follow(config_of(days, run__name="d"), SoloComm(), last=DAYS[0])
-    run = days.folder / "runs" / "d" / DAYS[0]
+    run = follow(days, "d", last=DAYS[0]) / DAYS[0]
     report, checkpoints = report_of(run), days.folder / "checkpoints"
     (run / "report.json").write_text(json.dumps({**report, "metrics": {}}))
     (run / "checkpoints").rename(checkpoints)
     with pytest.raises(CheckpointError, match=r"no checkpoint in .*\nTo train 2026-01-01 again, remove"):
-        follow(config_of(days, run__name="d"), SoloComm(), last=DAYS[0])
+        follow(days, "d", last=DAYS[0])
     checkpoints.rename(run / "checkpoints")
     (run / "report.json").unlink()
     path = days.folder / "samples" / "train" / f"day={DAYS[0]}.parquet"
     pq.write_table(pq.read_table(path, partitioning=None).slice(1), path)
-    with pytest.raises(
-        CheckpointError, match=r"data\.samples_digest is .*\nTo train 2026-01-01 again, remove .*/d/2026"
-    ):
-        follow(config_of(days, run__name="d"), SoloComm(), last=DAYS[0])
+    with pytest.raises(CheckpointError, match=r"data\.samples_digest is .*\nTo train 2026-01-01 again, remove .*/d/2"):
+        follow(days, "d", last=DAYS[0])
 
 
 def test_command(days: Places) -> None:
@@ -312,15 +279,15 @@ def test_command(days: Places) -> None:
     result = invoke(app, *options, "--set", *settings, code=0)
     assert "2026-01-02" in result.stdout and "days.json" in result.stdout
     table = result.stdout[result.stdout.rindex("new ad gauc") :]
-    for row in table_of(days.folder / "runs" / "c"):  # a metric of a few users is written, and not printed
+    for row in table_of(days.folder / "runs/c"):  # a metric of a few users is written, and not printed
         for name, users in (("gauc", "gauc_users"), ("auc", "users"), ("new_ad_auc", "new_ad_users")):
             assert row[name] is None or (f"{row[name]:.4f}" in table) == (row[users] >= LEAST_USERS_SHOWN)
-    second = load_config(days.folder / "runs" / "c" / DAYS[1] / "config.yaml")
+    second = load_config(days.folder / "runs/c" / DAYS[1] / "config.yaml")
     assert (second.data.train_days, second.run.warm_start, second.train.epochs) == (DAYS[:2], None, 1)
     # It is the run that trainer.main trains on these days.
     alone = days.settings(run__name="alone", train__epochs=1, data__train_days=f"[{DAYS[0]},{DAYS[1]}]")
     train(load_config(settings=[*alone, f"data.test_days=[{DAYS[2]}]"]), SoloComm())
-    assert_same(days.folder / "runs" / "c" / DAYS[1], days.folder / "runs" / "alone")
+    assert_same(days.folder / "runs/c" / DAYS[1], days.folder / "runs/alone")
     refused = invoke(app, *options, "--set", *settings, f"run.warm_start={days.folder / 'runs' / 'alone'}")
     assert (refused.exit_code, "add --continue" in refused.stderr) == (2, True)
     assert "'monday' does not match" in invoke(app, "--first-day", "monday", code=2).stderr
@@ -336,38 +303,35 @@ def job(tmp_path_factory: pytest.TempPathFactory, two_ranks: StandingRanks) -> t
 
 
 class TestTwoRanks:
-    def test_a_stop_in_the_midst_of_days_changes_nothing(self, job: tuple[Places, dict[str, Any]]) -> None:
+    def test_a_stop_changes_nothing_and_days_are_evaluated_and_settings_refused_on_both(
+        self, job: tuple[Places, dict[str, Any]]
+    ) -> None:
         places, seen = job
         assert seen["days"] == ["done", "done"]
         assert seen["cut"] == [["StoppedError: SIGTERM received"] * 2, ["StoppedError: SIGTERM received"] * 2]
         assert seen["after the cut"] == ["done", "done"]
-        assert_same_days(places.folder / "runs" / "cut", places.folder / "runs" / "days", DAYS[2:])
-
-    def test_a_day_is_evaluated_on_both_when_the_next_one_comes(self, job: tuple[Places, dict[str, Any]]) -> None:
-        places, seen = job
+        assert_same_days(places.folder / "runs/cut", places.folder / "runs/days", DAYS[2:])
+        # A day is evaluated when the next one comes.
         assert seen["newest missing"] == seen["newest there, others late"] == ["done", "done"]
         rows, expected = (table_of(places.folder / "runs" / name) for name in ("late", "days"))
         assert [row["samples_changed"] for row in rows] == [True, False]
         for column in ("steps", "test_day", "impressions", "logloss", "auc", "gauc"):
             assert rows[0][column] == expected[0][column], column  # of the same bits
+        assert [text.partition(":")[0] for text in seen["other settings"]] == ["ConfigError", "RemoteRankError"]
+        assert all("optim.lr is 0.5 here, 0.01 there" in text for text in seen["other settings"])
 
     def test_equals_one_rank(self, job: tuple[Places, dict[str, Any]]) -> None:
         places, _ = job
-        follow(load_config(settings=places.settings(run__name="alone", train__epochs=1, **EXACT)), SoloComm(), DAYS[2])
-        alone, two = (table_of(places.folder / "runs" / name) for name in ("alone", "days"))
+        alone = table_of(follow(places, "alone", DAYS[2], data__global_batch_size=32, **EXACT))
+        two = table_of(places.folder / "runs/days")
         for mine, theirs in zip(alone, two, strict=True):
             for column in ("steps", "impressions", "logloss", "auc", "gauc"):
                 assert mine[column] == alike(column, theirs[column], within=1e-3), column
 
-    def test_other_settings_are_refused_on_all(self, job: tuple[Places, dict[str, Any]]) -> None:
-        _, seen = job
-        assert [text.partition(":")[0] for text in seen["other settings"]] == ["ConfigError", "RemoteRankError"]
-        assert all("optim.lr is 0.5 here, 0.01 there" in text for text in seen["other settings"])
-
     def test_early_stopping_is_agreed_on(self, job: tuple[Places, dict[str, Any]]) -> None:
         places, seen = job
         assert seen["early"] == ["done", "done"]
-        early = places.folder / "runs" / "early"
+        early = places.folder / "runs/early"
         report = report_of(early)
         history = [(entry["step"], entry["gauc"]) for entry in report["history"]]
         best = max(history, key=lambda entry: entry[1])
@@ -378,10 +342,10 @@ class TestTwoRanks:
 def test_days_on_s3_are_those_of_a_disk(tmp_path: Path, s3_url: str, capsys: pytest.CaptureFixture[str]) -> None:
     """A second start finds all done."""
     places = make_days(tmp_path)
-    far, near = run_path(f"{s3_url}/runs/d"), tmp_path / "runs" / "d"
+    far, near = run_path(f"{s3_url}/runs/d"), tmp_path / "runs/d"
     for folder in (far, near, far):
         capsys.readouterr()
-        follow(config_of(places, run__name="d", run__dir=folder.parent), SoloComm(), DAYS[2])
+        follow(places, "d", DAYS[2], run__dir=folder.parent)
     assert "step 1/" not in capsys.readouterr().out
     days, expected = (json.loads((each / "days.json").read_bytes()) for each in (far, near))
     assert [{**row, "warm_start": None} for row in days] == [{**row, "warm_start": None} for row in expected]

@@ -3,7 +3,6 @@
 import gc
 import re
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,22 +11,13 @@ import torch
 from featurestore.lookup import VARIABLE, dtype_of_machine
 from tests.cli import invoke
 from tests.ranks import Forks
-from tests.running import spared
 from tests.trainer.conftest import Places
 from tests.trainer.whole_runs import report_of
 from trainer.comm import SoloComm
 from trainer.comm.distributed import WITHOUT_NCCL
 from trainer.config import Device, OptimConfig, load_config
 from trainer.engine import machine
-from trainer.engine.machine import (
-    RankPlace,
-    check_memory,
-    choose_gpus,
-    holds_features,
-    objects_frozen,
-    share_machine,
-    threads_of,
-)
+from trainer.engine.machine import RankPlace, check_memory, choose_gpus, holds_features, objects_frozen, share_machine
 from trainer.errors import ConfigError
 from trainer.ids.optimizers import state_of
 from trainer.ids.shards import TableShape
@@ -35,6 +25,7 @@ from trainer.loop.summary import hardware_of, hardware_text
 from trainer.main import app
 
 STATE = state_of(OptimConfig(ids="rowwise_adagrad"))
+CPU = torch.device("cpu")
 
 
 def place(host: str, *cores: int) -> RankPlace:
@@ -53,7 +44,7 @@ class TestThreads:
         ids=["anywhere", "cores of their own", "sockets", "more ranks than cores"],
     )
     def test_ranks_share_the_cores_that_they_may_run_on(self, places: list[RankPlace], threads: list[int]) -> None:
-        assert [threads_of(rank, places) for rank in range(len(places))] == threads
+        assert [machine.threads_of(rank, places) for rank in range(len(places))] == threads
 
     def test_threads_without_end_are_refused(self) -> None:
         with pytest.raises(ConfigError, match=r"run\.threads=1000000: a rank may run on \d+ cores"):
@@ -61,19 +52,14 @@ class TestThreads:
 
 
 class TestMemory:
-    SHAPES = (TableShape("item", 12, 1_000_000, 64), TableShape("user", 4, 1_000_000_000, 64))
-
-    def test_tables_that_fit_are_taken(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_of_tables_that_do_not_fit_the_largest_is_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        shapes = (TableShape("item", 12, 1_000_000, 64), TableShape("user", 4, 1_000_000_000, 64))
         monkeypatch.setattr(machine, "free_bytes", lambda: 21_000_000_000)
-        check_memory(SoloComm(), self.SHAPES, STATE, torch.device("cpu"), torch.float32)
-
-    def test_the_largest_table_is_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        check_memory(SoloComm(), shapes, STATE, CPU, torch.float32)
         monkeypatch.setattr(machine, "free_bytes", lambda: 3_000_000_000)
-        with pytest.raises(ConfigError) as caught:
-            check_memory(SoloComm(), self.SHAPES, STATE, torch.device("cpu"), torch.float32)
-        message = str(caught.value)
-        assert re.match(r"model\.tables\.user=1000000000: 1,000,000,000 rows of 4 .* take 20\.0 GB on ", message)
-        assert "all tables 20.1 GB" in message and "3.0 GB are free" in message
+        largest = r"model\.tables\.user=1000000000: 1,000,000,000 rows of 4 .* take 20\.0 GB on "
+        with pytest.raises(ConfigError, match=f"^{largest}.*all tables 20.1 GB.*3.0 GB are free"):
+            check_memory(SoloComm(), shapes, STATE, CPU, torch.float32)
 
     def test_ranks_of_a_machine_share_its_memory(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Each alone would fit; a rank on another machine does not count."""
@@ -81,30 +67,20 @@ class TestMemory:
         on_both, alone = [("a", 30, [20]), ("a", 31, [20])], [("a", 30, [20]), ("b", 30, [20])]
         shapes = [TableShape("user", 4, 10, 2)]
         monkeypatch.setattr(comm, "allgather_object", lambda value, name: alone)
-        check_memory(comm, shapes, STATE, torch.device("cpu"), torch.float32)
+        check_memory(comm, shapes, STATE, CPU, torch.float32)
         monkeypatch.setattr(comm, "allgather_object", lambda value, name: on_both)
         with pytest.raises(ConfigError, match=r"on a \(2 ranks"):
-            check_memory(comm, shapes, STATE, torch.device("cpu"), torch.float32)
+            check_memory(comm, shapes, STATE, CPU, torch.float32)
 
 
-class TestFeatures:
-    GPU = torch.device("cuda", 1)
-
-    @pytest.mark.parametrize(("needed", "expected"), [(50, True), (51, False)])
-    def test_auto_takes_half_of_what_a_gpu_has(
-        self, monkeypatch: pytest.MonkeyPatch, needed: int, expected: bool
-    ) -> None:
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100, 200))
-        assert holds_features(SoloComm(), "auto", needed, self.GPU) is expected
-        assert not holds_features(SoloComm(), "auto", needed, torch.device("cpu"))
-        assert not holds_features(SoloComm(), False, needed, self.GPU)
-        assert holds_features(SoloComm(), True, needed, self.GPU)
-
-    def test_ranks_of_a_gpu_share_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100, 200))
-        comm = SoloComm()
-        monkeypatch.setattr(comm, "allgather_object", lambda value, name="": [value, value, ("other, cuda:1", 90)])
-        assert holds_features(comm, "auto", 25, self.GPU) and not holds_features(comm, "auto", 26, self.GPU)
+def test_auto_holds_features_in_half_of_what_a_gpu_has_which_its_ranks_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100, 200))
+    comm, gpu = SoloComm(), torch.device("cuda", 1)
+    assert holds_features(comm, "auto", 50, gpu) and not holds_features(comm, "auto", 51, gpu)
+    assert not holds_features(comm, "auto", 50, CPU)
+    assert not holds_features(comm, False, 50, gpu) and holds_features(comm, True, 51, gpu)
+    monkeypatch.setattr(comm, "allgather_object", lambda value, name="": [value, value, ("other, cuda:1", 90)])
+    assert holds_features(comm, "auto", 25, gpu) and not holds_features(comm, "auto", 26, gpu)
 
 
 class TestDevice:
@@ -139,7 +115,7 @@ class TestDevice:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         comm = SoloComm()
         comm.moves_cuda_tensors = False  # as of Horovod that was built for the CPU
-        assert share_machine(load_config(None, []), comm) == torch.device("cpu")
+        assert share_machine(load_config(None, []), comm) == CPU
         assert re.fullmatch(r"warning: 1 of 1 ranks found a GPU.*\n", capsys.readouterr().err)
         comm.rank = 1
         places = [RankPlace("a", frozenset({0}), has_gpu=True)] * 2
@@ -181,25 +157,15 @@ def test_gpus_are_named_with_their_model(monkeypatch: pytest.MonkeyPatch) -> Non
     assert hardware_text(several, 4) == said
 
 
-@pytest.fixture
-def nothing_frozen(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Let go of what tests/conftest.py has frozen for all tests."""
-    monkeypatch.setattr(gc, "get_freeze_count", spared.count_frozen)
-    monkeypatch.setattr(gc, "collect", lambda: 0)  # to look at all that the tests hold takes a second
-    gc.disable()
-    gc.unfreeze()
-    yield
-    gc.freeze()
-    gc.enable()
-
-
-@pytest.mark.long
-@pytest.mark.usefixtures("nothing_frozen")
-def test_objects_are_frozen_for_the_block_alone() -> None:
+def test_objects_are_frozen_for_the_block_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = list[str]()
+    monkeypatch.setattr(gc, "get_freeze_count", lambda: 0)
+    for name in ("collect", "freeze", "unfreeze"):
+        monkeypatch.setattr(gc, name, lambda name=name: done.append(name))
     with pytest.raises(ZeroDivisionError), objects_frozen():
-        assert gc.get_freeze_count() > 0
+        assert done == ["collect", "freeze"]
         raise ZeroDivisionError
-    assert gc.get_freeze_count() == 0
+    assert done == ["collect", "freeze", "unfreeze"]
 
 
 def test_freed_blocks_are_used_again(forks: Forks, tmp_path: Path) -> None:

@@ -19,23 +19,15 @@ class PlainRows:
 
     def __init__(self, weight: Tensor, optim: OptimConfig) -> None:
         self.weight, self.optim = weight, optim
-        self.state = self.fresh()
-        self.adam = self.dense_adam()
-
-    def fresh(self) -> dict[str, Tensor]:
-        """The state of rows that nothing has touched."""
-        like = self.weight.detach()
+        like = weight.detach()
         each, one = torch.zeros_like(like), torch.zeros(len(like), dtype=like.dtype)
         none = torch.zeros(len(like), dtype=torch.int32)
-        parts = {
+        fresh = {
             "adam": {"momentum": each, "variance": each, "last_step": none, "last_weight": like},
             "rowwise_adagrad": {"sum": one},
         }
-        return {name: part.clone() for name, part in parts[self.optim.ids].items()}
-
-    def dense_adam(self) -> torch.optim.Adam:
-        """torch's own, of the whole table."""
-        return torch.optim.Adam([self.weight], betas=(BETA1, BETA2), eps=self.optim.eps)
+        self.state = {name: part.clone() for name, part in fresh[optim.ids].items()}
+        self.adam = torch.optim.Adam([weight], betas=(BETA1, BETA2), eps=optim.eps)  # torch's own, of the whole table
 
     def move(self, row: int, to: int) -> None:
         """Puts a row's weights and state at another place."""

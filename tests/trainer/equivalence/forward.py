@@ -66,10 +66,7 @@ def _dcn(r: "Reference", s: Sample, new_ad: bool) -> Tensor:
 def _finalmlp(r: "Reference", s: Sample, new_ad: bool) -> Tensor:
     """b + w . [x, y] + x' W y; x and y are MLPs of the gated inputs."""
     start, streams = _inputs(r, s, new_ad), []
-    contexts = {
-        "user": [*_user(r, s, True)],
-        "ad": [*_ad_ids(r, s, new_ad), _price(r, s)],
-    }
+    contexts = {"user": _user(r, s, True), "ad": [*_ad_ids(r, s, new_ad), _price(r, s)]}
     for number, (name, context) in enumerate(contexts.items()):
         net = f"model.{name}_gates.net"
         hidden = torch.relu(r.dense[f"{net}.0.weight"] @ torch.cat(context) + r.dense[f"{net}.0.bias"])

@@ -39,7 +39,6 @@ class Reference:
     """Tensors by name and their optimisers; forward.py is the forward pass."""
 
     def __init__(self, scenario: Scenario, dtype: str, known: dict[str, Any]) -> None:
-        initial = known["initial"]
         self.scenario, self.config = scenario, scenario.config(dtype)
         self.dtype = getattr(torch, dtype)
         id_width = 1 if self.config.base == "lr" else self.config.id_width
@@ -53,7 +52,7 @@ class Reference:
             self.shapes |= {name: TableShape(name, id_width, count, shards, True) for name, count in rows.items()}
         std = self.config.id_init_std
         self.exact = {name: PlainIds(s, std) for name, s in self.shapes.items() if isinstance(s, ExactShape)}
-        self.dense = {name: value.clone().requires_grad_() for name, value in initial.items()}
+        self.dense = {name: value.clone().requires_grad_() for name, value in known["initial"].items()}
         self.adam = torch.optim.Adam(self.dense.values(), betas=(BETA1, BETA2), eps=EPS)
         self.tables = {name: self.first_rows(name).requires_grad_() for name in self.shapes}
         self.rows = {name: PlainRows(table, scenario.optim) for name, table in self.tables.items()}
@@ -163,7 +162,8 @@ class Reference:
 
     def logits(self, samples: list[Sample], number: int) -> list[Tensor]:
         """The logit of each sample of step `number`."""
-        new_ad_B, places_B = self.dropped(samples, number), np.arange(len(samples))
+        places_B = np.arange(len(samples))
+        new_ad_B = dropped(SEED, number, places_B, self.config.id_dropout)
         self.dropped_pictures_B = dropped(SEED, number, places_B, self.config.image_dropout, "image_dropout")
         self.number, result = number, []
         for self.place, (sample, new_ad) in enumerate(zip(samples, new_ad_B, strict=True)):
@@ -197,10 +197,6 @@ class Reference:
             group["lr"] = optim.lr * share
         self.adam.step()
         return float(loss.detach()), gradients
-
-    def dropped(self, samples: list[Sample], number: int) -> np.ndarray:
-        """Which samples' ads lose their own IDs."""
-        return dropped(SEED, number, np.arange(len(samples)), self.config.id_dropout)
 
     def trained(self) -> dict[str, Tensor]:
         """Everything that the steps moved, by the engine's names."""

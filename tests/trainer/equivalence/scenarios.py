@@ -11,6 +11,7 @@ DIM, NUM_SHARDS, SEED = 16, 8, 7
 STEPS, MANY_STEPS = 3, 12
 """Of a scenario, whose learning rate falls before the last one; and of one whose rows make room or begin anew."""
 TOLERANCE = {"float64": 1e-9, "float32": 1e-4}
+DTYPES = tuple(TOLERANCE)
 """Of losses and weights, by the dtype of the weights."""
 # eps lies above the rounding of float32: below it, Adam makes whole steps of the noise around a gradient of zero.
 OPTIM = OptimConfig(lr=0.01, ids_lr=None, lr_gamma=0.5, lr_every=2, eps=1e-6, ids="rowwise_adagrad")
@@ -52,7 +53,6 @@ SCHEMA_WITH_TEXTS = Schema(
         Field(name="ad_text", side="ad", kind="content", store="texts", width=TEXT_WIDTH),
     )
 )
-
 
 # Users and items are texts in files that are read, and item and image of an ad are crossed into one more ID.
 SCHEMA_OF_FILES = Schema(
@@ -117,9 +117,8 @@ class Scenario:
         small = {"mlp": [10, 6], "embed_hidden": [8, 6], "visual_width": 5, "id_width": 5, "attention_hidden": 4}
         small |= {"id_init_std": 0.05}
         shards = 1 if self.one_shard else NUM_SHARDS
-        return ModelConfig(
-            **{**small, "table_shards": shards, "tables": self.tables, **self.model}, compute_dtype=dtype
-        )
+        small |= {"table_shards": shards, "tables": self.tables}
+        return ModelConfig(**{**small, **self.model}, compute_dtype=dtype)
 
 
 def exact(
@@ -134,12 +133,10 @@ def exact(
 SCENARIOS = {
     # Keys shared by ranks, a key many times in one sample, samples that no number of ranks divides.
     # With biases: those that begin at 0 and get hardly a gradient would be mostly rounding in float32.
-    "both_attentive": Scenario({"images": "both"}, biased=True, standardized=True, dtypes=("float64", "float32")),
+    "both_attentive": Scenario({"images": "both"}, biased=True, standardized=True, dtypes=DTYPES),
     # Vectors of two widths: two alltoalls of vectors in one step.
     "two_widths": Scenario({"images": "both", "visual_width": 3}, deal="starve"),
-    "sum_rank_without_data": Scenario(
-        {"images": "both", "pooling": "sum"}, deal="starve", dtypes=("float64", "float32")
-    ),
+    "sum_rank_without_data": Scenario({"images": "both", "pooling": "sum"}, deal="starve", dtypes=DTYPES),
     # Every image and every ID row belongs to rank 0.
     "one_owner": Scenario({"images": "behavior"}, one_shard=True),
     "behavior_sum": Scenario({"images": "behavior", "pooling": "sum"}),
@@ -156,10 +153,7 @@ SCENARIOS = {
     # Both optimisers of ID rows; few rows are in every step, some in one; rates of their own, decay and warm-up.
     "adam": Scenario({"images": "both"}, optimizers={"ids": "adam", "ids_lr": 0.03, "warmup_steps": 3}),
     "adam_rank_without_data": Scenario(
-        {"images": "none", "id_init_std": 1e-3},
-        optimizers={"ids": "adam"},
-        deal="starve",
-        dtypes=("float64", "float32"),
+        {"images": "none", "id_init_std": 1e-3}, optimizers={"ids": "adam"}, deal="starve", dtypes=DTYPES
     ),
     "rowwise_adagrad": Scenario(
         {"images": "none"}, optimizers={"ids": "rowwise_adagrad", "warmup_steps": 30}, most_ranks=2
@@ -224,27 +218,18 @@ SCENARIOS = {
     "dcn": Scenario({"base": "dcn", "pooling": "mean", "cross_layers": 2}, deal="starve", most_ranks=2),
     "texts": Scenario({"pooling": "multi_query"}, texts=True, standardized=True, most_ranks=2),
     "texts_missing": Scenario(
-        {"base": "din", "pooling": "sum"},
-        texts=True,
-        missing="learned",
-        lacking=True,
-        deal="starve",
-        most_ranks=2,
+        {"base": "din", "pooling": "sum"}, texts=True, missing="learned", lacking=True, deal="starve", most_ranks=2
     ),
     # Units that are dropped by place; the ways of the paper.
     "dropout": Scenario({"images": "none", "dropout": 0.5}, deal="starve"),
     "dropout_streams": Scenario(
         {"images": "behavior", "dropout": 0.5, "id_dropout": 0.4}, deal="streams", most_ranks=2
     ),
-    "paper": Scenario(
-        {"images": "both", "activation": "prelu", "multi_hot": "sum"}, biased=True, dtypes=("float64", "float32")
-    ),
+    "paper": Scenario({"images": "both", "activation": "prelu", "multi_hot": "sum"}, biased=True, dtypes=DTYPES),
     "finalmlp_ids_only": Scenario({"base": "finalmlp", "images": "none"}, most_ranks=2),
     "finalmlp": Scenario({"base": "finalmlp", "dropout": 0.2}, biased=True, deal="starve", most_ranks=2),
     "words": Scenario({"images": "both", "id_dropout": 0.4}, words=True, deal="starve"),
-    "two_towers": Scenario(
-        {"base": "two_tower", "images": "both", "tower_width": 4}, deal="starve", dtypes=("float64", "float32")
-    ),
+    "two_towers": Scenario({"base": "two_tower", "images": "both", "tower_width": 4}, deal="starve", dtypes=DTYPES),
     # Ids that count more or less than once, or against: of each behaviour's item, and of the ad's.
     "weights": Scenario({"images": "both", "multi_hot": "sum"}, weighted=True, deal="starve"),
     "numbers": Scenario({"images": "both"}, numbers=True, deal="starve"),

@@ -1,10 +1,10 @@
 """P ranks equal one process: the test that the exchange, the sharding and every reduction of a gradient rest on.
 
 The reference (equivalence/reference.py) is plain torch, one occurrence at a time. All scenarios of
-equivalence/scenarios.py run in one job for each P, because ranks take long to start; one rank is this process, and
-two are those that stay for many tests. `make test` makes all runs
-alone and on two ranks of Horovod, and those of `FEW` on four ranks and on two of torch; `make test-slow` makes
-the others there, on four ranks also the other ways, and all of them on eight ranks and on four of torch.
+equivalence/scenarios.py run in one job for each P, because ranks take long to start; one rank is this process, and two
+are those that stay for many tests. `make test` makes all runs alone and on two ranks of Horovod, and those of `FEW` on
+four ranks and on two of torch; `make test-slow` makes the others there, on four ranks also the other ways, and all of
+them on eight ranks and on four of torch.
 """
 
 from collections.abc import Callable, Mapping
@@ -37,14 +37,12 @@ RANKS = [1, 2, 4, TORCH_2, *(pytest.param(each, marks=pytest.mark.slow) for each
 OTHER_WAYS_RANKS = [1, 2, TORCH_2, *(pytest.param(each, marks=pytest.mark.slow) for each in (4, 8, TORCH_4))]
 
 
+def _is_slow(num_ranks: int, run: str) -> bool:
+    return str(num_ranks) in (str(8), str(TORCH_4)) or (str(num_ranks) in IN_TWO_PARTS and run not in FEW)
+
+
 RUNS_ON_RANKS = [
-    pytest.param(
-        num_ranks,
-        run,
-        marks=pytest.mark.slow
-        if str(num_ranks) in (str(8), str(TORCH_4)) or (str(num_ranks) in IN_TWO_PARTS and run not in FEW)
-        else (),
-    )
+    pytest.param(num_ranks, run, marks=[pytest.mark.slow] if _is_slow(num_ranks, run) else [])
     for num_ranks in (1, 2, 4, 8, TORCH_2, TORCH_4)
     for run in (RUNS if num_ranks > 2 else ALL_RUNS)
 ]
@@ -87,7 +85,6 @@ class Job(dict[str, dict]):
 def results_of(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Results]:
     """Results of P ranks; each job runs once."""
     folder = tmp_path_factory.mktemp("equivalence")
-
     done = {str(1): Job(folder, 1, request.getfixturevalue)}  # which makes the stores
 
     def results(num_ranks: int) -> Results:
@@ -111,11 +108,10 @@ def reference(results_of: Callable[[int], Results], forks: Forks, tmp_path_facto
     return results
 
 
-def test_every_scenario_is_checked(reference: Results) -> None:
+def test_every_choice_has_a_scenario_and_each_is_checked(reference: Results) -> None:
     assert sorted(reference) == sorted(ALL_RUNS)
-
-
-def test_every_choice_has_a_scenario() -> None:
+    full = [reference[f"exact_evicting{each}/float64"]["evicted"] for each in ("", "_rank_without_data")]
+    assert min(full[0]["user"], full[0]["item"], full[0]["image"], full[1]["user"], full[1]["image"]) >= 15, full
     models = [scenario.config("float64") for scenario in SCENARIOS.values()]
     assert {model.pooling for model in models} == {*get_args(Pooling)}
     assert {model.base for model in models} == {*get_args(BaseNet)}
@@ -126,7 +122,8 @@ def test_every_choice_has_a_scenario() -> None:
 def test_ranks_equal_one_process(
     num_ranks: int, run: str, results_of: Callable[[int], Results], reference: Results
 ) -> None:
-    """Losses, first gradients, parameters and optimisers after the last step, rows that expire, and the collectives."""
+    """Losses, first gradients, parameters and optimisers after the last step, rows that make room and expire, and the
+    collectives."""
     scenario, found, expected = SCENARIOS[run.partition("/")[0]], results_of(num_ranks)[run], reference[run]
     losses_P = torch.tensor(found["losses_P"], dtype=torch.float64)
     assert losses_P.shape == (num_ranks, scenario.steps) and (losses_P == losses_P[0]).all()
@@ -144,7 +141,7 @@ def test_ranks_equal_one_process(
     counts = [name for name in alone if name.endswith(OF_FILTERS)]
     assert all(torch.equal(found["trained"][name], alone[name]) for name in counts)
     assert bool(counts) == run.startswith("exact")
-    assert found["expired"] == expected["expired"]
+    assert (found["expired"], found["evicted"]) == (expected["expired"], expected["evicted"])
     assert (min(found["expired"].values(), default=0) >= 2) == (run == "exact/float64"), found["expired"]
     assert found["calls"] == {f"step.{each}": scenario.steps for each in _collectives(run.partition("/")[0], num_ranks)}
 
@@ -175,17 +172,6 @@ def test_both_communicators_give_the_same_bits(num_ranks: int, run: str, results
     assert [name for name, value in mine.items() if not torch.equal(value, theirs[name])] == []
 
 
-@pytest.mark.parametrize("num_ranks", RANKS)
-def test_rows_make_room_many_times(num_ranks: int, results_of: Callable[[int], Results], reference: Results) -> None:
-    for run, tables in {
-        "exact_evicting": ("user", "item", "image"),
-        "exact_evicting_rank_without_data": ("user", "image"),
-    }.items():
-        found, expected = (each[f"{run}/float64"]["evicted"] for each in (results_of(num_ranks), reference))
-        assert found == expected
-        assert all(found[table] >= 15 for table in tables), found
-
-
 @pytest.mark.parametrize("num_ranks", OTHER_WAYS_RANKS)
 class TestOverlap:
     """Of the first scenario, other ways to get through its steps."""
@@ -205,28 +191,23 @@ class TestOverlap:
 
 
 @pytest.mark.parametrize("num_ranks", RANKS)
-class TestEndings:
-    def test_a_missing_key_stops_every_rank(self, num_ranks: int, results_of: Callable[[int], Results]) -> None:
-        endings = results_of(num_ranks)["endings"]["missing_key"]
-        own = [e for e in endings if e.startswith("MissingKeysError: ")]
-        remote = [e for e in endings if e.startswith("RemoteRankError: rank ") and "failed: MissingKeysError" in e]
-        assert own
-        assert len(own) + len(remote) == num_ranks
-
-    def test_a_reader_error_stops_every_rank(self, num_ranks: int, results_of: Callable[[int], Results]) -> None:
-        *others, last = results_of(num_ranks)["endings"]["reader"]
-        assert last == "DataError: day=1.parquet: label=7 is not 0 or 1"
-        assert set(others) <= {f"RemoteRankError: rank {num_ranks - 1} failed: {last}"}
-
-    def test_an_error_in_e_stops_every_rank_before_anything_moves(
-        self, num_ranks: int, results_of: Callable[[int], Results]
-    ) -> None:
-        endings = results_of(num_ranks)["endings"]
-        *others, last = endings["embed"]
-        assert last.startswith("MemoryError: no room for what ")
-        assert others == [f"RemoteRankError: rank {num_ranks - 1} failed: {last}"] * (num_ranks - 1)
-        assert endings["moved"] == [[]] * num_ranks
-        assert len(set(endings["losses"])) == 1
+def test_an_error_of_one_rank_stops_every_rank_and_in_e_before_anything_moves(
+    num_ranks: int, results_of: Callable[[int], Results]
+) -> None:
+    """A missing key, a reader's, and one in E."""
+    endings, last_rank = results_of(num_ranks)["endings"], f"RemoteRankError: rank {num_ranks - 1} failed: "
+    own = [e for e in endings["missing_key"] if e.startswith("MissingKeysError: ")]
+    remote = [each for each in endings["missing_key"] if "failed: MissingKeysError" in each]
+    assert all(each.startswith("RemoteRankError: rank ") for each in remote)
+    assert own and len(own) + len(remote) == num_ranks
+    *others, last = endings["reader"]
+    assert last == "DataError: day=1.parquet: label=7 is not 0 or 1"
+    assert set(others) <= {last_rank + last}
+    *others, last = endings["embed"]
+    assert last.startswith("MemoryError: no room for what ")
+    assert others == [last_rank + last] * (num_ranks - 1)
+    assert endings["moved"] == [[]] * num_ranks
+    assert len(set(endings["losses"])) == 1
 
 
 def _tolerance(run: str) -> float:

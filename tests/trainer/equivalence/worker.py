@@ -14,7 +14,7 @@ from dataclasses import replace
 from datetime import date
 from functools import cache
 from pathlib import Path
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import numpy as np
 import torch
@@ -57,37 +57,21 @@ def partition_of(url: str, rank: int, num_ranks: int, missing: str) -> FeaturePa
 
 
 def engine_of(
-    comm: Comm,
-    store: FeatureStore,
-    scenario: Scenario,
-    dtype: str,
-    device: str = "cpu",
-    *,
-    held: bool = False,
+    comm: Comm, store: FeatureStore, scenario: Scenario, dtype: str, device: str = "cpu", *, held: bool = False
 ) -> Engine:
     """An engine over this rank's part of the stores."""
     urls = urls_of(store, scenario)
     partitions = {name: partition_of(url, comm.rank, comm.size, scenario.missing) for name, url in urls.items()}
     statistics = {name: statistics_of(url) for name, url in urls.items()}
-    config = Config(
-        model=scenario.config(dtype),
-        optim=scenario.optim,
-        train=TrainConfig(seed=SEED),
-        run=RunConfig(features_on_device=held or "auto"),
-    )
+    own = {"train": TrainConfig(seed=SEED), "run": RunConfig(features_on_device=held or "auto")}
+    config = Config(model=scenario.config(dtype), optim=scenario.optim, **own)
     known = statistics if scenario.standardized else None
     with patch.object(CtrModel, "starts_by_xavier", not scenario.biased):
         return Engine(comm, scenario.schema, partitions, config, statistics=known, device=device)
 
 
 def run(
-    comm: Comm,
-    store: FeatureStore,
-    scenario: Scenario,
-    dtype: str,
-    device: str = "cpu",
-    *,
-    held: bool = False,
+    comm: Comm, store: FeatureStore, scenario: Scenario, dtype: str, device: str = "cpu", *, held: bool = False
 ) -> dict[str, object]:
     """All steps; each one is prepared in a thread beside the one before, as in a real run."""
     if scenario.numbers:
@@ -199,7 +183,7 @@ def ending_in_e(comm: Comm, store: FeatureStore) -> dict[str, list[object]]:
     before = {name: value.clone() for name, value in (engine.dense_state() | engine.shard_state()).items()}
     embed = service.embed
     if comm.rank == comm.size - 1:
-        service.embed = failing
+        service.embed = Mock(side_effect=MemoryError("no room for what E makes"))
     try:
         engine.train_step(engine.prepare(batches[1]))
     except Exception as error:
@@ -209,11 +193,6 @@ def ending_in_e(comm: Comm, store: FeatureStore) -> dict[str, list[object]]:
     service.embed = embed
     losses = comm.allgather_object(engine.train_step(engine.prepare(batches[2])).loss)
     return {"embed": comm.allgather_object(ending), "moved": comm.allgather_object(moved), "losses": losses}
-
-
-def failing(gathered: object) -> torch.Tensor:
-    """Stand in for an E that finds no memory."""
-    raise MemoryError("no room for what E makes")
 
 
 CALLS: list[str] = []
@@ -275,9 +254,8 @@ def main(store_url: str, out: Path, part: str) -> None:
 def other_ways(comm: Comm, store: FeatureStore) -> dict[str, object]:
     """Run the usual scenario late, and with features held in memory."""
     results: dict[str, object] = {}
-    usual = SCENARIOS["both_attentive"]
     with delays(comm.rank):
-        results["delayed"] = {**run(comm, store, usual, "float64"), "initial": None}
+        results["delayed"] = {**run(comm, store, SCENARIOS["both_attentive"], "float64"), "initial": None}
     for name in ("both_attentive", "sum_rank_without_data"):
         results[f"{name} held"] = {**run(comm, store, SCENARIOS[name], "float64", held=True), "initial": None}
     return results

@@ -110,10 +110,8 @@ def _write_samples(folder: Path) -> None:
 
 
 def _make(url: str, name: str, table: dict[int, np.ndarray]) -> FeatureStore:
-    spec = ExtractorSpec(
-        backbone="drawn", layer="none", weights_digest="0", preprocessing="none", compute_dtype="float32"
-    )
-    rows = np.stack(list(table.values()))
+    drawn = {"backbone": "drawn", "layer": "none", "weights_digest": "0", "preprocessing": "none"}
+    spec, rows = ExtractorSpec(**drawn, compute_dtype="float32"), np.stack(list(table.values()))
     info = StoreInfo(num_shards=NUM_SHARDS, name=name, dim=rows.shape[1], dtype="float32", extractor=spec)
     store = FeatureStore.create(url, info)
     store.put(FeatureRows.of([f"{name}-{key}" for key in table], rows, keys=list(table)))
@@ -179,17 +177,17 @@ def batch_of(samples: list[Sample], global_batch: list[Sample], scenario: Scenar
     sessions = list(dict.fromkeys(s.session for s in samples))
     groups = [next(s for s in samples if s.session == session) for session in sessions]
     age, price = np.array([g.age for g in groups], np.float32), np.array([s.ad_price for s in samples], np.float32)
-    buckets, learned = {}, {}
+    buckets, learned, weights = {}, {}, {}
+    if scenario is not None and scenario.weighted:
+        weights["behavior_item"] = np.array([weight for g in groups for weight in g.item_weight], np.float32)
+        weights["ad_item"] = np.array([s.ad_weight for s in samples], np.float32)
     if scenario is not None and scenario.numbers:
         known = {field.name: field for field in scenario.schema.fields}
         ages = np.array([age for g in groups for age in g.behavior_age], np.float32)
-        buckets["behavior_age"] = Jagged(
-            bucket_ids(known["behavior_age"], ages), np.array([len(g.behavior_age) for g in groups], np.int32)
-        )
-        first_price = price.reshape(-1, 2)[:, 0]
-        buckets["ad_price_bucket"] = Jagged(
-            bucket_ids(known["ad_price_bucket"], first_price), np.ones(len(samples), np.int32)
-        )
+        lengths, ones = [len(g.behavior_age) for g in groups], np.ones(len(samples), np.int32)
+        buckets["behavior_age"] = Jagged(bucket_ids(known["behavior_age"], ages), np.array(lengths, np.int32))
+        price_buckets = bucket_ids(known["ad_price_bucket"], price.reshape(-1, 2)[:, 0])
+        buckets["ad_price_bucket"] = Jagged(price_buckets, ones)
         age, price = dense_values(known["age"], age), dense_values(known["ad_price"], price)
         learned = {"income": [g.income for g in groups], "ad_rate": [s.ad_rate for s in samples]}
         learned = {name: dense_values(known[name], np.array(each, np.float32)) for name, each in learned.items()}
@@ -206,21 +204,12 @@ def batch_of(samples: list[Sample], global_batch: list[Sample], scenario: Scenar
             "behavior_text": _jagged([g.behavior_image for g in groups]),
             "ad_text": _jagged([[s.ad_image] for s in samples]),
         },
-        dense={
-            "age": age.reshape(-1, 1),
-            "ad_price": price.reshape(-1, 2),
-        }
-        | learned,
+        dense={"age": age.reshape(-1, 1), "ad_price": price.reshape(-1, 2)} | learned,
         group_of_sample_B=np.array([sessions.index(s.session) for s in samples], np.int64),
         label_B=np.array([s.label for s in samples], np.float32),
         group_id_B=np.array([s.user for s in samples], np.int64),
         global_samples=len(global_batch),
-        weights={
-            "behavior_item": np.array([weight for g in groups for weight in g.item_weight], np.float32),
-            "ad_item": np.array([s.ad_weight for s in samples], np.float32),
-        }
-        if scenario is not None and scenario.weighted
-        else {},
+        weights=weights,
         place_B=np.array([global_batch.index(sample) for sample in samples], np.int64),
     )
 

@@ -37,13 +37,6 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def write_few(folder: Path) -> None:
-    """Training samples of items that nobody else has."""
-    folder.mkdir(parents=True)
-    table = sample_table(60, seed=5, items=5)
-    pq.write_table(table, folder / "day=2026-01-09.parquet", row_group_size=7)
-
-
 def _features(new_ones: float) -> np.ndarray:
     """Rows that tell whether an item is even, which is what makes a click likely; of new items times `new_ones`."""
     random = np.random.default_rng(3)
@@ -128,9 +121,6 @@ def test_two_ranks_decide_as_one(
     assert report_of(two)["metrics"] == all_alike(report_of(alone)["metrics"])
 
 
-FEW, ENOUGH = np.zeros(LEAST - 1), np.zeros(LEAST)
-
-
 def _gate(*, pictures_count: bool) -> NewAds:
     """The part of a model that decides, alone."""
     image = Field(name="ad_image", side="ad", kind="content", width=3)
@@ -139,69 +129,52 @@ def _gate(*, pictures_count: bool) -> NewAds:
     return gate
 
 
-def _evaluation(impressions: int, auc_of_new: float | None, logit_N: np.ndarray) -> tuple[Metrics, np.ndarray]:
-    return {"new_ad_impressions": impressions, "new_ad_auc": auc_of_new}, logit_N
+FEW = "new ads: 999 of 1,005 impressions are of ads without a trained ID row; 1,000 would show whether "
+FEW += "their pictures count; that stays unchanged"
+ENOUGH = "new ads: 1,000 of 1,005 impressions are of ads without a trained ID row; AUC {:.4f} with their pictures, "
+ENOUGH += "{:.4f} without; from here on they {}"
 
 
 @pytest.mark.parametrize("did_count", [True, False])
 @pytest.mark.parametrize(
-    ("evaluations", "said"),
+    ("impressions", "telling", "own", "without", "do_count", "said"),
     [
-        ([_evaluation(LEAST - 1, 0.1, FEW)], []),  # one evaluation, not two
-        ([_evaluation(LEAST, None, ENOUGH)], []),
-        (
-            [_evaluation(LEAST + 5, 0.1, ENOUGH), _evaluation(LEAST + 5, 0.9, np.r_[FEW + 1, 1e-7])],
-            [
-                "new ads: 999 of 1,005 impressions are of ads without a trained ID row; 1,000 would show whether "
-                "their pictures count; that stays unchanged"
-            ],
-        ),
+        pytest.param(LEAST - 1, LEAST, 0.1, 0.9, None, "", id="few"),
+        pytest.param(LEAST, LEAST, None, None, None, "", id="one class"),
+        pytest.param(LEAST + 5, LEAST - 1, 0.1, 0.9, None, FEW, id="few without a row"),
+        pytest.param(LEAST + 5, LEAST, 0.6, 0.5, True, ENOUGH, id="better with them"),
+        pytest.param(LEAST + 5, LEAST, 0.5, 0.6, False, ENOUGH, id="better without"),
+        pytest.param(LEAST + 5, LEAST, 0.5, 0.5, None, ENOUGH, id="equal"),
     ],
-    ids=["few", "one class", "few without a row"],
 )
-def test_few_new_ads_decide_nothing(did_count: bool, evaluations: list[Any], said: list[str]) -> None:
-    new_ads, answers, told = _gate(pictures_count=did_count), iter(evaluations), list[str]()
-    assert checked(lambda: next(answers), new_ads, SoloComm(), told.append) == evaluations[0][0]
-    assert new_ads.pictures_count == did_count
-    assert told == said
-
-
-@pytest.mark.parametrize("did_count", [True, False])
-@pytest.mark.parametrize(
-    ("with_pictures", "without", "do_count"), [(0.6, 0.5, True), (0.5, 0.6, False), (0.5, 0.5, None)]
-)
-def test_the_better_of_two_evaluations_holds(
-    did_count: bool, with_pictures: float, without: float, do_count: bool | None
+def test_the_better_of_two_evaluations_holds_where_enough_new_ads_tell(
+    did_count: bool, impressions: int, telling: int, own: float, without: float, do_count: bool | None, said: str
 ) -> None:
-    """Of two that are equal, the earlier one."""
-    expected = did_count if do_count is None else do_count
-    new_ads, told = _gate(pictures_count=did_count), list[str]()
+    """Where so many logits depend on the pictures beyond rounding."""
+    gate, told = _gate(pictures_count=did_count), list[str]()
 
     def measured() -> tuple[Metrics, np.ndarray]:
-        counts = new_ads.pictures_count
-        return _evaluation(LEAST + 5, with_pictures if counts else without, ENOUGH + counts)
+        logit_N = gate.pictures_count * np.where(np.arange(LEAST) < telling, 1, 1e-7)
+        return {"new_ad_impressions": impressions, "new_ad_auc": own if gate.pictures_count else without}, logit_N
 
-    found = checked(measured, new_ads, SoloComm(), told.append)
-    assert found["new_ad_auc"] == max(with_pictures, without)
-    assert new_ads.pictures_count == expected
-    assert told == [
-        f"new ads: 1,000 of 1,005 impressions are of ads without a trained ID row; AUC {with_pictures:.4f} with "
-        f"their pictures, {without:.4f} without; from here on they {'keep them' if expected else 'have none'}"
-    ]
+    found, expected = checked(measured, gate, SoloComm(), told.append), did_count if do_count is None else do_count
+    assert found["new_ad_auc"] == (own if expected else without)
+    assert gate.pictures_count == expected
+    assert told == ([said.format(own, without, "keep them" if expected else "have none")] if said else [])
 
 
 @pytest.mark.parametrize("did_count", [True, False])
 def test_a_stop_in_between_leaves_all_as_it_was(did_count: bool) -> None:
-    new_ads = _gate(pictures_count=did_count)
+    gate = _gate(pictures_count=did_count)
 
     def stopped() -> tuple[Metrics, np.ndarray]:
-        if new_ads.pictures_count != did_count:
+        if gate.pictures_count != did_count:
             raise KeyboardInterrupt
-        return _evaluation(LEAST, 0.5, ENOUGH)
+        return {"new_ad_impressions": LEAST, "new_ad_auc": 0.5}, np.zeros(LEAST)
 
     with pytest.raises(KeyboardInterrupt):
-        checked(stopped, new_ads, SoloComm(), lambda text: None)
-    assert new_ads.pictures_count == did_count
+        checked(stopped, gate, SoloComm(), lambda text: None)
+    assert gate.pictures_count == did_count
 
 
 @pytest.mark.parametrize("parts", ["partial", "all"])
@@ -211,7 +184,8 @@ def test_a_run_that_goes_on_with_known_pictures_keeps_what_was_decided(made: Pla
     samples = made.folder / "next"
     if not samples.exists():
         shutil.copytree(made.folder / "samples" / "test", samples / "test")
-        write_few(samples / "train")
+        (samples / "train").mkdir()
+        pq.write_table(sample_table(60, seed=5, items=5), samples / "train/day=2026-01-09.parquet", row_group_size=7)
     changes = {"data__samples": samples, "run__warm_start": wrong, "run__warm_parts": parts, "train__max_steps": 3}
     run = _run(made, f"next-{parts}", "wrong", **changes)
     assert tensors_of(run)[COUNTS] == 0

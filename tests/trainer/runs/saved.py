@@ -12,58 +12,47 @@ from torch import Tensor
 from featurestore.published.paths import RunPath
 from trainer.comm import Comm, SoloComm
 from trainer.runs.checkpoint import CheckpointState, Origin
+from trainer.runs.folder import Checkpoint
 from trainer.runs.saving import Checkpointer, CheckpointPlace
 
 SHARDS = 8
 
 
-class Meeting:
-    """Where the ranks of a `ThreadComm` put what they say."""
-
-    def __init__(self, size: int) -> None:
-        self.barrier = threading.Barrier(size, timeout=60)
-        self.said: list[Any] = [None] * size
-
-
 class ThreadComm(SoloComm):
     """Ranks as threads of one process; only what checkpoints ask for."""
 
-    def __init__(self, rank: int, meeting: Meeting) -> None:
+    def __init__(self, rank: int, said: list[Any], barrier: threading.Barrier) -> None:
         super().__init__()
-        self.rank, self.size, self._meeting = rank, len(meeting.said), meeting
+        self.rank, self.size, self._said, self._barrier = rank, len(said), said, barrier
 
     def allgather_object(self, value: Any, name: str = "objects") -> list[Any]:
-        self._meeting.said[self.rank] = copy.deepcopy(value)  # as other ranks get it: what becomes of it is not seen
-        self._meeting.barrier.wait()
-        said = list(self._meeting.said)
-        self._meeting.barrier.wait()
+        self._said[self.rank] = copy.deepcopy(value)  # as other ranks get it: what becomes of it is not seen
+        self._barrier.wait()
+        said = list(self._said)
+        self._barrier.wait()
         return said
-
-    def broadcast_object(self, value: Any, root: int = 0) -> Any:
-        return self.allgather_object(value)[root]
 
 
 def on_ranks(size: int, work: Callable[[Comm], Any]) -> list[Any]:
     """What `work` returns or raises on each of `size` ranks."""
+    said, barrier = [None] * size, threading.Barrier(size, timeout=60)
 
-    def caught(comm: Comm) -> Any:
+    def caught(rank: int) -> Any:
         try:
-            return work(comm)
+            return work(ThreadComm(rank, said, barrier))
         except Exception as failure:
             return failure
 
-    meeting = Meeting(size)
     with ThreadPoolExecutor(size) as pool:
-        return list(pool.map(caught, [ThreadComm(rank, meeting) for rank in range(size)]))
+        return list(pool.map(caught, range(size)))
 
 
 class Trained:
     """A dense part and one table with a number in each shard; shard s is on rank s mod P."""
 
-    def __init__(self, rank: int = 0, size: int = 1, value: float = 0.0, fail: bool = False) -> None:
+    def __init__(self, rank: int = 0, size: int = 1, value: float = 0.0) -> None:
         self.dense = {"layer.weight": torch.full((3, 2), value)}
         self.rows = {f"item/{s:04}/weight": torch.full((2,), value + s) for s in range(rank, SHARDS, size)}
-        self._fail = fail
 
     def dense_state(self) -> dict[str, Tensor]:
         return self.dense
@@ -72,8 +61,6 @@ class Trained:
         self.dense = dict(state)
 
     def shard_state(self) -> dict[str, Tensor]:
-        if self._fail:
-            raise OSError(28, "No space left on device")
         return self.rows
 
     def shard_names(self) -> list[str]:
@@ -84,16 +71,27 @@ class Trained:
 
 
 def save(
-    comm: Comm,
     into: CheckpointPlace | RunPath,
-    trained: Trained,
-    state: CheckpointState,
-    keep: int,
+    step: int = 50,
+    value: float = 1.0,
+    size: int = 1,
+    keep: int = 3,
     best: int | None = None,
-) -> str:
-    """Write a checkpoint of a run on all ranks, wait for it, and return its address."""
-    place = into if isinstance(into, CheckpointPlace) else CheckpointPlace(into)
-    return Checkpointer(comm, place, None, lambda: None).save(trained, state, keep, best)
+) -> Checkpoint:
+    """Write a checkpoint whose numbers are `value` on so many ranks, and wait for it; raises what a rank raises."""
+    run = into.run if isinstance(into, CheckpointPlace) else into
+
+    def work(comm: Comm) -> str:
+        place = into if isinstance(into, CheckpointPlace) else CheckpointPlace(into)
+        saves = Checkpointer(comm, place, None, lambda: None)
+        return saves.save(Trained(comm.rank, size, value), state_at(step), keep, best)
+
+    done = on_ranks(size, work)
+    for each in done:
+        if isinstance(each, Exception):
+            raise each
+    assert {*done} == {f"{run}/checkpoints/step-{step:08}"}
+    return CheckpointPlace(run).at(step)
 
 
 def origin_of(**changes: Any) -> Origin:
@@ -110,13 +108,6 @@ def origin_of(**changes: Any) -> Origin:
 
 def state_at(step: int) -> CheckpointState:
     """What a checkpoint of a step says about itself."""
-    return CheckpointState(
-        step=step,
-        epoch=1,
-        step_in_epoch=step - 40,
-        num_ranks=1,
-        origin=origin_of(),
-        stores={},
-        history=[{"step": 4, "auc": None, "logloss": 0.25}],
-        files={},
-    )
+    place = {"step": step, "epoch": 1, "step_in_epoch": step - 40, "num_ranks": 1}
+    history = [{"step": 4, "auc": None, "logloss": 0.25}]
+    return CheckpointState(**place, origin=origin_of(), stores={}, history=history, files={})

@@ -8,12 +8,10 @@ import pytest
 import torch
 import yaml
 
-from featurestore.format.datafile import FeatureRows
-from featurestore.spec import StoreInfo
 from featurestore.store import FeatureStore
 from tests.cli import invoke
 from tests.trainer.checkpoints import damage, tensors_of
-from tests.trainer.conftest import Places, make_places
+from tests.trainer.conftest import Places, add_a_row, drawn_store, make_places
 from tests.trainer.whole_runs import assert_same, run_alone
 from trainer import main
 from trainer.comm import SoloComm
@@ -71,12 +69,9 @@ def test_what_is_taken(own: Places, before: Path, states: tuple[State, State]) -
 
 
 def test_a_run_is_its_last_checkpoint_and_a_checkpoint_is_itself(own: Places, before: Path) -> None:
-    def begun(path: object) -> torch.Tensor:
-        return state_of(opened(own, run__warm_start=path))["model.mlp.0.weight"]
-
-    last, middle = find_checkpoint(before), before / "checkpoints" / "step-00000003"
-    assert torch.equal(begun(before), begun(last))
-    assert not torch.equal(begun(before), begun(middle))
+    paths = before, find_checkpoint(before), before / "checkpoints" / "step-00000003"
+    run, last, middle = (state_of(opened(own, run__warm_start=path))["model.mlp.0.weight"] for path in paths)
+    assert torch.equal(run, last) and not torch.equal(run, middle)
 
 
 def test_resumption_goes_on_instead_of_beginning_again(own: Places, before: Path) -> None:
@@ -124,45 +119,32 @@ def test_settings_that_change_no_meaning_may_differ(own: Places, before: Path, c
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("theirs", "mine", "told"),
     [
-        ({"age": {"std": [2.0]}}, r"model\.fields\.age\.std is \[2\.0\] here"),
-        ({"ad_item": {"weights": "ad_weight"}}, r"model\.fields\.ad_item\.weights is 'ad_weight' here"),
-        ({"price": {"boundaries": [1.0, 3.0]}}, r"model\.fields\.price\.boundaries"),
+        ({"std": [1.0]}, {"std": [2.0]}, r"std is \[2\.0\] here"),
+        ({}, {"weights": "ad_weight"}, "weights is 'ad_weight' here"),
+        ({"boundaries": [1.0, 2.0]}, {"boundaries": [1.0, 3.0]}, "boundaries"),
     ],
 )
 @pytest.mark.parametrize("parts", ["partial", "all"])
-def test_fields_that_mean_something_else_are_noticed(change: dict[str, Any], told: str, parts: Any) -> None:
-    """Where neither names nor shapes tell."""
-    fields: dict[str, dict[str, Any]] = {
-        "age": {"side": "user", "kind": "dense", "transform": "standardize", "mean": [0.0], "std": [1.0]},
-        "price": {"side": "ad", "kind": "id", "boundaries": [1.0, 2.0]},
-        "ad_item": {"side": "ad", "kind": "id", "table": "item"},
-        "ad_image": {"side": "ad", "kind": "content"},
-    }
-    changed = {name: field | change.get(name, {}) for name, field in fields.items()}
-    theirs, mine = (
-        Origin(data={}, train={}, stores={}, optim={}, model={"fields": each}) for each in (fields, changed)
-    )
-    state = CheckpointState.model_construct(origin=theirs, files={DENSE: ""})
-    with pytest.raises(CheckpointError, match=told):
-        begin_with(SoloComm(), WarmStart(Path("old"), state, parts), mine, None)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [{"run__name": "before", "run__resume": "latest"}, {"run__warm_start": "before"}],
-    ids=["resumed", "warm"],
-)
-def test_fields_in_another_order_are_noticed(
-    own: Places, before: Path, changes: dict[str, Any], tmp_path: Path
+def test_fields_that_mean_something_else_are_noticed(
+    theirs: dict[str, Any], mine: dict[str, Any], told: str, parts: Any
 ) -> None:
+    """Where neither names nor shapes tell."""
+    models = ({"fields": {"ad_item": {"kind": "id", **each}}} for each in (theirs, mine))
+    old, new = (Origin(data={}, train={}, stores={}, optim={}, model=each) for each in models)
+    state = CheckpointState.model_construct(origin=old, files={DENSE: ""})
+    with pytest.raises(CheckpointError, match=rf"model\.fields\.ad_item\.{told}"):
+        begin_with(SoloComm(), WarmStart(Path("old"), state, parts), new, None)  # type: ignore[arg-type]
+
+
+def test_fields_in_another_order_are_noticed(own: Places, before: Path, tmp_path: Path) -> None:
     schema = yaml.safe_load(DEFAULT_SCHEMA.read_text())
     schema["fields"].reverse()
     (tmp_path / "schema.yaml").write_text(yaml.safe_dump(schema))
-    changes = {name: before if value == "before" and "start" in name else value for name, value in changes.items()}
-    with pytest.raises(CheckpointError, match=r"model\.fields is '.*' here, '.*' in the checkpoint"):
-        opened(own, data__schema_file=tmp_path / "schema.yaml", **changes)
+    for changes in ({"run__name": "before", "run__resume": "latest"}, {"run__warm_start": before}):
+        with pytest.raises(CheckpointError, match=r"model\.fields is '.*' here, '.*' in the checkpoint"):
+            opened(own, data__schema_file=tmp_path / "schema.yaml", **changes)
 
 
 def test_a_damaged_file_is_named(own: Places) -> None:
@@ -173,22 +155,15 @@ def test_a_damaged_file_is_named(own: Places) -> None:
         opened(own, run__warm_start=run, run__warm_parts="all")
 
 
-def _other_store(places: Places, **changes: Any) -> Path:
-    """A store of other features for the same keys."""
-    store = FeatureStore.open(places.folder / "features")
-    other = FeatureStore.create(places.folder / f"other-{'-'.join(changes)}", StoreInfo(**dict(store.info) | changes))
-    features_ND = np.random.default_rng(1).normal(size=(50, other.info.dim)).astype(np.float32)
-    other.put(FeatureRows.of([f"item/{n}" for n in range(50)], features_ND, keys=np.arange(1_000, 1_050)))
-    return places.folder / f"other-{'-'.join(changes)}"
-
-
 def test_features_of_another_kind_are_refused(own: Places, before: Path) -> None:
+    features_ND = np.random.default_rng(1).normal(size=(50, 16))
     extractor = FeatureStore.open(own.folder / "features").info.extractor.model_copy(update={"weights_digest": "x"})
-    other, wide = _other_store(own, extractor=extractor), _other_store(own, dim=8, dtype="bfloat16")
+    drawn_store(own.folder / "other", features_ND, 1_000, extractor=extractor)
+    drawn_store(own.folder / "wide", features_ND[:, :8], 1_000, dtype="bfloat16")
     for changes in ({"run__name": "before", "run__resume": "latest"}, {"run__warm_start": before}):
-        for store, told in ((other, "extractor.weights_digest is 'x' here, '0'"), (wide, "dim is 8 here, 16")):
+        for name, told in (("other", "extractor.weights_digest is 'x' here, '0'"), ("wide", "dim is 8 here, 16")):
             with pytest.raises(CheckpointError) as caught:
-                opened(own, data__store=store, **changes)
+                opened(own, data__store=own.folder / name, **changes)
             said = str(caught.value)
             assert f"stores.images.{told} in the checkpoint" in said
             assert "set data.store to a store of that kind" in said
@@ -205,8 +180,7 @@ def test_a_run_without_images_is_told_so(own: Places) -> None:
 def test_a_newer_snapshot_of_the_same_kind_is_fine(tmp_path: Path) -> None:
     places = make_places(tmp_path)
     run = trained(places, "a", 2)
-    more = FeatureRows.of(["new"], np.full((1, 16), 9, np.float32), keys=np.array([9_999]))
-    FeatureStore.open(tmp_path / "features").put(more)
+    add_a_row(FeatureStore.open(tmp_path / "features"))
     old = state_of(opened(places, run__name="a", run__resume="latest"))
     new = opened(places, run__warm_start=run)
     assert new.store_version == 2

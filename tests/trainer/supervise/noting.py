@@ -7,19 +7,12 @@ import os
 from pathlib import Path
 
 from featurestore.console.commandline import run_app
-from tests.trainer.runs.resumed.notes import note_steps
+from tests.trainer.runs.resumed.mortal import note_steps
 from trainer.main import app
 from trainer.supervise import NUMBER
 
 NOTES, PAUSE_S = "NOTES", "PAUSE_S"
 
-
-def main() -> None:
-    names = ("HOROVOD_RANK", "HOROVOD_SIZE") if "HOROVOD_RANK" in os.environ else ("RANK", "WORLD_SIZE")
-    rank, size = (int(os.environ.get(name, default)) for name, default in zip(names, "01", strict=True))
-    note_steps(Path(os.environ[NOTES]) / os.environ[NUMBER], rank, size, pause_s=float(os.environ.get(PAUSE_S, "0")))
-    run_app(app)
-
-
 if __name__ == "__main__":
-    main()
+    note_steps(Path(os.environ[NOTES]) / os.environ[NUMBER], pause_s=float(os.environ.get(PAUSE_S, "0")))
+    run_app(app)

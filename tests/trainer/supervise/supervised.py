@@ -34,14 +34,15 @@ class Supervised:
     folder: Path
     settings: list[str]
     options: Sequence[str] = TWO_HOSTS
-    worker: Path = WORKER
+    program: Sequence[object] = (WORKER,)
+    name: str = "run"
     starts: int = 0
     seen: set[psutil.Process] = field(default_factory=set)
     """Every process that was ever looked at: none of them may be left."""
 
     @property
     def run(self) -> Path:
-        return self.folder / "run"
+        return self.folder / self.name
 
     @property
     def log(self) -> Path:
@@ -50,7 +51,7 @@ class Supervised:
     def command(self) -> list[str]:
         chosen = [word for setting in self.settings for word in ("--set", setting)]
         supervise = [sys.executable, "-m", "trainer.supervise", *QUICK, *self.options]
-        return [*supervise, "--", sys.executable, str(self.worker), *chosen]
+        return [*supervise, "--", sys.executable, *map(str, self.program), *chosen]
 
     def start(self, **variables: str) -> "subprocess.Popen[bytes]":
         """Start the supervisor; what it and the ranks print goes to `log`, what ranks do in steps to notes."""
@@ -78,8 +79,8 @@ class Supervised:
         assert alive == [], self.log.read_text()
         return self.log.read_text()
 
-    def processes(self, process: "subprocess.Popen[bytes]", script: Path) -> list[psutil.Process]:
-        """The agents (AGENT) or ranks (WORKER) below the supervisor, ranks in their order."""
+    def processes(self, process: "subprocess.Popen[bytes]", script: Path = WORKER) -> list[psutil.Process]:
+        """The ranks (WORKER), in their order, or agents (AGENT) below the supervisor."""
         found: dict[int, psutil.Process] = {}
         for each in psutil.Process(process.pid).children(recursive=True):
             with contextlib.suppress(psutil.Error):  # it has ended
@@ -88,12 +89,6 @@ class Supervised:
                     variables = each.environ()
                     found[int(variables.get("HOROVOD_RANK", variables.get("RANK", len(found))))] = each
         return [found[rank] for rank in sorted(found)]
-
-    def ranks(self, process: "subprocess.Popen[bytes]") -> list[psutil.Process]:
-        return self.processes(process, WORKER)
-
-    def agents(self, process: "subprocess.Popen[bytes]") -> list[psutil.Process]:
-        return self.processes(process, AGENT)
 
     def victims(self, process: "subprocess.Popen[bytes]", kind: str, count: int = 1) -> list[psutil.Process]:
         """Wait for so many processes of a kind: rank, agent or supervisor; the first rank that starts may be any."""
@@ -116,7 +111,7 @@ class Supervised:
             assert process.poll() is None and now_s < start_s + TIMEOUT_S, self.log.read_text()
             if now_s > looked_s + LOOK_AT_PROCESSES_S:
                 looked_s = now_s
-                self.ranks(process)
+                self.processes(process)
             time.sleep(LOOK_S)
 
     def wait_for_step(self, process: "subprocess.Popen[bytes]", step: int) -> None:

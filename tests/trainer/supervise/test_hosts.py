@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +31,11 @@ class Agent:
     def __init__(self, lease_s: float = 60) -> None:
         pipe = subprocess.PIPE
         self.process = subprocess.Popen([sys.executable, str(AGENT), str(lease_s)], stdin=pipe, stdout=pipe, text=True)
-        self.hello = self.answer("here")
+        self.answer("here")
 
     def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        for pipe in (self.process.stdin, self.process.stdout):
-            assert pipe is not None
-            pipe.close()
+        with self.process:
+            self.process.kill()
 
     def answer(self, kind: str) -> dict[str, Any]:
         """The next answer of that kind; others are passed over."""
@@ -52,21 +50,22 @@ class Agent:
         self.process.stdin.write(json.dumps(what) + "\n")
         self.process.stdin.flush()
 
-    def start(self, *programs: str, folder: str = ".") -> list[psutil.Process]:
-        """Start `python -c PROGRAM` as a rank each; return those that are running once each has printed a line."""
-        ranks = [{"rank": rank, "environment": {"NUMBER": str(rank)}} for rank in range(len(programs))]
-        for rank, program in zip(ranks, programs, strict=True):
-            command = [sys.executable, "-c", program]
-            self.ask(do="start", command=command, folder=folder, environment={"SHARED": "x"}, ranks=[rank])
-            assert self.answer("line")["text"] == "here"
+    def begin(self, *command: str, folder: object = ".") -> None:
+        """Let it start a command as rank 5."""
+        rank = {"rank": 5, "environment": {"NUMBER": "5"}}
+        self.ask(do="start", command=command, folder=str(folder), environment={"SHARED": "x"}, ranks=[rank])
+
+    def start(self, program: str) -> list[psutil.Process]:
+        """Start `python -c PROGRAM` as a rank; return what is running once it has printed a line."""
+        self.begin(sys.executable, "-c", program)
+        assert self.answer("line")["text"] == "here"
         return psutil.Process(self.process.pid).children(recursive=True)
 
 
 @pytest.fixture
 def agent() -> Iterator[Agent]:
-    agent = Agent()
-    yield agent
-    agent.close()
+    with closing(Agent()) as agent:
+        yield agent
 
 
 def assert_gone(processes: list[psutil.Process], within_s: float = 10) -> None:
@@ -81,26 +80,23 @@ def test_it_passes_on_what_a_rank_prints_and_how_it_ends(agent: Agent, tmp_path:
         "import os, sys; print(os.environ['NUMBER'], os.environ['SHARED'], os.getcwd()); "
         "print('bad \\udcff', file=sys.stderr); sys.exit(7)"
     )
-    command = [sys.executable, "-c", program]
-    rank = {"rank": 5, "environment": {"NUMBER": "5"}}
-    agent.ask(do="start", command=command, folder=str(tmp_path), environment={"SHARED": "x"}, ranks=[rank])
+    agent.begin(sys.executable, "-c", program, folder=tmp_path)
     lines = {line["stream"]: line["text"] for line in (agent.answer("line"), agent.answer("line"))}
     assert lines == {"out": f"5 x {tmp_path}", "err": "bad \\udcff"}
     assert agent.answer("end") == {"is": "end", "rank": 5, "code": 7}
 
 
 def test_what_cannot_be_started_is_an_end(agent: Agent) -> None:
-    rank = {"rank": 0, "environment": {}}
-    agent.ask(do="start", command=["/no/such/program"], folder=".", environment={}, ranks=[rank])
+    agent.begin("/no/such/program")
     assert "error: /no/such/program cannot be started" in agent.answer("line")["text"]
     assert agent.answer("end")["code"] == 1
-    agent.ask(do="start", command=["true"], folder="/no/such/folder", environment={}, ranks=[rank])
+    agent.begin("true", folder="/no/such/folder")
     assert "/no/such/folder" in agent.answer("line")["text"]
     assert agent.answer("end")["code"] == 127
 
 
 def test_a_signal_reaches_all_ranks(agent: Agent) -> None:
-    agent.ask(do="start", command=["sleep", "1000"], folder=".", environment={}, ranks=[{"rank": 0, "environment": {}}])
+    agent.begin("sleep", "1000")
     agent.ask(do="signal", number=signal.SIGTERM)
     assert agent.answer("end")["code"] == -signal.SIGTERM
 
@@ -114,12 +110,6 @@ def test_sigkill_ends_a_rank_that_is_stopped_or_deaf(agent: Agent, number: int) 
     assert_gone(ranks)
 
 
-def test_ranks_die_with_the_agent(agent: Agent) -> None:
-    ranks = agent.start(LONG)
-    agent.process.kill()
-    assert_gone(ranks, within_s=5)
-
-
 def test_ranks_and_what_they_have_started_end_when_the_supervisor_is_gone(agent: Agent) -> None:
     ranks = agent.start(GRANDCHILD)
     assert len(ranks) == 2
@@ -128,24 +118,23 @@ def test_ranks_and_what_they_have_started_end_when_the_supervisor_is_gone(agent:
     assert_gone([*ranks, psutil.Process(agent.process.pid)])
 
 
-def test_a_second_generation_does_not_begin_beside_the_first(agent: Agent) -> None:
+def test_a_second_generation_does_not_begin_beside_the_first_and_dies_with_the_agent(agent: Agent) -> None:
     first = agent.start(LONG)
     second = agent.start(LONG)
     assert_gone(first)
     assert len(second) == 1 and second != first
+    agent.process.kill()
+    assert_gone(second, within_s=5)
 
 
 def test_without_beats_it_ends_after_its_lease() -> None:
-    agent = Agent(lease_s=2)
-    try:
+    with closing(Agent(lease_s=2)) as agent:
         ranks = agent.start(LONG)
         end = time.monotonic() + 3
         while time.monotonic() < end:
             agent.ask(do="beat", sent_s=agent.answer("beat")["sent_s"])
         assert all(each.is_running() for each in ranks), "it was answered in time"
         assert_gone([*ranks, psutil.Process(agent.process.pid)], within_s=5)
-    finally:
-        agent.close()
 
 
 def test_a_host_that_goes_down_leaves_its_ranks_the_time_for_a_checkpoint(agent: Agent) -> None:
@@ -158,7 +147,6 @@ def test_a_host_that_goes_down_leaves_its_ranks_the_time_for_a_checkpoint(agent:
 
 
 HOST = "me@far.invalid"
-RUN_LAST = 'for last; do :; done; exec sh -c "$last"'
 TIMEOUT_S = 30
 
 
@@ -175,45 +163,49 @@ def ssh(tmp_path: Path) -> Callable[[str], list[str]]:
     return make
 
 
-async def kept(ssh: list[str], until: Callable[[Link], bool], lease_s: float = 30) -> tuple[str | None, list[News]]:
+def kept(ssh: list[str], until: Callable[[Link], bool], lease_s: float = 30) -> tuple[str | None, list[News]]:
     """Keep a connection until something is so, then close it; returns why the host was out of reach, and all news."""
-    news: asyncio.Queue[News] = asyncio.Queue()
-    link = Link(HOST, ssh, lease_s, news)
-    end = time.monotonic() + TIMEOUT_S
-    while not until(link):
-        assert time.monotonic() < end and not link.keeper.done(), link.trouble
-        await asyncio.sleep(0.02)
-    trouble, told = link.trouble, [news.get_nowait() for _ in range(news.qsize())]
-    await link.close()
-    return trouble, told
+
+    async def keep() -> tuple[str | None, list[News]]:
+        news: asyncio.Queue[News] = asyncio.Queue()
+        link = Link(HOST, ssh, lease_s, news)
+        end = time.monotonic() + TIMEOUT_S
+        while not until(link):
+            assert time.monotonic() < end and not link.keeper.done(), link.trouble
+            await asyncio.sleep(0.02)
+        trouble, told = link.trouble, [news.get_nowait() for _ in range(news.qsize())]
+        await link.close()
+        return trouble, told
+
+    return asyncio.run(keep())
 
 
-def test_a_shell_that_greets_is_no_agent(ssh: Callable[[str], list[str]]) -> None:
+def test_a_lost_host_comes_back_and_a_shell_that_greets_is_no_agent(
+    ssh: Callable[[str], list[str]], tmp_path: Path
+) -> None:
+    once = f"[ -e {tmp_path}/once ] || {{ touch {tmp_path}/once; echo 'Connection closed' >&2; exit 255; }}"
     hello = "export SSH_CONNECTION='10.0.0.1 5000 10.0.0.2 22'; echo Welcome; echo '[1]'"
-    _, told = asyncio.run(kept(ssh(f"{hello}; {RUN_LAST}"), lambda link: not link.is_here and link.hello is not None))
-    assert [each.what["is"] for each in told] == ["here"]
+    greets = ssh(f'{once}; {hello}; for last; do :; done; exec sh -c "$last"')
+    _, told = kept(greets, lambda link: not link.is_here and link.hello is not None)
+    assert [each.what["is"] for each in told] == ["here"] and (tmp_path / "once").exists()
     assert told[0].what["ssh"] == "10.0.0.1 5000 10.0.0.2 22"
 
 
 def test_why_a_host_cannot_be_reached(ssh: Callable[[str], list[str]]) -> None:
+    def in_trouble(link: Link) -> bool:
+        return bool(link.trouble)
+
     refused = ssh("echo 'some warning' >&2; echo 'far.invalid: No route to host' >&2; exit 255")
-    found = asyncio.run(kept(refused, lambda link: bool(link.trouble)))
-    assert found == ("far.invalid: No route to host", [])
-    silent = ssh("exec >&-; sleep 0.2; exit 7")
-    found = asyncio.run(kept(silent, lambda link: bool(link.trouble)))
-    assert found == ("its agent ended (7)", [])
-    found = asyncio.run(kept(["/no/such/ssh"], lambda link: bool(link.trouble)))
-    assert found == ("/no/such/ssh cannot be started: No such file or directory", [])
+    assert kept(refused, in_trouble) == ("far.invalid: No route to host", [])
+    assert kept(ssh("exec >&-; sleep 0.2; exit 7"), in_trouble) == ("its agent ended (7)", [])
+    missing = "/no/such/ssh cannot be started: No such file or directory"
+    assert kept(["/no/such/ssh"], in_trouble) == (missing, [])
 
 
 def test_an_agent_that_is_dropped_is_asyncios_to_wait_for(
-    ssh: Callable[[str], list[str]],
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
+    ssh: Callable[[str], list[str]], tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else asyncio logs `Unknown child process pid`, and says exit code 255 of what ended otherwise."""
-
     wait, dropped, number = os.waitpid, threading.Event(), tmp_path / "number"
 
     def wait_later(process: int, options: int) -> tuple[int, int]:
@@ -247,13 +239,7 @@ def test_a_host_that_says_nothing_any_more_is_lost_and_its_ranks_outlive_their_l
     tries = tmp_path / "tries"
     says = """echo '{"is": "here"}'; echo '{"is": "beat", "sent_s": 0}'"""
     silent = ssh(f"date +%s.%N >> {tries}; {says}; exec sleep 100")
-    _, told = asyncio.run(kept(silent, lambda _: tries.exists() and len(tries.read_text().split()) == 2, lease_s=4))
+    _, told = kept(silent, lambda _: tries.exists() and len(tries.read_text().split()) == 2, lease_s=4)
     assert [each.what for each in told][:2] == [{"is": "here"}, {"is": "lost", "why": "it has not answered in time"}]
     first, second = map(float, tries.read_text().split())
     assert second - first > 4, "a lease"
-
-
-def test_a_lost_host_comes_back(ssh: Callable[[str], list[str]], tmp_path: Path) -> None:
-    once = f"[ -e {tmp_path}/once ] || {{ touch {tmp_path}/once; echo 'Connection closed' >&2; exit 255; }}"
-    _, told = asyncio.run(kept(ssh(f"{once}; {RUN_LAST}"), lambda link: link.hello is not None))
-    assert [each.what["is"] for each in told] == ["here"] and (tmp_path / "once").exists()

@@ -3,7 +3,6 @@
 import random
 import re
 import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,11 +13,10 @@ from tests.ranks import StandingRanks
 from tests.trainer.checkpoints import damage
 from tests.trainer.conftest import make_days
 from tests.trainer.daily.test_daily import DAYS, assert_same_days
-from tests.trainer.runs import saved
 from tests.trainer.runs.resumed.legs import Killed, Leg, assert_no_step_or_sample_is_lost
-from tests.trainer.supervise.supervised import QUICK, TIMEOUT_S, TWO_HOSTS, Supervised, kill
-from trainer.comm import SoloComm
-from trainer.runs.saving import CheckpointPlace
+from tests.trainer.runs.saved import save
+from tests.trainer.supervise.supervised import TIMEOUT_S, TWO_HOSTS, Supervised, kill
+from trainer.launch import AGENT
 
 Settings = Callable[..., list[str]]
 STEPS = 80
@@ -44,8 +42,7 @@ def test_the_supervisor_and_a_rank_are_lost(settings_of: Settings, tmp_path: Pat
     kill(psutil.Process(process.pid))
     run.end(process, -signal.SIGKILL)
     assert max(run.legs()[-1].losses) < STEPS, "no rank continues without its supervisor"
-    step = run.newest_step()
-    rows = "rows-00001-of-00002.safetensors"
+    step, rows = run.newest_step(), "rows-00001-of-00002.safetensors"
     file = f"{run.run}/checkpoints/step-{step:08}/{rows}"
     damage(run.run, step, rows, "cut")
     run.options = (*TWO_HOSTS, "--by", "torch")
@@ -63,17 +60,6 @@ def test_the_supervisor_and_a_rank_are_lost(settings_of: Settings, tmp_path: Pat
     legs = run.legs()
     assert len(legs) == 3 and legs[1].first_step == step - 10 + 1
     assert_no_step_or_sample_is_lost(legs, whole, STEPS)
-
-
-@pytest.mark.slow
-def test_a_run_that_another_start_has_taken_over_is_left_to_it(settings_of: Settings, tmp_path: Path) -> None:
-    """Were the ranks started again, the two starts would take the run from each other for ever."""
-    run = Supervised(tmp_path, settings_of(tmp_path, STEPS, 10))
-    process = run.start(PAUSE_S="0.1")
-    run.wait_for_step(process, 10)
-    CheckpointPlace(run.run).claim()  # as a start elsewhere does
-    said = run.end(process, 2).strip()
-    assert "is written to by another start of this run" in said and said.endswith("; not started again")
 
 
 STAND_IN = """
@@ -97,7 +83,7 @@ def test_a_rank_hangs_a_host_is_lost_and_a_signal_ends_all(tmp_path: Path) -> No
     worker = tmp_path / "worker.py"
     worker.write_text(STAND_IN)
     settings = [f"run.dir={tmp_path}", "run.name=run"]
-    run = Supervised(tmp_path, settings, worker=worker)
+    run = Supervised(tmp_path, settings, program=[worker])
 
     def wait_for(generation: int, rank: int) -> None:
         run.wait(process, (tmp_path / f"started-{generation}-{rank}").exists)
@@ -107,7 +93,7 @@ def test_a_rank_hangs_a_host_is_lost_and_a_signal_ends_all(tmp_path: Path) -> No
     kill(run.processes(process, worker)[1], signal.SIGSTOP)
     (tmp_path / "late").touch()
     wait_for(1, 1)
-    kill(run.agents(process)[1])
+    kill(run.processes(process, AGENT)[1])
     run.wait(process, lambda: any(tmp_path.glob("started-[2-9]-1")))
     process.send_signal(signal.SIGTERM)
     said = run.end(process, 130)
@@ -135,7 +121,7 @@ def test_a_rank_stops_and_the_same_command_goes_on_with_the_hosts_that_are_there
     run.options = TWO_HOSTS
     process = run.start(PAUSE_S="0.1")
     wait_for_leg(2)
-    kill(run.ranks(process)[1], signal.SIGSTOP)
+    kill(run.processes(process)[1], signal.SIGSTOP)
     wait_for_leg(3)
     process.send_signal(signal.SIGTERM)
     said = run.end(process, 130)
@@ -156,8 +142,8 @@ def test_it_gives_up_where_nothing_helps(settings_of: Settings, tmp_path: Path) 
     """As where the newest checkpoint is damaged; a program that says no more than that stands for the trainer."""
     options = ["--max-np", "1", "--max-restarts-without-progress", "1"]
     worker = tmp_path / "damaged.py"
-    run = Supervised(tmp_path, settings_of(tmp_path, STEPS, 1000), options, worker)
-    saved.save(SoloComm(), run.run, saved.Trained(), saved.state_at(5), 3)
+    run = Supervised(tmp_path, settings_of(tmp_path, STEPS, 1000), options, [worker])
+    save(run.run, 5)
     damaged = run.run / "checkpoints" / "step-00000005" / "state.json"
     worker.write_text(f"import sys; sys.exit('error: {damaged} is damaged')")
     said = run.end(run.start(), 1)
@@ -188,31 +174,17 @@ def test_twenty_kills_at_any_moment(settings_of: Settings, tmp_path: Path) -> No
     assert_no_step_or_sample_is_lost(legs, calm, steps)
 
 
-class SupervisedDays(Supervised):
-    """`run` is the second day's."""
-
-    @property
-    def run(self) -> Path:
-        return self.folder / "supervised" / DAYS[1]
-
-    def command(self) -> list[str]:
-        return [sys.executable, "-m", "trainer.supervise", *QUICK, *TWO_HOSTS, "--", "python", *self.days("supervised")]
-
-    def days(self, name: str) -> list[str]:
-        settings = [f"--set={each}" for each in [*self.settings, f"run.name={name}"]]
-        return ["-m", "trainer.daily", "--first-day", DAYS[0], "--last-day", DAYS[2], *settings]
-
-
 @pytest.mark.slow
 def test_a_kill_in_the_second_day_changes_nothing(two_ranks: StandingRanks, tmp_path: Path) -> None:
-    places = make_days(tmp_path / "places")
     steps = {"train__epochs": 3, "train__checkpoint_every": 4, "train__checkpoint_beside": False}
-    run = SupervisedDays(tmp_path, places.settings(run__dir=tmp_path, **steps))
+    settings = make_days(tmp_path / "places").settings(run__dir=tmp_path, **steps)
+    days = ["-m", "trainer.daily", "--first-day", DAYS[0], "--last-day", DAYS[2]]
+    run = Supervised(tmp_path, [*settings, "run.name=supervised"], program=days, name=f"supervised/{DAYS[1]}")
     process = run.start()
     run.wait_for_step(process, 4)
     kill(run.processes(process, Path("-m"))[1])
     assert not (run.run / "report.json").exists(), "it was killed within the day"
     said = run.end(process)
     assert "supervise: rank 1 on 127.0.0.1 died (signal 9, SIGKILL)" in said and "done after 1 restart" in said
-    two_ranks.run(*run.days("calm"))
+    two_ranks.run(*days, "--set", *settings, "run.name=calm")
     assert_same_days(tmp_path / "supervised", tmp_path / "calm", DAYS[:3])

@@ -118,7 +118,7 @@ class Killed:
 
 
 def read_leg(notes: Path, ranks: int) -> Leg:
-    """What so many ranks have noted in a folder (notes.py)."""
+    """What so many ranks have noted in a folder (mortal.py)."""
     samples, losses = defaultdict(list), defaultdict(set)
     for rank in range(ranks):
         for line in (notes / f"{rank}-of-{ranks:d}.jsonl").read_text().splitlines():

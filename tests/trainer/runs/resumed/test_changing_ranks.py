@@ -2,7 +2,6 @@
 
 import itertools
 import random
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -88,34 +87,23 @@ def test_two_thousand_steps_and_ten_kills_at_any_moment(settings_of: Callable[..
     killed = Killed(tmp_path / "killed", settings_of(tmp_path / "killed", steps, 50))
     legs = []
     for number, ranks in zip(range(10), itertools.cycle([4, 1, 2]), strict=False):
-        process = killed.start(number, ranks)
-        wait_for_checkpoint(killed.run, (number + 1) * steps // 12, process)
+        process, end_s = killed.start(number, ranks), time.monotonic() + TIMEOUT_S
+        while max(steps_of(killed.run), default=0) < (number + 1) * steps // 12:
+            assert process.poll() is None, process.communicate()[0]
+            assert time.monotonic() < end_s
+            time.sleep(0.02)
         time.sleep(draw.uniform(0, 0.3))
         victims = [process.pid] if ranks == 1 else [process.pid, *(each.pid for each in ranks_of(process, str(WORKER)))]
-        kill_and_wait(process, draw.choice(victims))
+        job = psutil.Process(process.pid).children(recursive=True)
+        psutil.Process(draw.choice(victims)).kill()
+        process.communicate(timeout=TIMEOUT_S)
+        assert process.returncode != 0
+        _, alive = psutil.wait_procs(job, timeout=60)
+        assert alive == []
         legs.append(killed.seen(number, ranks))
     legs.append(killed.leg(10, ranks=2))
     assert_no_step_or_sample_is_lost(legs, whole, steps)
     assert_same_in_float64(killed.run, undisturbed.run)
-
-
-def wait_for_checkpoint(run: Path, step: int, process: "subprocess.Popen[str]") -> None:
-    """Until there is one of that step or a later one."""
-    end = time.monotonic() + TIMEOUT_S
-    while not any(found >= step for found in steps_of(run)):
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < end
-        time.sleep(0.02)
-
-
-def kill_and_wait(process: "subprocess.Popen[str]", victim: int) -> None:
-    """Kills one process of a job and waits until all of them are gone."""
-    job = psutil.Process(process.pid).children(recursive=True)
-    psutil.Process(victim).kill()
-    process.communicate(timeout=TIMEOUT_S)
-    assert process.returncode != 0
-    _, alive = psutil.wait_procs(job, timeout=60)
-    assert alive == []
 
 
 def uploaded(samples: Path, storage: Storage) -> dict[str, PublishedFile]:
@@ -125,12 +113,7 @@ def uploaded(samples: Path, storage: Storage) -> dict[str, PublishedFile]:
 
 @pytest.mark.long(25)
 def test_cut_connections_and_dead_ranks_lose_and_repeat_no_sample(
-    places: Places,
-    settings_of: Callable[..., list[str]],
-    s3_endpoint: str,
-    s3_url: str,
-    tmp_path: Path,
-    forks: Forks,
+    places: Places, settings_of: Callable[..., list[str]], s3_endpoint: str, s3_url: str, tmp_path: Path, forks: Forks
 ) -> None:
     """Two ranks take samples published on S3, and one goes on when they have died, from S3 alone: its cache is empty,
     as another machine's would be. Step by step they take those of one rank on a disk, have its losses, and end with its
@@ -149,8 +132,8 @@ def test_cut_connections_and_dead_ranks_lose_and_repeat_no_sample(
         return {3: Fault.CUT, 6: Fault.CUT_ANSWER}.get(reads % 8)
 
     def started_at(place: str) -> Killed:
-        changes = {"data__samples": s3_url, "data__cache_dir": tmp_path / place, "train__checkpoint_beside": True}
-        changes |= {"train__checkpoint_every_s": 1}
+        beside = {"train__checkpoint_beside": True, "train__checkpoint_every_s": 1}
+        changes = {"data__samples": s3_url, "data__cache_dir": tmp_path / place, **beside}
         return Killed(tmp_path / "far", settings_of(f"{s3_url}/runs", steps, 5, **changes))
 
     with proxy_before(s3_endpoint) as proxy, environment_of(proxy.endpoint):
@@ -187,14 +170,14 @@ def test_a_run_has_the_files_of_one_version(
         run.close()
         return run
 
+    def labels_of(run: Run) -> list[list[Any]]:
+        return [[each.label_B.tolist() for each in reader.batches()] for reader in (run.train_reader, run.test_reader)]
+
     on_disk = run_on(samples, "disk")
-    monkeypatch.setattr(open_module, "open_index", publishes_before_the_second)
-    run = run_on(s3_url, "s3")
-    monkeypatch.undo()
-    for mine, same in ((run.train_reader, on_disk.train_reader), (run.test_reader, on_disk.test_reader)):
-        assert mine.num_samples == same.num_samples
-        labels, expected = ([batch.label_B.tolist() for batch in reader.batches()] for reader in (mine, same))
-        assert labels == expected
+    with monkeypatch.context() as patched:
+        patched.setattr(open_module, "open_index", publishes_before_the_second)
+        run = run_on(s3_url, "s3")
+    assert labels_of(run) == labels_of(on_disk)
     assert run.origin.data["samples_digest"] == on_disk.origin.data["samples_digest"]  # a copy of samples is the same
     later = run_on(s3_url, "later")
     assert later.test_reader.num_samples > run.test_reader.num_samples

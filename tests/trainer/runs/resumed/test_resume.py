@@ -6,16 +6,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
 from featurestore.errors import USAGE
-from featurestore.published.paths import RunPath, run_path
+from featurestore.published.paths import RunPath
 from featurestore.storage.local import DiskFiles
 from tests.trainer.checkpoints import content_of, damage, files_of, names_of, of_step, steps_of
 from tests.trainer.conftest import Places
-from tests.trainer.runs import saved
-from tests.trainer.runs.saved import Trained, on_ranks, state_at
+from tests.trainer.runs.saved import Trained, on_ranks, save
 from tests.trainer.whole_runs import assert_same, report_of, run_alone
 from trainer.comm import Comm, SoloComm
 from trainer.config import load_config
@@ -73,18 +73,14 @@ def content(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_later_checkpoints_refuse_it_and_nothing_is_touched(runs: Runs) -> None:
-    before = content(runs.folder)
-    with pytest.raises(
-        ConfigError,
-        match=r"do not lead to this one, .*: step-00000004, step-00000006; continue from the newest",
-    ):
+def test_later_checkpoints_refuse_it_untouched_and_overwriting_leaves_the_new_steps_alone(
+    runs: Runs, expected: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, first = content(runs.folder), content_of(runs.step("a", 2))
+    refused = r"do not lead to this one, .*: step-00000004, step-00000006; continue from the newest"
+    with pytest.raises(ConfigError, match=refused):
         runs.branch("a")
     assert content(runs.folder) == before
-
-
-def test_overwriting_leaves_the_new_steps_alone(runs: Runs, expected: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    first = content_of(runs.step("a", 2))
     capsys.readouterr()
     again = runs.branch("a", run__overwrite=True)
     assert "removed by run.overwrite=true: step-00000004, step-00000006\n" in capsys.readouterr().out
@@ -116,23 +112,16 @@ def test_a_checkpoint_of_another_run_replaces_all(runs: Runs, expected: Path) ->
     assert len(list((other / "tensorboard").iterdir())) == 1
 
 
-def test_killed_between_the_old_steps_and_the_new_ones(
-    runs: Runs, expected: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def killed(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr("trainer.runs.open.save_config", killed)
-        with pytest.raises(KeyboardInterrupt):
-            runs.branch("a", run__overwrite=True)
+def test_killed_between_the_old_steps_and_the_new_ones(runs: Runs, expected: Path) -> None:
+    with mock.patch("trainer.runs.open.save_config", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        runs.branch("a", run__overwrite=True)
     run = runs.folder / "a"
     assert steps_of(run) == [2]
     assert not (run / "report.json").exists(), "it told of the steps that are gone"
     assert_same(runs.train("a", run__resume="latest", optim__lr=0.5), expected, metrics=True)
 
 
-def test_killed_in_the_midst_of_a_removal(runs: Runs, expected: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_in_the_midst_of_a_removal(runs: Runs, expected: Path) -> None:
     delete_files = DiskFiles.delete_files
 
     def killed(files: DiskFiles, paths: Sequence[str]) -> None:
@@ -141,10 +130,8 @@ def test_killed_in_the_midst_of_a_removal(runs: Runs, expected: Path, monkeypatc
             raise KeyboardInterrupt
         delete_files(files, paths)
 
-    with monkeypatch.context() as patched:
-        patched.setattr(DiskFiles, "delete_files", killed)
-        with pytest.raises(KeyboardInterrupt):
-            runs.branch("a", run__overwrite=True)
+    with mock.patch.object(DiskFiles, "delete_files", killed), pytest.raises(KeyboardInterrupt):
+        runs.branch("a", run__overwrite=True)
     assert steps_of(runs.folder / "a") == [2], "they go together"
     run = runs.branch("a", run__overwrite=True)
     assert steps_of(run) == [2, 4, 6]
@@ -159,7 +146,7 @@ def test_a_checkpoint_of_another_start_that_comes_meanwhile_ends_this_one(
     claim = CheckpointPlace.claim
 
     def claimed(place: CheckpointPlace, damaged: Sequence[Checkpoint] = ()) -> None:
-        saved.save(SoloComm(), CheckpointPlace(place.run), saved.Trained(), saved.state_at(50), 9)
+        save(place.run, 50, keep=9)
         claim(place, damaged)
 
     monkeypatch.setattr(CheckpointPlace, "claim", claimed)
@@ -177,10 +164,8 @@ def test_an_evaluation_of_an_earlier_one_touches_nothing(runs: Runs) -> None:
 
 
 def test_a_plain_overwriting_that_cannot_remove_says_so(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(path: Path, target: Path) -> None:
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(Path, "hardlink_to", refuse)
+    refused = mock.Mock(side_effect=PermissionError(13, "Permission denied"))
+    monkeypatch.setattr(Path, "hardlink_to", refused)
     with pytest.raises(TrainerError, match=r"run\.dir=.* cannot be used: .*Permission denied"):
         runs.train("a", run__overwrite=True, optim__lr=0.5)
     assert steps_of(runs.folder / "a") == [2, 4, 6]
@@ -189,25 +174,18 @@ def test_a_plain_overwriting_that_cannot_remove_says_so(runs: Runs, monkeypatch:
 def test_one_command_line_begins_a_run_and_continues_it(runs: Runs) -> None:
     """As a launcher that starts a job again needs it: run.resume=auto."""
     runs.train("b", run__resume="auto", train__max_steps=4)
-    runs.train("b", run__resume="auto")
-    found, expected = (content_of(runs.step(name, 6)) for name in ("b", "a"))
-    trained = [name for name in expected if name.endswith(".safetensors")]
-    assert trained and {name: found[name] for name in trained} == {name: expected[name] for name in trained}
+    assert_same(runs.train("b", run__resume="auto"), runs.folder / "a", metrics=True)
 
 
 @pytest.mark.parametrize("resume", ["auto", "latest", 6])
-def test_a_finished_run_that_is_started_again_stays_as_it_is(
+def test_a_finished_run_that_is_started_again_stays_as_it_is_and_names_settings_that_it_does_not_use(
     runs: Runs, resume: str | int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = content(runs.folder / "a")
-    runs.train("a", run__resume=resume)
+    runs.train("a", run__resume=resume, train__log_every=3)
     assert content(runs.folder / "a") == before
-    assert f"{runs.folder / 'a'} is finished already: step 6 of 6" in " ".join(capsys.readouterr().out.split("\n"))
-
-
-def test_a_finished_run_names_settings_that_it_does_not_use(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
-    runs.train("a", run__resume="latest", train__log_every=3)
     said = " ".join(capsys.readouterr().out.split())
+    assert f"{runs.folder / 'a'} is finished already: step 6 of 6" in said
     assert "nothing to do, not used: train.log_every=3; a larger train.max_steps continues it" in said
 
 
@@ -227,42 +205,28 @@ def test_settings_that_the_checkpoint_refuses_are_what_was_typed_and_not_tried_a
     """Only the ranks find them out."""
     settings = places.settings(run__dir=runs.folder, run__name="a", run__resume="auto", model__mlp=[9, 4])
     words = ["--max-np", "1", "--", "python", "-m", "trainer.main", *settings, "train.seed=3"]
-    done = subprocess.run(
-        [sys.executable, "-m", "trainer.supervise", *words], capture_output=True, text=True, check=False, timeout=120
-    )
-    last = done.stderr.splitlines()[-1]
-    assert done.returncode == 2 and last.startswith("supervise: rank 0 on localhost ended with exit code 2"), (
-        done.stderr
-    )
-    refusal = "model.mlp is [9, 4] here, [8, 4] in the checkpoint"
+    command = [sys.executable, "-m", "trainer.supervise", *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    *_, last = done.stderr.splitlines()
+    assert done.returncode == 2 and last.startswith("supervise: rank 0 on localhost ended with exit code 2"), last
     assert last.endswith("or set back); not started again"), done.stderr
-    assert done.stderr.count(refusal) == 1, "the rank's line"
+    assert done.stderr.count("model.mlp is [9, 4] here, [8, 4] in the checkpoint") == 1, "the rank's line"
     assert "resuming at step 6 on 1 rank" in done.stderr
 
 
 ROWS = "rows-00000-of-00001.safetensors"
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
-@pytest.fixture(params=["disk", "s3"])
-def folder(request: pytest.FixtureRequest, tmp_path: Path) -> RunPath:
-    """Where runs may be."""
-    return tmp_path / "runs" if request.param == "disk" else run_path(f"{request.getfixturevalue('s3_url')}/runs")
-
-
 def test_a_run_goes_on_from_the_newest_whole_one(
-    places: Places, folder: RunPath, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    places: Places, run: RunPath, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def trained(runs: RunPath, **changes: Any) -> RunPath:
         steps = {"train__max_steps": 6, "train__checkpoint_every": 2, "train__keep_checkpoints": 5}
         run_alone(places, run__dir=runs, run__name="a", **{**steps, **changes})
         return runs / "a"
 
-    expected, run = trained(tmp_path / "expected"), trained(folder)
+    folder, expected = run.parent, trained(tmp_path / "expected")
+    trained(folder)
     damage(run, 6, "dense.safetensors", "missing")
     damage(run, 4, ROWS, "-1")
     before = finished(run)[-1].files.published
@@ -298,33 +262,27 @@ def test_if_all_are_damaged_the_newest_is_named(places: Places, tmp_path: Path) 
     assert content(run) == before, "nothing was touched"
 
 
-def test_all_ranks_take_the_same_one(folder: RunPath, tmp_path: Path) -> None:
+def test_all_ranks_take_the_same_one(run: RunPath, tmp_path: Path) -> None:
     """One rank alone finds the damage, in the file that it reads; whichever that is."""
-    run = folder / "a"
-    damages: list[tuple[str, str]] = [
-        ("rows-00001-of-00002.safetensors", "cut"),
-        ("rows-00001-of-00002.safetensors", "head"),
-        ("rows-00001-of-00002.safetensors", "names"),
-        ("rows-00000-of-00002.safetensors", "missing"),
-        ("dense.safetensors", "head"),
-        ("state.json", "cut"),
-        ("state.json", "missing"),
-    ]
+    rows, dense = [f"rows-0000{rank}-of-00002.safetensors" for rank in (0, 1)], "dense.safetensors"
+    damages = [*((rows[1], how) for how in ("cut", "head", "names")), (rows[0], "missing"), (dense, "head")]
+    damages += [("state.json", "cut"), ("state.json", "missing")]
     steps = range(50, 51 + len(damages))
     for step in steps:
-        on_ranks(2, lambda comm, step=step: saved.save(comm, run, _of(comm, step), state_at(step), 99))
+        save(run, step, float(step), size=2, keep=99)
     for step, (name, how) in zip(steps[1:], damages, strict=True):
         damage(run, step, name, how)
 
-    def open_at(comm: Comm, resumed: Resumed | None, passed_over: list[PassedOver]) -> tuple[Trained, list[PassedOver]]:
-        assert resumed is not None
-        trained = Trained(comm.rank, comm.size)
-        checkpoint.load(comm, *resumed, trained, str(tmp_path / "cache"))
-        return trained, passed_over
-
     def resume(comm: Comm, resume: str = "auto") -> tuple[Trained, list[PassedOver]]:
         config = load_config(settings=[f"run.dir={run.parent}", "run.name=a", f"run.resume={resume}"])
-        return continued(comm, config, run, lambda *chosen: open_at(comm, *chosen))
+
+        def open_at(resumed: Resumed | None, passed_over: list[PassedOver]) -> tuple[Trained, list[PassedOver]]:
+            assert resumed is not None
+            trained = Trained(comm.rank, comm.size)
+            checkpoint.load(comm, *resumed, trained, str(tmp_path / "cache"))
+            return trained, passed_over
+
+        return continued(comm, config, run, open_at)
 
     for size in (1, 2, 3):
         for trained, passed_over in on_ranks(size, resume):
@@ -332,13 +290,9 @@ def test_all_ranks_take_the_same_one(folder: RunPath, tmp_path: Path) -> None:
             for each, (name, _) in zip(passed_over[::-1], damages, strict=True):
                 assert name in each.why
             assert float(trained.dense["layer.weight"][0, 0]) == steps[0]
-            assert {int(rows[0]) for rows in trained.rows.values()} <= set(range(steps[0], steps[0] + 8))
+            assert {int(each[0]) for each in trained.rows.values()} <= set(range(steps[0], steps[0] + 8))
     raised = on_ranks(2, lambda comm: resume(comm, "57"))
     assert {type(each) for each in raised} <= {DamagedCheckpointError, RemoteRankError}
     assert all("step-00000057/state.json" in str(each) for each in raised)
     CheckpointPlace(run).claim([each.checkpoint for each in on_ranks(1, resume)[0][1]])
     assert steps_of(run) == [50]
-
-
-def _of(comm: Comm, step: int) -> Trained:
-    return Trained(comm.rank, 2, float(step))

@@ -1,9 +1,6 @@
 """Runs whose folder is on S3: trained, continued from nothing but it, read by every command, and by one writer."""
 
-import json
 import threading
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +13,7 @@ from tests.commands.calls import call
 from tests.servers import environment_of, new_bucket, seaweedfs
 from tests.trainer.checkpoints import steps_of, tensors_of
 from tests.trainer.conftest import Places
-from tests.trainer.whole_runs import assert_same, run_alone
+from tests.trainer.whole_runs import assert_same, report_of, run_alone
 from trainer.engine.engine import Engine
 from trainer.errors import CheckpointError, ConfigError, TakenOverError
 from trainer.loop import training
@@ -30,11 +27,6 @@ def train_on(places: Places, folder: object, name: str = "a", **changes: Any) ->
     return run_path(str(folder)) / name
 
 
-@pytest.fixture
-def run_on(places: Places) -> Callable[..., RunPath]:
-    return partial(train_on, places)
-
-
 @pytest.fixture(scope="module")
 def far_and_near(places: Places, s3_endpoint: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[FarPath, Path]:
     """The same run on S3 and on a disk."""
@@ -44,7 +36,7 @@ def far_and_near(places: Places, s3_endpoint: str, tmp_path_factory: pytest.Temp
 
 
 def called(*words: object) -> str:
-    done = call([str(word) for word in words])
+    done = call([*map(str, words)])
     assert done.code == 0, done
     return done.out
 
@@ -60,58 +52,46 @@ def test_a_run_on_s3_is_that_of_a_disk(far_and_near: tuple[FarPath, Path]) -> No
     assert not list(near.parents[1].glob("**/s3*"))
 
 
-class TestReaders:
-    @pytest.mark.usefixtures("undrawn")
-    def test_evaluate(self, far_and_near: tuple[FarPath, Path]) -> None:
-        far, near = far_and_near
-        for run in far_and_near:
-            called("trainer.evaluate", run, "--bootstrap", 5)
-        mine, theirs = (json.loads((run / "evaluation" / "report.json").read_bytes()) for run in far_and_near)
-        assert mine.keys() == theirs.keys()
-        assert {name for name in mine if mine[name] != theirs[name]} <= {"run", "checkpoint"}
-        assert {each.name for each in (far / "evaluation").iterdir()} == {
-            each.name for each in (near / "evaluation").iterdir()
-        }
-
-    def test_score_and_export(self, far_and_near: tuple[FarPath, Path], tmp_path: Path) -> None:
-        for name, words in (("scores", ["jobs/score"]), ("vectors", ["jobs/export_embeddings"])):
-            tables = []
-            for number, run in enumerate(far_and_near):
-                out = tmp_path / f"{name}-{number}.parquet"
-                called(*words, "--run", run, "--out", out)
-                tables.append(pq.read_table(out).replace_schema_metadata(None))
-            assert tables[0].num_rows > 0 and tables[0].equals(tables[1])
-
-    def test_export_model(self, far_and_near: tuple[FarPath, Path], tmp_path: Path) -> None:
-        called("jobs/export_model", "--run", far_and_near[0], "--out", tmp_path / "model", "--sample-groups", 0)
-        assert "at most" in called("serving", "check", tmp_path / "model")
-
-    def test_compat(self, far_and_near: tuple[FarPath, Path], places: Places) -> None:
-        assert "compatible" in called("trainer.compat", far_and_near[0], places.folder / "features")
-
-    def test_warm_start(self, far_and_near: tuple[FarPath, Path], places: Places, tmp_path: Path) -> None:
-        ends = []
+@pytest.mark.usefixtures("undrawn")
+def test_every_command_reads_it_as_one_of_a_disk(
+    far_and_near: tuple[FarPath, Path], places: Places, tmp_path: Path
+) -> None:
+    far, near = far_and_near
+    for run in far_and_near:
+        called("trainer.evaluate", run, "--bootstrap", 5)
+    mine, theirs = (report_of(run / "evaluation") for run in far_and_near)
+    assert mine.keys() == theirs.keys()
+    assert {name for name in mine if mine[name] != theirs[name]} <= {"run", "checkpoint"}
+    written, expected = ({each.name for each in (run / "evaluation").iterdir()} for run in far_and_near)
+    assert written == expected
+    for command in ("jobs/score", "jobs/export_embeddings"):
+        tables = []
         for number, run in enumerate(far_and_near):
-            name = f"warm-{number}"
-            warm = {"run__warm_start": run, "run__warm_parts": "all", "train__max_steps": 2}
-            ends.append(run_alone(places, run__dir=tmp_path, run__name=name, **warm))
-        assert_same(*ends, metrics=True)
+            out = tmp_path / f"{number}.parquet"
+            called(command, "--run", run, "--out", out)
+            tables.append(pq.read_table(out).replace_schema_metadata(None))
+            out.unlink()
+        assert tables[0].num_rows > 0 and tables[0].equals(tables[1])
+    called("jobs/export_model", "--run", far, "--out", tmp_path / "model", "--sample-groups", 0)
+    assert "at most" in called("serving", "check", tmp_path / "model")
+    assert "compatible" in called("trainer.compat", far, places.folder / "features")
+    warm = {"run__dir": tmp_path, "run__warm_parts": "all", "train__max_steps": 2}
+    of_far = run_alone(places, run__name="of-far", run__warm_start=far, **warm)
+    assert_same(of_far, run_alone(places, run__name="of-near", run__warm_start=near, **warm), metrics=True)
 
 
-def test_a_run_that_is_there_is_refused_or_replaced(run_on: Callable[..., RunPath], s3_url: str) -> None:
-    far = run_on(s3_url, train__max_steps=4)
+def test_a_run_that_is_there_is_refused_or_replaced(places: Places, s3_url: str) -> None:
+    far = train_on(places, s3_url, train__max_steps=4)
     with pytest.raises(ConfigError, match=r"holds a run already; continue it by run\.resume=latest"):
-        run_on(s3_url)
-    run_on(s3_url, train__max_steps=2, run__overwrite=True)
+        train_on(places, s3_url)
+    train_on(places, s3_url, train__max_steps=2, run__overwrite=True)
     assert steps_of(far) == [2]
-    assert json.loads((far / "report.json").read_bytes())["global_step"] == 2
-    run_on(s3_url, run__resume="latest")
+    assert report_of(far)["global_step"] == 2
+    train_on(places, s3_url, run__resume="latest")
     assert steps_of(far) == [2, 4, 6]
 
 
-def test_a_second_start_ends_the_first(
-    run_on: Callable[..., RunPath], s3_url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_second_start_ends_the_first(places: Places, s3_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     step, begun = Engine.train_step, []
 
     def taken_over(engine: Engine, prepared: Any) -> Any:
@@ -122,14 +102,14 @@ def test_a_second_start_ends_the_first(
 
     monkeypatch.setattr(Engine, "train_step", taken_over)
     with pytest.raises(TakenOverError, match="written to by another start of this run"):
-        run_on(s3_url)
+        train_on(places, s3_url)
     there = steps_of(run_path(s3_url) / "a")
     assert there[0] == 2 and 6 not in there
 
 
 @pytest.mark.services
 def test_s3_that_is_away_for_a_while_stops_nothing(
-    run_on: Callable[..., RunPath],
+    places: Places,
     far_and_near: tuple[FarPath, Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -152,12 +132,12 @@ def test_s3_that_is_away_for_a_while_stops_nothing(
         with environment_of(server.endpoint):
             bucket = new_bucket()
             monkeypatch.setattr(Engine, "train_step", step_without)
-            far = run_on(bucket, train__checkpoint_every=3)
+            far = train_on(places, bucket, train__checkpoint_every=3)
             monkeypatch.undo()
     finally:
         with environment_of(server.endpoint):
             steps = steps_of(far)
-            report = json.loads((far / "report.json").read_bytes())
+            report = report_of(far)
             found = tensors_of(far)
         server.kill()
     assert seen == [1], "it was being written while steps were made"
@@ -168,7 +148,7 @@ def test_s3_that_is_away_for_a_while_stops_nothing(
 
 
 def test_a_full_disk_is_told_and_ends_the_run_when_it_stays_full(
-    run_on: Callable[..., RunPath], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    places: Places, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write, full = CheckpointPlace.write, {2, 4}
 
@@ -178,13 +158,13 @@ def test_a_full_disk_is_told_and_ends_the_run_when_it_stays_full(
         return write(place, step, name, content)
 
     monkeypatch.setattr(CheckpointPlace, "write", refuse)
-    run = run_on(tmp_path)
+    run = train_on(places, tmp_path)
     told = "warning: the checkpoint of step 2 could not be written: [Errno 28] No space left on device"
     assert told in capsys.readouterr().out.replace("\n", " ")
-    assert json.loads((run / "report.json").read_bytes())["checkpoints"] == {"written": 1, "failed": 2}
+    assert report_of(run)["checkpoints"] == {"written": 1, "failed": 2}
     monkeypatch.setattr(training, "MOST_FAILURES", 1)
     with pytest.raises(CheckpointError, match=r"step 4 cannot be written: .*; nor could the 1 before it"):
-        run_on(tmp_path, "b")
+        train_on(places, tmp_path, "b")
 
 
 @pytest.mark.parametrize("setting", ["run.dir", "data.samples", "data.store", "run.resume", "run.warm_start"])
