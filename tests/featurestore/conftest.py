@@ -11,8 +11,6 @@ import pytest
 
 from featurestore import ExtractorSpec, FeatureRows, FeatureStore, StoreInfo, to_bits
 
-MakeRows = Callable[..., FeatureRows]
-
 
 @pytest.fixture
 def info() -> StoreInfo:
@@ -22,22 +20,25 @@ def info() -> StoreInfo:
     return StoreInfo(dim=8, num_shards=8, dtype="bfloat16", extractor=extractor)
 
 
-@pytest.fixture
-def make_rows() -> MakeRows:
-    def make(uris: list[str] | int, info: StoreInfo, seed: int = 0, first: int = 0) -> FeatureRows:
-        names = uris if isinstance(uris, list) else [f"images/{i}.jpg" for i in range(first, first + uris)]
-        rng = np.random.default_rng(seed)
-        values = rng.standard_normal((len(names), info.dim)).astype(np.float32)
-        return FeatureRows.of(
-            names,
-            to_bits(values, info.dtype),
-            content_digests=[bytes([i % 256] * 15 + [0]) for i in range(len(names))],
-            source_tags=[f"tag-{seed}-{i}" for i in range(len(names))],
-            widths=np.arange(len(names)),
-            heights=np.arange(len(names)) + seed,
-        )
+def make_rows(uris: list[str] | int, info: StoreInfo, seed: int = 0, first: int = 0) -> FeatureRows:
+    """Draw rows of these images, or of so many from images/`first`.jpg on."""
+    names = uris if isinstance(uris, list) else [f"images/{i}.jpg" for i in range(first, first + uris)]
+    values = np.random.default_rng(seed).standard_normal((len(names), info.dim)).astype(np.float32)
+    return FeatureRows.of(
+        names,
+        to_bits(values, info.dtype),
+        content_digests=[bytes([i % 256] * 15 + [0]) for i in range(len(names))],
+        source_tags=[f"tag-{seed}-{i}" for i in range(len(names))],
+        widths=np.arange(len(names)),
+        heights=np.arange(len(names)) + seed,
+    )
 
-    return make
+
+def put(store: FeatureStore, uris: list[str] | int, seed: int = 0, first: int = 0) -> FeatureRows:
+    """Put drawn rows into a store; return them."""
+    rows = make_rows(uris, store.info, seed, first)
+    store.put(rows)
+    return rows
 
 
 @pytest.fixture
@@ -46,11 +47,9 @@ def store(tmp_path: Path, info: StoreInfo) -> FeatureStore:
 
 
 @pytest.fixture
-def rows(store: FeatureStore, make_rows: MakeRows) -> FeatureRows:
+def rows(store: FeatureStore) -> FeatureRows:
     """200 rows, which are in the store."""
-    made = make_rows(200, store.info)
-    store.put(made)
-    return made
+    return put(store, 200)
 
 
 @pytest.fixture
@@ -93,24 +92,24 @@ def filled_by(
 
 
 @pytest.fixture
-def filled(filled_by, make_rows) -> FeatureStore:
+def filled(filled_by) -> FeatureStore:
     """A store of rows of three ages: 400 images; of 200 of them newer rows, of 20 of those tombstones."""
 
     def fill(store: FeatureStore) -> None:
-        store.put(make_rows(400, store.info, seed=0))
-        store.put(make_rows(200, store.info, seed=1))
+        put(store, 400)
+        put(store, 200, seed=1)
         store.delete(make_rows(20, store.info).keys_N)
 
     return filled_by(fill)
 
 
 @pytest.fixture
-def nine(filled_by, make_rows) -> FeatureStore:
+def nine(filled_by) -> FeatureStore:
     """Versions 1 to 9 of one row."""
 
     def nine_puts(store: FeatureStore) -> None:
         for version in range(1, 10):
-            store.put(make_rows(1, store.info, seed=version))
+            put(store, 1, seed=version)
 
     return filled_by(nine_puts)
 

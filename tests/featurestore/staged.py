@@ -1,6 +1,4 @@
-"""Data files of staged rows, one shard at a time, what a snapshot holds beside features, and commands of a store."""
-
-from collections.abc import Sequence
+"""What a snapshot holds beside features, and commands of a store."""
 
 import pyarrow as pa
 from typer.testing import Result
@@ -8,16 +6,7 @@ from typer.testing import Result
 from featurestore import Snapshot
 from featurestore.__main__ import app
 from featurestore.format.datafile import METADATA_COLUMNS, schema_of
-from featurestore.spec import FileEntry, FileKind
-from featurestore.store import FeatureStore
 from tests.cli import invoke
-
-
-def build_shard(
-    store: FeatureStore, run_id: str, shard: int, parts: Sequence[str], kind: FileKind = "delta"
-) -> FileEntry | None:
-    """The file of a shard; None where the parts have no row of it."""
-    return store.build_shards(run_id, range(shard, shard + 1), parts, kind).get(shard)
 
 
 def metadata_of(snapshot: Snapshot) -> pa.Table:

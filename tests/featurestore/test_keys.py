@@ -19,21 +19,6 @@ from featurestore.keys import (
 ANY_KEY = st.integers(-(2**63), 2**63 - 1)
 
 
-def inverse_splitmix64(value: int) -> int:
-    """In plain integers, from the published constants' inverses."""
-    mask = 2**64 - 1
-
-    def unshift(x: int, bits: int) -> int:
-        result = x
-        for _ in range(64 // bits + 1):
-            result = x ^ (result >> bits)
-        return result & mask
-
-    value = unshift(value, 31) * pow(0x94D049BB133111EB, -1, 2**64) & mask
-    value = unshift(value, 27) * pow(0xBF58476D1CE4E5B9, -1, 2**64) & mask
-    return (unshift(value, 30) - 0x9E3779B97F4A7C15) & mask
-
-
 def test_key_of_uri_is_xxh3_64_as_a_signed_number() -> None:
     assert key_of_uri("") == 0x2D06800538D394C2
     assert key_of_uri("abc") == 0x78AF5F94892F3950
@@ -66,12 +51,6 @@ def test_splitmix64_is_the_published_sequence() -> None:
         "0x6e789e6aa1b965f4",
         "0x6c45d188009454f",
     ]
-
-
-@settings(deadline=None)
-@given(ANY_KEY)
-def test_splitmix64_is_one_to_one(key: int) -> None:
-    assert inverse_splitmix64(int(splitmix64([key])[0])) == key % 2**64
 
 
 @settings(deadline=None)

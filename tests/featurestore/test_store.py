@@ -1,10 +1,9 @@
 """What every store does, whatever it lies on; writers that lose races; versions, quarantine and lack of memory."""
 
 import json
-import pickle
 import subprocess
 import sys
-import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,9 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from featurestore import FeatureRows, FeatureStore, QuarantineRow, StoreInfo, errors, log, shard_of, staging
-from featurestore.format.datafile import schema_of
 from featurestore.log import manifest_path, version_of, versions
-from featurestore.spec import MAX_VERSION, Manifest, seal
+from featurestore.spec import MAX_VERSION, seal
 from featurestore.storage.storage import Storage
 from featurestore.store import SnapshotId
 from featurestore.upkeep.compaction import compact
@@ -25,8 +23,9 @@ from featurestore.upkeep.expiry import expire
 from featurestore.upkeep.history import restore
 from featurestore.upkeep.verify import repair, verify
 from tests.faulty import Fault, FaultyStorage, fails, faulty, made_but_lost, opened_faulty
+from tests.featurestore.conftest import make_rows, put
 from tests.featurestore.shardrows import read_shard
-from tests.featurestore.staged import build_shard, metadata_of
+from tests.featurestore.staged import metadata_of
 
 
 class TestOnEveryPlace:
@@ -49,36 +48,29 @@ class TestOnEveryPlace:
         assert FeatureStore.open_or_create(url, info).info == stored
 
     @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-    def test_rows_come_back_as_they_were(self, url: str, info: StoreInfo, make_rows, dtype: str) -> None:
+    def test_rows_come_back_as_they_were(self, url: str, info: StoreInfo, dtype: str) -> None:
         info = info.model_copy(update={"dtype": dtype})
         rows = make_rows(60, info)
         snapshot = FeatureStore.create(url, info).put(rows)
         assert (snapshot.version, snapshot.num_rows) == (1, 60)
         assert np.array_equal(snapshot.get(rows.keys_N), rows.features_ND)
         assert np.array_equal(snapshot.keys(), np.sort(rows.keys_N))
-        seen = {}
         for shard in range(8):
             part = read_shard(snapshot, shard)
-            assert (shard_of(part.keys_N, 8) == shard).all()
-            seen.update({key: (part, i) for i, key in enumerate(part.keys_N.tolist())})
-        for i, key in enumerate(rows.keys_N.tolist()):
-            part, j = seen[key]
-            assert part.uris[j] == rows.uris[i]
-            assert part.source_tag[j] == rows.source_tag[i]
-            assert part.content_digest_N[j] == rows.content_digest_N[i]
-            assert (part.width_N[j], part.height_N[j]) == (rows.width_N[i], rows.height_N[i])
-            assert np.array_equal(part.features_ND[j], rows.features_ND[i])
+            assert set(part.keys_N.tolist()) == set(rows.keys_N[shard_of(rows.keys_N, 8) == shard].tolist())
+            places = np.array([rows.keys_N.tolist().index(key) for key in part.keys_N.tolist()])
+            for name, values in rows.take(places).__dict__.items():
+                np.testing.assert_array_equal(getattr(part, name), values)
 
-    def test_two_uris_under_one_key_are_refused_across_commits(self, store: FeatureStore, make_rows) -> None:
-        rows = make_rows(3, store.info)
-        store.put(rows)
+    def test_two_uris_under_one_key_are_refused_across_commits(self, store: FeatureStore) -> None:
+        rows = put(store, 3)
         with pytest.raises(errors.KeyCollisionError, match=r"'images/1\.jpg' and 'other'"):
             store.put(FeatureRows.of(["other"], rows.features_ND[:1], keys=rows.keys_N[1:2]))
         assert store.snapshot().version == 1
         store.delete(rows.keys_N[1:2])
         store.put(FeatureRows.of(["other"], rows.features_ND[:1], keys=rows.keys_N[1:2]))  # the key is free again
 
-    def test_neighbouring_shards_are_built_together(self, store: FeatureStore, make_rows) -> None:
+    def test_neighbouring_shards_are_built_together(self, store: FeatureStore) -> None:
         parts = [make_rows(50, store.info, seed=seed, first=40 * seed) for seed in range(3)]
         for number, rows in enumerate(parts):
             store.stage_part("run", f"p{number}", rows)
@@ -94,9 +86,7 @@ class TestOnEveryPlace:
             assert np.array_equal(snapshot.get(rows.keys_N), rows.features_ND)
         assert store.build_shards("run", range(8), []) == {}
 
-    def test_files_of_another_store_are_refused(
-        self, store: FeatureStore, url: str, info: StoreInfo, make_rows
-    ) -> None:
+    def test_files_of_another_store_are_refused(self, store: FeatureStore, url: str, info: StoreInfo) -> None:
         other = FeatureStore.create(
             url + "-other", info.model_copy(update={"extractor": info.extractor.model_copy(update={"layer": "fc7"})})
         )
@@ -108,7 +98,7 @@ class TestOnEveryPlace:
             store.commit({1: entry}, "put")
         store.storage.write_bytes("staging/run/p.parquet", other.storage.read_bytes(entry.path))
         with pytest.raises(errors.SpecMismatchError, match=r"extractor\.layer"):
-            build_shard(store, "run", 0, ["p"])
+            store.build_shards("run", range(1), ["p"])
 
     def test_quarantine_keeps_the_newest_reason(self, store: FeatureStore) -> None:
         assert store.quarantine_rows() == []
@@ -116,12 +106,6 @@ class TestOnEveryPlace:
         store.add_quarantine([])
         store.add_quarantine([QuarantineRow(1, "a", "new", 3.0)])
         assert store.quarantine_rows() == [QuarantineRow(2, "b", "broken", 2.0), QuarantineRow(1, "a", "new", 3.0)]
-
-    def test_a_store_travels_between_processes(self, store: FeatureStore, make_rows) -> None:
-        rows = make_rows(5, store.info)
-        store.put(rows)
-        copy = pickle.loads(pickle.dumps(store))
-        assert np.array_equal(copy.snapshot().get(rows.keys_N), rows.features_ND)
 
 
 def test_another_spec_is_refused_and_each_field_named(store: FeatureStore, info: StoreInfo) -> None:
@@ -146,82 +130,67 @@ def test_an_empty_store_is_version_0(store: FeatureStore) -> None:
         store.snapshot(3)
 
 
-def test_missing_keys_are_named(store: FeatureStore, make_rows) -> None:
-    snapshot = store.put(make_rows(3, store.info))
+def test_missing_keys_are_named(store: FeatureStore) -> None:
+    put(store, 3)
     with pytest.raises(errors.MissingKeysError, match=r"7 keys .*: 1, 2, 3, 4, 5, …"):
-        snapshot.get([1, 2, 3, 4, 5, 6, 7])
+        store.snapshot().get([1, 2, 3, 4, 5, 6, 7])
 
 
-def test_bad_rows_are_refused_before_anything_is_written(store: FeatureStore, make_rows) -> None:
+def test_what_cannot_be_stored_leaves_no_snapshot(store: FeatureStore) -> None:
     rows = make_rows(3, store.info)
-    with pytest.raises(errors.InvalidRowsError):
+    with pytest.raises(errors.InvalidRowsError):  # before anything is written
         store.put(replace(rows, features_ND=np.full_like(rows.features_ND, 0x7F80)))
     assert store.storage.list("data") == []
+    with pytest.raises(errors.StorageError, match="No space left"):
+        faulty(store, create_exclusive=fails("No space left on device")).put(rows)
+    entries = store.write(rows)
+    path = Path(store.url) / next(entry.path for entry in entries.values())
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(Exception, match="bytes instead of"):
+        store.commit(entries, "put")
     assert store.snapshot().version == 0
 
 
-def test_a_part_is_read_by_row_groups(store: FeatureStore, make_rows, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_part_is_read_by_row_groups(store: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("featurestore.staging._GROUP_BYTES", 3 * store.info.row_bytes)
     rows = make_rows(50, store.info)
     store.stage_part("run", "p", rows)
-    entries = {s: e for s in range(8) if (e := build_shard(store, "run", s, ["p"]))}
-    assert np.array_equal(store.commit(entries, "extract").get(rows.keys_N), rows.features_ND)
+    built = store.build_shards("run", range(8), ["p"])
+    assert np.array_equal(store.commit(built, "extract").get(rows.keys_N), rows.features_ND)
 
 
-def test_building_checks_uris_against_the_store_and_between_parts(store: FeatureStore, make_rows) -> None:
+def test_building_checks_uris_against_the_store_and_between_parts(store: FeatureStore) -> None:
     rows = make_rows(1, store.info)
-    shard = int(shard_of(rows.keys_N, 8)[0])
     store.stage_part("run", "a", rows)
     store.stage_part("run", "b", FeatureRows.of(["other"], rows.features_ND, keys=rows.keys_N))
     with pytest.raises(errors.KeyCollisionError):
-        build_shard(store, "run", shard, ["a", "b"])
+        store.build_shards("run", range(8), ["a", "b"])
     store.put(rows)
     with pytest.raises(errors.KeyCollisionError):
-        build_shard(store, "run", shard, ["b"])
+        store.build_shards("run", range(8), ["b"])
 
 
 def test_a_part_that_was_never_staged_is_named(store: FeatureStore) -> None:
     with pytest.raises(errors.InvalidRowsError, match="nope"):
-        build_shard(store, "run", 0, ["nope"])
+        store.build_shards("run", range(1), ["nope"])
     with pytest.raises(errors.InvalidRowsError, match="cannot have this name"):
         store.staged_parts("../data")
 
 
-def test_other_tools_find_dtype_and_shape_of_the_feature(info: StoreInfo) -> None:
-    field = schema_of(info).field("feature")
-    assert field.metadata == {b"dtype": b"bfloat16", b"shape": b"[8]"}
-
-
-def history(store: FeatureStore) -> list[Manifest]:
-    versions = log.versions(store.storage)
-    assert versions == list(range(1, len(versions) + 1)), "versions have a gap"
-    return [log.read_manifest(store.storage, version) for version in versions]
-
-
-def test_a_commit_whose_answer_was_lost_is_made_once(store: FeatureStore, make_rows) -> None:
-    def made_but_denied(create: Fault, path: str, data: bytes) -> bool:
-        create(path, data)
-        return False  # the client's own retry met its own object
-
-    for version, answer in enumerate((made_but_denied, made_but_lost), start=1):
-        assert faulty(store, create_exclusive=answer).put(make_rows(1, store.info, seed=version)).version == version
-    assert [m.version for m in history(store)] == [1, 2]
-
-
-def test_a_commit_is_found_when_its_read_back_failed_and_others_went_on(store: FeatureStore, make_rows) -> None:
+def test_a_commit_whose_read_back_failed_is_made_once(store: FeatureStore) -> None:
     times = iter([1])
 
     def fails_once(read: Fault, path: str) -> bytes:
-        if path == log.manifest_path(1) and next(times, None):
+        if path == manifest_path(1) and next(times, None):
             store.put(make_rows(1, store.info, seed=9, first=5), "other")
             raise errors.StorageError("timed out")
         return read(path)
 
     assert faulty(store, read_bytes=fails_once).put(make_rows(1, store.info), "mine").version == 1
-    assert [m.operation for m in history(store)] == ["mine", "other"]
+    assert [store.snapshot(version).manifest.operation for version in (1, 2)] == ["mine", "other"]
 
 
-def test_a_server_whose_creates_race_is_noticed_by_reading_back(store: FeatureStore, make_rows) -> None:
+def test_a_server_whose_creates_race_is_noticed_by_reading_back(store: FeatureStore) -> None:
     times = iter([1])
 
     def overwritten(create: Fault, path: str, data: bytes) -> bool:
@@ -231,44 +200,11 @@ def test_a_server_whose_creates_race_is_noticed_by_reading_back(store: FeatureSt
         return True  # it says that both were first
 
     assert faulty(store, create_exclusive=overwritten).put(make_rows(1, store.info), "mine").version == 2
-    assert [m.operation for m in history(store)] == ["rival", "mine"]
+    assert [store.snapshot(version).manifest.operation for version in (1, 2)] == ["rival", "mine"]
     assert store.snapshot().num_rows == 2
 
 
-def test_a_disk_that_refuses_ends_the_commit_with_its_error(store: FeatureStore, make_rows) -> None:
-    with pytest.raises(errors.StorageError, match="No space left"):
-        faulty(store, create_exclusive=fails("No space left on device")).put(make_rows(1, store.info))
-    assert store.snapshot().version == 0
-
-
-def test_a_commit_checks_that_its_files_are_whole(store: FeatureStore, make_rows) -> None:
-    rows = make_rows(1, store.info)
-    shard = int(shard_of(rows.keys_N, 8)[0])
-    store.stage_part("run", "p", rows)
-    entry = build_shard(store, "run", shard, ["p"])
-    assert entry is not None
-    path = Path(store.url) / entry.path
-    path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(Exception, match="bytes instead of"):
-        store.commit({shard: entry}, "put")
-    assert store.snapshot().version == 0
-
-
-def test_the_manifest_counts_what_it_names(store: FeatureStore, make_rows, info: StoreInfo) -> None:
-    rows = make_rows(30, info)
-    store.put(rows)
-    manifest = store.delete(rows.keys_N[:4]).manifest
-    entries = manifest.entries
-    assert manifest.file_rows == sum(entry.rows for entry in entries) == 34
-    assert manifest.num_files == len(entries)
-    assert manifest.file_bytes == sum(store.storage.size(entry.path) for entry in entries)
-    assert sum(entry.num_deleted for entry in entries) == 4
-    assert np.isclose(manifest.time_s, time.time(), atol=60)
-
-
-def test_a_store_whose_answer_was_lost_is_made_once(
-    tmp_path: Path, info: StoreInfo, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_lost_answers_make_one_store(tmp_path: Path, info: StoreInfo, monkeypatch: pytest.MonkeyPatch) -> None:
     def lost(create: Fault, path: str, data: bytes) -> bool:
         return bool(made_but_lost(create, path, data) if path == "store.json" else create(path, data))
 
@@ -283,8 +219,9 @@ def test_a_store_whose_answer_was_lost_is_made_once(
             FeatureStore.create(tmp_path / name, info)
 
 
-def test_of_two_makers_of_a_store_the_second_is_told(
-    tmp_path: Path, info: StoreInfo, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("create", [FeatureStore.create, FeatureStore.open_or_create], ids=["create", "open or create"])
+def test_of_two_makers_the_second_is_told(
+    create: Callable[..., FeatureStore], tmp_path: Path, info: StoreInfo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The other's store appears while this one tries the place."""
     made: list[FeatureStore] = []
@@ -293,24 +230,17 @@ def test_of_two_makers_of_a_store_the_second_is_told(
         monkeypatch.undo()
         made.append(FeatureStore.create(storage.url, info))
 
-    for create in (FeatureStore.create, FeatureStore.open_or_create):
-        url = tmp_path / create.__name__
-        monkeypatch.setattr("featurestore.store.refuse_unsafe", rival)
-        if create == FeatureStore.create:
-            with pytest.raises(errors.StoreExistsError):
-                create(url, info)
-        else:
-            assert create(url, info).info == made[-1].info
-        assert FeatureStore.open(url).info == made[-1].info
+    monkeypatch.setattr("featurestore.store.refuse_unsafe", rival)
+    if create == FeatureStore.create:
+        with pytest.raises(errors.StoreExistsError):
+            create(tmp_path, info)
+    else:
+        assert create(tmp_path, info).info == made[0].info
+    assert FeatureStore.open(tmp_path).info == made[0].info
 
 
-RIVALS = ["put", "put and compact", "put and expire", "restore"]
-
-
-@pytest.mark.parametrize("rival", RIVALS)
-def test_a_uri_that_another_writer_brought_meanwhile_is_found_on_rebase(
-    store: FeatureStore, make_rows, rival: str
-) -> None:
+@pytest.mark.parametrize("rival", ["put", "put and compact", "put and expire", "restore"])
+def test_a_uri_that_another_writer_brought_meanwhile_is_found_on_rebase(store: FeatureStore, rival: str) -> None:
     """Whatever has become of the files that were there when the rows were built."""
     rows = make_rows(200, store.info)
     shard_N = shard_of(rows.keys_N, 8)
@@ -319,9 +249,7 @@ def test_a_uri_that_another_writer_brought_meanwhile_is_found_on_rebase(
     if rival == "restore":
         store.put(mine)
         store.delete(mine.keys_N)
-    store.stage_part("run", "p", FeatureRows.of(["other"], mine.features_ND, keys=mine.keys_N))
-    entry = build_shard(store, "run", int(shard_N[0]), ["p"])
-    assert entry is not None
+    entries = store.write(FeatureRows.of(["other"], mine.features_ND, keys=mine.keys_N))
     restore(store, 2) if rival == "restore" else store.put(mine)
     if rival == "put and compact":
         compact(store, force=True)
@@ -330,7 +258,7 @@ def test_a_uri_that_another_writer_brought_meanwhile_is_found_on_rebase(
         store.storage.delete(log.EXPIRED)
     version = store.snapshot().version
     with pytest.raises(errors.KeyCollisionError):
-        store.commit({int(shard_N[0]): entry}, "extract")
+        store.commit(entries, "extract")
     assert store.snapshot().version == version
 
 
@@ -346,9 +274,9 @@ IMPOSSIBLE = [
 
 
 @pytest.fixture
-def filled(store: FeatureStore, make_rows) -> FeatureStore:
-    store.put(make_rows(50, store.info))
-    store.put(make_rows(20, store.info, seed=1))
+def filled(store: FeatureStore) -> FeatureStore:
+    put(store, 50)
+    put(store, 20, seed=1)
     return store
 
 
@@ -362,12 +290,12 @@ def test_the_largest_version_is_the_last_name_that_counts() -> None:
 
 
 @pytest.mark.parametrize("version", [4, 2**40])
-def test_numbers_continue_behind_a_stray_manifest(filled: FeatureStore, make_rows, version: int) -> None:
+def test_numbers_continue_behind_a_stray_manifest(filled: FeatureStore, version: int) -> None:
     write(filled, f"{version:020d}.json", (Path(filled.url) / manifest_path(2)).read_bytes())
     with pytest.raises(errors.CorruptFileError, match="is the manifest of version 2"):
         filled.snapshot()
     with pytest.raises(errors.CorruptFileError):  # no commit goes behind it
-        filled.put(make_rows(5, filled.info))
+        put(filled, 5)
     assert versions(filled.storage) == [1, 2, version]
     before = filled.snapshot(2).manifest.shards
     assert repair(filled).version == version + 1
@@ -419,16 +347,13 @@ def test_settled_rows_go_and_the_others_stand_in_one_file(storage):
     assert len(storage.list("quarantine")) == 1
     staging.resolve(storage, [])
     staging.resolve(storage, [row(9, 9.0)])
-    assert staging.read(storage) == [row(2, 1.0), row(3, 2.0)]
+    read = staging.read(storage)
+    assert read == [row(2, 1.0), row(3, 2.0)]
+    staging.add(storage, [row(2, 3.0, "broken again")])  # meanwhile
+    staging.resolve(storage, read)
+    assert staging.read(storage) == [row(2, 3.0, "broken again")]
     staging.resolve(storage, staging.read(storage))
     assert staging.read(storage) == [] == storage.list("quarantine")
-
-
-def test_what_another_adds_meanwhile_stays(storage):
-    read = staging.read(storage)
-    staging.add(storage, [row(1, 3.0, "broken again")])
-    staging.resolve(storage, read)
-    assert staging.read(storage) == [row(1, 3.0, "broken again")]
 
 
 def test_rows_are_not_lost_when_it_stops_half_way(storage):
@@ -463,52 +388,32 @@ print(len(os.listdir("/proc/self/task")) - before)
     assert done.stdout == "0\n"
 
 
-def test_verify_calls_no_file_damaged_where_memory_is_lacking(
-    store: FeatureStore, make_rows, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_lack_of_memory_is_no_damage_to_verify(store: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_args, **_options):
         raise pa.ArrowMemoryError("malloc of size 8388608 failed")
 
-    store.put(make_rows(2, store.info))
+    put(store, 2)
     monkeypatch.setattr(pq.ParquetFile, "iter_batches", fail)
     with pytest.raises(MemoryError, match="malloc"):
         verify(store)
 
 
-class TestMirrors:
+def test_a_commit_says_what_it_mirrors_and_later_ones_keep_it(store: FeatureStore, tmp_path: Path) -> None:
     """A store whose rows are made of another store's says of which snapshot, in each of its manifests."""
-
-    @pytest.fixture
-    def source(self, tmp_path: Path, info: StoreInfo, make_rows) -> FeatureStore:
-        source = FeatureStore.create(tmp_path / "features", info)
-        source.put(make_rows(1, info))
-        source.put(make_rows(1, info, seed=1))
-        return source
-
-    def test_a_commit_says_it_and_later_ones_keep_it(
-        self, store: FeatureStore, source: FeatureStore, make_rows
-    ) -> None:
-        one, two = (SnapshotId.of(source.snapshot(version)).as_source() for version in (1, 2))
-        rows = make_rows(2, store.info)
-        assert store.put(rows.take(np.array([0]))).manifest.mirrors is None
-        assert store.commit(store.write(rows.take(np.array([1]))), "publish", mirrors=one).manifest.mirrors == one
-        assert store.delete(rows.keys_N[:1]).manifest.mirrors == one
-        compact(store, force=True)
-        assert store.snapshot().manifest.mirrors == one
-        assert store.commit({}, "publish", mirrors=two).manifest.mirrors == two
-        assert restore(store, 2).manifest.mirrors == one, "what the old snapshot mirrored"
-        assert restore(store, 1).manifest.mirrors is None
-        without, with_it = (json.loads(store.storage.read_bytes(manifest_path(version))) for version in (1, 2))
-        assert "mirrors" not in without and list(with_it)[-2:] == ["mirrors", "digest"]
-        assert with_it["mirrors"] == one.model_dump()
-
-    def test_another_store_is_told_by_what_is_kept(self, source: FeatureStore, tmp_path: Path, make_rows) -> None:
-        kept = SnapshotId.of_source(SnapshotId.of(source.snapshot(1)).as_source())
-        kept.check(SnapshotId.of(source.snapshot()), "it", "")
-        other = FeatureStore.create(tmp_path / "other", source.info)
-        other.put(make_rows(1, source.info))
-        with pytest.raises(errors.AnotherStoreError):
-            kept.check(SnapshotId.of(other.snapshot()), "it", "")
+    source = FeatureStore.create(tmp_path / "features", store.info.kind)
+    one, two = (SnapshotId.of(source.put(make_rows(1, source.info, seed=seed))).as_source() for seed in (0, 1))
+    rows = make_rows(2, store.info)
+    assert store.put(rows.take(np.array([0]))).manifest.mirrors is None
+    assert store.commit(store.write(rows.take(np.array([1]))), "publish", mirrors=one).manifest.mirrors == one
+    assert store.delete(rows.keys_N[:1]).manifest.mirrors == one
+    compact(store, force=True)
+    assert store.snapshot().manifest.mirrors == one
+    assert store.commit({}, "publish", mirrors=two).manifest.mirrors == two
+    assert restore(store, 2).manifest.mirrors == one, "what the old snapshot mirrored"
+    assert restore(store, 1).manifest.mirrors is None
+    without, with_it = (json.loads(store.storage.read_bytes(manifest_path(version))) for version in (1, 2))
+    assert "mirrors" not in without and list(with_it)[-2:] == ["mirrors", "digest"]
+    assert with_it["mirrors"] == one.model_dump()
 
 
 def test_a_listing_that_took_long_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -95,11 +95,19 @@ def test_a_dask_cluster_of_ours(tmp_path: Path) -> None:
         assert len(found) >= 4 and set(found) <= set(LOOPBACK), found
 
 
-def test_ranks_of_horovodrun_on_one_machine(tmp_path: Path) -> None:
-    """The rendezvous of the launcher among them: tools/build_horovod.sh binds it to one address."""
-    words = [HOROVODRUN, "--gloo", "-np", "2", sys.executable, __file__, tmp_path]
-    with started(words, tmp_path, all_ready(tmp_path, 2)) as launcher:
-        found = listening(launcher)
+def by_torchrun() -> list[str]:
+    """The words by which we start ranks where Horovod is not installed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(importlib.util, "find_spec", lambda name: None)
+        return launcher_of(2)
+
+
+@pytest.mark.parametrize("launcher", [lambda: [HOROVODRUN, "--gloo", "-np", "2", sys.executable], by_torchrun])
+def test_ranks_of_ours(launcher: Callable[[], list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rendezvous of horovodrun among them: tools/build_horovod.sh binds it to one address."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # torchrun leaves the file by which it found itself
+    with started([*launcher(), __file__, tmp_path], tmp_path, all_ready(tmp_path, 2)) as ranks:
+        found = listening(ranks)
         assert found and set(found) <= set(LOOPBACK), found
 
 
@@ -111,17 +119,6 @@ def test_ranks_of_torchrun_on_one_machine(tmp_path: Path) -> None:
         ranks = [address for child in launcher.children() for address in listening(child)]
         assert set(ranks) <= set(LOOPBACK), ranks
         assert set(listening(launcher)) - set(LOOPBACK) == {"::"}
-
-
-def test_ranks_that_we_start_by_torchrun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the table says how a person does: nothing listens beyond loopback, the launcher neither."""
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)  # as where Horovod is not installed
-    words = [*launcher_of(2), __file__, tmp_path]
-    monkeypatch.undo()
-    monkeypatch.setenv("TMPDIR", str(tmp_path))  # torchrun leaves the file by which it found itself
-    with started(words, tmp_path, all_ready(tmp_path, 2)) as launcher:
-        found = listening(launcher)
-        assert found and set(found) <= set(LOOPBACK), found
 
 
 @pytest.mark.cluster

@@ -2,24 +2,26 @@
 
 import json
 import os
+import pickle
 import subprocess
 import sys
+from inspect import getmembers, isclass
 from pathlib import Path
 
 import pytest
 from rich.table import Table
 from typer.testing import CliRunner
 
+from featurestore import errors
+from featurestore.__main__ import app
 from featurestore.console.commandline import CONTINUES, CommandApp, say_error
 from featurestore.console.files import read_tokens, replace_file, replaced_file, write_json, write_json_option
 from featurestore.console.output import print_table, progress_bars, text_column, text_console
 from featurestore.errors import USAGE, StorageError, StoreNotFoundError, TokenFileError, UserError
 from featurestore.text import one_line, printable
 
-NASTY = ("[/x]", "[bold]", "a[red]b", ":smile:", "[link=http://x]y[/link]")
 
-
-@pytest.mark.parametrize("text", NASTY)
+@pytest.mark.parametrize("text", ["[/x]", "[bold]", "a[red]b", ":smile:", "[link=http://x]y[/link]"])
 def test_brackets_are_printed_as_they_are(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     table = Table(text, title=text)
     table.add_row(text)
@@ -27,10 +29,6 @@ def test_brackets_are_printed_as_they_are(text: str, capsys: pytest.CaptureFixtu
     console.print(text)
     print_table(console, table)
     assert capsys.readouterr().out.count(text) == 4
-
-
-@pytest.mark.parametrize("text", NASTY)
-def test_a_bars_description_is_no_markup(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     for columns in ((), (text_column("{task.fields[text]}"),)):
         with progress_bars(*columns) as progress:
             progress.add_task(text, total=1, text=text)
@@ -44,10 +42,12 @@ def test_what_cannot_be_seen_is_spelled_out(capsys: pytest.CaptureFixture[str]) 
     assert capsys.readouterr().out == "a\\xff\\x1b[31m\nb\\u202e é\n"
 
 
-def test_every_mistake_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    say_error(ValueError("first\nsecond\x07"))
+def test_every_mistake_is_one_line_and_its_notes_follow(capsys: pytest.CaptureFixture[str]) -> None:
+    error = StorageError("first\nsecond\x07")
+    error.add_note("third\nfourth")
+    say_error(error)
     say_error(KeyError())
-    assert capsys.readouterr().err == "error: first\nsecond\\x07\nerror: KeyError\n"
+    assert capsys.readouterr().err == "error: first\nsecond\\x07\nthird\nfourth\nerror: KeyError\n"
     assert one_line(ValueError("while parsing\n  in line 1\n\n")) == "while parsing in line 1"
 
 
@@ -86,36 +86,25 @@ def test_ctrl_c_within_a_wait_for_a_lock_is_ctrl_c() -> None:
     assert isinstance(CliRunner().invoke(failing(RuntimeError("a fault")), []).exception, RuntimeError)
 
 
-def test_a_note_follows_the_line(capsys: pytest.CaptureFixture[str]) -> None:
-    error = StorageError("first")
-    error.add_note("second\nthird")
-    say_error(error)
-    assert capsys.readouterr().err == "error: first\nsecond\nthird\n"
-
-
-def featurestore(*arguments: str | bytes, **environment: str) -> "subprocess.CompletedProcess[bytes]":
-    return subprocess.run(
-        [sys.executable, "-m", "featurestore", *arguments],
-        capture_output=True,
-        check=False,
-        env={**os.environ, **environment},
-    )
-
-
-def test_a_usage_error_is_one_line_and_names_the_help() -> None:
-    done = featurestore("log", "x", "--last", "0")
-    assert done.returncode == 2
-    assert done.stderr.decode().startswith("error: Invalid value for '--last'") and done.stderr.count(b"\n") == 1
-    assert b"(see python -m featurestore log --help)" in done.stderr
+@pytest.mark.parametrize(
+    "error", [each for _, each in getmembers(errors, isclass) if each.__module__ == errors.__name__]
+)
+def test_every_error_has_one_root_stands_in_the_tree_and_pickles(error: type[Exception]) -> None:
+    assert issubclass(error, UserError)
+    assert error.__name__ in (errors.__doc__ or "")
+    copy = pickle.loads(pickle.dumps(error("a message")))
+    assert type(copy) is error and str(copy) == "a message"
 
 
 def test_no_command_shows_the_help() -> None:
-    done = featurestore()
-    assert done.returncode == 2 and b"check-backend" in done.stdout and done.stderr == b""
+    done = CliRunner().invoke(app, [])
+    assert done.exit_code == 2 and "check-backend" in done.stdout and done.stderr == ""
 
 
 def test_a_terminal_without_unicode_gets_escapes(tmp_path: Path) -> None:
-    done = featurestore("info", str(tmp_path / "é"), PYTHONIOENCODING="ascii", PYTHONUTF8="0")
+    command = [sys.executable, "-m", "featurestore", "info", tmp_path / "é"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    done = subprocess.run(command, capture_output=True, env=environment, check=False)
     assert done.returncode == 2 and b"\\xe9" in done.stderr
 
 
@@ -123,12 +112,6 @@ def test_a_closed_pipe_is_no_traceback() -> None:
     script = f"{sys.executable} -m featurestore --help | head -c 1"
     done = subprocess.run(script, shell=True, capture_output=True, check=False)
     assert b"Traceback" not in done.stderr
-
-
-def test_tokens_are_lines_that_are_not_empty_and_no_comments(tmp_path: Path) -> None:
-    file = tmp_path / "tokens"
-    file.write_text("# of the notebooks\n0123456789abcdef0123\n\nfedcba98765432100123 \n")
-    assert read_tokens(file) == ["0123456789abcdef0123", "fedcba98765432100123"]
 
 
 @pytest.mark.parametrize(
@@ -154,16 +137,13 @@ def test_wrong_files_are_one_line_each(tmp_path: Path, content: bytes | None, wo
     assert raised.value.exit_code == USAGE
 
 
-def test_what_is_not_finite_is_null_and_nothing_else_is_left_behind(tmp_path: Path) -> None:
+def test_json_has_null_for_what_is_not_finite_and_nothing_else_is_left_behind(tmp_path: Path) -> None:
     write_json(tmp_path / "demo.json", {"auc": [float("nan"), (0.5, float("inf"))], "gauc": 0.5})
     assert json.loads((tmp_path / "demo.json").read_text()) == {"auc": [None, [0.5, None]], "gauc": 0.5}
-    assert [path.name for path in tmp_path.iterdir()] == ["demo.json"]
-
-
-def test_the_option_json_is_named(tmp_path: Path) -> None:
     write_json_option(None, {})
     with pytest.raises(UserError, match=f"cannot write --json {tmp_path}: "):
         write_json_option(tmp_path, {})
+    assert [path.name for path in tmp_path.iterdir()] == ["demo.json"]
 
 
 def test_what_is_not_written_whole_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
@@ -173,13 +153,10 @@ def test_what_is_not_written_whole_leaves_the_old_file_and_no_other(tmp_path: Pa
         part.write_text("new")
         raise ValueError("half of it")
     assert [(each.name, each.read_text()) for each in tmp_path.iterdir()] == [("a.txt", "old")]
-
-
-def test_a_pipe_or_a_device_is_not_replaced(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(FileExistsError, match="not a regular file"):
         replace_file(tmp_path / "pipe", "new")
-    assert (tmp_path / "pipe").is_fifo() and [path.name for path in tmp_path.iterdir()] == ["pipe"]
+    assert (tmp_path / "pipe").is_fifo() and sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "pipe"]
 
 
 LATE = """
@@ -221,3 +198,9 @@ def test_a_read_of_arrow_that_ends_late_does_not_abort_the_command(code: int) ->
     done = subprocess.run([sys.executable, "-c", LATE, str(code)], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (code, "")
     assert done.stdout.splitlines() == ["done", "in a thread", "at exit"]
+
+
+def test_importing_the_package_and_its_commands_is_quick_and_silent() -> None:
+    script = "import sys, featurestore.__main__; sys.exit(bool({'faiss', 'pyarrow', 'torch'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")

@@ -34,9 +34,7 @@ def shown(capsys: pytest.CaptureFixture[str], until: str) -> str:
     return err
 
 
-def test_a_log_gets_a_line_now_and_then_and_one_at_the_end(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_log_gets_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     with progress_bar("reading", 2000) as bar:
         bar.advance(2000)
     assert capsys.readouterr().err == ""  # quick work
@@ -63,9 +61,7 @@ def test_a_terminal_gets_a_bar_that_goes(monkeypatch: pytest.MonkeyPatch, capsys
     assert "reading" in err and "4/4" in err and err.endswith("\x1b[2K")
 
 
-def test_what_goes_on_is_told_beside_the_numbers(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_goes_on_is_told_too(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(output, "LINE_EVERY_S", 0.02)
     with progress_bar("pages") as bar:
         bar(1, 9)
@@ -127,30 +123,36 @@ def _shown(letter: str) -> str:
     return letter if letter.isprintable() else f"\\u{ord(letter):04x}" if ord(letter) > 255 else f"\\x{ord(letter):02x}"
 
 
-def test_blocks_come_in_the_order_in_which_they_were_printed(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    table = Table("name", title="A table")
-    table.add_column("value", justify="right")
-    table.add_row("a part", "")
-    table.add_row("one", "1,234", style="bold")
-    with recorded(page_of(tmp_path)):
+def test_blocks_come_in_the_order_of_printing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And the terminal is the same with a page."""
+
+    def printed() -> tuple[str, str]:
+        table = Table("name", title="A table")
+        table.add_column("value", justify="right")
+        table.add_row("a part", "")
+        table.add_row("one", "1,234", style="bold")
         print_line(text_console(), "first")
         print_table(text_console(), table)
         print_line(text_console(), "A heading", style="bold")
         print_line(text_console(), "- point one")
         print_line(text_console(), "- point two")
         print_summary("images       12\nlast words")
+        print_problem("warning: x")
         print_line(text_console(quiet=True), "of another rank")
         print_table(text_console(quiet=True), Table("of another rank"))
         text_console().print("progress")
-    told = capsys.readouterr().out
+        return capsys.readouterr()
+
+    without = printed()
+    with recorded(page_of(tmp_path)):
+        told = printed()
+    assert told == without and told[1] == "warning: x\n"
     read = check_page((tmp_path / "page.html").read_text(encoding="utf-8"))
     wanted = ["first", "A table", "name", "value", "a part", "one", "1,234", "A heading", "- point one", "- point two"]
-    wanted += ["images       12", "last words"]
+    wanted += ["images       12", "last words", "warning: x"]
     places = [read.printed.index(each) for each in wanted]
     assert places == sorted(places)
-    assert all(each in told for each in (*wanted, "progress"))
+    assert all(each in told[0] for each in (*wanted[:-1], "progress"))
     assert "another" not in read.printed and "progress" not in read.printed
     assert read.value("one") == ["1,234"] and '<span class="r1">A heading</span>' in read.text
 
@@ -209,18 +211,3 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     ReportPage(tmp_path / "new.html", "T", []).check_place()
     ReportPage(tmp_path / "file", "T", []).check_place()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "pipe"]
-
-
-def test_the_terminal_is_the_same_with_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def printed() -> tuple[str, str]:
-        table = Table("name", title="T")
-        table.add_row("one")
-        print_table(text_console(), table)
-        print_summary("images       12")
-        print_problem("warning: x")
-        return capsys.readouterr()
-
-    without = printed()
-    with recorded(page_of(tmp_path)):
-        assert printed() == without
-    assert without[1] == "warning: x\n"

@@ -14,20 +14,20 @@ import pyarrow as pa
 import pytest
 from pyarrow import flight
 
-from featurestore import FeatureClient, FeatureStore, StoreInfo, connect, keys_of_uris
+from featurestore import FeatureStore, StoreInfo, connect, keys_of_uris
 from featurestore.errors import DeadlineError, UnavailableError
 from featurestore.flight.protocol import KEYS_SCHEMA, MAX_KEYS
-from tests.featurestore.conftest import MakeRows
-from tests.featurestore.flight.conftest import Serve, ServerProcess
+from tests.featurestore.conftest import put
+from tests.featurestore.flight.conftest import Serve, lookup_once_up
 
 WIDE = 4096
 
 
 @pytest.fixture
-def wide(info: StoreInfo, make_rows: MakeRows, tmp_path: Path) -> FeatureStore:
+def wide(info: StoreInfo, tmp_path: Path) -> FeatureStore:
     """A store whose answers are larger than what a connection holds on the way."""
     store = FeatureStore.create(tmp_path / "wide", info.model_copy(update={"dim": WIDE}))
-    store.put(make_rows(64, store.info))
+    put(store, 64)
     return store
 
 
@@ -54,24 +54,13 @@ def stuck_reader(address: str) -> Iterator[flight.FlightStreamReader]:
         client.close()
 
 
-def wait_until_stopped(server: ServerProcess) -> None:
-    """Wait until no thread of a server goes on: SIGSTOP takes its time on a busy machine."""
-    while psutil.Process(server.process.pid).status() != psutil.STATUS_STOPPED:
-        time.sleep(0.01)  # the test's own limit ends it
-
-
 @pytest.mark.long
-def test_a_client_that_never_reads_leaves_others_alone(serve: Serve, wide: FeatureStore) -> None:
-    server = serve(wide)
-    with stuck_reader(server.address), connect(server.address) as client:
-        assert len(client.lookup(KEYS).features_UD) == 64
-
-
-@pytest.mark.long
-def test_sigterm_lets_a_lookup_end(serve: Serve, wide: FeatureStore) -> None:
+def test_a_client_that_never_reads_holds_up_nobody_and_sigterm_lets_it_end(serve: Serve, wide: FeatureStore) -> None:
     """And refuses new ones; Ctrl-C ends a server too."""
     server = serve(wide)
     with stuck_reader(server.address) as reader:
+        with connect(server.address) as client:
+            assert len(client.lookup(KEYS).features_UD) == 64
         rows = reader.read_chunk().data.num_rows
         server.send(signal.SIGTERM)
         wait_until_refused(server.address)
@@ -83,61 +72,40 @@ def test_sigterm_lets_a_lookup_end(serve: Serve, wide: FeatureStore) -> None:
     assert serve(wide).end(signal.SIGINT) == 130
 
 
-def wait_until_refused(address: str, timeout_s: float = 10) -> None:
-    """Wait until a server takes no new calls."""
-    end = time.monotonic() + timeout_s
-    while time.monotonic() < end:
-        try:
+def wait_until_refused(address: str) -> None:
+    """Call a server until it takes no new calls."""
+    end_s = time.monotonic() + 10
+    with pytest.raises(UnavailableError):
+        while time.monotonic() < end_s:
             with connect(address) as client:
                 client.lookup(KEYS[:1])
-        except UnavailableError:
-            return
-        time.sleep(0.05)
-    pytest.fail("the server takes new calls")
-
-
-def answers_again(client: FeatureClient, timeout_s: float = 20) -> None:
-    """Wait until a server that was full answers."""
-    end = time.monotonic() + timeout_s
-    while True:
-        try:
-            assert len(client.lookup(KEYS).features_UD) == 64
-            return
-        except UnavailableError:
-            assert time.monotonic() < end
-            time.sleep(0.1)
+            time.sleep(0.05)
 
 
 @pytest.mark.long
-def test_a_server_killed_in_the_middle(serve: Serve, wide: FeatureStore) -> None:
-    server = serve(wide)
-    keys_U = np.resize(KEYS, 100_000)
-    with connect(server.address, timeout_s=30) as client:
-        client.lookup(KEYS)
-        threading.Timer(0.1, lambda: server.end(signal.SIGKILL)).start()
-        begun = time.monotonic()
-        with pytest.raises(UnavailableError, match="connection broke"):
-            client.lookup(keys_U)
-        assert time.monotonic() - begun < 30
-        with pytest.raises(UnavailableError, match="no feature server answers"):
-            client.contains(KEYS)
-        serve(wide, "--port", str(server.port))
-        answers_again(client)
-
-
-@pytest.mark.long
-def test_a_server_that_does_not_answer_in_time(serve: Serve, wide: FeatureStore) -> None:
+def test_a_server_that_does_not_answer_in_time_and_is_killed_in_the_middle(serve: Serve, wide: FeatureStore) -> None:
     server = serve(wide)
     with connect(server.address, timeout_s=2) as client:
         client.lookup(KEYS)
         server.send(signal.SIGSTOP)
-        wait_until_stopped(server)
+        while psutil.Process(server.process.pid).status() != psutil.STATUS_STOPPED:
+            time.sleep(0.01)  # SIGSTOP takes its time on a busy machine
         begun = time.monotonic()
         with pytest.raises(DeadlineError, match="timeout_s=2"):
             client.lookup(KEYS)
         assert time.monotonic() - begun < 5
         server.send(signal.SIGCONT)
         assert len(client.lookup(KEYS).features_UD) == 64
+    with connect(server.address, timeout_s=30) as client:
+        threading.Timer(0.1, lambda: server.end(signal.SIGKILL)).start()
+        begun = time.monotonic()
+        with pytest.raises(UnavailableError, match="connection broke"):
+            client.lookup(np.resize(KEYS, 100_000))
+        assert time.monotonic() - begun < 30
+        with pytest.raises(UnavailableError, match="no feature server answers"):
+            client.contains(KEYS)
+        serve(wide, "--port", str(server.port))
+        assert len(lookup_once_up(client, KEYS).features_UD) == 64
 
 
 @pytest.mark.services

@@ -1,6 +1,5 @@
 """The bits that come over the wire are those of a partition: every dtype, any keys."""
 
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -8,11 +7,11 @@ import numpy as np
 import pytest
 
 from featurestore import FeatureClient, FeaturePartition, FeatureRows, FeatureStore, StoreInfo, connect, keys_of_uris
-from featurestore.errors import MissingKeysError, SnapshotNotFoundError, UnavailableError
+from featurestore.errors import MissingKeysError, SnapshotNotFoundError
 from featurestore.flight.client import _keys
 from featurestore.upkeep.expiry import expire
-from tests.featurestore.conftest import MakeRows
-from tests.featurestore.flight.conftest import Serve
+from tests.featurestore.conftest import make_rows
+from tests.featurestore.flight.conftest import Serve, lookup_once_up
 
 ROWS = 3_000
 
@@ -85,10 +84,10 @@ def test_few_keys_many_keys_and_none(
 
 
 @pytest.mark.long
-def test_missing_policies(info: StoreInfo, serve: Serve, tmp_path: Path) -> None:
+def test_missing_policies_and_two_clients_in_two_threads_each(info: StoreInfo, serve: Serve, tmp_path: Path) -> None:
     store = make_store(tmp_path / "store", info)
     server = serve(store)
-    gone = keys_of_uris(["images/7.jpg", "images/8.jpg"])
+    gone, keys_U = keys_of_uris(["images/7.jpg", "images/8.jpg"]), any_keys()
     with connect(server.address) as client, pytest.raises(MissingKeysError, match=str(gone[0])):
         client.lookup(gone)
     for missing in ("zeros", "learned"):
@@ -96,13 +95,6 @@ def test_missing_policies(info: StoreInfo, serve: Serve, tmp_path: Path) -> None
             found = client.lookup(gone)
             assert found.missing_U.tolist() == [True, False] and not found.features_UD[0].any()
             assert client.missing_count == 1 and client.missing_policy == missing
-
-
-@pytest.mark.long
-def test_two_clients_in_two_threads_each(info: StoreInfo, serve: Serve, tmp_path: Path) -> None:
-    store = make_store(tmp_path / "store", info)
-    server = serve(store)
-    keys_U = any_keys()
     with FeaturePartition.load(store, cache_dir=tmp_path / "cache", missing="zeros") as partition:
         expected = partition.lookup(keys_U).features_UD.tobytes()
     with (
@@ -110,14 +102,12 @@ def test_two_clients_in_two_threads_each(info: StoreInfo, serve: Serve, tmp_path
         connect(server.address, missing="zeros") as two,
         ThreadPoolExecutor(4) as pool,
     ):
-        found = pool.map(lambda client: client.lookup(keys_U).features_UD.tobytes(), [one, two] * 20)
-        assert [*found] == [expected] * 40
+        answers = pool.map(lambda client: client.lookup(keys_U).features_UD.tobytes(), [one, two] * 20)
+        assert [*answers] == [expected] * 40
 
 
 @pytest.mark.long
-def test_a_snapshot_committed_meanwhile(
-    info: StoreInfo, make_rows: MakeRows, store: FeatureStore, serve: Serve, tmp_path: Path
-) -> None:
+def test_a_snapshot_committed_meanwhile(info: StoreInfo, store: FeatureStore, serve: Serve, tmp_path: Path) -> None:
     """Who is connected keeps what it has; who connects next gets the newest; both numbers can be asked for."""
     store.put(make_rows(50, info))
     server = serve(store, "--poll-s", "0.1")
@@ -139,9 +129,7 @@ def test_a_snapshot_committed_meanwhile(
 
 
 @pytest.mark.long
-def test_a_snapshot_that_expires_meanwhile(
-    info: StoreInfo, make_rows: MakeRows, store: FeatureStore, serve: Serve
-) -> None:
+def test_a_snapshot_that_expires_meanwhile(info: StoreInfo, store: FeatureStore, serve: Serve) -> None:
     """It is there for as long as the server has it open, and a clear error afterwards."""
     store.put(make_rows(50, info))
     server = serve(store, "--poll-s", "0.1")
@@ -155,15 +143,4 @@ def test_a_snapshot_that_expires_meanwhile(
         server.end()
         serve(store, "--port", str(server.port))
         with pytest.raises(SnapshotNotFoundError, match="1 has expired"):
-            ask_until_connected(client, keys_U)
-
-
-def ask_until_connected(client: FeatureClient, keys_U: np.ndarray, timeout_s: float = 20) -> None:
-    end = time.monotonic() + timeout_s
-    while True:
-        try:
-            client.lookup(keys_U)
-            return
-        except UnavailableError:
-            assert time.monotonic() < end
-            time.sleep(0.1)
+            lookup_once_up(client, keys_U)

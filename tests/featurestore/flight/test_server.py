@@ -13,7 +13,7 @@ from pyarrow import flight
 from featurestore import FeaturePartition, FeatureStore, StoreInfo, connect, errors, keys_of_uris
 from featurestore.commands.look import read_tls
 from featurestore.flight.server import OpenSnapshots, follow
-from tests.featurestore.conftest import MakeRows
+from tests.featurestore.conftest import make_rows
 from tests.featurestore.flight.conftest import Serve
 from tests.security.certificates import Certificate
 
@@ -22,16 +22,16 @@ KEYS = keys_of_uris([f"images/{i}.jpg" for i in range(20)])
 
 
 @pytest.fixture
-def filled(store: FeatureStore, info: StoreInfo, make_rows: MakeRows) -> FeatureStore:
+def filled(store: FeatureStore, info: StoreInfo) -> FeatureStore:
     store.put(make_rows(20, info))
     return store
 
 
 @pytest.mark.long
 def test_tokens(serve: Serve, filled: FeatureStore, tmp_path: Path) -> None:
-    """Every token of the file opens all calls; without one, none is."""
+    """Every token of the file opens all calls; without one, none is. This server does without TLS."""
     file = tmp_path / "tokens.txt"
-    file.write_text(f"# of the notebooks\n{TOKEN}\n\n{OTHER}\n")
+    file.write_text(f"# of the notebooks\n{TOKEN}\n\n{OTHER} \n")
     server = serve(filled, "--token-file", file)
     for token in (TOKEN, OTHER):
         with connect(server.address, token=token) as client:
@@ -47,11 +47,15 @@ def test_tokens(serve: Serve, filled: FeatureStore, tmp_path: Path) -> None:
         ):
             with pytest.raises(flight.FlightUnauthenticatedError):
                 call()
+    with pytest.raises(errors.UnavailableError, match="only one side uses TLS") as told:
+        connect(f"grpc+tls://127.0.0.1:{server.port}", timeout_s=5)
+    assert "\n" not in str(told.value)
 
 
 @pytest.mark.long
 def test_tls(serve: Serve, filled: FeatureStore, tmp_path: Path) -> None:
-    """The right authority is trusted; another one, and a name that the certificate has not, are refused and named."""
+    """The right authority is trusted; another one, a name that the certificate has not, and one that has expired, are
+    refused and named."""
     good, other = Certificate(tmp_path / "good", "localhost"), Certificate(tmp_path / "other", "localhost")
     server = serve(filled, "--host", "localhost", "--tls-cert", good.cert, "--tls-key", good.key)
     assert server.address == f"grpc+tls://localhost:{server.port}"
@@ -70,18 +74,6 @@ def test_tls(serve: Serve, filled: FeatureStore, tmp_path: Path) -> None:
         (tmp_path / "other.pem").write_text(text)
         with pytest.raises(errors.AccessError, match=r"other\.pem: it has no certificate in PEM"):
             connect(server.address, ca=tmp_path / "other.pem")
-
-
-@pytest.mark.long
-def test_tls_to_a_server_without(serve: Serve, filled: FeatureStore) -> None:
-    server = serve(filled)
-    with pytest.raises(errors.UnavailableError, match="only one side uses TLS") as told:
-        connect(f"grpc+tls://127.0.0.1:{server.port}", timeout_s=5)
-    assert "\n" not in str(told.value)
-
-
-@pytest.mark.long
-def test_an_expired_certificate(serve: Serve, filled: FeatureStore, tmp_path: Path) -> None:
     old = Certificate(tmp_path / "old", not_after=datetime.now(UTC) - timedelta(days=1))
     server = serve(filled, "--tls-cert", old.cert, "--tls-key", old.key)
     with pytest.raises(errors.AccessError, match="expired"):
@@ -97,7 +89,7 @@ def test_certificate_and_key_must_fit(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def filled_store(store: FeatureStore, info: StoreInfo, make_rows: MakeRows) -> FeatureStore:
+def filled_store(store: FeatureStore, info: StoreInfo) -> FeatureStore:
     """Five snapshots, of 10, 20, ... rows."""
     for count in range(10, 60, 10):
         store.put(make_rows(count, info, seed=count))
@@ -150,13 +142,6 @@ def test_what_is_used_answers_after_others_took_its_place(
     assert unmapped() is None
 
 
-def test_one_snapshot_alone(filled_store: FeatureStore, tmp_path: Path) -> None:
-    snapshots = opened(filled_store, tmp_path, version=2)
-    assert rows_of(snapshots, None) == rows_of(snapshots, 2) == 20 and not snapshots.follow()
-    with pytest.raises(errors.SnapshotNotFoundError, match="snapshot 2 of .* alone"):  # noqa: RUF043
-        snapshots.partition(5)
-
-
 def test_a_snapshot_that_cannot_be_opened_is_tried_again(
     filled_store: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -179,9 +164,7 @@ def test_many_threads_open_one_snapshot_once(filled_store: FeatureStore, tmp_pat
     assert loads == [5, 4]
 
 
-def test_following_reports_each_thing_once(
-    filled_store: FeatureStore, info: StoreInfo, make_rows: MakeRows, tmp_path: Path
-) -> None:
+def test_following_reports_each_thing_once(filled_store: FeatureStore, info: StoreInfo, tmp_path: Path) -> None:
     said: list[str] = []
     snapshots = opened(filled_store, tmp_path)
     ended = threading.Event()

@@ -16,7 +16,6 @@ import xxhash
 from featurestore import FeaturePartition, FeatureRows, FeatureStore, QuarantineRow, StoreInfo, to_bits, to_float32
 from featurestore.errors import CorruptFileError
 from featurestore.format.codec import Basis, BasisOrigin, write_basis
-from featurestore.format.datafile import DataFile, encode, table_of
 from featurestore.log import manifest_path
 from featurestore.storage.storage import Storage
 from featurestore.upkeep.expiry import expire
@@ -45,12 +44,11 @@ def unsealed(path: Path) -> dict[str, Any]:
 
 
 def numbers(data: bytes, dtype: str) -> list[float]:
-    if dtype == "float32":
-        return list(struct.unpack(f"<{len(data) // 4}f", data))
-    if dtype == "float16":
-        return list(struct.unpack(f"<{len(data) // 2}e", data))
-    halves = struct.unpack(f"<{len(data) // 2}H", data)
-    return list(struct.unpack(f"<{len(halves)}f", struct.pack(f"<{len(halves)}I", *(half << 16 for half in halves))))
+    if dtype == "bfloat16":
+        halves = struct.unpack(f"<{len(data) // 2}H", data)
+        data = struct.pack(f"<{len(halves)}I", *(half << 16 for half in halves))
+    form = {"bfloat16": "<f", "float16": "<e", "float32": "<f"}[dtype]
+    return [number for (number,) in struct.iter_unpack(form, data)]
 
 
 def read_store(folder: Path) -> dict[int, tuple[str, list[float]]]:
@@ -74,6 +72,7 @@ def read_store(folder: Path) -> dict[int, tuple[str, list[float]]]:
             assert sum(row["deleted"] for row in table) == file["num_deleted"]
             for row in table:
                 if row["key"] not in decided and not row["deleted"]:
+                    assert row["key"] & MASK == xxhash.xxh3_64(row["uri"].encode(), seed=0).intdigest()
                     rows[row["key"]] = (row["uri"], numbers(row["feature"], store["dtype"]))
                 decided.add(row["key"])
     return rows
@@ -98,13 +97,6 @@ def test_a_reader_written_from_the_page_reads_what_ours_reads(tmp_path: Path, in
     assert np.array_equal(features_UD, np.array([found[key][1] for key in ours], np.float32))
 
 
-def test_keys_are_xxh3_of_the_uri(tmp_path: Path, info: StoreInfo) -> None:
-    store = FeatureStore.create(tmp_path / "store", info)
-    store.put(FeatureRows.of(["shirts/ä.jpg"], np.zeros((1, info.dim), np.uint16)))
-    (key,) = read_store(tmp_path / "store")
-    assert key & MASK == xxhash.xxh3_64("shirts/ä.jpg".encode(), seed=0).intdigest()
-
-
 def test_the_table_of_hashes() -> None:
     page = Path(__file__).parents[3] / "docs" / "FORMAT.md"
     for key in (0, 1, -1):
@@ -122,7 +114,6 @@ KINDS = {
     "expired manifest": "expired/*.json",
     "basis": "basis/*.safetensors",
 }
-FLIPS_OF_A_FILE = 8  # at least, in the quick tests
 
 
 @pytest.fixture(scope="module")
@@ -174,16 +165,12 @@ def files_of(store: FeatureStore, kind: str) -> list[Path]:
     return sorted(Path(store.url).glob(KINDS[kind]))
 
 
-def step_of(path: Path) -> int:
-    return max(1, path.stat().st_size // FLIPS_OF_A_FILE)
-
-
 @pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("step", [None, pytest.param(3, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])])
 def test_verify_finds_a_flipped_bit_in_every_kind_of_file(full: FeatureStore, kind: str, step: int | None) -> None:
     for path in files_of(full, kind):
-        for place in flips(path, step or step_of(path)):
+        for place in flips(path, step or max(1, path.stat().st_size // 8)):
             found = verify(full, threads=1).problems
             assert any(path.name in str(problem) for problem in found), f"byte {place} of {path}"
             assert all(problem.way_out for problem in found)
@@ -250,17 +237,6 @@ def test_a_footer_whose_row_groups_do_not_add_up_is_damaged(full: FeatureStore) 
     assert found
 
 
-def test_page_checksums_find_a_flipped_bit_without_the_sha256(small_info: StoreInfo) -> None:
-    values = to_bits(np.random.default_rng(0).standard_normal((200, 8)).astype(np.float32), "bfloat16")
-    rows = FeatureRows.of([f"{i}.jpg" for i in range(200)], values)
-    data = bytearray(encode(table_of(rows, small_info), small_info))
-    place = bytes(data).index(values[100].tobytes())  # lz4 keeps what does not repeat as it is
-    data[place] ^= 1
-    assert pq.read_table(pa.BufferReader(bytes(data))).num_rows == 200  # a default read does not notice
-    with pytest.raises(CorruptFileError, match="x is damaged"):
-        DataFile(pa.BufferReader(bytes(data)), small_info, "x").read()
-
-
 DAMAGES: dict[str, Callable[[bytes], bytes]] = {
     "truncated": lambda data: data[:-10],
     "halved": lambda data: data[: len(data) // 2],
@@ -295,24 +271,3 @@ def test_two_files_that_changed_places_are_found(full: FeatureStore, tmp_path: P
     found = " ".join(str(problem) for problem in verify(full).problems)
     first.write_bytes(contents[0]), second.write_bytes(contents[1])
     assert first.name in found and second.name in found
-
-
-def test_a_file_replaced_by_an_older_one_is_found(full: FeatureStore, tmp_path: Path) -> None:
-    """A backup put back in the wrong place: valid in itself, of the same store and shard."""
-    older, newer = full.snapshot().manifest.files(0)[:2]
-    path = Path(full.url) / newer.path
-    whole = path.read_bytes()
-    path.write_bytes((Path(full.url) / older.path).read_bytes())
-    found = verify(full).problems
-    with pytest.raises(CorruptFileError, match=newer.path):
-        FeaturePartition.load(full, cache_dir=tmp_path)
-    path.write_bytes(whole)
-    assert len(found) == 1 and found[0].path == newer.path
-    log = Path(full.url) / manifest_path(full.snapshot().version)
-    whole = log.read_bytes()
-    log.write_bytes(files_of(full, "manifest")[0].read_bytes())
-    found = verify(full).problems
-    with pytest.raises(CorruptFileError, match=log.name):
-        full.snapshot()
-    log.write_bytes(whole)
-    assert any(problem.kind == "manifest" and problem.path.endswith(log.name) for problem in found)

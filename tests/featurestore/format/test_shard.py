@@ -10,24 +10,25 @@ import pyarrow as pa
 import pytest
 
 from featurestore import FeatureStore, StoreInfo, to_bits
-from featurestore.errors import CorruptFileError, InvalidRowsError, KeyCollisionError
+from featurestore.errors import CorruptFileError, InvalidRowsError
 from featurestore.format.codec import Moments
 from featurestore.format.datafile import FeatureRows, matrix_of, open_entry
-from featurestore.format.shard import ShardReader, check_digest, read_moments, write_shard_file
+from featurestore.format.shard import read_moments, write_shard_file
 from featurestore.keys import shard_of
 from featurestore.spec import FileEntry, Manifest, seal, unseal
 from featurestore.staging import sorted_table
 from featurestore.storage.local import DiskFiles
-from tests.featurestore.conftest import MakeRows
+from tests.featurestore.conftest import make_rows, put
 
 
 @pytest.fixture
-def one(tmp_path: Path, info: StoreInfo) -> FeatureStore:
+def one(tmp_path: Path, info: StoreInfo, monkeypatch: pytest.MonkeyPatch) -> FeatureStore:
+    monkeypatch.setattr("featurestore.format.shard._CHUNK_BYTES", 1000)  # files are checked in pieces
     return FeatureStore.create(tmp_path / "one", info.model_copy(update={"num_shards": 1}))
 
 
 @pytest.fixture
-def table(one: FeatureStore, make_rows) -> pa.Table:
+def table(one: FeatureStore) -> pa.Table:
     return sorted_table(make_rows(100, one.info), one.info)
 
 
@@ -64,7 +65,7 @@ def test_statistics_are_kept_where_they_are_small_beside_the_rows(one: FeatureSt
     assert write(one, table.slice(0, enough - 1)).statistics_path is None
 
 
-def test_rows_of_other_shards_are_refused_and_no_file_appears(store: FeatureStore, make_rows) -> None:
+def test_rows_of_other_shards_are_refused_and_no_file_appears(store: FeatureStore) -> None:
     with pytest.raises(InvalidRowsError, match="do not belong to shard 0"):
         write(store, sorted_table(make_rows(50, store.info), store.info))
     assert store.storage.entries("data") == []
@@ -92,74 +93,38 @@ def test_a_disk_that_keeps_other_bytes_is_noticed(
         write(one, table)
 
 
-@pytest.mark.parametrize("chunk_bytes", [1000, 1 << 20])
-def test_a_file_is_checked_in_pieces(
-    one: FeatureStore, table: pa.Table, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int
-) -> None:
-    monkeypatch.setattr("featurestore.format.shard._CHUNK_BYTES", chunk_bytes)
-    entry = write(one, table)
-    check_digest(one.storage, entry.path, entry.bytes, "xxh3_128", entry.xxh3_128)
-    with pytest.raises(CorruptFileError, match="missing"):
-        check_digest(one.storage, "data/0000/nothing", entry.bytes, "sha256", entry.sha256)
-
-
-KEYS = np.arange(40)
-
-
-@pytest.fixture
-def reader(store: FeatureStore, info: StoreInfo) -> ShardReader:
-    """The first shard: keys 0 to 39 of it, of which 10 to 14 went, and 12 came back."""
-
-    def put(keys: np.ndarray) -> None:
-        features = to_bits(np.ones((len(keys), info.dim), np.float32), info.dtype)
-        store.put(FeatureRows.of([f"{key}.jpg" for key in keys], features, keys=keys))
-
-    put(KEYS)
+def test_a_shard_knows_its_keys_and_their_uris(store: FeatureStore, info: StoreInfo) -> None:
+    keys = np.arange(40)
+    empty = store.snapshot().shard_reader(0)
+    assert not empty.contains(keys).any() and empty.uris(keys)[1] == []
+    features = to_bits(np.ones((len(keys), info.dim), np.float32), info.dtype)
+    rows = FeatureRows.of([f"{key}.jpg" for key in keys], features, keys=keys)
+    store.put(rows)
     store.delete(np.arange(10, 15))
-    put(np.array([12]))
-    return store.snapshot().shard_reader(0)
-
-
-def test_uris_of_some_keys(reader: ShardReader, info: StoreInfo) -> None:
-    here = KEYS[shard_of(KEYS, info.num_shards) == 0]
+    store.put(rows.take(np.array([12])))
+    reader = store.snapshot().shard_reader(0)
+    here = keys[shard_of(keys, info.num_shards) == 0]
     live = np.array([key for key in here.tolist() if key not in (10, 11, 13, 14)])
     np.testing.assert_array_equal(np.sort(reader.keys()), live)
     asked = np.array([live[-1], 10, 10_000, live[0], live[-1]])
-    keys, uris = reader.uris(asked)
-    assert keys.tolist() == [live[-1], live[0], live[-1]]
-    assert uris == [f"{key}.jpg" for key in keys]
+    found, uris = reader.uris(asked)
+    assert found.tolist() == [live[-1], live[0], live[-1]]
+    assert uris == [f"{key}.jpg" for key in found]
     np.testing.assert_array_equal(reader.contains(asked), [True, False, False, True, True])
     assert reader.uris(np.array([10_000]))[1] == []
     assert not reader.contains(np.empty(0, np.int64)).any()
 
 
-def test_another_uri_under_a_key_is_refused(reader: ShardReader) -> None:
-    key = reader.keys()[:1]
-    reader.check_uris(key, [f"{key[0]}.jpg"])
-    with pytest.raises(KeyCollisionError, match="other"):
-        reader.check_uris(key, ["other.jpg"])
-
-
-def test_a_shard_without_files_has_no_key(store: FeatureStore, info: StoreInfo) -> None:
-    empty = store.snapshot().shard_reader(0)
-    assert not empty.contains(KEYS).any()
-    assert empty.uris(KEYS)[1] == []
-
-
 @pytest.mark.parametrize("size", [10**13, 2**63 - 1])
-def test_a_manifest_that_names_a_huge_file_asks_for_no_memory(
-    store: FeatureStore, make_rows: MakeRows, size: int
-) -> None:
-    entry = store.put(make_rows(4, store.info)).manifest.entries[0].model_copy(update={"bytes": size})
-    with (
-        pytest.raises(CorruptFileError, match=f"bytes instead of {size}"),
-        open_entry(store.storage, store.info, entry, "xxh3_128"),
-    ):
-        pass
+def test_a_manifest_that_names_a_huge_file_asks_for_no_memory(store: FeatureStore, size: int) -> None:
+    put(store, 4)
+    entry = store.snapshot().manifest.entries[0].model_copy(update={"bytes": size})
+    with pytest.raises(CorruptFileError, match=f"bytes instead of {size}"):
+        open_entry(store.storage, store.info, entry, "xxh3_128").__enter__()
 
 
 @pytest.mark.parametrize("name", ["bytes", "rows", "num_deleted"])
-def test_a_count_below_zero_is_damage(store: FeatureStore, make_rows: MakeRows, name: str) -> None:
+def test_a_count_below_zero_is_damage(store: FeatureStore, name: str) -> None:
     manifest = store.put(make_rows(4, store.info)).manifest
     shard = next(iter(manifest.shards))
     entry = manifest.shards[shard][0].model_copy(update={name: -1})

@@ -19,6 +19,7 @@ from featurestore.errors import CorruptFileError, StorageError
 from featurestore.format.datafile import DataFile, FileMemory
 from featurestore.keys import keys_of_uris
 from featurestore.lookup.cache import default_cache_dir, open_or_build, prune
+from tests.featurestore.conftest import make_rows, put
 
 DAY_S = 24 * 3600
 
@@ -32,12 +33,10 @@ def names(cache: Path) -> set[str]:
     return {path.name for path in cache.iterdir()}
 
 
-def test_keys_that_change_between_the_two_readings_are_found(
-    store: FeatureStore, cache: Path, make_rows, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Which row wins is decided before the digest of a file is known."""
-    store.put(make_rows(200, store.info))
-    store.put(make_rows(100, store.info, seed=1))
+def test_keys_that_change_are_found(store: FeatureStore, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two readings: which row wins is decided before the digest of a file is known."""
+    put(store, 200)
+    put(store, 100, seed=1)
     read = DataFile.read
 
     def other_keys(file: DataFile, columns: list[str]) -> object:
@@ -88,7 +87,7 @@ def test_a_shard_of_many_deltas_is_built_in_the_memory_of_one_file(tmp_path: Pat
     assert peak < largest + (28 << 20) < total / 2, f"{peak} for {largest} of {total} bytes"
 
 
-def test_threads_together_stay_below_the_limit(tmp_path: Path, info: StoreInfo, make_rows, cache: Path) -> None:
+def test_threads_together_stay_below_the_limit(tmp_path: Path, info: StoreInfo, cache: Path) -> None:
     store = FeatureStore.create(tmp_path / "store", info)
     for seed in range(3):
         store.put(make_rows(800, info, seed=seed))
@@ -118,34 +117,26 @@ def test_memory_is_lent_reused_and_limited() -> None:
     assert not waiter.is_alive() and memory.peak_bytes == 100
     with FileMemory(10).borrow(1000) as view:
         assert len(view) == 1000  # a single file may be larger than the limit
+    large = FileMemory(1 << 50)
+    with pytest.raises(MemoryError), large.borrow(1 << 50):
+        pass  # what is not there is not lent
+    assert can_borrow(large, 10) and large.peak_bytes == 10
 
 
 def can_borrow(memory: FileMemory, size_bytes: int) -> bool:
     """Whether it is lent within seconds."""
-
-    def borrow() -> None:
-        with memory.borrow(size_bytes):
-            pass
-
-    thread = threading.Thread(target=borrow, daemon=True)
+    thread = threading.Thread(target=lambda: memory.borrow(size_bytes).__enter__(), daemon=True)
     thread.start()
     thread.join(5)
     return not thread.is_alive()
 
 
-def test_memory_that_is_not_there_is_not_lent() -> None:
-    memory = FileMemory(1 << 50)
-    with pytest.raises(MemoryError), memory.borrow(1 << 50):
-        pass
-    assert can_borrow(memory, 10) and memory.peak_bytes == 10
-
-
 @pytest.mark.parametrize("plain", [True, False])
 def test_a_full_disk_gives_the_memory_back_to_the_other_threads(
-    store: FeatureStore, cache: Path, make_rows, monkeypatch: pytest.MonkeyPatch, plain: bool
+    store: FeatureStore, cache: Path, monkeypatch: pytest.MonkeyPatch, plain: bool
 ) -> None:
     for seed in range(1 if plain else 2):
-        store.put(make_rows(50, store.info, seed=seed))
+        put(store, 50, seed=seed)
     lent: list[FileMemory] = []
 
     def full(*_: object) -> None:
@@ -159,36 +150,23 @@ def test_a_full_disk_gives_the_memory_back_to_the_other_threads(
     assert can_borrow(lent[0], lent[0].limit_bytes)
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("suffix", ["keys.npy", "json", "rows.bin"])
-def test_a_flipped_bit_in_a_cache_file_is_never_served(
-    store: FeatureStore, cache: Path, make_rows, monkeypatch: pytest.MonkeyPatch, suffix: str
-) -> None:
+@pytest.mark.parametrize("suffix", ["keys.npy", "json"])
+def test_a_flipped_bit_in_a_cache_file_is_never_served(store: FeatureStore, cache: Path, suffix: str) -> None:
     """Keys and seal are checked at each opening; rows at the first one after the machine has started."""
-    rows = make_rows(60, store.info)
-    store.put(rows)
-    with FeaturePartition.load(store, cache_dir=cache) as partition:
-        expected = partition.lookup(rows.keys_N).features_UD
-    starts = iter(range(10**6))
-    if suffix == "rows.bin":
-        monkeypatch.setattr("featurestore.lookup.cache.current_boot", lambda: f"start {next(starts)}")
-    path = next(cache.glob(f"shard-0003-*.{suffix}"))
+    rows = put(store, 60)
+    served(store, cache, rows)
+    path = file_of(cache, suffix)
     size = path.stat().st_size
     for place in range(0, size, max(1, size // 8)):
-        data = bytearray(path.read_bytes())
-        data[place] ^= 1 << (place % 8)
-        path.write_bytes(data)
-        with FeaturePartition.load(store, cache_dir=cache) as partition:
-            np.testing.assert_array_equal(partition.lookup(rows.keys_N).features_UD, expected)
+        flip(path, place)
+        np.testing.assert_array_equal(served(store, cache, rows), rows.features_ND)
 
 
-def test_files_of_an_older_snapshot_go_when_nobody_has_opened_them_for_a_day(
-    store: FeatureStore, cache: Path, make_rows
-) -> None:
-    store.put(make_rows(100, store.info))
+def test_files_of_an_older_snapshot_go_when_nobody_has_opened_them_for_a_day(store: FeatureStore, cache: Path) -> None:
+    put(store, 100)
     FeaturePartition.load(store, cache_dir=cache).close()
     old = names(cache)
-    store.put(make_rows(100, store.info, seed=1))
+    put(store, 100, seed=1)
     FeaturePartition.load(store, cache_dir=cache).close()
     assert names(cache) > old and len(names(cache)) == 48
     for seal in cache.glob("*.json"):
@@ -209,9 +187,7 @@ def test_files_of_an_older_snapshot_go_when_nobody_has_opened_them_for_a_day(
         np.testing.assert_array_equal(partition.lookup(rows.keys_N).features_UD, rows.features_ND)
 
 
-def test_files_of_other_stores_and_shards_go_after_a_month(
-    tmp_path: Path, info: StoreInfo, cache: Path, make_rows
-) -> None:
+def test_files_of_other_stores_and_shards_go_after_a_month(tmp_path: Path, info: StoreInfo, cache: Path) -> None:
     kept = []
     for name in ("a", "b"):
         store = FeatureStore.create(tmp_path / name, info)
@@ -230,8 +206,8 @@ def test_files_of_other_stores_and_shards_go_after_a_month(
     assert len(names(cache)) == 24
 
 
-def test_leftovers_of_killed_builds_go_after_a_day(store: FeatureStore, cache: Path, make_rows) -> None:
-    store.put(make_rows(100, store.info))
+def test_leftovers_of_killed_builds_go_after_a_day(store: FeatureStore, cache: Path) -> None:
+    put(store, 100)
     FeaturePartition.load(store, cache_dir=cache).close()
     before = names(cache)
     for name in (".tmp-old", ".tmp-new", "shard-0001-x-y.rows.bin", "shard-0001-x-z.rows.bin", "mine.txt"):
@@ -242,9 +218,7 @@ def test_leftovers_of_killed_builds_go_after_a_day(store: FeatureStore, cache: P
     assert names(cache) - before == {".tmp-new", "shard-0001-x-z.rows.bin", "mine.txt"}
 
 
-def test_a_file_that_another_rank_removes_meanwhile_does_not_keep_the_others(
-    cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_removed_by_another_rank_does_not_keep_the_others(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache.mkdir()
     for number in range(3):
         (cache / f".tmp-{number}").touch()
@@ -279,11 +253,10 @@ def test_files_opened_while_they_are_removed_stay(cache: Path, monkeypatch: pyte
     assert names(cache) == set()
 
 
-def test_a_cache_that_may_only_be_read_is_used(
-    store: FeatureStore, cache: Path, make_rows, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    store.put(make_rows(100, store.info))
-    FeaturePartition.load(store, cache_dir=cache).close()
+def test_a_read_only_cache_is_used_alone(store: FeatureStore, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = put(store, 100)
+    served(store, cache, rows)
+    store.storage.delete("data")
     for seal in cache.glob("*.json"):
         age(seal, 1.1)
 
@@ -291,14 +264,20 @@ def test_a_cache_that_may_only_be_read_is_used(
         raise PermissionError("not yours")
 
     monkeypatch.setattr("featurestore.lookup.cache.os.utime", refuse)
-    FeaturePartition.load(store, cache_dir=cache).close()
+    np.testing.assert_array_equal(served(store, cache, rows), rows.features_ND)
 
 
-def test_a_user_without_a_home_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_is_a_users_folder(store: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user without a home is told so."""
+    monkeypatch.setenv("XDG_CACHE_HOME", os.fspath(tmp_path / "xdg"))
+    put(store, 3)
+    FeaturePartition.load(store).close()
+    assert list((tmp_path / "xdg" / "crossmedia" / "features").glob("*.rows.bin"))
+
     def nowhere() -> Path:
         raise RuntimeError("Could not determine home directory.")
 
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr(Path, "home", nowhere)
     with pytest.raises(StorageError, match=r"no home folder.*XDG_CACHE_HOME"):
         default_cache_dir()
@@ -345,24 +324,32 @@ def flip(path: Path, place: int = 100) -> None:
 
 
 def test_folder_and_files_are_for_their_user_alone(store: FeatureStore, cache: Path, rows: FeatureRows) -> None:
+    """A folder that others may only read stays as it is."""
+    cache.mkdir()
+    cache.chmod(0o755)
     before = os.umask(0)
     try:
+        np.testing.assert_array_equal(served(store, cache, rows), rows.features_ND)
         served(store, cache / "below", rows)
     finally:
         os.umask(before)
-    assert mode_of(cache / "below") == 0o700
-    assert {mode_of(path) for path in (cache / "below").iterdir()} == {0o600}
+    assert (mode_of(cache), mode_of(cache / "below")) == (0o755, 0o700)
+    assert {mode_of(path) for path in [*cache.glob("shard*"), *(cache / "below").iterdir()]} == {0o600}
 
 
-def test_a_folder_of_another_user_is_refused(
-    store: FeatureStore, cache: Path, rows: FeatureRows, give_away: Callable[[Path], None]
+@pytest.mark.parametrize(
+    ("flaw", "told"),
+    [("another user's", "data.cache_dir"), (0o777, "data.cache_dir.*chmod 700"), (0o775, "data.cache_dir.*chmod 700")],
+)
+def test_a_folder_into_which_others_can_write_is_refused(
+    store: FeatureStore, cache: Path, rows: FeatureRows, give_away: Callable[[Path], None], flaw: str | int, told: str
 ) -> None:
     served(store, cache, rows)
-    before = {path: path.stat().st_mtime_ns for path in cache.iterdir()}
-    give_away(cache)
-    with pytest.raises(StorageError, match=f"can write into the cache folder {cache}, .*data.cache_dir"):
+    give_away(cache) if isinstance(flaw, str) else cache.chmod(flaw)
+    before = {path: (path.stat().st_mtime_ns, mode_of(path)) for path in [cache, *cache.iterdir()]}
+    with pytest.raises(StorageError, match=f"can write into the cache folder {cache}, .*{told}"):
         served(store, cache, rows)
-    assert {path: path.stat().st_mtime_ns for path in cache.iterdir()} == before
+    assert {path: (path.stat().st_mtime_ns, mode_of(path)) for path in [cache, *cache.iterdir()]} == before
 
 
 @pytest.mark.parametrize(
@@ -394,24 +381,6 @@ def test_a_file_that_others_can_change_is_built_again(
     assert not place.is_symlink() and (place.stat().st_ino != number or not IS_ROOT) and mode_of(place) == 0o600
 
 
-@pytest.mark.parametrize("mode", [0o777, 0o775])
-def test_a_folder_into_which_others_can_write_is_refused(
-    store: FeatureStore, cache: Path, rows: FeatureRows, mode: int
-) -> None:
-    cache.mkdir()
-    cache.chmod(mode)
-    with pytest.raises(StorageError, match=r"can write into the cache folder .*data.cache_dir.*chmod 700"):
-        served(store, cache, rows)
-    assert mode_of(cache) == mode
-
-
-def test_a_folder_that_others_only_read_stays_as_it_is(store: FeatureStore, cache: Path, rows: FeatureRows) -> None:
-    cache.mkdir()
-    cache.chmod(0o755)
-    np.testing.assert_array_equal(served(store, cache, rows), rows.features_ND)
-    assert mode_of(cache) == 0o755 and mode_of(file_of(cache, ".rows.bin")) == 0o600
-
-
 def test_rows_that_were_changed_since_the_last_opening_are_built_again(
     store: FeatureStore, cache: Path, rows: FeatureRows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -433,13 +402,10 @@ def test_rows_that_were_changed_since_the_last_opening_are_built_again(
     assert read == []  # what has not changed is not read through again
 
 
-def test_a_seal_counts_for_the_files_it_was_made_for_alone(
-    store: FeatureStore, cache: Path, rows: FeatureRows, make_rows
-) -> None:
+def test_a_seal_counts_for_the_files_it_was_made_for_alone(store: FeatureStore, cache: Path, rows: FeatureRows) -> None:
     """All three files of another snapshot, under the name of this one: each fits the others, none the store."""
     served(store, cache, rows)
-    newer = make_rows(200, store.info, seed=1)
-    store.put(newer)
+    newer = put(store, 200, seed=1)
     old = {path.name.split(".", 1)[1]: path for path in cache.glob("shard-0003-*")}
     served(store, cache, newer)
     for suffix, path in old.items():

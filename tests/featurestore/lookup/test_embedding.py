@@ -15,10 +15,10 @@ from featurestore.lookup.ondevice import HeldRows, PReLU, as_tensor, held_bytes
 from featurestore.lookup.partition import FeaturePartition
 from featurestore.upkeep.remake import remake
 
-DIM = 32
+DIM, ROWS = 32, 50
 
 
-def features(count: int = 50) -> np.ndarray:
+def features(count: int = ROWS) -> np.ndarray:
     """Like fc6 after ReLU: far from centred, of different spread."""
     draw = np.random.default_rng(0)
     return np.maximum(draw.normal(3, 1, (count, DIM)) * draw.uniform(0.5, 20, DIM), 0).astype(np.float32)
@@ -31,10 +31,11 @@ def info_of(dtype: str, num_shards: int) -> StoreInfo:
     return StoreInfo(num_shards=num_shards, name="images", dim=DIM, dtype=dtype, extractor=spec)
 
 
-def partition_of(folder: Path, missing: str = "error", dtype: str = "bfloat16") -> FeaturePartition:
-    store = FeatureStore.create(str(folder / "store"), info_of(dtype, num_shards=4))
-    store.put(FeatureRows.of([str(k) for k in range(50)], features(), keys=np.arange(50)))
-    return FeaturePartition.load(store, cache_dir=folder / "cache", missing=missing)
+def partition_of(folder: Path, missing: str = "error", dtype: str = "bfloat16", ranks: int = 1) -> FeaturePartition:
+    """The last rank's rows of ROWS; for the keys from ROWS on there are none."""
+    store = FeatureStore.create(str(folder / "store"), info_of(dtype, num_shards=8))
+    store.put(FeatureRows.of([str(k) for k in range(ROWS)], features(), keys=np.arange(ROWS)))
+    return FeaturePartition.load(store, ranks - 1, ranks, cache_dir=folder / "cache", missing=missing)
 
 
 def _folded(service: EmbeddingService, store: Path, scaling: Scaling | None = None) -> np.ndarray:
@@ -151,7 +152,7 @@ class TestService:
         partition = partition_of(tmp_path, "zeros", dtype=dtype)
         service = EmbeddingService(partition, EmbeddingModel(DIM, (8,), 3, compute_dtype))
         service.fold_standardization_(features().mean(0), features().std(0))
-        keys = np.random.default_rng(rows).permutation(50)[:rows]
+        keys = np.random.default_rng(rows).permutation(ROWS)[:rows]
         keys[rows // 2] = 999  # has no feature
         gathered = service.gather(keys)
         stored = as_tensor(partition.lookup(keys).features_UD)
@@ -162,6 +163,7 @@ class TestService:
 
     def test_zeros(self, tmp_path: Path) -> None:
         service = EmbeddingService(partition_of(tmp_path, "zeros"), EmbeddingModel(DIM))
+        assert service.embed(service.gather(np.empty(0, np.int64))).shape == (0, 12)
         visual = service.embed(service.gather(np.array([3, 999])))
         assert visual[0].any() and not visual[1].any()
         visual[1].sum().backward()
@@ -186,10 +188,6 @@ class TestService:
         assert third.features_QD.data_ptr() == address
         assert fourth.features_QD.data_ptr() != address
         assert torch.equal(third.features_QD, fourth.features_QD)
-
-    def test_no_keys(self, tmp_path: Path) -> None:
-        service = EmbeddingService(partition_of(tmp_path), EmbeddingModel(DIM))
-        assert service.embed(service.gather(np.empty(0, np.int64))).shape == (0, 12)
 
 
 @pytest.mark.parametrize(
@@ -218,22 +216,11 @@ def test_torch_names_the_capabilities_of_this_processor() -> None:
         assert {"cpu_name", "avx512_bf16", "amx_bf16"} <= capabilities.keys()
 
 
-ROWS = 60
-CPU = torch.device("cpu")
-
-
-def held_partition(folder: Path, dtype: str, missing: str = "zeros", ranks: int = 1) -> FeaturePartition:
-    values = np.random.default_rng(0).normal(3, 2, (ROWS, DIM)).astype(np.float32)
-    store = FeatureStore.create(str(folder / "store"), info_of(dtype, num_shards=8))
-    store.put(FeatureRows.of([str(k) for k in range(ROWS)], values, keys=np.arange(ROWS)))
-    return FeaturePartition.load(store, ranks - 1, ranks, cache_dir=folder / "cache", missing=missing)
-
-
 @pytest.mark.parametrize(("dtype", "ranks"), [("bfloat16", 2), ("float16", 1), ("float32", 2)])
 def test_the_same_bits_as_a_lookup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, ranks: int) -> None:
     monkeypatch.setattr(ondevice, "_HELD_BLOCK_ROWS", 3)
-    partition = held_partition(tmp_path, dtype, ranks=ranks)
-    held = HeldRows(partition, CPU)
+    partition = partition_of(tmp_path, "zeros", dtype, ranks)
+    held = HeldRows(partition, torch.device("cpu"))
     keys = np.random.default_rng(1).permutation(ROWS + 20)  # the last 20 have no feature
     keys = keys[partition.owns(keys)]
     assert (keys >= ROWS).any() and 0 < (keys < ROWS).sum() <= ROWS
@@ -245,9 +232,9 @@ def test_the_same_bits_as_a_lookup(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize(("dtype", "missing"), [("bfloat16", "zeros"), ("float32", "learned")])
 def test_a_service_makes_the_same_vectors(tmp_path: Path, dtype: str, missing: str) -> None:
-    partition = held_partition(tmp_path, dtype, missing)
+    partition = partition_of(tmp_path, missing, dtype)
     service = EmbeddingService(partition, EmbeddingModel(DIM, (8,), 3, "float32"))
-    keys = np.array([7, ROWS + 1, 3, 59])
+    keys = np.array([7, ROWS + 1, 3, 49])
 
     def results() -> list[torch.Tensor]:
         service.zero_grad()
@@ -270,7 +257,7 @@ def test_a_service_makes_the_same_vectors(tmp_path: Path, dtype: str, missing: s
 
 
 def test_missing_keys_and_a_closed_partition_are_errors(tmp_path: Path) -> None:
-    partition = held_partition(tmp_path, "float32", "error")
+    partition = partition_of(tmp_path, dtype="float32")
     service = EmbeddingService(partition, EmbeddingModel(DIM))
     service.hold_rows()
     with pytest.raises(MissingKeysError, match="999"):
@@ -286,5 +273,5 @@ def test_a_partition_without_rows(tmp_path: Path) -> None:
     for rank in range(2):
         partition = FeaturePartition.load(store, rank, 2, cache_dir=tmp_path / "cache", missing="zeros")
         keys = np.arange(5)[partition.owns(np.arange(5))]
-        taken = HeldRows(partition, CPU).take(partition.find(keys))
+        taken = HeldRows(partition, torch.device("cpu")).take(partition.find(keys))
         assert taken[:, 0].tolist() == [float(key == 1) for key in keys]

@@ -1,7 +1,7 @@
 """One rank's partition and its cache files: the right row or none, missing and hidden keys, files in one matrix."""
 
-import multiprocessing
-import os
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +17,9 @@ from featurestore.errors import (
     StorageError,
     StoreNotFoundError,
 )
-from featurestore.keys import HashIndex, shard_of_hash, splitmix64
-from tests.featurestore.test_keys import inverse_splitmix64
+from featurestore.keys import HashIndex, shard_of_hash
+from tests.featurestore.conftest import make_rows, put
+from tests.fuse import FORK
 
 
 @pytest.mark.long
@@ -27,7 +28,7 @@ from tests.featurestore.test_keys import inverse_splitmix64
     [("bfloat16", 1, 1), ("bfloat16", 3000, 3), ("float16", 7, 3), ("float32", 8, 1), ("float32", 3001, 2)],
 )
 def test_lookup_gives_the_rows_in_the_order_asked(
-    tmp_path: Path, cache: Path, info: StoreInfo, make_rows, dtype: str, dim: int, threads: int
+    tmp_path: Path, cache: Path, info: StoreInfo, dtype: str, dim: int, threads: int
 ) -> None:
     info = info.model_copy(update={"dtype": dtype, "dim": dim})
     store = FeatureStore.create(tmp_path / "other", info)
@@ -59,38 +60,9 @@ def test_what_is_larger_than_half_of_the_memory_is_not_read_at_its_opening(
         assert np.array_equal(partition.lookup(rows.keys_N).features_UD, rows.features_ND)
 
 
-def test_a_lookup_never_gives_a_wrong_row(store: FeatureStore, cache: Path, rows: FeatureRows) -> None:
-    held = set(rows.keys_N.tolist())
-    neighbours = [key_of_hash(int(h) + step) for h in splitmix64(rows.keys_N) for step in (-1, 1)]
-    random = np.random.default_rng(0).integers(-(2**63), 2**63 - 1, 3000).tolist()
-    close = [key + step for key in rows.keys_N[:200].tolist() for step in (-1, 1)]
-    extremes = [0, -1, 2**63 - 1, -(2**63), key_of_hash(0), key_of_hash(2**64 - 1)]
-    asked = np.array([k for k in [*neighbours, *random, *close, *extremes] if k not in held] + rows.keys_N.tolist())
-    with FeaturePartition.load(store, cache_dir=cache, missing="zeros") as partition:
-        found = partition.lookup(asked)
-        assert found.missing_U[:-200].all() and not found.missing_U[-200:].any()
-        assert not found.features_UD[:-200].any()
-        assert np.array_equal(found.features_UD[-200:], rows.features_ND)
-
-
-def key_of_hash(hash_: int) -> int:
-    """The key whose splitmix64 is `hash_` (mod 2**64), as a signed number."""
-    value = inverse_splitmix64(hash_ % 2**64)
-    return value - 2**64 if value >= 2**63 else value
-
-
-def test_policy_error_names_some_keys_and_the_count(store: FeatureStore, cache: Path, rows: FeatureRows) -> None:
-    with FeaturePartition.load(store, cache_dir=cache) as partition:
-        with pytest.raises(MissingKeysError, match=r"6 keys have no feature in snapshot 1 .*: 1, 2, 3, 4, 5, …"):
-            partition.lookup([1, 2, 3, int(rows.keys_N[0]), 4, 5, 6])
-        partition.lookup(rows.keys_N)
-        assert partition.missing_count == 0
-
-
 @pytest.mark.parametrize("policy", ["zeros", "learned"])
-def test_policies_zeros_and_learned_give_zeros_a_mask_and_a_count(
-    store: FeatureStore, cache: Path, rows: FeatureRows, policy: str
-) -> None:
+def test_missing_rows_are_zeros_and_counted(store: FeatureStore, cache: Path, rows: FeatureRows, policy: str) -> None:
+    """Or an error that names some keys and the count."""
     store.delete(rows.keys_N[3:4])
     with FeaturePartition.load(store, cache_dir=cache, missing=policy) as partition:
         out = np.full((11, 8), 7, np.uint16)
@@ -100,6 +72,11 @@ def test_policies_zeros_and_learned_give_zeros_a_mask_and_a_count(
         assert partition.missing_count == 2
         partition.lookup([5, 5])
         assert partition.missing_count == 4
+    with FeaturePartition.load(store, cache_dir=cache) as partition:
+        with pytest.raises(MissingKeysError, match=r"6 keys have no feature in snapshot 2 .*: 1, 2, 3, 4, 5, …"):
+            partition.lookup([1, 2, 3, int(rows.keys_N[0]), 4, 5, 6])
+        partition.lookup(rows.keys_N[:3])
+        assert partition.missing_count == 0
 
 
 @pytest.mark.parametrize("block_rows", [1, 4, 11, 100])
@@ -139,13 +116,6 @@ def test_wrong_arguments_are_named(store: FeatureStore, cache: Path, tmp_path: P
         partition.lookup(rows.keys_N)
 
 
-def test_rows_outlive_the_partition(store: FeatureStore, cache: Path, rows: FeatureRows) -> None:
-    partition = FeaturePartition.load(store, cache_dir=cache)
-    first = next(partition.rows(1))
-    partition.close()
-    assert first.any()  # an array that looks into the files keeps them mapped
-
-
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_hidden_images_have_no_feature(store: FeatureStore, cache: Path, rows: FeatureRows, num_ranks: int) -> None:
     for rank in range(num_ranks):
@@ -161,13 +131,13 @@ def test_hidden_images_have_no_feature(store: FeatureStore, cache: Path, rows: F
             assert np.array_equal(partition.lookup(keys_U).features_UD, features_UD)
 
 
-def test_a_partition_serves_on_when_its_snapshot_and_its_cache_are_gone(
-    store: FeatureStore, cache: Path, rows: FeatureRows
-) -> None:
+def test_it_serves_on_when_snapshot_and_cache_are_gone(store: FeatureStore, cache: Path, rows: FeatureRows) -> None:
     with FeaturePartition.load(store, cache_dir=cache) as partition:
         for path in [*cache.iterdir(), *Path(store.url, "data").rglob("*.parquet")]:
             path.unlink()  # mapped files live on
         assert np.array_equal(partition.lookup(rows.keys_N).features_UD, rows.features_ND)
+        first = next(partition.rows(1))
+    assert first.any()  # an array that looks into the files keeps them mapped, also when the partition is closed
 
 
 def test_an_empty_store_serves_nothing(store: FeatureStore, cache: Path) -> None:
@@ -183,15 +153,13 @@ def files_of(cache: Path) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in cache.iterdir()}
 
 
-def load_and_look(url: str, cache: Path, keys: "np.ndarray", results: "multiprocessing.Queue[bytes]") -> None:
+def load_and_look(url: str, cache: Path, keys_U: np.ndarray) -> bytes:
     with FeaturePartition.load(url, cache_dir=cache) as partition:
-        results.put(partition.lookup(keys).features_UD.tobytes())
+        return partition.lookup(keys_U).features_UD.tobytes()
 
 
 @pytest.mark.parametrize("num_ranks", [1, 3, 11])
-def test_ranks_share_the_rows_and_the_cache(
-    store: FeatureStore, cache: Path, rows: FeatureRows, num_ranks: int
-) -> None:
+def test_ranks_share_rows_and_cache(store: FeatureStore, cache: Path, rows: FeatureRows, num_ranks: int) -> None:
     FeaturePartition.load(store, cache_dir=cache).close()
     before = files_of(cache)
     assert len(before) == 24
@@ -210,11 +178,10 @@ def test_ranks_share_the_rows_and_the_cache(
     assert files_of(cache) == before  # nothing was built again
 
 
-def test_only_changed_shards_are_built_again(store: FeatureStore, cache: Path, rows: FeatureRows, make_rows) -> None:
+def test_only_changed_shards_are_built_again(store: FeatureStore, cache: Path, rows: FeatureRows) -> None:
     FeaturePartition.load(store, cache_dir=cache).close()
     before = files_of(cache)
-    changed = make_rows(["images/0.jpg"], store.info, seed=5)
-    store.put(changed)
+    changed = put(store, ["images/0.jpg"], seed=5)
     with FeaturePartition.load(store, cache_dir=cache) as partition:
         assert np.array_equal(partition.lookup(changed.keys_N).features_UD, changed.features_ND)
         assert np.array_equal(partition.lookup(rows.keys_N[1:]).features_UD, rows.features_ND[1:])
@@ -247,11 +214,10 @@ def test_damaged_cache_files_are_built_again(
 
 @pytest.mark.parametrize("num_files", [1, 2])
 def test_rows_damaged_by_a_power_cut_are_found_after_the_restart(
-    store: FeatureStore, cache: Path, make_rows, monkeypatch: pytest.MonkeyPatch, num_files: int
+    store: FeatureStore, cache: Path, monkeypatch: pytest.MonkeyPatch, num_files: int
 ) -> None:
     for seed in range(num_files):
-        rows = make_rows(100, store.info, seed=seed)
-        store.put(rows)
+        rows = put(store, 100, seed=seed)
     FeaturePartition.load(store, cache_dir=cache).close()
     before = files_of(cache)
     victim = next(cache.glob("shard-0003-*.rows.bin"))
@@ -267,28 +233,12 @@ def test_rows_damaged_by_a_power_cut_are_found_after_the_restart(
     assert all('"the next start"' in path.read_text() for path in cache.glob("*.json"))
 
 
-def test_processes_may_build_one_cache_at_once(store: FeatureStore, cache: Path, make_rows) -> None:
-    rows = make_rows(2000, store.info)
-    store.put(rows)
-    context = multiprocessing.get_context("fork")
-    results: multiprocessing.Queue[bytes] = context.Queue()
-    processes = [context.Process(target=load_and_look, args=(store.url, cache, rows.keys_N, results)) for _ in range(4)]
-    for process in processes:
-        process.start()
-    found = [results.get(timeout=60) for _ in processes]
-    for process in processes:
-        process.join(60)
+def test_processes_may_build_one_cache_at_once(store: FeatureStore, cache: Path) -> None:
+    rows = put(store, 2000)
+    with ProcessPoolExecutor(4, FORK) as pool:
+        found = list(pool.map(partial(load_and_look, store.url, cache), [rows.keys_N] * 4))
     assert found == [rows.features_ND.tobytes()] * 4
     assert len(list(cache.iterdir())) == 24
-
-
-def test_the_default_cache_is_in_the_users_cache_folder(
-    store: FeatureStore, tmp_path: Path, make_rows, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", os.fspath(tmp_path / "xdg"))
-    store.put(make_rows(3, store.info))
-    FeaturePartition.load(store).close()
-    assert list((tmp_path / "xdg" / "crossmedia" / "features").glob("*.rows.bin"))
 
 
 ENDS = np.array([0, 1, 2**63 - 1, 2**63, 2**64 - 2, 2**64 - 1], np.uint64)

@@ -7,9 +7,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,6 +21,7 @@ from featurestore.storage import safety
 from featurestore.storage.safety import check_backend, refuse_unsafe
 from featurestore.storage.storage import Storage
 from tests.cli import invoke
+from tests.faulty import FaultyStorage
 from tests.proxy import Fault, Proxy, proxy_before
 from tests.running import spared
 from tests.servers import environment_of, new_bucket
@@ -48,9 +50,7 @@ def test_safe_places_pass_the_short_check_and_stay_clean(place_url: str) -> None
 
 @pytest.mark.long
 @pytest.mark.parametrize("place", ["disk", pytest.param("seaweedfs", marks=pytest.mark.slow)])
-def test_writers_race_and_the_command_says_what_it_could_not_disprove(
-    place: str, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
+def test_writers_race_and_the_command_says_so(place: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     url = str(tmp_path / "new" / "place") if place == "disk" else request.getfixturevalue("s3_url")
     command = [sys.executable, "-m", "featurestore", "check-backend", url, "--writers", "3", "--rounds", "12"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -63,9 +63,7 @@ def test_writers_race_and_the_command_says_what_it_could_not_disprove(
 @pytest.mark.parametrize(
     ("fault", "reason"), [(Fault.DROP_CONDITION, IGNORED), (Fault.CHECK_THEN_PUT, SEVERAL)], ids=lambda x: str(x)[:20]
 )
-def test_a_server_whose_create_is_not_atomic_is_refused(
-    careless: Proxy, info: StoreInfo, fault: Fault, reason: str
-) -> None:
+def test_creates_that_race_are_refused(careless: Proxy, info: StoreInfo, fault: Fault, reason: str) -> None:
     url = new_bucket()
     careless.rule = lambda request: fault if request.is_create else None
     with pytest.raises(UnsafeBackendError, match="cannot hold a store") as caught:
@@ -90,71 +88,43 @@ def test_races_that_do_not_overlap_disprove_nothing(tmp_path: Path, monkeypatch:
 
 
 def test_a_race_counts_where_a_create_lost_that_began_in_time(tmp_path: Path) -> None:
-    class Slow(Storage):
-        """A server whose answers come when both have asked."""
-
-        def create_exclusive(self, path: str, data: bytes) -> bool:
-            made = super().create_exclusive(path, data)
-            if "round" in path:
-                both.wait(60)
-            return made
-
+    """On a server whose answers come when both have asked."""
     both = threading.Barrier(2)
-    report = check_backend(Slow(tmp_path), num_writers=2, num_rounds=3, large_bytes=10)
+
+    def slow(create: Callable[..., bool], path: str, data: bytes) -> bool:
+        made = create(path, data)
+        if "round" in path:
+            both.wait(60)
+        return made
+
+    place = FaultyStorage(Storage(tmp_path), {"create_exclusive": slow})
+    report = check_backend(place, num_writers=2, num_rounds=3, large_bytes=10)
     assert (report.problems, report.num_overlapping) == ((), 3)
 
 
-class Broken(Storage):
-    """A place with one flaw."""
-
-    def __init__(self, url: str, flaw: str) -> None:
-        super().__init__(url)
-        self.flaw = flaw
-        self.made: dict[str, bytes] = {}
-        self.lock = threading.Lock()
-
-    def create_exclusive(self, path: str, data: bytes) -> bool:
-        with self.lock:
-            self.made.setdefault(path, data)
-        made = super().create_exclusive(path, data)
-        if self.flaw == "says that all were made":
-            return True
-        return False if self.flaw == "says that none was made" and path.endswith("first") else made
-
-    def write_bytes(self, path: str, data: bytes) -> None:
-        if self.flaw != "keeps what was replaced":
-            super().write_bytes(path, data)
-
-    def read_bytes(self, path: str) -> bytes:
-        data = super().read_bytes(path)
-        if self.flaw == "reads late":
-            raise FileNotFoundError(path)
-        return data + self.flaw.encode() if self.flaw == "changes in a race" and "round" in path else data
-
-    def list(self, path: str = "") -> list[str]:
-        return [] if self.flaw == "lists late" else super().list(path)
-
-    def delete(self, path: str) -> None:
-        if self.flaw != "keeps what was deleted" or not path.endswith("first"):
-            super().delete(path)
+def not_found(read: object, path: str) -> bytes:
+    raise FileNotFoundError(path)
 
 
-@pytest.mark.parametrize(
-    ("flaw", "reason"),
-    [
-        ("says that none was made", "says that it exists"),
-        ("says that all were made", "says that it made it"),
-        ("keeps what was replaced", "still reads as before"),
-        ("reads late", "cannot be read right after"),
-        ("lists late", "does not show a file"),
-        ("keeps what was deleted", "still read or listed"),
-        ("changes in a race", "in 5 of 5 races a file changed or was gone after its creation"),
-    ],
-)
-def test_every_flaw_is_named(tmp_path: Path, flaw: str, reason: str) -> None:
-    with pytest.raises(UnsafeBackendError) as caught:
-        refuse_unsafe(Broken(str(tmp_path), flaw))
-    assert reason in str(caught.value)
+FLAWS: dict[str, dict[str, Callable[..., Any]]] = {
+    "says that it exists": {
+        "create_exclusive": lambda create, path, data: create(path, data) and not path.endswith("first")
+    },
+    "says that it made it": {"create_exclusive": lambda create, path, data: create(path, data) or True},
+    "still reads as before": {"write_bytes": lambda write, path, data: None},
+    "cannot be read right after": {"read_bytes": not_found},
+    "does not show a file": {"list": lambda names, path="": []},
+    "still read or listed": {"delete": lambda delete, path: path.endswith("first") or delete(path)},
+    "in 5 of 5 races a file changed or was gone after its creation": {
+        "read_bytes": lambda read, path: read(path) + b"changed" * ("round" in path)
+    },
+}
+
+
+@pytest.mark.parametrize("reason", FLAWS)
+def test_every_flaw_is_named(tmp_path: Path, reason: str) -> None:
+    with pytest.raises(UnsafeBackendError, match=reason):
+        refuse_unsafe(FaultyStorage(Storage(tmp_path), FLAWS[reason]))
 
 
 @pytest.mark.long

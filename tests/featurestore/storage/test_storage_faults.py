@@ -2,9 +2,6 @@
 
 import errno
 import random
-import resource
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +18,7 @@ from multidict import CIMultiDict, CIMultiDictProxy
 from s3fs.errors import translate_boto_error
 from yarl import URL
 
-from featurestore import FeaturePartition, FeatureRows, FeatureStore, StoreInfo, keys_of_uris, log
+from featurestore import FeaturePartition, FeatureStore, StoreInfo, keys_of_uris, log
 from featurestore.errors import StorageError
 from featurestore.storage import remote
 from featurestore.storage.remote import RemoteFiles
@@ -29,6 +26,8 @@ from featurestore.storage.storage import Storage
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.expiry import expire
 from featurestore.upkeep.verify import verify
+from tests.faulty import full_from
+from tests.featurestore.conftest import make_rows, put
 from tests.proxy import Fault, Proxy, Request, proxy_before
 from tests.servers import environment_of
 
@@ -170,18 +169,13 @@ def test_a_bare_create_is_tried_again_only_where_nothing_was_done(failing: Faili
         with pytest.raises(StorageError):
             storage.create_exclusive("log/x", b"1")
         assert client.calls == 1
+    for error in (answer("PreconditionFailed", 412), answer("412", 412), FileExistsError("log/1")):  # another was first
+        storage, client = failing(error)
+        assert not storage.create_exclusive("log/1", b"x")
+        assert client.calls == 1
 
 
-@pytest.mark.parametrize(
-    "error", [answer("PreconditionFailed", 412), answer("412", 412), FileExistsError("log/1")], ids=str
-)
-def test_there_are_three_ways_to_say_that_another_was_first(failing: FailingStorage, error: Exception) -> None:
-    storage, client = failing(error)
-    assert not storage.create_exclusive("log/1", b"x")
-    assert client.calls == 1
-
-
-def test_at_the_end_of_patience_the_error_says_how_often_it_was_tried(
+def test_an_error_says_how_often_it_was_tried(
     failing: FailingStorage, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(remote, "PATIENCE_S", 0.5)
@@ -193,41 +187,16 @@ def test_at_the_end_of_patience_the_error_says_how_often_it_was_tried(
     assert caplog.text.count("SlowDown; trying again") == 1
 
 
-def files_below(folder: Path) -> set[Path]:
-    return {path for path in folder.rglob("*") if path.is_file()}
-
-
-WRITER = """
-import sys
-import numpy as np
-from featurestore import FeatureRows, FeatureStore
-from featurestore.errors import StorageError
-store = FeatureStore.open(sys.argv[1])
-rows = np.random.default_rng(0).integers(0, 0x3F80, (400, store.info.dim)).astype(np.uint16)
-try:
-    store.put(FeatureRows.of([str(i) for i in range(400)], rows), "large")
-except StorageError as error:
-    print(error)
-"""
-
-
-@pytest.mark.long
-def test_a_quota_ends_a_commit_and_leaves_nothing_of_it(tmp_path: Path, info: StoreInfo, make_rows) -> None:
+def test_a_quota_ends_a_commit_and_leaves_nothing_of_it(tmp_path: Path, info: StoreInfo) -> None:
     """For all users: a limit on the size of a file, in the middle of which the writing stops."""
-    wide = info.model_copy(update={"dim": 4096})
-    store = FeatureStore.create(tmp_path / "store", wide)
-    store.put(make_rows(4, wide), "small")
-    before = files_below(tmp_path)
-    done = subprocess.run(
-        [sys.executable, "-c", WRITER, store.url],
-        capture_output=True,
-        text=True,
-        check=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
-    )
-    assert "cannot write" in done.stdout and "File too large" in done.stdout
-    assert files_below(tmp_path) == before
-    assert store.put(FeatureRows.of(["x"], np.ones((1, 4096), np.uint16)), "later").version == 2
+    store = FeatureStore.create(tmp_path / "store", info.model_copy(update={"dim": 4096}))
+    put(store, 4)
+    before = {path for path in tmp_path.rglob("*") if path.is_file()}
+    large = make_rows(400, store.info, first=4)
+    with full_from(100_000), pytest.raises(StorageError, match=r"cannot write .*File too large"):
+        store.put(large)
+    assert {path for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert store.put(make_rows(1, store.info, first=4)).version == 2
     assert not verify(store).problems
 
 
@@ -265,11 +234,6 @@ def s3_store(s3_url: str, info: StoreInfo, request: pytest.FixtureRequest) -> Fe
     return FeatureStore.open(url)
 
 
-@pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "PATIENCE_S", 0.3)
-
-
 def first(count: int, fault: Fault, of: Callable[[Request], bool]) -> Callable[[Request], Fault | None]:
     """A rule: the fault happens to the first requests of a kind."""
     left = [fault] * count
@@ -282,29 +246,17 @@ def first(count: int, fault: Fault, of: Callable[[Request], bool]) -> Callable[[
     return rule
 
 
-def is_commit(request: Request) -> bool:
-    return request.is_create and "/log/" in request.path
-
-
-def operations(store: FeatureStore) -> list[str]:
-    return [log.read_manifest(store.storage, version).operation for version in log.versions(store.storage)]
-
-
 @pytest.mark.parametrize("fault", [*FAULTS, Fault.CONFLICT])
-def test_a_commit_that_meets_a_fault_is_made_exactly_once(
-    s3_store: FeatureStore, proxy: Proxy, make_rows, fault: Fault
-) -> None:
+def test_a_commit_that_meets_a_fault_is_made_once(s3_store: FeatureStore, proxy: Proxy, fault: Fault) -> None:
     s3_store.put(make_rows(1, s3_store.info), "before")
-    proxy.rule = first(2, fault, is_commit)
+    proxy.rule = first(2, fault, lambda request: request.is_create and "/log/" in request.path)
     assert s3_store.put(make_rows(5, s3_store.info, seed=1), "mine").version == 2
     assert len(proxy.faults) >= 1
-    assert operations(s3_store) == ["before", "mine"]
-    assert s3_store.snapshot().num_rows == 5
+    assert [log.read_manifest(s3_store.storage, each).operation for each in (1, 2)] == ["before", "mine"]
+    assert log.versions(s3_store.storage) == [1, 2] and s3_store.snapshot().num_rows == 5
 
 
-def test_a_year_of_work_with_many_requests_failing(
-    s3_store: FeatureStore, proxy: Proxy, make_rows, tmp_path: Path
-) -> None:
+def test_a_year_of_work_with_many_requests_failing(s3_store: FeatureStore, proxy: Proxy, tmp_path: Path) -> None:
     chance, lock = random.Random(0), threading.Lock()
 
     def rule(request: Request) -> Fault | None:
@@ -333,28 +285,12 @@ def test_a_year_of_work_with_many_requests_failing(
     assert len(s3_store.storage.list("log")) == 1
 
 
-@pytest.mark.parametrize("fault", [Fault.CUT_ANSWER, Fault.LOSE_ANSWER, Fault.SLOW_DOWN])
-def test_a_listing_that_meets_a_fault_is_whole(s3_store: FeatureStore, proxy: Proxy, fault: Fault) -> None:
-    """An empty one would be taken for an empty store, or for files that nobody needs."""
-    storage = s3_store.storage
-    for name in ("a", "b"):
-        storage.write_bytes(f"log/{name}", b"")
-    for look in (
-        lambda: storage.list("log"),
-        lambda: [entry.path.removeprefix("log/") for entry in storage.entries("log")],
-        lambda: [entry.path.removeprefix("log/") for entry in storage.entries("log", recursive=False)],
-    ):
-        proxy.faults.clear()
-        proxy.rule = first(2, fault, lambda request: request.method == "GET")
-        assert look() == ["a", "b"]
-        assert len(proxy.faults) == 2
-
-
 @pytest.mark.parametrize("fault", [Fault.CUT, Fault.SERVER_ERROR])
 def test_a_server_that_never_recovers_is_one_clear_error(
-    s3_store: FeatureStore, proxy: Proxy, make_rows, impatient: None, fault: Fault
+    s3_store: FeatureStore, proxy: Proxy, monkeypatch: pytest.MonkeyPatch, fault: Fault
 ) -> None:
-    s3_store.put(make_rows(1, s3_store.info))
+    monkeypatch.setattr(remote, "PATIENCE_S", 0.3)
+    put(s3_store, 1)
     proxy.rule = lambda request: fault if request.method == "GET" else None
     start = time.monotonic()
     with pytest.raises(StorageError, match=rf"cannot (read|list) {s3_store.url}.* \(tried \d+ times\)$"):
@@ -365,7 +301,7 @@ def test_a_server_that_never_recovers_is_one_clear_error(
     assert s3_store.snapshot().num_rows == 1
 
 
-def test_what_will_not_pass_is_not_tried_again(s3_store: FeatureStore, proxy: Proxy, make_rows) -> None:
+def test_what_will_not_pass_is_not_tried_again(s3_store: FeatureStore, proxy: Proxy) -> None:
     requests: list[Request] = []
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
@@ -373,18 +309,3 @@ def test_what_will_not_pass_is_not_tried_again(s3_store: FeatureStore, proxy: Pr
         with pytest.raises(StorageError, match=r"cannot read .*store\.json: .*signature.*[a-z]; are the cred"):
             FeatureStore.open(s3_store.url)
     assert len(requests) <= 2
-
-
-def test_an_answer_cut_in_the_middle_of_a_file_is_no_damage(
-    s3_store: FeatureStore, proxy: Proxy, make_rows, tmp_path: Path
-) -> None:
-    rows = make_rows(100, s3_store.info)
-    s3_store.put(rows)
-    for look in (
-        lambda: s3_store.snapshot().get(rows.keys_N),
-        lambda: FeaturePartition.load(s3_store.url, cache_dir=tmp_path / "c").lookup(rows.keys_N).features_UD,
-    ):
-        proxy.faults.clear()
-        proxy.rule = first(6, Fault.CUT_ANSWER, lambda request: ".parquet" in request.path)
-        assert np.array_equal(look(), rows.features_ND)
-        assert len(proxy.faults) == 6

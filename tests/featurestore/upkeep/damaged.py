@@ -1,12 +1,16 @@
 """Damages to a store, images to take down, and what is left in it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from featurestore import FeaturePartition, FeatureStore, Snapshot
 from featurestore.log import EXPIRED, manifest_path
 from featurestore.spec import FileEntry
+from featurestore.storage.storage import Storage
 from featurestore.upkeep.purge import Images
 from featurestore.upkeep.verify import verify
 from tests.featurestore.shardrows import read_shard
@@ -69,3 +73,12 @@ def leave_in_expired(store: FeatureStore, damaged: list[int], aside: list[int]) 
             store.storage.delete(manifest_path(version))
     for version in damaged:
         spoil(store, manifest_path(version))
+
+
+@contextmanager
+def days_later(days: float) -> Iterator[None]:
+    """As if all that is in a store were older by that."""
+    now = Storage.now
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Storage, "now", lambda storage: now(storage) + days * 86_400)
+        yield

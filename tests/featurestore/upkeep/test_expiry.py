@@ -15,9 +15,10 @@ from featurestore.spec import ReductionSpec
 from featurestore.storage.storage import Storage
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.expiry import ExpireReport, expire, kept_versions
-from featurestore.upkeep.history import Pin, pin
+from featurestore.upkeep.history import Pin, move_channel, pin
 from featurestore.upkeep.verify import repair
-from tests.featurestore.staged import build_shard, run
+from tests.featurestore.conftest import make_rows, put
+from tests.featurestore.staged import run
 from tests.featurestore.upkeep.damaged import needs
 
 pytestmark = pytest.mark.long
@@ -42,14 +43,14 @@ def expire_to(store: FeatureStore, keep_last: int, grace_days: float = 7.0, **op
 
 
 @pytest.fixture
-def merged(filled_by, make_rows) -> FeatureStore:
+def merged(filled_by) -> FeatureStore:
     """1: put, 2: put, 3: compaction, which needs none of the files before it, 4: put."""
 
     def four_commits(store: FeatureStore) -> None:
-        store.put(make_rows(40, store.info, seed=1))
-        store.put(make_rows(20, store.info, seed=2))
+        put(store, 40, seed=1)
+        put(store, 20, seed=2)
         compact(store, force=True)
-        store.put(make_rows(5, store.info, seed=3))
+        put(store, 5, seed=3)
 
     return filled_by(four_commits)
 
@@ -77,9 +78,9 @@ class TestPolicy:
     def test_an_empty_log_keeps_nothing(self) -> None:
         assert kept_versions([], 1.0, 10, 1.0, ()) == set()
 
-    def test_the_defaults_keep_ten_and_thirty_days(self, store: FeatureStore, make_rows) -> None:
+    def test_the_defaults_keep_ten_and_thirty_days(self, store: FeatureStore) -> None:
         for version in range(14):
-            store.put(make_rows(1, store.info, seed=version))
+            put(store, 1, seed=version)
         assert expire(store).expired == ()
         age(store, 31)
         report = expire(store)
@@ -92,7 +93,7 @@ class TestPolicy:
             expire(store, **{option: value})
 
 
-class TestTwoSteps:
+class TestSteps:
     def test_first_the_snapshots_then_their_files(self, merged: FeatureStore) -> None:
         age(merged, 100)
         needed = needs(merged.snapshot(4)) | needs(merged.snapshot(3))
@@ -112,38 +113,37 @@ class TestTwoSteps:
         assert files_of(merged, "expired") == set()
         assert merged.snapshot().num_rows == 40
 
+    def test_what_a_pin_or_a_channel_names_stays_whole(self, merged: FeatureStore) -> None:
+        pin(merged, "a", 1)
+        move_channel(merged, "stable", 2)
+        kept = needs(merged.snapshot(1)) | needs(merged.snapshot(2)) | needs(merged.snapshot(4))
+        for _ in range(2):
+            age(merged, 8)
+            expire_to(merged, 1)
+        assert log.versions(merged.storage) == [1, 2, 4]
+        assert files_of(merged, "data") == kept
+
 
 class TestWhatDeadWritersLeft:
-    def test_it_goes_after_the_grace_and_not_before(self, merged: FeatureStore, make_rows) -> None:
+    def test_it_goes_after_the_grace_and_not_before(self, merged: FeatureStore) -> None:
+        """What a run stages that goes on, and files of others, stay."""
+        for path in ("quarantine/a.parquet", "damaged/b.json", "reports/c.json", "notes.txt"):
+            merged.storage.write_bytes(path, b"x")
+        merged.stage_part("running", "p-0", make_rows(3, merged.info))
         named = files_of(merged)
-        fresh = make_rows(30, merged.info, first=100)
-        merged.stage_part("dead", "p", fresh)
-        built = [build_shard(merged, "dead", shard, ["p"]) for shard in range(8)]
+        merged.stage_part("dead", "p", make_rows(30, merged.info, first=100))
+        built = merged.build_shards("dead", range(8), ["p"])
         for folder in ("", "log/", "data/0003/", "staging/dead/", ".tmp-check/"):
             merged.storage.write_bytes(f"{folder}.tmp-{'0' * 32}", b"half")
         left = files_of(merged) - named
-        assert len(left) == 1 + sum(entry is not None for entry in built) + 5
+        assert len(left) == 1 + len(built) + 5
         age(merged, 6.9)
         assert expire_to(merged, 10).num_files == 0
+        merged.stage_part("running", "p-1", make_rows(3, merged.info, first=3))
         age(merged, 0.2)
         report = expire_to(merged, 10)
         assert (report.num_files, report.runs) == (len(left), ("dead",))
-        assert files_of(merged) == named
-
-    def test_the_old_parts_of_a_run_that_goes_on_stay(self, merged: FeatureStore, make_rows) -> None:
-        merged.stage_part("running", "p-0", make_rows(3, merged.info))
-        age(merged, 8)
-        merged.stage_part("running", "p-1", make_rows(3, merged.info, first=3))
-        assert expire_to(merged, 10).runs == ()
-        assert merged.staged_parts("running") == ["p-0", "p-1"]
-
-    def test_other_files_are_left_alone(self, merged: FeatureStore) -> None:
-        for path in ("quarantine/a.parquet", "damaged/b.json", "reports/c.json", "notes.txt"):
-            merged.storage.write_bytes(path, b"x")
-        everything = files_of(merged)
-        age(merged, 100)
-        expire_to(merged, 10)
-        assert files_of(merged) == everything
+        assert files_of(merged) - named == {"staging/running/p-1.parquet"} and named < files_of(merged)
 
     def test_the_basis_of_the_store_stays(self, tmp_path: Path, info: StoreInfo) -> None:
         basis = ReductionSpec(path="basis/mine.safetensors", sha256="0" * 64, full_dim=info.dim + 1)
@@ -175,9 +175,7 @@ class TestDamage:
         ],
         ids=["newest", "kept", "leaving", "all", "expired", "pin"],
     )
-    def test_nothing_changes_where_it_is_not_known_what_is_needed(
-        self, merged: FeatureStore, damaged: list[str]
-    ) -> None:
+    def test_nothing_changes_where_needs_are_not_known(self, merged: FeatureStore, damaged: list[str]) -> None:
         expire_to(merged, 3)
         pin(merged, "a", 3)
         for path in damaged:
@@ -211,17 +209,16 @@ class TestDamage:
 
 
 class TestLate:
-    def test_nothing_happens_after_half_the_grace(self, merged: FeatureStore, make_rows) -> None:
+    def test_nothing_happens_after_half_the_grace(self, merged: FeatureStore) -> None:
         merged.stage_part("dead", "p", make_rows(3, merged.info))
         age(merged, 8)
         report = expire_to(merged, 1, grace_days=1e-12)
         assert (report.kept, report.expired, report.num_files, report.is_complete) == ((1, 2, 3, 4), (), 0, False)
+        assert "run it again" in run("expire", merged.url, "--grace-days", 1e-12, code=1).stderr
         assert merged.staged_parts("dead") == ["p"]
         assert expire_to(merged, 1).expired == (1, 2, 3)
 
-    def test_it_stops_between_two_deletions(
-        self, merged: FeatureStore, make_rows, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_it_stops_between_two_deletions(self, merged: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
         for part in ("a", "b", "c"):
             merged.stage_part("dead", part, make_rows(3, merged.info))
         age(merged, 8)
@@ -252,7 +249,7 @@ class TestLate:
 
 
 class TestCommand:
-    def test_it_says_what_it_did(self, merged: FeatureStore, make_rows) -> None:
+    def test_it_says_what_it_did(self, merged: FeatureStore) -> None:
         merged.stage_part("dead", "p", make_rows(3, merged.info))
         age(merged, 40)
         before = files_of(merged)
@@ -273,25 +270,17 @@ class TestCommand:
         run("expire", merged.url)
         assert named == before - files_of(merged) and any(path.startswith("expired/") for path in named)
 
-    def test_one_that_was_too_slow_says_so(self, merged: FeatureStore) -> None:
-        result = run("expire", merged.url, "--grace-days", 1e-12)
-        assert "run it again" in result.stderr and result.exit_code == 1
 
-
-def test_a_copy_that_another_expiry_takes_away_is_made_again(
-    store: FeatureStore, make_rows, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_copy_that_another_takes_away_is_made_again(merged: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that saw a pin, which has been withdrawn since, because it saw the copy."""
-    reader = store.put(make_rows(9, store.info, seed=1))
-    store.put(make_rows(9, store.info, seed=2))
-    compact(store, force=True)
-    age(store, 8)
+    needed = needs(merged.snapshot(1))
 
     def without_pins(storage: Storage) -> list[Pin]:
         storage.delete(log.manifest_path(1, log.EXPIRED))
         return []
 
+    age(merged, 8)
     monkeypatch.setattr("featurestore.upkeep.history.read_pins", without_pins)
-    expire_to(store, 1)
-    assert log.versions(store.storage, log.EXPIRED) == [1, 2]
-    assert needs(reader) <= files_of(store)
+    expire_to(merged, 1)
+    assert log.versions(merged.storage, log.EXPIRED) == [1, 2, 3]
+    assert needed <= files_of(merged)

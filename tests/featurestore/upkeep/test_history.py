@@ -1,6 +1,5 @@
 """Snapshots over time: the log, opening by time, what differs between two, restore, and pins that keep them."""
 
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,66 +12,51 @@ from featurestore.upkeep.expiry import expire
 from featurestore.upkeep.history import diff, move_channel, pin, read_pins, restore, unpin
 from featurestore.upkeep.history import log as log_of
 from tests.faulty import faulty, made_but_lost, preceded_by
+from tests.featurestore.conftest import make_rows, put
 from tests.featurestore.staged import run
 
-T0 = 1_800_000_000.0
 
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
-    """Sets this machine's clock, in seconds after T0."""
-
-    def set_to(seconds: float) -> None:
-        monkeypatch.setattr("featurestore.store.time", SimpleNamespace(time=lambda: T0 + seconds))
-
-    return set_to
-
-
-@pytest.fixture
-def timed(store: FeatureStore, make_rows, clock: Callable[[float], None]) -> FeatureStore:
-    """Versions 1 to 9, committed at 10 s, 20 s … 90 s."""
-    for version in range(1, 10):
-        clock(10 * version)
-        store.put(make_rows(1, store.info, seed=version))
-    return store
-
-
-def test_times_of_commits_never_run_backwards(timed: FeatureStore, make_rows, clock: Callable[[float], None]) -> None:
-    """Whatever the clocks of their writers say."""
-    for seconds, expected in ((15, 90), (95, 95)):
-        clock(seconds)
-        assert timed.put(make_rows(1, timed.info)).manifest.time_s == T0 + expected
+def test_times_of_commits_never_run_backwards(store: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the clocks of their writers say; the log is a table that has them."""
+    for seed, seconds in enumerate((10, 90, 15, 95)):
+        monkeypatch.setattr("featurestore.store.time", SimpleNamespace(time=lambda now=seconds: 1_800_000_000.0 + now))
+        put(store, 1, seed=seed)
+    assert [store.snapshot(version).manifest.time_s - 1_800_000_000 for version in (1, 2, 3, 4)] == [10, 90, 90, 95]
+    pin(store, "keep-it", 3)
+    names, newest, pinned = run("log", store.url, "--last", 2, code=0).output.splitlines()
+    expected = ["version", "committed", "operation", "files", "rows", "bytes", "writer", "pinned", "channels"]
+    assert names.split() == expected
+    assert newest.split()[:5] == ["4", "2027-01-15", "08:01:35", "UTC", "put"]
+    assert pinned.split()[2] == "08:01:30" and pinned.rstrip().endswith("keep-it")
 
 
 class TestLog:
-    def test_newest_first_with_pins(self, timed: FeatureStore) -> None:
-        pin(timed, "b", 8)
-        pin(timed, "a", 8)
-        entries = log_of(timed)
+    def test_newest_first_with_pins(self, nine: FeatureStore) -> None:
+        """A damaged manifest does not hide the others."""
+        pin(nine, "b", 8)
+        pin(nine, "a", 8)
+        path = Path(nine.url) / log.manifest_path(4)
+        path.write_bytes(path.read_bytes().replace(b'"put"', b'"pit"'))
+        entries = log_of(nine)
         assert [entry.version for entry in entries] == list(range(9, 0, -1))
         assert [entry.pins for entry in entries[:3]] == [(), ("a", "b"), ()]
-        assert entries[2].manifest == timed.snapshot(7).manifest
-        assert [entry.version for entry in log_of(timed, last=2)] == [9, 8]
-
-    def test_a_damaged_manifest_does_not_hide_the_others(self, timed: FeatureStore) -> None:
-        path = Path(timed.url) / log.manifest_path(4)
-        path.write_bytes(path.read_bytes().replace(b'"put"', b'"pit"'))
-        assert [entry.version for entry in log_of(timed) if entry.manifest is None] == [4]
+        assert entries[2].manifest == nine.snapshot(7).manifest
+        assert [entry.version for entry in entries if entry.manifest is None] == [4]
+        assert [entry.version for entry in log_of(nine, last=2)] == [9, 8]
 
 
 class TestDiff:
-    def test_a_touched_image_is_no_change_but_another_size_is(self, store: FeatureStore, make_rows) -> None:
-        rows = make_rows(3, store.info)
-        store.put(rows)
+    def test_a_touched_image_is_no_change_but_another_size_is(self, store: FeatureStore) -> None:
+        rows = put(store, 3)
         store.put(FeatureRows(**{**rows.__dict__, "source_tag": ["new"] * 3}))
         store.put(FeatureRows(**{**rows.__dict__, "width_N": rows.width_N + np.array([0, 1, 0], np.int32)}))
         assert len(diff(store, 1, 2).changed) == 0
         assert diff(store, 1, 3).changed.uris == ["images/1.jpg"]
         assert diff(store, 1, 3).changed.keys_N.tolist() == rows.keys_N[1:2].tolist()
 
-    def test_shards_with_the_same_files_are_not_read(self, store: FeatureStore, make_rows) -> None:
-        store.put(make_rows(100, store.info))
-        store.put(make_rows(["images/3.jpg"], store.info, seed=2))
+    def test_shards_with_the_same_files_are_not_read(self, store: FeatureStore) -> None:
+        put(store, 100)
+        put(store, ["images/3.jpg"], seed=2)
         opened = []
         noted = {name: lambda read, path: opened.append(path) or read(path) for name in ("open_input", "read_bytes")}
         noting = faulty(store, **noted)
@@ -80,17 +64,17 @@ class TestDiff:
         assert len({path.split("/")[1] for path in opened if path.startswith("data/")}) == 1
 
 
-def test_a_restore_is_refused_whose_snapshot_expires_while_others_are_first(timed: FeatureStore, make_rows) -> None:
+def test_a_restore_is_refused_whose_snapshot_expires_while_others_are_first(nine: FeatureStore) -> None:
     def others_are_first() -> None:
-        timed.put(make_rows(1, timed.info, first=5))
-        expire(timed, keep_last=1, keep_days=0)
+        put(nine, 1, first=5)
+        expire(nine, keep_last=1, keep_days=0)
 
     with pytest.raises(SnapshotNotFoundError, match="3 has expired"):
-        restore(faulty(timed, create_exclusive=preceded_by(others_are_first)), 3)
+        restore(faulty(nine, create_exclusive=preceded_by(others_are_first)), 3)
 
 
 @pytest.mark.parametrize("kept_by", ["nothing", "a pin", "a channel"])
-def test_a_writer_that_slept_for_weeks(nine: FeatureStore, make_rows, kept_by: str) -> None:
+def test_a_writer_that_slept_for_weeks(nine: FeatureStore, kept_by: str) -> None:
     """Even the copies are gone. Where no name keeps any, its version would have been the first to go."""
 
     def others() -> None:
@@ -111,25 +95,18 @@ def test_a_writer_that_slept_for_weeks(nine: FeatureStore, make_rows, kept_by: s
 
 
 class TestCommands:
-    def test_log_is_a_table(self, timed: FeatureStore) -> None:
-        pin(timed, "keep-it", 8)
-        result = run("log", timed.url, "--last", 2)
-        lines = result.output.splitlines()
-        assert (result.exit_code, len(lines)) == (0, 3)
-        names = ["version", "committed", "operation", "files", "rows", "bytes", "writer", "pinned", "channels"]
-        assert lines[0].split() == names
-        assert lines[1].split()[:5] == ["9", "2027-01-15", "08:01:30", "UTC", "put"]
-        assert lines[2].rstrip().endswith("keep-it")
+    def test_log_restore_pin_and_unpin(self, nine: FeatureStore, tmp_path: Path) -> None:
+        empty = FeatureStore.create(tmp_path / "empty", nine.info.kind)
+        assert run("log", empty.url).output == "no snapshot yet: nothing was committed\n"
+        assert run("restore", nine.url, 4).output == "snapshot 10 holds what snapshot 4 holds\n"
+        assert run("pin", nine.url, "a").output == "a keeps snapshot 10\n"
+        assert run("unpin", nine.url, "a").output == "a is not a pin any more\n"
 
-    def test_log_of_an_empty_store(self, store: FeatureStore) -> None:
-        assert run("log", store.url).output == "no snapshot yet: nothing was committed\n"
-
-    def test_diff_counts_and_lists(self, store: FeatureStore, make_rows) -> None:
-        rows = make_rows(3, store.info, seed=1)
-        store.put(rows)
-        store.put(make_rows(1, store.info, seed=2))
+    def test_diff_counts_and_lists(self, store: FeatureStore) -> None:
+        rows = put(store, 3, seed=1)
+        put(store, 1, seed=2)
         store.delete(rows.keys_N[2:])
-        store.put(make_rows(1, store.info, first=9))
+        put(store, 1, first=9)
         assert run("diff", store.url, 1, 4).output == "snapshot 1 to 4: 1 added, 1 changed, 1 removed\n"
         lines = run("diff", store.url, 1, 4, "--keys").output.splitlines()
         assert [(line.split()[0], line.split()[2]) for line in lines[:3]] == [
@@ -139,15 +116,10 @@ class TestCommands:
         ]
         assert int(lines[1].split()[1]) == rows.keys_N[0]
 
-    def test_restore_pin_and_unpin(self, timed: FeatureStore) -> None:
-        assert run("restore", timed.url, 4).output == "snapshot 10 holds what snapshot 4 holds\n"
-        assert run("pin", timed.url, "a").output == "a keeps snapshot 10\n"
-        assert run("unpin", timed.url, "a").output == "a is not a pin any more\n"
-
 
 class TestPins:
-    def test_mistakes_are_named(self, nine: FeatureStore) -> None:
-        pin(nine, "a", 4)
+    def test_mistakes_and_damage_are_named(self, nine: FeatureStore, tmp_path: Path) -> None:
+        assert pin(faulty(nine, create_exclusive=made_but_lost), "a", 4).version == 4
         with pytest.raises(PinError, match="'a' keeps snapshot 4 already"):
             pin(nine, "a", 5)
         with pytest.raises(PinError, match="no pin 'b'; it has a"):
@@ -157,28 +129,18 @@ class TestPins:
                 pin(nine, name, 4)
         with pytest.raises(SnapshotNotFoundError, match="no snapshot 12"):
             pin(nine, "c", 12)
-        assert [made.name for made in read_pins(nine.storage)] == ["a"]
-
-    def test_an_empty_store_has_nothing_to_pin(self, store: FeatureStore) -> None:
         with pytest.raises(SnapshotNotFoundError, match="0 is the empty store"):
-            pin(store, "a")
+            pin(FeatureStore.create(tmp_path / "empty", nine.info.kind), "a")
+        assert [made.name for made in read_pins(nine.storage)] == ["a"]
+        path = Path(nine.url) / "pins" / "a.json"
+        path.write_bytes(path.read_bytes().replace(b'"version": 4', b'"version": 5'))
+        with pytest.raises(CorruptFileError, match=r"pins/a\.json is damaged.*unpin .* a, and pin"):
+            read_pins(nine.storage)
+        unpin(nine, "a")
+        assert read_pins(nine.storage) == []
 
-    def test_a_lost_answer_is_looked_up(self, nine: FeatureStore) -> None:
-        assert pin(faulty(nine, create_exclusive=made_but_lost), "a", 4).version == 4
-
-
-def test_a_pin_that_sees_the_copy_of_an_expiry_is_refused_and_not_left(nine: FeatureStore) -> None:
-    nine.storage.write_bytes(log.manifest_path(4, log.EXPIRED), nine.storage.read_bytes(log.manifest_path(4)))
-    with pytest.raises(SnapshotNotFoundError, match="expiring just now"):
-        pin(nine, "late", 4)
-    assert read_pins(nine.storage) == []
-
-
-def test_a_damaged_pin_is_named(nine: FeatureStore) -> None:
-    pin(nine, "a", 4)
-    path = Path(nine.url) / "pins" / "a.json"
-    path.write_bytes(path.read_bytes().replace(b'"version": 4', b'"version": 5'))
-    with pytest.raises(CorruptFileError, match=r"pins/a\.json is damaged.*unpin .* a, and pin"):
-        read_pins(nine.storage)
-    unpin(nine, "a")
-    assert read_pins(nine.storage) == []
+    def test_one_that_sees_the_copy_of_an_expiry_is_refused_and_not_left(self, nine: FeatureStore) -> None:
+        nine.storage.write_bytes(log.manifest_path(4, log.EXPIRED), nine.storage.read_bytes(log.manifest_path(4)))
+        with pytest.raises(SnapshotNotFoundError, match="expiring just now"):
+            pin(nine, "late", 4)
+        assert read_pins(nine.storage) == []

@@ -31,7 +31,9 @@ from featurestore.upkeep import remake as module
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.remake import CoMoments, principal_components, read_report, remake, sample
 from featurestore.upkeep.verify import verify
+from tests.featurestore.conftest import put
 from tests.featurestore.staged import metadata_of, run
+from tests.featurestore.upkeep.damaged import spoil
 
 pytestmark = pytest.mark.long
 
@@ -111,29 +113,18 @@ def test_the_same_bits_at_any_number_of_threads_and_after_a_compaction(source: F
     assert np.array_equal(before.components_KD, after.components_KD) and np.array_equal(before.mean_D, after.mean_D)
 
 
-@pytest.fixture
-def wide(tmp_path: Path, info: StoreInfo) -> FeatureStore:
-    """40,000 rows of 320 numbers in four shards; such products BLAS would divide among threads."""
+def test_rows_are_streamed_with_the_same_bits(tmp_path: Path, info: StoreInfo, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 40,000 rows of 320 numbers, whose products BLAS would divide among threads, what is held is the matrix, the
+    keys and some blocks of 64 rows: not the 51 MB that all rows are."""
     kind = {"dim": 320, "dtype": "float32", "num_shards": 4}
-    store = FeatureStore.create(tmp_path / "wide", info.model_copy(update=kind))
-    values = np.random.default_rng(5).standard_normal((40_000, 320), np.float32)
-    store.put(FeatureRows.of([f"{i}" for i in range(len(values))], values))
-    return store
-
-
-def test_threads_of_blas_change_no_bit(wide: FeatureStore) -> None:
+    wide = FeatureStore.create(tmp_path / "wide", info.model_copy(update=kind))
+    put(wide, 40_000)
     with threadpool_limits(1, "blas"):
         alone = principal_components(wide.snapshot(), 12, threads=1)
     with threadpool_limits(2, "blas"):
         shared = principal_components(wide.snapshot(), 12, threads=2)
     assert alone.to_bytes() == shared.to_bytes()
-
-
-def test_rows_are_streamed(wide: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is held is the matrix, the keys and some blocks of 64 rows: not the 51 MB that all rows are."""
-    for name in ("upkeep.compaction", "format.datafile"):
-        monkeypatch.setattr(f"featurestore.{name}.row_group_rows", lambda *_: 64)
-    compact(wide, force=True)
+    monkeypatch.setattr("featurestore.upkeep.compaction.row_group_rows", lambda *_: 64)
     snapshot, add, in_arrow = wide.snapshot(), CoMoments.add, [pa.total_allocated_bytes()]
 
     def noted(moments: CoMoments, values_ND: np.ndarray) -> None:
@@ -149,30 +140,6 @@ def test_rows_are_streamed(wide: FeatureStore, monkeypatch: pytest.MonkeyPatch) 
         tracemalloc.stop()
     assert len(in_arrow) > 150
     assert in_numpy + max(in_arrow) - in_arrow[0] < 32e6
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_rows_are_coordinates_and_keep_what_is_known_of_them(source: FeatureStore, tmp_path: Path, dtype) -> None:
-    seen: list[tuple[int, int]] = []
-    report = remake(
-        source, tmp_path / "new", dims=8, dtype=dtype, progress=lambda done, total: seen.append((done, total))
-    )
-    new, (keys, values) = FeatureStore.open(tmp_path / "new"), full_rows(source)
-    assert seen[-1] == (16, 16) and sorted(seen) == seen and len(seen) == 16
-    assert new.info.dim == 8 and new.info.dtype == dtype and new.info.full_dim == DIM
-    assert new.info.extractor == source.info.extractor and new.info.num_shards == source.info.num_shards
-    basis = new.basis
-    assert basis is not None
-    projected = (values - basis.mean_D) @ basis.components_KD.T
-    assert np.array_equal(new.snapshot().get(keys), new.codec.encode(projected.astype(np.float32)))
-    assert metadata_of(new.snapshot()) == metadata_of(source.snapshot())
-    assert report.num_rows == len(keys) and report.source_dim == DIM and report.dim == 8 and verify(new).problems == []
-    assert report.row_bytes_share == 8 * np.dtype(new.info.storage_dtype).itemsize / (DIM * 4)
-    restored = basis.restored(new.codec.decode(new.snapshot().get(keys)))
-    left = ((values - restored).astype(np.float64) ** 2).sum() / ((values - basis.mean_D) ** 2).sum()
-    assert left == pytest.approx(1 - report.variance_kept, abs=1e-3) and report.variance_kept > 0.99
-    assert report.accuracy.relative_error_p99 is not None and report.accuracy.relative_error_p99 < 0.04
-    assert read_report(new.storage) == report == remake(source, tmp_path / "new", dims=8, dtype=dtype)
 
 
 def test_the_basis_is_what_the_page_of_the_format_says(source: FeatureStore, tmp_path: Path) -> None:
@@ -226,15 +193,6 @@ def test_mistakes_are_named(source: FeatureStore, tmp_path: Path, info: StoreInf
         remake(FeatureStore.open(tmp_path / "plane2"), tmp_path / "plane1", dims=1)
 
 
-def test_a_row_that_is_not_finite_is_refused(source: FeatureStore, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("featurestore.format.datafile.finite_rows", lambda bits, dtype: np.ones(len(bits), np.bool_))
-    bad = rows_of(900, 1)
-    bad.features_ND[0, 3] = np.nan
-    source.put(bad)
-    with pytest.raises(InvalidRowsError, match=r"shard \d of .*source has numbers that are not finite"):
-        remake(source, tmp_path / "new", dims=8)
-
-
 def test_rows_of_two_bases_never_mix(source: FeatureStore, tmp_path: Path) -> None:
     remake(source, tmp_path / "a", dims=8)
     source.put(rows_of(2000, 40, seed=5))
@@ -283,22 +241,37 @@ def test_the_command_says_what_is_kept(source: FeatureStore, tmp_path: Path) -> 
     assert re.search(r"dim +8 of 40\n", info) and re.search(r"reduced from +snapshot 3 of store \w+, 570 rows", info)
 
 
+@pytest.mark.parametrize("dims", [None, 8])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-def test_every_live_row_is_there_in_one_snapshot(source: FeatureStore, tmp_path: Path, dtype: DType) -> None:
+def test_every_live_row_is_there(source: FeatureStore, tmp_path: Path, dtype: DType, dims: int | None) -> None:
+    """As it was, or as coordinates, with what is known of it."""
     source.add_quarantine([QuarantineRow(1, "bad.jpg", "truncated", 0.0)])
     seen: list[tuple[int, int]] = []
-    report = remake(source, tmp_path / "new", dtype=dtype, progress=lambda done, total: seen.append((done, total)))
-    new = FeatureStore.open(tmp_path / "new")
-    snapshot = new.snapshot()
+    report = remake(
+        source, tmp_path / "new", dims=dims, dtype=dtype, progress=lambda done, total: seen.append((done, total))
+    )
+    new, (keys, values) = FeatureStore.open(tmp_path / "new"), full_rows(source)
+    snapshot, steps = new.snapshot(), 16 if dims else 8
+    assert seen == [(number, steps) for number in range(1, steps + 1)]
     assert snapshot.version == 1 and report.num_rows == snapshot.num_rows == snapshot.manifest.file_rows == ROWS - 30
     assert all(len(files) == 1 and files[0].kind == "base" for files in snapshot.manifest.shards.values())
-    assert seen == [(n, 8) for n in range(1, 9)]
     assert metadata_of(snapshot).equals(metadata_of(source.snapshot()))
-    keys, values = full_rows(source)
-    assert np.array_equal(new.snapshot().get(keys), new.codec.encode(values))
-    same_kind = new.info.model_copy(update={"dtype": "float32"}).kind
-    assert same_kind == source.info.kind and new.quarantine_rows() == source.quarantine_rows()
-    assert verify(new).problems == []
+    assert new.quarantine_rows() == source.quarantine_rows() and verify(new).problems == []
+    assert (report.source_dim, report.dim, new.info.dim, new.info.dtype) == (DIM, dims or DIM, dims or DIM, dtype)
+    assert report.row_bytes_share == new.info.row_bytes / (DIM * 4)
+    if dims is None:
+        assert np.array_equal(snapshot.get(keys), new.codec.encode(values))
+        assert new.info.model_copy(update={"dtype": "float32"}).kind == source.info.kind
+        return
+    assert new.info.full_dim == DIM and new.basis is not None
+    assert new.info.extractor == source.info.extractor and new.info.num_shards == source.info.num_shards
+    projected = (values - new.basis.mean_D) @ new.basis.components_KD.T
+    assert np.array_equal(snapshot.get(keys), new.codec.encode(projected.astype(np.float32)))
+    restored = new.basis.restored(new.codec.decode(snapshot.get(keys)))
+    left = ((values - restored).astype(np.float64) ** 2).sum() / ((values - new.basis.mean_D) ** 2).sum()
+    assert left == pytest.approx(1 - report.variance_kept, abs=1e-3) and report.variance_kept > 0.99
+    assert report.accuracy.relative_error_p99 is not None and report.accuracy.relative_error_p99 < 0.04
+    assert read_report(new.storage) == report == remake(source, tmp_path / "new", dims=8, dtype=dtype)
 
 
 def test_the_report_measures_what_was_lost(source: FeatureStore, tmp_path: Path) -> None:
@@ -362,9 +335,7 @@ def test_finished_is_finished_and_another_store_is_not_touched(source: FeatureSt
     assert remake(source, tmp_path / "first", dtype="bfloat16", version=1).num_rows == ROWS
 
 
-def test_rows_put_before_the_end_are_not_overwritten(
-    source: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_put_meanwhile_stay(source: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write = module.write_shard_file
 
     def others_put(storage: Storage, info: StoreInfo, shard: int, *arguments: Any) -> FileEntry:
@@ -383,28 +354,32 @@ def test_rows_put_before_the_end_are_not_overwritten(
         remake(source, tmp_path / "new", dtype="bfloat16")
 
 
-def test_what_cannot_be_remade_is_said(source: FeatureStore, tmp_path: Path, info: StoreInfo) -> None:
-    large = rows_of(3000, 1)
-    large.features_ND[0, 4] = 1e6
-    source.put(large)
+def test_what_cannot_be_remade_is_said(
+    source: FeatureStore, tmp_path: Path, info: StoreInfo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = rows_of(3000, 1)
+    bad.features_ND[0, 4] = 1e6
+    source.put(bad)
     with pytest.raises(InvalidRowsError, match=r"3000\.jpg and others have numbers that float16 cannot hold"):
         remake(source, tmp_path / "half", dtype="float16")
     empty = FeatureStore.create(tmp_path / "empty", info)
     report = remake(empty, tmp_path / "bits", dtype="float32")
     assert report.num_rows == 0 and report.accuracy.recall_at_10 is None and report.accuracy.relative_error_p99 is None
     entry = source.snapshot().manifest.files(2)[0]
-    data = bytearray(source.storage.read_bytes(entry.path))
-    data[len(data) // 2] ^= 4
-    source.storage.write_bytes(entry.path, bytes(data))
+    spoil(source, entry.path)
     with pytest.raises(CorruptFileError, match=re.escape(entry.path)):
         remake(source, tmp_path / "broken", dtype="bfloat16")
     with pytest.raises(StoreNotFoundError):
         FeatureStore.open(tmp_path / "broken")
+    spoil(source, entry.path)  # back
+    monkeypatch.setattr("featurestore.format.datafile.finite_rows", lambda bits, dtype: np.ones(len(bits), np.bool_))
+    bad.features_ND[0, 3] = np.nan
+    source.put(bad)
+    with pytest.raises(InvalidRowsError, match=r"shard \d of .*source has numbers that are not finite"):
+        remake(source, tmp_path / "new", dims=8)
 
 
-def test_an_unsafe_place_is_refused_before_anything_is_written(
-    source: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unsafe_place_is_refused(source: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(_: Storage) -> None:
         raise UnsafeBackendError("two were told that they were first")
 

@@ -28,13 +28,14 @@ from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.expiry import expire
 from featurestore.upkeep.history import pin
 from featurestore.upkeep.verify import repair, verify
+from tests.featurestore.conftest import make_rows, put
 from tests.featurestore.staged import run
 from tests.featurestore.upkeep.damaged import spoil
 
 
 @pytest.fixture
-def filled(store: FeatureStore, make_rows) -> FeatureStore:
-    store.put(make_rows(200, store.info))
+def filled(store: FeatureStore) -> FeatureStore:
+    put(store, 200)
     store.delete(make_rows(5, store.info).keys_N)
     return store
 
@@ -72,8 +73,9 @@ def test_files_of_older_snapshots_are_checked_once_and_told_apart(filled: Featur
     (problem,) = report.problems
     assert problem.path == old.path and problem.versions[0] == 1 and 4 not in problem.versions
     assert "The newest snapshot is whole" in str(problem)
-    assert verify(filled, 4).problems == []
     assert [found.path for found in verify(filled, 1).problems] == [old.path]
+    assert verify(filled, 4).problems == []
+    run("verify", filled.url, "--version", 4, code=0)
     with pytest.raises(SnapshotNotFoundError, match="no snapshot 9"):
         verify(filled, 9)
 
@@ -93,46 +95,35 @@ def test_files_that_expire_meanwhile_are_no_problem(filled: FeatureStore, monkey
     assert verify(filled, threads=1).problems == []
 
 
-def test_a_sector_that_cannot_be_read_is_damage_of_its_file(
-    filled: FeatureStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    entry, read_into, code = entry_of(filled), DiskFiles.read_into, errno.EIO
-
-    def fail(disk: DiskFiles, path: str, out: memoryview) -> int:
-        if path == entry.path:
-            raise OSError(code, os.strerror(code))
-        return read_into(disk, path, out)
-
-    monkeypatch.setattr(DiskFiles, "read_into", fail)
-    assert [problem.path for problem in verify(filled).problems] == [entry.path]
-    code = errno.EACCES  # a person can mend that: the file may be whole
-    with pytest.raises(StorageError, match="Permission denied"):
-        verify(filled)
-    code = errno.EIO
-    assert repair(filled).version == 3
-    assert entry.path not in {file.path for file in filled.snapshot().manifest.files(3)}
-    assert verify(filled).problems == [] and len(filled.quarantine_rows()) > 0
-
-
-@pytest.mark.parametrize("name", ["store.json", manifest_path(1), manifest_path(2)])
-def test_so_it_is_where_the_file_is_small(filled: FeatureStore, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+@pytest.mark.parametrize("name", ["a data file", "store.json", manifest_path(1), manifest_path(2)])
+def test_an_unreadable_sector_is_damage(filled: FeatureStore, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """A person's own mistake is no damage: nothing may be moved away for it."""
-    broken, read_bytes, code = (Path(filled.url) / name).stat().st_ino, DiskFiles.read_bytes, errno.EACCES
+    entry = entry_of(filled)
+    place = Path(filled.url) / (entry.path if name == "a data file" else name)
+    broken, code = place.stat().st_ino, errno.EACCES
 
-    def fail(disk: DiskFiles, path: str) -> bytes:
-        if path == name and (Path(filled.url) / path).stat().st_ino == broken:
-            raise OSError(code, os.strerror(code))
-        return read_bytes(disk, path)
+    def failing(read: Callable[..., Any]) -> Callable[..., Any]:
+        def read_or_fail(disk: DiskFiles, path: str, *out: memoryview) -> Any:
+            if disk.path(path) == place and place.stat().st_ino == broken:
+                raise OSError(code, os.strerror(code))
+            return read(disk, path, *out)
 
-    monkeypatch.setattr(DiskFiles, "read_bytes", fail)
+        return read_or_fail
+
+    for method in ("read_bytes", "read_into"):
+        monkeypatch.setattr(DiskFiles, method, failing(getattr(DiskFiles, method)))
     for look in (verify, repair):
         with pytest.raises(StorageError, match="Permission denied"):
             look(filled)
     code = errno.EIO
-    assert name in {problem.path for problem in verify(filled).problems}
+    assert str(place.relative_to(filled.url)) in {problem.path for problem in verify(filled).problems}
     repair(filled)
-    assert [entry.size_bytes for entry in filled.storage.entries("damaged")] == [0]
     assert verify(filled).problems == [] and FeatureStore.open(filled.url).snapshot().num_rows > 0
+    if name == "a data file":
+        assert entry.path not in {file.path for file in filled.snapshot().manifest.files(3)}
+        assert filled.snapshot().version == 3 and len(filled.quarantine_rows()) > 0
+    else:
+        assert [file.size_bytes for file in filled.storage.entries("damaged")] == [0]
 
 
 def test_pins_of_nothing_and_of_another_name_are_found(filled: FeatureStore) -> None:
@@ -145,8 +136,8 @@ def test_pins_of_nothing_and_of_another_name_are_found(filled: FeatureStore) -> 
     assert any("keeps snapshot 1, which is not there" in problem for problem in problems_of(filled))
 
 
-def test_a_gap_is_no_problem_but_a_foreign_manifest_is(filled: FeatureStore, make_rows) -> None:
-    filled.put(make_rows(1, filled.info))
+def test_a_gap_is_no_problem_but_a_foreign_manifest_is(filled: FeatureStore) -> None:
+    put(filled, 1)
     second = Path(filled.url) / manifest_path(2)
     whole = second.read_bytes()
     second.unlink()  # as an expiry with a pin on 1 leaves it
@@ -159,9 +150,7 @@ def test_a_gap_is_no_problem_but_a_foreign_manifest_is(filled: FeatureStore, mak
 
 
 @pytest.mark.parametrize(("name", "model"), [("store.json", StoreInfo), (manifest_path(2), Manifest)])
-def test_a_file_of_a_newer_program_asks_for_an_update_and_is_no_damage(
-    filled: FeatureStore, name: str, model: type[Sealed]
-) -> None:
+def test_a_file_of_a_newer_program_asks_for_an_update(filled: FeatureStore, name: str, model: type[Sealed]) -> None:
     path = Path(filled.url) / name
     path.write_bytes(seal(unseal(path.read_bytes(), model, "x").model_copy(update={"format_version": 2})))
     for look in (verify, repair):
@@ -196,10 +185,8 @@ BROKEN_PROMISES: dict[str, Callable[[pa.Table], pa.Table]] = {
 
 
 @pytest.mark.parametrize("promise", BROKEN_PROMISES)
-def test_broken_promises_are_found_where_all_digests_fit(
-    store: FeatureStore, make_rows, promise: str, tmp_path: Path
-) -> None:
-    store.put(make_rows(200, store.info))
+def test_broken_promises_are_found_where_all_digests_fit(store: FeatureStore, promise: str, tmp_path: Path) -> None:
+    put(store, 200)
     rewritten(store, BROKEN_PROMISES[promise])
     found = problems_of(store)
     assert len(found) == 1 and promise in found[0] and entry_of(store).path in found[0]
@@ -208,9 +195,8 @@ def test_broken_promises_are_found_where_all_digests_fit(
             FeaturePartition.load(store, cache_dir=tmp_path / "cache")
 
 
-def test_a_foreign_shard_and_values_that_are_not_finite_are_found(store: FeatureStore, make_rows) -> None:
-    rows = make_rows(200, store.info)
-    store.put(rows)
+def test_a_foreign_shard_and_values_that_are_not_finite_are_found(store: FeatureStore) -> None:
+    rows = put(store, 200)
     strange = rows.take(np.flatnonzero(shard_of(rows.keys_N, 8) == 4))
     strange = strange.take(newest_rows(strange.keys_N))
     rewritten(store, lambda table: table_of(strange, store.info))
@@ -220,9 +206,7 @@ def test_a_foreign_shard_and_values_that_are_not_finite_are_found(store: Feature
     assert any(f"{len(strange)} features that are not finite" in problem for problem in problems_of(store))
 
 
-def test_two_uris_of_one_key_are_found_and_a_new_one_after_a_delete_is_none(
-    store: FeatureStore, make_rows, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_uris_of_one_key_without_a_delete_are_found(store: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = make_rows(1, store.info)
     other = FeatureRows.of(["other"], rows.features_ND, keys=rows.keys_N)
     store.put(rows)

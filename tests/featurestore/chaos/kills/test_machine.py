@@ -1,13 +1,13 @@
-"""A random machine against a dict: every snapshot that is kept, and every one that is held, has what the dict had.
+"""A random machine against a dict: every snapshot that is kept has what the dict had.
 
 On a disk, where writers die too, in memory and on S3; for stores of every dtype, of one shard and of several.
+What pins, channels and readers hold: tests/simulated.
 """
 
-import contextlib
 import signal
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import get_args
@@ -27,20 +27,19 @@ from hypothesis.stateful import (
 
 from featurestore import ExtractorSpec, FeaturePartition, FeatureRows, FeatureStore, Snapshot, StoreInfo, key_of_uri
 from featurestore import log as manifests
-from featurestore.errors import CorruptFileError, SnapshotNotFoundError
-from featurestore.storage.storage import Storage
+from featurestore.errors import SnapshotNotFoundError
 from featurestore.text import DType
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.expiry import expire
-from featurestore.upkeep.history import diff, move_channel, pin, read_pins, remove_channel, restore, unpin
+from featurestore.upkeep.history import diff, restore
 from featurestore.upkeep.verify import verify
-from tests.featurestore.staged import build_shard, metadata_of
+from tests.featurestore.staged import metadata_of
+from tests.featurestore.upkeep.damaged import days_later
 from tests.fuse import Fuse, small_process
 
 URIS = st.lists(st.sampled_from([f"u{i}" for i in range(12)]), max_size=6)
-AGE_S = 30 * 86400.0
 Contents = dict[int, tuple[int, ...]]
-Kill = Callable[[int, Callable[[], None], str], bool]
+Kill = Callable[[int, Callable[[], None], str], None]
 
 
 def expire_soon(store: FeatureStore, keep_last: int) -> None:
@@ -64,9 +63,6 @@ class StoreMachine(RuleBasedStateMachine):
         self.model: Contents = {}
         self.past: dict[int, Contents] = {0: {}}  # every snapshot ever
         self.kept = {0}
-        self.held: list[Snapshot] = []
-        self.pins: dict[str, int] = {}
-        self.channels: dict[str, int] = {}
         self.width_of: dict[tuple[int, ...], int] = {}  # of the image, by its feature
         self.staged = 0
         self.value = 0
@@ -111,20 +107,24 @@ class StoreMachine(RuleBasedStateMachine):
             self.learn(rows)
             self.store.stage_part(run, f"{number}", rows)
         names = self.store.staged_parts(run)
-        built = {s: build_shard(self.store, run, s, names) for s in range(self.store.info.num_shards)}
-        self.committed(self.store.commit({s: e for s, e in built.items() if e}, "extract").version)
+        built = self.store.build_shards(run, range(self.store.info.num_shards), names)
+        self.committed(self.store.commit(built, "extract").version)
         self.store.discard_staging(run)
 
     def writers_die(self) -> bool:
         return self.dies_at is not None
 
+    def work_and_die(self, at: int, work: Callable[[], None]) -> bool:
+        """Whether its commit was made before."""
+        assert self.dies_at is not None
+        self.dies_at(at, work, self.store.url)
+        return self.store.snapshot().version > max(self.past)
+
     @precondition(writers_die)
     @rule(uris=URIS, at=st.integers(1, 60))
     def put_and_die(self, uris: list[str], at: int) -> None:
         rows = self.rows(uris)
-        assert self.dies_at is not None
-        self.dies_at(at, partial(self.store.put, rows), self.store.url)
-        if self.store.snapshot().version > max(self.past):
+        if self.work_and_die(at, partial(self.store.put, rows)):
             self.learn(rows)
             self.committed(max(self.past) + 1)
 
@@ -140,9 +140,7 @@ class StoreMachine(RuleBasedStateMachine):
     @precondition(writers_die)
     @rule(at=st.integers(1, 60))
     def compact_and_die(self, at: int) -> None:
-        assert self.dies_at is not None
-        self.dies_at(at, partial(compact, self.store, force=True), self.store.url)
-        if self.store.snapshot().version > max(self.past):
+        if self.work_and_die(at, partial(compact, self.store, force=True)):
             self.committed(max(self.past) + 1)
 
     @rule(back=st.integers(0, 5))
@@ -155,27 +153,6 @@ class StoreMachine(RuleBasedStateMachine):
             with pytest.raises(SnapshotNotFoundError):
                 restore(self.store, version)
 
-    @rule(name=st.sampled_from("ab"))
-    def pin(self, name: str) -> None:
-        if name in self.pins:
-            unpin(self.store, name)
-            del self.pins[name]
-        elif max(self.past):
-            self.pins[name] = pin(self.store, name).version
-
-    @rule(name=st.sampled_from(["stable", "next"]), back=st.integers(0, 3) | st.none())
-    def move_channel(self, name: str, back: int | None) -> None:
-        version = 0 if back is None else max(self.past) - back
-        if version > 0 and version in self.kept:
-            move_channel(self.store, name, version)
-            self.channels[name] = version
-        elif name in self.channels:
-            remove_channel(self.store, name)
-            del self.channels[name]
-        assert {pin.name for pin in read_pins(self.store.storage)} == set(self.pins), "the guard of a move is gone"
-        for each, points_to in self.channels.items():
-            assert self.store.snapshot(each).version == points_to
-
     @rule(back=st.integers(0, 5), ahead=st.integers(0, 5))
     def diff(self, back: int, ahead: int) -> None:
         versions = sorted(self.kept)
@@ -185,31 +162,21 @@ class StoreMachine(RuleBasedStateMachine):
         assert set(found.removed.keys_N.tolist()) == set(old) - set(new)
         assert set(found.changed.keys_N.tolist()) == {key for key in set(old) & set(new) if old[key] != new[key]}
 
-    @rule()
-    def hold(self) -> None:
-        self.held = [*self.held[-2:], self.store.snapshot()]
-
     @rule(keep_last=st.integers(1, 4), at=st.none() | st.integers(1, 40))
     def expire_soon(self, keep_last: int, at: int | None) -> None:
-        """Nothing is old enough to be deleted, so whoever holds a snapshot is not disturbed."""
         if at is not None and self.dies_at is not None:
             self.dies_at(at, partial(expire_soon, self.store, keep_last), self.store.url)
-        self.expire(keep_last)
-        self.forget(keep_last)
+        expire_soon(self.store, keep_last)
+        self.kept &= {0, *sorted(self.past)[-keep_last:]}
 
     @rule(keep_last=st.integers(1, 4))
     def expire_late(self, keep_last: int) -> None:
         """All is old: what no kept snapshot names is gone, whoever left it behind; without any the log may be lost."""
         before = self.files("data/")
-        with later(AGE_S):
-            self.expire(keep_last)
-            self.expire(keep_last)
-        self.forget(keep_last)
-        for snapshot in self.held:
-            if snapshot.version not in self.kept:  # its files may be gone: an error, and never other rows
-                with contextlib.suppress(CorruptFileError):
-                    self.check(snapshot)
-        self.held = [snapshot for snapshot in self.held if snapshot.version in self.kept]
+        with days_later(30):
+            expire_soon(self.store, keep_last)
+            expire_soon(self.store, keep_last)
+        self.kept &= {0, *sorted(self.past)[-keep_last:]}
         named = [e.path for v in self.kept for files in self.store.snapshot(v).manifest.shards.values() for e in files]
         assert self.files("staging/") == []
         assert self.files("data/") == (sorted(set(named)) if self.kept != {0} else before)
@@ -218,20 +185,12 @@ class StoreMachine(RuleBasedStateMachine):
         paths = (entry.path for entry in self.store.storage.entries(""))
         return sorted(path for path in paths if path.startswith(folder) and path.endswith(".parquet"))
 
-    def expire(self, keep_last: int) -> None:
-        expire_soon(self.store, keep_last)
-
-    def forget(self, keep_last: int) -> None:
-        newest = sorted(self.past)[-keep_last:]
-        named = {0, *self.pins.values(), *self.channels.values()}
-        self.kept = {version for version in self.kept if version in newest or version in named}
-
     @invariant()
     def snapshots_hold_what_the_dict_held(self) -> None:
         newest, oldest = max(self.kept), min(self.kept - {0}, default=0)
         assert self.store.snapshot().version == newest
-        for snapshot in [self.store.snapshot(newest), self.store.snapshot(oldest), *self.held]:
-            self.check(snapshot)
+        for version in (newest, oldest):
+            self.check(self.store.snapshot(version))
 
     def check(self, snapshot: Snapshot) -> None:
         contents = self.past[snapshot.version]
@@ -271,26 +230,15 @@ class StoreMachine(RuleBasedStateMachine):
                 mine = wanted[partition.owns(wanted)]
                 found = partition.lookup(mine)
                 assert partition.missing_count == int(found.missing_U.sum())
-                for key, row, missing in zip(mine.tolist(), found.features_UD, found.missing_U, strict=True):
-                    if missing:
-                        assert not row.any()
-                    else:
-                        served[key] = tuple(row.tolist())
+                assert not found.features_UD[found.missing_U].any()
+                there = zip(mine.tolist(), found.features_UD.tolist(), found.missing_U, strict=True)
+                served |= {key: tuple(row) for key, row, missing in there if not missing}
         assert served == self.model
 
     def teardown(self) -> None:
         if hasattr(self, "store"):
             assert verify(self.store).problems == []
         self.folder.cleanup()
-
-
-@contextlib.contextmanager
-def later(seconds: float) -> Iterator[None]:
-    """As if all that is in a store were older by that."""
-    now = Storage.now
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Storage, "now", lambda self: now(self) + seconds)
-        yield
 
 
 def watched(fuse: Fuse, root: str, work: Callable[[], None]) -> None:
@@ -300,15 +248,13 @@ def watched(fuse: Fuse, root: str, work: Callable[[], None]) -> None:
 
 @pytest.fixture
 def dies_at(tmp_path: Path) -> Kill:
-    """Do `work`, which can be pickled, in a process that dies at its n-th thing to do with files below a root: whether
-    it did."""
+    """Do `work`, which can be pickled, in a process that dies at its n-th thing to do with files below a root."""
 
-    def run(at: int, work: Callable[[], None], root: str) -> bool:
+    def run(at: int, work: Callable[[], None], root: str) -> None:
         process = small_process(watched, Fuse(at, tmp_path / "trace"), root, work)
         process.start()
         process.join()
         assert process.exitcode in (0, -signal.SIGKILL)
-        return process.exitcode != 0
 
     return run
 
@@ -323,22 +269,6 @@ def run_machine(dies_at: Kill | None, examples: int, steps: int, url: str = "") 
                 max_examples=examples, stateful_step_count=steps, deadline=None, suppress_health_check=list(HealthCheck)
             ),
         )
-
-
-def test_what_a_pin_or_a_channel_names_stays_whole(memory_url: str) -> None:
-    machine = StoreMachine(None, memory_url)
-    machine.make(log2=1, ranks=1, dtype="bfloat16")
-    machine.put(["u0", "u1"])
-    machine.pin("a")
-    machine.put(["u1"])
-    machine.move_channel("stable", 0)
-    machine.delete(["u0"])
-    machine.compact(force=True)
-    machine.expire_late(1)
-    assert manifests.versions(machine.store.storage) == sorted(machine.kept - {0}) == [1, 2, 4]
-    for version in machine.kept:
-        machine.check(machine.store.snapshot(version))
-    machine.teardown()
 
 
 MANY = pytest.param(80, 25, marks=[pytest.mark.slow, pytest.mark.timeout(900)])

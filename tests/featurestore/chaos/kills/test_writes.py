@@ -24,11 +24,10 @@ from featurestore.upkeep.history import move_channel
 from featurestore.upkeep.purge import find_traces, purge
 from featurestore.upkeep.remake import remake
 from featurestore.upkeep.verify import repair, verify
+from tests.featurestore.conftest import make_rows, put
 from tests.featurestore.upkeep import damaged
 
 pytestmark = pytest.mark.long
-
-DAY_S = 86_400.0
 
 
 class Killed(BaseException):
@@ -66,21 +65,12 @@ def dying(at: int, after: bool = False) -> Iterator[list[str]]:
         yield begun
 
 
-@contextmanager
-def days_later(days: float) -> Iterator[None]:
-    """As if all that is in a store were older by that."""
-    now = Storage.now
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Storage, "now", lambda storage: now(storage) + days * DAY_S)
-        yield
-
-
 @dataclass(frozen=True)
 class Work:
     """What is done to a store, and what has to hold: right after a death, and after the next run."""
 
-    prepare: Callable[[FeatureStore, Any], object]
-    work: Callable[[FeatureStore, Any], object]
+    prepare: Callable[[FeatureStore], object]
+    work: Callable[[FeatureStore], object]
     check_dead: Callable[..., object]  # the dead one, one that nobody has touched, and one that nobody has disturbed
     check_done: Callable[[FeatureStore, FeatureStore], object]  # the first and the last of them
 
@@ -95,7 +85,7 @@ NEWER = ["images/1.jpg", "images/4.jpg", "more.jpg"]
 """Some of them are in the store, or were."""
 
 
-def extract_them(store: FeatureStore, make_rows: Any) -> None:
+def extract_them(store: FeatureStore) -> None:
     rows = make_rows(NEWER, store.info, seed=9)
     for part in range(2):
         store.stage_part("run", f"{part}", rows.take(np.arange(part, 3, 2)))
@@ -113,7 +103,7 @@ def all_or_nothing(dead: FeatureStore, before: FeatureStore, calm: FeatureStore)
 
 def same_rows(done: FeatureStore, calm: FeatureStore) -> None:
     assert damaged.contents(done) == kept(calm) and verify(done).problems == []
-    with days_later(8):
+    with damaged.days_later(8):
         expire(done, keep_last=1, keep_days=0)
         expire(done, keep_last=1, keep_days=0)
     named = {entry.path for entry in done.snapshot().manifest.entries}
@@ -121,16 +111,16 @@ def same_rows(done: FeatureStore, calm: FeatureStore) -> None:
     assert left == named, "what the dead one left stays"
 
 
-def with_images_to_take_down(store: FeatureStore, make_rows: Any) -> None:
-    store.put(make_rows(10, store.info, first=100))
-    store.put(make_rows(40, store.info))
-    store.put(make_rows(5, store.info, seed=5, first=30))
+def with_images_to_take_down(store: FeatureStore) -> None:
+    put(store, 10, first=100)
+    put(store, 40)
+    put(store, 5, seed=5, first=30)
     store.add_quarantine([QuarantineRow(key_of_uri(damaged.GONE[1]), damaged.GONE[1], "truncated", 1.0)])
     store.stage_part("refresh", "part-1", make_rows(20, store.info, seed=9))
     move_channel(store, "stable", 3)
 
 
-def take_down(store: FeatureStore, make_rows: Any) -> None:
+def take_down(store: FeatureStore) -> None:
     assert purge(store, damaged.IMAGES, writer_hours=0).is_complete
 
 
@@ -145,31 +135,31 @@ def none_is_left(done: FeatureStore, calm: FeatureStore) -> None:
     assert {problem.kind for problem in verify(done).problems} <= {"pin"}
 
 
-def with_young_images_to_take_down(store: FeatureStore, make_rows: Any) -> None:
+def with_young_images_to_take_down(store: FeatureStore) -> None:
     """The files that only manifests name which the dead purge took out of the log are young, and yet they go."""
-    store.put(make_rows(20, store.info))
-    store.put(make_rows(20, store.info, seed=1))
+    put(store, 20)
+    put(store, 20, seed=1)
     move_channel(store, "stable", 2)
 
 
-def take_young_ones_down(store: FeatureStore, make_rows: Any) -> None:
+def take_young_ones_down(store: FeatureStore) -> None:
     assert purge(store, damaged.IMAGES).is_complete
 
 
-def with_damage(store: FeatureStore, make_rows: Any) -> None:
+def with_damage(store: FeatureStore) -> None:
     """The newest manifest, and the delta of a shard in the one before it."""
-    store.put(make_rows(400, store.info))
-    store.put(make_rows(200, store.info, seed=1))
+    put(store, 400)
+    put(store, 200, seed=1)
     store.delete(make_rows(20, store.info).keys_N)
     delta = store.snapshot(2).manifest.files(damaged.SHARD)[1]
     damaged.spoil(store, manifest_path(3))
     damaged.spoil(store, delta.path)
 
 
-def with_expired_manifests(store: FeatureStore, make_rows: Any) -> None:
+def with_expired_manifests(store: FeatureStore) -> None:
     """The newest manifest is damaged, and an expiry has put those before it aside."""
     for seed in range(3):
-        store.put(make_rows(60, store.info, seed=seed))
+        put(store, 60, seed=seed)
     damaged.leave_in_expired(store, [3], [1, 2])
 
 
@@ -184,9 +174,9 @@ def mended(done: FeatureStore, calm: FeatureStore) -> None:
     assert set(versions(done.storage, EXPIRED)) <= set(versions(done.storage)), "only copies of what is in the log"
 
 
-def with_rows(store: FeatureStore, make_rows: Any) -> None:
-    store.put(make_rows(60, store.info))
-    store.put(make_rows(20, store.info, seed=1))
+def with_rows(store: FeatureStore) -> None:
+    put(store, 60)
+    put(store, 20, seed=1)
     store.delete(make_rows(5, store.info).keys_N)
 
 
@@ -211,17 +201,17 @@ WORKS = {
     "purge of young files": Work(
         with_young_images_to_take_down, take_young_ones_down, all_or_none_are_gone, none_is_left
     ),
-    "repair": Work(with_damage, lambda store, make_rows: repair(store), anything, mended),
-    "repair of the log": Work(with_expired_manifests, lambda store, make_rows: repair(store), anything, mended),
+    "repair": Work(with_damage, repair, anything, mended),
+    "repair of the log": Work(with_expired_manifests, repair, anything, mended),
     "remake": Work(
         with_rows,
-        lambda store, make_rows: remake(store, new_one(store), dtype="float16"),
+        lambda store: remake(store, new_one(store), dtype="float16"),
         nothing_is_committed,
         same_new_store,
     ),
     "remake of fewer numbers": Work(
         with_rows,
-        lambda store, make_rows: remake(store, new_one(store), dims=4, threads=1),
+        lambda store: remake(store, new_one(store), dims=4, threads=1),
         nothing_is_committed,
         same_new_store,
     ),
@@ -231,21 +221,21 @@ EVERY = pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest
 
 @EVERY
 @pytest.mark.parametrize("work", [pytest.param(each, marks=[pytest.mark.slow] * ("purge" in each)) for each in WORKS])
-def test_on_a_disk(work: str, every: bool, tmp_path: Path, info: StoreInfo, make_rows: Any) -> None:
+def test_on_a_disk(work: str, every: bool, tmp_path: Path, info: StoreInfo) -> None:
     """Before the first and the last write of each kind and some of the others, or before each, and after the last."""
     url = tmp_path / "before"
     before = FeatureStore.create(url, info.model_copy(update={"num_shards": 4}))
-    WORKS[work].prepare(before, make_rows)
+    WORKS[work].prepare(before)
 
     def copied(name: str) -> FeatureStore:
         return FeatureStore.open(shutil.copytree(url, tmp_path / name))
 
     calm = copied("calm")
     with dying(0) as whole:
-        WORKS[work].work(calm, make_rows)
+        WORKS[work].work(calm)
     for at in range(1, len(whole) + 1) if every else sorted({*range(1, len(whole) + 1, 5), *ends_of_kinds(whole)}):
-        check_death(WORKS[work], copied(f"{at}"), before, calm, at, False, make_rows)
-    check_death(WORKS[work], copied("last"), before, calm, len(whole), True, make_rows)
+        check_death(WORKS[work], copied(f"{at}"), before, calm, at, False)
+    check_death(WORKS[work], copied("last"), before, calm, len(whole), True)
 
 
 def ends_of_kinds(begun: list[str]) -> set[int]:
@@ -255,12 +245,12 @@ def ends_of_kinds(begun: list[str]) -> set[int]:
 
 
 def check_death(
-    work: Work, store: FeatureStore, before: FeatureStore, calm: FeatureStore, at: int, after: bool, make_rows: Any
+    work: Work, store: FeatureStore, before: FeatureStore, calm: FeatureStore, at: int, after: bool
 ) -> None:
     with dying(at, after) as begun, pytest.raises(Killed):
-        work.work(store, make_rows)
+        work.work(store)
     work.check_dead(store, before, calm)
-    work.work(store, make_rows)
+    work.work(store)
     try:
         work.check_done(store, calm)
     except AssertionError as error:
@@ -268,18 +258,16 @@ def check_death(
         raise
 
 
-def test_a_remake_is_of_the_newest_snapshot_when_it_starts_again(
-    tmp_path: Path, info: StoreInfo, make_rows: Any
-) -> None:
+def test_a_remake_is_of_the_newest_snapshot_when_it_starts_again(tmp_path: Path, info: StoreInfo) -> None:
     source = FeatureStore.create(tmp_path / "source", info)
-    with_rows(source, make_rows)
+    with_rows(source)
     with dying(4), pytest.raises(Killed):
         remake(source, new_one(source), dtype="float16", threads=1)
     source.put(make_rows(9, info, first=500))
     assert remake(source, new_one(source), dtype="float16").num_rows == source.snapshot().num_rows == 64
     data = Path(new_one(source), "data")
     left = {*data.rglob("*.parquet")}
-    with days_later(8):
+    with damaged.days_later(8):
         expire(FeatureStore.open(new_one(source)))
     kept = {*data.rglob("*.parquet")}
     assert len(kept) == 8 and kept < left, "what the dead one wrote goes in time"

@@ -1,4 +1,4 @@
-"""Rows over several lines, as Arrow reads them, and quotes that are not closed, with their lines."""
+"""Texts of people: rows of CSV over several lines, as Arrow reads them, open quotes, and YAML that PyYAML fails at."""
 
 import io
 import random
@@ -7,6 +7,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import csv
 
+from featurestore.parsing import parse_yaml
 from featurestore.text import MOST_BREAKS, CsvTextError, LongRow, long_rows
 
 
@@ -20,12 +21,8 @@ def test_lines_and_breaks() -> None:
     assert rows(text.replace("\r\n", "\r").replace("\n", "\r")) == rows(text)
     assert rows(text.replace(",", "\t"), "\t") == rows(text)
     assert rows("") == rows("a,b") == rows('a,b\n"1","2"') == {}
-
-
-def test_rows_in_a_value_are_found_out() -> None:
-    lines = ["a,b,c", '1,"2,3', "4,5,6", '7,"8,9', "1,2,3"]
-    assert rows("\n".join(lines)) == {0: LongRow(2, 2, True)}
-    assert rows("\n".join(['"a,x",b,c', *lines[1:]])) == {0: LongRow(2, 2, True)}
+    lines = ["a,b,c", '1,"2,3', "4,5,6", '7,"8,9', "1,2,3"]  # rows in a value are found out
+    assert rows("\n".join(lines)) == rows("\n".join(['"a,x",b,c', *lines[1:]])) == {0: LongRow(2, 2, True)}
 
 
 @pytest.mark.parametrize("end", ["", "\n", '""\n', 'b,""c""'])
@@ -59,46 +56,37 @@ def test_as_many_rows_as_arrow_finds(seed: int) -> None:
     closed = 0
     for _ in range(300):
         text = "a,b\n" + "".join(rng.choices('x,"\n', [4, 3, 3, 3], k=rng.randrange(1, 30))) + "\n"
-        torn: list[int] = []
-
-        def keep(row: object, torn: list[int] = torn) -> str:
-            torn.append(1)
-            return "skip"
-
-        options = csv.ParseOptions(newlines_in_values=True, invalid_row_handler=keep)
+        torn: list[object] = []
+        options = csv.ParseOptions(
+            newlines_in_values=True,
+            ignore_empty_lines=False,
+            invalid_row_handler=lambda row, torn=torn: torn.append(row) or "skip",
+        )
         try:
             long = rows(text)
         except CsvTextError:
             continue
         table = csv.read_csv(pa.BufferReader(text.encode()), csv.ReadOptions(use_threads=False), options)
         inside = sum(each.breaks for each in long.values())
-        lines = text.split("\n")[1:-1]
-        assert table.num_rows + len(torn) + inside + _empty_outside(text) == len(lines), text
+        assert table.num_rows + len(torn) + inside == text.count("\n") - 1, text
         closed += 1
     assert closed > 100
 
 
-def _empty_outside(text: str) -> int:
-    """Empty lines that are in no value, found sign by sign."""
-    found, quoted, start = 0, False, True
-    i = text.index("\n") + 1
-    line_start = True
-    while i < len(text):
-        sign = text[i]
-        if quoted:
-            if sign == '"':
-                if text[i + 1 : i + 2] == '"':
-                    i += 1
-                else:
-                    quoted = False
-            start = False
-        elif sign == "\n":
-            found += line_start
-            start = True
-        elif sign == '"' and start:
-            quoted, start = True, False
-        else:
-            start = sign == ","
-        line_start = sign == "\n" and not quoted
-        i += 1
-    return found
+@pytest.mark.parametrize(
+    "text",
+    ["!!bool x", "!!int ''", "!!float ''", "!!timestamp x", '"\\UFFFFFFFF"', ":".join(["1"] * 400) + ".5"],
+    ids=lambda text: text[:16],
+)
+def test_what_pyyaml_fails_at_is_a_mistake_of_the_text(text: str) -> None:
+    with pytest.raises(ValueError) as failure:
+        parse_yaml(f"a: {text}")
+    assert "\n" not in str(failure.value)
+
+
+def test_yaml_nested_too_deep_is_refused_before_it_is_looked_through() -> None:
+    for text in ("[" * 100 + "]" * 100, "- " * 100 + "a"):
+        parse_yaml(text)
+    for text in ("[" * 101 + "]" * 101, "a: " + "{a: " * 20_000, "- " * 101 + "a", "? " * 101 + "a", "- " * 20_000):
+        with pytest.raises(ValueError, match="nested too deep"):
+            parse_yaml(text)
