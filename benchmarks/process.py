@@ -4,6 +4,7 @@ import contextlib
 import os
 import subprocess
 import sys
+import sysconfig
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -110,3 +111,8 @@ def _wait(process: "subprocess.Popen[bytes]", url: str, log: Path) -> None:
 
 def _tail(log: Path) -> str:
     return "\n".join(log.read_text(errors="replace").splitlines()[-_LINES:])
+
+
+def fuxictr_python() -> Path:
+    """Find the Python of FuxiCTR's environment, which tools/install_for.sh makes where FuxiCTR can be had."""
+    return Path(sys.prefix) / "fuxictr" / "bin" / f"python{sysconfig.get_python_version()}"

@@ -109,9 +109,10 @@ def main(
 
     The section "cold" is of ours alone: Embedding&MLP with the preset, two epochs, whatever --net and --epochs say.
     """
+    from benchmarks.process import fuxictr_python
     from benchmarks.quality.compare import Bench, ids_section, images_section, logs_section
     from benchmarks.quality.heldout import cold_section
-    from benchmarks.quality.runs import QualityRunError, fuxictr_python
+    from benchmarks.quality.runs import QualityRunError
 
     made = {"ids": ids_section, "images": images_section, "cold": cold_section, "logs": logs_section}
     chosen = ["logs"] if logs else [str(name) for name in only or SECTIONS]

@@ -8,8 +8,6 @@ import hashlib
 import json
 import shutil
 import subprocess
-import sys
-import sysconfig
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from benchmarks.process import fuxictr_python
 from featurestore.console.files import write_json
 from featurestore.errors import UserError
 from featurestore.store import FeatureStore
@@ -101,11 +100,6 @@ def curve_of(spec: Spec, folder: Path) -> list[Epoch]:
 def run_spec(spec: Spec, runs: Path, name: str) -> list[Epoch]:
     """Make a run, whose files lie in `runs` meanwhile, and return its figures. Raises QualityRunError."""
     return _ours(spec, runs, name) if spec.side == "ours" else _fuxictr(spec, runs, name)
-
-
-def fuxictr_python() -> Path:
-    """Find the Python of FuxiCTR's environment, which tools/install_for.sh makes where FuxiCTR can be had."""
-    return Path(sys.prefix) / "fuxictr" / "bin" / f"python{sysconfig.get_python_version()}"
 
 
 def ours_settings(spec: Spec) -> dict[str, Any]:

@@ -14,11 +14,9 @@ from typing import Annotated, Literal
 
 import typer
 
-from benchmarks.process import RunFailedError
-from benchmarks.quality.runs import fuxictr_python
+from benchmarks.process import RunFailedError, fuxictr_python
 from benchmarks.report import JsonPath, this_run, write_sections
 from benchmarks.train.sections import COMPACT, FUXICTR, VARIANTS, Bench, measure
-from benchmarks.train.small import BATCHES, KINDS, small_section
 from benchmarks.workload import Knobs, make
 from featurestore.console.commandline import CommandApp, run_app
 from featurestore.console.output import progress_bars
@@ -70,6 +68,8 @@ def main(
     batch: Annotated[int | None, typer.Option(help="Of --small. Default: both.", min=1)] = None,
 ) -> None:
     """Measure the trainer against its own matrix products and against other ways to bring images into the model."""
+    from benchmarks.train.small import BATCHES, KINDS, small_section
+
     chosen = known(only or [])
     check_fuxictr([FUXICTR[0]] if small else chosen)
     with tempfile.TemporaryDirectory(prefix="train-bench-") as scratch, progress_bars() as progress:

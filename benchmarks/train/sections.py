@@ -12,8 +12,7 @@ from typing import Any
 
 from rich.progress import Progress
 
-from benchmarks.process import run_to_end
-from benchmarks.quality.runs import fuxictr_python
+from benchmarks.process import fuxictr_python, run_to_end
 from benchmarks.report import Figure, Section
 from benchmarks.timing import in_turns
 from benchmarks.workload import Workload

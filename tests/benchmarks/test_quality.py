@@ -15,13 +15,14 @@ import pyarrow.parquet as pq
 import pytest
 from rich.progress import Progress
 
+from benchmarks.process import fuxictr_python
 from benchmarks.quality import compare, heldout
 from benchmarks.quality.__main__ import app
 from benchmarks.quality.compare import Bench
 from benchmarks.quality.data import DataSet, parse
 from benchmarks.quality.heldout import JUDGED, hold_out, sampled
 from benchmarks.quality.rows import Layout, Rows, Vocabulary, read, vocabularies, write_pretrained
-from benchmarks.quality.runs import Spec, fuxictr_python
+from benchmarks.quality.runs import Spec
 from tests.cli import invoke
 from tests.running.spared import WITHOUT_PANDAS
 from tests.trainer.conftest import drawn_store, lists

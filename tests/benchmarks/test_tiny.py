@@ -19,8 +19,7 @@ from rich.progress import Progress
 from benchmarks import extract
 from benchmarks.gpu.__main__ import app as gpu
 from benchmarks.growth.__main__ import app as growth
-from benchmarks.process import RunFailedError, run_to_end
-from benchmarks.quality.runs import fuxictr_python
+from benchmarks.process import RunFailedError, fuxictr_python, run_to_end
 from benchmarks.seeds import holm, p_value, seed_mean
 from benchmarks.serve.__main__ import app as serve
 from benchmarks.serve.client import as_many_as_it_can, one_after_the_other
