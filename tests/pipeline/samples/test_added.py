@@ -73,7 +73,9 @@ REST = [case for case in itertools.product(range(12), ("0", "2"), ("disk", "s3")
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("case", [*SOME, *(pytest.param(case, marks=pytest.mark.slow) for case in REST)], ids=str)
+@pytest.mark.parametrize(
+    "case", [*SOME, *(pytest.param(case, marks=pytest.mark.slow) for case in REST)], ids="{0[0]}-{0[1]}-{0[2]}".format
+)
 def test_a_day_after_the_other_gives_the_bytes_of_a_rebuild(
     options: SampleOptions, client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: Any, case: Any
 ) -> None:
