@@ -79,7 +79,8 @@ class Pace:
         while True:
             start_s = time.perf_counter()
             try:
-                next(steps)
+                while self._worked_s + time.perf_counter() - start_s < PIECE_S:
+                    next(steps)
             except StopIteration as end:
                 result: ResultT = end.value
                 return result
