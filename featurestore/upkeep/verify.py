@@ -692,6 +692,7 @@ def _recommit(storage: Storage, good: Manifest, version: int, operation: str, dr
                 "operation": operation,
             }
         )
+        # This also takes the commit away again where it is not part of the log.
         log.is_ours(storage, create_sealed(storage, log.manifest_path(version), again), again.commit_id)
 
 

@@ -42,13 +42,14 @@ class BundleIdRows:
             (_num_hashed_shards(table), table.num_rows, table.first_row, first_bit[table.width]) for table in tables
         ]
         self._layout_4T = np.array(layout, np.int64).reshape(-1, 4).T
+        """By table: its shards if it is hashed, else 0; its rows; its first row; the first bit of its file of rows."""
 
     def find(self, tables: Sequence[str], ids_N: Int64Array, lengths_T: Int64Array) -> tuple[Int64Array, Bool]:
         """Find the row of each id in the file of its table's width, (N,), and whether training has touched it, (N,).
 
         The first `lengths_T[0]` ids belong to the first table, and so on. An id without a row in an exact table gets
         the cold row of its shard and counts as unknown. In a hashed table an id counts as known if it, or another id
-        with the same row, was in training. Of 27 hashed tables, in a fifth of the time of one after the other.
+        with the same row, was in training. 27 hashed tables with 200 ids each take a fifth of the time of one after the other.
         """
         numbers_T = [self._number[name] for name in tables]
         shards_T, num_rows_T, first_row_T, first_bit_T = self._layout_4T[:, numbers_T]
