@@ -49,7 +49,7 @@ class BundleIdRows:
 
         The first `lengths_T[0]` ids belong to the first table, and so on. An id without a row in an exact table gets
         the cold row of its shard and counts as unknown. In a hashed table an id counts as known if it, or another id
-        with the same row, was in training. 27 hashed tables with 200 ids each take a fifth of the time of one after the other.
+        with the same row, was in training. 27 hashed tables with 200 ids each take a fifth of the time of one by one.
         """
         numbers_T = [self._number[name] for name in tables]
         shards_T, num_rows_T, first_row_T, first_bit_T = self._layout_4T[:, numbers_T]
