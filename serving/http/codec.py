@@ -121,7 +121,8 @@ def _check_outline(body: bytes, budget: Budget) -> Steps[None]:
         yield
         body = body.replace(b'\\"', b"")
         yield
-    budget.check("values", body.count(b'"') // 4)  # before texts are cut out one by one
+    if len(body) // 4 > budget.max_values:  # before texts are cut out one by one
+        budget.check("values", body.count(b'"') // 4)
     marks = body.translate(None, _NO_MARKS)
     yield
     marks = b"".join(marks.split(b'"')[::2])

@@ -50,11 +50,9 @@ class Work:
     """The model by whose columns it was decoded."""
     done: "asyncio.Future[Scores]"
     stages: dict[str, float]
+    cost: int
+    """See `Sizes.cost`."""
     decoded_s: float = field(default_factory=time.perf_counter)
-
-    @property
-    def cost(self) -> int:
-        return self.sizes.cost
 
 
 class Pace:
@@ -147,7 +145,7 @@ class ScoringQueue:
         sent, sizes = await self.pace.through(self._decoding_steps(body, model))
         await self.pace.pause()
         stages = {"parse": time.perf_counter() - start_s}
-        return Work(body, sent, sizes, model, asyncio.get_running_loop().create_future(), stages)
+        return Work(body, sent, sizes, model, asyncio.get_running_loop().create_future(), stages, sizes.cost)
 
     def _decoding_steps(self, body: Body, model: "Scorer") -> Steps[tuple[SentTable, Sizes]]:
         sent = yield from body.decode(model.inputs, self._budget)

@@ -5,8 +5,7 @@
     network.form, network.note   "compiled" or "portable", and why existing compiled code is not used
 
 Uses code compiled for this kind of machine (`compiled_name`) if there is any. The portable form gives the same logits
-up to rounding, and takes some milliseconds a user. A call uses one core; torch's number of threads applies to the whole
-process.
+up to rounding, and takes some milliseconds a user. A call uses one core, and torch has one thread from then on.
 
 The shapes are those of a batch of the trainer (trainer/samples/reader.py): G users, B candidates of all of them, one
 user's after the other's; M = G on the user side and B on the ad side; N values of a field; V width of its vectors. A
@@ -92,13 +91,15 @@ def split_by_user(
     A block has fewer candidates if their number times the user's longest list exceeds `most_pairs`, but at least one.
     Inputs that are a single block are returned as they are. `of_user`: the fields of side user.
     """
+    if inputs.num_groups == 1:
+        longest = max((len(rows.rows_NV) for name, rows in inputs.fields.items() if name in of_user), default=0)
+        if 0 < len(inputs.group_of_sample_B) <= max(1, min(at_most, most_pairs // max(1, longest))):
+            yield inputs
+            return
     longest_G = np.ones(inputs.num_groups, np.int64)
     for name in inputs.fields.keys() & of_user:
         longest_G = np.maximum(longest_G, inputs.fields[name].lengths_M)
     at_most_G = np.clip(most_pairs // longest_G, 1, at_most)
-    if inputs.num_groups == 1 and 0 < len(inputs.group_of_sample_B) <= at_most_G[0]:
-        yield inputs
-        return
     ends = {name: np.append(0, np.cumsum(field.lengths_M)) for name, field in inputs.fields.items()}
     for user, start, end in _blocks(inputs, at_most_G):
         at = {True: (user, user + 1), False: (start, end)}
@@ -269,6 +270,7 @@ class ServedNetwork:
         return np.concatenate(logits) if logits else np.empty(0, np.float32)
 
     def _score(self, inputs: NetworkInputs) -> Float32:
+        torch.set_num_threads(1)  # OpenMP counts them by calling thread; a second one spins between small requests
         with torch.inference_mode():
             (logits_B,) = self._run([_as_tensor(array) for array in self._slots.arrays(inputs)])
         logits: NDArray[np.float32] = logits_B.numpy()

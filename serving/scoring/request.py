@@ -83,6 +83,10 @@ class RequestColumns:
         """Rules of the decoded columns; a crossed column counts as one."""
         self.sources: Mapping[str, Rule] = source_columns(self.rules)
         """Rules of the columns in a request."""
+        self.integers = [name for name, rule in self.rules.items() if not rule.is_real and not rule.crossed]
+        """Decoded columns of whole numbers, or of texts that become such."""
+        self.measured = {name: rule for name, rule in self.rules.items() if rule.width is not None or rule.lengths_of}
+        """Rules of the decoded columns whose lists have a length of the schema, or that of another column."""
         self.aligned = aligned_columns(self.rules)
         self.nullable = {field.column_name for field in fields if field.kind == "content"}
         """Columns of images, whose nulls are missing images."""

@@ -1,8 +1,10 @@
 """Exported networks give the trainer's logits: every base net, aggregator and setting, at any number of anything."""
 
+import ctypes
 import gc
 import zipfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
@@ -279,3 +281,22 @@ def test_inputs_that_do_not_fit_are_own_bugs() -> None:
         short = field._replace(**{part: getattr(field, part)[:-1]})
         with pytest.raises(AssertionError, match=rf"{name}\.{part} has"):
             slots.arrays(replace(whole, fields={**whole.fields, name: short}))
+
+
+def test_scores_with_one_thread_wherever_it_is_called() -> None:
+    """A second thread of OpenMP, which compiled code starts, would spin between small requests and take a core."""
+    drawn, threads = drawn_of(), []
+    openmp = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+
+    def run(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        threads.append(openmp.omp_get_max_threads())
+        return [tensors[0].float()]
+
+    def score() -> None:
+        openmp.omp_set_num_threads(2)  # what a thread begins with on two cores
+        network.score(drawn([3], [4]))
+
+    network = ServedNetwork(run, served.Slots.of(drawn.model, drawn.settings), "compiled", None)
+    with ThreadPoolExecutor(1) as other:
+        other.submit(score).result()
+    assert threads == [1]
