@@ -155,16 +155,27 @@ def is_ours(storage: Storage, found: Manifest, commit_id: str) -> bool:
     """
     if found.commit_id != commit_id:
         return False
-    is_followed = _is_followed(storage, found)
-    if is_followed:
+    followed = is_followed(storage, found)
+    if followed:
         return True
     # Snapshots go from the oldest on, except those kept by name: ours would have gone before its follower. A repair may
     # have moved a damaged follower away, whose files are then those of ours.
-    if is_followed is None and any(map(storage.list, (PINS, CHANNELS, _DAMAGED))):
+    if followed is None and any(map(storage.list, (PINS, CHANNELS, _DAMAGED))):
         path = storage.full(manifest_path(found.version))
         raise StorageError(f"cannot find out whether {path} is in the log: the manifest after it is gone")
     storage.delete(manifest_path(found.version))
     return False
+
+
+def is_followed(storage: Storage, found: Manifest) -> bool | None:
+    """Return whether a manifest is the newest, or the parent of the next one; None where the next one is gone.
+
+    Raises CorruptFileError where the next one is damaged.
+    """
+    if versions(storage)[-1:] == [found.version]:
+        return True
+    follower = find(storage, found.version + 1)
+    return None if follower is None else follower.parent == found.commit_id
 
 
 def utc_text(time_s: float) -> str:
@@ -189,19 +200,11 @@ def _checked(storage: Storage, path: str, version: int, manifest: Manifest) -> M
     return manifest
 
 
-def _is_followed(storage: Storage, found: Manifest) -> bool | None:
-    """Return whether a manifest is the newest, or the parent of the next one; None where the next one is gone."""
-    if versions(storage)[-1:] == [found.version]:
-        return True
-    follower = find(storage, found.version + 1)
-    return None if follower is None else follower.parent == found.commit_id
-
-
 def _is_stray(storage: Storage, found: Manifest) -> bool:
     """Return whether a manifest landed when its version had expired: the next one comes after another.
 
     Its writer takes it away, unless it was killed. Where the next one is damaged or gone, the manifest counts.
     """
     with contextlib.suppress(CorruptFileError):
-        return _is_followed(storage, found) is False
+        return is_followed(storage, found) is False
     return False

@@ -47,7 +47,7 @@ from featurestore.upkeep import DAMAGED, DATA, history
 
 _MEMORY_BYTES = 256 << 20
 _THREADS = 4
-NOTE_PREFIX = "note-"
+NOTE_PREFIX, _REPLACED = "note-", "replaced-"
 ProblemKind = (
     Literal["info", "folder", "basis", "manifest", "order", "expired"]
     | Literal["pin", "channel", "quarantine", "data", "statistics", "collision"]
@@ -144,7 +144,7 @@ def _read_manifests(store: FeatureStore, report: VerifyReport) -> dict[int, Mani
     """Read the manifests of the log that are good."""
     good: dict[int, Manifest] = {}
     storage, url = store.storage, store.url
-    known = log.versions(storage)
+    known, given = log.versions(storage), _Given.of(storage)
     report.num_manifests = len(known)
     for version in known:
         path = log.manifest_path(version)
@@ -162,11 +162,44 @@ def _read_manifests(store: FeatureStore, report: VerifyReport) -> dict[int, Mani
             message = f"{storage.full(path)} counts other files, rows or bytes than it names"
             report.problems.append(Problem("manifest", path, message, way_out, (version,)))
             continue
+        if given.to_another(manifest):
+            message = f"{storage.full(path)} has the number of a manifest that was moved away: it came late"
+            report.problems.append(Problem("manifest", path, message, way_out, (version,)))
+            continue
         if version - 1 in good and manifest.parent != good[version - 1].commit_id:
             message = f"{storage.full(path)} does not follow the manifest before it"
             report.problems.append(Problem("order", path, message, "Put the right one back from a backup", (version,)))
         good[version] = manifest
     return good
+
+
+@dataclass(frozen=True)
+class _Given:
+    """The numbers of manifests that were moved away from the log: no other one gets them.
+
+    A manifest that comes late finds its number free; its writer takes it away again, unless it is killed."""
+
+    storage: Storage
+    damaged: Collection[int]
+    expired: Collection[int]
+
+    @classmethod
+    def of(cls, storage: Storage) -> "_Given":
+        """List them."""
+        names = [name.partition("-") for name in storage.list(DAMAGED)]
+        damaged = {log.version_of(name) for folder, _, name in names if folder == log.LOG}
+        return cls(storage, {version for version in damaged if version}, log.versions(storage, log.EXPIRED))
+
+    def to_another(self, manifest: Manifest) -> bool:
+        """Return whether another manifest had this one's number, and this one is not part of the log."""
+        with contextlib.suppress(CorruptFileError, FileNotFoundError):
+            if manifest.version in self.expired:  # an expiry has copied this one, or moved another
+                return log.read(self.storage, manifest.version, log.EXPIRED).commit_id != manifest.commit_id
+        if manifest.version not in self.damaged:
+            return False
+        with contextlib.suppress(CorruptFileError):  # a backup put it back, if it has a follower or is the newest
+            return not log.is_followed(self.storage, manifest)
+        return True
 
 
 def _damaged(files: Iterable[_SmallFile]) -> Iterator[Problem]:
@@ -594,7 +627,11 @@ def _note(storage: Storage, path: str, reason: str) -> None:
     )
 
 
-def _keep_copy(storage: Storage, path: str) -> None:
+def _dashed(path: str) -> str:
+    return path.replace("/", "-")
+
+
+def _keep_copy(storage: Storage, path: str, prefix: str = "") -> None:
     """Copy a small damaged file to `damaged/`, under its path with dashes.
 
     The copy is empty where the file cannot be read, or is a link out of the store. The file may be gone already."""
@@ -604,7 +641,7 @@ def _keep_copy(storage: Storage, path: str) -> None:
         return
     except CorruptFileError:
         data = b""
-    storage.write_bytes(f"{DAMAGED}/{path.replace('/', '-')}", data)
+    storage.write_bytes(f"{DAMAGED}/{prefix}{_dashed(path)}", data)
 
 
 def _put_aside(storage: Storage, path: str) -> None:
@@ -670,16 +707,18 @@ def _recoverable(storage: Storage, damaged: Collection[int]) -> list[Manifest]:
 def _move_back(storage: Storage, manifest: Manifest) -> None:
     """Move a manifest from expired/ to log/, where a damaged one of its version makes room for it."""
     path = log.manifest_path(manifest.version)
-    _keep_copy(storage, path)
+    _keep_copy(storage, path, _REPLACED)
+    storage.delete_files([f"{DAMAGED}/{_dashed(path)}"])  # of a repair that was killed: this number is one of the log
     storage.write_bytes(path, seal(manifest))
-    storage.delete_files([log.manifest_path(manifest.version, log.EXPIRED)])  # second: a kill loses none
+    storage.delete_files([log.manifest_path(manifest.version, log.EXPIRED)])  # last: a kill loses none
 
 
 def _recommit(storage: Storage, good: Manifest, version: int, operation: str, dry_run: bool) -> None:
     """Commit the newest good manifest again as `version`, the number behind that of the newest, which is damaged.
 
     Readers and writers stop at a damaged newest manifest, and continue with this one. Where another repair was first,
-    its commit stays; so does what came after that, where its number has become free meanwhile.
+    its commit stays. Where what came after that has made the number free again, this one is not part of the log: the
+    next repair moves it away.
     """
     if not dry_run:
         again = good.model_copy(
@@ -692,8 +731,7 @@ def _recommit(storage: Storage, good: Manifest, version: int, operation: str, dr
                 "operation": operation,
             }
         )
-        # This also takes the commit away again where it is not part of the log.
-        log.is_ours(storage, create_sealed(storage, log.manifest_path(version), again), again.commit_id)
+        create_sealed(storage, log.manifest_path(version), again)
 
 
 def _info_of_a_file(storage: Storage, manifest: Manifest) -> tuple[str, StoreInfo] | None:

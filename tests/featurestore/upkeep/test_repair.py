@@ -10,7 +10,7 @@ import pytest
 from featurestore import FeaturePartition, FeatureStore, QuarantineRow, shard_of
 from featurestore.errors import CommitConflictError, CorruptFileError, StorageError
 from featurestore.log import EXPIRED, manifest_path, versions
-from featurestore.spec import FileEntry
+from featurestore.spec import FileEntry, seal
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.expiry import expire
 from featurestore.upkeep.history import pin, restore
@@ -268,6 +268,39 @@ def test_manifests_come_back_from_expired(
     assert versions(filled.storage) == left and everything(filled) == before
     assert not set(versions(filled.storage, EXPIRED)) & set(left)
     check_whole(filled, tmp_path)
+
+
+def test_what_came_back_from_expired_is_repaired_from(filled: FeatureStore) -> None:
+    before = everything(filled)
+    leave_in_expired(filled, [3], [3])
+    filled.storage.write_bytes(f"damaged/log-{3:020d}.json", b"")  # another repair was killed as it moved it away
+    repair(filled)
+    put(filled, 1, first=5000)
+    spoil(filled, manifest_path(4))
+    repair(filled)
+    assert versions(filled.storage) == [1, 2, 3, 5] and everything(filled) == before
+
+
+def test_a_manifest_that_comes_late_to_the_number_of_a_damaged_one_is_not_repaired_from(filled: FeatureStore) -> None:
+    """Its writer was away until a repair had moved the damaged one away, and was killed then."""
+    before = everything(filled, 2)
+    late = filled.snapshot(3).manifest.model_copy(update={"commit_id": "0" * 32})
+    spoil(filled, manifest_path(3))
+    repair(filled)
+    filled.storage.write_bytes(manifest_path(3), seal(late))
+    (found,) = verify(filled).problems
+    assert "has the number of a manifest that was moved away" in str(found)
+    spoil(filled, manifest_path(4))
+    repair(filled)
+    assert versions(filled.storage) == [1, 2, 5] and everything(filled) == before
+
+
+def test_a_manifest_that_was_moved_away_may_come_back_from_a_backup(filled: FeatureStore) -> None:
+    backup = filled.storage.read_bytes(manifest_path(2))
+    spoil(filled, manifest_path(2))
+    repair(filled)
+    filled.storage.write_bytes(manifest_path(2), backup)
+    assert verify(filled).problems == [] and filled.snapshot(2).version == 2
 
 
 def test_a_manifest_whose_files_are_gone_stays_in_expired(filled: FeatureStore) -> None:
