@@ -138,7 +138,8 @@ def _next_command(run: "Run", days: list[str]) -> str:
         "optim.ids_lr": f"{_LAST_RATES * optim.alpha:g}",
     }
     words = [f"{name}={value}" for name, value in given.items()]
-    return shlex.join(["crossmedia", "train", "--config", str(run.folder / "config.yaml"), *words])
+    ranks = ["horovodrun", "-np", str(run.comm.size)] if run.comm.size > 1 else []
+    return shlex.join([*ranks, "crossmedia", "train", "--config", str(run.folder / "config.yaml"), *words])
 
 
 def _say_beginning(run: "Run", removed: "list[Checkpoint]", progress: "ProgressLog") -> None:

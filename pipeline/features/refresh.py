@@ -352,15 +352,16 @@ class ImageRun(store_run.StoreRun):
         """Stage parts with all images to compute and to copy; return their reports.
 
         The refs of a part are made when it is submitted, so that a few parts at a time take memory. Raises
-        SpecMismatchError, if any is left to compute, where the workers do not build the store's own network.
+        SpecMismatchError where the workers do not build the store's own network: looked at if any image is left to
+        compute, or if the weights have another name than the store's.
         """
         computed = diff.make_parts(images, plan.compute_C, plan.digest_C, self._settings.part_size)
         everything = [*computed, *diff.make_copy_parts(images, plan.copies, self._settings.part_size)]
         reports = self._staged_reports(everything)
         self.num_resumed = sum(len(part.index_K) for part in computed if part.name in reports)
         waiting = [part for part in everything if part.name not in reports]
-        if any(part.source_key_K is None for part in waiting):
-            settings, info = self._settings, self.store.info
+        settings, info = self._settings, self.store.info
+        if settings.weights != _network_of(info).weights or any(part.source_key_K is None for part in waiting):
             spec = describe_network(self.client, settings.backbone, settings.weights, settings.extractor.precision)
             info.model_copy(update={"extractor": spec}).check_same(info, f"the store at {self.store.url}")
         total = sum(len(part.index_K) for part in everything)

@@ -167,9 +167,10 @@ def test_the_network_is_the_stores_own(make, run, write, tmp_path, client):
     with pytest.raises(StoreNotFoundError, match=r"no store at .*crossmedia extract makes one"):
         run(folder)
     make(folder)
-    write(c=3)
-    with pytest.raises(SpecMismatchError, match=r"extractor.weights_digest"):
-        run(folder, weights="random:1")
+    for images in ({}, {"c": 3}):  # also where nothing is to compute
+        write(**images)
+        with pytest.raises(SpecMismatchError, match=r"extractor.weights_digest"):
+            run(folder, weights="random:1")
     assert run(folder, weights="random:0").num_new == 1
 
 

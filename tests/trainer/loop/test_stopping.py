@@ -4,6 +4,7 @@ import contextlib
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -14,12 +15,12 @@ from tests.trainer.checkpoints import steps_of
 from tests.trainer.conftest import Places
 from tests.trainer.whole_runs import assert_same, interrupted_after, report_of, run_alone
 from trainer.comm import SoloComm
-from trainer.config import load_config
+from trainer.config import Config, load_config
 from trainer.errors import ConfigError, TrainerError
 from trainer.evaluation import predict
 from trainer.loop import training as train_module
 from trainer.loop.training import StoppedError, best_step, has_ended, has_finished, metrics_of, num_plateaus
-from trainer.main import train
+from trainer.main import _next_command, train
 from trainer.runs.checkpoint import read_state
 from trainer.runs.folder import find_checkpoint
 from trainer.runs.open import with_validation
@@ -262,6 +263,14 @@ def test_a_run_that_chose_its_epoch_ends_with_the_command_that_trains_on_the_day
     assert (after.data.train_days, after.optim.lr) == (["2026-01-03"], 0.3 * load_config(Path(file)).optim.lr)
     train(after, SoloComm())
     assert report_of(folder / "a-all")["warm_start"].startswith(f"{folder / 'a'}/checkpoints/")
+
+
+def test_the_command_of_several_ranks_starts_as_many(tmp_path: Path) -> None:
+    run: Any = SimpleNamespace(
+        config=Config(), folder=tmp_path, comm=SimpleNamespace(size=2), train_reader=SimpleNamespace(steps_per_epoch=2)
+    )
+    run.engine = SimpleNamespace(num_steps=4, first_step=0)
+    assert _next_command(run, ["2026-01-03"]).startswith("horovodrun -np 2 crossmedia train --config ")
 
 
 @pytest.mark.parametrize(
