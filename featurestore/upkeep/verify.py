@@ -672,13 +672,16 @@ def _rebuild_info(url: str, dry_run: bool) -> str:
 def _newest_good(storage: Storage, bad: Collection[int] = (), folders: Sequence[str] = (log.LOG,)) -> Manifest:
     """Read the newest manifest that is whole and none of the `bad` versions, from the first folder that has one.
 
-    Raises CorruptFileError where none has.
+    Nor does it take one that came late, maybe since the store was verified. Raises CorruptFileError where none has.
     """
+    given = _Given.of(storage)
     for folder in folders:
         for version in reversed(log.versions(storage, folder)):
             if version not in bad:
                 with contextlib.suppress(FileNotFoundError, CorruptFileError):
-                    return log.read(storage, version, folder)
+                    found = log.read(storage, version, folder)
+                    if not given.to_another(found):
+                        return found
     raise CorruptFileError(
         f"no manifest of {storage.url} is good, and none in {log.EXPIRED}/ has all of its files:"
         f" put {storage.full(log.LOG)} back from a backup"
