@@ -25,6 +25,12 @@ def test_other_threads_keep_their_clock() -> None:
         assert time.time() < BEGIN_S + 1 and pool.submit(time.time).result() >= now_s
 
 
+def test_planted_bugs_have_their_places() -> None:
+    for bug in BUGS:
+        with bug.planted():
+            pass
+
+
 def test_a_planted_bug_is_found_and_its_history_is_made_shorter() -> None:
     bug = next(each for each in BUGS if each.guard.startswith("what others put behind"))
     with bug.planted():
