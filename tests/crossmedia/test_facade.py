@@ -176,6 +176,7 @@ def test_tables_of_all_kinds(run: cm.Run, impressions: pa.Table) -> None:
     assert run.score(few.combine_chunks().to_batches()[0]).equals(wanted)
     assert table_of({"numbers": np.ones((2, 3))})["numbers"].to_pylist() == [[1.0] * 3] * 2
     assert run.score(few.slice(0, 0)).num_rows == 0
+    assert run.score({"sku": []}, {"sku": []}).num_rows == 0, "a raw log of nobody"
     histories: dict[str, Any] = {name: [[]] for name in few.column_names if name.startswith("behavior")}
     nobody = {name: few[name].to_pylist()[:1] for name in few.column_names} | histories
     assert run.score(nobody).num_rows == 1, "a list without a value has no type in Arrow"
