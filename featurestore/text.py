@@ -23,7 +23,7 @@ STYLE_BYTES = 1 << 20
 """From the beginning of a file, for `find_style`."""
 _DELIMITERS = ",;\t|"
 _DECIMAL_COMMA = re.compile(r"-?\d+,\d+")
-_COMMA_NUMBER = re.compile(r"-?(\d+|\d{1,3}(\.\d{3})+)(,\d+)?")
+COMMA_NUMBER = re.compile(r"-?(\d+|\d{1,3}(\.\d{3})+)(,\d+)?")
 _STYLE_ROWS = 200
 
 
@@ -74,7 +74,7 @@ def first_rows(beginning: bytes, style: CsvStyle, most: int) -> list[list[str]]:
 
 def parse_decimal_comma(text: str) -> float:
     """Parse a number such as 1.234,5, whose points are between thousands. Raises ValueError."""
-    if not _COMMA_NUMBER.fullmatch(text):
+    if not COMMA_NUMBER.fullmatch(text):
         raise ValueError(text)
     return float(text.replace(".", "").replace(",", "."))
 
@@ -89,7 +89,7 @@ def _encoding_of(beginning: bytes) -> str:
 
 def _has_decimal_comma(column: tuple[str, ...]) -> bool:
     values = [value.strip() for value in column if value.strip()]
-    return all(map(_COMMA_NUMBER.fullmatch, values)) and any(map(_DECIMAL_COMMA.fullmatch, values))
+    return all(map(COMMA_NUMBER.fullmatch, values)) and any(map(_DECIMAL_COMMA.fullmatch, values))
 
 
 class CsvTextError(ValueError):

@@ -1,5 +1,7 @@
 """Schema files and their mistakes, what crossmedia schema suggests and finds, and its counts of values."""
 
+import functools
+import io
 import shutil
 from datetime import datetime
 from pathlib import Path
@@ -8,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from pyarrow import csv
 
 from tests.cli import invoke
 from tests.trainer.conftest import change_column
@@ -224,6 +227,49 @@ def test_times_images_labels_and_lists_are_known_by_their_values(tmp_path):
     assert "# not used: products.parquet, which has no times or no users" in called("inspect", tmp_path / "logs")
     said = called("inspect", tmp_path / "logs", "--label", "no", code=1)
     assert "--label no is not a column of 0 and 1, or yes and no there" in said
+
+
+@pytest.mark.parametrize("ending", ["parquet", "csv", "one csv"])
+@pytest.mark.parametrize(
+    ("early", "late", "kind", "told"),
+    [
+        ([1, 2], ["u300", "7"], "id", "string, 4 different, as '1'"),
+        (["u300", "7"], [7, 8], "id", "string, 3 different, as 'u300'"),
+        ([1, 2], [1.5, 2.0], "dense", "double, 3 different, 1 to 2"),
+        ([1.5, 2.0], [1, 2], "dense", "double, 3 different, 1 to 2"),
+        ([None, None], [3, 4], "id", "int64, 2 different, 2,000 of 4,000 null"),
+        ([3, 4], [None, None], "id", "int64, 2 different, 2,000 of 4,000 null"),
+        ([True, False], [datetime(2026, 3, 1)] * 2, None, "not used: more (bool and timestamp["),
+    ],
+)
+def test_a_column_has_the_type_that_all_that_is_read_has_in_common(
+    tmp_path, monkeypatch, ending, early, late, kind, told
+):
+    """Of days, and of the blocks of one file."""
+    parts, count = [], 1000
+    for more in (early, late):
+        shown = {"user": ["a", "b"], "item": [3, 4], "image": ["a.jpg"] * 2, "click": [0, 1], "more": more}
+        parts.append(pa.table({"ts": range(2 * count)} | {name: values * count for name, values in shown.items()}))
+    (tmp_path / "shown").mkdir()
+    if ending == "one csv":
+        file, before = tmp_path / "shown/a.csv", io.BytesIO()
+        csv.write_csv(parts[0], file)
+        csv.write_csv(parts[1], before, csv.WriteOptions(include_header=False))
+        block = file.stat().st_size
+        file.write_bytes(file.read_bytes() + before.getvalue())
+        options = functools.partial(csv.ReadOptions, block_size=block)
+        monkeypatch.setattr("trainer.schema.profile.csv.ReadOptions", options)
+    for name, part in zip("ab", parts, strict=True) if ending != "one csv" else ():
+        (csv.write_csv if ending == "csv" else pq.write_table)(part, tmp_path / f"shown/{name}.{ending}")
+    text = called("inspect", tmp_path)
+    shown = yaml.safe_load(text)["impressions"]
+    assert (shown.get("user", {}) | shown.get("ad", {})).get("more") == kind
+    assert told in text
+    if ending == "parquet":
+        pq.write_table(parts[0].append_column("tags", pa.array([[1]] * 2 * count)), tmp_path / "shown/a.parquet")
+        pq.write_table(parts[1].append_column("tags", pa.array([1] * 2 * count)), tmp_path / "shown/b.parquet")
+        said = called("inspect", tmp_path, code=1)
+        assert "column tags is list<element: int64> in some files and int64 in others" in said
 
 
 def test_a_label_of_yes_and_no_is_known_by_its_name_alone_and_a_click_before_it(tmp_path):

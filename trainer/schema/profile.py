@@ -1,5 +1,6 @@
 """Tables of other programs: Arrow tables of them, and what is in their columns: types, values, lengths of lists."""
 
+import contextlib
 import dataclasses
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -15,14 +16,19 @@ from pyarrow import csv
 from featurestore.errors import StorageError
 from featurestore.format.datafile import is_text
 from featurestore.storage.storage import Storage
-from featurestore.text import STYLE_BYTES, CsvTextError, find_style, long_rows
+from featurestore.text import COMMA_NUMBER, STYLE_BYTES, CsvTextError, find_style, first_rows, long_rows
 from trainer.errors import DataError
 from trainer.schema.fields import DistinctCount
 
 CSV_SUFFIXES = (".csv", ".tsv")
 SUFFIXES = (".parquet", *CSV_SUFFIXES)
 _ROWS_TOGETHER = 65_536
-Content = Literal["integer", "real", "text", "time", "other"]
+# What the values of a CSV file may be, the first that fits all of a block; the next block may be of another type.
+_CSV_TYPES = (
+    pa.int64(), pa.bool_(), pa.date32(), pa.timestamp("s"), pa.timestamp("ns"), pa.timestamp("ns", "UTC"), pa.float64(),
+)  # fmt: skip
+_CSV_NULLS = pa.array(csv.ConvertOptions().null_values or [], pa.string())
+Content = Literal["integer", "real", "text", "time", "empty", "other"]
 READ_TYPES: Mapping[Content, pa.DataType] = {"integer": pa.int64(), "real": pa.float64(), "text": pa.large_string()}
 
 
@@ -85,6 +91,10 @@ class Column:
         """Take in the rows of one more part of a table. Raises DataError."""
         self.rows += len(array)
         self.nulls += array.null_count
+        self._widen(array.type)
+        if inner_type(array.type)[1] != self.depth:
+            self.missing += len(array)
+            return
         if self.depth:
             self.like_label &= label_lengths is not None and pc.list_value_length(array).equals(label_lengths)
         for level in range(self.depth):
@@ -108,6 +118,24 @@ class Column:
         except pa.ArrowInvalid as failure:
             raise DataError(f"column {self.name} has text that is not UTF-8; write the file in UTF-8") from failure
         self.different = more if self.different is None else pc.unique(pa.concat_arrays([self.different, more]))
+
+    def _widen(self, kind: pa.DataType) -> None:
+        """Take the content that values of this type have in common with those so far. Raises DataError."""
+        inner, depth = inner_type(kind)
+        content = content_of(inner)
+        if self.content == "empty":
+            self.type, self.content, self.depth = str(kind), content, depth
+        if content == "empty" or (content, depth) == (self.content, self.depth):
+            return
+        if depth != self.depth:
+            raise DataError(f"column {self.name} is {self.type} in some files and {kind} in others; write one of them")
+        both = {content, self.content}
+        common: Content = "text" if "text" in both and "other" not in both else "other"
+        common = "real" if both == {"integer", "real"} else common
+        self.type = f"{self.type} and {kind}" if common == "other" else str(kind) if content == common else self.type
+        self.content = common
+        if self.different is not None:
+            self.different = self.different.cast(READ_TYPES[common]) if common in READ_TYPES else None
 
 
 @dataclass
@@ -150,14 +178,31 @@ def _row_groups(file: Any) -> Iterator[pa.Table]:
 
 
 def _csv_blocks(file: Any, most_rows: int) -> Iterator[pa.Table]:
-    style = find_style(file.read(STYLE_BYTES))
+    beginning = file.read(STYLE_BYTES)
+    style = find_style(beginning)
+    names = dict.fromkeys(next(iter(first_rows(beginning, style, 1)), []), pa.string())
     file.seek(0)
     long_rows(file, style.delimiter, most_rows)
     file.seek(0)
     parse = csv.ParseOptions(delimiter=style.delimiter, newlines_in_values=True, invalid_row_handler=lambda row: "skip")
-    read, convert = csv.ReadOptions(encoding=style.encoding), csv.ConvertOptions(decimal_point=style.decimal)
+    read, convert = csv.ReadOptions(encoding=style.encoding), csv.ConvertOptions(column_types=names)
     for batch in csv.open_csv(file, read_options=read, parse_options=parse, convert_options=convert):
-        yield pa.Table.from_batches([batch])
+        columns = [_typed(texts, style.decimal) for texts in batch.columns]
+        yield pa.Table.from_arrays(columns, names=batch.schema.names)
+
+
+def _typed(texts: Any, decimal: str) -> Any:
+    """Read the texts of a column as the first of _CSV_TYPES that all of them fit; leave texts where none does."""
+    values = pc.utf8_trim_whitespace(texts)
+    values = pc.if_else(pc.is_in(values, value_set=_CSV_NULLS), None, values)
+    if values.null_count == len(values):
+        return pa.nulls(len(values))
+    if decimal == "," and pc.all(pc.match_substring_regex(values, f"^(?:{COMMA_NUMBER.pattern})$")).as_py():
+        values = pc.replace_substring(pc.replace_substring(values, ".", ""), ",", ".")
+    for kind in _CSV_TYPES:
+        with contextlib.suppress(pa.ArrowInvalid):
+            return values.cast(kind)
+    return texts
 
 
 def look(storage: Storage, paths: list[str], label: str | None, most_rows: int) -> TableProfile:
@@ -205,6 +250,8 @@ def inner_type(kind: pa.DataType) -> tuple[pa.DataType, int]:
 
 def content_of(kind: pa.DataType) -> Content:
     """Say what numbers or texts a type within lists has."""
+    if pa.types.is_null(kind):
+        return "empty"
     if pa.types.is_boolean(kind) or pa.types.is_integer(kind):
         return "integer"
     if pa.types.is_floating(kind):
