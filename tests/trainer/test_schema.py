@@ -272,6 +272,28 @@ def test_a_column_has_the_type_that_all_that_is_read_has_in_common(
         assert "column tags is list<element: int64> in some files and int64 in others" in said
 
 
+@pytest.mark.parametrize("ending", ["parquet", "csv"])
+@pytest.mark.parametrize("those", [(1, 2), (0,)])
+def test_columns_that_some_days_lack_are_left_out_and_named(tmp_path, ending, those):
+    """Those that came later, and those that went."""
+    (tmp_path / "logs/shown").mkdir(parents=True)
+    for day in range(3):
+        shown = {"ts": [0, 60], "user": [1, 1], "item": [3, 4], "image": ["a.jpg"] * 2, "click": [0, 1], "age": [1, 2]}
+        shown |= {"device": [1, 2], "member_nr": [1, 2]} if day in those else {}
+        write = csv.write_csv if ending == "csv" else pq.write_table
+        write(pa.table(shown), tmp_path / f"logs/shown/{day}.{ending}")
+    said = called("inspect", tmp_path / "logs", "--out", tmp_path / "first.yaml")
+    lack = "1 file: shown/0" if 1 in those else f"2 files: shown/1.{ending}, shown/2"
+    for name in ("device", "member_nr"):
+        assert f"warning      left out: {name}, missing in {lack}.{ending}" in said
+    shown = yaml.safe_load((tmp_path / "first.yaml").read_text())["impressions"]
+    assert shown["columns"]["user"] == "user" and {*shown.get("user", {}), *shown.get("ad", {})} == {"age"}
+    if ending == "csv":
+        (tmp_path / "logs/shown/1.csv").write_text("7,2,3,b.jpg,0,4\n8,2,4,b.jpg,1,5\n")
+        said = called("inspect", tmp_path / "logs", code=1)
+        assert "shown/1.csv (7, 2, 3, b.jpg, 0, 4) and " in said and "have no column in common; the first line" in said
+
+
 def test_a_label_of_yes_and_no_is_known_by_its_name_alone_and_a_click_before_it(tmp_path):
     shown = {"ts": [0, 60, 120], "user": [1, 1, 2], "item": [3, 4, 3], "image": ["a.jpg"] * 3}
     said = ["yes", "no", "No"]

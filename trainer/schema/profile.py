@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -145,6 +145,13 @@ class TableProfile:
     columns: dict[str, Column] = dataclasses.field(default_factory=dict)
     rows: int = 0
     complete: bool = True
+    lacked: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
+    """By column that not all files have: the files that lack it."""
+
+    @property
+    def common(self) -> "TableProfile":
+        """Those columns that all files have."""
+        return dataclasses.replace(self, columns={k: each for k, each in self.columns.items() if k not in self.lacked})
 
 
 def data_files(storage: Storage, path: str = "") -> list[str]:
@@ -206,8 +213,8 @@ def _typed(texts: Any, decimal: str) -> Any:
 
 
 def look(storage: Storage, paths: list[str], label: str | None, most_rows: int) -> TableProfile:
-    """Profile the columns of these files, which have equal names, up to `most_rows` rows. Raises DataError."""
-    found, waiting = TableProfile(), list[pa.Table]()
+    """Profile the columns of these files, up to `most_rows` rows. Raises DataError."""
+    found, waiting, names = TableProfile(), list[pa.Table](), dict[str, list[str]]()
     for path in paths:
         if found.rows >= most_rows:
             found.complete = False
@@ -215,6 +222,7 @@ def look(storage: Storage, paths: list[str], label: str | None, most_rows: int) 
         for table in read_tables(storage, path, most_rows - found.rows):
             if twice := sorted(name for name, count in Counter(table.column_names).items() if count > 1):
                 raise DataError(f"{storage.full(path)}: column {twice[0]} is in it twice; rename one of them")
+            names[path] = table.column_names
             found.rows += len(table)
             is_next = not waiting or waiting[0].schema.equals(table.schema)
             if not is_next or sum(map(len, waiting)) + len(table) > _ROWS_TOGETHER:
@@ -222,6 +230,13 @@ def look(storage: Storage, paths: list[str], label: str | None, most_rows: int) 
                 waiting = []
             waiting.append(table)
     _add(found, waiting, label)
+    lacked = {column: [path for path, there in names.items() if column not in there] for column in found.columns}
+    found.lacked = {column: files for column, files in lacked.items() if files}
+    for path, there in names.items():
+        if len(names) > 1 and all(len(found.lacked.get(column, ())) == len(names) - 1 for column in there):
+            other = next(each for each in names if each != path)
+            told = " and ".join(f"{storage.full(each)} ({', '.join(names[each])})" for each in (path, other))
+            raise DataError(f"{told} have no column in common; the first line of a CSV file has to name its columns")
     return found
 
 

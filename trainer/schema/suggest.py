@@ -58,6 +58,7 @@ EVENTS = {
     "bought": r"(add[_ -]?)?(to[_ -]?)?(cart|basket|wishlist|fav(ou?rite)?)|purchased?|buy|bought|orders?|transaction",
 }
 MOST_EVENTS = 20
+MOST_FILES = 3  # that are named
 LABELS = "0 and 1, or yes and no"
 LABEL_NAMES = "label, click, clicked, clk, is_click, liked, target or y"  # of SYNONYMS, for a message
 LEAST_FOUND = {True: 0.5, False: 0.05}
@@ -74,6 +75,7 @@ class JoinedTable:
     column: str  # of its ids
     more: Mapping[str, Column]
     unused: tuple[str, ...]  # with another value in each row, as titles
+    lacked: Mapping[str, Sequence[str]]  # see TableProfile
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ def inspect_logs(
         folders.setdefault(path.partition("/")[0], []).append(path)
     if not folders:
         raise DataNotFoundError(f"{named}: no .parquet, .csv or .tsv files")
-    tables = {place: look(storage, paths, None, most_rows) for place, paths in folders.items()}
+    tables = {place: look(storage, paths, None, most_rows).common for place, paths in folders.items()}
     if empty := next((place for place, table in tables.items() if not table.rows), None):
         raise DataError(f"{named}/{empty}: {count_text(len(folders[empty]), 'file')} and not one row")
     labels, guessed = _labels_of(named, tables, label)
@@ -218,7 +220,9 @@ def _join_of(place: str, table: TableProfile, logs: Sequence[Log]) -> JoinedTabl
         if each.content in ("integer", "text") and each.num_different == table.rows > 1
         if not (is_image(each.name) or _has_image_names(each))
     )
-    return JoinedTable(by, place, name, {key: each for key, each in columns.items() if key not in unused}, unused)
+    return JoinedTable(
+        by, place, name, {key: each for key, each in columns.items() if key not in unused}, unused, table.lacked
+    )
 
 
 def _with_joins(log: Log, joins: Sequence[JoinedTable]) -> Log:
@@ -311,6 +315,7 @@ def render_mapping(logs: list[Log], where: str, folder: str, file: str) -> str:
     for join in logs[0].joins:
         unused = f"  # not used: {', '.join(join.unused)}, with another value in each row" if join.unused else ""
         lines.append(f"  {yaml_line(join.by, {'files': join.files, 'column': join.column})}{unused}")
+        lines += _lacked(join.lacked)
     for log in logs:
         lines += [
             "",
@@ -327,6 +332,7 @@ def render_mapping(logs: list[Log], where: str, folder: str, file: str) -> str:
                 lines += _extras(log, side)
         else:
             lines += _extras(log, "ad", logs[0])
+        lines += _lacked(log.table.lacked)
     if [log.name for log in logs] == ["impressions"]:
         lines += ["", "behaviors: clicks  # the impressions with a click; or a table of its own, as the impressions"]
     return "\n".join(lines) + "\n"
@@ -469,6 +475,15 @@ def _extras(log: Log, side: str, shown: Log | None = None) -> list[str]:
     lines += [f"    {yaml_line(each.name, kinds[each.name])}  # {column_note(each)}" for each in usable]
     lines += [f"  # not used: {column.name} ({column.type})" for column in further if column not in usable]
     return lines + [f"  {LEFT_OUT}{name}, which no request can know before its ads are shown" for name in later]
+
+
+def _lacked(columns: Mapping[str, Sequence[str]]) -> list[str]:
+    """Write lines for columns that not all files have, which crossmedia samples would refuse."""
+    return [
+        f"  {LEFT_OUT}{name}, missing in {count_text(len(files), 'file')}: "
+        + ", ".join([*files[:MOST_FILES], *(["…"] if len(files) > MOST_FILES else [])])
+        for name, files in columns.items()
+    ]
 
 
 def _kind_of(column: Column) -> Any:
