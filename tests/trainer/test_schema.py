@@ -294,6 +294,15 @@ def test_columns_that_some_days_lack_are_left_out_and_named(tmp_path, ending, th
         assert "shown/1.csv (7, 2, 3, b.jpg, 0, 4) and " in said and "have no column in common; the first line" in said
 
 
+def test_ids_that_are_real_numbers_are_a_warning_with_the_way_out(tmp_path):
+    """As pandas has them after a join."""
+    shown = {"ts": [0, 60], "visitor": [1.0, 2.0], "item": [3, 4], "image": ["a.jpg"] * 2, "click": [0, 1]}
+    pq.write_table(pa.table(shown), tmp_path / "shown.parquet")
+    said = called("inspect", tmp_path, "--out", tmp_path / "first.yaml")
+    assert said.count("warning") == 1 and "warning      to do: user: visitor is double, which no id is; write" in said
+    assert yaml.safe_load((tmp_path / "first.yaml").read_text())["impressions"]["columns"]["user"] == "visitor"
+
+
 def test_a_label_of_yes_and_no_is_known_by_its_name_alone_and_a_click_before_it(tmp_path):
     shown = {"ts": [0, 60, 120], "user": [1, 1, 2], "item": [3, 4, 3], "image": ["a.jpg"] * 3}
     said = ["yes", "no", "No"]

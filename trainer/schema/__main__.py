@@ -50,7 +50,7 @@ def inspect(
     With types, numbers of different values, and suggested kinds, sides and table sizes as comments.
     """
     data = data.rstrip("/") or data
-    from trainer.schema.suggest import LEFT_OUT
+    from trainer.schema.suggest import LEFT_OUT, TO_DO
 
     with tempfile.TemporaryDirectory() as room:
         text = _inspected(data, out, label, group, rows, Path(room))
@@ -59,7 +59,7 @@ def inspect(
     else:
         _write_new(out, text)
         for line in text.splitlines():
-            if line.strip().startswith(LEFT_OUT):
+            if line.strip().startswith((LEFT_OUT, TO_DO)):
                 print_summary(f"warning      {line.strip().removeprefix('# ')}")
 
 

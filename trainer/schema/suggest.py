@@ -41,6 +41,7 @@ OF_LOG: Mapping[str, tuple[str, ...]] = {
     "impressions": ("timestamp", "user", "session", "scene", "item", "image", "category", "label"),
     "behaviors": ("timestamp", "user", "item", "image", "category", "dwell_s"),
 }
+IDS = {"user", "session", "scene", "item", "category"}
 NEEDED = {"timestamp", "user", "item", "image", "label"}
 TIME_FORMATS = [
     day + time for day in ("%d/%m/%Y", "%m/%d/%Y", "%d.%m.%Y", "%Y/%m/%d") for time in ("", " %H:%M", " %H:%M:%S")
@@ -448,7 +449,11 @@ def _columns(log: Log) -> list[str]:
         if name == "label" and log.where is not None:
             continue
         if name in log.ours:
-            lines.append(f"    {yaml_line(name, log.ours[name])}  # {column_note(log.table.columns[log.ours[name]])}")
+            column = log.table.columns[log.ours[name]]
+            lines.append(f"    {yaml_line(name, column.name)}  # {column_note(column)}")
+            if name in IDS and column.content == "real":
+                how = "write whole numbers (of pandas: astype('Int64')) or text"
+                lines.append(f"    {TO_DO}{name}: {column.name} is {column.type}, which no id is; {how}")
         elif name == "image":
             lines.append("    image: null  # no column looks like one; name it where there is one")
         elif name in NEEDED:
@@ -505,7 +510,8 @@ KNOWN_LATER = re.compile(
     re.IGNORECASE,
 )
 """Of an impression: what is known once it is shown, or later."""
-LEFT_OUT = "# left out: "
+LEFT_OUT, TO_DO = "# left out: ", "# to do: "
+"""How comments begin that are warnings too."""
 WEIGHT_SUFFIX = "_weight"
 LONG_TAIL = 100
 AGES = "behavior_age"
