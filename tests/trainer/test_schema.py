@@ -303,6 +303,34 @@ def test_ids_that_are_real_numbers_are_a_warning_with_the_way_out(tmp_path):
     assert yaml.safe_load((tmp_path / "first.yaml").read_text())["impressions"]["columns"]["user"] == "visitor"
 
 
+@pytest.mark.parametrize(
+    ("texts", "delimiter", "kind", "told"),
+    [
+        (
+            ["['sale', 'classic']", "['sale', 'new']", "[]"],
+            ",",
+            None,
+            """texts such as "['sale', 'classic']" are lists: """,
+        ),
+        (["(1, 2)", "(2, 3)", "(1, 3)"], ",", None, "write the table as Parquet, or join the values by one separator"),
+        (["{'a': 1, 'b': 2}", "{'a': 2}", "{'b': 2}"], ",", None, "warning      left out: more, texts such as"),
+        (["{1F2A-77}", "{2F2A-77}", "{1F2A-78}"], ",", "id", None),
+        (["a,b", "b,c", "a,c,b", "c"], ",", {"kind": "multi_id", "split": ","}, None),
+        (["3,17", "3,5", "17", "5,17"], ",", {"kind": "multi_id", "split": ","}, None),
+        (["666,00", "7.016,40", "666,40", "on demand"], ",", None, "texts such as '666,00' are numbers: write them as"),
+        (["666,00", "7.016,40", "666,40", "12"], ";", "dense", None),
+    ],
+)
+def test_lists_and_prices_that_are_texts_are_no_ids(tmp_path, texts, delimiter, kind, told):
+    lines = [f'{at}{delimiter}{at % 5}{delimiter}{at % 7}{delimiter}a.jpg{delimiter}{at % 2}{delimiter}"{text}"'
+             for at, text in enumerate(texts * 10)]  # fmt: skip
+    names = "ts,user,item,image,click,more".replace(",", delimiter)
+    (tmp_path / "a.csv").write_text("\n".join([names, *lines, ""]))
+    said = called("inspect", tmp_path, "--out", tmp_path / "first.yaml")
+    assert yaml.safe_load((tmp_path / "first.yaml").read_text())["impressions"].get("ad", {}).get("more") == kind
+    assert (told in said) if told else "warning" not in said
+
+
 def test_a_label_of_yes_and_no_is_known_by_its_name_alone_and_a_click_before_it(tmp_path):
     shown = {"ts": [0, 60, 120], "user": [1, 1, 2], "item": [3, 4, 3], "image": ["a.jpg"] * 3}
     said = ["yes", "no", "No"]

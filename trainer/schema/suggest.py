@@ -49,6 +49,8 @@ TIME_FORMATS = [
 MOST_ROWS = 200_000  # that are looked at of tables in memory
 MOST_TIMES = 2000  # that are tried
 IMAGE_ENDING = re.compile(r"\.(jpe?g|png|webp|gif|bmp|tiff?|avif)(\?.*)?", re.IGNORECASE)
+WRITTEN_LIST = re.compile(r"\[.*\]|\(.*\)|\{.*[,:].*\}", re.DOTALL)  # as pandas writes lists into CSV
+WRITTEN_PRICE = re.compile(r"-?\d{1,3}(\.?\d{3})*,\d\d")
 EPOCH_S = (946_684_800, 4_102_444_800)  # from 2000 to 2100
 SEPARATORS = ("|", ";", ",")
 MOST_TRIED = 100  # values that are looked at
@@ -471,7 +473,8 @@ def _extras(log: Log, side: str, shown: Log | None = None) -> list[str]:
         if name not in log.ours.values() and (name in log.of_user) == (side == "user")
     ]
     later = [column.name for column in further if log.name == "impressions" and KNOWN_LATER.search(column.name)]
-    further = [column for column in further if column.name not in later]
+    unread = {column.name: why for column in further if (why := _unread(column))}
+    further = [column for column in further if column.name not in (*later, *unread)]
     kinds = {column.name: _kind_of(column) for column in further if shown is None or column.name in shown.table.columns}
     if shown is not None:  # fields read ids of behaviours, and no lists or numbers
         kinds = {name: kind for name, kind in kinds.items() if kind == "id"}
@@ -479,7 +482,20 @@ def _extras(log: Log, side: str, shown: Log | None = None) -> list[str]:
     lines = [f"  {side}:"] if usable else []
     lines += [f"    {yaml_line(each.name, kinds[each.name])}  # {column_note(each)}" for each in usable]
     lines += [f"  # not used: {column.name} ({column.type})" for column in further if column not in usable]
-    return lines + [f"  {LEFT_OUT}{name}, which no request can know before its ads are shown" for name in later]
+    lines += [f"  {LEFT_OUT}{name}, which no request can know before its ads are shown" for name in later]
+    return lines + [f"  {LEFT_OUT}{name}, {why}" for name, why in unread.items() if name not in later]
+
+
+def _unread(column: Column) -> str | None:
+    """Say of texts that are lists or numbers, in a form that samples do not read, what to do; None of others."""
+    texts = [text.strip() for text in column.examples(MOST_TIMES)] if column.content == "text" else []
+    texts = [text for text in texts if text and not column.depth]
+    such = f"texts such as {texts[0][:40]!r} are" if texts else ""
+    if texts and all(map(WRITTEN_LIST.fullmatch, texts)):
+        return f"{such} lists: write the table as Parquet, or join the values by one separator, as a|b"
+    if texts and 2 * sum(map(bool, map(WRITTEN_PRICE.fullmatch, texts))) > len(texts):
+        return f'{such} numbers: write them as 1234.50, or in CSV say csv: {{decimal: ","}}, and dense'
+    return None
 
 
 def _lacked(columns: Mapping[str, Sequence[str]]) -> list[str]:
