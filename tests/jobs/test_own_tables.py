@@ -316,13 +316,22 @@ def test_texts_of_ids_are_known_to_lookup_and_later_days_add_theirs(job, place):
 
 def test_a_first_mapping_leaves_out_what_no_request_can_know(place):
     head, *lines = SHOWS.splitlines()
-    more = [f"{head},position,dwell_ms", *(f"{line},{n},{40 * n}" for n, line in enumerate(lines))]
+    more = [
+        f"{head},position,dwell_ms,slot,time_slot",
+        *(f"{line},{n},{40 * n},{n},{n}" for n, line in enumerate(lines)),
+    ]
     (place / "logs/shows/a.csv").write_text("\n".join(more) + "\n")
     said = inspect("inspect", place / "logs", "--out", place / "first.yaml")
-    for name in ("position", "dwell_ms"):
+    for name in ("position", "dwell_ms", "slot"):
         assert f"warning      left out: {name}, which no request can know before its ads are shown" in said
     found = yaml.safe_load((place / "first.yaml").read_text())["impressions"]
-    assert "scene" not in found["columns"] and {*found["user"], *found["ad"]} == {"age", "city", "price", "brand"}
+    assert "scene" not in found["columns"] and {*found["user"], *found["ad"]} == {
+        "age",
+        "city",
+        "price",
+        "brand",
+        "time_slot",
+    }
 
 
 @pytest.mark.parametrize("parts", [1, 2])

@@ -31,7 +31,7 @@ SYNONYMS = {
     r"|zeitstempel|datum",
     "user": r"(user|member|customer|visitor|device|kunde|kunden|nutzer|besucher)((_?id)|(_?nr))?|uid",
     "session": r"(session|visit|sitzung)(_?id)?",
-    "scene": r"(scene|placement|slot|page|seite|platz)(_?id)?|pid",
+    "scene": r"(scene|placement|page|seite|platz)(_?id)?|pid",
     "image": rf"(ad_|item_|product_)?({IMAGE_WORDS})(_?(id|key|url|uri|path|name|datei))?",
     "item": r"(item|ad|adgroup|product|goods|article|movie|film|video|track|artikel|produkt)((_?id)|(_?nr))?|sku",
     "category": r"(item_|product_)?(category|cate|cat|kategorie)(_?id)?",
@@ -522,7 +522,7 @@ IMAGE_NAME = re.compile(rf"(^|_)({IMAGE_WORDS})s?($|_)", re.IGNORECASE)
 NO_FIELDS = re.compile(r"(^|_)(session|timestamp|time|ts|day|date|skey|gkey)$", re.IGNORECASE)
 CONTEXT_NAME = re.compile(r"(^|_)(scene|slot|position|placement|pid|page|hour)($|_)", re.IGNORECASE)
 KNOWN_LATER = re.compile(
-    r"(^|_)(position|pos|rank|dwell|verweildauer|watch_?time|watched|conversions?|converted|purchased|revenue)($|_)",
+    r"(^|_)(position|pos|(?<!time_)slot|rank|dwell|verweildauer|watch_?time|watched|conversions?|converted|purchased|revenue)($|_)",
     re.IGNORECASE,
 )
 """Of an impression: what is known once it is shown, or later."""
