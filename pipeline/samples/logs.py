@@ -24,7 +24,7 @@ from featurestore.storage.storage import Storage
 from featurestore.text import CsvStyle
 from pipeline.errors import SampleError, SampleOptionError
 from pipeline.samples import mapping
-from trainer.schema.profile import CSV_SUFFIXES, SUFFIXES, inner_type
+from trainer.schema.profile import CSV_SUFFIXES, SUFFIXES, inner_type, json_hint
 from trainer.schema.suggest import OF_LOG
 
 IMPRESSIONS = "impressions"
@@ -128,7 +128,8 @@ def _files_of(storage: Storage, log: str, layout: mapping.TableLayout) -> list[s
             else f"no .parquet files in it; --logs must have {IMPRESSIONS}/ and {BEHAVIORS}/, or a mapping: "
             + HOW_TO_MAP.format(logs=storage.url)
         )
-        raise SampleOptionError(f"{storage.full(layout.files)}: {wanted_there}")
+        hint = json_hint(_names_at(storage, layout.files))
+        raise SampleOptionError(f"{storage.full(layout.files)}: {wanted_there}{hint}")
     return files
 
 
@@ -279,20 +280,26 @@ def _pieces(storage: Storage, empty: LogPiece) -> list[LogPiece]:
 
 def _files(storage: Storage, place: str, endings: tuple[str, ...]) -> list[str]:
     """List the file at `place`, or those below it with these endings, but hidden ones. Raises SampleOptionError."""
-    found = [entry.path for entry in storage.entries(place)]
+    found = _names_at(storage, place)
     if any("/_delta_log/" in f"/{path}" or path.endswith(".metadata.json") for path in found):
         raise SampleOptionError(
             f"{storage.full(place)}: a table of Delta or Iceberg, whose files have removed rows too; name its own "
             "folder by files in a mapping"
         )
-    if not found:
-        with contextlib.suppress(FileNotFoundError):
-            found = [storage.entry(place).path]
     return [
         path
         for path in found
         if path.endswith(endings) and not any(part.startswith((".", "_")) for part in path.split("/"))
     ]
+
+
+def _names_at(storage: Storage, place: str) -> list[str]:
+    """List the file at `place`, or those below it."""
+    found = [entry.path for entry in storage.entries(place)]
+    if not found:
+        with contextlib.suppress(FileNotFoundError):
+            found = [storage.entry(place).path]
+    return found
 
 
 def open_parquet(storage: Storage, path: str, encoded: Sequence[str] = ()) -> pq.ParquetFile:

@@ -346,6 +346,19 @@ def test_two_texts_of_one_id_end_the_job(job, place, monkeypatch, parts):
     assert "id 3 is that of two texts of the logs, 'ann' and 'bob': rename one" in job(code=1)
 
 
+def test_json_lines_are_not_read_and_the_way_to_convert_them_is_told(job, place):
+    for folder in ("raw", "logs/json"):
+        (place / folder).mkdir()
+        (place / folder / "events.jsonl").write_text('{"ts": 0}\n')
+    how = '{0}events.jsonl", lines=True).to_parquet("{0}events.jsonl.parquet")'
+    told = '; JSON lines are not read: convert them, as by pandas.read_json("'
+    said = inspect("inspect", place / "raw/events.jsonl", code=1)
+    assert f"not a .parquet, .csv or .tsv file{told}{how.format(f'{place}/raw/')}" in said
+    assert f"has no .parquet, .csv or .tsv files{told}{how.format('')}" in inspect("inspect", place / "raw", code=2)
+    for files in ("json", "json/events.jsonl"):
+        assert told in job(changed(behaviors__files=files), code=2)
+
+
 def test_text_of_another_encoding_is_told(job, place):
     for encoding in ("utf-16", "utf-16-le"):
         (place / "logs/shows/a.csv").write_bytes(SHOWS.replace("Rome", "Köln").encode(encoding))

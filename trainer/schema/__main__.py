@@ -11,7 +11,7 @@ import typer
 from featurestore.console.commandline import CommandApp, run_app
 from featurestore.console.output import print_rows, print_summary
 from featurestore.published.paths import run_path
-from trainer.errors import DataNotFoundError, SchemaError, TrainerError
+from trainer.errors import DataError, DataNotFoundError, SchemaError, TrainerError
 
 if TYPE_CHECKING:
     from featurestore.storage.storage import Storage
@@ -67,9 +67,11 @@ def _inspected(data: str, out: Path | None, label: str | None, group: str, rows:
     """Write a schema of samples, or a mapping of logs; rows of tables of Delta and so on are copied into `room`."""
     from featurestore.published.versions import open_published
     from trainer.schema import lakes
-    from trainer.schema.profile import SUFFIXES
+    from trainer.schema.profile import SUFFIXES, json_hint
     from trainer.schema.suggest import inspect_logs, inspect_samples, render_mapping, render_schema
 
+    if Path(data).is_file() and not data.endswith(SUFFIXES):
+        raise DataError(f"{data} is not a .parquet, .csv or .tsv file{json_hint([data])}")
     is_file = data.endswith(SUFFIXES) and ("://" in data or Path(data).is_file())
     place = None if is_file else open_published(data)
     found = lakes.below(place) if place is not None else {}
@@ -218,15 +220,14 @@ def are_samples(storage: "Storage", label: str) -> bool:
     The first file is read, of samples one in train/ or test/: other files are next to these, as bad rows. Raises
     DataError where there is no file.
     """
-    from trainer.schema.profile import data_files, look
+    from trainer.schema.profile import data_files, json_hint, look
     from trainer.schema.suggest import sample_files
 
     files = sample_files(storage) or data_files(storage)
     if not files:
         is_there = not storage.is_local or Path(storage.url).exists()
-        raise DataNotFoundError(
-            f"{storage.url} {'has no .parquet, .csv or .tsv files' if is_there else 'is not there'}"
-        )
+        told = "has no .parquet, .csv or .tsv files" if is_there else "is not there"
+        raise DataNotFoundError(f"{storage.url} {told}{json_hint(entry.path for entry in storage.entries(''))}")
     columns = look(storage, files[:1], None, LOOKED_AT).columns
     if label in columns:
         return columns[label].depth > 0

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ from trainer.schema.fields import DistinctCount
 
 CSV_SUFFIXES = (".csv", ".tsv")
 SUFFIXES = (".parquet", *CSV_SUFFIXES)
+_JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 _ROWS_TOGETHER = 65_536
 # What the values of a CSV file may be, the first that fits all of a block; the next block may be of another type.
 _CSV_TYPES = (
@@ -162,6 +163,13 @@ def data_files(storage: Storage, path: str = "") -> list[str]:
         for each in found
         if each.endswith(SUFFIXES) and not any(part.startswith((".", "_")) for part in each.split("/"))
     ]
+
+
+def json_hint(names: Iterable[str]) -> str:
+    """End a message that no file can be read: with what to do with those of JSON lines, where there are some."""
+    found = next((name for name in names if name.endswith(_JSON_SUFFIXES)), None)
+    how = f'pandas.read_json("{found}", lines=True).to_parquet("{found}.parquet")'
+    return "" if found is None else f"; JSON lines are not read: convert them, as by {how}"
 
 
 def read_tables(storage: Storage, path: str, most_rows: int) -> Iterator[pa.Table]:
