@@ -6,6 +6,7 @@ Quotes count as Arrow takes them: at the beginning of a value alone, doubled wit
 import codecs
 import contextlib
 import csv
+import difflib
 import io
 import re
 from collections.abc import Sequence
@@ -219,6 +220,18 @@ def without_passwords(text: str) -> str:
 def count_text(number: int, thing: str) -> str:
     """Format a number of things, e.g. `1 file` or `2,000 files`."""
     return f"{number:,} {thing}{'' if number == 1 else 's'}"
+
+
+LONGEST_NAME = 200
+"""Longest name that is compared with the known ones, as a comparison costs the product of both lengths."""
+
+
+def near_match(name: str, known: Sequence[str], prefix: str = "") -> str:
+    """End a message about an unknown name: with the nearest known one, or with all of them when none is near."""
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6) if len(name) <= LONGEST_NAME else []
+    if near:
+        return f"did you mean {prefix}{near[0]}?"
+    return f"known: {', '.join(prefix + each for each in sorted(known))}"
 
 
 def ranges_text(numbers: Sequence[int]) -> str:

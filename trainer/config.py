@@ -7,7 +7,6 @@ say which kinds of differences they accept. docs/SETTINGS.md is written from the
 Quick to import: without torch.
 """
 
-import difflib
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from featurestore.parsing import format_yaml, parse_yaml
 from featurestore.published.paths import RunPath, read_text, run_path, write_file
 from featurestore.published.versions import CHANNEL_RULE, is_channel_name
 from featurestore.spec import MissingPolicy, differing
-from featurestore.text import without_passwords
+from featurestore.text import near_match, without_passwords
 from trainer.errors import ConfigError, TrainerError
 
 KIND = "kind:"
@@ -62,18 +61,6 @@ class Section(BaseModel):
 def decision_of(field: FieldInfo) -> Decision:
     """Return the kind of the setting of this field. Raises StopIteration if its type has none."""
     return next(kind for kind in DECISIONS if kind in field.metadata)
-
-
-LONGEST_NAME = 200
-"""Longest name that is compared with the known ones, as a comparison costs the product of both lengths."""
-
-
-def near_match(name: str, known: Sequence[str], prefix: str = "") -> str:
-    """End a message about an unknown name: with the nearest known one, or with all of them when none is near."""
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6) if len(name) <= LONGEST_NAME else []
-    if near:
-        return f"did you mean {prefix}{near[0]}?"
-    return f"known: {', '.join(prefix + each for each in sorted(known))}"
 
 
 def validated(model: type[Model], values: Mapping[str, Any], source: str, error: type[TrainerError]) -> Model:

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from featurestore.text import near_match
 from serving.errors import RequestError
-from trainer.config import near_match
 from trainer.samples.columns import Rule, aligned_columns, rules_of, source_columns
 from trainer.schema.fields import Field, Schema, Side
 

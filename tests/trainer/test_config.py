@@ -6,15 +6,14 @@ from typing import Any
 
 import pytest
 
+from featurestore.text import LONGEST_NAME, near_match
 from trainer.config import (
-    LONGEST_NAME,
     Config,
     ExactTableConfig,
     decides_of,
     differences,
     load_config,
     load_saved,
-    near_match,
     save_config,
     settings_that_decide,
 )

@@ -12,8 +12,9 @@ from featurestore.keys import Int64Array, owner_of, shard_of
 from featurestore.lookup.embedding import EmbeddingModel, EmbeddingService
 from featurestore.lookup.ondevice import Gathered, held_bytes
 from featurestore.lookup.partition import FeaturePartition
+from featurestore.text import near_match
 from trainer.comm import Comm
-from trainer.config import Config, ExactTableConfig, ModelConfig, TableConfig, near_match
+from trainer.config import Config, ExactTableConfig, ModelConfig, TableConfig
 from trainer.engine.machine import check_memory, check_same, holds_features, with_compute_dtype
 from trainer.errors import CheckpointError, ConfigError
 from trainer.exchange.exchange import Exchange, VectorSource

@@ -15,7 +15,8 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, PositiveInt, model_validator
 
 from featurestore.keys import UInt64Array, power_of_two, splitmix64
-from trainer.config import near_match, read_mapping, validated
+from featurestore.text import near_match
+from trainer.config import read_mapping, validated
 from trainer.errors import SchemaError
 
 Transform = Literal["standardize", "log1p", "log_standardize"]
