@@ -21,7 +21,7 @@ from featurestore.errors import StorageError
 from featurestore.format.datafile import check_names, is_text
 from featurestore.keys import NO_IMAGE, AnyArray, BoolArray, Float64Array, Int64Array, keys_of_bytes
 from featurestore.storage.storage import Storage
-from featurestore.text import CsvStyle
+from featurestore.text import CsvStyle, near_match
 from pipeline.errors import SampleError, SampleOptionError
 from pipeline.samples import mapping
 from trainer.schema.profile import CSV_SUFFIXES, SUFFIXES, inner_type, json_hint
@@ -122,6 +122,8 @@ def _files_of(storage: Storage, log: str, layout: mapping.TableLayout) -> list[s
     """List the files of a table, at least one. Raises SampleOptionError."""
     files = _files(storage, layout.files, SUFFIXES if layout.takes_text else SUFFIXES[:1])
     if not files:
+        if storage.is_local and not Path(storage.url).exists():
+            raise SampleOptionError(f"there is no folder {storage.url}")
         wanted_there = (
             f"no .parquet, .csv or .tsv files there; {log}.files of the mapping names a file or folder below --logs"
             if layout.takes_text
@@ -359,7 +361,8 @@ def _check_columns(schema: pa.Schema, piece: LogPiece) -> None:
     for ours, kind in piece.layout.kinds.items():
         name = piece.layout.names[ours]
         if name not in schema.names:
-            raise SampleOptionError(f"{where} {name!r} is missing; there are {', '.join(schema.names)}{_hint(piece)}")
+            key = _key_of(ours, piece)
+            raise SampleOptionError(f"{where} {name!r}{key} is missing; {near_match(name, schema.names)}{_hint(piece)}")
         if schema.names.count(name) > 1:
             raise SampleError(f"{where} {name!r} is there {schema.names.count(name)} times")
         found = schema.field(name).type
@@ -367,6 +370,16 @@ def _check_columns(schema: pa.Schema, piece: LogPiece) -> None:
         if not (_is_id_list(found) if is_list else _fits(found, kind, piece.layout.takes_text)):
             or_text = ", or text" if piece.layout.takes_text and kind not in ("image", "profiles") else ""
             raise SampleError(f"{where} {name!r} is {found}, wanted is {WANTED[kind]}{or_text}{_hint(piece)}")
+
+
+def _key_of(ours: str, piece: LogPiece) -> str:
+    """Say which key of the mapping, if there is one, names this column of the files."""
+    if not piece.layout.takes_text:
+        return ""
+    keys = {mapping.KEY: "column", mapping.EVENT: "where.column"}
+    keys |= {name: f"user.{name}" for name in piece.layout.user_columns}
+    keys |= {name: f"ad.{name}" for name in piece.layout.ad_columns}
+    return f" ({piece.log}.{keys.get(ours, f'columns.{ours}')} of the mapping)"
 
 
 def _hint(piece: LogPiece) -> str:

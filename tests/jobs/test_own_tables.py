@@ -346,7 +346,7 @@ def test_two_texts_of_one_id_end_the_job(job, place, monkeypatch, parts):
     assert "id 3 is that of two texts of the logs, 'ann' and 'bob': rename one" in job(code=1)
 
 
-def test_json_lines_are_not_read_and_the_way_to_convert_them_is_told(job, place):
+def test_a_folder_that_is_not_there_and_json_lines_are_told_and_how_to_convert_these(job, place):
     for folder in ("raw", "logs/json"):
         (place / folder).mkdir()
         (place / folder / "events.jsonl").write_text('{"ts": 0}\n')
@@ -355,6 +355,7 @@ def test_json_lines_are_not_read_and_the_way_to_convert_them_is_told(job, place)
     said = inspect("inspect", place / "raw/events.jsonl", code=1)
     assert f"not a .parquet, .csv or .tsv file{told}{how.format(f'{place}/raw/')}" in said
     assert f"has no .parquet, .csv or .tsv files{told}{how.format('')}" in inspect("inspect", place / "raw", code=2)
+    assert job(MAPPING, "--logs", place / "lgs", code=2).endswith(f"error: there is no folder {place}/lgs")
     for files in ("json", "json/events.jsonl"):
         assert told in job(changed(behaviors__files=files), code=2)
 
@@ -399,7 +400,18 @@ def test_units_and_delimiters_are_those_of_the_mapping(job, place):
             for sign in ("", ";;", '"', "§", "\0", "\n")
         ),
         (changed(behaviors__files="nowhere"), "nowhere: no .parquet, .csv or .tsv files there; behaviors.files"),
-        (changed(behaviors__columns={}), "visits.csv: column 'timestamp' is missing; there are ts, uid, sku"),
+        (
+            changed(behaviors__columns={}),
+            "visits.csv: column 'timestamp' (behaviors.columns.timestamp of the mapping) is missing; known: photo, sec",
+        ),
+        (
+            changed(impressions__columns=MAPPING["impressions"]["columns"] | {"user": "uids"}),
+            "column 'uids' (impressions.columns.user of the mapping) is missing; did you mean uid?",
+        ),
+        (
+            changed(impressions__ad={"maker": {"kind": "id", "column": "brad"}}),
+            "column 'brad' (impressions.ad.maker of the mapping) is missing; did you mean brand?",
+        ),
     ],
 )
 def test_mistakes_in_a_mapping_are_told(job, place, mapping, message):

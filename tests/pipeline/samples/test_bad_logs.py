@@ -96,7 +96,7 @@ def test_wrong_type_is_named_with_column_and_file(which, name, value, kind, buil
     ("message", "tables_of"),
     [
         (
-            "{log}/day=01.parquet: column 'user' is missing; there are timestamp",
+            "{log}/day=01.parquet: column 'user' is missing; known: category, ",
             lambda log: [log, log.drop_columns(["user"])],
         ),
         ("column 'user' is uint64", lambda log: [replaced(log, "user", pa.array([2**63], pa.uint64()))]),

@@ -158,11 +158,14 @@ def test_rows_to_score_have_the_columns_of_the_tables(tables: Shop, capsys: pyte
         ({"item": {"files": "nowhere", "column": "sku"}}, "no .parquet, .csv or .tsv files there; join.item.files"),
         (
             {"item": {"files": "products.csv", "column": "code"}},
-            "products.csv: column 'code' is missing; there are sku",
+            "products.csv: column 'code' (join.item.column of the mapping) is missing; known: brand",
         ),
-        ({"item": {"files": "products.csv"}}, "products.csv: column 'item' is missing; there are sku, photo"),
+        (
+            {"item": {"files": "products.csv"}},
+            "products.csv: column 'item' (join.item.column of the mapping) is missing",
+        ),
         ({"shop": {"files": "products.csv"}}, "join.shop"),
-        ({}, "shown.csv: column 'photo' is missing; there are ts, uid, item, clicked"),
+        ({}, "column 'photo' (impressions.columns.image of the mapping) is missing; known: clicked, item, ts, uid"),
     ],
 )
 def test_mistakes_are_told(tables: Shop, join: Any, message: str) -> None:
@@ -170,5 +173,7 @@ def test_mistakes_are_told(tables: Shop, join: Any, message: str) -> None:
         tables.build(MAPPING | {"join": join and MAPPING["join"] | join})
     assert message in str(told.value)
     shown = MAPPING["impressions"] | {"user": {"height": "dense"}}
-    with pytest.raises(SampleOptionError, match="column 'height' is missing"):
+    with pytest.raises(
+        SampleOptionError, match=r"column 'height' \(impressions.user.height of the mapping\) is missing"
+    ):
         tables.build(MAPPING | {"impressions": shown})
