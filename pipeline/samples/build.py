@@ -33,17 +33,13 @@ from pipeline.samples.mapping import TableLayout, load_mapping
 from pipeline.samples.publish import MARK, QUARANTINE_FILE, replaced_files
 from trainer.schema import lakes
 from trainer.schema.fields import SCHEMA_FILE, SETTINGS_FILE, DistinctCount, days_of_file, settings_text
-from trainer.schema.suggest import OF_LOG, inspect_samples, render_schema
+from trainer.schema.suggest import OF_LOG, TIME_FORMATS, inspect_samples, is_time, render_schema
 
 DAY_S = 86_400
 BUCKET_ROWS = 250_000  # of both logs; some hundred MB with long lists of behaviours
 LEAST_BUCKET_ROWS = 10_000  # below that a bucket's task and its parts of files cost more than its rows
 TASKS_PER_THREAD = 2  # that read logs: few, but one slow file keeps nobody waiting for long
 SHUFFLE_FOLDER = "shuffle"
-HOW_TIMES = (
-    'say in the mapping how times are written, in full: time_format: "%d/%m/%Y %H:%M:%S" (as of strptime; '
-    "crossmedia schema inspect suggests some), or time_unit: ms"
-)
 FEWER_ROWS = "raise --partitions, or give workers more memory"
 
 
@@ -188,10 +184,19 @@ def _no_rows(place: str, shown: Sequence[groups.ShuffledPiece]) -> SampleError:
     events = sum((part.other_events for part in shown), Counter[str]())
     texts = [f"not one good row with a value of where; other events are {', '.join(events)}"] if events else []
     if reasons:
-        listed = bad_reasons(dict(reasons.most_common(3)), examples_of(shown))
-        hint = f"; {HOW_TIMES}" if any(reason.startswith("timestamp") for reason in reasons) else ""
+        examples = examples_of(shown)
+        listed = bad_reasons(dict(reasons.most_common(3)), examples)
+        time = next((reason for reason in reasons if reason.startswith("timestamp")), None)
+        hint = f"; {how_times(examples.get(time, ''))}" if time else ""
         texts.append(f"{'' if events else 'all '}{reasons.total():,} rows are bad ({listed}){hint}")
     return SampleError(f"{place}, {logs.IMPRESSIONS}: {'; '.join(texts) or 'not one row'}")
+
+
+def how_times(example: str) -> str:
+    """Say how a mapping tells the form of times such as the example, which is in quotes."""
+    fitting = [f'"{form}"' for form in TIME_FORMATS if is_time(example.strip("'"), form)]
+    forms = " or ".join(fitting) or '"%d/%m/%Y %H:%M:%S"'
+    return f"say in the mapping how times are written: time_format: {forms} (as of strptime), or time_unit: ms"
 
 
 def num_buckets(asked: int | None, pieces: Sequence[logs.LogPiece], client: Client) -> int:

@@ -370,7 +370,7 @@ def _has_times(column: Column) -> bool:
         in_range = any(EPOCH_S[0] * unit <= low <= high < EPOCH_S[1] * unit for unit in (1, 1e3, 1e6, 1e9))
         return in_range and 2 * column.num_different >= column.rows
     texts = column.examples(MOST_TRIED) if column.content == "text" and not column.depth else []
-    is_written = any(all(_is_time(text, each) for text in texts) for each in (None, *TIME_FORMATS))
+    is_written = any(all(is_time(text, each) for text in texts) for each in (None, *TIME_FORMATS))
     return column.content == "time" or (bool(texts) and is_written and not texts[0].isdigit())
 
 
@@ -418,9 +418,9 @@ def _time_formats(column: Column) -> list[str]:
     Several formats that fit, or an example if none does, are commented out.
     """
     texts = column.examples(MOST_TIMES) if column.content == "text" else []
-    if not texts or _is_time(texts[0], None):
+    if not texts or is_time(texts[0], None):
         return []
-    fitting = [each for each in TIME_FORMATS if all(_is_time(text, each) for text in texts)]
+    fitting = [each for each in TIME_FORMATS if all(is_time(text, each) for text in texts)]
     lines = [f'time_format: "{each}"  # for times such as {texts[0]}' for each in fitting or ["%d/%m/%Y %H:%M"]]
     if len(fitting) == 1:
         return lines
@@ -428,7 +428,8 @@ def _time_formats(column: Column) -> list[str]:
     return [*(f"# {line}" for line in lines), advice]
 
 
-def _is_time(text: str, time_format: str | None) -> bool:
+def is_time(text: str, time_format: str | None) -> bool:
+    """Tell whether a text is a time of this form of strptime; None: of ISO 8601."""
     try:
         datetime.fromisoformat(text) if time_format is None else datetime.strptime(text.strip(), time_format)
     except ValueError:

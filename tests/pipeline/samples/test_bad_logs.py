@@ -16,7 +16,7 @@ from featurestore.keys import NO_IMAGE, key_of_uri
 from pipeline.cluster.tasks import run_all
 from pipeline.errors import ClusterError, SampleError
 from pipeline.samples import logs as pieces_module
-from pipeline.samples.build import FEWER_ROWS, build_samples
+from pipeline.samples.build import FEWER_ROWS, build_samples, how_times
 from tests.pipeline.samples.rows import DAY_S, START_S, behavior_items, done, quarantine, replaced, shown, table, write
 
 
@@ -157,3 +157,16 @@ def test_worker_that_dies_is_explained():
         pytest.raises(ClusterError, match=r"make groups: task 1 of 1 brings the workers down.*; raise --partitions"),
     ):
         run_all(processes, "make groups", os._exit, [(1,)], FEWER_ROWS)
+
+
+@pytest.mark.parametrize(
+    ("example", "told"),
+    [
+        ("'01/03/2026 06:00'", '"%d/%m/%Y %H:%M" or "%m/%d/%Y %H:%M"'),
+        ("'01/25/2026 06:00:10'", '"%m/%d/%Y %H:%M:%S"'),
+        ("'25.1.2026'", '"%d.%m.%Y"'),
+        ("'soon'", '"%d/%m/%Y %H:%M:%S"'),
+    ],
+)
+def test_forms_that_fit_a_time_are_suggested(example, told):
+    assert f"time_format: {told} (as of strptime)" in how_times(example)
