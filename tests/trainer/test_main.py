@@ -20,6 +20,7 @@ import pytest
 import torch
 from pyarrow import csv
 
+from featurestore.format.datafile import FeatureRows
 from featurestore.keys import NO_IMAGE
 from featurestore.staging import QuarantineRow
 from featurestore.store import FeatureStore
@@ -115,6 +116,30 @@ def test_images_that_the_store_lacks_are_counted_and_listed(tmp_path: Path, two_
     assert csv.read_csv(out).to_pylist() == sorted(rows, key=lambda row: -row["impressions"])
     result = invoke(schema_app, "missing", samples, features)
     assert f"2 images of {samples} have no feature in {features}" in result.stdout
+
+
+def test_a_store_without_an_image_of_the_training_samples_is_refused_but_not_by_a_run_that_goes_on(
+    tmp_path: Path, two_ranks_of_each: StandingRanks
+) -> None:
+    """As where its images have other names; whether it has images of the test samples does not count."""
+    places = make_places(tmp_path)
+    settings = ["--set", *places.settings(train__max_steps=1, run__name="alone")]
+    invoke(app, *settings, code=0)
+    FeatureStore.open(tmp_path / "features").delete([*range(1_000, 1_040)])  # the test samples have others
+    told = f"data.store={tmp_path / 'features'} has not one image of the training samples (samples: 1000, store: item/4"
+    for missing in ("learned", "zeros", "error"):
+        result = invoke(app, *settings, "run.name=new", f"data.missing={missing}", code=1)
+        assert result.stderr.startswith(f"error: {told}") and len(result.stderr.splitlines()) == 1
+    more = ["run.name=two", f"data.cache_dir={tmp_path / 'other'}"]  # where nothing is remembered
+    both = two_ranks_of_each.call("-m", "trainer.main", *settings, *more)
+    assert [code for code, _ in both] == [1, 1] and told in both[0][1]
+    invoke(app, *settings, "run.name=ids", "model.images=none", code=0)
+    newest = "data.store_version=2"
+    invoke(app, *settings, newest, "train.max_steps=2", "run.resume=latest", code=0)
+    invoke(app, *settings, newest, "run.name=warm", f"run.warm_start={tmp_path / 'runs' / 'alone'}", code=0)
+    FeatureStore.open(tmp_path / "features").put(FeatureRows.of(["item/0"], np.ones((1, 16), np.float32), keys=[1_000]))
+    FeatureStore.open(tmp_path / "features").delete([*range(1_040, 1_050)])
+    assert "lacks 49 images" in invoke(app, *settings, "run.name=one", code=0).stdout
 
 
 def test_a_schema_of_the_samples_that_is_not_used_is_named(tmp_path: Path) -> None:

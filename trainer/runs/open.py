@@ -37,7 +37,7 @@ from trainer.samples import survey
 from trainer.samples.columns import files_by_day, rules_of, sample_files
 from trainer.samples.index import SampleIndex, known_ads, open_index, streams_of
 from trainer.samples.reader import BatchPosition, SampleReader, Span
-from trainer.schema.fields import DEFAULT_STORE, IDS_FILE, SCHEMA_FILE, Schema, load_schema
+from trainer.schema.fields import DEFAULT_STORE, IDS_FILE, SCHEMA_FILE, Field, Schema, load_schema
 
 _LEAST_DAYS = 4
 """Training days of which some are held out where nothing is said."""
@@ -197,11 +197,14 @@ def lacking_images(
     places: Sequence[StorePlace],
     partitions: Mapping[str, FeaturePartition],
     indexes: Sequence[SampleIndex],
+    *,
+    is_new: bool,
 ) -> list[str]:
     """Say in a line for each store how many images the run's samples name and the store lacks; every rank calls it.
 
     All samples are counted, once for each snapshot: the cache folder of rank 0's machine keeps the counts. Raises, on
-    all ranks together, DataError, and MissingKeysError where data.missing=error.
+    all ranks together, DataError, also where a new run would train on not one image, and MissingKeysError where
+    data.missing=error.
     """
     lines, cache, listing = [], config.data.cache_dir, f"crossmedia schema missing {config.data.samples}"
     own = config.data.schema_file
@@ -213,8 +216,10 @@ def lacking_images(
         columns = sorted({(field.column_name, field.side) for field in fields})
         asked = [digests, columns, partition.snapshot_id.commit_id]
         count = partial(survey.lacking, comm, indexes, schema, fields, partition)
-        known = survey.measured_once(comm, indexes[0], "lacking", asked, cache, lambda: asdict(count()))  # noqa: B023
+        known = survey.measured_once(comm, indexes[0], "images", asked, cache, lambda: asdict(count()))  # noqa: B023
         found = survey.LackingImages(**known)
+        if is_new and found.named and not found.found:
+            raise DataError(comm.on_rank_0(partial(_without_images, place, partition, indexes[0], schema, fields)))
         if not found.impressions and not found.behaviors:
             continue
         share = f"{found.impressions:,} of {found.of:,} impressions, {found.behaviors:,} behaviours"
@@ -230,6 +235,19 @@ def lacking_images(
             )
         lines.append(f"{lacks}: they {_INSTEAD[missing]} (data.missing={missing}); {listed}")
     return lines
+
+
+def _without_images(
+    place: StorePlace, partition: FeaturePartition, train: SampleIndex, schema: Schema, fields: Sequence[Field]
+) -> str:
+    """Say that the store has no image of the training samples, with one of each."""
+    rows = FeatureStore.open(place.url).snapshot(partition.snapshot_version).arrow_reader(["key", "uri"])
+    row = next(batch for batch in rows if len(batch)).slice(0, 1).to_pylist()[0]
+    return (
+        f"{place.setting}={place.url} has not one image of the training samples (samples: "
+        f"{survey.example_image(train, schema, fields)}, store: {row['uri'] or row['key']}); both need the same names, "
+        "or train without images: model.images=none"
+    )
 
 
 @dataclass(kw_only=True)
@@ -358,7 +376,7 @@ def _open_run(
         resumed=at[0] if at else None,
         passed_over=passed,
         warm_start=warm,
-        lacked=lacking_images(config, comm, schema, places, partitions, [train, test]),
+        lacked=lacking_images(config, comm, schema, places, partitions, [train, test], is_new=not (at or warm)),
     )
 
 

@@ -301,7 +301,8 @@ _HELD = 1 << 20  # uses that wait to be merged
 class LackingImages:
     """Images in samples that a store lacks, over all ranks; sums over keys, so an ad with two of them counts twice.
 
-    `without`: impressions that name no image at all, which are among `impressions`. `of`: all impressions.
+    `without`: impressions that name no image at all, which are among `impressions`. `of`: all impressions. `named`:
+    images that the first of the indexes names, `found`: those of them that the store has.
     """
 
     images: int
@@ -309,6 +310,8 @@ class LackingImages:
     behaviors: int
     without: int
     of: int
+    named: int
+    found: int
 
 
 def merged_uses(parts: Sequence[Int64Array]) -> Int64Array:
@@ -351,18 +354,31 @@ def lacking(
 
     rules = rules_of(schema)
     with comm.agreed():
-        own = merged_uses([uses_of(each, each.row_groups[comm.rank :: comm.size], rules, fields) for each in indexes])
+        parts = [uses_of(each, each.row_groups[comm.rank :: comm.size], rules, fields) for each in indexes]
+    own = merged_uses(parts)
+    is_first_U = np.isin(own[:, 0], parts[0][:, 0]) & (own[:, 0] != NO_IMAGE)
     owner_U = owner_of(shard_of(own[:, 0], partition.info.num_shards), comm.size)
     splits_P = torch.from_numpy(np.bincount(owner_U, minlength=comm.size).astype(np.int32))
-    asked = torch.from_numpy(own[np.argsort(owner_U, kind="stable")])
-    received, _ = comm.alltoall(asked, splits_P, name="image_uses")
-    served = merged_uses([received.numpy()])
+    asked = torch.from_numpy(np.column_stack([own, is_first_U])[np.argsort(owner_U, kind="stable")])
+    received = comm.alltoall(asked, splits_P, name="image_uses")[0].numpy()
+    served = merged_uses([received[:, :3]])
+    of_first_U = np.unique(received[received[:, 3] > 0, 0])
+    num_found = int(partition.contains(of_first_U).sum()) if len(of_first_U) else 0
     lacks = served[~partition.contains(served[:, 0])] if len(served) else served
     is_none_U = lacks[:, 0] == NO_IMAGE
     sums = [int((~is_none_U).sum()), *lacks[:, 1:].sum(0).tolist(), int(lacks[is_none_U, 1].sum())]
-    images, impressions, behaviors, without = comm.allreduce_sum_(torch.tensor(sums), name="image_uses.sums").tolist()
-    of = sum(each.num_samples for each in indexes)
-    return LackingImages(images, impressions, behaviors, without, of)
+    sums += [sum(each.num_samples for each in indexes) if comm.rank == 0 else 0, len(of_first_U), num_found]
+    return LackingImages(*comm.allreduce_sum_(torch.tensor(sums), name="image_uses.sums").tolist())
+
+
+def example_image(index: SampleIndex, schema: Schema, fields: Sequence[Field]) -> str:
+    """Name an image of the samples, by its key where no name is known; none if they have none. Raises DataError."""
+    rules = rules_of(schema)
+    for row_group in index.row_groups:
+        keys_U = uses_of(index, [row_group], rules, fields)[:, 0]
+        for key in keys_U[keys_U != NO_IMAGE][:1].tolist():
+            return names_of([index], rules, fields, np.array([key])).get(key, str(key))
+    return ""
 
 
 def names_of(
