@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from pyarrow import csv
 
 from featurestore.format.datafile import FeatureRows
 from featurestore.keys import NO_IMAGE, id_of_text, key_of_uri
@@ -177,9 +178,23 @@ def test_a_log_without_images_becomes_samples_and_settings_as_a_look_suggests(jo
     inspect("inspect", place / "logs", "--out", place / "suggested.yaml")
     suggested = yaml.safe_load((place / "suggested.yaml").read_text())
     assert [suggested[log]["columns"]["image"] for log in ("impressions", "behaviors")] == [None, None]
+    text = (place / "suggested.yaml").read_text()
+    assert text.count("# Pictures named by the item: join a table") == 1
+    assert "# image: ad_id, and extract --images FILE.csv with id,uri" in text
     job(changed(**{f"{log}__columns": {**MAPPING[log]["columns"], "image": None} for log in MAPPING}))
     assert {key for row in rows(place) for key in row["ad_image"] + row["behavior_image"]} == {NO_IMAGE}
     assert load_config(place / "samples/settings.yaml").model.images == "none"
+    theirs = {log: MAPPING[log]["columns"] for log in MAPPING}
+    named = {f"{log}__columns": columns | {"image": columns["item"]} for log, columns in theirs.items()}
+    job(changed(**named))
+    assert {key for row in rows(place) for key in row["ad_image"]} == {key_of_uri("5"), key_of_uri("6")}
+    shows = csv.read_csv(
+        place / "logs/shows/a.csv", convert_options=csv.ConvertOptions(column_types={"shown_at": "str"})
+    )
+    (place / "logs/shows/a.csv").unlink()
+    pq.write_table(shows, place / "logs/shows/a.parquet")
+    job(changed(**named))
+    assert {key for row in rows(place) for key in row["ad_image"]} == {5, 6}
 
 
 @pytest.mark.parametrize("pictures", [pa.nulls(2), pa.nulls(2, pa.float64()), pa.nulls(2, pa.string()), [0.5, 1.5]])
@@ -437,8 +452,6 @@ def draw_tables(place: Path) -> None:
     }  # fmt: skip
     (place / "raw/shown").mkdir(parents=True)
     (place / "raw/done").mkdir()
-    from pyarrow import csv
-
     csv.write_csv(pa.table(shown), place / "raw/shown/a.csv")
     pq.write_table(pa.table(done), place / "raw/done/a.parquet")
     spec = dict.fromkeys(ExtractorSpec.model_fields.keys() - {"int8"}, "drawn")

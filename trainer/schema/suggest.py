@@ -459,6 +459,12 @@ def _columns(log: Log) -> list[str]:
                 lines.append(f"    {TO_DO}{name}: {column.name} is {column.type}, which no id is; {how}")
         elif name == "image":
             lines.append("    image: null  # no column looks like one; name it where there is one")
+            if log.name == "impressions" and "item" in log.ours:
+                named = yaml_line("image", log.ours["item"])
+                lines += [
+                    "    # Pictures named by the item: join a table with a column of their names; or write",
+                    f"    # {named}, and extract --images FILE.csv with id,uri (key,uri for int64 of Parquet)",
+                ]
         elif name in NEEDED:
             lines.append(f"    # {name}: which column? it is needed")
         else:
