@@ -284,6 +284,7 @@ def test_columns_that_some_days_lack_are_left_out_and_named(tmp_path, ending, th
         shown |= {"device": [1, 2], "member_nr": [1, 2]} if day in those else {}
         write = csv.write_csv if ending == "csv" else pq.write_table
         write(pa.table(shown), tmp_path / f"logs/shown/{day}.{ending}")
+    assert "left out: device" in called("inspect", tmp_path / "logs/shown")
     said = called("inspect", tmp_path / "logs", "--out", tmp_path / "first.yaml")
     lack = "1 file: shown/0" if 1 in those else f"2 files: shown/1.{ending}, shown/2"
     for name in ("device", "member_nr"):

@@ -204,14 +204,21 @@ def lookup(
 
 
 def is_one_table(storage: "Storage") -> bool:
-    """Tell whether a folder has several files of one table: with the same columns, and none in folders of their own."""
+    """Tell whether a folder has several files of one table, and none in folders of their own.
+
+    They have the same columns, or some more or less of them where all have labels and times under the same names.
+    """
     from trainer.schema.profile import data_files, look
+    from trainer.schema.suggest import match_columns
 
     files = data_files(storage) if storage.is_local else []
     if len(files) < 2 or any("/" in file for file in files):
         return False
     first, last = ([*look(storage, [file], None, 1).columns] for file in (files[0], files[-1]))
-    return first == last
+    names = [
+        [match_columns(each, "impressions").get(ours) for ours in ("label", "timestamp")] for each in (first, last)
+    ]
+    return first == last or (names[0] == names[1] and None not in names[0])
 
 
 def are_samples(storage: "Storage", label: str) -> bool:
