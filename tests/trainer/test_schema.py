@@ -332,6 +332,11 @@ def test_lists_and_prices_that_are_texts_are_no_ids(tmp_path, texts, delimiter, 
     said = called("inspect", tmp_path, "--out", tmp_path / "first.yaml")
     assert yaml.safe_load((tmp_path / "first.yaml").read_text())["impressions"].get("ad", {}).get("more") == kind
     assert (told in said) if told else "warning" not in said
+    if kind == "dense":
+        (tmp_path / "a.csv").write_text(
+            (tmp_path / "a.csv").read_text().replace(f"{delimiter}a.jpg", f"{delimiter}5.5")
+        )
+        assert "image: image  # string, 1 different" in called("inspect", tmp_path), "samples read no number there"
 
 
 def test_a_label_of_yes_and_no_is_known_by_its_name_alone_and_a_click_before_it(tmp_path):

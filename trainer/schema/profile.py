@@ -208,13 +208,17 @@ def _csv_blocks(file: Any, most_rows: int) -> Iterator[pa.Table]:
 
 def _typed(texts: Any, decimal: str) -> Any:
     """Read the texts of a column as the first of _CSV_TYPES that all of them fit; leave texts where none does."""
+    kinds: tuple[pa.DataType, ...] = _CSV_TYPES
     values = pc.utf8_trim_whitespace(texts)
     values = pc.if_else(pc.is_in(values, value_set=_CSV_NULLS), None, values)
     if values.null_count == len(values):
         return pa.nulls(len(values))
-    if decimal == "," and pc.all(pc.match_substring_regex(values, f"^(?:{COMMA_NUMBER.pattern})$")).as_py():
+    is_number = pc.match_substring_regex(values, f"^(?:{COMMA_NUMBER.pattern})$")
+    if decimal == "," and pc.all(is_number).as_py():
         values = pc.replace_substring(pc.replace_substring(values, ".", ""), ",", ".")
-    for kind in _CSV_TYPES:
+    elif decimal == ",":
+        kinds = kinds[:-1]  # 5.5 is no number there, as it is none for samples
+    for kind in kinds:
         with contextlib.suppress(pa.ArrowInvalid):
             return values.cast(kind)
     return texts

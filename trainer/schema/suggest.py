@@ -529,7 +529,8 @@ IMAGE_NAME = re.compile(rf"(^|_)({IMAGE_WORDS})s?($|_)", re.IGNORECASE)
 NO_FIELDS = re.compile(r"(^|_)(session|timestamp|time|ts|day|date|skey|gkey)$", re.IGNORECASE)
 CONTEXT_NAME = re.compile(r"(^|_)(scene|slot|position|placement|pid|page|hour)($|_)", re.IGNORECASE)
 KNOWN_LATER = re.compile(
-    r"(^|_)(position|pos|(?<!time_)slot|rank|dwell|verweildauer|watch_?time|watched|conversions?|converted|purchased|revenue)($|_)",
+    r"(^|_)(position|pos|(?<!time_)slot|rank|dwell|verweildauer|watch_?time|watched"
+    r"|conversions?|converted|purchased|revenue)($|_)",
     re.IGNORECASE,
 )
 """Of an impression: what is known once it is shown, or later."""
