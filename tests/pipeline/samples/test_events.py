@@ -148,7 +148,10 @@ def test_days_with_clicks_have_the_bytes_of_a_rebuild(shop: Shop, tmp_path: Path
     ("change", "message"),
     [
         ({"where": {"column": "event", "value": "shown", "clicked": "click"}}, "value of where; other events are view"),
-        ({"where": {"column": "kind", "value": "view", "clicked": "click"}}, "events.csv: column 'kind' is missing"),
+        (
+            {"where": {"column": "kind", "value": "view", "clicked": "click"}},
+            "events.csv: column 'kind' (impressions.where.column of the mapping) is missing",
+        ),
         ({"ad": {"kind": {"kind": "dense", "column": "event"}}}, "; 7 rows are bad (kind is no number: 6, as 'view'"),
         ({"where": {"column": "event", "value": []}}, "impressions.where.value"),
         ({"where": {"column": "event", "value": "view", "clicked": "view"}}, "view is a value of rows and of clicks"),
