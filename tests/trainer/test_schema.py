@@ -185,7 +185,7 @@ def test_mistakes_are_one_message(places, tmp_path):
     (tmp_path / "logs").mkdir()
     for text, told in (
         ("user,label\n", "1 file and not one row"),
-        ("user,label,user\n1,0,1\n", "a.csv: column user is in it twice; rename one of them"),
+        ("user,label,user\n1,0,1\n", "a.csv: column user is in it twice; rename one of them, or add the line of names"),
     ):
         (tmp_path / "logs/a.csv").write_text(text)
         assert told in called("inspect", tmp_path / "logs", code=1)

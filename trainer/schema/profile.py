@@ -233,7 +233,8 @@ def look(storage: Storage, paths: list[str], label: str | None, most_rows: int) 
             break
         for table in read_tables(storage, path, most_rows - found.rows):
             if twice := sorted(name for name, count in Counter(table.column_names).items() if count > 1):
-                raise DataError(f"{storage.full(path)}: column {twice[0]} is in it twice; rename one of them")
+                hint = ", or add the line of names" if path.endswith(CSV_SUFFIXES) else ""
+                raise DataError(f"{storage.full(path)}: column {twice[0]} is in it twice; rename one of them{hint}")
             names[path] = table.column_names
             found.rows += len(table)
             is_next = not waiting or waiting[0].schema.equals(table.schema)
