@@ -106,7 +106,7 @@ def place(available: Slots, min_ranks: int, max_ranks: int) -> Slots | None:
     return chosen if sum(chosen.values()) >= min_ranks else None
 
 
-def fruitless(past: Sequence[Past]) -> int:
+def without_progress(past: Sequence[Past]) -> int:
     """Count the last generations, which made no progress."""
     return sum(1 for _ in itertools.takewhile(lambda each: each.step_after <= each.step_before, reversed(past)))
 
@@ -126,7 +126,7 @@ def exit_code(last: Past, asked_to_stop: bool) -> int | None:
 
 def back_off_s(past: Sequence[Past], base_s: float) -> float:
     """Return how long to wait before the next start: nothing after progress, else twice as long each time."""
-    count = fruitless(past)
+    count = without_progress(past)
     return min(MOST_BACKOFF_S, base_s * 2 ** (count - 1)) if count else 0.0
 
 
@@ -347,7 +347,7 @@ class Supervisor:
                 self.printer.say(self._last_words(code))
                 return code
             self.printer.say(past_text(self.past[-1]))
-            if (tries := fruitless(self.past)) > self.options.most_fruitless:
+            if (tries := without_progress(self.past)) > self.options.most_fruitless:
                 self.printer.say(
                     f"{tries} starts in a row came to no checkpoint after step {self.past[-1].step_after:,}; "
                     "giving up (--max-restarts-without-progress)"

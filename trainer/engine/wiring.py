@@ -181,14 +181,14 @@ class EngineParts:
         for table in self.tables.values():
             table.import_shards(state)
 
-    def begin_dense_with(self, values: Mapping[str, Tensor]) -> None:
+    def warm_start_dense(self, values: Mapping[str, Tensor]) -> None:
         """Take parameters and buffers by their names in `dense_state`, of the same shapes, before the first step."""
         mine = {**self._dense.parameters, **dict(self._modules.named_buffers())}
         with torch.no_grad():
             for name, value in values.items():
                 mine[name].copy_(value)
 
-    def begin_day(self, day: date | None) -> None:
+    def expire_rows(self, day: date | None) -> None:
         """Remove the ids that have not been used for too long on that day, the last one of the training samples.
 
         Called when all else is loaded, before the first step. Raises ConfigError where a table needs a day and there is
@@ -196,7 +196,7 @@ class EngineParts:
         """
         for table in self.tables.values():
             if isinstance(table, ExactTable):
-                table.begin_day(day)
+                table.expire_rows(day)
 
     def _exchange_of(self) -> Exchange:
         """Make the exchange, ID tables first among its sources."""

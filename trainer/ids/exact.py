@@ -145,7 +145,7 @@ class ExactTable(IdTable):
     def tally(self) -> dict[str, int]:
         return {"used_rows": int(self.map.used_S.sum()), **self.counts}
 
-    def begin_day(self, date_: date | None) -> None:
+    def expire_rows(self, date_: date | None) -> None:
         """Use rows on this day from now on, and free those that were last used more than `expire_days` before.
 
         Counts of ids without a row are halved every `expire_days` days. Called before the first step alone, with no

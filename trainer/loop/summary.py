@@ -33,7 +33,7 @@ from torch.utils.tensorboard.summary import scalar
 from featurestore.console.output import figure, print_table, print_warning, progress_bars, text_column, text_console
 from featurestore.errors import StorageError
 from featurestore.parsing import parse_json
-from featurestore.published.paths import FarPath, RunPath, read_file, write_json_file
+from featurestore.published.paths import RemotePath, RunPath, read_file, write_json_file
 from featurestore.spec import flat
 from featurestore.storage.storage import Storage
 from featurestore.text import count_text, one_line
@@ -301,7 +301,7 @@ class EventsFile:
         for event in (*self._head, *events):
             records.write(event.SerializeToString())
         data = buffer.getvalue()
-        if isinstance(self._path, FarPath):
+        if isinstance(self._path, RemotePath):
             self._held += data
         else:
             self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -313,7 +313,7 @@ class EventsFile:
 
     def flush(self) -> None:
         """Put what is held to the address, where it is not there yet. Raises StorageError."""
-        if isinstance(self._path, FarPath) and len(self._held) > self._size_bytes:
+        if isinstance(self._path, RemotePath) and len(self._held) > self._size_bytes:
             data = bytes(self._held)
             self._path.write_bytes(data)
             self._size_bytes = len(data)

@@ -308,7 +308,7 @@ class Training:
             if self._best() == self._engine.num_steps:
                 self._save()
         due, step = self._is_due(self._config.train.checkpoint_every), self._engine.num_steps
-        if self._saves.looks_after(step):
+        if self._saves.should_poll(step):
             with self.totals.timed("checkpoint"):
                 outcome, by_the_clock = self._saves.look(step)
             self._note_outcome(outcome)

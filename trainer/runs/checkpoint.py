@@ -56,7 +56,7 @@ _BLOCK_BYTES = 8 << 20
 _ROWS = re.compile(r"rows-(?P<rank>\d+)-of-(?P<ranks>\d+)\.safetensors")
 
 
-class Origin(Section):
+class RunFingerprint(Section):
     """What a checkpoint belongs to: it is refused where one of these values differs."""
 
     data: dict[str, Any]
@@ -71,21 +71,21 @@ class Origin(Section):
     """What the optimiser's state means: the settings that decide on parameters and rows."""
 
     def check_same(
-        self, recorded: "Origin", checkpoint: Checkpoint, may_differ: Collection[Decision] = TO_RESUME
+        self, recorded: "RunFingerprint", checkpoint: Checkpoint, may_differ: Collection[Decision] = TO_RESUME
     ) -> None:
-        """Raise OtherRunError naming every value that `recorded`, of the checkpoint, has otherwise.
+        """Raise RunMismatchError naming every value that `recorded`, of the checkpoint, has otherwise.
 
         What decides on one of the kinds `may_differ` is not compared.
         """
         self.check_store(recorded, checkpoint)
         found = self.differences(recorded, may_differ)
         if found:
-            raise errors.OtherRunError(
+            raise errors.RunMismatchError(
                 f"{checkpoint} belongs to another run; start a new one, or set back:\n  "
                 + "\n  ".join(map(_text, found))
             )
 
-    def differences(self, recorded: "Origin", may_differ: Collection[Decision]) -> list[Difference]:
+    def differences(self, recorded: "RunFingerprint", may_differ: Collection[Decision]) -> list[Difference]:
         """List what `recorded` has otherwise, except what decides on one of the kinds `may_differ`.
 
         Fields count in their order, which the layers read them in.
@@ -94,8 +94,8 @@ class Origin(Section):
         here, there = (" ".join(each.model.get("fields", {})) for each in (self, recorded))
         return found or ([] if here == there else [Difference("model.fields", here, there, "parameters")])
 
-    def check_store(self, recorded: "Origin", checkpoint: Checkpoint) -> None:
-        """Raise OtherRunError where E of the checkpoint was trained on features of another kind."""
+    def check_store(self, recorded: "RunFingerprint", checkpoint: Checkpoint) -> None:
+        """Raise RunMismatchError where E of the checkpoint was trained on features of another kind."""
         found = differences({"stores": self.stores}, {"stores": recorded.stores})
         if not found:
             return
@@ -103,8 +103,8 @@ class Origin(Section):
             was = "was trained without images, and this run uses them"
             if recorded.stores:
                 was = "has an E for images, and this run uses none"
-            raise errors.OtherRunError(f"{checkpoint} {was}; set model.images as it was")
-        raise errors.OtherRunError(
+            raise errors.RunMismatchError(f"{checkpoint} {was}; set model.images as it was")
+        raise errors.RunMismatchError(
             f"{checkpoint} was trained on features of another kind, and its E makes nothing of these:\n  "
             + "\n  ".join(map(_text, found))
             + "\nset data.store to a store of that kind (of several, data.stores.NAME)"
@@ -118,7 +118,7 @@ class CheckpointState(Sealed):
     epoch: int
     step_in_epoch: int
     num_ranks: int
-    origin: Origin
+    origin: RunFingerprint
     stores: dict[str, SnapshotId]
     """The snapshot of every store by name."""
     history: list[dict[str, Any]]
@@ -269,7 +269,7 @@ Opened = TypeVar("Opened")
 
 
 @dataclass(frozen=True)
-class PassedOver:
+class SkippedCheckpoint:
     """A damaged checkpoint that a run does not continue from, and what is wrong with it."""
 
     checkpoint: Checkpoint
@@ -277,7 +277,7 @@ class PassedOver:
 
 
 def continued(
-    comm: Comm, config: Config, folder: RunPath, open_at: Callable[[Resumed | None, list[PassedOver]], Opened]
+    comm: Comm, config: Config, folder: RunPath, open_at: Callable[[Resumed | None, list[SkippedCheckpoint]], Opened]
 ) -> Opened:
     """Return what `open_at` opens at the checkpoint that `run.resume` says, or at None for a run that begins.
 
@@ -285,12 +285,12 @@ def continued(
     first. Raises what `open_at` does, and of checkpoints that are all damaged the error of the newest. Every rank calls
     it.
     """
-    passed_over: list[PassedOver] = []
+    skipped: list[SkippedCheckpoint] = []
     newest: Exception | None = None
     for checkpoint in comm.on_rank_0(partial(_to_try, config, folder)):  # another rank may see other ones
         try:
             state = comm.on_all(partial(read_state, checkpoint))
-            return open_at((checkpoint, state), passed_over)
+            return open_at((checkpoint, state), skipped)
         except (errors.DamagedCheckpointError, errors.RemoteRankError) as failure:
             if isinstance(failure, errors.RemoteRankError) and failure.kind != errors.DamagedCheckpointError.__name__:
                 raise
@@ -298,7 +298,7 @@ def continued(
                 newest or failure,
                 failure.text if isinstance(failure, errors.RemoteRankError) else str(failure),
             )
-            passed_over = [*passed_over, PassedOver(checkpoint, text.removesuffix(errors.TAKE_ANOTHER))]
+            skipped = [*skipped, SkippedCheckpoint(checkpoint, text.removesuffix(errors.TAKE_ANOTHER))]
     if newest is not None:
         raise newest
     return open_at(None, [])
@@ -407,7 +407,9 @@ def find_warm_start(run: RunConfig) -> WarmStart | None:
     return WarmStart(found, read_state(found), run.warm_parts)
 
 
-def begin_with(comm: Comm, warm: WarmStart, origin: Origin, trained: Engine, cache_dir: str | None = None) -> None:
+def warm_start(
+    comm: Comm, warm: WarmStart, origin: RunFingerprint, trained: Engine, cache_dir: str | None = None
+) -> None:
     """Copy what a warm start takes into `trained`; ranks may be more or fewer than those that wrote the checkpoint.
 
     Raises CheckpointError on all ranks where a file is damaged, or where what was learned would mean something else
@@ -433,4 +435,4 @@ def begin_with(comm: Comm, warm: WarmStart, origin: Origin, trained: Engine, cac
             for each in (mine, theirs)
         )
         check_names(own_networks, taken)
-        trained.begin_dense_with(taken)
+        trained.warm_start_dense(taken)

@@ -10,7 +10,7 @@ from typing import IO, Any, TypeVar
 
 from featurestore.errors import BucketNotFoundError, StorageError
 from featurestore.parsing import parse_json
-from featurestore.published.paths import FarPath, RunPath, check_bucket, read_file, run_path
+from featurestore.published.paths import RemotePath, RunPath, check_bucket, read_file, run_path
 from featurestore.published.versions import PublishedFiles, open_published
 from trainer.config import Config, RunConfig
 from trainer.errors import CheckpointNotFoundError, ConfigError, TrainerError
@@ -22,7 +22,7 @@ DAYS_FILE = "daily.json"
 """File of the settings that the runs of a daily training share; their folders are next to it."""
 _NAME = re.compile(r"step-\d{8,}")
 
-PathT = TypeVar("PathT", Path, FarPath, Path | FarPath)
+PathT = TypeVar("PathT", Path, RemotePath, Path | RemotePath)
 
 
 def checkpoints_of(run: PathT) -> PathT:
@@ -154,7 +154,9 @@ def finished(run: RunPath) -> list[Checkpoint]:
     return sorted(found, key=lambda each: each.step)
 
 
-def in_the_way(run: RunPath, resumed: Checkpoint | None, damaged: Sequence[Checkpoint] = ()) -> list[Checkpoint]:
+def conflicting_checkpoints(
+    run: RunPath, resumed: Checkpoint | None, damaged: Sequence[Checkpoint] = ()
+) -> list[Checkpoint]:
     """List the checkpoints in `run` that a run which starts afresh, or from `resumed`, would take for its own.
 
     Those are the checkpoints of later steps, or all where `resumed` is not one of this folder; oldest first, and
@@ -168,10 +170,10 @@ def check_folder(config: Config, run: RunPath, resumed: Checkpoint | None, damag
 
     `damaged`: checkpoints that were passed over on the way to `resumed`."""
     resume = config.run.resume
-    with naming_run_dir(config):
+    with run_dir_errors(config):
         check_bucket(run)
-        there, writable = (run, True) if isinstance(run, FarPath) else _writable(run)
-        others = in_the_way(run, resumed, damaged) if writable else []
+        there, writable = (run, True) if isinstance(run, RemotePath) else _writable(run)
+        others = conflicting_checkpoints(run, resumed, damaged) if writable else []
         taken = bool(others) or (resume is None and (run / "report.json").is_file())
     if not writable:
         raise ConfigError(
@@ -199,7 +201,7 @@ def _writable(run: Path) -> tuple[Path, bool]:
 
 
 @contextmanager
-def naming_run_dir(config: Config) -> Iterator[None]:
+def run_dir_errors(config: Config) -> Iterator[None]:
     """Turn an OSError of the block into a ConfigError that names run.dir."""
     try:
         yield

@@ -31,7 +31,7 @@ from trainer.engine.wiring import check_tables
 from trainer.errors import CheckpointError, ConfigError, DataError, DataNotFoundError
 from trainer.models.layers import used_fields
 from trainer.runs import checkpoint as checkpoints
-from trainer.runs.folder import TENSORBOARD, Checkpoint, check_folder, finished, in_the_way, naming_run_dir
+from trainer.runs.folder import TENSORBOARD, Checkpoint, check_folder, conflicting_checkpoints, finished, run_dir_errors
 from trainer.runs.saving import CheckpointPlace
 from trainer.samples import survey
 from trainer.samples.columns import files_by_day, rules_of, sample_files
@@ -133,7 +133,7 @@ def snapshot_of(place: StorePlace, resumed: checkpoints.Resumed | None) -> Snaps
 def check_identity(place: StorePlace, snapshot: Snapshot, resumed: checkpoints.Resumed | None) -> None:
     """Raise AnotherStoreError where the snapshot is not of the store that the checkpoint was trained on.
 
-    Features of another kind are found by Origin.check_store, which has better words.
+    Features of another kind are found by RunFingerprint.check_store, which has better words.
     """
     if resumed is None:
         return
@@ -275,12 +275,12 @@ class Run(OpenRun):
     validation_reader: SampleReader | None
     """Of the days on which the best epoch is chosen."""
     known_ads: Int64Array
-    origin: checkpoints.Origin
+    origin: checkpoints.RunFingerprint
     position: BatchPosition
     history: list[dict[str, Any]]
     resumed: Checkpoint | None
     """The checkpoint that the run continues from."""
-    passed_over: Sequence[checkpoints.PassedOver]
+    skipped: Sequence[checkpoints.SkippedCheckpoint]
     """Newer ones, newest first, which are damaged."""
     warm_start: checkpoints.WarmStart | None
     lacked: Sequence[str]
@@ -301,7 +301,11 @@ def open_run(config: Config, comm: Comm) -> Run:
 
 
 def _open_run(
-    config: Config, comm: Comm, folder: RunPath, at: checkpoints.Resumed | None, passed: list[checkpoints.PassedOver]
+    config: Config,
+    comm: Comm,
+    folder: RunPath,
+    at: checkpoints.Resumed | None,
+    passed: list[checkpoints.SkippedCheckpoint],
 ) -> Run:
     """Open the run at this checkpoint, or at its first step."""
     schema = load_schema(config.data.schema_file)
@@ -335,8 +339,8 @@ def _open_run(
                 partition.close()
             raise
     elif warm:
-        checkpoints.begin_with(comm, warm, origin, engine, config.data.cache_dir)
-    engine.begin_day(train.newest_day)
+        checkpoints.warm_start(comm, warm, origin, engine, config.data.cache_dir)
+    engine.expire_rows(train.newest_day)
     position = at[1].position if at else BatchPosition(0, 0)
     engine.first_step = engine.num_steps - (position.epoch * reader.steps_per_epoch + position.step)  # of earlier runs
     return Run(
@@ -356,7 +360,7 @@ def _open_run(
         position=position,
         history=at[1].history if at else [],
         resumed=at[0] if at else None,
-        passed_over=passed,
+        skipped=passed,
         warm_start=warm,
         lacked=lacking_images(config, comm, schema, places, partitions, [train, test]),
     )
@@ -428,7 +432,7 @@ def _with_statistics(
     schema: Schema,
     train: SampleIndex,
     samples: str,
-    recorded: checkpoints.Origin | None,
+    recorded: checkpoints.RunFingerprint | None,
     warm: checkpoints.WarmStart | None,
 ) -> Schema:
     """Fill in the statistics of the schema's numbers.
@@ -464,10 +468,10 @@ def open_samples(config: Config, places: list[StorePlace]) -> Storage:
 
 def _origin(
     config: Config, schema: Schema, samples: str, streams: int, partitions: Mapping[str, FeaturePartition]
-) -> checkpoints.Origin:
+) -> checkpoints.RunFingerprint:
     positions = settings_that_decide("positions")
     data = config.data.model_dump(include=positions["data"] - {"train_days"})  # the samples tell
-    return checkpoints.Origin(
+    return checkpoints.RunFingerprint(
         data={**data, "shuffle_streams": streams, "samples_digest": samples},
         train=config.train.model_dump(include=positions["train"]),
         optim=config.optim.model_dump(include=settings_that_decide("parameters", "rows")["optim"]),
@@ -538,9 +542,9 @@ def claim_folder(run: Run) -> list[Checkpoint]:
     """
 
     def claim() -> list[Checkpoint]:
-        with naming_run_dir(run.config):
-            run.place.claim([each.checkpoint for each in run.passed_over])
-            removed = in_the_way(run.folder, run.resumed)
+        with run_dir_errors(run.config):
+            run.place.claim([each.checkpoint for each in run.skipped])
+            removed = conflicting_checkpoints(run.folder, run.resumed)
             if removed and not run.config.run.overwrite:  # since this one looked
                 raise CheckpointError(  # no mistake in the settings: a supervisor starts it again, from that checkpoint
                     f"{run.folder} has a new checkpoint, of another start of this run: start one alone, with "
@@ -576,7 +580,7 @@ def _keep_dictionary(run: Run) -> None:
     if before is None and warm is not None and warm.parts == "all":
         before = warm.checkpoint.run
     earlier = before / IDS_FILE if before is not None else None
-    with naming_run_dir(run.config):
+    with run_dir_errors(run.config):
         survey.write_dictionary(run.comm, run.folder, run.train_reader.index, rules_of(run.schema), earlier)
 
 

@@ -49,7 +49,7 @@ from trainer.engine.engine import Engine
 from trainer.engine.machine import free_bytes
 from trainer.errors import CheckpointError, TakenOverError
 from trainer.runs.checkpoint import DENSE, ROWS, CheckpointState, load, read_state, saying
-from trainer.runs.folder import STATE, Checkpoint, checkpoints_of, in_the_way, step_name, step_of
+from trainer.runs.folder import STATE, Checkpoint, checkpoints_of, conflicting_checkpoints, step_name, step_of
 
 _FAILURES = (OSError, StorageError, MemoryError)
 _WAIT_S = 0.01
@@ -338,7 +338,7 @@ class Checkpointer:
         """Return whether a checkpoint is under way; the same on every rank."""
         return self._step is not None
 
-    def looks_after(self, step: int) -> bool:
+    def should_poll(self, step: int) -> bool:
         """Return whether all ranks look after that step; the same on every rank."""
         if self._looked_step is None:
             self._looked_step, self._next_look = step, step
@@ -527,5 +527,5 @@ def end_with(comm: Comm, into: CheckpointPlace, step: int, trained: Engine, cach
     load(comm, checkpoint, read_state(checkpoint), trained, cache_dir)
     with comm.agreed(), saying(f"cannot remove the checkpoints after {checkpoint}"):
         if comm.rank == 0:
-            into.remove(in_the_way(into.run, checkpoint))
+            into.remove(conflicting_checkpoints(into.run, checkpoint))
     return checkpoint

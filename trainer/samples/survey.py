@@ -43,7 +43,7 @@ from featurestore.errors import StorageError
 from featurestore.format.codec import Moments
 from featurestore.keys import NO_IMAGE, AnyArray, Float64Array, Int64Array, owner_of, shard_of
 from featurestore.lookup.cache import SAMPLES, default_cache_dir
-from featurestore.published.paths import FarPath, RunPath, open_file, remove_all, run_path, written_locally
+from featurestore.published.paths import RemotePath, RunPath, open_file, remove_all, run_path, written_locally
 from featurestore.published.versions import open_published
 from featurestore.storage.local import claim, is_private
 from featurestore.storage.storage import Storage, digest_of, settled_tags
@@ -566,7 +566,7 @@ def _entries(table: pa.Table) -> list[tuple[int, str]]:
 
 def _opened(path: RunPath) -> pq.ParquetFile:
     try:
-        source: Any = open_file(path) if isinstance(path, FarPath) else path
+        source: Any = open_file(path) if isinstance(path, RemotePath) else path
         file = pq.ParquetFile(source, page_checksum_verification=True)
     except (pa.ArrowException, OSError, StorageError) as failure:
         raise DataError(f"{path} is not a readable Parquet file: {str(failure).strip()}") from failure
