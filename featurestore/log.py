@@ -91,7 +91,7 @@ def read_manifest(storage: Storage, version: int | None = None) -> Manifest:
 
 
 class Appendable(Protocol):
-    """What `append` publishes: a `featurestore.store.Commit`, as the log sees it."""
+    """A `featurestore.store.Commit` as the log sees it, which `append` publishes."""
 
     commit_id: str
 

@@ -114,7 +114,7 @@ class ExtractorSpec(Frozen):
 
     @property
     def precision(self) -> str | Int8Spec:
-        """In which the network multiplies: `compute_dtype`, or `int8` with all that it needs."""
+        """Return the type that the network multiplies in: `compute_dtype`, or `int8` with its calibration."""
         return self.int8 or self.compute_dtype
 
     @property

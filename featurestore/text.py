@@ -20,7 +20,7 @@ _BUFFER_BYTES = 8 << 20
 
 
 STYLE_BYTES = 1 << 20
-"""From the beginning of a file, for `find_style`."""
+"""Bytes read from the beginning of a file, for `find_style`."""
 _DELIMITERS = ",;\t|"
 _DECIMAL_COMMA = re.compile(r"-?\d+,\d+")
 _COMMA_NUMBER = re.compile(r"-?(\d+|\d{1,3}(\.\d{3})+)(,\d+)?")
@@ -29,7 +29,7 @@ _STYLE_ROWS = 200
 
 @dataclass(frozen=True)
 class CsvStyle:
-    """How a CSV text is written."""
+    """The format of a CSV text."""
 
     delimiter: str = ","
     encoding: str = "utf-8"
@@ -190,7 +190,7 @@ class _Scan:
 
 
 DType = Literal["bfloat16", "float16", "float32"]
-"""In which a store keeps features."""
+"""Float types that a store can have."""
 
 
 _PASSWORD = re.compile(r"(://[^\s/@:]*):[^\s/]*@")

@@ -32,7 +32,9 @@ app = commandline.CommandApp(report=True, rich_markup_mode="rich")
 @app.command(epilog=EXAMPLES)
 def main(
     model: Annotated[str, typer.Option(help="Folder or s3:// address of the published model.")] = MODELS,
-    version: Annotated[int | None, typer.Option(min=1, help="Its version.", show_default="the one in use")] = None,
+    version: Annotated[
+        int | None, typer.Option(min=1, help="Version of the model.", show_default="the one in use")
+    ] = None,
     store: Annotated[
         list[str] | None,
         typer.Option(

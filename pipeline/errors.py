@@ -23,7 +23,7 @@ SCHEDULER_LOST = "the Dask scheduler was lost or restarted; run the same command
 
 
 class PipelineError(UserError):
-    """Root of the pipeline's errors; its text is one message for the person who started the job."""
+    """Root of the pipeline's errors; its text is one message for the user who started the job."""
 
 
 class SourceError(PipelineError):

@@ -110,7 +110,7 @@ class StoreRun:
     parts that an earlier run of the same id left, `parts` those that the commit will hold.
     """
 
-    def __init__(self, client: Client, store: FeatureStore, run_id: str, snapshot: Snapshot):
+    def __init__(self, client: Client, store: FeatureStore, run_id: str, snapshot: Snapshot) -> None:
         self.client = client
         self.store = store
         self.run_id = run_id

@@ -25,7 +25,7 @@ from typing import IO, Any
 
 AS_RANK = "--as-rank"
 BEATS = 10
-"""In a lease."""
+"""Heartbeats in a lease."""
 _DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
 
 

@@ -39,7 +39,7 @@ def counts_of(text: str) -> tuple[int, ...]:
     return tuple(sorted(set(found)))
 
 
-SettingsFile = Annotated[Path | None, typer.Option("--config", help="YAML file over the defaults.")]
+SettingsFile = Annotated[Path | None, typer.Option("--config", help="YAML file with settings that replace defaults.")]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="One setting; may be repeated.")
 ]

@@ -49,13 +49,13 @@ CONNECT_S = 10
 _HOST = re.compile(r"(?P<name>[\w.@-]+)(?::(?P<count>\d+))?")
 _LONGEST_LINE = 2**20
 _START_S = 60.0
-"""For Python to start on a busy host."""
+"""Seconds for Python to start on a busy host."""
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 30.0
 LOOPBACK = "127.0.0.1"
 
 
 class By(StrEnum):
-    """What carries the collectives."""
+    """The library that carries the collectives."""
 
     HOROVOD = "horovod"
     TORCH = "torch"
@@ -141,7 +141,7 @@ def free_port() -> int:
 @app.command(epilog=EXAMPLES)
 def main(
     command: Annotated[list[str], typer.Argument(help="Command of one rank, after --.")],
-    by: Annotated[By, typer.Option(help="What the ranks speak to each other by.")] = By.HOROVOD,
+    by: Annotated[By, typer.Option(help="How the ranks communicate.")] = By.HOROVOD,
     requeue: Annotated[
         bool, typer.Option("--requeue", help="When SIGUSR1 has stopped the ranks, let Slurm run the job again.")
     ] = False,
@@ -247,7 +247,7 @@ def agent_command(host: str, ssh: Sequence[str], lease_s: float, *, here: bool) 
 
 @dataclass(frozen=True)
 class News:
-    """What came from a host: an answer of its agent, or {"is": "lost", "why": ...}."""
+    """A message from a host: an answer of its agent, or {"is": "lost", "why": ...}."""
 
     host: str
     what: dict[str, Any]

@@ -159,7 +159,7 @@ def _say_beginning(run: "Run", removed: "list[Checkpoint]", progress: "ProgressL
         progress.say(line)
     for each in run.skipped:
         progress.say(
-            f"warning: {each.checkpoint.name} is passed over, and kept as {DAMAGED}{each.checkpoint.name} in "
+            f"warning: {each.checkpoint.name} is skipped, and kept as {DAMAGED}{each.checkpoint.name} in "
             f"{checkpoints_of(run.folder)}: {each.why}; continuing from step {run.engine.num_steps}"
         )
     if removed:

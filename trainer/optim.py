@@ -11,7 +11,7 @@ from trainer.comm import Comm
 from trainer.config import OptimConfig
 
 BETA1, BETA2 = 0.9, 0.999
-"""Of Adam: the weight of the past in the running means of gradients, and of their squares."""
+"""Adam's weights of the past in the running means of gradients, and of their squares."""
 _IN_FRONT = 2
 
 

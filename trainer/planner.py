@@ -54,16 +54,16 @@ PROGRAM_BYTES = 2 * 2**30
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
-    """What a rank's work takes, and the network between the machines."""
+    """Times of a rank's work, and speed of the network between machines."""
 
     image_s: float
-    """Of a step, per unique image of an owner: E, forward and backward."""
+    """Seconds of E, forward and backward, per unique image of an owner."""
     sample_s: float
     """All else of a step, per sample of a rank."""
     call_s: float
-    """Of a collective between the ranks of one machine."""
+    """Seconds of a collective between the ranks of one machine."""
     link_bytes_per_s: float
-    """Of a machine, each way; its ranks share it."""
+    """Bandwidth of a machine, each way; its ranks share it."""
     ranks_per_machine: int
 
     def collective_s(self, ranks: int, messages: int, bytes_out: float) -> float:
@@ -95,7 +95,7 @@ class Source:
 
 @dataclass(frozen=True)
 class BatchCounts:
-    """What the ranks ask for and own of one global batch."""
+    """Counts of the keys of one global batch that ranks ask for and own."""
 
     images: int
     """Unique ones."""
@@ -104,7 +104,7 @@ class BatchCounts:
     keys: float
     """Unique keys that a rank asks for, the mean over ranks."""
     vector_bytes: float
-    """Of the vectors that the busiest owner answers with, its own among them."""
+    """Bytes of the vectors that the busiest owner answers with, its own among them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +119,7 @@ class RankPlan:
     machine_bytes: float
     """Memory that a machine needs for its ranks: features, ID rows and programs; a fifth stays free."""
     bytes_sent: float
-    """Those that leave the busiest rank in a step: keys, vectors, their gradients, dense gradients."""
+    """Bytes that leave the busiest rank in a step: keys, vectors, their gradients, dense gradients."""
     step_s: float
     samples_per_s: float
     epoch_s: float

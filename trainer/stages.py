@@ -173,12 +173,12 @@ def prepare_ahead(
 
 
 class _Lateness:
-    """Whether those who ask for results have to wait long, compared with the time from one question to the next."""
+    """Measurement of whether callers wait long for results, compared with the time from one call to the next."""
 
     def __init__(self) -> None:
         self._asked_s: float | None = None
         self.times_late = 0
-        """How many of the last results were all late."""
+        """Number of the last results in a row that were late."""
 
     def timed(self, result: Callable[[], Result]) -> Result:
         """Wait for the result and return it."""

@@ -49,7 +49,7 @@ app = CommandApp(rich_markup_mode="markdown")
 
 NUMBER = "SUPERVISE_GENERATION"
 FAILURE_GRACE_S, END_GRACE_S = 5.0, 60.0
-"""How long other ranks may live on after one has died or failed (others may have more to say), or has ended well."""
+"""Seconds that other ranks may live on after one has died or failed (others may report more), or has ended well."""
 _SETTLE_S = 3.0
 """After enough hosts are there, for the others to come too."""
 _KILL_S = 20.0
@@ -62,7 +62,7 @@ MOST_BACKOFF_S = 60.0
 
 @dataclass(frozen=True, kw_only=True)
 class RankEnd:
-    """How one rank ended, in the order in which the supervisor heard of it."""
+    """End of one rank, in the order in which the supervisor heard of it."""
 
     rank: int
     host: str
@@ -107,7 +107,7 @@ def place(available: Slots, min_ranks: int, max_ranks: int) -> Slots | None:
 
 
 def without_progress(past: Sequence[Past]) -> int:
-    """Count the last generations, which made no progress."""
+    """Count the last generations in a row without progress."""
     return sum(1 for _ in itertools.takewhile(lambda each: each.step_after <= each.step_before, reversed(past)))
 
 
@@ -182,21 +182,24 @@ class Printer:
 
 @dataclass(frozen=True, kw_only=True)
 class SuperviseOptions:
-    """What a user asks of the supervisor."""
+    """User-set options of the supervisor."""
 
     command: Annotated[
         list[str], typer.Argument(metavar="-- COMMAND", help="crossmedia train, or daily, with its arguments.")
     ]
     hosts: Annotated[
-        str | None, typer.Option(metavar="HOST:SLOTS,...", help="Where ranks may run.", show_default="localhost:MAX_NP")
+        str | None,
+        typer.Option(
+            metavar="HOST:SLOTS,...", help="Hosts for the ranks, with their slots.", show_default="localhost:MAX_NP"
+        ),
     ] = None
     min_np: Annotated[int, typer.Option(min=1, help="Fewest ranks; with fewer slots it waits.")] = 1
     max_np: Annotated[int | None, typer.Option(min=1, help="Most ranks.", show_default="all slots")] = None
-    by: Annotated[By, typer.Option(help="What the ranks speak to each other by.")] = By.HOROVOD
+    by: Annotated[By, typer.Option(help="How the ranks communicate.")] = By.HOROVOD
     ssh: Annotated[str, typer.Option(help="The command that reaches other hosts.")] = "ssh"
     most_fruitless: Annotated[
         int,
-        typer.Option("--max-restarts-without-progress", min=0, help="In a row, without a newer checkpoint between."),
+        typer.Option("--max-restarts-without-progress", min=0, help="Restarts in a row without a newer checkpoint."),
     ] = 5
     backoff_s: Annotated[
         float, typer.Option(min=0, help="Before the first restart without progress; doubled up to 60.")
@@ -234,7 +237,7 @@ class TrainCommand:
 
     words: tuple[str, ...]
     folder: RunPath
-    """Of the run or, of trainer.daily, of the days' runs."""
+    """Folder of the run or, with trainer.daily, of the days' runs."""
     is_daily: bool = False
 
     def newest_step(self) -> int:

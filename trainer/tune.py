@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from trainer.comm import Comm
 
 GRID: Mapping[str, Sequence[Any]] = {"optim.lr": (0.001, 0.002), "optim.ids_lr": (0.012, 0.02)}
-"""What is tried, each with each, where nothing is said: the rates that differ most by log (docs/CHOICES.md)."""
+"""Default grid, each value tried with each: the rates that differ most by log (docs/CHOICES.md)."""
 _CHOSEN = ("run.resume", "run.overwrite", "train.early_stopping", "train.eval_every")
 """Settings that each run of the grid has its own of."""
 NAME = "tune"

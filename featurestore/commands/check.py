@@ -96,7 +96,7 @@ def repair(url: Url, dry_run: DryRun = False) -> None:
 
 @app.command(epilog="Example: `crossmedia store check-backend s3://bucket/features --writers 16`")
 def check_backend(
-    url: Annotated[str, typer.Argument(metavar="URL", help="Folder or s3:// address where a store is to be.")],
+    url: Annotated[str, typer.Argument(metavar="URL", help="Folder or s3:// address planned for a store.")],
     writers: Annotated[int, typer.Option("--writers", min=2, max=256, help="Threads that race.")] = 4,
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Races, each for a new file.")] = 50,
 ) -> None:
@@ -129,9 +129,9 @@ def check_backend(
 )
 def remake(
     source: Annotated[str, typer.Argument(metavar="SOURCE", help="Folder or s3:// address of the store.")],
-    out: Annotated[str, typer.Argument(metavar="OUT", help="Where the new store goes.")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="Folder or s3:// address of the new store.")],
     dtype: Annotated[
-        DType | None, typer.Option("--dtype", help="What the new store keeps.", show_default="the store's")
+        DType | None, typer.Option("--dtype", help="Float type of the new store.", show_default="the store's")
     ] = None,
     dims: Annotated[
         int | None,
@@ -191,7 +191,8 @@ def purge(
     keys: Annotated[Path | None, typer.Option("--keys", help="Text file of keys, one on each line.")] = None,
     uris: Annotated[Path | None, typer.Option("--uris", help="Text file of uris, one on each line.")] = None,
     writer_hours: Annotated[
-        float, typer.Option("--writer-hours", min=0, help="Younger files of no snapshot may be a writer's, and stay.")
+        float,
+        typer.Option("--writer-hours", min=0, help="Keep unreferenced files that are younger: a writer may need them."),
     ] = 1.0,
     dry_run: DryRun = False,
 ) -> None:

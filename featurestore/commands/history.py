@@ -132,10 +132,10 @@ def expire(
         int, typer.Option("--keep-last", min=0, help="How many of the last snapshots to keep.")
     ] = KEEP_LAST,
     keep_days: Annotated[
-        float, typer.Option("--keep-days", min=0, help="Days of which every state is kept.")
+        float, typer.Option("--keep-days", min=0, help="Keep all snapshots that are younger, in days.")
     ] = KEEP_DAYS,
     grace_days: Annotated[
-        float, typer.Option("--grace-days", min=0, help="Days for which files stay after that for their users.")
+        float, typer.Option("--grace-days", min=0, help="Days before files of expired snapshots are deleted.")
     ] = GRACE_DAYS,
     dry_run: DryRun = False,
 ) -> None:

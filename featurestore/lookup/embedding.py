@@ -104,7 +104,7 @@ class EmbeddingService(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the network is."""
+        """Return the device of the network."""
         return self.model.mean_D.device
 
     def hold_rows(self) -> None:

@@ -89,7 +89,7 @@ class Gathered:
     buffer: Tensor | None = field(default=None, repr=False)
     """The memory that the service takes back."""
     copied: torch.cuda.Event | None = field(default=None, repr=False)
-    """What the GPU has to wait for before it reads them; None: nothing."""
+    """Event that the GPU waits for before it reads them; None: nothing."""
 
     def arrived(self) -> Tensor:
         """Return the features (Q, D), which the work that a GPU is given from now on finds there."""

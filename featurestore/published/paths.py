@@ -93,7 +93,7 @@ class RemotePath:
 
     @property
     def _storage(self) -> "Storage":
-        """What the path lies in; loaded late, as --help of commands needs no client of an object store."""
+        """Return the storage of the path; loaded late, as --help of commands needs no client of an object store."""
         from featurestore.storage.storage import Storage
 
         return Storage(self.parent.url)

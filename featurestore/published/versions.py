@@ -45,7 +45,7 @@ class PublishedVersion(spec.Sealed):
     """Random, so that no other's is the same."""
     writer: str
     time_s: float
-    """For people; order comes from the version alone."""
+    """Time for display; order comes from the version alone."""
     files: dict[spec.StorePath, PublishedFile]
 
 

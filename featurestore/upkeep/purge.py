@@ -156,7 +156,7 @@ class PurgeReport:
     """Results of a purge, or of its dry run."""
 
     num_rows: int = 0
-    """In all files, tombstones and earlier versions of a row among them."""
+    """Rows in all files, with tombstones and earlier versions of a row."""
     without_rows: list[str] = field(default_factory=list)
     """Keys or uris that no file had a row of: misspelt, or purged before."""
     version: int | None = None
@@ -166,13 +166,13 @@ class PurgeReport:
     """Channels that follow to the new snapshot."""
     num_quarantined: int = 0
     runs: list[str] = field(default_factory=list)
-    """Of which the staged parts were removed."""
+    """Runs whose staged parts were removed."""
     num_files: int = 0
     """Data files that were deleted."""
     young: list[str] = field(default_factory=list)
     """Files that a writer may be writing."""
     proof: AbsenceReport | None = None
-    """Of all files that are left; None in a dry run."""
+    """Check of all files that are left; None in a dry run."""
 
     @property
     def is_complete(self) -> bool:

@@ -1,6 +1,6 @@
 """Stores made of another one: in another dtype, or with fewer numbers a row.
 
-The new store is made after all of its files, so what a kill leaves is no store, and the same command starts again.
+The new store is made after all of its files, so a killed command leaves no store; the same command starts again.
 Letters of shapes: N rows (of a block, or compared), D width of the full rows, K components or queries.
 
 Source of the merge of moments: Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm", 1979. Blocks are

@@ -8,7 +8,7 @@ client), and those of errors of ours in tasks, which the job tells in one line.
 import logging
 
 OF_A_TASK = "TaskError("
-"""In the texts of errors of tasks that the job tells: the name of their class."""
+"""Beginning of a task error's text: the name of its class."""
 
 
 def is_told(record: logging.LogRecord) -> bool:

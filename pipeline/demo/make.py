@@ -26,7 +26,7 @@ FORMAT = 1  # raise it when equal options no longer give equal pictures and logs
 
 @dataclass(frozen=True)
 class DemoSummary:
-    """What was made (or found made), and where to point the extraction."""
+    """Summary of the demo data that was made or found, with the arguments of the extraction."""
 
     content: dict[str, Any]  # of demo.json
     images: Path

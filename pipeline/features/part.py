@@ -38,7 +38,7 @@ LEAST_DECODE_THREADS = 4  # reading is waiting
 
 @dataclass(frozen=True)
 class PartSettings:
-    """What all parts of a run have in common."""
+    """Settings that all parts of a run share."""
 
     store: str
     run_id: str

@@ -40,7 +40,7 @@ class RefreshSummary:
     """Counts of one run. Each image of the listing is one of new, changed, touched, unchanged and bad."""
 
     num_images: int  # listed
-    num_ignored: int  # files that are no images by their extension, or repeated rows of a table
+    num_ignored: int  # files that are not images by their extension, or repeated rows of a table
     num_new: int  # the store did not have them
     num_changed: int  # the store had other bytes
     num_touched: int  # the store has these bytes under another tag; the feature stays
@@ -343,7 +343,7 @@ def workers_per_host(client: Client) -> int:
 class ImageRun(store_run.StoreRun):
     """A StoreRun of images."""
 
-    def __init__(self, client: Client, store: FeatureStore, settings: parts.PartSettings, snapshot: Snapshot):
+    def __init__(self, client: Client, store: FeatureStore, settings: parts.PartSettings, snapshot: Snapshot) -> None:
         super().__init__(client, store, settings.run_id, snapshot)
         self._settings = settings
         self.num_resumed = 0  # images to compute in parts that were staged before

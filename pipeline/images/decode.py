@@ -158,7 +158,7 @@ def _orientation(image: Image.Image) -> int:
     """Read the EXIF orientation, 1 (upright) to 8; 1 when the EXIF cannot be read."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # the pixels are loaded and good: a damaged EXIF is no reason to lose them
+    except Exception:  # the pixels are loaded and good: a damaged EXIF is not a reason to lose them
         return 1
     return orientation if orientation in range(1, 9) else 1
 

@@ -49,7 +49,7 @@ UNITS = {
     "bfloat16": ("amx_bf16", "avx512_bf16"),
     "int8": ("amx_int8", "avx512_vnni", "avx_vnni"),  # without, OpenVINO adds two products in 16 bits: too few
 }
-"""What a processor needs, any of it, for OpenVINO to be quick and right in a precision."""
+"""Units of which a processor needs one for OpenVINO to be quick and right in a precision."""
 
 Compute = Callable[[torch.Tensor], Float32Array]
 """Computes features (B, D) of normalised pixels (B, C, H, W); one call at a time."""

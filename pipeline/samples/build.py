@@ -48,14 +48,14 @@ FEWER_ROWS = "raise --partitions, or give workers more memory"
 
 
 def build_samples(options: SampleOptions, client: Client) -> dict[str, Any]:
-    """Make `options.samples` anew and return its summary, which is its summary.json too.
+    """Build or rebuild `options.samples` and return its summary, which is its summary.json too.
 
     Reads `impressions/*.parquet` and `behaviors/*.parquet` below `options.logs`, a folder or an address. The samples'
     folder must be on a disk that all workers see; where the samples are at an address, `options.scratch`. A row per
     group of pipeline.samples.groups.make_groups, in the files `train/day=*.parquet` and `test/day=*.parquet` by the day
     (UTC) of the group's first impression, sorted by timestamp, user and session; equal logs give equal files, whatever
     the cluster and `partitions`. Bad rows are counted and kept in quarantine.parquet. With a mapping the logs are a
-    person's own tables, CSV or Parquet, and a schema and settings for the trainer are written to their folder. Raises
+    user's own tables, CSV or Parquet, and a schema and settings for the trainer are written to their folder. Raises
     SampleError when there is nothing to make samples from; SchemaError.
     """
     check_test_options(options)
@@ -97,14 +97,14 @@ def _build(options: SampleOptions, client: Client, tables: "LogTables") -> dict[
 
 @dataclass(frozen=True)
 class LogTables:
-    """Where both logs of some options lie, and how they name their columns."""
+    """The places of both logs, and the names of their columns."""
 
     options: SampleOptions
     layouts: dict[str, TableLayout]
     copied: Mapping[str, str] = field(default_factory=dict)
-    """Of tables of Delta, Iceberg or Lance, by the place of their files: the version that is read."""
+    """The version read of each Delta, Iceberg or Lance table, by the place of its files."""
     room: str = ""
-    """Where the rows of these lie as Parquet, at the same places."""
+    """Folder with the rows of these tables as Parquet, at the same places."""
 
     @property
     def versions(self) -> dict[str, Any]:

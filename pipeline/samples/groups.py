@@ -48,7 +48,7 @@ class GroupRules:
 
     @property
     def reach_us(self) -> int:
-        """How far rows of the next day may reach into a day: by a session, or a click."""
+        """Return how far (µs) rows of the next day may reach into a day: by a session, or a click."""
         return round(max(self.midnight_pause_s, self.clicked_within_s) * logs.MICROSECONDS)
 
 
@@ -370,12 +370,12 @@ class GroupedBucket:
 
     path: str
     groups_of_hour: dict[int, int]
-    """By hour since 1970, in the order of the file."""
+    """Number of groups by hour since 1970, in the order of the file."""
     counts: Counter[str] = field(default_factory=Counter)
-    """Those of `LogGroups`, and users, distinct impressions, references (behaviours in groups) and without (groups
+    """The counts of `LogGroups`, and users, distinct impressions, references (behaviours in groups) and without (groups
     without behaviours)."""
     latest_of_day: dict[int, int] = field(default_factory=dict)
-    """By day since 1970: the last impression, or row that labels one (µs), of groups that begin then."""
+    """Time (µs) of the last impression, or of a row that labels one, of the groups of each day since 1970."""
 
 
 def group_bucket(

@@ -35,7 +35,7 @@ class NewFiles:
     folder: Path
     before: Storage
     kept: dict[str, str] = field(default_factory=dict)
-    """By their names from now on, their names in `before`: their bytes are neither read nor written."""
+    """Names in `before` of kept files, by their new names: their bytes are neither read nor written."""
 
 
 @contextlib.contextmanager
@@ -148,7 +148,7 @@ def _building(parent: Path, prefix: str) -> Iterator[Path]:
 
 def _check_named(target: str, spared: Mapping[str, str]) -> None:
     if not target.strip() or "\0" in target:
-        raise SampleOptionError(f"{target!r} is no name of a folder for the samples; give one")
+        raise SampleOptionError(f"{target!r} is not a folder name; name a folder for the samples")
     place = Path(os.path.realpath(target))  # not Path.resolve, which raises for a circle on Python 3.11
     if Path.cwd().is_relative_to(place):
         raise SampleOptionError(
@@ -175,7 +175,7 @@ def _check_samples(place: str, names: Collection[str]) -> None:
     lacking = next((name for name in (MARK, "train") if name not in names), None)
     if names and lacking:
         raise SampleOptionError(
-            f"{place} has files that are no samples (it has no {lacking}), and its content would be replaced; name"
+            f"{place} has files that are not samples (it has no {lacking}), and its content would be replaced; name"
             " another place or empty it"
         )
 

@@ -187,7 +187,7 @@ class SoloComm(Comm):
 _GRACE_S = 2.0
 """Seconds that a late rank waits for the others to report that they are waiting too."""
 _ANSWER_S = 5.0
-"""How long an answer of the launcher's store may take, as its process may be stopped."""
+"""Seconds that an answer of the launcher's store may take, as its process may be stopped."""
 Answer = TypeVar("Answer")
 _AFTER_A_LOSS = "start again, with run.resume=latest and the run's name where it has a checkpoint"
 
@@ -195,7 +195,7 @@ _AFTER_A_LOSS = "start again, with run.resume=latest and the run's name where it
 class Board:
     """The key-value store of the launcher, which all ranks reach, and where late ranks post in what they wait.
 
-    `read` returns None for a missing key; a store that is lost is as one without keys. `where`: its address. A rank may
+    `read` returns None for a missing key; a lost store reads as empty. `where`: its address. A rank may
     wait in two collectives at once: that of its step, and that of the thread ahead.
     """
 

@@ -28,7 +28,7 @@ from trainer.schema.fields import Field, Schema
 from trainer.stages import Kind, Stages
 
 NO_IMAGES = ".no_image"
-"""In the names of the trained vectors of images without a feature, which a run has by its data.missing."""
+"""Part of the names of the trained vectors for images without a feature, which a run has by its data.missing."""
 
 
 @dataclass

@@ -72,7 +72,7 @@ class Impressions:
 
 @dataclass(frozen=True)
 class SeenInTraining:
-    """How many impressions ads `ad_A` have in training, and whether it met images `image_I`, shown or in a history."""
+    """Impressions of ads `ad_A` in the training, and whether it met images `image_I`, shown or in a history."""
 
     ad_A: Int64Array
     impressions_A: Int64Array
@@ -188,9 +188,9 @@ def seconds_of(column: Any, name: str, file: str) -> Any:
 AD_IMPRESSIONS = (1, 10, 30, 100, 300, 1000)
 HISTORY = (1, 6, 11, 21, 51)
 NO_ID = -1
-"""In samples, the id of a row whose log has none."""
+"""Id in the samples of a row whose log has none."""
 MOST_VALUES = 20
-"""Of a column to cut by: those of most impressions."""
+"""Most values of a column to slice by: the values with most impressions."""
 
 
 @dataclass(frozen=True)
@@ -421,7 +421,7 @@ def scores_of(data: Any, logits: Sequence[NDArray[Any]]) -> Any:
 
 
 IdTexts = Mapping[str, Mapping[int, str]]
-"""By column, the texts of its IDs that are hashes."""
+"""The texts of the IDs that are hashes, by column."""
 
 
 def written_ids(index: SampleIndex, schema: Schema, dictionaries: Sequence[IdDictionary]) -> IdTexts:
@@ -451,7 +451,7 @@ class ScoreFile:
     about: Mapping[str, Any]
     texts: IdTexts
     _sums: Float64Array = field(default_factory=lambda: np.zeros(3))
-    """Of impressions, labels and probabilities."""
+    """Sums of impressions, labels and probabilities."""
 
     def add(self, row_group: RowGroup, logit_B: Float64Array) -> None:
         """Write the impressions of a row group, whose logits these are, finite; all are added in the index's order.

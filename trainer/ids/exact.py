@@ -83,7 +83,7 @@ class ExactRequest(RowRequest):
     slot_Q: Int64Array
     is_training: bool
     inverse_Q: Int64Array | None = None
-    """Of each id its place among the rows that `settle` has returned."""
+    """Place of each id among the rows that `settle` has returned."""
 
 
 class ExactTable(IdTable):
@@ -104,7 +104,7 @@ class ExactTable(IdTable):
         self._faded_S = np.zeros(num_slots, np.int32)
         """The day on which a shard's counts were last halved, or first counted."""
         self.counts, self._day = dict.fromkeys(("served", "cold", "refused", "evicted", "expired"), 0), 0
-        """What happened on this rank since the run, or its resumption, began.
+        """Counts of events on this rank since the run, or its resumption, began.
 
         served: unique ids of training steps, summed over steps; cold: those of them that got the cold row; refused:
         those that got it because their shard was full. evicted: rows that made room for others; expired: rows that were
@@ -455,9 +455,9 @@ def longest_unused(used_at_N: NDArray[np.int32], ids_N: Int64Array, most: int, n
 
 
 Figures = dict[str, Any]
-"""Of one table, as report.json has them."""
+"""Figures of one table, as report.json has them."""
 WARNED_SHARE = 0.25
-"""Of the ids of a table: where more of them share a row, the run warns; with four rows for each id 22 % do."""
+"""Share of a table's ids: where more of them share a row, the run warns; with four rows for each id 22 % do."""
 
 
 def gather_figures(comm: Comm, tables: Mapping[str, IdTable]) -> dict[str, Figures]:

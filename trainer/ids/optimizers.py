@@ -17,7 +17,7 @@ from trainer.ids.shards import IdRows, StatePart
 from trainer.optim import BETA1, BETA2, Rates
 
 SHARED_STATE = "ids/"
-"""How names of what a checkpoint has of the optimiser beside the rows begin."""
+"""Prefix of the names of optimiser state in a checkpoint that is not part of the rows."""
 _RATES = f"{SHARED_STATE}learning_rates"
 
 
@@ -25,7 +25,7 @@ class RowOptimizer:
     """Leaves rows as they are: what evaluation needs. One object serves all tables of a rank."""
 
     state: tuple[StatePart, ...] = ()
-    """What is kept of a row together with its weights."""
+    """State that a row keeps together with its weights."""
     mark = ""
     """The part of the state that is zero in rows that no step has touched, and in no others."""
     lags = False

@@ -20,7 +20,7 @@ WEIGHT = "weight"
 
 @dataclass(frozen=True)
 class StatePart:
-    """What an optimiser keeps of a row: a number for each of its weights, one number, or one count (int32)."""
+    """A part of the optimiser's state of a row: a number for each of its weights, one number, or one count (int32)."""
 
     name: str
     kind: Literal["vector", "number", "count"]
@@ -96,7 +96,7 @@ def row_bytes(width: int, state: Sequence[StatePart], dtype: torch.dtype) -> int
 
 @dataclass(frozen=True)
 class TableShape:
-    """What every rank knows of a table: `num_rows` is rounded up so that every shard has equally many."""
+    """Shape of a table, known on every rank: `num_rows` is rounded up so that every shard has equally many."""
 
     name: str
     width: int
@@ -112,7 +112,7 @@ class TableShape:
 
     @property
     def setting(self) -> str:
-        """What a person has set, for messages."""
+        """The setting of the table as a user writes it, for messages."""
         return f"model.tables.{self.name}={self.num_rows}"
 
     @property

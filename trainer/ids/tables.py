@@ -148,7 +148,7 @@ class IdSource:
         self.num_taken = 0
         """Rows that tables have taken."""
         self._taken: tuple[Tensor, IdRows, Tensor] | None = None
-        """Of a step of training its rows, copies of them, and the weights read: a leaf, whose `.grad` is the step's."""
+        """Rows of a training step, copies of them, and the weights read: a leaf, whose `.grad` is the step's."""
 
     def vectors(self, requests: Sequence[RowRequest]) -> list[Tensor]:
         """Return the vectors (Q, V) of each table's ids as they are now, with autograd attached."""

@@ -1,4 +1,4 @@
-"""What a run tells: progress, events and figures for trackers on its way, and what it did at its end, as report.json.
+"""Reports of a run: progress, events and figures for trackers while it trains, and report.json at its end.
 
 Events are not written by torch's SummaryWriter: its thread dies of a full disk, and every call after that raises. It
 leaves half of a record too, behind which TensorBoard reads nothing.
@@ -50,7 +50,7 @@ Values = Mapping[str, float]
 PROJECT = "crossmedia"
 """The experiment, or project, where the environment names none."""
 FILE = "tracking.json"
-"""In a run's folder: its id in each tracker, by which a run that is continued is found again."""
+"""File in a run's folder with its id in each tracker, by which a run that is continued is found again."""
 _END_S = 60.0
 """Longest wait, at the end of a run, for figures that a tracker has not taken yet."""
 _LONGEST, _LONGEST_WHY = 500, 200
@@ -369,7 +369,7 @@ class StepTotals:
 def count_images(request: KeyRequest) -> tuple[int, int]:
     """Count the images of one step on this rank, before the step.
 
-    They are keys in its batch, and unique ones that it, as their owner, runs E on and answers for.
+    Returns keys in its batch, and unique keys that this rank owns, runs E on and answers.
     """
     pairs = zip(request.asked_S, request.served_S, strict=False)  # fewer are served where one went wrong
     content = [(asked, served) for asked, served in pairs if isinstance(served, wiring.ContentRequest)]

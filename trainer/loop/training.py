@@ -55,7 +55,7 @@ def best_step(history: History) -> int | None:
 
 
 def num_plateaus(history: History) -> int:
-    """Count the evaluations whose AUC is no better than the best one before them."""
+    """Count the evaluations whose AUC is no better than the best before them."""
     best, count = -math.inf, 0
     for auc in (entry["auc"] for entry in history if entry["auc"] is not None):
         count += auc <= best
@@ -176,7 +176,7 @@ class Training:
         self.totals = summary.StepTotals()
         self.metrics: Metrics = {}
         self.tables: dict[str, Figures] = {}
-        """Of the ids since the run, or its resumption, began; known after each epoch."""
+        """Figures of the ids since the run, or its resumption, began; known after each epoch."""
         self._warned: set[str] = set()
         train = run.config.train
         self._saves = Checkpointer(run.comm, run.place, train.checkpoint_every_s, progress.flush)

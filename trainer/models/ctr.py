@@ -54,7 +54,7 @@ class CtrModel(nn.Module):
             "ids": sum(width[field.name] for field in self._of("ad", "id", "multi_id", "dense")),
         }
         self.query_sources = queries_of(config.pooling, of_ad) if behaviors else ()
-        """What of the ad the aggregators ask with: its images, its ids."""
+        """Parts of the ad that the aggregators query with: its images, its ids."""
         queries = [of_ad[name] for name in self.query_sources]
         aggregators = {
             name: AGGREGATORS[config.pooling](width[name], queries, config, self.hidden) for name in behaviors

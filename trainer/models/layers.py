@@ -77,7 +77,7 @@ def width_of(field: Field, config: ModelConfig) -> int:
 
 @dataclass
 class StepPlace:
-    """Where in the training this rank's rows are. The engine sets it; layers that need it have the same object."""
+    """Place of this rank's rows in the training. The engine sets it; layers that need it have the same object."""
 
     seed: int = 0
     step: int = 0

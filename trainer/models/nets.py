@@ -65,7 +65,7 @@ class Din(CtrModel):
     """
 
     def __init__(self, schema: Schema, config: ModelConfig) -> None:
-        """Raises ConfigError where no such field is there."""
+        """Raises ConfigError where there is no such field."""
         pairs = paired_fields(used_fields(schema, config))
         if not pairs:
             raise ConfigError(

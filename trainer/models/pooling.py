@@ -23,7 +23,7 @@ from trainer.models.layers import HiddenLayers, expand_rows, lengths_of, segment
 
 @dataclass(frozen=True)
 class PairWeights:
-    """How much each behaviour of a sample counts: all (sample, behaviour) pairs by sample, as `pairs` lists them."""
+    """Weight of each behaviour of a sample: all (sample, behaviour) pairs by sample, as `pairs` lists them."""
 
     weight_NC: Tensor
     """One column a channel; those of a sample sum to 1 in each."""
@@ -38,10 +38,10 @@ class Aggregator(nn.Module):
     """Base of the aggregators: the vectors of a group's behaviours become one for each sample, (B, width)."""
 
     asks: ClassVar[Asks] = "nothing"
-    """What of the ad it asks with, a query each. images: its visual vectors, or its IDs where it has none; images and
-    ids: both of them."""
+    """Parts of the ad that it queries with, a query each. images: its visual vectors, or its IDs where it has none;
+    images and ids: both."""
     weighing: ClassVar[str]
-    """How it weighs behaviours, in a sentence that the explorer shows."""
+    """Sentence that the explorer shows on how it weighs behaviours."""
 
     def __init__(self, width: int, query_widths: Sequence[int], config: ModelConfig, layers: HiddenLayers) -> None:
         """`width`: of the behaviours' vectors; `query_widths`: of what it asks with, if anything."""

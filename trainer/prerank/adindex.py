@@ -112,9 +112,9 @@ class IndexState(Sealed):
     min_recall: float
     origin: IndexOrigin
     queries: QuerySource | None
-    """What recall is measured with; None for flat."""
+    """Users that recall is measured with; None for flat."""
     sha256: dict[str, str]
-    """Of the other files, by name."""
+    """Digests of the other files, by name."""
 
 
 Changes = dict[str, int]
@@ -374,7 +374,7 @@ def ads_of_samples(samples: str, schema: Schema, fields: Sequence[Field]) -> Ads
 
 
 def _rules(schema: Schema, fields: Sequence[Field]) -> dict[str, Rule]:
-    """Of the columns of these fields and of the key, as they are in samples."""
+    """Return the rules of the columns of these fields and of the key, as in samples."""
     wanted = {field.column_name for field in fields} | {field.weights for field in fields} | {schema.new_ad_column}
     return {column: rule for column, rule in rules_of(schema).items() if column in wanted}
 

@@ -49,7 +49,7 @@ from trainer.samples.reader import BatchPosition
 
 TO_RESUME: tuple[Decision, ...] = ("training", "nothing")
 TO_READ: tuple[Decision, ...] = ("positions", *TO_RESUME)
-"""What may differ from a checkpoint that a run continues from, and from one that is evaluated or exported."""
+"""Decisions that may differ from a checkpoint: of a run that continues it, and of an evaluation or export."""
 DENSE, ROWS = "dense.safetensors", "rows-{rank:05}-of-{ranks:05}.safetensors"
 """Rank `rank` of those that wrote a checkpoint owned the shards `rank`, `rank` + `ranks`, and so on of each table."""
 _BLOCK_BYTES = 8 << 20
@@ -57,10 +57,10 @@ _ROWS = re.compile(r"rows-(?P<rank>\d+)-of-(?P<ranks>\d+)\.safetensors")
 
 
 class RunFingerprint(Section):
-    """What a checkpoint belongs to: it is refused where one of these values differs."""
+    """The run that a checkpoint belongs to; it is refused where one of these values differs."""
 
     data: dict[str, Any]
-    """What a position in the data means: the settings that decide on it, and the digest of the samples."""
+    """Meaning of a position in the data: the settings that decide on it, and the digest of the samples."""
     train: dict[str, Any]
     """The same of this section: the seed."""
     model: dict[str, Any]
@@ -68,7 +68,7 @@ class RunFingerprint(Section):
     stores: dict[str, dict[str, Any]]
     """ExtractorSpec, dimension, dtype and basis of each feature store, by name; none where the model has no images."""
     optim: dict[str, Any]
-    """What the optimiser's state means: the settings that decide on parameters and rows."""
+    """Meaning of the optimiser's state: the settings that decide on parameters and rows."""
 
     def check_same(
         self, recorded: "RunFingerprint", checkpoint: Checkpoint, may_differ: Collection[Decision] = TO_RESUME
@@ -261,7 +261,7 @@ def saying(what: str) -> Iterator[None]:
 def _mapped(local: Path) -> dict[str, Tensor]:
     """The tensors of a file, mapped into memory, also once its name is gone."""
     with safe_open(local, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - the file is no mapping
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - the file is not a mapping
 
 
 Resumed = tuple[Checkpoint, CheckpointState]
@@ -270,7 +270,7 @@ Opened = TypeVar("Opened")
 
 @dataclass(frozen=True)
 class SkippedCheckpoint:
-    """A damaged checkpoint that a run does not continue from, and what is wrong with it."""
+    """A damaged checkpoint that a resumed run skips, and the reason."""
 
     checkpoint: Checkpoint
     why: str
@@ -281,9 +281,8 @@ def continued(
 ) -> Opened:
     """Return what `open_at` opens at the checkpoint that `run.resume` says, or at None for a run that begins.
 
-    Where that is the newest one, and it is damaged, `open_at` gets the one before it and what was passed over, newest
-    first. Raises what `open_at` does, and of checkpoints that are all damaged the error of the newest. Every rank calls
-    it.
+    Where that is the newest one, and it is damaged, `open_at` gets the one before it and the skipped ones, newest
+    first. Raises the errors of `open_at`; where all checkpoints are damaged, that of the newest. Every rank calls it.
     """
     skipped: list[SkippedCheckpoint] = []
     newest: Exception | None = None
@@ -376,12 +375,12 @@ def _read_accepted(file: RunPath) -> list[AcceptedStore]:
 
 
 _NETWORKS = ("stores.", "model.")
-"""What the names of parameters and buffers of the networks begin with: E of each store, and the layers above."""
+"""Prefixes of the parameters and buffers of the networks: E of each store, and the layers above."""
 _DECIDED = "model.new_ads.counts"
-"""What evaluations settle (model.image_dropout): a run may begin without it, or let it go; so it is with the vectors of
+"""Buffer set by evaluations (model.image_dropout): a run may begin without it, or drop it, like the vectors of
 `NO_IMAGES`, which data.missing decides on."""
 _NOT_LEARNED = {"model.compute_dtype", "model.image_dropout", "model.label", "model.tables"}
-"""What may differ where a run begins with another one; tables may have more room, and other shapes are noticed."""
+"""Settings that may differ in a warm start; tables may have more room, and other shapes are noticed."""
 
 
 @dataclass(frozen=True)

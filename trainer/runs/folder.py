@@ -160,7 +160,7 @@ def conflicting_checkpoints(
     """List the checkpoints in `run` that a run which starts afresh, or from `resumed`, would take for its own.
 
     Those are the checkpoints of later steps, or all where `resumed` is not one of this folder; oldest first, and
-    without `damaged` ones, which it passed over."""
+    without the `damaged` ones, which it skipped."""
     last = resumed.step if resumed is not None and resumed.is_of(run) else -1
     return [each for each in finished(run) if each.step > last and each not in damaged]
 
@@ -168,7 +168,7 @@ def conflicting_checkpoints(
 def check_folder(config: Config, run: RunPath, resumed: Checkpoint | None, damaged: Sequence[Checkpoint] = ()) -> None:
     """Refuse a folder that cannot be written to, and one that holds a checkpoint or a report of another run.
 
-    `damaged`: checkpoints that were passed over on the way to `resumed`."""
+    `damaged`: checkpoints that were skipped on the way to `resumed`."""
     resume = config.run.resume
     with run_dir_errors(config):
         check_bucket(run)

@@ -31,6 +31,7 @@ from trainer.engine.wiring import check_tables
 from trainer.errors import CheckpointError, ConfigError, DataError, DataNotFoundError
 from trainer.models.layers import used_fields
 from trainer.runs import checkpoint as checkpoints
+from trainer.runs.checkpoint import SkippedCheckpoint
 from trainer.runs.folder import TENSORBOARD, Checkpoint, check_folder, conflicting_checkpoints, finished, run_dir_errors
 from trainer.runs.saving import CheckpointPlace
 from trainer.samples import survey
@@ -46,7 +47,7 @@ _INSTEAD = {"learned": 'get a trained "no image" vector', "zeros": "are zeros"}
 
 @dataclass(frozen=True)
 class StorePlace:
-    """Where a store is, the snapshot that is asked for, and the setting that says so."""
+    """Address of a store, the snapshot asked for, and the setting that says so."""
 
     name: str
     url: str
@@ -98,7 +99,7 @@ def missing_places(places: list[StorePlace]) -> list[str]:
         try:
             FeatureStore.open(place.url)
         except StoreNotFoundError:
-            problems.append(f"{place.setting}={place.url} is no feature store; make it with: {place.make_it()}")
+            problems.append(f"{place.setting}={place.url} is not a feature store; create it with: {place.make_it()}")
     return problems
 
 
@@ -133,7 +134,7 @@ def snapshot_of(place: StorePlace, resumed: checkpoints.Resumed | None) -> Snaps
 def check_identity(place: StorePlace, snapshot: Snapshot, resumed: checkpoints.Resumed | None) -> None:
     """Raise AnotherStoreError where the snapshot is not of the store that the checkpoint was trained on.
 
-    Features of another kind are found by RunFingerprint.check_store, which has better words.
+    Features of another kind are found by RunFingerprint.check_store, which has a better message.
     """
     if resumed is None:
         return
@@ -160,7 +161,7 @@ def open_partition(config: Config, comm: Comm, place: StorePlace, chosen: Snapsh
     """Open this rank's part of the snapshot that rank 0 chose.
 
     Raises AnotherStoreError where this rank finds another one under the same address: each machine has its own disk, or
-    the store was made anew meanwhile."""
+    the store was rebuilt meanwhile."""
     partition = FeaturePartition.load(
         place.url,
         rank=comm.rank,
@@ -273,22 +274,22 @@ class Run(OpenRun):
     train_reader: SampleReader
     test_reader: SampleReader
     validation_reader: SampleReader | None
-    """Of the days on which the best epoch is chosen."""
+    """Reader of the days on which the best epoch is chosen."""
     known_ads: Int64Array
     origin: checkpoints.RunFingerprint
     position: BatchPosition
     history: list[dict[str, Any]]
     resumed: Checkpoint | None
     """The checkpoint that the run continues from."""
-    skipped: Sequence[checkpoints.SkippedCheckpoint]
+    skipped: Sequence[SkippedCheckpoint]
     """Newer ones, newest first, which are damaged."""
     warm_start: checkpoints.WarmStart | None
     lacked: Sequence[str]
-    """What to say of images that the samples name and a store lacks."""
+    """Warnings on images that the samples name and a store lacks."""
 
     @cached_property
     def place(self) -> CheckpointPlace:
-        """Where the run's checkpoints are published."""
+        """Return the place of the run's published checkpoints."""
         return CheckpointPlace(self.folder)
 
 
@@ -301,11 +302,7 @@ def open_run(config: Config, comm: Comm) -> Run:
 
 
 def _open_run(
-    config: Config,
-    comm: Comm,
-    folder: RunPath,
-    at: checkpoints.Resumed | None,
-    passed: list[checkpoints.SkippedCheckpoint],
+    config: Config, comm: Comm, folder: RunPath, at: checkpoints.Resumed | None, passed: list[SkippedCheckpoint]
 ) -> Run:
     """Open the run at this checkpoint, or at its first step."""
     schema = load_schema(config.data.schema_file)
@@ -510,7 +507,7 @@ def test_reader(config: Config, comm: Comm, index: SampleIndex, schema: Schema) 
 class PartReader(SampleReader):
     """One contiguous part of a split for each rank, cut into equally many batches, in the files' order.
 
-    Evaluation needs no order, so a rank decodes its own part alone. Parts are no parts of one global batch: places of
+    Evaluation needs no order, so a rank decodes its own part alone. Parts do not belong to one global batch: places of
     their samples are those in the part.
     """
 

@@ -71,7 +71,7 @@ class SavedRun:
     checkpoint: Checkpoint
     state: checkpoints.CheckpointState
     missing_in_training: MissingPolicy
-    """What training did with an image that had no feature; `error` is `zeros` here."""
+    """Policy of the training for images without a feature; `error` is `zeros` here."""
 
     @property
     def digest(self) -> str:
@@ -100,7 +100,7 @@ class SavedRun:
 
     @cached_property
     def places(self) -> list[opening.StorePlace]:
-        """Where the stores are that the model's content fields name. Raises as `schema`, and ConfigError."""
+        """Return the places of the stores that the model's content fields name. Raises as `schema`, and ConfigError."""
         return opening.store_places(self.config, self.schema)
 
     def snapshot(self, place: opening.StorePlace, version: VersionName | None = None) -> Snapshot:
@@ -134,7 +134,7 @@ class SavedRun:
 
     @cached_property
     def missing_met(self) -> int | None:
-        """How often the run looked up an image without a feature while it was trained; None: it did not report it."""
+        """Count lookups of images without a feature in the training; None: it did not report them."""
         count = (report_of(self.folder) or {}).get("missing_lookups")
         return count if isinstance(count, int) else None
 
@@ -235,7 +235,7 @@ def open_at(saved: SavedRun, comm: Comm, places: list[opening.StorePlace], choos
 
 @dataclass(frozen=True)
 class RunSource:
-    """What to open: a run's folder, and what is to be other than in the run.
+    """A run to open: its folder, and the settings that differ from it.
 
     `checkpoint`: see `find_checkpoint`; `store_version` is of `store`, by default its newest snapshot.
     """
@@ -253,7 +253,7 @@ class PredictingRun(TrainedRun):
 
     test: SampleIndex
     notes: list[str]
-    """What a reader of the figures should know."""
+    """Notes for a reader of the figures."""
 
 
 @dataclass(kw_only=True)

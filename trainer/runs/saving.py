@@ -122,7 +122,7 @@ def copied(tensors: Mapping[str, Tensor], earlier: dict[str, Tensor]) -> dict[st
 DAMAGED = "damaged-"
 """Before the name of a checkpoint: a run has found it damaged and keeps it; no reader takes it for a checkpoint."""
 KEEP_REMOVED_S = 600.0
-"""How long checkpoints on an object store can still be read after their removal."""
+"""Seconds that checkpoints on an object store can still be read after their removal."""
 EXPIRE_EVERY_S = 60.0
 """It reads all versions of the last minutes."""
 
@@ -139,7 +139,7 @@ _NONE = versions.PublishedVersion(version=0, publication="", writer="", time_s=0
 
 
 class CheckpointPlace:
-    """Where the checkpoints of the run in folder `run` are published; `storage` has their files, if it is given.
+    """Place of the published checkpoints of the run in folder `run`; `storage` has their files, if it is given.
 
     Every rank writes its own parts; all else is for rank 0.
     """
@@ -291,14 +291,14 @@ def _stem(name: str) -> str:
 
 @dataclass
 class _Progress:
-    """What a rank says when all look. `clock_s`, `step_s` count on rank 0 alone."""
+    """A rank's answer when all poll. `clock_s`, `step_s` count on rank 0 alone."""
 
     is_busy: bool = False
     """Whether it still writes its parts or, rank 0 alone, publishes the checkpoint."""
     parts: dict[str, WrittenPart] = field(default_factory=dict)
     error: str = ""
     fatal: type[CheckpointError] | None = None
-    """What it raises on all ranks where the run may not continue after the error."""
+    """Error to raise on all ranks where the run may not continue."""
     clock_s: float = 0.0
     """Since the last checkpoint was begun."""
     step_s: float = 0.0
@@ -339,7 +339,7 @@ class Checkpointer:
         return self._step is not None
 
     def should_poll(self, step: int) -> bool:
-        """Return whether all ranks look after that step; the same on every rank."""
+        """Return whether all ranks poll after that step; the same on every rank."""
         if self._looked_step is None:
             self._looked_step, self._next_look = step, step
         wanted = self.is_writing or self._every_s is not None
@@ -493,7 +493,7 @@ def state_bytes(state: CheckpointState, parts: Mapping[str, WrittenPart]) -> byt
 
 
 class _Ready(NamedTuple):
-    """What a rank says when a checkpoint begins: why it cannot, or the memory that its copy takes."""
+    """A rank's answer when a checkpoint begins: why it cannot, or the memory that its copy takes."""
 
     error: str
     host: str

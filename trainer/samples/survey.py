@@ -167,7 +167,7 @@ class NumberSums:
     smallest_W: Float64Array
     largest_W: Float64Array
     kept_S: Float64Array
-    """For buckets: values of the row groups one after the other, each group's ascending."""
+    """Values of the row groups for buckets, one group after the other, each ascending."""
     counts_S: Float64Array
     """Number of values that each of them represents."""
 

@@ -124,10 +124,10 @@ def missing(
     data: Annotated[str, typer.Argument(metavar="SAMPLES", help="Folder or address of sample groups.")],
     store: Annotated[str, typer.Argument(help="Folder or address of a feature store; its newest snapshot counts.")],
     schema: Annotated[
-        str | None, typer.Option(help="Their schema.", show_default="SAMPLES/schema.yaml, or the packaged one")
+        str | None, typer.Option(help="Schema of the samples.", show_default="SAMPLES/schema.yaml, or the packaged one")
     ] = None,
     name: Annotated[
-        str | None, typer.Option(help="What the schema calls the store.", show_default="images, as schemas do")
+        str | None, typer.Option(help="Name of the store in the schema.", show_default="images, as schemas do")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Write all of them to NAME.csv instead.")] = None,
 ) -> None:

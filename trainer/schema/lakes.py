@@ -27,7 +27,7 @@ PACKAGES: dict[Kind, tuple[str, str]] = {
 _METADATA = ".metadata.json"
 FILE = "rows.parquet"
 SUMMARY_FILE, TABLES = "summary.json", "tables"
-"""What samples say of the tables that they were made of."""
+"""File of samples, and its entry on the tables that they were made of."""
 
 
 def kind_of(storage: Storage, place: str = "") -> Kind | None:

@@ -44,7 +44,7 @@ class Column:
     counted: DistinctCount | None = None
     """The different values of all rows, where they were counted although not all rows were read."""
     shortest: int | None = None
-    """Of the innermost lists."""
+    """Shortest length of the innermost lists."""
     longest: int = 0
     may_lack: bool = False
     """Whether numbers may be missing in rows that were not read."""

@@ -83,7 +83,7 @@ class Log:
     ours: Mapping[str, str]  # our columns, by their names in the files
     of_user: frozenset[str]  # further columns that are the same in all rows of a user
     guessed: str = ""  # what to say of a label that its name does not tell
-    others: tuple[str, ...] = ()  # tables next to it that are no logs and join none
+    others: tuple[str, ...] = ()  # tables next to it that are not logs and join none
     joins: tuple[JoinedTable, ...] = ()
     where: Mapping[str, Any] | None = None  # of a table of events: which rows, and which label them
     other_events: tuple[str, ...] = ()  # values of its column that are neither
@@ -454,7 +454,7 @@ KNOWN_LATER = re.compile(
     r"(^|_)(position|pos|rank|dwell|verweildauer|watch_?time|watched|conversions?|converted|purchased|revenue)($|_)",
     re.IGNORECASE,
 )
-"""Of an impression: what is known once it is shown, or later."""
+"""Names of columns that are known once an impression is shown, or later."""
 LEFT_OUT = "# left out: "
 WEIGHT_SUFFIX = "_weight"
 LONG_TAIL = 100

@@ -92,7 +92,7 @@ def test_a_folder_of_something_else_and_a_file_are_not_replaced(build, tmp_path,
     monkeypatch.setattr("pipeline.samples.build.shuffle", lambda *_: pytest.fail("worked before it looked"))
     (tmp_path / "samples").mkdir()
     (tmp_path / "samples" / "thesis.txt").write_text("years of work")
-    with pytest.raises(SampleError, match="samples has files that are no samples"):
+    with pytest.raises(SampleError, match="samples has files that are not samples"):
         build([shown(0)], [done(0)])
     assert (tmp_path / "samples" / "thesis.txt").read_text() == "years of work"
     (tmp_path / "samples").rename(tmp_path / "other")

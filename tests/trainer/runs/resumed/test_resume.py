@@ -238,7 +238,7 @@ def test_a_run_goes_on_from_the_newest_whole_one(
     said = " ".join(capsys.readouterr().out.split())
     for step, why in ((6, "dense.safetensors is missing"), (4, f"{ROWS} is damaged: its digest is not the one in s")):
         name = f"step-{step:08}"
-        assert f"warning: {name} is passed over, and kept as damaged-{name} in {run}/checkpoints: " in said
+        assert f"warning: {name} is skipped, and kept as damaged-{name} in {run}/checkpoints: " in said
         assert f"{name}/{why}" in said
     assert said.count("continuing from step 2") == 2
     assert_same(run, expected, metrics=True)
