@@ -29,7 +29,7 @@ _MAX_ATTEMPTS = 300
 _MAX_FAILURES = 5
 _MAX_LISTINGS = 20
 _SLOW_S = 5.0
-"""A listing that took longer is made again: one of a folder may lack what came meanwhile, and what an expiry took."""
+"""A listing that took longer is made again: the list of a folder may lack files that came or expired meanwhile."""
 
 EMPTY = Manifest(
     version=0,

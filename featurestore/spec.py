@@ -94,7 +94,7 @@ class Int8Spec(Frozen):
     mean_cosine: Finite  # of both
 
     def __str__(self) -> str:
-        """Name the precision, and say what it costs."""
+        """Name the precision, and its cost."""
         return f"int8 (cosine {self.mean_cosine:.4f} with float32, on {self.num_held_out} images)"
 
 

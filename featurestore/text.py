@@ -46,8 +46,8 @@ def find_style(
 ) -> CsvStyle:
     """Detect the dialect of a text from its beginning, except options that are given.
 
-    The delimiter is the one that makes most names of the first line; a text that is not UTF-8 is Latin-1, or Windows'
-    form of it; the decimal sign is a comma where a column has nothing but such numbers. Raises CsvTextError.
+    The delimiter is the character that makes most names of the first line; a text that is not UTF-8 is Latin-1, or
+    Windows' form of it; the decimal sign is a comma where a column has nothing but such numbers. Raises CsvTextError.
     """
     check_encoding(beginning[:4])
     encoding = encoding or _encoding_of(beginning)
@@ -197,7 +197,7 @@ _PASSWORD = re.compile(r"(://[^\s/@:]*):[^\s/]*@")
 
 
 def printable(text: str) -> str:
-    r"""Return `text` with what cannot be seen spelled out, e.g. a line break as \n and a stray byte as \xff."""
+    r"""Return `text` with invisible characters spelled out, e.g. a line break as \n and a stray byte as \xff."""
     return text if text.isprintable() else "".join(map(_spelled, text))
 
 

@@ -71,7 +71,7 @@ def main(
 def _published(
     opened: "ModelVersion", of: "VectorsOf", source: str | None, version: "VersionName | None"
 ) -> "PublishReport":
-    """Bring the vectors of one feature store up to its snapshot `version`, and print what that did."""
+    """Bring the vectors of one feature store up to its snapshot `version`, and print a summary."""
     from featurestore.store import FeatureStore
     from featurestore.upkeep.compaction import MAX_DELTAS
     from serving.bundle.images import network_for, publish
@@ -93,7 +93,7 @@ def _published(
 
 
 def summary_text(report: "PublishReport") -> str:
-    """Write what the job prints of one feature store."""
+    """Format the summary of one feature store."""
     since = f"since snapshot {report.mirrored}" if report.mirrored is not None else "all of them looked at"
     head = f"vectors      {report.store}: of snapshot {report.source} of the features"
     if not report.committed:

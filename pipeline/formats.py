@@ -81,7 +81,7 @@ def find_files(address: str, suffix: str = "", what: str = "vectors") -> tuple[S
 
 
 def fingerprint_of(storage: Storage, entries: Iterable[StorageEntry]) -> str:
-    """Write what changes when a file of the import does."""
+    """Return a text that changes when a file of the import does."""
     return f"{storage.url} " + " ".join(f"{entry.path}:{entry.size_bytes}:{entry.mtime_s}" for entry in entries)
 
 
@@ -123,7 +123,7 @@ class RecordSlice:
         return self.stop - self.start
 
     def read(self, block_rows: int) -> Iterator[VectorBlock]:
-        """Read the records, so many at a time. Raises VectorImportError."""
+        """Read the records, this many at a time. Raises VectorImportError."""
         with Storage(self.url).open_input(self.path) as file:
             file.seek(self.offset + self.start * self.record.itemsize)
             for first in range(0, self.num_rows, block_rows):

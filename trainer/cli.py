@@ -67,7 +67,7 @@ StoreVersion = Annotated[
 
 @dataclass(frozen=True, kw_only=True)
 class GateLimits:
-    """Limits of the gates of `crossmedia compat`, and of what replaces a model."""
+    """Limits of the gates of `crossmedia compat`, and of the gates for a new model."""
 
     min_coverage: Annotated[
         float, typer.Option(min=0, max=1, help="Share of the impressions' images with a feature.")

@@ -52,7 +52,7 @@ app = commandline.CommandApp(report=True, rich_markup_mode="markdown")
 @app.command(epilog=EXAMPLES)
 @commandline.takes(CompatOptions)
 def main(options: CompatOptions) -> None:
-    """Compare a snapshot with the one that a run was trained on: network, coverage, and the run's scores.
+    """Compare a snapshot with that of a run's training: network, coverage, and the run's scores.
 
     A store that was deleted and computed again may be as good as before, but runs that were trained on the old one
     refuse it: with --accept, RUN may use the new one, if all gates hold.

@@ -85,7 +85,7 @@ def meeting(by: By, slots: Slots, address: str = "") -> Iterator[int]:
 
 
 def variables_of(by: By, slots: Slots, host: str, local: int, address: str, port: int) -> Variables:
-    """Return what horovodrun or torchrun sets for rank number `local` of `host`; all meet on `port` of `address`.
+    """Return the variables of horovodrun or torchrun for rank number `local` of `host`; all meet on `address`:`port`.
 
     But for the interface between the hosts, which trainer.comm finds: it leads to that address.
     """
@@ -336,7 +336,7 @@ class Link:
         return came
 
     async def _listen(self) -> None:
-        """Take in what the agent says until its end; one that says nothing for half of its lease is dropped."""
+        """Read the agent's messages until its end; one that says nothing for half of its lease is dropped."""
         assert self._process is not None and self._process.stdout is not None
         patience_s: float | None = CONNECT_S + _START_S
         while True:

@@ -158,7 +158,7 @@ class _Reduction:
 
 
 def _reductions(comm: Comm, parameters: Mapping[str, nn.Parameter], flat: Tensor) -> list[_Reduction]:
-    """Lay the gradients into `flat`, one after the other behind what is in front, and cut it by the first part of the
+    """Lay the gradients into `flat`, one by one behind the reserved front, and cut it by the first part of the
     names."""
     parts: dict[str, list[nn.Parameter]] = {}
     for name, parameter in parameters.items():

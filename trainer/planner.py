@@ -1,7 +1,7 @@
-"""The planner: what a step of a trained run costs on more ranks, what that needs, and how many ranks to take.
+"""The planner: time and memory of a trained run on more ranks, and how many ranks to use.
 
-Speeds are those of the run's report: machines are taken to be like the one that it ran on, with as many ranks on each.
-Keys are counted in one global batch of its samples, cut as for each number of ranks. The rest is computed.
+Speeds are those of the run's report: machines are assumed to be like that of the run, with as many ranks on each. Keys
+are counted in one global batch of its samples, cut as for each number of ranks. The rest is computed.
 
 Letters of shapes: P ranks, U unique keys that a rank asks for, M rows of a field.
 """
@@ -182,7 +182,7 @@ class Planner:
 
     @cached_property
     def sources(self) -> list[Source]:
-        """List what the ranks ask: the E of each store, and the ID tables."""
+        """List the keys that the ranks ask for: the E of each store, and the ID tables."""
         model, found = self.saved.config.model, list[Source]()
         for store, width in widths_of_stores(self._fields, model).items():
             names = tuple(each.name for each in self._fields if each.kind == "content" and each.store_name == store)
@@ -249,7 +249,7 @@ def keys_of(batch: Batch, fields: Sequence[str], rank: int, ranks: int) -> Int64
 
 
 def open_planner(folder: RunPath, batch_size: int | None, link_bytes_per_s: float) -> Planner:
-    """Open what is planned for a trained run, with a batch of its samples, by default as large as its own.
+    """Open the inputs of a plan for a trained run, with a batch of its samples, by default as large as its own.
 
     Images are those of the snapshots that it was trained on. Raises TrainerError, FeatureStoreError.
     """

@@ -84,7 +84,7 @@ class Stages:
         self._seconds.setdefault(stage, deque(maxlen=_KEPT_STEPS)).append(seconds)
 
     def add_rest(self, seconds: float) -> None:
-        """Count what a step that took `seconds`, without the wait for its batch, took beyond its stages."""
+        """Count the time that a step of `seconds`, without the wait for its batch, took beyond its stages."""
         others = {*AHEAD, WAIT, _REST}
         named_s = sum(series[-1] for stage, series in self._seconds.items() if stage not in others)
         self.add(_REST, max(0.0, seconds - named_s))
@@ -192,7 +192,7 @@ class _Lateness:
 
 
 def _step_back() -> None:
-    """Gives this thread the lowest priority: whatever the step does goes first. Where that is refused, so be it."""
+    """Lowers this thread's priority below the step's, as far as the system allows."""
     if sys.platform == "linux":  # elsewhere priorities are those of processes
         with contextlib.suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)

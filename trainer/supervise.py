@@ -1,7 +1,7 @@
 """crossmedia supervise: train a run on several hosts, and start it again by itself when a rank or a host is lost.
 
 A generation is one start of all ranks; it made progress if the run's newest checkpoint is of a later step afterwards.
-What to do next is decided, and said, by pure functions of the generations that are over.
+Pure functions of the past generations decide, and describe, the next action.
 """
 
 import asyncio
@@ -145,7 +145,7 @@ def end_text(end: RankEnd) -> str:
 
 
 def past_text(past: Past) -> str:
-    """Explain the end of a generation: by the rank to blame, and by what another one says if that cannot say why."""
+    """Explain the end of a generation: by the rank to blame, and by the message of another one if that has none."""
     bad = [end for end in past.ends if end.code not in (OK, STOPPED)] or past.ends
     first, *others = sorted(bad, key=lambda end: end.blame)
     says_why = first.blame == 0 or (first.error and not first.was_killed)
@@ -275,7 +275,7 @@ def parse_command(words: Sequence[str]) -> TrainCommand:
 
 
 def _name_and_arguments(words: Sequence[str]) -> tuple[str, list[str]]:
-    """Return which command it is, a script being train, and what follows it."""
+    """Return the command, a script being train, and its arguments."""
     for place, (before, word) in enumerate(zip(["", *words], words, strict=False)):
         if Path(word).name in ("horovodrun", "torchrun"):
             raise ConfigError(f"{word} is not needed: the supervisor starts the ranks; write -- {_EXAMPLE}")
@@ -405,7 +405,7 @@ class Supervisor:
         return "; ".join(f"{link.host}: {link.trouble or 'no answer yet'}" for link in away)
 
     def _drain(self) -> None:
-        """Forget what hosts said between two generations; what counts then is which of them are there."""
+        """Forget messages of hosts between two generations; what counts then is which of them are there."""
         while not self._news.empty():
             self._news.get_nowait()
 

@@ -75,7 +75,7 @@ def _prove_absent(url: str, file: Path) -> None:
 
 @app.command(epilog="Example: `crossmedia store repair data/features --dry-run`")
 def repair(url: Url, dry_run: DryRun = False) -> None:
-    """Repair what verify finds, in one commit. Rows that are lost with a broken file are computed by the next refresh.
+    """Repair problems that verify finds, in one commit. The next refresh computes the rows lost with a broken file.
 
     Exit code 1 when something is left that only a backup or you can repair.
     """
@@ -102,9 +102,9 @@ def check_backend(
 ) -> None:
     """Test whether a place is fit for a store: an exclusive create has one winner, and reads see every write.
 
-    Tries what commits rely on, then lets threads race to create one file, many times. Exit code 1 when the place is
-    unsafe: commits would be lost there. Exit code 3 when no race overlapped, so that nothing was found out. No race can
-    prove that a place is safe: read what its maker promises about conditional puts too.
+    Tests the operations that commits rely on, then lets threads race to create one file, many times. Exit code 1 when
+    the place is unsafe: commits would be lost there. Exit code 3 when no race overlapped, so that nothing was found
+    out. No race can prove that a place is safe: read what its maker promises about conditional puts too.
     """
     from featurestore.storage.safety import check_backend as race
 
@@ -139,7 +139,7 @@ def remake(
     ] = None,
     version: Version = None,
 ) -> None:
-    """Make a new store of another: in another dtype, or of principal components, and measure what its rows keep.
+    """Make a new store of another: in another dtype, or of principal components, and measure the loss of its rows.
 
     Says how large the relative error is, and how many nearest neighbours stay. With `--dims` the new store is
     compact: each row becomes its coordinates along the principal components of all rows. The basis is a file of the new
@@ -155,7 +155,7 @@ def remake(
 
 
 def show_remade(report: "upkeep.remake.RemakeReport") -> None:
-    """Print what the two stores have, and what the rows keep."""
+    """Print the sizes of the two stores, and the loss of the rows."""
     table = Table("")
     for dtype_name in (report.source_dtype, report.dtype):
         table.add_column(dtype_name, justify="right")
@@ -199,8 +199,8 @@ def purge(
     """Remove rows of images from a store with ALL of its history, for takedowns, and prove that they are gone.
 
     Snapshots whose files have such rows go; the newest is committed again without them. The quarantine and staged parts
-    are cleaned too. Let no writer be at work. Exit code 1 where a trace is left: run it again. Caches of readers and
-    what was made of the rows are elsewhere: docs/OPERATE.md.
+    are cleaned too. Let no writer be at work. Exit code 1 where a trace is left: run it again. Caches of readers, and
+    files made from the rows, are elsewhere: docs/OPERATE.md.
     """
     if keys is not None and uris is None:
         images = upkeep.purge.read_images(keys, "key")
@@ -220,7 +220,7 @@ def purge(
 
 
 def show_absence(report: "upkeep.purge.AbsenceReport", images: "upkeep.purge.Images", url: str) -> None:
-    """Print a proof, or what speaks against it. Raises typer.Exit with 1 then."""
+    """Print a proof, or the reasons against it. Raises typer.Exit with 1 then."""
     for trace in report.traces:
         print_problem(f"error: {trace.text}")
     looked_at = f"{count_text(report.num_files, 'file')}, {report.num_bytes:,} bytes"

@@ -95,7 +95,7 @@ def quarantine(url: Url) -> None:
 
 
 def _basis_lines(store: "FeatureStore") -> dict[str, str]:
-    """Say what the rows of a compact store are coordinates in; nothing of others."""
+    """Describe the basis of a compact store's rows; nothing of others."""
     if (basis := store.basis) is None or store.info.reduction is None:
         return {}
     origin = basis.origin

@@ -37,7 +37,7 @@ class RemotePath:
 
     @property
     def name(self) -> str:
-        """Return what follows the last slash."""
+        """Return the part after the last slash."""
         return self.url.rpartition("/")[2]
 
     @property
@@ -65,7 +65,7 @@ class RemotePath:
         return bool(self._storage.list(self.name))
 
     def iterdir(self) -> "list[RemotePath]":
-        """List what lies directly below the path, sorted."""
+        """List the entries directly below the path, sorted."""
         return [RemotePath(f"{self.url}/{each}") for each in self._storage.list(self.name)]
 
     def read_bytes(self) -> bytes:

@@ -209,7 +209,7 @@ def connect(timeout_s: float = CONNECT_TIMEOUT_S, **size: Any) -> Iterator[Clien
     A scheduler is configured by DASK_SCHEDULER_ADDRESS (dask-submit sets it for its script), DASK_SCHEDULER_FILE,
     or the same names in Dask's configuration; it stays running, and `size`, as `local_cluster` takes it, does not count
     then. Sizes that were given to dask-submit, or as options of a job, come before all of these. Raises ClusterError,
-    before anything is sent, and in the block in place of what Dask raises when the scheduler dies.
+    before anything is sent, and in the block in place of Dask's error when the scheduler dies.
     """
     asked = os.environ.get(LOCAL_VARIABLE)
     address = None if asked else configured_address(timeout_s)
@@ -243,7 +243,7 @@ def _prompt(client: Client) -> Client:
 
 @contextlib.contextmanager
 def ended_by_sigterm() -> Iterator[None]:
-    """Let SIGTERM end the block as an error does, so that what was started is closed, unless the program handles it.
+    """Let SIGTERM end the block as an error does, so that resources are closed, unless the program handles it.
 
     The first process of a container would not end at all: there the signal does nothing by itself.
     """

@@ -211,7 +211,7 @@ def behaviors_table(world: World) -> pa.Table:
 
 
 def describe_truth(world: World) -> dict[str, Any]:
-    """Collect what the simulation knows and the logs do not say: the ceiling and counts."""
+    """Collect facts of the simulation that the logs do not have: the ceiling and counts."""
     last = world.shown.day_N == world.num_days - 1
     new_T = world.launch_day_I[world.shown.item_N[last]] == world.num_days - 1
     return {

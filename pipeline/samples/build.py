@@ -108,7 +108,7 @@ class LogTables:
 
     @property
     def versions(self) -> dict[str, Any]:
-        """Give what a summary says of these tables; nothing where there is none."""
+        """Return the entries of a summary on these tables; nothing where there is none."""
         return {lakes.TABLES: dict(self.copied)} if self.copied else {}
 
     @property
@@ -145,7 +145,7 @@ class LogTables:
 
 @contextlib.contextmanager
 def open_tables(options: SampleOptions, joined: str | None = None) -> Iterator[LogTables]:
-    """Read what `options` say of the logs, until the end of the block. Raises SampleOptionError, DataError.
+    """Open the logs of these options, until the end of the block. Raises SampleOptionError, DataError.
 
     Rows of tables of Delta, Iceberg and Lance are copied as Parquet first, next to the samples, or into the scratch
     folder. `joined`: where the tables lie that the mapping joins, by default with the logs.
@@ -256,7 +256,7 @@ def group(
 
 
 def rules_of(options: SampleOptions, impressions: TableLayout | None) -> groups.GroupRules:
-    """Say what belongs into a group, of impressions that are read so."""
+    """Return the rules of groups for impressions that are read so."""
     where = impressions.where if impressions else None
     return groups.GroupRules(
         round(options.window_days * DAY_S),
@@ -339,7 +339,7 @@ def summarise(
     grouped: Sequence[groups.GroupedBucket],
     written: Sequence[groups.WrittenFile],
 ) -> dict[str, Any]:
-    """Count what became of every row of the impressions (`shown`) and behaviours (`done`), and the samples.
+    """Count the outcomes of all rows of the impressions (`shown`) and behaviours (`done`), and the samples.
 
     `rows` is the sum of the counts of its log from `kept` or `used` to `quarantined`; `examples` has a bad value for
     each reason, `without_image` counts good rows that name no image, `lacking` those whose item (or user) a joined

@@ -37,7 +37,7 @@ IMPRESSION_ORDER = ("user", "session", "timestamp", "scene", "item", "image", "c
 
 @dataclass(frozen=True)
 class GroupRules:
-    """The rules of what belongs into a group; see build_samples of pipeline.samples."""
+    """Rules of groups; see build_samples of pipeline.samples."""
 
     window_s: int
     max_behaviors: int
@@ -287,7 +287,7 @@ def _write_names(path: Path, names: pa.Table) -> str | None:
 
 
 def write_names(folder: Path, parts: Sequence[ShuffledPiece], before: Storage | None = None) -> None:
-    """Write what the images and the ids of all pieces, and of the samples `before`, are called.
+    """Write the names of the images and ids of all pieces, and of the samples `before`.
 
     A file of images, and one of ids, if any of them has a name. By key, in a row group for each of 256 ranges of keys;
     in memory are the names of one range. Raises SampleError for two texts of one id.

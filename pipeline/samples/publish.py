@@ -52,8 +52,8 @@ def replaced_files(
     On a disk it lies next to `target`, and takes its place in one step. At another address the files become its next
     version (see featurestore.published): the folder is in `scratch` then, and each file is uploaded, which holds
     `_UPLOADS` of them in memory; versions that were replaced more than `keep_days` ago go. Files next to the splits are
-    put at the address as well, for people. What killed runs left goes, and so does the folder when the block raises.
-    `before`: the files that the new ones were made from.
+    put at the address as well, for people. Leftovers of killed runs are removed, and so is the folder when the block
+    raises. `before`: the files that the new ones were made from.
 
     Raises SampleOptionError where `target` names no folder or holds something else, or the place that the program runs
     in or one of `spared` (by options) would go with it; SampleError in place of an OSError, the block's too: a full

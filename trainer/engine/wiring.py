@@ -141,8 +141,8 @@ class EngineParts:
     def dense_state(self) -> dict[str, Tensor]:
         """Return the state that is the same on every rank.
 
-        It has the parameters, standardisation, Adam's state, the number of steps, and what else the optimiser of ID
-        rows knows.
+        It has the parameters, standardisation, Adam's state, the number of steps, and other state of the optimiser of
+        ID rows.
         """
         state = self._dense.state()
         state.update(self._modules.named_buffers())

@@ -83,7 +83,7 @@ class SeenInTraining:
 def gathered(
     comm: Comm, predicted: Iterable[tuple[Batch, Float64Array]], schema: Schema, by: Sequence[str] | None = None
 ) -> tuple[Float64Array, Impressions]:
-    """Gather logits (N,) and what they are of, from rank to rank, the same on every rank.
+    """Gather logits (N,) and their impressions from rank to rank, the same on every rank.
 
     `predicted`: this rank's batches, each with its logits. `by`: fields to cut by besides images and histories, see
     `fields_by`; None: nothing is cut. Raises SchemaError, and TrainerError where a logit is not finite.
@@ -285,7 +285,7 @@ def predict_source(source: RunSource, comm: Comm) -> Predictions:
 
 
 def predict(opened: PredictingRun, by: Sequence[str] = ()) -> tuple[Float64Array, Impressions]:
-    """Predict logits of all test impressions (N,), in the order of the files, and tell what these are.
+    """Predict logits of all test impressions (N,), in the order of the files, with these impressions.
 
     The same on every rank; all call it. `by`: further fields to cut by. Raises TrainerError, SchemaError.
     """
@@ -358,7 +358,7 @@ def score_run(source: RunSource, out: str, comm: Comm) -> Written | None:
     """Score the test impressions of a run, or of other samples, into the file `out`; every rank calls it.
 
     Rows and their order are the same at any number of ranks, logits up to the rounding of float32. Rank 0 writes, and
-    returns what it has written. Raises TrainerError, FeatureStoreError.
+    returns the written summary. Raises TrainerError, FeatureStoreError.
     """
     with contextlib.ExitStack() as stack:
         opened = stack.enter_context(contextlib.closing(open_predicting(source, comm)))

@@ -128,7 +128,7 @@ def reliability(bins: Sequence[bootstrap.Bin]) -> Figure:
 
 
 def _about(opened: EvaluatedRun, resamples: int) -> dict[str, Any]:
-    """Say what was evaluated, on what, and how; after the predictions, whose missing lookups are counted."""
+    """Describe run, data and settings of the evaluation; after the predictions, whose missing lookups are counted."""
     num_missing = opened.missing_lookups()
     return {
         "run": str(opened.saved.folder),

@@ -74,7 +74,7 @@ class WidthPlan:
 
 @dataclass
 class KeyRequest:
-    """Keys asked for one batch, and what this rank serves of those that it received."""
+    """Keys asked for one batch, and the keys that this rank serves."""
 
     asked_S: list[routing.Bucketized]
     served_S: list[Any]
@@ -118,7 +118,7 @@ class Exchange:
         self._fields_S = [[f for f, source in source_of_field.items() if source == name] for name in names_S]
 
     def request(self, fields: Mapping[str, Jagged], kind: Kind) -> KeyRequest:
-        """Ask for the keys of `fields` in one alltoall; owners find unique keys and gather what needs no weights.
+        """Ask for the keys of `fields` in one alltoall; owners find unique keys and gather all that needs no weights.
 
         Raises RemoteRankError if another rank refuses. Errors while an owner serves (a missing key) are kept and raised
         by `check`. May run in a thread of its own, during the step of an earlier request; requests of one kind must be

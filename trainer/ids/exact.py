@@ -45,7 +45,7 @@ from trainer.ids.shards import IdRows, TableShape, uniform
 from trainer.ids.tables import IdTable, RowRequest
 
 IDS, LAST_USE, USED_AT, CLOCK, COUNTS, FADED = "ids", "last_use", "used_at", "clock", "counts", "faded"
-"""Names in a checkpoint of what a shard has beside rows and their optimiser's state."""
+"""Names in a checkpoint of a shard's arrays other than rows and their optimiser's state."""
 
 
 @dataclass(frozen=True, kw_only=True)

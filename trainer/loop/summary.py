@@ -6,7 +6,7 @@ leaves half of a record too, behind which TensorBoard reads nothing.
 MLflow and Weights & Biases are off unless `run.tracking` names one, and their packages are extras. Rank 0 tells them
 the settings, figures and addresses of a run; servers and projects are named by the variables that they read themselves
 (MLFLOW_TRACKING_URI, WANDB_MODE, ...). A server far away may take minutes to answer or to fail, so a tracker works in a
-thread of its own: the training never waits for it, and what goes wrong in it is one warning.
+thread of its own: the training never waits for it, and an error in it is one warning.
 """
 
 import contextlib
@@ -178,7 +178,7 @@ def params_of(run: Run) -> dict[str, str]:
 
 
 def _plain(name: str) -> str:
-    """Replace what MLflow refuses in a name."""
+    """Replace characters that MLflow refuses in a name."""
     return re.sub(r"[^\w\-. /]", "_", name)
 
 
@@ -312,7 +312,7 @@ class EventsFile:
         self._head = []
 
     def flush(self) -> None:
-        """Put what is held to the address, where it is not there yet. Raises StorageError."""
+        """Upload the events held in memory that are not at the address yet. Raises StorageError."""
         if isinstance(self._path, RemotePath) and len(self._held) > self._size_bytes:
             data = bytes(self._held)
             self._path.write_bytes(data)
@@ -377,7 +377,7 @@ def count_images(request: KeyRequest) -> tuple[int, int]:
 
 
 def step_details(stages: Stages) -> dict[str, float]:
-    """Return what TensorBoard gets of a step that is logged, beside its loss: milliseconds of this rank's stages."""
+    """Return the TensorBoard values of a logged step other than its loss: milliseconds of this rank's stages."""
     last_ms = stages.last_ms()
     hidden = {f"stage_hidden/{name}": row["hidden"] for name, row in stage_table([last_ms]).items()}
     details = {f"stage_ms/{name}": value for name, value in last_ms.items()}
@@ -468,7 +468,7 @@ def write_report(path: RunPath, report: Mapping[str, Any]) -> None:
 
 
 def show(console: Console, report: Mapping[str, Any]) -> None:
-    """Print what a run has reached, its speed and its place; all that was measured is in the report."""
+    """Print a run's results, its speed and its place; all that was measured is in the report."""
     title = f"{report['name']}: {report['global_step']:,} steps, {count_text(report['num_ranks'], 'rank')}"
     metrics = report["metrics"]
     columns = {"": "all"} | ({"new_ad_": "of new ads"} if metrics.get("new_ad_impressions") else {})

@@ -1,9 +1,9 @@
 """The training loop: epochs, evaluation, early stopping, checkpoints and signals.
 
-What E and the networks know by heart of known pictures says nothing of new ones, and no sample of the training can tell
-how much that is. So an evaluation scores the ads that are in no training sample twice, and what ranks these better, by
-AUC, holds in scoring and serving until another evaluation finds otherwise. Ads with a trained ID row keep their
-pictures either way, so only the others tell.
+E and the networks may have memorised known pictures, which says nothing of new ones, and no training sample tells by
+how much. So an evaluation scores the ads that are in no training sample twice, and the way that ranks these better, by
+AUC, holds in scoring and serving until another evaluation. Ads with a trained ID row keep their pictures either way, so
+only the others tell.
 """
 
 import contextlib
@@ -236,7 +236,7 @@ class Training:
         self._progress.metrics(self._engine.num_steps, self.metrics, split)
 
     def _follow_plateaus(self) -> None:
-        """Let the rates fall with what the evaluations on validation days have found."""
+        """Reduce the rates by the evaluations on validation days."""
         if self._run.validation_reader is not None:
             self._engine.num_plateaus = num_plateaus(self._run.history)
 

@@ -128,7 +128,7 @@ class PlacedDropout(nn.Module):
 
 
 class Mlp(nn.Sequential):
-    """Fully connected layers with what `hidden` makes between them; the last one is linear, or `activated` too."""
+    """Fully connected layers with the layers of `hidden` between them; the last one is linear, or `activated` too."""
 
     def __init__(self, widths: Sequence[int], hidden: HiddenLayers, *, activated: bool = False) -> None:
         super().__init__()

@@ -60,9 +60,9 @@ class Aggregator(nn.Module):
 
 
 def queries_of(pooling: Pooling, width_of_ad: Mapping[str, int]) -> tuple[str, ...]:
-    """Return what the aggregators ask with: the ad's `images`, its `ids`, both or neither; `width_of_ad` of each.
+    """Return the aggregators' queries: the ad's `images`, its `ids`, both or neither; `width_of_ad` of each.
 
-    Raises ConfigError where there is not what they need.
+    Raises ConfigError where one is missing.
     """
     wanted = AGGREGATORS[pooling].asks
     if wanted == "nothing":
@@ -110,7 +110,7 @@ class ActivationUnit(nn.Module):
         return score_N1.squeeze(1)
 
     def of_all(self, key_LV: Tensor, query_BW: Tensor) -> Tensor:
-        """Return what `forward` does where all queries have the same keys, (L, B).
+        """Return the result of `forward` where all queries have the same keys, (L, B).
 
         C (k * m) is (C m) k, so no pair's key is laid out, and one product makes the hidden units of all pairs.
         """
@@ -154,7 +154,7 @@ class AttentivePooling(Aggregator):
         return torch.cat([segment_sum(key_NV * weight_N.unsqueeze(1), lengths_B) for weight_N in weights], dim=1)
 
     def weights(self, behaviors: FieldVectors, group_of_sample_B: Tensor, queries: Sequence[Tensor]) -> PairWeights:
-        """Return what `forward` multiplies the behaviours' vectors by, a channel for each query."""
+        """Return the weights of the behaviours' vectors in `forward`, a channel for each query."""
         key_NV, lengths_B = _keys(behaviors, group_of_sample_B)
         return PairWeights(torch.stack([*self._weights(key_NV, lengths_B, queries)], dim=1), lengths_B)
 

@@ -140,11 +140,11 @@ class AdIndex:
         min_recall: float = MIN_RECALL,
         after: int | None = None,
     ) -> "AdIndex":
-        """Build an index at `url`, as the version after `after`, by default the one that is there.
+        """Build an index at `url`, as the version after `after`, by default the newest.
 
-        What no reader needs any more is removed. Of hnsw the recall is measured with vectors of users, without them
-        with some of the ads, and the effort of a search is raised until it is `min_recall`; `warning` says where it
-        never is. Raises InvalidRowsError for vectors that make no index, AdIndexError for a place with other files,
+        Files that no reader needs any more are removed. Of hnsw the recall is measured with vectors of users, without
+        them with some of the ads, and the effort of a search is raised until it is `min_recall`; `warning` says where
+        it never is. Raises InvalidRowsError for vectors that make no index, AdIndexError for a place with other files,
         CommitConflictError where another build published meanwhile, StorageError.
         """
         after = _replaceable_version(url) if after is None else after

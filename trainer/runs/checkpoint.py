@@ -1,4 +1,4 @@
-"""Checkpoints: what they hold, what they belong to, which stores stand in, which one a run continues or begins with.
+"""Checkpoints: content, fingerprint of the run, accepted stores, and the one to resume or warm-start from.
 
 step-00000050/
       state.json                         position, seed, what data, model and store they belong to, digest of each file
@@ -75,7 +75,7 @@ class RunFingerprint(Section):
     ) -> None:
         """Raise RunMismatchError naming every value that `recorded`, of the checkpoint, has otherwise.
 
-        What decides on one of the kinds `may_differ` is not compared.
+        Settings that decide on one of the kinds `may_differ` are not compared.
         """
         self.check_store(recorded, checkpoint)
         found = self.differences(recorded, may_differ)
@@ -86,7 +86,7 @@ class RunFingerprint(Section):
             )
 
     def differences(self, recorded: "RunFingerprint", may_differ: Collection[Decision]) -> list[Difference]:
-        """List what `recorded` has otherwise, except what decides on one of the kinds `may_differ`.
+        """List the settings that `recorded` has otherwise, except those that decide on one of the kinds `may_differ`.
 
         Fields count in their order, which the layers read them in.
         """
@@ -182,9 +182,9 @@ def load(
 def read_dense(
     checkpoint: Checkpoint, state: CheckpointState, cache_dir: str | None = None, prefix: str = ""
 ) -> dict[str, Tensor]:
-    """Read what is the same on every rank: the tensors whose names begin with `prefix`, without it.
+    """Read the state that all ranks share: the tensors whose names begin with `prefix`, without it.
 
-    They are mapped into memory, which takes what is looked at. Raises CheckpointError."""
+    They are mapped into memory: only pages in use take any. Raises CheckpointError."""
     with saying(f"cannot read {checkpoint}"), local_copy(checkpoint, DENSE, state.files[DENSE], cache_dir) as file:
         return {name.removeprefix(prefix): each for name, each in _mapped(file).items() if name.startswith(prefix)}
 
@@ -251,7 +251,7 @@ def _text(difference: Difference) -> str:
 
 @contextmanager
 def saying(what: str) -> Iterator[None]:
-    """Turn an error of the disk, the object store or a file's format into a CheckpointError that says what failed."""
+    """Turn an error of the disk, the object store or a file's format into a CheckpointError with its text."""
     try:
         yield
     except (OSError, SafetensorError, StorageError) as failure:
@@ -304,8 +304,7 @@ def continued(
 
 
 def _to_try(config: Config, folder: RunPath) -> list[Checkpoint]:
-    """List the checkpoints to continue from: the one that run.resume names, or all, newest first, where it is the
-    newest."""
+    """List the checkpoints to continue from: that of run.resume, or all, newest first, where it is the newest."""
     resume = config.run.resume
     found = finished(folder)[::-1] if resume in ("latest", "auto") else []
     if found or resume in (None, "auto"):
@@ -409,7 +408,7 @@ def find_warm_start(run: RunConfig) -> WarmStart | None:
 def warm_start(
     comm: Comm, warm: WarmStart, origin: RunFingerprint, trained: Engine, cache_dir: str | None = None
 ) -> None:
-    """Copy what a warm start takes into `trained`; ranks may be more or fewer than those that wrote the checkpoint.
+    """Copy the parts that a warm start takes into `trained`; it may be of more or fewer ranks.
 
     Raises CheckpointError on all ranks where a file is damaged, or where what was learned would mean something else
     under the settings, the fields or the stores of this run.

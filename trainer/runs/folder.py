@@ -88,7 +88,7 @@ def run_or_newest(run: str | None, folder: Path = Path(RunConfig().dir)) -> RunP
 
 
 def find_checkpoint(run: RunPath, name: str | None = None, setting: str = "--checkpoint ") -> Checkpoint:
-    """Find a checkpoint of the run in folder `run`: the newest, or the one that `name` says.
+    """Find a checkpoint of the run in folder `run`: the newest, or that of `name`.
 
     `name`: latest, a step, step-N, or RUN/checkpoints/step-N of any run. Raises CheckpointNotFoundError; it names the
     `setting`, an option with its = or its space, that gave the name.

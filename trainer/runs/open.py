@@ -181,13 +181,13 @@ def open_partition(config: Config, comm: Comm, place: StorePlace, chosen: Snapsh
 
 
 def kind_of_features(info: StoreInfo) -> dict[str, Any]:
-    """Describe what E must not see change: ExtractorSpec, dimension, dtype and basis."""
+    """Describe the properties of a store that E relies on: ExtractorSpec, dimension, dtype and basis."""
     basis = {"basis": info.reduction.sha256} if info.reduction else {}
     return {"dim": info.dim, "dtype": info.dtype, "extractor": info.extractor.model_dump(mode="json"), **basis}
 
 
 def records(places: list[StorePlace], partitions: Mapping[str, FeaturePartition]) -> dict[str, SnapshotId]:
-    """Return what a checkpoint keeps of the stores that it was trained on; addresses as they were set."""
+    """Return the entries of a checkpoint on the stores that it was trained on; addresses as they were set."""
     return {p.name: partitions[p.name].snapshot_id.model_copy(update={"url": p.url}) for p in places}
 
 
@@ -478,7 +478,7 @@ def _origin(
 
 
 def model_of(config: Config, schema: Schema) -> dict[str, Any]:
-    """List what decides on a run's parameters: the model's settings and the fields, as an origin has them."""
+    """List the settings that decide on a run's parameters: those of the model and the fields, as an origin has them."""
     fields = {field.name: field.model_dump(mode="json", exclude={"name"}, exclude_none=True) for field in schema.fields}
     return {**config.model.model_dump(), "fields": fields, "label": schema.label}
 

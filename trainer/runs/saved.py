@@ -1,4 +1,4 @@
-"""Trained runs, opened to be asked and not to be trained: what their folders say, and a model out of a checkpoint.
+"""Trained runs, opened to be asked and not to be trained: their folders, and a model out of a checkpoint.
 
 Every command that looks at runs reads their folders by `read_run`, so a checkpoint is chosen, and an image without a
 feature treated, in one way; their engines are opened by `open_at`. `open_trained` opens no samples and looks images up
@@ -104,7 +104,7 @@ class SavedRun:
         return opening.store_places(self.config, self.schema)
 
     def snapshot(self, place: opening.StorePlace, version: VersionName | None = None) -> Snapshot:
-        """Choose a snapshot to look images up in: the newest of the store, or the one that is asked for.
+        """Choose a snapshot to look images up in: the newest of the store, or the requested one.
 
         Raises CheckpointError where it has other features than those that the run's E was trained on, and
         AnotherStoreError where it is of another store.
@@ -119,11 +119,11 @@ class SavedRun:
         return snapshot
 
     def trained_on(self, place: opening.StorePlace) -> Snapshot:
-        """Choose the snapshot that the run was trained on, or the one that its settings name. Raises as `snapshot`."""
+        """Choose the snapshot that the run was trained on, or that of its settings. Raises as `snapshot`."""
         return self.snapshot(place, opening.snapshot_of(place, (self.checkpoint, self.state)).version)
 
     def notes_on_missing(self, num_lookups: int) -> list[str]:
-        """Say what matters about figures where lookups found no feature."""
+        """Return a warning for figures where lookups found no feature."""
         never_met = self.missing_in_training == "error" or self.missing_met == 0
         if not never_met or not num_lookups:
             return []
@@ -329,7 +329,7 @@ def _predicting(source: RunSource, saved: SavedRun, comm: Comm) -> PredictingRun
 
 
 def _notes(source: RunSource, saved: SavedRun, stores: Mapping[str, SnapshotId]) -> list[str]:
-    """Say what a reader of the figures should know."""
+    """List notes for a reader of the figures."""
     notes = []
     if source.store is not None and all(record.url != source.store for record in stores.values()):
         notes.append(f"the model reads nothing from data.store: --store {source.store} is not used")
@@ -386,7 +386,7 @@ class ImageNetwork:
         return model.to(share_machine(config, SoloComm()))
 
     def describe(self) -> dict[str, Any]:
-        """Say what its vectors are of."""
+        """Describe the origin of its vectors."""
         return {
             **self.saved.named(),
             "network": self.store,
@@ -498,7 +498,7 @@ def vector_lists(vectors_NV: Float32Array) -> Any:
 
 @contextlib.contextmanager
 def parquet_file(address: str, schema: pa.Schema) -> Iterator[Callable[[pa.Table], None]]:
-    """Give what adds rows to the Parquet file at an address, which gets its name at the end of the block.
+    """Yield a function that adds rows to the Parquet file at an address, which gets its name at the end of the block.
 
     Raises, before the block if there is no such object store, AddressError, BucketNotFoundError, StorageError."""
     storage, name = file_at(address)

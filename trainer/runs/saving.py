@@ -12,10 +12,10 @@ that this run made last, is the commit (`featurestore.published`). So a run that
 checkpoints that it had, or the new one too. All ranks write to one place: with several machines it is a shared disk or
 an object store.
 
-A run begins by a version of its own. So of two that write to one place, the one that began last continues, and the
-other one is refused at its next checkpoint. Files that the newest version does not name are removed at once on a disk,
-which has to have room for one checkpoint more than are kept; an object store keeps them for `KEEP_REMOVED_S`, for
-readers that hold an earlier version.
+A run begins by a version of its own. So of two that write to one place, the later one continues, and the other is
+refused at its next checkpoint. Files that the newest version does not name are removed at once on a disk, which has to
+have room for one checkpoint more than are kept; an object store keeps them for `KEEP_REMOVED_S`, for readers that hold
+an earlier version.
 
 A writer begins a checkpoint, then waits for its end or lets it be written in the background, by a thread that takes
 part in no collective. Every rank writes its own part, and says how far it is when all ranks look, between two steps
@@ -212,7 +212,7 @@ class CheckpointPlace:
         self._expire()
 
     def claim(self, damaged: Sequence[Checkpoint] = ()) -> None:
-        """Become the one that writes here, and put these damaged checkpoints aside.
+        """Become the writer here, and put these damaged checkpoints aside.
 
         They are kept under names that nothing takes for a checkpoint (`DAMAGED` before theirs), in the place of those
         kept so before. Raises StorageError, TakenOverError.
@@ -238,7 +238,7 @@ class CheckpointPlace:
         return {name: file for name, file in files.items() if _stem(name) not in lacking}
 
     def _expire(self) -> None:
-        """Remove what no version names; only after a version of this run, as parts of others may be among that."""
+        """Remove files that no version names; only after a version of this run, as they may be parts of others."""
         if self.is_local:
             versions.expire(self._storage, KEEP_REMOVED_S, files_at_once=True)
         elif time.monotonic() >= self._next_expiry_s:
@@ -257,7 +257,7 @@ class CheckpointPlace:
         return self._known
 
     def _publish(self, files: Mapping[str, versions.PublishedFile]) -> None:
-        """Publish the next version after the one that is known. Raises StorageError, TakenOverError."""
+        """Publish the next version after the known one. Raises StorageError, TakenOverError."""
         publication = uuid.uuid4().hex
         self._tried.add(publication)
         known = self._newest_known()
@@ -396,7 +396,7 @@ class Checkpointer:
         return outcome, self._schedule(step, everyone[0])
 
     def wait(self) -> Outcome | None:
-        """Let all ranks wait for the end of what is under way. Returns how it ended; None where nothing was."""
+        """Let all ranks wait for the end of the checkpoint under way. Returns how it ended; None where nothing was."""
         outcome = None
         while self.is_writing:
             outcome = self._settled(self._comm.allgather_object(self._mine, name="checkpoint.look"))
@@ -405,7 +405,7 @@ class Checkpointer:
         return outcome
 
     def close(self) -> None:
-        """End what is under way: a rank alone publishes it, one of several leaves it, as the others may be gone."""
+        """End the checkpoint under way: a rank alone publishes it, one of several leaves it: others may be gone."""
         if self._comm.size == 1:
             with contextlib.suppress(CheckpointError):
                 self.wait()
@@ -413,7 +413,7 @@ class Checkpointer:
             self._thread.join(_PATIENCE_S)
 
     def _prepared(self, step: int, trained: Engine) -> tuple[dict[str, Mapping[str, Tensor]], str]:
-        """Returns what is to be written, or why that failed: the other ranks wait for it."""
+        """Returns the parts to write, or the reason of a failure: the other ranks wait for it."""
         content: dict[str, Mapping[str, Tensor]] = {}
         try:
             if self._comm.rank == 0:
@@ -426,7 +426,7 @@ class Checkpointer:
         return content, ""
 
     def _with_copies(self, step: int, content: Mapping[str, Mapping[str, Tensor]]) -> Callable[[], None]:
-        """Copies now; returns what is left to do. Where there is no memory after all, it says so when ranks look."""
+        """Copies now; returns the remaining work. Where there is no memory after all, it says so when ranks look."""
         try:
             for name, tensors in content.items():
                 self._copies[name] = copied(tensors, self._copies.get(name, {}))
@@ -457,7 +457,7 @@ class Checkpointer:
         progress.is_busy = False  # last, as the step's thread looks at it
 
     def _settled(self, everyone: list[_Progress]) -> Outcome | None:
-        """Do what follows from how far all ranks are: the same on each of them."""
+        """Take the next step that the progress of all ranks allows: the same on each of them."""
         step = self._step
         if step is None or any(each.is_busy for each in everyone):
             return None

@@ -110,7 +110,7 @@ def _digest(storage: Storage, file: str) -> str:
 def measured_once(
     comm: Comm, index: SampleIndex, what: str, asked: object, cache_dir: str | None, measured: Callable[[], Any]
 ) -> Any:
-    """Return what `measured` returns for `asked`, or what the cache folder of rank 0's machine has kept of it.
+    """Return the result of `measured` for `asked`, or its copy in the cache folder of rank 0's machine.
 
     The folder keeps the last ones of each address of samples. Every rank calls it.
     """
@@ -125,13 +125,13 @@ def measured_once(
 
 
 def _cache_file(index: SampleIndex, what: str, cache_dir: str | Path | None) -> Path:
-    """Return the file of the cache folder that has what was measured on samples at this address."""
+    """Return the file of the cache folder with measurements of the samples at this address."""
     name = f"{xxhash.xxh3_64_hexdigest(index.storage.url.encode())}-{what}.json"
     return Path(cache_dir or default_cache_dir()) / SAMPLES / name
 
 
 def _cached(file: Path) -> dict[str, Any]:
-    """Read what `_cache` wrote; nothing where it cannot be read, or where other users may write to it."""
+    """Read the file of `_cache`; nothing where it cannot be read, or where other users may write to it."""
     try:
         found = json.loads(file.read_text(encoding="utf-8")) if is_private(file.lstat()) else {}
     except (OSError, ValueError):

@@ -94,7 +94,7 @@ def check(
 ) -> None:
     """Read every sample as a run would, and say the first thing that does not fit the schema.
 
-    Of numbers that are scaled or cut into buckets, what the training samples say of them is printed.
+    For numbers that are scaled or cut into buckets, their statistics in the training samples are printed.
     """
     from trainer.comm import SoloComm
     from trainer.samples.index import open_index

@@ -323,7 +323,7 @@ class DistinctCount:
         return self._kept(splitmix64(values_N) if np.size(values_N) else np.empty(0, np.uint64))
 
     def merged(self, other: "DistinctCount") -> "DistinctCount":
-        """Merge what both saw."""
+        """Merge the findings of both."""
         return self._kept(other.hashes_K)
 
     @property

@@ -204,7 +204,7 @@ def inner_type(kind: pa.DataType) -> tuple[pa.DataType, int]:
 
 
 def content_of(kind: pa.DataType) -> Content:
-    """Say what numbers or texts a type within lists has."""
+    """Name the type of numbers or texts within lists."""
     if pa.types.is_boolean(kind) or pa.types.is_integer(kind):
         return "integer"
     if pa.types.is_floating(kind):

@@ -136,7 +136,7 @@ def inspect_logs(
 
 
 def _labels_of(named: str, tables: Mapping[str, TableProfile], label: str | None) -> tuple[dict[str, str], str]:
-    """Find the column of labels of each table that has one, and what to say of one that is guessed.
+    """Find the column of labels of each table that has one, and a note on a guessed one.
 
     Raises DataError where no table has the `label` that is asked for.
     """
@@ -337,7 +337,7 @@ def _has_image_names(column: Column) -> bool:
 
 
 def _separator(column: Column) -> str | None:
-    """Find what stands between the ids of a text: parts that come again and again in other texts tell it."""
+    """Find the separator of the ids of a text: parts that come again and again in other texts tell it."""
     texts = column.examples(MOST_TIMES) if column.content == "text" and not column.depth else []
     for sign in SEPARATORS:
         parts = {part.strip() for text in texts for part in text.split(sign)}
@@ -437,7 +437,7 @@ def _extras(log: Log, side: str, shown: Log | None = None) -> list[str]:
 
 
 def _kind_of(column: Column) -> Any:
-    """Suggest what a mapping says of a further column; None where it has no kind for it."""
+    """Suggest a mapping's entry for a further column; None where it has no kind for it."""
     if column.content not in ("integer", "real", "text") or column.depth > 1:
         return None
     if column.depth:
