@@ -41,17 +41,17 @@ def build_samples(
     """Make the trainer's input of logs, as `crossmedia samples`, and return the counts of summary.json.
 
     `logs`: their folder or address; or a DataFrame of pandas or an Arrow table, or several by name, as {"shown": ...,
-    "products": ...}: these are written to the folder SAMPLES-logs as Parquet. Without the option `mapping`, the
-    mapping.yaml there counts, which is guessed where it is not there yet (`label`: the column of clicks): read and
-    correct it. `options`: the command's, as window_days=7, test_days=2. It runs where `extract` does. Raises UserError.
+    "products": ...}: these are written to the folder SAMPLES-logs as Parquet, and take the place of those before.
+    Without the option `mapping`, the mapping.yaml there counts, guessed where it is not there yet (`label`: the column
+    of clicks): read and correct it. `options`: as window_days=7. It runs where `extract` does. Raises UserError.
     """
     from pipeline.cluster.tasks import connect
     from pipeline.options import SampleOptions
-    from pipeline.samples.build import build_samples
-    from trainer.schema.suggest import write_logs
+    from pipeline.samples.build import build_samples as build
+    from trainer.schema.suggest import written_logs
 
     if not isinstance(logs, str | Path):
-        logs, mapping = write_logs(logs, Path(f"{samples}-logs"), label)
-        options = {"mapping": str(mapping)} | options
+        with written_logs(logs, Path(f"{samples}-logs"), label) as (folder, mapping):
+            return build_samples(folder, samples, **{"mapping": str(mapping)} | options)
     with connect() as client:
-        return build_samples(SampleOptions(logs=str(logs), samples=str(samples), **options), client)
+        return build(SampleOptions(logs=str(logs), samples=str(samples), **options), client)

@@ -112,10 +112,11 @@ class Run(Shown):
 
         `rows` have the columns of the samples, an impression each or, with lists of ads, a group each; or they are a
         raw log of impressions, and `behaviors` one of behaviours (`with_behaviors`). Labels may be left out. Features
-        are those of the training, or of the newest snapshot of `store`. Warns where images have none, and the model
-        has never met that. Raises TrainerError, FeatureStoreError.
+        are of the training, or of the newest snapshot of `store`. Warns where images lack them, and the model has
+        never met that. Raises TrainerError, FeatureStoreError.
         """
-        table = table_of(rows)
+        if not (table := table_of(rows)).num_rows:
+            return scores_of(rows, [])
         if behaviors is not None:
             table = with_behaviors(table, behaviors, self.config.data.samples)
         logits, notes = score_rows(RunSource(self.folder, self.checkpoint, store=_text(store)), table)

@@ -176,6 +176,7 @@ def test_tables_of_all_kinds(run: cm.Run, impressions: pa.Table) -> None:
     assert run.score(few.combine_chunks().to_batches()[0]).equals(wanted)
     assert table_of({"numbers": np.ones((2, 3))})["numbers"].to_pylist() == [[1.0] * 3] * 2
     assert run.score(few.slice(0, 0)).num_rows == 0
+    assert run.score({"sku": []}, {"sku": []}).num_rows == 0, "a raw log of nobody"
     histories: dict[str, Any] = {name: [[]] for name in few.column_names if name.startswith("behavior")}
     nobody = {name: few[name].to_pylist()[:1] for name in few.column_names} | histories
     assert run.score(nobody).num_rows == 1, "a list without a value has no type in Arrow"
@@ -214,7 +215,14 @@ def test_samples_are_made_of_tables(tmp_path: Path) -> None:
     mapping.write_text(mapping.read_text().replace("log.parquet", "shown.parquet"))
     made = cm.build_samples({"shown": pa.table(log).slice(0, 6)}, tmp_path / "samples")
     assert made["impressions"]["kept"] == 6
-    assert [each.name for each in mapping.parent.glob("*.parquet")] == ["shown.parquet"]
+    for tables, options, message in (
+        ({"other": pa.table(log)}, {}, "shown.parquet"),
+        ({"shown": pa.table(log)}, {"label": "liked"}, "label=liked: .* has label: clicked; correct it, or remove it"),
+    ):
+        with pytest.raises(UserError, match=message):
+            cm.build_samples(tables, tmp_path / "samples", **options)
+        (kept,) = tmp_path.glob("samples-logs*/*.parquet")
+        assert kept.name == "shown.parquet" and pq.read_metadata(kept).num_rows == 6
     odd = pa.table({"bought" if name == "clicked" else name: each for name, each in log.items()} | {"gift": [0, 1] * 4})
     with pytest.raises(DataError, match=r"name it by label; columns of log\.parquet: ts, user_id, sku, bought, gift"):
         cm.build_samples(odd, tmp_path / "odd")

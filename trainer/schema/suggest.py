@@ -1,9 +1,11 @@
 """A schema or a mapping, suggested from a look at the columns of data."""
 
+import contextlib
 import dataclasses
 import functools
 import re
-from collections.abc import Collection, Mapping, Sequence
+import shutil
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -15,6 +17,7 @@ import pyarrow.parquet as pq
 
 from featurestore.storage.storage import Storage
 from featurestore.text import count_text
+from trainer.config import read_mapping
 from trainer.errors import DataError, DataNotFoundError, SchemaError
 from trainer.schema import fields as schema_fields
 from trainer.schema.fields import DistinctCount, Field, Schema, Side, schema_text, table_lines, table_rows, yaml_line
@@ -230,26 +233,58 @@ def _with_joins(log: Log, joins: Sequence[JoinedTable]) -> Log:
     return dataclasses.replace(log, joins=tuple(joins))
 
 
-def write_logs(tables: Any, folder: Path, label: str | None = None) -> tuple[Path, Path]:
-    """Write a table, or several by name, as the Parquet files of `folder`; return it and the path of their mapping.
+@contextlib.contextmanager
+def written_logs(tables: Any, folder: Path, label: str | None = None) -> Iterator[tuple[Path, Path]]:
+    """Write a table, or several by name, as the Parquet files of `folder`; give it and the path of their mapping.
 
-    They take the place of those before. The mapping is guessed where it is not there yet, `label` is the column of
-    labels in it. Raises DataError.
+    They take the place of those before, which are put back where the block raises. The mapping is guessed where it is
+    not there yet, `label` is the column of labels in it. Raises DataError.
     """
     made = {name: table_of(each) for name, each in (tables if isinstance(tables, Mapping) else {"log": tables}).items()}
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in folder.glob("*.parquet"):
+    mapping, before = folder / "mapping.yaml", folder.with_name(f"{folder.name}-before")
+    _check_label(mapping, label)
+    for each in (folder, before):
+        each.mkdir(parents=True, exist_ok=True)
+    _move_files(folder, before)
+    try:
+        for name, table in made.items():
+            pq.write_table(table, folder / f"{name}.parquet")
+        if not mapping.exists():
+            _guess_mapping(folder, mapping, label)
+        yield folder, mapping
+    except BaseException:
+        if any(before.iterdir()):
+            _move_files(before, folder)
+        raise
+    finally:
+        shutil.rmtree(before)
+
+
+def _move_files(folder: Path, to: Path) -> None:
+    """Move the Parquet files of a folder, in the place of those of another one."""
+    for file in to.glob("*.parquet"):
         file.unlink()
-    for name, table in made.items():
-        pq.write_table(table, folder / f"{name}.parquet")
-    mapping = folder / "mapping.yaml"
-    if not mapping.exists():
-        found = inspect_logs(Storage(folder), MOST_ROWS, label=label)
-        if found[0].name != "impressions":
-            there = "; ".join(f"{log.files}: {', '.join(log.table.columns)}" for log in found)
-            raise DataError(f"no column is known as the label of impressions, so name it by label; columns of {there}")
-        mapping.write_text(render_mapping(found, str(folder), str(folder), str(mapping)), encoding="utf-8")
-    return folder, mapping
+    for file in folder.glob("*.parquet"):
+        file.rename(to / file.name)
+
+
+def _check_label(mapping: Path, label: str | None) -> None:
+    """Raise DataError where a mapping that is there already has another label."""
+    if label is not None and mapping.exists():
+        columns = read_mapping(mapping, "mapping=", DataError, "a mapping").get("impressions", {}).get("columns", {})
+        if columns.get("label") != label:
+            raise DataError(
+                f"label={label}: {mapping} is there already, and has label: {columns.get('label')}; correct it, or "
+                "remove it so that it is guessed again"
+            )
+
+
+def _guess_mapping(folder: Path, mapping: Path, label: str | None) -> None:
+    found = inspect_logs(Storage(folder), MOST_ROWS, label=label)
+    if found[0].name != "impressions":
+        there = "; ".join(f"{log.files}: {', '.join(log.table.columns)}" for log in found)
+        raise DataError(f"no column is known as the label of impressions, so name it by label; columns of {there}")
+    mapping.write_text(render_mapping(found, str(folder), str(folder), str(mapping)), encoding="utf-8")
 
 
 def render_mapping(logs: list[Log], where: str, folder: str, file: str) -> str:

@@ -15,7 +15,7 @@ import pytest
 from starlette.responses import PlainTextResponse
 from starlette.types import Receive, Scope, Send
 
-from serving.http.limits import protocol_with
+from serving.http.limits import limit_writes, protocol_with
 from tests.explorer.serving import in_thread
 from tests.serving.http.fakes import write_state
 from tests.serving.http.processes import ServerProcess, fake_server, post_head
@@ -316,3 +316,13 @@ def test_what_is_no_http_is_refused(server: ServerProcess, text: bytes) -> None:
         connection.sendall(text)
         assert b"200" not in read_all(connection)[:30]
     assert is_answering(server)
+
+
+def test_the_kernel_ends_a_client_that_reads_nothing() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        limit_writes(listener, 0.5)
+        with socket.create_connection(listener.getsockname()), listener.accept()[0] as connection:
+            connection.settimeout(20)
+            with pytest.raises(TimeoutError, match="Connection timed out"):
+                while True:
+                    connection.sendall(bytes(1 << 20))
