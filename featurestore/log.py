@@ -46,7 +46,7 @@ EMPTY = Manifest(
 
 
 def writer_name() -> str:
-    """Return host and process, for people."""
+    """Return host and process, for display."""
     return f"{platform.node()}:{os.getpid()}"
 
 

@@ -179,7 +179,7 @@ class StoreInfo(Sealed):
 
     @property
     def width_text(self) -> str:
-        """Numbers of a row, for people: 256, or of a compact store 256 of 4,096."""
+        """Describe the width of a row: 256, or of a compact store 256 of 4,096."""
         return f"{self.dim:,} of {self.full_dim:,}" if self.reduction else f"{self.dim:,}"
 
     @property
@@ -241,7 +241,7 @@ class Manifest(Sealed):
     parent: OptionalId | None
     commit_id: OptionalId  # empty of the empty store alone
     writer: str
-    time_s: Annotated[float, pydantic.Field(ge=0, le=LAST_SECOND)]  # for people; order comes from the version alone
+    time_s: Annotated[float, pydantic.Field(ge=0, le=LAST_SECOND)]  # for display; order comes from the version alone
     operation: str
     num_quarantined: int = 0
     num_files: int

@@ -356,7 +356,7 @@ def _is_vector(kind: Any) -> bool:
 
 
 def _stored_type(kind: Any) -> Any:
-    """Give the type that holds the values of another one: that of a tensor is a list."""
+    """Return the type that holds the values of another one: that of a tensor is a list."""
     return getattr(kind, "storage_type", kind)
 
 
@@ -381,7 +381,7 @@ class XdlSlice(RecordSlice):
 
 
 def record_dtype(dim: int) -> np.dtype[np.void]:
-    """Give the type of one record."""
+    """Return the type of one record."""
     return np.dtype([("key", "<i8"), ("vector", "<f4", (dim,))])
 
 

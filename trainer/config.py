@@ -178,8 +178,8 @@ class ModelConfig(Section):
     images: Parameters[SeenImages] = "both"
     """Which images the model sees; image ids are ID fields in all four."""
     pooling: Parameters[Pooling] = "attentive"
-    """How the vectors of the behaviour images become one: attentive asks with the ad image, multi_query also with the
-    ad's ids; two towers sum."""
+    """Pooling of behaviour images' vectors: attentive queries with the ad image, multi_query also with the ad's
+    ids; two towers sum."""
     pooling_length: Parameters[Annotated[int, Field(ge=1, le=1_000)]] = 32
     """Pooling concat: behaviours taken, the newest; fewer are filled up with zeros."""
     image_products: Parameters[bool] = True
@@ -206,7 +206,7 @@ class ModelConfig(Section):
     dropout: Training[Annotated[float, Field(ge=0, le=0.95)]] = 0.0
     """Share of the units of an MLP's hidden layers that a training sample goes without."""
     id_dropout: Training[Annotated[float, Field(ge=0, lt=1)]] = 0.0
-    """Share of training samples whose ad is taken for a new one: the vectors of its own IDs are zero."""
+    """Share of training samples whose ad is treated as new: the vectors of its own IDs are zero."""
     id_proxy: Parameters[bool] = False
     """Add to the vectors of the ad's own IDs what a small net makes of its visual vectors, so that a new ad has some
     (docs/CHOICES.md)."""

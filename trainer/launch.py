@@ -110,7 +110,7 @@ def variables_of(by: By, slots: Slots, host: str, local: int, address: str, port
 
 
 def _assigned(slots: Slots) -> list[Any]:
-    """Give Horovod's description of each rank."""
+    """Return Horovod's description of each rank."""
     from horovod.runner.common.util.hosts import HostInfo, get_host_assignments
 
     ranks: list[Any] = get_host_assignments([HostInfo(*each) for each in slots.items()], 1)

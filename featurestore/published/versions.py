@@ -294,9 +294,9 @@ class ChannelMove(spec.Sealed):
     number: Annotated[int, Field(ge=1, le=spec.MAX_VERSION)]
     version: spec.Version | None
     commit_id: spec.OptionalId  # of the snapshot; empty without one
-    reason: str  # for people
+    reason: str  # for display
     writer: str
-    time_s: Annotated[float, Field(ge=0, le=spec.LAST_SECOND)]  # for people
+    time_s: Annotated[float, Field(ge=0, le=spec.LAST_SECOND)]  # for display
     nonce: spec.RandomId
 
 

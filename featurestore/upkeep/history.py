@@ -209,7 +209,7 @@ class Pin(Sealed):
     name: str
     version: Version
     writer: str
-    time_s: Annotated[float, Field(ge=0, le=LAST_SECOND)]  # for people
+    time_s: Annotated[float, Field(ge=0, le=LAST_SECOND)]  # for display
 
 
 def is_pin_name(name: str) -> bool:

@@ -85,7 +85,7 @@ class Trace:
 
     path: str
     rows: int | None  # None where it cannot be read
-    text: str  # for people, with the full address
+    text: str  # for display, with the full address
 
 
 @dataclass

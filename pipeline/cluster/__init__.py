@@ -12,7 +12,7 @@ OF_A_TASK = "TaskError("
 
 
 def is_told(record: logging.LogRecord) -> bool:
-    """Tell whether a record of distributed.worker is for the user."""
+    """Return whether a record of distributed.worker is for the user."""
     text = record.getMessage()
     return "scheduler during heartbeat" not in text and not (text.startswith("Compute Failed") and OF_A_TASK in text)
 

@@ -158,7 +158,7 @@ LOGS = ("impressions", "behaviors")
 
 
 def day_name(day: int) -> str:
-    """Give the ISO date of a day of the log (UTC)."""
+    """Return the ISO date of a day of the log (UTC)."""
     return f"{datetime.datetime.fromtimestamp(START_S + day * DAY_S, datetime.UTC):%Y-%m-%d}"
 
 

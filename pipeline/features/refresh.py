@@ -59,7 +59,7 @@ class RefreshSummary:
     channel: str | None = None  # points to it from now on
 
     def __str__(self) -> str:
-        """Give the lines that a job prints."""
+        """Return the lines that a job prints."""
         kept = f" ({self.num_kept:,} not listed, kept)" if self.num_kept else ""
         num_worked_on = max(0, self.num_images - self.num_unchanged - self.num_touched - self.num_resumed)
         speed = f", {num_worked_on / max(self.seconds, 1e-9):.1f} images/s" if num_worked_on else ""
@@ -208,7 +208,7 @@ def _settings(options: RefreshOptions, client: Client, store: FeatureStore, snap
 
 
 def describe_network(client: Client, backbone_name: str, weights: str, precision: Precision) -> ExtractorSpec:
-    """Give the spec of the network as a worker builds it, which keeps it; this process does without torch.
+    """Return the spec of the network as a worker builds it, which keeps it; this process does without torch.
 
     `auto` is what our environment names, else bfloat16 where the hardware of all workers is quick at it, else float32.
     Raises BackboneError, WeightsError; ClusterError where the workers die of it.
@@ -242,7 +242,7 @@ def _check_gone(options: RefreshOptions, num_gone: int, comparison: diff.Compari
         raise StoreRunError(
             f"{num_gone:,} of the {comparison.num_stored:,} rows in {options.store} {fault}, more than a share of"
             f" {options.max_gone:g}: is --images right? In crossmedia refresh --keep-missing keeps them, --max-gone 1"
-            " lets them go"
+            " allows it"
         )
 
 

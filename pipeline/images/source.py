@@ -410,7 +410,7 @@ def _column(table: pa.Table, name: str, wanted: pa.DataType, address: str) -> An
 
 
 def _look_at(location: str) -> tuple[str, int]:
-    """Give a file's tag and size in bytes; "" and -1 where it cannot be looked at: reading it will say why."""
+    """Return a file's tag and size in bytes; "" and -1 where it cannot be looked at: reading it will say why."""
     try:
         storage, path = _place_of(location)
         entry = storage.entry(path)

@@ -113,7 +113,7 @@ class LogTables:
 
     @property
     def spared(self) -> dict[str, str]:
-        """Give the places, by option, that samples must not replace."""
+        """Return the places, by option, that samples must not replace."""
         mapping = {"--mapping": self.options.mapping} if self.options.mapping else {}
         return {"--logs": self.options.logs, **mapping}
 
@@ -177,13 +177,13 @@ def open_tables(options: SampleOptions, joined: str | None = None) -> Iterator[L
 
 
 def _joined(layout: TableLayout, url: str, room: str, copied: Collection[str]) -> TableLayout:
-    """Say where the joined tables lie: at `url`, or copied in `room`."""
+    """Return the places of the joined tables: at `url`, or copied in `room`."""
     joins = (dataclasses.replace(join, url=room if join.layout.files in copied else url) for join in layout.joins)
     return dataclasses.replace(layout, joins=tuple(joins))
 
 
 def _no_rows(place: str, shown: Sequence[groups.ShuffledPiece]) -> SampleError:
-    """Say why the impressions have not one good row, clicks of a table of events aside."""
+    """Explain why the impressions have not one good row, clicks of a table of events aside."""
     reasons = sum((part.quarantined for part in shown), Counter[str]())
     events = sum((part.other_events for part in shown), Counter[str]())
     texts = [f"not one good row with a value of where; other events are {', '.join(events)}"] if events else []
@@ -195,7 +195,7 @@ def _no_rows(place: str, shown: Sequence[groups.ShuffledPiece]) -> SampleError:
 
 
 def num_buckets(asked: int | None, pieces: Sequence[logs.LogPiece], client: Client) -> int:
-    """Give the number asked for, else buckets of about BUCKET_ROWS rows, and of many rows work for all threads."""
+    """Return the number asked for, else buckets of about BUCKET_ROWS rows, and of many rows work for all threads."""
     rows = sum(piece.num_rows for piece in pieces)
     return asked or max(1, math.ceil(rows / BUCKET_ROWS), min(num_threads(client), rows // LEAST_BUCKET_ROWS))
 
@@ -228,7 +228,7 @@ def _in_turn(function: Callable[..., Any], calls: Sequence[tuple[Any, ...]]) -> 
 
 
 def latest_of(options: SampleOptions) -> int:
-    """Say from when on rows are in the future, in seconds since 1970."""
+    """Return the time from which rows are in the future, in seconds since 1970."""
     return int(time.time()) + DAY_S if options.latest_s is None else options.latest_s
 
 
@@ -392,7 +392,7 @@ def _rows(parts: Sequence[groups.ShuffledPiece]) -> tuple[int, Counter[str]]:
 
 
 def examples_of(parts: Sequence[groups.ShuffledPiece]) -> dict[str, str]:
-    """Give a bad value for each reason: that of the first piece which has one."""
+    """Return a bad value for each reason: that of the first piece which has one."""
     found: dict[str, str] = {}
     for part in parts:
         found = {**part.examples, **found}

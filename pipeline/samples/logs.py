@@ -363,7 +363,7 @@ def _check_columns(schema: pa.Schema, piece: LogPiece) -> None:
 
 
 def _hint(piece: LogPiece) -> str:
-    """Say how tables of other names and types are read, unless a mapping was given."""
+    """Explain how tables of other names and types are read, unless a mapping was given."""
     if piece.layout.takes_text:
         return ""
     return f"; columns of other names or types need a mapping: {HOW_TO_MAP.format(logs=piece.url)}"

@@ -47,7 +47,7 @@ def replaced_files(
     scratch: str | None = None,
     keep_days: float = KEEP_DAYS,
 ) -> Iterator[NewFiles]:
-    """Give an empty folder whose files, with those that are kept, take the place of all at `target` after the block.
+    """Yield an empty folder whose files, with those that are kept, take the place of all at `target` after the block.
 
     On a disk it lies next to `target`, and takes its place in one step. At another address the files become its next
     version (see featurestore.published): the folder is in `scratch` then, and each file is uploaded, which holds
@@ -207,7 +207,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def _link(file: Path, to: Path) -> None:
-    """Give a file a second name; a copy, where the disk has no links."""
+    """Link a file under a second name; a copy, where the disk has no links."""
     to.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.link(file, to)

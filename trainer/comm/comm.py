@@ -132,7 +132,7 @@ class Comm(ABC):
         error: Exception | None = None
         try:
             yield
-        except Exception as failure:  # whatever it is, the other ranks wait for this one's answer
+        except Exception as failure:  # any failure: the other ranks wait for this rank's answer
             error = failure
         self.agree(error)
 

@@ -143,7 +143,7 @@ def _about(opened: EvaluatedRun, resamples: int) -> dict[str, Any]:
 
 
 def _few(impressions: Impressions) -> list[str]:
-    """Say why no metric is given, if the test samples have too few users."""
+    """Explain why no metric is given, if the test samples have too few users."""
     users, least = len(np.unique(impressions.user_N)), bootstrap.LEAST_USERS_SHOWN
     text = f"the test samples have {count_text(users, 'user')}; metrics are given of {least} users or more"
     return [text] if users < least else []

@@ -108,7 +108,7 @@ class ExactTable(IdTable):
 
         served: unique ids of training steps, summed over steps; cold: those of them that got the cold row; refused:
         those that got it because their shard was full. evicted: rows that made room for others; expired: rows that were
-        let go at the beginning of a day.
+        removed at the beginning of a day.
         """
         super().__init__(shape, rank, num_ranks, **others)
 
@@ -332,7 +332,7 @@ class RowMap:
         return found_N
 
     def insert(self, slot_N: Int64Array, hash_N: UInt64Array, ids_N: Int64Array) -> Int64Array:
-        """Give rows to different ids, ascending, that have none; returns their places, row 0 where a shard is full."""
+        """Assign rows to different new ids, ascending; returns their places, row 0 where a shard is full."""
         order_N = np.argsort(slot_N, kind="stable")
         slot_M = slot_N[order_N]
         count_S = np.bincount(slot_M, minlength=len(self.used_S))

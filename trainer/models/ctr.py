@@ -27,8 +27,8 @@ class CtrModel(nn.Module):
     vectors of the ad and the aggregated visual vectors of the behaviours, each content field by its own E and
     aggregator.
 
-    Attentive pooling asks with the ad's visual vectors; with images=behavior there are none, and the ad's ID vectors
-    and dense values ask. Multi-query pooling asks with both.
+    Attentive pooling queries with the ad's visual vectors; with images=behavior there are none, and the ad's ID vectors
+    and dense values are the query. Multi-query pooling has both.
 
     With `image_products` there is, for each content field of the behaviours, the mean of their visual vectors times
     M a, element by element: a all vectors of the ad (visual, IDs, dense), M learned. The taste that behaviours show and

@@ -44,7 +44,7 @@ class Aggregator(nn.Module):
     """Sentence that the explorer shows on how it weighs behaviours."""
 
     def __init__(self, width: int, query_widths: Sequence[int], config: ModelConfig, layers: HiddenLayers) -> None:
-        """`width`: of the behaviours' vectors; `query_widths`: of what it asks with, if anything."""
+        """`width`: of the behaviours' vectors; `query_widths`: of its queries, if any."""
         super().__init__()
         self.width = width
 
@@ -69,10 +69,10 @@ def queries_of(pooling: Pooling, width_of_ad: Mapping[str, int]) -> tuple[str, .
         return ()
     has = tuple(name for name, width in width_of_ad.items() if width)
     if not has:
-        raise ConfigError(f"model.pooling={pooling} needs a field on side ad to ask with; set model.pooling=sum")
+        raise ConfigError(f"model.pooling={pooling} needs a field on side ad to query with; set model.pooling=sum")
     if wanted == "images and ids" and "ids" not in has:
         raise ConfigError(
-            f"model.pooling={pooling} asks with the ad's IDs too, and the schema has none on side ad; "
+            f"model.pooling={pooling} queries with the ad's IDs too, and the schema has none on side ad; "
             "add one, or set model.pooling=attentive"
         )
     return has[:1] if wanted == "images" else has

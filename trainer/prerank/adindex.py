@@ -242,7 +242,7 @@ class AdIndex:
         if max_gone is not None and num_gone > max_gone * len(known_K):
             raise AdIndexError(
                 f"{num_gone:,} of the {len(known_K):,} ads in {self._files.url} are not in the table, more than a "
-                f"share of {max_gone:g}: is --sync right? --max-gone 1 lets them go"
+                f"share of {max_gone:g}: is --sync right? --max-gone 1 allows it"
             )
         place_N, is_known_N = places(known_K, keys_N)
         same_N = is_known_N & np.isclose(old_KW[place_N], vectors_NW, rtol=_SAME, atol=_SAME).all(axis=1)

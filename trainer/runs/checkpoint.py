@@ -213,7 +213,7 @@ def read_rows(
 
 @contextmanager
 def local_copy(checkpoint: Checkpoint, file: str, digest: str, cache_dir: str | None = None) -> Iterator[Path]:
-    """Give a file of this machine with the content of a checkpoint's file: itself, or a copy in the cache folder.
+    """Return a file of this machine with the content of a checkpoint's file: itself, or a copy in the cache folder.
 
     The copy is there for the block. `digest` is the xxh3-128 that the file has to have. Raises DamagedCheckpointError
     for another one, or where the file is gone, OSError, StorageError.
@@ -331,7 +331,7 @@ class AcceptedStore(Section):
     figures: dict[str, Any]
 
     def replaces(self, name: str, record: SnapshotId) -> bool:
-        """Tell whether `record` is of the store that was replaced.
+        """Return whether `record` is of the store that was replaced.
 
         Of one store put back from a backup, it has to be the very snapshot."""
         if (name, record.store_id) != (self.name, self.recorded.store_id):

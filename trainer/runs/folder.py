@@ -56,7 +56,7 @@ class Checkpoint:
         return self.path(STATE)
 
     def is_of(self, run: RunPath) -> bool:
-        """Tell whether it is one of the checkpoints of the run in this folder, maybe by another path to it."""
+        """Return whether it is one of the checkpoints of the run in this folder, maybe by another path to it."""
         return checkpoints_of(self.run).resolve() == checkpoints_of(run).resolve()
 
     def path(self, file: str) -> str:

@@ -67,7 +67,7 @@ Choose = Callable[[StorePlace], Snapshot]
 def store_places(config: Config, schema: Schema) -> list[StorePlace]:
     """List the stores that the model's content fields name, that of data.store first; none where it sees no content.
 
-    data.store is the one named images, or the only one that is named; the others stand in data.stores. Raises
+    data.store is the one named images, or the only one that is named; the others are in data.stores. Raises
     ConfigError.
     """
     names = list(dict.fromkeys(f.store_name for f in used_fields(schema, config.model) if f.kind == "content"))
@@ -199,7 +199,7 @@ def lacking_images(
     partitions: Mapping[str, FeaturePartition],
     indexes: Sequence[SampleIndex],
 ) -> list[str]:
-    """Say in a line for each store how many images the run's samples name and the store lacks; every rank calls it.
+    """Report in a line for each store how many images the run's samples name and the store lacks; every rank calls it.
 
     All samples are counted, once for each snapshot: the cache folder of rank 0's machine keeps the counts. Raises, on
     all ranks together, DataError, and MissingKeysError where data.missing=error.
@@ -582,7 +582,7 @@ def _keep_dictionary(run: Run) -> None:
 
 
 def resumed_folder(run: Run) -> RunPath | None:
-    """Give the folder of the run that wrote the checkpoint which this one continues: its own, or another one's."""
+    """Return the folder of the run that wrote the checkpoint which this one continues: its own, or another one's."""
     if run.resumed is None:
         return None
     return run.folder if run.resumed.is_of(run.folder) else run.resumed.run

@@ -145,7 +145,7 @@ class SavedRun:
         return met is not None and isinstance(samples, int) and 0 < samples <= 100 * met
 
     def named(self) -> dict[str, str]:
-        """Say which run and checkpoint an exported file is of, for its metadata."""
+        """Describe the run and checkpoint of an exported file, for its metadata."""
         return {"run": str(self.folder), "checkpoint": self.checkpoint.name, "checkpoint_digest": self.digest}
 
 

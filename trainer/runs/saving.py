@@ -159,15 +159,15 @@ class CheckpointPlace:
         return self._storage.is_local
 
     def has(self, step: int) -> bool:
-        """Tell whether the checkpoint of that step is there, whole."""
+        """Return whether the checkpoint of that step is there, whole."""
         return f"{step_name(step)}/{STATE}" in self._newest_known().files
 
     def address(self, step: int) -> str:
-        """Give the address of the checkpoint of a step, there or not."""
+        """Return the address of the checkpoint of a step, there or not."""
         return f"{checkpoints_of(self.run)}/{step_name(step)}"
 
     def at(self, step: int) -> Checkpoint:
-        """Give the checkpoint of a step, which is there."""
+        """Return the checkpoint of a step, which is there."""
         return Checkpoint(self.run, step_name(step), versions.PublishedFiles(self._storage.url, self._newest_known()))
 
     def write(self, step: int, name: str, content: Mapping[str, Tensor]) -> WrittenPart:

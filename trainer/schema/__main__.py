@@ -202,7 +202,7 @@ def lookup(
 
 
 def is_one_table(storage: "Storage") -> bool:
-    """Tell whether a folder has several files of one table: with the same columns, and none in folders of their own."""
+    """Whether a folder has several files of one table: with the same columns, and none in folders of their own."""
     from trainer.schema.profile import data_files, look
 
     files = data_files(storage) if storage.is_local else []
@@ -213,7 +213,7 @@ def is_one_table(storage: "Storage") -> bool:
 
 
 def are_samples(storage: "Storage", label: str) -> bool:
-    """Tell whether a place has sample groups: their labels are lists; without that column, some lists of numbers tell.
+    """Whether a place has sample groups: their labels are lists; without that column, some lists of numbers tell.
 
     The first file is read, of samples one in train/ or test/: other files are next to these, as bad rows. Raises
     DataError where there is no file.

@@ -31,7 +31,7 @@ SUMMARY_FILE, TABLES = "summary.json", "tables"
 
 
 def kind_of(storage: Storage, place: str = "") -> Kind | None:
-    """Tell which kind of table lies at a place of a storage; None for other files."""
+    """Return the kind of table at a place of a storage; None for other files."""
     try:
         names = storage.list(place)
     except NotAFolderError:

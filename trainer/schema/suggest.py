@@ -640,7 +640,7 @@ def column_note(column: Column) -> str:
 
 
 def _unfit(column: Column, side: Side) -> str | None:
-    """Say why no field of this side can read the column; None where one can."""
+    """Explain why no field of this side can read the column; None where one can."""
     inner, is_real = column.depth - (side == "ad"), column.content == "real"
     several = "one value in all rows" if column.num_different else "no value in any row"
     widths = f"{column.shortest} to {column.longest} numbers"
