@@ -110,7 +110,7 @@ _SOON_DAYS = 14
 
 
 def problem_of_dates(file: Path) -> str | None:
-    """Warn where the first certificate of a PEM file has expired, is not valid yet, or expires soon.
+    """Return a warning where the first certificate of a PEM file has expired, is not valid yet, or expires soon.
 
     Returns None where it is well. Raises OSError, and ValueError for a file without a certificate."""
     from cryptography import x509  # most commands need no certificates

@@ -117,6 +117,6 @@ def test_remains_of_a_killed_run_go_and_neither_a_running_one_nor_others(tmp_pat
     assert [path.name for path in tmp_path.iterdir()] == ["samples"]
     (tmp_path / "made").mkdir()
     (tmp_path / "made/summary.json").write_text("of something else")
-    lacks = pytest.raises(SampleOptionError, match=r"no samples \(it has no train\).*would be replaced")
+    lacks = pytest.raises(SampleOptionError, match=r"not samples \(it has no train\).*would be replaced")
     with lacks, replaced_files(str(tmp_path / "made")):
         pass
