@@ -91,7 +91,7 @@ class VectorIndex:
 
     @property
     def largest_effort(self) -> int | None:
-        """More than this helps no more; None for flat."""
+        """Return the largest effort that helps; None for flat."""
         return _LARGEST_EFFORT if self.kind == "hnsw" else None
 
     def search(self, queries_KD: Vectors, count: int) -> tuple[Int64Array, Vectors]:

@@ -127,7 +127,7 @@ def _code_of(comm: "Comm", work: Callable[["Comm"], object]) -> int:
     except StoppedError:
         return STOPPED
     except UserError as failure:
-        if comm.rank == 0 or isinstance(failure, LostRankError):  # rank 0 may be the one that is gone
+        if comm.rank == 0 or isinstance(failure, LostRankError):  # rank 0 may be gone
             say_error(failure)
             _leave_for_torchrun(failure)
         else:

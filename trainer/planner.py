@@ -59,7 +59,7 @@ class Speed:
     image_s: float
     """Seconds of E, forward and backward, per unique image of an owner."""
     sample_s: float
-    """All else of a step, per sample of a rank."""
+    """Seconds of the rest of a step, per sample of a rank."""
     call_s: float
     """Seconds of a collective between the ranks of one machine."""
     link_bytes_per_s: float
@@ -98,9 +98,9 @@ class BatchCounts:
     """Counts of the keys of one global batch that ranks ask for and own."""
 
     images: int
-    """Unique ones."""
+    """Unique images of the batch."""
     most_images: int
-    """Unique ones of the busiest owner."""
+    """Unique images of the busiest owner."""
     keys: float
     """Unique keys that a rank asks for, the mean over ranks."""
     vector_bytes: float
@@ -113,7 +113,7 @@ class RankPlan:
 
     ranks: int
     images: int
-    """Unique ones of a global batch."""
+    """Unique images of a global batch."""
     rank_bytes: float
     """Features and ID rows of the rank that has most, and the copy of these while a checkpoint is written."""
     machine_bytes: float

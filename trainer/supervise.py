@@ -51,7 +51,7 @@ NUMBER = "SUPERVISE_GENERATION"
 FAILURE_GRACE_S, END_GRACE_S = 5.0, 60.0
 """Seconds that other ranks may live on after one has died or failed (others may report more), or has ended well."""
 _SETTLE_S = 3.0
-"""After enough hosts are there, for the others to come too."""
+"""Seconds to wait for the other hosts once enough are there."""
 _KILL_S = 20.0
 """Seconds after SIGKILL until a host that has not reported the end of its ranks is given up."""
 _OWN = ("SSH_", "XDG_", "DBUS_", "HOME", "HOSTNAME", "LOGNAME", "OLDPWD", "PWD", "SHELL", "SHLVL", "TMPDIR", "USER")

@@ -353,7 +353,7 @@ HOUR_S = 3_600
 HOURS_PER_DAY = 24
 ROW_GROUP_SIZE = 2_048
 MANY_DAYS = 100
-"""With more of them, those of a month may share a file: thousands of small ones take longer than their rows."""
+"""Number of days above which those of a month may share a file: thousands of small ones take longer than their rows."""
 BATCH_ROWS = 256
 FORMAT = "crossmedia samples 1"
 SORT: list[tuple[str, Literal["ascending", "descending"]]] = [

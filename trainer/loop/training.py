@@ -181,7 +181,7 @@ class Training:
         train = run.config.train
         self._saves = Checkpointer(run.comm, run.place, train.checkpoint_every_s, progress.flush)
         self.checkpoints = {"written": 0, "failed": 0}
-        """Since the run, or its resumption, began."""
+        """Counts since the run, or its resumption, began."""
         self._failed_in_a_row = 0
 
     def fit(self) -> None:

@@ -300,7 +300,7 @@ class _Progress:
     fatal: type[CheckpointError] | None = None
     """Error to raise on all ranks where the run may not continue."""
     clock_s: float = 0.0
-    """Since the last checkpoint was begun."""
+    """Seconds since the last checkpoint was begun."""
     step_s: float = 0.0
 
 
