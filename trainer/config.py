@@ -12,6 +12,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
+from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -486,7 +487,8 @@ def read_mapping(
     try:
         values = parse_yaml(read_text(run_path(path)), aliases)
     except FileNotFoundError as failure:
-        raise error(f"{setting}{path}: there is no such file") from failure
+        below = "" if "://" in str(path) or Path(str(path)).is_absolute() else f" below {Path.cwd()}"
+        raise error(f"{setting}{path}: there is no such file{below}") from failure
     except IsADirectoryError as failure:
         raise error(f"{setting}{path} is a folder; name a YAML file, as the settings.yaml of samples") from failure
     except (OSError, ValueError, StorageError) as failure:

@@ -1,5 +1,6 @@
 """Schema files and their mistakes, what crossmedia schema suggests and finds, and its counts of values."""
 
+import re
 import shutil
 from datetime import datetime
 from pathlib import Path
@@ -56,8 +57,9 @@ fields:
 )
 def test_mistakes_are_named(tmp_path: Path, old: str, new: str, message: str) -> None:
     path = tmp_path / "schema.yaml"
-    with pytest.raises(SchemaError, match="there is no such file"):
-        load_schema(path)
+    for missing, below in ((path, ""), (f"{tmp_path.name}.yaml", f" below {Path.cwd()}")):
+        with pytest.raises(SchemaError, match=f"there is no such file{re.escape(below)}$"):
+            load_schema(missing)
     path.write_text(OWN.replace(old, new))
     with pytest.raises(SchemaError) as caught:
         load_schema(path)

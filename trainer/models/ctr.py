@@ -43,7 +43,10 @@ class CtrModel(nn.Module):
         """`elsewhere`: user fields that the model takes in by itself, not pooled. Raises ConfigError."""
         super().__init__()
         self.fields = used_fields(schema, config)
-        self._elsewhere = frozenset(elsewhere)
+        self._pooled_ids: dict[Side, list[Field]] = {
+            side: [field for field in self._of(side, "id", "multi_id") if field.name not in elsewhere]
+            for side in ("user", "ad")
+        }
         self.place = StepPlace()
         self.hidden = HiddenLayers(config, self.place)
         self.pool = mean_pool if config.multi_hot == "mean" else sum_pool
@@ -66,7 +69,8 @@ class CtrModel(nn.Module):
         )
         self.new_ads = build_new_ads(schema, self.fields, config)
         self.id_proxy = build_id_proxy(schema, self.fields, config)
-        taken_in = [w for name, w in width.items() if name not in self._elsewhere and name not in aggregators]
+        self._of_pictures = [part for part in (self.new_ads, self.id_proxy) if part is not None]
+        taken_in = [w for name, w in width.items() if name not in elsewhere and name not in aggregators]
         self.input_width = sum(taken_in) + sum(each.width for each in aggregators.values())
         self.input_width += sum(width[name] for name in self.products)
 
@@ -77,8 +81,8 @@ class CtrModel(nn.Module):
     def with_pictures_of_ads(self, fields: Fields) -> dict[str, FieldVectors]:
         """Make the inputs of `forward` from looked-up vectors; ads' pictures replace new IDs if the model does so."""
         result = dict(fields)
-        for part in (self.new_ads, self.id_proxy):
-            result = result if part is None else part(result)
+        for part in self._of_pictures:
+            result = part(result)
         return result
 
     def check(self, batch: Batch) -> None:
@@ -102,8 +106,7 @@ class CtrModel(nn.Module):
         """Return ID vectors of one side, (M, W) for each field."""
         return [
             self.pool(fields[field.name]) if field.kind == "multi_id" else value_rows(fields[field.name])
-            for field in self._of(side, "id", "multi_id")
-            if field.name not in self._elsewhere
+            for field in self._pooled_ids[side]
         ]
 
     def dense_values(self, side: Side, dense: Dense) -> list[Tensor]:
