@@ -247,7 +247,7 @@ class _ExpandRows(torch.autograd.Function):
 
 
 class _SegmentMax(torch.autograd.Function):
-    """Maximum of segments with a backward of its own: segment_reduce of torch 2.13 gives equal rows a negative gradient whole, each."""
+    """Maximum of segments with a backward of its own: torch 2.13 gives equal rows a negative gradient whole, each."""
 
     @staticmethod
     def forward(ctx: Any, rows_N: Tensor, lengths_M: Tensor) -> Tensor:
