@@ -197,7 +197,7 @@ class SuperviseOptions:
     max_np: Annotated[int | None, typer.Option(min=1, help="Most ranks.", show_default="all slots")] = None
     by: Annotated[By, typer.Option(help="How the ranks communicate.")] = By.HOROVOD
     ssh: Annotated[str, typer.Option(help="The command that reaches other hosts.")] = "ssh"
-    most_fruitless: Annotated[
+    max_restarts: Annotated[
         int,
         typer.Option("--max-restarts-without-progress", min=0, help="Restarts in a row without a newer checkpoint."),
     ] = 5
@@ -350,7 +350,7 @@ class Supervisor:
                 self.printer.say(self._last_words(code))
                 return code
             self.printer.say(past_text(self.past[-1]))
-            if (tries := without_progress(self.past)) > self.options.most_fruitless:
+            if (tries := without_progress(self.past)) > self.options.max_restarts:
                 self.printer.say(
                     f"{tries} starts in a row came to no checkpoint after step {self.past[-1].step_after:,}; "
                     "giving up (--max-restarts-without-progress)"
