@@ -1,4 +1,4 @@
-"""Make what a training reads: the demo's pictures and logs, a feature store of images, samples of logs."""
+"""Make the inputs of a training: the demo's pictures and logs, a feature store of images, samples of logs."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any

@@ -1,4 +1,4 @@
-"""torch Datasets of what is stored: the images of a snapshot, and batches of samples."""
+"""torch Datasets of stored data: the images of a snapshot, and batches of samples."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any

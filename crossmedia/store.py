@@ -33,7 +33,7 @@ class Store(Snapshot):
         return self.num_rows
 
     def __contains__(self, image: object) -> bool:
-        """Tell whether an image has a feature."""
+        """Return whether an image has a feature."""
         return bool(self.contains(keys_of_images([image]))[0])
 
     def __getitem__(self, images: Any) -> NDArray[np.float32]:

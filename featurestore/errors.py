@@ -10,7 +10,7 @@ FeatureStoreError
 ├── ChannelError            the name of a channel is unknown, or not valid
 ├── FormatVersionError      written by a newer format than this code reads
 ├── SpecMismatchError       features of another network, dtype or width
-├── AnotherStoreError       a store of the same kind, but not the one that something was made of
+├── AnotherStoreError       a store of the same kind, but not the expected one
 ├── InvalidRowsError        rows that no store may hold (NaN, wrong shape)
 │   ├── DimsError           a width that a compact store of these rows cannot have
 │   ├── KeyCollisionError   two uris under one key

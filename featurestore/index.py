@@ -51,7 +51,7 @@ class VectorIndex:
     def __init__(self, index: Any, centre_D: Vectors) -> None:
         """`index`: a faiss.IndexIDMap over one of the two; `build` and `load` make it.
 
-        `centre_D` is what the vectors lie less.
+        `centre_D` is subtracted from the vectors.
         """
         self._index, self._base = index, faiss.downcast_index(index.index)
         self.kind: IndexKind = next(kind for kind, each in _CLASSES.items() if isinstance(self._base, each))
@@ -91,7 +91,7 @@ class VectorIndex:
 
     @property
     def largest_effort(self) -> int | None:
-        """More than this helps no more; None for flat."""
+        """Return the largest effort that helps; None for flat."""
         return _LARGEST_EFFORT if self.kind == "hnsw" else None
 
     def search(self, queries_KD: Vectors, count: int) -> tuple[Int64Array, Vectors]:

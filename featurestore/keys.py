@@ -1,4 +1,4 @@
-"""From an image's uri to its key, from the key to its shard, from the shard to its rank, and to the row by an index.
+"""Map an image's uri to its key, the key to its shard, the shard to its rank, and the key to its row by an index.
 
 All of it exists once: writer, partition and exchange use it, and the scorer.
 """

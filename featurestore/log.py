@@ -29,7 +29,7 @@ _MAX_ATTEMPTS = 300
 _MAX_FAILURES = 5
 _MAX_LISTINGS = 20
 _SLOW_S = 5.0
-"""A listing that took longer is made again: one of a folder may lack what came meanwhile, and what an expiry took."""
+"""A listing that took longer is made again: the list of a folder may lack files that came or expired meanwhile."""
 
 EMPTY = Manifest(
     version=0,
@@ -46,7 +46,7 @@ EMPTY = Manifest(
 
 
 def writer_name() -> str:
-    """Return host and process, for people."""
+    """Return host and process, for display."""
     return f"{platform.node()}:{os.getpid()}"
 
 
@@ -91,7 +91,7 @@ def read_manifest(storage: Storage, version: int | None = None) -> Manifest:
 
 
 class Appendable(Protocol):
-    """What `append` publishes: a `featurestore.store.Commit`, as the log sees it."""
+    """A `featurestore.store.Commit` as the log sees it, which `append` publishes."""
 
     commit_id: str
 

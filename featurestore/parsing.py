@@ -29,7 +29,7 @@ _EXPONENT = ("tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE
 
 
 class _Loader(yaml.SafeLoader):
-    """As YAML 1.2 has it, 1e-3 is a number, and a date is a text."""
+    """Loader by the rules of YAML 1.2: 1e-3 is a number, a date is a text."""
 
     _depth = 0  # of the node that is being composed
 

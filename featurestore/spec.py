@@ -94,7 +94,7 @@ class Int8Spec(Frozen):
     mean_cosine: Finite  # of both
 
     def __str__(self) -> str:
-        """Name the precision, and say what it costs."""
+        """Name the precision, and its cost."""
         return f"int8 (cosine {self.mean_cosine:.4f} with float32, on {self.num_held_out} images)"
 
 
@@ -114,7 +114,7 @@ class ExtractorSpec(Frozen):
 
     @property
     def precision(self) -> str | Int8Spec:
-        """In which the network multiplies: `compute_dtype`, or `int8` with all that it needs."""
+        """Return the type that the network multiplies in: `compute_dtype`, or `int8` with its calibration."""
         return self.int8 or self.compute_dtype
 
     @property
@@ -179,7 +179,7 @@ class StoreInfo(Sealed):
 
     @property
     def width_text(self) -> str:
-        """Numbers of a row, for people: 256, or of a compact store 256 of 4,096."""
+        """Describe the width of a row: 256, or of a compact store 256 of 4,096."""
         return f"{self.dim:,} of {self.full_dim:,}" if self.reduction else f"{self.dim:,}"
 
     @property
@@ -241,7 +241,7 @@ class Manifest(Sealed):
     parent: OptionalId | None
     commit_id: OptionalId  # empty of the empty store alone
     writer: str
-    time_s: Annotated[float, pydantic.Field(ge=0, le=LAST_SECOND)]  # for people; order comes from the version alone
+    time_s: Annotated[float, pydantic.Field(ge=0, le=LAST_SECOND)]  # for display; order comes from the version alone
     operation: str
     num_quarantined: int = 0
     num_files: int

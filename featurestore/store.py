@@ -120,7 +120,7 @@ class Snapshot(Shown):
         return pa.Table.from_batches([batch for shard in batches for batch in shard], schema)
 
     def arrow_reader(self, columns: Sequence[str] | None = None, decode: bool = True) -> pa.RecordBatchReader:
-        """Stream what `to_arrow` reads, a few megabytes at a time."""
+        """Stream the table of `to_arrow`, a few megabytes at a time."""
         schema, readers = live_schema(self.info, columns, decode), map(self.shard_reader, sorted(self.manifest.shards))
         batches = (batch for reader in readers for batch in live_batches(reader, self.codec, columns, decode))
         return pa.RecordBatchReader.from_batches(schema, batches)
@@ -216,7 +216,7 @@ class Commit:
     """New files of some shards: behind the files that are there, or in the place of those that it `replaces`.
 
     Replaced files must all be there still, side by side. Unless only deltas take their place, they must be the oldest
-    of their shard: what they delete must not be older than they are. What others added behind them stays.
+    of their shard: no older file may hold a row that they delete. What others added behind them stays.
     """
 
     storage: Storage
@@ -238,7 +238,7 @@ class Commit:
         return Snapshot(self.storage, self.info, log.append(self.storage, self))
 
     def check_files(self) -> None:
-        """Raise CorruptFileError, InvalidRowsError or SpecMismatchError where a new file is not what its entry says."""
+        """Raise CorruptFileError, InvalidRowsError or SpecMismatchError where a new file differs from its entry."""
         for shard, entry in ((shard, entry) for shard, entries in self.entries.items() for entry in entries):
             if not 0 <= shard < self.info.num_shards or not entry.path.startswith(f"data/{shard:04d}/"):
                 raise errors.InvalidRowsError(f"{entry.path} is not a file of shard {shard} of {self.info.num_shards}")
@@ -256,8 +256,8 @@ class Commit:
     def onto(self, parent: Manifest) -> Shards:
         """Return the files of each shard after this commit on `parent`.
 
-        Raises CommitConflictError where another writer has replaced what this commit is about, KeyCollisionError where
-        one has given a key another uri.
+        Raises CommitConflictError where another writer has replaced a file of this commit, KeyCollisionError where one
+        has given a key another uri.
         """
         if self.only_after is not None and parent.version != self.only_after:
             raise errors.CommitConflictError(
@@ -271,7 +271,7 @@ class Commit:
         return {**parent.shards, **changed}
 
     def manifest_after(self, parent: Manifest) -> Manifest:
-        """Return the manifest that this commit makes of `parent`. Raises what `onto` raises."""
+        """Return the manifest that this commit makes of `parent`. Raises the errors of `onto`."""
         shards = {shard: tuple(files) for shard, files in sorted(self.onto(parent).items()) if files}
         files = [file for each in shards.values() for file in each]
         return Manifest(

@@ -21,7 +21,7 @@ _BUFFER_BYTES = 8 << 20
 
 
 STYLE_BYTES = 1 << 20
-"""From the beginning of a file, for `find_style`."""
+"""Bytes read from the beginning of a file, for `find_style`."""
 _DELIMITERS = ",;\t|"
 _DECIMAL_COMMA = re.compile(r"-?\d+,\d+")
 COMMA_NUMBER = re.compile(r"-?(\d+|\d{1,3}(\.\d{3})+)(,\d+)?")
@@ -30,7 +30,7 @@ _STYLE_ROWS = 200
 
 @dataclass(frozen=True)
 class CsvStyle:
-    """How a CSV text is written."""
+    """The format of a CSV text."""
 
     delimiter: str = ","
     encoding: str = "utf-8"
@@ -47,8 +47,8 @@ def find_style(
 ) -> CsvStyle:
     """Detect the dialect of a text from its beginning, except options that are given.
 
-    The delimiter is the one that makes most names of the first line; a text that is not UTF-8 is Latin-1, or Windows'
-    form of it; the decimal sign is a comma where a column has nothing but such numbers. Raises CsvTextError.
+    The delimiter is the character that makes most names of the first line; a text that is not UTF-8 is Latin-1, or
+    Windows' form of it; the decimal sign is a comma where a column has nothing but such numbers. Raises CsvTextError.
     """
     check_encoding(beginning[:4])
     encoding = encoding or _encoding_of(beginning)
@@ -191,14 +191,14 @@ class _Scan:
 
 
 DType = Literal["bfloat16", "float16", "float32"]
-"""In which a store keeps features."""
+"""Float types that a store can have."""
 
 
 _PASSWORD = re.compile(r"(://[^\s/@:]*):[^\s/]*@")
 
 
 def printable(text: str) -> str:
-    r"""Return `text` with what cannot be seen spelled out, e.g. a line break as \n and a stray byte as \xff."""
+    r"""Return `text` with invisible characters spelled out, e.g. a line break as \n and a stray byte as \xff."""
     return text if text.isprintable() else "".join(map(_spelled, text))
 
 

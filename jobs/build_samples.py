@@ -70,7 +70,7 @@ def _bad(log: dict[str, Any]) -> str:
 
 
 def _further(log: dict[str, Any]) -> str:
-    """Say what joined tables and tables of events did not have, where there are any."""
+    """Report the gaps of joined tables and tables of events, where there are any."""
     texts = []
     if clicks := log.get("clicks"):
         texts.append(f"{clicks:,} clicks, {log['clicks_without_impression']:,} of them without an impression before")

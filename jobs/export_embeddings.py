@@ -24,7 +24,8 @@ def main(
     run: WhichRun = None,
     checkpoint: WhichCheckpoint = None,
     network: Annotated[
-        str | None, typer.Option(help="Which E, by its store's name in the schema; required if the run has several.")
+        str | None,
+        typer.Option(help="Feature store whose E to use, by its name in the schema; required if there are several."),
     ] = None,
     store_version: StoreVersion = None,
     out: Annotated[str, typer.Option(help="File to write, or replace: NAME.parquet.")] = "data/visual.parquet",

@@ -119,7 +119,7 @@ def _report(
 
 
 def put_in_use(out: str, new: "BundleManifest", options: "ExportOptions") -> list["GateResult"]:
-    """Put a published version in use if it is as good as the one in use; return what the gate found, if there is one.
+    """Put a published version in use if it is as good as the one in use; return the gate's result, if any.
 
     Raises ServingError, FeatureStoreError.
     """

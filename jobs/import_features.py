@@ -26,7 +26,7 @@ def main(options: ImportOptions) -> None:
     """Import vectors that another network or modality made, into a feature store of their own.
 
     Rows need a key (int64) or an id (text, whose hash is the key, as for images). Bad rows are kept in the store's
-    quarantine with the reason. Running it again imports what has changed; a killed run continues.
+    quarantine with the reason. Running it again imports changed vectors; a killed run continues.
     """
     from pipeline.cluster.tasks import connect
     from pipeline.import_vectors import import_vectors
@@ -38,7 +38,7 @@ def main(options: ImportOptions) -> None:
 
 
 def open_source(options: ImportOptions) -> "VectorSource":
-    """Find what is to be imported. Raises VectorImportError, and typer.BadParameter for options that do not fit."""
+    """Find the vectors to import. Raises VectorImportError, and typer.BadParameter for options that do not fit."""
     from pipeline import formats
 
     address = options.address

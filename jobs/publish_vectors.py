@@ -32,7 +32,9 @@ app = commandline.CommandApp(report=True, rich_markup_mode="rich")
 @app.command(epilog=EXAMPLES)
 def main(
     model: Annotated[str, typer.Option(help="Folder or s3:// address of the published model.")] = MODELS,
-    version: Annotated[int | None, typer.Option(min=1, help="Its version.", show_default="the one in use")] = None,
+    version: Annotated[
+        int | None, typer.Option(min=1, help="Version of the model.", show_default="the one in use")
+    ] = None,
     store: Annotated[
         list[str] | None,
         typer.Option(
@@ -69,7 +71,7 @@ def main(
 def _published(
     opened: "ModelVersion", of: "VectorsOf", source: str | None, version: "VersionName | None"
 ) -> "PublishReport":
-    """Bring the vectors of one feature store up to its snapshot `version`, and print what that did."""
+    """Bring the vectors of one feature store up to its snapshot `version`, and print a summary."""
     from featurestore.store import FeatureStore
     from featurestore.upkeep.compaction import MAX_DELTAS
     from serving.bundle.images import network_for, publish
@@ -91,7 +93,7 @@ def _published(
 
 
 def summary_text(report: "PublishReport") -> str:
-    """Write what the job prints of one feature store."""
+    """Format the summary of one feature store."""
     since = f"since snapshot {report.mirrored}" if report.mirrored is not None else "all of them looked at"
     head = f"vectors      {report.store}: of snapshot {report.source} of the features"
     if not report.committed:

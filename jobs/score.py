@@ -35,14 +35,15 @@ def main(
     store: Annotated[
         str | None,
         typer.Option(
-            help="Where the run's store is, at its newest snapshot.", show_default="the snapshot that it was trained on"
+            help="New address of the run's store; its newest snapshot is used.",
+            show_default="the snapshot that it was trained on",
         ),
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="Instead of a run: a published model, by default its version in use.")
+        str | None, typer.Option(help="A published model instead of a run; by default its version in use.")
     ] = None,
     version: Annotated[
-        int | None, typer.Option("--version", min=1, help="Of the model.", show_default="the one in use")
+        int | None, typer.Option("--version", min=1, help="Version of the model.", show_default="the one in use")
     ] = None,
     out: Annotated[str, typer.Option(help="File to write, or replace: NAME.parquet.")] = "data/scores.parquet",
 ) -> None:

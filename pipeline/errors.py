@@ -7,14 +7,14 @@ PipelineError
 ├── BackboneError      no such network or layer, or one that gives more than a vector per image
 ├── WeightsError       the network's weights cannot be had or do not fit
 ├── StoreRunError      a job that writes a store failed as a whole
-├── VectorImportError  vectors are not what they are said to be, or cannot be imported
+├── VectorImportError  vectors are not of the promised kind, or cannot be imported
 │   └── VectorsNotFoundError        no such file or folder, or no vectors in it
-├── DemoError          demo data cannot be made from what was given
+├── DemoError          demo data cannot be made from these arguments
 ├── ClusterError       no usable Dask cluster: too few workers, no certificates, packages missing
 │   ├── SchedulerUnreachableError   nothing answers at the address
 │   └── InsecureSchedulerError      beyond loopback and without TLS
 └── SampleError        the logs cannot be made into samples
-    └── SampleOptionError           an option makes no sense, or names what is not there
+    └── SampleOptionError           an option makes no sense, or names a missing place
 """
 
 from featurestore.errors import USAGE, UserError
@@ -23,7 +23,7 @@ SCHEDULER_LOST = "the Dask scheduler was lost or restarted; run the same command
 
 
 class PipelineError(UserError):
-    """Root of the pipeline's errors; its text is one message for the person who started the job."""
+    """Root of the pipeline's errors; its text is one message for the user who started the job."""
 
 
 class SourceError(PipelineError):
@@ -57,7 +57,7 @@ class StoreRunError(PipelineError):
 
 
 class VectorImportError(PipelineError):
-    """Vectors from elsewhere are not what they are said to be, or cannot be imported."""
+    """Imported vectors are not of the promised kind, or cannot be imported."""
 
 
 class VectorsNotFoundError(VectorImportError):
@@ -67,7 +67,7 @@ class VectorsNotFoundError(VectorImportError):
 
 
 class DemoError(PipelineError):
-    """Demo data cannot be made from what was given."""
+    """Demo data cannot be made from these arguments."""
 
 
 class ClusterError(PipelineError):
@@ -96,6 +96,6 @@ class SampleError(PipelineError):
 
 
 class SampleOptionError(SampleError):
-    """An option makes no sense, would destroy something, or names what is not there."""
+    """An option makes no sense, would destroy something, or names a missing place."""
 
     exit_code = USAGE

@@ -76,12 +76,12 @@ def find_files(address: str, suffix: str = "", what: str = "vectors") -> tuple[S
             raise FileNotFoundError
         return folder, [folder.entry(name)]
     except FileNotFoundError:
-        absent = f"are no files that end with {suffix}" if suffix else "is nothing"
+        absent = f"are no files ending in {suffix}" if suffix else "is nothing"
         raise VectorsNotFoundError(f"there {absent} at {address}: give the file or folder of your {what}") from None
 
 
 def fingerprint_of(storage: Storage, entries: Iterable[StorageEntry]) -> str:
-    """Write what changes when a file of the import does."""
+    """Return a text that changes when a file of the import does."""
     return f"{storage.url} " + " ".join(f"{entry.path}:{entry.size_bytes}:{entry.mtime_s}" for entry in entries)
 
 
@@ -123,7 +123,7 @@ class RecordSlice:
         return self.stop - self.start
 
     def read(self, block_rows: int) -> Iterator[VectorBlock]:
-        """Read the records, so many at a time. Raises VectorImportError."""
+        """Read the records, this many at a time. Raises VectorImportError."""
         with Storage(self.url).open_input(self.path) as file:
             file.seek(self.offset + self.start * self.record.itemsize)
             for first in range(0, self.num_rows, block_rows):
@@ -165,7 +165,7 @@ def plan_matrix(address: str, keys_address: str) -> VectorSource:
                 raise ValueError(f"format {version} is for arrays of records")
             shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(file)
         except (ValueError, SyntaxError) as error:
-            raise VectorImportError(f"{address} is no .npy file: {error}") from error
+            raise VectorImportError(f"{address} is not a .npy file: {error}") from error
         offset = file.tell()
     if len(shape) != 2 or dtype.kind != "f" or 0 in shape:
         raise VectorImportError(f"{address} holds {dtype} {shape}, not 2 dimensions of floating point numbers")
@@ -195,7 +195,7 @@ def _names_of_rows(address: str) -> tuple[Int64Array | list[str], str]:
     try:
         keys_N = read_npy(data)
     except ValueError as error:
-        raise VectorImportError(f"{address} is no .npy file: {error}") from error
+        raise VectorImportError(f"{address} is not a .npy file: {error}") from error
     if keys_N.ndim != 1 or keys_N.dtype.kind not in "iu" or keys_N.dtype == np.uint64:
         raise VectorImportError(f"{address} holds {keys_N.dtype} {keys_N.shape}, not int64 keys")
     return keys_N.astype(np.int64), fingerprint
@@ -291,7 +291,7 @@ def _footer(storage: Storage, path: str) -> tuple[pa.Schema, list[int]]:
             metadata = file.metadata
             return file.schema_arrow, [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
     except (pa.ArrowException, OSError) as error:
-        raise VectorImportError(f"{storage.full(path)} is no Parquet file that can be read: {error}") from error
+        raise VectorImportError(f"{storage.full(path)} is not a readable Parquet file: {error}") from error
 
 
 def _slices(url: str, path: str, columns: ParquetColumns, counts: list[int], dim: int) -> "list[VectorSlice]":
@@ -356,7 +356,7 @@ def _is_vector(kind: Any) -> bool:
 
 
 def _stored_type(kind: Any) -> Any:
-    """Give the type that holds the values of another one: that of a tensor is a list."""
+    """Return the type that holds the values of another one: that of a tensor is a list."""
     return getattr(kind, "storage_type", kind)
 
 
@@ -381,7 +381,7 @@ class XdlSlice(RecordSlice):
 
 
 def record_dtype(dim: int) -> np.dtype[np.void]:
-    """Give the type of one record."""
+    """Return the type of one record."""
     return np.dtype([("key", "<i8"), ("vector", "<f4", (dim,))])
 
 

@@ -136,7 +136,7 @@ class ImportSummary:
     snapshot: int
 
     def __str__(self) -> str:
-        """Give the lines that a job prints."""
+        """Return the lines that a job prints."""
         bad = f": {store_run.describe_bad(self.bad)}" if self.bad else ""
         lines = [
             f"rows         {self.num_rows:,}",
@@ -212,7 +212,7 @@ def _open_store(source: VectorSource, options: ImportOptions) -> FeatureStore:
 
 
 def extractor_of(origin: str) -> ExtractorSpec:
-    """Give the spec of vectors from elsewhere: all that is known of their network is what a person says."""
+    """Return the spec of imported vectors: of their network, only the name that the user gives is known."""
     return ExtractorSpec(
         backbone=BACKBONE, layer=origin, weights_digest=UNKNOWN, preprocessing=UNKNOWN, compute_dtype=UNKNOWN
     )

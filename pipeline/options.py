@@ -27,7 +27,7 @@ _OF_CLUSTER = ("scheduler", "scheduler_file", "workers", "threads_per_worker", "
 
 DTypeOption = Annotated[
     DType | None,
-    typer.Option(help="In which the store keeps features.", show_default="the store's; bfloat16 in a new one"),
+    typer.Option(help="Float type of the stored features.", show_default="the store's; bfloat16 in a new one"),
 ]
 ImagesOption = Annotated[
     str, typer.Option(help="Folder or fsspec address of images, or a .parquet or .csv with key or id, and uri.")
@@ -35,9 +35,11 @@ ImagesOption = Annotated[
 NewStoreOption = Annotated[str, typer.Option(help="Folder or address of the feature store; made when it is new.")]
 NumShardsOption = Annotated[
     int | None,
-    typer.Option(min=1, max=65536, callback=power_of_two, help="Of a new store, a power of two.", show_default="64"),
+    typer.Option(
+        min=1, max=65536, callback=power_of_two, help="Shards of a new store; a power of two.", show_default="64"
+    ),
 ]
-NameOption = Annotated[str | None, typer.Option(help="Of the feature, in a new store.", show_default="feature")]
+NameOption = Annotated[str | None, typer.Option(help="Name of the feature in a new store.", show_default="feature")]
 BatchOption = Annotated[int, typer.Option(min=1, max=4096, help="Images per pass of the network.")]
 ChannelOption = Annotated[
     str | None,
@@ -95,7 +97,7 @@ def _cluster(words: list[str]) -> Iterator[None]:
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractOptions:
-    """What to extract, and how. `num_shards` and `name` count when the store is made."""
+    """Options of an extraction. `num_shards` and `name` count when the store is made."""
 
     images: ImagesOption = DEFAULT_IMAGES
     store: NewStoreOption = DEFAULT_STORE
@@ -116,8 +118,8 @@ class ExtractOptions:
     precision: Annotated[
         Literal["auto", PrecisionName],
         typer.Option(
-            help="In which the network multiplies. auto: as the store does; a new one in bfloat16 where all workers'"
-            " hardware is quick at it, else in float32. int8 is calibrated on some of the images."
+            help="Number type of the network's products. auto: the store's; for a new one bfloat16 where all"
+            " workers' hardware is quick at it, else float32. int8 is calibrated on some of the images."
         ),
     ] = "auto"
     least_cosine: Annotated[
@@ -132,7 +134,7 @@ class ExtractOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class RefreshOptions:
-    """What to refresh, and how. What is None is as the store has it."""
+    """Options of a refresh. None: as the store has it."""
 
     images: ImagesOption = DEFAULT_IMAGES
     store: Annotated[str, typer.Option(help="Folder or address of a feature store that is there.")] = DEFAULT_STORE
@@ -153,7 +155,7 @@ class RefreshOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ImportOptions:
-    """What to import, and how. `num_shards`, `name` and `dtype` count for a new store; None: as it has them."""
+    """Options of an import. `num_shards`, `name` and `dtype` count for a new store; None: as it has them."""
 
     address: Annotated[
         str,
@@ -164,16 +166,20 @@ class ImportOptions:
     store: NewStoreOption = DEFAULT_STORE
     name: NameOption = None
     origin: Annotated[
-        str | None, typer.Option("--source", help="What made the vectors, in words; another one is refused later.")
+        str | None, typer.Option("--source", help="Name of the vectors' origin; later imports must give the same.")
     ] = None
-    keys: Annotated[str | None, typer.Option(help="Of a .npy matrix: .npy of int64, or a text file of ids.")] = None
+    keys: Annotated[str | None, typer.Option(help="Keys of a .npy matrix: a .npy of int64, or a text file of ids.")] = (
+        None
+    )
     dim: Annotated[
         int | None,
         typer.Option(
             min=1, max=1 << 20, help="Numbers per vector, for XDL and for lists.", show_default=f"{XDL_DIM} for XDL"
         ),
     ] = None
-    feature_column: Annotated[str | None, typer.Option(help="Of Parquet.", show_default="the only one")] = None
+    feature_column: Annotated[
+        str | None, typer.Option(help="Parquet column of the vectors.", show_default="the only one")
+    ] = None
     dtype: DTypeOption = None
     num_shards: NumShardsOption = None
     part_size: Annotated[int | None, typer.Option(min=1, help="Rows per task.", show_default="32 MB of them")] = None
@@ -181,7 +187,7 @@ class ImportOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleOptions:
-    """What samples to build from which logs. Times are in UTC."""
+    """Options of the samples. Times are in UTC."""
 
     logs: Annotated[str, typer.Option(help="Folder or address with impressions/*.parquet and behaviors/*.parquet.")] = (
         "data/logs"
@@ -194,13 +200,13 @@ class SampleOptions:
         ),
     ] = DEFAULT_SAMPLES
     window_days: Annotated[
-        float, typer.Option(min=0, max=LONGEST_DAYS, help="How far before an impression behaviours count.")
+        float, typer.Option(min=0, max=LONGEST_DAYS, help="Days before an impression whose behaviours count.")
     ] = 14
     min_dwell_s: Annotated[
         float, typer.Option(min=0, max=LONGEST_DAYS * 86_400, help="Seconds that a behaviour has to last.")
     ] = 5
-    max_behaviors: Annotated[int, typer.Option(min=1, max=1_000_000, help="The newest of a group.")] = 50
-    test_days: Annotated[int, typer.Option(min=0, max=LONGEST_DAYS, help="Last days, for testing.")] = 1
+    max_behaviors: Annotated[int, typer.Option(min=1, max=1_000_000, help="Newest behaviours of a group to keep.")] = 50
+    test_days: Annotated[int, typer.Option(min=0, max=LONGEST_DAYS, help="Last days of the logs, for testing.")] = 1
     test_from: Annotated[
         str | None, typer.Option(help="First day for testing, as 2026-03-20, in place of --test-days.")
     ] = None
@@ -231,7 +237,7 @@ class SampleOptions:
     days: Annotated[
         str | None,
         typer.Option(
-            help="Make only these days, as 2026-03-20,2026-03-21, new or anew; the samples keep all others.",
+            help="Build or rebuild only these days, as 2026-03-20,2026-03-21; the samples keep all others.",
             show_default="all",
         ),
     ] = None
@@ -265,15 +271,15 @@ class XdlOptions:
     samples: Annotated[
         str, typer.Option(help="Folder to write, on a disk that all workers see, or an address; replaced.")
     ]
-    test_share: Annotated[float, typer.Option(min=0, max=0.9, help="Of the groups of --from, by their key's hash.")] = (
-        0.1
-    )
+    test_share: Annotated[
+        float, typer.Option(min=0, max=0.9, help="Share of the groups of --from to test on, by their key's hash.")
+    ] = 0.1
     label_threshold: Annotated[float | None, typer.Option(help="Labels from here on are clicks.")] = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class DemoOptions:
-    """What to make; with `images` all readable photographs of that folder are the items."""
+    """Options of the demo data; with `images` all readable photographs of that folder are the items."""
 
     out: Annotated[
         Path, typer.Option(help="Folder to write: images, logs and demo.json.", callback=on_this_machine)

@@ -55,7 +55,7 @@ class StagedReport:
 
     @classmethod
     def load(cls, store: FeatureStore, run_id: str, name: str) -> Self:
-        """Load the report of what has this name in the run."""
+        """Load the report of the part of this name in the run."""
         fields = parse_json(store.storage.read_bytes(f"{STAGING}/{run_id}/{name}{REPORT}"))
         return cls(**{**fields, "bad": tuple(BadRow(*bad) for bad in fields["bad"])})
 
@@ -110,7 +110,7 @@ class StoreRun:
     parts that an earlier run of the same id left, `parts` those that the commit will hold.
     """
 
-    def __init__(self, client: Client, store: FeatureStore, run_id: str, snapshot: Snapshot):
+    def __init__(self, client: Client, store: FeatureStore, run_id: str, snapshot: Snapshot) -> None:
         self.client = client
         self.store = store
         self.run_id = run_id

@@ -112,7 +112,7 @@ def read_int(name: str, text: str) -> int:
 
 
 def read_number(name: str, text: str) -> float:
-    """Read a number that is finite as float32, which is what XDL makes of it. Raises BadLineError."""
+    """Read a number that is finite as float32, as XDL stores it. Raises BadLineError."""
     try:
         with np.errstate(over="ignore"):
             value = float(np.float32(text))

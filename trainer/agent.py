@@ -25,7 +25,7 @@ from typing import IO, Any
 
 AS_RANK = "--as-rank"
 BEATS = 10
-"""In a lease."""
+"""Heartbeats in a lease."""
 _DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
 
 
@@ -139,7 +139,7 @@ def become(parent: int, command: list[str]) -> None:
 
 
 def die_with_parent() -> None:
-    """Let the kernel send SIGKILL to this process when the one that has started it ends."""
+    """Let the kernel send SIGKILL to this process when its parent ends."""
     ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGKILL)
 
 

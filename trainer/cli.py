@@ -39,7 +39,7 @@ def counts_of(text: str) -> tuple[int, ...]:
     return tuple(sorted(set(found)))
 
 
-SettingsFile = Annotated[Path | None, typer.Option("--config", help="YAML file over the defaults.")]
+SettingsFile = Annotated[Path | None, typer.Option("--config", help="YAML file with settings that replace defaults.")]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="One setting; may be repeated.")
 ]
@@ -67,7 +67,7 @@ StoreVersion = Annotated[
 
 @dataclass(frozen=True, kw_only=True)
 class GateLimits:
-    """Limits of the gates of `crossmedia compat`, and of what replaces a model."""
+    """Limits of the gates of `crossmedia compat`, and of the gates for a new model."""
 
     min_coverage: Annotated[
         float, typer.Option(min=0, max=1, help="Share of the impressions' images with a feature.")
@@ -127,7 +127,7 @@ def _code_of(comm: "Comm", work: Callable[["Comm"], object]) -> int:
     except StoppedError:
         return STOPPED
     except UserError as failure:
-        if comm.rank == 0 or isinstance(failure, LostRankError):  # rank 0 may be the one that is gone
+        if comm.rank == 0 or isinstance(failure, LostRankError):  # rank 0 may be gone
             say_error(failure)
             _leave_for_torchrun(failure)
         else:

@@ -25,14 +25,14 @@ Exit codes: 0 all gates hold, or --force was given; 1 a gate fails; 2 wrong opti
 
 @dataclass(frozen=True, kw_only=True)
 class CompatOptions(GateLimits):
-    """Which snapshot is checked for which run, and what follows."""
+    """Options of the check of a snapshot for a run."""
 
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run's folder or address, as data/runs/NAME.")]
     store: Annotated[str, typer.Argument(metavar="STORE", help="Folder or address of a feature store.")]
     checkpoint: WhichCheckpoint = None
     version: Version = None
     name: Annotated[
-        str | None, typer.Option(help="Which store of the run, by its name in the schema.", show_default="the first")
+        str | None, typer.Option(help="Store of the run, by its name in the schema.", show_default="the first")
     ] = None
     samples: Annotated[
         str | None, typer.Option(help="Samples whose test/ is scored.", show_default="those of the run")
@@ -52,7 +52,7 @@ app = commandline.CommandApp(report=True, rich_markup_mode="markdown")
 @app.command(epilog=EXAMPLES)
 @commandline.takes(CompatOptions)
 def main(options: CompatOptions) -> None:
-    """Compare a snapshot with the one that a run was trained on: network, coverage, and the run's scores.
+    """Compare a snapshot with that of a run's training: network, coverage, and the run's scores.
 
     A store that was deleted and computed again may be as good as before, but runs that were trained on the old one
     refuse it: with --accept, RUN may use the new one, if all gates hold.

@@ -166,8 +166,8 @@ class ModelConfig(Section):
     images: Parameters[SeenImages] = "both"
     """Which images the model sees; image ids are ID fields in all four."""
     pooling: Parameters[Pooling] = "attentive"
-    """How the vectors of the behaviour images become one: attentive asks with the ad image, multi_query also with the
-    ad's ids; two towers sum."""
+    """Pooling of behaviour images' vectors: attentive queries with the ad image, multi_query also with the ad's
+    ids; two towers sum."""
     pooling_length: Parameters[Annotated[int, Field(ge=1, le=1_000)]] = 32
     """Pooling concat: behaviours taken, the newest; fewer are filled up with zeros."""
     image_products: Parameters[bool] = True
@@ -190,11 +190,11 @@ class ModelConfig(Section):
     multi_hot: Parameters[Literal["mean", "sum"]] = "mean"
     """How the ID vectors of a field with several values a row become one."""
     activation: Parameters[Activation] = "relu"
-    """Of the networks' hidden layers, E aside; the paper has prelu."""
+    """Activation of hidden layers, except E's; the paper has prelu."""
     dropout: Training[Annotated[float, Field(ge=0, le=0.95)]] = 0.0
     """Share of the units of an MLP's hidden layers that a training sample goes without."""
     id_dropout: Training[Annotated[float, Field(ge=0, lt=1)]] = 0.0
-    """Share of training samples whose ad is taken for a new one: the vectors of its own IDs are zero."""
+    """Share of training samples whose ad is treated as new: the vectors of its own IDs are zero."""
     id_proxy: Parameters[bool] = False
     """Add to the vectors of the ad's own IDs what a small net makes of its visual vectors, so that a new ad has some
     (docs/CHOICES.md)."""
@@ -341,11 +341,11 @@ class DataConfig(Section):
     stores: Nothing[dict[str, Place]] = Field(default={})
     """Further stores of content fields by name, as {titles: data/titles}; data.store is the one named images."""
     store_versions: Nothing[dict[str, Version]] = Field(default={})
-    """As store_version, of the stores above."""
+    """store_version of the stores above."""
     cache_dir: Nothing[Place | None] = None
     """Folder of the memory-mapped rows of this machine's shards; null: the store's default place."""
     schema_file: Nothing[Place | None] = None
-    """Which columns are what; null: trainer/presets/schema.yaml."""
+    """Schema of the samples; null: trainer/presets/schema.yaml."""
     global_batch_size: Positions[Count] = 512
     """Samples of one step, over all ranks; raise it with the data (the paper: 60,000)."""
     shuffle: Positions[bool] = True
@@ -369,7 +369,7 @@ class TrainConfig(Section):
     max_steps: Training[Count | None] = None
     """Stop after this many steps in all; null: after all epochs."""
     seed: Positions[Annotated[int, Field(ge=0, lt=2**63)]] = 0
-    """Of the initial parameters and of the order of the samples."""
+    """Seed of the initial parameters and of the samples' order."""
     log_every: Nothing[Count] = 10
     """Steps between two entries of TensorBoard and of the log."""
     eval_every: Training[Count | None] = None
@@ -410,7 +410,7 @@ class RunConfig(Section):
     """Also tell MLflow, or Weights & Biases, the settings, figures and addresses of the run; its package is an extra
     (docs/TRAIN.md). null: TensorBoard alone."""
     device: Training[Device] = "auto"
-    """What to compute on; auto: cuda if every rank has a GPU and the collectives go by NCCL."""
+    """Device to compute on; auto: cuda if every rank has a GPU and the collectives go by NCCL."""
     features_on_device: Nothing[Literal["auto"] | bool] = "auto"
     """Whether a rank holds its features in the memory of its device; auto: on a GPU, where they take at most half of
     what is free."""

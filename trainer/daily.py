@@ -1,7 +1,7 @@
 """Daily training: crossmedia daily trains on the days that are new.
 
-`crossmedia daily` is one rank; `horovodrun -np P crossmedia daily` is P of them. What is done is in the
-runs' folders alone, so a job that was killed at any time continues where it stopped.
+`crossmedia daily` is one rank; `horovodrun -np P crossmedia daily` is P of them. All progress is in the runs' folders,
+so a job that was killed at any time continues where it stopped.
 """
 
 import contextlib
@@ -31,10 +31,10 @@ if TYPE_CHECKING:
 
 DAY = re.compile(r"\d{4}-\d{2}-\d{2}")
 _SAME_PLACES = {"data.samples", "data.schema_file", "data.store", "data.stores"}
-"""What all days of a table read; which snapshots of the stores, is chosen day by day."""
+"""Settings that all days of a table share; which snapshots of the stores, is chosen day by day."""
 _CHOSEN = ("run.resume", "run.overwrite", "run.warm_parts", "data.train_days", "data.test_days", "data.validation_days",
            "train.early_stopping")  # fmt: skip
-"""What each day has its own of; a day is trained before the next one is there, so it cannot stop early."""
+"""Settings that each day has its own of; a day is trained before the next one is there, so it cannot stop early."""
 TABLE_FILE = "days.json"
 _METRICS = ("impressions", "logloss", "auc", "gauc", "new_ad_auc", "new_ad_gauc")
 _COUNTS = ("users", "gauc_users", "new_ad_users", "new_ad_gauc_users")
@@ -132,7 +132,7 @@ marked samples_changed. Exit codes are those of trainer.main.
 """
 
 LATER_LR, LATER_IDS_LR = 0.3, 0.15
-"""Of optim.lr and optim.ids_lr: the rates of a run that continues another one (docs/RESULTS.md)."""
+"""Factors of optim.lr and optim.ids_lr in a run that continues another one (docs/RESULTS.md)."""
 app = commandline.CommandApp(rich_markup_mode="markdown")
 
 
@@ -170,7 +170,7 @@ def main(
 
 @dataclass(frozen=True)
 class Day:
-    """The run of one day: what it trains on, the day that it is evaluated on if that is there, and its folder."""
+    """The run of one day: its training days, the day that it is evaluated on if that is there, and its folder."""
 
     name: str
     train_days: tuple[str, ...]

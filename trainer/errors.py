@@ -9,7 +9,7 @@ TrainerError
 ├── CheckpointError   a checkpoint is damaged, or of another run
 │   ├── CheckpointNotFoundError  no such checkpoint
 │   ├── DamagedCheckpointError   its files are not those that were written
-│   ├── OtherRunError            a checkpoint of another run, or of other settings
+│   ├── RunMismatchError         a checkpoint of another run, or of other settings
 │   └── TakenOverError           another start of the run writes its checkpoints now
 ├── AdIndexError      an index of ads is of another checkpoint, or its place has other files
 ├── RemoteRankError   another rank failed; kind and text are those of its error
@@ -82,7 +82,7 @@ class DamagedCheckpointError(CheckpointError):
         return f"{super().__str__()}{TAKE_ANOTHER}"
 
 
-class OtherRunError(CheckpointError):
+class RunMismatchError(CheckpointError):
     """The checkpoint belongs to another run: its settings, samples or features differ."""
 
     exit_code = USAGE

@@ -38,7 +38,9 @@ def main(
     ] = None,
     store: Annotated[
         str | None,
-        typer.Option(help="Where the run's store is, at its newest snapshot. By default the snapshot trained on."),
+        typer.Option(
+            help="New address of the run's store; its newest snapshot is used. By default the snapshot trained on."
+        ),
     ] = None,
     store_version: StoreVersion = None,
     bootstrap: Annotated[

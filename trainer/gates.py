@@ -69,9 +69,9 @@ class Scores:
 
 @dataclass(kw_only=True)
 class Comparison:
-    """Differences of GAUC and log loss, new less old, and what the gates find; empty if there was nothing to compare.
+    """Differences of GAUC and log loss, new less old, and results of the gates; empty if there was nothing to compare.
 
-    Against what the run reported, only that of log loss, without an interval: a GAUC moves by whole pairs.
+    Against the run's report, only that of log loss, without an interval: a GAUC moves by whole pairs.
     """
 
     num_impressions: int = 0
@@ -284,7 +284,7 @@ class Check:
         return found
 
     def accept(self, found: Comparison, force: str | None) -> str:
-        """Let the run's commands use the candidate's store instead of the one that it was trained on.
+        """Let the run's commands use the candidate's store instead of that of its training.
 
         Returns a description of the change. Raises TrainerError if a gate fails and no `force`, a reason, is given, or
         if the features are of another network.
@@ -327,7 +327,7 @@ def _place(saved: SavedRun, name: str | None) -> StorePlace:
 
 
 def _against_reported(saved: SavedRun, new: Scores, limits: GateLimits) -> Comparison:
-    """Compare with what the run found at the checkpoint's step, where that was on as many test impressions."""
+    """Compare with the run's evaluation at the checkpoint's step, where that was on as many test impressions."""
     count, step = len(new.predictions.logit_N), saved.state.step
     same = [each for each in saved.state.history if each["step"] == step and each.get("impressions") == count]
     before: float | None = same[-1]["logloss"] if same else None

@@ -49,13 +49,13 @@ CONNECT_S = 10
 _HOST = re.compile(r"(?P<name>[\w.@-]+)(?::(?P<count>\d+))?")
 _LONGEST_LINE = 2**20
 _START_S = 60.0
-"""For Python to start on a busy host."""
+"""Seconds for Python to start on a busy host."""
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 30.0
 LOOPBACK = "127.0.0.1"
 
 
 class By(StrEnum):
-    """What carries the collectives."""
+    """The library that carries the collectives."""
 
     HOROVOD = "horovod"
     TORCH = "torch"
@@ -85,7 +85,7 @@ def meeting(by: By, slots: Slots, address: str = "") -> Iterator[int]:
 
 
 def variables_of(by: By, slots: Slots, host: str, local: int, address: str, port: int) -> Variables:
-    """Return what horovodrun or torchrun sets for rank number `local` of `host`; all meet on `port` of `address`.
+    """Return the variables of horovodrun or torchrun for rank number `local` of `host`; all meet on `address`:`port`.
 
     But for the interface between the hosts, which trainer.comm finds: it leads to that address.
     """
@@ -110,7 +110,7 @@ def variables_of(by: By, slots: Slots, host: str, local: int, address: str, port
 
 
 def _assigned(slots: Slots) -> list[Any]:
-    """Give Horovod's description of each rank."""
+    """Return Horovod's description of each rank."""
     from horovod.runner.common.util.hosts import HostInfo, get_host_assignments
 
     ranks: list[Any] = get_host_assignments([HostInfo(*each) for each in slots.items()], 1)
@@ -141,7 +141,7 @@ def free_port() -> int:
 @app.command(epilog=EXAMPLES)
 def main(
     command: Annotated[list[str], typer.Argument(help="Command of one rank, after --.")],
-    by: Annotated[By, typer.Option(help="What the ranks speak to each other by.")] = By.HOROVOD,
+    by: Annotated[By, typer.Option(help="How the ranks communicate.")] = By.HOROVOD,
     requeue: Annotated[
         bool, typer.Option("--requeue", help="When SIGUSR1 has stopped the ranks, let Slurm run the job again.")
     ] = False,
@@ -247,7 +247,7 @@ def agent_command(host: str, ssh: Sequence[str], lease_s: float, *, here: bool) 
 
 @dataclass(frozen=True)
 class News:
-    """What came from a host: an answer of its agent, or {"is": "lost", "why": ...}."""
+    """A message from a host: an answer of its agent, or {"is": "lost", "why": ...}."""
 
     host: str
     what: dict[str, Any]
@@ -336,7 +336,7 @@ class Link:
         return came
 
     async def _listen(self) -> None:
-        """Take in what the agent says until its end; one that says nothing for half of its lease is dropped."""
+        """Read the agent's messages until its end; one that says nothing for half of its lease is dropped."""
         assert self._process is not None and self._process.stdout is not None
         patience_s: float | None = CONNECT_S + _START_S
         while True:

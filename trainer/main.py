@@ -143,7 +143,7 @@ def _next_command(run: "Run", days: list[str]) -> str:
 
 
 def _say_beginning(run: "Run", removed: "list[Checkpoint]", progress: "ProgressLog") -> None:
-    """Report what is not used, which images are lacking, checkpoints left out or removed, and a warm start."""
+    """Report unused settings, missing images, checkpoints skipped or removed, and a warm start."""
     from featurestore.published.paths import run_path
     from trainer.runs.folder import checkpoints_of
     from trainer.runs.saving import DAMAGED
@@ -157,9 +157,9 @@ def _say_beginning(run: "Run", removed: "list[Checkpoint]", progress: "ProgressL
         )
     for line in run.lacked:
         progress.say(line)
-    for each in run.passed_over:
+    for each in run.skipped:
         progress.say(
-            f"warning: {each.checkpoint.name} is passed over, and kept as {DAMAGED}{each.checkpoint.name} in "
+            f"warning: {each.checkpoint.name} is skipped, and kept as {DAMAGED}{each.checkpoint.name} in "
             f"{checkpoints_of(run.folder)}: {each.why}; continuing from step {run.engine.num_steps}"
         )
     if removed:
@@ -182,7 +182,7 @@ def _is_finished(run: "Run") -> bool:
 
 
 def _finished_text(run: "Run") -> str:
-    """Say that nothing is left to do, which settings are not used, and what would continue the run."""
+    """Say that nothing is left to do, which settings are not used, and how to continue the run."""
     from trainer.loop.training import total_steps
 
     saved = load_saved(run.folder / "config.yaml")
@@ -196,7 +196,7 @@ def _finished_text(run: "Run") -> str:
 
 
 def _report(run: "Run", training: "Training", measured: dict[str, Any]) -> dict[str, Any]:
-    """Put together what report.json says of a run; every rank calls it.
+    """Assemble report.json of a run; every rank calls it.
 
     `missing_lookups`: of images without a feature, those of evaluations included; `new_ad_pictures_count`: None where
     that is not decided (model.image_dropout); `logs`: versions of the tables of Delta, Iceberg or Lance that the

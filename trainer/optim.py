@@ -11,7 +11,7 @@ from trainer.comm import Comm
 from trainer.config import OptimConfig
 
 BETA1, BETA2 = 0.9, 0.999
-"""Of Adam: the weight of the past in the running means of gradients, and of their squares."""
+"""Adam's weights of the past in the running means of gradients, and of their squares."""
 _IN_FRONT = 2
 
 
@@ -158,7 +158,7 @@ class _Reduction:
 
 
 def _reductions(comm: Comm, parameters: Mapping[str, nn.Parameter], flat: Tensor) -> list[_Reduction]:
-    """Lay the gradients into `flat`, one after the other behind what is in front, and cut it by the first part of the
+    """Lay the gradients into `flat`, one by one behind the reserved front, and cut it by the first part of the
     names."""
     parts: dict[str, list[nn.Parameter]] = {}
     for name, parameter in parameters.items():

@@ -1,7 +1,7 @@
-"""The planner: what a step of a trained run costs on more ranks, what that needs, and how many ranks to take.
+"""The planner: time and memory of a trained run on more ranks, and how many ranks to use.
 
-Speeds are those of the run's report: machines are taken to be like the one that it ran on, with as many ranks on each.
-Keys are counted in one global batch of its samples, cut as for each number of ranks. The rest is computed.
+Speeds are those of the run's report: machines are assumed to be like that of the run, with as many ranks on each. Keys
+are counted in one global batch of its samples, cut as for each number of ranks. The rest is computed.
 
 Letters of shapes: P ranks, U unique keys that a rank asks for, M rows of a field.
 """
@@ -54,16 +54,16 @@ PROGRAM_BYTES = 2 * 2**30
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
-    """What a rank's work takes, and the network between the machines."""
+    """Times of a rank's work, and speed of the network between machines."""
 
     image_s: float
-    """Of a step, per unique image of an owner: E, forward and backward."""
+    """Seconds of E, forward and backward, per unique image of an owner."""
     sample_s: float
-    """All else of a step, per sample of a rank."""
+    """Seconds of the rest of a step, per sample of a rank."""
     call_s: float
-    """Of a collective between the ranks of one machine."""
+    """Seconds of a collective between the ranks of one machine."""
     link_bytes_per_s: float
-    """Of a machine, each way; its ranks share it."""
+    """Bandwidth of a machine, each way; its ranks share it."""
     ranks_per_machine: int
 
     def collective_s(self, ranks: int, messages: int, bytes_out: float) -> float:
@@ -95,16 +95,16 @@ class Source:
 
 @dataclass(frozen=True)
 class BatchCounts:
-    """What the ranks ask for and own of one global batch."""
+    """Counts of the keys of one global batch that ranks ask for and own."""
 
     images: int
-    """Unique ones."""
+    """Unique images of the batch."""
     most_images: int
-    """Unique ones of the busiest owner."""
+    """Unique images of the busiest owner."""
     keys: float
     """Unique keys that a rank asks for, the mean over ranks."""
     vector_bytes: float
-    """Of the vectors that the busiest owner answers with, its own among them."""
+    """Bytes of the vectors that the busiest owner answers with, its own among them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,13 +113,13 @@ class RankPlan:
 
     ranks: int
     images: int
-    """Unique ones of a global batch."""
+    """Unique images of a global batch."""
     rank_bytes: float
     """Features and ID rows of the rank that has most, and the copy of these while a checkpoint is written."""
     machine_bytes: float
     """Memory that a machine needs for its ranks: features, ID rows and programs; a fifth stays free."""
     bytes_sent: float
-    """Those that leave the busiest rank in a step: keys, vectors, their gradients, dense gradients."""
+    """Bytes that leave the busiest rank in a step: keys, vectors, their gradients, dense gradients."""
     step_s: float
     samples_per_s: float
     epoch_s: float
@@ -182,7 +182,7 @@ class Planner:
 
     @cached_property
     def sources(self) -> list[Source]:
-        """List what the ranks ask: the E of each store, and the ID tables."""
+        """List the keys that the ranks ask for: the E of each store, and the ID tables."""
         model, found = self.saved.config.model, list[Source]()
         for store, width in widths_of_stores(self._fields, model).items():
             names = tuple(each.name for each in self._fields if each.kind == "content" and each.store_name == store)
@@ -249,7 +249,7 @@ def keys_of(batch: Batch, fields: Sequence[str], rank: int, ranks: int) -> Int64
 
 
 def open_planner(folder: RunPath, batch_size: int | None, link_bytes_per_s: float) -> Planner:
-    """Open what is planned for a trained run, with a batch of its samples, by default as large as its own.
+    """Open the inputs of a plan for a trained run, with a batch of its samples, by default as large as its own.
 
     Images are those of the snapshots that it was trained on. Raises TrainerError, FeatureStoreError.
     """

@@ -84,7 +84,7 @@ class Stages:
         self._seconds.setdefault(stage, deque(maxlen=_KEPT_STEPS)).append(seconds)
 
     def add_rest(self, seconds: float) -> None:
-        """Count what a step that took `seconds`, without the wait for its batch, took beyond its stages."""
+        """Count the time that a step of `seconds`, without the wait for its batch, took beyond its stages."""
         others = {*AHEAD, WAIT, _REST}
         named_s = sum(series[-1] for stage, series in self._seconds.items() if stage not in others)
         self.add(_REST, max(0.0, seconds - named_s))
@@ -173,12 +173,12 @@ def prepare_ahead(
 
 
 class _Lateness:
-    """Whether those who ask for results have to wait long, compared with the time from one question to the next."""
+    """Measurement of whether callers wait long for results, compared with the time from one call to the next."""
 
     def __init__(self) -> None:
         self._asked_s: float | None = None
         self.times_late = 0
-        """How many of the last results were all late."""
+        """Number of the last results in a row that were late."""
 
     def timed(self, result: Callable[[], Result]) -> Result:
         """Wait for the result and return it."""
@@ -192,7 +192,7 @@ class _Lateness:
 
 
 def _step_back() -> None:
-    """Gives this thread the lowest priority: whatever the step does goes first. Where that is refused, so be it."""
+    """Lowers this thread's priority below the step's, as far as the system allows."""
     if sys.platform == "linux":  # elsewhere priorities are those of processes
         with contextlib.suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)

@@ -1,7 +1,7 @@
 """crossmedia supervise: train a run on several hosts, and start it again by itself when a rank or a host is lost.
 
 A generation is one start of all ranks; it made progress if the run's newest checkpoint is of a later step afterwards.
-What to do next is decided, and said, by pure functions of the generations that are over.
+Pure functions of the past generations decide, and describe, the next action.
 """
 
 import asyncio
@@ -49,9 +49,9 @@ app = CommandApp(rich_markup_mode="markdown")
 
 NUMBER = "SUPERVISE_GENERATION"
 FAILURE_GRACE_S, END_GRACE_S = 5.0, 60.0
-"""How long other ranks may live on after one has died or failed (others may have more to say), or has ended well."""
+"""Seconds that other ranks may live on after one has died or failed (others may report more), or has ended well."""
 _SETTLE_S = 3.0
-"""After enough hosts are there, for the others to come too."""
+"""Seconds to wait for the other hosts once enough are there."""
 _KILL_S = 20.0
 """Seconds after SIGKILL until a host that has not reported the end of its ranks is given up."""
 _OWN = ("SSH_", "XDG_", "DBUS_", "HOME", "HOSTNAME", "LOGNAME", "OLDPWD", "PWD", "SHELL", "SHLVL", "TMPDIR", "USER")
@@ -62,7 +62,7 @@ MOST_BACKOFF_S = 60.0
 
 @dataclass(frozen=True, kw_only=True)
 class RankEnd:
-    """How one rank ended, in the order in which the supervisor heard of it."""
+    """End of one rank, in the order in which the supervisor heard of it."""
 
     rank: int
     host: str
@@ -106,8 +106,8 @@ def place(available: Slots, min_ranks: int, max_ranks: int) -> Slots | None:
     return chosen if sum(chosen.values()) >= min_ranks else None
 
 
-def fruitless(past: Sequence[Past]) -> int:
-    """Count the last generations, which made no progress."""
+def without_progress(past: Sequence[Past]) -> int:
+    """Count the last generations in a row without progress."""
     return sum(1 for _ in itertools.takewhile(lambda each: each.step_after <= each.step_before, reversed(past)))
 
 
@@ -126,7 +126,7 @@ def exit_code(last: Past, asked_to_stop: bool) -> int | None:
 
 def back_off_s(past: Sequence[Past], base_s: float) -> float:
     """Return how long to wait before the next start: nothing after progress, else twice as long each time."""
-    count = fruitless(past)
+    count = without_progress(past)
     return min(MOST_BACKOFF_S, base_s * 2 ** (count - 1)) if count else 0.0
 
 
@@ -145,7 +145,7 @@ def end_text(end: RankEnd) -> str:
 
 
 def past_text(past: Past) -> str:
-    """Explain the end of a generation: by the rank to blame, and by what another one says if that cannot say why."""
+    """Explain the end of a generation: by the rank to blame, and by the message of another one if that has none."""
     bad = [end for end in past.ends if end.code not in (OK, STOPPED)] or past.ends
     first, *others = sorted(bad, key=lambda end: end.blame)
     says_why = first.blame == 0 or (first.error and not first.was_killed)
@@ -182,21 +182,24 @@ class Printer:
 
 @dataclass(frozen=True, kw_only=True)
 class SuperviseOptions:
-    """What a user asks of the supervisor."""
+    """User-set options of the supervisor."""
 
     command: Annotated[
         list[str], typer.Argument(metavar="-- COMMAND", help="crossmedia train, or daily, with its arguments.")
     ]
     hosts: Annotated[
-        str | None, typer.Option(metavar="HOST:SLOTS,...", help="Where ranks may run.", show_default="localhost:MAX_NP")
+        str | None,
+        typer.Option(
+            metavar="HOST:SLOTS,...", help="Hosts for the ranks, with their slots.", show_default="localhost:MAX_NP"
+        ),
     ] = None
     min_np: Annotated[int, typer.Option(min=1, help="Fewest ranks; with fewer slots it waits.")] = 1
     max_np: Annotated[int | None, typer.Option(min=1, help="Most ranks.", show_default="all slots")] = None
-    by: Annotated[By, typer.Option(help="What the ranks speak to each other by.")] = By.HOROVOD
+    by: Annotated[By, typer.Option(help="How the ranks communicate.")] = By.HOROVOD
     ssh: Annotated[str, typer.Option(help="The command that reaches other hosts.")] = "ssh"
-    most_fruitless: Annotated[
+    max_restarts: Annotated[
         int,
-        typer.Option("--max-restarts-without-progress", min=0, help="In a row, without a newer checkpoint between."),
+        typer.Option("--max-restarts-without-progress", min=0, help="Restarts in a row without a newer checkpoint."),
     ] = 5
     backoff_s: Annotated[
         float, typer.Option(min=0, help="Before the first restart without progress; doubled up to 60.")
@@ -234,7 +237,7 @@ class TrainCommand:
 
     words: tuple[str, ...]
     folder: RunPath
-    """Of the run or, of trainer.daily, of the days' runs."""
+    """Folder of the run or, with trainer.daily, of the days' runs."""
     is_daily: bool = False
 
     def newest_step(self) -> int:
@@ -272,7 +275,7 @@ def parse_command(words: Sequence[str]) -> TrainCommand:
 
 
 def _name_and_arguments(words: Sequence[str]) -> tuple[str, list[str]]:
-    """Return which command it is, a script being train, and what follows it."""
+    """Return the command, a script being train, and its arguments."""
     for place, (before, word) in enumerate(zip(["", *words], words, strict=False)):
         if Path(word).name in ("horovodrun", "torchrun"):
             raise ConfigError(f"{word} is not needed: the supervisor starts the ranks; write -- {_EXAMPLE}")
@@ -347,7 +350,7 @@ class Supervisor:
                 self.printer.say(self._last_words(code))
                 return code
             self.printer.say(past_text(self.past[-1]))
-            if (tries := fruitless(self.past)) > self.options.most_fruitless:
+            if (tries := without_progress(self.past)) > self.options.max_restarts:
                 self.printer.say(
                     f"{tries} starts in a row came to no checkpoint after step {self.past[-1].step_after:,}; "
                     "giving up (--max-restarts-without-progress)"
@@ -402,7 +405,7 @@ class Supervisor:
         return "; ".join(f"{link.host}: {link.trouble or 'no answer yet'}" for link in away)
 
     def _drain(self) -> None:
-        """Forget what hosts said between two generations; what counts then is which of them are there."""
+        """Forget messages of hosts between two generations; what counts then is which of them are there."""
         while not self._news.empty():
             self._news.get_nowait()
 

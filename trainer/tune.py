@@ -1,7 +1,7 @@
 """Try a small grid of settings on the last training days: crossmedia tune.
 
 Each point of the grid is a run of its own, evaluated after each epoch on days that it is not trained on. The test days
-are not looked at. What is done is in the runs' folders, so a job that was killed continues where it stopped.
+are not looked at. All progress is in the runs' folders, so a job that was killed continues where it stopped.
 """
 
 import itertools
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from trainer.comm import Comm
 
 GRID: Mapping[str, Sequence[Any]] = {"optim.lr": (0.001, 0.002), "optim.ids_lr": (0.012, 0.02)}
-"""What is tried, each with each, where nothing is said: the rates that differ most by log (docs/CHOICES.md)."""
+"""Default grid, in all combinations: the rates that differ most by log (docs/CHOICES.md)."""
 _CHOSEN = ("run.resume", "run.overwrite", "train.early_stopping", "train.eval_every")
 """Settings that each run of the grid has its own of."""
 NAME = "tune"
@@ -63,7 +63,7 @@ class Trial:
         return run_path(self.held_out.run.dir) / str(self.held_out.run.name)
 
     def row(self) -> dict[str, Any]:
-        """Return values and figures of the finished run: of its best epoch, the one that it has ended with."""
+        """Return values and figures of the finished run: of its best epoch, with which it has ended."""
         report = report_of(self.folder) or {}
         history = report["history"]
         epoch = 1 + [entry["step"] for entry in history].index(report["global_step"])
@@ -141,7 +141,7 @@ def _trial(file: RunPath | None, given: Sequence[str], values: Mapping[str, Any]
 
 
 def tune(trials: Sequence[Trial], comm: "Comm") -> None:
-    """Train what is not trained yet; write and print the table and the settings of the best. Every rank calls it.
+    """Train the missing runs; write and print the table and the settings of the best. Every rank calls it.
 
     Raises TrainerError and FeatureStoreError, on all ranks together.
     """
@@ -166,7 +166,7 @@ def _end(trials: Sequence[Trial]) -> None:
 
 
 def best_settings(trial: Trial, epochs: int) -> dict[str, dict[str, Any]]:
-    """Return what was tried and what differs from the defaults, by section and without `run`, to train on all days."""
+    """Return the settings tried and other changed ones, by section and without `run`, to train on all days."""
     chosen = trial.chosen.changed(data={"validation_days": 0}, train={"epochs": epochs}).model_dump(mode="json")
     names = [
         "train.epochs",

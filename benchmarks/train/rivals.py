@@ -104,7 +104,7 @@ class Model:
         rates = rates_at(self._optim, self._steps)
         self._dense.start_reduction()
         loss, _ = self._dense.outcome()
-        self.run.engine.move_rows(rates)
+        self.run.engine.step_rows(rates)
         self._dense.finish_reduction()
         self._steps += 1
         self._dense.step(rates, self._steps)

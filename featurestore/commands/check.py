@@ -75,7 +75,7 @@ def _prove_absent(url: str, file: Path) -> None:
 
 @app.command(epilog="Example: `crossmedia store repair data/features --dry-run`")
 def repair(url: Url, dry_run: DryRun = False) -> None:
-    """Repair what verify finds, in one commit. Rows that are lost with a broken file are computed by the next refresh.
+    """Repair problems that verify finds, in one commit. The next refresh computes the rows lost with a broken file.
 
     Exit code 1 when something is left that only a backup or you can repair.
     """
@@ -96,15 +96,15 @@ def repair(url: Url, dry_run: DryRun = False) -> None:
 
 @app.command(epilog="Example: `crossmedia store check-backend s3://bucket/features --writers 16`")
 def check_backend(
-    url: Annotated[str, typer.Argument(metavar="URL", help="Folder or s3:// address where a store is to be.")],
+    url: Annotated[str, typer.Argument(metavar="URL", help="Folder or s3:// address planned for a store.")],
     writers: Annotated[int, typer.Option("--writers", min=2, max=256, help="Threads that race.")] = 4,
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Races, each for a new file.")] = 50,
 ) -> None:
     """Test whether a place is fit for a store: an exclusive create has one winner, and reads see every write.
 
-    Tries what commits rely on, then lets threads race to create one file, many times. Exit code 1 when the place is
-    unsafe: commits would be lost there. Exit code 3 when no race overlapped, so that nothing was found out. No race can
-    prove that a place is safe: read what its maker promises about conditional puts too.
+    Tests the operations that commits rely on, then lets threads race to create one file, many times. Exit code 1 when
+    the place is unsafe: commits would be lost there. Exit code 3 when no race overlapped, so that nothing was found
+    out. No race can prove that a place is safe: read what its maker promises about conditional puts too.
     """
     from featurestore.storage.safety import check_backend as race
 
@@ -129,9 +129,9 @@ def check_backend(
 )
 def remake(
     source: Annotated[str, typer.Argument(metavar="SOURCE", help="Folder or s3:// address of the store.")],
-    out: Annotated[str, typer.Argument(metavar="OUT", help="Where the new store goes.")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="Folder or s3:// address of the new store.")],
     dtype: Annotated[
-        DType | None, typer.Option("--dtype", help="What the new store keeps.", show_default="the store's")
+        DType | None, typer.Option("--dtype", help="Float type of the new store.", show_default="the store's")
     ] = None,
     dims: Annotated[
         int | None,
@@ -139,7 +139,7 @@ def remake(
     ] = None,
     version: Version = None,
 ) -> None:
-    """Make a new store of another: in another dtype, or of principal components, and measure what its rows keep.
+    """Make a new store of another: in another dtype, or of principal components, and measure the loss of its rows.
 
     Says how large the relative error is, and how many nearest neighbours stay. With `--dims` the new store is
     compact: each row becomes its coordinates along the principal components of all rows. The basis is a file of the new
@@ -155,7 +155,7 @@ def remake(
 
 
 def show_remade(report: "upkeep.remake.RemakeReport") -> None:
-    """Print what the two stores have, and what the rows keep."""
+    """Print the sizes of the two stores, and the loss of the rows."""
     table = Table("")
     for dtype_name in (report.source_dtype, report.dtype):
         table.add_column(dtype_name, justify="right")
@@ -191,15 +191,16 @@ def purge(
     keys: Annotated[Path | None, typer.Option("--keys", help="Text file of keys, one on each line.")] = None,
     uris: Annotated[Path | None, typer.Option("--uris", help="Text file of uris, one on each line.")] = None,
     writer_hours: Annotated[
-        float, typer.Option("--writer-hours", min=0, help="Younger files of no snapshot may be a writer's, and stay.")
+        float,
+        typer.Option("--writer-hours", min=0, help="Keep unreferenced files that are younger: a writer may need them."),
     ] = 1.0,
     dry_run: DryRun = False,
 ) -> None:
     """Remove rows of images from a store with ALL of its history, for takedowns, and prove that they are gone.
 
     Snapshots whose files have such rows go; the newest is committed again without them. The quarantine and staged parts
-    are cleaned too. Let no writer be at work. Exit code 1 where a trace is left: run it again. Caches of readers and
-    what was made of the rows are elsewhere: docs/OPERATE.md.
+    are cleaned too. Let no writer be at work. Exit code 1 where a trace is left: run it again. Caches of readers, and
+    files made from the rows, are elsewhere: docs/OPERATE.md.
     """
     if keys is not None and uris is None:
         images = upkeep.purge.read_images(keys, "key")
@@ -219,7 +220,7 @@ def purge(
 
 
 def show_absence(report: "upkeep.purge.AbsenceReport", images: "upkeep.purge.Images", url: str) -> None:
-    """Print a proof, or what speaks against it. Raises typer.Exit with 1 then."""
+    """Print a proof, or the reasons against it. Raises typer.Exit with 1 then."""
     for trace in report.traces:
         print_problem(f"error: {trace.text}")
     looked_at = f"{count_text(report.num_files, 'file')}, {report.num_bytes:,} bytes"

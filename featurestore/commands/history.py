@@ -71,7 +71,7 @@ def diff(
 
 @app.command(epilog="Example: `crossmedia store restore data/features 12`")
 def restore(url: Url, version: Annotated[Any, _snapshot("A kept snapshot.")]) -> None:
-    """Commit a new snapshot with the rows of snapshot N. What was committed since stays in the log."""
+    """Commit a new snapshot with the rows of snapshot N. Later commits stay in the log."""
     store = open_store(url)
     old = store.snapshot(version).version
     snapshot = upkeep.history.restore(store, old)
@@ -132,10 +132,10 @@ def expire(
         int, typer.Option("--keep-last", min=0, help="How many of the last snapshots to keep.")
     ] = KEEP_LAST,
     keep_days: Annotated[
-        float, typer.Option("--keep-days", min=0, help="Days of which every state is kept.")
+        float, typer.Option("--keep-days", min=0, help="Keep all snapshots that are younger, in days.")
     ] = KEEP_DAYS,
     grace_days: Annotated[
-        float, typer.Option("--grace-days", min=0, help="Days for which files stay after that for their users.")
+        float, typer.Option("--grace-days", min=0, help="Days before files of expired snapshots are deleted.")
     ] = GRACE_DAYS,
     dry_run: DryRun = False,
 ) -> None:
@@ -228,8 +228,8 @@ def channel(
 ) -> None:
     """Set a channel: a name that points to a snapshot. With NAME alone list its moves, with neither all channels.
 
-    What takes a snapshot's number takes a channel too: data.store_version=stable of a training, --version stable here.
-    The snapshot of a channel is kept by `expire`.
+    Options that take a snapshot's number take a channel too: data.store_version=stable of a training, --version stable
+    here. The snapshot of a channel is kept by `expire`.
     """
     from featurestore.published.versions import find_channel, read_channels, read_moves
 

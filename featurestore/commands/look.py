@@ -95,7 +95,7 @@ def quarantine(url: Url) -> None:
 
 
 def _basis_lines(store: "FeatureStore") -> dict[str, str]:
-    """Say what the rows of a compact store are coordinates in; nothing of others."""
+    """Describe the basis of a compact store's rows; nothing of others."""
     if (basis := store.basis) is None or store.info.reduction is None:
         return {}
     origin = basis.origin
@@ -136,7 +136,7 @@ def serve(
     token_file: Annotated[
         Path | None, typer.Option("--token-file", help="File of tokens, one a line; a client needs one of them.")
     ] = None,
-    cache_dir: Annotated[Path | None, typer.Option("--cache-dir", help="Folder of local files of shards.")] = None,
+    cache_dir: Annotated[Path | None, typer.Option("--cache-dir", help="Folder for the local cache of shards.")] = None,
     poll_s: Annotated[
         float, typer.Option("--poll-s", min=0.1, help="Seconds between looks for a new snapshot.")
     ] = 10.0,

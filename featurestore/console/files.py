@@ -28,8 +28,8 @@ def replace_file(path: Path, content: str | bytes) -> None:
 def replaced_file(path: Path) -> Iterator[Path]:
     """Yield a hidden path in the same folder, which is renamed to `path` at the end of the block.
 
-    Where the block raises, what it has written is removed. Raises OSError, also where `path` is a folder, a device or a
-    pipe, which would be gone.
+    Where the block raises, its output is removed. Raises OSError, also where `path` is a folder, a device or a pipe,
+    which would be gone.
     """
     if path.exists() and not path.is_file():
         raise FileExistsError(errno.EEXIST, "not a regular file; choose another path", str(path))
@@ -110,7 +110,7 @@ _SOON_DAYS = 14
 
 
 def problem_of_dates(file: Path) -> str | None:
-    """Say where the first certificate of a PEM file has expired, is not valid yet, or expires soon.
+    """Return a warning where the first certificate of a PEM file has expired, is not valid yet, or expires soon.
 
     Returns None where it is well. Raises OSError, and ValueError for a file without a certificate."""
     from cryptography import x509  # most commands need no certificates

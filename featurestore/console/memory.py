@@ -1,4 +1,4 @@
-"""How much of the memory that it has freed a process keeps."""
+"""Settings of the memory that a process keeps after it has freed it."""
 
 import contextlib
 import ctypes

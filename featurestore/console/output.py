@@ -114,7 +114,7 @@ def print_problem(text: str) -> None:
 
 
 def print_warning(text: str) -> None:
-    """Print a line on stderr that says what may be wrong, while the command continues."""
+    """Print a warning on stderr, while the command continues."""
     print_problem(f"warning: {text}")
 
 
@@ -131,7 +131,7 @@ def print_rows(
 
 
 def _with_page(console: Console) -> list[Console]:
-    """Return the console of the terminal, and the one that records output for the page of the command."""
+    """Return the console of the terminal, and the recorder of the command's page."""
     page = current_page()
     return [console, page.console] if page and not console.quiet else [console]
 

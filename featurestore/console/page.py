@@ -54,7 +54,7 @@ PLOTS
 </body>
 </html>
 """
-"""As rich's own format of a page (`Console.export_html`)."""
+"""Format of a page, like rich's own (`Console.export_html`)."""
 
 
 class ReportPage:

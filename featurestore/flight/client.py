@@ -109,8 +109,8 @@ class FeatureClient:
     def lookup(self, keys_U: npt.ArrayLike, out: AnyArray | None = None) -> Lookup:
         """Return the features of `keys_U` in the order asked, written into `out` (U, D) where it is given.
 
-        As `FeaturePartition.lookup`, which says what happens to a key without a feature. Raises UnavailableError,
-        DeadlineError, AccessError, ServerError; then `out` may be filled in part.
+        As `FeaturePartition.lookup`, also for keys without a feature. Raises UnavailableError, DeadlineError,
+        AccessError, ServerError; then `out` may be filled in part.
         """
         asked_U = _keys(keys_U)
         out = output_for(self.info, len(asked_U), out)

@@ -34,7 +34,7 @@ MAX_OLDER = 3
 _MASK_ROWS = 1 << 16
 _SHUTDOWN_S = 20.0
 _LINGER_S = 0.5
-"""Until a client has read the end of an answer that is written: a connection that is closed before may lose it."""
+"""Seconds for a client to read the end of a written answer: a connection that is closed before may lose it."""
 
 
 class OpenSnapshots:

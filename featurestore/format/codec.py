@@ -57,7 +57,7 @@ class Codec:
     def encode_rows(self, rows: FeatureRows) -> FeatureRows:
         """Return `rows` with their features encoded, where they are of another float type than the store's own.
 
-        Never raises: `FeatureRows.validate` finds what the store cannot hold.
+        Never raises: `FeatureRows.validate` finds rows that the store cannot hold.
         """
         features_ND = rows.features_ND
         if features_ND.dtype.kind != "f" or features_ND.dtype == STORAGE_DTYPES[self.dtype] or features_ND.ndim != 2:
@@ -221,7 +221,7 @@ class FeatureStatistics:
 
 
 def input_scale(std_D: npt.ArrayLike, scaling: Scaling) -> Float64Array:
-    """Return what E multiplies centred dimensions by, (D,): each by 1 / std, or all by one number in common.
+    """Return the factors of the centred dimensions in E, (D,): each by 1 / std, or all by one number in common.
 
     Of "each", deviations below a tenth of their mean are raised to it. The one number gives the dimensions a variance
     of 1 in the mean. So those that vary little stay small, which suits components, of which the last are mostly noise.

@@ -15,8 +15,8 @@ later builds them again.
 The seal holds digests of both, and of the data files that they were made from. Keys are checked at each opening. Rows
 may be larger than memory, so they are read through when they may have changed: at the first opening after a restart of
 the machine, known by its boot id (they are not waited for on their way to the disk, which a power cut could use to
-leave zeros), and where the file is not the one that was checked last, by its inode and the time of its last change. A
-bit that the disk itself flips later is found by the next restart.
+leave zeros), and where the file has changed since its last check, by its inode and modification time. A bit that the
+disk itself flips later is found by the next restart.
 
 The folder belongs to one user (`featurestore.storage.local`). Who can write files as that user is trusted.
 """
@@ -303,7 +303,7 @@ def _touch(seal: Path) -> None:
 
 
 def prune(folder: Path, opened: Collection[str]) -> None:
-    """Remove what is old, but for the stems that were just `opened`. One listing; what cannot be removed stays."""
+    """Remove old files, except those of the `opened` stems. One listing; files that cannot be removed stay."""
     slots = {_slot(stem) for stem in opened}
     now_s = time.time()
     with contextlib.suppress(OSError):

@@ -67,7 +67,7 @@ class EmbeddingModel(nn.Module):
         return features_QD.to(self.compute_dtype) if out is None else out.copy_(features_QD)
 
     def of_numbers(self, numbers_QD: Tensor) -> Tensor:
-        """Return visual vectors (Q, V) of what `numbers` made."""
+        """Return visual vectors (Q, V) of the numbers that `numbers` made."""
         first = self.layers[0]
         assert isinstance(first, nn.Linear)
         weight_HD = first.weight * self.inverse_std_D
@@ -86,8 +86,8 @@ class EmbeddingModel(nn.Module):
 class EmbeddingService(nn.Module):
     """One rank's partition of a store and the E that reads it.
 
-    The partition says what becomes of a key without a feature: it has the zero vector ("zeros"), a trained vector
-    ("learned"), or `gather` raises MissingKeysError ("error").
+    The partition decides on keys without a feature: it has the zero vector ("zeros"), a trained vector ("learned"), or
+    `gather` raises MissingKeysError ("error").
     """
 
     holds_rows = False
@@ -104,7 +104,7 @@ class EmbeddingService(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the network is."""
+        """Return the device of the network."""
         return self.model.mean_D.device
 
     def hold_rows(self) -> None:

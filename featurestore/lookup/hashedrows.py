@@ -71,7 +71,7 @@ class HashedRows:
         return len(self._index)
 
     def close(self) -> None:
-        """End the threads and let go of the files."""
+        """End the threads and close the files."""
         self._closed = True
         self._files.close()
 

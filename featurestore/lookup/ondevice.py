@@ -67,7 +67,7 @@ class Copies:
         self._stream: torch.cuda.Stream | None = None
 
     def begin(self, rows_QD: Tensor, device: torch.device) -> tuple[Tensor, torch.cuda.Event | None]:
-        """Begin a copy; return it and what says that it is there. On a CPU it is the rows themselves."""
+        """Begin a copy; return it and the event of its arrival. On a CPU it is the rows themselves."""
         if device.type == "cpu":
             return rows_QD, None
         if self._stream is None:
@@ -89,7 +89,7 @@ class Gathered:
     buffer: Tensor | None = field(default=None, repr=False)
     """The memory that the service takes back."""
     copied: torch.cuda.Event | None = field(default=None, repr=False)
-    """What the GPU has to wait for before it reads them; None: nothing."""
+    """Event that the GPU waits for before it reads them; None: nothing."""
 
     def arrived(self) -> Tensor:
         """Return the features (Q, D), which the work that a GPU is given from now on finds there."""
@@ -128,7 +128,7 @@ class HeldRows:
     A step then carries there only the places of its keys, 8 bytes each."""
 
     def __init__(self, partition: FeaturePartition, device: torch.device) -> None:
-        """Raises what torch raises where memory is short (`held_bytes`)."""
+        """Raises torch's error where memory is short (`held_bytes`)."""
         dtype = as_tensor(np.empty(0, partition.info.storage_dtype)).dtype
         self._partition = partition
         self._zeros = partition.num_rows

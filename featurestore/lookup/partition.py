@@ -46,8 +46,8 @@ class FeaturePartition(HashedRows):
 
         `threads` build and look up; by default up to 4 build, and half of the cores but no more than 4 look up: copying
         rows is bound by memory, and other ranks want theirs. A build holds 256 MB of data files, or the largest one,
-        and each thread a few blocks and the keys of a shard. Removes what nobody has opened for a while from the folder
-        (`featurestore.lookup.cache`). Raises what opening a store raises, and CorruptFileError for a damaged data file.
+        and each thread a few blocks and the keys of a shard. Removes files unused for a while from the folder
+        (`featurestore.lookup.cache`). Raises as opening a store does, and CorruptFileError for a damaged data file.
         """
         if not 0 <= rank < num_ranks:
             raise ValueError(f"rank={rank} is not in [0, num_ranks={num_ranks})")
@@ -100,7 +100,7 @@ class FeaturePartition(HashedRows):
                 yield self._files.matrix[start : min(end, start + block_rows)]
 
     def find(self, keys_U: npt.ArrayLike) -> Int64Array:
-        """Return what `places` does, for a caller that looks the rows up itself.
+        """Return the result of `places`, for a caller that looks the rows up itself.
 
         Keys without a feature are counted, or raise MissingKeysError, as in `lookup`."""
         place_U, missing_U, _ = self._noted(keys_U)

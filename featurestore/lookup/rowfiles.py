@@ -68,7 +68,7 @@ class RowFiles:
             self._take(*work[0])
 
     def close(self) -> None:
-        """End the threads and let go of the files."""
+        """End the threads and close the files."""
         self._pool.shutdown()
         self.matrix = np.empty((0, self.matrix.shape[1]), self.matrix.dtype)
 

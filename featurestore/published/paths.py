@@ -24,7 +24,7 @@ _ADDRESS = re.compile(r"(?!file:)([A-Za-z][A-Za-z0-9+.-]*):/{1,2}([^/].*)")  # p
 
 
 @dataclass(frozen=True, order=True)
-class FarPath:
+class RemotePath:
     """A path on an object store, with those methods of `Path` that runs need. Raises StorageError."""
 
     url: str
@@ -32,24 +32,24 @@ class FarPath:
     def __str__(self) -> str:
         return self.url
 
-    def __truediv__(self, name: str) -> "FarPath":
-        return FarPath(f"{self.url}/{name}")
+    def __truediv__(self, name: str) -> "RemotePath":
+        return RemotePath(f"{self.url}/{name}")
 
     @property
     def name(self) -> str:
-        """Return what follows the last slash."""
+        """Return the part after the last slash."""
         return self.url.rpartition("/")[2]
 
     @property
-    def parent(self) -> "FarPath":
+    def parent(self) -> "RemotePath":
         """Return the path without its last part."""
-        return FarPath(self.url.rpartition("/")[0])
+        return RemotePath(self.url.rpartition("/")[0])
 
-    def absolute(self) -> "FarPath":
+    def absolute(self) -> "RemotePath":
         """Return the path: an address is always absolute."""
         return self
 
-    def resolve(self) -> "FarPath":
+    def resolve(self) -> "RemotePath":
         """Return the path: an address has no links."""
         return self
 
@@ -64,9 +64,9 @@ class FarPath:
         """Return whether something lies below the path."""
         return bool(self._storage.list(self.name))
 
-    def iterdir(self) -> "list[FarPath]":
-        """List what lies directly below the path, sorted."""
-        return [FarPath(f"{self.url}/{each}") for each in self._storage.list(self.name)]
+    def iterdir(self) -> "list[RemotePath]":
+        """List the entries directly below the path, sorted."""
+        return [RemotePath(f"{self.url}/{each}") for each in self._storage.list(self.name)]
 
     def read_bytes(self) -> bytes:
         """Read the whole file. Raises FileNotFoundError where there is none."""
@@ -93,31 +93,31 @@ class FarPath:
 
     @property
     def _storage(self) -> "Storage":
-        """What the path lies in; loaded late, as --help of commands needs no client of an object store."""
+        """Return the storage of the path; loaded late, as --help of commands needs no client of an object store."""
         from featurestore.storage.storage import Storage
 
         return Storage(self.parent.url)
 
 
-RunPath = Path | FarPath
+RunPath = Path | RemotePath
 
 
-def run_path(place: str | os.PathLike[str] | FarPath) -> RunPath:
+def run_path(place: str | os.PathLike[str] | RemotePath) -> RunPath:
     """Make the path of a folder, or of an address such as s3://bucket/runs.
 
     Raises AddressError where the address has no bucket.
     """
-    if isinstance(place, FarPath):
+    if isinstance(place, RemotePath):
         return place
     text = os.fspath(place)
     check_address(text)
     match = _ADDRESS.fullmatch(text)
-    return FarPath(f"{match[1]}://{match[2].rstrip('/')}") if match else Path(text.removeprefix("file://"))
+    return RemotePath(f"{match[1]}://{match[2].rstrip('/')}") if match else Path(text.removeprefix("file://"))
 
 
 def read_file(path: RunPath) -> bytes:
     """Read a regular file. Raises OSError, StorageError."""
-    return path.read_bytes() if isinstance(path, FarPath) else read_regular(path)
+    return path.read_bytes() if isinstance(path, RemotePath) else read_regular(path)
 
 
 def read_text(path: RunPath) -> str:
@@ -127,7 +127,7 @@ def read_text(path: RunPath) -> str:
 
 def open_file(path: RunPath) -> IO[bytes]:
     """Open a regular file for reading, seekable. Raises OSError, StorageError."""
-    return path.open_input() if isinstance(path, FarPath) else open_regular(path)
+    return path.open_input() if isinstance(path, RemotePath) else open_regular(path)
 
 
 def check_bucket(path: RunPath) -> None:
@@ -141,7 +141,7 @@ def check_bucket(path: RunPath) -> None:
 
 def remove_all(path: RunPath) -> None:
     """Remove a folder, or all plain files below an address; nothing happens where there is none."""
-    if isinstance(path, FarPath):
+    if isinstance(path, RemotePath):
         path.remove_all()
     else:
         shutil.rmtree(path, ignore_errors=True)
@@ -152,7 +152,7 @@ def written_locally(folder: RunPath) -> Iterator[Path]:
     """Yield a local folder to write to: this one, or a temporary one that is uploaded to the address at the end.
 
     The end is that of the block. Raises OSError, StorageError."""
-    if not isinstance(folder, FarPath):
+    if not isinstance(folder, RemotePath):
         folder.mkdir(parents=True, exist_ok=True)
         yield folder
         return
@@ -164,7 +164,7 @@ def written_locally(folder: RunPath) -> Iterator[Path]:
 
 def write_file(path: RunPath, content: str | bytes) -> None:
     """Create or replace a file: readers find all of the old or of the new content. Raises OSError, StorageError."""
-    if isinstance(path, FarPath):
+    if isinstance(path, RemotePath):
         path.write_bytes(content.encode() if isinstance(content, str) else content)
     else:
         replace_file(path, content)

@@ -4,7 +4,7 @@ A channel is a name such as `stable`, which points to a snapshot and can be move
 
     channels/stable/00000000000000000003.json      the third move; creating it is the move
 
-What a move says never changes, so the moves are the history of a channel. The newest one says where it points to.
+A move never changes, so the moves are the history of a channel. The newest one says where it points to.
 """
 
 import contextlib
@@ -45,7 +45,7 @@ class PublishedVersion(spec.Sealed):
     """Random, so that no other's is the same."""
     writer: str
     time_s: float
-    """For people; order comes from the version alone."""
+    """Time for display; order comes from the version alone."""
     files: dict[spec.StorePath, PublishedFile]
 
 
@@ -133,7 +133,7 @@ def read_version(storage: Storage, version: int) -> PublishedVersion:
 
 _MAX_ATTEMPTS = 300
 _EXPIRY_S = 300.0
-"""Longest time from what an expiry looks at to what it removes, or half of what it keeps."""
+"""Longest time from an expiry's look at a file to its removal; at most half of the time that files are kept."""
 _MAX_LISTINGS = 20
 _OURS = re.compile(FILES + r"/[^/]*-[0-9a-f]{32}(\.[^/.]*)?")
 
@@ -181,8 +181,8 @@ def publish(
 def expire(storage: Storage, keep_s: float, files_at_once: bool = False) -> list[str]:
     """Remove versions that were replaced longer than `keep_s` ago, and files that no version names and that are as old.
 
-    Those that a killed writer left are among these. The newest version stays, and whatever was at the address before
-    there were versions. Ages are by the storage's clock. Returns the paths that were removed.
+    Those that a killed writer left are among these. The newest version stays, and so do files that were at the address
+    before there were versions. Ages are by the storage's clock. Returns the paths that were removed.
 
     `files_at_once`: all files go that the newest version does not name, so that a disk gets their room; who reads an
     earlier version may miss one. Whoever has just published may do so: other writers' files are among them.
@@ -294,9 +294,9 @@ class ChannelMove(spec.Sealed):
     number: Annotated[int, Field(ge=1, le=spec.MAX_VERSION)]
     version: spec.Version | None
     commit_id: spec.OptionalId  # of the snapshot; empty without one
-    reason: str  # for people
+    reason: str  # for display
     writer: str
-    time_s: Annotated[float, Field(ge=0, le=spec.LAST_SECOND)]  # for people
+    time_s: Annotated[float, Field(ge=0, le=spec.LAST_SECOND)]  # for display
     nonce: spec.RandomId
 
 

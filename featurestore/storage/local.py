@@ -30,7 +30,7 @@ class StorageEntry(NamedTuple):
 
 
 class DiskFiles:
-    """Files below a folder of this machine, behind `Storage`, whose methods say what these do; errors are Python's own.
+    """Files below a folder of this machine, behind `Storage`, which documents the methods; errors are Python's own.
 
     With `keep_inside` no symbolic link leads out of the folder: what lies behind one is neither read nor written, but
     CorruptFileError is raised. Nothing is removed behind one in any case. The folder itself may be a link. Costs one

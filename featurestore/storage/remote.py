@@ -93,7 +93,7 @@ def check_endpoint() -> None:
 
 
 class RemoteFiles:
-    """Files of an object store, behind `Storage`, whose methods say what these do, with retries.
+    """Files of an object store, behind `Storage`, which documents the methods, with retries.
 
     Errors are the client's own, or RetriesExhaustedError at the end.
     """
@@ -322,7 +322,7 @@ def lacks_bucket(error: BaseException | None) -> bool:
 
 
 def was_not_done(error: BaseException) -> bool:
-    """Return whether the server says that it did not do what was asked and that asking again may help.
+    """Return whether the server says that it refused the request and that a retry may help.
 
     Unlike a cut connection, after which it is not known.
     """
@@ -393,14 +393,14 @@ def _client(protocol: str, place: str) -> Any:
 
 
 def _http_limits() -> dict[str, Any]:
-    """Return what bounds a request of aiohttp: by default it waits for five minutes."""
+    """Return the limits of a request of aiohttp: by default it waits for five minutes."""
     from aiohttp import ClientTimeout
 
     return {"timeout": ClientTimeout(total=PATIENCE_S, connect=HTTP_PATIENCE_S, sock_read=_HTTP_SILENCE_S)}
 
 
 def _options_in(protocol: str, place: str) -> dict[str, Any]:
-    """Return what an address says of its server, as options of fsspec's client.
+    """Return the options of fsspec's client for the server that an address names.
 
     Raises AddressError where there is no client of this protocol, or its package is missing.
     """

@@ -1,4 +1,4 @@
-"""Check of a place for a store: of many writers one must win the exclusive create, and reads must see what was written.
+"""Check of a place for a store: of many writers one must win the exclusive create, and reads must see the last write.
 
 Some object stores ignore the condition of a put, and some look first and write then: there two writers can both hear
 that their commit was made, and one of them is lost. Only a race shows the second kind, and only where the requests of
@@ -55,7 +55,7 @@ def check_backend(
     large_bytes: int = _LARGE_BYTES,
     progress: Progress | None = None,
 ) -> BackendReport:
-    """Try what commits rely on at `storage`, then race `num_writers` threads for one file, `num_rounds` times.
+    """Test the operations of commits at `storage`, then race `num_writers` threads for one file, `num_rounds` times.
 
     The race is left out where the first part fails. Every second round is for a file of `large_bytes`. Writes a folder
     of its own and removes it. Costs `2 * num_writers` requests a round, and holds `num_rounds / 2` of the large files

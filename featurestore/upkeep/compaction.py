@@ -52,11 +52,11 @@ def compact(
     Looks at `shards`, all by default; with `force` each is due that is not one file without tombstones. One commit, or
     none where nothing is due.
 
-    The rows stay exactly the same, and whatever others put or delete meanwhile stays; a shard that they compact or
-    restore is lost for this one (`CompactReport.lost`). Reads those shards twice, the first time for their digests, and
-    writes them once; each thread needs the memory of a few blocks and of the shard's keys, on an object store that of
-    the file to write.
-    Raises CommitConflictError where every shard was lost, CorruptFileError before anything of a damaged file is used.
+    The rows stay exactly the same, and so do concurrent changes of others; a shard that they compact or restore is lost
+    for this one (`CompactReport.lost`). Reads those shards twice, the first time for their digests, and writes them
+    once; each thread needs the memory of a few blocks and of the shard's keys, on an object store that of the file to
+    write. Raises CommitConflictError where every shard was lost, CorruptFileError before anything of a damaged file is
+    used.
     """
     snapshot = store.snapshot()
     looked_at = snapshot.manifest.shards if shards is None else shards

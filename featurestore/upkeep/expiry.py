@@ -1,11 +1,11 @@
 """Expiry: removes snapshots that nobody keeps, and after a grace time the files that only they, or dead writers, had.
 
-Every manifest is read before anything changes: a damaged one ends the run, as it may be the one that stays. Then a
-manifest moves from log/ to expired/: its snapshot can no longer be opened. Files go when no manifest in log/
-names them, none that has been in expired/ for less than the grace time, and they are older than that themselves. So
-a process that opened a snapshot, or began a commit, less than a grace time ago finds all of its files. What a
-manifest named that a repair moved to damaged/ is not known: for a grace time from then on no data goes. Every step can
-be cut off anywhere: the next run continues. All ages are counted by the storage's own clock.
+Every manifest is read before anything changes: a damaged one ends the run, as its snapshot may be kept. Then a manifest
+moves from log/ to expired/: its snapshot can no longer be opened. Files go when no manifest in log/ names them, none
+that has been in expired/ for less than the grace time, and they are older than that themselves. So a process that
+opened a snapshot, or began a commit, less than a grace time ago finds all of its files. What a manifest named that a
+repair moved to damaged/ is not known: for a grace time from then on no data goes. Every step can be cut off anywhere:
+the next run continues. All ages are counted by the storage's own clock.
 """
 
 import time
@@ -55,7 +55,7 @@ def expire(
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> ExpireReport:
-    """Keep the newest snapshots and those in use, and delete what nobody needs any more.
+    """Keep the newest snapshots and those in use, and delete files that nobody needs any more.
 
     What is kept: the newest snapshot, the `keep_last` last ones, those that were the newest at some time in the last
     `keep_days`, and those that a pin or a channel keeps.
@@ -88,15 +88,15 @@ def kept_versions(
 def move_aside(store: FeatureStore, versions: Sequence[int]) -> list[int]:
     """Take snapshots out of the log, those that a pin or a channel keeps left out: nobody can open them any more.
 
-    Their manifests stay in expired/ for the grace time of the next expiry, so that writers find out what became of
-    theirs. Returns the versions that went.
+    Their manifests stay in expired/ for the grace time of the next expiry, so that writers learn that theirs have
+    expired. Returns the versions that went.
     """
     there = set(log.versions(store.storage))
     return _Expiry(store, 0, 0.0, 0.0, dry_run=False).move_aside([each for each in versions if each in there])
 
 
 class _Expiry:
-    """One run. Nothing is deleted after half the grace time: what it knew at its beginning may be true no longer."""
+    """One run. Nothing is deleted after half the grace time: its first look at the store may be out of date."""
 
     def __init__(self, store: FeatureStore, keep_last: int, keep_s: float, grace_s: float, dry_run: bool) -> None:
         self.store, self.storage = store, store.storage

@@ -88,7 +88,7 @@ def log(store: FeatureStore, last: int | None = None) -> list[LogEntry]:
 def diff(
     store: FeatureStore, before: versions.VersionName, after: versions.VersionName, progress: Progress | None = None
 ) -> SnapshotDiff:
-    """Find what came, changed and went from snapshot `before` to `after`, in whichever order they were made.
+    """Find the rows added, changed and removed from snapshot `before` to `after`, in whichever order they were made.
 
     Shards with the same files are not read; of others the keys are, and features only of rows in files that one of the
     two snapshots alone has. Raises SnapshotNotFoundError, CorruptFileError.
@@ -103,7 +103,7 @@ def diff(
 
 
 def diff_shard(old: Snapshot, new: Snapshot, shard: int) -> SnapshotDiff:
-    """Find what `diff` does in one shard: its memory is that of the shard's keys and names. Raises CorruptFileError."""
+    """Compare one shard for `diff`: the memory is that of the shard's keys and names. Raises CorruptFileError."""
     return _diff_of(_shard_diff(old, new, shard))
 
 
@@ -127,8 +127,7 @@ class _Restore(Commit):
 def restore(store: FeatureStore, version: int) -> Snapshot:
     """Commit a new snapshot with the rows of an old one, which must be kept still.
 
-    Nothing is lost: what was committed meanwhile stays in the log, and can be restored as well. Raises
-    SnapshotNotFoundError.
+    Nothing is lost: later commits stay in the log, and can be restored as well. Raises SnapshotNotFoundError.
     """
     operation = f"restore {version}"
     return _Restore(storage=store.storage, info=store.info, operation=operation, store=store, version=version).publish()
@@ -210,7 +209,7 @@ class Pin(Sealed):
     name: str
     version: Version
     writer: str
-    time_s: Annotated[float, Field(ge=0, le=LAST_SECOND)]  # for people
+    time_s: Annotated[float, Field(ge=0, le=LAST_SECOND)]  # for display
 
 
 def is_pin_name(name: str) -> bool:

@@ -62,7 +62,7 @@ class Images:
 
     @property
     def described(self) -> str:
-        """Say how many there are, and by what they are named."""
+        """Describe their number, and whether keys or uris name them."""
         return count_text(len(self.uris), "uri") if self.uris else count_text(len(self.keys_N), "key")
 
     def are_in(self, keys_N: Int64Array, uris: Any) -> BoolArray:
@@ -85,7 +85,7 @@ class Trace:
 
     path: str
     rows: int | None  # None where it cannot be read
-    text: str  # for people, with the full address
+    text: str  # for display, with the full address
 
 
 @dataclass
@@ -156,7 +156,7 @@ class PurgeReport:
     """Results of a purge, or of its dry run."""
 
     num_rows: int = 0
-    """In all files, tombstones and earlier versions of a row among them."""
+    """Rows in all files, with tombstones and earlier versions of a row."""
     without_rows: list[str] = field(default_factory=list)
     """Keys or uris that no file had a row of: misspelt, or purged before."""
     version: int | None = None
@@ -166,13 +166,13 @@ class PurgeReport:
     """Channels that follow to the new snapshot."""
     num_quarantined: int = 0
     runs: list[str] = field(default_factory=list)
-    """Of which the staged parts were removed."""
+    """Runs whose staged parts were removed."""
     num_files: int = 0
     """Data files that were deleted."""
     young: list[str] = field(default_factory=list)
     """Files that a writer may be writing."""
     proof: AbsenceReport | None = None
-    """Of all files that are left; None in a dry run."""
+    """Check of all files that are left; None in a dry run."""
 
     @property
     def is_complete(self) -> bool:
@@ -188,14 +188,14 @@ def purge(
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> PurgeReport:
-    """Remove all rows of the images from all snapshots, the quarantine and what was staged, and prove it.
+    """Remove all rows of the images from all snapshots, the quarantine and staged parts, and prove it.
 
     Snapshots whose files have such rows go, and with them the history that they are. A channel that points to the
     newest snapshot follows to the new one; one that points to an older snapshot that goes is refused, and so is a pin
     of one. Files of no snapshot that are younger than `writer_hours` may be a writer's, and stay: then the proof fails,
     and it has to run again.
-    Let no other writer be at work: what one adds meanwhile is found by the proof, and one that began from a file that
-    goes fails.
+    Let no other writer be at work: rows that one adds meanwhile are found by the proof, and one that began from a file
+    that goes fails.
 
     Reads key and uri of all files twice; rewrites the files of the newest snapshot that have the rows. Raises PinError
     for pins and channels before anything is changed; CommitConflictError where others commit again and again;
@@ -344,7 +344,7 @@ class _Purge:
     def _delete(self, traces: Sequence[Trace], named: set[str]) -> None:
         """Delete data files with traces and their statistics, and runs that staged one.
 
-        What no snapshot named goes only if it is old: a writer may be at work on it."""
+        A file that no snapshot named is removed only if it is old: a writer may be at work on it."""
         now_s, ages_s = self.storage.now(), dict[str, float]()
         for trace in traces:
             *folders, name = trace.path.split("/")

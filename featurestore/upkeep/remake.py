@@ -1,6 +1,6 @@
 """Stores made of another one: in another dtype, or with fewer numbers a row.
 
-The new store is made after all of its files, so what a kill leaves is no store, and the same command starts again.
+The new store is made after all of its files, so a killed command leaves no store; the same command starts again.
 Letters of shapes: N rows (of a block, or compared), D width of the full rows, K components or queries.
 
 Source of the merge of moments: Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm", 1979. Blocks are
@@ -80,17 +80,17 @@ def remake(
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> RemakeReport:
-    """Make a store at `target_url` of the live rows of a snapshot (the newest by default), and measure what they keep.
+    """Make a store at `target_url` of the live rows of a snapshot (the newest by default), and measure their loss.
 
     `dtype` None: as the source. With `dims` each row becomes its coordinates along that many principal components of
     all rows, which takes a second reading; `progress` counts the shards of both. Without `dims` rows keep their
     numbers, and those of a compact store their basis.
 
     After a kill the same call starts again: files of the first one belong to no snapshot, and `expire` removes them.
-    Where all is done it gives the report. Needs the memory of a few blocks for each thread. Raises what
-    `principal_components` raises, StoreExistsError where something else is at the place, InvalidRowsError where `dtype`
-    cannot hold a row, CorruptFileError before anything of a damaged file is used, CommitConflictError where another
-    writer made a store at the place meanwhile.
+    Where all is done it gives the report. Needs the memory of a few blocks for each thread. Raises the errors of
+    `principal_components`, StoreExistsError where something else is at the place, InvalidRowsError where `dtype` cannot
+    hold a row, CorruptFileError before anything of a damaged file is used, CommitConflictError where another writer
+    made a store at the place meanwhile.
     """
     if dims is not None and source.info.reduction is not None:
         raise InvalidRowsError(
@@ -136,7 +136,7 @@ def read_report(storage: Storage) -> RemakeReport | None:
 
 
 def _part(progress: Progress | None, reading: int) -> Progress | None:
-    """Return what counts shards of the first reading of two (0), or of the second (1)."""
+    """Return a callback that counts shards of the first of two readings (0), or of the second (1)."""
     return None if progress is None else lambda done, total: progress(reading * total + done, 2 * total)
 
 

@@ -1,4 +1,4 @@
-"""Verification of every file of a store against its log, and repairs of what it finds.
+"""Verification of every file of a store against its log, and repairs.
 
 In `damaged/` are manifests that a repair took out of the log, and notes of data files that only older snapshots still
 name. Such a file can only come back from a backup: it is reported without alarm until its snapshots expire.
@@ -7,7 +7,7 @@ A repair is one commit: readers see the store before or after it, never between.
 
 - A damaged data file of the newest snapshot leaves it. Keys that can still be read of it go into the quarantine with
   the reason; where older files hold them too, tombstones take the file's place, so that no stale row shows again. The
-  next refresh computes what is missing.
+  next refresh computes missing features.
 - A file whose statistics are damaged stays without them: its rows are read instead, until it is compacted.
 - Files that older snapshots alone name are noted, and no alarm any more: those snapshots cannot be changed.
 - A damaged manifest moves to damaged/. Where it was the newest, the newest good one is committed again first, under the
@@ -455,7 +455,7 @@ def _broken_promises(keys: FileKeys, info: StoreInfo, shard: int, entry: FileEnt
 
 @dataclass
 class RepairReport:
-    """Actions of a repair, or of a dry run, one line each, and what no program can mend."""
+    """Actions of a repair, or of a dry run, one line each, and problems that no program can mend."""
 
     actions: list[str] = field(default_factory=list)
     left: list[Problem] = field(default_factory=list)
@@ -501,7 +501,7 @@ def _put_back(store: FeatureStore, problems: Sequence[Problem], report: RepairRe
     """Put manifests back into the log that expired/ still has; return whether there were any.
 
     The oldest first: a repair that was cut off finds the others again. None where one of the two folders is a link out
-    of the store: what it holds cannot be listed, and the problem is left to the user."""
+    of the store: its content cannot be listed, and the problem is left to the user."""
     if any(problem.kind == "folder" and problem.path in (log.LOG, log.EXPIRED) for problem in problems):
         return False
     damaged = {version for problem in problems if problem.kind == "manifest" for version in problem.versions}
@@ -554,7 +554,7 @@ def _mend_files(store: FeatureStore, problems: Sequence[Problem], report: Repair
 
 
 class _RepairPlan:
-    """Plan of a repair: what takes the place of which file, and which images are lost.
+    """Plan of a repair: replacements of files, and lost images.
 
     Tombstone files are written at once."""
 
@@ -752,8 +752,7 @@ def readable_keys(storage: Storage, info: StoreInfo, shard: int, entry: FileEntr
     """Read the keys that can still be read of a damaged file, and uris (empty where those cannot).
 
     Row groups whose pages do not fit their checksums are left out. Nothing at all where the file is gone, its footer is
-    broken, or it is another file than the one that was committed: of another size, other rows, or with keys of other
-    shards."""
+    broken, or it is not the committed file: of another size, other rows, or with keys of other shards."""
     found, uris = [], []
     try:
         if storage.size(entry.path) != entry.bytes:

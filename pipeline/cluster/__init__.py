@@ -8,11 +8,11 @@ client), and those of errors of ours in tasks, which the job tells in one line.
 import logging
 
 OF_A_TASK = "TaskError("
-"""In the texts of errors of tasks that the job tells: the name of their class."""
+"""Beginning of a task error's text: the name of its class."""
 
 
 def is_told(record: logging.LogRecord) -> bool:
-    """Tell whether a record of distributed.worker is for the user."""
+    """Return whether a record of distributed.worker is for the user."""
     text = record.getMessage()
     return "scheduler during heartbeat" not in text and not (text.startswith("Compute Failed") and OF_A_TASK in text)
 

@@ -41,7 +41,7 @@ IN_FLIGHT_PER_THREAD = 3  # enough that no worker waits for the client
 SENT_TOGETHER = 16  # in one message of the client, whose size is that of their arguments
 END_S = 60.0  # at most, for tasks that are running when one has failed; each takes seconds
 RETRIES = 1  # of a task that raised: a full disk stays full, a lost connection comes back
-MISTAKES = (errors.PipelineError, KeyCollisionError, InvalidRowsError)  # of a person, or of the data: never tried again
+MISTAKES = (errors.PipelineError, KeyCollisionError, InvalidRowsError)  # of a user, or of the data: never retried
 
 
 Part = TypeVar("Part")
@@ -192,7 +192,7 @@ CONNECT_TIMEOUT_S = 10.0
 SEND_INTERVAL_S = 0.001
 # The worker's profiler asks for the frames of all threads many times a second. On Python 3.11 that can stop the whole
 # process for ever (python/cpython#106883: a garbage collection inside sys._current_frames waits for its own lock).
-# And Dask has workers give memory back at every 64 kB, and so the C library maps each larger array anew: samples took a
+# And Dask has workers give memory back at every 64 kB, and so the C library remaps each larger array: samples took a
 # fifth more of the processor's time by that, for an eighth less of memory.
 WORKER_CONFIG = {
     "distributed.worker.profile.enabled": False,
@@ -209,7 +209,7 @@ def connect(timeout_s: float = CONNECT_TIMEOUT_S, **size: Any) -> Iterator[Clien
     A scheduler is configured by DASK_SCHEDULER_ADDRESS (dask-submit sets it for its script), DASK_SCHEDULER_FILE,
     or the same names in Dask's configuration; it stays running, and `size`, as `local_cluster` takes it, does not count
     then. Sizes that were given to dask-submit, or as options of a job, come before all of these. Raises ClusterError,
-    before anything is sent, and in the block in place of what Dask raises when the scheduler dies.
+    before anything is sent, and in the block in place of Dask's error when the scheduler dies.
     """
     asked = os.environ.get(LOCAL_VARIABLE)
     address = None if asked else configured_address(timeout_s)
@@ -243,7 +243,7 @@ def _prompt(client: Client) -> Client:
 
 @contextlib.contextmanager
 def ended_by_sigterm() -> Iterator[None]:
-    """Let SIGTERM end the block as an error does, so that what was started is closed, unless the program handles it.
+    """Let SIGTERM end the block as an error does, so that resources are closed, unless the program handles it.
 
     The first process of a container would not end at all: there the signal does nothing by itself.
     """
@@ -317,7 +317,7 @@ def open_client(address: str, timeout_s: float = CONNECT_TIMEOUT_S) -> Iterator[
             " DASK_DISTRIBUTED__COMM__TLS__CLIENT__KEY to the .pem files of that cluster"
         ) from error
     except (MemoryError, struct.error) as error:  # of the size that other words would have as a message of Dask
-        raise errors.SchedulerUnreachableError(address, "what answers there is no scheduler") from error
+        raise errors.SchedulerUnreachableError(address, "what answers there is not a scheduler") from error
     except (OSError, ValueError) as error:  # ValueError: an unknown protocol
         reason = str(error) or f"it says nothing for {2 * timeout_s:g} s"  # wait_for's TimeoutError has no text
         raise errors.SchedulerUnreachableError(address, reason) from error
@@ -326,7 +326,7 @@ def open_client(address: str, timeout_s: float = CONNECT_TIMEOUT_S) -> Iterator[
 
 
 async def _shake_hands(address: str, timeout_s: float) -> None:
-    """Connect once, as Client does; but that waits for ever where a service is no scheduler, and stays half open."""
+    """Connect once, as Client does; but that waits for ever where a service is not a scheduler, and stays half open."""
     comm = await connect_comm(address, timeout=timeout_s, **Security().get_connection_args("client"))
     await comm.close()
 
@@ -390,7 +390,7 @@ IMPORT_OURS = "import featurestore, pipeline"
 def check_address(address: str, insecure: bool = False) -> None:
     """Raise InsecureSchedulerError unless `address` is encrypted, or every IP of its host is loopback.
 
-    Not where a person has accepted it: by `insecure` (dask-submit's option), or for jobs and all by Dask's
+    Not where a user has accepted it: by `insecure` (dask-submit's option), or for jobs and all by Dask's
     configuration. Raises SchedulerUnreachableError when the host's name has no IP, or the address no meaning.
     """
     if insecure or dask.config.get(INSECURE_KEY, False) in (True, 1):

@@ -151,7 +151,7 @@ def catalogue_of(garments: list[Garment]) -> Catalogue:
 
 
 def _colours(garment: Garment) -> tuple[Float64Array, Float64Array]:
-    """Give main and pattern colour, 0-255: of the same hue, dark on light cloth and pale on dark cloth."""
+    """Return main and pattern colour, 0-255: of the same hue, dark on light cloth and pale on dark cloth."""
     hue = garment.hue_deg / 360
     pale = garment.value < 0.7
     saturation, value = (garment.saturation * 0.35, 1.0) if pale else (garment.saturation, garment.value * 0.35)

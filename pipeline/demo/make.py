@@ -26,7 +26,7 @@ FORMAT = 1  # raise it when equal options no longer give equal pictures and logs
 
 @dataclass(frozen=True)
 class DemoSummary:
-    """What was made (or found made), and where to point the extraction."""
+    """Summary of the demo data that was made or found, with the arguments of the extraction."""
 
     content: dict[str, Any]  # of demo.json
     images: Path
@@ -158,7 +158,7 @@ LOGS = ("impressions", "behaviors")
 
 
 def day_name(day: int) -> str:
-    """Give the ISO date of a day of the log (UTC)."""
+    """Return the ISO date of a day of the log (UTC)."""
     return f"{datetime.datetime.fromtimestamp(START_S + day * DAY_S, datetime.UTC):%Y-%m-%d}"
 
 
@@ -211,7 +211,7 @@ def behaviors_table(world: World) -> pa.Table:
 
 
 def describe_truth(world: World) -> dict[str, Any]:
-    """Collect what the simulation knows and the logs do not say: the ceiling and counts."""
+    """Collect facts of the simulation that the logs do not have: the ceiling and counts."""
     last = world.shown.day_N == world.num_days - 1
     new_T = world.launch_day_I[world.shown.item_N[last]] == world.num_days - 1
     return {

@@ -1,1 +1,1 @@
-"""From images to a feature store: extract what is new, refresh what has changed."""
+"""Extraction of features into a store: of new images, and of changed ones."""

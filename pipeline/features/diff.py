@@ -211,7 +211,7 @@ def _is_repeated(values_K: AnyArray) -> BoolArray:
 
 
 def _named(images: ImageTable, index_K: Int64Array) -> list[tuple[Any, ...]]:
-    """Give what distinguishes images over two runs: key and source tag of each."""
+    """Return the fingerprint of images over two runs: key and source tag of each."""
     return list(zip(*images.take(index_K, "key", "source_tag").to_pydict().values(), strict=True))
 
 

@@ -38,7 +38,7 @@ LEAST_DECODE_THREADS = 4  # reading is waiting
 
 @dataclass(frozen=True)
 class PartSettings:
-    """What all parts of a run have in common."""
+    """Settings that all parts of a run share."""
 
     store: str
     run_id: str
@@ -186,7 +186,7 @@ def try_image(settings: PartSettings, ref: ImageRef) -> None:
 
 
 def calibrate(backbone_name: str, weights: str, refs: Sequence[ImageRef]) -> Int8Spec:
-    """Measure what the network needs for int8, and what that costs, on the good ones of these images.
+    """Calibrate the network for int8, and measure the cost, on the good ones of these images.
 
     Raises BackboneError where there are not two of them, WeightsError.
     """
@@ -202,7 +202,7 @@ def calibrate(backbone_name: str, weights: str, refs: Sequence[ImageRef]) -> Int
 
 
 def torch_threads(workers_per_host: int) -> int:
-    """Give a process's share of its host's cores, of so many processes there."""
+    """Return a process's share of its host's cores, for this number of processes."""
     return max(1, len(os.sched_getaffinity(0)) // workers_per_host)
 
 

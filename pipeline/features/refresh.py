@@ -40,7 +40,7 @@ class RefreshSummary:
     """Counts of one run. Each image of the listing is one of new, changed, touched, unchanged and bad."""
 
     num_images: int  # listed
-    num_ignored: int  # files that are no images by their extension, or repeated rows of a table
+    num_ignored: int  # files that are not images by their extension, or repeated rows of a table
     num_new: int  # the store did not have them
     num_changed: int  # the store had other bytes
     num_touched: int  # the store has these bytes under another tag; the feature stays
@@ -59,7 +59,7 @@ class RefreshSummary:
     channel: str | None = None  # points to it from now on
 
     def __str__(self) -> str:
-        """Give the lines that a job prints."""
+        """Return the lines that a job prints."""
         kept = f" ({self.num_kept:,} not listed, kept)" if self.num_kept else ""
         num_worked_on = max(0, self.num_images - self.num_unchanged - self.num_touched - self.num_resumed)
         speed = f", {num_worked_on / max(self.seconds, 1e-9):.1f} images/s" if num_worked_on else ""
@@ -208,7 +208,7 @@ def _settings(options: RefreshOptions, client: Client, store: FeatureStore, snap
 
 
 def describe_network(client: Client, backbone_name: str, weights: str, precision: Precision) -> ExtractorSpec:
-    """Give the spec of the network as a worker builds it, which keeps it; this process does without torch.
+    """Return the spec of the network as a worker builds it, which keeps it; this process does without torch.
 
     `auto` is what our environment names, else bfloat16 where the hardware of all workers is quick at it, else float32.
     Raises BackboneError, WeightsError; ClusterError where the workers die of it.
@@ -242,7 +242,7 @@ def _check_gone(options: RefreshOptions, num_gone: int, comparison: diff.Compari
         raise StoreRunError(
             f"{num_gone:,} of the {comparison.num_stored:,} rows in {options.store} {fault}, more than a share of"
             f" {options.max_gone:g}: is --images right? In crossmedia refresh --keep-missing keeps them, --max-gone 1"
-            " lets them go"
+            " allows it"
         )
 
 
@@ -343,7 +343,7 @@ def workers_per_host(client: Client) -> int:
 class ImageRun(store_run.StoreRun):
     """A StoreRun of images."""
 
-    def __init__(self, client: Client, store: FeatureStore, settings: parts.PartSettings, snapshot: Snapshot):
+    def __init__(self, client: Client, store: FeatureStore, settings: parts.PartSettings, snapshot: Snapshot) -> None:
         super().__init__(client, store, settings.run_id, snapshot)
         self._settings = settings
         self.num_resumed = 0  # images to compute in parts that were staged before

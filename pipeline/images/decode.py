@@ -1,7 +1,7 @@
 """Decoding: from the bytes of an image file to the pixels that the network sees.
 
 The steps and sizes are torchvision's own, from the record of the network's weights; for VGG16: short side to 256,
-bilinear with antialiasing, centre crop of 224. What torchvision leaves open is fixed here:
+bilinear with antialiasing, centre crop of 224. This module fixes the choices that torchvision leaves open:
 - EXIF orientation is applied; the first frame of an animation counts; colour profiles are ignored;
 - transparent pixels are put on white; 16-bit grey is scaled to 8 bits; CMYK, palette and grey become RGB;
 - a JPEG whose short side is at least 2,048 pixels is decoded at 1/2, 1/4 or 1/8 (libjpeg's scaled decoding), with at
@@ -52,7 +52,7 @@ class Preset:
 
     @property
     def crop_height_width(self) -> tuple[int, int]:
-        """Height and width of what the network sees."""
+        """Height and width of the network's input."""
         return self.crop[0], self.crop[-1]
 
     @property
@@ -158,7 +158,7 @@ def _orientation(image: Image.Image) -> int:
     """Read the EXIF orientation, 1 (upright) to 8; 1 when the EXIF cannot be read."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # the pixels are loaded and good: a damaged EXIF is no reason to lose them
+    except Exception:  # the pixels are loaded and good: a damaged EXIF is not a reason to lose them
         return 1
     return orientation if orientation in range(1, 9) else 1
 

@@ -300,7 +300,7 @@ def _is_image(uri: str) -> bool:
 
 
 def files_below(root: str) -> Iterator[tuple[str, os.stat_result | None]]:
-    """List all files below a folder of this machine, each with what `stat` says, None where it refuses.
+    """List all files below a folder of this machine, each with its `stat`, None where that fails.
 
     A folder that is there as itself and behind links is listed as itself. Raises OSError where a folder cannot be
     listed: its images would be taken for vanished.
@@ -327,7 +327,7 @@ def files_below(root: str) -> Iterator[tuple[str, os.stat_result | None]]:
 
 
 def _target_of(entry: "os.DirEntry[str]") -> os.stat_result | None:
-    """Look at a file, or at what its link leads to."""
+    """Look at a file, or at the target of its link."""
     try:
         return entry.stat()
     except PermissionError:
@@ -410,7 +410,7 @@ def _column(table: pa.Table, name: str, wanted: pa.DataType, address: str) -> An
 
 
 def _look_at(location: str) -> tuple[str, int]:
-    """Give a file's tag and size in bytes; "" and -1 where it cannot be looked at: reading it will say why."""
+    """Return a file's tag and size in bytes; "" and -1 where it cannot be looked at: reading it will say why."""
     try:
         storage, path = _place_of(location)
         entry = storage.entry(path)
@@ -421,5 +421,5 @@ def _look_at(location: str) -> tuple[str, int]:
 
 
 def _tag(size_bytes: int, mtime_s: float, etag: str = "") -> str:
-    """Give what changes when a file does: its etag, where it has one, else size and time."""
+    """Return a tag that changes when a file does: its etag, where it has one, else size and time."""
     return etag or f"{size_bytes}-{mtime_s}"

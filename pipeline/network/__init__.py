@@ -12,7 +12,7 @@ DEFAULT_BACKBONE = "vgg16:classifier.1"  # fc6 after its ReLU
 
 PrecisionName = Literal[AutoDType, "int8"]
 Precision = str | Int8Spec
-"""In which a network multiplies: float32, bfloat16, or int8 with all that it needs."""
+"""Type that a network multiplies in: float32, bfloat16, or int8 with its calibration."""
 
 
 def check_weights_name(weights: str) -> str:

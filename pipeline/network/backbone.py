@@ -49,7 +49,7 @@ UNITS = {
     "bfloat16": ("amx_bf16", "avx512_bf16"),
     "int8": ("amx_int8", "avx512_vnni", "avx_vnni"),  # without, OpenVINO adds two products in 16 bits: too few
 }
-"""What a processor needs, any of it, for OpenVINO to be quick and right in a precision."""
+"""Units of which a processor needs one for OpenVINO to be quick and right in a precision."""
 
 Compute = Callable[[torch.Tensor], Float32Array]
 """Computes features (B, D) of normalised pixels (B, C, H, W); one call at a time."""
@@ -69,7 +69,7 @@ DENSENET_NAME = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)")  # 
 
 
 def normalised(pixels_BHWC: UInt8Array, preset: Preset) -> torch.Tensor:
-    """Scale pixels to what a network takes, (B, C, H, W) float32, by torchvision; on the GPU where there is one."""
+    """Scale pixels to a network's input, (B, C, H, W) float32, by torchvision; on the GPU where there is one."""
     pixels_BCHW = torch.from_numpy(pixels_BHWC).to(_device()).permute(0, 3, 1, 2)
     scaled = functional.convert_image_dtype(pixels_BCHW, torch.float32)
     normal: torch.Tensor = functional.normalize(scaled, list(preset.mean), list(preset.std))
@@ -77,7 +77,7 @@ def normalised(pixels_BHWC: UInt8Array, preset: Preset) -> torch.Tensor:
 
 
 def compute_of(layers: nn.Module, height_width: tuple[int, int], precision: str) -> Compute:
-    """Make what computes the layers here, which are used up."""
+    """Make a function that computes the layers on this machine; it takes them over."""
     return by_openvino(layers, height_width, precision) if can_compile(precision) else by_torch(layers, precision)
 
 
@@ -298,7 +298,7 @@ def network_of(name: str, weights: str) -> Network:
 
 
 def preset_of(name: str, weights: str) -> Preset:
-    """Give what a network wants done to images. Raises BackboneError for an unknown model; WeightsError."""
+    """Return the preprocessing of a network's images. Raises BackboneError for an unknown model; WeightsError."""
     return _preset(_known_entry(name, weights))
 
 
@@ -386,7 +386,7 @@ def _node_names(whole: nn.Module) -> tuple[str, list[str]]:
 
 
 def _up_to(whole: nn.Module, input_name: str, layers: Iterable[str]) -> nn.Module:
-    """Cut out what computes `layers` in evaluation; torchvision's graph for training is left empty."""
+    """Cut out the part that computes `layers` in evaluation; torchvision's graph for training is left empty."""
     extractor: nn.Module = feature_extraction.create_feature_extractor(
         whole, train_return_nodes=[input_name], eval_return_nodes=list(layers), suppress_diff_warning=True
     )
@@ -422,7 +422,7 @@ def _near(name: str, known: Iterable[str]) -> str:
 class Backbone:
     """The network MODEL:LAYER with its weights, in evaluation.
 
-    `spec` says which network it is, `preset` what it wants done to images. Raises BackboneError, WeightsError. That it
+    `spec` says which network it is, `preset` how it preprocesses images. Raises BackboneError, WeightsError. That it
     gives one vector per image is not asked here: `feature_dim` does, for all workers.
     """
 
@@ -448,7 +448,7 @@ class Backbone:
 
     @functools.cached_property
     def _compute(self) -> Compute:
-        """Make what computes, when it is first needed: this takes seconds, and a spec does without."""
+        """Make the function that computes, at its first use: this takes seconds, and a spec does without."""
         layers = self.__dict__.pop("_layers")
         if self.spec.int8 is not None:
             layers = rounded(layers, self.spec.int8.ranges)

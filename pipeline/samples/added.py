@@ -1,9 +1,9 @@
-"""Days that are added to samples, or made anew in them, from the part of the logs that they need.
+"""Days that are added to samples, or rebuilt in them, from the part of the logs that they need.
 
 A day's groups are those that begin on it, so they depend on a few other days alone: behaviours of the window before it,
 the last impressions of the day before (a session that continues over midnight is of that day), and the next day, where
-sessions continue. The other way round, a new day may lengthen groups of the day before; that one is made anew then too.
-Each file of a day is, byte for byte, what building all samples anew would write; but a day that is made leaves the file
+sessions continue. The other way round, a new day may lengthen groups of the day before; that day is then rebuilt too.
+Each file of a day is, byte for byte, what rebuilding all samples would write; but a day that is made leaves the file
 that it has shared with others of its month, and a day that is added shares none.
 """
 
@@ -126,7 +126,7 @@ def _asked(options: SampleOptions) -> "set[int] | int":
 
 
 class _Recorded(BaseModel):
-    """What of a summary names days and files."""
+    """The parts of a summary that name days and files."""
 
     options: dict[str, Any]
     added_days: list[Annotated[str, StringConstraints(pattern=r"^\d{4}-\d{2}-\d{2}$")]] = []
@@ -161,7 +161,7 @@ def _as_made(options: SampleOptions, recorded: dict[str, Any]) -> SampleOptions:
         if name not in _FREE:
             raise SampleOptionError(
                 f"--{name.replace('_', '-')} {mine}: {options.samples} was made with {its}; leave the option out, or "
-                "make all days anew"
+                "rebuild all days"
             )
     free = {name: getattr(options, name) for name in _FREE}
     return SampleOptions(**made | free | {"logs": given.get("logs", made["logs"])})
@@ -184,7 +184,7 @@ def _files_by_day(before: Storage, known: Collection[str]) -> dict[int, list[str
         days = _days_in(file) if _name(file) in known else {}
         if not days:
             raise SampleOptionError(
-                f"{before.full(file)} is not of the samples that crossmedia samples made there; make all samples anew"
+                f"{before.full(file)} is not of the samples that crossmedia samples made there; rebuild all samples"
             )
         for day in days:
             found.setdefault(day, []).append(file)
@@ -336,7 +336,7 @@ def _check_same_columns(new: NewFiles, plans: Sequence[groups.FilePlan]) -> None
         if not made.equals(old):
             raise SampleError(
                 f"the columns of the new days ({', '.join(made.names)}) are not those of {new.before.full(file)} "
-                f"({', '.join(old.names)}), or of other types; make all days anew"
+                f"({', '.join(old.names)}), or of other types; rebuild all days"
             )
 
 

@@ -44,14 +44,14 @@ FEWER_ROWS = "raise --partitions, or give workers more memory"
 
 
 def build_samples(options: SampleOptions, client: Client) -> dict[str, Any]:
-    """Make `options.samples` anew and return its summary, which is its summary.json too.
+    """Build or rebuild `options.samples` and return its summary, which is its summary.json too.
 
     Reads `impressions/*.parquet` and `behaviors/*.parquet` below `options.logs`, a folder or an address. The samples'
     folder must be on a disk that all workers see; where the samples are at an address, `options.scratch`. A row per
     group of pipeline.samples.groups.make_groups, in the files `train/day=*.parquet` and `test/day=*.parquet` by the day
     (UTC) of the group's first impression, sorted by timestamp, user and session; equal logs give equal files, whatever
     the cluster and `partitions`. Bad rows are counted and kept in quarantine.parquet. With a mapping the logs are a
-    person's own tables, CSV or Parquet, and a schema and settings for the trainer are written to their folder. Raises
+    user's own tables, CSV or Parquet, and a schema and settings for the trainer are written to their folder. Raises
     SampleError when there is nothing to make samples from; SchemaError.
     """
     check_test_options(options)
@@ -93,23 +93,23 @@ def _build(options: SampleOptions, client: Client, tables: "LogTables") -> dict[
 
 @dataclass(frozen=True)
 class LogTables:
-    """Where both logs of some options lie, and how they name their columns."""
+    """The places of both logs, and the names of their columns."""
 
     options: SampleOptions
     layouts: dict[str, TableLayout]
     copied: Mapping[str, str] = field(default_factory=dict)
-    """Of tables of Delta, Iceberg or Lance, by the place of their files: the version that is read."""
+    """The version read of each Delta, Iceberg or Lance table, by the place of its files."""
     room: str = ""
-    """Where the rows of these lie as Parquet, at the same places."""
+    """Folder with the rows of these tables as Parquet, at the same places."""
 
     @property
     def versions(self) -> dict[str, Any]:
-        """Give what a summary says of these tables; nothing where there is none."""
+        """Return the entries of a summary on these tables; nothing where there is none."""
         return {lakes.TABLES: dict(self.copied)} if self.copied else {}
 
     @property
     def spared(self) -> dict[str, str]:
-        """Give the places, by option, that samples must not replace."""
+        """Return the places, by option, that samples must not replace."""
         mapping = {"--mapping": self.options.mapping} if self.options.mapping else {}
         return {"--logs": self.options.logs, **mapping}
 
@@ -141,7 +141,7 @@ class LogTables:
 
 @contextlib.contextmanager
 def open_tables(options: SampleOptions, joined: str | None = None) -> Iterator[LogTables]:
-    """Read what `options` say of the logs, until the end of the block. Raises SampleOptionError, DataError.
+    """Open the logs of these options, until the end of the block. Raises SampleOptionError, DataError.
 
     Rows of tables of Delta, Iceberg and Lance are copied as Parquet first, next to the samples, or into the scratch
     folder. `joined`: where the tables lie that the mapping joins, by default with the logs.
@@ -173,13 +173,13 @@ def open_tables(options: SampleOptions, joined: str | None = None) -> Iterator[L
 
 
 def _joined(layout: TableLayout, url: str, room: str, copied: Collection[str]) -> TableLayout:
-    """Say where the joined tables lie: at `url`, or copied in `room`."""
+    """Return the places of the joined tables: at `url`, or copied in `room`."""
     joins = (dataclasses.replace(join, url=room if join.layout.files in copied else url) for join in layout.joins)
     return dataclasses.replace(layout, joins=tuple(joins))
 
 
 def _no_rows(place: str, shown: Sequence[groups.ShuffledPiece]) -> SampleError:
-    """Say why the impressions have not one good row, clicks of a table of events aside."""
+    """Explain why the impressions have not one good row, clicks of a table of events aside."""
     reasons = sum((part.quarantined for part in shown), Counter[str]())
     events = sum((part.other_events for part in shown), Counter[str]())
     texts = [f"not one good row with a value of where; other events are {', '.join(events)}"] if events else []
@@ -200,7 +200,7 @@ def how_times(example: str) -> str:
 
 
 def num_buckets(asked: int | None, pieces: Sequence[logs.LogPiece], client: Client) -> int:
-    """Give the number asked for, else buckets of about BUCKET_ROWS rows, and of many rows work for all threads."""
+    """Return the number asked for, else buckets of about BUCKET_ROWS rows, and of many rows work for all threads."""
     rows = sum(piece.num_rows for piece in pieces)
     return asked or max(1, math.ceil(rows / BUCKET_ROWS), min(num_threads(client), rows // LEAST_BUCKET_ROWS))
 
@@ -233,7 +233,7 @@ def _in_turn(function: Callable[..., Any], calls: Sequence[tuple[Any, ...]]) -> 
 
 
 def latest_of(options: SampleOptions) -> int:
-    """Say from when on rows are in the future, in seconds since 1970."""
+    """Return the time from which rows are in the future, in seconds since 1970."""
     return int(time.time()) + DAY_S if options.latest_s is None else options.latest_s
 
 
@@ -261,7 +261,7 @@ def group(
 
 
 def rules_of(options: SampleOptions, impressions: TableLayout | None) -> groups.GroupRules:
-    """Say what belongs into a group, of impressions that are read so."""
+    """Return the rules of groups for impressions that are read so."""
     where = impressions.where if impressions else None
     return groups.GroupRules(
         round(options.window_days * DAY_S),
@@ -344,7 +344,7 @@ def summarise(
     grouped: Sequence[groups.GroupedBucket],
     written: Sequence[groups.WrittenFile],
 ) -> dict[str, Any]:
-    """Count what became of every row of the impressions (`shown`) and behaviours (`done`), and the samples.
+    """Count the outcomes of all rows of the impressions (`shown`) and behaviours (`done`), and the samples.
 
     `rows` is the sum of the counts of its log from `kept` or `used` to `quarantined`; `examples` has a bad value for
     each reason, `without_image` counts good rows that name no image, `lacking` those whose item (or user) a joined
@@ -397,7 +397,7 @@ def _rows(parts: Sequence[groups.ShuffledPiece]) -> tuple[int, Counter[str]]:
 
 
 def examples_of(parts: Sequence[groups.ShuffledPiece]) -> dict[str, str]:
-    """Give a bad value for each reason: that of the first piece which has one."""
+    """Return a bad value for each reason: that of the first piece which has one."""
     found: dict[str, str] = {}
     for part in parts:
         found = {**part.examples, **found}

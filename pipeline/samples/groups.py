@@ -37,7 +37,7 @@ IMPRESSION_ORDER = ("user", "session", "timestamp", "scene", "item", "image", "c
 
 @dataclass(frozen=True)
 class GroupRules:
-    """The rules of what belongs into a group; see build_samples of pipeline.samples."""
+    """Rules of groups; see build_samples of pipeline.samples."""
 
     window_s: int
     max_behaviors: int
@@ -48,7 +48,7 @@ class GroupRules:
 
     @property
     def reach_us(self) -> int:
-        """How far rows of the next day may reach into a day: by a session, or a click."""
+        """Return how far (µs) rows of the next day may reach into a day: by a session, or a click."""
         return round(max(self.midnight_pause_s, self.clicked_within_s) * logs.MICROSECONDS)
 
 
@@ -287,7 +287,7 @@ def _write_names(path: Path, names: pa.Table) -> str | None:
 
 
 def write_names(folder: Path, parts: Sequence[ShuffledPiece], before: Storage | None = None) -> None:
-    """Write what the images and the ids of all pieces, and of the samples `before`, are called.
+    """Write the names of the images and ids of all pieces, and of the samples `before`.
 
     A file of images, and one of ids, if any of them has a name. By key, in a row group for each of 256 ranges of keys;
     in memory are the names of one range. Raises SampleError for two texts of one id.
@@ -353,7 +353,7 @@ HOUR_S = 3_600
 HOURS_PER_DAY = 24
 ROW_GROUP_SIZE = 2_048
 MANY_DAYS = 100
-"""With more of them, those of a month may share a file: thousands of small ones take longer than their rows."""
+"""Number of days above which those of a month may share a file: thousands of small ones take longer than their rows."""
 BATCH_ROWS = 256
 FORMAT = "crossmedia samples 1"
 SORT: list[tuple[str, Literal["ascending", "descending"]]] = [
@@ -370,12 +370,12 @@ class GroupedBucket:
 
     path: str
     groups_of_hour: dict[int, int]
-    """By hour since 1970, in the order of the file."""
+    """Number of groups by hour since 1970, in the order of the file."""
     counts: Counter[str] = field(default_factory=Counter)
-    """Those of `LogGroups`, and users, distinct impressions, references (behaviours in groups) and without (groups
+    """The counts of `LogGroups`, and users, distinct impressions, references (behaviours in groups) and without (groups
     without behaviours)."""
     latest_of_day: dict[int, int] = field(default_factory=dict)
-    """By day since 1970: the last impression, or row that labels one (µs), of groups that begin then."""
+    """Time (µs) of the last impression, or of a row that labels one, of the groups of each day since 1970."""
 
 
 def group_bucket(

@@ -33,7 +33,7 @@ MICROSECONDS = 1_000_000
 PIECE_ROWS = 1_000_000
 
 USER_COLUMNS = ("user_age", "user_gender")
-"""Of documented impressions, where they are there."""
+"""Optional columns of documented impressions."""
 WANTED = {
     "time": "a timestamp, or a whole number since 1970",
     "id": "a whole number of at most 64 bits, signed",
@@ -307,7 +307,7 @@ def _names_at(storage: Storage, place: str) -> list[str]:
 def open_parquet(storage: Storage, path: str, encoded: Sequence[str] = ()) -> pq.ParquetFile:
     """Open a file, with page checksums verified where it has them; texts in `encoded` columns stay dictionaries.
 
-    Raises SampleError where it is no Parquet.
+    Raises SampleError where it is not Parquet.
     """
     try:
         file = storage.open_input(path)
@@ -383,7 +383,7 @@ def _key_of(ours: str, piece: LogPiece) -> str:
 
 
 def _hint(piece: LogPiece) -> str:
-    """Say how tables of other names and types are read, unless a mapping was given."""
+    """Explain how tables of other names and types are read, unless a mapping was given."""
     if piece.layout.takes_text:
         return ""
     return f"; columns of other names or types need a mapping: {HOW_TO_MAP.format(logs=piece.url)}"
@@ -430,7 +430,7 @@ class LogRows:
     texts: Mapping[int, str]
     """The text of each id of these rows that is a hash, and those of joined tables."""
     is_good_N: BoolArray
-    """Which rows that were read are good, but for torn ones."""
+    """Whether each row that was read is good; torn rows are left out."""
     num_lacking: Counter[str] = field(default_factory=Counter)
     """Good rows whose item (or user) a joined table lacks, by that."""
     other_events: Counter[str] = field(default_factory=Counter)
@@ -638,7 +638,7 @@ def _text_arrays(
     if kind == "time":
         time_N, wrong_N = mapping.parse_times(column, layout.unit, layout.time_format)
         late_N = time_N > latest_s * MICROSECONDS
-        return time_N, null | {"is no time": wrong_N, "is before 1970": time_N < 0, "is in the future": late_N}
+        return time_N, null | {"is not a time": wrong_N, "is before 1970": time_N < 0, "is in the future": late_N}
     if kind == "id":
         return mapping.parse_ids(column, texts)[0], null
     if kind == "profile":
@@ -649,7 +649,7 @@ def _text_arrays(
     if kind == "dense":
         number_N, null = np.where(null_N, np.nan, number_N), {}
     value_N, faults = _numbers(number_N, kind)
-    return value_N, null | {"is no number": wrong_N} | faults
+    return value_N, null | {"is not a number": wrong_N} | faults
 
 
 def _numbers(number_N: Float64Array, kind: str) -> tuple[AnyArray, Faults]:

@@ -64,11 +64,11 @@ def _delimiter(value: str) -> str:
 
 
 class CsvSettings(_Section):
-    """How CSV files are written; the first line names the columns. What is not given is found in the first file."""
+    """Format of CSV files, whose first line names the columns. Settings left out are found in the first file."""
 
     delimiter: Annotated[str, AfterValidator(_delimiter)] | None = None
     encoding: str | None = None
-    """As utf-8, latin-1 or cp1252."""
+    """Encoding, such as utf-8, latin-1 or cp1252."""
     decimal: Literal[".", ","] | None = None
     """Between a whole number and its fraction."""
 
@@ -85,17 +85,17 @@ class TableLayout:
     ad_columns: tuple[str, ...] = ()
     csv: CsvSettings = field(default_factory=CsvSettings)
     time_unit: TimeUnit | None = None
-    """Of whole numbers; None: found in the first file."""
+    """Unit of times that are whole numbers; None: found in the first file."""
     time_format: str | None = None
     found_style: CsvStyle | None = None
     takes_text: bool = True
     """Whether values of all kinds may be text as well."""
     separators: Mapping[str, str] = field(default_factory=dict)
-    """What stands between the ids of a text, by our column."""
+    """Separator of the ids of a text, by our column."""
     only_clicks: bool = False
     """Whether only rows whose label is 1 are read, for behaviours."""
     where: "EventRows | None" = None
-    """Which rows are read, of a table that has others too."""
+    """Rows to read, of a table that has others too."""
     joins: "tuple[Join, ...]" = ()
     """Tables that have columns which the files of the log lack."""
     is_told: bool = True
@@ -113,7 +113,7 @@ class TableLayout:
 
     @property
     def style(self) -> CsvStyle:
-        """How CSV files are written, once that was found."""
+        """Return the format of the CSV files, once it was found."""
         return self.found_style or CsvStyle()
 
     def with_columns_of(self, join: "Join", own: Collection[str], there: Collection[str]) -> "TableLayout":
@@ -173,7 +173,7 @@ class ExtraColumn(_Section):
 
     kind: ExtraKind
     column: str | None = None
-    """In the files; default: the name it gets."""
+    """Name in the files; default: the same as ours."""
     split: Annotated[str, Field(min_length=1)] | None = None
     """Kind multi_id: what stands between the ids, where the column has them in one text."""
 
@@ -206,8 +206,8 @@ class EventRows(_Section):
     value: Annotated[Texts, Field(min_length=1)]
     """One, or a list of them."""
     clicked: Texts = ()
-    """Of impressions: values of rows that are clicks. One labels the newest impressions of its user and item before
-    it."""
+    """Values of rows that are clicks, for impressions. A click labels the newest impressions before it of its user and
+    item."""
     within_s: Annotated[float, Field(gt=0, le=86_400)] = 1_800
     """The longest time from an impression to its click."""
 
@@ -223,7 +223,7 @@ class JoinedTable(_Section):
 
     files: Annotated[str, Field(min_length=1)]
     column: str | None = None
-    """Of the ids in its files; default: item or user."""
+    """Column of the ids in its files; default: item or user."""
 
 
 class MappedTable(_Section):
@@ -235,7 +235,7 @@ class MappedTable(_Section):
     user: Extras = {}
     ad: Extras = {}
     where: EventRows | None = None
-    """Which rows, of a table that has others too."""
+    """Rows to read, of a table that has others too."""
 
 
 def _time_format(value: str) -> str:
@@ -258,9 +258,9 @@ class LogMapping(_Section):
     """Tables that have columns of items and of users which a log lacks."""
     csv: CsvSettings = CsvSettings()
     time_unit: TimeUnit | None = None
-    """Of times that are plain numbers; by default their size tells it."""
+    """Unit of times that are plain numbers; by default their size tells it."""
     time_format: Annotated[str, AfterValidator(_time_format)] | None = None
-    """Of times that are not in ISO 8601, as Python's strptime takes it: "%d/%m/%Y %H:%M"."""
+    """Format of times that are not in ISO 8601, for Python's strptime: "%d/%m/%Y %H:%M"."""
 
     @model_validator(mode="after")
     def _names_fit(self) -> Self:

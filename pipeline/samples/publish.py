@@ -35,7 +35,7 @@ class NewFiles:
     folder: Path
     before: Storage
     kept: dict[str, str] = field(default_factory=dict)
-    """By their names from now on, their names in `before`: their bytes are neither read nor written."""
+    """Names in `before` of kept files, by their new names: their bytes are neither read nor written."""
 
 
 @contextlib.contextmanager
@@ -47,13 +47,13 @@ def replaced_files(
     scratch: str | None = None,
     keep_days: float = KEEP_DAYS,
 ) -> Iterator[NewFiles]:
-    """Give an empty folder whose files, with those that are kept, take the place of all at `target` after the block.
+    """Yield an empty folder whose files, with those that are kept, take the place of all at `target` after the block.
 
     On a disk it lies next to `target`, and takes its place in one step. At another address the files become its next
     version (see featurestore.published): the folder is in `scratch` then, and each file is uploaded, which holds
     `_UPLOADS` of them in memory; versions that were replaced more than `keep_days` ago go. Files next to the splits are
-    put at the address as well, for people. What killed runs left goes, and so does the folder when the block raises.
-    `before`: the files that the new ones were made from.
+    put at the address as well, for people. Leftovers of killed runs are removed, and so is the folder when the block
+    raises. `before`: the files that the new ones were made from.
 
     Raises SampleOptionError where `target` names no folder or holds something else, or the place that the program runs
     in or one of `spared` (by options) would go with it; SampleError in place of an OSError, the block's too: a full
@@ -148,7 +148,7 @@ def _building(parent: Path, prefix: str) -> Iterator[Path]:
 
 def _check_named(target: str, spared: Mapping[str, str]) -> None:
     if not target.strip() or "\0" in target:
-        raise SampleOptionError(f"{target!r} is no name of a folder for the samples; give one")
+        raise SampleOptionError(f"{target!r} is not a folder name; name a folder for the samples")
     place = Path(os.path.realpath(target))  # not Path.resolve, which raises for a circle on Python 3.11
     if Path.cwd().is_relative_to(place):
         raise SampleOptionError(
@@ -175,7 +175,7 @@ def _check_samples(place: str, names: Collection[str]) -> None:
     lacking = next((name for name in (MARK, "train") if name not in names), None)
     if names and lacking:
         raise SampleOptionError(
-            f"{place} has files that are no samples (it has no {lacking}), and its content would be replaced; name"
+            f"{place} has files that are not samples (it has no {lacking}), and its content would be replaced; name"
             " another place or empty it"
         )
 
@@ -207,7 +207,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def _link(file: Path, to: Path) -> None:
-    """Give a file a second name; a copy, where the disk has no links."""
+    """Link a file under a second name; a copy, where the disk has no links."""
     to.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.link(file, to)

@@ -59,7 +59,7 @@ from tests.serving.scoring.wide import COLUMNS, SCHEMA, table_of
 from trainer.comm.comm import SoloComm
 from trainer.config import Config, load_config, load_saved
 from trainer.errors import CheckpointError, ConfigError, TrainerError
-from trainer.runs.checkpoint import CheckpointState, Origin, read_dense, read_rows, read_state
+from trainer.runs.checkpoint import CheckpointState, RunFingerprint, read_dense, read_rows, read_state
 from trainer.runs.folder import Checkpoint
 from trainer.samples.columns import decode as decode_samples
 from trainer.samples.columns import rules_of
@@ -170,7 +170,7 @@ def _read_samples(data: bytes) -> None:
 def _state() -> bytes:
     commit = {"url": "s", "version": 1, "store_id": "0" * 32, "commit_id": "0" * 32}
     files = dict.fromkeys(("dense.safetensors", "rows-0-of-1.safetensors"), xxhash.xxh3_128_hexdigest(TENSORS_FILE))
-    origin = Origin(data={"a": 1}, train={"seed": 0}, model={}, stores={}, optim={})
+    origin = RunFingerprint(data={"a": 1}, train={"seed": 0}, model={}, stores={}, optim={})
     position = {"step": 1, "epoch": 0, "step_in_epoch": 1, "num_ranks": 1}
     values = position | {"origin": origin, "stores": {"images": commit}, "history": [{"loss": 0.5}], "files": files}
     return seal(CheckpointState.model_validate(values))

@@ -79,7 +79,7 @@ def test_a_folder_that_cannot_be_replaced_is_refused(inside, place):
     for _ in range(2):  # the second time the folder counts as one of samples
         for samples in (".", "..", "", " ", "/", "data/../.", f"../{place.name}"):
             line = inside("--samples", samples)
-            assert "is the folder that this command runs in, or one above" in line or "is no name of a folder" in line
+            assert "is the folder that this command runs in, or one above" in line or "is not a folder name" in line
         (place / "summary.json").touch()
     (place / "data/summary.json").touch()
     assert "data would be replaced by the samples, with --logs data/logs in it" in inside("--samples", "data")

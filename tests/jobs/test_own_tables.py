@@ -212,19 +212,19 @@ def test_a_column_of_images_without_values_is_no_image_and_one_of_fractions_refu
 
 def test_bad_rows_of_csv_are_kept_with_number_and_reason(job, place):
     bad = [
-        ("soon,ann,5,5.jpg,1,1,Rome,1,b", "timestamp is no time"),
+        ("soon,ann,5,5.jpg,1,1,Rome,1,b", "timestamp is not a time"),
         ("1767261610,ann,5,5.jpg", "4 values instead of 9"),
         ("1767261610,,5,5.jpg,1,1,Rome,1,b", "user is null"),
-        ("1767261610,ann,5,5.jpg,maybe,1,Rome,1,b", "label is no number"),
+        ("1767261610,ann,5,5.jpg,maybe,1,Rome,1,b", "label is not a number"),
         ("1767261610,ann,5,5.jpg,2,1,Rome,1,b", "label is not 0 or 1"),
-        ("1767261610,ann,5,5.jpg,1,old,Rome,1,b", "age is no number"),
+        ("1767261610,ann,5,5.jpg,1,old,Rome,1,b", "age is not a number"),
         ("1767261610,ann,5,5.jpg,1,1,Rome,1e99,b", "price is not finite in float32"),
         ("99999999999,ann,5,5.jpg,1,1,Rome,1,b", "timestamp is in the future"),
     ]
     (place / "logs/shows/a.csv").write_text(SHOWS + "".join(f"{line}\n" for line, _ in bad))
     text = job()
     assert "4 of 12 kept, 0 without an image; 0 duplicates, 8 quarantined (" in text
-    assert "timestamp is no time: 1, as 'soon'" in text
+    assert "timestamp is not a time: 1, as 'soon'" in text
     kept = pq.read_table(place / "samples/quarantine.parquet").to_pylist()
     found = [(row["file"], row["row"], row["reason"]) for row in kept]
     assert found == [("shows/a.csv", number, reason) for number, (_, reason) in enumerate(bad, 4)]
@@ -297,7 +297,7 @@ def test_another_countrys_csv_is_found_out_or_said(job, place):
     said = "shows/a.csv: read as CSV with delimiter ;, encoding latin-1, decimal ,; csv and time_unit of a mapping"
     assert said in text
     assert "visits.csv: times such as 1770200000000 are in ms since 1970" in text
-    assert "all 3 rows are bad (timestamp is no time: 3, as '05/02/2026 10:00'); say in the mapping" in text
+    assert "all 3 rows are bad (timestamp is not a time: 3, as '05/02/2026 10:00'); say in the mapping" in text
     assert 'how times are written: time_format: "%d/%m/%Y %H:%M" or "%m/%d/%Y %H:%M" (as of strptime)' in text
     for looked_at in ("logs/shows/a.csv", "logs"):
         found = yaml.safe_load(inspect("inspect", place / looked_at))

@@ -305,16 +305,16 @@ def test_mistakes_are_one_message(job, tmp_path, vectors_ND):
     for name, args, message in [
         ("nowhere", (), "there is nothing at"),
         ("empty", (), "there is nothing at"),
-        ("other", (), "there are no files that end with .parquet at"),
+        ("other", (), "there are no files ending in .parquet at"),
         ("hollow", (), "all 1 files of"),
         ("xdl", ("--dim", 100), "1 of 1 files, data.0 first, are not a number of records of 408 bytes"),
         ("a.npy", ("--keys", tmp_path / "short.npy"), "has 39 keys and"),
         ("a.npy", ("--keys", tmp_path / "text.npy"), "holds <U1 (2,), not int64 keys"),
-        ("a.npy", ("--keys", tmp_path / "none.npy"), "none.npy is no .npy file"),
+        ("a.npy", ("--keys", tmp_path / "none.npy"), "none.npy is not a .npy file"),
         ("short.npy", ("--keys", tmp_path / "short.npy"), "holds int64 (39,), not 2 dimensions"),
         ("columns.npy", ("--keys", tmp_path / "short.npy"), "column by column"),
         ("cut.npy", ("--keys", tmp_path / "short.npy"), "cut.npy is truncated: 1,080 bytes instead of 1,088"),
-        ("none.npy", ("--keys", tmp_path / "short.npy"), "is no .npy file"),
+        ("none.npy", ("--keys", tmp_path / "short.npy"), "is not a .npy file"),
         ("nokey.parquet", (), "has no column key (int64) or id (text), only name"),
         ("two.parquet", (), "which column is the feature? --feature-column is one of ['a', 'b']"),
         ("two.parquet", ("--feature-column", "c"), "has no column 'c'"),
@@ -322,7 +322,7 @@ def test_mistakes_are_one_message(job, tmp_path, vectors_ND):
         ("bits.parquet", (), "which column is the feature? --feature-column is one of ['key', 'a']"),
         ("bits.parquet", ("--feature-column", "a"), "has no column 'a' of lists of numbers"),
         ("nan.parquet", (), "none of the 1 rows can be used: 1 not finite in bfloat16 (key:1)"),
-        ("torn.parquet", (), "is no Parquet file that can be read"),
+        ("torn.parquet", (), "is not a readable Parquet file"),
     ]:
         code = 2 if message.startswith("there ") else 1
         assert message in job(tmp_path / name, *args, code=code), name

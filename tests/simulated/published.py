@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from featurestore.errors import StorageError
 from featurestore.published import versions
-from featurestore.published.paths import FarPath
+from featurestore.published.paths import RemotePath
 from featurestore.storage.storage import Storage
 from pipeline.samples.publish import MARK, replaced_files
 from serving.bundle import log
@@ -81,7 +81,7 @@ class RunHistory(PublishedHistory):
 
     def train(self, storage: Storage, num_steps: str, pause: str) -> None:
         """Claim the checkpoints, and write some."""
-        run = FarPath(storage.url).parent
+        run = RemotePath(storage.url).parent
         place = CheckpointPlace(run)
         place.claim()
         first = max((each.step for each in finished(run)), default=0) + 1

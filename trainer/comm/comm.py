@@ -72,7 +72,7 @@ class Comm(ABC):
 
     @abstractmethod
     def _alltoall(self, rows_N: Tensor, splits_P: Tensor, name: str) -> tuple[Tensor, Tensor]:
-        """Do what `alltoall` says."""
+        """Carry out `alltoall`."""
 
     def start_allreduce_sum_(self, values: Tensor, name: str) -> Callable[[], object]:
         """Begin to sum `values` over all ranks, in place; the result has the same bits on every rank.
@@ -86,7 +86,7 @@ class Comm(ABC):
 
     @abstractmethod
     def _start_allreduce_sum_(self, values: Tensor, name: str) -> Callable[[], object]:
-        """Do what `start_allreduce_sum_` says."""
+        """Carry out `start_allreduce_sum_`."""
 
     def allreduce_sum_(self, values: Tensor, name: str) -> Tensor:
         """Sum `values` over all ranks, in place; return them."""
@@ -132,7 +132,7 @@ class Comm(ABC):
         error: Exception | None = None
         try:
             yield
-        except Exception as failure:  # whatever it is, the other ranks wait for this one's answer
+        except Exception as failure:  # any failure: the other ranks wait for this rank's answer
             error = failure
         self.agree(error)
 
@@ -160,7 +160,7 @@ class Comm(ABC):
 
 
 class SoloComm(Comm):
-    """One rank alone: every collective returns what it was given."""
+    """One rank alone: every collective returns its input."""
 
     def __init__(self, deadline_s: float = DEADLINE_S) -> None:
         super().__init__(deadline_s)
@@ -187,15 +187,15 @@ class SoloComm(Comm):
 _GRACE_S = 2.0
 """Seconds that a late rank waits for the others to report that they are waiting too."""
 _ANSWER_S = 5.0
-"""How long an answer of the launcher's store may take, as its process may be stopped."""
+"""Seconds that an answer of the launcher's store may take, as its process may be stopped."""
 Answer = TypeVar("Answer")
 _AFTER_A_LOSS = "start again, with run.resume=latest and the run's name where it has a checkpoint"
 
 
 class Board:
-    """The key-value store of the launcher, which all ranks reach, and where late ranks post in what they wait.
+    """The key-value store of the launcher, which all ranks reach; late ranks post there in which collective they wait.
 
-    `read` returns None for a missing key; a store that is lost is as one without keys. `where`: its address. A rank may
+    `read` returns None for a missing key; a lost store reads as empty. `where`: its address. A rank may
     wait in two collectives at once: that of its step, and that of the thread ahead.
     """
 

@@ -50,9 +50,9 @@ _CONNECT = timedelta(seconds=120)
 _FOREVER = timedelta(days=365)
 """A group's own timeout, which would close its connections; ours is `Comm.deadline_s`."""
 _TRY_S = 5.0
-"""How long a try to reach the store may take; the next one begins at once."""
+"""Seconds that a try to reach the store may take; the next one begins at once."""
 _LEAVE_S = 5.0
-"""How long the rank that holds the store waits for the others to leave."""
+"""Seconds that the rank that holds the store waits for the others to leave."""
 _times = itertools.count()
 _MAIN = "lane.start"
 _LOOK_S = 0.2
@@ -92,7 +92,7 @@ class Meeting:
 
     @functools.cached_property
     def board(self) -> Board:
-        """Where the ranks of this store say in what they wait."""
+        """Return the board on which the ranks of this store post in which collective they wait."""
         store = self.store
 
         def read(key: str) -> str | None:
@@ -298,7 +298,7 @@ class TorchComm(Comm):
         self._last: dict[str, dist.Work] = {}
         """The last collective of each name."""
         self._beginning: dict[str, Future[dist.Work]] = {}
-        """Of each name that threads of their own begin with: the first one."""
+        """The first collective of each name, which a thread of its own begins."""
         self.moves_cuda_tensors = has_gpu_for_each(self._lanes.ranks)
 
     def _alltoall(self, rows_N: Tensor, splits_P: Tensor, name: str) -> tuple[Tensor, Tensor]:

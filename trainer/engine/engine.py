@@ -85,7 +85,7 @@ class Engine(EngineParts):
             self._dense.finish_reduction()  # so that nothing is running when the error is raised
         self._exchange.check(request, num_failures)
         with self.stages.timed("update id rows"):
-            self.move_rows(rates)
+            self.step_rows(rates)
         with self.stages.timed("reduce gradients"):
             self._dense.finish_reduction()
         with self.stages.timed("update dense"):
@@ -94,7 +94,7 @@ class Engine(EngineParts):
         self.num_steps += 1
         return StepResult(loss=global_loss, num_samples=batch.num_samples, learning_rate=rates.lr)
 
-    def move_rows(self, rates: Rates) -> None:
+    def step_rows(self, rates: Rates) -> None:
         """Move the ID rows by the gradients of the last backward. All ranks call it once a step."""
         for source in self.id_sources:
             source.move(rates)

@@ -69,7 +69,7 @@ def choose_gpus(device: Device, have_gpu: Sequence[bool], without_cuda: str | No
     """Decide whether the ranks compute on GPUs; also warn, with the way out, where some stay idle by run.device=auto.
 
     `have_gpu`: of each rank, whether it has one. `without_cuda`: as in Comm, why collectives do not take tensors of a
-    GPU; None where they do. Raises ConfigError where run.device=cuda asks for what is not there.
+    GPU; None where they do. Raises ConfigError where run.device=cuda asks for a device that is not there.
     """
     if device == "cpu" or (all(have_gpu) and without_cuda is None):
         return device != "cpu", None
@@ -126,7 +126,7 @@ def device_name(device: torch.device) -> str:
 
 
 def check_same(comm: Comm, state: Mapping[str, Tensor]) -> None:
-    """Compare what every rank has built. Raises ConfigError, on all ranks, where it is not the same on each."""
+    """Compare the ranks' engines. Raises ConfigError, on all ranks, where it is not the same on each."""
     digest = hashlib.sha256()
     for name, value in state.items():
         digest.update(name.encode())

@@ -29,7 +29,7 @@ from trainer.schema.fields import Field, Schema
 from trainer.stages import Kind, Stages
 
 NO_IMAGES = ".no_image"
-"""In the names of the trained vectors of images without a feature, which a run has by its data.missing."""
+"""Part of the names of the trained vectors for images without a feature, which a run has by its data.missing."""
 
 
 @dataclass
@@ -142,8 +142,8 @@ class EngineParts:
     def dense_state(self) -> dict[str, Tensor]:
         """Return the state that is the same on every rank.
 
-        It has the parameters, standardisation, Adam's state, the number of steps, and what else the optimiser of ID
-        rows knows.
+        It has the parameters, standardisation, Adam's state, the number of steps, and other state of the optimiser of
+        ID rows.
         """
         state = self._dense.state()
         state.update(self._modules.named_buffers())
@@ -182,14 +182,14 @@ class EngineParts:
         for table in self.tables.values():
             table.import_shards(state)
 
-    def begin_dense_with(self, values: Mapping[str, Tensor]) -> None:
+    def warm_start_dense(self, values: Mapping[str, Tensor]) -> None:
         """Take parameters and buffers by their names in `dense_state`, of the same shapes, before the first step."""
         mine = {**self._dense.parameters, **dict(self._modules.named_buffers())}
         with torch.no_grad():
             for name, value in values.items():
                 mine[name].copy_(value)
 
-    def begin_day(self, day: date | None) -> None:
+    def expire_rows(self, day: date | None) -> None:
         """Remove the ids that have not been used for too long on that day, the last one of the training samples.
 
         Called when all else is loaded, before the first step. Raises ConfigError where a table needs a day and there is
@@ -197,7 +197,7 @@ class EngineParts:
         """
         for table in self.tables.values():
             if isinstance(table, ExactTable):
-                table.begin_day(day)
+                table.expire_rows(day)
 
     def _exchange_of(self) -> Exchange:
         """Make the exchange, ID tables first among its sources."""

@@ -38,7 +38,7 @@ NUM_BINS = 10
 LEAST_PER_BIN = 100
 LEAST_USERS = 10
 LEAST_USERS_SHOWN = 30
-"""Of fewer, an evaluation gives no metric: neither of a slice nor of all impressions."""
+"""Least number of users for which an evaluation gives metrics, of a slice or of all impressions."""
 LEVEL = 0.95
 _BLOCK_ELEMENTS = 1 << 20
 _LEAST_DEFINED = 0.5
@@ -164,7 +164,7 @@ class MetricSums:
         self._auc = _WeightedAuc(logit_N, label_N, user_N)
         self.num_impressions, self.num_clicks, self.num_users = len(label_N), int(label_N.sum()), num_users
         self.users_M = (num_users, len(groups.group_G), num_users, num_users)
-        """How many users contribute to each of the METRICS."""
+        """Number of users that contribute to each of the METRICS."""
         self.count_K, self.users_K = count_VK.sum(axis=0), (count_VK > 0).sum(axis=0)
         """Impressions of each bin, and the users that they are of."""
 
@@ -393,7 +393,7 @@ class Difference(Estimate):
     baseline: float | None
     p_value: float | None
     users: int | None = None
-    """How many users contribute to it; None if unknown."""
+    """Number of users that contribute to it; None if unknown."""
 
 
 def compare(

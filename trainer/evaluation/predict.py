@@ -72,7 +72,7 @@ class Impressions:
 
 @dataclass(frozen=True)
 class SeenInTraining:
-    """How many impressions ads `ad_A` have in training, and whether it met images `image_I`, shown or in a history."""
+    """Impressions of ads `ad_A` in the training, and whether it met images `image_I`, shown or in a history."""
 
     ad_A: Int64Array
     impressions_A: Int64Array
@@ -83,7 +83,7 @@ class SeenInTraining:
 def gathered(
     comm: Comm, predicted: Iterable[tuple[Batch, Float64Array]], schema: Schema, by: Sequence[str] | None = None
 ) -> tuple[Float64Array, Impressions]:
-    """Gather logits (N,) and what they are of, from rank to rank, the same on every rank.
+    """Gather logits (N,) and their impressions from rank to rank, the same on every rank.
 
     `predicted`: this rank's batches, each with its logits. `by`: fields to cut by besides images and histories, see
     `fields_by`; None: nothing is cut. Raises SchemaError, and TrainerError where a logit is not finite.
@@ -188,9 +188,9 @@ def seconds_of(column: Any, name: str, file: str) -> Any:
 AD_IMPRESSIONS = (1, 10, 30, 100, 300, 1000)
 HISTORY = (1, 6, 11, 21, 51)
 NO_ID = -1
-"""In samples, the id of a row whose log has none."""
+"""Id in the samples of a row whose log has none."""
 MOST_VALUES = 20
-"""Of a column to cut by: those of most impressions."""
+"""Most values of a column to slice by: the values with most impressions."""
 
 
 @dataclass(frozen=True)
@@ -285,7 +285,7 @@ def predict_source(source: RunSource, comm: Comm) -> Predictions:
 
 
 def predict(opened: PredictingRun, by: Sequence[str] = ()) -> tuple[Float64Array, Impressions]:
-    """Predict logits of all test impressions (N,), in the order of the files, and tell what these are.
+    """Predict logits of all test impressions (N,), in the order of the files, with these impressions.
 
     The same on every rank; all call it. `by`: further fields to cut by. Raises TrainerError, SchemaError.
     """
@@ -358,7 +358,7 @@ def score_run(source: RunSource, out: str, comm: Comm) -> Written | None:
     """Score the test impressions of a run, or of other samples, into the file `out`; every rank calls it.
 
     Rows and their order are the same at any number of ranks, logits up to the rounding of float32. Rank 0 writes, and
-    returns what it has written. Raises TrainerError, FeatureStoreError.
+    returns the written summary. Raises TrainerError, FeatureStoreError.
     """
     with contextlib.ExitStack() as stack:
         opened = stack.enter_context(contextlib.closing(open_predicting(source, comm)))
@@ -421,7 +421,7 @@ def scores_of(data: Any, logits: Sequence[NDArray[Any]]) -> Any:
 
 
 IdTexts = Mapping[str, Mapping[int, str]]
-"""By column, the texts of its IDs that are hashes."""
+"""The texts of the IDs that are hashes, by column."""
 
 
 def written_ids(index: SampleIndex, schema: Schema, dictionaries: Sequence[IdDictionary]) -> IdTexts:
@@ -451,7 +451,7 @@ class ScoreFile:
     about: Mapping[str, Any]
     texts: IdTexts
     _sums: Float64Array = field(default_factory=lambda: np.zeros(3))
-    """Of impressions, labels and probabilities."""
+    """Sums of impressions, labels and probabilities."""
 
     def add(self, row_group: RowGroup, logit_B: Float64Array) -> None:
         """Write the impressions of a row group, whose logits these are, finite; all are added in the index's order.

@@ -128,7 +128,7 @@ def reliability(bins: Sequence[bootstrap.Bin]) -> Figure:
 
 
 def _about(opened: EvaluatedRun, resamples: int) -> dict[str, Any]:
-    """Say what was evaluated, on what, and how; after the predictions, whose missing lookups are counted."""
+    """Describe run, data and settings of the evaluation; after the predictions, whose missing lookups are counted."""
     num_missing = opened.missing_lookups()
     return {
         "run": str(opened.saved.folder),
@@ -143,7 +143,7 @@ def _about(opened: EvaluatedRun, resamples: int) -> dict[str, Any]:
 
 
 def _few(impressions: Impressions) -> list[str]:
-    """Say why no metric is given, if the test samples have too few users."""
+    """Explain why no metric is given, if the test samples have too few users."""
     users, least = len(np.unique(impressions.user_N)), bootstrap.LEAST_USERS_SHOWN
     text = f"the test samples have {count_text(users, 'user')}; metrics are given of {least} users or more"
     return [text] if users < least else []

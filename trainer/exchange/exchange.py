@@ -50,7 +50,7 @@ class VectorSource(Protocol):
 
     @property
     def key_sources(self) -> Mapping[str, KeySource]:
-        """What finds keys for it, by name."""
+        """Return the sources that find keys for it, by name."""
 
     def vectors(self, served: Sequence[Any]) -> Sequence[Tensor]:
         """Return the vectors (Q, V) of the unique keys of each key source in turn, with autograd attached."""
@@ -63,31 +63,31 @@ class WidthPlan:
     width: int
     sources: list[int]
     reply_rows: Tensor
-    """For each row to send, its row in [status row, unique rows of the sources]."""
+    """Index of each row to send in [status row, unique rows of the sources]."""
     reply_splits_P: Tensor
     answer_splits_P: Tensor
     status_rows_P: Tensor
-    """Where each owner's status row lies in the answers."""
+    """Index of each owner's status row in the answers."""
     slices_SP: list[list[slice]]
-    """Where each source's vectors lie in the answers, owner by owner."""
+    """Slices of each source's vectors in the answers, owner by owner."""
 
 
 @dataclass
 class KeyRequest:
-    """Keys asked for one batch, and what this rank serves of those that it received."""
+    """Keys asked for one batch, and the keys that this rank serves."""
 
     asked_S: list[routing.Bucketized]
     served_S: list[Any]
     plans: list[WidthPlan]
     fields: dict[str, tuple[Tensor, Tensor]]
-    """Of each value of a field its place among the unique keys that its source was asked for; lengths of its rows."""
+    """Place of each value of a field among the unique keys asked of its source, and the lengths of its rows."""
     kind: Kind
     """The first part of its collectives' names, so that one request of each kind may be under way at a time."""
     error: Exception | None = field(default=None)
     """An error of this rank while it served. It is not raised at once, as the other ranks would wait for this one in
     the next collective: `Exchange.check` raises it on all ranks together."""
     failures: Tensor | None = field(default=None)
-    """How often an owner had an error in place of vectors, on the device; the same on every rank."""
+    """Number of errors that owners sent in place of vectors, on the device; the same on every rank."""
     backward: StageSequence | None = field(default=None)
     """Stages of the backward pass, which its middle switches."""
 
@@ -118,7 +118,7 @@ class Exchange:
         self._fields_S = [[f for f, source in source_of_field.items() if source == name] for name in names_S]
 
     def request(self, fields: Mapping[str, Jagged], kind: Kind) -> KeyRequest:
-        """Ask for the keys of `fields` in one alltoall; owners find unique keys and gather what needs no weights.
+        """Ask for the keys of `fields` in one alltoall; owners find unique keys and gather all that needs no weights.
 
         Raises RemoteRankError if another rank refuses. Errors while an owner serves (a missing key) are kept and raised
         by `check`. May run in a thread of its own, during the step of an earlier request; requests of one kind must be

@@ -29,7 +29,7 @@ class Bucketized:
 
 @dataclass(frozen=True)
 class KeyBlocks:
-    """What P ranks ask for: their status, the numbers of keys of each source, and its keys in the order of ranks."""
+    """The requests of P ranks: their status, the numbers of keys of each source, and its keys in the order of ranks."""
 
     status_P: Int64Array
     counts_PS: Int64Array

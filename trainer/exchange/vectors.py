@@ -34,7 +34,7 @@ Lengths = Tensor | EvenLengths
 
 @dataclass(frozen=True)
 class HostLengths:
-    """What a batch itself knows of a field's lengths, so that no size has to be fetched from a GPU."""
+    """Lengths of a field that are known from the batch on the host, so that no size has to be fetched from a GPU."""
 
     lengths_M: NDArray[np.integer[Any]]
     group_of_sample_B: Int64Array
@@ -115,7 +115,7 @@ def _order_and_counts(index_N: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
 
 
 def _stable_order(index_N: Tensor, num_rows: int) -> Tensor:
-    """As `torch.argsort(index_N, stable=True)` of numbers below `num_rows`, at most 2**32.
+    """Return `torch.argsort(index_N, stable=True)` of numbers below `num_rows`, at most 2**32.
 
     On a CPU numpy sorts 16 bits by counting: an eighth of the time for 20,000 numbers, a fifth for 100,000.
     """

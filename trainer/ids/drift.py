@@ -1,4 +1,4 @@
-"""What Adam does to a row in the steps that do not touch it, exactly and at once: polynomials of every step.
+"""Adam's updates of a row in the steps that do not touch it, exactly and at once: polynomials of every step.
 
 Letters of shapes: Q rows touched, V numbers in each, N nodes, W steps of the window.
 

@@ -45,7 +45,7 @@ from trainer.ids.shards import IdRows, TableShape, uniform
 from trainer.ids.tables import IdTable, RowRequest
 
 IDS, LAST_USE, USED_AT, CLOCK, COUNTS, FADED = "ids", "last_use", "used_at", "clock", "counts", "faded"
-"""Names in a checkpoint of what a shard has beside rows and their optimiser's state."""
+"""Names in a checkpoint of a shard's arrays other than rows and their optimiser's state."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +83,7 @@ class ExactRequest(RowRequest):
     slot_Q: Int64Array
     is_training: bool
     inverse_Q: Int64Array | None = None
-    """Of each id its place among the rows that `settle` has returned."""
+    """Place of each id among the rows that `settle` has returned."""
 
 
 class ExactTable(IdTable):
@@ -104,11 +104,11 @@ class ExactTable(IdTable):
         self._faded_S = np.zeros(num_slots, np.int32)
         """The day on which a shard's counts were last halved, or first counted."""
         self.counts, self._day = dict.fromkeys(("served", "cold", "refused", "evicted", "expired"), 0), 0
-        """What happened on this rank since the run, or its resumption, began.
+        """Counts of events on this rank since the run, or its resumption, began.
 
         served: unique ids of training steps, summed over steps; cold: those of them that got the cold row; refused:
         those that got it because their shard was full. evicted: rows that made room for others; expired: rows that were
-        let go at the beginning of a day.
+        removed at the beginning of a day.
         """
         super().__init__(shape, rank, num_ranks, **others)
 
@@ -145,7 +145,7 @@ class ExactTable(IdTable):
     def tally(self) -> dict[str, int]:
         return {"used_rows": int(self.map.used_S.sum()), **self.counts}
 
-    def begin_day(self, date_: date | None) -> None:
+    def expire_rows(self, date_: date | None) -> None:
         """Use rows on this day from now on, and free those that were last used more than `expire_days` before.
 
         Counts of ids without a row are halved every `expire_days` days. Called before the first step alone, with no
@@ -332,7 +332,7 @@ class RowMap:
         return found_N
 
     def insert(self, slot_N: Int64Array, hash_N: UInt64Array, ids_N: Int64Array) -> Int64Array:
-        """Give rows to different ids, ascending, that have none; returns their places, row 0 where a shard is full."""
+        """Assign rows to different new ids, ascending; returns their places, row 0 where a shard is full."""
         order_N = np.argsort(slot_N, kind="stable")
         slot_M = slot_N[order_N]
         count_S = np.bincount(slot_M, minlength=len(self.used_S))
@@ -455,9 +455,9 @@ def longest_unused(used_at_N: NDArray[np.int32], ids_N: Int64Array, most: int, n
 
 
 Figures = dict[str, Any]
-"""Of one table, as report.json has them."""
+"""Figures of one table, as report.json has them."""
 WARNED_SHARE = 0.25
-"""Of the ids of a table: where more of them share a row, the run warns; with four rows for each id 22 % do."""
+"""Share of a table's ids: where more of them share a row, the run warns; with four rows for each id 22 % do."""
 
 
 def gather_figures(comm: Comm, tables: Mapping[str, IdTable]) -> dict[str, Figures]:

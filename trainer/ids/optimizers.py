@@ -17,19 +17,19 @@ from trainer.ids.shards import IdRows, StatePart
 from trainer.optim import BETA1, BETA2, Rates
 
 SHARED_STATE = "ids/"
-"""How names of what a checkpoint has of the optimiser beside the rows begin."""
+"""Prefix of the names of optimiser state in a checkpoint that is not part of the rows."""
 _RATES = f"{SHARED_STATE}learning_rates"
 
 
 class RowOptimizer:
-    """Leaves rows as they are: what evaluation needs. One object serves all tables of a rank."""
+    """Leaves rows as they are, for evaluation. One object serves all tables of a rank."""
 
     state: tuple[StatePart, ...] = ()
-    """What is kept of a row together with its weights."""
+    """State that a row keeps together with its weights."""
     mark = ""
     """The part of the state that is zero in rows that no step has touched, and in no others."""
     lags = False
-    """Whether weights in memory may be others than what a checkpoint is to have."""
+    """Whether weights in memory may differ from those in a checkpoint."""
 
     def __init__(self, config: OptimConfig, dtype: torch.dtype, device: torch.device | str) -> None:
         """`dtype`, `device`: of the rows."""
@@ -48,7 +48,7 @@ class RowOptimizer:
         """End the step, with or without rows; every rank calls it."""
 
     def shared_state(self) -> dict[str, Tensor]:
-        """Return what a checkpoint needs beside the rows: the same on every rank."""
+        """Return the optimiser's state in a checkpoint other than the rows: the same on every rank."""
         return {}
 
     def load_shared_state(self, state: Mapping[str, Tensor]) -> None:
@@ -63,7 +63,7 @@ class Adam(RowOptimizer):
     """Adam with moments of each weight, which shrink in every step: as torch.optim.Adam on the whole table.
 
     A row is moved by the steps that touch it; when it is read, it makes up for the others. Its
-    weight in memory is that after step `last_step`, its last; what a lookup, a checkpoint or an export gets is newer.
+    weight in memory is that after step `last_step`, its last; a lookup, a checkpoint or an export gets newer ones.
     """
 
     state = (StatePart("momentum", "vector"), StatePart("variance", "vector"), StatePart("last_step", "count"))
@@ -125,5 +125,5 @@ def row_optimizer(config: OptimConfig, dtype: torch.dtype, device: torch.device 
 
 
 def state_of(config: OptimConfig) -> tuple[StatePart, ...]:
-    """List what the optimiser that `optim` names keeps of a row."""
+    """List the parts of a row's state in the optimiser that `optim` names."""
     return _OPTIMIZERS[config.ids].state

@@ -20,7 +20,7 @@ WEIGHT = "weight"
 
 @dataclass(frozen=True)
 class StatePart:
-    """What an optimiser keeps of a row: a number for each of its weights, one number, or one count (int32)."""
+    """A part of the optimiser's state of a row: a number for each of its weights, one number, or one count (int32)."""
 
     name: str
     kind: Literal["vector", "number", "count"]
@@ -30,7 +30,7 @@ class StatePart:
         return width if self.kind == "vector" else 1
 
     def view(self, numbers_NK: Tensor) -> Tensor:
-        """View the numbers (N, K) of this part as what they are: (N, V), or (N,)."""
+        """View the numbers (N, K) of this part in their own type: (N, V), or (N,)."""
         if self.kind == "vector":
             return numbers_NK
         return (numbers_NK.view(torch.int32) if self.kind == "count" else numbers_NK)[:, 0]
@@ -85,7 +85,7 @@ class IdRows:
 
 
 def numbers_of(width: int, state: Sequence[StatePart]) -> int:
-    """Count the numbers of a row: its weights, and what an optimiser keeps of it."""
+    """Count the numbers of a row: its weights, and its optimiser's state."""
     return sum(part.numbers(width) for part in (_WEIGHT, *state))
 
 
@@ -96,7 +96,7 @@ def row_bytes(width: int, state: Sequence[StatePart], dtype: torch.dtype) -> int
 
 @dataclass(frozen=True)
 class TableShape:
-    """What every rank knows of a table: `num_rows` is rounded up so that every shard has equally many."""
+    """Shape of a table, known on every rank: `num_rows` is rounded up so that every shard has equally many."""
 
     name: str
     width: int
@@ -112,7 +112,7 @@ class TableShape:
 
     @property
     def setting(self) -> str:
-        """What a person has set, for messages."""
+        """The setting of the table as a user writes it, for messages."""
         return f"model.tables.{self.name}={self.num_rows}"
 
     @property
@@ -153,7 +153,7 @@ def owned_rows(shape: TableShape, rank: int, num_ranks: int) -> int:
 
 
 def owned_bytes(shape: TableShape, rank: int, num_ranks: int, state: Sequence[StatePart], dtype: torch.dtype) -> int:
-    """Compute the bytes of a rank's rows of a table, of their optimiser's state and of what finds them."""
+    """Compute the bytes of a rank's rows of a table, of their optimiser's state and of their index."""
     index_bytes = len(keys.owned_shards(shape.num_shards, rank, num_ranks)) * shape.index_bytes
     return owned_rows(shape, rank, num_ranks) * row_bytes(shape.width, state, dtype) + index_bytes
 

@@ -86,7 +86,7 @@ class IdTable:
         """Return weights as they are now, and state of the owned shards, <table>/<shard>/<part>.
 
         They are to be written before the next step: views, but for weights that make up for steps that did not touch
-        them; then what is in memory is there too, as part last_weight.
+        them; then the weights in memory are there too, as part last_weight.
         """
         exported = self._kept()
         if self.optimizer.lags:
@@ -120,7 +120,7 @@ class IdTable:
         return self.rows[first : first + self.shape.rows_per_shard]
 
     def _kept(self) -> dict[str, Tensor]:
-        """Views of what is in memory, by name in a checkpoint."""
+        """Views of the arrays in memory, by name in a checkpoint."""
         return {
             self._name(shard, part): values
             for slot, shard in enumerate(self.shards)
@@ -128,7 +128,7 @@ class IdTable:
         }
 
     def _kept_of(self, slot: int) -> dict[str, Tensor]:
-        """Views of what is in memory of a shard, by the last part of the name."""
+        """Views of a shard's arrays in memory, by the last part of the name."""
         parts = self._of_slot(slot).parts
         return {LAST_WEIGHT if part == WEIGHT and self.optimizer.lags else part: parts[part] for part in parts}
 
@@ -148,7 +148,7 @@ class IdSource:
         self.num_taken = 0
         """Rows that tables have taken."""
         self._taken: tuple[Tensor, IdRows, Tensor] | None = None
-        """Of a step of training its rows, copies of them, and the weights read: a leaf, whose `.grad` is the step's."""
+        """Rows of a training step, copies of them, and the weights read: a leaf, whose `.grad` is the step's."""
 
     def vectors(self, requests: Sequence[RowRequest]) -> list[Tensor]:
         """Return the vectors (Q, V) of each table's ids as they are now, with autograd attached."""

@@ -1,4 +1,4 @@
-"""What a run tells: progress, events and figures for trackers on its way, and what it did at its end, as report.json.
+"""Reports of a run: progress, events and figures for trackers while it trains, and report.json at its end.
 
 Events are not written by torch's SummaryWriter: its thread dies of a full disk, and every call after that raises. It
 leaves half of a record too, behind which TensorBoard reads nothing.
@@ -6,7 +6,7 @@ leaves half of a record too, behind which TensorBoard reads nothing.
 MLflow and Weights & Biases are off unless `run.tracking` names one, and their packages are extras. Rank 0 tells them
 the settings, figures and addresses of a run; servers and projects are named by the variables that they read themselves
 (MLFLOW_TRACKING_URI, WANDB_MODE, ...). A server far away may take minutes to answer or to fail, so a tracker works in a
-thread of its own: the training never waits for it, and what goes wrong in it is one warning.
+thread of its own: the training never waits for it, and an error in it is one warning.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ from torch.utils.tensorboard.summary import scalar
 from featurestore.console.output import figure, print_table, print_warning, progress_bars, text_column, text_console
 from featurestore.errors import StorageError
 from featurestore.parsing import parse_json
-from featurestore.published.paths import FarPath, RunPath, read_file, write_json_file
+from featurestore.published.paths import RemotePath, RunPath, read_file, write_json_file
 from featurestore.spec import flat
 from featurestore.storage.storage import Storage
 from featurestore.text import count_text, one_line
@@ -50,7 +50,7 @@ Values = Mapping[str, float]
 PROJECT = "crossmedia"
 """The experiment, or project, where the environment names none."""
 FILE = "tracking.json"
-"""In a run's folder: its id in each tracker, by which a run that is continued is found again."""
+"""File in a run's folder with its id in each tracker, by which a run that is continued is found again."""
 _END_S = 60.0
 """Longest wait, at the end of a run, for figures that a tracker has not taken yet."""
 _LONGEST, _LONGEST_WHY = 500, 200
@@ -178,7 +178,7 @@ def params_of(run: Run) -> dict[str, str]:
 
 
 def _plain(name: str) -> str:
-    """Replace what MLflow refuses in a name."""
+    """Replace characters that MLflow refuses in a name."""
     return re.sub(r"[^\w\-. /]", "_", name)
 
 
@@ -301,7 +301,7 @@ class EventsFile:
         for event in (*self._head, *events):
             records.write(event.SerializeToString())
         data = buffer.getvalue()
-        if isinstance(self._path, FarPath):
+        if isinstance(self._path, RemotePath):
             self._held += data
         else:
             self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -312,8 +312,8 @@ class EventsFile:
         self._head = []
 
     def flush(self) -> None:
-        """Put what is held to the address, where it is not there yet. Raises StorageError."""
-        if isinstance(self._path, FarPath) and len(self._held) > self._size_bytes:
+        """Upload the events held in memory that are not at the address yet. Raises StorageError."""
+        if isinstance(self._path, RemotePath) and len(self._held) > self._size_bytes:
             data = bytes(self._held)
             self._path.write_bytes(data)
             self._size_bytes = len(data)
@@ -369,7 +369,7 @@ class StepTotals:
 def count_images(request: KeyRequest) -> tuple[int, int]:
     """Count the images of one step on this rank, before the step.
 
-    They are keys in its batch, and unique ones that it, as their owner, runs E on and answers for.
+    Returns keys in its batch, and unique keys that this rank owns, runs E on and answers.
     """
     pairs = zip(request.asked_S, request.served_S, strict=False)  # fewer are served where one went wrong
     content = [(asked, served) for asked, served in pairs if isinstance(served, wiring.ContentRequest)]
@@ -377,7 +377,7 @@ def count_images(request: KeyRequest) -> tuple[int, int]:
 
 
 def step_details(stages: Stages) -> dict[str, float]:
-    """Return what TensorBoard gets of a step that is logged, beside its loss: milliseconds of this rank's stages."""
+    """Return the TensorBoard values of a logged step other than its loss: milliseconds of this rank's stages."""
     last_ms = stages.last_ms()
     hidden = {f"stage_hidden/{name}": row["hidden"] for name, row in stage_table([last_ms]).items()}
     details = {f"stage_ms/{name}": value for name, value in last_ms.items()}
@@ -468,7 +468,7 @@ def write_report(path: RunPath, report: Mapping[str, Any]) -> None:
 
 
 def show(console: Console, report: Mapping[str, Any]) -> None:
-    """Print what a run has reached, its speed and its place; all that was measured is in the report."""
+    """Print a run's results, its speed and its place; all that was measured is in the report."""
     title = f"{report['name']}: {report['global_step']:,} steps, {count_text(report['num_ranks'], 'rank')}"
     metrics = report["metrics"]
     columns = {"": "all"} | ({"new_ad_": "of new ads"} if metrics.get("new_ad_impressions") else {})

@@ -1,9 +1,9 @@
 """The training loop: epochs, evaluation, early stopping, checkpoints and signals.
 
-What E and the networks know by heart of known pictures says nothing of new ones, and no sample of the training can tell
-how much that is. So an evaluation scores the ads that are in no training sample twice, and what ranks these better, by
-AUC, holds in scoring and serving until another evaluation finds otherwise. Ads with a trained ID row keep their
-pictures either way, so only the others tell.
+E and the networks may have memorised known pictures, which says nothing of new ones, and no training sample tells by
+how much. So an evaluation scores the ads that are in no training sample twice, and the way that ranks these better, by
+AUC, holds in scoring and serving until another evaluation. Ads with a trained ID row keep their pictures either way, so
+only the others tell.
 """
 
 import contextlib
@@ -55,7 +55,7 @@ def best_step(history: History) -> int | None:
 
 
 def num_plateaus(history: History) -> int:
-    """Count the evaluations whose AUC is no better than the best one before them."""
+    """Count the evaluations whose AUC is no better than the best before them."""
     best, count = -math.inf, 0
     for auc in (entry["auc"] for entry in history if entry["auc"] is not None):
         count += auc <= best
@@ -176,12 +176,12 @@ class Training:
         self.totals = summary.StepTotals()
         self.metrics: Metrics = {}
         self.tables: dict[str, Figures] = {}
-        """Of the ids since the run, or its resumption, began; known after each epoch."""
+        """Figures of the ids since the run, or its resumption, began; known after each epoch."""
         self._warned: set[str] = set()
         train = run.config.train
         self._saves = Checkpointer(run.comm, run.place, train.checkpoint_every_s, progress.flush)
         self.checkpoints = {"written": 0, "failed": 0}
-        """Since the run, or its resumption, began."""
+        """Counts since the run, or its resumption, began."""
         self._failed_in_a_row = 0
 
     def fit(self) -> None:
@@ -236,7 +236,7 @@ class Training:
         self._progress.metrics(self._engine.num_steps, self.metrics, split)
 
     def _follow_plateaus(self) -> None:
-        """Let the rates fall with what the evaluations on validation days have found."""
+        """Reduce the rates by the evaluations on validation days."""
         if self._run.validation_reader is not None:
             self._engine.num_plateaus = num_plateaus(self._run.history)
 
@@ -308,7 +308,7 @@ class Training:
             if self._best() == self._engine.num_steps:
                 self._save()
         due, step = self._is_due(self._config.train.checkpoint_every), self._engine.num_steps
-        if self._saves.looks_after(step):
+        if self._saves.should_poll(step):
             with self.totals.timed("checkpoint"):
                 outcome, by_the_clock = self._saves.look(step)
             self._note_outcome(outcome)

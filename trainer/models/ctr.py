@@ -27,8 +27,8 @@ class CtrModel(nn.Module):
     vectors of the ad and the aggregated visual vectors of the behaviours, each content field by its own E and
     aggregator.
 
-    Attentive pooling asks with the ad's visual vectors; with images=behavior there are none, and the ad's ID vectors
-    and dense values ask. Multi-query pooling asks with both.
+    Attentive pooling queries with the ad's visual vectors; with images=behavior there are none, and the ad's ID vectors
+    and dense values are the query. Multi-query pooling has both.
 
     With `image_products` there is, for each content field of the behaviours, the mean of their visual vectors times
     M a, element by element: a all vectors of the ad (visual, IDs, dense), M learned. The taste that behaviours show and
@@ -56,9 +56,9 @@ class CtrModel(nn.Module):
             "images": sum(width[field.name] for field in self._of("ad", "content")),
             "ids": sum(width[field.name] for field in self._of("ad", "id", "multi_id", "dense")),
         }
-        self.asks_with = queries_of(config.pooling, of_ad) if behaviors else ()
-        """What of the ad the aggregators ask with: its images, its ids."""
-        queries = [of_ad[name] for name in self.asks_with]
+        self.query_sources = queries_of(config.pooling, of_ad) if behaviors else ()
+        """Parts of the ad that the aggregators query with: its images, its ids."""
+        queries = [of_ad[name] for name in self.query_sources]
         aggregators = {
             name: AGGREGATORS[config.pooling](width[name], queries, config, self.hidden) for name in behaviors
         }
@@ -90,15 +90,15 @@ class CtrModel(nn.Module):
 
     def inputs(self, fields: Fields, dense: Dense, group_of_sample_B: Tensor) -> Tensor:
         """Return all that the model knows of each sample, (B, input_width)."""
-        user, ad = self.of_side("user", fields, dense), self.of_side("ad", fields, dense)
-        return self.put_together(user, ad, fields, group_of_sample_B)
+        user, ad = self.side_inputs("user", fields, dense), self.side_inputs("ad", fields, dense)
+        return self.concat_inputs(user, ad, fields, group_of_sample_B)
 
-    def of_side(self, side: Side, fields: Fields, dense: Dense) -> list[Tensor]:
+    def side_inputs(self, side: Side, fields: Fields, dense: Dense) -> list[Tensor]:
         """Return ID vectors and dense values of one side, (M, W) for each field."""
         return [*self.id_vectors(side, fields), *self.dense_values(side, dense)]
 
-    def put_together(self, user: list[Tensor], ad: list[Tensor], fields: Fields, group_of_sample_B: Tensor) -> Tensor:
-        """Make `inputs` from the results of `of_side` for both sides."""
+    def concat_inputs(self, user: list[Tensor], ad: list[Tensor], fields: Fields, group_of_sample_B: Tensor) -> Tensor:
+        """Make `inputs` from the results of `side_inputs` for both sides."""
         images = self.images(fields, group_of_sample_B, ad)
         return torch.cat([*self.of_group(user, group_of_sample_B), *ad, *images], dim=1)
 
@@ -116,11 +116,11 @@ class CtrModel(nn.Module):
     def images(self, fields: Fields, group_of_sample_B: Tensor, ad: list[Tensor]) -> list[Tensor]:
         """Collect the image inputs: the ad's visual vectors and the behaviours' aggregated ones, (B, W) a field.
 
-        Then the products of their means with the ad. `ad`: its `of_side`.
+        Then the products of their means with the ad. `ad`: its `side_inputs`.
         """
         visual = [value_rows(fields[field.name]) for field in self._of("ad", "content")]
         of_ad = {"images": visual, "ids": ad}
-        queries = [torch.cat(of_ad[name], dim=1) for name in self.asks_with]
+        queries = [torch.cat(of_ad[name], dim=1) for name in self.query_sources]
         pooled = [pool(fields[name], group_of_sample_B, queries) for name, pool in self.aggregators.items()]
         products = []
         if self.products:

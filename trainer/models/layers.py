@@ -77,7 +77,7 @@ def width_of(field: Field, config: ModelConfig) -> int:
 
 @dataclass
 class StepPlace:
-    """Where in the training this rank's rows are. The engine sets it; layers that need it have the same object."""
+    """Place of this rank's rows in the training. The engine sets it; layers that need it have the same object."""
 
     seed: int = 0
     step: int = 0
@@ -128,7 +128,7 @@ class PlacedDropout(nn.Module):
 
 
 class Mlp(nn.Sequential):
-    """Fully connected layers with what `hidden` makes between them; the last one is linear, or `activated` too."""
+    """Fully connected layers with the layers of `hidden` between them; the last one is linear, or `activated` too."""
 
     def __init__(self, widths: Sequence[int], hidden: HiddenLayers, *, activated: bool = False) -> None:
         super().__init__()
@@ -247,7 +247,7 @@ class _ExpandRows(torch.autograd.Function):
 
 
 class _SegmentMax(torch.autograd.Function):
-    """With a backward of its own: segment_reduce of torch 2.13 gives equal rows a negative gradient whole, each."""
+    """Maximum of segments with a backward of its own: torch 2.13 gives equal rows a negative gradient whole, each."""
 
     @staticmethod
     def forward(ctx: Any, rows_N: Tensor, lengths_M: Tensor) -> Tensor:

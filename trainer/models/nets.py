@@ -65,7 +65,7 @@ class Din(CtrModel):
     """
 
     def __init__(self, schema: Schema, config: ModelConfig) -> None:
-        """Raises ConfigError where no such field is there."""
+        """Raises ConfigError where there is no such field."""
         pairs = paired_fields(used_fields(schema, config))
         if not pairs:
             raise ConfigError(
@@ -174,8 +174,8 @@ class FinalMlp(CtrModel):
         self.fusion = BilinearFusion(config.mlp[-1])
 
     def forward(self, fields: Fields, dense: Dense, group_of_sample_B: Tensor) -> Tensor:
-        user, ad = self.of_side("user", fields, dense), self.of_side("ad", fields, dense)
-        input_BW = of_user_BW = of_ad_BW = self.put_together(user, ad, fields, group_of_sample_B)
+        user, ad = self.side_inputs("user", fields, dense), self.side_inputs("ad", fields, dense)
+        input_BW = of_user_BW = of_ad_BW = self.concat_inputs(user, ad, fields, group_of_sample_B)
         if self.user_gates is not None:
             of_user_BW = input_BW * take_rows(self.user_gates(torch.cat(user, dim=1)), group_of_sample_B)
         if self.ad_gates is not None:

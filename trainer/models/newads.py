@@ -2,14 +2,14 @@
 
 A new ad has a picture and no trained ID, so its ID vectors are near zero, where the networks hardly ever see them in
 training. Here the vector of each of its own IDs is p(v) + row: p a small net of the ad's visual vectors v, learned from
-clicks with all else, as in IDProxy (arXiv 2603.01590). The row learns what the picture does not say of this ad; a new
-ad has p(v) and a row near zero, or in an exact table the trained row that ids without their own share.
+clicks with all else, as in IDProxy (arXiv 2603.01590). The row learns the part of this ad that the picture does not
+show; a new ad has p(v) and a row near zero, or in an exact table the trained row that ids without their own share.
 
 E knows the pictures of its training by heart, in part; of a new picture it makes a vector that may mean less, or, with
 poor features, nothing. The networks cannot tell, as long as all ads that they see are known: only ads that no part of
 the model has seen can tell. With `model.image_dropout` the model learns to do without pictures, on some samples; an
-evaluation scores the ads that training has not seen with and without them, and what ranks these better holds from then
-on (trainer/loop/training.py).
+evaluation scores the ads that training has not seen with and without them, and the way that ranks these better holds
+from then on (trainer/loop/training.py).
 
 With `model.id_dropout` the rows of an ad's own ID and of its image's ID become zero on some samples: both together, as
 DropoutNet (Volkovs et al., NIPS 2017) drops the whole preference vector of an item, and nothing is scaled up in return.

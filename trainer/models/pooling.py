@@ -23,7 +23,7 @@ from trainer.models.layers import HiddenLayers, expand_rows, lengths_of, segment
 
 @dataclass(frozen=True)
 class PairWeights:
-    """How much each behaviour of a sample counts: all (sample, behaviour) pairs by sample, as `pairs` lists them."""
+    """Weight of each behaviour of a sample: all (sample, behaviour) pairs by sample, as `pairs` lists them."""
 
     weight_NC: Tensor
     """One column a channel; those of a sample sum to 1 in each."""
@@ -38,13 +38,13 @@ class Aggregator(nn.Module):
     """Base of the aggregators: the vectors of a group's behaviours become one for each sample, (B, width)."""
 
     asks: ClassVar[Asks] = "nothing"
-    """What of the ad it asks with, a query each. images: its visual vectors, or its IDs where it has none; images and
-    ids: both of them."""
+    """Parts of the ad that it queries with, a query each. images: its visual vectors, or its IDs where it has none;
+    images and ids: both."""
     weighing: ClassVar[str]
-    """How it weighs behaviours, in a sentence that the explorer shows."""
+    """Sentence that the explorer shows on how it weighs behaviours."""
 
     def __init__(self, width: int, query_widths: Sequence[int], config: ModelConfig, layers: HiddenLayers) -> None:
-        """`width`: of the behaviours' vectors; `query_widths`: of what it asks with, if anything."""
+        """`width`: of the behaviours' vectors; `query_widths`: of its queries, if any."""
         super().__init__()
         self.width = width
 
@@ -60,19 +60,19 @@ class Aggregator(nn.Module):
 
 
 def queries_of(pooling: Pooling, width_of_ad: Mapping[str, int]) -> tuple[str, ...]:
-    """Return what the aggregators ask with: the ad's `images`, its `ids`, both or neither; `width_of_ad` of each.
+    """Return the aggregators' queries: the ad's `images`, its `ids`, both or neither; `width_of_ad` of each.
 
-    Raises ConfigError where there is not what they need.
+    Raises ConfigError where one is missing.
     """
     wanted = AGGREGATORS[pooling].asks
     if wanted == "nothing":
         return ()
     has = tuple(name for name, width in width_of_ad.items() if width)
     if not has:
-        raise ConfigError(f"model.pooling={pooling} needs a field on side ad to ask with; set model.pooling=sum")
+        raise ConfigError(f"model.pooling={pooling} needs a field on side ad to query with; set model.pooling=sum")
     if wanted == "images and ids" and "ids" not in has:
         raise ConfigError(
-            f"model.pooling={pooling} asks with the ad's IDs too, and the schema has none on side ad; "
+            f"model.pooling={pooling} queries with the ad's IDs too, and the schema has none on side ad; "
             "add one, or set model.pooling=attentive"
         )
     return has[:1] if wanted == "images" else has
@@ -110,7 +110,7 @@ class ActivationUnit(nn.Module):
         return score_N1.squeeze(1)
 
     def of_all(self, key_LV: Tensor, query_BW: Tensor) -> Tensor:
-        """Return what `forward` does where all queries have the same keys, (L, B).
+        """Return the result of `forward` where all queries have the same keys, (L, B).
 
         C (k * m) is (C m) k, so no pair's key is laid out, and one product makes the hidden units of all pairs.
         """
@@ -154,7 +154,7 @@ class AttentivePooling(Aggregator):
         return torch.cat([segment_sum(key_NV * weight_N.unsqueeze(1), lengths_B) for weight_N in weights], dim=1)
 
     def weights(self, behaviors: FieldVectors, group_of_sample_B: Tensor, queries: Sequence[Tensor]) -> PairWeights:
-        """Return what `forward` multiplies the behaviours' vectors by, a channel for each query."""
+        """Return the weights of the behaviours' vectors in `forward`, a channel for each query."""
         key_NV, lengths_B = _keys(behaviors, group_of_sample_B)
         return PairWeights(torch.stack([*self._weights(key_NV, lengths_B, queries)], dim=1), lengths_B)
 

@@ -32,7 +32,7 @@ def main() -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class BuildOptions:
-    """Which ads to index, and where."""
+    """Options of an index and its ads."""
 
     run: Annotated[
         str | None,
@@ -44,7 +44,8 @@ class BuildOptions:
         str | None, typer.Option(help="A .parquet file, or a folder of them, with the ad's columns, one row an ad.")
     ] = None
     samples: Annotated[
-        str | None, typer.Option(help="Instead: the distinct ads of these samples.", show_default="those of the run")
+        str | None,
+        typer.Option(help="Samples whose distinct ads to index, instead of --ads.", show_default="those of the run"),
     ] = None
     out: Annotated[str, typer.Option(help="Folder or address of the index; an index there is replaced.")] = INDEX
     kind: Annotated[
@@ -166,7 +167,7 @@ def search(
     k: Annotated[int, typer.Option(min=1, max=MOST_FOUND, help="Ads to find.")] = 10,
     samples: Annotated[
         str | None,
-        typer.Option(help="Other samples: their test/ is taken.", show_default="those of the run, of its test days"),
+        typer.Option(help="Other samples: their test/ is used.", show_default="those of the run, of its test days"),
     ] = None,
     checkpoint: WhichCheckpoint = None,
 ) -> None:

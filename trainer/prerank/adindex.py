@@ -112,9 +112,9 @@ class IndexState(Sealed):
     min_recall: float
     origin: IndexOrigin
     queries: QuerySource | None
-    """What recall is measured with; None for flat."""
+    """Users that recall is measured with; None for flat."""
     sha256: dict[str, str]
-    """Of the other files, by name."""
+    """Digests of the other files, by name."""
 
 
 Changes = dict[str, int]
@@ -140,11 +140,11 @@ class AdIndex:
         min_recall: float = MIN_RECALL,
         after: int | None = None,
     ) -> "AdIndex":
-        """Build an index at `url`, as the version after `after`, by default the one that is there.
+        """Build an index at `url`, as the version after `after`, by default the newest.
 
-        What no reader needs any more is removed. Of hnsw the recall is measured with vectors of users, without them
-        with some of the ads, and the effort of a search is raised until it is `min_recall`; `warning` says where it
-        never is. Raises InvalidRowsError for vectors that make no index, AdIndexError for a place with other files,
+        Files that no reader needs any more are removed. Of hnsw the recall is measured with vectors of users, without
+        them with some of the ads, and the effort of a search is raised until it is `min_recall`; `warning` says where
+        it never is. Raises InvalidRowsError for vectors that make no index, AdIndexError for a place with other files,
         CommitConflictError where another build published meanwhile, StorageError.
         """
         after = _replaceable_version(url) if after is None else after
@@ -242,7 +242,7 @@ class AdIndex:
         if max_gone is not None and num_gone > max_gone * len(known_K):
             raise AdIndexError(
                 f"{num_gone:,} of the {len(known_K):,} ads in {self._files.url} are not in the table, more than a "
-                f"share of {max_gone:g}: is --sync right? --max-gone 1 lets them go"
+                f"share of {max_gone:g}: is --sync right? --max-gone 1 allows it"
             )
         place_N, is_known_N = places(known_K, keys_N)
         same_N = is_known_N & np.isclose(old_KW[place_N], vectors_NW, rtol=_SAME, atol=_SAME).all(axis=1)
@@ -374,7 +374,7 @@ def ads_of_samples(samples: str, schema: Schema, fields: Sequence[Field]) -> Ads
 
 
 def _rules(schema: Schema, fields: Sequence[Field]) -> dict[str, Rule]:
-    """Of the columns of these fields and of the key, as they are in samples."""
+    """Return the rules of the columns of these fields and of the key, as in samples."""
     wanted = {field.column_name for field in fields} | {field.weights for field in fields} | {schema.new_ad_column}
     return {column: rule for column, rule in rules_of(schema).items() if column in wanted}
 

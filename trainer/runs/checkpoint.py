@@ -1,4 +1,4 @@
-"""Checkpoints: what they hold, what they belong to, which stores stand in, which one a run continues or begins with.
+"""Checkpoints: content, fingerprint of the run, accepted stores, and the one to resume or warm-start from.
 
 step-00000050/
       state.json                         position, seed, what data, model and store they belong to, digest of each file
@@ -49,18 +49,18 @@ from trainer.samples.reader import BatchPosition
 
 TO_RESUME: tuple[Decision, ...] = ("training", "nothing")
 TO_READ: tuple[Decision, ...] = ("positions", *TO_RESUME)
-"""What may differ from a checkpoint that a run continues from, and from one that is evaluated or exported."""
+"""Decisions that may differ from a checkpoint: of a run that continues it, and of an evaluation or export."""
 DENSE, ROWS = "dense.safetensors", "rows-{rank:05}-of-{ranks:05}.safetensors"
 """Rank `rank` of those that wrote a checkpoint owned the shards `rank`, `rank` + `ranks`, and so on of each table."""
 _BLOCK_BYTES = 8 << 20
 _ROWS = re.compile(r"rows-(?P<rank>\d+)-of-(?P<ranks>\d+)\.safetensors")
 
 
-class Origin(Section):
-    """What a checkpoint belongs to: it is refused where one of these values differs."""
+class RunFingerprint(Section):
+    """The run that a checkpoint belongs to; it is refused where one of these values differs."""
 
     data: dict[str, Any]
-    """What a position in the data means: the settings that decide on it, and the digest of the samples."""
+    """Meaning of a position in the data: the settings that decide on it, and the digest of the samples."""
     train: dict[str, Any]
     """The same of this section: the seed."""
     model: dict[str, Any]
@@ -68,25 +68,25 @@ class Origin(Section):
     stores: dict[str, dict[str, Any]]
     """ExtractorSpec, dimension, dtype and basis of each feature store, by name; none where the model has no images."""
     optim: dict[str, Any]
-    """What the optimiser's state means: the settings that decide on parameters and rows."""
+    """Meaning of the optimiser's state: the settings that decide on parameters and rows."""
 
     def check_same(
-        self, recorded: "Origin", checkpoint: Checkpoint, may_differ: Collection[Decision] = TO_RESUME
+        self, recorded: "RunFingerprint", checkpoint: Checkpoint, may_differ: Collection[Decision] = TO_RESUME
     ) -> None:
-        """Raise OtherRunError naming every value that `recorded`, of the checkpoint, has otherwise.
+        """Raise RunMismatchError naming every value that `recorded`, of the checkpoint, has otherwise.
 
-        What decides on one of the kinds `may_differ` is not compared.
+        Settings that decide on one of the kinds `may_differ` are not compared.
         """
         self.check_store(recorded, checkpoint)
         found = self.differences(recorded, may_differ)
         if found:
-            raise errors.OtherRunError(
+            raise errors.RunMismatchError(
                 f"{checkpoint} belongs to another run; start a new one, or set back:\n  "
                 + "\n  ".join(map(_text, found))
             )
 
-    def differences(self, recorded: "Origin", may_differ: Collection[Decision]) -> list[Difference]:
-        """List what `recorded` has otherwise, except what decides on one of the kinds `may_differ`.
+    def differences(self, recorded: "RunFingerprint", may_differ: Collection[Decision]) -> list[Difference]:
+        """List the settings that `recorded` has otherwise, except those that decide on one of the kinds `may_differ`.
 
         Fields count in their order, which the layers read them in.
         """
@@ -94,8 +94,8 @@ class Origin(Section):
         here, there = (" ".join(each.model.get("fields", {})) for each in (self, recorded))
         return found or ([] if here == there else [Difference("model.fields", here, there, "parameters")])
 
-    def check_store(self, recorded: "Origin", checkpoint: Checkpoint) -> None:
-        """Raise OtherRunError where E of the checkpoint was trained on features of another kind."""
+    def check_store(self, recorded: "RunFingerprint", checkpoint: Checkpoint) -> None:
+        """Raise RunMismatchError where E of the checkpoint was trained on features of another kind."""
         found = differences({"stores": self.stores}, {"stores": recorded.stores})
         if not found:
             return
@@ -103,8 +103,8 @@ class Origin(Section):
             was = "was trained without images, and this run uses them"
             if recorded.stores:
                 was = "has an E for images, and this run uses none"
-            raise errors.OtherRunError(f"{checkpoint} {was}; set model.images as it was")
-        raise errors.OtherRunError(
+            raise errors.RunMismatchError(f"{checkpoint} {was}; set model.images as it was")
+        raise errors.RunMismatchError(
             f"{checkpoint} was trained on features of another kind, and its E makes nothing of these:\n  "
             + "\n  ".join(map(_text, found))
             + "\nset data.store to a store of that kind (of several, data.stores.NAME)"
@@ -118,7 +118,7 @@ class CheckpointState(Sealed):
     epoch: int
     step_in_epoch: int
     num_ranks: int
-    origin: Origin
+    origin: RunFingerprint
     stores: dict[str, SnapshotId]
     """The snapshot of every store by name."""
     history: list[dict[str, Any]]
@@ -182,9 +182,9 @@ def load(
 def read_dense(
     checkpoint: Checkpoint, state: CheckpointState, cache_dir: str | None = None, prefix: str = ""
 ) -> dict[str, Tensor]:
-    """Read what is the same on every rank: the tensors whose names begin with `prefix`, without it.
+    """Read the state that all ranks share: the tensors whose names begin with `prefix`, without it.
 
-    They are mapped into memory, which takes what is looked at. Raises CheckpointError."""
+    They are mapped into memory: only pages in use take any. Raises CheckpointError."""
     with saying(f"cannot read {checkpoint}"), local_copy(checkpoint, DENSE, state.files[DENSE], cache_dir) as file:
         return {name.removeprefix(prefix): each for name, each in _mapped(file).items() if name.startswith(prefix)}
 
@@ -213,7 +213,7 @@ def read_rows(
 
 @contextmanager
 def local_copy(checkpoint: Checkpoint, file: str, digest: str, cache_dir: str | None = None) -> Iterator[Path]:
-    """Give a file of this machine with the content of a checkpoint's file: itself, or a copy in the cache folder.
+    """Return a file of this machine with the content of a checkpoint's file: itself, or a copy in the cache folder.
 
     The copy is there for the block. `digest` is the xxh3-128 that the file has to have. Raises DamagedCheckpointError
     for another one, or where the file is gone, OSError, StorageError.
@@ -251,7 +251,7 @@ def _text(difference: Difference) -> str:
 
 @contextmanager
 def saying(what: str) -> Iterator[None]:
-    """Turn an error of the disk, the object store or a file's format into a CheckpointError that says what failed."""
+    """Turn an error of the disk, the object store or a file's format into a CheckpointError with its text."""
     try:
         yield
     except (OSError, SafetensorError, StorageError) as failure:
@@ -261,7 +261,7 @@ def saying(what: str) -> Iterator[None]:
 def _mapped(local: Path) -> dict[str, Tensor]:
     """The tensors of a file, mapped into memory, also once its name is gone."""
     with safe_open(local, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - the file is no mapping
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - the file is not a mapping
 
 
 Resumed = tuple[Checkpoint, CheckpointState]
@@ -269,28 +269,27 @@ Opened = TypeVar("Opened")
 
 
 @dataclass(frozen=True)
-class PassedOver:
-    """A damaged checkpoint that a run does not continue from, and what is wrong with it."""
+class SkippedCheckpoint:
+    """A damaged checkpoint that a resumed run skips, and the reason."""
 
     checkpoint: Checkpoint
     why: str
 
 
 def continued(
-    comm: Comm, config: Config, folder: RunPath, open_at: Callable[[Resumed | None, list[PassedOver]], Opened]
+    comm: Comm, config: Config, folder: RunPath, open_at: Callable[[Resumed | None, list[SkippedCheckpoint]], Opened]
 ) -> Opened:
     """Return what `open_at` opens at the checkpoint that `run.resume` says, or at None for a run that begins.
 
-    Where that is the newest one, and it is damaged, `open_at` gets the one before it and what was passed over, newest
-    first. Raises what `open_at` does, and of checkpoints that are all damaged the error of the newest. Every rank calls
-    it.
+    Where that is the newest one, and it is damaged, `open_at` gets the one before it and the skipped ones, newest
+    first. Raises the errors of `open_at`; where all checkpoints are damaged, that of the newest. Every rank calls it.
     """
-    passed_over: list[PassedOver] = []
+    skipped: list[SkippedCheckpoint] = []
     newest: Exception | None = None
     for checkpoint in comm.on_rank_0(partial(_to_try, config, folder)):  # another rank may see other ones
         try:
             state = comm.on_all(partial(read_state, checkpoint))
-            return open_at((checkpoint, state), passed_over)
+            return open_at((checkpoint, state), skipped)
         except (errors.DamagedCheckpointError, errors.RemoteRankError) as failure:
             if isinstance(failure, errors.RemoteRankError) and failure.kind != errors.DamagedCheckpointError.__name__:
                 raise
@@ -298,15 +297,14 @@ def continued(
                 newest or failure,
                 failure.text if isinstance(failure, errors.RemoteRankError) else str(failure),
             )
-            passed_over = [*passed_over, PassedOver(checkpoint, text.removesuffix(errors.TAKE_ANOTHER))]
+            skipped = [*skipped, SkippedCheckpoint(checkpoint, text.removesuffix(errors.TAKE_ANOTHER))]
     if newest is not None:
         raise newest
     return open_at(None, [])
 
 
 def _to_try(config: Config, folder: RunPath) -> list[Checkpoint]:
-    """List the checkpoints to continue from: the one that run.resume names, or all, newest first, where it is the
-    newest."""
+    """List the checkpoints to continue from: that of run.resume, or all, newest first, where it is the newest."""
     resume = config.run.resume
     found = finished(folder)[::-1] if resume in ("latest", "auto") else []
     if found or resume in (None, "auto"):
@@ -333,7 +331,7 @@ class AcceptedStore(Section):
     figures: dict[str, Any]
 
     def replaces(self, name: str, record: SnapshotId) -> bool:
-        """Tell whether `record` is of the store that was replaced.
+        """Return whether `record` is of the store that was replaced.
 
         Of one store put back from a backup, it has to be the very snapshot."""
         if (name, record.store_id) != (self.name, self.recorded.store_id):
@@ -376,12 +374,12 @@ def _read_accepted(file: RunPath) -> list[AcceptedStore]:
 
 
 _NETWORKS = ("stores.", "model.")
-"""What the names of parameters and buffers of the networks begin with: E of each store, and the layers above."""
+"""Prefixes of the parameters and buffers of the networks: E of each store, and the layers above."""
 _DECIDED = "model.new_ads.counts"
-"""What evaluations settle (model.image_dropout): a run may begin without it, or let it go; so it is with the vectors of
+"""Buffer set by evaluations (model.image_dropout): a run may begin without it, or drop it, like the vectors of
 `NO_IMAGES`, which data.missing decides on."""
 _NOT_LEARNED = {"model.compute_dtype", "model.image_dropout", "model.label", "model.tables"}
-"""What may differ where a run begins with another one; tables may have more room, and other shapes are noticed."""
+"""Settings that may differ in a warm start; tables may have more room, and other shapes are noticed."""
 
 
 @dataclass(frozen=True)
@@ -407,8 +405,10 @@ def find_warm_start(run: RunConfig) -> WarmStart | None:
     return WarmStart(found, read_state(found), run.warm_parts)
 
 
-def begin_with(comm: Comm, warm: WarmStart, origin: Origin, trained: Engine, cache_dir: str | None = None) -> None:
-    """Copy what a warm start takes into `trained`; ranks may be more or fewer than those that wrote the checkpoint.
+def warm_start(
+    comm: Comm, warm: WarmStart, origin: RunFingerprint, trained: Engine, cache_dir: str | None = None
+) -> None:
+    """Copy the parts that a warm start takes into `trained`; it may be of more or fewer ranks.
 
     Raises CheckpointError on all ranks where a file is damaged, or where what was learned would mean something else
     under the settings, the fields or the stores of this run.
@@ -433,4 +433,4 @@ def begin_with(comm: Comm, warm: WarmStart, origin: Origin, trained: Engine, cac
             for each in (mine, theirs)
         )
         check_names(own_networks, taken)
-        trained.begin_dense_with(taken)
+        trained.warm_start_dense(taken)

@@ -10,7 +10,7 @@ from typing import IO, Any, TypeVar
 
 from featurestore.errors import BucketNotFoundError, StorageError
 from featurestore.parsing import parse_json
-from featurestore.published.paths import FarPath, RunPath, check_bucket, read_file, run_path
+from featurestore.published.paths import RemotePath, RunPath, check_bucket, read_file, run_path
 from featurestore.published.versions import PublishedFiles, open_published
 from trainer.config import Config, RunConfig
 from trainer.errors import CheckpointNotFoundError, ConfigError, TrainerError
@@ -22,7 +22,7 @@ DAYS_FILE = "daily.json"
 """File of the settings that the runs of a daily training share; their folders are next to it."""
 _NAME = re.compile(r"step-\d{8,}")
 
-PathT = TypeVar("PathT", Path, FarPath, Path | FarPath)
+PathT = TypeVar("PathT", Path, RemotePath, Path | RemotePath)
 
 
 def checkpoints_of(run: PathT) -> PathT:
@@ -56,7 +56,7 @@ class Checkpoint:
         return self.path(STATE)
 
     def is_of(self, run: RunPath) -> bool:
-        """Tell whether it is one of the checkpoints of the run in this folder, maybe by another path to it."""
+        """Return whether it is one of the checkpoints of the run in this folder, maybe by another path to it."""
         return checkpoints_of(self.run).resolve() == checkpoints_of(run).resolve()
 
     def path(self, file: str) -> str:
@@ -88,7 +88,7 @@ def run_or_newest(run: str | None, folder: Path = Path(RunConfig().dir)) -> RunP
 
 
 def find_checkpoint(run: RunPath, name: str | None = None, setting: str = "--checkpoint ") -> Checkpoint:
-    """Find a checkpoint of the run in folder `run`: the newest, or the one that `name` says.
+    """Find a checkpoint of the run in folder `run`: the newest, or that of `name`.
 
     `name`: latest, a step, step-N, or RUN/checkpoints/step-N of any run. Raises CheckpointNotFoundError; it names the
     `setting`, an option with its = or its space, that gave the name.
@@ -154,11 +154,13 @@ def finished(run: RunPath) -> list[Checkpoint]:
     return sorted(found, key=lambda each: each.step)
 
 
-def in_the_way(run: RunPath, resumed: Checkpoint | None, damaged: Sequence[Checkpoint] = ()) -> list[Checkpoint]:
+def conflicting_checkpoints(
+    run: RunPath, resumed: Checkpoint | None, damaged: Sequence[Checkpoint] = ()
+) -> list[Checkpoint]:
     """List the checkpoints in `run` that a run which starts afresh, or from `resumed`, would take for its own.
 
     Those are the checkpoints of later steps, or all where `resumed` is not one of this folder; oldest first, and
-    without `damaged` ones, which it passed over."""
+    without the `damaged` ones, which it skipped."""
     last = resumed.step if resumed is not None and resumed.is_of(run) else -1
     return [each for each in finished(run) if each.step > last and each not in damaged]
 
@@ -166,12 +168,12 @@ def in_the_way(run: RunPath, resumed: Checkpoint | None, damaged: Sequence[Check
 def check_folder(config: Config, run: RunPath, resumed: Checkpoint | None, damaged: Sequence[Checkpoint] = ()) -> None:
     """Refuse a folder that cannot be written to, and one that holds a checkpoint or a report of another run.
 
-    `damaged`: checkpoints that were passed over on the way to `resumed`."""
+    `damaged`: checkpoints that were skipped on the way to `resumed`."""
     resume = config.run.resume
-    with naming_run_dir(config):
+    with run_dir_errors(config):
         check_bucket(run)
-        there, writable = (run, True) if isinstance(run, FarPath) else _writable(run)
-        others = in_the_way(run, resumed, damaged) if writable else []
+        there, writable = (run, True) if isinstance(run, RemotePath) else _writable(run)
+        others = conflicting_checkpoints(run, resumed, damaged) if writable else []
         taken = bool(others) or (resume is None and (run / "report.json").is_file())
     if not writable:
         raise ConfigError(
@@ -199,7 +201,7 @@ def _writable(run: Path) -> tuple[Path, bool]:
 
 
 @contextmanager
-def naming_run_dir(config: Config) -> Iterator[None]:
+def run_dir_errors(config: Config) -> Iterator[None]:
     """Turn an OSError of the block into a ConfigError that names run.dir."""
     try:
         yield

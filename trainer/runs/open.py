@@ -31,7 +31,8 @@ from trainer.engine.wiring import check_tables
 from trainer.errors import CheckpointError, ConfigError, DataError, DataNotFoundError
 from trainer.models.layers import used_fields
 from trainer.runs import checkpoint as checkpoints
-from trainer.runs.folder import TENSORBOARD, Checkpoint, check_folder, finished, in_the_way, naming_run_dir
+from trainer.runs.checkpoint import SkippedCheckpoint
+from trainer.runs.folder import TENSORBOARD, Checkpoint, check_folder, conflicting_checkpoints, finished, run_dir_errors
 from trainer.runs.saving import CheckpointPlace
 from trainer.samples import survey
 from trainer.samples.columns import files_by_day, rules_of, sample_files
@@ -46,7 +47,7 @@ _INSTEAD = {"learned": 'get a trained "no image" vector', "zeros": "are zeros"}
 
 @dataclass(frozen=True)
 class StorePlace:
-    """Where a store is, the snapshot that is asked for, and the setting that says so."""
+    """Address of a store, the snapshot asked for, and the setting that says so."""
 
     name: str
     url: str
@@ -66,7 +67,7 @@ Choose = Callable[[StorePlace], Snapshot]
 def store_places(config: Config, schema: Schema) -> list[StorePlace]:
     """List the stores that the model's content fields name, that of data.store first; none where it sees no content.
 
-    data.store is the one named images, or the only one that is named; the others stand in data.stores. Raises
+    data.store is the one named images, or the only one that is named; the others are in data.stores. Raises
     ConfigError.
     """
     names = list(dict.fromkeys(f.store_name for f in used_fields(schema, config.model) if f.kind == "content"))
@@ -98,7 +99,7 @@ def missing_places(places: list[StorePlace]) -> list[str]:
         try:
             FeatureStore.open(place.url)
         except StoreNotFoundError:
-            problems.append(f"{place.setting}={place.url} is no feature store; make it with: {place.make_it()}")
+            problems.append(f"{place.setting}={place.url} is not a feature store; create it with: {place.make_it()}")
     return problems
 
 
@@ -133,7 +134,7 @@ def snapshot_of(place: StorePlace, resumed: checkpoints.Resumed | None) -> Snaps
 def check_identity(place: StorePlace, snapshot: Snapshot, resumed: checkpoints.Resumed | None) -> None:
     """Raise AnotherStoreError where the snapshot is not of the store that the checkpoint was trained on.
 
-    Features of another kind are found by Origin.check_store, which has better words.
+    Features of another kind are found by RunFingerprint.check_store, which has a better message.
     """
     if resumed is None:
         return
@@ -160,7 +161,7 @@ def open_partition(config: Config, comm: Comm, place: StorePlace, chosen: Snapsh
     """Open this rank's part of the snapshot that rank 0 chose.
 
     Raises AnotherStoreError where this rank finds another one under the same address: each machine has its own disk, or
-    the store was made anew meanwhile."""
+    the store was rebuilt meanwhile."""
     partition = FeaturePartition.load(
         place.url,
         rank=comm.rank,
@@ -180,13 +181,13 @@ def open_partition(config: Config, comm: Comm, place: StorePlace, chosen: Snapsh
 
 
 def kind_of_features(info: StoreInfo) -> dict[str, Any]:
-    """Describe what E must not see change: ExtractorSpec, dimension, dtype and basis."""
+    """Describe the properties of a store that E relies on: ExtractorSpec, dimension, dtype and basis."""
     basis = {"basis": info.reduction.sha256} if info.reduction else {}
     return {"dim": info.dim, "dtype": info.dtype, "extractor": info.extractor.model_dump(mode="json"), **basis}
 
 
 def records(places: list[StorePlace], partitions: Mapping[str, FeaturePartition]) -> dict[str, SnapshotId]:
-    """Return what a checkpoint keeps of the stores that it was trained on; addresses as they were set."""
+    """Return the entries of a checkpoint on the stores that it was trained on; addresses as they were set."""
     return {p.name: partitions[p.name].snapshot_id.model_copy(update={"url": p.url}) for p in places}
 
 
@@ -200,7 +201,7 @@ def lacking_images(
     *,
     is_new: bool,
 ) -> list[str]:
-    """Say in a line for each store how many images the run's samples name and the store lacks; every rank calls it.
+    """Report in a line for each store how many images the run's samples name and the store lacks; every rank calls it.
 
     All samples are counted, once for each snapshot: the cache folder of rank 0's machine keeps the counts. Raises, on
     all ranks together, DataError, also where a new run would train on not one image, and MissingKeysError where
@@ -291,22 +292,22 @@ class Run(OpenRun):
     train_reader: SampleReader
     test_reader: SampleReader
     validation_reader: SampleReader | None
-    """Of the days on which the best epoch is chosen."""
+    """Reader of the days on which the best epoch is chosen."""
     known_ads: Int64Array
-    origin: checkpoints.Origin
+    origin: checkpoints.RunFingerprint
     position: BatchPosition
     history: list[dict[str, Any]]
     resumed: Checkpoint | None
     """The checkpoint that the run continues from."""
-    passed_over: Sequence[checkpoints.PassedOver]
+    skipped: Sequence[SkippedCheckpoint]
     """Newer ones, newest first, which are damaged."""
     warm_start: checkpoints.WarmStart | None
     lacked: Sequence[str]
-    """What to say of images that the samples name and a store lacks."""
+    """Warnings on images that the samples name and a store lacks."""
 
     @cached_property
     def place(self) -> CheckpointPlace:
-        """Where the run's checkpoints are published."""
+        """Return the place of the run's published checkpoints."""
         return CheckpointPlace(self.folder)
 
 
@@ -319,7 +320,7 @@ def open_run(config: Config, comm: Comm) -> Run:
 
 
 def _open_run(
-    config: Config, comm: Comm, folder: RunPath, at: checkpoints.Resumed | None, passed: list[checkpoints.PassedOver]
+    config: Config, comm: Comm, folder: RunPath, at: checkpoints.Resumed | None, passed: list[SkippedCheckpoint]
 ) -> Run:
     """Open the run at this checkpoint, or at its first step."""
     schema = load_schema(config.data.schema_file)
@@ -353,8 +354,8 @@ def _open_run(
                 partition.close()
             raise
     elif warm:
-        checkpoints.begin_with(comm, warm, origin, engine, config.data.cache_dir)
-    engine.begin_day(train.newest_day)
+        checkpoints.warm_start(comm, warm, origin, engine, config.data.cache_dir)
+    engine.expire_rows(train.newest_day)
     position = at[1].position if at else BatchPosition(0, 0)
     engine.first_step = engine.num_steps - (position.epoch * reader.steps_per_epoch + position.step)  # of earlier runs
     return Run(
@@ -374,7 +375,7 @@ def _open_run(
         position=position,
         history=at[1].history if at else [],
         resumed=at[0] if at else None,
-        passed_over=passed,
+        skipped=passed,
         warm_start=warm,
         lacked=lacking_images(config, comm, schema, places, partitions, [train, test], is_new=not (at or warm)),
     )
@@ -446,7 +447,7 @@ def _with_statistics(
     schema: Schema,
     train: SampleIndex,
     samples: str,
-    recorded: checkpoints.Origin | None,
+    recorded: checkpoints.RunFingerprint | None,
     warm: checkpoints.WarmStart | None,
 ) -> Schema:
     """Fill in the statistics of the schema's numbers.
@@ -482,10 +483,10 @@ def open_samples(config: Config, places: list[StorePlace]) -> Storage:
 
 def _origin(
     config: Config, schema: Schema, samples: str, streams: int, partitions: Mapping[str, FeaturePartition]
-) -> checkpoints.Origin:
+) -> checkpoints.RunFingerprint:
     positions = settings_that_decide("positions")
     data = config.data.model_dump(include=positions["data"] - {"train_days"})  # the samples tell
-    return checkpoints.Origin(
+    return checkpoints.RunFingerprint(
         data={**data, "shuffle_streams": streams, "samples_digest": samples},
         train=config.train.model_dump(include=positions["train"]),
         optim=config.optim.model_dump(include=settings_that_decide("parameters", "rows")["optim"]),
@@ -495,7 +496,7 @@ def _origin(
 
 
 def model_of(config: Config, schema: Schema) -> dict[str, Any]:
-    """List what decides on a run's parameters: the model's settings and the fields, as an origin has them."""
+    """List the settings that decide on a run's parameters: those of the model and the fields, as an origin has them."""
     fields = {field.name: field.model_dump(mode="json", exclude={"name"}, exclude_none=True) for field in schema.fields}
     return {**config.model.model_dump(), "fields": fields, "label": schema.label}
 
@@ -524,7 +525,7 @@ def test_reader(config: Config, comm: Comm, index: SampleIndex, schema: Schema) 
 class PartReader(SampleReader):
     """One contiguous part of a split for each rank, cut into equally many batches, in the files' order.
 
-    Evaluation needs no order, so a rank decodes its own part alone. Parts are no parts of one global batch: places of
+    Evaluation needs no order, so a rank decodes its own part alone. Parts do not belong to one global batch: places of
     their samples are those in the part.
     """
 
@@ -556,9 +557,9 @@ def claim_folder(run: Run) -> list[Checkpoint]:
     """
 
     def claim() -> list[Checkpoint]:
-        with naming_run_dir(run.config):
-            run.place.claim([each.checkpoint for each in run.passed_over])
-            removed = in_the_way(run.folder, run.resumed)
+        with run_dir_errors(run.config):
+            run.place.claim([each.checkpoint for each in run.skipped])
+            removed = conflicting_checkpoints(run.folder, run.resumed)
             if removed and not run.config.run.overwrite:  # since this one looked
                 raise CheckpointError(  # no mistake in the settings: a supervisor starts it again, from that checkpoint
                     f"{run.folder} has a new checkpoint, of another start of this run: start one alone, with "
@@ -594,12 +595,12 @@ def _keep_dictionary(run: Run) -> None:
     if before is None and warm is not None and warm.parts == "all":
         before = warm.checkpoint.run
     earlier = before / IDS_FILE if before is not None else None
-    with naming_run_dir(run.config):
+    with run_dir_errors(run.config):
         survey.write_dictionary(run.comm, run.folder, run.train_reader.index, rules_of(run.schema), earlier)
 
 
 def resumed_folder(run: Run) -> RunPath | None:
-    """Give the folder of the run that wrote the checkpoint which this one continues: its own, or another one's."""
+    """Return the folder of the run that wrote the checkpoint which this one continues: its own, or another one's."""
     if run.resumed is None:
         return None
     return run.folder if run.resumed.is_of(run.folder) else run.resumed.run

@@ -1,4 +1,4 @@
-"""Trained runs, opened to be asked and not to be trained: what their folders say, and a model out of a checkpoint.
+"""Trained runs, opened to be asked and not to be trained: their folders, and a model out of a checkpoint.
 
 Every command that looks at runs reads their folders by `read_run`, so a checkpoint is chosen, and an image without a
 feature treated, in one way; their engines are opened by `open_at`. `open_trained` opens no samples and looks images up
@@ -71,7 +71,7 @@ class SavedRun:
     checkpoint: Checkpoint
     state: checkpoints.CheckpointState
     missing_in_training: MissingPolicy
-    """What training did with an image that had no feature; `error` is `zeros` here."""
+    """Policy of the training for images without a feature; `error` is `zeros` here."""
 
     @property
     def digest(self) -> str:
@@ -100,11 +100,11 @@ class SavedRun:
 
     @cached_property
     def places(self) -> list[opening.StorePlace]:
-        """Where the stores are that the model's content fields name. Raises as `schema`, and ConfigError."""
+        """Return the places of the stores that the model's content fields name. Raises as `schema`, and ConfigError."""
         return opening.store_places(self.config, self.schema)
 
     def snapshot(self, place: opening.StorePlace, version: VersionName | None = None) -> Snapshot:
-        """Choose a snapshot to look images up in: the newest of the store, or the one that is asked for.
+        """Choose a snapshot to look images up in: the newest of the store, or the requested one.
 
         Raises CheckpointError where it has other features than those that the run's E was trained on, and
         AnotherStoreError where it is of another store.
@@ -119,11 +119,11 @@ class SavedRun:
         return snapshot
 
     def trained_on(self, place: opening.StorePlace) -> Snapshot:
-        """Choose the snapshot that the run was trained on, or the one that its settings name. Raises as `snapshot`."""
+        """Choose the snapshot that the run was trained on, or that of its settings. Raises as `snapshot`."""
         return self.snapshot(place, opening.snapshot_of(place, (self.checkpoint, self.state)).version)
 
     def notes_on_missing(self, num_lookups: int) -> list[str]:
-        """Say what matters about figures where lookups found no feature."""
+        """Return a warning for figures where lookups found no feature."""
         never_met = self.missing_in_training == "error" or self.missing_met == 0
         if not never_met or not num_lookups:
             return []
@@ -134,7 +134,7 @@ class SavedRun:
 
     @cached_property
     def missing_met(self) -> int | None:
-        """How often the run looked up an image without a feature while it was trained; None: it did not report it."""
+        """Count lookups of images without a feature in the training; None: it did not report them."""
         count = (report_of(self.folder) or {}).get("missing_lookups")
         return count if isinstance(count, int) else None
 
@@ -145,7 +145,7 @@ class SavedRun:
         return met is not None and isinstance(samples, int) and 0 < samples <= 100 * met
 
     def named(self) -> dict[str, str]:
-        """Say which run and checkpoint an exported file is of, for its metadata."""
+        """Describe the run and checkpoint of an exported file, for its metadata."""
         return {"run": str(self.folder), "checkpoint": self.checkpoint.name, "checkpoint_digest": self.digest}
 
 
@@ -235,7 +235,7 @@ def open_at(saved: SavedRun, comm: Comm, places: list[opening.StorePlace], choos
 
 @dataclass(frozen=True)
 class RunSource:
-    """What to open: a run's folder, and what is to be other than in the run.
+    """A run to open: its folder, and the settings that differ from it.
 
     `checkpoint`: see `find_checkpoint`; `store_version` is of `store`, by default its newest snapshot.
     """
@@ -253,7 +253,7 @@ class PredictingRun(TrainedRun):
 
     test: SampleIndex
     notes: list[str]
-    """What a reader of the figures should know."""
+    """Notes for a reader of the figures."""
 
 
 @dataclass(kw_only=True)
@@ -329,7 +329,7 @@ def _predicting(source: RunSource, saved: SavedRun, comm: Comm) -> PredictingRun
 
 
 def _notes(source: RunSource, saved: SavedRun, stores: Mapping[str, SnapshotId]) -> list[str]:
-    """Say what a reader of the figures should know."""
+    """List notes for a reader of the figures."""
     notes = []
     if source.store is not None and all(record.url != source.store for record in stores.values()):
         notes.append(f"the model reads nothing from data.store: --store {source.store} is not used")
@@ -386,7 +386,7 @@ class ImageNetwork:
         return model.to(share_machine(config, SoloComm()))
 
     def describe(self) -> dict[str, Any]:
-        """Say what its vectors are of."""
+        """Describe the origin of its vectors."""
         return {
             **self.saved.named(),
             "network": self.store,
@@ -498,7 +498,7 @@ def vector_lists(vectors_NV: Float32Array) -> Any:
 
 @contextlib.contextmanager
 def parquet_file(address: str, schema: pa.Schema) -> Iterator[Callable[[pa.Table], None]]:
-    """Give what adds rows to the Parquet file at an address, which gets its name at the end of the block.
+    """Yield a function that adds rows to the Parquet file at an address, which gets its name at the end of the block.
 
     Raises, before the block if there is no such object store, AddressError, BucketNotFoundError, StorageError."""
     storage, name = file_at(address)

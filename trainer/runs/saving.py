@@ -12,10 +12,10 @@ that this run made last, is the commit (`featurestore.published`). So a run that
 checkpoints that it had, or the new one too. All ranks write to one place: with several machines it is a shared disk or
 an object store.
 
-A run begins by a version of its own. So of two that write to one place, the one that began last continues, and the
-other one is refused at its next checkpoint. Files that the newest version does not name are removed at once on a disk,
-which has to have room for one checkpoint more than are kept; an object store keeps them for `KEEP_REMOVED_S`, for
-readers that hold an earlier version.
+A run begins by a version of its own. So of two that write to one place, the later one continues, and the other is
+refused at its next checkpoint. Files that the newest version does not name are removed at once on a disk, which has to
+have room for one checkpoint more than are kept; an object store keeps them for `KEEP_REMOVED_S`, for readers that hold
+an earlier version.
 
 A writer begins a checkpoint, then waits for its end or lets it be written in the background, by a thread that takes
 part in no collective. Every rank writes its own part, and says how far it is when all ranks look, between two steps
@@ -49,7 +49,7 @@ from trainer.engine.engine import Engine
 from trainer.engine.machine import free_bytes
 from trainer.errors import CheckpointError, TakenOverError
 from trainer.runs.checkpoint import DENSE, ROWS, CheckpointState, load, read_state, saying
-from trainer.runs.folder import STATE, Checkpoint, checkpoints_of, in_the_way, step_name, step_of
+from trainer.runs.folder import STATE, Checkpoint, checkpoints_of, conflicting_checkpoints, step_name, step_of
 
 _FAILURES = (OSError, StorageError, MemoryError)
 _WAIT_S = 0.01
@@ -122,7 +122,7 @@ def copied(tensors: Mapping[str, Tensor], earlier: dict[str, Tensor]) -> dict[st
 DAMAGED = "damaged-"
 """Before the name of a checkpoint: a run has found it damaged and keeps it; no reader takes it for a checkpoint."""
 KEEP_REMOVED_S = 600.0
-"""How long checkpoints on an object store can still be read after their removal."""
+"""Seconds that checkpoints on an object store can still be read after their removal."""
 EXPIRE_EVERY_S = 60.0
 """It reads all versions of the last minutes."""
 
@@ -139,7 +139,7 @@ _NONE = versions.PublishedVersion(version=0, publication="", writer="", time_s=0
 
 
 class CheckpointPlace:
-    """Where the checkpoints of the run in folder `run` are published; `storage` has their files, if it is given.
+    """Place of the published checkpoints of the run in folder `run`; `storage` has their files, if it is given.
 
     Every rank writes its own parts; all else is for rank 0.
     """
@@ -159,15 +159,15 @@ class CheckpointPlace:
         return self._storage.is_local
 
     def has(self, step: int) -> bool:
-        """Tell whether the checkpoint of that step is there, whole."""
+        """Return whether the checkpoint of that step is there, whole."""
         return f"{step_name(step)}/{STATE}" in self._newest_known().files
 
     def address(self, step: int) -> str:
-        """Give the address of the checkpoint of a step, there or not."""
+        """Return the address of the checkpoint of a step, there or not."""
         return f"{checkpoints_of(self.run)}/{step_name(step)}"
 
     def at(self, step: int) -> Checkpoint:
-        """Give the checkpoint of a step, which is there."""
+        """Return the checkpoint of a step, which is there."""
         return Checkpoint(self.run, step_name(step), versions.PublishedFiles(self._storage.url, self._newest_known()))
 
     def write(self, step: int, name: str, content: Mapping[str, Tensor]) -> WrittenPart:
@@ -212,7 +212,7 @@ class CheckpointPlace:
         self._expire()
 
     def claim(self, damaged: Sequence[Checkpoint] = ()) -> None:
-        """Become the one that writes here, and put these damaged checkpoints aside.
+        """Become the writer here, and put these damaged checkpoints aside.
 
         They are kept under names that nothing takes for a checkpoint (`DAMAGED` before theirs), in the place of those
         kept so before. Raises StorageError, TakenOverError.
@@ -238,7 +238,7 @@ class CheckpointPlace:
         return {name: file for name, file in files.items() if _stem(name) not in lacking}
 
     def _expire(self) -> None:
-        """Remove what no version names; only after a version of this run, as parts of others may be among that."""
+        """Remove files that no version names; only after a version of this run, as they may be parts of others."""
         if self.is_local:
             versions.expire(self._storage, KEEP_REMOVED_S, files_at_once=True)
         elif time.monotonic() >= self._next_expiry_s:
@@ -257,7 +257,7 @@ class CheckpointPlace:
         return self._known
 
     def _publish(self, files: Mapping[str, versions.PublishedFile]) -> None:
-        """Publish the next version after the one that is known. Raises StorageError, TakenOverError."""
+        """Publish the next version after the known one. Raises StorageError, TakenOverError."""
         publication = uuid.uuid4().hex
         self._tried.add(publication)
         known = self._newest_known()
@@ -291,16 +291,16 @@ def _stem(name: str) -> str:
 
 @dataclass
 class _Progress:
-    """What a rank says when all look. `clock_s`, `step_s` count on rank 0 alone."""
+    """A rank's answer when all poll. `clock_s`, `step_s` count on rank 0 alone."""
 
     is_busy: bool = False
     """Whether it still writes its parts or, rank 0 alone, publishes the checkpoint."""
     parts: dict[str, WrittenPart] = field(default_factory=dict)
     error: str = ""
     fatal: type[CheckpointError] | None = None
-    """What it raises on all ranks where the run may not continue after the error."""
+    """Error to raise on all ranks where the run may not continue."""
     clock_s: float = 0.0
-    """Since the last checkpoint was begun."""
+    """Seconds since the last checkpoint was begun."""
     step_s: float = 0.0
 
 
@@ -338,8 +338,8 @@ class Checkpointer:
         """Return whether a checkpoint is under way; the same on every rank."""
         return self._step is not None
 
-    def looks_after(self, step: int) -> bool:
-        """Return whether all ranks look after that step; the same on every rank."""
+    def should_poll(self, step: int) -> bool:
+        """Return whether all ranks poll after that step; the same on every rank."""
         if self._looked_step is None:
             self._looked_step, self._next_look = step, step
         wanted = self.is_writing or self._every_s is not None
@@ -396,7 +396,7 @@ class Checkpointer:
         return outcome, self._schedule(step, everyone[0])
 
     def wait(self) -> Outcome | None:
-        """Let all ranks wait for the end of what is under way. Returns how it ended; None where nothing was."""
+        """Let all ranks wait for the end of the checkpoint under way. Returns how it ended; None where nothing was."""
         outcome = None
         while self.is_writing:
             outcome = self._settled(self._comm.allgather_object(self._mine, name="checkpoint.look"))
@@ -405,7 +405,7 @@ class Checkpointer:
         return outcome
 
     def close(self) -> None:
-        """End what is under way: a rank alone publishes it, one of several leaves it, as the others may be gone."""
+        """End the checkpoint under way: a rank alone publishes it, one of several leaves it: others may be gone."""
         if self._comm.size == 1:
             with contextlib.suppress(CheckpointError):
                 self.wait()
@@ -413,7 +413,7 @@ class Checkpointer:
             self._thread.join(_PATIENCE_S)
 
     def _prepared(self, step: int, trained: Engine) -> tuple[dict[str, Mapping[str, Tensor]], str]:
-        """Returns what is to be written, or why that failed: the other ranks wait for it."""
+        """Returns the parts to write, or the reason of a failure: the other ranks wait for it."""
         content: dict[str, Mapping[str, Tensor]] = {}
         try:
             if self._comm.rank == 0:
@@ -426,7 +426,7 @@ class Checkpointer:
         return content, ""
 
     def _with_copies(self, step: int, content: Mapping[str, Mapping[str, Tensor]]) -> Callable[[], None]:
-        """Copies now; returns what is left to do. Where there is no memory after all, it says so when ranks look."""
+        """Copies now; returns the remaining work. Where there is no memory after all, it says so when ranks look."""
         try:
             for name, tensors in content.items():
                 self._copies[name] = copied(tensors, self._copies.get(name, {}))
@@ -457,7 +457,7 @@ class Checkpointer:
         progress.is_busy = False  # last, as the step's thread looks at it
 
     def _settled(self, everyone: list[_Progress]) -> Outcome | None:
-        """Do what follows from how far all ranks are: the same on each of them."""
+        """Take the next step that the progress of all ranks allows: the same on each of them."""
         step = self._step
         if step is None or any(each.is_busy for each in everyone):
             return None
@@ -493,7 +493,7 @@ def state_bytes(state: CheckpointState, parts: Mapping[str, WrittenPart]) -> byt
 
 
 class _Ready(NamedTuple):
-    """What a rank says when a checkpoint begins: why it cannot, or the memory that its copy takes."""
+    """A rank's answer when a checkpoint begins: why it cannot, or the memory that its copy takes."""
 
     error: str
     host: str
@@ -527,5 +527,5 @@ def end_with(comm: Comm, into: CheckpointPlace, step: int, trained: Engine, cach
     load(comm, checkpoint, read_state(checkpoint), trained, cache_dir)
     with comm.agreed(), saying(f"cannot remove the checkpoints after {checkpoint}"):
         if comm.rank == 0:
-            into.remove(in_the_way(into.run, checkpoint))
+            into.remove(conflicting_checkpoints(into.run, checkpoint))
     return checkpoint

@@ -1,1 +1,1 @@
-"""From sample groups in Parquet to one rank's batches of numpy arrays."""
+"""Readers of sample groups in Parquet, as one rank's batches of numpy arrays."""

@@ -193,7 +193,7 @@ class DecodedGroups:
 
 
 def no_groups(rules: Mapping[str, Rule]) -> DecodedGroups:
-    """Return what decoding makes of a table without rows."""
+    """Return the decoded form of a table without rows."""
     types = {name: np.float32 if rule.is_real else np.int64 for name, rule in rules.items()}
     columns = {name: ColumnRows(np.empty(0, dtype), offsets=None) for name, dtype in types.items()}
     return DecodedGroups(columns, np.zeros(1, np.int64))
@@ -535,7 +535,7 @@ def in_either_split(read: Callable[[str], ResultT], file: str) -> ResultT:
     """Call `read` with a file's path, or, if it has moved, with its path in the other split.
 
     A day that is added to a folder while a run reads it moves an earlier one from test/ to train/, bytes and all.
-    Raises what `read` does.
+    Raises the errors of `read`.
     """
     try:
         return read(file)

@@ -78,7 +78,7 @@ class SampleIndex:
 
     @property
     def layout_digest(self) -> str:
-        """xxh3-128 of names and counts, not of what the rows hold: see `samples_digest`."""
+        """xxh3-128 of names and counts, not of the rows' content: see `samples_digest`."""
         row_groups = self.row_groups
         if self.by_day:
             row_groups = tuple(replace(each, file=columns.name_of(each.file)) for each in row_groups)

@@ -38,7 +38,7 @@ class Jagged:
 
 @dataclass(frozen=True)
 class BatchPosition:
-    """Where in the run a global batch is; both count from zero."""
+    """Place of a global batch in the run; both numbers count from zero."""
 
     epoch: int
     step: int
@@ -60,7 +60,7 @@ class Batch:
     global_samples: int
     """Samples of the global batch, over all ranks: the loss is the sum over local samples divided by it."""
     weights: Mapping[str, Float32Array] = field(default_factory=dict)
-    """Of the fields whose ids have weights, one for each value (N,)."""
+    """Weights of the fields whose ids have them, one for each value (N,)."""
     place_B: Int64Array | None = None
     """Place of each sample in the global batch; None: in this order, from 0 on."""
 

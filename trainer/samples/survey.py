@@ -43,7 +43,7 @@ from featurestore.errors import StorageError
 from featurestore.format.codec import Moments
 from featurestore.keys import NO_IMAGE, AnyArray, Float64Array, Int64Array, owner_of, shard_of
 from featurestore.lookup.cache import SAMPLES, default_cache_dir
-from featurestore.published.paths import FarPath, RunPath, open_file, remove_all, run_path, written_locally
+from featurestore.published.paths import RemotePath, RunPath, open_file, remove_all, run_path, written_locally
 from featurestore.published.versions import open_published
 from featurestore.storage.local import claim, is_private
 from featurestore.storage.storage import Storage, digest_of, settled_tags
@@ -110,7 +110,7 @@ def _digest(storage: Storage, file: str) -> str:
 def measured_once(
     comm: Comm, index: SampleIndex, what: str, asked: object, cache_dir: str | None, measured: Callable[[], Any]
 ) -> Any:
-    """Return what `measured` returns for `asked`, or what the cache folder of rank 0's machine has kept of it.
+    """Return the result of `measured` for `asked`, or its copy in the cache folder of rank 0's machine.
 
     The folder keeps the last ones of each address of samples. Every rank calls it.
     """
@@ -125,13 +125,13 @@ def measured_once(
 
 
 def _cache_file(index: SampleIndex, what: str, cache_dir: str | Path | None) -> Path:
-    """Return the file of the cache folder that has what was measured on samples at this address."""
+    """Return the file of the cache folder with measurements of the samples at this address."""
     name = f"{xxhash.xxh3_64_hexdigest(index.storage.url.encode())}-{what}.json"
     return Path(cache_dir or default_cache_dir()) / SAMPLES / name
 
 
 def _cached(file: Path) -> dict[str, Any]:
-    """Read what `_cache` wrote; nothing where it cannot be read, or where other users may write to it."""
+    """Read the file of `_cache`; nothing where it cannot be read, or where other users may write to it."""
     try:
         found = json.loads(file.read_text(encoding="utf-8")) if is_private(file.lstat()) else {}
     except (OSError, ValueError):
@@ -167,7 +167,7 @@ class NumberSums:
     smallest_W: Float64Array
     largest_W: Float64Array
     kept_S: Float64Array
-    """For buckets: values of the row groups one after the other, each group's ascending."""
+    """Values of the row groups for buckets, one group after the other, each ascending."""
     counts_S: Float64Array
     """Number of values that each of them represents."""
 
@@ -582,7 +582,7 @@ def _entries(table: pa.Table) -> list[tuple[int, str]]:
 
 def _opened(path: RunPath) -> pq.ParquetFile:
     try:
-        source: Any = open_file(path) if isinstance(path, FarPath) else path
+        source: Any = open_file(path) if isinstance(path, RemotePath) else path
         file = pq.ParquetFile(source, page_checksum_verification=True)
     except (pa.ArrowException, OSError, StorageError) as failure:
         raise DataError(f"{path} is not a readable Parquet file: {str(failure).strip()}") from failure

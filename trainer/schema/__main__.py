@@ -96,7 +96,7 @@ def check(
 ) -> None:
     """Read every sample as a run would, and say the first thing that does not fit the schema.
 
-    Of numbers that are scaled or cut into buckets, what the training samples say of them is printed.
+    For numbers that are scaled or cut into buckets, their statistics in the training samples are printed.
     """
     from trainer.comm import SoloComm
     from trainer.samples.index import open_index
@@ -126,10 +126,10 @@ def missing(
     data: Annotated[str, typer.Argument(metavar="SAMPLES", help="Folder or address of sample groups.")],
     store: Annotated[str, typer.Argument(help="Folder or address of a feature store; its newest snapshot counts.")],
     schema: Annotated[
-        str | None, typer.Option(help="Their schema.", show_default="SAMPLES/schema.yaml, or the packaged one")
+        str | None, typer.Option(help="Schema of the samples.", show_default="SAMPLES/schema.yaml, or the packaged one")
     ] = None,
     name: Annotated[
-        str | None, typer.Option(help="What the schema calls the store.", show_default="images, as schemas do")
+        str | None, typer.Option(help="Name of the store in the schema.", show_default="images, as schemas do")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Write all of them to NAME.csv instead.")] = None,
 ) -> None:
@@ -204,7 +204,7 @@ def lookup(
 
 
 def is_one_table(storage: "Storage") -> bool:
-    """Tell whether a folder has several files of one table, and none in folders of their own.
+    """Whether a folder has several files of one table, and none in folders of their own.
 
     They have the same columns, or some more or less of them where all have labels and times under the same names.
     """
@@ -222,7 +222,7 @@ def is_one_table(storage: "Storage") -> bool:
 
 
 def are_samples(storage: "Storage", label: str) -> bool:
-    """Tell whether a place has sample groups: their labels are lists; without that column, some lists of numbers tell.
+    """Whether a place has sample groups: their labels are lists; without that column, some lists of numbers tell.
 
     The first file is read, of samples one in train/ or test/: other files are next to these, as bad rows. Raises
     DataError where there is no file.

@@ -94,12 +94,12 @@ class Field(BaseModel):
     """ID kinds: the column has real numbers, and a number's bucket is its ID. A number of buckets, equally full in the
     training samples; or log2: below 1, to 2, to 4, to 8, and so on."""
     boundaries: Boundaries | None = None
-    """Where buckets after the first one begin; default: as `buckets` says, found in the training samples."""
+    """Beginnings of the buckets after the first; default: as `buckets` says, found in the training samples."""
     mean: Numbers | None = None
     std: Positive | None = None
     """Kind dense: of each number of a row, after the logarithm; default: those of the training samples."""
     fill: Fill | None = None
-    """What replaces a missing number (null, NaN): a number, mean, or bucket (one of its own). Default: nothing, a
+    """Replacement of a missing number (null, NaN): a number, mean, or bucket (one of its own). Default: nothing, a
     missing number is an error."""
     beside: str | None = None
     """Kind multi_id of side user: the multi_id field whose value k this one's value k belongs to, as the age of each
@@ -291,10 +291,10 @@ def days_of_file(name: str) -> list[str]:
 
 
 SMALLEST_TABLE, LARGEST_TABLE = 4_096, 1 << 24
-"""Of `table_rows`: in 4,096 rows no shard of 64 is full while the others are empty; 16.8 million rows of 12 numbers,
-with Adam's state and the map from id to row, take 3 GB."""
+"""Limits of `table_rows`: in 4,096 rows no shard of 64 is full while the others are empty; 16.8 million rows of 12
+numbers, with Adam's state and the map from id to row, take 3 GB."""
 ROWS_PER_ID = 2
-"""At least: as many ids again may come on later days before those that were unused for longest make room."""
+"""Least rows for each id: as many ids again may come on later days before the longest unused ones make room."""
 _ENDLESS = 1 << 30  # a field stays on its line
 
 
@@ -324,7 +324,7 @@ class DistinctCount:
         return self._kept(splitmix64(values_N) if np.size(values_N) else np.empty(0, np.uint64))
 
     def merged(self, other: "DistinctCount") -> "DistinctCount":
-        """Merge what both saw."""
+        """Merge the findings of both."""
         return self._kept(other.hashes_K)
 
     @property

@@ -27,11 +27,11 @@ PACKAGES: dict[Kind, tuple[str, str]] = {
 _METADATA = ".metadata.json"
 FILE = "rows.parquet"
 SUMMARY_FILE, TABLES = "summary.json", "tables"
-"""What samples say of the tables that they were made of."""
+"""File of samples, and its entry on the tables that they were made of."""
 
 
 def kind_of(storage: Storage, place: str = "") -> Kind | None:
-    """Tell which kind of table lies at a place of a storage; None for other files."""
+    """Return the kind of table at a place of a storage; None for other files."""
     try:
         names = storage.list(place)
     except NotAFolderError:

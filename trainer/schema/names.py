@@ -46,7 +46,7 @@ def in_buckets(rows: Rows, bucket_N: Int64Array, num_buckets: int) -> list[Rows]
 def merged_names(tables: Sequence[pa.Table], error: Callable[[int, str, str], Exception] | None = None) -> pa.Table:
     """Merge tables of a key and a name: each key once, ascending, with the first of its names.
 
-    Raises what `error` makes of a key and two names of it, where it is given.
+    Raises the error that `error` makes of a key and two names of it, where it is given.
     """
     names = pa.concat_tables(tables)
     key, name = names.column_names

@@ -51,7 +51,7 @@ class Column:
     counted: DistinctCount | None = None
     """The different values of all rows, where they were counted although not all rows were read."""
     shortest: int | None = None
-    """Of the innermost lists."""
+    """Shortest length of the innermost lists."""
     longest: int = 0
     may_lack: bool = False
     """Whether numbers may be missing in rows that were not read."""
@@ -277,7 +277,7 @@ def inner_type(kind: pa.DataType) -> tuple[pa.DataType, int]:
 
 
 def content_of(kind: pa.DataType) -> Content:
-    """Say what numbers or texts a type within lists has."""
+    """Name the type of numbers or texts within lists."""
     if pa.types.is_null(kind):
         return "empty"
     if pa.types.is_boolean(kind) or pa.types.is_integer(kind):

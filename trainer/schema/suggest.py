@@ -91,7 +91,7 @@ class Log:
     ours: Mapping[str, str]  # our columns, by their names in the files
     of_user: frozenset[str]  # further columns that are the same in all rows of a user
     guessed: str = ""  # what to say of a label that its name does not tell
-    others: tuple[str, ...] = ()  # tables next to it that are no logs and join none
+    others: tuple[str, ...] = ()  # tables next to it that are not logs and join none
     joins: tuple[JoinedTable, ...] = ()
     where: Mapping[str, Any] | None = None  # of a table of events: which rows, and which label them
     other_events: tuple[str, ...] = ()  # values of its column that are neither
@@ -144,7 +144,7 @@ def inspect_logs(
 
 
 def _labels_of(named: str, tables: Mapping[str, TableProfile], label: str | None) -> tuple[dict[str, str], str]:
-    """Find the column of labels of each table that has one, and what to say of one that is guessed.
+    """Find the column of labels of each table that has one, and a note on a guessed one.
 
     Raises DataError where no table has the `label` that is asked for.
     """
@@ -381,7 +381,7 @@ def _has_image_names(column: Column) -> bool:
 
 
 def _separator(column: Column) -> str | None:
-    """Find what stands between the ids of a text: parts that come again and again in other texts tell it."""
+    """Find the separator of the ids of a text: parts that come again and again in other texts tell it."""
     texts = column.examples(MOST_TIMES) if column.content == "text" and not column.depth else []
     for sign in SEPARATORS:
         parts = {part.strip() for text in texts for part in text.split(sign)}
@@ -429,7 +429,7 @@ def _time_formats(column: Column) -> list[str]:
 
 
 def is_time(text: str, time_format: str | None) -> bool:
-    """Tell whether a text is a time of this form of strptime; None: of ISO 8601."""
+    """Whether a text is a time of this form of strptime; None: of ISO 8601."""
     try:
         datetime.fromisoformat(text) if time_format is None else datetime.strptime(text.strip(), time_format)
     except ValueError:
@@ -515,7 +515,7 @@ def _lacked(columns: Mapping[str, Sequence[str]]) -> list[str]:
 
 
 def _kind_of(column: Column) -> Any:
-    """Suggest what a mapping says of a further column; None where it has no kind for it."""
+    """Suggest a mapping's entry for a further column; None where it has no kind for it."""
     if column.content not in ("integer", "real", "text") or column.depth > 1:
         return None
     if column.depth:
@@ -533,7 +533,7 @@ KNOWN_LATER = re.compile(
     r"|conversions?|converted|purchased|revenue)($|_)",
     re.IGNORECASE,
 )
-"""Of an impression: what is known once it is shown, or later."""
+"""Names of columns that are known once an impression is shown, or later."""
 LEFT_OUT, TO_DO = "# left out: ", "# to do: "
 """How comments begin that are warnings too."""
 WEIGHT_SUFFIX = "_weight"
@@ -685,7 +685,7 @@ def column_note(column: Column) -> str:
 
 
 def _unfit(column: Column, side: Side) -> str | None:
-    """Say why no field of this side can read the column; None where one can."""
+    """Explain why no field of this side can read the column; None where one can."""
     inner, is_real = column.depth - (side == "ad"), column.content == "real"
     several = "one value in all rows" if column.num_different else "no value in any row"
     widths = f"{column.shortest} to {column.longest} numbers"

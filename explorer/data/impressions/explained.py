@@ -267,7 +267,7 @@ def _weights(noted: dict[str, "PairWeights"], columns: GroupColumns, num: int) -
 
 
 def _channels(opened: OpenedRun) -> tuple[str, ...]:
-    return tuple(CHANNELS[each] for each in opened.trained.engine.model.asks_with)
+    return tuple(CHANNELS[each] for each in opened.trained.engine.model.query_sources)
 
 
 def has_feature(opened: OpenedRun, looks: Sequence[str], pictures: Sequence[PictureName]) -> list[bool]:

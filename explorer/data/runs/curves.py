@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from explorer.data.cache import LruCache
 from explorer.data.runs.folders import TENSORBOARD
-from featurestore.published.paths import FarPath, RunPath
+from featurestore.published.paths import RemotePath, RunPath
 
 MOST_POINTS = 300
 """Most points of a drawn curve; of more, every second, third, … and the last."""
@@ -102,7 +102,7 @@ class _OneRun:
 
     def read(self) -> Curves:
         with self._lock:
-            place = self._copied() if isinstance(self._folder, FarPath) else self._folder
+            place = self._copied() if isinstance(self._folder, RemotePath) else self._folder
             names = sorted(each.name for each in place.iterdir()) if place.is_dir() else []
             if not names:
                 return Curves({}, ())
@@ -115,7 +115,7 @@ class _OneRun:
 
     def _copied(self) -> Path:
         """Copy the files of an address, which are replaced as wholes; they are few and small."""
-        assert isinstance(self._folder, FarPath)
+        assert isinstance(self._folder, RemotePath)
         self.close()
         self._events, self._copies = None, tempfile.TemporaryDirectory(prefix="explorer-curves-")
         place = Path(self._copies.name)

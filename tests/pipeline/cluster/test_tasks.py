@@ -82,8 +82,8 @@ def test_a_scheduler_that_cannot_be_reached_is_named_quickly(tmp_path: Path, mon
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        (b"HTTP/1.1 400 Bad Request\r\n\r\n", "what answers there is no scheduler"),
-        (bytes(64), "what answers there is no scheduler"),
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", "what answers there is not a scheduler"),
+        (bytes(64), "what answers there is not a scheduler"),
         (b"", "it says nothing for 2 s"),
     ],
 )

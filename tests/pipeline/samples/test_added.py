@@ -1,4 +1,4 @@
-"""Days added to samples: the bytes of samples made anew, whatever crosses midnight, and other files as they were."""
+"""Days added to samples: the bytes of rebuilt samples, whatever crosses midnight, and other files as they were."""
 
 import dataclasses
 import itertools

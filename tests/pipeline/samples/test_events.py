@@ -51,7 +51,7 @@ def test_clicks_label_impressions_and_are_behaviours_where_others_are_not(shop: 
     assert shown["clicks_without_impression"] == 2 and shown["other_events"] == {"None": 1, "purchase": 1}
     assert done["rows"] == 4 and sum(done["quarantined"].values()) == 1
     assert [row[1:] for row in quarantine(shop.folder)] == [
-        (10, "price is no number"), (11, "user is null"), (11, "user is null"),
+        (10, "price is not a number"), (11, "user is null"), (11, "user is null"),
     ]  # fmt: skip
     shown = pa.table({"ts": [START_S + DAY_S] * 2, "uid": [1, 2], "sku": [5, 6], "price": [1.0, 2.0]})
     done = pa.table({"ts": [START_S] * 2, "uid": [1, 1], "sku": [5, 6]})
@@ -152,7 +152,10 @@ def test_days_with_clicks_have_the_bytes_of_a_rebuild(shop: Shop, tmp_path: Path
             {"where": {"column": "kind", "value": "view", "clicked": "click"}},
             "events.csv: column 'kind' (impressions.where.column of the mapping) is missing",
         ),
-        ({"ad": {"kind": {"kind": "dense", "column": "event"}}}, "; 7 rows are bad (kind is no number: 6, as 'view'"),
+        (
+            {"ad": {"kind": {"kind": "dense", "column": "event"}}},
+            "; 7 rows are bad (kind is not a number: 6, as 'view'",
+        ),
         ({"where": {"column": "event", "value": []}}, "impressions.where.value"),
         ({"where": {"column": "event", "value": "view", "clicked": "view"}}, "view is a value of rows and of clicks"),
         ({"where": {"column": "event", "value": "x", "clicked": "y"}}, "not one good row with a value of where"),

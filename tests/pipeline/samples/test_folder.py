@@ -92,7 +92,7 @@ def test_a_folder_of_something_else_and_a_file_are_not_replaced(build, tmp_path,
     monkeypatch.setattr("pipeline.samples.build.shuffle", lambda *_: pytest.fail("worked before it looked"))
     (tmp_path / "samples").mkdir()
     (tmp_path / "samples" / "thesis.txt").write_text("years of work")
-    with pytest.raises(SampleError, match="samples has files that are no samples"):
+    with pytest.raises(SampleError, match="samples has files that are not samples"):
         build([shown(0)], [done(0)])
     assert (tmp_path / "samples" / "thesis.txt").read_text() == "years of work"
     (tmp_path / "samples").rename(tmp_path / "other")
@@ -117,6 +117,6 @@ def test_remains_of_a_killed_run_go_and_neither_a_running_one_nor_others(tmp_pat
     assert [path.name for path in tmp_path.iterdir()] == ["samples"]
     (tmp_path / "made").mkdir()
     (tmp_path / "made/summary.json").write_text("of something else")
-    lacks = pytest.raises(SampleOptionError, match=r"no samples \(it has no train\).*would be replaced")
+    lacks = pytest.raises(SampleOptionError, match=r"not samples \(it has no train\).*would be replaced")
     with lacks, replaced_files(str(tmp_path / "made")):
         pass

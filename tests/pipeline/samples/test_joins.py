@@ -117,7 +117,7 @@ def test_bad_rows_of_a_table_are_left_out_and_told(tables: Shop, capsys: pytest.
     tables.put("products.csv", PRODUCTS.replace("1.009,5", "much") + "17;17.jpg\n;0.jpg;;;;\n")
     found, summary = tables.build(MAPPING | {"csv": {"decimal": ","}})
     assert "3 rows are left out (" in (text := " ".join(capsys.readouterr().out.split()))
-    for reason in ("price is no number: 1", "2 values instead of 6: 1", "sku is null: 1"):
+    for reason in ("price is not a number: 1", "2 values instead of 6: 1", "sku is null: 1"):
         assert reason in text
     assert summary["impressions"]["lacking"]["item"] == 3
     assert by_user(found)[key("ann")]["ad_image"] == [NO_IMAGE] * 3

@@ -129,7 +129,7 @@ class TestWhole:
 
     def test_other_files_are_left_alone_but_half_a_build(self, build: Call, tmp_path: Path, s3_url: str) -> None:
         Storage(s3_url).write_bytes("thesis.txt", b"years of work")
-        with pytest.raises(SampleError, match="has files that are no samples"):
+        with pytest.raises(SampleError, match="has files that are not samples"):
             build([shown(0)], [done(0)], samples=s3_url)
         assert Storage(s3_url).list() == ["thesis.txt"]
         (tmp_path / "one").write_text("half of a build")

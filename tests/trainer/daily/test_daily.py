@@ -206,7 +206,7 @@ def test_settings_are_kept_when_a_day_has_begun_with_them(days: Places) -> None:
     for wrong in (days.folder / "sample", empty.parent):  # a typing error, and what is found no samples when it is read
         with pytest.raises(DataError):
             follow(days, "d", data__samples=wrong)
-    with pytest.raises(DataError, match="is no feature store"):
+    with pytest.raises(DataError, match="is not a feature store"):
         follow(days, "d", data__store=days.folder / "feature")
     assert len(table_of(follow(days, "d", last=DAYS[0]))) == 1
     with pytest.raises(ConfigError, match=r"data\.samples is '.*/empty' here, '.*/samples' there"):
@@ -224,7 +224,7 @@ def test_another_day_is_evaluated_when_it_comes_and_late_logs_of_a_trained_day_c
     late, timely = (follow(days, name, DAYS[1], data__missing="zeros") for name in ("late", "timely"))
     before, ended, trained = table_of(timely), tensors_of(late / DAYS[2]), report_of(late / DAYS[2])
     assert [row["test_day"] for row in before] == [DAYS[2], None]
-    # Samples made anew: the day that was the newest one is a day of training now.
+    # Rebuilt samples: the day that was the newest one is a day of training now.
     (samples / "test" / third.name).rename(third)
     to_come.rename(newest)
     add_a_row(store)

@@ -114,7 +114,7 @@ class PlainIds:
             self.place_of[each] = shard * self.shape.rows_per_shard + self.used[shard]
             rows.weight.detach()[self.place_of[each]] = self.first(each).to(rows.weight.dtype)
 
-    def begin_day(self, day: int, rows: PlainRows) -> None:
+    def expire_rows(self, day: int, rows: PlainRows) -> None:
         """Rows last used more than `expire_days` before go; as often, counts of ids without a row are halved."""
         self.day, days = day, self.shape.rules.expire_days
         if days is None:

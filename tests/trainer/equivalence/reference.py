@@ -179,7 +179,7 @@ class Reference:
         self.touched = {}
         for name, exact in self.exact.items():
             if self.scenario.steps_of_day and number % self.scenario.steps_of_day == 0:
-                exact.begin_day(number // self.scenario.steps_of_day, self.rows[name])
+                exact.expire_rows(number // self.scenario.steps_of_day, self.rows[name])
             exact.admit(ids_in(samples, name), self.rows[name])
         for value in [*self.dense.values(), *self.tables.values()]:
             value.grad = torch.zeros_like(value)

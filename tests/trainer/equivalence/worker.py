@@ -89,7 +89,7 @@ def run(
     CALLS.clear()
     for first in range(0, len(batches), steps_of_day):
         if scenario.steps_of_day:
-            engine.begin_day(date(2026, 1, 1 + first // steps_of_day))
+            engine.expire_rows(date(2026, 1, 1 + first // steps_of_day))
         with contextlib.closing(prepare_ahead(steps_of_day, lambda: engine.prepare(next(coming)))) as prepared:
             for number, result in enumerate(prepared, first):
                 losses.append(engine.train_step(result()).loss)

@@ -172,7 +172,7 @@ def test_places_that_change_after_the_training(tmp_path: Path) -> None:
     report = evaluated("d", "--samples", moved)
     assert report["notes"] == [] and report["whole"]["metrics"]["auc"]["value"] == alike("auc", trained)
     shutil.rmtree(places.folder / "features")
-    assert "is no feature store" in evaluate(run, "--samples", moved, code=2)
+    assert "is not a feature store" in evaluate(run, "--samples", moved, code=2)
     assert "--store" in evaluate(run, "--samples", moved, "--store", tmp_path / "nothing", code=2)
     assert not (run / "evaluation").exists()
 

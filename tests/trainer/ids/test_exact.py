@@ -96,9 +96,9 @@ def test_it_is_as_one_id_at_a_time_for_any_ranks_and_resumed(
             table.import_shards({name: state[name] for name in table.names()})
         for step in range(6 * leg, 6 * leg + 6):
             if step % 2 == 0:
-                plain.ids.begin_day(100 + step, plain.rows)
+                plain.ids.expire_rows(100 + step, plain.rows)
                 for table in (alone, *tables):
-                    table.begin_day(date(2026, 1, 1) + timedelta(step))
+                    table.expire_rows(date(2026, 1, 1) + timedelta(step))
             ids = draw.integers(6 * step, 6 * step + 60, 50) - 60
             plain.train(draw.permutation(ids))
             train(alone, ids)

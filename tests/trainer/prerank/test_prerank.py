@@ -256,7 +256,7 @@ def test_a_sync_leaves_the_ads_of_the_table(folder: Path, out: str, tmp_path: Pa
     (found, *_), _ = AdIndex.open(out).index.search(np.ones((3, 6), np.float32), 20)
     assert set(found.tolist()) == set(range(4, 24))
     cut = ads_table([4, 5], tmp_path / "cut.parquet")
-    assert "--max-gone 1 lets them go" in job(folder, "--out", out, "--sync", cut, code=1).stderr
+    assert "--max-gone 1 allows it" in job(folder, "--out", out, "--sync", cut, code=1).stderr
     assert "2 unchanged, 18 removed" in done(folder, "--out", out, "--sync", cut, "--max-gone", 1)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from featurestore.published.paths import RunPath
 from trainer.comm import Comm, SoloComm
-from trainer.runs.checkpoint import CheckpointState, Origin
+from trainer.runs.checkpoint import CheckpointState, RunFingerprint
 from trainer.runs.folder import Checkpoint
 from trainer.runs.saving import Checkpointer, CheckpointPlace
 
@@ -94,7 +94,7 @@ def save(
     return CheckpointPlace(run).at(step)
 
 
-def origin_of(**changes: Any) -> Origin:
+def origin_of(**changes: Any) -> RunFingerprint:
     """The origin of a run, with these values changed."""
     values: dict[str, Any] = {
         "data": {"global_batch_size": 16},
@@ -103,7 +103,7 @@ def origin_of(**changes: Any) -> Origin:
         "model": {"mlp": [200, 80], "fields": {"user": {"kind": "id"}}},
         "stores": {"images": {"dim": 8, "extractor": {"backbone": "vgg16", "weights_digest": "abc"}}},
     }
-    return Origin(**{name: {**value, **changes.get(name, {})} for name, value in values.items()})
+    return RunFingerprint(**{name: {**value, **changes.get(name, {})} for name, value in values.items()})
 
 
 def state_at(step: int) -> CheckpointState:

@@ -230,14 +230,14 @@ def test_it_is_the_state_at_the_step_that_began_it(tmp_path: Path, size: int) ->
     def work(comm: Comm) -> None:
         trained, saves = Trained(comm.rank, comm.size, 1.0), Checkpointer(comm, place, None, nothing)
         assert saves.begin(trained, state_at(50), 3, None) is None
-        assert saves.is_writing and saves.looks_after(51)
+        assert saves.is_writing and saves.should_poll(51)
         trained.dense["layer.weight"] += 1  # the next step
         for name in trained.rows:
             trained.rows[name] += 1
         assert saves.look(51) == (None, False)
         place.free.set()
         assert saves.wait() == Outcome(50, "")
-        assert not saves.is_writing and not saves.looks_after(53)
+        assert not saves.is_writing and not saves.should_poll(53)
 
     assert on_ranks(size, work) == [None] * size
     assert [values(each) for each in finished(tmp_path)] == [{1.0}] and steps_of(tmp_path) == [50]
@@ -313,7 +313,7 @@ def test_one_is_due_by_the_clock_and_few_steps_look(
     saves, begun_s, looks = Checkpointer(SoloComm(), CheckpointPlace(tmp_path), every_s, nothing), [0.0], 0
     for step in range(1, int(10 * max(every_s, step_s) / step_s) + 3):
         now_s += step_s
-        if saves.looks_after(step):
+        if saves.should_poll(step):
             looks += 1
             if saves.look(step)[1]:
                 begun_s.append(now_s)

@@ -69,7 +69,7 @@ def test_a_run_goes_on_with_the_recorded_snapshot_of_each_content_or_one_that_is
         report = report_of(run_alone(places, **settings | changes))
         return {name: store["version"] for name, store in report["stores"].items()}
 
-    with pytest.raises(DataError, match=r"data\.stores\.titles=.*titles is no feature store; make it with: cross"):
+    with pytest.raises(DataError, match=r"data\.stores\.titles=.*titles is not a feature store; create it with: cross"):
         train(6)
     make_titles()
     assert train(6) == {"images": 1, "titles": 1}

@@ -18,7 +18,7 @@ from trainer.comm import SoloComm
 from trainer.config import load_config
 from trainer.errors import CheckpointError
 from trainer.loop.training import total_steps
-from trainer.runs.checkpoint import DENSE, CheckpointState, Origin, WarmStart, begin_with
+from trainer.runs.checkpoint import DENSE, CheckpointState, RunFingerprint, WarmStart, warm_start
 from trainer.runs.folder import find_checkpoint
 from trainer.runs.open import Run, open_run
 from trainer.schema.fields import DEFAULT_SCHEMA
@@ -132,10 +132,10 @@ def test_fields_that_mean_something_else_are_noticed(
 ) -> None:
     """Where neither names nor shapes tell."""
     models = ({"fields": {"ad_item": {"kind": "id", **each}}} for each in (theirs, mine))
-    old, new = (Origin(data={}, train={}, stores={}, optim={}, model=each) for each in models)
+    old, new = (RunFingerprint(data={}, train={}, stores={}, optim={}, model=each) for each in models)
     state = CheckpointState.model_construct(origin=old, files={DENSE: ""})
     with pytest.raises(CheckpointError, match=rf"model\.fields\.ad_item\.{told}"):
-        begin_with(SoloComm(), WarmStart(Path("old"), state, parts), new, None)  # type: ignore[arg-type]
+        warm_start(SoloComm(), WarmStart(Path("old"), state, parts), new, None)  # type: ignore[arg-type]
 
 
 def test_fields_in_another_order_are_noticed(own: Places, before: Path, tmp_path: Path) -> None:

@@ -173,9 +173,9 @@ def test_restarts_without_a_newer_checkpoint_are_counted_and_their_pauses_grow()
     stuck = [past()] * 6
     assert [supervise.back_off_s(stuck[:count], 5) for count in range(7)] == [0, 5, 10, 20, 40, 60, 60]
     assert supervise.back_off_s([*stuck, past(before=10, after=20)], 5) == 0
-    assert supervise.fruitless([past()] * 4) == 4
-    assert supervise.fruitless([*[past()] * 4, past(before=5, after=6)]) == 0
-    assert supervise.fruitless([past(after=1), past(), past()]) == 2
+    assert supervise.without_progress([past()] * 4) == 4
+    assert supervise.without_progress([*[past()] * 4, past(before=5, after=6)]) == 0
+    assert supervise.without_progress([past(after=1), past(), past()]) == 2
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ def test_the_supervisor_and_a_rank_are_lost(settings_of: Settings, tmp_path: Pat
     kill(by_torch)
     said = " ".join(run.end(process).split())
     assert "supervise: rank 0 on localhost died (signal 9, SIGKILL)" in said
-    assert f"warning: step-{step:08} is passed over, and kept as damaged-step-{step:08} in " in said
+    assert f"warning: step-{step:08} is skipped, and kept as damaged-step-{step:08} in " in said
     assert f"{file} is damaged: its digest is not the one in state.json; continuing from step {step - 10}" in said
     assert "2 of 2 slots left; resuming at step " in said
     assert f"supervise: done after 1 restart, with step {STEPS}" in said

@@ -21,7 +21,7 @@ from trainer.comm import Comm, SoloComm
 from trainer.config import load_config
 from trainer.errors import CheckpointError, ConfigError, DamagedCheckpointError, RemoteRankError, TrainerError
 from trainer.runs import checkpoint
-from trainer.runs.checkpoint import PassedOver, Resumed, continued
+from trainer.runs.checkpoint import Resumed, SkippedCheckpoint, continued
 from trainer.runs.folder import Checkpoint, finished
 from trainer.runs.saved import RunSource, open_source
 from trainer.runs.saving import CheckpointPlace
@@ -238,7 +238,7 @@ def test_a_run_goes_on_from_the_newest_whole_one(
     said = " ".join(capsys.readouterr().out.split())
     for step, why in ((6, "dense.safetensors is missing"), (4, f"{ROWS} is damaged: its digest is not the one in s")):
         name = f"step-{step:08}"
-        assert f"warning: {name} is passed over, and kept as damaged-{name} in {run}/checkpoints: " in said
+        assert f"warning: {name} is skipped, and kept as damaged-{name} in {run}/checkpoints: " in said
         assert f"{name}/{why}" in said
     assert said.count("continuing from step 2") == 2
     assert_same(run, expected, metrics=True)
@@ -273,21 +273,23 @@ def test_all_ranks_take_the_same_one(run: RunPath, tmp_path: Path) -> None:
     for step, (name, how) in zip(steps[1:], damages, strict=True):
         damage(run, step, name, how)
 
-    def resume(comm: Comm, resume: str = "auto") -> tuple[Trained, list[PassedOver]]:
+    def resume(comm: Comm, resume: str = "auto") -> tuple[Trained, list[SkippedCheckpoint]]:
         config = load_config(settings=[f"run.dir={run.parent}", "run.name=a", f"run.resume={resume}"])
 
-        def open_at(resumed: Resumed | None, passed_over: list[PassedOver]) -> tuple[Trained, list[PassedOver]]:
+        def open_at(
+            resumed: Resumed | None, skipped: list[SkippedCheckpoint]
+        ) -> tuple[Trained, list[SkippedCheckpoint]]:
             assert resumed is not None
             trained = Trained(comm.rank, comm.size)
             checkpoint.load(comm, *resumed, trained, str(tmp_path / "cache"))
-            return trained, passed_over
+            return trained, skipped
 
         return continued(comm, config, run, open_at)
 
     for size in (1, 2, 3):
-        for trained, passed_over in on_ranks(size, resume):
-            assert [each.checkpoint.name for each in passed_over] == [f"step-{step:08}" for step in steps[:0:-1]]
-            for each, (name, _) in zip(passed_over[::-1], damages, strict=True):
+        for trained, skipped in on_ranks(size, resume):
+            assert [each.checkpoint.name for each in skipped] == [f"step-{step:08}" for step in steps[:0:-1]]
+            for each, (name, _) in zip(skipped[::-1], damages, strict=True):
                 assert name in each.why
             assert float(trained.dense["layer.weight"][0, 0]) == steps[0]
             assert {int(each[0]) for each in trained.rows.values()} <= set(range(steps[0], steps[0] + 8))

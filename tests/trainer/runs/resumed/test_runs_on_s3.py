@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from featurestore.published.paths import FarPath, RunPath, run_path
+from featurestore.published.paths import RemotePath, RunPath, run_path
 from tests.commands.calls import call
 from tests.servers import environment_of, new_bucket, seaweedfs
 from tests.trainer.checkpoints import steps_of, tensors_of
@@ -28,10 +28,10 @@ def train_on(places: Places, folder: object, name: str = "a", **changes: Any) ->
 
 
 @pytest.fixture(scope="module")
-def far_and_near(places: Places, s3_endpoint: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[FarPath, Path]:
+def far_and_near(places: Places, s3_endpoint: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[RemotePath, Path]:
     """The same run on S3 and on a disk."""
     far, near = (train_on(places, runs) for runs in (f"{new_bucket()}/runs", tmp_path_factory.mktemp("near") / "runs"))
-    assert isinstance(far, FarPath) and isinstance(near, Path)
+    assert isinstance(far, RemotePath) and isinstance(near, Path)
     return far, near
 
 
@@ -41,7 +41,7 @@ def called(*words: object) -> str:
     return done.out
 
 
-def test_a_run_on_s3_is_that_of_a_disk(far_and_near: tuple[FarPath, Path]) -> None:
+def test_a_run_on_s3_is_that_of_a_disk(far_and_near: tuple[RemotePath, Path]) -> None:
     far, near = far_and_near
     assert_same(far, near, metrics=True)
     names = {each.name for each in far.iterdir()} - {"evaluation"}
@@ -54,7 +54,7 @@ def test_a_run_on_s3_is_that_of_a_disk(far_and_near: tuple[FarPath, Path]) -> No
 
 @pytest.mark.usefixtures("undrawn")
 def test_every_command_reads_it_as_one_of_a_disk(
-    far_and_near: tuple[FarPath, Path], places: Places, tmp_path: Path
+    far_and_near: tuple[RemotePath, Path], places: Places, tmp_path: Path
 ) -> None:
     far, near = far_and_near
     for run in far_and_near:
@@ -110,7 +110,7 @@ def test_a_second_start_ends_the_first(places: Places, s3_url: str, monkeypatch:
 @pytest.mark.services
 def test_s3_that_is_away_for_a_while_stops_nothing(
     places: Places,
-    far_and_near: tuple[FarPath, Path],
+    far_and_near: tuple[RemotePath, Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
