@@ -243,11 +243,12 @@ def _without_images(
 ) -> str:
     """Say that the store has no image of the training samples, with one of each."""
     rows = FeatureStore.open(place.url).snapshot(partition.snapshot_version).arrow_reader(["key", "uri"])
-    row = next(batch for batch in rows if len(batch)).slice(0, 1).to_pylist()[0]
+    batch = next((batch for batch in rows if len(batch)), None)
+    stored = "nothing" if batch is None else batch["uri"][0].as_py() or batch["key"][0].as_py()
     return (
         f"{place.setting}={place.url} has not one image of the training samples (samples: "
-        f"{survey.example_image(train, schema, fields)}, store: {row['uri'] or row['key']}); both need the same names, "
-        "or train without images: model.images=none"
+        f"{survey.example_image(train, schema, fields)}, store: {stored}); both need the same names, or train without "
+        "images: model.images=none"
     )
 
 
