@@ -276,14 +276,17 @@ def _move_files(folder: Path, to: Path) -> None:
 
 
 def _check_label(mapping: Path, label: str | None) -> None:
-    """Raise DataError where a mapping that is there already has another label."""
-    if label is not None and mapping.exists():
-        columns = read_mapping(mapping, "mapping=", DataError, "a mapping").get("impressions", {}).get("columns", {})
-        if columns.get("label") != label:
-            raise DataError(
-                f"label={label}: {mapping} is there already, and has label: {columns.get('label')}; correct it, or "
-                "remove it so that it is guessed again"
-            )
+    """Raise DataError where a mapping that is there already names another column of labels."""
+    if label is None or not mapping.exists():
+        return
+    found: Any = read_mapping(mapping, "mapping=", DataError)
+    for key in ("impressions", "columns", "label"):
+        found = found.get(key) if isinstance(found, dict) else None
+    if found not in (None, label):
+        raise DataError(
+            f"label={label}: {mapping} is there already, and has label: {found}; correct it, or remove it so that it "
+            "is guessed again"
+        )
 
 
 def _guess_mapping(folder: Path, mapping: Path, label: str | None) -> None:
