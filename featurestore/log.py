@@ -1,7 +1,7 @@
 """The log of manifests, in which a commit creates the next one.
 
 `expire` takes old manifests out of the log again, so that a name in it can become free. The newest manifest never goes:
-by that a writer that was away for a while, and created a version that once was another's, finds out (`is_ours`).
+by that a writer that was away for a while, and created a version that once was another's, finds out (`_is_ours`).
 """
 
 import contextlib
@@ -112,13 +112,13 @@ def append(storage: Storage, commit: Appendable) -> Manifest:
         parent = read_manifest(storage)
         for version in sorted(unsure):
             found = find(storage, version)
-            if found is not None and is_ours(storage, found, commit.commit_id):
+            if found is not None and _is_ours(storage, found, commit.commit_id):
                 return found
         manifest = commit.manifest_after(parent)
         try:
             path = manifest_path(manifest.version)
             first = _checked(storage, path, manifest.version, create_sealed(storage, path, manifest))
-            if is_ours(storage, first, commit.commit_id):
+            if _is_ours(storage, first, commit.commit_id):
                 return first
         except StorageError:
             unsure.add(manifest.version)
@@ -147,7 +147,7 @@ def find(storage: Storage, version: int, folders: Sequence[str] = (LOG, EXPIRED)
     return None
 
 
-def is_ours(storage: Storage, found: Manifest, commit_id: str) -> bool:
+def _is_ours(storage: Storage, found: Manifest, commit_id: str) -> bool:
     """Return whether this is our commit, and the newest manifest comes after it or is it.
 
     Not so where its version was free only because the commit that had it has expired, or was moved away as damaged: it
