@@ -11,13 +11,20 @@ import pytest
 
 from featurestore import ExtractorSpec, FeatureRows, FeatureStore, StoreInfo, to_bits
 
+INFO = StoreInfo(
+    dim=8,
+    num_shards=8,
+    dtype="bfloat16",
+    extractor=ExtractorSpec(
+        backbone="vgg16", layer="fc6", weights_digest="0" * 64, preprocessing="resize 256", compute_dtype="bfloat16"
+    ),
+)
+
 
 @pytest.fixture
-def info() -> StoreInfo:
-    extractor = ExtractorSpec(
-        backbone="vgg16", layer="fc6", weights_digest="0" * 64, preprocessing="resize 256", compute_dtype="bfloat16"
-    )
-    return StoreInfo(dim=8, num_shards=8, dtype="bfloat16", extractor=extractor)
+def info(request: pytest.FixtureRequest) -> StoreInfo:
+    """Of 8 shards, or of as many as the module says: each is a file of each commit."""
+    return INFO.model_copy(update={"num_shards": getattr(request.module, "NUM_SHARDS", INFO.num_shards)})
 
 
 def make_rows(uris: list[str] | int, info: StoreInfo, seed: int = 0, first: int = 0) -> FeatureRows:

@@ -24,8 +24,7 @@ from featurestore.upkeep.history import restore
 from featurestore.upkeep.verify import repair, verify
 from tests.faulty import Fault, FaultyStorage, fails, faulty, made_but_lost, opened_faulty
 from tests.featurestore.conftest import make_rows, put
-from tests.featurestore.shardrows import read_shard
-from tests.featurestore.staged import metadata_of
+from tests.featurestore.contents import metadata_of, rows_of
 
 
 class TestOnEveryPlace:
@@ -56,7 +55,7 @@ class TestOnEveryPlace:
         assert np.array_equal(snapshot.get(rows.keys_N), rows.features_ND)
         assert np.array_equal(snapshot.keys(), np.sort(rows.keys_N))
         for shard in range(8):
-            part = read_shard(snapshot, shard)
+            part = rows_of(snapshot.shard_reader(shard).read(), info)
             assert set(part.keys_N.tolist()) == set(rows.keys_N[shard_of(rows.keys_N, 8) == shard].tolist())
             places = np.array([rows.keys_N.tolist().index(key) for key in part.keys_N.tolist()])
             for name, values in rows.take(places).__dict__.items():
@@ -124,7 +123,6 @@ def test_an_empty_store_is_version_0(store: FeatureStore) -> None:
     assert (snapshot.version, snapshot.num_rows) == (0, 0)
     assert len(snapshot.keys()) == 0
     assert metadata_of(snapshot).num_rows == 0
-    assert len(read_shard(snapshot, 0)) == 0
     assert snapshot.statistics().count == 0
     with pytest.raises(errors.SnapshotNotFoundError, match="no snapshot 3; the newest is 0"):
         store.snapshot(3)

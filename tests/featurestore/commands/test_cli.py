@@ -7,7 +7,7 @@ import pytest
 
 from featurestore import FeatureStore, QuarantineRow, to_float32
 from tests.featurestore.conftest import make_rows
-from tests.featurestore.staged import run
+from tests.featurestore.contents import run
 
 
 @pytest.fixture

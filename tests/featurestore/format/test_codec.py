@@ -15,7 +15,7 @@ from featurestore.format.codec import Moments, read_npy
 from featurestore.index import nearest
 from featurestore.text import DType
 from tests.featurestore.conftest import make_rows, put
-from tests.featurestore.upkeep.damaged import spoil
+from tests.featurestore.contents import spoil
 
 DIM = 24
 ALL_DTYPES = ["bfloat16", "float16", "float32"]

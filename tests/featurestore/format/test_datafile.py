@@ -21,8 +21,8 @@ from featurestore.storage.storage import Storage
 from featurestore.upkeep.expiry import expire
 from featurestore.upkeep.history import pin
 from featurestore.upkeep.verify import verify
-from tests.featurestore.shardrows import read_shard
-from tests.featurestore.staged import metadata_of
+from tests.featurestore.conftest import INFO
+from tests.featurestore.contents import metadata_of
 
 MASK = (1 << 64) - 1
 
@@ -117,18 +117,18 @@ KINDS = {
 
 
 @pytest.fixture(scope="module")
-def full(tmp_path_factory: pytest.TempPathFactory, small_info: StoreInfo) -> FeatureStore:
+def full(tmp_path_factory: pytest.TempPathFactory) -> FeatureStore:
     """Two shards of a compact store: a base and deltas, tombstones, and each other kind of file.
 
     Tests put back what they change."""
     folder = tmp_path_factory.mktemp("corruption") / "store"
     values_ND = np.random.default_rng(0).standard_normal((160, 4)).astype(np.float32)
     origin = BasisOrigin(
-        store_id="", version=1, commit_id="", extractor=small_info.extractor, num_rows=160, total_variance=6.0
+        store_id="", version=1, commit_id="", extractor=INFO.extractor, num_rows=160, total_variance=6.0
     )
     spec = write_basis(Storage(folder), Basis(np.zeros(6), np.eye(4, 6), np.ones(4), origin))
     update = {"dim": 4, "num_shards": 2, "dtype": "float16", "reduction": spec}
-    store = FeatureStore.create(folder, StoreInfo(**{**dict(small_info), **update}))
+    store = FeatureStore.create(folder, INFO.model_copy(update=update))
     rows = FeatureRows.of([f"{i}.jpg" for i in range(160)], values_ND.astype(np.float16))
     for seed in range(3):
         store.put(rows.take(np.arange(40 * seed, 160)))
@@ -139,12 +139,6 @@ def full(tmp_path_factory: pytest.TempPathFactory, small_info: StoreInfo) -> Fea
     assert all(list(folder.glob(pattern)) for pattern in KINDS.values())
     assert verify(store).problems == []
     return store
-
-
-@pytest.fixture(scope="module")
-def small_info() -> StoreInfo:
-    extractor = {"backbone": "vgg16", "layer": "fc6", "weights_digest": "0", "preprocessing": "", "compute_dtype": ""}
-    return StoreInfo.model_validate({"dim": 8, "num_shards": 8, "extractor": extractor})
 
 
 def flips(path: Path, step: int) -> Iterator[int]:
@@ -201,14 +195,13 @@ def test_a_partition_refuses_every_flipped_bit_of_what_it_uses(full: FeatureStor
 def test_reads_of_single_rows_give_the_right_ones_or_an_error(full: FeatureStore, step: int) -> None:
     """Without the digest of the file: the right rows, or an error."""
     snapshot = full.snapshot()
-    whole = read_shard(snapshot, 1)
+    whole = snapshot.shard_reader(1).read()
     for place in flips(Path(full.url) / snapshot.manifest.files(1)[0].path, step):
         try:
-            found = read_shard(snapshot, 1)
+            found = snapshot.shard_reader(1).read()
         except CorruptFileError:
             continue
-        for name, values in whole.__dict__.items():
-            assert np.array_equal(np.asarray(values), np.asarray(getattr(found, name))), f"{name}, byte {place}"
+        assert found.equals(whole), f"byte {place}"
 
 
 def test_a_footer_whose_row_groups_do_not_add_up_is_damaged(full: FeatureStore) -> None:

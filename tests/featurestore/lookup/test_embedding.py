@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from featurestore import ExtractorSpec, FeatureRows, FeatureStore, StoreInfo
+from featurestore import FeatureRows, FeatureStore
 from featurestore.errors import FeatureStoreError, MissingKeysError
 from featurestore.format.codec import Scaling
 from featurestore.lookup import dtype_of_machine, dtype_of_processor, embedding, ondevice
@@ -14,6 +14,7 @@ from featurestore.lookup.embedding import EmbeddingModel, EmbeddingService
 from featurestore.lookup.ondevice import HeldRows, PReLU, as_tensor, held_bytes
 from featurestore.lookup.partition import FeaturePartition
 from featurestore.upkeep.remake import remake
+from tests.featurestore.conftest import INFO
 
 DIM, ROWS = 32, 50
 
@@ -24,16 +25,9 @@ def features(count: int = ROWS) -> np.ndarray:
     return np.maximum(draw.normal(3, 1, (count, DIM)) * draw.uniform(0.5, 20, DIM), 0).astype(np.float32)
 
 
-def info_of(dtype: str, num_shards: int) -> StoreInfo:
-    spec = ExtractorSpec(
-        backbone="drawn", layer="none", weights_digest="0", preprocessing="none", compute_dtype="float32"
-    )
-    return StoreInfo(num_shards=num_shards, name="images", dim=DIM, dtype=dtype, extractor=spec)
-
-
 def partition_of(folder: Path, missing: str = "error", dtype: str = "bfloat16", ranks: int = 1) -> FeaturePartition:
     """The last rank's rows of ROWS; for the keys from ROWS on there are none."""
-    store = FeatureStore.create(str(folder / "store"), info_of(dtype, num_shards=8))
+    store = FeatureStore.create(folder / "store", INFO.model_copy(update={"dim": DIM, "dtype": dtype}))
     store.put(FeatureRows.of([str(k) for k in range(ROWS)], features(), keys=np.arange(ROWS)))
     return FeaturePartition.load(store, ranks - 1, ranks, cache_dir=folder / "cache", missing=missing)
 
@@ -268,7 +262,7 @@ def test_missing_keys_and_a_closed_partition_are_errors(tmp_path: Path) -> None:
 
 
 def test_a_partition_without_rows(tmp_path: Path) -> None:
-    store = FeatureStore.create(str(tmp_path / "store"), info_of("float32", num_shards=2))
+    store = FeatureStore.create(tmp_path / "store", INFO.model_copy(update={"dim": DIM, "num_shards": 2}))
     store.put(FeatureRows.of(["1"], np.ones((1, DIM), np.float32), keys=np.array([1])))
     for rank in range(2):
         partition = FeaturePartition.load(store, rank, 2, cache_dir=tmp_path / "cache", missing="zeros")

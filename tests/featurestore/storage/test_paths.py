@@ -10,14 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
-from featurestore import FeaturePartition, FeatureStore, QuarantineRow, StoreInfo
+from featurestore import FeaturePartition, FeatureStore, QuarantineRow
 from featurestore.__main__ import app
 from featurestore.errors import CorruptFileError
 from featurestore.log import manifest_path
-from featurestore.spec import FileEntry, Manifest, ReductionSpec, unseal
+from featurestore.spec import Manifest, ReductionSpec, unseal
 from featurestore.storage.storage import Storage
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.expiry import expire
@@ -25,19 +24,13 @@ from featurestore.upkeep.history import pin, unpin
 from featurestore.upkeep.verify import noted_paths, repair, verify
 from tests.cli import invoke
 from tests.featurestore.conftest import make_rows, put
-from tests.featurestore.shardrows import read_shard
+from tests.featurestore.contents import SHARD, everything, files_of
 
-SHARD = 3
+NUM_SHARDS = 4
 OUTSIDE = [
     "/etc/passwd", "data/../../outside/x.parquet", "../x", "..", ".", "", "data//x", "data/", "/", "data/./x",
     "data\\..\\x", "data/x\0", "file:///etc/passwd", "s3://other/x", "data/\nx", "C:x", "data/.tmp-1",
 ]  # fmt: skip
-
-
-@pytest.fixture
-def info(info: StoreInfo) -> StoreInfo:
-    """Fewer shards: each is a file of each commit."""
-    return info.model_copy(update={"num_shards": 4})
 
 
 @pytest.fixture
@@ -58,10 +51,6 @@ def outside(tmp_path: Path) -> Path:
     folder = tmp_path / "outside"
     folder.mkdir()
     return folder
-
-
-def entry_of(store: FeatureStore) -> FileEntry:
-    return store.snapshot().manifest.files(SHARD)[0]
 
 
 def sealed(fields: dict[str, Any]) -> bytes:
@@ -129,13 +118,13 @@ def test_store_json_and_notes_are_held_to_it_too(filled: FeatureStore, path: str
 
 @pytest.mark.parametrize("kind", ["file", "folder of a shard", "statistics"])
 def test_a_link_in_data_leading_out_is_damage(filled: FeatureStore, outside: Path, tmp_path: Path, kind: str) -> None:
-    entry, folder = entry_of(filled), f"data/{SHARD:04d}"
+    entry, folder = files_of(filled)[0], f"data/{SHARD:04d}"
     path = {"file": entry.path, "folder of a shard": folder, "statistics": str(entry.statistics_path)}[kind]
     link_out(filled, path, outside)
     before = files_below(outside)
     looks: list[Callable[[], object]] = [
         lambda: FeaturePartition.load(filled, cache_dir=tmp_path / "cache"),
-        lambda: read_shard(filled.snapshot(), SHARD),
+        lambda: filled.snapshot().shard_reader(SHARD).read(),
         lambda: compact(filled, force=True),
         lambda: pickle.loads(pickle.dumps(filled)).storage.read_bytes(entry.path),
     ]
@@ -222,15 +211,14 @@ def test_expire_removes_links_and_nothing_behind_them(filled: FeatureStore, outs
 
 
 def test_links_inside_and_a_store_that_is_a_link_are_fine(filled: FeatureStore, tmp_path: Path, outside: Path) -> None:
-    held = read_shard(filled.snapshot(), SHARD).features_ND
-    entry, folder = entry_of(filled), Path(filled.url)
+    held, entry, folder = everything(filled), files_of(filled)[0], Path(filled.url)
     (folder / "more").mkdir()
     shutil.move(folder / entry.path, folder / "more" / "x")
     (folder / entry.path).symlink_to("../../more/x")
     shutil.move(folder, outside / "store")
     folder.symlink_to(outside / "store")
     store = pickle.loads(pickle.dumps(FeatureStore.open(folder)))
-    np.testing.assert_array_equal(read_shard(store.snapshot(), SHARD).features_ND, held)
+    assert everything(store) == held
     put(store, 5, first=9000)
     assert verify(store).problems == []
 

@@ -31,6 +31,8 @@ from tests.featurestore.conftest import make_rows, put
 from tests.proxy import Fault, Proxy, Request, proxy_before
 from tests.servers import environment_of
 
+NUM_SHARDS = 4
+
 
 def answer(code: str, status: int = 400) -> OSError:
     """What s3fs raises when the server answers so."""
@@ -202,12 +204,6 @@ def test_a_quota_ends_a_commit_and_leaves_nothing_of_it(tmp_path: Path, info: St
 
 FAULTS = [Fault.CUT, Fault.CUT_ANSWER, Fault.LOSE_ANSWER, Fault.SLOW_DOWN, Fault.SERVER_ERROR]
 FAULTS += [Fault.SERVER_ERROR_AFTER_WORK]
-
-
-@pytest.fixture
-def info(info: StoreInfo) -> StoreInfo:
-    """Fewer shards: each is a file of each commit."""
-    return info.model_copy(update={"num_shards": 4})
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from featurestore.upkeep.history import move_channel, remove_channel
 from featurestore.upkeep.verify import repair, verify
 from tests.faulty import faulty, made_but_lost
 from tests.featurestore.conftest import put
-from tests.featurestore.staged import run
+from tests.featurestore.contents import run
 
 pytestmark = pytest.mark.long
 

@@ -14,8 +14,7 @@ from featurestore.store import Snapshot
 from featurestore.upkeep.compaction import compact, merged_blocks, needs_compaction
 from tests.faulty import faulty
 from tests.featurestore.conftest import make_rows, put
-from tests.featurestore.staged import metadata_of, run
-from tests.featurestore.upkeep.damaged import needs, spoil
+from tests.featurestore.contents import metadata_of, needs, paths_in, run, spoil
 
 pytestmark = pytest.mark.long
 
@@ -107,8 +106,7 @@ def test_of_two_that_share_shards_each_does_its_part(filled: FeatureStore, shard
         assert (report.version, report.shards, report.lost) == (5, (0, 3, 4, 5, 6, 7), (1, 2))
     assert filled.snapshot().manifest.num_files == 8
     assert_same(before, filled.snapshot())
-    data = {entry.path for entry in filled.storage.entries("data")}
-    assert data == needs(before) | needs(filled.snapshot()), "files of the loser stay"
+    assert paths_in(filled, "data") == needs(before) | needs(filled.snapshot()), "files of the loser stay"
 
 
 def test_a_key_that_gets_another_uri_meanwhile_is_no_collision(filled: FeatureStore) -> None:
@@ -174,10 +172,10 @@ def test_a_file_is_read_as_rows_are_needed(tmp_path: Path, info: StoreInfo, monk
 
 
 def test_the_command_says_what_it_did(filled: FeatureStore) -> None:
-    num_files, before = filled.snapshot().manifest.num_files, [entry.path for entry in filled.storage.entries()]
+    num_files, before = filled.snapshot().manifest.num_files, paths_in(filled)
     dry = run("compact", filled.url, "--dry-run").output
     assert dry.startswith(f"would compact 8 shards of {num_files} files, ")
-    assert [entry.path for entry in filled.storage.entries()] == before
+    assert paths_in(filled) == before
     done = run("compact", filled.url).output
     assert done.startswith("snapshot 4: 8 shards of ") and "became 8 files, " in done
     assert run("compact", filled.url).output == "nothing to compact in snapshot 4\n"

@@ -18,8 +18,7 @@ from featurestore.upkeep.expiry import ExpireReport, expire, kept_versions
 from featurestore.upkeep.history import Pin, move_channel, pin
 from featurestore.upkeep.verify import repair
 from tests.featurestore.conftest import make_rows, put
-from tests.featurestore.staged import run
-from tests.featurestore.upkeep.damaged import needs
+from tests.featurestore.contents import needs, paths_in, run
 
 pytestmark = pytest.mark.long
 
@@ -32,10 +31,6 @@ def age(store: FeatureStore, days: float) -> None:
         if path.is_file():
             stat = path.stat()
             os.utime(path, (stat.st_atime, stat.st_mtime - days * DAY_S))
-
-
-def files_of(store: FeatureStore, folder: str = "") -> set[str]:
-    return {entry.path for entry in store.storage.entries(folder)}
 
 
 def expire_to(store: FeatureStore, keep_last: int, grace_days: float = 7.0, **options: Any) -> ExpireReport:
@@ -105,12 +100,12 @@ class TestSteps:
             merged.snapshot(2)
         age(merged, 6.9)
         assert expire_to(merged, 2).num_files == 0
-        assert files_of(merged, "data") == needed | going
+        assert paths_in(merged, "data") == needed | going
         age(merged, 0.2)
         report = expire_to(merged, 2)
         assert (report.num_files, report.num_waiting, report.is_complete) == (len(going), 0, True)
-        assert files_of(merged, "data") == needed
-        assert files_of(merged, "expired") == set()
+        assert paths_in(merged, "data") == needed
+        assert paths_in(merged, "expired") == set()
         assert merged.snapshot().num_rows == 40
 
     def test_what_a_pin_or_a_channel_names_stays_whole(self, merged: FeatureStore) -> None:
@@ -121,7 +116,7 @@ class TestSteps:
             age(merged, 8)
             expire_to(merged, 1)
         assert log.versions(merged.storage) == [1, 2, 4]
-        assert files_of(merged, "data") == kept
+        assert paths_in(merged, "data") == kept
 
 
 class TestWhatDeadWritersLeft:
@@ -130,12 +125,12 @@ class TestWhatDeadWritersLeft:
         for path in ("quarantine/a.parquet", "damaged/b.json", "reports/c.json", "notes.txt"):
             merged.storage.write_bytes(path, b"x")
         merged.stage_part("running", "p-0", make_rows(3, merged.info))
-        named = files_of(merged)
+        named = paths_in(merged)
         merged.stage_part("dead", "p", make_rows(30, merged.info, first=100))
         built = merged.build_shards("dead", range(8), ["p"])
         for folder in ("", "log/", "data/0003/", "staging/dead/", ".tmp-check/"):
             merged.storage.write_bytes(f"{folder}.tmp-{'0' * 32}", b"half")
-        left = files_of(merged) - named
+        left = paths_in(merged) - named
         assert len(left) == 1 + len(built) + 5
         age(merged, 6.9)
         assert expire_to(merged, 10).num_files == 0
@@ -143,7 +138,7 @@ class TestWhatDeadWritersLeft:
         age(merged, 0.2)
         report = expire_to(merged, 10)
         assert (report.num_files, report.runs) == (len(left), ("dead",))
-        assert files_of(merged) - named == {"staging/running/p-1.parquet"} and named < files_of(merged)
+        assert paths_in(merged) - named == {"staging/running/p-1.parquet"} and named < paths_in(merged)
 
     def test_the_basis_of_the_store_stays(self, tmp_path: Path, info: StoreInfo) -> None:
         basis = ReductionSpec(path="basis/mine.safetensors", sha256="0" * 64, full_dim=info.dim + 1)
@@ -152,14 +147,14 @@ class TestWhatDeadWritersLeft:
             other.storage.write_bytes(f"basis/{name}.safetensors", b"x")
         age(other, 8)
         assert expire_to(other, 1).num_files == 1
-        assert files_of(other, "basis") == {"basis/mine.safetensors"}
+        assert paths_in(other, "basis") == {"basis/mine.safetensors"}
 
     def test_data_without_a_log_is_not_touched(self, merged: FeatureStore) -> None:
-        data = files_of(merged, "data")
+        data = paths_in(merged, "data")
         shutil.rmtree(Path(merged.url) / "log")
         age(merged, 100)
         assert expire_to(merged, 1).num_files == 0
-        assert files_of(merged, "data") == data
+        assert paths_in(merged, "data") == data
 
 
 class TestDamage:
@@ -202,10 +197,10 @@ class TestDamage:
         age(merged, 6.9)
         output = run("expire", merged.url, "--keep-last", 2, "--keep-days", 0).output
         assert "what 1 manifest named that a repair put aside" in output
-        assert needs(held) <= files_of(merged)
+        assert needs(held) <= paths_in(merged)
         age(merged, 0.2)
         report = expire_to(merged, 2)
-        assert report.num_damaged == 0 and alone and needs(held) & files_of(merged) == needs(held) - alone
+        assert report.num_damaged == 0 and alone and needs(held) & paths_in(merged) == needs(held) - alone
 
 
 class TestLate:
@@ -252,23 +247,23 @@ class TestCommand:
     def test_it_says_what_it_did(self, merged: FeatureStore) -> None:
         merged.stage_part("dead", "p", make_rows(3, merged.info))
         age(merged, 40)
-        before = files_of(merged)
+        before = paths_in(merged)
         dry = run("expire", merged.url, "--keep-last", 1, "--dry-run", code=0)
         lines = dry.output.splitlines()
         assert lines[:2] == ["would keep 1 snapshot: 4", "would expire 3: 1 to 3"]
         assert lines[2].startswith("would delete 1 file, ") and lines[2].endswith("dead runs: dead")
         assert lines[3].startswith("left ") and lines[3].endswith("for the grace time")
-        assert files_of(merged) == before
+        assert paths_in(merged) == before
         named = {line.strip() for line in lines if line.startswith("  ")}
         lines = run("expire", merged.url, "--keep-last", 1).output.splitlines()
-        assert named == {path for path in before - files_of(merged) if not path.startswith("log/")}
+        assert named == {path for path in before - paths_in(merged) if not path.startswith("log/")}
         assert lines[:2] == ["kept 1 snapshot: 4", "expired 3: 1 to 3"]
         age(merged, 40)  # what has waited, and the copies of manifests
         lines = run("expire", merged.url, "--dry-run").output.splitlines()
         named = {line.strip() for line in lines if line.startswith("  ")}
-        before = files_of(merged)
+        before = paths_in(merged)
         run("expire", merged.url)
-        assert named == before - files_of(merged) and any(path.startswith("expired/") for path in named)
+        assert named == before - paths_in(merged) and any(path.startswith("expired/") for path in named)
 
 
 def test_a_copy_that_another_takes_away_is_made_again(merged: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,4 +278,4 @@ def test_a_copy_that_another_takes_away_is_made_again(merged: FeatureStore, monk
     monkeypatch.setattr("featurestore.upkeep.history.read_pins", without_pins)
     expire_to(merged, 1)
     assert log.versions(merged.storage, log.EXPIRED) == [1, 2, 3]
-    assert needed <= files_of(merged)
+    assert needed <= paths_in(merged)

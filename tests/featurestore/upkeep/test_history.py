@@ -13,7 +13,7 @@ from featurestore.upkeep.history import diff, move_channel, pin, read_pins, rest
 from featurestore.upkeep.history import log as log_of
 from tests.faulty import faulty, made_but_lost, preceded_by
 from tests.featurestore.conftest import make_rows, put
-from tests.featurestore.staged import run
+from tests.featurestore.contents import run
 
 
 def test_times_of_commits_never_run_backwards(store: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,8 +32,7 @@ from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.remake import CoMoments, principal_components, read_report, remake, sample
 from featurestore.upkeep.verify import verify
 from tests.featurestore.conftest import put
-from tests.featurestore.staged import metadata_of, run
-from tests.featurestore.upkeep.damaged import spoil
+from tests.featurestore.contents import metadata_of, run, spoil
 
 pytestmark = pytest.mark.long
 

@@ -17,8 +17,7 @@ from featurestore.upkeep.history import pin, restore
 from featurestore.upkeep.verify import RepairReport, readable_keys, repair, verify
 from tests.faulty import Fault, faulty, preceded_by
 from tests.featurestore.conftest import make_rows, put
-from tests.featurestore.staged import run
-from tests.featurestore.upkeep.damaged import SHARD, check_whole, everything, files_of, leave_in_expired, spoil
+from tests.featurestore.contents import SHARD, check_whole, everything, files_of, leave_in_expired, run, spoil
 
 
 def spoil_features(store: FeatureStore, entry: FileEntry) -> None:

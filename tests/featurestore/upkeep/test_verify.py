@@ -29,8 +29,7 @@ from featurestore.upkeep.expiry import expire
 from featurestore.upkeep.history import pin
 from featurestore.upkeep.verify import repair, verify
 from tests.featurestore.conftest import make_rows, put
-from tests.featurestore.staged import run
-from tests.featurestore.upkeep.damaged import spoil
+from tests.featurestore.contents import files_of, run, spoil
 
 
 @pytest.fixture
@@ -38,10 +37,6 @@ def filled(store: FeatureStore) -> FeatureStore:
     put(store, 200)
     store.delete(make_rows(5, store.info).keys_N)
     return store
-
-
-def entry_of(store: FeatureStore, shard: int = 3) -> FileEntry:
-    return store.snapshot().manifest.files(shard)[0]
 
 
 def merged_entry_of(store: FeatureStore) -> FileEntry:
@@ -98,7 +93,7 @@ def test_files_that_expire_meanwhile_are_no_problem(filled: FeatureStore, monkey
 @pytest.mark.parametrize("name", ["a data file", "store.json", manifest_path(1), manifest_path(2)])
 def test_an_unreadable_sector_is_damage(filled: FeatureStore, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """A person's own mistake is no damage: nothing may be moved away for it."""
-    entry = entry_of(filled)
+    entry = files_of(filled)[0]
     place = Path(filled.url) / (entry.path if name == "a data file" else name)
     broken, code = place.stat().st_ino, errno.EACCES
 
@@ -189,7 +184,7 @@ def test_broken_promises_are_found_where_all_digests_fit(store: FeatureStore, pr
     put(store, 200)
     rewritten(store, BROKEN_PROMISES[promise])
     found = problems_of(store)
-    assert len(found) == 1 and promise in found[0] and entry_of(store).path in found[0]
+    assert len(found) == 1 and promise in found[0] and files_of(store)[0].path in found[0]
     if "tombstones" not in promise:
         with pytest.raises(CorruptFileError, match="shard 3"):
             FeaturePartition.load(store, cache_dir=tmp_path / "cache")
@@ -222,10 +217,10 @@ def test_two_uris_of_one_key_without_a_delete_are_found(store: FeatureStore, mon
 
 def test_the_command_exits_with_1_and_names_file_and_command(filled: FeatureStore) -> None:
     assert "0 problems in 2 manifests" in run("verify", filled.url, code=0).output
-    spoil(filled, entry_of(filled).path)
+    spoil(filled, files_of(filled)[0].path)
     done = run("verify", filled.url, code=1)
     assert done.output.count("broken: ") == 1 and "1 problem in" in done.output
-    assert f"{entry_of(filled).path} is damaged" in done.output and f"repair {filled.url}`" in done.output
+    assert f"{files_of(filled)[0].path} is damaged" in done.output and f"repair {filled.url}`" in done.output
     (Path(filled.url) / "store.json").write_bytes(b"{}")
     done = run("verify", filled.url, code=1)
     assert "broken: " in done.output and "rebuilds it from a data file" in done.output

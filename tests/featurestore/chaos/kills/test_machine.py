@@ -25,7 +25,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from featurestore import ExtractorSpec, FeaturePartition, FeatureRows, FeatureStore, Snapshot, StoreInfo, key_of_uri
+from featurestore import FeaturePartition, FeatureRows, FeatureStore, Snapshot, key_of_uri
 from featurestore import log as manifests
 from featurestore.errors import SnapshotNotFoundError
 from featurestore.text import DType
@@ -33,8 +33,8 @@ from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.expiry import expire
 from featurestore.upkeep.history import diff, restore
 from featurestore.upkeep.verify import verify
-from tests.featurestore.staged import metadata_of
-from tests.featurestore.upkeep.damaged import days_later
+from tests.featurestore.conftest import INFO
+from tests.featurestore.contents import days_later, metadata_of
 from tests.fuse import Fuse, small_process
 
 URIS = st.lists(st.sampled_from([f"u{i}" for i in range(12)]), max_size=6)
@@ -56,8 +56,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @initialize(log2=st.integers(0, 2), ranks=st.integers(1, 5), dtype=st.sampled_from(get_args(DType)))
     def make(self, log2: int, ranks: int, dtype: DType) -> None:
-        spec = ExtractorSpec(backbone="b", layer="l", weights_digest="w", preprocessing="p", compute_dtype="float32")
-        info = StoreInfo(dim=3, num_shards=1 << log2, dtype=dtype, extractor=spec)
+        info = INFO.model_copy(update={"dim": 3, "num_shards": 1 << log2, "dtype": dtype})
         self.store = FeatureStore.create(self.url, info)
         self.ranks = ranks
         self.model: Contents = {}

@@ -25,7 +25,17 @@ from featurestore.upkeep.purge import find_traces, purge
 from featurestore.upkeep.remake import remake
 from featurestore.upkeep.verify import repair, verify
 from tests.featurestore.conftest import make_rows, put
-from tests.featurestore.upkeep import damaged
+from tests.featurestore.contents import (
+    GONE,
+    IMAGES,
+    SHARD,
+    contents,
+    days_later,
+    everything,
+    leave_in_expired,
+    spoil,
+    without,
+)
 
 pytestmark = pytest.mark.long
 
@@ -78,7 +88,7 @@ class Work:
 @functools.cache
 def kept(store: FeatureStore, which: int | str | None = None) -> dict[str, bytes]:
     """Read the contents of a store that nobody changes any more: once for all deaths."""
-    return damaged.contents(store, which)
+    return contents(store, which)
 
 
 NEWER = ["images/1.jpg", "images/4.jpg", "more.jpg"]
@@ -96,14 +106,14 @@ def extract_them(store: FeatureStore) -> None:
 
 def all_or_nothing(dead: FeatureStore, before: FeatureStore, calm: FeatureStore) -> None:
     """The commit is there with all of its rows, or it is not; other snapshots are as they were."""
-    assert damaged.contents(dead) == kept(calm if dead.snapshot().version > before.snapshot().version else before)
+    assert contents(dead) == kept(calm if dead.snapshot().version > before.snapshot().version else before)
     for version in versions(before.storage):
-        assert damaged.contents(dead, version) == kept(before, version)
+        assert contents(dead, version) == kept(before, version)
 
 
 def same_rows(done: FeatureStore, calm: FeatureStore) -> None:
-    assert damaged.contents(done) == kept(calm) and verify(done).problems == []
-    with damaged.days_later(8):
+    assert contents(done) == kept(calm) and verify(done).problems == []
+    with days_later(8):
         expire(done, keep_last=1, keep_days=0)
         expire(done, keep_last=1, keep_days=0)
     named = {entry.path for entry in done.snapshot().manifest.entries}
@@ -115,23 +125,23 @@ def with_images_to_take_down(store: FeatureStore) -> None:
     put(store, 10, first=100)
     put(store, 40)
     put(store, 5, seed=5, first=30)
-    store.add_quarantine([QuarantineRow(key_of_uri(damaged.GONE[1]), damaged.GONE[1], "truncated", 1.0)])
+    store.add_quarantine([QuarantineRow(key_of_uri(GONE[1]), GONE[1], "truncated", 1.0)])
     store.stage_part("refresh", "part-1", make_rows(20, store.info, seed=9))
     move_channel(store, "stable", 3)
 
 
 def take_down(store: FeatureStore) -> None:
-    assert purge(store, damaged.IMAGES, writer_hours=0).is_complete
+    assert purge(store, IMAGES, writer_hours=0).is_complete
 
 
 def all_or_none_are_gone(dead: FeatureStore, before: FeatureStore, calm: FeatureStore) -> None:
     for which in (None, "stable"):
-        assert damaged.contents(dead, which) in (kept(before), damaged.without(kept(before)))
+        assert contents(dead, which) in (kept(before), without(kept(before)))
 
 
 def none_is_left(done: FeatureStore, calm: FeatureStore) -> None:
-    assert damaged.contents(done) == kept(calm) == damaged.contents(done, "stable")
-    assert find_traces(done.storage, damaged.IMAGES).is_absent
+    assert contents(done) == kept(calm) == contents(done, "stable")
+    assert find_traces(done.storage, IMAGES).is_absent
     assert {problem.kind for problem in verify(done).problems} <= {"pin"}
 
 
@@ -143,7 +153,7 @@ def with_young_images_to_take_down(store: FeatureStore) -> None:
 
 
 def take_young_ones_down(store: FeatureStore) -> None:
-    assert purge(store, damaged.IMAGES).is_complete
+    assert purge(store, IMAGES).is_complete
 
 
 def with_damage(store: FeatureStore) -> None:
@@ -151,16 +161,16 @@ def with_damage(store: FeatureStore) -> None:
     put(store, 400)
     put(store, 200, seed=1)
     store.delete(make_rows(20, store.info).keys_N)
-    delta = store.snapshot(2).manifest.files(damaged.SHARD)[1]
-    damaged.spoil(store, manifest_path(3))
-    damaged.spoil(store, delta.path)
+    delta = store.snapshot(2).manifest.files(SHARD)[1]
+    spoil(store, manifest_path(3))
+    spoil(store, delta.path)
 
 
 def with_expired_manifests(store: FeatureStore) -> None:
     """The newest manifest is damaged, and an expiry has put those before it aside."""
     for seed in range(3):
         put(store, 60, seed=seed)
-    damaged.leave_in_expired(store, [3], [1, 2])
+    leave_in_expired(store, [3], [1, 2])
 
 
 def anything(dead: FeatureStore, before: FeatureStore, calm: FeatureStore) -> None:
@@ -168,7 +178,7 @@ def anything(dead: FeatureStore, before: FeatureStore, calm: FeatureStore) -> No
 
 
 def mended(done: FeatureStore, calm: FeatureStore) -> None:
-    assert damaged.everything(done) == damaged.everything(calm) and verify(done).problems == []
+    assert everything(done) == everything(calm) and verify(done).problems == []
     assert {row.key for row in done.quarantine_rows()} == {row.key for row in calm.quarantine_rows()}
     assert versions(done.storage) == versions(calm.storage)
     assert set(versions(done.storage, EXPIRED)) <= set(versions(done.storage)), "only copies of what is in the log"
@@ -186,12 +196,12 @@ def new_one(store: FeatureStore) -> str:
 
 def nothing_is_committed(dead: FeatureStore, before: FeatureStore, calm: FeatureStore) -> None:
     assert Storage(new_one(dead)).list("log") in ([], [f"{1:020d}.json"])
-    assert damaged.contents(dead) == kept(before)
+    assert contents(dead) == kept(before)
 
 
 def same_new_store(done: FeatureStore, calm: FeatureStore) -> None:
     mine, theirs = (FeatureStore.open(new_one(each)) for each in (done, calm))
-    assert damaged.contents(mine) == damaged.contents(theirs) and mine.info.reduction == theirs.info.reduction
+    assert contents(mine) == contents(theirs) and mine.info.reduction == theirs.info.reduction
     assert mine.snapshot().version == 1 and verify(mine).problems == []
 
 
@@ -267,7 +277,7 @@ def test_a_remake_is_of_the_newest_snapshot_when_it_starts_again(tmp_path: Path,
     assert remake(source, new_one(source), dtype="float16").num_rows == source.snapshot().num_rows == 64
     data = Path(new_one(source), "data")
     left = {*data.rglob("*.parquet")}
-    with damaged.days_later(8):
+    with days_later(8):
         expire(FeatureStore.open(new_one(source)))
     kept = {*data.rglob("*.parquet")}
     assert len(kept) == 8 and kept < left, "what the dead one wrote goes in time"
