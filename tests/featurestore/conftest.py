@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from featurestore import ExtractorSpec, FeatureRows, FeatureStore, StoreInfo, to_bits
+from tests.proxy import Proxy, proxy_before
+from tests.servers import environment_of
 
 INFO = StoreInfo(
     dim=8,
@@ -65,6 +67,13 @@ def cache(tmp_path: Path) -> Path:
     return tmp_path / "cache"
 
 
+@pytest.fixture
+def proxy(s3_endpoint: str) -> Iterator[Proxy]:
+    """A real server behind a proxy that does nothing yet; the environment leads to it."""
+    with proxy_before(s3_endpoint) as proxy, environment_of(proxy.endpoint):
+        yield proxy
+
+
 @pytest.fixture(params=["disk", "memory", "s3"])
 def place_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """An address where nothing is yet, on everything that a store may lie on."""
@@ -98,15 +107,15 @@ def filled_by(
     return filled
 
 
+def fill(store: FeatureStore) -> None:
+    """Put rows of three ages: 400 images; of 200 of them newer rows, of 20 of those tombstones."""
+    put(store, 400)
+    put(store, 200, seed=1)
+    store.delete(make_rows(20, store.info).keys_N)
+
+
 @pytest.fixture
 def filled(filled_by) -> FeatureStore:
-    """A store of rows of three ages: 400 images; of 200 of them newer rows, of 20 of those tombstones."""
-
-    def fill(store: FeatureStore) -> None:
-        put(store, 400)
-        put(store, 200, seed=1)
-        store.delete(make_rows(20, store.info).keys_N)
-
     return filled_by(fill)
 
 

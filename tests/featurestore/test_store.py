@@ -1,56 +1,53 @@
 """What every store does, whatever it lies on; writers that lose races; versions, quarantine and lack of memory."""
 
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from featurestore import FeatureRows, FeatureStore, QuarantineRow, StoreInfo, errors, log, shard_of, staging
+from featurestore import FeatureRows, FeatureStore, QuarantineRow, StoreInfo, errors, log, shard_of, staging, to_float32
 from featurestore.log import manifest_path, version_of, versions
-from featurestore.spec import MAX_VERSION, seal
+from featurestore.spec import MAX_VERSION
 from featurestore.storage.storage import Storage
 from featurestore.store import SnapshotId
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.expiry import expire
 from featurestore.upkeep.history import restore
-from featurestore.upkeep.verify import repair, verify
+from featurestore.upkeep.verify import verify
+from tests.cli import ran
 from tests.faulty import Fault, FaultyStorage, fails, faulty, made_but_lost, opened_faulty
 from tests.featurestore.conftest import make_rows, put
-from tests.featurestore.contents import metadata_of, rows_of
+from tests.featurestore.contents import metadata_of, rows_of, run
 
 
 class TestOnEveryPlace:
     @pytest.fixture
-    def url(self, place_url: str) -> str:
-        return place_url
+    def store(self, place_url: str, info: StoreInfo) -> FeatureStore:
+        return FeatureStore.create(place_url, info)
 
-    @pytest.fixture
-    def store(self, url: str, info: StoreInfo) -> FeatureStore:
-        return FeatureStore.create(url, info)
-
-    def test_create_and_open(self, url: str, info: StoreInfo) -> None:
+    def test_create_and_open(self, place_url: str, info: StoreInfo) -> None:
         with pytest.raises(errors.StoreNotFoundError, match=r"store\.json"):
-            FeatureStore.open(url)
-        FeatureStore.create(url, info)
+            FeatureStore.open(place_url)
+        FeatureStore.create(place_url, info)
         with pytest.raises(errors.StoreExistsError):
-            FeatureStore.create(url, info)
-        stored = FeatureStore.open(url).info
+            FeatureStore.create(place_url, info)
+        stored = FeatureStore.open(place_url).info
         assert stored.store_id and stored.kind == info
-        assert FeatureStore.open_or_create(url, info).info == stored
+        assert FeatureStore.open_or_create(place_url, info).info == stored
 
     @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-    def test_rows_come_back_as_they_were(self, url: str, info: StoreInfo, dtype: str) -> None:
+    def test_rows_come_back_as_they_were(self, place_url: str, info: StoreInfo, dtype: str) -> None:
         info = info.model_copy(update={"dtype": dtype})
         rows = make_rows(60, info)
-        snapshot = FeatureStore.create(url, info).put(rows)
+        snapshot = FeatureStore.create(place_url, info).put(rows)
         assert (snapshot.version, snapshot.num_rows) == (1, 60)
         assert np.array_equal(snapshot.get(rows.keys_N), rows.features_ND)
         assert np.array_equal(snapshot.keys(), np.sort(rows.keys_N))
@@ -69,7 +66,8 @@ class TestOnEveryPlace:
         store.delete(rows.keys_N[1:2])
         store.put(FeatureRows.of(["other"], rows.features_ND[:1], keys=rows.keys_N[1:2]))  # the key is free again
 
-    def test_neighbouring_shards_are_built_together(self, store: FeatureStore) -> None:
+    def test_neighbouring_shards_are_built_together(self, store: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("featurestore.staging._GROUP_BYTES", 3 * store.info.row_bytes)
         parts = [make_rows(50, store.info, seed=seed, first=40 * seed) for seed in range(3)]
         for number, rows in enumerate(parts):
             store.stage_part("run", f"p{number}", rows)
@@ -85,10 +83,9 @@ class TestOnEveryPlace:
             assert np.array_equal(snapshot.get(rows.keys_N), rows.features_ND)
         assert store.build_shards("run", range(8), []) == {}
 
-    def test_files_of_another_store_are_refused(self, store: FeatureStore, url: str, info: StoreInfo) -> None:
-        other = FeatureStore.create(
-            url + "-other", info.model_copy(update={"extractor": info.extractor.model_copy(update={"layer": "fc7"})})
-        )
+    def test_files_of_another_store_are_refused(self, store: FeatureStore, place_url: str, info: StoreInfo) -> None:
+        layer = info.extractor.model_copy(update={"layer": "fc7"})
+        other = FeatureStore.create(place_url + "-other", info.model_copy(update={"extractor": layer}))
         entry = other.put(make_rows(40, other.info)).manifest.files(0)[0]
         store.storage.write_bytes(entry.path, other.storage.read_bytes(entry.path))
         with pytest.raises(errors.SpecMismatchError, match=r"extractor\.layer is 'fc7' instead of 'fc6'"):
@@ -98,13 +95,6 @@ class TestOnEveryPlace:
         store.storage.write_bytes("staging/run/p.parquet", other.storage.read_bytes(entry.path))
         with pytest.raises(errors.SpecMismatchError, match=r"extractor\.layer"):
             store.build_shards("run", range(1), ["p"])
-
-    def test_quarantine_keeps_the_newest_reason(self, store: FeatureStore) -> None:
-        assert store.quarantine_rows() == []
-        store.add_quarantine([QuarantineRow(1, "a", "old", 1.0), QuarantineRow(2, "b", "broken", 2.0)])
-        store.add_quarantine([])
-        store.add_quarantine([QuarantineRow(1, "a", "new", 3.0)])
-        assert store.quarantine_rows() == [QuarantineRow(2, "b", "broken", 2.0), QuarantineRow(1, "a", "new", 3.0)]
 
 
 def test_another_spec_is_refused_and_each_field_named(store: FeatureStore, info: StoreInfo) -> None:
@@ -128,12 +118,6 @@ def test_an_empty_store_is_version_0(store: FeatureStore) -> None:
         store.snapshot(3)
 
 
-def test_missing_keys_are_named(store: FeatureStore) -> None:
-    put(store, 3)
-    with pytest.raises(errors.MissingKeysError, match=r"7 keys .*: 1, 2, 3, 4, 5, …"):
-        store.snapshot().get([1, 2, 3, 4, 5, 6, 7])
-
-
 def test_what_cannot_be_stored_leaves_no_snapshot(store: FeatureStore) -> None:
     rows = make_rows(3, store.info)
     with pytest.raises(errors.InvalidRowsError):  # before anything is written
@@ -149,23 +133,12 @@ def test_what_cannot_be_stored_leaves_no_snapshot(store: FeatureStore) -> None:
     assert store.snapshot().version == 0
 
 
-def test_a_part_is_read_by_row_groups(store: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("featurestore.staging._GROUP_BYTES", 3 * store.info.row_bytes)
-    rows = make_rows(50, store.info)
-    store.stage_part("run", "p", rows)
-    built = store.build_shards("run", range(8), ["p"])
-    assert np.array_equal(store.commit(built, "extract").get(rows.keys_N), rows.features_ND)
-
-
-def test_building_checks_uris_against_the_store_and_between_parts(store: FeatureStore) -> None:
+def test_building_checks_uris_between_parts(store: FeatureStore) -> None:
     rows = make_rows(1, store.info)
     store.stage_part("run", "a", rows)
     store.stage_part("run", "b", FeatureRows.of(["other"], rows.features_ND, keys=rows.keys_N))
     with pytest.raises(errors.KeyCollisionError):
         store.build_shards("run", range(8), ["a", "b"])
-    store.put(rows)
-    with pytest.raises(errors.KeyCollisionError):
-        store.build_shards("run", range(8), ["b"])
 
 
 def test_a_part_that_was_never_staged_is_named(store: FeatureStore) -> None:
@@ -271,60 +244,9 @@ IMPOSSIBLE = [
 ]
 
 
-@pytest.fixture
-def filled(store: FeatureStore) -> FeatureStore:
-    put(store, 50)
-    put(store, 20, seed=1)
-    return store
-
-
-def write(store: FeatureStore, name: str, data: bytes = b"no manifest") -> None:
-    (Path(store.url) / "log" / name).write_bytes(data)
-
-
 def test_the_largest_version_is_the_last_name_that_counts() -> None:
     assert version_of(f"{MAX_VERSION:020d}.json") == MAX_VERSION == 2**63 - 1
     assert [version_of(name) for name in IMPOSSIBLE] == [None] * len(IMPOSSIBLE)
-
-
-@pytest.mark.parametrize("version", [4, 2**40])
-def test_numbers_continue_behind_a_stray_manifest(filled: FeatureStore, version: int) -> None:
-    write(filled, f"{version:020d}.json", (Path(filled.url) / manifest_path(2)).read_bytes())
-    with pytest.raises(errors.CorruptFileError, match="is the manifest of version 2"):
-        filled.snapshot()
-    with pytest.raises(errors.CorruptFileError):  # no commit goes behind it
-        put(filled, 5)
-    assert versions(filled.storage) == [1, 2, version]
-    before = filled.snapshot(2).manifest.shards
-    assert repair(filled).version == version + 1
-    assert verify(filled).problems == [] and filled.snapshot().manifest.shards == before
-    assert filled.put(make_rows(5, filled.info)).version == version + 2
-
-
-def test_of_several_damaged_manifests_the_newest_good_one_is_committed_again_once(filled: FeatureStore) -> None:
-    write(filled, f"{2:020d}.json")
-    for version in (9998, 9999):
-        write(filled, f"{version:020d}.json")
-    planned = repair(filled, dry_run=True)
-    report = repair(filled)
-    assert report.version == 10_000 and report.actions == planned.actions
-    assert versions(filled.storage) == [1, 10_000] and verify(filled).problems == []
-    assert filled.snapshot().manifest.shards == filled.snapshot(1).manifest.shards
-
-
-def test_a_version_that_cannot_be_is_not_found(filled: FeatureStore) -> None:
-    for version in (3, MAX_VERSION, MAX_VERSION + 1):
-        with pytest.raises(errors.SnapshotNotFoundError, match="the newest is 2"):
-            filled.snapshot(version)
-
-
-def test_a_manifest_whose_counts_are_wrong_is_not_committed_again(filled: FeatureStore) -> None:
-    """Sealed well, so that readers take it; what it names is right, what it counts is not."""
-    manifest = filled.snapshot().manifest
-    write(filled, f"{2:020d}.json", seal(manifest.model_copy(update={"num_files": manifest.num_files + 1})))
-    assert [problem.kind for problem in verify(filled).problems] == ["manifest"]
-    assert repair(filled).version == 3
-    assert verify(filled).problems == [] and versions(filled.storage) == [1, 3]
 
 
 def row(key, time_s, reason="broken"):
@@ -340,6 +262,7 @@ def storage(tmp_path):
 
 
 def test_settled_rows_go_and_the_others_stand_in_one_file(storage):
+    assert staging.read(storage) == [row(2, 1.0), row(1, 2.0, "still broken"), row(3, 2.0)]
     staging.resolve(storage, [row(1, 2.0, "still broken"), row(7, 9.0)])
     assert staging.read(storage) == [row(2, 1.0), row(3, 2.0)]
     assert len(storage.list("quarantine")) == 1
@@ -382,16 +305,13 @@ before = len(os.listdir("/proc/self/task"))
 assert len(store.quarantine_rows()) == 1
 print(len(os.listdir("/proc/self/task")) - before)
 """
-    done = subprocess.run([sys.executable, "-c", read, store.url], capture_output=True, text=True, check=True)
-    assert done.stdout == "0\n"
+    assert ran(sys.executable, "-c", read, store.url).stdout == "0\n"
 
 
 def test_lack_of_memory_is_no_damage_to_verify(store: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_args, **_options):
-        raise pa.ArrowMemoryError("malloc of size 8388608 failed")
-
     put(store, 2)
-    monkeypatch.setattr(pq.ParquetFile, "iter_batches", fail)
+    lacks = Mock(side_effect=pa.ArrowMemoryError("malloc of size 8388608 failed"))
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", lacks)
     with pytest.raises(MemoryError, match="malloc"):
         verify(store)
 
@@ -425,3 +345,39 @@ def test_a_listing_that_took_long_is_made_again(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(log, "time", SimpleNamespace(monotonic=lambda: now_s[0]))
     monkeypatch.setattr(Storage, "list", listed)
     assert versions(Storage(tmp_path)) == [2]
+
+
+@pytest.fixture
+def shown(store: FeatureStore) -> FeatureStore:
+    store.put(make_rows(40, store.info), "extract")
+    store.add_quarantine([QuarantineRow(1, "bad.jpg", "truncated", 0.0)])
+    return store
+
+
+def test_info_and_quarantine_show_what_a_store_holds(shown: FeatureStore) -> None:
+    output = run("info", shown.url, code=0).output
+    told = dict(line.split(maxsplit=1) for line in output.splitlines() if not line.startswith("extractor"))
+    wanted = {"dim": "8", "dtype": "bfloat16", "rows": "40", "quarantined": "1", "snapshot": "1 (extract)"}
+    assert told.items() >= {**wanted, "store": shown.url}.items()
+    assert "extractor backbone       vgg16\n" in output
+    shown.add_quarantine([QuarantineRow(-2, "a/empty.jpg", "0 bytes: no image", 86400.0)])
+    lines = run("quarantine", shown.url, code=0).output.splitlines()
+    _, first, second = (line.rstrip().split(maxsplit=2) for line in lines)
+    assert first[:2] == ["-2", "a/empty.jpg"] and first[2].startswith("1970-01-02")
+    assert first[2].endswith("0 bytes: no image") and second[1] == "bad.jpg" and second[2].endswith("truncated")
+
+
+def test_get_prints_or_writes_float32(shown: FeatureStore, tmp_path: Path) -> None:
+    rows = make_rows(40, shown.info)
+    negative = int(rows.keys_N[rows.keys_N < 0][0])
+    expected = to_float32(shown.snapshot().get([negative]), "bfloat16")[0]
+    for arguments in ([negative], ["--", negative], ["--uri", rows.uris[rows.keys_N.tolist().index(negative)]]):
+        result = run("get", shown.url, *arguments)
+        key, values = result.output.split(": ")
+        assert int(key) == negative
+        np.testing.assert_allclose([float(v) for v in values.split()], expected, rtol=1e-5)
+    out = tmp_path / "x.npy"
+    assert run("get", shown.url, negative, "--uri", rows.uris[0], "--out", out).exit_code == 0
+    written = np.load(out)
+    assert written.dtype == np.float32 and written.shape == (2, 8)
+    assert np.array_equal(written[0], expected)

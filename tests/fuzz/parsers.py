@@ -38,7 +38,7 @@ from serving.http.inference import TensorBody
 from serving.network import run_steps
 from serving.scoring.decode import decode as decode_body
 from serving.settings import Budget
-from tests.featurestore.shardrows import rows_of
+from tests.featurestore.contents import rows_of
 from tests.fuzz.mutate import (
     BYTES,
     JSON,

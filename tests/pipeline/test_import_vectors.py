@@ -22,7 +22,7 @@ from pipeline.import_vectors import extractor_of
 from pipeline.store_run import build_shards
 from tests.cli import said
 from tests.faulty import faulty
-from tests.featurestore.staged import metadata_of
+from tests.featurestore.contents import metadata_of
 
 DIM = 6
 

@@ -171,12 +171,9 @@ def test_passwords_in_addresses_are_hidden(tmp_path: Path) -> None:
 
 def test_a_page_is_written_at_the_end_of_a_command_and_not_of_one_that_failed(tmp_path: Path) -> None:
     file = tmp_path / "page.html"
-    with pytest.raises(UserError), recorded(page_of(tmp_path)):
-        raise UserError("no")
-    with pytest.raises(typer.Exit), recorded(page_of(tmp_path)):
-        raise typer.Exit(1)
-    with pytest.raises(KeyboardInterrupt), recorded(page_of(tmp_path)):
-        raise KeyboardInterrupt
+    for error in (UserError("no"), typer.Exit(1), KeyboardInterrupt()):
+        with pytest.raises(type(error)), recorded(page_of(tmp_path)):
+            raise error
     assert current_page() is None and not file.exists()
     with pytest.raises(typer.Exit), recorded(page_of(tmp_path), with_findings=True):
         print_problem("broken: a file")

@@ -254,13 +254,3 @@ def test_cut_empty_longer_and_missing_files_are_found(full: FeatureStore, kind: 
         assert any(path.name in str(problem) for problem in found) or not leaves_a_trace, path
         path.write_bytes(whole)
     assert verify(full).problems == []
-
-
-@pytest.mark.parametrize("kind", ["manifest", "data", "statistics"])
-def test_two_files_that_changed_places_are_found(full: FeatureStore, tmp_path: Path, kind: str) -> None:
-    first, second = files_of(full, kind)[:2]
-    contents = first.read_bytes(), second.read_bytes()
-    first.write_bytes(contents[1]), second.write_bytes(contents[0])
-    found = " ".join(str(problem) for problem in verify(full).problems)
-    first.write_bytes(contents[0]), second.write_bytes(contents[1])
-    assert first.name in found and second.name in found

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from featurestore import FeatureRows, FeatureStore
-from featurestore.errors import FeatureStoreError, MissingKeysError
 from featurestore.format.codec import Scaling
 from featurestore.lookup import dtype_of_machine, dtype_of_processor, embedding, ondevice
 from featurestore.lookup.embedding import EmbeddingModel, EmbeddingService
@@ -248,17 +247,6 @@ def test_a_service_makes_the_same_vectors(tmp_path: Path, dtype: str, missing: s
     assert service.gather(keys[keys < ROWS]).missing_Q is None
     partition.hide(True)
     assert service.gather(keys[keys < ROWS]).features_QD.count_nonzero() == 0
-
-
-def test_missing_keys_and_a_closed_partition_are_errors(tmp_path: Path) -> None:
-    partition = partition_of(tmp_path, dtype="float32")
-    service = EmbeddingService(partition, EmbeddingModel(DIM))
-    service.hold_rows()
-    with pytest.raises(MissingKeysError, match="999"):
-        service.gather(np.array([3, 999]))
-    partition.close()
-    with pytest.raises(FeatureStoreError, match="closed"):
-        service.gather(np.array([3]))
 
 
 def test_a_partition_without_rows(tmp_path: Path) -> None:

@@ -1,8 +1,17 @@
-"""One rank's partition and its cache files: the right row or none, missing and hidden keys, files in one matrix."""
+"""A rank's partition and its cache files: the right rows or none, in bounded memory; what is damaged is built again."""
 
+import errno
+import os
+import shutil
+import stat
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -11,15 +20,52 @@ from hypothesis import strategies as st
 
 from featurestore import FeaturePartition, FeatureRows, FeatureStore, StoreInfo, owner_of, shard_of
 from featurestore.errors import (
+    CorruptFileError,
     FeatureStoreError,
     MissingKeysError,
     SnapshotNotFoundError,
     StorageError,
     StoreNotFoundError,
 )
-from featurestore.keys import HashIndex, shard_of_hash
+from featurestore.format.datafile import DataFile, FileMemory
+from featurestore.keys import HashIndex, keys_of_uris, shard_of_hash
+from featurestore.lookup.cache import default_cache_dir, open_or_build, prune
+from tests.cli import ran
 from tests.featurestore.conftest import make_rows, put
 from tests.fuse import FORK
+
+
+def check_served(store: FeatureStore, cache: Path, rows: FeatureRows) -> None:
+    with FeaturePartition.load(store, cache_dir=cache) as partition:
+        np.testing.assert_array_equal(partition.lookup(rows.keys_N).features_UD, rows.features_ND)
+
+
+def files_of(cache: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in cache.iterdir()}
+
+
+def names(cache: Path) -> set[str]:
+    return set(files_of(cache))
+
+
+def file_of(cache: Path, suffix: str, shard: int = 3) -> Path:
+    return next(cache.glob(f"shard-{shard:04d}-*{suffix}"))
+
+
+def mode_of(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def flip(path: Path, place: int = 100) -> None:
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
+def age(paths: Iterable[Path], days: float) -> None:
+    then_s = time.time() - days * 24 * 3600
+    for path in paths:
+        os.utime(path, (then_s, then_s))
 
 
 @pytest.mark.long
@@ -149,10 +195,6 @@ def test_an_empty_store_serves_nothing(store: FeatureStore, cache: Path) -> None
         FeaturePartition.load(store, cache_dir=cache, version=9)
 
 
-def files_of(cache: Path) -> dict[str, int]:
-    return {path.name: path.stat().st_mtime_ns for path in cache.iterdir()}
-
-
 def load_and_look(url: str, cache: Path, keys_U: np.ndarray) -> bytes:
     with FeaturePartition.load(url, cache_dir=cache) as partition:
         return partition.lookup(keys_U).features_UD.tobytes()
@@ -195,21 +237,27 @@ def test_only_changed_shards_are_built_again(store: FeatureStore, cache: Path, r
     [
         *[(suffix, damage) for suffix in ("rows.bin", "keys.npy", "json") for damage in ("shorter", "empty", "gone")],
         ("rows.bin", "longer"),
+        ("keys.npy", "flipped"),
+        ("json", "flipped"),
     ],
 )
 def test_damaged_cache_files_are_built_again(
     store: FeatureStore, cache: Path, rows: FeatureRows, suffix: str, damage: str
 ) -> None:
-    FeaturePartition.load(store, cache_dir=cache).close()
-    victim = next(cache.glob(f"shard-0003-*.{suffix}"))
+    """Keys and seal are checked at each opening, wherever a bit is flipped; rows at the first after a restart."""
+    check_served(store, cache, rows)
+    victim = file_of(cache, suffix)
     whole = victim.read_bytes()
-    victim.write_bytes({"shorter": whole[:-1], "longer": whole + b"x"}.get(damage, b""))
-    if damage == "gone":
-        victim.unlink()
-    with FeaturePartition.load(store, cache_dir=cache) as partition:
-        assert np.array_equal(partition.lookup(rows.keys_N).features_UD, rows.features_ND)
-    # The seal says which file of rows was checked: where those were built again that is another one.
-    assert victim.read_bytes() == whole or suffix == "json"
+    for place in range(0, len(whole), len(whole) // 8) if damage == "flipped" else (-1,):
+        if damage == "flipped":
+            flip(victim, place)
+        elif damage == "gone":
+            victim.unlink()
+        else:
+            victim.write_bytes({"shorter": whole[:-1], "longer": whole + b"x", "empty": b""}[damage])
+        check_served(store, cache, rows)
+        # The seal says which file of rows was checked: where those were built again that is another one.
+        assert victim.read_bytes() == whole or suffix == "json"
 
 
 @pytest.mark.parametrize("num_files", [1, 2])
@@ -218,15 +266,13 @@ def test_rows_damaged_by_a_power_cut_are_found_after_the_restart(
 ) -> None:
     for seed in range(num_files):
         rows = put(store, 100, seed=seed)
-    FeaturePartition.load(store, cache_dir=cache).close()
-    before = files_of(cache)
-    victim = next(cache.glob("shard-0003-*.rows.bin"))
+    check_served(store, cache, rows)
+    before, victim = files_of(cache), file_of(cache, "rows.bin")
     whole = victim.read_bytes()
     victim.write_bytes(bytes(len(whole)))  # the size is right
     monkeypatch.setattr("featurestore.lookup.cache.current_boot", lambda: "the next start")
     for _ in range(2):
-        with FeaturePartition.load(store, cache_dir=cache) as partition:
-            assert np.array_equal(partition.lookup(rows.keys_N).features_UD, rows.features_ND)
+        check_served(store, cache, rows)
         assert victim.read_bytes() == whole
     intact = {name: time for name, time in before.items() if name.endswith("bin") and "0003" not in name}
     assert {name: files_of(cache)[name] for name in intact} == intact
@@ -270,3 +316,332 @@ def test_hashes_of_any_kind(numbers, num_shards):
 def test_hashes_that_crowd_in_one_bucket():
     hash_N = np.arange(3000, dtype=np.uint64) + np.uint64(1 << 40)
     check(index_of(hash_N, 4, [0, 1, 2, 3]), np.concatenate([hash_N, hash_N + np.uint64(3000), ENDS]), 4, [0, 1, 2, 3])
+
+
+def test_keys_that_change_are_found(store: FeatureStore, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two readings: which row wins is decided before the digest of a file is known."""
+    put(store, 200)
+    put(store, 100, seed=1)
+    read = DataFile.read
+
+    def other_keys(file: DataFile, columns: list[str]) -> object:
+        table = read(file, columns)
+        return table.take([1, 0, *range(2, len(table))])
+
+    monkeypatch.setattr(DataFile, "read", other_keys)
+    with pytest.raises(CorruptFileError, match="changed while it was read"):
+        FeaturePartition.load(store, cache_dir=cache)
+    assert names(cache) == set()
+
+
+MEASURE = """
+import sys
+from pathlib import Path
+from featurestore import FeatureStore
+from featurestore.lookup import cache
+cache._MEMORY_BYTES = int(sys.argv[3])
+readers = [FeatureStore.open(sys.argv[1]).snapshot().shard_reader(shard) for shard in range(2)]
+def peak():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+cache.open_or_build(readers[:1], Path(sys.argv[2], "warm"), 1)
+before = peak()
+cache.open_or_build(readers[1:], Path(sys.argv[2], "measured"), 4)
+print(peak() - before, file=sys.stdout)
+"""
+
+
+@pytest.mark.long
+def test_a_shard_of_many_deltas_is_built_in_the_memory_of_one_file(tmp_path: Path, info: StoreInfo) -> None:
+    """Peak of the resident memory of another process; the first shard, a tiny one, warms it up."""
+    big = info.model_copy(update={"dim": 4096, "num_shards": 2})
+    store = FeatureStore.create(tmp_path / "store", big)
+    drawn = [f"{number}.jpg" for number in range(4000)]
+    shard_N = shard_of(keys_of_uris(drawn), 2)
+    other, in_shard = drawn[shard_N.argmin()], [uri for uri, shard in zip(drawn, shard_N, strict=True) if shard == 1]
+    rng = np.random.default_rng(0)
+    store.put(FeatureRows.of([other], np.ones((1, 4096), np.uint16)))
+    for part in range(12):
+        uris = in_shard[100 * part : 100 * part + 800]
+        store.put(FeatureRows.of(uris, rng.integers(0, 1 << 14, (len(uris), 4096), np.uint16)))
+    files = store.snapshot().manifest.files(1)
+    largest, total = max(entry.bytes for entry in files), sum(entry.bytes for entry in files)
+    assert total > 8 * largest
+    peak = int(ran(sys.executable, "-c", MEASURE, store.url, tmp_path, 1 << 20).stdout) * 1024
+    assert peak < largest + (28 << 20) < total / 2, f"{peak} for {largest} of {total} bytes"
+
+
+def test_threads_together_stay_below_the_limit(
+    store: FeatureStore, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for seed in range(3):
+        put(store, 800, seed=seed)
+    snapshot = store.snapshot()
+    largest = max(entry.bytes for files in snapshot.manifest.shards.values() for entry in files)
+    lent: list[FileMemory] = []
+    monkeypatch.setattr("featurestore.lookup.cache._MEMORY_BYTES", 2 * largest)
+    monkeypatch.setattr("featurestore.lookup.cache.FileMemory", lambda limit: lent.append(FileMemory(limit)) or lent[0])
+    open_or_build([snapshot.shard_reader(shard) for shard in range(8)], cache, 8)
+    assert len(lent) == 1 and largest <= lent[0].peak_bytes <= 2 * largest
+
+
+def test_memory_is_lent_reused_and_limited() -> None:
+    memory = FileMemory(100)
+    with memory.borrow(40) as view:
+        view[:] = b"x" * 40
+    with memory.borrow(30) as view:
+        assert bytes(view) == b"x" * 30  # the same buffer: no fresh one was made
+    with memory.borrow(50), memory.borrow(50):
+        assert memory.peak_bytes == 100
+        waiter = threading.Thread(target=lambda: memory.borrow(60).__enter__())
+        waiter.start()
+        waiter.join(0.05)
+        assert waiter.is_alive()  # until both are back: 50 and 60 are too much
+    waiter.join(5)
+    assert not waiter.is_alive() and memory.peak_bytes == 100
+    with FileMemory(10).borrow(1000) as view:
+        assert len(view) == 1000  # a single file may be larger than the limit
+    large = FileMemory(1 << 50)
+    with pytest.raises(MemoryError), large.borrow(1 << 50):
+        pass  # what is not there is not lent
+    assert can_borrow(large, 10) and large.peak_bytes == 10
+
+
+def can_borrow(memory: FileMemory, size_bytes: int) -> bool:
+    """Whether it is lent within seconds."""
+    thread = threading.Thread(target=lambda: memory.borrow(size_bytes).__enter__(), daemon=True)
+    thread.start()
+    thread.join(5)
+    return not thread.is_alive()
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_a_full_disk_gives_the_memory_back_to_the_other_threads(
+    store: FeatureStore, cache: Path, monkeypatch: pytest.MonkeyPatch, plain: bool
+) -> None:
+    for seed in range(1 if plain else 2):
+        put(store, 50, seed=seed)
+    lent: list[FileMemory] = []
+    full = Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
+    monkeypatch.setattr("featurestore.lookup.cache.FileMemory", lambda limit: lent.append(FileMemory(limit)) or lent[0])
+    monkeypatch.setattr("featurestore.lookup.cache.append_rows" if plain else "os.pwrite", full)
+    with pytest.raises(StorageError, match="No space left") as caught:
+        open_or_build([store.snapshot().shard_reader(3)], cache, threads=1)
+    assert caught.value.__cause__ is not None  # as in a thread whose error waits to be raised
+    assert can_borrow(lent[0], lent[0].limit_bytes)
+
+
+def test_files_of_an_older_snapshot_go_when_nobody_has_opened_them_for_a_day(store: FeatureStore, cache: Path) -> None:
+    put(store, 100)
+    FeaturePartition.load(store, cache_dir=cache).close()
+    old = names(cache)
+    put(store, 100, seed=1)
+    FeaturePartition.load(store, cache_dir=cache).close()
+    assert names(cache) > old and len(names(cache)) == 48
+    age((seal for seal in cache.glob("*.json") if seal.name in old), 1.1)
+    FeaturePartition.load(store, version=1, cache_dir=cache).close()  # opened: young again
+    FeaturePartition.load(store, cache_dir=cache).close()
+    assert names(cache) > old
+    age(cache.glob("*.json"), 1.1)
+    with FeaturePartition.load(store, version=1, cache_dir=cache, missing="zeros") as partition:
+        assert names(cache) == old  # the newer ones are as old: a run of the newest snapshot builds them again
+        age(cache.glob("*.json"), 1.1)
+        FeaturePartition.load(store, cache_dir=cache).close()
+        assert not names(cache) & old
+        rows = make_rows(100, store.info)
+        np.testing.assert_array_equal(partition.lookup(rows.keys_N).features_UD, rows.features_ND)
+
+
+def test_files_of_other_stores_and_shards_go_after_a_month(tmp_path: Path, info: StoreInfo, cache: Path) -> None:
+    kept = []
+    for name in ("a", "b"):
+        store = FeatureStore.create(tmp_path / name, info)
+        store.put(make_rows(100, info, seed=ord(name)))
+        FeaturePartition.load(store, cache_dir=cache).close()
+        kept.append(store)
+    assert len(names(cache)) == 48
+    for days, left in ((29, 48), (31, 24)):
+        age(cache.glob(f"*-{kept[0].info.store_id[:8]}-*.json"), days)
+        FeaturePartition.load(kept[1], cache_dir=cache).close()
+        assert len(names(cache)) == left
+    age(cache.glob("*.json"), 29)
+    FeaturePartition.load(kept[1], 0, 8, cache_dir=cache).close()  # other ranks' shards
+    assert len(names(cache)) == 24
+
+
+def test_leftovers_of_killed_builds_go_after_a_day(store: FeatureStore, cache: Path) -> None:
+    put(store, 100)
+    FeaturePartition.load(store, cache_dir=cache).close()
+    before = names(cache)
+    for name in (".tmp-old", ".tmp-new", "shard-0001-x-y.rows.bin", "shard-0001-x-z.rows.bin", "mine.txt"):
+        (cache / name).write_bytes(b"x")
+    age((cache / name for name in (".tmp-old", "shard-0001-x-y.rows.bin", "mine.txt")), 1.1)
+    FeaturePartition.load(store, cache_dir=cache).close()
+    assert names(cache) - before == {".tmp-new", "shard-0001-x-z.rows.bin", "mine.txt"}
+
+
+def test_a_file_removed_by_another_rank_does_not_keep_the_others(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache.mkdir()
+    for number in range(3):
+        (cache / f".tmp-{number}").touch()
+    age(cache.iterdir(), 2)
+    listed = [*os.scandir(cache)]
+    Path(listed[0].path).unlink()
+    with monkeypatch.context() as patch:  # from Python 3.13 on, Path.iterdir is made of it too
+        patch.setattr("featurestore.lookup.cache.os.scandir", lambda _: listed)
+        prune(cache, set())
+    assert names(cache) == set()
+
+
+def test_files_opened_while_they_are_removed_stay(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache.mkdir()
+    for suffix in ("keys.npy", "rows.bin", "json"):
+        (cache / f"shard-0001-store-old.{suffix}").write_bytes(b"x")
+    seal = cache / "shard-0001-store-old.json"
+    age([seal], 2)
+    rename = Path.rename
+
+    def open_first(path: Path, target: Path) -> Path:
+        if path == seal:
+            os.utime(seal)
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", open_first)
+    prune(cache, {"shard-0001-store-new"})
+    assert len(names(cache)) == 3
+    monkeypatch.undo()
+    age([seal], 2)
+    prune(cache, {"shard-0001-store-new"})
+    assert names(cache) == set()
+
+
+def test_a_read_only_cache_is_used_alone(store: FeatureStore, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = put(store, 100)
+    check_served(store, cache, rows)
+    store.storage.delete("data")
+    age(cache.glob("*.json"), 1.1)
+    monkeypatch.setattr("featurestore.lookup.cache.os.utime", Mock(side_effect=PermissionError("not yours")))
+    check_served(store, cache, rows)
+
+
+def test_the_default_is_a_users_folder(store: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user without a home is told so."""
+    monkeypatch.setenv("XDG_CACHE_HOME", os.fspath(tmp_path / "xdg"))
+    put(store, 3)
+    FeaturePartition.load(store).close()
+    assert list((tmp_path / "xdg" / "crossmedia" / "features").glob("*.rows.bin"))
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", Mock(side_effect=RuntimeError("Could not determine home directory.")))
+    with pytest.raises(StorageError, match=r"no home folder.*XDG_CACHE_HOME"):
+        default_cache_dir()
+
+
+OTHER = 12_345
+IS_ROOT = os.geteuid() == 0
+
+
+@pytest.fixture
+def give_away(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
+    """Give a file or folder to another user; where this one may not, it only looks so."""
+    if IS_ROOT:
+        return lambda path: os.chown(path, OTHER, OTHER, follow_symlinks=False)
+    given: set[Path] = set()
+    real = Path.lstat, Path.stat
+
+    def forged(path: Path, look: Callable[[Path], os.stat_result]) -> os.stat_result:
+        found = look(path)
+        return os.stat_result((*found[:4], OTHER, *found[5:])) if path in given else found
+
+    monkeypatch.setattr(Path, "lstat", lambda path: forged(path, real[0]))
+    monkeypatch.setattr(Path, "stat", lambda path, **options: forged(path, lambda each: real[1](each, **options)))
+    return given.add
+
+
+def test_folder_and_files_are_for_their_user_alone(store: FeatureStore, cache: Path, rows: FeatureRows) -> None:
+    """A folder that others may only read stays as it is."""
+    cache.mkdir()
+    cache.chmod(0o755)
+    before = os.umask(0)
+    try:
+        check_served(store, cache, rows)
+        check_served(store, cache / "below", rows)
+    finally:
+        os.umask(before)
+    assert (mode_of(cache), mode_of(cache / "below")) == (0o755, 0o700)
+    assert {mode_of(path) for path in [*cache.glob("shard*"), *(cache / "below").iterdir()]} == {0o600}
+
+
+@pytest.mark.parametrize(
+    ("flaw", "told"),
+    [("another user's", "data.cache_dir"), (0o777, "data.cache_dir.*chmod 700"), (0o775, "data.cache_dir.*chmod 700")],
+)
+def test_a_folder_into_which_others_can_write_is_refused(
+    store: FeatureStore, cache: Path, rows: FeatureRows, give_away: Callable[[Path], None], flaw: str | int, told: str
+) -> None:
+    check_served(store, cache, rows)
+    give_away(cache) if isinstance(flaw, str) else cache.chmod(flaw)
+    before = {path: (path.stat().st_mtime_ns, mode_of(path)) for path in [cache, *cache.iterdir()]}
+    with pytest.raises(StorageError, match=f"can write into the cache folder {cache}, .*{told}"):
+        check_served(store, cache, rows)
+    assert {path: (path.stat().st_mtime_ns, mode_of(path)) for path in [cache, *cache.iterdir()]} == before
+
+
+@pytest.mark.parametrize(
+    ("flaw", "suffix"),
+    [("another user's", ".rows.bin"), ("a link", ".keys.npy"), (0o666, ".json"), (0o620, ".rows.bin")],
+)
+def test_a_file_that_others_can_change_is_built_again(
+    store: FeatureStore,
+    cache: Path,
+    rows: FeatureRows,
+    give_away: Callable[[Path], None],
+    tmp_path: Path,
+    flaw: str | int,
+    suffix: str,
+) -> None:
+    """Put there while the folder was open to others."""
+    check_served(store, cache, rows)
+    place = file_of(cache, suffix)
+    number = place.stat().st_ino
+    flip(place) if suffix == ".rows.bin" else None
+    if isinstance(flaw, int):
+        place.chmod(flaw)
+    elif flaw == "a link":
+        shutil.move(place, tmp_path / "elsewhere")
+        place.symlink_to(tmp_path / "elsewhere")
+    else:
+        give_away(place)
+    check_served(store, cache, rows)
+    assert not place.is_symlink() and (place.stat().st_ino != number or not IS_ROOT) and mode_of(place) == 0o600
+
+
+def test_rows_that_were_changed_since_the_last_opening_are_built_again(
+    store: FeatureStore, cache: Path, rows: FeatureRows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a restart; also where the time of writing was set back."""
+    check_served(store, cache, rows)
+    place = file_of(cache, ".rows.bin")
+    times = place.stat().st_atime_ns, place.stat().st_mtime_ns
+    flip(place)
+    os.utime(place, ns=times)
+    check_served(store, cache, rows)
+    forged = place.with_name("forged")
+    forged.write_bytes(bytes(place.stat().st_size))
+    forged.chmod(0o600)
+    forged.rename(place)
+    check_served(store, cache, rows)
+    read: list[Path] = []
+    monkeypatch.setattr("featurestore.lookup.cache.digest_of_file", lambda path: read.append(path) or "")
+    check_served(store, cache, rows)
+    assert read == []  # what has not changed is not read through again
+
+
+def test_a_seal_counts_for_the_files_it_was_made_for_alone(store: FeatureStore, cache: Path, rows: FeatureRows) -> None:
+    """All three files of another snapshot, under the name of this one: each fits the others, none the store."""
+    check_served(store, cache, rows)
+    newer = put(store, 200, seed=1)
+    old = {path.name.partition(".")[2]: path for path in cache.glob("shard-0003-*")}
+    check_served(store, cache, newer)
+    for suffix, path in old.items():
+        new = next(each for each in cache.glob(f"shard-0003-*.{suffix}") if each != path)
+        shutil.copy(path, new)
+    check_served(store, cache, newer)

@@ -7,10 +7,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -20,11 +21,11 @@ from featurestore.errors import UnsafeBackendError
 from featurestore.storage import safety
 from featurestore.storage.safety import check_backend, refuse_unsafe
 from featurestore.storage.storage import Storage
-from tests.cli import invoke
+from tests.cli import invoke, ran
 from tests.faulty import FaultyStorage
-from tests.proxy import Fault, Proxy, proxy_before
+from tests.proxy import Fault, Proxy
 from tests.running import spared
-from tests.servers import environment_of, new_bucket
+from tests.servers import new_bucket
 
 IGNORED = "the condition (If-None-Match) is ignored"
 SEVERAL = "writers got the answer that they won"
@@ -33,13 +34,6 @@ SEVERAL = "writers got the answer that they won"
 @pytest.fixture(autouse=True)
 def no_known_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(spared, "KNOWN_KINDS", set())
-
-
-@pytest.fixture
-def careless(s3_endpoint: str) -> Iterator[Proxy]:
-    """A real server behind a proxy that does to creates what a test says."""
-    with proxy_before(s3_endpoint) as proxy, environment_of(proxy.endpoint):
-        yield proxy
 
 
 def test_safe_places_pass_the_short_check_and_stay_clean(place_url: str) -> None:
@@ -53,7 +47,7 @@ def test_safe_places_pass_the_short_check_and_stay_clean(place_url: str) -> None
 def test_writers_race_and_the_command_says_so(place: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     url = str(tmp_path / "new" / "place") if place == "disk" else request.getfixturevalue("s3_url")
     command = [sys.executable, "-m", "featurestore", "check-backend", url, "--writers", "3", "--rounds", "12"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = ran(*command)
     assert done.returncode == 0, done.stderr
     assert all(line.startswith("races: ") for line in done.stderr.splitlines()), "no more than how far it is"
     assert re.match(r"not disproved: [1-9]\d? of 12 races of 3 writers overlapped, each had one winner", done.stdout)
@@ -63,16 +57,16 @@ def test_writers_race_and_the_command_says_so(place: str, tmp_path: Path, reques
 @pytest.mark.parametrize(
     ("fault", "reason"), [(Fault.DROP_CONDITION, IGNORED), (Fault.CHECK_THEN_PUT, SEVERAL)], ids=lambda x: str(x)[:20]
 )
-def test_creates_that_race_are_refused(careless: Proxy, info: StoreInfo, fault: Fault, reason: str) -> None:
+def test_creates_that_race_are_refused(proxy: Proxy, info: StoreInfo, fault: Fault, reason: str) -> None:
     url = new_bucket()
-    careless.rule = lambda request: fault if request.is_create else None
+    proxy.rule = lambda request: fault if request.is_create else None
     with pytest.raises(UnsafeBackendError, match="cannot hold a store") as caught:
         FeatureStore.create(url, info)
     assert reason in str(caught.value)
     result = invoke(app, "check-backend", url, "--writers", "3", "--rounds", "5", code=1)
     assert reason in result.stderr and "cannot hold a store" in result.stderr and result.stdout == ""
     assert Storage(url).entries() == [], "neither a store nor files of the check"
-    assert careless.faults
+    assert proxy.faults
 
 
 def test_races_that_do_not_overlap_disprove_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,17 +96,13 @@ def test_a_race_counts_where_a_create_lost_that_began_in_time(tmp_path: Path) ->
     assert (report.problems, report.num_overlapping) == ((), 3)
 
 
-def not_found(read: object, path: str) -> bytes:
-    raise FileNotFoundError(path)
-
-
 FLAWS: dict[str, dict[str, Callable[..., Any]]] = {
     "says that it exists": {
         "create_exclusive": lambda create, path, data: create(path, data) and not path.endswith("first")
     },
     "says that it made it": {"create_exclusive": lambda create, path, data: create(path, data) or True},
     "still reads as before": {"write_bytes": lambda write, path, data: None},
-    "cannot be read right after": {"read_bytes": not_found},
+    "cannot be read right after": {"read_bytes": Mock(side_effect=FileNotFoundError)},
     "does not show a file": {"list": lambda names, path="": []},
     "still read or listed": {"delete": lambda delete, path: path.endswith("first") or delete(path)},
     "in 5 of 5 races a file changed or was gone after its creation": {

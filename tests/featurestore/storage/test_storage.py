@@ -11,6 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import fsspec
 import pytest
@@ -36,15 +37,11 @@ def read_into(storage: Storage, path: str, size: int) -> bytes:
 
 
 class TestEveryPlace:
-    """What every place gives that a store may lie on; `url` is that of an empty one."""
+    """What every place gives that a store may lie on."""
 
     @pytest.fixture
-    def url(self, place_url: str) -> str:
-        return place_url
-
-    @pytest.fixture
-    def storage(self, url: str) -> Storage:
-        return Storage(url)
+    def storage(self, place_url: str) -> Storage:
+        return Storage(place_url)
 
     def test_reading_writing_listing_and_deleting(self, storage: Storage) -> None:
         assert storage.list("a") == []
@@ -218,7 +215,7 @@ class OwnFiles(LocalFileSystem):
 
 class TestOwnClient(TestEveryPlace):
     @pytest.fixture
-    def url(self, tmp_path: Path) -> str:
+    def place_url(self, tmp_path: Path) -> str:
         fsspec.register_implementation("own", OwnFiles, clobber=True)
         return f"own://{tmp_path}/root"
 
@@ -266,10 +263,7 @@ def test_a_file_in_the_place_of_a_folder_is_named(tmp_path: Path) -> None:
     [("write_bytes", "fsync"), ("create_exclusive", "fsync"), ("write_bytes", "replace"), ("create_exclusive", "link")],
 )
 def test_a_full_disk_keeps_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: str, call: str) -> None:
-    def no_space(*arguments: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, call, no_space)
+    monkeypatch.setattr(os, call, Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
     with pytest.raises(errors.StorageError, match="No space left"):
         getattr(Storage(tmp_path), write)("a.bin", b"data")
     assert list(tmp_path.iterdir()) == []
@@ -291,10 +285,7 @@ def test_a_new_folder_is_on_the_disk_before_its_file_is(tmp_path: Path, monkeypa
 
 
 def test_an_unreadable_sector_is_damage_in_a_store_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(disk: DiskFiles, path: str) -> bytes:
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-    monkeypatch.setattr(DiskFiles, "read_bytes", fail)
+    monkeypatch.setattr(DiskFiles, "read_bytes", Mock(side_effect=OSError(errno.EIO, os.strerror(errno.EIO))))
     with pytest.raises(errors.CorruptFileError, match="a cannot be read"):
         Storage(tmp_path, keep_inside=True).read_bytes("a")
     with pytest.raises(errors.StorageError, match=r"cannot read .*a: "):
@@ -327,12 +318,8 @@ def test_a_fork_while_a_client_is_made_does_not_hang(memory_url: str, monkeypatc
 
 def test_what_a_client_says_in_several_lines_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """As pyarrow does where there is no libhdfs."""
-
-    def fails(*_: object) -> bytes:
-        raise OSError("Unable to load libx\n  dlopen(libx.so) failed\n")
-
-    storage = Storage("memory://several-lines")
-    monkeypatch.setattr(storage._remote, "read_bytes", fails)
+    storage, told = Storage("memory://several-lines"), OSError("Unable to load libx\n  dlopen(libx.so) failed\n")
+    monkeypatch.setattr(storage._remote, "read_bytes", Mock(side_effect=told))
     with pytest.raises(errors.StorageError) as raised:
         storage.read_bytes("a")
     assert str(raised.value) == "cannot read memory://several-lines/a: Unable to load libx dlopen(libx.so) failed"

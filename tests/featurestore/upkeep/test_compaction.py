@@ -20,10 +20,8 @@ pytestmark = pytest.mark.long
 
 
 def assert_same(old: Snapshot, new: Snapshot) -> None:
-    keys = old.keys()
-    assert np.array_equal(keys, new.keys()) and old.num_rows == new.num_rows
-    assert np.array_equal(old.get(keys), new.get(keys))
-    assert metadata_of(old).equals(metadata_of(new))
+    assert np.array_equal(old.keys(), new.keys()) and old.num_rows == new.num_rows
+    assert np.array_equal(old.get(old.keys()), new.get(old.keys())) and metadata_of(old).equals(metadata_of(new))
     mine, theirs = old.statistics(), new.statistics()
     assert mine.count == theirs.count
     np.testing.assert_allclose(mine.mean_D, theirs.mean_D, rtol=1e-6, atol=1e-7)

@@ -9,7 +9,7 @@ from featurestore.store import FeatureStore
 from pipeline.features.refresh import extract, refresh
 from pipeline.network.backbone import Backbone
 from pipeline.options import ExtractOptions, RefreshOptions
-from tests.featurestore.staged import metadata_of
+from tests.featurestore.contents import metadata_of
 from tests.pipeline.network.tiny import TINY
 
 

@@ -21,7 +21,7 @@ from pipeline.features.part import PartSettings, stage_part
 from pipeline.features.refresh import describe_network
 from pipeline.network import backbone as compute
 from pipeline.network.backbone import Backbone, _cached_backbone, backbone, load_weights, network_of
-from tests.featurestore.staged import metadata_of
+from tests.featurestore.contents import metadata_of
 from tests.pipeline.features.conftest import change_everything, counts, rows_of
 from tests.pipeline.network.tiny import TINY, Tiny, Tiny_Weights
 

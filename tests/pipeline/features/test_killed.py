@@ -22,7 +22,7 @@ from distributed.utils import get_mp_context
 from featurestore.store import FeatureStore
 from pipeline.cluster.tasks import WORKER_CONFIG
 from pipeline.features import part as parts
-from tests.featurestore.staged import metadata_of
+from tests.featurestore.contents import metadata_of
 
 BIN, JOBS = Path(sys.executable).parent, Path(__file__).parents[3] / "jobs"
 KNOWN_TO_ALL = "alexnet:flatten"

@@ -4,12 +4,12 @@ Here the calls of a storage die. In test_machine.py processes die in the middle 
 tests/simulated those that put, delete, compact, restore, expire and purge beside others.
 """
 
-import functools
 import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,9 @@ from featurestore.storage.storage import Storage
 from featurestore.upkeep.expiry import expire
 from featurestore.upkeep.history import move_channel
 from featurestore.upkeep.purge import find_traces, purge
-from featurestore.upkeep.remake import remake
+from featurestore.upkeep.remake import RemakeReport, remake
 from featurestore.upkeep.verify import repair, verify
-from tests.featurestore.conftest import make_rows, put
+from tests.featurestore.conftest import fill, make_rows, put
 from tests.featurestore.contents import (
     GONE,
     IMAGES,
@@ -85,7 +85,7 @@ class Work:
     check_done: Callable[[FeatureStore, FeatureStore], object]  # the first and the last of them
 
 
-@functools.cache
+@cache
 def kept(store: FeatureStore, which: int | str | None = None) -> dict[str, bytes]:
     """Read the contents of a store that nobody changes any more: once for all deaths."""
     return contents(store, which)
@@ -158,9 +158,7 @@ def take_young_ones_down(store: FeatureStore) -> None:
 
 def with_damage(store: FeatureStore) -> None:
     """The newest manifest, and the delta of a shard in the one before it."""
-    put(store, 400)
-    put(store, 200, seed=1)
-    store.delete(make_rows(20, store.info).keys_N)
+    fill(store)
     delta = store.snapshot(2).manifest.files(SHARD)[1]
     spoil(store, manifest_path(3))
     spoil(store, delta.path)
@@ -194,6 +192,10 @@ def new_one(store: FeatureStore) -> str:
     return f"{store.url}-new"
 
 
+def make_anew(store: FeatureStore, **options: Any) -> RemakeReport:
+    return remake(store, new_one(store), **options)
+
+
 def nothing_is_committed(dead: FeatureStore, before: FeatureStore, calm: FeatureStore) -> None:
     assert Storage(new_one(dead)).list("log") in ([], [f"{1:020d}.json"])
     assert contents(dead) == kept(before)
@@ -213,17 +215,9 @@ WORKS = {
     ),
     "repair": Work(with_damage, repair, anything, mended),
     "repair of the log": Work(with_expired_manifests, repair, anything, mended),
-    "remake": Work(
-        with_rows,
-        lambda store: remake(store, new_one(store), dtype="float16"),
-        nothing_is_committed,
-        same_new_store,
-    ),
+    "remake": Work(with_rows, partial(make_anew, dtype="float16"), nothing_is_committed, same_new_store),
     "remake of fewer numbers": Work(
-        with_rows,
-        lambda store: remake(store, new_one(store), dims=4, threads=1),
-        nothing_is_committed,
-        same_new_store,
+        with_rows, partial(make_anew, dims=4, threads=1), nothing_is_committed, same_new_store
     ),
 }
 EVERY = pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["some", "every"])
@@ -272,9 +266,9 @@ def test_a_remake_is_of_the_newest_snapshot_when_it_starts_again(tmp_path: Path,
     source = FeatureStore.create(tmp_path / "source", info)
     with_rows(source)
     with dying(4), pytest.raises(Killed):
-        remake(source, new_one(source), dtype="float16", threads=1)
+        make_anew(source, dtype="float16", threads=1)
     source.put(make_rows(9, info, first=500))
-    assert remake(source, new_one(source), dtype="float16").num_rows == source.snapshot().num_rows == 64
+    assert make_anew(source, dtype="float16").num_rows == source.snapshot().num_rows == 64
     data = Path(new_one(source), "data")
     left = {*data.rglob("*.parquet")}
     with days_later(8):
