@@ -18,21 +18,12 @@ import pyarrow as pa
 import pytest
 from pyarrow import flight
 
-from featurestore import (
-    FeatureClient,
-    FeaturePartition,
-    FeatureRows,
-    FeatureStore,
-    StoreInfo,
-    connect,
-    errors,
-    keys_of_uris,
-)
+from featurestore import FeatureClient, FeaturePartition, FeatureRows, FeatureStore, StoreInfo, connect, errors
 from featurestore.commands.look import read_tls
-from featurestore.errors import DeadlineError, MissingKeysError, SnapshotNotFoundError, UnavailableError
 from featurestore.flight.client import _keys
 from featurestore.flight.protocol import KEYS_SCHEMA, MAX_KEYS
 from featurestore.flight.server import OpenSnapshots, follow
+from featurestore.keys import keys_of_uris
 from featurestore.log import manifest_path
 from featurestore.upkeep.expiry import expire
 from tests.featurestore.conftest import put
@@ -130,7 +121,7 @@ def test_missing_policies_and_two_clients_in_two_threads_each(info: StoreInfo, s
     store = make_store(tmp_path / "store", info)
     server = serve(store)
     gone, keys_U = keys_of([7, 8]), any_keys()
-    with connect(server.address) as client, pytest.raises(MissingKeysError, match=str(gone[0])):
+    with connect(server.address) as client, pytest.raises(errors.MissingKeysError, match=str(gone[0])):
         client.lookup(gone)
     for missing in ("zeros", "learned"):
         with connect(server.address, missing=missing) as client:
@@ -163,10 +154,10 @@ def test_a_snapshot_committed_meanwhile(store: FeatureStore, serve: Serve, tmp_p
         assert (after.snapshot_version, first.snapshot_version) == (2, 1)
         assert_same(after, store, tmp_path, keys_U)
         assert first.lookup(keys_U).features_UD.tobytes() == old.features_UD.tobytes()
-    with pytest.raises(SnapshotNotFoundError, match="no snapshot 3"):
+    with pytest.raises(errors.SnapshotNotFoundError, match="no snapshot 3"):
         connect(server.address, version=3)
     fixed = serve(store, "--version", "1")
-    with pytest.raises(SnapshotNotFoundError, match=r"snapshot 1 of .* alone"):
+    with pytest.raises(errors.SnapshotNotFoundError, match=r"snapshot 1 of .* alone"):
         connect(fixed.address, version=2)
 
 
@@ -184,7 +175,7 @@ def test_a_snapshot_that_expires_meanwhile(store: FeatureStore, serve: Serve) ->
         assert client.lookup(keys_U).features_UD.tobytes() == old
         server.end()
         serve(store, "--port", str(server.port))
-        with pytest.raises(SnapshotNotFoundError, match="1 has expired"):
+        with pytest.raises(errors.SnapshotNotFoundError, match="1 has expired"):
             lookup_once_up(client, keys_U)
 
 
@@ -372,7 +363,7 @@ def test_a_client_that_never_reads_holds_up_nobody_and_sigterm_lets_it_end(serve
 def wait_until_refused(address: str) -> None:
     """Call a server until it takes no new calls."""
     end_s = time.monotonic() + 10
-    with pytest.raises(UnavailableError):
+    with pytest.raises(errors.UnavailableError):
         while time.monotonic() < end_s:
             with connect(address) as client:
                 client.lookup(KEYS[:1])
@@ -388,7 +379,7 @@ def test_a_server_that_does_not_answer_in_time_and_is_killed_in_the_middle(serve
         while psutil.Process(server.process.pid).status() != psutil.STATUS_STOPPED:
             time.sleep(0.01)  # SIGSTOP takes its time on a busy machine
         begun = time.monotonic()
-        with pytest.raises(DeadlineError, match="timeout_s=2"):
+        with pytest.raises(errors.DeadlineError, match="timeout_s=2"):
             client.lookup(KEYS)
         assert time.monotonic() - begun < 5
         server.send(signal.SIGCONT)
@@ -396,10 +387,10 @@ def test_a_server_that_does_not_answer_in_time_and_is_killed_in_the_middle(serve
     with connect(server.address, timeout_s=30) as client:
         threading.Timer(0.1, lambda: server.end(signal.SIGKILL)).start()
         begun = time.monotonic()
-        with pytest.raises(UnavailableError, match="connection broke"):
+        with pytest.raises(errors.UnavailableError, match="connection broke"):
             client.lookup(np.resize(KEYS, 100_000))
         assert time.monotonic() - begun < 30
-        with pytest.raises(UnavailableError, match="no feature server answers"):
+        with pytest.raises(errors.UnavailableError, match="no feature server answers"):
             client.contains(KEYS)
         serve(wide, "--port", str(server.port))
         assert len(lookup_once_up(client, KEYS).features_UD) == 64
@@ -410,9 +401,9 @@ def test_who_listens_is_no_feature_server() -> None:
     """A server of another kind that says nothing, and a port where nobody listens."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"grpc://127.0.0.1:{silent.getsockname()[1]}"
-        with pytest.raises((DeadlineError, UnavailableError), match=address):
+        with pytest.raises((errors.DeadlineError, errors.UnavailableError), match=address):
             connect(address, timeout_s=1)
-    with pytest.raises(UnavailableError, match="no feature server answers"):
+    with pytest.raises(errors.UnavailableError, match="no feature server answers"):
         connect(address, timeout_s=5)
 
 

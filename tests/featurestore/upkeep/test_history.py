@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from featurestore import FeaturePartition, FeatureRows, FeatureStore, errors, log
-from featurestore.errors import CorruptFileError, PinError, SnapshotNotFoundError, StorageError
 from featurestore.flight.server import OpenSnapshots
 from featurestore.published.versions import read_moves, version_name
 from featurestore.upkeep.expiry import expire
@@ -72,7 +71,7 @@ def test_a_restore_is_refused_whose_snapshot_expires_while_others_are_first(nine
         put(nine, 1, first=5)
         expire(nine, keep_last=1, keep_days=0)
 
-    with pytest.raises(SnapshotNotFoundError, match="3 has expired"):
+    with pytest.raises(errors.SnapshotNotFoundError, match="3 has expired"):
         restore(faulty(nine, create_exclusive=preceded_by(others_are_first)), 3)
 
 
@@ -90,7 +89,7 @@ def test_a_writer_that_slept_for_weeks(nine: FeatureStore, kept_by: str) -> None
 
     slow, mine = faulty(nine, create_exclusive=preceded_by(others)), make_rows(1, nine.info, first=50)
     if kept_by != "nothing":
-        with pytest.raises(StorageError, match=r"cannot find out whether .*10\.json is in the log"):
+        with pytest.raises(errors.StorageError, match=r"cannot find out whether .*10\.json is in the log"):
             slow.put(mine)
     else:
         assert slow.put(mine).version == 13
@@ -123,32 +122,32 @@ class TestCommands:
 class TestPins:
     def test_mistakes_and_damage_are_named(self, nine: FeatureStore, tmp_path: Path) -> None:
         assert pin(faulty(nine, create_exclusive=made_but_lost), "a", 4).version == 4
-        with pytest.raises(PinError, match="'a' keeps snapshot 4 already"):
+        with pytest.raises(errors.PinError, match="'a' keeps snapshot 4 already"):
             pin(nine, "a", 5)
-        with pytest.raises(PinError, match="no pin 'b'; it has a"):
+        with pytest.raises(errors.PinError, match="no pin 'b'; it has a"):
             unpin(nine, "b")
         for name in ("", ".hidden", "a/b", "a b", "x" * 101):
-            with pytest.raises(PinError, match="not the name of a pin"):
+            with pytest.raises(errors.PinError, match="not the name of a pin"):
                 pin(nine, name, 4)
-        with pytest.raises(SnapshotNotFoundError, match="no snapshot 12"):
+        with pytest.raises(errors.SnapshotNotFoundError, match="no snapshot 12"):
             pin(nine, "c", 12)
-        with pytest.raises(SnapshotNotFoundError, match="0 is the empty store"):
+        with pytest.raises(errors.SnapshotNotFoundError, match="0 is the empty store"):
             pin(FeatureStore.create(tmp_path / "empty", nine.info.kind), "a")
         assert [made.name for made in read_pins(nine.storage)] == ["a"]
         spoil(nine, "pins/a.json")
-        with pytest.raises(CorruptFileError, match=r"pins/a\.json is damaged.*unpin .* a, and pin"):
+        with pytest.raises(errors.CorruptFileError, match=r"pins/a\.json is damaged.*unpin .* a, and pin"):
             read_pins(nine.storage)
         unpin(nine, "a")
         assert read_pins(nine.storage) == []
 
     def test_one_that_sees_the_copy_of_an_expiry_is_refused_and_not_left(self, nine: FeatureStore) -> None:
         nine.storage.write_bytes(log.manifest_path(4, log.EXPIRED), nine.storage.read_bytes(log.manifest_path(4)))
-        with pytest.raises(SnapshotNotFoundError, match="expiring just now"):
+        with pytest.raises(errors.SnapshotNotFoundError, match="expiring just now"):
             pin(nine, "late", 4)
         assert read_pins(nine.storage) == []
 
 
-def test_names_and_mistakes(nine: FeatureStore) -> None:
+def test_mistakes_with_channels_are_named(nine: FeatureStore) -> None:
     for name in ("", "19", "1st", "a/b", "../x", ".hidden", "a b", "newest", "NULL", "x" * 65):
         with pytest.raises(errors.ChannelError, match="not the name of a channel"):
             move_channel(nine, name, 4)
