@@ -11,10 +11,11 @@ import json
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
@@ -49,10 +50,11 @@ from serving.bundle.manifest import (
     TableRows,
     VectorsOf,
 )
-from serving.bundle.rows import Bool, Float32
+from serving.bundle.rows import Bool
 from serving.errors import BrokenBundleError
 from serving.network.exporting import export_network
 from trainer.comm import SoloComm
+from trainer.config import Config
 from trainer.engine.wiring import table_shapes
 from trainer.errors import TrainerError
 from trainer.ids.exact import IDS, ExactShape
@@ -109,17 +111,23 @@ def export_model(
     anything.
     """
     saved, storage = read_run(options.run, options.checkpoint), Storage(url)
-    tables = SavedTables(saved)
+    shapes = table_shapes(used_fields(saved.schema, saved.config.model), saved.config.model)
     log.refuse_others(storage)
     refuse_unsafe(storage)
-    notes = _clean(storage)
+    notes = []
+    try:
+        remove_leftovers(storage)
+    except BrokenBundleError as error:
+        notes.append(f"leftovers of killed exports were not removed, as a damaged version may need them: {error}")
     bundle_id = uuid.uuid4().hex
     files = WrittenFiles(storage, f"{BUNDLES}/{bundle_id}")
     files.write(SCHEMA, yaml.safe_dump(saved.schema.model_dump(mode="json", exclude_none=True)).encode())
     files.write(MODEL, (json.dumps(saved.config.model.model_dump(mode="json"), indent=1) + "\n").encode())
     network(saved, files)
-    id_tables, rows = write_rows(tables, files)
-    vectors = _write_vectors(saved, files, options.store_version, progress)
+    id_tables, rows = write_rows(saved, shapes, files)
+    missing = saved.config.data.missing
+    assert missing != "error"  # read_run replaces it by zeros
+    vectors = _write_vectors(saved, files, missing, options.store_version, progress)
     no_sample = write_sample(saved, files, options.sample_groups)
     draft = BundleManifest(
         version=1,
@@ -132,12 +140,14 @@ def export_model(
         rows=rows,
         tables=id_tables,
         vectors=vectors,
-        missing=_missing(saved),
+        missing=missing,
         missing_in_training=saved.missing_in_training,
         metrics=_metrics(saved),
         files=tuple(files.files),
     )
-    num_images = _count_images(storage, draft)
+    if damage := find_damage(storage, draft):
+        raise BrokenBundleError(f"{storage.full(draft.folder)} was removed while it was written: {damage[0]}")
+    num_images = {of.store: open_vectors(storage, draft, of).snapshot.num_rows for of in vectors}
     published = log.publish(storage, draft)
     if options.use:
         log.use(storage, published.version)
@@ -159,34 +169,19 @@ def write_network(saved: SavedRun, files: WrittenFiles, *, compiled: bool = Fals
             files.write(path.name, path.read_bytes())
 
 
-def _clean(storage: Storage) -> list[str]:
-    """Remove leftovers; return a note if a damaged manifest prevents it, which does not stop the export."""
-    try:
-        remove_leftovers(storage)
-    except BrokenBundleError as error:
-        return [f"leftovers of killed exports were not removed, as a damaged version may need them: {error}"]
-    return []
-
-
 def _write_vectors(
-    saved: SavedRun, files: WrittenFiles, version: VersionName | None, progress: Progress | None
+    saved: SavedRun, files: WrittenFiles, missing: Missing, version: VersionName | None, progress: Progress | None
 ) -> tuple[VectorsOf, ...]:
     """Write the E of each store, and a vectors store for each feature store that the model reads."""
     if not saved.places:
         return ()
     state = read_dense(saved.checkpoint, saved.state, saved.config.data.cache_dir, "stores.")
     files.write(IMAGES, save(state, saved.named()))
-    url, missing = files.storage.full(files.folder), _missing(saved)
+    url = files.storage.full(files.folder)
     versions = {saved.places[0].name: version}
     return tuple(
         export_vectors(saved, place, state, missing, url, progress, versions.get(place.name)) for place in saved.places
     )
-
-
-def _missing(saved: SavedRun) -> Missing:
-    policy = saved.config.data.missing
-    assert policy != "error"  # read_run replaces it by zeros
-    return policy
 
 
 def _metrics(saved: SavedRun) -> dict[str, Any]:
@@ -199,82 +194,23 @@ def _metrics(saved: SavedRun) -> dict[str, Any]:
     return {name: value for name, value in measured.items() if name != "step"}
 
 
-def _count_images(storage: Storage, draft: BundleManifest) -> dict[str, int]:
-    """Count the images of each vectors store. Raises BrokenBundleError if a file was removed after it was written."""
-    if damage := find_damage(storage, draft):
-        raise BrokenBundleError(f"{storage.full(draft.folder)} was removed while it was written: {damage[0]}")
-    return {of.store: open_vectors(storage, draft, of).snapshot.num_rows for of in draft.vectors}
-
-
-class ShardRows(NamedTuple):
-    """The rows of one shard in the bundle's order: those of an exact table by hash, after the cold row."""
-
-    rows_RV: Float32
-    is_trained_R: Bool
-    hash_M: UInt64Array
-    """Hashes of the ids of an exact table, ascending; empty for other tables."""
-
-
-class SavedTables:
-    """The ID tables in a checkpoint of a run."""
-
-    def __init__(self, saved: SavedRun) -> None:
-        """Raises CheckpointError, SchemaError, ConfigError."""
-        self._saved, self._config = saved, saved.config
-        self.shapes = table_shapes(used_fields(saved.schema, self._config.model), self._config.model)
-        state = state_of(self._config.optim)
-        counts = [part for part in state if part.kind == "count"]  # alone has this, in few bytes
-        self._marks = [part.name for part in counts or state]
-
-    def shards(self, shape: TableShape) -> Iterator[ShardRows]:
-        """Read a table's shards in order. Raises CheckpointError, and TrainerError if numbers are not finite."""
-        is_exact = isinstance(shape, ExactShape)
-        parts = [WEIGHT, IDS] if is_exact else [WEIGHT, *self._marks]
-        names = [_name(shape, shard, part) for shard in range(shape.num_shards) for part in parts]
-        rows = read_rows(self._saved.checkpoint, self._saved.state, names, self._saved.config.data.cache_dir)
-        for shard in range(shape.num_shards):
-            weight_RV, *others = (rows[_name(shape, shard, part)] for part in parts)
-            finite(weight_RV.numpy())
-            if is_exact:
-                yield _exact(weight_RV, others[0])
-            else:
-                yield ShardRows(
-                    weight_RV.float().numpy(),
-                    self._is_trained(shape, shard, weight_RV, others),
-                    np.empty(0, np.uint64),
-                )
-
-    def _is_trained(self, shape: TableShape, shard: int, weight_RV: Tensor, marks: Sequence[Tensor]) -> Bool:
-        """Return which rows training has touched, (N,).
-
-        The optimiser's state shows it. For rows copied from another run their numbers show it, as they differ from this
-        run's initial values."""
-        trained_R = np.zeros(len(weight_RV), np.bool_)
-        for mark in marks:
-            trained_R |= mark.numpy().reshape(len(mark), -1).any(axis=1)
-        seed, scale = self._config.train.seed, self._config.model.id_init_std
-        first_RV = initial_rows(shape, shard, seed, scale).astype(weight_RV.numpy().dtype)
-        moved_R: Bool = (weight_RV.numpy() != first_RV).any(axis=1)
-        return trained_R | moved_R
-
-
-def write_rows(tables: SavedTables, files: WrittenFiles) -> tuple[tuple[TableRows, ...], tuple[RowsFile, ...]]:
+def write_rows(
+    saved: SavedRun, shapes: Sequence[TableShape], files: WrittenFiles
+) -> tuple[tuple[TableRows, ...], tuple[RowsFile, ...]]:
     """Write the rows of all tables, one file for each width, and a bit for each row that training has touched.
 
-    Raises CheckpointError, TrainerError, StorageError."""
+    Raises CheckpointError, StorageError, and TrainerError if numbers are not finite."""
     written: list[TableRows] = []
     rows_files: list[RowsFile] = []
     bits: list[NDArray[np.uint8]] = []
-    for width in dict.fromkeys(shape.width for shape in tables.shapes):
+    for width in dict.fromkeys(shape.width for shape in shapes):
         name, first_row = f"ids-{width}.bin", 0
         trained: list[Bool] = []
         with files.output(name) as output:
-            for shape in tables.shapes:
-                if shape.width != width:
-                    continue
-                table = _write_table(tables, shape, first_row, files, output, trained)
-                written.append(table)
-                first_row += table.num_rows
+            for shape in shapes:
+                if shape.width == width:
+                    written.append(_write_table(saved, shape, first_row, files, output, trained))
+                    first_row += written[-1].num_rows
         first_bit = 8 * sum(map(len, bits))
         rows_files.append(RowsFile(width=width, name=name, num_rows=first_row, first_bit=first_bit))
         bits.append(np.packbits(np.concatenate(trained), bitorder="little"))
@@ -283,7 +219,7 @@ def write_rows(tables: SavedTables, files: WrittenFiles) -> tuple[tuple[TableRow
 
 
 def _write_table(
-    tables: SavedTables,
+    saved: SavedRun,
     shape: TableShape,
     first_row: int,
     files: WrittenFiles,
@@ -291,16 +227,29 @@ def _write_table(
     trained: list[Bool],
 ) -> TableRows:
     """Append the rows of one table, and append to `trained` which of them training has touched."""
+    is_exact, state = isinstance(shape, ExactShape), state_of(saved.config.optim)
+    marks = [part for part in state if part.kind == "count"] or state  # a count alone tells, in few bytes
+    parts = [WEIGHT, IDS] if is_exact else [WEIGHT, *(part.name for part in marks)]
+    names = [[f"{shape.name}/{shard:04d}/{part}" for part in parts] for shard in range(shape.num_shards)]
+    rows = read_rows(saved.checkpoint, saved.state, list(chain(*names)), saved.config.data.cache_dir)
     num_rows, hashes = 0, list[UInt64Array]()
-    for shard in tables.shards(shape):
-        output.write(shard.rows_RV.astype("<f4", copy=False).tobytes())
-        trained.append(shard.is_trained_R)
-        hashes.append(shard.hash_M)
-        num_rows += len(shard.rows_RV)
-    is_exact = isinstance(shape, ExactShape)
-    name = f"ids-{shape.name}.hashes.bin" if is_exact else None
-    if name is not None:
-        files.write(name, np.concatenate(hashes).astype("<u8").tobytes())
+    for shard, of_shard in enumerate(names):
+        weight_RV, *others = (rows[name] for name in of_shard)
+        finite(weight_RV.numpy())
+        rows_RV = weight_RV.float().numpy()
+        if is_exact:  # the cold row, then the others by hash
+            hash_M = splitmix64(others[0].numpy())
+            order_M = np.argsort(hash_M)
+            rows_RV = np.concatenate([rows_RV[:1], rows_RV[1:][order_M]])
+            hashes.append(hash_M[order_M])
+            trained.append(np.arange(len(rows_RV)) > 0)
+        else:
+            trained.append(_is_trained(saved.config, shape, shard, weight_RV, others))
+        output.write(rows_RV.astype("<f4", copy=False).tobytes())
+        num_rows += len(rows_RV)
+    hashes_name = f"ids-{shape.name}.hashes.bin" if is_exact else None
+    if hashes_name is not None:
+        files.write(hashes_name, np.concatenate(hashes).astype("<u8").tobytes())
     return TableRows(
         name=shape.name,
         kind="exact" if is_exact else "direct" if shape.direct else "hashed",
@@ -308,20 +257,21 @@ def _write_table(
         num_shards=shape.num_shards,
         num_rows=num_rows,
         first_row=first_row,
-        hashes=name,
+        hashes=hashes_name,
     )
 
 
-def _exact(weight_RV: Tensor, ids_M: Tensor) -> ShardRows:
-    hash_M = splitmix64(ids_M.numpy())
-    order_M = np.argsort(hash_M)
-    rows_RV = weight_RV.float().numpy()
-    rows_RV = np.concatenate([rows_RV[:1], rows_RV[1:][order_M]])
-    return ShardRows(rows_RV, np.arange(len(rows_RV)) > 0, hash_M[order_M])
+def _is_trained(config: Config, shape: TableShape, shard: int, weight_RV: Tensor, marks: Sequence[Tensor]) -> Bool:
+    """Return which rows training has touched, (R,).
 
-
-def _name(shape: TableShape, shard: int, part: str) -> str:
-    return f"{shape.name}/{shard:04d}/{part}"
+    The optimiser's state shows it. For rows copied from another run their numbers show it, as they differ from this
+    run's initial values."""
+    trained_R = np.zeros(len(weight_RV), np.bool_)
+    for mark in marks:
+        trained_R |= mark.numpy().reshape(len(mark), -1).any(axis=1)
+    first_RV = initial_rows(shape, shard, config.train.seed, config.model.id_init_std)
+    moved_R: Bool = (weight_RV.numpy() != first_RV.astype(weight_RV.numpy().dtype)).any(axis=1)
+    return trained_R | moved_R
 
 
 _MOST_ROW_GROUPS = 8

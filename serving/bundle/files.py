@@ -81,7 +81,10 @@ class LocalFiles:
             self._folder = cache / manifest.bundle_id
             claim(self._folder)
             os.utime(self._folder)
-            _prune(cache)
+            for folder in cache.iterdir():  # processes that have mapped copies keep their mappings
+                with contextlib.suppress(OSError):  # another process removed it first
+                    if is_random_id(folder.name) and time.time() - folder.stat().st_mtime > _UNUSED_S:
+                        shutil.rmtree(folder)
 
     def path(self, name: str) -> Path:
         """Return the file's local path; copies it first if needed. Raises BrokenBundleError, StorageError."""
@@ -101,10 +104,8 @@ class LocalFiles:
     def _is_there(self, file: BundleFile, place: Path) -> bool:
         """Return whether an earlier fetch has left the complete file."""
         try:
-            if place.stat().st_size != file.bytes:
-                return False
-            check_digest(Storage(place.parent), place.name, file.bytes, "sha256", file.sha256)
-        except (OSError, CorruptFileError):
+            check_file(Storage(place.parent), place.name, file, verify=True)
+        except (BrokenBundleError, StorageError):
             return False
         return True
 
@@ -121,14 +122,6 @@ class LocalFiles:
                     )
         except FileNotFoundError as error:
             raise BrokenBundleError(f"{self._storage.full(source)} is missing") from error
-
-
-def _prune(cache: Path) -> None:
-    """Remove copies of versions not opened for a while; processes that have mapped them keep their mappings."""
-    for folder in cache.iterdir():
-        with contextlib.suppress(OSError):  # another process removed it first
-            if is_random_id(folder.name) and time.time() - folder.stat().st_mtime > _UNUSED_S:
-                shutil.rmtree(folder)
 
 
 class Vectors(NamedTuple):

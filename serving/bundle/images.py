@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import quote
 
 import numpy as np
@@ -46,7 +46,8 @@ ROUNDING = 1e-6
 """By how much a vector may differ that E computes again: the order of its sums depends on the images beside it."""
 _NO_KEYS = np.empty(0, np.int64)
 _SHARD_BYTES = 32 << 20
-"""Most bytes of vectors in a shard. Shards are few, as a publish writes a file for each shard that it changes."""
+"""Most bytes of vectors in a shard, but where the features have too few shards. Shards are few, as a publish writes a
+file for each shard that it changes."""
 
 
 def network_for(version: ModelVersion, of: VectorsOf) -> Callable[[Snapshot], EmbeddingModel]:
@@ -68,7 +69,8 @@ def _network(
 
     `state`: the part `stores.` of a checkpoint. Raises CheckpointError if it belongs to another model."""
     model = image_model(snapshot.info.dim, widths_of_stores(tuple(fields), config)[store], config)
-    load_part(model, _below(state, f"{store}.model."))
+    part = f"{store}.model."
+    load_part(model, {name.removeprefix(part): tensor for name, tensor in state.items() if name.startswith(part)})
     return model.eval()
 
 
@@ -89,8 +91,9 @@ def export_vectors(
     network = _network(state, place.name, snapshot, used_fields(saved.schema, model), model)
     learned = state.get(f"{place.name}.no_image") if missing == "learned" else None
     no_image_V = np.zeros(network.out, np.float32) if learned is None else learned.float().numpy()
+    size_bytes = snapshot.num_rows * 4 * network.out
     info = StoreInfo(
-        num_shards=_num_shards(snapshot.num_rows * 4 * network.out, snapshot.info.num_shards),
+        num_shards=min(snapshot.info.num_shards, power_of_two(max(1, -(-size_bytes // _SHARD_BYTES)))),
         name="visual vectors",
         dim=network.out,
         dtype="float32",
@@ -102,7 +105,7 @@ def export_vectors(
             compute_dtype=str(model.compute_dtype),
         ),
     )
-    source, folder = SnapshotId.of(snapshot).as_source(), folder_of(place.name)
+    source, folder = SnapshotId.of(snapshot).as_source(), f"{VECTORS}/{quote(place.name, safe='')}"
     store = FeatureStore.create(f"{folder_url}/{folder}", info)
     of = VectorsOf(
         store=place.name,
@@ -117,22 +120,8 @@ def export_vectors(
     return of
 
 
-def folder_of(store: str) -> str:
-    """Return the folder of a store's vectors in the version's folder; valid for any name of a store."""
-    return f"{VECTORS}/{quote(store, safe='')}"
-
-
-def _num_shards(size_bytes: int, most: int) -> int:
-    """Return the smallest power of two that keeps shards small enough, at most the features' number of shards."""
-    return min(most, power_of_two(max(1, -(-size_bytes // _SHARD_BYTES))))
-
-
-class ImageRows(NamedTuple):
-    """Images with their features, as they are stored."""
-
-    keys_K: NDArray[np.int64]
-    uris: list[str]
-    features_KD: NDArray[Any]
+ImageRows = tuple[Int64Array, list[str], NDArray[Any]]
+"""Keys, uris and features of K images, as they are stored."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +132,7 @@ class ChangedImages:
     """None: all images may have changed."""
     newest: Snapshot
 
-    def of_shard(self, shard: int) -> tuple[Iterator[ImageRows], NDArray[np.int64]]:
+    def of_shard(self, shard: int) -> tuple[Iterator[ImageRows], Int64Array]:
         """Return the images of a shard that are new or may have changed, and the keys of those that may be gone.
 
         Reads the features of images alone that a file names which only one of the snapshots has."""
@@ -160,24 +149,14 @@ class ChangedImages:
 
     def _rows(self, table: pa.Table) -> ImageRows:
         features_KD = datafile.matrix_of(table, self.newest.info)
-        return ImageRows(datafile.numpy_column(table, KEY), datafile.text_column(table, URI), features_KD)
+        return datafile.numpy_column(table, KEY), datafile.text_column(table, URI), features_KD
 
-    def _among(self, reader: ShardReader, touched: NDArray[np.int64]) -> Iterator[ImageRows]:
+    def _among(self, reader: ShardReader, touched: Int64Array) -> Iterator[ImageRows]:
         """Read the live rows among some keys of a shard, a few thousand at a time."""
-        if not reader.entries:
-            return
-        names = reader.read([KEY, URI])
-        names = names.filter(pa.array(np.isin(datafile.numpy_column(names, KEY), touched)))
-        for start in range(0, len(names), BATCH_ROWS):
-            block = names.slice(start, BATCH_ROWS)
-            keys_K = datafile.numpy_column(block, KEY)
-            features_KD, is_there_K = reader.features(keys_K)
-            assert is_there_K.all()
-            yield ImageRows(keys_K, datafile.text_column(block, URI), features_KD)
-
-
-def _below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+        keys, uris = reader.uris(touched)
+        for start in range(0, len(keys), BATCH_ROWS):
+            here = slice(start, start + BATCH_ROWS)
+            yield keys[here], uris[here], reader.features(keys[here])[0]
 
 
 _MAX_ATTEMPTS = 5
@@ -295,8 +274,12 @@ class _Delta:
         if not len(place_M) and not len(gone):
             return
         keys_M = keys_K[place_M]
+        # A store refuses a second uri under one key, and features that users import may have another one by now.
+        keys_with_uri, known_uris = reader.uris(keys_M)
+        theirs = dict(zip(keys_with_uri.tolist(), known_uris, strict=True))
+        mine = [uris[place] for place in place_M]
         rows = FeatureRows.of(
-            [*self._uris(reader, keys_M, [uris[place] for place in place_M]), *[""] * len(gone)],
+            [*map(theirs.get, keys_M.tolist(), mine), *[""] * len(gone)],
             np.concatenate([new_KV[place_M], np.zeros((len(gone), self._network.out), np.float32)]),
             keys=np.concatenate([keys_M, gone]),
         )
@@ -314,10 +297,10 @@ class _Delta:
         for number in range(shard * per_shard, (shard + 1) * per_shard):
             images, left = self._changes.of_shard(number)
             gone.append(left)
-            for block in images:
-                keys.append(block.keys_K)
-                uris += block.uris
-                waiting.append(block.features_KD)
+            for keys_K, uris_K, features_KD in images:
+                keys.append(keys_K)
+                uris += uris_K
+                waiting.append(features_KD)
                 if sum(map(len, waiting)) >= BATCH_ROWS:
                     rows.append(visual_vectors(self._network, np.concatenate(waiting)))
                     waiting = []
@@ -327,14 +310,6 @@ class _Delta:
             rows.append(visual_vectors(self._network, np.concatenate(waiting)))
         all_gone = np.concatenate(gone) if self._changes.mirrored else None
         return np.concatenate(keys), uris, np.concatenate(rows), all_gone
-
-    def _uris(self, reader: ShardReader, keys_M: Int64Array, uris: list[str]) -> list[str]:
-        """Return the uris of images, preferring those that the vectors store already has.
-
-        A store refuses a second uri under one key, but features that users import may have another uri for a key."""
-        keys_K, theirs = reader.uris(keys_M)
-        known = dict(zip(keys_K.tolist(), theirs, strict=True))
-        return [known.get(key, uri) for key, uri in zip(keys_M.tolist(), uris, strict=True)]
 
 
 def _check_source(of: VectorsOf, now: Snapshot, newest: Snapshot) -> None:

@@ -5,10 +5,11 @@ files. If the process is killed between the two, the next run removes the files 
 storage's own clock.
 """
 
+import contextlib
 import time
 import uuid
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from featurestore.errors import CorruptFileError
@@ -109,6 +110,11 @@ class BundleIdentity:
     version: int
     vectors: Mapping[str, int]
 
+    def __str__(self) -> str:
+        """Describe it for the log, e.g. `version 3 (vectors: images 17)`."""
+        stores = ", ".join(f"{store} {snapshot}" for store, snapshot in self.vectors.items())
+        return f"version {self.version}" + (f" (vectors: {stores})" if stores else "")
+
     @classmethod
     def newest(cls, url: str) -> "BundleIdentity":
         """Look up the version in use of the bundle at `url`, and its newest vectors; a few small reads.
@@ -164,23 +170,14 @@ def list_versions(storage: Storage, last: int | None = None) -> list[ListedVersi
     known = known_versions(storage)
     if not known:
         read_version(storage)  # says what is wrong
-    in_use, chosen = version_in_use(storage), choices(storage)
-    return [
-        ListedVersion(
-            version,
-            _readable(storage, version),
-            version == in_use,
-            tuple(each.time_s for each in chosen if each.version == version),
-        )
-        for version in known[::-1][:last]
-    ]
-
-
-def _readable(storage: Storage, version: int) -> BundleManifest | None:
-    try:
-        return read_version(storage, version)
-    except BrokenBundleError:
-        return None
+    in_use, chosen, found = version_in_use(storage), choices(storage), list[ListedVersion]()
+    for version in known[::-1][:last]:
+        manifest = None
+        with contextlib.suppress(BrokenBundleError):
+            manifest = read_version(storage, version)
+        chosen_s = tuple(each.time_s for each in chosen if each.version == version)
+        found.append(ListedVersion(version, manifest, version == in_use, chosen_s))
+    return found
 
 
 _DAY_S = 86_400.0
@@ -218,9 +215,6 @@ def expire(
     day. Scorers, exports and publishes may run at the same time. Lists all files once. Raises BundleNotFoundError; if a
     manifest or a choice is damaged, raises BrokenBundleError and removes nothing, as any file may be needed.
     """
-    for name, value in (("keep_last", keep_last), ("keep_days", keep_days), ("grace_days", grace_days)):
-        if not value >= 0:
-            raise ValueError(f"{name}={value} is less than 0")
     folders = _folders(storage)  # before the manifests, which then list all that is published from here on
     known = known_versions(storage)
     if not known:
@@ -233,23 +227,25 @@ def expire(
     wanted = set(list(manifests)[-max(1, keep_last) :])
     made = versions_and_times(storage.entries(LOG, recursive=False))
     wanted |= {version for version, made_s in made if now_s - made_s < keep_days * _DAY_S}
-    for version, end_s in _used_until(storage, [each.version for each in uses]):
+    begins_s = [made_s for _, made_s in versions_and_times(storage.entries(USE, recursive=False))][: len(uses)]
+    for choice, end_s in zip(uses, [*begins_s, float("inf")][1:], strict=True):  # the last one still holds
         if now_s - end_s < max(keep_days, grace_days) * _DAY_S:
-            wanted.add(version)
+            wanted.add(choice.version)
     leaving = [version for version in manifests if version not in wanted]
     if not dry_run:
         seen = max((each.choice for each in uses), default=0)
         leaving = [version for version in leaving if _remove(storage, manifests[version], seen, own)]
     dead = _dead(folders, set(names), now_s, LEFTOVER_S)
     if not dry_run:
-        _delete(storage, dead)
+        for bundle_id in dead:
+            storage.delete(f"{BUNDLES}/{bundle_id}")
         marks = storage.entries(LEAVING, recursive=False)
         storage.delete_files(mark.path for mark in marks if now_s - mark.mtime_s > LEFTOVER_S)
     doomed = [*(manifests[version].bundle_id for version in leaving if manifests[version].bundle_id in own), *dead]
     return BundleExpireReport(
         kept=tuple(version for version in manifests if version not in leaving),
         expired=tuple(leaving),
-        folders=tuple(map(_folder, doomed)),
+        folders=tuple(f"{BUNDLES}/{bundle_id}" for bundle_id in doomed),
         num_bytes=sum(entry.size_bytes for bundle_id in doomed for entry in folders[bundle_id]),
         num_leftovers=len(dead),
     )
@@ -264,17 +260,9 @@ def remove_leftovers(storage: Storage, grace_s: float = LEFTOVER_S) -> list[str]
     if folders.keys() <= named:
         return []
     dead = _dead(folders, named, storage.now(), grace_s)
-    _delete(storage, dead)
+    for bundle_id in dead:
+        storage.delete(f"{BUNDLES}/{bundle_id}")
     return dead
-
-
-def _used_until(storage: Storage, chosen: Sequence[int]) -> Iterator[tuple[int, float]]:
-    """Yield until when each choice held, in seconds since 1970; infinite if it still does.
-
-    `chosen`: the version of each choice, oldest first.
-    """
-    begins_s = [made_s for _, made_s in versions_and_times(storage.entries(USE, recursive=False))][: len(chosen)]
-    yield from zip(chosen, [*begins_s, float("inf")][1:], strict=True)
 
 
 def _remove(storage: Storage, manifest: BundleManifest, seen: int, own: set[str]) -> bool:
@@ -309,12 +297,3 @@ def _folders(storage: Storage) -> dict[str, list[StorageEntry]]:
 def _dead(folders: Mapping[str, list[StorageEntry]], named: set[str], now_s: float, grace_s: float) -> list[str]:
     unnamed = sorted(folders.keys() - named)
     return [each for each in unnamed if now_s - max(entry.mtime_s for entry in folders[each]) > grace_s]
-
-
-def _delete(storage: Storage, bundle_ids: Sequence[str]) -> None:
-    for bundle_id in bundle_ids:
-        storage.delete(_folder(bundle_id))
-
-
-def _folder(bundle_id: str) -> str:
-    return f"{BUNDLES}/{bundle_id}"

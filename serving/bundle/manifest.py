@@ -1,17 +1,7 @@
-"""The manifest of a bundle's version: one sealed file, whose creation publishes the version.
+"""The manifest of a bundle's version: one sealed file, log/N.json, whose creation publishes the version.
 
-data/models/ctr/
-  log/00000000000000000001.json      version 1: this manifest
-  use/00000000000000000001.json      the first choice of a version to be served; the last one counts
-  bundles/<uuid>/                    the files of a version, which its manifest lists with their digests
-    network.pt2                      the network, exported; network-<machine>.pt2: compiled for one kind of machine
-    schema.yaml, model.json          the schema with its statistics, and the settings of the model
-    ids-12.bin                       the ID rows of all tables of width 12, one table after the other
-    ids-<table>.hashes.bin           for an exact table: the hashes of the ids that have rows, ascending
-    ids-trained.bin                  one bit for each row of all tables: whether training has touched it
-    images.safetensors               E of each store, for the vectors of later images
-    sample.parquet                   some test samples, by which a scorer judges it
-    vectors/<store>/                 the visual vectors of all images of a feature store, again as a store
+docs/SERVE.md has the tree of a model's folder. The files of a version are below bundles/<uuid>; its manifest lists them
+with their digests.
 """
 
 from typing import Annotated, Any, Literal
@@ -26,8 +16,6 @@ TRAINED, IMAGES, SAMPLE, VECTORS = "ids-trained.bin", "images.safetensors", "sam
 
 TableKind = Literal["hashed", "direct", "exact"]
 Missing = Literal["zeros", "learned"]
-
-
 Count = Annotated[int, Field(ge=0)]
 Width = Annotated[int, Field(ge=1)]
 
@@ -41,7 +29,9 @@ class BundleFile(Frozen):
 
 
 class RowsFile(Frozen):
-    """The rows of all tables of one width, and where their bits begin in the file of trained rows."""
+    """The rows of all tables of one width, and where their bits begin in the file of trained rows.
+
+    That file has one bit for each row of all tables: whether training has touched it."""
 
     width: Width
     name: FileName
@@ -65,6 +55,7 @@ class TableRows(Frozen):
     num_rows: Count
     first_row: Count
     hashes: FileName | None = None
+    """Of an exact table: the file of the hashes of the ids that have rows, ascending."""
 
 
 class VectorsOf(Frozen):

@@ -32,7 +32,9 @@ class ModelVersion:
         self.storage, self.manifest, self.cache_dir = storage, manifest, cache_dir
         self.files = LocalFiles(storage, manifest, cache_dir)
         self.schema: Schema = self._checked(SCHEMA, load_schema)
-        self.model: ModelConfig = self._checked(MODEL, _read_model)
+        self.model: ModelConfig = self._checked(
+            MODEL, lambda path: ModelConfig.model_validate(parse_json(path.read_bytes()))
+        )
         self.fields: tuple[Field, ...] = used_fields(self.schema, self.model)
         """The fields that the model uses."""
 
@@ -61,10 +63,6 @@ class ModelVersion:
             raise BrokenBundleError(f"{path}: {error}") from error
 
 
-def _read_model(path: Path) -> ModelConfig:
-    return ModelConfig.model_validate(parse_json(path.read_bytes()))
-
-
 class Bundle(ModelVersion):
     """One version of a bundle with one snapshot of each of its vectors stores; close it.
 
@@ -75,7 +73,9 @@ class Bundle(ModelVersion):
     def __init__(self, storage: Storage, manifest: BundleManifest, cache_dir: Path | None) -> None:
         """Use `open` instead; a new object has no vectors until `with_vectors`."""
         super().__init__(storage, manifest, cache_dir)
-        self.ids = self._ids()
+        names = {each.name for each in manifest.rows} | {each.hashes for each in manifest.tables if each.hashes}
+        paths = {name: self.files.path(name) for name in names}
+        self.ids = BundleIdRows(manifest.tables, manifest.rows, paths, self.files.path(TRAINED))
         self.vectors: Mapping[str, VectorTable] = {}
         """By the name of their feature store."""
 
@@ -103,10 +103,9 @@ class Bundle(ModelVersion):
         """The network, verified and loaded at the first access, in about two seconds. Raises BrokenBundleError.
 
         Uses code compiled for this machine if the version has it."""
-        portable = self.files.path(PORTABLE)
         if self.manifest.file(compiled_name()) is not None:
             self.files.path(compiled_name())
-        return ServedNetwork.load(portable.parent)
+        return ServedNetwork.load(self.files.path(PORTABLE).parent)
 
     def with_vectors(self, snapshots: Mapping[str, int] | None = None) -> Self:
         """Open these snapshots of the vectors, by default the newest, with the same ID rows and network.
@@ -130,9 +129,3 @@ class Bundle(ModelVersion):
         """Release the vectors; ID rows are released with the last bundle that uses them."""
         for table in self.vectors.values():
             table.close()
-
-    def _ids(self) -> BundleIdRows:
-        names = {each.name for each in self.manifest.rows}
-        names |= {each.hashes for each in self.manifest.tables if each.hashes is not None}
-        paths = {name: self.files.path(name) for name in names}
-        return BundleIdRows(self.manifest.tables, self.manifest.rows, paths, self.files.path(TRAINED))

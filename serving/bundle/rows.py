@@ -7,7 +7,7 @@ row or visual vector.
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,12 +33,14 @@ class BundleIdRows:
         self, tables: Sequence[TableRows], rows: Sequence[RowsFile], paths: dict[str, Path], trained: Path
     ) -> None:
         """`paths`: the files that `tables` and `rows` name; `trained`: the file with one bit for each row."""
-        self._rows = {each.width: _map_rows(paths[each.name], each) for each in rows}
+        self._rows: dict[int, Float32] = {}
+        for each in rows:
+            self._rows[each.width] = _mapped(paths[each.name], np.dtype("<f4")).reshape(each.num_rows, each.width)
         self._trained = _mapped(trained, np.dtype(np.uint8))
         self._tables = {table.name: table for table in tables}
         self._finders = {table.name: _finder(table, paths) for table in tables}
         self._first_bit = {each.width: each.first_bit for each in rows}
-        self._several: dict[tuple[str, ...], _SeveralTables] = {}
+        self._several: dict[tuple[str, ...], tuple[int, Int64Array, Int64Array, Int64Array]] = {}
 
     def find(self, tables: Sequence[str], ids_N: Int64Array, lengths_T: Int64Array) -> tuple[Int64Array, Bool]:
         """Find the row of each id in the file of its table's width, (N,), and whether training has touched it, (N,).
@@ -49,17 +51,18 @@ class BundleIdRows:
         """
         several = self._several.get(names := tuple(tables))
         if several is None:
-            several = self._several[names] = _SeveralTables.of([self._tables[name] for name in names], self._first_bit)
+            several = self._several[names] = self._laid_out([self._tables[name] for name in names])
+        num_shards, rows_per_shard_T, first_row_T, first_bit_T = several
         hash_N = splitmix64(ids_N)
-        if several.num_shards:
-            rows_per_shard_N = np.repeat(several.rows_per_shard_T, lengths_T)
-            shard_N, row_N = hashed_place(hash_N, several.num_shards, rows_per_shard_N)
-            rows_N = shard_N * rows_per_shard_N + row_N + np.repeat(several.first_row_T, lengths_T)
+        if num_shards:
+            rows_per_shard_N = np.repeat(rows_per_shard_T, lengths_T)
+            shard_N, row_N = hashed_place(hash_N, num_shards, rows_per_shard_N)
+            rows_N = shard_N * rows_per_shard_N + row_N + np.repeat(first_row_T, lengths_T)
         else:
             ends = np.cumsum(lengths_T).tolist()
             parts = zip(names, [0, *ends], ends, strict=False)
             rows_N = np.concatenate([self._finders[t](ids_N[start:end], hash_N[start:end]) for t, start, end in parts])
-        bit_N = rows_N + np.repeat(several.first_bit_T, lengths_T)
+        bit_N = rows_N + np.repeat(first_bit_T, lengths_T)
         known_N: Bool = (self._trained.take(bit_N >> 3) >> (bit_N & 7).astype(np.uint8) & 1).astype(np.bool_)
         return rows_N, known_N
 
@@ -67,6 +70,16 @@ class BundleIdRows:
         """Copy rows of the tables with this width, (N, width)."""
         rows_NV: Float32 = self._rows[width].take(rows_N, axis=0)
         return rows_NV
+
+    def _laid_out(self, tables: Sequence[TableRows]) -> tuple[int, Int64Array, Int64Array, Int64Array]:
+        """Return the shards of each of several tables, 0 unless all are hashed and have as many, and by table, (T,):
+        rows of a shard, its first row in the file of its width, and the first bit of that file."""
+        num_shards, *others = {table.num_shards if table.kind == "hashed" else 0 for table in tables}
+        of_table = [
+            (table.num_rows // table.num_shards, table.first_row, self._first_bit[table.width]) for table in tables
+        ]
+        rows_per_shard_T, first_row_T, first_bit_T = np.array(of_table, np.int64).T
+        return 0 if others else num_shards, rows_per_shard_T, first_row_T, first_bit_T
 
 
 def _finder(table: TableRows, paths: Mapping[str, Path]) -> FindRows:
@@ -80,28 +93,6 @@ def _finder(table: TableRows, paths: Mapping[str, Path]) -> FindRows:
         return shard_N * shape.rows_per_shard + row_N + table.first_row
 
     return find
-
-
-class _SeveralTables(NamedTuple):
-    """What finds the rows of T tables together."""
-
-    num_shards: int
-    """Of all of them, where all are hashed and have as many; else 0."""
-    rows_per_shard_T: Int64Array
-    first_row_T: Int64Array
-    first_bit_T: Int64Array
-    """First bit of the file of the table's rows."""
-
-    @classmethod
-    def of(cls, tables: Sequence[TableRows], first_bit: Mapping[int, int]) -> "_SeveralTables":
-        """Lay out some tables; `first_bit`: of each width."""
-        num_shards, *others = {table.num_shards if table.kind == "hashed" else 0 for table in tables}
-        return cls(
-            0 if others else num_shards,
-            np.array([table.num_rows // table.num_shards for table in tables], np.int64),
-            np.array([table.first_row for table in tables], np.int64),
-            np.array([first_bit[table.width] for table in tables], np.int64),
-        )
 
 
 def _exact_finder(table: TableRows, hashes: Path) -> FindRows:
@@ -122,11 +113,6 @@ def _exact_finder(table: TableRows, hashes: Path) -> FindRows:
         return np.where(index.hash_M[place_N] == hash_N, own_N, cold_S[shard_N])
 
     return exact
-
-
-def _map_rows(path: Path, file: RowsFile) -> Float32:
-    """Map a file of rows into memory, read-only."""
-    return _mapped(path, np.dtype("<f4")).reshape(file.num_rows, file.width)
 
 
 def _mapped(path: Path, dtype: np.dtype[np.generic]) -> NDArray[Any]:

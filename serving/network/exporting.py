@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx import Node
 
-from serving.network.served import PORTABLE, SLOTS, Slots, compiled_name
+from serving.network.served import PORTABLE, SLOTS, SLOTS_JSON, Slots, compiled_name
 from trainer.config import ModelConfig
 from trainer.exchange.vectors import EvenLengths, FieldVectors, Lengths
 from trainer.models.ctr import CtrModel
@@ -71,26 +71,28 @@ class OneUser(nn.Module):
 def export_network(model: CtrModel, config: ModelConfig, folder: Path, *, compiled: bool = False) -> list[Path]:
     """Write the network of a trained model, on a CPU, into an existing folder; return the files.
 
-    `compiled`: write compiled code of this machine as well.
+    It takes any number of candidates and of values of each list. `compiled`: write compiled code of this machine as
+    well.
     """
-    slots = Slots.of(model, config)
-    program = export_program(model, slots)
-    portable = folder / PORTABLE
-    torch.export.save(program, portable, extra_files={SLOTS: slots.to_json()})
-    return [portable, _compile(program, slots, folder / compiled_name())] if compiled else [portable]
-
-
-def export_program(model: CtrModel, slots: Slots) -> ExportedProgram:
-    """Return the program of a model, for any number of candidates and of values of each list."""
     from torch._dynamo import config as tracing  # a second's import, of those who export alone
 
+    slots = Slots.of(model, config)
     network = OneUser(model, slots).eval()
     examples, dynamic = _examples(slots)
     # With dynamic sizes its cache of shapes has almost no hits, and takes a fifth of the time.
     with torch.no_grad(), tracing.patch(fake_tensor_cache_enabled=False):
         program = torch.export.export(network, examples, dynamic_shapes=dynamic, strict=False)
         split_shared_linear(program)
-    return program
+    portable, written = folder / PORTABLE, SLOTS_JSON.dump_json(slots).decode()
+    torch.export.save(program, portable, extra_files={SLOTS: written})
+    if not compiled:
+        return [portable]
+    from torch._inductor import aoti_compile_and_package  # a second's import, of those who compile alone
+
+    warnings.filterwarnings("ignore", r".*LeafSpec.* is deprecated", FutureWarning)  # Torch's own code
+    settings, path = {"aot_inductor.metadata": {SLOTS: written}, "cpp.threads": 1}, folder / compiled_name()
+    aoti_compile_and_package(program, package_path=str(path), inductor_configs=settings)
+    return [portable, path]
 
 
 def _examples(slots: Slots) -> tuple[tuple[Tensor, ...], Any]:
@@ -98,32 +100,15 @@ def _examples(slots: Slots) -> tuple[tuple[Tensor, ...], Any]:
     sizes = dict(zip(slots.lists, _SIZES, strict=False))
     sizes |= dict.fromkeys(slots.equal_lists, sizes[slots.equal_lists[0]] if slots.equal_lists else 0)
     others = iter(_SIZES[len(slots.lists) :])
-    any_of: dict[str, int] = {}
     tensors = [torch.zeros(_CANDIDATES, dtype=torch.int64), torch.tensor([sizes[name] for name in slots.lists])]
     dynamic: list[dict[int, Any]] = [{0: Dim.AUTO}, {}]
     for slot in slots.slots:
-        match slot.size:
-            case "one":
-                size = 1
-            case "candidates":
-                size = _CANDIDATES
-            case "list":
-                size = sizes[slot.field]
-            case "any":
-                size = any_of[slot.field] = any_of.get(slot.field) or next(others)
+        fixed = {"one": 1, "candidates": _CANDIDATES}.get(slot.size)
+        size = fixed or sizes.setdefault(slot.field, next(others))
         shape = (size, slot.width) if slot.width else (size,)
         tensors.append(torch.zeros(shape, dtype=torch.float32 if slot.is_real else torch.int64))
         dynamic.append({} if size == 1 else {0: Dim.AUTO})
     return tuple(tensors), (*dynamic[:2], tuple(dynamic[2:]))
-
-
-def _compile(program: ExportedProgram, slots: Slots, path: Path) -> Path:
-    from torch._inductor import aoti_compile_and_package  # a second's import, of those who compile alone
-
-    warnings.filterwarnings("ignore", r".*LeafSpec.* is deprecated", FutureWarning)  # Torch's own code
-    settings = {"aot_inductor.metadata": {SLOTS: slots.to_json()}, "cpp.threads": 1}
-    aoti_compile_and_package(program, package_path=str(path), inductor_configs=settings)
-    return path
 
 
 _aten = torch.ops.aten
@@ -174,9 +159,5 @@ def _call(like: Node, target: Callable[..., Any], *args: Any) -> Node:
     """Insert a call with the shape of its result, which torch.export stores."""
     new = like.graph.call_function(target, args)
     with like.meta["val"].fake_mode:
-        new.meta["val"] = target(*torch.fx.node.map_arg(args, _value))
+        new.meta["val"] = target(*torch.fx.node.map_arg(args, lambda each: each.meta["val"]))
     return new
-
-
-def _value(node: Node) -> Any:
-    return node.meta["val"]

@@ -18,19 +18,18 @@ The first tensor is (B,), for its length alone. The second counts the values of 
 
 import hashlib
 import itertools
-import json
 import platform
 import zipfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import TypeAdapter
 from torch import Tensor
-from torch.export import ExportedProgram
 
 from serving.errors import BrokenBundleError
 from serving.network import Steps, run_steps
@@ -50,8 +49,6 @@ _MOST_PAIRS = 1 << 15
 
 Form = Literal["compiled", "portable"]
 Run = Callable[[list[Tensor]], Sequence[Tensor]]
-
-
 Float32 = NDArray[np.float32]
 Int64 = NDArray[np.int64]
 
@@ -101,23 +98,17 @@ def split_by_user(
         longest_G = np.maximum(longest_G, inputs.fields[name].lengths_M)
     at_most_G = np.clip(most_pairs // longest_G, 1, at_most)
     ends = {name: np.append(0, np.cumsum(field.lengths_M)) for name, field in inputs.fields.items()}
-    for user, start, end in _blocks(inputs, at_most_G):
-        at = {True: (user, user + 1), False: (start, end)}
-        yield NetworkInputs(
-            group_of_sample_B=np.zeros(end - start, np.int64),
-            num_groups=1,
-            fields={name: rows.cut(ends[name], *at[name in of_user]) for name, rows in inputs.fields.items()},
-            dense={name: rows_MW[slice(*at[name in of_user])] for name, rows_MW in inputs.dense.items()},
-        )
-
-
-def _blocks(inputs: NetworkInputs, at_most_G: Int64) -> Iterator[tuple[int, int, int]]:
-    """List the user of each block, with the range of its candidates."""
     starts_G = np.searchsorted(inputs.group_of_sample_B, np.arange(inputs.num_groups + 1)).tolist()
     for user, (first, last) in enumerate(itertools.pairwise(starts_G)):
-        at_most = int(at_most_G[user])
-        for start in range(first, last, at_most):
-            yield user, start, min(start + at_most, last)
+        for start in range(first, last, int(at_most_G[user])):
+            end = min(start + int(at_most_G[user]), last)
+            at = {True: (user, user + 1), False: (start, end)}
+            yield NetworkInputs(
+                group_of_sample_B=np.zeros(end - start, np.int64),
+                num_groups=1,
+                fields={name: rows.cut(ends[name], *at[name in of_user]) for name, rows in inputs.fields.items()},
+                dense={name: rows_MW[slice(*at[name in of_user])] for name, rows_MW in inputs.dense.items()},
+            )
 
 
 Part = Literal["rows_NV", "weights_N", "sizes_K", "lengths_M", "dense"]
@@ -165,17 +156,6 @@ class Slots:
             of_user=tuple(field.name for field in model.fields if field.side == "user"),
         )
 
-    def to_json(self) -> str:
-        """Write down what `from_json` reads."""
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> Self:
-        """Undo `to_json`. Raises ValueError, KeyError or TypeError for anything else."""
-        read = json.loads(text)
-        slots = tuple(Slot(**slot) for slot in read.pop("slots"))
-        return cls(slots=slots, **{name: tuple(names) for name, names in read.items()})
-
     def arrays(self, inputs: NetworkInputs) -> list[NDArray[Any]]:
         """Return the arrays of one user in order, contiguous and of the right types; copies only if needed."""
         assert inputs.num_groups == 1
@@ -184,7 +164,8 @@ class Slots:
         assert len({counts[name] for name in self.equal_lists}) <= 1, "lists that belong together are equally long"
         arrays: list[NDArray[Any]] = [inputs.group_of_sample_B, np.array(list(counts.values()), np.int64)]
         for slot in self.slots:
-            array = _part(inputs, slot)
+            array = inputs.dense[slot.field] if slot.part == "dense" else getattr(inputs.fields[slot.field], slot.part)
+            assert array is not None, f"field {slot.field} needs {slot.part}"
             _check(slot, array, num_candidates, counts)
             arrays.append(np.ascontiguousarray(array, np.float32 if slot.is_real else np.int64))
         return arrays
@@ -207,12 +188,8 @@ def _of_field(field: Field, width: int) -> Iterator[Slot]:
         yield Slot(field.name, "lengths_M", "candidates")
 
 
-def _part(inputs: NetworkInputs, slot: Slot) -> NDArray[Any]:
-    if slot.part == "dense":
-        return inputs.dense[slot.field]
-    array: NDArray[Any] | None = getattr(inputs.fields[slot.field], slot.part)
-    assert array is not None, f"field {slot.field} needs {slot.part}"
-    return array
+SLOTS_JSON = TypeAdapter(Slots)
+"""Writes the slots of a network as JSON, and reads them. Raises ValidationError for anything else."""
 
 
 def _check(slot: Slot, array: NDArray[Any], num_candidates: int, counts: dict[str, int]) -> None:
@@ -241,20 +218,22 @@ class ServedNetwork:
         are those of a bundle, whose digests were compared. Raises BrokenBundleError where one is not such a network.
         """
         torch.set_num_threads(1)
-        note = None
-        if not portable:
-            compiled = folder / compiled_name()
-            if compiled.is_file():
-                try:
-                    return cls(*_load_compiled(compiled), "compiled", None)
-                except (RuntimeError, OSError) as failure:
-                    reason = _first_line(failure)
-                    note = f"{compiled.name} cannot be loaded ({reason}); the portable network is used, and is slower"
-            elif others := sorted(path.name for path in folder.glob("network-*.pt2")):
-                note = (
-                    f"{', '.join(others)} is compiled for another machine than this one ({compiled.name}); the "
-                    "portable network is used, and is slower. Export the model here with --compile"
-                )
+        note, compiled = None, folder / compiled_name()
+        if not portable and compiled.is_file():
+            try:
+                from torch._inductor import aoti_load_package  # a second's import
+
+                loader = aoti_load_package(str(compiled)).loader
+                slots = SLOTS_JSON.validate_json(loader.get_metadata()[SLOTS])
+                return cls(loader.boxed_run, slots, "compiled", None)
+            except (RuntimeError, OSError) as failure:
+                reason = _first_line(failure)
+                note = f"{compiled.name} cannot be loaded ({reason}); the portable network is used, and is slower"
+        elif not portable and (others := sorted(path.name for path in folder.glob("network-*.pt2"))):
+            note = (
+                f"{', '.join(others)} is compiled for another machine than this one ({compiled.name}); the portable "
+                "network is used, and is slower. Export the model here with --compile"
+            )
         return cls(*_load_portable(folder / PORTABLE), "portable", note)
 
     def score(self, inputs: NetworkInputs) -> Float32:
@@ -272,21 +251,10 @@ class ServedNetwork:
     def _score(self, inputs: NetworkInputs) -> Float32:
         torch.set_num_threads(1)  # OpenMP counts them by calling thread; a second one spins between small requests
         with torch.inference_mode():
-            (logits_B,) = self._run([_as_tensor(array) for array in self._slots.arrays(inputs)])
+            arrays = [array if array.flags.writeable else array.copy() for array in self._slots.arrays(inputs)]
+            (logits_B,) = self._run([torch.from_numpy(array) for array in arrays])
         logits: NDArray[np.float32] = logits_B.numpy()
         return logits
-
-
-def _as_tensor(array: NDArray[Any]) -> Tensor:
-    return torch.from_numpy(array if array.flags.writeable else array.copy())
-
-
-def _load_compiled(path: Path) -> tuple[Run, Slots]:
-    """Load compiled code. Raises RuntimeError or OSError where this machine cannot run it."""
-    from torch._inductor import aoti_load_package  # a second's import
-
-    loader = aoti_load_package(str(path)).loader
-    return loader.boxed_run, Slots.from_json(loader.get_metadata()[SLOTS])
 
 
 def _load_portable(path: Path) -> tuple[Run, Slots]:
@@ -297,21 +265,16 @@ def _load_portable(path: Path) -> tuple[Run, Slots]:
         # `Slots.arrays` checks the sizes.
         program = torch.export.load(path, extra_files=written)
         network = program.module(check_guards=False)
-        _forget_sizes(program)
-        slots = Slots.from_json(written[SLOTS])
+        for node in program.graph.nodes:  # what torch noted of sizes holds itself, and would stay for ever
+            if (mode := getattr(node.meta.get("val"), "fake_mode", None)) is not None and mode.shape_env is not None:
+                vars(mode.shape_env).clear()
+        slots = SLOTS_JSON.validate_json(written[SLOTS])
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as failure:
         raise BrokenBundleError(
             f"{path} is not a network as it was exported ({_first_line(failure)}); export the model again"
         ) from failure
     # `forward`: by its hooks the module would check sizes at each call, in 1.4 ms.
     return lambda tensors: (network.forward(*tensors),), slots
-
-
-def _forget_sizes(program: ExportedProgram) -> None:
-    """Empty what torch noted of sizes as it read a program: the notes hold themselves, and would stay for ever."""
-    for node in program.graph.nodes:
-        if (mode := getattr(node.meta.get("val"), "fake_mode", None)) is not None and mode.shape_env is not None:
-            vars(mode.shape_env).clear()
 
 
 def _first_line(failure: Exception) -> str:
