@@ -46,7 +46,6 @@ from serving.http.access import (
     listen,
     matches_token,
     url_of,
-    uvicorn_config,
 )
 from serving.http.limits import BODIES_AT_ONCE, BodyLimits, RefusedError, allow_connections
 
@@ -338,5 +337,4 @@ def serve(settings: ExplorerSettings) -> None:
             timeout_s=settings.read_timeout_s,
             way_out="send a smaller file",
         )
-        config = uvicorn_config(settings, credentials, limited)
-        SecuredServer(config, credentials, settings.read_timeout_s).run(sockets=[listener])
+        SecuredServer(settings, credentials, limited).run(sockets=[listener])

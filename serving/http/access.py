@@ -19,6 +19,7 @@ import struct
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import orjson
@@ -214,9 +215,7 @@ def url_of(settings: AccessSettings, listener: socket.socket) -> str:
 
 def uvicorn_config(settings: AccessSettings, credentials: Credentials | None, app: Any) -> uvicorn.Config:
     """Return uvicorn's configuration for an ASGI application; without credentials it has no TLS."""
-    tls = None
-    if credentials is not None and (context := credentials.context) is not None:
-        tls = lambda config, default: context  # noqa: E731
+    context = credentials and credentials.context
     return uvicorn.Config(
         app,
         http=protocol_with(settings.read_timeout_s),
@@ -229,7 +228,7 @@ def uvicorn_config(settings: AccessSettings, credentials: Credentials | None, ap
         backlog=BACKLOG,
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=settings.drain_s,
-        ssl_context_factory=tls,
+        ssl_context_factory=(lambda config, default: context) if context else None,
     )
 
 
@@ -252,9 +251,9 @@ class _TimedLoop(uvloop.Loop):
 class SecuredServer(uvicorn.Server):
     """Uvicorn's server that reloads renewed certificates and tokens, and ends quietly after a signal."""
 
-    def __init__(self, config: uvicorn.Config, credentials: Credentials, tls_timeout_s: float) -> None:
-        super().__init__(config)
-        self._credentials, self._tls_timeout_s = credentials, tls_timeout_s
+    def __init__(self, settings: AccessSettings, credentials: Credentials, app: ASGIApp) -> None:
+        super().__init__(uvicorn_config(settings, credentials, app))
+        self._credentials, self._tls_timeout_s = credentials, settings.read_timeout_s
 
     def run(self, sockets: list[socket.socket] | None = None) -> None:
         """Answer until a signal."""
@@ -264,12 +263,8 @@ class SecuredServer(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Handle the signals until the server has stopped, and do not raise them again afterwards."""
-        before = {number: signal.signal(number, self.handle_exit) for number in SIGNALS}
-        try:
+        with signals_handled(self.handle_exit):
             yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     async def on_tick(self, counter: int) -> bool:
         """Look for renewed certificates and tokens."""
@@ -278,10 +273,25 @@ class SecuredServer(uvicorn.Server):
         return await super().on_tick(counter)
 
 
+@contextlib.contextmanager
+def signals_handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Handle SIGTERM and SIGINT by this function until the end of the block."""
+    before = {number: signal.signal(number, handler) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
+
+
+def json_response(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """Make an answer of JSON."""
+    return Response(orjson.dumps(value), status, headers=dict(headers or {}), media_type="application/json")
+
+
 def error_response(status: int, message: str, headers: Mapping[str, str] | None = None) -> Response:
     """Make the answer of an error."""
-    body = orjson.dumps({"error": message, "status": status})
-    return Response(body, status, headers=dict(headers or {}), media_type="application/json")
+    return json_response({"error": message, "status": status}, status, headers)
 
 
 def configure_logging(*others: str) -> None:

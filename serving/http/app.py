@@ -7,16 +7,13 @@ the scorer. Each error is a JSON object {"error": "one message with field, value
 import asyncio
 import contextlib
 import gc
-import logging
 import time
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
 
-import orjson
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -26,9 +23,9 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from serving.errors import NotFiniteError, RequestError, RequestTooLargeError
-from serving.http.access import TokenGuard, error_response
-from serving.http.codec import ARROW, JSON, ArrowBody, Body, JsonBody
-from serving.http.inference import HEADER, SERVER, TensorBody, model_metadata
+from serving.http.access import TokenGuard, error_response, json_response, logger
+from serving.http.codec import ARROW, JSON, ArrowBody, JsonBody
+from serving.http.inference import HEADER, SERVER, Body, TensorBody, model_metadata
 from serving.http.limits import BODIES_AT_ONCE, CLOSE, BodyLimits, RefusedError
 from serving.http.live import BundleSource, LiveModel
 from serving.http.metrics import ServingMetrics
@@ -55,7 +52,7 @@ class Scoring:
     def __post_init__(self) -> None:
         settings = self.settings
         self.live = LiveModel(self.source, self.metrics, settings.poll_s)
-        self.queue = ScoringQueue(self.live, settings, settings.max_body_bytes, settings.max_wait_ms / 1000)
+        self.queue = ScoringQueue(self.live, settings)
         self.stopping = False
         self.failure: Exception | None = None
         """Why the first model cannot be loaded."""
@@ -95,7 +92,7 @@ class Scoring:
     async def about(self, request: Request) -> Response:
         """Describe the server and its model."""
         name, identity = self.settings.model_name, self.live.model.identity if self.live.is_ready else None
-        return _json(
+        return json_response(
             {
                 "name": name,
                 "what": "click probabilities of candidates for a user: POST /v1/score, or the Open Inference Protocol",
@@ -109,12 +106,12 @@ class Scoring:
 
     async def example(self, request: Request) -> Response:
         """Return a request that the model in use can score."""
-        return _json(example_of(self.live.model.inputs))
+        return json_response(example_of(self.live.model.inputs))
 
     async def openapi(self, request: Request) -> Response:
         """Describe all addresses, and the columns of requests, as OpenAPI."""
         routes = [(method, path, endpoint.__doc__ or "") for method, path, endpoint in self._routes]
-        return _json(description(self.settings.model_name, _own_version(), self.live.model.inputs, routes))
+        return json_response(description(self.settings.model_name, _own_version(), self.live.model.inputs, routes))
 
     async def score(self, request: Request) -> Response:
         """Score the requests of a JSON or Arrow body."""
@@ -144,27 +141,27 @@ class Scoring:
 
     async def is_live(self, request: Request) -> Response:
         """Answer that the process is alive."""
-        return _json({"live": True})
+        return json_response({"live": True})
 
     async def is_ready(self, request: Request) -> Response:
         """Return whether a model is warmed up and the server is not stopping."""
         ready = self.can_answer()
-        return _json({"ready": ready}, 200 if ready else 503)
+        return json_response({"ready": ready}, 200 if ready else 503)
 
     async def server_metadata(self, request: Request) -> Response:
         """Describe the server."""
-        return _json(SERVER | {"version": _own_version()})
+        return json_response(SERVER | {"version": _own_version()})
 
     async def model_metadata(self, request: Request) -> Response:
         """Describe the model and its tensors."""
         self._check_name(request)
         model = self.live.model
-        return _json(model_metadata(self.settings.model_name, model.identity.version, model.inputs.sources))
+        return json_response(model_metadata(self.settings.model_name, model.identity.version, model.inputs.sources))
 
     async def model_is_ready(self, request: Request) -> Response:
         """Return whether the model is warmed up."""
         self._check_name(request)
-        return _json(
+        return json_response(
             {"name": self.settings.model_name, "ready": self.live.is_ready}, 200 if self.live.is_ready else 503
         )
 
@@ -267,10 +264,6 @@ def _asks_for_logits(request: Request) -> bool:
     return answer == "true"
 
 
-def _json(value: Any, status: int = 200) -> Response:
-    return Response(orjson.dumps(value), status, media_type=JSON)
-
-
 def _own_version() -> str:
     try:
         return version("crossmedia")
@@ -278,7 +271,8 @@ def _own_version() -> str:
         return "0"
 
 
-logger = logging.getLogger("serving")
+_STATUSES = {RequestTooLargeError: 413, NotFiniteError: 422}
+"""Of requests that cannot be scored; others get 400."""
 
 
 def response_of(error: Exception) -> Response:
@@ -287,11 +281,7 @@ def response_of(error: Exception) -> Response:
     Any other error is a bug: 500. The log gets the traceback without the message, which may contain user data."""
     if isinstance(error, RefusedError):
         return error_response(error.status, error.message, error.headers)
-    if isinstance(error, RequestTooLargeError):
-        return error_response(413, str(error))
-    if isinstance(error, NotFiniteError):
-        return error_response(422, str(error))
     if isinstance(error, RequestError):
-        return error_response(400, str(error))
+        return error_response(_STATUSES.get(type(error), 400), str(error))
     logger.error("bug: %s\n%s", type(error).__name__, "".join(traceback.format_tb(error.__traceback__)).rstrip())
     return error_response(500, f"an error in the server ({type(error).__name__}): its log says where")

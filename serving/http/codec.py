@@ -7,7 +7,7 @@ Arrow: a stream (application/vnd.apache.arrow.stream) with the columns of the sa
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import orjson
@@ -18,7 +18,7 @@ from serving.bundle.log import BundleIdentity
 from serving.errors import RequestError
 from serving.network import Steps
 from serving.scoring.request import Request, RequestColumns, Scored, short_repr
-from serving.scoring.sent import SentTable, check_table, sent_requests, sent_table
+from serving.scoring.sent import SentTable, check_table, sent_requests, sent_table, stream_of
 from serving.settings import Budget
 from trainer.schema.fields import Field
 
@@ -42,26 +42,6 @@ class Scores:
     sent: SentTable
     scored: Sequence[Scored]
     stages: dict[str, float]
-
-    @property
-    def num_candidates(self) -> int:
-        """Candidates of all requests of the body."""
-        return sum(len(each.logits_C) for each in self.scored)
-
-
-class Body(Protocol):
-    """A received body in one of the forms: `decode` is called first, then `answer` with its scores."""
-
-    def decode(self, columns: RequestColumns, budget: Budget) -> Steps[SentTable]:
-        """Lay it out by the columns of the model, in pieces.
-
-        Raises RequestError, or RequestTooLargeError over the budget.
-        """
-        ...
-
-    def answer(self, scores: Scores) -> Response:
-        """Write the scores in the same form."""
-        ...
 
 
 @dataclass
@@ -97,7 +77,18 @@ class ArrowBody:
 
     def answer(self, scores: Scores) -> Response:
         """Write a row for each request, with version and snapshots in the schema's metadata."""
-        return Response(arrow_answer(scores.identity, scores.scored), media_type=ARROW)
+        identity, scored = scores.identity, scores.scored
+        metadata = {"version": str(identity.version)}
+        metadata |= {f"vectors.{store}": str(snapshot) for store, snapshot in identity.vectors.items()}
+        table = pa.table(
+            {
+                "score": pa.array([each.probabilities() for each in scored], pa.list_(pa.float32())),
+                "logit": pa.array([each.logits_C for each in scored], pa.list_(pa.float32())),
+                "unknown": _maps([each.unknown for each in scored]),
+                "missing": _maps([each.missing for each in scored]),
+            }
+        ).replace_schema_metadata(metadata)
+        return Response(stream_of(table), media_type=ARROW)
 
 
 def parse_json(body: bytes, budget: Budget) -> Steps[Any]:
@@ -214,24 +205,6 @@ def _check_messages(body: bytes, budget: Budget) -> None:
             raise RequestError(
                 "the Arrow stream is compressed, and may grow without limit: write it without compression"
             )
-
-
-def arrow_answer(identity: BundleIdentity, scored: Sequence[Scored]) -> bytes:
-    """Write the answer to an Arrow body: one row per request, and version and snapshots in the schema's metadata."""
-    metadata = {"version": str(identity.version)}
-    metadata |= {f"vectors.{store}": str(snapshot) for store, snapshot in identity.vectors.items()}
-    table = pa.table(
-        {
-            "score": pa.array([each.probabilities() for each in scored], pa.list_(pa.float32())),
-            "logit": pa.array([each.logits_C for each in scored], pa.list_(pa.float32())),
-            "unknown": _maps([each.unknown for each in scored]),
-            "missing": _maps([each.missing for each in scored]),
-        }
-    ).replace_schema_metadata(metadata)
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table)
-    return sink.getvalue().to_pybytes()
 
 
 def _maps(parts: Sequence[Mapping[str, Any]]) -> Any:

@@ -1,14 +1,6 @@
 """The Open Inference Protocol (KServe's V2, Triton's HTTP): health, metadata and inference for unchanged clients.
 
-A body of tensors is one request. Outputs: score and logit, FP32 [C], and unknown and missing, INT32 [C], the number of
-each candidate's fields whose ID or image the model does not know.
-
-A tensor has its column's name. On the user's side: [1] for one value, [L] for a list. On the ads' side: [C], an entry
-for each candidate, or [1] for a context value, which is the same for all. Texts are BYTES, IDs and image keys INT64 or
-BYTES, numbers FP32; a missing number is NaN, in JSON null.
-
-A list of lists (an ad's categories) is [C, K] if all lists are equally long. Otherwise the
-tensor has the concatenated values, [N], and a second tensor COLUMN.lengths, INT64 [C], has the lengths of the lists.
+A body of tensors is one request. docs/SERVE.md has the shape and the type of each column's tensor, and of the outputs.
 
 Data of a tensor is JSON, or binary (Triton's extension): binary data of all tensors follows the JSON, in the order of
 the tensors: numbers little-endian, a text of BYTES after its length as uint32. The header
@@ -29,7 +21,7 @@ from starlette.responses import Response
 
 from featurestore.keys import Int64Array
 from serving.errors import RequestError
-from serving.http.codec import JSON, Scores, parse_json
+from serving.http.codec import JSON, ArrowBody, JsonBody, Scores, parse_json
 from serving.network import CHUNK, Steps
 from serving.scoring.request import RequestColumns, short_repr
 from serving.scoring.sent import Names, SentColumn, SentTable
@@ -173,7 +165,14 @@ def _texts(data: memoryview, count: int, where: str) -> Steps[list[str]]:
 
 def metadata(columns: Mapping[str, Rule]) -> list[dict[str, Any]]:
     """Describe the input tensors of a model for the protocol's metadata; -1 is a variable size."""
-    return [{"name": name, "datatype": _datatype(rule), "shape": _shape(rule)} for name, rule in columns.items()]
+    return [
+        {
+            "name": name,
+            "datatype": "FP32" if rule.is_real else "BYTES" if rule.text == "uri" else "INT64",
+            "shape": [-1] * (rule.depth - 1) + [rule.width or -1] if rule.depth else [1],
+        }
+        for name, rule in columns.items()
+    ]
 
 
 def sent_tensors(columns: RequestColumns, tensors: Mapping[str, Tensor]) -> SentTable:
@@ -193,16 +192,6 @@ def sent_tensors(columns: RequestColumns, tensors: Mapping[str, Tensor]) -> Sent
         in_context = num_candidates != 1 and rows.get(name) == 1
         found[name] = SentColumn(tensors[name].values, each, in_context_G=np.array([True]) if in_context else None)
     return SentTable(found, np.array([num_candidates]), Names(lambda column, _: f"input {column}"))
-
-
-def _datatype(rule: Rule) -> str:
-    return "FP32" if rule.is_real else "BYTES" if rule.text == "uri" else "INT64"
-
-
-def _shape(rule: Rule) -> list[int]:
-    if rule.depth == 0:
-        return [1]
-    return [-1] * (rule.depth - 1) + [rule.width or -1]
 
 
 def _levels(name: str, tensors: Mapping[str, Tensor], rule: Rule) -> tuple[Int64Array, ...]:
@@ -325,3 +314,8 @@ def _asked(value: dict[str, Any]) -> dict[str, bool]:
         own = each.get("parameters") or {}
         asked[each["name"]] = own.get("binary_data", all_binary) is True if isinstance(own, dict) else all_binary
     return asked
+
+
+Body = JsonBody | ArrowBody | TensorBody
+"""A received body. `decode`, called first, lays it out by the columns of the model, in pieces; `answer` writes scores
+in the same form. Raises RequestError, or RequestTooLargeError over the budget."""

@@ -63,18 +63,17 @@ def warm_up(model: "Scorer") -> int:
 
     Raises BrokenBundleError if a score is not a finite number; errors of the model propagate.
     """
-    sample = model.sample()
-    num_rows = 0 if sample is None else sample.num_rows
+    if (sample := model.sample()) is None:
+        return 0
     try:
-        for row in range(num_rows):
-            assert sample is not None
+        for row in range(sample.num_rows):
             model.score(sample.slice(row, 1))
     except NotFiniteError as error:
         raise BrokenBundleError(
             f"version {model.identity.version} gives scores that are not finite numbers: export a sound run, or go "
             "back by `crossmedia model use`"
         ) from error
-    return num_rows
+    return sample.num_rows
 
 
 @dataclass
@@ -174,9 +173,7 @@ class LiveModel:
         except BaseException:
             model.close()
             raise
-        logger.info(
-            "loaded %s, warmed up by %d requests, in %.1f s", describe(identity), count, time.perf_counter() - start_s
-        )
+        logger.info("loaded %s, warmed up by %d requests, in %.1f s", identity, count, time.perf_counter() - start_s)
         return model
 
     def _use(self, model: "Scorer") -> None:
@@ -184,26 +181,13 @@ class LiveModel:
         self._refused, self._wait_s = None, 0.0
         self.metrics.record_model(model, switched=old is not None)
         if old is not None:
-            logger.info("switched from %s to %s", describe(old.identity), describe(model.identity))
+            logger.info("switched from %s to %s", old.identity, model.identity)
             if old is not self._held:
                 old.close()
 
     def _refuse(self, identity: BundleIdentity, error: Exception) -> None:
-        self._wait_s = (
-            min(_LONGEST_WAIT_S, 2 * self._wait_s or self.poll_s) if identity == self._refused else self.poll_s
-        )
+        self._wait_s = min(_LONGEST_WAIT_S, 2 * self._wait_s) if identity == self._refused else self.poll_s
         self._refused, self._try_again_s = identity, time.monotonic() + self._wait_s
         self.metrics.switches.labels("refused").inc()
-        logger.error(
-            "refused %s, still serving %s: %s: %s",
-            describe(identity),
-            describe(self.model.identity),
-            type(error).__name__,
-            error,
-        )
-
-
-def describe(identity: BundleIdentity) -> str:
-    """Describe a model for the log, e.g. `version 3 (vectors: images 17)`."""
-    stores = ", ".join(f"{store} {snapshot}" for store, snapshot in identity.vectors.items())
-    return f"version {identity.version}" + (f" (vectors: {stores})" if stores else "")
+        kind = type(error).__name__
+        logger.error("refused %s, still serving %s: %s: %s", identity, self.model.identity, kind, error)

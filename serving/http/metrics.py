@@ -11,12 +11,10 @@ import os
 import struct
 import time
 from collections import defaultdict
-from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 from prometheus_client import (
     CollectorRegistry,
     Counter,
@@ -73,29 +71,24 @@ class ServingMetrics:
         self.unknown = counter("serving_unknown", "IDs by field whose row no training sample had", ["field"])
         self.missing = counter("serving_missing", "Images by field without a vector", ["field"])
         self.switches = counter("serving_switches", "Newer models by result: switched or refused", ["result"])
+        lowest = self._lowest = partial(Gauge, registry=registry, multiprocess_mode="livemin")
+        highest = partial(Gauge, registry=registry, multiprocess_mode="livemax")
+        total = partial(Gauge, registry=registry, multiprocess_mode="livesum")
         self._version: Gauge | None = None  # a worker without a model reports no value instead of 0
-        self._snapshot = self._gauge("serving_vectors_snapshot", "Snapshot of the vectors in use", ["store"], "livemin")
-        self._age = self._gauge(
-            "serving_vectors_age_seconds", "Seconds since the vectors in use were committed", ["store"], "livemax"
-        )
-        self.queue = self._gauge("serving_queue_bodies", "Bodies that wait for the model", [], "livesum")
-        self.predicted = self._gauge(
-            "serving_predicted_wait_seconds", "Seconds that a body arriving now would wait", [], "livemax"
-        )
-        self.ready = self._gauge("serving_ready_workers", "Workers with a warmed-up model", [], "livesum")
+        self._snapshot = lowest("serving_vectors_snapshot", "Snapshot of the vectors in use", ["store"])
+        age = "Seconds since the vectors in use were committed"
+        self._age = highest("serving_vectors_age_seconds", age, ["store"])
+        self.queue = total("serving_queue_bodies", "Bodies that wait for the model")
+        self.predicted = highest("serving_predicted_wait_seconds", "Seconds that a body arriving now would wait")
+        self.ready = total("serving_ready_workers", "Workers with a warmed-up model")
         if FOLDER_VARIABLE not in os.environ:
             for collector in (ProcessCollector, PlatformCollector, GCCollector):
                 collector(registry=registry)
 
-    def _gauge(
-        self, name: str, text: str, labels: Sequence[str], mode: Literal["livemin", "livemax", "livesum"]
-    ) -> Gauge:
-        return Gauge(name, text, labels, registry=self._registry, multiprocess_mode=mode)
-
     def record_model(self, model: "Scorer", switched: bool) -> None:
         """Record the model in use, and whether it replaces another one."""
         if self._version is None:
-            self._version = self._gauge("serving_model_version", "Version of the bundle that answers", [], "livemin")
+            self._version = self._lowest("serving_model_version", "Version of the bundle that answers")
         self._version.set(model.identity.version)
         for store, snapshot in model.identity.vectors.items():
             self._snapshot.labels(store).set(snapshot)
@@ -117,29 +110,25 @@ class ServingMetrics:
     def record_scored(self, scores: Scores) -> None:
         """Count a body's candidates, its values by field, unknown and missing ones, and the time of each stage.
 
-        Counts by field are buffered until `flush`, as adding them one by one takes a tenth of a request's time; a
-        killed worker loses those of its last half second.
+        Counts by field, and of scores by bucket, are buffered until `flush`: adding them one by one takes a tenth of a
+        request's time and more. A killed worker loses those of its last half second.
         """
-        num_candidates = scores.num_candidates
+        num_candidates = sum(len(each.logits_C) for each in scores.scored)
         self.candidates.inc(num_candidates)
         waiting = self._waiting
         for field in scores.fields:
             if field.kind != "dense":
                 count = num_candidates if field.side == "ad" else _count(field, scores)
                 waiting[self.values, field.name] += count
-        self._add_scores([each.probabilities() for each in scores.scored])
+        score_C = np.concatenate([np.empty(0, np.float32), *(each.probabilities() for each in scores.scored)])
+        self._scores_K += np.bincount(np.searchsorted(_SCORES, score_C), minlength=len(self._scores_K))
+        self._sum_of_scores += float(score_C.sum())
         for each in scores.scored:
             for counter, places in ((self.unknown, each.unknown), (self.missing, each.missing)):
                 for name, found in places.items():
                     waiting[counter, name] += len(found)
         for stage, seconds in scores.stages.items():
             self._child(self.stages, stage).observe(seconds)
-
-    def _add_scores(self, scores: Sequence[NDArray[np.float32]]) -> None:
-        """Buffer how many scores are in each bucket, as adding them one by one takes longer than making them."""
-        score_C = np.concatenate([np.empty(0, np.float32), *scores])
-        self._scores_K += np.bincount(np.searchsorted(_SCORES, score_C), minlength=len(self._scores_K))
-        self._sum_of_scores += float(score_C.sum())
 
     def flush(self) -> None:
         """Add the buffered counts of `record_scored` to the metrics."""

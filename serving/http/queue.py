@@ -13,12 +13,13 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from serving.http.codec import Body, Scores
+from serving.http.codec import Scores
+from serving.http.inference import Body
 from serving.http.limits import RefusedError
 from serving.http.live import LiveModel
 from serving.network import ResultT, Steps
 from serving.scoring.sent import REQUEST_COST, SentTable, Sizes, joined
-from serving.settings import Budget
+from serving.settings import ServerSettings
 
 if TYPE_CHECKING:
     from serving.scoring.scorer import Scorer
@@ -90,13 +91,13 @@ class Pace:
 class ScoringQueue:
     """Bodies that wait for the model; `run` is the one task that scores them."""
 
-    def __init__(self, live: LiveModel, budget: Budget, max_body_bytes: int, max_wait_s: float) -> None:
-        self._live, self._budget, self._max_wait_s = live, budget, max_wait_s
+    def __init__(self, live: LiveModel, settings: ServerSettings) -> None:
+        self._live, self._budget, self._max_wait_s = live, settings, settings.max_wait_ms / 1000
         self._waiting: deque[Work] = deque()
         self._some = asyncio.Event()
         self._decoding = asyncio.Lock()
         self._undecoded = 0
-        self._undecoded_bytes, self._max_undecoded_bytes = 0, LARGEST_AT_ONCE * max_body_bytes
+        self._undecoded_bytes, self._max_undecoded_bytes = 0, LARGEST_AT_ONCE * settings.max_body_bytes
         self._cost = 0
         self.pace = Pace()
         self.seconds_per_cost = FIRST_GUESS_S
@@ -112,7 +113,13 @@ class ScoringQueue:
     async def score(self, body: Body, size_bytes: int) -> Scores:
         """Wait for the model and score a body. Raises RefusedError (503), RequestError."""
         self._live.model  # noqa: B018 (raises if there is none yet)
-        self._refuse_if_busy()
+        if len(self) >= ALWAYS_WAIT and (wait_s := self.predicted_wait_s) > self._max_wait_s:
+            raise RefusedError(
+                503,
+                f"the server is busy: a request would wait {1000 * wait_s:.0f} ms, over {1000 * self._max_wait_s:g}; "
+                "try again later, or start more workers",
+                {"Retry-After": str(max(1, math.ceil(wait_s)))},
+            )
         if self._undecoded_bytes and self._undecoded_bytes + size_bytes > self._max_undecoded_bytes:
             raise RefusedError(503, "the server is busy: too many large bodies at once", {"Retry-After": "1"})
         self._undecoded_bytes += size_bytes
@@ -129,15 +136,6 @@ class ScoringQueue:
         self._cost += work.cost
         self._some.set()
         return await work.done
-
-    def _refuse_if_busy(self) -> None:
-        if len(self) >= ALWAYS_WAIT and (wait_s := self.predicted_wait_s) > self._max_wait_s:
-            raise RefusedError(
-                503,
-                f"the server is busy: a request would wait {1000 * wait_s:.0f} ms, over {1000 * self._max_wait_s:g}; "
-                "try again later, or start more workers",
-                {"Retry-After": str(max(1, math.ceil(wait_s)))},
-            )
 
     async def _decoded(self, body: Body) -> Work:
         """Decode a body and measure it. Raises RequestError."""
@@ -166,7 +164,9 @@ class ScoringQueue:
                 for work in works:
                     _fail(work, error)
             self._cost -= cost
-            self._measure((time.perf_counter() - start_s) / cost)
+            # One pause says little about the next.
+            measured = min((time.perf_counter() - start_s) / cost, _MOST_GROWTH * self.seconds_per_cost)
+            self.seconds_per_cost += _WEIGHT * (measured - self.seconds_per_cost)
             await asyncio.sleep(0)
             await self.pace.pause()
 
@@ -180,10 +180,6 @@ class ScoringQueue:
         if not self._waiting:
             self._some.clear()
         return taken
-
-    def _measure(self, seconds_per_cost: float) -> None:
-        measured = min(seconds_per_cost, _MOST_GROWTH * self.seconds_per_cost)  # one pause says little about the next
-        self.seconds_per_cost += _WEIGHT * (measured - self.seconds_per_cost)
 
     async def _process(self, model: "Scorer", works: list[Work]) -> None:
         together: list[Work] = []

@@ -19,7 +19,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from multiprocessing.context import SpawnProcess
@@ -28,13 +29,17 @@ from types import FrameType
 from typing import Any
 
 import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 
 from featurestore.console.commandline import STOPPED, say_error
 from featurestore.console.memory import bound_freed_memory
 from featurestore.errors import FAILED, UserError
 from serving.http import access
-from serving.http.app import Scoring, logger
-from serving.http.health import health_port
+from serving.http.access import logger
+from serving.http.app import Scoring
 from serving.http.limits import allow_connections
 from serving.http.live import BundleSource
 from serving.http.metrics import FOLDER_VARIABLE
@@ -84,12 +89,10 @@ def run_worker(
     allow_connections()
     credentials = access.Credentials(settings)
     scoring = Scoring(settings, make_source(settings), on_ready, credentials.tokens)
-    server = DrainingServer(access.uvicorn_config(settings, credentials, scoring.app()), scoring, credentials, listener)
-    if on_ready is not None:  # of several workers: the supervisor answers health checks
+    server = DrainingServer(scoring, credentials, listener)
+    # Of several workers the supervisor answers health checks.
+    with nullcontext() if on_ready else health_port(settings, server.is_live, scoring.can_answer):
         server.run(sockets=[listener])
-    else:
-        with health_port(settings, server.is_live, scoring.can_answer):
-            server.run(sockets=[listener])
     if scoring.failure is not None:
         raise scoring.failure
     logger.info("stopped")
@@ -102,10 +105,8 @@ class DrainingServer(access.SecuredServer):
     One of several workers leaves the second signal to its supervisor, as a signal to the whole group reaches it twice.
     """
 
-    def __init__(
-        self, config: uvicorn.Config, scoring: Scoring, credentials: access.Credentials, listener: socket.socket
-    ) -> None:
-        super().__init__(config, credentials, scoring.settings.read_timeout_s)
+    def __init__(self, scoring: Scoring, credentials: access.Credentials, listener: socket.socket) -> None:
+        super().__init__(scoring.settings, credentials, scoring.app())
         self._scoring, self._listener = scoring, listener
         self._ticks_left = _TICKS_TO_STOP
         self._round_s: float | None = None
@@ -163,21 +164,19 @@ class WorkerSupervisor:
 
     def run(self) -> int:
         """Run until a signal or until no worker can start; returns the exit code."""
-        before = {number: signal.signal(number, self._on_signal) for number in access.SIGNALS}
         folder = tempfile.mkdtemp(prefix="serving-metrics-")
         os.environ[FOLDER_VARIABLE] = folder  # spawned workers read it when they import prometheus_client
-        try:
-            self._workers = [self._start() for _ in range(self.settings.workers)]
-            with health_port(self.settings, lambda: True, self._can_answer):
-                return self._watch(folder)
-        finally:
-            for worker in self._workers:
-                worker.process.kill()
-                worker.process.join()
-            del os.environ[FOLDER_VARIABLE]
-            shutil.rmtree(folder, ignore_errors=True)
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        with access.signals_handled(self._on_signal):
+            try:
+                self._workers = [self._start() for _ in range(self.settings.workers)]
+                with health_port(self.settings, lambda: True, self._can_answer):
+                    return self._watch(folder)
+            finally:
+                for worker in self._workers:
+                    worker.process.kill()
+                    worker.process.join()
+                del os.environ[FOLDER_VARIABLE]
+                shutil.rmtree(folder, ignore_errors=True)
 
     def _start(self, pause_s: float = 0.0) -> _Worker:
         context = multiprocessing.get_context("spawn")
@@ -250,3 +249,33 @@ def _end_with_parent() -> None:
     assert parent is not None
     wait([parent.sentinel])
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+@contextmanager
+def health_port(settings: ServerSettings, is_live: Callable[[], bool], is_ready: Callable[[], bool]) -> Iterator[None]:
+    """Answer health checks on `--health-port`, where one is given, until the end of the block; plain HTTP, no token.
+
+    A thread answers them, so that no client of the scorer's port is before them: one that opens a thousand connections
+    at once keeps the event loop for 0.2 s. Raises ListenError if the port is taken."""
+    if settings.health_port is None:
+        yield
+        return
+    paths = dict(zip(access.OPEN_PATHS, (is_live, is_ready), strict=True))
+    app = Starlette(routes=[Route(path, _health(path.rpartition("/")[2], holds)) for path, holds in paths.items()])
+    with access.listen(settings, "health_port") as listener:
+        server = uvicorn.Server(access.uvicorn_config(settings, None, app))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="health")
+        thread.start()
+        try:
+            yield
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+def _health(name: str, holds: Callable[[], bool]) -> Callable[[Request], Awaitable[Response]]:
+    async def answer(request: Request) -> Response:
+        is_so = holds()
+        return access.json_response({name: is_so}, 200 if is_so else 503)
+
+    return answer

@@ -7,7 +7,7 @@ All requests of a call become one batch: G users, B candidates of all of them, M
 """
 
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import accumulate, chain
 from typing import Any, NamedTuple, TypeVar
@@ -20,25 +20,9 @@ from featurestore.keys import NO_IMAGE, Int64Array, ids_of_texts, keys_of_uris
 from serving.errors import NotFiniteError, RequestError
 from serving.network import CHUNK, Steps
 from serving.scoring.request import RequestColumns, short_repr
-from serving.scoring.sent import (
-    Bool,
-    SentColumn,
-    SentTable,
-    UnusableValueError,
-    missing,
-    places_of,
-)
+from serving.scoring.sent import Bool, SentColumn, SentTable, UnusableValueError, missing, places_of
 from trainer.errors import OverflowingValueError
-from trainer.samples.columns import (
-    Encoded,
-    Rule,
-    TextKind,
-    Values,
-    cross,
-    encode_numbers,
-    encode_texts,
-    ranges,
-)
+from trainer.samples.columns import Encoded, Rule, TextKind, Values, cross, encode_numbers, encode_texts, ranges
 from trainer.samples.reader import Batch, Jagged, inputs_of
 from trainer.schema.fields import Field
 
@@ -121,7 +105,7 @@ class _Decoder:
             else:
                 found[name] = yield from self._converted(name, rule)
         for name, rule in self._columns.measured.items():
-            levels = self._around(name, found[name])
+            levels = ((self._sent.counts_G,) if rule.side == "ad" else ()) + found[name].levels
             if rule.width is not None:
                 self._check_lengths(name, levels, np.full(len(levels[-1]), rule.width), "the schema says width={}")
             for other in rule.lengths_of:
@@ -147,10 +131,6 @@ class _Decoder:
         if lengths and (np.array(list(lengths.values())) != wanted_G).any():  # all at once: a third of the time
             for name, own_G in lengths.items():
                 self._check_lengths(name, (own_G,), wanted_G, "there are {} candidates")
-
-    def _around(self, name: str, column: Column) -> tuple[Int64Array, ...]:
-        """Return the lengths of all lists of a column, those of candidates among them."""
-        return (self._sent.counts_G, *column.levels) if self._columns.rules[name].side == "ad" else column.levels
 
     def _check_lengths(self, name: str, levels: Sequence[Int64Array], wanted_M: Int64Array, why: str) -> None:
         """Raise RequestError where a column's innermost lists are not as long as wanted; `why` names the length."""
@@ -180,15 +160,10 @@ class _Decoder:
         try:
             if not rule.is_real and not is_nullable:
                 _refuse_nulls(is_null_N)
-            found: Values
-            if isinstance(values, pa.Array):
-                found = (yield from _hashed(values, rule)).ids
-            elif isinstance(values, np.ndarray):
-                found = _reals(values, is_null_N, rule.may_miss) if rule.is_real else whole_array(values)
-            elif rule.is_real:
-                found = np.concatenate((yield from _in_chunks(values, partial(real_numbers, may_miss=rule.may_miss))))
-            else:
-                found = np.concatenate((yield from _in_chunks(values, partial(whole_numbers, text=rule.text))))
+            elif is_null_N is not None and rule.is_real:  # NaN, as in a file
+                values = np.where(is_null_N, np.nan, values)
+            parts = yield from _in_chunks(values, partial(_convert, rule=rule))
+            found: Values = parts[0] if len(parts) == 1 else np.concatenate(parts)
         except UnusableValueError as failure:
             raise failure.named(self._sent.names, name, sent.levels) from None
         if is_null_N is None or not is_nullable:
@@ -248,6 +223,18 @@ def _in_chunks(values: Any, convert: Callable[[Any], Result], chunk: int = CHUNK
     return found
 
 
+def _convert(values: Any, rule: Rule) -> Values:
+    """Convert values of a list, an array of numbers, or an Arrow array of texts, whose nulls have the ID of some text.
+
+    Raises UnusableValueError.
+    """
+    if isinstance(values, pa.Array):
+        return _hashed(values, rule).ids
+    if isinstance(values, np.ndarray):
+        return _reals(values, rule.may_miss) if rule.is_real else whole_array(values)
+    return real_numbers(values, rule.may_miss) if rule.is_real else whole_numbers(values, rule.text)
+
+
 def all_integers(columns: Sequence[Sequence[Any]]) -> list[NDArray[np.int64]] | None:
     """Convert several columns at once, (N,) each; None if a value is not a 64-bit integer."""
     joined = list(chain.from_iterable(columns))
@@ -283,7 +270,18 @@ def real_numbers(values: Sequence[Any], may_miss: bool) -> NDArray[np.float32]:
         wanted = "a number" + (" or null" if may_miss else "; give its field fill to replace missing ones")
         raise _first(values, usable, wanted)
     with np.errstate(over="ignore"):
-        return _finite(_floats(values, kinds), values, may_miss)
+        try:  # whole numbers are rounded once, as in a column of integers
+            numbers_N = np.array(values, np.int64 if kinds == {int} else np.float64)
+        except OverflowError:
+            numbers_N = np.array([_or_infinite(value) for value in values])
+        return _finite(numbers_N.astype(np.float32), values, may_miss)
+
+
+def _or_infinite(value: Any) -> float:
+    try:
+        return np.nan if value is None else float(value)
+    except OverflowError:
+        return float("inf")
 
 
 def _finite(numbers_N: NDArray[np.float32], values: Any, may_miss: bool) -> NDArray[np.float32]:
@@ -305,12 +303,10 @@ def whole_array(values: NDArray[Any]) -> NDArray[np.int64]:
     return values.astype(np.int64, copy=False)
 
 
-def _reals(values: NDArray[Any], is_null_N: Bool | None, may_miss: bool) -> NDArray[np.float32]:
-    """Return numbers as float32; null is NaN, as in a file. Raises UnusableValueError."""
+def _reals(values: NDArray[Any], may_miss: bool) -> NDArray[np.float32]:
+    """Return numbers as float32. Raises UnusableValueError."""
     if values.dtype.kind not in "iuf" and len(values):
         raise UnusableValueError(0, f"{short_repr(values[0].item())}, and has to be a number")
-    if is_null_N is not None:
-        values = np.where(is_null_N, np.nan, values)
     with np.errstate(over="ignore"):
         return _finite(values.astype(np.float32), values, may_miss)
 
@@ -320,31 +316,21 @@ def _refuse_nulls(is_null_N: Bool | None) -> None:
         raise UnusableValueError(int(is_null_N.argmax()), "null: leave the row out")
 
 
-def _hashed(texts: Any, rule: Rule) -> Steps[Encoded]:
-    """Hash an Arrow array of texts. Raises UnusableValueError.
-
-    A null has the ID of some text.
-    """
+def _hashed(texts: Any, rule: Rule) -> Encoded:
+    """Hash an Arrow array of texts. Raises UnusableValueError."""
     assert rule.text is not None
     try:
-        return _merged((yield from _in_chunks(texts.fill_null(""), partial(encode_texts, kind=rule.text))))
+        return encode_texts(texts.fill_null(""), rule.text)
     except UnicodeDecodeError:
         raise UnusableValueError(0, "in a column with text that is not UTF-8; write it in UTF-8") from None
 
 
 def _encoded(sent: SentColumn, rule: Rule) -> Steps[Encoded]:
-    """Return the values of a column to be crossed with their texts, a chunk at a time. Raises UnusableValueError."""
+    """Return the values of a column to be crossed with their texts, a chunk at a time. Raises UnusableValueError.
+
+    A text may be among them twice."""
     _refuse_nulls(sent.is_null_N)
-    values = sent.values
-    if isinstance(values, pa.Array):
-        return (yield from _hashed(values, rule))
-    if isinstance(values, np.ndarray):
-        values = whole_array(values)
-    return _merged((yield from _in_chunks(values, encode_crossed, CROSSED_CHUNK)))
-
-
-def _merged(parts: Sequence[Encoded]) -> Encoded:
-    """Put encoded values one after the other; a text may be among them twice."""
+    parts = yield from _in_chunks(sent.values, partial(_encoded_chunk, rule=rule), CROSSED_CHUNK)
     if len(parts) == 1:
         return parts[0]
     starts = accumulate((len(each.texts_U) for each in parts), initial=0)
@@ -355,31 +341,16 @@ def _merged(parts: Sequence[Encoded]) -> Encoded:
     )
 
 
-def encode_crossed(values: Any) -> Encoded:
+def _encoded_chunk(values: Any, rule: Rule) -> Encoded:
     """Return the values of a column to be crossed, each distinct one once. Raises UnusableValueError."""
+    if isinstance(values, pa.Array):
+        return _hashed(values, rule)
     if isinstance(values, np.ndarray):
-        return encode_numbers(values)
+        return encode_numbers(whole_array(values))
     ids_N = whole_numbers(values, "id")
     if str not in set(map(type, values)):
         return encode_numbers(ids_N)
     return encode_texts(pa.array(list(map(str, values)), pa.string()), "id")
-
-
-def _floats(values: Sequence[Any], kinds: Iterable[type]) -> NDArray[np.float32]:
-    """Convert to float32; whole numbers are rounded once, as in a column of integers."""
-    try:
-        if set(kinds) == {int}:
-            return np.array(values, np.int64).astype(np.float32)
-        return np.array(values, np.float64).astype(np.float32)
-    except OverflowError:
-        return np.array([_or_infinite(value) for value in values], np.float64).astype(np.float32)
-
-
-def _or_infinite(value: Any) -> float:
-    try:
-        return np.nan if value is None else float(value)
-    except OverflowError:
-        return float("inf")
 
 
 def _of_texts(texts: Sequence[str], kind: TextKind) -> NDArray[np.int64]:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from featurestore.text import near_match
 from serving.errors import RequestError
 from trainer.samples.columns import Rule, aligned_columns, rules_of, source_columns
-from trainer.schema.fields import Field, Schema, Side
+from trainer.schema.fields import Field, Schema
 
 Places = NDArray[np.int64]
 _LOWEST = -700.0  # its probability is 0 in float32, and exp does not overflow yet
@@ -90,7 +90,10 @@ class RequestColumns:
         self.aligned = aligned_columns(self.rules)
         self.nullable = {field.column_name for field in fields if field.kind == "content"}
         """Columns of images, whose nulls are missing images."""
-        self._of_side = {side: self._names(side) for side in ("user", "ad")}
+        self._of_side = {
+            side: frozenset(column for column, rule in self.sources.items() if rule.side == side)
+            for side in ("user", "ad")
+        }
         roles = {schema.label, schema.group, schema.time}
         self._ignored = (roles | set(source_columns(every))) - set(self.sources)
 
@@ -117,9 +120,6 @@ class RequestColumns:
             if name not in self.sources and name not in self._ignored:
                 near = near_match(str(name), list(self.sources))
                 raise RequestError(f"{prefix}{short_repr(name)} is not a column of the model; {near}")
-
-    def _names(self, side: Side) -> frozenset[str]:
-        return frozenset(column for column, rule in self.sources.items() if rule.side == side)
 
 
 def expected(rule: Rule, depth: int) -> str:

@@ -23,15 +23,13 @@ from serving.errors import BrokenBundleError, NotFiniteError, ServerSettingsErro
 from serving.network import run_steps
 from serving.scoring.request import RequestColumns
 from serving.scoring.scorer import Scorer
-from serving.scoring.sent import PIECE_REQUESTS, sent_table
+from serving.scoring.sent import PIECE_REQUESTS, sent_table, stream_of
 from trainer.comm import SoloComm
-from trainer.config import ModelConfig
 from trainer.errors import DataError
-from trainer.evaluation.predict import Written, open_scores, written_ids
-from trainer.runs.saved import TEST, TrainedRun, open_test, open_trained
+from trainer.evaluation.predict import Written, open_scores, predict, written_ids
+from trainer.runs.saved import TEST, PredictingRun, open_test, open_trained
 from trainer.samples.columns import plain
 from trainer.samples.index import SampleIndex, open_index, read_row_groups
-from trainer.samples.reader import SampleReader
 from trainer.samples.survey import IdDictionary
 
 ScoreTable = Callable[[pa.Table], Sequence[NDArray[np.float32]]]
@@ -107,10 +105,7 @@ class RemoteScorer:
         return [row for start in starts for row in self._score_piece(table.slice(start, PIECE_REQUESTS))]
 
     def _score_piece(self, table: pa.Table) -> list[NDArray[np.float32]]:
-        sink, table = pa.BufferOutputStream(), plain(table)
-        with pa.ipc.new_stream(sink, table.schema) as writer:
-            writer.write_table(table)
-        answer = pa.ipc.open_stream(self._sent("/v1/score", sink.getvalue().to_pybytes())).read_all()
+        answer = pa.ipc.open_stream(self._sent("/v1/score", stream_of(plain(table)))).read_all()
         self.version = int((answer.schema.metadata or {})[b"version"])
         logits: Any = answer["logit"].combine_chunks()
         return [np.asarray(row.values.to_numpy(), np.float32) for row in logits]
@@ -189,13 +184,13 @@ def compare(
     *,
     run: RunPath | None = None,
     samples: str | None = None,
-    impressions: int | None = None,
+    impressions: int,
 ) -> LogitsCompared:
     """Score test impressions by `score`, which serves the bundle `model`, and by the engine of its run.
 
     `run`: the run's current address, by default the one it was exported from. `samples`: by default the run's own.
-    `impressions`: approximate number of impressions, by default all. Images are looked up in the snapshot that the
-    vectors match. Raises BrokenBundleError if the run's checkpoint is a different one, TrainerError, ServingError.
+    `impressions`: about how many, the first row groups with as many at least. Images are looked up in the snapshot that
+    the vectors match. Raises BrokenBundleError if the run's checkpoint is a different one, TrainerError, ServingError.
     """
     manifest = model.manifest
     vectors = {of.store: open_vectors(model.storage, manifest, of) for of in manifest.vectors}
@@ -210,34 +205,17 @@ def compare(
                 f"digest is {trained.saved.digest[:12]} instead of {manifest.checkpoint_digest[:12]}; name the run by "
                 "--run"
             )
-        index = _first(open_test(SoloComm(), trained.config, trained.schema, samples), impressions)
+        index = open_test(SoloComm(), trained.config, trained.schema, samples)
+        starts = np.cumsum([0, *(each.num_samples for each in index.row_groups)])[:-1]
+        index = replace(index, row_groups=index.row_groups[: int((starts < impressions).sum())])
         columns = RequestColumns(model.schema, model.fields)
         online_N = np.concatenate(list(score_samples(score, index, columns)))
-        offline_N = _engine_logits(trained, index)
+        offline_N, _ = predict(PredictingRun(**vars(trained), test=index, notes=[]))
         notes = trained.saved.notes_on_missing(trained.missing_lookups())
-        tolerance = tolerance_of(trained.config.model)
+        tolerance = BFLOAT16_TOLERANCE if trained.config.model.compute_dtype == "bfloat16" else TOLERANCE
         used = {name: record.version for name, record in trained.stores.items()}
     for name, version in snapshots.items():
         if used.get(name, version) != version:
             notes.append(f"the run reads images of {name} from snapshot {used[name]}, but the vectors match {version}")
     apart_N = np.abs(online_N - offline_N)
     return LogitsCompared(len(apart_N), float(apart_N.max()), float(apart_N.mean()), tolerance, tuple(notes))
-
-
-def tolerance_of(model: ModelConfig) -> float:
-    """Return the largest difference that rounding may cause between two ways of scoring an impression."""
-    return BFLOAT16_TOLERANCE if model.compute_dtype == "bfloat16" else TOLERANCE
-
-
-def _engine_logits(trained: TrainedRun, index: SampleIndex) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-    reader = SampleReader(index, trained.schema, batch_size=trained.config.train.eval_batch_size)
-    prepared = trained.engine.prepared(reader.batches(), "eval")
-    return np.concatenate([trained.engine.predict(each) for each in prepared])
-
-
-def _first(index: SampleIndex, impressions: int | None) -> SampleIndex:
-    """Keep the first row groups with at least `impressions` impressions together; all if that is None."""
-    if impressions is None:
-        return index
-    starts = np.cumsum([0, *(each.num_samples for each in index.row_groups)])[:-1]
-    return replace(index, row_groups=index.row_groups[: int((starts < impressions).sum())])

@@ -6,7 +6,6 @@ The ids of all fields are one array: one hash, and one gather for each width. Th
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -34,15 +33,8 @@ _LOOKUP = 20_000
 """Images per lookup."""
 
 
-class Lookups(NamedTuple):
-    """The network's inputs, and for each field a mask of unknown IDs or images without a vector, (N,).
-
-    Fields whose values are all known are left out.
-    """
-
-    inputs: NetworkInputs
-    unknown: Mapping[str, Bool]
-    missing: Mapping[str, Bool]
+Masks = Mapping[str, Bool]
+"""By field: which ids are unknown or which images have no vector, (N,). Fields without any are left out."""
 
 
 class Scorer(Bundle):
@@ -104,20 +96,24 @@ class Scorer(Bundle):
                 check_equal_lists(batch, self._equal_lists)
             except DataError as failure:
                 raise RequestError(str(failure)) from None
-        lookups = yield from self._looked_up(batch, len(sent.counts_G), nulls)
-        logits_B = yield from self.network.steps(lookups.inputs)
+        inputs, *masks = yield from self._looked_up(batch, len(sent.counts_G), nulls)
+        logits_B = yield from self.network.steps(inputs)
         if not np.isfinite(logits_B).all():
             raise _not_finite(sent, batch, logits_B)
         ends = np.cumsum(sent.counts_G).tolist()
         parts = [logits_B[start:end] for start, end in zip([0, *ends], ends, strict=False)]
-        unknown, missing = self._unknown_and_missing(sent.counts_G, batch, lookups)
+        unknown, missing = (self._places(sent.counts_G, batch, each) for each in masks)
         return [
             Scored(logits_C=part, unknown=unknown.get(place, {}), missing=missing.get(place, {}))
             for place, part in enumerate(parts)
         ]
 
-    def _looked_up(self, batch: Batch, num_groups: int, nulls: Mapping[str, Bool]) -> Steps[Lookups]:
-        """Look up the ids and images of some requests, in pieces; `nulls`: by column, which images are null."""
+    def _looked_up(
+        self, batch: Batch, num_groups: int, nulls: Mapping[str, Bool]
+    ) -> Steps[tuple[NetworkInputs, Masks, Masks]]:
+        """Look up ids and images in pieces; return the network's inputs, and what is unknown and what is missing.
+
+        `nulls`: by column, which images are null."""
         missing = dict[str, Bool]()
         fields, unknown = self._id_rows(batch, nulls)
         yield
@@ -133,7 +129,7 @@ class Scorer(Bundle):
             fields=fields,
             dense={name: batch.dense[name] for name in self._dense},
         )
-        return Lookups(inputs, unknown, missing)
+        return inputs, unknown, missing
 
     def _id_rows(self, batch: Batch, nulls: Mapping[str, Bool]) -> tuple[dict[str, FieldRows], dict[str, Bool]]:
         """Return the rows of all ID fields, and masks of the ids that no training sample had."""
@@ -150,11 +146,7 @@ class Scorer(Bundle):
                 here = places[name]
                 rows = rows_NV[here.start - first : here.stop - first]
                 fields[name] = FieldRows(rows, batch.fields[name].lengths_M, batch.weights.get(name))
-        return fields, self._unknown(nulls, ~known_N, places)
-
-    def _unknown(self, nulls: Mapping[str, Bool], unknown_N: Bool, places: Mapping[str, slice]) -> dict[str, Bool]:
-        """Return for each field a mask of the ids that no training sample had; fields without any are left out."""
-        unknown = dict[str, Bool]()
+        unknown, unknown_N = dict[str, Bool](), ~known_N
         if nulls or unknown_N.any():
             counts = np.cumsum(unknown_N).tolist()
             before = 0
@@ -166,7 +158,7 @@ class Scorer(Bundle):
                 elif count > before:
                     unknown[name] = unknown_N[here]
                 before = count
-        return unknown
+        return fields, unknown
 
     def _images(
         self, store: str, fields: list[Field], batch: Batch, nulls: Mapping[str, Bool]
@@ -191,16 +183,13 @@ class Scorer(Bundle):
             found[field.name] = visual_NV, lacks_N
         return found
 
-    def _unknown_and_missing(
-        self, counts_G: Int64Array, batch: Batch, lookups: Lookups
-    ) -> tuple[dict[int, dict[str, Places]], dict[int, dict[str, Places]]]:
-        """Return what is unknown and missing, by request and field."""
-        found_in: tuple[dict[int, dict[str, Places]], dict[int, dict[str, Places]]] = ({}, {})
-        for found, masks in zip(found_in, (lookups.unknown, lookups.missing), strict=True):
-            for name, mask_N in masks.items():
-                for request, places in _by_request(counts_G, batch, self._field_of[name], mask_N):
-                    found.setdefault(request, {})[name] = places
-        return found_in
+    def _places(self, counts_G: Int64Array, batch: Batch, masks: Masks) -> dict[int, dict[str, Places]]:
+        """Return where the masks are true, by request and field."""
+        found: dict[int, dict[str, Places]] = {}
+        for name, mask_N in masks.items():
+            for request, places in _by_request(counts_G, batch, self._field_of[name], mask_N):
+                found.setdefault(request, {})[name] = places
+        return found
 
 
 def _slices(lengths_T: Int64Array) -> list[slice]:
@@ -222,7 +211,8 @@ def _by_request(counts_G: Int64Array, batch: Batch, field: Field, mask_N: Bool) 
     """Yield for each request the positions of a field's marked values, as behaviours or candidates."""
     rows = batch.fields[field.name]
     if field.side == "ad" and field.kind == "multi_id":
-        mask_N = _any(mask_N, rows.lengths_M)
+        list_N = np.repeat(np.arange(len(rows.lengths_M)), rows.lengths_M)
+        mask_N = np.bincount(list_N[mask_N], minlength=len(rows.lengths_M)) > 0
     if len(counts_G) == 1:  # a fifth of the time of what follows
         yield 0, mask_N.nonzero()[0]
         return
@@ -230,10 +220,3 @@ def _by_request(counts_G: Int64Array, batch: Batch, field: Field, mask_N: Bool) 
     for request, of_request in enumerate(np.split(mask_N, np.cumsum(of_G)[:-1])):
         if of_request.any():
             yield request, np.flatnonzero(of_request)
-
-
-def _any(mask_N: Bool, lengths_K: NDArray[np.integer]) -> Bool:
-    """Return for each list whether one of its values is marked, (K,)."""
-    list_N = np.repeat(np.arange(len(lengths_K)), lengths_K)
-    marked_K: Bool = np.bincount(list_N[mask_N], minlength=len(lengths_K)) > 0
-    return marked_K

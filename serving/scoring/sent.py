@@ -260,7 +260,9 @@ def sent_requests(columns: RequestColumns, requests: Sequence[Request]) -> Steps
         columns.check_parts(each, names.where.format(number))
         if number % PIECE_REQUESTS == PIECE_REQUESTS - 1:
             yield
-    found, counts_G = dict[str, SentColumn](), _counts(requests)
+    found = dict[str, SentColumn]()
+    lists = [[len(value) for value in each.candidates.values() if isinstance(value, list)] for each in requests]
+    counts_G = np.array([max(each, default=0) for each in lists], np.int64)
     parts = {"user": [each.user for each in requests], "ad": [each.candidates for each in requests]}
     laid_out = 0
     for name, rule in columns.sources.items():
@@ -295,12 +297,6 @@ def missing(columns: RequestColumns, absent: Sequence[str], names: Names, reques
     if len(absent) == 1:
         return RequestError(f"{where}{labels} is missing, expected {expected(columns.sources[absent[0]], 0)}")
     return RequestError(f"{where}{len(absent)} columns are missing: {labels}")
-
-
-def _counts(requests: Sequence[Request]) -> Int64Array:
-    """Count the candidates of each request, by its longest list."""
-    lengths = ([len(value) for value in each.candidates.values() if isinstance(value, list)] for each in requests)
-    return np.array([max(each, default=0) for each in lengths], np.int64)
 
 
 def _sent(name: str, rule: Rule, entries: Sequence[Any], names: Names, in_context_G: Bool | None) -> SentColumn:
@@ -365,6 +361,14 @@ def check_table(budget: Budget, table: pa.Table) -> None:
             while (inside := _inside(array)) is not None:
                 count, array = inside
                 budget.check("values", values := values + count)
+
+
+def stream_of(table: pa.Table) -> bytes:
+    """Write a table as an Arrow stream."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue().to_pybytes()
 
 
 def _inside(array: Any) -> tuple[int, Any] | None:

@@ -33,8 +33,8 @@ from pipeline.images.decode import JPEG_START, PIXELS_16_BIT, decode
 from pipeline.samples.logs import find_pieces, read_piece
 from pipeline.samples.mapping import LogMapping, load_mapping
 from serving.errors import RequestError
-from serving.http.codec import ArrowBody, Body, JsonBody
-from serving.http.inference import TensorBody
+from serving.http.codec import ArrowBody, JsonBody
+from serving.http.inference import Body, TensorBody
 from serving.network import run_steps
 from serving.scoring.decode import decode as decode_body
 from serving.settings import Budget
