@@ -79,11 +79,6 @@ class AccessSettings:
         30
     )
 
-    @property
-    def scheme(self) -> str:
-        """https if a certificate is given, else http."""
-        return "https" if self.tls_cert is not None else "http"
-
 
 @dataclass(frozen=True, kw_only=True)
 class ServerSettings(Budget, AccessSettings):

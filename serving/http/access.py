@@ -209,8 +209,8 @@ def stop_connecting(listener: socket.socket) -> None:
 
 def url_of(settings: AccessSettings, listener: socket.socket) -> str:
     """Return the address at which the socket listens, with its actual port."""
-    host, port = listener.getsockname()[:2]
-    return f"{settings.scheme}://[{host}]:{port}" if ":" in host else f"{settings.scheme}://{host}:{port}"
+    scheme, (host, port, *_) = "http" if settings.tls_cert is None else "https", listener.getsockname()
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
 def uvicorn_config(settings: AccessSettings, credentials: Credentials | None, app: Any) -> uvicorn.Config:

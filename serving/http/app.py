@@ -183,8 +183,7 @@ class Scoring:
         answer = body.answer(scores)
         scores.stages["read"] = request.state.read_s
         scores.stages["encode"] = encode_s = time.perf_counter() - start_s
-        self.queue.pace.worked(encode_s)
-        await self.queue.pace.pause()
+        await self.queue.pace.pause(encode_s)
         self.metrics.record_scored(scores)
         return answer
 

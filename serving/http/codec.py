@@ -26,7 +26,6 @@ JSON, ARROW = "application/json", "application/vnd.apache.arrow.stream"
 _PARTS = ("user", "context", "candidates")
 _EXAMPLE = '{"user": {...}, "context": {...}, "candidates": {...}}'
 _OPTIONS = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS
-_RECORD_BATCH, _DICTIONARY_BATCH = 3, 2  # from the union MessageHeader in Arrow's Message.fbs
 _NO_MARKS = bytes(set(range(256)) - set(b'[]{},:"'))
 _STEPS = bytes.maketrans(b"[{]}", b"\x01\x01\xff\xff")
 _OBJECT = 3
@@ -198,10 +197,9 @@ def _check_messages(body: bytes, budget: Budget) -> None:
         budget.check("messages", number)  # without the schema
         if number == 0:
             budget.check("schema_bytes", message.metadata.size)
-        kind, is_compressed = _batch_of(message.metadata.to_pybytes())
-        if kind == _DICTIONARY_BATCH:
+        if message.type == "dictionary":
             raise RequestError("the Arrow stream has a dictionary, and may grow without limit: write plain texts")
-        if is_compressed:
+        if message.type == "record batch" and _is_compressed(message.metadata.to_pybytes()):
             raise RequestError(
                 "the Arrow stream is compressed, and may grow without limit: write it without compression"
             )
@@ -211,18 +209,14 @@ def _maps(parts: Sequence[Mapping[str, Any]]) -> Any:
     return pa.array([list(_places(part).items()) for part in parts], pa.map_(pa.string(), pa.list_(pa.int64())))
 
 
-def _batch_of(message: bytes) -> tuple[int, bool]:
-    """Return the kind of a message of a stream, and whether it is a record batch with compressed buffers.
+def _is_compressed(message: bytes) -> bool:
+    """Return whether a record batch has compressed buffers.
 
     pyarrow does not tell, so this reads Arrow's flatbuffers: Message{version, header_type, header, …},
     RecordBatch{length, nodes, buffers, compression}.
     """
-    table = struct.unpack_from("<I", message)[0]
-    kind_at, header_at = _field_at(message, table, 1), _field_at(message, table, 2)
-    if not (kind_at and header_at):
-        return 0, False
-    kind, batch = message[kind_at], header_at + int(struct.unpack_from("<I", message, header_at)[0])
-    return kind, kind == _RECORD_BATCH and _field_at(message, batch, 3) != 0
+    header_at = _field_at(message, struct.unpack_from("<I", message)[0], 2)
+    return _field_at(message, header_at + int(struct.unpack_from("<I", message, header_at)[0]), 3) != 0
 
 
 def _field_at(message: bytes, table: int, number: int) -> int:

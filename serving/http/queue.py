@@ -62,16 +62,13 @@ class Pace:
     def __init__(self) -> None:
         self._worked_s = 0.0
 
-    async def pause(self) -> None:
-        """Let other tasks run if it is time to."""
+    async def pause(self, worked_s: float = 0.0) -> None:
+        """Let other tasks run if it is time to; `worked_s`: seconds of other work that count as well."""
+        self._worked_s += worked_s
         if self._worked_s >= PIECE_S:
             self._worked_s = 0.0
             for _ in range(TURNS):
                 await asyncio.sleep(0)
-
-    def worked(self, seconds: float) -> None:
-        """Count other work."""
-        self._worked_s += seconds
 
     async def through(self, steps: Steps[ResultT]) -> ResultT:
         """Do work in pieces, and let others run between them."""

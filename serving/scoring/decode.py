@@ -273,15 +273,9 @@ def real_numbers(values: Sequence[Any], may_miss: bool) -> NDArray[np.float32]:
         try:  # whole numbers are rounded once, as in a column of integers
             numbers_N = np.array(values, np.int64 if kinds == {int} else np.float64)
         except OverflowError:
-            numbers_N = np.array([_or_infinite(value) for value in values])
+            known = [np.inf if type(value) is int and abs(value) >= 1 << 1023 else value for value in values]
+            numbers_N = np.array(known, np.float64)
         return _finite(numbers_N.astype(np.float32), values, may_miss)
-
-
-def _or_infinite(value: Any) -> float:
-    try:
-        return np.nan if value is None else float(value)
-    except OverflowError:
-        return float("inf")
 
 
 def _finite(numbers_N: NDArray[np.float32], values: Any, may_miss: bool) -> NDArray[np.float32]:

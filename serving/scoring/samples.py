@@ -58,18 +58,10 @@ def score_model(url: str, samples: str, out: str, version: int | None = None) ->
     The file is like that of `trainer.evaluation.predict`. Raises ServingError, TrainerError, FeatureStoreError.
     """
     with contextlib.closing(Scorer.open(url, version)) as scorer:
-        manifest, schema = scorer.manifest, scorer.schema
+        schema = scorer.schema
         index = open_index(SoloComm(), samples, TEST, schema)
-        about = {
-            "model": scorer.storage.url,
-            "version": manifest.version,
-            "vectors": dict(scorer.identity.vectors),
-            "run": manifest.run,
-            "checkpoint": manifest.checkpoint,
-            "checkpoint_digest": manifest.checkpoint_digest,
-            "samples": index.storage.url,
-            "missing": manifest.missing,
-        }
+        about = scorer.manifest.model_dump(include={"version", "run", "checkpoint", "checkpoint_digest", "missing"})
+        about |= {"model": scorer.storage.url, "vectors": dict(scorer.identity.vectors), "samples": index.storage.url}
         dictionary = IdDictionary.of_samples(index.storage)
         texts = written_ids(index, schema, [dictionary] if dictionary else [])
         with open_scores(out, index, schema, about, texts) as file:
@@ -101,14 +93,14 @@ class RemoteScorer:
 
     def score(self, table: pa.Table) -> list[NDArray[np.float32]]:
         """Return the logits of each row of a table, however long. Raises ServingError if the server does not answer."""
-        starts = range(0, table.num_rows, PIECE_REQUESTS)
-        return [row for start in starts for row in self._score_piece(table.slice(start, PIECE_REQUESTS))]
-
-    def _score_piece(self, table: pa.Table) -> list[NDArray[np.float32]]:
-        answer = pa.ipc.open_stream(self._sent("/v1/score", stream_of(plain(table)))).read_all()
-        self.version = int((answer.schema.metadata or {})[b"version"])
-        logits: Any = answer["logit"].combine_chunks()
-        return [np.asarray(row.values.to_numpy(), np.float32) for row in logits]
+        found: list[NDArray[np.float32]] = []
+        for start in range(0, table.num_rows, PIECE_REQUESTS):
+            body = stream_of(plain(table.slice(start, PIECE_REQUESTS)))
+            answer = pa.ipc.open_stream(self._sent("/v1/score", body)).read_all()
+            self.version = int((answer.schema.metadata or {})[b"version"])
+            logits: Any = answer["logit"].combine_chunks()
+            found += [np.asarray(row.values.to_numpy(), np.float32) for row in logits]
+        return found
 
     def depths(self) -> dict[str, int]:
         """Return the columns of the server's model, and how many lists are around the values of each in a request.
