@@ -21,7 +21,6 @@ from serving.settings import ServerSettings
 
 if TYPE_CHECKING:
     from serving.bundle.files import Vectors
-    from serving.bundle.log import ListedVersion
 
 app = CommandApp(
     help="Answer requests with a published model, and manage its versions.",
@@ -122,11 +121,18 @@ def log(
     json_file: JsonOption = None,
 ) -> None:
     """List the published versions, newest first, with the time when each was last put in use."""
+    from featurestore.log import utc_text
     from serving.bundle.log import choices, list_versions, version_in_use
 
     storage = Storage(url)
-    found = list_versions(storage, last)
-    rows = [_log_row(each) for each in found]
+    found, rows = list_versions(storage, last), list[Sequence[str]]()
+    for each in found:
+        about = ["damaged", "", "", ""]
+        if (manifest := each.manifest) is not None:
+            size = bytes_text(sum(file.bytes for file in manifest.files))
+            about = [utc_text(manifest.time_s), manifest.run, manifest.checkpoint, size]
+        since = f"{'since' if each.in_use else 'was,'} {utc_text(each.chosen_s[-1])}" if each.chosen_s else ""
+        rows.append((f"{each.version}", *about, since))
     print_rows(("version", "published", "run", "checkpoint", "bytes", "in use"), rows, numbers=("version", "bytes"))
     write_json_option(
         json_file,
@@ -197,22 +203,6 @@ def _vectors_text(found: "Vectors | None") -> str:
     )
 
 
-def _log_row(each: "ListedVersion") -> Sequence[str]:
-    from featurestore.log import utc_text
-
-    since = f"{'since' if each.in_use else 'was,'} {utc_text(each.chosen_s[-1])}" if each.chosen_s else ""
-    if (manifest := each.manifest) is None:
-        return f"{each.version}", "damaged", "", "", "", since
-    return (
-        f"{each.version}",
-        utc_text(manifest.time_s),
-        manifest.run,
-        manifest.checkpoint,
-        bytes_text(sum(file.bytes for file in manifest.files)),
-        since,
-    )
-
-
 @app.command(
     epilog="Examples:\n\n"
     "- `crossmedia model expire data/models/ctr --dry-run`\n\n"
@@ -227,8 +217,7 @@ def expire(
         float, typer.Option("--keep-days", min=0, help="Keep versions that were published or in use in the last days.")
     ] = KEEP_DAYS,
     grace_days: Annotated[
-        float,
-        typer.Option("--grace-days", min=0, help="Always keep versions that were in use in the last days."),
+        float, typer.Option("--grace-days", min=0, help="Always keep versions that were in use in the last days.")
     ] = GRACE_DAYS,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and change nothing.")] = False,
 ) -> None:

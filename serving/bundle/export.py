@@ -188,8 +188,7 @@ def _metrics(saved: SavedRun) -> dict[str, Any]:
     """Return the metrics on the test samples at the checkpoint's step; empty if none were measured."""
     report, step = report_of(saved.folder), saved.state.step
     if report is not None and report.get("global_step") == step:
-        metrics: dict[str, Any] = report["metrics"]
-        return metrics
+        return dict(report["metrics"])
     measured: dict[str, Any] = next((entry for entry in reversed(saved.state.history) if entry["step"] == step), {})
     return {name: value for name, value in measured.items() if name != "step"}
 

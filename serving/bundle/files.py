@@ -97,17 +97,12 @@ class LocalFiles:
         place = self._folder / name
         if self._storage.is_local:
             check_file(self._storage, f"{self._manifest.folder}/{name}", file, verify=True)
-        elif not self._is_there(file, place):
-            self._fetch(file)
-        return place
-
-    def _is_there(self, file: BundleFile, place: Path) -> bool:
-        """Return whether an earlier fetch has left the complete file."""
+            return place
         try:
             check_file(Storage(place.parent), place.name, file, verify=True)
-        except (BrokenBundleError, StorageError):
-            return False
-        return True
+        except (BrokenBundleError, StorageError):  # no earlier fetch has left the complete file
+            self._fetch(file)
+        return place
 
     def _fetch(self, file: BundleFile) -> None:
         """Copy a file from the object store; it gets its final name after its digest was checked."""

@@ -9,21 +9,20 @@ Letters of shapes: K images of a block, M live rows of a shard, D feature width,
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from typing import Any
 from urllib.parse import quote
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from featurestore.errors import CommitConflictError, SnapshotNotFoundError, SpecMismatchError
-from featurestore.format import datafile
-from featurestore.format.datafile import FEATURE, KEY, URI, FeatureRows
+from featurestore.format.datafile import FEATURE, KEY, URI, FeatureRows, matrix_of, numpy_column, text_column
 from featurestore.format.shard import ShardReader
 from featurestore.keys import Int64Array, power_of_two
 from featurestore.lookup.embedding import EmbeddingModel
@@ -138,25 +137,19 @@ class ChangedImages:
         Reads the features of images alone that a file names which only one of the snapshots has."""
         reader = self.newest.shard_reader(shard)
         if self.mirrored is None:
-            return map(self._rows, reader.live_tables([KEY, URI, FEATURE])), _NO_KEYS
+            tables, info = reader.live_tables([KEY, URI, FEATURE]), self.newest.info
+            every = ((numpy_column(each, KEY), text_column(each, URI), matrix_of(each, info)) for each in tables)
+            return every, _NO_KEYS
         new, old = self.newest.manifest.files(shard), self.mirrored.manifest.files(shard)
         num_same = sum(1 for _ in takewhile(lambda pair: pair[0].path == pair[1].path, zip(old, new, strict=False)))
         differing = [*new[num_same:], *old[num_same:]]
         if not differing:
             return iter(()), _NO_KEYS
         touched = np.unique(ShardReader(self.newest.storage, self.newest.info, shard, differing).all_keys())
-        return self._among(reader, touched), np.setdiff1d(touched, reader.keys())
-
-    def _rows(self, table: pa.Table) -> ImageRows:
-        features_KD = datafile.matrix_of(table, self.newest.info)
-        return datafile.numpy_column(table, KEY), datafile.text_column(table, URI), features_KD
-
-    def _among(self, reader: ShardReader, touched: Int64Array) -> Iterator[ImageRows]:
-        """Read the live rows among some keys of a shard, a few thousand at a time."""
         keys, uris = reader.uris(touched)
-        for start in range(0, len(keys), BATCH_ROWS):
-            here = slice(start, start + BATCH_ROWS)
-            yield keys[here], uris[here], reader.features(keys[here])[0]
+        blocks = [slice(start, start + BATCH_ROWS) for start in range(0, len(keys), BATCH_ROWS)]
+        found = ((keys[here], uris[here], reader.features(keys[here])[0]) for here in blocks)
+        return found, np.setdiff1d(touched, reader.keys())
 
 
 _MAX_ATTEMPTS = 5
@@ -328,11 +321,8 @@ def _check_source(of: VectorsOf, now: Snapshot, newest: Snapshot) -> None:
 
 def _mirrored(source: FeatureStore, now: Snapshot) -> Snapshot | None:
     """Open the snapshot of the features that the vectors match; None if it is unknown or has expired."""
-    mirrors = now.manifest.mirrors
-    if mirrors is None:
-        return None
-    try:
-        found = source.snapshot(mirrors.version)
-    except SnapshotNotFoundError:
-        return None
-    return found if found.manifest.commit_id == mirrors.commit_id else None
+    if (mirrors := now.manifest.mirrors) is not None:
+        with suppress(SnapshotNotFoundError):
+            found = source.snapshot(mirrors.version)
+            return found if found.manifest.commit_id == mirrors.commit_id else None
+    return None

@@ -1,9 +1,8 @@
 """What every server of the project shares: its socket, tokens, certificates, log, and a uvicorn that stops quietly.
 
-The files of tokens, certificate and key are read again when they change, so that a renewal needs no restart. A token is
-sent as `Authorization: Bearer TOKEN` and compared in constant time; a file may hold several, one per line, so that a
-new one can be handed out before the old one is removed. Health checks need no token. Certificate and key are tested
-before the server listens, so that a wrong file is an error at the start instead of a failed handshake later.
+A token is sent as `Authorization: Bearer TOKEN`; a file may hold several, one per line, so that a new one can be handed
+out before the old one is removed. Files are checked before the server listens, so that a wrong one is an error at the
+start instead of a failed handshake later, and read again when they change, so that a renewal needs no restart.
 """
 
 import asyncio
@@ -119,9 +118,15 @@ class Credentials:
     def _choose(self, connection: ssl.SSLSocket | ssl.SSLObject, name: str | None, context: ssl.SSLContext) -> None:
         connection.context = self._newest
 
-    def _look(self) -> list[tuple[int, int, int] | None]:
-        files = (self._settings.token_file, self._settings.tls_cert, self._settings.tls_key)
-        return [_identity(file) for file in files if file is not None]
+    def _look(self) -> list[tuple[Path, int, int, int]]:
+        """Return inode, size and time of each file that can be read, to detect changes."""
+        seen = []
+        for file in (self._settings.token_file, self._settings.tls_cert, self._settings.tls_key):
+            with contextlib.suppress(OSError):
+                if file is not None:
+                    found = file.stat()
+                    seen.append((file, found.st_ino, found.st_size, found.st_mtime_ns))
+        return seen
 
 
 def check_files(settings: AccessSettings) -> None:
@@ -154,15 +159,6 @@ def tls_context(cert: Path, key: Path | None) -> ssl.SSLContext:
             f"{files} cannot be used ({reason}); give PEM files of a certificate and its key, without a password"
         ) from None
     return context
-
-
-def _identity(file: Path) -> tuple[int, int, int] | None:
-    """Return inode, size and time of a file, to detect changes; None if it cannot be read."""
-    try:
-        found = file.stat()
-    except OSError:
-        return None
-    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _no_password() -> str:

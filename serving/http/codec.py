@@ -18,11 +18,11 @@ from serving.bundle.log import BundleIdentity
 from serving.errors import RequestError
 from serving.network import Steps
 from serving.scoring.request import Request, RequestColumns, Scored, short_repr
-from serving.scoring.sent import SentTable, check_table, sent_requests, sent_table, stream_of
+from serving.scoring.sent import ARROW, SentTable, check_table, sent_requests, sent_table, stream_of
 from serving.settings import Budget
 from trainer.schema.fields import Field
 
-JSON, ARROW = "application/json", "application/vnd.apache.arrow.stream"
+JSON = "application/json"
 _PARTS = ("user", "context", "candidates")
 _EXAMPLE = '{"user": {...}, "context": {...}, "candidates": {...}}'
 _OPTIONS = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS

@@ -196,22 +196,15 @@ def sent_tensors(columns: RequestColumns, tensors: Mapping[str, Tensor]) -> Sent
 
 def _levels(name: str, tensors: Mapping[str, Tensor], rule: Rule) -> tuple[Int64Array, ...]:
     """Return the lengths of a column's lists, by the shape of its tensor."""
-    tensor, outer = tensors[name], "C" if rule.side == "ad" else "L"
-    if rule.depth == 0:
-        if tensor.shape != (1,):
-            raise _shape_error(name, tensor, "[1]")
-        return ()
-    if rule.depth == 1:
-        if len(tensor.shape) != 1:
-            raise _shape_error(name, tensor, f"[{outer}]")
-        return (np.array(tensor.shape),)
-    if (lengths := tensors.get(name + LENGTHS)) is not None:
+    tensor = tensors[name]
+    if rule.depth == 2 and (lengths := tensors.get(name + LENGTHS)) is not None:
         return _by_lengths(name, tensor, lengths)
-    if len(tensor.shape) != 2:
-        wanted = f"[{outer}, {rule.width or 'K'}], or [N] with a tensor {name}{LENGTHS} [{outer}]"
-        raise _shape_error(name, tensor, wanted)
-    rows, width = tensor.shape
-    return np.array([rows]), np.full(rows, width)
+    if len(tensor.shape) != max(1, rule.depth) or (rule.depth == 0 and tensor.shape != (1,)):
+        outer = "C" if rule.side == "ad" else "L"
+        of_lists = f"[{outer}, {rule.width or 'K'}], or [N] with a tensor {name}{LENGTHS} [{outer}]"
+        raise _shape_error(name, tensor, ("[1]", f"[{outer}]", of_lists)[rule.depth])
+    rows, *widths = tensor.shape
+    return (np.array([rows]), *(np.full(rows, width) for width in widths)) if rule.depth else ()
 
 
 def _by_lengths(name: str, tensor: Tensor, lengths: Tensor) -> tuple[Int64Array, ...]:

@@ -96,7 +96,9 @@ class _Upload:
         if self._is_whole:  # the next message says that the client left
             return await self._receive()
         if self.size_bytes == 0:
-            self._check_announced()
+            announced = next((value for name, value in self._scope["headers"] if name == b"content-length"), b"0")
+            if announced.isdigit() and int(announced[:20]) > self._limits.max_bytes:
+                raise self._too_large(f"{announced[:20].decode()} bytes")
         try:
             async with asyncio.timeout_at(self._deadline_s()) as self._timeout:
                 message = await self._receive()
@@ -130,11 +132,6 @@ class _Upload:
             raise self._error()
         if self.size_bytes > self._limits.max_bytes:
             raise self._too_large(f"over {self._limits.max_bytes:,} bytes")
-
-    def _check_announced(self) -> None:
-        announced = next((value for name, value in self._scope["headers"] if name == b"content-length"), b"0")
-        if announced.isdigit() and int(announced[:20]) > self._limits.max_bytes:
-            raise self._too_large(f"{announced[:20].decode()} bytes")
 
     def _deadline_s(self) -> float:
         end_s = self._begin_s + self._limits.timeout_s

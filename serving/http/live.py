@@ -10,7 +10,6 @@ numbers. A bundle without a sample (`--sample-groups 0`) is neither warmed up no
 """
 
 import asyncio
-import logging
 import sys
 import time
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING
 from featurestore.console.memory import return_freed_memory
 from serving.bundle.log import BundleIdentity
 from serving.errors import BrokenBundleError, NotFiniteError
+from serving.http.access import logger
 from serving.http.limits import RefusedError
 from serving.http.metrics import ServingMetrics
 from serving.settings import ServerSettings
@@ -28,7 +28,6 @@ from serving.settings import ServerSettings
 if TYPE_CHECKING:
     from serving.scoring.scorer import Scorer
 
-logger = logging.getLogger("serving")
 _LONGEST_WAIT_S = 300.0
 _LOCK_SWITCH_S = 0.0005
 

@@ -4,8 +4,9 @@ import shlex
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from serving.http.codec import ARROW, JSON
+from serving.http.codec import JSON
 from serving.scoring.request import RequestColumns, expected
+from serving.scoring.sent import ARROW
 from trainer.samples.columns import Rule
 
 EXAMPLE = "/v1/example"

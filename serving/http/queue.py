@@ -59,8 +59,7 @@ class Work:
 class Pace:
     """Lets other tasks of the event loop run after each `PIECE_S` of work."""
 
-    def __init__(self) -> None:
-        self._worked_s = 0.0
+    _worked_s = 0.0
 
     async def pause(self, worked_s: float = 0.0) -> None:
         """Let other tasks run if it is time to; `worked_s`: seconds of other work that count as well."""
@@ -189,7 +188,7 @@ class ScoringQueue:
                 except Exception as error:
                     _fail(work, error)
                     continue
-            if work.sent.is_plain:
+            if all(isinstance(each.values, list) for each in work.sent.columns.values()):  # Python's, as JSON's are
                 together.append(work)
             else:
                 await self._score(model, [work])

@@ -19,7 +19,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
@@ -260,8 +260,13 @@ def health_port(settings: ServerSettings, is_live: Callable[[], bool], is_ready:
     if settings.health_port is None:
         yield
         return
-    paths = dict(zip(access.OPEN_PATHS, (is_live, is_ready), strict=True))
-    app = Starlette(routes=[Route(path, _health(path.rpartition("/")[2], holds)) for path, holds in paths.items()])
+    checks = dict(zip(access.OPEN_PATHS, (is_live, is_ready), strict=True))
+
+    async def answer(request: Request) -> Response:
+        path, is_so = request.url.path, checks[request.url.path]()
+        return access.json_response({path.rpartition("/")[2]: is_so}, 200 if is_so else 503)
+
+    app = Starlette(routes=[Route(path, answer) for path in checks])
     with access.listen(settings, "health_port") as listener:
         server = uvicorn.Server(access.uvicorn_config(settings, None, app))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="health")
@@ -271,11 +276,3 @@ def health_port(settings: ServerSettings, is_live: Callable[[], bool], is_ready:
         finally:
             server.should_exit = True
             thread.join()
-
-
-def _health(name: str, holds: Callable[[], bool]) -> Callable[[Request], Awaitable[Response]]:
-    async def answer(request: Request) -> Response:
-        is_so = holds()
-        return access.json_response({name: is_so}, 200 if is_so else 503)
-
-    return answer

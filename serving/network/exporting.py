@@ -123,15 +123,17 @@ def split_shared_linear(program: ExportedProgram) -> None:
     program.graph_module.recompile()
 
 
-def _split_linear(node: Node) -> None:
+def _split_linear(node: Any) -> None:
     """Rewrite linear([user's row for all, x], W, b) = linear(x, W_x, b) + linear(user's row, W_user)."""
-    joined, weight, *bias = _args(node)
-    if not (isinstance(joined, Node) and joined.target is _aten.cat.default and _args(joined)[1:] == (1,)):
+    joined, weight, *bias = node.args
+    if joined.target is not _aten.cat.default or joined.args[1:] != (1,):
         return
-    first, *others = _args(joined)[0]
-    if not (others and _is_one_row_for_all(first)):
+    first, *others = joined.args[0]
+    if not others or first.target is not _aten.index_select.default:
         return
-    row_1W = _args(first)[0]
+    row_1W, _, places = first.args
+    if row_1W.meta["val"].shape[0] != 1 or places.target is not _aten.zeros.default:
+        return  # it is not one row for all
     width = row_1W.meta["val"].shape[1]
     with node.graph.inserting_before(node):
         of_row = _call(node, _aten.slice.Tensor, weight, 1, 0, width)
@@ -140,19 +142,6 @@ def _split_linear(node: Node) -> None:
         once = _call(node, _aten.linear.default, row_1W, of_row, *bias)
         result = _call(node, _aten.add.Tensor, _call(node, _aten.linear.default, others_BW, of_others), once)
     node.replace_all_uses_with(result)
-
-
-def _is_one_row_for_all(node: Node) -> bool:
-    """Return whether a node is `row.index_select(0, zeros)` of one row."""
-    if node.target is not _aten.index_select.default:
-        return False
-    row, _, places = _args(node)
-    is_one: bool = row.meta["val"].shape[0] == 1 and places.target is _aten.zeros.default
-    return is_one
-
-
-def _args(node: Node) -> tuple[Any, ...]:
-    return node.args
 
 
 def _call(like: Node, target: Callable[..., Any], *args: Any) -> Node:

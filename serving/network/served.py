@@ -47,7 +47,6 @@ _BLOCK = 256  # candidates a run, so that intermediate results stay in the proce
 _MOST_PAIRS = 1 << 15
 """Pairs of a candidate and a behaviour a run: some milliseconds, and some megabytes."""
 
-Form = Literal["compiled", "portable"]
 Run = Callable[[list[Tensor]], Sequence[Tensor]]
 Float32 = NDArray[np.float32]
 Int64 = NDArray[np.int64]
@@ -147,10 +146,9 @@ class Slots:
     @classmethod
     def of(cls, model: CtrModel, config: ModelConfig) -> Self:
         """Name the tensors of a model."""
-        slots = [slot for field in model.fields for slot in _of_field(field, width_of(field, config))]
         lists = tuple(f.name for f in model.fields if f.side == "user" and f.kind in ("multi_id", "content"))
         return cls(
-            slots=tuple(slots),
+            slots=tuple(slot for field in model.fields for slot in _of_field(field, width_of(field, config))),
             lists=lists,
             equal_lists=tuple(model.behaviors) if isinstance(model, Din) else (),
             of_user=tuple(field.name for field in model.fields if field.side == "user"),
@@ -166,7 +164,11 @@ class Slots:
         for slot in self.slots:
             array = inputs.dense[slot.field] if slot.part == "dense" else getattr(inputs.fields[slot.field], slot.part)
             assert array is not None, f"field {slot.field} needs {slot.part}"
-            _check(slot, array, num_candidates, counts)
+            # Sizes are checked, as compiled code trusts them.
+            size = 1 if slot.size == "one" else num_candidates if slot.size == "candidates" else counts.get(slot.field)
+            assert slot.size == "any" or len(array) == size, f"{slot} has {len(array)} rows and not {size}"
+            width = array.shape[1] if array.ndim == 2 else 0
+            assert width == slot.width, f"{slot} is {width} wide"
             arrays.append(np.ascontiguousarray(array, np.float32 if slot.is_real else np.int64))
         return arrays
 
@@ -178,9 +180,7 @@ def _of_field(field: Field, width: int) -> Iterator[Slot]:
         yield Slot(field.name, "dense", "one" if of_user else "candidates", width)
         return
     is_list = field.kind == "multi_id" or (field.kind == "content" and of_user)
-    size: Size = "candidates"
-    if is_list or of_user:
-        size = ("list" if of_user else "any") if is_list else "one"
+    size: Size = ("list" if is_list else "one") if of_user else "any" if is_list else "candidates"
     yield Slot(field.name, "rows_NV", size, width)
     if field.weights is not None:
         yield Slot(field.name, "weights_N", size)
@@ -192,23 +192,15 @@ SLOTS_JSON = TypeAdapter(Slots)
 """Writes the slots of a network as JSON, and reads them. Raises ValidationError for anything else."""
 
 
-def _check(slot: Slot, array: NDArray[Any], num_candidates: int, counts: dict[str, int]) -> None:
-    """Check the sizes of an array, as compiled code trusts them."""
-    size = len(array)
-    expected = 1 if slot.size == "one" else num_candidates if slot.size == "candidates" else counts.get(slot.field)
-    assert slot.size == "any" or size == expected, f"{slot.field}.{slot.part} has {size} rows and not {expected}"
-    width = array.shape[1] if array.ndim == 2 else 0
-    assert width == slot.width, f"{slot.field}.{slot.part} is {width} wide and not {slot.width}"
-
-
+@dataclass
 class ServedNetwork:
     """An exported network; calls from several threads may run at the same time."""
 
-    def __init__(self, run: Run, slots: Slots, form: Form, note: str | None) -> None:
-        self._run, self._slots = run, slots
-        self.form = form
-        self.note = note
-        """Why existing compiled code is not used."""
+    _run: Run
+    _slots: Slots
+    form: Literal["compiled", "portable"]
+    note: str | None
+    """Why existing compiled code is not used."""
 
     @classmethod
     def load(cls, folder: Path, *, portable: bool = False) -> Self:

@@ -57,11 +57,6 @@ def decode(columns: RequestColumns, sent: SentTable) -> Steps[Decoded]:
         raise missing(columns, absent, sent.names)
     found = yield from _Decoder(columns, sent).columns()
     nulls = {name: each.is_null_N for name, each in found.items() if each.is_null_N is not None}
-    return Decoded(_batch(columns, sent, found), nulls)
-
-
-def _batch(columns: RequestColumns, sent: SentTable, found: Mapping[str, Column]) -> Batch:
-    """Build the trainer's batch of the columns. Raises NotFiniteError."""
     counts_G = sent.counts_G
     ones = {"user": np.ones(len(counts_G), np.int64), "ad": np.ones(int(counts_G.sum()), np.int64)}
 
@@ -76,13 +71,14 @@ def _batch(columns: RequestColumns, sent: SentTable, found: Mapping[str, Column]
         path = sent.names.path(failure.column, places_of(levels, failure.row))
         raise NotFiniteError(f"{path} has {failure.why}") from None
     num_samples = len(ones["ad"])
-    return Batch(
+    batch = Batch(
         **inputs,
         group_of_sample_B=np.repeat(np.arange(len(counts_G)), counts_G),
         label_B=np.zeros(num_samples, np.float32),
         group_id_B=np.zeros(num_samples, np.int64),
         global_samples=num_samples,
     )
+    return Decoded(batch, nulls)
 
 
 class _Decoder:

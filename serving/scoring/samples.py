@@ -23,7 +23,7 @@ from serving.errors import BrokenBundleError, NotFiniteError, ServerSettingsErro
 from serving.network import run_steps
 from serving.scoring.request import RequestColumns
 from serving.scoring.scorer import Scorer
-from serving.scoring.sent import PIECE_REQUESTS, sent_table, stream_of
+from serving.scoring.sent import ARROW, PIECE_REQUESTS, sent_table, stream_of
 from trainer.comm import SoloComm
 from trainer.errors import DataError
 from trainer.evaluation.predict import Written, open_scores, predict, written_ids
@@ -76,7 +76,6 @@ def in_process(scorer: Scorer) -> ScoreTable:
     return lambda table: [each.logits_C for each in scorer.score(table)]
 
 
-_ARROW = "application/vnd.apache.arrow.stream"
 _TIMEOUT_S = 60
 
 
@@ -116,7 +115,7 @@ class RemoteScorer:
 
     def _sent(self, path: str, body: bytes | None = None) -> bytes:
         """Post an Arrow body to the server, or get what is there, and return its answer. Raises ServingError."""
-        headers = {"Content-Type": _ARROW} | ({"Authorization": f"Bearer {self.token}"} if self.token else {})
+        headers = {"Content-Type": ARROW} | ({"Authorization": f"Bearer {self.token}"} if self.token else {})
         try:
             request = urllib.request.Request(f"{self.url.rstrip('/')}{path}", body, headers)
             with urllib.request.urlopen(request, timeout=_TIMEOUT_S, context=self.context) as response:
@@ -124,9 +123,7 @@ class RemoteScorer:
                 return answer
         except urllib.error.HTTPError as failure:
             said = failure.read(2_000).decode(errors="replace")
-            with contextlib.suppress(
-                ValueError, KeyError, TypeError
-            ):  # what is no answer of a scorer is shown as it is
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # of another server: shown as it is
                 said = parse_json(said)["error"]
             raise ServingError(f"{self.url} answers {failure.code}: {one_line(said)}") from None
         except (OSError, ValueError) as failure:

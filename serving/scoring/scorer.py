@@ -4,6 +4,7 @@ The ids of all fields are one array: one hash, and one gather for each width. Th
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
@@ -16,7 +17,6 @@ from featurestore.keys import Int64Array
 from featurestore.storage.storage import Storage
 from serving.bundle.manifest import SAMPLE, BundleManifest
 from serving.bundle.open import Bundle
-from serving.bundle.rows import Float32
 from serving.errors import NotFiniteError, RequestError
 from serving.network import Steps, run_steps
 from serving.network.served import FieldRows, NetworkInputs
@@ -50,8 +50,9 @@ class Scorer(Bundle):
         self.inputs = RequestColumns(self.schema, self.fields)
         """The columns of a request."""
         self.network  # noqa: B018 (loaded once, also for those `with_vectors`)
-        of_ids = sorted((field for field in self.fields if field.is_id), key=self._width_of)
-        by_width = groupby(of_ids, self._width_of)
+        width = partial(width_of, config=self.model)
+        of_ids = sorted((field for field in self.fields if field.is_id), key=width)
+        by_width = groupby(of_ids, width)
         self._ids_by_width = {width: [field.name for field in fields] for width, fields in by_width}
         self._column_of_id = {field.name: field.column_name for field in of_ids}
         self._tables_of_ids = [field.table_name for field in of_ids]
@@ -63,13 +64,9 @@ class Scorer(Bundle):
         self._field_of = {field.name: field for field in self.fields}
         self._equal_lists = behaviors_of(self.fields) if self.model.base == "din" else []
 
-    def _width_of(self, field: Field) -> int:
-        return width_of(field, self.model)
-
     def sample(self) -> pa.Table | None:
         """Read the bundle's own sample; None if it has none."""
-        has_one = self.manifest.file(SAMPLE) is not None
-        return pq.read_table(self.files.path(SAMPLE)) if has_one else None
+        return pq.read_table(self.files.path(SAMPLE)) if self.manifest.file(SAMPLE) else None
 
     def score(self, requests: Sequence[Request] | pa.Table) -> list[Scored]:
         """Score requests, or a table with the columns of sample files, whose labels are optional.
@@ -96,43 +93,31 @@ class Scorer(Bundle):
                 check_equal_lists(batch, self._equal_lists)
             except DataError as failure:
                 raise RequestError(str(failure)) from None
-        inputs, *masks = yield from self._looked_up(batch, len(sent.counts_G), nulls)
-        logits_B = yield from self.network.steps(inputs)
-        if not np.isfinite(logits_B).all():
-            raise _not_finite(sent, batch, logits_B)
-        ends = np.cumsum(sent.counts_G).tolist()
-        parts = [logits_B[start:end] for start, end in zip([0, *ends], ends, strict=False)]
-        unknown, missing = (self._places(sent.counts_G, batch, each) for each in masks)
-        return [
-            Scored(logits_C=part, unknown=unknown.get(place, {}), missing=missing.get(place, {}))
-            for place, part in enumerate(parts)
-        ]
-
-    def _looked_up(
-        self, batch: Batch, num_groups: int, nulls: Mapping[str, Bool]
-    ) -> Steps[tuple[NetworkInputs, Masks, Masks]]:
-        """Look up ids and images in pieces; return the network's inputs, and what is unknown and what is missing.
-
-        `nulls`: by column, which images are null."""
-        missing = dict[str, Bool]()
-        fields, unknown = self._id_rows(batch, nulls)
+        fields, unknown_of_field = self._id_rows(batch, nulls)
+        missing_of_field = dict[str, Bool]()
         yield
         for store, of_store in self._fields_of_store.items():
-            images = yield from self._images(store, of_store, batch, nulls)
-            for name, (rows_NV, missing_N) in images.items():
-                fields[name] = FieldRows(rows_NV, batch.fields[name].lengths_M)
-                if missing_N.any():
-                    missing[name] = missing_N
+            rows, missing_of_store = yield from self._images(store, of_store, batch, nulls)
+            fields |= rows
+            missing_of_field |= missing_of_store
         inputs = NetworkInputs(
             group_of_sample_B=batch.group_of_sample_B,
-            num_groups=num_groups,
+            num_groups=len(sent.counts_G),
             fields=fields,
             dense={name: batch.dense[name] for name in self._dense},
         )
-        return inputs, unknown, missing
+        logits_B = yield from self.network.steps(inputs)
+        if not np.isfinite(logits_B).all():
+            raise _not_finite(sent, batch, logits_B)
+        unknown = self._places(sent.counts_G, batch, unknown_of_field)
+        missing = self._places(sent.counts_G, batch, missing_of_field)
+        return [
+            Scored(logits_C=logits_B[here], unknown=unknown.get(place, {}), missing=missing.get(place, {}))
+            for place, here in enumerate(_slices(sent.counts_G))
+        ]
 
-    def _id_rows(self, batch: Batch, nulls: Mapping[str, Bool]) -> tuple[dict[str, FieldRows], dict[str, Bool]]:
-        """Return the rows of all ID fields, and masks of the ids that no training sample had."""
+    def _id_rows(self, batch: Batch, nulls: Mapping[str, Bool]) -> tuple[dict[str, FieldRows], Masks]:
+        """Return the rows of all ID fields, and which ids no training sample had. `nulls`: images, by column."""
         of_field = [batch.fields[name] for name in self._column_of_id]
         lengths_T = np.array([len(each.values_N) for each in of_field], np.int64)
         ids_N = np.concatenate([each.values_N for each in of_field])
@@ -162,8 +147,8 @@ class Scorer(Bundle):
 
     def _images(
         self, store: str, fields: list[Field], batch: Batch, nulls: Mapping[str, Bool]
-    ) -> Steps[dict[str, tuple[Float32, Bool]]]:
-        """Return for each field of a store the visual vectors of its images, and which of them have none."""
+    ) -> Steps[tuple[dict[str, FieldRows], Masks]]:
+        """Return the visual vectors of a store's fields, and which images have none. `nulls`: images, by column."""
         table = self.vectors[store]
         keys = [batch.fields[field.name].values_N for field in fields]
         keys_N = np.concatenate(keys)
@@ -172,7 +157,7 @@ class Scorer(Bundle):
             parts.append(table.lookup(keys_N[start : start + _LOOKUP]))
             yield
         rows_NV, missing_N = parts[0] if len(parts) == 1 else map(np.concatenate, zip(*parts, strict=True))
-        found: dict[str, tuple[Float32, Bool]] = {}
+        found, missing = dict[str, FieldRows](), dict[str, Bool]()
         places = _slices(np.array([len(keys_N) for keys_N in keys], np.int64))
         for field, here in zip(fields, places, strict=True):
             visual_NV, lacks_N = rows_NV[here], missing_N[here]
@@ -180,8 +165,10 @@ class Scorer(Bundle):
             if is_null_N is not None:
                 visual_NV = np.where(is_null_N[:, None], table.no_image_V, visual_NV)
                 lacks_N = lacks_N | is_null_N
-            found[field.name] = visual_NV, lacks_N
-        return found
+            found[field.name] = FieldRows(visual_NV, batch.fields[field.name].lengths_M)
+            if lacks_N.any():
+                missing[field.name] = lacks_N
+        return found, missing
 
     def _places(self, counts_G: Int64Array, batch: Batch, masks: Masks) -> dict[int, dict[str, Places]]:
         """Return where the masks are true, by request and field."""

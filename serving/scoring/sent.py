@@ -30,7 +30,7 @@ CANDIDATE_COST, REQUEST_COST = 10, 1_000
 """Cost of a candidate and of a request, in pairs of a candidate and a behaviour."""
 PIECE_REQUESTS, PIECE_CANDIDATES, PIECE_VALUES = 64, 2_048, 20_000
 """Most pairs of a piece, unless it is a single request."""
-_TABLE = "the table"
+_TABLE, ARROW = "the table", "application/vnd.apache.arrow.stream"
 
 
 class SentColumn(NamedTuple):
@@ -150,11 +150,6 @@ class SentTable:
     """Candidates of each request."""
     names: Names
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether all values are Python's, as those of JSON."""
-        return all(isinstance(each.values, list) for each in self.columns.values())
-
     def piece(self, of: slice) -> "SentTable":
         """Return some requests."""
         if of == slice(0, len(self.counts_G)):
@@ -197,7 +192,7 @@ def totals(lengths_K: Int64Array, counts_G: Int64Array) -> Int64Array:
 
 
 def joined(tables: Sequence[SentTable]) -> SentTable:
-    """Put the requests of several plain tables one after the other."""
+    """Put the requests of several tables one after the other; all of their values are Python's."""
     if len(tables) == 1:
         return tables[0]
     columns = {}
@@ -271,7 +266,7 @@ def sent_requests(columns: RequestColumns, requests: Sequence[Request]) -> Steps
             yield
         in_context_G: Bool | None = None
         try:
-            entries = [part[name] for part in parts[rule.side]]
+            entries: Sequence[Any] = [part[name] for part in parts[rule.side]]
         except KeyError:  # few columns are in context, and in some requests alone
             has = [name in each.user or name in each.context or name in each.candidates for each in requests]
             needs_G = np.ones(len(requests), np.bool_) if rule.side == "user" else counts_G > 0
@@ -285,7 +280,14 @@ def sent_requests(columns: RequestColumns, requests: Sequence[Request]) -> Steps
             ]
             if any(name in each.context for each in requests):
                 in_context_G = np.array([name in each.context for each in requests])
-        found[name] = _sent(name, rule, entries, names, in_context_G)
+        levels: tuple[Int64Array, ...] = ()
+        for _ in range(rule.depth):
+            try:
+                entries, lengths = flatten(entries, rule, len(levels))
+            except UnusableValueError as failure:
+                raise failure.named(names, name, levels) from None
+            levels = (*levels, lengths)
+        found[name] = SentColumn(entries, levels, None, in_context_G)
         laid_out += len(requests) + len(found[name].values)
     return SentTable(found, counts_G, names)
 
@@ -297,18 +299,6 @@ def missing(columns: RequestColumns, absent: Sequence[str], names: Names, reques
     if len(absent) == 1:
         return RequestError(f"{where}{labels} is missing, expected {expected(columns.sources[absent[0]], 0)}")
     return RequestError(f"{where}{len(absent)} columns are missing: {labels}")
-
-
-def _sent(name: str, rule: Rule, entries: Sequence[Any], names: Names, in_context_G: Bool | None) -> SentColumn:
-    """Flatten the lists of a column."""
-    levels: tuple[Int64Array, ...] = ()
-    for _ in range(rule.depth):
-        try:
-            entries, lengths = flatten(entries, rule, len(levels))
-        except UnusableValueError as failure:
-            raise failure.named(names, name, levels) from None
-        levels = (*levels, lengths)
-    return SentColumn(entries, levels, None, in_context_G)
 
 
 def sent_table(columns: RequestColumns, table: pa.Table) -> Steps[SentTable]:
