@@ -270,9 +270,8 @@ class _Delta:
         # A store refuses a second uri under one key, and features that users import may have another one by now.
         keys_with_uri, known_uris = reader.uris(keys_M)
         theirs = dict(zip(keys_with_uri.tolist(), known_uris, strict=True))
-        mine = [uris[place] for place in place_M]
         rows = FeatureRows.of(
-            [*map(theirs.get, keys_M.tolist(), mine), *[""] * len(gone)],
+            [*map(theirs.get, keys_M.tolist(), (uris[place] for place in place_M)), *[""] * len(gone)],
             np.concatenate([new_KV[place_M], np.zeros((len(gone), self._network.out), np.float32)]),
             keys=np.concatenate([keys_M, gone]),
         )

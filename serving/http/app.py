@@ -267,7 +267,6 @@ def _own_version() -> str:
 
 
 _STATUSES = {RequestTooLargeError: 413, NotFiniteError: 422}
-"""Of requests that cannot be scored; others get 400."""
 
 
 def response_of(error: Exception) -> Response:

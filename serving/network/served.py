@@ -166,9 +166,11 @@ class Slots:
             assert array is not None, f"field {slot.field} needs {slot.part}"
             # Sizes are checked, as compiled code trusts them.
             size = 1 if slot.size == "one" else num_candidates if slot.size == "candidates" else counts.get(slot.field)
-            assert slot.size == "any" or len(array) == size, f"{slot} has {len(array)} rows and not {size}"
+            assert slot.size == "any" or len(array) == size, (
+                f"{slot.field}.{slot.part} has {len(array)} rows and not {size}"
+            )
             width = array.shape[1] if array.ndim == 2 else 0
-            assert width == slot.width, f"{slot} is {width} wide"
+            assert width == slot.width, f"{slot.field}.{slot.part} is {width} wide and not {slot.width}"
             arrays.append(np.ascontiguousarray(array, np.float32 if slot.is_real else np.int64))
         return arrays
 
