@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -69,9 +70,11 @@ def _sample_table() -> Callable[..., pa.Table]:
     return sample_table
 
 
-@pytest.fixture(name="write_samples", scope="session")
-def _write_samples() -> Callable[..., list[pa.Table]]:
-    return write_samples
+def values_of(files: Path, name: str) -> list[Any]:
+    """The values of a column of a file of samples, or of all below a folder; those of lists one after the other."""
+    column = pq.read_table(files, columns=[name], partitioning=None)[name].combine_chunks()
+    values: list[Any] = (column.flatten() if isinstance(column, pa.ListArray) else column).to_pylist()
+    return values
 
 
 def change_column(file: Path, name: str, change: Callable[[list[Any]], list[Any]], kind: Any = None) -> None:
@@ -158,20 +161,14 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Places:
     return make_places(tmp_path_factory.mktemp("places"))
 
 
-class NotDrawn:
-    """In the place of a plot; its file is empty."""
-
-    def savefig(self, path: Path, **_: object) -> None:
-        path.touch()
-
-
 @contextmanager
 def nothing_drawn() -> Iterator[None]:
     """Within the block the plot becomes an empty file: to draw it takes most of an evaluation's time."""
     from trainer.evaluation import report
 
+    plot = SimpleNamespace(savefig=lambda path, **_: path.touch())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "reliability", lambda *_: NotDrawn())
+        patch.setattr(report, "reliability", lambda *_: plot)
         yield
 
 

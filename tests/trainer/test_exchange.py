@@ -1,9 +1,9 @@
 """Keys reach their owners, vectors come back and gradients return, for any number of ranks: against plain lookups."""
 
-import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from featurestore.keys import Int64Array
-from trainer.comm.comm import SoloComm
+from tests.trainer.runs.saved import on_ranks
+from trainer.comm import Comm
 from trainer.exchange.exchange import Exchange
 from trainer.exchange.routing import unique, unique_below
 from trainer.exchange.vectors import FieldVectors
@@ -23,30 +24,11 @@ KEYS = 40
 """Of each source."""
 
 
-class ThreadComm(SoloComm):
-    """One of several ranks that are threads: each leaves what it sends where the others find it."""
-
-    def __init__(self, rank: int, boxes: list[list[Tensor]], barrier: threading.Barrier) -> None:
-        super().__init__()
-        self.rank, self.size, self._boxes, self._barrier = rank, len(boxes), boxes, barrier
-
-    def alltoall(self, rows_N: Tensor, splits_P: Tensor, name: str) -> tuple[Tensor, Tensor]:
-        self._boxes[self.rank] = list(rows_N.split(splits_P.tolist()))
-        self._barrier.wait()
-        pieces = [box[self.rank] for box in self._boxes]
-        received = torch.cat(pieces), torch.tensor([len(piece) for piece in pieces], dtype=torch.int32)
-        self._barrier.wait()
-        return received
-
-
-@dataclass
-class Served:
-    keys_Q: Int64Array
-    inverse_R: Int64Array
-
-    @property
-    def num_unique(self) -> int:
-        return len(self.keys_Q)
+def alltoall(comm: Comm, rows_N: Tensor, splits_P: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """That of ranks which are threads: each shows all that it sends to all others."""
+    sent = comm.allgather_object(rows_N.detach().split(splits_P.tolist()))
+    pieces = [to[comm.rank] for to in sent]
+    return torch.cat(pieces), torch.tensor([len(piece) for piece in pieces], dtype=torch.int32)
 
 
 class WholeTable:
@@ -60,13 +42,14 @@ class WholeTable:
     def owner_of(self, keys_U: Int64Array) -> Int64Array:
         return keys_U % self._num_ranks
 
-    def serve(self, keys_R: Int64Array, kind: str) -> Served:
-        return Served(*unique(keys_R))
+    def serve(self, keys_R: Int64Array, kind: str) -> Any:
+        keys_Q, inverse_R = unique(keys_R)
+        return SimpleNamespace(keys_Q=keys_Q, inverse_R=inverse_R, num_unique=len(keys_Q))
 
-    def vectors(self, served: Sequence[Served]) -> list[Tensor]:
+    def vectors(self, served: Sequence[Any]) -> list[Tensor]:
         return [self.rows[torch.from_numpy(each.keys_Q)] for each in served]
 
-    def release(self, served: Served) -> None: ...
+    def release(self, served: Any) -> None: ...
 
 
 def fields_of(rank: int) -> dict[str, Jagged]:
@@ -88,24 +71,22 @@ def loss_of(fields: dict[str, Jagged], values_of: Callable[[str], Tensor]) -> Te
 
 @pytest.mark.parametrize("num_ranks", [1, 3])
 def test_vectors_and_gradients_are_those_of_plain_lookups(num_ranks: int) -> None:
-    boxes: list[list[Tensor]] = [[] for _ in range(num_ranks)]
-    barrier = threading.Barrier(num_ranks, timeout=60)
     tables = [{name: WholeTable(name, width, num_ranks) for name, width in WIDTHS.items()} for _ in range(num_ranks)]
     plain = {name: WholeTable(name, width, 1).rows for name, width in WIDTHS.items()}
 
-    def step(rank: int) -> None:
-        comm = ThreadComm(rank, boxes, barrier)
-        exchange = Exchange(comm, list(tables[rank].values()), SOURCE_OF_FIELD, dtype=torch.float64)
-        request = exchange.request(fields_of(rank), "step")
+    def step(comm: Comm) -> None:
+        comm.alltoall = partial(alltoall, comm)  # type: ignore[method-assign]
+        exchange = Exchange(comm, list(tables[comm.rank].values()), SOURCE_OF_FIELD, dtype=torch.float64)
+        fields = fields_of(comm.rank)
+        request = exchange.request(fields, "step")
         found: dict[str, FieldVectors] = exchange.vectors(request)
-        for name, field in fields_of(rank).items():
+        for name, field in fields.items():
             expected_NV = plain[SOURCE_OF_FIELD[name]][field.values_N]
             assert torch.equal(found[name].vectors_UV[found[name].index_N], expected_NV)
-        loss_of(fields_of(rank), lambda name: found[name].vectors_UV[found[name].index_N]).backward()
+        loss_of(fields, lambda name: found[name].vectors_UV[found[name].index_N]).backward()
         exchange.release(request)
 
-    with ThreadPoolExecutor(num_ranks) as pool:
-        list(pool.map(step, range(num_ranks)))
+    assert on_ranks(num_ranks, step) == [None] * num_ranks
     for rank in range(num_ranks):
         fields = fields_of(rank)
         loss_of(fields, lambda name, fields=fields: plain[SOURCE_OF_FIELD[name]][fields[name].values_N]).backward()
@@ -133,12 +114,6 @@ def test_as_numpy(num_keys: int, num_different: int) -> None:
 @pytest.mark.parametrize("limit", [1, 128, 100_000, 1 << 40])
 def test_below_a_limit_as_numpy(limit: int) -> None:
     numbers_N = np.random.default_rng(0).integers(0, limit, 5000)
-    for asked_N in (
-        numbers_N,
-        np.sort(numbers_N),
-        numbers_N[:3],
-        numbers_N[:0],
-        np.array([0, 0]),
-        np.array([limit - 1]),
-    ):
+    few = (np.array([0, 0]), np.array([limit - 1]), *(numbers_N[:count] for count in (0, 3)))
+    for asked_N in (numbers_N, np.sort(numbers_N), *few):
         assert_as_numpy(unique_below(asked_N, limit), asked_N)

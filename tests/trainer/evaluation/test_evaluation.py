@@ -8,16 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from featurestore.store import FeatureStore
 from tests.cli import invoke
 from tests.ranks import StandingRanks
-from tests.trainer.conftest import Places, make_places, nothing_drawn, write_samples
+from tests.trainer.conftest import Places, make_places, nothing_drawn, values_of, write_samples
 from tests.trainer.whole_runs import alike, report_of, run_alone
-from trainer.config import load_saved
 from trainer.evaluate import app
 from trainer.evaluation import bootstrap
 from trainer.evaluation.bootstrap import METRICS
@@ -31,12 +29,6 @@ def evaluate(run: Path, *options: Any, code: int = 0) -> str:
     """What the command says; on stdout where it ends well, else on stderr."""
     result = invoke(app, run, *options, code=code)
     return result.stdout if code == 0 else result.stderr
-
-
-def of_tests(run: Path, column: str) -> list[Any]:
-    """The values of a column of the run's test samples."""
-    table = pq.read_table(Path(load_saved(run / "config.yaml").data.samples) / "test", partitioning=None)
-    return table[column].to_pylist()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -98,10 +90,10 @@ def test_the_whole_is_what_training_reported_and_slices_hold_every_impression_on
 
 @pytest.mark.usefixtures("undrawn")
 def test_slices_by_a_column_are_named_as_the_logs_name_its_values(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    own: Places, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bootstrap, "LEAST_USERS_SHOWN", 30)
-    categories = set(np.concatenate(of_tests(run, "ad_category")).tolist())
+    categories, users = ({*values_of(own.folder / "samples/test", name)} for name in ("ad_category", "user"))
     named = {int(number): f"shelf {number}" for number in sorted(categories)[1:]}
     write_part(run / "ids.parquet", named)
     evaluate(run, "--bootstrap", 0, "--by", "category", "--by", "user", "--out", tmp_path)
@@ -111,7 +103,6 @@ def test_slices_by_a_column_are_named_as_the_logs_name_its_values(
     assert set(found) == {*named.values(), str(min(categories))}
     shown = [each["impressions"] for each in found.values()]
     assert shown == sorted(shown, reverse=True)
-    users = set(of_tests(run, "user"))
     assert len(users) > 21 and f"{len(users) - 20} others" in by["by user"]["slices"]
     first = next(iter(by["by user"]["slices"].values()))
     assert first["users"] == 1 and all(each["value"] is None for each in first["metrics"].values())

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import torch
 from torch import Tensor
 
 from tests.trainer.checkpoints import tensors_of
-from tests.trainer.conftest import Places, make_days
+from tests.trainer.conftest import Places, make_days, values_of
 from tests.trainer.whole_runs import assert_same, report_of, run_alone
 from trainer.comm import SoloComm
 from trainer.config import IdOptimizer, load_config
@@ -170,7 +169,8 @@ def test_days_let_go_of_what_was_not_used(tmp_path: Path) -> None:
     )
     follow(load_config(settings=settings), SoloComm(), first="2026-01-01", continues=True)
     runs = sorted((tmp_path / "runs" / "daily").glob("2026-*"))
-    seen = [items_of(next((tmp_path / "samples").glob(f"t*/day={run.name}.parquet"))) for run in runs]
+    files = [next((tmp_path / "samples").glob(f"t*/day={run.name}.parquet")) for run in runs]
+    seen = [{*values_of(file, "behavior_item"), *values_of(file, "ad_item")} for file in files]  # in table item
     have: dict[int, int] = {}
     for number, (run, items) in enumerate(zip(runs, seen, strict=True)):
         gone = {each for each, last in have.items() if number - last > 1}
@@ -180,12 +180,6 @@ def test_days_let_go_of_what_was_not_used(tmp_path: Path) -> None:
         last_use = tensors_of(run)["item/0000/last_use"][1:]
         day = (date(2026, 1, number + 1) - date(1970, 1, 1)).days
         assert set(last_use.tolist()) <= {day, day - 1}
-
-
-def items_of(file: Path) -> set[int]:
-    """All that a file's groups look up in table item."""
-    table = pq.read_table(file, partitioning=None)
-    return {each for name in ("behavior_item", "ad_item") for ids in table[name].to_pylist() for each in ids}
 
 
 def test_days_have_to_be_known(exact: Train, places: Places, tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 import contextlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import pytest
 
 from tests.ranks import StandingRanks
 from tests.trainer.checkpoints import tensors_of
-from tests.trainer.conftest import Places, drawn_store, sample_table
+from tests.trainer.conftest import Places, drawn_store, sample_table, write_samples
 from tests.trainer.whole_runs import alike, all_alike, report_of, run_alone
 from trainer.comm import SoloComm
 from trainer.config import ModelConfig
@@ -46,7 +46,7 @@ def _features(new_ones: float) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory, write_samples: Callable[..., Any]) -> Places:
+def made(tmp_path_factory: pytest.TempPathFactory) -> Places:
     """More than LEAST test impressions of new items; stores whose pictures are right about them, and wrong."""
     folder = tmp_path_factory.mktemp("pictures")
     write_samples(folder / "samples" / "train", [200, 200], row_group=50, items=KNOWN)

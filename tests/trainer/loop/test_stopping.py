@@ -7,12 +7,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import pyarrow.parquet as pq
 import pytest
 
 from featurestore.storage.storage import Storage
 from tests.trainer.checkpoints import steps_of
-from tests.trainer.conftest import Places
+from tests.trainer.conftest import Places, values_of
 from tests.trainer.whole_runs import assert_same, interrupted_after, report_of, run_alone
 from trainer.comm import SoloComm
 from trainer.config import Config, load_config
@@ -201,8 +200,7 @@ def test_a_run_ends_with_the_best_epoch_on_days_that_it_is_not_trained_on(
     report, steps = report_of(validated), report_of(plain)["global_step"]
     assert report["global_step"] == steps
     assert [entry["step"] for entry in report["history"]] == [steps // 2, steps, 3 * steps // 2]
-    labels = pq.read_table(places.folder / "samples/train/day=2026-01-03.parquet")["label"].to_pylist()
-    held = sum(len(row or ()) for row in labels)
+    held = len(values_of(places.folder / "samples/train/day=2026-01-03.parquet", "label"))
     assert [entry["impressions"] for entry in report["history"]] == [held] * 3
     config = load_config(validated / "config.yaml")
     assert (config.data.train_days, config.data.validation_days) == (KEPT, ["2026-01-03"])
