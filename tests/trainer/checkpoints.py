@@ -1,7 +1,9 @@
 """The checkpoints of a run on a disk or S3: which there are, what they hold, and damage to them."""
 
 import re
+from collections.abc import Mapping
 
+import torch
 from safetensors.torch import load
 from torch import Tensor
 
@@ -32,6 +34,12 @@ def tensors_of(run: RunPath, step: int | None = None) -> dict[str, Tensor]:
     found = finished(run)[-1] if step is None else of_step(run, step)
     files = [load(found.read_bytes(name)) for name in read_state(found).files]
     return {name: tensor for file in files for name, tensor in file.items()}
+
+
+def assert_same_tensors(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> None:
+    """Check that both have the same names, and the same bits under each."""
+    assert mine.keys() == theirs.keys()
+    assert [name for name in mine if not torch.equal(mine[name], theirs[name])] == []
 
 
 def content_of(found: Checkpoint) -> dict[str, bytes]:

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from featurestore.published.paths import RunPath
-from tests.trainer.checkpoints import tensors_of
+from tests.trainer.checkpoints import assert_same_tensors, tensors_of
 from tests.trainer.conftest import Places
 from trainer.comm import SoloComm
 from trainer.config import load_config
@@ -43,9 +42,7 @@ def interrupted_after(steps: int) -> Iterator[None]:
 
 def assert_same(found: RunPath, expected: RunPath, *, metrics: bool = False) -> None:
     """Check that two runs ended with the same bits in every parameter, optimiser state and ID row, and in metrics."""
-    mine, theirs = tensors_of(found), tensors_of(expected)
-    assert mine.keys() == theirs.keys()
-    assert [name for name in mine if not torch.equal(mine[name], theirs[name])] == []
+    assert_same_tensors(tensors_of(found), tensors_of(expected))
     assert not metrics or report_of(found)["metrics"] == report_of(expected)["metrics"]
 
 

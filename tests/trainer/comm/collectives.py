@@ -1,10 +1,14 @@
-"""Run by test_comm.py on three ranks: collectives that all take, in any order, then two that rank 1 does not come to.
+"""Run by test_comm.py on ranks:  python collectives.py FOLDER|connects|stops
 
-Every expected value is computed from rank and size.
+FOLDER, three ranks: collectives that all take, in any order, then two that rank 1 does not come to. Every expected
+value is computed from rank and size. Two ranks of which one says how it ends: `connects`, where the first one dies
+after it has connected, or stops before it where STOPS is set; `stops`, where the two meet once, and the first one stops
+before the second time.
 """
 
 import os
 import random
+import signal
 import sys
 import threading
 import time
@@ -13,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from featurestore.errors import UserError
 from trainer.comm import Comm, HorovodComm, TorchComm, Traffic, connect
 from trainer.errors import DataError, LateRankError, RemoteRankError
 
@@ -20,6 +25,36 @@ MEETINGS = 30
 
 
 def main() -> None:
+    try:
+        {"connects": connects, "stops": stops}.get(sys.argv[1], take_all)()
+    except UserError as error:
+        say(f"{type(error).__name__} {error}")
+    os._exit(7)
+
+
+def connects() -> None:
+    """Connect within PATIENCE_S, and meet once."""
+    if os.environ["HOROVOD_RANK"] == "0" and "STOPS" in os.environ:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    comm = connect(float(os.environ["PATIENCE_S"]))
+    assert os.environ["HOROVOD_GLOO_IFACE"] == "lo", "by which they reach the rendezvous; none was named"
+    if comm.rank == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(2)
+    comm.agree(None)
+
+
+def stops() -> None:
+    """Meet twice."""
+    comm = connect()
+    comm.agree(None)
+    comm.deadline_s = 1.0
+    if comm.rank == 0:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    comm.agree(None)
+
+
+def take_all() -> None:
     comm = connect()
     assert type(comm) is (HorovodComm if "HOROVOD_RANK" in os.environ else TorchComm)
     check(comm)
@@ -124,24 +159,17 @@ def check_exchange(comm: Comm, name: str, round_: int) -> None:
 def miss_rank_1(comm: Comm, folder: Path) -> None:
     """Wait for rank 1 in two collectives at once, beyond the deadline, and end when both others have said so."""
     comm.deadline_s = 1.0
-    if comm.rank == 1:
-        end_when_said(comm, folder)
-    ahead = threading.Thread(target=exchange, args=(comm, "step.keys"))
-    ahead.start()
-    exchange(comm, "step.vectors")
-    ahead.join()
-    assert comm.is_stuck
-    comm.close()
-    (folder / str(comm.rank)).touch()
-    end_when_said(comm, folder)
-
-
-def end_when_said(comm: Comm, folder: Path) -> None:
-    """Not before: the end of this one ends the other ones too."""
+    if comm.rank != 1:
+        ahead = threading.Thread(target=exchange, args=(comm, "step.keys"))
+        ahead.start()
+        exchange(comm, "step.vectors")
+        ahead.join()
+        assert comm.is_stuck
+        comm.close()
+        (folder / str(comm.rank)).touch()
     until_s = time.monotonic() + 30
     while len(list(folder.iterdir())) < comm.size - 1 and time.monotonic() < until_s:
-        time.sleep(0.02)
-    os._exit(7)
+        time.sleep(0.02)  # the end of this one ends the other ones too
 
 
 def exchange(comm: Comm, name: str) -> None:

@@ -1,4 +1,7 @@
-"""Collectives alone and on three ranks of each library, which of them a process gets, and where ranks meet."""
+"""Collectives alone and on three ranks of each library, which of them a process gets, and where ranks meet.
+
+Commands on ranks: a rank's place in a Slurm job, how one ends where work fails, and pages that rank 0 writes.
+"""
 
 import os
 import re
@@ -16,21 +19,30 @@ from unittest import mock
 
 import psutil
 import pytest
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from typer import Exit
 
+from featurestore.console.output import print_line, text_console
+from featurestore.console.page import ReportPage, recorded
+from tests.pages import ReadPage
 from tests.ranks import Forks, Job, TorchRanks
 from tests.trainer.comm.collectives import MEETINGS
-from trainer.comm import SoloComm, connect
+from trainer.cli import run_on_ranks
+from trainer.comm import Comm, SoloComm, connect
 from trainer.comm.comm import launcher_of
 from trainer.comm.distributed import (
     RankAddress,
     TorchComm,
     check_reach,
     has_gpu_for_each,
+    interface_towards,
     listening_address,
     own_address,
 )
-from trainer.errors import ConfigError
-from trainer.launch import By, Variables, free_port, meeting, variables_of
+from trainer.errors import ConfigError, DataError
+from trainer.launch import By, Variables, free_port, meeting, slots_of_job, variables_in_job, variables_of
+
+WORKER = Path(__file__).with_name("collectives.py")
 
 
 @pytest.mark.parametrize("num_ranks", [3, TorchRanks(3)], ids=["horovod", "torch"])
@@ -38,7 +50,7 @@ def test_three_ranks_get_what_each_collective_says_in_any_order_and_name_one_tha
     num_ranks: int, forks: Forks, tmp_path: Path
 ) -> None:
     (folder := tmp_path / "said").mkdir()
-    codes, said = forks.outcome(num_ranks, tmp_path / "log.txt", Path(__file__).with_name("collectives.py"), folder)
+    codes, said = forks.outcome(num_ranks, tmp_path / "log.txt", WORKER, folder)
     assert codes == [7] * 3, said[-3000:]
     for rank in range(3):
         assert f"rank {rank} of 3 is done" in said
@@ -159,7 +171,6 @@ def test_nccl_wants_a_gpu_for_each_rank_of_a_host() -> None:
 
 IMPATIENT, PATIENT = {"PATIENCE_S": "3"}, {"PATIENCE_S": "60"}
 TRAIN = ["-m", "trainer.main", "--set", "run.deadline_s=3"]
-LONE = Path(__file__).with_name("lone.py")
 
 
 @dataclass(frozen=True)
@@ -188,8 +199,8 @@ def test_a_stopped_rank_that_holds_the_store_is_named(forks: Forks, tmp_path: Pa
     """As trainer.supervise starts ranks: what they say at the store cannot be heard then."""
     place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
     ranks = Ranks(forks, tmp_path)
-    with ranks.started({**place, "RANK": "0"}, LONE, "stops"):
-        said = ranks.said_by({**place, "RANK": "1"}, LONE, "stops", code=7)
+    with ranks.started({**place, "RANK": "0"}, WORKER, "stops"):
+        said = ranks.said_by({**place, "RANK": "1"}, WORKER, "stops", code=7)
     assert "not there: rank 0. See" in said and "the store at MASTER_ADDR:MASTER_PORT" in said
 
 
@@ -201,14 +212,14 @@ def ranks_of_horovod() -> Iterator[list[Variables]]:
 
 
 def horovod_hangs(ranks: Ranks) -> str:
-    with ranks_of_horovod() as (first, second), ranks.started({**first, **IMPATIENT, "STOPS": "1"}, LONE, "connects"):
-        return ranks.said_by({**second, **IMPATIENT}, LONE, "connects", code=7)
+    with ranks_of_horovod() as (first, second), ranks.started({**first, **IMPATIENT, "STOPS": "1"}, WORKER, "connects"):
+        return ranks.said_by({**second, **IMPATIENT}, WORKER, "connects", code=7)
 
 
 def horovod_dies(ranks: Ranks) -> str:
     """After the two have connected: collectives cannot even begin then."""
-    with ranks_of_horovod() as (first, second), ranks.started({**first, **PATIENT}, LONE, "connects"):
-        return ranks.said_by({**second, **PATIENT}, LONE, "connects", code=7)
+    with ranks_of_horovod() as (first, second), ranks.started({**first, **PATIENT}, WORKER, "connects"):
+        return ranks.said_by({**second, **PATIENT}, WORKER, "connects", code=7)
 
 
 def waits(by: By, hosts: dict[str, int], host: str, local: int, address: str, ranks: Ranks) -> str:
@@ -261,3 +272,103 @@ def said_after_waiting(ranks: Ranks) -> Iterator[Callable[[str], str]]:
 @pytest.mark.parametrize("name", WAITS)
 def test_who_is_not_there_is_named_by_one_line(name: str, said_after_waiting: Callable[[str], str]) -> None:
     assert re.match(WAITS[name][1], said := said_after_waiting(name)), said
+
+
+NODES = [2, 3, 1]
+"""Ranks of three nodes."""
+
+
+def slurm_of(rank: int) -> dict[str, str]:
+    """What Slurm says to the rank of that number."""
+    node = next(number for number in range(3) if rank < sum(NODES[: number + 1]))
+    names = {"SLURM_PROCID": rank, "SLURM_NODEID": node, "SLURM_LOCALID": rank - sum(NODES[:node]), "SLURM_JOB_ID": 7}
+    job = {"SLURM_TASKS_PER_NODE": "2,3,1", "SLURM_LAUNCH_NODE_IPADDR": "127.0.0.1"}
+    return {**{name: str(value) for name, value in names.items()}, **job}
+
+
+@pytest.mark.parametrize(("text", "expected"), [("1", [1]), ("2(x3)", [2, 2, 2]), ("16(x2),3,1", [16, 16, 3, 1])])
+def test_the_short_form_is_taken_apart(text: str, expected: list[int]) -> None:
+    assert [*slots_of_job({"SLURM_JOB_ID": "7", "SLURM_TASKS_PER_NODE": text}).values()] == expected
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({}, "this is not a Slurm job: .* sbatch"),
+        ({"SLURM_TASKS_PER_NODE": "1"}, "this is not a Slurm job"),
+        ({"SLURM_JOB_ID": "7"}, "add --ntasks-per-node=N"),
+        ({"SLURM_JOB_ID": "7", "SLURM_TASKS_PER_NODE": "2(x3"}, "add --ntasks-per-node=N"),
+    ],
+)
+def test_what_is_missing_is_said(variables: dict[str, str], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        slots_of_job(variables)
+
+
+def test_horovod_has_the_places_that_horovodrun_gives() -> None:
+    from horovod.runner.common.util.hosts import get_host_assignments, parse_hosts
+    from horovod.runner.gloo_run import create_run_env_vars, create_slot_env_vars
+
+    plan = get_host_assignments(parse_hosts("0:2,1:3,2:1"), 6)
+    for slot in plan:
+        expected = {**create_slot_env_vars(slot), **create_run_env_vars("127.0.0.1", ["lo"], "4000")}
+        for interface in ("HOROVOD_GLOO_IFACE", "NCCL_SOCKET_IFNAME"):  # the rank names it
+            del expected[interface]
+        assert variables_in_job(By.HOROVOD, slurm_of(slot.rank), 4000) == expected
+
+
+@pytest.mark.parametrize(("rank", "local", "node"), [(0, 0, 0), (1, 1, 0), (4, 2, 1), (5, 0, 2)])
+def test_torch_has_the_places_that_torchrun_gives(rank: int, local: int, node: int) -> None:
+    assert variables_in_job(By.TORCH, slurm_of(rank), 4000) == {
+        "RANK": str(rank), "WORLD_SIZE": "6", "LOCAL_RANK": str(local), "LOCAL_WORLD_SIZE": str(NODES[node]),
+        "GROUP_RANK": str(node), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "4000",
+    }  # fmt: skip
+    assert interface_towards("127.0.0.1") == "lo"
+
+
+def one_of_two(rank: int) -> Comm:
+    """What a rank of two says of itself; the other one is not there."""
+    comm = SoloComm()
+    comm.rank, comm.on_rank_0 = rank, lambda work: work() if rank == 0 else None  # type: ignore[method-assign]
+    return comm
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_page_is_written_by_rank_0(rank: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.comm.connect", lambda *_: one_of_two(rank))
+    with recorded(ReportPage(tmp_path / "page.html", "T", [])):
+        assert run_on_ranks(lambda comm: print_line(text_console(), f"rank {comm.rank}")) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["page.html"][rank:]
+    if rank == 0:
+        assert "rank 0" in ReadPage.of(tmp_path / "page.html").texts
+
+
+def test_a_wrong_place_ends_the_command_before_its_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A rank on another machine does not look for the folder."""
+    page, done = ReportPage(tmp_path / "missing" / "page.html", "T", []), list[int]()
+    monkeypatch.setattr("trainer.comm.connect", lambda *_: one_of_two(1))
+    with recorded(page):
+        assert run_on_ranks(lambda comm: done.append(comm.rank)) == 0
+    monkeypatch.setattr("trainer.comm.connect", lambda *_: one_of_two(0))
+    with pytest.raises(Exit), recorded(page):
+        raise Exit(run_on_ranks(lambda comm: done.append(comm.rank)))
+    assert done == [1] and capsys.readouterr().err.startswith("error: cannot write --html")
+
+
+def test_the_report_of_torchrun_ends_with_the_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, file = "train/a.parquet, row group 0 is damaged; write the file again", str(tmp_path / "error.json")
+
+    def fails(_: Comm) -> None:
+        raise DataError(text)
+
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", file)
+    assert run_on_ranks(fails) == 1
+    assert capsys.readouterr().err == f"error: {text}\n"
+    failure = ProcessFailure(local_rank=0, pid=7, exitcode=1, error_file=file)
+    *_, last, end = str(ChildFailedError("crossmedia", {0: failure})).splitlines()
+    assert last.endswith(f"traceback : error: {text}")
+    assert set(end) == {"="}

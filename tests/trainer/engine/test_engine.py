@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from featurestore.lookup import VARIABLE
 from featurestore.lookup.partition import FeaturePartition
+from tests.trainer.checkpoints import assert_same_tensors
 from tests.trainer.conftest import drawn_store
 from trainer.comm import SoloComm
 from trainer.config import BaseNet, Config, ExactTableConfig, IdOptimizer, ModelConfig, OptimConfig, Pooling
@@ -84,15 +85,11 @@ def batch_of(number: int, samples: int = 12) -> Batch:
     )
 
 
-class FirstOfTwo(SoloComm):
+def first_of_two(asks: str, others: object) -> SoloComm:
     """The first of two ranks, whose other one says `others` of what `asks` names."""
-
-    def __init__(self, asks: str, others: object) -> None:
-        super().__init__()
-        self._asks, self._others = asks, others
-
-    def allgather_object(self, value: object, name: str = "objects") -> list:
-        return [value, self._others] if name == self._asks else [value]
+    comm: Any = SoloComm()
+    comm.allgather_object = lambda value, name="objects": [value, others] if name == asks else [value]
+    return comm
 
 
 def train(engine: Engine, numbers: range) -> list[float]:
@@ -121,8 +118,7 @@ def test_resumes_exactly_from_its_state(partition: FeaturePartition) -> None:
     second.load_shard_state({name: value.clone() for name, value in first.shard_state().items()})
     assert second.num_steps == 5
     assert train(second, range(5, 10)) == expected[5:]
-    for mine, theirs in ((second.dense_state(), through.dense_state()), (second.shard_state(), through.shard_state())):
-        assert all(torch.equal(mine[name], value) for name, value in theirs.items())
+    assert_same_tensors(*(engine.dense_state() | engine.shard_state() for engine in (second, through)))
 
 
 def test_ids_are_dropped_in_training_alone(partition: FeaturePartition) -> None:
@@ -141,8 +137,7 @@ def test_predicting_changes_nothing(partition: FeaturePartition) -> None:
     logits = engine.predict(engine.prepare(batch_of(9)))
     assert logits.shape == (12,) and logits.dtype == np.float64
     assert engine.predict(engine.prepare(batch_of(9, samples=0))).shape == (0,)
-    after = engine.dense_state() | engine.shard_state()
-    assert all(torch.equal(before[name], value) for name, value in after.items())
+    assert_same_tensors(engine.dense_state() | engine.shard_state(), before)
     label = torch.from_numpy(batch_of(9).label_B).double()
     loss = torch.nn.functional.binary_cross_entropy_with_logits(torch.from_numpy(logits), label)
     assert train(engine, range(9, 10))[0] == pytest.approx(float(loss), rel=1e-5)
@@ -154,15 +149,14 @@ def test_a_rank_alone_computes_the_bits_of_the_way_by_owners(partition: FeatureP
     assert alone._exchange.is_alone
     by_owners._exchange.is_alone = False
     assert train(alone, range(4)) == train(by_owners, range(4))
-    states = [engine.dense_state() | engine.shard_state() for engine in (alone, by_owners)]
-    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+    assert_same_tensors(*(engine.dense_state() | engine.shard_state() for engine in (alone, by_owners)))
 
 
 def test_what_does_not_fit_is_named(partition: FeaturePartition) -> None:
     with pytest.raises(ConfigError, match=r"field behavior_item needs table item.*set model\.tables\.item"):
         engine_of(partition, tables={"user": 5, "place": 5, "items": 5})
     with pytest.raises(ConfigError, match="the ranks built different models"):
-        engine_of(partition, comm=FirstOfTwo("digest", "another"))
+        engine_of(partition, comm=first_of_two("digest", "another"))
     with pytest.raises(CheckpointError, match="the checkpoint is of another model"):
         engine_of(partition).load_dense_state({})
 
@@ -189,7 +183,7 @@ def test_the_type_of_the_products_is_settled_once(partition: FeaturePartition, m
     config, cpu = ModelConfig(), torch.device("cpu")
     assert machine.with_compute_dtype(config, SoloComm(), cpu, "bfloat16").compute_dtype == "bfloat16"
     capabilities["amx_bf16"] = True
-    two_kinds = FirstOfTwo("compute dtypes", "float32")
+    two_kinds = first_of_two("compute dtypes", "float32")
     assert machine.with_compute_dtype(config, two_kinds, cpu, None).compute_dtype == "float32"
     chosen = ModelConfig(compute_dtype="float64")
     assert machine.with_compute_dtype(chosen, SoloComm(), cpu, "bfloat16") is chosen

@@ -1,6 +1,8 @@
-"""Exact ID tables for tests: made, trained by one step, looked into."""
+"""Exact ID tables for tests: made, trained by one step, looked into; and what plain ones are in the reference."""
 
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,11 @@ from trainer.ids.optimizers import row_optimizer
 from trainer.ids.shards import TableShape
 from trainer.ids.tables import IdTable, RowRequest
 from trainer.optim import Rates
+
+sys.path.append(str(Path(__file__).parents[1] / "equivalence"))  # the reference's modules find each other there
+from exact import PlainIds, PlainRows
+
+__all__ = ["PlainIds", "PlainRows"]
 
 RATES = Rates(lr=0.1, ids_lr=0.1)
 OPTIM = OptimConfig(lr=0.1, ids_lr=None)
@@ -72,8 +79,3 @@ def move(table: IdTable) -> None:
 
 def state_of(table: ExactTable) -> dict[str, Tensor]:
     return {name: values.clone() for name, values in table.export_shards().items()}
-
-
-def assert_same(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
-    assert mine.keys() == theirs.keys()
-    assert [name for name in mine if not torch.equal(mine[name], theirs[name])] == []

@@ -1,9 +1,7 @@
 """ID tables: who has a row, who shares the cold one, and that neither ranks nor the order of ids matter."""
 
-import sys
 from collections import Counter
 from datetime import date, timedelta
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,11 +10,13 @@ import torch
 from torch import Tensor
 
 from featurestore.keys import shard_of, splitmix64
+from tests.trainer.checkpoints import assert_same_tensors
 from tests.trainer.ids.exact_tables import (
     OPTIM,
     SHARDS,
     STEPS,
-    assert_same,
+    PlainIds,
+    PlainRows,
     ids_of_shard,
     move,
     shape_of,
@@ -33,7 +33,6 @@ from trainer.ids.exact import CountingFilter, ExactShape, figures_of, gather_fig
 from trainer.ids.exact import num_ids as num_ids_of
 from trainer.ids.shards import TableShape, initial_rows, owned_bytes
 
-sys.path.append(str(Path(__file__).parents[1] / "equivalence"))  # the reference's modules find each other there
 RULES: list[dict[str, Any]] = [
     {},
     {"admit_after": 3},
@@ -49,8 +48,6 @@ class Plain:
     """The same table, one id at a time, by the reference of tests/trainer/equivalence."""
 
     def __init__(self, shape: ExactShape, ids: IdOptimizer) -> None:
-        from exact import PlainIds, PlainRows
-
         self.shape, self.ids = shape, PlainIds(shape, 0.05)
         weight = torch.zeros(shape.size, shape.width, dtype=torch.float64).requires_grad_()
         self.rows = PlainRows(weight, OPTIM.model_copy(update={"ids": ids}))
@@ -110,7 +107,7 @@ def test_it_is_as_one_id_at_a_time_for_any_ranks_and_resumed(
             tally.update({name: count for name, count in table.tally().items() if name != "used_rows"})
         for name, expected in plain.state().items():
             torch.testing.assert_close(state[name], expected.to(state[name].dtype), rtol=0, atol=1e-11)
-        assert_same(state, state_of(alone))  # bit for bit
+        assert_same_tensors(state, state_of(alone))  # bit for bit
     assert sum(table.tally()["used_rows"] for table in tables) == len(plain.ids.place_of)
     assert {name: tally[name] for name in ("served", "cold")} == dict(plain.tally)
     assert (tally["evicted"], tally["expired"]) == (plain.ids.evicted, plain.ids.expired)
@@ -128,7 +125,7 @@ def test_evaluation_neither_counts_nor_admits_nor_uses() -> None:
         with torch.no_grad():
             vectors_of(table, table.serve(np.array([5]), "eval"))
             vectors_of(table, table.serve(np.array([5, 9]), "step"))
-    assert_same(state_of(table), before)
+    assert_same_tensors(state_of(table), before)
     assert (table.counts["served"], table.counts["cold"]) == (1, 1)
 
 
@@ -151,7 +148,7 @@ def test_rows_asked_for_long_before_their_step_are_the_same(max_rows: int, steps
         request, weight_R = requests[step], torch.from_numpy(ids.astype(np.float64)).unsqueeze(1)
         (vectors_of(ahead, request)[torch.from_numpy(request.inverse_R)] * weight_R).sum().backward()
         move(ahead)
-    assert_same(state_of(ahead), state_of(one))
+    assert_same_tensors(state_of(ahead), state_of(one))
 
 
 def test_ids_that_wait_for_their_admission_take_no_ones_room() -> None:
@@ -236,16 +233,6 @@ def test_bytes_are_those_of_the_arrays(rank: int) -> None:
     assert owned_bytes(shape, rank, 3, table.optimizer.state, torch.float64) == found_bytes
 
 
-class OneOfMany(SoloComm):
-    """Hands out what the ranks of `everyone` have to say."""
-
-    def __init__(self, everyone: list[object]) -> None:
-        self._everyone = everyone
-
-    def allgather_object(self, value: object, name: str = "objects") -> list:
-        return self._everyone
-
-
 def counted(rows: int, ids: np.ndarray) -> tuple[int, float]:
     """Rows used and share of ids in shared rows, by counting."""
     shape = TableShape("item", 2, rows, 64)
@@ -258,14 +245,15 @@ def counted(rows: int, ids: np.ndarray) -> tuple[int, float]:
 @pytest.mark.parametrize("num_ranks", [1, 3])
 @pytest.mark.parametrize(("num_ids", "rows"), [(0, 10), (1, 64), (2, 64), (3_000, 1_000), (50_000, 200_000)])
 def test_rows_in_use_tell_ids_and_shares(num_ids: int, rows: int, num_ranks: int, ids: IdOptimizer) -> None:
-    shape, everyone = TableShape("item", 2, rows, 64), []
+    shape, comm, everyone = TableShape("item", 2, rows, 64), SoloComm(), []
     for rank in range(num_ranks):
         table = tables_of(shape, rank, num_ranks, ids=ids)["item"]
         for step_ids in np.array_split(IDS[:num_ids], 3):
             train(table, step_ids[table.owner_of(step_ids) == rank])
         vectors_of(table, table.serve(IDS[-100:][table.owner_of(IDS[-100:]) == rank], "eval"))  # notes nothing
         everyone.append({"item": table.tally()})
-    found = gather_figures(OneOfMany(everyone), {"item": table})["item"]
+    comm.allgather_object = lambda *_: everyone  # type: ignore[method-assign]
+    found = gather_figures(comm, {"item": table})["item"]
     if not num_ids:
         assert found == {"kind": "hashed", "rows": shape.size, "used_rows": 0, "share": None}
         assert warning_of("item", found) is None
