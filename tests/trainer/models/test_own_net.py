@@ -28,7 +28,7 @@ from trainer.evaluation.predict import predict_run
 from trainer.models.nets import build_model
 from trainer.schema.fields import load_schema
 
-ROOT = Path(__file__).parents[4]
+ROOT = Path(__file__).parents[3]
 BASE = "mypackage.MyNet"
 SHARED = {"model__base": BASE, "model__compute_dtype": "float64", "train__max_steps": 12, "run__name": "own"}
 EXAMPLE = re.search(r"```python\n(from torch import nn.*?)```", (ROOT / "docs" / "CODE.md").read_text(), re.DOTALL)
@@ -152,7 +152,7 @@ def test_an_answer_that_does_not_fit_trains_nothing(
 def test_a_net_that_rank_1_alone_lacks_is_told_by_rank_0(
     two_ranks: StandingRanks, places: SamplePlaces, tmp_path: Path
 ) -> None:
-    base = "tests.trainer.models.nets.rank_1_lacks.MyNet"
+    base = "tests.trainer.models.rank_1_lacks.MyNet"
     settings = places.settings(run__dir=tmp_path, model__base=base)
     (code, out), (other, _) = two_ranks.call("-m", "trainer.main", "--set", *settings)
     assert (code, other) == (1, 2) and out.count("error: ") == 1
