@@ -25,18 +25,16 @@ def names(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     """What stands in the braces of a line."""
     folder = tmp_path_factory.mktemp("lines")
     places = make_places(folder / "good")
-    run_alone(places, run__name="run", train__max_steps=2)
-    run_alone(places, run__name="towers", train__max_steps=2, model__base="two_tower")
-    folders = f"--run {folder}/good/runs/towers --samples {folder}/good/samples --out {folder}/index"
+    run = run_alone(places, run__name="run", train__max_steps=2)
+    towers = run_alone(places, run__name="towers", train__max_steps=2, model__base="two_tower")
+    folders = f"--run {towers} --samples {places.folder}/samples --out {folder}/index"
     assert call(shlex.split(f"trainer.prerank build {folders}")).code == 0
-    model = ExportOptions(run=folder / "good" / "runs" / "run")
-    export_model(str(folder / "model"), model, network=no_network)
+    export_model(str(folder / "model"), ExportOptions(run=run), network=no_network)
     found: dict[str, object] = {
-        "dir": folder,
-        "store": folder / "good" / "features",
-        "samples": folder / "good" / "samples",
-        "run": folder / "good" / "runs" / "run",
-        "towers": folder / "good" / "runs" / "towers",
+        "store": places.folder / "features",
+        "samples": places.folder / "samples",
+        "run": run,
+        "towers": towers,
         "index": folder / "index",
         "model": folder / "model",
         "tables": ROOT / "benchmarks" / "tables" / "paper.yaml",
@@ -45,7 +43,7 @@ def names(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
         "brackets": folder / "[/x]",
         "unicode": folder / "\u202e name é ☃",
     }
-    return found | _files(folder) | _damaged(folder, places.folder / "features", found["run"])
+    return found | _files(folder) | _damaged(folder, places.folder / "features", run)
 
 
 def _files(folder: Path) -> dict[str, object]:
@@ -55,7 +53,6 @@ def _files(folder: Path) -> dict[str, object]:
         "garbage": bytes(range(256)) * 8,
         "list": b"- a\n- b\n",
         "deepyaml": b"a: " + b"[\n" * DEEP + b"]\n" * DEEP,
-        "utf16": "data: {samples: x}\n".encode("utf-16"),
         "unknown": b"data: {smaples: x}\n",
         "badmapping": b"{impressions: {}, behaviors: {}, csv: {delimiter: 5}}\n",
         "script.py": b"print('hello')\n",
@@ -94,37 +91,27 @@ def _pipes(folder: Path) -> dict[str, object]:
     return found
 
 
-def _state_of(run: Path) -> Path:
-    """The file state.json of a run's one checkpoint."""
-    (found,) = (run / "checkpoints" / "files").glob("step-*-state-*.json")
-    return found
-
-
-def _damaged(folder: Path, store: Path, run: object) -> dict[str, object]:
-    """Stores and runs with one damaged file each."""
+def _damaged(folder: Path, store: Path, run: Path) -> dict[str, object]:
+    """Stores, runs and models with one damaged file each."""
     found: dict[str, object] = {}
-    newest = sorted((store / "log").glob("*.json"))[-1].name
-    manifest = json.loads((store / "log" / newest).read_text())
-    for name, text in {
-        "nan": json.dumps(manifest | {"time_s": float("nan")}),
-        "deep": "[" * DEEP + "]" * DEEP,
-        "huge": '{"format_version": ' + "9" * 5000 + "}",
-    }.items():
-        found[f"{name}store"] = shutil.copytree(store, folder / f"store-{name}")
-        (folder / f"store-{name}" / "log" / newest).write_text(text)
-    for name, text in {"deep": "[" * DEEP + "]" * DEEP, "list": "[]"}.items():
-        found[f"{name}run"] = shutil.copytree(str(run), folder / f"run-{name}")
-        _state_of(folder / f"run-{name}").write_text(text)
-        found[f"{name}model"] = shutil.copytree(folder / "model", folder / f"model-{name}")
-        (folder / f"model-{name}" / "log" / f"{1:020}.json").write_text(text)
-    found["deepinfo"] = shutil.copytree(store, folder / "info-deep")
-    (folder / "info-deep" / "store.json").write_text("[" * DEEP + "]" * DEEP)
-    found["listuse"] = shutil.copytree(folder / "model", folder / "use-list")
-    (folder / "use-list" / "use" / f"{1:020}.json").write_text("[]")
-    found["unsetrun"] = shutil.copytree(str(run), folder / "run-unset")
-    (folder / "run-unset" / "config.yaml").write_text("")
-    found["piperun"] = shutil.copytree(str(run), folder / "run-pipe")
-    state = _state_of(folder / "run-pipe")
-    state.unlink()
-    os.mkfifo(state)
+    (state,) = (each.relative_to(run) for each in run.glob("checkpoints/files/step-*-state-*.json"))
+    newest = sorted((store / "log").glob("*.json"))[-1].relative_to(store)
+    not_finite = json.dumps(json.loads((store / newest).read_text()) | {"time_s": float("nan")})
+    deep, model, first = "[" * DEEP + "]" * DEEP, folder / "model", f"{1:020}.json"
+    for name, whole, file, text in (
+        ("nanstore", store, newest, not_finite),
+        ("deepstore", store, newest, deep),
+        ("hugestore", store, newest, '{"format_version": ' + "9" * 5000 + "}"),
+        ("deepinfo", store, "store.json", deep),
+        ("deeprun", run, state, deep),
+        ("listrun", run, state, "[]"),
+        ("unsetrun", run, "config.yaml", ""),
+        ("deepmodel", model, f"log/{first}", deep),
+        ("listuse", model, f"use/{first}", "[]"),
+        ("piperun", run, state, ""),
+    ):
+        found[name] = shutil.copytree(whole, folder / name)
+        (folder / name / file).write_text(text)
+    (folder / "piperun" / state).unlink()
+    os.mkfifo(folder / "piperun" / state)
     return found

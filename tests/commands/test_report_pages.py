@@ -78,9 +78,12 @@ def test_an_evaluation_has_the_figures_of_its_json(names: dict[str, object], tmp
     assert call(words_of(against, places)).code == 0
     read, found = written(tmp_path / "page.html"), json.loads((tmp_path / "out/comparison.json").read_text())
     for name, each in found["differences"].items():
-        is_shown = each["users"] is None or each["users"] >= LEAST_USERS_SHOWN
-        values = [number(each[key] if is_shown else None) for key in ("ours", "baseline", "value")]
-        assert read.value(METRIC_TITLES[name])[:3] == values
+        row = read.value(METRIC_TITLES[name])
+        if each["users"] is None or each["users"] >= LEAST_USERS_SHOWN:
+            assert row[:3] == [number(each[key]) for key in ("ours", "baseline", "value")]
+        else:
+            assert row == [number(None)] * 5
+    assert f"metrics are given of {LEAST_USERS_SHOWN} users or more" in read.text
 
 
 def test_a_benchmark_has_the_figures_of_its_json(tmp_path: Path) -> None:

@@ -73,18 +73,3 @@ def test_a_process_ends_the_same_way(line: str, names: dict[str, object], tmp_pa
     (told,) = done.stderr.splitlines()
     assert told.startswith("error: ") and text.format_map(names) in told
     assert (done.returncode, done.stdout) == (code, "")
-
-
-@pytest.mark.parametrize(
-    ("line", "text"),
-    [
-        ("featurestore info {store} --version 1", "snapshot"),
-        ("featurestore get {store} 1000 --out {new}.npy", ""),
-        ("trainer.compat {run} {store}", "compatible"),
-    ],
-)
-def test_what_looks_wrong_and_is_right(line: str, text: str, names: dict[str, object], tmp_path: Path) -> None:
-    """Jobs that make their folders have tests of their own."""
-    called = call(words_of(line, names | {"new": tmp_path / "new"}))
-    assert (called.code, called.trace) == (0, "") and "error" not in called.err
-    assert text.format_map(names) in called.out

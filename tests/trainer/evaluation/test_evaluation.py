@@ -1,7 +1,6 @@
 """crossmedia evaluate on tiny runs: what it writes, other samples and stores, two ranks."""
 
 import json
-import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -112,19 +111,6 @@ def test_slices_by_a_column_are_named_as_the_logs_name_its_values(
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_no_metric_of_a_few_users_is_given(
-    run: Path, ids_only: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(bootstrap, "LEAST_USERS_SHOWN", 1_000)
-    said = evaluate(run, "--bootstrap", 20, "--out", tmp_path)
-    said += evaluate(run, "--against", ids_only, "--bootstrap", 20, "--out", tmp_path)
-    assert said.count("; metrics are given of 1000 users or more") == 2
-    assert not re.search(r"\d\.\d{3}", said.replace(str(tmp_path), ""))
-    metrics = report_of(tmp_path)["whole"]["metrics"]
-    assert all(each == {"value": None, "low": None, "high": None} for each in metrics.values())
-
-
-@pytest.mark.usefixtures("undrawn")
 def test_without_intervals_another_checkpoint_and_ids_only(run: Path, ids_only: Path, tmp_path: Path) -> None:
     evaluate(run, "--bootstrap", 0, "--checkpoint", 10, "--out", tmp_path)
     report = report_of(tmp_path)
@@ -180,15 +166,6 @@ def test_differences_are_printed_and_written(run: Path, ids_only: Path, tmp_path
         assert each["low"] < each["value"] < each["high"] and 0 < each["p_value"] <= 1
         assert f"{each['value']:.4f}" in said and f"{each['low']:.4f} to {each['high']:.4f}" in said
     assert sorted(path.name for path in tmp_path.iterdir()) == ["comparison.json"]
-
-
-def test_a_page_that_cannot_be_written_is_refused_by_all_ranks(
-    run: Path, tmp_path: Path, two_ranks_of_each: StandingRanks
-) -> None:
-    page = tmp_path / "missing" / "page.html"
-    (code, out), (other_code, other_out) = two_ranks_of_each.call("-m", "trainer.evaluate", run, "--html", page)
-    assert (code, out.count("error: cannot write --html")) == (2, 1) and "impressions" not in out
-    assert other_code != 0 and "error" not in other_out
 
 
 @pytest.mark.usefixtures("undrawn")

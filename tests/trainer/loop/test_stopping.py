@@ -166,6 +166,7 @@ def test_a_best_at_the_very_end_is_kept_as_any_run(places: Places, tmp_path: Pat
     [
         ({}, True),
         ({"step": 2}, False),
+        ({"total_steps": 6}, True),
         ({"total_steps": 7}, False),
         ({"total_steps": 7, "patience": 1}, True),
         ({"total_steps": 7, "patience": 2}, False),
@@ -180,22 +181,16 @@ def test_what_is_left_to_do_of_a_run_with_a_report(changes: dict[str, Any], fini
     assert has_finished(report, **values) is finished
 
 
-FEW_STEPS = {"data__global_batch_size": 96}
-VALIDATED = {"data__validation_days": 1, "train__epochs": 3, "train__checkpoint_every": 2, **FEW_STEPS}
 KEPT = ["2026-01-01", "2026-01-02"]
 
 
-@pytest.fixture(scope="module")
-def validated(places: Places, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run whose second epoch is the best one on the last training day."""
+def test_a_run_ends_with_the_best_epoch_on_days_that_it_is_not_trained_on(places: Places, tmp_path: Path) -> None:
+    """The second one is the best on the last training day."""
+    few_steps = {"run__dir": tmp_path, "data__global_batch_size": 96}
     with _scored(0.5, 0.7, 0.6):
-        return run_alone(places, run__name="validated", run__dir=tmp_path_factory.mktemp("validated"), **VALIDATED)
-
-
-def test_a_run_ends_with_the_best_epoch_on_days_that_it_is_not_trained_on(
-    places: Places, validated: Path, tmp_path: Path
-) -> None:
-    plain = run_alone(places, run__name="two", run__dir=tmp_path, data__train_days=f"[{','.join(KEPT)}]", **FEW_STEPS)
+        held_out = {"data__validation_days": 1, "train__epochs": 3}
+        validated = run_alone(places, run__name="validated", **held_out, **few_steps)
+    plain = run_alone(places, run__name="two", data__train_days=f"[{','.join(KEPT)}]", **few_steps)
     assert_same(validated, plain, metrics=True)
     report, steps = report_of(validated), report_of(plain)["global_step"]
     assert report["global_step"] == steps
@@ -204,21 +199,6 @@ def test_a_run_ends_with_the_best_epoch_on_days_that_it_is_not_trained_on(
     assert [entry["impressions"] for entry in report["history"]] == [held] * 3
     config = load_config(validated / "config.yaml")
     assert (config.data.train_days, config.data.validation_days) == (KEPT, ["2026-01-03"])
-
-
-@pytest.mark.long
-def test_an_interrupted_run_chooses_the_same_epoch(places: Places, validated: Path, tmp_path: Path) -> None:
-    """Killed in the last epoch, after the best one."""
-    changes = {"run__name": "halves", "run__dir": tmp_path, **VALIDATED}
-    with _scored(0.5, 0.7, 0.6) as measured:
-        with interrupted_after(report_of(validated)["history"][-1]["step"] - 1):
-            run_alone(places, **changes)
-        halves = run_alone(places, run__resume="latest", **changes)
-        assert_same(halves, validated, metrics=True)
-        assert report_of(halves)["history"] == report_of(validated)["history"]
-        measured.clear()
-        run_alone(places, run__resume="auto", **changes)
-        assert measured == []  # it is finished
 
 
 def test_days_are_named_once(places: Places) -> None:
