@@ -34,11 +34,11 @@ from tests.ranks import (
     ranks_of,
     standing_ranks,
 )
-from tests.trainer.checkpoints import steps_of, tensors_of
+from tests.trainer.checkpoints import assert_same_tensors, steps_of, tensors_of
 from tests.trainer.conftest import Places, change_column, make_places, values_of
 from tests.trainer.standing_ranks import run as run_here
 from tests.trainer.whole_runs import all_alike, assert_same, drawn_scalars, report_of, run_alone
-from trainer.errors import CheckpointError, DataError
+from trainer.errors import CheckpointError
 from trainer.ids.exact import num_ids
 from trainer.main import app
 from trainer.runs.checkpoint import read_state
@@ -192,7 +192,9 @@ def test_an_earlier_checkpoint_replaces_later_ones_where_asked_to_and_one_ranks_
     # The last test sample is in the part that rank 1 alone evaluates.
     assert [text.split(":")[0] for text in seen["broken"]] == ["RemoteRankError", "DataError"]
     assert all("test/day=2026-01-01.parquet, row 59: column label has 2" in text for text in seen["broken"])
-    assert all("crossmedia samples" in text for text in seen["empty"])
+    missing = "has no train and no test samples; make them with: crossmedia samples"
+    assert all(missing in text for text in seen["empty"])
+    assert not (runs / "empty").exists(), "nothing is written before all is open"
 
 
 def test_equals_one_rank(job: Job, alone: Path) -> None:
@@ -385,26 +387,18 @@ def test_a_vector_for_missing_images_is_harmless_where_none_is_missing(places: P
     added = learned.keys() - zeros.keys()
     assert {name for name in added if not name.startswith("adam/")} == {"stores.images.no_image"}
     assert not any(learned[name].any() for name in added if not name.endswith("/step"))
-    assert [name for name in zeros if not torch.equal(zeros[name], learned[name])] == []
+    assert_same_tensors({name: learned[name] for name in learned.keys() - added}, zeros)
     assert_same(of["error"], of["zeros"])
     # What was begun without one may go on with one, and be the beginning of a run with one; or the other way round.
     onward = {**settings, "run__resume": of["error"] / "checkpoints" / "step-00000002", "run__overwrite": "true"}
     resumed = tensors_of(run_alone(places, run__name="missing-error", data__missing="learned", **onward))
-    assert [name for name in zeros if not torch.equal(zeros[name], resumed[name])] == []
+    assert_same_tensors({name: resumed[name] for name in zeros}, zeros)
     for before, after in (("zeros", "learned"), ("learned", "error")):
         start = {"run__warm_start": of[before], "data__missing": after, "train__max_steps": 1}
         run_alone(places, run__name=f"{after}-after-{before}", **start)
     for policy in ("zeros", "error"):
         with pytest.raises(CheckpointError, match=r'has a trained "no image" vector: .* data\.missing=learned'):
             run_alone(places, run__name="missing-learned", data__missing=policy, run__resume="latest", **settings)
-
-
-@pytest.mark.long
-def test_no_test_samples(places: Places, tmp_path: Path) -> None:
-    shutil.copytree(places.folder / "samples" / "train", tmp_path / "train")
-    with pytest.raises(DataError, match=r"has no test samples; make them with: crossmedia samples"):
-        run_alone(places, run__name="x", data__samples=tmp_path)
-    assert not (places.folder / "runs" / "x").exists(), "nothing is written before all is open"
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import yaml
 from pyarrow import csv
 
 from tests.cli import invoke
-from tests.trainer.conftest import change_column
+from tests.trainer.conftest import change_column, values_of
 from trainer.errors import SchemaError
 from trainer.schema.__main__ import app
 from trainer.schema.fields import (
@@ -63,7 +63,11 @@ def test_mistakes_are_named(tmp_path: Path, old: str, new: str, message: str) ->
     for missing, below in ((path, ""), (f"{tmp_path.name}.yaml", f" below {Path.cwd()}")):
         with pytest.raises(SchemaError, match=f"there is no such file{re.escape(below)}$"):
             load_schema(missing)
-    path.write_text(OWN.replace(old, new))
+    check_refused(path, OWN.replace(old, new), message)
+
+
+def check_refused(path: Path, text: str, message: str) -> None:
+    path.write_text(text)
     with pytest.raises(SchemaError) as caught:
         load_schema(path)
     assert message in str(caught.value) and str(path) in str(caught.value)
@@ -103,13 +107,9 @@ def test_mistakes_are_named(tmp_path: Path, old: str, new: str, message: str) ->
 )
 def test_mistakes_of_a_field_are_named(tmp_path: Path, field: str, told: str) -> None:
     side = "" if field.startswith("side:") else "side: ad, "
-    (tmp_path / "schema.yaml").write_text(
-        "new_ad_field: ad\nfields:\n  - {name: ad, side: ad, kind: id}\n  - {name: items, side: user, kind: multi_id}\n"
-        f"  - {{name: price, {side}{field}}}\n"
-    )
-    with pytest.raises(SchemaError) as caught:
-        load_schema(tmp_path / "schema.yaml")
-    assert told in str(caught.value) and str(tmp_path / "schema.yaml") in str(caught.value)
+    others = "  - {name: ad, side: ad, kind: id}\n  - {name: items, side: user, kind: multi_id}\n"
+    text = f"new_ad_field: ad\nfields:\n{others}  - {{name: price, {side}{field}}}\n"
+    check_refused(tmp_path / "schema.yaml", text, told)
 
 
 def called(*args, code=0):
@@ -131,8 +131,7 @@ def test_a_schema_of_samples_is_the_packaged_one_without_the_ids_of_images(place
     text = (tmp_path / "schema.yaml").read_text()
     assert "#   item: {kind: exact, max_rows: 4096}\n" in text
     assert "#   session: int64, kept for people" in text
-    rows = pq.read_table(places.folder / "samples", columns=["ad_item"])["ad_item"].to_pylist()
-    items = {item for row in rows for item in row}
+    items = {*values_of(places.folder / "samples", "ad_item")}
     assert f"ad_item, side: ad, kind: id, table: item}}  # list<element: int64>, {len(items)} different" in text
     assert "fit the schema" in called("check", tmp_path / "schema.yaml", places.folder / "samples")
     samples = shutil.copytree(places.folder / "samples", tmp_path / "samples")
@@ -307,35 +306,28 @@ def test_ids_that_are_real_numbers_are_a_warning_with_the_way_out(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("texts", "delimiter", "kind", "told"),
+    ("texts", "kind", "told"),
     [
-        (
-            ["['sale', 'classic']", "['sale', 'new']", "[]"],
-            ",",
-            None,
-            """texts such as "['sale', 'classic']" are lists: """,
-        ),
-        (["(1, 2)", "(2, 3)", "(1, 3)"], ",", None, "write the table as Parquet, or join the values by one separator"),
-        (["{'a': 1, 'b': 2}", "{'a': 2}", "{'b': 2}"], ",", None, "warning      left out: more, texts such as"),
-        (["{1F2A-77}", "{2F2A-77}", "{1F2A-78}"], ",", "id", None),
-        (["a,b", "b,c", "a,c,b", "c"], ",", {"kind": "multi_id", "split": ","}, None),
-        (["3,17", "3,5", "17", "5,17"], ",", {"kind": "multi_id", "split": ","}, None),
-        (["666,00", "7.016,40", "666,40", "on demand"], ",", None, "texts such as '666,00' are numbers: write them as"),
-        (["666,00", "7.016,40", "666,40", "12"], ";", "dense", None),
+        (["['sale', 'classic']", "['sale', 'new']", "[]"], None, "texts such as \"['sale', 'classic']\" are lists: "),
+        (["(1, 2)", "(2, 3)", "(1, 3)"], None, "write the table as Parquet, or join the values by one separator"),
+        (["{'a': 1, 'b': 2}", "{'a': 2}", "{'b': 2}"], None, "warning      left out: more, texts such as"),
+        (["{1F2A-77}", "{2F2A-77}", "{1F2A-78}"], "id", None),
+        (["a,b", "b,c", "a,c,b", "c"], {"kind": "multi_id", "split": ","}, None),
+        (["3,17", "3,5", "17", "5,17"], {"kind": "multi_id", "split": ","}, None),
+        (["666,00", "7.016,40", "666,40", "on demand"], None, "texts such as '666,00' are numbers: write them as"),
+        (["666,00", "7.016,40", "666,40", "12"], "dense", None),
     ],
 )
-def test_lists_and_prices_that_are_texts_are_no_ids(tmp_path, texts, delimiter, kind, told):
-    lines = [f'{at}{delimiter}{at % 5}{delimiter}{at % 7}{delimiter}a.jpg{delimiter}{at % 2}{delimiter}"{text}"'
-             for at, text in enumerate(texts * 10)]  # fmt: skip
-    names = "ts,user,item,image,click,more".replace(",", delimiter)
-    (tmp_path / "a.csv").write_text("\n".join([names, *lines, ""]))
+def test_lists_and_prices_that_are_texts_are_no_ids(tmp_path, texts, kind, told):
+    """Numbers with a comma are numbers where semicolons are between the columns."""
+    rows = [f"{at}|{at % 5}|{at % 7}|a.jpg|{at % 2}|" + f'"{text}"' for at, text in enumerate(texts * 10)]
+    file, mark = tmp_path / "a.csv", ";" if kind == "dense" else ","
+    file.write_text("\n".join(["ts|user|item|image|click|more", *rows, ""]).replace("|", mark))
     said = called("inspect", tmp_path, "--out", tmp_path / "first.yaml")
     assert yaml.safe_load((tmp_path / "first.yaml").read_text())["impressions"].get("ad", {}).get("more") == kind
     assert (told in said) if told else "warning" not in said
     if kind == "dense":
-        (tmp_path / "a.csv").write_text(
-            (tmp_path / "a.csv").read_text().replace(f"{delimiter}a.jpg", f"{delimiter}5.5")
-        )
+        file.write_text(file.read_text().replace("a.jpg", "5.5"))
         assert "image: image  # string, 1 different" in called("inspect", tmp_path), "samples read no number there"
 
 

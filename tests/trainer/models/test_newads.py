@@ -4,8 +4,9 @@ Whether their pictures count is decided by ads that training has not seen, and k
 """
 
 import contextlib
+import functools
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from trainer.exchange.vectors import FieldVectors
 from trainer.loop.training import LEAST, checked
 from trainer.models.nets import build_model
 from trainer.models.newads import NewAds, build_new_ads, dropped, own_ids_of_ads
-from trainer.runs.saved import EvaluatedRun, RunSource, open_source
+from trainer.runs.saved import RunSource, open_source
 from trainer.schema.fields import Field, Schema, load_schema
 
 ITEM = Field(name="ad_item", side="ad", kind="id", table="item")
@@ -86,21 +87,39 @@ def exact(admit_after: int) -> ExactTableConfig:
     return ExactTableConfig(kind="exact", max_rows=9, admit_after=admit_after)
 
 
+LATE = {"item": 9, "image": exact(2)}
+USER = Field(name="user", side="user", kind="id")
+BEHAVIOR = Field(name="behavior_image", side="user", kind="content", width=3)
+
+
 def test_rows_that_start_far_from_zero_or_late_cannot_tell_new_ads() -> None:
     with pytest.raises(ConfigError, match=r"image_dropout=0.1 .* model.id_init_std=0.05 .* set it to 0.001 or less"):
         load_config(None, ["model.image_dropout=0.1", "model.id_init_std=0.05"])
     with pytest.raises(ConfigError, match=r"=0.1 .* set model.tables.image.admit_after=1, or model.image_dropout=0"):
-        build_model(SCHEMA, _config(tables={"item": 9, "image": exact(2)}))
+        build_model(SCHEMA, _config(tables=LATE))
 
 
 @pytest.mark.parametrize(
-    ("admit_after", "values", "has"),
-    [(1, {}, True), (2, {"image_dropout": 0.0}, False), (2, {"images": "none"}, False)],
-    ids=["in use", "nothing dropped", "no images"],
+    ("part", "fields", "values"),
+    [
+        pytest.param("new_ads", SCHEMA.fields, {"tables": LATE, "image_dropout": 0.0}, id="nothing dropped"),
+        pytest.param("new_ads", SCHEMA.fields, {"tables": LATE, "images": "none"}, id="no images"),
+        pytest.param("id_proxy", SCHEMA.fields, {"images": "none"}, id="no images for a proxy"),
+        pytest.param("id_proxy", (*SCHEMA.fields, BEHAVIOR), {"images": "behavior"}, id="no images of ads"),
+        pytest.param("id_proxy", SCHEMA.fields, {"id_proxy": False}, id="unasked"),
+        pytest.param("id_proxy", (USER, IMAGE), {"image_dropout": 0.0}, id="no ids of ads"),
+    ],
 )
-def test_models_that_have_no_use_for_it_have_none(admit_after: int, values: dict[str, object], has: bool) -> None:
-    config = _config(tables={"item": 9, "image": exact(admit_after)}, **values)
-    assert (build_model(SCHEMA, config).new_ads is not None) == has
+def test_models_that_have_no_use_for_a_part_have_none(
+    part: str, fields: tuple[Field, ...], values: dict[str, object]
+) -> None:
+    config = _config(**{"id_proxy": part == "id_proxy", "id_width": 2, "pooling": "mean", **values})
+    assert getattr(build_model(Schema(fields=fields), config), part) is None
+
+
+def test_models_have_the_parts_that_are_in_use() -> None:
+    model = build_model(SCHEMA, _config(tables={"item": 9, "image": exact(1)}, id_proxy=True))
+    assert model.new_ads is not None and model.id_proxy is not None
 
 
 def test_own_ids_are_those_that_are_new_with_a_new_ad() -> None:
@@ -128,25 +147,6 @@ def test_ranks_drop_what_one_rank_drops() -> None:
     whole = dropped(3, 7, np.arange(100), 0.5)
     for places_B in (np.arange(33), np.arange(0), np.r_[40:60, 90:100, 3]):
         assert dropped(3, 7, places_B, 0.5).tolist() == whole[places_B].tolist()
-
-
-USER = Field(name="user", side="user", kind="id")
-BEHAVIOR = Field(name="behavior_image", side="user", kind="content", width=3)
-
-
-@pytest.mark.parametrize(
-    ("fields", "values"),
-    [
-        ((ITEM, PICTURES, IMAGE, BEHAVIOR), {"images": "none"}),
-        ((ITEM, PICTURES, IMAGE, BEHAVIOR), {"images": "behavior"}),
-        ((ITEM, PICTURES, IMAGE, BEHAVIOR), {"id_proxy": False}),
-        ((USER, IMAGE), {}),
-    ],
-    ids=["no images", "no images of ads", "unasked", "no ids of ads"],
-)
-def test_there_is_no_proxy_without_use(fields: tuple[Field, ...], values: dict[str, object]) -> None:
-    config = ModelConfig(**{"images": "ad", "id_proxy": True, "id_width": 2, "pooling": "mean", **values})
-    assert build_model(Schema(fields=fields), config).id_proxy is None
 
 
 KNOWN, ITEMS, DIM = 40, 70, 16
@@ -185,26 +185,16 @@ def _run(made: Places, name: str, store: str, **changes: Any) -> Path:
 
 
 @pytest.fixture(scope="module")
-def right(made: Places) -> Path:
-    return _run(made, "right", "right")
-
-
-@pytest.fixture(scope="module")
-def wrong(made: Places) -> Path:
-    return _run(made, "wrong", "wrong")
-
-
-@contextlib.contextmanager
-def _opened(run: Path) -> Iterator[tuple[EvaluatedRun, NewAds]]:
-    with contextlib.closing(open_source(RunSource(run), SoloComm())) as opened:
-        new_ads = opened.engine.model.new_ads
-        assert new_ads is not None
-        yield opened, new_ads
+def run_of(made: Places) -> Callable[[str], Path]:
+    """The run on a store, which is trained once."""
+    return functools.cache(lambda store: _run(made, store, store))
 
 
 def _logits(run: Path, *, pictures_count: bool) -> np.ndarray:
     """Predict with or without pictures of new ads, whatever the run has decided."""
-    with _opened(run) as (opened, new_ads):
+    with contextlib.closing(open_source(RunSource(run), SoloComm())) as opened:
+        new_ads = opened.engine.model.new_ads
+        assert new_ads is not None
         new_ads.decide(pictures_count=pictures_count)
         return predict(opened)[0]
 
@@ -216,9 +206,9 @@ def _distance(logit_N: np.ndarray, label_N: np.ndarray) -> float:
 
 @pytest.mark.long
 @pytest.mark.parametrize(("store", "counts"), [("right", True), ("wrong", False)])
-def test_what_ranks_new_ads_better_holds(request: pytest.FixtureRequest, store: str, counts: bool) -> None:
+def test_what_ranks_new_ads_better_holds(run_of: Callable[[str], Path], store: str, counts: bool) -> None:
     """In the checkpoint, in the report, and in what reads the run."""
-    run = request.getfixturevalue(store)
+    run = run_of(store)
     metrics = report_of(run)["metrics"]
     assert metrics["new_ad_impressions"] >= LEAST
     assert tensors_of(run)[COUNTS] == counts
@@ -237,9 +227,9 @@ def test_what_ranks_new_ads_better_holds(request: pytest.FixtureRequest, store: 
 @pytest.mark.long
 @pytest.mark.parametrize("store", [pytest.param("right", marks=pytest.mark.slow), "wrong"])
 def test_two_ranks_decide_as_one(
-    made: Places, request: pytest.FixtureRequest, store: str, two_ranks: StandingRanks
+    made: Places, run_of: Callable[[str], Path], store: str, two_ranks: StandingRanks
 ) -> None:
-    alone = request.getfixturevalue(store)
+    alone = run_of(store)
     settings = made.settings(run__name=f"two-{store}", data__store=made.folder / store, **SETTINGS)
     two_ranks.run("-m", "trainer.main", "--set", *settings)
     two = alone.parent / f"two-{store}"
@@ -304,7 +294,9 @@ def test_a_stop_in_between_leaves_all_as_it_was(did_count: bool) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize("parts", ["partial", "all"])
-def test_a_run_that_goes_on_with_known_pictures_keeps_what_was_decided(made: Places, wrong: Path, parts: str) -> None:
+def test_a_run_that_goes_on_with_known_pictures_keeps_what_was_decided(
+    made: Places, run_of: Callable[[str], Path], parts: str
+) -> None:
     """New to this run are all ads of the test samples, whose pictures E knows by heart; their rows begin anew, or are
     trained."""
     samples = made.folder / "next"
@@ -312,7 +304,7 @@ def test_a_run_that_goes_on_with_known_pictures_keeps_what_was_decided(made: Pla
         shutil.copytree(made.folder / "samples" / "test", samples / "test")
         (samples / "train").mkdir()
         pq.write_table(sample_table(60, seed=5, items=5), samples / "train/day=2026-01-09.parquet", row_group_size=7)
-    changes = {"data__samples": samples, "run__warm_start": wrong, "run__warm_parts": parts, "train__max_steps": 3}
-    run = _run(made, f"next-{parts}", "wrong", **changes)
+    settings = {"data__samples": samples, "run__warm_parts": parts, "train__max_steps": 3}
+    run = _run(made, f"next-{parts}", "wrong", run__warm_start=run_of("wrong"), **settings)
     assert tensors_of(run)[COUNTS] == 0
     assert report_of(run)["new_ad_pictures_count"] is False
