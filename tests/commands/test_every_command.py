@@ -2,6 +2,7 @@
 
 import enum
 import importlib
+import inspect
 import json
 import os
 import re
@@ -20,6 +21,7 @@ from typer.main import get_command
 from typer.utils import get_params_from_function
 
 from featurestore.console.commandline import CommandApp, power_of_two
+from tests.cli import ran
 from tests.commands.calls import COMMANDS, HUGE, PROGRAMS, ROOT, call, process_of
 from tests.commands.lines import LINES
 
@@ -89,8 +91,7 @@ for line, module in json.loads(sys.argv[1]):
         sys.exit(f"{{line}} --help loads {{heavy}}")
 """
     lines = [("dask-submit", COMMANDS["dask-submit"]), *((line, COMMANDS[line.split()[0]]) for line in LEAVES)]
-    command = [sys.executable, "-c", script, json.dumps(lines)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    done = ran(sys.executable, "-c", script, json.dumps(lines), cwd=ROOT)
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -192,12 +193,10 @@ def test_numbers_have_limits(line: str) -> None:
 @pytest.mark.parametrize("line", LEAVES)
 def test_ctrl_c_is_one_line_and_130(line: str) -> None:
     """The signal comes when the command's own function begins."""
-    name, *_ = line.split()
-    app = importlib.import_module(COMMANDS[name]).app
-    codes = {each.callback.__wrapped__.__code__ for each in functions(app)}
+    own = inspect.unwrap(LEAVES[line].callback).__code__
 
     def interrupt(frame: FrameType, event: str, _: Any) -> None:
-        if frame.f_code in codes:
+        if frame.f_code is own:
             raise KeyboardInterrupt
 
     before = sys.gettrace()
@@ -208,13 +207,6 @@ def test_ctrl_c_is_one_line_and_130(line: str) -> None:
         sys.settrace(before)
     assert (called.code, called.trace, called.out) == (130, "", ""), called.err
     assert called.err.startswith("stopped by Ctrl-C") and called.err.count("\n") == 1
-
-
-def functions(app: CommandApp) -> Iterator[Any]:
-    """Yield what typer knows of each command of an app, those of apps in it too."""
-    yield from app.registered_commands
-    for each in app.registered_groups:
-        yield from functions(each.typer_instance)  # type: ignore[arg-type]
 
 
 def test_ctrl_c_on_ranks(monkeypatch: pytest.MonkeyPatch) -> None:

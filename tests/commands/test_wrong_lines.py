@@ -3,7 +3,6 @@
 import contextlib
 import os
 import re
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pytest
 from _pytest.mark import ParameterSet
 from distributed import Client
 
+from tests.cli import ran
 from tests.commands.calls import ROOT, call, process_of, words_of
 from tests.commands.lines import LINES
 
@@ -66,10 +66,8 @@ def test_a_wrong_line_gets_one_message(
 def test_a_process_ends_the_same_way(line: str, names: dict[str, object], tmp_path: Path) -> None:
     """One of each kind of program: a process of its own ends as a call within this one does."""
     code, text = next((code, text) for each, code, text in LINES if each == line)
-    command, environment = process_of(words_of(line, names)), {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=60, cwd=tmp_path, env=environment, check=False
-    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = ran(*process_of(words_of(line, names)), timeout=60, cwd=tmp_path, env=environment)
     (told,) = done.stderr.splitlines()
     assert told.startswith("error: ") and text.format_map(names) in told
     assert (done.returncode, done.stdout) == (code, "")

@@ -4,7 +4,6 @@ import json
 import pickle
 import re
 import shutil
-import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ from featurestore.keys import key_of_uri
 from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
 from serving.bundle.log import version_in_use
+from tests.cli import ran
 from tests.commands.calls import ROOT
 from tests.ranks import StandingRanks
 from tests.trainer.conftest import Places, make_places, nothing_drawn
@@ -76,7 +76,7 @@ def impressions(groups: pa.Table) -> pa.Table:
 
 def test_the_facade_is_quick_to_import() -> None:
     code = "import sys, crossmedia; dir(crossmedia); sys.exit('torch' in sys.modules or 'pyarrow' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+    assert ran(sys.executable, "-c", code, cwd=ROOT).returncode == 0
     assert sorted(dir(cm)) == sorted(cm.__all__) and all(getattr(cm, name) for name in cm.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = cm.nothing

@@ -1,7 +1,6 @@
 """What test runs rest on: no test starts a service without the mark, and shared folders are made once."""
 
 import os
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -9,6 +8,7 @@ from threading import Barrier
 
 import pytest
 
+from tests.cli import ran
 from tests.ranks import ROOT
 from tests.running.shared import made_once
 
@@ -35,15 +35,8 @@ def test_nothing(): start("/nowhere/python", "-m", "trainer.main")
 def test_starts_without_the_mark_fail(tmp_path: Path) -> None:
     (tmp_path / "conftest.py").write_text(CONFTEST)
     (tmp_path / "test_starts.py").write_text(TESTS)
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:xdist", "-p", "no:cacheprovider", "--rootdir", tmp_path, tmp_path],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
+    words = (sys.executable, "-m", "pytest", "-p", "no:xdist", "-p", "no:cacheprovider", "--rootdir", tmp_path)
+    done = ran(*words, tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=tmp_path, timeout=100)
     assert "3 failed, 2 passed" in done.stdout, done.stdout + done.stderr
     for started in ("horovodrun", "build_samples.py", "a server on 127.0.0.1"):
         assert f"without the mark `services` this test started {started}" in done.stdout
@@ -52,7 +45,7 @@ def test_starts_without_the_mark_fail(tmp_path: Path) -> None:
 def test_processes_of_tests_have_no_pandas_and_tests_have() -> None:
     pytest.importorskip("pandas")
     code = "import pyarrow as pa; assert pa.array([1]).to_pylist() == [1]; import pandas"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = ran(sys.executable, "-c", code)
     assert done.stderr.endswith("ModuleNotFoundError: No module named 'pandas'\n")
 
 

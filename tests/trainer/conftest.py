@@ -65,11 +65,6 @@ def write_samples(folder: Path, groups_of_file: list[int], row_group: int = 7, *
     return tables
 
 
-@pytest.fixture(name="sample_table", scope="session")
-def _sample_table() -> Callable[..., pa.Table]:
-    return sample_table
-
-
 def values_of(files: Path, name: str) -> list[Any]:
     """The values of a column of a file of samples, or of all below a folder; those of lists one after the other."""
     column = pq.read_table(files, columns=[name], partitioning=None)[name].combine_chunks()

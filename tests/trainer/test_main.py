@@ -23,7 +23,7 @@ from featurestore.keys import NO_IMAGE
 from featurestore.staging import QuarantineRow
 from featurestore.store import FeatureStore
 from pipeline.samples.build import write_suggested
-from tests.cli import invoke
+from tests.cli import invoke, ran
 from tests.ranks import (
     Forks,
     StandingRanks,
@@ -250,10 +250,7 @@ def test_a_launchers_job_is_that_of_one_rank(
     step_6 = STEP_6.replace("crossmedia", "-m crossmedia").replace("=both", f"={name}")
     words = [*launcher.split(), *step_6.split(), *QUICK]
     where = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    done = subprocess.run(
-        words, cwd=data.parent, capture_output=True, text=True, check=False, env=environment() | {"PATH": where},
-        timeout=2 * RANKS_TIMEOUT_S,
-    )  # fmt: skip
+    done = ran(*words, cwd=data.parent, env=environment() | {"PATH": where}, timeout=2 * RANKS_TIMEOUT_S)
     assert done.returncode == 0, done.stdout + done.stderr
     found, alone = data / "runs" / name, data / "runs" / "alone"
     report = report_of(found)

@@ -54,7 +54,6 @@ fields:
             "fields picture and back share store covers but have width=None and width=4; give both one width",
         ),
         (OWN, "- a", "schema.yaml"),
-        (OWN, "fields: [", "schema.yaml"),
         (OWN, "", "schema.yaml"),
     ],
 )

@@ -1,7 +1,6 @@
 """Day after day: what each day begins with and is evaluated on, the table, and going on after a stop at any point."""
 
 import json
-from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 from pkgutil import resolve_name
@@ -17,7 +16,7 @@ from featurestore.store import FeatureStore
 from tests.cli import invoke
 from tests.ranks import StandingRanks
 from tests.trainer.checkpoints import tensors_of
-from tests.trainer.conftest import Places, add_a_row, make_days
+from tests.trainer.conftest import Places, add_a_row, make_days, sample_table
 from tests.trainer.whole_runs import alike, assert_same, report_of
 from trainer.comm import SoloComm
 from trainer.config import load_config, save_config
@@ -214,7 +213,7 @@ def test_settings_are_kept_when_a_day_has_begun_with_them(days: Places) -> None:
 
 
 def test_another_day_is_evaluated_when_it_comes_and_late_logs_of_a_trained_day_change_nothing_but_a_mark(
-    days: Places, sample_table: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+    days: Places, capsys: pytest.CaptureFixture[str]
 ) -> None:
     samples, store = days.folder / "samples", FeatureStore.open(days.folder / "features")
     newest, third = samples / "test" / f"day={DAYS[3]}.parquet", samples / "train" / f"day={DAYS[2]}.parquet"

@@ -132,11 +132,10 @@ def test_bins_are_of_equally_many_impressions_and_reliability_equals_a_loop_over
 
 
 def test_draws_hang_on_the_seed_alone() -> None:
-    whole = np.concatenate(list(draws(37, 100, seed=5)))
+    whole, same, other = (np.concatenate(list(draws(37, 100, seed=seed))) for seed in (5, 5, 6))
     assert whole.shape == (100, 37)
     assert (whole.sum(axis=1) == 37).all()
-    assert (np.concatenate(list(draws(37, 100, seed=5))) == whole).all()
-    assert not (np.concatenate(list(draws(37, 100, seed=6))) == whole).all()
+    assert (same == whole).all() and not (other == whole).all()
     # Each user about once: 3,700 draws of one in 37.
     assert np.abs(whole.mean(axis=0) - 1).max() < 0.4
 
@@ -359,10 +358,8 @@ def test_impressions_training_and_slices_equal_a_loop(tmp_path: Path) -> None:
     predicted = ((batch, np.zeros(batch.num_samples)) for batch in reader.batches())
     _, impressions = gathered(comm, predicted, schema, by=())
     seen = seen_in_training(comm, open_index(comm, str(tmp_path), "train", schema), schema, impressions)
-    assert impressions.label_N.tolist() == [row["label"] for row in test]
-    assert impressions.user_N.tolist() == [row["user"] for row in test]
-    assert impressions.ad_N.tolist() == [row["ad"] for row in test]
-    assert impressions.image_N is not None and impressions.image_N.tolist() == [row["image"] for row in test]
+    for name in ("label", "user", "ad", "image"):
+        assert getattr(impressions, f"{name}_N").tolist() == [row[name] for row in test]
     assert impressions.history_N is not None and impressions.history_N.tolist() == [len(r["history"]) for r in test]
     shown = [sum(row["ad"] == ad for row in train) for ad in seen.ad_A.tolist()]
     assert seen.impressions_A.tolist() == shown and min(shown) == 0 < max(shown)
@@ -374,8 +371,8 @@ def test_impressions_training_and_slices_equal_a_loop(tmp_path: Path) -> None:
     counts = [sum(row["ad"] == each["ad"] for row in train) for each in test]
     assert names_of(by_count) == ["0" if n == 0 else "1 to 9" if n < 10 else "10 to 29" for n in counts]
     assert names_of(by_history) == ["1 to 5" if row["history"] else "0" for row in test]
-    images = [row["image"] for row in test]
-    assert names_of(by_image) == ["missing" if i % 3 == 0 else "known" if i in met else "new" for i in images]
+    expected = ["missing" if i % 3 == 0 else "known" if i in met else "new" for i in (row["image"] for row in test)]
+    assert names_of(by_image) == expected
 
 
 def test_limits_of_the_ranges() -> None:

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from featurestore.keys import shard_of
 from trainer.config import ExactTableConfig, IdOptimizer, OptimConfig
 from trainer.engine.wiring import build_tables
 from trainer.ids.exact import ExactShape, ExactTable
@@ -46,13 +45,6 @@ def table_of(shape: ExactShape | None = None, rank: int = 0, num_ranks: int = 1,
     table = tables_of(shape or shape_of(), rank, num_ranks, **own)["item"]
     assert isinstance(table, ExactTable)
     return table
-
-
-def ids_of_shard(shard: int, count: int) -> list[int]:
-    """The first ids from 1 on of a shard."""
-    ids = np.arange(1, 40 * SHARDS * (count + 1))
-    found: list[int] = ids[shard_of(ids, SHARDS) == shard][:count].tolist()
-    return found
 
 
 def train(table: IdTable, ids: Sequence[int] | np.ndarray) -> None:

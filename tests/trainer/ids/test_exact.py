@@ -17,7 +17,6 @@ from tests.trainer.ids.exact_tables import (
     STEPS,
     PlainIds,
     PlainRows,
-    ids_of_shard,
     move,
     shape_of,
     state_of,
@@ -153,7 +152,8 @@ def test_rows_asked_for_long_before_their_step_are_the_same(max_rows: int, steps
 
 def test_ids_that_wait_for_their_admission_take_no_ones_room() -> None:
     rows = 32  # of a shard: two make room at once
-    table, ids = table_of(shape_of(rows * SHARDS, admit_after=2)), ids_of_shard(3, rows + 3)
+    table, some = table_of(shape_of(rows * SHARDS, admit_after=2)), np.arange(10_000)
+    ids = some[shard_of(some, SHARDS) == 3][: rows + 3].tolist()
     for each in ids[:rows]:
         train(table, [each])
         train(table, [each])

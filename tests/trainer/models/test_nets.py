@@ -3,6 +3,7 @@
 Layers against plain loops, dropout, starts; aggregators of nothing, in every run, and weights.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, get_args
 
@@ -25,7 +26,7 @@ from trainer.models.layers import (
     segment_sum,
     width_of,
 )
-from trainer.models.nets import Din, TwoTower, build_model
+from trainer.models.nets import TwoTower, build_model
 from trainer.models.pooling import AGGREGATORS, Aggregator
 from trainer.samples.reader import Batch, Jagged
 from trainer.schema.fields import Field, Schema, load_schema
@@ -47,7 +48,6 @@ SCHEMA = Schema(
 )
 BASES = [base for base in get_args(BaseNet) if base != "two_tower"]  # which takes no aggregator
 POOLINGS = get_args(Pooling)
-IDS_AND_DENSE = 3 + 1 + 4 + 3 + 4 + 3 + 2
 LENGTHS = torch.tensor([2, 0, 3])
 GROUP_OF_SAMPLE = torch.tensor([0, 0, 1, 2, 2])
 
@@ -102,12 +102,8 @@ def test_no_products_where_nothing_is_to_multiply(settings: dict[str, str]) -> N
     assert not build_model(SCHEMA, config(**settings)).products
 
 
-def test_din_pairs_fields_by_their_table_and_refuses_lists_of_unequal_length() -> None:
+def test_din_refuses_lists_of_unequal_length() -> None:
     model = build_model(SCHEMA, config(base="din", images="none"))
-    assert isinstance(model, Din)
-    assert model.attention.width == 4 + 3
-    assert model.input_width == IDS_AND_DENSE - (4 + 3), "attended fields are not summed as well"
-    assert model.mlp[0].in_features == IDS_AND_DENSE
     lists = {"behavior_item": np.array([2, 2, 2]), "behavior_shop": np.array([2, 3, 2])}
     fields = {name: Jagged(np.zeros(lengths.sum(), np.int64), lengths) for name, lengths in lists.items()}
     batch = Batch(fields, {}, np.arange(3), np.zeros(3, np.float32), np.zeros(3, np.int64), 3)
@@ -119,7 +115,11 @@ def test_din_pairs_fields_by_their_table_and_refuses_lists_of_unequal_length() -
     model.check(batch)
 
 
-USER, BEHAVIORS = SCHEMA.fields[0], SCHEMA.fields[2]
+CONTEXT = (
+    Field(name="scene", side="ad", kind="id", context=True),
+    Field(name="hour", side="ad", kind="dense", width=2, context=True),
+)
+USER, BEHAVIORS, AD_ITEM = SCHEMA.fields[0], SCHEMA.fields[2], SCHEMA.fields[6]
 BEHAVIOR_IMAGE = Field(name="behavior_image", side="user", kind="content")
 AD_IMAGE = Field(name="ad_image", side="ad", kind="content")
 
@@ -139,28 +139,24 @@ def cover(**names: str) -> Field:
         ([cover(store="a.b")], {"images": "ad"}, "store=a.b cannot name a part of the model; .* as my_a_b"),
         ([cover(name="keys")], {"images": "ad"}, "field keys: name=keys cannot name a part of the model"),
         ([SCHEMA.fields[1]], {"images": "none"}, "no field of kind id, multi_id or content"),
+        ([AD_ITEM], {"base": "two_tower", "images": "none"}, r"model\.base=two_tower needs a field of side user"),
+        ([USER, *CONTEXT], {"base": "two_tower", "images": "none"}, r"two_tower needs a field of side ad"),
+        (
+            SCHEMA.fields,
+            {"base": "two_tower", "dropout": 0.1},
+            r"two_tower makes the user's vector once .*set model\.dropout=0",
+        ),
     ],
 )
-def test_refusals(fields: list[Field], settings: dict[str, str], message: str) -> None:
+def test_refusals(fields: Sequence[Field], settings: dict[str, str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build_model(Schema(fields=tuple(fields)), config(**settings))
 
 
-CONTEXT = (
-    Field(name="scene", side="ad", kind="id", context=True),
-    Field(name="hour", side="ad", kind="dense", width=2, context=True),
-)
-
-
-def towers(*fields: Field, **settings: object) -> tuple[TwoTower, ModelConfig]:
-    chosen = config(base="two_tower", tower_width=7, activation="prelu", **settings)
-    model = build_model(Schema(fields=fields), chosen)
-    assert isinstance(model, TwoTower)
-    return model, chosen
-
-
 def test_context_adds_to_the_logit_of_two_towers_and_is_in_no_vector() -> None:
-    model, settings = towers(*SCHEMA.fields, *CONTEXT)
+    settings = config(base="two_tower", tower_width=7, activation="prelu")
+    model = build_model(Schema(fields=(*SCHEMA.fields, *CONTEXT)), settings)
+    assert isinstance(model, TwoTower)
     fields, dense, groups = inputs_of(model, settings)
     before, ads = model(fields, dense, groups), model.ad_vectors(fields, dense)
     scene = fields["scene"]
@@ -169,14 +165,6 @@ def test_context_adds_to_the_logit_of_two_towers_and_is_in_no_vector() -> None:
     assert torch.equal(model.ad_vectors(fields, dense), ads)
     assert not torch.isclose(model(fields, dense, groups), before).any()
     assert model.context is not None and model.context.bias is None
-
-
-@pytest.mark.parametrize(("side", "kept"), [("user", ("ad_item",)), ("ad", ("user", "scene"))])
-def test_towers_without_a_field_or_with_a_row_for_each_sample_are_refused(side: str, kept: tuple[str, ...]) -> None:
-    with pytest.raises(ConfigError, match=rf"model\.base=two_tower needs a field of side {side}"):
-        towers(*(field for field in (*SCHEMA.fields, *CONTEXT) if field.name in kept), images="none")
-    with pytest.raises(ConfigError, match=r"two_tower makes the user's vector once .*set model\.dropout=0"):
-        towers(*SCHEMA.fields, dropout=0.1)
 
 
 def values(*shape: int) -> torch.Tensor:

@@ -15,7 +15,6 @@ from explorer.html.site import Site
 from explorer.places import Places
 from explorer.server import application
 from serving.scoring.scorer import Scorer
-from tests.cli import invoke
 from tests.ranks import StandingRanks
 from tests.serving.scoring.variants import export
 from tests.trainer.checkpoints import tensors_of
@@ -23,7 +22,6 @@ from tests.trainer.conftest import Places as SamplePlaces
 from tests.trainer.whole_runs import assert_same, run_alone
 from trainer.config import ModelConfig, load_config
 from trainer.errors import CheckpointError, ConfigError, TrainerError
-from trainer.evaluate import app as evaluate
 from trainer.evaluation.predict import predict_run
 from trainer.models.nets import build_model
 from trainer.schema.fields import load_schema
@@ -40,7 +38,9 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     assert EXAMPLE is not None
     folder = tmp_path_factory.mktemp("packages")
     (folder / "mypackage").mkdir()
-    (folder / "mypackage" / "__init__.py").write_text(EXAMPLE[1])
+    broken = "import torch\nimport no_such_thing\n"
+    for name, text in {"__init__": EXAMPLE[1], "wrong": WRONG, "broken": broken}.items():
+        (folder / "mypackage" / f"{name}.py").write_text(text)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder)
         yield folder
@@ -80,42 +80,22 @@ def test_exported_and_scored_without_the_package_as_evaluated(
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
 
 
-def test_a_run_whose_package_is_gone_is_one_line(own: Path, package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "path", [each for each in sys.path if each != str(package)])
-    monkeypatch.delitem(sys.modules, "mypackage")
-    done = invoke(evaluate, own, code=2)
-    assert done.stderr.count("\n") == 1
-    assert "No module named 'mypackage'; install the package" in done.stderr
-
-
 WRONG = """
 import torch
 from torch import nn
-from trainer.models.ctr import CtrModel
+from trainer.models.ctr import CtrModel, Dicm
 class Plain(nn.Module): ...
 class Fixed(CtrModel):
     def __init__(self, schema, config):
         super().__init__(schema, config)
         self.scale = nn.Parameter(torch.ones(1), requires_grad=False)
-class Right(CtrModel):
-    def __init__(self, schema, config):
-        super().__init__(schema, config)
-        self.linear = nn.Linear(self.input_width, 1)
-    def forward(self, fields, dense, group_of_sample_B):
-        return self.linear(self.inputs(fields, dense, group_of_sample_B)).squeeze(1)
-class Shape(Right):
+class Shape(Dicm):
     def forward(self, *given):
         return super().forward(*given)[:, None]
-class Nan(Right):
+class Nan(Dicm):
     def forward(self, *given):
         return super().forward(*given) * float("nan")
 """
-
-
-@pytest.fixture(scope="module")
-def wrong(package: Path) -> None:
-    (package / "mypackage" / "wrong.py").write_text(WRONG)
-    (package / "mypackage" / "broken.py").write_text("import torch\nimport no_such_thing\n")
 
 
 @pytest.mark.parametrize(
@@ -129,7 +109,7 @@ def wrong(package: Path) -> None:
         ("mypackage.wrong.Fixed", "its parameter scale has no gradient; make it a buffer"),
     ],
 )
-def test_a_class_that_does_not_fit_is_one_line(path: str, says: str, wrong: None) -> None:
+def test_a_class_that_does_not_fit_is_one_line(path: str, says: str, package: Path) -> None:
     with pytest.raises(ConfigError, match=says) as raised:
         build_model(load_schema(), ModelConfig(base=path))
     assert "\n" not in str(raised.value)
@@ -143,7 +123,7 @@ def test_a_class_that_does_not_fit_is_one_line(path: str, says: str, wrong: None
     ],
 )
 def test_an_answer_that_does_not_fit_trains_nothing(
-    name: str, error: type[Exception], says: str, wrong: None, places: SamplePlaces, tmp_path: Path
+    name: str, error: type[Exception], says: str, package: Path, places: SamplePlaces, tmp_path: Path
 ) -> None:
     with pytest.raises(error, match=says):
         run_alone(places, run__dir=tmp_path, model__base=f"mypackage.wrong.{name}", model__compute_dtype="float32")
