@@ -93,8 +93,6 @@ FEATURESTORE = [
 
 # One setting each of python -m trainer.main: what is typed there comes from people more than anything else.
 SETTINGS = [
-    ("''", "--set is empty"),
-    ("=", "section.field=value"),
     ("data.=1", ""),
     ("[/x].[bold]=1", "[/x] is unknown"),
     ("data.samples=''", "data.samples"),

@@ -17,23 +17,12 @@ from tests.trainer.whole_runs import report_of, run_alone
 from trainer import planner
 from trainer.comm import SoloComm
 from trainer.plan import app
-from trainer.planner import (
-    LATENCY_S,
-    PROGRAM_BYTES,
-    BatchCounts,
-    RankPlan,
-    Speed,
-    count,
-    open_planner,
-    recommend,
-    speed_of,
-)
 from trainer.runs.open import train_reader
 from trainer.samples.index import open_index
 from trainer.stages import WAIT
 
 LINK = 1e9
-SPEED = Speed(image_s=2e-5, sample_s=1.2e-5, call_s=1e-3, ranks_per_machine=1, link_bytes_per_s=LINK)
+SPEED = planner.Speed(image_s=2e-5, sample_s=1.2e-5, call_s=1e-3, ranks_per_machine=1, link_bytes_per_s=LINK)
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +36,9 @@ def test_ranks_of_a_machine_share_its_link() -> None:
     """A rank alone sends nothing, and what ranks of one machine send each other costs a call."""
     two = dataclasses.replace(SPEED, ranks_per_machine=2)
     assert SPEED.collective_s(1, 0, 3e6) == 0 and two.collective_s(2, 1, 3e6) == 1e-3
-    assert SPEED.collective_s(4, 3, 3e6) == pytest.approx(1e-3 + 3 * LATENCY_S + 3e6 / 1e9)
+    assert SPEED.collective_s(4, 3, 3e6) == pytest.approx(1e-3 + 3 * planner.LATENCY_S + 3e6 / 1e9)
     # Two thirds of what a rank sends leave the machine, over half of its link.
-    assert two.collective_s(4, 3, 3e6) == pytest.approx(1e-3 + 3 * LATENCY_S + 2e6 / 0.5e9)
+    assert two.collective_s(4, 3, 3e6) == pytest.approx(1e-3 + 3 * planner.LATENCY_S + 2e6 / 0.5e9)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -59,7 +48,7 @@ def test_a_step_is_shared_out_as_its_stages_say(ranks: int) -> None:
     ms |= {"update id rows": 2.5, "exchange vectors": 1.0, "exchange gradients": 1.0, "reduce gradients": 0.5}
     report = {"num_ranks": ranks, "steps": 7, "samples": 700, "samples_per_s": 1e4, "images_per_step": 50.0}
     report["stages"] = {name: {"median_ms": value} for name, value in ms.items()}
-    found = speed_of(report, LINK)
+    found = planner.speed_of(report, LINK)
     assert found.image_s == pytest.approx(2.5e-3 / (50 / ranks))
     assert found.call_s == pytest.approx(0 if ranks == 1 else 2.5e-3 / 3)
     assert found.sample_s == pytest.approx((7.5e-3 if ranks == 1 else 5e-3) / (100 / ranks))
@@ -67,7 +56,7 @@ def test_a_step_is_shared_out_as_its_stages_say(ranks: int) -> None:
 
 
 def test_keys_are_those_that_readers_hand_to_the_ranks(run: Path) -> None:
-    plan = open_planner(run, 64, LINK)
+    plan = planner.open_planner(run, 64, LINK)
     schema, config = plan.saved.schema, plan.saved.config.changed(data={"global_batch_size": 64})
     index = open_index(SoloComm(), config.data.samples, "train", schema)
     images = next(each for each in plan.sources if each.is_store)
@@ -76,21 +65,21 @@ def test_keys_are_those_that_readers_hand_to_the_ranks(run: Path) -> None:
     both = np.unique(np.concatenate(parts))
     num_shards = plan.snapshots["images"].info.num_shards
     owned_P = np.bincount(owner_of(shard_of(both, num_shards), 2))
-    found = count(plan.batch, [images], 2)
+    found = planner.count(plan.batch, [images], 2)
     assert (found.images, found.most_images) == (len(both), owned_P.max())
     assert found.keys == pytest.approx(np.mean([len(keys_U) for keys_U in parts]), rel=0.05)
     sent_P = sum(np.bincount(owner_of(shard_of(keys_U, num_shards), 2), minlength=2) for keys_U in parts)
     assert found.vector_bytes == pytest.approx(4 * images.width * sent_P.max(), rel=0.05)
-    assert count(plan.batch, plan.sources, 2).keys > 2 * found.keys
+    assert planner.count(plan.batch, plan.sources, 2).keys > 2 * found.keys
 
 
 def test_a_step_waits_for_the_busiest_owner(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    counts = BatchCounts(images=2000, most_images=600, keys=3000, vector_bytes=156e3)
+    counts = planner.BatchCounts(images=2000, most_images=600, keys=3000, vector_bytes=156e3)
     monkeypatch.setattr(planner, "count", lambda *_: counts)
-    plan = dataclasses.replace(open_planner(run, 100, LINK), speed=SPEED)
+    plan = dataclasses.replace(planner.open_planner(run, 100, LINK), speed=SPEED)
     row, away = plan.row(4), 0.75  # a quarter of a rank's keys are its own
-    vectors_s = 1e-3 + 3 * LATENCY_S + away * 156e3 / 1e9
-    dense_s = 1e-3 + 6 * LATENCY_S + 2 * away * plan.dense_bytes / 1e9
+    vectors_s = 1e-3 + 3 * planner.LATENCY_S + away * 156e3 / 1e9
+    dense_s = 1e-3 + 6 * planner.LATENCY_S + 2 * away * plan.dense_bytes / 1e9
     assert row.step_s == pytest.approx(600 * 2e-5 + 25 * 1.2e-5 + 2 * vectors_s + dense_s)
     assert row.samples_per_s == pytest.approx(100 / row.step_s)
     assert row.epoch_s == pytest.approx(plan.samples / 100 * row.step_s)
@@ -100,7 +89,7 @@ def test_a_step_waits_for_the_busiest_owner(run: Path, monkeypatch: pytest.Monke
 
 def test_memory_is_that_of_the_rank_with_most_shards(run: Path) -> None:
     """Fifty features of 16 float32 numbers, and ID rows twice: a checkpoint is written from a copy."""
-    plan = open_planner(run, None, LINK)
+    plan = planner.open_planner(run, None, LINK)
     waiting = plan.saved.config.changed(train={"checkpoint_beside": False})
     tables = plan.rank_bytes(1) - 50 * 16 * 4
     at_once = dataclasses.replace(plan, saved=dataclasses.replace(plan.saved, config=waiting))
@@ -111,11 +100,11 @@ def test_memory_is_that_of_the_rank_with_most_shards(run: Path) -> None:
 GIB = 2**30
 
 
-def row_of(ranks: int, efficiency: float) -> RankPlan:
+def row_of(ranks: int, efficiency: float) -> planner.RankPlan:
     """A row for 20 GiB of features and ID rows on machines of two ranks."""
     rank_bytes = 20 * GIB / ranks
-    return RankPlan(
-        ranks=ranks, images=0, rank_bytes=rank_bytes, machine_bytes=2 * (rank_bytes + PROGRAM_BYTES) / 0.8,
+    return planner.RankPlan(
+        ranks=ranks, images=0, rank_bytes=rank_bytes, machine_bytes=2 * (rank_bytes + planner.PROGRAM_BYTES) / 0.8,
         bytes_sent=0.0, step_s=1.0, samples_per_s=1.0, epoch_s=1.0, efficiency=efficiency,
     )  # fmt: skip
 
@@ -128,7 +117,7 @@ def test_the_most_ranks_that_fit_and_are_half_efficient_are_recommended() -> Non
         ({2: 0.9, 4: 0.9, 8: 0.3}, 18 * GIB, 4, "the most that are"),
         ({2: 1.0}, 4 * GIB, None, "None of 2 ranks fits: with 2 a machine needs 32.2 GB and this one has 4.29 GB."),
     ):
-        found, reason = recommend([row_of(*each) for each in efficiencies.items()], memory_bytes)
+        found, reason = planner.recommend([row_of(*each) for each in efficiencies.items()], memory_bytes)
         assert found == ranks and told in reason
 
 

@@ -175,11 +175,9 @@ def test_check_says_what_does_not_fit(places, tmp_path):
 
 def test_mistakes_are_one_message(places, tmp_path):
     samples = places.folder / "samples"
-    assert "no is not there" in called("inspect", tmp_path / "no", code=2)
     assert "column click is not among user, session" in called("inspect", samples, "--label", "click", code=2)
     (tmp_path / "mine.yaml").touch()
     assert "mine.yaml is there already" in called("inspect", samples, "--out", tmp_path / "mine.yaml", code=2)
-    assert "there is no such file" in called("check", tmp_path / "no.yaml", samples, code=2)
     (tmp_path / "logs").mkdir()
     for text, told in (
         ("user,label\n", "1 file and not one row"),

@@ -148,8 +148,15 @@ def test_what_does_not_fit_is_named(partition: FeaturePartition) -> None:
         engine_of(partition, tables={"user": 5, "place": 5, "items": 5})
     with pytest.raises(ConfigError, match="the ranks built different models"):
         engine_of(partition, comm=first_of_two("digest", "another"))
-    with pytest.raises(CheckpointError, match="the checkpoint is of another model"):
-        engine_of(partition).load_dense_state({})
+    engine = engine_of(partition)
+    state = engine.dense_state()
+    weight = state.pop("model.mlp.0.weight")
+    for wrong, message in (
+        ({"c": weight}, r"of another model: it lacks 1 tensors, \['model\.mlp\.0\.weight'\], .* 1 too many, \['c'\]"),
+        ({"model.mlp.0.weight": weight[1:]}, r"has shape \(5, \d+\) in the checkpoint and \(6, \d+\) in this run"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            engine.load_dense_state(state | wrong)
 
 
 def test_building_leaves_the_random_state_alone(partition: FeaturePartition) -> None:

@@ -175,18 +175,18 @@ def test_two_ranks_equal_one(
     assert " impressions, 1 rank\n" in invoke(app, *options, tmp_path / "one", code=0).stdout
     text = two_ranks_of_each.run("-m", "trainer.evaluate", *options, tmp_path / "two")
     assert " impressions, 2 ranks\n" in text
-    flat_one, flat_two = (dict(_flat(report_of(tmp_path / name))) for name in ("one", "two"))
+    flat_one, flat_two = (_flat(report_of(tmp_path / name)) for name in ("one", "two"))
     assert flat_two.keys() == flat_one.keys()
     # Unique keys are counted where they are asked for: rank by rank.
-    flat_one.pop("missing_lookups"), flat_two.pop("missing_lookups")
+    flat_one.pop(".missing_lookups"), flat_two.pop(".missing_lookups")
     for name, value in flat_one.items():
         metric = next((part for part in name.split(".") if part in ("auc", "gauc")), name)
         assert flat_two[name] == alike(metric, value, within=1e-5), name
 
 
-def _flat(values: Any, name: str = "") -> Any:
-    if isinstance(values, dict | list):
-        for key, value in values.items() if isinstance(values, dict) else enumerate(values):
-            yield from _flat(value, f"{name}.{key}".lstrip("."))
-    else:
-        yield name, values
+def _flat(values: Any, name: str = "") -> dict[str, Any]:
+    """Numbers and texts of a report, each by its path."""
+    if not isinstance(values, dict | list):
+        return {name: values}
+    parts = values.items() if isinstance(values, dict) else enumerate(values)
+    return {path: each for key, value in parts for path, each in _flat(value, f"{name}.{key}").items()}

@@ -1,6 +1,6 @@
 """Optimisers of ID rows: each against its plain form on the whole table, step by step; Adam against torch's own.
 
-The dense optimiser: its rates, flat gradients, an allreduce for each part, and the tensors of a checkpoint.
+The dense optimiser: its rates, flat gradients, and an allreduce for each part.
 """
 
 import itertools
@@ -17,10 +17,9 @@ from tests.trainer.checkpoints import assert_same_tensors
 from tests.trainer.ids.exact_tables import PlainRows
 from trainer.comm import SoloComm
 from trainer.config import IdOptimizer, OptimConfig
-from trainer.errors import CheckpointError
 from trainer.ids.drift import DEGREE, Drift, Powers, nodes, polynomials
 from trainer.ids.optimizers import row_optimizer, state_of
-from trainer.ids.shards import IdRows, check_names, row_bytes
+from trainer.ids.shards import IdRows, row_bytes
 from trainer.optim import BETA1, BETA2, DenseOptimizer, rates_at
 
 ROWS, WIDTH, STEPS = 30, 4, 300
@@ -256,12 +255,3 @@ def test_gradients_and_loss_are_summed_part_by_part() -> None:
         assert comm.calls == [("step.dense.model", True), ("step.dense.stores", False)]
         assert loss == 2 * 10
         assert all((p.grad == 4).all() for p in optimizer.parameters.values())
-
-
-def test_names_and_shapes_of_a_checkpoint_are_checked() -> None:
-    mine = {"a": torch.zeros(2), "b": torch.zeros(3)}
-    check_names(mine, {"b": torch.ones(3), "a": torch.ones(2)})
-    with pytest.raises(CheckpointError, match=r"lacks 1 tensors, \['b'\], and has 1 too many, \['c'\]"):
-        check_names(mine, {"a": torch.zeros(2), "c": torch.zeros(3)})
-    with pytest.raises(CheckpointError, match=r"b has shape \(4,\) in the checkpoint and \(3,\) in this run"):
-        check_names(mine, {"a": torch.zeros(2), "b": torch.zeros(4)})
