@@ -252,7 +252,7 @@ def test_rows_in_use_tell_ids_and_shares(num_ids: int, rows: int, num_ranks: int
             train(table, step_ids[table.owner_of(step_ids) == rank])
         vectors_of(table, table.serve(IDS[-100:][table.owner_of(IDS[-100:]) == rank], "eval"))  # notes nothing
         everyone.append({"item": table.tally()})
-    comm.allgather_object = lambda *_: everyone  # type: ignore[method-assign]
+    comm.allgather_object = lambda value, name: everyone  # type: ignore[method-assign]
     found = gather_figures(comm, {"item": table})["item"]
     if not num_ids:
         assert found == {"kind": "hashed", "rows": shape.size, "used_rows": 0, "share": None}
