@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks.report import Section, write_sections
 from crossmedia import demo
-from featurestore.console.output import figure, text_console
+from featurestore.console.output import figure, print_rows, text_console
 from featurestore.console.page import ReportPage, recorded
 from tests.commands.calls import COMMANDS, Called, call, words_of
 from tests.commands.test_every_command import LEAVES, least_words
@@ -143,6 +143,11 @@ LONG = "a/very/long/folder/[bold]of[/x]/runs/" + "x" * 90
 Shown = Callable[[Path], list[str]]
 
 
+def of_store(_: Path) -> list[str]:
+    print_rows(["version", "writer", "bytes"], [["1", "me", "123,456,789.0 kB"]], numbers=["version", "bytes"])
+    return ["123,456,789.0 kB"]
+
+
 def of_training(_: Path) -> list[str]:
     figures = {"samples_per_s": 1234567.8, "name": "n", "folder": LONG, "num_ranks": 2, "global_step": 2040}
     summary.show(text_console(), {**figures, "metrics": {"gauc": 0.654321}})
@@ -182,7 +187,7 @@ def of_the_demo(_: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("columns", [None, 120, 40])
-@pytest.mark.parametrize("command", [of_training, of_evaluation, of_days, of_benchmarks, of_the_demo])
+@pytest.mark.parametrize("command", [of_store, of_training, of_evaluation, of_days, of_benchmarks, of_the_demo])
 def test_every_number_is_whole(
     command: Shown,
     columns: int | None,
