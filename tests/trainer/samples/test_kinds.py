@@ -19,7 +19,7 @@ from trainer.comm import SoloComm
 from trainer.config import ModelConfig
 from trainer.engine.wiring import table_shapes
 from trainer.errors import ConfigError, OverflowingValueError
-from trainer.prerank.adindex import ad_vectors, ads_of_samples, ads_of_table, towers, user_vectors
+from trainer.prerank.adindex import ad_vectors, ads_of_samples, ads_of_table, origin_of, towers, user_vectors
 from trainer.runs import open as opening
 from trainer.runs.saved import open_trained
 from trainer.samples.columns import bucket_ids, dense_values
@@ -130,7 +130,7 @@ def test_inspect_finds_them_and_check_reads_them(kinds: Places, tmp_path: Path) 
 
 
 @pytest.mark.long
-def test_an_ads_vector_is_the_same_from_samples_and_from_a_table(kinds: Places, tmp_path: Path) -> None:
+def test_user_times_ad_is_the_logit_and_a_table_gives_the_vectors_of_samples(kinds: Places, tmp_path: Path) -> None:
     samples = str(kinds.folder / "samples")
     with contextlib.closing(open_trained(kinds.folder / "runs/towers", SoloComm())) as trained:
         model = towers(trained)
@@ -138,8 +138,10 @@ def test_an_ads_vector_is_the_same_from_samples_and_from_a_table(kinds: Places, 
         keys = ads.keys_N.tolist()
         expected = ad_vectors(trained, ads, batch_size=7)
         base = {"ad_item": keys, "ad_image": ads.keys_N + 1_000, "ad_category": ads.keys_N % 5}
-        pq.write_table(pa.table(base | ad_columns(keys)), tmp_path / "ads.parquet")
-        listed = ads_of_table(str(tmp_path / "ads.parquet"), trained.schema, model.ad_fields)
+        for name, rows in {"a": slice(0, 9), "b": slice(9, None)}.items():
+            table = {column: values[rows] for column, values in (base | ad_columns(keys)).items()}
+            pq.write_table(pa.table(table), tmp_path / f"{name}.parquet")
+        listed = ads_of_table(str(tmp_path), trained.schema, model.ad_fields)
         for batch_size in (1, 50):
             np.testing.assert_allclose(ad_vectors(trained, listed, batch_size), expected, rtol=1e-4, atol=1e-6)
         assert len(np.unique(expected.round(4), axis=0)) == len(keys)
@@ -151,7 +153,7 @@ def test_an_ads_vector_is_the_same_from_samples_and_from_a_table(kinds: Places, 
         reader = opening.test_reader(trained.config, trained.comm, index, trained.schema)
         for batch, users in user_vectors(trained, reader.batches()):
             vectors = np.array([vector_of[ad] for ad in batch.fields["ad_item"].values_N.tolist()])
-            product = (users[batch.group_of_sample_B] * vectors).sum(axis=1) + float(model.bias.detach())
+            product = (users[batch.group_of_sample_B] * vectors).sum(axis=1) + origin_of(trained).bias
             logit = trained.engine.predict(trained.engine.prepare(batch))
             np.testing.assert_allclose(product, logit, rtol=1e-4, atol=1e-5)
 
