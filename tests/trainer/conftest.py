@@ -135,6 +135,22 @@ def drawn_store(folder: Path, features_ND: np.ndarray, first_key: int = 0, **inf
     return store
 
 
+def remade(
+    folder: Path, change: Callable[[np.ndarray], np.ndarray] = np.copy, like: Path | None = None, **info: Any
+) -> FeatureStore:
+    """Another store, of the same network, in a folder or in the place of the one there: `change` makes its features of
+    those of the store there, or of that in `like`."""
+    old = FeatureStore.open(like or folder)
+    features_ND = change(old.snapshot().get(1_000 + np.arange(50)))
+    shutil.rmtree(folder, ignore_errors=True)
+    return drawn_store(folder, features_ND, 1_000, **{**dict(old.info.kind), **info})
+
+
+def permuted(features_ND: np.ndarray) -> np.ndarray:
+    """The same features, each of another key."""
+    return np.random.default_rng(1).permutation(features_ND)
+
+
 def add_a_row(store: FeatureStore) -> None:
     """Commit a feature that no sample names: the store has another snapshot."""
     store.put(FeatureRows.of(["more"], np.ones((1, store.info.dim), np.float32), keys=[7]))
@@ -154,6 +170,25 @@ def _made_once() -> "TemporaryDirectory[str]":
 def places(tmp_path_factory: pytest.TempPathFactory) -> Places:
     """One set of samples and features for all tests that only read them."""
     return make_places(tmp_path_factory.mktemp("places"))
+
+
+@pytest.fixture(scope="module")
+def lasting(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Places:
+    """Places with a run `a` by the settings that the module calls RUN, of which there is a copy beside them."""
+    from tests.trainer.whole_runs import run_alone
+
+    places = make_places(tmp_path_factory.mktemp("lasting") / "places")
+    run_alone(places, run__name="a", **request.module.RUN)
+    shutil.copytree(places.folder, places.folder.with_name("copy"))
+    return places
+
+
+@pytest.fixture
+def own(lasting: Places) -> Iterator[Places]:
+    """The same; what a test changes of them is put back, at the address that the run has recorded of its store."""
+    yield lasting
+    shutil.rmtree(lasting.folder)
+    shutil.copytree(lasting.folder.with_name("copy"), lasting.folder)
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ import numpy as np
 import pytest
 
 from featurestore.errors import AnotherStoreError
-from featurestore.format.datafile import FeatureRows
 from featurestore.spec import ExtractorSpec, Int8Spec, StoreInfo
 from featurestore.store import FeatureStore, SnapshotId
 from featurestore.upkeep.compaction import compact
@@ -21,7 +19,7 @@ from featurestore.upkeep.verify import repair
 from jobs.export_embeddings import app as export_app
 from tests.cli import invoke, said
 from tests.ranks import StandingRanks
-from tests.trainer.conftest import Places, add_a_row, drawn_store, make_days, make_places
+from tests.trainer.conftest import Places, add_a_row, drawn_store, make_days, make_places, permuted, remade
 from tests.trainer.whole_runs import report_of, run_alone
 from trainer.comm import SoloComm
 from trainer.compat import app as compat_app
@@ -30,7 +28,7 @@ from trainer.daily import follow
 from trainer.errors import CheckpointError, ConfigError, DataError
 from trainer.evaluate import app as evaluate_app
 from trainer.prerank.__main__ import app as prerank_app
-from trainer.runs.checkpoint import AcceptedStore, accept, read_recorded, read_state
+from trainer.runs.checkpoint import read_recorded, read_state
 from trainer.runs.folder import find_checkpoint
 from trainer.runs.open import kind_of_features, open_partition, store_places
 from trainer.runs.saved import open_trained
@@ -50,7 +48,7 @@ fields:
 
 def recorded_of(run: Path) -> dict[str, SnapshotId]:
     """The snapshots that a run's newest checkpoint is of, by store."""
-    return read_state(find_checkpoint(run)).stores
+    return read_recorded(find_checkpoint(run)).stores
 
 
 @pytest.mark.long
@@ -170,48 +168,17 @@ def test_a_checkpoint_keeps_features_in_int8_as_they_are() -> None:
     assert json.loads(json.dumps(kind)) == kind
 
 
-KEYS = np.arange(1_000, 1_050)
-SMALL = {"run__name": "a", "model__base": "two_tower", "train__max_steps": 2}
+RUN = {"model__base": "two_tower", "train__max_steps": 2}
+AGAIN = {**RUN, "run__name": "a", "run__resume": "latest", "train__max_steps": 3}
 
 
-@pytest.fixture(scope="module")
-def two_towers(tmp_path_factory: pytest.TempPathFactory) -> Places:
-    """A run of two towers, `a`, of two steps, in a folder of which there is a copy beside it."""
-    places = make_places(tmp_path_factory.mktemp("identity") / "places")
-    run_alone(places, **SMALL)
-    shutil.copytree(places.folder, places.folder.with_name("copy"))
-    return places
+def resume(own: Places, **changes: Any) -> None:
+    run_alone(own, **{**AGAIN, **changes})
 
 
-@pytest.fixture
-def places(two_towers: Places) -> Iterator[Places]:
-    """The same; what a test changes of it is put back."""
-    yield two_towers
-    shutil.rmtree(two_towers.folder)
-    shutil.copytree(two_towers.folder.with_name("copy"), two_towers.folder)
-
-
-def rebuild(folder: Path, seed: int = 1) -> FeatureStore:
-    """Another store in the place of the one in `folder`: features of the same network, dealt out anew by `seed`."""
-    store = FeatureStore.open(folder)
-    features_ND = np.random.default_rng(seed).permutation(store.snapshot().get(KEYS))
-    shutil.rmtree(folder)
-    made = FeatureStore.create(folder, store.info.kind)
-    made.put(FeatureRows.of([f"item/{n}" for n in range(50)], features_ND, keys=KEYS))
-    return made
-
-
-def resume(places: Places, **changes: Any) -> None:
-    run_alone(places, **{**SMALL, "run__resume": "latest", "train__max_steps": 3, **changes})
-
-
-def accept_found(places: Places) -> tuple[Path, SnapshotId, SnapshotId]:
-    """Accept the store that is there; returns the file that says so, the recorded snapshot, and the accepted one."""
-    path, found = find_checkpoint(places.folder / "runs/a"), FeatureStore.open(places.folder / "features").snapshot()
-    recorded, accepted = read_recorded(path).stores["images"], SnapshotId.of(found)
-    file = accept(path, AcceptedStore(name="images", recorded=recorded, accepted=accepted, figures={}))
-    assert isinstance(file, Path)
-    return file, recorded, accepted
+def accept_found(own: Places) -> None:
+    """Accept the store that is there in the place of the recorded one."""
+    said(compat_app, own.folder / "runs/a", own.folder / "features", "--accept", "--force", "it is known")
 
 
 @pytest.mark.long
@@ -220,22 +187,22 @@ class TestRebuilt:
     """Another store under the same address."""
 
     @pytest.fixture
-    def ids(self, places: Places) -> tuple[str, str]:
+    def ids(self, own: Places) -> tuple[str, str]:
         """The old store's id and the new one's, as messages show them."""
-        old = FeatureStore.open(places.folder / "features").info.store_id
-        return old[:8], rebuild(places.folder / "features").info.store_id[:8]
+        old = FeatureStore.open(own.folder / "features").info.store_id
+        return old[:8], remade(own.folder / "features", permuted).info.store_id[:8]
 
     def test_all_that_is_made_of_the_old_one_refuses_it_but_a_warm_start(
-        self, places: Places, ids: tuple[str, str], tmp_path: Path
+        self, own: Places, ids: tuple[str, str], tmp_path: Path
     ) -> None:
-        run, features, index = places.folder / "runs/a", places.folder / "features", tmp_path / "index"
+        run, features, index = own.folder / "runs/a", own.folder / "features", tmp_path / "index"
         with pytest.raises(AnotherStoreError) as refused:
-            resume(places)
+            resume(own)
         text = str(refused.value)
         assert all(f"of store {each} at" in text for each in ids)
         assert "crossmedia compat" in text and "set data.store to" in text
         with pytest.raises(AnotherStoreError):
-            resume(places, data__store_version=1)
+            resume(own, data__store_version=1)
         for app, *words in (
             (evaluate_app, run, "--bootstrap", 0),
             (evaluate_app, run, "--bootstrap", 0, "--store", features),
@@ -246,47 +213,47 @@ class TestRebuilt:
             output = invoke(app, *words, code=1).output
             assert all(f"of store {each} at" in output for each in ids), words
         assert not (run / "evaluation").exists() and not (tmp_path / "visual.parquet").exists()
-        assert (run_alone(places, **SMALL | {"run__name": "b", "run__warm_start": run}) / "report.json").is_file()
+        assert (run_alone(own, **RUN, run__name="b", run__warm_start=run) / "report.json").is_file()
         shutil.rmtree(features / "log")
         (features / "log").mkdir()  # not even the recorded version is there
         with pytest.raises(AnotherStoreError, match=f"This is snapshot 0 .* of store {ids[1]}"):
-            resume(places)
+            resume(own)
 
-    def test_two_ranks_refuse_it_by_one_line(
-        self, places: Places, ids: tuple[str, str], two_ranks: StandingRanks
-    ) -> None:
-        settings = places.settings(**SMALL | {"run__resume": "latest", "train__max_steps": 3})
-        (code, output), other = two_ranks.call("-m", "trainer.main", *settings)
+    def test_two_ranks_refuse_it_by_one_line(self, own: Places, ids: tuple[str, str], two_ranks: StandingRanks) -> None:
+        (code, output), other = two_ranks.call("-m", "trainer.main", *own.settings(**AGAIN))
         assert code == 1 and other == (1, "")
         assert output.count("error: ") == 1 and all(f"of store {each} at" in output for each in ids)
 
-    def test_an_accepted_one_is_read_in_its_place(self, places: Places, ids: tuple[str, str], tmp_path: Path) -> None:
-        run = places.folder / "runs/a"
-        file, _, found = accept_found(places)
+    def test_an_accepted_one_is_read_in_its_place(self, own: Places, ids: tuple[str, str], tmp_path: Path) -> None:
+        run = own.folder / "runs/a"
+        accept_found(own)
         invoke(evaluate_app, run, "--bootstrap", 0, "--out", tmp_path / "figures", code=0)
         (note,) = (each for each in report_of(tmp_path / "figures")["notes"] if "accepted" in each)
         assert all(f"of store {each} at" in note for each in ids)
-        resume(places)
+        resume(own)
         invoke(export_app, "--run", run, "--out", tmp_path / "visual.parquet", code=0)
-        assert read_recorded(find_checkpoint(run)).stores["images"] == found
-        again = rebuild(places.folder / "features", seed=2)
+        assert recorded_of(run)["images"].store_id[:8] == ids[1]
+        again = remade(own.folder / "features", permuted)
         with pytest.raises(AnotherStoreError, match=f"This is .* of store {again.info.store_id[:8]}"):
-            resume(places)
-        file.write_text("{")
+            resume(own)
+        (run / "accepted-stores.json").write_text("{")
         with pytest.raises(CheckpointError, match=r"accepted-stores\.json is damaged: .*accept the store again"):
-            resume(places)
+            resume(own)
 
-    def test_an_index_is_of_one_store(self, places: Places, tmp_path: Path) -> None:
+    def test_an_index_is_of_one_store(self, own: Places, tmp_path: Path) -> None:
         index = tmp_path / "index"
-        words = ("build", "--run", places.folder / "runs/a", "--out", index)
+        words = ("build", "--run", own.folder / "runs/a", "--out", index)
         invoke(prerank_app, *words, code=0)
-        add_a_row(FeatureStore.open(places.folder / "features"))
+        add_a_row(FeatureStore.open(own.folder / "features"))
         invoke(prerank_app, *words, "--add", code=0)  # another snapshot of the same store
-        rebuild(places.folder / "features")
-        _, recorded, found = accept_found(places)
+        ids = (
+            recorded_of(own.folder / "runs/a")["images"].store_id,
+            remade(own.folder / "features", permuted).info.store_id,
+        )
+        accept_found(own)
         output = invoke(prerank_app, *words, "--add", code=1).output
         assert f"the index {index} belongs to" in output and "build the index again, without --add" in output
-        assert recorded.store_id[:8] in output and found.store_id[:8] in output
+        assert all(f"of store {each[:8]} at" in output for each in ids)
         invoke(prerank_app, *words, code=0)
         invoke(prerank_app, *words, "--add", code=0)
 
@@ -295,9 +262,9 @@ class TestRebuilt:
 class TestTheSame:
     """What is the same store, in whatever state and wherever it stands."""
 
-    def test_every_rank_has_the_store_of_rank_0_which_the_checkpoint_and_the_report_name(self, places: Places) -> None:
+    def test_every_rank_has_the_store_of_rank_0_which_the_checkpoint_and_the_report_name(self, own: Places) -> None:
         """Each machine may have a disk of its own under the same path."""
-        run, config = places.folder / "runs/a", load_config(settings=places.settings(**SMALL))
+        run, config = own.folder / "runs/a", load_config(settings=own.settings(**RUN, run__name="a"))
         (place,) = store_places(config, load_schema())
         chosen = SnapshotId.of(FeatureStore.open(place.url).snapshot())
         assert recorded_of(run) == {"images": chosen} and chosen.store_id and chosen.commit_id
@@ -307,20 +274,20 @@ class TestTheSame:
         with pytest.raises(AnotherStoreError, match=r"rank 0 found .*of store aaaaaaaa .*all machines need the same s"):
             open_partition(config, SoloComm(), place, elsewhere)
 
-    def test_restored_compacted_grown_and_copied_to_another_address(self, places: Places, tmp_path: Path) -> None:
-        store = FeatureStore.open(places.folder / "features")
+    def test_restored_compacted_grown_and_copied_to_another_address(self, own: Places, tmp_path: Path) -> None:
+        store = FeatureStore.open(own.folder / "features")
         add_a_row(store)
         compact(store, force=True)
         restore(store, 1)
-        resume(places, data__store_version=store.snapshot().version)
-        with contextlib.closing(open_trained(places.folder / "runs/a", SoloComm())) as opened:
+        resume(own, data__store_version=store.snapshot().version)
+        with contextlib.closing(open_trained(own.folder / "runs/a", SoloComm())) as opened:
             assert opened.store_version == 4
-        (places.folder / "features").rename(tmp_path / "copy")
-        resume(places, data__store=tmp_path / "copy", train__max_steps=4)
+        (own.folder / "features").rename(tmp_path / "copy")
+        resume(own, data__store=tmp_path / "copy", train__max_steps=4)
 
     @pytest.mark.parametrize("knows_its_id", [True, False])
-    def test_repaired(self, places: Places, knows_its_id: bool) -> None:
-        folder = places.folder / "features"
+    def test_repaired(self, own: Places, knows_its_id: bool) -> None:
+        folder = own.folder / "features"
         before = FeatureStore.open(folder)
         (folder / "store.json").write_text("{}")
         repair(str(folder))
@@ -330,20 +297,20 @@ class TestTheSame:
             (folder / "store.json").unlink()
             FeatureStore.create(folder, after.info)
             add_a_row(after)
-        with contextlib.closing(open_trained(places.folder / "runs/a", SoloComm())) as opened:
+        with contextlib.closing(open_trained(own.folder / "runs/a", SoloComm())) as opened:
             assert opened.store_version == (1 if knows_its_id else 2)
-        resume(places)
+        resume(own)
 
-    def test_put_back_from_a_backup_and_gone_another_way(self, places: Places, tmp_path: Path) -> None:
-        folder = places.folder / "features"
+    def test_put_back_from_a_backup_and_gone_another_way(self, own: Places, tmp_path: Path) -> None:
+        folder = own.folder / "features"
         shutil.copytree(folder, tmp_path / "backup")
         add_a_row(FeatureStore.open(folder))
-        resume(places, data__store_version=2)
+        resume(own, data__store_version=2)
         shutil.rmtree(folder)
         shutil.copytree(tmp_path / "backup", folder)
         add_a_row(FeatureStore.open(folder))
         with pytest.raises(AnotherStoreError, match=r"belongs to snapshot 2 .*This is snapshot 2"):
-            resume(places, train__max_steps=4)
+            resume(own, train__max_steps=4)
 
 
 @pytest.mark.long
@@ -356,7 +323,7 @@ def test_days_have_one_store(tmp_path: Path) -> None:
     rows = json.loads(table.read_text())
     assert [(row["store_id"], row["commit_id"]) for row in rows] == [(snapshot.store_id, snapshot.commit_id)] * 2
     kept = shutil.copytree(features, tmp_path / "kept")
-    made = rebuild(features)
+    made = remade(features, permuted)
     with pytest.raises(AnotherStoreError, match=f"2026-01-02.* of store {made.info.store_id[:8]} at"):
         follow(config, SoloComm(), continues=True)
     assert not (tmp_path / "runs/d/2026-01-03").exists()
