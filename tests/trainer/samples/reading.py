@@ -1,4 +1,4 @@
-"""Readers of written samples, all values of their batches, and samples whose IDs are texts."""
+"""Readers of written samples, all values of their batches, and samples with texts for IDs or columns of every kind."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -91,3 +91,40 @@ def rewrite(folder: Path, change: Callable[[pa.Table], pa.Table], row_group: int
     """Changes every file of samples below the folder."""
     for path in folder.glob("*/*.parquet"):
         pq.write_table(change(pq.read_table(path, partitioning=None)), path, row_group_size=row_group)
+
+
+def words_of(item: int) -> list[int]:
+    """None to two words of an ad."""
+    return [item * 3 + n for n in range(item % 3)]
+
+
+def ad_columns(items: list[int]) -> dict[str, list[Any]]:
+    """All of ads beside the packaged schema's columns, by their items; prices are from 1 to some thousands."""
+    words = [words_of(item) for item in items]
+    return {
+        "ad_words": words,
+        "ad_words_weight": [[1.0 + word % 2 for word in each] for each in words],
+        "ad_price": [1.3 ** (item * 7 % 31) for item in items],
+        "ad_category_weight": [1 + item % 2 / 2 for item in items],
+        "ad_first": [[1, item % 7] for item in items],
+        "ad_second": [[2, 3] for _ in items],
+        "ad_rating": [None if item % 4 == 0 else float(item % 7) for item in items],
+    }
+
+
+def with_every_kind(table: pa.Table) -> pa.Table:
+    """The table with a column of every kind."""
+    users, behaviors, ads = (table[name].to_pylist() for name in ("user", "behavior_item", "ad_item"))
+    by_row = [ad_columns(row) for row in ads]
+    columns: dict[str, Any] = {
+        "behavior_age": [[60 * 4**place for place in range(len(row))] for row in behaviors],
+        "behavior_item_weight": [[item % 4 - 1.0 for item in row] for row in behaviors],
+        "height": [150.5 + user for user in users],
+        "income": [None if user % 5 == 0 else 900.0 * 1.2**user for user in users],
+        "same": [0.1 for _ in users],
+        "place": pa.array([[user * 10.0, -0.5 * (user % 3)] for user in users], pa.list_(pa.float32(), 2)),
+        **{name: [row[name] for row in by_row] for name in by_row[0]},
+    }
+    for name, values in columns.items():
+        table = table.append_column(name, pa.array(values))
+    return table

@@ -13,7 +13,7 @@ import torch
 
 from tests.cli import invoke
 from tests.trainer.conftest import Places, make_places
-from tests.trainer.samples.reading import rewrite
+from tests.trainer.samples.reading import ad_columns, rewrite, with_every_kind
 from tests.trainer.whole_runs import run_alone
 from trainer.comm import SoloComm
 from trainer.config import ModelConfig
@@ -39,39 +39,6 @@ MORE = (
 )
 SCHEMA = Schema(fields=(*(f.model_copy(update={"weights": WEIGHTS.get(f.name)}) for f in load_schema().fields), *MORE))
 """The packaged one with weights, ages, numbers and crossed columns."""
-
-
-def words_of(item: int) -> list[int]:
-    """None to two words of an ad."""
-    return [item * 3 + n for n in range(item % 3)]
-
-
-def ad_columns(items: list[int]) -> dict[str, list[Any]]:
-    """All of ads beside the packaged schema's columns, by their items."""
-    words = [words_of(item) for item in items]
-    return {
-        "ad_words": words,
-        "ad_words_weight": [[1.0 + word % 2 for word in each] for each in words],
-        "ad_price": [1.3 ** (item * 7 % 31) for item in items],
-        "ad_category_weight": [1 + item % 2 / 2 for item in items],
-        "ad_first": [[1, item % 7] for item in items],
-        "ad_second": [[2, 3] for _ in items],
-    }
-
-
-def with_every_kind(table: pa.Table) -> pa.Table:
-    """The table with a column of every kind."""
-    behaviors, ads = (table[name].to_pylist() for name in ("behavior_item", "ad_item"))
-    by_row = [ad_columns(row) for row in ads]
-    columns: dict[str, list[Any]] = {
-        "behavior_age": [[60 * 4**place for place in range(len(row))] for row in behaviors],
-        "behavior_item_weight": [[item % 4 - 1.0 for item in row] for row in behaviors],
-        "height": [150.5 + user for user in table["user"].to_pylist()],
-        **{name: [row[name] for row in by_row] for name in by_row[0]},
-    }
-    for name, values in columns.items():
-        table = table.append_column(name, pa.array(values))
-    return table
 
 
 @pytest.fixture(scope="module")
@@ -170,20 +137,22 @@ def log1p(x: float) -> float:
 
 
 @pytest.mark.parametrize(
-    ("field", "formula"),
+    ("settings", "formula", "missing"),
     [
-        (dense(), lambda x: x),
-        (dense(transform="standardize", mean=[3.5], std=[0.7]), lambda x: (x - 3.5) / 0.7),
-        (dense(transform="log1p"), log1p),
-        (dense(transform="log_standardize", mean=[1.25], std=[2.0]), lambda x: (log1p(x) - 1.25) / 2),
+        ({}, lambda x: x, NAN),
+        ({"fill": 2}, lambda x: x, 2),
+        ({"fill": "mean", "mean": [5]}, lambda x: x, 5),
+        ({"transform": "standardize", "mean": [3.5], "std": [0.7], "fill": "mean"}, lambda x: (x - 3.5) / 0.7, 0),
+        ({"transform": "standardize", "mean": [5], "std": [2], "fill": 7}, lambda x: (x - 5) / 2, 1),
+        ({"transform": "log1p", "fill": -3}, log1p, -math.log1p(3)),
+        ({"transform": "log_standardize", "mean": [5], "std": [2], "fill": "mean"}, lambda x: (log1p(x) - 5) / 2, 0),
     ],
 )
-def test_formulas(field: Field, formula: Any) -> None:
-    values = np.array([-7.5, -1.0, 0.0, 0.3, 2.0, 1e6], np.float32)
-    found = dense_values(field, values)
-    assert found.dtype == np.float32
-    assert found.shape == (6, 1)
-    np.testing.assert_allclose(found[:, 0], [formula(float(x)) for x in values], rtol=1e-6)
+def test_formulas_and_what_stands_in_for_a_missing_number(settings: Any, formula: Any, missing: float) -> None:
+    values = [-7.5, -1.0, 0.0, 0.3, 2.0, 1e6]
+    found = dense_values(dense(**settings), np.array([*values, NAN], np.float32))
+    assert (found.dtype, found.shape) == (np.float32, (7, 1))
+    np.testing.assert_allclose(found[:, 0], [*map(formula, values), missing], rtol=1e-6)
 
 
 def test_each_number_of_a_row_has_its_own_scale_and_one_that_becomes_infinite_is_named() -> None:
@@ -193,20 +162,6 @@ def test_each_number_of_a_row_has_its_own_scale_and_one_that_becomes_infinite_is
     with pytest.raises(OverflowingValueError) as error:
         dense_values(field.model_copy(update={"std": (1.0, 0.18)}), np.array([3.4e38, 1, 1, -3.4e38], np.float32))
     assert (error.value.column, error.value.row, error.value.value) == ("price", 1, pytest.approx(-3.4e38))
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        (dense(fill=2), 2.0),
-        (dense(fill="mean", mean=[5.0]), 5.0),
-        (dense(fill=-3.0, transform="log1p"), -math.log1p(3)),
-        (dense(fill="mean", transform="standardize", mean=[5.0], std=[2.0]), 0.0),
-        (dense(fill=7.0, transform="standardize", mean=[5.0], std=[2.0]), 1.0),
-    ],
-)
-def test_what_stands_in_for_a_missing_number(field: Field, value: float) -> None:
-    assert dense_values(field, np.array([NAN], np.float32))[0, 0] == pytest.approx(value)
 
 
 BOUNDED = Field(name="b", side="ad", kind="id", boundaries=[0, 10, 100], fill="bucket")

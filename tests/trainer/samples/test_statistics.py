@@ -18,6 +18,7 @@ from featurestore.storage.storage import Storage
 from tests.cli import invoke
 from tests.trainer.conftest import change_column, make_places
 from tests.trainer.runs.saved import on_ranks
+from tests.trainer.samples.reading import rewrite, with_every_kind
 from trainer.comm import SoloComm
 from trainer.config import Config, load_config
 from trainer.errors import CheckpointError, DataError
@@ -54,33 +55,11 @@ NUMBERS = (
 SCHEMA = Schema(fields=(*load_schema().fields, *NUMBERS))
 
 
-def price_of(item: int) -> float:
-    """Of an ad: from 1 to some thousands."""
-    return float(np.float32(1.3 ** (item * 7 % 31)))
-
-
-def with_numbers(table: pa.Table) -> pa.Table:
-    """The table with columns of numbers; those of an ad hang on the ad alone."""
-    users, ads = table["user"].to_pylist(), table["ad_item"].to_pylist()
-    ratings = [[None if ad % 4 == 0 else float(ad % 7) for ad in row] for row in ads]
-    columns: dict[str, Any] = {
-        "income": pa.array([None if user % 5 == 0 else 900.0 * 1.2**user for user in users], pa.float64()),
-        "place": pa.array([[user * 10.0, -0.5 * (user % 3)] for user in users], pa.list_(pa.float32(), 2)),
-        "same": pa.array([0.1] * len(users), pa.float64()),
-        "ad_price": pa.array([[price_of(ad) for ad in row] for row in ads], pa.list_(pa.float32())),
-        "ad_rating": pa.array(ratings, pa.list_(pa.float64())),
-    }
-    for name, values in columns.items():
-        table = table.append_column(name, values)
-    return table
-
-
 @pytest.fixture(scope="session")
 def numbered(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Places whose samples have these columns; schema.yaml is theirs."""
     places = make_places(tmp_path_factory.mktemp("numbered"))
-    for path in places.folder.glob("samples/*/*.parquet"):
-        pq.write_table(with_numbers(pq.read_table(path, partitioning=None)), path, row_group_size=7)
+    rewrite(places.folder / "samples", with_every_kind)
     (places.folder / "schema.yaml").write_text(schema_text(SCHEMA))
     return places
 
