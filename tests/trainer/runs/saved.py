@@ -19,7 +19,7 @@ SHARDS = 8
 
 
 class ThreadComm(SoloComm):
-    """Ranks as threads of one process; only what checkpoints ask for."""
+    """Ranks as threads of one process; only what checkpoints and samples ask for."""
 
     def __init__(self, rank: int, said: list[Any], barrier: threading.Barrier) -> None:
         super().__init__()
@@ -31,6 +31,9 @@ class ThreadComm(SoloComm):
         said = list(self._said)
         self._barrier.wait()
         return said
+
+    def allgather(self, rows_N: Tensor, name: str) -> Tensor:
+        return torch.cat(self.allgather_object(rows_N))
 
 
 def on_ranks(size: int, work: Callable[[Comm], Any]) -> list[Any]:

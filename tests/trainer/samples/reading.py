@@ -119,6 +119,7 @@ def with_every_kind(table: pa.Table) -> pa.Table:
     columns: dict[str, Any] = {
         "behavior_age": [[60 * 4**place for place in range(len(row))] for row in behaviors],
         "behavior_item_weight": [[item % 4 - 1.0 for item in row] for row in behaviors],
+        "behavior_notes": [[7] * (user % 3) for user in users],
         "height": [150.5 + user for user in users],
         "income": [None if user % 5 == 0 else 900.0 * 1.2**user for user in users],
         "same": [0.1 for _ in users],

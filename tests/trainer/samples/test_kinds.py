@@ -31,6 +31,7 @@ from trainer.schema.fields import Field, Schema, load_schema, schema_text
 WEIGHTS = {"behavior_item": "behavior_item_weight", "ad_category": "ad_category_weight"}
 MORE = (
     Field(name="behavior_age", side="user", kind="multi_id", buckets="log2", beside="behavior_item"),
+    Field(name="behavior_notes", side="user", kind="multi_id", table="ad_words"),
     Field(name="height", side="user", kind="dense"),
     Field(name="ad_words", side="ad", kind="multi_id", weights="ad_words_weight"),
     Field(name="ad_price", side="ad", kind="dense", transform="log1p"),
@@ -72,6 +73,7 @@ def test_every_value_belongs_to_its_id(kinds: Places, num_ranks: int) -> None:
             assert all(weights_N.dtype == np.float32 for weights_N in batch.weights.values())
             np.testing.assert_allclose(batch.dense["ad_price"][:, 0], np.log1p(expected["ad_price"]), rtol=1e-6)
             np.testing.assert_allclose(batch.dense["height"][:, 0], 150.5 + batch.fields["user"].values_N)
+            assert set(batch.fields["behavior_notes"].lengths_M) <= {0, 1, 2}, "a list has a length of its own"
             place = [at for length in items.lengths_M for at in range(length)]
             np.testing.assert_array_equal(batch.fields["behavior_age"].values_N, 6 + 2 * np.array(place, np.int64))
             assert set(batch.fields["ad_tags"].lengths_M) <= {2}

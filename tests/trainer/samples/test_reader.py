@@ -11,15 +11,16 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 
 from tests.faulty import FaultyStorage
 from tests.trainer.conftest import sample_table, write_samples
+from tests.trainer.runs.saved import ThreadComm, on_ranks
 from tests.trainer.samples.reading import SCHEMA, expected_rows, reader_of, rows_of, serials_of
 from trainer.comm import SoloComm
 from trainer.errors import DataError, SchemaError
@@ -86,17 +87,6 @@ def test_ranks_without_samples_have_empty_fields(samples: Samples) -> None:
     for field in batch.fields.values():
         assert len(field.values_N) == len(field.lengths_M) == 0
         assert field.values_N.dtype == field.lengths_M.dtype == np.int64
-
-
-def test_lists_of_their_own_may_have_any_length(tmp_path: Path) -> None:
-    table = sample_table(4).append_column("user_tags", pa.array([[1], [], [2, 3], [4] * 9]))
-    table = table.append_column("behavior_words", pa.array([[1] * 7, [], [2, 3], [4]]))
-    (tmp_path / "train").mkdir()
-    pq.write_table(table, tmp_path / "train" / "a.parquet")
-    more = [Field(name=name, side="user", kind="multi_id") for name in ("user_tags", "behavior_words")]
-    schema = Schema(fields=(*SCHEMA.fields, *more))
-    index = open_index(SoloComm(), str(tmp_path), "train", schema)
-    assert sum(batch.num_samples for batch in SampleReader(index, schema, batch_size=8).batches()) == index.num_samples
 
 
 def test_no_samples_names_the_job(tmp_path: Path) -> None:
@@ -183,25 +173,13 @@ def test_known_ads(samples: Samples) -> None:
 
 def test_known_ads_of_several_ranks_are_those_of_all(samples: Samples) -> None:
     """No row group is left out: each impression is an ad of its own here."""
-    sent: list[torch.Tensor] = []
-
-    class OneOfThree(SoloComm):
-        """One of the ranks, which come one after the other: the last has what all have sent."""
-
-        def __init__(self, rank: int) -> None:
-            super().__init__()
-            self.rank, self.size = rank, 3
-
-        def allgather(self, rows_N: torch.Tensor, name: str) -> torch.Tensor:
-            sent.append(rows_N)
-            return torch.cat(sent)
-
     folder, tables = samples
     schema = SCHEMA.model_copy(update={"new_ad_field": "serial"})
     index = open_index(SoloComm(), str(folder), "train", schema)
-    *_, last = [known_ads(OneOfThree(rank), index, schema).tolist() for rank in range(3)]
-    assert last == sorted(expected_rows(tables))
-    assert all(0 < len(own_N) < len(last) for own_N in sent), "each has read its share"
+    with mock.patch.object(ThreadComm, "allgather", autospec=True, side_effect=ThreadComm.allgather) as sends:
+        found = on_ranks(3, lambda comm: known_ads(comm, index, schema).tolist())
+    assert found == [sorted(expected_rows(tables))] * 3
+    assert all(0 < len(call.args[1]) < len(found[0]) for call in sends.mock_calls), "each has read its share"
 
 
 @pytest.mark.parametrize("depth", [1, 3])
