@@ -97,20 +97,9 @@ def save(
     return CheckpointPlace(run).at(step)
 
 
-def origin_of(**changes: Any) -> RunFingerprint:
-    """The origin of a run, with these values changed."""
-    values: dict[str, Any] = {
-        "data": {"global_batch_size": 16},
-        "train": {"seed": 0},
-        "optim": {},
-        "model": {"mlp": [200, 80], "fields": {"user": {"kind": "id"}}},
-        "stores": {"images": {"dim": 8, "extractor": {"backbone": "vgg16", "weights_digest": "abc"}}},
-    }
-    return RunFingerprint(**{name: {**value, **changes.get(name, {})} for name, value in values.items()})
-
-
 def state_at(step: int) -> CheckpointState:
     """What a checkpoint of a step says about itself."""
     place = {"step": step, "epoch": 1, "step_in_epoch": step - 40, "num_ranks": 1}
     history = [{"step": 4, "auc": None, "logloss": 0.25}]
-    return CheckpointState(**place, origin=origin_of(), stores={}, history=history, files={})
+    origin = RunFingerprint(data={}, train={}, optim={}, model={}, stores={})
+    return CheckpointState(**place, origin=origin, stores={}, history=history, files={})

@@ -21,11 +21,11 @@ from featurestore.errors import USAGE, StorageError
 from featurestore.published.paths import RunPath, run_path
 from featurestore.published.versions import PublishedFile
 from featurestore.storage.storage import Storage
-from tests.faulty import Fault, FaultyStorage, fails, full_from, made_but_lost, while_set
+from tests.faulty import Fault, FaultyStorage, fails, made_but_lost, while_set
 from tests.fuse import FORK, Fuse
 from tests.trainer.checkpoints import damage, files_of, steps_of
 from tests.trainer.conftest import make_places
-from tests.trainer.runs.saved import SHARDS, Trained, on_ranks, origin_of, save, state_at
+from tests.trainer.runs.saved import SHARDS, Trained, on_ranks, save, state_at
 from tests.trainer.whole_runs import run_alone
 from trainer.comm import Comm, SoloComm
 from trainer.errors import CheckpointError, ConfigError, DamagedCheckpointError, RemoteRankError, TakenOverError
@@ -72,14 +72,6 @@ def test_layout_of_a_step_that_is_written_once(run: RunPath) -> None:
 def test_loads_at_any_number_of_ranks(run: RunPath, written: int, read: int) -> None:
     path = save(run, size=written, value=7.0)
     assert values(path, read) == {7.0}
-
-
-def test_disk_that_takes_no_more_is_a_checkpoint_error(tmp_path: Path) -> None:
-    trained, saves = Trained(), Checkpointer(SoloComm(), CheckpointPlace(tmp_path), None, nothing)
-    trained.dense = {"layer.weight": torch.zeros(1_000, 100)}
-    with full_from(100_000), pytest.raises(CheckpointError, match=r"cannot write .*step-00000050: .*File too large"):
-        saves.save(trained, state_at(50), 3, None)
-    assert finished(tmp_path) == []
 
 
 @pytest.mark.parametrize(
@@ -146,22 +138,6 @@ def test_a_copied_run_has_its_checkpoints(tmp_path: Path) -> None:
     (path,) = finished(Path(shutil.copytree(tmp_path / "a", tmp_path / "b")))
     shutil.rmtree(tmp_path / "a")
     assert values(path) == {3.0}
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"data": {"global_batch_size": 8}}, "data.global_batch_size is 8 here, 16 in the checkpoint"),
-        ({"model": {"mlp": [100]}}, "model.mlp is [100] here, [200, 80] in the checkpoint"),
-        ({"model": {"fields": {}}}, "model.fields.user.kind is None here, 'id' in the checkpoint"),
-    ],
-)
-def test_checkpoint_of_another_run_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
-    path = save(tmp_path)
-    theirs = checkpoint.read_state(path).origin
-    origin_of().check_same(theirs, path)
-    with pytest.raises(CheckpointError, match=re.escape(message)):
-        origin_of(**changes).check_same(theirs, path)
 
 
 @pytest.fixture(scope="module")
@@ -429,15 +405,6 @@ def test_of_two_writers_the_one_that_began_last_goes_on_and_the_other_ends(run: 
     with pytest.raises(TakenOverError, match="another start"):
         save(first, 70, 1.0)
     assert steps_of(run) == [50, 60] and values(finished(run)[-1]) == {2.0}
-
-
-def test_of_two_writers_that_begin_at_once_one_is_refused(run: RunPath) -> None:
-    first, second = CheckpointPlace(run), CheckpointPlace(run)
-    for place in (first, second):
-        assert not place.has(50)
-    first.remove([first.at(50)])
-    with pytest.raises(TakenOverError, match="another start"):
-        second.remove([second.at(50)])
 
 
 def faulty(folder: RunPath, now: Event, call: str, fault: Fault) -> CheckpointPlace:

@@ -1,5 +1,6 @@
 """Warm starts: what is taken and what stays fresh; what does not fit is refused and named."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,10 @@ import torch
 import yaml
 
 from featurestore.store import FeatureStore
-from tests.cli import invoke
+from featurestore.upkeep.remake import remake
 from tests.trainer.checkpoints import damage, tensors_of
 from tests.trainer.conftest import Places, add_a_row, drawn_store, make_places
 from tests.trainer.whole_runs import assert_same, run_alone
-from trainer import main
 from trainer.comm import SoloComm
 from trainer.config import load_config
 from trainer.errors import CheckpointError
@@ -79,13 +79,6 @@ def test_resumption_goes_on_instead_of_beginning_again(own: Places, before: Path
     trained(own, "halves", 3, run__warm_start=before)
     halves = trained(own, "halves", 6, run__warm_start=before, run__resume="latest")
     assert_same(halves, whole)
-
-
-def test_options_of_the_command(own: Places, before: Path) -> None:
-    settings = own.settings(run__name="option", train__max_steps=1)
-    warm = [f"run.warm_start={before}", "run.warm_parts=all"]
-    result = invoke(main.app, *warm, "--set", *settings, code=0)
-    assert f"warm start from {before}/checkpoints/step-00000006: all" in result.stdout
 
 
 @pytest.mark.parametrize(
@@ -160,12 +153,14 @@ def test_features_of_another_kind_are_refused(own: Places, before: Path) -> None
     extractor = FeatureStore.open(own.folder / "features").info.extractor.model_copy(update={"weights_digest": "x"})
     drawn_store(own.folder / "other", features_ND, 1_000, extractor=extractor)
     drawn_store(own.folder / "wide", features_ND[:, :8], 1_000, dtype="bfloat16")
+    remake(FeatureStore.open(own.folder / "features"), own.folder / "compact", dims=6, dtype="float32")
+    expected = (("other", r"extractor\.weights_digest is 'x' here, '0'"), ("compact", r"basis is '\w{64}' here, None"))
     for changes in ({"run__name": "before", "run__resume": "latest"}, {"run__warm_start": before}):
-        for name, told in (("other", "extractor.weights_digest is 'x' here, '0'"), ("wide", "dim is 8 here, 16")):
+        for name, told in (*expected, ("wide", "dim is 8 here, 16")):
             with pytest.raises(CheckpointError) as caught:
                 opened(own, data__store=own.folder / name, **changes)
             said = str(caught.value)
-            assert f"stores.images.{told} in the checkpoint" in said
+            assert re.search(rf"stores\.images\.{told} in the checkpoint", said)
             assert "set data.store to a store of that kind" in said
         assert "stores.images.dtype is 'bfloat16' here, 'float32' in the checkpoint" in said
 
