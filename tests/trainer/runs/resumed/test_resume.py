@@ -64,17 +64,12 @@ def runs(places: Places, trained: Runs, tmp_path: Path) -> Runs:
     return Runs(places, tmp_path)
 
 
-@pytest.fixture
-def expected(trained: Runs) -> Path:
-    return trained.folder / "expected"
-
-
 def content(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_later_checkpoints_refuse_it_untouched_and_overwriting_leaves_the_new_steps_alone(
-    runs: Runs, expected: Path, capsys: pytest.CaptureFixture[str]
+    runs: Runs, trained: Runs, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before, first = content(runs.folder), content_of(runs.step("a", 2))
     refused = r"do not lead to this one, .*: step-00000004, step-00000006; continue from the newest"
@@ -86,7 +81,7 @@ def test_later_checkpoints_refuse_it_untouched_and_overwriting_leaves_the_new_st
     assert "removed by run.overwrite=true: step-00000004, step-00000006\n" in capsys.readouterr().out
     assert steps_of(again) == [2, 4, 6]
     assert content_of(runs.step("a", 2)) == first
-    assert_same(again, expected, metrics=True)
+    assert_same(again, trained.folder / "expected", metrics=True)
     assert load_config(again / "config.yaml").optim.lr == 0.5
 
 
@@ -100,7 +95,7 @@ def test_the_newest_and_its_path_need_no_overwriting(runs: Runs) -> None:
     assert steps_of(runs.branch("a", 6, **changes, train__max_steps=8)) == [6, 7, 8], "it is not the first to go"
 
 
-def test_a_checkpoint_of_another_run_replaces_all(runs: Runs, expected: Path) -> None:
+def test_a_checkpoint_of_another_run_replaces_all(runs: Runs, trained: Runs) -> None:
     other = runs.train("b", train__max_steps=4)
     before = content(other)
     with pytest.raises(ConfigError, match=r"step-00000002, step-00000004; continue from the newest"):
@@ -108,20 +103,20 @@ def test_a_checkpoint_of_another_run_replaces_all(runs: Runs, expected: Path) ->
     assert content(other) == before
     runs.branch("b", run__overwrite=True)
     assert steps_of(other) == [4, 6]
-    assert_same(other, expected, metrics=True)
+    assert_same(other, trained.folder / "expected", metrics=True)
     assert len(list((other / "tensorboard").iterdir())) == 1
 
 
-def test_killed_between_the_old_steps_and_the_new_ones(runs: Runs, expected: Path) -> None:
+def test_killed_between_the_old_steps_and_the_new_ones(runs: Runs, trained: Runs) -> None:
     with mock.patch("trainer.runs.open.save_config", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
         runs.branch("a", run__overwrite=True)
     run = runs.folder / "a"
     assert steps_of(run) == [2]
     assert not (run / "report.json").exists(), "it told of the steps that are gone"
-    assert_same(runs.train("a", run__resume="latest", optim__lr=0.5), expected, metrics=True)
+    assert_same(runs.train("a", run__resume="latest", optim__lr=0.5), trained.folder / "expected", metrics=True)
 
 
-def test_killed_in_the_midst_of_a_removal(runs: Runs, expected: Path) -> None:
+def test_killed_in_the_midst_of_a_removal(runs: Runs, trained: Runs) -> None:
     delete_files = DiskFiles.delete_files
 
     def killed(files: DiskFiles, paths: Sequence[str]) -> None:
@@ -136,7 +131,7 @@ def test_killed_in_the_midst_of_a_removal(runs: Runs, expected: Path) -> None:
     run = runs.branch("a", run__overwrite=True)
     assert steps_of(run) == [2, 4, 6]
     assert {name[:13] for name in files_of(run)} == set(names_of(run)), "nothing else is left"
-    assert_same(run, expected, metrics=True)
+    assert_same(run, trained.folder / "expected", metrics=True)
 
 
 def test_a_checkpoint_of_another_start_that_comes_meanwhile_ends_this_one(
