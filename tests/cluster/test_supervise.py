@@ -12,8 +12,7 @@ import pytest
 from tests.cluster.conftest import BUCKET, STEPS, Shop
 from tests.cluster.hosts import wait_until
 from tests.trainer.runs.resumed.legs import Leg, assert_no_step_or_sample_is_lost
-from tests.trainer.supervise.noting import PAUSE_S
-from tests.trainer.supervise.supervised import WORKER, Supervised
+from tests.trainer.supervise.supervised import PAUSE_S, WORKER, Supervised
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 LEASE_S = 10

@@ -1,6 +1,7 @@
 """Runs under trainer.supervise that note every step, processes of them to kill, and what must be so at their end."""
 
 import contextlib
+import os
 import signal
 import subprocess
 import sys
@@ -11,13 +12,19 @@ from pathlib import Path
 
 import psutil
 
+from featurestore.console.commandline import run_app
 from tests.ranks import ROOT, environment
 from tests.trainer.checkpoints import steps_of
 from tests.trainer.runs.resumed.legs import Leg, read_leg
-from tests.trainer.supervise.noting import NOTES
+from tests.trainer.runs.resumed.mortal import note_steps
 from trainer.launch import AGENT
+from trainer.main import app
+from trainer.supervise import NUMBER
 
-WORKER = Path(__file__).with_name("noting.py")
+WORKER = Path(__file__)
+"""`trainer.main` as a script: ranks write what they do in each step into NOTES/<generation>."""
+NOTES, PAUSE_S = "NOTES", "PAUSE_S"
+"""Variables of ranks. With PAUSE_S, each step takes so long at least."""
 TWO_HOSTS = ("--hosts", "localhost:1,127.0.0.1:1")
 """Two hosts on one machine: each has an agent of its own."""
 QUICK = ("--backoff-s", "0.1", "--lease-s", "60")
@@ -35,14 +42,13 @@ class Supervised:
     settings: list[str]
     options: Sequence[str] = TWO_HOSTS
     program: Sequence[object] = (WORKER,)
-    name: str = "run"
     starts: int = 0
     seen: set[psutil.Process] = field(default_factory=set)
     """Every process that was ever looked at: none of them may be left."""
 
     @property
     def run(self) -> Path:
-        return self.folder / self.name
+        return self.folder / "run"
 
     @property
     def log(self) -> Path:
@@ -135,3 +141,8 @@ def kill(process: psutil.Process, number: int = signal.SIGKILL) -> None:
     """Send a signal, whether or not the process is still there."""
     with contextlib.suppress(psutil.NoSuchProcess):
         process.send_signal(number)
+
+
+if __name__ == "__main__":
+    note_steps(Path(os.environ[NOTES]) / os.environ[NUMBER], pause_s=float(os.environ.get(PAUSE_S, "0")))
+    run_app(app)
