@@ -109,6 +109,8 @@ def ad_columns(items: list[int]) -> dict[str, list[Any]]:
         "ad_first": [[1, item % 7] for item in items],
         "ad_second": [[2, 3] for _ in items],
         "ad_rating": [None if item % 4 == 0 else float(item % 7) for item in items],
+        "ad_rate": [float("nan") if item % 4 == 0 else 0.5 for item in items],
+        "ad_scene_weight": [float("nan") if item % 4 == 0 else 0.5 for item in items],
     }
 
 

@@ -13,7 +13,7 @@ import torch
 
 from tests.cli import invoke
 from tests.trainer.conftest import Places, make_places
-from tests.trainer.samples.reading import ad_columns, rewrite, with_every_kind
+from tests.trainer.samples.reading import ad_columns, reader_of, rewrite, with_every_kind
 from tests.trainer.whole_runs import run_alone
 from trainer.comm import SoloComm
 from trainer.config import ModelConfig
@@ -24,7 +24,6 @@ from trainer.runs import open as opening
 from trainer.runs.saved import open_trained
 from trainer.samples.columns import bucket_ids, dense_values
 from trainer.samples.index import open_index
-from trainer.samples.reader import SampleReader
 from trainer.schema.__main__ import app as schema_app
 from trainer.schema.fields import Field, Schema, load_schema, schema_text
 
@@ -59,9 +58,9 @@ def kinds(tmp_path_factory: pytest.TempPathFactory) -> Places:
 @pytest.mark.long
 @pytest.mark.parametrize("num_ranks", [1, 3])
 def test_every_value_belongs_to_its_id(kinds: Places, num_ranks: int) -> None:
-    index, seen = open_index(SoloComm(), str(kinds.folder / "samples"), "train", SCHEMA), 0
+    seen = 0
     for rank in range(num_ranks):
-        reader = SampleReader(index, SCHEMA, rank=rank, num_ranks=num_ranks, batch_size=64, seed=3, window=50)
+        reader = reader_of(kinds.folder / "samples", rank, num_ranks, schema=SCHEMA, batch_size=64)
         for batch in reader.batches():
             items, ads = batch.fields["behavior_item"], batch.fields["ad_item"].values_N
             expected, words = ad_columns(ads.tolist()), batch.fields["ad_words"]
@@ -78,7 +77,16 @@ def test_every_value_belongs_to_its_id(kinds: Places, num_ranks: int) -> None:
             np.testing.assert_array_equal(batch.fields["behavior_age"].values_N, 6 + 2 * np.array(place, np.int64))
             assert set(batch.fields["ad_tags"].lengths_M) <= {2}
             seen += batch.num_samples
-    assert seen == index.num_samples
+    assert seen == reader.num_samples
+
+
+NUMBERS = {
+    "ad_price": ("dense", "log_standardize", None),
+    "ad_rating": ("dense", "standardize", "mean"),
+    "ad_rate": ("dense", None, "mean"),
+    "income": ("dense", "log_standardize", "mean"),
+    "height": ("dense", "log_standardize", None),
+}
 
 
 @pytest.mark.long
@@ -90,11 +98,10 @@ def test_inspect_finds_them_and_check_reads_them(kinds: Places, tmp_path: Path) 
     expected = {field.name: field for field in SCHEMA.fields}
     for name in ("behavior_age", "behavior_item", "ad_category"):
         assert found[name] == expected[name]
-    assert {name: field.weights for name, field in found.items() if field.weights} == {
-        **WEIGHTS,
-        "ad_words": "ad_words_weight",
-    }
-    assert (found["ad_price"].kind, found["ad_price"].transform) == ("dense", "log_standardize")
+    weights = {name: field.weights for name, field in found.items() if field.weights}
+    assert weights == WEIGHTS | {"ad_words": "ad_words_weight"}
+    numbers = {name: (found[name].kind, found[name].transform, found[name].fill) for name in NUMBERS}
+    assert numbers == NUMBERS, "missing ones are seen, in lists and NaN too: a run refuses both without fill"
     assert "ad_words_weight:" not in path.read_text() and "#   behavior_age:" not in path.read_text()
 
 
@@ -167,7 +174,7 @@ def test_each_number_of_a_row_has_its_own_scale_and_one_that_becomes_infinite_is
 
 
 BOUNDED = Field(name="b", side="ad", kind="id", boundaries=[0, 10, 100], fill="bucket")
-NUMBERS = [-5.0, 0.0, 9.99, 10.0, 99.0, 100.0, 1e9, NAN]
+ODD = [-5.0, 0.0, 9.99, 10.0, 99.0, 100.0, 1e9, NAN]
 AGE = Field(name="age", side="user", kind="multi_id", buckets="log2", table="age")
 AGES = [-1, 0, 0.5, 1, 1.9, 2, 3, 4, 1023, 1024, 86_400, 2.0**30, 2.0**40]
 
@@ -175,7 +182,7 @@ AGES = [-1, 0, 0.5, 1, 1.9, 2, 3, 4, 1023, 1024, 86_400, 2.0**30, 2.0**40]
 @pytest.mark.parametrize(
     ("field", "numbers", "buckets", "ids"),
     [
-        (BOUNDED, NUMBERS, 5, [0, 1, 1, 2, 2, 3, 3, 4]),
+        (BOUNDED, ODD, 5, [0, 1, 1, 2, 2, 3, 3, 4]),
         (BOUNDED.model_copy(update={"fill": 50.0}), [NAN], 5, [2]),
         (Field(name="b", side="ad", kind="id", boundaries=[0.1, 0.7, 1.3]), [0.1, 0.7, 1.3], 5, [1, 2, 3]),
         (AGE, AGES, 33, [0, 0, 0, 1, 1, 2, 2, 3, 10, 11, 17, 31, 31]),

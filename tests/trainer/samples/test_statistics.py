@@ -1,7 +1,6 @@
 """What is measured on all training samples, once: statistics, the same bits for any ranks, and digests."""
 
 import contextlib
-import json
 import os
 import shutil
 from dataclasses import replace
@@ -16,20 +15,19 @@ import pytest
 from featurestore.storage import storage
 from featurestore.storage.storage import Storage
 from tests.cli import invoke
-from tests.trainer.conftest import change_column, make_places
+from tests.trainer.conftest import Places, change_column, make_places
 from tests.trainer.runs.saved import on_ranks
 from tests.trainer.samples.reading import rewrite, with_every_kind
+from tests.trainer.whole_runs import report_of, run_alone
 from trainer.comm import SoloComm
-from trainer.config import Config, load_config
+from trainer.config import load_config
 from trainer.errors import CheckpointError, DataError
 from trainer.evaluate import app as evaluate
-from trainer.main import train
 from trainer.runs import checkpoint
 from trainer.runs.folder import finished
 from trainer.runs.open import open_run
 from trainer.runs.saved import open_trained
 from trainer.samples import survey
-from trainer.samples.columns import rules_of
 from trainer.samples.index import SampleIndex, open_index
 from trainer.samples.survey import (
     FOUND,
@@ -41,7 +39,6 @@ from trainer.samples.survey import (
     samples_digest,
     with_statistics,
 )
-from trainer.schema.__main__ import app as schema_app
 from trainer.schema.fields import Field, Schema, load_schema, schema_text
 
 NUMBERS = (
@@ -56,7 +53,7 @@ SCHEMA = Schema(fields=(*load_schema().fields, *NUMBERS))
 
 
 @pytest.fixture(scope="session")
-def numbered(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def numbered(tmp_path_factory: pytest.TempPathFactory) -> Places:
     """Places whose samples have these columns; schema.yaml is theirs."""
     places = make_places(tmp_path_factory.mktemp("numbered"))
     rewrite(places.folder / "samples", with_every_kind)
@@ -65,27 +62,15 @@ def numbered(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.fixture(scope="module")
-def index(numbered: Any) -> SampleIndex:
+def index(numbered: Places) -> SampleIndex:
     return open_index(SoloComm(), str(numbered.folder / "samples"), "train", SCHEMA)
 
 
-@pytest.fixture(scope="module")
-def columns(numbered: Any) -> dict[str, np.ndarray]:
-    """All values of a column in training, as float32 reads them."""
-    tables = [pq.read_table(path, partitioning=None) for path in sorted(numbered.folder.glob("samples/train/*"))]
-
-    def flat(name: str) -> np.ndarray:
-        array: Any = pa.concat_tables(tables).column(name).combine_chunks()
-        while hasattr(array, "flatten") and pa.types.is_nested(array.type):
-            array = array.flatten()
-        return array.to_numpy(zero_copy_only=False).astype(np.float32).astype(np.float64)
-
-    return {name: flat(name) for name in ("income", "place", "same", "ad_price", "ad_rating")}
-
-
-def test_equal_to_numpy_over_all_values_and_buckets_equally_full(
-    index: SampleIndex, columns: dict[str, np.ndarray]
-) -> None:
+def test_equal_to_numpy_over_all_values_and_buckets_equally_full(numbered: Places, index: SampleIndex) -> None:
+    """Over values as float32 reads them."""
+    table = pq.read_table(numbered.folder / "samples/train", partitioning=None)
+    flat = {name: np.hstack(table[name].to_pylist()) for name in ("income", "place", "ad_price", "ad_rating")}
+    columns = {name: values.astype(np.float32).astype(np.float64) for name, values in flat.items()}
     schema = fill_in(SCHEMA, measure(SoloComm(), index, SCHEMA))
     assert not fields_to_measure(schema)
     fields = {field.name: field for field in schema.fields}
@@ -126,14 +111,6 @@ def test_quantiles_of_more_values_than_are_kept(monkeypatch: pytest.MonkeyPatch)
     starts = quantile_boundaries(merged, 10)
     share = np.bincount(np.searchsorted(starts, values, side="right"), minlength=10) / len(values)
     np.testing.assert_allclose(share, 0.1, atol=0.003)
-
-
-@pytest.mark.parametrize(("values", "expected"), [([4.0], ()), ([1.0] * 9, ()), ([1.0] * 8 + [2.0, 3.0], (2.0,))])
-def test_few_different_values_make_fewer_buckets(values: list[float], expected: tuple[float, ...]) -> None:
-    field = Field(name="x", side="ad", kind="id", buckets=4)
-    starts = quantile_boundaries(part_of(field, np.array(values, np.float32), 100), 4)
-    assert all(start > 1.0 for start in starts)
-    assert len(starts) <= len(expected) + 1
 
 
 def test_one_sample_has_statistics_where_it_has_a_number(tmp_path: Path) -> None:
@@ -192,10 +169,10 @@ def test_only_what_was_declared_the_same_is_taken_over() -> None:
     assert fill_in(Schema(fields=(given,)), theirs).fields == (given,)
 
 
-def configured(places: Any, name: str, **changes: Any) -> Config:
+def trained(places: Places, name: str, **changes: Any) -> Path:
     common = {"model__base": "two_tower", "model__images": "none", "model__compute_dtype": "float32"}
     common |= {"train__max_steps": 8, "data__schema_file": places.folder / "schema.yaml"}
-    return load_config(None, places.settings(run__name=name, **common | changes))
+    return run_alone(places, run__name=name, **common | changes)
 
 
 def fields_of(run: Path) -> dict[str, Any]:
@@ -204,42 +181,38 @@ def fields_of(run: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def run(numbered: Any) -> Path:
-    train(configured(numbered, "two"), SoloComm())
-    return Path(numbered.folder) / "runs/two"
+def run(numbered: Places) -> Path:
+    return trained(numbered, "two")
 
 
 def test_a_run_keeps_them_in_its_checkpoint(run: Path) -> None:
-    found, report = fields_of(run), json.loads((run / "report.json").read_text())
+    found, report = fields_of(run), report_of(run)
     assert {name for name, values in found.items() if values.keys() & set(FOUND)} == {field.name for field in NUMBERS}
     assert np.isfinite(report["metrics"]["logloss"])
     assert not {"ad_price_bucket", "ad_rating"} & set(report["tables"])  # nothing shares a row there
 
 
-def test_it_goes_on_by_those_of_the_checkpoint(run: Path, numbered: Any) -> None:
-    train(configured(numbered, "two", run__resume="latest", train__max_steps=10), SoloComm())
-    assert json.loads((run / "report.json").read_text())["global_step"] == 10
+def test_it_goes_on_by_those_of_the_checkpoint(run: Path, numbered: Places) -> None:
+    trained(numbered, "two", run__resume="latest", train__max_steps=10)
+    assert report_of(run)["global_step"] == 10
     other = run.parent / "schema-16.yaml"
     other.write_text(schema_text(with_buckets(16)))
-    resumed = configured(numbered, "two", run__resume="latest", train__max_steps=12, data__schema_file=other)
     with pytest.raises(CheckpointError, match=r"fields\.ad_price_bucket\.buckets is 16 here, 8 in the checkpoint"):
-        train(resumed, SoloComm())
+        trained(numbered, "two", run__resume="latest", train__max_steps=12, data__schema_file=other)
 
 
-def test_a_warm_start_takes_them_over(run: Path, numbered: Any, tmp_path: Path) -> None:
+def test_a_warm_start_takes_them_over(run: Path, numbered: Places, tmp_path: Path) -> None:
     """Its layers have learned the earlier run's scale, and the samples of another day have another one."""
     samples = shutil.copytree(numbered.folder / "samples", tmp_path / "samples")
     for path in samples.glob("*/*"):
         change_column(path, "ad_price", lambda rows: [[2 * price for price in row] for row in rows])
-    common = {"data__samples": samples, "run__dir": tmp_path / "runs", "run__warm_start": run}
-    train(configured(numbered, "warm", **common), SoloComm())
-    assert fields_of(tmp_path / "runs/warm") == fields_of(run)
-    train(configured(numbered, "cold", **common | {"run__warm_start": "null"}), SoloComm())
-    mine, theirs = (fields_of(each)["ad_price"]["mean"][0] for each in (tmp_path / "runs/cold", run))
-    assert mine > theirs + 0.3
+    common = {"data__samples": samples, "run__dir": tmp_path / "runs"}
+    assert fields_of(trained(numbered, "warm", **common, run__warm_start=run)) == fields_of(run)
+    cold = trained(numbered, "cold", **common)
+    assert fields_of(cold)["ad_price"]["mean"][0] > fields_of(run)["ad_price"]["mean"][0] + 0.3
 
 
-def test_evaluation_takes_them_of_the_checkpoint(run: Path, numbered: Any, tmp_path: Path) -> None:
+def test_evaluation_takes_them_of_the_checkpoint(run: Path, numbered: Places, tmp_path: Path) -> None:
     """Of other samples than those of training, which have another scale."""
     samples = tmp_path / "samples/test"
     samples.mkdir(parents=True)
@@ -248,30 +221,6 @@ def test_evaluation_takes_them_of_the_checkpoint(run: Path, numbered: Any, tmp_p
     invoke(evaluate, run, "--samples", tmp_path / "samples", "--bootstrap", "20", code=0)
     with contextlib.closing(open_trained(run, SoloComm())) as trained:
         assert trained.schema.fields == fill_in(SCHEMA, fields_of(run)).fields
-
-
-def test_inspect_sees_numbers_that_are_missing(tmp_path: Path) -> None:
-    """Those in lists and NaN too: a run refuses both without fill."""
-    nan, columns = float("nan"), {"user": [1, 2, 3], "ad_item": [[1, 2], [3], [4]], "label": [[0, 1], [1], [0]]}
-    numbers = {
-        "height": [1.5, nan, 250.0],
-        "ad_price": [[1.0, None], [200.0], [3.0]],
-        "ad_rate": [[nan, 0.5], [0.1], [0.2]],
-        "ad_item_weight": [[nan, 0.5], [0.1], [0.2]],
-    }
-    (tmp_path / "train").mkdir()
-    table = pa.table({name: pa.array(values) for name, values in (columns | numbers).items()})
-    pq.write_table(table, tmp_path / "train/a.parquet")
-    (tmp_path / "schema.yaml").write_text(invoke(schema_app, "inspect", tmp_path).output)
-    fields = {f.name: f for f in load_schema(tmp_path / "schema.yaml").fields}
-    assert {name: (fields[name].transform, fields[name].fill) for name in ("height", "ad_price", "ad_rate")} == {
-        "height": ("log_standardize", "mean"),
-        "ad_price": ("log_standardize", "mean"),
-        "ad_rate": (None, "mean"),
-    }
-    assert fields["ad_item"].weights is None
-    bucket = Field(name="bucket", side="ad", kind="id", column="ad_price", buckets=16, fill="bucket")  # OWN_DATA
-    assert rules_of(Schema(fields=(*fields.values(), bucket)))["ad_price"].may_miss
 
 
 OLD_S = 1_000_000_000
@@ -287,15 +236,13 @@ def turn_labels(file: Path) -> None:
 
 
 def test_a_resume_with_turned_labels_is_refused(tmp_path: Path) -> None:
-    mine = make_places(tmp_path)
-    settings = mine.settings(run__name="r", train__max_steps=3)
-    train(load_config(settings=settings), SoloComm())
-    again = [*settings, "run.resume=latest", "train.max_steps=4"]
-    open_run(load_config(settings=again), SoloComm()).close()
+    mine, again = make_places(tmp_path), {"run__name": "r", "run__resume": "latest", "train__max_steps": 4}
+    run_alone(mine, run__name="r", train__max_steps=3)
+    open_run(load_config(settings=mine.settings(**again)), SoloComm()).close()
     for file in (tmp_path / "samples" / "train").iterdir():
         turn_labels(file)
     with pytest.raises(CheckpointError, match=r"'\w+' here, '\w+' in .*: these are other training samples"):
-        train(load_config(settings=again), SoloComm())
+        run_alone(mine, **again)
 
 
 @pytest.fixture
@@ -316,9 +263,9 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return files
 
 
-def digest(samples: str | Path, memory: Path, split: str = "train", days: list[str] | None = None) -> str:
+def digest(samples: str | Path, memory: Path) -> str:
     comm = SoloComm()
-    return samples_digest(comm, open_index(comm, str(samples), split, load_schema(), days), memory)
+    return samples_digest(comm, open_index(comm, str(samples), "train", load_schema()), memory)
 
 
 def test_known_files_are_read_once_where_no_other_may_have_written(
@@ -370,13 +317,6 @@ def test_a_place_that_cannot_remember_does_no_harm(samples: Path, tmp_path: Path
         assert digest(samples, tmp_path / "c") == first
     (tmp_path / "file").touch()
     assert digest(samples, tmp_path / "file") == first
-
-
-def test_days_are_known_wherever_they_are(samples: Path, tmp_path: Path) -> None:
-    days = ["2026-01-02", "2026-01-03"]
-    first = digest(samples, tmp_path / "c", days=days)
-    (samples / "train" / "day=2026-01-02.parquet").rename(samples / "test" / "day=2026-01-02.parquet")
-    assert digest(samples, tmp_path / "c", "test", days) == first
 
 
 def test_an_object_store_says_the_same_and_is_read_once(

@@ -19,7 +19,7 @@ from pipeline.samples.mapping import parse_ids
 from tests.cli import invoke
 from tests.trainer.conftest import Places, make_places, sample_table
 from tests.trainer.runs.saved import on_ranks
-from tests.trainer.samples.reading import hashed, replaced, rewrite, written
+from tests.trainer.samples.reading import hashed, reader_of, replaced, rewrite, written
 from tests.trainer.whole_runs import run_alone
 from trainer.comm import Comm, SoloComm
 from trainer.errors import DataError
@@ -27,7 +27,7 @@ from trainer.runs.folder import find_checkpoint, finished
 from trainer.samples import columns, survey
 from trainer.samples.columns import rules_of
 from trainer.samples.index import known_ads, open_index
-from trainer.samples.reader import Batch, SampleReader
+from trainer.samples.reader import Batch
 from trainer.samples.survey import IdDictionary, write_dictionary
 from trainer.schema.__main__ import app
 from trainer.schema.fields import DEFAULT_SCHEMA, IDS_FILE, Field, Schema, load_schema
@@ -41,8 +41,7 @@ def read(folder: Path, table: pa.Table, schema: Schema = SCHEMA) -> Batch:
     """All of a table as one batch."""
     (folder / "train").mkdir(parents=True)
     pq.write_table(table, folder / "train" / "a.parquet", row_group_size=4)
-    index = open_index(SoloComm(), str(folder), "train", schema)
-    (batch,) = SampleReader(index, schema, batch_size=1000, seed=None).batches()
+    (batch,) = reader_of(folder, schema=schema, batch_size=1000, seed=None).batches()
     return batch
 
 
@@ -139,10 +138,9 @@ def run(wordy: Places) -> Path:
 
 def expected(places: Places) -> dict[int, str]:
     found = set()
-    for path in places.folder.glob("samples/train/*.parquet"):
-        for row in pq.read_table(path, partitioning=None).to_pylist():
-            found |= {row["user"], *row["ad_item"], *row["behavior_item"], *row["ad_scene"]}
-            found |= {f'["{item}",{n}]' for item, n in zip(row["ad_item"], row["ad_category"], strict=True)}
+    for row in pq.read_table(places.folder / "samples/train", partitioning=None).to_pylist():
+        found |= {row["user"], *row["ad_item"], *row["behavior_item"], *row["ad_scene"]}
+        found |= {f'["{item}",{n}]' for item, n in zip(row["ad_item"], row["ad_category"], strict=True)}
     return {hashed(text): text for text in found}
 
 
