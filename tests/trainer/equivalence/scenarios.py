@@ -1,7 +1,7 @@
 """Small worlds on which a run of P ranks has to equal one process: fields and settings. Their data is in worlds.py."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from trainer.config import ExactTableConfig, IdOptimizer, ModelConfig, OptimConfig, Pooling
 from trainer.samples.survey import fill_in
@@ -121,13 +121,9 @@ class Scenario:
         return ModelConfig(**{**small, **self.model}, compute_dtype=dtype)
 
 
-def exact(
-    max_rows: int, admit_after: int, when_full: Literal["evict", "refuse"] = "evict", expire_days: int | None = None
-) -> ExactTableConfig:
+def exact(max_rows: int, admit_after: int, **rules: Any) -> ExactTableConfig:
     """Settings of a table with a row for each id."""
-    return ExactTableConfig(
-        kind="exact", max_rows=max_rows, admit_after=admit_after, when_full=when_full, expire_days=expire_days
-    )
+    return ExactTableConfig(kind="exact", max_rows=max_rows, admit_after=admit_after, **rules)
 
 
 SCENARIOS = {
@@ -168,7 +164,7 @@ SCENARIOS = {
     # Shards of two rows that are soon full, and ids of images that hardly ever come twice.
     "exact_rank_without_data": Scenario(
         {"images": "none"},
-        tables={"user": exact(16, 1, "refuse"), "item": 96, "image": exact(900, 2)},
+        tables={"user": exact(16, 1, when_full="refuse"), "item": 96, "image": exact(900, 2)},
         optimizers={"ids": "adam"},
         deal="starve",
     ),

@@ -9,7 +9,8 @@ import random
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from datetime import date
 from functools import cache
@@ -96,9 +97,6 @@ def run(
                 if number == 0:
                     gradients = first_gradients(comm, engine)
     calls = {name: count for name, count in Counter(CALLS).items() if name.startswith("step.")}
-    trained = dict(engine.dense_state())
-    for shards in comm.allgather_object(packed(engine.shard_state())):
-        trained |= unpacked(shards)
     return {
         "initial": initial,
         "mean_and_std": {name: mean_and_std(url) for name, url in urls_of(store, scenario).items()},
@@ -106,7 +104,7 @@ def run(
         "losses_P": comm.allgather_object(losses),
         "calls": calls,
         "gradients": gradients,
-        "trained": trained,
+        "trained": engine.dense_state() | gathered(comm, engine.shard_state()),
         "evicted": tallied(comm, engine, "evicted"),
         "expired": tallied(comm, engine, "expired"),
     }
@@ -140,13 +138,15 @@ def first_gradients(comm: Comm, engine: Engine) -> dict[str, torch.Tensor]:
     the optimiser keeps one."""
     gradients = {name: p.grad.clone() for name, p in engine._dense.parameters.items()}
     for name, table in engine.tables.items():
-        shards = {}
-        momentum = {n: v for n, v in table.export_shards().items() if n.endswith("/momentum")}
-        for part in comm.allgather_object(packed(momentum)):
-            shards |= {n: v / (1 - BETA1) for n, v in unpacked(part).items()}
-        if shards:
+        own = {n: v / (1 - BETA1) for n, v in table.export_shards().items() if n.endswith("/momentum")}
+        if shards := gathered(comm, own):
             gradients[name] = torch.cat([shards[n] for n in sorted(shards)])
     return gradients
+
+
+def gathered(comm: Comm, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Those of all ranks."""
+    return {name: each for part in comm.allgather_object(packed(tensors)) for name, each in unpacked(part).items()}
 
 
 def endings(comm: Comm, store: FeatureStore) -> dict[str, list[str]]:
@@ -163,14 +163,19 @@ def endings(comm: Comm, store: FeatureStore) -> dict[str, list[str]]:
 
     for name, batches in {"missing_key": iter([batch]), "reader": unreadable()}.items():
         started = time.monotonic()
-        try:
-            engine.train_step(next(engine.prepared(batches)))
-            ending = "no error"
-        except Exception as error:
-            ending = f"{type(error).__name__}: {error}"
+        result[name] = ending_of(comm, lambda batches=batches: engine.train_step(next(engine.prepared(batches))))
         assert time.monotonic() - started < 20
-        result[name] = comm.allgather_object(ending)
     return result | ending_in_e(comm, store)
+
+
+def ending_of(comm: Comm, work: Callable[[], object]) -> list[str]:
+    """How it ends on every rank."""
+    ending = "no error"
+    try:
+        work()
+    except Exception as error:
+        ending = f"{type(error).__name__}: {error}"
+    return comm.allgather_object(ending)
 
 
 def ending_in_e(comm: Comm, store: FeatureStore) -> dict[str, list[object]]:
@@ -178,21 +183,16 @@ def ending_in_e(comm: Comm, store: FeatureStore) -> dict[str, list[object]]:
     usual = SCENARIOS["both_attentive"]
     engine = engine_of(comm, store, usual, "float64")
     batches = [batch_of(slice_of_rank(each, "even", 0, comm.rank, comm.size), each) for each in steps(usual)[:3]]
-    service, ending = engine.services["images"], "no error"
     engine.train_step(engine.prepare(batches[0]))  # momentum moves what gets no gradient
     before = {name: value.clone() for name, value in (engine.dense_state() | engine.shard_state()).items()}
-    embed = service.embed
-    if comm.rank == comm.size - 1:
-        service.embed = Mock(side_effect=MemoryError("no room for what E makes"))
-    try:
-        engine.train_step(engine.prepare(batches[1]))
-    except Exception as error:
-        ending = f"{type(error).__name__}: {error}"
+    embed = engine.services["images"].embed
+    failing = Mock(side_effect=MemoryError("no room for what E makes")) if comm.rank == comm.size - 1 else embed
+    with patch.object(engine.services["images"], "embed", failing):
+        ending_P = ending_of(comm, lambda: engine.train_step(engine.prepare(batches[1])))
     after = engine.dense_state() | engine.shard_state()
     moved = [name for name, value in before.items() if not torch.equal(after[name], value)]
-    service.embed = embed
     losses = comm.allgather_object(engine.train_step(engine.prepare(batches[2])).loss)
-    return {"embed": comm.allgather_object(ending), "moved": comm.allgather_object(moved), "losses": losses}
+    return {"embed": ending_P, "moved": comm.allgather_object(moved), "losses": losses}
 
 
 CALLS: list[str] = []
@@ -212,8 +212,7 @@ def count_collectives(comm: Comm) -> None:
         setattr(comm, method, noted(getattr(comm, method)))
 
 
-@contextlib.contextmanager
-def delays(rank: int) -> Iterator[None]:
+def delays(rank: int) -> AbstractContextManager[object]:
     """Within the block every stage begins late, on rank 0 by up to 2 ms, on the others by up to 12."""
     timed, draw = Stages.timed, random.Random(rank)
 
@@ -221,11 +220,7 @@ def delays(rank: int) -> Iterator[None]:
         time.sleep(draw.uniform(0, 0.012 if rank else 0.002))
         return timed(self, *stage)
 
-    Stages.timed = late
-    try:
-        yield
-    finally:
-        Stages.timed = timed
+    return patch.object(Stages, "timed", late)
 
 
 def main(store_url: str, out: Path, part: str) -> None:
