@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import yaml
 
 from featurestore.errors import AnotherStoreError
 from featurestore.format.datafile import FeatureRows
 from featurestore.store import FeatureStore
 from tests.cli import invoke
 from tests.trainer.conftest import Places, add_a_row, make_places, permuted, remade
+from tests.trainer.runs.resumed.legs import write_schema_with_serials
 from tests.trainer.samples.reading import rewrite
 from tests.trainer.whole_runs import report_of, run_alone
 from trainer.cli import GateLimits
@@ -23,7 +23,6 @@ from trainer.evaluation.bootstrap import compare
 from trainer.evaluation.predict import Predictions, predict_run
 from trainer.gates import Check, gate_model
 from trainer.runs.saved import RunSource, read_run
-from trainer.schema.fields import DEFAULT_SCHEMA
 
 pytestmark = pytest.mark.long  # they train whole runs
 
@@ -160,26 +159,30 @@ def in_use(models: Places, name: str = "used") -> tuple[RunSource, str]:
     return RunSource(saved.folder, saved.checkpoint.name), saved.digest
 
 
+def gates(run: Path, used: tuple[RunSource, str]) -> dict[str, Any]:
+    return {each.gate: each for each in gate_model(run, None, *used)}
+
+
 def why_not(run: Path, used: tuple[RunSource, str]) -> str:
-    (only,) = gate_model(run, None, *used)
-    assert not only.holds
-    assert only.value is None
-    return only.text
+    (only,) = gates(run, used).values()
+    assert not only.holds and only.value is None
+    return str(only.text)
 
 
 def test_one_as_good_passes_and_a_worse_one_fails(models: Places) -> None:
-    other = gate_model(trained(models, "other", train__seed=1), None, *in_use(models))
-    assert all(each.holds for each in other), other
+    other = gates(trained(models, "other", train__seed=1), in_use(models))
+    assert all(each.holds for each in other.values()), other
     bad = trained(models, "bad", optim__lr=1, optim__ids_lr=1, model__activation="prelu")
-    found = {each.gate: each for each in gate_model(bad, None, *in_use(models))}
+    found = gates(bad, in_use(models))
     assert not found["logloss"].holds
     assert "on 210 impressions, whose logits move by" in found["logloss"].text
     # The other way round it is better, by as much.
-    back = {each.gate: each for each in gate_model(in_use(models)[0].folder, None, *in_use(models, "bad"))}
+    used = in_use(models)[0].folder
+    back = gates(used, in_use(models, "bad"))
     assert all(each.holds for each in back.values())
     assert back["logloss"].value == pytest.approx(-found["logloss"].value)
     assert back["gauc"].value == pytest.approx(-found["gauc"].value)
-    (only,) = gate_model(in_use(models)[0].folder, None, *in_use(models))
+    (only,) = gates(used, in_use(models)).values()
     assert only.holds and only.value == 0, "the checkpoint in use needs no comparison"
 
 
@@ -191,13 +194,9 @@ def test_what_cannot_be_compared_does_not_pass(models: Places, tmp_path: Path) -
     assert "has been trained again" in why_not(new, (used, "0" * 64))
     untested = trained(models, "untested", data__train_days="[2026-01-01]", data__test_days="[]", **short)
     assert "no evaluation rows" in why_not(untested, (used, digest))
-    values = yaml.safe_load(DEFAULT_SCHEMA.read_text())
-    values["fields"].append({"name": "ad_serial", "side": "ad", "kind": "id", "table": "category"})
-    schema = tmp_path / "schema.yaml"
-    schema.write_text(yaml.safe_dump(values))
-    trained(models, "serial", data__schema_file=schema, **short)
-    samples = tmp_path / "samples"
-    shutil.copytree(models.folder / "samples", samples)
+    schema = write_schema_with_serials(tmp_path)
+    trained(models, "serial", data__schema_file=schema, model__tables__serial=64, **short)
+    samples = shutil.copytree(models.folder / "samples", tmp_path / "samples")
     rewrite(samples, lambda table: table.drop_columns("ad_serial"))
     without = trained(models, "without", data__samples=samples, **short)
     assert "ad_serial" in why_not(without, in_use(models, "serial"))
@@ -206,7 +205,7 @@ def test_what_cannot_be_compared_does_not_pass(models: Places, tmp_path: Path) -
 def test_runs_of_two_stores_are_compared_each_on_its_own(models: Places, tmp_path: Path) -> None:
     store = remade(tmp_path / "features", like=models.folder / "features").url
     new = trained(models, "elsewhere", data__store=store)
-    equal = {each.gate: each.value for each in gate_model(new, None, *in_use(models))}
+    equal = {name: each.value for name, each in gates(new, in_use(models)).items()}
     assert equal == {"gauc": pytest.approx(0), "logloss": pytest.approx(0)}
     shutil.rmtree(store)
     assert "features" in why_not(in_use(models)[0].folder, in_use(models, "elsewhere"))
