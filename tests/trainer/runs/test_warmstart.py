@@ -186,7 +186,9 @@ def test_a_newer_snapshot_of_the_same_kind_is_fine(tmp_path: Path) -> None:
     assert all(torch.equal(state[name], old[name]) for name in stores)
 
 
-def test_all_continues_with_the_optimisers_state_and_a_new_schedule(own: Places, before: Path) -> None:
+def test_all_continues_with_the_optimisers_state_and_a_new_schedule(
+    own: Places, before: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     warm = {"run__warm_start": before, "run__warm_parts": "all"}
     ended, run = tensors_of(before), opened(own, **warm)
     state = state_of(run)
@@ -194,6 +196,8 @@ def test_all_continues_with_the_optimisers_state_and_a_new_schedule(own: Places,
     assert [name for name in ended if not torch.equal(state[name], ended[name])] == []
     assert (run.engine.first_step, total_steps(run)) == (6, 6 + 2 * run.train_reader.steps_per_epoch)
     next_run = trained(own, "next", 4, **warm)
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"warm start from {before}/checkpoints/step-00000006: all" in said
     assert find_checkpoint(next_run).name == "step-00000010"
     resumed = opened(own, run__name="next", run__resume="latest", **warm)
     resumed.close()
