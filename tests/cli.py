@@ -1,6 +1,8 @@
 """Commands called in this process, and programs called in others."""
 
+import json
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -28,3 +30,10 @@ def printed(app: typer.Typer, *words: object) -> str:
 def said(app: typer.Typer, *words: object, code: int = 0) -> str:
     """Call an app as `invoke` does; return all that it prints, in one line and without frames."""
     return " ".join(invoke(app, *words, code=code).output.replace("│", " ").split())
+
+
+def figures_of(app: typer.Typer, folder: Path, *words: object) -> dict[str, Any]:
+    """Call an app, which has to end well; return the figures that it writes by --json, into a file of the folder."""
+    invoke(app, *words, "--json", folder / "figures.json", code=0)
+    found: dict[str, Any] = json.loads((folder / "figures.json").read_text())
+    return found

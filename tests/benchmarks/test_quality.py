@@ -7,6 +7,7 @@ import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,15 +24,15 @@ from benchmarks.quality.data import DataSet, parse
 from benchmarks.quality.heldout import JUDGED, hold_out, sampled
 from benchmarks.quality.rows import Layout, Rows, Vocabulary, read, vocabularies, write_pretrained
 from benchmarks.quality.runs import Spec
-from tests.cli import invoke
+from tests.cli import figures_of
 from tests.running.spared import WITHOUT_PANDAS
-from tests.trainer.conftest import drawn_store, lists
+from tests.trainer.conftest import make_days
 from trainer.config import load_config
 from trainer.errors import DataError
 from trainer.schema.fields import DEFAULT_SCHEMA, load_schema
 
-ITEMS, USERS = 30, 40
-DAYS = ("2026-01-01", "2026-01-02", "2026-01-03")
+ITEMS = 50
+DAYS = [f"2026-01-0{day}" for day in range(1, 5)]
 needs_fuxictr = pytest.mark.skipif(not fuxictr_python().exists(), reason="FuxiCTR is not installed here")
 
 
@@ -41,61 +42,22 @@ def with_pandas(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", os.environ["PYTHONPATH"].replace(WITHOUT_PANDAS, ""))
 
 
-def _lists(values: np.ndarray, sizes: np.ndarray) -> pa.ListArray:
-    return lists(values, np.r_[0, np.cumsum(sizes)])
-
-
-def _day(seed: int) -> pa.Table:
-    """Groups of people who click on ads of even items, most of all those whose behaviours are even."""
-    random, groups = np.random.default_rng(seed), 60
-    user = random.integers(0, USERS, groups)
-    shown, seen = random.integers(4, 9, groups), random.integers(1, 6, groups)
-    item = random.integers(0, ITEMS, shown.sum())
-    behavior = random.integers(0, ITEMS // 2, seen.sum()) * 2 + np.repeat(user % 2, seen)
-    label = random.random(shown.sum()) < np.where(item % 2 == 0, 0.8 - 0.2 * np.repeat(user % 2, shown), 0.1)
-    return pa.table(
-        {
-            "user": user,
-            "behavior_item": _lists(behavior, seen),
-            "behavior_image": _lists(behavior + 1_000, seen),
-            "behavior_category": _lists(behavior % 3, seen),
-            "ad_item": _lists(item, shown),
-            "ad_image": _lists(item + 1_000, shown),
-            "ad_category": _lists(item % 3, shown),
-            "ad_scene": _lists(random.integers(0, 3, shown.sum()), shown),
-            "label": _lists(label.astype(np.int8), shown),
-        }
-    )
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Samples of three days, of which the last is the test, and a store of the items' features."""
-    folder = tmp_path_factory.mktemp("quality")
-    for number, day in enumerate(DAYS):
-        split = folder / "samples" / ("test" if day == DAYS[-1] else "train")
-        split.mkdir(parents=True, exist_ok=True)
-        pq.write_table(_day(number), split / f"day={day}-000.parquet")
-    features_ND = np.random.default_rng(5).normal(size=(ITEMS, 8))
-    features_ND[:, 0] += np.arange(ITEMS) % 2 * 3
-    drawn_store(folder / "features", features_ND, first_key=1_000)
-    return folder
+    """Samples of four days, of which the last is the test, and a store of the items' features."""
+    return make_days(tmp_path_factory.mktemp("quality")).folder
 
 
-def _call(place: Path, *more: str) -> dict[str, float]:
-    out = place / "quality.json"
-    data = f"tiny={place / 'samples'}:{place / 'features'}"
-    words = ["--data", data, "--dir", str(place / "bench"), "--json", str(out), "--batch-size", "32", "--epochs", "3"]
-    invoke(app, *words, *more, code=0)
-    figures: dict[str, float] = json.loads(out.read_text())
-    return figures
+def figures_at(place: Path, *words: object) -> dict[str, Any]:
+    tiny = ["--data", f"tiny={place / 'samples'}:{place / 'features'}", "--batch-size", 32, "--epochs", 3]
+    return figures_of(app, place, *tiny, "--dir", place / "bench", *words)
 
 
 @pytest.mark.slow
 @needs_fuxictr
 def test_both_sides_learn_and_figures_are_kept(place: Path) -> None:
     call = ("--only", "ids", "--net", "dnn", "--net", "din", "--seeds", "1", "--no-tune", "--set", "optim.lr=0.01")
-    figures = _call(place, *call)
+    figures = figures_at(place, *call)
     for net in ("dnn", "din"):
         for side in ("ours", "fuxictr"):
             name = f"ids_tiny_{net}_{side}"
@@ -107,28 +69,28 @@ def test_both_sides_learn_and_figures_are_kept(place: Path) -> None:
         assert figures[f"gauc_vs_fuxictr_{goal}"] == pytest.approx(np.mean(sides[0]) - np.mean(sides[1]))
     kept = {file: file.stat().st_mtime_ns for file in (place / "bench" / "figures").iterdir()}
     assert len(kept) == 4
-    assert _call(place, *call) == figures
+    assert figures_at(place, *call) == figures
     assert {file: file.stat().st_mtime_ns for file in (place / "bench" / "figures").iterdir()} == kept
 
 
 @pytest.mark.slow
 @needs_fuxictr
 def test_with_images_and_tuned(place: Path) -> None:
-    figures = _call(place, "--only", "images", "--net", "dnn", "--seeds", "2", "--epochs", "1")
+    figures = figures_at(place, "--only", "images", "--net", "dnn", "--seeds", "2", "--epochs", "1")
     assert figures["gauc_images_vs_fuxictr"] == figures["gauc_images_vs_fuxictr_best_tiny"]
     assert figures["gauc_images_vs_fuxictr_best_tiny_half_width"] > 0
     specs = [json.loads(file.read_text())["spec"] for file in (place / "bench" / "figures").iterdir()]
     tuned = [spec for spec in specs if spec["store"] and spec["train_days"]]
-    assert {tuple(spec["train_days"]) for spec in tuned} == {DAYS[:1]}
-    assert {tuple(spec["test_days"]) for spec in tuned} == {DAYS[1:2]}, "the test day takes no part in the choice"
+    days = [[spec["train_days"], spec["test_days"]] for spec in tuned]
+    assert days == [[DAYS[:2], DAYS[2:3]]] * len(days), "the test day takes no part in the choice"
     assert len(tuned) == sum(len(compare.grid_of(side)) for side in compare.SIDES)
 
 
 def test_days_are_cut_by_their_impressions(place: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Then of ten days with ten impressions each: the last is left out, the one before it is for validation."""
-    assert compare.cut_days(place / "samples") == ([DAYS[0]], [DAYS[1]], [DAYS[2]])
+    assert compare.cut_days(place / "samples") == (DAYS[:2], DAYS[2:3], DAYS[3:])
     (tmp_path / "train").mkdir()
-    shutil.copy(place / "samples" / "train" / f"day={DAYS[0]}-000.parquet", tmp_path / "train")
+    shutil.copy(place / "samples" / "train" / f"day={DAYS[0]}.parquet", tmp_path / "train")
     with pytest.raises(DataError, match="has 1 days"):
         compare.cut_days(tmp_path)
     with pytest.raises(DataError, match="1 training days, and tuning needs 2"):
@@ -167,14 +129,12 @@ def test_both_sides_are_measured_on_the_days_left_out(place: Path, tmp_path: Pat
     samples = shutil.copytree(place / "samples", tmp_path / "log" / "samples")
     shutil.copy(DEFAULT_SCHEMA, samples / "schema.yaml")
     (samples / "summary.json").write_text("{}")
-    words = ["--logs", str(tmp_path / "log"), "--net", "dnn", "--seeds", "1", "--epochs", "2", "--batch-size", "32"]
-    words += ["--dir", str(tmp_path / "bench"), "--json", str(tmp_path / "logs.json"), "--set", "optim.lr=0.01"]
-    invoke(app, *words, code=0)
-    figures = json.loads((tmp_path / "logs.json").read_text())
+    words = ["--net", "dnn", "--seeds", 1, "--epochs", 2, "--batch-size", 32, "--set", "optim.lr=0.01"]
+    figures = figures_of(app, tmp_path, "--logs", tmp_path / "log", "--dir", tmp_path / "bench", *words)
     assert figures["left_out_log_dnn_ours_best"] > 0.6, "people click on even items"
     assert figures["left_out_tuned_log_dnn_ours_best"] > 0.6
     kept = [json.loads(file.read_text()) for file in (tmp_path / "bench" / "figures").iterdir()]
-    assert {tuple(each["spec"]["left_out_days"]) for each in kept} == {DAYS[2:]}
+    assert [each["spec"]["left_out_days"] for each in kept] == [DAYS[3:]] * len(kept)
     shown = {(each["curve"][0]["impressions"], each["curve"][0]["left_out_impressions"]) for each in kept}
     assert len(shown) == 1, "both sides have the same rows"
 
@@ -191,9 +151,11 @@ def test_rows_are_those_of_the_samples(place: Path) -> None:
     item_N = table.column("ad_item").combine_chunks().flatten().to_numpy()
     assert (known["item"].known_V[rows.ad_B["ad_item"] - 1] == item_N).all()
     assert (rows.label_B == table.column("label").combine_chunks().flatten().to_numpy()).all()
-    last, history_L = table.column("behavior_item")[-1].as_py(), rows.history_GL["ad_item"][rows.group_B[-1]]
-    assert known["item"].known_V[history_L[: len(last)] - 1].tolist() == last
-    assert (history_L[len(last) :] == 0).all()
+    history = table.column("behavior_item").to_pylist()
+    for items_L, history_L in zip(history, rows.history_GL["ad_item"], strict=True):
+        assert known["item"].known_V[history_L[: len(items_L)] - 1].tolist() == items_L
+        assert (history_L[len(items_L) :] == 0).all()
+    assert rows.group_B[[0, -1]].tolist() == [0, len(history) - 1]
 
 
 def test_ids_that_training_lacks_share_a_number_and_pretrained_features_have_that_of_a_vocabulary(
@@ -244,12 +206,12 @@ def test_held_out_items_are_nowhere_in_training(place: Path, tmp_path: Path) -> 
     assert 3 < len(gone) < 18
     before = pq.read_table(place / "samples/train").to_pylist()
     after = {(row["user"], n): row for n, row in enumerate(pq.read_table(tmp_path / "out/train").to_pylist())}
-    expected = []
+    names, expected = ["ad_item", "ad_image", "ad_category", "ad_scene", "label"], []
     for row in before:
         ads = [n for n, item in enumerate(row["ad_item"]) if item not in gone]
         seen = [n for n, item in enumerate(row["behavior_item"]) if item not in gone]
         if ads:
-            own = {name: [row[name][n] for n in ads] for name in row if name.startswith("ad_") or name == "label"}
+            own = {name: [row[name][n] for n in ads] for name in names}
             own |= {name: [row[name][n] for n in seen] for name in row if name.startswith("behavior_")}
             expected.append({**row, **own})
     assert list(after.values()) == expected
@@ -264,13 +226,10 @@ def test_held_out_items_are_nowhere_in_training(place: Path, tmp_path: Path) -> 
 
 @pytest.mark.slow
 def test_the_section_of_held_out_items(place: Path, tmp_path: Path) -> None:
-    arguments = ["--data", f"small={place}/samples:{place}/features", "--only", "cold", "--seeds", "2"]
-    arguments += ["--batch-size", "64", "--dir", str(tmp_path / "kept"), "--json", str(tmp_path / "cold.json")]
-    invoke(app, *arguments, code=0)
-    found = json.loads((tmp_path / "cold.json").read_text())
-    gain = found["cold_auc_small_images"] - found["cold_auc_small_ids"]
+    found = figures_at(place, "--only", "cold", "--seeds", 2, "--dir", tmp_path)
+    gain = found["cold_auc_tiny_images"] - found["cold_auc_tiny_ids"]
     assert found["cold_auc_images_minus_ids"] == pytest.approx(gain)
-    assert len(list((tmp_path / "kept/figures").iterdir())) == 4
+    assert len(list((tmp_path / "figures").iterdir())) == 4
 
 
 def test_other_samples_of_the_same_name_are_held_out_anew(place: Path, tmp_path: Path) -> None:
@@ -282,4 +241,4 @@ def test_other_samples_of_the_same_name_are_held_out_anew(place: Path, tmp_path:
         for samples in (place / "samples", shorter, place / "samples")
     ]
     assert made[0] == made[2] != made[1]
-    assert [len(list((Path(each) / "train").iterdir())) for each in made[:2]] == [2, 1]
+    assert [len(list((Path(each) / "train").iterdir())) for each in made[:2]] == [3, 2]

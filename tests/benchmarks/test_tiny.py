@@ -2,18 +2,15 @@
 
 Every way to train runs, and trains the same model."""
 
-import json
 import math
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-import typer
 from rich.progress import Progress
 
 from benchmarks import extract
@@ -31,7 +28,7 @@ from benchmarks.train.sections import FUXICTR, VARIANTS, DifferentLossesError, O
 from benchmarks.train.small import Cell, ratios
 from benchmarks.workload import Knobs, WorkloadError, make
 from featurestore import FeatureStore
-from tests.cli import invoke
+from tests.cli import figures_of, invoke
 from trainer.schema.fields import load_schema
 
 STAGES = ["samples", "store", "train", "evaluate", "export_vectors", "export_model"]
@@ -40,13 +37,6 @@ HEADLINE += ["warm_open_s"]
 OF_GPU = ["samples_per_s", "step_ms", "busy_share", "features_bytes", "places_bytes", "batch_bytes", "bytes_per_step"]
 OF_GPU += ["last_loss"]
 AT_S = np.arange(0, 3_000, 10.0)
-
-
-def figures_of(app: typer.Typer, folder: Path, *words: str) -> dict[str, Any]:
-    """Run a benchmark; return the figures of its JSON."""
-    invoke(app, *words, "--json", folder / "figures.json", code=0)
-    found: dict[str, Any] = json.loads((folder / "figures.json").read_text())
-    return found
 
 
 @pytest.mark.slow
