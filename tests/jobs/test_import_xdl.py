@@ -1,7 +1,5 @@
 """XDL's formats through the job: lines come in as they are, bad ones are reported, random data trains."""
 
-import json
-
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -9,15 +7,12 @@ import pytest
 from featurestore.keys import key_of_uri
 from featurestore.published.versions import open_published
 from featurestore.storage.storage import Storage
-from featurestore.store import FeatureStore
 from jobs import import_features, import_xdl
-from pipeline.formats import record_dtype
 from pipeline.xdl import split_of
 from tests.cli import said
 from tests.pipeline.samples.rows import read
-from trainer.comm import SoloComm
-from trainer.config import load_config
-from trainer.main import train
+from tests.pipeline.test_import_vectors import write_xdl
+from tests.trainer.whole_runs import trained_beside
 from trainer.schema.fields import load_schema
 
 LINES = [
@@ -179,25 +174,9 @@ def test_samples_at_an_address_are_those_of_a_disk(job, lines, s3_url, tmp_path)
 def test_random_data_trains(job, lines, tmp_path):
     """The example from end to end, in a small size."""
     vectors_ND = np.random.default_rng(1).normal(size=(50, 16)).astype(np.float32)
-    (tmp_path / "imgs").mkdir()
-    for key, vector_D in enumerate(vectors_ND, 1):
-        record = np.array([(key, vector_D)], record_dtype(16))
-        (tmp_path / "imgs" / f"data.{key}").write_bytes(record.tobytes())
+    write_xdl(tmp_path / "imgs", range(1, 51), vectors_ND)
     job("--from", tmp_path / "imgs", "--store", tmp_path / "features", "--dim", 16, app=import_features.app)
-    store = FeatureStore.open(tmp_path / "features")
-    assert store.snapshot().keys().tolist() == list(range(1, 51))
-    (vector_D,) = store.codec.decode(store.snapshot().get([7]))
-    np.testing.assert_allclose(vector_D, vectors_ND[6], rtol=2**-8)
-    args = ["--samples", tmp_path / "samples", "--label-threshold", 0.5]
-    job("--from", lines(draw(120, 50)), *args)
-    settings = [
-        f"data.store={tmp_path / 'features'}", f"data.cache_dir={tmp_path / 'cache'}", "data.global_batch_size=32",
-        f"run.dir={tmp_path / 'runs'}", "run.name=xdl", "run.threads=1", "train.max_steps=3", "model.embed_hidden=[8]",
-        "model.compute_dtype=float32", "model.table_shards=4",
-    ]  # fmt: skip
-    train(load_config(tmp_path / "samples/settings.yaml", settings), SoloComm())
-    report = json.loads((tmp_path / "runs/xdl/report.json").read_text())
-    assert report["global_step"] == 3
+    job("--from", lines(draw(120, 50)), "--samples", tmp_path / "samples", "--label-threshold", 0.5)
+    report = trained_beside(tmp_path)
     assert report["metrics"]["impressions"] == sum(len(row["label"]) for row in read(tmp_path / "samples", "test"))
-    assert np.isfinite(report["metrics"]["logloss"])
     assert {table["kind"] for table in report["tables"].values()} == {"exact"}

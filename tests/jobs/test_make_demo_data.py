@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from PIL import Image
 
 from jobs.make_demo_data import app
 from pipeline.samples.logs import BEHAVIORS, IMPRESSIONS, documented_layout, find_pieces
-from tests.cli import invoke, said
+from tests.cli import invoke, ran, said
 
 pytestmark = pytest.mark.long  # they draw whole data sets
 JOB = Path(__file__).parents[2] / "jobs" / "make_demo_data.py"
@@ -44,19 +43,14 @@ def test_logs_images_and_the_truth_fit_together(demo: Path) -> None:
     assert shown[0].layout.user_columns == ("user_age", "user_gender")
     assert len({piece.path for piece in shown}) == 5
     assert len({piece.path for piece in done}) == 5 + 14, "the users have a past"
-    table = pq.read_table(demo / "logs" / "impressions")
-    assert table.schema.field("timestamp").type == pa.timestamp("us", tz="UTC")
-    assert set(table["label"].to_pylist()) == {0, 1}
+    impressions = pq.read_table(demo / "logs" / "impressions")
+    assert impressions.schema.field("timestamp").type == pa.timestamp("us", tz="UTC")
     images = demo / "images"
     drawn = {path.relative_to(images).as_posix() for path in images.rglob("*.jpg")}
     assert len(drawn) == 40
     for log in ("impressions", "behaviors"):
-        table = pq.read_table(demo / "logs" / log)
-        assert set(table["image"].to_pylist()) <= drawn
-        of_item = set(zip(table["item"].to_pylist(), table["image"].to_pylist(), strict=True))
-        assert len(of_item) == len({item for item, _ in of_item}), "one picture per item"
+        assert set(pq.read_table(demo / "logs" / log)["image"].to_pylist()) <= drawn
     truth = json.loads((demo / "demo.json").read_text())
-    impressions = pq.read_table(demo / "logs" / "impressions")
     counts = truth["counts"]
     assert counts["train_impressions"] + counts["test_impressions"] == impressions.num_rows
     assert truth["click_rate"] == pytest.approx(np.mean(impressions["label"].to_numpy()), abs=1e-4)
@@ -65,10 +59,9 @@ def test_logs_images_and_the_truth_fit_together(demo: Path) -> None:
 
 
 @pytest.mark.services  # a job in another process
-@pytest.mark.parametrize("hash_seed", ["1", pytest.param("2", marks=pytest.mark.slow)])
-def test_equal_seeds_give_equal_bytes_in_any_process(demo: Path, tmp_path: Path, hash_seed: str) -> None:
-    command = [sys.executable, str(JOB), "--out", str(tmp_path / "again"), *TINY]
-    subprocess.run(command, check=True, env=os.environ | {"PYTHONHASHSEED": hash_seed}, capture_output=True)
+def test_equal_seeds_give_equal_bytes_in_any_process(demo: Path, tmp_path: Path) -> None:
+    job = ran(sys.executable, JOB, "--out", tmp_path / "again", *TINY, env=os.environ | {"PYTHONHASHSEED": "1"})
+    assert job.returncode == 0, job.stderr
     assert _digests(tmp_path / "again") == _digests(demo)
 
 
@@ -107,10 +100,8 @@ def test_files_of_others_are_never_touched(tmp_path: Path, name: str) -> None:
         assert _digests(tmp_path).keys() == {name}
 
 
-def test_a_place_that_cannot_be_written_is_one_message(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("mine")
-    for out, message in (("/proc/demo", "cannot write the demo to /proc/demo: [Errno"), (tmp_path / "file", "file")):
-        assert message in said(app, "--out", out, *TINY, code=1)
+def test_a_place_that_cannot_be_written_is_one_message() -> None:
+    assert "cannot write the demo to /proc/demo: [Errno" in said(app, "--out", "/proc/demo", *TINY, code=1)
 
 
 @pytest.fixture
@@ -137,7 +128,6 @@ def test_own_photographs_stay_where_they_are_and_too_few_are_refused(photos: Pat
     assert uris <= {f"photo-{index}.png" for index in range(40)}
     truth = json.loads((out / "demo.json").read_text())
     assert (truth["counts"]["items"], truth["num_unlabelled"]) == (40, 1)
-    assert truth["unreadable"].keys() == {"bad.jpg"}
     (photos / "photo-0.png").unlink()
     _make(out, *arguments)
     assert json.loads((out / "demo.json").read_text())["counts"]["items"] == 39, "photographs are looked at each time"

@@ -1,6 +1,7 @@
 """Whole runs of one rank in this process, and what they left behind."""
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,16 @@ def run_alone(places: Places, **changes: Any) -> Path:
     config = load_config(settings=places.settings(**changes))
     train(config, SoloComm())
     return Path(config.run.dir) / str(config.run.name)
+
+
+def trained_beside(folder: Path) -> dict[str, Any]:
+    """Train three steps with the settings that a job has written beside the samples of a folder; return the report."""
+    own = Places(folder).settings(run__name="own", train__max_steps=3)
+    config = load_config(folder / "samples/settings.yaml", [each for each in own if "model.tables" not in each])
+    train(config, SoloComm())
+    report = report_of(folder / "runs/own")
+    assert report["global_step"] == 3 and math.isfinite(report["metrics"]["logloss"])
+    return report
 
 
 @contextmanager

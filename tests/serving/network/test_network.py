@@ -208,7 +208,7 @@ def test_compiled(settings: dict, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="session")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A network, portable and compiled; that it gives the trainer's logits, tests/jobs/test_publish_model.py says."""
+    """A network, portable and compiled; that both give the same logits, tests/jobs/test_publish_model.py says."""
     made, _ = compiled(shared_places(tmp_path_factory))
     return Path(made.url) / made.manifest.folder
 

@@ -1,11 +1,13 @@
-"""The export as a person types it: E's own numbers of every image, files that are whole or absent, and mistakes."""
+"""Files that jobs make of a run: E's numbers of every image, and scores; as a person types it, whole or absent."""
 
 import json
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -13,28 +15,38 @@ import torch
 from featurestore import FeatureRows, FeatureStore
 from featurestore.upkeep.remake import remake
 from jobs.export_embeddings import app
-from tests.cli import printed, said
+from jobs.score import app as score_app
+from tests.cli import invoke, printed, said
+from tests.ranks import StandingRanks
 from tests.trainer.conftest import Places, make_places
+from tests.trainer.samples.reading import replaced, written
 from tests.trainer.whole_runs import run_alone
 from trainer.comm import SoloComm
+from trainer.evaluation.predict import predict_run
 from trainer.runs import saved as export
 from trainer.runs.saved import open_trained, read_run
+from trainer.samples.survey import write_part
 from trainer.schema.fields import DEFAULT_SCHEMA
 
 pytestmark = pytest.mark.long  # they train whole runs
 NEW = 1_077
+WORDY = ("user", "ad_item", "behavior_item")
 done = partial(printed, app)
 failed = partial(said, app, code=2)
+scored = partial(printed, score_app)
 
 
 def train_run(places: Places, name: str, **changes: Any) -> Path:
-    own = {"run__name": name, "train__max_steps": 2, "data__missing": "zeros", **changes}
-    return run_alone(places, **own)
+    own = {"run__name": name, "train__max_steps": 2, "data__missing": "zeros", "model__compute_dtype": "float32"}
+    return run_alone(places, **{**own, **changes})
 
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> Places:
-    """A run, and a store of four shards that has changed since: an image more, two gone, one with another feature."""
+    """A run, and samples and a store that have changed since.
+
+    The test has two files; the store has four shards, an image more, two gone, and one with another feature.
+    """
     places = make_places(tmp_path_factory.mktemp("places"))
     train_run(places, "both")
     train_run(places, "none", model__images="none")
@@ -46,6 +58,10 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Places:
     store.delete([1_001, 1_045])
     features_ND = np.random.default_rng(9).normal(size=(2, 16)).astype(np.float32)
     store.put(FeatureRows.of(["item/3", "new"], features_ND, keys=np.array([1_003, NEW])))
+    test = places.folder / "samples" / "test"
+    table = pq.read_table(test / "day=2026-01-01.parquet", partitioning=None)
+    pq.write_table(table.slice(40), test / "day=2026-01-02.parquet", row_group_size=7)
+    pq.write_table(table.slice(0, 40), test / "day=2026-01-01.parquet", row_group_size=7)
     return places
 
 
@@ -161,3 +177,77 @@ def test_mistakes(places: Places, run: Path, tmp_path: Path) -> None:
     has = "has the networks images, ads; choose one by --network"
     assert has in failed(*two) and "--network text: " in failed(*two, "--network", "text")
     assert "has the networks images;" in failed("--run", run, "--network", "text", "--out", two[-1])
+
+
+def impressions(folder: Path) -> list[dict[str, Any]]:
+    """What the rows have to be, in plain loops over the files."""
+    found = []
+    for path in sorted((folder / "test").glob("*.parquet")):
+        for row, group in enumerate(pq.read_table(path, partitioning=None).to_pylist()):
+            for place, (ad, label) in enumerate(zip(group["ad_item"], group["label"], strict=True)):
+                where = {"file": f"test/{path.name}", "row": row, "place": place}
+                found.append({"user": group["user"], "ad": ad, "time": group["timestamp"], "label": label, **where})
+    return found
+
+
+def test_every_impression_has_its_score(places: Places, run: Path, tmp_path: Path) -> None:
+    train = places.folder / "samples" / "train"
+    away = train.rename(tmp_path / "train")
+    try:  # training samples are not needed
+        text = scored("--run", run, "--out", tmp_path / "scores.parquet")
+    finally:
+        away.rename(train)
+    scores = pq.read_table(tmp_path / "scores.parquet")
+    logit_N = scores["logit"].to_numpy()
+    assert scores.drop_columns(["logit", "probability"]).to_pylist() == impressions(places.folder / "samples")
+    np.testing.assert_array_equal(logit_N, predict_run(run).logit_N.astype(np.float32))
+    assert np.ptp(logit_N) > 0.01
+    np.testing.assert_allclose(scores["probability"].to_numpy(), 1 / (1 + np.exp(-logit_N)), rtol=1e-6)
+    about = json.loads(scores.schema.metadata[b"scores"])
+    assert (about["run"], about["checkpoint"], about["missing"]) == (str(run), "step-00000002", "zeros")
+    assert about["stores"]["images"]["version"] == 1
+    assert f"{len(scores):,} impressions" in text and f"written to   {tmp_path / 'scores.parquet'}" in text
+
+
+def test_two_ranks_write_the_same_scores(run: Path, tmp_path: Path, two_ranks_of_each: StandingRanks) -> None:
+    scored("--run", run, "--out", tmp_path / "one.parquet")
+    assert " on 2 ranks" in two_ranks_of_each.run("-m", "jobs.score", "--run", run, "--out", tmp_path / "two.parquet")
+    one, two = (pq.read_table(tmp_path / f"{name}.parquet") for name in ("one", "two"))
+    assert two.schema.equals(one.schema, check_metadata=True)
+    others = [name for name in one.column_names if name not in ("logit", "probability")]
+    assert two.select(others).equals(one.select(others))
+    np.testing.assert_allclose(two["logit"].to_numpy(), one["logit"].to_numpy(), rtol=0, atol=1e-6)
+
+
+def test_texts_of_scores_stay_texts_and_those_of_ids_come_from_the_dictionary(run: Path, tmp_path: Path) -> None:
+    """Where one file has texts, the numbers of the other are written as texts too."""
+    places = make_places(tmp_path / "wordy")
+    test = places.folder / "samples" / "test"
+    table = pq.read_table(test / "day=2026-01-01.parquet", partitioning=None)
+    wordy = replaced(table, WORDY, pa.string(), written).drop_columns(["timestamp"])
+    pq.write_table(wordy, test / "day=2026-01-02.parquet")
+    scored("--run", run, "--samples", places.folder / "samples", "--out", tmp_path / "scores.parquet")
+    scores = pq.read_table(tmp_path / "scores.parquet")
+    half = len(scores) // 2
+    numbers, words = scores.slice(0, half), scores.slice(half)
+    assert words["user"].to_pylist() == [f"user ü{user}" for user in numbers["user"].to_pylist()]
+    assert words["ad"].to_pylist() == [f"item ü{ad}" for ad in numbers["ad"].to_pylist()]
+    assert words["time"].null_count == half and numbers["time"].null_count == 0
+    places = make_places(tmp_path / "numbers")
+    wanted = impressions(places.folder / "samples")
+    users, ads = ({each[name] for each in wanted} for name in ("user", "ad"))
+    texts = {ad: f"SKU-{ad}" for ad in sorted(ads - users)[1:]}
+    write_part(places.folder / "samples" / "ids.parquet", texts)
+    scored("--run", run, "--samples", places.folder / "samples", "--out", tmp_path / "scores.parquet")
+    scores = pq.read_table(tmp_path / "scores.parquet")
+    assert texts and scores["user"].to_pylist() == [each["user"] for each in wanted], "users have no texts: numbers"
+    assert scores["ad"].to_pylist() == [texts.get(each["ad"], str(each["ad"])) for each in wanted]
+
+
+def test_a_failed_score_leaves_the_file_as_it_was(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scored("--run", run, "--out", tmp_path / "scores.parquet")
+    before = (tmp_path / "scores.parquet").read_bytes()
+    monkeypatch.setattr("trainer.evaluation.predict.ScoreFile.add", Mock(side_effect=OSError("the disk is gone")))
+    invoke(score_app, "--run", run, "--out", tmp_path / "scores.parquet", code=1)
+    assert (tmp_path / "scores.parquet").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["scores.parquet"]
