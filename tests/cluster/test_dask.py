@@ -12,7 +12,7 @@ import trustme
 from tests.cluster import buckets
 from tests.cluster.dask_hosts import DASK_SUBMIT, EXTRACT, IMAGES, SAME_ROWS, DaskHosts, upload_images
 from tests.cluster.hosts import ROOT, Network, network, python_words
-from tests.pipeline.samples.rows import all_bytes, random_logs, table, write
+from tests.pipeline.samples.rows import all_bytes, random_logs, write
 
 JOBS = ROOT / "jobs"
 
@@ -58,7 +58,7 @@ def test_samples_whose_workers_host_dies_have_the_bytes_of_calm_ones(dask: DaskH
     """Files in between lie on a disk that all workers see."""
     logs, log, calm = tmp_path / "logs", tmp_path / "log.txt", tmp_path / "calm"
     rows = random_logs(random.Random(5))
-    write(logs, *([table(part[n::8]) for n in range(8)] for part in rows))
+    write(logs, *([part[n::8] for n in range(8)] for part in rows))
     build = [JOBS / "build_samples.py", "--logs", logs]
     subprocess.run([sys.executable, *build, "--samples", calm], check=True, timeout=200)
     job = dask.submit(*build, "--samples", tmp_path / "samples", log=log)

@@ -14,7 +14,7 @@ import pytest
 from tests.cluster.conftest import BUCKET, RUNS, STEPS, Shop
 from tests.cluster.dask_hosts import EXTRACT, IMAGES, SAME_ROWS, num_begun, upload_images, write_slow
 from tests.cluster.hosts import PACKAGES, READY_S, ROOT, Host, Network, lacking_packages, python_words, wait_until
-from tests.pipeline.samples.rows import all_bytes, random_logs, table, write
+from tests.pipeline.samples.rows import all_bytes, random_logs, write
 from tests.trainer.runs.resumed.legs import Killed, Leg, assert_no_step_or_sample_is_lost
 
 SCRIPTS = ROOT / "deploy" / "slurm"
@@ -237,7 +237,7 @@ def test_an_extraction_goes_on_when_a_node_fails(slurm: Slurm, shop: Shop, tmp_p
 def test_samples_are_built_by_a_job(slurm: Slurm, shop: Shop, tmp_path: Path) -> None:
     """dask.sbatch with build_samples, on the nodes together, writes what one process writes."""
     logs, log, calm = tmp_path / "logs", tmp_path / "log.txt", tmp_path / "calm"
-    write(logs, *([table(part[n::4]) for n in range(4)] for part in random_logs(random.Random(5))))
+    write(logs, *([part[n::4] for n in range(4)] for part in random_logs(random.Random(5))))
     build = ROOT / "jobs" / "build_samples.py"
     subprocess.run([sys.executable, build, "--logs", logs, "--samples", calm], check=True, timeout=200)
     job = slurm.submit(

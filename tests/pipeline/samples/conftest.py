@@ -11,7 +11,7 @@ from distributed import Client
 from pipeline.options import SampleOptions
 from pipeline.samples.added import add_days
 from pipeline.samples.build import build_samples
-from tests.pipeline.samples.rows import Call, Row, Shop, read, table, write
+from tests.pipeline.samples.rows import Call, Row, Shop, read, write
 
 
 @pytest.fixture
@@ -24,8 +24,7 @@ def log(tmp_path: Path) -> Call:
     """Writes rows or tables as the logs; without behaviours, those that are there stay."""
 
     def write_log(impressions: list[Row] | pa.Table, *behaviors: list[Row] | pa.Table) -> None:
-        made = [each if isinstance(each, pa.Table) else table(each) for each in (impressions, *behaviors)]
-        write(tmp_path / "logs", made[:1], made[1:])
+        write(tmp_path / "logs", [impressions], behaviors)
 
     return write_log
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from pipeline.samples.added import add_days
 from pipeline.samples.build import build_samples
 
 Row = dict[str, Any]
+Files = Sequence[list[Row] | pa.Table]
 Call = Callable[..., Any]
 """Of fixtures that are called."""
 DAY_S = 86_400
@@ -67,12 +68,13 @@ def replaced(log: pa.Table, name: str, values: Any) -> pa.Table:
     return log.set_column(log.schema.get_field_index(name), name, values)
 
 
-def write(folder: Path, impressions: list[pa.Table], behaviors: list[pa.Table]) -> str:
-    for log, tables in (("impressions", impressions), ("behaviors", behaviors)):
+def write(folder: Path, impressions: Files, behaviors: Files) -> None:
+    """Write the files of both logs."""
+    for log, files in (("impressions", impressions), ("behaviors", behaviors)):
         (folder / log).mkdir(parents=True, exist_ok=True)
-        for number, content in enumerate(tables):
-            pq.write_table(content, folder / log / f"day={number:02d}.parquet", row_group_size=7)
-    return str(folder)
+        for number, content in enumerate(files):
+            rows = content if isinstance(content, pa.Table) else table(content)
+            pq.write_table(rows, folder / log / f"day={number:02d}.parquet", row_group_size=7)
 
 
 def read(folder: str | Path, split: str = "*") -> list[Row]:
@@ -105,11 +107,17 @@ def random_logs(rng: random.Random) -> tuple[list[Row], list[Row]]:
     return impressions + impressions[:10], behaviors + behaviors[:20]
 
 
-def in_pieces(rng: random.Random, rows: list[Row]) -> list[pa.Table]:
-    """The rows in any order in some files, so that a user's are in many."""
+def in_pieces(rng: random.Random, rows: list[Row]) -> list[list[Row]]:
     rows = rng.sample(rows, len(rows))
     edge = rng.randrange(1, len(rows) - 1)
-    return [table(rows[:edge]), table(rows[edge:])]
+    return [rows[:edge], rows[edge:]]
+
+
+def write_in_pieces(folder: Path, rng: random.Random, impressions: list[Row], behaviors: list[Row]) -> None:
+    """Write the rows in any order in some files, so that a user's are in many, in the place of all that are there."""
+    for file in folder.glob("*/*"):
+        file.unlink()
+    write(folder, in_pieces(rng, impressions), in_pieces(rng, behaviors))
 
 
 def all_bytes(folder: str) -> dict[str, bytes]:
@@ -146,11 +154,8 @@ class Shop:
         else:
             pq.write_table(content if isinstance(content, pa.Table) else pa.table(content), path)
 
-    def map(self, mapping: Mapping[str, Any]) -> None:
-        (self.folder / "mapping.yaml").write_text(yaml.safe_dump(dict(mapping)))
-
     def build(self, mapping: Mapping[str, Any], **changes: Any) -> tuple[list[Row], dict[str, Any]]:
-        self.map(mapping)
+        (self.folder / "mapping.yaml").write_text(yaml.safe_dump(dict(mapping)))
         summary = build_samples(dataclasses.replace(self.options, **changes), self.client)
         return read(self.folder / "samples"), summary
 

@@ -55,7 +55,7 @@ def test_bad_rows_are_counted_and_kept_aside(build, tmp_path):
 def test_row_numbers_in_quarantine_count_from_the_files_first_row(options, client, tmp_path, monkeypatch):
     monkeypatch.setattr(pieces_module, "PIECE_ROWS", 10)
     impressions = [shown(at_s, label=3 if at_s in (0, 15, 39) else 0) for at_s in range(40)]
-    write(tmp_path / "logs", [table(impressions), table([shown(50, label=3), shown(51)])], [table([done(0)])])
+    write(tmp_path / "logs", [impressions, [shown(50, label=3), shown(51)]], [[done(0)]])
     build_samples(options, client)
     found = [(Path(file).name, row) for file, row, _ in quarantine(tmp_path)]
     assert found == [*(("day=00.parquet", row) for row in (0, 15, 39)), ("day=01.parquet", 0)]

@@ -78,8 +78,8 @@ def test_the_column_of_events_has_any_type(shop: Shop, kind: str) -> None:
     values = pa.array(events["text"]).dictionary_encode() if kind == "dictionary" else pa.array(events[kind])
     view, click = {"whole": (1, 2), "boolean": (True, False)}.get(kind, ("v", "c"))
     shop.put("events.csv/a.parquet", {"ts": [0, 1, 2], "uid": [1, 1, 1], "sku": [5, 5, 5], "event": values})
-    where = {"column": "event", "value": view, "clicked": click}
-    found, summary = shop.build(MAPPING | {"impressions": MAPPING["impressions"] | {"where": where, "ad": {}}})
+    events = where(value=view, clicked=click) | {"ad": {}}
+    found, summary = shop.build(MAPPING | {"impressions": MAPPING["impressions"] | events})
     assert [row["label"] for row in found] == [[1]] and summary["impressions"]["rows"] == 2
 
 
@@ -144,22 +144,23 @@ def test_days_with_clicks_have_the_bytes_of_a_rebuild(shop: Shop, tmp_path: Path
     assert any(1 in row["label"] for row in read(anew.samples))
 
 
+def where(**changes: Any) -> dict[str, Any]:
+    return {"where": {"column": "event", "value": "view", "clicked": "click"} | changes}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"where": {"column": "event", "value": "shown", "clicked": "click"}}, "value of where; other events are view"),
-        (
-            {"where": {"column": "kind", "value": "view", "clicked": "click"}},
-            "events.csv: column 'kind' (impressions.where.column of the mapping) is missing",
-        ),
+        (where(value="shown"), "value of where; other events are view"),
+        (where(column="kind"), "events.csv: column 'kind' (impressions.where.column of the mapping) is missing"),
         (
             {"ad": {"kind": {"kind": "dense", "column": "event"}}},
             "; 7 rows are bad (kind is not a number: 6, as 'view'",
         ),
-        ({"where": {"column": "event", "value": []}}, "impressions.where.value"),
-        ({"where": {"column": "event", "value": "view", "clicked": "view"}}, "view is a value of rows and of clicks"),
-        ({"where": {"column": "event", "value": "x", "clicked": "y"}}, "not one good row with a value of where"),
-        ({"where": {"column": "event", "value": "view", "within_s": 0}}, "impressions.where.within_s"),
+        (where(value=[]), "impressions.where.value"),
+        (where(clicked="view"), "view is a value of rows and of clicks"),
+        (where(value="x", clicked="y"), "not one good row with a value of where"),
+        (where(within_s=0), "impressions.where.within_s"),
         (
             {"columns": MAPPING["impressions"]["columns"] | {"label": "price"}},
             "impressions.columns.label: a click labels",

@@ -23,15 +23,13 @@ from tests.pipeline.samples.rows import (
     START_S,
     Row,
     behavior_items,
-    day_of,
     done,
-    in_pieces,
     random_logs,
     read,
     replaced,
     shown,
     table,
-    write,
+    write_in_pieces,
 )
 
 
@@ -70,25 +68,14 @@ def test_columns_of_users_and_of_other_encodings_are_kept_and_an_unknown_value_i
     assert rows[0]["behavior_image"] == [key_of_uri("6.jpg")]
 
 
-def test_last_days_are_for_testing(build, tmp_path):
-    impressions = [shown(day * DAY_S, item=item) for day, item in [(0, 1), (1, 2), (3, 1), (3, 9), (3, 9), (3, 8)]]
-    impressions = [row | {"session": number, "label": number % 2} for number, row in enumerate(impressions)]
-    _, summary = build(impressions, [done(0)], test_days=1)
-    assert {row["day"] for row in read(tmp_path / "samples", "test")} == {"2026-01-04"}
-    assert {row["day"] for row in read(tmp_path / "samples", "train")} == {"2026-01-01", "2026-01-02"}
-    assert summary["train"]["positive_rate"] == 0.5
-    _, summary = build(impressions, [done(0)], test_days=3)  # counts days of the calendar: the third has no impression
-    assert (summary["train"]["days"], summary["test"]["days"]) == (1, 2)
-
-
 @pytest.mark.parametrize(
     ("changes", "days"),
     [
-        ({"test_days": 2}, [3, 4]),
-        ({"test_from": "2026-01-03"}, [2, 3, 4]),
-        ({"test_share": 0.25}, [4]),
-        ({"test_share": 0.26}, [3, 4]),
-        ({"test_share": 0.5}, [3, 4]),
+        ({"test_days": 2}, [4, 5]),
+        ({"test_from": "2026-01-03"}, [3, 4, 5]),
+        ({"test_share": 0.25}, [5]),
+        ({"test_share": 0.26}, [4, 5]),
+        ({"test_share": 0.5}, [4, 5]),
     ],
 )
 def test_days_for_testing_are_named_or_counted_or_a_share_of_the_groups(build, tmp_path, changes, days):
@@ -96,8 +83,13 @@ def test_days_for_testing_are_named_or_counted_or_a_share_of_the_groups(build, t
     users_of_day = (1, 2, 1, 2, 2)
     rows = [shown(day * DAY_S, user=user) for day, count in enumerate(users_of_day) for user in range(count)]
     _, summary = build(rows, [done(0)], **{"test_days": 1} | changes)
-    assert sorted({day_of(row) for row in read(tmp_path / "samples", "test")}) == days
+    assert {row["day"] for row in read(tmp_path / "samples", "test")} == {f"2026-01-0{day}" for day in days}
     assert summary["train"]["days"] == 5 - len(days)
+
+
+def test_last_days_are_those_of_the_calendar_also_where_one_has_no_impression(build):
+    _, summary = build([shown(day * DAY_S) for day in (0, 1, 3)], [done(0)], test_days=3)
+    assert (summary["train"]["days"], summary["test"]["days"]) == (1, 2)
 
 
 @pytest.mark.parametrize(
@@ -194,25 +186,26 @@ def test_groups_are_those_of_the_reference(seed, options, client, tmp_path, monk
     monkeypatch.setattr(pieces_module, "PIECE_ROWS", 20)  # several tasks per file
     rng = random.Random(seed)
     impressions, behaviors = random_logs(rng)
-    write(tmp_path / "logs", in_pieces(rng, impressions), in_pieces(rng, behaviors))
+    write_in_pieces(tmp_path / "logs", rng, impressions, behaviors)
     drawn = {"partitions": rng.choice([1, 3, 8]), "max_behaviors": rng.choice([1, 3, 50])}
     options = dataclasses.replace(options, **drawn, window_days=rng.choice([1, 14]))
     summary = build_samples(options, client)
     groups = reference(impressions, behaviors, options)
     assert read(options.samples, "train") == groups  # and so in this order
+    labels = [label for row in groups for label in row["label"]]
     log = summary["impressions"]
-    assert log["rows"] == len(impressions)
-    assert log["kept"] == sum(len(row["label"]) for row in groups) == summary["train"]["impressions"]
-    assert log["kept"] + log["duplicates"] == log["rows"]
+    assert (log["rows"], log["kept"], log["kept"] + log["duplicates"]) == (len(impressions), len(labels), log["rows"])
     log = summary["behaviors"]
     assert log["rows"] == len(behaviors) == sum(log[name] for name in ("used", "unused", "short_dwell", "duplicates"))
     assert log["short_dwell"] == sum(row["dwell_s"] < 5 for row in behaviors)
-    assert summary["users"] == len({row["user"] for row in impressions})
-    assert summary["groups"] == len(groups)
-    assert summary["groups_without_behaviors"] == sum(not row["behavior_item"] for row in groups)
-    assert summary["behaviors_in_groups"] == sum(len(row["behavior_item"]) for row in groups)
-    labels = [label for row in groups for label in row["label"]]
-    assert summary["train"]["positive_rate"] == pytest.approx(np.mean(labels))
+    expected = {
+        "users": len({row["user"] for row in impressions}), "groups": len(groups),
+        "groups_without_behaviors": sum(not row["behavior_item"] for row in groups),
+        "behaviors_in_groups": sum(len(row["behavior_item"]) for row in groups),
+    }  # fmt: skip
+    assert {name: summary[name] for name in expected} == expected
+    split = summary["train"]
+    assert (split["impressions"], split["positive_rate"]) == (len(labels), pytest.approx(np.mean(labels)))
 
 
 @pytest.mark.services

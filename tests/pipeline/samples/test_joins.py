@@ -173,7 +173,5 @@ def test_mistakes_are_told(tables: Shop, join: Any, message: str) -> None:
         tables.build(MAPPING | {"join": join and MAPPING["join"] | join})
     assert message in str(told.value)
     shown = MAPPING["impressions"] | {"user": {"height": "dense"}}
-    with pytest.raises(
-        SampleOptionError, match=r"column 'height' \(impressions.user.height of the mapping\) is missing"
-    ):
+    with pytest.raises(SampleOptionError, match=r"'height' \(impressions.user.height of the mapping\) is missing"):
         tables.build(MAPPING | {"impressions": shown})

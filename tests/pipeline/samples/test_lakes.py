@@ -71,9 +71,13 @@ WRITERS: dict[Kind, tuple[Write, str]] = {
 
 
 @pytest.fixture(params=list(WRITERS))
-def lake(request: pytest.FixtureRequest, shop: Shop) -> Shop:
+def kind(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
+@pytest.fixture
+def lake(kind: Kind, shop: Shop) -> Shop:
     """A shop whose logs and products are tables of one kind, with rows that were removed."""
-    kind: Kind = request.param
     pytest.importorskip(PACKAGES[kind][0], reason=f"{PACKAGES[kind][1]} is not installed")
     write, _ = WRITERS[kind]
     (shop.folder / "logs").mkdir(exist_ok=True)
@@ -91,16 +95,10 @@ def plain(shop: Shop) -> Shop:
     return other
 
 
-def kind_of(request: pytest.FixtureRequest) -> Kind:
-    kind: Kind = request.node.callspec.params["lake"]
-    return kind
-
-
-def test_samples_are_those_of_plain_files(lake: Shop, plain: Shop, request: pytest.FixtureRequest) -> None:
+def test_samples_are_those_of_plain_files(lake: Shop, plain: Shop, kind: Kind) -> None:
     found, summary = lake.build(MAPPING)
     expected, of_files = plain.build(MAPPING)
     assert found == expected and {price for row in found for price in row["ad_price"]} == {1.5, 2.5}
-    kind = kind_of(request)
     assert summary["tables"].keys() == {"shown", "products"} and "tables" not in of_files
     assert summary["tables"]["shown"].startswith(f"{kind}, {WRITERS[kind][1]}")
     assert versions_of(Storage(lake.folder / "samples")) == summary["tables"]
@@ -110,8 +108,7 @@ def test_samples_are_those_of_plain_files(lake: Shop, plain: Shop, request: pyte
     assert len(rows) == 12 and {row["ad_price"][0] for row in rows} == {1.5, 2.5}
 
 
-def test_a_day_is_added_from_the_newest_version(lake: Shop, plain: Shop, request: pytest.FixtureRequest) -> None:
-    kind = kind_of(request)
+def test_a_day_is_added_from_the_newest_version(lake: Shop, plain: Shop, kind: Kind) -> None:
     _, before = lake.build(MAPPING)
     WRITERS[kind][0](lake.folder / "logs" / "shown", [shown(3)])
     plain.put("shown/a.parquet", shown(3))
