@@ -14,6 +14,12 @@ def ran(*words: object, **options: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(list(map(str, words)), capture_output=True, text=True, check=False, **options)
 
 
+def begun(*words: object, **options: Any) -> subprocess.Popen[str]:
+    """Start a program in a process group of its own, with pipes for its output, as text."""
+    pipe = subprocess.PIPE
+    return subprocess.Popen(list(map(str, words)), stdout=pipe, stderr=pipe, text=True, process_group=0, **options)
+
+
 def invoke(app: typer.Typer, *words: object, code: int | None = None) -> Result:
     """Call an app in this process; it has to end with `code`, where one is given."""
     result = CliRunner().invoke(app, [str(word) for word in words])

@@ -4,10 +4,10 @@ import asyncio
 import contextlib
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -22,6 +22,8 @@ from distributed.utils import get_mp_context
 from featurestore.store import FeatureStore
 from pipeline.cluster.tasks import WORKER_CONFIG
 from pipeline.features import part as parts
+from tests.cli import begun
+from tests.cluster.hosts import wait_until
 from tests.featurestore.contents import metadata_of
 
 BIN, JOBS = Path(sys.executable).parent, Path(__file__).parents[3] / "jobs"
@@ -37,6 +39,7 @@ parts.prepare = slow
 """
 
 pytestmark = pytest.mark.long(18)
+soon = partial(wait_until, said=lambda: "nothing happened", timeout_s=120)
 PARTS = {"batch_size": 2, "part_size": 2}
 
 
@@ -60,23 +63,10 @@ def num_parts(store):
     return len(list(store.glob("staging/*/*.parquet")))
 
 
-def wait_until(condition):
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert time.monotonic() < deadline, "nothing happened"
-        time.sleep(0.02)
-
-
 def start_refresh(folder, store, **environment):
     words = ["--images", folder, "--store", store, "--batch-size", "2", "--part-size", "1"]
-    return start(sys.executable, JOBS / "refresh_features.py", *words, **environment)
-
-
-def start(*command, **environment):
-    return subprocess.Popen(
-        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE", **environment}, process_group=0,
-    )  # fmt: skip
+    own = {"OMP_WAIT_POLICY": "PASSIVE", **environment}
+    return begun(sys.executable, JOBS / "refresh_features.py", *words, env=os.environ | own)
 
 
 def kill(process):
@@ -94,7 +84,7 @@ def test_a_killed_job_goes_on_with_the_parts_that_it_had(make, run, draw_some, t
     slow.write_text(SLOW_DECODER)
     job = start_refresh(folder, store, DASK_DISTRIBUTED__WORKER__PRELOAD=str(slow))
     try:
-        wait_until(lambda: num_parts(store) >= 2 or job.poll() is not None)
+        soon(lambda: num_parts(store) >= 2 or job.poll() is not None)
         workers = psutil.Process(job.pid).children(recursive=True)
         processes = [psutil.Process(job.pid), *workers]
         with_torch = [any("libtorch" in each.path for each in one.memory_maps()) for one in processes]
@@ -218,17 +208,16 @@ def test_a_killed_scheduler_ends_the_job_and_the_next_one_goes_on(make, run, dra
     draw_some(range(2, 14), seed=50)
     (folder / "00.jpg").unlink()
     file = tmp_path / "scheduler.json"
-    scheduler = start(
-        BIN / "dask", "scheduler", "--scheduler-file", file, "--host", "127.0.0.1", "--port", "0", "--no-dashboard"
-    )
+    options = ["--scheduler-file", file, "--host", "127.0.0.1", "--port", "0", "--no-dashboard"]
+    scheduler = begun(BIN / "dask", "scheduler", *options)
     with contextlib.ExitStack() as stack:
         stack.callback(kill, scheduler)
-        wait_until(file.exists)
+        soon(file.exists)
         stack.enter_context(worker_here(file, monkeypatch))
         stack.callback(kill, scheduler)
         job = start_refresh(folder, store, DASK_SCHEDULER_FILE=str(file))
         stack.callback(kill, job)
-        wait_until(lambda: num_parts(store) >= 2 or job.poll() is not None)
+        soon(lambda: num_parts(store) >= 2 or job.poll() is not None)
         with Client(scheduler_file=str(file), set_as_default=False) as looking:
             imported = looking.run_on_scheduler(lambda: list(__import__("sys").modules))
         assert "pipeline.cluster.tasks" in imported and "torch" not in imported, "Torch is of workers"
