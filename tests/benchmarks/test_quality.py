@@ -58,14 +58,12 @@ def figures_at(place: Path, *words: object) -> dict[str, Any]:
 def test_both_sides_learn_and_figures_are_kept(place: Path) -> None:
     call = ("--only", "ids", "--net", "dnn", "--net", "din", "--seeds", "1", "--no-tune", "--set", "optim.lr=0.01")
     figures = figures_at(place, *call)
-    for net in ("dnn", "din"):
-        for side in ("ours", "fuxictr"):
-            name = f"ids_tiny_{net}_{side}"
-            assert figures[f"{name}_best"] == max(figures[f"{name}_epoch{epoch}"] for epoch in (1, 2, 3))
-            assert figures[f"{name}_s_per_epoch"] > 0
+    for name in (f"ids_tiny_{net}_{side}" for net in ("dnn", "din") for side in compare.SIDES):
+        assert figures[f"{name}_best"] == max(figures[f"{name}_epoch{epoch}"] for epoch in (1, 2, 3))
+        assert figures[f"{name}_s_per_epoch"] > 0
     assert figures["ids_tiny_dnn_ours_best"] > 0.6, "people click on even items"
     for goal in ("epoch1", "best"):
-        sides = [[figures[f"ids_tiny_{net}_{side}_{goal}"] for net in ("dnn", "din")] for side in ("ours", "fuxictr")]
+        sides = [[figures[f"ids_tiny_{net}_{side}_{goal}"] for net in ("dnn", "din")] for side in compare.SIDES]
         assert figures[f"gauc_vs_fuxictr_{goal}"] == pytest.approx(np.mean(sides[0]) - np.mean(sides[1]))
     kept = {file: file.stat().st_mtime_ns for file in (place / "bench" / "figures").iterdir()}
     assert len(kept) == 4
@@ -158,9 +156,7 @@ def test_rows_are_those_of_the_samples(place: Path) -> None:
     assert rows.group_B[[0, -1]].tolist() == [0, len(history) - 1]
 
 
-def test_ids_that_training_lacks_share_a_number_and_pretrained_features_have_that_of_a_vocabulary(
-    tmp_path: Path,
-) -> None:
+def test_ids_that_training_lacks_share_a_number_and_pretrained_features_have_the_vocabularys(tmp_path: Path) -> None:
     known = Vocabulary.of([np.array([7, 3]), np.array([3])])
     assert known.numbers(np.array([3, 7, 5, 9])).tolist() == [1, 2, 3, 3]
     assert known.size == 4

@@ -68,8 +68,6 @@ def test_a_wrong_file_is_one_line(tmp_path: Path) -> None:
         file.write_text(text)
         with pytest.raises(ConfigError, match=says):
             load_tables(file)
-    with pytest.raises(ConfigError, match=r"--table nosuch: .* has images, aggregators"):
-        load_tables(PAPER, ["nosuch"])
 
 
 @pytest.mark.long

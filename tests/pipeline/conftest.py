@@ -1,7 +1,7 @@
 """Images drawn for the tests, and a Dask cluster inside this process."""
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,16 +27,6 @@ def encode_image(image: Image.Image, kind: str = "JPEG", **options: Any) -> byte
     file = io.BytesIO()
     image.save(file, kind, **options)
     return file.getvalue()
-
-
-@pytest.fixture(scope="session")
-def draw() -> Callable[..., Image.Image]:
-    return draw_photo
-
-
-@pytest.fixture(scope="session")
-def encode() -> Callable[..., bytes]:
-    return encode_image
 
 
 @pytest.fixture

@@ -10,18 +10,20 @@ from pipeline.features.refresh import extract, refresh
 from pipeline.network.backbone import Backbone
 from pipeline.options import ExtractOptions, RefreshOptions
 from tests.featurestore.contents import metadata_of
+from tests.pipeline.conftest import draw_photo, encode_image
 from tests.pipeline.network.tiny import TINY
 
 
 @pytest.fixture
-def write(tmp_path, draw, encode):
+def write(tmp_path):
     """Draws pictures into the folder of images: write(name=seed); a text in place of a seed is written as it is."""
     folder = tmp_path / "images"
     folder.mkdir()
 
     def write(**seeds):
         for name, seed in seeds.items():
-            (folder / f"{name}.jpg").write_bytes(seed.encode() if isinstance(seed, str) else encode(draw(seed)))
+            data = seed.encode() if isinstance(seed, str) else encode_image(draw_photo(seed))
+            (folder / f"{name}.jpg").write_bytes(data)
         return folder
 
     return write
@@ -34,7 +36,8 @@ def make(client, tmp_path):
     def make(images, store="features", cluster=client, **options):
         settings = {"backbone": TINY, "dtype": "float32", "precision": "float32", "num_shards": 4}
         settings |= {"weights": "random:0"} | options
-        return extract(ExtractOptions(images=str(images), store=str(tmp_path / store), **settings), cluster)
+        place = store if "://" in store else str(tmp_path / store)
+        return extract(ExtractOptions(images=str(images), store=place, **settings), cluster)
 
     return make
 
@@ -53,8 +56,9 @@ def made(write, make):
 @pytest.fixture
 def run(client, tmp_path):
     """Refreshes the store."""
+    own = {"store": str(tmp_path / "features")}
     return lambda images, cluster=client, **options: refresh(
-        RefreshOptions(images=str(images), store=str(tmp_path / "features"), **options), cluster
+        RefreshOptions(images=str(images), **own | options), cluster
     )
 
 

@@ -40,21 +40,22 @@ def parts_of(images, part_size, known=()):
     return diff.make_parts(images, np.arange(len(images)), np.array(digests, diff.DIGEST_DTYPE), part_size)
 
 
+def new_store(folder):
+    info = StoreInfo(dim=1, num_shards=16, dtype="float32", extractor=extractor_of("elsewhere"))
+    return FeatureStore.create(folder / "features", info)
+
+
+def put(store, keys, uris, digests, tags):
+    features_ND = np.ones((len(uris), 1), np.float32)
+    store.put(FeatureRows.of(uris, features_ND, keys=keys, content_digests=[*digests], source_tags=tags))
+
+
 @pytest.fixture
 def store(tmp_path):
     """Ten images, key k of digest(k); 3 and 4 were replaced since, 5 was removed."""
-    info = StoreInfo(dim=2, num_shards=4, dtype="float32", extractor=extractor_of("elsewhere"))
-    store = FeatureStore.create(tmp_path / "features", info)
-
-    def put(numbers, tag="tag"):
-        rows = FeatureRows.of(
-            [f"{number}.jpg" for number in numbers], np.ones((len(numbers), 2), np.float32), keys=numbers,
-            content_digests=[digest(number) for number in numbers], source_tags=[tag] * len(numbers),
-        )  # fmt: skip
-        store.put(rows)
-
-    put(range(1, 11))
-    put([3, 4], "newer")
+    store = new_store(tmp_path)
+    for numbers, tag in ((range(1, 11), "tag"), ([3, 4], "newer")):
+        put(store, numbers, [f"{n}.jpg" for n in numbers], map(digest, numbers), [tag] * len(numbers))
     store.delete([5])
     return store
 
@@ -72,8 +73,8 @@ def found_digests(store, asked):
 def test_digests_are_found_under_their_smallest_key(store):
     asked = [digest(9), digest(2), b"", digest(77), digest(5), digest(9)]
     assert found_digests(store, asked) == {digest(9): 9, digest(2): 2}
-    store.put(FeatureRows.of(["copy"], np.ones((1, 2), np.float32), keys=[-7], content_digests=[digest(9)]))
-    store.put(FeatureRows.of(["no digest"], np.ones((1, 2), np.float32), keys=[-8]))
+    store.put(FeatureRows.of(["copy"], np.ones((1, 1), np.float32), keys=[-7], content_digests=[digest(9)]))
+    store.put(FeatureRows.of(["no digest"], np.ones((1, 1), np.float32), keys=[-8]))
     assert found_digests(store, asked)[digest(9)] == -7
     assert b"" not in found_digests(store, asked) and found_digests(store, [b""]) == {}
     assert found_digests(FeatureStore.create(f"{store.url}-empty", store.info), asked) == {}
@@ -160,17 +161,11 @@ def answers(client, function, calls):
 @pytest.fixture(params=[0, 98])
 def large_store(request, tmp_path):
     """A store that has so many of a hundred of the images."""
-    info = StoreInfo(dim=1, num_shards=16, dtype="float32", extractor=extractor_of("elsewhere"))
-    large_store = FeatureStore.create(tmp_path / "features", info)
-    numbers = [number for number in range(COUNT) if number % 100 < request.param]
-    if numbers:
-        keys = keys_of_uris([uri_of(number) for number in numbers])
-        rows = FeatureRows.of(
-            [uri_of(number) for number in numbers], np.ones((len(numbers), 1), np.float32), keys=keys,
-            content_digests=[digest_of(key) for key in keys.tolist()],
-            source_tags=["old" if number % 100 == 0 else tag_of(number) for number in numbers],
-        )  # fmt: skip
-        large_store.put(rows)
+    large_store = new_store(tmp_path)
+    if numbers := [number for number in range(COUNT) if number % 100 < request.param]:
+        keys = keys_of_uris(uris := [uri_of(number) for number in numbers])
+        tags = ["old" if number % 100 == 0 else tag_of(number) for number in numbers]
+        put(large_store, keys, uris, map(digest_of, keys.tolist()), tags)
     return large_store
 
 

@@ -1,15 +1,14 @@
 """Images to rows: equal to torchvision's forward for any network, nothing computed twice, compact stores."""
 
 import shutil
-import time
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from featurestore.errors import SpecMismatchError
-from featurestore.format.datafile import to_float32
 from featurestore.keys import key_of_uri
 from featurestore.lookup import VARIABLE
 from featurestore.spec import StoreInfo
@@ -20,25 +19,25 @@ from pipeline.errors import BackboneError, SourceError, StoreRunError, WeightsEr
 from pipeline.features.part import PartSettings, stage_part
 from pipeline.features.refresh import describe_network
 from pipeline.network import backbone as compute
-from pipeline.network.backbone import Backbone, _cached_backbone, backbone, load_weights, network_of
+from pipeline.network.backbone import _cached_backbone, backbone, load_weights, network_of
 from tests.featurestore.contents import metadata_of
+from tests.pipeline.conftest import draw_photo, encode_image
 from tests.pipeline.features.conftest import change_everything, counts, rows_of
-from tests.pipeline.network.tiny import TINY, Tiny, Tiny_Weights
+from tests.pipeline.network.test_backbone import least_cosine, torchvision_features
+from tests.pipeline.network.tiny import TINY
 
 DIMS = 4
 
 
 @pytest.fixture
-def mixed(tmp_path, draw, encode):
+def mixed(write):
     """Two good images and one of each kind that cannot be used."""
-    folder = tmp_path / "mixed"
-    folder.mkdir()
-    good = encode(draw(50))
+    folder = write(good=50, text="just a text", empty="")
+    good = (folder / "good.jpg").read_bytes()
     half = good[: len(good) // 2]
     files = {
-        "good.jpg": good, "one_pixel.png": encode(Image.new("RGB", (1, 1), "red"), "PNG"), "empty.jpg": b"",
-        "text.jpg": b"just a text", "truncated.jpg": half, "truncated_too.jpg": half,
-        "huge.png": encode(Image.new("1", (9000, 9000)), "PNG"), "notes.txt": b"",
+        "one_pixel.png": encode_image(Image.new("RGB", (1, 1), "red"), "PNG"), "notes.txt": b"", "truncated.jpg": half,
+        "truncated_too.jpg": half, "huge.png": encode_image(Image.new("1", (9000, 9000)), "PNG"),
     }  # fmt: skip
     for name, data in files.items():
         (folder / name).write_bytes(data)
@@ -46,32 +45,24 @@ def mixed(tmp_path, draw, encode):
     return folder
 
 
-def stored(tmp_path, uris):
-    store = FeatureStore.open(tmp_path / "features")
-    bits = store.snapshot().get([key_of_uri(uri) for uri in uris])
-    return to_float32(bits, store.info.dtype)
+def own_features(paths):
+    """What torchvision's whole network and transform give, of images opened by Pillow as anyone would."""
+    state = load_weights(network_of(TINY, "random:0"), "random:0")
+    images = [Image.open(path).convert("RGB") for path in paths]
+    return torchvision_features("tiny", state, nn.Module.__call__, images)
 
 
-@torch.inference_mode()
-def torchvision_features(paths):
-    """torchvision's whole network, its own transform, images opened by Pillow as anyone would."""
-    network = Tiny()
-    network.load_state_dict(load_weights(network_of(TINY, "random:0"), "random:0"), strict=False)
-    own = Tiny_Weights.DEFAULT.transforms()
-    pixels_BCHW = torch.stack([own(Image.open(path).convert("RGB")) for path in paths])
-    return network.eval()(pixels_BCHW).numpy()
-
-
-def test_stored_rows_are_those_of_torchvisions_own_forward(make, photos, tmp_path, encode):
+def test_stored_rows_are_those_of_torchvisions_own_forward(make, photos, tmp_path):
     grey = Image.open(photos / "0.jpg").convert("L")
     (photos / "sub").mkdir()
-    (photos / "sub/grey.png").write_bytes(encode(grey, "PNG"))
+    (photos / "sub/grey.png").write_bytes(encode_image(grey, "PNG"))
     paths = sorted(path for path in photos.rglob("*.*"))
     uris = [path.relative_to(photos).as_posix() for path in paths]
     summary = make(photos, batch_size=3, part_size=4)
     assert (summary.num_images, summary.num_computed, summary.snapshot) == (5, 5, 1)
-    expected_BD = torchvision_features(paths)
-    np.testing.assert_allclose(stored(tmp_path, uris), expected_BD, rtol=0, atol=1e-4 * expected_BD.max())
+    expected_BD = own_features(paths)
+    found_BD = numbers(tmp_path / "features", uris)
+    np.testing.assert_allclose(found_BD, expected_BD, rtol=0, atol=1e-4 * expected_BD.max())
     metadata = metadata_of(FeatureStore.open(tmp_path / "features").snapshot()).to_pylist()
     sizes = {uri: Image.open(path).size for uri, path in zip(uris, paths, strict=True)}
     assert {row["uri"]: (row["width"], row["height"]) for row in metadata} == sizes
@@ -79,18 +70,14 @@ def test_stored_rows_are_those_of_torchvisions_own_forward(make, photos, tmp_pat
     np.testing.assert_allclose(statistics.mean_D, expected_BD.mean(0), rtol=1e-3, atol=1e-4)
 
 
-def least_cosine(one_BD, other_BD):
-    norms_B = np.linalg.norm(one_BD, axis=1) * np.linalg.norm(other_BD, axis=1)
-    return ((one_BD * other_BD).sum(1) / norms_B).min()
-
-
 def test_bfloat16_is_close(make, photos, tmp_path):
     make(photos, dtype="bfloat16", precision="bfloat16")
     paths = sorted(photos.iterdir())
-    assert least_cosine(stored(tmp_path, [path.name for path in paths]), torchvision_features(paths)) > 0.999
+    found_BD = numbers(tmp_path / "features", [path.name for path in paths])
+    assert least_cosine(found_BD, own_features(paths)) > 0.999
 
 
-def test_int8_is_calibrated_once_and_new_images_get_the_same(make, run, photos, tmp_path, draw, encode, monkeypatch):
+def test_int8_is_calibrated_once_and_new_images_get_the_same(make, run, photos, tmp_path, monkeypatch):
     message = r"keeps too little of tiny:last: .* cosine of \d\.\d{4} .* --least-cosine is 1; lower it"
     with pytest.raises(BackboneError, match=message):
         make(photos, precision="int8", least_cosine=1)
@@ -101,7 +88,7 @@ def test_int8_is_calibrated_once_and_new_images_get_the_same(make, run, photos, 
     spec = store.info.extractor.int8
     assert (spec.num_images, spec.num_held_out, store.info.extractor.compute_dtype) == (3, 1, "int8")
     assert f"precision    int8 (cosine {spec.mean_cosine:.4f} with float32, on 1 images)" in str(summary)
-    (photos / "new.jpg").write_bytes(encode(draw(70)))
+    (photos / "new.jpg").write_bytes(encode_image(draw_photo(70)))
     for precision in ("float32", "bfloat16"):
         with pytest.raises(SpecMismatchError, match=rf"--precision {precision}, .* computed in int8: leave the option"):
             make(photos, precision=precision)
@@ -136,12 +123,10 @@ def test_equal_bytes_go_through_the_network_once(make, photos, computed, tmp_pat
     for number in range(4):
         shutil.copy(photos / f"{number % 2}.jpg", photos / f"copy{number}.jpg")
     summary = make(photos, part_size=2, batch_size=2)  # by order the copies would fall into other parts
-    assert sum(computed) == summary.num_computed == 4
-    assert summary.num_duplicates == 4
-    rows_BD = stored(tmp_path, ["0.jpg", "copy0.jpg", "copy2.jpg", "1.jpg", "copy1.jpg", "copy3.jpg"])
-    assert (rows_BD[:3] == rows_BD[0]).all()
-    assert (rows_BD[3:] == rows_BD[3]).all()
-    assert (rows_BD[0] != rows_BD[3]).any()
+    assert (sum(computed), summary.num_computed, summary.num_duplicates) == (4, 4, 4)
+    equal = ["0.jpg", "copy0.jpg", "copy2.jpg", "1.jpg", "copy1.jpg", "copy3.jpg"]  # the first three, and the others
+    rows_BD = numbers(tmp_path / "features", equal)
+    assert (rows_BD == rows_BD[[0, 0, 0, 3, 3, 3]]).all() and (rows_BD[0] != rows_BD[3]).any()
 
 
 def test_bad_images_are_quarantined_with_their_reason_and_counted(make, mixed, computed, tmp_path):
@@ -181,24 +166,6 @@ def test_what_gives_no_row_is_an_error_and_no_commit(make, photos, tmp_path):
     assert not list(store.glob("staging/*/*"))
 
 
-def test_no_part_of_a_failed_run_goes_on_once_its_error_is_here(make, photos, monkeypatch):
-    images, running = [], []
-
-    def features(network, pixels_BHWC):
-        images.append(pixels_BHWC.tobytes())
-        if images[-1] == images[0]:
-            raise OSError("disk full")
-        running.append(pixels_BHWC)
-        time.sleep(0.3)
-        running.pop()
-        return np.zeros((len(pixels_BHWC), 12), np.float32)
-
-    monkeypatch.setattr(Backbone, "features", features)
-    with pytest.raises(OSError, match="disk full"):
-        make(photos, part_size=1)
-    assert not running
-
-
 def test_features_of_another_network_or_dtype_are_refused_by_store_and_workers(make, photos, tmp_path):
     make(photos)
     with pytest.raises(SpecMismatchError, match=r"extractor.weights_digest is"):
@@ -228,10 +195,11 @@ def full(make, folder, tmp_path):
     return FeatureStore.open(tmp_path / "full")
 
 
-def numbers(path):
+def numbers(path, uris=None):
+    """Features of these images, or of all."""
     store = FeatureStore.open(path)
     snapshot = store.snapshot()
-    return store.codec.decode(snapshot.get(snapshot.keys()))
+    return store.codec.decode(snapshot.get(snapshot.keys() if uris is None else [*map(key_of_uri, uris)]))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

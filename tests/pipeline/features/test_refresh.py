@@ -15,11 +15,9 @@ from featurestore.store import FeatureStore
 from featurestore.upkeep.verify import repair, verify
 from pipeline.errors import BadImageError, SourceError, StoreRunError
 from pipeline.features import refresh as refresh_module
-from pipeline.features.refresh import extract, refresh
 from pipeline.images.source import files_below, read_image
-from pipeline.options import ExtractOptions, RefreshOptions
+from tests.featurestore.upkeep.damaged import spoil
 from tests.pipeline.features.conftest import change_everything, counts, rows_of, touch
-from tests.pipeline.network.tiny import TINY
 
 
 def files_of(folder):
@@ -162,7 +160,7 @@ def test_images_that_all_became_garbage_do_not_empty_the_store(made, run, write,
         run(folder)
 
 
-def test_the_network_is_the_stores_own(make, run, write, tmp_path, client):
+def test_the_network_is_the_stores_own(make, run, write):
     folder = write(a=1, b=2)
     with pytest.raises(StoreNotFoundError, match=r"no store at .*crossmedia extract makes one"):
         run(folder)
@@ -185,25 +183,23 @@ def test_images_without_a_tag_are_compared_by_their_bytes(made, run, write, monk
     assert counts(run(folder)) == (0, 1, 0, 1, 0, 0, 0, 0)
 
 
-def test_images_and_store_on_s3_by_their_etags(client, make, write, s3_url, tmp_path):
+def test_images_and_store_on_s3_by_their_etags(make, run, write, s3_url, tmp_path):
     folder = write(a=1, b=2, c=3)
     photos = Storage(f"{s3_url}/photos")
     for path in folder.iterdir():
         photos.write_bytes(path.name, path.read_bytes())
-    own = {"weights": "random:0", "dtype": "float32", "precision": "float32", "num_shards": 4, "backbone": TINY}
-    extract(ExtractOptions(images=f"{s3_url}/photos", store=f"{s3_url}/features", **own), client)
-    options = RefreshOptions(images=f"{s3_url}/photos", store=f"{s3_url}/features")
+    features = f"{s3_url}/features"
+    make(photos.url, features)
     write(b=20, d=4)
     for name in ("a.jpg", "b.jpg", "d.jpg"):  # a is written again, the same: etags do not mind
         photos.write_bytes(name, (folder / name).read_bytes())
     photos.delete("c.jpg")
     (folder / "c.jpg").unlink()
-    assert counts(refresh(options, client)) == (1, 1, 0, 1, 1, 0, 0, 0)
-    assert counts(refresh(options, client)) == (0, 0, 0, 3, 0, 0, 0, 0)
+    assert counts(run(photos.url, store=features)) == (1, 1, 0, 1, 1, 0, 0, 0)
+    assert counts(run(photos.url, store=features)) == (0, 0, 0, 3, 0, 0, 0, 0)
     make(folder, "local")
     remote, local = (
-        {uri: (row[2], row[-1]) for uri, row in rows_of(place).items()}
-        for place in (f"{s3_url}/features", tmp_path / "local")
+        {uri: (row[2], row[-1]) for uri, row in rows_of(place).items()} for place in (features, tmp_path / "local")
     )
     assert remote == local
 
@@ -303,14 +299,11 @@ def test_after_a_repair_it_computes_what_was_lost(make, run, write, computed, tm
     run(folder)
     store = FeatureStore.open(tmp_path / "features")
     expected = rows_of(store.url)
-    files = store.snapshot().manifest.files(0)
-    path = tmp_path / "features" / files[damaged].path
-    group = pq.ParquetFile(path).metadata.row_group(0)
+    path = store.snapshot().manifest.files(0)[damaged].path
+    group = pq.ParquetFile(tmp_path / "features" / path).metadata.row_group(0)
     columns = [group.column(i) for i in range(group.num_columns)]
     numbers = [each for each in columns if each.path_in_schema.startswith("feature")]
-    at, data = numbers[0].data_page_offset + numbers[0].total_compressed_size // 2, bytearray(path.read_bytes())
-    data[at] ^= 1
-    path.write_bytes(data)
+    spoil(store, path, numbers[0].data_page_offset + numbers[0].total_compressed_size // 2)
     assert repair(store).version == 3
     assert len(store.snapshot().keys()) < 8
     run(folder)

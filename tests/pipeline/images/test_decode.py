@@ -14,6 +14,7 @@ from pipeline.images import decode as decode_module
 from pipeline.images.decode import MAX_PIXELS, decode
 from pipeline.network import DEFAULT_BACKBONE
 from pipeline.network.backbone import preset_of
+from tests.pipeline.conftest import draw_photo, encode_image
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 SIDE = 20_000
@@ -53,13 +54,6 @@ def test_a_photograph_gets_the_pixels_of_torchvisions_own_transform(photos):
         np.testing.assert_allclose(pixels_HWC, own_pixels(Image.open(path).convert("RGB")), atol=1e-3)
 
 
-def see_through():
-    """A palette of one colour, which is transparent."""
-    image = Image.new("P", (300, 300), 0)
-    image.putpalette([255, 0, 0])
-    return image
-
-
 PALETTE = Image.new("RGB", (300, 300), BLUE).convert("P", palette=Image.Palette.ADAPTIVE)
 COLOURS = {
     "grey": (Image.new("L", (300, 300), 90), "JPEG", {}, (90, 90, 90), 2),
@@ -73,44 +67,44 @@ COLOURS = {
     "transparent, on white": (Image.new("RGBA", (300, 300), (*RED, 0)), "PNG", {}, WHITE, 0),
     "half transparent": (Image.new("RGBA", (300, 300), (*RED, 128)), "PNG", {}, (255, 127, 127), 2),
     "transparent grey": (Image.new("LA", (300, 300), (0, 0)), "PNG", {}, WHITE, 0),
-    "transparent palette": (see_through(), "PNG", {"transparency": 0}, WHITE, 0),
+    "transparent palette": (PALETTE, "PNG", {"transparency": 0}, WHITE, 0),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", COLOURS)
-def test_images_of_any_mode_have_their_colour(encode, name):
+def test_images_of_any_mode_have_their_colour(name):
     image, kind, options, expected, tolerance = COLOURS[name]
-    assert_close(colour(encode(image, kind, **options)), expected, tolerance)
+    assert_close(colour(encode_image(image, kind, **options)), expected, tolerance)
 
 
-def test_exif_orientation_turns_the_image_and_damaged_exif_does_not_lose_it(encode):
+def test_exif_orientation_turns_the_image_and_damaged_exif_does_not_lose_it():
     image = Image.new("RGB", (400, 300), RED)
     image.paste(BLUE, (200, 0, 400, 300))
     exif = Image.Exif()
     exif[0x0112] = 6  # stored lying on its left side: to be turned clockwise
-    prepared = prepare(encode(image, exif=exif, quality=95))
+    prepared = prepare(encode_image(image, exif=exif, quality=95))
     assert (prepared.width, prepared.height) == (300, 400)
     assert_close(prepared.pixels_HWC[10, 112], RED, 6)
     assert_close(prepared.pixels_HWC[-10, 112], BLUE, 6)
-    data = encode(Image.new("RGB", (300, 300), RED), exif=b"Exif\0\0II*\0" + b"\xff" * 40)
+    data = encode_image(Image.new("RGB", (300, 300), RED), exif=b"Exif\0\0II*\0" + b"\xff" * 40)
     assert_close(colour(data), RED, 6)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 20_000), (20_000, 1)])
-def test_a_pixel_has_its_colour_and_a_line_is_not_scaled_to_gigabytes(encode, size):
+def test_a_pixel_has_its_colour_and_a_line_is_not_scaled_to_gigabytes(size):
     line = Image.new("RGB", size, RED)
     if max(size) > 1:  # all but what the centre crop does not see
         line.paste(BLUE, (size[0] // 4, size[1] // 4, *size))
-    prepared = prepare(encode(line, "PNG"))
+    prepared = prepare(encode_image(line, "PNG"))
     assert (prepared.width, prepared.height) == size
     assert (prepared.pixels_HWC == (BLUE if max(size) > 1 else RED)).all()
 
 
-def test_long_images_and_large_jpegs_get_nearly_the_pixels_of_a_whole_scaling(draw, encode):
-    image = draw(3, 2400, 260)
-    difference = np.abs(prepare(encode(image, "PNG")).pixels_HWC - own_pixels(image))
+def test_long_images_and_large_jpegs_get_nearly_the_pixels_of_a_whole_scaling():
+    image = draw_photo(3, 2400, 260)
+    difference = np.abs(prepare(encode_image(image, "PNG")).pixels_HWC - own_pixels(image))
     assert difference.mean() < 2.5  # half a pixel apart
-    data = encode(draw(1, 2600, 2100), quality=92)
+    data = encode_image(draw_photo(1, 2600, 2100), quality=92)
     assert decode(data)[0].size == (1300, 1050)
     assert np.abs(prepare(data).pixels_HWC - own_pixels(Image.open(io.BytesIO(data)))).mean() < 1
 
@@ -133,37 +127,36 @@ def peak_kb():
 
 
 @pytest.mark.long
-def test_what_cannot_be_scaled_while_decoding_is_refused_beyond_the_limit(encode, huge_jpeg):
+def test_what_cannot_be_scaled_while_decoding_is_refused_beyond_the_limit(huge_jpeg):
     side = 9_000
     assert side * side > MAX_PIXELS
     for data in (
-        encode(Image.new("1", (side, side)), "PNG"),
-        encode(Image.new("1", (SIDE, SIDE)), "PNG"),
+        encode_image(Image.new("1", (side, side)), "PNG"),
+        encode_image(Image.new("1", (SIDE, SIDE)), "PNG"),
         huge_jpeg.read_bytes().replace(b"\xff\xc0", b"\xff\xc2", 1),  # progressive, by its header
     ):
         with pytest.raises(BadImageError, match="more than the limit of 67,108,864"):
             prepare(data)
 
 
-def test_truncated_and_other_files_are_refused(draw, encode):
+def test_truncated_and_other_files_are_refused():
     assert not ImageFile.LOAD_TRUNCATED_IMAGES
     for kind in ("JPEG", "PNG", "WEBP"):
-        data = encode(draw(0), kind)
+        data = encode_image(draw_photo(0), kind)
         with pytest.raises(BadImageError, match=r"cannot be decoded|not an image"):
             prepare(data[: len(data) // 2])
-    data, reasons = encode(draw(0), "JPEG"), set()
+    data, reasons = encode_image(draw_photo(0), "JPEG"), set()
     for cut in range(10, 200, 10):
         with pytest.raises(BadImageError) as refused:
             prepare(data[:-cut])
         reasons.add(str(refused.value))
     assert reasons == {"cannot be decoded: image file is truncated"}, "equal reasons are counted together"
-    with pytest.raises(BadImageError, match="empty file"):
-        prepare(b"")
-    with pytest.raises(BadImageError, match="not an image of a known format"):
-        prepare(b"this is a text\n" * 100)
-    with pytest.raises(BadImageError, match="not an image of a known format"):
-        prepare(encode(draw(0), "EPS"))  # Pillow would start ghostscript
-    with pytest.raises(BadImageError, match="mode F"):
-        prepare(encode(Image.new("F", (30, 30), 0.5), "TIFF"))
-    with pytest.raises(BadImageError):
-        prepare(b"\xff\xd8\xff\xe0 and then nothing of a JPEG")
+    for data, reason in (
+        (b"", "empty file"),
+        (b"this is a text\n" * 100, "not an image of a known format"),
+        (encode_image(draw_photo(0), "EPS"), "not an image of a known format"),  # Pillow would start ghostscript
+        (encode_image(Image.new("F", (30, 30), 0.5), "TIFF"), "mode F"),
+        (b"\xff\xd8\xff\xe0 and then nothing of a JPEG", ""),
+    ):
+        with pytest.raises(BadImageError, match=reason):
+            prepare(data)

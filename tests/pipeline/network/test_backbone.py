@@ -17,8 +17,8 @@ from pipeline.errors import BackboneError, WeightsError
 from pipeline.images.decode import prepare
 from pipeline.network import DEFAULT_BACKBONE, check_weights_name
 from pipeline.network import backbone as compute
-from pipeline.network import backbone as weights_module
 from pipeline.network.backbone import Backbone, feature_dim, load_weights, network_of, weights_digest
+from tests.pipeline.conftest import draw_photo
 
 pytestmark = pytest.mark.long  # they make whole networks
 SMALL_ONES = ["mnasnet0_5", "shufflenet_v2_x0_5", "squeezenet1_1"]
@@ -48,7 +48,7 @@ def by_torch(monkeypatch):
 def default(drawn):
     """The default network in float32."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(weights_module, "load_weights", lambda *_: drawn)
+        patch.setattr(compute, "load_weights", lambda *_: drawn)
         return Backbone(DEFAULT_BACKBONE, "random:0", "float32")
 
 
@@ -63,19 +63,22 @@ def torchvision_features(model, state, layers, images, **arguments):
     return layers(network.eval(), pixels_BCHW).numpy()
 
 
+def least_cosine(one_BD, other_BD):
+    norms_B = np.linalg.norm(one_BD, axis=1) * np.linalg.norm(other_BD, axis=1)
+    return ((one_BD * other_BD).sum(1) / norms_B).min()
+
+
 def class_token(network, pixels_BCHW):
     tokens = network._process_input(pixels_BCHW)
     return network.encoder(torch.cat([network.class_token.expand(len(tokens), -1, -1), tokens], 1))[:, 0]
 
 
 @pytest.mark.usefixtures("by_torch")
-def test_bfloat16_is_close(draw, default, drawn, monkeypatch):
-    pixels_BHWC = np.stack([np.asarray(draw(seed, 224, 224)) for seed in range(2)])
-    monkeypatch.setattr(weights_module, "load_weights", lambda *_: drawn)  # not drawn twice
+def test_bfloat16_is_close(default, drawn, monkeypatch):
+    pixels_BHWC = np.stack([np.asarray(draw_photo(seed, 224, 224)) for seed in range(2)])
+    monkeypatch.setattr(compute, "load_weights", lambda *_: drawn)  # not drawn twice
     half = Backbone(DEFAULT_BACKBONE, "random:0", "bfloat16")
-    single_BD, half_BD = (network.features(pixels_BHWC) for network in (default, half))
-    norms_B = np.linalg.norm(half_BD, axis=1) * np.linalg.norm(single_BD, axis=1)
-    assert ((half_BD * single_BD).sum(1) / norms_B).min() > 0.999
+    assert least_cosine(default.features(pixels_BHWC), half.features(pixels_BHWC)) > 0.999
 
 
 @pytest.mark.parametrize(
