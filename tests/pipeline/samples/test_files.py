@@ -166,7 +166,9 @@ def add_there(add: Call, there: SampleOptions) -> Call:
 class TestAddDays:
     def test_files_of_other_days_are_not_written_again(self, there: SampleOptions, add_there: Call) -> None:
         before = version_at(there.samples)
+        contents = {name: before.read_bytes(name) for name in before.published.files}
         assert add_there()["days"] == [FIFTH]
+        assert {name: before.read_bytes(name) for name in contents} == contents, "nothing is written over"
         after = version_at(there.samples)
         assert (before.published.version, after.published.version) == (1, 2)
         places = {name.rpartition("/")[2]: file.path for name, file in before.published.files.items()}
