@@ -1,7 +1,9 @@
 """The files of samples: a folder that is replaced as a whole, and the versions of an address, on a real S3 server."""
 
 import dataclasses
+import itertools
 import random
+import signal
 from pathlib import Path
 
 import fsspec
@@ -20,6 +22,7 @@ from pipeline.samples import build as build_module
 from pipeline.samples.build import build_samples
 from pipeline.samples.groups import batch_of_hours
 from pipeline.samples.publish import MARK, replaced_files
+from tests.fuse import FORK, Fuse
 from tests.pipeline.samples.rows import (
     DAY_S,
     Call,
@@ -261,3 +264,48 @@ class TestWhole:
         assert f"schema_file: {s3_url}/schema.yaml" in Storage(s3_url).read_bytes(SETTINGS_FILE).decode()
         index = open_index(SoloComm(), s3_url, "train", load_schema(f"{s3_url}/schema.yaml"))
         assert index.num_samples == 60
+
+
+def test_killed_at_any_write_it_is_old_or_new(s3_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The files of one version, never half of another; what a killed run left in the scratch folder goes."""
+    monkeypatch.setattr(publish, "_UPLOADS", 1)
+    url, scratch = f"{s3_url}/samples", tmp_path / "scratch"
+    with replaced_files(url, scratch=str(scratch)) as files:
+        (files.folder / "train").mkdir()
+        for name in (MARK, "train/day=2026-01-01-000.parquet", "train/day=2026-01-02-000.parquet"):
+            (files.folder / name).write_text(name)
+
+    def publish_day(number: int) -> None:
+        before = open_published(url)
+        with replaced_files(url, before=before, scratch=str(scratch)) as new:
+            for name in ("train/day=2026-01-01-000.parquet", "train/day=2026-01-02-000.parquet"):
+                new.kept[name] = name
+            (new.folder / "test").mkdir()
+            (new.folder / "test" / "day=2026-01-05-000.parquet").write_text(f"day {number}")
+            (new.folder / MARK).write_text(f"summary {number}")
+
+    def content() -> dict[str, bytes]:
+        storage = open_published(url)
+        return {each.path: storage.read_bytes(each.path) for each in storage.entries()}
+
+    publish_day(0)
+    states = [content()]
+    for at in range(1, 40):
+
+        def writer(at: int = at) -> None:
+            Fuse(at, tmp_path / "trace").watch_s3({"put_object", "delete_object", "delete_objects"})
+            publish_day(at)
+
+        process = FORK.Process(target=writer)
+        process.start()
+        process.join()
+        assert process.exitcode in (0, -signal.SIGKILL)
+        now = content()
+        new = states[0] | {"test/day=2026-01-05-000.parquet": f"day {at}".encode(), MARK: f"summary {at}".encode()}
+        assert now in (states[-1], new)
+        states.append(now)
+        if process.exitcode == 0:
+            break
+    assert process.exitcode == 0 and now == new and len(states) > 8
+    assert any(one == other for one, other in itertools.pairwise(states))  # some deaths came before it
+    assert list(scratch.iterdir()) == []
