@@ -10,9 +10,10 @@ import pytest
 from featurestore.log import manifest_path
 from featurestore.parsing import parse_json
 from featurestore.storage.storage import Storage
+from serving.bundle import log
 from serving.bundle.export import ExportOptions, export_model
 from serving.bundle.files import WrittenFiles
-from serving.bundle.manifest import NETWORK, BundleManifest
+from serving.bundle.manifest import BUNDLES, NETWORK, BundleManifest
 from tests.featurestore.storage.test_paths import sealed
 from tests.running.shared import made_once
 from tests.serving.scoring.variants import Exported, Variants, shared_places, trained
@@ -48,6 +49,20 @@ def forge(url: object, version: int, **fields: Any) -> None:
     values = {**parse_json(storage.read_bytes(path)), **fields}
     values.pop("digest")
     storage.write_bytes(path, sealed(values))
+
+
+def flipped(data: bytes, place: int) -> bytes:
+    """Change one bit."""
+    return data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
+
+
+def versions_there(url: object) -> list[int]:
+    """Return the versions whose manifests are there; theirs have to be the only files."""
+    storage, bundles = Storage(str(url)), Path(str(url), BUNDLES)
+    known = log.known_versions(storage)
+    folders = {path.relative_to(bundles).parts[0] for path in bundles.rglob("*") if path.is_file()}
+    assert folders == {log.read_version(storage, version).bundle_id for version in known}
+    return known
 
 
 @pytest.fixture(scope="session")

@@ -13,10 +13,9 @@ from featurestore.store import FeatureStore
 from featurestore.upkeep.verify import verify
 from serving.bundle import log
 from serving.bundle.log import remove_leftovers
-from serving.bundle.manifest import BUNDLES
 from serving.bundle.open import Bundle
 from tests.fuse import FORK, Fuse
-from tests.serving.bundle.conftest import export
+from tests.serving.bundle.conftest import export, versions_there
 from tests.serving.bundle.test_publish import World
 from tests.serving.scoring.variants import Variants
 
@@ -27,14 +26,15 @@ EVERY = pytest.mark.parametrize(
 )
 
 
-def deaths(work: Callable[[], Any], root: str, trace: Path, step: int, renew: Callable[[], None]) -> Iterator[str]:
+def deaths(work: Callable[[], Any], root: str, kept: str | Path, trace: Path, step: int) -> Iterator[None]:
     """Do `work` to its end once, then to its death at every `step`-th point and at the last of each name.
 
-    Yields the name of the point after each death; `renew` is called before each try.
+    Before each try the folder `root` becomes a copy of `kept`; after each death the block has what is left.
     """
 
     def die(at: int) -> int | None:
-        renew()
+        shutil.rmtree(root, ignore_errors=True)
+        shutil.copytree(kept, root)
         fuse = Fuse(at, trace)
 
         def watched() -> None:
@@ -51,36 +51,25 @@ def deaths(work: Callable[[], Any], root: str, trace: Path, step: int, renew: Ca
     last = {name: place for place, name in enumerate(points)}
     for point in sorted({*last.values(), *range(0, len(points), step)}):
         assert die(point + 1) == -signal.SIGKILL
-        yield points[point]
+        yield
 
 
 @EVERY
 def test_a_killed_export_shows_all_of_a_version_or_nothing(
     exported: Variants, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
-    made = exported("exact")
-    url = str(tmp_path / "model")
+    made, url = exported("exact"), str(tmp_path / "model")
     monkeypatch.setattr("serving.bundle.export.refuse_unsafe", lambda storage: None)
     monkeypatch.setattr("featurestore.store.refuse_unsafe", lambda storage: None)
-
-    def renew() -> None:
-        shutil.rmtree(url, ignore_errors=True)
-        shutil.copytree(made.url, url)
-
     seen = set()
     storage = Storage(url)
-    for _ in deaths(lambda: export(url, made.run), url, tmp_path / "trace", step, renew):
-        known = log.known_versions(storage)
-        in_use = log.version_in_use(storage)
+    for _ in deaths(lambda: export(url, made.run), url, made.url, tmp_path / "trace", step):
+        known, in_use = log.known_versions(storage), log.version_in_use(storage)
         assert (known, in_use) in (([1], 1), ([1, 2], 1), ([1, 2], 2))
         seen.add((len(known), in_use))
         Bundle.open(url, known[-1], cache_dir=tmp_path / "cache").close()
         remove_leftovers(storage, grace_s=-1)
-        named = {log.read_version(storage, version).bundle_id for version in known}
-        left = {
-            path.relative_to(Path(url, BUNDLES)).parts[0] for path in Path(url, BUNDLES).rglob("*") if path.is_file()
-        }
-        assert left == named
+        assert versions_there(url) == known
     assert seen == {(1, 1), (2, 1), (2, 2)}
 
 
@@ -90,20 +79,12 @@ def test_a_killed_publish_shows_all_of_it_or_nothing(exported: Variants, tmp_pat
     world = World(exported("plain"), tmp_path / "world")
     world.put(1_050, 1_051, 1_007)
     world.source.delete([1_010])
-    bundle = world.open()
-    url, kept = bundle.vectors_url(bundle.manifest.vectors[0]), tmp_path / "kept"
-    bundle.close()
-    shutil.copytree(url, kept)
-
-    def renew() -> None:
-        shutil.rmtree(url)
-        shutil.copytree(kept, url)
-
+    url = world.vectors.url
+    kept = shutil.copytree(url, tmp_path / "kept")
     seen = set()
-    before, after = 48, 49
-    for _ in deaths(world.publish, url, tmp_path / "trace", step, renew):
+    for _ in deaths(world.publish, url, kept, tmp_path / "trace", step):
         snapshot = FeatureStore.open(url).snapshot()
-        assert (snapshot.version, snapshot.num_rows) in ((1, before), (2, after))
+        assert (snapshot.version, snapshot.num_rows) in ((1, 48), (2, 49))
         seen.add(snapshot.version)
         assert not verify(FeatureStore.open(url)).problems
         report = world.publish()

@@ -1,6 +1,7 @@
 """A delta publish: what is new and changed, and nothing else; nothing the second time; what is gone goes."""
 
 import shutil
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -16,17 +17,12 @@ from featurestore.upkeep.expiry import expire
 from featurestore.upkeep.history import restore
 from serving.bundle import images
 from serving.bundle.images import ChangedImages, PublishReport, network_for, publish
-from serving.bundle.manifest import VectorsOf
 from serving.bundle.open import Bundle
 from tests.serving.scoring.variants import Exported, Variants
 from trainer.comm import SoloComm
 from trainer.runs.saved import open_trained
 
 ALL = np.arange(995, 1_100)
-
-
-def of_images(bundle: Bundle) -> VectorsOf:
-    return next(of for of in bundle.manifest.vectors if of.store == "images")
 
 
 class World:
@@ -43,25 +39,17 @@ class World:
 
     @property
     def vectors(self) -> FeatureStore:
-        bundle = self.open()
-        url = bundle.vectors_url(of_images(bundle))
-        bundle.close()
-        return FeatureStore.open(url)
+        with closing(self.open()) as bundle:
+            return FeatureStore.open(bundle.vectors_url(bundle.manifest.vectors[0]))
 
     def open(self) -> Bundle:
         return Bundle.open(self.url, cache_dir=self.cache)
 
     def publish(self, **options: object) -> PublishReport:
-        bundle = self.open()
-        of = of_images(bundle)
-        report = publish(
-            FeatureStore.open(bundle.vectors_url(of)),
-            of,
-            network_for(bundle, of),
-            **{"source_url": self.features, **options},
-        )
-        bundle.close()
-        return report
+        with closing(self.open()) as bundle:
+            (of,) = bundle.manifest.vectors
+            network, source = network_for(bundle, of), {"source_url": self.features, **options}
+            return publish(FeatureStore.open(bundle.vectors_url(of)), of, network, **source)
 
     def put(self, *keys: int, noise: float | None = None) -> None:
         """New features of images, or the old ones with a little noise."""
@@ -72,19 +60,15 @@ class World:
 
     def check(self) -> None:
         """The vectors are those that the run's own E makes of the newest features, and no others are there."""
-        trained, bundle = open_trained(self.run, SoloComm()), self.open()
-        trained.close()
-        service = trained.engine.services["images"]
         snapshot = self.source.snapshot()
-        table, keys = bundle.vectors["images"], snapshot.keys()
-        rows, missing = table.lookup(ALL)
-        np.testing.assert_array_equal(ALL[~missing], keys[np.isin(keys, ALL)])
-        assert table._partition.num_rows == len(keys)
-        features = torch.from_numpy(snapshot.get(ALL[~missing]))
-        with torch.no_grad():
-            wanted = service.model(features).numpy()
+        keys = snapshot.keys()
+        with closing(open_trained(self.run, SoloComm())) as trained, closing(self.open()) as bundle, torch.no_grad():
+            table = bundle.vectors["images"]
+            rows, missing = table.lookup(ALL)
+            np.testing.assert_array_equal(ALL[~missing], keys[np.isin(keys, ALL)])
+            assert table._partition.num_rows == len(keys)
+            wanted = trained.engine.services["images"].model(torch.from_numpy(snapshot.get(ALL[~missing])))
         np.testing.assert_allclose(rows[~missing], wanted, rtol=1e-6, atol=1e-6)
-        bundle.close()
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from serving.bundle.images import network_for, publish
 from serving.bundle.log import BundleIdentity, expire, remove_leftovers
 from serving.bundle.open import Bundle
 from serving.errors import BrokenBundleError
-from tests.serving.bundle.conftest import export, forge
+from tests.serving.bundle.conftest import export
 from tests.serving.scoring.variants import Exported, Variants
 
 IDS, KEYS = np.arange(200), np.arange(995, 1_055)
@@ -70,22 +70,6 @@ def test_old_versions_go_and_what_is_damaged_is_found(made: Exported, s3_url: st
     assert report.num_bytes > sum(file.bytes for file in first.files)
     assert storage.entries(first.folder) == []
     assert find_damage(storage, log.read_version(storage)) == []
-
-
-def test_a_forged_id_writes_nothing_outside_of_the_cache(made: Exported, s3_url: str, tmp_path: Path) -> None:
-    url, cache = f"{s3_url}/ctr", tmp_path / "a" / "cache"
-    manifest, storage = export(url, made.run), Storage(url)
-    rows = [{**each.model_dump(), "name": "authorized_keys"} for each in manifest.rows]
-    files = [each.model_dump() for each in manifest.files]
-    for each in files:
-        each["name"] = each["name"].replace("ids-12.bin", "authorized_keys")
-    for entry in storage.entries(manifest.folder):  # where clients look for bundles/../../home, too
-        name = entry.path.removeprefix(f"{manifest.folder}/").replace("ids-12.bin", "authorized_keys")
-        Storage(s3_url).write_bytes(f"home/{name}", storage.read_bytes(entry.path))
-    forge(url, 1, bundle_id="../../home", rows=rows, files=files)
-    with pytest.raises(BrokenBundleError, match="bundle_id"):
-        Bundle.open(url, cache_dir=cache)
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_copy_is_fetched_once_and_again_where_it_is_damaged(made: Exported, s3_url: str, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from serving.bundle.manifest import BUNDLES
 from serving.bundle.open import Bundle, ModelVersion
 from serving.errors import BrokenBundleError, BundleNotFoundError
 from tests.faulty import Fault, fails, opened_faulty
-from tests.serving.bundle.conftest import export, no_network
+from tests.serving.bundle.conftest import export, flipped, no_network, versions_there
 from tests.serving.scoring.variants import Exported, Variants
 from tests.trainer.conftest import Places
 from tests.trainer.ids.exact_tables import vectors_of
@@ -96,26 +96,16 @@ def test_a_run_is_found_from_any_folder_and_is_no_model(
         log.read_version(Storage(made.run))
 
 
-def files_of(url: str) -> list[Path]:
-    return sorted(path for path in Path(url, BUNDLES).rglob("*") if path.is_file() and "vectors" not in path.parts)
-
-
 def test_each_file_is_verified(url: str, made: Exported, tmp_path: Path) -> None:
-    names = {path.name for path in files_of(url)}
-    assert names == {file.name for file in made.manifest.files}
-    used = names - {"network.pt2", "images.safetensors", "sample.parquet"}
-    for path in files_of(url):
+    paths = [path for path in Path(url, made.manifest.folder).iterdir() if path.is_file()]
+    assert {path.name for path in paths} == {file.name for file in made.manifest.files}
+    for path in paths:
         data = path.read_bytes()
+        is_opened = path.name not in ("network.pt2", "images.safetensors", "sample.parquet")
         for place in (0, len(data) // 2, len(data) - 1):
-            damaged = bytearray(data)
-            damaged[place] ^= 1
-            path.write_bytes(damaged)
-            bundle = None
+            path.write_bytes(flipped(data, place))
             with pytest.raises(BrokenBundleError, match=rf"{path.name} is damaged: its sha256"):
-                if path.name in used:
-                    open_bundle(url, tmp_path)
-                bundle = ModelVersion.open(url)
-                bundle.files.path(path.name)
+                open_bundle(url, tmp_path) if is_opened else ModelVersion.open(url).files.path(path.name)
         path.write_bytes(data[:-1])
         with pytest.raises(BrokenBundleError, match=rf"{path.name} has .* bytes instead of"):
             ModelVersion.open(url).files.path(path.name)
@@ -131,9 +121,7 @@ def test_a_damaged_manifest_or_choice_is_refused(url: str, tmp_path: Path) -> No
         path = Path(url, folder, f"{1:020}.json")
         data = path.read_bytes()
         for place in range(0, len(data), 7):
-            damaged = bytearray(data)
-            damaged[place] ^= 1
-            path.write_bytes(damaged)
+            path.write_bytes(flipped(data, place))
             with pytest.raises(BrokenBundleError, match=f"{folder}/{1:020}.json is damaged"):
                 open_bundle(url, tmp_path)
         path.write_bytes(data)
@@ -148,9 +136,7 @@ def test_damaged_vectors_and_a_store_of_them_that_was_made_anew_are_refused(
     vectors = Path(url, made.manifest.folder, "vectors", "images")
     (data_file,) = vectors.glob("data/*/*.parquet")
     data = data_file.read_bytes()
-    damaged = bytearray(data)
-    damaged[len(data) // 2] ^= 1
-    data_file.write_bytes(damaged)
+    data_file.write_bytes(flipped(data, len(data) // 2))
     with pytest.raises(BrokenBundleError, match=rf"{data_file.name} is damaged"):
         open_bundle(url, tmp_path)
     data_file.unlink()
@@ -167,22 +153,17 @@ def test_damaged_vectors_and_a_store_of_them_that_was_made_anew_are_refused(
         open_bundle(url, tmp_path)
 
 
-def test_leftovers_go_after_the_grace_time(url: str, made: Exported) -> None:
-    dead = Path(url, BUNDLES, "0123456789abcdef0123456789abcdef")
-    (dead / "vectors" / "images").mkdir(parents=True)
-    for name in ("ids-12.bin", ".tmp-1", "vectors/images/store.json"):
-        (dead / name).write_bytes(b"half")
-        os.utime(dead / name, (0, 0))
-    young = Path(url, BUNDLES, "fedcba9876543210fedcba9876543210")
-    young.mkdir()
-    (young / "schema.yaml").write_bytes(b"half")
-    before = sorted(path for path in Path(url, made.manifest.folder).rglob("*"))
+def test_an_export_removes_what_killed_ones_left_a_day_before(url: str, made: Exported) -> None:
+    """By the age of its files, however deep they are; what expiries remove is in test_expiry.py."""
+    dead, young = (Path(url, BUNDLES, digit * 32) for digit in "de")
+    for folder in (dead, young):
+        (folder / "vectors" / "images").mkdir(parents=True)
+        (folder / "vectors" / "images" / "store.json").write_bytes(b"half")
+    os.utime(dead / "vectors" / "images" / "store.json", (0, 0))
     export(url, made.run)
-    assert not dead.exists()
-    assert young.exists()
-    assert sorted(path for path in Path(url, made.manifest.folder).rglob("*")) == before
+    assert (dead.exists(), young.exists()) == (False, True)
     assert remove_leftovers(Storage(url), grace_s=-1) == [young.name]
-    assert log.known_versions(Storage(url)) == [1, 2]
+    assert versions_there(url) == [1, 2]
 
 
 def test_a_damaged_version_is_in_the_way_of_no_other(url: str, made: Exported, tmp_path: Path) -> None:
