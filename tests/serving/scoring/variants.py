@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from featurestore import ExtractorSpec, FeatureRows, FeatureStore, StoreInfo
+from featurestore import FeatureStore
 from featurestore.storage.storage import Storage
 from jobs.export_model import app as export_app
 from serving.bundle.export import ExportOptions, export_model, write_network
@@ -20,7 +20,7 @@ from serving.bundle.log import read_version
 from serving.bundle.manifest import BundleManifest
 from tests.cli import invoke
 from tests.running.shared import made_once, shared_folder
-from tests.trainer.conftest import Places, make_places
+from tests.trainer.conftest import Places, drawn_store, make_places
 from tests.trainer.samples.reading import rewrite
 from tests.trainer.whole_runs import run_alone
 from trainer.config import ModelConfig, Pooling
@@ -106,13 +106,8 @@ def placed(folder: Path) -> Places:
     """Samples with a column of every kind, images without two of them, and a second content."""
     places = make_places(folder)
     rewrite(places.folder / "samples", with_columns)
-    extractor = ExtractorSpec(
-        backbone="drawn", layer="texts", weights_digest="0", preprocessing="none", compute_dtype="float32"
-    )
-    info = StoreInfo(num_shards=8, dim=7, dtype="float32", extractor=extractor)
-    features_ND = np.random.default_rng(6).normal(size=(49, 7)).astype(np.float32)
-    texts = FeatureStore.create(places.folder / "texts", info)
-    texts.put(FeatureRows.of([f"item/{n}" for n in range(49)], features_ND, keys=np.arange(1_000, 1_049)))
+    features_ND = np.random.default_rng(6).normal(size=(49, 7))
+    drawn_store(places.folder / "texts", features_ND, first_key=1_000, num_shards=8)
     FeatureStore.open(places.folder / "features").delete(GONE)
     return places
 

@@ -12,7 +12,6 @@ from serving.scoring.request import Request, RequestColumns
 from serving.scoring.sent import SentTable, sent_requests, sent_table
 from trainer.schema.fields import Field, Schema
 
-GROUPS = "user"
 STANDARDIZED = {"transform": "standardize", "mean": [0.5], "std": [0.25]}
 SCHEMA = Schema(
     fields=tuple(
@@ -24,12 +23,8 @@ SCHEMA = Schema(
             {"name": "user_tags", "side": "user", "kind": "multi_id", "weights": "user_tag_weights"},
             {"name": "behavior_item", "side": "user", "kind": "multi_id", "table": "item"},
             {"name": "behavior_age", "side": "user", "kind": "multi_id", "buckets": "log2", "beside": "behavior_item"},
-            {
-                "name": "behavior_both",
-                "side": "user",
-                "kind": "multi_id",
-                "columns": ["behavior_item", "behavior_shop"],
-            },
+            {"name": "behavior_both", "side": "user", "kind": "multi_id"}
+            | {"columns": ["behavior_item", "behavior_shop"]},
             {"name": "behavior_image_id", "side": "user", "kind": "multi_id", "column": "behavior_image"},
             {"name": "behavior_image", "side": "user", "kind": "content"},
             {"name": "ad_item", "side": "ad", "kind": "id", "table": "item"},
@@ -89,7 +84,6 @@ def groups(draw: Any, *, in_texts: frozenset[str]) -> dict[str, Any]:
 LISTS = {"user_tags": 1, "user_tag_weights": 1, "ad_shops": 2, "ad_shop_weights": 2, "ad_shape": 2}
 LISTS |= {"user": 0, "user_age": 0, "user_size": 0}
 NUMBERS = {"user_age", "user_size", "user_tag_weights", "behavior_age", "ad_shop_weights", "ad_price", "ad_shape"}
-SCENE = {"ad_scene"}
 
 
 def table_of(rows: Sequence[Mapping[str, Any]], in_texts: frozenset[str]) -> pa.Table:
@@ -105,7 +99,7 @@ def table_of(rows: Sequence[Mapping[str, Any]], in_texts: frozenset[str]) -> pa.
 
 def request_of(row: Mapping[str, Any], *, scene_in_context: bool) -> Request:
     ads = {name: values for name, values in row.items() if name.startswith("ad_")}
-    context = {name: ads.pop(name)[0] for name in SCENE if scene_in_context}
+    context = {"ad_scene": ads.pop("ad_scene")[0]} if scene_in_context else {}
     user = {name: values for name, values in row.items() if not name.startswith("ad_") and name != "label"}
     return Request(user=user, context=context, candidates=ads)
 
