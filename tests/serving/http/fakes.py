@@ -51,8 +51,7 @@ class FakeModel:
 
     @cached_property
     def inputs(self) -> RequestColumns:
-        schema = load_schema()
-        return RequestColumns(schema, schema.fields)
+        return RequestColumns(load_schema(), self.fields)
 
     @cached_property
     def fields(self) -> Sequence[Field]:
@@ -148,6 +147,12 @@ async def client_of(scoring: Scoring, wait: bool = True) -> AsyncIterator[httpx2
         while wait and not scoring.live.is_ready:
             await asyncio.sleep(0.005)
         yield client
+
+
+def figures_of(text: str) -> dict[str, float]:
+    """Return what /metrics shows, by the name and the labels of each line."""
+    lines = [line.rpartition(" ") for line in text.splitlines() if line[0] != "#"]
+    return {name: float(value) for name, _, value in lines}
 
 
 def main() -> int:

@@ -19,7 +19,7 @@ from serving.http.app import Scoring
 from serving.http.codec import ARROW, JSON
 from serving.scoring.request import RequestColumns
 from tests.fuzz.mutate import stream_of
-from tests.serving.http.fakes import FakeModel, FakeSource, client_of, scoring_of, write_state
+from tests.serving.http.fakes import FakeModel, FakeSource, client_of, figures_of, scoring_of, write_state
 from trainer.schema.fields import load_schema
 
 pytestmark = pytest.mark.anyio
@@ -42,8 +42,7 @@ def table_of(*items: list[int]) -> pa.Table:
 
 
 async def figures(client: httpx2.AsyncClient) -> dict[str, float]:
-    lines = (await client.get("/metrics")).text.splitlines()
-    return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if line[0] != "#"}
+    return figures_of((await client.get("/metrics")).text)
 
 
 async def test_one_request_is_answered_by_one_object(client: httpx2.AsyncClient) -> None:
@@ -288,8 +287,8 @@ async def test_a_token_is_asked_for_except_by_health_checks(client: httpx2.Async
     for token in (TOKEN, "another-token-of-the-file"):
         given = {"authorization": f"Bearer {token}"}
         assert (await client.post("/v1/score", json=ONE, headers=given)).status_code == 200
-    figures = (await client.get("/metrics", headers=given)).text
-    assert 'serving_requests_total{code="401",route="other"} 16.0' in figures
+    text = (await client.get("/metrics", headers=given)).text
+    assert figures_of(text)['serving_requests_total{code="401",route="other"}'] == 16
 
 
 @pytest.mark.scorer(score_s=0.02, max_wait_ms=100)

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import subprocess
 import sys
 import threading
 import tomllib
@@ -14,6 +13,7 @@ from typing import Any, ClassVar
 
 import pytest
 
+from tests.cli import ran
 from tests.commands.calls import ROOT
 
 FILE = ROOT / "deploy" / "client" / "crossmedia_client.py"
@@ -101,8 +101,7 @@ def test_what_goes_wrong_is_one_error(client: ModuleType, server: str) -> None:
 def test_it_needs_no_other_package_and_is_what_its_package_installs(tmp_path: Path) -> None:
     (tmp_path / FILE.name).write_bytes(FILE.read_bytes())
     code = "import sys; sys.path.insert(0, '.'); import crossmedia_client; print(*sys.modules)"
-    line = [sys.executable, "-I", "-S", "-c", code]
-    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = ran(sys.executable, "-I", "-S", "-c", code, cwd=tmp_path)
     loaded = {name.partition(".")[0] for name in done.stdout.split()}
     assert "crossmedia_client" in loaded, done.stderr
     assert loaded - set(sys.stdlib_module_names) - {"crossmedia_client", "__main__"} == set()

@@ -1,6 +1,5 @@
 """Hot switch, warm-up and refusal of broken versions, in one process with a fake model."""
 
-import asyncio
 import contextlib
 import time
 from pathlib import Path
@@ -15,14 +14,13 @@ from serving.http.limits import RefusedError
 from serving.http.live import LiveModel, warm_up
 from serving.http.metrics import ServingMetrics
 from serving.scoring.request import Scored
-from tests.serving.http.fakes import FakeModel, FakeSource, client_of, scoring_of, write_state
+from tests.serving.http.fakes import FakeModel, FakeSource, figures_of, write_state
 
 pytestmark = pytest.mark.anyio
 
 
-def value_of(metrics: ServingMetrics, line: str) -> float:
-    found = [text for text in metrics.text().decode().splitlines() if text.startswith(f"{line} ")]
-    return float(found[0].rpartition(" ")[2]) if found else 0.0
+def figures(live: LiveModel) -> dict[str, float]:
+    return figures_of(live.metrics.text().decode())
 
 
 def live_of(folder: Path, **state: object) -> LiveModel:
@@ -48,8 +46,8 @@ async def test_a_newer_version_and_newer_vectors_are_switched_to_and_the_old_one
     write_state(tmp_path, version=1, vectors={"images": 6})  # a rollback is a switch like any other
     await live.poll_once()
     assert live.model.identity.version == 1
-    assert value_of(live.metrics, 'serving_switches_total{result="switched"}') == 3
-    assert value_of(live.metrics, "serving_model_version") == 1
+    found = figures(live)
+    assert (found['serving_switches_total{result="switched"}'], found["serving_model_version"]) == (3, 1)
     live.close()
     assert not live.is_ready
 
@@ -72,11 +70,11 @@ async def test_a_broken_version_is_refused_ever_more_seldom_and_the_old_one_stay
     write_state(tmp_path, version=2, broken=True)
     for _ in range(5):
         await live.poll_once()  # tried again after a pause only
-    assert value_of(live.metrics, refused) == 1
+    assert figures(live)[refused] == 1
     for _ in range(1000):
         clock.now_s += live.poll_s
         await live.poll_once()
-    assert 8 <= value_of(live.metrics, refused) <= 12
+    assert 8 <= figures(live)[refused] <= 12
     assert live.model.identity.version == 1
     write_state(tmp_path, version=2)
     clock.now_s += 1000
@@ -97,15 +95,6 @@ async def test_an_unreadable_place_is_told_once_and_retried(tmp_path: Path, capl
     await live.poll_once()
     assert live.model.identity.version == 2
     assert caplog.text.count("cannot look for a newer model") == 1
-
-
-async def test_the_first_model_has_to_load(tmp_path: Path) -> None:
-    scoring = scoring_of(FakeSource(write_state(tmp_path, version=1, broken=True)))
-    async with client_of(scoring, wait=False) as client:
-        while scoring.failure is None:
-            await asyncio.sleep(0.01)
-        assert (await client.get("/v2/health/ready")).status_code == 503
-    assert "network.pt2" in str(scoring.failure)
 
 
 class Counting(FakeModel):

@@ -1,39 +1,31 @@
-"""The server with a real bundle: the scorer's own scores in every form, newer vectors, and what the page shows.
+"""The server with a real bundle: newer vectors, and what the page shows, in every form.
 
 Switches under load are in test_workers.py, what a switch refuses in test_live.py."""
 
 import json
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from featurestore.store import FeatureStore
 from featurestore.upkeep.expiry import expire
 from serving.bundle.log import BundleIdentity
 from serving.bundle.open import ModelVersion
-from serving.http.codec import ARROW
 from serving.http.live import BundleSource
 from serving.scoring.request import Request
-from serving.scoring.scorer import Scorer
 from serving.settings import ServerSettings
-from tests.fuzz.mutate import stream_of
+from tests.cli import ran
 from tests.serving.http.conftest import NEW_IMAGE, Published
-from tests.serving.http.processes import ServerProcess, ended
+from tests.serving.http.processes import ROOT, ServerProcess, ended
 
-PAGE = Path(__file__).parents[3] / "docs" / "SERVE.md"
+PAGE = ROOT / "docs" / "SERVE.md"
 pytestmark = [pytest.mark.services, pytest.mark.long]
-
-ADS = ("ad_item", "ad_image", "ad_category", "ad_scene")
-USERS = ("user", "behavior_item", "behavior_image", "behavior_category")
 
 
 def one_image(key: int) -> dict[str, Any]:
@@ -60,22 +52,6 @@ def server(published: Published, tmp_path_factory: pytest.TempPathFactory) -> It
 
 def wait_for_vectors(server: ServerProcess, snapshot: int) -> None:
     server.wait_until(lambda: server.client.get("/").json()["vectors"]["images"] == snapshot)
-
-
-def test_json_and_arrow_have_the_scorers_scores(server: ServerProcess, bundle: Published) -> None:
-    table = pq.read_table(bundle.samples, columns=[*USERS, *ADS, "label"]).slice(0, 30)
-    sides = {"user": USERS, "candidates": ADS}
-    requests = [{side: {name: row[name] for name in sides[side]} for side in sides} for row in table.to_pylist()]
-    scored = Scorer.open(bundle.url).score([Request(**each) for each in requests])
-    together = server.client.post("/v1/score?logits=true", json=requests).json()["answers"]
-    answer = server.client.post("/v1/score", content=stream_of(table), headers={"content-type": ARROW})
-    by_arrow: list[Any] = pa.ipc.open_stream(answer.content).read_all()["logit"].to_pylist()
-    for request, expected, answer, row in zip(requests, scored, together, by_arrow, strict=True):
-        alone = server.client.post("/v1/score?logits=true", json=request).json()
-        for found in (alone["logits"], answer["logits"], row):
-            np.testing.assert_allclose(found, expected.logits_C, atol=1e-5)
-        np.testing.assert_allclose(alone["scores"], expected.probabilities(), atol=1e-6)
-        assert (alone["unknown"], alone["missing"]) == (answer["unknown"], answer["missing"])
 
 
 def test_a_new_image_needs_no_restart_and_old_vectors_expire(server: ServerProcess, published: Published) -> None:
@@ -111,8 +87,7 @@ def test_what_the_page_shows_works(
     """And what the server's first page says to try, copied as it is."""
 
     def in_shell(line: str) -> Any:
-        done = subprocess.run(["bash", "-c", line], cwd=tmp_path, capture_output=True, text=True, check=True)
-        return json.loads(done.stdout)
+        return json.loads(ran("bash", "-c", line, cwd=tmp_path).stdout)
 
     request = json.loads(blocks("json")[0])
     expected = server.client.post("/v1/score", json=request).json()
@@ -125,7 +100,7 @@ def test_what_the_page_shows_works(
     by_our_client, by_arrow, by_tensors = (
         code.replace("localhost:8080", f"{server.host}:{server.port}") for code in blocks("python")
     )
-    monkeypatch.syspath_prepend(Path(__file__).parents[3] / "deploy" / "client")
+    monkeypatch.syspath_prepend(ROOT / "deploy" / "client")
     names: dict[str, Any] = {"request": request}
     exec(by_our_client, names)
     assert names["scores"] == expected["scores"]

@@ -3,10 +3,8 @@
 import contextlib
 import json
 import os
-import re
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -18,7 +16,8 @@ import psutil
 import pytest
 
 from serving.http.metrics import FOLDER_VARIABLE, ServingMetrics
-from tests.serving.http.fakes import write_state
+from tests.cli import ran
+from tests.serving.http.fakes import figures_of, write_state
 from tests.serving.http.processes import ServerProcess, fake_server, post_head
 
 pytestmark = [pytest.mark.services, pytest.mark.long]
@@ -167,11 +166,9 @@ def test_two_workers_share_a_port_and_one_that_is_killed_comes_back(tmp_path: Pa
         assert len(failures) <= 4
         assert all("disconnected" in each or "Read" in each or "Connect" in each for each in failures)
         assert set(versions) == {3, 4}
-        text = server.client.get("/metrics").text
-        counted = float(re.findall("^serving_candidates_total (.*)", text, re.MULTILINE)[0])
-        assert len(versions) * 2 <= counted <= (len(versions) + 4) * 2
-        assert "serving_ready_workers 2.0" in text
-        assert "serving_model_version 4.0" in text
+        found = figures_of(server.client.get("/metrics").text)
+        assert len(versions) * 2 <= found["serving_candidates_total"] <= (len(versions) + 4) * 2
+        assert (found["serving_ready_workers"], found["serving_model_version"]) == (2, 4)
         pids = [each.pid for each in workers_of(server)]
         assert server.stop() == 0
         assert not any(psutil.pid_exists(pid) for pid in pids)
@@ -198,9 +195,8 @@ def test_a_first_model_that_cannot_be_loaded_ends_the_server_with_one_line(tmp_p
 def test_a_taken_port_is_one_line(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        words = [str(write_state(tmp_path, version=3)), f"port={port}"]
-        command = [sys.executable, "-m", "tests.serving.http.fakes", *words]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        state = write_state(tmp_path, version=3)
+        done = ran(sys.executable, "-m", "tests.serving.http.fakes", state, f"port={port}")
     assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
     assert f"error: cannot listen on --host 127.0.0.1 --port {port}: Address already" in done.stderr
 
