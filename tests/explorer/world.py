@@ -9,15 +9,11 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from explorer.places import Places
 from featurestore.keys import key_of_uri
 from tests.pipeline.conftest import draw_photo, encode_image
 from tests.trainer.conftest import Places as Settings
-from tests.trainer.conftest import nothing_drawn, sample_table
+from tests.trainer.conftest import change_column, nothing_drawn, write_samples
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -122,18 +118,12 @@ def _write_samples(world: World) -> None:
     """Write four days of training and one of test, whose items are the pictures; item 39 has one that nobody knows."""
     names = [*PLAIN, *HOSTILE, COPY, *ADDED, BROKEN]
     uris = [names[item % len(names)] for item in range(39)] + [UNKNOWN]
-    key_of_item = np.array([key_of_uri(uri) for uri in uris], np.int64)
-    serial = 0
-    for part, day, groups in (("train", 1, 60), ("train", 2, 60), ("train", 3, 60), ("train", 4, 60), ("test", 5, 80)):
-        table = sample_table(groups, seed=day, first_serial=serial)
-        serial += len(table["label"].combine_chunks().flatten())
-        for side in ("behavior", "ad"):
-            items = table[f"{side}_item"].combine_chunks()
-            keys = pa.array(key_of_item[items.flatten().to_numpy()])
-            place = table.schema.get_field_index(f"{side}_image")
-            table = table.set_column(place, f"{side}_image", pa.ListArray.from_arrays(items.offsets, keys))
-        (world.samples / part).mkdir(parents=True, exist_ok=True)
-        pq.write_table(table, world.samples / part / f"day=2026-01-{day:02}.parquet", row_group_size=20)
+    write_samples(world.samples / "train", [60] * 4, seed=1)
+    write_samples(world.samples / "test", [80], seed=5)
+    (world.samples / "test" / "day=2026-01-01.parquet").rename(world.samples / "test" / "day=2026-01-05.parquet")
+    for file in world.samples.glob("*/*.parquet"):
+        for name in ("behavior_image", "ad_image"):  # an item's number plus 1,000, until then
+            change_column(file, name, lambda rows: [[key_of_uri(uris[key - 1_000]) for key in row] for row in rows])
 
 
 def _train(world: World) -> None:

@@ -166,27 +166,6 @@ def test_all_images_are_looked_at_after_a_backup_went_another_way(world: World, 
     world.check()
 
 
-def test_after_a_restore_of_the_vectors_a_publish_brings_them_up_again(world: World) -> None:
-    world.put(1_050, 1_007)
-    world.publish()
-    restore(world.vectors, 1)
-    with pytest.raises(AssertionError):
-        world.check()
-    assert counts(world.publish()) == (1, 1, 0, 0)
-    world.check()
-
-
-def test_after_compaction_and_expiry_of_the_vectors_it_goes_on(world: World) -> None:
-    world.put(1_050)
-    world.publish()
-    compact(world.vectors, force=True)
-    expire(world.vectors, keep_last=1, keep_days=0, grace_days=0)
-    assert world.publish().committed is False
-    world.put(1_051)
-    assert counts(world.publish()) == (1, 0, 0, 0)
-    world.check()
-
-
 def test_a_restore_of_the_features_is_followed(world: World) -> None:
     world.put(1_050, 1_007)
     world.publish()

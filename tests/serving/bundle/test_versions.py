@@ -1,4 +1,5 @@
-"""Versions and the choice among them: numbered and immutable; damage is refused by name; ID rows are the trainer's."""
+"""Versions on a disk and on S3, and the choice among them: numbered and immutable; damage is refused by name; ID rows
+are the trainer's."""
 
 import json
 import os
@@ -12,14 +13,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from featurestore import FeatureRows
 from featurestore.errors import StorageError
 from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
 from featurestore.upkeep.compaction import compact
-from featurestore.upkeep.expiry import expire
+from featurestore.upkeep.expiry import expire as expire_snapshots
 from serving.bundle import log
 from serving.bundle.export import ExportOptions, export_model
-from serving.bundle.log import BundleIdentity, remove_leftovers
+from serving.bundle.files import find_damage
+from serving.bundle.images import network_for, publish
+from serving.bundle.log import BundleIdentity, expire, remove_leftovers
 from serving.bundle.manifest import BUNDLES
 from serving.bundle.open import Bundle, ModelVersion
 from serving.errors import BrokenBundleError, BundleNotFoundError
@@ -40,6 +44,12 @@ def made(exported: Variants) -> Exported:
 
 
 @pytest.fixture
+def exact(exported: Variants) -> Exported:
+    """Of exact tables, which have files of their own."""
+    return exported("exact")
+
+
+@pytest.fixture
 def url(made: Exported, tmp_path: Path) -> str:
     """A copy of a bundle with one version."""
     shutil.copytree(made.url, tmp_path / "model")
@@ -48,6 +58,15 @@ def url(made: Exported, tmp_path: Path) -> str:
 
 def open_bundle(url: str, tmp_path: Path, version: int | None = None) -> Bundle:
     return Bundle.open(url, version, cache_dir=tmp_path / "cache")
+
+
+def id_rows(bundle: Bundle, table: str) -> np.ndarray:
+    """Of ids with a row and of others."""
+    return bundle.ids.gather(12, bundle.ids.find([table], np.arange(200), np.array([200]))[0])
+
+
+KEYS = np.arange(995, 1_055)
+"""Of images that have a vector, and of others."""
 
 
 def test_exports_are_numbered_and_use_goes_back_and_forth(url: str, made: Exported, tmp_path: Path) -> None:
@@ -215,20 +234,16 @@ def test_a_full_disk_publishes_nothing(
 def test_open_vectors_outlive_their_files(url: str, tmp_path: Path) -> None:
     """They are expired, or all that is on the disk goes away: what is mapped stays."""
     bundle = open_bundle(url, tmp_path)
-    keys, ids = np.arange(995, 1_055), np.arange(50)
-    rows, _ = bundle.vectors["images"].lookup(keys)
-    of_ids = bundle.ids.gather(12, bundle.ids.find(["item"], ids, np.array([len(ids)]))[0])
+    rows, of_ids = bundle.vectors["images"].lookup(KEYS)[0], id_rows(bundle, "item")
     store = FeatureStore.open(bundle.vectors_url(bundle.manifest.vectors[0]))
-    store.delete(keys)
+    store.delete(KEYS)
     compact(store, force=True)
-    expire(store, keep_last=1, keep_days=0, grace_days=0)
-    np.testing.assert_array_equal(bundle.vectors["images"].lookup(keys)[0], rows)
+    expire_snapshots(store, keep_last=1, keep_days=0, grace_days=0)
+    np.testing.assert_array_equal(bundle.vectors["images"].lookup(KEYS)[0], rows)
     shutil.rmtree(url)
     shutil.rmtree(tmp_path / "cache")
-    np.testing.assert_array_equal(bundle.vectors["images"].lookup(keys)[0], rows)
-    np.testing.assert_array_equal(
-        bundle.ids.gather(12, bundle.ids.find(["item"], ids, np.array([len(ids)]))[0]), of_ids
-    )
+    np.testing.assert_array_equal(bundle.vectors["images"].lookup(KEYS)[0], rows)
+    np.testing.assert_array_equal(id_rows(bundle, "item"), of_ids)
     bundle.close()
 
 
@@ -248,6 +263,75 @@ def test_newer_vectors_are_opened_beside(url: str, tmp_path: Path) -> None:
     bundle.close()
     assert newer.vectors["images"].lookup(keys)[1].tolist() == [True, False]
     newer.close()
+
+
+def test_published_opened_and_brought_up_to_date(exact: Exported, s3_url: str, tmp_path: Path) -> None:
+    features = tmp_path / "features"
+    shutil.copytree(exact.places.folder / "features", features)
+    url = f"{s3_url}/models/ctr"
+    first = export(url, exact.run)
+    second = export(url, exact.run, use=False)
+    assert (first.version, second.version, log.version_in_use(Storage(url))) == (1, 2, 1)
+    here, there = Bundle.open(exact.url, cache_dir=tmp_path), Bundle.open(url, cache_dir=tmp_path / "cache")
+    for table in here.manifest.tables:
+        np.testing.assert_array_equal(*(id_rows(bundle, table.name) for bundle in (here, there)))
+    np.testing.assert_array_equal(*(bundle.vectors["images"].lookup(KEYS)[0] for bundle in (here, there)))
+
+    FeatureStore.open(features).put(FeatureRows.of(["new"], np.ones((1, 16), np.float32), keys=np.array([1_050])))
+    (of,) = there.manifest.vectors
+    vectors = FeatureStore.open(there.vectors_url(of))
+    report = publish(vectors, of, network_for(there, of), source_url=str(features))
+    assert (report.added, report.snapshot) == (1, 2)
+    assert BundleIdentity.newest(url) == BundleIdentity(1, {"images": 2})
+    newer = there.with_vectors()
+    assert not newer.vectors["images"].lookup(np.array([1_050]))[1].any()
+    assert remove_leftovers(Storage(url), grace_s=-1) == []
+
+
+def test_old_versions_go_and_what_is_damaged_is_found(exact: Exported, s3_url: str) -> None:
+    url = f"{s3_url}/ctr"
+    first, _ = export(url, exact.run), export(url, exact.run)
+    storage = Storage(url)
+    sample = f"{first.folder}/sample.parquet"
+    storage.write_bytes(sample, storage.read_bytes(sample)[:-1] + b"x")
+    assert find_damage(storage, first) == []
+    with pytest.raises(BrokenBundleError, match=rf"{storage.full(sample)} is damaged: its sha256 is not the one"):
+        Bundle.open(url, 1).files.path("sample.parquet")
+    storage.delete(sample)
+    with pytest.raises(BrokenBundleError, match=r"sample\.parquet is missing"):
+        Bundle.open(url, 1).files.path("sample.parquet")
+    report = expire(storage, keep_last=1, keep_days=0, grace_days=0)
+    assert (report.kept, report.expired) == ((2,), (1,))
+    assert report.num_bytes > sum(file.bytes for file in first.files)
+    assert storage.entries(first.folder) == []
+    assert find_damage(storage, log.read_version(storage)) == []
+
+
+def test_a_copy_is_fetched_once_and_again_where_it_is_damaged(exact: Exported, s3_url: str, tmp_path: Path) -> None:
+    url = f"{s3_url}/ctr"
+    manifest = export(url, exact.run)
+    Bundle.open(url, cache_dir=tmp_path).close()
+    copy = tmp_path / manifest.bundle_id / "ids-12.bin"
+    data, fetched = copy.read_bytes(), copy.stat().st_mtime_ns
+    Bundle.open(url, cache_dir=tmp_path).close()
+    assert copy.stat().st_mtime_ns == fetched
+    copy.write_bytes(data[:-1] + b"x")
+    Bundle.open(url, cache_dir=tmp_path).close()
+    assert copy.read_bytes() == data
+    assert [path.name for path in copy.parent.iterdir() if path.name.startswith(".tmp")] == []
+
+
+def test_copies_of_versions_that_nobody_opens_go(exact: Exported, s3_url: str, tmp_path: Path) -> None:
+    url = f"{s3_url}/ctr"
+    first, second = export(url, exact.run), export(url, exact.run)
+    Bundle.open(url, 1, cache_dir=tmp_path).close()
+    os.utime(tmp_path / first.bundle_id, (0, 0))
+    (tmp_path / "another").mkdir()
+    os.utime(tmp_path / "another", (0, 0))
+    Bundle.open(url, 2, cache_dir=tmp_path).close()
+    assert {path.name for path in tmp_path.iterdir()} == {second.bundle_id, "vectors", "another"}
+    assert (tmp_path / second.bundle_id).stat().st_mode & 0o077 == 0
+    Bundle.open(url, 1, cache_dir=tmp_path).close()
 
 
 IDS = np.r_[np.arange(-5, 70), 1_000:1_060, 2**62]

@@ -20,7 +20,7 @@ from explorer.data.impressions.explained import explain, on_missing, sentence, w
 from explorer.data.impressions.groups import PictureName
 from explorer.data.impressions.impression_list import score_first
 from explorer.data.impressions.open_runs import OpenedRun, TrainedRuns
-from explorer.errors import ExplorerError, NotHereError
+from explorer.errors import ExplorerError
 from explorer.places import Places as ShownPlaces
 from featurestore.store import FeatureStore
 from tests.explorer.world import World
@@ -191,15 +191,9 @@ def test_pictures_alone_are_samples_whose_pictures_have_a_column_of_their_own(ru
         return table
 
     rewrite(samples, with_looks)
-    common: dict[str, Any] = {
-        "train__max_steps": 12,
-        "optim__lr": 0.02,
-        "data__missing": "zeros",
-        "model__pooling": "multi_query",
-        "model__tables": f"{{{TABLES}}}",
-    }
+    common = {"data__missing": "zeros", "model__pooling": "multi_query", "model__tables": f"{{{TABLES}}}"}
     for name, own in {"together": {}, "apart": {"data__samples": samples, "data__schema_file": schema}}.items():
-        run_alone(runs.places, run__name=name, **common, **own)
+        run_alone(runs.places, run__name=name, train__max_steps=12, optim__lr=0.02, **common, **own)
     number = runs.with_history[0]
     pictures = [PictureName(key, None) for key in (1_004, 1_011, 1_020, 1_033)]
     with runs.use("together") as opened:
@@ -301,15 +295,6 @@ def test_a_picture_that_is_sent_for_a_new_ad(runs: Runs, monkeypatch: pytest.Mon
 def test_runs_without_pictures_or_of_other_features_take_none(kind: str, store: str, told: str, runs: Runs) -> None:
     with runs.use(kind) as opened, pytest.raises(ExplorerError, match=told):
         explained.score_sent(explain(opened, 1).group, 0, FeatureStore.open(runs.folder / store), b"")
-
-
-def test_what_is_not_there(runs: Runs) -> None:
-    with runs.use("lr") as opened:
-        for number, ad in ((60, None), (10**15, None), (0, 99)):
-            with pytest.raises(NotHereError):
-                explain(opened, number, ad)
-    with pytest.raises(NotHereError), runs.use("nobody"):
-        pass
 
 
 def test_a_closed_run_leaves_no_tables_also_where_something_refers_to_it(world: World) -> None:
