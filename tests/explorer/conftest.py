@@ -49,5 +49,5 @@ def changing_world(world: World, tmp_path: Path) -> World:
 @pytest.fixture(scope="session")
 def explorer(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """The explorer of the whole shop, as a process; for tests that only look."""
-    with serving(tmp_path_factory.mktemp("explorer"), *world.options(model=True)) as server:
+    with serving(tmp_path_factory.mktemp("explorer"), *world.options()) as server:
         yield server

@@ -1,7 +1,6 @@
-"""The explorer as a process, as a thread, as a folder of files, and without a server, with its pages as read."""
+"""The explorer as a process, as a thread, and without a server, with its pages as read."""
 
 import itertools
-import subprocess
 import sys
 import threading
 import time
@@ -19,17 +18,15 @@ from starlette.types import ASGIApp
 from explorer.html.site import Site
 from explorer.places import Places
 from explorer.server import application
-from tests.explorer.world import World
-from tests.serving.http.processes import ROOT, ServerProcess, ended
+from tests.serving.http.processes import ServerProcess, ended
 
 EXPLORER = [sys.executable, "-m", "explorer"]
 
 
 @contextmanager
-def serving(folder: Path, *options: object, verify: object = True) -> Iterator[ServerProcess]:
+def serving(folder: Path, *options: object) -> Iterator[ServerProcess]:
     """Run `python -m explorer` with these options on a free port; its log goes below `folder`."""
-    command = [*EXPLORER, *map(str, options), "--port", "0"]
-    with ended(ServerProcess(command, folder, verify)) as server:
+    with ended(ServerProcess([*EXPLORER, *map(str, options), "--port", "0"], folder)) as server:
         yield server
 
 
@@ -56,14 +53,6 @@ def pages_of(**places: object) -> Iterator[str]:
     named.check()
     with in_thread(application(Site(named))) as url:
         yield url
-
-
-def exported(world: World, out: Path, *options: object) -> str:
-    """Run `python -m explorer export`; return what it prints."""
-    command = [*EXPLORER, "export", str(out), *world.options(), *map(str, options)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout + done.stderr
 
 
 class Reading(HTMLParser):

@@ -17,7 +17,7 @@ from explorer import __main__ as command
 from explorer import server as app_module
 from explorer.errors import ExplorerError, NotHereError
 from explorer.html.query import Paging
-from explorer.html.site import LEFT_OUT, NavItem, PageKind, Site, address, file_of, relative, script_json
+from explorer.html.site import NavItem, PageKind, Site, address, file_of, relative, script_json
 from explorer.places import Places
 from explorer.server import COOKIE, HostGuard, LoginGuard, application, names_of
 from serving.http.limits import RefusedError
@@ -206,16 +206,6 @@ def test_json_in_a_script_cannot_end_it_and_is_the_same_json() -> None:
 def test_pages_of_a_list(asked: str, count: int, paging: tuple[int, int, int]) -> None:
     found = Paging.of(Request({"type": "http", "query_string": asked.encode()}), count, 4)
     assert (found.page, found.num_pages, found.first) == paging
-
-
-def test_a_frozen_site_lists_each_address_once_and_no_more_than_its_limit() -> None:
-    site = Site(Places(images="x"), frozen=True, most_files=4)
-    site.text("/", "home.html", title="x")
-    assert site.linked == ["/", "/static/style.css"]
-    site.nav = [NavItem("A", "/a"), NavItem("A again", "/a"), NavItem("B", "/b")]
-    text = site.text("/", "home.html", title="x")
-    assert site.linked == ["/", "/static/style.css", "/a"]
-    assert LEFT_OUT in text
 
 
 def test_addresses_are_quoted_and_each_has_a_plain_file_of_its_own() -> None:

@@ -50,10 +50,9 @@ class World:
         own = {name: getattr(self, name) for name in PLACES}
         return Places(**{name: place and str(place) for name, place in (own | others).items()})
 
-    def options(self, *, model: bool = False) -> list[str]:
-        """The options of `python -m explorer` that name these places."""
-        names = (*PLACES, "model") if model else PLACES
-        return [word for name in names for word in (f"--{name}", str(getattr(self, name)))]
+    def options(self) -> list[str]:
+        """The options of `python -m explorer` that name these places, and the bundle."""
+        return [word for name in (*PLACES, "model") for word in (f"--{name}", str(getattr(self, name)))]
 
     def copy(self, folder: Path) -> "World":
         """Copy everything, for a test that changes it; runs and bundle name the store of the first world."""

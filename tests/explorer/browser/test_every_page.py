@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.cli import ran
 from tests.explorer.browser.watching.chromium import DESK, NARROW, WIDE, cut, too_wide, violations, watched
 from tests.explorer.browser.watching.crawl import Site, crawl, routes, settle
-from tests.explorer.serving import exported, pages_of
+from tests.explorer.serving import EXPLORER, pages_of
 from tests.explorer.stores import make_store
 from tests.explorer.world import World
+from tests.serving.http.processes import ROOT
 from tools.browser.screenshots import MOST_BYTES, SHOTS, WIDTH, small, taken
 from trainer.runs.folder import DAYS_FILE
 
@@ -52,7 +54,8 @@ def shop(folder: Path, world: World) -> Iterator[str]:
 @contextmanager
 def export(folder: Path, world: World) -> Iterator[str]:
     """Files without a server, in a folder that was moved."""
-    exported(world, folder / "pages", "--model", world.model)
+    done = ran(*EXPLORER, "export", folder / "pages", *world.options(), cwd=ROOT, timeout=300)
+    assert done.returncode == 0, done.stderr
     yield ((folder / "pages").rename(folder / "moved elsewhere & renamed") / "index.html").as_uri()
 
 

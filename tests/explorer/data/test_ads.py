@@ -2,6 +2,7 @@
 
 import shutil
 from collections import Counter, defaultdict
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -20,14 +21,11 @@ from trainer.samples.index import open_index
 from trainer.samples.survey import write_part
 from trainer.schema.fields import Field, Schema, load_schema
 
-
-@pytest.fixture(scope="module")
-def schema() -> Schema:
-    return load_schema()
+SCHEMA = load_schema()
 
 
-def test_figures_are_those_of_a_loop_over_the_samples(world: World, schema: Schema) -> None:
-    found = count_ads(open_index(SoloComm(), str(world.samples), "test", schema), schema)
+def test_figures_are_those_of_a_loop_over_the_samples(world: World) -> None:
+    found = count_ads(open_index(SoloComm(), str(world.samples), "test", SCHEMA), SCHEMA)
     shown, clicked = Counter[int](), Counter[int]()
     category: dict[int, str] = {}
     for group in pq.read_table(world.samples / "test", partitioning=None).to_pylist():
@@ -49,7 +47,7 @@ def test_figures_are_those_of_a_loop_over_the_samples(world: World, schema: Sche
 
 
 @pytest.mark.parametrize("name", ["ad_price", "ad_Preis"])
-def test_prices_are_means_and_nulls_do_not_count(world: World, tmp_path: Path, schema: Schema, name: str) -> None:
+def test_prices_are_means_and_nulls_do_not_count(world: World, tmp_path: Path, name: str) -> None:
     table = pq.read_table(world.samples / "test", partitioning=None)
     lists, drawn, of = table["ad_image"].to_pylist(), np.random.default_rng(0), defaultdict(list)
     prices = [[None if drawn.random() < 0.3 else float(drawn.integers(1, 9)) for _ in each] for each in lists]
@@ -59,17 +57,17 @@ def test_prices_are_means_and_nulls_do_not_count(world: World, tmp_path: Path, s
     (tmp_path / "test").mkdir()
     table = table.append_column(name, pa.array(prices, pa.list_(pa.float64())))
     pq.write_table(table, tmp_path / "test" / "day=2026-01-05.parquet", row_group_size=20)
-    priced = Schema(**dict(schema) | {"fields": (*schema.fields, Field(name=name, side="ad", kind="dense"))})
-    found = count_ads(open_index(SoloComm(), str(tmp_path), "test", schema), priced)
+    priced = Schema(**dict(SCHEMA) | {"fields": (*SCHEMA.fields, Field(name=name, side="ad", kind="dense"))})
+    found = count_ads(open_index(SoloComm(), str(tmp_path), "test", SCHEMA), priced)
     expected = [np.mean(of[key]) if of[key] else np.nan for key in found.keys_I.tolist()]
     assert found.price_I.tolist() == pytest.approx(expected, nan_ok=True)
 
 
-def test_beyond_the_bound_samples_are_thinned(world: World, monkeypatch: pytest.MonkeyPatch, schema: Schema) -> None:
-    index = open_index(SoloComm(), str(world.samples), "test", schema)
-    assert count_ads(index, schema).impressions_I.sum() == index.num_samples
+def test_beyond_the_bound_samples_are_thinned(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = open_index(SoloComm(), str(world.samples), "test", SCHEMA)
+    assert count_ads(index, SCHEMA).impressions_I.sum() == index.num_samples
     monkeypatch.setattr(ads, "MOST_IMPRESSIONS", index.num_samples // 2)
-    part = count_ads(index, schema)
+    part = count_ads(index, SCHEMA)
     assert "of about" in part.note
     assert 0.3 < part.impressions_I.sum() / index.num_samples < 0.7
 
@@ -95,8 +93,7 @@ def test_categories_are_named_as_the_logs_name_them(world: World, tmp_path: Path
 
 
 def test_without_runs_or_samples_nothing_is_known_and_it_says_why(world: World, tmp_path: Path) -> None:
-    background = Background()
-    try:
+    with closing(Background()) as background:
         assert "name runs by --runs" in begin(Places(store=str(world.store)), background).result().note
         (tmp_path / "empty").mkdir()
         found = begin(world.places(samples=tmp_path / "empty"), background).result()
@@ -106,5 +103,3 @@ def test_without_runs_or_samples_nothing_is_known_and_it_says_why(world: World, 
         whole = begin(world.places(), background)
         assert whole is begin(world.places(), background)
         assert whole.result().impressions_I.sum() > 0
-    finally:
-        background.close()

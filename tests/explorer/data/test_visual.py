@@ -2,7 +2,6 @@
 
 import shutil
 
-import numpy as np
 import pyarrow as pa
 import pytest
 from safetensors.torch import load
@@ -11,7 +10,7 @@ from explorer.data import visual
 from explorer.data.background import Background
 from explorer.data.visual import begin_vectors, image_runs, visual_vectors
 from explorer.places import Places
-from featurestore import FeatureRows, FeatureStore, key_of_uri
+from featurestore import FeatureStore, key_of_uri
 from tests.explorer.world import UNKNOWN
 from trainer.runs import saved as export
 from trainer.runs.checkpoint import read_state
@@ -25,19 +24,18 @@ def _cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
-def by_key(found, column="vector"):
-    return dict(zip(found.table["key"].to_pylist(), found.table[column].to_pylist(), strict=True))
+def by_key(table, column="vector"):
+    return dict(zip(table["key"].to_pylist(), table[column].to_pylist(), strict=True))
 
 
 def test_they_are_what_the_export_has_and_are_computed_once(world, monkeypatch):
     seen = []
     found = visual_vectors(world.runs / "both", progress=lambda done, total: seen.append((done, total)))
     exported = pa.concat_tables(open_network(world.runs / "both").tables())
-    keys, uris = exported["key"].to_pylist(), exported["uri"].to_pylist()
-    expected = dict(zip(keys, exported[VECTOR].to_pylist(), strict=True))
-    assert by_key(found) == expected
+    expected = by_key(exported, VECTOR)
+    assert by_key(found.table) == expected
     assert seen[-1] == (len(expected), len(expected))
-    assert by_key(found, "uri") == dict(zip(keys, uris, strict=True))
+    assert by_key(found.table, "uri") == by_key(exported, "uri")
     before = pa.total_allocated_bytes()
     blocks = [dict(zip(keys_K.tolist(), vectors_KV.tolist(), strict=True)) for keys_K, vectors_KV in found.blocks()]
     assert {key: vector for block in blocks for key, vector in block.items()} == expected
@@ -47,18 +45,7 @@ def test_they_are_what_the_export_has_and_are_computed_once(world, monkeypatch):
 
     monkeypatch.setattr(export.ImageNetwork, "tables", None)  # nothing is computed again
     again = visual_vectors(world.runs / "both")
-    assert by_key(again) == expected and again.about == found.about
-
-
-def test_another_snapshot_or_store_has_its_own(world, tmp_path):
-    before = visual_vectors(world.runs / "both")
-    shutil.copytree(world.store, tmp_path / "moved")
-    store = FeatureStore.open(tmp_path / "moved")
-    store.put(FeatureRows.of(["new"], np.ones((1, store.info.dim), np.float32), keys=np.array([77])))
-    after = visual_vectors(world.runs / "both", store=store.url)
-    assert set(by_key(after)) == {*by_key(before), 77}
-    assert after.digest != before.digest
-    assert after.about["snapshot"] == before.about["snapshot"] + 1
+    assert by_key(again.table) == expected and again.about == found.about
 
 
 def test_only_runs_with_images_and_a_checkpoint_are_named(world, tmp_path):

@@ -63,9 +63,6 @@ def text_of(html: str) -> str:
     return " ".join(unescape(re.sub(r"<[^>]+>", " ", html)).split())
 
 
-"""A configuration of 500 bytes with 9^8 settings."""
-
-
 def test_the_list_has_every_run_with_settings_that_differ(pages: TestClient) -> None:
     html = page(pages, "/runs").replace("<wbr>", "")
     for name in ("both", "both-longer", "ids-only"):
@@ -177,7 +174,7 @@ def test_a_run_that_trains_is_live_until_it_ends(changing: TestClient, changing_
 @pytest.mark.parametrize(
     ("file", "content"),
     [
-        ("report.json", '{"metrics": {"ga'),
+        *(("report.json", content) for content in ('{"metrics": {"ga', "", "[1, 2]", "\x00\xff", '{"metrics": []}')),
         ("report.json", '{"metrics": {"gauc": null}}'),
         ("report.json", '{"stages": [], "stores": 3, "metrics": 4}'),
         ("report.json", '{"metrics": {"gauc": "high", "auc": [1], "logloss": true, "new_ad_auc": 1e999}}'),

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx2
@@ -43,15 +44,13 @@ def load(server: ServerProcess) -> Iterator[tuple[list[int], list[str]]]:
                 except httpx2.HTTPError as error:
                     failures.append(repr(error))
 
-    threads = [threading.Thread(target=ask) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    try:
-        yield versions, failures
-    finally:
-        ended.set()
-        for thread in threads:
-            thread.join()
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(4):
+            pool.submit(ask)
+        try:
+            yield versions, failures
+        finally:
+            ended.set()
 
 
 def workers_of(server: ServerProcess) -> list[psutil.Process]:

@@ -60,15 +60,6 @@ def test_a_run_without_a_report_runs_while_it_writes(runs: Path) -> None:
     assert facts(runs).state == "unfinished"
 
 
-@pytest.mark.parametrize("content", ['{"metrics": {"gauc": 0.', "", "[1, 2]", "\x00\xff", '{"metrics": []}'])
-def test_a_report_that_is_half_written_stops_nothing(runs: Path, content: str) -> None:
-    (runs / "both" / "report.json").write_text(content)
-    found = facts(runs)
-    assert found.metrics == {}
-    assert found.settings["train.max_steps"] == 12
-    assert bool(found.problems) == (content != '{"metrics": []}')
-
-
 @pytest.mark.parametrize(
     "content", ["model: {images: [", "- a\n- b\n", "", "\x00", "a: &a [1]\nb: *a\n", "a: 1\n" + "#" * 300_000]
 )
