@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 from starlette.testclient import TestClient
 
-from tests.explorer.serving import client_of, serving
+from tests.explorer.serving import Reader, client_of, serving
 from tests.explorer.world import World, complete, make_shop
 from tests.running.shared import made_once, own_cache, shared_folder
 from tests.serving.http.processes import ServerProcess
@@ -24,6 +24,12 @@ def shop(client: "Client", tmp_path_factory: pytest.TempPathFactory) -> World:
     folder = shared_folder(tmp_path_factory, "shop")
     made_once(folder, "shop", lambda: make_shop(folder, client))
     return World(folder)
+
+
+@pytest.fixture
+def reader(shop: World) -> Reader:
+    """Asks for the pages of the store and its pictures."""
+    return Reader(store=shop.store, images=shop.images)
 
 
 @pytest.fixture(scope="session")

@@ -1,11 +1,13 @@
 """The explorer as a process, as a thread, and without a server, with its pages as read."""
 
 import itertools
+import re
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -107,6 +109,13 @@ class Reading(HTMLParser):
 def client_of(places: Places, **site: Any) -> TestClient:
     """Make a client of the pages of some places, in this process; in a `with` block, one loop answers all requests."""
     return TestClient(application(Site(places, **site)))
+
+
+def whole(client: TestClient, address: str, part: str = "") -> str:
+    """Ask for a page, and for the part of it that it asks for by itself, until that is there."""
+    while waits := re.search(rf'hx-get="([^"]*{part}[^"]*)"', text := client.get(address, params=None).text):
+        address = unescape(waits[1])
+    return text
 
 
 class Reader:

@@ -107,9 +107,13 @@ def make_shop(folder: Path, client: "Client") -> World:
 
 def complete(world: World) -> World:
     """Add samples, three trained runs, and one of them published without its network, in some seconds."""
+    from serving.bundle.export import ExportOptions, export_model
+    from tests.serving.bundle.conftest import no_network
+
     _write_samples(world)
     _train(world)
-    _publish(world)
+    options = ExportOptions(run=world.runs / "both", use=True)
+    export_model(str(world.model), options, network=no_network)  # which no page needs
     return world
 
 
@@ -142,11 +146,3 @@ def _train(world: World) -> None:
     with nothing_drawn():  # no page has the plots of a report
         for name in ("both", "ids-only"):
             evaluate_run(RunSource(world.runs / name), SoloComm(), resamples=50)
-
-
-def _publish(world: World) -> None:
-    from serving.bundle.export import ExportOptions, export_model
-    from tests.serving.bundle.conftest import no_network
-
-    options = ExportOptions(run=world.runs / "both", use=True)
-    export_model(str(world.model), options, network=no_network)  # which no page needs

@@ -37,6 +37,7 @@ def chromium() -> Iterator[Browser]:
 
 
 Watched = Callable[..., AbstractContextManager[Page]]
+Tab = Callable[..., Page]
 
 
 @pytest.fixture
@@ -46,7 +47,7 @@ def watch(chromium: Browser) -> Watched:
 
 
 @pytest.fixture
-def tab(watch: Watched) -> Iterator[Callable[..., Page]]:
+def tab(watch: Watched) -> Iterator[Tab]:
     """The same for the length of the test: `page = tab(url)`, which is opened."""
     with ExitStack() as stack:
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.explorer.browser.conftest import Watched
+from tests.explorer.browser.conftest import Tab
 from tools import site
 
 pytestmark = pytest.mark.xdist_group("docs site")  # they share a page that is made once
@@ -17,21 +17,18 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_search_finds_words_and_leads_to_their_section(built: Path, watch: Watched) -> None:
-    with watch((built / "index.html").as_uri()) as page:
-        page.goto((built / "index.html").as_uri())
-        page.keyboard.press("/")
-        page.keyboard.type("SplitMix64", delay=20)
-        page.get_by_text("1. Keys, shards, order").first.click()
-        page.wait_for_url("**/FORMAT.html*")
-        assert page.get_by_role("heading", name="1. Keys, shards, order").is_visible()
+def test_search_finds_words_and_leads_to_their_section(built: Path, tab: Tab) -> None:
+    page = tab((built / "index.html").as_uri())
+    page.keyboard.press("/")
+    page.keyboard.type("SplitMix64", delay=20)
+    page.get_by_text("1. Keys, shards, order").first.click()
+    page.wait_for_url("**/FORMAT.html*")
+    assert page.get_by_role("heading", name="1. Keys, shards, order").is_visible()
 
 
 @pytest.mark.parametrize("name", ["index", "WHY", "TROUBLE"])
 @pytest.mark.parametrize("dark", [False, True])
-def test_pages_fit_a_phone_and_all_their_pictures_are_seen(built: Path, watch: Watched, name: str, dark: bool) -> None:
-    address = (built / f"{name}.html").as_uri()
-    with watch(address, width=375, dark=dark) as page:
-        page.goto(address)
-        assert page.evaluate("document.documentElement.scrollWidth") <= 375
-        assert page.evaluate("[...document.images].filter(image => !image.naturalWidth).map(image => image.src)") == []
+def test_pages_fit_a_phone_and_all_their_pictures_are_seen(built: Path, tab: Tab, name: str, dark: bool) -> None:
+    page = tab((built / f"{name}.html").as_uri(), width=375, dark=dark)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 375
+    assert page.evaluate("[...document.images].filter(image => !image.naturalWidth).map(image => image.src)") == []

@@ -36,34 +36,29 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("width", [WIDE, NARROW])
-def test_hostile_texts_are_inert(hostile: Path, width: int, dark: bool, watch) -> None:
-    with watch(hostile.as_uri(), width=width, dark=dark, bypass_csp=True) as page:  # axe-core is a script in the page
-        page.goto(hostile.as_uri())
-        assert page.seen.asked == [hostile.as_uri()]
-        assert too_wide(page) == []
-        assert violations(page) == ""
-        assert page.evaluate("document.scripts.length + document.links.length + document.forms.length") == 0
-        assert page.evaluate("[...document.images].every(each => each.naturalWidth > 0) && document.images.length > 0")
+def test_hostile_texts_are_inert(hostile: Path, width: int, dark: bool, tab) -> None:
+    page = tab(hostile.as_uri(), width=width, dark=dark, bypass_csp=True)  # axe-core is a script in the page
+    assert page.seen.asked == [hostile.as_uri()]
+    assert too_wide(page) == []
+    assert violations(page) == ""
+    assert page.evaluate("document.scripts.length + document.links.length + document.forms.length") == 0
+    assert page.evaluate("[...document.images].every(each => each.naturalWidth > 0) && document.images.length > 0")
 
 
-def test_a_wide_table_is_read_by_keyboard(hostile: Path, watch) -> None:
-    with watch(hostile.as_uri(), width=NARROW) as page:
-        page.goto(hostile.as_uri())
-        page.keyboard.press("Tab")
-        assert page.evaluate("document.activeElement.tagName") == "PRE"
-        before = page.evaluate("document.activeElement.scrollLeft")
-        page.keyboard.press("ArrowRight")
-        for _ in range(100):  # the page's policy forbids what playwright's own waiting would evaluate
-            if page.evaluate("document.activeElement.scrollLeft") > before:
-                return
-            page.wait_for_timeout(50)
-        pytest.fail("an arrow key does not move the table")
+def test_a_wide_table_is_read_by_keyboard(hostile: Path, tab) -> None:
+    page = tab(hostile.as_uri(), width=NARROW)
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.tagName") == "PRE"
+    before = page.evaluate("document.activeElement.scrollLeft")
+    page.keyboard.press("ArrowRight")
+    for _ in range(100):  # the page's policy forbids what playwright's own waiting would evaluate
+        if page.evaluate("document.activeElement.scrollLeft") > before:
+            return
+        page.wait_for_timeout(50)
+    pytest.fail("an arrow key does not move the table")
 
 
-def test_colours_follow_the_reader(hostile: Path, watch) -> None:
-    colours = []
-    for dark in (False, True):
-        with watch(hostile.as_uri(), dark=dark) as page:
-            page.goto(hostile.as_uri())
-            colours.append(page.evaluate("getComputedStyle(document.body).color"))
+def test_colours_follow_the_reader(hostile: Path, tab) -> None:
+    pages = [tab(hostile.as_uri(), dark=dark) for dark in (False, True)]
+    colours = [page.evaluate("getComputedStyle(document.body).color") for page in pages]
     assert colours == ["rgb(0, 0, 0)", "rgb(255, 255, 255)"]

@@ -4,6 +4,7 @@ import re
 import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow.parquet as pq
 import pytest
@@ -16,11 +17,6 @@ from featurestore.upkeep.remake import remake
 from tests.explorer.serving import Reader, Reading, client_of
 from tests.explorer.stores import make_store, rows, storied
 from tests.explorer.world import ADDED, BROKEN, COPIED, COPY, HOSTILE, PLAIN, UNKNOWN
-
-
-@pytest.fixture
-def reader(shop):
-    return Reader(store=shop.store, images=shop.images)
 
 
 @pytest.fixture
@@ -215,8 +211,6 @@ def test_images_are_filtered_and_sorted_over_all_shards(everything, reader):
     new = everything.read("/images", new="yes").uris()
     assert {*new} == {*ADDED, COPY}
     assert everything.read("/images", sort="new").uris()[: len(new)] == new
-    shown = re.findall(r"CTR 0\.\d+ of (\d+)", everything.read("/images", sort="impressions").text)
-    assert len(shown) > 10 and shown == sorted(shown, key=int, reverse=True)
     assert "name runs by --runs" in reader.read("/images", sort="ctr").text
     for bad in ({"sort": "x"}, {"new": "perhaps"}):
         assert "is not one of" in everything.read("/images", 400, **bad).text
@@ -234,7 +228,7 @@ def test_a_filter_stays_on_the_next_page_and_in_the_form(everything, monkeypatch
     assert '<option value="ctr" selected>' in html and 'value="shoe"' in html
 
 
-def test_the_list_is_polled_until_all_names_are_read(shop, monkeypatch):
+def test_the_list_is_polled_until_all_names_are_read(reader, monkeypatch):
     go, real = threading.Event(), pages.make_catalogue
 
     def later(*args):
@@ -242,7 +236,6 @@ def test_the_list_is_polled_until_all_names_are_read(shop, monkeypatch):
         return real(*args)
 
     monkeypatch.setattr(pages, "make_catalogue", later)
-    reader = Reader(store=shop.store, images=shop.images)
     answer = Reading(reader.client.get("/images", params={"folder": "shoes", "sort": "new"}).text)
     assert "Listing all images" in answer.text and answer.pictures == []
     (part,) = answer.live
@@ -280,22 +273,19 @@ def test_pictures_wait_for_each_other_and_after_a_while_for_none(reader, shop, m
         return real(*args)
 
     monkeypatch.setattr(pages, "feature_of_picture", slow)
-    data, answers = (shop.images / PLAIN[0]).read_bytes(), []
-    several = [threading.Thread(target=lambda: answers.append(send(reader, data).status_code)) for _ in range(2)]
-    with reader.client:  # one loop for all requests
-        several[0].start()
+    data = (shop.images / PLAIN[0]).read_bytes()
+    with reader.client, ThreadPoolExecutor(2) as pool:  # one loop for all requests
+        first = pool.submit(send, reader, data)
         assert started.wait(20)
         with monkeypatch.context() as impatient:
             impatient.setattr(pages, "_BUSY_S", 0.05)
             busy = send(reader, data)
-        assert (busy.status_code, answers) == (503, [])
+        assert (busy.status_code, first.done()) == (503, False)
         assert "try again" in Reading(busy.text).text
-        several[1].start()
+        second = pool.submit(send, reader, data)
         time.sleep(0.3)  # it waits for the first one
         goes_on.set()
-        for each in several:
-            each.join()
-    assert answers == [200, 200]
+        assert [each.result().status_code for each in (first, second)] == [200, 200]
 
 
 def test_a_damaged_feature_is_a_sentence_on_the_page(tmp_path):

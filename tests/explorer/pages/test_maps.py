@@ -18,19 +18,12 @@ from explorer.html.site import Site
 from explorer.places import Places
 from explorer.server import application
 from featurestore import FeatureRows, FeatureStore
-from tests.explorer.serving import client_of
+from tests.explorer.serving import client_of, whole
 from tests.explorer.world import World
 from tests.trainer.conftest import Places as Settings
 from tests.trainer.whole_runs import run_alone
 from trainer.runs.saved import network_widths, read_run
 from trainer.schema.fields import DEFAULT_SCHEMA
-
-
-def read(pages: TestClient, address: str) -> str:
-    """Ask for a map until it is there, or says why there is none."""
-    while "hx-get" in (text := pages.get(address, params=None).text):
-        assert "The map is being made" in text
-    return text
 
 
 def test_the_map_is_polled_until_it_is_there(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,9 +43,9 @@ def test_the_map_is_polled_until_it_is_there(world: World, monkeypatch: pytest.M
         assert "mapgrid" not in waiting
         assert part in unescape(waiting)
         go.set()
-        whole = read(pages, part)
-        assert "two principal components" in whole
-        assert whole.count("<li style=") == len(re.findall(r'<a href="/images/-?\d+"><img ', whole)) > 3
+        html = whole(pages, part)
+        assert "two principal components" in html
+        assert html.count("<li style=") == len(re.findall(r'<a href="/images/-?\d+"><img ', html)) > 3
         assert "hx-get" not in pages.get("/map?run=both").text
 
 
@@ -61,7 +54,7 @@ POINTS = r'href="(/map/points/[^"]*)" download="([^"]*)"'
 
 def test_its_file_is_parquet_also_after_a_newer_snapshot(changing_world: World) -> None:
     with client_of(changing_world.places()) as pages:
-        html = read(pages, "/map?run=both-longer&wait=map")
+        html = whole(pages, "/map?run=both-longer&wait=map")
         link, name = re.search(POINTS, html).groups()  # type: ignore[union-attr]
         store = FeatureStore.open(changing_world.store)
         store.put(FeatureRows.of(["new"], np.ones((1, store.info.dim), np.float32)))
@@ -73,7 +66,7 @@ def test_its_file_is_parquet_also_after_a_newer_snapshot(changing_world: World) 
 
 @pytest.mark.parametrize("colour", ["folder", "category", "ctr"])
 def test_each_colour_is_drawn(pages: TestClient, colour: str) -> None:
-    html = read(pages, f"/map?run=both&colour={colour}&wait=map")
+    html = whole(pages, f"/map?run=both&colour={colour}&wait=map")
     assert 'id="map"' in html
     assert "<script>alert" not in html
     assert "onerror=alert" not in re.sub(r"<script type=.*?</script>|\"[^\"]*\"", "", html)
@@ -87,14 +80,14 @@ def traces_of(html: str) -> list[dict[str, Any]]:
 
 
 def test_points_have_pages_and_pictures_groups_and_a_legend(pages: TestClient, world: World) -> None:
-    traces = traces_of(read(pages, "/map?run=both&colour=folder&wait=map"))
+    traces = traces_of(whole(pages, "/map?run=both&colour=folder&wait=map"))
     assert {"shoes", "new", "copies"} <= {trace["name"] for trace in traces}
     links = [each for trace in traces for each in trace["customdata"]]
     assert len(links) == 28
     for page, picture in links:
         assert pages.get(page).status_code == 200
         assert pages.get(picture).headers["content-type"] == "image/jpeg"
-    names = {trace["name"] for trace in traces_of(read(pages, "/map?run=both&colour=category&wait=map"))}
+    names = {trace["name"] for trace in traces_of(whole(pages, "/map?run=both&colour=category&wait=map"))}
     table = pq.read_table(world.samples / "test", partitioning=None)
     categories = {str(each) for row in table["ad_category"].to_pylist() for each in row}
     assert names - {"no category", "others"} <= categories and len(names) > 2
@@ -105,18 +98,18 @@ def test_points_lead_nowhere_in_an_export_and_without_their_store(world: World) 
         traces = traces_of(frozen.get("/map").text)
         assert all(each == [None, None] for trace in traces for each in trace["customdata"])
     with client_of(world.places(store=None)) as pages:
-        html = read(pages, "/map?run=both&wait=map")
+        html = whole(pages, "/map?run=both&wait=map")
         assert "mapgrid" in html and "/images/" not in html
 
 
 def test_a_search_rings_the_points_that_it_finds(pages: TestClient) -> None:
-    html = read(pages, "/map?run=both&q=SHOE-0&wait=map")
+    html = whole(pages, "/map?run=both&q=SHOE-0&wait=map")
     (found,) = [trace for trace in traces_of(html) if trace["name"] == "found"]
     assert len(found["x"]) == 9 and all("shoe-0" in text for text in found["text"])
     assert '9 of all points have “SHOE-0” in their names: ringed <a href="#points">on the map</a>' in html
     before, _, after = html.partition("<h2>One image for each part of the map</h2>")
     assert before.count('<a href="/images/') == 9 and '<h2 id="points">' in after  # what is found comes first
-    none = read(pages, "/map?run=both&q=nobody&wait=map")
+    none = whole(pages, "/map?run=both&q=nobody&wait=map")
     assert "0 of all points" in none
     assert not [trace for trace in traces_of(none) if trace["name"] == "found"]
 
@@ -125,7 +118,7 @@ def test_a_run_is_chosen_that_sees_images(pages: TestClient, tmp_path: Path) -> 
     html = pages.get("/map").text
     assert 'aria-current="true">run both</a>' in html
     assert "run=ids-only" not in html
-    blind = read(pages, "/map?run=ids-only&wait=map")
+    blind = whole(pages, "/map?run=ids-only&wait=map")
     assert "has no E for images, so no map; choose another run" in blind
     assert "--" not in blind.partition("<main")[2]
     assert "nothing to lay out" in client_of(Places(runs=str(tmp_path))).get("/map").text
@@ -140,18 +133,18 @@ def test_of_several_contents_each_has_its_map(world: World, tmp_path: Path) -> N
     run_alone(Settings(world.folder), run__name="two", run__dir=tmp_path / "runs", **two)
     places = world.places(runs=tmp_path / "runs")
     with client_of(places) as pages:
-        html = read(pages, "/map?run=two&wait=map")
+        html = whole(pages, "/map?run=two&wait=map")
         links = re.findall(r'<a href="([^"]*network[^"]*)"[^>]*>(images|ads)</a>', html)
         assert sorted(name for _, name in links) == sorted(network_widths(read_run(tmp_path / "runs" / "two")))
         assert html.count('aria-current="true">images<') == 1
         spots = []
         for link, name in links:
-            html = read(pages, f"{unescape(link)}&wait=map")
+            html = whole(pages, f"{unescape(link)}&wait=map")
             assert f'aria-current="true">{name}</a>' in html
             file = re.search(POINTS, html)[1]  # type: ignore[index]
             spots.append(pq.read_table(io.BytesIO(pages.get(file).content))["x"].to_pylist())
         assert len(spots) == 2 and spots[0] != spots[1]
-        other = read(pages, "/map?run=two&network=x&wait=map")
+        other = whole(pages, "/map?run=two&network=x&wait=map")
         assert "has no content &#39;x&#39;; it has images, ads" in other
     frozen = Site(places, frozen=True)
     with TestClient(application(frozen)) as pages:

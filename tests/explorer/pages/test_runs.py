@@ -14,7 +14,7 @@ from explorer.data.runs.folders import read_runs
 from explorer.errors import ExplorerError
 from explorer.places import Places
 from tests.cli import invoke
-from tests.explorer.serving import client_of
+from tests.explorer.serving import client_of, whole
 from tests.explorer.world import World
 from trainer.loop.summary import EventsFile
 from trainer.main import app as main
@@ -50,13 +50,6 @@ def page(pages: TestClient, address: str, status: int = 200) -> str:
     answer = pages.get(address)
     assert answer.status_code == status, answer.text
     return answer.text
-
-
-def whole(pages: TestClient, address: str) -> str:
-    """Ask for a page as it does itself until its differences are there."""
-    while part := re.search(r'hx-get="([^"]*wait=differences[^"]*)"', text := page(pages, address)):
-        address = unescape(part[1])
-    return text
 
 
 def text_of(html: str) -> str:
@@ -107,7 +100,7 @@ def test_runs_side_by_side_with_verdicts(pages: TestClient) -> None:
     (part,) = re.findall(r"<[^>]*hx-get[^>]*>", html)  # one request for both parts
     assert 'hx-select="#verdicts"' in part and 'hx-select-oob="#differences"' in part
     assert text_of(html).index("Settings that differ") < text_of(html).index("GAUC")
-    verdicts, differences = whole(pages, address).split('<div id="differences">')
+    verdicts, differences = whole(pages, address, "wait=differences").split('<div id="differences">')
     found = re.findall(
         r"is better than “ids-only”|is worse than “ids-only”|No significant difference", text_of(differences)
     )
@@ -122,7 +115,7 @@ def test_what_images_are_worth_is_linked_from_the_first_page(pages: TestClient, 
     assert IMAGES_ALONE.search(html)
     assert "both-longer" not in html
     assert html.index('id="verdicts"') < html.index("<h2>")  # what they are worth is told first
-    assert "in GAUC" in whole(pages, "/worth")
+    assert "in GAUC" in whole(pages, "/worth", "wait=differences")
     without = client_of(Places(runs=str(tmp_path)))
     assert "There are no runs" in page(without, "/runs")
     assert page(without, "/worth") and page(without, "/")
@@ -149,7 +142,7 @@ def test_days_of_trainer_daily_are_listed_opened_and_compared(changing: TestClie
     assert "Run daily/both" in text_of(opened) and 'id="loss"' in opened
     address = "/runs/compare?run=both-longer&run=daily%2Fboth"
     assert 'href="/runs/daily/both"' in page(changing, address)
-    said = text_of(whole(changing, address))
+    said = text_of(whole(changing, address, "wait=differences"))
     assert re.search("“daily/both” (and|is better than|is worse than) “both-longer” in GAUC", said)
 
 

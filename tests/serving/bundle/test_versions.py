@@ -27,7 +27,7 @@ from serving.bundle.log import BundleIdentity, expire, remove_leftovers
 from serving.bundle.manifest import BUNDLES
 from serving.bundle.open import Bundle, ModelVersion
 from serving.errors import BrokenBundleError, BundleNotFoundError
-from tests.faulty import Fault, fails, opened_faulty
+from tests.faulty import full_from
 from tests.serving.bundle.conftest import export, flipped, no_network, versions_there
 from tests.serving.scoring.variants import Exported, Variants
 from tests.trainer.conftest import Places
@@ -210,23 +210,11 @@ def test_a_run_that_has_not_ended_is_told_and_metrics_may_be_no_numbers(
     assert log.read_version(Storage(url), 4).metrics == {"auc": None}
 
 
-@pytest.mark.parametrize("at", [1, 4, 6, 8, 9])
-def test_a_full_disk_publishes_nothing(
-    url: str, made: Exported, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, at: int
-) -> None:
-    left = [at]
-
-    def full(write: Any, path: str, *data: bytes) -> Any:
-        left[0] -= BUNDLES in write.__self__.full(path)
-        return write(path, *data) if left[0] else fails("No space left on device")(write)
-
-    monkeypatch.setattr("serving.bundle.export.refuse_unsafe", lambda storage: None)
-    monkeypatch.setattr("featurestore.store.refuse_unsafe", lambda storage: None)
-    plan: dict[str, Fault] = {"open_output": full, "write_bytes": full}
-    opened_faulty(monkeypatch, plan, "serving.bundle.export", "featurestore.store")
-    with pytest.raises(StorageError, match="No space left on device"):
+@pytest.mark.parametrize("size_bytes", [100, 500, 2_000, 4_000, 8_000])
+def test_a_full_disk_publishes_nothing(url: str, made: Exported, tmp_path: Path, size_bytes: int) -> None:
+    """Whichever file is the first that is too large."""
+    with full_from(size_bytes), pytest.raises(StorageError, match="File too large"):
         export(url, made.run)
-    assert left[0] <= 0
     assert log.known_versions(Storage(url)) == [1]
     open_bundle(url, tmp_path).close()
 
@@ -355,7 +343,9 @@ def trained_ids(places: Places, bundle: Bundle) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("name", ["plain", *(pytest.param(name, marks=pytest.mark.long) for name in OTHERS)])
-def test_id_rows_are_those_that_the_trainer_reads(exported: Variants, name: str) -> None:
+def test_id_rows_are_those_that_the_trainer_reads_and_known_where_it_has_touched_them(
+    exported: Variants, name: str
+) -> None:
     """Of each table alone, and of all of them at once."""
     made, every = exported(name), {}
     with closing(open_trained(made.run, SoloComm())) as trained, closing(Bundle.open(made.url)) as bundle:
@@ -374,11 +364,6 @@ def test_id_rows_are_those_that_the_trainer_reads(exported: Variants, name: str)
         for one, other in zip(alone, together, strict=True):
             np.testing.assert_array_equal(one, other)
 
-
-@pytest.mark.parametrize("name", ["plain", *(pytest.param(name, marks=pytest.mark.long) for name in OTHERS)])
-def test_an_id_is_known_where_training_has_touched_its_row(exported: Variants, name: str) -> None:
-    made = exported(name)
-    with closing(open_trained(made.run, SoloComm())) as trained, closing(Bundle.open(made.url)) as bundle:
         for of, ids_in_training in trained_ids(made.places, bundle).items():
             table = trained.engine.tables[of]
             rows, known = bundle.ids.find([of], IDS, np.array([len(IDS)]))

@@ -103,3 +103,29 @@ def post_head(length: int, path: str = "/v1/score") -> bytes:
     return (
         f"POST {path} HTTP/1.1\r\nHost: scorer\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n\r\n"
     ).encode()
+
+
+CHUNKED = post_head(0).replace(b"Content-Length: 0", b"Transfer-Encoding: chunked")
+
+
+def read_all(connection: socket.socket) -> bytes:
+    """Everything until the server closes the connection."""
+    parts = []
+    with contextlib.suppress(ConnectionError):
+        while part := connection.recv(1 << 16):
+            parts.append(part)
+    return b"".join(parts)
+
+
+def codes_of(connection: socket.socket) -> list[bytes]:
+    """The status codes of all answers until the server closes the connection."""
+    return [part[:3] for part in read_all(connection).split(b"HTTP/1.1 ")[1:]]
+
+
+def send_on(connection: socket.socket, part: bytes, most: float) -> int:
+    """Send the same again and again, until the server closes the connection or so many bytes are sent; how many."""
+    sent = 0
+    with contextlib.suppress(ConnectionError):
+        while sent < most:
+            sent += connection.send(part)
+    return sent

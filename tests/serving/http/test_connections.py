@@ -18,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 from serving.http.limits import limit_writes, protocol_with
 from tests.explorer.serving import in_thread
 from tests.serving.http.fakes import write_state
-from tests.serving.http.processes import ServerProcess, fake_server, post_head
+from tests.serving.http.processes import CHUNKED, ServerProcess, codes_of, fake_server, post_head, read_all
 
 pytestmark = pytest.mark.services
 
@@ -32,29 +32,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     folder = tmp_path_factory.mktemp("connections")
     with fake_server(write_state(folder, version=3), folder, read_timeout_s=READ_TIMEOUT_S, max_body_mb=1.0) as server:
         yield server
-
-
-def read_all(connection: socket.socket) -> bytes:
-    """Everything until the server closes the connection."""
-    parts = []
-    with contextlib.suppress(ConnectionError):
-        while part := connection.recv(1 << 16):
-            parts.append(part)
-    return b"".join(parts)
-
-
-def codes_of(connection: socket.socket) -> list[bytes]:
-    """The status codes of all answers until the server closes the connection."""
-    return [part[:3] for part in read_all(connection).split(b"HTTP/1.1 ")[1:]]
-
-
-def send_on(connection: socket.socket, part: bytes, most: float) -> int:
-    """Send the same again and again, until the server closes the connection or so many bytes are sent; how many."""
-    sent = 0
-    with contextlib.suppress(ConnectionError):
-        while sent < most:
-            sent += connection.send(part)
-    return sent
 
 
 def read_answer(connection: socket.socket) -> bytes:
@@ -109,36 +86,6 @@ def test_a_client_that_goes_away_in_its_body_is_no_error_of_the_server(server: S
             connection.sendall(post_head(100) + b"{")
     assert is_answering(server)
     assert "bug" not in server.log()
-
-
-CHUNKED = post_head(0).replace(b"Content-Length: 0", b"Transfer-Encoding: chunked")
-
-
-TOO_MUCH: dict[str, tuple[bytes, bytes]] = {
-    "line": (b"GET /" + b"a" * 70_000 + b" HTTP/1.1\r\n\r\n", b""),
-    "header": (b"GET /v2 HTTP/1.1\r\nX: " + b"a" * 70_000 + b"\r\n\r\n", b""),
-    "count": (b"GET /v2 HTTP/1.1\r\n" + b"X: a\r\n" * 101 + b"\r\n", b""),
-    "lines": (b"GET /", b"a" * 10_000),
-    "headers": (b"GET /v2 HTTP/1.1\r\nX: ", b"a" * 10_000),
-    "spaces": (b"GET /v2 HTTP/1.1\r\nX:", b" " * 10_000),
-    "empty": (b"", b"\r\n" * 5_000),
-    "extension": (CHUNKED + b"1;", b"a" * 10_000),
-    "extensions": (CHUNKED, b"3e8;" + b"a" * 1_000 + b"\r\n" + b" " * 1_000 + b"\r\n"),
-    "trailer": (CHUNKED + b"0\r\nX: ", b"a" * 10_000),
-    "trailers": (CHUNKED + b"0\r\n" + b"X: a\r\n" * 101, b""),
-}
-"""What is sent first, and what is sent again and again."""
-
-
-@pytest.mark.parametrize("name", TOO_MUCH)
-def test_too_much_besides_a_body_gets_431(server: ServerProcess, name: str) -> None:
-    head, part = TOO_MUCH[name]
-    with server.connect() as connection:
-        connection.sendall(head)
-        sent = send_on(connection, part, 50e6) if part else 0
-        assert codes_of(connection) == [b"431"]
-    assert sent < 20e6  # what fits into the buffers of both ends
-    assert is_answering(server)
 
 
 def test_a_head_within_its_limits_is_answered(server: ServerProcess) -> None:
@@ -257,22 +204,6 @@ def test_of_too_many_small_bodies_the_slowest_is_refused(tmp_path: Path) -> None
         assert [read_all(connection)[:12] for connection in refused] == [b"HTTP/1.1 503"]
 
 
-@pytest.mark.parametrize("chunked", [False, True])
-def test_a_gigabyte_is_refused_without_being_read(server: ServerProcess, chunked: bool) -> None:
-    before_mb = server.memory_mb()
-    head, part = post_head(10**9), b" " * (1 << 16)
-    if chunked:
-        head, part = CHUNKED, b"%x\r\n%s\r\n" % (len(part), part)
-    with server.connect() as connection:
-        connection.sendall(head)
-        assert send_on(connection, part, 10**9) < 50e6
-    assert server.memory_mb() - before_mb < 50
-    with server.connect() as connection:  # one that waits for the answer gets it
-        connection.sendall(head if not chunked else head + part * 20)
-        assert b"413" in connection.recv(100)
-    assert is_answering(server)
-
-
 def test_a_client_that_never_reads_is_closed_and_holds_up_nobody(server: ServerProcess) -> None:
     before_mb = server.memory_mb()
     with server.connect() as connection:
@@ -296,17 +227,6 @@ def test_a_thousand_connections_are_kept_and_answered(server: ServerProcess) -> 
         for connection in connections:
             connection.sendall(b"GET /v2/health/live HTTP/1.1\r\nHost: scorer\r\n\r\n")
         assert all(read_answer(connection).startswith(b"HTTP/1.1 200") for connection in connections)
-
-
-NO_HTTP = [b"\x16\x03\x01\x02\x00\x01\x00", b"GET\r\n\r\n", b"\0" * 1000, b"GET / HTTP/9.9\r\n\r\n"]
-
-
-@pytest.mark.parametrize("text", NO_HTTP)
-def test_what_is_no_http_is_refused(server: ServerProcess, text: bytes) -> None:
-    with server.connect() as connection:
-        connection.sendall(text)
-        assert b"200" not in read_all(connection)[:30]
-    assert is_answering(server)
 
 
 def test_the_kernel_ends_a_client_that_reads_nothing() -> None:

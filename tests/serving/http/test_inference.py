@@ -168,14 +168,12 @@ def test_a_wrong_length_of_the_json_is_named(header: str) -> None:
         run_steps(split_body(b"{}", header, Budget()))
 
 
+def sent_as(datatype: str, *data: Any, name: str = "ad_item") -> dict[str, Any]:
+    return {"name": name, "datatype": datatype, "shape": [len(data)], "data": [*data]}
+
+
 def infer_body(**more: Any) -> dict[str, Any]:
-    items = {"name": "ad_item", "datatype": "INT64", "shape": [3], "data": [1, 2, 2000]}
-    return {"inputs": [items], **more}
-
-
-FLOATS = {"name": "ad_item", "datatype": "FP32", "shape": [1], "data": [1.5]}
-LARGE = {"name": "ad_item", "datatype": "UINT64", "shape": [1], "data": [2**63]}
-USER = {"name": "user", "datatype": "INT64", "shape": [1], "data": [1]}
+    return {"inputs": [sent_as("INT64", 1, 2, 2000)], **more}
 
 
 async def test_inference_by_json(client: httpx2.AsyncClient) -> None:
@@ -205,9 +203,14 @@ async def test_inference_by_json(client: httpx2.AsyncClient) -> None:
         ("ctr/infer", infer_body(outputs=[{"name": ["score"]}]), 400, "score"),
         ("ctr/infer", infer_body(outputs=3), 400, "outputs"),
         ("ctr/infer", infer_body(id=3), 400, "id"),
-        ("ctr/infer", {"inputs": [FLOATS]}, 400, "input ad_item[0] is 1.5, and has to be a whole number"),
-        ("ctr/infer", {"inputs": [USER]}, 400, "input ad_item is missing, expected a list with"),
-        ("ctr/infer", {"inputs": [LARGE]}, 400, "input ad_item[0] is 9223372036854775808, bey"),
+        ("ctr/infer", {"inputs": [sent_as("FP32", 1.5)]}, 400, "input ad_item[0] is 1.5, and has to be a whole number"),
+        (
+            "ctr/infer",
+            {"inputs": [sent_as("INT64", 1, name="user")]},
+            400,
+            "input ad_item is missing, expected a list with",
+        ),
+        ("ctr/infer", {"inputs": [sent_as("UINT64", 2**63)]}, 400, "input ad_item[0] is 9223372036854775808, bey"),
     ],
 )
 async def test_mistakes_of_inference_are_told(

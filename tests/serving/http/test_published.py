@@ -1,6 +1,6 @@
 """The server with a real bundle: newer vectors, and what the page shows, in every form.
 
-Switches under load are in test_workers.py, what a switch refuses in test_live.py."""
+Switches under load are in test_workers.py, what a switch refuses in test_app.py."""
 
 import json
 import re

@@ -61,12 +61,15 @@ def test_sigterm_lets_what_has_begun_end_and_nothing_else_keep_the_server(tmp_pa
     """A request that runs, and one of a connection that is there, are answered; a connection that is idle is closed."""
     slow, begun = {"candidates": {"ad_item": [987]}}, tmp_path / "begun"
     state = write_state(tmp_path, version=3, score_s=0.5, slow_item=987, begun=str(begun))
-    with fake_server(state, tmp_path, drain_s=60) as server, server.connect() as connection, server.connect() as silent:
-        client, answers = server.client, list[httpx2.Response]()
-        ask = lambda: answers.append(httpx2.post(f"{server.url}/v1/score", json=slow, timeout=30))  # noqa: E731
+    with (
+        fake_server(state, tmp_path, drain_s=60) as server,
+        ThreadPoolExecutor(1) as pool,
+        server.connect() as connection,
+        server.connect() as silent,
+    ):
+        client = server.client
         assert "connection" not in client.post("/v1/score", json=ONE).headers
-        asking = threading.Thread(target=ask)
-        asking.start()
+        asked = pool.submit(httpx2.post, f"{server.url}/v1/score", json=slow, timeout=30)
         server.wait_until(begun.exists)
         start_s = time.monotonic()
         os.kill(server.process.pid, signal.SIGTERM)
@@ -80,8 +83,7 @@ def test_sigterm_lets_what_has_begun_end_and_nothing_else_keep_the_server(tmp_pa
         assert server.process.wait(20) == 0
         assert time.monotonic() - start_s < 10
         assert silent.recv(1) == b""
-        asking.join()
-        assert answers[0].status_code == 200
+        assert asked.result().status_code == 200
         with pytest.raises(httpx2.ConnectError):
             httpx2.get(server.url)
         assert "stopped" in server.log()

@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import shutil
 import zipfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -213,12 +214,6 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(made.url) / made.manifest.folder
 
 
-def copied(folder: Path, to: Path) -> Path:
-    for name in (PORTABLE, compiled_name()):
-        (to / name).write_bytes((folder / name).read_bytes())
-    return to
-
-
 @pytest.mark.long(5)
 @pytest.mark.timeout(900)  # it compiles a network
 class TestFiles:
@@ -232,7 +227,7 @@ class TestFiles:
                 archive.writestr("network/data", "nothing")
 
     def test_code_of_another_machine(self, small: Path, tmp_path: Path) -> None:
-        copied(small, tmp_path)
+        shutil.copytree(small, tmp_path, dirs_exist_ok=True)
         (tmp_path / compiled_name()).rename(tmp_path / "network-aarch64-default-0123456789ab.pt2")
         network = ServedNetwork.load(tmp_path)
         assert network.form == "portable"
@@ -240,7 +235,7 @@ class TestFiles:
 
     def test_code_that_this_machine_cannot_load(self, small: Path, tmp_path: Path) -> None:
         """As where its libraries are older: an archive that is whole, with a library that is none."""
-        copied(small, tmp_path)
+        shutil.copytree(small, tmp_path, dirs_exist_ok=True)
         compiled = tmp_path / compiled_name()
         with zipfile.ZipFile(small / compiled_name()) as old, zipfile.ZipFile(compiled, "w") as new:
             for name in old.namelist():

@@ -111,7 +111,7 @@ def test_a_row_whose_logit_is_not_finite_ends_both_by_its_name(variants: Variant
         found = score(*options, *samples, "--out", tmp_path / "scores.parquet", code=1)
         assert re.search(r"column ad_shape(\[\d\])? has 3.4e\+38", found.stderr), found.stderr
     found = check(model.url, *samples, code=1)
-    assert f"{file}, from row 0: the table, row 3: column ad_shape" in found.stderr
+    assert f"{file}, from row 0: the table, row 3: column ad_shape[0] has 3.4e+38" in found.stderr
 
 
 @pytest.mark.services

@@ -58,7 +58,7 @@ class Seen:
 
     def _request(self, request: Request) -> None:
         self.asked.append(request.url)
-        if not self._is_ours(request.url):
+        if not request.url.startswith(WITHOUT_SERVER) and origin_of(request.url) != self.origin:
             self.problems.append(f"request to another host: {request.url}")
 
     def _failed(self, request: Request) -> None:
@@ -68,9 +68,6 @@ class Seen:
     def _response(self, response: Response) -> None:
         if response.status >= 400 and response.status not in self.expected_status:
             self.problems.append(f"{response.status}: {response.url}")
-
-    def _is_ours(self, url: str) -> bool:
-        return url.startswith(WITHOUT_SERVER) or origin_of(url) == self.origin
 
 
 @contextmanager

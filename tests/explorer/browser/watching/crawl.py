@@ -52,19 +52,16 @@ def routes() -> list[Route]:
     return [route for route in application(explorer.html.site.Site(places)).routes if isinstance(route, Route)]
 
 
-def route_of(path: str) -> str:
-    """Name the route of an address, e.g. /images/{key}; the address itself where there is none."""
-    scope = {"type": "http", "method": "GET", "path": unquote(path)}
-    return next((route.path for route in routes() if route.matches(scope)[0] == Match.FULL), path)
-
-
 def kind_of(url: str) -> str:
-    """Name the kind of a page: its route and the names of its parameters; of a file, its first words."""
+    """Name the kind of a page: its route, e.g. /images/{key}, and the names of its parameters; of a file, its first
+    words. An address that has no route is a kind of its own."""
     parts = urlsplit(url)
     if parts.scheme == "file":  # pages/store-snapshots-5-kind-added-0123456789abcdef.html
         return re.match(r"([a-z]+-?){0,2}", parts.path.rpartition("/")[2])[0]
     names = sorted({name for name, _ in parse_qsl(parts.query, keep_blank_values=True)})
-    return route_of(parts.path) + (f"?{'&'.join(names)}" if names else "")
+    scope = {"type": "http", "method": "GET", "path": unquote(parts.path)}
+    kind = next((route.path for route in routes() if route.matches(scope)[0] == Match.FULL), parts.path)
+    return kind + (f"?{'&'.join(names)}" if names else "")
 
 
 def settle(page: Page) -> None:
