@@ -16,7 +16,8 @@ from serving.bundle.files import WrittenFiles
 from serving.bundle.manifest import BUNDLES, NETWORK, BundleManifest
 from tests.featurestore.storage.test_paths import sealed
 from tests.running.shared import made_once
-from tests.serving.scoring.variants import Exported, Variants, shared_places, trained
+from tests.serving.scoring.variants import Exported, Variants, shared_places
+from tests.serving.scoring.variants import exported as exported_variant
 from trainer.runs.saved import SavedRun
 
 
@@ -69,11 +70,4 @@ def versions_there(url: object) -> list[int]:
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Variants:
     """Gives a variant by its name; tests only read it."""
     places = shared_places(tmp_path_factory)
-
-    @cache
-    def get(name: str) -> Exported:
-        run, url = trained(places, name), str(places.folder / "bundles" / name)
-        made_once(places.folder, f"bundle-{name}", lambda: export(url, run))
-        return Exported(run, url, places)
-
-    return get
+    return cache(lambda name: exported_variant(places, name, "bundles", export))

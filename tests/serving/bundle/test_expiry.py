@@ -161,18 +161,14 @@ def test_a_choice_of_what_has_just_gone_is_undone(versions: Versions, monkeypatc
 
 def test_a_version_that_is_chosen_meanwhile_stays(versions: Versions, monkeypatch: pytest.MonkeyPatch) -> None:
     """`use` has written its choice, and looks whether the version is there, when its manifest has just gone."""
-    real = log.known_versions
-    looks = 0
+    real, report = log.known_versions, list[BundleExpireReport]()
 
     def known(storage: Storage) -> list[int]:
-        nonlocal looks
-        looks += 1
-        if looks == 2:  # after the choice was written
+        if log.version_in_use(storage) == 1:  # the choice was written
             monkeypatch.setattr(log, "known_versions", real)
             report.append(versions.expire())
         return real(storage)
 
-    report: list[BundleExpireReport] = []
     monkeypatch.setattr(log, "known_versions", known)
     log.use(versions.storage, 1)
     assert report[0].expired == (2, 3)

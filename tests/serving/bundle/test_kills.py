@@ -61,8 +61,7 @@ def test_a_killed_export_shows_all_of_a_version_or_nothing(
     made, url = exported("exact"), str(tmp_path / "model")
     monkeypatch.setattr("serving.bundle.export.refuse_unsafe", lambda storage: None)
     monkeypatch.setattr("featurestore.store.refuse_unsafe", lambda storage: None)
-    seen = set()
-    storage = Storage(url)
+    seen, storage = set(), Storage(url)
     for _ in deaths(lambda: export(url, made.run), url, made.url, tmp_path / "trace", step):
         known, in_use = log.known_versions(storage), log.version_in_use(storage)
         assert (known, in_use) in (([1], 1), ([1, 2], 1), ([1, 2], 2))
@@ -75,7 +74,6 @@ def test_a_killed_export_shows_all_of_a_version_or_nothing(
 
 @EVERY
 def test_a_killed_publish_shows_all_of_it_or_nothing(exported: Variants, tmp_path: Path, step: int) -> None:
-    (tmp_path / "world").mkdir()
     world = World(exported("plain"), tmp_path / "world")
     world.put(1_050, 1_051, 1_007)
     world.source.delete([1_010])

@@ -3,6 +3,7 @@
 import shutil
 from contextlib import closing
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -11,7 +12,6 @@ import torch
 from featurestore import FeatureRows, FeatureStore
 from featurestore.errors import AnotherStoreError
 from featurestore.format import shard
-from featurestore.format.datafile import DataFile
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.expiry import expire
 from featurestore.upkeep.history import restore
@@ -97,30 +97,22 @@ def test_new_changed_and_removed_images_in_one_commit(world: World) -> None:
     assert manifest.mirrors.version == 4
 
 
-def test_only_what_differs_is_looked_at(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_what_differs_is_looked_at(world: World) -> None:
     """Features of two files, and E on two images; the newer feature of one that changed twice."""
     world.put(1_050, 1_007)
     world.put(1_007)
-    looked: list[int] = []
-    rows, read, rows_of_groups = images.visual_vectors, [], shard._rows_of_groups
-
-    def noting(network: object, features: np.ndarray) -> object:
-        looked.append(len(features))
-        return rows(network, features)
-
-    def noting_files(file: DataFile, *arguments: object) -> object:
-        read.append(file.path)
-        return rows_of_groups(file, *arguments)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(images, "visual_vectors", noting)
-    monkeypatch.setattr(shard, "_rows_of_groups", noting_files)
-    world.publish()
-    assert looked == [2]
+    with (
+        mock.patch.object(images, "visual_vectors", wraps=images.visual_vectors) as looked,
+        mock.patch.object(shard, "_rows_of_groups", wraps=shard._rows_of_groups) as opened,
+    ):
+        world.publish()
+    assert [len(call.args[1]) for call in looked.call_args_list] == [2]
+    read = {call.args[0].path for call in opened.call_args_list}
     manifests = [world.source.snapshot(version).manifest for version in (2, 4)]
     full = world.source.storage.full
     old, new = ({full(entry.path) for entry in manifest.entries} for manifest in manifests)
-    assert set(read) & (old | new) <= new - old
-    assert set(read) & new
+    assert read & (old | new) <= new - old
+    assert read & new
     world.check()
 
 

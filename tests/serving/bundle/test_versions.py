@@ -237,19 +237,15 @@ def test_open_vectors_outlive_their_files(url: str, tmp_path: Path) -> None:
 
 def test_newer_vectors_are_opened_beside(url: str, tmp_path: Path) -> None:
     bundle = open_bundle(url, tmp_path)
-    assert BundleIdentity.newest(url) == bundle.identity
-    store = FeatureStore.open(bundle.vectors_url(bundle.manifest.vectors[0]))
-    store.delete([1_000])
+    FeatureStore.open(bundle.vectors_url(bundle.manifest.vectors[0])).delete([1_000])
     newer = bundle.with_vectors()
     assert BundleIdentity.newest(url) == newer.identity == BundleIdentity(1, {"images": 2})
     assert Bundle.open(url, vectors={"images": 1}, cache_dir=tmp_path / "cache").identity == bundle.identity
     assert newer.vectors["images"].time_s > bundle.vectors["images"].time_s
     assert newer.ids is bundle.ids
-    keys = np.array([1_000, 1_001])
-    assert newer.vectors["images"].lookup(keys)[1].tolist() == [True, False]
-    assert bundle.vectors["images"].lookup(keys)[1].tolist() == [False, False]
+    assert not bundle.vectors["images"].lookup(np.array([1_000, 1_001]))[1].any()
     bundle.close()
-    assert newer.vectors["images"].lookup(keys)[1].tolist() == [True, False]
+    assert newer.vectors["images"].lookup(np.array([1_000, 1_001]))[1].tolist() == [True, False]
     newer.close()
 
 

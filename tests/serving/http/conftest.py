@@ -47,7 +47,7 @@ class Published:
 
 
 @pytest.fixture(scope="session")
-def published_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Published:
     """A variant as version 1, and another one as version 2, with their store and samples; made once a test run."""
     folder, places = shared_folder(tmp_path_factory, "published"), shared_places(tmp_path_factory)
 
@@ -58,12 +58,7 @@ def published_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
         export(trained(places, "mlp_concat"), str(folder / "models" / "ctr"), use=False)
 
     made_once(folder, "published", publish)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def bundle(published_once: Path) -> Published:
-    return Published(published_once)
+    return Published(folder)
 
 
 @pytest.fixture

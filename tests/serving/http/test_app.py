@@ -415,17 +415,6 @@ async def test_what_a_transform_or_the_network_cannot_take_is_422_in_each_form(
     assert answer.status_code == 422 and "ad_shape[0] has 3.4e+38" in answer.json()["error"]
 
 
-async def test_the_first_page_has_an_example_that_is_scored(client: httpx2.AsyncClient, scoring: Scoring) -> None:
-    about = (await client.get("/")).json()
-    example = (await client.get("/v1/example")).json()
-    assert about["example"] == example
-    assert {*example["user"], *example["candidates"]} == {*scoring.live.model.inputs.sources}
-    answer = await client.post("/v1/score", json=example)
-    assert answer.status_code == 200, answer.text
-    assert len(answer.json()["scores"]) == len(example["candidates"]["ad_item"]) == 3
-    assert about["try"].startswith("curl -s ") and '"' not in about["try"] and "$TOKEN" not in about["try"]
-
-
 async def test_openapi_describes_all_addresses_and_bodies(client: httpx2.AsyncClient, scoring: Scoring) -> None:
     found = (await client.get("/openapi.json")).json()
     assert found["openapi"] == "3.1.0"
@@ -440,6 +429,8 @@ async def test_openapi_describes_all_addresses_and_bodies(client: httpx2.AsyncCl
     body = post["requestBody"]["content"]["application/json"]
     answered = post["responses"]["200"]["content"]["application/json"]["schema"]
     example = body["example"]
+    assert example == (await client.get("/v1/example")).json() == (await client.get("/")).json()["example"]
+    assert {*example["user"], *example["candidates"]} == {*scoring.live.model.inputs.sources}
     for sent in (example, [example], {"requests": [example] * 2}):
         check(sent, body["schema"])
         check((await client.post("/v1/score", json=sent)).json(), answered)

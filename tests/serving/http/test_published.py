@@ -34,10 +34,10 @@ def one_image(key: int) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def published(published_once: Path, tmp_path_factory: pytest.TempPathFactory) -> Published:
+def published(bundle: Published, tmp_path_factory: pytest.TempPathFactory) -> Published:
     """A copy of the bundle that the tests of this file change."""
     folder = tmp_path_factory.mktemp("changing") / "published"
-    shutil.copytree(published_once, folder)
+    shutil.copytree(bundle.folder, folder)
     return Published(folder)
 
 

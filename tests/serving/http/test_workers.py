@@ -107,18 +107,12 @@ def connect_again_and_again(server: ServerProcess, answers: list[bytes], lost: l
 @pytest.mark.parametrize("workers", [1, 2])
 def test_no_request_of_a_client_that_reconnects_is_lost(tmp_path: Path, workers: int) -> None:
     """A connection that the kernel has begun gets its answer, also in the last moment; later ones are refused."""
-    with fake_server(write_state(tmp_path, version=3), tmp_path, workers=workers) as server:
-        answers, lost = list[bytes](), list[OSError]()
-        of_all = (server, answers, lost)
-        clients = [threading.Thread(target=connect_again_and_again, args=of_all, daemon=True) for _ in range(8)]
-        for client in clients:
-            client.start()
+    answers, lost, state = list[bytes](), list[OSError](), write_state(tmp_path, version=3)
+    with ThreadPoolExecutor(8) as pool, fake_server(state, tmp_path, workers=workers) as server:
+        clients = [pool.submit(connect_again_and_again, server, answers, lost) for _ in range(8)]
         server.wait_until(lambda: len(answers) >= len(clients))
         assert server.stop(signal.SIGTERM) == 0
-        for client in clients:
-            client.join(30)
-            assert not client.is_alive()
-        assert (set(answers), lost) == ({b"HTTP/1.1 200"}, [])
+    assert (set(answers), lost) == ({b"HTTP/1.1 200"}, [])
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -90,9 +90,8 @@ def test_matrix_has_every_kind() -> None:
 
 def changed(request: Request, **columns: Any) -> Request:
     """The request with other columns of the user or of candidates."""
-    user = {name: columns.get(name, values) for name, values in request.user.items()}
-    candidates = {name: columns.get(name, values) for name, values in request.candidates.items()}
-    return replace(request, user=user, candidates=candidates)
+    sides = {"user": request.user, "candidates": request.candidates}
+    return replace(request, **{side: of | {c: columns[c] for c in of if c in columns} for side, of in sides.items()})
 
 
 def places(found: Any) -> dict[str, list[int]]:

@@ -187,8 +187,8 @@ def compiled(places: Places) -> tuple[Exported, str]:
     return made, (places.folder / said).read_text()
 
 
-def exported(places: Places, name: str) -> Exported:
-    """Train and export a variant, unless another process of this test run has."""
-    run, url = trained(places, name), str(places.folder / "models" / name)
-    made_once(places.folder, f"model-{name}", lambda: export(run, url))
+def exported(places: Places, name: str, folder: str = "models", export: Callable[..., object] = export) -> Exported:
+    """Train and export a variant into a folder, unless another process of this test run has."""
+    run, url = trained(places, name), str(places.folder / folder / name)
+    made_once(places.folder, f"{folder}-{name}", lambda: export(run=run, url=url))
     return Exported(run, url, places)
