@@ -7,14 +7,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from tests.fuzz.parsers import PARSERS, Parser
+from tests.fuzz.parsers import PARSERS, Parser, named
 from tests.fuzz.planted import BUGS
-from tests.fuzz.run import fuzz
+from tests.fuzz.run import Finding, fuzz
 from tests.planted import Bug, hunt
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, rich_markup_mode=None)
@@ -25,16 +26,20 @@ Only = Annotated[str, typer.Option(metavar="TEXT", help="Only parsers that have 
 
 @app.command(epilog="Example: python -m tests.fuzz play --examples 5000 --only request")
 def play(examples: Examples = 2000, first: First = 0, only: Only = "") -> None:
-    """Run each parser on its inputs in a process of its own; exit 1 where one breaks the rule."""
-    broken = 0
-    for parser in (each for each in PARSERS if only in each.name):
+    """Run each parser on its inputs in a process of its own; exit 1 where one breaks the rule.
+
+    The input that does is left as a file PARSER-finding in the working folder, empty where the process ended."""
+
+    def played(parser: Parser) -> tuple[bool, str]:
         begin_s = time.monotonic()
-        values, finding = _in_process(_played, parser.name, examples, first) or (0, "the process ended")
-        broken += bool(finding)
-        rate = f"{examples / (time.monotonic() - begin_s):6.0f} inputs/s, {values:6} with a value"
-        print(f"{parser.name:15} {(finding and f'BREAKS THE RULE: {finding[:200]}') or rate}", flush=True)
-    print(f"{broken} parsers break the rule; {sum(os.times()[:4]):.0f} s of a processor")
-    raise typer.Exit(broken > 0)
+        values, finding = _in_process(parser, examples, first)
+        if finding:
+            file = Path(f"{parser.name.replace(' ', '-')}-finding")
+            file.write_bytes(finding.data)
+            return True, f"{finding.why}; {file}"
+        return False, f"{examples / (time.monotonic() - begin_s):6.0f} inputs/s, {values:6} with a value"
+
+    _each(only, played)
 
 
 @app.command(epilog="Example: python -m tests.fuzz bugs --only csv")
@@ -42,8 +47,8 @@ def bugs(examples: Examples = 1000, first: First = 0, only: Only = "") -> None:
     """Plant bugs, one at a time, and run their parsers until an input notices each; exit 1 where none does."""
 
     def noticed(bug: Bug) -> str:
-        found = _in_process(_why, bug.kind, examples, first)
-        return "the process ended" if found is None else str(found)
+        _, finding = _in_process(named(bug.kind), examples, first)
+        return finding.why if finding else ""
 
     hunt([bug for bug in BUGS if only in bug.kind], noticed)
 
@@ -53,47 +58,42 @@ def guided(examples: Examples = 2000, first: First = 0, only: Only = "") -> None
     """Run each parser on inputs that atheris changes further where they reach new branches; exit 1 as play does.
 
     What breaks the rule is left as a file PARSER-crash-DIGEST in the working folder. It needs `pip install atheris`."""
-    broken = 0
-    for parser in (each for each in PARSERS if only in each.name):
+
+    def played(parser: Parser) -> tuple[bool, str]:
         with TemporaryDirectory() as folder:
             options = [f"-runs={examples}", f"-seed={first + 1}", f"-artifact_prefix={parser.name.replace(' ', '-')}-"]
             command = [sys.executable, "-m", "tests.fuzz.guided", parser.name, folder, *options]
             run = subprocess.run(command, capture_output=True, text=True, check=False)
-        broken += run.returncode != 0
         said = re.findall(r".*(?:DONE|Error|ERROR|Test unit).*", run.stderr) or [run.stderr[-300:]]
-        print(f"{parser.name:15} {'BREAKS THE RULE: ' * (run.returncode != 0)}{' '.join(said)[:300]}", flush=True)
+        return run.returncode != 0, " ".join(said)
+
+    _each(only, played)
+
+
+def _each(only: str, play: Callable[[Parser], tuple[bool, str]]) -> None:
+    """Print of each parser what a play of it says; exit 1 where one breaks the rule."""
+    broken = 0
+    for parser in (each for each in PARSERS if only in each.name):
+        is_broken, said = play(parser)
+        broken += is_broken
+        print(f"{parser.name:15} {'BREAKS THE RULE: ' * is_broken}{said[:300]}", flush=True)
     print(f"{broken} parsers break the rule; {sum(os.times()[:4]):.0f} s of a processor")
     raise typer.Exit(broken > 0)
 
 
-def named(name: str) -> Parser:
-    """Find a parser. Raises StopIteration."""
-    return next(each for each in PARSERS if each.name == name)
-
-
-def _in_process(work: Callable[..., Any], *given: Any) -> Any:
-    """Call in a forked process, which a parser may crash: None then."""
+def _in_process(parser: Parser, examples: int, first: int) -> tuple[int, Finding | None]:
+    """Fuzz in a forked process, which a parser may crash."""
     receiver, sender = multiprocessing.get_context("fork").Pipe(duplex=False)
-    process = multiprocessing.get_context("fork").Process(target=lambda: sender.send(work(*given)))
-    process.start()
+    work = multiprocessing.get_context("fork").Process(target=lambda: sender.send(fuzz(parser, examples, first)))
+    work.start()
     sender.close()
     try:
-        return receiver.recv()
+        found: tuple[int, Finding | None] = receiver.recv()
+        return found
     except EOFError:
-        return None
+        return 0, Finding(b"", "the process ended")
     finally:
-        process.join()
-
-
-def _played(name: str, examples: int, first: int) -> tuple[int, str]:
-    values, finding = fuzz(named(name), examples, first, shrink=True)
-    return values, f"{finding.why}; {finding.data[:60]!r} ({len(finding.data)} bytes)" if finding else ""
-
-
-def _why(name: str, examples: int, first: int) -> str:
-    """Return how a parser breaks the rule; empty where it keeps it."""
-    finding = fuzz(named(name), examples, first)[1]
-    return finding.why if finding else ""
+        work.join()
 
 
 if __name__ == "__main__":

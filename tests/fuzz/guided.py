@@ -14,7 +14,7 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(include=["featurestore", "pipeline", "serving", "trainer"]):
-    from tests.fuzz.parsers import PARSERS, Parser
+    from tests.fuzz.parsers import Parser, named
 
 from tests.fuzz.mutate import mutated
 from tests.fuzz.run import check
@@ -40,4 +40,4 @@ def guided(parser: Parser, folder: Path, options: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    guided(next(parser for parser in PARSERS if parser.name == sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])
+    guided(named(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])

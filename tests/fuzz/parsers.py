@@ -256,11 +256,8 @@ def _images() -> list[bytes]:
     clear, colour, turned = grey.convert("RGBA"), grey.convert("RGB"), Image.Exif()
     clear.putalpha(grey)
     turned[0x0112] = 6
-    saved = [(grey, kind) for kind in ("GIF", "BMP", "TIFF", "WEBP")] + [
-        (clear, "PNG"),
-        (wide, "PNG"),
-        (colour, "JPEG"),
-    ]
+    saved = [(grey, kind) for kind in ("GIF", "BMP", "TIFF", "WEBP")]
+    saved += [(clear, "PNG"), (wide, "PNG"), (colour, "JPEG")]
     sinks = [io.BytesIO() for _ in saved]
     for (image, kind), sink in zip(saved, sinks, strict=True):
         image.save(sink, kind, exif=turned)
@@ -322,3 +319,8 @@ PARSERS = [
     Parser("image", _images, _read_image, BadImageError, PNG),
     Parser("csv log", _logs, _read_log, SampleError),
 ]
+
+
+def named(name: str) -> Parser:
+    """Find a parser. Raises StopIteration."""
+    return next(each for each in PARSERS if each.name == name)

@@ -6,8 +6,7 @@ Each is a text of one function and the text that takes its place (tests/planted.
 from tests.planted import Bug
 
 SPEC, FILE, READ = "featurestore.spec", "featurestore.format.datafile", "featurestore.parsing"
-STATISTICS, NUMPY = "featurestore.format.codec", "featurestore.format.codec"
-INDEX, COLUMNS = "trainer.samples.index", "trainer.samples.columns"
+STATISTICS, INDEX, COLUMNS = "featurestore.format.codec", "trainer.samples.index", "trainer.samples.columns"
 RUNS, CONFIG = "trainer.runs.checkpoint", "trainer.config"
 CODEC, TENSORS = "serving.http.codec", "serving.http.inference"
 SENT, DECODE = "serving.scoring.sent", "serving.scoring.decode"
@@ -22,7 +21,7 @@ DROPPED = [
     ("shard", FILE, "DataFile._translated", "UnicodeDecodeError, "),
     ("shard", FILE, "DataFile._translated", ", KeyError"),
     ("shard", FILE, "DataFile.__init__", "not schema.equals(schema_of(info))"),
-    ("statistics", NUMPY, "read_npy", ", SyntaxError, TypeError, tokenize.TokenError"),
+    ("statistics", STATISTICS, "read_npy", ", SyntaxError, TypeError, tokenize.TokenError"),
     ("statistics", STATISTICS, "Moments.from_bytes", "ValueError"),
     ("statistics", STATISTICS, "Moments.from_bytes", " or moments_2D.ndim != 2 or len(moments_2D) != 2"),
     ("statistics", STATISTICS, "Moments.from_bytes", "moments_2D.dtype != np.float64 or "),

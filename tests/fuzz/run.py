@@ -16,8 +16,6 @@ from pathlib import Path
 from tests.fuzz.mutate import mutated
 from tests.fuzz.parsers import Parser
 
-_SHRINK_S = 30.0
-
 
 class BrokenRuleError(Exception):
     """A parser raised something else, or took too long or too much memory."""
@@ -54,7 +52,7 @@ def check(parser: Parser, data: bytes) -> bool:
     return has_value
 
 
-def fuzz(parser: Parser, examples: int, first: int = 0, *, shrink: bool = False) -> tuple[int, Finding | None]:
+def fuzz(parser: Parser, examples: int, first: int = 0) -> tuple[int, Finding | None]:
     """Run a parser on so many inputs, the same for the same `first`; return how many have a value, and a finding."""
     values, valid = 0, parser.valid()
     for number in range(examples):
@@ -62,27 +60,8 @@ def fuzz(parser: Parser, examples: int, first: int = 0, *, shrink: bool = False)
         try:
             values += check(parser, data)
         except BrokenRuleError as failure:
-            finding = Finding(data, str(failure))
-            return values, _shorter(parser, finding) if shrink else finding
+            return values, Finding(data, str(failure))
     return values, None
-
-
-def _shorter(parser: Parser, finding: Finding) -> Finding:
-    """Leave bytes out, half of them, then fewer at once, as long as the rule is still broken; for half a minute."""
-    end_s, size = time.monotonic() + _SHRINK_S, len(finding.data) // 2
-    while size:
-        for start in range(0, len(finding.data), size):
-            data = finding.data[:start] + finding.data[start + size :]
-            try:
-                check(parser, data)
-            except BrokenRuleError as failure:
-                finding = Finding(data, str(failure))
-                break
-            if time.monotonic() > end_s:
-                return finding
-        else:
-            size //= 2
-    return finding
 
 
 @contextlib.contextmanager

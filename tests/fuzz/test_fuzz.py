@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from tests.fuzz.mutate import YAML
-from tests.fuzz.parsers import PARSERS, Parser
+from tests.fuzz.parsers import PARSERS, Parser, named
 from tests.fuzz.planted import BUGS
 from tests.fuzz.run import BrokenRuleError, check, fuzz
 from tests.planted import Bug
@@ -40,7 +40,7 @@ def test_each_parser_has_at_least_four_planted_bugs() -> None:
 def test_a_planted_bug_is_found() -> None:
     bug = next(each for each in BUGS if each.kind == "json request")
     with bug.planted():
-        assert fuzz(next(each for each in PARSERS if each.name == bug.kind), 300)[1] is not None
+        assert fuzz(named(bug.kind), 300)[1] is not None
 
 
 def _for_ever(data: bytes) -> None:
@@ -53,7 +53,7 @@ def _for_ever(data: bytes) -> None:
 @pytest.mark.parametrize(
     ("parse", "why"),
     [
-        (lambda data: sum(range(8_000_000)), "took .* s"),
+        (lambda data: sum(range(30_000_000)), "took .* s"),
         (_for_ever, "took .* s"),
         (lambda _: b"1" * 10**8, "took .* MB"),
     ],
@@ -68,7 +68,7 @@ def test_time_and_memory_of_each_input_are_bounded(parse: Callable[[bytes], obje
 
 
 def test_a_digest_that_is_no_text_is_an_error_with_a_name() -> None:
-    parser = next(each for each in PARSERS if each.name == "manifest")
+    parser = named("manifest")
     valid = parser.valid()[0]
     start = valid.rindex(b'"digest": "') + len(b'"digest": "')
     assert not check(parser, valid[:start] + b"\\ud800" + valid[valid.index(b'"', start) :])

@@ -24,8 +24,7 @@ from tools.site import text_of as made_text
 from trainer.config import BaseNet, IdOptimizer, Pooling, load_config
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
+NAMES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))]
 TRANSLATED = {"ValueError", "CsvTextError"}  # which become others before a user meets them
 MOST_FILES_OF_A_STEP, MOST_LINES_OF_A_STEP = 10, 1_800
 LETTERS = {"keys_U", "feature_QD", "timeout_s"}  # examples of names of arrays

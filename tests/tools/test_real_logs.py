@@ -1,10 +1,7 @@
 """tools/real_logs.py on a few rows in the form of each log, up to the samples."""
 
-import contextlib
 from collections.abc import Callable
-from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -60,22 +57,13 @@ def _checkins(folder: Path) -> None:
 
 
 def _journey(folder: Path) -> None:
-    first, number = datetime(2017, 1, 1, 9), np.arange(60)
-    rows: dict[str, Any] = {
-        "household_id": number % 4,
-        "store_id": number % 2,
-        "basket_id": number // 3,
-        "product_id": number % 7,
-    }
-    times = pa.array([first + timedelta(days=2 * int(n // 3)) for n in number], pa.timestamp("ns"))
+    number = np.arange(60)
+    times = np.datetime64("2017-01-01T09", "ns") + number // 3 * np.timedelta64(2, "D")
+    rows = {"household_id": number % 4, "store_id": number % 2, "basket_id": number // 3, "product_id": number % 7}
+    kinds = {"product_category": ["SOUP"] * 7, "department": ["GROCERY"] * 7, "manufacturer_id": [1] * 7}
+    users = {"household_id": [1, 2], "age": ["45-54", None], "income": ["35-49K", "50-74K"]}
     pq.write_table(pa.table({**rows, "transaction_timestamp": times}), folder / "transactions.parquet")
-    kinds: dict[str, Any] = {
-        "product_category": ["SOUP"] * 7,
-        "department": ["GROCERY"] * 7,
-        "manufacturer_id": [1] * 7,
-    }
-    pq.write_table(pa.table({"product_id": list(range(7)), **kinds}), folder / "products.parquet")
-    users: dict[str, Any] = {"household_id": [1, 2], "age": ["45-54", None], "income": ["35-49K", "50-74K"]}
+    pq.write_table(pa.table({"product_id": np.arange(7), **kinds}), folder / "products.parquet")
     pq.write_table(pa.table(users), folder / "demographics.parquet")
 
 
@@ -126,8 +114,7 @@ def test_times_are_spread_over_days_in_their_order() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_samples_are_made_of_each_log(kind: str, tmp_path: Path, client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.cluster.tasks.connect", lambda **_: contextlib.nullcontext(client))
+def test_samples_are_made_of_each_log(kind: str, tmp_path: Path, connected: None) -> None:
     impressions, _ = _made(kind, tmp_path)
     mapping = yaml.safe_load((tmp_path / "log" / "mapping.yaml").read_text())["impressions"]
     for names in mapping.values():

@@ -1,12 +1,15 @@
 """The listing of all files: what it prints of each, and what its check refuses."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tools import tree
 
+Checked = Callable[..., tuple[int, list[str]]]
+SHELF = "trainer/shelf.py"
 GOOD = '''
 """Shelves. Made of wood.
 
@@ -32,29 +35,25 @@ class Shelf:
 
 
 @pytest.fixture
-def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-
-    def written(text: str, name: str = "trainer/shelf.py") -> Path:
-        path = Path(name)
-        (tmp_path / path).parent.mkdir(exist_ok=True)
-        (tmp_path / path).write_text(text, encoding="utf-8")
-        monkeypatch.setattr(tree, "ROOT", tmp_path)
-        monkeypatch.setattr(tree, "listed_files", lambda: [path])
-        return path
-
-    return written
-
-
-def checked(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> tuple[int, list[str]]:
+def checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Checked:
+    """What the check says to a repository whose files, one or more, have this text."""
     monkeypatch.setattr("sys.argv", ["tree.py", "--check"])
-    return tree.main(), capsys.readouterr().err.splitlines()
+    monkeypatch.setattr(tree, "ROOT", tmp_path)
+
+    def check(text: str, *names: str) -> tuple[int, list[str]]:
+        paths = [Path(name) for name in names or [SHELF]]
+        for path in paths:
+            (tmp_path / path).parent.mkdir(exist_ok=True)
+            (tmp_path / path).write_text(text, encoding="utf-8")
+        monkeypatch.setattr(tree, "listed_files", lambda: paths)
+        return tree.main(), capsys.readouterr().err.splitlines()
+
+    return check
 
 
-def test_first_lines_that_end_their_sentence_pass_and_a_file_needs_one(write, monkeypatch, capsys) -> None:
-    write(GOOD)
-    assert checked(monkeypatch, capsys) == (0, [])
-    path = write("width_cm = 40\n")
-    assert checked(monkeypatch, capsys) == (1, [f"{path} needs a first line with its purpose"])
+def test_first_lines_that_end_their_sentence_pass_and_a_file_needs_one(checked: Checked) -> None:
+    assert checked(GOOD) == (0, [])
+    assert checked("width_cm = 40\n") == (1, [f"{SHELF} needs a first line with its purpose"])
 
 
 @pytest.mark.parametrize(
@@ -65,12 +64,11 @@ def test_first_lines_that_end_their_sentence_pass_and_a_file_needs_one(write, mo
         ("Put a thing on it.\n\n        Where", "Put a thing on it\n        where", "put"),
     ],
 )
-def test_a_first_line_that_needs_the_second_is_refused(write, monkeypatch, capsys, good, bad, name) -> None:
+def test_a_first_line_that_needs_the_second_is_refused(checked: Checked, good: str, bad: str, name: str) -> None:
     assert good in GOOD
     line = GOOD[: GOOD.index(good)].count("\n") + 1
-    path = write(GOOD.replace(good, bad))
-    says = f"{path}:{line}: the first line of the docstring of {name} does not end its sentence: shorten it"
-    assert checked(monkeypatch, capsys) == (1, [says])
+    says = f"{SHELF}:{line}: the first line of the docstring of {name} does not end its sentence: shorten it"
+    assert checked(GOOD.replace(good, bad)) == (1, [says])
 
 
 METHOD = '"""Shelves."""\n\n\nclass Shelf:\n    """Holds things."""\n\n    async def put(self):\n'
@@ -83,21 +81,17 @@ METHOD = '"""Shelves."""\n\n\nclass Shelf:\n    """Holds things."""\n\n    async
         ('"""Shelves."""\n' + 799 * "\n", "\n", "trainer/shelf.py has 801 lines: over 800 it has two jobs"),
     ],
 )
-def test_what_has_grown_beyond_a_limit_is_refused(write, monkeypatch, capsys, text: str, line: str, says: str) -> None:
-    write(text)
-    assert checked(monkeypatch, capsys) == (0, [])
-    write(text + line)
-    code, (said,) = checked(monkeypatch, capsys)
+def test_what_has_grown_beyond_a_limit_is_refused(checked: Checked, text: str, line: str, says: str) -> None:
+    assert checked(text) == (0, [])
+    code, (said,) = checked(text + line)
     assert code == 1 and said.startswith(says)
 
 
-def test_a_21st_module_side_by_side_is_refused(write, monkeypatch, capsys) -> None:
-    paths = [write('"""Shelves."""\n', f"tests/shelf_{number}.py") for number in range(21)]
-    monkeypatch.setattr(tree, "listed_files", lambda: paths[:20])
-    assert checked(monkeypatch, capsys) == (0, [])
-    monkeypatch.setattr(tree, "listed_files", lambda: paths)
+def test_a_21st_module_side_by_side_is_refused(checked: Checked) -> None:
+    names = [f"tests/shelf_{number}.py" for number in range(21)]
+    assert checked('"""Shelves."""\n', *names[1:]) == (0, [])
     says = "tests/ has 21 modules side by side: more than 20 ask for a folder"
-    assert checked(monkeypatch, capsys) == (1, [says])
+    assert checked('"""Shelves."""\n', *names) == (1, [says])
 
 
 @pytest.mark.parametrize("mark", ["cluster", "browser"])
