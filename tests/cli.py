@@ -2,6 +2,8 @@
 
 import json
 import subprocess
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,20 @@ def begun(*words: object, **options: Any) -> subprocess.Popen[str]:
     """Start a program in a process group of its own, with pipes for its output, as text."""
     pipe = subprocess.PIPE
     return subprocess.Popen(list(map(str, words)), stdout=pipe, stderr=pipe, text=True, process_group=0, **options)
+
+
+def wait_until(
+    holds: Callable[[], object],
+    said: Callable[[], str],
+    timeout_s: float = 20,
+    job: "subprocess.Popen[bytes] | subprocess.Popen[str] | None" = None,
+    pause_s: float = 0.05,
+) -> None:
+    """Return once something holds; fail with what was said where the time is over, or `job` has ended before."""
+    end_s = time.monotonic() + timeout_s
+    while not holds():
+        assert (job is None or job.poll() is None) and time.monotonic() < end_s, said()
+        time.sleep(pause_s)
 
 
 def invoke(app: typer.Typer, *words: object, code: int | None = None) -> Result:

@@ -1,15 +1,15 @@
-"""S3 on one host for the others: SeaweedFS, and folders that become buckets.
+"""S3 on one host for the others: SeaweedFS, and folders that become buckets, which it makes by itself.
 
-As a program, on a host: `python tests/cluster/buckets.py upload FOLDER s3://BUCKET/PREFIX` makes the bucket and copies
-the files of the folder into it; `list URL` prints the names of the files below it, `read URL NAME` one of them.
+As a program, on a host: `python tests/cluster/buckets.py FOLDER s3://BUCKET/PREFIX` copies the files of a folder.
 """
 
-import os
 import sys
 from pathlib import Path
 
-from tests.cluster.hosts import Host, Network, python_words, wait_until
-from tests.servers import ACCESS_KEY, REGION, SECRET_KEY, client_of, free_ports, weed_command
+from featurestore.storage.storage import Storage
+from tests.cli import wait_until
+from tests.cluster.hosts import Host, Network, python_words
+from tests.servers import ACCESS_KEY, REGION, SECRET_KEY, free_ports, weed_command
 
 CREDENTIALS = f"[default]\naws_access_key_id = {ACCESS_KEY}\naws_secret_access_key = {SECRET_KEY}\n"
 LISTENING = "import sys, urllib.request; urllib.request.urlopen(sys.argv[1], timeout=1)"
@@ -37,35 +37,11 @@ def serve_s3(net: Network, name: str) -> dict[str, str]:
 
 
 def upload(host: Host, folder: Path, url: str, s3: dict[str, str]) -> None:
-    """Copy a folder of the machine to s3://BUCKET or a prefix of it, from a host; the bucket is made."""
-    host.run(*python_words(__file__, "upload", folder, url), env=s3)
-
-
-def names(host: Host, url: str, s3: dict[str, str]) -> list[str]:
-    return host.run(*python_words(__file__, "list", url), env=s3).stdout.split()
-
-
-def read(host: Host, url: str, name: str, s3: dict[str, str]) -> str:
-    return host.run(*python_words(__file__, "read", url, name), env=s3).stdout
-
-
-def main() -> None:
-    from featurestore.storage.storage import Storage
-
-    what, *arguments = sys.argv[1:]
-    storage = Storage(arguments[-1] if what == "upload" else arguments[0])
-    if what == "list":
-        print(*sorted(storage.list()), sep="\n")
-    elif what == "read":
-        print(storage.read_bytes(arguments[1]).decode(), end="")
-    else:
-        bucket = arguments[1].removeprefix("s3://").partition("/")[0]
-        client = client_of(os.environ["AWS_ENDPOINT_URL"])
-        if bucket not in {each["Name"] for each in client.call_s3("list_buckets")["Buckets"]}:
-            client.call_s3("create_bucket", Bucket=bucket)
-        for file in sorted(path for path in Path(arguments[0]).rglob("*") if path.is_file()):
-            storage.write_bytes(str(file.relative_to(arguments[0])), file.read_bytes())
+    """Copy a folder of the machine to s3://BUCKET or a prefix of it, from a host."""
+    host.run(*python_words(__file__, folder, url), env=s3)
 
 
 if __name__ == "__main__":
-    main()
+    folder, storage = Path(sys.argv[1]), Storage(sys.argv[2])
+    for file in (path for path in folder.rglob("*") if path.is_file()):
+        storage.write_bytes(str(file.relative_to(folder)), file.read_bytes())

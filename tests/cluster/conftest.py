@@ -4,7 +4,6 @@ They share hosts, and one small run whose steps are noted, on one machine and on
 """
 
 import os
-import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +11,9 @@ from pathlib import Path
 import pytest
 
 from tests.cluster import buckets
-from tests.cluster.hosts import Network, lacking, lacking_packages, network, python_words
-from tests.ranks import HOROVODRUN
+from tests.cluster.hosts import Network, lacking, network
 from tests.trainer.conftest import Places, make_places
-from tests.trainer.runs.resumed.legs import WORKER, Killed, Leg, comparable_settings, write_schema_with_serials
+from tests.trainer.runs.resumed.legs import Killed, Leg, comparable_settings, write_schema_with_serials
 
 FOLDER = f"{Path(__file__).parent}{os.sep}"
 TIMEOUT_S = 600  # of a test here: each waits for daemons and programs, with deadlines of their own
@@ -34,38 +32,14 @@ class Shop:
     s3: dict[str, str]
     """The variables by which hosts find the bucket."""
 
-    def settings(self, run_dir: object, **changes: object) -> list[str]:
-        """Settings of a run on the machine's own folder."""
-        return comparable_settings(self.places, self.schema, run_dir, STEPS, CHECKPOINT_EVERY, **changes)
-
     def settings_on_s3(self, run_dir: object, **changes: object) -> list[str]:
         """Settings of a run whose samples and features are in the bucket, and its cache on each host's own disk.
 
         With a `run_dir` below RUNS, the hosts have no disk in common.
         """
         places = {"data__samples": f"{BUCKET}/samples", "data__store": f"{BUCKET}/features"}
-        return self.settings(run_dir, **{**places, "data__cache_dir": "/mnt/cache", **changes})
-
-    def alone(self, folder: Path, num_ranks: int) -> Leg:
-        """The undisturbed run, on loopback and the machine's disk."""
-        return Killed(folder, self.settings(folder)).leg(0, num_ranks)
-
-
-def open_shop(net: Network, folder: Path) -> Shop:
-    """Write samples and features, and copy them to S3 on host s3."""
-    places = make_places(folder)
-    s3 = buckets.serve_s3(net, "s3")
-    for part in ("samples", "features"):
-        buckets.upload(net["a"], places.folder / part, f"{BUCKET}/{part}", s3)
-    return Shop(net, places, write_schema_with_serials(folder), s3)
-
-
-def start_over_ssh(shop: Shop, hosts: str, notes: Path, log: Path, *settings: str) -> "subprocess.Popen[bytes]":
-    """Start noted ranks by horovodrun on host a, e.g. on "a:1,b:1"."""
-    num_ranks = sum(int(each.partition(":")[2]) for each in hosts.split(","))
-    launcher = [HOROVODRUN, "--gloo", "-np", str(num_ranks), "-H", hosts, "--network-interfaces", "eth0"]
-    worker = python_words(WORKER, notes, 0, *settings)
-    return shop.net["a"].start(*launcher, *worker, log=log, env=shop.s3)
+        ours = {**places, "data__cache_dir": "/mnt/cache", **changes}
+        return comparable_settings(self.places, self.schema, run_dir, STEPS, CHECKPOINT_EVERY, **ours)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -76,27 +50,30 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.timeout(TIMEOUT_S))
 
 
-@pytest.fixture(scope="session")
-def namespaces() -> None:
-    """Leave out, and say why, what needs hosts that this machine cannot make."""
-    missing = lacking() or lacking_packages("sshd")
-    if missing:
-        pytest.skip(f"several hosts need {missing}")
-
-
 @pytest.fixture(scope="module")
-def net(namespaces: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Network]:
-    """Hosts a, b and s3 with ssh between them, at 1 Gbit/s; a test that kills one of them revives it."""
-    with network(tmp_path_factory.mktemp("hosts"), ["a", "b", "s3"]) as net:
+def net(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Network]:
+    """Hosts with ssh between them, at 1 Gbit/s: a, b and s3, or HOSTS of the module; who kills one of them revives it.
+
+    Left out, with the reason, where this machine cannot make them."""
+    if missing := lacking():
+        pytest.skip(f"several hosts need {missing}")
+    with network(tmp_path_factory.mktemp("hosts"), getattr(request.module, "HOSTS", ["a", "b", "s3"])) as net:
         yield net
 
 
 @pytest.fixture(scope="module")
 def shop(net: Network, tmp_path_factory: pytest.TempPathFactory) -> Shop:
-    return open_shop(net, tmp_path_factory.mktemp("shop"))
+    """Samples and features, copied to S3 on host s3."""
+    folder = tmp_path_factory.mktemp("shop")
+    places, s3 = make_places(folder), buckets.serve_s3(net, "s3")
+    for part in ("samples", "features"):
+        buckets.upload(net["a"], places.folder / part, f"{BUCKET}/{part}", s3)
+    return Shop(net, places, write_schema_with_serials(folder), s3)
 
 
 @pytest.fixture(scope="module")
 def whole(shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> Leg:
-    """The run of two ranks on loopback."""
-    return shop.alone(tmp_path_factory.mktemp("alone"), 2)
+    """The undisturbed run of two ranks, on loopback and the machine's disk."""
+    folder = tmp_path_factory.mktemp("alone")
+    settings = comparable_settings(shop.places, shop.schema, folder, STEPS, CHECKPOINT_EVERY)
+    return Killed(folder, settings).leg(0, 2)

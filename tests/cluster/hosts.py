@@ -12,8 +12,8 @@ reached from it, nor it from elsewhere), a name and /etc/hosts, processes that e
 with others, /mnt, a disk in memory, and sshd, that lets root of every host in without a password, as horovodrun needs
 it. All other files are the machine's, so that the project is there.
 
-It needs root, namespaces, `ip` and `tc`, and for ssh what tools/cluster_packages.sh fetches; `lacking()` says what of
-it this machine does not have. Nothing stays behind: a host is the tree of processes below one shell that waits on a
+It needs root, namespaces, `ip` and `tc`, and what tools/cluster_packages.sh fetches; `lacking()` says what of it this
+machine does not have. Nothing stays behind: a host is the tree of processes below one shell that waits on a
 pipe from this process, and the kernel removes its network and mounts with its last process. So they end with this
 process, also by SIGKILL.
 """
@@ -26,12 +26,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import psutil
 
-from tests.cli import ran
+from tests.cli import ran, wait_until
 
 ROOT = Path(__file__).parent.parent.parent
 PACKAGES = Path(os.environ.get("CLUSTER_PACKAGES") or ROOT / "data" / "cluster")
@@ -60,20 +60,37 @@ read -r _ || true
 
 
 @functools.cache
-def lacking() -> str | None:
-    """What this machine lacks for hosts without sshd, in a few words; None where it has all."""
+def lacking(program: str = "sshd") -> str | None:
+    """What this machine lacks for hosts, and `program` of tools/cluster_packages.sh; None where it has all."""
     if os.geteuid() != 0:
         return "root"
     missing = [name for name in PROGRAMS if shutil.which(name) is None]
     if missing:
         return f"the programs {', '.join(missing)}"
     tried = ran("unshare", *NAMESPACES, "--fork", "sh", "-c", "mount -t tmpfs disk /mnt && ip link add v type veth")
-    return f"namespaces ({tried.stderr.strip()})" if tried.returncode else None
-
-
-def lacking_packages(program: str = "sshd") -> str | None:
-    """What is to be done where `program` of tools/cluster_packages.sh is not there; None where it is."""
+    if tried.returncode:
+        return f"namespaces ({tried.stderr.strip()})"
     return None if (PACKAGES / "bin" / program).exists() else f"{program} (tools/cluster_packages.sh {PACKAGES})"
+
+
+def of_packages() -> dict[str, str]:
+    """The variables by which unpacked programs are found, and find their libraries."""
+    folders = sorted((PACKAGES / "usr" / "lib").glob("*-linux-gnu"))
+    libraries = ":".join(str(path) for each in folders for path in (each, each / "slurm-wlm"))
+    return {"PATH": f"{PACKAGES / 'bin'}:{os.environ['PATH']}", "LD_LIBRARY_PATH": libraries}
+
+
+def parts_of_sshd() -> dict[str, Path]:
+    """The options by which an unpacked sshd finds its parts; from 9.8 on it is several programs."""
+    helpers = PACKAGES / "usr" / "lib" / "openssh"
+    parts = {"SshdSessionPath": helpers / "sshd-session", "SshdAuthPath": helpers / "sshd-auth"}
+    return {option: path for option, path in parts.items() if path.exists()}
+
+
+def make_key(path: Path, *kind: str) -> None:
+    """Write a key of ssh without a password, and PATH.pub."""
+    keygen = ["ssh-keygen", "-q", "-N", "", "-C", path.parent.name, *kind, "-f", str(path)]
+    subprocess.run(keygen, env=os.environ | of_packages(), check=True)
 
 
 class Host:
@@ -164,7 +181,7 @@ class Host:
 class Network:
     """Hosts that are joined by one switch; made by `network`."""
 
-    def __init__(self, folder: Path, names: Sequence[str], ssh: bool) -> None:
+    def __init__(self, folder: Path, names: Sequence[str]) -> None:
         cores = sorted(os.sched_getaffinity(0))
         self.hosts = {
             name: Host(name, f"{SUBNET}{10 + number}", cores[number % len(cores)], folder / name)
@@ -172,7 +189,6 @@ class Network:
         }
         self.folder = folder
         """Where the hosts' files lie."""
-        self._ssh = ssh
         self._switch = Host("switch", "", cores[-1], folder / "switch")
         self._ports: dict[str, str] = {}
 
@@ -180,7 +196,7 @@ class Network:
         return self.hosts[name]
 
     def open(self) -> None:
-        write_files(self.folder, list(self.hosts.values()), self._ssh)
+        write_files(self.folder, list(self.hosts.values()))
         self._switch.boot(self.folder)
         self._on_switch("ip", "link", "add", "bridge", "type", "bridge")
         self._on_switch("ip", "link", "set", "bridge", "up")
@@ -209,8 +225,9 @@ class Network:
         limit = ["root", "tbf", "rate", RATE, "burst", "256kb", "latency", "50ms"]
         host.run("tc", "qdisc", "add", "dev", "eth0", *limit)
         self._on_switch("tc", "qdisc", "add", "dev", port, *limit)
-        if self._ssh:
-            _start_sshd(host)
+        log, sshd = host.folder / "sshd.log", PACKAGES / "bin" / "sshd"
+        started = host.start(sshd, "-D", "-e", "-f", host.folder / "sshd_config", log=log, env=of_packages())
+        wait_until(lambda: host.listens(host.address, 22), log.read_text, job=started)
 
     def cut(self, one: str, other: str, seconds: float) -> None:
         """Let nothing pass between two hosts for so long, and return then; no connection is told, as by a pulled cable.
@@ -232,12 +249,12 @@ class Network:
 
 
 @contextlib.contextmanager
-def network(folder: Path, names: Sequence[str], ssh: bool = True) -> Iterator[Network]:
+def network(folder: Path, names: Sequence[str]) -> Iterator[Network]:
     """Start hosts of these names, at most 200, with a link of RATE each; all of them are gone at the end.
 
-    `folder` is for their logs and keys. Without `ssh` they start in a fifth of a second each, and need no package.
+    `folder` is for their logs and keys.
     """
-    net = Network(folder, names, ssh)
+    net = Network(folder, names)
     try:
         net.open()
         yield net
@@ -250,21 +267,12 @@ def python_words(*arguments: object) -> list[str]:
     return [sys.executable, *map(str, arguments)]
 
 
-def wait_until(
-    holds: Callable[[], object],
-    said: Callable[[], str],
-    timeout_s: float = READY_S,
-    job: "subprocess.Popen[bytes] | None" = None,
-    pause_s: float = 0.05,
-) -> None:
-    """Return once something holds; fail with what was said where the time is over, or `job` has ended before."""
-    end = time.monotonic() + timeout_s
-    while not holds():
-        assert (job is None or job.poll() is None) and time.monotonic() < end, said()
-        time.sleep(pause_s)
+def num_lines(file: Path) -> int:
+    """How many lines a file has so far; none where it is not there yet."""
+    return file.read_text().count("\n") if file.exists() else 0
 
 
-def write_files(folder: Path, hosts: Sequence[Host], ssh: bool) -> None:
+def write_files(folder: Path, hosts: Sequence[Host]) -> None:
     """Write the files of /etc of every host, and its keys: one for sshd, and one of root that all of them know."""
     names = "".join(f"{host.address} {host.name}\n" for host in hosts)
     users = [line for line in Path("/etc/passwd").read_text().splitlines() if not line.startswith(("root:", "sshd:"))]
@@ -275,14 +283,8 @@ def write_files(folder: Path, hosts: Sequence[Host], ssh: bool) -> None:
         sshd = "sshd:x:999:65534::/run/sshd:/usr/sbin/nologin"
         (host.folder / "passwd").write_text("\n".join([root, sshd, *users, ""]))
         (host.folder / "shadow").write_text("root:*:19000:0:99999:7:::\nsshd:!:19000::::::\n")
-    if ssh:
-        _write_keys(folder, hosts)
-
-
-def _write_keys(folder: Path, hosts: Sequence[Host]) -> None:
     for path in [folder / "root_key", *(host.folder / "sshd_key" for host in hosts)]:
-        keygen = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", path.parent.name, "-f", str(path)]
-        subprocess.run(keygen, env=_of_packages(), check=True)
+        make_key(path, "-t", "ed25519")
     known = "".join(f"{host.name},{host.address} {(host.folder / 'sshd_key.pub').read_text()}" for host in hosts)
     for host in hosts:
         keys = host.home / ".ssh"
@@ -290,30 +292,10 @@ def _write_keys(folder: Path, hosts: Sequence[Host]) -> None:
         shutil.copy(folder / "root_key", keys / "id_ed25519")
         shutil.copy(folder / "root_key.pub", keys / "authorized_keys")
         (keys / "known_hosts").write_text(known)
-        (host.folder / "sshd_config").write_text(_sshd_config(host))
-
-
-def _sshd_config(host: Host) -> str:
-    helpers = PACKAGES / "usr" / "lib" / "openssh"  # sshd 9.8 and later is several programs
-    paths = {"SshdSessionPath": helpers / "sshd-session", "SshdAuthPath": helpers / "sshd-auth"}
-    options = {
-        "ListenAddress": host.address, "HostKey": host.folder / "sshd_key",
-        "AuthorizedKeysFile": ".ssh/authorized_keys", "PasswordAuthentication": "no",
-        "KbdInteractiveAuthentication": "no", "StrictModes": "no", "PidFile": "none", "UsePAM": "no", "UseDNS": "no",
-        "MaxStartups": 100, **{option: path for option, path in paths.items() if path.exists()},
-    }  # fmt: skip
-    return "".join(f"{name} {value}\n" for name, value in options.items())
-
-
-def _of_packages() -> dict[str, str]:
-    """The variables by which unpacked programs are found, and find their libraries."""
-    libraries = ":".join(str(path) for path in sorted((PACKAGES / "usr" / "lib").glob("*-linux-gnu")))
-    return {**os.environ, "PATH": f"{PACKAGES / 'bin'}:{os.environ['PATH']}", "LD_LIBRARY_PATH": libraries}
-
-
-def _start_sshd(host: Host) -> None:
-    """Start sshd on a host, which ends with it, and wait until it listens."""
-    log = host.folder / "sshd.log"
-    sshd = [PACKAGES / "bin" / "sshd", "-D", "-e", "-f", host.folder / "sshd_config"]
-    started = host.start(*sshd, log=log, env=_of_packages())
-    wait_until(lambda: host.listens(host.address, 22), log.read_text, job=started)
+        options = {
+            "ListenAddress": host.address, "HostKey": host.folder / "sshd_key",
+            "AuthorizedKeysFile": ".ssh/authorized_keys", "PasswordAuthentication": "no",
+            "KbdInteractiveAuthentication": "no", "StrictModes": "no", "PidFile": "none", "UsePAM": "no",
+            "UseDNS": "no", "MaxStartups": 100, **parts_of_sshd(),
+        }  # fmt: skip
+        (host.folder / "sshd_config").write_text("".join(f"{name} {value}\n" for name, value in options.items()))

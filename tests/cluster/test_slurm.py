@@ -11,15 +11,26 @@ from pathlib import Path
 
 import pytest
 
+from tests.cli import wait_until
+from tests.cluster import buckets
 from tests.cluster.conftest import BUCKET, RUNS, STEPS, Shop
-from tests.cluster.dask_hosts import EXTRACT, IMAGES, SAME_ROWS, num_begun, upload_images, write_slow
-from tests.cluster.hosts import PACKAGES, READY_S, ROOT, Host, Network, lacking_packages, python_words, wait_until
+from tests.cluster.hosts import PACKAGES, READY_S, ROOT, Host, Network, lacking, num_lines, of_packages, python_words
+from tests.pipeline.conftest import draw_photo, encode_image
 from tests.pipeline.samples.rows import all_bytes, random_logs, write
 from tests.trainer.runs.resumed.legs import Killed, Leg, assert_no_step_or_sample_is_lost
 
-SCRIPTS = ROOT / "deploy" / "slurm"
 DEAD_AFTER_S = 10
 """A node that does not answer for so long is down, and its jobs are requeued."""
+IMAGES = 40
+EXTRACT = [
+    "--images", f"{BUCKET}/images", "--backbone", "mobilenet_v3_small:avgpool", "--weights", "random:0", "--dtype",
+    "float32", "--precision", "float32", "--batch-size", 2, "--part-size", 2, "--num-shards", 4, "--store",
+]  # fmt: skip
+SAME_ROWS = """
+import sys
+from tests.pipeline.features.test_killed import assert_same_rows
+assert_same_rows(*sys.argv[1:])
+"""
 
 
 class Slurm:
@@ -28,8 +39,6 @@ class Slurm:
     def __init__(self, net: Network, controller: str, nodes: Sequence[str]) -> None:
         self._net, self._head, self._nodes = net, net[controller], list(nodes)
         self.folder = net.folder / "slurm"
-
-    def open(self) -> None:
         self.folder.mkdir()
         key = self.folder / "slurm.key"
         key.write_bytes(os.urandom(1024))
@@ -53,10 +62,11 @@ class Slurm:
         shown = ("scontrol", "show", "nodes"), ("scontrol", "show", "jobs")
         wait_until(holds, lambda: "".join(self.call(*each) for each in shown) + self.log(), timeout_s, pause_s=0.3)
 
-    def submit(self, script: Path, *arguments: object, options: Sequence[str] = (), env: Mapping[str, str]) -> int:
-        """Submit a job from the project's folder; returns its number."""
-        said = self.call("sbatch", "--parsable", *options, str(script), *map(str, arguments), env=env)
-        return int(said.strip().partition(";")[0])
+    def submit(self, script: str, *arguments: object, log: Path, env: Mapping[str, str] | None = None) -> int:
+        """Submit a script of deploy/slurm from the project's folder; returns its number."""
+        words = [f"--output={log}", str(ROOT / "deploy" / "slurm" / script), *map(str, arguments)]
+        env = {"VENV": sys.prefix, "PYTHONPATH": str(ROOT), **(env or {})}
+        return int(self.call("sbatch", "--parsable", *words, env=env).strip().partition(";")[0])
 
     def show(self, job: int) -> dict[str, str]:
         """What Slurm says about a job; it does so for five minutes after its end."""
@@ -80,13 +90,8 @@ class Slurm:
         return self._head.run(*words, env={**(env or {}), **self.variables()}).stdout
 
     def variables(self) -> dict[str, str]:
-        """The variables by which Slurm's programs and libraries are found."""
-        libraries = sorted((PACKAGES / "usr" / "lib").glob("*-linux-gnu"))
-        return {
-            "SLURM_CONF": str(self.folder / "slurm.conf"),
-            "PATH": f"{PACKAGES / 'bin'}:{os.environ['PATH']}",
-            "LD_LIBRARY_PATH": ":".join(str(path) for each in libraries for path in (each, each / "slurm-wlm")),
-        }
+        """The variables by which Slurm's programs, libraries and settings are found."""
+        return {"SLURM_CONF": str(self.folder / "slurm.conf"), **of_packages()}
 
     def log(self) -> str:
         return "\n".join(f"{file.name}: {file.read_text()[-2000:]}" for file in sorted(self.folder.glob("*.log")))
@@ -116,11 +121,9 @@ class Slurm:
 
 @pytest.fixture(scope="module")
 def slurm(net: Network) -> Slurm:
-    if missing := lacking_packages("slurmctld"):
+    if missing := lacking("slurmctld"):
         pytest.skip(f"jobs of Slurm need {missing}")
-    slurm = Slurm(net, "s3", ["a", "b"])
-    slurm.open()
-    return slurm
+    return Slurm(net, "s3", ["a", "b"])
 
 
 class Training:
@@ -131,16 +134,13 @@ class Training:
     ) -> None:
         self.slurm, self._folder, self.log = slurm, folder, folder / "log.txt"
         noted = {"NOTES": str(folder), "PYTHONPATH": f"{ROOT / 'tests' / 'cluster' / 'noted'}:{ROOT}"}
-        ours = (*shop.settings_on_s3(f"{RUNS}/{folder.name}"), *changes)
-        settings = [word for each in ours for word in ("--set", each)]
-        self.job = slurm.submit(
-            SCRIPTS / "train.sbatch", *settings, options=[f"--output={self.log}"],
-            env={**shop.s3, **noted, "VENV": sys.prefix, "PAUSE_S": str(pause_s), "TRAIN_BY": by},
-        )  # fmt: skip
+        settings = [f"--set={each}" for each in (*shop.settings_on_s3(f"{RUNS}/{folder.name}"), *changes)]
+        env = {**shop.s3, **noted, "PAUSE_S": str(pause_s), "TRAIN_BY": by}
+        self.job = slurm.submit("train.sbatch", *settings, log=self.log, env=env)
 
     def wait_for_step(self, step: int) -> None:
         file = self._folder / "notes-0" / "0-of-2.jsonl"  # two lines a step
-        wait_until(lambda: file.exists() and file.read_text().count("\n") >= 2 * step, self.output, 120, pause_s=0.02)
+        wait_until(lambda: num_lines(file) >= 2 * step, self.output, 120, pause_s=0.02)
 
     def wait(self) -> str:
         return self.slurm.wait(self.job, 200)
@@ -209,19 +209,19 @@ def test_a_rank_that_fails_ends_the_job_with_its_message(slurm: Slurm, shop: Sho
 @pytest.mark.slow
 def test_an_extraction_goes_on_when_a_node_fails(slurm: Slurm, shop: Shop, tmp_path: Path) -> None:
     """dask.sbatch: Dask over TLS; its key is on the nodes' own disks, and gone when the job has ended."""
-    log, head = tmp_path / "log.txt", shop.net["s3"]
-    upload_images(shop.net, "s3", tmp_path / "images", shop.s3)
-    extract = ["--images", f"{BUCKET}/images", *EXTRACT, "--num-shards", "4", "--store"]
-    head.run(*python_words(ROOT / "jobs" / "extract_features.py", *extract, f"{BUCKET}/calm"), env=shop.s3)
+    log, begun, head = tmp_path / "log.txt", tmp_path / "begun.txt", shop.net["s3"]
+    (tmp_path / "images").mkdir()
+    for number in range(IMAGES):
+        (tmp_path / "images" / f"{number:02}.jpg").write_bytes(encode_image(draw_photo(number)))
+    buckets.upload(head, tmp_path / "images", f"{BUCKET}/images", shop.s3)
+    head.run(*python_words(ROOT / "jobs" / "extract_features.py", *EXTRACT, f"{BUCKET}/calm"), env=shop.s3)
     slow = {
-        "DASK_DISTRIBUTED__WORKER__PRELOAD": str(write_slow(tmp_path)),
-        "DASK_DISTRIBUTED__COMM__TIMEOUTS__TCP": "20s",
-    }
-    job = slurm.submit(
-        SCRIPTS / "dask.sbatch", "jobs/extract_features.py", *extract, f"{BUCKET}/again", options=[f"--output={log}"],
-        env={**shop.s3, **slow, "VENV": sys.prefix, "PYTHONPATH": str(ROOT), "TMPDIR": "/mnt"},
-    )  # fmt: skip
-    wait_until(lambda: num_begun(tmp_path) >= IMAGES // 2, lambda: log.read_text() + slurm.log(), 250)
+        "BEGUN": str(begun), "DASK_DISTRIBUTED__WORKER__PRELOAD": str(Path(__file__).with_name("slowed.py")),
+        "DASK_DISTRIBUTED__COMM__TIMEOUTS__TCP": "20s", "TMPDIR": "/mnt",
+    }  # fmt: skip
+    words = ["jobs/extract_features.py", *EXTRACT, f"{BUCKET}/again"]
+    job = slurm.submit("dask.sbatch", *words, log=log, env={**shop.s3, **slow})
+    wait_until(lambda: num_lines(begun) >= IMAGES // 2, lambda: log.read_text() + slurm.log(), 250)
     keys = [shop.net[name].run("bash", "-c", "stat -c %a /mnt/dask-*/key.pem").stdout for name in "ab"]
     assert keys == ["600\n", "600\n"]
     shop.net.kill("b")
@@ -240,9 +240,7 @@ def test_samples_are_built_by_a_job(slurm: Slurm, shop: Shop, tmp_path: Path) ->
     write(logs, *([part[n::4] for n in range(4)] for part in random_logs(random.Random(5))))
     build = ROOT / "jobs" / "build_samples.py"
     subprocess.run([sys.executable, build, "--logs", logs, "--samples", calm], check=True, timeout=200)
-    job = slurm.submit(
-        SCRIPTS / "dask.sbatch", "jobs/build_samples.py", "--logs", logs, "--samples", tmp_path / "samples",
-        options=[f"--output={log}"], env={"VENV": sys.prefix, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    words = ["jobs/build_samples.py", "--logs", logs, "--samples", tmp_path / "samples"]
+    job = slurm.submit("dask.sbatch", *words, log=log)
     assert slurm.wait(job, 250) == "COMPLETED", log.read_text() + slurm.log()
     assert all_bytes(tmp_path / "samples") == all_bytes(calm)

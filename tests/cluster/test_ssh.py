@@ -1,14 +1,23 @@
 """Ranks on two hosts, started by horovodrun over ssh; samples, features and runs on S3 on a third (docs/RANKS.md)."""
 
+import subprocess
 import time
 from pathlib import Path
 
-from tests.cluster.conftest import RUNS, STEPS, Shop, start_over_ssh
-from tests.cluster.hosts import Network, python_words, wait_until
+from tests.cli import wait_until
+from tests.cluster.conftest import RUNS, STEPS, Shop
+from tests.cluster.hosts import Network, num_lines, python_words
+from tests.ranks import HOROVODRUN
 from tests.servers import SECRET_KEY
 from tests.trainer.runs.resumed.legs import WORKER, Killed, Leg, assert_no_step_or_sample_is_lost
 
 DEADLINE_S = 15
+
+
+def start(shop: Shop, notes: Path, log: Path, *settings: str) -> "subprocess.Popen[bytes]":
+    """Start noted ranks on hosts a and b by horovodrun on a."""
+    launcher = [HOROVODRUN, "--gloo", "-np", "2", "-H", "a:1,b:1", "--network-interfaces", "eth0"]
+    return shop.net["a"].start(*launcher, *python_words(WORKER, notes, 0, *settings), log=log, env=shop.s3)
 
 
 def test_two_hosts_train_as_two_ranks_of_one_machine(shop: Shop, whole: Leg, tmp_path: Path) -> None:
@@ -17,7 +26,7 @@ def test_two_hosts_train_as_two_ranks_of_one_machine(shop: Shop, whole: Leg, tmp
     Horovodrun writes all variables on command lines, which everybody on a host can read.
     """
     log, run = tmp_path / "log.txt", Killed(tmp_path, [])
-    job = start_over_ssh(shop, "a:1,b:1", run.notes(0), log, *shop.settings_on_s3(f"{RUNS}/{tmp_path.name}"))
+    job = start(shop, run.notes(0), log, *shop.settings_on_s3(f"{RUNS}/{tmp_path.name}"))
     seen, end = "", time.monotonic() + 200
     while job.poll() is None:
         assert time.monotonic() < end, log.read_text()
@@ -49,16 +58,16 @@ def test_a_host_that_loses_its_power_ends_the_run_and_it_is_resumed(shop: Shop, 
     """Nothing tells the peers: no connection ends. Then the host is back, and no step is lost."""
     log, run = tmp_path / "log.txt", Killed(tmp_path, [])
     settings = shop.settings_on_s3(f"{RUNS}/{tmp_path.name}", run__deadline_s=DEADLINE_S)
-    job = start_over_ssh(shop, "a:1,b:1", run.notes(0), log, *settings, "run.resume=null")
+    job = start(shop, run.notes(0), log, *settings, "run.resume=null")
     notes = run.notes(0) / "0-of-2.jsonl"  # two lines a step
-    wait_until(lambda: notes.exists() and notes.read_text().count("\n") >= 2 * 25, log.read_text, 120, job, 0.01)
+    wait_until(lambda: num_lines(notes) >= 2 * 25, log.read_text, 120, job, 0.01)
     shop.net.kill("b")
     start_s = time.monotonic()
     assert job.wait(120) != 0
     assert time.monotonic() - start_s < DEADLINE_S + 30
     assert "not there: rank 1" in log.read_text()
     shop.net.revive("b")
-    job = start_over_ssh(shop, "a:1,b:1", run.notes(1), log, *settings, "run.resume=latest")
+    job = start(shop, run.notes(1), log, *settings, "run.resume=latest")
     assert job.wait(200) == 0, log.read_text()
     assert_no_step_or_sample_is_lost([run.seen(0, 2), run.seen(1, 2)], whole, STEPS)
 

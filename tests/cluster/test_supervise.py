@@ -9,20 +9,14 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.cli import wait_until
 from tests.cluster.conftest import BUCKET, STEPS, Shop
-from tests.cluster.hosts import wait_until
 from tests.trainer.runs.resumed.legs import Leg, assert_no_step_or_sample_is_lost
 from tests.trainer.supervise.supervised import PAUSE_S, WORKER, Supervised
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 LEASE_S = 10
 TIMEOUT_S = 280
-
-
-@pytest.fixture(scope="module")
-def whole(shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> Leg:
-    """The run of one rank that nothing disturbed."""
-    return shop.alone(tmp_path_factory.mktemp("alone"), 1)
 
 
 def start(shop: Shop, run: Supervised, pause_s: float = 1) -> "subprocess.Popen[bytes]":

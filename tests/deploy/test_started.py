@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.hosts import PACKAGES, lacking, lacking_packages
+from tests.cli import ran
+from tests.cluster.hosts import PACKAGES, lacking, make_key, of_packages, parts_of_sshd
 from tests.deploy.commandlines import expanded
 from tests.deploy.manifests import overlay, pods
 from tests.ranks import ROOT, environment
@@ -20,22 +21,17 @@ from tests.trainer.conftest import make_places
 
 pytestmark = pytest.mark.cluster
 USER = 1000
-HELPERS = PACKAGES / "usr" / "lib" / "openssh"
 
 
 @pytest.fixture
 def secrets() -> Iterator[Path]:
     """The keys as mpi-operator mounts them: root's, and read by the group of the pod."""
-    if missing := lacking() or lacking_packages("sshd"):
+    if missing := lacking():
         pytest.skip(f"the sshd of an MPIJob was not started: this machine lacks {missing}")
     with tempfile.TemporaryDirectory(prefix="mpijob-") as name:
         folder = Path(name)
         folder.chmod(0o755)
-        subprocess.run(
-            ["ssh-keygen", "-q", "-t", "ecdsa", "-b", "521", "-N", "", "-f", folder / "id_rsa"],
-            env=_unpacked(),
-            check=True,
-        )
+        make_key(folder / "id_rsa", "-t", "ecdsa", "-b", "521")
         (folder / "id_rsa.pub").rename(folder / "authorized_keys")
         for path in folder.iterdir():
             os.chown(path, 0, USER)
@@ -44,34 +40,24 @@ def secrets() -> Iterator[Path]:
         yield folder
 
 
-def _unpacked() -> dict[str, str]:
-    """The variables by which Debian's ssh, unpacked in a folder, finds its parts."""
-    libraries = ":".join(str(path) for path in sorted((PACKAGES / "usr" / "lib").glob("*-linux-gnu")))
-    return {**os.environ, "PATH": f"{PACKAGES / 'bin'}:{os.environ['PATH']}", "LD_LIBRARY_PATH": libraries}
-
-
 def test_the_sshd_of_an_mpijob_lets_the_launcher_in_without_rights(secrets: Path) -> None:
     (job,) = [each for each in overlay("train-mpi") if each["kind"] == "MPIJob"]
     container = next(pod["spec"]["containers"][0] for pod in pods(job["spec"]["mpiReplicaSpecs"]["Worker"]))
     (port,) = free_ports(1)
     words = [str(PACKAGES / "bin" / "sshd"), *container["args"]]
     words = [word.replace("/secrets/ssh", str(secrets)).replace("=2222", f"={port}") for word in words]
-    # Debian's parts of sshd lie elsewhere here.
-    words += [
-        f"-o{name}={path}"
-        for name, path in {"SshdSessionPath": HELPERS / "sshd-session", "SshdAuthPath": HELPERS / "sshd-auth"}.items()
-        if path.exists()
-    ]
-    server = subprocess.Popen(_as_user(secrets, *words), env=_unpacked(), stderr=subprocess.PIPE, text=True)
+    words += [f"-o{name}={path}" for name, path in parts_of_sshd().items()]  # Debian's lie elsewhere here
+    env = os.environ | of_packages()
+    server = subprocess.Popen(_as_user(secrets, *words), env=env, stderr=subprocess.PIPE, text=True)
+    client = _as_user(
+        secrets, "ssh", "-F", "none", "-p", str(port), "-i", str(secrets / "id_rsa"),
+        "-o", "PasswordAuthentication=no", "-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null",
+        "127.0.0.1", "id -u",
+    )  # fmt: skip
     try:
-        client = _as_user(
-            secrets, "ssh", "-F", "none", "-p", str(port), "-i", str(secrets / "id_rsa"),
-            "-o", "PasswordAuthentication=no", "-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null",
-            "127.0.0.1", "id -u",
-        )  # fmt: skip
-        deadline = time.monotonic() + 30
-        while (done := subprocess.run(client, env=_unpacked(), capture_output=True, text=True, check=False)).returncode:
-            assert server.poll() is None and time.monotonic() < deadline, done.stderr
+        deadline_s = time.monotonic() + 30
+        while (done := ran(*client, env=env)).returncode:
+            assert server.poll() is None and time.monotonic() < deadline_s, done.stderr
             time.sleep(1)
         assert done.stdout.strip() == str(USER)
     finally:
