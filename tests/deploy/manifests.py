@@ -36,40 +36,29 @@ ROLES = {"required": ["Launcher", "Worker"], "propertyNames": {"enum": ["Launche
 MODES = {"enum": ["Serverless", "RawDeployment", "ModelMesh"]}
 ANNOTATIONS = {"properties": {"serving.kserve.io/deploymentMode": MODES}, "additionalProperties": False}
 """Of an InferenceService: no schema knows them."""
-Schema = dict[str, Any]
 
 
+@functools.cache
 def validators() -> dict[str, Validator]:
     """The validator of each kind that is not Kubernetes' own; a definition in the folder CRDS goes before ours."""
-    return _ours() | _of_a_cluster()
-
-
-@functools.cache
-def _ours() -> dict[str, Validator]:
     (daskjob,) = [each for each in importlib.metadata.files("dask-kubernetes") or () if each.match("crds/daskjob.yaml")]
-    ours = {kind: PUBLISHED / f"{kind.lower()}.yaml.gz" for kind in ("MPIJob", "ServiceMonitor", "InferenceService")}
-    return {kind: _of_definition(file) for kind, file in (ours | {"DaskJob": Path(daskjob.locate())}).items()}
-
-
-@functools.cache
-def _of_a_cluster() -> dict[str, Validator]:
     folder = os.environ.get("CRDS")
-    files = sorted(Path(folder).glob("*.yaml")) if folder else []
-    assert files or not folder, f"CRDS={folder} holds no .yaml"
-    return {_definition(file)["spec"]["names"]["kind"]: _of_definition(file) for file in files}
+    theirs = sorted(Path(folder).glob("*.yaml")) if folder else []
+    assert theirs or not folder, f"CRDS={folder} holds no .yaml"
+    definitions = map(_definition, [*PUBLISHED.glob("*.gz"), Path(daskjob.locate()), *theirs])
+    return {each["spec"]["names"]["kind"]: _of_definition(each["spec"]) for each in definitions}
 
 
-def _definition(file: Path) -> Schema:
+def _definition(file: Path) -> Manifest:
     """A CustomResourceDefinition as its operator publishes it, or as `kubectl get crd NAME -o yaml` writes it."""
     data = file.read_bytes()
-    definition: Schema = yaml.load(gzip.decompress(data) if file.suffix == ".gz" else data, yaml.CSafeLoader)
+    definition: Manifest = yaml.load(gzip.decompress(data) if file.suffix == ".gz" else data, yaml.CSafeLoader)
     assert definition["kind"] == "CustomResourceDefinition", file
     return definition
 
 
-def _of_definition(file: Path) -> Validator:
+def _of_definition(spec: Manifest) -> Validator:
     """The validator of the version that is stored."""
-    spec = _definition(file)["spec"]
     version = next(each for each in spec["versions"] if each["storage"])
     api = {"const": f"{spec['group']}/{version['name']}"}
     named = {"apiVersion": api, "kind": {"const": spec["names"]["kind"]}, "metadata": {"type": "object"}}

@@ -16,15 +16,9 @@ SHELLCHECK = Path(sys.executable).with_name("shellcheck")
 def scripts() -> list[Path]:
     """All tracked and new files that begin with the line of a shell, and what .sh and .sbatch are called."""
     listing = ran("git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=ROOT).stdout.splitlines()
-    found = []
-    for name in listing:
-        path = ROOT / name
-        if not path.is_file():
-            continue
-        with path.open("rb") as file:
-            head = file.readline(80)
-        if path.suffix in (".sh", ".sbatch") or (head.startswith(b"#!") and head.rstrip().endswith((b"sh", b"bash"))):
-            found.append(path)
+    files = [path for path in map(ROOT.joinpath, listing) if path.is_file()]
+    shell = re.compile(rb"#!.*sh\s*\n")
+    found = [path for path in files if path.suffix in (".sh", ".sbatch") or shell.match(path.read_bytes())]
     assert {ROOT / name for name in (".ci/run", "tools/install.sh", "tools/build_horovod.sh")} <= {*found}
     return found
 
