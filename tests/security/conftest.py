@@ -1,7 +1,5 @@
 """A store, samples, a run and a published model, for servers to start on."""
 
-from pathlib import Path
-
 import pytest
 
 from serving.bundle.export import ExportOptions, export_model
@@ -18,8 +16,3 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Places:
     options = ExportOptions(run=places.folder / "runs" / "run")
     export_model(str(places.folder / "model"), options, network=no_network)
     return places
-
-
-@pytest.fixture
-def model(places: Places) -> Path:
-    return places.folder / "model"

@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.cli import wait_until
 from tests.ranks import HOROVODRUN, ROOT, environment
 from tests.trainer.conftest import Places
 from trainer.comm import connect
@@ -33,10 +34,7 @@ def started(words: list[str | Path], folder: Path, ready: Callable[[str], bool])
     with log.open("wb") as file:
         started = subprocess.Popen(list(map(str, words)), stdout=file, stderr=file, env=environment(), cwd=ROOT)
     try:
-        deadline = time.monotonic() + TIMEOUT_S
-        while not ready(log.read_text()):
-            assert started.poll() is None and time.monotonic() < deadline, log.read_text()
-            time.sleep(0.05)
+        wait_until(lambda: ready(log.read_text()), log.read_text, TIMEOUT_S, started)
         yield psutil.Process(started.pid)
     finally:
         for process in family(psutil.Process(started.pid)) if started.poll() is None else []:

@@ -6,11 +6,9 @@ start many processes run with `make test-cluster`.
 
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from subprocess import PIPE, STDOUT
 
 import httpx2
 import pyarrow as pa
@@ -18,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from tests.cli import ran
 from tests.commands.calls import call
 from tests.ranks import HOROVODRUN, ROOT, environment
 from tests.security.certificates import Certificate
@@ -50,12 +49,8 @@ class Work:
 
     def fails(self, *words: object, because: str) -> None:
         """Run a command line, which has to end with an error that says `because`."""
-        command = list(map(str, words))
-        done = subprocess.run(
-            command, cwd=ROOT, env=self.environment, stdout=PIPE, stderr=STDOUT, text=True, timeout=200, check=False
-        )
-        self.printed += done.stdout
-        assert done.returncode != 0 and because in done.stdout, done.stdout[-3000:]
+        done = ran(*words, cwd=ROOT, env=self.environment, timeout=200)
+        self._failed(done.returncode, done.stdout + done.stderr, because)
 
     def fails_here(self, *words: object, because: str) -> None:
         """Do so in this process, where no other one is part of what is looked at."""
@@ -63,9 +58,11 @@ class Work:
             for name, value in self.environment.items():
                 patch.setenv(name, value)
             called = call(list(map(str, words)))
-        said = called.out + called.err + called.trace
+        self._failed(called.code, called.out + called.err + called.trace, because)
+
+    def _failed(self, code: int, said: str, because: str) -> None:
         self.printed += said
-        assert called.code != 0 and because in said, said[-3000:]
+        assert code != 0 and because in said, said[-3000:]
 
     def check(self, *secrets: str) -> None:
         """No secret is in what was printed, nor in any file of the folder."""
@@ -115,11 +112,6 @@ class TestKeysOfAnObjectStore:
         assert (work.folder / "runs" / "b" / "config.yaml").is_file()
 
     @pytest.mark.cluster
-    def test_runs_on_an_object_store(self, work: Work, places: Places) -> None:
-        words = options(places, run__name="c", run__dir="s3://bucket/runs")
-        work.fails(*python("-m", "trainer.main", *words), because="s3://bucket/runs")
-
-    @pytest.mark.cluster
     def test_jobs_and_their_cluster(self, work: Work, places: Places) -> None:
         """Dask's scheduler, workers and nannies have the keys in their environment."""
         (work.folder / "images").mkdir()
@@ -133,9 +125,11 @@ class TestKeysOfAnObjectStore:
         work.fails(*export, because="s3://bucket/m")
 
     @pytest.mark.cluster
-    @pytest.mark.parametrize("command", ["featurestore", "serving"])
-    def test_servers_that_find_nothing(self, command: str, work: Work) -> None:
-        work.fails(*python("-m", command, "serve", "s3://bucket/x", "--port", "0"), because="s3://bucket/x")
+    def test_runs_and_servers_that_find_nothing(self, work: Work, places: Places) -> None:
+        words = options(places, run__name="c", run__dir="s3://bucket/runs")
+        work.fails(*python("-m", "trainer.main", *words), because="s3://bucket/runs")
+        for command in ("featurestore", "serving"):
+            work.fails(*python("-m", command, "serve", "s3://bucket/x", "--port", "0"), because="s3://bucket/x")
 
 
 class TestPasswords:
@@ -173,9 +167,9 @@ class TestTokensAndKeys:
             path.chmod(0o600)
         return {path.stem: path for path in folder.iterdir()}
 
-    def test_of_a_scorer_that_answers(self, work: Work, model: Path, files: dict[str, Path]) -> None:
+    def test_of_a_scorer_that_answers(self, work: Work, places: Places, files: dict[str, Path]) -> None:
         """Right and wrong tokens, a body that is none, figures, and the end: nothing of them is in log or figures."""
-        words: list[str | Path] = [sys.executable, "-m", "serving", "serve", model, "--port", "0"]
+        words: list[str | Path] = [sys.executable, "-m", "serving", "serve", places.folder / "model", "--port", "0"]
         words += ["--token-file", files["tokens"], "--tls-cert", files["cert"], "--tls-key", files["key"]]
         with started(words, work.folder, lambda log: "listening on" in log) as server:
             line = next(each for each in (work.folder / "log.txt").read_text().split() if each.startswith("https://"))
@@ -192,11 +186,11 @@ class TestTokensAndKeys:
             server.wait(60)
         work.check(_body(files["key"]))
 
-    @pytest.mark.parametrize("command", ["serving", "featurestore"])
+    @pytest.mark.parametrize(("command", "folder"), [("serving", "model"), ("featurestore", "features")])
     def test_that_are_wrong(
-        self, command: str, work: Work, places: Places, model: Path, files: dict[str, Path]
+        self, command: str, folder: str, work: Work, places: Places, files: dict[str, Path]
     ) -> None:
-        server = [command, "serve", model if command == "serving" else places.folder / "features", "--port", "0"]
+        server = [command, "serve", places.folder / folder, "--port", "0"]
         work.fails_here(*server, "--token-file", files["short"], because="characters and can be guessed")
         work.fails_here(*server, "--tls-cert", files["cert"], "--tls-key", files["half"], because="half")
         work.fails_here(*server, "--token-file", files["key"], because="token")
