@@ -3,7 +3,6 @@
 import base64
 import re
 from html.parser import HTMLParser
-from pathlib import Path
 from xml.etree import ElementTree
 
 _VOID = {"meta", "img"}
@@ -24,14 +23,8 @@ class ReadPage(HTMLParser):
         self.feed(text)
         self.close()
         assert self.open == [], "an element is not closed"
-        self.lines = self.printed.splitlines()
-        self.texts = [line.strip() for line in self.lines]
-        self.rows = [row for line in self.lines if (row := _cells(line))]
-
-    @classmethod
-    def of(cls, path: Path) -> "ReadPage":
-        """Read a file."""
-        return cls(path.read_text(encoding="utf-8"))
+        self.texts = [line.strip() for line in self.printed.splitlines()]
+        self.rows = [row for line in self.printed.splitlines() if (row := _cells(line))]
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)

@@ -61,10 +61,6 @@ def sealed(data: bytes) -> bytes:
     return fields + f',\n "digest": "{digest}"\n}}'.encode()
 
 
-def _unsealed(data: bytes) -> Any:
-    return json.loads(_SEALED.sub(b"\n}", data))
-
-
 def _png(data: bytes) -> bytes:
     """Give the chunks of a PNG checksums that fit."""
     if not data.startswith(b"\x89PNG"):
@@ -75,10 +71,6 @@ def _png(data: bytes) -> bytes:
         parts.append(data[place:end] + zlib.crc32(data[place + 4 : end]).to_bytes(4, "big"))
         place = end + 4
     return b"".join([*parts, data[place:]])
-
-
-def _before_binary(data: bytes) -> Any:
-    return json.loads(data.partition(b"\n")[2][: int(data.partition(b"\n")[0])])
 
 
 def _with_binary(text: str, whole: bytes) -> bytes:
@@ -198,8 +190,13 @@ def _with_header(text: str, whole: bytes) -> bytes:
 
 BYTES, PNG = Form(), Form(repair=_png)
 NPY, SHARD = Form(_npy, _with_header), Form(_names, _with_names)
-JSON, YAML, TENSORS = Form(json.loads), Form(yaml.safe_load), Form(_before_binary, _with_binary)
-SEALED = Form(_unsealed, lambda text, _: sealed(text.encode("utf-8", "surrogatepass")), sealed)
+JSON, YAML = Form(json.loads), Form(yaml.safe_load)
+TENSORS = Form(lambda data: json.loads(data.partition(b"\n")[2][: int(data.partition(b"\n")[0])]), _with_binary)
+SEALED = Form(
+    lambda data: json.loads(_SEALED.sub(b"\n}", data)),
+    lambda text, _: sealed(text.encode("utf-8", "surrogatepass")),
+    sealed,
+)
 STREAM = Form(
     lambda data: _values(pa.ipc.open_stream(data).read_all()),
     lambda text, whole: stream_of(_table(text, pa.ipc.open_stream(whole).schema)),

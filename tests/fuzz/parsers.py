@@ -39,22 +39,7 @@ from serving.network import run_steps
 from serving.scoring.decode import decode as decode_body
 from serving.settings import Budget
 from tests.featurestore.contents import rows_of
-from tests.fuzz.mutate import (
-    BYTES,
-    JSON,
-    NPY,
-    PARQUET,
-    PNG,
-    SEALED,
-    SHARD,
-    STREAM,
-    TENSORS,
-    YAML,
-    Form,
-    parquet_of,
-    stream_of,
-    tensors_of,
-)
+from tests.fuzz import mutate
 from tests.serving.scoring.wide import COLUMNS, SCHEMA, table_of
 from trainer.comm.comm import SoloComm
 from trainer.config import Config, load_config, load_saved
@@ -106,7 +91,7 @@ class Parser:
     valid: Callable[[], list[bytes]]
     parse: Callable[[bytes], object]
     errors: type[Exception]
-    form: Form = BYTES
+    form: mutate.Form = mutate.BYTES
     most_s: float = 1.0
     most_mb: int = 300
 
@@ -160,6 +145,10 @@ def _read_shard(data: bytes) -> None:
         list(file.blocks(["key", "feature"]))
 
 
+def _sample_file() -> list[bytes]:
+    return [mutate.parquet_of(table_of([GROUP] * 3, TEXTS))]
+
+
 def _read_samples(data: bytes) -> None:
     folder, rules = _written("train/day=2026-01-01.parquet", data).parent.parent, rules_of(SCHEMA)
     index = open_index(SoloComm(), Storage(folder), "train", SCHEMA)
@@ -200,7 +189,7 @@ def _requests() -> list[bytes]:
 
 def _tensor_body() -> bytes:
     values = {name: 0.5 if GROUP[name] is None else GROUP[name] for name in COLUMNS.sources}
-    return tensors_of(values, id="1", outputs=[{"name": "score"}])
+    return mutate.tensors_of(values, id="1", outputs=[{"name": "score"}])
 
 
 def _read_body(body: Body) -> None:
@@ -217,6 +206,10 @@ def _read_body(body: Body) -> None:
 def _read_tensors(data: bytes) -> None:
     header, _, body = data.partition(b"\n")
     _read_body(TensorBody(body, header.decode("latin-1"), "ctr"))
+
+
+def _arrow_stream() -> list[bytes]:
+    return [mutate.stream_of(table_of([GROUP] * 2, TEXTS))]
 
 
 def _read_arrow(data: bytes) -> None:
@@ -242,6 +235,10 @@ def _read_mapping(data: bytes) -> None:
         for join in layout.joins:
             layout = layout.with_columns_of(join, own=("ts", "event"), there=("sku", "price", "tags", "user"))
         assert layout.of_all_rows().where is None
+
+
+def _settings() -> list[bytes]:
+    return [format_yaml(Config().model_dump(mode="json")).encode()]
 
 
 def _read_settings(data: bytes) -> None:
@@ -293,30 +290,17 @@ def _read_log(data: bytes) -> None:
 
 
 PARSERS = [
-    Parser("manifest", lambda: [seal(_store(os.getpid())[1])], _read_manifest, FeatureStoreError, SEALED),
-    Parser("shard", _shard_files, _read_shard, FeatureStoreError, SHARD),
-    Parser("statistics", lambda: [EMPTY.to_bytes()], _read_moments, CorruptFileError, NPY),
-    Parser("samples", lambda: [parquet_of(table_of([GROUP] * 3, TEXTS))], _read_samples, TrainerError, PARQUET),
-    Parser("checkpoint", lambda: [_state()], _read_checkpoint, CheckpointError, SEALED),
-    Parser("json request", _requests, lambda data: _read_body(JsonBody(data)), RequestError, JSON),
-    Parser("tensor request", lambda: [_tensor_body()], _read_tensors, RequestError, TENSORS),
-    Parser(
-        "arrow request",
-        lambda: [stream_of(table_of([GROUP] * 2, TEXTS))],
-        _read_arrow,
-        RequestError,
-        STREAM,
-    ),
-    Parser("mapping", _mappings, _read_mapping, SampleError, YAML, YAML_S),
-    Parser(
-        "settings",
-        lambda: [format_yaml(Config().model_dump(mode="json")).encode()],
-        _read_settings,
-        ConfigError,
-        YAML,
-        YAML_S,
-    ),
-    Parser("image", _images, _read_image, BadImageError, PNG),
+    Parser("manifest", lambda: [seal(_store(os.getpid())[1])], _read_manifest, FeatureStoreError, mutate.SEALED),
+    Parser("shard", _shard_files, _read_shard, FeatureStoreError, mutate.SHARD),
+    Parser("statistics", lambda: [EMPTY.to_bytes()], _read_moments, CorruptFileError, mutate.NPY),
+    Parser("samples", _sample_file, _read_samples, TrainerError, mutate.PARQUET),
+    Parser("checkpoint", lambda: [_state()], _read_checkpoint, CheckpointError, mutate.SEALED),
+    Parser("json request", _requests, lambda data: _read_body(JsonBody(data)), RequestError, mutate.JSON),
+    Parser("tensor request", lambda: [_tensor_body()], _read_tensors, RequestError, mutate.TENSORS),
+    Parser("arrow request", _arrow_stream, _read_arrow, RequestError, mutate.STREAM),
+    Parser("mapping", _mappings, _read_mapping, SampleError, mutate.YAML, YAML_S),
+    Parser("settings", _settings, _read_settings, ConfigError, mutate.YAML, YAML_S),
+    Parser("image", _images, _read_image, BadImageError, mutate.PNG),
     Parser("csv log", _logs, _read_log, SampleError),
 ]
 

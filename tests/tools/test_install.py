@@ -215,8 +215,6 @@ class TestHorovod:
         done = installed.build(HOROVOD_GPU_OPERATIONS="MPI")
         told = "HOROVOD_GPU_OPERATIONS=MPI: it should be NCCL, or CPU for collectives by Gloo\n"
         assert (done.returncode, done.stdout, done.stderr) == (1, "", told)
-        assert installed.wheels() == [self.CPU]
-        assert installed.build().stdout == "horovod 0.28.1 is installed (CPU)\n"
         shutil.rmtree(installed.folder / "cache" / self.NCCL)
         done = installed.build(HOROVOD_GPU_OPERATIONS="NCCL")
         assert done.returncode == 1

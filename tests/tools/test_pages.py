@@ -228,11 +228,8 @@ class Shelf:
     """In cm."""
     _hidden = 1
 
-    def put(self, *things: str, at: int = 0, **more: float) -> None:
+    def put(self, count: int, /, *things: str, at: str = "top", **more: float) -> None:
         """Put things on it."""
-
-    def take(self, count: int, /, first: bool = True, *, by: str = "hand") -> list[str]:
-        """Take some. Raises KeyError."""
 
     def silent(self) -> None: ...
 
@@ -249,8 +246,7 @@ def test_signatures_and_docstrings_are_those_of_the_source_and_what_is_private_i
     (tmp_path / "shelves.py").write_text(SOURCE)
     module = griffe.GriffeLoader(search_paths=[tmp_path], allow_inspection=False).load("shelves")
     text = "\n".join(line for name in ("Shelf", "connect") for line in api.section(f"shelves.{name}", module[name]))
-    assert "Shelf.put(*things: str, at: int = 0, **more: float) -> None" in text
-    assert "Shelf.take(count: int, /, first: bool = True, *, by: str = 'hand') -> list[str]" in text
+    assert "Shelf.put(count: int, /, *things: str, at: str = 'top', **more: float) -> None" in text
     assert "connect(address: str) -> Shelf" in text
     assert "Holds things.\n\nIn any order." in text and "| `width` | In cm. |" in text
     assert "from shelves import connect" in text

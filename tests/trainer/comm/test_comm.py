@@ -337,7 +337,7 @@ def test_the_page_is_written_by_rank_0(rank: int, tmp_path: Path, monkeypatch: p
         assert run_on_ranks(lambda comm: print_line(text_console(), f"rank {comm.rank}")) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["page.html"][rank:]
     if rank == 0:
-        assert "rank 0" in ReadPage.of(tmp_path / "page.html").texts
+        assert "rank 0" in ReadPage((tmp_path / "page.html").read_text()).texts
 
 
 def test_a_wrong_place_ends_the_command_before_its_work(
