@@ -24,7 +24,7 @@ from tests.running.spared import (
     spare_pandas,
     spare_the_disk,
 )
-from tests.servers import environment_of, new_buckets, seaweedfs
+from tests.servers import Server, environment_of, new_buckets
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -160,7 +160,7 @@ def connected(client: "Client", monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def s3_endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Address of a SeaweedFS server that lives as long as the tests; its credentials are in the environment."""
-    server = seaweedfs(tmp_path_factory.mktemp("seaweedfs"))
+    server = Server(tmp_path_factory.mktemp("seaweedfs"))
     parse_services_once()
     try:
         server.start()

@@ -9,8 +9,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -196,19 +196,11 @@ class StandingRanks:
         return code, out
 
 
-@contextmanager
-def standing_ranks(forks: Forks, folder: Path, num_ranks: int = 2) -> Iterator[StandingRanks]:
-    ranks = StandingRanks(forks, folder, num_ranks)
-    try:
-        yield ranks
-    finally:
-        ranks.close()
+def standing_ranks(forks: Forks, folder: Path, num_ranks: int = 2) -> closing[StandingRanks]:
+    """Ranks that are closed at the end of a block."""
+    return closing(StandingRanks(forks, folder, num_ranks))
 
 
-@contextmanager
-def forks_of_ranks(variables: Mapping[str, str] | None = None) -> Iterator[Forks]:
-    forks = Forks(variables)
-    try:
-        yield forks
-    finally:
-        forks.close()
+def forks_of_ranks(variables: Mapping[str, str] | None = None) -> closing[Forks]:
+    """Forks that are closed at the end of a block."""
+    return closing(Forks(variables))

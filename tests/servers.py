@@ -10,7 +10,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import urllib.request
 import uuid
 from collections.abc import Iterator, Mapping
@@ -21,6 +20,7 @@ import fsspec
 import pytest
 
 from featurestore.storage.storage import Storage
+from tests.cli import wait_until
 
 ACCESS_KEY, SECRET_KEY, REGION = "testkey", "testsecret", "us-east-1"
 READY_TIMEOUT_S = 60
@@ -31,23 +31,25 @@ FILERS: dict[str, str] = {}
 
 
 class Server:
-    """A program that serves S3, with its files and its log in a folder; keeps its address over restarts."""
+    """A SeaweedFS, with its files and its log in a folder; keeps its address over restarts. It starts in a second."""
 
-    def __init__(self, command: list[str | Path], endpoint: str, folder: Path) -> None:
-        self.endpoint = endpoint
-        self._command, self._folder = command, folder
+    def __init__(self, folder: Path) -> None:
+        s3, master, volume, filer = free_ports(4)
+        self.endpoint = f"http://127.0.0.1:{s3}"
+        FILERS[self.endpoint] = f"127.0.0.1:{filer}"
+        self._command, self._folder = weed_command(folder, "127.0.0.1", s3, master, volume, filer), folder
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         environment = {**os.environ, "GOMAXPROCS": "1"}  # Go's threads look for work: a fifth of a server's time
         with (self._folder / "log.txt").open("ab") as log:
-            process = subprocess.Popen(self._command, stdout=log, stderr=log, cwd=self._folder, env=environment)
-        self._process, deadline = process, time.monotonic() + READY_TIMEOUT_S
-        while time.monotonic() < deadline and process.poll() is None:
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.endpoint}/healthz", timeout=1):
-                return
-            time.sleep(0.05)
-        pytest.fail(f"the server did not start: {(self._folder / 'log.txt').read_text(errors='replace')[-2000:]}")
+            self._process = subprocess.Popen(self._command, stdout=log, stderr=log, cwd=self._folder, env=environment)
+        wait_until(self._answers, (self._folder / "log.txt").read_text, READY_TIMEOUT_S, self._process)
+
+    def _answers(self) -> bool:
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.endpoint}/healthz", timeout=1):
+            return True
+        return False
 
     def kill(self) -> None:
         """SIGKILL: what it had not written to its files is lost."""
@@ -55,14 +57,6 @@ class Server:
             os.kill(self._process.pid, signal.SIGKILL)
             self._process.wait()
             self._process = None
-
-
-def seaweedfs(folder: Path) -> Server:
-    """The real server's binary; takes about a second to start."""
-    s3, master, volume, filer = free_ports(4)
-    endpoint = f"http://127.0.0.1:{s3}"
-    FILERS[endpoint] = f"127.0.0.1:{filer}"
-    return Server(weed_command(folder, "127.0.0.1", s3, master, volume, filer), endpoint, folder)
 
 
 def weed_command(folder: Path, address: str, s3: int, master: int, volume: int, filer: int) -> list[str | Path]:

@@ -9,7 +9,7 @@ import pytest
 
 from featurestore.published.paths import RemotePath, RunPath, run_path
 from tests.commands.calls import call
-from tests.servers import environment_of, new_bucket, seaweedfs
+from tests.servers import Server, environment_of, new_bucket
 from tests.trainer.checkpoints import steps_of
 from tests.trainer.conftest import Places
 from tests.trainer.whole_runs import assert_same, report_of, run_alone
@@ -116,7 +116,7 @@ def test_s3_that_is_away_for_a_while_stops_nothing(
     """The server is killed before a checkpoint, and comes back after the next steps: these are not waited for."""
     folder, step, seen = tmp_path / "server", Engine.train_step, []
     folder.mkdir()
-    server = seaweedfs(folder)
+    server = Server(folder)
 
     def step_without(engine: Engine, prepared: Any) -> Any:
         if engine.num_steps == 2:
