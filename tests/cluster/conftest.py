@@ -41,6 +41,11 @@ class Shop:
         ours = {**places, "data__cache_dir": "/mnt/cache", **changes}
         return comparable_settings(self.places, self.schema, run_dir, STEPS, CHECKPOINT_EVERY, **ours)
 
+    def alone(self, folder: Path, num_ranks: int) -> Leg:
+        """The undisturbed run, on loopback and the machine's disk."""
+        settings = comparable_settings(self.places, self.schema, folder, STEPS, CHECKPOINT_EVERY)
+        return Killed(folder, settings).leg(0, num_ranks)
+
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -73,7 +78,5 @@ def shop(net: Network, tmp_path_factory: pytest.TempPathFactory) -> Shop:
 
 @pytest.fixture(scope="module")
 def whole(shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> Leg:
-    """The undisturbed run of two ranks, on loopback and the machine's disk."""
-    folder = tmp_path_factory.mktemp("alone")
-    settings = comparable_settings(shop.places, shop.schema, folder, STEPS, CHECKPOINT_EVERY)
-    return Killed(folder, settings).leg(0, 2)
+    """The run of two ranks."""
+    return shop.alone(tmp_path_factory.mktemp("alone"), 2)

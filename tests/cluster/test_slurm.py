@@ -26,11 +26,7 @@ EXTRACT = [
     "--images", f"{BUCKET}/images", "--backbone", "mobilenet_v3_small:avgpool", "--weights", "random:0", "--dtype",
     "float32", "--precision", "float32", "--batch-size", 2, "--part-size", 2, "--num-shards", 4, "--store",
 ]  # fmt: skip
-SAME_ROWS = """
-import sys
-from tests.pipeline.features.test_killed import assert_same_rows
-assert_same_rows(*sys.argv[1:])
-"""
+SAME_ROWS = "import sys; from tests.pipeline.features import test_killed; test_killed.assert_same_rows(*sys.argv[1:])"
 
 
 class Slurm:

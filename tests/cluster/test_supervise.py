@@ -19,6 +19,12 @@ LEASE_S = 10
 TIMEOUT_S = 280
 
 
+@pytest.fixture(scope="module")
+def whole(shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> Leg:
+    """The run of one rank, which takes no launcher."""
+    return shop.alone(tmp_path_factory.mktemp("alone"), 1)
+
+
 def start(shop: Shop, run: Supervised, pause_s: float = 1) -> "subprocess.Popen[bytes]":
     """Start the supervisor on host a; a step takes so long at least."""
     variables = {**shop.s3, **run.next_notes(), PAUSE_S: str(pause_s)}

@@ -71,13 +71,9 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     )
     shutil.copytree(ROOT / "docs" / "assets", root / "docs" / "assets")
     shutil.copyfile(ROOT / "docs" / "ams.svg", root / "docs" / "drawn.svg")
-    (root / "docs" / "zensical.toml").write_text(
-        re.sub(
-            r"(?ms)^nav = \[.*?^\]",
-            'nav = ["index.md", { "More" = ["A.md", { "Else" = "CONTRIBUTING.md" }] }, "CHANGELOG.md"]',
-            (ROOT / "docs" / "zensical.toml").read_text(),
-        )
-    )
+    nav = 'nav = ["index.md", { "More" = ["A.md", { "Else" = "CONTRIBUTING.md" }] }, "CHANGELOG.md"]'
+    settings = (ROOT / "docs" / "zensical.toml").read_text()
+    (root / "docs" / "zensical.toml").write_text(re.sub(r"(?ms)^nav = \[.*?^\]", nav, settings))
     return root
 
 
