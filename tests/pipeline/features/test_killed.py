@@ -22,8 +22,7 @@ from distributed.utils import get_mp_context
 from featurestore.store import FeatureStore
 from pipeline.cluster.tasks import WORKER_CONFIG
 from pipeline.features import part as parts
-from tests.cli import begun
-from tests.cluster.hosts import wait_until
+from tests.cli import begun, wait_until
 from tests.featurestore.contents import metadata_of
 
 BIN, JOBS = Path(sys.executable).parent, Path(__file__).parents[3] / "jobs"

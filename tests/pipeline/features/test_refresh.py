@@ -16,7 +16,7 @@ from featurestore.upkeep.verify import repair, verify
 from pipeline.errors import BadImageError, SourceError, StoreRunError
 from pipeline.features import refresh as refresh_module
 from pipeline.images.source import files_below, read_image
-from tests.featurestore.upkeep.damaged import spoil
+from tests.featurestore.contents import spoil
 from tests.pipeline.features.conftest import change_everything, counts, rows_of, touch
 
 
