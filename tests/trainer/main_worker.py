@@ -6,6 +6,7 @@ Arguments: the folder of the places, the output file, then settings that all run
 import json
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
@@ -27,15 +28,9 @@ def main() -> None:
         return comm.allgather_object("done")
 
     seen = {"full": outcome("run.name=full", "train.max_steps=16")}
-    train_step, stopped = Engine.train_step, ("run.name=stopped", "train.max_steps=16")
-
-    def signalled(engine: Engine, prepared: PreparedBatch) -> StepResult:
-        """With a SIGTERM to this process during its 13th step."""
-        if engine.num_steps - engine.first_step == 12:
-            signal.raise_signal(signal.SIGTERM)
-        return train_step(engine, prepared)
-
-    with mock.patch.object(Engine, "train_step", signalled if comm.rank == 1 else train_step):
+    stopped = ("run.name=stopped", "train.max_steps=16")
+    step = Engine.train_step
+    with mock.patch.object(Engine, "train_step", signalling(step, at=13) if comm.rank == 1 else step):
         seen["stopped"] = outcome(*stopped)
     seen["after stopped"] = outcome(*stopped, "run.resume=latest")
     branched = ("run.name=branched", "train.max_steps=3", "train.checkpoint_every=2")
@@ -49,6 +44,19 @@ def main() -> None:
     if comm.rank == 0:
         out.write_text(json.dumps(seen))
     comm.close()
+
+
+def signalling(
+    train_step: Callable[[Engine, PreparedBatch], StepResult], at: int
+) -> Callable[[Engine, PreparedBatch], StepResult]:
+    """`train_step` with a SIGTERM to this process during step number `at` of a run, whose first one is its own."""
+
+    def step(engine: Engine, prepared: PreparedBatch) -> StepResult:
+        if engine.num_steps - engine.first_step == at - 1:
+            signal.raise_signal(signal.SIGTERM)
+        return train_step(engine, prepared)
+
+    return step
 
 
 if __name__ == "__main__":
