@@ -16,6 +16,7 @@ import json
 import ssl
 import threading
 from collections.abc import Mapping, Sequence
+from functools import partial
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from typing import Any
 from urllib.parse import urlsplit
@@ -40,12 +41,15 @@ class Scorer:
         parts = urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"{url} is not an address of a scorer: write it as http://127.0.0.1:8080")
-        self._host, self._port, self._path, self._timeout_s = parts.hostname, parts.port, parts.path, timeout_s
-        self._tls = ssl.create_default_context(cafile=ca) if parts.scheme == "https" else None
+        self._connect = partial(HTTPConnection, parts.hostname, parts.port, timeout=timeout_s)
+        if parts.scheme == "https":
+            tls = ssl.create_default_context(cafile=ca)
+            self._connect = partial(HTTPSConnection, parts.hostname, parts.port, timeout=timeout_s, context=tls)
+        self._of_thread = threading.local()
+        self._path = parts.path
         self._headers = {"Content-Type": "application/json"}
         if token:
             self._headers["Authorization"] = f"Bearer {token}"
-        self._of_thread = threading.local()
 
     def score(
         self,
@@ -84,9 +88,8 @@ class Scorer:
 
     def close(self) -> None:
         """Close this thread's connection; the next request opens another."""
-        connection = self._of_thread.__dict__.pop("connection", None)
-        if connection is not None:
-            connection.close()
+        if hasattr(self._of_thread, "connection"):
+            self._of_thread.connection.close()
 
     def call(self, method: str, path: str, body: Any = None) -> dict[str, Any]:
         """Send JSON to an address of the server, and return its answer. Raises ScorerError."""
@@ -108,28 +111,14 @@ class Scorer:
 
     def _sent(self, method: str, path: str, content: bytes | None) -> tuple[int, bytes]:
         """Send a request, and again on a new connection where the server has closed the idle one."""
-        is_kept = hasattr(self._of_thread, "connection")
+        connection = self._of_thread.connection = getattr(self._of_thread, "connection", None) or self._connect()
+        is_kept = connection.sock is not None
         try:
-            return self._answer(method, path, content)
-        except (ConnectionError, HTTPException):  # RemoteDisconnected is both
-            self.close()
-            if not is_kept:
-                raise
-            return self._answer(method, path, content)
-        except OSError:  # a timeout: what comes later must not be taken for the answer to the next request
-            self.close()
+            connection.request(method, self._path + path, content, self._headers)
+            response = connection.getresponse()
+            return response.status, response.read()
+        except (OSError, HTTPException) as failure:
+            connection.close()  # what comes after a timeout must not be taken for the answer to the next request
+            if is_kept and isinstance(failure, (ConnectionError, HTTPException)):
+                return self._sent(method, path, content)  # it opens the connection again
             raise
-
-    def _answer(self, method: str, path: str, content: bytes | None) -> tuple[int, bytes]:
-        connection = getattr(self._of_thread, "connection", None) or self._connect()
-        connection.request(method, self._path + path, content, self._headers)
-        response = connection.getresponse()
-        return response.status, response.read()
-
-    def _connect(self) -> HTTPConnection:
-        if self._tls is None:
-            connection = HTTPConnection(self._host, self._port, timeout=self._timeout_s)
-        else:
-            connection = HTTPSConnection(self._host, self._port, timeout=self._timeout_s, context=self._tls)
-        self._of_thread.connection = connection
-        return connection
