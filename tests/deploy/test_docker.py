@@ -74,7 +74,7 @@ class Built:
             base, _, name = steps[begin][1].partition(" AS ")
             assert base not in self.stages, "a stage that begins with another one has never been built here"
             self.root.mkdir()
-            if base != "scratch" and sys.base_prefix not in ("/usr", "/usr/local"):
+            if sys.base_prefix not in ("/usr", "/usr/local"):
                 shutil.copytree(sys.base_prefix, self.inside("/usr/local"), symlinks=True, ignore=NOT_PYTHON)
             self.stages[name] = self.final = Stage(self.root)
             for kind, value in steps[begin + 1 : end]:
