@@ -54,6 +54,8 @@ def test_there_is_one_for_each_way_and_kubernetes_and_the_operators_take_all() -
         "ConfigMap", "CronJob", "DaskJob", "Deployment", "HorizontalPodAutoscaler", "InferenceService", "Job", "MPIJob",
         "NetworkPolicy", "PodDisruptionBudget", "Service", "ServiceAccount", "ServiceMonitor",
     }  # fmt: skip
+    jobs = [pod["spec"] for each in manifests if each["kind"] in ("CronJob", "Job") for pod in pods(each)]
+    assert {spec["restartPolicy"] for spec in jobs} == {"Never"}  # Kubernetes refuses Always, which no schema says
     names = {m["metadata"]["name"] for m in overlay("operations") if m["kind"] == "CronJob"}
     assert names == {"refresh", "build-day", "daily", "upkeep", "verify"}
 
@@ -162,6 +164,7 @@ def test_the_ports_of_the_policies_are_those_of_the_programs() -> None:
     for who, _, container in containers("extract"):
         words = " ".join(words_of("extract", container))
         assert "tcp://" not in words and ("tls://extract-scheduler:8786" in words or "--protocol=tls" in words), who
+        assert {"configMapRef": {"name": "dask-tls"}} in container["envFrom"], who
 
 
 @pytest.mark.parametrize("name", ["serving", "kserve"])
@@ -169,6 +172,7 @@ def test_the_scorer_speaks_tls_is_probed_without_a_token_and_drains(name: str) -
     from serving.http.access import OPEN_PATHS
 
     ((_, pod, container),) = containers(name)
+    assert container["name"] == {"serving": "main", "kserve": "kserve-container"}[name]  # KServe looks for this one
     values = parse(words_of(name, container))
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
         asked = container[probe]["httpGet"]
