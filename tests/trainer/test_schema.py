@@ -7,6 +7,7 @@ import shutil
 from datetime import datetime
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -20,6 +21,7 @@ from trainer.schema.__main__ import app
 from trainer.schema.fields import (
     DEFAULT_SCHEMA,
     IDS_LR_ALONE,
+    DistinctCount,
     Schema,
     load_schema,
     schema_text,
@@ -389,6 +391,19 @@ def test_a_table_of_events_is_known_by_the_words_of_a_column(tmp_path):
     assert "# not used: pause;" in called("inspect", folder)
     folder = shop_of(tmp_path / "labelled", event=events, clicked=[0, 1, 0, 1])
     assert "where" not in yaml.safe_load(called("inspect", folder))["impressions"]
+
+
+@pytest.mark.parametrize("num_distinct", [0, 1, 4_095, 4_096, 100_000])
+def test_different_ids_are_counted_exactly_up_to_4095_and_nearly_beyond_whatever_the_order(num_distinct):
+    ids_N = np.random.default_rng(0).permutation(np.tile(np.arange(num_distinct) * 7 - 1_000, 3))
+    one, other = (
+        functools.reduce(DistinctCount.with_values, np.array_split(half_N, 5), DistinctCount())
+        for half_N in np.array_split(ids_N, 2)
+    )
+    whole = DistinctCount().with_values(ids_N)
+    assert one.merged(other).estimate == other.merged(one).estimate == whole.estimate
+    error = 0 if num_distinct < 4_096 else 5 * 0.016
+    assert whole.estimate == pytest.approx(num_distinct, rel=error)
 
 
 def test_a_table_has_room_for_twice_the_ids_of_all_its_fields_up_to_a_bound(tmp_path, monkeypatch):

@@ -26,6 +26,7 @@ from featurestore.flight.server import OpenSnapshots, follow
 from featurestore.keys import keys_of_uris
 from featurestore.log import manifest_path
 from featurestore.upkeep.expiry import expire
+from featurestore.upkeep.history import move_channel
 from tests.featurestore.conftest import put
 from tests.featurestore.flight.conftest import Serve, lookup_once_up
 from tests.security.certificates import Certificate
@@ -301,6 +302,16 @@ def test_many_threads_open_one_snapshot_once(loads: list[int], snapshots: OpenSn
     with ThreadPoolExecutor(8) as pool:
         assert [*pool.map(lambda _: rows_of(snapshots, 4), range(8))] == [40] * 8
     assert loads == [5, 4]
+
+
+def test_only_a_channel_leads_back_to_an_older_snapshot(snapshots: OpenSnapshots, cache: Path) -> None:
+    store = snapshots.store
+    move_channel(store, "stable", 4)
+    of_channel = OpenSnapshots(store, version="stable", cache_dir=cache)
+    store.storage.delete(manifest_path(5))  # as a repair does with a damaged one
+    assert not snapshots.follow() and snapshots.newest == 5
+    move_channel(store, "stable", 2)
+    assert of_channel.follow() and of_channel.newest == 2 and not of_channel.follow()
 
 
 def test_following_reports_each_thing_once(snapshots: OpenSnapshots) -> None:

@@ -10,6 +10,7 @@ import pytest
 from featurestore import FeaturePartition, FeatureRows, FeatureStore, errors, log
 from featurestore.flight.server import OpenSnapshots
 from featurestore.published.versions import read_moves, version_name
+from featurestore.storage.storage import Storage
 from featurestore.upkeep.expiry import expire
 from featurestore.upkeep.history import diff, move_channel, pin, read_pins, remove_channel, restore, unpin
 from featurestore.upkeep.history import log as log_of
@@ -231,3 +232,17 @@ def test_commands_of_a_day_with_channels(nine: FeatureStore) -> None:
     assert "snapshot candidate to stable" in run("diff", nine.url, "candidate", "stable").output
     assert run("channel", nine.url, "candidate", "--remove").output == "candidate is not a channel any more\n"
     assert "no channel 'candidate'; it has stable" in run("info", nine.url, "--version", "candidate").output
+
+
+def test_a_snapshot_that_expires_while_the_log_is_listed_is_left_out(
+    nine: FeatureStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed = log.versions
+
+    def then_one_expires(storage: Storage) -> list[int]:
+        found = listed(storage)
+        storage.delete(log.manifest_path(4))
+        return found
+
+    monkeypatch.setattr(log, "versions", then_one_expires)
+    assert [each.version for each in log_of(nine)] == [9, 8, 7, 6, 5, 3, 2, 1]
