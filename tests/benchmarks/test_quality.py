@@ -156,7 +156,7 @@ def test_rows_are_those_of_the_samples(place: Path) -> None:
     assert rows.group_B[[0, -1]].tolist() == [0, len(history) - 1]
 
 
-def test_ids_that_training_lacks_share_a_number_and_pretrained_features_have_the_vocabularys(tmp_path: Path) -> None:
+def test_ids_that_training_lacks_share_a_number_as_their_pretrained_features_do(tmp_path: Path) -> None:
     known = Vocabulary.of([np.array([7, 3]), np.array([3])])
     assert known.numbers(np.array([3, 7, 5, 9])).tolist() == [1, 2, 3, 3]
     assert known.size == 4

@@ -28,13 +28,14 @@ Only = Annotated[str, typer.Option(metavar="TEXT", help="Only parsers that have 
 def play(examples: Examples = 2000, first: First = 0, only: Only = "") -> None:
     """Run each parser on its inputs in a process of its own; exit 1 where one breaks the rule.
 
-    The input that does is left as a file PARSER-finding in the working folder, empty where the process ended."""
+    The input that does is left as data/fuzz/PARSER-finding, empty where the process ended."""
 
     def played(parser: Parser) -> tuple[bool, str]:
         begin_s = time.monotonic()
         values, finding = _in_process(parser, examples, first)
         if finding:
-            file = Path(f"{parser.name.replace(' ', '-')}-finding")
+            file = Path(f"data/fuzz/{parser.name.replace(' ', '-')}-finding")
+            file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(finding.data)
             return True, f"{finding.why}; {file}"
         return False, f"{examples / (time.monotonic() - begin_s):6.0f} inputs/s, {values:6} with a value"

@@ -365,7 +365,6 @@ def test_report(alone: Path, places: Places) -> None:
     assert all(row["median_ms"] >= 0 and row["share_of_step"] >= 0 for row in report["stages"].values())
     of_steps = [row["share_of_step"] for name, row in report["stages"].items() if name not in AHEAD]
     assert sum(of_steps) == pytest.approx(1)
-
     assert num_ids(64, report["tables"]["item"]["used_rows"]) == pytest.approx(len(met), rel=0.3)
     curves = drawn_scalars(alone / "tensorboard")
     for name in ("user", "item", "image"):

@@ -301,13 +301,23 @@ async def test_overload_is_refused_before_latency_collapses(client: httpx2.Async
     assert found['serving_requests_total{code="503",route="/v1/score"}'] == codes.count(503)
 
 
+@pytest.mark.scorer(max_candidates=10, max_body_mb=0.005)
+async def test_too_large_bodies_get_413_before_they_are_read(client: httpx2.AsyncClient) -> None:
+    async def endless() -> Any:
+        for _ in range(1_000_000):
+            yield b" " * 1_000
+
+    for content in (b" " * 5_001, endless()):
+        answer = await client.post("/v1/score", content=content)
+        assert (answer.status_code, answer.headers["connection"]) == (413, "close")
+    assert (await client.post("/v1/score", json={"candidates": {"ad_item": [1] * 10}})).is_success
+
+
 @pytest.mark.scorer(max_body_mb=0.005)
 async def test_too_many_large_bodies_that_wait_are_refused(client: httpx2.AsyncClient, scoring: Scoring) -> None:
     """Four of the largest size may wait, 20,000 bytes."""
     body = orjson.dumps(ONE)
     body += b" " * (4_500 - len(body))
-    answer = await client.post("/v1/score", content=b" " * 5_001)
-    assert (answer.status_code, answer.headers["connection"]) == (413, "close")
     async with scoring.queue._decoding:
         answers = [asyncio.create_task(client.post("/v1/score", content=body)) for _ in range(6)]
         while sum(answer.done() for answer in answers) < 2:

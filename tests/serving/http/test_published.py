@@ -1,4 +1,4 @@
-"""The server with a real bundle: newer vectors, and what the page shows, in every form.
+"""The server with a real bundle: the scorer's scores in JSON and Arrow, newer vectors, and what the page shows.
 
 Switches under load are in test_workers.py, what a switch refuses in test_app.py."""
 
@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from featurestore.store import FeatureStore
@@ -19,13 +21,19 @@ from serving.bundle.log import BundleIdentity
 from serving.bundle.open import ModelVersion
 from serving.http.live import BundleSource
 from serving.scoring.request import Request
+from serving.scoring.scorer import Scorer
+from serving.scoring.sent import ARROW
 from serving.settings import ServerSettings
 from tests.cli import ran
+from tests.fuzz.mutate import stream_of
 from tests.serving.http.conftest import NEW_IMAGE, Published
 from tests.serving.http.processes import ROOT, ServerProcess, ended
 
 PAGE = ROOT / "docs" / "SERVE.md"
 pytestmark = [pytest.mark.services, pytest.mark.long]
+
+ADS = ("ad_item", "ad_image", "ad_category", "ad_scene")
+USERS = ("user", "behavior_item", "behavior_image", "behavior_category")
 
 
 def one_image(key: int) -> dict[str, Any]:
@@ -52,6 +60,22 @@ def server(published: Published, tmp_path_factory: pytest.TempPathFactory) -> It
 
 def wait_for_vectors(server: ServerProcess, snapshot: int) -> None:
     server.wait_until(lambda: server.client.get("/").json()["vectors"]["images"] == snapshot)
+
+
+def test_json_and_arrow_have_the_scorers_scores(server: ServerProcess, bundle: Published) -> None:
+    table = pq.read_table(bundle.samples, columns=[*USERS, *ADS, "label"]).slice(0, 30)
+    sides = {"user": USERS, "candidates": ADS}
+    requests = [{side: {name: row[name] for name in sides[side]} for side in sides} for row in table.to_pylist()]
+    scored = Scorer.open(bundle.url).score([Request(**each) for each in requests])
+    together = server.client.post("/v1/score?logits=true", json=requests).json()["answers"]
+    answer = server.client.post("/v1/score", content=stream_of(table), headers={"content-type": ARROW})
+    by_arrow: list[Any] = pa.ipc.open_stream(answer.content).read_all()["logit"].to_pylist()
+    for request, expected, answer, row in zip(requests, scored, together, by_arrow, strict=True):
+        alone = server.client.post("/v1/score?logits=true", json=request).json()
+        for found in (alone["logits"], answer["logits"], row):
+            np.testing.assert_allclose(found, expected.logits_C, atol=1e-5)
+        np.testing.assert_allclose(alone["scores"], expected.probabilities(), atol=1e-6)
+        assert (alone["unknown"], alone["missing"]) == (answer["unknown"], answer["missing"])
 
 
 def test_a_new_image_needs_no_restart_and_old_vectors_expire(server: ServerProcess, published: Published) -> None:

@@ -20,6 +20,7 @@ from serving.http.metrics import FOLDER_VARIABLE, ServingMetrics
 from tests.cli import ran
 from tests.serving.http.fakes import figures_of, write_state
 from tests.serving.http.processes import ServerProcess, fake_server, post_head
+from trainer.launch import free_port
 
 pytestmark = [pytest.mark.services, pytest.mark.long]
 
@@ -60,9 +61,10 @@ def workers_of(server: ServerProcess) -> list[psutil.Process]:
 def test_sigterm_lets_what_has_begun_end_and_nothing_else_keep_the_server(tmp_path: Path) -> None:
     """A request that runs, and one of a connection that is there, are answered; a connection that is idle is closed."""
     slow, begun = {"candidates": {"ad_item": [987]}}, tmp_path / "begun"
-    state = write_state(tmp_path, version=3, score_s=0.5, slow_item=987, begun=str(begun))
+    state, health_port = write_state(tmp_path, version=3, score_s=0.5, slow_item=987, begun=str(begun)), free_port()
+    health = f"http://127.0.0.1:{health_port}/v2/health/ready"
     with (
-        fake_server(state, tmp_path, drain_s=60) as server,
+        fake_server(state, tmp_path, drain_s=60, health_port=health_port) as server,
         ThreadPoolExecutor(1) as pool,
         server.connect() as connection,
         server.connect() as silent,
@@ -72,8 +74,10 @@ def test_sigterm_lets_what_has_begun_end_and_nothing_else_keep_the_server(tmp_pa
         asked = pool.submit(httpx2.post, f"{server.url}/v1/score", json=slow, timeout=30)
         server.wait_until(begun.exists)
         start_s = time.monotonic()
+        assert httpx2.get(health).status_code == 200
         os.kill(server.process.pid, signal.SIGTERM)
         ready = client.get("/v2/health/ready")
+        assert httpx2.get(health).status_code == 503
         for answer in (ready, client.post("/v1/score", json=ONE)):
             assert answer.headers["connection"] == "close"
         assert ready.status_code == 503

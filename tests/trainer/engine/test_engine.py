@@ -121,6 +121,15 @@ def test_resumes_exactly_from_its_state(partition: FeaturePartition) -> None:
     assert_same_tensors(*(engine.dense_state() | engine.shard_state() for engine in (second, through)))
 
 
+def test_ids_are_dropped_in_training_alone(partition: FeaturePartition) -> None:
+    plain, dropping = engine_of(partition), engine_of(partition, id_dropout=0.5)
+    logits = [engine.predict(engine.prepare(batch_of(9))) for engine in (plain, dropping)]
+    assert (logits[0] == logits[1]).all()
+    assert train(plain, range(9, 10)) != train(dropping, range(9, 10))
+    again = [dropping.predict(dropping.prepare(batch_of(8))) for _ in range(2)]
+    assert (again[0] == again[1]).all()
+
+
 def test_predicting_changes_nothing(partition: FeaturePartition) -> None:
     engine = engine_of(partition)
     train(engine, range(2))

@@ -1,4 +1,4 @@
-"""Every base net: its inputs and how wide they are, a logit for each sample, what it refuses.
+"""Every base net: its inputs, a logit for each sample, what it refuses.
 
 Layers against plain loops, dropout, starts; aggregators of nothing, in every run, and weights.
 """

@@ -407,6 +407,15 @@ def test_of_two_writers_the_one_that_began_last_goes_on_and_the_other_ends(run: 
     assert steps_of(run) == [50, 60] and values(finished(run)[-1]) == {2.0}
 
 
+def test_of_two_writers_that_begin_at_once_one_is_refused(run: RunPath) -> None:
+    first, second = CheckpointPlace(run), CheckpointPlace(run)
+    for place in (first, second):
+        assert not place.has(50)
+    first.remove([first.at(50)])
+    with pytest.raises(TakenOverError, match="another start"):
+        second.remove([second.at(50)])
+
+
 def faulty(folder: RunPath, now: Event, call: str, fault: Fault) -> CheckpointPlace:
     """A place on S3 whose calls of that name go wrong while the event is set."""
     storage = Storage(f"{folder}/checkpoints")

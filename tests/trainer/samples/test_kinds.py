@@ -131,7 +131,7 @@ def test_user_times_ad_is_the_logit_and_a_table_gives_the_vectors_of_samples(kin
             vectors = np.array([vector_of[ad] for ad in batch.fields["ad_item"].values_N.tolist()])
             product = (users[batch.group_of_sample_B] * vectors).sum(axis=1) + origin_of(trained).bias
             logit = trained.engine.predict(trained.engine.prepare(batch))
-            np.testing.assert_allclose(product, logit, rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(product, logit, rtol=0, atol=1e-5)
 
 
 NAN = float("nan")

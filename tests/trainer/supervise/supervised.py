@@ -42,13 +42,14 @@ class Supervised:
     settings: list[str]
     options: Sequence[str] = TWO_HOSTS
     program: Sequence[object] = (WORKER,)
+    name: str = "run"
     starts: int = 0
     seen: set[psutil.Process] = field(default_factory=set)
     """Every process that was ever looked at: none of them may be left."""
 
     @property
     def run(self) -> Path:
-        return self.folder / "run"
+        return self.folder / self.name
 
     @property
     def log(self) -> Path:

@@ -9,8 +9,11 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.ranks import StandingRanks
 from tests.trainer.checkpoints import damage
-from tests.trainer.runs.resumed.legs import Killed, assert_no_step_or_sample_is_lost
+from tests.trainer.conftest import make_days
+from tests.trainer.daily.test_daily import DAYS, assert_same_days
+from tests.trainer.runs.resumed.legs import Killed, Leg, assert_no_step_or_sample_is_lost
 from tests.trainer.runs.saved import save
 from tests.trainer.supervise.supervised import TIMEOUT_S, TWO_HOSTS, Supervised, kill
 from trainer.launch import AGENT
@@ -21,12 +24,18 @@ STEPS = 80
 pytestmark = [pytest.mark.services, pytest.mark.timeout(600)]
 
 
+@pytest.fixture(scope="session")
+def whole(settings_of: Settings, tmp_path_factory: pytest.TempPathFactory) -> Leg:
+    """The first steps of one rank that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    return Killed(folder, settings_of(folder, STEPS, 1000)).leg(0, ranks=1)
+
+
 @pytest.mark.long(40)
-def test_the_supervisor_and_a_rank_are_lost(settings_of: Settings, tmp_path: Path) -> None:
+def test_the_supervisor_and_a_rank_are_lost(settings_of: Settings, tmp_path: Path, whole: Leg) -> None:
     """The supervisor is killed; meanwhile the file that rank 1 reads next is cut, as by a host that lost its power. The
     second supervisor continues by torch.distributed what Horovod's ranks have begun, and one of its ranks is killed;
     one of Horovod's: the last test."""
-    whole = Killed(tmp_path / "calm", settings_of(tmp_path / "calm", STEPS, 1000)).leg(0, ranks=1)
     run = Supervised(tmp_path, settings_of(tmp_path, STEPS, 10, run__deadline_s=5))
     process = run.start(PAUSE_S="0.05")
     run.wait_for_step(process, 20)
@@ -70,7 +79,7 @@ sys.exit("error: not there: rank 1")
 
 @pytest.mark.long(15)
 def test_a_rank_hangs_a_host_is_lost_and_a_signal_ends_all(tmp_path: Path) -> None:
-    """What real ranks do then: tests/trainer/comm and tests/trainer/test_main.py."""
+    """What real ranks do then: the tests below."""
     worker = tmp_path / "worker.py"
     worker.write_text(STAND_IN)
     settings = [f"run.dir={tmp_path}", "run.name=run"]
@@ -92,6 +101,41 @@ def test_a_rank_hangs_a_host_is_lost_and_a_signal_ends_all(tmp_path: Path) -> No
     assert "stopping: the ranks may write a checkpoint, for 300 s (--stop-grace-s); a second signal ends them" in said
     assert "is out of reach" in said and (tmp_path / "stopped-1").exists()
     assert re.search(r"stopped after [2-4] restarts, with step 0; the same command continues the run", said)
+
+
+@pytest.mark.slow
+def test_a_rank_stops_and_the_same_command_goes_on_with_the_hosts_that_are_there(
+    settings_of: Settings, tmp_path: Path, whole: Leg
+) -> None:
+    """A signal has the run write a checkpoint, from which the same command continues with another host too; the stopped
+    rank is named and replaced; at last the host continues alone."""
+    run = Supervised(tmp_path, settings_of(tmp_path, STEPS, 1000, run__deadline_s=5), ["--hosts", "localhost:1"])
+
+    def wait_for_leg(number: int) -> None:
+        run.wait(process, lambda: len(legs := run.legs()) >= number and bool(legs[-1].losses))
+
+    process = run.start(PAUSE_S="0.1")
+    wait_for_leg(1)
+    process.send_signal(signal.SIGTERM)
+    run.end(process, 130)
+    run.options = TWO_HOSTS
+    process = run.start(PAUSE_S="0.1")
+    wait_for_leg(2)
+    kill(run.processes(process)[1], signal.SIGSTOP)
+    wait_for_leg(3)
+    process.send_signal(signal.SIGTERM)
+    said = run.end(process, 130)
+    assert "has taken more than run.deadline_s=5 on rank 0; not there: rank 1" in said
+    step = run.newest_step()
+    assert 0 < step < STEPS
+    assert f"stopped after 1 restart, with step {step}; the same command continues the run" in said
+    run.options = ["--hosts", "127.0.0.1:1"]
+    assert f"resuming at step {step} on 1 rank" in run.end(run.start())
+    legs = run.legs()
+    assert [leg.num_ranks for leg in legs] == [1, 2, 2, 1]
+    joined = len(legs[0].losses) + 1
+    assert [leg.first_step for leg in legs] == [1, joined, joined, step + 1], "only the stopped rank's steps are lost"
+    assert_no_step_or_sample_is_lost(legs, whole, STEPS)
 
 
 def test_it_gives_up_where_nothing_helps(settings_of: Settings, tmp_path: Path) -> None:
@@ -128,3 +172,19 @@ def test_twenty_kills_at_any_moment(settings_of: Settings, tmp_path: Path) -> No
     legs = run.legs()
     assert len(legs) > kills // 2
     assert_no_step_or_sample_is_lost(legs, calm, steps)
+
+
+@pytest.mark.slow
+def test_a_kill_in_the_second_day_changes_nothing(two_ranks: StandingRanks, tmp_path: Path) -> None:
+    steps = {"train__epochs": 3, "train__checkpoint_every": 4, "train__checkpoint_beside": False}
+    settings = make_days(tmp_path / "places").settings(run__dir=tmp_path, **steps)
+    days = ["-m", "trainer.daily", "--first-day", DAYS[0], "--last-day", DAYS[2]]
+    run = Supervised(tmp_path, [*settings, "run.name=supervised"], program=days, name=f"supervised/{DAYS[1]}")
+    process = run.start()
+    run.wait_for_step(process, 4)
+    kill(run.processes(process, Path("-m"))[1])
+    assert not (run.run / "report.json").exists(), "it was killed within the day"
+    said = run.end(process)
+    assert "supervise: rank 1 on 127.0.0.1 died (signal 9, SIGKILL)" in said and "done after 1 restart" in said
+    two_ranks.run(*days, "--set", *settings, "run.name=calm")
+    assert_same_days(tmp_path / "supervised", tmp_path / "calm", DAYS[:3])
