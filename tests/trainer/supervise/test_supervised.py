@@ -1,4 +1,4 @@
-"""Real ranks that are killed, stopped and lost under trainer.supervise: the run ends as an undisturbed one does."""
+"""Real ranks under trainer.supervise that are killed and stopped, and stand-ins that hang or are lost."""
 
 import random
 import re
