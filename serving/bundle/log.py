@@ -215,6 +215,9 @@ def expire(
     day. Scorers, exports and publishes may run at the same time. Lists all files once. Raises BundleNotFoundError; if a
     manifest or a choice is damaged, raises BrokenBundleError and removes nothing, as any file may be needed.
     """
+    for name, value in (("keep_last", keep_last), ("keep_days", keep_days), ("grace_days", grace_days)):
+        if not value >= 0:
+            raise ValueError(f"{name}={value} is less than 0")
     folders = _folders(storage)  # before the manifests, which then list all that is published from here on
     known = known_versions(storage)
     if not known:

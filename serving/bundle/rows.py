@@ -75,9 +75,7 @@ class BundleIdRows:
         """Return the shards of each of several tables, 0 unless all are hashed and have as many, and by table, (T,):
         rows of a shard, its first row in the file of its width, and the first bit of that file."""
         num_shards, *others = {table.num_shards if table.kind == "hashed" else 0 for table in tables}
-        of_table = [
-            (table.num_rows // table.num_shards, table.first_row, self._first_bit[table.width]) for table in tables
-        ]
+        of_table = [(each.num_rows // each.num_shards, each.first_row, self._first_bit[each.width]) for each in tables]
         rows_per_shard_T, first_row_T, first_bit_T = np.array(of_table, np.int64).T
         return 0 if others else num_shards, rows_per_shard_T, first_row_T, first_bit_T
 

@@ -76,8 +76,7 @@ class ServingMetrics:
         total = partial(Gauge, registry=registry, multiprocess_mode="livesum")
         self._version: Gauge | None = None  # a worker without a model reports no value instead of 0
         self._snapshot = lowest("serving_vectors_snapshot", "Snapshot of the vectors in use", ["store"])
-        age = "Seconds since the vectors in use were committed"
-        self._age = highest("serving_vectors_age_seconds", age, ["store"])
+        self._age = highest("serving_vectors_age_seconds", "Seconds since the vectors in use were committed", ["store"])
         self.queue = total("serving_queue_bodies", "Bodies that wait for the model")
         self.predicted = highest("serving_predicted_wait_seconds", "Seconds that a body arriving now would wait")
         self.ready = total("serving_ready_workers", "Workers with a warmed-up model")

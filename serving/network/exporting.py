@@ -104,7 +104,7 @@ def _examples(slots: Slots) -> tuple[tuple[Tensor, ...], Any]:
     dynamic: list[dict[int, Any]] = [{0: Dim.AUTO}, {}]
     for slot in slots.slots:
         fixed = {"one": 1, "candidates": _CANDIDATES}.get(slot.size)
-        size = fixed or sizes.setdefault(slot.field, next(others))
+        size = fixed or sizes.get(slot.field) or sizes.setdefault(slot.field, next(others))
         shape = (size, slot.width) if slot.width else (size,)
         tensors.append(torch.zeros(shape, dtype=torch.float32 if slot.is_real else torch.int64))
         dynamic.append({} if size == 1 else {0: Dim.AUTO})

@@ -95,6 +95,13 @@ def test_the_last_ones_and_those_of_the_last_days_stay(
     assert versions.there == [version for version in (1, 2, 3, 4) if version not in expired]
 
 
+@pytest.mark.parametrize(("name", "value"), [("keep_last", -1), ("keep_days", float("nan")), ("grace_days", -0.5)])
+def test_less_than_nothing_is_not_kept(versions: Versions, name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=name):
+        versions.expire(**{name: value})
+    assert versions.expire(keep_last=4).expired == ()
+
+
 def test_what_killed_exports_left_goes_after_a_day_and_what_others_put_there_stays(versions: Versions) -> None:
     bundles = versions.folder / BUNDLES
     for name, days in (("d" * 32, 2.0), ("e" * 32, 0.5), ("notes", 100)):
