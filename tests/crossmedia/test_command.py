@@ -42,6 +42,7 @@ def all_commands(found: Any) -> list[Any]:
     return [found, *(each for sub in getattr(found, "commands", {}).values() for each in all_commands(sub))]
 
 
+@pytest.mark.long
 def test_from_any_folder_the_help_has_eight_groups_and_all_commands_and_an_error_is_one_line(tmp_path: Path) -> None:
     """The examples of a help are not wrapped."""
     done = started("--help", folder=tmp_path)

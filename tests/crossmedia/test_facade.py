@@ -147,6 +147,7 @@ def test_an_evaluation_has_a_row_for_each_slice(
     assert "<table" in found._repr_html_()
 
 
+@pytest.mark.long
 def test_scores_are_those_of_the_run_model_and_kind_of_rows(
     run: cm.Run, model: cm.Model, groups: pa.Table, impressions: pa.Table, places: Places, tmp_path: Path
 ) -> None:
@@ -192,6 +193,7 @@ def test_tables_of_all_kinds(run: cm.Run, impressions: pa.Table) -> None:
             run.score(table)
 
 
+@pytest.mark.long
 def test_a_data_frame_keeps_its_index(run: cm.Run, model: cm.Model, impressions: pa.Table, groups: pa.Table) -> None:
     pd, few = pytest.importorskip("pandas"), impressions.slice(0, 5)
     for scorer in (run, model):

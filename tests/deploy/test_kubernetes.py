@@ -45,6 +45,7 @@ def words_of(name: str, container: Manifest) -> list[str]:
     return expanded([*container["command"], *container["args"]], variables)
 
 
+@pytest.mark.long
 def test_there_is_one_for_each_way_and_kubernetes_and_the_operators_take_all() -> None:
     assert OVERLAYS == ["extract", "kserve", "operations", "serving", "train-mpi", "train-torchrun"]
     manifests = [manifest for name in OVERLAYS for manifest in overlay(name)]

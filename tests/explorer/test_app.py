@@ -166,6 +166,7 @@ assert all(int(each) < 100 for each in sizes)  # of the code of 100 shapes, torc
 """
 
 
+@pytest.mark.long
 def test_servers_start_without_torch_and_let_it_keep_little() -> None:
     """Torch takes seconds and 200 MB, which the first page or the first model that needs it may wait for."""
     subprocess.run([sys.executable, "-c", _SPARED], check=True)

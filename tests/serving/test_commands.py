@@ -51,6 +51,7 @@ def test_info_tells_what_a_version_holds(url: str, made: Exported, exported: Var
     assert "missing images count as zeros test " in said(app, "info", exported("plain").url)
 
 
+@pytest.mark.long
 def test_use_and_log(url: str, made: Exported, tmp_path: Path) -> None:
     assert said(app, "use", url, 1) == f"version 1 of {url} is in use instead of version 2"
     text = said(app, "log", url, "--json", tmp_path / "log.json")

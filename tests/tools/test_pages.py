@@ -183,6 +183,7 @@ def errors_with_texts(source: ast.AST) -> Iterator[tuple[str, str]]:
                 yield from ((name, text) for text in texts_of(argument))
 
 
+@pytest.mark.long
 def test_messages_of_the_page_of_errors_are_those_of_the_code() -> None:
     """Each is found in one text of the sources, its parts in their order; and its class is that of an error with it."""
     rows = re.findall(r"^\| (\".*?) \| (.*?) \| .+ \|$", (ROOT / "docs" / "TROUBLE.md").read_text(), re.MULTILINE)

@@ -62,6 +62,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Places, list[Any]]:
     return places, rows
 
 
+@pytest.mark.long
 def test_each_point_is_measured_on_the_day_held_out(tuned: tuple[Places, list[Any]], tmp_path: Path) -> None:
     places, rows = tuned
     assert [row["values"] for row in rows] == [{"optim.lr": 0.01}, {"optim.lr": 0.001}]
@@ -75,6 +76,7 @@ def test_each_point_is_measured_on_the_day_held_out(tuned: tuple[Places, list[An
     assert report_of(alone)["metrics"] == report_of(Path(rows[1]["run"]))["metrics"] == {}, "no test day is looked at"
 
 
+@pytest.mark.long
 def test_the_best_is_written_for_a_training_on_all_days_and_runs_of_other_settings_are_not_taken(
     tuned: tuple[Places, list[Any]],
 ) -> None:

@@ -149,6 +149,7 @@ def test_damaged_files_are_a_sentence_on_the_page(tmp_path):
         assert "bytes instead of" in reader.read(path).text
 
 
+@pytest.mark.long
 def test_no_page_fails_while_a_writer_commits_compacts_and_expires(tmp_path):
     store, ended = storied(tmp_path / "store"), threading.Event()
 

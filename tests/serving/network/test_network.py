@@ -245,6 +245,7 @@ class TestFiles:
         assert f"{compiled.name} cannot be loaded" in network.note
 
 
+@pytest.mark.long
 def test_a_network_that_nobody_has_any_more_leaves_nothing_behind(tmp_path: Path) -> None:
     """A scorer loads one at each switch; torch itself would keep the sizes of all."""
     drawn = drawn_of()

@@ -184,6 +184,7 @@ def test_what_is_left_to_do_of_a_run_with_a_report(changes: dict[str, Any], fini
 KEPT = ["2026-01-01", "2026-01-02"]
 
 
+@pytest.mark.long
 def test_a_run_ends_with_the_best_epoch_on_days_that_it_is_not_trained_on(places: Places, tmp_path: Path) -> None:
     """The second one is the best on the last training day."""
     few_steps = {"run__dir": tmp_path, "data__global_batch_size": 96}

@@ -142,6 +142,7 @@ def test_the_first_failure_is_one_line_and_the_last_word(capsys: pytest.CaptureF
     assert line.endswith("the run continues without it")
 
 
+@pytest.mark.long
 def test_weights_and_biases_has_a_run_without_a_network(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

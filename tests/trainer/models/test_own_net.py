@@ -55,6 +55,7 @@ def own(places: SamplePlaces, package: Path, tmp_path_factory: pytest.TempPathFa
     return run
 
 
+@pytest.mark.long
 def test_resumed_is_undisturbed_and_another_net_is_refused(own: Path, places: SamplePlaces, tmp_path: Path) -> None:
     """A warm start takes every setting for one that the net reads."""
     begun = {**SHARED, "run__dir": tmp_path, "run__resume": own / "checkpoints" / "step-00000005"}
@@ -67,6 +68,7 @@ def test_resumed_is_undisturbed_and_another_net_is_refused(own: Path, places: Sa
         run_alone(places, **{**warm, "run__name": "warm", "model__tower_width": 16})
 
 
+@pytest.mark.long
 def test_exported_and_scored_without_the_package_as_evaluated(
     own: Path, places: SamplePlaces, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

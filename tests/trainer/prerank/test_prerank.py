@@ -82,6 +82,7 @@ def test_search_for_a_user(run: Path, index: str) -> None:
     assert found == expected.tolist()
 
 
+@pytest.mark.long
 def test_users_are_of_the_run_s_own_test_days_and_the_newest_day_takes_others(tmp_path: Path) -> None:
     """Runs on days, as trainer.daily makes them: a day's file may be in train/ or in test/."""
     days, index = make_days(tmp_path), tmp_path / "ad-index"

@@ -278,6 +278,7 @@ def test_random_commits_against_a_dict(dies_at: Kill, examples: int, steps: int)
     run_machine(dies_at, examples, steps)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("examples", "steps"), [(8, 20), MANY])
 def test_random_commits_in_memory(memory_url: str, examples: int, steps: int) -> None:
     run_machine(None, examples, steps, memory_url)
