@@ -91,7 +91,9 @@ def main(
     logs: Annotated[
         list[Path] | None,
         typer.Option(
-            exists=True, file_okay=False, help="A log of tools/real_logs.py, in place of all else; repeat it."
+            exists=True,
+            file_okay=False,
+            help="A log of tools/real_logs.py or crossmedia demo-data, in place of all else; repeat it.",
         ),
     ] = None,
     train_rows: Annotated[int | None, typer.Option(help="Newest impressions of a log to train on.", min=1)] = None,

@@ -1,7 +1,7 @@
 """Ours compared with FuxiCTR: the same nets on the same rows, tuned over a small grid, by epoch and by seed.
 
 Of real logs, on the last days, which decide nothing: the days before them say which epoch and which settings are the
-best ones. A folder is what tools/real_logs.py has written; its samples are made once.
+best ones. A folder is what tools/real_logs.py or jobs/make_demo_data.py has written; its samples are made once.
 """
 
 import subprocess
@@ -208,13 +208,15 @@ def real_log(folder: Path, batch_size: int, train_rows: int | None = None) -> Da
     if summary.exists() and parse_json(summary.read_bytes())["options"]["window_days"] != WINDOW_DAYS:
         raise DataError(f"{samples} was not made here: its histories are not of {WINDOW_DAYS} days; remove it")
     if not summary.exists():
-        options: list[object] = ["--logs", folder, "--mapping", folder / "mapping.yaml", "--samples", samples]
-        options += ["--window-days", WINDOW_DAYS, "--test-days", 0]
+        options: list[object] = ["--logs", folder, "--samples", samples, "--window-days", WINDOW_DAYS, "--test-days", 0]
+        options += ["--mapping", folder / "mapping.yaml"] if (folder / "mapping.yaml").exists() else []
         command = [sys.executable, str(JOBS / "build_samples.py"), *map(str, options)]
         subprocess.run(command, check=True, stdout=sys.stderr)
     train, validation, left_out = cut_days(samples, train_rows)
+    place = folder.resolve()
+    named = place.parent if place.name == "logs" else place
     return DataSet(
-        name=folder.resolve().name.replace("-", "_"),
+        name=named.name.replace("-", "_"),
         samples=str(samples),
         store=None,
         batch_size=batch_size,
