@@ -10,7 +10,7 @@ import contextlib
 import itertools
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -290,7 +290,7 @@ def write_names(folder: Path, parts: Sequence[ShuffledPiece], before: Storage | 
     """Write the names of the images and ids of all pieces, and of the samples `before`.
 
     A file of images, and one of ids, if any of them has a name. By key, in a row group for each of 256 ranges of keys;
-    in memory are the names of one range. Raises SampleError for two texts of one id.
+    in memory are the names of as many ranges as have 32 MiB of files. Raises SampleError for two texts of one id.
     """
     images = [part.names_path for part in parts if part.names_path is not None]
     _merge_names(folder / IMAGES_FILE, images, logs.NAMES, before)
@@ -308,12 +308,19 @@ def _merge_names(path: Path, paths: Sequence[str], schema: pa.Schema, before: St
         if not paths and old is None:
             return
 
-        def of_bucket(bucket: int) -> list[pa.Table]:
-            known = [] if old is None else [old.read_row_group(bucket).cast(schema)]
-            return [*known, *(pa.Table.from_batches(read_batches(each, [bucket])) for each in paths)]
+        size = sum(Path(each).stat().st_size for each in paths)
+        at_once = min(BUCKETS, max(1, BUCKETS * NAMES_AT_ONCE // max(1, size)))
+
+        def of_buckets() -> Iterator[list[pa.Table]]:
+            for first in range(0, BUCKETS, at_once):
+                several = range(first, min(first + at_once, BUCKETS))
+                read = [read_batches(each, several) for each in paths]
+                for bucket, *batches in zip(several, *read, strict=True):
+                    known = [] if old is None else [old.read_row_group(bucket).cast(schema)]
+                    yield [*known, *(pa.Table.from_batches([each]) for each in batches)]
 
         error = None if schema is logs.NAMES else two_texts
-        write_buckets(path, schema, (merged_names(of_bucket(bucket), error) for bucket in range(BUCKETS)))
+        write_buckets(path, schema, (merged_names(tables, error) for tables in of_buckets()))
 
 
 def _path(folder: str, log: str, index: int) -> Path:
@@ -355,6 +362,8 @@ ROW_GROUP_SIZE = 2_048
 MANY_DAYS = 100
 """Number of days above which those of a month may share a file: thousands of small ones take longer than their rows."""
 BATCH_ROWS = 256
+NAMES_AT_ONCE = 32 << 20
+"""Bytes of files of names, compressed, of which names are merged at once: a file has a list of its 256 ranges to read."""
 FORMAT = "crossmedia samples 1"
 SORT: list[tuple[str, Literal["ascending", "descending"]]] = [
     ("timestamp", "ascending"),

@@ -49,6 +49,8 @@ def merged_names(tables: Sequence[pa.Table], error: Callable[[int, str, str], Ex
     Raises the error that `error` makes of a key and two names of it, where it is given.
     """
     names = pa.concat_tables(tables)
+    if len(names) == 0:  # as most of 256 ranges of few names
+        return names
     key, name = names.column_names
     found = names.group_by(key).aggregate([(name, "min"), (name, "max")]).sort_by(key)
     first, last = found.column(f"{name}_min"), found.column(f"{name}_max")
