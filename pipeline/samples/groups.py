@@ -363,7 +363,7 @@ MANY_DAYS = 100
 """Number of days above which those of a month may share a file: thousands of small ones take longer than their rows."""
 BATCH_ROWS = 256
 NAMES_AT_ONCE = 32 << 20
-"""Bytes of files of names, compressed, of which names are merged at once: a file has a list of its 256 ranges to read."""
+"""Bytes of files of names, of which names are merged at once: at each opening a list of 256 ranges is read."""
 FORMAT = "crossmedia samples 1"
 SORT: list[tuple[str, Literal["ascending", "descending"]]] = [
     ("timestamp", "ascending"),
