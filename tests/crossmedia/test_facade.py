@@ -205,7 +205,7 @@ def test_a_data_frame_keeps_its_index(run: cm.Run, model: cm.Model, impressions:
     assert cm.open_store(run.config.data.store).to_pandas().shape[0] == 50
 
 
-@pytest.mark.services
+@pytest.mark.usefixtures("connected")
 def test_samples_are_made_of_tables(tmp_path: Path) -> None:
     """They are written next to the samples, those before replaced; their mapping stays as it is."""
     times = [1_767_225_600 + 43_200 * at for at in range(8)]

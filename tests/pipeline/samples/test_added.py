@@ -183,7 +183,7 @@ class TestAddDays:
         file, ended, reads = Path(made.samples, "train", "day=2026-01-02-000.parquet"), threading.Event(), list[bytes]()
 
         def read() -> None:
-            while not ended.is_set():
+            while not ended.wait(0.002):
                 reads.append(file.read_bytes())
 
         with ThreadPoolExecutor(1) as thread:
