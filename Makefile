@@ -10,8 +10,8 @@ DEMO_DIR ?= data/demo
 DEMO_ARGS ?=
 TEST_ARGS ?=
 BREAKS_ARGS ?=
-# One more than two cores: a test that waits leaves its core to another.
-TEST_WORKERS ?= 3
+# Two for each of two cores: a test that waits leaves its core to another.
+TEST_WORKERS ?= 4
 # All tests of a file run in one process, which makes what they share once; in the order of tests/conftest.py.
 IN_PARALLEL = $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 # What needs several hosts; to look through all other files would take each worker half a minute.

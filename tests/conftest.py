@@ -20,6 +20,7 @@ from tests.running.guard import Guard
 from tests.running.spared import (
     check_each_kind_once,
     freeze_for_good,
+    keep_files_in_memory,
     parse_services_once,
     spare_pandas,
     spare_the_disk,
@@ -69,6 +70,7 @@ def pytest_configure(config: pytest.Config) -> None:
     commandline.end_process = sys.exit
     config.pluginmanager.register(Guard())
     spare_the_disk()
+    keep_files_in_memory()
     spare_pandas()
     gc.disable()  # until all is imported, of which nothing goes
 
