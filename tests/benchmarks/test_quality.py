@@ -123,12 +123,12 @@ def test_figures_by_log_and_net(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.slow
 @needs_fuxictr
 def test_both_sides_are_measured_on_the_days_left_out(place: Path, tmp_path: Path) -> None:
-    """Of a log with a schema of its own, which is what tools/real_logs.py and its job leave."""
-    samples = shutil.copytree(place / "samples", tmp_path / "log" / "samples")
+    """Of a log with a schema of its own, which is what tools/real_logs.py and its job leave; logs/ is a demo's."""
+    samples = shutil.copytree(place / "samples", tmp_path / "log" / "logs" / "samples")
     shutil.copy(DEFAULT_SCHEMA, samples / "schema.yaml")
-    (samples / "summary.json").write_text("{}")
+    (samples / "summary.json").write_text(json.dumps({"options": {"window_days": compare.WINDOW_DAYS}}))
     words = ["--net", "dnn", "--seeds", 1, "--epochs", 2, "--batch-size", 32, "--set", "optim.lr=0.01"]
-    figures = figures_of(app, tmp_path, "--logs", tmp_path / "log", "--dir", tmp_path / "bench", *words)
+    figures = figures_of(app, tmp_path, "--logs", samples.parent, "--dir", tmp_path / "bench", *words)
     assert figures["left_out_log_dnn_ours_best"] > 0.6, "people click on even items"
     assert figures["left_out_tuned_log_dnn_ours_best"] > 0.6
     kept = [json.loads(file.read_text()) for file in (tmp_path / "bench" / "figures").iterdir()]
