@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from rich.progress import Progress
 
 from benchmarks.quality.data import JOBS, DataSet
@@ -23,9 +21,11 @@ from benchmarks.seeds import seed_mean
 from featurestore.parsing import parse_json
 from featurestore.published.versions import open_published
 from trainer import tune
+from trainer.comm import SoloComm
 from trainer.errors import DataError
 from trainer.samples.columns import files_by_day
-from trainer.schema.fields import SCHEMA_FILE
+from trainer.samples.index import open_index
+from trainer.schema.fields import SCHEMA_FILE, load_schema
 
 SIDES: tuple[Side, ...] = ("ours", "fuxictr")
 GRIDS: Mapping[Side, Mapping[str, Sequence[Any]]] = {
@@ -229,9 +229,8 @@ def real_log(folder: Path, batch_size: int, train_rows: int | None = None) -> Da
 
 def cut_days(samples: Path, train_rows: int | None = None) -> tuple[list[str], list[str], list[str]]:
     """Cut the days of samples into those of training, validation and those left out. Raises DataError."""
-    by_day = files_by_day(open_published(str(samples)))
-    days = list(by_day)
-    counts_D = [sum(_impressions(samples / file) for file in files) for files in by_day.values()]
+    by_day = impressions_by_day(samples)
+    days, counts_D = list(by_day), list(by_day.values())
     before_D = np.r_[0, np.cumsum(counts_D)] / max(1, sum(counts_D))
     last = int(np.searchsorted(before_D, 1 - SHARE, "right")) - 1
     middle = int(np.searchsorted(before_D, before_D[last] - SHARE, "right")) - 1
@@ -242,9 +241,14 @@ def cut_days(samples: Path, train_rows: int | None = None) -> tuple[list[str], l
     return days[middle - kept : middle], days[middle:last], days[last:]
 
 
-def _impressions(file: Path) -> int:
-    labels = pq.read_table(file, columns=["label"], partitioning=None)["label"]
-    return int(pc.sum(pc.list_value_length(labels)).as_py() or 0)
+def impressions_by_day(samples: Path) -> dict[str, int]:
+    """Count the impressions of each day; those of a month may share a file, each in a row group of its own."""
+    storage, own = open_published(str(samples)), samples / SCHEMA_FILE
+    counts = dict.fromkeys(files_by_day(storage), 0)
+    index = open_index(SoloComm(), storage, "train", load_schema(str(own) if own.exists() else None), [*counts])
+    for group in index.row_groups:
+        counts[str(group.day)] += group.num_samples
+    return counts
 
 
 def logs_section(bench: Bench) -> list[Section]:

@@ -29,7 +29,7 @@ from tests.running.spared import WITHOUT_PANDAS
 from tests.trainer.conftest import make_days
 from trainer.config import load_config
 from trainer.errors import DataError
-from trainer.schema.fields import DEFAULT_SCHEMA, load_schema
+from trainer.schema.fields import DEFAULT_SCHEMA, file_of_month, load_schema
 
 ITEMS = 50
 DAYS = [f"2026-01-0{day}" for day in range(1, 5)]
@@ -94,11 +94,21 @@ def test_days_are_cut_by_their_impressions(place: Path, monkeypatch: pytest.Monk
     with pytest.raises(DataError, match="1 training days, and tuning needs 2"):
         parse(f"one={tmp_path}", 1).tuning_days()
     days = [f"2026-01-{day:02}" for day in range(1, 11)]
-    monkeypatch.setattr(compare, "files_by_day", lambda _: {day: [day] for day in days})
-    monkeypatch.setattr(compare, "_impressions", lambda _: 10)
+    monkeypatch.setattr(compare, "impressions_by_day", lambda _: dict.fromkeys(days, 10))
     assert compare.cut_days(place / "samples") == (days[:8], days[8:9], days[9:])
     for rows, trained in ((3, days[7:8]), (25, days[6:8]), (1000, days[:8])):
         assert compare.cut_days(place / "samples", rows)[0] == trained
+
+
+def test_days_that_share_a_file_are_counted_apart(place: Path, tmp_path: Path) -> None:
+    files = sorted((place / "samples").glob("*/*.parquet"), key=lambda file: file.name)
+    days = [pq.read_table(file, partitioning=None) for file in files]
+    (tmp_path / "train").mkdir()
+    with pq.ParquetWriter(tmp_path / "train" / file_of_month(DAYS), days[0].schema) as writer:
+        for table in days:
+            writer.write_table(table)
+    assert compare.impressions_by_day(tmp_path) == compare.impressions_by_day(place / "samples")
+    assert len(compare.impressions_by_day(tmp_path)) == len(DAYS)
 
 
 def test_figures_by_log_and_net(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
