@@ -30,10 +30,10 @@ from trainer.schema.fields import SCHEMA_FILE, load_schema
 SIDES: tuple[Side, ...] = ("ours", "fuxictr")
 GRIDS: Mapping[Side, Mapping[str, Sequence[Any]]] = {
     "ours": tune.GRID,
-    "fuxictr": {"learning_rate": (0.001, 0.002, 0.005, 0.01, 0.02), "embedding_regularizer": (0.0, 1e-6)},
+    "fuxictr": {"learning_rate": (0.001, 0.002, 0.005, 0.01, 0.02, 0.05), "embedding_regularizer": (0.0, 1e-6)},
 }
 """What is tried of each side, each with each: ours what `crossmedia tune` tries; FuxiCTR's its default rate and up to
-20 times that, without and with L2 of all ID rows in each step."""
+50 times that, without and with L2 of all ID rows in each step."""
 GOALS = {"epoch1": "after the first epoch", "best": "after the best one"}
 
 
