@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 
 import fsspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -17,10 +18,10 @@ from featurestore.published.versions import PublishedFiles, open_published, uplo
 from featurestore.storage.storage import Storage
 from pipeline.errors import SampleError, SampleOptionError
 from pipeline.options import SampleOptions
-from pipeline.samples import added, logs, publish
+from pipeline.samples import added, groups, logs, publish
 from pipeline.samples import build as build_module
 from pipeline.samples.build import build_samples
-from pipeline.samples.groups import batch_of_hours
+from pipeline.samples.groups import batch_of_hours, write_batches
 from pipeline.samples.publish import MARK, replaced_files
 from tests.fuse import FORK, Fuse
 from tests.pipeline.samples.rows import (
@@ -41,6 +42,7 @@ from trainer.samples.columns import files_by_day
 from trainer.samples.index import open_index
 from trainer.samples.reader import SampleReader
 from trainer.schema.fields import SETTINGS_FILE, load_schema
+from trainer.schema.names import by_bucket
 
 FIFTH = "2026-01-05"
 
@@ -110,6 +112,20 @@ def test_a_rerun_replaces_everything_and_one_that_fails_nothing(build, tmp_path,
     named = pq.read_table(tmp_path / "samples" / "images.parquet")
     assert sorted(named["uri"].to_pylist()) == ["b.jpg", "new.jpg"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["logs", "samples"]
+
+
+def test_names_are_the_same_however_many_ranges_are_read_at_a_time(tmp_path, monkeypatch):
+    paths = [str(tmp_path / f"{part}.arrow") for part in range(2)]
+    for part, path in enumerate(paths):
+        keys_N = np.random.default_rng(part).integers(-(1 << 63), 1 << 63, 1_000)
+        rows = pa.record_batch([keys_N, [f"{key}.jpg" for key in keys_N]], schema=logs.NAMES)
+        write_batches(Path(path), by_bucket(rows))
+    found = []
+    for size in (1, 20_000, 1 << 30):
+        monkeypatch.setattr(groups, "NAMES_AT_ONCE", size)
+        groups._merge_names(tmp_path / "names.parquet", paths, logs.NAMES, None)
+        found.append((tmp_path / "names.parquet").read_bytes())
+    assert found == found[:1] * 3 and pq.read_metadata(tmp_path / "names.parquet").num_rows == 2_000
 
 
 def test_a_folder_of_something_else_and_a_file_are_not_replaced(build, tmp_path, monkeypatch):
