@@ -11,7 +11,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any, Generic, Self, TypeVar, overload
@@ -315,6 +315,7 @@ class _RangeReader(io.RawIOBase):
 
 _BLOCK_BYTES = 8 << 20
 _SETTLED_S = 2.0  # a file that changes twice within a tick of the clock may keep its tag
+_ALONE_S = 0.02  # before other threads begin
 
 
 def file_at(address: str) -> tuple[Storage, str]:
@@ -350,12 +351,18 @@ def in_threads(
     """Yield the result of `work` for each of `items`, in their order; `progress` is called after each.
 
     At most `ahead` items, by default all, wait to be begun or asked for. An error of one ends it: the others stay.
+    At first one thread works alone: where the items are small files of a disk, several spend half of the processor on
+    handing Python's lock to each other.
     """
-    waiting = iter(items)
+    waiting, is_alone = iter(items), True
     with ThreadPoolExecutor(threads) as pool:
-        running = deque(pool.submit(work, item) for item in islice(waiting, ahead))
+        running = deque(pool.submit(work, item) for item in islice(waiting, 1))
+        end_s = time.monotonic() + _ALONE_S
         try:
             for done in range(1, len(items) + 1):
+                if is_alone and not wait([running[0]], max(0.0, end_s - time.monotonic())).done:
+                    is_alone = False
+                    running.extend(pool.submit(work, item) for item in islice(waiting, ahead and ahead - 1))
                 result = running.popleft().result()
                 running.extend(pool.submit(work, item) for item in islice(waiting, 1))
                 yield result

@@ -235,7 +235,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("launcher", "num_ranks", "standing"),
     [
-        ("horovodrun -np 8 python", 8, None),
+        pytest.param("horovodrun -np 8 python", 8, None, marks=pytest.mark.cluster),
         pytest.param("horovodrun -np 2 python", 2, "two_ranks", marks=pytest.mark.slow),
         ("torchrun --standalone --nproc-per-node 2", 2, None),
         pytest.param("torchrun --standalone --nproc-per-node 2", 2, "two_torch_ranks", marks=pytest.mark.slow),

@@ -24,7 +24,7 @@ from featurestore.published.paths import run_path
 from featurestore.storage import remote
 from featurestore.storage.local import DiskFiles, IrregularFileError, open_regular, read_regular, read_text
 from featurestore.storage.safety import refuse_unsafe
-from featurestore.storage.storage import Storage
+from featurestore.storage.storage import Storage, in_threads
 from tests.faulty import FaultyStorage
 from tests.servers import client_of, fill
 
@@ -409,3 +409,18 @@ def test_a_pipe_or_a_device_is_refused(tmp_path: Path) -> None:
     for read in (storage.read_bytes, storage.open_input, storage.entry, lambda path: read_into(storage, path, 1)):
         with pytest.raises(errors.StorageError, match="not a regular file"):
             read("pipe")
+
+
+@pytest.mark.parametrize("ahead", [None, 5])
+def test_threads_begin_together_only_where_one_takes_long(monkeypatch: pytest.MonkeyPatch, ahead: int | None) -> None:
+    together, counted = threading.Barrier(4), list[tuple[int, int]]()
+
+    def meet(item: int) -> int:
+        together.wait(30)  # all four of them, or an error
+        return item
+
+    assert [*in_threads(meet, range(8), 4, lambda *count: counted.append(count), ahead)] == [*range(8)]
+    assert counted == [(done, 8) for done in range(1, 9)]
+    monkeypatch.setattr("featurestore.storage.storage._ALONE_S", 60.0)
+    assert len({*in_threads(lambda _: threading.get_ident(), range(100), 4, ahead=ahead)}) == 1
+    assert [*in_threads(meet, [], 4)] == []
