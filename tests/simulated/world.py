@@ -253,6 +253,7 @@ def simulated(world: World, objects: ObjectStore) -> Iterator[None]:
         "featurestore.storage.safety.check_backend": lambda *place, **options: SimpleNamespace(problems=()),
         "featurestore.storage.remote.ThreadPoolExecutor": lambda threads: contextlib.nullcontext(pool),
         "featurestore.storage.storage.ThreadPoolExecutor": lambda threads: contextlib.nullcontext(pool),
+        "featurestore.storage.storage.wait": lambda futures, timeout: SimpleNamespace(done=futures),
         "serving.http.live.asyncio.to_thread": AsyncMock(side_effect=lambda work, *given: work(*given)),
         "uuid.uuid4": lambda: uuid.UUID(int=random.getrandbits(128), version=4),
         "time.time": lambda: world.now_s + world.current.skew_s,
