@@ -220,7 +220,7 @@ def real_log(folder: Path, batch_size: int, train_rows: int | None = None) -> Da
         samples=str(samples),
         store=None,
         batch_size=batch_size,
-        schema=str(samples / SCHEMA_FILE),
+        schema=schema_of(samples),
         train_days=train,
         test_days=validation,
         left_out_days=left_out,
@@ -241,11 +241,16 @@ def cut_days(samples: Path, train_rows: int | None = None) -> tuple[list[str], l
     return days[middle - kept : middle], days[middle:last], days[last:]
 
 
+def schema_of(samples: Path) -> str | None:
+    """Return the schema that build_samples wrote, or None: that of the trainer, as a demo's log has it."""
+    return str(samples / SCHEMA_FILE) if (samples / SCHEMA_FILE).exists() else None
+
+
 def impressions_by_day(samples: Path) -> dict[str, int]:
     """Count the impressions of each day; those of a month may share a file, each in a row group of its own."""
-    storage, own = open_published(str(samples)), samples / SCHEMA_FILE
+    storage = open_published(str(samples))
     counts = dict.fromkeys(files_by_day(storage), 0)
-    index = open_index(SoloComm(), storage, "train", load_schema(str(own) if own.exists() else None), [*counts])
+    index = open_index(SoloComm(), storage, "train", load_schema(schema_of(samples)), [*counts])
     for group in index.row_groups:
         counts[str(group.day)] += group.num_samples
     return counts

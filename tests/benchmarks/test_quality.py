@@ -130,6 +130,14 @@ def test_figures_by_log_and_net(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert figures["left_out_a_dnn_ours_best"] == 0.8
 
 
+def test_a_log_has_the_schema_of_its_samples(place: Path, tmp_path: Path) -> None:
+    samples = shutil.copytree(place / "samples", tmp_path / "log" / "logs" / "samples")
+    (samples / "summary.json").write_text(json.dumps({"options": {"window_days": compare.WINDOW_DAYS}}))
+    assert (compare.real_log(samples.parent, 32).name, compare.real_log(samples.parent, 32).schema) == ("log", None)
+    shutil.copy(DEFAULT_SCHEMA, samples / "schema.yaml")
+    assert compare.real_log(samples.parent, 32).schema == str(samples / "schema.yaml")
+
+
 @pytest.mark.slow
 @needs_fuxictr
 def test_both_sides_are_measured_on_the_days_left_out(place: Path, tmp_path: Path) -> None:
