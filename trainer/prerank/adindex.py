@@ -400,15 +400,7 @@ def _last_ads(
     keys_U, first_U = np.unique(keys_B[::-1], return_index=True)
     index_U = (len(keys_B) - 1 - first_U)[~np.isin(keys_U, seen)]
     return DecodedGroups(
-        {name: _rows(rows, index_U) for name, rows in columns.items() if name != label}, np.arange(len(index_U) + 1)
-    )
-
-
-def _rows(rows: ColumnRows, index_M: Int64Array) -> ColumnRows:
-    """These rows alone."""
-    values, lengths_M = rows.take(index_M)
-    return ColumnRows(
-        values, None if rows.offsets is None else np.concatenate([[0], np.cumsum(lengths_M)]).astype(np.int64)
+        {name: rows.rows(index_U) for name, rows in columns.items() if name != label}, np.arange(len(index_U) + 1)
     )
 
 

@@ -179,6 +179,17 @@ class ColumnRows:
         lengths_M = self.offsets[index_M + 1] - starts_M
         return self.values[ranges(starts_M, lengths_M)], lengths_M
 
+    def between(self, begin: int, end: int) -> tuple[Values, Int64Array]:
+        """View the values of rows `begin` to before `end`; also return the length of each row."""
+        if self.offsets is None:
+            return self.values[begin:end], np.ones(end - begin, np.int64)
+        return self.values[self.offsets[begin] : self.offsets[end]], np.diff(self.offsets[begin : end + 1])
+
+    def rows(self, index_M: Int64Array) -> "ColumnRows":
+        """Copy these rows."""
+        values, lengths_M = self.take(index_M)
+        return ColumnRows(values, None if self.offsets is None else _offsets(lengths_M))
+
 
 @dataclass(frozen=True)
 class DecodedGroups:
@@ -197,6 +208,11 @@ def no_groups(rules: Mapping[str, Rule]) -> DecodedGroups:
     types = {name: np.float32 if rule.is_real else np.int64 for name, rule in rules.items()}
     columns = {name: ColumnRows(np.empty(0, dtype), offsets=None) for name, dtype in types.items()}
     return DecodedGroups(columns, np.zeros(1, np.int64))
+
+
+def _offsets(lengths_M: Int64Array) -> Int64Array:
+    """Return where each row begins, and the last one ends."""
+    return np.concatenate([[0], np.cumsum(lengths_M)]).astype(np.int64)
 
 
 def ranges(starts_M: Int64Array, lengths_M: Int64Array) -> Int64Array:
@@ -346,6 +362,14 @@ def texts_of(table: pa.Table, column: str, rule: Rule, file: str, first_row: int
     """Decode the values of one of the `text_columns` of a table, with their texts. Raises DataError."""
     encoded, _ = _encoded(table, column, rule, _Where(file, first_row))
     return encoded
+
+
+def in_order(groups: DecodedGroups, rules: Mapping[str, Rule], order_G: Int64Array) -> DecodedGroups:
+    """Copy the groups in this order, with all their samples."""
+    counts_G = np.diff(groups.sample_offsets)[order_G]
+    rows = {"user": order_G, "ad": ranges(groups.sample_offsets[order_G], counts_G)}
+    columns = {name: column.rows(rows[rules[name].side]) for name, column in groups.columns.items()}
+    return DecodedGroups(columns, _offsets(counts_G))
 
 
 def concatenate(parts: Sequence[DecodedGroups]) -> DecodedGroups:

@@ -321,12 +321,24 @@ def shares_by_rank(lengths_S: Sequence[int], num_ranks: int) -> list[list[Share]
 
 
 class Piece(NamedTuple):
-    """Part of a batch: of the groups in memory the rows `group_G`, of each its samples `begin_G` to before `end_G`."""
+    """Part of a batch: of the groups in memory the samples `begin` to before `end`."""
 
     groups: columns.DecodedGroups
-    group_G: Int64Array
-    begin_G: Int64Array
-    end_G: Int64Array
+    begin: int
+    end: int
+
+    @property
+    def group_range(self) -> tuple[int, int]:
+        """The first group that has one of the samples, and the one after the last."""
+        starts = self.groups.sample_offsets
+        first = int(np.searchsorted(starts, self.begin, side="right")) - 1
+        return first, int(np.searchsorted(starts, self.end))
+
+    def counts(self) -> Int64Array:
+        """Count the samples of each of these groups."""
+        first, end = self.group_range
+        ends_G = np.clip(self.groups.sample_offsets[first : end + 1], self.begin, self.end)
+        return ends_G[1:] - ends_G[:-1]
 
 
 class Stream:
@@ -341,11 +353,12 @@ class Stream:
         counts_W: Sequence[int],
         seed: tuple[int, int, int] | None,
         decode: Callable[[int], columns.DecodedGroups],
+        rules: Mapping[str, columns.Rule],
     ) -> None:
-        self._windows, self._seed, self._decode = windows, seed, decode
+        self._windows, self._seed, self._decode, self._rules = windows, seed, decode, rules
         self._starts = np.concatenate([[0], np.cumsum(counts_W)]).astype(np.int64)
         self.num_samples = int(self._starts[-1])
-        self._held: dict[int, tuple[columns.DecodedGroups, Int64Array, Int64Array]] = {}
+        self._held: dict[int, columns.DecodedGroups] = {}
 
     def cut(self, span: range) -> Iterator[Piece]:
         """Cut out the samples at these positions: one piece for each window that they are in."""
@@ -355,23 +368,16 @@ class Stream:
         last = int(np.searchsorted(self._starts, span.stop, side="left"))
         self._held = {window: held for window, held in self._held.items() if window >= first}
         for window in range(first, last):
-            groups, order_G, ends_G = self._hold(window)
-            low = max(span.start - int(self._starts[window]), 0)
-            high = min(span.stop - int(self._starts[window]), groups.num_samples)
-            chosen = slice(int(np.searchsorted(ends_G, low, side="right")), int(np.searchsorted(ends_G, high)) + 1)
-            group_G = order_G[chosen]
-            begin_G, end_G = groups.sample_offsets[group_G], groups.sample_offsets[group_G + 1]
-            cut_before_G = np.maximum(low - (ends_G[chosen] - (end_G - begin_G)), 0)
-            cut_after_G = np.maximum(ends_G[chosen] - high, 0)
-            yield Piece(groups, group_G, begin_G + cut_before_G, end_G - cut_after_G)
+            groups, start = self._hold(window), int(self._starts[window])
+            yield Piece(groups, max(span.start - start, 0), min(span.stop - start, groups.num_samples))
 
-    def _hold(self, window: int) -> tuple[columns.DecodedGroups, Int64Array, Int64Array]:
-        """Return the window's groups, its order, and where each group of that order ends in the window's samples."""
+    def _hold(self, window: int) -> columns.DecodedGroups:
+        """Return the window's groups in their order, which a batch then takes one after the other."""
         if window not in self._held:
             groups = columns.concatenate([self._decode(each) for each in self._windows[window]])
-            order_G = np.arange(len(groups.sample_offsets) - 1)
             if self._seed is not None:
                 *seed, first = self._seed
-                order_G = np.random.default_rng([*seed, first + window]).permutation(order_G)
-            self._held[window] = groups, order_G, np.cumsum(np.diff(groups.sample_offsets)[order_G])
+                order_G = np.random.default_rng([*seed, first + window]).permutation(len(groups.sample_offsets) - 1)
+                groups = columns.in_order(groups, self._rules, order_G)
+            self._held[window] = groups
         return self._held[window]

@@ -105,8 +105,7 @@ class SampleReader:
         self.index, self._schema, self._rules = index, schema, columns.rules_of(schema)
         self._rank, self._num_ranks, self._batch_size = rank, num_ranks, batch_size
         self._seed, self._window = seed, window
-        none_G = np.empty(0, np.int64)
-        self._nothing = sample_index.Piece(columns.no_groups(self._rules), none_G, none_G, none_G)
+        self._nothing = sample_index.Piece(columns.no_groups(self._rules), 0, 0)
         self.num_streams = max(1, min(streams, len(index.row_groups)))
         self.num_samples = index.num_samples
         self.num_decoded = 0
@@ -140,7 +139,7 @@ class SampleReader:
             windows = sample_index.windows_of(members, sizes_R, self._window // self.num_streams)
             counts_W = [sum(sizes_R[each] for each in window) for window in windows]
             seed = None if self._seed is None else (self._seed, epoch, first)
-            streams.append(sample_index.Stream(windows, counts_W, seed, self._decode))
+            streams.append(sample_index.Stream(windows, counts_W, seed, self._decode, self._rules))
             first += len(windows)
         return streams
 
@@ -169,14 +168,13 @@ class SampleReader:
 
 def assemble(schema: Schema, pieces: Sequence[sample_index.Piece], global_samples: int) -> Batch:
     """Make a batch of these pieces, in their order."""
-    samples = [columns.ranges(piece.begin_G, piece.end_G - piece.begin_G) for piece in pieces]
-    counts_G = np.concatenate([piece.end_G - piece.begin_G for piece in pieces])
+    counts_G = np.concatenate([piece.counts() for piece in pieces])
 
     @functools.cache  # an image's key and its ID are one column
     def taken(column: str, side: str) -> Jagged:
         rows = [
-            piece.groups.columns[column].take(piece.group_G if side == "user" else sample_B)
-            for piece, sample_B in zip(pieces, samples, strict=True)
+            piece.groups.columns[column].between(*(piece.group_range if side == "user" else (piece.begin, piece.end)))
+            for piece in pieces
         ]
         return Jagged(np.concatenate([values for values, _ in rows]), np.concatenate([lengths for _, lengths in rows]))
 

@@ -160,10 +160,9 @@ class GroupColumns:
         from trainer.samples.index import Piece
         from trainer.samples.reader import assemble
 
-        group_G = np.arange(len(groups.sample_offsets) - 1)[chosen]
-        begin_G, end_G = groups.sample_offsets[:-1][chosen], groups.sample_offsets[1:][chosen]
-        piece = Piece(groups, group_G, begin_G, end_G)
-        return assemble(self.opened.schema, [piece], int((end_G - begin_G).sum()))
+        first, last, _ = chosen.indices(len(groups.sample_offsets) - 1)
+        begin, end = (int(groups.sample_offsets[each]) for each in (first, last))
+        return assemble(self.opened.schema, [Piece(groups, begin, end)], end - begin)
 
 
 @dataclass(frozen=True)

@@ -27,9 +27,7 @@ TEXTUAL = [name for name, rule in COLUMNS.sources.items() if rule.text]
 
 def of_training(table: pa.Table) -> Batch:
     decoded = decode_file(table, rules_of(SCHEMA), SCHEMA.label, "file", 0)
-    every = np.arange(table.num_rows)
-    piece = Piece(decoded, every, decoded.sample_offsets[:-1], decoded.sample_offsets[1:])
-    return assemble(SCHEMA, [piece], decoded.num_samples)
+    return assemble(SCHEMA, [Piece(decoded, 0, decoded.num_samples)], decoded.num_samples)
 
 
 def assert_same(found: Batch, expected: Batch) -> None:

@@ -230,8 +230,7 @@ def batch_of_file(samples: list[Sample], global_batch: list[Sample], schema: Sch
         "label": pa.array([[s.label for s in group] for group in groups], lists),
     }
     read = decode(pa.table(columns), rules_of(schema), schema.label, "words.parquet", 0)
-    piece = Piece(read, np.arange(len(groups)), read.sample_offsets[:-1], read.sample_offsets[1:])
-    batch = assemble(schema, [piece], len(global_batch))
+    batch = assemble(schema, [Piece(read, 0, read.num_samples)], len(global_batch))
     return replace(batch, place_B=np.array([global_batch.index(sample) for sample in samples], np.int64))
 
 
