@@ -517,7 +517,7 @@ def _check_width(rows: ColumnRows, column: str, rule: Rule, where: _Where, sampl
 
 def _joined(offsets: Sequence[Int64Array]) -> Int64Array:
     """Offsets of the concatenation of jagged arrays with these offsets."""
-    return np.concatenate([[0], np.cumsum(np.concatenate([np.diff(part) for part in offsets]))]).astype(np.int64)
+    return _offsets(np.concatenate([np.diff(part) for part in offsets]))
 
 
 SPLITS = ("train", "test")

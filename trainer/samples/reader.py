@@ -169,13 +169,11 @@ class SampleReader:
 def assemble(schema: Schema, pieces: Sequence[sample_index.Piece], global_samples: int) -> Batch:
     """Make a batch of these pieces, in their order."""
     counts_G = np.concatenate([piece.counts() for piece in pieces])
+    places = [{"user": piece.group_range, "ad": (piece.begin, piece.end)} for piece in pieces]
 
     @functools.cache  # an image's key and its ID are one column
     def taken(column: str, side: str) -> Jagged:
-        rows = [
-            piece.groups.columns[column].between(*(piece.group_range if side == "user" else (piece.begin, piece.end)))
-            for piece in pieces
-        ]
+        rows = [piece.groups.columns[column].between(*place[side]) for piece, place in zip(pieces, places, strict=True)]
         return Jagged(np.concatenate([values for values, _ in rows]), np.concatenate([lengths for _, lengths in rows]))
 
     group_of_sample_B = np.repeat(np.arange(len(counts_G), dtype=np.int64), counts_G)
