@@ -4,6 +4,7 @@ Letters of shapes as in featurestore/lookup/embedding.py. Where a device holds a
 step carries only the places of its keys there.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +27,7 @@ class PReLU(nn.PReLU):
     def forward(self, input: Tensor) -> Tensor:
         if torch.compiler.is_exporting():
             return functional.prelu(input, self.weight)
-        output: Tensor = _PReLU.apply(input, self.weight)  # type: ignore[no-untyped-call]
+        output: Tensor = applied(_PReLU, input, self.weight)
         return output
 
 
@@ -98,6 +99,12 @@ class Gathered:
             stream.wait_event(self.copied)
             self.features_QD.record_stream(stream)
         return self.features_QD
+
+
+def applied(function: type[torch.autograd.Function], *inputs: Any) -> Any:
+    """Return `function.apply(*inputs)`, which torch 2.13 does not type and torch 2.15 does."""
+    apply: Callable[..., Any] = function.apply
+    return apply(*inputs)
 
 
 def on_device(values: AnyArray, device: torch.device) -> Tensor:

@@ -160,7 +160,8 @@ class Lanes:
     def _connected(self, carrier: Carrier, name: str) -> ProcessGroup:
         meeting, end_s, pause_s = self._meeting, time.monotonic() + self._patience_s(), 1e-3
         try:
-            clone = in_time(meeting.store.clone, self._patience_s())  # type: ignore[attr-defined]
+            opened: Any = meeting.store  # torch 2.13 has no type of clone
+            clone = in_time(opened.clone, self._patience_s())
             store = PrefixStore(f"{carrier}/{name}", clone)
             here, places = json.dumps(astuple(meeting.here)), [f"at/{rank}" for rank in range(meeting.size)]
             in_time(lambda: store.set(places[meeting.rank], here), self._patience_s())

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from featurestore.keys import Int64Array
-from featurestore.lookup.ondevice import on_device
+from featurestore.lookup.ondevice import applied, on_device
 from trainer.comm import Comm
 from trainer.exchange import routing
 from trainer.exchange.vectors import FieldVectors, sum_rows
@@ -172,7 +172,7 @@ class Exchange:
             for plan in request.plans:  # nothing but status rows
                 plan.reply_rows = torch.zeros_like(plan.reply_rows)
         with self._stages.timed("exchange vectors", request.kind):
-            *vectors_S, request.failures = _Answers.apply(self._comm, request, *unique_S)  # type: ignore[no-untyped-call]
+            *vectors_S, request.failures = applied(_Answers, self._comm, request, *unique_S)
         return {
             name: FieldVectors(vectors_UV, *request.fields[name])
             for vectors_UV, names in zip(vectors_S, self._fields_S, strict=True)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from featurestore.keys import Int64Array
+from featurestore.lookup.ondevice import applied
 
 
 @dataclass(frozen=True)
@@ -67,13 +68,13 @@ class FieldVectors:
 
 def take_rows(vectors_UV: Tensor, index_N: Tensor) -> Tensor:
     """Return `vectors_UV[index_N]`, (N, V); backward sums the gradients of equal rows in the order of N."""
-    taken: Tensor = _TakeRows.apply(vectors_UV, index_N)  # type: ignore[no-untyped-call]
+    taken: Tensor = applied(_TakeRows, vectors_UV, index_N)
     return taken
 
 
 def pool_rows(vectors_UV: Tensor, index_N: Tensor, lengths_M: Tensor) -> Tensor:
     """Sum `vectors_UV[index_N]`, the next `lengths_M[m]` for each m, (M, V), without a copy of the N rows."""
-    pooled: Tensor = _PoolRows.apply(vectors_UV, index_N, lengths_M)  # type: ignore[no-untyped-call]
+    pooled: Tensor = applied(_PoolRows, vectors_UV, index_N, lengths_M)
     return pooled
 
 

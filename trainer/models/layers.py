@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from featurestore.keys import Int64Array, UInt64Array, splitmix64, stream_start
-from featurestore.lookup.ondevice import PReLU, on_device
+from featurestore.lookup.ondevice import PReLU, applied, on_device
 from trainer.config import ModelConfig
 from trainer.errors import ConfigError
 from trainer.exchange.vectors import EvenLengths, FieldVectors, Lengths, sum_in_order, take_rows
@@ -153,7 +153,7 @@ def expand_rows(rows_M: Tensor, lengths_M: Tensor, num_values: int) -> Tensor:
     """Repeat row m `lengths_M[m]` times, one after the other, N = `num_values` in all; backward sums them."""
     if torch.compiler.is_exporting():
         return rows_M.index_select(0, _row_of_value(lengths_M, num_values))
-    expanded: Tensor = _ExpandRows.apply(rows_M, lengths_M, num_values)  # type: ignore[no-untyped-call]
+    expanded: Tensor = applied(_ExpandRows, rows_M, lengths_M, num_values)
     return expanded
 
 
@@ -169,7 +169,7 @@ def segment_sum(rows_N: Tensor, lengths_M: Lengths) -> Tensor:
     if torch.compiler.is_exporting():
         sums = rows_N.new_zeros(lengths_M.shape[0], *rows_N.shape[1:])
         return sums.index_add(0, _row_of_value(lengths_M, rows_N.shape[0]), rows_N)
-    summed_MV: Tensor = _SumSegments.apply(rows_N, lengths_M)  # type: ignore[no-untyped-call]
+    summed_MV: Tensor = applied(_SumSegments, rows_N, lengths_M)
     return summed_MV
 
 
@@ -188,7 +188,7 @@ def segment_max(rows_N: Tensor, lengths_M: Lengths) -> Tensor:
         return _zero_if_empty(lowest_MV.scatter_reduce(0, rows_of_values, rows_N, "amax"))
     if rows_N.shape[0] == 0:
         return segment_sum(rows_N, lengths_M)
-    highest_MV: Tensor = _SegmentMax.apply(rows_N, lengths_M)  # type: ignore[no-untyped-call]
+    highest_MV: Tensor = applied(_SegmentMax, rows_N, lengths_M)
     return highest_MV
 
 

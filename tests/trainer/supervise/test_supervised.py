@@ -31,6 +31,7 @@ def whole(settings_of: Settings, tmp_path_factory: pytest.TempPathFactory) -> Le
     return Killed(folder, settings_of(folder, STEPS, 1000)).leg(0, ranks=1)
 
 
+@pytest.mark.cluster
 @pytest.mark.long(40)
 def test_the_supervisor_and_a_rank_are_lost(settings_of: Settings, tmp_path: Path, whole: Leg) -> None:
     """The supervisor is killed; meanwhile the file that rank 1 reads next is cut, as by a host that lost its power. The

@@ -43,6 +43,7 @@ def assert_same_in_float64(found: RunPath, expected: Path) -> None:
 
 
 @pytest.mark.services
+@pytest.mark.cluster
 @pytest.mark.long(20)
 @pytest.mark.parametrize(
     ("optim", "ranks", "last"),
@@ -111,6 +112,7 @@ def uploaded(samples: Path, storage: Storage) -> dict[str, PublishedFile]:
     return {str(file.relative_to(samples)): upload(storage, file, file.name) for file in samples.glob("*/*.parquet")}
 
 
+@pytest.mark.cluster
 @pytest.mark.long(25)
 def test_cut_connections_and_dead_ranks_lose_and_repeat_no_sample(
     places: Places, settings_of: Callable[..., list[str]], s3_endpoint: str, s3_url: str, tmp_path: Path, forks: Forks
