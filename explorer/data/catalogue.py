@@ -166,7 +166,7 @@ class Catalogue:
         elif sort == "price":
             by = of.price_I
         else:
-            mean = of.clicks_I.sum() / max(1, of.impressions_I.sum())
+            mean = of.clicks_I.sum() / max(1, int(of.impressions_I.sum()))
             by = (of.clicks_I + _PRIOR * mean) / (of.impressions_I + _PRIOR)
             by = np.where(of.impressions_I > 0, by if sort == "ctr" else -by, np.nan)
         return np.where(np.isnan(by), -np.inf, by)

@@ -93,7 +93,8 @@ class ScoredImpressions:
             return found
         moved_N = self._probability(self.logit_N[found]) - self._probability(self.without_N[found])
         by = {"effect": np.abs(moved_N), "raised": moved_N, "lowered": -moved_N, "score": self.logit_N[found]}[order]
-        return found[np.argsort(-by, kind="stable")]
+        ordered: Int64Array = found[np.argsort(-by, kind="stable")]
+        return ordered
 
     def rows(self, numbers: Sequence[int] | NDArray[np.int64]) -> list[Listed]:
         """Return the impressions with these numbers."""
