@@ -1,4 +1,4 @@
-# Everything a person runs. `make` alone lists the targets.
+# Everything a user runs. `make` alone lists the targets.
 VENV ?= .venv
 BIN := $(VENV)/bin
 BASE := $(VENV)/.packages
@@ -16,8 +16,7 @@ TEST_WORKERS ?= 4
 IN_PARALLEL = $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 # What needs several hosts, many ranks or ranks that others replace; to look through all other files would take each worker
 # half a minute.
-CLUSTER_TESTS := tests/cluster tests/deploy tests/security tests/trainer/test_main.py tests/trainer/supervise \
-	tests/trainer/runs/resumed/test_changing_ranks.py
+CLUSTER_TESTS := tests/cluster tests/deploy tests/security tests/trainer/test_main.py tests/trainer/supervise tests/trainer/runs/resumed
 BROWSER_TESTS := tests/explorer/browser
 BENCH_DIR ?= data/bench
 GPU_DEVICE ?= cuda
@@ -41,7 +40,7 @@ export PYTHONDONTWRITEBYTECODE :=
 .PHONY: help install demo demo-features test-fast test test-slow test-cluster test-versions test-browser screenshots lint breaks simulate simulate-bugs fuzz fuzz-guided format docs tree bench gpu-check reference clean
 
 help: ## List the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 # PYTHON, HOROVOD_GPU_OPERATIONS and HOROVOD=no choose the environment. Where they say something else than the last time,
 # the script runs again; where they say nothing, what is installed is kept.

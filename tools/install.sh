@@ -62,11 +62,11 @@ fi
 if [ "$part" != horovod ]; then
   if ! is_supported "$present" || [ "${asked:-$present}" != "$present" ]; then
     if [ -n "$(ls -A "$venv" 2>/dev/null)" ] && [ ! -f "$venv/pyvenv.cfg" ]; then
-      fail "$venv is a folder of something else, and no virtual environment; name another: make install VENV=.venv"
+      fail "$venv is not a virtual environment; name another: make install VENV=.venv"
     fi
     python=${PYTHON:-$(find_python)}
     has_venv "$python" || fail "$python cannot make a virtual environment. On Debian and Ubuntu: apt-get install python3-venv (or python$asked-venv)"
-    [ -z "$present" ] || echo "$venv is of Python $present; making it anew with Python $(version_of "$python")"
+    [ -z "$present" ] || echo "$venv is of Python $present; it is made again with Python $(version_of "$python")"
     rm -rf "$venv"
     "$python" -m venv "$venv"
   fi

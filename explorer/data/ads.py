@@ -23,6 +23,7 @@ from featurestore.errors import UserError
 from featurestore.keys import Int64Array
 from featurestore.storage.storage import Storage
 from featurestore.text import one_line
+from trainer.config import load_saved
 
 if TYPE_CHECKING:
     from trainer.runs.saved import SavedRun
@@ -104,24 +105,28 @@ def nothing_known(note: str) -> AdFigures:
 def begin(places: Places, background: Background) -> Task[AdFigures]:
     """Start to read the figures of the shown samples, by the schema of any run on them, or return the task of before.
 
-    A task without runs or samples gives figures of no image, whose note says why.
+    A task without runs or samples gives figures of no image, whose note says why. The run is opened in the task: that
+    imports torch, and the page would wait for it.
     """
     try:
         run = next((run.name for run in trained_runs(places)), None)
         if run is None:
             raise ExplorerError("impressions and CTR are counted in the test samples of a run: name runs by --runs")
-        saved = _saved(places, run)
+        data = load_saved(places.run(run) / "config.yaml").data
     except UserError as error:
         note = one_line(error)
         return background.task(repr(("ads", note)), lambda task: nothing_known(note))
-    name = repr(("ads", _made_of(saved, places.samples)))
-    return background.task(name, lambda task: ad_figures(saved, places.samples, task))
+    name = repr(("ads", run, data, _test_files(places.samples or data.samples)))
+    return background.task(name, lambda task: _of_run(places, run, task))
 
 
-def _saved(places: Places, name: str) -> "SavedRun":
+def _of_run(places: Places, name: str, task: Task[Any]) -> AdFigures:
     from trainer.runs.saved import read_run
 
-    return read_run(places.run(name), None, places.samples)
+    try:
+        return ad_figures(read_run(places.run(name), None, places.samples), places.samples, task)
+    except UserError as error:
+        return nothing_known(one_line(error))
 
 
 def ad_figures(saved: "SavedRun", samples: str | None, task: Task[Any]) -> AdFigures:
@@ -151,12 +156,15 @@ def _named(category_I: NDArray[Any], saved: "SavedRun", samples: Storage) -> NDA
 
 def _made_of(saved: "SavedRun", samples: str | None) -> list[Any]:
     """Return what figures depend on: the files of the test samples, which may change in place, and their columns."""
-    folder = samples or saved.config.data.samples
-    root = Path(folder)
-    files = sorted(root.glob("test/*.parquet")) if root.is_dir() else []
-    found = [(each.name, each.stat().st_size, each.stat().st_mtime_ns) for each in files]
+    files = _test_files(samples or saved.config.data.samples)
     days = None if samples else saved.config.data.test_days
-    return [folder, days, found, [(each.name, each.column_name) for each in saved.schema.fields], saved.schema.label]
+    return [files, days, [(each.name, each.column_name) for each in saved.schema.fields], saved.schema.label]
+
+
+def _test_files(folder: str) -> tuple[Any, ...]:
+    """Return the folder of samples, and name, size and time of its test files on a disk."""
+    files = sorted(Path(folder).glob("test/*.parquet"))
+    return folder, [(each.name, each.stat().st_size, each.stat().st_mtime_ns) for each in files]
 
 
 def count_ads(index: "SampleIndex", schema: "Schema") -> AdFigures:

@@ -143,14 +143,14 @@ class TestPython:
         (place.venv / "thesis.txt").touch()
         done = place.install()
         assert done.returncode == 1
-        assert "no virtual environment" in done.stderr and done.stderr.count("\n") == 1
+        assert "not a virtual environment" in done.stderr and done.stderr.count("\n") == 1
         (place.venv / "thesis.txt").unlink()
         place.venv.rmdir()
         assert place.install().returncode == 0
         (place.venv / "old").touch()
         assert ".venv is of Python" not in place.install(PYTHON="python3").stdout
         assert (place.venv / "old").exists()
-        assert ".venv is of Python 3.11; making it anew with Python 3.13" in place.install(PYTHON="python3.13").stdout
+        assert ".venv is of Python 3.11; it is made again with Python 3.13" in place.install(PYTHON="python3.13").stdout
         assert version_of(place) == "3.13" and not (place.venv / "old").exists()
         place.install()
         assert version_of(place) == "3.13", "without PYTHON the environment stays what it is"

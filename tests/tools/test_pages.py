@@ -203,8 +203,8 @@ def test_messages_of_the_page_of_errors_are_those_of_the_code() -> None:
         assert not (classes and found) or classes & found, f"{each}: {column}, in the code {found}"
 
 
-def test_the_page_of_exactness_names_tests_that_are_there_and_says_which_are_slow() -> None:
-    """By the marks of functions and modules; one value of a parameter that is slow leaves a test in `make test`."""
+def test_the_page_of_exactness_names_tests_that_are_there_and_says_which_make_test_leaves_out() -> None:
+    """By the marks of functions and modules. Where one value of a parameter has the mark, a row may say so."""
     num_named = 0
     for row in (ROOT / "docs" / "WHY.md").read_text().splitlines():
         for file, name in re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", row):
@@ -214,8 +214,10 @@ def test_the_page_of_exactness_names_tests_that_are_there_and_says_which_are_slo
             functions = [each for each in ast.walk(ast.parse(source)) if isinstance(each, ast.FunctionDef)]
             (found,) = [each for each in functions if each.name == name]
             marks += map(ast.unparse, found.decorator_list)
-            is_slow = any("mark.slow" in mark and "parametrize" not in mark for mark in marks)
-            assert is_slow == ("`make test-slow`" in row), row
+            for target in ("slow", "cluster"):
+                those = [mark for mark in marks if f"mark.{target}" in mark]
+                is_all, is_said = any("parametrize" not in mark for mark in those), f"`make test-{target}`" in row
+                assert is_said if is_all else those or not is_said, row
     assert num_named > 20
 
 

@@ -236,7 +236,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("launcher", "num_ranks", "standing"),
     [
         pytest.param("horovodrun -np 8 python", 8, None, marks=pytest.mark.cluster),
-        pytest.param("horovodrun -np 2 python", 2, "two_ranks", marks=pytest.mark.slow),
+        pytest.param("horovodrun -np 2 python", 2, "two_ranks", marks=pytest.mark.cluster),
         ("torchrun --standalone --nproc-per-node 2", 2, None),
         pytest.param("torchrun --standalone --nproc-per-node 2", 2, "two_torch_ranks", marks=pytest.mark.slow),
     ],
@@ -247,7 +247,8 @@ def test_a_launchers_job_is_that_of_one_rank(
     """The README's command by its launchers, from losses to checkpoint; other tests start ranks by themselves."""
     assert f"\nhorovodrun -np 2 {STEP_6}\n" in README
     name = f"{launcher.split(maxsplit=1)[0]}{num_ranks}{'-standing' if standing else ''}"
-    step_6 = STEP_6.replace("crossmedia", "-m crossmedia").replace("=both", f"={name}")
+    module = "-m trainer.main" if num_ranks == 8 else "-m crossmedia train"
+    step_6 = STEP_6.replace("crossmedia train", module).replace("=both", f"={name}")
     words = [*launcher.split(), *step_6.split(), *QUICK]
     where = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = ran(*words, cwd=data.parent, env=environment() | {"PATH": where}, timeout=2 * RANKS_TIMEOUT_S)

@@ -1,6 +1,8 @@
 """Impressions, clicks, categories and prices of images in test samples, against plain loops over the files."""
 
 import shutil
+import subprocess
+import sys
 from collections import Counter, defaultdict
 from contextlib import closing
 from pathlib import Path
@@ -103,3 +105,20 @@ def test_without_runs_or_samples_nothing_is_known_and_it_says_why(world: World, 
         whole = begin(world.places(), background)
         assert whole is begin(world.places(), background)
         assert whole.result().impressions_I.sum() > 0
+
+
+def test_a_page_waits_for_no_torch(world: World) -> None:
+    program = f"""
+import sys
+from explorer.data.ads import begin
+from explorer.places import Places
+
+class Waiting:
+    def task(self, name, work):
+        return name
+
+begin(Places(store={str(world.store)!r}, runs={str(world.runs)!r}), Waiting())
+assert "trainer.config" in sys.modules
+sys.exit("torch" in sys.modules)
+"""
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
