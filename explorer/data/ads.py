@@ -24,6 +24,7 @@ from featurestore.keys import Int64Array
 from featurestore.storage.storage import Storage
 from featurestore.text import one_line
 from trainer.config import load_saved
+from trainer.runs.folder import finished
 
 if TYPE_CHECKING:
     from trainer.runs.saved import SavedRun
@@ -113,10 +114,11 @@ def begin(places: Places, background: Background) -> Task[AdFigures]:
         if run is None:
             raise ExplorerError("impressions and CTR are counted in the test samples of a run: name runs by --runs")
         data = load_saved(places.run(run) / "config.yaml").data
+        checkpoints = [each.name for each in finished(places.run(run))]
     except UserError as error:
         note = one_line(error)
         return background.task(repr(("ads", note)), lambda task: nothing_known(note))
-    name = repr(("ads", run, data, _test_files(places.samples or data.samples)))
+    name = repr(("ads", run, data, checkpoints, _test_files(places.samples or data.samples)))
     return background.task(name, lambda task: _of_run(places, run, task))
 
 
