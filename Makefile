@@ -80,7 +80,7 @@ demo-features: $(BASE)
 test-fast: $(FOR_TESTS) ## Run the tests that start no ranks, no cluster and no server: before each commit
 	$(ON_PATH) $(IN_PARALLEL) -m "not slow and not services and not long and not cluster and not browser and not pages" $(TEST_ARGS)
 
-test: $(FOR_TESTS) ## Run all that guards a promise, also under horovodrun; TEST_ARGS="tests/trainer -k stores"
+test: $(FOR_TESTS) ## Run all that guards a promise, but for test-cluster and test-browser; TEST_ARGS="tests/trainer -k stores"
 	$(ON_PATH) $(IN_PARALLEL) -m "not slow and not cluster and not browser and not pages" $(TEST_ARGS)
 
 test-slow: $(PEERS) ## Run the large numbers: 500 kills of writers, eight ranks, benchmarks at a tiny size
