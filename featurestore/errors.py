@@ -32,23 +32,62 @@ FeatureStoreError
     ├── BucketNotFoundError the object store has no such bucket
     └── UnsafeBackendError  the place cannot hold a store: its exclusive create is not atomic
 
-Every class takes its message alone, so that each survives pickling between processes.
+Each error is raised with its problem, a member of the `Problem` of the package that raises it, and with the values of
+that sentence: a caller compares these, not words. Both survive pickling between processes.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import StrEnum
+from string import Formatter
 from typing import ClassVar
 
 FAILED, USAGE = 1, 2
 
 
+class Sentences(StrEnum):
+    """The problems of a package, each with the sentence that tells it and its values by name, as str.format has them.
+
+    `{where}` is the place of a problem (a file, a row, a setting), `{value}` what stands there, and others have names
+    of their own.
+    """
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the values that the sentence tells, in their order, each once."""
+        return tuple(dict.fromkeys(name for _, name, _, _ in Formatter().parse(self) if name))
+
+    def of(self, *values: object) -> str:
+        """Write the sentence with these values; ValueError where their number is not that of its names."""
+        return self.format(**dict(zip(self.names, values, strict=True)))
+
+
 class UserError(Exception):
     """An error whose text is one message for the user who started a command, which ends with `exit_code`.
 
-    1: the command failed. 2: an argument or setting is wrong, or names a missing thing.
+    1: the command failed. 2: an argument or setting is wrong, or names a missing thing. `problem` is a sentence of
+    `Sentences` and `values` are what it tells; or the words of another error, which are told as they are. A value that
+    is an exception is kept as its words.
     """
 
     exit_code: ClassVar[int] = FAILED
+
+    def __init__(self, problem: str = "", *values: object) -> None:
+        super().__init__(problem, *(str(each) if isinstance(each, BaseException) else each for each in values))
+
+    @property
+    def problem(self) -> str:
+        """What is wrong: a member of a `Problem`, or words of another error."""
+        problem: str = self.args[0]
+        return problem
+
+    @property
+    def values(self) -> dict[str, object]:
+        """What the sentence tells, by name: `where` is the place, `value` what stands there."""
+        return dict(zip(self.problem.names, self.args[1:], strict=True)) if isinstance(self.problem, Sentences) else {}
+
+    def __str__(self) -> str:
+        return self.problem.of(*self.args[1:]) if isinstance(self.problem, Sentences) else str(self.problem)
 
 
 @contextmanager
@@ -57,7 +96,9 @@ def naming(place: str, name: str) -> Iterator[None]:
     try:
         yield
     except UserError as failure:
-        failure.args = tuple(str(each).replace(place, name) for each in failure.args)
+        problem, *values = failure.args
+        told = (str(each).replace(place, name) if place in str(each) else each for each in values)
+        failure.args = (problem if isinstance(problem, Sentences) else str(problem).replace(place, name), *told)
         raise
 
 

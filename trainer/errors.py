@@ -50,7 +50,7 @@ class OverflowingValueError(DataError):
     """A value of a dense field's column, in row `row` of the field, is infinite once its transform is applied."""
 
     def __init__(self, column: str, row: int, value: float) -> None:
-        super().__init__(column, row, value)
+        Exception.__init__(self, column, row, value)
         self.column, self.row, self.value = column, row, value
 
     def __str__(self) -> str:
@@ -102,7 +102,7 @@ class RemoteRankError(TrainerError):
     """Rank `rank` failed with an error of class `kind`, so this rank stops too."""
 
     def __init__(self, rank: int, kind: str, text: str) -> None:
-        super().__init__(rank, kind, text)
+        Exception.__init__(self, rank, kind, text)
         self.rank, self.kind, self.text = rank, kind, text
 
     def __str__(self) -> str:
