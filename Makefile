@@ -20,7 +20,6 @@ CLUSTER_TESTS := tests/cluster tests/deploy tests/security tests/trainer/test_ma
 BROWSER_TESTS := tests/explorer/browser
 BENCH_DIR ?= data/bench
 GPU_DEVICE ?= cuda
-REFERENCE_ARGS ?= record data/reference.json
 CLUSTER_DIR ?= data/cluster
 DOCS_DIR ?= data/docs-site
 BROWSER_DIR ?= data/browser
@@ -37,7 +36,7 @@ ON_PATH := PATH="$(abspath $(BIN)):$$PATH"
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-features test-fast test test-slow test-cluster test-versions test-browser screenshots lint breaks simulate simulate-bugs fuzz fuzz-guided format docs tree bench gpu-check reference clean
+.PHONY: help install demo demo-features test-fast test test-slow test-cluster test-versions test-browser screenshots lint breaks simulate simulate-bugs fuzz fuzz-guided format docs tree bench gpu-check clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -63,7 +62,7 @@ $(INSTALLED): $(BASE) tools/build_horovod.sh
 $(FOR_TESTS): $(INSTALLED) tools/install_for.sh tools/requirements-s3-server.txt tools/requirements-deploy.txt
 	tools/install_for.sh $(VENV) tests
 
-$(FOR_DOCS): $(FOR_TESTS) tools/requirements-docs.txt
+$(FOR_DOCS): $(FOR_TESTS) tools/install_for.sh
 	tools/install_for.sh $(VENV) docs
 
 $(PEERS): $(FOR_TESTS)
@@ -114,11 +113,11 @@ lint: $(FOR_TESTS) ## Check style, types, import rules, first lines and sizes of
 	$(BIN)/mypy $(addprefix -p ,$(PACKAGES))
 	$(BIN)/lint-imports
 	$(BIN)/python tools/tree.py --check
-	$(BIN)/python tools/breaks.py --check
+	$(BIN)/python tests/breaks.py --check
 	$(BIN)/python -m tools.settings --check
 
 breaks: $(FOR_TESTS) ## Plant small faults in a copy, one at a time, and see that the tests notice each; BREAKS_ARGS="--only 3,7"
-	$(ON_PATH) $(BIN)/python -m tools.breaks $(BREAKS_ARGS)
+	$(ON_PATH) $(BIN)/python -m tests.breaks $(BREAKS_ARGS)
 
 simulate: $(FOR_TESTS) ## Play 1,000 simulated histories of the store's protocols; SEEDS=10000 FIRST=1000 plays others
 	$(BIN)/python -m tests.simulated play --seeds $(or $(SEEDS),1000) --first $(or $(FIRST),0)
@@ -156,9 +155,6 @@ gpu-check: $(FOR_TESTS) ## Compare training on a GPU with the CPU, and measure i
 	mkdir -p $(BENCH_DIR)
 	$(ON_PATH) $(BIN)/python tests/trainer/equivalence/on_device.py --device $(GPU_DEVICE)
 	$(ON_PATH) $(BIN)/python -m benchmarks.gpu --device $(GPU_DEVICE) --dir $(BENCH_DIR)/gpu --json $(BENCH_DIR)/gpu.json
-
-reference: $(FOR_TESTS) ## Record all that is computed, before a large change; REFERENCE_ARGS="compare data/reference.json" after it
-	$(BIN)/python -m tools.reference $(REFERENCE_ARGS)
 
 clean: ## Remove the virtual environment, the caches and the demo; features and runs of your own stay
 	rm -rf $(VENV) $(VERSIONS_DIR) $(DEMO_DIR) $(DOCS_DIR) $(BENCH_DIR) $(CLUSTER_DIR) $(BROWSER_DIR) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

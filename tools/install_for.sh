@@ -3,9 +3,10 @@
 #
 #   tools/install_for.sh VENV tests|docs|peers
 #
-# tests: the tools of tests, checks and benchmarks, an S3 server, and what checks deploy/. docs: the generator of the site, whose
-# packages are pinned to the last digit where ours are ranges. peers: FuxiCTR, with which benchmarks compare; it asks for many
-# packages of its own. The last two get environments beside ours, VENV/docs and VENV/fuxictr.
+# tests: the tools of tests, checks and benchmarks, an S3 server, and what checks deploy/. docs: the generator of the site,
+# the newest version that has its pages and scripts inside: later ones ask for a package that not every index has. peers:
+# FuxiCTR, with which benchmarks compare; it asks for many packages of its own. The last two get environments beside ours,
+# VENV/docs and VENV/fuxictr.
 set -euo pipefail
 
 venv=$1
@@ -27,7 +28,7 @@ case $purpose in
     ;;
   docs)
     environment "$venv/docs"
-    telling "installing the generator of pages" "$venv/docs/bin/python" "${pip[@]}" --require-hashes -r tools/requirements-docs.txt
+    telling "installing the generator of pages" "$venv/docs/bin/python" "${pip[@]}" zensical==0.0.73
     ;;
   peers)
     environment "$venv/fuxictr"

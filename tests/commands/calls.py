@@ -17,7 +17,7 @@ from featurestore.console import commandline
 ROOT = Path(__file__).parent.parent.parent
 PROGRAMS = {
     "crossmedia.__main__", "benchmarks.quality.fuxi", "benchmarks.serve.rivals", "benchmarks.train.peer",
-    "tools.breaks", "tools.browser.screenshots", "tools.reference", "tools.settings", "tools.site", "tools.tree",
+    "tools.browser.screenshots", "tools.settings", "tools.site", "tools.tree",
     "tools.tutorial", "trainer.agent",
 }  # fmt: skip
 """Programs that other programs start, that keep this repository in order, or that call the commands here by a name."""

@@ -1,7 +1,7 @@
 """The matrix: a bundle's scores are the trainer's own logits, for every kind of model, inputs and missing images.
 
 And what a scorer says beside scores, and requests with nothing known or nothing in them: in one file, as another one
-would open the same scorers again. What the matrix notices: tools/breaks.toml.
+would open the same scorers again. What the matrix notices: tests/breaks.toml.
 """
 
 import contextlib

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.breaks import Break, Checkout, Result, read_breaks, run_all, table
+from tests.breaks import Break, Checkout, Result, read_breaks, run_all, table
 
 SHELF = "def fits(books: int) -> bool:\n    return 0 <= books <= 10\n"
 TESTS = """

@@ -1,11 +1,11 @@
 """Plant small faults in copies of the checkout, one at a time, and check that the tests notice each: `make breaks`.
 
-tools/breaks.toml has the faults: the package, a text that stands exactly once in its .py files, what replaces it, what
+tests/breaks.toml has the faults: the package, a text that stands exactly once in its .py files, what replaces it, what
 a user would suffer, and the tests that have to fail. Modules and test files may move: they are searched for.
 
-python -m tools.breaks                     run all; exit 1 where a fault is not noticed
-python -m tools.breaks --only 3,7          run some of them; --list prints their numbers
-python -m tools.breaks --check             run nothing: is every text there once, and every test? (part of `make lint`)
+python -m tests.breaks                     run all; exit 1 where a fault is not noticed
+python -m tests.breaks --only 3,7          run some of them; --list prints their numbers
+python -m tests.breaks --check             run nothing: is every text there once, and every test? (part of `make lint`)
 
 A test is named as test_x, test_x[case] or TestY::test_x, where that is not the only one with the end of its file's path
 before it, as serving/test_z.py::test_x; or a file alone is. The tests first run without a fault, as a test that fails
@@ -250,7 +250,7 @@ def table(breaks: Sequence[Break], results: Sequence[Result]) -> str:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m tools.breaks", description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m tests.breaks", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="only check that every text and test exists once")
     parser.add_argument("--list", action="store_true", help="print the faults")
     parser.add_argument("--only", type=_numbers, help="numbers of faults, as 3,7", default=())
